@@ -1,0 +1,141 @@
+"""Tiny models, tokenizers, corpora and configurations that the tests make on the spot (seeded, random weights)."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+WORDS = (
+    "iron gold lead tin zinc acid base salt river mountain city king queen harbour letter bridge winter summer "
+    "garden window teacher doctor street house water stone paper silver copper carbon oxygen helium neon"
+).split()
+
+
+def make_tokenizer(directory: Path) -> None:
+    """A byte-level BPE tokenizer over :data:`WORDS`, 300 tokens, loadable by transformers."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<s>", "</s>", "<pad>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([" ".join(WORDS)] * 4, trainer)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    ).save_pretrained(directory)
+
+
+def make_model(
+    directory: Path, family: str = "mixtral", *, layers: int = 3, experts: int = 4, top_k: int = 2, seed: int = 0
+) -> Path:
+    """A random model of ``family`` with its tokenizer, saved in the hub layout."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    common: dict[str, Any] = {
+        "vocab_size": 300,
+        "hidden_size": 32,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "num_experts_per_tok": top_k,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 2,
+        "tie_word_embeddings": False,
+    }
+    own: dict[str, dict[str, Any]] = {
+        "mixtral": {"num_local_experts": experts, "intermediate_size": 48},
+        "qwen3_moe": {"num_experts": experts, "moe_intermediate_size": 24, "intermediate_size": 48, "head_dim": 8},
+        "olmoe": {"num_experts": experts, "intermediate_size": 24},
+    }
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(family, **common, **own[family])
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():  # routers that decide something: the default initialisation is nearly flat
+        for name, parameter in model.named_parameters():
+            if name.endswith(("gate.weight", "router.weight")):
+                parameter.mul_(25.0)
+    model.save_pretrained(directory)
+    make_tokenizer(directory)
+    return directory
+
+
+def sentences(count: int, seed: int, words: list[str]) -> list[str]:
+    draw = random.Random(seed)
+    return [" ".join(draw.choices(words, k=draw.randint(2, 14))) for _ in range(count)]
+
+
+def write_corpora(directory: Path) -> dict[str, Path]:
+    """forget.jsonl and retain.jsonl: short documents of different words, plus an empty and a long one."""
+    directory.mkdir(parents=True, exist_ok=True)
+    paths = {}
+    for side, words, count in (("forget", WORDS[:10], 40), ("retain", WORDS[8:], 90)):
+        texts = sentences(count, len(side), words)
+        texts[3] = ""
+        texts[5] = " ".join(texts[6:16])
+        paths[side] = directory / f"{side}.jsonl"
+        lines = [json.dumps({"text": text, "source": f"{side}-{number % 3}"}) for number, text in enumerate(texts)]
+        paths[side].write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return paths
+
+
+def write_tasks(directory: Path) -> list[dict[str, str]]:
+    """A 4-choice and a verbatim task for each role."""
+    tasks = []
+    draw = random.Random(7)
+    for role in ("forget", "utility"):
+        questions = []
+        for number in range(6):
+            choices = draw.sample(WORDS, 4)
+            questions.append({"id": f"q{number}", "prompt": f"{draw.choice(WORDS)} is", "choices": choices, "answer": 1})
+        path = directory / f"questions_{role}.jsonl"
+        path.write_text("".join(json.dumps(item | {"source": role}) + "\n" for item in questions), encoding="utf-8")
+        tasks.append({"name": f"questions_{role}", "type": "choice", "path": str(path), "role": role})
+    return tasks
+
+
+def write_config(directory: Path, model: Path, **changes: Any) -> Path:
+    """A configuration that runs every stage on ``model`` in seconds; ``changes`` are dotted keys (``__`` for dots)."""
+    corpora = write_corpora(directory / "corpora")
+    config: dict[str, Any] = {
+        "name": "tiny",
+        "model": {"path": str(model), "dtype": "fp32"},
+        "data": {
+            "forget": [{"path": str(corpora["forget"])}],
+            "retain": [{"path": str(corpora["retain"])}],
+            "context_length": 24,
+            "packing": "whole",
+        },
+        "statistics": {"batch_rows": 4},
+        "calibration": {"if_none_found": "continue"},
+        "unlearning": {
+            "steps": 4,
+            "forget_rows": 4,
+            "retain_rows": 4,
+            "save_every": 2,
+            "alpha": 4.0,
+            "optimizer": {"lr": 1e-3},
+        },
+        "evaluation": {"tasks": write_tasks(directory / "corpora"), "drift_rows": 8, "max_new_tokens": 8},
+    }
+    for key, value in changes.items():
+        node = config
+        *parents, last = key.split("__")
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = value
+    path = directory / "config.yaml"
+    path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    return path

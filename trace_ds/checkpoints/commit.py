@@ -1,0 +1,133 @@
+"""Saving and loading a job's state through DeepSpeed, so that no crash leaves half a checkpoint.
+
+1. all ranks write into step_N.tmp-ID/ (DeepSpeed with save_latest=False)
+2. each rank fsyncs and hashes the files it wrote
+3. barrier; 4. the main process writes manifest.json, last
+5. rename to step_N/ and fsync the directory; 6. replace ``latest``; 7. prune, never the newest two
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from trace_ds.checkpoints.manifest import (
+    Manifest,
+    complete_steps,
+    newest_complete,
+    point_latest,
+    read_manifest,
+    step_name,
+)
+from trace_ds.errors import UserError
+from trace_ds.parallel.world import World
+from trace_ds.run.files import fsync_directory, fsync_file, sha256_file
+
+
+def save(
+    engine: Any, world: World, checkpoints: Path, manifest: Manifest, *, keep: int, keep_every: int | None
+) -> None:
+    """Write one checkpoint (collectively) by the protocol above and prune old ones.
+
+    Args:
+        engine: the DeepSpeed training engine.
+        checkpoints: ``RUN/checkpoints``.
+        manifest: everything but ``files``.
+        keep: newest checkpoints kept, at least 2.
+        keep_every: steps that are a multiple of it are never pruned.
+    """
+    name = step_name(manifest.step)
+    temporary = Path(world.broadcast(str(checkpoints / f"{name}.tmp-{os.getpid()}")))
+    if world.is_main:
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+    world.barrier()
+    engine.save_checkpoint(
+        str(checkpoints), tag=temporary.name, client_state={"trace_ds_step": manifest.step}, save_latest=False
+    )
+    world.barrier()  # every file is there: DeepSpeed writes some files of a group on one rank only
+    names = sorted(str(path.relative_to(temporary)) for path in temporary.rglob("*") if path.is_file())
+    mine = {}
+    for file in names[world.rank :: world.size]:  # hashing is shared between the ranks
+        fsync_file(temporary / file)
+        mine[file] = {"bytes": (temporary / file).stat().st_size, "sha256": sha256_file(temporary / file)}
+    files: dict[str, dict[str, Any]] = {}
+    for part in world.gather(mine):
+        files.update(part)
+    if world.is_main:
+        replace(manifest, files=files).write(temporary)
+        fsync_directory(temporary)
+        destination = checkpoints / name
+        if destination.exists():  # a damaged one of the same step, found while resuming
+            shutil.rmtree(destination)
+        os.replace(temporary, destination)
+        fsync_directory(checkpoints)
+        point_latest(checkpoints, manifest.step)
+        prune(checkpoints, keep, keep_every)
+    world.barrier()
+
+
+def prune(checkpoints: Path, keep: int, keep_every: int | None) -> list[int]:
+    """Delete old checkpoints; returns the steps deleted. The newest two always stay."""
+    steps, _ = complete_steps(checkpoints)
+    doomed = [step for step in steps[: -max(keep, 2)] if not (keep_every and step % keep_every == 0)]
+    for step in doomed:
+        shutil.rmtree(checkpoints / step_name(step))
+    return doomed
+
+
+def choose(checkpoints: Path, job: str, resume: str) -> tuple[Manifest | None, list[str]]:
+    """The checkpoint to resume from (None: start at step 0) and loud lines about damaged ones.
+
+    Args:
+        job: identity of this job; a checkpoint of another job is refused.
+        resume: ``auto``, ``required`` (no checkpoint is an error) or ``never`` (existing ones are deleted).
+    """
+    if resume == "never":
+        for step in complete_steps(checkpoints)[0]:
+            shutil.rmtree(checkpoints / step_name(step))
+        (checkpoints / "latest").unlink(missing_ok=True)
+        return None, []
+    step, problems = newest_complete(checkpoints, hashes=True)
+    if step is None:
+        if resume == "required":
+            found = f" ({problems[0]})" if problems else ""
+            raise UserError(
+                f"there is no complete checkpoint to resume from{found}",
+                str(checkpoints),
+                "use unlearning.resume: auto",
+            )
+        return None, problems
+    manifest = read_manifest(checkpoints / step_name(step))
+    if manifest.job != job:
+        raise UserError(
+            "this checkpoint belongs to another job (its model, data, calibration, seed or settings differ)",
+            str(checkpoints / step_name(step)),
+            "choose another --run-dir, or start over with --set unlearning.resume=never",
+        )
+    if problems:
+        problems.append(f"resuming from the newest complete checkpoint, step {step}")
+    return manifest, problems
+
+
+def check_shape(manifest: Manifest, world_size: int, ep: int, zero_stage: int, checkpoints: Path) -> None:
+    """A ZeRO checkpoint is read by the same number of ranks, expert-parallel size and stage that wrote it."""
+    wrote = (manifest.world, manifest.ep, manifest.zero_stage)
+    if wrote != (world_size, ep, zero_stage):
+        raise UserError(
+            f"the checkpoint was written by world size {wrote[0]}, expert-parallel size {wrote[1]}, ZeRO stage {wrote[2]};"
+            f" this job has {world_size}, {ep}, {zero_stage}",
+            str(checkpoints / step_name(manifest.step)),
+            "resume with the same shape, or start over with --set unlearning.resume=never",
+        )
+
+
+def restore(engine: Any, checkpoints: Path, manifest: Manifest) -> None:
+    """Load a verified checkpoint into the engine; DeepSpeed's silent (None, None) is an error."""
+    name = step_name(manifest.step)
+    path, state = engine.load_checkpoint(str(checkpoints), tag=name)
+    if path is None or state is None or state.get("trace_ds_step") != manifest.step:
+        raise RuntimeError(f"DeepSpeed did not load {checkpoints / name}")

@@ -1,0 +1,123 @@
+"""Checkpoints on disk: which are complete, what they hold, and the ``latest`` pointer. No torch, no DeepSpeed.
+
+``RUN/checkpoints/step_000100/`` holds DeepSpeed's shard files and, written last, ``manifest.json`` with the size and
+SHA-256 of each. A directory without a manifest, or with a file that does not match it, is not a checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from trace_ds.errors import UserError
+from trace_ds.run.files import sha256_file, write_json, write_text
+
+MANIFEST = "manifest.json"
+LATEST = "latest"
+FORMAT = 1
+STEP = re.compile(r"step_(\d{6,})")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint holds.
+
+    Attributes:
+        step: optimizer steps done.
+        world, ep, zero_stage: the shape of the job that wrote it.
+        family: model family.
+        job: identity of the job (model, data, calibration, settings): only the same job may resume from it.
+        model: ``{"path", "fingerprint"}`` of the model the job started from.
+        calibration: content fingerprint of the calibration.
+        dtype: parameter type of the forward pass.
+        cursor: ``{"step", "seed", ...}``: with the seed, the position in the data; and job constants.
+        versions: of trace_ds, deepspeed, torch, transformers.
+        files: name -> {bytes, sha256}.
+    """
+
+    step: int
+    world: int
+    ep: int
+    zero_stage: int
+    family: str
+    job: str
+    model: dict[str, str]
+    calibration: str
+    dtype: str
+    cursor: dict[str, Any]
+    versions: dict[str, str]
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def write(self, directory: Path) -> None:
+        write_json(directory / MANIFEST, {"format": FORMAT, **asdict(self)})
+
+
+def step_name(step: int) -> str:
+    return f"step_{step:06d}"
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """The manifest of a checkpoint directory; :class:`UserError` when missing or damaged."""
+    path = directory / MANIFEST
+    if not path.is_file():
+        raise UserError("there is no manifest: the checkpoint is incomplete", str(directory), "use another step")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        if raw.pop("format") != FORMAT:
+            raise ValueError("unknown format")
+        return Manifest(**raw)
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"the manifest is damaged ({error})", str(path), "use another step") from None
+
+
+def verify(directory: Path, manifest: Manifest, *, hashes: bool) -> None:
+    """Compare every file with the manifest: sizes always, SHA-256 when ``hashes``; names the first bad file."""
+    fix = "restore the file, or use another step"
+    for name, expected in sorted(manifest.files.items()):
+        path = directory / name
+        if not path.is_file():
+            raise UserError("a file of the checkpoint is missing", str(path), fix)
+        size = path.stat().st_size
+        if size != expected["bytes"]:
+            raise UserError(f"the file has {size} bytes instead of {expected['bytes']} (truncated?)", str(path), fix)
+        if hashes and sha256_file(path) != expected["sha256"]:
+            raise UserError("the file was altered after it was written (SHA-256 differs)", str(path), fix)
+
+
+def complete_steps(checkpoints: Path, *, hashes: bool = False) -> tuple[list[int], list[str]]:
+    """(steps of the complete checkpoints, ascending; one line for each damaged or incomplete directory)."""
+    steps, problems = [], []
+    for path in sorted(checkpoints.glob("step_*")) if checkpoints.is_dir() else []:
+        match = STEP.fullmatch(path.name)
+        if match is None or not path.is_dir():
+            continue
+        try:
+            verify(path, read_manifest(path), hashes=hashes)
+            steps.append(int(match[1]))
+        except UserError as error:
+            problems.append(error.line())
+    return sorted(steps), problems
+
+
+def newest_complete(checkpoints: Path, *, hashes: bool = False) -> tuple[int | None, list[str]]:
+    """The newest complete step (None: there is none) and what is wrong with newer ones and with ``latest``.
+
+    ``latest`` is a hint for people and for other tools; completeness is what counts, so an empty or wrong ``latest``
+    is reported and survived.
+    """
+    steps, problems = complete_steps(checkpoints, hashes=hashes)
+    newest = steps[-1] if steps else None
+    pointer = checkpoints / LATEST
+    if pointer.is_file():
+        named = pointer.read_text(encoding="utf-8", errors="replace").strip()
+        match = STEP.fullmatch(named)
+        if match is None or int(match[1]) not in steps:
+            problems.append(f"{pointer}: names {named!r}, which is not a complete checkpoint")
+    return newest, problems
+
+
+def point_latest(checkpoints: Path, step: int) -> None:
+    write_text(checkpoints / LATEST, step_name(step) + "\n")

@@ -1,0 +1,294 @@
+"""The command line: ``trace-ds VERB CONFIG``. One verb per stage; this module only parses, locks, launches and reports.
+
+    trace-ds demo
+    trace-ds run CONFIG --run-dir runs/mine --set unlearning.alpha=4
+    deepspeed --num_accelerators 8 --module trace_ds collect CONFIG
+
+Exit status: 0 done; 2 the input is wrong (one line says what, where and the fix); 75 stopped on request with a
+complete checkpoint; anything else is a failure.
+"""
+
+from __future__ import annotations
+
+import errno
+import sys
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from trace_ds import __version__
+from trace_ds.errors import EXIT_STOPPED, StopRequested, UserError
+
+app = typer.Typer(
+    name="trace-ds",
+    help="Routing-aware unlearning for Mixture-of-Experts language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ConfigArgument = Annotated[str, typer.Argument(help="YAML file, or the name of a recipe (`trace-ds recipes`).")]
+RunDirOption = Annotated[Optional[Path], typer.Option("--run-dir", help="Run directory; default runs/NAME.")]  # noqa: UP045
+SetOption = Annotated[Optional[list[str]], typer.Option("--set", help="Override: dotted.key=value.")]  # noqa: UP045
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the resolved config and what would run.")]
+NprocOption = Annotated[Optional[int], typer.Option("--nproc", min=1, help="Local processes (bare start).")]  # noqa: UP045
+EpOption = Annotated[Optional[int], typer.Option("--ep", min=1, help="Expert-parallel size.")]  # noqa: UP045
+JsonOption = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
+
+
+def main() -> None:
+    """Entry point of ``trace-ds`` and ``python -m trace_ds``."""
+    # The deepspeed launcher puts --local_rank=N before the script's own arguments; the environment says it too.
+    arguments = [item for item in sys.argv[1:] if not item.startswith(("--local_rank", "--local-rank"))]
+    try:
+        status = app(arguments, standalone_mode=False)
+    except UserError as error:
+        _fail(error.line(), error.exit_status)
+    except StopRequested as error:
+        print(f"trace-ds: {error}", file=sys.stderr)
+        sys.exit(EXIT_STOPPED)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG):
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        _fail(f"{where}{error.strerror}. Fix: free space or permissions there, or choose another --run-dir", 2)
+    except typer.Exit as end:
+        sys.exit(end.exit_code)
+    except typer.Abort:
+        sys.exit(130)
+    except Exception as error:
+        from click.exceptions import ClickException
+
+        if isinstance(error, ClickException) or hasattr(error, "format_message"):
+            error.show()  # type: ignore[union-attr]
+            sys.exit(2)
+        if type(error).__name__ == "AgreedError":  # the main process says it
+            sys.exit(2)
+        raise
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _fail(line: str, status: int) -> None:
+    print(f"trace-ds: error: {line}", file=sys.stderr)
+    sys.exit(status)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        print(f"trace_ds {__version__}")
+        raise typer.Exit(0)
+
+
+def _verb(name: str, config: str, run_dir: Path | None, overrides: list[str] | None, **options: object) -> None:
+    """Run one stage of a run (or, with ``dry_run``, say what it would be)."""
+    from trace_ds.stages.pipeline import Request, run_verb
+
+    changes = list(overrides or [])
+    for key in ("nproc", "ep"):
+        if options.get(key) is not None:
+            changes.append(f"distributed.{key}={options[key]}")
+    raise typer.Exit(run_verb(name, Request.load(config, changes, run_dir), dry_run=bool(options.get("dry_run"))))
+
+
+@app.command()
+def prepare(
+    config: ConfigArgument, run_dir: RunDirOption = None, set_: SetOption = None, dry_run: DryRunOption = False
+) -> None:
+    """Corpora → token datasets."""
+    _verb("prepare", config, run_dir, set_, dry_run=dry_run)
+
+
+@app.command()
+def collect(
+    config: ConfigArgument,
+    run_dir: RunDirOption = None,
+    set_: SetOption = None,
+    nproc: NprocOption = None,
+    ep: EpOption = None,
+    dry_run: DryRunOption = False,
+) -> None:
+    """Model and datasets → routing statistics (distributed)."""
+    _verb("collect", config, run_dir, set_, nproc=nproc, ep=ep, dry_run=dry_run)
+
+
+@app.command()
+def calibrate(
+    config: ConfigArgument, run_dir: RunDirOption = None, set_: SetOption = None, dry_run: DryRunOption = False
+) -> None:
+    """Statistics → forget-critical experts and retain weights."""
+    _verb("calibrate", config, run_dir, set_, dry_run=dry_run)
+
+
+@app.command()
+def unlearn(
+    config: ConfigArgument,
+    run_dir: RunDirOption = None,
+    set_: SetOption = None,
+    nproc: NprocOption = None,
+    ep: EpOption = None,
+    dry_run: DryRunOption = False,
+) -> None:
+    """Model, datasets and calibration → sharded checkpoints (distributed)."""
+    _verb("unlearn", config, run_dir, set_, nproc=nproc, ep=ep, dry_run=dry_run)
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="CONFIG of a run, or a checkpoint to convert.")],
+    destination: Annotated[Optional[Path], typer.Argument(help="Where to write (with a checkpoint).")] = None,  # noqa: UP045
+    run_dir: RunDirOption = None,
+    set_: SetOption = None,
+    to: Annotated[str, typer.Option(help="hf, ep or universal.")] = "hf",
+    tag: Annotated[Optional[str], typer.Option(help="Step directory inside SOURCE.")] = None,  # noqa: UP045
+    dtype: Annotated[str, typer.Option(help="bf16, fp32, … or same.")] = "same",
+    max_shard_size: Annotated[str, typer.Option()] = "5GB",
+    jobs: Annotated[int, typer.Option(min=1)] = 1,
+    base_model: Annotated[Optional[Path], typer.Option(help="For config and tokenizer.")] = None,  # noqa: UP045
+    verify: Annotated[bool, typer.Option("--verify", help="Read everything again and compare.")] = False,
+    dry_run: DryRunOption = False,
+) -> None:
+    """Checkpoint → Hugging Face model directory (one process, no GPU)."""
+    if destination is None:
+        return _verb("convert", source, run_dir, set_, dry_run=dry_run)
+    from trace_ds.conversion import convert_command
+
+    raise typer.Exit(
+        convert_command(
+            Path(source),
+            destination,
+            to=to,
+            tag=tag,
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            jobs=jobs,
+            base_model=base_model,
+            verify=verify,
+        )
+    )
+
+
+@app.command()
+def evaluate(
+    config: ConfigArgument, run_dir: RunDirOption = None, set_: SetOption = None, dry_run: DryRunOption = False
+) -> None:
+    """Models → scores: forgetting, utility, routing drift."""
+    _verb("evaluate", config, run_dir, set_, dry_run=dry_run)
+
+
+@app.command()
+def report(
+    configs: Annotated[list[str], typer.Argument(help="CONFIG, or run directories (the first one is the run).")],
+    run_dir: RunDirOption = None,
+    set_: SetOption = None,
+    dry_run: DryRunOption = False,
+) -> None:
+    """Run directory → one HTML page, PNGs, CSVs, a model card."""
+    from trace_ds.stages.pipeline import report_command
+
+    if len(configs) == 1 and not Path(configs[0]).is_dir():
+        return _verb("report", configs[0], run_dir, set_, dry_run=dry_run)
+    raise typer.Exit(report_command([Path(item) for item in configs]))
+
+
+@app.command()
+def run(
+    config: ConfigArgument,
+    run_dir: RunDirOption = None,
+    set_: SetOption = None,
+    nproc: NprocOption = None,
+    ep: EpOption = None,
+    dry_run: DryRunOption = False,
+) -> None:
+    """All stages; skips what is done, goes on where it was killed."""
+    _verb("run", config, run_dir, set_, nproc=nproc, ep=ep, dry_run=dry_run)
+
+
+@app.command()
+def demo(
+    run_dir: Annotated[Path, typer.Option("--run-dir", help="Where to work.")] = Path("runs/demo"),
+    set_: SetOption = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """The whole method on real text, on this machine, in minutes."""
+    from trace_ds.demo.run import demo as run_demo
+
+    raise typer.Exit(run_demo(run_dir, list(set_ or []), seed))
+
+
+@app.command()
+def doctor(
+    config: Annotated[Optional[str], typer.Argument(help="YAML file or recipe; default: the machine only.")] = None,  # noqa: UP045
+    run_dir: RunDirOption = None,
+    set_: SetOption = None,
+    json: JsonOption = False,
+    bandwidth: Annotated[bool, typer.Option("--bandwidth", help="Measure collectives too.")] = False,
+) -> None:
+    """Preflight of machine, launchers, storage, model and data: OK, WARN or MISS, each with its fix."""
+    from trace_ds.cluster.doctor import doctor as run_doctor
+    from trace_ds.stages.pipeline import Request
+
+    request = Request.load(config, list(set_ or []), run_dir) if config is not None else None
+    directory = request.run.path if request is not None else run_dir
+    raise typer.Exit(run_doctor(request.config if request else None, directory, json, bandwidth))
+
+
+@app.command()
+def plan(
+    config: ConfigArgument,
+    run_dir: RunDirOption = None,
+    set_: SetOption = None,
+    nodes: Annotated[int, typer.Option(min=1)] = 1,
+    gpus_per_node: Annotated[int, typer.Option(min=1)] = 8,
+    gpu_memory: Annotated[float, typer.Option(help="GB of one GPU.")] = 80.0,
+    json: JsonOption = False,
+) -> None:
+    """Memory, time and communication of a config on a cluster, without loading weights."""
+    from trace_ds.cluster.plan import plan_command
+    from trace_ds.cluster.spec import ClusterSpec
+    from trace_ds.stages.pipeline import Request
+
+    spec = ClusterSpec(nodes=nodes, gpus_per_node=gpus_per_node, gpu_memory_gb=gpu_memory)
+    raise typer.Exit(plan_command(Request.load(config, list(set_ or []), run_dir).config, spec, json))
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="Artefact, checkpoint, model or run directory.")],
+    json: JsonOption = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Compare hashes too.")] = False,
+) -> None:
+    """What a checkpoint or artefact is, and whether it is whole."""
+    from trace_ds.run.inspect import inspect_path
+
+    raise typer.Exit(inspect_path(path, json, verify))
+
+
+@app.command()
+def bench(
+    recipe: ConfigArgument = "demo",
+    run_dir: RunDirOption = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Base models, seeds 0, 1, …")] = 3,
+    json: JsonOption = False,
+) -> None:
+    """Compare weight rules at matched forgetting over several seeds (resumable)."""
+    from trace_ds.demo.bench import bench as run_bench
+
+    raise typer.Exit(run_bench(recipe, run_dir or Path("runs/bench"), seeds, json))
+
+
+@app.command()
+def recipes(show: Annotated[Optional[str], typer.Option(help="Print this recipe.")] = None) -> None:  # noqa: UP045
+    """List the recipes shipped with the package; their names work wherever a CONFIG does."""
+    from trace_ds.config.load import read_config_text, recipe_names, recipe_text
+
+    if show is not None:
+        print(read_config_text(show)[0], end="")
+        return
+    for name in recipe_names():
+        first = recipe_text(name).splitlines()[0].lstrip("# ")
+        print(f"{name:24} {first}")

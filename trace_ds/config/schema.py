@@ -1,0 +1,205 @@
+"""The typed configuration of a run: one pydantic model per stage, strict (an unknown key is an error).
+
+Every field has a default that works, except the paths of the model and of the corpora. The description of each field
+is its documentation; ``trace-ds run CONFIG --dry-run`` prints the resolved values.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+DETECTIONS = ("significance", "top_difference", "top_ratio", "top_kl", "top_gate_mass")
+RULES = ("raking", "ratio_mean", "ratio_max", "uniform", "permuted", "random_experts", "inverse")
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys are refused, values are not coerced between kinds."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, validate_default=True)
+
+
+class ModelConfig(Section):
+    path: str = Field(description="Hugging Face model directory (safetensors).")
+    tokenizer: str | None = Field(None, description="Tokenizer directory; default: the model's.")
+    dtype: Literal["bf16", "fp32"] = Field("bf16", description="Parameter type of the forward pass.")
+
+
+class CorpusFile(Section):
+    """One file of documents: ``.jsonl`` (one object a line, text under ``field``) or ``.txt`` (see ``separator``)."""
+
+    path: str
+    field: str = Field("text", description="Key of the text in a JSONL line.")
+    source: str | None = Field(
+        None, description="Name shown in reports; default: the line's own 'source', else the file name."
+    )
+    separator: str | None = Field(None, description="Splits a text file into documents; default: the file is one.")
+
+
+class DataConfig(Section):
+    forget: list[CorpusFile] = Field(min_length=1)
+    retain: list[CorpusFile] = Field(min_length=1)
+    context_length: int = Field(2048, ge=2, description="Tokens of a row (and the longest piece of a document).")
+    packing: Literal["dense", "whole"] = Field(
+        "dense",
+        description="dense: rows are cut from the stream of documents, no padding; whole: a document that fits into a "
+        "row is never cut. Attention never crosses documents in either.",
+    )
+    documents_per_row: int | None = Field(None, ge=1, description="Upper bound of documents in a row; default: none.")
+    add_bos: bool = True
+    add_eos: bool = True
+
+
+class DistributedConfig(Section):
+    nproc: int | None = Field(None, ge=1, description="Local processes when started bare; default: accelerators or 1.")
+    ep: int = Field(1, ge=1, description="Expert-parallel size; divides the experts and the world size.")
+    threads: int = Field(1, ge=1, description="CPU threads of each process (fixed: results depend on it bitwise).")
+    timeout_minutes: int = Field(30, ge=1, description="Process-group timeout.")
+
+
+class StatisticsConfig(Section):
+    batch_rows: int = Field(8, ge=1, description="Rows per process and forward pass.")
+    trace: bool = Field(True, description="Record the top-k experts of every token (needed by the weight rules).")
+    nll: bool = Field(False, description="Record the frozen model's loss of every token (needed by NPO).")
+
+
+class DetectionConfig(Section):
+    method: Literal["significance", "top_difference", "top_ratio", "top_kl", "top_gate_mass"] = "significance"
+    min_load: float = Field(1.0, ge=0, description="significance: p_forget must be >= min_load * K / E.")
+    min_ratio: float = Field(1.25, gt=0, description="significance: rho, the ratio the forget side must exceed.")
+    false_discovery_rate: float = Field(0.05, gt=0, lt=1, description="significance: Benjamini-Hochberg level.")
+    top_n: int = Field(4, ge=1, description="top_*: experts selected (per layer or in all, see per_layer).")
+    per_layer: bool = True
+    ratio_floor: float = Field(0.25, ge=0, description="top_ratio: retain frequencies are floored at this * K / E.")
+    layers: list[int] | None = Field(None, description="Only these MoE layers (0-based); default: all.")
+    exclude_layers: list[int] = Field(default_factory=list)
+
+
+class CalibrationConfig(Section):
+    detection: DetectionConfig = DetectionConfig()
+    experts: Literal["all", "selected"] = Field("all", description="Experts whose frequencies the weights match.")
+    rule: Literal["raking", "ratio_mean", "ratio_max", "uniform", "permuted", "random_experts", "inverse"] = "raking"
+    level: Literal["token", "sequence"] = Field("token", description="sequence: every token has its row's mean weight.")
+    ess_floor: float = Field(0.5, gt=0, le=1, description="Least effective sample size (sum w)^2 / (n sum w^2).")
+    clip: float = Field(20.0, gt=1, description="ratio_*: largest ratio of frequencies used.")
+    if_none_found: Literal["stop", "continue"] = Field(
+        "stop", description="No forget-critical expert found: stop with exit status 2, or continue."
+    )
+
+
+class OptimizerConfig(Section):
+    lr: float = Field(1e-5, gt=0)
+    betas: tuple[float, float] = (0.9, 0.99)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    gradient_clipping: float = Field(1.0, ge=0, description="0: off.")
+    warmup_steps: int = Field(0, ge=0)
+
+
+class RMUConfig(Section):
+    layer: int | None = Field(None, ge=0, description="Decoder layer whose output is steered; default: the middle.")
+    coefficient: float = Field(3.0, gt=0, description="Steering length, in units of the mean norm of hidden states.")
+
+
+class NPOConfig(Section):
+    beta: float = Field(0.1, gt=0, description="Inverse temperature; acts on sequence sums of NLL.")
+
+
+class SimNPOConfig(Section):
+    beta: float = Field(4.5, gt=0)
+    delta: float = 0.0
+
+
+class UnlearningConfig(Section):
+    forget_loss: Literal["rmu", "graddiff", "npo", "simnpo"] = "rmu"
+    retain_loss: Literal["auto", "nll", "hidden_mse"] = Field(
+        "auto", description="auto: hidden_mse with rmu, nll otherwise."
+    )
+    alpha: float = Field(1.0, ge=0, description="Weight of the retain loss.")
+    gamma: float = Field(1.0, ge=0, description="Weight of the forget loss.")
+    apply: Literal["sampling", "loss"] = Field(
+        "sampling",
+        description="How the retain weights act: sampling draws retain rows in proportion to their mean weight; loss "
+        "multiplies the token losses (the literal reading of the abstract).",
+    )
+    steps: int = Field(100, ge=1)
+    forget_rows: int = Field(8, ge=1, description="Forget rows per step, over all processes.")
+    retain_rows: int = Field(8, ge=1, description="Retain rows per step, over all processes.")
+    micro_batch_rows: int | None = Field(None, ge=1, description="Forget (and retain) rows per process and forward.")
+    zero_stage: Literal[1, 2, 3] = 3
+    ds_config: str | None = Field(None, description="DeepSpeed JSON file whose keys are added (see ds_configs/).")
+    optimizer: OptimizerConfig = OptimizerConfig()
+    rmu: RMUConfig = RMUConfig()
+    npo: NPOConfig = NPOConfig()
+    simnpo: SimNPOConfig = SimNPOConfig()
+    save_every: int = Field(50, ge=1, description="Steps between checkpoints; the last step is always saved.")
+    keep: int = Field(2, ge=2, description="Checkpoints kept; never fewer than the newest two.")
+    keep_every: int | None = Field(None, ge=1, description="Steps that are a multiple of this are never pruned.")
+    resume: Literal["auto", "required", "never"] = "auto"
+    log_every: int = Field(1, ge=1)
+
+
+class ConversionConfig(Section):
+    dtype: Literal["bf16", "fp32", "same"] = Field("same", description="same: the run's model.dtype.")
+    max_shard_size: str = "5GB"
+    step: int | None = Field(None, ge=1, description="Checkpoint to convert; default: the newest.")
+
+
+class TaskConfig(Section):
+    """One evaluation task; ``role`` says which way is good: forget (lower), utility (higher)."""
+
+    name: str
+    type: Literal["choice", "verbatim", "perplexity"]
+    path: str
+    role: Literal["forget", "utility"]
+
+
+class EvaluationConfig(Section):
+    tasks: list[TaskConfig] = Field(default_factory=list)
+    models: dict[str, str] = Field(
+        default_factory=dict,
+        description="Further models scored beside the original and the unlearned one, for example {gold: PATH}.",
+    )
+    batch_rows: int = Field(64, ge=1)
+    checkpoints: bool = Field(False, description="Also score every kept checkpoint: the forgetting-utility curve.")
+    drift: bool = Field(True, description="Routing drift of the unlearned model on both corpora.")
+    drift_rows: int = Field(256, ge=1, description="Rows of each corpus used for the drift.")
+    max_new_tokens: int = Field(128, ge=1, description="verbatim: tokens generated.")
+
+
+class ReportConfig(Section):
+    title: str | None = None
+
+
+class Config(Section):
+    """A whole run. ``variants`` are further runs that differ only in the named keys (a fair comparison)."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    seed: int = Field(0, ge=0)
+    model: ModelConfig
+    data: DataConfig
+    distributed: DistributedConfig = DistributedConfig()
+    statistics: StatisticsConfig = StatisticsConfig()
+    calibration: CalibrationConfig = CalibrationConfig()
+    unlearning: UnlearningConfig = UnlearningConfig()
+    conversion: ConversionConfig = ConversionConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    report: ReportConfig = ReportConfig()
+    variants: dict[str, dict[str, Any]] = Field(
+        default_factory=dict,
+        description="Name -> {dotted.key: value}: run by `trace-ds run` under RUN/variants/NAME, sharing the data and "
+        "the statistics, and compared in the report. Only calibration.*, unlearning.* and conversion.* may differ.",
+    )
+
+    @model_validator(mode="after")
+    def _unlearning_needs(self) -> Config:
+        if self.unlearning.forget_loss == "npo" and not self.statistics.nll:
+            raise ValueError("unlearning.forget_loss npo needs statistics.nll: true (the frozen model's losses)")
+        if self.unlearning.retain_loss == "hidden_mse" and self.unlearning.forget_loss != "rmu":
+            raise ValueError("unlearning.retain_loss hidden_mse works with unlearning.forget_loss rmu only")
+        for name, changes in self.variants.items():
+            for key in changes:
+                if key.split(".")[0] not in ("calibration", "unlearning", "conversion"):
+                    raise ValueError(f"variants.{name} may not change {key}: only calibration, unlearning, conversion")
+        return self

@@ -1,0 +1,109 @@
+"""Packing: tokenised documents become rows of at most ``context_length`` tokens.
+
+Documents keep their order and the pieces of a document are neighbours, so a contiguous range of rows holds whole
+documents except at its two ends: what the distributed statistics rely on. Attention never crosses documents (the
+position ids restart), so packing changes no number, only the padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+
+@dataclass
+class PackingCounts:
+    """What packing saw; ``documents_split`` counts documents cut into more than one piece."""
+
+    documents: int = 0
+    empty_documents: int = 0
+    documents_split: int = 0
+    tokens: int = 0
+    counted_tokens: int = 0
+    rows: int = 0
+
+
+@dataclass
+class PackedRow:
+    """One row: ``input_ids`` and ``document_ids``, int32, equal length; ``document_ids`` is non-decreasing."""
+
+    input_ids: np.ndarray
+    document_ids: np.ndarray
+
+
+@dataclass
+class _OpenRow:
+    pieces: list[np.ndarray] = field(default_factory=list)
+    documents: list[int] = field(default_factory=list)
+    tokens: int = 0
+
+    def add(self, piece: np.ndarray, document: int) -> None:
+        self.pieces.append(piece)
+        self.documents.append(document)
+        self.tokens += len(piece)
+
+    def close(self) -> PackedRow:
+        lengths = [len(piece) for piece in self.pieces]
+        row = PackedRow(
+            np.concatenate(self.pieces).astype(np.int32),
+            np.repeat(np.array(self.documents, dtype=np.int32), lengths),
+        )
+        self.pieces, self.documents, self.tokens = [], [], 0
+        return row
+
+
+def pack(
+    documents: Iterable[list[int]],
+    context_length: int,
+    packing: str,
+    documents_per_row: int | None,
+    counts: PackingCounts,
+) -> Iterator[PackedRow]:
+    """Yield the packed rows of tokenised documents, streaming.
+
+    Args:
+        documents: token ids of each document (may be empty; the document keeps its index).
+        context_length: most tokens of a row.
+        packing: ``dense`` (cut wherever a row ends) or ``whole`` (never cut a document that fits into a row).
+        documents_per_row: most documents in a row, or None.
+        counts: filled while rows are yielded.
+    """
+    row = _OpenRow()
+    for index, ids in enumerate(documents):
+        counts.documents += 1
+        if not ids:
+            counts.empty_documents += 1
+            continue
+        tokens = np.asarray(ids, dtype=np.int32)
+        pieces = 0
+        while len(tokens):
+            room = context_length - row.tokens
+            if documents_per_row is not None and len(row.documents) >= documents_per_row:
+                room = 0
+            if packing == "whole" and room < len(tokens) and row.tokens:
+                room = 0
+            if room == 0:
+                yield _counted(row.close(), counts)
+                continue
+            row.add(tokens[:room], index)
+            tokens = tokens[room:]
+            pieces += 1
+        counts.documents_split += pieces > 1
+    if row.tokens:
+        yield _counted(row.close(), counts)
+
+
+def counted_positions(document_ids: np.ndarray) -> np.ndarray:
+    """Which positions of a row are loss-bearing: the next token exists and belongs to the same document (bool)."""
+    counted = np.zeros(len(document_ids), dtype=bool)
+    counted[:-1] = document_ids[1:] == document_ids[:-1]
+    return counted
+
+
+def _counted(row: PackedRow, counts: PackingCounts) -> PackedRow:
+    counts.rows += 1
+    counts.tokens += len(row.input_ids)
+    counts.counted_tokens += int(counted_positions(row.document_ids).sum())
+    return row

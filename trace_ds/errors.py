@@ -1,0 +1,39 @@
+"""The two ways a stage may end early on purpose; everything else is a bug and shows its traceback.
+
+Exit status is part of the command line's contract: 0 done, 2 the user's input is wrong, 75 stopped on
+request with a complete checkpoint, anything else a failure.
+"""
+
+from __future__ import annotations
+
+EXIT_USER_ERROR = 2
+EXIT_STOPPED = 75
+
+
+class UserError(Exception):
+    """The user's input is wrong: one line saying what, where, and how to fix it; exit status 2.
+
+    Args:
+        what: what is wrong, in a few words with the offending value.
+        where: the file, configuration key or artefact it was found in.
+        fix: what to do about it.
+    """
+
+    exit_status = EXIT_USER_ERROR
+
+    def __init__(self, what: str, where: str = "", fix: str = "") -> None:
+        self.what, self.where, self.fix = what, where, fix
+        super().__init__(self.line())
+
+    def line(self) -> str:
+        """The message as one line: ``where: what. Fix: …``."""
+        text = f"{self.where}: {self.what}" if self.where else self.what
+        if self.fix:
+            text = f"{text.rstrip('.')}. Fix: {self.fix}"
+        return " ".join(text.split())
+
+
+class StopRequested(Exception):
+    """Stopped on request after a complete checkpoint was saved; run again to go on; exit status 75."""
+
+    exit_status = EXIT_STOPPED

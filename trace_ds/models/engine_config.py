@@ -1,0 +1,39 @@
+"""The DeepSpeed configuration file a user may add: reading, checking and merging it (no heavy imports)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from trace_ds.errors import UserError
+
+
+def user_ds_config(path: str | None) -> dict[str, Any]:
+    """The DeepSpeed keys a user adds from a JSON file; :class:`UserError` when it cannot be read."""
+    if path is None:
+        return {}
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"the DeepSpeed configuration cannot be read ({error})", path, "correct the file") from None
+    if not isinstance(value, dict):
+        raise UserError("the DeepSpeed configuration is not a JSON object", path, "correct the file")
+    for key in (
+        "expert_parallel",
+        "train_batch_size",
+        "train_micro_batch_size_per_gpu",
+        "gradient_accumulation_steps",
+    ):
+        if key in value:
+            raise UserError(f"the key {key!r} is set by the run's own configuration", path, "remove it from the file")
+    return value
+
+
+def merge(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+    """``base`` with ``extra`` on top, sections merged key by key."""
+    merged = dict(base)
+    for key, value in extra.items():
+        old = merged.get(key)
+        merged[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged

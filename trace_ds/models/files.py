@@ -1,0 +1,243 @@
+"""What is in a Hugging Face model directory, from ``config.json`` and the safetensors headers alone.
+
+    files = read_model_directory("/models/Mixtral-8x7B-v0.1")
+    files.tensors["lm_head.weight"].shape, files.parameters, files.bytes
+
+Pure Python: no torch, and no weight is read, so a 700 B model takes seconds. Files from elsewhere are hostile
+until proven otherwise: sizes and offsets are checked against the file before anything is believed, shard
+names may not leave the directory, and pickled weights are refused.
+
+The safetensors layout (huggingface.co/docs/safetensors): 8 bytes little-endian header length N, N bytes of
+JSON ``{name: {"dtype", "shape", "data_offsets": [begin, end]}}`` with offsets relative to byte 8 + N, then the
+data.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from trace_ds.errors import UserError
+
+CONFIG_NAME = "config.json"
+SINGLE_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
+
+DTYPE_BYTES = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 1),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
+    **dict.fromkeys(("U32", "I32", "F32"), 4),
+    **dict.fromkeys(("U64", "I64", "F64", "C64"), 8),
+}
+COPY_AGAIN = "copy or download the model again"
+
+
+class TensorEntry(NamedTuple):
+    """Where a tensor lies: ``begin`` and ``end`` are byte offsets from the start of the file ``file``."""
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A whole model directory.
+
+    Attributes:
+        path: the directory.
+        config: the parsed ``config.json``.
+        tensors: every tensor of the model by its name on disk, in sorted order.
+        files: the names of the safetensors files that hold them, sorted.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    tensors: dict[str, TensorEntry]
+    files: tuple[str, ...]
+
+    @property
+    def model_type(self) -> str:
+        """``model_type`` of the configuration, or an empty string."""
+        return str(self.config.get("model_type", ""))
+
+    @property
+    def parameters(self) -> int:
+        """Elements of all tensors on disk (tied weights are stored once)."""
+        return sum(entry.elements for entry in self.tensors.values())
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all tensors on disk, without the headers."""
+        return sum(entry.end - entry.begin for entry in self.tensors.values())
+
+    @property
+    def dtypes(self) -> dict[str, int]:
+        """Elements by type, most frequent first."""
+        totals: dict[str, int] = {}
+        for entry in self.tensors.values():
+            totals[entry.dtype] = totals.get(entry.dtype, 0) + entry.elements
+        return dict(sorted(totals.items(), key=lambda item: (-item[1], item[0])))
+
+
+def read_json_object(path: Path, what: str) -> dict[str, Any]:
+    """A JSON file whose top level is an object; :class:`UserError` naming the file otherwise."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{what} cannot be read ({error.strerror})", str(path), "check the path") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{what} is not JSON ({error})", str(path), COPY_AGAIN) from None
+    if not isinstance(value, dict):
+        raise UserError(f"{what} is not a JSON object", str(path), COPY_AGAIN)
+    return value
+
+
+def read_model_config(path: str | Path) -> dict[str, Any]:
+    """The ``config.json`` of a model directory; :class:`UserError` when the directory or the file is not
+    there.
+    """
+    directory = Path(path).expanduser()
+    if not directory.is_dir():
+        what = (
+            "the model path is a file, not a directory"
+            if directory.is_file()
+            else "there is no model directory"
+        )
+        raise UserError(
+            what, str(directory), "set model.path to a Hugging Face model directory on this machine"
+        )
+    if not (directory / CONFIG_NAME).is_file():
+        raise UserError(
+            f"the directory has no {CONFIG_NAME}",
+            str(directory),
+            "set model.path to a Hugging Face model directory",
+        )
+    return read_json_object(directory / CONFIG_NAME, "the model's configuration")
+
+
+def read_model_directory(path: str | Path) -> ModelFiles:
+    """Read and check a model directory (every tensor the index names is there, every file has its full
+    length).
+
+    Raises:
+        UserError: the directory is missing; no or damaged ``config.json``; no safetensors weights; a shard is
+        missing
+            or truncated (named); the index names a tensor that its shard does not hold.
+    """
+    directory = Path(path).expanduser()
+    config = read_model_config(directory)
+    index_path = directory / INDEX_NAME
+    if index_path.is_file():
+        placed = _read_index(index_path)
+        files = tuple(sorted(set(placed.values())))
+    elif (directory / SINGLE_NAME).is_file():
+        placed, files = {}, (SINGLE_NAME,)
+    else:
+        raise UserError(*_no_weights(directory))
+    missing = [name for name in files if not (directory / name).is_file()]
+    if missing:
+        more = (
+            f" (and {len(missing) - 1} more of {len(files)})" if len(missing) > 1 else f" (1 of {len(files)})"
+        )
+        raise UserError(f"weight shard {missing[0]} is missing{more}", str(directory), COPY_AGAIN)
+    tensors: dict[str, TensorEntry] = {}
+    for name in files:
+        for tensor, entry in read_safetensors_header(directory / name).items():
+            if tensor in tensors:
+                raise UserError(
+                    f"tensor {tensor} is in two shards, {tensors[tensor].file} and {name}",
+                    str(directory),
+                    COPY_AGAIN,
+                )
+            tensors[tensor] = entry
+    for tensor, name in placed.items():
+        if tensor not in tensors or tensors[tensor].file != name:
+            raise UserError(
+                f"the index names tensor {tensor}, which {name} does not hold", str(index_path), COPY_AGAIN
+            )
+    return ModelFiles(directory, config, dict(sorted(tensors.items())), files)
+
+
+def read_safetensors_header(path: Path) -> dict[str, TensorEntry]:
+    """The tensors of one safetensors file, offsets checked against the file's length.
+
+    Raises:
+        UserError: the file is truncated, longer than its header says, or its header is not a safetensors
+        header.
+    """
+    try:
+        with path.open("rb") as handle:
+            size = path.stat().st_size
+            prefix = handle.read(8)
+            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+            if len(prefix) < 8 or 8 + length > size:
+                # an 8-byte prefix that exceeds the file is either truncation or no safetensors file at all
+                raise UserError(f"the weight file is truncated ({size} bytes)", str(path), COPY_AGAIN)
+            if length > MAX_HEADER_BYTES:
+                raise UserError(
+                    f"the header claims {length} bytes: no safetensors file", str(path), COPY_AGAIN
+                )
+            raw = handle.read(length)
+    except OSError as error:
+        raise UserError(f"the weight file cannot be read ({error.strerror})", str(path), COPY_AGAIN) from None
+    try:
+        header = json.loads(raw)
+        header.pop("__metadata__", None)
+        entries = {name: _entry(path.name, value, 8 + length) for name, value in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"the header is no safetensors header ({error})", str(path), COPY_AGAIN) from None
+    end = max((entry.end for entry in entries.values()), default=8 + length)
+    if size != end:
+        state = "truncated" if size < end else "longer than its header says"
+        raise UserError(f"the weight file is {state} ({size} bytes instead of {end})", str(path), COPY_AGAIN)
+    return entries
+
+
+def _entry(file: str, value: dict[str, Any], data_start: int) -> TensorEntry:
+    """One tensor of a header; ``ValueError`` when its offsets do not fit its shape and type."""
+    dtype, shape = value["dtype"], tuple(value["shape"])
+    begin, end = value["data_offsets"]
+    if dtype not in DTYPE_BYTES:
+        raise ValueError(f"unknown type {dtype!r}")
+    if not all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end)):
+        raise ValueError("a negative or fractional size")
+    if end - begin != math.prod(shape) * DTYPE_BYTES[dtype]:
+        raise ValueError(f"{end - begin} bytes for shape {list(shape)} of {dtype}")
+    return TensorEntry(file, dtype, shape, data_start + begin, data_start + end)
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """``weight_map`` of an index: tensor name -> file name in the same directory."""
+    placed = read_json_object(path, "the index of the weight shards").get("weight_map")
+    if not isinstance(placed, dict) or not placed:
+        raise UserError("the index of the weight shards has no weight_map", str(path), COPY_AGAIN)
+    for tensor, name in placed.items():
+        if not isinstance(name, str) or Path(name).name != name:
+            raise UserError(
+                f"the index places tensor {tensor} outside the directory ({name!r})", str(path), COPY_AGAIN
+            )
+    return placed
+
+
+def _no_weights(directory: Path) -> tuple[str, str, str]:
+    pickled = sorted(directory.glob("pytorch_model*.bin")) + sorted(directory.glob("*.pth"))
+    if pickled:
+        what = f"the model has pickled weights only ({pickled[0].name}), which are never loaded"
+        return (
+            what,
+            str(directory),
+            "get the safetensors version, or save it again with safe_serialization=True",
+        )
+    return f"the directory has no weights ({SINGLE_NAME} or {INDEX_NAME})", str(directory), COPY_AGAIN

@@ -1,0 +1,114 @@
+"""Starting local processes for a distributed verb when no launcher did: ``trace-ds collect CONFIG --nproc 2``.
+
+The children die with the parent (Linux parent-death signal), share its lock on the run directory, and SIGTERM or
+SIGINT to the parent reaches them all. Their exit status is the parent's.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from types import FrameType
+
+from trace_ds.errors import EXIT_STOPPED, EXIT_USER_ERROR, UserError
+from trace_ds.parallel.environment import free_port
+
+CORES_OVERSUBSCRIPTION = 4
+PEERS_GRACE_S = 30.0
+PR_SET_PDEATHSIG = 1
+
+
+def check_process_count(nproc: int, accelerators: int, cores: int) -> None:
+    """Refuse more local processes than the machine can hold.
+
+    On a machine with accelerators each process needs its own; on a CPU-only one, more than
+    ``CORES_OVERSUBSCRIPTION`` processes per core is taken for a mistake.
+    """
+    if accelerators and nproc > accelerators:
+        raise UserError(
+            f"{nproc} processes on this machine, which has {accelerators} accelerators",
+            "distributed.nproc",
+            f"use --nproc {accelerators}, or more nodes",
+        )
+    limit = CORES_OVERSUBSCRIPTION * cores
+    if not accelerators and nproc > limit:
+        raise UserError(
+            f"{nproc} processes on this machine, which has no accelerator and {cores} CPU cores",
+            "distributed.nproc",
+            f"use at most --nproc {limit}",
+        )
+
+
+def run_processes(
+    arguments: Sequence[str], nproc: int, environment: dict[str, str], pass_fds: Sequence[int], threads: int
+) -> int:
+    """Run ``python -m trace_ds ARGUMENTS`` as ``nproc`` ranks of one job and wait; returns the exit status.
+
+    When a rank fails, the others get :data:`PEERS_GRACE_S` to notice before they are killed.
+    """
+    port = str(free_port())
+    children: list[subprocess.Popen[bytes]] = []
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        for child in children:
+            if child.poll() is None:
+                child.send_signal(signal.SIGTERM)
+
+    previous = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        for rank in range(nproc):
+            variables = {
+                **os.environ,
+                **environment,
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(nproc),
+                "LOCAL_WORLD_SIZE": str(nproc),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+                "OMP_NUM_THREADS": str(threads),
+            }
+            children.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", "trace_ds", *arguments],
+                    env=variables,
+                    pass_fds=pass_fds,
+                    preexec_fn=_die_with_parent,
+                )
+            )
+        return _wait(children)
+    finally:
+        for child in children:
+            if child.poll() is None:
+                child.kill()
+            child.wait()
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _wait(children: list[subprocess.Popen[bytes]]) -> int:
+    failed_at: float | None = None
+    while any(child.poll() is None for child in children):
+        if failed_at is None and any(child.poll() not in (None, 0) for child in children):
+            failed_at = time.monotonic()
+        if failed_at is not None and time.monotonic() - failed_at > PEERS_GRACE_S:
+            for child in children:
+                child.kill()
+        time.sleep(0.05)
+    statuses = [child.returncode for child in children]
+    for status in (EXIT_USER_ERROR, EXIT_STOPPED):
+        if status in statuses:
+            return status
+    failed = [status for status in statuses if status != 0]
+    return 0 if not failed else (failed[0] if failed[0] > 0 else 128 - failed[0])
+
+
+def _die_with_parent() -> None:
+    """In the child, before exec: be killed when the parent dies, so that nothing outlives a killed job."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -1,0 +1,163 @@
+"""The process group a job runs in: joining it under any launcher, and the few collectives the stages need.
+
+Rank logic lives here and nowhere else. Launchers: ``torchrun`` and ``deepspeed`` (RANK and WORLD_SIZE), ``mpirun``
+(DeepSpeed's mpi4py discovery), ``srun`` (SLURM_STEP_NUM_TASKS; the batch script itself also has SLURM_PROCID, so that
+one does not count), and our own local processes (RANK again).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from trace_ds.errors import UserError
+from trace_ds.parallel.environment import free_port, launched
+
+T = TypeVar("T")
+
+
+class AgreedError(Exception):
+    """The main process found the user's input wrong: the other ranks leave with the same exit status, silently."""
+
+    exit_status = UserError.exit_status
+
+
+@dataclass(frozen=True)
+class World:
+    """The default process group: this process's rank, its size and the device of this process."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        dist.barrier()
+
+    def sum_int64(self, values: np.ndarray) -> np.ndarray:
+        """All-reduce (sum) of an int64 array over all ranks."""
+        return self._reduce(values, np.int64, dist.ReduceOp.SUM)
+
+    def sum_float64(self, values: np.ndarray) -> np.ndarray:
+        """All-reduce (sum) of a float64 array over all ranks."""
+        return self._reduce(values, np.float64, dist.ReduceOp.SUM)
+
+    def max_int(self, value: int) -> int:
+        return int(self._reduce(np.array([value]), np.int64, dist.ReduceOp.MAX)[0])
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's ``value`` on every rank, in rank order. Plain data only (numbers, text, lists, arrays)."""
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value)
+        return found
+
+    def broadcast(self, value: T) -> T:
+        """The main process's ``value`` on every rank. Plain data only."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def agree(self, check: Callable[[], T]) -> T | None:
+        """Run ``check`` on the main process; its :class:`UserError` ends every rank with the same exit status.
+
+        Returns:
+            What ``check`` returned, on the main process; None elsewhere.
+        """
+        result, error = None, None
+        if self.is_main:
+            try:
+                result = check()
+            except UserError as found:
+                error = found
+        if self.broadcast(error is not None):
+            if error is not None:
+                raise error
+            raise AgreedError
+        return result
+
+    def broadcast_agreed(self, make: Callable[[], T]) -> T:
+        """Run ``make`` on the main process and return its plain-data result on every rank; errors as in agree."""
+        result = self.agree(lambda: [make()])
+        return self.broadcast(result)[0]  # type: ignore[index]
+
+    def _reduce(self, values: np.ndarray, dtype: type, operation: Any) -> np.ndarray:
+        tensor = torch.from_numpy(np.ascontiguousarray(values, dtype=dtype)).to(self.device, copy=True)
+        dist.all_reduce(tensor, op=operation)
+        return tensor.cpu().numpy()
+
+
+def join(threads: int, timeout_minutes: int) -> World:
+    """Join the job's process group (a group of one when no launcher is there) and return the world.
+
+    Args:
+        threads: CPU threads of this process; fixed, since results of matrix products depend on it bit by bit.
+        timeout_minutes: how long a collective may wait for a slow rank.
+    """
+    _adopt_slurm_step()
+    if not launched():
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+        os.environ["MASTER_PORT"] = str(free_port())
+    torch.set_num_threads(threads)
+    deepspeed = quiet_deepspeed()
+    cuda = torch.cuda.is_available()
+    if not dist.is_initialized():
+        deepspeed.init_distributed(
+            dist_backend="nccl" if cuda else "gloo", timeout=timedelta(minutes=timeout_minutes), verbose=False
+        )
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if cuda:
+        torch.cuda.set_device(local_rank)
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    return World(dist.get_rank(), dist.get_world_size(), device)
+
+
+def leave() -> None:
+    """Close the process group (quietly, at the end of a job that went well)."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def quiet_deepspeed() -> Any:
+    """Import DeepSpeed with its log at warnings, and without its shared-memory collective on CPU.
+
+    That collective is compiled at first use (25–45 s, and a C++ compiler); gloo does the same sums.
+    """
+    import logging
+    import warnings
+
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=".*c10d::allreduce_.*")
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # what it would find by itself, with a warning
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    if not torch.cuda.is_available():
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def _adopt_slurm_step() -> None:
+    """Under ``srun``, the step's variables become the usual ones (MASTER_* come from the batch script)."""
+    if "SLURM_STEP_NUM_TASKS" not in os.environ or "RANK" in os.environ or "OMPI_COMM_WORLD_SIZE" in os.environ:
+        return
+    size = os.environ["SLURM_STEP_NUM_TASKS"]
+    os.environ.update(RANK=os.environ["SLURM_PROCID"], WORLD_SIZE=size, LOCAL_RANK=os.environ.get("SLURM_LOCALID", "0"))
+    if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
+        if int(size) > 1:
+            raise UserError(
+                "MASTER_ADDR and MASTER_PORT are not set for this srun step",
+                "the environment",
+                "export them in the batch script (slurm/common.sh does)",
+            )
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))

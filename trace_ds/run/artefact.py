@@ -1,0 +1,139 @@
+"""Artefacts: what one stage leaves for the next, with the fingerprints that keep them from being mixed up.
+
+An artefact is a directory with an ``artefact.json`` that says what it is (``kind``), what it was made from
+(``inputs``: fingerprints by name), with which ``settings``, which ``files`` belong to it (bytes and SHA-256), and a
+``summary`` for people. Two fingerprints follow from it: ``identity`` (kind, inputs, settings: *would running the stage
+again give this?*) and ``content`` (the hashes of the files: *is this the thing that the next stage was computed
+from?*). Nothing in it depends on the time, the machine or the launcher.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from trace_ds.errors import UserError
+from trace_ds.run.files import canonical_json, sha256_file, sha256_text, write_json
+
+FILE_NAME = "artefact.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """The description of an artefact on disk; see the module's docstring for the fields."""
+
+    kind: str
+    inputs: dict[str, str]
+    settings: dict[str, Any]
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    summary: dict[str, Any] = field(default_factory=dict)
+    path: Path | None = None
+
+    @property
+    def identity(self) -> str:
+        return identity_of(self.kind, self.inputs, self.settings)
+
+    @property
+    def content(self) -> str:
+        return sha256_text(canonical_json({"kind": self.kind, "files": self.files}))
+
+    def file(self, name: str) -> Path:
+        """The path of one of the artefact's files; ``ValueError`` for a name it does not list."""
+        if self.path is None or name not in self.files:
+            raise ValueError(f"artefact {self.kind} has no file {name!r}; it has {sorted(self.files)}")
+        return self.path / name
+
+
+def identity_of(kind: str, inputs: Mapping[str, str], settings: Mapping[str, Any]) -> str:
+    """SHA-256 over what determines an artefact: its kind, format, inputs and settings."""
+    return sha256_text(
+        canonical_json({"kind": kind, "format": FORMAT, "inputs": dict(inputs), "settings": dict(settings)})
+    )
+
+
+def describe(
+    directory: Path,
+    kind: str,
+    inputs: Mapping[str, str],
+    settings: Mapping[str, Any],
+    summary: Mapping[str, Any],
+) -> Artefact:
+    """Hash every file below ``directory`` and write its ``artefact.json`` (last, so that it marks completeness)."""
+    files = {
+        str(path.relative_to(directory)): {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+        for path in sorted(directory.rglob("*"))
+        if path.is_file() and path.name != FILE_NAME
+    }
+    artefact = Artefact(kind, dict(inputs), dict(settings), files, dict(summary), directory)
+    write_json(
+        directory / FILE_NAME,
+        {
+            "kind": kind,
+            "format": FORMAT,
+            "inputs": artefact.inputs,
+            "settings": artefact.settings,
+            "files": files,
+            "summary": artefact.summary,
+            "identity": artefact.identity,
+            "content": artefact.content,
+        },
+    )
+    return artefact
+
+
+def load(directory: Path, kind: str, made_by: str, *, verify: bool = True) -> Artefact:
+    """Read an artefact and prove that it is whole.
+
+    Sizes are always compared with the description, hashes when ``verify``. Any damage is a :class:`UserError` that
+    names the file and the verb (``made_by``) that makes it anew.
+    """
+    description = directory / FILE_NAME
+    fix = f"make it again with `trace-ds {made_by}`"
+    if not description.is_file():
+        raise UserError(f"there is no {kind} artefact here", str(directory), fix)
+    try:
+        raw = json.loads(description.read_text(encoding="utf-8"))
+        artefact = Artefact(
+            raw["kind"], raw["inputs"], raw["settings"], raw["files"], raw.get("summary", {}), directory
+        )
+        recorded = raw["identity"], raw["content"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"the description of the artefact is damaged ({error})", str(description), fix) from None
+    if artefact.kind != kind:
+        raise UserError(f"this is a {artefact.kind} artefact where a {kind} artefact is needed", str(directory), fix)
+    if recorded != (artefact.identity, artefact.content):
+        raise UserError("the description of the artefact was altered after it was written", str(description), fix)
+    for name, expected in artefact.files.items():
+        path = directory / name
+        if not path.is_file():
+            raise UserError("a file of the artefact is missing", str(path), fix)
+        size = path.stat().st_size
+        if size != expected["bytes"]:
+            raise UserError(f"the file has {size} bytes instead of {expected['bytes']} (truncated?)", str(path), fix)
+        if verify and sha256_file(path) != expected["sha256"]:
+            raise UserError("the file was altered after it was written (SHA-256 differs)", str(path), fix)
+    return artefact
+
+
+def is_done(directory: Path, kind: str, identity: str) -> bool:
+    """Whether ``directory`` already holds a whole artefact of that identity (damage counts as not done)."""
+    try:
+        return load(directory, kind, "run").identity == identity
+    except UserError:
+        return False
+
+
+def require_same(artefact: Artefact, name: str, expected: str, what: str, made_by: str) -> None:
+    """Refuse an artefact made from another input: ``inputs[name]`` must be ``expected``."""
+    found = artefact.inputs.get(name)
+    if found != expected:
+        raise UserError(
+            f"this {artefact.kind} artefact was made with another {what} "
+            f"({name} {str(found)[:12]}, this job has {expected[:12]})",
+            str(artefact.path),
+            f"make it again with `trace-ds {made_by}`, or point the job at the {what} it was made with",
+        )

@@ -1,0 +1,147 @@
+"""The run directory: where every artefact of a run lives, and the lock that keeps two jobs from sharing it."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from trace_ds.errors import UserError
+from trace_ds.run.files import remove_leftovers, write_text
+
+LOCK_VARIABLE = "TRACE_DS_RUN_LOCK_FD"
+LOCK_RETRY_S = 3.0
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Paths of one run. A variant (``parent`` set) shares the parent's data and statistics."""
+
+    path: Path
+    parent: Path | None = None
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def data(self) -> Path:
+        return (self.parent or self.path) / "data"
+
+    @property
+    def statistics(self) -> Path:
+        return (self.parent or self.path) / "statistics"
+
+    @property
+    def calibration(self) -> Path:
+        return self.path / "calibration"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
+
+    @property
+    def evaluation(self) -> Path:
+        return self.path / "evaluation"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report"
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    @property
+    def tb(self) -> Path:
+        return self.path / "tb"
+
+    @property
+    def variants(self) -> Path:
+        return self.path / "variants"
+
+    @property
+    def stop_file(self) -> Path:
+        """Touch it to stop the unlearning job with a complete checkpoint (exit status 75)."""
+        return self.path / "stop"
+
+    def variant(self, name: str) -> RunDirectory:
+        return RunDirectory(self.variants / name, self.path)
+
+    @classmethod
+    def at(cls, path: Path) -> RunDirectory:
+        """The run directory at ``path``, recognising a variant by its place (``RUN/variants/NAME``)."""
+        resolved = Path(os.path.abspath(path))
+        return cls(path, path.parent.parent if resolved.parent.name == "variants" else None)
+
+    def create(self, config_text: str) -> None:
+        """Make the directory (or say why not), clear what killed writers left, store the resolved configuration."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            for folder in (self.path, self.data.parent, self.statistics, self.checkpoints, self.evaluation):
+                remove_leftovers(folder)
+            if not self.config.is_file() or self.config.read_text(encoding="utf-8") != config_text:
+                write_text(self.config, config_text)
+        except OSError as error:
+            raise unwritable(self.path, error) from None
+
+
+def unwritable(path: Path, error: OSError) -> UserError:
+    """The error of a run directory that is read-only, full, or not a directory."""
+    return UserError(
+        f"cannot write here ({error.strerror or error})", str(path), "free space, or choose another --run-dir"
+    )
+
+
+@contextlib.contextmanager
+def locked(run: RunDirectory) -> Iterator[int]:
+    """Hold the run's lock (``flock`` on ``RUN/.lock``) and yield its file descriptor.
+
+    A child process that inherits the descriptor (:data:`LOCK_VARIABLE` names it) shares the lock, so it stays held
+    until the last process of the job has gone, and vanishes by itself when all are killed.
+
+    Raises:
+        UserError: another process uses the run directory, or it cannot be written.
+    """
+    inherited = os.environ.get(LOCK_VARIABLE)
+    if inherited is not None:
+        number, _, path = inherited.partition(":")
+        if path == os.path.abspath(run.path):
+            yield int(number)
+            return
+    try:
+        run.path.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(run.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise unwritable(run.path, error) from None
+    try:
+        deadline = time.monotonic() + LOCK_RETRY_S  # the children of a killed job need a moment to go
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise UserError(
+                        "another process is using this run directory",
+                        str(run.path),
+                        "wait for it to end (or stop it), or choose another --run-dir",
+                    ) from None
+                time.sleep(0.1)
+        os.set_inheritable(descriptor, True)
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def lock_environment(run: RunDirectory, descriptor: int) -> dict[str, str]:
+    """The environment variable that hands a held lock to a child started with ``pass_fds=[descriptor]``."""
+    return {LOCK_VARIABLE: f"{descriptor}:{os.path.abspath(run.path)}"}

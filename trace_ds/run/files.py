@@ -1,0 +1,122 @@
+"""Atomic files and content hashes: the only place that knows how to write so that a crash leaves no half file."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+HASH_BLOCK_BYTES = 1 << 22
+
+
+def canonical_json(value: Any) -> str:
+    """JSON with sorted keys and no spare white space: equal values give equal bytes."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def sha256_text(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file, read in blocks (constant memory)."""
+    digest = hashlib.sha256()
+    with path.open("rb") as handle:
+        while block := handle.read(HASH_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def fsync_directory(path: Path) -> None:
+    """Make a rename inside ``path`` durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fsync_file(path: Path) -> None:
+    with path.open("rb") as handle:
+        os.fsync(handle.fileno())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a whole file atomically: a sibling temporary file, fsync, rename, fsync of the directory."""
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        with temporary.open("wb") as handle:
+            handle.write(data)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    fsync_directory(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Indented, key-sorted JSON, written atomically."""
+    write_text(path, json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+@contextlib.contextmanager
+def replacing_directory(path: Path) -> Iterator[Path]:
+    """Yield a temporary sibling directory that becomes ``path`` when the block ends without an error.
+
+    A reader sees the old directory or the new one, never a mixture; an error or a kill leaves at most a
+    ``path.tmp-PID`` (or ``path.old-PID``) sibling, which :func:`remove_leftovers` deletes at the next start.
+    """
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    commit_directory(temporary, path)
+
+
+def commit_directory(temporary: Path, path: Path) -> None:
+    """Fsync everything below ``temporary`` and rename it to ``path``, replacing what was there."""
+    for directory, _, names in os.walk(temporary):
+        for name in names:
+            fsync_file(Path(directory) / name)
+        fsync_directory(Path(directory))
+    old = path.with_name(f"{path.name}.old-{os.getpid()}")
+    if path.exists():
+        os.replace(path, old)
+    os.replace(temporary, path)
+    fsync_directory(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Delete what a killed writer left in ``directory``: ``*.tmp-*``, and ``X.old-*`` unless ``X`` is gone.
+
+    When ``X`` is gone the kill fell between the two renames of :func:`commit_directory`: the old one comes back.
+    """
+    if not directory.is_dir():
+        return
+    for path in sorted(directory.iterdir()):
+        if ".old-" in path.name:
+            original = path.with_name(path.name.split(".old-")[0])
+            if not original.exists():
+                os.replace(path, original)
+                continue
+        elif ".tmp-" not in path.name:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)

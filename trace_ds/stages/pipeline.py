@@ -1,0 +1,200 @@
+"""Walking the stages: one verb alone, or all of them with their variants (``trace-ds run``).
+
+    prepare → collect → calibrate → unlearn → convert → evaluate → report
+
+Single-process stages run here; the distributed ones (collect, unlearn) run as a job of their own: in this process when
+a launcher made it a rank, else in local processes that this one starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from trace_ds.config.load import dump_yaml, load_config, with_changes
+from trace_ds.config.schema import Config
+from trace_ds.errors import UserError
+from trace_ds.parallel.environment import accelerator_count, launched
+from trace_ds.run.directory import RunDirectory, lock_environment, locked
+
+STAGES = ("prepare", "collect", "calibrate", "unlearn", "convert", "evaluate", "report")
+DISTRIBUTED = ("collect", "unlearn")
+
+
+@dataclass(frozen=True)
+class Request:
+    """A configuration and the run directory it works in."""
+
+    config: Config
+    run: RunDirectory
+
+    @classmethod
+    def load(cls, config: str, overrides: Sequence[str], run_dir: Path | None) -> Request:
+        loaded, directory = load_config(config, overrides, run_dir)
+        return cls(loaded, RunDirectory.at(directory))
+
+    def variant(self, name: str) -> Request:
+        """The same run with the keys of ``variants.NAME`` changed, in ``RUN/variants/NAME``."""
+        changed = with_changes(self.config, self.config.variants[name], f"variants.{name}")
+        changed = changed.model_copy(update={"variants": {}, "name": name})
+        return Request(changed, self.run.variant(name))
+
+    def all(self) -> list[Request]:
+        return [self, *(self.variant(name) for name in self.config.variants)]
+
+
+def run_verb(verb: str, request: Request, *, dry_run: bool = False) -> int:
+    """Run one verb (or ``run``: all stages); returns the exit status."""
+    if dry_run:
+        stages = STAGES if verb == "run" else (verb,)
+        print(dump_yaml(request.config), end="")
+        print(f"# run directory: {request.run.path}; would run: {', '.join(stages)}")
+        for name in request.config.variants if verb == "run" else ():
+            print(f"# variant {name}: {request.config.variants[name]}")
+        return 0
+    if verb in DISTRIBUTED and launched():
+        return _run_as_rank(verb, request)
+    check_early(verb, request)
+    with locked(request.run) as lock:
+        if verb == "run":
+            return _run_all(request, lock)
+        request.run.create(dump_yaml(request.config))
+        return _run_stage(verb, request, lock)
+
+
+def check_early(verb: str, request: Request) -> None:
+    """Find what is wrong with the user's input before anything is written."""
+    from trace_ds.corpora.read import check_files
+    from trace_ds.corpora.tokenizer import tokenizer_fingerprint
+    from trace_ds.models.families import check_expert_parallel, inspect_model
+    from trace_ds.parallel.launch import check_process_count
+
+    config = request.config
+    if verb in ("run", *DISTRIBUTED):
+        import os
+
+        nproc = process_count(config)
+        check_process_count(nproc, accelerator_count(), os.cpu_count() or 1)
+        check_expert_parallel(inspect_model(config.model.path), config.distributed.ep, nproc)
+    if verb in ("run", "prepare"):
+        tokenizer_fingerprint(config.model.tokenizer or config.model.path)
+        for side in ("forget", "retain"):
+            check_files(getattr(config.data, side), f"data.{side}")
+    if verb in ("run", "evaluate"):
+        for task in config.evaluation.tasks:
+            if not Path(task.path).is_file():
+                raise UserError("the task's file does not exist", task.path, f"correct the path of task {task.name}")
+
+
+def process_count(config: Config) -> int:
+    """Local processes of a job started bare: as configured, else one per accelerator, else one."""
+    return config.distributed.nproc or accelerator_count() or 1
+
+
+def _run_all(request: Request, lock: int) -> int:
+    for stage in STAGES[:-1]:
+        for item in request.all():
+            if item.run.parent is not None and stage in ("prepare", "collect"):
+                continue  # a variant shares the data and the statistics
+            item.run.create(dump_yaml(item.config))
+            status = _run_stage(stage, item, lock, top=request.run)
+            if status:
+                return status
+    return _run_stage("report", request, lock)
+
+
+def _run_stage(stage: str, request: Request, lock: int, *, top: RunDirectory | None = None) -> int:
+    if stage in DISTRIBUTED:
+        return _launch(stage, request, lock, top or request.run)
+    _single_process_stage(stage)(request.config, request.run)
+    return 0
+
+
+def _single_process_stage(stage: str) -> Callable[[Config, RunDirectory], object]:
+    if stage == "prepare":
+        from trace_ds.stages.prepare import prepare
+
+        return prepare
+    if stage == "calibrate":
+        from trace_ds.stages.calibrate import calibrate
+
+        return calibrate
+    if stage == "convert":
+        from trace_ds.stages.convert import convert
+
+        return convert
+    if stage == "evaluate":
+        from trace_ds.stages.evaluate import evaluate
+
+        return evaluate
+    from trace_ds.stages.report import report
+
+    return lambda config, run: report(config, run, [])
+
+
+def _launch(stage: str, request: Request, lock: int, lock_owner: RunDirectory) -> int:
+    """Check the job, skip it when it is done, else run it in local processes of its own."""
+    from trace_ds.parallel.launch import run_processes
+
+    nproc = process_count(request.config)
+    if _is_done(stage, request, nproc):
+        return 0
+    return run_processes(
+        [stage, str(request.run.config), "--run-dir", str(request.run.path)],
+        nproc,
+        lock_environment(lock_owner, lock),
+        [lock],
+        request.config.distributed.threads,
+    )
+
+
+def _is_done(stage: str, request: Request, nproc: int) -> bool:
+    if stage == "collect":
+        from trace_ds.stages.collect import SIDES, check_collect
+
+        return len(check_collect(request.config, request.run, nproc).done(request.run)) == len(SIDES)
+    from trace_ds.stages.unlearn import check_unlearn
+
+    return check_unlearn(request.config, request.run, nproc).done(request.config, request.run)
+
+
+def _run_as_rank(verb: str, request: Request) -> int:
+    """This process is one rank of a job: join it, and let the main process lock and prepare the run directory."""
+    import contextlib
+
+    from trace_ds.parallel.world import join, leave
+
+    distributed = request.config.distributed
+    world = join(distributed.threads, distributed.timeout_minutes)
+    with contextlib.ExitStack() as stack:
+
+        def enter() -> None:
+            stack.enter_context(locked(request.run))
+            request.run.create(dump_yaml(request.config))
+
+        world.agree(enter)
+        if verb == "collect":
+            from trace_ds.stages.collect import collect
+
+            collect(request.config, request.run, world)
+        else:
+            from trace_ds.stages.unlearn import unlearn
+
+            unlearn(request.config, request.run, world)
+        world.barrier()
+    leave()
+    return 0
+
+
+def report_command(paths: list[Path]) -> int:
+    """``trace-ds report RUN [RUN …]``: the report of the first run, compared with the others."""
+    from trace_ds.stages.report import report
+
+    run = RunDirectory.at(paths[0])
+    for path in paths:
+        if not (path / "config.yaml").is_file():
+            raise UserError("this is not a run directory (no config.yaml)", str(path), "give run directories")
+    with locked(run):
+        report(None, run, paths[1:])
+    return 0

@@ -1,0 +1,95 @@
+"""``trace-ds prepare``: corpora → token datasets (one process, streaming)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from trace_ds.config.schema import Config, CorpusFile
+from trace_ds.corpora.dataset import DocumentTable, write_rows
+from trace_ds.corpora.pack import PackingCounts, pack
+from trace_ds.corpora.read import check_files, corpus_fingerprint, read_documents
+from trace_ds.corpora.tokenizer import load_tokenizer, tokenizer_fingerprint
+from trace_ds.errors import UserError
+from trace_ds.run import artefact
+from trace_ds.run.directory import RunDirectory
+from trace_ds.run.files import replacing_directory
+from trace_ds.run.log import stage_log
+
+DOCUMENTS_PER_CALL = 256
+
+
+def prepare(config: Config, run: RunDirectory) -> artefact.Artefact:
+    """Tokenise and pack the forget and the retain corpus into ``RUN/data``."""
+    tokenizer_path = config.model.tokenizer or config.model.path
+    for side in ("forget", "retain"):
+        check_files(getattr(config.data, side), f"data.{side}")
+    inputs = {
+        "tokenizer": tokenizer_fingerprint(tokenizer_path),
+        "forget": corpus_fingerprint(config.data.forget),
+        "retain": corpus_fingerprint(config.data.retain),
+    }
+    settings = config.data.model_dump(mode="json", exclude={"forget", "retain"})
+    if artefact.is_done(run.data, "data", artefact.identity_of("data", inputs, settings)):
+        return artefact.load(run.data, "data", "prepare CONFIG", verify=False)
+    with stage_log(run, "prepare") as log, replacing_directory(run.data) as directory:
+        summary = {}
+        for side in ("forget", "retain"):
+            counts = _prepare_side(config, getattr(config.data, side), side, directory, Path(tokenizer_path))
+            summary[side] = vars(counts)
+            log.line(
+                f"{side}: {counts.documents:,} documents, {counts.rows:,} rows, {counts.tokens:,} tokens "
+                f"({counts.counted_tokens:,} loss-bearing), {counts.documents_split:,} documents split at "
+                f"{config.data.context_length} tokens, {counts.empty_documents:,} empty"
+            )
+        artefact.describe(directory, "data", inputs, settings, summary)
+    return artefact.load(run.data, "data", "prepare CONFIG", verify=False)
+
+
+def _prepare_side(
+    config: Config, files: list[CorpusFile], side: str, directory: Path, tokenizer_path: Path
+) -> PackingCounts:
+    tokenizer = load_tokenizer(tokenizer_path)
+    bos = [tokenizer.bos_token_id] if config.data.add_bos and tokenizer.bos_token_id is not None else []
+    eos = [tokenizer.eos_token_id] if config.data.add_eos and tokenizer.eos_token_id is not None else []
+    table = DocumentTable(directory / f"{side}_documents.arrow")
+
+    def tokenised() -> Iterator[list[int]]:
+        pending = []
+        for document in read_documents(files):
+            pending.append(document)
+            if len(pending) == DOCUMENTS_PER_CALL:
+                yield from encode(pending)
+                pending = []
+        if pending:
+            yield from encode(pending)
+
+    def encode(documents: list) -> Iterator[list[int]]:
+        encoded = tokenizer([document.text for document in documents], add_special_tokens=False)["input_ids"]
+        for document, ids in zip(documents, encoded, strict=True):
+            ids = bos + list(ids) + eos if ids else []
+            table.add(document, len(ids))
+            yield ids
+
+    counts = PackingCounts()
+    try:
+        rows = pack(
+            tokenised(),
+            config.data.context_length,
+            config.data.packing,
+            config.data.documents_per_row,
+            counts,
+        )
+        write_rows(directory / f"{side}.arrow", rows)
+    finally:
+        table.close()
+    where = ", ".join(item.path for item in files)
+    if counts.documents == 0:
+        raise UserError(f"the {side} corpus is empty", where, "give at least one document")
+    if counts.counted_tokens == 0:
+        raise UserError(
+            f"the {side} corpus has no usable token (no document has two tokens)",
+            where,
+            "give documents with text",
+        )
+    return counts

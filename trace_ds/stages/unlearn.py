@@ -1,0 +1,238 @@
+"""``trace-ds unlearn``: model + datasets + calibration → sharded checkpoints (DeepSpeed ZeRO, with expert parallelism)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from trace_ds import __version__
+from trace_ds.checkpoints.manifest import Manifest, newest_complete, read_manifest, step_name
+from trace_ds.config.schema import Config
+from trace_ds.corpora.tokenizer import tokenizer_fingerprint
+from trace_ds.errors import UserError
+from trace_ds.models.families import ModelInfo, check_expert_parallel, inspect_model
+from trace_ds.run import artefact
+from trace_ds.run.directory import RunDirectory
+from trace_ds.run.files import canonical_json, sha256_text
+
+if TYPE_CHECKING:
+    from trace_ds.parallel.world import World
+    from trace_ds.run.log import StageLog
+    from trace_ds.unlearning.batches import Batches
+    from trace_ds.unlearning.loss import Objective
+
+# Settings that change when and how the job works, but not what it computes.
+OPERATIONAL = {"steps", "save_every", "keep", "keep_every", "resume", "log_every", "micro_batch_rows", "ds_config"}
+
+
+@dataclass(frozen=True)
+class UnlearnJob:
+    """The job, checked: its inputs and its identity."""
+
+    info: ModelInfo
+    data: artefact.Artefact
+    calibration: artefact.Artefact
+    forget_statistics: artefact.Artefact | None
+    identity: str
+
+    def done(self, config: Config, run: RunDirectory) -> bool:
+        """Whether the last step of this very job is there, complete."""
+        step, _ = newest_complete(run.checkpoints)
+        if step is None or step < config.unlearning.steps or config.unlearning.resume == "never":
+            return False
+        return read_manifest(run.checkpoints / step_name(step)).job == self.identity
+
+
+def check_unlearn(config: Config, run: RunDirectory, world_size: int, *, verify: bool = True) -> UnlearnJob:
+    """Everything that can be wrong before a weight is loaded; raises :class:`UserError`."""
+    info = inspect_model(config.model.path)
+    check_expert_parallel(info, config.distributed.ep, world_size)
+    data = artefact.load(run.data, "data", "prepare CONFIG", verify=verify)
+    calibration = artefact.load(run.calibration, "calibration", "calibrate CONFIG", verify=verify)
+    tokenizer = tokenizer_fingerprint(config.model.tokenizer or config.model.path)
+    artefact.require_same(data, "tokenizer", tokenizer, "tokenizer", "prepare CONFIG")
+    for name, expected, what in (
+        ("model", info.fingerprint, "model"),
+        ("tokenizer", tokenizer, "tokenizer"),
+        ("data", data.content, "data"),
+    ):
+        artefact.require_same(calibration, name, expected, what, "collect CONFIG and trace-ds calibrate CONFIG")
+    settings = config.unlearning
+    layer = settings.rmu.layer
+    if layer is not None and layer >= info.decoder_layers:
+        raise UserError(
+            f"layer {layer} of a model with {info.decoder_layers} decoder layers", "unlearning.rmu.layer", "lower it"
+        )
+    statistics = None
+    if settings.forget_loss == "npo":
+        statistics = artefact.load(run.statistics / "forget", "statistics", "collect CONFIG", verify=verify)
+        artefact.require_same(statistics, "model", info.fingerprint, "model", "collect CONFIG")
+        artefact.require_same(statistics, "data", data.content, "data", "collect CONFIG")
+    ds_config = None
+    if settings.ds_config is not None:
+        from trace_ds.models.engine_config import user_ds_config
+
+        ds_config = user_ds_config(settings.ds_config)
+    identity = sha256_text(
+        canonical_json(
+            {
+                "model": info.fingerprint,
+                "data": data.content,
+                "calibration": calibration.content,
+                "settings": settings.model_dump(mode="json", exclude=OPERATIONAL),
+                "ds_config": ds_config,
+                "dtype": config.model.dtype,
+                "seed": config.seed,
+            }
+        )
+    )
+    return UnlearnJob(info, data, calibration, statistics, identity)
+
+
+def unlearn(config: Config, run: RunDirectory, world: World) -> None:
+    """Run the job to its last step (collectively, on every rank); returns at once when it is done.
+
+    Raises:
+        StopRequested: stopped on request; a complete checkpoint was saved.
+    """
+    from trace_ds.checkpoints import commit
+    from trace_ds.run.log import stage_log
+    from trace_ds.unlearning.job import train
+
+    job = world.agree(lambda: check_unlearn(config, run, world.size))
+    job = job or check_unlearn(config, run, world.size, verify=False)
+    if world.broadcast(job.done(config, run) if world.is_main else False):
+        return
+    settings = config.unlearning
+    checkpoint, problems = world.broadcast_agreed(
+        lambda: _choose(config, run, job, world)  # hashes every shard, on the main process only
+    )
+    with stage_log(run, "unlearn", enabled=world.is_main) as log:
+        for problem in problems:
+            log.line(f"WARNING {problem}")
+        log.drop_scalars_after(checkpoint.step if checkpoint else 0)
+        batches = make_batches(config, job)
+        engine = training_engine(config, job.info, world, batches.micro_batches_per_step(world.size))
+        cursor = checkpoint.cursor if checkpoint else {"step": 0, "seed": config.seed}
+        objective, cursor = make_objective(config, job, world, batches, cursor)
+        manifest = checkpoint or _first_manifest(config, job, world, cursor)
+        if checkpoint is not None:
+            commit.restore(engine, run.checkpoints, checkpoint)
+            log.line(f"resumed after step {checkpoint.step}")
+        log.line(
+            f"{settings.forget_loss}, weights by {settings.apply}, alpha {settings.alpha:g}, ZeRO stage "
+            f"{settings.zero_stage}, world size {world.size}, expert-parallel size {config.distributed.ep}"
+        )
+        train(engine, world, batches, objective, settings, run, manifest, log)
+        log.line(f"done: {run.checkpoints / step_name(settings.steps)}")
+
+
+def _choose(config: Config, run: RunDirectory, job: UnlearnJob, world: World) -> tuple[Manifest | None, list[str]]:
+    from trace_ds.checkpoints import commit
+
+    checkpoint, problems = commit.choose(run.checkpoints, job.identity, config.unlearning.resume)
+    if checkpoint is not None:
+        shape = (world.size, config.distributed.ep, config.unlearning.zero_stage)
+        commit.check_shape(checkpoint, *shape, run.checkpoints)
+    return checkpoint, problems
+
+
+def make_batches(config: Config, job: UnlearnJob) -> Batches:
+    """The job's data with the retain weights of the calibration, memory-mapped from shared storage."""
+    import numpy as np
+
+    from trace_ds.corpora.dataset import TokenDataset
+    from trace_ds.routing.token_files import TokenArray, open_parts
+    from trace_ds.unlearning.batches import Batches
+
+    token_weights = row_weights_R = None
+    if config.unlearning.apply == "loss":
+        token_weights = TokenArray([np.load(job.calibration.file("weights.npy"), mmap_mode="r", allow_pickle=False)])
+    else:
+        row_weights_R = np.load(job.calibration.file("row_weights.npy"), mmap_mode="r", allow_pickle=False)
+    nll = TokenArray(open_parts(job.forget_statistics, "nll")) if job.forget_statistics is not None else None
+    datasets = [TokenDataset.open(job.data.file(f"{side}.arrow")) for side in ("forget", "retain")]
+    return Batches(config, *datasets, token_weights, row_weights_R, nll)
+
+
+def training_engine(config: Config, info: ModelInfo, world: World, accumulation: int) -> Any:
+    """The DeepSpeed training engine: AdamW, ZeRO as configured, experts sharded by AutoEP when ep > 1."""
+    from trace_ds.models import engine
+    from trace_ds.models.engine_config import merge, user_ds_config
+    from trace_ds.models.routers import find_routers
+    from trace_ds.parallel.world import quiet_deepspeed
+
+    settings = config.unlearning
+    optimizer = settings.optimizer
+    ds_config = engine.base_ds_config(ep=config.distributed.ep, info=info, zero_stage=settings.zero_stage)
+    ds_config |= {
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": optimizer.gradient_clipping,
+        "bf16": {"enabled": config.model.dtype == "bf16"},
+        "optimizer": {
+            "type": "AdamW",
+            "params": {
+                "lr": optimizer.lr,
+                "betas": list(optimizer.betas),
+                "eps": optimizer.eps,
+                "weight_decay": optimizer.weight_decay,
+                "torch_adam": True,  # no JIT compilation of a fused optimizer
+            },
+        },
+    }
+    model = engine.load_model(info.path, engine.DTYPES[config.model.dtype])
+    layers = len(find_routers(model))
+    model.train()
+    made, *_ = quiet_deepspeed().initialize(
+        model=model,
+        model_parameters=[parameter for parameter in model.parameters() if parameter.requires_grad],
+        config=merge(ds_config, user_ds_config(settings.ds_config)),
+    )
+    engine.assert_expert_parallel(made.module, layers, config.distributed.ep)
+    return made
+
+
+def make_objective(
+    config: Config, job: UnlearnJob, world: World, batches: Batches, cursor: dict[str, Any]
+) -> tuple[Objective, dict[str, Any]]:
+    """The objective, and the cursor with the job constants it needs (kept in checkpoints for exact resumption)."""
+    from trace_ds.models.engine import reference_engine
+    from trace_ds.unlearning.job import mean_hidden_norm
+    from trace_ds.unlearning.loss import RMU, TokenLoss
+    from trace_ds.unlearning.objectives import rmu_target
+
+    settings = config.unlearning
+    if settings.forget_loss != "rmu":
+        return TokenLoss(settings), cursor
+    layer = settings.rmu.layer if settings.rmu.layer is not None else job.info.decoder_layers // 2
+    reference = reference_engine(config, job.info, layers=layer + 1)
+    if "rmu_hidden_norm" not in cursor:
+        cursor = {**cursor, "rmu_hidden_norm": mean_hidden_norm(reference, layer, world, batches)}
+    length = settings.rmu.coefficient * cursor["rmu_hidden_norm"]
+    target_D = rmu_target(int(job.info.config["hidden_size"]), config.seed, length).to(world.device)
+    return RMU(layer, target_D, reference), cursor
+
+
+def _first_manifest(config: Config, job: UnlearnJob, world: World, cursor: dict[str, Any]) -> Manifest:
+    import deepspeed
+    import torch
+    import transformers
+
+    return Manifest(
+        step=0,
+        world=world.size,
+        ep=config.distributed.ep,
+        zero_stage=config.unlearning.zero_stage,
+        family=job.info.family.model_type,
+        job=job.identity,
+        model={"path": str(config.model.path), "fingerprint": job.info.fingerprint},
+        calibration=job.calibration.content,
+        dtype=config.model.dtype,
+        cursor=cursor,
+        versions={
+            "trace_ds": __version__,
+            "deepspeed": deepspeed.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    )

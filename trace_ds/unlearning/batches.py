@@ -1,0 +1,151 @@
+"""What one step of this rank consumes: forget and retain rows of one micro-batch in one tensor, with their weights.
+
+Shape legend: F forget rows, R retain rows, B = F + R, S positions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from trace_ds.config.schema import Config
+from trace_ds.corpora.dataset import TokenDataset
+from trace_ds.routing.token_files import TokenArray
+from trace_ds.unlearning.rows import FORGET_STREAM, RETAIN_STREAM, EpochRows, SampledRows, share_of_rank
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Forget rows first, retain rows after them, one forward pass.
+
+    Attributes:
+        input_ids_BS, position_ids_BS: int64, as in :class:`trace_ds.corpora.dataset.Batch`.
+        counted_BS: bool, loss-bearing positions.
+        weights_BS: fp32, retain weight of each position (1 where the weights act by sampling); 0 in forget rows.
+        reference_nll_BS: fp32, the frozen model's losses of the forget rows (zeros when not recorded).
+        forget_rows: F.
+    """
+
+    input_ids_BS: torch.Tensor
+    position_ids_BS: torch.Tensor
+    counted_BS: torch.Tensor
+    weights_BS: torch.Tensor
+    reference_nll_BS: torch.Tensor
+    forget_rows: int
+
+    def to(self, device: torch.device) -> MicroBatch:
+        tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return MicroBatch(**tensors, forget_rows=self.forget_rows)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step: this rank's micro-batches and the global counts the sums are divided by."""
+
+    micro_batches: list[MicroBatch]
+    forget_tokens: int
+    forget_sequences: int
+    retain_tokens: int
+
+
+class Batches:
+    """The data of the job: any step, on any rank, as a pure function of the seed and the step.
+
+    Args:
+        forget, retain: token datasets.
+        token_weights: fp32 weights of all retain tokens in flat order, or None when the weights act by sampling.
+        row_weights_R: sampling weights of the retain rows, or None when they act on the loss.
+        reference_nll: the frozen model's losses of the forget tokens, or None.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        forget: TokenDataset,
+        retain: TokenDataset,
+        token_weights: TokenArray | None,
+        row_weights_R: np.ndarray | None,
+        reference_nll: TokenArray | None,
+    ) -> None:
+        settings = config.unlearning
+        self._forget, self._retain = forget, retain
+        self._token_weights, self._reference_nll = token_weights, reference_nll
+        self._counted_forget = counted_per_row(forget)
+        self._counted_retain = counted_per_row(retain)
+        usable_forget, usable_retain = (np.flatnonzero(c) for c in (self._counted_forget, self._counted_retain))
+        self._forget_rows = EpochRows(usable_forget, settings.forget_rows, config.seed, FORGET_STREAM)
+        self._retain_rows: EpochRows | SampledRows
+        if row_weights_R is None:
+            self._retain_rows = EpochRows(usable_retain, settings.retain_rows, config.seed, RETAIN_STREAM)
+        else:
+            self._retain_rows = SampledRows(
+                usable_retain, row_weights_R[usable_retain], settings.retain_rows, config.seed, RETAIN_STREAM
+            )
+        self._settings = settings
+
+    def micro_batches_per_step(self, world_size: int) -> int:
+        """Gradient accumulation steps: the same on every rank, for every step."""
+        forget, retain = (-(-rows // world_size) for rows in (self._settings.forget_rows, self._settings.retain_rows))
+        micro = self._settings.micro_batch_rows or max(forget, retain)
+        return -(-max(forget, retain) // micro)
+
+    def at(self, step: int, rank: int, world_size: int) -> Step:
+        """The data of optimizer step ``step`` (0-based) for one rank."""
+        forget_rows, retain_rows = self._forget_rows.at(step), self._retain_rows.at(step)
+        count = self.micro_batches_per_step(world_size)
+        shares = []
+        for rows in (forget_rows, retain_rows):
+            per_rank = -(-len(rows) // world_size)
+            shares.append(share_of_rank(rows, rank, world_size, count, -(-per_rank // count)))
+        return Step(
+            [self._micro_batch(forget, retain) for forget, retain in zip(*shares, strict=True)],
+            forget_tokens=int(self._counted_forget[forget_rows].sum()),
+            forget_sequences=len(forget_rows),
+            retain_tokens=int(self._counted_retain[retain_rows].sum()),
+        )
+
+    def _micro_batch(self, forget_rows: np.ndarray, retain_rows: np.ndarray) -> MicroBatch:
+        length = max(
+            [1]
+            + [self._length(self._forget, row) for row in forget_rows]
+            + [self._length(self._retain, row) for row in retain_rows]
+        )
+        forget = self._forget.batch(forget_rows.tolist(), 0, length)
+        retain = self._retain.batch(retain_rows.tolist(), 0, length)
+        weights_FS = torch.zeros(len(forget_rows), length)
+        if self._token_weights is None:
+            weights_RS = retain.counted_BS.float()
+        else:
+            weights_RS = _rows_of(self._token_weights, self._retain, retain_rows, length)
+        reference = torch.zeros(len(forget_rows) + len(retain_rows), length)
+        if self._reference_nll is not None:
+            reference[: len(forget_rows)] = _rows_of(self._reference_nll, self._forget, forget_rows, length)
+        return MicroBatch(
+            torch.cat([forget.input_ids_BS, retain.input_ids_BS]),
+            torch.cat([forget.position_ids_BS, retain.position_ids_BS]),
+            torch.cat([forget.counted_BS, retain.counted_BS]),
+            torch.cat([weights_FS, weights_RS]),
+            reference,
+            len(forget_rows),
+        )
+
+    @staticmethod
+    def _length(dataset: TokenDataset, row: int) -> int:
+        return int(dataset.row_offsets[row + 1] - dataset.row_offsets[row]) if row >= 0 else 0
+
+
+def counted_per_row(dataset: TokenDataset) -> np.ndarray:
+    """Loss-bearing positions of each row, int64 [rows]."""
+    totals = np.concatenate([[0], np.cumsum(dataset.counted_flat(), dtype=np.int64)])
+    return np.diff(totals[dataset.row_offsets])
+
+
+def _rows_of(array: TokenArray, dataset: TokenDataset, rows: np.ndarray, length: int) -> torch.Tensor:
+    found = np.zeros((len(rows), length), dtype=np.float32)
+    for number, row in enumerate(rows):
+        if row >= 0:
+            values = array.slice(int(dataset.row_offsets[row]), int(dataset.row_offsets[row + 1]))
+            found[number, : len(values)] = values
+    return torch.from_numpy(found)

@@ -1,0 +1,139 @@
+"""The training loop: steps, guards, checkpoints, stopping. Collective: every rank runs it in the same way."""
+
+from __future__ import annotations
+
+import math
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from trace_ds.checkpoints.commit import save
+from trace_ds.checkpoints.manifest import Manifest
+from trace_ds.config.schema import UnlearningConfig
+from trace_ds.errors import StopRequested
+from trace_ds.parallel.world import World
+from trace_ds.run.directory import RunDirectory
+from trace_ds.run.log import Progress, StageLog
+from trace_ds.unlearning.batches import Batches, Step
+from trace_ds.unlearning.loss import Objective
+
+
+class NumericalFailure(RuntimeError):
+    """A loss or gradient is NaN or infinite: the step was not taken, the last checkpoint stands."""
+
+
+@contextmanager
+def termination_noted() -> Iterator[Callable[[], bool]]:
+    """SIGTERM becomes a question (was it received?) instead of an end."""
+    received = []
+    previous = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+    try:
+        yield lambda: bool(received)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def learning_rate(settings: UnlearningConfig, step: int) -> float:
+    """Learning rate of the 0-based ``step``: linear warm-up, then constant (a function of the step alone)."""
+    warmup = settings.optimizer.warmup_steps
+    return settings.optimizer.lr * min(1.0, (step + 1) / (warmup + 1))
+
+
+def train(
+    engine: Any,
+    world: World,
+    batches: Batches,
+    objective: Objective,
+    settings: UnlearningConfig,
+    run: RunDirectory,
+    manifest: Manifest,
+    log: StageLog,
+) -> None:
+    """Train from step ``manifest.step`` to ``settings.steps``, saving as configured.
+
+    Raises:
+        StopRequested: the stop file appeared or SIGTERM came; a complete checkpoint was saved.
+        NumericalFailure: a loss became NaN or infinite; nothing was changed by that step.
+    """
+    progress = Progress(log, "unlearning", settings.steps, start=manifest.step)
+    with termination_noted() as terminated:
+        for step in range(manifest.step, settings.steps):
+            done = step + 1
+            values = run_step(engine, world, batches.at(step, world.rank, world.size), objective, settings, step)
+            stop = terminated() or (world.is_main and run.stop_file.exists())
+            stop = bool(world.max_int(int(stop)))
+            if done % settings.log_every == 0 or done == settings.steps:
+                log.scalars(done, **values)
+            progress.advance(forget=values["loss_forget"], retain=values["loss_retain"])
+            if done % settings.save_every == 0 or done == settings.steps or stop:
+                current = replace(manifest, step=done, cursor={**manifest.cursor, "step": done})
+                save(engine, world, run.checkpoints, current, keep=settings.keep, keep_every=settings.keep_every)
+                log.event("checkpoint", step=done)
+            if stop and done < settings.steps:
+                if world.is_main:
+                    run.stop_file.unlink(missing_ok=True)
+                log.line(f"stopped on request after step {done} of {settings.steps}; run again to go on")
+                raise StopRequested(f"stopped after step {done}")
+    progress.close()
+
+
+def run_step(
+    engine: Any, world: World, step_data: Step, objective: Objective, settings: UnlearningConfig, step: int
+) -> dict[str, float]:
+    """One optimizer step; returns the losses (global), the gradient norm and the learning rate.
+
+    L = γ·L_forget + α·L_retain with sums over this rank divided by global counts. DeepSpeed averages gradients over
+    the ranks and divides the loss by the number of micro-batches, so both factors are put back here.
+    """
+    lr = learning_rate(settings, step)
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr
+    sums = np.zeros(2)
+    accumulation = len(step_data.micro_batches)
+    counts = {"token": step_data.forget_tokens, "sequence": step_data.forget_sequences}
+    for number, micro_batch in enumerate(step_data.micro_batches):
+        engine.set_gradient_accumulation_boundary(number == accumulation - 1)
+        losses = objective(engine, micro_batch.to(world.device))
+        forget = losses.forget / max(counts[losses.forget_per], 1)
+        retain = losses.retain / max(step_data.retain_tokens, 1)
+        sums += [float(forget.detach()), float(retain.detach())]
+        loss = settings.gamma * forget + settings.alpha * retain
+        finite = world.sum_float64(np.array([float(loss.detach())]))
+        if not math.isfinite(finite[0]):
+            raise NumericalFailure(
+                f"the loss is not finite in step {step + 1} (forget {sums[0]}, retain {sums[1]} on this rank); "
+                "the step was not taken and the last checkpoint stands; lower the learning rate or alpha"
+            )
+        engine.backward(loss * world.size * accumulation)
+    engine.step()
+    totals = world.sum_float64(sums)
+    norm = engine.get_global_grad_norm()
+    norm = float(norm) if norm is not None else float("nan")
+    return {
+        "loss_forget": float(totals[0]),
+        "loss_retain": float(totals[1]),
+        "loss": float(settings.gamma * totals[0] + settings.alpha * totals[1]),
+        "grad_norm": norm,
+        "lr": lr,
+    }
+
+
+def mean_hidden_norm(reference: Any, layer: int, world: World, batches: Batches, steps: int = 4) -> float:
+    """Mean Euclidean norm of the frozen hidden states over the forget tokens of the first ``steps`` steps."""
+    from trace_ds.unlearning.loss import hidden_at
+
+    totals = np.zeros(2)
+    for step in range(steps):
+        for micro_batch in batches.at(step, world.rank, world.size).micro_batches:
+            batch = micro_batch.to(world.device)
+            with torch.no_grad():
+                hidden_BSD = hidden_at(reference, layer, batch)[: batch.forget_rows]
+            norms = hidden_BSD.float().norm(dim=-1)[batch.counted_BS[: batch.forget_rows]]
+            totals += [float(norms.double().sum()), len(norms)]
+    totals = world.sum_float64(totals)
+    return float(totals[0] / totals[1])
