@@ -99,7 +99,9 @@ def write_tasks(directory: Path) -> list[dict[str, str]]:
         questions = []
         for number in range(6):
             choices = draw.sample(WORDS, 4)
-            questions.append({"id": f"q{number}", "prompt": f"{draw.choice(WORDS)} is", "choices": choices, "answer": 1})
+            questions.append(
+                {"id": f"q{number}", "prompt": f"{draw.choice(WORDS)} is", "choices": choices, "answer": 1}
+            )
         path = directory / f"questions_{role}.jsonl"
         path.write_text("".join(json.dumps(item | {"source": role}) + "\n" for item in questions), encoding="utf-8")
         tasks.append({"name": f"questions_{role}", "type": "choice", "path": str(path), "role": role})

@@ -25,12 +25,14 @@ class Family:
 
     Attributes:
         model_type: of the Hugging Face configuration.
-        experts_key, top_k_key: names of the number of routed experts and of top-k in the configuration.
+        experts_keys: names of the number of routed experts in the configuration (hub files and files that
+            transformers 5 saved may differ); the first one found counts.
+        top_k_key: name of top-k.
         autoep_preset: DeepSpeed AutoEP's preset.
     """
 
     model_type: str
-    experts_key: str
+    experts_keys: tuple[str, ...]
     top_k_key: str
     autoep_preset: str
 
@@ -38,11 +40,11 @@ class Family:
 FAMILIES = {
     family.model_type: family
     for family in (
-        Family("mixtral", "num_local_experts", "num_experts_per_tok", "mixtral"),
-        Family("qwen3_moe", "num_experts", "num_experts_per_tok", "qwen3_moe"),
+        Family("mixtral", ("num_local_experts",), "num_experts_per_tok", "mixtral"),
+        Family("qwen3_moe", ("num_experts", "num_local_experts"), "num_experts_per_tok", "qwen3_moe"),
         # OLMoE's router and expert tensors have Qwen3-MoE's names and mathematics (norm_topk_prob is read from its
         # configuration), so the same preset converts it exactly.
-        Family("olmoe", "num_experts", "num_experts_per_tok", "qwen3_moe"),
+        Family("olmoe", ("num_experts", "num_local_experts"), "num_experts_per_tok", "qwen3_moe"),
     )
 }
 
@@ -75,11 +77,12 @@ def inspect_model(path: str | Path) -> ModelInfo:
             str(files.path),
             f"use a model of one of the families {supported}",
         )
-    experts, top_k = files.config.get(family.experts_key), files.config.get(family.top_k_key)
+    experts = next((files.config[key] for key in family.experts_keys if key in files.config), None)
+    top_k = files.config.get(family.top_k_key)
     where = str(files.path / "config.json")
     if not isinstance(experts, int) or not isinstance(top_k, int) or experts < 1 or top_k < 1:
         raise UserError(
-            f"{family.experts_key} is {experts!r} and {family.top_k_key} is {top_k!r}",
+            f"{family.experts_keys[0]} is {experts!r} and {family.top_k_key} is {top_k!r}",
             where,
             "copy the model again",
         )

@@ -110,14 +110,8 @@ def read_model_config(path: str | Path) -> dict[str, Any]:
     """
     directory = Path(path).expanduser()
     if not directory.is_dir():
-        what = (
-            "the model path is a file, not a directory"
-            if directory.is_file()
-            else "there is no model directory"
-        )
-        raise UserError(
-            what, str(directory), "set model.path to a Hugging Face model directory on this machine"
-        )
+        what = "the model path is a file, not a directory" if directory.is_file() else "there is no model directory"
+        raise UserError(what, str(directory), "set model.path to a Hugging Face model directory on this machine")
     if not (directory / CONFIG_NAME).is_file():
         raise UserError(
             f"the directory has no {CONFIG_NAME}",
@@ -148,9 +142,7 @@ def read_model_directory(path: str | Path) -> ModelFiles:
         raise UserError(*_no_weights(directory))
     missing = [name for name in files if not (directory / name).is_file()]
     if missing:
-        more = (
-            f" (and {len(missing) - 1} more of {len(files)})" if len(missing) > 1 else f" (1 of {len(files)})"
-        )
+        more = f" (and {len(missing) - 1} more of {len(files)})" if len(missing) > 1 else f" (1 of {len(files)})"
         raise UserError(f"weight shard {missing[0]} is missing{more}", str(directory), COPY_AGAIN)
     tensors: dict[str, TensorEntry] = {}
     for name in files:
@@ -164,9 +156,7 @@ def read_model_directory(path: str | Path) -> ModelFiles:
             tensors[tensor] = entry
     for tensor, name in placed.items():
         if tensor not in tensors or tensors[tensor].file != name:
-            raise UserError(
-                f"the index names tensor {tensor}, which {name} does not hold", str(index_path), COPY_AGAIN
-            )
+            raise UserError(f"the index names tensor {tensor}, which {name} does not hold", str(index_path), COPY_AGAIN)
     return ModelFiles(directory, config, dict(sorted(tensors.items())), files)
 
 
@@ -186,9 +176,7 @@ def read_safetensors_header(path: Path) -> dict[str, TensorEntry]:
                 # an 8-byte prefix that exceeds the file is either truncation or no safetensors file at all
                 raise UserError(f"the weight file is truncated ({size} bytes)", str(path), COPY_AGAIN)
             if length > MAX_HEADER_BYTES:
-                raise UserError(
-                    f"the header claims {length} bytes: no safetensors file", str(path), COPY_AGAIN
-                )
+                raise UserError(f"the header claims {length} bytes: no safetensors file", str(path), COPY_AGAIN)
             raw = handle.read(length)
     except OSError as error:
         raise UserError(f"the weight file cannot be read ({error.strerror})", str(path), COPY_AGAIN) from None
@@ -225,9 +213,7 @@ def _read_index(path: Path) -> dict[str, str]:
         raise UserError("the index of the weight shards has no weight_map", str(path), COPY_AGAIN)
     for tensor, name in placed.items():
         if not isinstance(name, str) or Path(name).name != name:
-            raise UserError(
-                f"the index places tensor {tensor} outside the directory ({name!r})", str(path), COPY_AGAIN
-            )
+            raise UserError(f"the index places tensor {tensor} outside the directory ({name!r})", str(path), COPY_AGAIN)
     return placed
 
 

@@ -78,7 +78,7 @@ def run_processes(
                     [sys.executable, "-m", "trace_ds", *arguments],
                     env=variables,
                     pass_fds=pass_fds,
-                    preexec_fn=_die_with_parent,
+                    preexec_fn=die_with_parent,
                 )
             )
         return _wait(children)
@@ -108,7 +108,7 @@ def _wait(children: list[subprocess.Popen[bytes]]) -> int:
     return 0 if not failed else (failed[0] if failed[0] > 0 else 128 - failed[0])
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """In the child, before exec: be killed when the parent dies, so that nothing outlives a killed job."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

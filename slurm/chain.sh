@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# The pipeline as dependent jobs: prepare, collect, calibrate, unlearn, convert, evaluate and report. Not for sbatch: run it
+# on a login node. Each job starts when the one before it is done (afterok) and is cancelled if that one fails.
+#
+#   slurm/chain.sh CONFIG [ARGUMENTS...]
+#   RUN_DIR=/shared/runs/books slurm/chain.sh books.yaml --set unlearning.steps=200
+#
+# Prints one line per job: its stages and its id. Stages of one process run on one node without GPUs, so that no GPU waits
+# for them; evaluate asks for two, what Mixtral-8x7B needs in bf16. Options for sbatch per kind of job: slurm/site.env.
+set -euo pipefail
+
+TRACE_DS_HOME=${TRACE_DS_HOME:-$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)}
+export TRACE_DS_HOME
+# shellcheck source=slurm/common.sh
+source "$TRACE_DS_HOME/slurm/common.sh"
+trace_ds_begin "$@"
+export RUN_DIR=$run_dir MAX_RESTARTS
+
+jobs=()
+# A chain is submitted whole or not at all.
+trap '((${#jobs[@]} == 0)) || scancel "${jobs[@]}"' EXIT
+
+# submit STAGES SCRIPT SBATCH_OPTIONS
+submit() {
+  local options after=() id
+  read -ra options <<<"$3"
+  ((${#jobs[@]} == 0)) || after=("--dependency=afterok:${jobs[-1]}" --kill-on-invalid-dep=yes)
+  id=$(TRACE_DS_STAGES=$1 sbatch --parsable --export=ALL --job-name="trace-ds-${1// /-}" "${after[@]}" "${options[@]}" \
+    "$TRACE_DS_HOME/slurm/$2" "$config" "${arguments[@]}")
+  jobs+=("${id%%;*}") # with several clusters: ID;CLUSTER
+  printf '%s: %s\n' "$1" "${jobs[-1]}"
+}
+
+submit prepare single_stage.sh "${TRACE_DS_CPU_SBATCH:-}"
+submit collect collect_stats.sh "${TRACE_DS_COLLECT_SBATCH:-}"
+submit calibrate single_stage.sh "${TRACE_DS_CPU_SBATCH:-}"
+submit unlearn unlearn_mixtral.sh "${TRACE_DS_UNLEARN_SBATCH:-}"
+submit convert single_stage.sh "${TRACE_DS_CPU_SBATCH:-}"
+submit "evaluate report" single_stage.sh "${TRACE_DS_EVALUATE_SBATCH:---gpus-per-node=2}"
+trap - EXIT

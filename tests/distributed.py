@@ -1,0 +1,81 @@
+"""Run a function in N real processes joined over gloo on this machine.
+
+The processes are forked from a server that has imported torch, transformers and DeepSpeed once, so a job of two costs
+a second, not ten.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from trace_ds.parallel.environment import free_port
+
+TIMEOUT_S = 240.0
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "transformers.models.mixtral", "deepspeed"])
+
+
+def run_distributed(function: Callable[..., Any], world_size: int, *arguments: Any) -> list[Any]:
+    """``function(world, *arguments)`` on every rank; the results in rank order. A failing rank fails the test."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    port = free_port()
+    queue = CONTEXT.Queue()
+    processes = [
+        CONTEXT.Process(target=_rank, args=(function, rank, world_size, port, queue, arguments), daemon=True)
+        for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    results: dict[int, Any] = {}
+    deadline = time.monotonic() + TIMEOUT_S
+    try:
+        while len(results) < world_size:
+            try:
+                rank, ok, value = queue.get(timeout=1.0)
+            except Exception:
+                dead = [rank for rank, process in enumerate(processes) if process.exitcode not in (None, 0)]
+                if dead:
+                    raise AssertionError(f"rank {dead[0]} died with {processes[dead[0]].exitcode}") from None
+                assert time.monotonic() < deadline, f"no answer from ranks {set(range(world_size)) - set(results)}"
+                continue
+            if not ok:
+                raise AssertionError(f"rank {rank} failed:\n{value}")
+            results[rank] = value
+        return [results[rank] for rank in range(world_size)]
+    finally:
+        for process in processes:
+            process.join(5.0 if len(results) == world_size else 0.1)
+            if process.is_alive():
+                process.kill()
+                process.join()
+
+
+def _rank(function: Callable[..., Any], rank: int, world_size: int, port: int, queue: Any, arguments: Any) -> None:
+    sys.path.insert(0, str(Path(__file__).parent))
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        OMP_NUM_THREADS="1",
+        DS_ACCELERATOR="cpu",
+    )
+    try:
+        from trace_ds.parallel.world import join, leave
+
+        world = join(threads=1, timeout_minutes=3)
+        value = function(world, *arguments)
+        world.barrier()
+        queue.put((rank, True, value))
+        leave()
+    except BaseException:
+        queue.put((rank, False, traceback.format_exc()))

@@ -1,0 +1,150 @@
+"""Detection: the multiple-testing control, the false discoveries on correlated documents, and the top_* rankings."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from calibration_world import make_world
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from trace_ds.calibration.detect import benjamini_hochberg, detect, log_ratio
+from trace_ds.config.schema import DetectionConfig
+from trace_ds.routing.statistics import RoutingStatistics
+
+LAYERS, EXPERTS, TOP_K = 4, 16, 2
+
+
+def simulate(rng: np.random.Generator, documents: int, boost: dict[tuple[int, int], float] | None = None):
+    """Statistics of a corpus whose documents each have their own routing taste (Dirichlet), tokens drawn from it."""
+    n_D = rng.integers(20, 300, documents)
+    base_LE = np.full((LAYERS, EXPERTS), 1.0)
+    for place, factor in (boost or {}).items():
+        base_LE[place] *= factor
+    base_LE /= base_LE.sum(axis=1, keepdims=True)
+    taste_DLE = rng.gamma(base_LE * 12.0, size=(documents, LAYERS, EXPERTS))
+    taste_DLE /= taste_DLE.sum(axis=2, keepdims=True)
+    c_DLE = rng.multinomial((TOP_K * n_D)[:, None], taste_DLE)
+    return RoutingStatistics(
+        c_DLE.sum(axis=0),
+        c_DLE.sum(axis=0) * 0.5,
+        (c_DLE**2).sum(axis=0),
+        (c_DLE * n_D[:, None, None]).sum(axis=0),
+        int((n_D**2).sum()),
+        int(n_D.sum()),
+        documents,
+        TOP_K,
+    )
+
+
+def naive_binomial(forget: RoutingStatistics, retain: RoutingStatistics, min_ratio: float) -> np.ndarray:
+    """The same rule with independent-token errors: what one would do without thinking of documents."""
+    p, q = (np.maximum(s.frequency_LE, 0.5 / s.tokens) for s in (forget, retain))
+    error = np.sqrt((1 - p) / (p * forget.tokens) + (1 - q) / (q * retain.tokens))
+    return benjamini_hochberg(stats.norm.sf((np.log(p / q) - np.log(min_ratio)) / error), 0.05)
+
+
+@pytest.mark.parametrize("min_ratio", [1.0, 1.25])
+def test_false_discoveries_stay_below_the_nominal_rate_where_the_naive_test_exceeds_it(min_ratio: float) -> None:
+    """No expert differs. Under the global null the false discovery rate is the share of draws with any discovery."""
+    rng = np.random.default_rng(11)
+    config = DetectionConfig(min_ratio=min_ratio, min_load=0.0)
+    ours = naive = 0
+    for _ in range(200):
+        forget, retain = simulate(rng, 60), simulate(rng, 150)
+        ours += bool(detect(forget, retain, config).selected_LE.any())
+        naive += bool(naive_binomial(forget, retain, min_ratio).any())
+    assert ours / 200 <= 0.05
+    assert naive / 200 > 0.25
+
+
+def test_true_differences_are_found() -> None:
+    rng = np.random.default_rng(3)
+    boost = {(0, 3): 4.0, (2, 7): 4.0}
+    found = detect(simulate(rng, 60, boost), simulate(rng, 150), DetectionConfig())
+    assert {(int(a), int(b)) for a, b in zip(*np.nonzero(found.selected_LE), strict=True)} == set(boost)
+    for place in boost:
+        assert found.low_LE[place] < np.exp(found.log_ratio_LE[place]) < found.high_LE[place]
+        assert found.low_LE[place] > 1.25
+
+
+def test_interval_covers_the_true_ratio() -> None:
+    rng = np.random.default_rng(5)
+    covered = []
+    for _ in range(60):
+        found = detect(simulate(rng, 80), simulate(rng, 80), DetectionConfig())
+        covered.append(((found.low_LE <= 1.0) & (found.high_LE >= 1.0)).mean())
+    assert 0.93 < np.mean(covered) < 0.985
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=40), st.sampled_from([0.01, 0.05, 0.5]))
+def test_benjamini_hochberg_equals_scipy(values: list[float], level: float) -> None:
+    p_values = np.array(values)
+    np.testing.assert_array_equal(
+        benjamini_hochberg(p_values, level), stats.false_discovery_control(p_values, method="bh") <= level
+    )
+
+
+def test_load_rule_and_layers() -> None:
+    rng = np.random.default_rng(3)
+    boost = {(0, 3): 6.0, (2, 7): 6.0}
+    forget, retain = simulate(rng, 60, boost), simulate(rng, 150)
+    assert detect(forget, retain, DetectionConfig(layers=[2])).selected_LE.nonzero()[0].tolist() == [2]
+    without = detect(forget, retain, DetectionConfig(exclude_layers=[2]))
+    assert without.selected_LE.nonzero()[0].tolist() == [0] and not without.eligible_LE[2].any()
+    assert not detect(forget, retain, DetectionConfig(min_load=7.0)).selected_LE.any()
+    with pytest.raises(ValueError, match="layer 4 is not one of the model's 4"):
+        detect(forget, retain, DetectionConfig(exclude_layers=[4]))
+
+
+def test_selecting_nothing_or_everything_of_a_corpus_of_one_document() -> None:
+    rng = np.random.default_rng(0)
+    found = detect(simulate(rng, 1, {(0, 0): 9.0}), simulate(rng, 50), DetectionConfig())
+    assert not found.selected_LE.any() and "1 document(s)" in found.warnings[0]
+    top = detect(simulate(rng, 1), simulate(rng, 50), DetectionConfig(method="top_difference", top_n=2))
+    assert (top.selected_LE.sum(axis=1) <= 2).all() and top.selected_LE.any()
+
+
+def test_an_expert_never_selected_on_one_side_has_a_finite_ratio_and_a_wide_interval() -> None:
+    rng = np.random.default_rng(0)
+    forget, retain = simulate(rng, 60), simulate(rng, 60)
+    for moments in (retain.counts_LE, retain.square_LE, retain.cross_LE):
+        moments[1, 2] = 0
+    ratio, error, freedom = log_ratio(forget, retain)
+    assert np.isfinite([ratio[1, 2], error[1, 2], freedom[1, 2]]).all()
+    assert ratio[1, 2] > 5 and error[1, 2] > 1.4, "zero selections say little about how small the frequency is"
+
+
+@pytest.mark.parametrize("method", ["top_difference", "top_ratio", "top_kl", "top_gate_mass"])
+@pytest.mark.parametrize("per_layer", [True, False])
+def test_top_methods_rank_and_count(method: str, per_layer: bool) -> None:
+    forget, retain = (corpus.statistics(8) for corpus in make_world(seed=2))
+    p, q = forget.frequency_LE, retain.frequency_LE
+    scores = {
+        "top_difference": p - q,
+        "top_ratio": p / np.maximum(q, 0.25 * 2 / 8),
+        "top_kl": p / 2 * np.log(p / q),
+        "top_gate_mass": forget.gate_mass_LE / forget.tokens,
+    }[method]
+    found = detect(forget, retain, DetectionConfig(method=method, top_n=2, per_layer=per_layer))
+    groups = list(scores) if per_layer else [scores.ravel()]
+    chosen = list(found.selected_LE) if per_layer else [found.selected_LE.ravel()]
+    for group, mask in zip(groups, chosen, strict=True):
+        assert set(np.nonzero(mask)[0]) == set(np.argsort(-group)[:2])
+
+
+def test_top_methods_never_take_experts_that_forget_text_uses_less() -> None:
+    forget, retain = (corpus.statistics(8) for corpus in make_world(seed=2))
+    found = detect(forget, retain, DetectionConfig(method="top_difference", top_n=8))
+    assert (forget.frequency_LE > retain.frequency_LE)[found.selected_LE].all()
+    assert 0 < found.selected_LE.sum() < 24
+
+
+def test_statistics_of_two_models_are_refused() -> None:
+    rng = np.random.default_rng(0)
+    one = simulate(rng, 10)
+    other = RoutingStatistics(**{**vars(one), "top_k": 4})
+    with pytest.raises(ValueError, match="different models"):
+        detect(one, other, DetectionConfig())

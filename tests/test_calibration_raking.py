@@ -1,0 +1,247 @@
+"""Raking against closed forms, a brute-force convex solver, and properties over degenerate inputs."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from calibration_world import make_world
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import optimize
+
+from trace_ds.calibration import raking, tokens
+from trace_ds.calibration.patterns import Encoding, PatternStore, build_store
+from trace_ds.calibration.raking import covariance, evaluate, solve, temper
+from trace_ds.calibration.targets import offer
+
+
+def weights(active_TS: np.ndarray, theta_S: np.ndarray) -> np.ndarray:
+    score = active_TS @ theta_S
+    w = np.exp(score - score.max())
+    return w / w.mean()
+
+
+def correlated(rng: np.random.Generator, count: int, constraints: int) -> np.ndarray:
+    """0/1 columns that share a common cause."""
+    common = rng.normal(size=(count, 1))
+    return common * rng.normal(0.7, 0.3, constraints) + rng.normal(size=(count, constraints)) > 0.8
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 10_000), st.integers(1, 10_000), st.floats(1e-4, 1 - 1e-4))
+def test_one_expert_has_the_closed_form(active: int, idle: int, target: float) -> None:
+    column = np.array([[True], [False]])
+    store = PatternStore.from_activations(column, np.array([active, idle]))
+    p = active / (active + idle)
+    solution = solve(store, np.array([target]))
+    w = np.exp(column @ solution.point.theta_S - solution.point.log_mean)
+    np.testing.assert_allclose(w, [target / p, (1 - target) / (1 - p)], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_agrees_with_a_brute_force_convex_solver(seed: int) -> None:
+    """scipy minimises KL(w ‖ uniform) over the weights themselves, under the constraints: no dual involved."""
+    rng = np.random.default_rng(seed)
+    active = correlated(rng, 60, 3)
+    target = 0.6 * active.mean(axis=0) + 0.4 * np.clip(active.mean(axis=0) + 0.25, 0, 0.9)
+    solution = solve(PatternStore.from_activations(active), target)
+    ours = weights(active, solution.point.theta_S)
+    constraints = [
+        {"type": "eq", "fun": lambda w: w.mean() - 1.0, "jac": lambda w: np.full(60, 1 / 60)},
+        {"type": "eq", "fun": lambda w: active.T @ w / 60 - target, "jac": lambda w: active.T / 60},
+    ]
+    brute = optimize.minimize(
+        lambda w: float((w * np.log(w)).mean()),
+        np.ones(60),
+        jac=lambda w: (np.log(w) + 1) / 60,
+        bounds=[(1e-9, None)] * 60,
+        constraints=constraints,
+        method="SLSQP",
+        options={"maxiter": 2000, "ftol": 1e-14},
+    )
+    assert brute.success
+    np.testing.assert_allclose(ours, brute.x, atol=2e-4)
+    assert (ours * np.log(ours)).mean() <= (brute.x * np.log(brute.x)).mean() + 1e-9
+
+
+@pytest.mark.parametrize(
+    ("newton_constraints", "dense_constraints"),
+    [(512, 1536), (0, 1536), (0, 4)],
+    ids=["newton", "l-bfgs", "l-bfgs by layer"],
+)
+def test_many_experts_meet_their_targets(monkeypatch, tmp_path, newton_constraints, dense_constraints) -> None:
+    monkeypatch.setattr(raking, "NEWTON_CONSTRAINTS", newton_constraints)
+    monkeypatch.setattr(raking, "DENSE_CONSTRAINTS", dense_constraints)
+    forget, retain = make_world(seed=3, layers=4, experts=10, top_k=3)
+    _, store = build_store(retain.as_trace(), retain.tokens, np.ones((4, 10), dtype=bool), tmp_path)
+    active = retain.dense(10)
+    p = active.mean(axis=0)
+    target = p + 0.3 * (forget.dense(10).mean(axis=0) - p)
+    solution = solve(store, target)
+    assert solution.converged
+    w = weights(active, solution.point.theta_S)
+    np.testing.assert_allclose(w @ active / w.sum(), target, atol=1e-6)
+    assert abs(w.mean() - 1) < 1e-9
+
+
+def test_sampled_hessian_and_newton_find_the_same_weights(monkeypatch, tmp_path) -> None:
+    forget, retain = make_world(seed=5)
+    everything = np.ones((3, 8), dtype=bool)
+    _, store = build_store(retain.as_trace(), retain.tokens, everything, tmp_path)
+    p, q = retain.dense(8).mean(axis=0), forget.dense(8).mean(axis=0)
+    exact = temper(store, p, q, 0.5)
+    monkeypatch.setattr(raking, "NEWTON_CONSTRAINTS", 0)
+    monkeypatch.setattr(raking, "SAMPLE_TOKENS", 500)
+    store.exact = False
+    sampled = temper(store, p, q, 0.5)
+    assert sampled.strength == pytest.approx(exact.strength, rel=2e-4)
+    active = retain.dense(8)
+    ours, theirs = (weights(active, t.solution.point.theta_S) for t in (sampled, exact))
+    np.testing.assert_allclose(ours, theirs, rtol=2e-3)
+
+
+@pytest.mark.parametrize("floor", [0.2, 0.5, 0.9, 1.0])
+def test_the_floor_is_respected_and_reached(tmp_path, floor: float) -> None:
+    forget, retain = make_world(seed=1)
+    _, store = build_store(retain.as_trace(), retain.tokens, np.ones((3, 8), dtype=bool), tmp_path)
+    active = retain.dense(8)
+    p, q = active.mean(axis=0), forget.dense(8).mean(axis=0)
+    tempered = temper(store, p, q, floor)
+    w = weights(active, tempered.solution.point.theta_S)
+    ess = w.sum() ** 2 / (len(w) * (w**2).sum())
+    assert ess >= floor - 1e-12
+    if tempered.strength < 1:
+        assert ess < floor + 1e-3, "a larger lambda would have been possible"
+    np.testing.assert_allclose(w @ active / w.sum(), p + tempered.strength * (q - p), atol=1e-6)
+
+
+def test_order_of_tokens_changes_no_bit_of_deduplicated_patterns() -> None:
+    rng = np.random.default_rng(0)
+    active = correlated(rng, 4000, 9)
+    target = active.mean(axis=0) + 0.05
+    solutions = [
+        solve(PatternStore.from_activations(active[order]), target).point.theta_S
+        for order in (np.arange(4000), rng.permutation(4000), np.arange(4000)[::-1])
+    ]
+    for theta in solutions[1:]:
+        np.testing.assert_array_equal(theta, solutions[0])
+
+
+def test_order_of_documents_changes_nothing_beyond_rounding(tmp_path, monkeypatch) -> None:
+    """Without de-duplication the sums are taken in another order: equal to 1e-9, not bit by bit."""
+    monkeypatch.setattr(tokens, "CHUNK_TOKENS", 700)
+    forget, retain = make_world(seed=2)
+    p, q = retain.dense(8).mean(axis=0), forget.dense(8).mean(axis=0)
+    every, _ = build_store(retain.as_trace(), retain.tokens, np.ones((3, 8), dtype=bool), tmp_path)
+    target = p + 0.3 * (q - p)
+    forward = solve(every, target).point
+    every._memory = every._memory[::-1]
+    backward = solve(every, target).point
+    active = retain.dense(8)
+    np.testing.assert_allclose(
+        weights(active, forward.theta_S), weights(active, backward.theta_S), rtol=1e-6, atol=1e-9
+    )
+
+
+def test_number_of_torch_threads_changes_no_bit(tmp_path) -> None:
+    import torch
+
+    forget, retain = make_world(seed=4)
+    _, store = build_store(retain.as_trace(), retain.tokens, np.ones((3, 8), dtype=bool), tmp_path)
+    p, q = retain.dense(8).mean(axis=0), forget.dense(8).mean(axis=0)
+    before = torch.get_num_threads()
+    thetas = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            thetas.append(temper(store, p, q, 0.5).solution.point.theta_S)
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    np.testing.assert_array_equal(*thetas)
+
+
+def test_covariance_against_numpy() -> None:
+    rng = np.random.default_rng(0)
+    active, theta, counts = correlated(rng, 300, 5), rng.normal(size=5), rng.integers(1, 9, 300).astype(float)
+    w = counts * np.exp(active @ theta)
+    wanted = np.cov(active.T.astype(float), aweights=w, ddof=0)
+    np.testing.assert_allclose(covariance(active, counts, theta), wanted, atol=1e-14)
+    np.testing.assert_allclose(covariance(active, counts, theta, single=True), wanted, atol=1e-6)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    count=st.integers(1, 40),
+    constraints=st.integers(1, 5),
+    kinds=st.lists(st.sampled_from(["free", "never", "always", "copy"]), min_size=5, max_size=5),
+    targets=st.lists(st.sampled_from([0.0, 1e-6, 0.1, 0.5, 0.9, 1.0]), min_size=5, max_size=5),
+    floor=st.sampled_from([0.05, 0.5, 0.99, 1.0]),
+)
+def test_degenerate_inputs_give_finite_weights_above_the_floor(seed, count, constraints, kinds, targets, floor) -> None:
+    active = np.random.default_rng(seed).random((count, constraints)) < 0.4
+    for s, kind in enumerate(kinds[:constraints]):
+        if kind == "never":
+            active[:, s] = False
+        elif kind == "always":
+            active[:, s] = True
+        elif kind == "copy":
+            active[:, s] = active[:, 0]
+    store = PatternStore.from_activations(active)
+    p = active.mean(axis=0)
+    offered = offer(store, p, np.array(targets[:constraints]), 20.0)
+    assert ((offered.target_S >= 0) & (offered.target_S <= 1)).all()
+    tempered = temper(store, p, offered.target_S, floor)
+    w = weights(active, tempered.solution.point.theta_S)
+    assert np.isfinite(w).all() and 0 <= tempered.strength <= 1
+    assert abs(w.mean() - 1) < 1e-9
+    assert w.sum() ** 2 / (count * (w**2).sum()) >= floor - 1e-9
+    reached = p + tempered.strength * (offered.target_S - p)
+    np.testing.assert_allclose(w @ active / w.sum(), reached, atol=1e-6)
+    if kinds[0] in ("never", "always") and targets[0] != p[0]:
+        assert offered.reason_S[0] == kinds[0] and offered.target_S[0] == p[0]
+
+
+def test_identical_experts_are_offered_a_common_target() -> None:
+    active = np.array([[1, 1], [0, 0], [0, 0], [1, 1]], dtype=bool)
+    offered = offer(PatternStore.from_activations(active), active.mean(axis=0), np.array([0.6, 0.8]))
+    np.testing.assert_allclose(offered.target_S, [0.7, 0.7], atol=1e-12)
+    assert offered.reason_S == ["dependent", "dependent"]
+
+
+def test_a_layer_whose_fixed_experts_leave_a_rest_still_sums_to_top_k(tmp_path) -> None:
+    forget, retain = make_world(seed=7)
+    trace = retain.trace_TLK.copy()
+    trace[:, 1] = np.where(trace[:, 1] == 3, 7, trace[:, 1])  # expert 1/3 is never selected by retain text
+    both = (trace[:, 1] == 7).sum(axis=1) == 2
+    trace[both, 1] = [6, 7]
+    retain = type(retain)(trace, retain.tokens, retain.topic_D)
+    _, store = build_store(retain.as_trace(), retain.tokens, np.ones((3, 8), dtype=bool), tmp_path)
+    p, q = retain.dense(8).mean(axis=0), forget.dense(8).mean(axis=0)
+    offered = offer(store, p, q)
+    assert offered.target_S[8 + 3] == 0 and offered.reason_S[8 + 3] == "never"
+    assert offered.target_S[8:16].sum() == pytest.approx(2.0, abs=1e-9)
+    np.testing.assert_allclose(offered.target_S[:8], q[:8], atol=1e-9)
+    assert temper(store, p, offered.target_S, 0.5).strength > 0.05
+
+
+def test_a_target_far_beyond_the_retain_frequency_is_limited() -> None:
+    active = np.zeros((1000, 1), dtype=bool)
+    active[0] = True
+    offered = offer(PatternStore.from_activations(active), np.array([0.001]), np.array([0.4]), limit=20.0)
+    assert offered.target_S[0] == pytest.approx(0.02) and offered.reason_S == ["rare"]
+
+
+def test_infeasible_fixed_targets_are_reported_not_hidden() -> None:
+    active = np.array([[1, 0], [0, 1], [1, 1], [0, 0]], dtype=bool)[:2]
+    solution = solve(PatternStore.from_activations(active), np.array([0.9, 0.9]))
+    assert not solution.converged and solution.error > 0.1
+
+
+def test_empty_scope_and_no_tokens() -> None:
+    store = PatternStore(Encoding.choose(np.zeros((2, 4), dtype=bool), 2), 3, False, [np.zeros((0, 3), np.uint8)])
+    tempered = temper(store, np.zeros(0), np.zeros(0), 0.5)
+    assert tempered.strength == 1.0 and tempered.solution.point.ess == 1.0
+    with pytest.raises(ValueError, match="no counted tokens"):
+        evaluate(PatternStore(store.encoding, 0, False, []), np.zeros(0))

@@ -1,0 +1,209 @@
+"""Weight rules on a synthetic world with correlated documents: what each promises, and what the controls break."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from calibration_world import Corpus, make_world
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trace_ds.calibration import tokens as token_module
+from trace_ds.calibration.detect import Detection, detect
+from trace_ds.calibration.rules import Calibrated, apply_rule, scope_of
+from trace_ds.config.schema import RULES, CalibrationConfig, DetectionConfig
+
+EXPERTS = 8
+CONTROLS = ("uniform", "permuted", "random_experts", "inverse")
+RULES_THAT_CALIBRATE = [rule for rule in RULES if rule not in CONTROLS]
+
+
+@pytest.fixture(scope="module")
+def world() -> tuple[Corpus, Corpus, Detection]:
+    forget, retain = make_world(seed=0)
+    detection = detect(forget.statistics(EXPERTS), retain.statistics(EXPERTS), DetectionConfig())
+    assert 2 <= detection.selected_LE.sum() < 16
+    return forget, retain, detection
+
+
+def run(world, folder, parts: int = 1, seed: int = 0, **options) -> tuple[Calibrated, np.ndarray, np.ndarray]:
+    """(result, weights of the counted tokens, weighted frequencies [L, E])."""
+    _, retain, detection = world
+    config = CalibrationConfig(**options)
+    made = apply_rule(
+        config,
+        retain.tokens,
+        retain.as_trace(parts),
+        scope_of(config, detection.selected_LE, detection.eligible_LE, seed),
+        detection.forget_LE,
+        detection.retain_LE,
+        seed,
+        folder,
+    )
+    everywhere = np.array(made.weight_T)
+    assert (everywhere[~retain.counted_T] == 0).all()
+    w = everywhere[retain.counted_T]
+    return made, w, (w @ retain.dense(EXPERTS) / w.sum()).reshape(detection.forget_LE.shape)
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("experts", ["all", "selected"])
+@pytest.mark.parametrize("rule", RULES)
+def test_mean_weight_floor_and_rows(world, tmp_path, rule: str, experts: str, level: str) -> None:
+    made, w, _ = run(world, tmp_path, rule=rule, experts=experts, level=level)
+    tokens = world[1].tokens
+    assert abs(w.mean() - 1) < 1e-9 and (w > 0).all()
+    ess = w.sum() ** 2 / (len(w) * (w**2).sum())
+    assert made.ess == pytest.approx(ess, rel=1e-9) and made.max_weight == pytest.approx(w.max())
+    assert ess >= 0.5 - (1e-2 if rule == "permuted" else 1e-9)
+    counted_T, weight_T = world[1].counted_T, np.array(made.weight_T)
+    for row in range(tokens.rows):
+        at = slice(*(int(x) for x in tokens.row_starts_R1[row : row + 2]))
+        mine = weight_T[at][counted_T[at]]
+        assert made.row_weight_R[row] == pytest.approx(mine.mean() if len(mine) else 0.0, rel=1e-12)
+        if level == "sequence" and len(mine):
+            np.testing.assert_allclose(mine, mine[0], rtol=1e-12)
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("experts", ["all", "selected"])
+@pytest.mark.parametrize("rule", RULES_THAT_CALIBRATE)
+def test_each_selected_expert_comes_closer_to_its_forget_frequency(world, tmp_path, rule, experts, level) -> None:
+    """The sentence of the abstract."""
+    detection = world[2]
+    _, _, achieved_LE = run(world, tmp_path, rule=rule, experts=experts, level=level)
+    before = np.abs(detection.retain_LE - detection.forget_LE)[detection.selected_LE]
+    after = np.abs(achieved_LE - detection.forget_LE)[detection.selected_LE]
+    assert (after < before).all()
+
+
+def test_inverse_goes_the_other_way_and_is_raking_upside_down(world, tmp_path) -> None:
+    detection = world[2]
+    (tmp_path / "a").mkdir()
+    _, w, _ = run(world, tmp_path / "a", rule="raking")
+    made, inverse, achieved_LE = run(world, tmp_path, rule="inverse")
+    before = np.abs(detection.retain_LE - detection.forget_LE)[detection.selected_LE]
+    assert (np.abs(achieved_LE - detection.forget_LE)[detection.selected_LE] > before).all()
+    wanted = w**-made.exponent
+    np.testing.assert_allclose(inverse, wanted / wanted.mean(), rtol=1e-9)
+
+
+def test_permuted_keeps_the_weights_of_rows_and_forgets_their_meaning(world, tmp_path) -> None:
+    (tmp_path / "a").mkdir()
+    raked, w, raked_LE = run(world, tmp_path / "a", rule="raking")
+    made, permuted, achieved_LE = run(world, tmp_path, rule="permuted")
+    np.testing.assert_allclose(np.sort(made.row_weight_R), np.sort(raked.row_weight_R), rtol=0.02)
+    assert abs(np.corrcoef(w, permuted)[0, 1]) < 0.05
+    retain_LE = world[2].retain_LE
+    assert np.abs(achieved_LE - retain_LE).max() < 0.35 * np.abs(raked_LE - retain_LE).max()
+    assert not made.theta_LE.any(), "a theta that does not give these weights must not be offered"
+
+
+def test_permuting_rows_of_equal_length_keeps_both_multisets_exactly(tmp_path) -> None:
+    rng = np.random.default_rng(0)
+    size, rows = 10, 40
+    documents = np.repeat(np.arange(rows, dtype=np.int32), size)
+    starts = np.arange(0, rows * size + 1, size)
+    trace = rng.integers(0, 4, (rows * size, 2, 1)).astype(np.uint8)
+    corpus = Corpus(trace, token_module.TokenMap(starts, documents, rows), np.zeros(rows))
+    p = corpus.dense(4).mean(axis=0).reshape(2, 4)
+    q = np.roll(p, 1, axis=1)
+    results = {}
+    for rule in ("raking", "permuted"):
+        folder = tmp_path / rule
+        folder.mkdir()
+        config = CalibrationConfig(rule=rule)
+        everything = np.ones((2, 4), dtype=bool)
+        results[rule] = apply_rule(config, corpus.tokens, corpus.as_trace(), everything, q, p, 0, folder)
+    a, b = results["raking"], results["permuted"]
+    np.testing.assert_allclose(np.sort(a.weight_T), np.sort(b.weight_T), rtol=1e-9)
+    np.testing.assert_allclose(np.sort(a.row_weight_R), np.sort(b.row_weight_R), rtol=1e-9)
+    assert not np.allclose(a.row_weight_R, b.row_weight_R)
+
+
+def test_random_experts_are_as_many_and_meet_their_true_targets(world, tmp_path) -> None:
+    detection = world[2]
+    made, _, achieved_LE = run(world, tmp_path, rule="random_experts")
+    assert made.scope_LE.sum() == detection.selected_LE.sum()
+    assert not np.array_equal(made.scope_LE, detection.selected_LE)
+    wanted = detection.retain_LE + made.strength * (detection.forget_LE - detection.retain_LE)
+    np.testing.assert_allclose(achieved_LE[made.scope_LE], wanted[made.scope_LE], atol=1e-6)
+
+
+@pytest.mark.parametrize("rule", ["ratio_mean", "ratio_max"])
+def test_ratio_rules_against_the_slow_way(world, tmp_path, rule: str) -> None:
+    _, retain, detection = world
+    made, w, _ = run(world, tmp_path, rule=rule, experts="selected", ess_floor=0.01, clip=1.5)
+    ratio = np.clip(detection.forget_LE / detection.retain_LE, 1 / 1.5, 1.5)[detection.selected_LE]
+    active = retain.dense(EXPERTS)[:, detection.selected_LE.ravel()]
+    wanted = np.ones(len(active))
+    for t, row in enumerate(active):
+        if row.any():
+            wanted[t] = ratio[row].mean() if rule == "ratio_mean" else ratio[row].max()
+    assert made.exponent == 1.0
+    np.testing.assert_allclose(w, wanted / wanted.mean(), rtol=1e-9)
+
+
+def test_ratio_rules_are_flattened_to_the_floor(world, tmp_path) -> None:
+    made, w, _ = run(world, tmp_path, rule="ratio_max", experts="selected", ess_floor=0.97)
+    ess = w.sum() ** 2 / (len(w) * (w**2).sum())
+    assert 0 < made.exponent < 1 and 0.97 <= ess < 0.972
+
+
+@pytest.mark.parametrize("rule", ["raking", "ratio_max", "permuted"])
+def test_sharding_changes_no_bit_and_neither_does_running_again(world, tmp_path, monkeypatch, rule: str) -> None:
+    monkeypatch.setattr(token_module, "CHUNK_TOKENS", 1000)
+    weights = []
+    for number, parts in enumerate((1, 1, 5)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        weights.append(run(world, folder, parts=parts, rule=rule)[1])
+    np.testing.assert_array_equal(weights[0], weights[1])
+    np.testing.assert_array_equal(weights[0], weights[2])
+
+
+def test_uniform_needs_no_trace_and_others_say_so(world, tmp_path) -> None:
+    _, retain, detection = world
+    nothing = np.zeros_like(detection.selected_LE)
+    p, q = detection.forget_LE, detection.retain_LE
+    made = apply_rule(CalibrationConfig(rule="uniform"), retain.tokens, None, nothing, p, q, 0, tmp_path)
+    assert (np.array(made.weight_T)[retain.counted_T] == 1.0).all() and made.ess == 1.0
+    with pytest.raises(ValueError, match="needs the routing trace"):
+        apply_rule(CalibrationConfig(), retain.tokens, None, ~nothing, p, q, 0, tmp_path)
+
+
+def test_theta_gives_the_weights_and_is_centred_in_fully_constrained_layers(world, tmp_path) -> None:
+    _, retain, detection = world
+    made, w, _ = run(world, tmp_path)
+    score = retain.dense(EXPERTS) @ made.theta_LE.ravel()
+    again = np.exp(score - score.max())
+    np.testing.assert_allclose(again / again.mean(), w, rtol=1e-9)
+    np.testing.assert_allclose((detection.retain_LE * made.theta_LE).sum(axis=1), 0.0, atol=1e-12)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    rule=st.sampled_from(RULES),
+    level=st.sampled_from(["token", "sequence"]),
+    lengths=st.lists(st.integers(1, 6), min_size=1, max_size=8),
+)
+def test_tiny_and_odd_corpora(tmp_path_factory, seed: int, rule: str, level: str, lengths: list[int]) -> None:
+    """Rows of one token, rows without any counted token, one counted token in all: finite weights of mean 1."""
+    rng = np.random.default_rng(seed)
+    starts = np.concatenate([[0], np.cumsum([2, *lengths])]).astype(np.int64)
+    total = int(starts[-1])
+    documents = np.sort(rng.integers(0, 3, total)).astype(np.int32)
+    documents[:2] = 0
+    trace = np.argsort(rng.random((total, 2, 4)), axis=2)[:, :, :2].astype(np.uint8)
+    corpus = Corpus(trace, token_module.TokenMap(starts, np.sort(documents), 3), np.zeros(3))
+    p = corpus.dense(4).mean(axis=0).reshape(2, 4)
+    q = rng.dirichlet(np.ones(4), 2) * 2
+    q = np.minimum(q, 1.0)
+    config = CalibrationConfig(rule=rule, level=level)
+    scope_LE = scope_of(config, q > p, np.ones((2, 4), dtype=bool), 0)
+    folder = tmp_path_factory.mktemp("spool")
+    made = apply_rule(config, corpus.tokens, corpus.as_trace(), scope_LE, q, p, 0, folder)
+    w = np.array(made.weight_T)[corpus.counted_T]
+    assert np.isfinite(w).all() and abs(w.mean() - 1) < 1e-9
+    assert np.isfinite(made.row_weight_R).all() and np.isfinite(made.theta_LE).all()

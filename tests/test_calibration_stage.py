@@ -1,0 +1,281 @@
+"""The calibrate stage on really prepared data with a routing trace made for it; damaged and mismatched inputs."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from calibration_world import Corpus, make_corpus
+from tiny import make_model, write_config
+
+from trace_ds.calibration.table import print_table
+from trace_ds.config.load import load_config
+from trace_ds.config.schema import Config
+from trace_ds.corpora.dataset import TokenDataset
+from trace_ds.corpora.tokenizer import tokenizer_fingerprint
+from trace_ds.errors import UserError
+from trace_ds.models.families import model_fingerprint
+from trace_ds.run import artefact
+from trace_ds.run.directory import RunDirectory
+from trace_ds.stages.calibrate import calibrate
+from trace_ds.stages.prepare import prepare
+
+LAYERS, EXPERTS, TOP_K = 3, 4, 2
+
+
+def write_statistics(config: Config, run: RunDirectory, *, trace: bool = True, parts: int = 2) -> None:
+    """Statistics artefacts as ``collect`` writes them, from synthetic routing over the prepared tokens."""
+    data = artefact.load(run.data, "data", "prepare CONFIG")
+    rng = np.random.default_rng(0)
+    logits = rng.normal(scale=0.8, size=(3, LAYERS, EXPERTS))
+    logits[1] = 0.8 * logits[0] + 0.2 * logits[1]
+    for side in ("forget", "retain"):
+        dataset = TokenDataset.open(data.file(f"{side}.arrow"))
+        documents = dataset.documents_flat()
+        number = int(documents.max()) + 1
+        topic_D = np.zeros(number, np.int64) if side == "forget" else 1 + (np.arange(number) % 4 > 0)
+        shape = make_corpus(rng, topic_D, logits, TOP_K, taste=0.2)
+        noisy = logits[topic_D][documents] + rng.gumbel(size=(len(documents), LAYERS, EXPERTS))
+        chosen = np.sort(np.argsort(-noisy, axis=2)[:, :, :TOP_K], axis=2).astype(np.uint8)
+        tokens = type(shape.tokens)(dataset.row_offsets, documents, number)
+        corpus = Corpus(chosen, tokens, topic_D)
+        directory = run.statistics / side
+        shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir(parents=True)
+        statistics = corpus.statistics(EXPERTS)
+        statistics.save(directory / "statistics.safetensors")
+        if trace:
+            for part, array in enumerate(np.array_split(chosen, parts)):
+                np.save(directory / f"trace-{part:05d}-of-{parts:05d}.npy", array)
+        inputs = {
+            "model": model_fingerprint(config.model.path),
+            "tokenizer": tokenizer_fingerprint(config.model.path),
+            "data": data.content,
+            "side": side,
+        }
+        summary = {
+            "layers": list(range(LAYERS)),
+            "experts": EXPERTS,
+            "top_k": TOP_K,
+            "tokens": statistics.tokens,
+            "documents": statistics.documents,
+            "rows": len(dataset),
+        }
+        artefact.describe(directory, "statistics", inputs, {"trace": trace}, summary)
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory) -> tuple[Path, Path]:
+    """(folder with model and config, run directory with data and statistics); copy before changing anything."""
+    folder = tmp_path_factory.mktemp("calibrate")
+    model = make_model(folder / "model", layers=LAYERS, experts=EXPERTS, top_k=TOP_K)
+    path = write_config(folder, model)
+    config, _ = load_config(str(path))
+    run = RunDirectory(folder / "run")
+    prepare(config, run)
+    write_statistics(config, run)
+    return path, run.path
+
+
+@pytest.fixture
+def job(prepared, tmp_path) -> Callable[..., tuple[Config, RunDirectory]]:
+    def make(**changes: object) -> tuple[Config, RunDirectory]:
+        config_path, run_path = prepared
+        if not (tmp_path / "run").exists():
+            shutil.copytree(run_path, tmp_path / "run")
+        overrides = [f"{key.replace('__', '.')}={json.dumps(value)}" for key, value in changes.items()]
+        return load_config(str(config_path), overrides)[0], RunDirectory(tmp_path / "run")
+
+    return make
+
+
+def files(directory: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
+
+
+def test_artefact_and_its_files(job, capsys) -> None:
+    config, run = job()
+    made = calibrate(config, run)
+    data = artefact.load(run.data, "data", "prepare CONFIG")
+    dataset = TokenDataset.open(data.file("retain.arrow"))
+    counted = dataset.counted_flat()
+    weights = np.load(made.file("weights.npy"), allow_pickle=False)
+    rows = np.load(made.file("row_weights.npy"), allow_pickle=False)
+    assert weights.dtype == np.float32 and weights.shape == (dataset.tokens,)
+    assert (weights[~counted] == 0).all() and abs(weights[counted].astype(np.float64).mean() - 1) < 1e-6
+    assert rows.dtype == np.float64 and rows.shape == (len(dataset),)
+    for row in range(len(dataset)):
+        at = slice(int(dataset.row_offsets[row]), int(dataset.row_offsets[row + 1]))
+        mine = weights[at][counted[at]]
+        assert rows[row] == pytest.approx(mine.mean() if len(mine) else 0.0, rel=1e-6)
+    diagnosis = json.loads(made.file("diagnosis.json").read_text())
+    assert diagnosis["rule"] == "raking" and not diagnosis["none_found"] and diagnosis["selected"]
+    assert diagnosis["ess_fraction"] >= 0.5 - 1e-9 and 0 < diagnosis["lambda"] <= 1
+    for expert in diagnosis["selected"]:
+        assert abs(expert["achieved"] - expert["forget"]) < abs(expert["retain"] - expert["forget"])
+        assert expert["ratio_low"] < expert["ratio"] < expert["ratio_high"]
+    shares = diagnosis["share_by_source"]
+    assert {entry["source"] for entry in shares} == {"retain-0", "retain-1", "retain-2"}
+    assert sum(entry["weight_share"] for entry in shares) == pytest.approx(1.0)
+    assert sum(entry["token_share"] for entry in shares) == pytest.approx(1.0)
+    near = [document["document"] % 4 == 0 for document in diagnosis["top_documents"][:8]]
+    assert all(near), "the documents of the near topic carry the weight"
+    assert diagnosis["top_documents"][0]["text_start"]
+    assert made.summary["selected"] == len(diagnosis["selected"])
+    shown = capsys.readouterr().out
+    assert "forget-critical experts" in shown and "effective sample" in shown
+
+
+def test_running_again_does_nothing_and_from_scratch_gives_the_same_bytes(job, tmp_path) -> None:
+    config, run = job()
+    calibrate(config, run)
+    first, stamp = files(run.calibration), (run.calibration / "artefact.json").stat().st_mtime_ns
+    calibrate(config, run)
+    assert (run.calibration / "artefact.json").stat().st_mtime_ns == stamp, "a finished stage is skipped"
+    shutil.rmtree(run.calibration)
+    calibrate(config, run)
+    assert files(run.calibration) == first
+    assert not [p for p in run.path.iterdir() if "tmp" in p.name or "spool" in p.name]
+    assert str(tmp_path) not in "".join(str(value) for name, value in first.items() if name.endswith(".json"))
+
+
+def test_another_sharding_of_the_trace_gives_the_same_files(job) -> None:
+    config, run = job()
+    content = calibrate(config, run).content
+    write_statistics(config, run, parts=5)
+    again = calibrate(config, run)
+    assert again.content == content
+
+
+@pytest.mark.parametrize("change", [{"seed": 3}, {"calibration__rule": "ratio_mean"}, {"calibration__ess_floor": 0.9}])
+def test_other_settings_are_another_artefact(job, change: dict) -> None:
+    first = calibrate(*job()).identity
+    assert calibrate(*job(**change)).identity != first
+
+
+def test_variant_shares_data_and_statistics(job) -> None:
+    config, run = job(calibration__rule="uniform")
+    made = calibrate(config, run.variant("uniform"))
+    assert made.path == run.path / "variants" / "uniform" / "calibration"
+    weights = np.load(made.file("weights.npy"))
+    assert set(np.unique(weights)) == {0.0, 1.0}
+
+
+def test_none_found_stops_with_one_line_and_writes_nothing(job) -> None:
+    config, run = job(calibration__if_none_found="stop", calibration__detection__min_ratio=50.0)
+    with pytest.raises(UserError, match="no forget-critical expert was found; the largest forget/retain") as stopped:
+        calibrate(config, run)
+    assert "if_none_found: continue" in stopped.value.line() and "\n" not in stopped.value.line()
+    assert not run.calibration.exists()
+
+
+@pytest.mark.parametrize(("experts", "uniform"), [("all", False), ("selected", True)])
+def test_none_found_may_continue(job, experts: str, uniform: bool) -> None:
+    config, run = job(calibration__detection__min_ratio=50.0, calibration__experts=experts)
+    made = calibrate(config, run)
+    diagnosis = json.loads(made.file("diagnosis.json").read_text())
+    assert diagnosis["none_found"] and "no forget-critical expert was found" in " ".join(diagnosis["warnings"])
+    assert (set(np.unique(np.load(made.file("weights.npy")))) == {0.0, 1.0}) == uniform
+
+
+def test_uniform_works_without_a_trace_and_raking_says_what_to_set(job) -> None:
+    config, run = job(calibration__rule="uniform")
+    write_statistics(config, run, trace=False)
+    diagnosis = json.loads(calibrate(config, run).file("diagnosis.json").read_text())
+    assert diagnosis["ess_fraction"] == 1.0
+    config, run = job()
+    shutil.rmtree(run.calibration)
+    with pytest.raises(UserError, match=r"rule raking needs the routing trace.*statistics\.trace: true"):
+        calibrate(config, run)
+    assert not run.calibration.exists()
+
+
+def alter_summary(directory: Path, **changes: object) -> None:
+    old = artefact.load(directory, "statistics", "x", verify=False)
+    artefact.describe(directory, "statistics", old.inputs, old.settings, {**old.summary, **changes})
+
+
+def alter_inputs(directory: Path, **changes: str) -> None:
+    old = artefact.load(directory, "statistics", "x", verify=False)
+    artefact.describe(directory, "statistics", {**old.inputs, **changes}, old.settings, old.summary)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(bytes(content))
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no statistics": (lambda run: shutil.rmtree(run / "statistics/retain"), "no statistics artefact here"),
+    "no data": (lambda run: shutil.rmtree(run / "data"), "no data artefact here"),
+    "truncated": (lambda run: truncate(run / "statistics/retain/trace-00001-of-00002.npy"), r"truncated\?"),
+    "altered": (lambda run: flip(run / "statistics/forget/statistics.safetensors"), "altered after it was written"),
+    "missing": (lambda run: (run / "statistics/retain/trace-00000-of-00002.npy").unlink(), "is missing"),
+    "another model": (lambda run: alter_inputs(run / "statistics/forget", model="0" * 64), "another model"),
+    "another tokenizer": (lambda run: alter_inputs(run / "statistics/retain", tokenizer="0" * 64), "another tokenizer"),
+    "another corpus": (lambda run: alter_inputs(run / "statistics/retain", data="0" * 64), "another data"),
+    "another K": (lambda run: alter_summary(run / "statistics/forget", top_k=1), "have top_k 1, the retain"),
+    "other layers": (lambda run: alter_summary(run / "statistics/forget", layers=[0, 1]), "have layers"),
+    "both K": (
+        lambda run: [alter_summary(run / "statistics" / side, top_k=1) for side in ("forget", "retain")],
+        "do not fit their own summary",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_or_mismatched_inputs_are_refused_by_name(job, damage: str) -> None:
+    config, run = job()
+    act, message = DAMAGES[damage]
+    act(run.path)
+    with pytest.raises(UserError, match=message) as refused:
+        calibrate(config, run)
+    line = refused.value.line()
+    assert "\n" not in line and "Fix: " in line and str(run.path) in line
+    assert not run.calibration.exists()
+
+
+def test_a_trace_of_other_tokens_is_refused(job) -> None:
+    """Consistent hashes, right shapes, wrong content: the counts beside it tell."""
+    config, run = job()
+    path = run.statistics / "retain" / "trace-00000-of-00002.npy"
+    np.save(path, np.load(path)[::-1, ::-1])
+    alter_summary(run.statistics / "retain")
+    with pytest.raises(UserError, match="does not add up to the statistics"):
+        calibrate(config, run)
+
+
+def test_a_damaged_calibration_is_made_again(job) -> None:
+    config, run = job()
+    content = calibrate(config, run).content
+    flip(run.calibration / "weights.npy")
+    assert calibrate(config, run).content == content
+    artefact.load(run.calibration, "calibration", "calibrate CONFIG")
+
+
+def test_layers_that_do_not_exist(job) -> None:
+    config, run = job(calibration__detection__layers=[7])
+    with pytest.raises(UserError, match="layer 7 is not one of the model's 3"):
+        calibrate(config, run)
+
+
+def test_table_names_what_matters(job) -> None:
+    from rich.console import Console
+
+    config, run = job()
+    made = calibrate(config, run)
+    console = Console(file=io.StringIO(), width=160)
+    print_table(made, console)
+    shown = console.file.getvalue()
+    for words in ("p forget", "ratio [95 %]", "where the weight went", "retain-0", "lambda", "between documents"):
+        assert words in shown, words

@@ -1,0 +1,198 @@
+"""The other directions: expert-parallel and universal targets loaded by real DeepSpeed engines, and round trips."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_convert_engines import (
+    FAMILIES,
+    Case,
+    base_model,
+    checkpoints,
+    ds_config,
+    engine_state,
+    free_port,
+    joined_world,
+    make_engine,
+    probe,
+    train,
+)
+
+from trace_ds.conversion.convert import convert_checkpoint
+from trace_ds.errors import UserError
+
+TRAINED = Case("mixtral", 3, 2)
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return {k: v for path in sorted(directory.glob("*.safetensors")) for k, v in load_file(path).items()}
+
+
+def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
+    return left.keys() == right.keys() and all(
+        left[name].dtype == right[name].dtype and torch.equal(left[name], right[name]) for name in left
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_layout_of_a_model_leads_back_to_it(tmp_path: Path, family: str) -> None:
+    """hub -> fused -> hub, and hub -> expert-parallel -> hub, are the identity; the fused names are transformers'."""
+    model = base_model(family)
+    model.save_pretrained(tmp_path / "base")
+    original = weights(tmp_path / "base")
+    convert_checkpoint(tmp_path / "base", tmp_path / "fused", to="hf-fused")
+    fused = weights(tmp_path / "fused")
+    in_memory = {name: tensor for name, tensor in model.state_dict().items() if name in fused}
+    assert same(fused, in_memory) and any("gate_up_proj" in name for name in fused)
+    convert_checkpoint(tmp_path / "fused", tmp_path / "back", verify=True)
+    assert same(weights(tmp_path / "back"), original)
+    convert_checkpoint(tmp_path / "base", tmp_path / "ep", to="ep")
+    convert_checkpoint(tmp_path / "ep", tmp_path / "again", base_model=tmp_path / "base", max_shard_size="3KB", jobs=2)
+    assert same(weights(tmp_path / "again"), original)
+    index = json.loads((tmp_path / "again" / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"]) == set(original)
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in original.values())
+    assert len(set(index["weight_map"].values())) > 1
+
+
+def test_reruns_and_jobs_give_the_same_bytes(tmp_path: Path) -> None:
+    source = checkpoints(2) / TRAINED.name
+    base = checkpoints(2) / "base" / "mixtral"
+    for name, jobs in (("one", 1), ("two", 3)):
+        convert_checkpoint(source, tmp_path / name / "model", base_model=base, jobs=jobs, max_shard_size="4KB")
+    files = sorted(path.name for path in (tmp_path / "one" / "model").iterdir())
+    assert files == sorted(path.name for path in (tmp_path / "two" / "model").iterdir())
+    for name in files:
+        one, two = (tmp_path / run / "model" / name for run in ("one", "two"))
+        assert one.read_bytes() == two.read_bytes(), name
+
+
+def load_expert_parallel(rank: int, world: int, port: int, case: Case, source: str, out: str) -> None:
+    """Load the layout into an engine whose own weights are all zero, and write down its logits."""
+    with joined_world(rank, world, port):
+        import deepspeed
+
+        model = base_model(case.family)
+        for parameter in model.parameters():
+            parameter.data.zero_()
+        config = ds_config(case) | {"optimizer": None}
+        del config["optimizer"]
+        engine, *_ = deepspeed.initialize(model=model, config=config)
+        path, _ = engine.load_checkpoint(source, load_module_only=True, load_optimizer_states=False)
+        assert path is not None
+        engine.eval()
+        with torch.no_grad():
+            logits = engine(input_ids=probe(), use_cache=False).logits.float()
+        torch.save(logits, f"{out}/logits_{rank}.pt")
+
+
+@pytest.mark.parametrize(("family", "ep"), [("mixtral", 1), ("mixtral", 2), ("deepseek_v3", 2), ("qwen2_moe", 2)])
+def test_deepspeed_loads_the_expert_parallel_layout(tmp_path: Path, family: str, ep: int) -> None:
+    model = base_model(family)
+    model.save_pretrained(tmp_path / "base")
+    convert_checkpoint(tmp_path / "base", tmp_path / "ep", to="ep")
+    case = Case(family, 0, ep, "fp32")
+    arguments = (ep, free_port(), case, str(tmp_path / "ep"), str(tmp_path))
+    torch.multiprocessing.spawn(load_expert_parallel, arguments, nprocs=ep)
+    with torch.no_grad():
+        expected = model(input_ids=probe(), use_cache=False).logits
+    for rank in range(ep):
+        assert torch.allclose(torch.load(tmp_path / f"logits_{rank}.pt"), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "case", [TRAINED, Case("mixtral", 3, 0), Case("mixtral", 1, 2), Case("deepseek_v3", 3, 2)], ids=lambda case: case.name
+)
+def test_universal_folder_equals_deepspeeds_own(tmp_path: Path, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every state of every parameter is bit for bit what ds_to_universal writes, and both lead to the same model."""
+    root = checkpoints(2)
+    source, base = root / case.name, root / "base" / case.family
+    convert_checkpoint(source, tmp_path / "ours", to="universal", jobs=2)
+    theirs = tmp_path / "theirs" / "step_000001"
+    ds_to_universal(source / "step_000001", theirs, case)
+    ours = tmp_path / "ours" / "step_000001"
+    names = sorted(str(path.relative_to(theirs)) for path in (theirs / "zero").rglob("*.pt"))
+    compared = 0
+    for name in names:
+        if name.endswith("optimizer_state.pt"):
+            continue
+        expected = torch.load(theirs / name, weights_only=True)
+        if not (ours / name).is_file():
+            assert name.startswith("zero/model.") and ".gate.gate." in name  # the alias of the router, for no engine
+            continue
+        found = torch.load(ours / name, weights_only=True)
+        if name.endswith("step.pt"):
+            assert float(found) == float(expected)
+            continue
+        tensor = expected["param"] if isinstance(expected, dict) else expected
+        assert torch.equal(found["param"].reshape(-1), tensor.reshape(-1)), name
+        if isinstance(expected, dict) and expected.get("is_expert_param"):
+            assert found["is_expert_param"] and found["ep_num_experts"] == expected["ep_num_experts"]
+        compared += 1
+    assert compared >= 3 * 20
+    for folder in (ours, theirs):
+        convert_checkpoint(folder, tmp_path / f"{folder.parent.name}_model", base_model=base)
+    convert_checkpoint(source, tmp_path / "direct", base_model=base)
+    assert same(weights(tmp_path / "ours_model"), weights(tmp_path / "direct"))
+    assert same(weights(tmp_path / "theirs_model"), weights(tmp_path / "direct"))
+
+
+def ds_to_universal(source: Path, destination: Path, case: Case) -> None:
+    """DeepSpeed's own converter (for stages 1 and 2 it wants a key that only AutoEP's checkpoints have)."""
+    import subprocess
+
+    flags = ["--inject_missing_state", "--num_extract_workers", "1", "--num_merge_workers", "1"]
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
+    command += ["--input_folder", str(source), "--output_folder", str(destination), *flags]
+    subprocess.run(command, check=True, capture_output=True, env=os.environ | {"DS_ACCELERATOR": "cpu"})
+
+
+def resume_universal(rank: int, world: int, port: int, case: Case, source: str, out: str) -> None:
+    """Load a universal folder into an engine of this world, note its parameters, and train a step on."""
+    with joined_world(rank, world, port):
+        import deepspeed
+
+        engine = make_engine(case, {"checkpoint": {"load_universal": True}})
+        path, _ = engine.load_checkpoint(source)
+        assert path is not None
+        held = {}
+        for name, parameter in engine.module.named_parameters():
+            with deepspeed.zero.GatheredParameters([parameter], enabled=case.stage == 3):
+                held[name] = parameter.detach().clone()
+        buffers = {n: b.clone() for n, b in engine.module.named_buffers() if "e_score" in n}
+        train(engine, rank, 1)
+        torch.save({"held": held, "buffers": buffers}, f"{out}/truth_{rank}.pt")
+
+
+@pytest.mark.parametrize(
+    ("case", "world", "ep"),
+    [(TRAINED, 1, 1), (TRAINED, 4, 2), (Case("mixtral", 1, 2), 1, 1)],
+    ids=["zero3-world1-ep1", "zero3-world4-ep2", "zero1-world1-ep1"],
+)
+def test_deepspeed_resumes_from_the_universal_folder_on_another_world(
+    tmp_path: Path, case: Case, world: int, ep: int
+) -> None:
+    root = checkpoints(2)
+    convert_checkpoint(root / case.name, tmp_path / "universal", to="universal")
+    target = Case(case.family, case.stage, ep, case.dtype)
+    arguments = (world, free_port(), target, str(tmp_path / "universal"), str(tmp_path))
+    torch.multiprocessing.spawn(resume_universal, arguments, nprocs=world)
+    before = engine_state(root / case.name, case.ep, 2)
+    after = engine_state(tmp_path, ep, world)
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert torch.equal(after[name], tensor), name
+
+
+def test_a_model_without_optimizer_states_has_no_universal_folder(tmp_path: Path) -> None:
+    base_model("mixtral").save_pretrained(tmp_path / "base")
+    with pytest.raises(UserError, match="optimizer states"):
+        convert_checkpoint(tmp_path / "base", tmp_path / "universal", to="universal")
+    assert not (tmp_path / "universal").exists()

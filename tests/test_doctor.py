@@ -1,0 +1,293 @@
+"""``trace-ds doctor``: a healthy run passes, and each planted fault is found, named and given a fix."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+
+from trace_ds.cluster import checks_machine, checks_run
+from trace_ds.cluster.bandwidth import bandwidth_checks, measure
+from trace_ds.cluster.checks import Check, guarded
+from trace_ds.cluster.doctor import doctor, run_checks
+from trace_ds.config.load import load_config
+from trace_ds.config.schema import Config
+
+
+def loaded(tmp_path: Path, model: Path, **changes: Any) -> Config:
+    config, _ = load_config(str(tiny.write_config(tmp_path, model, **changes)), [], tmp_path / "run")
+    return config
+
+
+@pytest.fixture
+def model(tiny_model: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_model, tmp_path / "model"))
+
+
+def of(found: list[Check], group: str) -> dict[str, Check]:
+    return {check.name: check for check in found if check.group == group}
+
+
+def only_fault(found: list[Check], *words: str) -> Check:
+    """The single MISS of a list; its text contains the words and it names a fix."""
+    missing = [check for check in found if check.status == "MISS"]
+    assert len(missing) == 1, missing
+    for word in words:
+        assert word in f"{missing[0].name} {missing[0].detail} {missing[0].fix}"
+    assert missing[0].fix
+    return missing[0]
+
+
+def test_a_healthy_run_has_no_miss(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    found = run_checks(loaded(tmp_path, tiny_model), tmp_path / "run")
+    ours = [check for check in found if check.group not in ("slurm", "accelerators", "launchers")]
+    assert [check for check in ours if check.status == "MISS"] == []
+    groups = {check.group for check in found}
+    assert groups >= {"python", "collectives", "compiler", "cpu", "storage", "model", "tokenizer", "corpora"}
+    assert all(check.fix for check in found if check.status != "OK")
+    assert not any(check.fix for check in found if check.status == "OK")
+    assert not (tmp_path / "run").exists(), "doctor must not make the run directory"
+    assert not list(tmp_path.glob(".trace-ds*")), "doctor must remove what it wrote"
+
+
+def test_exit_status_and_json(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = loaded(tmp_path, model)
+    status = doctor(config, tmp_path / "run", json=True, bandwidth=False)
+    checks = json.loads(capsys.readouterr().out)
+    assert status == any(check["status"] == "MISS" for check in checks)
+    assert {tuple(check) for check in checks} == {("group", "name", "status", "detail", "fix")}
+    (model / "model.safetensors").unlink()
+    assert doctor(config, tmp_path / "run", json=False, bandwidth=False) == 1
+    printed = capsys.readouterr().out
+    assert "no weights" in printed and "fix:" in printed and "MISS" in printed
+
+
+# Faults of versions and toolchain
+
+
+@pytest.mark.parametrize(
+    ("package", "version", "problem"),
+    [
+        ("transformers", "5.22.2", ""),
+        ("transformers", "5.17.0", ""),
+        ("transformers", "5.16.9", "older than 5.17"),
+        ("transformers", "4.57.1", "older than 5.17"),
+        ("transformers", "5.23.0", "AutoEP"),
+        ("transformers", "6.0.0", "not supported"),
+        ("deepspeed", "0.19.8", ""),
+        ("deepspeed", "0.19.7", "older"),
+        ("deepspeed", "0.20.0", "not supported"),
+        ("torch", "2.13.0+cpu", ""),
+        ("torch", "2.11.0+cu130", ""),
+        ("torch", "2.9.1", "older than 2.11"),
+    ],
+)
+def test_versions(package: str, version: str, problem: str) -> None:
+    found = checks_machine.version_problem(package, version, {"deepspeed": "0.19.8", "transformers": version})
+    assert problem in found and bool(found) == bool(problem)
+
+
+def test_a_wrong_version_is_a_miss_with_the_pip_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(checks_machine.VERSIONS, "numpy", ("99", None))
+    monkeypatch.setitem(checks_machine.VERSIONS, "no-such-package", (None, None))
+    missing = {check.name: check for check in checks_machine.python_checks() if check.status == "MISS"}
+    assert missing["numpy"].fix == 'pip install "numpy>=99"'
+    assert missing["no-such-package"].detail == "not installed"
+
+
+def test_requirements_agree_with_the_package(tmp_path: Path) -> None:
+    text = (Path(__file__).resolve().parents[1] / "pyproject.toml").read_text(encoding="utf-8")
+    for package in ("deepspeed", "torch", "transformers"):
+        assert f'"{checks_machine.requirement(package)}"' in text
+
+
+def test_no_compiler_is_a_warning_with_the_apt_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    found = {check.name: check for check in checks_machine.toolchain_checks()}
+    assert found["C++ compiler"].status == "WARN" and "apt-get install g++" in found["C++ compiler"].fix
+
+
+def test_launchers_are_found_beside_python(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    found = {check.name: check for check in checks_machine.launcher_checks()}
+    assert found["torchrun"].status == "OK"
+    assert found["srun"].status == "OK" and "not found" in found["srun"].detail
+
+
+# Faults of the cluster
+
+
+def program(folder: Path, name: str, body: str) -> None:
+    (folder / name).write_text(f"#!/bin/sh\n{body}\n", encoding="utf-8")
+    (folder / name).chmod(0o755)
+
+
+def slurm(folder: Path, monkeypatch: pytest.MonkeyPatch, **programs: str) -> list[Check]:
+    """The SLURM checks on a PATH that holds nothing but stand-ins for SLURM's programs."""
+    good = {
+        "scontrol": "echo 'Slurmctld(primary) at login is UP'",
+        "sinfo": "echo 'gpu* up 2-00:00:00 4 nodes idle'",
+        "munge": "echo MUNGE:abc:",
+    }
+    for name, body in (good | programs).items():
+        program(folder, name, body)
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+    return [check for check in checks_machine.slurm_checks() if check.name != "open files"]
+
+
+def test_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert {check.status for check in slurm(tmp_path, monkeypatch)} == {"OK"}
+    only_fault(slurm(tmp_path, monkeypatch, munge="echo 'Error: no socket' >&2; exit 1"), "munge", "munged")
+    down = "echo 'Slurmctld(primary) at login is DOWN'; exit 1"
+    only_fault(slurm(tmp_path, monkeypatch, scontrol=down), "controller", "DOWN")
+    only_fault(slurm(tmp_path, monkeypatch, sinfo="echo 'gpu* up 1:00 4 nodes down'"), "no node is up", "resume")
+    unset = "echo 'scontrol: error: resolve_ctls_from_dns_srv: res_nsearch error' >&2; exit 1"
+    assert {check.status for check in slurm(tmp_path, monkeypatch, scontrol=unset)} == {"WARN"}
+
+
+def test_no_slurm_is_no_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert {check.status for check in checks_machine.slurm_checks()} == {"OK"}
+
+
+def test_a_taken_port() -> None:
+    with socket.socket() as holder:
+        holder.bind(("", 0))
+        holder.listen()
+        port = str(holder.getsockname()[1])
+        only_fault(list(checks_machine.port_checks(port)), port, "MASTER_PORT")
+    assert [check.status for check in checks_machine.port_checks(port)] == ["OK"]
+    only_fault(list(checks_machine.port_checks("no")), "'no'")
+
+
+def test_too_many_processes_and_too_little_memory(tmp_path: Path, tiny_model: Path) -> None:
+    config = loaded(tmp_path, tiny_model, distributed__threads=4)
+    found = list(checks_machine.cpu_checks(config, 10_000, 1e18))
+    assert of(found, "cpu")["cores"].status == "WARN"
+    assert "--nproc" in only_fault(found, "memory", "loading needs").fix
+
+
+def test_a_gpu_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    checks = list(checks_machine.accelerator_checks(None))
+    if Path("/dev/nvidiactl").exists():
+        only_fault(checks, "GPUs")
+    else:
+        assert of(checks, "accelerators")["GPUs"].status == "WARN"
+    program(tmp_path, "nvidia-smi", "echo 580.159.03")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    only_fault(list(checks_machine.accelerator_checks(None)), "580.159.03", "torch sees no GPU", "CUDA build")
+
+
+@pytest.mark.slow
+def test_collectives_really_run_and_are_right() -> None:
+    found = list(bandwidth_checks())
+    assert [check.status for check in found] == ["OK", "OK"], found
+    assert all("correct" in check.detail for check in found)
+
+
+@pytest.mark.slow
+def test_a_collective_that_cannot_run_says_why() -> None:
+    result = measure(2, "no-such-backend")
+    assert "no-such-backend" in result["error"]
+
+
+# Faults of a run
+
+
+def test_storage_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x", encoding="utf-8")
+    only_fault(list(checks_run.storage_checks(tmp_path / "file" / "run", None)), "a part of the path is a file")
+    if Path("/proc/self").is_dir():
+        only_fault(list(checks_run.storage_checks(Path("/proc/run"), None)), "cannot be written", "--run-dir")
+    if os.geteuid() != 0:
+        (tmp_path / "closed").mkdir(mode=0o500)
+        only_fault(list(checks_run.storage_checks(tmp_path / "closed" / "run", None)), "cannot be written")
+
+
+def test_storage_that_is_too_small(tmp_path: Path) -> None:
+    fault = only_fault(list(checks_run.storage_checks(tmp_path / "run", 1e18)), "free space", "1000000000.0 GB")
+    assert "unlearning.keep" in fault.fix
+    assert of(list(checks_run.storage_checks(tmp_path / "run", 10)), "storage")["free space"].status == "OK"
+
+
+def model_faults(tmp_path: Path, model: Path, **changes: Any) -> list[Check]:
+    config = loaded(tmp_path, model, **changes)
+    return guarded("model", "model", lambda: checks_run.model_checks(config))
+
+
+def test_model_faults(tmp_path: Path, model: Path) -> None:
+    assert {check.status for check in model_faults(tmp_path, model)} == {"OK"}
+    only_fault(model_faults(tmp_path, model, distributed__ep=3), "expert parallelism", "1, 2, 4")
+    only_fault(model_faults(tmp_path, model, distributed__ep=4, distributed__nproc=2), "2 processes")
+    weights = (model / "model.safetensors").read_bytes()
+    (model / "model.safetensors").write_bytes(weights[:-10])
+    only_fault(model_faults(tmp_path, model), "truncated", "model.safetensors")
+    (model / "model.safetensors").unlink()
+    index = {"weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    only_fault(model_faults(tmp_path, model), "model-00001-of-00002.safetensors is missing")
+    only_fault(model_faults(tmp_path, tmp_path / "nowhere"), "no model directory")
+
+
+@pytest.mark.parametrize(
+    ("family", "words"), [("llama", ("not supported", "mixtral")), ("deepseek_v3", ("plan counts",))]
+)
+def test_an_unsupported_family(tmp_path: Path, model: Path, family: str, words: tuple[str, ...]) -> None:
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    (model / "config.json").write_text(json.dumps(config | {"model_type": family}), encoding="utf-8")
+    only_fault(model_faults(tmp_path, model), *words)
+
+
+def test_tokenizer_faults(tmp_path: Path, model: Path) -> None:
+    config = loaded(tmp_path, model)
+
+    def faults() -> list[Check]:
+        return guarded("tokenizer", "loads", lambda: checks_run.tokenizer_checks(config))
+
+    assert [check.status for check in faults()] == ["OK"]
+    values = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    (model / "config.json").write_text(json.dumps(values | {"vocab_size": 200}), encoding="utf-8")
+    only_fault(faults(), "tokens, but the model has 200")
+    (model / "tokenizer.json").write_text("{", encoding="utf-8")
+    only_fault(faults(), "tokenizer")
+    (model / "tokenizer.json").unlink()
+    only_fault(faults(), "no tokenizer")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, ("does not exist",)),
+        (b"", ("empty",)),
+        ('{"text": "caf\u00e9"}\n'.encode("latin-1"), ("not UTF-8", "iconv")),
+        (b'{"text": "ok"}\n' * 400_000 + b'{"text": "\xff"}\n', ("not UTF-8", "near byte 6000010")),
+        (b'{"text": "ok"}\n{"text": "\xe2\x82', ("not UTF-8",)),
+        (b"plain text\n", ("no JSON object",)),
+        (b'{"body": "x"}\n', ("no text under 'text'",)),
+    ],
+)
+def test_corpus_faults(tmp_path: Path, tiny_model: Path, content: bytes | None, words: tuple[str, ...]) -> None:
+    config = loaded(tmp_path, tiny_model)
+    assert {check.status for check in checks_run.corpus_checks(config)} == {"OK"}
+    path = Path(config.data.forget[0].path)
+    path.unlink() if content is None else path.write_bytes(content)
+    fault = only_fault(list(checks_run.corpus_checks(config)), *words)
+    assert fault.name == f"forget: {path}"
+
+
+def test_a_check_that_fails_does_not_hide_the_others() -> None:
+    def broken() -> list[Check]:
+        raise RuntimeError("boom")
+
+    only_fault(guarded("group", "name", broken), "boom", "RuntimeError")

@@ -1,0 +1,424 @@
+"""The metrics, against brute force and the packages the field uses."""
+
+from __future__ import annotations
+
+import json
+import math
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from test_evaluation_models import SETTINGS, save_model
+
+from trace_ds.config.schema import TaskConfig
+from trace_ds.corpora.dataset import TokenDataset, write_rows
+from trace_ds.corpora.pack import PackingCounts, pack
+from trace_ds.corpora.read import Document
+from trace_ds.errors import UserError
+from trace_ds.evaluation import choice, drift, mia, perplexity, tasks, verbatim
+from trace_ds.evaluation.items import ChoiceItem, VerbatimItem, read_choice_items, read_task, read_verbatim_items
+from trace_ds.evaluation.language_model import LanguageModel, TokenScores, loaded
+
+GOOD = {"id": "a", "prompt": "w1 w2", "choices": ["w3", "w4", "w5 w6", "w7"], "answer": 2, "source": "s"}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    from transformers import AutoTokenizer
+
+    path = save_model(tmp_path_factory.mktemp("model"))
+    with loaded(str(path), AutoTokenizer.from_pretrained(path), SETTINGS) as language_model:
+        yield language_model
+
+
+def write_lines(path: Path, *records: Any) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+# ---------------------------------------------------------------------------------------------------- files
+
+
+def test_items_are_read_with_defaults(tmp_path: Path) -> None:
+    bare = {key: value for key, value in GOOD.items() if key not in ("id", "source")}
+    items = read_choice_items(write_lines(tmp_path / "facts.jsonl", GOOD, bare))
+    assert items == [
+        ChoiceItem("a", "w1 w2", ("w3", "w4", "w5 w6", "w7"), 2, "s"),
+        ChoiceItem("2", "w1 w2", ("w3", "w4", "w5 w6", "w7"), 2, "facts"),
+    ]
+    passages = read_verbatim_items(write_lines(tmp_path / "book.jsonl", {"id": 5, "prompt": "x", "continuation": "y"}))
+    assert passages == [VerbatimItem("5", "x", "y", "book")]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"answer": None}, "the answer is missing"),
+        ({"answer": 4}, "the answer 4 is out of range"),
+        ({"answer": -1}, "the answer -1 is out of range"),
+        ({"answer": "2"}, "the answer '2' is out of range"),
+        ({"answer": True}, "the answer True is out of range"),
+        ({"choices": ["w1", "w2", "w3", "w4", "w5"]}, "the question has 5 choices"),
+        ({"choices": ["w1", "w2", "w3"]}, "the question has 3 choices"),
+        ({"choices": ["w1", "w2", " ", "w4"]}, "choice 2 is empty"),
+        ({"choices": ["w1", "w2", 3, "w4"]}, "not a list of texts"),
+        ({"choices": None}, "'choices' is missing"),
+        ({"prompt": "  "}, "there is no text under 'prompt'"),
+    ],
+)
+def test_a_bad_question_names_file_and_line(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    path = write_lines(tmp_path / "q.jsonl", GOOD, {**GOOD, **change})
+    with pytest.raises(UserError) as caught:
+        read_choice_items(path)
+    assert caught.value.where == f"{path}:2"
+    assert message in str(caught.value)
+    assert caught.value.fix
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "the task file is empty"),
+        (b"\n \n", "the task file is empty"),
+        (b"{}\n", "no text under 'prompt'"),
+        (b"[1]\n", ":1: the line is not a JSON object"),
+        (b"\n{broken\n", ":2: the line is not a JSON object"),
+        (b'{"prompt": "\xff"}\n', ":1: not UTF-8"),
+    ],
+)
+def test_a_bad_file_names_itself(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "q.jsonl"
+    path.write_bytes(content)
+    for read in (read_choice_items, read_verbatim_items):
+        with pytest.raises(UserError, match=message):
+            read(path)
+    with pytest.raises(UserError, match="does not exist"):
+        read_choice_items(tmp_path / "none.jsonl")
+
+
+def test_an_empty_corpus_has_no_perplexity(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "c.jsonl", {"text": " "})
+    with pytest.raises(UserError, match="has no text"):
+        read_task(TaskConfig(name="p", type="perplexity", path=str(path), role="utility"))
+    with pytest.raises(UserError, match="does not exist"):
+        read_task(TaskConfig(name="p", type="perplexity", path=str(tmp_path / "n.jsonl"), role="utility"))
+
+
+# --------------------------------------------------------------------------------------------------- choice
+
+
+def test_decisions_by_hand() -> None:
+    """Choice 1 wins by sum, the long choice 2 by characters; the right one (2) is not greedy, then it is."""
+    item = ChoiceItem("a", "p", ("x", "yy", "zzzzzzzz", "u"), 2, "s")
+
+    def scores(exact: bool) -> list[TokenScores]:
+        rows = [([-9.0], [False]), ([-1.0, -1.0], [True, True]), ([-2.0, -2.0], [True, exact]), ([-7.0], [False])]
+        return [TokenScores(np.array(a, dtype=np.float32), np.array(b)) for a, b in rows]
+
+    result = choice.decide([item, item], [*scores(False), *scores(True)])
+    assert result.log_prob_IC.tolist() == [[-9, -2, -4, -7]] * 2
+    assert result.metrics() == {"accuracy": 0.0, "accuracy_norm": 1.0, "exact_match": 0.5}
+    with pytest.raises(ValueError, match="no items"):
+        result.metrics(np.zeros(2, dtype=bool))
+    with pytest.raises(ValueError, match="8 scores for 1"):
+        choice.decide([item], [*scores(False), *scores(True)])
+
+
+def random_questions(count: int) -> list[ChoiceItem]:
+    generator = np.random.default_rng(0)
+
+    def text(low: int, high: int) -> str:
+        return " ".join(f"w{n}" for n in generator.integers(0, 60, int(generator.integers(low, high))))
+
+    return [
+        ChoiceItem(str(n), text(2, 9), tuple(text(1, 4) for _ in range(4)), int(generator.integers(0, 4)), "ab"[n % 2])
+        for n in range(count)
+    ]
+
+
+def test_choice_equals_brute_force(model: LanguageModel) -> None:
+    items = random_questions(30)
+    result = choice.evaluate_choice(model, items, "here")
+    for number, item in enumerate(items):
+        sums = []
+        for text in item.choices:
+            prompt = model.encode(item.prompt)
+            ids = [*prompt, *model.tokenizer.encode(text, add_special_tokens=False)]
+            with torch.no_grad():
+                log_prob = torch.log_softmax(model.model(torch.tensor([ids])).logits[0].double(), -1)
+            sums.append(sum(float(log_prob[t - 1, ids[t]]) for t in range(len(prompt), len(ids))))
+        assert np.allclose(result.log_prob_IC[number], sums, atol=1e-4)
+        assert result.predicted_I[number] == int(np.argmax(sums))
+    sources = choice.by_source(items, result)
+    assert set(sources) == {"a", "b"} and sources["a"]["n"] == 15
+    mean = (sources["a"]["accuracy"] + sources["b"]["accuracy"]) / 2
+    assert math.isclose(mean, result.metrics()["accuracy"])
+    assert 0.0 < result.metrics()["accuracy"] < 0.6  # a random model
+
+
+def test_exact_match_is_greedy_decoding(model: LanguageModel) -> None:
+    """Half of the items have what the model really generates as their right choice."""
+    items = []
+    for number, item in enumerate(random_questions(20)):
+        greedy = model.continue_greedily([model.encode(item.prompt)], [3])[0]
+        texts = list(item.choices)
+        if number % 2 and len(greedy) == 3:
+            texts[item.answer] = str(model.tokenizer.decode(greedy))
+        items.append(ChoiceItem(item.id, item.prompt, tuple(texts), item.answer, item.source))
+    result = choice.evaluate_choice(model, items, "here")
+    for number, item in enumerate(items):
+        wanted = model.tokenizer.encode(item.choices[item.answer], add_special_tokens=False)
+        greedy = model.continue_greedily([model.encode(item.prompt)], [len(wanted)])[0]
+        assert bool(result.exact_I[number]) == (greedy == wanted)
+    assert 0.2 < result.metrics()["exact_match"] < 0.8
+
+
+# ------------------------------------------------------------------------------------------------- verbatim
+
+
+def test_rouge_l_by_hand() -> None:
+    """The longest common subsequence of "a b c d" and "a x c d e" is "a c d": P 3/5, R 3/4."""
+    assert math.isclose(verbatim.rouge_l("a b c d", "a x c d e"), 2 * 0.6 * 0.75 / 1.35)
+    assert verbatim.rouge_l("The Cats, sat!", "the cats sat") == 1.0
+    assert verbatim.rouge_l("running", "run") == 0.0  # no stemming
+    assert verbatim.rouge_l("a b", "") == 0.0
+    assert verbatim.exact_tokens([1, 2, 3, 4], [1, 9, 3]) == 0.5
+    with pytest.raises(ValueError, match="empty"):
+        verbatim.exact_tokens([], [1])
+
+
+@pytest.mark.parametrize(
+    ("pair", "expected"),
+    [
+        (("a", "b"), ("a", " b")),
+        (("a ", "b"), ("a", " b")),
+        (("a", "\nb"), ("a", "\nb")),
+        (("a\n", " b"), ("a", "\n b")),
+    ],
+)
+def test_white_space_goes_to_the_continuation(pair: tuple[str, str], expected: tuple[str, str]) -> None:
+    assert verbatim.boundary(*pair) == expected
+
+
+def test_perfect_recall_scores_one_and_other_text_does_not(model: LanguageModel) -> None:
+    prompts = [item.prompt for item in random_questions(12)]
+    greedy = model.continue_greedily([model.encode(prompt) for prompt in prompts], [10] * 12)
+    kept = [(prompt, ids) for prompt, ids in zip(prompts, greedy, strict=True) if len(ids) == 10]
+    known = [VerbatimItem(str(n), p, str(model.tokenizer.decode(ids)), "k") for n, (p, ids) in enumerate(kept)]
+    result = verbatim.evaluate_verbatim(model, known, 6, "here")
+    assert result.metrics() == {"rouge_l": 1.0, "exact_tokens": 1.0}
+    assert result.references == [" ".join(item.continuation.split()[:6]) for item in known]  # cut to max_new_tokens
+    short = [VerbatimItem("s", kept[0][0], str(model.tokenizer.decode(kept[0][1][:3])), "k")]
+    assert verbatim.evaluate_verbatim(model, short, 6, "here").metrics()["rouge_l"] == 1.0  # cut to the passage
+    other = [VerbatimItem(i.id, i.prompt, "w0 w1 w2 w3 w4 w5", "o") for i in known]
+    mixed = verbatim.evaluate_verbatim(model, [*known, *other], 6, "here")
+    assert mixed.metrics()["exact_tokens"] < 0.75
+    assert verbatim.by_source([*known, *other], mixed)["k"] == {"n": len(known), "rouge_l": 1.0, "exact_tokens": 1.0}
+
+
+def test_too_long_a_passage_is_refused(model: LanguageModel) -> None:
+    items = [VerbatimItem("long", "w1 " * 40, "w2 " * 40, "s")]
+    with pytest.raises(UserError, match="here item long"):
+        verbatim.evaluate_verbatim(model, items, 40, "here")
+
+
+# ----------------------------------------------------------------------------------------------- perplexity
+
+
+@given(st.lists(st.integers(0, 9), max_size=50), st.integers(2, 12))
+def test_windows_predict_every_token_but_the_first_once(ids: list[int], context: int) -> None:
+    cut = perplexity.windows(ids, context)
+    assert all(2 <= len(window.ids) <= context and window.first == 1 for window in cut)
+    assert [token for window in cut for token in window.ids[1:]] == ids[1:]
+
+
+def test_perplexity_equals_brute_force(model: LanguageModel) -> None:
+    documents = [Document(item.prompt + " " + " ".join(item.choices), item.source) for item in random_questions(9)]
+    result = perplexity.evaluate_perplexity(model, documents, 7)
+    total, count = 0.0, 0
+    for document in documents:
+        ids = model.encode_document(document.text)
+        assert (ids[0], ids[-1]) == (0, 1)
+        for start in range(0, len(ids) - 1, 6):
+            window = torch.tensor([ids[start : start + 7]])
+            with torch.no_grad():
+                log_prob = torch.log_softmax(model.model(window).logits[0, :-1].double(), -1)
+            total -= float(log_prob.gather(1, window[0, 1:, None]).sum())
+            count += window.shape[1] - 1
+    assert count == sum(len(model.encode_document(document.text)) - 1 for document in documents)
+    assert int(result.tokens.sum()) == count
+    assert math.isclose(result.perplexity(), math.exp(total / count), rel_tol=1e-6)
+    assert set(perplexity.by_source(result)) == {"a", "b"}
+
+
+def test_perplexity_is_the_mean_over_tokens_not_documents() -> None:
+    result = perplexity.PerplexityResult(np.array([2.0, 12.0]), np.array([1, 3]), ["a", "b"])
+    assert math.isclose(result.perplexity(), math.exp(14 / 4))
+    assert math.isclose(result.perplexity(np.array([False, True])), math.exp(4))
+    assert perplexity.PerplexityResult(np.array([1e4]), np.array([1]), ["a"]).perplexity() == math.inf
+    with pytest.raises(ValueError, match="no tokens"):
+        result.perplexity(np.array([False, False]))
+
+
+# ---------------------------------------------------------------------------------------------------- drift
+
+
+@st.composite
+def routings(draw: Any) -> tuple[np.ndarray, np.ndarray, int]:
+    experts = draw(st.integers(2, 9))
+    top_k = draw(st.integers(1, experts))
+    generator = np.random.default_rng(draw(st.integers(0, 2**32)))
+    tokens = draw(st.integers(1, 30))
+    sides = [np.array([generator.permutation(experts)[:top_k] for _ in range(tokens)]) for _ in range(2)]
+    return sides[0], sides[1], experts
+
+
+@given(routings())
+def test_overlap_and_kl_equal_brute_force(case: tuple[np.ndarray, np.ndarray, int]) -> None:
+    from scipy.stats import entropy
+
+    before, after, experts = case
+    expected = np.mean([len(set(a) & set(b)) / len(a) for a, b in zip(before.tolist(), after.tolist(), strict=True)])
+    assert math.isclose(drift.top_k_overlap(before, after), float(expected), abs_tol=1e-12)
+    counts = [[(side == expert).sum() for expert in range(experts)] for side in (before, after)]
+    ours = [drift.selection_counts(side, experts) for side in (before, after)]
+    assert [count.tolist() for count in ours] == counts
+    reference = entropy(ours[0] + 0.5, ours[1] + 0.5)
+    assert math.isclose(drift.kl_divergence(*ours), float(reference), abs_tol=1e-9)
+    assert drift.top_k_overlap(before, before[:, ::-1]) == 1.0  # the order of the K experts does not matter
+    assert drift.kl_divergence(ours[0], ours[0]) == 0.0
+
+
+def packed(path: Path, documents: list[list[int]], context: int) -> TokenDataset:
+    write_rows(path, pack(documents, context, "dense", None, PackingCounts()))
+    return TokenDataset.open(path)
+
+
+def test_routing_of_packed_rows_is_that_of_the_documents_alone(model: LanguageModel, tmp_path: Path) -> None:
+    """Attention must not cross documents within a row, and filling must not count."""
+    from trace_ds.models.routers import record_routing
+
+    generator = np.random.default_rng(5)
+    documents = [generator.integers(3, 63, size).tolist() for size in (7, 1, 12, 5, 3, 9, 2, 11)]
+    dataset = packed(tmp_path / "rows.arrow", documents, 20)
+    sample = drift.sample_routing(model.model, dataset, 99, 2, model.device)
+    assert sample.rows == len(dataset)
+    assert sample.indices_TLK.shape == (int(dataset.counted_flat().sum()), 2, 2)
+    expected = []
+    for row in range(len(dataset)):
+        packed_row = dataset.row(row)
+        for document in dict.fromkeys(packed_row.document_ids.tolist()):
+            piece = packed_row.input_ids[packed_row.document_ids == document]
+            with record_routing(model.model) as recorder, torch.no_grad():
+                model.model(torch.tensor([piece.tolist()]))
+            layers = [recorder.layer(layer)[1].numpy()[:-1] for layer in range(2)]  # the last position predicts nothing
+            expected.append(np.stack(layers, axis=1))
+    assert np.array_equal(np.sort(sample.indices_TLK, -1), np.sort(np.concatenate(expected), -1))
+
+
+def test_attention_stays_inside_documents(model: LanguageModel) -> None:
+    """What the packed forward passes rely on; with a cache transformers drops the mask, hence ``use_cache=False``."""
+    first, second = [0, 5, 9, 13, 20], [0, 33, 41, 8]
+    positions = torch.tensor([[*range(5), *range(4)]])
+    with torch.no_grad():
+        row = model.model(torch.tensor([first + second]), position_ids=positions, use_cache=False).logits[0]
+        alone = model.model(torch.tensor([second]), use_cache=False).logits[0]
+        mixed = model.model(torch.tensor([first + second]), use_cache=False).logits[0]
+    assert torch.allclose(row[5:], alone, atol=1e-5)
+    assert not torch.allclose(mixed[5:], alone, atol=1e-2)
+
+
+def test_no_drift_without_a_change_and_drift_with_one(model: LanguageModel, tmp_path: Path) -> None:
+    generator = np.random.default_rng(6)
+    dataset = packed(tmp_path / "rows.arrow", [generator.integers(3, 63, 30).tolist() for _ in range(6)], 16)
+    before = drift.sample_routing(model.model, dataset, 8, 4, model.device)
+    assert before.rows == 8
+    same = drift.compare(before, before, 4)
+    assert (same["overlap"], same["kl"]) == ([1.0, 1.0], [0.0, 0.0])
+    assert same["tokens"] == int(dataset.counted_flat()[: dataset.row_offsets[8]].sum())
+    assert np.allclose(np.sum(same["frequency_before"], axis=1), 2, atol=1e-5)
+    assert same["chance_overlap"] == 0.5
+    changed = before.indices_TLK.copy()
+    changed[:, 1] = 3 - changed[:, 1]
+    other = drift.compare(before, drift.RoutingSample(changed, before.rows), 4)
+    assert other["overlap"][0] == 1.0 and other["overlap"][1] < 0.9
+    assert other["overlap_mean"] == np.mean(other["overlap"])
+    with pytest.raises(ValueError, match="samples of"):
+        drift.compare(before, drift.RoutingSample(changed[1:], before.rows), 4)
+
+
+# ------------------------------------------------------------------------------------------------------ mia
+
+SCORES = arrays(np.float64, st.integers(1, 40), elements=st.integers(-6, 6).map(lambda n: n / 4))
+
+
+@given(SCORES, SCORES)
+@settings(deadline=None)
+def test_auc_equals_scikit_learn_and_scipy(members: np.ndarray, others: np.ndarray) -> None:
+    from scipy.stats import mannwhitneyu
+    from sklearn.metrics import roc_auc_score
+
+    labels = np.r_[np.ones(len(members)), np.zeros(len(others))]
+    found = mia.auc(members, others)
+    assert math.isclose(found, roc_auc_score(labels, np.r_[members, others]), abs_tol=1e-12)
+    statistic = mannwhitneyu(members, others).statistic / len(members) / len(others)
+    assert math.isclose(found, statistic, abs_tol=1e-12)
+    assert math.isclose(mia.auc(others, members), 1 - found, abs_tol=1e-12)
+
+
+def test_auc_refuses_what_has_no_rank() -> None:
+    with pytest.raises(ValueError, match="members and others"):
+        mia.auc(np.array([]), np.array([1.0]))
+    with pytest.raises(ValueError, match="finite"):
+        mia.auc(np.array([np.nan]), np.array([1.0]))
+
+
+def test_attack_scores_by_hand() -> None:
+    scores = TokenScores(
+        np.array([-1, -5, -2, -4, -3], dtype=np.float32),
+        np.zeros(5, dtype=bool),
+        np.array([-2, -2, -2, -2, -3], dtype=np.float32),
+        np.array([1, 1, 2, 2, 0], dtype=np.float32),
+    )
+    found = mia.member_scores(scores, "text")
+    assert found["loss"] == -3.0
+    assert found["zlib"] == -15 / len(zlib.compress(b"text"))
+    assert found["min_k"] == -4.5  # the two lowest of five
+    assert found["min_k_plus"] == -2.0  # of 1, -3, 0, -1, 0
+    assert "min_k_plus" not in mia.member_scores(TokenScores(scores.log_prob, scores.is_argmax), "text")
+    assert mia.lowest_mean(np.array([3.0, 1.0]), 10) == 1.0  # at least one
+    with pytest.raises(ValueError, match="of 0 values"):
+        mia.lowest_mean(np.array([]))
+
+
+def test_priv_leak_has_the_sign_of_muse() -> None:
+    assert mia.priv_leak(1.0) == -100.0  # every forget text looks like a member: not unlearned
+    assert mia.priv_leak(0.5) == 0.0
+    assert mia.priv_leak(0.0) == 100.0  # over-unlearned
+    assert math.isclose(mia.priv_leak(0.6, 0.6), 0.0, abs_tol=1e-12)
+    assert math.isclose(mia.priv_leak(0.85, 0.48), 100 * (0.15 - 0.52) / 0.52)
+    with pytest.raises(ValueError, match="retrained"):
+        mia.priv_leak(0.5, 1.0)
+
+
+# ---------------------------------------------------------------------------------------------------- tasks
+
+
+@pytest.mark.parametrize(
+    ("metric", "role", "expected"),
+    [
+        ("accuracy", "forget", "lower"),
+        ("accuracy", "utility", "higher"),
+        ("rouge_l", "forget", "lower"),
+        ("perplexity", "forget", "higher"),
+        ("perplexity", "utility", "lower"),
+    ],
+)
+def test_direction(metric: str, role: str, expected: str) -> None:
+    assert tasks.direction(metric, role) == expected

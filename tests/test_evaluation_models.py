@@ -1,0 +1,287 @@
+"""Loading models and scoring tokens: the layer every metric stands on. Also builds the models of the other files."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trace_ds.errors import UserError
+from trace_ds.evaluation.language_model import (
+    LOGITS_PER_FORWARD,
+    Diverged,
+    LanguageModel,
+    ModelSettings,
+    Sequence,
+    loaded,
+    plan_batches,
+)
+
+WORDS = [f"w{number}" for number in range(60)]
+SETTINGS = ModelSettings("fp32", add_bos=True, add_eos=True, batch_rows=4)
+
+
+def save_tokenizer(path: Path, words: list[str] = WORDS) -> Any:
+    """A word-level tokenizer with <s> (0), </s> (1), <unk> (2) and the words."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {token: number for number, token in enumerate(["<s>", "</s>", "<unk>", *words])}
+    backend = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    tokenizer.save_pretrained(path)
+    return tokenizer
+
+
+def save_model(path: Path, seed: int = 0, words: list[str] = WORDS, dtype: torch.dtype = torch.float32) -> Path:
+    """A random Mixtral with two MoE layers of four experts, top-2, sharp enough to have opinions."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(seed)
+    config = MixtralConfig(
+        vocab_size=len(words) + 3,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        max_position_embeddings=64,
+        initializer_range=0.3,
+        sliding_window=None,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    model: Any = MixtralForCausalLM(config)
+    model.to(dtype).save_pretrained(path)
+    save_tokenizer(path, words)
+    return path
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def model(model_path: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    with loaded(str(model_path), AutoTokenizer.from_pretrained(model_path), SETTINGS) as language_model:
+        yield language_model
+
+
+def random_sequences(count: int, seed: int = 0) -> list[Sequence]:
+    generator = np.random.default_rng(seed)
+    sequences = []
+    for _ in range(count):
+        size = int(generator.integers(2, 30))
+        ids = (0, *generator.integers(3, 63, size).tolist())
+        sequences.append(Sequence(tuple(int(i) for i in ids), int(generator.integers(1, len(ids)))))
+    return sequences
+
+
+def with_batch_rows(model: LanguageModel, rows: int) -> LanguageModel:
+    return LanguageModel(
+        model.model, model.tokenizer, dataclasses.replace(model.settings, batch_rows=rows), model.where
+    )
+
+
+def test_scores_equal_a_float64_reference(model: LanguageModel) -> None:
+    """Each sequence alone through the model, log-softmax in float64."""
+    sequences = random_sequences(25)
+    for sequence, scores in zip(sequences, model.score(sequences), strict=True):
+        with torch.no_grad():
+            logits = model.model(torch.tensor([sequence.ids]), use_cache=False).logits[0].double()
+        log_prob = torch.log_softmax(logits, -1)
+        expected = [float(log_prob[t - 1, sequence.ids[t]]) for t in range(sequence.first, len(sequence.ids))]
+        assert np.allclose(scores.log_prob, expected, atol=1e-5)
+        best = [int(log_prob[t - 1].argmax()) == sequence.ids[t] for t in range(sequence.first, len(sequence.ids))]
+        assert scores.is_argmax.tolist() == best
+
+
+def test_filling_has_no_influence(model: LanguageModel) -> None:
+    sequences = random_sequences(40, seed=1)
+    alone = with_batch_rows(model, 1).score(sequences)
+    for rows in (3, 40):
+        for ours, expected in zip(with_batch_rows(model, rows).score(sequences), alone, strict=True):
+            assert np.abs(ours.log_prob - expected.log_prob).max() < 1e-5
+            assert ours.is_argmax.tolist() == expected.is_argmax.tolist()
+
+
+def test_the_order_of_the_input_is_kept_and_a_rerun_gives_the_same_bits(model: LanguageModel) -> None:
+    sequences = random_sequences(20, seed=2)
+    told: list[int] = []
+    first, second = model.score(sequences, told.append), model.score(sequences)
+    assert sum(told) == 20
+    assert [len(scores.log_prob) for scores in first] == [len(item.ids) - item.first for item in sequences]
+    assert all(a.log_prob.tobytes() == b.log_prob.tobytes() for a, b in zip(first, second, strict=True))
+
+
+def test_moments_equal_brute_force(model: LanguageModel) -> None:
+    sequence = random_sequences(1, seed=3)[0]
+    scores = model.score([sequence], moments=True)[0]
+    with torch.no_grad():
+        log_prob = torch.log_softmax(model.model(torch.tensor([sequence.ids])).logits[0].double(), -1)
+    log_prob = log_prob[sequence.first - 1 : -1]
+    mean = (log_prob.exp() * log_prob).sum(-1)
+    deviation = ((log_prob.exp() * log_prob**2).sum(-1) - mean**2).sqrt()
+    assert scores.mean is not None and scores.deviation is not None
+    assert np.allclose(scores.mean, mean, atol=1e-5)
+    assert np.allclose(scores.deviation, deviation, atol=1e-5)
+
+
+@given(
+    st.lists(st.tuples(st.integers(2, 500), st.integers(1, 499)), min_size=1, max_size=60),
+    st.integers(1, 9),
+    st.sampled_from([63, 32_000, 5_000_000]),
+)
+@settings(deadline=None, max_examples=60)
+def test_batches_hold_every_sequence_once_within_the_limits(
+    shapes: list[tuple[int, int]], rows: int, vocabulary: int
+) -> None:
+    sequences = [Sequence((5,) * size, min(first, size - 1)) for size, first in shapes]
+    batches = plan_batches(sequences, rows, vocabulary)
+    assert sorted(index for batch in batches for index in batch) == list(range(len(sequences)))
+    for batch in batches:
+        longest = max(len(sequences[index].ids) for index in batch)
+        kept = longest - min(sequences[index].first for index in batch) + 1
+        assert len(batch) <= rows
+        assert len(batch) == 1 or len(batch) * kept * vocabulary <= LOGITS_PER_FORWARD
+
+
+def test_greedy_continuation_equals_one_by_one_without_a_cache(model: LanguageModel) -> None:
+    generator = np.random.default_rng(4)
+    prompts = [[0, *generator.integers(3, 63, size).tolist()] for size in (2, 9, 5, 5, 14, 3)]
+    lengths = [6, 12, 1, 12, 9, 4]
+    told: list[int] = []
+    found = model.continue_greedily(prompts, lengths, told.append)
+    assert sum(told) == 6
+    for prompt, length, continuation in zip(prompts, lengths, found, strict=True):
+        ids = list(prompt)
+        while len(ids) - len(prompt) < length:
+            with torch.no_grad():
+                token = int(model.model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax())
+            if token == 1:
+                break
+            ids.append(token)
+        assert continuation == ids[len(prompt) :]
+
+
+def test_a_continuation_ends_before_eos(model: LanguageModel) -> None:
+    """With the third generated word as EOS, two are left."""
+    free = model.continue_greedily([[0, 5, 6, 7], [0, 9]], [8, 8])
+    tokenizer = copy.deepcopy(model.tokenizer)
+    tokenizer.eos_token = f"w{free[0][2] - 3}"
+    stopping = LanguageModel(model.model, tokenizer, model.settings, model.where)
+    assert free[0].index(free[0][2]) == 2
+    expected = [ids[: ids.index(free[0][2])] if free[0][2] in ids else ids for ids in free]
+    assert stopping.continue_greedily([[0, 5, 6, 7], [0, 9]], [8, 8]) == expected
+    assert len(expected[0]) == 2
+
+
+def test_generation_settings_of_the_directory_are_ignored(tmp_path: Path) -> None:
+    """A model that ships sampling or repetition penalties is still continued greedily."""
+    import json
+
+    from transformers import AutoTokenizer
+
+    path = save_model(tmp_path / "model")
+    plain: list[list[int]] = []
+    penalised: list[list[int]] = []
+    for results in (plain, penalised):
+        with loaded(str(path), AutoTokenizer.from_pretrained(path), SETTINGS) as model:
+            results += model.continue_greedily([[0, 7, 8, 9]], [20])
+        (path / "generation_config.json").write_text(
+            json.dumps({"repetition_penalty": 5.0, "do_sample": True, "temperature": 2.0, "min_new_tokens": 3})
+        )
+    assert plain == penalised
+
+
+def test_completion_starts_after_the_prompt(model: LanguageModel) -> None:
+    sequence = model.encode_completion("w1 w2 w3", " w4 w5", "here")
+    assert (sequence.ids, sequence.first) == ((0, 4, 5, 6, 7, 8), 4)
+
+
+def test_a_token_across_the_boundary_is_scored() -> None:
+    """Byte-pair tokens may merge over the cut; the merged token was not known from the prompt."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {"<s>": 0, "a": 1, "b": 2, "ab": 3, "c": 4}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.BPE(vocabulary, [("a", "b")])), bos_token="<s>"
+    )
+
+    class Stub:
+        class config:
+            max_position_embeddings = 10
+
+    model = LanguageModel(Stub(), tokenizer, SETTINGS, "here")
+    assert model.encode_completion("ca", "bc", "here") == Sequence((0, 4, 3, 4), 2)
+
+
+def test_too_long_an_item_is_refused(model: LanguageModel) -> None:
+    with pytest.raises(UserError, match=r"tasks.jsonl item 7: the item needs 71 tokens and the model reads 64"):
+        model.encode_completion("w1 " * 60, "w2 " * 10, "tasks.jsonl item 7")
+
+
+def test_bf16_keeps_rotary_frequencies_in_float32(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    path = save_model(tmp_path / "model", dtype=torch.bfloat16)
+    settings = dataclasses.replace(SETTINGS, dtype="bf16")
+    with loaded(str(path), AutoTokenizer.from_pretrained(path), settings) as model:
+        found = {name: buffer for name, buffer in model.model.named_buffers() if name.endswith("inv_freq")}
+        assert found and all(buffer.dtype == torch.float32 for buffer in found.values())
+        assert next(model.model.parameters()).dtype == torch.bfloat16
+        assert not model.model.training
+        assert model.score(random_sequences(2))[0].log_prob.dtype == np.float32
+
+
+def test_missing_tensors_are_refused(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoTokenizer
+
+    path = save_model(tmp_path / "model")
+    weights = load_file(path / "model.safetensors")
+    del weights["model.layers.1.input_layernorm.weight"]
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    with (
+        pytest.raises(UserError, match=r"missing keys: 1, for example model.layers.1.input_layernorm.weight"),
+        loaded(str(path), AutoTokenizer.from_pretrained(path), SETTINGS),
+    ):
+        pass
+
+
+def test_a_diverged_model_has_no_scores(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoTokenizer
+
+    path = save_model(tmp_path / "model")
+    weights = load_file(path / "model.safetensors")
+    weights["model.norm.weight"].fill_(float("nan"))
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    with (
+        loaded(str(path), AutoTokenizer.from_pretrained(path), SETTINGS) as model,
+        pytest.raises(Diverged),
+    ):
+        model.score(random_sequences(3))
+
+
+def test_a_vocabulary_larger_than_the_model_is_refused(tmp_path: Path) -> None:
+    path = save_model(tmp_path / "model")
+    tokenizer = save_tokenizer(tmp_path / "other", [*WORDS, "more"])
+    with pytest.raises(UserError, match="64 tokens and the model 63"), loaded(str(path), tokenizer, SETTINGS):
+        pass

@@ -1,0 +1,323 @@
+"""``evaluate`` from the run directory to the files and the table: resuming, copying, refusing."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_evaluation_models import WORDS, save_model, save_tokenizer
+
+from trace_ds.checkpoints.manifest import Manifest
+from trace_ds.config.load import validate
+from trace_ds.config.schema import Config
+from trace_ds.errors import UserError
+from trace_ds.evaluation import language_model
+from trace_ds.run.directory import RunDirectory
+from trace_ds.run.log import StageLog
+from trace_ds.stages import convert
+from trace_ds.stages.evaluate import evaluate
+from trace_ds.stages.prepare import prepare
+
+
+def write_lines(path: Path, records: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return str(path)
+
+
+def text(generator: np.random.Generator, words: int) -> str:
+    return " ".join(f"w{number}" for number in generator.integers(0, 60, words))
+
+
+@dataclasses.dataclass
+class Case:
+    raw: dict[str, Any]
+    run: RunDirectory
+
+    def config(self, **changes: Any) -> Config:
+        raw = json.loads(json.dumps(self.raw))
+        raw["evaluation"].update(changes)
+        return validate(raw, "test")
+
+    def files(self) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in sorted(self.run.evaluation.iterdir())}
+
+    def result(self, name: str) -> dict[str, Any]:
+        return json.loads((self.run.evaluation / f"{name}.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def case(tmp_path: Path) -> Case:
+    generator = np.random.default_rng(0)
+    for seed, name in enumerate(("original", "gold", "unlearned")):
+        save_model(tmp_path / name, seed)
+    corpora = {
+        side: write_lines(tmp_path / f"{side}.jsonl", [{"text": text(generator, 15)} for _ in range(20)])
+        for side in ("forget", "retain")
+    }
+    questions = [
+        {
+            "id": f"q{number}",
+            "prompt": text(generator, 4),
+            "choices": [text(generator, 2) for _ in range(4)],
+            "answer": number % 4,
+            "source": f"s{number % 2}",
+        }
+        for number in range(12)
+    ]
+    passages = [
+        {"id": f"p{number}", "prompt": text(generator, 5), "continuation": text(generator, 7)} for number in range(5)
+    ]
+    files = {
+        "facts": ("choice", write_lines(tmp_path / "facts.jsonl", questions), "forget"),
+        "passages": ("verbatim", write_lines(tmp_path / "passages.jsonl", passages), "forget"),
+        "general": ("perplexity", corpora["retain"], "utility"),
+    }
+    raw = {
+        "name": "case",
+        "model": {"path": str(tmp_path / "original"), "dtype": "fp32"},
+        "data": {side: [{"path": path}] for side, path in corpora.items()} | {"context_length": 24},
+        "evaluation": {
+            "tasks": [
+                {"name": name, "type": kind, "path": path, "role": role} for name, (kind, path, role) in files.items()
+            ],
+            "models": {"gold": str(tmp_path / "gold")},
+            "batch_rows": 8,
+            "drift_rows": 5,
+            "max_new_tokens": 6,
+        },
+    }
+    run = RunDirectory(tmp_path / "run")
+    run.path.mkdir()
+    shutil.copytree(tmp_path / "unlearned", run.model)
+    prepare(validate(raw, "test"), run)
+    return Case(raw, run)
+
+
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the model directories that were loaded, in order (the real loader runs)."""
+    paths: list[str] = []
+    real = language_model.loaded
+
+    def counting(path: str, *rest: Any) -> Any:
+        paths.append(Path(path).name)
+        return real(path, *rest)
+
+    monkeypatch.setattr(language_model, "loaded", counting)
+    return paths
+
+
+def test_results_have_the_agreed_form(case: Case, capsys: pytest.CaptureFixture[str]) -> None:
+    threads = torch.get_num_threads()
+    evaluate(case.config(), case.run)
+    assert torch.get_num_threads() == threads
+    assert list(case.files()) == ["gold.json", "original.json", "unlearned.json"]
+    for name in ("original", "gold", "unlearned"):
+        result = case.result(name)
+        assert result["model"] == name
+        assert [(score["task"], score["metric"]) for score in result["scores"]] == [
+            ("facts", "accuracy"),
+            ("facts", "accuracy_norm"),
+            ("facts", "exact_match"),
+            ("passages", "rouge_l"),
+            ("passages", "exact_tokens"),
+            ("general", "perplexity"),
+        ]
+        assert set(result["scores"][0]) == {"task", "metric", "value", "n", "role", "direction", "chance"}
+        assert [score["direction"] for score in result["scores"]] == ["lower"] * 6
+        assert [score["chance"] for score in result["scores"]] == [0.25, 0.25, None, None, None, None]
+        assert [score["n"] for score in result["scores"]] == [12, 12, 12, 5, 5, 20 * 16]
+        assert [len(result["items"][task]) for task in ("facts", "passages", "general")] == [12, 5, 20]
+        correct = [item["correct"] for item in result["items"]["facts"]]
+        assert result["scores"][0]["value"] == sum(correct) / 12
+        assert result["by_source"]["facts"]["s0"]["n"] == 6
+        assert (result["drift"] is not None) == (name == "unlearned")
+    drift = case.result("unlearned")["drift"]
+    for side in ("forget", "retain"):
+        assert drift[side]["rows"] == 5
+        assert len(drift[side]["overlap"]) == len(drift[side]["kl"]) == 2
+        assert 0.2 < drift[side]["overlap_mean"] < 0.9  # two unrelated random models
+    assert (drift["experts"], drift["top_k"]) == (4, 2)
+    printed = capsys.readouterr().out
+    assert "Scores" in printed and "unlearned" in printed and "gold" in printed
+
+
+def test_nothing_written_depends_on_place_or_time(case: Case, tmp_path: Path) -> None:
+    evaluate(case.config(), case.run)
+    first = case.files()
+    assert not any(str(tmp_path).encode() in content for content in first.values())
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(case.run.path, moved)
+    shutil.rmtree(moved / "evaluation")
+    evaluate(case.config(), RunDirectory(moved))
+    assert {path.name: path.read_bytes() for path in sorted((moved / "evaluation").iterdir())} == first
+
+
+def test_a_killed_evaluation_continues_to_the_same_bytes(case: Case, loads: list[str]) -> None:
+    evaluate(case.config(), case.run)
+    whole = case.files()
+    assert loads == ["original", "gold", "model"]
+    evaluate(case.config(), case.run)
+    assert loads == ["original", "gold", "model"]  # nothing to do
+    (case.run.evaluation / "gold.json").unlink()
+    (case.run.evaluation / "original.json").write_bytes(whole["original.json"][:100])  # torn
+    del loads[:]
+    evaluate(case.config(), case.run)
+    assert loads == ["original", "gold"]
+    assert case.files() == whole
+    (case.run.evaluation / "unlearned.json").unlink()
+    del loads[:]
+    evaluate(case.config(), case.run)
+    assert loads == ["original", "model"]  # the original's routing is needed again
+    assert case.files() == whole
+
+
+def test_what_matters_makes_results_anew_and_the_rest_does_not(case: Case, loads: list[str]) -> None:
+    evaluate(case.config(), case.run)
+    before = case.result("original")["identity"]
+    del loads[:]
+    evaluate(case.config(batch_rows=3), case.run)
+    assert loads == []
+    evaluate(case.config(drift_rows=4), case.run)
+    assert loads == ["original", "model"] and case.result("unlearned")["drift"]["forget"]["rows"] == 4
+    assert case.result("original")["identity"] == before
+    task = Path(case.raw["evaluation"]["tasks"][0]["path"])
+    task.write_text("\n".join(task.read_text(encoding="utf-8").splitlines()[:6]) + "\n", encoding="utf-8")
+    del loads[:]
+    evaluate(case.config(drift_rows=4), case.run)
+    assert loads == ["original", "gold", "model"]
+    assert case.result("gold")["scores"][0]["n"] == 6
+    shutil.copytree(case.run.path.parent / "gold", case.run.model, dirs_exist_ok=True)
+    del loads[:]
+    evaluate(case.config(drift_rows=4, drift=False), case.run)
+    assert loads == ["model"]
+    assert case.result("unlearned")["scores"] == [{**score} for score in case.result("gold")["scores"]]
+    assert case.result("unlearned")["drift"] is None
+
+
+def test_a_variant_takes_shared_results_from_its_parent(case: Case, loads: list[str]) -> None:
+    evaluate(case.config(), case.run)
+    variant = case.run.variant("other")
+    variant.path.mkdir(parents=True)
+    shutil.copytree(case.run.path.parent / "gold", variant.model)
+    del loads[:]
+    evaluate(case.config(), variant)
+    assert loads == ["original", "model"]  # the original for its routing only
+    for name in ("original", "gold"):
+        copied = (variant.evaluation / f"{name}.json").read_bytes()
+        assert copied == (case.run.evaluation / f"{name}.json").read_bytes()
+    ours = json.loads((variant.evaluation / "unlearned.json").read_text(encoding="utf-8"))
+    assert ours["model_fingerprint"] != case.result("unlearned")["model_fingerprint"]
+    (case.run.evaluation / "gold.json").write_text("{}")  # the parent's is not what is wanted: made here
+    (variant.evaluation / "gold.json").unlink()
+    del loads[:]
+    evaluate(case.config(), variant)
+    assert loads == ["gold"]
+
+
+def test_results_of_models_that_are_gone_are_removed(case: Case) -> None:
+    evaluate(case.config(), case.run)
+    evaluate(case.config(models={}), case.run)
+    assert list(case.files()) == ["original.json", "unlearned.json"]
+
+
+def test_checkpoints_are_converted_scored_and_removed(
+    case: Case, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The conversion itself has its own tests; here a checkpoint is a copied model directory."""
+    converted: list[str] = []
+
+    def checkpoint_to_directory(step: Path, destination: Path, *, base_model: Path, dtype: str, log: StageLog) -> None:
+        assert (base_model, dtype) == (case.run.path.parent / "original", "fp32")
+        converted.append(step.name)
+        shutil.copytree(step / "weights", destination)
+
+    def write_manifest(step: Path, job: str) -> None:
+        weights = {"weights/model.safetensors": {"bytes": (step / "weights" / "model.safetensors").stat().st_size}}
+        number = int(step.name.split("_")[1])
+        Manifest(number, 1, 1, 3, "mixtral", job, {}, "calibration", "fp32", {}, {}, weights).write(step)
+
+    monkeypatch.setattr(convert, "checkpoint_to_directory", checkpoint_to_directory)
+    for number, name in ((10, "gold"), (20, "original")):
+        step = case.run.checkpoints / f"step_{number:06d}"
+        shutil.copytree(case.run.path.parent / name, step / "weights")
+        write_manifest(step, "job")
+    shutil.copytree(case.run.checkpoints / "step_000010", case.run.checkpoints / "step_000030.tmp-1")  # a killed save
+    shutil.copytree(case.run.checkpoints / "step_000010", case.run.checkpoints / "step_000040")
+    (case.run.checkpoints / "step_000040" / "weights" / "model.safetensors").write_bytes(b"torn")
+    evaluate(case.config(checkpoints=True), case.run)
+    assert list(case.files()) == [
+        "gold.json",
+        "original.json",
+        "step_000010.json",
+        "step_000020.json",
+        "unlearned.json",
+    ]
+    assert case.result("step_000010")["scores"] == case.result("gold")["scores"]
+    assert case.result("step_000020")["scores"] == case.result("original")["scores"]
+    assert converted == ["step_000010", "step_000020"]
+    assert "checkpoint left out" in capsys.readouterr().out
+    write_manifest(case.run.checkpoints / "step_000020", "another job")
+    evaluate(case.config(checkpoints=True), case.run)
+    assert converted == ["step_000010", "step_000020", "step_000020"]
+
+
+def test_a_diverged_model_is_reported_and_the_others_are_scored(case: Case, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = load_file(case.run.model / "model.safetensors")
+    weights["model.norm.weight"].fill_(float("nan"))
+    save_file(weights, case.run.model / "model.safetensors", metadata={"format": "pt"})
+    for tasks in (case.raw["evaluation"]["tasks"], case.raw["evaluation"]["tasks"][1:2]):  # all, verbatim only
+        evaluate(case.config(tasks=tasks), case.run)
+        assert "unlearned has diverged" in capsys.readouterr().out
+        result = case.result("unlearned")
+        assert result["diverged"] and result["drift"] is None and result["items"] == {}
+        assert {score["value"] for score in result["scores"]} == {None}
+        shape = [(score["task"], score["metric"]) for score in case.result("gold")["scores"]]
+        assert [(score["task"], score["metric"]) for score in result["scores"]] == shape
+        assert not case.result("gold")["diverged"] and case.result("gold")["scores"][0]["value"] is not None
+
+
+def refused(case: Case, config: Config, match: str, run: RunDirectory | None = None) -> None:
+    with pytest.raises(UserError, match=match):
+        evaluate(config, run or case.run)
+    assert not case.run.evaluation.exists()
+    assert not case.run.logs.joinpath("evaluate.jsonl").exists()
+
+
+def test_bad_input_is_refused_before_anything_is_written(case: Case, tmp_path: Path) -> None:
+    task = case.raw["evaluation"]["tasks"][0]
+    refused(case, case.config(tasks=[task, task]), "two tasks are named 'facts'")
+    refused(case, case.config(tasks=[], drift=False), "nothing to evaluate")
+    bad = write_lines(tmp_path / "bad.jsonl", [{"prompt": "w1", "choices": ["w1"] * 5, "answer": 0}])
+    refused(case, case.config(tasks=[{**task, "path": bad}]), "bad.jsonl:1: the question has 5 choices")
+    refused(case, case.config(models={"gold": str(tmp_path / "none")}), "there is no model directory")
+    for name in ("original", "unlearned", "step_000010", "../x", ""):
+        refused(case, case.config(models={name: str(tmp_path / "gold")}), "cannot be named")
+    case.run.model.rename(tmp_path / "kept")
+    refused(case, case.config(), "there is no unlearned model here.*trace-ds convert")
+
+
+def test_another_tokenizer_is_refused_and_a_rewritten_one_is_not(case: Case, tmp_path: Path) -> None:
+    save_tokenizer(tmp_path / "gold", [*reversed(WORDS)])
+    refused(case, case.config(), "the model's tokenizer is not the run's.*gold|gold.*tokenizer is not the run's")
+    save_tokenizer(tmp_path / "gold")
+    rules = tmp_path / "gold" / "tokenizer.json"
+    rules.write_text(json.dumps(json.loads(rules.read_text(encoding="utf-8"))), encoding="utf-8")
+    original = tmp_path / "original" / "tokenizer.json"
+    assert rules.read_bytes() != original.read_bytes()
+    evaluate(case.config(), case.run)
+    rules.unlink()  # a directory without a tokenizer is read with the run's
+    evaluate(case.config(), case.run)
+
+
+def test_drift_needs_the_data_of_this_tokenizer(case: Case, tmp_path: Path) -> None:
+    shutil.rmtree(case.run.data)
+    refused(case, case.config(), "trace-ds prepare")
+    evaluate(case.config(drift=False), case.run)

@@ -1,0 +1,257 @@
+"""``trace-ds inspect``: every kind of path is recognised, and every kind of damage is found and named."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+from safetensors.numpy import load_file, save_file
+
+from trace_ds.checkpoints.manifest import Manifest, point_latest, step_name
+from trace_ds.errors import UserError
+from trace_ds.models.files import SINGLE_NAME, read_model_directory
+from trace_ds.run import artefact
+from trace_ds.run.files import sha256_file
+from trace_ds.run.inspect import inspect, inspect_path, layout_of
+
+
+def make_artefact(directory: Path, kind: str, inputs: dict[str, str], text: str = "content") -> artefact.Artefact:
+    directory.mkdir(parents=True)
+    (directory / "values.txt").write_text(text, encoding="utf-8")
+    return artefact.describe(directory, kind, inputs, {"level": 1}, {"rows": 3})
+
+
+def make_checkpoint(checkpoints: Path, step: int, calibration: str = "c") -> Path:
+    directory = checkpoints / step_name(step)
+    directory.mkdir(parents=True)
+    for rank in range(2):
+        (directory / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").write_bytes(bytes(100 + step + rank))
+    files = {
+        path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in sorted(directory.iterdir())
+    }
+    manifest = Manifest(
+        step=step,
+        world=2,
+        ep=2,
+        zero_stage=3,
+        family="mixtral",
+        job="j",
+        model={"path": "/models/m", "fingerprint": "f"},
+        calibration=calibration,
+        dtype="bf16",
+        cursor={"step": step},
+        versions={"deepspeed": "0.19.8"},
+        files=files,
+    )
+    manifest.write(directory)
+    return directory
+
+
+@pytest.fixture
+def run(tmp_path: Path, tiny_model: Path) -> Path:
+    """A run directory whose stages are all done."""
+    path = tmp_path / "run"
+    data = make_artefact(path / "data", "data", {"tokenizer": "t"})
+    sides = {
+        side: make_artefact(path / "statistics" / side, "statistics", {"data": data.content, "side": side}, side)
+        for side in ("forget", "retain")
+    }
+    inputs = {"data": data.content, **{side: made.content for side, made in sides.items()}}
+    calibration = make_artefact(path / "calibration", "calibration", inputs)
+    for step in (2, 4):
+        make_checkpoint(path / "checkpoints", step, calibration.content)
+    point_latest(path / "checkpoints", 4)
+    shutil.copytree(tiny_model, path / "model")
+    (path / "evaluation").mkdir()
+    (path / "evaluation" / "original.json").write_text("{}", encoding="utf-8")
+    (path / "report").mkdir()
+    (path / "report" / "index.html").write_text("<html>", encoding="utf-8")
+    (path / "config.yaml").write_text("name: x\n", encoding="utf-8")
+    return path
+
+
+def states(path: Path) -> dict[str, str]:
+    return {part["name"]: part["state"] for part in inspect(path).parts}
+
+
+def test_a_whole_run(run: Path) -> None:
+    found = inspect(run)
+    assert found.kind == "run" and not found.problems
+    assert set(states(run).values()) == {"done"}
+    assert len(found.parts) == 8
+    assert inspect_path(run, json=False) == 0
+
+
+def test_a_run_that_has_begun(tmp_path: Path) -> None:
+    make_artefact(tmp_path / "run" / "data", "data", {})
+    found = states(tmp_path / "run")
+    assert found.pop("data") == "done"
+    assert set(found.values()) == {"missing"}
+    assert inspect_path(tmp_path / "run", json=False) == 0
+
+
+def test_new_data_makes_what_follows_stale(run: Path) -> None:
+    shutil.rmtree(run / "data")
+    make_artefact(run / "data", "data", {"tokenizer": "t"}, "other content")
+    found = inspect(run)
+    assert {part["name"] for part in found.parts if part["state"] == "stale"} == {
+        "statistics/forget",
+        "statistics/retain",
+        "calibration",
+    }
+    assert "made from another data" in " ".join(found.problems)
+    assert inspect_path(run, json=False) == 1
+
+
+def test_a_new_calibration_makes_the_checkpoints_stale(run: Path) -> None:
+    shutil.rmtree(run / "calibration")
+    make_artefact(run / "calibration", "calibration", {}, "other content")
+    assert states(run)["checkpoints"] == "stale"
+
+
+def test_damage_in_a_run_is_named(run: Path) -> None:
+    (run / "statistics" / "retain" / "values.txt").write_text("cut", encoding="utf-8")
+    (run / "checkpoints" / "step_000004" / "zero_pp_rank_1_mp_rank_00_optim_states.pt").unlink()
+    (run / "model" / SINGLE_NAME).write_bytes(b"short")
+    found = inspect(run)
+    damaged = {part["name"] for part in found.parts if part["state"] == "damaged"}
+    assert damaged == {"statistics/retain", "checkpoints", "model"}
+    for word in ("values.txt", "zero_pp_rank_1", SINGLE_NAME):
+        assert word in " ".join(found.problems)
+
+
+def test_a_variant_uses_its_parents_data(run: Path) -> None:
+    parent = {name: inspect(run / name).facts["content"] for name in ("data", "statistics/forget", "statistics/retain")}
+    inputs = {name.split("/")[-1]: content for name, content in parent.items()}
+    make_artefact(run / "variants" / "uniform" / "calibration", "calibration", inputs)
+    found = states(run / "variants" / "uniform")
+    assert found["data"] == found["calibration"] == "done"
+    assert found["model"] == "missing"
+    assert states(run)["variants/uniform"] == "missing"
+
+
+def test_an_artefact(run: Path) -> None:
+    for path in (run / "calibration", run / "calibration" / "artefact.json"):
+        found = inspect(path)
+        assert (found.kind, found.facts["artefact"], found.facts["files"]) == ("artefact", "calibration", 1)
+        assert not found.problems
+    text = (run / "calibration" / "values.txt").read_text(encoding="utf-8")
+    (run / "calibration" / "values.txt").write_text(text[::-1], encoding="utf-8")
+    assert not inspect(run / "calibration").problems  # same size: only the hash tells
+    assert "altered" in inspect(run / "calibration", verify=True).problems[0]
+    (run / "calibration" / "artefact.json").write_text('{"kind": "data"}', encoding="utf-8")
+    assert "damaged" in inspect(run / "calibration").problems[0]
+
+
+def test_a_checkpoint_step(run: Path) -> None:
+    step = run / "checkpoints" / "step_000004"
+    found = inspect(step)
+    expected = {"step": 4, "world": 2, "ep": 2, "zero_stage": 3, "family": "mixtral", "files": 2}
+    assert {key: found.facts[key] for key in expected} == expected
+    assert not inspect(step, verify=True).problems
+    shard = step / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    shard.write_bytes(bytes(103) + b"x")
+    assert not inspect(step).problems
+    assert "SHA-256" in inspect(step, verify=True).problems[0]
+    shard.write_bytes(bytes(5))
+    assert "5 bytes instead of 104" in inspect(step).problems[0]
+    shard.unlink()
+    assert "missing" in inspect(step).problems[0]
+    (step / "manifest.json").unlink()
+    found = inspect(step)
+    assert found.kind == "checkpoint" and "no manifest" in found.problems[0]
+
+
+def test_the_folder_of_checkpoints(run: Path) -> None:
+    checkpoints = run / "checkpoints"
+    found = inspect(checkpoints)
+    assert (found.kind, found.facts["latest"]) == ("checkpoints", "step_000004")
+    assert found.facts["complete"] == ["step_000002", "step_000004"] and not found.problems
+    shutil.copytree(checkpoints / "step_000004", checkpoints / "step_000006.tmp-17")
+    found = inspect(checkpoints)
+    assert {part["name"]: part["state"] for part in found.parts}["step_000006.tmp-17"] == "left by a killed job"
+    assert not found.problems  # a killed job's leftover is not damage
+    (checkpoints / "latest").write_text("step_000008\n", encoding="utf-8")
+    assert "step_000008" in inspect(checkpoints).problems[0]
+
+
+def test_a_model_directory(tiny_model: Path, tmp_path: Path) -> None:
+    found = inspect(tiny_model)
+    expected = sum(array.size for array in load_file(tiny_model / SINGLE_NAME).values())
+    assert (found.kind, found.facts["family"], found.facts["layout"]) == ("model", "mixtral", "hub")
+    assert found.facts["parameters"] == expected
+    assert inspect(tiny_model / "config.json").kind == "model"
+    fused = tmp_path / "fused"
+    fused.mkdir()
+    shutil.copy(tiny_model / "config.json", fused)
+    save_file({"model.layers.0.mlp.experts.gate_up_proj": np.zeros((2, 4, 3), np.float32)}, fused / SINGLE_NAME)
+    assert layout_of(read_model_directory(fused)) == "fused"
+    save_file({"model.layers.0.mlp.up_proj.weight": np.zeros((4, 3), np.float32)}, fused / SINGLE_NAME)
+    assert layout_of(read_model_directory(fused)) == "dense"
+    (fused / SINGLE_NAME).unlink()
+    assert inspect(fused).problems and inspect_path(fused, json=False) == 1
+
+
+def test_a_single_safetensors_file(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = inspect(tiny_model / SINGLE_NAME)
+    assert found.kind == "safetensors"
+    assert found.facts["tensors"]["lm_head.weight"] == "F32 [300, 32]"
+    assert inspect_path(tiny_model / SINGLE_NAME, json=False) == 0
+    assert "lm_head.weight: F32 [300, 32]" in capsys.readouterr().out
+
+
+def test_deepspeeds_own_folders(tmp_path: Path) -> None:
+    plain = tmp_path / "global_step5"
+    plain.mkdir()
+    for rank in (0, 1, 3):
+        (plain / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").write_bytes(bytes(10))
+    found = inspect(plain)
+    assert found.kind == "deepspeed" and found.facts["ranks"] == 3
+    assert "ranks [2] are missing" in " ".join(found.problems)
+    universal = tmp_path / "universal"
+    for name in ("lm_head.weight", "model.norm.weight"):
+        (universal / "zero" / name).mkdir(parents=True)
+        for file in ("fp32.pt", "exp_avg.pt", "exp_avg_sq.pt"):
+            (universal / "zero" / name / file).write_bytes(bytes(8))
+    found = inspect(universal)
+    assert (found.kind, found.facts) == ("universal", {"parameters": 2, "bytes": 48})
+    assert not found.problems
+    (universal / "zero" / "lm_head.weight" / "exp_avg.pt").unlink()
+    assert "lm_head.weight" in inspect(universal).problems[0]
+
+
+def test_json_says_the_same(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert inspect_path(run / "checkpoints", json=True) == 0
+    value = json.loads(capsys.readouterr().out)
+    assert value["kind"] == "checkpoints" and value["whole"] is True
+    (run / "checkpoints" / "step_000002" / "manifest.json").write_text("{", encoding="utf-8")
+    assert inspect_path(run / "checkpoints", json=True) == 1
+    assert json.loads(capsys.readouterr().out)["whole"] is False
+
+
+@pytest.mark.parametrize("make", [lambda path: path.mkdir(), lambda path: path.write_text("x"), lambda path: None])
+def test_anything_else_is_refused(tmp_path: Path, make: Any) -> None:
+    path = tmp_path / "thing"
+    make(path)
+    with pytest.raises(UserError) as caught:
+        inspect(path)
+    assert "artefact" in caught.value.fix and str(path) in caught.value.line()
+
+
+def test_a_real_run_is_recognised(tiny_model: Path, tmp_path: Path) -> None:
+    """The stages' own artefacts, not ours: `prepare` on the tiny corpora."""
+    from trace_ds.config.load import load_config
+    from trace_ds.run.directory import RunDirectory
+    from trace_ds.stages.prepare import prepare
+
+    config, directory = load_config(str(tiny.write_config(tmp_path, tiny_model)), [], tmp_path / "run")
+    made = RunDirectory.at(directory)
+    made.create("name: tiny\n")
+    prepare(config, made)
+    assert states(directory)["data"] == "done"
+    assert inspect(directory / "data", verify=True).facts["artefact"] == "data"

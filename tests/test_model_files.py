@@ -1,0 +1,153 @@
+"""Reading a model directory from headers alone: what is there, and each way it can be damaged."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+from safetensors.numpy import load_file, save_file
+
+from trace_ds.errors import UserError
+from trace_ds.models.files import INDEX_NAME, SINGLE_NAME, read_model_directory, read_safetensors_header
+
+
+@pytest.fixture
+def model(tiny_model: Path, tmp_path: Path) -> Path:
+    """A copy that a test may damage."""
+    return Path(shutil.copytree(tiny_model, tmp_path / "model"))
+
+
+@pytest.fixture
+def sharded(tiny_model: Path, tmp_path: Path) -> Path:
+    """The same model cut into three shards with an index."""
+    directory = tmp_path / "sharded"
+    directory.mkdir()
+    tensors = load_file(tiny_model / SINGLE_NAME)
+    names = sorted(tensors)
+    placed = {}
+    for part in range(3):
+        file = f"model-{part + 1:05d}-of-00003.safetensors"
+        chosen = names[part::3]
+        save_file({name: tensors[name] for name in chosen}, directory / file)
+        placed |= dict.fromkeys(chosen, file)
+    (directory / INDEX_NAME).write_text(json.dumps({"weight_map": placed}), encoding="utf-8")
+    shutil.copy(tiny_model / "config.json", directory)
+    return directory
+
+
+def test_every_tensor_lies_where_the_header_says(sharded: Path, tiny_model: Path) -> None:
+    expected = load_file(tiny_model / SINGLE_NAME)
+    files = read_model_directory(sharded)
+    assert set(files.tensors) == set(expected)
+    assert list(files.tensors) == sorted(files.tensors)
+    assert files.model_type == "mixtral"
+    assert files.parameters == sum(array.size for array in expected.values())
+    assert files.bytes == 4 * files.parameters
+    assert files.dtypes == {"F32": files.parameters}
+    for name, entry in files.tensors.items():
+        raw = (sharded / entry.file).read_bytes()[entry.begin : entry.end]
+        np.testing.assert_array_equal(np.frombuffer(raw, np.float32).reshape(entry.shape), expected[name])
+
+
+def test_a_single_file_needs_no_index(model: Path) -> None:
+    assert read_model_directory(str(model)).files == (SINGLE_NAME,)
+
+
+def refused(path: Path, *words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        read_model_directory(path)
+    for word in words:
+        assert word in caught.value.line()
+    assert caught.value.fix
+
+
+def test_missing_things_are_named(model: Path, sharded: Path, tmp_path: Path) -> None:
+    refused(tmp_path / "nowhere", "nowhere", "no model directory")
+    refused(model / "config.json", "is a file")
+    (sharded / "model-00002-of-00003.safetensors").unlink()
+    refused(sharded, "model-00002-of-00003.safetensors is missing", "1 of 3")
+    (model / SINGLE_NAME).rename(model / "weights.bin")
+    refused(model, "no weights")
+    (model / "weights.bin").rename(model / "pytorch_model.bin")
+    refused(model, "pickled", "pytorch_model.bin")
+    (model / "config.json").unlink()
+    refused(model, "no config.json")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1, 2]", '"x"', "\x00"])
+def test_a_config_that_is_no_object(model: Path, text: str) -> None:
+    (model / "config.json").write_text(text, encoding="utf-8")
+    refused(model, "config.json")
+
+
+@pytest.mark.parametrize("keep", [0, 5, 100, -1])
+def test_a_truncated_shard_is_named(sharded: Path, keep: int) -> None:
+    path = sharded / "model-00003-of-00003.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[:keep])
+    refused(sharded, path.name, "truncated")
+
+
+def test_a_shard_that_is_too_long(sharded: Path) -> None:
+    path = sharded / "model-00001-of-00003.safetensors"
+    path.write_bytes(path.read_bytes() + b"\0")
+    refused(sharded, path.name, "longer")
+
+
+def test_an_index_that_lies(sharded: Path) -> None:
+    index = sharded / INDEX_NAME
+    placed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    for changed, word in (
+        ({**placed, "model.ghost.weight": "model-00001-of-00003.safetensors"}, "model.ghost.weight"),
+        ({**placed, "lm_head.weight": "../elsewhere.safetensors"}, "outside"),
+        ({**placed, "lm_head.weight": 3}, "outside"),
+        ({}, "weight_map"),
+    ):
+        index.write_text(json.dumps({"weight_map": changed}), encoding="utf-8")
+        refused(sharded, word)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 8]},
+        {"dtype": "F99", "shape": [2], "data_offsets": [0, 8]},
+        {"dtype": "F32", "shape": [-2], "data_offsets": [0, -8]},
+        {"dtype": "F32", "shape": [2]},
+        [1],
+    ],
+)
+def test_a_hostile_header(tmp_path: Path, entry: object) -> None:
+    header = json.dumps({"x": entry}).encode()
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
+    with pytest.raises(UserError, match="header"):
+        read_safetensors_header(path)
+
+
+def test_a_header_length_beyond_the_limit(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    with path.open("wb") as handle:  # a sparse file: the claimed header exists, but nobody should read it
+        handle.write(struct.pack("<Q", 200_000_000))
+        handle.truncate(300_000_000)
+    with pytest.raises(UserError, match="claims"):
+        read_safetensors_header(path)
+
+
+def test_reading_imports_no_torch() -> None:
+    import subprocess
+    import sys
+
+    code = "import sys, trace_ds.models.files; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_families_in_hub_layout(tmp_path: Path) -> None:
+    files = read_model_directory(tiny.make_model(tmp_path / "qwen", "qwen3_moe"))
+    assert files.model_type == "qwen3_moe"
+    assert any(".experts.0." in name for name in files.tensors)

@@ -1,0 +1,370 @@
+"""The report of a run: what it writes, what it says, and that it says nothing that is not so."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from rich.console import Console
+
+from tests.fake_run import HOSTILE, STEPS, write_run
+from trace_ds.errors import UserError
+from trace_ds.reporting import card, page, scores, tables
+from trace_ds.reporting.compare import compared, why_not_comparable
+from trace_ds.reporting.gather import gather, weight_chunks
+from trace_ds.reporting.page import escape_json
+from trace_ds.run.directory import RunDirectory
+from trace_ds.stages.report import honest_sentence, report, summary_table
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = write_run(tmp_path_factory.mktemp("report") / "run")
+    report(None, RunDirectory.at(path), [])
+    return path
+
+
+def page_data(text: str) -> dict:
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)
+    assert found is not None
+    return json.loads(found[1])
+
+
+def render(path: Path) -> str:
+    """The page alone: the pictures take most of a report's time."""
+    data = gather(path)
+    return page.render(data, tables.all_tables(data, []), [], [], [])
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(path.read_text("utf-8"))))
+
+
+def test_all_files_are_written(run: Path) -> None:
+    names = {path.name for path in (run / "report").iterdir()}
+    assert names >= {"index.html", "scores.json", "model_card.md"}
+    assert names >= {f"{n}.png" for n in ("routing", "curves", "weights", "training", "drift")}
+    assert names >= {
+        f"{name}.csv"
+        for name in ("routing", "selected", "layers", "weights", "weight_summary", "sources", "documents", "training",
+                     "curves", "matched", "drift", "scores", "items")
+    }  # fmt: skip
+
+
+def test_rerun_gives_the_same_bytes(run: Path) -> None:
+    before = {path.name: path.read_bytes() for path in (run / "report").iterdir()}
+    report(None, RunDirectory.at(run), [])
+    assert {path.name: path.read_bytes() for path in (run / "report").iterdir()} == before
+
+
+def test_scores_json_is_sorted_and_complete(run: Path) -> None:
+    found = json.loads((run / "report" / "scores.json").read_text())
+    assert all(set(entry) == {"model", "task", "metric", "value"} for entry in found)
+    keys = [(entry["model"], entry["task"], entry["metric"]) for entry in found]
+    assert keys == sorted(set(keys))
+    assert {key[0] for key in keys} == {"original", "gold", "unlearned", "uniform", "loss_weighting"}
+    source = json.loads((run / "variants" / "uniform" / "evaluation" / "unlearned.json").read_text())
+    wanted = {(s["task"], s["metric"]): s["value"] for s in source["scores"]}
+    assert {(e["task"], e["metric"]): e["value"] for e in found if e["model"] == "uniform"} == wanted
+
+
+def test_routing_table_equals_the_statistics(run: Path) -> None:
+    data = gather(run)
+    assert data.forget is not None and data.retain is not None and data.calibration is not None
+    rows = rows_of(run / "report" / "routing.csv")
+    shape = data.forget.counts_LE.shape
+    for side, stats in (("forget", data.forget), ("retain", data.retain)):
+        counts = np.array([int(row[f"{side}_count"]) for row in rows]).reshape(shape)
+        assert (counts == stats.counts_LE).all()
+        errors = np.array([float(row[f"{side}_error"]) for row in rows]).reshape(shape)
+        np.testing.assert_allclose(errors, np.sqrt(stats.variance_LE()), rtol=1e-5)
+    low = np.array([float(row["log_ratio_low"]) for row in rows]).reshape(shape)
+    arrays = data.calibration.arrays
+    np.testing.assert_allclose(low, arrays["log_ratio_LE"] - 1.959964 * arrays["log_ratio_error_LE"], rtol=1e-4)
+    assert [int(row["selected"]) for row in rows] == arrays["selected_LE"].ravel().tolist()
+
+
+def test_routing_table_without_a_calibration(tmp_path: Path) -> None:
+    data = gather(write_run(tmp_path / "run", stages=("data", "statistics")))
+    assert data.forget is not None and data.retain is not None
+    table = tables.routing(data)
+    ratio = np.log(data.forget.frequency_LE / data.retain.frequency_LE).ravel()
+    np.testing.assert_allclose(table.columns["log_ratio"], ratio, rtol=1e-5)
+    assert set(table.columns["target"]) == {None}
+
+
+def test_layer_divergence_against_scipy(run: Path) -> None:
+    from scipy.spatial.distance import jensenshannon
+
+    data = gather(run)
+    assert data.forget is not None and data.retain is not None
+    table = tables.layers(data)
+    for layer, found in enumerate(table.columns["js_bits"]):
+        sides = [side.frequency_LE[layer] / side.top_k for side in (data.forget, data.retain)]
+        assert found == pytest.approx(jensenshannon(*sides, base=2) ** 2, rel=1e-4)
+
+
+def test_weight_table_against_the_file(run: Path) -> None:
+    data = gather(run)
+    weights = np.load(run / "calibration" / "weights.npy").astype(np.float64)
+    counted = weights[weights > 0]
+    summary = tables.weight_tables(data)[1].rows()[0]
+    assert summary["arm"] == "unlearned, loss_weighting"  # calibrated alike
+    assert summary["tokens"] == len(counted)
+    assert summary["ess_fraction"] == pytest.approx(counted.sum() ** 2 / (len(counted) * (counted**2).sum()), rel=1e-5)
+    assert summary["max_weight"] == pytest.approx(counted.max(), rel=1e-5)
+    rows = [row for row in tables.weight_tables(data)[0].rows() if row["arm"] == summary["arm"]]
+    assert sum(row["tokens"] for row in rows) == len(counted)
+    for row in rows:
+        inside = (counted >= row["low"] * (1 - 1e-6)) & (counted < row["high"] * (1 + 1e-6))
+        assert abs(int(inside.sum()) - row["tokens"]) <= 1
+
+
+def test_counted_tokens_of_weight_zero_lower_the_effective_sample_size(tmp_path: Path) -> None:
+    calibration = gather(write_run(tmp_path / "run")).calibration
+    assert calibration is not None
+    plain, more = tables.weight_histogram(calibration, None), tables.weight_histogram(calibration, 100_000)
+    assert plain is not None and more is not None
+    share = plain[2]["tokens"] / 100_000
+    assert more[2]["ess_fraction"] == pytest.approx(plain[2]["ess_fraction"] * share)
+    assert more[2]["zero_tokens"] == 100_000 - plain[2]["tokens"]
+
+
+def test_weights_are_read_in_blocks(run: Path) -> None:
+    calibration = gather(run).calibration
+    assert calibration is not None
+    blocks = list(weight_chunks(calibration, chunk_tokens=1000))
+    assert max(map(len, blocks)) == 1000 and len(blocks) > 5
+    np.testing.assert_array_equal(np.concatenate(blocks), np.load(run / "calibration" / "weights.npy"))
+
+
+def test_training_table_has_no_times_and_skips_a_half_line(run: Path) -> None:
+    rows = rows_of(run / "report" / "training.csv")
+    assert list(rows[0]) == ["arm", "step", "loss_forget", "loss_retain", "grad_norm", "lr"]
+    assert [int(row["step"]) for row in rows if row["arm"] == "unlearned"] == list(range(1, STEPS[-1] + 1))
+
+
+def test_a_resumed_step_replaces_the_old_one(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    (path / "logs").mkdir(parents=True)
+    records = [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 9.0}, {"event": "checkpoint", "step": 2, "x": 1},
+               {"event": "step", "step": 2, "loss": 2.0}]  # fmt: skip
+    (path / "logs" / "unlearn.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert gather(path).arms[0].log == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 2.0}]
+
+
+def test_curves_and_matched_forgetting(run: Path) -> None:
+    curves = rows_of(run / "report" / "curves.csv")
+    own = [row for row in curves if row["arm"] == "unlearned"]
+    assert [int(row["step"]) for row in own] == [0, *STEPS]
+    assert own[0]["model"] == "original" and float(own[0]["forget"]) == 0.97
+    matched = {row["arm"]: row for row in rows_of(run / "report" / "matched.csv")}
+    for arm, row in matched.items():
+        points = [(float(p["forget"]), float(p["utility"])) for p in curves if p["arm"] == arm]
+        first = next(index for index, point in enumerate(points) if point[0] <= 0.34)
+        after = [utility for _, utility in points[first:]]
+        assert float(row["mean_utility_after"]) == pytest.approx(sum(after) / len(after), rel=1e-5)
+
+
+def test_sentence_compares_at_matched_forgetting(run: Path) -> None:
+    data = gather(run)
+    text = honest_sentence(RunDirectory.at(run))
+    mine, base = (scores.arm_matched(data, arm) for arm in (data.arms[0], data.arm("uniform")) if arm)
+    assert mine is not None and base is not None and mine.post is not None and base.post is not None
+    assert (
+        f"unlearned keeps {mine.post:.3f} mean utility, uniform {base.post:.3f}: {mine.post / base.post - 1:+.1%}"
+        in text
+    )
+    assert "0.970 before; target 0.340 (the gold model)" in text
+    assert "One seed is no proof" in text
+
+
+@pytest.mark.parametrize(("gain", "words"), [(-0.05, "TRACE is worse"), (0.0, "TRACE is not better")])
+def test_sentence_says_when_the_method_does_not_win(tmp_path: Path, gain: float, words: str) -> None:
+    path = write_run(tmp_path / "run", gain=gain)
+    assert words in honest_sentence(RunDirectory.at(path))
+
+
+def test_sentence_says_when_forgetting_was_not_reached(tmp_path: Path) -> None:
+    text = honest_sentence(RunDirectory.at(write_run(tmp_path / "run", forgets=False)))
+    assert "unlearned 0.550 (NOT reached)" in text
+    assert "cannot be compared fairly" in text and "for TRACE" not in text
+
+
+def test_sentence_without_checkpoints_is_not_at_matched_forgetting(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "run", checkpoints=False)
+    assert "not at matched forgetting" in honest_sentence(RunDirectory.at(path))
+    assert "matched" not in tables.all_tables(gather(path), [])
+
+
+def test_sentence_without_gold_uses_chance(tmp_path: Path) -> None:
+    assert "target 0.270 (chance + 0.02)" in honest_sentence(RunDirectory.at(write_run(tmp_path / "run", gold=False)))
+
+
+def test_sentence_before_anything_is_evaluated(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "run", stages=("data", "statistics"))
+    assert honest_sentence(RunDirectory.at(path)).startswith("Nothing to conclude yet")
+
+
+def test_summary_table(run: Path) -> None:
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(summary_table(RunDirectory.at(run)))
+    text = console.export_text()
+    lines = {line.split("│")[1].strip(): line for line in text.splitlines() if line.startswith("│")}
+    assert "0.340" in lines["gold"] and "0.250" in lines["chance"]
+    assert "accuracy ↓" in text and "accuracy ↑" in text and "perplexity" not in text
+
+
+@pytest.mark.parametrize("stages", [("data",), ("data", "statistics"), ("calibration",), ("logs",), ("evaluation",)])
+def test_missing_stages_are_shown_as_not_run_yet(tmp_path: Path, stages: tuple[str, ...]) -> None:
+    path = write_run(tmp_path / "run", stages=stages)
+    text = render(path)
+    verbs = {"statistics": "collect", "calibration": "calibrate", "logs": "unlearn", "evaluation": "evaluate"}
+    for stage, verb in verbs.items():
+        assert (f"<code>trace-ds {verb}</code>" in text) == (stage not in stages), stage
+
+
+def test_nothing_at_all_is_the_users_mistake(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such run directory"):
+        report(None, RunDirectory.at(tmp_path / "missing"), [])
+    (tmp_path / "config.yaml").write_text("name: x\n")
+    with pytest.raises(UserError, match="nothing to report"):
+        report(None, RunDirectory.at(tmp_path), [])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml"]
+
+
+def damage(path: Path, kind: str) -> None:
+    if kind == "truncated":
+        path.write_bytes(path.read_bytes()[:-7])
+    elif kind == "missing":
+        path.unlink()
+    else:
+        path.write_text("{")
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("calibration/calibration.safetensors", "truncated"),
+        ("calibration/artefact.json", "not json"),
+        ("variants/uniform/calibration/weights.npy", "missing"),
+        ("statistics/forget/statistics.safetensors", "truncated"),
+        ("evaluation/original.json", "not json"),
+        ("config.yaml", "not json"),
+    ],
+)
+def test_damaged_artefacts_are_named_and_the_old_report_stays(tmp_path: Path, name: str, kind: str) -> None:
+    path = write_run(tmp_path / "run")
+    (path / "report").mkdir()
+    (path / "report" / "index.html").write_text("old")
+    damage(path / name, kind)
+    with pytest.raises(UserError, match=Path(name).name) as error:
+        report(None, RunDirectory.at(path), [])
+    assert "Fix:" in error.value.line()
+    assert (path / "report" / "index.html").read_text() == "old"
+
+
+def test_hostile_text_stays_text(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "run", hostile=HOSTILE)
+    text = render(path)
+    assert text.count("<script") == 2 and text.count("</script>") == 2  # the data and ours
+    assert "<img" not in text
+    assert "\u2028" not in re.search(r'id="data">(.*?)</script>', text, re.S)[1]  # type: ignore[index]
+    table = page_data(text)["tables"]["documents"]["columns"]
+    assert table["text_start"][0] == HOSTILE  # escaped, not changed
+    assert "<script>" not in card.model_card(gather(path))
+
+
+def test_config_text_is_escaped(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "run")
+    config = yaml.safe_load((path / "config.yaml").read_text())
+    config["report"] = {"title": HOSTILE}
+    (path / "config.yaml").write_text(yaml.safe_dump(config))
+    text = render(path)
+    assert text.count("<script") == 2 and "<img" not in text
+
+
+def test_spreadsheet_formulas_are_defused() -> None:
+    table = tables.make("t", "", ["text", "value"], [["=HYPERLINK(1)", -1.5], ["@x", 2], ["plain, text", None]])
+    assert table.to_csv() == "text,value\n'=HYPERLINK(1),-1.5\n'@x,2\n\"plain, text\",\n"
+
+
+def test_escape_json_roundtrips() -> None:
+    value = {"text": HOSTILE, "number": 1.5}
+    text = escape_json(value)
+    assert not set(text) & set("<>&\u2028\u2029") and json.loads(text) == value
+
+
+def test_page_is_self_contained_and_small(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "run", layers=48, experts=128, top_k=8)
+    text = render(path)
+    assert len(text.encode()) < 1_000_000
+    assert not re.search(r"""(?:src|href)=["']?(?:https?:)?//|@import|url\(|https?://(?!www.w3.org/2000/svg)""", text)
+
+
+def test_only_files_that_exist_are_linked(run: Path) -> None:
+    text = (run / "report" / "index.html").read_text("utf-8")
+    linked = set(re.findall(r'href="([^"#:]+)"', text))
+    assert linked and all((run / "report" / name).is_file() for name in linked)
+    assert linked >= {path.name for path in (run / "report").iterdir() if path.suffix in (".csv", ".png")}
+
+
+def test_two_runs_of_the_same_data_are_compared(tmp_path: Path) -> None:
+    first, second = write_run(tmp_path / "a", name="a"), write_run(tmp_path / "b", name="b", gain=0.02, seed=1)
+    text = report(None, RunDirectory.at(first), [second]).read_text("utf-8")
+    models = {entry["model"] for entry in json.loads((first / "report" / "scores.json").read_text())}
+    assert {"unlearned", "b/unlearned", "b/uniform"} <= models
+    assert "b/unlearned" in page_data(text)["tables"]["curves"]["columns"]["arm"]
+    assert "Not compared" not in text
+
+
+@pytest.mark.parametrize("what", ["model", "data"])
+def test_runs_that_cannot_be_compared_say_why(tmp_path: Path, what: str, capsys: pytest.CaptureFixture[str]) -> None:
+    first = write_run(tmp_path / "a", name="a", stages=("data", "statistics", "evaluation"))
+    second = write_run(tmp_path / "b", name="b", **{what: "another"})  # type: ignore[arg-type]
+    text = report(None, RunDirectory.at(first), [second]).read_text("utf-8")
+    assert f"b is not compared with a: another {what}" in text
+    assert f"WARNING b is not compared with a: another {what}" in capsys.readouterr().out
+    models = {entry["model"] for entry in json.loads((first / "report" / "scores.json").read_text())}
+    assert not any(model.startswith("b/") for model in models)
+
+
+def test_a_run_without_fingerprints_is_not_compared(tmp_path: Path) -> None:
+    whole = gather(write_run(tmp_path / "a", name="a"))
+    bare = gather(write_run(tmp_path / "b", name="b", stages=("evaluation",)))
+    assert any("data fingerprint of b is not known" in reason for reason in why_not_comparable(whole, bare))
+
+
+def test_a_run_compared_with_itself_keeps_both_names(tmp_path: Path) -> None:
+    first = gather(write_run(tmp_path / "a", name="same"))
+    others, notes = compared(first, [write_run(tmp_path / "b", name="same")])
+    assert notes == [] and "same-2/unlearned" in {entry["model"] for entry in scores.score_records(first, others)}
+
+
+def test_a_variant_can_be_reported_alone(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "run")
+    data = gather(path / "variants" / "uniform")
+    assert data.retain is not None and data.arms[0].rule == "uniform"
+
+
+def test_model_card(run: Path) -> None:
+    text = (run / "report" / "model_card.md").read_text("utf-8")
+    front = yaml.safe_load(text.split("---")[1])
+    assert front["base_model"] == "base"  # the name, not a path of this machine
+    assert "| unlearned | elements | accuracy ↓ | 0.3 | 80 | 0.25 |" in text
+    assert card.plain("a|b *c* <i>\n# d") == r"a\|b \*c\* &lt;i&gt; \# d"
+
+
+def test_title_of_the_configuration_wins(tmp_path: Path) -> None:
+    from trace_ds.config.schema import Config
+
+    path = write_run(tmp_path / "run")
+    raw = yaml.safe_load((path / "config.yaml").read_text())
+    config = Config.model_validate({**raw, "report": {"title": "Forget the elements"}})
+    assert "<h1>Forget the elements</h1>" in report(config, RunDirectory.at(path), []).read_text("utf-8")

@@ -1,0 +1,203 @@
+"""The report in a real headless Chromium: it draws, it answers, it asks for nothing, and nothing hostile runs."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+
+from tests.fake_run import HOSTILE, write_run
+from tests.headless_chromium import Chromium, find_chromium
+from trace_ds.run.directory import RunDirectory
+from trace_ds.stages.report import report
+
+pytestmark = [
+    pytest.mark.slow,
+    # CI installs Chromium and must not skip these tests by accident.
+    pytest.mark.skipif(
+        find_chromium() is None and not os.environ.get("CI"), reason="no Chromium (apt-get install chromium)"
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = write_run(tmp_path_factory.mktemp("browser") / "run", hostile=HOSTILE)
+    return report(None, RunDirectory.at(path), [])
+
+
+@pytest.fixture(scope="module")
+def large_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = write_run(tmp_path_factory.mktemp("large") / "run", layers=48, experts=128, top_k=8)
+    return report(None, RunDirectory.at(path), [])
+
+
+@pytest.fixture
+def browser() -> Iterator[Chromium]:
+    with Chromium() as found:
+        yield found
+
+
+TIP = "document.getElementById('tip').hidden ? null : document.getElementById('tip').textContent"
+
+
+def test_it_draws_without_errors_or_requests(browser: Chromium, page: Path) -> None:
+    browser.open(page)
+    assert browser.messages == []
+    assert browser.requests == [page.resolve().as_uri()]
+    assert browser.run("window.hacked === undefined")
+    assert browser.run("document.querySelectorAll('#chart-routing canvas[tabindex]').length") == 3
+    for chart in ("curves", "weights", "training", "drift", "layers"):
+        assert browser.run(f"document.querySelectorAll('#chart-{chart} svg path, #chart-{chart} svg rect').length") > 1
+
+
+def test_the_map_answers_to_the_pointer(browser: Chromium, page: Path) -> None:
+    browser.open(page)
+    browser.run("document.querySelector('#chart-routing').scrollIntoView({block: 'center', behavior: 'instant'})")
+    box = browser.run(
+        "(() => { const b = document.querySelector('#chart-routing canvas').getBoundingClientRect();"
+        "return [b.left, b.top, b.width]; })()"
+    )
+    columns = list(csv.DictReader(io.StringIO((page.parent / "routing.csv").read_text())))
+    cell = (box[2] - 30) / 8
+    browser.mouse(box[0] + 28 + 3.5 * cell, box[1] + 12)
+    text = browser.run(TIP)
+    assert text.startswith("Layer 0, expert 3")
+    assert f"{int(columns[3]['forget_count']):,} of " in text
+    browser.mouse(2, 2)
+    assert browser.run(TIP) is None
+
+
+def test_the_map_and_the_charts_answer_to_the_keyboard(browser: Chromium, page: Path) -> None:
+    browser.open(page)
+    browser.run("document.querySelector('#chart-routing canvas').focus()")
+    for key in ("ArrowRight", "ArrowRight", "ArrowDown"):
+        browser.key(key)
+    assert browser.run(TIP).startswith("Layer 1, expert 1")
+    browser.key("Escape")
+    assert browser.run(TIP) is None
+    browser.run("document.querySelector('#chart-curves svg').focus()")
+    browser.key("ArrowRight")
+    assert "step 0" in browser.run(TIP)
+    assert browser.run("document.querySelector('#tip').getAttribute('role')") == "status"
+
+
+def test_order_by_ratio(browser: Chromium, page: Path) -> None:
+    browser.open(page)
+    rows = list(csv.DictReader(io.StringIO((page.parent / "routing.csv").read_text())))
+    best = max((row for row in rows if row["layer"] == "0"), key=lambda row: float(row["log_ratio"]))
+    browser.run(
+        "(() => { const s = document.getElementById('order'); s.value = 'ratio';"
+        "s.dispatchEvent(new Event('change')); document.querySelector('#chart-routing canvas').focus(); })()"
+    )
+    browser.key("ArrowRight")
+    assert browser.run(TIP).startswith(f"Layer 0, expert {best['expert']}")
+
+
+def test_theme_button(browser: Chromium, page: Path) -> None:
+    browser.open(page)
+    colour = "getComputedStyle(document.body).backgroundColor"
+    light = browser.run(colour)
+    browser.click("#theme")
+    assert browser.run(colour) != light
+    assert browser.run("document.getElementById('theme').getAttribute('aria-pressed')") == "true"
+    browser.click("#theme")
+    assert browser.run(colour) == light
+    assert browser.messages == []
+
+
+def test_the_systems_dark_mode_is_followed(page: Path) -> None:
+    with Chromium(dark=True) as browser:
+        browser.open(page)
+        red = int(browser.run("getComputedStyle(document.body).backgroundColor").split("(")[1].split(",")[0])
+        assert red < 60 and browser.messages == []
+
+
+def test_downloads_hold_the_csv_files(browser: Chromium, page: Path) -> None:
+    browser.open(page)
+    names = browser.run("Array.from(document.querySelectorAll('a[data-csv]'), (a) => a.dataset.csv)")
+    assert len(names) >= 12
+    for name in names:
+        # The listener replaces the address when clicked; without the default nothing is downloaded here.
+        link = browser.run(
+            f"(() => {{ const a = document.querySelector('a[data-csv={name}]');"
+            "a.addEventListener('click', (e) => e.preventDefault()); a.click(); return a.href; })()"
+        )
+        head, _, body = link.partition(",")
+        assert head == "data:text/csv;charset=utf-8"
+        found = list(csv.reader(io.StringIO(unquote(body), newline="")))
+        wanted = list(csv.reader(io.StringIO((page.parent / f"{name}.csv").read_bytes().decode(), newline="")))
+        assert [list(map(same, row)) for row in found] == [list(map(same, row)) for row in wanted], name
+
+
+def same(cell: str) -> float | str:
+    """Python and JavaScript write some numbers differently (1.0 and 1)."""
+    try:
+        return float(cell)
+    except ValueError:
+        return cell
+
+
+def test_questions_can_be_searched(browser: Chromium, page: Path) -> None:
+    browser.open(page)
+    assert browser.run("document.querySelector('#item-table').textContent").count(HOSTILE) == 1
+    browser.run(
+        "(() => { const s = document.getElementById('item-search'); s.value = 'number 80 ';"
+        "s.dispatchEvent(new Event('input')); })()"
+    )
+    assert browser.run("document.querySelectorAll('#item-table tbody tr').length") == 1
+    assert browser.run("document.getElementById('item-count').textContent") == "1 question"
+
+
+@pytest.mark.parametrize("size", ["small", "large"])
+def test_phone_has_no_sideways_scrolling(page: Path, large_page: Path, size: str) -> None:
+    with Chromium(390, 844, phone=True) as browser:
+        browser.open(page if size == "small" else large_page)
+        assert browser.run("document.documentElement.scrollWidth") <= 390
+        assert browser.messages == []
+
+
+def test_large_maps_redraw_the_cursor_without_repainting(browser: Chromium, large_page: Path) -> None:
+    """6,144 cells × 3 maps stay fluid because a moving cursor copies a finished picture instead of painting cells."""
+    browser.open(large_page)
+    browser.run(
+        "(() => { window.rects = 0; const p = CanvasRenderingContext2D.prototype, f = p.fillRect;"
+        "p.fillRect = function (...a) { window.rects++; return f.apply(this, a); };"
+        "document.querySelector('#chart-routing canvas').focus(); })()"
+    )
+    for _ in range(20):
+        browser.key("ArrowRight")
+    assert browser.run(TIP).startswith("Layer 0, expert 19")
+    assert browser.run("window.rects") == 0 and browser.messages == []
+
+
+def test_structure_for_screen_readers(browser: Chromium, page: Path) -> None:
+    browser.open(page)
+    assert browser.run("document.documentElement.lang") == "en"
+    assert browser.run("document.querySelectorAll('h1').length") == 1
+    unnamed = (
+        "Array.from(document.querySelectorAll('svg[role], canvas[role]')).filter((n) => !n.getAttribute('aria-label'))"
+    )
+    assert browser.run(f"{unnamed}.length") == 0
+    assert browser.run("Array.from(document.querySelectorAll('th')).every((n) => n.getAttribute('scope'))")
+    labelled = "Array.from(document.querySelectorAll('select, input')).every((n) => n.labels.length === 1)"
+    assert browser.run(labelled)
+
+
+def test_tables_are_there_without_script(page: Path) -> None:
+    with Chromium() as browser:
+        browser.call("Emulation.setScriptExecutionDisabled", value=True)
+        browser.call("Page.navigate", url=page.resolve().as_uri())
+        text = ""
+        for _ in range(100):
+            root = browser.call("DOM.getDocument")["root"]["nodeId"]
+            text = browser.call("DOM.getOuterHTML", nodeId=root)["outerHTML"]
+            if "Configuration and versions" in text:
+                break
+        assert "The charts need the page's own script" in text
+        assert "Forget-critical experts" in text and "0.970" in text

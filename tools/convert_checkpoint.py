@@ -1,0 +1,46 @@
+#!/usr/bin/env python3
+"""Convert a sharded checkpoint to a Hugging Face model, or a model to a checkpoint, on any machine.
+
+    python tools/convert_checkpoint.py runs/wmdp/checkpoints/step_000100 model --base-model /models/Mixtral-8x7B-v0.1
+    python tools/convert_checkpoint.py runs/wmdp/checkpoints model --tag step_000050 --jobs 4 --verify
+
+The same as ``trace-ds convert SOURCE DESTINATION``, as one file to run on a login node: no GPU, no process group, no
+compiler, no installation of trace_ds (this file finds the package beside it); torch, transformers and safetensors are
+enough. Exit status: 0 done, 2 the input is wrong (one line says what, where and the fix; nothing is left behind).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from trace_ds.conversion import convert_command
+from trace_ds.errors import UserError
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description="Convert a sharded checkpoint to a Hugging Face model, or back: streamed, exact, verified."
+    )
+    parser.add_argument("source", type=Path, help="DeepSpeed checkpoint (any ZeRO stage, universal) or model directory")
+    parser.add_argument("destination", type=Path, help="new directory")
+    parser.add_argument("--to", default="hf", help="hf (default), hf-fused, ep or universal")
+    parser.add_argument("--tag", help="step below SOURCE (default: what `latest` says)")
+    parser.add_argument("--dtype", default="same", help="bf16, fp16, fp32 or same (default)")
+    parser.add_argument("--max-shard-size", default="5GB", help="largest safetensors file (default 5GB)")
+    parser.add_argument("--jobs", type=int, default=1, help="threads (default 1)")
+    parser.add_argument("--base-model", type=Path, help="directory with config.json and tokenizer")
+    parser.add_argument("--verify", action="store_true", help="read everything again and compare")
+    options = vars(parser.parse_args())
+    try:
+        return convert_command(options.pop("source"), options.pop("destination"), **options)
+    except UserError as error:
+        print(f"error: {error.line()}", file=sys.stderr)
+        return error.exit_status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

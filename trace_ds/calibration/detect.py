@@ -1,0 +1,172 @@
+"""Forget-critical experts: which (layer, expert) pairs forget text selects more than retain text, beyond noise.
+
+Shape legend: L MoE layers, E experts, K = top-k.
+
+The abstract of TRACE (arXiv 2606.10338) says only that they come from "offline activation statistics"; the rules here
+are our decisions. The default, ``significance``, asks for
+
+1. load: p^F ≥ c · K/E (the expert matters for forget text at all), and
+2. effect beyond noise: log(p^F/p^R) significantly above log ρ, one-sided, with document-clustered errors and
+   Benjamini–Hochberg control (J. R. Statist. Soc. B 57, 1995) over all L×E hypotheses tested.
+
+Errors: Var log(p^F/p^R) ≈ Var(p^F)/p^F² + Var(p^R)/p^R² (delta method) with the clustered variances of
+:class:`~trace_ds.routing.statistics.RoutingStatistics`; Student's t with Welch–Satterthwaite degrees of freedom over
+documents, because corpora of few documents are common. Half a selection is added to each count so that an expert
+never selected has a finite ratio (Haldane–Anscombe); its clustered variance would be zero, so a variance is never taken
+below the binomial one times the design effect seen on the other side.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from trace_ds.config.schema import DetectionConfig
+from trace_ds.routing.statistics import RoutingStatistics
+
+INTERVAL = 0.95
+
+
+@dataclass(frozen=True)
+class Detection:
+    """What was found. All arrays are [L, E] float64 unless said otherwise.
+
+    Attributes:
+        selected_LE: bool, the forget-critical experts.
+        eligible_LE: bool, experts of the layers that took part.
+        forget_LE, retain_LE: activation frequencies p^F, p^R.
+        log_ratio_LE, error_LE: log(p^F/p^R) and its standard error (infinite with fewer than two documents a side).
+        low_LE, high_LE: 95 % interval of the ratio p^F/p^R.
+        p_value_LE: one-sided, of the hypothesis p^F/p^R ≤ ρ.
+        score_LE: what a ``top_*`` method ranks by (the t statistic for ``significance``).
+        warnings: for people.
+    """
+
+    selected_LE: np.ndarray
+    eligible_LE: np.ndarray
+    forget_LE: np.ndarray
+    retain_LE: np.ndarray
+    log_ratio_LE: np.ndarray
+    error_LE: np.ndarray
+    low_LE: np.ndarray
+    high_LE: np.ndarray
+    p_value_LE: np.ndarray
+    score_LE: np.ndarray
+    warnings: tuple[str, ...]
+
+
+def log_ratio(forget: RoutingStatistics, retain: RoutingStatistics) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(log(p^F/p^R), its standard error, degrees of freedom), each float64 [L, E]; see the module's docstring."""
+    sides = (forget, retain)
+    smoothed = [(s.counts_LE + 0.5) / (s.tokens + 1.0) for s in sides]
+    binomial = [p_LE * (1.0 - p_LE) / max(s.tokens, 1) for p_LE, s in zip(smoothed, sides, strict=True)]
+    clustered = [s.variance_LE() for s in sides]
+    effects = [np.maximum(v / np.maximum(b, 1e-300), 1.0) for v, b in zip(clustered, binomial, strict=True)]
+    relative = []
+    for this, other in ((0, 1), (1, 0)):
+        # Without a selection the clustered variance says nothing: borrow the clumping of the other corpus.
+        borrowed = np.where(sides[this].counts_LE == 0, effects[other], 1.0)
+        floor = binomial[this] * np.where(np.isfinite(borrowed), borrowed, np.inf)
+        relative.append(np.maximum(clustered[this], floor) / smoothed[this] ** 2)
+    total = relative[0] + relative[1]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        freedom = total**2 / sum(r**2 / max(s.documents - 1, 1) for r, s in zip(relative, sides, strict=True))
+    freedom = np.where(np.isfinite(freedom), np.maximum(freedom, 1.0), 1.0)
+    return np.log(smoothed[0] / smoothed[1]), np.sqrt(total), freedom
+
+
+def benjamini_hochberg(p_values: np.ndarray, level: float) -> np.ndarray:
+    """bool, same shape: rejected at false discovery rate ``level`` (step-up; ties are rejected together)."""
+    flat = p_values.ravel()
+    if not flat.size:
+        return np.zeros(p_values.shape, dtype=bool)
+    ordered = np.sort(flat)
+    passing = np.nonzero(ordered <= level * np.arange(1, flat.size + 1) / flat.size)[0]
+    return p_values <= ordered[passing[-1]] if len(passing) else np.zeros(p_values.shape, dtype=bool)
+
+
+def detect(forget: RoutingStatistics, retain: RoutingStatistics, config: DetectionConfig) -> Detection:
+    """Find the forget-critical experts by ``config.method`` among the layers that ``config`` lets take part.
+
+    Raises:
+        ValueError: the two statistics differ in shape or K, or a layer number is out of range.
+    """
+    from scipy import stats
+
+    if forget.counts_LE.shape != retain.counts_LE.shape or forget.top_k != retain.top_k:
+        raise ValueError("the two statistics are of different models")
+    layers, experts = forget.counts_LE.shape
+    for layer in [*(config.layers or []), *config.exclude_layers]:
+        if not 0 <= layer < layers:
+            raise ValueError(f"layer {layer} is not one of the model's {layers} MoE layers (0 … {layers - 1})")
+    eligible_LE = np.zeros((layers, experts), dtype=bool)
+    chosen = range(layers) if config.layers is None else config.layers
+    eligible_LE[[layer for layer in chosen if layer not in config.exclude_layers]] = True
+
+    p_LE, q_LE = forget.frequency_LE, retain.frequency_LE
+    ratio_LE, error_LE, freedom_LE = log_ratio(forget, retain)
+    safe_LE = np.maximum(error_LE, 1e-300)
+    with np.errstate(over="ignore", invalid="ignore"):
+        t_LE = np.where(np.isfinite(error_LE), (ratio_LE - np.log(config.min_ratio)) / safe_LE, 0.0)
+        width_LE = stats.t.ppf(0.5 + INTERVAL / 2, freedom_LE) * error_LE
+        low_LE, high_LE = np.exp(ratio_LE - width_LE), np.exp(ratio_LE + width_LE)
+    value_LE = np.where(np.isfinite(error_LE), stats.t.sf(t_LE, freedom_LE), 1.0)
+
+    warnings = [
+        f"the {name} corpus has {s.documents} document(s) with counted tokens: errors cannot be estimated, so the "
+        "significance rule selects nothing; use a top_* method or more documents"
+        for name, s in (("forget", forget), ("retain", retain))
+        if s.documents < 2
+    ]
+    if config.method == "significance":
+        score_LE = t_LE
+        found_LE = np.zeros_like(eligible_LE)
+        found_LE[eligible_LE] = benjamini_hochberg(value_LE[eligible_LE], config.false_discovery_rate)
+        # The load rule comes after the control: it looks at the same data, so it may only remove discoveries.
+        selected_LE = found_LE & (p_LE >= config.min_load * forget.top_k / experts)
+    else:
+        score_LE, least = _ranking(forget, retain, config)
+        selected_LE = _top(np.where(eligible_LE & (score_LE > least), score_LE, -np.inf), config)
+    return Detection(
+        selected_LE,
+        eligible_LE,
+        p_LE,
+        q_LE,
+        ratio_LE,
+        error_LE,
+        low_LE,
+        high_LE,
+        value_LE,
+        score_LE,
+        tuple(warnings),
+    )
+
+
+def _ranking(forget: RoutingStatistics, retain: RoutingStatistics, config: DetectionConfig) -> tuple[np.ndarray, float]:
+    """(score_LE, the score an expert must exceed to be called forget-critical at all) of a ``top_*`` method."""
+    p_LE, q_LE, top_k = forget.frequency_LE, retain.frequency_LE, forget.top_k
+    even = top_k / p_LE.shape[1]
+    if config.method == "top_difference":
+        return p_LE - q_LE, 0.0
+    if config.method == "top_ratio":
+        return p_LE / np.maximum(q_LE, max(config.ratio_floor * even, 1e-12)), 1.0
+    if config.method == "top_kl":
+        floored_LE = np.maximum(q_LE, 1e-3 * even)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.where(p_LE > 0, p_LE / top_k * np.log(p_LE / floored_LE), 0.0), 0.0
+    # top_gate_mass: the mean gate over forget tokens, the affinity of SEUF (arXiv 2411.18797); it ignores retain data.
+    return forget.gate_mass_LE / max(forget.tokens, 1), 0.0
+
+
+def _top(score_LE: np.ndarray, config: DetectionConfig) -> np.ndarray:
+    """The ``top_n`` highest finite scores, per layer or in all; ties go to the lower layer, then expert."""
+    selected_LE = np.zeros(score_LE.shape, dtype=bool)
+    groups = list(range(len(score_LE))) if config.per_layer else [slice(None)]
+    for group in groups:
+        scores = score_LE[group]
+        order = np.argsort(-scores.ravel(), kind="stable")[: config.top_n]
+        mask = np.zeros(scores.size, dtype=bool)
+        mask[order] = np.isfinite(scores.ravel()[order])
+        selected_LE[group] = mask.reshape(scores.shape)
+    return selected_LE

@@ -1,0 +1,260 @@
+"""What was decided, and whether it makes sense: everything in ``diagnosis.json``.
+
+Shape legend: T tokens, R rows, D documents, L MoE layers, E experts, K = top-k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from trace_ds.calibration.detect import Detection
+from trace_ds.calibration.rules import Calibrated
+from trace_ds.calibration.targets import REASONS
+from trace_ds.calibration.tokens import TokenMap, Trace
+
+QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
+QUANTILE_SAMPLE = 1 << 20
+TOP_DOCUMENTS = 20
+LEAST_DOCUMENT_TOKENS = 8
+ALIKE = 0.5
+LEAST_ALIKE_SHARE = 0.005
+
+
+@dataclass(frozen=True)
+class Documents:
+    """What is known of the retain documents: source names and first characters, both of length D."""
+
+    source: Sequence[str]
+    text_start: Sequence[str]
+
+
+@dataclass(frozen=True)
+class DocumentSums:
+    """Per-document sums over counted tokens, each float64 [D]: number, Σ w, Σ w², Σ s, Σ s² (s = likeness)."""
+
+    tokens_D: np.ndarray
+    weight_D: np.ndarray
+    weight_square_D: np.ndarray
+    like_D: np.ndarray
+    like_square_D: np.ndarray
+
+
+def entropy_bits(p_LE: np.ndarray, top_k: int) -> np.ndarray:
+    """Entropy of each layer's distribution of selections p/K, in bits, float64 [L]."""
+    share_LE = p_LE / top_k
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return -np.where(share_LE > 0, share_LE * np.log2(share_LE), 0.0).sum(axis=1)
+
+
+def jensen_shannon_bits(p_LE: np.ndarray, q_LE: np.ndarray, top_k: int) -> np.ndarray:
+    """Jensen–Shannon divergence of each layer's two distributions of selections, in bits (0 … 1), float64 [L]."""
+    middle = entropy_bits((p_LE + q_LE) / 2, top_k)
+    return np.maximum(middle - (entropy_bits(p_LE, top_k) + entropy_bits(q_LE, top_k)) / 2, 0.0)
+
+
+def likeness_tables(
+    forget_LE: np.ndarray, retain_LE: np.ndarray, retain_tokens: int
+) -> tuple[np.ndarray, float, float]:
+    """(score_LE, its mean on retain text, its mean on forget text): how forget-like a token is routed.
+
+    A token's score is Σ of log(p^F/p^R) over its selected experts (a log-likelihood ratio that treats selections as
+    independent); frequencies are floored at half a token. On the scale from the retain mean (0) to the forget mean
+    (1), a document's likeness says where its routing lies. Our decision.
+    """
+    least = 0.5 / max(retain_tokens, 1)
+    score_LE = np.log(np.maximum(forget_LE, least)) - np.log(np.maximum(retain_LE, least))
+    return score_LE, float((retain_LE * score_LE).sum()), float((forget_LE * score_LE).sum())
+
+
+def document_sums(
+    tokens: TokenMap, trace: Trace | None, weight_T: np.ndarray, score_LE: np.ndarray | None
+) -> DocumentSums:
+    """One pass: the sums per document (likeness 0 without a trace)."""
+    sums = np.zeros((5, tokens.documents))
+    for start, stop in tokens.spans():
+        counted_T = tokens.counted(start, stop)
+        if not counted_T.any():
+            continue
+        document = np.asarray(tokens.document_ids_T[start:stop])[counted_T]
+        w = np.asarray(weight_T[start:stop])[counted_T]
+        s = np.zeros(len(w))
+        if trace is not None and score_LE is not None:
+            columns = np.ascontiguousarray(trace.read(start, stop)[counted_T].reshape(len(w), -1).T)
+            for number, column_T in enumerate(columns):
+                s += score_LE[number // trace.top_k].take(column_T)
+        first, size = int(document[0]), int(document[-1] - document[0]) + 1
+        for row, values in zip(sums, (None, w, w * w, s, s * s), strict=True):
+            row[first : first + size] += np.bincount(document - first, values, size)
+    return DocumentSums(*sums)
+
+
+def likeness(sums: DocumentSums, retain_mean: float, forget_mean: float) -> np.ndarray:
+    """Likeness of each document, float64 [D]: 0 as the average retain text, 1 as the average forget text.
+
+    Documents are short and tokens noisy, so each mean is shrunk towards 0 by credibility n/(n + n₀) with n₀ =
+    within-document over between-document variance (Bühlmann 1967): without differences between documents all are 0.
+    """
+    n_D = sums.tokens_D
+    filled = n_D > 0
+    n, documents = float(n_D.sum()), int(filled.sum())
+    if forget_mean - retain_mean <= 0 or documents < 2 or n <= documents:
+        return np.zeros(len(n_D))
+    mean_D = np.where(filled, sums.like_D / np.maximum(n_D, 1), 0.0)
+    centre = float(sums.like_D.sum()) / n
+    within = max(float(sums.like_square_D.sum() - (n_D * mean_D**2).sum()), 0.0) / (n - documents)
+    spread = float((n_D * (mean_D - centre) ** 2).sum()) - (documents - 1) * within
+    between = spread / (n - float((n_D**2).sum()) / n)
+    if between <= 0:
+        return np.zeros(len(n_D))
+    shrunk_D = (mean_D - centre) * n_D / (n_D + within / between)
+    return np.where(filled, (centre + shrunk_D - retain_mean) / (forget_mean - retain_mean), 0.0)
+
+
+def alike_share(sums: DocumentSums, likeness_D: np.ndarray) -> float:
+    """Share of the counted retain tokens in documents at least half-way (:data:`ALIKE`) towards the forget text."""
+    return float(sums.tokens_D[likeness_D >= ALIKE].sum()) / max(float(sums.tokens_D.sum()), 1.0)
+
+
+def weight_variance(sums: DocumentSums) -> dict[str, float]:
+    """Variance of the token weights, split into between and within documents (exact: they add up)."""
+    n_D = np.maximum(sums.tokens_D, 1)
+    n = max(float(sums.tokens_D.sum()), 1.0)
+    mean = float(sums.weight_D.sum()) / n
+    between = float((sums.tokens_D * (sums.weight_D / n_D - mean) ** 2).sum()) / n
+    within = max(float((sums.weight_square_D - sums.weight_D**2 / n_D).sum()), 0.0) / n
+    total = between + within
+    return {"between": between, "within": within, "between_share": between / total if total > 1e-15 else 0.0}
+
+
+def quantiles(weight_T: np.ndarray, tokens: TokenMap) -> dict[str, float]:
+    """Quantiles of the counted tokens' weights, from an even sample of at most 2^20 of them (exact below that)."""
+    total = tokens.counted_total()
+    step = max(1, -(-total // QUANTILE_SAMPLE))
+    kept, offset, least, most = [], 0, np.inf, -np.inf
+    for start, stop in tokens.spans():
+        w = np.asarray(weight_T[start:stop])[tokens.counted(start, stop)]
+        kept.append(w[(-offset) % step :: step])
+        offset += len(w)
+        least, most = min(least, float(w.min(initial=np.inf))), max(most, float(w.max(initial=-np.inf)))
+    values = np.quantile(np.concatenate(kept), QUANTILES)
+    values[0], values[-1] = least, most
+    return {f"{q:g}": float(value) for q, value in zip(QUANTILES, values, strict=True)}
+
+
+def source_shares(sums: DocumentSums, documents: Documents) -> list[dict[str, Any]]:
+    """Share of tokens and of weight by source, most up-weighted first."""
+    names = sorted(set(documents.source))
+    number = {name: i for i, name in enumerate(names)}
+    of_D = np.array([number[name] for name in documents.source], dtype=np.int64)
+    tokens = np.bincount(of_D, sums.tokens_D, len(names)) / max(float(sums.tokens_D.sum()), 1.0)
+    weight = np.bincount(of_D, sums.weight_D, len(names)) / max(float(sums.weight_D.sum()), 1e-300)
+    rows = [
+        {"source": name, "token_share": float(tokens[i]), "weight_share": float(weight[i])}
+        for i, name in enumerate(names)
+    ]
+    return sorted(rows, key=lambda r: (-r["weight_share"] / max(r["token_share"], 1e-300), r["source"]))
+
+
+def top_documents(sums: DocumentSums, documents: Documents, likeness_D: np.ndarray) -> list[dict[str, Any]]:
+    """The documents with the highest mean weight (of those with enough counted tokens for a mean to say something)."""
+    enough = sums.tokens_D >= LEAST_DOCUMENT_TOKENS
+    if int(enough.sum()) < TOP_DOCUMENTS:
+        enough = sums.tokens_D > 0
+    mean_D = np.where(enough, sums.weight_D / np.maximum(sums.tokens_D, 1), -np.inf)
+    order = np.argsort(-mean_D, kind="stable")[: min(TOP_DOCUMENTS, int(enough.sum()))]
+    return [
+        {
+            "document": int(d),
+            "source": documents.source[d],
+            "text_start": documents.text_start[d],
+            "weight": float(mean_D[d]),
+            "tokens": int(sums.tokens_D[d]),
+            "likeness": float(likeness_D[d]),
+        }
+        for d in order
+    ]
+
+
+def expert_rows(
+    mask_LE: np.ndarray, detection: Detection, calibrated: Calibrated, achieved_LE: np.ndarray
+) -> list[dict[str, Any]]:
+    """One row per expert of ``mask_LE``; unbounded interval ends are None (JSON has no infinity)."""
+
+    def finite(x: float) -> float | None:
+        return float(x) if np.isfinite(x) else None
+
+    return [
+        {
+            "layer": int(layer),
+            "expert": int(expert),
+            "forget": float(detection.forget_LE[layer, expert]),
+            "retain": float(detection.retain_LE[layer, expert]),
+            "ratio": finite(np.exp(detection.log_ratio_LE[layer, expert])),
+            "ratio_low": finite(detection.low_LE[layer, expert]),
+            "ratio_high": finite(detection.high_LE[layer, expert]),
+            "p_value": float(detection.p_value_LE[layer, expert]),
+            "target": float(calibrated.target_LE[layer, expert]),
+            "achieved": float(achieved_LE[layer, expert]),
+            "in_scope": bool(calibrated.scope_LE[layer, expert]),
+        }
+        for layer, expert in zip(*np.nonzero(mask_LE), strict=True)
+    ]
+
+
+def find_warnings(
+    detection: Detection,
+    calibrated: Calibrated,
+    achieved_LE: np.ndarray,
+    likeness_D: np.ndarray | None,
+    sums: DocumentSums,
+    rule: str,
+) -> list[str]:
+    """Plain sentences about everything that did not work out, most important first."""
+    found: list[str] = list(detection.warnings)
+    control = rule in ("uniform", "permuted", "random_experts", "inverse")
+    if not detection.selected_LE.any():
+        found.append(
+            "no forget-critical expert was found: forget text is not routed differently enough from retain text"
+        )
+    if likeness_D is not None:
+        alike = alike_share(sums, likeness_D)
+        if alike < LEAST_ALIKE_SHARE:
+            found.append(
+                "no retain text is routed like the forget text (documents at least half-way towards it hold "
+                f"{alike:.2%} of the retain tokens): re-weighting cannot protect what is not there; add retain text "
+                "close to the forget domain"
+            )
+    if calibrated.moved:
+        by_reason: dict[str, list[str]] = {}
+        for layer, expert, offered, reason in calibrated.moved:
+            by_reason.setdefault(reason, []).append(f"{layer}/{expert} -> {offered:.3g}")
+        for reason in sorted(by_reason):
+            cases = by_reason[reason]
+            more = f" and {len(cases) - 8} more" if len(cases) > 8 else ""
+            found.append(
+                f"{len(cases)} expert(s) cannot be matched because {REASONS[reason]}; the closest feasible "
+                f"frequency was taken (layer/expert -> frequency): {', '.join(cases[:8])}{more}"
+            )
+    found.extend(calibrated.notes)
+    if not calibrated.converged:
+        found.append(f"the weights miss their targets by up to {calibrated.solve_error:.1e}")
+    if not control:
+        scope = calibrated.scope_LE & detection.selected_LE
+        before = np.abs(detection.retain_LE - detection.forget_LE)
+        away = scope & (np.abs(achieved_LE - detection.forget_LE) > before + 1e-9)
+        if away.any():
+            names = [f"{layer}/{expert}" for layer, expert in zip(*np.nonzero(away), strict=True)]
+            more = " ..." if len(names) > 8 else ""
+            found.append(
+                f"{len(names)} selected expert(s) ended farther from their forget frequency than before "
+                f"(layer/expert): {', '.join(names[:8])}{more}"
+            )
+    if calibrated.exponent < 1.0 and not control:
+        found.append(
+            f"the weights were raised to the power {calibrated.exponent:.3f} to keep the effective sample size"
+        )
+    return found

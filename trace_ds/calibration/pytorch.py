@@ -1,0 +1,87 @@
+"""TRACE for people who keep their own training loop: three plain PyTorch pieces and nothing else.
+
+* :func:`collate_rows` makes a batch of exported rows (``calibration/export.py``), weights and labels included;
+* :func:`weighted_retain_loss` is the retain loss with those weights;
+* :func:`record_routing` (from :mod:`trace_ds.models.routers`) records the top-k experts of every forward pass, and
+  :func:`live_log_weights` turns them into log-weights under the model's present routing.
+
+``docs/trainer_example.py`` uses them with a transformers ``Trainer``.
+
+Shape legend: B rows, S positions, V vocabulary, T = B·S tokens, L MoE layers, E experts, K = top-k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from trace_ds.models.routers import RoutingRecorder, record_routing
+from trace_ds.unlearning.objectives import token_nll, weighted_sum
+
+__all__ = ["RoutingRecorder", "collate_rows", "live_log_weights", "record_routing", "weighted_retain_loss"]
+
+IGNORED = -100
+
+
+def collate_rows(rows: Sequence[Mapping[str, Any]], pad_id: int = 0) -> dict[str, torch.Tensor]:
+    """Exported rows as one batch, filled at the right.
+
+    Returns:
+        ``input_ids`` int64 [B, S]; ``position_ids`` int64, restarting with each document (this is what keeps attention
+        inside documents; never pass an attention mask beside it); ``weights`` fp32, the weight of predicting token
+        t + 1 at position t, 0 where nothing is counted; ``labels`` int64, the token itself where predicting it is
+        counted and -100 elsewhere (for frameworks that count labels; they are shifted as usual).
+    """
+    size = max(len(row["input_ids"]) for row in rows)
+    ids = torch.full((len(rows), size), pad_id, dtype=torch.int64)
+    documents = torch.full((len(rows), size), -1, dtype=torch.int64)
+    weights = torch.zeros(len(rows), size)
+    for number, row in enumerate(rows):
+        length = len(row["input_ids"])
+        ids[number, :length] = torch.as_tensor(row["input_ids"])
+        documents[number, :length] = torch.as_tensor(row["document_ids"])
+        weights[number, :length] = torch.as_tensor(row["weights"], dtype=torch.float32)
+    same = documents[:, 1:] == documents[:, :-1]
+    places = torch.arange(size).expand(len(rows), size)
+    starts = torch.cat([torch.ones(len(rows), 1, dtype=torch.bool), ~same], dim=1)
+    begins = torch.where(starts, places, 0).cummax(dim=1).values
+    counted = same & (documents[:, 1:] >= 0)
+    labels = torch.full_like(ids, IGNORED)
+    labels[:, 1:] = torch.where(counted, ids[:, 1:], IGNORED)
+    return {"input_ids": ids, "position_ids": places - begins, "weights": weights, "labels": labels}
+
+
+def weighted_retain_loss(
+    logits_BSV: torch.Tensor,
+    labels_BS: torch.Tensor,
+    weights_BS: torch.Tensor,
+    tokens: torch.Tensor | int | None = None,
+) -> torch.Tensor:
+    """L_retain = Σ_t w_t ℓ_t / n, a scalar with gradient; ℓ_t is the cross-entropy of token t + 1 in nats, fp32.
+
+    Args:
+        logits_BSV: the model's logits.
+        labels_BS: token ids, -100 where predicting the token is not counted (as :func:`collate_rows` makes them).
+        weights_BS: calibration weights (mean 1 over the corpus).
+        tokens: n, counted tokens of the *global* batch (all processes and accumulation steps); default: of this
+            batch. Divide by n and never by Σ w: renormalising each batch would cancel the differences between
+            documents, which is where the gain is (our decision).
+    """
+    counted_BS = torch.zeros(labels_BS.shape, dtype=torch.bool, device=labels_BS.device)
+    counted_BS[:, :-1] = labels_BS[:, 1:] != IGNORED
+    losses_BS = token_nll(logits_BSV, labels_BS, counted_BS)
+    total = weighted_sum(losses_BS, weights_BS.to(losses_BS.device))
+    return total / (counted_BS.sum().clamp(min=1) if tokens is None else tokens)
+
+
+def live_log_weights(recorder: RoutingRecorder, theta_LE: torch.Tensor) -> torch.Tensor:
+    """Σ θ a under the routing just recorded, [T]: log of the unnormalised weights of each token.
+
+    The weights of the artefact use the frozen model's routing instead. Subtract log mean exp over the corpus (or a
+    running estimate of it) before use; see docs/method.md for why frozen routing is the default.
+    """
+    layers = [recorder.layer(number)[1] for number in range(len(theta_LE))]
+    theta = theta_LE.to(layers[0].device)
+    return torch.stack([theta[number][indices_TK].sum(dim=-1) for number, indices_TK in enumerate(layers)]).sum(dim=0)

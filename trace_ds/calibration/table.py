@@ -1,0 +1,74 @@
+"""The terminal view of a calibration: what a person should see before spending GPU hours on it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from trace_ds.run.artefact import Artefact
+
+SHOWN_EXPERTS = 12
+SHOWN_DOCUMENTS = 5
+SHOWN_SOURCES = 8
+
+
+def print_table(artefact: Artefact, console: Any = None) -> None:
+    """Print the diagnosis of a calibration artefact with rich (to ``console``, default: standard output)."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = console or Console()
+    d = json.loads(artefact.file("diagnosis.json").read_text(encoding="utf-8"))
+
+    experts = Table(title=f"forget-critical experts ({d['detection']}): {len(d['selected'])}", title_justify="left")
+    for name in ("layer", "expert", "p forget", "p retain", "ratio [95 %]", "target", "achieved"):
+        experts.add_column(name, justify="right")
+    ranked = sorted(d["selected"], key=lambda r: -(r["ratio"] or 0.0))
+    for r in ranked[:SHOWN_EXPERTS]:
+        interval = (
+            "-" if r["ratio_low"] is None or r["ratio_high"] is None else f"{r['ratio_low']:.2f}, {r['ratio_high']:.2f}"
+        )
+        experts.add_row(
+            str(r["layer"]),
+            str(r["expert"]),
+            f"{r['forget']:.4f}",
+            f"{r['retain']:.4f}",
+            f"{r['ratio']:.2f} [{interval}]",
+            f"{r['target']:.4f}" if r["in_scope"] else "-",
+            f"{r['achieved']:.4f}",
+        )
+    console.print(experts)
+    if len(ranked) > SHOWN_EXPERTS:
+        console.print(f"... and {len(ranked) - SHOWN_EXPERTS} more in diagnosis.json")
+    console.print(
+        f"rule {d['rule']} ({d['level']}) over {d['constraints']} experts: lambda {d['lambda']:.3f}, effective sample "
+        f"size {d['ess_fraction']:.3f} (floor {d['ess_floor']:g}; rows {d['row_ess_fraction']:.3f}), largest weight "
+        f"{d['max_weight']:.2f}, gap closed {d['gap_closed']:.1%}, {d['iterations']} iterations"
+    )
+    sources = Table(title="where the weight went", title_justify="left")
+    for name in ("source", "share of tokens", "share of weight"):
+        sources.add_column(name, justify="left" if name == "source" else "right")
+    for r in d["share_by_source"][:SHOWN_SOURCES]:
+        sources.add_row(escape(r["source"]), f"{r['token_share']:.1%}", f"{r['weight_share']:.1%}")
+    console.print(sources)
+    documents = Table(title="retain documents with the highest mean weight", title_justify="left")
+    for name in ("weight", "tokens", "likeness", "source", "text"):
+        documents.add_column(name, justify="left" if name in ("source", "text") else "right")
+    for r in d["top_documents"][:SHOWN_DOCUMENTS]:
+        documents.add_row(
+            f"{r['weight']:.2f}",
+            str(r["tokens"]),
+            f"{r['likeness']:.2f}",
+            escape(r["source"]),
+            escape(" ".join(r["text_start"].split())[:60]),
+        )
+    console.print(documents)
+    share = d["variance"]["between_share"]
+    console.print(f"{share:.0%} of the variance of the weights is between documents", highlight=False)
+    if d["alike_share"] is not None:
+        console.print(
+            f"{d['alike_share']:.1%} of the retain tokens are in documents routed at least half-way like the forget text"
+        )
+    for warning in d["warnings"]:
+        console.print(f"warning: {warning}", style="yellow", markup=False)

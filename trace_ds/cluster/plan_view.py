@@ -1,0 +1,213 @@
+"""The tables ``trace-ds plan`` prints, and the tables of published models in ``docs/plan.md``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from trace_ds.cluster.architecture import active_parameters, count_parameters, read_architecture
+from trace_ds.cluster.checks import wide_console
+from trace_ds.cluster.plan import ASSUMPTIONS, MAX_ROWS, Plan, StagePlan, plan_model
+from trace_ds.cluster.spec import GB, ClusterSpec
+from trace_ds.config.schema import Config
+
+SHOWN_CHOICES = 8
+
+
+def print_plan(plan: Plan, console: Console | None = None) -> None:
+    """All tables of a plan."""
+    console = console or wide_console()
+    spec = plan.cluster
+    console.print(
+        f"{plan.family}, {billions(plan.parameters.total)} parameters "
+        f"({billions(plan.active.total)} active a token) "
+        f"on {spec.nodes} x {spec.gpus_per_node} GPUs of {spec.gpu_memory_gb:g} GB; "
+        f"expert-parallel size {plan.ep}, ZeRO-{plan.zero_stage}",
+        highlight=False,
+    )
+    console.print(_parameters(plan))
+    console.print(_memory(plan))
+    console.print(_traffic(plan))
+    console.print(_time(plan))
+    console.print(_choices(plan))
+    console.print(
+        f"checkpoint {size(plan.checkpoint_bytes)}, saved in {duration(plan.save_s)} at "
+        f"{spec.storage_gb_s:g} GB/s; the run needs {size(plan.storage_bytes)} of storage and "
+        f"{size(plan.host_bytes)} of host memory a node",
+        highlight=False,
+    )
+    for warning in plan.warnings:
+        console.print(f"WARN  {warning}", style="yellow", highlight=False)
+    for assumption in ASSUMPTIONS:
+        console.print(f"assumed: {assumption}", style="dim", highlight=False)
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number == 0 else "right")
+    return table
+
+
+def _parameters(plan: Plan) -> Table:
+    table = _table("Parameters", "kind", "all", "active a token")
+    active = asdict(plan.active)
+    for kind, number in asdict(plan.parameters).items():
+        if number:
+            table.add_row(kind.replace("_", " "), f"{number:,}", f"{active[kind]:,}")
+    table.add_row("total", f"{plan.parameters.total:,}", f"{plan.active.total:,}")
+    return table
+
+
+def _memory(plan: Plan) -> Table:
+    collect, unlearn = plan.collect, plan.unlearn
+    table = _table(
+        "Memory of one GPU (peak: what stays + the larger of computing and stepping)",
+        "part",
+        f"collect, {collect.rows} rows",
+        f"unlearn, {unlearn.rows} rows",
+    )
+    for phase in ("resident", "compute", "step"):
+        of_collect, of_unlearn = getattr(collect.memory, phase), getattr(unlearn.memory, phase)
+        for part in dict.fromkeys((*of_collect, *of_unlearn)):
+            table.add_row(
+                f"{phase}: {part}",
+                *(size(parts[part]) if part in parts else "" for parts in (of_collect, of_unlearn)),
+            )
+    table.add_row("peak", size(collect.memory.peak_bytes), size(unlearn.memory.peak_bytes))
+    table.add_row("peak if activations were recomputed", "", size(plan.recomputed_peak_bytes))
+    table.add_row("usable", *[size(plan.cluster.usable_bytes)] * 2)
+    table.add_row("fits", *("yes" if stage.fits else "NO" for stage in (collect, unlearn)))
+    table.add_row("largest batch_rows, micro_batch_rows", *(rows(stage.largest_rows) for stage in (collect, unlearn)))
+    return table
+
+
+def _traffic(plan: Plan) -> Table:
+    table = _table("Bytes one GPU receives", "collective", "GPUs", "a batch or step", "inside nodes", "between nodes")
+    for name, stage in (("collect", plan.collect), ("unlearn", plan.unlearn)):
+        for entry in stage.traffic:
+            table.add_row(
+                f"{name}: {entry.name}",
+                str(entry.group),
+                size(entry.received_bytes),
+                duration(entry.intra_s),
+                duration(entry.inter_s),
+            )
+    return table
+
+
+def _time(plan: Plan) -> Table:
+    table = _table("Time", "", "collect, a batch", "unlearn, a step")
+    stages: tuple[StagePlan, StagePlan] = (plan.collect, plan.unlearn)
+    table.add_row("compute", *(duration(stage.time.compute_s) for stage in stages))
+    table.add_row("GPU memory", *(duration(stage.time.hbm_s) for stage in stages))
+    table.add_row("links inside a node", *(duration(stage.time.intra_s) for stage in stages))
+    table.add_row("links between nodes", *(duration(stage.time.inter_s) for stage in stages))
+    table.add_row("bound by", *(stage.time.bound for stage in stages))
+    table.add_row("everything overlapped", *(duration(stage.time.overlapped_s) for stage in stages))
+    table.add_row("nothing overlapped", *(duration(stage.time.serial_s) for stage in stages))
+    table.add_row("tokens/s (nothing overlapped)", *(f"{stage.tokens_per_s:,.0f}" for stage in stages))
+    table.add_row(
+        "whole stage, at most",
+        *("corpora not found" if s.job_s is None else duration(s.job_s) for s in stages),
+    )
+    return table
+
+
+def _choices(plan: Plan) -> Table:
+    table = _table(
+        "Choices, best first", "EP x ZeRO", "fits", "peak", "largest micro-batch", "step", "bound", "collect"
+    )
+    for choice in plan.choices[:SHOWN_CHOICES]:
+        table.add_row(
+            f"{choice.ep} x {choice.zero_stage}",
+            "yes" if choice.fits else "NO",
+            size(choice.peak_bytes),
+            rows(choice.largest_rows),
+            duration(choice.step_s),
+            choice.bound,
+            "fits" if choice.collect_fits else "does NOT fit",
+        )
+    return table
+
+
+def models_markdown(configs: Mapping[str, Mapping[str, Any]]) -> str:
+    """The table of parameters of several models (name -> ``config.json``), in Markdown; stored in
+    ``docs/plan.md``.
+    """
+    kinds = ("embedding", "attention", "router", "experts", "shared_experts", "dense_mlp", "norms", "head")
+    lines = [
+        "| model | " + " | ".join(kind.replace("_", " ") for kind in kinds) + " | total | active |",
+        "| --- |" + " ---: |" * (len(kinds) + 2),
+    ]
+    for name, config in configs.items():
+        a = read_architecture(config, name)
+        every = count_parameters(a)
+        cells = [f"{getattr(every, kind):,}" for kind in kinds]
+        total = [f"{every.total:,}", billions(active_parameters(a).total)]
+        lines.append(f"| {name} | " + " | ".join([*cells, *total]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def clusters_markdown(configs: Mapping[str, Mapping[str, Any]], config: Config) -> str:
+    """For each model the smallest cluster of 8-GPU nodes (a power of two, up to 128) on which ``config`` fits, in
+    Markdown; rows per step are set to one of each side per GPU. Stored in ``docs/plan.md``."""
+    lines = [
+        "| model | GPUs | collect, peak | unlearn, peak | if recomputed | step | bound | checkpoint | host memory a node |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | --- | ---: | ---: |",
+    ]
+    for name, model_config in configs.items():
+        for nodes in (1, 2, 4, 8, 16, 32, 64, 128):
+            spec = ClusterSpec(nodes=nodes)
+            sized = {"forget_rows": spec.world, "retain_rows": spec.world, "micro_batch_rows": 1}
+            scaled = config.model_copy(update={"unlearning": config.unlearning.model_copy(update=sized)})
+            plan = plan_model(model_config, scaled, spec, name)
+            if plan.collect.fits and plan.unlearn.fits:
+                break
+        fits = plan.collect.fits and plan.unlearn.fits
+        cells = [
+            name,
+            f"{spec.world}" if fits else f"{spec.world} do not do",
+            size(plan.collect.memory.peak_bytes),
+            size(plan.unlearn.memory.peak_bytes),
+            size(plan.recomputed_peak_bytes),
+            f"{duration(plan.unlearn.time.overlapped_s)} to {duration(plan.unlearn.time.serial_s)}",
+            plan.unlearn.time.bound,
+            size(plan.checkpoint_bytes),
+            size(plan.host_bytes),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def size(number: float) -> str:
+    """Bytes as a short text in decimal units."""
+    for unit, scale in (("TB", 1e12), ("GB", GB), ("MB", 1e6), ("kB", 1e3)):
+        if number >= scale:
+            return f"{number / scale:.3g} {unit}" if number < 999.5 * scale else f"{number / scale:.0f} {unit}"
+    return f"{number:.0f} B"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a short text."""
+    if seconds >= 5400:
+        return f"{seconds / 3600:.1f} h"
+    if seconds >= 90:
+        return f"{seconds / 60:.0f} min"
+    if seconds >= 0.1:
+        return f"{seconds:.2f} s"
+    return f"{seconds * 1000:.1f} ms" if seconds else ""
+
+
+def rows(number: int) -> str:
+    """A number of rows as found by the search of the largest micro-batch."""
+    return "none" if number == 0 else f">= {number}" if number == MAX_ROWS else str(number)
+
+
+def billions(number: int) -> str:
+    """A number of parameters in billions."""
+    return f"{number / 1e9:.4g} B" if number >= 1e8 else f"{number / 1e6:.4g} M"

@@ -1,0 +1,120 @@
+"""What makes a directory of weights a model: configuration, tokenizer and a model card that says what was done."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from trace_ds.errors import UserError
+from trace_ds.run.files import write_json, write_text
+
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+DTYPE_CONFIG = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+def copy_companions(base_model: Path, destination: Path, dtype: str) -> None:
+    """``config.json`` with the new type, generation configuration and tokenizer of the base model."""
+    path = base_model / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"this is not JSON ({error})", str(path), "copy the model again") from None
+    if dtype in DTYPE_CONFIG:
+        config["torch_dtype" if "torch_dtype" in config else "dtype"] = DTYPE_CONFIG[dtype]
+    config.pop("_name_or_path", None)
+    write_json(destination / "config.json", config)
+    for name in COMPANIONS:
+        if (base_model / name).is_file():
+            shutil.copyfile(base_model / name, destination / name)
+
+
+def write_card(
+    base_model: Path,
+    destination: Path,
+    report: Mapping[str, Any],
+    source: Mapping[str, Any],
+    dtype: str,
+    facts: Mapping[str, Any] | None,
+) -> None:
+    """``README.md``: base model, how the weights were made and converted, calibration summary, limits.
+
+    ``facts`` (all optional): name, method (dict of settings in words), calibration (the summary of the calibration
+    artefact), experts (table of forget-critical experts).
+    """
+    facts = facts or {}
+    name = facts.get("name") or destination.name
+    base = facts.get("base_model") or base_model.name
+    lines = ["---", "library_name: transformers", f"base_model: {json.dumps(str(base))}"]
+    lines += ["tags:", "- mixture-of-experts"]
+    if facts.get("method"):
+        lines += ["- unlearning"]
+    lines += ["---", "", f"# {str(name).split('.tmp-')[0]}", ""]
+    if facts.get("method"):
+        lines += [
+            f"`{base}` after machine unlearning with trace_ds: retain losses re-weighted by expert activation "
+            "frequencies (TRACE, arXiv 2606.10338).",
+            "Only the abstract of that paper is public; the equations behind it are trace_ds's own decisions.",
+            "",
+            "## Method",
+            "",
+            *_table(facts["method"]),
+            "",
+        ]
+    else:
+        lines += [f"Weights of a training job that started from `{base}`, converted by trace_ds.", ""]
+    if facts.get("calibration"):
+        lines += ["## Calibration", "", *_table(facts["calibration"]), ""]
+    lines += [
+        "## Weights",
+        "",
+        *_table(
+            {
+                "source": f"{source['kind']}, step {source['step']}, world size {source['world']}, "
+                f"expert-parallel size {source['ep']}",
+                "type": dtype,
+                "tensors": len(report["tensors"]),
+                "parameters": report["parameters"],
+            }
+        ),
+        "",
+        "`conversion.json` lists every tensor with its shape and SHA-256.",
+        "",
+    ]
+    for heading, entries in (("Warnings", report["warnings"]), ("Notes", report["notes"])):
+        if entries:
+            lines += [f"## {heading}", "", *(f"- {entry}" for entry in entries), ""]
+    if facts.get("method"):
+        lines += [
+            "## Limits",
+            "",
+            "- Unlearning suppresses; it does not prove deletion. Relearning, quantisation or adversarial prompts may "
+            "bring knowledge back. Evaluate before you rely on it.",
+            "- Knowledge close to the forget set may have been lost with it; compare with the base model.",
+            "- The base model's licence and limits apply to this model too.",
+            "",
+        ]
+    write_text(destination / "README.md", "\n".join(lines))
+
+
+def _table(rows: Mapping[str, Any]) -> list[str]:
+    lines = ["| | |", "|---|---|"]
+    for key, value in rows.items():
+        text = f"{value:.6g}" if isinstance(value, float) else str(value)
+        cells = (str(cell).replace("|", "\\|").replace("\n", " ") for cell in (key, text))
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines

@@ -1,0 +1,182 @@
+"""What every kind of source looks like to the rest of the tool: whole tensors under the engine's names, still on disk.
+
+:func:`open_source` recognises what it is given: a DeepSpeed checkpoint of ZeRO stage 3, 2, 1 or 0 with or without
+AutoEP, a DeepSpeed universal folder, or a Hugging Face directory. Only metadata is read.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from trace_ds.conversion.runs import TensorSource
+from trace_ds.errors import UserError
+from trace_ds.run.files import sha256_file
+
+MANIFEST = "manifest.json"
+RANK_FILE = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_(model|optim)_states\.pt$")
+MODEL_FILE = re.compile(r"mp_rank_(\d+)_model_states\.pt$")
+EXPERT_FILE = re.compile(r"layer_(\d+)_expert_(\d+)_mp_rank_(\d+)_model_states\.pt$")
+
+
+@dataclass
+class Checkpoint:
+    """A source, opened.
+
+    Attributes:
+        path: its directory.
+        kind: zero3, zero12, expert_parallel, universal or huggingface.
+        tensors: parameters and persistent buffers in the best precision there is (fp32 masters if any), whole: all
+            partitions and all experts joined. Names are the engine's (AutoEP's ``mlp.experts.w1``), or those on disk
+            for a Hugging Face directory.
+        moments: the Adam moments ``exp_avg`` and ``exp_avg_sq`` by name of the parameter, where there are any.
+        dtype: bf16, fp16 or fp32, the type that the engine computes in (empty: each tensor's own).
+        step, world, ep, zero_stage: of the job that wrote it, as far as its files say.
+        layers: AutoEP's metadata of the MoE layers (of rank 0).
+        files: the DeepSpeed files that belong to it, relative to ``path``.
+        notes: what the user should know (masters missing, for example).
+    """
+
+    path: Path
+    kind: str
+    tensors: dict[str, TensorSource]
+    moments: dict[str, dict[str, TensorSource]] = field(default_factory=dict)
+    dtype: str = ""
+    step: int | None = None
+    world: int = 1
+    ep: int = 1
+    zero_stage: int | None = None
+    layers: list[dict[str, Any]] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    manifest: dict[str, Any] | None = None
+    shared: dict[str, str] = field(default_factory=dict)
+
+    def summary(self) -> dict[str, Any]:
+        """Facts for reports and ``trace-ds inspect``; JSON-compatible and without paths."""
+        return {
+            "kind": self.kind,
+            "step": self.step,
+            "world": self.world,
+            "ep": self.ep,
+            "zero_stage": self.zero_stage,
+            "dtype": self.dtype,
+            "tensors": len(self.tensors),
+            "parameters": sum(source.numel for source in self.tensors.values()),
+            "bytes": sum(source.numel * source.dtype.itemsize for source in self.tensors.values()),
+            "optimizer_states": sorted(self.moments),
+            "files": len(self.files),
+            "notes": self.notes,
+        }
+
+
+def locate(path: Path, tag: str | None) -> Path:
+    """The directory that holds the files: ``path``, ``path/tag``, or the step that ``path/latest`` names."""
+    if not path.is_dir():
+        raise UserError("there is no such directory", str(path), "give the directory of a checkpoint or model")
+    roots = [path, path / "checkpoints"]
+    if tag is not None:
+        for root in roots:
+            if (root / tag).is_dir():
+                return root / tag
+        if path.name == tag and _holds_checkpoint(path):
+            return path
+        raise UserError(f"there is no checkpoint {tag!r} here", str(path), f"use one of {_tags(roots)}")
+    if _holds_checkpoint(path):
+        return path
+    for latest in (root / name for root in roots for name in ("latest", "latest_universal")):
+        root = latest.parent
+        if latest.is_file():
+            name = latest.read_text(encoding="utf-8").strip()
+            if (root / name).is_dir() and Path(name).name == name:
+                return root / name
+            raise UserError(f"latest names {name!r}, which is not there", str(latest), f"use --tag {_tags(roots)}")
+    raise UserError(
+        "neither a DeepSpeed checkpoint nor a Hugging Face model (no *_model_states.pt, no config.json, no latest)",
+        str(path),
+        f"give the step's directory, or --tag {_tags(roots)}",
+    )
+
+
+def _holds_checkpoint(path: Path) -> bool:
+    if (path / "config.json").is_file() or (path / "zero").is_dir():
+        return True
+    return any(RANK_FILE.match(name.name) or MODEL_FILE.match(name.name) for name in path.iterdir())
+
+
+def _tags(roots: list[Path]) -> list[str]:
+    return sorted(
+        entry.name for root in roots if root.is_dir() for entry in root.iterdir()
+        if entry.is_dir() and _holds_checkpoint(entry)
+    )  # fmt: skip
+
+
+def read_manifest(path: Path) -> dict[str, Any] | None:
+    """The checkpoint's ``manifest.json`` with every file's size compared; None when it has none."""
+    manifest_path = path / MANIFEST
+    if not manifest_path.is_file():
+        return None
+    try:
+        manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
+        files = dict(manifest["files"])
+        sizes = {name: int(entry["bytes"]) for name, entry in files.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"the manifest is damaged ({error})", str(manifest_path), "convert another step") from None
+    for name, size in sorted(sizes.items()):
+        file = path / name
+        if not file.is_file():
+            raise UserError("a file of the checkpoint is missing", str(file), "convert another step")
+        if file.stat().st_size != size:
+            raise UserError(
+                f"the file has {file.stat().st_size} bytes instead of {size} (truncated?)",
+                str(file),
+                "convert another step",
+            )
+    return dict(manifest)
+
+
+def verify_manifest(checkpoint: Checkpoint) -> None:
+    """Compare the SHA-256 of every file with the manifest (reads the whole checkpoint, optimizer states too)."""
+    for name, entry in sorted((checkpoint.manifest or {}).get("files", {}).items()):
+        file = checkpoint.path / name
+        if "sha256" in entry and sha256_file(file) != entry["sha256"]:
+            raise UserError(
+                "the file was altered after it was written (SHA-256 differs)", str(file), "convert another step"
+            )
+
+
+def check_manifest_matches(checkpoint: Checkpoint) -> None:
+    """The manifest and the files must tell the same story (step, world, expert-parallel size)."""
+    manifest = checkpoint.manifest or {}
+    for key, found in (("step", checkpoint.step), ("world", checkpoint.world), ("ep", checkpoint.ep)):
+        said = manifest.get(key)
+        if said is not None and found is not None and said != found:
+            raise UserError(
+                f"the manifest says {key} {said}, the files say {found}: they are of different checkpoints",
+                str(checkpoint.path / MANIFEST),
+                "copy the checkpoint again, or convert another step",
+            )
+
+
+def open_source(path: Path, tag: str | None = None) -> Checkpoint:
+    """Recognise and open a source.
+
+    Raises:
+        UserError: it is none of the known kinds, or a file of it is missing, truncated, damaged or inconsistent.
+    """
+    from trace_ds.conversion import deepspeed_source, huggingface_source, universal
+
+    directory = locate(path, tag)
+    manifest = read_manifest(directory)
+    if (directory / "config.json").is_file() and not any(directory.glob("*_model_states.pt")):
+        checkpoint = huggingface_source.open_huggingface(directory)
+    elif (directory / "zero").is_dir():
+        checkpoint = universal.open_universal(directory)
+    else:
+        checkpoint = deepspeed_source.open_deepspeed(directory)
+    checkpoint.manifest = manifest
+    check_manifest_matches(checkpoint)
+    return checkpoint

@@ -1,0 +1,328 @@
+"""Convert a checkpoint: plan everything from metadata, refuse what does not fit, stream, prove, rename.
+
+Memory does not depend on the model: blocks of a few megabytes for each job, plus the list of tensors. The fp32 master
+weights of the optimizer are the source of truth; cast to the training type they are the engine's parameters bit for
+bit, because DeepSpeed makes those by the same rounding after every step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trace_ds.conversion.checkpoint import MANIFEST, Checkpoint, open_source, verify_manifest
+from trace_ds.conversion.layouts import (
+    ModelLayout,
+    engine_to_fused,
+    fused_to_hub,
+    hub_to_fused,
+    missing_and_unexpected,
+    read_layout,
+)
+from trace_ds.conversion.runs import TensorSource
+from trace_ds.conversion.stream import Progress, Streamer, Task, run_tasks, warnings_of
+from trace_ds.errors import UserError
+from trace_ds.run.files import replacing_directory, sha256_file, write_json
+
+TARGETS = ("hf", "hf-fused", "ep", "universal")
+REPORT = "conversion.json"
+FORMAT = 1
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPE_WORDS = {
+    "bfloat16": "bf16",
+    "bf16": "bf16",
+    "float16": "fp16",
+    "fp16": "fp16",
+    "half": "fp16",
+    "float32": "fp32",
+    "fp32": "fp32",
+    "same": "same",
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a conversion will do, decided from metadata alone."""
+
+    checkpoint: Checkpoint
+    layout: ModelLayout
+    fused: dict[str, TensorSource]
+    dtype: str
+    base_model: Path
+    notes: list[str]
+
+    def dtype_of(self, name: str, source: TensorSource) -> torch.dtype:
+        """Type of a tensor of the result: integers as they are, what transformers keeps in fp32 stays fp32."""
+        if not source.dtype.is_floating_point or self.dtype == "same":
+            return source.dtype
+        return torch.float32 if self.layout.keeps_fp32(name) else DTYPES[self.dtype]
+
+
+def convert_checkpoint(
+    source: Path,
+    destination: Path,
+    *,
+    to: str = "hf",
+    tag: str | None = None,
+    dtype: str = "same",
+    max_shard_size: str = "5GB",
+    jobs: int = 1,
+    base_model: Path | None = None,
+    verify: bool = False,
+    progress: Progress | None = None,
+    card: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Convert ``source`` to a new directory ``destination``.
+
+    Args:
+        source: a DeepSpeed checkpoint (ZeRO 0-3, AutoEP or not, universal), the directory above it, or a Hugging Face
+            model directory; recognised, not declared.
+        destination: must not exist or be empty; it appears complete or not at all.
+        to: hf (hub layout), hf-fused (transformers' in-memory names), ep (DeepSpeed's expert-parallel layout, any EP
+            size can load it) or universal.
+        tag: name of the step below ``source``; default: what ``latest`` says.
+        dtype: bf16, fp16, fp32, or same (the type that the engine trained in; of a Hugging Face source, each tensor's).
+        max_shard_size: largest safetensors file, like "5GB".
+        jobs: threads; each takes a few megabytes.
+        base_model: directory with the model's ``config.json`` and tokenizer; default: what the manifest names.
+        verify: read the source's files against its manifest and the result against the checksums of what was written.
+        progress: called with (bytes written, bytes in all).
+        card: facts of the run for the model card (see :mod:`trace_ds.conversion.card`).
+        overwrite: replace what is at ``destination`` (it stays until the new directory is complete).
+
+    Returns:
+        The report, which is also ``destination/conversion.json``: source, target, notes, warnings (tensors with NaN),
+        and of every tensor the file, type, shape and SHA-256.
+
+    Raises:
+        UserError: anything wrong with the source, the model or the destination, naming the file or the tensor. Nothing
+            is left at ``destination`` then.
+    """
+    if to not in TARGETS:
+        raise UserError(f"there is no target {to!r}", "--to", f"use one of {', '.join(TARGETS)}")
+    if DTYPE_WORDS.get(dtype) is None:
+        raise UserError(f"there is no type {dtype!r}", "--dtype", "use bf16, fp16, fp32 or same")
+    if jobs < 1:
+        raise UserError(f"jobs is {jobs}", "--jobs", "use 1 or more")
+    destination = Path(os.path.abspath(destination))
+    check_destination(destination, overwrite)
+    checkpoint = open_source(Path(source), tag)
+    if verify:
+        verify_manifest(checkpoint)
+    remove_abandoned(destination)
+    if to == "universal":
+        from trace_ds.conversion.universal import write_universal
+
+        with _new_directory(destination) as work:
+            report = write_universal(checkpoint, work, jobs=jobs, progress=progress)
+            report = {"format": FORMAT, "source": source_facts(checkpoint), "target": to, **report}
+            write_json(work / REPORT, report)
+        return report
+    plan = make_plan(checkpoint, DTYPE_WORDS[dtype], base_model)
+    with _new_directory(destination) as work:
+        if to == "ep":
+            from trace_ds.conversion.expert_parallel import write_expert_parallel
+
+            result = write_expert_parallel(plan, work, jobs=jobs, progress=progress)
+        else:
+            result = write_huggingface(
+                plan, work, to, max_shard_size=max_shard_size, jobs=jobs, verify=verify, progress=progress, card=card
+            )
+        report = {
+            "format": FORMAT,
+            "source": source_facts(checkpoint),
+            "target": to,
+            "dtype": plan.dtype,
+            "max_shard_size": max_shard_size,
+            **result,
+        }
+        write_json(work / REPORT, report)
+    return report
+
+
+def check_destination(destination: Path, overwrite: bool) -> None:
+    if destination.is_dir() and not any(destination.iterdir()):
+        return
+    if destination.exists() and not overwrite:
+        raise UserError("the destination is not empty", str(destination), "choose a new directory, or remove this one")
+    parent = destination.parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UserError("the destination cannot be written", str(parent), "choose a directory you may write to")
+
+
+def remove_abandoned(destination: Path) -> None:
+    """Delete the temporary directories of conversions to the same place whose process is gone (killed)."""
+    if not destination.parent.is_dir():
+        return
+    for path in destination.parent.glob(f"{destination.name}.tmp-*"):
+        number = path.name.rsplit("-", 1)[1]
+        if number.isdigit() and path.is_dir() and not Path(f"/proc/{number}").exists():
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _new_directory(destination: Path) -> contextlib.AbstractContextManager[Path]:
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    return replacing_directory(destination)
+
+
+def source_facts(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What the report says of the source: no paths, so that a rerun elsewhere gives the same bytes."""
+    manifest = checkpoint.path / MANIFEST
+    return {
+        **checkpoint.summary(),
+        "name": checkpoint.path.name,
+        "manifest_sha256": sha256_file(manifest) if manifest.is_file() else None,
+    }
+
+
+def make_plan(checkpoint: Checkpoint, dtype: str, base_model: Path | None) -> Plan:
+    """Bring the source's tensors to transformers' in-memory names and prove that they are the model, all of it."""
+    directory = find_base_model(checkpoint, base_model)
+    layout = read_layout(directory)
+    tensors = checkpoint.tensors
+    if checkpoint.kind == "huggingface" and not missing_and_unexpected(_hub_shapes(layout), _stored(layout, tensors)):
+        fused = hub_to_fused(layout, _stored(layout, tensors))
+    else:
+        fused = engine_to_fused(layout, tensors)
+    problems = missing_and_unexpected(layout.fused, fused)
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise UserError(
+            f"the checkpoint is not of this model: {problems[0]}{more}",
+            str(checkpoint.path),
+            f"give the model that was trained with --base-model (this was {directory})",
+        )
+    if dtype == "same":
+        dtype = checkpoint.dtype or "same"
+    return Plan(checkpoint, layout, fused, dtype, directory, list(checkpoint.notes))
+
+
+def _hub_shapes(layout: ModelLayout) -> dict[str, tuple[int, ...]]:
+    return {name: piece.shape for name, piece in layout.hub.items()}
+
+
+def _stored(layout: ModelLayout, tensors: dict[str, TensorSource]) -> dict[str, TensorSource]:
+    return {name: source for name, source in tensors.items() if name not in layout.tied}
+
+
+def find_base_model(checkpoint: Checkpoint, base_model: Path | None) -> Path:
+    """The directory with the model's configuration: given, the source itself, or what the manifest names."""
+    if base_model is not None:
+        candidate = Path(base_model)
+    elif (checkpoint.path / "config.json").is_file():
+        return checkpoint.path
+    else:
+        recorded = ((checkpoint.manifest or {}).get("model") or {}).get("path")
+        if not recorded:
+            raise UserError(
+                "a DeepSpeed checkpoint does not say which model it is of",
+                str(checkpoint.path),
+                "give the model that was trained with --base-model",
+            )
+        candidate = Path(recorded)
+    if not (candidate / "config.json").is_file():
+        raise UserError(
+            "there is no config.json here, so this is not the model that was trained",
+            str(candidate),
+            "give the directory of the model that was trained with --base-model",
+        )
+    return candidate
+
+
+def write_huggingface(
+    plan: Plan,
+    work: Path,
+    to: str,
+    *,
+    max_shard_size: str,
+    jobs: int,
+    verify: bool,
+    progress: Progress | None,
+    card: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """Weights, index, configuration, tokenizer and model card into ``work``; the tensors' part of the report."""
+    from trace_ds.conversion.card import copy_companions, write_card
+    from trace_ds.conversion.safetensors_target import DTYPE_NAMES, parse_size, place, write_headers
+
+    tensors = fused_to_hub(plan.layout, plan.fused) if to == "hf" else dict(plan.fused)
+    dtypes = {name: plan.dtype_of(name, source) for name, source in tensors.items()}
+    placed, headers = place(tensors, dtypes, parse_size(max_shard_size))
+    write_headers(work, placed, headers)
+    written = run_tasks([item.task(work) for item in placed], work, jobs, progress)
+    report = {
+        "tensors": {
+            item.name: {
+                "file": item.file,
+                "dtype": DTYPE_NAMES[item.dtype],
+                "shape": list(item.source.shape),
+                "sha256": result.sha256,
+            }
+            for item, result in sorted(zip(placed, written, strict=True), key=lambda pair: pair[0].name)
+        },
+        "parameters": sum(item.source.numel for item in placed),
+        "bytes": sum(item.nbytes for item in placed),
+        "notes": plan.notes,
+        "warnings": warnings_of([item.name for item in placed], written),
+    }
+    copy_companions(plan.base_model, work, plan.dtype)
+    write_card(plan.base_model, work, report, source_facts(plan.checkpoint), plan.dtype, card)
+    if verify:
+        verify_huggingface(work, report, jobs)
+        report["verified"] = True
+    return report
+
+
+def verify_huggingface(directory: Path, report: Mapping[str, Any], jobs: int = 1) -> None:
+    """Re-read a written model and compare every tensor's name, type, shape and SHA-256 with the report."""
+    from trace_ds.conversion.huggingface_source import open_huggingface
+    from trace_ds.conversion.safetensors_target import DTYPE_NAMES
+
+    found = open_huggingface(directory).tensors
+    expected = report["tensors"]
+    strange = sorted(set(found) ^ set(expected))
+    if strange:
+        raise UserError(f"the written model and the report differ in {strange[0]}", str(directory), "convert again")
+    names = sorted(found)
+    read = Streamer(jobs).run([Task(found[name], found[name].dtype, None, 0) for name in names])
+    for name, result in zip(names, read, strict=True):
+        facts = (DTYPE_NAMES[found[name].dtype], list(found[name].shape), result.sha256)
+        if facts != tuple(expected[name][key] for key in ("dtype", "shape", "sha256")):
+            raise UserError(
+                f"{name} was read back differently than it was written",
+                str(directory / expected[name]["file"]),
+                "convert again; check the disk if it happens twice",
+            )
+
+
+def describe(path: Path, tag: str | None = None) -> dict[str, Any]:
+    """What ``trace-ds inspect`` says of a checkpoint or model: :meth:`Checkpoint.summary` plus the tensors."""
+    checkpoint = open_source(path, tag)
+    family = None
+    config = checkpoint.path / "config.json"
+    recorded = ((checkpoint.manifest or {}).get("model") or {}).get("path")
+    if not config.is_file() and recorded:
+        config = Path(recorded) / "config.json"
+    if config.is_file():
+        match = re.search(r'"model_type"\s*:\s*"([^"]+)"', config.read_text(encoding="utf-8"))
+        family = match[1] if match else None
+    return {
+        **checkpoint.summary(),
+        "name": checkpoint.path.name,
+        "family": (checkpoint.manifest or {}).get("family") or family,
+        "complete": True,
+        "table": {
+            name: {"shape": list(source.shape), "dtype": str(source.dtype).removeprefix("torch.")}
+            for name, source in checkpoint.tensors.items()
+        },
+    }

@@ -1,0 +1,258 @@
+"""The three ways a model's tensors are cut and named, and how to go between them without touching data.
+
+* *hub*: what is on the Hugging Face hub, one tensor per expert (``block_sparse_moe.experts.3.w1.weight``).
+* *fused*: what transformers holds in memory and what plain ZeRO-3 saves (``mlp.experts.gate_up_proj``). It is our
+  common ground: every source is brought to it and every target is made from it.
+* *engine*: what DeepSpeed's AutoEP holds (``mlp.experts.w1``, ``w3``: gate and up apart; ``mlp.router.gate``).
+
+Hub ↔ fused is transformers' own weight mapping: the reverse conversion is run once on tensors without data
+(meta device) that remember where their elements come from, and what comes out is read off as a list of
+:class:`~trace_ds.conversion.runs.Block`. There is no mapping of names in this file. Fused ↔ engine undoes
+``deepspeed/moe/ep_repack.py``.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trace_ds.conversion.runs import Block, TensorSource, assemble, extract
+from trace_ds.errors import UserError
+
+MAX_BLOCKS = 1 << 20
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A tensor of one layout as pieces of one tensor of the other: ``blocks`` (inner: in it, outer: in ``whole``)."""
+
+    name: str
+    whole: str
+    shape: tuple[int, ...]
+    blocks: tuple[Block, ...]
+
+
+@dataclass(frozen=True)
+class ModelLayout:
+    """Names and shapes of a model in the fused and the hub layout.
+
+    Attributes:
+        config: the model's ``config.json`` as read by transformers.
+        fused: name -> shape of every parameter and persistent buffer in memory; tied weights once.
+        tied: name that is not stored -> name of the tensor it is tied to.
+        hub: name -> Piece of every tensor on disk, in transformers' order.
+        keep_fp32: patterns of names that transformers keeps in fp32 whatever the model's type.
+        records_router: transformers can output the router's logits (AutoEP then holds the router under two names).
+    """
+
+    config: Any
+    fused: dict[str, tuple[int, ...]]
+    tied: dict[str, str]
+    hub: dict[str, Piece]
+    keep_fp32: tuple[str, ...]
+    records_router: bool
+
+    def keeps_fp32(self, name: str) -> bool:
+        return any(re.search(rf"(^|\.){re.escape(pattern)}($|\.)", name) for pattern in self.keep_fp32)
+
+
+class _Tracked(torch.Tensor):
+    """A meta tensor that stays a view through ``contiguous``, so that its offset and strides tell where it is from."""
+
+    def contiguous(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self
+
+
+def read_layout(model_directory: Path) -> ModelLayout:
+    """Build the model on the meta device and read its layout; needs ``config.json`` only.
+
+    Raises:
+        UserError: no or unreadable ``config.json``, or an architecture that transformers does not know or maps in a
+            way that is not a rearrangement of elements.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.core_model_loading import revert_weight_conversion
+
+    try:
+        config = AutoConfig.from_pretrained(model_directory, local_files_only=True, trust_remote_code=False)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"transformers cannot build the model that this config.json describes ({first_line})",
+            str(model_directory / "config.json"),
+            "give the model that was trained with --base-model",
+        ) from None
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    first_name: dict[int, str] = {}
+    tied: dict[str, str] = {}
+    fused: dict[str, tuple[int, ...]] = {}
+    for name in model.state_dict():
+        tensor = parameters.get(name)
+        if tensor is not None and id(tensor) in first_name:
+            tied[name] = first_name[id(tensor)]
+            continue
+        if tensor is not None:
+            first_name[id(tensor)] = name
+        fused[name] = tuple((tensor if tensor is not None else model.get_buffer(name)).shape)
+
+    tracked = {name: _tracked(shape) for name, shape in fused.items()}
+    owners = {tensor.untyped_storage()._cdata: name for name, tensor in tracked.items()}
+    hub: dict[str, Piece] = {}
+    for name, view in revert_weight_conversion(model, dict(tracked)).items():
+        whole = owners.get(view.untyped_storage()._cdata)
+        if whole is None:
+            raise UserError(
+                f"transformers computes {name} in a way that is not a rearrangement of one tensor",
+                f"model_type {config.model_type}",
+                "use one of the families mixtral, qwen2_moe, qwen3_moe, olmoe, deepseek_v2, deepseek_v3",
+            )
+        blocks = blocks_of_view(view.shape, view.stride(), view.storage_offset())
+        hub[name] = Piece(name, whole, tuple(view.shape), tuple(blocks))
+    keep = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    keep |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    records_router = "router_logits" in (getattr(model, "_can_record_outputs", None) or {})
+    records_router |= any("router_logits" in (getattr(m, "_can_record_outputs", None) or {}) for m in model.modules())
+    return ModelLayout(config, fused, tied, hub, tuple(sorted(keep)), records_router)
+
+
+def _tracked(shape: tuple[int, ...]) -> torch.Tensor:
+    return torch.empty(shape, device="meta").as_subclass(_Tracked)
+
+
+def blocks_of_view(shape: tuple[int, ...], stride: tuple[int, ...], offset: int) -> list[Block]:
+    """The contiguous blocks of a strided view: ``inner`` counts in the view, ``outer`` in its storage."""
+    inner_numel = 1
+    outer_dims = len(shape)
+    while outer_dims and (shape[outer_dims - 1] == 1 or stride[outer_dims - 1] == inner_numel):
+        inner_numel *= shape[outer_dims - 1]
+        outer_dims -= 1
+    if math.prod(shape[:outer_dims]) > MAX_BLOCKS:
+        raise ValueError(f"a view of shape {tuple(shape)} and strides {tuple(stride)} is too scattered")
+    blocks = []
+    for count, index in enumerate(itertools.product(*(range(size) for size in shape[:outer_dims]))):
+        start = offset + sum(i * step for i, step in zip(index, stride, strict=False))
+        blocks.append(Block(count * inner_numel, start, inner_numel))
+    return blocks
+
+
+def hub_to_fused(layout: ModelLayout, tensors: Mapping[str, TensorSource]) -> dict[str, TensorSource]:
+    """Fused tensors from hub tensors (all of them, see :func:`missing_and_unexpected`)."""
+    parts: dict[str, list[Piece]] = {}
+    for piece in layout.hub.values():
+        parts.setdefault(piece.whole, []).append(piece)
+    return {
+        name: assemble(name, shape, [(tensors[piece.name], piece.blocks) for piece in parts[name]])
+        for name, shape in layout.fused.items()
+    }
+
+
+def fused_to_hub(layout: ModelLayout, tensors: Mapping[str, TensorSource]) -> dict[str, TensorSource]:
+    return {
+        name: extract(name, piece.shape, piece.blocks, tensors[piece.whole]) for name, piece in layout.hub.items()
+    }
+
+
+# Fused <-> engine. AutoEP replaces the module of an MoE layer, PREFIX = model.layers.N.mlp:
+#   PREFIX.gate.*                 -> PREFIX.router.gate.weight (and, for Mixtral, the alias PREFIX.gate.gate.weight)
+#   PREFIX.gate.e_score_...       -> PREFIX.router.e_score_...
+#   PREFIX.shared_expert.*        -> PREFIX.shared_experts.* (Qwen; likewise shared_expert_gate)
+#   PREFIX.experts.gate_up_proj   -> PREFIX.experts.w1 (gate) and .w3 (up);  PREFIX.experts.down_proj -> .w2
+
+EXPERTS = re.compile(r"(.+)\.experts\.gate_up_proj$")
+
+
+def moe_prefixes(layout: ModelLayout) -> list[str]:
+    """Module paths of the MoE layers, in the model's order."""
+    return [match[1] for match in map(EXPERTS.match, layout.fused) if match]
+
+
+def engine_pieces(layout: ModelLayout) -> dict[str, Piece]:
+    """Engine name -> Piece of a fused tensor, for the tensors that AutoEP renames or cuts."""
+    pieces: dict[str, Piece] = {}
+    for prefix in moe_prefixes(layout):
+        gate_up, down = f"{prefix}.experts.gate_up_proj", f"{prefix}.experts.down_proj"
+        experts, double_ffn, hidden = layout.fused[gate_up]
+        shape = (experts, double_ffn // 2, hidden)
+        half = math.prod(shape[1:])
+        for weight, shift in (("w1", 0), ("w3", half)):
+            blocks = tuple(Block(e * half, 2 * e * half + shift, half) for e in range(experts))
+            name = f"{prefix}.experts.{weight}"
+            pieces[name] = Piece(name, gate_up, shape, blocks)
+        name = f"{prefix}.experts.w2"
+        pieces[name] = _renamed(layout, name, down)
+        for whole in layout.fused:
+            if whole.startswith(f"{prefix}.gate."):
+                leaf = whole[len(f"{prefix}.gate.") :]
+                inner = "router.gate." if leaf in ("weight", "bias") else "router."
+                pieces[f"{prefix}.{inner}{leaf}"] = _renamed(layout, f"{prefix}.{inner}{leaf}", whole)
+            for module in ("shared_expert", "shared_expert_gate"):
+                if whole.startswith(f"{prefix}.{module}."):
+                    plural = module.replace("shared_expert", "shared_experts")
+                    name = f"{prefix}.{plural}.{whole[len(f'{prefix}.{module}.') :]}"
+                    pieces[name] = _renamed(layout, name, whole)
+    return pieces
+
+
+def _renamed(layout: ModelLayout, name: str, whole: str) -> Piece:
+    shape = layout.fused[whole]
+    return Piece(name, whole, shape, (Block(0, 0, math.prod(shape)),))
+
+
+def engine_to_fused(layout: ModelLayout, tensors: Mapping[str, TensorSource]) -> dict[str, TensorSource]:
+    """Tensors under fused names from those under engine names; what AutoEP did not touch passes through.
+
+    The alias of the router is dropped, and so are tensors that are tied to another one; whatever is left without a
+    fused name is returned under its own, for the caller to report.
+    """
+    pieces = {name: piece for name, piece in engine_pieces(layout).items() if name in tensors}
+    parts: dict[str, list[tuple[TensorSource, tuple[Block, ...]]]] = {}
+    fused: dict[str, TensorSource] = {}
+    for name, source in tensors.items():
+        piece = pieces.get(name)
+        if piece is not None and source.shape == piece.shape:
+            parts.setdefault(piece.whole, []).append((source, piece.blocks))
+        elif not _is_alias(name, tensors) and name not in layout.tied:
+            fused[name] = source
+    for whole, held in parts.items():
+        try:
+            fused[whole] = assemble(whole, layout.fused[whole], held)
+        except ValueError as error:
+            names = ", ".join(source.name for source, _ in held)
+            raise UserError(f"{whole} cannot be made from {names} ({error})", "checkpoint") from None
+    return fused
+
+
+def _is_alias(name: str, tensors: Mapping[str, TensorSource]) -> bool:
+    match = re.match(r"(.+)\.gate\.(gate\.weight|gate\.bias|e_score_correction_bias)$", name)
+    return bool(match) and f"{match[1]}.router.{match[2]}" in tensors  # type: ignore[index]
+
+
+def fused_to_engine(layout: ModelLayout, tensors: Mapping[str, TensorSource]) -> dict[str, TensorSource]:
+    """Tensors under AutoEP's names (whole: all experts together); the rest pass through."""
+    pieces = engine_pieces(layout)
+    replaced = {piece.whole for piece in pieces.values()}
+    engine = {name: source for name, source in tensors.items() if name not in replaced}
+    for name, piece in pieces.items():
+        engine[name] = extract(name, piece.shape, piece.blocks, tensors[piece.whole])
+    return engine
+
+
+def missing_and_unexpected(expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, TensorSource]) -> list[str]:
+    """What does not fit, one line each: missing names, unexpected names, other shapes (empty: all is well)."""
+    lines = [f"{name} is missing" for name in expected if name not in tensors]
+    lines += [f"{name} is not part of the model" for name in tensors if name not in expected]
+    lines += [
+        f"{name} has shape {list(tensors[name].shape)} instead of {list(shape)}"
+        for name, shape in expected.items()
+        if name in tensors and tensors[name].shape != shape
+    ]
+    return lines

@@ -1,0 +1,124 @@
+"""Write a Hugging Face model directory: shards whose layout is known before the first byte is read.
+
+Shapes and types decide where every tensor lies, so the headers are written first and any thread can put any tensor in
+its place. Grouping into shards is that of ``huggingface_hub`` (fill in order, start a new shard when the next tensor
+does not fit), file names and index are those of ``save_pretrained``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trace_ds.conversion.runs import TensorSource
+from trace_ds.conversion.stream import Task, naming_full_disk
+from trace_ds.errors import UserError
+from trace_ds.run.files import write_json
+
+DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+SINGLE_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Placed:
+    """One tensor of the result: where its bytes go."""
+
+    name: str
+    source: TensorSource
+    dtype: torch.dtype
+    file: str
+    offset_bytes: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.source.numel * self.dtype.itemsize
+
+    def task(self, directory: Path) -> Task:
+        return Task(self.source, self.dtype, directory / self.file, self.offset_bytes)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "5GB", "500 MiB" or "1000000"; decimal units as on the hub."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if not match or match[2].upper() not in UNITS or float(match[1]) <= 0:
+        raise UserError(f"{text!r} is not a size", "max_shard_size", "write it like 5GB or 500MB")
+    return int(float(match[1]) * UNITS[match[2].upper()])
+
+
+def place(
+    tensors: Mapping[str, TensorSource], dtypes: Mapping[str, torch.dtype], max_shard_bytes: int
+) -> tuple[list[Placed], dict[str, bytes]]:
+    """Decide file and offset of every tensor, in order; also the header of each file."""
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, source in tensors.items():
+        nbytes = source.numel * dtypes[name].itemsize
+        if shards[-1] and filled + nbytes > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += nbytes
+    placed: list[Placed] = []
+    headers: dict[str, bytes] = {}
+    for number, names in enumerate(shards, 1):
+        file = SINGLE_NAME if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        # As the safetensors library does: larger element types first, so that every tensor is aligned.
+        ordered = sorted(names, key=lambda name: -dtypes[name].itemsize)
+        begin = 0
+        for name in ordered:
+            end = begin + tensors[name].numel * dtypes[name].itemsize
+            entries[name] = {
+                "dtype": DTYPE_NAMES[dtypes[name]],
+                "shape": list(tensors[name].shape),
+                "data_offsets": [begin, end],
+            }
+            begin = end
+        text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)
+        headers[file] = struct.pack("<Q", len(text)) + text
+        for name in ordered:
+            offset = len(headers[file]) + entries[name]["data_offsets"][0]
+            placed.append(Placed(name, tensors[name], dtypes[name], file, offset))
+    return placed, headers
+
+
+def write_headers(directory: Path, placed: list[Placed], headers: Mapping[str, bytes]) -> None:
+    """Create the shards at their full length (sparse) with their headers, and the index if there are several."""
+    ends = {file: len(header) for file, header in headers.items()}
+    for item in placed:
+        ends[item.file] = max(ends[item.file], item.offset_bytes + item.nbytes)
+    for file, header in headers.items():
+        path = directory / file
+        with naming_full_disk(path), path.open("wb") as handle:
+            handle.write(header)
+            handle.truncate(ends[file])
+    if len(headers) > 1:
+        total = sum(item.nbytes for item in placed)
+        parameters = sum(item.source.numel for item in placed)
+        index = {
+            "metadata": {"total_size": total, "total_parameters": parameters},
+            "weight_map": {item.name: item.file for item in sorted(placed, key=lambda item: item.name)},
+        }
+        write_json(directory / INDEX_NAME, index)

@@ -1,0 +1,234 @@
+"""Move tensors from source files to a place in a destination file, block by block.
+
+One block is :data:`BLOCK_NUMEL` elements: it is read, checked, cast, hashed and written while it is in the processor's
+cache, so memory is a few megabytes for each job however large a tensor, a shard or the model is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import shutil
+import threading
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from trace_ds.conversion.runs import ChecksumLedger, TensorSource, merge_adjacent, pieces_of
+from trace_ds.conversion.torch_archive import COPY_AGAIN
+from trace_ds.errors import UserError
+
+BLOCK_NUMEL = 1 << 20
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Task:
+    """Write ``source`` cast to ``dtype`` into ``path`` from byte ``offset_bytes`` on (``path`` None: only read)."""
+
+    source: TensorSource
+    dtype: torch.dtype
+    path: Path | None
+    offset_bytes: int
+    want_crc32: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        return self.source.numel * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Written:
+    """What became of a task.
+
+    Attributes:
+        sha256: of the bytes that were written.
+        crc32: of the same bytes (what a zip archive wants), 0 unless the task asked for it.
+        nan: the source holds NaN.
+        overflow: finite elements became infinite in the cast.
+    """
+
+    sha256: str
+    crc32: int
+    nan: bool
+    overflow: bool
+
+
+class Files:
+    """Open file descriptors shared by the threads of one conversion (positioned reads and writes only)."""
+
+    def __init__(self) -> None:
+        self._open: dict[tuple[Path, bool], int] = {}
+        self._lock = threading.Lock()
+
+    def descriptor(self, path: Path, write: bool = False) -> int:
+        with self._lock:
+            key = (path, write)
+            if key not in self._open:
+                flags = os.O_RDWR | os.O_CREAT if write else os.O_RDONLY
+                self._open[key] = os.open(path, flags, 0o644)
+            return self._open[key]
+
+    def close(self) -> None:
+        for descriptor in self._open.values():
+            os.close(descriptor)
+        self._open.clear()
+
+
+@contextlib.contextmanager
+def naming_full_disk(path: Path) -> Iterator[None]:
+    """Turn "no space left" (and quota and file-size limits) into a :class:`UserError` that names ``path``."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise UserError(
+                f"the destination cannot hold the result ({error.strerror})",
+                str(error.filename or path),
+                "free space there, or choose another destination",
+            ) from None
+        raise
+
+
+def _write_all(descriptor: int, data: memoryview, offset: int) -> None:
+    while data:
+        done = os.pwrite(descriptor, data, offset)
+        data, offset = data[done:], offset + done
+
+
+def _read_all(descriptor: int, buffer: memoryview, offset: int, path: Path) -> None:
+    while buffer:
+        done = os.preadv(descriptor, [buffer], offset)
+        if not done:
+            raise UserError("the file ends inside a tensor (truncated?)", str(path), COPY_AGAIN)
+        buffer, offset = buffer[done:], offset + done
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    return memoryview(tensor.view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+class Streamer:
+    """Runs tasks on ``jobs`` threads; reading, casting, hashing and writing all release Python's lock."""
+
+    def __init__(self, jobs: int, progress: Progress | None = None, total_bytes: int = 0) -> None:
+        self.ledger = ChecksumLedger()
+        self._jobs = jobs
+        self._files = Files()
+        self._progress = progress
+        self._total_bytes = total_bytes
+        self._done_bytes = 0
+        self._lock = threading.Lock()
+        self._buffers = threading.local()
+        self._stopped = threading.Event()
+
+    def run(self, tasks: Sequence[Task]) -> list[Written]:
+        """Carry out the tasks; results in their order. The first error stops the others and is raised."""
+        try:
+            if self._jobs == 1:
+                return [self._do(task) for task in tasks]
+            with ThreadPoolExecutor(self._jobs) as pool:
+                futures = [pool.submit(self._do, task) for task in tasks]
+                try:
+                    return [future.result() for future in futures]
+                except BaseException:
+                    self._stopped.set()
+                    for future in futures:
+                        future.cancel()
+                    raise
+        finally:
+            self._files.close()
+
+    def _staging(self, dtype: torch.dtype) -> torch.Tensor:
+        buffers = self._buffers.__dict__.setdefault("by_dtype", {})
+        if dtype not in buffers:
+            buffers[dtype] = torch.empty(BLOCK_NUMEL, dtype=dtype)
+        return buffers[dtype]
+
+    def _do(self, task: Task) -> Written:
+        source = merge_adjacent(task.source)
+        staging = self._staging(source.dtype)
+        digest = hashlib.sha256()
+        out = None if task.path is None else self._files.descriptor(task.path, write=True)
+        position, nan, overflow, crc32 = task.offset_bytes, False, False, 0
+        size = source.dtype.itemsize
+        for piece in pieces_of(source.runs, BLOCK_NUMEL):
+            if self._stopped.is_set():
+                break
+            filled = 0
+            for run in piece:
+                view = _bytes_of(staging[filled : filled + run.numel])
+                start = run.start * size
+                storage = run.storage
+                _read_all(self._files.descriptor(storage.path), view, storage.offset_bytes + start, storage.path)
+                self.ledger.add(storage, start, view)
+                filled += run.numel
+            block = staging[:filled]
+            cast = block if source.dtype == task.dtype else block.to(task.dtype)
+            if cast.dtype.is_floating_point and not nan:
+                nan, overflow = _not_finite(block, cast, overflow)
+            data = _bytes_of(cast)
+            digest.update(data)
+            if task.want_crc32:
+                crc32 = zlib.crc32(data, crc32)
+            if out is not None:
+                with naming_full_disk(task.path or Path()):
+                    _write_all(out, data, position)
+            position += len(data)
+            self._advance(len(data))
+        return Written(digest.hexdigest(), crc32, nan, overflow)
+
+    def _advance(self, nbytes: int) -> None:
+        if self._progress is None:
+            return
+        with self._lock:
+            self._done_bytes += nbytes
+            self._progress(self._done_bytes, self._total_bytes)
+
+
+def _not_finite(block: torch.Tensor, cast: torch.Tensor, overflow: bool) -> tuple[bool, bool]:
+    """(the block holds NaN, finite values became infinite in the cast). One pass when all is well."""
+    low, high = block.aminmax()  # NaN anywhere makes both NaN
+    if torch.isnan(low):
+        return True, overflow
+    if not overflow and cast.dtype != block.dtype:
+        limit = torch.finfo(cast.dtype).max
+        extreme = max(abs(float(low)), abs(float(high)))
+        overflow = bool(extreme > limit and torch.isinf(cast).any() and not torch.isinf(block).any())
+    return False, overflow
+
+
+def run_tasks(
+    tasks: list[Task], directory: Path, jobs: int, progress: Progress | None
+) -> list[Written]:
+    """Stream the tasks after checking that the disk can hold them; sources are proven undamaged at the end."""
+    total = sum(task.nbytes for task in tasks)
+    free = shutil.disk_usage(directory).free
+    if total > free:
+        raise UserError(
+            f"the result needs {total} bytes, the destination has {free} free",
+            str(directory.parent),
+            "free space there, or choose another destination",
+        )
+    streamer = Streamer(jobs, progress, total)
+    with naming_full_disk(directory):
+        written = streamer.run(tasks)
+    streamer.ledger.check()
+    return written
+
+
+def warnings_of(names: list[str], written: list[Written]) -> list[str]:
+    """One line for every tensor that is not finite, in the order of the tensors."""
+    lines = [f"{name} holds NaN" for name, result in zip(names, written, strict=True) if result.nan]
+    lines += [
+        f"{name} overflows in the target type"
+        for name, result in zip(names, written, strict=True)
+        if result.overflow
+    ]
+    return lines

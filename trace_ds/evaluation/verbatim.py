@@ -1,0 +1,119 @@
+"""Verbatim memorisation: does the model continue a passage word for word (VerbMem of MUSE)?
+
+| metric       | what                                                                     | range | chance |
+|--------------|--------------------------------------------------------------------------|-------|--------|
+| rouge_l      | mean ROUGE-L F1 of the greedy continuation against the true one          | 0 … 1 | none   |
+| exact_tokens | mean share of positions where the continuation has the true token       | 0 … 1 | none   |
+
+Higher means more memorised: bad for forget tasks, good for utility tasks. Two different passages of the same language
+share words, so a model that never saw the text scores above 0: compare with a model that never saw it (``gold``).
+Reference: Shi et al., *MUSE: Machine Unlearning Six-Way Evaluation for Language Models*, section 3 (128 greedy tokens,
+``rouge-score`` without stemming, F-measure, true continuation cut to the same number of tokens). Our decision: a
+continuation is also cut to the length of a true continuation that is *shorter* than ``max_new_tokens``, so that
+perfect recall scores 1; with longer ones nothing differs. ``rouge-score`` keeps only the letters a-z and digits:
+a passage without any scores 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from trace_ds.evaluation.items import VerbatimItem
+from trace_ds.evaluation.language_model import LanguageModel
+
+
+@dataclass(frozen=True)
+class VerbatimResult:
+    """Per item: the two scores (float64) and the texts they were computed from."""
+
+    rouge_l: np.ndarray
+    exact_tokens: np.ndarray
+    references: list[str]
+    continuations: list[str]
+
+    def metrics(self) -> dict[str, float]:
+        return {"rouge_l": float(self.rouge_l.mean()), "exact_tokens": float(self.exact_tokens.mean())}
+
+
+def rouge_l(reference: str, continuation: str) -> float:
+    """ROUGE-L F1 of the ``rouge-score`` package without stemming (longest common subsequence of words)."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return float(RougeScorer(["rougeL"], use_stemmer=False).score(reference, continuation)["rougeL"].fmeasure)
+
+
+def exact_tokens(reference: list[int], continuation: list[int]) -> float:
+    """Share of the reference's positions at which ``continuation`` has the same token."""
+    if not reference:
+        raise ValueError("an empty reference")
+    return sum(a == b for a, b in zip(reference, continuation, strict=False)) / len(reference)
+
+
+def boundary(prompt: str, continuation: str) -> tuple[str, str]:
+    """The passage cut where tokens do not straddle: white space between the two belongs to the continuation."""
+    joined = prompt if prompt[-1:].isspace() or continuation[:1].isspace() else prompt + " "
+    stripped = joined.rstrip()
+    return stripped, joined[len(stripped) :] + continuation
+
+
+def evaluate_verbatim(
+    model: LanguageModel,
+    items: list[VerbatimItem],
+    max_new_tokens: int,
+    where: str,
+    advance: Callable[[int], None] | None = None,
+) -> VerbatimResult:
+    """Continue every prompt greedily and compare; ``advance`` counts items."""
+    prompts, references = [], []
+    for item in items:
+        prompt, continuation = boundary(item.prompt, item.continuation)
+        ids = model.encode(prompt)
+        passage = model.encode(prompt + continuation)
+        shared = 0  # as in encode_completion; a token that spans the boundary belongs to the reference
+        while shared < min(len(ids), len(passage) - 1) and ids[shared] == passage[shared]:
+            shared += 1
+        prompts.append(passage[:shared] if shared else ids)
+        references.append(passage[shared : shared + max_new_tokens])
+        model.check_length(len(prompts[-1]) + len(references[-1]), f"{where} item {item.id}")
+    continuations = model.continue_greedily(prompts, [len(reference) for reference in references], advance)
+    decode = model.tokenizer.decode
+    reference_texts = [str(decode(ids, skip_special_tokens=True)) for ids in references]
+    texts = [str(decode(ids, skip_special_tokens=True)) for ids in continuations]
+    return VerbatimResult(
+        np.array([rouge_l(*pair) for pair in zip(reference_texts, texts, strict=True)]),
+        np.array([exact_tokens(*pair) for pair in zip(references, continuations, strict=True)]),
+        reference_texts,
+        texts,
+    )
+
+
+def item_logs(items: list[VerbatimItem], result: VerbatimResult) -> list[dict[str, object]]:
+    """One JSON-ready record per item."""
+    return [
+        {
+            "id": item.id,
+            "source": item.source,
+            "prompt": item.prompt,
+            "reference": result.references[number],
+            "continuation": result.continuations[number],
+            "rouge_l": round(float(result.rouge_l[number]), 6),
+            "exact_tokens": round(float(result.exact_tokens[number]), 6),
+        }
+        for number, item in enumerate(items)
+    ]
+
+
+def by_source(items: list[VerbatimItem], result: VerbatimResult) -> dict[str, dict[str, float]]:
+    """The metrics and the number of items of each source, sorted by name."""
+    sources = np.array([item.source for item in items])
+    return {
+        str(source): {
+            "n": int((sources == source).sum()),
+            "rouge_l": float(result.rouge_l[sources == source].mean()),
+            "exact_tokens": float(result.exact_tokens[sources == source].mean()),
+        }
+        for source in np.unique(sources)
+    }

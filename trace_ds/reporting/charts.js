@@ -1,0 +1,211 @@
+// Line, bar and histogram charts as inline SVG, drawn at the size of their box so that text stays readable on phones.
+const DASHES = ["", "7 4", "2 3", "9 3 2 3", "5 2", "1 4", "12 4", "4 4 1 4"];
+const styles = new Map();
+
+const FIXED = {
+  "gold": { colour: "var(--s5)", dash: "2 3", marker: 3 },
+  "forget text": { colour: "var(--s1)", dash: "", marker: 1 },
+  "retain text": { colour: "var(--s0)", dash: "7 4", marker: 0 },
+  "before weighting": { colour: "var(--s7)", dash: "7 4", marker: 0 },
+  "after weighting": { colour: "var(--s2)", dash: "", marker: 2 },
+  "share of weight": { colour: "var(--s1)", dash: "", marker: 1 },
+  "share of tokens": { colour: "var(--s7)", dash: "", marker: 1 },
+};
+
+// A model keeps its colour, dash and marker in all charts.
+function styleOf(names) {
+  const name = names.split(", ")[0]; // arms that share a calibration: the first one's style
+  if (Object.hasOwn(FIXED, name)) return FIXED[name];
+  if (!styles.has(name)) {
+    const index = styles.size;
+    styles.set(name, { colour: `var(--s${index % 8})`, dash: DASHES[index % DASHES.length], marker: index % 4 });
+  }
+  return styles.get(name);
+}
+
+function marker(x, y, style, size) {
+  const r = size || 4;
+  const shapes = [
+    () => svg("circle", { cx: x, cy: y, r }),
+    () => svg("rect", { x: x - r, y: y - r, width: 2 * r, height: 2 * r }),
+    () => svg("path", { d: `M${x} ${y - r * 1.3}L${x + r * 1.2} ${y + r}L${x - r * 1.2} ${y + r}Z` }),
+    () => svg("path", { d: `M${x} ${y - r * 1.4}L${x + r * 1.4} ${y}L${x} ${y + r * 1.4}L${x - r * 1.4} ${y}Z` }),
+  ];
+  const node = shapes[style.marker]();
+  node.setAttribute("fill", style.colour);
+  return node;
+}
+
+function legend(names, swatches) {
+  const list = el("ul", { class: "legend" });
+  for (const name of names) {
+    const style = styleOf(name);
+    const key = svg("svg", { viewBox: "0 0 30 12", height: 12, "aria-hidden": "true" });
+    if (!swatches) key.append(svg("line", { x1: 0, x2: 30, y1: 6, y2: 6, stroke: style.colour, "stroke-width": 2.5, "stroke-dasharray": style.dash }));
+    key.append(marker(15, 6, style, swatches ? 6 : 4));
+    const item = el("li");
+    item.append(key, name);
+    list.append(item);
+  }
+  return list;
+}
+
+function figure(host, title, note) {
+  const node = el("figure");
+  const caption = el("figcaption", {}, title);
+  if (note) caption.append(el("small", {}, note));
+  node.append(caption);
+  host.append(node);
+  return node;
+}
+
+// options: title, note, series [{name, points: [[x, y, text]]}], x, y (labels), reverseX, logX, logY, vline/hline {at, text}, zeroY, oneY
+function lineChart(host, options) {
+  const node = figure(host, options.title, options.note);
+  const series = options.series.filter((entry) => entry.points.length);
+  const summary = `${options.title}. ` + series.map((entry) => {
+    const first = entry.points[0];
+    const last = entry.points[entry.points.length - 1];
+    return `${entry.name}: ${short(first[1])} at ${short(first[0])}, ${short(last[1])} at ${short(last[0])}`;
+  }).join("; ") + ". Use the left and right arrow keys to read points, up and down to change the line.";
+  const drawing = svg("svg", { role: "application", "aria-label": summary, tabindex: 0, "aria-roledescription": "chart" });
+  node.append(drawing);
+  if (series.length > 1 || options.alwaysLegend) node.append(legend(series.map((entry) => entry.name)));
+  const all = series.flatMap((entry) => entry.points);
+  if (!all.length) return;
+  const fx = options.logX ? Math.log10 : (v) => v;
+  const fy = options.logY ? Math.log10 : (v) => v;
+  const range = (values, pad) => {
+    let low = Math.min(...values), high = Math.max(...values);
+    if (high - low < 1e-12) { const extra = Math.abs(low) * 0.05 || 0.5; low -= extra; high += extra; }
+    return [low - pad * (high - low), high + pad * (high - low)];
+  };
+  const extraX = options.vline ? [fx(options.vline.at)] : [];
+  const extraY = (options.hline ? [options.hline.at] : []).concat(options.zeroY ? [0] : [], options.oneY ? [1] : []);
+  const [x0, x1] = range(all.map((p) => fx(p[0])).concat(extraX), options.padX || 0.02);
+  const [y0, y1] = range(all.map((p) => fy(p[1])).concat(extraY), 0.05);
+  let placed = [];
+  let cursor = null;
+  let chosen = { line: 0, point: -1 };
+
+  function draw() {
+    const width = Math.max(260, node.clientWidth), height = Math.round(Math.min(270, Math.max(210, width * 0.62)));
+    const yTicks = options.logY ? decades(y0, y1) : ticks(y0, y1, 5);
+    const left = Math.max(44, 14 + 7 * Math.max(...yTicks.map((v) => short(v).length))), right = 12, top = 10, bottom = 42;
+    drawing.replaceChildren();
+    drawing.setAttribute("viewBox", `0 0 ${width} ${height}`);
+    drawing.setAttribute("height", height);
+    const px = (v) => { const t = (fx(v) - x0) / (x1 - x0); return left + (options.reverseX ? 1 - t : t) * (width - left - right); };
+    const py = (v) => height - bottom - (fy(v) - y0) / (y1 - y0) * (height - top - bottom);
+    const unlog = (log, v) => log ? Math.pow(10, v) : v;
+    const xTicks = (options.logX ? decades(x0, x1) : ticks(x0, x1, width / 90)).filter((v) => !options.wholeX || Number.isInteger(v));
+    for (const v of yTicks) {
+      const y = py(unlog(options.logY, v));
+      drawing.append(svg("line", { x1: left, x2: width - right, y1: y, y2: y, class: "axis" }));
+      drawing.append(svg("text", { x: left - 6, y: y + 4, "text-anchor": "end" }, short(unlog(options.logY, v))));
+    }
+    for (const v of xTicks) {
+      const x = px(unlog(options.logX, v));
+      drawing.append(svg("text", { x, y: height - bottom + 17, "text-anchor": "middle" }, short(unlog(options.logX, v))));
+    }
+    drawing.append(svg("text", { x: (left + width - right) / 2, y: height - 6, "text-anchor": "middle" }, options.x));
+    const guide = (attributes, text, x, y, anchor) => {
+      drawing.append(svg("line", Object.assign({ stroke: "var(--soft)", "stroke-width": 1.5, "stroke-dasharray": "3 3" }, attributes)));
+      drawing.append(svg("text", { x, y, "text-anchor": anchor }, text));
+    };
+    if (options.vline) {
+      const x = px(options.vline.at), end = x > width / 2;
+      guide({ x1: x, x2: x, y1: top, y2: height - bottom }, options.vline.text, x + (end ? -5 : 5), height - bottom - 6, end ? "end" : "start");
+    }
+    if (options.hline) {
+      const y = py(options.hline.at);
+      guide({ x1: left, x2: width - right, y1: y, y2: y }, options.hline.text, width - right - 2, y - 5, "end");
+    }
+    placed = series.map((entry) => entry.points.map((p) => [px(p[0]), py(p[1])]));
+    series.forEach((entry, line) => {
+      const style = styleOf(entry.name);
+      if (!entry.dots) {
+        const path = placed[line].map((p, i) => (i ? "L" : "M") + p[0].toFixed(1) + " " + p[1].toFixed(1)).join("");
+        drawing.append(svg("path", { d: path, fill: "none", stroke: style.colour, "stroke-width": 2, "stroke-dasharray": style.dash, "stroke-linejoin": "round" }));
+      }
+      const stride = Math.max(1, Math.ceil(entry.points.length / 24));
+      placed[line].forEach((p, i) => { if (i % stride === 0 || i === placed[line].length - 1) drawing.append(marker(p[0], p[1], style, entry.points.length > 30 ? 2.6 : 4)); });
+    });
+    cursor = svg("circle", { r: 8, fill: "none", stroke: "var(--ink)", "stroke-width": 2, visibility: "hidden" });
+    drawing.append(cursor);
+  }
+  function say(line, point, where) {
+    const entry = series[line], p = entry.points[point], place = placed[line][point];
+    chosen = { line, point };
+    cursor.setAttribute("cx", place[0]);
+    cursor.setAttribute("cy", place[1]);
+    cursor.setAttribute("visibility", "visible");
+    const text = p[2] || `${entry.name}\n${options.x}: ${short(p[0])}\n${options.y}: ${short(p[1])}`;
+    if (where) return showTip(text, ...where);
+    keepTip(text, () => {
+      const box = drawing.getBoundingClientRect();
+      return [box.left + place[0], box.top + place[1]];
+    });
+  }
+  function leave() { hideTip(); if (cursor) cursor.setAttribute("visibility", "hidden"); }
+  drawing.addEventListener("pointermove", (event) => {
+    const box = drawing.getBoundingClientRect();
+    const x = event.clientX - box.left, y = event.clientY - box.top;
+    let best = null;
+    placed.forEach((points, line) => points.forEach((p, i) => {
+      const d = Math.hypot(p[0] - x, p[1] - y);
+      if (!best || d < best[0]) best = [d, line, i];
+    }));
+    if (best) say(best[1], best[2], [event.clientX, event.clientY]);
+  });
+  drawing.addEventListener("pointerleave", leave);
+  drawing.addEventListener("blur", leave);
+  drawing.addEventListener("keydown", (event) => {
+    const move = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] }[event.key];
+    if (!move) return;
+    event.preventDefault();
+    const line = (chosen.line + move[0] + series.length) % series.length;
+    const point = Math.min(series[line].points.length - 1, Math.max(0, chosen.point + move[1]));
+    say(line, point);
+  });
+  draw();
+  redraws.push(draw);
+}
+
+function decades(low, high) {
+  const found = [];
+  for (let v = Math.ceil(low - 1e-9); v <= high + 1e-9; v++) found.push(v);
+  return found.length > 1 ? found : ticks(low, high, 3);
+}
+
+// Paired horizontal bars. rows [{name, values: [a, b, …]}], labels of the values.
+function pairChart(host, options) {
+  const node = figure(host, options.title, options.note);
+  const rows = options.rows;
+  const list = options.labels.map((name, i) => `${name}: ` + rows.map((row) => `${row.name} ${percent(row.values[i])}`).join(", "));
+  const drawing = svg("svg", { role: "img", "aria-label": `${options.title}. ${list.join(". ")}` });
+  node.append(drawing, legend(options.labels, true));
+  const largest = Math.max(1e-9, ...rows.flatMap((row) => row.values.map((v) => v || 0)));
+  function draw() {
+    const width = Math.max(260, node.clientWidth), bar = 11, gap = 12, band = options.labels.length * (bar + 2);
+    const left = Math.min(150, width * 0.34), right = 56, height = rows.length * (band + gap) + 6;
+    drawing.replaceChildren();
+    drawing.setAttribute("viewBox", `0 0 ${width} ${height}`);
+    drawing.setAttribute("height", height);
+    rows.forEach((row, i) => {
+      const top = i * (band + gap) + 4;
+      const letters = Math.floor((left - 10) / 6.6);
+      const name = row.name.length > letters ? row.name.slice(0, letters - 1) + "…" : row.name;
+      const text = svg("text", { x: left - 8, y: top + band / 2 + 4, "text-anchor": "end" }, name);
+      text.append(svg("title", {}, row.name));
+      drawing.append(text);
+      row.values.forEach((value, j) => {
+        const length = (value || 0) / largest * (width - left - right), y = top + j * (bar + 2);
+        drawing.append(svg("rect", { x: left, y, width: Math.max(1, length), height: bar, rx: 2, fill: styleOf(options.labels[j]).colour }));
+        drawing.append(svg("text", { x: left + length + 5, y: y + bar - 1 }, percent(value)));
+      });
+    });
+  }
+  draw();
+  redraws.push(draw);
+}

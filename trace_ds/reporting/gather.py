@@ -1,0 +1,341 @@
+"""Reads everything a report shows from a run directory; what a stage has not written yet is None or empty.
+
+A run has one *arm* per unlearned model: the run's own (label ``unlearned``) and one per variant (its name). Data and
+statistics belong to the run, calibration, logs and evaluations to the arm.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from safetensors.numpy import load_file
+
+from trace_ds.errors import UserError
+from trace_ds.routing.statistics import RoutingStatistics
+from trace_ds.run import artefact
+from trace_ds.run.directory import RunDirectory
+
+MAIN_ARM = "unlearned"
+CONTROL_RULES = ("uniform", "permuted", "random_experts", "inverse")
+TIMING_WORDS = ("time", "second", "per_s", "_s", "_ms", "bytes", "memory")
+
+
+@dataclass(frozen=True)
+class Score:
+    """One number of one model; ``direction`` says which way is good, ``chance`` what guessing gives."""
+
+    model: str
+    task: str
+    metric: str
+    value: float
+    n: int | None
+    role: str
+    direction: str
+    chance: float | None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    model: str
+    fingerprint: str | None
+    scores: list[Score]
+    items: dict[str, list[dict[str, Any]]]
+    drift: dict[str, Any] | None
+
+    def headline(self, role: str) -> list[Score]:
+        """The first metric of every task of a role, in the file's order, without perplexities (another scale)."""
+        first: dict[str, Score] = {}
+        for score in self.scores:
+            if score.role == role and "perplexity" not in score.metric:
+                first.setdefault(score.task, score)
+        return list(first.values())
+
+    def value(self, task: str, metric: str) -> float | None:
+        return next((s.value for s in self.scores if (s.task, s.metric) == (task, metric)), None)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    arrays: dict[str, np.ndarray]  # names end in _LE
+    diagnosis: dict[str, Any]
+    weights_path: Path | None  # float32, one per retain token, 0 where no loss is counted
+    content: str  # fingerprint: equal for arms that were calibrated alike
+
+
+@dataclass(frozen=True)
+class Arm:
+    label: str
+    rule: str | None
+    calibration: Calibration | None
+    log: list[dict[str, float]]
+    checkpoints: dict[int, Evaluation]
+    final: Evaluation | None
+
+    @property
+    def is_trace(self) -> bool:
+        """Weights made by the method; False for uniform weights and the controls (or when the rule is unknown)."""
+        return self.rule is not None and self.rule not in CONTROL_RULES
+
+
+@dataclass(frozen=True)
+class RunData:
+    name: str
+    title: str
+    config: dict[str, Any]
+    artefacts: dict[str, dict[str, Any]]
+    forget: RoutingStatistics | None
+    retain: RoutingStatistics | None
+    decoder_layers: list[int]
+    references: dict[str, Evaluation]  # original, gold, ...
+    arms: list[Arm]
+    versions: dict[str, str]
+    model_fingerprint: str | None
+
+    def arm(self, label: str) -> Arm | None:
+        return next((arm for arm in self.arms if arm.label == label), None)
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """The run's calibration: its own, else the first variant's."""
+        return next((arm.calibration for arm in self.arms if arm.calibration is not None), None)
+
+    def calibrations(self) -> list[tuple[str, Calibration]]:
+        """The different calibrations with the labels of the arms that use them (``unlearned, other``)."""
+        labels: dict[str, list[str]] = {}
+        found: dict[str, Calibration] = {}
+        for arm in self.arms:
+            if arm.calibration is not None:
+                found.setdefault(arm.calibration.content, arm.calibration)
+                labels.setdefault(arm.calibration.content, []).append(arm.label)
+        return [(", ".join(labels[content]), calibration) for content, calibration in found.items()]
+
+    def evaluations(self) -> dict[str, Evaluation]:
+        """Every model to compare, in the order of tables: references first (original, gold, ...), then the arms."""
+        order = sorted(self.references, key=lambda name: ({"original": 0, "gold": 1}.get(name, 2), name))
+        found = {name: self.references[name] for name in order}
+        for arm in self.arms:
+            if arm.final is not None:
+                found[arm.label if arm.label not in found else f"variants/{arm.label}"] = arm.final
+        return found
+
+
+def gather(path: Path, name: str | None = None) -> RunData:
+    """Read a run directory. ``UserError`` when nothing is there to report, or when an artefact is damaged."""
+    if not path.is_dir():
+        raise UserError("there is no such run directory", str(path), "give the directory that `trace-ds run` made")
+    run = RunDirectory.at(path)
+    config = _read_yaml(run.config)
+    artefacts = dict(_artefacts(run))
+    forget = _statistics(run.statistics / "forget")
+    retain = _statistics(run.statistics / "retain")
+    evaluations = _evaluations(path / "evaluation")
+    references = {
+        key: evaluation for key, evaluation in evaluations.items() if key != MAIN_ARM and _step_of(key) is None
+    }
+    arms = [_arm(MAIN_ARM, path, config, evaluations)]
+    variants = path / "variants"
+    names = sorted(entry.name for entry in variants.iterdir() if entry.is_dir()) if variants.is_dir() else []
+    for variant in [entry for entry in names if ".tmp-" not in entry and ".old-" not in entry]:
+        base = variants / variant
+        arms.append(_arm(variant, base, _variant_config(config, variant), _evaluations(base / "evaluation")))
+    arms = [arm for arm in arms if arm.calibration or arm.log or arm.checkpoints or arm.final]
+    if not (artefacts or references or arms):
+        raise UserError(
+            "nothing to report: no stage has written anything here",
+            str(path),
+            "run `trace-ds run CONFIG` first",
+        )
+    label = name or str(config.get("name") or path.resolve().name)
+    report = config.get("report") or {}
+    summary: dict[str, Any] = next((artefacts[k]["summary"] for k in artefacts if k.startswith("statistics/")), {})
+    some = retain or forget
+    layers = summary.get("layers") or list(range(some.counts_LE.shape[0] if some else 0))
+    return RunData(
+        name=label,
+        title=str(report.get("title") or f"Unlearning report: {label}"),
+        config=config,
+        artefacts=artefacts,
+        forget=forget,
+        retain=retain,
+        decoder_layers=[int(layer) for layer in layers],
+        references=references,
+        arms=arms,
+        versions=_versions(path),
+        model_fingerprint=_model_fingerprint(artefacts, references),
+    )
+
+
+def weight_chunks(calibration: Calibration, chunk_tokens: int = 1 << 22) -> Iterator[np.ndarray]:
+    """The retain weights in blocks (memory-mapped: a corpus may be larger than memory); nothing when there are none."""
+    if calibration.weights_path is not None:
+        weights = np.load(calibration.weights_path, mmap_mode="r", allow_pickle=False)
+        for start in range(0, weights.shape[0], chunk_tokens):
+            yield np.asarray(weights[start : start + chunk_tokens], dtype=np.float64)
+
+
+def _artefacts(run: RunDirectory) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Descriptions of the artefacts of a run by name, verified by size and identity."""
+    for name, directory, kind, verb in (
+        ("data", run.data, "data", "prepare"),
+        ("statistics/forget", run.statistics / "forget", "statistics", "collect"),
+        ("statistics/retain", run.statistics / "retain", "statistics", "collect"),
+        ("calibration", run.calibration, "calibration", "calibrate"),
+    ):
+        if (directory / artefact.FILE_NAME).is_file():
+            found = artefact.load(directory, kind, verb, verify=False)
+            yield (
+                name,
+                {
+                    "kind": kind,
+                    "identity": found.identity,
+                    "content": found.content,
+                    "inputs": found.inputs,
+                    "summary": found.summary,
+                },
+            )
+
+
+def _statistics(directory: Path) -> RoutingStatistics | None:
+    path = directory / "statistics.safetensors"
+    if not (directory / artefact.FILE_NAME).is_file() or not path.is_file():
+        return None
+    return RoutingStatistics.load(path)
+
+
+def _calibration(directory: Path) -> Calibration | None:
+    if not (directory / artefact.FILE_NAME).is_file():
+        return None
+    found = artefact.load(directory, "calibration", "calibrate", verify=False)
+    arrays = load_file(found.file("calibration.safetensors")) if "calibration.safetensors" in found.files else {}
+    diagnosis = _read_json(found.file("diagnosis.json"), "calibrate") if "diagnosis.json" in found.files else {}
+    weights = found.file("weights.npy") if "weights.npy" in found.files else None
+    return Calibration(arrays, diagnosis, weights, found.content)
+
+
+def _arm(label: str, base: Path, config: dict[str, Any], evaluations: dict[str, Evaluation]) -> Arm:
+    calibration = _calibration(base / "calibration")
+    rule = (calibration.diagnosis.get("rule") if calibration else None) or (config.get("calibration") or {}).get("rule")
+    checkpoints = {step: evaluation for key, evaluation in evaluations.items() if (step := _step_of(key)) is not None}
+    return Arm(
+        label,
+        rule,
+        calibration,
+        _log(base / "logs" / "unlearn.jsonl"),
+        dict(sorted(checkpoints.items())),
+        evaluations.get(MAIN_ARM),
+    )
+
+
+def _variant_config(config: dict[str, Any], name: str) -> dict[str, Any]:
+    """The run's configuration with the variant's dotted keys applied."""
+    merged = json.loads(json.dumps(config, default=str))
+    for dotted, value in ((config.get("variants") or {}).get(name) or {}).items():
+        *parents, last = dotted.split(".")
+        place = merged
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[last] = value
+    return merged
+
+
+def _evaluations(directory: Path) -> dict[str, Evaluation]:
+    found = {}
+    for path in sorted(directory.glob("*.json")) if directory.is_dir() else []:
+        raw = _read_json(path, "evaluate")
+        if not isinstance(raw, dict) or "scores" not in raw:
+            continue
+        try:
+            scores = [
+                Score(
+                    path.stem,
+                    str(entry["task"]),
+                    str(entry["metric"]),
+                    float(entry["value"]) if entry["value"] is not None else float("nan"),
+                    entry.get("n"),
+                    str(entry.get("role", "utility")),
+                    str(entry.get("direction", "higher")),
+                    entry.get("chance"),
+                )
+                for entry in raw["scores"]
+            ]
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"the evaluation is damaged ({error!r})", str(path), "make it again with `trace-ds evaluate`"
+            ) from None
+        items = raw.get("items") or {}
+        found[path.stem] = Evaluation(path.stem, raw.get("model_fingerprint"), scores, items, raw.get("drift"))
+    return found
+
+
+def _log(path: Path) -> list[dict[str, float]]:
+    """Numeric scalars by step, timings left out (they differ between reruns); a resumed step replaces the old one.
+
+    A half line at the end (a killed run) is skipped.
+    """
+    by_step: dict[int, dict[str, float]] = {}
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
+        try:
+            raw = json.loads(line)
+        except ValueError:
+            continue
+        if not isinstance(raw, dict) or raw.get("event", "step") != "step" or not isinstance(raw.get("step"), int):
+            continue
+        scalars = {
+            key: float(value)
+            for key, value in raw.items()
+            if isinstance(value, (int, float)) and not isinstance(value, bool) and not _is_timing(key)
+        }
+        if len(scalars) > 1:
+            by_step.setdefault(raw["step"], {}).update(scalars)
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def _is_timing(key: str) -> bool:
+    return key.endswith(TIMING_WORDS) or "time" in key or "per_s" in key
+
+
+def _versions(path: Path) -> dict[str, str]:
+    """Versions of the libraries that trained the newest checkpoint, from its manifest."""
+    for base in [path, *(sorted((path / "variants").glob("*")) if (path / "variants").is_dir() else [])]:
+        latest = base / "checkpoints" / "latest"
+        if latest.is_file():
+            manifest = base / "checkpoints" / latest.read_text(encoding="utf-8").strip() / "manifest.json"
+            if manifest.is_file():
+                versions = _read_json(manifest, "unlearn").get("versions") or {}
+                return {str(key): str(value) for key, value in sorted(versions.items())}
+    return {}
+
+
+def _model_fingerprint(artefacts: dict[str, dict[str, Any]], references: dict[str, Evaluation]) -> str | None:
+    for name in ("statistics/retain", "statistics/forget"):
+        if name in artefacts and "model" in artefacts[name]["inputs"]:
+            return str(artefacts[name]["inputs"]["model"])
+    return references["original"].fingerprint if "original" in references else None
+
+
+def _step_of(stem: str) -> int | None:
+    digits = stem.removeprefix("step_")
+    return int(digits) if stem.startswith("step_") and digits.isdigit() else None
+
+
+def _read_json(path: Path, verb: str) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"not readable as JSON ({error})", str(path), f"make it again with `trace-ds {verb}`") from None
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise UserError(f"not readable as YAML ({error})", str(path), "restore the file") from None
+    return raw if isinstance(raw, dict) else {}

@@ -1,0 +1,75 @@
+"""Comparison at matched forgetting: pure functions over the checkpoints of one unlearning run.
+
+Stopping earlier always looks better on utility, so two methods are compared from the point where each has forgotten
+enough: the first checkpoint whose forget score is at the level of a model that never saw the forget set (``gold``).
+
+Shape legend: S checkpoints in order of step, T forget tasks. Our decision; ``post`` is the quantity to trust, the
+value at the crossing alone is noisy.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+
+@dataclass(frozen=True)
+class Matched:
+    """One method at matched forgetting.
+
+    Attributes:
+        step: first step at the target, or None when the target was never reached (then the next two are None too).
+        at_crossing: utility at that step.
+        post: mean utility over the checkpoints from that step to the last one.
+        end: utility at the last checkpoint, whatever was forgotten.
+    """
+
+    step: int | None
+    at_crossing: float | None
+    post: float | None
+    end: float
+
+
+def forget_excess(scores_TS: Sequence[Sequence[float]], targets_T: Sequence[float]) -> list[float]:
+    """How far each checkpoint is from forgetting, [S]: the largest ``score - target`` over the tasks.
+
+    All scores count "lower is more forgotten" (negate the others first). Zero or less: every task is at its target.
+    ``ValueError`` for no task, or for tasks of different lengths.
+    """
+    if not scores_TS or len(scores_TS) != len(targets_T):
+        raise ValueError(f"{len(scores_TS)} forget tasks and {len(targets_T)} targets")
+    if len({len(scores_S) for scores_S in scores_TS}) != 1:
+        raise ValueError("the forget tasks have different numbers of checkpoints")
+    return [
+        max(score - target for score, target in zip(column, targets_T, strict=True))
+        for column in zip(*scores_TS, strict=True)
+    ]
+
+
+def crossing_index(forget_S: Sequence[float], target: float, tolerance: float = 1e-9) -> int | None:
+    """Index of the first checkpoint with ``forget <= target`` (within ``tolerance``); None if there is none."""
+    return next((index for index, score in enumerate(forget_S) if score <= target + tolerance), None)
+
+
+def matched(steps_S: Sequence[int], forget_S: Sequence[float], utility_S: Sequence[float], target: float) -> Matched:
+    """Crossing step and utilities of one method; ``ValueError`` unless steps increase and all lengths agree.
+
+    The original model (step 0) may be the first checkpoint; a score that is not a number never reaches the target.
+    """
+    if not (len(steps_S) == len(forget_S) == len(utility_S)) or not steps_S:
+        raise ValueError(f"{len(steps_S)} steps, {len(forget_S)} forget scores, {len(utility_S)} utilities")
+    if any(later <= earlier for earlier, later in pairwise(steps_S)):
+        raise ValueError(f"the steps do not increase: {list(steps_S)}")
+    end = float(utility_S[-1])
+    index = crossing_index(forget_S, target)
+    if index is None:
+        return Matched(None, None, None, end)
+    tail = [float(value) for value in utility_S[index:]]
+    return Matched(int(steps_S[index]), tail[0], math.fsum(tail) / len(tail), end)
+
+
+def relative_gain(value: float, reference: float) -> float | None:
+    """``value / reference - 1``; None when the reference is not above zero."""
+    return value / reference - 1.0 if reference > 0 else None

@@ -1,0 +1,347 @@
+"""The numbers behind every plot, as column tables: one source for the CSV files, the page and the PNGs.
+
+Shape legend: L MoE layers, E experts.
+
+Real numbers are rounded to six significant digits (counts are exact), so that page and CSV hold the same values.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from trace_ds.reporting.gather import Calibration, Evaluation, RunData, weight_chunks
+from trace_ds.reporting.scores import arm_matched, arm_points, excess, mean_score, targets
+
+Z_95 = 1.959963984540054
+BINS_PER_OCTAVE = 4
+OCTAVES = 10  # the weight histogram spans 2^-10 ... 2^10; what lies outside falls into the end bins
+MAX_TEXT = 300
+
+
+@dataclass(frozen=True)
+class Table:
+    """Columns of equal length; a missing value is None."""
+
+    name: str
+    title: str
+    columns: dict[str, list[Any]]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values()), []))
+
+    def rows(self) -> list[dict[str, Any]]:
+        return [dict(zip(self.columns, row, strict=True)) for row in zip(*self.columns.values(), strict=True)]
+
+    def to_csv(self) -> str:
+        """RFC 4180 text. A text cell that a spreadsheet would run as a formula gets a leading apostrophe."""
+        out = io.StringIO()
+        writer = csv.writer(out, lineterminator="\n")
+        writer.writerow(self.columns)
+        for row in zip(*self.columns.values(), strict=True):
+            writer.writerow([_safe_cell(value) for value in row])
+        return out.getvalue()
+
+
+def make(name: str, title: str, header: Iterable[str], rows: Iterable[Sequence[Any]]) -> Table:
+    """A table from rows; numbers are made plain and rounded, not-finite ones become None."""
+    names = list(header)
+    plain = [[_plain(value) for value in row] for row in rows]
+    assert all(len(row) == len(names) for row in plain), f"ragged rows in table {name}"
+    return Table(name, title, {key: [row[index] for row in plain] for index, key in enumerate(names)})
+
+
+def all_tables(run: RunData, others: list[RunData]) -> dict[str, Table]:
+    """Every table by name; one without data is left out."""
+    tables = [
+        routing(run),
+        selected_experts(run),
+        layers(run),
+        *weight_tables(run),
+        sources(run),
+        documents(run),
+        training(run),
+        curves([run, *others]),
+        matched_forgetting([run, *others]),
+        drift([run, *others]),
+        scores([run, *others]),
+        items(run),
+    ]
+    return {table.name: table for table in tables if len(table)}
+
+
+def label(runs: list[RunData], run: RunData, name: str) -> str:
+    """The name of a model in a comparison: its own in the first run, ``RUN/NAME`` in the others."""
+    return name if run is runs[0] else f"{run.name}/{name}"
+
+
+def routing(run: RunData) -> Table:
+    """One row per layer and expert: counts, frequencies with document-clustered errors, and their log-ratio."""
+    header = [
+        "layer", "decoder_layer", "expert", "forget_count", "retain_count", "forget_frequency", "forget_error",
+        "retain_frequency", "retain_error", "log_ratio", "log_ratio_low", "log_ratio_high", "target", "achieved",
+        "selected",
+    ]  # fmt: skip
+    sides = [side for side in (run.forget, run.retain) if side is not None]
+    if not sides:
+        return make("routing", "", header, [])
+    shape = sides[0].counts_LE.shape
+    missing_LE = np.full(shape, np.nan)
+    data = {}
+    for name, side in (("forget", run.forget), ("retain", run.retain)):
+        data[f"{name}_frequency"] = side.frequency_LE if side else missing_LE
+        data[f"{name}_error"] = np.sqrt(side.variance_LE()) if side else missing_LE
+    with np.errstate(divide="ignore", invalid="ignore"):
+        log_ratio_LE = np.log(data["forget_frequency"]) - np.log(data["retain_frequency"])
+        error_LE = np.hypot(
+            data["forget_error"] / data["forget_frequency"], data["retain_error"] / data["retain_frequency"]
+        )
+    arrays = run.calibration.arrays if run.calibration else {}
+    log_ratio_LE = arrays.get("log_ratio_LE", log_ratio_LE)
+    error_LE = arrays.get("log_ratio_error_LE", error_LE)
+    target_LE, achieved_LE = arrays.get("target_LE", missing_LE), arrays.get("achieved_LE", missing_LE)
+    selected_LE = arrays.get("selected_LE", np.zeros(shape, np.uint8))
+    rows = [
+        [
+            layer, run.decoder_layers[layer], expert,
+            int(run.forget.counts_LE[layer, expert]) if run.forget else None,
+            int(run.retain.counts_LE[layer, expert]) if run.retain else None,
+            *(data[name][layer, expert] for name in header[5:9]),
+            log_ratio_LE[layer, expert],
+            log_ratio_LE[layer, expert] - Z_95 * error_LE[layer, expert],
+            log_ratio_LE[layer, expert] + Z_95 * error_LE[layer, expert],
+            target_LE[layer, expert], achieved_LE[layer, expert], int(selected_LE[layer, expert]),
+        ]
+        for layer in range(shape[0])
+        for expert in range(shape[1])
+    ]  # fmt: skip
+    return make("routing", "Routing by layer and expert", header, rows)
+
+
+def selected_experts(run: RunData) -> Table:
+    """The forget-critical experts, strongest ratio first."""
+    header = [
+        "layer", "expert", "forget", "retain", "ratio", "ratio_low", "ratio_high", "target", "achieved",
+    ]  # fmt: skip
+    found = (run.calibration.diagnosis.get("selected") or []) if run.calibration else []
+    rows = [[entry.get(key) for key in header] for entry in found if isinstance(entry, dict)]
+    return make("selected", "Forget-critical experts", header, sorted(rows, key=lambda row: (-(row[4] or 0), row[:2])))
+
+
+def layers(run: RunData) -> Table:
+    """Per layer, in bits: entropy of the expert load on both corpora, and their Jensen-Shannon divergence.
+
+    ``js_weighted_bits`` is the divergence that is left when the retain tokens have their weights.
+    """
+    header = ["layer", "forget_entropy_bits", "retain_entropy_bits", "js_bits", "js_weighted_bits"]
+    if run.forget is None or run.retain is None:
+        return make("layers", "", header, [])
+    p_LE, q_LE = (side.frequency_LE / side.top_k for side in (run.forget, run.retain))
+    forget_L, retain_L = _entropy_bits(p_LE), _entropy_bits(q_LE)
+    js_L = _entropy_bits((p_LE + q_LE) / 2) - (forget_L + retain_L) / 2
+    known = (run.calibration.diagnosis.get("layers") or []) if run.calibration else []
+    weighted = {entry.get("layer"): entry.get("js_weighted_bits") for entry in known if isinstance(entry, dict)}
+    rows = [
+        [layer, forget_L[layer], retain_L[layer], max(js_L[layer], 0.0), weighted.get(layer)]
+        for layer in range(len(js_L))
+    ]
+    return make("layers", "Load entropy and divergence by layer", header, rows)
+
+
+def _entropy_bits(p_LE: np.ndarray) -> np.ndarray:
+    return -np.sum(p_LE * np.log2(np.where(p_LE > 0, p_LE, 1.0)), axis=1)
+
+
+def weight_histogram(
+    calibration: Calibration, counted_tokens: int | None
+) -> tuple[list[float], list[int], dict[str, float]] | None:
+    """Bin edges (log scale), tokens per bin, {tokens, ess_fraction, max_weight, mean}; None without weights.
+
+    Uncounted positions have weight 0 and are left out; ``counted_tokens`` adds back counted tokens of weight 0.
+    """
+    if calibration.weights_path is None:
+        return None
+    bins = 2 * OCTAVES * BINS_PER_OCTAVE
+    tokens_B = np.zeros(bins, np.int64)
+    total = squares = largest = 0.0
+    positive = 0
+    for chunk in weight_chunks(calibration):
+        chunk = chunk[chunk > 0]
+        index = np.floor((np.log2(chunk) + OCTAVES) * BINS_PER_OCTAVE).clip(0, bins - 1).astype(np.int64)
+        tokens_B += np.bincount(index, minlength=bins)
+        total, squares = total + float(chunk.sum()), squares + float((chunk**2).sum())
+        largest, positive = max(largest, float(chunk.max(initial=0.0))), positive + len(chunk)
+    count = max(positive, counted_tokens or 0)
+    if positive == 0:
+        return None
+    edges = [2.0 ** (index / BINS_PER_OCTAVE - OCTAVES) for index in range(bins + 1)]
+    summary = {"tokens": count, "zero_tokens": count - positive, "ess_fraction": total**2 / (count * squares)}
+    return edges, tokens_B.tolist(), {**summary, "max_weight": largest, "mean": total / count}
+
+
+def weight_tables(run: RunData) -> tuple[Table, Table]:
+    """The histogram of every different calibration's weights, and its summary; the weights are read once."""
+    bins: list[list[Any]] = []
+    summaries: list[list[Any]] = []
+    header = ["arm", "rule", "lambda", "ess_fraction", "max_weight", "mean", "tokens", "zero_tokens"]
+    for arm, calibration in run.calibrations():
+        found = weight_histogram(calibration, run.retain.tokens if run.retain else None)
+        if found is not None:
+            edges, tokens, summary = found
+            bins += [
+                [arm, edges[index], edges[index + 1], count, count / summary["tokens"]]
+                for index, count in enumerate(tokens)
+                if count
+            ]
+            known = calibration.diagnosis
+            summaries.append([arm, known.get("rule"), known.get("lambda"), *map(summary.get, header[3:])])
+    return (
+        make("weights", "Distribution of the retain weights", ["arm", "low", "high", "tokens", "share"], bins),
+        make("weight_summary", "Effective sample size of the retain weights", header, summaries),
+    )
+
+
+def _from_diagnosis(run: RunData, name: str, title: str, header: list[str], key: str) -> Table:
+    """Rows of a list in the diagnoses; those of uniform weights say nothing and are left out."""
+    rows = []
+    for arm, calibration in run.calibrations():
+        entries = calibration.diagnosis.get(key) or []
+        if calibration.diagnosis.get("rule") != "uniform":
+            rows += [[arm, *map(entry.get, header[1:])] for entry in entries if isinstance(entry, dict)]
+    return make(name, title, header, rows)
+
+
+def sources(run: RunData) -> Table:
+    header = ["arm", "source", "token_share", "weight_share"]
+    return _from_diagnosis(run, "sources", "Share of the weight by source", header, "share_by_source")
+
+
+def documents(run: RunData) -> Table:
+    header = ["arm", "document", "source", "weight", "tokens", "text_start"]
+    return _from_diagnosis(run, "documents", "Retain documents with the most weight", header, "top_documents")
+
+
+def training(run: RunData) -> Table:
+    keys = sorted({key for arm in run.arms for record in arm.log for key in record} - {"step"}, key=_training_order)
+    rows = [[arm.label, int(record["step"]), *map(record.get, keys)] for arm in run.arms for record in arm.log]
+    return make("training", "Training by step", ["arm", "step", *keys], rows)
+
+
+def _training_order(key: str) -> tuple[int, str]:
+    first = ("loss_forget", "loss_retain", "loss", "grad_norm", "lr")
+    return (first.index(key) if key in first else len(first), key)
+
+
+def curves(runs: list[RunData]) -> Table:
+    """Mean headline scores along every arm: the forgetting-utility curve (only end points without checkpoints)."""
+    rows = []
+    for run in runs:
+        goal = targets(run)
+        for arm in run.arms:
+            if arm.final is None and not arm.checkpoints:
+                continue
+            for step, evaluation in arm_points(run, arm):
+                forget, utility = mean_score(evaluation, "forget"), mean_score(evaluation, "utility")
+                left = excess(evaluation, goal) if goal else None
+                if forget is not None or utility is not None:
+                    rows.append([label(runs, run, arm.label), arm.rule, step, evaluation.model, forget, utility, left])
+    header = ["arm", "rule", "step", "model", "forget", "utility", "forget_excess"]
+    return make("curves", "Forgetting against utility", header, rows)
+
+
+def matched_forgetting(runs: list[RunData]) -> Table:
+    rows = []
+    for run in runs:
+        for arm in run.arms:
+            found = arm_matched(run, arm)
+            if found is not None:
+                name = label(runs, run, arm.label)
+                rows.append([name, arm.rule, found.step, found.at_crossing, found.post, found.end])
+    header = ["arm", "rule", "crossing_step", "utility_at_crossing", "mean_utility_after", "utility_at_end"]
+    return make("matched", "Utility at matched forgetting", header, rows)
+
+
+def drift(runs: list[RunData]) -> Table:
+    """Routing drift by layer: overlap of the selected experts with the original's, and KL of the router."""
+    rows = []
+    for run in runs:
+        for name, evaluation in run.evaluations().items():
+            for corpus, layer, values in _drift_rows(evaluation):
+                rows.append([label(runs, run, name), corpus, layer, values.get("overlap"), values.get("kl")])
+    return make("drift", "Routing drift by layer", ["model", "corpus", "layer", "overlap", "kl"], rows)
+
+
+def _drift_rows(evaluation: Evaluation) -> list[tuple[str, int, dict[str, float]]]:
+    found = []
+    for corpus in ("forget", "retain"):
+        side = (evaluation.drift or {}).get(corpus)
+        if not isinstance(side, dict):
+            continue
+        series = {key: side.get(key) or [] for key in ("overlap", "kl")}
+        for layer in range(max(map(len, series.values()))):
+            values = {key: value[layer] for key, value in series.items() if layer < len(value)}
+            found.append((corpus, layer, values))
+    return found
+
+
+def scores(runs: list[RunData]) -> Table:
+    rows = [
+        [label(runs, run, name), s.task, s.metric, s.role, s.direction, s.value, s.n, s.chance]
+        for run in runs
+        for name, evaluation in run.evaluations().items()
+        for s in evaluation.scores
+    ]
+    header = ["model", "task", "metric", "role", "direction", "value", "n", "chance"]
+    return make("scores", "Scores", header, rows)
+
+
+def items(run: RunData) -> Table:
+    """Every item of every forget task, for every model: identity, outcome, and the rest as JSON."""
+    roles = {score.task: score.role for evaluation in run.evaluations().values() for score in evaluation.scores}
+    rows = []
+    for name, evaluation in run.evaluations().items():
+        for task in sorted(evaluation.items):
+            if roles.get(task) == "forget":
+                rows += [[name, task, *_item_cells(item)] for item in evaluation.items[task] if isinstance(item, dict)]
+    return make("items", "Forget questions, item by item", ["model", "task", "id", "text", "outcome", "score"], rows)
+
+
+def _item_cells(item: dict[str, Any]) -> list[Any]:
+    """id, text (prompt and right answer), outcome (what the model said), score of one item of any task type."""
+    choices = item.get("choices")
+    if isinstance(choices, list):
+        right, said = (
+            choices[index] if index is not None else None for index in (item.get("answer"), item.get("predicted"))
+        )
+        score = item.get("correct")
+    else:
+        right, said, score = item.get("reference"), item.get("continuation"), item.get("rouge_l", item.get("nll"))
+    shown = " → ".join(str(part) for part in (item.get("prompt"), right) if part is not None)
+    return [
+        str(item.get("id", "")),
+        shown[:MAX_TEXT],
+        None if said is None else str(said)[:MAX_TEXT],
+        None if score is None else float(score),
+    ]
+
+
+def _plain(value: Any) -> Any:
+    """Built-in types only; reals with six significant digits, None when not finite."""
+    if value is None or isinstance(value, (str, bool, int)):
+        return value
+    if isinstance(value, np.integer):
+        return int(value)
+    number = float(value)
+    return float(f"{number:.6g}") if math.isfinite(number) else None
+
+
+def _safe_cell(value: Any) -> Any:
+    if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r"):
+        return "'" + value
+    return "" if value is None else value

@@ -1,0 +1,357 @@
+"""``trace-ds inspect PATH``: what is this, and is it whole?
+
+Knows artefacts, run directories, checkpoint steps and the folder of them, Hugging Face model directories, DeepSpeed's
+own checkpoint folders and universal ones, and single safetensors files. Only headers and descriptions are read (and
+hashes, with ``--verify``); nothing is unpickled, nothing is written.
+
+Exit status 0 when it is whole, 1 when something is missing, damaged or stale, 2 when the path is none of these.
+"""
+
+from __future__ import annotations
+
+import json as json_module
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from trace_ds.checkpoints.manifest import MANIFEST, STEP, read_manifest
+from trace_ds.checkpoints.manifest import verify as verify_files
+from trace_ds.errors import UserError
+from trace_ds.models.files import (
+    CONFIG_NAME,
+    INDEX_NAME,
+    ModelFiles,
+    read_json_object,
+    read_model_directory,
+    read_safetensors_header,
+)
+from trace_ds.run import artefact
+from trace_ds.run.directory import RunDirectory
+
+EXIT_DAMAGED = 1
+LOG_WIDTH = 140  # of tables in a log or a pipe
+SIDES = ("forget", "retain")
+UNIVERSAL_FOLDER, UNIVERSAL_WEIGHT = "zero", "fp32.pt"
+SUPPORTED = "an artefact, a run directory, checkpoints, a model directory or a safetensors file"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a path is.
+
+    Attributes:
+        kind: artefact, checkpoint, checkpoints, run, model, deepspeed, universal or safetensors.
+        facts: what it holds, by name, in the order shown.
+        problems: one line for everything missing, damaged or stale; empty: it is whole.
+        parts: run directories and checkpoint folders: what they are made of (name, state, detail).
+    """
+
+    path: Path
+    kind: str
+    facts: dict[str, Any]
+    problems: list[str] = field(default_factory=list)
+    parts: list[dict[str, str]] = field(default_factory=list)
+
+
+def inspect(path: Path, *, verify: bool = False) -> Finding:
+    """Find out what ``path`` is; ``verify`` also compares hashes.
+
+    Raises:
+        UserError: nothing is there, or it is nothing we know.
+    """
+    if not path.exists():
+        raise UserError("there is nothing here", str(path), f"give the path of {SUPPORTED}")
+    if path.is_file():
+        if path.name in (artefact.FILE_NAME, MANIFEST, CONFIG_NAME, INDEX_NAME):
+            return inspect(path.parent, verify=verify)
+        if path.suffix == ".safetensors":
+            return _safetensors(path)
+    else:
+        for recognised, look in _KINDS:
+            if recognised(path):
+                return look(path, verify)
+    raise UserError("this is nothing trace_ds makes or reads", str(path), f"give the path of {SUPPORTED}")
+
+
+def _is_run(path: Path) -> bool:
+    run = RunDirectory(path)
+    return run.config.is_file() or any(part.is_dir() for part in (run.data, run.statistics, run.calibration))
+
+
+def _is_step(path: Path) -> bool:
+    return (path / MANIFEST).is_file() or STEP.fullmatch(path.name.split(".tmp-")[0]) is not None
+
+
+def _is_checkpoints(path: Path) -> bool:
+    return any(STEP.fullmatch(child.name) and child.is_dir() for child in path.iterdir())
+
+
+def _is_universal(path: Path) -> bool:
+    folder = path / UNIVERSAL_FOLDER
+    return folder.is_dir() and any((child / UNIVERSAL_WEIGHT).is_file() for child in folder.iterdir())
+
+
+def _is_deepspeed(path: Path) -> bool:
+    return any(path.glob("*_optim_states.pt")) or any(path.glob("*model_states.pt"))
+
+
+def _artefact(path: Path, verify: bool) -> Finding:
+    """An artefact: its description, and whether every file is there with its size (and hash)."""
+    raw = read_json_object(path / artefact.FILE_NAME, "the description of the artefact")
+    kind = str(raw.get("kind", "unknown"))
+    try:
+        found = artefact.load(path, kind, _MADE_BY.get(kind, "run CONFIG"), verify=verify)
+    except UserError as error:
+        return Finding(path, "artefact", {"artefact": kind}, [error.line()])
+    facts = {
+        "artefact": kind,
+        "identity": found.identity,
+        "content": found.content,
+        "inputs": found.inputs,
+        "settings": found.settings,
+        "summary": found.summary,
+        "files": len(found.files),
+        "bytes": sum(int(entry["bytes"]) for entry in found.files.values()),
+    }
+    return Finding(path, "artefact", facts)
+
+
+def _checkpoint(path: Path, verify: bool) -> Finding:
+    """One step of a training job: its manifest, compared with the files."""
+    try:
+        manifest = read_manifest(path)
+    except UserError as error:
+        files = [file for file in path.rglob("*") if file.is_file()]
+        return Finding(path, "checkpoint", {"files": len(files), "bytes": _bytes_of(files)}, [error.line()])
+    values = asdict(manifest)
+    facts = {key: values[key] for key in ("step", "world", "ep", "zero_stage", "family", "dtype", "job")}
+    facts |= {key: values[key] for key in ("model", "calibration", "cursor", "versions")}
+    facts |= {
+        "files": len(manifest.files),
+        "bytes": sum(int(entry["bytes"]) for entry in manifest.files.values()),
+    }
+    try:
+        verify_files(path, manifest, hashes=verify)
+    except UserError as error:
+        return Finding(path, "checkpoint", facts, [error.line()])
+    return Finding(path, "checkpoint", facts)
+
+
+def _checkpoints(path: Path, verify: bool) -> Finding:
+    """``RUN/checkpoints``: every step, and what ``latest`` points at."""
+    steps = sorted(child for child in path.iterdir() if child.is_dir() and _is_step(child))
+    parts, problems, complete = [], [], []
+    for step in steps:
+        found = _checkpoint(step, verify)
+        complete += [] if found.problems else [step.name]
+        state = "damaged" if found.problems else "complete"
+        if ".tmp-" in step.name:
+            state = "left by a killed job"
+        detail = found.problems[0] if found.problems else f"{found.facts['files']} files, {size(found.facts['bytes'])}"
+        parts.append({"name": step.name, "state": state, "detail": detail})
+        problems += found.problems if state == "damaged" else []
+    latest = path / "latest"
+    named = latest.read_text(encoding="utf-8", errors="replace").strip() if latest.is_file() else None
+    if named not in complete:
+        problems.append(f"{latest}: names {named!r}, which is not a complete checkpoint")
+    return Finding(path, "checkpoints", {"latest": named, "complete": complete}, problems, parts)
+
+
+def _model(path: Path, verify: bool) -> Finding:
+    """A Hugging Face model directory, from its configuration and the safetensors headers."""
+    try:
+        files = read_model_directory(path)
+    except UserError as error:
+        return Finding(path, "model", {}, [error.line()])
+    facts = {
+        "family": files.model_type,
+        "layout": layout_of(files),
+        "tensors": len(files.tensors),
+        "parameters": files.parameters,
+        "types": files.dtypes,
+        "files": len(files.files),
+        "bytes": files.bytes,
+    }
+    return Finding(path, "model", facts)
+
+
+def layout_of(files: ModelFiles) -> str:
+    """How the experts are stored: ``hub`` (a tensor per expert), ``fused`` (one tensor for all), or ``dense``."""
+    names = files.tensors
+    if any(re.search(r"\.experts\.\d+\.", name) for name in names):
+        return "hub"
+    if any(name.endswith((".experts.gate_up_proj", ".experts.down_proj")) for name in names):
+        return "fused"
+    return "dense"
+
+
+def _deepspeed(path: Path, verify: bool) -> Finding:
+    """A checkpoint that DeepSpeed wrote and our protocol did not commit."""
+    files = sorted(file for file in path.rglob("*.pt"))
+    optimizer = [file.name for file in files if file.name.endswith("_optim_states.pt")]
+    ranks = {int(match[1]) for name in optimizer if (match := re.search(r"zero_pp_rank_(\d+)_", name))}
+    facts = {"files": len(files), "bytes": _bytes_of(files), "optimizer shards": len(optimizer), "ranks": len(ranks)}
+    problems = [f"{path}: there is no {MANIFEST}, so nothing says whether it is complete"]
+    missing = sorted(set(range(max(ranks) + 1)) - ranks) if ranks else []
+    if missing:
+        problems.append(f"{path}: the optimizer shards of ranks {missing} are missing")
+    return Finding(path, "deepspeed", facts, problems)
+
+
+def _universal(path: Path, verify: bool) -> Finding:
+    """A folder of DeepSpeed's universal format: one folder per parameter with weight and Adam moments."""
+    folders = sorted(child for child in (path / UNIVERSAL_FOLDER).iterdir() if child.is_dir())
+    problems, total = [], 0
+    names = (UNIVERSAL_WEIGHT, "exp_avg.pt", "exp_avg_sq.pt")
+    for folder in folders:
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            problems.append(f"{folder}: {', '.join(missing)} missing")
+        total += _bytes_of(folder / name for name in names if name not in missing)
+    return Finding(path, "universal", {"parameters": len(folders), "bytes": total}, problems)
+
+
+def _safetensors(path: Path) -> Finding:
+    try:
+        entries = read_safetensors_header(path)
+    except UserError as error:
+        return Finding(path, "safetensors", {}, [error.line()])
+    facts = {
+        "tensors": {name: f"{entry.dtype} {list(entry.shape)}" for name, entry in sorted(entries.items())},
+        "bytes": path.stat().st_size,
+    }
+    return Finding(path, "safetensors", facts)
+
+
+def _run(path: Path, verify: bool) -> Finding:
+    """A run directory, stage by stage: done, missing, damaged, or stale (made from other inputs than are there now)."""
+    run = RunDirectory.at(path)
+    parts: list[dict[str, str]] = []
+    content: dict[str, str] = {}
+
+    def add(name: str, state: str, detail: str) -> None:
+        parts.append({"name": name, "state": state, "detail": detail})
+
+    stages: list[tuple[str, Path, str, dict[str, str]]] = [("data", run.data, "data", {})]
+    stages += [(f"statistics/{s}", run.statistics / s, "statistics", {"data": "data"}) for s in SIDES]
+    stages += [
+        ("calibration", run.calibration, "calibration", {"data": "data", **{s: f"statistics/{s}" for s in SIDES}})
+    ]
+    for name, directory, kind, made_from in stages:
+        try:
+            found = artefact.load(directory, kind, _MADE_BY[kind], verify=verify)
+        except UserError as error:
+            add(name, "damaged" if directory.exists() else "missing", error.line() if directory.exists() else "")
+            continue
+        content[name] = found.content
+        stale = [key for key, of in made_from.items() if key in found.inputs and found.inputs[key] != content.get(of)]
+        detail = f"{len(found.files)} files, {size(sum(int(entry['bytes']) for entry in found.files.values()))}"
+        add(name, "stale" if stale else "done", f"made from another {' and '.join(stale)}" if stale else detail)
+    _run_checkpoints(run, content.get("calibration"), add, verify)
+    if run.model.is_dir():
+        model = _model(run.model, verify)
+        detail = model.problems[0] if model.problems else f"{model.facts['family']}, {size(model.facts['bytes'])}"
+        add("model", "damaged" if model.problems else "done", detail)
+    else:
+        add("model", "missing", "")
+    results = sorted(run.evaluation.glob("*.json")) if run.evaluation.is_dir() else []
+    add("evaluation", "done" if results else "missing", ", ".join(result.stem for result in results))
+    add("report", "done" if (run.report / "index.html").is_file() else "missing", "")
+    for variant in sorted(run.variants.iterdir()) if run.variants.is_dir() else []:
+        if variant.is_dir():
+            below = _run(variant, verify)
+            states = {part["name"]: part["state"] for part in below.parts}
+            detail = ", ".join(f"{name} {states[name]}" for name in ("calibration", "checkpoints", "model"))
+            add(f"variants/{variant.name}", "damaged" if below.problems else states["model"], detail)
+    problems = [f"{part['name']}: {part['detail']}" for part in parts if part["state"] in ("damaged", "stale")]
+    return Finding(path, "run", {"variant of": str(run.parent) if run.parent else None}, problems, parts)
+
+
+def _run_checkpoints(
+    run: RunDirectory, calibration: str | None, add: Callable[[str, str, str], None], verify: bool
+) -> None:
+    name = "checkpoints"
+    if not run.checkpoints.is_dir() or not any(run.checkpoints.iterdir()):
+        add(name, "missing", "")
+        return
+    found = _checkpoints(run.checkpoints, verify)
+    if found.problems:
+        add(name, "damaged", found.problems[0])
+        return
+    newest = found.facts["complete"][-1]
+    if read_manifest(run.checkpoints / newest).calibration != calibration:
+        add(name, "stale", "trained with another calibration")
+    else:
+        add(name, "done", f"newest {newest}")
+
+
+_MADE_BY = {"data": "prepare CONFIG", "statistics": "collect CONFIG", "calibration": "calibrate CONFIG"}
+# Most specific first: a converted model may lie beside anything, a run directory holds all the others.
+_KINDS: tuple[tuple[Callable[[Path], bool], Callable[[Path, bool], Finding]], ...] = (
+    (lambda path: (path / artefact.FILE_NAME).is_file(), _artefact),
+    (_is_step, _checkpoint),
+    (lambda path: (path / CONFIG_NAME).is_file(), _model),
+    (_is_checkpoints, _checkpoints),
+    (_is_universal, _universal),
+    (_is_deepspeed, _deepspeed),
+    (_is_run, _run),
+)
+
+
+def inspect_path(path: Path, json: bool, verify: bool = False) -> int:
+    """Print what ``path`` is; exit status 0 when whole, 1 otherwise."""
+    found = inspect(path, verify=verify)
+    if json:
+        value = {**asdict(found), "path": str(found.path), "whole": not found.problems}
+        print(json_module.dumps(value, indent=1, ensure_ascii=False))
+    else:
+        _print(found, verify)
+    return EXIT_DAMAGED if found.problems else 0
+
+
+def _print(found: Finding, verified: bool) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False, soft_wrap=True, markup=False)
+    console.print(f"{found.path}: {found.kind}")
+    for name, value in found.facts.items():
+        if name == "tensors" and isinstance(value, dict):
+            for tensor, shape in value.items():
+                console.print(f"  {tensor}: {shape}")
+        elif value is not None:
+            console.print(f"  {name}: {_shown(name, value)}")
+    if found.parts:
+        table = Table(show_edge=False)
+        for column in ("part", "state", ""):
+            table.add_column(column, overflow="fold")
+        for part in found.parts:
+            table.add_row(part["name"], part["state"], part["detail"])
+        Console(width=None if console.is_terminal else LOG_WIDTH).print(table)
+    for problem in found.problems:
+        console.print(f"PROBLEM  {problem}", style="bold red")
+    if not found.problems:
+        depth = "sizes and hashes compared" if verified else "sizes compared; --verify compares hashes too"
+        console.print(f"whole ({depth})" if found.kind in ("artefact", "checkpoint", "checkpoints", "run") else "whole")
+
+
+def _shown(name: str, value: Any) -> str:
+    if name == "bytes":
+        return size(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return value if isinstance(value, str) else json_module.dumps(value, ensure_ascii=False)
+
+
+def size(number: int) -> str:
+    """Bytes as a short text in decimal units."""
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if number >= scale:
+            return f"{number / scale:.1f} {unit}"
+    return f"{number} B"
+
+
+def _bytes_of(files: Any) -> int:
+    return sum(file.stat().st_size for file in files)

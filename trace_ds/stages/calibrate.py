@@ -1,0 +1,357 @@
+"""``trace-ds calibrate``: routing statistics → forget-critical experts and one weight per retain token.
+
+Reads ``data/`` and ``statistics/{forget,retain}/``, writes ``calibration/`` (see :func:`calibrate` for its files). One
+process, no GPU, one pass at a time over the routing trace; memory is bounded whatever the corpus.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from trace_ds.calibration.detect import Detection, detect
+from trace_ds.calibration.diagnose import (
+    Documents,
+    DocumentSums,
+    alike_share,
+    document_sums,
+    entropy_bits,
+    expert_rows,
+    find_warnings,
+    jensen_shannon_bits,
+    likeness,
+    likeness_tables,
+    quantiles,
+    source_shares,
+    top_documents,
+    weight_variance,
+)
+from trace_ds.calibration.rules import Calibrated, apply_rule, scope_of
+from trace_ds.calibration.table import print_table
+from trace_ds.calibration.tokens import (
+    TokenMap,
+    Trace,
+    count_selections,
+    open_stream,
+    open_trace,
+    read_token_map,
+)
+from trace_ds.config.schema import Config
+from trace_ds.errors import UserError
+from trace_ds.routing.statistics import RoutingStatistics
+from trace_ds.run import artefact as artefacts
+from trace_ds.run.artefact import Artefact
+from trace_ds.run.files import replacing_directory, write_json
+from trace_ds.run.log import StageLog, stage_log
+
+if TYPE_CHECKING:
+    from trace_ds.run.directory import RunDirectory
+
+COLLECT = "collect CONFIG"
+PREPARE = "prepare CONFIG"
+
+
+def calibrate(config: Config, run: RunDirectory) -> Artefact:
+    """Make (or find done) the calibration artefact of a run.
+
+    Files: ``calibration.safetensors`` (theta_LE, frequency_forget_LE, frequency_retain_LE, log_ratio_LE,
+    log_ratio_error_LE, target_LE, achieved_LE float64; selected_LE, scope_LE uint8), ``weights.npy`` float32 [retain
+    tokens], ``row_weights.npy`` float64 [rows], ``diagnosis.json``.
+
+    Raises:
+        UserError: missing, damaged or mismatched inputs; no forget-critical expert while
+            ``calibration.if_none_found`` is ``stop``.
+    """
+    data, forget_artefact, retain_artefact = load_inputs(config, run)
+    settings = {**config.calibration.model_dump(mode="json"), "seed": config.seed}
+    inputs = {
+        "data": data.content,
+        "forget": forget_artefact.content,
+        "retain": retain_artefact.content,
+        "model": retain_artefact.inputs["model"],
+        "tokenizer": retain_artefact.inputs["tokenizer"],
+    }
+    identity = artefacts.identity_of("calibration", inputs, settings)
+    if artefacts.is_done(run.calibration, "calibration", identity):
+        return artefacts.load(run.calibration, "calibration", "calibrate CONFIG", verify=False)
+
+    forget, retain = (load_statistics(a) for a in (forget_artefact, retain_artefact))
+    try:
+        detection = detect(forget, retain, config.calibration.detection)
+    except ValueError as error:
+        raise UserError(str(error), "calibration.detection", "name layers that the model has") from None
+    if not detection.selected_LE.any() and config.calibration.if_none_found == "stop":
+        raise UserError(none_found(detection), "calibration.detection", NONE_FOUND_FIX)
+
+    with stage_log(run, "calibrate") as log:
+        made = _make(config, run, data, retain_artefact, forget, retain, detection, inputs, settings, log)
+        print_table(made)
+    return made
+
+
+def _make(
+    config: Config,
+    run: RunDirectory,
+    data: Artefact,
+    retain_artefact: Artefact,
+    forget: RoutingStatistics,
+    retain: RoutingStatistics,
+    detection: Detection,
+    inputs: dict[str, str],
+    settings: dict[str, Any],
+    log: StageLog,
+) -> Artefact:
+    """Weights by the rule, diagnosis, artefact. Large arrays live in a spool directory that is deleted at the end."""
+    run.calibration.parent.mkdir(parents=True, exist_ok=True)
+    spool = run.calibration.with_name(f"{run.calibration.name}.tmp-spool")
+    shutil.rmtree(spool, ignore_errors=True)
+    spool.mkdir()
+    try:
+        documents = read_documents(data.file("retain_documents.arrow"))
+        tokens = read_token_map(data.file("retain.arrow"), len(documents.source), spool)
+        trace = load_trace(config, retain_artefact, retain, tokens)
+        log.line(
+            f"{int(detection.selected_LE.sum())} forget-critical experts; rule {config.calibration.rule} over "
+            f"{retain.tokens:,} retain tokens"
+        )
+        scope_LE = scope_of(config.calibration, detection.selected_LE, detection.eligible_LE, config.seed)
+        calibrated = apply_rule(
+            config.calibration,
+            tokens,
+            trace,
+            scope_LE,
+            forget.frequency_LE,
+            retain.frequency_LE,
+            config.seed,
+            spool,
+        )
+        with replacing_directory(run.calibration) as directory:
+            summary = write(directory, config, detection, calibrated, forget, retain, tokens, trace, documents)
+            summary["layers"] = retain_artefact.summary["layers"]
+            artefacts.describe(directory, "calibration", inputs, settings, summary)
+    finally:
+        shutil.rmtree(spool, ignore_errors=True)
+    return artefacts.load(run.calibration, "calibration", "calibrate CONFIG", verify=False)
+
+
+NONE_FOUND_FIX = (
+    "lower calibration.detection.min_ratio or min_load, choose a top_* method, or set "
+    "calibration.if_none_found: continue"
+)
+
+
+def none_found(detection: Detection) -> str:
+    """What came closest, so that the user sees how far away 'found' was."""
+    ratio_LE = np.where(detection.eligible_LE, detection.log_ratio_LE, -np.inf)
+    layer, expert = (int(x) for x in np.unravel_index(int(np.argmax(ratio_LE)), ratio_LE.shape))
+    text = (
+        "no forget-critical expert was found; the largest forget/retain frequency ratio is "
+        f"{np.exp(detection.log_ratio_LE[layer, expert]):.2f} (layer {layer}, expert {expert}, p-value "
+        f"{detection.p_value_LE[layer, expert]:.2g})"
+    )
+    return "; ".join([text, *detection.warnings])
+
+
+def load_inputs(config: Config, run: RunDirectory) -> tuple[Artefact, Artefact, Artefact]:
+    """(data, forget statistics, retain statistics), whole and made for one another and for the config's model."""
+    from trace_ds.corpora.tokenizer import tokenizer_fingerprint
+    from trace_ds.models.fingerprint import model_fingerprint
+
+    data = artefacts.load(run.data, "data", PREPARE)
+    sides = [artefacts.load(run.statistics / name, "statistics", COLLECT) for name in ("forget", "retain")]
+    model = model_fingerprint(Path(config.model.path))
+    tokenizer = tokenizer_fingerprint(Path(config.model.tokenizer or config.model.path))
+    for side in sides:
+        artefacts.require_same(side, "model", model, "model", COLLECT)
+        artefacts.require_same(side, "tokenizer", tokenizer, "tokenizer", COLLECT)
+        artefacts.require_same(side, "data", data.content, "data", COLLECT)
+    for key in ("top_k", "experts", "layers"):
+        values = [side.summary.get(key) for side in sides]
+        if values[0] is None or values[0] != values[1]:
+            raise UserError(
+                f"the forget statistics have {key} {values[0]}, the retain statistics {values[1]}",
+                str(run.statistics),
+                f"make both again with `trace-ds {COLLECT}`",
+            )
+    return data, sides[0], sides[1]
+
+
+def load_statistics(side: Artefact) -> RoutingStatistics:
+    """The numbers of a statistics artefact, checked against its summary and for having any tokens."""
+    path, fix = side.file("statistics.safetensors"), f"make it again with `trace-ds {COLLECT}`"
+    try:
+        statistics = RoutingStatistics.load(path)
+    except (KeyError, OSError, ValueError) as error:
+        raise UserError(f"the statistics cannot be read ({error})", str(path), fix) from None
+    shape = (len(side.summary["layers"]), side.summary["experts"])
+    if statistics.counts_LE.shape != shape or statistics.top_k != side.summary["top_k"]:
+        raise UserError("the statistics do not fit their own summary", str(path), fix)
+    if statistics.tokens < 1:
+        raise UserError("the corpus has no counted tokens", str(path), "give it documents of two tokens or more")
+    return statistics
+
+
+def load_trace(config: Config, side: Artefact, statistics: RoutingStatistics, tokens: TokenMap) -> Trace | None:
+    """The retain trace, proven to be of these tokens: its counts equal the statistics. None if there is none
+    and the rule needs none."""
+    fix = f"set statistics.trace: true and run `trace-ds {COLLECT}` again"
+    paths = [side.file(name) for name in sorted(side.files) if name.startswith("trace-")]
+    if not paths:
+        if config.calibration.rule == "uniform":
+            return None
+        raise UserError(
+            f"the rule {config.calibration.rule} needs the routing trace, which was not recorded",
+            str(side.path),
+            fix,
+        )
+    again = f"make it again with `trace-ds {COLLECT}`"
+    layers, experts = statistics.counts_LE.shape
+    trace = open_trace(paths, layers, statistics.top_k, tokens.tokens, again)
+    try:
+        agrees = np.array_equal(count_selections(trace, tokens, experts), statistics.counts_LE)
+    except ValueError as error:
+        raise UserError(str(error), str(side.path), again) from None
+    if not agrees:
+        raise UserError("the routing trace does not add up to the statistics beside it", str(side.path), again)
+    return trace
+
+
+def read_documents(path: Path) -> Documents:
+    """Sources and first characters of the retain documents."""
+    source: list[str] = []
+    text_start: list[str] = []
+    for batch in open_stream(path):
+        source.extend(batch.column("source").to_pylist())
+        text_start.extend(batch.column("text_start").to_pylist())
+    return Documents(source, text_start)
+
+
+def write(
+    directory: Path,
+    config: Config,
+    detection: Detection,
+    calibrated: Calibrated,
+    forget: RoutingStatistics,
+    retain: RoutingStatistics,
+    tokens: TokenMap,
+    trace: Trace | None,
+    documents: Documents,
+) -> dict[str, Any]:
+    """Write the artefact's files; returns its summary."""
+    from safetensors.numpy import save_file
+
+    weights = np.lib.format.open_memmap(directory / "weights.npy", mode="w+", dtype=np.float32, shape=(tokens.tokens,))
+    for start, stop in tokens.spans():
+        weights[start:stop] = calibrated.weight_T[start:stop]
+    weights.flush()
+    del weights
+    np.save(directory / "row_weights.npy", calibrated.row_weight_R)
+    achieved_LE = (
+        retain.frequency_LE
+        if trace is None
+        else count_selections(trace, tokens, retain.counts_LE.shape[1], calibrated.weight_T) / retain.tokens
+    )
+    tensors = {
+        "theta_LE": calibrated.theta_LE,
+        "selected_LE": detection.selected_LE.astype(np.uint8),
+        "scope_LE": calibrated.scope_LE.astype(np.uint8),
+        "frequency_forget_LE": detection.forget_LE,
+        "frequency_retain_LE": detection.retain_LE,
+        "log_ratio_LE": detection.log_ratio_LE,
+        "log_ratio_error_LE": detection.error_LE,
+        "target_LE": calibrated.target_LE,
+        "achieved_LE": achieved_LE,
+    }
+    save_file(
+        {name: np.ascontiguousarray(value) for name, value in tensors.items()},
+        directory / "calibration.safetensors",
+    )
+    score_LE, retain_mean, forget_mean = likeness_tables(forget.frequency_LE, retain.frequency_LE, retain.tokens)
+    sums = document_sums(tokens, trace, calibrated.weight_T, score_LE)
+    likeness_D = likeness(sums, retain_mean, forget_mean)
+    diagnosis = diagnose(
+        config,
+        detection,
+        calibrated,
+        achieved_LE,
+        sums,
+        likeness_D,
+        tokens,
+        documents,
+        retain.top_k,
+        trace is not None,
+    )
+    write_json(directory / "diagnosis.json", diagnosis)
+    return {
+        key: diagnosis[key] for key in ("rule", "lambda", "ess_fraction", "max_weight", "none_found", "warnings")
+    } | {"selected": len(diagnosis["selected"]), "tokens": tokens.tokens, "rows": tokens.rows}
+
+
+def diagnose(
+    config: Config,
+    detection: Detection,
+    calibrated: Calibrated,
+    achieved_LE: np.ndarray,
+    sums: DocumentSums,
+    likeness_D: np.ndarray,
+    tokens: TokenMap,
+    documents: Documents,
+    top_k: int,
+    traced: bool,
+) -> dict[str, Any]:
+    """The content of ``diagnosis.json`` (JSON types only)."""
+    gap = np.abs(detection.forget_LE - detection.retain_LE)[calibrated.scope_LE].sum()
+    left = np.abs(detection.forget_LE - achieved_LE)[calibrated.scope_LE].sum()
+    js = jensen_shannon_bits(detection.forget_LE, detection.retain_LE, top_k)
+    after = jensen_shannon_bits(detection.forget_LE, achieved_LE, top_k)
+    entropies = [entropy_bits(p, top_k) for p in (detection.forget_LE, detection.retain_LE, achieved_LE)]
+    row = calibrated.row_weight_R[calibrated.row_weight_R > 0]
+    return {
+        "rule": config.calibration.rule,
+        "experts": config.calibration.experts,
+        "level": config.calibration.level,
+        "detection": config.calibration.detection.method,
+        "lambda": calibrated.strength,
+        "exponent": calibrated.exponent,
+        "ess_fraction": calibrated.ess,
+        "row_ess_fraction": float(row.sum() ** 2 / (len(row) * (row**2).sum())) if len(row) else 1.0,
+        "ess_floor": config.calibration.ess_floor,
+        "max_weight": calibrated.max_weight,
+        "weight_quantiles": quantiles(calibrated.weight_T, tokens),
+        "iterations": calibrated.iterations,
+        "converged": calibrated.converged,
+        "solve_error": calibrated.solve_error,
+        "gap_closed": float(1.0 - left / gap) if gap > 0 else 0.0,
+        "none_found": not bool(detection.selected_LE.any()),
+        "constraints": int(calibrated.scope_LE.sum()),
+        "selected": expert_rows(detection.selected_LE, detection, calibrated, achieved_LE),
+        "random_experts": expert_rows(calibrated.scope_LE, detection, calibrated, achieved_LE)
+        if config.calibration.rule == "random_experts"
+        else [],
+        "moved_targets": [
+            {"layer": layer, "expert": expert, "offered": offered, "reason": reason}
+            for layer, expert, offered, reason in calibrated.moved
+        ],
+        "layers": [
+            {
+                "layer": i,
+                "entropy_forget_bits": float(entropies[0][i]),
+                "entropy_retain_bits": float(entropies[1][i]),
+                "entropy_weighted_bits": float(entropies[2][i]),
+                "js_bits": float(js[i]),
+                "js_weighted_bits": float(after[i]),
+                "selected": int(detection.selected_LE[i].sum()),
+            }
+            for i in range(len(js))
+        ],
+        "top_documents": top_documents(sums, documents, likeness_D),
+        "share_by_source": source_shares(sums, documents),
+        "variance": weight_variance(sums),
+        "alike_share": alike_share(sums, likeness_D) if traced else None,
+        "warnings": find_warnings(
+            detection, calibrated, achieved_LE, likeness_D if traced else None, sums, config.calibration.rule
+        ),
+    }

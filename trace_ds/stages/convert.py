@@ -1,0 +1,167 @@
+"""``trace-ds convert CONFIG``: the newest complete checkpoint of a run → ``RUN/model/``, a Hugging Face model.
+
+One process, no GPU. ``RUN/model/conversion.json`` is the proof: the SHA-256 of the checkpoint's manifest it was made
+from and of every tensor. A rerun from the same checkpoint with the same settings does nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trace_ds.config.schema import Config
+from trace_ds.errors import UserError
+from trace_ds.run.directory import RunDirectory, unwritable
+from trace_ds.run.files import sha256_file
+from trace_ds.run.log import Progress, StageLog, stage_log
+
+if TYPE_CHECKING:
+    from trace_ds.conversion.stream import Progress as ProgressFunction
+
+MAX_JOBS = 4
+
+
+def convert(config: Config, run: RunDirectory) -> None:
+    """Convert the run's checkpoint (``conversion.step``, else the newest complete one) into ``RUN/model/``.
+
+    Raises:
+        UserError: there is no such complete checkpoint, or it is damaged or of another model.
+    """
+    checkpoint, problems = _choose(config, run)
+    dtype = config.model.dtype if config.conversion.dtype == "same" else config.conversion.dtype
+    if _is_done(run.model, checkpoint, dtype, config.conversion.max_shard_size):
+        return
+    with stage_log(run, "convert") as log:
+        for problem in problems:
+            log.line(f"warning: {problem}")
+        log.line(f"{checkpoint.name} → {run.model.name}/ ({dtype})")
+        try:
+            report = checkpoint_to_directory(
+                checkpoint,
+                run.model,
+                base_model=Path(config.model.path),
+                dtype=dtype,
+                max_shard_size=config.conversion.max_shard_size,
+                card=_card(config, run),
+                overwrite=True,
+                log=log,
+            )
+        except OSError as error:
+            raise unwritable(run.model, error) from error
+        for warning in report["warnings"]:
+            log.line(f"warning: {warning}")
+        log.line(f"{report['parameters']:,} parameters in {len(report['tensors'])} tensors")
+
+
+def checkpoint_to_directory(
+    checkpoint: Path,
+    destination: Path,
+    *,
+    base_model: Path | None = None,
+    dtype: str = "same",
+    max_shard_size: str = "5GB",
+    card: dict[str, Any] | None = None,
+    overwrite: bool = False,
+    log: StageLog | None = None,
+) -> dict[str, Any]:
+    """One checkpoint step → a new Hugging Face directory; returns the report (see ``convert_checkpoint``).
+
+    Without ``base_model`` the model that the checkpoint's manifest names is used.
+    """
+    from trace_ds.conversion.convert import convert_checkpoint
+
+    progress = _progress(log) if log is not None else None
+    return convert_checkpoint(
+        checkpoint,
+        destination,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        jobs=min(MAX_JOBS, os.cpu_count() or 1),
+        base_model=base_model,
+        card=card,
+        overwrite=overwrite,
+        progress=progress,
+    )
+
+
+def _choose(config: Config, run: RunDirectory) -> tuple[Path, list[str]]:
+    """The checkpoint to convert, its sizes checked, and what the user should hear about the others."""
+    from trace_ds.checkpoints.manifest import newest_complete, read_manifest, step_name, verify
+
+    fix = "make one with `trace-ds unlearn CONFIG`"
+    if config.conversion.step is not None:
+        directory = run.checkpoints / step_name(config.conversion.step)
+        if not directory.is_dir():
+            have = sorted(path.name for path in run.checkpoints.glob("step_*") if path.suffix == "")
+            raise UserError(
+                f"there is no checkpoint of step {config.conversion.step}",
+                str(run.checkpoints),
+                f"set conversion.step to one of {have}" if have else fix,
+            )
+        verify(directory, read_manifest(directory), hashes=False)
+        return directory, []
+    step, problems = newest_complete(run.checkpoints)
+    if step is None:
+        found = f" ({problems[0]})" if problems else ""
+        raise UserError(f"there is no complete checkpoint{found}", str(run.checkpoints), fix)
+    if step < config.unlearning.steps:
+        problems.append(f"the newest complete checkpoint is of step {step} of {config.unlearning.steps}")
+    return run.checkpoints / step_name(step), problems
+
+
+def _is_done(model: Path, checkpoint: Path, dtype: str, max_shard_size: str) -> bool:
+    """Whether ``model`` is whole and was made from exactly this checkpoint with these settings."""
+    from trace_ds.models.files import read_model_directory
+
+    try:
+        report = json.loads((model / "conversion.json").read_text(encoding="utf-8"))
+        tensors = read_model_directory(model).tensors
+        held = {name: (entry.file, entry.dtype, list(entry.shape)) for name, entry in tensors.items()}
+        said = {name: (entry["file"], entry["dtype"], entry["shape"]) for name, entry in report["tensors"].items()}
+        made = (report["source"]["manifest_sha256"], report["dtype"], report["max_shard_size"])
+    except (OSError, ValueError, KeyError, TypeError, UserError):
+        return False
+    return held == said and made == (sha256_file(checkpoint / "manifest.json"), dtype, max_shard_size)
+
+
+def _card(config: Config, run: RunDirectory) -> dict[str, Any]:
+    """The facts of the model card, from the configuration and, if it is there, the calibration artefact."""
+    settings = config.unlearning
+    method = {
+        "forget loss": settings.forget_loss,
+        "retain loss": settings.retain_loss,
+        "weight rule": f"{config.calibration.rule}, {config.calibration.experts} experts, {config.calibration.level}",
+        "weights act by": settings.apply,
+        "alpha, gamma": f"{settings.alpha:g}, {settings.gamma:g}",
+        "steps": settings.steps,
+        "rows a step (forget, retain)": f"{settings.forget_rows}, {settings.retain_rows}",
+        "learning rate": f"{settings.optimizer.lr:g}",
+        "seed": config.seed,
+    }
+    facts: dict[str, Any] = {"name": config.name, "base_model": Path(config.model.path).name, "method": method}
+    try:
+        artefact = json.loads((run.calibration / "artefact.json").read_text(encoding="utf-8"))
+        summary = artefact["summary"]
+        facts["calibration"] = {
+            key.replace("_", " "): value for key, value in summary.items() if isinstance(value, (int, float, str))
+        }
+    except (OSError, ValueError, KeyError, AttributeError):
+        pass  # converted without a calibration at hand: the card says nothing of it
+    return facts
+
+
+def _progress(log: StageLog) -> ProgressFunction:
+    shown: list[Progress] = []
+    last = [0]
+
+    def advance(done_bytes: int, total_bytes: int) -> None:
+        if not shown:
+            shown.append(Progress(log, "weights", total_bytes, unit="byte"))
+        shown[0].advance(done_bytes - last[0])
+        last[0] = done_bytes
+        if done_bytes >= total_bytes:
+            shown[0].close()
+
+    return advance

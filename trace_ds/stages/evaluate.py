@@ -1,0 +1,275 @@
+"""``trace-ds evaluate``: models → scores, one process, plain transformers, on the CPU or the GPU.
+
+Everything the user can have got wrong (task files, model directories, tokenizers) is checked before a weight is
+loaded. Each model's result is one file, ``RUN/evaluation/NAME.json``, written atomically and kept while it is still
+what would be computed: a killed evaluation goes on where it was. A variant takes the results of the models it shares
+with its parent run from there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trace_ds.config.schema import Config
+from trace_ds.corpora.tokenizer import load_tokenizer, tokenizer_fingerprint
+from trace_ds.errors import UserError
+from trace_ds.evaluation.items import Task, read_tasks
+from trace_ds.evaluation.subjects import (
+    FORMAT,
+    ORIGINAL,
+    UNLEARNED,
+    Subject,
+    conversion_dtype,
+    find_subjects,
+    has_identity,
+    identity,
+    read_result,
+    require_same_tokenizer,
+)
+from trace_ds.models.families import inspect_model
+from trace_ds.run import artefact
+from trace_ds.run.directory import RunDirectory, unwritable
+from trace_ds.run.files import write_bytes, write_json
+from trace_ds.run.log import Progress, StageLog, stage_log
+
+if TYPE_CHECKING:
+    from trace_ds.evaluation.drift import RoutingSample
+    from trace_ds.evaluation.language_model import LanguageModel, ModelSettings
+
+SIDES = ("forget", "retain")
+
+
+@dataclass(frozen=True)
+class EvaluateJob:
+    """What is to be scored, checked; ``identities`` by model name, ``problems`` of checkpoints left out."""
+
+    tasks: list[Task]
+    subjects: list[Subject]
+    identities: dict[str, str]
+    tokenizer: Any
+    data: artefact.Artefact | None
+    problems: list[str]
+
+    def done(self, run: RunDirectory) -> list[str]:
+        """The models whose result is there and still valid."""
+        return [name for name, value in self.identities.items() if has_identity(run.evaluation / f"{name}.json", value)]
+
+
+def check_evaluate(config: Config, run: RunDirectory) -> EvaluateJob:
+    """Everything that can be wrong before a model is loaded; raises :class:`UserError`."""
+    settings = config.evaluation
+    if not settings.tasks and not settings.drift:
+        raise UserError("there is nothing to evaluate", "evaluation.tasks", "add a task, or set evaluation.drift")
+    tasks = read_tasks(settings.tasks)
+    info = inspect_model(config.model.path)
+    reference = Path(config.model.tokenizer or config.model.path)
+    fingerprint = tokenizer_fingerprint(reference)
+    tokenizer = load_tokenizer(reference)
+    data = artefact.load(run.data, "data", "prepare CONFIG", verify=False) if settings.drift else None
+    if data is not None:
+        artefact.require_same(data, "tokenizer", fingerprint, "tokenizer", "prepare CONFIG")
+    subjects, problems = find_subjects(config, run)
+    for subject in subjects:
+        if not subject.is_checkpoint:
+            require_same_tokenizer(subject.path, reference, tokenizer)
+    against = {"original": info.fingerprint, "data": data.content} if data is not None else None
+    identities = {
+        subject.name: identity(config, subject, tasks, fingerprint, against if subject.name == UNLEARNED else None)
+        for subject in subjects
+    }
+    return EvaluateJob(tasks, subjects, identities, tokenizer, data, problems)
+
+
+def evaluate(config: Config, run: RunDirectory) -> None:
+    """Score every model of the run and print the table of scores.
+
+    Raises:
+        UserError: a task file, a model or its tokenizer cannot be used (nothing is written then).
+    """
+    job = check_evaluate(config, run)
+    try:
+        run.evaluation.mkdir(parents=True, exist_ok=True)
+        with _threads(config.distributed.threads), stage_log(run, "evaluate") as log:
+            for problem in job.problems:
+                log.line(f"warning: checkpoint left out: {problem}")
+            _drop_others(job, run, log)
+            _copy_from_parent(job, run, log)
+            _score_missing(config, job, run, log)
+    except OSError as error:
+        raise unwritable(run.evaluation, error) from error
+    _show_table(job, run)
+
+
+def _drop_others(job: EvaluateJob, run: RunDirectory, log: StageLog) -> None:
+    """Delete results of models that this configuration does not name: the report must not mix evaluations."""
+    for path in sorted(run.evaluation.glob("*.json")):
+        if path.stem not in job.identities:
+            log.line(f"removed {path.name}: no model of this run has that name")
+            path.unlink()
+
+
+def _copy_from_parent(job: EvaluateJob, run: RunDirectory, log: StageLog) -> None:
+    if run.parent is None:
+        return
+    done = job.done(run)
+    for name, expected in job.identities.items():
+        source = RunDirectory(run.parent).evaluation / f"{name}.json"
+        if name not in done and has_identity(source, expected):
+            write_bytes(run.evaluation / source.name, source.read_bytes())
+            log.line(f"{name}: taken from the parent run")
+
+
+def _score_missing(config: Config, job: EvaluateJob, run: RunDirectory, log: StageLog) -> None:
+    from trace_ds.evaluation.language_model import ModelSettings
+
+    settings = ModelSettings(config.model.dtype, config.data.add_bos, config.data.add_eos, config.evaluation.batch_rows)
+    done = job.done(run)
+    todo = [subject for subject in job.subjects if subject.name not in done]
+    if done:
+        log.line(f"already there: {', '.join(sorted(done))}")
+    drifts = job.data is not None and any(subject.name == UNLEARNED for subject in todo)
+    before: dict[str, RoutingSample] = {}
+    for subject in job.subjects:
+        wanted = subject in todo
+        if not wanted and not (subject.name == ORIGINAL and drifts):
+            continue
+        with _directory(subject, config, run, log) as path, _loaded(path, job, settings) as model:
+            result = _score(config, job, subject, model, log) if wanted else None
+            diverged = result is not None and result["diverged"]
+            if drifts and subject.name in (ORIGINAL, UNLEARNED) and not diverged:
+                routing = _routing(config, job, model, log)
+                if subject.name == ORIGINAL:
+                    before = routing
+                elif result is not None and before:
+                    result["drift"] = _drift(config, before, routing)
+        if result is not None:
+            write_json(run.evaluation / f"{subject.name}.json", result)
+            log.event("scored", model=subject.name, scores=result["scores"])
+
+
+def _score(config: Config, job: EvaluateJob, subject: Subject, model: LanguageModel, log: StageLog) -> dict[str, Any]:
+    """The result of one model, without its drift; of a diverged model all values are None."""
+    from trace_ds.evaluation.language_model import Diverged
+    from trace_ds.evaluation.tasks import run_task, score_records
+
+    progress = Progress(log, subject.name, sum(task.units for task in job.tasks), unit="item")
+    result: dict[str, Any] = {
+        "format": FORMAT,
+        "identity": job.identities[subject.name],
+        "model": subject.name,
+        "model_fingerprint": subject.fingerprint,
+        "scores": [],
+        "items": {},
+        "by_source": {},
+        "drift": None,
+        "diverged": False,
+    }
+    try:
+        for task in job.tasks:
+            outcome = run_task(
+                model,
+                task,
+                max_new_tokens=config.evaluation.max_new_tokens,
+                context_length=config.data.context_length,
+                advance=progress.advance,
+            )
+            result["scores"] += outcome.scores
+            result["items"][task.config.name] = outcome.items
+            result["by_source"][task.config.name] = outcome.by_source
+    except Diverged:
+        scores = [record for task in job.tasks for record in score_records(task, {}, len(task.items))]
+        result |= {"scores": scores, "items": {}, "by_source": {}, "diverged": True}
+        log.line(
+            f"warning: {subject.name} has diverged (its log-probabilities are not finite), so it has no scores: "
+            "lower unlearning.optimizer.lr or the strength of the forget loss"
+        )
+    finally:
+        progress.close()
+    if not result["diverged"]:
+        values = {f"{score['task']} {score['metric']}": score["value"] for score in result["scores"]}
+        told = ", ".join(f"{name} {'–' if value is None else f'{value:.4g}'}" for name, value in values.items())
+        log.line(f"{subject.name}: {told or 'no tasks'}")
+    return result
+
+
+def _routing(config: Config, job: EvaluateJob, model: LanguageModel, log: StageLog) -> dict[str, RoutingSample]:
+    from trace_ds.corpora.dataset import TokenDataset
+    from trace_ds.evaluation.drift import sample_routing
+
+    assert job.data is not None
+    samples = {}
+    for side in SIDES:
+        dataset = TokenDataset.open(job.data.file(f"{side}.arrow"))
+        rows = min(config.evaluation.drift_rows, len(dataset))
+        progress = Progress(log, f"routing of {side} rows", rows, unit="row")
+        samples[side] = sample_routing(
+            model.model, dataset, rows, config.evaluation.batch_rows, model.device, progress.advance
+        )
+        progress.close()
+    return samples
+
+
+def _drift(config: Config, before: dict[str, RoutingSample], after: dict[str, RoutingSample]) -> dict[str, Any]:
+    from trace_ds.evaluation.drift import compare
+
+    info = inspect_model(config.model.path)
+    return {
+        "experts": info.experts,
+        "top_k": info.top_k,
+        **{side: compare(before[side], after[side], info.experts) for side in SIDES},
+    }
+
+
+@contextlib.contextmanager
+def _loaded(path: Path, job: EvaluateJob, settings: ModelSettings) -> Iterator[LanguageModel]:
+    from trace_ds.evaluation.language_model import loaded
+
+    with loaded(str(path), job.tokenizer, settings) as model:
+        yield model
+
+
+@contextlib.contextmanager
+def _directory(subject: Subject, config: Config, run: RunDirectory, log: StageLog) -> Iterator[Path]:
+    """The model directory of a subject; a checkpoint is converted into a temporary one, deleted afterwards."""
+    if not subject.is_checkpoint:
+        yield subject.path
+        return
+    from trace_ds.stages.convert import checkpoint_to_directory
+
+    temporary = run.evaluation / f"{subject.name}.tmp-{os.getpid()}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        log.line(f"{subject.name}: converting the checkpoint")
+        base, dtype = Path(config.model.path), conversion_dtype(config)
+        checkpoint_to_directory(subject.path, temporary, base_model=base, dtype=dtype, log=log)
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Run with a fixed number of CPU threads (results depend on it bitwise) and put the former one back."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _show_table(job: EvaluateJob, run: RunDirectory) -> None:
+    from rich.console import Console
+
+    from trace_ds.evaluation.table import score_table
+
+    results = [read_result(run.evaluation / f"{subject.name}.json") for subject in job.subjects]
+    Console().print(score_table([result for result in results if result is not None]))

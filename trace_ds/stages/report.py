@@ -1,0 +1,84 @@
+"""``trace-ds report CONFIG [RUN ...]``: one self-contained page, its CSV files and pictures, scores and a model card.
+
+Reads artefacts only, so it can be run at any time: what is not there yet is shown as not run yet. Writes
+``RUN/report/{index.html, scores.json, model_card.md, *.csv, *.png}``, replaced as a whole.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trace_ds.reporting.compare import compared
+from trace_ds.reporting.gather import RunData, gather
+from trace_ds.run.directory import RunDirectory, unwritable
+from trace_ds.run.files import remove_leftovers, replacing_directory
+from trace_ds.run.log import stage_log
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from trace_ds.config.schema import Config
+
+
+def report(config: Config | None, run: RunDirectory, others: list[Path] | None = None) -> Path:
+    """Write the report of a run, compared with ``others`` where that is meaningful; returns the page's path.
+
+    Args:
+        config: only its title is used (the run's stored config.yaml is what the page shows); None is fine.
+        others: further run directories. One that cannot be compared is named, with the reasons, on the page and in a
+            warning line, and stays out of every chart.
+
+    Raises:
+        UserError: a run directory is missing or holds nothing at all, an artefact is damaged, or the report cannot
+            be written; an existing report is left as it was.
+    """
+    from trace_ds.reporting import card, page, pictures, scores, tables
+
+    data = gather(run.path)
+    if config is not None and config.report.title:
+        data = _retitled(data, config.report.title)
+    others_read, notes = compared(data, list(others or []))
+    found = tables.all_tables(data, others_read)
+    images = pictures.draw_all(data, found)
+    texts = {
+        "index.html": page.render(data, found, sorted(images), [other.name for other in others_read], notes),
+        "scores.json": json.dumps(scores.score_records(data, others_read), indent=1, ensure_ascii=False) + "\n",
+        "model_card.md": card.model_card(data),
+        **{f"{name}.csv": table.to_csv() for name, table in found.items()},
+    }
+    try:
+        with stage_log(run, "report") as log:
+            for note in notes:
+                log.line(f"WARNING {note}")
+            log.line(f"{len(found)} tables, {len(images)} pictures: {run.report / 'index.html'}")
+        remove_leftovers(run.path)
+        with replacing_directory(run.report) as directory:
+            for name, text in texts.items():
+                (directory / name).write_text(text, encoding="utf-8", newline="\n")
+            for name, image in images.items():
+                (directory / name).write_bytes(image)
+    except OSError as error:
+        raise unwritable(run.report, error) from None
+    return run.report / "index.html"
+
+
+def summary_table(run: RunDirectory) -> Table:
+    """The table of scores for the terminal."""
+    from trace_ds.reporting import scores
+
+    return scores.summary_table(gather(run.path))
+
+
+def honest_sentence(run: RunDirectory) -> str:
+    """What the run's numbers show, in plain words."""
+    from trace_ds.reporting import scores
+
+    return scores.honest_sentence(gather(run.path))
+
+
+def _retitled(data: RunData, title: str) -> RunData:
+    from dataclasses import replace
+
+    return replace(data, title=title)
