@@ -178,6 +178,8 @@ def _write_calibration(directory: Path, sides: dict[str, RoutingStatistics], rul
         "rule": rule,
         "lambda": 1.0 if rule == "uniform" else 0.45,
         "ess_fraction": ess,
+        "row_ess_fraction": (1 + ess) / 2,
+        "gap_closed": 0.0 if rule == "uniform" else 0.45,
         "max_weight": float(positive.max() / positive.mean()),
         "none_found": False,
         "selected": [
@@ -278,6 +280,7 @@ def _write_evaluation(
                 score("elements", "accuracy", forget, "forget", "lower", 0.25),
                 score("elements", "exact_match", max(0.0, forget - 0.2), "forget", "lower", None),
                 score("near facts", "accuracy", utility, "utility", "higher", 0.25),
+                score("near facts", "exact_match", utility - 0.3, "utility", "higher", None),
                 score("capitals", "accuracy", utility - 0.02, "utility", "higher", 0.25),
                 score("novels", "perplexity", 20 + 30 * (1 - utility), "utility", "lower", None),
             ],

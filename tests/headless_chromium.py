@@ -108,11 +108,15 @@ class Chromium:
         for kind in ("keyDown", "keyUp"):
             self.call("Input.dispatchKeyEvent", type=kind, key=name, code=name)
 
+    def show(self, selector: str) -> None:
+        """Scroll the first element that matches into view, and wait until the page has noticed."""
+        options = "{block: 'center', behavior: 'instant'}"
+        self.run(f"document.querySelector({json.dumps(selector)}).scrollIntoView({options})")
+        self.run("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() => done(true))))")
+
     def click(self, selector: str) -> None:
         """A real mouse click in the middle of the first element that matches."""
-        self.run(
-            f"document.querySelector({json.dumps(selector)}).scrollIntoView({{block: 'center', behavior: 'instant'}})"
-        )
+        self.show(selector)
         box = self.run(
             f"(() => {{ const b = document.querySelector({json.dumps(selector)}).getBoundingClientRect();"
             "return [b.left + b.width / 2, b.top + b.height / 2]; })()"

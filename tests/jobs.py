@@ -63,3 +63,105 @@ def brute_force_routing(model_path: Path, arrow: Path, top_k: int) -> dict[str, 
             documents[int(document)] = documents.get(int(document), 0) + found
     assert counts is not None and mass is not None
     return {"counts": counts, "mass": mass, "documents": np.stack(list(documents.values()))}
+
+
+def reference_training(config_path: str, run_dir: str, overrides: list[str], steps: int) -> dict[str, Any]:
+    """The unlearning job again, in one process, with plain transformers and torch: no DeepSpeed, no code of ours but
+    the choice of rows.
+
+    Returns:
+        ``losses`` [(forget, retain)] by step and ``weights`` {name in the hub layout: float32 array} at the end.
+    """
+    import torch
+    from torch.nn import functional
+    from transformers import AutoModelForCausalLM
+
+    from trace_ds.stages.unlearn import check_unlearn, make_batches
+
+    config, directory = load_config(config_path, overrides, run_dir)
+    settings = config.unlearning
+    batches = make_batches(config, check_unlearn(config, RunDirectory.at(directory), config.distributed.ep))
+    model = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32)
+    frozen = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32).requires_grad_(False)
+    layer = model.config.num_hidden_layers // 2
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=settings.optimizer.lr,
+        betas=settings.optimizer.betas,
+        eps=settings.optimizer.eps,
+        weight_decay=settings.optimizer.weight_decay,
+    )
+
+    def outputs(net: Any, batch: Any) -> tuple[Any, Any]:
+        out = net(
+            input_ids=batch.input_ids_BS,
+            position_ids=batch.position_ids_BS,
+            use_cache=False,
+            output_hidden_states=True,
+        )
+        return out.logits, out.hidden_states[layer + 1]
+
+    def sequence_nll(logits: Any, batch: Any) -> Any:
+        rows = []
+        for row in range(len(logits)):
+            where = batch.counted_BS[row].nonzero().squeeze(1)
+            loss = functional.cross_entropy(logits[row, where], batch.input_ids_BS[row, where + 1], reduction="none")
+            rows.append((where, loss))
+        return rows
+
+    norms = []
+    for step in range(4):
+        batch = batches.at(step, 0, 1).micro_batches[0]
+        hidden = outputs(frozen, batch)[1][: batch.forget_rows]
+        norms.append(hidden.norm(dim=-1)[batch.counted_BS[: batch.forget_rows]])
+    length = settings.rmu.coefficient * float(torch.cat(norms).double().mean())
+    direction = torch.rand(model.config.hidden_size, generator=torch.Generator().manual_seed(config.seed))
+    target = direction / direction.norm() * length
+    losses = []
+    for step in range(steps):
+        data = batches.at(step, 0, 1)
+        assert len(data.micro_batches) == 1
+        batch, split = data.micro_batches[0], data.micro_batches[0].forget_rows
+        logits, hidden = outputs(model, batch)
+        counted = batch.counted_BS
+        if settings.forget_loss == "rmu":
+            frozen_hidden = outputs(frozen, batch)[1]
+            forget = ((hidden[:split] - target) ** 2)[counted[:split]].mean()
+            errors = ((hidden[split:] - frozen_hidden[split:]) ** 2).mean(-1)
+            retain = (errors * batch.weights_BS[split:])[counted[split:]].mean()
+        else:
+            nll = sequence_nll(logits, batch)
+            reference = sequence_nll(outputs(frozen, batch)[0], batch)
+            sums = torch.stack([values.sum() for _, values in nll[:split]])
+            reference_sums = torch.stack([values.sum() for _, values in reference[:split]])
+            lengths = torch.tensor([len(values) for _, values in nll[:split]])
+            if settings.forget_loss == "graddiff":
+                forget = -sums.sum() / lengths.sum()
+            elif settings.forget_loss == "npo":
+                beta = settings.npo.beta
+                forget = (2 / beta * torch.log1p(torch.exp(-beta * (sums - reference_sums)))).mean()
+            else:
+                beta = settings.simnpo.beta
+                forget = (2 / beta * torch.log1p(torch.exp(-beta * (sums / lengths - settings.simnpo.delta)))).mean()
+            weighted = [
+                (values * batch.weights_BS[split + row, where]).sum() for row, (where, values) in enumerate(nll[split:])
+            ]
+            retain = torch.stack(weighted).sum() / counted[split:].sum()
+        optimizer.zero_grad()
+        (settings.gamma * forget + settings.alpha * retain).backward()
+        if settings.optimizer.gradient_clipping:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), settings.optimizer.gradient_clipping)
+        optimizer.step()
+        losses.append((float(forget.detach()), float(retain.detach())))
+    return {"losses": losses, "weights": saved_weights(model)}
+
+
+def saved_weights(model: Any) -> dict[str, np.ndarray]:
+    """The weights of a model as `save_pretrained` writes them (hub names)."""
+    import tempfile
+
+    from safetensors.numpy import load_file
+
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return {name: value for path in Path(folder).glob("*.safetensors") for name, value in load_file(path).items()}

@@ -39,3 +39,51 @@ def zero3_bytes(world: Any, config: str, run_dir: str, overrides: list[str]) -> 
         "master and Adam moments": sum(t.numel() * t.element_size() for t in (*moments, *masters)),
         "checkpoint": saved,
     }
+
+
+def step_traffic(world: Any, config: str, run_dir: str, overrides: list[str]) -> dict[str, float]:
+    """Bytes by collective in one forward and backward pass of the real training engine, 16 tokens on each rank.
+
+    The calls are counted where DeepSpeed hands them to torch: what this rank would receive in a ring, or, for the
+    all-to-all, what it sends to other ranks.
+    """
+    import torch
+    from deepspeed.comm import comm
+
+    from trace_ds.stages.unlearn import training_engine
+
+    loaded, _ = load_config(config, overrides, run_dir)
+    engine = training_engine(loaded, inspect_model(loaded.model.path), world, 1)
+    totals: dict[str, float] = {}
+
+    def bytes_of(tensors: Any) -> int:
+        return sum(t.numel() * t.element_size() for t in ([tensors] if isinstance(tensors, torch.Tensor) else tensors))
+
+    def wrap(method: str, name: str, position: int, of: str) -> None:
+        """Count the bytes of the argument ``of`` (the gathered or unreduced whole) in every call of ``method``."""
+        original = getattr(comm.cdb, method)
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            group = options.get("group")
+            tensors = options[of] if of in options else arguments[position]
+            size, mine = torch.distributed.get_world_size(group), torch.distributed.get_rank(group)
+            if name != "all-to-all":
+                totals[name] = totals.get(name, 0.0) + bytes_of(tensors) * (size - 1) / size
+            elif tensors.dim() == 2:  # tokens, not their counts
+                rows = options["input_split_sizes"]
+                away = sum(rows) - rows[mine]
+                totals[name] = totals.get(name, 0.0) + away * tensors.shape[1] * tensors.element_size()
+            return original(*arguments, **options)
+
+        setattr(comm.cdb, method, call)
+
+    wrap("all_gather_into_tensor", "all-gather", 0, "output_tensor")
+    wrap("all_gather", "all-gather", 0, "tensor_list")
+    wrap("reduce_scatter_tensor", "reduce-scatter", 1, "input_tensor")
+    wrap("reduce_scatter", "reduce-scatter", 1, "input_list")
+    wrap("all_reduce", "all-reduce", 0, "tensor")
+    wrap("all_to_all_single", "all-to-all", 1, "input")
+    ids = torch.arange(16)[None] * 7 + world.rank
+    output = engine(input_ids=ids, use_cache=False)
+    engine.backward(output.logits.float().logsumexp(-1).sum())
+    return totals

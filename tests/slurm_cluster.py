@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -100,6 +102,7 @@ class SlurmCluster:
         # Directly under /tmp: the path of a Unix socket may have no more than 107 characters.
         self.base = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))
         self._stack.callback(shutil.rmtree, self.base, ignore_errors=True)
+        self._stack.callback(self._end_leftovers)
         self.base.chmod(0o755)  # munged insists that others can reach its socket
         for name in ("munge", "state", "log", "spool"):
             (self.base / name).mkdir(mode=0o755)
@@ -136,6 +139,8 @@ class SlurmCluster:
         node = f"NodeHostname={host} NodeAddr=127.0.0.1 CPUs={self.cpus_per_node} RealMemory=64000"
         if self.gpus_per_node:
             node += f" Gres=gpu:{self.gpus_per_node}"
+        # A script derives ports from the job id: two test runs on one machine must not both start at job 1.
+        first_job = random.SystemRandom().randrange(1, 19_000)
         self.conf = self.base / "slurm.conf"
         self.conf.write_text(
             f"""
@@ -166,6 +171,7 @@ SchedulerParameters=batch_sched_delay=1,sched_interval=1,bf_interval=1
 JobRequeue=1
 KillWait=2
 KillOnBadExit=1
+FirstJobId={first_job}
 ReturnToService=2
 NodeName=n1 Port={port_1} {node}
 NodeName=n2 Port={port_2} {node}
@@ -201,6 +207,14 @@ PartitionName=debug Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
         self._call("scancel", "--state=RUNNING")
         with contextlib.suppress(TimeoutError):
             self._wait_until("all jobs are over", lambda: not self._call("squeue", "-h").stdout.strip(), 20)
+
+    def _end_leftovers(self) -> None:
+        """Kills what still has this cluster in its environment: linuxproc loses sight of a dead script's children."""
+        mark = f"SLURM_CONF={self.base}/slurm.conf".encode()
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):  # gone meanwhile, or another user's
+                if process.name != str(os.getpid()) and mark in (process / "environ").read_bytes().split(b"\0"):
+                    os.kill(int(process.name), signal.SIGKILL)
 
     def _nodes_idle(self) -> bool:
         return self._call("sinfo", "-h", "-N", "-o", "%t").stdout.split() == ["idle", "idle"]

@@ -109,9 +109,10 @@ def test_variance_decomposition_and_shares_against_the_slow_way() -> None:
     variance = weight_variance(sums)
     assert variance["between"] == pytest.approx(((means[d] - 1) ** 2).mean(), rel=1e-9)
     assert variance["between"] + variance["within"] == pytest.approx(w.var(), rel=1e-9)
-    documents = Documents([f"s{t}" for t in retain.topic_D], ["text"] * 300)
+    documents = Documents([f"s{t}" for t in range(5)], retain.topic_D, ["text"] * 300)
     shares = source_shares(sums, documents)
     assert shares[0]["source"] == "s1"
+    assert [row["source"] for row in shares if row["token_share"] == 0] == ["s0"]
     for row in shares:
         mine = np.isin(d, np.nonzero(retain.topic_D == int(row["source"][1:]))[0])
         assert row["token_share"] == pytest.approx(mine.mean())

@@ -11,8 +11,9 @@ from scipy import optimize
 
 from trace_ds.calibration import raking, tokens
 from trace_ds.calibration.patterns import Encoding, PatternStore, build_store
-from trace_ds.calibration.raking import covariance, evaluate, solve, temper
+from trace_ds.calibration.raking import covariance, evaluate, solve
 from trace_ds.calibration.targets import offer
+from trace_ds.calibration.tempering import temper
 
 
 def weights(active_TS: np.ndarray, theta_S: np.ndarray) -> np.ndarray:
@@ -217,13 +218,13 @@ def test_a_layer_whose_fixed_experts_leave_a_rest_still_sums_to_top_k(tmp_path) 
     both = (trace[:, 1] == 7).sum(axis=1) == 2
     trace[both, 1] = [6, 7]
     retain = type(retain)(trace, retain.tokens, retain.topic_D)
-    _, store = build_store(retain.as_trace(), retain.tokens, np.ones((3, 8), dtype=bool), tmp_path)
     p, q = retain.dense(8).mean(axis=0), forget.dense(8).mean(axis=0)
-    offered = offer(store, p, q)
-    assert offered.target_S[8 + 3] == 0 and offered.reason_S[8 + 3] == "never"
-    assert offered.target_S[8:16].sum() == pytest.approx(2.0, abs=1e-9)
-    np.testing.assert_allclose(offered.target_S[:8], q[:8], atol=1e-9)
-    assert temper(store, p, offered.target_S, 0.5).strength > 0.05
+    for store in build_store(retain.as_trace(), retain.tokens, np.ones((3, 8), dtype=bool), tmp_path):
+        offered = offer(store, p, q)  # tokens as they are (no covariance to project on), then de-duplicated
+        assert offered.target_S[8 + 3] == 0 and offered.reason_S[8 + 3] == "never"
+        assert offered.target_S[8:16].sum() == pytest.approx(2.0, abs=1e-9)
+        np.testing.assert_allclose(offered.target_S[:8], q[:8], atol=1e-9)
+        assert temper(store, p, offered.target_S, 0.5).strength > 0.05
 
 
 def test_a_target_far_beyond_the_retain_frequency_is_limited() -> None:

@@ -257,49 +257,66 @@ def engine_state(directory: Path, ep: int, world: int, keep_fp32: bool = True) -
     return state
 
 
-MATRIX = {
-    1: [Case("mixtral", 3, 0), Case("mixtral", 3, 1), Case("mixtral", 1, 1), Case("mixtral", 3, 0, "fp32", 2)],
+# Quick: what every test run checks. Slow: the rest of families x stages x worlds (`pytest -m slow`).
+QUICK = {
+    1: [Case("mixtral", 3, 0), Case("mixtral", 3, 1, "fp32")],
     2: [
-        *(Case(family, stage, ep) for family in FAMILIES for stage, ep in ((3, 0), (3, 2), (1, 2))),
-        Case("mixtral", 2, 2),
-        Case("mixtral", 1, 0),
+        Case("mixtral", 3, 0),
+        Case("mixtral", 3, 2),
+        Case("mixtral", 1, 2),
         Case("mixtral", 0, 2, "fp32"),
         Case("mixtral", 3, 2, "fp32", 2),
         Case("mixtral", 3, 2, "bf16", 0),
         Case("mixtral", 3, 0, freeze=True),
+        Case("deepseek_v3", 3, 2),
+        Case("qwen2_moe", 3, 2),
+        Case("qwen3_moe", 3, 2),
+    ],
+    4: [Case("mixtral", 3, 2, steps=2)],
+}
+SLOW = {
+    1: [Case(family, stage, 1) for family in FAMILIES for stage in (3, 1)],
+    2: [
+        *(Case(family, stage, ep) for family in FAMILIES for stage, ep in ((3, 0), (3, 2), (1, 2))),
+        Case("mixtral", 2, 2),
+        Case("mixtral", 1, 0),
     ],
     4: [
+        *(Case(family, stage, ep) for family in FAMILIES for stage, ep in ((3, 0), (3, 2), (1, 2))),
         Case("mixtral", 3, 1),
-        Case("mixtral", 3, 2, steps=2),
         Case("mixtral", 3, 4),
         Case("mixtral", 1, 2, steps=2),
         Case("mixtral", 2, 4, "fp32"),
-        Case("deepseek_v3", 3, 2),
-        Case("qwen2_moe", 3, 2),
-        Case("qwen2_moe", 1, 2),
     ],
 }
+for _world, _cases in QUICK.items():
+    SLOW[_world] = [case for case in SLOW[_world] if case not in _cases]
 
 
 @functools.cache
-def checkpoints(world: int) -> Path:
+def checkpoints(world: int, slow: bool = False) -> Path:
     """Directory with the checkpoints of that world's cases, built once in a test run, deleted at its end."""
     root = Path(tempfile.mkdtemp(prefix=f"trace_ds_world{world}_"))
     atexit.register(shutil.rmtree, root, ignore_errors=True)
-    return run_world(world, MATRIX[world], root)
+    return run_world(world, (SLOW if slow else QUICK)[world], root)
 
 
-@pytest.mark.parametrize(
-    ("world", "case"),
-    [pytest.param(world, case, id=f"world{world}-{case.name}") for world, cases in MATRIX.items() for case in cases],
-)
-def test_checkpoint_becomes_the_model_the_engine_held(tmp_path: Path, world: int, case: Case) -> None:
+def _parameters() -> Iterator[Any]:
+    for slow, matrix in ((False, QUICK), (True, SLOW)):
+        for world, cases in matrix.items():
+            for case in cases:
+                marks = [pytest.mark.slow] if slow else []
+                yield pytest.param(world, case, slow, id=f"world{world}-{case.name}", marks=marks)
+
+
+@pytest.mark.parametrize(("world", "case", "slow"), _parameters())
+def test_checkpoint_becomes_the_model_the_engine_held(tmp_path: Path, world: int, case: Case, slow: bool) -> None:
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
 
     from trace_ds.conversion.convert import convert_checkpoint
 
-    root = checkpoints(world)
+    root = checkpoints(world, slow)
     report = convert_checkpoint(
         root / case.name, tmp_path / "model", base_model=root / "base" / case.family, verify=True, jobs=2
     )

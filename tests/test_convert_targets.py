@@ -108,9 +108,11 @@ def test_deepspeed_loads_the_expert_parallel_layout(tmp_path: Path, family: str,
 
 
 @pytest.mark.parametrize(
-    "case", [TRAINED, Case("mixtral", 3, 0), Case("mixtral", 1, 2), Case("deepseek_v3", 3, 2)], ids=lambda case: case.name
+    "case",
+    [TRAINED, Case("mixtral", 3, 0), Case("mixtral", 1, 2), Case("deepseek_v3", 3, 2)],
+    ids=lambda case: case.name,
 )
-def test_universal_folder_equals_deepspeeds_own(tmp_path: Path, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_universal_folder_equals_deepspeeds_own(tmp_path: Path, case: Case) -> None:
     """Every state of every parameter is bit for bit what ds_to_universal writes, and both lead to the same model."""
     root = checkpoints(2)
     source, base = root / case.name, root / "base" / case.family

@@ -114,6 +114,15 @@ def test_no_compiler_is_a_warning_with_the_apt_line(tmp_path: Path, monkeypatch:
     assert found["C++ compiler"].status == "WARN" and "apt-get install g++" in found["C++ compiler"].fix
 
 
+def test_a_kernel_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "new" / "folder"))
+    assert [check.status for check in checks_machine.cache_checks()] == ["OK"]
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "new").write_text("a file", encoding="utf-8")
+    (check,) = checks_machine.cache_checks()
+    assert check.status == "WARN" and "TORCH_EXTENSIONS_DIR" in check.fix
+
+
 def test_launchers_are_found_beside_python(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     found = {check.name: check for check in checks_machine.launcher_checks()}
@@ -219,6 +228,15 @@ def test_storage_that_is_too_small(tmp_path: Path) -> None:
     fault = only_fault(list(checks_run.storage_checks(tmp_path / "run", 1e18)), "free space", "1000000000.0 GB")
     assert "unlearning.keep" in fault.fix
     assert of(list(checks_run.storage_checks(tmp_path / "run", 10)), "storage")["free space"].status == "OK"
+
+
+def test_storage_is_compared_with_what_the_run_needs(tmp_path: Path, model: Path) -> None:
+    """Also on a login node, where the expert-parallel size does not divide the one process."""
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    huge = config | {"intermediate_size": 10**12}
+    (model / "config.json").write_text(json.dumps(huge), encoding="utf-8")
+    found = run_checks(loaded(tmp_path, model, distributed__ep=4), tmp_path / "run")
+    assert of(found, "storage")["free space"].status == "MISS"
 
 
 def model_faults(tmp_path: Path, model: Path, **changes: Any) -> list[Check]:

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from trace_ds.cluster import cost, memory
 from trace_ds.cluster.architecture import FAMILIES, active_parameters, count_parameters, read_architecture
 from trace_ds.cluster.plan import MAX_ROWS, _largest, as_dict, plan, plan_command, plan_model
-from trace_ds.cluster.plan_view import models_markdown
+from trace_ds.cluster.plan_view import clusters_markdown, models_markdown
 from trace_ds.cluster.spec import (
     GB,
     LINK_EFFICIENCY,
@@ -177,9 +177,12 @@ def test_published_models(name: str) -> None:
     assert by_kind(from_transformers(a.family, config)) == {kind: n for kind, n in vars(counted).items() if n}
 
 
-def test_the_table_in_the_docs_is_current() -> None:
+def test_the_tables_in_the_docs_are_current() -> None:
+    """To make them anew: print what the two functions return."""
     text = (ROOT / "docs" / "plan.md").read_text(encoding="utf-8")
-    assert models_markdown({name: model_config(name) for name in PUBLISHED}) in text
+    configs = {name: model_config(name) for name in PUBLISHED}
+    assert models_markdown(configs) in text
+    assert clusters_markdown(configs, run_config(distributed__ep=8, data__context_length=512)) in text
 
 
 @pytest.mark.parametrize("case", ["mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3"])
@@ -234,6 +237,33 @@ def test_zero3_shards_and_checkpoint_are_what_deepspeed_keeps(tiny_model: Path, 
         # partitions are padded to equal length, which shows in a model this small
         assert ranks[0][part] == pytest.approx(planned.unlearn.memory.resident[part], rel=0.02), part
     assert ranks[0]["checkpoint"] == pytest.approx(planned.checkpoint_bytes, rel=0.15)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ep", [1, 2])
+def test_traffic_is_what_deepspeed_moves(tiny_model: Path, tmp_path: Path, ep: int) -> None:
+    """Bytes of every collective of a ZeRO-3 pass on two ranks; a model this small is gathered whole only if told so."""
+    eager = {
+        "stage3_param_persistence_threshold": 0,
+        "stage3_max_live_parameters": 0,
+        "stage3_max_reuse_distance": 0,
+        "stage3_prefetch_bucket_size": 0,
+    }
+    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": eager}), encoding="utf-8")
+    changes = {"unlearning__ds_config": str(tmp_path / "ds.json"), "unlearning__forget_loss": "graddiff"}
+    path = tiny.write_config(tmp_path, tiny_model, model__dtype="bf16", **changes)
+    ranks = run_distributed(plan_jobs.step_traffic, 2, str(path), str(tmp_path / "run"), [f"distributed.ep={ep}"])
+    a = read_architecture(json.loads((tiny_model / "config.json").read_text(encoding="utf-8")))
+    zero = memory.zero_settings(3)
+    planned: dict[str, float] = {}
+    for part in cost.unlearn_traffic(a, ClusterSpec(1, 2), ep=ep, zero=zero, passes=1, tokens=16, b=2):
+        name = part.name.split(" of ")[0]
+        planned[name] = planned.get(name, 0) + part.received_bytes
+    measured = {name: sum(rank.get(name, 0) for rank in ranks) / 2 for name in ranks[0]}
+    routed = measured.pop("all-to-all", 0), planned.pop("all-to-all", 0)
+    assert measured == planned
+    assert routed[0] == pytest.approx(routed[1], rel=0.25)  # the router decides, the plan spreads evenly
+    assert (ep > 1) == (routed[1] > 0)
 
 
 def test_groups_cover_the_cluster() -> None:
@@ -424,14 +454,14 @@ def test_few_rows_and_little_host_memory_are_warned_of() -> None:
 def test_micro_batches_are_cut_as_the_job_cuts_them() -> None:
     from types import SimpleNamespace
 
-    from trace_ds.cluster.plan import _Job
+    from trace_ds.cluster.job import Job
     from trace_ds.unlearning.batches import Batches
 
     a = read_architecture(model_config("olmoe-1b-7b"))
     for forget, retain, micro, world in ((8, 8, None, 2), (8, 24, 2, 4), (5, 7, 3, 2), (1, 1, None, 8)):
         changes = {"forget_rows": forget, "retain_rows": retain, "micro_batch_rows": micro}
         config = run_config(**{f"unlearning__{key}": value for key, value in changes.items()})
-        job = _Job(a, ClusterSpec(nodes=1, gpus_per_node=world), config, {})
+        job = Job(a, ClusterSpec(nodes=1, gpus_per_node=world), config, {})
         count, rows = job.micro_batches()
         assert count == Batches.micro_batches_per_step(SimpleNamespace(_settings=config.unlearning), world)  # type: ignore[arg-type]
         assert rows * count * world >= forget + retain

@@ -164,9 +164,11 @@ def test_curves_and_matched_forgetting(run: Path) -> None:
     own = [row for row in curves if row["arm"] == "unlearned"]
     assert [int(row["step"]) for row in own] == [0, *STEPS]
     assert own[0]["model"] == "original" and float(own[0]["forget"]) == 0.97
-    matched = {row["arm"]: row for row in rows_of(run / "report" / "matched.csv")}
-    for arm, row in matched.items():
-        points = [(float(p["forget"]), float(p["utility"])) for p in curves if p["arm"] == arm]
+    matched = rows_of(run / "report" / "matched.csv")
+    assert {row["utility"] for row in matched} == {"headline", "accuracy", "exact_match"}
+    for row in matched:
+        key = "utility" if row["utility"] == "headline" else f"utility_{row['utility']}"
+        points = [(float(p["forget"]), float(p[key])) for p in curves if p["arm"] == row["arm"]]
         first = next(index for index, point in enumerate(points) if point[0] <= 0.34)
         after = [utility for _, utility in points[first:]]
         assert float(row["mean_utility_after"]) == pytest.approx(sum(after) / len(after), rel=1e-5)
@@ -181,6 +183,7 @@ def test_sentence_compares_at_matched_forgetting(run: Path) -> None:
         f"unlearned keeps {mine.post:.3f} mean utility, uniform {base.post:.3f}: {mine.post / base.post - 1:+.1%}"
         in text
     )
+    assert "(by exact match" in text
     assert "0.970 before; target 0.340 (the gold model)" in text
     assert "One seed is no proof" in text
 
@@ -205,6 +208,15 @@ def test_sentence_without_checkpoints_is_not_at_matched_forgetting(tmp_path: Pat
 
 def test_sentence_without_gold_uses_chance(tmp_path: Path) -> None:
     assert "target 0.270 (chance + 0.02)" in honest_sentence(RunDirectory.at(write_run(tmp_path / "run", gold=False)))
+
+
+def test_sentence_says_when_there_was_nothing_to_forget(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "run")
+    raw = json.loads((path / "evaluation" / "original.json").read_text())
+    for score in raw["scores"]:
+        score["value"] = 0.3 if score["role"] == "forget" else score["value"]
+    (path / "evaluation" / "original.json").write_text(json.dumps(raw))
+    assert "there was nothing to forget" in honest_sentence(RunDirectory.at(path))
 
 
 def test_sentence_before_anything_is_evaluated(tmp_path: Path) -> None:

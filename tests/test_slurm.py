@@ -320,18 +320,21 @@ def test_time_limit_signals_through_the_scripts_own_sbatch_line(place: Workplace
 
 
 def test_shut_down_leaves_no_process(tmp_path: Path) -> None:
-    """Even in the middle of a job whose processes ignore SIGTERM."""
+    """Even in the middle of a job that ignores SIGTERM, with a grandchild whose parent has gone."""
     script = tmp_path / "job.sh"
-    script.write_text(f'#!/bin/sh\ntrap "" TERM\necho $$ >{tmp_path}/pid\nwhile :; do sleep 1; done\n')
+    script.write_text(
+        f'#!/bin/sh\ntrap "" TERM\n(sleep 600 & echo $! >{tmp_path}/child)\n'
+        f"echo $$ >{tmp_path}/script\nwhile :; do sleep 1; done\n"
+    )
+    pids = [tmp_path / "child", tmp_path / "script"]
     with slurm_cluster() as booted:
         job = booted.submit(script, cwd=tmp_path)
-        booted.wait_until(
-            "the job runs", lambda: (tmp_path / "pid").exists() and bool((tmp_path / "pid").read_text()), 60, job
-        )
+        booted.wait_until("the job runs", lambda: all(p.exists() and p.read_text() for p in pids), 60, job)
         base = booted.base
     assert not base.exists()
-    status = Path("/proc") / (tmp_path / "pid").read_text().strip() / "status"
-    assert not status.exists() or "State:\tZ" in status.read_text()  # gone, or ended and not yet collected by init
+    for pid in pids:
+        status = Path("/proc") / pid.read_text().strip() / "status"
+        assert not status.exists() or "State:\tZ" in status.read_text()  # gone, or ended and not yet collected by init
 
 
 @pytest.mark.slow

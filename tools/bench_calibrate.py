@@ -93,6 +93,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, object]:
     forget_tokens, forget_trace = corpus("forget")
     retain_tokens, retain_trace = corpus("retain")
     forget_LE = count_selections(forget_trace, forget_tokens, arguments.experts) / forget_tokens.counted_total()
+    began_cpu_s = time.process_time()
     began_s = now_s = time.perf_counter()
     counted = retain_tokens.counted_total()
     retain_LE = count_selections(retain_trace, retain_tokens, arguments.experts) / counted
@@ -115,6 +116,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, object]:
         "tokens": counted,
         "constraints": int(scope_LE.sum()),
         **times,
+        "cpu_s": round(time.process_time() - began_cpu_s, 2),
         "peak_rss_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
         "lambda": made.strength,
         "ess_fraction": made.ess,

@@ -270,7 +270,7 @@ def inspect(
 
 @app.command()
 def bench(
-    recipe: ConfigArgument = "demo",
+    recipe: ConfigArgument = "bench_knowledge",
     run_dir: RunDirOption = None,
     seeds: Annotated[int, typer.Option(min=1, help="Base models, seeds 0, 1, …")] = 3,
     json: JsonOption = False,

@@ -15,6 +15,7 @@ from trace_ds.calibration.detect import Detection
 from trace_ds.calibration.rules import Calibrated
 from trace_ds.calibration.targets import REASONS
 from trace_ds.calibration.tokens import TokenMap, Trace
+from trace_ds.config.schema import CalibrationConfig
 
 QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
 QUANTILE_SAMPLE = 1 << 20
@@ -26,10 +27,17 @@ LEAST_ALIKE_SHARE = 0.005
 
 @dataclass(frozen=True)
 class Documents:
-    """What is known of the retain documents: source names and first characters, both of length D."""
+    """What is known of the retain documents.
 
-    source: Sequence[str]
-    text_start: Sequence[str]
+    Attributes:
+        names: the distinct sources.
+        source_D: int64, the source of each document, an index into ``names``.
+        text_start: first characters of each document (strings, or an Arrow column: it stays on disk).
+    """
+
+    names: Sequence[str]
+    source_D: np.ndarray
+    text_start: Sequence[Any]
 
 
 @dataclass(frozen=True)
@@ -147,9 +155,7 @@ def quantiles(weight_T: np.ndarray, tokens: TokenMap) -> dict[str, float]:
 
 def source_shares(sums: DocumentSums, documents: Documents) -> list[dict[str, Any]]:
     """Share of tokens and of weight by source, most up-weighted first."""
-    names = sorted(set(documents.source))
-    number = {name: i for i, name in enumerate(names)}
-    of_D = np.array([number[name] for name in documents.source], dtype=np.int64)
+    names, of_D = documents.names, documents.source_D
     tokens = np.bincount(of_D, sums.tokens_D, len(names)) / max(float(sums.tokens_D.sum()), 1.0)
     weight = np.bincount(of_D, sums.weight_D, len(names)) / max(float(sums.weight_D.sum()), 1e-300)
     rows = [
@@ -169,8 +175,8 @@ def top_documents(sums: DocumentSums, documents: Documents, likeness_D: np.ndarr
     return [
         {
             "document": int(d),
-            "source": documents.source[d],
-            "text_start": documents.text_start[d],
+            "source": documents.names[documents.source_D[d]],
+            "text_start": str(documents.text_start[int(d)]),
             "weight": float(mean_D[d]),
             "tokens": int(sums.tokens_D[d]),
             "likeness": float(likeness_D[d]),
@@ -258,3 +264,70 @@ def find_warnings(
             f"the weights were raised to the power {calibrated.exponent:.3f} to keep the effective sample size"
         )
     return found
+
+
+def diagnose(
+    config: CalibrationConfig,
+    detection: Detection,
+    calibrated: Calibrated,
+    achieved_LE: np.ndarray,
+    sums: DocumentSums,
+    likeness_D: np.ndarray,
+    tokens: TokenMap,
+    documents: Documents,
+    top_k: int,
+    traced: bool,
+) -> dict[str, Any]:
+    """The content of ``diagnosis.json`` (JSON types only)."""
+    gap = np.abs(detection.forget_LE - detection.retain_LE)[calibrated.scope_LE].sum()
+    left = np.abs(detection.forget_LE - achieved_LE)[calibrated.scope_LE].sum()
+    js = jensen_shannon_bits(detection.forget_LE, detection.retain_LE, top_k)
+    after = jensen_shannon_bits(detection.forget_LE, achieved_LE, top_k)
+    entropies = [entropy_bits(p, top_k) for p in (detection.forget_LE, detection.retain_LE, achieved_LE)]
+    row = calibrated.row_weight_R[calibrated.row_weight_R > 0]
+    return {
+        "rule": config.rule,
+        "experts": config.experts,
+        "level": config.level,
+        "detection": config.detection.method,
+        "lambda": calibrated.strength,
+        "exponent": calibrated.exponent,
+        "ess_fraction": calibrated.ess,
+        "row_ess_fraction": float(row.sum() ** 2 / (len(row) * (row**2).sum())) if len(row) else 1.0,
+        "ess_floor": config.ess_floor,
+        "max_weight": calibrated.max_weight,
+        "weight_quantiles": quantiles(calibrated.weight_T, tokens),
+        "iterations": calibrated.iterations,
+        "converged": calibrated.converged,
+        "solve_error": calibrated.solve_error,
+        "gap_closed": float(1.0 - left / gap) if gap > 0 else 0.0,
+        "none_found": not bool(detection.selected_LE.any()),
+        "constraints": int(calibrated.scope_LE.sum()),
+        "selected": expert_rows(detection.selected_LE, detection, calibrated, achieved_LE),
+        "random_experts": expert_rows(calibrated.scope_LE, detection, calibrated, achieved_LE)
+        if config.rule == "random_experts"
+        else [],
+        "moved_targets": [
+            {"layer": layer, "expert": expert, "offered": offered, "reason": reason}
+            for layer, expert, offered, reason in calibrated.moved
+        ],
+        "layers": [
+            {
+                "layer": i,
+                "entropy_forget_bits": float(entropies[0][i]),
+                "entropy_retain_bits": float(entropies[1][i]),
+                "entropy_weighted_bits": float(entropies[2][i]),
+                "js_bits": float(js[i]),
+                "js_weighted_bits": float(after[i]),
+                "selected": int(detection.selected_LE[i].sum()),
+            }
+            for i in range(len(js))
+        ],
+        "top_documents": top_documents(sums, documents, likeness_D),
+        "share_by_source": source_shares(sums, documents),
+        "variance": weight_variance(sums),
+        "alike_share": alike_share(sums, likeness_D) if traced else None,
+        "warnings": find_warnings(
+            detection, calibrated, achieved_LE, likeness_D if traced else None, sums, config.rule
+        ),
+    }

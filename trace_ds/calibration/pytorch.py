@@ -40,9 +40,9 @@ def collate_rows(rows: Sequence[Mapping[str, Any]], pad_id: int = 0) -> dict[str
     weights = torch.zeros(len(rows), size)
     for number, row in enumerate(rows):
         length = len(row["input_ids"])
-        ids[number, :length] = torch.as_tensor(row["input_ids"])
-        documents[number, :length] = torch.as_tensor(row["document_ids"])
-        weights[number, :length] = torch.as_tensor(row["weights"], dtype=torch.float32)
+        ids[number, :length] = torch.tensor(row["input_ids"])
+        documents[number, :length] = torch.tensor(row["document_ids"])
+        weights[number, :length] = torch.tensor(row["weights"], dtype=torch.float32)
     same = documents[:, 1:] == documents[:, :-1]
     places = torch.arange(size).expand(len(rows), size)
     starts = torch.cat([torch.ones(len(rows), 1, dtype=torch.bool), ~same], dim=1)

@@ -27,8 +27,8 @@ from pathlib import Path
 import numpy as np
 
 from trace_ds.calibration.patterns import Encoding, PatternStore, build_store, score
-from trace_ds.calibration.raking import temper
 from trace_ds.calibration.targets import Offer, offer
+from trace_ds.calibration.tempering import temper
 from trace_ds.calibration.tokens import TokenMap, Trace
 from trace_ds.config.schema import CalibrationConfig
 

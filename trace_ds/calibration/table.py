@@ -67,8 +67,6 @@ def print_table(artefact: Artefact, console: Any = None) -> None:
     share = d["variance"]["between_share"]
     console.print(f"{share:.0%} of the variance of the weights is between documents", highlight=False)
     if d["alike_share"] is not None:
-        console.print(
-            f"{d['alike_share']:.1%} of the retain tokens are in documents routed at least half-way like the forget text"
-        )
+        console.print(f"{d['alike_share']:.1%} of the retain tokens are in documents routed like the forget text")
     for warning in d["warnings"]:
         console.print(f"warning: {warning}", style="yellow", markup=False)

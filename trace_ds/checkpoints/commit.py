@@ -26,6 +26,8 @@ from trace_ds.errors import UserError
 from trace_ds.parallel.world import World
 from trace_ds.run.files import fsync_directory, fsync_file, sha256_file
 
+DEEPSPEED_SCRIPTS = ("zero_to_fp32.py", "zero_to_torch.py")
+
 
 def save(
     engine: Any, world: World, checkpoints: Path, manifest: Manifest, *, keep: int, keep_every: int | None
@@ -49,6 +51,9 @@ def save(
         str(checkpoints), tag=temporary.name, client_state={"trace_ds_step": manifest.step}, save_latest=False
     )
     world.barrier()  # every file is there: DeepSpeed writes some files of a group on one rank only
+    if world.is_main:
+        for script in DEEPSPEED_SCRIPTS:  # they refuse expert-parallel checkpoints; `trace-ds convert` reads all
+            (checkpoints / script).unlink(missing_ok=True)
     names = sorted(str(path.relative_to(temporary)) for path in temporary.rglob("*") if path.is_file())
     mine = {}
     for file in names[world.rank :: world.size]:  # hashing is shared between the ranks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -59,6 +60,17 @@ def find_program(name: str) -> str | None:
     """Path of a program, looking beside this Python first (an environment that is not activated still counts)."""
     beside = Path(sys.executable).parent / name
     return str(beside) if beside.is_file() else shutil.which(name)
+
+
+def nearest_directory(path: Path) -> Path | None:
+    """``path`` or its nearest parent that exists; None when that is not a directory."""
+    absolute = Path(os.path.abspath(path))
+    for candidate in (absolute, *absolute.parents):
+        if candidate.is_dir():
+            return candidate
+        if candidate.exists():
+            return None
+    return None
 
 
 def output_of(*command: str, timeout_s: float = COMMAND_TIMEOUT_S) -> tuple[int, str]:

@@ -9,10 +9,11 @@ import os
 import re
 import socket
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from trace_ds.cluster.checks import Check, find_program, first_line, gigabytes, output_of
+from trace_ds.cluster.checks import Check, find_program, first_line, gigabytes, nearest_directory, output_of
 from trace_ds.config.schema import Config
 
 PYTHON = ((3, 10), (3, 14))
@@ -194,6 +195,22 @@ def toolchain_checks() -> Iterator[Check]:
         yield Check(group, "ninja", "OK", ninja)
     else:
         yield Check(group, "ninja", "WARN", "none: needed with the compiler only", "pip install ninja")
+
+
+def cache_checks() -> Iterator[Check]:
+    """The folder that compiled kernels (torch extensions, Triton) are cached in can be written."""
+    group, name = "compiler", "kernel cache"
+    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions")
+    home = nearest_directory(folder)
+    try:
+        if home is None:
+            raise NotADirectoryError(20, "a part of the path is a file")
+        with tempfile.TemporaryFile(dir=home):
+            pass
+        yield Check(group, name, "OK", str(folder))
+    except OSError as error:
+        fix = "set TORCH_EXTENSIONS_DIR and TRITON_CACHE_DIR to a folder that can be written, best on the node itself"
+        yield Check(group, name, "WARN", f"{folder} cannot be written ({error.strerror})", fix)
 
 
 def launcher_checks() -> Iterator[Check]:

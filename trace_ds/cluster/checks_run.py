@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from trace_ds.cluster.architecture import FAMILIES as COUNTED_FAMILIES
-from trace_ds.cluster.checks import Check, gigabytes, user_error
+from trace_ds.cluster.checks import Check, gigabytes, nearest_directory, user_error
 from trace_ds.config.schema import Config, CorpusFile
 from trace_ds.errors import UserError
 
@@ -57,17 +57,6 @@ def storage_checks(run_dir: Path, needed_bytes: float | None) -> Iterator[Check]
     else:
         suffix = "" if needed_bytes is None else f", the run needs about {gigabytes(needed_bytes)}"
         yield Check(group, "free space", "OK", f"{gigabytes(free)} free{suffix}")
-
-
-def nearest_directory(path: Path) -> Path | None:
-    """``path`` or its nearest parent that exists; None when that is not a directory."""
-    absolute = Path(os.path.abspath(path))
-    for candidate in (absolute, *absolute.parents):
-        if candidate.is_dir():
-            return candidate
-        if candidate.exists():
-            return None
-    return None
 
 
 def _rename_check(folder: Path) -> Check:

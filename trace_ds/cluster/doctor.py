@@ -35,14 +35,17 @@ def run_checks(config: Config | None, run_dir: Path | None, *, bandwidth: bool =
     if bandwidth:
         found += guarded("collectives", "bandwidth", _bandwidth)
     found += guarded("compiler", "toolchain", machine.toolchain_checks)
+    found += guarded("compiler", "kernel cache", machine.cache_checks)
     found += guarded("launchers", "launchers", machine.launcher_checks)
     found += guarded("slurm", "slurm", machine.slurm_checks)
-    here = _plan_here(config)
     processes = _processes(config)
+    here = _plan_on(config, processes)
     needed = None if here is None else here.host_bytes
     found += guarded("cpu", "cpu", lambda: machine.cpu_checks(config, processes, needed))
     if run_dir is not None:
-        needed_storage = None if here is None else here.storage_bytes
+        # the storage does not depend on the machine, which may be a login node that the job would not fit
+        anywhere = here or (None if config is None else _plan_on(config, config.distributed.ep))
+        needed_storage = None if anywhere is None else anywhere.storage_bytes
         found += guarded("storage", "run directory", lambda: run.storage_checks(run_dir, needed_storage))
     if config is not None:
         found += guarded("model", "model", lambda: run.model_checks(config))
@@ -77,15 +80,14 @@ def _processes(config: Config | None) -> int:
     return _gpus()[0] or 1
 
 
-def _plan_here(config: Config | None) -> Plan | None:
-    """The cost model's answer for this machine alone; None when there is no model to plan for."""
+def _plan_on(config: Config | None, processes: int) -> Plan | None:
+    """The cost model's answer for so many processes of this machine; None when there is nothing to plan for."""
     if config is None:
         return None
     count, memory_bytes = _gpus()
     memory_gb = memory_bytes / 1e9 if count else 80.0
-    spec = ClusterSpec(nodes=1, gpus_per_node=_processes(config), gpu_memory_gb=memory_gb)
     try:
-        return plan(config, spec)
+        return plan(config, ClusterSpec(nodes=1, gpus_per_node=processes, gpu_memory_gb=memory_gb))
     except UserError:
         return None  # the model's own checks say why
 

@@ -24,13 +24,12 @@ from trace_ds.cluster.architecture import (
     count_parameters,
     read_architecture,
 )
+from trace_ds.cluster.job import Job, ceil_div, corpus_tokens
 from trace_ds.cluster.spec import GB, ClusterSpec
 from trace_ds.config.schema import Config
 from trace_ds.errors import UserError
 from trace_ds.models.files import CONFIG_NAME, read_json_object, read_model_config
 
-DTYPE_BYTES = {"bf16": 2, "fp32": 4}
-BYTES_PER_TOKEN = 4  # of English text; for the length of `collect` before the corpora are tokenised
 HEAD_CHUNK_TOKENS = 4096  # `collect` computes logits in pieces of so many tokens
 RECOMPUTE = False  # the training job keeps all activations (no activation checkpointing)
 MAX_ROWS = 4096  # no search for a larger micro-batch than this
@@ -102,43 +101,6 @@ class Plan:
     warnings: list[str]
 
 
-@dataclass(frozen=True)
-class _Job:
-    """What of the configuration the cost model needs, resolved for one model and cluster."""
-
-    a: Architecture
-    spec: ClusterSpec
-    config: Config
-    ds_config: Mapping[str, Any]
-
-    @property
-    def b(self) -> int:
-        return DTYPE_BYTES[self.config.model.dtype]
-
-    @property
-    def context(self) -> int:
-        return self.config.data.context_length
-
-    @property
-    def rmu_layers(self) -> int | None:
-        """Decoder layers of an RMU step (its layer and all below); None for the other forget losses."""
-        settings = self.config.unlearning
-        if settings.forget_loss != "rmu":
-            return None
-        layer = self.a.layers // 2 if settings.rmu.layer is None else settings.rmu.layer
-        return min(layer + 1, self.a.layers)
-
-    def micro_batches(self) -> tuple[int, int]:
-        """(micro-batches of a step, rows of one: forget and retain rows together), as the training job cuts them."""
-        settings = self.config.unlearning
-        sides = [_share(n, self.spec.world) for n in (settings.forget_rows, settings.retain_rows)]
-        count = _share(max(sides), settings.micro_batch_rows or max(sides))
-        return count, sum(_share(side, count) for side in sides)
-
-    def zero(self, stage: int) -> memory.ZeroSettings:
-        return memory.zero_settings(stage, self.ds_config)
-
-
 def plan(config: Config, cluster: ClusterSpec) -> Plan:
     """Plan ``config`` on ``cluster``.
 
@@ -157,7 +119,7 @@ def plan_model(model_config: Mapping[str, Any], config: Config, cluster: Cluster
     _check(a, cluster, ep)
     path = config.unlearning.ds_config
     ds_config = read_json_object(Path(path), "the DeepSpeed configuration") if path else {}
-    job = _Job(a, cluster, config, ds_config)
+    job = Job(a, cluster, config, ds_config)
     collect, unlearn = _collect(job, ep), _unlearn(job, ep, stage)
     choices = sorted(
         (_choice(job, size, level) for size in _expert_parallel_sizes(a, cluster) for level in (1, 2, 3)),
@@ -211,7 +173,7 @@ def _expert_parallel_sizes(a: Architecture, cluster: ClusterSpec) -> list[int]:
     return [size for size in range(1, a.experts + 1) if a.experts % size == 0 and cluster.world % size == 0]
 
 
-def _collect_memory(job: _Job, ep: int, rows: int) -> memory.Memory:
+def _collect_memory(job: Job, ep: int, rows: int) -> memory.Memory:
     return memory.collect_memory(
         job.a,
         ep=ep,
@@ -222,7 +184,7 @@ def _collect_memory(job: _Job, ep: int, rows: int) -> memory.Memory:
     )
 
 
-def _collect(job: _Job, ep: int) -> StagePlan:
+def _collect(job: Job, ep: int) -> StagePlan:
     a, spec, rows = job.a, job.spec, job.config.statistics.batch_rows
     tokens = rows * job.context
     used = _collect_memory(job, ep, rows)
@@ -236,7 +198,7 @@ def _collect(job: _Job, ep: int) -> StagePlan:
         training_flops=0,
         weight_bytes=memory.rank_parameters(a, ep) * job.b,
     )
-    corpus = _corpus_tokens(job.config)
+    corpus = corpus_tokens(job.config)
     return StagePlan(
         rows=rows,
         memory=used,
@@ -245,11 +207,11 @@ def _collect(job: _Job, ep: int) -> StagePlan:
         traffic=traffic,
         time=time,
         tokens_per_s=tokens * spec.world / time.serial_s,
-        steps=None if corpus is None else max(_share(corpus, tokens * spec.world), 1),
+        steps=None if corpus is None else max(ceil_div(corpus, tokens * spec.world), 1),
     )
 
 
-def _unlearn_memory(job: _Job, ep: int, stage: int, rows: int, recompute: bool = RECOMPUTE) -> memory.Memory:
+def _unlearn_memory(job: Job, ep: int, stage: int, rows: int, recompute: bool = RECOMPUTE) -> memory.Memory:
     return memory.unlearn_memory(
         job.a,
         world=job.spec.world,
@@ -263,7 +225,7 @@ def _unlearn_memory(job: _Job, ep: int, stage: int, rows: int, recompute: bool =
     )
 
 
-def _unlearn(job: _Job, ep: int, stage: int) -> StagePlan:
+def _unlearn(job: Job, ep: int, stage: int) -> StagePlan:
     a, spec, (passes, rows) = job.a, job.spec, job.micro_batches()
     tokens, rmu_layers = rows * job.context, job.rmu_layers
     used = _unlearn_memory(job, ep, stage, rows)
@@ -304,7 +266,7 @@ def _unlearn(job: _Job, ep: int, stage: int) -> StagePlan:
     )
 
 
-def _choice(job: _Job, ep: int, stage: int) -> Choice:
+def _choice(job: Job, ep: int, stage: int) -> Choice:
     unlearn = _unlearn(job, ep, stage)
     collect = _collect_memory(job, ep, job.config.statistics.batch_rows)
     return Choice(
@@ -319,11 +281,6 @@ def _choice(job: _Job, ep: int, stage: int) -> Choice:
     )
 
 
-def _share(total: int, parts: int) -> int:
-    """``total / parts``, rounded up."""
-    return -(-total // parts)
-
-
 def _largest(peak_bytes: Any, limit_bytes: float) -> int:
     """The largest number of rows whose peak stays within the limit (0: not even one row; at most MAX_ROWS).
 
@@ -336,15 +293,7 @@ def _largest(peak_bytes: Any, limit_bytes: float) -> int:
     return low
 
 
-def _corpus_tokens(config: Config) -> int | None:
-    """Tokens of both corpora, estimated from the sizes of their files; None when one is not there."""
-    paths = [Path(file.path) for file in (*config.data.forget, *config.data.retain)]
-    if not all(path.is_file() for path in paths):
-        return None
-    return sum(path.stat().st_size for path in paths) // BYTES_PER_TOKEN
-
-
-def _warnings(job: _Job, result: Plan) -> list[str]:
+def _warnings(job: Job, result: Plan) -> list[str]:
     """What the user should know before pressing enter."""
     spec, settings, warnings = job.spec, job.config.unlearning, []
     usable = f"{spec.usable_bytes / GB:.0f} GB usable on a GPU"

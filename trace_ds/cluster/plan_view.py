@@ -154,34 +154,59 @@ def models_markdown(configs: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def clusters_markdown(configs: Mapping[str, Mapping[str, Any]], config: Config) -> str:
-    """For each model the smallest cluster of 8-GPU nodes (a power of two, up to 128) on which ``config`` fits, in
-    Markdown; rows per step are set to one of each side per GPU. Stored in ``docs/plan.md``."""
-    lines = [
-        "| model | GPUs | collect, peak | unlearn, peak | if recomputed | step | bound | checkpoint | host memory a node |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | --- | ---: | ---: |",
-    ]
+    """For each model the smallest cluster of 8-GPU nodes (a power of two, up to 128) and expert-parallel size on which
+    ``config`` fits, in Markdown; rows per step are set to one of each side per GPU. Stored in ``docs/plan.md``."""
+    header = (
+        "model",
+        "GPUs",
+        "EP",
+        "collect",
+        "unlearn",
+        "if recomputed",
+        "step",
+        "bound",
+        "checkpoint",
+        "host, a node",
+    )
+    lines = ["| " + " | ".join(header) + " |", "| --- |" + " ---: |" * (len(header) - 1)]
     for name, model_config in configs.items():
-        for nodes in (1, 2, 4, 8, 16, 32, 64, 128):
-            spec = ClusterSpec(nodes=nodes)
-            sized = {"forget_rows": spec.world, "retain_rows": spec.world, "micro_batch_rows": 1}
-            scaled = config.model_copy(update={"unlearning": config.unlearning.model_copy(update=sized)})
-            plan = plan_model(model_config, scaled, spec, name)
-            if plan.collect.fits and plan.unlearn.fits:
-                break
-        fits = plan.collect.fits and plan.unlearn.fits
+        plan = _smallest(model_config, config, name)
+        if plan is None:
+            lines.append(f"| {name} | more than 1024 |" + " |" * (len(header) - 2))
+            continue
+        time = plan.unlearn.time
         cells = [
             name,
-            f"{spec.world}" if fits else f"{spec.world} do not do",
+            str(plan.cluster.world),
+            str(plan.ep),
             size(plan.collect.memory.peak_bytes),
             size(plan.unlearn.memory.peak_bytes),
             size(plan.recomputed_peak_bytes),
-            f"{duration(plan.unlearn.time.overlapped_s)} to {duration(plan.unlearn.time.serial_s)}",
-            plan.unlearn.time.bound,
+            f"{duration(time.overlapped_s)} to {duration(time.serial_s)}",
+            time.bound,
             size(plan.checkpoint_bytes),
             size(plan.host_bytes),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _smallest(model_config: Mapping[str, Any], config: Config, name: str) -> Plan | None:
+    """The plan with the fewest nodes, then the smallest expert-parallel size, that fits; None: not on 1,024 GPUs."""
+    for nodes in (1, 2, 4, 8, 16, 32, 64, 128):
+        spec = ClusterSpec(nodes=nodes)
+        sized = {"forget_rows": spec.world, "retain_rows": spec.world, "micro_batch_rows": 1}
+        for ep in (8, 16, 32, 64):
+            if spec.world % ep or read_architecture(model_config, name).experts % ep:
+                continue
+            changed = {
+                "unlearning": config.unlearning.model_copy(update=sized),
+                "distributed": config.distributed.model_copy(update={"ep": ep}),
+            }
+            plan = plan_model(model_config, config.model_copy(update=changed), spec, name)
+            if plan.collect.fits and plan.unlearn.fits:
+                return plan
+    return None
 
 
 def size(number: float) -> str:

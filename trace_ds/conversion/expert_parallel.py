@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from trace_ds.conversion.convert import Plan
-from trace_ds.conversion.layouts import fused_to_engine, moe_prefixes
+from trace_ds.conversion.layouts import ROUTER_TWICE, fused_to_engine, moe_prefixes
 from trace_ds.conversion.runs import TensorSource
 from trace_ds.conversion.safetensors_target import DTYPE_NAMES
 from trace_ds.conversion.stream import Progress, warnings_of
@@ -48,7 +48,7 @@ def write_expert_parallel(plan: Plan, work: Path, *, jobs: int, progress: Progre
         module[name] = _streamed(plan, source)
     for alias, name in layout.tied.items():
         module[alias] = module[name]
-    if layout.records_router:
+    if layout.config.model_type in ROUTER_TWICE:
         for prefix in prefixes:
             module[f"{prefix}.gate.gate.weight"] = module[f"{prefix}.router.gate.weight"]
     state: dict[str, Any] = {

@@ -49,7 +49,6 @@ class ModelLayout:
         tied: name that is not stored -> name of the tensor it is tied to.
         hub: name -> Piece of every tensor on disk, in transformers' order.
         keep_fp32: patterns of names that transformers keeps in fp32 whatever the model's type.
-        records_router: transformers can output the router's logits (AutoEP then holds the router under two names).
     """
 
     config: Any
@@ -57,7 +56,6 @@ class ModelLayout:
     tied: dict[str, str]
     hub: dict[str, Piece]
     keep_fp32: tuple[str, ...]
-    records_router: bool
 
     def keeps_fp32(self, name: str) -> bool:
         return any(re.search(rf"(^|\.){re.escape(pattern)}($|\.)", name) for pattern in self.keep_fp32)
@@ -119,9 +117,7 @@ def read_layout(model_directory: Path) -> ModelLayout:
         hub[name] = Piece(name, whole, tuple(view.shape), tuple(blocks))
     keep = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
     keep |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
-    records_router = "router_logits" in (getattr(model, "_can_record_outputs", None) or {})
-    records_router |= any("router_logits" in (getattr(m, "_can_record_outputs", None) or {}) for m in model.modules())
-    return ModelLayout(config, fused, tied, hub, tuple(sorted(keep)), records_router)
+    return ModelLayout(config, fused, tied, hub, tuple(sorted(keep)))
 
 
 def _tracked(shape: tuple[int, ...]) -> torch.Tensor:
@@ -156,17 +152,16 @@ def hub_to_fused(layout: ModelLayout, tensors: Mapping[str, TensorSource]) -> di
 
 
 def fused_to_hub(layout: ModelLayout, tensors: Mapping[str, TensorSource]) -> dict[str, TensorSource]:
-    return {
-        name: extract(name, piece.shape, piece.blocks, tensors[piece.whole]) for name, piece in layout.hub.items()
-    }
+    return {name: extract(name, piece.shape, piece.blocks, tensors[piece.whole]) for name, piece in layout.hub.items()}
 
 
 # Fused <-> engine. AutoEP replaces the module of an MoE layer, PREFIX = model.layers.N.mlp:
-#   PREFIX.gate.*                 -> PREFIX.router.gate.weight (and, for Mixtral, the alias PREFIX.gate.gate.weight)
+#   PREFIX.gate.*                 -> PREFIX.router.gate.weight (see ROUTER_TWICE for PREFIX.gate.gate.weight)
 #   PREFIX.gate.e_score_...       -> PREFIX.router.e_score_...
 #   PREFIX.shared_expert.*        -> PREFIX.shared_experts.* (Qwen; likewise shared_expert_gate)
 #   PREFIX.experts.gate_up_proj   -> PREFIX.experts.w1 (gate) and .w3 (up);  PREFIX.experts.down_proj -> .w2
 
+ROUTER_TWICE = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")  # families whose preset makes the alias
 EXPERTS = re.compile(r"(.+)\.experts\.gate_up_proj$")
 
 

@@ -204,9 +204,7 @@ def _not_finite(block: torch.Tensor, cast: torch.Tensor, overflow: bool) -> tupl
     return False, overflow
 
 
-def run_tasks(
-    tasks: list[Task], directory: Path, jobs: int, progress: Progress | None
-) -> list[Written]:
+def run_tasks(tasks: list[Task], directory: Path, jobs: int, progress: Progress | None) -> list[Written]:
     """Stream the tasks after checking that the disk can hold them; sources are proven undamaged at the end."""
     total = sum(task.nbytes for task in tasks)
     free = shutil.disk_usage(directory).free
@@ -227,8 +225,6 @@ def warnings_of(names: list[str], written: list[Written]) -> list[str]:
     """One line for every tensor that is not finite, in the order of the tensors."""
     lines = [f"{name} holds NaN" for name, result in zip(names, written, strict=True) if result.nan]
     lines += [
-        f"{name} overflows in the target type"
-        for name, result in zip(names, written, strict=True)
-        if result.overflow
+        f"{name} overflows in the target type" for name, result in zip(names, written, strict=True) if result.overflow
     ]
     return lines

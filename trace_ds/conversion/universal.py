@@ -228,4 +228,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(_plain(entry) for entry in value)
     return value
-

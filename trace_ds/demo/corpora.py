@@ -185,18 +185,20 @@ def _read_verses() -> dict[str, list[str]]:
     for identifier in sorted(bible.verse_start_indices):
         start, end = bible.verse_start_indices[identifier], bible.verse_end_indices[identifier]
         text = bible.scripture_content[start:end].translate(str.maketrans("’", "'", "[]"))
-        verses[books[identifier // 1_000_000 - 1].name].append(" ".join(text.split()))
+        verses[books[identifier // 1_000_000 - 1].name].append(" ".join(text.split()).replace("( ", "("))
     return verses
 
 
 def _general(verses: dict[str, list[str]], rng: random.Random) -> list[Document]:
-    reserved = {FORGET_BOOK, *PASSAGE_BOOKS}
-    pool = [
-        Document(text, f"general/{book.lower()}")
-        for book, texts in verses.items()
-        if book not in reserved
-        for text in dict.fromkeys(texts)
-    ]
+    """Distinct verses of the books that hold no memorised verse, none of which also stands in a book that does."""
+    reserved = (FORGET_BOOK, *PASSAGE_BOOKS)
+    seen = {text for book in reserved for text in verses[book]}
+    pool = []
+    for book, texts in verses.items():
+        for text in texts:
+            if text not in seen:  # "And the LORD spake unto Moses, saying," opens dozens of chapters
+                seen.add(text)
+                pool.append(Document(text, f"general/{book.lower()}"))
     return rng.sample(pool, GENERAL_DOCUMENTS + HELDOUT_DOCUMENTS)
 
 

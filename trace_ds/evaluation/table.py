@@ -1,16 +1,18 @@
-"""The table of scores on the terminal: models × tasks."""
+"""The table of scores on the terminal: one row per task and metric, one column per model."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
 ARROWS = {"lower": "↓", "higher": "↑"}
+TASK_COLUMNS, METRIC_COLUMNS = 22, 18  # characters left for the names of tasks and of metrics
 
 
-def columns_of(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One score per (task, metric), in the order of their first appearance: forget tasks first."""
+def rows_of(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One score per (task, metric), forget tasks first, else in the order of their first appearance."""
     found: dict[tuple[str, str], dict[str, Any]] = {}
     for result in results:
         for score in result["scores"]:
@@ -18,31 +20,48 @@ def columns_of(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(found.values(), key=lambda score: score["role"] != "forget")
 
 
-def score_table(results: list[dict[str, Any]]) -> Table:
-    """Models × (task, metric); the arrow says which way is good. ``results`` are evaluation artefacts."""
-    table = Table(title="Scores")
-    table.add_column("model")
-    columns = columns_of(results)
-    for score in columns:
-        table.add_column(
-            f"{score['task']}\n{score['metric']} {ARROWS[score['direction']]}\n{score['role']}", justify="right"
-        )
-    drifts = any(result["drift"] for result in results)
-    if drifts:
-        table.add_column("routing overlap\nforget / retain", justify="right")
-    for result in results:
-        values = {(score["task"], score["metric"]): score["value"] for score in result["scores"]}
-        cells = [_number(values.get((score["task"], score["metric"]))) for score in columns]
-        if drifts:
-            drift = result["drift"]
-            cells.append(
-                f"{drift['forget']['overlap_mean']:.3f} / {drift['retain']['overlap_mean']:.3f}" if drift else "–"
-            )
-        table.add_row(result["model"], *cells)
-    return table
+def score_tables(results: list[dict[str, Any]], width: int = 80) -> list[Table]:
+    """(task, metric) × models, as many at a time as ``width`` characters hold; the arrow says which way is good.
+
+    Args:
+        results: evaluation artefacts (``RUN/evaluation/NAME.json``) in the order to show.
+    """
+    scores = rows_of(results)
+    tables = []
+    widest = max((len(result["model"]) for result in results), default=0) + 3
+    models = max(1, (width - TASK_COLUMNS - METRIC_COLUMNS) // widest)
+    for begin in range(0, len(results), models):
+        part = results[begin : begin + models]
+        title = "Scores (the arrow says which way is good)" if not begin else None
+        table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
+        table.add_column("task", overflow="fold")
+        table.add_column("metric", no_wrap=True)
+        for result in part:
+            table.add_column(result["model"], justify="right", no_wrap=True)
+        role = None
+        for score in scores:
+            if role is not None and score["role"] != role:
+                table.add_section()
+            role = score["role"]
+            values = [_value(result, score["task"], score["metric"]) for result in part]
+            table.add_row(score["task"], f"{score['metric']} {ARROWS[score['direction']]}", *map(_text, values))
+        if any(result["drift"] for result in part):
+            table.add_section()
+            for side in ("forget", "retain"):
+                overlaps = [result["drift"] and result["drift"][side]["overlap_mean"] for result in part]
+                table.add_row("routing", f"overlap, {side}", *map(_text, overlaps))
+        tables.append(table)
+    return tables
 
 
-def _number(value: float | None) -> str:
+def _value(result: dict[str, Any], task: str, metric: str) -> float | None:
+    for score in result["scores"]:
+        if (score["task"], score["metric"]) == (task, metric):
+            return score["value"]
+    return None
+
+
+def _text(value: float | None) -> str:
     if value is None:
         return "–"
     return f"{value:.3f}" if value < 10 else f"{value:,.1f}"

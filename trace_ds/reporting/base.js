@@ -98,6 +98,13 @@ function placeTip(x, y) {
   tip.style.left = Math.max(4, left) + "px";
   tip.style.top = Math.max(4, top) + "px";
 }
+// A finger has no hover: a tap shows the tip, and it stays when the finger goes.
+function onPoint(node, show, leave) {
+  node.addEventListener("pointermove", show);
+  node.addEventListener("pointerdown", show);
+  node.addEventListener("pointerleave", (event) => { if (event.pointerType !== "touch") leave(); });
+  node.addEventListener("blur", leave);
+}
 function hideTip() { tip.hidden = true; }
 document.addEventListener("keydown", (event) => { if (event.key === "Escape") hideTip(); });
 document.addEventListener("scroll", () => { if (tipAnchor) placeTip(...tipAnchor()); else hideTip(); }, { passive: true });
@@ -129,6 +136,13 @@ for (const link of document.querySelectorAll("a[data-csv]")) {
 
 // Redraw when the width or the theme changes.
 let pending = 0;
+// Draws the charts of a box: only when all are there, since their number decides their width.
+function drawCharts(host) { for (const draw of redraws) if (host.contains(draw.host)) draw(); }
+// Empties a box of charts, and forgets how to redraw them.
+function clearCharts(host) {
+  for (let i = redraws.length - 1; i >= 0; i--) if (host.contains(redraws[i].host)) redraws.splice(i, 1);
+  host.replaceChildren();
+}
 function redraw() {
   cancelAnimationFrame(pending);
   pending = requestAnimationFrame(() => { for (const draw of redraws) draw(); });

@@ -148,7 +148,7 @@ function lineChart(host, options) {
     });
   }
   function leave() { hideTip(); if (cursor) cursor.setAttribute("visibility", "hidden"); }
-  drawing.addEventListener("pointermove", (event) => {
+  onPoint(drawing, (event) => {
     const box = drawing.getBoundingClientRect();
     const x = event.clientX - box.left, y = event.clientY - box.top;
     let best = null;
@@ -157,9 +157,7 @@ function lineChart(host, options) {
       if (!best || d < best[0]) best = [d, line, i];
     }));
     if (best) say(best[1], best[2], [event.clientX, event.clientY]);
-  });
-  drawing.addEventListener("pointerleave", leave);
-  drawing.addEventListener("blur", leave);
+  }, leave);
   drawing.addEventListener("keydown", (event) => {
     const move = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] }[event.key];
     if (!move) return;
@@ -168,7 +166,7 @@ function lineChart(host, options) {
     const point = Math.min(series[line].points.length - 1, Math.max(0, chosen.point + move[1]));
     say(line, point);
   });
-  draw();
+  draw.host = node;
   redraws.push(draw);
 }
 
@@ -206,6 +204,6 @@ function pairChart(host, options) {
       });
     });
   }
-  draw();
+  draw.host = node;
   redraws.push(draw);
 }

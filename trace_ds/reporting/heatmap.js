@@ -73,15 +73,13 @@ function heatmaps(host) {
     map.scaleCanvas = el("canvas", { "aria-hidden": "true" });
     node.append(map.canvas, map.scaleCanvas);
     map.node = node;
-    map.canvas.addEventListener("pointermove", (event) => {
+    onPoint(map.canvas, (event) => {
       const box = map.canvas.getBoundingClientRect();
       const column = Math.floor((event.clientX - box.left - map.left) / map.cell[0]);
       const layer = Math.floor((event.clientY - box.top - map.top) / map.cell[1]);
       if (column < 0 || layer < 0 || column >= E || layer >= L) return leave();
       move(layer, column, [event.clientX, event.clientY]);
-    });
-    map.canvas.addEventListener("pointerleave", leave);
-    map.canvas.addEventListener("blur", leave);
+    }, leave);
     map.canvas.addEventListener("keydown", (event) => {
       const step = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0], Home: [0, -E], End: [0, E] }[event.key];
       if (!step) return;
@@ -217,6 +215,6 @@ function heatmaps(host) {
       draw();
     });
   }
-  draw();
+  draw.host = host;
   redraws.push(draw);
 }

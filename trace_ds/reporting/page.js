@@ -15,22 +15,26 @@ for (const name of unique([].concat(
 function drawCurves() {
   const host = byId("chart-curves");
   if (!host) return;
-  const arms = groups(rowsOf("curves"), "arm");
-  const tell = (row) => `${row.arm} (${row.rule || "?"}), step ${row.step}\nforget score ${short(row.forget)}\nutility ${short(row.utility)}`;
-  const series = Array.from(arms, ([name, rows]) => ({
-    name,
-    points: rows.filter((r) => r.forget !== null && r.utility !== null).map((r) => [r.forget, r.utility, tell(r)]),
-  }));
-  if (DATA.gold && DATA.gold.forget !== null && DATA.gold.utility !== null) {
-    series.push({ name: "gold", dots: true, points: [[DATA.gold.forget, DATA.gold.utility, `gold model (never saw the forget set)\nforget score ${short(DATA.gold.forget)}\nutility ${short(DATA.gold.utility)}`]] });
-  }
+  const rows = rowsOf("curves"), arms = groups(rows, "arm"), select = byId("utility-metric");
+  const metrics = Object.keys(table("curves")).filter((key) => key === "utility" || key.startsWith("utility_"));
+  for (const key of metrics) select.append(el("option", { value: key }, key === "utility" ? "each task's first metric" : key.slice(8).replaceAll("_", " ")));
+  const tell = (row, key) => `${row.arm} (${row.rule || "?"}), step ${row.step}\nforget score ${short(row.forget)}\nutility ${short(row[key])}`;
   const target = DATA.target === null ? null : { at: DATA.target, text: `target: ${DATA.target_origin}` };
-  if (series.some((entry) => entry.points.length)) {
-    lineChart(host, { title: "Utility against forgetting", note: "further right: more forgotten; higher: more kept", series, x: "forget score (lower → more forgotten)", y: "utility", reverseX: true, vline: target, alwaysLegend: true, padX: 0.04 });
+  function draw() {
+    const key = select.value;
+    clearCharts(host);
+    const along = (x, y) => Array.from(arms, ([name, own]) => ({ name, points: own.filter((r) => r[x] !== null && r[y] !== null).map((r) => [r[x], r[y], tell(r, key)]) }));
+    const frontier = along("forget", key), gold = DATA.gold;
+    if (gold && gold.forget !== null && gold[key] !== null && gold[key] !== undefined) {
+      frontier.push({ name: "gold", dots: true, points: [[gold.forget, gold[key], `gold model (never saw the forget set)\nforget score ${short(gold.forget)}\nutility ${short(gold[key])}`]] });
+    }
+    lineChart(host, { title: "Utility against forgetting", note: "further right: more forgotten; higher: more kept", series: frontier, x: "forget score (lower → more forgotten)", y: "utility", reverseX: true, vline: target, alwaysLegend: true, padX: 0.04 });
+    lineChart(host, { title: "Utility by step", series: along("step", key), x: "step", y: "utility" });
+    lineChart(host, { title: "Forget score by step", series: along("step", "forget"), x: "step", y: "forget score", hline: target });
+    drawCharts(host);
   }
-  const along = (key) => Array.from(arms, ([name, rows]) => ({ name, points: rows.filter((r) => r[key] !== null).map((r) => [r.step, r[key], tell(r)]) }));
-  lineChart(host, { title: "Utility by step", series: along("utility"), x: "step", y: "utility" });
-  lineChart(host, { title: "Forget score by step", series: along("forget"), x: "step", y: "forget score", hline: target });
+  select.addEventListener("change", draw);
+  draw();
 }
 
 function drawLayers() {
@@ -74,12 +78,12 @@ function drawTraining() {
 function drawDrift() {
   const host = byId("chart-drift");
   if (!host) return;
-  const kinds = [["overlap", "share of the original's experts still selected; 1 = unchanged"], ["kl", "KL divergence of the router from the original, nats"]];
+  const kinds = [["overlap", "share of the original's experts still selected; 1 = unchanged"], ["kl", "KL divergence of the experts' shares from the original's, nats"]];
   for (const [key, note] of kinds) {
     for (const corpus of ["forget", "retain"]) {
       const rows = rowsOf("drift").filter((row) => row.corpus === corpus && row[key] !== null);
       const series = Array.from(groups(rows, "model"), ([name, own]) => ({ name, points: points(own, "layer", key) }));
-      if (series.length) lineChart(host, { title: `${key === "kl" ? "Router KL" : "Expert overlap"} on ${corpus} text`, note, series, x: "layer", y: key, wholeX: true, zeroY: key === "kl", oneY: key === "overlap", alwaysLegend: true });
+      if (series.length) lineChart(host, { title: `${key === "kl" ? "Load shift (KL)" : "Expert overlap"} on ${corpus} text`, note, series, x: "layer", y: key, wholeX: true, zeroY: key === "kl", oneY: key === "overlap", alwaysLegend: true });
     }
   }
 }
@@ -130,4 +134,5 @@ drawWeights();
 drawTraining();
 drawDrift();
 drawItems();
+drawCharts(document.body);
 document.documentElement.dataset.ready = "true";

@@ -170,7 +170,10 @@ def number(value: Any) -> str:
 def _point(run: RunData, name: str) -> dict[str, float | None] | None:
     if name not in run.references:
         return None
-    return {role: scores.mean_score(run.references[name], role) for role in ("forget", "utility")}
+    found = {role: scores.mean_score(run.references[name], role) for role in ("forget", "utility")}
+    more = {f"utility_{metric}": scores.mean_score(run.references[name], "utility", metric) for metric in
+            scores.utility_metrics(run)}  # fmt: skip
+    return {**found, **more}
 
 
 def _warnings(run: RunData) -> list[str]:

@@ -78,11 +78,21 @@ def excess(evaluation: Evaluation, goal: Targets) -> float | None:
     return forget_excess(scores, levels)[0]
 
 
-def mean_score(evaluation: Evaluation, role: str) -> float | None:
-    """Mean of the headline scores of a role that point the role's usual way; None when there is none."""
+def mean_score(evaluation: Evaluation, role: str, metric: str | None = None) -> float | None:
+    """Mean over the tasks of a role of ``metric`` (default: each task's headline); None when there is none.
+
+    Only scores that point the role's usual way count: forget lower, utility higher is better.
+    """
     usual = "lower" if role == "forget" else "higher"
-    values = [score.value for score in evaluation.headline(role) if score.direction == usual]
+    found = evaluation.headline(role) if metric is None else [s for s in evaluation.scores if s.metric == metric]
+    values = [score.value for score in found if score.role == role and score.direction == usual]
     return math.fsum(values) / len(values) if values else None
+
+
+def utility_metrics(run: RunData) -> list[str]:
+    """The metrics utility can be averaged by, besides the headline, in order of appearance."""
+    found = [score for e in run.evaluations().values() for score in e.scores if score.role == "utility"]
+    return list(dict.fromkeys(score.metric for score in found if score.direction == "higher"))
 
 
 def arm_points(run: RunData, arm: Arm) -> list[tuple[int, Evaluation]]:
@@ -102,13 +112,17 @@ def arm_points(run: RunData, arm: Arm) -> list[tuple[int, Evaluation]]:
     return sorted(points.items())
 
 
-def arm_matched(run: RunData, arm: Arm) -> Matched | None:
-    """Matched-forgetting summary of an arm from its scored checkpoints; None without checkpoints or a target."""
+def arm_matched(run: RunData, arm: Arm, metric: str | None = None) -> Matched | None:
+    """Matched-forgetting summary of an arm from its scored checkpoints; None without checkpoints or a target.
+
+    ``metric`` is what utility is averaged by (default: headlines); forgetting is always by the headlines.
+    """
     goal = targets(run)
     if goal is None or not arm.checkpoints:
         return None
     rows = [
-        (step, excess(evaluation, goal), mean_score(evaluation, "utility")) for step, evaluation in arm_points(run, arm)
+        (step, excess(evaluation, goal), mean_score(evaluation, "utility", metric))
+        for step, evaluation in arm_points(run, arm)
     ]
     whole = [(step, left, utility) for step, left, utility in rows if left is not None and utility is not None]
     if not whole:
@@ -147,7 +161,11 @@ def _forgetting(run: RunData, original: Evaluation, finals: list[Arm]) -> str:
             told.append(f"{arm.label} {score:.3f} ({'reached' if left <= 1e-9 else 'NOT reached'})")
     level = math.fsum(goal.values) / len(goal.values)
     tasks = ", ".join(f"{task.task} {task.metric}" for task in goal.tasks)
-    return f"Forget score ({tasks}): {before:.3f} before; target {level:.3f} ({goal.origin}); {'; '.join(told)}."
+    start = excess(original, goal)
+    already = start is not None and start <= 1e-9
+    return f"Forget score ({tasks}): {before:.3f} before; target {level:.3f} ({goal.origin}); {'; '.join(told)}." + (
+        " The original model is already at the target: there was nothing to forget." if already else ""
+    )
 
 
 def _utility(run: RunData, original: Evaluation, finals: list[Arm]) -> list[str]:
@@ -174,9 +192,9 @@ def _against(
     mine = arm_matched(run, arm)
     if mine is not None and base is not None:
         if mine.post is not None and base.post is not None:
-            verdict = _verdict(mine.post, base.post, arm.label)
+            verdict = _verdict(mine.post, base.post, arm.label) + _by_exact_match(run, arm, baseline)
             return (
-                f"At matched forgetting (from the first checkpoint at the target, step {mine.step} against "
+                f"At matched forgetting (from the first scored checkpoint at the target, step {mine.step} against "
                 f"{base.step}, to the end), {verdict}."
             )
         late = [a.label for a, m in ((arm, mine), (baseline, base)) if m.post is None]
@@ -189,6 +207,13 @@ def _against(
         f"At the end {_verdict(end, base_end, arm.label)}; no checkpoints were scored, so this is not at matched "
         "forgetting."
     )
+
+
+def _by_exact_match(run: RunData, arm: Arm, baseline: Arm) -> str:
+    """The same by exact match, where it is measured: 4-choice accuracy can sit at a ceiling that hides a difference."""
+    pair = [arm_matched(run, each, "exact_match") for each in (arm, baseline)]
+    values = [found.post for found in pair if found is not None and found.post is not None]
+    return f" (by exact match {values[0]:.3f} against {values[1]:.3f})" if len(values) == 2 else ""
 
 
 def _verdict(value: float, reference: float, label: str) -> str:

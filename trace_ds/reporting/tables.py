@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from trace_ds.reporting.gather import Calibration, Evaluation, RunData, weight_chunks
-from trace_ds.reporting.scores import arm_matched, arm_points, excess, mean_score, targets
+from trace_ds.reporting.scores import arm_matched, arm_points, excess, mean_score, targets, utility_metrics
 
 Z_95 = 1.959963984540054
 BINS_PER_OCTAVE = 4
@@ -187,9 +187,10 @@ def weight_histogram(
 
 def weight_tables(run: RunData) -> tuple[Table, Table]:
     """The histogram of every different calibration's weights, and its summary; the weights are read once."""
+    counted = ["ess_fraction", "max_weight", "mean", "tokens", "zero_tokens"]
     bins: list[list[Any]] = []
     summaries: list[list[Any]] = []
-    header = ["arm", "rule", "lambda", "ess_fraction", "max_weight", "mean", "tokens", "zero_tokens"]
+    header = ["arm", "rule", "lambda", "gap_closed", "row_ess_fraction", *counted]
     for arm, calibration in run.calibrations():
         found = weight_histogram(calibration, run.retain.tokens if run.retain else None)
         if found is not None:
@@ -200,7 +201,7 @@ def weight_tables(run: RunData) -> tuple[Table, Table]:
                 if count
             ]
             known = calibration.diagnosis
-            summaries.append([arm, known.get("rule"), known.get("lambda"), *map(summary.get, header[3:])])
+            summaries.append([arm, *map(known.get, header[1:5]), *map(summary.get, counted)])
     return (
         make("weights", "Distribution of the retain weights", ["arm", "low", "high", "tokens", "share"], bins),
         make("weight_summary", "Effective sample size of the retain weights", header, summaries),
@@ -239,7 +240,11 @@ def _training_order(key: str) -> tuple[int, str]:
 
 
 def curves(runs: list[RunData]) -> Table:
-    """Mean headline scores along every arm: the forgetting-utility curve (only end points without checkpoints)."""
+    """Mean scores along every arm: the forgetting-utility curve (only end points without checkpoints).
+
+    ``forget`` and ``utility`` are means of the tasks' headline metrics; ``utility_METRIC`` of that metric alone.
+    """
+    metrics = list(dict.fromkeys(metric for run in runs for metric in utility_metrics(run)))
     rows = []
     for run in runs:
         goal = targets(run)
@@ -249,26 +254,32 @@ def curves(runs: list[RunData]) -> Table:
             for step, evaluation in arm_points(run, arm):
                 forget, utility = mean_score(evaluation, "forget"), mean_score(evaluation, "utility")
                 left = excess(evaluation, goal) if goal else None
+                more = [mean_score(evaluation, "utility", metric) for metric in metrics]
                 if forget is not None or utility is not None:
-                    rows.append([label(runs, run, arm.label), arm.rule, step, evaluation.model, forget, utility, left])
-    header = ["arm", "rule", "step", "model", "forget", "utility", "forget_excess"]
+                    name = label(runs, run, arm.label)
+                    rows.append([name, arm.rule, step, evaluation.model, forget, left, utility, *more])
+    more_names = [f"utility_{metric}" for metric in metrics]
+    header = ["arm", "rule", "step", "model", "forget", "forget_excess", "utility", *more_names]
     return make("curves", "Forgetting against utility", header, rows)
 
 
 def matched_forgetting(runs: list[RunData]) -> Table:
-    rows = []
+    """Utility at matched forgetting, by the headline metrics and by each metric alone."""
+    rows: list[list[Any]] = []
     for run in runs:
-        for arm in run.arms:
-            found = arm_matched(run, arm)
-            if found is not None:
-                name = label(runs, run, arm.label)
-                rows.append([name, arm.rule, found.step, found.at_crossing, found.post, found.end])
-    header = ["arm", "rule", "crossing_step", "utility_at_crossing", "mean_utility_after", "utility_at_end"]
+        for metric in (None, *utility_metrics(run)):
+            for arm in run.arms:
+                found = arm_matched(run, arm, metric)
+                if found is not None:
+                    name = label(runs, run, arm.label)
+                    numbers = [found.step, found.at_crossing, found.post, found.end]
+                    rows.append([name, arm.rule, metric or "headline", *numbers])
+    header = ["arm", "rule", "utility", "crossing_step", "utility_at_crossing", "mean_utility_after", "utility_at_end"]
     return make("matched", "Utility at matched forgetting", header, rows)
 
 
 def drift(runs: list[RunData]) -> Table:
-    """Routing drift by layer: overlap of the selected experts with the original's, and KL of the router."""
+    """Routing drift by layer: overlap of the selected experts with the original's, and KL of their shares."""
     rows = []
     for run in runs:
         for name, evaluation in run.evaluations().items():

@@ -13,22 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from trace_ds.calibration.detect import Detection, detect
-from trace_ds.calibration.diagnose import (
-    Documents,
-    DocumentSums,
-    alike_share,
-    document_sums,
-    entropy_bits,
-    expert_rows,
-    find_warnings,
-    jensen_shannon_bits,
-    likeness,
-    likeness_tables,
-    quantiles,
-    source_shares,
-    top_documents,
-    weight_variance,
-)
+from trace_ds.calibration.diagnose import Documents, diagnose, document_sums, likeness, likeness_tables
 from trace_ds.calibration.rules import Calibrated, apply_rule, scope_of
 from trace_ds.calibration.table import print_table
 from trace_ds.calibration.tokens import (
@@ -111,7 +96,7 @@ def _make(
     spool.mkdir()
     try:
         documents = read_documents(data.file("retain_documents.arrow"))
-        tokens = read_token_map(data.file("retain.arrow"), len(documents.source), spool)
+        tokens = read_token_map(data.file("retain.arrow"), len(documents.source_D), spool)
         trace = load_trace(config, retain_artefact, retain, tokens)
         log.line(
             f"{int(detection.selected_LE.sum())} forget-critical experts; rule {config.calibration.rule} over "
@@ -220,13 +205,12 @@ def load_trace(config: Config, side: Artefact, statistics: RoutingStatistics, to
 
 
 def read_documents(path: Path) -> Documents:
-    """Sources and first characters of the retain documents."""
-    source: list[str] = []
-    text_start: list[str] = []
-    for batch in open_stream(path):
-        source.extend(batch.column("source").to_pylist())
-        text_start.extend(batch.column("text_start").to_pylist())
-    return Documents(source, text_start)
+    """Sources and first characters of the retain documents; the text stays in the memory-mapped file."""
+    table = open_stream(path).read_all()
+    coded = table.column("source").combine_chunks().dictionary_encode()
+    return Documents(
+        coded.dictionary.to_pylist(), coded.indices.to_numpy().astype(np.int64), table.column("text_start")
+    )
 
 
 def write(
@@ -273,7 +257,7 @@ def write(
     sums = document_sums(tokens, trace, calibrated.weight_T, score_LE)
     likeness_D = likeness(sums, retain_mean, forget_mean)
     diagnosis = diagnose(
-        config,
+        config.calibration,
         detection,
         calibrated,
         achieved_LE,
@@ -288,70 +272,3 @@ def write(
     return {
         key: diagnosis[key] for key in ("rule", "lambda", "ess_fraction", "max_weight", "none_found", "warnings")
     } | {"selected": len(diagnosis["selected"]), "tokens": tokens.tokens, "rows": tokens.rows}
-
-
-def diagnose(
-    config: Config,
-    detection: Detection,
-    calibrated: Calibrated,
-    achieved_LE: np.ndarray,
-    sums: DocumentSums,
-    likeness_D: np.ndarray,
-    tokens: TokenMap,
-    documents: Documents,
-    top_k: int,
-    traced: bool,
-) -> dict[str, Any]:
-    """The content of ``diagnosis.json`` (JSON types only)."""
-    gap = np.abs(detection.forget_LE - detection.retain_LE)[calibrated.scope_LE].sum()
-    left = np.abs(detection.forget_LE - achieved_LE)[calibrated.scope_LE].sum()
-    js = jensen_shannon_bits(detection.forget_LE, detection.retain_LE, top_k)
-    after = jensen_shannon_bits(detection.forget_LE, achieved_LE, top_k)
-    entropies = [entropy_bits(p, top_k) for p in (detection.forget_LE, detection.retain_LE, achieved_LE)]
-    row = calibrated.row_weight_R[calibrated.row_weight_R > 0]
-    return {
-        "rule": config.calibration.rule,
-        "experts": config.calibration.experts,
-        "level": config.calibration.level,
-        "detection": config.calibration.detection.method,
-        "lambda": calibrated.strength,
-        "exponent": calibrated.exponent,
-        "ess_fraction": calibrated.ess,
-        "row_ess_fraction": float(row.sum() ** 2 / (len(row) * (row**2).sum())) if len(row) else 1.0,
-        "ess_floor": config.calibration.ess_floor,
-        "max_weight": calibrated.max_weight,
-        "weight_quantiles": quantiles(calibrated.weight_T, tokens),
-        "iterations": calibrated.iterations,
-        "converged": calibrated.converged,
-        "solve_error": calibrated.solve_error,
-        "gap_closed": float(1.0 - left / gap) if gap > 0 else 0.0,
-        "none_found": not bool(detection.selected_LE.any()),
-        "constraints": int(calibrated.scope_LE.sum()),
-        "selected": expert_rows(detection.selected_LE, detection, calibrated, achieved_LE),
-        "random_experts": expert_rows(calibrated.scope_LE, detection, calibrated, achieved_LE)
-        if config.calibration.rule == "random_experts"
-        else [],
-        "moved_targets": [
-            {"layer": layer, "expert": expert, "offered": offered, "reason": reason}
-            for layer, expert, offered, reason in calibrated.moved
-        ],
-        "layers": [
-            {
-                "layer": i,
-                "entropy_forget_bits": float(entropies[0][i]),
-                "entropy_retain_bits": float(entropies[1][i]),
-                "entropy_weighted_bits": float(entropies[2][i]),
-                "js_bits": float(js[i]),
-                "js_weighted_bits": float(after[i]),
-                "selected": int(detection.selected_LE[i].sum()),
-            }
-            for i in range(len(js))
-        ],
-        "top_documents": top_documents(sums, documents, likeness_D),
-        "share_by_source": source_shares(sums, documents),
-        "variance": weight_variance(sums),
-        "alike_share": alike_share(sums, likeness_D) if traced else None,
-        "warnings": find_warnings(
-            detection, calibrated, achieved_LE, likeness_D if traced else None, sums, config.calibration.rule
-        ),
-    }

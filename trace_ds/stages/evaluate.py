@@ -269,7 +269,9 @@ def _threads(count: int) -> Iterator[None]:
 def _show_table(job: EvaluateJob, run: RunDirectory) -> None:
     from rich.console import Console
 
-    from trace_ds.evaluation.table import score_table
+    from trace_ds.evaluation.table import score_tables
 
     results = [read_result(run.evaluation / f"{subject.name}.json") for subject in job.subjects]
-    Console().print(score_table([result for result in results if result is not None]))
+    console = Console()
+    for table in score_tables([result for result in results if result is not None], console.width):
+        console.print(table)

@@ -157,6 +157,7 @@ def make_batches(config: Config, job: UnlearnJob) -> Batches:
 
 def training_engine(config: Config, info: ModelInfo, world: World, accumulation: int) -> Any:
     """The DeepSpeed training engine: AdamW, ZeRO as configured, experts sharded by AutoEP when ep > 1."""
+    from trace_ds.checkpoints import serialization
     from trace_ds.models import engine
     from trace_ds.models.engine_config import merge, user_ds_config
     from trace_ds.models.routers import find_routers
@@ -189,6 +190,7 @@ def training_engine(config: Config, info: ModelInfo, world: World, accumulation:
         config=merge(ds_config, user_ds_config(settings.ds_config)),
     )
     engine.assert_expert_parallel(made.module, layers, config.distributed.ep)
+    serialization.install(made)
     return made
 
 

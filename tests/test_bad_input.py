@@ -1,0 +1,205 @@
+"""What users get wrong, each: one clear line that names the place and the fix, exit status 2, nothing written."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny
+import yaml
+from command import environment, trace_ds, tree
+
+
+@pytest.fixture
+def config(tiny_model: Path, tmp_path: Path) -> Path:
+    return tiny.write_config(tmp_path, tiny_model)
+
+
+def refuse(folder: Path, *arguments: str | Path) -> str:
+    """Run the command, insist on exit status 2, one line on stderr and nothing written; return the line."""
+    before = tree(folder)
+    result = trace_ds(*arguments, cwd=folder)
+    assert result.returncode == 2, (result.returncode, result.stdout, result.stderr)
+    lines = [line for line in result.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("trace-ds: error: ")
+    after = {name: content for name, content in tree(folder).items() if not name.endswith("/.lock")}
+    assert after == before, sorted(set(after) ^ set(before))
+    return lines[0]
+
+
+def edit(config: Path, change: Callable[[dict], None]) -> None:
+    raw = yaml.safe_load(config.read_text())
+    change(raw)
+    config.write_text(yaml.safe_dump(raw))
+
+
+CONFIG_ERRORS: list[tuple[Callable[[dict], object], str]] = [
+    (lambda c: c["unlearning"].update(learning_rte=1), "unknown key 'unlearning.learning_rte'"),
+    (lambda c: c["unlearning"].update(alhpa=1), "did you mean 'alpha'?"),
+    (lambda c: c["data"].pop("retain"), "the key 'data.retain' is missing"),
+    (lambda c: c["unlearning"].update(steps="many"), "unlearning.steps: Input should be a valid integer"),
+    (lambda c: c["unlearning"].update(forget_loss="npo"), "npo needs statistics.nll: true"),
+    (lambda c: c["calibration"].update(rule="raknig"), "calibration.rule"),
+    (lambda c: c.update(variants={"a": {"model.path": "x"}}), "variants.a may not change model.path"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), CONFIG_ERRORS)
+def test_config_key_or_type(config: Path, change: Callable[[dict], None], message: str) -> None:
+    edit(config, change)
+    assert message in refuse(config.parent, "run", config)
+
+
+def test_no_config_and_broken_yaml(tmp_path: Path) -> None:
+    assert "no such configuration file or recipe" in refuse(tmp_path, "run", "nothere.yaml")
+    (tmp_path / "broken.yaml").write_text("name: [unclosed\n")
+    assert "not valid YAML in line 2" in refuse(tmp_path, "run", "broken.yaml")
+
+
+def test_model_directory(config: Path, tiny_model: Path) -> None:
+    folder = config.parent
+    assert "there is no model directory" in refuse(folder, "run", config, "--set", "model.path=missing")
+    dense = folder / "dense"
+    shutil.copytree(tiny_model, dense)
+    raw = json.loads((dense / "config.json").read_text())
+    (dense / "config.json").write_text(json.dumps({"model_type": "llama", "num_hidden_layers": 3}))
+    assert "is not a Mixture-of-Experts model" in refuse(folder, "run", config, "--set", f"model.path={dense}")
+    (dense / "config.json").write_text(json.dumps(raw | {"model_type": "nllb-moe"}))
+    line = refuse(folder, "run", config, "--set", f"model.path={dense}")
+    assert "'nllb-moe' is not supported" in line and "mixtral, olmoe, qwen3_moe" in line
+    (dense / "config.json").write_text(json.dumps(raw | {"num_experts_per_tok": 9}))
+    assert "num_experts_per_tok 9 is larger than the number of experts (4)" in refuse(
+        folder, "run", config, "--set", f"model.path={dense}"
+    )
+
+
+def test_model_shard_missing(config: Path, tiny_model: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    sharded = config.parent / "sharded"
+    AutoModelForCausalLM.from_pretrained(tiny_model).save_pretrained(sharded, max_shard_size="100KB")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny_model / name, sharded / name)
+    shard = sorted(sharded.glob("model-00002-of-*.safetensors"))[0]
+    shard.unlink()
+    assert shard.name in refuse(config.parent, "run", config, "--set", f"model.path={sharded}")
+
+
+CORPORA: list[tuple[bytes, str]] = [
+    (b"", "the forget corpus is empty"),
+    (b'{"text": ""}\n{"text": ""}\n', "no usable token"),
+    (b'{"text": "caf\xe9"}\n', "not UTF-8"),
+    (b'{"txt": "iron"}\n', "no text under 'text'"),
+    (b"iron\n", "not a JSON object"),
+]
+
+
+@pytest.mark.parametrize(("content", "message"), CORPORA)
+def test_corpus(config: Path, content: bytes, message: str) -> None:
+    path = config.parent / "corpora" / "forget.jsonl"
+    path.write_bytes(content)
+    before = {name for name in tree(config.parent) if "run/" in name}
+    result = trace_ds("prepare", config, "--run-dir", "run", cwd=config.parent)
+    assert result.returncode == 2
+    assert message in result.stderr and "forget.jsonl" in result.stderr
+    left = {name for name in tree(config.parent) if "run/" in name} - before
+    assert left <= {"run/config.yaml", "run/.lock", "run/logs/prepare.jsonl"}, left
+
+
+def test_corpus_missing(config: Path) -> None:
+    (config.parent / "corpora" / "retain.jsonl").unlink()
+    assert "the corpus file does not exist" in refuse(config.parent, "prepare", config)
+
+
+def test_expert_parallel_size(config: Path) -> None:
+    folder = config.parent
+    assert "does not divide the 4 experts" in refuse(folder, "collect", config, "--nproc", "3", "--ep", "3")
+    assert "does not divide the world size 2" in refuse(folder, "run", config, "--nproc", "2", "--ep", "4")
+
+
+def test_more_processes_than_the_machine_has(config: Path) -> None:
+    limit = 4 * (os.cpu_count() or 1)
+    line = refuse(config.parent, "collect", config, "--nproc", str(limit + 1))
+    assert f"{limit + 1} processes on this machine" in line and f"--nproc {limit}" in line
+
+
+def test_more_processes_than_accelerators() -> None:
+    from trace_ds.errors import UserError
+    from trace_ds.parallel.launch import check_process_count
+
+    check_process_count(8, accelerators=8, cores=1)
+    with pytest.raises(UserError, match="which has 4 accelerators"):
+        check_process_count(8, accelerators=4, cores=64)
+
+
+def test_stage_before_its_inputs(config: Path) -> None:
+    line = refuse(config.parent, "collect", config)
+    assert "there is no data artefact here" in line and "trace-ds prepare" in line
+
+
+def test_run_directory_cannot_be_written(config: Path) -> None:
+    blocked = config.parent / "file"
+    blocked.write_text("")
+    assert "cannot write here" in refuse(config.parent, "run", config, "--run-dir", blocked / "run")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a full and a read-only file system needs root")
+def test_full_and_read_only_run_directory(config: Path) -> None:
+    folder = config.parent / "mount"
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", folder], check=True)
+    try:
+        result = trace_ds("prepare", config, "--run-dir", folder / "run", cwd=config.parent)
+        assert result.returncode == 2 and "No space left" in result.stderr, result.stderr
+        assert not list((folder / "run").glob("data*"))
+        subprocess.run(["mount", "-o", "remount,ro", folder], check=True)
+        result = trace_ds("prepare", config, "--run-dir", folder / "other", cwd=config.parent)
+        assert result.returncode == 2 and "Read-only file system" in result.stderr, result.stderr
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+def test_run_directory_in_use(config: Path) -> None:
+    run = config.parent / "run"
+    run.mkdir()
+    with (run / ".lock").open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        line = refuse(config.parent, "prepare", config, "--run-dir", run)
+        assert "another process is using this run directory" in line
+
+
+def test_wrong_words_on_the_command_line(tmp_path: Path) -> None:
+    for words in (["colect", "x"], ["run"], ["run", "x", "--nprc", "2"], ["run", "x", "--nproc", "zero"]):
+        result = trace_ds(*words, cwd=tmp_path)
+        assert result.returncode == 2, words
+        assert "Error" in result.stderr and not list(tmp_path.iterdir())
+
+
+def test_errors_in_a_rank_end_the_job_with_status_2(config: Path) -> None:
+    """Started by a launcher, the main process says what is wrong and every rank leaves with status 2."""
+    from trace_ds.parallel.environment import free_port
+
+    port = str(free_port())
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "trace_ds", "collect", str(config)],
+            cwd=config.parent,
+            env=environment()
+            | {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
+            | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    errors = [process.communicate(timeout=300)[1] for process in ranks]
+    assert [process.returncode for process in ranks] == [2, 2]
+    assert "there is no data artefact here" in errors[0] and "error" not in errors[1]

@@ -1,0 +1,149 @@
+"""SIGKILL in any stage, then the same command again: the final artefacts are those of an undisturbed run."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+from command import environment, trace_ds, tree
+
+STAGES = ("prepare", "collect", "calibrate", "unlearn", "convert", "evaluate", "report")
+KEPT = ("data", "statistics", "calibration", "checkpoints", "model", "evaluation", "report", "variants")
+
+
+def final_artefacts(run: Path) -> dict[str, bytes]:
+    """Everything a run leaves but logs, TensorBoard files and locks (the only places where times are)."""
+    found = {}
+    for part in KEPT:
+        for name, content in tree(run / part).items():
+            if "/logs/" not in f"/{name}" and "/tb/" not in f"/{name}" and not name.endswith(".lock"):
+                found[f"{part}/{name}"] = content
+    return found
+
+
+def trigger(run: Path, stage: str) -> bool:
+    """Whether the stage is at work: the first thing it writes has appeared."""
+    places = {
+        "prepare": run / "config.yaml",
+        "collect": run / "logs" / "collect.jsonl",
+        "calibrate": run / "statistics" / "retain" / "artefact.json",
+        "unlearn": run / "logs" / "unlearn.jsonl",
+        "convert": run / "checkpoints" / "step_000004" / "manifest.json",
+        "evaluate": run / "variants" / "uniform" / "model" / "config.json",
+        "report": run / "variants" / "uniform" / "evaluation" / "unlearned.json",
+    }
+    return places[stage].exists()
+
+
+def processes_with(text: str) -> list[int]:
+    """Process ids whose command line contains ``text``."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if text.encode() in path.read_bytes():
+                found.append(int(path.parent.name))
+        except OSError:
+            continue
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_killed_in_any_stage_ends_the_same(tiny_model: Path, tmp_path: Path) -> None:
+    config = tiny.write_config(
+        tmp_path, tiny_model, distributed={"ep": 2, "nproc": 2}, variants={"uniform": {"calibration.rule": "uniform"}}
+    )
+    undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
+    result = trace_ds("run", config, "--run-dir", undisturbed, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr[-3000:]
+    draw = random.Random(5)
+    killed = []
+    for stage in STAGES:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "trace_ds", "run", str(config), "--run-dir", str(disturbed)],
+            cwd=tmp_path,
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        while process.poll() is None and not trigger(disturbed, stage):
+            time.sleep(0.01)
+        time.sleep(draw.uniform(0.0, 0.5))
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            killed.append(stage)
+        process.communicate()
+        for _ in range(100):  # its children die with it
+            if not processes_with(str(disturbed)):
+                break
+            time.sleep(0.1)
+        assert not [pid for pid in processes_with(str(disturbed)) if pid != os.getpid()]
+    assert len(killed) >= 5, killed
+    result = trace_ds("run", config, "--run-dir", disturbed, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr[-3000:]
+    expected, found = final_artefacts(undisturbed), final_artefacts(disturbed)
+    assert found.keys() == expected.keys(), sorted(found.keys() ^ expected.keys())
+    different = [name for name in expected if found[name] != expected[name]]
+    assert not different, different
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_ends_the_job(tiny_model: Path, tmp_path: Path) -> None:
+    """Killing one rank of a bare job ends it with a failure, soon, and leaves nothing running."""
+    config = tiny.write_config(tmp_path, tiny_model, distributed={"ep": 2, "nproc": 2}, unlearning__steps=5000)
+    run = tmp_path / "run"
+    for verb in ("prepare", "collect", "calibrate"):
+        assert trace_ds(verb, config, "--run-dir", run).returncode == 0
+    process = subprocess.Popen(
+        [sys.executable, "-m", "trace_ds", "unlearn", str(config), "--run-dir", str(run)],
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    while not (run / "checkpoints" / "step_000002").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    ranks = [pid for pid in processes_with(str(run / "config.yaml")) if pid != process.pid]
+    assert len(ranks) == 2
+    os.kill(ranks[1], signal.SIGKILL)
+    assert process.wait(timeout=120) not in (0, 2, 75)
+    assert not processes_with(str(run / "config.yaml"))
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_exits_75_and_the_rerun_goes_on(tiny_model: Path, tmp_path: Path) -> None:
+    config = tiny.write_config(
+        tmp_path, tiny_model, distributed={"ep": 2, "nproc": 2}, unlearning__steps=400, unlearning__save_every=1000
+    )
+    run = tmp_path / "run"
+    for verb in ("prepare", "collect", "calibrate"):
+        assert trace_ds(verb, config, "--run-dir", run).returncode == 0
+    process = subprocess.Popen(
+        [sys.executable, "-m", "trace_ds", "unlearn", str(config), "--run-dir", str(run)],
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    log = run / "logs" / "unlearn.jsonl"
+    while not log.exists() or '"step": 3,' not in log.read_text():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    errors = process.communicate(timeout=120)[1]
+    assert process.returncode == 75, errors
+    assert "stopped after step" in errors
+    steps = sorted(path.name for path in (run / "checkpoints").glob("step_*"))
+    assert len(steps) == 1
+    done = int(steps[0].removeprefix("step_"))
+    result = trace_ds("unlearn", config, "--run-dir", run, "--set", f"unlearning.steps={done + 2}")
+    assert result.returncode == 0, result.stderr
+    assert f"resumed after step {done}" in result.stdout

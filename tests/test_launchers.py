@@ -1,0 +1,67 @@
+"""Every launcher, for real, gives the same artefact byte for byte."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+from command import run, trace_ds, tree
+
+from trace_ds.parallel.environment import free_port, launched
+
+LAUNCHERS = {
+    "bare": [sys.executable, "-m", "trace_ds"],
+    "deepspeed": ["deepspeed", "--num_accelerators", "2", "--master_port", "{port}", "--module", "trace_ds"],
+    "torchrun": ["torchrun", "--nproc-per-node", "2", "--master-port", "{port}", "-m", "trace_ds"],
+    "mpiexec": ["mpiexec", "--allow-run-as-root", "--oversubscribe", "-n", "2", sys.executable, "-m", "trace_ds"],
+}
+
+
+@pytest.fixture(scope="module")
+def prepared(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("launchers")
+    config = tiny.write_config(
+        folder, tiny_model, distributed={"ep": 2, "nproc": 2}, unlearning__steps=2, calibration__rule="ratio_mean"
+    )
+    assert trace_ds("prepare", config, "--run-dir", folder / "bare").returncode == 0
+    for name in LAUNCHERS:
+        if name != "bare":
+            shutil.copytree(folder / "bare" / "data", folder / name / "data")
+    return config
+
+
+def artefacts(run_dir: Path) -> dict[str, bytes]:
+    found = {}
+    for part in ("statistics", "calibration", "checkpoints"):
+        found |= {f"{part}/{name}": content for name, content in tree(run_dir / part).items()}
+    return found
+
+
+@pytest.mark.slow
+def test_all_launchers_give_the_same_bytes(prepared: Path) -> None:
+    folder = prepared.parent
+    for name, command in LAUNCHERS.items():
+        for verb in ("collect", "calibrate", "unlearn"):
+            words = command if verb != "calibrate" else LAUNCHERS["bare"]
+            words = [word.replace("{port}", str(free_port())) for word in words]
+            result = run([*words, verb, str(prepared), "--run-dir", str(folder / name)], cwd=folder)
+            assert result.returncode == 0, (name, verb, result.stdout[-2000:], result.stderr[-3000:])
+    expected = artefacts(folder / "bare")
+    assert any(name.startswith("checkpoints/step_000002/") for name in expected)
+    assert "statistics/retain/statistics.safetensors" in expected
+    for name in LAUNCHERS:
+        found = artefacts(folder / name)
+        assert found.keys() == expected.keys(), name
+        different = [file for file in expected if found[file] != expected[file]]
+        assert not different, (name, different)
+
+
+def test_what_counts_as_launched() -> None:
+    assert launched({"RANK": "0", "WORLD_SIZE": "2"})
+    assert launched({"OMPI_COMM_WORLD_SIZE": "2"})
+    assert launched({"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"})
+    batch_script = {"SLURM_JOB_ID": "1", "SLURM_PROCID": "0", "SLURM_NTASKS": "4", "MASTER_ADDR": "n1"}
+    assert not launched(batch_script)

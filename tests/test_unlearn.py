@@ -1,0 +1,261 @@
+"""The unlearning job: equal to a plain single-process reference on any cluster shape, bitwise resumable, crash-safe."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import jobs
+import numpy as np
+import pytest
+import tiny
+from distributed import run_distributed
+from safetensors.numpy import load_file
+
+from trace_ds.checkpoints.commit import check_shape
+from trace_ds.checkpoints.manifest import complete_steps, newest_complete, read_manifest
+from trace_ds.config.load import load_config
+from trace_ds.errors import UserError
+from trace_ds.run.directory import RunDirectory
+from trace_ds.stages.calibrate import calibrate
+from trace_ds.stages.convert import checkpoint_to_directory
+from trace_ds.stages.prepare import prepare
+from trace_ds.stages.unlearn import check_unlearn
+
+# AdamW with a large eps moves each weight nearly in proportion to its gradient, so equal weights mean equal gradients;
+# with the usual eps the sign of a gradient that is zero up to rounding would move a weight by the learning rate.
+GRADIENT_LIKE = ["unlearning.optimizer.eps=0.1", "unlearning.optimizer.lr=0.01", "unlearning.micro_batch_rows=null"]
+
+
+@pytest.fixture(scope="module")
+def calibrated(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(configuration, run directory) with data, statistics (with losses) and a calibration with unequal weights."""
+    folder = tmp_path_factory.mktemp("calibrated")
+    config = tiny.write_config(folder, tiny_model, statistics__nll=True)
+    loaded, run = load_config(str(config), [], folder / "run")
+    directory = RunDirectory.at(run)
+    directory.create("")
+    prepare(loaded, directory)
+    run_distributed(jobs.collect_job, 1, str(config), str(run), [])
+    calibrate(loaded, directory)
+    weights = np.load(run / "calibration" / "weights.npy")
+    assert weights.std() > 0.1  # a test with uniform weights would prove little
+    return config, run
+
+
+def copy_of(run: Path, destination: Path) -> Path:
+    for name in ("data", "statistics", "calibration"):
+        shutil.copytree(run / name, destination / name)
+    return destination
+
+
+def losses_of(run: Path) -> list[tuple[float, float]]:
+    lines = [json.loads(line) for line in (run / "logs" / "unlearn.jsonl").read_text().splitlines()]
+    steps = {line["step"]: (line["loss_forget"], line["loss_retain"]) for line in lines if line["event"] == "step"}
+    return [steps[step] for step in sorted(steps)]
+
+
+def weights_of(run: Path, step: int, folder: Path) -> dict[str, np.ndarray]:
+    checkpoint_to_directory(run / "checkpoints" / f"step_{step:06d}", folder)
+    return {name: value for path in folder.glob("*.safetensors") for name, value in load_file(path).items()}
+
+
+def relative(found: dict[str, np.ndarray], expected: dict[str, np.ndarray], start: dict[str, np.ndarray]) -> float:
+    """Largest difference of any weight, relative to the largest change that training made to its tensor."""
+    assert found.keys() == expected.keys()
+    worst = 0.0
+    for name, value in expected.items():
+        change = np.abs(value.astype(np.float64) - start[name]).max()
+        scale = max(change, 1e-3 * np.abs(value).max())
+        worst = max(worst, float(np.abs(found[name].astype(np.float64) - value).max() / scale))
+    return worst
+
+
+SHAPES = [
+    ("rmu", "loss", 1, 1, 3),
+    ("rmu", "loss", 2, 2, 3),
+    ("rmu", "sampling", 2, 1, 3),
+    ("graddiff", "loss", 2, 2, 3),
+    ("npo", "loss", 2, 2, 3),
+    ("simnpo", "loss", 2, 2, 1),
+    ("graddiff", "loss", 4, 2, 3),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("forget_loss", "apply", "world", "ep", "stage"), SHAPES)
+def test_equals_the_single_process_reference(
+    calibrated: tuple[Path, Path],
+    tiny_model: Path,
+    tmp_path: Path,
+    forget_loss: str,
+    apply: str,
+    world: int,
+    ep: int,
+    stage: int,
+) -> None:
+    config, prepared_run = calibrated
+    run = copy_of(prepared_run, tmp_path / "run")
+    overrides = [
+        *GRADIENT_LIKE,
+        f"unlearning.forget_loss={forget_loss}",
+        f"unlearning.apply={apply}",
+        f"unlearning.zero_stage={stage}",
+        f"distributed.ep={ep}",
+        "unlearning.steps=3",
+    ]
+    run_distributed(jobs.unlearn_job, world, str(config), str(run), overrides)
+    expected = jobs.reference_training(str(config), str(run), overrides, 3)
+    np.testing.assert_allclose(losses_of(run), expected["losses"], rtol=1e-6, atol=1e-9)
+    start = {n: v for path in tiny_model.glob("*.safetensors") for n, v in load_file(path).items()}
+    found = weights_of(run, 3, tmp_path / "model")
+    assert relative(found, expected["weights"], start) < 1e-4  # of the change that three steps made
+    for name, value in expected["weights"].items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-6, atol=1e-6 * np.abs(value).max(), err_msg=name)
+    moved = [name for name, value in expected["weights"].items() if not np.array_equal(value, start[name])]
+    assert any("experts" in name for name in moved) and any("gate" in name for name in moved)
+
+
+@pytest.mark.slow
+def test_micro_batches_do_not_matter(calibrated: tuple[Path, Path], tmp_path: Path) -> None:
+    config, prepared_run = calibrated
+    found = []
+    for rows in (4, 2, 1):
+        run = copy_of(prepared_run, tmp_path / f"micro-{rows}")
+        overrides = [*GRADIENT_LIKE, f"unlearning.micro_batch_rows={rows}", "unlearning.forget_loss=graddiff"]
+        run_distributed(jobs.unlearn_job, 1, str(config), str(run), overrides)
+        found.append((losses_of(run), weights_of(run, 4, tmp_path / f"model-{rows}")))
+    for losses, weights in found[1:]:
+        np.testing.assert_allclose(losses, found[0][0], rtol=1e-6)
+        for name, value in weights.items():
+            np.testing.assert_allclose(value, found[0][1][name], rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.slow
+def test_resumed_job_is_bitwise_the_undisturbed_one(calibrated: tuple[Path, Path], tmp_path: Path) -> None:
+    config, prepared_run = calibrated
+    overrides = ["distributed.ep=2", "unlearning.apply=loss"]
+    straight = copy_of(prepared_run, tmp_path / "straight")
+    run_distributed(jobs.unlearn_job, 2, str(config), str(straight), overrides)
+    stopped = copy_of(prepared_run, tmp_path / "stopped")
+    (stopped / "stop").touch()
+    with pytest.raises(AssertionError, match="StopRequested"):
+        run_distributed(jobs.unlearn_job, 2, str(config), str(stopped), overrides)
+    assert complete_steps(stopped / "checkpoints") == ([1], [])
+    assert not (stopped / "stop").exists()
+    run_distributed(jobs.unlearn_job, 2, str(config), str(stopped), overrides)
+    assert losses_of(stopped) == losses_of(straight)
+    manifests = [read_manifest(run / "checkpoints" / "step_000004") for run in (straight, stopped)]
+    assert manifests[0] == manifests[1]  # every file's hash: weights, optimizer state, random numbers
+
+
+@pytest.mark.slow
+def test_damaged_checkpoints_are_named_and_survived(calibrated: tuple[Path, Path], tmp_path: Path) -> None:
+    """Fabricated crashes: a missing shard, a flipped byte, no manifest, a wrong ``latest``, a leftover of a save."""
+    config, prepared_run = calibrated
+    run = copy_of(prepared_run, tmp_path / "run")
+    run_distributed(jobs.unlearn_job, 1, str(config), str(run), ["unlearning.keep=5", "unlearning.save_every=1"])
+    expected = {path.name: path.read_bytes() for path in (run / "checkpoints" / "step_000004").iterdir()}
+    checkpoints = run / "checkpoints"
+    shard = "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    (checkpoints / "step_000004" / "manifest.json").unlink()
+    content = bytearray((checkpoints / "step_000003" / shard).read_bytes())
+    content[len(content) // 2] ^= 1
+    (checkpoints / "step_000003" / shard).write_bytes(content)
+    (checkpoints / "step_000002" / shard).write_bytes(b"short")
+    (checkpoints / "latest").write_text("")
+    (checkpoints / "step_000009.tmp-7").mkdir()
+    step, problems = newest_complete(checkpoints, hashes=True)
+    assert step == 1
+    text = "\n".join(problems)
+    assert "step_000004: there is no manifest" in text
+    assert f"step_000003/{shard}: the file was altered" in text
+    assert f"step_000002/{shard}: the file has 5 bytes" in text
+    assert "latest: names ''" in text
+    run_distributed(jobs.unlearn_job, 1, str(config), str(run), ["unlearning.keep=5", "unlearning.save_every=1"])
+    assert {path.name: path.read_bytes() for path in (checkpoints / "step_000004").iterdir()} == expected
+    log = (run / "logs" / "unlearn.jsonl").read_text()
+    assert "WARNING" in log and "resuming from the newest complete checkpoint, step 1" in log
+
+
+@pytest.mark.slow
+def test_wrong_resumes_are_refused(calibrated: tuple[Path, Path], tmp_path: Path) -> None:
+    config, prepared_run = calibrated
+    run = copy_of(prepared_run, tmp_path / "run")
+    with pytest.raises(AssertionError, match="there is no complete checkpoint to resume from"):
+        run_distributed(jobs.unlearn_job, 1, str(config), str(run), ["unlearning.resume=required"])
+    run_distributed(jobs.unlearn_job, 1, str(config), str(run), ["unlearning.steps=2"])
+    with pytest.raises(AssertionError, match="belongs to another job"):
+        run_distributed(jobs.unlearn_job, 1, str(config), str(run), ["unlearning.alpha=2"])
+    manifest = read_manifest(run / "checkpoints" / "step_000002")
+    with pytest.raises(
+        UserError, match="written by world size 1, expert-parallel size 1, ZeRO stage 3; this job has 2"
+    ):
+        check_shape(manifest, 2, 2, 3, run / "checkpoints")
+    run_distributed(jobs.unlearn_job, 1, str(config), str(run), [])  # more steps of the same job
+    assert complete_steps(run / "checkpoints") == ([2, 4], [])
+    run_distributed(jobs.unlearn_job, 1, str(config), str(run), ["unlearning.alpha=2", "unlearning.resume=never"])
+    assert complete_steps(run / "checkpoints") == ([2, 4], [])
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_stops_before_the_step(calibrated: tuple[Path, Path], tmp_path: Path) -> None:
+    config, prepared_run = calibrated
+    run = copy_of(prepared_run, tmp_path / "run")
+    huge = ["unlearning.optimizer.lr=1e30", "unlearning.optimizer.gradient_clipping=0", "unlearning.save_every=1"]
+    with pytest.raises(AssertionError, match="the loss is not finite in step 2"):
+        run_distributed(jobs.unlearn_job, 2, str(config), str(run), huge)
+    assert complete_steps(run / "checkpoints") == ([1], [])
+
+
+@pytest.mark.slow
+def test_a_pickle_with_a_payload_is_refused(tmp_path: Path) -> None:
+    """A shard that would run code when unpickled is refused, and the code does not run."""
+    import pickle
+
+    from trace_ds.checkpoints.serialization import load
+
+    class Payload:
+        def __reduce__(self) -> tuple:
+            return os.system, (f"touch {tmp_path / 'ran'}",)
+
+    path = tmp_path / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    path.write_bytes(pickle.dumps(Payload()))
+    with pytest.raises(UserError, match=r"optim_states\.pt: the shard cannot be loaded safely"):
+        load(str(path))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_equal_states_give_equal_bytes(tmp_path: Path) -> None:
+    import torch
+
+    from trace_ds.checkpoints.serialization import load, save
+
+    state = {"lr": 1e-3, "groups": [{"lr": 1e-3, "betas": [0.9, 0.99]}], "weight": torch.arange(5.0)}
+    save(state, tmp_path / "a")
+    save(load(str(tmp_path / "a")), tmp_path / "b")
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_a_foreign_or_altered_calibration_is_refused(calibrated: tuple[Path, Path], tmp_path: Path) -> None:
+    config, prepared_run = calibrated
+    run = copy_of(prepared_run, tmp_path / "run")
+    loaded, path = load_config(str(config), [], run)
+    directory = RunDirectory.at(path)
+    weights = run / "calibration" / "weights.npy"
+    content = bytearray(weights.read_bytes())
+    content[-5] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(UserError, match=r"weights\.npy: the file was altered"):
+        check_unlearn(loaded, directory, 1)
+    weights.write_bytes(content[:-4])
+    with pytest.raises(UserError, match=r"weights\.npy: the file has .* bytes instead"):
+        check_unlearn(loaded, directory, 1)
+    other = tiny.make_model(tmp_path / "other", seed=5)
+    changed, _ = load_config(str(config), [f"model.path={other}"], run)
+    shutil.copy(prepared_run / "calibration" / "weights.npy", weights)
+    with pytest.raises(UserError, match="calibration artefact was made with another model"):
+        check_unlearn(changed, directory, 1)
+    assert not os.path.exists(run / "checkpoints")

@@ -1,0 +1,62 @@
+"""How DeepSpeed reads and writes shard files in our jobs: never unpickling arbitrary objects, and canonical bytes.
+
+DeepSpeed loads with ``weights_only=False``, which executes whatever a pickle says. We replace its two file operations
+by ``weights_only=True`` with the two DeepSpeed classes that its optimizer states hold. And since equal states pickled
+before and after a resume differ in which equal strings are one object, states are rebuilt before they are written:
+equal states give equal files, so a resumed job's checkpoints can be compared by hash.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trace_ds.errors import UserError
+
+
+def install(engine: Any) -> None:
+    """Make a DeepSpeed engine save and load its checkpoint files through this module."""
+    files = engine.checkpoint_engine
+    files.load = load
+    files.save = save
+
+
+def load(path: str, map_location: Any = None) -> Any:
+    """Load a shard file; :class:`UserError` naming the file when it holds anything but tensors and plain data."""
+    from pickle import UnpicklingError
+
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    try:
+        with torch.serialization.safe_globals([LossScaler, ZeroStageEnum]):
+            return torch.load(path, map_location=map_location, weights_only=True)
+    except (UnpicklingError, RuntimeError, EOFError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"the shard cannot be loaded safely ({reason})", str(path), "restore the file, or use another step"
+        ) from None
+
+
+def save(state_dict: Any, path: str | Path) -> None:
+    """Write a shard file whose bytes depend on the state's values only."""
+    torch.save(canonical(state_dict, {}), path)
+
+
+def canonical(value: Any, strings: dict[str, str]) -> Any:
+    """Containers rebuilt anew and equal strings made one object (what pickle's memo depends on); tensors untouched."""
+    if type(value) is str:
+        return strings.setdefault(value, value)
+    if type(value) in (list, tuple, set, frozenset):
+        return type(value)(canonical(item, strings) for item in value)
+    if isinstance(value, dict) and type(value).__name__ in ("dict", "OrderedDict", "defaultdict"):
+        items = {canonical(key, strings): canonical(item, strings) for key, item in value.items()}
+        if type(value) is dict:
+            return items
+        rebuilt = value.copy()
+        rebuilt.clear()
+        rebuilt.update(items)
+        return rebuilt
+    return value
