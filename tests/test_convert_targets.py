@@ -6,9 +6,11 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from distributed import run_distributed
 from test_convert_engines import (
     FAMILIES,
     Case,
@@ -16,15 +18,15 @@ from test_convert_engines import (
     checkpoints,
     ds_config,
     engine_state,
-    free_port,
-    joined_world,
     make_engine,
     probe,
     train,
 )
 
-from trace_ds.conversion.convert import convert_checkpoint
+from trace_ds.conversion.convert import convert_checkpoint, verify_archives
+from trace_ds.conversion.torch_archive import LazyTensor, read_archive
 from trace_ds.errors import UserError
+from trace_ds.parallel.world import World
 
 TRAINED = Case("mixtral", 3, 2)
 
@@ -53,7 +55,7 @@ def test_every_layout_of_a_model_leads_back_to_it(tmp_path: Path, family: str) -
     assert same(fused, in_memory) and any("gate_up_proj" in name for name in fused)
     convert_checkpoint(tmp_path / "fused", tmp_path / "back", verify=True)
     assert same(weights(tmp_path / "back"), original)
-    convert_checkpoint(tmp_path / "base", tmp_path / "ep", to="ep")
+    convert_checkpoint(tmp_path / "base", tmp_path / "ep", to="ep", verify=True)
     convert_checkpoint(tmp_path / "ep", tmp_path / "again", base_model=tmp_path / "base", max_shard_size="3KB", jobs=2)
     assert same(weights(tmp_path / "again"), original)
     index = json.loads((tmp_path / "again" / "model.safetensors.index.json").read_text())
@@ -74,23 +76,21 @@ def test_reruns_and_jobs_give_the_same_bytes(tmp_path: Path) -> None:
         assert one.read_bytes() == two.read_bytes(), name
 
 
-def load_expert_parallel(rank: int, world: int, port: int, case: Case, source: str, out: str) -> None:
-    """Load the layout into an engine whose own weights are all zero, and write down its logits."""
-    with joined_world(rank, world, port):
-        import deepspeed
+def load_expert_parallel(world: World, case: Case, source: str) -> Any:
+    """Load the layout into an engine whose own weights are all zero; its logits."""
+    import deepspeed
 
-        model = base_model(case.family)
-        for parameter in model.parameters():
-            parameter.data.zero_()
-        config = ds_config(case) | {"optimizer": None}
-        del config["optimizer"]
-        engine, *_ = deepspeed.initialize(model=model, config=config)
-        path, _ = engine.load_checkpoint(source, load_module_only=True, load_optimizer_states=False)
-        assert path is not None
-        engine.eval()
-        with torch.no_grad():
-            logits = engine(input_ids=probe(), use_cache=False).logits.float()
-        torch.save(logits, f"{out}/logits_{rank}.pt")
+    model = base_model(case.family)
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    config = ds_config(case)
+    del config["optimizer"]
+    engine, *_ = deepspeed.initialize(model=model, config=config)
+    path, _ = engine.load_checkpoint(source, load_module_only=True, load_optimizer_states=False)
+    assert path is not None
+    engine.eval()
+    with torch.no_grad():
+        return engine(input_ids=probe(), use_cache=False).logits.float().numpy()
 
 
 @pytest.mark.parametrize(("family", "ep"), [("mixtral", 1), ("mixtral", 2), ("deepseek_v3", 2), ("qwen2_moe", 2)])
@@ -99,12 +99,10 @@ def test_deepspeed_loads_the_expert_parallel_layout(tmp_path: Path, family: str,
     model.save_pretrained(tmp_path / "base")
     convert_checkpoint(tmp_path / "base", tmp_path / "ep", to="ep")
     case = Case(family, 0, ep, "fp32")
-    arguments = (ep, free_port(), case, str(tmp_path / "ep"), str(tmp_path))
-    torch.multiprocessing.spawn(load_expert_parallel, arguments, nprocs=ep)
     with torch.no_grad():
         expected = model(input_ids=probe(), use_cache=False).logits
-    for rank in range(ep):
-        assert torch.allclose(torch.load(tmp_path / f"logits_{rank}.pt"), expected, rtol=0, atol=1e-6)
+    for logits in run_distributed(load_expert_parallel, ep, case, str(tmp_path / "ep")):
+        assert torch.allclose(torch.from_numpy(logits), expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -156,21 +154,20 @@ def ds_to_universal(source: Path, destination: Path, case: Case) -> None:
     subprocess.run(command, check=True, capture_output=True, env=os.environ | {"DS_ACCELERATOR": "cpu"})
 
 
-def resume_universal(rank: int, world: int, port: int, case: Case, source: str, out: str) -> None:
+def resume_universal(world: World, case: Case, source: str, out: str) -> None:
     """Load a universal folder into an engine of this world, note its parameters, and train a step on."""
-    with joined_world(rank, world, port):
-        import deepspeed
+    import deepspeed
 
-        engine = make_engine(case, {"checkpoint": {"load_universal": True}})
-        path, _ = engine.load_checkpoint(source)
-        assert path is not None
-        held = {}
-        for name, parameter in engine.module.named_parameters():
-            with deepspeed.zero.GatheredParameters([parameter], enabled=case.stage == 3):
-                held[name] = parameter.detach().clone()
-        buffers = {n: b.clone() for n, b in engine.module.named_buffers() if "e_score" in n}
-        train(engine, rank, 1)
-        torch.save({"held": held, "buffers": buffers}, f"{out}/truth_{rank}.pt")
+    engine = make_engine(case, {"checkpoint": {"load_universal": True}})
+    path, _ = engine.load_checkpoint(source)
+    assert path is not None
+    held = {}
+    for name, parameter in engine.module.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter], enabled=case.stage == 3):
+            held[name] = parameter.detach().clone()
+    buffers = {n: b.clone() for n, b in engine.module.named_buffers() if "e_score" in n}
+    train(engine, world.rank, 1)
+    torch.save({"held": held, "buffers": buffers}, f"{out}/truth_{world.rank}.pt")
 
 
 @pytest.mark.parametrize(
@@ -184,8 +181,7 @@ def test_deepspeed_resumes_from_the_universal_folder_on_another_world(
     root = checkpoints(2)
     convert_checkpoint(root / case.name, tmp_path / "universal", to="universal")
     target = Case(case.family, case.stage, ep, case.dtype)
-    arguments = (world, free_port(), target, str(tmp_path / "universal"), str(tmp_path))
-    torch.multiprocessing.spawn(resume_universal, arguments, nprocs=world)
+    run_distributed(resume_universal, world, target, str(tmp_path / "universal"), str(tmp_path))
     before = engine_state(root / case.name, case.ep, 2)
     after = engine_state(tmp_path, ep, world)
     assert before.keys() == after.keys()
@@ -198,3 +194,24 @@ def test_a_model_without_optimizer_states_has_no_universal_folder(tmp_path: Path
     with pytest.raises(UserError, match="optimizer states"):
         convert_checkpoint(tmp_path / "base", tmp_path / "universal", to="universal")
     assert not (tmp_path / "universal").exists()
+
+
+@pytest.mark.parametrize("to", ["ep", "universal"])
+def test_verify_reads_written_folders_back(tmp_path: Path, to: str) -> None:
+    source, base = checkpoints(2) / TRAINED.name, checkpoints(2) / "base" / "mixtral"
+    report = convert_checkpoint(source, tmp_path / "out", to=to, base_model=base, verify=True)
+    assert report["verified"]
+    name = "model.layers.1.mlp.experts.w2" + (".3" if to == "ep" else "/exp_avg")
+    path = tmp_path / "out" / report["tensors"][name]["file"]
+    data = bytearray(path.read_bytes())
+    position = read_tensor_offset(path)
+    data[position] ^= 1
+    path.write_bytes(bytes(data))
+    with pytest.raises(UserError, match=path.name):
+        verify_archives(tmp_path / "out")
+
+
+def read_tensor_offset(path: Path) -> int:
+    """Byte offset of a tensor in a torch file."""
+    state = read_archive(path)
+    return next(value for value in state.values() if isinstance(value, LazyTensor)).storage.offset_bytes

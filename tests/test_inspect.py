@@ -133,6 +133,9 @@ def test_a_variant_uses_its_parents_data(run: Path) -> None:
     assert found["data"] == found["calibration"] == "done"
     assert found["model"] == "missing"
     assert states(run)["variants/uniform"] == "missing"
+    shutil.rmtree(run / "statistics" / "forget")
+    make_artefact(run / "statistics" / "forget", "statistics", {"data": parent["data"]}, "counted again")
+    assert states(run)["variants/uniform"] == "stale"
 
 
 def test_an_artefact(run: Path) -> None:

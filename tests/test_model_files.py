@@ -104,6 +104,10 @@ def test_an_index_that_lies(sharded: Path) -> None:
     placed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
     for changed, word in (
         ({**placed, "model.ghost.weight": "model-00001-of-00003.safetensors"}, "model.ghost.weight"),
+        (
+            placed | {name: next(f for f in placed.values() if f != placed[name]) for name in ["lm_head.weight"]},
+            "lm_head",
+        ),
         ({**placed, "lm_head.weight": "../elsewhere.safetensors"}, "outside"),
         ({**placed, "lm_head.weight": 3}, "outside"),
         ({}, "weight_map"),

@@ -332,6 +332,7 @@ def test_two_runs_of_the_same_data_are_compared(tmp_path: Path) -> None:
     text = report(None, RunDirectory.at(first), [second]).read_text("utf-8")
     models = {entry["model"] for entry in json.loads((first / "report" / "scores.json").read_text())}
     assert {"unlearned", "b/unlearned", "b/uniform"} <= models
+    assert not {"b/original", "b/gold"} & models  # the same models as the first run's
     assert "b/unlearned" in page_data(text)["tables"]["curves"]["columns"]["arm"]
     assert "Not compared" not in text
 

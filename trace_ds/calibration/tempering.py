@@ -75,8 +75,9 @@ def temper(
         if not found.converged:
             metric.rebuild(solved[-1][1])
             return found, None
-        if found.iterations:
-            solved.append((strength, found.point))
+        if solved[-1][0] == strength:
+            solved.pop()  # the line through two solutions needs two different strengths
+        solved.append((strength, found.point))
         if len(solved) == 2 and not metric.exact:
             metric.rebuild(found.point)
         return found, float(np.sqrt(max(1.0 / found.point.ess - 1.0, 0.0)))
@@ -105,9 +106,9 @@ def temper(
             guess = float(np.clip(inner, low + margin, high - margin))
             if not low < guess < high:
                 guess = (low + high) / 2.0
-    for _ in range(20):
+    for number in range(20):
         final, value = attempt(low, None) if low > 0 else (nothing, 0.0)
         if value is not None and value <= goal:
             return Tempered(low, final, iterations)
-        low *= 1.0 - precision
+        low *= 1.0 - min(0.5, precision * 2.0**number)  # a little back; more if that was not enough
     return Tempered(0.0, nothing, iterations)

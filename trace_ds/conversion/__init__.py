@@ -3,8 +3,9 @@
     from trace_ds.conversion.convert import convert_checkpoint
     convert_checkpoint(Path("runs/x/checkpoints/step_000100"), Path("model"), base_model=Path("Mixtral-8x7B-v0.1"))
 
-Read in this order: torch_archive (files without unpickling), runs (tensors as byte ranges), deepspeed_source,
-huggingface_source and universal (what a source holds), layouts (names and cuts), stream (moving bytes), convert.
+Read in this order: torch_archive (files without unpickling), runs (tensors as byte ranges), partitions,
+deepspeed_source, huggingface_source and universal (what a source holds), layouts (names and cuts), stream (moving
+bytes), convert.
 No GPU, no process group, no compiler and no DeepSpeed are needed.
 """
 

@@ -66,9 +66,7 @@ def write_card(
     lines += ["---", "", f"# {str(name).split('.tmp-')[0]}", ""]
     if facts.get("method"):
         lines += [
-            f"`{base}` after machine unlearning with trace_ds: retain losses re-weighted by expert activation "
-            "frequencies (TRACE, arXiv 2606.10338).",
-            "Only the abstract of that paper is public; the equations behind it are trace_ds's own decisions.",
+            *unlearned(str(base), str(facts["method"].get("weight rule", ""))),
             "",
             "## Method",
             "",
@@ -109,6 +107,17 @@ def write_card(
             "",
         ]
     write_text(destination / "README.md", "\n".join(lines))
+
+
+def unlearned(base: str, rule: str) -> list[str]:
+    """What was done to ``base``, in two sentences; a baseline is called a baseline."""
+    if rule.startswith("uniform"):
+        return [f"`{base}` after machine unlearning with trace_ds, with uniform retain weights (the baseline)."]
+    return [
+        f"`{base}` after machine unlearning with trace_ds: the retain data re-weighted by expert activation "
+        "frequencies (TRACE, arXiv 2606.10338).",
+        "Only the abstract of that paper is public; the equations behind it are trace_ds's own decisions.",
+    ]
 
 
 def _table(rows: Mapping[str, Any]) -> list[str]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -125,6 +124,9 @@ def convert_checkpoint(
         with _new_directory(destination) as work:
             report = write_universal(checkpoint, work, jobs=jobs, progress=progress)
             report = {"format": FORMAT, "source": source_facts(checkpoint), "target": to, **report}
+            if verify:
+                verify_archives(work, jobs)
+                report["verified"] = True
             write_json(work / REPORT, report)
         return report
     plan = make_plan(checkpoint, DTYPE_WORDS[dtype], base_model)
@@ -133,6 +135,9 @@ def convert_checkpoint(
             from trace_ds.conversion.expert_parallel import write_expert_parallel
 
             result = write_expert_parallel(plan, work, jobs=jobs, progress=progress)
+            if verify:
+                verify_archives(work, jobs)
+                result["verified"] = True
         else:
             result = write_huggingface(
                 plan, work, to, max_shard_size=max_shard_size, jobs=jobs, verify=verify, progress=progress, card=card
@@ -305,24 +310,10 @@ def verify_huggingface(directory: Path, report: Mapping[str, Any], jobs: int = 1
             )
 
 
-def describe(path: Path, tag: str | None = None) -> dict[str, Any]:
-    """What ``trace-ds inspect`` says of a checkpoint or model: :meth:`Checkpoint.summary` plus the tensors."""
-    checkpoint = open_source(path, tag)
-    family = None
-    config = checkpoint.path / "config.json"
-    recorded = ((checkpoint.manifest or {}).get("model") or {}).get("path")
-    if not config.is_file() and recorded:
-        config = Path(recorded) / "config.json"
-    if config.is_file():
-        match = re.search(r'"model_type"\s*:\s*"([^"]+)"', config.read_text(encoding="utf-8"))
-        family = match[1] if match else None
-    return {
-        **checkpoint.summary(),
-        "name": checkpoint.path.name,
-        "family": (checkpoint.manifest or {}).get("family") or family,
-        "complete": True,
-        "table": {
-            name: {"shape": list(source.shape), "dtype": str(source.dtype).removeprefix("torch.")}
-            for name, source in checkpoint.tensors.items()
-        },
-    }
+def verify_archives(directory: Path, jobs: int = 1) -> None:
+    """Re-read every tensor of a written DeepSpeed folder against the checksums that were written with it."""
+    checkpoint = open_source(directory)
+    sources = [source for group in (checkpoint.tensors, *checkpoint.moments.values()) for source in group.values()]
+    streamer = Streamer(jobs)
+    streamer.run([Task(source, source.dtype, None, 0) for source in sources])
+    streamer.ledger.check()

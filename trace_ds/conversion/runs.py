@@ -7,12 +7,14 @@ whole model is described in a few megabytes and any tensor of any layout can be 
 
 from __future__ import annotations
 
+import bisect
+import functools
+import itertools
 import math
 import threading
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import BinaryIO
 
 import torch
@@ -52,18 +54,22 @@ class TensorSource:
     def numel(self) -> int:
         return math.prod(self.shape)
 
+    @functools.cached_property
+    def _ends(self) -> list[int]:
+        """Position just after each run."""
+        return list(itertools.accumulate(run.numel for run in self.runs))
+
     def slice_runs(self, start: int, numel: int) -> list[Run]:
         """The runs of elements ``start … start + numel``."""
         found: list[Run] = []
-        position = 0
-        for run in self.runs:
-            low = max(start, position)
-            high = min(start + numel, position + run.numel)
-            if low < high:
-                found.append(Run(run.storage, run.start + low - position, high - low))
-            position += run.numel
-            if position >= start + numel:
+        first = bisect.bisect_right(self._ends, start)
+        for number in range(first, len(self.runs)):
+            run = self.runs[number]
+            position = self._ends[number] - run.numel
+            low, high = max(start, position), min(start + numel, position + run.numel)
+            if low >= high:
                 break
+            found.append(Run(run.storage, run.start + low - position, high - low))
         return found
 
 
@@ -132,7 +138,7 @@ def _multiply(matrix: tuple[int, ...], vector: int) -> int:
     return total
 
 
-@lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=64)
 def _zeros_power(exponent: int) -> tuple[int, ...]:
     """The matrix over GF(2) that appends 2**exponent zero bits to a CRC-32."""
     if exponent == 0:
@@ -141,7 +147,7 @@ def _zeros_power(exponent: int) -> tuple[int, ...]:
     return tuple(_multiply(half, row) for row in half)
 
 
-@lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=4096)
 def _zeros(nbytes: int) -> tuple[int, ...]:
     """The matrix that appends ``nbytes`` zero bytes."""
     matrix = tuple(1 << bit for bit in range(32))

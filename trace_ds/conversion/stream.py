@@ -24,7 +24,7 @@ from trace_ds.conversion.runs import ChecksumLedger, TensorSource, merge_adjacen
 from trace_ds.conversion.torch_archive import COPY_AGAIN
 from trace_ds.errors import UserError
 
-BLOCK_NUMEL = 1 << 20
+BLOCK_NUMEL = 1 << 19
 Progress = Callable[[int, int], None]
 
 

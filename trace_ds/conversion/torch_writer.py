@@ -8,7 +8,6 @@ directory with the checksums is written at the end. ``torch.load`` (with ``weigh
 from __future__ import annotations
 
 import io
-import os
 import pickle
 import struct
 import zlib
@@ -132,8 +131,6 @@ class StreamedArchive:
                 directory += _central_header(record)
             handle.seek(self._end)
             handle.write(directory + _end_of_directory(len(self._records), len(directory), self._end))
-            handle.flush()
-            os.fsync(handle.fileno())
 
 
 def _sizes(record: _Record, *extra: int) -> tuple[int, bytes]:

@@ -17,12 +17,7 @@ from typing import Any
 import torch
 
 from trace_ds.conversion.checkpoint import MODEL_FILE, RANK_FILE, Checkpoint
-from trace_ds.conversion.deepspeed_source import (
-    autoep_layers,
-    damaged,
-    engine_dtype,
-    expert_weights,
-)
+from trace_ds.conversion.partitions import autoep_layers, damaged, engine_dtype, expert_weights
 from trace_ds.conversion.runs import Run, TensorSource, from_lazy, make_source
 from trace_ds.conversion.safetensors_target import DTYPE_NAMES
 from trace_ds.conversion.stream import Progress, warnings_of

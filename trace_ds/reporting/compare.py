@@ -2,9 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from trace_ds.reporting.gather import RunData, gather
+from trace_ds.reporting.gather import Evaluation, RunData, gather
+
+
+def label(runs: Sequence[RunData], run: RunData, name: str) -> str:
+    """The name of a model in a comparison: its own in the first run, ``RUN/NAME`` in the others."""
+    return name if run is runs[0] else f"{run.name}/{name}"
+
+
+def models(runs: Sequence[RunData]) -> Iterator[tuple[str, Evaluation]]:
+    """Every evaluated model of a comparison by label; a reference that the first run also has comes once."""
+    for run in runs:
+        for name, evaluation in run.evaluations().items():
+            known = runs[0].references.get(name) if name in run.references and run is not runs[0] else None
+            if known is None or evaluation.fingerprint is None or known.fingerprint != evaluation.fingerprint:
+                yield label(runs, run, name), evaluation
 
 
 def why_not_comparable(run: RunData, other: RunData) -> list[str]:

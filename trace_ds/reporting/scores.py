@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from trace_ds.reporting.compare import why_not_comparable
+from trace_ds.reporting.compare import models
 from trace_ds.reporting.gather import Arm, Evaluation, RunData, Score
 from trace_ds.reporting.matched import Matched, forget_excess, matched, relative_gain
 
@@ -20,13 +20,9 @@ CHANCE_MARGIN = 0.02  # without a gold model: forgotten = at most two points abo
 def score_records(run: RunData, others: Iterable[RunData] = ()) -> list[dict[str, Any]]:
     """``scores.json``: a sorted list of ``{model, task, metric, value}``; other runs' models are ``RUN/MODEL``.
 
-    A value that is not finite is None. Other runs count only when they can be compared.
+    A value that is not finite is None.
     """
-    records = [(name, score) for name, evaluation in run.evaluations().items() for score in evaluation.scores]
-    for other in others:
-        if not why_not_comparable(run, other):
-            for name, evaluation in other.evaluations().items():
-                records += [(f"{other.name}/{name}", score) for score in evaluation.scores]
+    records = [(name, score) for name, evaluation in models([run, *others]) for score in evaluation.scores]
     return sorted(
         (
             {

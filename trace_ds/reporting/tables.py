@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from trace_ds.reporting.compare import label, models
 from trace_ds.reporting.gather import Calibration, Evaluation, RunData, weight_chunks
 from trace_ds.reporting.scores import arm_matched, arm_points, excess, mean_score, targets, utility_metrics
 
@@ -74,11 +75,6 @@ def all_tables(run: RunData, others: list[RunData]) -> dict[str, Table]:
         items(run),
     ]
     return {table.name: table for table in tables if len(table)}
-
-
-def label(runs: list[RunData], run: RunData, name: str) -> str:
-    """The name of a model in a comparison: its own in the first run, ``RUN/NAME`` in the others."""
-    return name if run is runs[0] else f"{run.name}/{name}"
 
 
 def routing(run: RunData) -> Table:
@@ -281,10 +277,9 @@ def matched_forgetting(runs: list[RunData]) -> Table:
 def drift(runs: list[RunData]) -> Table:
     """Routing drift by layer: overlap of the selected experts with the original's, and KL of their shares."""
     rows = []
-    for run in runs:
-        for name, evaluation in run.evaluations().items():
-            for corpus, layer, values in _drift_rows(evaluation):
-                rows.append([label(runs, run, name), corpus, layer, values.get("overlap"), values.get("kl")])
+    for name, evaluation in models(runs):
+        for corpus, layer, values in _drift_rows(evaluation):
+            rows.append([name, corpus, layer, values.get("overlap"), values.get("kl")])
     return make("drift", "Routing drift by layer", ["model", "corpus", "layer", "overlap", "kl"], rows)
 
 
@@ -303,9 +298,8 @@ def _drift_rows(evaluation: Evaluation) -> list[tuple[str, int, dict[str, float]
 
 def scores(runs: list[RunData]) -> Table:
     rows = [
-        [label(runs, run, name), s.task, s.metric, s.role, s.direction, s.value, s.n, s.chance]
-        for run in runs
-        for name, evaluation in run.evaluations().items()
+        [name, s.task, s.metric, s.role, s.direction, s.value, s.n, s.chance]
+        for name, evaluation in models(runs)
         for s in evaluation.scores
     ]
     header = ["model", "task", "metric", "role", "direction", "value", "n", "chance"]

@@ -264,7 +264,8 @@ def _run(path: Path, verify: bool) -> Finding:
             below = _run(variant, verify)
             states = {part["name"]: part["state"] for part in below.parts}
             detail = ", ".join(f"{name} {states[name]}" for name in ("calibration", "checkpoints", "model"))
-            add(f"variants/{variant.name}", "damaged" if below.problems else states["model"], detail)
+            worst = next((state for state in ("damaged", "stale") if state in states.values()), states["model"])
+            add(f"variants/{variant.name}", worst, detail)
     problems = [f"{part['name']}: {part['detail']}" for part in parts if part["state"] in ("damaged", "stale")]
     return Finding(path, "run", {"variant of": str(run.parent) if run.parent else None}, problems, parts)
 
