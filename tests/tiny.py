@@ -9,10 +9,41 @@ from typing import Any
 
 import yaml
 
-WORDS = (
-    "iron gold lead tin zinc acid base salt river mountain city king queen harbour letter bridge winter summer "
-    "garden window teacher doctor street house water stone paper silver copper carbon oxygen helium neon"
-).split()
+WORDS = [
+    "iron",
+    "gold",
+    "lead",
+    "tin",
+    "zinc",
+    "acid",
+    "base",
+    "salt",
+    "river",
+    "mountain",
+    "city",
+    "king",
+    "queen",
+    "harbour",
+    "letter",
+    "bridge",
+    "winter",
+    "summer",
+    "garden",
+    "window",
+    "teacher",
+    "doctor",
+    "street",
+    "house",
+    "water",
+    "stone",
+    "paper",
+    "silver",
+    "copper",
+    "carbon",
+    "oxygen",
+    "helium",
+    "neon",
+]
 
 
 def make_tokenizer(directory: Path) -> None:

@@ -58,10 +58,9 @@ def main() -> None:
     except typer.Abort:
         sys.exit(130)
     except Exception as error:
-        from click.exceptions import ClickException
-
-        if isinstance(error, ClickException) or hasattr(error, "format_message"):
-            error.show()  # type: ignore[union-attr]
+        show = getattr(error, "show", None)  # a usage error (typer carries its own copy of click's exceptions)
+        if callable(show):
+            show()
             sys.exit(2)
         if type(error).__name__ == "AgreedError":  # the main process says it
             sys.exit(2)

@@ -92,8 +92,8 @@ def choose(checkpoints: Path, job: str, resume: str) -> tuple[Manifest | None, l
         resume: ``auto``, ``required`` (no checkpoint is an error) or ``never`` (existing ones are deleted).
     """
     if resume == "never":
-        for step in complete_steps(checkpoints)[0]:
-            shutil.rmtree(checkpoints / step_name(step))
+        for old in complete_steps(checkpoints)[0]:
+            shutil.rmtree(checkpoints / step_name(old))
         (checkpoints / "latest").unlink(missing_ok=True)
         return None, []
     step, problems = newest_complete(checkpoints, hashes=True)
@@ -123,8 +123,8 @@ def check_shape(manifest: Manifest, world_size: int, ep: int, zero_stage: int, c
     wrote = (manifest.world, manifest.ep, manifest.zero_stage)
     if wrote != (world_size, ep, zero_stage):
         raise UserError(
-            f"the checkpoint was written by world size {wrote[0]}, expert-parallel size {wrote[1]}, ZeRO stage {wrote[2]};"
-            f" this job has {world_size}, {ep}, {zero_stage}",
+            f"the checkpoint was written by world size {wrote[0]}, expert-parallel size {wrote[1]}, "
+            f"ZeRO stage {wrote[2]}; this job has {world_size}, {ep}, {zero_stage}",
             str(checkpoints / step_name(manifest.step)),
             "resume with the same shape, or start over with --set unlearning.resume=never",
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import types
 import typing
@@ -115,10 +116,8 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     except yaml.YAMLError:
         raise UserError(f"the value of {key} is not valid YAML: {value!r}", "--set", "quote the value") from None
     if isinstance(parsed, str):  # YAML 1.1 reads 1e-4 as text
-        try:
+        with contextlib.suppress(ValueError):
             parsed = float(parsed)
-        except ValueError:
-            pass
     _set(raw, key.strip(), parsed)
 
 

@@ -49,10 +49,8 @@ class TokenDataset:
     def __init__(self, table: pa.Table) -> None:
         self._ids = [_flat(chunk) for chunk in table.column("input_ids").chunks]
         self._documents = [_flat(chunk) for chunk in table.column("document_ids").chunks]
-        lengths = [np.diff(offsets) for offsets, _ in self._ids]
-        self.row_offsets: np.ndarray = np.concatenate([[0], np.cumsum(np.concatenate(lengths or [[]]))]).astype(
-            np.int64
-        )
+        lengths = [np.zeros(1, dtype=np.int64), *(np.diff(offsets).astype(np.int64) for offsets, _ in self._ids)]
+        self.row_offsets: np.ndarray = np.cumsum(np.concatenate(lengths))
 
     @classmethod
     def open(cls, path: Path) -> TokenDataset:

@@ -49,13 +49,13 @@ def bench(recipe: str, run_dir: Path, seeds: int, json: bool) -> int:
         if status:
             return status
         outcomes += seed_outcomes(request.run.path, seed)
-    result = {"recipe": recipe, "seeds": seeds, "outcomes": [asdict(item) for item in outcomes]}
-    result["table"] = table(outcomes)
+    lines = table(outcomes)
+    result = {"recipe": recipe, "seeds": seeds, "outcomes": [asdict(item) for item in outcomes], "table": lines}
     write_json(run_dir / "bench.json", result)
     if json:
         print(json_module.dumps(result, indent=1, sort_keys=True))
     else:
-        _print(result["table"], run_dir)
+        _print(lines, run_dir)
     return 0
 
 

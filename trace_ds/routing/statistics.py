@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
@@ -71,9 +72,8 @@ class RoutingStatistics:
     @classmethod
     def load(cls, path: Path) -> RoutingStatistics:
         tensors = load_file(path)
-        return cls(
-            **{
-                item.name: tensors[item.name] if item.name.endswith("_LE") else int(tensors[item.name][0])
-                for item in fields(cls)
-            }
-        )
+        values: dict[str, Any] = {
+            item.name: tensors[item.name] if item.name.endswith("_LE") else int(tensors[item.name][0])
+            for item in fields(cls)
+        }
+        return cls(**values)

@@ -1,4 +1,4 @@
-"""What a stage tells while it works: lines for people, JSONL and TensorBoard scalars for tools, progress with an estimate.
+"""What a stage tells while it works: lines for people, JSONL and TensorBoard scalars for tools, an estimate.
 
 Logs carry times; artefacts never do. Only the main process (rank 0) logs.
 """
@@ -119,7 +119,8 @@ class Progress:
             left_s = (self._total - self._done) / max(rate, 1e-9)
             extra = "".join(f", {name} {value:.4g}" for name, value in shown.items())
             self._log.line(
-                f"{self._what}: {self._done:,}/{self._total:,} {self._unit}s, {rate:,.1f}/s, about {left_s:,.0f} s left{extra}"
+                f"{self._what}: {self._done:,}/{self._total:,} {self._unit}s, {rate:,.1f}/s, "
+                f"about {left_s:,.0f} s left{extra}"
             )
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""``trace-ds unlearn``: model + datasets + calibration → sharded checkpoints (DeepSpeed ZeRO, with expert parallelism)."""
+"""``trace-ds unlearn``: model + datasets + calibration → sharded checkpoints (DeepSpeed ZeRO and AutoEP)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from trace_ds.run.files import canonical_json, sha256_text
 
 if TYPE_CHECKING:
     from trace_ds.parallel.world import World
-    from trace_ds.run.log import StageLog
     from trace_ds.unlearning.batches import Batches
     from trace_ds.unlearning.loss import Objective
 
@@ -151,8 +150,8 @@ def make_batches(config: Config, job: UnlearnJob) -> Batches:
     else:
         row_weights_R = np.load(job.calibration.file("row_weights.npy"), mmap_mode="r", allow_pickle=False)
     nll = TokenArray(open_parts(job.forget_statistics, "nll")) if job.forget_statistics is not None else None
-    datasets = [TokenDataset.open(job.data.file(f"{side}.arrow")) for side in ("forget", "retain")]
-    return Batches(config, *datasets, token_weights, row_weights_R, nll)
+    forget, retain = (TokenDataset.open(job.data.file(f"{side}.arrow")) for side in ("forget", "retain"))
+    return Batches(config, forget, retain, token_weights, row_weights_R, nll)
 
 
 def training_engine(config: Config, info: ModelInfo, world: World, accumulation: int) -> Any:

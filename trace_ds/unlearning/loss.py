@@ -1,4 +1,4 @@
-"""From a micro-batch to the two sums of the objective: which forward passes a forget loss needs, and what it returns."""
+"""From a micro-batch to the two sums of the objective: which forward passes a forget loss needs."""
 
 from __future__ import annotations
 
