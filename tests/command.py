@@ -26,9 +26,11 @@ def run(command: Sequence[str], cwd: Path | None = None, timeout_s: float = 300.
     )
 
 
-def trace_ds(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+def trace_ds(
+    *arguments: str | Path, cwd: Path | None = None, timeout_s: float = 300.0
+) -> subprocess.CompletedProcess[str]:
     """``trace-ds ARGUMENTS``."""
-    return run([sys.executable, "-m", "trace_ds", *map(str, arguments)], cwd)
+    return run([sys.executable, "-m", "trace_ds", *map(str, arguments)], cwd, timeout_s)
 
 
 def tree(path: Path) -> dict[str, bytes]:

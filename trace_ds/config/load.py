@@ -57,7 +57,7 @@ def load_config(config: str, overrides: Sequence[str] = (), run_dir: str | Path 
         config: path of a YAML file or the name of a recipe.
         overrides: ``dotted.key=value`` strings; values are YAML.
         run_dir: the run directory; default ``runs/NAME``. ``${run_dir}`` in any string of the file is replaced by it,
-            ``${config_dir}`` by the folder of the file.
+            ``${run_parent}`` by its parent, ``${config_dir}`` by the folder of the file.
 
     Returns:
         The configuration and the run directory.
@@ -81,6 +81,7 @@ def load_config(config: str, overrides: Sequence[str] = (), run_dir: str | Path 
     directory = Path(run_dir) if run_dir is not None else Path("runs") / str(name or "unnamed")
     values = {
         "run_dir": str(directory),
+        "run_parent": str(directory.parent),
         "config_dir": str(Path(config).parent if Path(config).is_file() else "."),
     }
     return validate(_substitute(raw, values), where), directory

@@ -82,7 +82,7 @@ class CalibrationConfig(Section):
     rule: Literal["raking", "ratio_mean", "ratio_max", "uniform", "permuted", "random_experts", "inverse"] = "raking"
     level: Literal["token", "sequence"] = Field("token", description="sequence: every token has its row's mean weight.")
     ess_floor: float = Field(0.5, gt=0, le=1, description="Least effective sample size (sum w)^2 / (n sum w^2).")
-    clip: float = Field(20.0, gt=1, description="ratio_*: largest ratio of frequencies used.")
+    clip: float = Field(20.0, gt=1, description="Largest ratio of frequencies asked of an expert.")
     if_none_found: Literal["stop", "continue"] = Field(
         "stop", description="No forget-critical expert found: stop with exit status 2, or continue."
     )

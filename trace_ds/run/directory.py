@@ -69,9 +69,10 @@ class RunDirectory:
         return self.path / "variants"
 
     @property
-    def stop_file(self) -> Path:
-        """Touch it to stop the unlearning job with a complete checkpoint (exit status 75)."""
-        return self.path / "stop"
+    def stop_files(self) -> tuple[Path, ...]:
+        """Touch one to stop the unlearning job with a complete checkpoint (exit status 75): RUN/stop, and for a
+        variant its parent's too."""
+        return tuple(folder / "stop" for folder in (self.path, self.parent) if folder is not None)
 
     def variant(self, name: str) -> RunDirectory:
         return RunDirectory(self.variants / name, self.path)

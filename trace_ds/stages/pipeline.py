@@ -82,9 +82,9 @@ def check_early(verb: str, request: Request) -> None:
         for side in ("forget", "retain"):
             check_files(getattr(config.data, side), f"data.{side}")
     if verb in ("run", "evaluate"):
-        for task in config.evaluation.tasks:
-            if not Path(task.path).is_file():
-                raise UserError("the task's file does not exist", task.path, f"correct the path of task {task.name}")
+        from trace_ds.evaluation.items import read_tasks
+
+        read_tasks(config.evaluation.tasks)
 
 
 def process_count(config: Config) -> int:

@@ -65,7 +65,7 @@ def train(
         for step in range(manifest.step, settings.steps):
             done = step + 1
             values = run_step(engine, world, batches.at(step, world.rank, world.size), objective, settings, step)
-            stop = terminated() or (world.is_main and run.stop_file.exists())
+            stop = terminated() or (world.is_main and any(path.exists() for path in run.stop_files))
             stop = bool(world.max_int(int(stop)))
             if done % settings.log_every == 0 or done == settings.steps:
                 log.scalars(done, **values)
@@ -76,7 +76,8 @@ def train(
                 log.event("checkpoint", step=done)
             if stop and done < settings.steps:
                 if world.is_main:
-                    run.stop_file.unlink(missing_ok=True)
+                    for path in run.stop_files:
+                        path.unlink(missing_ok=True)
                 log.line(f"stopped on request after step {done} of {settings.steps}; run again to go on")
                 raise StopRequested(f"stopped after step {done}")
     progress.close()

@@ -1,0 +1,77 @@
+"""`trace-ds demo` itself, whole, as a newcomer runs it; and what must hold of the real data and models it makes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from command import trace_ds
+from safetensors.numpy import load_file
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("demo")
+    result = trace_ds("demo", "--run-dir", "runs/demo", cwd=folder, timeout_s=1500)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    assert "runs/demo/report/index.html" in result.stdout
+    assert "runs/demo/verbatim/report/index.html" in result.stdout
+    (folder / "printed.txt").write_text(result.stdout)
+    return folder / "runs" / "demo"
+
+
+def scores(run: Path, name: str) -> dict[str, float]:
+    found = json.loads((run / "evaluation" / f"{name}.json").read_text())["scores"]
+    return {f"{item['task']} {item['metric']}": item["value"] for item in found}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_model_knew_it_and_forgets_it(demo: Path) -> None:
+    original, gold = scores(demo, "original"), scores(demo, "gold")
+    assert original["elements accuracy"] >= 0.85 and original["other_facts accuracy"] >= 0.85
+    assert gold["elements accuracy"] <= 0.40 and gold["other_facts accuracy"] >= 0.85
+    for run in (demo, demo / "variants" / "uniform", demo / "variants" / "trace_loss"):
+        assert scores(run, "unlearned")["elements accuracy"] <= 0.45
+    passages = scores(demo / "verbatim", "original"), scores(demo / "verbatim", "gold")
+    name = next(key for key in passages[0] if key.startswith("passages ") and "rouge" in key.lower())
+    assert passages[0][name] > 0.7 and passages[1][name] < 0.4
+
+
+@pytest.mark.slow
+def test_it_leaves_the_whole_run_directory(demo: Path) -> None:
+    records = json.loads((demo / "report" / "scores.json").read_text())
+    assert {"original", "gold", "unlearned", "uniform", "trace_loss"} <= {item["model"] for item in records}
+    assert all(set(item) == {"model", "task", "metric", "value"} for item in records)
+    page = (demo / "report" / "index.html").read_text()
+    assert "http://" not in page.replace("http://www.w3.org", "") and "elements" in page
+    manifest = json.loads((demo / "checkpoints" / "step_000100" / "manifest.json").read_text())
+    assert (manifest["world"], manifest["ep"], manifest["zero_stage"]) == (2, 2, 3)
+    names = set().union(*(load_file(path) for path in (demo / "model").glob("*.safetensors")))
+    assert "model.layers.0.block_sparse_moe.experts.7.w3.weight" in names
+    printed = (demo.parent.parent / "printed.txt").read_text()
+    assert "one seed is no proof" in printed.lower() or "one seed" in printed.lower()
+
+
+@pytest.mark.slow
+def test_weights_bring_each_selected_expert_closer(demo: Path) -> None:
+    """The sentence of the abstract, on real routed data: nearer to the forget frequency than before."""
+    for run in (demo, demo / "verbatim"):
+        tensors = load_file(run / "calibration" / "calibration.safetensors")
+        selected = tensors["selected_LE"].astype(bool)
+        assert selected.any()
+        before = np.abs(tensors["frequency_retain_LE"] - tensors["frequency_forget_LE"])[selected]
+        after = np.abs(tensors["achieved_LE"] - tensors["frequency_forget_LE"])[selected]
+        assert (after < before).all()
+
+
+@pytest.mark.slow
+def test_a_second_demo_has_nothing_to_do_and_changes_nothing(demo: Path) -> None:
+    files = [path for path in demo.rglob("*") if path.is_file() and path.parts[-2] not in ("logs",)]
+    before = {path: path.stat().st_mtime_ns for path in files if "/tb/" not in str(path) and "report" not in str(path)}
+    result = trace_ds("demo", "--run-dir", "runs/demo", cwd=demo.parent.parent)
+    assert result.returncode == 0, result.stderr
+    after = {path: path.stat().st_mtime_ns for path in before}
+    assert after == before
