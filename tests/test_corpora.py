@@ -1,0 +1,80 @@
+"""Packing loses no token, keeps order and documents apart; datasets give back what was written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trace_ds.corpora.dataset import TokenDataset, write_rows
+from trace_ds.corpora.pack import PackingCounts, counted_positions, pack
+
+documents_strategy = st.lists(st.lists(st.integers(0, 99), max_size=20), max_size=30)
+
+
+@given(documents_strategy, st.integers(2, 9), st.sampled_from(["dense", "whole"]), st.sampled_from([None, 1, 2]))
+def test_packing_keeps_every_token_in_order(
+    documents: list[list[int]], length: int, packing: str, per_row: int | None
+) -> None:
+    counts = PackingCounts()
+    rows = list(pack(documents, length, packing, per_row, counts))
+    tokens = [int(token) for row in rows for token in row.input_ids]
+    assert tokens == [token for document in documents for token in document]
+    owners = [int(owner) for row in rows for owner in row.document_ids]
+    assert owners == [index for index, document in enumerate(documents) for _ in document]
+    assert all(0 < len(row.input_ids) <= length for row in rows)
+    if per_row is not None:
+        assert all(len(np.unique(row.document_ids)) <= per_row for row in rows)
+    if packing == "dense" and per_row is None:
+        assert all(len(row.input_ids) == length for row in rows[:-1])
+    if packing == "whole":
+        for index, document in enumerate(documents):
+            places = {number for number, row in enumerate(rows) if (row.document_ids == index).any()}
+            assert len(document) > length or len(places) <= 1
+    assert counts.counted_tokens == sum(
+        int(row.document_ids[t] == row.document_ids[t + 1]) for row in rows for t in range(len(row.input_ids) - 1)
+    )
+    assert (counts.documents, counts.rows, counts.tokens) == (len(documents), len(rows), len(tokens))
+
+
+@pytest.mark.parametrize("rows_count", [1, 1024, 2500])
+def test_dataset_gives_back_the_rows(tmp_path: Path, rows_count: int) -> None:
+    draw = np.random.default_rng(0)
+    documents = [draw.integers(0, 99, draw.integers(1, 12)).tolist() for _ in range(rows_count)]
+    rows = list(pack(documents, 12, "whole", 1, PackingCounts()))
+    write_rows(tmp_path / "rows.arrow", rows)
+    dataset = TokenDataset.open(tmp_path / "rows.arrow")
+    assert len(dataset) == len(rows)
+    for index in {0, len(rows) // 2, len(rows) - 1}:
+        assert dataset.row(index).input_ids.tolist() == rows[index].input_ids.tolist()
+        assert dataset.row(index).document_ids.tolist() == rows[index].document_ids.tolist()
+    assert dataset.counted_flat().tolist() == np.concatenate([counted_positions(r.document_ids) for r in rows]).tolist()
+    assert dataset.documents_flat().tolist() == np.concatenate([r.document_ids for r in rows]).tolist()
+    assert dataset.tokens == sum(len(row.input_ids) for row in rows) == dataset.row_offsets[-1]
+
+
+def test_batches_restart_positions_and_fill_at_the_right(tmp_path: Path) -> None:
+    write_rows(tmp_path / "rows.arrow", pack([[5, 6, 7], [8, 9], [1]], 5, "whole", None, PackingCounts()))
+    batch = TokenDataset.open(tmp_path / "rows.arrow").batch([0, -1, 1], pad_id=3)
+    assert batch.input_ids_BS.tolist() == [[5, 6, 7, 8, 9], [3] * 5, [1, 3, 3, 3, 3]]
+    assert batch.position_ids_BS.tolist() == [[0, 1, 2, 0, 1], [0, 1, 2, 3, 4], [0, 0, 1, 2, 3]]
+    assert batch.counted_BS.tolist() == [[True, True, False, True, False], [False] * 5, [False] * 5]
+
+
+@pytest.mark.slow
+def test_attention_never_crosses_documents(tiny_model: Path, tmp_path: Path) -> None:
+    """A packed row gives each document the hidden states it has alone."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    documents = [[5, 6, 7, 8], [9, 10, 11], [12, 13, 14, 15, 16]]
+    write_rows(tmp_path / "rows.arrow", pack(documents, 12, "whole", None, PackingCounts()))
+    batch = TokenDataset.open(tmp_path / "rows.arrow").batch([0], pad_id=0)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
+    with torch.no_grad():
+        packed = model(input_ids=batch.input_ids_BS, position_ids=batch.position_ids_BS, use_cache=False).logits[0]
+        alone = torch.cat([model(input_ids=torch.tensor([ids])).logits[0] for ids in documents])
+    torch.testing.assert_close(packed, alone, atol=1e-5, rtol=1e-5)
