@@ -262,3 +262,35 @@ def test_a_foreign_or_altered_calibration_is_refused(calibrated: tuple[Path, Pat
     with pytest.raises(UserError, match="calibration artefact was made with another model"):
         check_unlearn(changed, directory, 1)
     assert not (run / "checkpoints").exists()
+
+
+DS_CONFIGS = sorted((Path(__file__).parent.parent / "ds_configs").glob("*.json"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", DS_CONFIGS, ids=lambda path: path.stem)
+def test_shipped_deepspeed_settings_train_to_the_same_losses(
+    calibrated: tuple[Path, Path], tmp_path: Path, path: Path
+) -> None:
+    config, prepared_run = calibrated
+    losses = []
+    for name, extra in (("plain", []), ("added", [f"unlearning.ds_config={path}"])):
+        run = copy_of(prepared_run, tmp_path / name)
+        run_distributed(jobs.unlearn_job, 2, str(config), str(run), ["distributed.ep=2", "unlearning.steps=2", *extra])
+        losses.append(losses_of(run))
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("{", "cannot be read"), ("[1]", "not a JSON object"), ('{"expert_parallel": {}}', "set by the run's own")],
+)
+def test_a_wrong_deepspeed_file_is_refused(
+    calibrated: tuple[Path, Path], tmp_path: Path, content: str, message: str
+) -> None:
+    config, run = calibrated
+    path = tmp_path / "ds.json"
+    path.write_text(content)
+    loaded, directory = load_config(str(config), [f"unlearning.ds_config={path}"], run)
+    with pytest.raises(UserError, match=message):
+        check_unlearn(loaded, RunDirectory.at(directory), 1)
