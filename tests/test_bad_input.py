@@ -24,7 +24,7 @@ def config(tiny_model: Path, tmp_path: Path) -> Path:
 
 def refuse(folder: Path, *arguments: str | Path) -> str:
     """Run the command, insist on exit status 2, one line on stderr and nothing written; return the line."""
-    before = tree(folder)
+    before = {name: content for name, content in tree(folder).items() if not name.endswith("/.lock")}
     result = trace_ds(*arguments, cwd=folder)
     assert result.returncode == 2, (result.returncode, result.stdout, result.stderr)
     lines = [line for line in result.stderr.splitlines() if line.strip()]
@@ -141,8 +141,10 @@ def test_more_processes_than_accelerators() -> None:
 
 
 def test_stage_before_its_inputs(config: Path) -> None:
-    line = refuse(config.parent, "collect", config)
-    assert "there is no data artefact here" in line and "trace-ds prepare" in line
+    for verb in ("collect", "calibrate", "unlearn", "convert", "evaluate"):
+        line = refuse(config.parent, verb, config)
+        assert "there is no data artefact here" in line and "trace-ds prepare" in line
+    assert not (config.parent / "runs").exists()
 
 
 def test_run_directory_cannot_be_written(config: Path) -> None:

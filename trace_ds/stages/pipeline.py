@@ -77,6 +77,10 @@ def check_early(verb: str, request: Request) -> None:
         nproc = process_count(config)
         check_process_count(nproc, accelerator_count(), os.cpu_count() or 1)
         check_expert_parallel(inspect_model(config.model.path), config.distributed.ep, nproc)
+    if verb in STAGES[1:-1]:
+        from trace_ds.run import artefact
+
+        artefact.load(request.run.data, "data", "prepare CONFIG", verify=False)
     if verb in ("run", "prepare"):
         tokenizer_fingerprint(config.model.tokenizer or config.model.path)
         for side in ("forget", "retain"):
