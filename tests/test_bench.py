@@ -21,28 +21,36 @@ def write(run: Path, name: str, forget: float, utility: float) -> None:
     (run / "evaluation" / f"{name}.json").write_text(json.dumps({"scores": scores}))
 
 
-def test_utility_counts_from_the_crossing_on(tmp_path: Path) -> None:
+def test_a_method_has_forgotten_from_the_first_checkpoint_at_the_target(tmp_path: Path) -> None:
     write(tmp_path, "gold", 0.30, 1.0)
-    for step, forget, utility in ((10, 0.5, 0.9), (20, 0.3, 0.4), (30, 0.35, 0.8)):
+    for step, forget, utility in ((10, 0.5, 0.9), (20, 0.35, 0.4), (30, 0.37, 0.8)):
         write(tmp_path, f"step_{step:06d}", forget, utility)
         write(tmp_path / "variants" / "uniform", f"step_{step:06d}", 0.5, 0.9)
     found = {item.method: item for item in seed_outcomes(tmp_path, 7)}
-    assert found["trace"].step == 20 and math.isclose(found["trace"].utility["u exact_match"] or 0, 0.6)
-    assert found["uniform"].step is None and found["uniform"].utility == {"u exact_match": None}
+    assert found["trace"].step == 20 and found["uniform"].step is None
+    assert found["trace"].curves == {"u exact_match": {10: 0.9, 20: 0.4, 30: 0.8}}
+    assert math.isclose(found["trace"].mean_from("u exact_match", 20), 0.6)
     (tmp_path / "evaluation" / "gold.json").unlink()
     with pytest.raises(UserError, match=r"gold\.json: this evaluation is missing"):
         seed_outcomes(tmp_path, 7)
 
 
-def test_table_pairs_seeds_and_counts_what_is_missing() -> None:
+def test_table_compares_on_the_same_checkpoints_and_counts_what_is_missing() -> None:
+    def outcome(seed: int, method: str, step: int | None, *values: float) -> Outcome:
+        return Outcome(seed, method, step, {"u": dict(zip((10, 20, 30), values, strict=True))})
+
     outcomes = [
-        Outcome(seed, method, 10, {"u": value})
-        for seed, pair in enumerate([(0.5, 0.6), (0.4, 0.44), (0.8, None)])
-        for method, value in zip(("uniform", "trace"), pair, strict=True)
+        outcome(0, "uniform", 10, 0.9, 0.5, 0.5),
+        outcome(0, "trace", 20, 0.1, 0.5, 0.7),  # from step 20 on: .6 against .5
+        outcome(1, "uniform", 30, 0.9, 0.9, 0.4),
+        outcome(1, "trace", 10, 0.1, 0.1, 0.44),  # from step 30 on: .44 against .4
+        outcome(2, "uniform", 10, 0.8, 0.8, 0.8),
+        outcome(2, "trace", None, 0.9, 0.9, 0.9),
     ]
     lines = {line["method"]: line for line in table(outcomes)}
     assert lines["trace"]["relative_by_seed"] == pytest.approx([0.2, 0.1])
     assert lines["trace"]["relative"] == pytest.approx(0.15)
+    assert lines["trace"]["utility"] == pytest.approx((0.6 + 0.44) / 2)
     # Student's t with one degree of freedom at 97.5 % is 12.706; the deviation of (0.2, 0.1) is 0.0707
     assert lines["trace"]["half_width"] == pytest.approx(12.7062 * 0.0707107 / math.sqrt(2), rel=1e-4)
     assert lines["trace"]["not_reached"] == 1 and lines["uniform"]["not_reached"] == 0
