@@ -113,9 +113,6 @@ class SimNPOConfig(Section):
 
 class UnlearningConfig(Section):
     forget_loss: Literal["rmu", "graddiff", "npo", "simnpo"] = "rmu"
-    retain_loss: Literal["auto", "nll", "hidden_mse"] = Field(
-        "auto", description="auto: hidden_mse with rmu, nll otherwise."
-    )
     alpha: float = Field(1.0, ge=0, description="Weight of the retain loss.")
     gamma: float = Field(1.0, ge=0, description="Weight of the forget loss.")
     apply: Literal["sampling", "loss"] = Field(
@@ -196,8 +193,6 @@ class Config(Section):
     def _unlearning_needs(self) -> Config:
         if self.unlearning.forget_loss == "npo" and not self.statistics.nll:
             raise ValueError("unlearning.forget_loss npo needs statistics.nll: true (the frozen model's losses)")
-        if self.unlearning.retain_loss == "hidden_mse" and self.unlearning.forget_loss != "rmu":
-            raise ValueError("unlearning.retain_loss hidden_mse works with unlearning.forget_loss rmu only")
         for name, changes in self.variants.items():
             for key in changes:
                 if key.split(".")[0] not in ("calibration", "unlearning", "conversion"):

@@ -131,7 +131,7 @@ def _card(config: Config, run: RunDirectory) -> dict[str, Any]:
     settings = config.unlearning
     method = {
         "forget loss": settings.forget_loss,
-        "retain loss": settings.retain_loss,
+        "retain loss": "hidden-state MSE" if settings.forget_loss == "rmu" else "NLL",
         "weight rule": f"{config.calibration.rule}, {config.calibration.experts} experts, {config.calibration.level}",
         "weights act by": settings.apply,
         "alpha, gamma": f"{settings.alpha:g}, {settings.gamma:g}",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -104,15 +103,14 @@ def run_step(
         retain = losses.retain / max(step_data.retain_tokens, 1)
         sums += [float(forget.detach()), float(retain.detach())]
         loss = settings.gamma * forget + settings.alpha * retain
-        finite = world.sum_float64(np.array([float(loss.detach())]))
-        if not math.isfinite(finite[0]):
-            raise NumericalFailure(
-                f"the loss is not finite in step {step + 1} (forget {sums[0]}, retain {sums[1]} on this rank); "
-                "the step was not taken and the last checkpoint stands; lower the learning rate or alpha"
-            )
         engine.backward(loss * world.size * accumulation)
+    totals = world.sum_float64(sums)  # one collective a step: the losses, and whether every rank's are finite
+    if not np.isfinite(totals).all():
+        raise NumericalFailure(
+            f"the loss is not finite in step {step + 1} (forget {sums[0]}, retain {sums[1]} on this rank); "
+            "the step was not taken and the last checkpoint stands; lower the learning rate or alpha"
+        )
     engine.step()
-    totals = world.sum_float64(sums)
     norm = engine.get_global_grad_norm()
     norm = float(norm) if norm is not None else float("nan")
     return {
