@@ -58,7 +58,7 @@ def test_commands_of_the_readme(folder: Path) -> None:
 def test_make_targets() -> None:
     """What `make demo` and `make test` would do in a fresh clone."""
     for target, last in (("demo", "bin/trace-ds demo"), ("test", "bin/python -m pytest")):
-        result = run(["make", "--dry-run", "--always-make", target], cwd=ROOT)
+        result = run(["make", "--no-print-directory", "--dry-run", "--always-make", target], cwd=ROOT)
         assert result.returncode == 0, result.stderr
         lines = result.stdout.splitlines()
         assert any("prerequisites.sh" in line for line in lines) and any("-m venv" in line for line in lines)
