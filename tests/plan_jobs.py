@@ -13,7 +13,7 @@ def zero3_bytes(world: Any, config: str, run_dir: str, overrides: list[str]) -> 
     """Bytes that this rank of the real training engine keeps, by part, and those of the checkpoint it writes."""
     import torch
 
-    from trace_ds.stages.unlearn import training_engine
+    from trace_ds.unlearning.engine import training_engine
 
     loaded, directory = load_config(config, overrides, run_dir)
     info = inspect_model(loaded.model.path)
@@ -50,7 +50,7 @@ def step_traffic(world: Any, config: str, run_dir: str, overrides: list[str]) ->
     import torch
     from deepspeed.comm import comm
 
-    from trace_ds.stages.unlearn import training_engine
+    from trace_ds.unlearning.engine import training_engine
 
     loaded, _ = load_config(config, overrides, run_dir)
     engine = training_engine(loaded, inspect_model(loaded.model.path), world, 1)

@@ -18,7 +18,6 @@ from trace_ds.run.files import canonical_json, sha256_text
 if TYPE_CHECKING:
     from trace_ds.parallel.world import World
     from trace_ds.unlearning.batches import Batches
-    from trace_ds.unlearning.loss import Objective
 
 # Settings that change when and how the job works, but not what it computes.
 OPERATIONAL = {"steps", "save_every", "keep", "keep_every", "resume", "log_every", "micro_batch_rows", "ds_config"}
@@ -96,6 +95,8 @@ def unlearn(config: Config, run: RunDirectory, world: World) -> None:
     """
     from trace_ds.checkpoints import commit
     from trace_ds.run.log import stage_log
+    from trace_ds.unlearning.assemble import make_objective
+    from trace_ds.unlearning.engine import training_engine
     from trace_ds.unlearning.job import train
 
     job = world.agree(lambda: check_unlearn(config, run, world.size))
@@ -113,7 +114,7 @@ def unlearn(config: Config, run: RunDirectory, world: World) -> None:
         batches = make_batches(config, job)
         engine = training_engine(config, job.info, world, batches.micro_batches_per_step(world.size))
         cursor = checkpoint.cursor if checkpoint else {"step": 0, "seed": config.seed}
-        objective, cursor = make_objective(config, job, world, batches, cursor)
+        objective, cursor = make_objective(config, job.info, world, batches, cursor)
         manifest = checkpoint or _first_manifest(config, job, world, cursor)
         if checkpoint is not None:
             commit.restore(engine, run.checkpoints, checkpoint)
@@ -152,66 +153,6 @@ def make_batches(config: Config, job: UnlearnJob) -> Batches:
     nll = TokenArray(open_parts(job.forget_statistics, "nll")) if job.forget_statistics is not None else None
     forget, retain = (TokenDataset.open(job.data.file(f"{side}.arrow")) for side in ("forget", "retain"))
     return Batches(config, forget, retain, token_weights, row_weights_R, nll)
-
-
-def training_engine(config: Config, info: ModelInfo, world: World, accumulation: int) -> Any:
-    """The DeepSpeed training engine: AdamW, ZeRO as configured, experts sharded by AutoEP when ep > 1."""
-    from trace_ds.checkpoints import serialization
-    from trace_ds.models import engine
-    from trace_ds.models.engine_config import merge, user_ds_config
-    from trace_ds.models.routers import find_routers
-    from trace_ds.parallel.world import quiet_deepspeed
-
-    settings = config.unlearning
-    optimizer = settings.optimizer
-    ds_config = engine.base_ds_config(ep=config.distributed.ep, info=info, zero_stage=settings.zero_stage)
-    ds_config |= {
-        "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": optimizer.gradient_clipping,
-        "bf16": {"enabled": config.model.dtype == "bf16"},
-        "optimizer": {
-            "type": "AdamW",
-            "params": {
-                "lr": optimizer.lr,
-                "betas": list(optimizer.betas),
-                "eps": optimizer.eps,
-                "weight_decay": optimizer.weight_decay,
-                "torch_adam": True,  # no JIT compilation of a fused optimizer
-            },
-        },
-    }
-    model = engine.load_model(info.path, engine.DTYPES[config.model.dtype])
-    layers = len(find_routers(model))
-    model.train()
-    made, *_ = quiet_deepspeed().initialize(
-        model=model,
-        model_parameters=[parameter for parameter in model.parameters() if parameter.requires_grad],
-        config=merge(ds_config, user_ds_config(settings.ds_config)),
-    )
-    engine.assert_expert_parallel(made.module, layers, config.distributed.ep)
-    serialization.install(made)
-    return made
-
-
-def make_objective(
-    config: Config, job: UnlearnJob, world: World, batches: Batches, cursor: dict[str, Any]
-) -> tuple[Objective, dict[str, Any]]:
-    """The objective, and the cursor with the job constants it needs (kept in checkpoints for exact resumption)."""
-    from trace_ds.models.engine import reference_engine
-    from trace_ds.unlearning.job import mean_hidden_norm
-    from trace_ds.unlearning.loss import RMU, TokenLoss
-    from trace_ds.unlearning.objectives import rmu_target
-
-    settings = config.unlearning
-    if settings.forget_loss != "rmu":
-        return TokenLoss(settings), cursor
-    layer = settings.rmu.layer if settings.rmu.layer is not None else job.info.decoder_layers // 2
-    reference = reference_engine(config, job.info, layers=layer + 1)
-    if "rmu_hidden_norm" not in cursor:
-        cursor = {**cursor, "rmu_hidden_norm": mean_hidden_norm(reference, layer, world, batches)}
-    length = settings.rmu.coefficient * cursor["rmu_hidden_norm"]
-    target_D = rmu_target(int(job.info.config["hidden_size"]), config.seed, length).to(world.device)
-    return RMU(layer, target_D, reference), cursor
 
 
 def _first_manifest(config: Config, job: UnlearnJob, world: World, cursor: dict[str, Any]) -> Manifest:

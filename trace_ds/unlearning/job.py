@@ -9,7 +9,6 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
 
 from trace_ds.checkpoints.commit import save
 from trace_ds.checkpoints.manifest import Manifest
@@ -20,6 +19,7 @@ from trace_ds.run.directory import RunDirectory
 from trace_ds.run.log import Progress, StageLog
 from trace_ds.unlearning.batches import Batches, Step
 from trace_ds.unlearning.loss import Objective
+from trace_ds.unlearning.objectives import weighted_sum
 
 
 class NumericalFailure(RuntimeError):
@@ -98,9 +98,11 @@ def run_step(
     counts = {"token": step_data.forget_tokens, "sequence": step_data.forget_sequences}
     for number, micro_batch in enumerate(step_data.micro_batches):
         engine.set_gradient_accumulation_boundary(number == accumulation - 1)
-        losses = objective(engine, micro_batch.to(world.device))
+        batch = micro_batch.to(world.device)
+        losses = objective(engine, batch)
         forget = losses.forget / max(counts[losses.forget_per], 1)
-        retain = losses.retain / max(step_data.retain_tokens, 1)
+        weights_RS = batch.weights_BS[batch.forget_rows :]
+        retain = weighted_sum(losses.retain_RS, weights_RS) / max(step_data.retain_tokens, 1)
         sums += [float(forget.detach()), float(retain.detach())]
         loss = settings.gamma * forget + settings.alpha * retain
         engine.backward(loss * world.size * accumulation)
@@ -120,19 +122,3 @@ def run_step(
         "grad_norm": norm,
         "lr": lr,
     }
-
-
-def mean_hidden_norm(reference: Any, layer: int, world: World, batches: Batches, steps: int = 4) -> float:
-    """Mean Euclidean norm of the frozen hidden states over the forget tokens of the first ``steps`` steps."""
-    from trace_ds.unlearning.loss import hidden_at
-
-    totals = np.zeros(2)
-    for step in range(steps):
-        for micro_batch in batches.at(step, world.rank, world.size).micro_batches:
-            batch = micro_batch.to(world.device)
-            with torch.no_grad():
-                hidden_BSD = hidden_at(reference, layer, batch)[: batch.forget_rows]
-            norms = hidden_BSD.float().norm(dim=-1)[batch.counted_BS[: batch.forget_rows]]
-            totals += [float(norms.double().sum()), len(norms)]
-    totals = world.sum_float64(totals)
-    return float(totals[0] / totals[1])

@@ -1,4 +1,4 @@
-"""From a micro-batch to the two sums of the objective: which forward passes a forget loss needs."""
+"""From a micro-batch to its losses: which forward passes an objective needs."""
 
 from __future__ import annotations
 
@@ -16,16 +16,23 @@ from trace_ds.unlearning.batches import MicroBatch
 
 
 @dataclass(frozen=True)
-class LossSums:
-    """Sums over this rank's micro-batch (with gradient), and what each is divided by."""
+class Losses:
+    """Losses of this rank's micro-batch, with gradient. The job weights and sums the retain side: the weights of TRACE
+    act in one place, under every objective.
+
+    Attributes:
+        forget: scalar, the sum over the forget rows.
+        retain_RS: per position of the retain rows, 0 where nothing is counted.
+        forget_per: "token" or "sequence": which global count divides ``forget``.
+    """
 
     forget: torch.Tensor
-    retain: torch.Tensor
-    forget_per: str  # "token" or "sequence": which global count divides ``forget``
+    retain_RS: torch.Tensor
+    forget_per: str
 
 
 class Objective(Protocol):
-    def __call__(self, engine: Any, batch: MicroBatch) -> LossSums: ...
+    def __call__(self, engine: Any, batch: MicroBatch) -> Losses: ...
 
 
 @contextlib.contextmanager
@@ -69,7 +76,7 @@ class RMU:
     target_D: torch.Tensor
     reference: Any
 
-    def __call__(self, engine: Any, batch: MicroBatch) -> LossSums:
+    def __call__(self, engine: Any, batch: MicroBatch) -> Losses:
         split = batch.forget_rows
         with torch.no_grad():
             frozen_BSD = hidden_at(self.reference, self.layer, batch)
@@ -77,20 +84,20 @@ class RMU:
         counted_BS = batch.counted_BS.float()
         forget_BS = objectives.hidden_mse(hidden_BSD[:split], self.target_D)
         retain_BS = objectives.hidden_mse(hidden_BSD[split:], frozen_BSD[split:])
-        return LossSums(
+        return Losses(
             (forget_BS * counted_BS[:split]).sum(),
-            objectives.weighted_sum(retain_BS, batch.weights_BS[split:] * counted_BS[split:]),
+            retain_BS * counted_BS[split:],
             "token",
         )
 
 
 @dataclass(frozen=True)
 class TokenLoss:
-    """The forget losses that act on token losses, with the weighted NLL of the retain rows."""
+    """The forget losses that act on token losses, with the NLL of the retain rows."""
 
     settings: UnlearningConfig
 
-    def __call__(self, engine: Any, batch: MicroBatch) -> LossSums:
+    def __call__(self, engine: Any, batch: MicroBatch) -> Losses:
         split, settings = batch.forget_rows, self.settings
         logits_BSV = engine(input_ids=batch.input_ids_BS, position_ids=batch.position_ids_BS, use_cache=False).logits
         nll_BS = objectives.token_nll(logits_BSV, batch.input_ids_BS, batch.counted_BS)
@@ -103,4 +110,4 @@ class TokenLoss:
             forget = objectives.npo_forget_sum(forget_BS, reference_BS, counted_BS, settings.npo.beta)
         else:
             forget = objectives.simnpo_forget_sum(forget_BS, counted_BS, settings.simnpo.beta, settings.simnpo.delta)
-        return LossSums(forget, objectives.weighted_sum(nll_BS[split:], batch.weights_BS[split:]), per)
+        return Losses(forget, nll_BS[split:], per)
