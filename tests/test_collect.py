@@ -102,6 +102,33 @@ def test_trace_and_nll_belong_to_every_token(tiny_model: Path, tmp_path: Path) -
 
 
 @pytest.mark.slow
+def test_mean_hidden_state_of_every_row(tiny_model: Path, tmp_path: Path) -> None:
+    """Against plain transformers by document, and the same on another cluster shape."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = prepared(tmp_path, tiny_model, statistics__hidden=True)
+    found = {}
+    for world, ep, batch in ((1, 1, 4), (2, 2, 3)):
+        run = tmp_path / f"hidden-{world}"
+        collected(config, run, world, ep, f"statistics.batch_rows={batch}")
+        description = artefact.load(run / "statistics" / "retain", "statistics", "")
+        assert description.settings["hidden_layer"] == 1
+        found[world] = np.concatenate(open_parts(description, "hidden"))
+    dataset = TokenDataset.open(tmp_path / "run" / "data" / "retain.arrow")
+    assert found[1].shape == (len(dataset), 32) and found[1].dtype == np.float32
+    np.testing.assert_allclose(found[2], found[1], atol=1e-5)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
+    for number in (0, 5, len(dataset) - 1):
+        row, parts = dataset.row(number), []
+        for document in np.unique(row.document_ids):
+            ids = torch.tensor(row.input_ids[row.document_ids == document].astype(np.int64))
+            with torch.no_grad():
+                parts.append(model(input_ids=ids[None], output_hidden_states=True).hidden_states[2][0, :-1])
+        np.testing.assert_allclose(found[1][number], torch.cat(parts).mean(0).numpy(), atol=1e-5)
+
+
+@pytest.mark.slow
 def test_rerun_is_byte_identical_and_bf16_counts_agree(tiny_model: Path, tmp_path: Path) -> None:
     config = prepared(tmp_path, tiny_model)
     contents = []

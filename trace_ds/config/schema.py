@@ -62,6 +62,10 @@ class StatisticsConfig(Section):
     batch_rows: int = Field(8, ge=1, description="Rows per process and forward pass.")
     trace: bool = Field(True, description="Record the top-k experts of every token (needed by the weight rules).")
     nll: bool = Field(False, description="Record the frozen model's loss of every token (needed by NPO).")
+    hidden: bool = Field(
+        False,
+        description="Record the mean hidden state of every row (output of decoder layer num_hidden_layers // 2).",
+    )
 
 
 class DetectionConfig(Section):

@@ -73,6 +73,21 @@ def record_routing(model: nn.Module) -> Iterator[RoutingRecorder]:
             handle.remove()
 
 
+@contextlib.contextmanager
+def record_output(module: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """The (first) output of ``module`` in the last forward pass inside the block, detached (a list of one)."""
+    outputs: list[torch.Tensor] = []
+
+    def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+        outputs[:] = [(output[0] if isinstance(output, tuple) else output).detach()]
+
+    handle = module.register_forward_hook(hook)
+    try:
+        yield outputs
+    finally:
+        handle.remove()
+
+
 def moe_decoder_layers(model: nn.Module) -> list[int]:
     """The decoder layer index of each MoE layer, in order."""
     layers = []

@@ -1,7 +1,8 @@
 """Per-token arrays beside a dataset: the routing trace and the frozen model's losses, in parts, memory-mapped.
 
 A part ``NAME-00001-of-00004.npy`` holds the tokens of one rank's rows in flat order (rows in order, positions in
-order); the parts follow each other, so together they are one array over all tokens of the dataset.
+order); the parts follow each other, so together they are one array over all tokens of the dataset. The mean hidden
+states (``hidden``, fp32 [rows, D]) are kept in the same way, with one line per row.
 """
 
 from __future__ import annotations

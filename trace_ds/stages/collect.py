@@ -65,9 +65,15 @@ def check_collect(config: Config, run: RunDirectory, world_size: int, *, verify:
         "dtype": config.model.dtype,
         "trace": config.statistics.trace,
         "nll": config.statistics.nll,
+        "hidden_layer": middle_layer(info) if config.statistics.hidden else None,
         "top_k": info.top_k,
     }
     return CollectJob(info, data, inputs, settings)
+
+
+def middle_layer(info: ModelInfo) -> int:
+    """The decoder layer (0-based) whose output ``statistics.hidden`` averages, RMU's default layer as well."""
+    return info.decoder_layers // 2
 
 
 def collect(config: Config, run: RunDirectory, world: World) -> None:
@@ -143,7 +149,7 @@ def _pass_over(
     """This rank's share of one forward pass over the dataset; returns the statistics of the whole world."""
     import numpy as np
 
-    from trace_ds.models.routers import find_routers, record_routing
+    from trace_ds.models.routers import find_routers, record_output, record_routing
     from trace_ds.routing.counter import RoutingCounter
     from trace_ds.routing.token_files import create_part, trace_dtype
     from trace_ds.run.log import Progress
@@ -159,6 +165,10 @@ def _pass_over(
         trace_TLK = create_part(directory, "trace", world.rank, world.size, shape, trace_dtype(info.experts))
     if config.statistics.nll:
         nll_T = create_part(directory, "nll", world.rank, world.size, (tokens,), np.dtype(np.float32))
+    mean_hidden_RD = None
+    if config.statistics.hidden:
+        rows_shape = (end - begin, engine.module.config.hidden_size)
+        mean_hidden_RD = create_part(directory, "hidden", world.rank, world.size, rows_shape, np.dtype(np.float32))
     per_batch = config.statistics.batch_rows
     batches = world.max_int(-(-(end - begin) // per_batch))
     progress = Progress(log, f"{side} (this rank)", batches, unit="batch")
@@ -166,7 +176,10 @@ def _pass_over(
     for number in range(batches):
         rows = [row if row < end else -1 for row in range(begin + number * per_batch, begin + (number + 1) * per_batch)]
         batch = dataset.batch(rows, pad_id=0)
-        with record_routing(engine.module) as recorder:
+        with (
+            record_routing(engine.module) as recorder,
+            record_output(engine.module.model.layers[middle_layer(info)]) as middle,
+        ):
             hidden_BSD = forward_body(engine, batch, world)
             counter.add(recorder, batch.counted_BS, batch.document_ids_BS)
         real_BS = batch.document_ids_BS >= 0
@@ -179,11 +192,15 @@ def _pass_over(
         if nll_T is not None and size:
             nll_BS = token_nll(engine.module.lm_head, hidden_BSD, batch, world)
             nll_T[written : written + size] = nll_BS[real_BS].numpy()
+        if mean_hidden_RD is not None and size:
+            first, last = rows[0] - begin, min(rows[0] - begin + per_batch, end - begin)
+            means_BD = mean_over(middle[-1], batch.counted_BS.to(world.device))
+            mean_hidden_RD[first:last] = means_BD[: last - first].cpu().numpy()
         written += size
         progress.advance()
     progress.close()
     assert written == tokens
-    for array in (trace_TLK, nll_T):
+    for array in (trace_TLK, nll_T, mean_hidden_RD):
         if isinstance(array, np.memmap):
             array.flush()
     return counter.reduce(world)
@@ -202,6 +219,12 @@ def forward_body(engine: Any, batch: Batch, world: World) -> torch.Tensor:
             position_ids=batch.position_ids_BS.to(world.device),
             use_cache=False,
         ).last_hidden_state
+
+
+def mean_over(hidden_BSD: torch.Tensor, counted_BS: torch.Tensor) -> torch.Tensor:
+    """Mean hidden state of each row over its counted positions [B, D], fp32; zeros where there is none."""
+    counted_BS1 = counted_BS[..., None].float()
+    return (hidden_BSD.float() * counted_BS1).sum(1) / counted_BS1.sum(1).clamp(min=1.0)
 
 
 def token_nll(head: Any, hidden_BSD: torch.Tensor, batch: Batch, world: World) -> torch.Tensor:
