@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import nn
 
 from trace_ds.config.schema import UnlearningConfig
 from trace_ds.unlearning import objectives
 from trace_ds.unlearning.batches import MicroBatch
+from trace_ds.unlearning.forward import HeadRequest, forward
 
 
 @dataclass(frozen=True)
@@ -35,28 +33,11 @@ class Objective(Protocol):
     def __call__(self, engine: Any, batch: MicroBatch) -> Losses: ...
 
 
-@contextlib.contextmanager
-def captured_output(module: nn.Module) -> Iterator[list[torch.Tensor]]:
-    """Collect the (first) output tensor of ``module`` during the block."""
-    found: list[torch.Tensor] = []
-    handle = module.register_forward_hook(
-        lambda _module, _inputs, output: found.append(output[0] if isinstance(output, tuple) else output)
-    )
-    try:
-        yield found
-    finally:
-        handle.remove()
-
-
-def decoder_layer(model: nn.Module, number: int) -> nn.Module:
-    return model.model.layers[number]  # type: ignore[union-attr, index, return-value]
-
-
 def hidden_at(engine: Any, layer: int, batch: MicroBatch) -> torch.Tensor:
-    """The output of decoder layer ``layer`` [B, S, D]; logits are made for one position only, and not used."""
-    with captured_output(decoder_layer(engine.module, layer)) as found:
-        engine(input_ids=batch.input_ids_BS, position_ids=batch.position_ids_BS, use_cache=False, logits_to_keep=1)
-    return found[0]
+    """The output of decoder layer ``layer`` [B, S, D]; nothing above that layer runs."""
+    found = forward(engine, batch.input_ids_BS, batch.position_ids_BS, layer=layer).layer_BSD
+    assert found is not None
+    return found
 
 
 @dataclass(frozen=True)
@@ -99,8 +80,11 @@ class TokenLoss:
 
     def __call__(self, engine: Any, batch: MicroBatch) -> Losses:
         split, settings = batch.forget_rows, self.settings
-        logits_BSV = engine(input_ids=batch.input_ids_BS, position_ids=batch.position_ids_BS, use_cache=False).logits
-        nll_BS = objectives.token_nll(logits_BSV, batch.input_ids_BS, batch.counted_BS)
+        rows_N, columns_N = batch.counted_BS.nonzero(as_tuple=True)
+        targets_N = batch.input_ids_BS[rows_N, columns_N + 1]
+        request = HeadRequest(rows_N, columns_N, lambda logits_CV, part: objectives.nll(logits_CV, targets_N[part]))
+        (nll_N,) = forward(engine, batch.input_ids_BS, batch.position_ids_BS, requests=[request]).values
+        nll_BS = torch.zeros(batch.counted_BS.shape, device=nll_N.device).index_put((rows_N, columns_N), nll_N)
         forget_BS, counted_BS = nll_BS[:split], batch.counted_BS[:split]
         per = "token" if settings.forget_loss == "graddiff" else "sequence"
         if settings.forget_loss == "graddiff":

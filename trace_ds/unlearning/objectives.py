@@ -15,12 +15,18 @@ import torch
 from torch.nn import functional
 
 
+def nll(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
+    """Negative log-likelihood (nats) of each token's target, softmax in fp32, [N]."""
+    return functional.cross_entropy(logits_NV.float(), targets_N, reduction="none")
+
+
 def token_nll(logits_BSV: torch.Tensor, input_ids_BS: torch.Tensor, counted_BS: torch.Tensor) -> torch.Tensor:
-    """Negative log-likelihood (nats, fp32) of the next token at counted positions, 0 elsewhere, [B, S]."""
+    """Negative log-likelihood (nats, fp32) of the next token at counted positions, 0 elsewhere, [B, S].
+
+    From whole logits, for training loops of one's own; the job uses :mod:`trace_ds.unlearning.forward`.
+    """
     rows, columns = counted_BS.nonzero(as_tuple=True)
-    logits_NV = logits_BSV[rows, columns].float()
-    targets_N = input_ids_BS[rows, columns + 1]
-    nll_N = functional.cross_entropy(logits_NV, targets_N, reduction="none")
+    nll_N = nll(logits_BSV[rows, columns], input_ids_BS[rows, columns + 1])
     return torch.zeros(counted_BS.shape, dtype=torch.float32, device=nll_N.device).index_put((rows, columns), nll_N)
 
 

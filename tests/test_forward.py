@@ -1,0 +1,143 @@
+"""The pass of a loss: chunked values of logits equal the plain ones; a pass ended at a layer equals a whole one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from trace_ds.models.engine import load_model
+from trace_ds.unlearning import forward as passes
+from trace_ds.unlearning import objectives
+
+TOKENS, SIZE, VOCABULARY = 11, 16, 37
+
+
+class Plain:
+    """What the pass needs of an engine: a module, and calling it."""
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
+
+    def __call__(self) -> Any:
+        return self.module()
+
+
+def head_inputs(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(TOKENS, SIZE, generator=generator).to(dtype)
+    weight = torch.randn(VOCABULARY, SIZE, generator=generator).to(dtype)
+    targets = torch.randint(0, VOCABULARY, (TOKENS,), generator=generator)
+    upstream = torch.randn(TOKENS, generator=generator)
+    return hidden.requires_grad_(), weight.requires_grad_(), targets, upstream
+
+
+def chunked(dtype: torch.dtype, chunk: int) -> tuple[torch.Tensor, ...]:
+    hidden, weight, targets, upstream = head_inputs(dtype)
+    values = passes.head_values(hidden, weight, lambda logits, part: objectives.nll(logits, targets[part]), chunk)
+    return values.detach(), *torch.autograd.grad((values * upstream).sum(), (hidden, weight))
+
+
+def exact(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """The same from the same rounded inputs in float64, gradients written out: softmax minus one-hot."""
+    hidden, weight, targets, upstream = (tensor.detach() for tensor in head_inputs(dtype))
+    logits = hidden.double() @ weight.double().T
+    probabilities = torch.softmax(logits, 1)
+    values = -torch.log(probabilities[torch.arange(TOKENS), targets])
+    probabilities[torch.arange(TOKENS), targets] -= 1
+    gradient = probabilities * upstream[:, None].double()
+    return values, gradient @ weight.double(), gradient.T @ hidden.double()
+
+
+@pytest.mark.parametrize("chunk", [1, 3, TOKENS, 1000])
+def test_chunked_values_and_gradients_are_the_exact_ones(chunk: int) -> None:
+    for found, expected in zip(chunked(torch.float32, chunk), exact(torch.float32), strict=True):
+        assert float((found - expected).abs().max() / expected.abs().max()) < 1e-6
+
+
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_bf16_errs_no_more_than_without_chunks(chunk: int) -> None:
+    whole = chunked(torch.bfloat16, TOKENS)
+    assert torch.equal(chunked(torch.bfloat16, chunk)[0], whole[0])
+    for found, reference, expected in zip(chunked(torch.bfloat16, chunk), whole, exact(torch.bfloat16), strict=True):
+        error, allowed = ((value - expected).abs().max() for value in (found, reference))
+        assert float(error) <= 2 * float(
+            allowed
+        )  # the weight's gradient is rounded once per chunk, then summed in fp32
+
+
+def test_no_token_gives_no_value_and_zero_gradients() -> None:
+    hidden, weight = torch.zeros(0, SIZE, requires_grad=True), torch.ones(VOCABULARY, SIZE, requires_grad=True)
+    values = passes.head_values(hidden, weight, lambda logits, part: logits.sum(1), 4)
+    assert values.shape == (0,)
+    gradients = torch.autograd.grad(values.sum(), (hidden, weight))
+    assert gradients[0].shape == (0, SIZE) and not gradients[1].any()
+
+
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor made."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for value in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(value, torch.Tensor):
+                self.elements = max(self.elements, value.numel())
+        return result
+
+
+def test_the_logits_are_never_whole() -> None:
+    with Largest() as largest:
+        chunked(torch.float32, 2)
+    assert largest.elements == VOCABULARY * SIZE  # the weight and its gradient, larger than a chunk's logits
+    assert largest.elements > 2 * VOCABULARY
+    with Largest() as largest:
+        chunked(torch.float32, SIZE + 1)
+    assert largest.elements == VOCABULARY * SIZE  # 11 tokens: fewer than the hidden size
+
+
+def batch(rows: int = 2, length: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
+    ids = torch.randint(3, 300, (rows, length), generator=torch.Generator().manual_seed(1))
+    return ids, torch.arange(length).expand(rows, length)
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_a_pass_that_ends_at_a_layer_equals_the_whole_one(tiny_model: Path, layer: int) -> None:
+    model = load_model(tiny_model, torch.float32)
+    ids, positions = batch()
+    ran: list[int] = []
+    for number, module in enumerate(model.model.layers):
+        module.register_forward_hook(lambda *_, number=number: ran.append(number))
+    model.lm_head.register_forward_hook(lambda *_: ran.append(-1))
+    found = passes.forward(Plain(model), ids, positions, layer=layer)
+    assert ran == list(range(layer + 1))
+    assert found.values == [] and found.last_BSD is None and found.layer_BSD is not None
+    expected = []  # by a hook: transformers' own last hidden state is the one after the norm
+    model.model.layers[layer].register_forward_hook(lambda *arguments: expected.append(arguments[2]))
+    logits = model(input_ids=ids, position_ids=positions).logits  # everything is as it was
+    assert torch.equal(found.layer_BSD, expected[0]) and logits.shape == (2, 6, 300)
+
+
+def test_layer_and_values_come_from_one_pass(tiny_model: Path) -> None:
+    model = load_model(tiny_model, torch.float32)
+    ids, positions = batch()
+    rows, columns = torch.tensor([0, 0, 1]), torch.tensor([0, 3, 4])
+    picked = passes.HeadRequest(
+        rows, columns, lambda logits, part: objectives.nll(logits, ids[rows, columns + 1][part])
+    )
+    largest = passes.HeadRequest(rows[:1], columns[:1], lambda logits, part: logits.max(dim=1).values)
+    found = passes.forward(Plain(model), ids, positions, layer=1, requests=[picked, largest], last=True)
+    output = model(input_ids=ids, position_ids=positions, output_hidden_states=True)
+    log_probabilities = torch.log_softmax(output.logits.double(), -1)
+    expected = -log_probabilities[rows, columns, ids[rows, columns + 1]]
+    torch.testing.assert_close(found.values[0].double(), expected, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(found.values[1], output.logits[0, 0].max()[None])
+    assert found.layer_BSD is not None and found.last_BSD is not None
+    assert torch.equal(found.layer_BSD, output.hidden_states[2])
+    assert torch.equal(found.last_BSD, output.hidden_states[-1])
+    with pytest.raises(ValueError, match="nothing was asked for"):
+        passes.forward(Plain(model), ids, positions)

@@ -1,0 +1,193 @@
+"""One forward pass of an engine that makes only what a loss needs: layers up to one, or values of chosen tokens.
+
+Logits are never whole: the LM head works through the tokens in chunks, forward and backward, inside one call of its
+module, so that ZeRO-3 gathers its weight once. Everything runs inside ``engine(...)``, under DeepSpeed's own hooks.
+
+Shape legend: B sequences (rows), S positions, D hidden size, V vocabulary, N tokens of a request, C of one chunk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+LOGITS_PER_CHUNK = 1 << 26  # elements: 0.25 GB in fp32, of which a few copies exist at a time
+
+# (logits [C, V] in the parameters' dtype, which of the request's tokens they are) -> one fp32 value a token, [C].
+TokenFunction = Callable[[torch.Tensor, slice], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class HeadRequest:
+    """Tokens whose logits are looked at, as row and column indices [N], and what is computed from them."""
+
+    rows_N: torch.Tensor
+    columns_N: torch.Tensor
+    function: TokenFunction
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a pass was asked for.
+
+    Attributes:
+        layer_BSD: output of the decoder layer asked for, or None.
+        last_BSD: the final hidden states (after the norm), or None when the pass stopped at ``layer``.
+        values: one fp32 tensor [N] per request.
+    """
+
+    layer_BSD: torch.Tensor | None
+    last_BSD: torch.Tensor | None
+    values: list[torch.Tensor]
+
+
+def forward(
+    engine: Any,
+    input_ids_BS: torch.Tensor,
+    position_ids_BS: torch.Tensor,
+    *,
+    layer: int | None = None,
+    requests: Sequence[HeadRequest] = (),
+    last: bool = False,
+) -> Found:
+    """One pass of ``engine`` (DeepSpeed, training or frozen) over the rows, with gradients where they are enabled.
+
+    Args:
+        layer: decoder layer whose output is wanted. When nothing else is asked for, the pass ends there: the layers
+            above and the LM head do not run on any rank, and their parameters get no gradient.
+        requests: values computed from logits; they must be asked for on every rank, or on none.
+        last: the final hidden states are wanted.
+
+    Activation checkpointing must be the non-reentrant kind, or the layer's output would have no gradient.
+    """
+    whole = bool(requests) or last
+    if not whole and layer is None:
+        raise ValueError("nothing was asked for")
+    model = engine.module
+    captured: list[torch.Tensor] = []
+
+    def body() -> tuple[torch.Tensor, ...]:
+        with _layers(model, None if whole else layer), _captured(model, layer, captured):
+            last_BSD = model.model(
+                input_ids=input_ids_BS, position_ids=position_ids_BS, use_cache=False
+            ).last_hidden_state
+        if not whole:
+            return tuple(captured)
+        hidden = [last_BSD[request.rows_N, request.columns_N] for request in requests]
+        head = _head_values(model.lm_head, [request.function for request in requests])
+        with _replaced_forward(model.lm_head, head):
+            values = model.lm_head(*hidden) if requests else ()
+        return (*captured, *([last_BSD] if last else []), *values)
+
+    with _replaced_forward(model, body):
+        outputs = list(engine())
+    layer_BSD = outputs.pop(0) if layer is not None else None
+    last_BSD = outputs.pop(0) if last else None
+    return Found(layer_BSD, last_BSD, outputs)
+
+
+def head_values(hidden_ND: torch.Tensor, weight_VD: torch.Tensor, function: TokenFunction, chunk: int) -> torch.Tensor:
+    """``function`` of the logits ``hidden @ weightᵀ``, at most ``chunk`` tokens at a time; fp32 [N].
+
+    The matrix products are in the dtype of the parameters. Gradients flow to ``hidden_ND`` and ``weight_VD``; nothing
+    of size N × V is kept: the backward pass makes each chunk's logits again. The gradient of the weight is summed over
+    the chunks in fp32.
+    """
+    return _HeadValues.apply(hidden_ND, weight_VD, function, chunk)
+
+
+class _HeadValues(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_ND: torch.Tensor, weight_VD: torch.Tensor, function: TokenFunction, chunk: int
+    ) -> torch.Tensor:
+        ctx.save_for_backward(hidden_ND, weight_VD)
+        ctx.function, ctx.chunk = function, chunk
+        values_N = torch.zeros(len(hidden_ND), dtype=torch.float32, device=hidden_ND.device)
+        for part in _parts(len(hidden_ND), chunk):
+            values_N[part] = function(functional.linear(hidden_ND[part], weight_VD), part)
+        return values_N
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (gradient_N,) = gradients
+        hidden_ND, weight_VD = ctx.saved_tensors
+        hidden_gradient_ND = torch.zeros_like(hidden_ND)
+        parts = _parts(len(hidden_ND), ctx.chunk)
+        dtype = torch.float32 if len(parts) > 1 else weight_VD.dtype
+        weight_gradient_VD = torch.zeros_like(weight_VD, dtype=dtype) if ctx.needs_input_grad[1] else None
+        for part in parts:
+            logits_CV = functional.linear(hidden_ND[part], weight_VD).requires_grad_()
+            with torch.enable_grad():
+                values_C = ctx.function(logits_CV, part)
+            (gradient_CV,) = torch.autograd.grad(values_C, logits_CV, gradient_N[part])
+            hidden_gradient_ND[part] = gradient_CV @ weight_VD
+            if weight_gradient_VD is not None:
+                if weight_gradient_VD.dtype == gradient_CV.dtype:
+                    weight_gradient_VD.addmm_(gradient_CV.T, hidden_ND[part])
+                else:
+                    weight_gradient_VD += gradient_CV.T @ hidden_ND[part]
+        if weight_gradient_VD is not None:
+            weight_gradient_VD = weight_gradient_VD.to(weight_VD.dtype)
+        return hidden_gradient_ND, weight_gradient_VD, None, None
+
+
+def _parts(tokens: int, chunk: int) -> list[slice]:
+    return [slice(start, min(start + chunk, tokens)) for start in range(0, tokens, chunk)]
+
+
+def _head_values(head: Any, functions: Sequence[TokenFunction]) -> Callable[..., tuple[torch.Tensor, ...]]:
+    """A forward for the LM head's module: the values of every request from the request's hidden states."""
+
+    def run(*hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        assert getattr(head, "bias", None) is None, "an LM head with a bias"
+        chunk = max(1, LOGITS_PER_CHUNK // head.weight.shape[0])
+        return tuple(
+            head_values(hidden_ND, head.weight, function, chunk)
+            for hidden_ND, function in zip(hidden, functions, strict=True)
+        )
+
+    return run
+
+
+@contextlib.contextmanager
+def _replaced_forward(module: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
+    """``module(...)`` runs its hooks and ``function`` during the block."""
+    module.forward = function
+    try:
+        yield
+    finally:
+        del module.forward  # the class's own method again
+
+
+@contextlib.contextmanager
+def _layers(model: Any, last_layer: int | None) -> Iterator[None]:
+    """The body runs its decoder layers up to ``last_layer`` only (transformers reads the number from the config)."""
+    config = model.model.config
+    number = config.num_hidden_layers
+    try:
+        config.num_hidden_layers = number if last_layer is None else last_layer + 1
+        yield
+    finally:
+        config.num_hidden_layers = number
+
+
+@contextlib.contextmanager
+def _captured(model: Any, layer: int | None, found: list[torch.Tensor]) -> Iterator[None]:
+    """Collect the output tensor of decoder layer ``layer`` during the block."""
+    if layer is None:
+        yield
+        return
+    handle = model.model.layers[layer].register_forward_hook(
+        lambda _module, _inputs, output: found.append(output[0] if isinstance(output, tuple) else output)
+    )
+    try:
+        yield
+    finally:
+        handle.remove()
