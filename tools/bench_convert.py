@@ -202,13 +202,12 @@ def bench(layers: int, repeats: int, jobs: int, work: Path) -> dict[str, Any]:
     shutil.rmtree(half)
     model = build(layers, work / "full")
     step = model / "checkpoint" / "step_000001"
-    hub = best([ours(model) for _ in range(repeats)])
-    sizes = [str(int(hub["read_bytes"])), str(int(hub["written_bytes"]))]
-    copies = [
-        measure([sys.executable, __file__, "--worker", "copy", str(step), fresh(work / "copy"), *sizes])
-        for _ in range(repeats)
-    ]
-    copy = best(copies)
+    hubs, copies = [], []
+    for _ in range(repeats):  # in turn, so that both see the same machine
+        hubs.append(ours(model))
+        sizes = [str(int(hubs[0]["read_bytes"])), str(int(hubs[0]["written_bytes"]))]
+        copies.append(measure([sys.executable, __file__, "--worker", "copy", str(step), fresh(work / "copy"), *sizes]))
+    hub, copy = best(hubs), best(copies)
     fresh(work / "copy")
     universal = ours(model, "universal")
     fresh(work / "out")

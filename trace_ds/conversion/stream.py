@@ -14,7 +14,7 @@ import shutil
 import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from trace_ds.conversion.torch_archive import COPY_AGAIN
 from trace_ds.errors import UserError
 
 BLOCK_NUMEL = 1 << 19
+FLUSH_BYTES = 1 << 27
 Progress = Callable[[int, int], None]
 
 
@@ -127,23 +128,33 @@ class Streamer:
         self._lock = threading.Lock()
         self._buffers = threading.local()
         self._stopped = threading.Event()
+        self._flusher = ThreadPoolExecutor(1)
+        self._flushes: list[Future[None]] = []
+        self._unflushed_bytes = 0
 
     def run(self, tasks: Sequence[Task]) -> list[Written]:
         """Carry out the tasks; results in their order. The first error stops the others and is raised."""
         try:
-            if self._jobs == 1:
-                return [self._do(task) for task in tasks]
-            with ThreadPoolExecutor(self._jobs) as pool:
-                futures = [pool.submit(self._do, task) for task in tasks]
-                try:
-                    return [future.result() for future in futures]
-                except BaseException:
-                    self._stopped.set()
-                    for future in futures:
-                        future.cancel()
-                    raise
+            written = self._run(tasks)
+            for flush in self._flushes:
+                flush.result()  # a failed write shows here, and only once
+            return written
         finally:
+            self._flusher.shutdown(cancel_futures=True)
             self._files.close()
+
+    def _run(self, tasks: Sequence[Task]) -> list[Written]:
+        if self._jobs == 1:
+            return [self._do(task) for task in tasks]
+        with ThreadPoolExecutor(self._jobs) as pool:
+            futures = [pool.submit(self._do, task) for task in tasks]
+            try:
+                return [future.result() for future in futures]
+            except BaseException:
+                self._stopped.set()
+                for future in futures:
+                    future.cancel()
+                raise
 
     def _staging(self, dtype: torch.dtype) -> torch.Tensor:
         buffers = self._buffers.__dict__.setdefault("by_dtype", {})
@@ -181,15 +192,20 @@ class Streamer:
                 with naming_full_disk(task.path or Path()):
                     _write_all(out, data, position)
             position += len(data)
-            self._advance(len(data))
+            self._advance(len(data), out)
         return Written(digest.hexdigest(), crc32, nan, overflow)
 
-    def _advance(self, nbytes: int) -> None:
-        if self._progress is None:
-            return
+    def _advance(self, nbytes: int, out: int | None) -> None:
+        """Count the bytes. Every so often the file goes to the disk in the background, so that the final fsync, which
+        alone counts for safety, finds little left to do."""
         with self._lock:
             self._done_bytes += nbytes
-            self._progress(self._done_bytes, self._total_bytes)
+            self._unflushed_bytes += nbytes
+            if out is not None and self._unflushed_bytes >= FLUSH_BYTES:
+                self._unflushed_bytes = 0
+                self._flushes.append(self._flusher.submit(os.fdatasync, out))
+            if self._progress is not None:
+                self._progress(self._done_bytes, self._total_bytes)
 
 
 def _not_finite(block: torch.Tensor, cast: torch.Tensor, overflow: bool) -> tuple[bool, bool]:
