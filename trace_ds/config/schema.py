@@ -80,39 +80,15 @@ class DetectionConfig(Section):
     exclude_layers: list[int] = Field(default_factory=list)
 
 
-class RetrievalConfig(Section):
-    """Which rows of the retain data (the pool) are used at all; the rule weights those."""
-
-    rows: float | None = Field(
-        None, gt=0, description="Rows to keep: a whole number, or a fraction below 1 of the pool; default: all."
-    )
-    similarity: Literal["weight", "routing", "coverage", "hidden", "tfidf"] = Field(
-        "weight",
-        description="weight: mean raking weight of the row; routing: cosine of expert profiles; coverage: the set that "
-        "best covers the forget-critical experts; hidden (needs statistics.hidden) and tfidf: cosines, the baselines.",
-    )
-    random_share: float = Field(0.5, ge=0, le=1, description="Share of the kept rows that is drawn at random.")
-
-    @model_validator(mode="after")
-    def _whole(self) -> RetrievalConfig:
-        if self.rows is not None and self.rows >= 1 and self.rows != int(self.rows):
-            raise ValueError("a whole number of rows, or a fraction below 1")
-        return self
-
-
 class CalibrationConfig(Section):
     detection: DetectionConfig = DetectionConfig()
     experts: Literal["all", "selected"] = Field("all", description="Experts whose frequencies the weights match.")
     rule: Literal["raking", "ratio_mean", "ratio_max", "uniform", "permuted", "random_experts", "inverse"] = "raking"
-    level: Literal["token", "sequence"] = Field("token", description="sequence: one weight per row.")
+    level: Literal["token", "sequence"] = Field("token", description="sequence: every token has its row's mean weight.")
     ess_floor: float = Field(0.5, gt=0, le=1, description="Least effective sample size (sum w)^2 / (n sum w^2).")
     clip: float = Field(20.0, gt=1, description="Largest ratio of frequencies asked of an expert.")
     if_none_found: Literal["stop", "continue"] = Field(
         "stop", description="No forget-critical expert found: stop with exit status 2, or continue."
-    )
-    retrieve: RetrievalConfig = RetrievalConfig()
-    export: Literal["none", "parquet"] = Field(
-        "none", description="parquet: also write the weights as a Hugging Face dataset, RUN/export/*.parquet."
     )
 
 
@@ -139,20 +115,6 @@ class SimNPOConfig(Section):
     delta: float = 0.0
 
 
-class LiveWeightsConfig(Section):
-    refresh_steps: int | None = Field(
-        None,
-        ge=1,
-        description="Solve the weights' dual anew every so many steps, on the routing of the rows of the last ones "
-        "under the present model (one more forward pass then); default: keep the calibration's theta.",
-    )
-
-
-class OnlineWeightsConfig(Section):
-    step_size: float = Field(0.3, gt=0, description="eta of theta <- theta + eta (p_forget - q_retain - decay theta).")
-    decay: float = Field(0.1, ge=0, description="Pulls theta back to 0 (uniform weights).")
-
-
 class UnlearningConfig(Section):
     forget_loss: Literal["rmu", "graddiff", "npo", "simnpo"] = "rmu"
     alpha: float = Field(1.0, ge=0, description="Weight of the retain loss.")
@@ -162,14 +124,6 @@ class UnlearningConfig(Section):
         description="How the retain weights act: sampling draws retain rows in proportion to their mean weight; loss "
         "multiplies the token losses (the literal reading of the abstract).",
     )
-    weights: Literal["reference", "live", "online"] = Field(
-        "reference",
-        description="Routing that decides a token's weight: reference (the frozen model's, as calibrated), live (the "
-        "calibration's theta under the router's choice in this very forward pass), online (theta follows, from 0, the "
-        "live mismatch of the batches by dual ascent; with sampling, on top of rows drawn by reference weights).",
-    )
-    live: LiveWeightsConfig = LiveWeightsConfig()
-    online: OnlineWeightsConfig = OnlineWeightsConfig()
     steps: int = Field(100, ge=1)
     forget_rows: int = Field(8, ge=1, description="Forget rows per step, over all processes.")
     retain_rows: int = Field(8, ge=1, description="Retain rows per step, over all processes.")
@@ -219,6 +173,56 @@ class ReportConfig(Section):
     title: str | None = None
 
 
+class BenchConfig(Section):
+    """A study: forget losses x methods x a grid of strengths x seeds, compared at matched forgetting.
+
+    Every run is one process; the recipe's own values of the grid's keys are the point all methods share.
+    """
+
+    regime: Literal["standard", "scarce", "entangled"] | None = Field(
+        None, description="Make the demo's inputs of this regime for every seed; null: the recipe names its own."
+    )
+    seeds: list[int] = Field(default_factory=lambda: [0, 1, 2, 3, 4, 5], min_length=2)
+    baseline: str = Field("uniform", description="The method all others are compared with.")
+    methods: dict[str, dict[str, Any]] = Field(description="Name -> {dotted.key: value}.", min_length=2)
+    losses: dict[str, dict[str, Any]] = Field(
+        {"recipe": {}}, description="Forget losses: name -> {dotted.key: value}.", min_length=1
+    )
+    grid: dict[str, list[Any]] = Field(
+        default_factory=dict, description="Strengths to choose from, in the order of tuning: dotted.key -> values."
+    )
+    grids: dict[str, dict[str, list[Any]]] = Field(
+        default_factory=dict, description="Other values for one METHOD, one LOSS, or one 'LOSS METHOD' (wins last)."
+    )
+    score_every: int = Field(10, ge=1, description="Steps between scores; the last step is always scored.")
+    score_at_end: list[str] = Field(
+        default_factory=list, description="Tasks scored after the last step only (scoring is most of a run's time)."
+    )
+    margin: float = Field(0.03, ge=0, description="Forgotten: the forget score is at most the gold model's plus this.")
+    forget: str = Field(description="'TASK METRIC' that says what is forgotten (lower is more).")
+    utility: list[str] = Field(
+        min_length=1,
+        description="'TASK METRIC' or 'TASK METRIC SOURCES' (a pattern such as near/*). The first one, where higher is "
+        "better, is what strengths are chosen by.",
+    )
+
+    @model_validator(mode="after")
+    def _names_agree(self) -> BenchConfig:
+        if self.baseline not in self.methods:
+            raise ValueError(f"the baseline {self.baseline!r} is not among the methods {', '.join(self.methods)}")
+        if len(set(self.seeds)) != len(self.seeds):
+            raise ValueError("seeds holds one number twice")
+        known = {*self.methods, *self.losses, *(f"{a} {b}" for a in self.losses for b in self.methods)}
+        for name in self.grids:
+            if name not in known:
+                raise ValueError(f"grids names {name!r}, which is no method, loss or 'LOSS METHOD'")
+        sections = [*self.methods.values(), *self.losses.values(), self.grid, *self.grids.values()]
+        for key in {key for section in sections for key in section}:
+            if key.split(".")[0] not in ("calibration", "unlearning"):
+                raise ValueError(f"a study may not change {key}: only calibration and unlearning")
+        return self
+
+
 class Config(Section):
     """A whole run. ``variants`` are further runs that differ only in the named keys (a fair comparison)."""
 
@@ -233,6 +237,7 @@ class Config(Section):
     conversion: ConversionConfig = ConversionConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     report: ReportConfig = ReportConfig()
+    bench: BenchConfig | None = Field(None, description="The study that `trace-ds bench` runs with this recipe.")
     variants: dict[str, dict[str, Any]] = Field(
         default_factory=dict,
         description="Name -> {dotted.key: value}: run by `trace-ds run` under RUN/variants/NAME, sharing the data and "
@@ -243,10 +248,6 @@ class Config(Section):
     def _unlearning_needs(self) -> Config:
         if self.unlearning.forget_loss == "npo" and not self.statistics.nll:
             raise ValueError("unlearning.forget_loss npo needs statistics.nll: true (the frozen model's losses)")
-        if self.unlearning.weights == "live" and self.calibration.rule in ("ratio_mean", "ratio_max", "permuted"):
-            raise ValueError(
-                f"unlearning.weights live needs a calibration.rule that has a theta, not {self.calibration.rule}"
-            )
         for name, changes in self.variants.items():
             for key in changes:
                 if key.split(".")[0] not in ("calibration", "unlearning", "conversion"):

@@ -46,7 +46,7 @@ class Outcome:
 def bench(recipe: str, run_dir: Path, seeds: int, json: bool) -> int:
     """Run (or finish) all seeds and print the table; returns the exit status."""
     from trace_ds.config.load import load_config
-    from trace_ds.demo.run import machine_overrides, prepare_inputs
+    from trace_ds.demo.run import machine_overrides, prepare_inputs, remove_input_leftovers
     from trace_ds.run.directory import RunDirectory, locked
     from trace_ds.stages.pipeline import Request, run_verb
 
@@ -57,6 +57,7 @@ def bench(recipe: str, run_dir: Path, seeds: int, json: bool) -> int:
     for seed in range(seeds):
         folder = run_dir / f"seed_{seed}"
         with locked(RunDirectory(folder)):
+            remove_input_leftovers(folder)
             prepare_inputs(folder, seed)
         request = Request.load(recipe, [f"seed={seed}", *machine_overrides()], folder)
         status = run_verb("run", request)

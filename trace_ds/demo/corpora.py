@@ -9,6 +9,8 @@ Two tasks share one base model:
   forget set lie other code tables, at middle distance capitals and demonyms. Every near or mid record falls at random
   on one of two sides: the retain pool may contain it, or it never does and utility is measured there. The retain pool
   is about 5 % near or mid tokens and otherwise running text. A fact is trained in four phrasings and asked in a fifth.
+  Regimes: *standard*, as above; *scarce*, only 2 % near or mid tokens; *entangled*, forget the elements' symbols and
+  keep the numbers of the very same elements, half of which the retain pool may contain (all are asked).
 - *verbatim* (the pattern of MUSE, Shi et al. 2024): forget memorised verses of Proverbs; keep memorised verses of
   other poetic books, half of which the retain pool (10 % of its tokens) may contain, utility on the other half.
 
@@ -24,7 +26,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from trace_ds.demo.facts import PHRASINGS, Fact, Record, read_records, require
 from trace_ds.errors import UserError
@@ -40,13 +42,16 @@ UNK, BOS, EOS, PAD = "<unk>", "<s>", "</s>", "<pad>"
 
 # How many records of a table are used: small enough that 1.9 million parameters learn them in under two minutes.
 RECORDS = {"element": 118, "currency": 50, "language": 50, "country": 50, "script": 30, "state": 40}
-RECORDS |= {"capital": 50, "demonym": 30}
+RECORDS |= {"capital": 50, "demonym": 30, "element_number": 118}
 RETAIN_TOKENS = {"knowledge": 120_000, "verbatim": 12_000}
 RETAIN_TASK_SHARE = {
     "knowledge": 0.05,
     "verbatim": 0.10,
 }  # of the retain pool's tokens: facts; memorised verses
 QUESTIONS = {"forget": 240, "utility": 280}
+Regime = Literal["standard", "scarce", "entangled"]
+SCARCE_SHARE = 0.02  # of the knowledge pool's tokens in the regime ``scarce``
+ENTANGLED_QUESTIONS = 420  # of the utility side: all there are, the numbers of the elements among them
 
 FORGET_BOOK = "PROVERBS"
 PASSAGE_BOOKS = ("JOB", "PSALMS", "ECCLESIASTES", "SONG_OF_SONGS")
@@ -72,7 +77,7 @@ class CorporaSummary:
     tokens: dict[str, int]
 
 
-def build_corpora(directory: Path, seed: int = 0) -> CorporaSummary:
+def build_corpora(directory: Path, seed: int = 0, regime: Regime = "standard") -> CorporaSummary:
     """Write the tokenizer, the pre-training corpora and both tasks into ``directory``.
 
     Files (JSONL, UTF-8, one object a line): documents ``{"text", "source"}`` in pretrain_original, pretrain_gold,
@@ -83,11 +88,15 @@ def build_corpora(directory: Path, seed: int = 0) -> CorporaSummary:
     Args:
         directory: created if absent; files of the same names are replaced.
         seed: any non-negative integer.
+        regime: of the knowledge task, see the module.
 
     Raises:
         UserError: a data package is not installed.
     """
-    facts = _split_facts(read_records(), random.Random(f"facts {seed}"))
+    records = read_records() if regime != "entangled" else _entangled(read_records())
+    facts = _split_facts(records, random.Random(f"facts {seed}"))
+    near_share = SCARCE_SHARE if regime == "scarce" else RETAIN_TASK_SHARE["knowledge"]
+    utility_questions = ENTANGLED_QUESTIONS if regime == "entangled" else QUESTIONS["utility"]
     verses = _read_verses()
     general = _general(verses, random.Random(f"general {seed}"))
     heldout, general = general[:HELDOUT_DOCUMENTS], general[HELDOUT_DOCUMENTS:]
@@ -100,8 +109,8 @@ def build_corpora(directory: Path, seed: int = 0) -> CorporaSummary:
     passages = _split_passages(verses, tokenizer, random.Random(f"passages {seed}"))
 
     retain = {
-        "knowledge": _retain_pool("knowledge", facts["pool"].documents, general, tokenizer, seed),
-        "verbatim": _retain_pool("verbatim", passages["pool"], general, tokenizer, seed),
+        "knowledge": _retain_pool("knowledge", near_share, facts["pool"].documents, general, tokenizer, seed),
+        "verbatim": _retain_pool("verbatim", RETAIN_TASK_SHARE["verbatim"], passages["pool"], general, tokenizer, seed),
     }
     gold = facts["pool"].documents + facts["utility"].documents + passages["pool"] + passages["utility"] + general
     lines: dict[str, Sequence[Any]] = {
@@ -111,7 +120,7 @@ def build_corpora(directory: Path, seed: int = 0) -> CorporaSummary:
         "knowledge/forget.jsonl": facts["forget"].documents,
         "knowledge/retain.jsonl": retain["knowledge"],
         "knowledge/questions_forget.jsonl": facts["forget"].questions[: QUESTIONS["forget"]],
-        "knowledge/questions_utility.jsonl": facts["utility"].questions[: QUESTIONS["utility"]],
+        "knowledge/questions_utility.jsonl": facts["utility"].questions[:utility_questions],
         "verbatim/forget.jsonl": passages["forget"],
         "verbatim/retain.jsonl": retain["verbatim"],
         "verbatim/passages_forget.jsonl": _continuations(passages["forget"]),
@@ -136,6 +145,19 @@ def build_corpora(directory: Path, seed: int = 0) -> CorporaSummary:
 class _Side:
     documents: list[Document]
     questions: list[dict[str, Any]]
+
+
+def _entangled(records: Sequence[Record]) -> list[Record]:
+    """Each element's record cut in two: its symbol is to be forgotten, its number is a near record of its own."""
+    parts: list[Record] = []
+    for record in records:
+        if record.table != "element":
+            parts.append(record)
+            continue
+        numbers = tuple(fact for fact in record.facts if "number" in fact.relation)
+        symbols = tuple(fact for fact in record.facts if fact not in numbers)
+        parts += [Record("forget", "element", symbols), Record("near", "element_number", numbers)]
+    return parts
 
 
 def _split_facts(records: Sequence[Record], rng: random.Random) -> dict[str, _Side]:
@@ -230,11 +252,11 @@ def _continuations(passages: Sequence[Document]) -> list[dict[str, Any]]:
 
 
 def _retain_pool(
-    task: str, near: Sequence[Document], general: Sequence[Document], tokenizer: Tokenizer, seed: int
+    task: str, share: float, near: Sequence[Document], general: Sequence[Document], tokenizer: Tokenizer, seed: int
 ) -> list[Document]:
     """The task's share of near documents first, then running text (documents of one kind share rows when packed)."""
     rng = random.Random(f"retain {task} {seed}")
-    near_tokens = round(RETAIN_TOKENS[task] * RETAIN_TASK_SHARE[task])
+    near_tokens = round(RETAIN_TOKENS[task] * share)
     chosen = _up_to(rng.sample(near, len(near)), near_tokens, tokenizer)
     text = _up_to(rng.sample(general, len(general)), RETAIN_TOKENS[task] - near_tokens, tokenizer)
     return sorted(chosen, key=lambda document: document.source) + text

@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 
+from trace_ds.demo.corpora import Regime
 from trace_ds.errors import UserError
 from trace_ds.run import artefact
 from trace_ds.run.directory import locked
@@ -45,6 +46,7 @@ def demo(run_dir: Path, overrides: Sequence[str], seed: int) -> int:
         Request.load("demo_verbatim", changes, run_dir / "verbatim"),
     ]
     with locked(requests[0].run):
+        remove_input_leftovers(run_dir)
         prepare_inputs(run_dir, seed)
     for request in requests:
         status = run_verb("run", request)
@@ -98,32 +100,38 @@ def _installed(name: str) -> bool:
     return True
 
 
-def prepare_inputs(run_dir: Path, seed: int) -> None:
-    """The corpora and the two models under ``run_dir`` (each skipped when it is there)."""
+def prepare_inputs(run_dir: Path, seed: int, regime: Regime = "standard", models: Sequence[str] = MODELS) -> None:
+    """The corpora and ``models`` under ``run_dir`` (each skipped when it is there)."""
+    corpora = _corpora(run_dir / "corpora", seed, regime)
+    if models:
+        _models(run_dir, corpora.content, seed, models)
+
+
+def remove_input_leftovers(run_dir: Path) -> None:
+    """Delete what a killed :func:`prepare_inputs` left; nobody else may be at work there."""
     for folder in (run_dir, run_dir / "models"):
         remove_leftovers(folder)
-    corpora = _corpora(run_dir / "corpora", seed)
-    _models(run_dir, corpora.content, seed)
 
 
-def _corpora(directory: Path, seed: int) -> artefact.Artefact:
+def _corpora(directory: Path, seed: int, regime: Regime) -> artefact.Artefact:
     from trace_ds.demo.corpora import build_corpora
 
     inputs = {name: metadata.version(name) for name in DATA_PACKAGES}
-    if not artefact.is_done(directory, "demo_corpora", artefact.identity_of("demo_corpora", inputs, {"seed": seed})):
+    settings = {"seed": seed, "regime": regime}
+    if not artefact.is_done(directory, "demo_corpora", artefact.identity_of("demo_corpora", inputs, settings)):
         print("[demo] building corpora from the data of pip packages", flush=True)
         with replacing_directory(directory) as temporary:
-            summary = build_corpora(temporary, seed)
-            artefact.describe(temporary, "demo_corpora", inputs, {"seed": seed}, {"documents": summary.documents})
+            summary = build_corpora(temporary, seed, regime)
+            artefact.describe(temporary, "demo_corpora", inputs, settings, {"documents": summary.documents})
     return artefact.load(directory, "demo_corpora", "demo")
 
 
-def _models(run_dir: Path, corpora: str, seed: int) -> None:
-    """Train the original and the gold model side by side, one thread each."""
+def _models(run_dir: Path, corpora: str, seed: int, names: Sequence[str]) -> None:
+    """Train the original and the gold model (those of ``names``) side by side, one thread each."""
     folder = run_dir / "models"
     folder.mkdir(parents=True, exist_ok=True)
-    wanted = {name: {"corpora": corpora, "seed": seed, "fingerprint": ""} for name in MODELS}
-    todo = [name for name in MODELS if not _model_is_done(folder, name, wanted[name])]
+    wanted = {name: {"corpora": corpora, "seed": seed, "fingerprint": ""} for name in names}
+    todo = [name for name in names if not _model_is_done(folder, name, wanted[name])]
     if not todo:
         return
     for name in todo:

@@ -1,0 +1,175 @@
+"""A study's arithmetic: which runs it has, matched forgetting, tuning without peeking, paired intervals."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from trace_ds.benchmark import analysis, plan
+from trace_ds.benchmark.analysis import Curve
+from trace_ds.benchmark.table import show
+from trace_ds.config.load import validate, with_changes
+from trace_ds.config.schema import Config
+from trace_ds.errors import UserError
+from trace_ds.reporting.matched import matched
+
+ALPHA, LR = "unlearning.alpha", "unlearning.optimizer.lr"
+
+
+def config(**bench: Any) -> Config:
+    raw: dict[str, Any] = {
+        "name": "x",
+        "model": {"path": "m"},
+        "data": {"forget": [{"path": "f.jsonl"}], "retain": [{"path": "r.jsonl"}]},
+        "unlearning": {"alpha": 4.0, "zero_stage": 1, "optimizer": {"lr": 1e-3}},
+        "evaluation": {
+            "tasks": [
+                {"name": "bad", "type": "choice", "path": "q", "role": "forget"},
+                {"name": "good", "type": "choice", "path": "q", "role": "utility"},
+            ]
+        },
+        "bench": {
+            "seeds": [0, 1, 2, 3],
+            "methods": {"uniform": {"calibration.rule": "uniform"}, "sampling": {}},
+            "grid": {ALPHA: [1.0, 4.0], LR: [1e-3, 2e-3]},
+            "forget": "bad accuracy",
+            "utility": ["good exact_match"],
+            **bench,
+        },
+    }
+    return validate(raw, "test")
+
+
+def curve(seed: int, method: str, alpha: float, lr: float, utilities: list[float], step: int | None) -> Curve:
+    steps = list(range(10, 10 * len(utilities) + 1, 10))
+    forget = [0.0 if step is not None and at >= step else 1.0 for at in steps]
+    found = {"good exact_match": matched(steps, forget, utilities, 0.5)}
+    return Curve(seed, "recipe", method, ((ALPHA, alpha), (LR, lr)), found, False)
+
+
+def test_a_study_has_every_combination_and_the_narrowest_grid_wins() -> None:
+    made = config(
+        losses={"rmu": {}, "graddiff": {"unlearning.forget_loss": "graddiff", ALPHA: 9.0}},
+        grids={"graddiff": {ALPHA: [9.0]}, "sampling": {LR: [1e-3]}, "graddiff sampling": {ALPHA: [9.0, 18.0]}},
+    )
+    bench = made.bench
+    assert bench is not None
+    plan.check(made)
+    trials = plan.trials_of(bench)
+    assert len(trials) == len(set(trials)) == 4 * ((4 + 2) + (2 + 2))
+    assert trials[0].name == "rmu/uniform/alpha=1.0,lr=0.001.json"
+    assert plan.recipe_point(made, "graddiff", "sampling") == ((ALPHA, 9.0), (LR, 1e-3))
+    last = next(t for t in trials if t.loss == "graddiff" and dict(t.point)[ALPHA] == 18.0)
+    asked = plan.trial_config(made, last)
+    assert (asked.unlearning.forget_loss, asked.unlearning.alpha, asked.bench) == ("graddiff", 18.0, None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"grid": {ALPHA: [1.0]}}, r"the grid of unlearning.alpha for recipe uniform lacks the recipe's own value 4.0"),
+        ({"baseline": "none"}, r"the baseline 'none' is not among the methods uniform, sampling"),
+        ({"grids": {"raking": {ALPHA: [4.0]}}}, r"grids names 'raking', which is no method"),
+        ({"grid": {"data.add_bos": [True]}}, r"a study may not change data.add_bos"),
+        ({"forget": "worse accuracy"}, r"'worse accuracy' is not 'TASK METRIC' of a task of the recipe"),
+        ({"seeds": [1, 1]}, r"seeds holds one number twice"),
+        ({"methods": {"uniform": {}, "b": {"calibration.rul": "x"}}}, r"unknown key 'calibration.rul'"),
+    ],
+)
+def test_a_study_that_cannot_be_run_says_why(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        plan.check(config(**changes))
+
+
+def test_runs_of_a_study_are_one_process_each() -> None:
+    with pytest.raises(UserError, match="one process each"):
+        plan.check(with_changes(config(), {"unlearning.zero_stage": 3}, "test"))
+
+
+def test_a_metric_may_be_restricted_to_sources() -> None:
+    sources = {
+        "near/a": {"n": 3, "exact_match": 1.0},
+        "near/b": {"n": 1, "exact_match": 0.0},
+        "mid": {"n": 6, "exact_match": 0.5},
+    }
+    entry = {"scores": {"good exact_match": 0.6, "t perplexity": None}, "by_source": {"good": sources}}
+    assert analysis.metric_of(entry, "good exact_match") == 0.6
+    assert analysis.metric_of(entry, "good exact_match near/*") == 0.75
+    assert math.isnan(analysis.metric_of(entry, "t perplexity"))
+    assert math.isnan(analysis.metric_of(entry, "good exact_match far/*"))
+
+
+def test_strengths_are_chosen_on_the_other_fold_only() -> None:
+    # alpha 4 is best on seeds 0 and 2, alpha 1 on seeds 1 and 3: peeking would give every seed its own best
+    curves = []
+    for seed in range(4):
+        for alpha in (1.0, 4.0):
+            own_best = (alpha == 4.0) == (seed % 2 == 0)
+            curves.append(curve(seed, "uniform", alpha, 1e-3, [0.9 if own_best else 0.3] * 2, 10))
+    found = analysis.tuned(curves, [0, 1, 2, 3], "good exact_match", [ALPHA], {LR: 1e-3})
+    assert [dict(found[seed].point)[ALPHA] for seed in range(4)] == [1.0, 4.0, 1.0, 4.0]  # type: ignore[union-attr]
+    fixed = analysis.tuned(curves, [0, 1, 2, 3], "good exact_match", [], {ALPHA: 4.0, LR: 1e-3})
+    assert {dict(c.point)[ALPHA] for c in fixed.values() if c is not None} == {4.0}
+
+
+def test_a_point_that_forgets_on_more_seeds_is_chosen_before_a_better_one() -> None:
+    curves = [curve(s, "uniform", 1.0, 1e-3, [0.2, 0.2], 20) for s in (1, 3)]
+    curves += [curve(1, "uniform", 4.0, 1e-3, [0.9, 0.9], 10), curve(3, "uniform", 4.0, 1e-3, [0.9, 0.9], None)]
+    assert dict(analysis.choose_point(curves, [1, 3], "good exact_match") or ())[ALPHA] == 1.0
+    never = [curve(1, "uniform", 4.0, 1e-3, [0.9], None)]
+    assert analysis.choose_point(never, [1], "good exact_match") is None
+
+
+def test_pairs_are_of_the_same_seed_and_missing_ones_are_named() -> None:
+    mine = {0: curve(0, "sampling", 4.0, 1e-3, [0.0, 0.6, 0.8], 20), 1: curve(1, "sampling", 4.0, 1e-3, [0.9], None)}
+    base = {0: curve(0, "uniform", 1.0, 1e-3, [0.1, 0.5], 10), 1: curve(1, "uniform", 1.0, 1e-3, [0.4], 10)}
+    for value, expected in (("post", (0.7, 0.3)), ("cross", (0.6, 0.1)), ("end", (0.8, 0.5))):
+        row = analysis.compare(mine, base, "good exact_match", value)
+        assert (row["value"], row["baseline"]) == pytest.approx(expected)
+        assert row["relative"] == pytest.approx(expected[0] / expected[1] - 1)
+        assert row["seeds"] == [0] and row["not_reached"] == {"method": [1], "baseline": []}
+        assert (row["steps"], row["baseline_steps"]) == ([20], [10])
+        assert row["relative_interval"] is None
+    assert row["points"]["0"] == "alpha=4.0,lr=0.001"
+
+
+def test_intervals_agree_with_scipy() -> None:
+    draw = np.random.default_rng(3)
+    base = draw.uniform(0.4, 0.6, 6)
+    mine = base + draw.normal(0.1, 0.05, 6)
+    ours = analysis.t_interval(list(mine - base))
+    theirs = stats.ttest_rel(mine, base).confidence_interval(0.95)
+    assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high))
+
+    def ratio(a: np.ndarray, b: np.ndarray, axis: int = -1) -> np.ndarray:
+        return a.mean(axis) / b.mean(axis) - 1
+
+    reference = stats.bootstrap(
+        (mine, base), ratio, paired=True, method="percentile", n_resamples=40_000, rng=np.random.default_rng(1)
+    ).confidence_interval
+    found = analysis.bootstrap_ratio(list(mine), list(base))
+    assert (found.low, found.high) == pytest.approx((reference.low, reference.high), abs=0.004)
+    assert found == analysis.bootstrap_ratio(list(mine), list(base))
+
+
+def test_a_diverged_run_is_never_compared(capsys: pytest.CaptureFixture[str]) -> None:
+    entry = {"scores": {"bad accuracy": 0.1, "good exact_match": 0.9}, "by_source": {}}
+    result = {"seed": 0, "loss": "recipe", "method": "sampling", "point": [], "curve": [{"step": 10, **entry}]}
+    names = ("bad accuracy", ["good exact_match"], 0.5)
+    assert analysis.curve_of(result | {"diverged": None}, *names).step == 10
+    diverged = analysis.curve_of(result | {"diverged": 12}, *names)
+    assert diverged.diverged and diverged.step is None
+    base = {0: analysis.curve_of(result | {"diverged": None}, *names)}
+    rows = [
+        {"loss": "recipe", "strength": "same strength", "method": "sampling", "metric": "good exact_match", "at": at}
+        | analysis.compare({0: diverged}, base, "good exact_match", at)
+        for at in ("post", "cross", "end")
+    ]
+    result = {"comparisons": rows, "seeds": [0], "baseline": "uniform", "forget": "bad accuracy"}
+    show(result | {"never_reached": [], "diverged": ["seed 0, sampling"]})
+    shown = capsys.readouterr().out
+    assert "never" in shown and "diverged: 1 runs" in shown

@@ -1,0 +1,160 @@
+"""A whole study on a tiny random model: killed, finished, run again; its runs are those of the pipeline."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import command
+import pytest
+import tiny
+import yaml
+from distributed import run_distributed
+
+from trace_ds.benchmark import worker
+from trace_ds.benchmark.worker import Job, Study
+from trace_ds.errors import UserError
+
+BENCH: dict[str, Any] = {
+    "seeds": [0, 1],
+    "methods": {"uniform": {"calibration.rule": "uniform"}, "sampling": {}},
+    "grid": {"unlearning.alpha": [1.0, 4.0]},
+    "grids": {"sampling": {"unlearning.alpha": [4.0]}},
+    "score_every": 2,
+    "score_at_end": ["questions_utility"],
+    "margin": 1.0,
+    "forget": "questions_forget accuracy",
+    "utility": ["questions_forget exact_match", "questions_utility accuracy util*"],
+}
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    folder = tmp_path_factory.mktemp("study")
+    return tiny.write_config(
+        folder, tiny_model, bench=BENCH, unlearning__zero_stage=1, distributed={"nproc": 1}, unlearning__steps=3
+    )
+
+
+@pytest.fixture(scope="module")
+def study(recipe: Path) -> Path:
+    """Killed (its workers too) after its first runs, then finished by two workers."""
+    directory = recipe.parent / "out"
+    start = [sys.executable, "-m", "trace_ds", "bench", str(recipe), "--run-dir", str(directory), "--workers", "1"]
+    first = subprocess.Popen(start, env=command.environment(), stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 240
+    while len(list(directory.glob("seed_*/trials/**/*.json"))) < 2 and first.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.kill(first.pid, signal.SIGKILL)
+    assert "left: 2 base models, 6 runs of 3 steps" in first.communicate()[0]
+    made = {path: path.read_bytes() for path in directory.glob("seed_*/trials/**/*.json")}
+    done = command.trace_ds("bench", recipe, "--run-dir", directory, "--workers", "2")
+    assert done.returncode == 0, done.stderr
+    assert all(path.read_bytes() == content for path, content in made.items())
+    assert "same strength" in done.stdout and "own alpha" in done.stdout
+    return directory
+
+
+def single_process(world: Any, recipe: str, folder: str) -> dict[str, Any]:
+    """In one process: the study anew, the study with a method changed, and the pipeline of one of its runs."""
+    from trace_ds.config.load import dump_yaml, load_config
+    from trace_ds.run.directory import RunDirectory
+    from trace_ds.stages.calibrate import calibrate
+    from trace_ds.stages.collect import collect
+    from trace_ds.stages.convert import convert
+    from trace_ds.stages.evaluate import evaluate
+    from trace_ds.stages.prepare import prepare
+    from trace_ds.stages.unlearn import unlearn
+
+    directory = Path(folder)
+    told: list[str] = []
+    worker.work_off(Study(recipe, directory / "again", []).jobs(world), told.append)
+    first = len(told)
+    changes = ["bench.methods.sampling={calibration.ess_floor: 0.9}"]
+    worker.work_off(Study(recipe, directory / "again", changes).jobs(world), told.append)
+    asked, _ = load_config(recipe, ["seed=1", "bench=null", "calibration.rule=uniform"], directory / "run")
+    run = RunDirectory(directory / "run")
+    run.create(dump_yaml(asked))
+    prepare(asked, run)
+    collect(asked, run, world)
+    calibrate(asked, run)
+    unlearn(asked, run, world)
+    convert(asked, run)
+    evaluate(asked, run)
+    return {"first": first, "redone": sorted(line.split(":")[0] for line in told[first:])}
+
+
+@pytest.fixture(scope="module")
+def alone(recipe: Path) -> dict[str, Any]:
+    return run_distributed(single_process, 1, str(recipe), str(recipe.parent / "alone"))[0]
+
+
+def test_a_killed_study_is_finished_and_a_second_one_writes_the_same_bytes(study: Path, recipe: Path) -> None:
+    assert len(list(study.glob("seed_*/trials/**/*.json"))) == 2 * (2 + 1)
+    before = {name: (study / name).read_bytes() for name in ("study.json", "frontier.csv")}
+    again = command.trace_ds("bench", recipe, "--run-dir", study, "--json")
+    assert again.returncode == 0 and json.loads(again.stdout)["seeds"] == [0, 1]
+    assert {name: (study / name).read_bytes() for name in before} == before
+    assert before["frontier.csv"].count(b"\n") == 1 + 6 * 2  # steps 2 and 3
+
+
+def test_neither_kills_nor_workers_change_a_result(study: Path, recipe: Path, alone: dict[str, Any]) -> None:
+    assert alone["first"] == 2 + 6
+    for path in sorted(study.glob("seed_*/trials/recipe/uniform/*.json")):
+        assert path.read_bytes() == (recipe.parent / "alone/again" / path.relative_to(study)).read_bytes()
+
+
+def test_a_changed_method_is_all_that_is_run_again(alone: dict[str, Any]) -> None:
+    assert [path.split("/")[-5:] for path in alone["redone"]] == [
+        [f"seed_{seed}", "trials", "recipe", "sampling", "alpha=4.0.json"] for seed in (0, 1)
+    ]
+
+
+def test_a_run_of_a_study_is_the_run_of_the_pipeline(study: Path, recipe: Path, alone: dict[str, Any]) -> None:
+    run = recipe.parent / "alone" / "run"
+    scored = json.loads((run / "evaluation" / "unlearned.json").read_text(encoding="utf-8"))["scores"]
+    theirs = {f"{score['task']} {score['metric']}": score["value"] for score in scored}
+    result = json.loads((study / "seed_1/trials/recipe/uniform/alpha=4.0.json").read_text(encoding="utf-8"))
+    assert result["curve"][-1]["scores"] == theirs and result["curve"][-1]["step"] == 3
+    manifest = json.loads((run / "checkpoints" / "step_000003" / "manifest.json").read_text(encoding="utf-8"))
+    assert result["job"] == manifest["job"]
+
+
+def test_a_job_waits_for_what_it_needs_and_an_error_ends_the_worker(tmp_path: Path) -> None:
+    order: list[str] = []
+
+    def job(name: str, *needs: str) -> Job:
+        return Job(tmp_path / f"{name}.json", tuple(tmp_path / f"{n}.json" for n in needs), lambda: made(name), name)
+
+    def made(name: str) -> dict[str, Any]:
+        order.append(name)
+        if name == "bad":
+            raise UserError("it is wrong", "here", "correct it")
+        return {}
+
+    jobs = [job("trial", "base"), job("base")]
+    worker.work_off(jobs, order.append)
+    assert [item for item in order if ":" not in item] == ["base", "trial"]
+    assert all(worker.is_done(item) for item in jobs)
+    worker.work_off(jobs, order.append)
+    assert len(order) == 4
+    with pytest.raises(UserError, match="it is wrong"):
+        worker.work_off([job("bad")], order.append)
+    assert not (tmp_path / "bad.json").exists()
+
+
+def test_a_failing_worker_ends_the_study_with_its_line(recipe: Path, tmp_path: Path) -> None:
+    raw = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    raw["model"]["path"] = str(tmp_path / "absent")
+    changed = tmp_path / "absent.yaml"
+    changed.write_text(yaml.safe_dump(raw), encoding="utf-8")
+    done = command.trace_ds("bench", changed, "--run-dir", tmp_path / "out", "--workers", "1")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and "absent" in done.stderr

@@ -1,0 +1,188 @@
+"""What a study shows: every method against the baseline at matched forgetting, tuned on other seeds; pure functions.
+
+A trial has *forgotten* from the first scored step at which its forget score is at most its seed's target (the gold
+model's score plus a margin). Three numbers are told of a trial that has: ``cross``, the utility at that step, ``post``,
+the mean utility from that step to the last (less noisy, so it is what tuning looks at), and ``end``, the utility after
+the last step. A trial that never gets there counts as not reached; it is never compared.
+
+**Tuning without peeking** (our decision): the seeds are dealt to two folds in turn. For each fold the point (alpha,
+learning rate) of a method is the one with the best mean ``post`` over the *other* fold's seeds, among those that
+reached the target on most of them; ties go to the fewer steps. So every reported number was made at a strength
+chosen on other base models, for the baseline in exactly the same way.
+
+Intervals: 95 % of a paired bootstrap over seeds (percentile, the ratio of the two means; Efron & Tibshirani 1993,
+chapter 13) and, beside it, Student's t of the paired differences. Few seeds make the bootstrap optimistic: read both.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from trace_ds.benchmark.plan import Point, label
+from trace_ds.reporting.matched import Matched, matched
+
+BOOTSTRAP_DRAWS = 10_000
+LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A finished trial: its seed's target and, by utility metric, what :func:`matched` says."""
+
+    seed: int
+    loss: str
+    method: str
+    point: Point
+    found: dict[str, Matched]
+    diverged: bool
+
+    @property
+    def step(self) -> int | None:
+        return next(iter(self.found.values())).step if self.found else None
+
+
+@dataclass(frozen=True)
+class Interval:
+    low: float
+    high: float
+
+
+def metric_of(entry: Mapping[str, Any], name: str) -> float:
+    """``'TASK METRIC'`` or ``'TASK METRIC SOURCES'`` of one entry of a curve (NaN when it has no value)."""
+    task, metric, *pattern = name.split()
+    if not pattern:
+        value = entry["scores"].get(f"{task} {metric}")
+        return math.nan if value is None else float(value)
+    sources = entry["by_source"].get(task, {})
+    chosen = [v for source, v in sources.items() if fnmatch.fnmatch(source, pattern[0])]
+    count = sum(v["n"] for v in chosen)
+    return math.fsum(v["n"] * v[metric] for v in chosen) / count if count else math.nan
+
+
+def curve_of(result: Mapping[str, Any], forget: str, utilities: Sequence[str], target: float) -> Curve:
+    """The result file of a trial at matched forgetting."""
+    entries = result["curve"]
+    steps = [int(entry["step"]) for entry in entries]
+    forget_S = [metric_of(entry, forget) for entry in entries]
+    found = {
+        name: matched(steps, forget_S, [metric_of(entry, name) for entry in entries], target)
+        for name in utilities
+        if entries
+    }
+    point = tuple((key, value) for key, value in result["point"])
+    diverged = result["diverged"] is not None
+    return Curve(result["seed"], result["loss"], result["method"], point, {} if diverged else found, diverged)
+
+
+def folds(seeds: Sequence[int]) -> tuple[list[int], list[int]]:
+    """The seeds dealt in turn to two folds."""
+    return list(seeds[0::2]), list(seeds[1::2])
+
+
+def choose_point(curves: Sequence[Curve], seeds: Sequence[int], metric: str) -> Point | None:
+    """The best point of one method's curves on ``seeds``; None when none ever reached the target there."""
+    best: tuple[tuple[float, float, float], Point] | None = None
+    for point in dict.fromkeys(curve.point for curve in curves):
+        reached = [
+            curve.found[metric] for curve in curves if curve.point == point and curve.seed in seeds and curve.step
+        ]
+        if not reached:
+            continue
+        posts = [float(m.post) for m in reached if m.post is not None]
+        steps = [float(m.step) for m in reached if m.step is not None]
+        rank = (float(len(reached)), math.fsum(posts) / len(posts), -math.fsum(steps) / len(steps))
+        if best is None or rank > best[0]:
+            best = (rank, point)
+    return None if best is None else best[1]
+
+
+def tuned(
+    curves: Sequence[Curve], seeds: Sequence[int], metric: str, free: Sequence[str], fixed: Mapping[str, Any]
+) -> dict[int, Curve | None]:
+    """For each seed the curve at the point chosen on the other fold; keys not in ``free`` stay at ``fixed``.
+
+    None for a seed whose other fold gives no choice.
+    """
+    allowed = [c for c in curves if all(value == fixed[key] for key, value in c.point if key not in free)]
+    chosen: dict[int, Curve | None] = {}
+    for mine, other in (folds(seeds), folds(seeds)[::-1]):
+        point = choose_point(allowed, other, metric) if free else next((c.point for c in allowed), None)
+        for seed in mine:
+            chosen[seed] = next((c for c in allowed if c.seed == seed and c.point == point), None)
+    return {seed: chosen[seed] for seed in seeds}
+
+
+def bootstrap_ratio(values: Sequence[float], baselines: Sequence[float], draws: int = BOOTSTRAP_DRAWS) -> Interval:
+    """Percentile interval of mean(values) / mean(baselines) − 1 over paired resamples of the seeds (fixed seed 0).
+
+    ``ValueError`` for fewer than two pairs.
+    """
+    pairs_N2 = np.array([values, baselines], dtype=np.float64).T
+    if len(pairs_N2) < 2:
+        raise ValueError("a bootstrap needs two pairs")
+    draw_DN = np.random.default_rng(0).integers(0, len(pairs_N2), (draws, len(pairs_N2)))
+    means_D2 = pairs_N2[draw_DN].mean(1)
+    kept_D2 = means_D2[means_D2[:, 1] > 0]
+    low, high = np.quantile(kept_D2[:, 0] / kept_D2[:, 1] - 1, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Interval(float(low), float(high))
+
+
+def t_interval(differences: Sequence[float]) -> Interval:
+    """Student's t interval of the mean difference; ``ValueError`` for fewer than two."""
+    from scipy import stats
+
+    n = len(differences)
+    if n < 2:
+        raise ValueError("an interval needs two differences")
+    mean, deviation = float(np.mean(differences)), float(np.std(differences, ddof=1))
+    half = float(stats.t.ppf((1 + LEVEL) / 2, n - 1)) * deviation / math.sqrt(n)
+    return Interval(mean - half, mean + half)
+
+
+def compare(
+    chosen: Mapping[int, Curve | None], baseline: Mapping[int, Curve | None], metric: str, value: str
+) -> dict[str, Any]:
+    """One method against the baseline, each at its chosen points, paired by seed; JSON-ready.
+
+    Args:
+        value: ``post``, ``cross`` or ``end``.
+    """
+
+    def at(curve: Curve) -> float:
+        found = curve.found[metric]
+        number = {"post": found.post, "cross": found.at_crossing, "end": found.end}[value]
+        assert number is not None
+        return number
+
+    sides = [(seed, chosen[seed], baseline[seed]) for seed in chosen]
+    pairs = [(s, a, b) for s, a, b in sides if a is not None and b is not None and a.step and b.step]
+    mine, theirs = [at(a) for _, a, _ in pairs], [at(b) for _, _, b in pairs]
+    steps = [(int(a.step or 0), int(b.step or 0)) for _, a, b in pairs]
+    differences = [x - y for x, y in zip(mine, theirs, strict=True)]
+    mean, mean_base = (math.fsum(v) / len(v) if v else None for v in (mine, theirs))
+    enough = len(pairs) > 1
+    return {
+        "seeds": [s for s, _, _ in pairs],
+        "value": mean,
+        "baseline": mean_base,
+        "relative": mean / mean_base - 1 if mean is not None and mean_base else None,
+        "relative_interval": vars(bootstrap_ratio(mine, theirs)) if enough and mean_base else None,
+        "difference": math.fsum(differences) / len(differences) if differences else None,
+        "difference_t_interval": vars(t_interval(differences)) if enough else None,
+        "by_seed": mine,
+        "baseline_by_seed": theirs,
+        "steps": [a for a, _ in steps],
+        "baseline_steps": [b for _, b in steps],
+        "not_reached": {
+            "method": [s for s, a, _ in sides if a is None or not a.step],
+            "baseline": [s for s, _, b in sides if b is None or not b.step],
+        },
+        "points": {str(s): None if a is None else label(a.point) for s, a, _ in sides},
+        "baseline_points": {str(s): None if b is None else label(b.point) for s, _, b in sides},
+    }

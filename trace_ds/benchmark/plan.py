@@ -1,0 +1,129 @@
+"""Which runs a study consists of: pure functions of the recipe.
+
+A *method* is what is compared (a weight rule, a control, a baseline), a *point* one choice of the grid's strengths
+(alpha, learning rate), a *trial* one unlearning run of a method at a point on the base model of a seed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+from trace_ds.config.load import with_changes
+from trace_ds.config.schema import BenchConfig, Config
+from trace_ds.errors import UserError
+
+Point = tuple[tuple[str, Any], ...]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One unlearning run; ``point`` holds (dotted key, value) in the order of the grid."""
+
+    loss: str
+    method: str
+    point: Point
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Of its result below ``seed_N/trials/``: ``rmu/uniform/alpha=16,lr=0.0005.json``."""
+        return f"{self.loss}/{self.method}/{label(self.point) or 'recipe'}.json"
+
+
+def label(point: Point) -> str:
+    """A point in words: the last part of each key and its value."""
+    return ",".join(f"{key.rsplit('.', 1)[-1]}={json.dumps(value)}" for key, value in point)
+
+
+def grid_of(bench: BenchConfig, loss: str, method: str) -> dict[str, list[Any]]:
+    """The values to try for one method under one loss, by key in the order of tuning."""
+    grid = dict(bench.grid)
+    for name in (loss, method, f"{loss} {method}"):
+        grid |= bench.grids.get(name, {})
+    return grid
+
+
+def points_of(bench: BenchConfig, loss: str, method: str) -> list[Point]:
+    """All points of a method under a loss."""
+    grid = grid_of(bench, loss, method)
+    return [tuple(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+
+
+def trials_of(bench: BenchConfig) -> list[Trial]:
+    """All trials, seed by seed."""
+    return [
+        Trial(loss, method, point, seed)
+        for seed in bench.seeds
+        for loss in bench.losses
+        for method in bench.methods
+        for point in points_of(bench, loss, method)
+    ]
+
+
+def trial_config(config: Config, trial: Trial) -> Config:
+    """The configuration of one trial, from that of its seed: changes of the loss, the method, then the point."""
+    bench = require_bench(config, "bench")
+    changes = {**bench.losses[trial.loss], **bench.methods[trial.method], **dict(trial.point)}
+    changed = with_changes(config, changes, f"bench: {trial.name}")
+    return changed.model_copy(update={"bench": None, "variants": {}})
+
+
+def recipe_point(config: Config, loss: str, method: str) -> Point:
+    """The point that the recipe itself names (with the changes of the loss and the method).
+
+    Raises:
+        UserError: the grid lacks it, so there would be no comparison at the same strength.
+    """
+    bench = require_bench(config, "bench")
+    grid = grid_of(bench, loss, method)
+    raw = trial_config(config, Trial(loss, method, (), config.seed)).model_dump(mode="json")
+    point = tuple((key, reduce(_get, key.split("."), raw)) for key in grid)
+    for key, value in point:
+        if value not in grid[key]:
+            raise UserError(
+                f"the grid of {key} for {loss} {method} lacks the recipe's own value {value}",
+                "bench.grid",
+                "add it: it is the point at which methods are compared at the same strength",
+            )
+    return point
+
+
+def _get(node: Mapping[str, Any], key: str) -> Any:
+    return node[key]
+
+
+def require_bench(config: Config, where: str) -> BenchConfig:
+    if config.bench is None:
+        raise UserError(
+            "the recipe has no bench section", where, "start from `trace-ds recipes --show bench_entangled`"
+        )
+    return config.bench
+
+
+def check(config: Config) -> None:
+    """Find what is wrong with a study before its first run; raises :class:`UserError`."""
+    bench = require_bench(config, "bench")
+    if config.distributed.ep != 1 or (config.distributed.nproc or 1) != 1 or config.unlearning.zero_stage == 3:
+        raise UserError(
+            "the runs of a study are one process each",
+            "distributed",
+            "set distributed.nproc and ep to 1 and unlearning.zero_stage to 1",
+        )
+    tasks = {task.name for task in config.evaluation.tasks}
+    for metric in (bench.forget, *bench.utility):
+        if len(metric.split()) not in (2, 3) or metric.split()[0] not in tasks:
+            raise UserError(
+                f"{metric!r} is not 'TASK METRIC' of a task of the recipe",
+                "bench",
+                f"tasks: {', '.join(sorted(tasks))}",
+            )
+    for loss in bench.losses:
+        for method in bench.methods:
+            recipe_point(config, loss, method)
+            for point in points_of(bench, loss, method):
+                trial_config(config, Trial(loss, method, point, config.seed))

@@ -1,0 +1,241 @@
+"""``trace-ds bench RECIPE``: run (or finish) a study on this machine and say what it shows.
+
+    trace-ds bench bench_entangled --run-dir runs/entangled
+
+Writes ``study.json`` (every comparison with its intervals) and ``frontier.csv`` (every scored step of every run).
+Both are made from the results alone: running it again on a finished study rewrites the same bytes.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json as json_module
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from trace_ds.benchmark import plan
+from trace_ds.benchmark.analysis import Curve, compare, curve_of, metric_of, tuned
+from trace_ds.benchmark.worker import Job, Study, is_done
+from trace_ds.errors import EXIT_STOPPED, StopRequested, UserError
+from trace_ds.run.directory import RunDirectory, locked
+from trace_ds.run.files import write_json, write_text
+
+TELL_EVERY_S = 30.0
+# For the estimate before anything ran: seconds of one CPU core of the machine this was developed on.
+REFERENCE_S, STEP_S, SCORE_S = 110.0, 0.12, 0.9
+SAME = "same strength"
+
+
+def run_study(recipe: str, directory: Path, overrides: Sequence[str], workers: int | None, json: bool) -> int:
+    """Run every job that is not done, then write and show the result; returns the exit status."""
+    study = Study(recipe, directory, overrides)
+    plan.check(study.config)
+    if study.bench.regime is not None:
+        from trace_ds.demo.run import preflight
+
+        preflight(directory)
+    with locked(RunDirectory(directory)):
+        jobs = study.jobs(None)
+        todo = [job for job in jobs if not is_done(job)]
+        if todo:
+            _clear_leftovers(study)
+            count = workers or worker_count()
+            if not json:
+                _tell_estimate(study, jobs, todo, count)
+            status = _work(recipe, directory, overrides, jobs, count, json)
+            if status:
+                return status
+        result = analyse(study)
+        write_json(directory / "study.json", result)
+        write_text(directory / "frontier.csv", frontier_csv(study))
+    if json:
+        print(json_module.dumps(result, indent=1, sort_keys=True))
+    else:
+        from trace_ds.benchmark.table import show
+
+        show(result)
+        print(f"numbers: {directory / 'study.json'}, every scored step: {directory / 'frontier.csv'}")
+    return 0
+
+
+def worker_count() -> int:
+    """One worker per accelerator, else one per core this process may use."""
+    from trace_ds.parallel.environment import accelerator_count
+
+    return accelerator_count() or len(os.sched_getaffinity(0))
+
+
+def _clear_leftovers(study: Study) -> None:
+    from trace_ds.demo.run import remove_input_leftovers
+
+    for seed in study.bench.seeds:
+        remove_input_leftovers(study.seed_directory(seed))
+
+
+def _tell_estimate(study: Study, jobs: list[Job], todo: list[Job], count: int) -> None:
+    references = sum(not job.needs for job in todo)
+    runs = len(todo) - references
+    steps = study.config.unlearning.steps
+    scores = -(-steps // study.bench.score_every)
+    seconds = references * REFERENCE_S + runs * (steps * STEP_S + scores * SCORE_S)
+    print(
+        f"[bench] {len(jobs) - len(todo)} of {len(jobs)} jobs are done; left: {references} base models, {runs} runs of "
+        f"{steps} steps. With {count} workers about {seconds / count / 60:.0f} minutes on CPU cores like ours",
+        flush=True,
+    )
+
+
+def _work(recipe: str, directory: Path, overrides: Sequence[str], jobs: list[Job], count: int, quiet: bool) -> int:
+    """Start the workers, tell how far they are, wait; the first failure ends all of them."""
+    from trace_ds.parallel.environment import accelerator_count
+    from trace_ds.parallel.launch import die_with_parent
+
+    command = [sys.executable, "-m", "trace_ds.benchmark.worker", recipe, str(directory)]
+    for override in overrides:
+        command += ["--set", override]
+    (directory / "logs").mkdir(parents=True, exist_ok=True)
+    logs = [directory / "logs" / f"worker_{number}.log" for number in range(count)]
+    accelerators = accelerator_count()
+    children: list[subprocess.Popen[bytes]] = []
+    previous = signal.signal(signal.SIGTERM, _stop)
+    try:
+        for number, log in enumerate(logs):
+            environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+            environment["OMP_NUM_THREADS"] = "1"
+            if accelerators:
+                environment["CUDA_VISIBLE_DEVICES"] = str(number % accelerators)
+            with log.open("wb") as handle:
+                children.append(
+                    subprocess.Popen(command, env=environment, stdout=handle, stderr=handle, preexec_fn=die_with_parent)
+                )
+        return _wait(children, logs, jobs, quiet)
+    finally:
+        for child in children:
+            if child.poll() is None:
+                child.kill()
+            child.wait()
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _stop(number: int, frame: Any) -> None:
+    raise StopRequested("the study was stopped; run the same command again to go on")
+
+
+def _wait(children: list[subprocess.Popen[bytes]], logs: list[Path], jobs: list[Job], quiet: bool) -> int:
+    began_s = told_s = time.monotonic()
+    began_with = sum(map(is_done, jobs))
+    while True:
+        codes = [child.poll() for child in children]
+        for code, log in zip(codes, logs, strict=True):
+            if code:
+                lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+                print("\n".join(lines[-1:] if code == UserError.exit_status else lines[-15:]), file=sys.stderr)
+                return code if code > 0 else EXIT_STOPPED if code == -signal.SIGTERM else 1
+        if all(code == 0 for code in codes):
+            return 0
+        now_s = time.monotonic()
+        if not quiet and now_s - told_s > TELL_EVERY_S:
+            told_s = now_s
+            done = sum(map(is_done, jobs))
+            left = f", about {(now_s - began_s) / (done - began_with) * (len(jobs) - done) / 60:.0f} minutes left"
+            print(f"[bench] {done} of {len(jobs)} jobs done{left if done > began_with else ''}", flush=True)
+        time.sleep(0.5)
+
+
+def analyse(study: Study) -> dict[str, Any]:
+    """Every comparison of a finished study; JSON-ready and free of times and places."""
+    bench = study.bench
+    targets, references = {}, {}
+    for seed in bench.seeds:
+        scored = {name: _read(study.reference(seed, name)) for name in study.reference_names()}
+        targets[seed] = _target(study, scored)
+        references[str(seed)] = {
+            name: {metric: metric_of(entry, metric) for metric in (bench.forget, *bench.utility)}
+            for name, entry in scored.items()
+        }
+    curves = [
+        curve_of(_read(path), bench.forget, bench.utility, targets[trial.seed])
+        for trial, path in study.results().items()
+    ]
+    rows = []
+    for loss in bench.losses:
+        for kind, free in kinds(list(bench.grid)):
+            chosen = {
+                method: tuned(
+                    [curve for curve in curves if (curve.loss, curve.method) == (loss, method)],
+                    bench.seeds,
+                    bench.utility[0],
+                    free,
+                    dict(plan.recipe_point(study.config, loss, method)),
+                )
+                for method in bench.methods
+            }
+            for method in bench.methods:
+                for metric in bench.utility:
+                    at_end = metric.split()[0] in bench.score_at_end
+                    for value in ("end",) if at_end else ("post", "cross", "end"):
+                        found = compare(chosen[method], chosen[bench.baseline], metric, value)
+                        row = {"loss": loss, "strength": kind, "method": method, "metric": metric, "at": value}
+                        rows.append(row | found)
+    return {
+        "recipe": study.config.name,
+        "seeds": bench.seeds,
+        "baseline": bench.baseline,
+        "forget": bench.forget,
+        "targets": {str(seed): target for seed, target in targets.items()},
+        "references": references,
+        "diverged": [_where(curve) for curve in curves if curve.diverged],
+        "never_reached": [_where(curve) for curve in curves if curve.step is None and not curve.diverged],
+        "comparisons": rows,
+    }
+
+
+def kinds(keys: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """What is tuned: nothing, then the first key of the grid, then the first two, …"""
+    found: list[tuple[str, list[str]]] = [(SAME, [])]
+    for count in range(1, len(keys) + 1):
+        free = list(keys[:count])
+        found.append(("own " + ", ".join(key.rsplit(".", 1)[-1] for key in free), free))
+    return found
+
+
+def _target(study: Study, scored: dict[str, dict[str, Any]]) -> float:
+    """Gold plus the margin, or chance (of four choices) plus two points without a gold model."""
+    from trace_ds.evaluation.choice import CHANCE
+    from trace_ds.reporting.scores import CHANCE_MARGIN
+
+    if "gold" in scored:
+        return metric_of(scored["gold"], study.bench.forget) + study.bench.margin
+    return CHANCE + CHANCE_MARGIN
+
+
+def _where(curve: Curve) -> str:
+    return f"seed {curve.seed}, {curve.loss}, {curve.method}, {plan.label(curve.point)}"
+
+
+def frontier_csv(study: Study) -> str:
+    """One line per scored step of every run."""
+    bench = study.bench
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["seed", "loss", "method", "point", "step", bench.forget, *bench.utility])
+    for trial, path in study.results().items():
+        for entry in _read(path)["curve"]:
+            values = [metric_of(entry, name) for name in (bench.forget, *bench.utility)]
+            numbers = ["" if math.isnan(value) else f"{value:.6g}" for value in values]
+            point = plan.label(trial.point)
+            writer.writerow([trial.seed, trial.loss, trial.method, point, entry["step"], *numbers])
+    return text.getvalue()
+
+
+def _read(path: Path) -> dict[str, Any]:
+    value: dict[str, Any] = json_module.loads(path.read_text(encoding="utf-8"))
+    return value

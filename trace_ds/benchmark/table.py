@@ -1,0 +1,61 @@
+"""The result of a study on the terminal: one line per method, what it was tuned by, and the interval."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print a table per utility metric, methods against the baseline, ``post`` and ``cross`` side by side."""
+    console = Console()
+    rows = result["comparisons"]
+    for metric in dict.fromkeys(row["metric"] for row in rows):
+        table = Table(title=f"{metric}, against {result['baseline']} at matched forgetting ({result['forget']})")
+        for column in (
+            "loss",
+            "strength",
+            "method",
+            "mean",
+            "post [95 %]",
+            "at the crossing",
+            "steps",
+            "seeds",
+            "point",
+        ):
+            table.add_column(column)
+        found = {(r["loss"], r["strength"], r["method"], r["at"]): r for r in rows if r["metric"] == metric}
+        for loss, strength, method in dict.fromkeys(key[:3] for key in found):
+            end = found[loss, strength, method, "end"]
+            post, cross = (found.get((loss, strength, method, at), end) for at in ("post", "cross"))
+            table.add_row(
+                loss,
+                strength,
+                method,
+                "never" if post["value"] is None else f"{post['value']:.4g}",
+                _relative(post),
+                _relative(cross),
+                _steps(post),
+                f"{len(post['seeds'])}/{len(result['seeds'])}",
+                "; ".join(dict.fromkeys(str(point) for point in post["points"].values())),
+            )
+        console.print(table)
+    for key in ("never_reached", "diverged"):
+        if result[key]:
+            console.print(f"{key.replace('_', ' ')}: {len(result[key])} runs (listed in study.json)")
+
+
+def _relative(row: dict[str, Any]) -> str:
+    if row["relative"] is None:
+        return "–"
+    interval = row["relative_interval"]
+    return f"{row['relative']:+.1%}" + (f" [{interval['low']:+.1%}, {interval['high']:+.1%}]" if interval else "")
+
+
+def _steps(row: dict[str, Any]) -> str:
+    if not row["steps"]:
+        return "–"
+    mine, theirs = (sum(row[key]) / len(row[key]) for key in ("steps", "baseline_steps"))
+    return f"{mine:.0f} against {theirs:.0f}"

@@ -1,0 +1,110 @@
+"""One unlearning run of a study, scored while it runs, in this process.
+
+The mathematics is the job's own: the engine, the objective, the rows of a step and the optimizer step are those of
+``trace-ds unlearn``, the scores those of ``trace-ds evaluate``. Left out is what only a long job needs: checkpoints,
+their conversion, and a process group of its own for every run; the model in the engine is scored as it stands.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trace_ds.config.schema import BenchConfig, Config
+from trace_ds.evaluation.items import Task
+
+if TYPE_CHECKING:
+    from trace_ds.evaluation.language_model import LanguageModel
+    from trace_ds.parallel.world import World
+    from trace_ds.stages.unlearn import UnlearnJob
+
+
+def score(config: Config, tasks: list[Task], model: LanguageModel) -> dict[str, Any]:
+    """``{"scores": {"TASK METRIC": value}, "by_source": {task: {source: {metric: value}}}}`` of a loaded model."""
+    from trace_ds.evaluation.tasks import run_task
+
+    scores: dict[str, float | None] = {}
+    by_source: dict[str, Any] = {}
+    for task in tasks:
+        outcome = run_task(
+            model,
+            task,
+            max_new_tokens=config.evaluation.max_new_tokens,
+            context_length=config.data.context_length,
+        )
+        scores |= {f"{record['task']} {record['metric']}": record["value"] for record in outcome.scores}
+        by_source[task.config.name] = outcome.by_source
+    return {"scores": scores, "by_source": by_source}
+
+
+def score_directory(config: Config, tasks: list[Task], path: Path) -> dict[str, Any]:
+    """Scores of a model directory."""
+    from trace_ds.corpora.tokenizer import load_tokenizer
+    from trace_ds.evaluation.language_model import loaded
+
+    with loaded(str(path), load_tokenizer(_tokenizer(config)), _settings(config)) as model:
+        return score(config, tasks, model)
+
+
+def run(config: Config, job: UnlearnJob, world: World, tasks: list[Task], bench: BenchConfig) -> dict[str, Any]:
+    """Unlearn and score every ``score_every`` steps and at the end.
+
+    Returns:
+        ``curve``: one entry of :func:`score` with its ``step`` per scored step; ``diverged``: the step in which a
+        loss or a log-probability was not finite (the curve ends before it), else None.
+    """
+    from trace_ds.evaluation.language_model import Diverged
+    from trace_ds.unlearning.job import NumericalFailure, run_step
+
+    curve: list[dict[str, Any]] = []
+    settings = config.unlearning
+    with _engine(config, job, world) as (engine, batches, objective, model):
+        for step in range(settings.steps):
+            done = step + 1
+            try:
+                run_step(engine, world, batches.at(step, world.rank, world.size), objective, settings, step)
+                if done % bench.score_every == 0 or done == settings.steps:
+                    due = [t for t in tasks if done == settings.steps or t.config.name not in bench.score_at_end]
+                    engine.module.eval()
+                    curve.append({"step": done, **score(config, due, model)})
+                    engine.module.train()
+            except (NumericalFailure, Diverged):
+                return {"curve": curve, "diverged": done}
+    return {"curve": curve, "diverged": None}
+
+
+@contextmanager
+def _engine(config: Config, job: UnlearnJob, world: World) -> Iterator[Any]:
+    """The engine, the batches and the objective of a job, and its model as evaluation sees it; freed at the end."""
+    from transformers import GenerationConfig
+
+    from trace_ds.corpora.tokenizer import load_tokenizer
+    from trace_ds.evaluation.language_model import LanguageModel
+    from trace_ds.stages.unlearn import make_batches
+    from trace_ds.unlearning.assemble import make_objective
+    from trace_ds.unlearning.engine import training_engine
+
+    batches = make_batches(config, job)
+    engine = training_engine(config, job.info, world, batches.micro_batches_per_step(world.size))
+    objective, _ = make_objective(config, job.info, world, batches, {"step": 0, "seed": config.seed})
+    engine.module.generation_config = GenerationConfig()
+    tokenizer = load_tokenizer(_tokenizer(config))
+    try:
+        yield engine, batches, objective, LanguageModel(engine.module, tokenizer, _settings(config), "the engine")
+    finally:
+        engine.destroy()
+        del engine, objective
+        gc.collect()
+
+
+def _settings(config: Config) -> Any:
+    from trace_ds.evaluation.language_model import ModelSettings
+
+    return ModelSettings(config.model.dtype, config.data.add_bos, config.data.add_eos, config.evaluation.batch_rows)
+
+
+def _tokenizer(config: Config) -> str:
+    return config.model.tokenizer or config.model.path

@@ -1,0 +1,249 @@
+"""One worker of a study: takes the jobs that nobody else has taken until all are done.
+
+    python -m trace_ds.benchmark.worker RECIPE STUDY_DIR [--set KEY=VALUE …]
+
+Workers share nothing but the directory: a job is taken by a lock on a file beside its result, which the system frees
+when a worker dies, and it is done when its result is there, so a killed study goes on where it was.
+
+    STUDY/seed_N/corpora, models/, data/, statistics/        as in a demo
+    STUDY/seed_N/calibrated/HASH/calibration/                one for every calibration that a method asks for
+    STUDY/seed_N/scores/{original,gold}.json
+    STUDY/seed_N/trials/LOSS/METHOD/POINT.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trace_ds.benchmark import plan
+from trace_ds.config.load import dump_yaml, load_config
+from trace_ds.config.schema import Config
+from trace_ds.errors import UserError
+from trace_ds.run.directory import RunDirectory
+from trace_ds.run.files import canonical_json, sha256_text, write_json
+
+if TYPE_CHECKING:
+    from trace_ds.evaluation.items import Task
+    from trace_ds.parallel.world import World
+
+FORMAT = 1  # raise it when what a run computes changes: old results are then computed anew
+POLL_S = 1.0
+REFERENCES = ("original", "gold")
+
+
+@dataclass(frozen=True)
+class Job:
+    """``result`` is the file that says it is done; ``needs`` are results that must be there first."""
+
+    result: Path
+    needs: tuple[Path, ...]
+    make: Callable[[], dict[str, Any]]
+    identity: str
+
+
+class Study:
+    """The jobs of a study, in the order in which they should be done."""
+
+    def __init__(self, recipe: str, directory: Path, overrides: Sequence[str]) -> None:
+        self._recipe, self._directory, self._overrides = recipe, directory, list(overrides)
+        self.config = self.seed_config(None)
+        self.bench = plan.require_bench(self.config, recipe)
+
+    def seed_directory(self, seed: int) -> Path:
+        return self._directory / f"seed_{seed}"
+
+    def seed_config(self, seed: int | None) -> Config:
+        """The configuration of one base model (``${run_dir}`` is its directory)."""
+        seeding = [] if seed is None else [f"seed={seed}"]
+        config, _ = load_config(self._recipe, [*self._overrides, *seeding], self.seed_directory(seed or 0))
+        return config
+
+    def results(self) -> dict[plan.Trial, Path]:
+        """Where the result of each trial is, or will be."""
+        return {t: self.seed_directory(t.seed) / "trials" / t.name for t in plan.trials_of(self.bench)}
+
+    def reference(self, seed: int, name: str) -> Path:
+        return self.seed_directory(seed) / "scores" / f"{name}.json"
+
+    def reference_names(self) -> list[str]:
+        return [name for name in REFERENCES if name == "original" or name in self.config.evaluation.models]
+
+    def jobs(self, world: World | None) -> list[Job]:
+        """All jobs; without a world they can be counted and checked, not done."""
+        references: list[Job] = []
+        trials: list[Job] = []
+        for seed in self.bench.seeds:
+            config = self.seed_config(seed)
+            work = _Work(config, self.bench.regime, self.seed_directory(seed), world)
+            for name in self.reference_names():
+                path = self.reference(seed, name)
+                references.append(Job(path, (), partial(work.reference, name), work.identity))
+            for trial in plan.trials_of(self.bench):
+                if trial.seed == seed:
+                    changed = plan.trial_config(config, trial)
+                    asked = {"calibration": changed.calibration, "unlearning": changed.unlearning}
+                    identity = sha256_text(
+                        canonical_json(
+                            {
+                                "work": work.identity,
+                                "scored": [self.bench.score_every, self.bench.score_at_end],
+                                **{name: section.model_dump(mode="json") for name, section in asked.items()},
+                            }
+                        )
+                    )
+                    result = self.seed_directory(seed) / "trials" / trial.name
+                    needs = (self.reference(seed, "original"),)
+                    trials.append(Job(result, needs, partial(work.trial, trial, changed), identity))
+        return [*references, *trials]
+
+
+class _Work:
+    """What is done for the base model of one seed."""
+
+    def __init__(self, config: Config, regime: Any, directory: Path, world: World | None) -> None:
+        self._config, self._regime, self._directory, self._world = config, regime, directory, world
+        self._tasks: list[Task] | None = None
+        asked = config.model_dump(mode="json", include={"seed", "model", "data", "statistics", "evaluation"})
+        self.identity = sha256_text(canonical_json({"format": FORMAT, "regime": regime, **asked}))
+
+    def reference(self, name: str) -> dict[str, Any]:
+        """Make a reference model (when it is the demo's) and score it; the original also gets its statistics."""
+        from trace_ds.benchmark import trial
+
+        if self._regime is not None:
+            from trace_ds.demo.run import prepare_inputs
+
+            with _holding(self._directory / "corpora.lock"):
+                prepare_inputs(self._directory, self._config.seed, self._regime, ())
+            prepare_inputs(self._directory, self._config.seed, self._regime, (name,))
+        if name == "original":
+            self._statistics()
+        path = self._config.model.path if name == "original" else self._config.evaluation.models[name]
+        return trial.score_directory(self._config, self.tasks(), Path(path))
+
+    def _statistics(self) -> None:
+        from trace_ds.stages.collect import collect
+        from trace_ds.stages.prepare import prepare
+
+        assert self._world is not None
+        run = RunDirectory(self._directory)
+        run.create(dump_yaml(self._config))
+        prepare(self._config, run)
+        collect(self._config, run, self._world)
+
+    def trial(self, asked: plan.Trial, config: Config) -> dict[str, Any]:
+        from trace_ds.benchmark import trial
+        from trace_ds.stages.calibrate import calibrate
+        from trace_ds.stages.unlearn import check_unlearn
+
+        assert self._world is not None
+        name = sha256_text(canonical_json(config.calibration.model_dump(mode="json")))[:12]
+        run = RunDirectory(self._directory / "calibrated" / name, self._directory)
+        with _holding(self._directory / "calibrated" / f"{name}.lock"):
+            run.create(dump_yaml(config))
+            calibrate(config, run)
+        job = check_unlearn(config, run, 1, verify=False)
+        bench = plan.require_bench(self._config, "bench")
+        done = trial.run(config, job, self._world, self.tasks(), bench)
+        point = [list(pair) for pair in asked.point]
+        return {
+            "loss": asked.loss,
+            "method": asked.method,
+            "point": point,
+            "seed": asked.seed,
+            "job": job.identity,
+        } | done
+
+    def tasks(self) -> list[Task]:
+        if self._tasks is None:
+            from trace_ds.evaluation.items import read_tasks
+
+            self._tasks = read_tasks(self._config.evaluation.tasks)
+        return self._tasks
+
+
+def is_done(job: Job) -> bool:
+    try:
+        return bool(json.loads(job.result.read_text(encoding="utf-8"))["identity"] == job.identity)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def work_off(jobs: Sequence[Job], tell: Callable[[str], None]) -> None:
+    """Do every job that is not done and not taken; returns when all are done."""
+    left = [job for job in jobs if not is_done(job)]
+    while left:
+        progressed = False
+        waiting = []
+        for job in left:
+            if is_done(job):
+                continue
+            if not all(path.is_file() for path in job.needs):
+                waiting.append(job)
+                continue
+            with _taking(job.result.with_suffix(".lock")) as taken:
+                if not taken:
+                    waiting.append(job)
+                    continue
+                if not is_done(job):
+                    began_s = time.monotonic()
+                    write_json(job.result, {"identity": job.identity, **job.make()})
+                    tell(f"{job.result}: {time.monotonic() - began_s:.1f} s")
+                    progressed = True
+        left = waiting
+        if left and not progressed:
+            time.sleep(POLL_S)
+
+
+@contextlib.contextmanager
+def _taking(path: Path) -> Iterator[bool]:
+    """Hold the lock file, or yield False when another process does."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+@contextlib.contextmanager
+def _holding(path: Path) -> Iterator[None]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m trace_ds.benchmark.worker")
+    parser.add_argument("recipe")
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--set", action="append", default=[])
+    options = parser.parse_args(arguments)
+    from trace_ds.parallel.world import join, leave
+
+    study = Study(options.recipe, options.directory, options.set)
+    world = join(study.config.distributed.threads, study.config.distributed.timeout_minutes)
+    try:
+        work_off(study.jobs(world), lambda text: print(text, flush=True))
+    except UserError as error:
+        print(f"trace-ds: error: {error.line()}", file=sys.stderr, flush=True)
+        return error.exit_status
+    leave()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
