@@ -98,7 +98,9 @@ def reference_training(config_path: str, run_dir: str, overrides: list[str], ste
             position_ids=batch.position_ids_BS,
             use_cache=False,
             output_hidden_states=True,
+            output_router_logits=True,
         )
+        routing.append([logits.topk(model.config.num_experts_per_tok).indices for logits in out.router_logits])
         return out.logits, out.hidden_states[layer + 1]
 
     def sequence_nll(logits: Any, batch: Any) -> Any:
@@ -109,6 +111,7 @@ def reference_training(config_path: str, run_dir: str, overrides: list[str], ste
             rows.append((where, loss))
         return rows
 
+    routing: list[Any] = []
     norms = []
     for step in range(4):
         batch = batches.at(step, 0, 1).micro_batches[0]
@@ -117,12 +120,17 @@ def reference_training(config_path: str, run_dir: str, overrides: list[str], ste
     length = settings.rmu.coefficient * float(torch.cat(norms).double().mean())
     direction = torch.rand(model.config.hidden_size, generator=torch.Generator().manual_seed(config.seed))
     target = direction / direction.norm() * length
-    losses = []
+    losses, thetas = [], []
+    weights = LiveReference(config, directory)
     for step in range(steps):
         data = batches.at(step, 0, 1)
         assert len(data.micro_batches) == 1
         batch, split = data.micro_batches[0], data.micro_batches[0].forget_rows
         logits, hidden = outputs(model, batch)
+        if settings.weights != "reference":
+            last = layer if settings.forget_loss == "rmu" and settings.weights == "online" else len(routing[-1]) - 1
+            weights.reweight(batch, routing[-1][: last + 1])
+            thetas.append(weights.theta.copy())
         counted = batch.counted_BS
         if settings.forget_loss == "rmu":
             frozen_hidden = outputs(frozen, batch)[1]
@@ -153,7 +161,45 @@ def reference_training(config_path: str, run_dir: str, overrides: list[str], ste
             torch.nn.utils.clip_grad_norm_(model.parameters(), settings.optimizer.gradient_clipping)
         optimizer.step()
         losses.append((float(forget.detach()), float(retain.detach())))
-    return {"losses": losses, "weights": saved_weights(model)}
+    return {"losses": losses, "weights": saved_weights(model), "thetas": thetas}
+
+
+class LiveReference:
+    """Live and online retain weights, one token after the other in Python floats."""
+
+    def __init__(self, config: Any, run: Path) -> None:
+        from safetensors.numpy import load_file
+
+        self.settings = config.unlearning
+        tensors = load_file(Path(run) / "calibration" / "calibration.safetensors")
+        live = self.settings.weights == "live"
+        self.theta = tensors["theta_LE"] if live else np.zeros_like(tensors["theta_LE"])
+        self.log_mean = float(tensors["log_mean"][0]) if live else 0.0
+
+    def reweight(self, batch: Any, layers: list[Any]) -> None:
+        """Multiply the batch's retain weights by the live ones; then the update of θ."""
+        split, columns = batch.forget_rows, batch.counted_BS.shape[1]
+        p, q = np.zeros_like(self.theta), np.zeros_like(self.theta)
+        forget_tokens = retain_tokens = 0
+        total = 0.0
+        for row, column in batch.counted_BS.nonzero().tolist():
+            places = [(number, e) for number, k in enumerate(layers) for e in k[row * columns + column].tolist()]
+            if row < split:
+                forget_tokens += 1
+                for place in places:
+                    p[place] += 1.0
+                continue
+            weight = float(np.exp(sum(self.theta[place] for place in places) - self.log_mean))
+            batch.weights_BS[row, column] *= weight
+            retain_tokens += 1
+            total += weight
+            for place in places:
+                q[place] += weight
+        if self.settings.weights == "online":
+            online = self.settings.online
+            change = online.step_size * (p / forget_tokens - q / total - online.decay * self.theta)
+            self.log_mean += float((q / total * change).sum()) + online.step_size * float(np.log(total / retain_tokens))
+            self.theta = self.theta + change
 
 
 def saved_weights(model: Any) -> dict[str, np.ndarray]:

@@ -10,6 +10,10 @@ import pytest
 from command import trace_ds
 from safetensors.numpy import load_file
 
+from trace_ds.config.load import load_config
+from trace_ds.run.directory import RunDirectory
+from trace_ds.stages.calibrate import calibrate
+
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -56,15 +60,25 @@ def test_it_leaves_the_whole_run_directory(demo: Path) -> None:
 
 
 @pytest.mark.slow
-def test_weights_bring_each_selected_expert_closer(demo: Path) -> None:
+@pytest.mark.parametrize("recipe", ["demo", "demo_verbatim"])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("rule", ["raking", "ratio_mean", "ratio_max"])
+def test_weights_bring_each_selected_expert_closer(
+    demo: Path, tmp_path: Path, recipe: str, level: str, rule: str
+) -> None:
     """The sentence of the abstract, on real routed data: nearer to the forget frequency than before."""
-    for run in (demo, demo / "verbatim"):
-        tensors = load_file(run / "calibration" / "calibration.safetensors")
+    run = demo if recipe == "demo" else demo / "verbatim"
+    for experts in ("all", "selected"):
+        changes = [f"calibration.{key}" for key in (f"rule={rule}", f"level={level}", f"experts={experts}")]
+        config, _ = load_config(recipe, changes, run)
+        made = calibrate(config, RunDirectory(tmp_path / experts, parent=run))
+        tensors = load_file(made.file("calibration.safetensors"))
         selected = tensors["selected_LE"].astype(bool)
         assert selected.any()
         before = np.abs(tensors["frequency_retain_LE"] - tensors["frequency_forget_LE"])[selected]
         after = np.abs(tensors["achieved_LE"] - tensors["frequency_forget_LE"])[selected]
         assert (after < before).all()
+        assert not any("ended farther" in warning for warning in made.summary["warnings"])
 
 
 @pytest.mark.slow

@@ -1,9 +1,12 @@
 """Weights for use elsewhere: parquet files that ``datasets.Dataset.from_parquet`` (or pandas) reads.
 
+``calibration.export: parquet`` (into ``RUN/export/``), or for a finished calibration
+
     python -m trace_ds.calibration.export RUN_DIR OUT_DIR
 
-writes ``OUT_DIR/retain_rows.parquet`` (one line per packed row: input_ids, document_ids, weights, row_weight) and
-``OUT_DIR/retain_documents.parquet`` (one line per document: document, source, text_start, tokens, weight).
+writes ``retain_rows.parquet`` (one line per packed row: input_ids, document_ids, weights, row_weight) and
+``retain_documents.parquet`` (one line per document: document, source, text_start, tokens, weight). Rows that were not
+retrieved have weight 0.
 """
 
 from __future__ import annotations

@@ -15,9 +15,10 @@ and in a spool file beyond it, so memory is bounded whatever the corpus.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -130,6 +131,29 @@ class Encoding:
         return active
 
 
+class Store(Protocol):
+    """What the solver needs: units (patterns of tokens, or whole rows) with features in [0, 1] for each constraint.
+
+    ``exact``: few enough units for a Hessian over all of them. ``tokens``: the sum of their multiplicities.
+    """
+
+    @property
+    def encoding(self) -> Encoding: ...
+    @property
+    def tokens(self) -> int: ...
+    @property
+    def exact(self) -> bool: ...
+
+    def scored(
+        self, theta_S: np.ndarray
+    ) -> Iterator[tuple[np.ndarray, np.ndarray | None, Callable[[np.ndarray], np.ndarray]]]:
+        """Yield per block (Σ θ·feature float64 [N], multiplicities [N] or None, weights [N] -> Σ w·feature [S])."""
+
+    def sample(self, limit: int) -> tuple[np.ndarray, np.ndarray]:
+        """(features [N, S], multiplicities float64 [N]): all units of an exact store, else about ``limit``, evenly
+        spread and always the same."""
+
+
 @dataclass
 class PatternStore:
     """Packed patterns with multiplicities; iterate :meth:`blocks`.
@@ -160,6 +184,43 @@ class PatternStore:
             for size in self._lengths:
                 flat: np.ndarray = np.fromfile(handle, dtype=encoding.dtype, count=encoding.columns * size)
                 yield flat.reshape(encoding.columns, size), None
+
+    def scored(
+        self, theta_S: np.ndarray
+    ) -> Iterator[tuple[np.ndarray, np.ndarray | None, Callable[[np.ndarray], np.ndarray]]]:
+        """See :class:`Store`: Σ_s θ_s a_s(t) by table look-ups, weighted sums by histograms."""
+        encoding, tables_GV = self.encoding, self.encoding.tables(theta_S)
+        for columns_GT, multiplicity_T in self.blocks():
+            if columns_GT.shape[1]:
+
+                def fold(weights_T: np.ndarray, columns_GT: np.ndarray = columns_GT) -> np.ndarray:
+                    return encoding.fold(histogram(columns_GT, weights_T, encoding.values))
+
+                yield score(columns_GT, tables_GV), multiplicity_T, fold
+
+    def sample(self, limit: int) -> tuple[np.ndarray, np.ndarray]:
+        """See :class:`Store`. Inside a block the choice of tokens is seeded by the block's number."""
+        if self.exact:
+            blocks = list(self.blocks())
+            counts = [m if m is not None else np.ones(c.shape[1]) for c, m in blocks]
+            return np.concatenate([self.encoding.unpack(c) for c, _ in blocks]), np.concatenate(counts)
+        fraction = min(1.0, limit / max(self.tokens, 1))
+        active = []
+        for number, (columns_GT, _) in enumerate(self.blocks()):
+            size = columns_GT.shape[1]
+            take = int(np.ceil(size * fraction))
+            chosen = np.sort(np.random.default_rng(number).permutation(size)[:take])
+            active.append(self.encoding.unpack(np.ascontiguousarray(columns_GT[:, chosen])))
+        return np.concatenate(active), np.ones(sum(len(a) for a in active))
+
+    @classmethod
+    def from_selections(
+        cls, selected_TLK: np.ndarray, constrained_LE: np.ndarray, multiplicity_T: np.ndarray
+    ) -> PatternStore:
+        """A de-duplicated store of tokens held in memory; the order of the tokens does not matter."""
+        encoding = Encoding.choose(constrained_LE, selected_TLK.shape[2])
+        columns, counts = _merge(encoding.encode(selected_TLK), multiplicity_T)
+        return cls(encoding, round(float(counts.sum())), len(counts) <= MAX_UNIQUE_PATTERNS, [columns], counts)
 
     @classmethod
     def from_activations(cls, active_TS: np.ndarray, multiplicity_T: np.ndarray | None = None) -> PatternStore:

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trace_ds.calibration.patterns import PatternStore, histogram, score
+from trace_ds.calibration.patterns import Store
 
 SAMPLE_TOKENS = 1 << 16
 NEWTON_CONSTRAINTS = 512
@@ -77,52 +77,24 @@ class Solution:
     converged: bool
 
 
-def evaluate(store: PatternStore, theta_S: np.ndarray) -> Point:
+def evaluate(store: Store, theta_S: np.ndarray) -> Point:
     """One exact pass in float64; the exponentials are rescaled by the running maximum, so nothing overflows."""
-    encoding = store.encoding
-    tables_GV = encoding.tables(theta_S)
     top, total, square, seen = -np.inf, 0.0, 0.0, 0.0
-    sums_GV = np.zeros(tables_GV.shape)
-    for columns_GT, multiplicity_T in store.blocks():
-        if not columns_GT.shape[1]:
-            continue
-        score_T = score(columns_GT, tables_GV)
+    sums_S = np.zeros(len(theta_S))
+    for score_T, multiplicity_T, fold in store.scored(theta_S):
         block_top = float(score_T.max())
         if block_top > top:
             factor = np.exp(top - block_top)
-            total, square, sums_GV, top = total * factor, square * factor**2, sums_GV * factor, block_top
+            total, square, sums_S, top = total * factor, square * factor**2, sums_S * factor, block_top
         weight_T = np.exp(score_T - top)
         counted_T = weight_T if multiplicity_T is None else weight_T * multiplicity_T
         total += float(counted_T.sum())
         square += float((counted_T * weight_T).sum())
         seen += float(len(score_T)) if multiplicity_T is None else float(multiplicity_T.sum())
-        sums_GV += histogram(columns_GT, counted_T, encoding.values)
+        sums_S += fold(counted_T)
     if not seen:
         raise ValueError("there are no counted tokens to weight")
-    frequency_S = encoding.fold(sums_GV) / total
-    return Point(theta_S, top + float(np.log(total / seen)), frequency_S, total**2 / (seen * square), seen / total)
-
-
-def _sample(store: PatternStore, limit: int = SAMPLE_TOKENS) -> tuple[np.ndarray, np.ndarray]:
-    """(active bool [N, S], multiplicity float64 [N]): all patterns of an exact store, else N ≤ limit tokens.
-
-    The tokens are spread over all blocks; inside a block the choice is seeded by the block's number.
-    """
-    if store.exact:
-        blocks = list(store.blocks())
-        counts = [m if m is not None else np.ones(c.shape[1]) for c, m in blocks]
-        return np.concatenate([store.encoding.unpack(c) for c, _ in blocks]), np.concatenate(counts)
-    fraction = min(1.0, limit / max(store.tokens, 1))
-    active = []
-    for number, (columns_GT, _) in enumerate(store.blocks()):
-        size = columns_GT.shape[1]
-        take = int(np.ceil(size * fraction))
-        chosen = np.sort(np.random.default_rng(number).permutation(size)[:take])
-        active.append(store.encoding.unpack(np.ascontiguousarray(columns_GT[:, chosen])))
-    return (
-        np.concatenate(active),
-        np.ones(sum(len(a) for a in active)),
-    )
+    return Point(theta_S, top + float(np.log(total / seen)), sums_S / total, total**2 / (seen * square), seen / total)
 
 
 def covariance(
@@ -161,9 +133,9 @@ class Metric:
     """Approximate inverse Hessian: a base (dense up to :data:`DENSE_CONSTRAINTS`, else one block per layer) and, unless
     the base is the exact Hessian, L-BFGS pairs on top. Kept from one λ to the next."""
 
-    def __init__(self, store: PatternStore, point: Point) -> None:
+    def __init__(self, store: Store, point: Point) -> None:
         self.exact = store.exact and store.encoding.constraints <= NEWTON_CONSTRAINTS
-        self._active_NS, self._multiplicity_N = _sample(store)
+        self._active_NS, self._multiplicity_N = store.sample(SAMPLE_TOKENS)
         layer_S = store.encoding.layer_S
         if len(layer_S) <= DENSE_CONSTRAINTS:
             self._groups = [np.arange(len(layer_S))]
@@ -225,7 +197,7 @@ def _two_loop(
 
 
 def solve(
-    store: PatternStore,
+    store: Store,
     target_S: np.ndarray,
     *,
     start: Point | None = None,

@@ -6,10 +6,14 @@ Every rule gives a log-weight u_t per counted token; w_t = exp(c·u_t) / mean. `
 (Σw)²/(nΣw²) would fall below the floor; then it is the largest exponent that keeps it (ESS falls with c because the
 cumulant function of u is convex). Raking meets the floor by tempering its targets instead (λ), so c = 1 there.
 
+Level ``sequence``: one weight per row. Raking then solves its dual over rows (rows.py); the ratio rules take row means.
+
 =================  ==================================================================================================
 ``raking``         u = Σ θ a: least change of the weights that meets the (tempered) targets (raking.py)
 ``ratio_mean``     u = log of the mean p^F/p^R of the experts in scope that the token selects (0 if it selects none)
-``ratio_max``      … of their maximum; ratios are clipped to [1/clip, clip] in both
+``ratio_max``      … of their maximum; ratios are clipped to [1/clip, clip] in both. A token's experts are tied to one
+                   another, so the plain ratios can move an expert the wrong way: the ratio of a selected expert that
+                   ended no closer to p^F is multiplied by p^F/q, and all is done again, until none is left
 ``uniform``        u = 0: no trace needed. Control: the unweighted baseline
 ``permuted``       raking's weights on the wrong rows: row r gets those of row π(r). Control: same weights, no meaning
 ``random_experts`` raking on as many experts as were detected, drawn at random, with their true targets. Control
@@ -21,19 +25,31 @@ All rules and controls are our decisions; none is taken from the paper.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from trace_ds.calibration.patterns import Encoding, PatternStore, build_store, score
+from trace_ds.calibration.patterns import Encoding, PatternStore, Store, build_store, score
+from trace_ds.calibration.rows import build_row_store, row_sizes
 from trace_ds.calibration.targets import Offer, offer
-from trace_ds.calibration.tempering import temper
-from trace_ds.calibration.tokens import TokenMap, Trace
+from trace_ds.calibration.tempering import Tempered, temper
+from trace_ds.calibration.tokens import TokenMap, Trace, count_selections
+from trace_ds.calibration.weights import (
+    exponentiate,
+    largest_exponent,
+    permute_rows,
+    row_means,
+    size_and_maximum,
+    spooled,
+    spread_rows,
+)
 from trace_ds.config.schema import CalibrationConfig
 
 RAKING_RULES = ("raking", "permuted", "random_experts", "inverse")
 RATIO_RULES = ("ratio_mean", "ratio_max")
+MAX_CORRECTIONS = 30
 
 
 @dataclass
@@ -44,6 +60,7 @@ class Calibrated:
         weight_T: float64 [all tokens], 0 where uncounted, mean 1 (1e-12) over counted tokens.
         row_weight_R: float64, mean weight of the row's counted tokens, 0 for a row without any.
         theta_LE: float64, 0 where there is no constraint or the rule has no θ.
+        log_mean: of exp(Σ θ a) over the counted tokens: w_t = exp(Σ θ a(t) − log_mean).
         scope_LE: bool, the experts whose frequencies the weights were asked to move.
         target_LE: float64, tempered target inside the scope, p^R elsewhere.
         strength: λ of raking; 1 for the other rules.
@@ -60,6 +77,7 @@ class Calibrated:
     theta_LE: np.ndarray
     scope_LE: np.ndarray
     target_LE: np.ndarray
+    log_mean: float = 0.0
     strength: float = 1.0
     exponent: float = 1.0
     ess: float = 1.0
@@ -93,17 +111,19 @@ def apply_rule(
     retain_LE: np.ndarray,
     seed: int,
     spool: Path,
+    selected_LE: np.ndarray | None = None,
 ) -> Calibrated:
     """Make the weights of ``config.rule`` (see the module's docstring); large arrays live in ``spool``.
 
-    ``retain_LE`` must be the frequencies of the very tokens in ``trace``.
+    ``retain_LE`` must be the frequencies of the very tokens that ``tokens`` counts. ``selected_LE``: the experts that
+    the ratio rules must bring closer to their forget frequency (default: the whole scope).
 
     Raises:
         ValueError: a rule other than ``uniform`` without a trace, or no counted token.
     """
-    u_T = _spooled(spool / "log_weight.f64", tokens.tokens)
+    u_T = spooled(spool / "log_weight.f64", tokens.tokens)
     result = Calibrated(
-        _spooled(spool / "weight.f64", tokens.tokens),
+        spooled(spool / "weight.f64", tokens.tokens),
         np.zeros(tokens.rows),
         np.zeros(forget_LE.shape),
         scope_LE,
@@ -112,48 +132,110 @@ def apply_rule(
     if config.rule != "uniform" and scope_LE.any():
         if trace is None:
             raise ValueError(f"the rule {config.rule} needs the routing trace")
-        every, solving = build_store(trace, tokens, scope_LE, spool)
-        forget_S, retain_S = forget_LE[scope_LE], retain_LE[scope_LE]
         if config.rule in RATIO_RULES:
-            result.target_LE[scope_LE] = forget_S
-            ratio_S = np.clip(forget_S / np.maximum(retain_S, 1e-300), 1.0 / config.clip, config.clip)
-            ratio_S[(forget_S == 0) & (retain_S == 0)] = 1.0
-            _write_scores(u_T, tokens, every, ratio_S, config.rule)
-        else:
-            theta_S = _rake(config, solving, forget_S, retain_S, result)
-            if config.rule == "inverse":
-                theta_S = -theta_S
-            result.theta_LE[scope_LE] = theta_S
-            _write_scores(u_T, tokens, every, theta_S, "sum")
-    floor_applies = config.rule in RATIO_RULES or config.rule == "inverse"
-    result.exponent = _largest_exponent(u_T, tokens, config.ess_floor) if floor_applies else 1.0
-    result.theta_LE *= result.exponent
-    _exponentiate(u_T, result.weight_T, tokens, result.exponent)
-    result.row_weight_R = _row_means(result.weight_T, tokens)
-    if config.level == "sequence":
-        _spread_rows(result, tokens)
+            wanted_LE = scope_LE if selected_LE is None else scope_LE & selected_LE
+            _apply_ratios(config, tokens, trace, wanted_LE, forget_LE, retain_LE, u_T, spool, result)
+            result.ess, result.max_weight = size_and_maximum(result.weight_T, tokens)
+            return result
+        store, write = _scorer(config, tokens, trace, scope_LE, u_T, spool)
+        theta_S = _rake(config, store, forget_LE[scope_LE], retain_LE[scope_LE], result)
+        if config.rule == "inverse":
+            theta_S = -theta_S
+        result.theta_LE[scope_LE] = theta_S
+        write(theta_S)
+    _finish(config, tokens, u_T, result, floor_applies=config.rule == "inverse")
     if config.rule == "permuted":
-        _permute_rows(result, tokens, seed, scratch_T=u_T)
-    result.ess, result.max_weight = _size_and_maximum(result.weight_T, tokens)
+        permute_rows(result, tokens, seed, scratch_T=u_T)
+    result.ess, result.max_weight = size_and_maximum(result.weight_T, tokens)
     return result
 
 
-def _rake(
+def _finish(
+    config: CalibrationConfig, tokens: TokenMap, u_T: np.ndarray, result: Calibrated, floor_applies: bool
+) -> None:
+    """From log-weights to weights: flattened where the floor asks for it, mean 1, row means."""
+    result.exponent = largest_exponent(u_T, tokens, config.ess_floor) if floor_applies else 1.0
+    result.theta_LE *= result.exponent
+    result.log_mean = exponentiate(u_T, result.weight_T, tokens, result.exponent)
+    result.row_weight_R = row_means(result.weight_T, tokens)
+
+
+def _scorer(
+    config: CalibrationConfig, tokens: TokenMap, trace: Trace, scope_LE: np.ndarray, u_T: np.ndarray, spool: Path
+) -> tuple[Store, Callable[[np.ndarray], None]]:
+    """(what to solve the dual on, how θ becomes the log-weights of all tokens), by token or by row."""
+    if config.level == "token":
+        every, solving = build_store(trace, tokens, scope_LE, spool)
+        return solving, lambda theta_S: _write_scores(u_T, tokens, every, theta_S, "sum")
+    rows = build_row_store(trace, tokens, scope_LE, spool)
+    filled = row_sizes(tokens) > 0
+
+    def write(theta_S: np.ndarray) -> None:
+        u_R = np.zeros(tokens.rows)
+        u_R[filled] = np.concatenate([score_R for score_R, _, _ in rows.scored(theta_S)])
+        for start, stop in tokens.spans():
+            u_T[start:stop] = np.where(tokens.counted(start, stop), u_R[tokens.row_of(start, stop)], 0.0)
+
+    return rows, write
+
+
+def _apply_ratios(
     config: CalibrationConfig,
-    store: PatternStore,
-    forget_S: np.ndarray,
-    retain_S: np.ndarray,
+    tokens: TokenMap,
+    trace: Trace,
+    wanted_LE: np.ndarray,
+    forget_LE: np.ndarray,
+    retain_LE: np.ndarray,
+    u_T: np.ndarray,
+    spool: Path,
     result: Calibrated,
+) -> None:
+    """The ratio rules, with the ratios of experts that ended no closer corrected (see the module's docstring)."""
+    scope_LE = result.scope_LE
+    every, _ = build_store(trace, tokens, scope_LE, spool)
+    forget_S, retain_S, wanted_S = forget_LE[scope_LE], retain_LE[scope_LE], wanted_LE[scope_LE]
+    result.target_LE[scope_LE] = forget_S
+    ratio_S = np.clip(forget_S / np.maximum(retain_S, 1e-300), 1.0 / config.clip, config.clip)
+    ratio_S[(forget_S == 0) & (retain_S == 0)] = 1.0
+    corrected_S = np.zeros(len(ratio_S), dtype=bool)
+    for result.iterations in range(MAX_CORRECTIONS + 1):
+        _write_scores(u_T, tokens, every, ratio_S, config.rule)
+        _finish(config, tokens, u_T, result, floor_applies=True)
+        if config.level == "sequence":
+            spread_rows(result, tokens)
+        weighted_LE = count_selections(trace, tokens, scope_LE.shape[1], result.weight_T)
+        reached_S = weighted_LE[scope_LE] / (weighted_LE[0].sum() / trace.top_k)
+        away_S = wanted_S & (np.abs(reached_S - forget_S) >= np.abs(retain_S - forget_S)) & (retain_S != forget_S)
+        if not away_S.any() or result.iterations == MAX_CORRECTIONS:
+            break
+        corrected_S |= away_S
+        step_S = np.where(away_S & (reached_S > 0), forget_S / np.maximum(reached_S, 1e-300), 1.0)
+        ratio_S = np.clip(ratio_S * step_S, 1.0 / config.clip, config.clip)
+    if corrected_S.any():
+        result.notes.append(
+            f"the plain ratios moved {int(corrected_S.sum())} selected expert(s) away from their forget frequency; "
+            f"their ratios were corrected in {result.iterations} round(s)"
+        )
+
+
+def rake(
+    store: Store, forget_S: np.ndarray, retain_S: np.ndarray, clip: float, ess_floor: float
+) -> tuple[np.ndarray, Offer, Tempered]:
+    """(θ, the targets that were offered, how far they were met): raking with everything that bounds it."""
+    wanted = offer(store, retain_S, forget_S, clip)
+    tempered = temper(store, retain_S, wanted.target_S, ess_floor)
+    return _fix_gauge(store.encoding, tempered.solution.point.theta_S, retain_S), wanted, tempered
+
+
+def _rake(
+    config: CalibrationConfig, store: Store, forget_S: np.ndarray, retain_S: np.ndarray, result: Calibrated
 ) -> np.ndarray:
     """Solve for θ; fills in what ``result`` says about targets, λ and convergence."""
-    wanted: Offer = offer(store, retain_S, forget_S, config.clip)
-    tempered = temper(store, retain_S, wanted.target_S, config.ess_floor)
-    solution = tempered.solution
-    theta_S = _fix_gauge(store.encoding, solution.point.theta_S, retain_S)
+    theta_S, wanted, tempered = rake(store, forget_S, retain_S, config.clip, config.ess_floor)
+    solution, encoding = tempered.solution, store.encoding
     result.target_LE[result.scope_LE] = solution.target_S
     result.strength, result.iterations = tempered.strength, tempered.iterations
     result.converged, result.solve_error = solution.converged, solution.error
-    encoding = store.encoding
     result.moved = [
         (int(encoding.layer_S[s]), int(encoding.expert_S[s]), float(wanted.target_S[s]), reason)
         for s, reason in enumerate(wanted.reason_S)
@@ -198,115 +280,3 @@ def _write_scores(u_T: np.ndarray, tokens: TokenMap, store: PatternStore, value_
         piece_T = np.zeros(stop - start)
         piece_T[tokens.counted(start, stop)] = u
         u_T[start:stop] = piece_T
-
-
-def _moments(u_T: np.ndarray, tokens: TokenMap, exponent: float, top: float) -> tuple[float, float, int]:
-    """Σ w, Σ w² and n of w = exp(c (u − top)) over counted tokens."""
-    total, square, count = 0.0, 0.0, 0
-    for start, stop in tokens.spans():
-        w = np.exp(exponent * (np.asarray(u_T[start:stop])[tokens.counted(start, stop)] - top))
-        total, square, count = total + float(w.sum()), square + float((w * w).sum()), count + len(w)
-    if not count:
-        raise ValueError("there are no counted tokens to weight")
-    return total, square, count
-
-
-def _top(u_T: np.ndarray, tokens: TokenMap) -> float:
-    tops = [
-        float(np.asarray(u_T[start:stop])[tokens.counted(start, stop)].max(initial=-np.inf))
-        for start, stop in tokens.spans()
-    ]
-    return max(tops, default=0.0)
-
-
-def _largest_exponent(u_T: np.ndarray, tokens: TokenMap, ess_floor: float) -> float:
-    """The largest c in [0, 1] with an effective sample size of at least the floor (bisection to 1e-4)."""
-    top = _top(u_T, tokens)
-
-    def ess(exponent: float) -> float:
-        total, square, count = _moments(u_T, tokens, exponent, top)
-        return total * total / (count * square)
-
-    if ess(1.0) >= ess_floor:
-        return 1.0
-    low, high = 0.0, 1.0
-    while high - low > 1e-4:
-        middle = (low + high) / 2
-        low, high = (middle, high) if ess(middle) >= ess_floor else (low, middle)
-    return low
-
-
-def _exponentiate(u_T: np.ndarray, weight_T: np.ndarray, tokens: TokenMap, exponent: float) -> None:
-    top = _top(u_T, tokens)
-    total, _, count = _moments(u_T, tokens, exponent, top)
-    for start, stop in tokens.spans():
-        w = np.exp(exponent * (np.asarray(u_T[start:stop]) - top)) * (count / total)
-        weight_T[start:stop] = np.where(tokens.counted(start, stop), w, 0.0)
-
-
-def _row_sums(weight_T: np.ndarray, tokens: TokenMap) -> tuple[np.ndarray, np.ndarray]:
-    """Σ of the weights and number of counted tokens of every row, float64 and int64 [R]."""
-    sums_R, counts_R = np.zeros(tokens.rows), np.zeros(tokens.rows, np.int64)
-    for start, stop in tokens.spans():
-        row = tokens.row_of(start, stop)
-        first, size = int(row[0]), int(row[-1] - row[0]) + 1
-        sums_R[first : first + size] += np.bincount(row - first, np.asarray(weight_T[start:stop]), size)
-        counted = tokens.counted(start, stop)
-        counts_R[first : first + size] += np.bincount(row[counted] - first, minlength=size)
-    return sums_R, counts_R
-
-
-def _row_means(weight_T: np.ndarray, tokens: TokenMap) -> np.ndarray:
-    sums_R, counts_R = _row_sums(weight_T, tokens)
-    return np.where(counts_R > 0, sums_R / np.maximum(counts_R, 1), 0.0)
-
-
-def _spread_rows(result: Calibrated, tokens: TokenMap) -> None:
-    """Level ``sequence``: every counted token takes its row's mean weight (the corpus mean stays 1)."""
-    for start, stop in tokens.spans():
-        spread = result.row_weight_R[tokens.row_of(start, stop)]
-        result.weight_T[start:stop] = np.where(tokens.counted(start, stop), spread, 0.0)
-
-
-def _permute_rows(result: Calibrated, tokens: TokenMap, seed: int, scratch_T: np.ndarray) -> None:
-    """Give row r the weights of row π(r), repeated or cut to its length with their mean kept; then mean 1 again.
-
-    Whole rows move, so that the control holds for row sampling as for token weighting: shuffling single tokens would
-    leave all row means near 1. Rows of equal length keep both multisets (tokens and rows) exactly.
-    """
-    source = scratch_T
-    for start, stop in tokens.spans():
-        source[start:stop] = result.weight_T[start:stop]
-    _, counts_R = _row_sums(source, tokens)
-    filled = np.flatnonzero(counts_R > 0)
-    permuted = np.random.default_rng([seed, 2]).permutation(filled)
-    for row, other in zip(filled, permuted, strict=True):
-        start, stop = (int(x) for x in tokens.row_starts_R1[row : row + 2])
-        low, high = (int(x) for x in tokens.row_starts_R1[other : other + 2])
-        block = np.resize(source[low:high][tokens.counted(low, high)], int(counts_R[row]))
-        if counts_R[row] != counts_R[other] and block.sum() > 0:
-            block = block * (result.row_weight_R[other] / block.mean())
-        piece = np.zeros(stop - start)
-        piece[tokens.counted(start, stop)] = block
-        result.weight_T[start:stop] = piece
-    sums_R, _ = _row_sums(result.weight_T, tokens)
-    scale = float(counts_R.sum()) / float(sums_R.sum())
-    for start, stop in tokens.spans():
-        result.weight_T[start:stop] *= scale
-    result.row_weight_R = _row_means(result.weight_T, tokens)
-    result.theta_LE[:] = 0.0
-
-
-def _size_and_maximum(weight_T: np.ndarray, tokens: TokenMap) -> tuple[float, float]:
-    total = square = largest = 0.0
-    count = 0
-    for start, stop in tokens.spans():
-        w = np.asarray(weight_T[start:stop])[tokens.counted(start, stop)]
-        total, square, count = total + float(w.sum()), square + float((w * w).sum()), count + len(w)
-        largest = max(largest, float(w.max(initial=0.0)))
-    return total * total / (count * square), largest
-
-
-def _spooled(path: Path, size: int) -> np.ndarray:
-    """A zeroed float64 array [size] backed by a file (the page cache decides what stays in memory)."""
-    return np.memmap(path, np.float64, "w+", shape=(max(size, 1),))[:size]

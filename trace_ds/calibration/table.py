@@ -46,6 +46,23 @@ def print_table(artefact: Artefact, console: Any = None) -> None:
         f"size {d['ess_fraction']:.3f} (floor {d['ess_floor']:g}; rows {d['row_ess_fraction']:.3f}), largest weight "
         f"{d['max_weight']:.2f}, gap closed {d['gap_closed']:.1%}, {d['iterations']} iterations"
     )
+    retrieval = d["retrieval"]
+    if retrieval is not None:
+        gap = (
+            f", gap of the forget-critical experts {retrieval['gap_pool']:.3f} -> {retrieval['gap_kept']:.3f}"
+            if "gap_pool" in retrieval
+            else ""
+        )
+        console.print(
+            f"retrieved {retrieval['rows']:,} of {retrieval['pool_rows']:,} rows by {retrieval['similarity']} "
+            f"({retrieval['random_rows']:,} of them at random){gap}"
+        )
+        kept = Table(title="what was retrieved", title_justify="left")
+        for name in ("source", "share of the pool", "share of the kept rows"):
+            kept.add_column(name, justify="left" if name == "source" else "right")
+        for r in retrieval["share_by_source"][:SHOWN_SOURCES]:
+            kept.add_row(escape(r["source"]), f"{r['pool_share']:.1%}", f"{r['kept_share']:.1%}")
+        console.print(kept)
     sources = Table(title="where the weight went", title_justify="left")
     for name in ("source", "share of tokens", "share of weight"):
         sources.add_column(name, justify="left" if name == "source" else "right")

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trace_ds.calibration.patterns import PatternStore
+from trace_ds.calibration.patterns import Store
 from trace_ds.calibration.raking import NEWTON_CONSTRAINTS, covariance, eigen
 
 REASONS = {
@@ -39,7 +39,7 @@ class Offer:
     reason_S: list[str]
 
 
-def offer(store: PatternStore, retain_S: np.ndarray, forget_S: np.ndarray, limit: float = np.inf) -> Offer:
+def offer(store: Store, retain_S: np.ndarray, forget_S: np.ndarray, limit: float = np.inf) -> Offer:
     """The closest feasible targets (our decision).
 
     Inside a layer all of whose experts are constrained, the others take up what the fixed ones leave, by one common
@@ -69,8 +69,7 @@ def offer(store: PatternStore, retain_S: np.ndarray, forget_S: np.ndarray, limit
             target_S[free] = _shift_log_odds(target_S[free], wanted)
     if store.exact and 0 < len(target_S) <= NEWTON_CONSTRAINTS:
         shift_S = target_S - retain_S
-        active, counts = zip(*((encoding.unpack(c), m) for c, m in store.blocks()), strict=True)
-        values, vectors = eigen(covariance(np.concatenate(active), np.concatenate(counts), np.zeros(len(target_S))))
+        values, vectors = eigen(covariance(*store.sample(0), np.zeros(len(target_S))))
         null = vectors[:, values <= 1e-12 * max(float(values.max()), 1e-300)]
         moved_S = np.einsum("ij,j->i", null, np.einsum("ij,i->j", null, shift_S))
         for s in np.nonzero(np.abs(moved_S) > 1e-9)[0]:

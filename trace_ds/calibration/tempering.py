@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trace_ds.calibration.patterns import PatternStore
+from trace_ds.calibration.patterns import Store
 from trace_ds.calibration.raking import Metric, Point, Solution, evaluate, solve
 
 
@@ -30,7 +30,7 @@ class Tempered:
 
 
 def temper(
-    store: PatternStore,
+    store: Store,
     retain_S: np.ndarray,
     target_S: np.ndarray,
     ess_floor: float,

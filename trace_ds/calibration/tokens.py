@@ -10,7 +10,7 @@ Arrow batches, so that every sum is taken in one order and the results are bitwi
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +29,13 @@ class TokenMap:
         row_starts_R1: int64 [R + 1], flat position of each row's first token; the last entry is the token total.
         document_ids_T: int32 [T] (may be a memory map), document index of every token, non-decreasing.
         documents: number of documents D.
+        kept_R: bool [R], rows whose tokens count at all (None: every row); see :meth:`restricted`.
     """
 
     row_starts_R1: np.ndarray
     document_ids_T: np.ndarray
     documents: int
+    kept_R: np.ndarray | None = None
 
     @property
     def tokens(self) -> int:
@@ -49,14 +51,20 @@ class TokenMap:
         return [(at, min(at + CHUNK_TOKENS, self.tokens)) for at in range(0, self.tokens, CHUNK_TOKENS)]
 
     def counted(self, start: int, stop: int) -> np.ndarray:
-        """bool [stop - start]: the next token exists in the same row and belongs to the same document."""
+        """bool [stop - start]: the next token exists in the same (kept) row and belongs to the same document."""
         ids = np.asarray(self.document_ids_T[start : min(stop + 1, self.tokens)])
         result_T = np.zeros(stop - start, dtype=bool)
         result_T[: len(ids) - 1] = ids[1:] == ids[:-1]
         first = int(np.searchsorted(self.row_starts_R1, start + 1, side="left"))
         last = int(np.searchsorted(self.row_starts_R1, stop, side="right"))
         result_T[self.row_starts_R1[first:last] - 1 - start] = False
+        if self.kept_R is not None:
+            result_T &= self.kept_R[self.row_of(start, stop)]
         return result_T
+
+    def restricted(self, kept_R: np.ndarray) -> TokenMap:
+        """The same tokens, of which only those of the kept rows count."""
+        return replace(self, kept_R=kept_R)
 
     def row_of(self, start: int, stop: int) -> np.ndarray:
         """int64 [stop - start]: the row of each token (rows without tokens are never returned)."""

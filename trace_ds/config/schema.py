@@ -80,15 +80,39 @@ class DetectionConfig(Section):
     exclude_layers: list[int] = Field(default_factory=list)
 
 
+class RetrievalConfig(Section):
+    """Which rows of the retain data (the pool) are used at all; the rule weights those."""
+
+    rows: float | None = Field(
+        None, gt=0, description="Rows to keep: a whole number, or a fraction below 1 of the pool; default: all."
+    )
+    similarity: Literal["weight", "routing", "coverage", "hidden", "tfidf"] = Field(
+        "weight",
+        description="weight: mean raking weight of the row; routing: cosine of expert profiles; coverage: the set that "
+        "best covers the forget-critical experts; hidden (needs statistics.hidden) and tfidf: cosines, the baselines.",
+    )
+    random_share: float = Field(0.5, ge=0, le=1, description="Share of the kept rows that is drawn at random.")
+
+    @model_validator(mode="after")
+    def _whole(self) -> RetrievalConfig:
+        if self.rows is not None and self.rows >= 1 and self.rows != int(self.rows):
+            raise ValueError("a whole number of rows, or a fraction below 1")
+        return self
+
+
 class CalibrationConfig(Section):
     detection: DetectionConfig = DetectionConfig()
     experts: Literal["all", "selected"] = Field("all", description="Experts whose frequencies the weights match.")
     rule: Literal["raking", "ratio_mean", "ratio_max", "uniform", "permuted", "random_experts", "inverse"] = "raking"
-    level: Literal["token", "sequence"] = Field("token", description="sequence: every token has its row's mean weight.")
+    level: Literal["token", "sequence"] = Field("token", description="sequence: one weight per row.")
     ess_floor: float = Field(0.5, gt=0, le=1, description="Least effective sample size (sum w)^2 / (n sum w^2).")
     clip: float = Field(20.0, gt=1, description="Largest ratio of frequencies asked of an expert.")
     if_none_found: Literal["stop", "continue"] = Field(
         "stop", description="No forget-critical expert found: stop with exit status 2, or continue."
+    )
+    retrieve: RetrievalConfig = RetrievalConfig()
+    export: Literal["none", "parquet"] = Field(
+        "none", description="parquet: also write the weights as a Hugging Face dataset, RUN/export/*.parquet."
     )
 
 
@@ -115,6 +139,20 @@ class SimNPOConfig(Section):
     delta: float = 0.0
 
 
+class LiveWeightsConfig(Section):
+    refresh_steps: int | None = Field(
+        None,
+        ge=1,
+        description="Solve the weights' dual anew every so many steps, on the routing of the rows of the last ones "
+        "under the present model (one more forward pass then); default: keep the calibration's theta.",
+    )
+
+
+class OnlineWeightsConfig(Section):
+    step_size: float = Field(0.3, gt=0, description="eta of theta <- theta + eta (p_forget - q_retain - decay theta).")
+    decay: float = Field(0.1, ge=0, description="Pulls theta back to 0 (uniform weights).")
+
+
 class UnlearningConfig(Section):
     forget_loss: Literal["rmu", "graddiff", "npo", "simnpo"] = "rmu"
     alpha: float = Field(1.0, ge=0, description="Weight of the retain loss.")
@@ -124,6 +162,14 @@ class UnlearningConfig(Section):
         description="How the retain weights act: sampling draws retain rows in proportion to their mean weight; loss "
         "multiplies the token losses (the literal reading of the abstract).",
     )
+    weights: Literal["reference", "live", "online"] = Field(
+        "reference",
+        description="Routing that decides a token's weight: reference (the frozen model's, as calibrated), live (the "
+        "calibration's theta under the router's choice in this very forward pass), online (theta follows, from 0, the "
+        "live mismatch of the batches by dual ascent; with sampling, on top of rows drawn by reference weights).",
+    )
+    live: LiveWeightsConfig = LiveWeightsConfig()
+    online: OnlineWeightsConfig = OnlineWeightsConfig()
     steps: int = Field(100, ge=1)
     forget_rows: int = Field(8, ge=1, description="Forget rows per step, over all processes.")
     retain_rows: int = Field(8, ge=1, description="Retain rows per step, over all processes.")
@@ -248,6 +294,10 @@ class Config(Section):
     def _unlearning_needs(self) -> Config:
         if self.unlearning.forget_loss == "npo" and not self.statistics.nll:
             raise ValueError("unlearning.forget_loss npo needs statistics.nll: true (the frozen model's losses)")
+        if self.unlearning.weights == "live" and self.calibration.rule in ("ratio_mean", "ratio_max", "permuted"):
+            raise ValueError(
+                f"unlearning.weights live needs a calibration.rule that has a theta, not {self.calibration.rule}"
+            )
         for name, changes in self.variants.items():
             for key in changes:
                 if key.split(".")[0] not in ("calibration", "unlearning", "conversion"):

@@ -41,6 +41,10 @@ class RunDirectory:
         return self.path / "calibration"
 
     @property
+    def export(self) -> Path:
+        return self.path / "export"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 

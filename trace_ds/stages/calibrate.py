@@ -14,6 +14,7 @@ import numpy as np
 
 from trace_ds.calibration.detect import Detection, detect
 from trace_ds.calibration.diagnose import Documents, diagnose, document_sums, likeness, likeness_tables
+from trace_ds.calibration.retrieve import describe_retrieval, retrieve
 from trace_ds.calibration.rules import Calibrated, apply_rule, scope_of
 from trace_ds.calibration.table import print_table
 from trace_ds.calibration.tokens import (
@@ -43,15 +44,15 @@ def calibrate(config: Config, run: RunDirectory) -> Artefact:
     """Make (or find done) the calibration artefact of a run.
 
     Files: ``calibration.safetensors`` (theta_LE, frequency_forget_LE, frequency_retain_LE, log_ratio_LE,
-    log_ratio_error_LE, target_LE, achieved_LE float64; selected_LE, scope_LE uint8), ``weights.npy`` float32 [retain
-    tokens], ``row_weights.npy`` float64 [rows], ``diagnosis.json``.
+    log_ratio_error_LE, target_LE, achieved_LE, log_mean float64; selected_LE, scope_LE uint8), ``weights.npy`` float32
+    [retain tokens], ``row_weights.npy`` float64 [rows], ``diagnosis.json``.
 
     Raises:
         UserError: missing, damaged or mismatched inputs; no forget-critical expert while
             ``calibration.if_none_found`` is ``stop``.
     """
     data, forget_artefact, retain_artefact = load_inputs(config, run)
-    settings = {**config.calibration.model_dump(mode="json"), "seed": config.seed}
+    settings = {**config.calibration.model_dump(mode="json", exclude={"export"}), "seed": config.seed}
     inputs = {
         "data": data.content,
         "forget": forget_artefact.content,
@@ -61,7 +62,9 @@ def calibrate(config: Config, run: RunDirectory) -> Artefact:
     }
     identity = artefacts.identity_of("calibration", inputs, settings)
     if artefacts.is_done(run.calibration, "calibration", identity):
-        return artefacts.load(run.calibration, "calibration", "calibrate CONFIG", verify=False)
+        made = artefacts.load(run.calibration, "calibration", "calibrate CONFIG", verify=False)
+        export_weights(config, run, data, made)
+        return made
 
     forget, retain = (load_statistics(a) for a in (forget_artefact, retain_artefact))
     try:
@@ -72,16 +75,32 @@ def calibrate(config: Config, run: RunDirectory) -> Artefact:
         raise UserError(none_found(detection), "calibration.detection", NONE_FOUND_FIX)
 
     with stage_log(run, "calibrate") as log:
-        made = _make(config, run, data, retain_artefact, forget, retain, detection, inputs, settings, log)
+        made = _make(
+            config, run, data, (forget_artefact, retain_artefact), forget, retain, detection, inputs, settings, log
+        )
+        export_weights(config, run, data, made)
         print_table(made)
     return made
+
+
+def export_weights(config: Config, run: RunDirectory, data: Artefact, calibration: Artefact) -> None:
+    """``calibration.export``: the weights as parquet files in ``RUN/export/`` (skipped when they are there)."""
+    if config.calibration.export == "none":
+        return
+    from trace_ds.calibration.export import export
+
+    inputs = {"data": data.content, "calibration": calibration.content}
+    if not artefacts.is_done(run.export, "export", artefacts.identity_of("export", inputs, {})):
+        with replacing_directory(run.export) as directory:
+            export(data, calibration, directory)
+            artefacts.describe(directory, "export", inputs, {}, {"rows": calibration.summary["rows"]})
 
 
 def _make(
     config: Config,
     run: RunDirectory,
     data: Artefact,
-    retain_artefact: Artefact,
+    statistics: tuple[Artefact, Artefact],
     forget: RoutingStatistics,
     retain: RoutingStatistics,
     detection: Detection,
@@ -96,11 +115,18 @@ def _make(
     spool.mkdir()
     try:
         documents = read_documents(data.file("retain_documents.arrow"))
-        tokens = read_token_map(data.file("retain.arrow"), len(documents.source_D), spool)
-        trace = load_trace(config, retain_artefact, retain, tokens)
+        tokens = pool = read_token_map(data.file("retain.arrow"), len(documents.source_D), spool)
+        trace = load_trace(config, statistics[1], retain, pool)
+        retrieval, retain_LE = None, retain.frequency_LE
+        retrieved = retrieve(config, data, statistics, detection, pool, trace, spool)
+        if retrieved is not None:
+            retrieval = describe_retrieval(config, retrieved, detection, pool, trace, documents)
+            tokens = pool.restricted(retrieved.kept_R)
+            if trace is not None:
+                retain_LE = count_selections(trace, tokens, retain_LE.shape[1]) / retrieval["tokens"]
         log.line(
             f"{int(detection.selected_LE.sum())} forget-critical experts; rule {config.calibration.rule} over "
-            f"{retain.tokens:,} retain tokens"
+            f"{retrieval['tokens'] if retrieval else retain.tokens:,} retain tokens"
         )
         scope_LE = scope_of(config.calibration, detection.selected_LE, detection.eligible_LE, config.seed)
         calibrated = apply_rule(
@@ -109,13 +135,16 @@ def _make(
             trace,
             scope_LE,
             forget.frequency_LE,
-            retain.frequency_LE,
+            retain_LE,
             config.seed,
             spool,
+            detection.selected_LE,
         )
         with replacing_directory(run.calibration) as directory:
-            summary = write(directory, config, detection, calibrated, forget, retain, tokens, trace, documents)
-            summary["layers"] = retain_artefact.summary["layers"]
+            summary = write(
+                directory, config, detection, calibrated, forget, retain, tokens, trace, documents, retrieval
+            )
+            summary["layers"] = statistics[1].summary["layers"]
             artefacts.describe(directory, "calibration", inputs, settings, summary)
     finally:
         shutil.rmtree(spool, ignore_errors=True)
@@ -223,6 +252,7 @@ def write(
     tokens: TokenMap,
     trace: Trace | None,
     documents: Documents,
+    retrieval: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """Write the artefact's files; returns its summary."""
     from safetensors.numpy import save_file
@@ -236,7 +266,7 @@ def write(
     achieved_LE = (
         retain.frequency_LE
         if trace is None
-        else count_selections(trace, tokens, retain.counts_LE.shape[1], calibrated.weight_T) / retain.tokens
+        else count_selections(trace, tokens, retain.counts_LE.shape[1], calibrated.weight_T) / tokens.counted_total()
     )
     tensors = {
         "theta_LE": calibrated.theta_LE,
@@ -248,6 +278,7 @@ def write(
         "log_ratio_error_LE": detection.error_LE,
         "target_LE": calibrated.target_LE,
         "achieved_LE": achieved_LE,
+        "log_mean": np.array([calibrated.log_mean]),
     }
     save_file(
         {name: np.ascontiguousarray(value) for name, value in tensors.items()},
@@ -268,6 +299,7 @@ def write(
         retain.top_k,
         trace is not None,
     )
+    diagnosis["retrieval"] = retrieval
     write_json(directory / "diagnosis.json", diagnosis)
     return {
         key: diagnosis[key] for key in ("rule", "lambda", "ess_fraction", "max_weight", "none_found", "warnings")

@@ -98,6 +98,7 @@ def unlearn(config: Config, run: RunDirectory, world: World) -> None:
     from trace_ds.unlearning.assemble import make_objective
     from trace_ds.unlearning.engine import training_engine
     from trace_ds.unlearning.job import train
+    from trace_ds.unlearning.live_weights import make_weights
 
     job = world.agree(lambda: check_unlearn(config, run, world.size))
     job = job or check_unlearn(config, run, world.size, verify=False)
@@ -119,11 +120,12 @@ def unlearn(config: Config, run: RunDirectory, world: World) -> None:
         if checkpoint is not None:
             commit.restore(engine, run.checkpoints, checkpoint)
             log.line(f"resumed after step {checkpoint.step}")
+        weights = make_weights(settings, job.calibration, engine.module, world.device, cursor)
         log.line(
-            f"{settings.forget_loss}, weights by {settings.apply}, alpha {settings.alpha:g}, ZeRO stage "
-            f"{settings.zero_stage}, world size {world.size}, expert-parallel size {config.distributed.ep}"
+            f"{settings.forget_loss}, {settings.weights} weights by {settings.apply}, alpha {settings.alpha:g}, "
+            f"ZeRO stage {settings.zero_stage}, world size {world.size}, expert-parallel size {config.distributed.ep}"
         )
-        train(engine, world, batches, objective, settings, run, manifest, log)
+        train(engine, world, batches, objective, weights, settings, run, manifest, log)
         log.line(f"done: {run.checkpoints / step_name(settings.steps)}")
 
 
@@ -145,11 +147,10 @@ def make_batches(config: Config, job: UnlearnJob) -> Batches:
     from trace_ds.routing.token_files import TokenArray, open_parts
     from trace_ds.unlearning.batches import Batches
 
-    token_weights = row_weights_R = None
-    if config.unlearning.apply == "loss":
+    token_weights = None
+    if config.unlearning.apply == "loss" and config.unlearning.weights == "reference":
         token_weights = TokenArray([np.load(job.calibration.file("weights.npy"), mmap_mode="r", allow_pickle=False)])
-    else:
-        row_weights_R = np.load(job.calibration.file("row_weights.npy"), mmap_mode="r", allow_pickle=False)
+    row_weights_R = np.load(job.calibration.file("row_weights.npy"), mmap_mode="r", allow_pickle=False)
     nll = TokenArray(open_parts(job.forget_statistics, "nll")) if job.forget_statistics is not None else None
     forget, retain = (TokenDataset.open(job.data.file(f"{side}.arrow")) for side in ("forget", "retain"))
     return Batches(config, forget, retain, token_weights, row_weights_R, nll)

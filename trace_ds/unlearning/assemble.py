@@ -29,7 +29,7 @@ def make_objective(
         cursor = {**cursor, "rmu_hidden_norm": mean_hidden_norm(reference, layer, world, batches)}
     length = settings.rmu.coefficient * cursor["rmu_hidden_norm"]
     target_D = rmu_target(int(info.config["hidden_size"]), config.seed, length).to(world.device)
-    return RMU(layer, target_D, reference), cursor
+    return RMU(layer, target_D, reference, whole=settings.weights == "live"), cursor
 
 
 def mean_hidden_norm(reference: Any, layer: int, world: World, batches: Batches, steps: int = 4) -> float:

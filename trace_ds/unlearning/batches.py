@@ -23,7 +23,8 @@ class MicroBatch:
     Attributes:
         input_ids_BS, position_ids_BS: int64, as in :class:`trace_ds.corpora.dataset.Batch`.
         counted_BS: bool, loss-bearing positions.
-        weights_BS: fp32, retain weight of each position (1 where the weights act by sampling); 0 in forget rows.
+        weights_BS: fp32, retain weight of each position (1 where the weights act by sampling, or follow the router);
+            0 in forget rows.
         reference_nll_BS: fp32, the frozen model's losses of the forget rows (zeros when not recorded).
         forget_rows: F.
     """
@@ -55,8 +56,10 @@ class Batches:
 
     Args:
         forget, retain: token datasets.
-        token_weights: fp32 weights of all retain tokens in flat order, or None when the weights act by sampling.
-        row_weights_R: sampling weights of the retain rows, or None when they act on the loss.
+        token_weights: fp32 weights of all retain tokens in flat order; None: 1 each.
+        row_weights_R: mean weights of the retain rows; rows of weight 0 (not retrieved) are never seen. With ``apply:
+            sampling`` rows are drawn in proportion, else each comes once per epoch. Live weights then correct for
+            the draw: a token counts 1 / (its row's weight).
         reference_nll: the frozen model's losses of the forget tokens, or None.
     """
 
@@ -66,7 +69,7 @@ class Batches:
         forget: TokenDataset,
         retain: TokenDataset,
         token_weights: TokenArray | None,
-        row_weights_R: np.ndarray | None,
+        row_weights_R: np.ndarray,
         reference_nll: TokenArray | None,
     ) -> None:
         settings = config.unlearning
@@ -74,15 +77,19 @@ class Batches:
         self._token_weights, self._reference_nll = token_weights, reference_nll
         self._counted_forget = counted_per_row(forget)
         self._counted_retain = counted_per_row(retain)
-        usable_forget, usable_retain = (np.flatnonzero(c) for c in (self._counted_forget, self._counted_retain))
+        usable_forget = np.flatnonzero(self._counted_forget)
+        usable_retain = np.flatnonzero((self._counted_retain > 0) & (row_weights_R > 0))
         self._forget_rows = EpochRows(usable_forget, settings.forget_rows, config.seed, FORGET_STREAM)
         self._retain_rows: EpochRows | SampledRows
-        if row_weights_R is None:
+        self._row_scale_R: np.ndarray | None = None
+        if settings.apply == "loss":
             self._retain_rows = EpochRows(usable_retain, settings.retain_rows, config.seed, RETAIN_STREAM)
         else:
             self._retain_rows = SampledRows(
                 usable_retain, row_weights_R[usable_retain], settings.retain_rows, config.seed, RETAIN_STREAM
             )
+            if settings.weights == "live":
+                self._row_scale_R = row_weights_R
         self._settings = settings
 
     def micro_batches_per_step(self, world_size: int) -> int:
@@ -117,6 +124,9 @@ class Batches:
         weights_FS = torch.zeros(len(forget_rows), length)
         if self._token_weights is None:
             weights_RS = retain.counted_BS.float()
+            if self._row_scale_R is not None:
+                drawn_R = np.where(retain_rows >= 0, self._row_scale_R[retain_rows], 1.0)
+                weights_RS /= torch.from_numpy(drawn_R.astype(np.float32))[:, None]
         else:
             weights_RS = _rows_of(self._token_weights, self._retain, retain_rows, length)
         reference = torch.zeros(len(forget_rows) + len(retain_rows), length)

@@ -18,6 +18,7 @@ from trace_ds.parallel.world import World
 from trace_ds.run.directory import RunDirectory
 from trace_ds.run.log import Progress, StageLog
 from trace_ds.unlearning.batches import Batches, Step
+from trace_ds.unlearning.live_weights import RetainWeights
 from trace_ds.unlearning.loss import Objective
 from trace_ds.unlearning.objectives import weighted_sum
 
@@ -48,6 +49,7 @@ def train(
     world: World,
     batches: Batches,
     objective: Objective,
+    weights: RetainWeights,
     settings: UnlearningConfig,
     run: RunDirectory,
     manifest: Manifest,
@@ -63,14 +65,16 @@ def train(
     with termination_noted() as terminated:
         for step in range(manifest.step, settings.steps):
             done = step + 1
-            values = run_step(engine, world, batches.at(step, world.rank, world.size), objective, settings, step)
+            data = batches.at(step, world.rank, world.size)
+            values = run_step(engine, world, data, objective, weights, settings, step)
+            weights.end_step(engine, world, batches, done)
             stop = terminated() or (world.is_main and any(path.exists() for path in run.stop_files))
             stop = bool(world.max_int(int(stop)))
             if done % settings.log_every == 0 or done == settings.steps:
                 log.scalars(done, **values)
             progress.advance(forget=values["loss_forget"], retain=values["loss_retain"])
             if done % settings.save_every == 0 or done == settings.steps or stop:
-                current = replace(manifest, step=done, cursor={**manifest.cursor, "step": done})
+                current = replace(manifest, step=done, cursor={**manifest.cursor, **weights.state(), "step": done})
                 save(engine, world, run.checkpoints, current, keep=settings.keep, keep_every=settings.keep_every)
                 log.event("checkpoint", step=done)
             if stop and done < settings.steps:
@@ -83,7 +87,13 @@ def train(
 
 
 def run_step(
-    engine: Any, world: World, step_data: Step, objective: Objective, settings: UnlearningConfig, step: int
+    engine: Any,
+    world: World,
+    step_data: Step,
+    objective: Objective,
+    weights: RetainWeights,
+    settings: UnlearningConfig,
+    step: int,
 ) -> dict[str, float]:
     """One optimizer step; returns the losses (global), the gradient norm and the learning rate.
 
@@ -99,20 +109,22 @@ def run_step(
     for number, micro_batch in enumerate(step_data.micro_batches):
         engine.set_gradient_accumulation_boundary(number == accumulation - 1)
         batch = micro_batch.to(world.device)
-        losses = objective(engine, batch)
+        with weights.recording():
+            losses = objective(engine, batch)
         forget = losses.forget / max(counts[losses.forget_per], 1)
-        weights_RS = batch.weights_BS[batch.forget_rows :]
-        retain = weighted_sum(losses.retain_RS, weights_RS) / max(step_data.retain_tokens, 1)
+        retain = weighted_sum(losses.retain_RS, weights.of(batch)) / max(step_data.retain_tokens, 1)
         sums += [float(forget.detach()), float(retain.detach())]
         loss = settings.gamma * forget + settings.alpha * retain
         engine.backward(loss * world.size * accumulation)
-    totals = world.sum_float64(sums)  # one collective a step: the losses, and whether every rank's are finite
-    if not np.isfinite(totals).all():
+    # One collective a step: the losses (and whether every rank's are finite), and what live weights need to know.
+    totals = world.sum_float64(np.concatenate([sums, weights.local_sums()]))
+    if not np.isfinite(totals[:2]).all():
         raise NumericalFailure(
             f"the loss is not finite in step {step + 1} (forget {sums[0]}, retain {sums[1]} on this rank); "
             "the step was not taken and the last checkpoint stands; lower the learning rate or alpha"
         )
     engine.step()
+    told = weights.follow(totals[2:], step_data.forget_tokens, step_data.retain_tokens)
     norm = engine.get_global_grad_norm()
     norm = float(norm) if norm is not None else float("nan")
     return {
@@ -121,4 +133,5 @@ def run_step(
         "loss": float(settings.gamma * totals[0] + settings.alpha * totals[1]),
         "grad_norm": norm,
         "lr": lr,
+        **told,
     }

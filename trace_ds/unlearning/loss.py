@@ -33,9 +33,9 @@ class Objective(Protocol):
     def __call__(self, engine: Any, batch: MicroBatch) -> Losses: ...
 
 
-def hidden_at(engine: Any, layer: int, batch: MicroBatch) -> torch.Tensor:
-    """The output of decoder layer ``layer`` [B, S, D]; nothing above that layer runs."""
-    found = forward(engine, batch.input_ids_BS, batch.position_ids_BS, layer=layer).layer_BSD
+def hidden_at(engine: Any, layer: int, batch: MicroBatch, *, whole: bool = False) -> torch.Tensor:
+    """The output of decoder layer ``layer`` [B, S, D]; nothing above that layer runs, unless ``whole``."""
+    found = forward(engine, batch.input_ids_BS, batch.position_ids_BS, layer=layer, last=whole).layer_BSD
     assert found is not None
     return found
 
@@ -51,17 +51,19 @@ class RMU:
         layer: decoder layer.
         target_D: c·u.
         reference: frozen engine that ends with that layer.
+        whole: run the layers above too, because live weights look at their routers.
     """
 
     layer: int
     target_D: torch.Tensor
     reference: Any
+    whole: bool = False
 
     def __call__(self, engine: Any, batch: MicroBatch) -> Losses:
         split = batch.forget_rows
         with torch.no_grad():
             frozen_BSD = hidden_at(self.reference, self.layer, batch)
-        hidden_BSD = hidden_at(engine, self.layer, batch)
+        hidden_BSD = hidden_at(engine, self.layer, batch, whole=self.whole)
         counted_BS = batch.counted_BS.float()
         forget_BS = objectives.hidden_mse(hidden_BSD[:split], self.target_D)
         retain_BS = objectives.hidden_mse(hidden_BSD[split:], frozen_BSD[split:])

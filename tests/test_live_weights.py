@@ -1,0 +1,150 @@
+"""Retain weights that follow the router: against a token-by-token reference, on any cluster shape, over a resume."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jobs
+import numpy as np
+import pytest
+import torch
+from distributed import run_distributed
+from safetensors.numpy import load_file
+from test_unlearn import GRADIENT_LIKE, calibrated, copy_of, losses_of  # noqa: F401 (a fixture)
+from transformers import AutoModelForCausalLM
+
+from trace_ds.checkpoints.manifest import read_manifest
+from trace_ds.config.load import load_config
+from trace_ds.errors import UserError
+from trace_ds.run.directory import RunDirectory
+from trace_ds.stages.convert import checkpoint_to_directory
+from trace_ds.stages.unlearn import check_unlearn, make_batches
+
+ONLINE = [*GRADIENT_LIKE, "unlearning.weights=online", "unlearning.steps=3", "unlearning.save_every=3"]
+
+
+def theta_of(run: Path, step: int) -> np.ndarray:
+    return np.array(read_manifest(run / "checkpoints" / f"step_{step:06d}").cursor["theta_LE"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("forget_loss", "apply", "weights", "world", "ep"),
+    [
+        ("graddiff", "sampling", "online", 1, 1),
+        ("graddiff", "sampling", "online", 2, 1),
+        ("graddiff", "sampling", "online", 2, 2),
+        ("rmu", "loss", "online", 2, 2),
+        ("rmu", "loss", "live", 2, 2),
+        ("simnpo", "sampling", "live", 2, 1),
+    ],
+)
+def test_equals_a_token_by_token_reference(
+    calibrated: tuple[Path, Path],  # noqa: F811
+    tmp_path: Path,
+    forget_loss: str,
+    apply: str,
+    weights: str,
+    world: int,
+    ep: int,
+) -> None:
+    config, prepared_run = calibrated
+    run = copy_of(prepared_run, tmp_path / "run")
+    overrides = [*ONLINE, f"unlearning.weights={weights}", f"unlearning.forget_loss={forget_loss}"]
+    overrides += [f"unlearning.apply={apply}", f"distributed.ep={ep}"]
+    run_distributed(jobs.unlearn_job, world, str(config), str(run), overrides)
+    expected = jobs.reference_training(str(config), str(run), overrides, 3)
+    np.testing.assert_allclose(losses_of(run), expected["losses"], rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(theta_of(run, 3), expected["thetas"][-1], rtol=0, atol=1e-12)
+    if weights == "online":
+        assert np.abs(theta_of(run, 3)).max() > 0.01
+        assert theta_of(run, 3)[-1].any() == (forget_loss != "rmu")  # RMU's pass ends below the last layer
+    else:  # an unchanged router: the live weights of the first step are the calibrated ones
+        frozen = jobs.reference_training(str(config), str(run), [*overrides, "unlearning.weights=reference"], 1)
+        if apply == "loss":
+            np.testing.assert_allclose(losses_of(run)[0], frozen["losses"][0], rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_online_weights_resume_bitwise(calibrated: tuple[Path, Path], tmp_path: Path) -> None:  # noqa: F811
+    config, prepared_run = calibrated
+    overrides = [*ONLINE, "distributed.ep=2"]
+    straight, stopped = (copy_of(prepared_run, tmp_path / name) for name in ("straight", "stopped"))
+    run_distributed(jobs.unlearn_job, 2, str(config), str(straight), overrides)
+    (stopped / "stop").touch()
+    with pytest.raises(AssertionError, match="StopRequested"):
+        run_distributed(jobs.unlearn_job, 2, str(config), str(stopped), overrides)
+    assert theta_of(stopped, 1).any()
+    run_distributed(jobs.unlearn_job, 2, str(config), str(stopped), overrides)
+    manifests = [read_manifest(run / "checkpoints" / "step_000003") for run in (straight, stopped)]
+    assert manifests[0] == manifests[1] and losses_of(straight) == losses_of(stopped)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("apply", "level"), [("loss", "token"), ("sampling", "token"), ("loss", "sequence")])
+def test_refreshed_theta_solves_the_dual_of_the_present_routing(
+    calibrated: tuple[Path, Path],  # noqa: F811
+    tmp_path: Path,
+    apply: str,
+    level: str,
+) -> None:
+    """After step 2: one λ fits all experts, the mean weight is 1, the floor holds; two ranks find what one finds."""
+    from trace_ds.stages.calibrate import calibrate
+
+    config, prepared_run = calibrated
+    runs = [copy_of(prepared_run, tmp_path / str(world)) for world in ((1, 2) if apply == "sampling" else (1,))]
+    overrides = [*GRADIENT_LIKE, "unlearning.weights=live", "unlearning.live.refresh_steps=2", "unlearning.steps=2"]
+    overrides += [f"unlearning.apply={apply}", f"calibration.level={level}", "unlearning.forget_loss=graddiff"]
+    overrides += ["unlearning.retain_rows=24"]  # whole rows are the units at level sequence
+    loaded, _ = load_config(str(config), overrides, runs[0])
+    for world, run in enumerate(runs, start=1):
+        if level == "sequence":
+            calibrate(loaded, RunDirectory.at(run))
+        run_distributed(jobs.unlearn_job, world, str(config), str(run), overrides)
+    theta_LE = theta_of(runs[0], 2)
+    np.testing.assert_allclose(theta_of(runs[-1], 2), theta_LE, atol=1e-8)
+    old = load_file(runs[0] / "calibration" / "calibration.safetensors")["theta_LE"]
+    assert np.abs(theta_LE - old).max() > 1e-3
+    checkpoint_to_directory(runs[0] / "checkpoints" / "step_000002", tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    batches = make_batches(loaded, check_unlearn(loaded, RunDirectory.at(runs[0]), 1))
+    forget, retain, scores, standing = [], [], [], []
+    for step in range(2):
+        batch = batches.at(step, 0, 1).micro_batches[0]
+        with torch.no_grad():
+            out = model(
+                input_ids=batch.input_ids_BS,
+                position_ids=batch.position_ids_BS,
+                use_cache=False,
+                output_router_logits=True,
+            )
+        active = torch.stack(
+            [torch.zeros_like(x).scatter_(1, x.topk(2).indices, 1.0) for x in out.router_logits], dim=1
+        ).double()
+        active = active.reshape(*batch.counted_BS.shape, *theta_LE.shape).numpy()
+        for row, counted_S in enumerate(batch.counted_BS.numpy()):
+            mine = active[row][counted_S]
+            if row < batch.forget_rows:
+                forget.append(mine)
+                continue
+            u = (mine * theta_LE).sum((1, 2))
+            retain.append(mine)
+            scores.append(np.full(len(u), u.mean()) if level == "sequence" else u)
+            standing.append(batch.weights_BS.numpy()[row][counted_S])
+    p_forget, a, base = np.concatenate(forget).mean(0), np.concatenate(retain), np.concatenate(standing)
+    log_mean = read_manifest(runs[0] / "checkpoints" / "step_000002").cursor["log_mean"]
+    w = np.exp(np.concatenate(scores) - log_mean)
+    assert (w * base).sum() / base.sum() == pytest.approx(1, abs=1e-6)
+    assert (w * base).sum() ** 2 / (base.sum() * (w * w * base).sum()) >= 0.5 - 1e-6
+    p, q = (np.tensordot(x, a, 1) / x.sum() for x in (base, w * base))
+    shift, moved = (p_forget - p).ravel(), (q - p).ravel()
+    strength = (shift @ moved) / (shift @ shift)
+    assert 0 < strength <= 1 + 1e-9
+    np.testing.assert_allclose(moved, strength * shift, atol=1e-5)
+
+
+def test_rules_without_a_theta_have_no_live_weights(calibrated: tuple[Path, Path]) -> None:  # noqa: F811
+    config, run = calibrated
+    for rule in ("ratio_mean", "permuted"):
+        with pytest.raises(UserError, match=f"live needs a calibration.rule that has a theta, not {rule}"):
+            load_config(str(config), ["unlearning.weights=live", f"calibration.rule={rule}"], run)

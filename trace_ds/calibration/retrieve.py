@@ -1,0 +1,196 @@
+"""Retrieval: of a large pool of retain text, keep the rows that are worth having before any of them is weighted.
+
+Weights can only re-distribute what a retain set holds. Where it is a pool, too large to be used whole or mostly far
+from the forget domain, ``calibration.retrieve`` keeps ``rows`` of its rows: the nearest by a similarity
+(similarity.py), mixed with ``random_share`` of rows drawn at random from the others, because the nearest alone would
+drop general text. The rule then weights the kept rows only (mean 1 over them) and the others have weight 0: the two
+compose. Detection and the reported p^R stay those of the pool. Our decisions.
+
+Shape legend: R rows, D documents, L MoE layers, E experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trace_ds.calibration.detect import Detection
+from trace_ds.calibration.diagnose import Documents
+from trace_ds.calibration.rows import build_row_store, row_sizes
+from trace_ds.calibration.rules import apply_rule, scope_of
+from trace_ds.calibration.similarity import coverage_gain, hidden_similarity, routing_similarity, tfidf_similarity
+from trace_ds.calibration.tokens import TokenMap, Trace, count_selections, read_token_map
+from trace_ds.config.schema import Config
+from trace_ds.errors import UserError
+from trace_ds.routing.token_files import open_parts
+from trace_ds.run.artefact import Artefact
+
+TOP_ROWS = 10
+COLLECT_AGAIN = "and run `trace-ds collect CONFIG` again"
+
+
+@dataclass(frozen=True)
+class Retrieved:
+    """``kept_R`` bool [rows of the pool]; ``score_R`` float64, the similarity; how many rows are ``random`` ones."""
+
+    kept_R: np.ndarray
+    score_R: np.ndarray
+    random: int
+
+
+def choose_rows(score_R: np.ndarray, sizes_R: np.ndarray, keep: int, random_share: float, seed: int) -> Retrieved:
+    """Keep ``keep`` of the rows with counted tokens: the highest scores (ties: the earlier row), and random others."""
+    usable = np.flatnonzero(sizes_R > 0)
+    random = round(keep * random_share)
+    ranked = usable[np.argsort(-score_R[usable], kind="stable")]
+    others = np.sort(ranked[keep - random :])
+    kept_R = np.zeros(len(score_R), dtype=bool)
+    kept_R[ranked[: keep - random]] = True
+    kept_R[np.random.default_rng([seed, 3]).permutation(others)[:random]] = True
+    return Retrieved(kept_R, score_R, random)
+
+
+def retrieve(
+    config: Config,
+    data: Artefact,
+    statistics: tuple[Artefact, Artefact],
+    detection: Detection,
+    tokens: TokenMap,
+    trace: Trace | None,
+    spool: Path,
+) -> Retrieved | None:
+    """The rows that ``calibration.retrieve`` keeps; None when it is off.
+
+    Args:
+        statistics: the artefacts of the forget and of the retain side.
+        tokens, trace: of the pool.
+
+    Raises:
+        UserError: more rows asked for than there are, or the similarity needs what was not recorded.
+    """
+    settings = config.calibration.retrieve
+    if settings.rows is None:
+        return None
+    sizes_R = row_sizes(tokens)
+    usable = int((sizes_R > 0).sum())
+    keep = max(round(settings.rows * usable), 1) if settings.rows < 1 else int(settings.rows)
+    if keep > usable:
+        raise UserError(
+            f"{keep} rows are asked for, the retain data has {usable} with counted tokens",
+            "calibration.retrieve.rows",
+            "ask for fewer (or for a fraction below 1), or give a larger pool under data.retain",
+        )
+    spool = spool / "pool"
+    spool.mkdir()
+    nearest = max(keep - round(keep * settings.random_share), 1)
+    score_R = _similarity(config, data, statistics, detection, tokens, trace, sizes_R, nearest, spool)
+    return choose_rows(score_R, sizes_R, keep, settings.random_share, config.seed)
+
+
+def _similarity(
+    config: Config,
+    data: Artefact,
+    statistics: tuple[Artefact, Artefact],
+    detection: Detection,
+    tokens: TokenMap,
+    trace: Trace | None,
+    sizes_R: np.ndarray,
+    nearest: int,
+    spool: Path,
+) -> np.ndarray:
+    """float64 [rows]: the score of ``calibration.retrieve.similarity``."""
+    kind, where = config.calibration.retrieve.similarity, "calibration.retrieve.similarity"
+    if kind == "tfidf":
+        return tfidf_similarity(data.file("forget.arrow"), data.file("retain.arrow"))
+    if kind == "hidden":
+        sides = [open_parts(side, "hidden") for side in statistics]
+        if not all(sides):
+            fix = f"set statistics.hidden: true {COLLECT_AGAIN}"
+            raise UserError("the similarity hidden needs the rows' hidden states, which were not recorded", where, fix)
+        forget_sizes_R = row_sizes(read_token_map(data.file("forget.arrow"), 0, spool))
+        return hidden_similarity(sides[0], forget_sizes_R, sides[1], sizes_R)
+    if trace is None:
+        fix = f"set statistics.trace: true {COLLECT_AGAIN}"
+        raise UserError(f"the similarity {kind} needs the routing trace, which was not recorded", where, fix)
+    if kind == "routing":
+        frequencies = detection.forget_LE, detection.retain_LE
+        return routing_similarity(trace, tokens, detection.eligible_LE, *frequencies)
+    if kind == "coverage":
+        covered_LE = detection.selected_LE if detection.selected_LE.any() else detection.eligible_LE
+        score_R = np.full(tokens.rows, -np.inf)
+        store = build_row_store(trace, tokens, covered_LE, spool)
+        score_R[sizes_R > 0] = coverage_gain(store, detection.forget_LE[covered_LE], nearest)
+        return score_R
+    raking = config.calibration.model_copy(update={"rule": "raking", "level": "token"})
+    scope_LE = scope_of(raking, detection.selected_LE, detection.eligible_LE, config.seed)
+    frequencies = detection.forget_LE, detection.retain_LE
+    return apply_rule(raking, tokens, trace, scope_LE, *frequencies, config.seed, spool).row_weight_R
+
+
+def describe_retrieval(
+    config: Config,
+    retrieved: Retrieved,
+    detection: Detection,
+    tokens: TokenMap,
+    trace: Trace | None,
+    documents: Documents,
+) -> dict[str, Any]:
+    """What was retrieved, for ``diagnosis.json``. ``tokens``: of the pool.
+
+    ``gap_pool`` and ``gap_kept``: Σ |p^F − p| over the forget-critical experts, of the pool and of the kept rows before
+    any weighting.
+    """
+    kept = tokens.restricted(retrieved.kept_R)
+    counts = [_document_tokens(side) for side in (tokens, kept)]
+    totals = [max(int(c.sum()), 1) for c in counts]
+    names, of_D = documents.names, documents.source_D
+    shares = [np.bincount(of_D, c, len(names)) / total for c, total in zip(counts, totals, strict=True)]
+    gaps: dict[str, float] = {}
+    if trace is not None:
+        where = detection.selected_LE
+        p_LE = count_selections(trace, kept, where.shape[1]) / totals[1]
+        for name, side_LE in (("gap_pool", detection.retain_LE), ("gap_kept", p_LE)):
+            gaps[name] = float(np.abs(detection.forget_LE - side_LE)[where].sum())
+    best = np.argsort(-np.where(retrieved.kept_R, retrieved.score_R, -np.inf), kind="stable")[:TOP_ROWS]
+    best = best[retrieved.kept_R[best]]
+    first = [int(tokens.document_ids_T[int(tokens.row_starts_R1[row])]) for row in best]
+    return {
+        "similarity": config.calibration.retrieve.similarity,
+        "rows": int(retrieved.kept_R.sum()),
+        "random_rows": retrieved.random,
+        "pool_rows": tokens.rows,
+        "tokens": totals[1],
+        "pool_tokens": totals[0],
+        **gaps,
+        "share_by_source": sorted(
+            (
+                {"source": name, "pool_share": float(shares[0][i]), "kept_share": float(shares[1][i])}
+                for i, name in enumerate(names)
+            ),
+            key=lambda r: (-r["kept_share"] / max(r["pool_share"], 1e-300), r["source"]),
+        ),
+        "top_rows": [
+            {
+                "row": int(row),
+                "score": float(retrieved.score_R[row]),
+                "document": document,
+                "source": names[of_D[document]],
+                "text_start": str(documents.text_start[document]),
+            }
+            for row, document in zip(best, first, strict=True)
+        ],
+    }
+
+
+def _document_tokens(tokens: TokenMap) -> np.ndarray:
+    """Counted tokens of every document, int64 [D]."""
+    counts_D = np.zeros(tokens.documents, np.int64)
+    for start, stop in tokens.spans():
+        counted_T = tokens.counted(start, stop)
+        ids = np.asarray(tokens.document_ids_T[start:stop])[counted_T]
+        if len(ids):
+            counts_D[ids[0] : ids[-1] + 1] += np.bincount(ids - ids[0])
+    return counts_D

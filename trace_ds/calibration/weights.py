@@ -1,0 +1,130 @@
+"""From log-weights to weights: sums over the counted tokens, chunk by chunk, in one fixed order.
+
+Shape legend: T tokens (flat order), R rows. Arrays over T are files in a spool directory.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from trace_ds.calibration.tokens import TokenMap
+
+if TYPE_CHECKING:
+    from trace_ds.calibration.rules import Calibrated
+
+
+def _moments(u_T: np.ndarray, tokens: TokenMap, exponent: float, top: float) -> tuple[float, float, int]:
+    """Σ w, Σ w² and n of w = exp(c (u − top)) over counted tokens."""
+    total, square, count = 0.0, 0.0, 0
+    for start, stop in tokens.spans():
+        w = np.exp(exponent * (np.asarray(u_T[start:stop])[tokens.counted(start, stop)] - top))
+        total, square, count = total + float(w.sum()), square + float((w * w).sum()), count + len(w)
+    if not count:
+        raise ValueError("there are no counted tokens to weight")
+    return total, square, count
+
+
+def _top(u_T: np.ndarray, tokens: TokenMap) -> float:
+    tops = [
+        float(np.asarray(u_T[start:stop])[tokens.counted(start, stop)].max(initial=-np.inf))
+        for start, stop in tokens.spans()
+    ]
+    return max(tops, default=0.0)
+
+
+def largest_exponent(u_T: np.ndarray, tokens: TokenMap, ess_floor: float) -> float:
+    """The largest c in [0, 1] with an effective sample size of at least the floor (bisection to 1e-4)."""
+    top = _top(u_T, tokens)
+
+    def ess(exponent: float) -> float:
+        total, square, count = _moments(u_T, tokens, exponent, top)
+        return total * total / (count * square)
+
+    if ess(1.0) >= ess_floor:
+        return 1.0
+    low, high = 0.0, 1.0
+    while high - low > 1e-4:
+        middle = (low + high) / 2
+        low, high = (middle, high) if ess(middle) >= ess_floor else (low, middle)
+    return low
+
+
+def exponentiate(u_T: np.ndarray, weight_T: np.ndarray, tokens: TokenMap, exponent: float) -> float:
+    """Write w = exp(c u) / mean; returns the log of that mean."""
+    top = _top(u_T, tokens)
+    total, _, count = _moments(u_T, tokens, exponent, top)
+    for start, stop in tokens.spans():
+        w = np.exp(exponent * (np.asarray(u_T[start:stop]) - top)) * (count / total)
+        weight_T[start:stop] = np.where(tokens.counted(start, stop), w, 0.0)
+    return exponent * top + float(np.log(total / count))
+
+
+def _row_sums(weight_T: np.ndarray, tokens: TokenMap) -> tuple[np.ndarray, np.ndarray]:
+    """Σ of the weights and number of counted tokens of every row, float64 and int64 [R]."""
+    sums_R, counts_R = np.zeros(tokens.rows), np.zeros(tokens.rows, np.int64)
+    for start, stop in tokens.spans():
+        row = tokens.row_of(start, stop)
+        first, size = int(row[0]), int(row[-1] - row[0]) + 1
+        sums_R[first : first + size] += np.bincount(row - first, np.asarray(weight_T[start:stop]), size)
+        counted = tokens.counted(start, stop)
+        counts_R[first : first + size] += np.bincount(row[counted] - first, minlength=size)
+    return sums_R, counts_R
+
+
+def row_means(weight_T: np.ndarray, tokens: TokenMap) -> np.ndarray:
+    sums_R, counts_R = _row_sums(weight_T, tokens)
+    return np.where(counts_R > 0, sums_R / np.maximum(counts_R, 1), 0.0)
+
+
+def spread_rows(result: Calibrated, tokens: TokenMap) -> None:
+    """Level ``sequence``: every counted token takes its row's mean weight (the corpus mean stays 1)."""
+    for start, stop in tokens.spans():
+        spread = result.row_weight_R[tokens.row_of(start, stop)]
+        result.weight_T[start:stop] = np.where(tokens.counted(start, stop), spread, 0.0)
+
+
+def permute_rows(result: Calibrated, tokens: TokenMap, seed: int, scratch_T: np.ndarray) -> None:
+    """Give row r the weights of row π(r), repeated or cut to its length with their mean kept; then mean 1 again.
+
+    Whole rows move, so that the control holds for row sampling as for token weighting: shuffling single tokens would
+    leave all row means near 1. Rows of equal length keep both multisets (tokens and rows) exactly.
+    """
+    source = scratch_T
+    for start, stop in tokens.spans():
+        source[start:stop] = result.weight_T[start:stop]
+    _, counts_R = _row_sums(source, tokens)
+    filled = np.flatnonzero(counts_R > 0)
+    permuted = np.random.default_rng([seed, 2]).permutation(filled)
+    for row, other in zip(filled, permuted, strict=True):
+        start, stop = (int(x) for x in tokens.row_starts_R1[row : row + 2])
+        low, high = (int(x) for x in tokens.row_starts_R1[other : other + 2])
+        block = np.resize(source[low:high][tokens.counted(low, high)], int(counts_R[row]))
+        if counts_R[row] != counts_R[other] and block.sum() > 0:
+            block = block * (result.row_weight_R[other] / block.mean())
+        piece = np.zeros(stop - start)
+        piece[tokens.counted(start, stop)] = block
+        result.weight_T[start:stop] = piece
+    sums_R, _ = _row_sums(result.weight_T, tokens)
+    scale = float(counts_R.sum()) / float(sums_R.sum())
+    for start, stop in tokens.spans():
+        result.weight_T[start:stop] *= scale
+    result.row_weight_R = row_means(result.weight_T, tokens)
+    result.theta_LE[:] = 0.0
+
+
+def size_and_maximum(weight_T: np.ndarray, tokens: TokenMap) -> tuple[float, float]:
+    total = square = largest = 0.0
+    count = 0
+    for start, stop in tokens.spans():
+        w = np.asarray(weight_T[start:stop])[tokens.counted(start, stop)]
+        total, square, count = total + float(w.sum()), square + float((w * w).sum()), count + len(w)
+        largest = max(largest, float(w.max(initial=0.0)))
+    return total * total / (count * square), largest
+
+
+def spooled(path: Path, size: int) -> np.ndarray:
+    """A zeroed float64 array [size] backed by a file (the page cache decides what stays in memory)."""
+    return np.memmap(path, np.float64, "w+", shape=(max(size, 1),))[:size]

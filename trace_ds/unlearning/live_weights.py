@@ -1,0 +1,221 @@
+"""Retain weights of a micro-batch: the calibrated ones, or ones that follow what the router decides right now.
+
+``reference``  the weights of the artefact (frozen model's routing): nothing happens here.
+``live``       w_t = exp(Σ θ a_live(t)) / Z with θ and Z of the artefact and a_live from this very forward pass; every
+               ``refresh_steps`` steps θ and Z are solved anew (live_refresh.py).
+``online``     the same form, θ from 0 by dual ascent on the mismatch that is left in the batches:
+
+                   θ ← θ + η (p^F_live − q_batch − decay · θ),     q_batch = Σ w a_live / Σ w over the retain tokens
+
+               The gradient of raking's dual (calibration/raking.py) at the forget frequencies of the moment, with an L2
+               pull that bounds θ at (p^F − q) / decay. It acts on all experts, or on those in the calibration's scope,
+               in the layers that the objective runs (RMU ends at its layer; ``live`` makes it run them all).
+
+Normalisation: the weights of one batch are never rescaled to mean 1 (that would cancel the differences between
+documents); the job divides by the batch's n tokens. ``live`` keeps Z of the calibration. ``online`` carries log Z along
+θ to first order, since ∂ log Z / ∂θ = q, and takes out what drifts: log Z ← log Z + q · Δθ + η log(mean weight). So the
+mean weight is 1 over some 1/η steps. Weights are capped at the larger of the calibration's largest weight and its
+``clip``: live routing can have patterns that the corpus never had. All of this is our decision; live weights as such
+are one reading of the abstract.
+
+Cost: a table look-up per MoE layer and token, no host synchronisation per layer; the sums that ``online`` needs travel
+in the step's one all-reduce, in float64, so θ is the same on all ranks and whatever their number.
+
+Shape legend: B rows (forget rows first), R retain rows, S positions, T = B·S, L MoE layers, E experts, K = top-k.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from trace_ds.config.schema import UnlearningConfig
+from trace_ds.models.routers import RoutingRecorder, record_routing
+from trace_ds.parallel.world import World
+from trace_ds.run.artefact import Artefact
+from trace_ds.unlearning.batches import Batches, MicroBatch
+
+
+class RetainWeights:
+    """The interface of the training loop, and the reference weights: those that the batch brings along."""
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[None]:
+        """Around the forward passes of one micro-batch."""
+        yield
+
+    def of(self, batch: MicroBatch) -> torch.Tensor:
+        """Weights of the retain rows, fp32 [R, S], 0 where nothing is counted; after :meth:`recording`."""
+        return batch.weights_BS[batch.forget_rows :]
+
+    def local_sums(self) -> np.ndarray:
+        """What this rank adds to the step's all-reduce, float64; starts anew for the next step."""
+        return np.zeros(0)
+
+    def follow(self, sums: np.ndarray, forget_tokens: int, retain_tokens: int) -> dict[str, float]:
+        """Take in the global sums of the step that was just made; returns numbers for the log."""
+        return {}
+
+    def end_step(self, engine: Any, world: World, batches: Batches, done: int) -> None:
+        """After ``done`` steps (collective)."""
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must carry (JSON)."""
+        return {}
+
+
+class LiveWeights(RetainWeights):
+    """w = exp(Σ θ a_live − log Z), at most ``cap``, times the weights of the batch (1, or 1 / its row's draw).
+
+    Args:
+        model: the engine's module.
+        theta_LE: float64. log_mean: log Z.
+        per_row: sequence level: a row's tokens share exp(mean of Σ θ a − log Z).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        theta_LE: np.ndarray,
+        log_mean: float,
+        cap: float,
+        per_row: bool,
+        device: torch.device,
+    ) -> None:
+        self._model, self._device = model, device
+        self._cap, self._per_row = cap, per_row
+        self._recorder: RoutingRecorder | None = None
+        self._mass = torch.zeros(2, dtype=torch.float64, device=device)
+        self.set(theta_LE, log_mean)
+
+    def set(self, theta_LE: np.ndarray, log_mean: float) -> None:
+        self.theta_LE, self.log_mean = theta_LE, log_mean
+        self._theta = torch.from_numpy(np.ascontiguousarray(theta_LE)).to(self._device)
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[None]:
+        """Only the forward pass: a recomputation in the backward pass comes after the block."""
+        with record_routing(self._model) as self._recorder:
+            yield
+
+    def layers(self) -> list[int]:
+        """The MoE layers that count."""
+        return list(range(len(self._theta)))
+
+    def indices(self, layer: int, batch: MicroBatch) -> torch.Tensor:
+        """Experts of every token [B, S, K] as just recorded."""
+        assert self._recorder is not None
+        return self._recorder.layer(layer)[1].reshape(*batch.counted_BS.shape, -1)
+
+    @torch.no_grad()
+    def of(self, batch: MicroBatch) -> torch.Tensor:
+        split = batch.forget_rows
+        counted_RS = batch.counted_BS[split:]
+        score_RS = torch.zeros(counted_RS.shape, dtype=torch.float64, device=counted_RS.device)
+        for layer in self.layers():
+            score_RS += self._theta[layer][self.indices(layer, batch)[split:]].sum(-1)
+        if self._per_row:
+            mean_R = (score_RS * counted_RS).sum(1) / counted_RS.sum(1).clamp(min=1)
+            score_RS = mean_R[:, None].expand_as(score_RS)
+        live_RS = (score_RS - self.log_mean).clamp(max=math.log(self._cap)).exp()
+        weights_RS = live_RS * batch.weights_BS[split:] * counted_RS
+        self._mass += torch.stack([weights_RS.sum(), weights_RS.square().sum()])
+        self._add(batch, weights_RS)
+        return weights_RS.float()
+
+    def _add(self, batch: MicroBatch, weights_RS: torch.Tensor) -> None:
+        """Sums of a subclass."""
+
+    def local_sums(self) -> np.ndarray:
+        sums = self._mass.cpu().numpy().copy()
+        self._mass.zero_()
+        return sums
+
+    def follow(self, sums: np.ndarray, forget_tokens: int, retain_tokens: int) -> dict[str, float]:
+        n, total, square = max(retain_tokens, 1), float(sums[0]), float(sums[1])
+        return {"retain_weight_mean": total / n, "retain_weight_ess": total * total / max(n * square, 1e-300)}
+
+    def state(self) -> dict[str, Any]:
+        return {"theta_LE": self.theta_LE.tolist(), "log_mean": self.log_mean}
+
+
+class OnlineWeights(LiveWeights):
+    """Dual ascent (see the module's docstring). ``scope_LE``: bool, experts whose θ moves."""
+
+    def __init__(self, *arguments: Any, step_size: float, decay: float, scope_LE: np.ndarray) -> None:
+        super().__init__(*arguments)
+        self._step_size, self._decay, self._scope_LE = step_size, decay, scope_LE
+        self._sums_2LE = torch.zeros(2, *scope_LE.shape, dtype=torch.float64, device=self._device)
+
+    def layers(self) -> list[int]:
+        """The MoE layers that the objective ran."""
+        assert self._recorder is not None
+        return [number for number, indices_TK in enumerate(self._recorder.indices_TK) if indices_TK is not None]
+
+    def _add(self, batch: MicroBatch, weights_RS: torch.Tensor) -> None:
+        """Selections by forget tokens and weighted selections by retain tokens.
+
+        A product with a dense 0/1 matrix: one order of summation on every device, unlike atomic float additions.
+        """
+        split = batch.forget_rows
+        forget_T = batch.counted_BS[:split].reshape(-1).double()
+        for layer in self.layers():
+            indices_BSK = self.indices(layer, batch)
+            for side, (weight_T, indices) in enumerate(
+                ((forget_T, indices_BSK[:split]), (weights_RS.reshape(-1), indices_BSK[split:]))
+            ):
+                dense_TE = torch.zeros(len(weight_T), self._theta.shape[1], dtype=torch.float64, device=self._device)
+                dense_TE.scatter_(1, indices.reshape(len(weight_T), -1), 1.0)
+                self._sums_2LE[side, layer] += weight_T @ dense_TE
+
+    def local_sums(self) -> np.ndarray:
+        sums = np.concatenate([super().local_sums(), self._sums_2LE.cpu().numpy().reshape(-1)])
+        self._sums_2LE.zero_()
+        return sums
+
+    def follow(self, sums: np.ndarray, forget_tokens: int, retain_tokens: int) -> dict[str, float]:
+        told = super().follow(sums, forget_tokens, retain_tokens)
+        total = float(sums[0])
+        if not total or not forget_tokens:
+            return told
+        forget_LE, retain_LE = sums[2:].reshape(2, *self._scope_LE.shape)
+        p_LE, q_LE = forget_LE / forget_tokens, retain_LE / total
+        change_LE = self._step_size * np.where(self._scope_LE, p_LE - q_LE - self._decay * self.theta_LE, 0.0)
+        drift = self._step_size * math.log(told["retain_weight_mean"])
+        self.set(self.theta_LE + change_LE, self.log_mean + float((q_LE * change_LE).sum()) + drift)
+        return told | {"routing_gap": float(np.abs(p_LE - q_LE)[self._scope_LE].sum())}
+
+
+def make_weights(
+    settings: UnlearningConfig, calibration: Artefact, model: nn.Module, device: torch.device, cursor: dict[str, Any]
+) -> RetainWeights:
+    """The weights that ``settings.weights`` asks for, where a checkpoint's ``cursor`` left them."""
+    from safetensors.numpy import load_file
+
+    if settings.weights == "reference":
+        return RetainWeights()
+    tensors = load_file(calibration.file("calibration.safetensors"))
+    theta_LE, log_mean = tensors["theta_LE"], float(tensors["log_mean"][0])
+    if settings.weights == "online":
+        theta_LE, log_mean = np.zeros_like(theta_LE), 0.0
+    if "theta_LE" in cursor:
+        theta_LE, log_mean = np.array(cursor["theta_LE"]), float(cursor["log_mean"])
+    cap = max(float(calibration.summary["max_weight"]), float(calibration.settings["clip"]))
+    common = (model, theta_LE, log_mean, cap, calibration.settings["level"] == "sequence", device)
+    scope_LE = tensors["scope_LE"].astype(bool)
+    if settings.weights == "online":
+        scope_LE = scope_LE if scope_LE.any() else np.ones_like(scope_LE)
+        return OnlineWeights(
+            *common, step_size=settings.online.step_size, decay=settings.online.decay, scope_LE=scope_LE
+        )
+    if settings.live.refresh_steps is None:
+        return LiveWeights(*common)
+    from trace_ds.unlearning.live_refresh import RefreshedWeights
+
+    return RefreshedWeights(*common, every=settings.live.refresh_steps, scope_LE=scope_LE, calibration=calibration)
