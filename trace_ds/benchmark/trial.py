@@ -61,11 +61,13 @@ def run(config: Config, job: UnlearnJob, world: World, tasks: list[Task], bench:
 
     curve: list[dict[str, Any]] = []
     settings = config.unlearning
-    with _engine(config, job, world) as (engine, batches, objective, model):
+    with _engine(config, job, world) as (engine, batches, objective, weights, model):
         for step in range(settings.steps):
             done = step + 1
             try:
-                run_step(engine, world, batches.at(step, world.rank, world.size), objective, settings, step)
+                data = batches.at(step, world.rank, world.size)
+                run_step(engine, world, data, objective, weights, settings, step)
+                weights.end_step(engine, world, batches, done)
                 if done % bench.score_every == 0 or done == settings.steps:
                     due = [t for t in tasks if done == settings.steps or t.config.name not in bench.score_at_end]
                     engine.module.eval()
@@ -78,7 +80,7 @@ def run(config: Config, job: UnlearnJob, world: World, tasks: list[Task], bench:
 
 @contextmanager
 def _engine(config: Config, job: UnlearnJob, world: World) -> Iterator[Any]:
-    """The engine, the batches and the objective of a job, and its model as evaluation sees it; freed at the end."""
+    """Engine, batches, objective and retain weights of a job, and its model as evaluation sees it; freed at the end."""
     from transformers import GenerationConfig
 
     from trace_ds.corpora.tokenizer import load_tokenizer
@@ -86,17 +88,20 @@ def _engine(config: Config, job: UnlearnJob, world: World) -> Iterator[Any]:
     from trace_ds.stages.unlearn import make_batches
     from trace_ds.unlearning.assemble import make_objective
     from trace_ds.unlearning.engine import training_engine
+    from trace_ds.unlearning.live_weights import make_weights
 
     batches = make_batches(config, job)
     engine = training_engine(config, job.info, world, batches.micro_batches_per_step(world.size))
-    objective, _ = make_objective(config, job.info, world, batches, {"step": 0, "seed": config.seed})
+    objective, cursor = make_objective(config, job.info, world, batches, {"step": 0, "seed": config.seed})
+    weights = make_weights(config.unlearning, job.calibration, engine.module, world.device, cursor)
     engine.module.generation_config = GenerationConfig()
     tokenizer = load_tokenizer(_tokenizer(config))
     try:
-        yield engine, batches, objective, LanguageModel(engine.module, tokenizer, _settings(config), "the engine")
+        model = LanguageModel(engine.module, tokenizer, _settings(config), "the engine")
+        yield engine, batches, objective, weights, model
     finally:
         engine.destroy()
-        del engine, objective
+        del engine, objective, weights, model
         gc.collect()
 
 
