@@ -91,10 +91,12 @@ def test_warns_when_no_retain_text_is_routed_like_the_forget_text(tmp_path, near
         tmp_path,
     )
     like, sums = likenesses(forget, retain)
-    warnings = find_warnings(found, made, found.retain_LE, like, sums, "raking")
+    warnings = find_warnings(found, made, found.retain_LE, found.retain_LE, like, sums, "raking")
     assert any("no retain text is routed like the forget text" in w for w in warnings) == warned
-    moved_away = find_warnings(found, made, found.retain_LE - 0.1, like, sums, "raking")
+    moved_away = find_warnings(found, made, found.retain_LE - 0.1, found.retain_LE, like, sums, "raking")
     assert any("ended farther from their forget frequency" in w for w in moved_away)
+    drawn_away = find_warnings(found, made, found.retain_LE, found.retain_LE - 0.1, like, sums, "raking")
+    assert any("would end farther if rows are drawn" in w for w in drawn_away)
 
 
 def test_variance_decomposition_and_shares_against_the_slow_way() -> None:

@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import optimize
 
-from trace_ds.calibration import raking, tokens
+from trace_ds.calibration import raking, rows, tokens
 from trace_ds.calibration.patterns import Encoding, PatternStore, build_store
 from trace_ds.calibration.raking import covariance, evaluate, solve
+from trace_ds.calibration.rows import RowStore
 from trace_ds.calibration.targets import offer
 from trace_ds.calibration.tempering import temper
 
@@ -63,6 +64,38 @@ def test_agrees_with_a_brute_force_convex_solver(seed: int) -> None:
     assert brute.success
     np.testing.assert_allclose(ours, brute.x, atol=2e-4)
     assert (ours * np.log(ours)).mean() <= (brute.x * np.log(brute.x)).mean() + 1e-9
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_rows_agree_with_a_brute_force_convex_solver(seed: int, monkeypatch) -> None:
+    """One weight per row, rows of different length: scipy again minimises over the weights themselves."""
+    rng = np.random.default_rng(seed)
+    sizes = rng.integers(5, 40, 40).astype(float)
+    counts = rng.binomial(sizes.astype(int)[:, None], np.clip(rng.normal(0.4, 0.2, (40, 3)), 0.02, 0.98))
+    store = RowStore(Encoding.choose(np.arange(4)[None] < 3, 3), counts, sizes)
+    share, base = counts / sizes[:, None], sizes / sizes.sum()
+    target = 0.7 * base @ share + 0.3 * np.clip(base @ share + 0.2, 0, 0.9)
+    solution = solve(store, target)
+    assert solution.converged
+    ours = np.exp(share @ solution.point.theta_S - solution.point.log_mean)
+    brute = optimize.minimize(
+        lambda w: float(base @ (w * np.log(w))),
+        np.ones(40),
+        jac=lambda w: base * (np.log(w) + 1),
+        bounds=[(1e-9, None)] * 40,
+        constraints=[
+            {"type": "eq", "fun": lambda w: base @ w - 1.0, "jac": lambda w: base},
+            {"type": "eq", "fun": lambda w: (base * w) @ share - target, "jac": lambda w: share.T * base},
+        ],
+        method="SLSQP",
+        options={"maxiter": 2000, "ftol": 1e-14},
+    )
+    assert brute.success
+    np.testing.assert_allclose(ours, brute.x, atol=5e-4)
+    np.testing.assert_allclose((base * ours) @ share, target, atol=1e-9)
+    assert base @ ours == pytest.approx(1, abs=1e-12)
+    monkeypatch.setattr(rows, "BLOCK_VALUES", 9)  # blocks of three rows
+    np.testing.assert_allclose(solve(store, target).point.theta_S, solution.point.theta_S, atol=1e-9)
 
 
 @pytest.mark.parametrize(

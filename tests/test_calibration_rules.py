@@ -77,6 +77,37 @@ def test_each_selected_expert_comes_closer_to_its_forget_frequency(world, tmp_pa
     assert (after < before).all()
 
 
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_raking_meets_its_targets_at_its_level(world, tmp_path, level: str) -> None:
+    detection = world[2]
+    made, _, achieved_LE = run(world, tmp_path, level=level)
+    np.testing.assert_allclose(achieved_LE, made.target_LE, atol=1e-6)
+    wanted = detection.retain_LE + made.strength * (detection.forget_LE - detection.retain_LE)
+    np.testing.assert_allclose(made.target_LE, wanted, atol=1e-9)
+    assert made.strength > 0.02
+
+
+def test_ratios_that_move_an_expert_the_wrong_way_are_corrected(tmp_path) -> None:
+    """Experts 0/0 and 1/0 exclude each other on retain text; 0/0 should double and 1/0 should rise a little."""
+    kinds = [[[0], [1]]] * 4 + [[[1], [0]]] * 5 + [[[1], [1]]]  # by row: one of ten rows selects neither
+    trace = np.repeat(np.array(kinds, np.uint8), 11, axis=0)
+    token_map = token_module.TokenMap(np.arange(0, 111, 11), np.repeat(np.arange(10, dtype=np.int32), 11), 10)
+    corpus = Corpus(trace, token_map, np.zeros(10))
+    p = np.array([[0.4, 0.6], [0.5, 0.5]])
+    np.testing.assert_allclose(corpus.dense(2).mean(axis=0).reshape(2, 2), p)
+    q = np.array([[0.8, 0.2], [0.525, 0.475]])
+    selected = np.array([[True, False], [True, False]])
+    config = CalibrationConfig(rule="ratio_mean", ess_floor=0.05)
+    made = apply_rule(config, token_map, corpus.as_trace(), selected, q, p, 0, tmp_path)
+    w = np.array(made.weight_T)[corpus.counted_T]
+    achieved = (w @ corpus.dense(2) / w.sum()).reshape(2, 2)
+    assert (np.abs(achieved - q) < np.abs(p - q))[selected].all()
+    assert made.iterations > 0 and "ratios were corrected" in made.notes[0]
+    plain = np.where(corpus.dense(2)[:, 0], q[0, 0] / p[0, 0], q[1, 0] / p[1, 0])  # what the rule says literally
+    moved = (plain @ corpus.dense(2) / plain.sum()).reshape(2, 2)
+    assert abs(moved[1, 0] - q[1, 0]) > abs(p[1, 0] - q[1, 0])
+
+
 def test_inverse_goes_the_other_way_and_is_raking_upside_down(world, tmp_path) -> None:
     detection = world[2]
     (tmp_path / "a").mkdir()
@@ -150,14 +181,15 @@ def test_ratio_rules_are_flattened_to_the_floor(world, tmp_path) -> None:
     assert 0 < made.exponent < 1 and 0.97 <= ess < 0.972
 
 
+@pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("rule", ["raking", "ratio_max", "permuted"])
-def test_sharding_changes_no_bit_and_neither_does_running_again(world, tmp_path, monkeypatch, rule: str) -> None:
+def test_sharding_changes_no_bit_and_neither_does_running_again(world, tmp_path, monkeypatch, rule, level) -> None:
     monkeypatch.setattr(token_module, "CHUNK_TOKENS", 1000)
     weights = []
     for number, parts in enumerate((1, 1, 5)):
         folder = tmp_path / str(number)
         folder.mkdir()
-        weights.append(run(world, folder, parts=parts, rule=rule)[1])
+        weights.append(run(world, folder, parts=parts, rule=rule, level=level)[1])
     np.testing.assert_array_equal(weights[0], weights[1])
     np.testing.assert_array_equal(weights[0], weights[2])
 

@@ -119,6 +119,7 @@ def test_artefact_and_its_files(job, capsys) -> None:
     for expert in diagnosis["selected"]:
         assert abs(expert["achieved"] - expert["forget"]) < abs(expert["retain"] - expert["forget"])
         assert expert["ratio_low"] < expert["ratio"] < expert["ratio_high"]
+    assert 0 < diagnosis["gap_closed_by_rows"] < diagnosis["gap_closed"]
     shares = diagnosis["share_by_source"]
     assert {entry["source"] for entry in shares} == {"retain-0", "retain-1", "retain-2"}
     assert sum(entry["weight_share"] for entry in shares) == pytest.approx(1.0)

@@ -2,6 +2,8 @@
 
     python tools/bench_calibrate.py                          # 10 M tokens, 16 layers x 64 experts, top-8, 200 selected
     python tools/bench_calibrate.py --experts-in-scope all   # the same trace, all 1,024 experts
+    python tools/bench_calibrate.py --level sequence         # one weight per row of 2,048 tokens
+    python tools/bench_calibrate.py --retrieve --row-tokens 16   # 625,000 rows, scored by routing and by coverage
     python tools/bench_calibrate.py --tokens 1000000 --json
 
 The routing is synthetic with the correlations of real routing: the token's type (Zipf-distributed) decides most of the
@@ -73,14 +75,16 @@ def generate(arguments: argparse.Namespace, folder: Path) -> None:
 
 def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, object]:
     from trace_ds.calibration.diagnose import document_sums, likeness_tables, quantiles
+    from trace_ds.calibration.rows import build_row_store
     from trace_ds.calibration.rules import apply_rule
+    from trace_ds.calibration.similarity import coverage_gain, routing_similarity
     from trace_ds.calibration.tokens import TokenMap, Trace, count_selections
     from trace_ds.config.schema import CalibrationConfig
 
     def corpus(name: str) -> tuple[TokenMap, Trace]:
         trace = np.load(folder / f"{name}.npy", mmap_mode="r")
         documents = np.load(folder / f"{name}_documents.npy", mmap_mode="r")
-        starts = np.append(np.arange(0, len(trace), ROW_TOKENS), len(trace)).astype(np.int64)
+        starts = np.append(np.arange(0, len(trace), arguments.row_tokens), len(trace)).astype(np.int64)
         return TokenMap(starts, documents, int(documents[-1]) + 1), Trace((trace,))
 
     times: dict[str, float] = {}
@@ -103,7 +107,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, object]:
         scope_LE[:] = False
         difference = (forget_LE - retain_LE).ravel()
         scope_LE.flat[np.argsort(-difference, kind="stable")[: int(arguments.experts_in_scope)]] = True
-    config = CalibrationConfig(ess_floor=arguments.ess_floor)
+    config = CalibrationConfig(ess_floor=arguments.ess_floor, level=arguments.level)
     made = apply_rule(config, retain_tokens, retain_trace, scope_LE, forget_LE, retain_LE, 0, folder)
     now_s = timed("weights_s", now_s)
     achieved_LE = count_selections(retain_trace, retain_tokens, arguments.experts, made.weight_T) / counted
@@ -112,6 +116,14 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, object]:
     quantiles(made.weight_T, retain_tokens)
     timed("diagnosis_s", now_s)
     times["total_s"] = round(time.perf_counter() - began_s, 2)
+    if arguments.retrieve:
+        now_s = time.perf_counter()
+        everything_LE = np.ones(retain_LE.shape, dtype=bool)
+        routing_similarity(retain_trace, retain_tokens, everything_LE, forget_LE, retain_LE)
+        now_s = timed("retrieve_routing_s", now_s)
+        rows = build_row_store(retain_trace, retain_tokens, scope_LE, folder)
+        coverage_gain(rows, forget_LE[scope_LE], max(len(rows.sizes_R) // 10, 1))
+        timed("retrieve_coverage_s", now_s)
     return {
         "tokens": counted,
         "constraints": int(scope_LE.sum()),
@@ -137,6 +149,9 @@ def main() -> None:
     parser.add_argument("--top-k", type=int, default=8)
     parser.add_argument("--experts-in-scope", default="200", help="a number (those of largest difference) or 'all'")
     parser.add_argument("--ess-floor", type=float, default=0.5)
+    parser.add_argument("--level", choices=("token", "sequence"), default="token")
+    parser.add_argument("--row-tokens", type=int, default=ROW_TOKENS)
+    parser.add_argument("--retrieve", action="store_true", help="also time two similarities (not in total_s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--generate", type=Path, help=argparse.SUPPRESS)

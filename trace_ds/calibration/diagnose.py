@@ -211,10 +211,21 @@ def expert_rows(
     ]
 
 
+def _farther(detection: Detection, calibrated: Calibrated, reached_LE: np.ndarray, how: str) -> list[str]:
+    """A line with the selected experts whose reached frequency is farther from the forget one than p^R is, if any."""
+    before_LE = np.abs(detection.retain_LE - detection.forget_LE)
+    away_LE = np.abs(reached_LE - detection.forget_LE) > before_LE + 1e-9
+    away_LE &= calibrated.scope_LE & detection.selected_LE
+    names = [f"{layer}/{expert}" for layer, expert in zip(*np.nonzero(away_LE), strict=True)]
+    more = " ..." if len(names) > 8 else ""
+    return [f"{len(names)} selected expert(s) {how} (layer/expert): {', '.join(names[:8])}{more}"] if names else []
+
+
 def find_warnings(
     detection: Detection,
     calibrated: Calibrated,
     achieved_LE: np.ndarray,
+    drawn_LE: np.ndarray,
     likeness_D: np.ndarray | None,
     sums: DocumentSums,
     rule: str,
@@ -249,16 +260,9 @@ def find_warnings(
     if not calibrated.converged:
         found.append(f"the weights miss their targets by up to {calibrated.solve_error:.1e}")
     if not control:
-        scope = calibrated.scope_LE & detection.selected_LE
-        before = np.abs(detection.retain_LE - detection.forget_LE)
-        away = scope & (np.abs(achieved_LE - detection.forget_LE) > before + 1e-9)
-        if away.any():
-            names = [f"{layer}/{expert}" for layer, expert in zip(*np.nonzero(away), strict=True)]
-            more = " ..." if len(names) > 8 else ""
-            found.append(
-                f"{len(names)} selected expert(s) ended farther from their forget frequency than before "
-                f"(layer/expert): {', '.join(names[:8])}{more}"
-            )
+        drawn = "would end farther if rows are drawn by mean weight (calibration.level: sequence aims at rows)"
+        for q_LE, how in ((achieved_LE, "ended farther from their forget frequency than before"), (drawn_LE, drawn)):
+            found += _farther(detection, calibrated, q_LE, how)
     if calibrated.exponent < 1.0 and not control:
         found.append(
             f"the weights were raised to the power {calibrated.exponent:.3f} to keep the effective sample size"
@@ -271,6 +275,7 @@ def diagnose(
     detection: Detection,
     calibrated: Calibrated,
     achieved_LE: np.ndarray,
+    drawn_LE: np.ndarray,
     sums: DocumentSums,
     likeness_D: np.ndarray,
     tokens: TokenMap,
@@ -278,9 +283,14 @@ def diagnose(
     top_k: int,
     traced: bool,
 ) -> dict[str, Any]:
-    """The content of ``diagnosis.json`` (JSON types only)."""
-    gap = np.abs(detection.forget_LE - detection.retain_LE)[calibrated.scope_LE].sum()
-    left = np.abs(detection.forget_LE - achieved_LE)[calibrated.scope_LE].sum()
+    """The content of ``diagnosis.json`` (JSON types only).
+
+    ``achieved_LE``: frequencies under the token weights; ``drawn_LE``: where rows are drawn by their mean weight.
+    """
+    gap, left, left_drawn = (
+        float(np.abs(detection.forget_LE - q_LE)[calibrated.scope_LE].sum())
+        for q_LE in (detection.retain_LE, achieved_LE, drawn_LE)
+    )
     js = jensen_shannon_bits(detection.forget_LE, detection.retain_LE, top_k)
     after = jensen_shannon_bits(detection.forget_LE, achieved_LE, top_k)
     entropies = [entropy_bits(p, top_k) for p in (detection.forget_LE, detection.retain_LE, achieved_LE)]
@@ -300,7 +310,8 @@ def diagnose(
         "iterations": calibrated.iterations,
         "converged": calibrated.converged,
         "solve_error": calibrated.solve_error,
-        "gap_closed": float(1.0 - left / gap) if gap > 0 else 0.0,
+        "gap_closed": 1.0 - left / gap if gap > 0 else 0.0,
+        "gap_closed_by_rows": 1.0 - left_drawn / gap if gap > 0 else 0.0,
         "none_found": not bool(detection.selected_LE.any()),
         "constraints": int(calibrated.scope_LE.sum()),
         "selected": expert_rows(detection.selected_LE, detection, calibrated, achieved_LE),
@@ -328,6 +339,6 @@ def diagnose(
         "variance": weight_variance(sums),
         "alike_share": alike_share(sums, likeness_D) if traced else None,
         "warnings": find_warnings(
-            detection, calibrated, achieved_LE, likeness_D if traced else None, sums, config.rule
+            detection, calibrated, achieved_LE, drawn_LE, likeness_D if traced else None, sums, config.rule
         ),
     }

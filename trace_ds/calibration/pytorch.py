@@ -79,8 +79,8 @@ def weighted_retain_loss(
 def live_log_weights(recorder: RoutingRecorder, theta_LE: torch.Tensor) -> torch.Tensor:
     """Σ θ a under the routing just recorded, [T]: log of the unnormalised weights of each token.
 
-    The weights of the artefact use the frozen model's routing instead. Subtract log mean exp over the corpus (or a
-    running estimate of it) before use; see docs/method.md for why frozen routing is the default.
+    The weights of the artefact use the frozen model's routing instead. Subtract ``log_mean`` (both are in
+    ``calibration.safetensors``) before use; see docs/method.md for why frozen routing is the default.
     """
     layers = [recorder.layer(number)[1] for number in range(len(theta_LE))]
     theta = theta_LE.to(layers[0].device)

@@ -5,7 +5,7 @@ Shape legend: R rows with counted tokens, S constraints (layer, expert), T token
 With w constant in each row, q_s(w) = Σ_r n_r w_r p_rs / Σ_r n_r w_r, where n_r are the row's counted tokens and p_rs
 the share of them that selects expert s. Among all such weights those closest to uniform (a row counting n_r times) are
 w_r ∝ exp(Σ_s θ_s p_rs): a row's features are shares in place of a token's zeros and ones. Taking the row means of
-token weights instead loses most of the effect and can even turn its sign for some expert (our decision).
+token weights instead loses much of the effect and can even turn its sign for some expert (our decision).
 """
 
 from __future__ import annotations

@@ -44,7 +44,8 @@ def print_table(artefact: Artefact, console: Any = None) -> None:
     console.print(
         f"rule {d['rule']} ({d['level']}) over {d['constraints']} experts: lambda {d['lambda']:.3f}, effective sample "
         f"size {d['ess_fraction']:.3f} (floor {d['ess_floor']:g}; rows {d['row_ess_fraction']:.3f}), largest weight "
-        f"{d['max_weight']:.2f}, gap closed {d['gap_closed']:.1%}, {d['iterations']} iterations"
+        f"{d['max_weight']:.2f}, gap closed {d['gap_closed']:.1%} (where rows are "
+        f"drawn by their mean weight {d['gap_closed_by_rows']:.1%}), {d['iterations']} iterations"
     )
     retrieval = d["retrieval"]
     if retrieval is not None:

@@ -172,7 +172,20 @@ def open_trace(paths: list[Path], layers: int, top_k: int, tokens: int, fix: str
     return Trace(tuple(parts))
 
 
-def count_selections(trace: Trace, tokens: TokenMap, experts: int, weight_T: np.ndarray | None = None) -> np.ndarray:
+@dataclass(frozen=True)
+class RowSpread:
+    """Values of rows as if they were an array over the tokens, float64; sliced, never made whole."""
+
+    tokens: TokenMap
+    value_R: np.ndarray
+
+    def __getitem__(self, span: slice) -> np.ndarray:
+        return self.value_R[self.tokens.row_of(span.start, span.stop)]
+
+
+def count_selections(
+    trace: Trace, tokens: TokenMap, experts: int, weight_T: np.ndarray | RowSpread | None = None
+) -> np.ndarray:
     """[L, E] selections by counted tokens, int64, or their weighted sums, float64, when ``weight_T`` is given.
 
     One pass. The unweighted counts of an honest trace equal the statistics' ``counts_LE`` exactly.

@@ -65,7 +65,7 @@ def all_tables(run: RunData, others: list[RunData]) -> dict[str, Table]:
         selected_experts(run),
         layers(run),
         *weight_tables(run),
-        sources(run),
+        *sources(run),
         documents(run),
         training(run),
         curves([run, *others]),
@@ -188,7 +188,8 @@ def weight_tables(run: RunData) -> tuple[Table, Table]:
     summaries: list[list[Any]] = []
     header = ["arm", "rule", "lambda", "gap_closed", "row_ess_fraction", *counted]
     for arm, calibration in run.calibrations():
-        found = weight_histogram(calibration, run.retain.tokens if run.retain else None)
+        retrieved = calibration.diagnosis.get("retrieval") or {}
+        found = weight_histogram(calibration, retrieved.get("tokens") or (run.retain.tokens if run.retain else None))
         if found is not None:
             edges, tokens, summary = found
             bins += [
@@ -204,19 +205,25 @@ def weight_tables(run: RunData) -> tuple[Table, Table]:
     )
 
 
-def _from_diagnosis(run: RunData, name: str, title: str, header: list[str], key: str) -> Table:
-    """Rows of a list in the diagnoses; those of uniform weights say nothing and are left out."""
+def _from_diagnosis(run: RunData, name: str, title: str, header: list[str], *keys: str) -> Table:
+    """Rows of a list in the diagnoses; weights that are uniform say nothing, so those are left out."""
     rows = []
     for arm, calibration in run.calibrations():
-        entries = calibration.diagnosis.get(key) or []
-        if calibration.diagnosis.get("rule") != "uniform":
+        entries: Any = calibration.diagnosis
+        for key in keys:
+            entries = (entries or {}).get(key) or []
+        if len(keys) > 1 or calibration.diagnosis.get("rule") != "uniform":
             rows += [[arm, *map(entry.get, header[1:])] for entry in entries if isinstance(entry, dict)]
     return make(name, title, header, rows)
 
 
-def sources(run: RunData) -> Table:
+def sources(run: RunData) -> tuple[Table, Table]:
+    """Where the weight went, and what was retrieved from the pool before."""
     header = ["arm", "source", "token_share", "weight_share"]
-    return _from_diagnosis(run, "sources", "Share of the weight by source", header, "share_by_source")
+    weights = _from_diagnosis(run, "sources", "Share of the weight by source", header, "share_by_source")
+    header = ["arm", "source", "pool_share", "kept_share"]
+    name, keys = "Share of the retrieved retain rows by source", ("retrieval", "share_by_source")
+    return weights, _from_diagnosis(run, "retrieved", name, header, *keys)
 
 
 def documents(run: RunData) -> Table:

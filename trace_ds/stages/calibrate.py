@@ -18,6 +18,7 @@ from trace_ds.calibration.retrieve import describe_retrieval, retrieve
 from trace_ds.calibration.rules import Calibrated, apply_rule, scope_of
 from trace_ds.calibration.table import print_table
 from trace_ds.calibration.tokens import (
+    RowSpread,
     TokenMap,
     Trace,
     count_selections,
@@ -263,11 +264,12 @@ def write(
     weights.flush()
     del weights
     np.save(directory / "row_weights.npy", calibrated.row_weight_R)
-    achieved_LE = (
-        retain.frequency_LE
-        if trace is None
-        else count_selections(trace, tokens, retain.counts_LE.shape[1], calibrated.weight_T) / tokens.counted_total()
-    )
+    achieved_LE = drawn_LE = retain.frequency_LE
+    if trace is not None:
+        experts, counted = retain.counts_LE.shape[1], tokens.counted_total()
+        achieved_LE = count_selections(trace, tokens, experts, calibrated.weight_T) / counted
+        drawn_LE = count_selections(trace, tokens, experts, RowSpread(tokens, calibrated.row_weight_R))
+        drawn_LE = drawn_LE * (retain.top_k / drawn_LE.sum(axis=1, keepdims=True))
     tensors = {
         "theta_LE": calibrated.theta_LE,
         "selected_LE": detection.selected_LE.astype(np.uint8),
@@ -292,6 +294,7 @@ def write(
         detection,
         calibrated,
         achieved_LE,
+        drawn_LE,
         sums,
         likeness_D,
         tokens,
