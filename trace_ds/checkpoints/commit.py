@@ -17,10 +17,11 @@ from typing import Any
 from trace_ds.checkpoints.manifest import (
     Manifest,
     complete_steps,
-    newest_complete,
     point_latest,
     read_manifest,
     step_name,
+    verify,
+    wrong_latest,
 )
 from trace_ds.errors import UserError
 from trace_ds.parallel.world import World
@@ -84,55 +85,68 @@ def prune(checkpoints: Path, keep: int, keep_every: int | None) -> list[int]:
     return doomed
 
 
-def choose(checkpoints: Path, job: str, resume: str) -> tuple[Manifest | None, list[str]]:
-    """The checkpoint to resume from (None: start at step 0) and loud lines about damaged ones.
+def choose(world: World, checkpoints: Path, job: str, resume: str) -> tuple[Manifest | None, list[str]]:
+    """The checkpoint to resume from (None: start at step 0) and loud lines about damaged ones (collective).
+
+    Every file of the newest complete checkpoint is hashed, the ranks sharing the work; a damaged one is named and the
+    next older one is tried.
 
     Args:
         job: identity of this job; a checkpoint of another job is refused.
         resume: ``auto``, ``required`` (no checkpoint is an error) or ``never`` (existing ones are deleted).
     """
     if resume == "never":
-        for old in complete_steps(checkpoints)[0]:
-            shutil.rmtree(checkpoints / step_name(old))
-        (checkpoints / "latest").unlink(missing_ok=True)
+        if world.is_main:
+            for path in checkpoints.glob("step_*"):
+                shutil.rmtree(path)
+            (checkpoints / "latest").unlink(missing_ok=True)
         return None, []
-    step, problems = newest_complete(checkpoints, hashes=True)
-    if step is None:
-        if resume == "required":
-            found = f" ({problems[0]})" if problems else ""
-            raise UserError(
-                f"there is no complete checkpoint to resume from{found}",
-                str(checkpoints),
-                "use unlearning.resume: auto",
-            )
-        return None, problems
-    manifest = read_manifest(checkpoints / step_name(step))
-    if manifest.job != job:
+    steps, problems = world.broadcast(complete_steps(checkpoints) if world.is_main else ([], []))
+    while steps:
+        manifest = read_manifest(checkpoints / step_name(steps[-1]))
+        damage = world.gather(_damage(checkpoints, manifest, world))
+        lines = [line for line in damage if line]
+        if not lines:
+            break
+        problems.append(lines[0])
+        steps.pop()
+    problems += world.broadcast(wrong_latest(checkpoints, steps) if world.is_main else [])
+    chosen = read_manifest(checkpoints / step_name(steps[-1])) if steps else None
+    world.agree(lambda: _check_job(checkpoints, chosen, job, resume, problems))
+    if chosen is not None and problems:
+        problems.append(f"resuming from the newest complete checkpoint, step {chosen.step}")
+    return chosen, problems
+
+
+def _check_job(checkpoints: Path, chosen: Manifest | None, job: str, resume: str, problems: list[str]) -> None:
+    if chosen is None and resume == "required":
+        found = f" ({problems[0]})" if problems else ""
+        raise UserError(
+            f"there is no complete checkpoint to resume from{found}", str(checkpoints), "use unlearning.resume: auto"
+        )
+    if chosen is not None and chosen.job != job:
         raise UserError(
             "this checkpoint belongs to another job (its model, data, calibration, seed or settings differ)",
-            str(checkpoints / step_name(step)),
+            str(checkpoints / step_name(chosen.step)),
             "choose another --run-dir, or start over with --set unlearning.resume=never",
         )
-    if problems:
-        problems.append(f"resuming from the newest complete checkpoint, step {step}")
-    return manifest, problems
 
 
-def check_shape(manifest: Manifest, world_size: int, ep: int, zero_stage: int, checkpoints: Path) -> None:
-    """A ZeRO checkpoint is read by the same number of ranks, expert-parallel size and stage that wrote it."""
-    wrote = (manifest.world, manifest.ep, manifest.zero_stage)
-    if wrote != (world_size, ep, zero_stage):
-        raise UserError(
-            f"the checkpoint was written by world size {wrote[0]}, expert-parallel size {wrote[1]}, "
-            f"ZeRO stage {wrote[2]}; this job has {world_size}, {ep}, {zero_stage}",
-            str(checkpoints / step_name(manifest.step)),
-            "resume with the same shape, or start over with --set unlearning.resume=never",
-        )
+def _damage(checkpoints: Path, manifest: Manifest, world: World) -> str:
+    """What is wrong with this rank's share of the files (empty: nothing)."""
+    try:
+        verify(checkpoints / step_name(manifest.step), manifest, hashes=True, part=world.rank, parts=world.size)
+    except UserError as error:
+        return error.line()
+    return ""
 
 
 def restore(engine: Any, checkpoints: Path, manifest: Manifest) -> None:
     """Load a verified checkpoint into the engine; DeepSpeed's silent (None, None) is an error."""
-    name = step_name(manifest.step)
-    path, state = engine.load_checkpoint(str(checkpoints), tag=name)
-    if path is None or state is None or state.get("trace_ds_step") != manifest.step:
-        raise RuntimeError(f"DeepSpeed did not load {checkpoints / name}")
+    load(engine, checkpoints, step_name(manifest.step), manifest.step)
+
+
+def load(engine: Any, folder: Path, tag: str, step: int) -> None:
+    path, state = engine.load_checkpoint(str(folder), tag=tag)
+    if path is None or state is None or state.get("trace_ds_step") != step:
+        raise RuntimeError(f"DeepSpeed did not load {folder / tag}")

@@ -73,10 +73,13 @@ def read_manifest(directory: Path) -> Manifest:
         raise UserError(f"the manifest is damaged ({error})", str(path), "use another step") from None
 
 
-def verify(directory: Path, manifest: Manifest, *, hashes: bool) -> None:
-    """Compare every file with the manifest: sizes always, SHA-256 when ``hashes``; names the first bad file."""
+def verify(directory: Path, manifest: Manifest, *, hashes: bool, part: int = 0, parts: int = 1) -> None:
+    """Compare every file with the manifest: sizes always, SHA-256 when ``hashes``; names the first bad file.
+
+    With ``parts``, only every ``parts``-th file from ``part`` on, so that processes share the work.
+    """
     fix = "restore the file, or use another step"
-    for name, expected in sorted(manifest.files.items()):
+    for name, expected in sorted(manifest.files.items())[part::parts]:
         path = directory / name
         if not path.is_file():
             raise UserError("a file of the checkpoint is missing", str(path), fix)
@@ -87,36 +90,40 @@ def verify(directory: Path, manifest: Manifest, *, hashes: bool) -> None:
             raise UserError("the file was altered after it was written (SHA-256 differs)", str(path), fix)
 
 
-def complete_steps(checkpoints: Path, *, hashes: bool = False) -> tuple[list[int], list[str]]:
-    """(steps of the complete checkpoints, ascending; one line for each damaged or incomplete directory)."""
+def complete_steps(checkpoints: Path) -> tuple[list[int], list[str]]:
+    """(steps of the checkpoints complete by size, ascending; one line for each damaged or incomplete directory)."""
     steps, problems = [], []
     for path in sorted(checkpoints.glob("step_*")) if checkpoints.is_dir() else []:
         match = STEP.fullmatch(path.name)
         if match is None or not path.is_dir():
             continue
         try:
-            verify(path, read_manifest(path), hashes=hashes)
+            verify(path, read_manifest(path), hashes=False)
             steps.append(int(match[1]))
         except UserError as error:
             problems.append(error.line())
     return sorted(steps), problems
 
 
-def newest_complete(checkpoints: Path, *, hashes: bool = False) -> tuple[int | None, list[str]]:
-    """The newest complete step (None: there is none) and what is wrong with newer ones and with ``latest``.
+def newest_complete(checkpoints: Path) -> tuple[int | None, list[str]]:
+    """The newest complete step by sizes (None: there is none) and what is wrong with other steps and with ``latest``.
 
     ``latest`` is a hint for people and for other tools; completeness is what counts, so an empty or wrong ``latest``
     is reported and survived.
     """
-    steps, problems = complete_steps(checkpoints, hashes=hashes)
-    newest = steps[-1] if steps else None
+    steps, problems = complete_steps(checkpoints)
+    return (steps[-1] if steps else None), problems + wrong_latest(checkpoints, steps)
+
+
+def wrong_latest(checkpoints: Path, steps: list[int]) -> list[str]:
+    """A line about a ``latest`` that names none of the complete ``steps``; empty when all is well."""
     pointer = checkpoints / LATEST
-    if pointer.is_file():
-        named = pointer.read_text(encoding="utf-8", errors="replace").strip()
-        match = STEP.fullmatch(named)
-        if match is None or int(match[1]) not in steps:
-            problems.append(f"{pointer}: names {named!r}, which is not a complete checkpoint")
-    return newest, problems
+    if not pointer.is_file():
+        return []
+    named = pointer.read_text(encoding="utf-8", errors="replace").strip()
+    match = STEP.fullmatch(named)
+    known = match is not None and int(match[1]) in steps
+    return [] if known else [f"{pointer}: names {named!r}, which is not a complete checkpoint"]
 
 
 def point_latest(checkpoints: Path, step: int) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from trace_ds.conversion.convert import Plan
-from trace_ds.conversion.layouts import ROUTER_TWICE, fused_to_engine, moe_prefixes
+from trace_ds.conversion.layouts import ROUTER_TWICE, fused_to_engine, layer_metadata, moe_prefixes
 from trace_ds.conversion.runs import TensorSource
 from trace_ds.conversion.safetensors_target import DTYPE_NAMES
 from trace_ds.conversion.stream import Progress, warnings_of
@@ -36,7 +36,7 @@ def write_expert_parallel(plan: Plan, work: Path, *, jobs: int, progress: Progre
     for number, prefix in enumerate(prefixes):
         weights = {weight: engine.pop(f"{prefix}.experts.{weight}") for weight in ("w1", "w2", "w3")}
         experts = weights["w1"].shape[0]
-        layers.append(_layer_metadata(number, prefix, experts))
+        layers.append(layer_metadata(number, prefix, experts))
         for expert in range(experts):
             one = {
                 f"{prefix}.experts.{weight}.{expert}": _streamed(plan, _expert(source, expert))
@@ -101,30 +101,3 @@ def _expert(source: TensorSource, expert: int) -> TensorSource:
     each = source.numel // source.shape[0]
     runs = tuple(source.slice_runs(expert * each, each))
     return TensorSource(f"{source.name}.{expert}", shape, source.dtype, runs)
-
-
-def _layer_metadata(number: int, prefix: str, experts: int) -> dict[str, Any]:
-    """What DeepSpeed writes of an MoE layer when one rank holds all experts."""
-    placement = {
-        "version": 1,
-        "num_experts": experts,
-        "ep_size": 1,
-        "ranks": [{"rank": 0, "experts": list(range(experts))}],
-    }
-    return {
-        "moe_layer_id": number,
-        "module_path": prefix,
-        "num_experts": experts,
-        "num_local_experts": experts,
-        "ep_size": 1,
-        "expert_placement": placement,
-        "expert_key_prefix": f"{prefix}.experts",
-        "checkpoint_format": "per_expert_files",
-        "checkpoint_format_version": None,
-        "ep_group_name": "ep_size_1",
-        "ep_rank": 0,
-        "expert_data_parallel_rank": 0,
-        "expert_data_parallel_world_size": 1,
-        "global_expert_start": 0,
-        "global_expert_end": experts,
-    }

@@ -11,12 +11,14 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from trace_ds.conversion.checkpoint import MODEL_FILE, RANK_FILE, Checkpoint
+from trace_ds.conversion.layouts import engine_to_fused, fused_to_engine, layer_metadata, moe_prefixes, read_layout
 from trace_ds.conversion.partitions import autoep_layers, damaged, engine_dtype, expert_weights
 from trace_ds.conversion.runs import Run, TensorSource, from_lazy, make_source
 from trace_ds.conversion.safetensors_target import DTYPE_NAMES
@@ -98,8 +100,41 @@ def _frozen(directory: Path, model_files: list[str], name: str, shape: tuple[int
     return make_source(name, shape, runs)
 
 
-def write_universal(checkpoint: Checkpoint, work: Path, *, jobs: int, progress: Progress | None) -> dict[str, Any]:
+def renamed(checkpoint: Checkpoint, base_model: Path, *, autoep: bool) -> Checkpoint:
+    """The same checkpoint, moments too, under the names of an engine with AutoEP or of one without.
+
+    Only names and cuts change, no data is read. The hyperparameter groups of the two engines differ in number
+    (AutoEP sets experts apart), which is left to the reader of the folder.
+
+    Args:
+        base_model: directory with the model's ``config.json``.
+    """
+    if bool(checkpoint.layers) == autoep:
+        return checkpoint
+    layout = read_layout(base_model)
+    change = fused_to_engine if autoep else engine_to_fused
+    layers = []
+    if autoep:
+        for number, prefix in enumerate(moe_prefixes(layout)):
+            layers.append(layer_metadata(number, prefix, layout.fused[f"{prefix}.experts.gate_up_proj"][0]))
+    moments = {key: change(layout, held) for key, held in checkpoint.moments.items()}
+    return replace(checkpoint, tensors=change(layout, checkpoint.tensors), moments=moments, layers=layers)
+
+
+def write_universal(
+    checkpoint: Checkpoint,
+    work: Path,
+    *,
+    jobs: int,
+    progress: Progress | None,
+    part: int = 0,
+    parts: int = 1,
+) -> dict[str, Any]:
     """A universal folder ``work/STEP`` and ``work/latest_universal``; the tensors' part of the report.
+
+    Args:
+        part, parts: write only every ``parts``-th file, from ``part`` on, so that several processes share the work;
+            the folder is whole when all have returned.
 
     Raises:
         UserError: the source has no optimizer states (a Hugging Face model, stage 0, or a job that made no step).
@@ -115,8 +150,8 @@ def write_universal(checkpoint: Checkpoint, work: Path, *, jobs: int, progress: 
     experts = expert_weights(checkpoint.layers)
     trained = checkpoint.moments["exp_avg"]
     archives: list[StreamedArchive] = []
-    step = _step_source(checkpoint, folder)
-    for name in trained:
+    step = _step_source(checkpoint, folder, part)
+    for name in sorted(trained)[part::parts]:
         states = {"fp32": checkpoint.tensors, **checkpoint.moments}
         for key, sources in states.items():
             source = _renamed(sources[name], f"{name}/{key}")
@@ -126,12 +161,13 @@ def write_universal(checkpoint: Checkpoint, work: Path, *, jobs: int, progress: 
             archives.append(StreamedArchive(folder / "zero" / name / f"{key}.pt", state))
         if checkpoint.zero_stage != 3:
             archives.append(StreamedArchive(folder / "zero" / name / "step.pt", Streamed(step, torch.float32, ())))
-    archives.append(StreamedArchive(folder / "zero" / "optimizer_state.pt", _optimizer_state(checkpoint, step)))
-    for name in _model_files(checkpoint):
+    if part == 0:
+        archives.append(StreamedArchive(folder / "zero" / "optimizer_state.pt", _optimizer_state(checkpoint, step)))
+        (work / "latest_universal").write_text(tag, encoding="utf-8")
+    for name in sorted(_model_files(checkpoint))[part::parts]:
         shutil.copyfile(checkpoint.path / name, folder / name)
-    (work / "latest_universal").write_text(tag, encoding="utf-8")
     results = stream_archives(archives, work, jobs, progress)
-    (folder / STEP_FILE).unlink()
+    (folder / f"{STEP_FILE}-{part}").unlink()
     parameters = [(task, result) for task, result in results if task.source.name != STEP_FILE]
     return {
         "dtype": "fp32",
@@ -177,7 +213,7 @@ def _optimizer(checkpoint: Checkpoint) -> tuple[dict[str, Any], dict[str, Any]]:
     return state, state.get("optimizer_state_dict") or state.get("base_optimizer_state") or state
 
 
-def _step_source(checkpoint: Checkpoint, folder: Path) -> TensorSource:
+def _step_source(checkpoint: Checkpoint, folder: Path, part: int) -> TensorSource:
     """The optimizer's step as a tensor of no dimensions, in a file that is deleted again."""
     _, base = _optimizer(checkpoint)
     step: Any = checkpoint.step or 0
@@ -187,7 +223,7 @@ def _step_source(checkpoint: Checkpoint, folder: Path) -> TensorSource:
             break
     value = float(step.load()) if isinstance(step, LazyTensor) else float(step)
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / STEP_FILE
+    path = folder / f"{STEP_FILE}-{part}"
     path.write_bytes(torch.tensor(value, dtype=torch.float32).numpy().tobytes())
     storage = Storage(path, STEP_FILE, 0, 1, torch.float32)
     return TensorSource(STEP_FILE, (), torch.float32, (Run(storage, 0, 1),))
@@ -200,6 +236,10 @@ def _optimizer_state(checkpoint: Checkpoint, step: TensorSource) -> dict[str, An
     """
     zero, base = _optimizer(checkpoint)
     groups = [{key: _plain(value) for key, value in group.items()} for group in base.get("param_groups") or []]
+    if (
+        checkpoint.layers and len(groups) == 1
+    ):  # renamed from an engine without AutoEP, which does not set experts apart
+        groups *= 2
     keep = ("dynamic_loss_scale", "overflow", "clip_grad", "partition_count", "ds_version")
     state: dict[str, Any] = {key: _plain(zero[key]) for key in keep if key in zero}
     state["zero_stage"] = plain_number(zero.get("zero_stage", 1))

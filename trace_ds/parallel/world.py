@@ -85,6 +85,17 @@ class World:
             raise AgreedError
         return result
 
+    def agree_all(self, work: Callable[[], None]) -> None:
+        """Run ``work`` on every rank; if any rank's user error or operating-system error (a full disk) ends it, every
+        rank leaves: that rank with its error, the others with the same exit status, silently."""
+        error: UserError | OSError | None = None
+        try:
+            work()
+        except (UserError, OSError) as found:
+            error = found
+        if self.max_int(int(error is not None)):
+            raise error if error is not None else AgreedError
+
     def broadcast_agreed(self, make: Callable[[], T]) -> T:
         """Run ``make`` on the main process and return its plain-data result on every rank; errors as in agree."""
         result = self.agree(lambda: [make()])

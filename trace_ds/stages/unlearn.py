@@ -20,7 +20,17 @@ if TYPE_CHECKING:
     from trace_ds.unlearning.batches import Batches
 
 # Settings that change when and how the job works, but not what it computes.
-OPERATIONAL = {"steps", "save_every", "keep", "keep_every", "resume", "log_every", "micro_batch_rows", "ds_config"}
+OPERATIONAL = {
+    "steps",
+    "save_every",
+    "keep",
+    "keep_every",
+    "resume",
+    "log_every",
+    "micro_batch_rows",
+    "zero_stage",
+    "ds_config",
+}
 
 
 @dataclass(frozen=True)
@@ -93,7 +103,7 @@ def unlearn(config: Config, run: RunDirectory, world: World) -> None:
     Raises:
         StopRequested: stopped on request; a complete checkpoint was saved.
     """
-    from trace_ds.checkpoints import commit
+    from trace_ds.checkpoints import commit, elastic
     from trace_ds.run.log import stage_log
     from trace_ds.unlearning.assemble import make_objective
     from trace_ds.unlearning.engine import training_engine
@@ -105,9 +115,10 @@ def unlearn(config: Config, run: RunDirectory, world: World) -> None:
     if world.broadcast(job.done(config, run) if world.is_main else False):
         return
     settings = config.unlearning
-    checkpoint, problems = world.broadcast_agreed(
-        lambda: _choose(config, run, job, world)  # hashes every shard, on the main process only
-    )
+    checkpoint, problems = commit.choose(world, run.checkpoints, job.identity, settings.resume)
+    shape = (world.size, config.distributed.ep, settings.zero_stage)
+    if checkpoint is not None:
+        world.agree(lambda: elastic.check_stage(checkpoint, settings.zero_stage, run.checkpoints))
     with stage_log(run, "unlearn", enabled=world.is_main) as log:
         for problem in problems:
             log.line(f"WARNING {problem}")
@@ -116,10 +127,18 @@ def unlearn(config: Config, run: RunDirectory, world: World) -> None:
         engine = training_engine(config, job.info, world, batches.micro_batches_per_step(world.size))
         cursor = checkpoint.cursor if checkpoint else {"step": 0, "seed": config.seed}
         objective, cursor = make_objective(config, job.info, world, batches, cursor)
-        manifest = checkpoint or _first_manifest(config, job, world, cursor)
-        if checkpoint is not None:
+        manifest = _manifest(config, job, world, checkpoint.step if checkpoint else 0, cursor)
+        if checkpoint is not None and (checkpoint.world, checkpoint.ep, checkpoint.zero_stage) == shape:
             commit.restore(engine, run.checkpoints, checkpoint)
             log.line(f"resumed after step {checkpoint.step}")
+        elif checkpoint is not None:
+            log.line(
+                f"the checkpoint of step {checkpoint.step} was written by world size {checkpoint.world}, "
+                f"expert-parallel size {checkpoint.ep}: converting it"
+            )
+            autoep = config.distributed.ep > 1
+            elastic.restore(engine, world, run.checkpoints, checkpoint, autoep=autoep, base_model=job.info.path)
+            log.line(f"resumed after step {checkpoint.step} on world size {shape[0]}, expert-parallel size {shape[1]}")
         weights = make_weights(settings, job.calibration, engine.module, world.device, cursor)
         log.line(
             f"{settings.forget_loss}, {settings.weights} weights by {settings.apply}, alpha {settings.alpha:g}, "
@@ -127,16 +146,6 @@ def unlearn(config: Config, run: RunDirectory, world: World) -> None:
         )
         train(engine, world, batches, objective, weights, settings, run, manifest, log)
         log.line(f"done: {run.checkpoints / step_name(settings.steps)}")
-
-
-def _choose(config: Config, run: RunDirectory, job: UnlearnJob, world: World) -> tuple[Manifest | None, list[str]]:
-    from trace_ds.checkpoints import commit
-
-    checkpoint, problems = commit.choose(run.checkpoints, job.identity, config.unlearning.resume)
-    if checkpoint is not None:
-        shape = (world.size, config.distributed.ep, config.unlearning.zero_stage)
-        commit.check_shape(checkpoint, *shape, run.checkpoints)
-    return checkpoint, problems
 
 
 def make_batches(config: Config, job: UnlearnJob) -> Batches:
@@ -156,13 +165,13 @@ def make_batches(config: Config, job: UnlearnJob) -> Batches:
     return Batches(config, forget, retain, token_weights, row_weights_R, nll)
 
 
-def _first_manifest(config: Config, job: UnlearnJob, world: World, cursor: dict[str, Any]) -> Manifest:
+def _manifest(config: Config, job: UnlearnJob, world: World, step: int, cursor: dict[str, Any]) -> Manifest:
     import deepspeed
     import torch
     import transformers
 
     return Manifest(
-        step=0,
+        step=step,
         world=world.size,
         ep=config.distributed.ep,
         zero_stage=config.unlearning.zero_stage,
