@@ -27,6 +27,47 @@ def unlearn_job(world: Any, config: str, run_dir: str, overrides: list[str]) -> 
     unlearn(loaded, RunDirectory.at(directory), world)
 
 
+def unlearn_jobs(world: Any, config: str, runs: list[tuple[str, list[str]]]) -> list[str]:
+    """Several jobs of one shape in one process group, one after the other; the error of each (empty: none)."""
+    errors = []
+    for run_dir, overrides in runs:
+        try:
+            unlearn_job(world, config, run_dir, overrides)
+            errors.append("")
+        except Exception as error:
+            errors.append(f"{type(error).__name__}: {error}")
+        world.barrier()
+    return errors
+
+
+def brute_force_scores(model_path: Path, original_path: Path, arrow: Path, rows: list[int]) -> dict[str, float]:
+    """Mean NLL and top-k overlap with the original model on some rows, by plain transformers, a document at a time."""
+    import torch
+    from torch.nn import functional
+    from transformers import AutoModelForCausalLM
+
+    from trace_ds.corpora.dataset import TokenDataset
+
+    models = [
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval() for path in (model_path, original_path)
+    ]
+    dataset, nll, tokens, common, slots = TokenDataset.open(arrow), 0.0, 0, 0, 0
+    for number in rows:
+        row = dataset.row(number)
+        for document in np.unique(row.document_ids):
+            ids = torch.tensor(row.input_ids[row.document_ids == document].astype(np.int64))[None]
+            if ids.shape[1] < 2:
+                continue
+            with torch.no_grad():
+                found, before = (model(input_ids=ids, output_router_logits=True) for model in models)
+            nll += float(functional.cross_entropy(found.logits[0, :-1].double(), ids[0, 1:], reduction="sum"))
+            tokens += ids.shape[1] - 1
+            for one, other in zip(found.router_logits, before.router_logits, strict=True):
+                for a, b in zip(one[:-1].topk(2).indices.tolist(), other[:-1].topk(2).indices.tolist(), strict=True):
+                    common, slots = common + len(set(a) & set(b)), slots + 2
+    return {"nll": nll / tokens, "overlap": common / slots}
+
+
 def brute_force_routing(model_path: Path, arrow: Path, top_k: int) -> dict[str, np.ndarray]:
     """Counts by plain transformers, one document piece at a time, from the router logits; no code of ours but the rows.
 

@@ -18,7 +18,7 @@ from typing import Annotated, Optional
 import typer
 
 from trace_ds import __version__
-from trace_ds.errors import EXIT_STOPPED, StopRequested, UserError
+from trace_ds.errors import EXIT_STOPPED, JobFailed, StopRequested, UserError
 
 app = typer.Typer(
     name="trace-ds",
@@ -45,6 +45,8 @@ def main() -> None:
         status = app(arguments, standalone_mode=False)
     except UserError as error:
         _fail(error.line(), error.exit_status)
+    except JobFailed as error:
+        _fail(str(error), error.exit_status)
     except StopRequested as error:
         print(f"trace-ds: {error}", file=sys.stderr)
         sys.exit(EXIT_STOPPED)

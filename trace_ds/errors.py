@@ -1,4 +1,4 @@
-"""The two ways a stage may end early on purpose; everything else is a bug and shows its traceback.
+"""The ways a stage may end early on purpose; everything else is a bug and shows its traceback.
 
 Exit status is part of the command line's contract: 0 done, 2 the user's input is wrong, 75 stopped on
 request with a complete checkpoint, anything else a failure.
@@ -31,6 +31,12 @@ class UserError(Exception):
         if self.fix:
             text = f"{text.rstrip('.')}. Fix: {self.fix}"
         return " ".join(text.split())
+
+
+class JobFailed(RuntimeError):
+    """The computation itself went wrong (a loss that is not finite, a collapsing model): one line; exit status 1."""
+
+    exit_status = 1
 
 
 class StopRequested(Exception):

@@ -31,12 +31,10 @@ from trace_ds.errors import UserError
 from trace_ds.models.files import CONFIG_NAME, read_json_object, read_model_config
 
 HEAD_CHUNK_TOKENS = 4096  # `collect` computes logits in pieces of so many tokens
-RECOMPUTE = False  # the training job keeps all activations (no activation checkpointing)
 MAX_ROWS = 4096  # no search for a larger micro-batch than this
 
 ASSUMPTIONS = (
     "every parameter is trained (ZeRO-3 with AutoEP cannot save frozen experts)",
-    "activations are kept for the backward pass, not recomputed",
     "RMU runs the whole model forward, but its backward pass and its frozen copy end at its layer",
     "routed tokens are spread evenly for time, 1.5 times the mean on the busiest GPU for memory",
     "compute utilisation: measured on one H100; links: rated speed x 0.7, not measured",
@@ -211,7 +209,7 @@ def _collect(job: Job, ep: int) -> StagePlan:
     )
 
 
-def _unlearn_memory(job: Job, ep: int, stage: int, rows: int, recompute: bool = RECOMPUTE) -> memory.Memory:
+def _unlearn_memory(job: Job, ep: int, stage: int, rows: int, recompute: bool | None = None) -> memory.Memory:
     return memory.unlearn_memory(
         job.a,
         world=job.spec.world,
@@ -221,7 +219,7 @@ def _unlearn_memory(job: Job, ep: int, stage: int, rows: int, recompute: bool = 
         context=job.context,
         b=job.b,
         rmu_layers=job.rmu_layers,
-        recompute=recompute,
+        recompute=job.config.unlearning.recompute if recompute is None else recompute,
     )
 
 
@@ -238,7 +236,7 @@ def _unlearn(job: Job, ep: int, stage: int) -> StagePlan:
         tokens=tokens,
         b=job.b,
         rmu_layers=rmu_layers,
-        recompute=RECOMPUTE,
+        recompute=job.config.unlearning.recompute,
     )
     every = cost.forward_flops_per_token(a, job.context, head=rmu_layers is None)
     back = every if rmu_layers is None else cost.forward_flops_per_token(a, job.context, layers=rmu_layers, head=False)
@@ -300,6 +298,8 @@ def _warnings(job: Job, result: Plan) -> list[str]:
     for name, stage in (("collect", result.collect), ("unlearn", result.unlearn)):
         if not stage.fits:
             needs = f"{name} needs {stage.memory.peak_bytes / GB:.0f} GB of {usable}"
+            if name == "unlearn" and not settings.recompute and result.recomputed_peak_bytes <= spec.usable_bytes:
+                needs += " (it fits with unlearning.recompute)"
             if stage.largest_rows:
                 key = "statistics.batch_rows" if name == "collect" else "unlearning.micro_batch_rows"
                 warnings.append(f"{needs}: set {key} to {stage.largest_rows} or less")

@@ -153,6 +153,38 @@ class OnlineWeightsConfig(Section):
     decay: float = Field(0.1, ge=0, description="Pulls theta back to 0 (uniform weights).")
 
 
+class EvaluateConfig(Section):
+    """Scores while training, on the sharded model: NLL and routing of fixed rows of both corpora."""
+
+    every: int | None = Field(None, ge=1, description="Steps between evaluations; default: none.")
+    rows: int = Field(32, ge=1, description="Rows of each corpus, evenly spaced; the same ones each time.")
+    target_forget_nll: float | None = Field(
+        None,
+        gt=0,
+        description="End the job, with a checkpoint, when the forget rows' mean NLL (nats a token) is at least this.",
+    )
+
+
+class GuardsConfig(Section):
+    """What to do when an evaluation finds that the model is breaking down."""
+
+    max_retain_ratio: float | None = Field(
+        None, gt=1, description="Bound on the retain rows' NLL, in units of the frozen model's; default: none."
+    )
+    min_retain_overlap: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Least share of the retain tokens' top-k experts that are still the frozen model's; default: none.",
+    )
+    action: Literal["stop", "back_off"] = Field(
+        "stop",
+        description="stop: end as a failure, the last checkpoint stands; back_off: halve the learning rate, and stop "
+        "when max_back_offs halvings did not help.",
+    )
+    max_back_offs: int = Field(3, ge=1)
+
+
 class UnlearningConfig(Section):
     forget_loss: Literal["rmu", "graddiff", "npo", "simnpo"] = "rmu"
     alpha: float = Field(1.0, ge=0, description="Weight of the retain loss.")
@@ -180,6 +212,13 @@ class UnlearningConfig(Section):
     rmu: RMUConfig = RMUConfig()
     npo: NPOConfig = NPOConfig()
     simnpo: SimNPOConfig = SimNPOConfig()
+    recompute: bool = Field(
+        False,
+        description="Keep only each decoder layer's input and compute its activations again in the backward pass: much "
+        "less memory for a third more compute (`trace-ds plan` shows both).",
+    )
+    evaluate: EvaluateConfig = EvaluateConfig()
+    guards: GuardsConfig = GuardsConfig()
     save_every: int = Field(50, ge=1, description="Steps between checkpoints; the last step is always saved.")
     keep: int = Field(2, ge=2, description="Checkpoints kept; never fewer than the newest two.")
     keep_every: int | None = Field(None, ge=1, description="Steps that are a multiple of this are never pruned.")
@@ -298,6 +337,16 @@ class Config(Section):
             raise ValueError(
                 f"unlearning.weights live needs a calibration.rule that has a theta, not {self.calibration.rule}"
             )
+        evaluate, guards = self.unlearning.evaluate, self.unlearning.guards
+        for key, value in (
+            ("evaluate.target_forget_nll", evaluate.target_forget_nll),
+            ("guards.max_retain_ratio", guards.max_retain_ratio),
+            ("guards.min_retain_overlap", guards.min_retain_overlap),
+        ):
+            if value is not None and evaluate.every is None:
+                raise ValueError(f"unlearning.{key} needs unlearning.evaluate.every")
+        if guards.min_retain_overlap is not None and not self.statistics.trace:
+            raise ValueError("unlearning.guards.min_retain_overlap needs statistics.trace: true")
         for name, changes in self.variants.items():
             for key in changes:
                 if key.split(".")[0] not in ("calibration", "unlearning", "conversion"):

@@ -46,9 +46,16 @@ class StageLog:
 
     def scalars(self, step: int, **values: float) -> None:
         """Numbers of a step, into the JSONL log and TensorBoard."""
+        self._numbers("step", step, values)
+
+    def evaluation(self, step: int, **values: float) -> None:
+        """Numbers of an evaluation after a step, likewise."""
+        self._numbers("evaluation", step, values)
+
+    def _numbers(self, kind: str, step: int, values: dict[str, float]) -> None:
         if self._file is None:
             return
-        self.event("step", step=step, **values)
+        self.event(kind, step=step, **values)
         if self._writer is None and self._tb is not None:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -67,7 +74,7 @@ class StageLog:
         for text in self._path.read_text(encoding="utf-8").splitlines():
             with contextlib.suppress(ValueError):  # a torn last line of a killed job
                 record = json.loads(text)
-                if record.get("event") != "step" or record["step"] <= step:
+                if record.get("event") not in ("step", "evaluation") or record["step"] <= step:
                     kept.append(text + "\n")
         self._file.close()
         write_text(self._path, "".join(kept))

@@ -106,7 +106,8 @@ def _choose(config: Config, run: RunDirectory) -> tuple[Path, list[str]]:
     if step is None:
         found = f" ({problems[0]})" if problems else ""
         raise UserError(f"there is no complete checkpoint{found}", str(run.checkpoints), fix)
-    if step < config.unlearning.steps:
+    reached = read_manifest(run.checkpoints / step_name(step)).cursor.get("reached_forget_nll")
+    if step < config.unlearning.steps and reached is None:
         problems.append(f"the newest complete checkpoint is of step {step} of {config.unlearning.steps}")
     return run.checkpoints / step_name(step), problems
 

@@ -18,6 +18,7 @@ from trace_ds.run.files import canonical_json, sha256_text
 if TYPE_CHECKING:
     from trace_ds.parallel.world import World
     from trace_ds.unlearning.batches import Batches
+    from trace_ds.unlearning.watch import Evaluator
 
 # Settings that change when and how the job works, but not what it computes.
 OPERATIONAL = {
@@ -29,7 +30,10 @@ OPERATIONAL = {
     "log_every",
     "micro_batch_rows",
     "zero_stage",
+    "recompute",
     "ds_config",
+    "evaluate",
+    "guards",
 }
 
 
@@ -41,14 +45,18 @@ class UnlearnJob:
     data: artefact.Artefact
     calibration: artefact.Artefact
     forget_statistics: artefact.Artefact | None
+    traces: dict[str, artefact.Artefact]
     identity: str
 
     def done(self, config: Config, run: RunDirectory) -> bool:
-        """Whether the last step of this very job is there, complete."""
+        """Whether the last step of this very job is there, complete, or one that reached the forgetting target."""
         step, _ = newest_complete(run.checkpoints)
-        if step is None or step < config.unlearning.steps or config.unlearning.resume == "never":
+        if step is None or config.unlearning.resume == "never":
             return False
-        return read_manifest(run.checkpoints / step_name(step)).job == self.identity
+        manifest = read_manifest(run.checkpoints / step_name(step))
+        target = config.unlearning.evaluate.target_forget_nll
+        reached = target is not None and manifest.cursor.get("reached_forget_nll", 0.0) >= target
+        return manifest.job == self.identity and (reached or step >= config.unlearning.steps)
 
 
 def check_unlearn(config: Config, run: RunDirectory, world_size: int, *, verify: bool = True) -> UnlearnJob:
@@ -76,11 +84,19 @@ def check_unlearn(config: Config, run: RunDirectory, world_size: int, *, verify:
         statistics = artefact.load(run.statistics / "forget", "statistics", "collect CONFIG", verify=verify)
         artefact.require_same(statistics, "model", info.fingerprint, "model", "collect CONFIG")
         artefact.require_same(statistics, "data", data.content, "data", "collect CONFIG")
+    traces = {}
+    if settings.evaluate.every and config.statistics.trace:
+        for side in ("forget", "retain"):
+            traces[side] = artefact.load(run.statistics / side, "statistics", "collect CONFIG", verify=verify)
+            artefact.require_same(traces[side], "model", info.fingerprint, "model", "collect CONFIG")
+            artefact.require_same(traces[side], "data", data.content, "data", "collect CONFIG")
     ds_config = None
     if settings.ds_config is not None:
         from trace_ds.models.engine_config import user_ds_config
 
         ds_config = user_ds_config(settings.ds_config)
+    guards = settings.guards
+    guarded = guards.max_retain_ratio is not None or guards.min_retain_overlap is not None
     identity = sha256_text(
         canonical_json(
             {
@@ -88,13 +104,15 @@ def check_unlearn(config: Config, run: RunDirectory, world_size: int, *, verify:
                 "data": data.content,
                 "calibration": calibration.content,
                 "settings": settings.model_dump(mode="json", exclude=OPERATIONAL),
+                "guards": guards.model_dump(mode="json") if guarded else None,
+                "evaluated": settings.evaluate.model_dump(include={"every", "rows"}) if guarded else None,
                 "ds_config": ds_config,
                 "dtype": config.model.dtype,
                 "seed": config.seed,
             }
         )
     )
-    return UnlearnJob(info, data, calibration, statistics, identity)
+    return UnlearnJob(info, data, calibration, statistics, traces, identity)
 
 
 def unlearn(config: Config, run: RunDirectory, world: World) -> None:
@@ -144,8 +162,9 @@ def unlearn(config: Config, run: RunDirectory, world: World) -> None:
             f"{settings.forget_loss}, {settings.weights} weights by {settings.apply}, alpha {settings.alpha:g}, "
             f"ZeRO stage {settings.zero_stage}, world size {world.size}, expert-parallel size {config.distributed.ep}"
         )
-        train(engine, world, batches, objective, weights, settings, run, manifest, log)
-        log.line(f"done: {run.checkpoints / step_name(settings.steps)}")
+        evaluator = make_evaluator(config, job, world)
+        train(engine, world, batches, objective, weights, evaluator, settings, run, manifest, log)
+        log.line(f"done: {run.checkpoints / step_name(newest_complete(run.checkpoints)[0] or 0)}")
 
 
 def make_batches(config: Config, job: UnlearnJob) -> Batches:
@@ -163,6 +182,24 @@ def make_batches(config: Config, job: UnlearnJob) -> Batches:
     nll = TokenArray(open_parts(job.forget_statistics, "nll")) if job.forget_statistics is not None else None
     forget, retain = (TokenDataset.open(job.data.file(f"{side}.arrow")) for side in ("forget", "retain"))
     return Batches(config, forget, retain, token_weights, row_weights_R, nll)
+
+
+def make_evaluator(config: Config, job: UnlearnJob, world: World) -> Evaluator | None:
+    """What looks at the model while it is trained; None when ``unlearning.evaluate.every`` is not set."""
+    from trace_ds.corpora.dataset import TokenDataset
+    from trace_ds.routing.token_files import TokenArray, open_parts
+    from trace_ds.unlearning.loss import row_nll
+    from trace_ds.unlearning.watch import Evaluator, HeldRows
+
+    settings = config.unlearning.evaluate
+    if settings.every is None:
+        return None
+    sides = {}
+    for side in ("forget", "retain"):
+        dataset = TokenDataset.open(job.data.file(f"{side}.arrow"))
+        trace = TokenArray(open_parts(job.traces[side], "trace")) if side in job.traces else None
+        sides[side] = HeldRows.of(dataset, settings.rows, trace)
+    return Evaluator(sides, world, config.statistics.batch_rows, lambda engine, batch: row_nll(engine, batch, world))
 
 
 def _manifest(config: Config, job: UnlearnJob, world: World, step: int, cursor: dict[str, Any]) -> Manifest:

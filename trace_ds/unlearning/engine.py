@@ -33,8 +33,10 @@ def training_engine(config: Config, info: ModelInfo, world: World, accumulation:
             },
         },
     }
-    model = engine.load_model(info.path, engine.DTYPES[config.model.dtype])
+    model: Any = engine.load_model(info.path, engine.DTYPES[config.model.dtype])
     layers = len(find_routers(model))
+    if settings.recompute:  # to each layer's end: ZeRO-3 releases a module's parameters when its forward pass ends
+        model.gradient_checkpointing_enable({"use_reentrant": False, "early_stop": False})
     model.train()
     made, *_ = quiet_deepspeed().initialize(
         model=model,

@@ -9,11 +9,12 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from trace_ds.checkpoints.commit import save
 from trace_ds.checkpoints.manifest import Manifest
 from trace_ds.config.schema import UnlearningConfig
-from trace_ds.errors import StopRequested
+from trace_ds.errors import JobFailed, StopRequested
 from trace_ds.parallel.world import World
 from trace_ds.run.directory import RunDirectory
 from trace_ds.run.log import Progress, StageLog
@@ -21,10 +22,7 @@ from trace_ds.unlearning.batches import Batches, Step
 from trace_ds.unlearning.live_weights import RetainWeights
 from trace_ds.unlearning.loss import Objective
 from trace_ds.unlearning.objectives import weighted_sum
-
-
-class NumericalFailure(RuntimeError):
-    """A loss or gradient is NaN or infinite: the step was not taken, the last checkpoint stands."""
+from trace_ds.unlearning.watch import Evaluator, judge
 
 
 @contextmanager
@@ -44,46 +42,89 @@ def learning_rate(settings: UnlearningConfig, step: int) -> float:
     return settings.optimizer.lr * min(1.0, (step + 1) / (warmup + 1))
 
 
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Random numbers of a step (dropout, if the model has any) as a function of these: no generator state to save."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1)))
+
+
 def train(
     engine: Any,
     world: World,
     batches: Batches,
     objective: Objective,
     weights: RetainWeights,
+    evaluator: Evaluator | None,
     settings: UnlearningConfig,
     run: RunDirectory,
     manifest: Manifest,
     log: StageLog,
 ) -> None:
-    """Train from step ``manifest.step`` to ``settings.steps``, saving as configured.
+    """Train from step ``manifest.step`` to ``settings.steps`` or to the forgetting target, saving as configured.
 
     Raises:
         StopRequested: the stop file appeared or SIGTERM came; a complete checkpoint was saved.
-        NumericalFailure: a loss became NaN or infinite; nothing was changed by that step.
+        JobFailed: a loss or gradient is not finite, or an evaluation broke a guard. Nothing is saved then: the last
+            checkpoint, from before, stands.
     """
+    cursor = dict(manifest.cursor)
     progress = Progress(log, "unlearning", settings.steps, start=manifest.step)
+    if evaluator is not None and "evaluation_start" not in cursor:
+        start = cursor["evaluation_start"] = evaluator(engine)
+        log.evaluation(manifest.step, **start)
     with termination_noted() as terminated:
         for step in range(manifest.step, settings.steps):
             done = step + 1
             data = batches.at(step, world.rank, world.size)
-            values = run_step(engine, world, data, objective, weights, settings, step)
+            seed_step(cursor["seed"], step, world.rank)
+            lr = learning_rate(settings, step) * 0.5 ** cursor.get("back_offs", 0)
+            values = run_step(engine, world, data, objective, weights, settings, step, lr)
             weights.end_step(engine, world, batches, done)
             stop = terminated() or (world.is_main and any(path.exists() for path in run.stop_files))
             stop = bool(world.max_int(int(stop)))
             if done % settings.log_every == 0 or done == settings.steps:
                 log.scalars(done, **values)
             progress.advance(forget=values["loss_forget"], retain=values["loss_retain"])
-            if done % settings.save_every == 0 or done == settings.steps or stop:
-                current = replace(manifest, step=done, cursor={**manifest.cursor, **weights.state(), "step": done})
+            last = done == settings.steps
+            if evaluator is not None and settings.evaluate.every and (last or done % settings.evaluate.every == 0):
+                last |= look(engine, evaluator, settings, cursor, done, log)
+            if done % settings.save_every == 0 or last or stop:
+                current = replace(manifest, step=done, cursor={**cursor, **weights.state(), "step": done})
                 save(engine, world, run.checkpoints, current, keep=settings.keep, keep_every=settings.keep_every)
                 log.event("checkpoint", step=done)
-            if stop and done < settings.steps:
+            if last:
+                break
+            if stop:
                 if world.is_main:
                     for path in run.stop_files:
                         path.unlink(missing_ok=True)
                 log.line(f"stopped on request after step {done} of {settings.steps}; run again to go on")
                 raise StopRequested(f"stopped after step {done}")
     progress.close()
+
+
+def look(
+    engine: Any, evaluator: Evaluator, settings: UnlearningConfig, cursor: dict[str, Any], done: int, log: StageLog
+) -> bool:
+    """Evaluate after step ``done`` and act on it; whether the job has reached its target. Changes ``cursor``.
+
+    Raises:
+        JobFailed: a guard is broken.
+    """
+    found = evaluator(engine)
+    log.evaluation(done, **found)
+    verdict = judge(settings, cursor["evaluation_start"], found, cursor.get("back_offs", 0))
+    if verdict.action == "stop":
+        raise JobFailed(
+            f"stopped after step {done}: {verdict.reason}; the last checkpoint stands. "
+            "Lower the learning rate, gamma or the number of steps, or raise alpha"
+        )
+    if verdict.action == "back_off":
+        cursor["back_offs"] = cursor.get("back_offs", 0) + 1
+        log.line(f"WARNING after step {done}: {verdict.reason}; halving the learning rate")
+    if verdict.action == "finish":
+        cursor["reached_forget_nll"] = found["forget_nll"]
+        log.line(f"finished early, after step {done} of {settings.steps}: {verdict.reason}")
+    return verdict.action == "finish"
 
 
 def run_step(
@@ -94,13 +135,16 @@ def run_step(
     weights: RetainWeights,
     settings: UnlearningConfig,
     step: int,
+    lr: float,
 ) -> dict[str, float]:
     """One optimizer step; returns the losses (global), the gradient norm and the learning rate.
 
     L = γ·L_forget + α·L_retain with sums over this rank divided by global counts. DeepSpeed averages gradients over
     the ranks and divides the loss by the number of micro-batches, so both factors are put back here.
+
+    Raises:
+        JobFailed: the loss or the gradient is not finite, on any rank; every rank raises, the weights are untouched.
     """
-    lr = learning_rate(settings, step)
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
     sums = np.zeros(2)
@@ -119,14 +163,19 @@ def run_step(
     # One collective a step: the losses (and whether every rank's are finite), and what live weights need to know.
     totals = world.sum_float64(np.concatenate([sums, weights.local_sums()]))
     if not np.isfinite(totals[:2]).all():
-        raise NumericalFailure(
+        raise JobFailed(
             f"the loss is not finite in step {step + 1} (forget {sums[0]}, retain {sums[1]} on this rank); "
             "the step was not taken and the last checkpoint stands; lower the learning rate or alpha"
         )
     engine.step()
     told = weights.follow(totals[2:], step_data.forget_tokens, step_data.retain_tokens)
     norm = engine.get_global_grad_norm()
-    norm = float(norm) if norm is not None else float("nan")
+    norm = float(norm) if norm is not None else 0.0  # None: the user's DeepSpeed settings turn it off
+    if not np.isfinite(norm):  # DeepSpeed has seen it too, on all ranks alike, and has not taken the step
+        raise JobFailed(
+            f"the gradient is not finite in step {step + 1} (the loss is); the step was not taken and the last "
+            "checkpoint stands; lower alpha or gamma"
+        )
     return {
         "loss_forget": float(totals[0]),
         "loss_retain": float(totals[1]),

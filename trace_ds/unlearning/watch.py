@@ -1,0 +1,144 @@
+"""Looking at the model while it is trained: scores of fixed rows, and what follows from them.
+
+The training losses cannot tell: RMU's retain loss starts at 0, and one batch is noise. So the same rows of both corpora
+(evenly spaced, seen in training too) go through the sharded model every few steps: mean NLL, and how many of the top-k
+experts are still those of the frozen model, whose choices ``collect`` recorded. Sums are global, so any world size
+gives the same numbers up to rounding.
+
+Shape legend: B rows, S positions, T counted tokens, K top-k.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from trace_ds.config.schema import UnlearningConfig
+from trace_ds.corpora.dataset import Batch, TokenDataset
+from trace_ds.models.routers import find_routers, record_routing
+from trace_ds.parallel.world import World
+from trace_ds.routing.token_files import TokenArray
+from trace_ds.unlearning.batches import counted_per_row
+
+
+@dataclass(frozen=True)
+class HeldRows:
+    """The rows of one corpus that are looked at; ``trace`` [tokens, L, K] of the frozen model, or None."""
+
+    dataset: TokenDataset
+    rows: np.ndarray
+    trace: TokenArray | None
+
+    @classmethod
+    def of(cls, dataset: TokenDataset, count: int, trace: TokenArray | None) -> HeldRows:
+        """``count`` evenly spaced rows among those with a counted token."""
+        usable = np.flatnonzero(counted_per_row(dataset))
+        places = np.linspace(0, len(usable) - 1, min(count, len(usable))).round().astype(np.int64)
+        return cls(dataset, usable[places], trace)
+
+
+class Evaluator:
+    """Scores of the held rows of each side (collective).
+
+    Args:
+        token_nll: (engine, batch) -> fp32 [B, S], 0 where nothing is counted.
+        batch_rows: rows per process and forward pass.
+    """
+
+    def __init__(
+        self,
+        sides: Mapping[str, HeldRows],
+        world: World,
+        batch_rows: int,
+        token_nll: Callable[[Any, Batch], torch.Tensor],
+    ) -> None:
+        self._sides, self._world, self._batch_rows, self._token_nll = sides, world, batch_rows, token_nll
+
+    def __call__(self, engine: Any) -> dict[str, float]:
+        """``{side}_nll`` (nats a token) and, with a trace, ``{side}_overlap`` (share of the top-k, 0 to 1)."""
+        engine.eval()
+        with torch.no_grad():
+            sums = np.stack([self._sums(engine, held) for held in self._sides.values()])
+        engine.train()
+        totals = self._world.sum_float64(sums)
+        found = {}
+        for side, (nll, tokens, common, slots) in zip(self._sides, totals, strict=True):
+            found[f"{side}_nll"] = float(nll / tokens)
+            if slots:
+                found[f"{side}_overlap"] = float(common / slots)
+        return found
+
+    def _sums(self, engine: Any, held: HeldRows) -> np.ndarray:
+        """This rank's [Σ NLL, counted tokens, experts in common, experts chosen] as float64."""
+        mine = held.rows[self._world.rank :: self._world.size]
+        passes = math.ceil(len(held.rows) / (self._world.size * self._batch_rows))  # the same on every rank
+        filled = np.full(passes * self._batch_rows, -1, dtype=np.int64)
+        filled[: len(mine)] = mine
+        sums = np.zeros(4)
+        layers = len(find_routers(engine.module))
+        for rows in filled.reshape(passes, self._batch_rows):
+            batch = held.dataset.batch(rows.tolist(), pad_id=0)
+            with record_routing(engine.module) as recorder:
+                nll_BS = self._token_nll(engine, batch)
+            counted = batch.counted_BS.reshape(-1)
+            sums[:2] += [float(nll_BS.double().sum()), int(counted.sum())]
+            if held.trace is None or not counted.any():
+                continue
+            before_TLK = self._before(held, rows, batch)
+            for layer in range(layers):
+                after_TK = recorder.layer(layer)[1].cpu()[counted].numpy()
+                common_T = (before_TLK[:, layer, :, None] == after_TK[:, None, :]).any(2).sum(1)
+                sums[2:] += [common_T.sum(), after_TK.size]
+        return sums
+
+    @staticmethod
+    def _before(held: HeldRows, rows: np.ndarray, batch: Batch) -> np.ndarray:
+        assert held.trace is not None
+        offsets, parts = held.dataset.row_offsets, []
+        for number, row in enumerate(rows):
+            if row >= 0:
+                begin, end = int(offsets[row]), int(offsets[row + 1])
+                parts.append(held.trace.slice(begin, end)[batch.counted_BS[number, : end - begin].numpy()])
+        return np.concatenate(parts)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What an evaluation means for the job: go_on, finish (the target is reached), back_off or stop, and why."""
+
+    action: str
+    reason: str = ""
+
+
+def judge(
+    settings: UnlearningConfig, start: Mapping[str, float], found: Mapping[str, float], back_offs: int
+) -> Verdict:
+    """The verdict on an evaluation; pure. A model that breaks a bound has not reached its target.
+
+    Args:
+        start: the evaluation of the frozen model.
+        back_offs: halvings of the learning rate so far.
+    """
+    guards = settings.guards
+    trouble = [f"{name} is {value}" for name, value in found.items() if not math.isfinite(value)]
+    ratio = found["retain_nll"] / start["retain_nll"]
+    if guards.max_retain_ratio is not None and ratio > guards.max_retain_ratio:
+        trouble.append(f"the retain NLL is {ratio:.3g} times the frozen model's (bound {guards.max_retain_ratio:g})")
+    overlap = found.get("retain_overlap", 1.0)
+    if guards.min_retain_overlap is not None and overlap < guards.min_retain_overlap:
+        trouble.append(
+            f"only {overlap:.3g} of the retain tokens' experts are still the frozen model's "
+            f"(bound {guards.min_retain_overlap:g})"
+        )
+    if trouble:
+        can_back_off = guards.action == "back_off" and back_offs < guards.max_back_offs
+        return Verdict("back_off" if can_back_off else "stop", "; ".join(trouble))
+    target = settings.evaluate.target_forget_nll
+    if target is not None and found["forget_nll"] >= target:
+        return Verdict("finish", f"the forget NLL is {found['forget_nll']:.4g} (target {target:g})")
+    return Verdict("go_on")
