@@ -56,7 +56,7 @@ JOBS: dict[str, tuple[list[str], str]] = {
     ),
     "gradient": (
         ["unlearning.alpha=1e38", "unlearning.forget_loss=graddiff", "unlearning.micro_batch_rows=1"],
-        "JobFailed: the gradient is not finite in step 1 (the loss is)",
+        "NumericalFailure: the gradient is not finite in step 1 (the loss is)",
     ),
 }
 

@@ -188,7 +188,6 @@ def make_evaluator(config: Config, job: UnlearnJob, world: World) -> Evaluator |
     """What looks at the model while it is trained; None when ``unlearning.evaluate.every`` is not set."""
     from trace_ds.corpora.dataset import TokenDataset
     from trace_ds.routing.token_files import TokenArray, open_parts
-    from trace_ds.unlearning.loss import row_nll
     from trace_ds.unlearning.watch import Evaluator, HeldRows
 
     settings = config.unlearning.evaluate
@@ -199,7 +198,7 @@ def make_evaluator(config: Config, job: UnlearnJob, world: World) -> Evaluator |
         dataset = TokenDataset.open(job.data.file(f"{side}.arrow"))
         trace = TokenArray(open_parts(job.traces[side], "trace")) if side in job.traces else None
         sides[side] = HeldRows.of(dataset, settings.rows, trace)
-    return Evaluator(sides, world, config.statistics.batch_rows, lambda engine, batch: row_nll(engine, batch, world))
+    return Evaluator(sides, world, config.statistics.batch_rows)
 
 
 def _manifest(config: Config, job: UnlearnJob, world: World, step: int, cursor: dict[str, Any]) -> Manifest:

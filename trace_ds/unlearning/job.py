@@ -25,6 +25,10 @@ from trace_ds.unlearning.objectives import weighted_sum
 from trace_ds.unlearning.watch import Evaluator, judge
 
 
+class NumericalFailure(JobFailed):
+    """A loss or gradient is NaN or infinite: the step was not taken, the last checkpoint stands."""
+
+
 @contextmanager
 def termination_noted() -> Iterator[Callable[[], bool]]:
     """SIGTERM becomes a question (was it received?) instead of an end."""
@@ -63,8 +67,8 @@ def train(
 
     Raises:
         StopRequested: the stop file appeared or SIGTERM came; a complete checkpoint was saved.
-        JobFailed: a loss or gradient is not finite, or an evaluation broke a guard. Nothing is saved then: the last
-            checkpoint, from before, stands.
+        JobFailed: a loss or gradient is not finite (NumericalFailure), or an evaluation broke a guard. Nothing is
+            saved then: the last checkpoint, from before, stands.
     """
     cursor = dict(manifest.cursor)
     progress = Progress(log, "unlearning", settings.steps, start=manifest.step)
@@ -76,8 +80,8 @@ def train(
             done = step + 1
             data = batches.at(step, world.rank, world.size)
             seed_step(cursor["seed"], step, world.rank)
-            lr = learning_rate(settings, step) * 0.5 ** cursor.get("back_offs", 0)
-            values = run_step(engine, world, data, objective, weights, settings, step, lr)
+            slower = 0.5 ** cursor.get("back_offs", 0)
+            values = run_step(engine, world, data, objective, weights, settings, step, slower)
             weights.end_step(engine, world, batches, done)
             stop = terminated() or (world.is_main and any(path.exists() for path in run.stop_files))
             stop = bool(world.max_int(int(stop)))
@@ -135,16 +139,20 @@ def run_step(
     weights: RetainWeights,
     settings: UnlearningConfig,
     step: int,
-    lr: float,
+    slower: float = 1.0,
 ) -> dict[str, float]:
     """One optimizer step; returns the losses (global), the gradient norm and the learning rate.
 
     L = γ·L_forget + α·L_retain with sums over this rank divided by global counts. DeepSpeed averages gradients over
     the ranks and divides the loss by the number of micro-batches, so both factors are put back here.
 
+    Args:
+        slower: factor of the learning rate.
+
     Raises:
-        JobFailed: the loss or the gradient is not finite, on any rank; every rank raises, the weights are untouched.
+        NumericalFailure: the loss or the gradient is not finite, on any rank; every rank raises.
     """
+    lr = learning_rate(settings, step) * slower
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
     sums = np.zeros(2)
@@ -163,7 +171,7 @@ def run_step(
     # One collective a step: the losses (and whether every rank's are finite), and what live weights need to know.
     totals = world.sum_float64(np.concatenate([sums, weights.local_sums()]))
     if not np.isfinite(totals[:2]).all():
-        raise JobFailed(
+        raise NumericalFailure(
             f"the loss is not finite in step {step + 1} (forget {sums[0]}, retain {sums[1]} on this rank); "
             "the step was not taken and the last checkpoint stands; lower the learning rate or alpha"
         )
@@ -172,7 +180,7 @@ def run_step(
     norm = engine.get_global_grad_norm()
     norm = float(norm) if norm is not None else 0.0  # None: the user's DeepSpeed settings turn it off
     if not np.isfinite(norm):  # DeepSpeed has seen it too, on all ranks alike, and has not taken the step
-        raise JobFailed(
+        raise NumericalFailure(
             f"the gradient is not finite in step {step + 1} (the loss is); the step was not taken and the last "
             "checkpoint stands; lower alpha or gamma"
         )

@@ -8,8 +8,6 @@ from typing import Any, Protocol
 import torch
 
 from trace_ds.config.schema import UnlearningConfig
-from trace_ds.corpora.dataset import Batch
-from trace_ds.parallel.world import World
 from trace_ds.unlearning import objectives
 from trace_ds.unlearning.batches import MicroBatch
 from trace_ds.unlearning.forward import HeadRequest, forward
@@ -40,15 +38,6 @@ def hidden_at(engine: Any, layer: int, batch: MicroBatch, *, whole: bool = False
     found = forward(engine, batch.input_ids_BS, batch.position_ids_BS, layer=layer, last=whole).layer_BSD
     assert found is not None
     return found
-
-
-def row_nll(engine: Any, batch: Batch, world: World) -> torch.Tensor:
-    """NLL of every counted token of a batch of rows, 0 elsewhere, fp32 [B, S] on this rank's device."""
-    input_ids_BS = batch.input_ids_BS.to(world.device)
-    logits_BSV = engine(
-        input_ids=input_ids_BS, position_ids=batch.position_ids_BS.to(world.device), use_cache=False
-    ).logits
-    return objectives.token_nll(logits_BSV, input_ids_BS, batch.counted_BS.to(world.device))
 
 
 @dataclass(frozen=True)

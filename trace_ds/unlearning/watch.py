@@ -11,7 +11,7 @@ Shape legend: B rows, S positions, T counted tokens, K top-k.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,9 @@ from trace_ds.corpora.dataset import Batch, TokenDataset
 from trace_ds.models.routers import find_routers, record_routing
 from trace_ds.parallel.world import World
 from trace_ds.routing.token_files import TokenArray
+from trace_ds.unlearning import objectives
 from trace_ds.unlearning.batches import counted_per_row
+from trace_ds.unlearning.forward import HeadRequest, forward
 
 
 @dataclass(frozen=True)
@@ -46,18 +48,11 @@ class Evaluator:
     """Scores of the held rows of each side (collective).
 
     Args:
-        token_nll: (engine, batch) -> fp32 [B, S], 0 where nothing is counted.
         batch_rows: rows per process and forward pass.
     """
 
-    def __init__(
-        self,
-        sides: Mapping[str, HeldRows],
-        world: World,
-        batch_rows: int,
-        token_nll: Callable[[Any, Batch], torch.Tensor],
-    ) -> None:
-        self._sides, self._world, self._batch_rows, self._token_nll = sides, world, batch_rows, token_nll
+    def __init__(self, sides: Mapping[str, HeldRows], world: World, batch_rows: int) -> None:
+        self._sides, self._world, self._batch_rows = sides, world, batch_rows
 
     def __call__(self, engine: Any) -> dict[str, float]:
         """``{side}_nll`` (nats a token) and, with a trace, ``{side}_overlap`` (share of the top-k, 0 to 1)."""
@@ -84,9 +79,9 @@ class Evaluator:
         for rows in filled.reshape(passes, self._batch_rows):
             batch = held.dataset.batch(rows.tolist(), pad_id=0)
             with record_routing(engine.module) as recorder:
-                nll_BS = self._token_nll(engine, batch)
+                nll_N = self._nll(engine, batch)
             counted = batch.counted_BS.reshape(-1)
-            sums[:2] += [float(nll_BS.double().sum()), int(counted.sum())]
+            sums[:2] += [float(nll_N.double().sum()), int(counted.sum())]
             if held.trace is None or not counted.any():
                 continue
             before_TLK = self._before(held, rows, batch)
@@ -95,6 +90,15 @@ class Evaluator:
                 common_T = (before_TLK[:, layer, :, None] == after_TK[:, None, :]).any(2).sum(1)
                 sums[2:] += [common_T.sum(), after_TK.size]
         return sums
+
+    def _nll(self, engine: Any, batch: Batch) -> torch.Tensor:
+        """NLL of the counted tokens, fp32 [N]."""
+        device = self._world.device
+        rows_N, columns_N = batch.counted_BS.to(device).nonzero(as_tuple=True)
+        ids_BS = batch.input_ids_BS.to(device)
+        targets_N = ids_BS[rows_N, columns_N + 1]
+        request = HeadRequest(rows_N, columns_N, lambda logits_CV, part: objectives.nll(logits_CV, targets_N[part]))
+        return forward(engine, ids_BS, batch.position_ids_BS.to(device), requests=[request]).values[0]
 
     @staticmethod
     def _before(held: HeldRows, rows: np.ndarray, batch: Batch) -> np.ndarray:
