@@ -57,7 +57,40 @@ def run_distributed(function: Callable[..., Any], world_size: int, *arguments: A
                 process.join()
 
 
-def _rank(function: Callable[..., Any], rank: int, world_size: int, port: int, queue: Any, arguments: Any) -> None:
+def end_of_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, limit_s: float = 60.0) -> list[Any]:
+    """Run ``function`` on every rank where ranks are expected to die; per rank the exit status (negative: the signal),
+    or the text of the exception that ended it. Every rank must have ended within ``limit_s``."""
+    port = free_port()
+    queue = CONTEXT.Queue()
+    processes = [
+        CONTEXT.Process(target=_rank, args=(function, rank, world_size, port, queue, arguments, False), daemon=True)
+        for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    deadline = time.monotonic() + limit_s
+    ends: list[Any] = []
+    for rank, process in enumerate(processes):
+        process.join(max(0.0, deadline - time.monotonic()))
+        if process.is_alive():
+            process.kill()
+            raise AssertionError(f"rank {rank} was still there after {limit_s} s")
+        ends.append(process.exitcode)
+    while not queue.empty():
+        rank, _, text = queue.get()
+        ends[rank] = text
+    return ends
+
+
+def _rank(
+    function: Callable[..., Any],
+    rank: int,
+    world_size: int,
+    port: int,
+    queue: Any,
+    arguments: Any,
+    answers: bool = True,
+) -> None:
     sys.path.insert(0, str(Path(__file__).parent))
     os.environ.update(
         RANK=str(rank),
@@ -75,7 +108,12 @@ def _rank(function: Callable[..., Any], rank: int, world_size: int, port: int, q
         world = join(threads=1, timeout_minutes=3)
         value = function(world, *arguments)
         world.barrier()
-        queue.put((rank, True, value))
+        if answers:
+            queue.put((rank, True, value))
         leave()
     except BaseException:
         queue.put((rank, False, traceback.format_exc()))
+        queue.close()
+        queue.join_thread()
+        if not answers:
+            os._exit(1)

@@ -27,6 +27,26 @@ def unlearn_job(world: Any, config: str, run_dir: str, overrides: list[str]) -> 
     unlearn(loaded, RunDirectory.at(directory), world)
 
 
+def unlearn_job_killed(world: Any, config: str, run_dir: str, overrides: list[str], step: int) -> None:
+    """The same, and rank 1 is killed in the middle of a step."""
+    import os
+    import signal
+
+    from trace_ds.unlearning import live_weights
+
+    local_sums = live_weights.RetainWeights.local_sums
+    left = [step]
+
+    def counting(weights: Any) -> np.ndarray:  # called once a step, between the backward pass and the update
+        left[0] -= 1
+        if left[0] == 0 and world.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return local_sums(weights)
+
+    live_weights.RetainWeights.local_sums = counting  # type: ignore[method-assign]
+    unlearn_job(world, config, run_dir, overrides)
+
+
 def unlearn_jobs(world: Any, config: str, runs: list[tuple[str, list[str]]]) -> list[str]:
     """Several jobs of one shape in one process group, one after the other; the error of each (empty: none)."""
     errors = []

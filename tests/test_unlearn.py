@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import jobs
 import numpy as np
 import pytest
 import tiny
-from distributed import run_distributed
+from distributed import end_of_ranks, run_distributed
 from safetensors.numpy import load_file
 
 from trace_ds.checkpoints.manifest import complete_steps, newest_complete, read_manifest
@@ -33,7 +34,11 @@ def calibrated(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tu
     """(configuration, run directory) with data, statistics (with losses) and a calibration with unequal weights."""
     folder = tmp_path_factory.mktemp("calibrated")
     config = tiny.write_config(folder, tiny_model, statistics__nll=True)
-    loaded, run = load_config(str(config), [], folder / "run")
+    return config, calibrated_run(config, folder / "run")
+
+
+def calibrated_run(config: Path, run: Path) -> Path:
+    loaded, run = load_config(str(config), [], run)
     directory = RunDirectory.at(run)
     directory.create("")
     prepare(loaded, directory)
@@ -41,7 +46,7 @@ def calibrated(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tu
     calibrate(loaded, directory)
     weights = np.load(run / "calibration" / "weights.npy")
     assert weights.std() > 0.1  # a test with uniform weights would prove little
-    return config, run
+    return run
 
 
 def copy_of(run: Path, destination: Path) -> Path:
@@ -133,43 +138,50 @@ def test_micro_batches_do_not_matter(calibrated: tuple[Path, Path], tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_resumed_job_is_bitwise_the_undisturbed_one(calibrated: tuple[Path, Path], tmp_path: Path) -> None:
-    config, prepared_run = calibrated
-    overrides = ["distributed.ep=2", "unlearning.apply=loss"]
-    straight = copy_of(prepared_run, tmp_path / "straight")
+def test_ten_steps_sigkill_and_ten_more_are_bitwise_twenty(tmp_path: Path) -> None:
+    """Weights, optimizer, data order and (the model has dropout) random numbers: every file and every loss is equal."""
+    model = tiny.make_model(tmp_path / "model")
+    settings = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(settings | {"attention_dropout": 0.2}))
+    config = tiny.write_config(tmp_path, model, statistics__nll=True)
+    straight = calibrated_run(config, tmp_path / "straight")
+    killed = copy_of(straight, tmp_path / "killed")
+    overrides = ["distributed.ep=2", "unlearning.apply=loss", "unlearning.steps=20", "unlearning.save_every=10"]
     run_distributed(jobs.unlearn_job, 2, str(config), str(straight), overrides)
-    stopped = copy_of(prepared_run, tmp_path / "stopped")
-    (stopped / "stop").touch()
-    with pytest.raises(AssertionError, match="StopRequested"):
-        run_distributed(jobs.unlearn_job, 2, str(config), str(stopped), overrides)
-    assert complete_steps(stopped / "checkpoints") == ([1], [])
-    assert not (stopped / "stop").exists()
-    run_distributed(jobs.unlearn_job, 2, str(config), str(stopped), overrides)
-    assert losses_of(stopped) == losses_of(straight)
-    manifests = [read_manifest(run / "checkpoints" / "step_000004") for run in (straight, stopped)]
-    assert manifests[0] == manifests[1]  # every file's hash: weights, optimizer state, random numbers
+    ends = end_of_ranks(jobs.unlearn_job_killed, 2, str(config), str(killed), overrides, 13)
+    assert ends[1] == -signal.SIGKILL and ends[0] != 0, ends
+    assert complete_steps(killed / "checkpoints") == ([10], [])
+    (killed / "stop").touch()  # a stop on request in between changes nothing either
+    with pytest.raises(AssertionError, match="StopRequested: stopped after step 11"):
+        run_distributed(jobs.unlearn_job, 2, str(config), str(killed), overrides)
+    assert complete_steps(killed / "checkpoints") == ([10, 11], []) and not (killed / "stop").exists()
+    run_distributed(jobs.unlearn_job, 2, str(config), str(killed), overrides)
+    assert losses_of(killed) == losses_of(straight)
+    manifests = [read_manifest(run / "checkpoints" / "step_000020") for run in (straight, killed)]
+    assert manifests[0] == manifests[1]  # every file's hash: weights and optimizer states
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [3, 1])
+@pytest.mark.parametrize(
+    ("stage", "shapes"), [(3, [(2, 2), (1, 1), (2, 2), (2, 1), (4, 2)]), (1, [(2, 2), (1, 1), (2, 2), (2, 1)])]
+)
 def test_resumes_on_another_number_of_ranks_and_expert_parallel_size(
-    calibrated: tuple[Path, Path], tmp_path: Path, stage: int
+    calibrated: tuple[Path, Path], tmp_path: Path, stage: int, shapes: list[tuple[int, int]]
 ) -> None:
     """Ranks 2 -> 1 -> 2, EP 2 -> 1 -> 2, both at once and one alone: losses and weights of an undisturbed job."""
     config, prepared_run = calibrated
     common = [*GRADIENT_LIKE, "unlearning.apply=loss", f"unlearning.zero_stage={stage}"]
     straight = copy_of(prepared_run, tmp_path / "straight")
-    run_distributed(jobs.unlearn_job, 2, str(config), str(straight), [*common, "unlearning.steps=6"])
+    run_distributed(jobs.unlearn_job, 2, str(config), str(straight), [*common, f"unlearning.steps={len(shapes)}"])
     moved = copy_of(prepared_run, tmp_path / "moved")
-    shapes = [(2, 2), (1, 1), (2, 2), (2, 1), (4, 2), (2, 1)]
     for step, (world, ep) in enumerate(shapes, 1):
         overrides = [*common, f"distributed.ep={ep}", f"unlearning.steps={step}"]
         run_distributed(jobs.unlearn_job, world, str(config), str(moved), overrides)
         manifest = read_manifest(moved / "checkpoints" / f"step_{step:06d}")
         assert (manifest.world, manifest.ep, manifest.zero_stage) == (world, ep, stage)
     np.testing.assert_allclose(losses_of(moved), losses_of(straight), rtol=1e-6)
-    expected = weights_of(straight, 6, tmp_path / "expected")
-    for name, value in weights_of(moved, 6, tmp_path / "found").items():
+    expected = weights_of(straight, len(shapes), tmp_path / "expected")
+    for name, value in weights_of(moved, len(shapes), tmp_path / "found").items():
         np.testing.assert_allclose(value, expected[name], rtol=1e-6, atol=1e-7, err_msg=name)
     assert not list((moved / "checkpoints").glob("universal*"))
     assert (
@@ -292,17 +304,17 @@ DS_CONFIGS = sorted((Path(__file__).parent.parent / "ds_configs").glob("*.json")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", DS_CONFIGS, ids=lambda path: path.stem)
-def test_shipped_deepspeed_settings_train_to_the_same_losses(
-    calibrated: tuple[Path, Path], tmp_path: Path, path: Path
-) -> None:
+def test_shipped_deepspeed_settings_train_to_the_same_losses(calibrated: tuple[Path, Path], tmp_path: Path) -> None:
     config, prepared_run = calibrated
-    losses = []
-    for name, extra in (("plain", []), ("added", [f"unlearning.ds_config={path}"])):
-        run = copy_of(prepared_run, tmp_path / name)
-        run_distributed(jobs.unlearn_job, 2, str(config), str(run), ["distributed.ep=2", "unlearning.steps=2", *extra])
-        losses.append(losses_of(run))
-    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5, atol=1e-8)
+    assert {path.stem for path in DS_CONFIGS} == {"cpu_test", "one_gpu", "one_node", "many_nodes", "cpu_offload"}
+    runs = {"plain": copy_of(prepared_run, tmp_path / "plain")}
+    work = [(str(runs["plain"]), ["distributed.ep=2", "unlearning.steps=2"])]
+    for path in DS_CONFIGS:
+        runs[path.stem] = copy_of(prepared_run, tmp_path / path.stem)
+        work.append((str(runs[path.stem]), [*work[0][1], f"unlearning.ds_config={path}"]))
+    assert run_distributed(jobs.unlearn_jobs, 2, str(config), work)[0] == [""] * len(work)
+    for run in runs.values():
+        np.testing.assert_allclose(losses_of(run), losses_of(runs["plain"]), rtol=1e-5, atol=1e-8)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Saving and loading a job's state through DeepSpeed, so that no crash leaves half a checkpoint.
 
 1. all ranks write into step_N.tmp-ID/ (DeepSpeed with save_latest=False)
-2. each rank fsyncs and hashes the files it wrote
+2. each rank hashes what it writes and fsyncs its files
 3. barrier; 4. the main process writes manifest.json, last
 5. rename to step_N/ and fsync the directory; 6. replace ``latest``; 7. prune, never the newest two
 """
@@ -25,7 +25,7 @@ from trace_ds.checkpoints.manifest import (
 )
 from trace_ds.errors import UserError
 from trace_ds.parallel.world import World
-from trace_ds.run.files import fsync_directory, fsync_file, sha256_file
+from trace_ds.run.files import fsync_directory
 
 DEEPSPEED_SCRIPTS = ("zero_to_fp32.py", "zero_to_torch.py")
 
@@ -51,24 +51,19 @@ def save(
     engine.save_checkpoint(
         str(checkpoints), tag=temporary.name, client_state={"trace_ds_step": manifest.step}, save_latest=False
     )
-    world.barrier()  # every file is there: DeepSpeed writes some files of a group on one rank only
-    if world.is_main:
-        for script in DEEPSPEED_SCRIPTS:  # they refuse expert-parallel checkpoints; `trace-ds convert` reads all
-            (checkpoints / script).unlink(missing_ok=True)
-    names = sorted(str(path.relative_to(temporary)) for path in temporary.rglob("*") if path.is_file())
-    mine = {}
-    for file in names[world.rank :: world.size]:  # hashing is shared between the ranks
-        fsync_file(temporary / file)
-        mine[file] = {"bytes": (temporary / file).stat().st_size, "sha256": sha256_file(temporary / file)}
+    root = os.path.abspath(temporary)
+    mine = {os.path.relpath(path, root): facts for path, facts in engine.checkpoint_engine.save.take().items()}
     files: dict[str, dict[str, Any]] = {}
     for part in world.gather(mine):
         files.update(part)
-    if world.is_main:
+    if world.is_main:  # every rank has reported, so every file is on the disk
+        for script in DEEPSPEED_SCRIPTS:  # they refuse expert-parallel checkpoints; `trace-ds convert` reads all
+            (checkpoints / script).unlink(missing_ok=True)
         replace(manifest, files=files).write(temporary)
         fsync_directory(temporary)
         destination = checkpoints / name
         if destination.exists():  # a damaged one of the same step, found while resuming
-            shutil.rmtree(destination)
+            discard(destination)
         os.replace(temporary, destination)
         fsync_directory(checkpoints)
         point_latest(checkpoints, manifest.step)
@@ -81,8 +76,15 @@ def prune(checkpoints: Path, keep: int, keep_every: int | None) -> list[int]:
     steps, _ = complete_steps(checkpoints)
     doomed = [step for step in steps[: -max(keep, 2)] if not (keep_every and step % keep_every == 0)]
     for step in doomed:
-        shutil.rmtree(checkpoints / step_name(step))
+        discard(checkpoints / step_name(step))
     return doomed
+
+
+def discard(path: Path) -> None:
+    """Delete a checkpoint; a kill in the middle leaves what the next start removes, not a damaged checkpoint."""
+    doomed = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    os.replace(path, doomed)
+    shutil.rmtree(doomed)
 
 
 def choose(world: World, checkpoints: Path, job: str, resume: str) -> tuple[Manifest | None, list[str]]:
@@ -98,7 +100,7 @@ def choose(world: World, checkpoints: Path, job: str, resume: str) -> tuple[Mani
     if resume == "never":
         if world.is_main:
             for path in checkpoints.glob("step_*"):
-                shutil.rmtree(path)
+                discard(path)
             (checkpoints / "latest").unlink(missing_ok=True)
         return None, []
     steps, problems = world.broadcast(complete_steps(checkpoints) if world.is_main else ([], []))

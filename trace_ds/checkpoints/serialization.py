@@ -8,19 +8,57 @@ equal states give equal files, so a resumed job's checkpoints can be compared by
 
 from __future__ import annotations
 
+import hashlib
+import os
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
 from trace_ds.errors import UserError
 
 
+class Written:
+    """What a process has written since the last :meth:`take`: path -> {bytes, sha256}. DeepSpeed's ``save``."""
+
+    def __init__(self) -> None:
+        self._files: dict[str, dict[str, Any]] = {}
+
+    def __call__(self, state_dict: Any, path: str | Path) -> None:
+        self._files[os.path.abspath(path)] = save(state_dict, path)
+
+    def take(self) -> dict[str, dict[str, Any]]:
+        files, self._files = self._files, {}
+        return files
+
+
 def install(engine: Any) -> None:
     """Make a DeepSpeed engine save and load its checkpoint files through this module."""
     files = engine.checkpoint_engine
     files.load = load
-    files.save = save
+    files.save = Written()
+
+
+class _Hashing:
+    """A file that knows the size and the SHA-256 of what goes through it (``torch.save`` writes in order)."""
+
+    def __init__(self, handle: BinaryIO) -> None:
+        self._handle = handle
+        self.digest, self.bytes = hashlib.sha256(), 0
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            written = self._handle.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+        self.digest.update(data)
+        self.bytes += written
+        return written
+
+    def flush(self) -> None:
+        self._handle.flush()
 
 
 def load(path: str, map_location: Any = None) -> Any:
@@ -40,9 +78,24 @@ def load(path: str, map_location: Any = None) -> Any:
         ) from None
 
 
-def save(state_dict: Any, path: str | Path) -> None:
-    """Write a shard file whose bytes depend on the state's values only."""
-    torch.save(canonical(state_dict, {}), path)
+def save(state_dict: Any, path: str | Path) -> dict[str, Any]:
+    """Write a shard file whose bytes depend on the state's values only, onto the disk; its ``bytes`` and ``sha256``.
+
+    Raises:
+        OSError: it cannot be written (no space left, …); names the file.
+    """
+    try:
+        with Path(path).open("wb") as handle:
+            out = _Hashing(handle)
+            try:
+                torch.save(canonical(state_dict, {}), out)  # type: ignore[arg-type]
+            except RuntimeError as error:  # torch wraps what its output raises
+                raise (out.error or error) from None
+            handle.flush()
+            os.fsync(handle.fileno())
+    except OSError as error:
+        raise OSError(error.errno, os.strerror(error.errno or 0), str(path)) from None
+    return {"bytes": out.bytes, "sha256": out.digest.hexdigest()}
 
 
 def canonical(value: Any, strings: dict[str, str]) -> Any:
