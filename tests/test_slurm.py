@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -373,3 +374,58 @@ def test_real_pipeline_over_two_nodes_with_stop_and_requeue(cluster: SlurmCluste
     assert experts
     assert all(not torch.equal(before[name], after[name]) for name in experts)
     assert (run_dir / "report" / "index.html").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_preempted_in_mid_training_it_ends_with_the_weights_of_an_undisturbed_job(
+    cluster: SlurmCluster, tmp_path: Path
+) -> None:
+    """USR1 some steps into the training: saved, requeued by the script, resumed, completed; equal to the last bit."""
+    import jobs
+    from distributed import run_distributed
+    from tiny import make_model, write_config
+
+    from trace_ds.checkpoints.manifest import read_manifest
+    from trace_ds.config.load import load_config
+    from trace_ds.run.directory import RunDirectory
+    from trace_ds.stages.calibrate import calibrate
+    from trace_ds.stages.prepare import prepare
+
+    steps = 150
+    config = write_config(
+        tmp_path,
+        make_model(tmp_path / "model"),
+        distributed__ep=2,
+        unlearning__steps=steps,
+        unlearning__save_every=1000,
+    )
+    undisturbed, preempted = tmp_path / "undisturbed", tmp_path / "preempted"
+    loaded, path = load_config(str(config), [], undisturbed)
+    prepare(loaded, RunDirectory.at(path))
+    run_distributed(jobs.collect_job, 2, str(config), str(undisturbed), [])
+    calibrate(loaded, RunDirectory.at(path))
+    shutil.copytree(undisturbed, preempted)
+    environment = {
+        "TRACE_DS_HOME": str(REPOSITORY),
+        "TRACE_DS_SITE": os.devnull,
+        "TRACE_DS_COMMAND": f"{sys.executable} -m trace_ds",
+        "TRACE_DS_STAGES": "unlearn",
+        "RUN_DIR": str(preempted),
+        "PYTHONPATH": str(REPOSITORY),
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    script = REPOSITORY / "slurm" / "unlearn_mixtral.sh"
+    job = cluster.submit(script, str(config), options=SMALL, env=environment, cwd=tmp_path)
+    log = preempted / "logs" / "unlearn.jsonl"
+    cluster.wait_until("some steps", lambda: log.exists() and '"step": 5,' in log.read_text(), 300, job)
+    cluster.run("scancel", "--batch", "--signal=USR1", str(job))
+    assert cluster.wait(job, 400) == "COMPLETED", cluster.output(job)
+    assert cluster.info(job)["Restarts"] == "1"
+    stopped = re.search(rf"stopped on request after step (\d+) of {steps}", cluster.output(job))
+    assert stopped and 5 <= int(stopped[1]) < steps, cluster.output(job)
+    assert f"resumed after step {stopped[1]}" in cluster.output(job)
+    run_distributed(jobs.unlearn_job, 2, str(config), str(undisturbed), [])
+    name = f"step_{steps:06d}"
+    expected, found = (read_manifest(run / "checkpoints" / name).files for run in (undisturbed, preempted))
+    assert found == expected  # hashes of the files that hold weights and optimizer states
