@@ -7,6 +7,8 @@
 #
 # Prints one line per job: its stages and its id. Stages of one process run on one node without GPUs, so that no GPU waits
 # for them; evaluate asks for two, what Mixtral-8x7B needs in bf16. Options for sbatch per kind of job: slurm/site.env.
+# TRACE_DS_ALL_SBATCH and TRACE_DS_GPU_SBATCH (collect and unlearn) come after those. With TRACE_DS_DRY_RUN=1 it prints the
+# command lines and submits nothing.
 set -euo pipefail
 
 TRACE_DS_HOME=${TRACE_DS_HOME:-$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)}
@@ -18,23 +20,29 @@ export RUN_DIR=$run_dir MAX_RESTARTS
 
 jobs=()
 # A chain is submitted whole or not at all.
-trap '((${#jobs[@]} == 0)) || scancel "${jobs[@]}"' EXIT
+trap '((${#jobs[@]} == 0)) || [[ -n ${TRACE_DS_DRY_RUN:-} ]] || scancel "${jobs[@]}"' EXIT
 
 # submit STAGES SCRIPT SBATCH_OPTIONS
 submit() {
-  local options after=() id
-  read -ra options <<<"$3"
-  ((${#jobs[@]} == 0)) || after=("--dependency=afterok:${jobs[-1]}" --kill-on-invalid-dep=yes)
-  id=$(TRACE_DS_STAGES=$1 sbatch --parsable --export=ALL --job-name="trace-ds-${1// /-}" "${after[@]}" "${options[@]}" \
+  local command options id
+  read -ra options <<<"$3 ${TRACE_DS_ALL_SBATCH:-}"
+  ((${#jobs[@]} == 0)) || options=("--dependency=afterok:${jobs[-1]}" --kill-on-invalid-dep=yes "${options[@]}")
+  command=(sbatch --parsable --export=ALL --job-name="trace-ds-${1// /-}" "${options[@]}"
     "$TRACE_DS_HOME/slurm/$2" "$config" "${arguments[@]}")
+  if [[ -n ${TRACE_DS_DRY_RUN:-} ]]; then
+    jobs+=("JOB$((${#jobs[@]} + 1))")
+    printf '%s: TRACE_DS_STAGES=%q RUN_DIR=%q%s\n' "$1" "$1" "$RUN_DIR" "$(printf ' %q' "${command[@]}")"
+    return
+  fi
+  id=$(TRACE_DS_STAGES=$1 "${command[@]}")
   jobs+=("${id%%;*}") # with several clusters: ID;CLUSTER
   printf '%s: %s\n' "$1" "${jobs[-1]}"
 }
 
 submit prepare single_stage.sh "${TRACE_DS_CPU_SBATCH:-}"
-submit collect collect_stats.sh "${TRACE_DS_COLLECT_SBATCH:-}"
+submit collect collect_stats.sh "${TRACE_DS_COLLECT_SBATCH:-} ${TRACE_DS_GPU_SBATCH:-}"
 submit calibrate single_stage.sh "${TRACE_DS_CPU_SBATCH:-}"
-submit unlearn unlearn_mixtral.sh "${TRACE_DS_UNLEARN_SBATCH:-}"
+submit unlearn unlearn_mixtral.sh "${TRACE_DS_UNLEARN_SBATCH:-} ${TRACE_DS_GPU_SBATCH:-}"
 submit convert single_stage.sh "${TRACE_DS_CPU_SBATCH:-}"
 submit "evaluate report" single_stage.sh "${TRACE_DS_EVALUATE_SBATCH:---gpus-per-node=2}"
 trap - EXIT

@@ -14,8 +14,14 @@
 #   MAX_RESTARTS        how often a job may have been restarted before it stops requeueing itself; default 20
 #   TRACE_DS_HOME       this repository; default: the folder sbatch was called in
 #   TRACE_DS_STAGES     verbs to run instead of the script's own list, e.g. "unlearn convert"
+#   TRACE_DS_VARIANTS   names of the config's `variants` to run beside it; default: all; empty: none
 #   TRACE_DS_SITE       the site file; default TRACE_DS_HOME/slurm/site.env
 # and those explained in slurm/site.env.example. Needs bash 4.4 or newer.
+#
+# Job arrays, with every script:
+#   sbatch --array=0-4 SCRIPT CONFIG       over seeds: task N runs `--set seed=N` in RUN_DIR-seedN
+#   sbatch --array=1-3 SCRIPT LIST.txt     over recipes: task N runs line N of the file, "CONFIG [ARGUMENTS...]" (words
+#                                          split at blanks), in RUN_DIR-N (default runs/NAME-N)
 
 set -euo pipefail
 
@@ -55,8 +61,27 @@ trace_ds_begin() {
   config=$1
   arguments=("${@:2}")
   read_site
+  [[ -z ${SLURM_ARRAY_TASK_ID:-} ]] || pick_array_task
   sort_arguments
   [[ ${MAX_RESTARTS:=20} =~ ^[0-9]+$ ]] || die "MAX_RESTARTS=$MAX_RESTARTS is not a number"
+  [[ ${TRACE_DS_LAUNCHER:=srun} =~ ^(srun|torchrun|deepspeed)$ ]] ||
+    die "TRACE_DS_LAUNCHER=$TRACE_DS_LAUNCHER is none of srun, torchrun, deepspeed"
+}
+
+# What this task of a job array runs, and what its run directory's name ends with.
+pick_array_task() {
+  local line words
+  if [[ $config == *.txt ]]; then
+    line=$(sed -n "${SLURM_ARRAY_TASK_ID}p" "$config") || die "$config cannot be read"
+    read -ra words <<<"$line"
+    ((${#words[@]})) || die "$config has no line $SLURM_ARRAY_TASK_ID: submit with --array=1-$(grep -c . "$config")"
+    config=${words[0]}
+    arguments=("${words[@]:1}" "${arguments[@]}")
+    run_suffix=-$SLURM_ARRAY_TASK_ID
+  else
+    arguments+=(--set "seed=$SLURM_ARRAY_TASK_ID")
+    run_suffix=-seed$SLURM_ARRAY_TASK_ID
+  fi
 }
 
 read_site() {
@@ -94,7 +119,7 @@ sort_arguments() {
   arguments=("${sorted[@]}")
   [[ -n $value ]] || value=runs/$(config_name)
   [[ $value == /* ]] || value=$PWD/$value
-  run_dir=$value
+  run_dir=$value${run_suffix:-}
 }
 
 # The config's top-level key `name`, or its file name.
@@ -106,7 +131,8 @@ config_name() {
   printf '%s\n' "$name"
 }
 
-# Makes `trace_ds`, the command as an array: modules, virtual environment, container.
+# Makes `container`, what runs a command in the image (empty without one), `step`, the srun options that do so (pyxis), and
+# `trace_ds`, the command line's first words. Modules and virtual environment are those of slurm/site.env.
 prepare_command() {
   if [[ -n ${TRACE_DS_MODULES:-} ]]; then
     # `module` is a shell function of the site and is not written for `set -u`.
@@ -117,16 +143,27 @@ prepare_command() {
   fi
   [[ -z ${TRACE_DS_VENV:-} ]] || export PATH=$TRACE_DS_VENV/bin:$PATH
   read -ra trace_ds <<<"${TRACE_DS_COMMAND:-trace-ds}"
-  if [[ -n ${TRACE_DS_CONTAINER:-} ]]; then
-    local runtime
-    runtime=$(command -v apptainer || command -v singularity) ||
-      die "TRACE_DS_CONTAINER is set, but neither apptainer nor singularity is on PATH on $HOSTNAME"
-    mkdir -p "$run_dir" # a path must exist before it can be bound
-    trace_ds=("$runtime" exec --nv --bind "$TRACE_DS_HOME" --bind "$PWD" --bind "$run_dir"
-      "$TRACE_DS_CONTAINER" "${trace_ds[@]}")
-  fi
-  command -v "${trace_ds[0]}" >/dev/null ||
+  container=() step=()
+  [[ -z ${TRACE_DS_CONTAINER:-} ]] || prepare_container
+  ((${#container[@]} + ${#step[@]})) || command -v "${trace_ds[0]}" >/dev/null ||
     die "no command ${trace_ds[0]} on $HOSTNAME: set TRACE_DS_VENV in slurm/site.env (see slurm/site.env.example)"
+}
+
+prepare_container() {
+  local mounts folder list='' runtime
+  read -ra mounts <<<"${TRACE_DS_MOUNTS:-}"
+  mounts+=("$TRACE_DS_HOME" "$PWD" "$run_dir")
+  mkdir -p "$run_dir" # a path must exist before it can be bound
+  if [[ $TRACE_DS_CONTAINER == pyxis:* ]]; then
+    for folder in "${mounts[@]}"; do list+=${list:+,}$folder:$folder; done
+    step=("--container-image=${TRACE_DS_CONTAINER#pyxis:}" "--container-mounts=$list" "--container-workdir=$PWD")
+    return
+  fi
+  runtime=$(command -v apptainer || command -v singularity) ||
+    die "TRACE_DS_CONTAINER is set, but neither apptainer nor singularity is on PATH on $HOSTNAME"
+  container=("$runtime" exec --nv)
+  for folder in "${mounts[@]}"; do container+=(--bind "$folder"); done
+  container+=("$TRACE_DS_CONTAINER")
 }
 
 # Where rank 0 listens. The first node's NodeAddr, because that is how SLURM itself reaches it (node names need not
@@ -153,7 +190,7 @@ run_interruptibly() {
   done
 }
 
-# collect and unlearn: one task per GPU on all nodes.
+# collect, unlearn and doctor, on all nodes: srun starts one task per GPU, or one torchrun or deepspeed per node that does.
 # --export=ALL: after `sbatch --export=NONE`, which some sites make the default, srun would pass nothing on either.
 # --cpus-per-task: srun does not take it over from sbatch (SLURM >= 22.05).
 # --kill-on-bad-exit=0: many clusters kill the step when one rank's status is not 0, which would turn the orderly 75 of all
@@ -161,43 +198,97 @@ run_interruptibly() {
 # No --gpus-per-task: it would hide a node's other GPUs from each task; ranks choose theirs by SLURM_LOCALID.
 run_on_all_ranks() {
   settle_master
+  local per_node=$((SLURM_NTASKS / SLURM_NNODES)) cpus=${SLURM_CPUS_PER_TASK:-1} command=() status=0
+  # shellcheck disable=SC2016  # each node puts in its own number
+  local on_each_node=(--ntasks="$SLURM_NNODES" --ntasks-per-node=1 --cpus-per-task=$((cpus * per_node)) "${step[@]}"
+    bash -c 'exec "${@//@NODE_RANK@/$SLURM_NODEID}"' bash "${container[@]}")
+  case $TRACE_DS_LAUNCHER in
+    srun) command=(--cpus-per-task="$cpus" "${step[@]}" "${container[@]}" "${trace_ds[@]}") ;;
+    torchrun)
+      command=("${on_each_node[@]}" torchrun --nnodes="$SLURM_NNODES" --nproc-per-node="$per_node" --node-rank=@NODE_RANK@
+        --master-addr="$master_addr" --master-port="$master_port" -m trace_ds)
+      ;;
+    deepspeed)
+      mkdir -p "$run_dir"
+      scontrol show hostnames "$SLURM_JOB_NODELIST" | sed "s/$/ slots=$per_node/" >"$run_dir/.hostfile"
+      command=("${on_each_node[@]}" deepspeed --hostfile="$run_dir/.hostfile" --no_ssh --node_rank=@NODE_RANK@
+        --master_addr="$master_addr" --master_port="$master_port" --module trace_ds)
+      ;;
+  esac
   run_interruptibly env MASTER_ADDR="$master_addr" MASTER_PORT="$master_port" \
-    srun --export=ALL --label --kill-on-bad-exit=0 --wait="${TRACE_DS_WAIT_S:-300}" \
-    --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "$@"
+    srun --export=ALL --label --kill-on-bad-exit=0 --wait="${TRACE_DS_WAIT_S:-300}" "${command[@]}" "$@" || status=$?
+  rm -f "$run_dir/.hostfile"
+  # torchrun calls every failure 1. After a stop was asked for, take it for the orderly 75 (a real one comes again).
+  [[ $TRACE_DS_LAUNCHER/$status != torchrun/1 || ! -e $run_dir/stop ]] || status=75
+  return "$status"
 }
 
+# One process on the first node: in this shell, or in a step when only srun can make the container.
+run_single() {
+  local first=()
+  ((!${#step[@]})) || first=(srun --export=ALL --nodes=1 --ntasks=1 "${step[@]}")
+  "${first[@]}" "${container[@]}" "${trace_ds[@]}" "$@"
+}
+
+# run_stage VERB [VARIANT]
 run_stage() {
-  local verb=$1
-  local command=("${trace_ds[@]}" "$verb" "$config" --run-dir "$run_dir" "${arguments[@]}")
-  case $verb in
-    collect | unlearn) run_on_all_ranks "${command[@]}" ;;
-    *) run_interruptibly "${command[@]}" ;;
+  local command=("$1" "$config" --run-dir "$run_dir" "${arguments[@]}")
+  [[ -z ${2:-} ]] || command+=(--variant "$2")
+  case $1 in
+    collect | unlearn | doctor) run_on_all_ranks "${command[@]}" ;;
+    *) run_interruptibly run_single "${command[@]}" ;;
   esac
 }
 
+# Makes `variants`: the names of the config's variants, as its dry run lists them.
+list_variants() {
+  local resolved
+  read -ra variants <<<"${TRACE_DS_VARIANTS:-}"
+  [[ -z ${TRACE_DS_VARIANTS+set} ]] || return 0
+  resolved=$(run_single run "$config" --run-dir "$run_dir" "${arguments[@]}" --dry-run) || return
+  mapfile -t variants < <(sed -n 's/^# variant \([^:]*\): .*/\1/p' <<<"$resolved")
+}
+
 run_stages() {
-  local verb status stages
+  local verb variant variants stages
   read -ra stages <<<"${TRACE_DS_STAGES:-$*}"
   prepare_command
+  list_variants || finish $?
   rm -f "$run_dir/stop" # left by an earlier job: it must not stop this one
   say "job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, restart ${SLURM_RESTART_COUNT:-0} of at most $MAX_RESTARTS, $run_dir"
   for verb in "${stages[@]}"; do
-    ((!stop_requested)) || requeue "before $verb"
-    say "$verb"
-    status=0
-    run_stage "$verb" || status=$?
-    say "$verb: exit status $status"
-    if ((status == 75)); then
-      # Without our signal somebody else asked for the stop (touched the file by hand) and wants it to stay stopped.
-      ((stop_requested)) && requeue "during $verb"
-      say "stopped on request; submit the same line again to go on"
-    fi
-    ((status == 0)) || finish "$status"
+    run_and_check "$verb"
+    [[ $verb =~ ^(calibrate|unlearn|convert|evaluate)$ ]] || continue
+    for variant in "${variants[@]}"; do run_and_check "$verb" "$variant"; done
   done
   finish 0
 }
 
-# requeue WHEN: back into the queue under the same job id, unless that has happened too often; never returns.
+# run_and_check VERB [VARIANT]: goes on only if it is done and no stop was asked for.
+run_and_check() {
+  local what=$1${2:+ of variant $2} status=0
+  ((!stop_requested)) || requeue "before $what"
+  say "$what"
+  run_stage "$@" || status=$?
+  say "$what: exit status $status"
+  if ((status == 75)); then
+    # Without our signal somebody else asked for the stop (touched the file by hand) and wants it to stay stopped.
+    ((stop_requested)) && requeue "during $what"
+    say "stopped on request; submit the same line again to go on"
+  fi
+  ((status == 0)) && return
+  [[ $1 =~ ^(collect|unlearn)$ && ! $status =~ ^(2|75)$ ]] && ! every_node_answers &&
+    requeue "during $what (a node does not answer)" "$status"
+  finish "$status"
+}
+
+# Whether each node of the job still starts a task. SLURM requeues a job whose node is lost, but only after SlurmdTimeout
+# (300 s by default): the ranks on the other nodes fail long before, and the job with them.
+every_node_answers() {
+  timeout 60 srun --export=ALL --overlap --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --cpus-per-task=1 true
+}
+
+# requeue WHEN [STATUS]: back into the queue under the same job id, unless that has happened too often; never returns.
 requeue() {
   if ((${SLURM_RESTART_COUNT:-0} >= MAX_RESTARTS)); then
     say "stopped $1 and not requeued: MAX_RESTARTS=$MAX_RESTARTS reached; submit the same line again to go on"
@@ -206,7 +297,7 @@ requeue() {
   else
     say "stopped $1; SLURM refused to requeue the job; submit the same line again to go on"
   fi
-  finish 75
+  finish "${2:-75}"
 }
 
 finish() {

@@ -111,7 +111,7 @@ class SlurmCluster:
         self._start("slurmctld", "-D", "-c", "-f", str(self.conf))
         self._wait_until("the controller answers", lambda: self._call("scontrol", "ping").returncode == 0)
         for node in ("n1", "n2"):
-            self._start("slurmd", "-D", "-c", "-N", node, "-f", str(self.conf))
+            self.start_node(node)
         self._stack.callback(self._cancel_all)  # the last callback runs first: the daemons are still there
         self._wait_until("both nodes are idle", self._nodes_idle)
 
@@ -171,6 +171,7 @@ SchedulerParameters=batch_sched_delay=1,sched_interval=1,bf_interval=1
 JobRequeue=1
 KillWait=2
 KillOnBadExit=1
+SlurmdTimeout=15
 FirstJobId={first_job}
 ReturnToService=2
 NodeName=n1 Port={port_1} {node}
@@ -187,12 +188,38 @@ PartitionName=debug Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
         (self.base / "gres.conf").write_text(gres)
         (self.base / "cgroup.conf").write_text("CgroupPlugin=disabled\n")  # containers offer no cgroup to own
 
+    def start_node(self, node: str) -> None:
+        """Start a node's daemon: at boot, or again after :meth:`kill_node`."""
+        self._start("slurmd", "-D", "-c", "-N", node, "-f", str(self.conf))
+
+    def kill_node(self, node: str) -> None:
+        """SIGKILL to everything that runs on a node, its daemon included: what a power failure leaves of it."""
+        for number in self._processes_on(node):
+            with contextlib.suppress(OSError):  # gone meanwhile
+                os.kill(number, signal.SIGKILL)
+
+    def runs_on(self, node: str, word: bytes) -> bool:
+        """Whether a process with this word on its command line runs on a node."""
+        return any(word in command for command in self._processes_on(node).values())
+
+    def _processes_on(self, node: str) -> dict[int, list[bytes]]:
+        """{process id: command line} of a node's daemon and of all that its jobs run there."""
+        ours, found = f"SLURM_CONF={self.base}/slurm.conf".encode(), {}
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):  # gone meanwhile, or another user's
+                environment = (process / "environ").read_bytes().split(b"\0")
+                command = (process / "cmdline").read_bytes().split(b"\0")
+                is_daemon = b"-N" in command and node.encode() in command
+                if ours in environment and (is_daemon or f"SLURMD_NODENAME={node}".encode() in environment):
+                    found[int(process.name)] = command
+        return found
+
     def _start(self, name: str, *arguments: str) -> None:
         program = find_daemon(name)
         if program is None:
             raise FileNotFoundError(f"{name} is not installed")
         label = "-".join([name, *(a for a in arguments if re.fullmatch(r"n\d", a))])
-        log = self._stack.enter_context((self.base / "log" / f"{label}.stderr").open("wb"))
+        log = self._stack.enter_context((self.base / "log" / f"{label}.stderr").open("ab"))
         # So that a killed test run leaves no daemons behind.
         dies_with_us = ["setpriv", "--pdeathsig", "TERM", "--"] if shutil.which("setpriv") else []
         process = subprocess.Popen(

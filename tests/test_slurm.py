@@ -7,6 +7,7 @@ whose behaviour a test chooses per verb by files; the slow test at the end runs 
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import re
 import shutil
@@ -34,6 +35,8 @@ STAGES = ["prepare", "collect", "calibrate", "unlearn", "convert", "evaluate", "
 FAKE_COMMAND = """#!/usr/bin/env bash
 set -euo pipefail
 [[ -z ${RANK:-} ]]
+# a dry run lists the variants
+if [[ $1 == run ]]; then sed 's/.*/# variant &: {}/' "$FAKE/variants" 2>/dev/null || :; exit 0; fi
 verb=$1 run_dir=$4 rank=${SLURM_STEP_NUM_TASKS:+$SLURM_PROCID}
 mkdir -p "$run_dir"
 printf '%s|%s|%s|%s|%s|%s\\n' "$verb" "${rank:-bare}" "${SLURM_STEP_NUM_TASKS:-}" "${MASTER_ADDR:-}:${MASTER_PORT:-}" \
@@ -251,6 +254,120 @@ def test_mistakes_are_one_line_and_status_2(
     assert not place.run_dir.exists()
 
 
+VARIANTS = ["uniform", "permuted"]
+
+
+def test_variants_run_stage_by_stage(place: Workplace) -> None:
+    (place.fake / "variants").write_text("".join(f"{name}\n" for name in VARIANTS))
+    job = place.submit("books")
+    assert place.cluster.wait(job) == "COMPLETED", place.cluster.output(job)
+    ran = list(dict.fromkeys((c[0], c[5].partition("--variant ")[2]) for c in place.calls()))
+    with_variants = STAGES[2:6]
+    assert ran == [(s, name) for s in STAGES for name in ["", *(VARIANTS if s in with_variants else [])]]
+    place.env |= {"TRACE_DS_VARIANTS": "permuted", "TRACE_DS_STAGES": "calibrate report"}
+    (place.run_dir / "calls").unlink()
+    job = place.submit("books", script="single_stage.sh", options=())
+    assert place.cluster.wait(job) == "COMPLETED", place.cluster.output(job)
+    assert [c[5].split()[-1] for c in place.calls()] == [str(place.run_dir), "permuted", str(place.run_dir)]
+
+
+def test_array_over_seeds_and_array_over_recipes(place: Workplace) -> None:
+    """Each task has a run directory of its own; a line that is not there is a mistake of that task alone."""
+    place.env["TRACE_DS_STAGES"] = "prepare"
+    seeds = place.submit("books", "--set", "a=b", script="single_stage.sh", options=("--array=0,3",))
+    (place.folder / "list.txt").write_text("demo --set seed=5\n\nother.yaml\n")
+    del place.env["RUN_DIR"]
+    recipes = place.submit("list.txt", "--ep", "2", script="single_stage.sh", options=("--array=1-3",))
+    place.cluster.wait_until("the arrays are over", lambda: not place.cluster.run("squeue", "-h").strip())
+    for task in (0, 3):
+        own = Path(f"{place.run_dir}-seed{task}")
+        (line,) = (own / "calls").read_text().splitlines()
+        assert line.endswith(f"|prepare books --run-dir {own} --set a=b --set seed={task}")
+    (line,) = (place.folder / "runs/demo-1/calls").read_text().splitlines()
+    assert line.endswith("/runs/demo-1 --set seed=5 --set distributed.ep=2")
+    assert (place.folder / "runs/other-3/calls").exists()
+    assert sorted(path.name for path in (place.folder / "runs").iterdir()) == ["demo-1", "other-3"]
+    states = place.cluster.run("scontrol", "--oneliner", "show", "job", str(recipes))
+    assert states.count("JobState=COMPLETED") == 2 and "ExitCode=2:0" in states
+    logs = [path.read_text() for path in place.folder.glob("trace-ds-stage-*.log")]
+    assert len(logs) == 5 and sum("list.txt has no line 2" in log for log in logs) == 1
+    assert place.cluster.state(seeds) == "COMPLETED"
+
+
+def test_pyxis_runs_every_stage_in_the_image(place: Workplace) -> None:
+    """The plugin itself is not here: a stand-in for srun takes its options off and notes them."""
+    stand_in = place.folder / "bin" / "srun"
+    stand_in.write_text(
+        "#!/usr/bin/env bash\nkept=()\nfor word; do\n"
+        'case $word in --container-*) echo "$word" >>"$FAKE/container" ;; *) kept+=("$word") ;; esac\ndone\n'
+        f'exec {shutil.which("srun")} "${{kept[@]}}"\n'
+    )
+    stand_in.chmod(0o755)
+    place.env |= {"TRACE_DS_CONTAINER": "pyxis:/images/t.sqsh", "TRACE_DS_MOUNTS": "/models"}
+    job = place.submit("books")
+    assert place.cluster.wait(job) == "COMPLETED", place.cluster.output(job)
+    assert place.verbs() == STAGES
+    assert [c[2] for c in place.calls() if c[0] in ("prepare", "report")] == ["1", "1"]  # in a step of their own
+    mounts = ",".join(f"{path}:{path}" for path in ("/models", REPOSITORY, place.folder, place.run_dir))
+    said = (place.fake / "container").read_text().splitlines()
+    one = ["--container-image=/images/t.sqsh", f"--container-mounts={mounts}", f"--container-workdir={place.folder}"]
+    assert said == one * (1 + len(STAGES))  # the list of variants first
+
+
+# Stands for the package under `torchrun -m trace_ds` and `deepspeed --module trace_ds`.
+FAKE_MODULE = """
+import os, pathlib, sys, time
+run_dir = pathlib.Path(sys.argv[sys.argv.index("--run-dir") + 1])
+ours = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "SLURM_NODEID")
+verb = next(word for word in sys.argv[1:] if not word.startswith("-"))
+with (run_dir / "ranks").open("a") as file:
+    file.write(" ".join([verb, *(os.environ[name] for name in ours)]) + "\\n")
+if verb == "unlearn" and "SLURM_RESTART_COUNT" not in os.environ:
+    while not (run_dir / "stop").exists():
+        time.sleep(0.1)
+    time.sleep(1)
+    sys.exit(75)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_other_launchers_start_the_ranks(place: Workplace, launcher: str) -> None:
+    """The real launcher, one per node, under srun; also its way to say that the ranks stopped on request."""
+    package = place.folder / "module" / "trace_ds"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "__main__.py").write_text(FAKE_MODULE)
+    beside = f"{Path(sys.executable).parent}:{place.env['PATH']}"
+    place.env |= {"TRACE_DS_LAUNCHER": launcher, "PYTHONPATH": str(package.parent), "PATH": beside}
+    place.env |= {"TRACE_DS_STAGES": "prepare unlearn", "OMP_NUM_THREADS": "1"}
+    command = place.folder / "bin" / "trace-ds"
+    place.env["TRACE_DS_COMMAND"] = str(command)
+    job = place.submit("books", options=("--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-task=1"))
+    ranks = place.run_dir / "ranks"
+    place.cluster.wait_until("all ranks run", lambda: ranks.exists() and ranks.read_text().count("\n") == 4, 180, job)
+    place.cluster.run("scancel", "--batch", "--signal=USR1", str(job))
+    assert place.cluster.wait(job, 180) == "COMPLETED", place.cluster.output(job)
+    assert place.cluster.info(job)["Restarts"] == "1"
+    first, second = (sorted(ranks.read_text().splitlines()[part]) for part in (slice(4), slice(4, 8)))
+    expected = [f"unlearn {rank} 4 {rank % 2} {10000 + job % 20000} {rank // 2}" for rank in range(4)]
+    assert first == second == expected
+    assert not (place.run_dir / ".hostfile").exists()
+
+
+def test_lost_node_ends_in_requeue_and_completion(place: Workplace) -> None:
+    """SLURM itself requeues when a node is lost while the ranks wait for ever."""
+    (place.fake / "unlearn.deaf").touch()
+    job = place.submit("books")
+    place.cluster.wait_until("both ranks run", lambda: [c[0] for c in place.calls()].count("unlearn") == 2, 60, job)
+    place.cluster.kill_node("n2")
+    place.cluster.wait_until("the job is requeued", lambda: place.cluster.info(job)["Restarts"] == "1", 90, job)
+    place.cluster.start_node("n2")
+    assert place.cluster.wait(job) == "COMPLETED", place.cluster.output(job)
+    assert place.verbs(restart=0) == STAGES[:4]
+    assert place.verbs(restart=1) == STAGES
+
+
 def chain(place: Workplace) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [str(REPOSITORY / "slurm" / "chain.sh"), "books", "--set", "a=b c"],
@@ -338,30 +455,60 @@ def test_shut_down_leaves_no_process(tmp_path: Path) -> None:
         assert not status.exists() or "State:\tZ" in status.read_text()  # gone, or ended and not yet collected by init
 
 
+def trace_ds(cluster: SlurmCluster, folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """The real command on the login node of the cluster."""
+    environment = {"PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": "", "TRACE_DS_SITE": os.devnull}
+    environment["TRACE_DS_COMMAND"] = f"{sys.executable} -m trace_ds"
+    return subprocess.run(
+        [sys.executable, "-m", "trace_ds", *map(str, arguments)],
+        env=cluster.environment(environment), cwd=folder, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+def test_a_submission_that_slurm_refuses_leaves_nothing(cluster: SlurmCluster, tmp_path: Path) -> None:
+    from tiny import make_model, write_config
+
+    config = write_config(tmp_path, make_model(tmp_path / "model"))
+    before = sorted(tmp_path.rglob("*"))
+    for form in ([], ["--chain"]):
+        options = ["--gpus-per-node", 1, "--sbatch", "--partition=none", *form]
+        result = trace_ds(cluster, tmp_path, "submit", config, *options)
+        assert result.returncode == 2
+        assert "invalid partition specified: none" in result.stderr and len(result.stderr.splitlines()) == 1
+        assert sorted(tmp_path.rglob("*")) == before
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_real_pipeline_over_two_nodes_with_stop_and_requeue(cluster: SlurmCluster, tmp_path: Path) -> None:
-    """sbatch slurm/unlearn_mixtral.sh with the real command: ZeRO-3 and expert parallelism over two nodes, on CPU."""
+def test_real_pipeline_over_two_nodes_with_stop_and_lost_node(cluster: SlurmCluster, tmp_path: Path) -> None:
+    """`trace-ds submit` of ZeRO-3 and expert parallelism over two nodes on CPU: stopped, requeued, a node lost while it
+    trains, requeued, done."""
     from tiny import make_model, write_config
 
     model = make_model(tmp_path / "model")
     config = write_config(tmp_path, model, distributed__ep=2, unlearning__forget_loss="graddiff")
     run_dir = tmp_path / "runs" / "tiny"
-    environment = {
-        "TRACE_DS_HOME": str(REPOSITORY),
-        "TRACE_DS_SITE": os.devnull,
-        "TRACE_DS_COMMAND": f"{sys.executable} -m trace_ds",
-        "PYTHONPATH": str(REPOSITORY),
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    script = REPOSITORY / "slurm" / "unlearn_mixtral.sh"
-    job = cluster.submit(script, str(config), options=SMALL, env=environment, cwd=tmp_path)
+    command = ("submit", config, "--nodes", 2, "--gpus-per-node", 1, "--sbatch", "--cpus-per-task=1")
+    result = trace_ds(cluster, tmp_path, *command)
+    assert result.returncode == 0, result.stderr
+    record = json.loads((run_dir / "submitted" / "1" / "jobs.json").read_text())
+    ((stages, number),) = record["jobs"].items()
+    assert stages.split() == STAGES and f"{number}: {stages}" in result.stdout
+    job = int(number)
+    again = trace_ds(cluster, tmp_path, *command)
+    assert again.returncode == 2 and f"still queued or running: {job}" in again.stderr
+
     # Before its first step, so that it is known where it stops: after that step.
     cluster.wait_until("unlearn starts", lambda: " unlearn\n" in cluster.output(job), 600, job)
-    cluster.run("scancel", "--batch", "--signal=USR1", str(job))
-    assert cluster.wait(job, 800) == "COMPLETED", cluster.output(job)
-    assert cluster.info(job)["Restarts"] == "1"
+    cluster.run("scancel", "--batch", "--signal=USR1", number)
+    second = "unlearn: exit status 75"
+    cluster.wait_until("it goes on", lambda: " unlearn\n" in cluster.output(job).partition(second)[2], 600, job)
     assert "stopped on request after step 1 of 4" in cluster.output(job)
+    cluster.wait_until("ranks run on n2", lambda: cluster.runs_on("n2", b"unlearn"), 60, job)
+    cluster.kill_node("n2")
+    cluster.wait_until("the job is requeued", lambda: cluster.info(job)["Restarts"] == "2", 120, job)
+    cluster.start_node("n2")
+    assert cluster.wait(job, 800) == "COMPLETED", cluster.output(job)
     assert (run_dir / "checkpoints" / "latest").read_text().strip() == "step_000004"
 
     import torch

@@ -34,6 +34,7 @@ SetOption = Annotated[Optional[list[str]], typer.Option("--set", help="Override:
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the resolved config and what would run.")]
 NprocOption = Annotated[Optional[int], typer.Option("--nproc", min=1, help="Local processes (bare start).")]  # noqa: UP045
 EpOption = Annotated[Optional[int], typer.Option("--ep", min=1, help="Expert-parallel size.")]  # noqa: UP045
+VariantOption = Annotated[Optional[str], typer.Option("--variant", help="One of the config's variants instead.")]  # noqa: UP045
 JsonOption = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 
 
@@ -93,7 +94,10 @@ def _verb(name: str, config: str, run_dir: Path | None, overrides: list[str] | N
     for key in ("nproc", "ep"):
         if options.get(key) is not None:
             changes.append(f"distributed.{key}={options[key]}")
-    raise typer.Exit(run_verb(name, Request.load(config, changes, run_dir), dry_run=bool(options.get("dry_run"))))
+    request = Request.load(config, changes, run_dir)
+    if options.get("variant") is not None:
+        request = request.variant(str(options["variant"]))
+    raise typer.Exit(run_verb(name, request, dry_run=bool(options.get("dry_run"))))
 
 
 @app.command()
@@ -119,10 +123,14 @@ def collect(
 
 @app.command()
 def calibrate(
-    config: ConfigArgument, run_dir: RunDirOption = None, set_: SetOption = None, dry_run: DryRunOption = False
+    config: ConfigArgument,
+    run_dir: RunDirOption = None,
+    set_: SetOption = None,
+    variant: VariantOption = None,
+    dry_run: DryRunOption = False,
 ) -> None:
     """Statistics → forget-critical experts and retain weights."""
-    _verb("calibrate", config, run_dir, set_, dry_run=dry_run)
+    _verb("calibrate", config, run_dir, set_, variant=variant, dry_run=dry_run)
 
 
 @app.command()
@@ -132,10 +140,11 @@ def unlearn(
     set_: SetOption = None,
     nproc: NprocOption = None,
     ep: EpOption = None,
+    variant: VariantOption = None,
     dry_run: DryRunOption = False,
 ) -> None:
     """Model, datasets and calibration → sharded checkpoints (distributed)."""
-    _verb("unlearn", config, run_dir, set_, nproc=nproc, ep=ep, dry_run=dry_run)
+    _verb("unlearn", config, run_dir, set_, nproc=nproc, ep=ep, variant=variant, dry_run=dry_run)
 
 
 @app.command()
@@ -151,11 +160,12 @@ def convert(
     jobs: Annotated[int, typer.Option(min=1)] = 1,
     base_model: Annotated[Optional[Path], typer.Option(help="For config and tokenizer.")] = None,  # noqa: UP045
     verify: Annotated[bool, typer.Option("--verify", help="Read everything again and compare.")] = False,
+    variant: VariantOption = None,
     dry_run: DryRunOption = False,
 ) -> None:
     """Checkpoint → Hugging Face model directory (one process, no GPU)."""
     if destination is None:
-        return _verb("convert", source, run_dir, set_, dry_run=dry_run)
+        return _verb("convert", source, run_dir, set_, variant=variant, dry_run=dry_run)
     from trace_ds.conversion import convert_command
 
     raise typer.Exit(
@@ -175,10 +185,14 @@ def convert(
 
 @app.command()
 def evaluate(
-    config: ConfigArgument, run_dir: RunDirOption = None, set_: SetOption = None, dry_run: DryRunOption = False
+    config: ConfigArgument,
+    run_dir: RunDirOption = None,
+    set_: SetOption = None,
+    variant: VariantOption = None,
+    dry_run: DryRunOption = False,
 ) -> None:
     """Models → scores: forgetting, utility, routing drift."""
-    _verb("evaluate", config, run_dir, set_, dry_run=dry_run)
+    _verb("evaluate", config, run_dir, set_, variant=variant, dry_run=dry_run)
 
 
 @app.command()
@@ -207,6 +221,28 @@ def run(
 ) -> None:
     """All stages; skips what is done, goes on where it was killed."""
     _verb("run", config, run_dir, set_, nproc=nproc, ep=ep, dry_run=dry_run)
+
+
+@app.command()
+def submit(
+    config: ConfigArgument,
+    nodes: Annotated[int, typer.Option(min=1)] = 1,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs, and processes, of each node.")] = 8,
+    chain: Annotated[bool, typer.Option("--chain", help="One job per stage, each waiting for the one before.")] = False,
+    array: Annotated[Optional[str], typer.Option(help="Seeds, as for sbatch --array: 0-4.")] = None,  # noqa: UP045
+    sbatch: Annotated[str, typer.Option(help="More options for sbatch: '--partition=gpu --time=4:00:00'.")] = "",
+    run_dir: RunDirOption = None,
+    set_: SetOption = None,
+    ep: EpOption = None,
+    dry_run: DryRunOption = False,
+) -> None:
+    """The whole run as SLURM jobs: check it, write the scripts into the run directory, submit them."""
+    from trace_ds.cluster.submit import Cluster, submit_run
+    from trace_ds.stages.pipeline import Request
+
+    changes = [*(set_ or []), *([f"distributed.ep={ep}"] if ep is not None else [])]
+    cluster = Cluster(nodes, gpus_per_node, sbatch, array)
+    raise typer.Exit(submit_run(Request.load(config, changes, run_dir), cluster, chain=chain, dry_run=dry_run))
 
 
 @app.command()

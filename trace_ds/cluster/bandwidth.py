@@ -38,9 +38,7 @@ def bandwidth_checks() -> Iterator[Check]:
             fix = "run again with NCCL_DEBUG=WARN to see NCCL's own reason"
         yield Check("collectives", f"{backend} test", "MISS", result["error"], fix)
         return
-    for name in ("all-reduce", "all-to-all"):
-        detail = f"{result[name] / 1e9:.2f} GB/s bus bandwidth, {world} processes, {SIZE_BYTES >> 20} MiB, correct"
-        yield Check("collectives", f"{backend} {name}", "OK", detail)
+    yield from bandwidth_lines(result, backend, f"{world} processes")
 
 
 def measure(world: int, backend: str) -> dict[str, Any]:
@@ -93,6 +91,21 @@ def worker(rank: int, world: int, port: int, backend: str) -> dict[str, float]:
     distributed.init_process_group(
         backend, init_method=address, rank=rank, world_size=world, timeout=timedelta(seconds=TIMEOUT_S)
     )
+    result = time_collectives(device)
+    distributed.destroy_process_group()
+    return result
+
+
+def time_collectives(device: Any) -> dict[str, float]:
+    """Bytes/s by collective over the default process group, the best of :data:`REPEATS`.
+
+    Raises:
+        RuntimeError: a collective gave a wrong result.
+    """
+    import torch
+    from torch import distributed
+
+    rank, world = distributed.get_rank(), distributed.get_world_size()
     elements = SIZE_BYTES // 4 // world * world
     result = {}
     for name, factor in (("all-reduce", 2.0), ("all-to-all", 1.0)):
@@ -106,7 +119,7 @@ def worker(rank: int, world: int, port: int, backend: str) -> dict[str, float]:
                 distributed.all_reduce(sent)
             else:
                 distributed.all_to_all_single(received, sent)
-            if backend == "nccl":
+            if device.type == "cuda":
                 torch.cuda.synchronize()
             best_s = min(best_s, time.perf_counter() - start)
         if name == "all-reduce":
@@ -117,8 +130,14 @@ def worker(rank: int, world: int, port: int, backend: str) -> dict[str, float]:
         if not correct:
             raise RuntimeError(f"the {name} gave a wrong result")
         result[name] = factor * (world - 1) / world * elements * 4 / best_s
-    distributed.destroy_process_group()
     return result
+
+
+def bandwidth_lines(result: dict[str, float], backend: str, where: str) -> Iterator[Check]:
+    """A check per collective of :func:`time_collectives`; ``where`` says between what."""
+    for name in ("all-reduce", "all-to-all"):
+        detail = f"{result[name] / 1e9:.2f} GB/s bus bandwidth, {where}, {SIZE_BYTES >> 20} MiB, correct"
+        yield Check("collectives", f"{backend} {name}", "OK", detail)
 
 
 if __name__ == "__main__":

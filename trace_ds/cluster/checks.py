@@ -39,6 +39,15 @@ class Check:
     fix: str = ""
 
 
+@dataclass(frozen=True)
+class JobShape:
+    """A job as its launcher started it: nodes, processes on this node, processes in all."""
+
+    nodes: int
+    local: int
+    world: int
+
+
 def user_error(group: str, name: str, error: UserError, status: Status = "MISS") -> Check:
     """The check that a :class:`UserError` amounts to."""
     where = f"{error.where}: " if error.where else ""

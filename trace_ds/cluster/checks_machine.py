@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import importlib.util
+import json
 import os
 import re
 import socket
@@ -108,7 +109,11 @@ def accelerator_checks(config: Config | None) -> Iterator[Check]:
     driver_status, driver = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     has_driver = driver_status == 0 or Path("/dev/nvidiactl").exists()
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if count == 0:
+    promised = os.environ.get("SLURM_GPUS_ON_NODE", "0")
+    if promised.isdigit() and int(promised) > count:
+        fix = "run nvidia-smi on the node, install the CUDA build of torch, and look at CUDA_VISIBLE_DEVICES"
+        yield Check(group, "GPUs", "MISS", f"SLURM gave this node {promised} GPUs, torch sees {count}", fix)
+    elif count == 0:
         if has_driver:
             fix = "install the CUDA build of torch that this driver supports (see pytorch.org), or free the GPUs"
             yield Check(group, "GPUs", "MISS", f"a driver ({first_line(driver)}) but torch sees no GPU", fix)
@@ -135,8 +140,8 @@ def accelerator_checks(config: Config | None) -> Iterator[Check]:
         yield Check(group, "processes", "MISS", f"{wanted} processes but {count} GPUs", fix)
 
 
-def backend_checks() -> Iterator[Check]:
-    """The collectives' backend, the host's name, and the rendezvous port."""
+def backend_checks(*, joined: bool = False) -> Iterator[Check]:
+    """The collectives' backend, the host's name, and (unless the job has ``joined`` already) the rendezvous port."""
     import torch
     from torch import distributed
 
@@ -156,7 +161,8 @@ def backend_checks() -> Iterator[Check]:
     except OSError as error:
         fix = "add this host's name to /etc/hosts (gloo and NCCL connect by it)"
         yield Check(group, "host name", "MISS", f"does not resolve ({error.strerror or error})", fix)
-    yield from port_checks(os.environ.get("MASTER_PORT"))
+    if not joined:
+        yield from port_checks(os.environ.get("MASTER_PORT"))
 
 
 def port_checks(port: str | None) -> Iterator[Check]:
@@ -181,12 +187,15 @@ def port_checks(port: str | None) -> Iterator[Check]:
             yield Check(group, name, "MISS", reason, "set MASTER_PORT to a free port")
 
 
-def toolchain_checks() -> Iterator[Check]:
-    """Compiler and ninja: our CPU path switches DeepSpeed's compiled shared-memory op off, so neither is required."""
+def toolchain_checks(config: Config | None = None) -> Iterator[Check]:
+    """Compiler and ninja: required only to offload the optimizer (on CPUs we switch the compiled collective off)."""
     group = "compiler"
     compiler = next((found for name in ("c++", "g++", "clang++") if (found := find_program(name))), None)
     if compiler:
         yield Check(group, "C++ compiler", "OK", compiler)
+    elif config is not None and offloads_optimizer(config):
+        detail = f"none, and {config.unlearning.ds_config} offloads the optimizer: DeepSpeed compiles its CPU Adam"
+        yield Check(group, "C++ compiler", "MISS", detail, "apt-get install g++, or module load gcc in slurm/site.env")
     else:
         detail = "none: needed only for DeepSpeed's fused optimizers and CPU Adam (offloading)"
         yield Check(group, "C++ compiler", "WARN", detail, "apt-get install g++")
@@ -195,6 +204,14 @@ def toolchain_checks() -> Iterator[Check]:
         yield Check(group, "ninja", "OK", ninja)
     else:
         yield Check(group, "ninja", "WARN", "none: needed with the compiler only", "pip install ninja")
+
+
+def offloads_optimizer(config: Config) -> bool:
+    """Whether the configured DeepSpeed file keeps the optimizer on the CPU (a damaged file: no; others report it)."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        settings = json.loads(Path(config.unlearning.ds_config or "").read_text(encoding="utf-8"))
+        return "offload_optimizer" in settings.get("zero_optimization", {})
+    return False
 
 
 def cache_checks() -> Iterator[Check]:
@@ -274,11 +291,33 @@ def _slurm_services() -> Iterator[Check]:
     else:
         fix = "scontrol update nodename=NAME state=resume, or ask the cluster's admins"
         yield Check(group, "partitions", "MISS", f"no node is up ({first_line(text)})", fix)
-    status, text = output_of("munge", "--no-input")
+    yield from _slurm_limits()
+    socket_path = munge_socket()
+    status, text = output_of("munge", "--no-input", *([f"--socket={socket_path}"] if socket_path else []))
     if status == 0:
         yield Check(group, "munge", "OK", "makes credentials")
     else:
         yield Check(group, "munge", "MISS", first_line(text), "start munged (systemctl start munge)")
+
+
+def munge_socket() -> str | None:
+    """The socket of munged that slurm.conf names (``AuthInfo=socket=…``); None: munge's own default."""
+    with contextlib.suppress(OSError):
+        text = Path(os.environ.get("SLURM_CONF", "/etc/slurm/slurm.conf")).read_text(encoding="utf-8")
+        if found := re.search(r"^AuthInfo=.*\bsocket=([^,\s]+)", text, re.MULTILINE | re.IGNORECASE):
+            return found[1]
+    return None
+
+
+def _slurm_limits() -> Iterator[Check]:
+    """What the default partition allows a job; OK only, since what a run needs is not known here."""
+    status, text = output_of("scontrol", "--oneliner", "show", "partition")
+    default = next((line for line in text.splitlines() if "Default=YES" in line), "")
+    fields = dict(re.findall(r"(\w+)=(\S+)", default))
+    if status == 0 and fields:
+        names = ("MaxTime", "DefaultTime", "MaxNodes", "MaxMemPerNode")
+        limits = ", ".join(f"{name} {fields[name]}" for name in names if name in fields)
+        yield Check("slurm", "limits", "OK", f"partition {fields['PartitionName']}: {limits}")
 
 
 def cpu_checks(config: Config | None, processes: int, needed_bytes: float | None) -> Iterator[Check]:

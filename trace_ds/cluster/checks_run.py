@@ -115,8 +115,12 @@ def _speed_check(folder: Path) -> Check:
     return Check("storage", "write speed", "OK", detail)
 
 
-def model_checks(config: Config) -> Iterator[Check]:
-    """Every file of the model whole, a family we support, experts that the configuration divides."""
+def model_checks(config: Config, world_size: int | None = None) -> Iterator[Check]:
+    """Every file of the model whole, a family we support, experts and processes that the configuration divides.
+
+    Args:
+        world_size: processes of the job when a launcher started it; None: as configured.
+    """
     from trace_ds.models.families import FAMILIES
     from trace_ds.models.files import read_model_directory
 
@@ -132,14 +136,16 @@ def model_checks(config: Config) -> Iterator[Check]:
     yield Check(group, "files", "OK", detail)
     if files.model_type in FAMILIES:
         yield Check(group, "family", "OK", files.model_type)
-        yield from _expert_checks(config, files.config, str(files.path))
+        yield from _expert_checks(config, files.config, str(files.path), world_size or config.distributed.nproc)
     else:
         planned = " (trace-ds plan counts it, no stage runs it yet)" if files.model_type in COUNTED_FAMILIES else ""
         fix = f"use one of {', '.join(sorted(FAMILIES))}"
         yield Check(group, "family", "MISS", f"{files.model_type or 'none'} is not supported{planned}", fix)
 
 
-def _expert_checks(config: Config, model_config: dict[str, object], where: str) -> Iterator[Check]:
+def _expert_checks(
+    config: Config, model_config: dict[str, object], where: str, processes: int | None
+) -> Iterator[Check]:
     from trace_ds.cluster.architecture import read_architecture
 
     group = "model"
@@ -149,13 +155,13 @@ def _expert_checks(config: Config, model_config: dict[str, object], where: str) 
         yield user_error(group, "experts", error)
         return
     yield Check(group, "experts", "OK", f"{a.experts} in each of {a.moe_layers} layers, {a.top_k} per token")
-    ep, nproc = config.distributed.ep, config.distributed.nproc
+    ep = config.distributed.ep
     if a.experts % ep:
         sizes = ", ".join(str(size) for size in range(1, a.experts + 1) if a.experts % size == 0)
         detail = f"distributed.ep {ep} does not divide the {a.experts} experts"
         yield Check(group, "expert parallelism", "MISS", detail, f"use one of {sizes}")
-    elif nproc is not None and nproc % ep:
-        detail = f"distributed.ep {ep} does not divide the {nproc} processes"
+    elif processes is not None and processes % ep:
+        detail = f"distributed.ep {ep} does not divide the {processes} processes"
         yield Check(group, "expert parallelism", "MISS", detail, "change distributed.ep or distributed.nproc")
     else:
         yield Check(group, "expert parallelism", "OK", f"EP {ep}: {a.experts // ep} experts a process")

@@ -3,6 +3,7 @@
     trace-ds doctor                       # the machine
     trace-ds doctor CONFIG --run-dir DIR  # and the run's storage, model, tokenizer and corpora
     trace-ds doctor CONFIG --json
+    srun … trace-ds doctor CONFIG         # every node, and what lies between them; torchrun, deepspeed, mpiexec too
 
 Exit status 0 when no line is MISS, else 1: the report is the answer, not an error of the user's (which would be 2).
 Nothing is changed: what the storage checks write they remove, and the run directory is not made.
@@ -17,38 +18,45 @@ from pathlib import Path
 
 from trace_ds.cluster import checks_machine as machine
 from trace_ds.cluster import checks_run as run
-from trace_ds.cluster.checks import Check, guarded, wide_console
+from trace_ds.cluster.checks import Check, JobShape, guarded, wide_console
 from trace_ds.cluster.plan import Plan, plan
 from trace_ds.cluster.spec import ClusterSpec
 from trace_ds.config.schema import Config
 from trace_ds.errors import UserError
+from trace_ds.parallel.environment import launched
 
 EXIT_MISSING = 1
 STYLES = {"OK": "green", "WARN": "yellow", "MISS": "bold red"}
 
 
-def run_checks(config: Config | None, run_dir: Path | None, *, bandwidth: bool = False) -> list[Check]:
-    """All checks that apply: the machine's always, a run's when ``config`` (and ``run_dir``) are given."""
+def run_checks(
+    config: Config | None, run_dir: Path | None, *, bandwidth: bool = False, job: JobShape | None = None
+) -> list[Check]:
+    """All checks that apply: the machine's always, a run's when ``config`` (and ``run_dir``) are given.
+
+    Args:
+        job: what a launcher started, this process being its first on this node; None: a bare start.
+    """
     found = guarded("python", "packages", machine.python_checks)
     found += guarded("accelerators", "torch", lambda: machine.accelerator_checks(config))
-    found += guarded("collectives", "backend", machine.backend_checks)
+    found += guarded("collectives", "backend", lambda: machine.backend_checks(joined=job is not None))
     if bandwidth:
         found += guarded("collectives", "bandwidth", _bandwidth)
-    found += guarded("compiler", "toolchain", machine.toolchain_checks)
+    found += guarded("compiler", "toolchain", lambda: machine.toolchain_checks(config))
     found += guarded("compiler", "kernel cache", machine.cache_checks)
     found += guarded("launchers", "launchers", machine.launcher_checks)
     found += guarded("slurm", "slurm", machine.slurm_checks)
-    processes = _processes(config)
-    here = _plan_on(config, processes)
+    processes = job.local if job else _processes(config)
+    here = _plan_on(config, job.nodes if job else 1, processes)
     needed = None if here is None else here.host_bytes
     found += guarded("cpu", "cpu", lambda: machine.cpu_checks(config, processes, needed))
     if run_dir is not None:
         # the storage does not depend on the machine, which may be a login node that the job would not fit
-        anywhere = here or (None if config is None else _plan_on(config, config.distributed.ep))
+        anywhere = here or (None if config is None else _plan_on(config, 1, config.distributed.ep))
         needed_storage = None if anywhere is None else anywhere.storage_bytes
         found += guarded("storage", "run directory", lambda: run.storage_checks(run_dir, needed_storage))
     if config is not None:
-        found += guarded("model", "model", lambda: run.model_checks(config))
+        found += guarded("model", "model", lambda: run.model_checks(config, job.world if job else None))
         found += guarded("tokenizer", "loads", lambda: run.tokenizer_checks(config))
         found += guarded("corpora", "corpora", lambda: run.corpus_checks(config))
         found += guarded("plan", "memory", lambda: _memory_checks(here))
@@ -80,14 +88,14 @@ def _processes(config: Config | None) -> int:
     return _gpus()[0] or 1
 
 
-def _plan_on(config: Config | None, processes: int) -> Plan | None:
-    """The cost model's answer for so many processes of this machine; None when there is nothing to plan for."""
+def _plan_on(config: Config | None, nodes: int, processes: int) -> Plan | None:
+    """The cost model's answer for machines like this one, so many processes on each; None: nothing to plan for."""
     if config is None:
         return None
     count, memory_bytes = _gpus()
     memory_gb = memory_bytes / 1e9 if count else 80.0
     try:
-        return plan(config, ClusterSpec(nodes=1, gpus_per_node=processes, gpu_memory_gb=memory_gb))
+        return plan(config, ClusterSpec(nodes=nodes, gpus_per_node=processes, gpu_memory_gb=memory_gb))
     except UserError:
         return None  # the model's own checks say why
 
@@ -107,13 +115,34 @@ def _memory_checks(here: Plan | None) -> Iterator[Check]:
 
 
 def doctor(config: Config | None, run_dir: Path | None, json: bool, bandwidth: bool) -> int:
-    """Print the report; 0 when nothing is MISS, else 1."""
-    found = run_checks(config, run_dir, bandwidth=bandwidth)
+    """Print the report; 0 when nothing is MISS, else 1. Of a job's ranks the main one prints."""
+    found = check_job(config, run_dir) if launched() else run_checks(config, run_dir, bandwidth=bandwidth)
+    if found is None:
+        return 0
     if json:
         print(json_module.dumps([asdict(check) for check in found], indent=1, ensure_ascii=False))
     else:
         print_report(found)
     return EXIT_MISSING if any(check.status == "MISS" for check in found) else 0
+
+
+def check_job(config: Config | None, run_dir: Path | None) -> list[Check] | None:
+    """The checks of every node of a job that a launcher started, merged, and those between nodes; None: not the main
+    rank. Timings of collectives are always part of it."""
+    from trace_ds.cluster import checks_nodes as nodes
+
+    world = nodes.join_job()
+    if not isinstance(world, nodes.Job):
+        return world
+    shape = JobShape(len(set(world.nodes)), world.nodes.count(world.node), world.world.size)
+    own = run_checks(config, run_dir, job=shape) if world.first_on_node else []
+    found = nodes.merged(world, own)
+    found += guarded("collectives", "bandwidth", lambda: nodes.bandwidth_checks(world))
+    found += guarded("nodes", "same files", lambda: nodes.sameness_checks(world, config))
+    if run_dir is not None:
+        found += guarded("storage", "shared", lambda: nodes.shared_storage_checks(world, run_dir))
+    nodes.leave_job(world)
+    return found if world.world.is_main else None
 
 
 def print_report(found: list[Check]) -> None:

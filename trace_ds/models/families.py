@@ -122,11 +122,12 @@ def model_fingerprint(model: ModelFiles | str | Path) -> str:
     files = model if isinstance(model, ModelFiles) else read_model_directory(Path(model))
     config = {key: value for key, value in files.config.items() if key not in ("_name_or_path", "transformers_version")}
     tensors = {name: [entry.dtype, list(entry.shape)] for name, entry in files.tensors.items()}
-    blocks = {name: _sample(files.path / name) for name in sorted(files.files)}
+    blocks = {name: sample_sha256(files.path / name) for name in sorted(files.files)}
     return sha256_text(canonical_json({"config": config, "tensors": tensors, "blocks": blocks}))
 
 
-def _sample(path: Path) -> str:
+def sample_sha256(path: Path) -> str:
+    """SHA-256 of a file's size and of :data:`FINGERPRINT_BLOCKS` blocks of it (of the whole, when it is small)."""
     import hashlib
 
     size = path.stat().st_size

@@ -36,6 +36,9 @@ class Request:
 
     def variant(self, name: str) -> Request:
         """The same run with the keys of ``variants.NAME`` changed, in ``RUN/variants/NAME``."""
+        if name not in self.config.variants:
+            known = ", ".join(self.config.variants) or "none"
+            raise UserError(f"the configuration has no variant {name!r}", "--variant", f"use one of its own: {known}")
         changed = with_changes(self.config, self.config.variants[name], f"variants.{name}")
         changed = changed.model_copy(update={"variants": {}, "name": name})
         return Request(changed, self.run.variant(name))
@@ -63,8 +66,12 @@ def run_verb(verb: str, request: Request, *, dry_run: bool = False) -> int:
         return _run_stage(verb, request, lock)
 
 
-def check_early(verb: str, request: Request) -> None:
-    """Find what is wrong with the user's input before anything is written."""
+def check_early(verb: str, request: Request, world_size: int | None = None) -> None:
+    """Find what is wrong with the user's input before anything is written.
+
+    Args:
+        world_size: processes of the job when it is to run elsewhere; None: it runs here, as configured.
+    """
     from trace_ds.corpora.read import check_files
     from trace_ds.corpora.tokenizer import tokenizer_fingerprint
     from trace_ds.models.families import check_expert_parallel, inspect_model
@@ -74,8 +81,9 @@ def check_early(verb: str, request: Request) -> None:
     if verb in ("run", *DISTRIBUTED):
         import os
 
-        nproc = process_count(config)
-        check_process_count(nproc, accelerator_count(), os.cpu_count() or 1)
+        nproc = world_size or process_count(config)
+        if world_size is None:
+            check_process_count(nproc, accelerator_count(), os.cpu_count() or 1)
         check_expert_parallel(inspect_model(config.model.path), config.distributed.ep, nproc)
     if verb in STAGES[1:-1]:
         from trace_ds.run import artefact

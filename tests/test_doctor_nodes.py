@@ -1,0 +1,205 @@
+"""``trace-ds doctor`` on several nodes, and faults planted for real: full file systems, a stopped munged, two nodes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from distributed import run_distributed
+from slurm_cluster import SlurmCluster, find_daemon
+
+from trace_ds.cluster import checks_machine, checks_nodes
+from trace_ds.cluster.checks import Check
+from trace_ds.config.load import load_config
+
+MOUNTS = subprocess.run(["unshare", "--mount", "true"], capture_output=True, check=False).returncode == 0
+needs_mounts = pytest.mark.skipif(not MOUNTS, reason="mount namespaces are not allowed here")
+
+
+def missing(checks: list[Check]) -> dict[str, Check]:
+    assert all(check.fix for check in checks if check.status != "OK")
+    return {check.name: check for check in checks if check.status == "MISS"}
+
+
+# Faults of the machine
+
+
+@pytest.mark.parametrize(("version", "problem"), [("5.16.2", "older than 5.17"), ("5.23.0", "AutoEP")])
+def test_an_old_and_a_new_transformers(
+    version: str, problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planted = tmp_path / f"transformers-{version}.dist-info"
+    planted.mkdir()
+    (planted / "METADATA").write_text(f"Metadata-Version: 2.1\nName: transformers\nVersion: {version}\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    fault = missing(list(checks_machine.python_checks()))["transformers"]
+    assert version in fault.detail and problem in fault.detail
+    assert fault.fix == 'pip install "transformers>=5.17,<5.23"'
+
+
+def test_a_missing_compiler_is_a_miss_for_offloading(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    offload = tmp_path / "offload.json"
+    offload.write_text('{"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}')
+    config, _ = load_config(str(tiny.write_config(tmp_path, tiny_model, unlearning__ds_config=str(offload))))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    fault = missing(list(checks_machine.toolchain_checks(config)))["C++ compiler"]
+    assert "offload.json" in fault.detail and "apt-get install g++" in fault.fix
+
+
+def test_a_gpu_that_slurm_promised_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8")
+    fault = missing(list(checks_machine.accelerator_checks(None)))["GPUs"]
+    assert fault.detail == "SLURM gave this node 8 GPUs, torch sees 0" and "nvidia-smi" in fault.fix
+
+
+@pytest.mark.skipif(find_daemon("munged") is None, reason="munge is not installed")
+def test_a_stopped_munged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A real munged at the socket that slurm.conf names, then stopped."""
+    cluster = SlurmCluster(1, 0, 5)
+    cluster.base = Path(subprocess.check_output(["mktemp", "-d", "/tmp/munge-XXXXXX"], text=True).strip())
+    try:
+        cluster.base.chmod(0o755)
+        for name in ("munge", "log"):
+            (cluster.base / name).mkdir(mode=0o755)
+        socket_path = cluster._start_munged()
+        conf = tmp_path / "slurm.conf"
+        conf.write_text(f"ClusterName=test\nSlurmctldHost=localhost\nAuthInfo=socket={socket_path},ttl=60\n")
+        monkeypatch.setenv("SLURM_CONF", str(conf))
+        monkeypatch.setattr(checks_machine, "UNCONFIGURED", "no controller runs here")
+        assert "munge" not in missing(list(checks_machine.slurm_checks()))
+        cluster.shut_down()
+        fault = missing(list(checks_machine.slurm_checks()))["munge"]
+        assert "socket" in fault.detail and "start munged" in fault.fix
+    finally:
+        cluster.shut_down()
+        shutil.rmtree(cluster.base)
+
+
+# Faults of the storage, in a mount namespace of their own
+
+
+def storage_in_namespace(folder: Path, mount_options: str) -> list[Check]:
+    """The storage checks in a process that has a file system of its own mounted on ``folder``."""
+    folder.mkdir()
+    body = f"""
+        import json
+        from dataclasses import asdict
+        from pathlib import Path
+        from trace_ds.cluster.checks_run import storage_checks
+        print(json.dumps([asdict(check) for check in storage_checks(Path({str(folder)!r}) / "run", None)]))
+        """
+    command = 'mount -t tmpfs -o "$0" tmpfs "$1" && exec "${@:2}"'
+    done = subprocess.run(
+        ["unshare", "--mount", "bash", "-c", command, mount_options, str(folder), sys.executable, "-c",
+         textwrap.dedent(body)],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    import json
+
+    return [Check(**check) for check in json.loads(done.stdout)]
+
+
+@needs_mounts
+def test_a_full_file_system(tmp_path: Path) -> None:
+    faults = missing(storage_in_namespace(tmp_path / "small", "size=8m"))
+    assert "No space left on device" in faults["write speed"].detail
+    assert (
+        "8 MB free" in faults["free space"].detail.replace("7 MB", "8 MB") and "--run-dir" in faults["free space"].fix
+    )
+
+
+@needs_mounts
+def test_a_read_only_file_system(tmp_path: Path) -> None:
+    (fault,) = missing(storage_in_namespace(tmp_path / "closed", "ro")).values()
+    assert "Read-only file system" in fault.detail and "--run-dir" in fault.fix
+
+
+def test_a_blocked_port_is_named_before_anybody_waits_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as holder:
+        holder.bind(("", 0))
+        holder.listen()
+        port = holder.getsockname()[1]
+        for name, value in {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "MASTER_PORT": port}.items():
+            monkeypatch.setenv(name, str(value))
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        found = checks_nodes.join_job()
+    assert isinstance(found, list)
+    fault = missing(found)["rendezvous port"]
+    assert f"{port} cannot be bound" in fault.detail and "MASTER_PORT" in fault.fix
+
+
+# Two nodes
+
+
+def on_node(world: Any, folder: str, config: str, run_dir: str) -> list[Check] | None:
+    """The doctor as one rank of a job; rank r is on node n(r + 1), which has a working directory of its own."""
+    from trace_ds.cluster import checks_nodes, doctor
+
+    node = f"n{world.rank + 1}"
+    os.environ["SLURMD_NODENAME"] = node
+    os.environ["PYTHONPATH"] = ""
+    os.chdir(Path(folder) / node)
+    checks_nodes.join_job = lambda: checks_nodes.Job(world, world.gather(node))
+    checks_nodes.leave_job = lambda job: None
+    loaded, _ = load_config(config, [], run_dir)
+    return doctor.check_job(loaded, Path(run_dir))
+
+
+@pytest.fixture
+def two_nodes(tmp_path: Path, tiny_model: Path) -> Path:
+    for node in ("n1", "n2"):
+        shutil.copytree(tiny_model, tmp_path / node / "model")
+        tiny.write_corpora(tmp_path / node / "corpora")
+    return tmp_path
+
+
+def config_for(folder: Path, ep: int) -> str:
+    path = tiny.write_config(
+        folder, Path("model"), distributed__ep=ep,
+        data__forget=[{"path": "corpora/forget.jsonl"}], data__retain=[{"path": "corpora/retain.jsonl"}],
+    )  # fmt: skip
+    return str(path)
+
+
+def test_two_healthy_nodes(two_nodes: Path) -> None:
+    found, other = run_distributed(on_node, 2, str(two_nodes), config_for(two_nodes, 2), str(two_nodes / "run"))
+    assert other is None
+    assert missing(found) == {}
+    names = {check.name: check for check in found}
+    assert "the same on 2 nodes" in names["model: model"].detail
+    assert {"same bytes on all nodes", "rename seen by all nodes", "versions", "gloo all-to-all"} <= names.keys()
+    assert names["locks between nodes"].status == "OK"
+    assert "2 ranks on 2 nodes" in names["gloo all-reduce"].detail
+    assert len(names) == len(found)
+    assert not list(two_nodes.glob(".trace-ds*"))
+
+
+def test_two_nodes_with_different_files_and_a_wrong_expert_parallel_size(two_nodes: Path) -> None:
+    weights = two_nodes / "n2" / "model" / "model.safetensors"
+    changed = bytearray(weights.read_bytes())
+    changed[-1] ^= 1
+    weights.write_bytes(changed)
+    (two_nodes / "n2" / "corpora" / "forget.jsonl").unlink()
+    (two_nodes / "n1" / "run").mkdir()
+    found, _ = run_distributed(on_node, 2, str(two_nodes), config_for(two_nodes, 4), "run")
+    faults = missing(found)
+    assert set(faults) == {
+        "model: model", "forget: corpora/forget.jsonl", "same bytes on all nodes", "expert parallelism"
+    }  # fmt: skip
+    assert "n1: " in faults["model: model"].detail and "n2: " in faults["model: model"].detail
+    assert "copy it to the nodes again" in faults["model: model"].fix
+    assert "n2 cannot read what n1 wrote" in faults["same bytes on all nodes"].detail
+    assert "4 does not divide the 2 processes" in faults["expert parallelism"].detail
+    missing_corpus = [c for c in found if c.group == "corpora" and c.status == "MISS"]
+    assert [c.detail for c in missing_corpus] == ["on n2: the file does not exist"]

@@ -1,0 +1,92 @@
+"""``trace-ds submit``: what it checks, what it writes, what it hands to SLURM (real jobs: tests/test_slurm.py)."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import tiny
+from command import tree
+
+from trace_ds.cluster import submit
+from trace_ds.cluster.submit import Cluster, submit_run
+from trace_ds.errors import UserError
+from trace_ds.stages.pipeline import Request
+
+ONE_NODE = Cluster(1, 2)
+
+
+@pytest.fixture
+def request_(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Request:
+    for name in [name for name in os.environ if name.startswith(("TRACE_DS", "SBATCH", "SLURM"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+    config = tiny.write_config(tmp_path, tiny_model, distributed__ep=2)
+    return Request.load(str(config), [], tmp_path / "runs" / "a run")
+
+
+def failing(request: Request, cluster: Cluster, **options: bool) -> str:
+    """The message of the mistake; nothing may be written."""
+    before = tree(Path.cwd())
+    with pytest.raises(UserError) as error:
+        submit_run(request, cluster, **{"chain": False, "dry_run": False, **options})
+    assert tree(Path.cwd()) == before
+    assert error.value.fix
+    return error.value.line()
+
+
+def test_dry_run_prints_the_exact_lines_and_writes_nothing(
+    request_: Request, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    before = tree(tmp_path)
+    assert submit_run(request_, Cluster(2, 1, "--time=4:00:00", "0-4"), chain=False, dry_run=True) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("sbatch"))
+    folder = f"'{tmp_path}/runs/a run/submitted/1"
+    assert line == (
+        "sbatch --parsable --export=ALL --nodes=2 --ntasks-per-node=1 --gpus-per-node=1 --array=0-4 --time=4:00:00 "
+        f"{folder}/slurm/unlearn_mixtral.sh' {folder}/config.yaml' --run-dir '{tmp_path}/runs/a run'"
+    )
+    assert submit_run(request_, Cluster(2, 4, "--qos=x"), chain=True, dry_run=True) == 0
+    jobs = [line for line in capsys.readouterr().out.splitlines() if line.startswith("TRACE_DS_STAGES")]
+    assert len(jobs) == 6 and all("--qos=x" in job for job in jobs)
+    assert [job.split()[0].split("=")[1] for job in jobs[:5]] == [
+        "prepare",
+        "collect",
+        "calibrate",
+        "unlearn",
+        "convert",
+    ]
+    assert all(f"--dependency=afterok:JOB{number} " in job for number, job in enumerate(jobs) if number)
+    shape = "--nodes=2 --ntasks-per-node=4 --gpus-per-node=4"
+    assert [shape in job for job in jobs] == [False, True, False, True, False, False]
+    assert "--gpus-per-node=2 " in jobs[5]
+    assert tree(tmp_path) == before
+
+
+def test_mistakes(request_: Request, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "does not divide the world size 3" in failing(request_, Cluster(3, 1))
+    assert "cannot be combined" in failing(request_, Cluster(1, 2, array="0-1"), chain=True)
+    monkeypatch.setenv("TRACE_DS_SITE", "nowhere.env")
+    assert "TRACE_DS_SITE=nowhere.env: no such file" in failing(request_, ONE_NODE)
+    monkeypatch.delenv("TRACE_DS_SITE")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "there is no sbatch on this machine" in failing(request_, ONE_NODE)
+    Path("corpora/forget.jsonl").unlink()
+    assert "forget.jsonl" in failing(request_, ONE_NODE)
+
+
+def test_a_submission_holds_all_that_its_jobs_need(
+    request_: Request, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The scripts as they are now, the resolved configuration, the site file named by TRACE_DS_SITE."""
+    (tmp_path / "my.env").write_text("export SBATCH_QOS=long\n")
+    monkeypatch.setenv("TRACE_DS_SITE", "my.env")
+    submit.render(request_, tmp_path / "draft")
+    scripts = tmp_path / "draft" / "slurm"
+    assert {path.name for path in scripts.iterdir()} == {*submit.SCRIPTS, "site.env"}
+    assert (scripts / "site.env").read_text() == "export SBATCH_QOS=long\n"
+    shutil.copy(tmp_path / "draft" / "config.yaml", tmp_path / "again.yaml")
+    assert Request.load("again.yaml", [], request_.run.path).config == request_.config

@@ -1,0 +1,203 @@
+"""``trace-ds submit``: a whole run as SLURM jobs, checked before it is queued, with everything that was submitted kept.
+
+    trace-ds submit CONFIG --nodes 4 --gpus-per-node 8              # one job: slurm/unlearn_mixtral.sh
+    trace-ds submit CONFIG --nodes 4 --gpus-per-node 8 --chain      # one job per stage: slurm/chain.sh
+    trace-ds submit CONFIG --nodes 4 --gpus-per-node 8 --dry-run    # print the command lines, write nothing
+
+Each submission gets a folder ``RUN/submitted/N`` with the resolved configuration, the scripts, the site file and
+``jobs.json`` (command lines and job ids). The jobs run from that folder, so a job that requeues itself next week does
+what was submitted today, whatever became of the repository.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import trace_ds
+from trace_ds.cluster.plan import plan
+from trace_ds.cluster.spec import ClusterSpec
+from trace_ds.config.load import dump_yaml
+from trace_ds.errors import UserError
+from trace_ds.run.directory import unwritable
+from trace_ds.run.files import write_json
+from trace_ds.stages.pipeline import Request, check_early
+
+SCRIPTS = ("chain.sh", "collect_stats.sh", "common.sh", "single_stage.sh", "unlearn_mixtral.sh")
+WHOLE_RUN, CHAIN = "unlearn_mixtral.sh", "chain.sh"
+STAGES_OF_A_JOB = "prepare collect calibrate unlearn convert evaluate report"
+EVALUATION_GPUS = 2  # Mixtral-8x7B in bf16 needs two of 80 GB
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What is asked of SLURM.
+
+    Attributes:
+        nodes, gpus_per_node: the shape of collect and unlearn; one process per GPU.
+        options: more options of sbatch, as on its command line; they win over the scripts' own.
+        array: seeds of a job array, in sbatch's notation (``0-4``); None: no array.
+    """
+
+    nodes: int
+    gpus_per_node: int
+    options: str = ""
+    array: str | None = None
+
+    @property
+    def shape(self) -> list[str]:
+        return [
+            f"--nodes={self.nodes}",
+            f"--ntasks-per-node={self.gpus_per_node}",
+            f"--gpus-per-node={self.gpus_per_node}",
+        ]
+
+
+def submit_run(request: Request, cluster: Cluster, *, chain: bool, dry_run: bool) -> int:
+    """Check the run, write ``RUN/submitted/N``, submit it and print job ids and what to do with them; returns 0.
+
+    With ``dry_run`` the command lines are printed and nothing is written.
+
+    Raises:
+        UserError: the run's input is wrong; the expert-parallel size does not fit the cluster; jobs of this run are
+            still queued; there is no ``sbatch``, or it refuses. Then nothing is left behind.
+    """
+    if chain and cluster.array:
+        raise UserError("--array and --chain cannot be combined", "the command line", "submit a chain per seed")
+    check_early("run", request, cluster.nodes * cluster.gpus_per_node)
+    for warning in plan(request.config, ClusterSpec(cluster.nodes, cluster.gpus_per_node)).warnings:
+        print(f"WARNING trace-ds plan: {warning}")
+    run_dir = Path(os.path.abspath(request.run.path))
+    folder = run_dir / "submitted" / str(1 + len(list(run_dir.glob("submitted/[0-9]*"))))
+    with tempfile.TemporaryDirectory() as temporary:
+        draft = Path(temporary) / "submission"
+        render(request, draft)
+        lines = {
+            stages: line.replace(str(draft), str(folder))
+            for stages, line in command_lines(draft, run_dir, cluster, chain=chain).items()
+        }
+        if dry_run:
+            for line in lines.values():
+                print(line)
+            print(f"# dry run: nothing submitted; the files would be in {folder}")
+            return 0
+        check_queue(run_dir)
+        created = not run_dir.exists()
+        try:
+            (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+            shutil.copytree(draft, folder)
+        except OSError as error:
+            raise unwritable(run_dir, error) from None
+    try:
+        jobs = start(folder, run_dir, cluster, chain=chain)
+    except UserError:
+        shutil.rmtree(run_dir if created else folder)
+        raise
+    ids = list(jobs.values())
+    commands = [re.sub(r"(?<=afterok:)JOB(\d+)", lambda match: ids[int(match[1]) - 1], line) for line in lines.values()]
+    write_json(folder / "jobs.json", {"jobs": jobs, "commands": commands})
+    for stages, job in jobs.items():
+        print(f"{job}: {stages}")
+    print(f"log files: {run_dir}/logs; what was submitted: {folder}")
+    print(f"watch: squeue -j {','.join(ids)}   stop, saving first: touch {shlex.quote(str(run_dir / 'stop'))}")
+    return 0
+
+
+def render(request: Request, folder: Path) -> None:
+    """Everything the jobs need, in ``folder``: resolved configuration, scripts, site file."""
+    scripts = scripts_folder()
+    (folder / "slurm").mkdir(parents=True)
+    (folder / "config.yaml").write_text(dump_yaml(request.config), encoding="utf-8")
+    for name in SCRIPTS:
+        shutil.copy(scripts / name, folder / "slurm" / name)
+    named = os.environ.get("TRACE_DS_SITE")
+    site = Path(named) if named else scripts / "site.env"
+    if site.exists():
+        (folder / "slurm" / "site.env").write_text(site.read_text(encoding="utf-8"), encoding="utf-8")
+    elif named:
+        raise UserError("no such file", f"TRACE_DS_SITE={named}", "copy slurm/site.env.example there and fill it in")
+
+
+def scripts_folder() -> Path:
+    """``slurm/`` of the installed wheel, or of the repository this package is imported from."""
+    package = Path(trace_ds.__file__).resolve().parent
+    return next(folder for folder in (package / "slurm", package.parent / "slurm") if folder.is_dir())
+
+
+def command_lines(folder: Path, run_dir: Path, cluster: Cluster, *, chain: bool) -> dict[str, str]:
+    """{stages: the command line that submits them}; jobs that do not exist yet are JOB1, JOB2, …"""
+    if not chain:
+        return {STAGES_OF_A_JOB: shlex.join(_sbatch(folder, run_dir, cluster))}
+    found = _run(
+        _chain(folder, run_dir), _environment(folder, run_dir, cluster) | {"TRACE_DS_DRY_RUN": "1"}, folder.parent
+    )
+    return dict(line.split(": ", 1) for line in found.splitlines())
+
+
+def start(folder: Path, run_dir: Path, cluster: Cluster, *, chain: bool) -> dict[str, str]:
+    """Submit what :func:`render` wrote; {stages: job id}."""
+    if chain:
+        found = _run(_chain(folder, run_dir), _environment(folder, run_dir, cluster), Path.cwd())
+        return dict(line.split(": ", 1) for line in found.splitlines())
+    # sbatch reads SBATCH_* from its environment: the site file's, which only a shell can read
+    with_site = ["bash", "-c", '[[ ! -e $0 ]] || source "$0"; exec "$@"', str(folder / "slurm" / "site.env")]
+    command = [*with_site, *_sbatch(folder, run_dir, cluster)]
+    found = _run(command, _environment(folder, run_dir, cluster), Path.cwd())
+    return {STAGES_OF_A_JOB: found.strip().split(";")[0]}
+
+
+def check_queue(run_dir: Path) -> None:
+    """Refuse while jobs of an earlier submission are still queued or running: they would only wait for the lock."""
+    import json
+
+    if shutil.which("sbatch") is None:
+        fix = "run this on a login node of the cluster (--dry-run and trace-ds run work without SLURM)"
+        raise UserError("there is no sbatch on this machine", "PATH", fix)
+    earlier = [json.loads(path.read_text(encoding="utf-8")) for path in run_dir.glob("submitted/*/jobs.json")]
+    ids = {job for record in earlier for job in record["jobs"].values()}
+    queued = subprocess.run(["squeue", "--noheader", "--format=%A"], capture_output=True, text=True, check=False)
+    if active := sorted(ids & set(queued.stdout.split()), key=int):
+        what = f"jobs of this run are still queued or running: {' '.join(active)}"
+        raise UserError(what, str(run_dir), f"wait for them, or scancel {' '.join(active)}")
+
+
+def _sbatch(folder: Path, run_dir: Path, cluster: Cluster) -> list[str]:
+    array = [f"--array={cluster.array}"] if cluster.array else []
+    script = [str(folder / "slurm" / WHOLE_RUN), str(folder / "config.yaml"), "--run-dir", str(run_dir)]
+    return ["sbatch", "--parsable", "--export=ALL", *cluster.shape, *array, *shlex.split(cluster.options), *script]
+
+
+def _chain(folder: Path, run_dir: Path) -> list[str]:
+    return ["bash", str(folder / "slurm" / CHAIN), str(folder / "config.yaml"), "--run-dir", str(run_dir)]
+
+
+def _environment(folder: Path, run_dir: Path, cluster: Cluster) -> dict[str, str]:
+    """What the scripts read; the site file's own exports win where both say something."""
+    ours = {
+        "TRACE_DS_HOME": str(folder),
+        "TRACE_DS_GPU_SBATCH": " ".join(cluster.shape),
+        "TRACE_DS_ALL_SBATCH": cluster.options,
+    }
+    defaults = {
+        "SBATCH_OUTPUT": str(run_dir / "logs" / "%x-%j.log"),
+        "TRACE_DS_EVALUATE_SBATCH": f"--gpus-per-node={min(EVALUATION_GPUS, cluster.gpus_per_node)}",
+    }
+    if sys.prefix != sys.base_prefix:
+        defaults["TRACE_DS_VENV"] = sys.prefix  # the jobs use the environment that submits them
+    kept = {name: value for name, value in os.environ.items() if name not in ("TRACE_DS_SITE", "RUN_DIR")}
+    return defaults | kept | ours
+
+
+def _run(command: list[str], environment: dict[str, str], folder: Path) -> str:
+    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = " ".join(line.removeprefix("sbatch: error: ") for line in done.stderr.strip().splitlines())
+        raise UserError(f"the submission failed: {said}", "sbatch", "correct --sbatch, --nodes or slurm/site.env")
+    return done.stdout
