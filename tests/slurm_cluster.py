@@ -1,4 +1,7 @@
-"""A real SLURM cluster of two nodes on this one machine, for tests.
+"""A real SLURM cluster of two nodes on this one machine, for tests and for trying the commands of docs/cluster.md.
+
+    python tests/slurm_cluster.py            # a shell in which sbatch, srun, squeue … belong to the cluster
+    python tests/slurm_cluster.py COMMAND…   # a command instead
 
     with slurm_cluster() as cluster:
         job = cluster.submit(script, "argument", options=["--nodes=2"], env={"NAME": "value"}, cwd=folder)
@@ -20,6 +23,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -171,7 +175,7 @@ SchedulerParameters=batch_sched_delay=1,sched_interval=1,bf_interval=1
 JobRequeue=1
 KillWait=2
 KillOnBadExit=1
-SlurmdTimeout=15
+SlurmdTimeout=10
 FirstJobId={first_job}
 ReturnToService=2
 NodeName=n1 Port={port_1} {node}
@@ -339,3 +343,14 @@ def stop_process(process: subprocess.Popen[bytes], limit_s: float = 10) -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
+
+
+def main(command: Sequence[str]) -> int:
+    """Run a command (default: a shell) with a cluster around it; the command's exit status."""
+    with slurm_cluster() as cluster:
+        shell = [os.environ.get("SHELL", "bash")]
+        return subprocess.run(list(command) or shell, env=cluster.environment(), check=False).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -44,10 +44,10 @@ def test_dry_run_prints_the_exact_lines_and_writes_nothing(
     before = tree(tmp_path)
     assert submit_run(request_, Cluster(2, 1, "--time=4:00:00", "0-4"), chain=False, dry_run=True) == 0
     (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("sbatch"))
-    folder = f"'{tmp_path}/runs/a run/submitted/1"
+    folder = f"'{tmp_path}/runs/a run/submitted/1'"
     assert line == (
         "sbatch --parsable --export=ALL --nodes=2 --ntasks-per-node=1 --gpus-per-node=1 --array=0-4 --time=4:00:00 "
-        f"{folder}/slurm/unlearn_mixtral.sh' {folder}/config.yaml' --run-dir '{tmp_path}/runs/a run'"
+        f"{folder}/slurm/unlearn_mixtral.sh {folder}/config.yaml --run-dir '{tmp_path}/runs/a run'"
     )
     assert submit_run(request_, Cluster(2, 4, "--qos=x"), chain=True, dry_run=True) == 0
     jobs = [line for line in capsys.readouterr().out.splitlines() if line.startswith("TRACE_DS_STAGES")]

@@ -292,12 +292,17 @@ def _slurm_services() -> Iterator[Check]:
         fix = "scontrol update nodename=NAME state=resume, or ask the cluster's admins"
         yield Check(group, "partitions", "MISS", f"no node is up ({first_line(text)})", fix)
     yield from _slurm_limits()
+    yield from munge_checks()
+
+
+def munge_checks() -> Iterator[Check]:
+    """Whether munged makes credentials, at the socket that SLURM uses."""
     socket_path = munge_socket()
     status, text = output_of("munge", "--no-input", *([f"--socket={socket_path}"] if socket_path else []))
     if status == 0:
-        yield Check(group, "munge", "OK", "makes credentials")
+        yield Check("slurm", "munge", "OK", "makes credentials")
     else:
-        yield Check(group, "munge", "MISS", first_line(text), "start munged (systemctl start munge)")
+        yield Check("slurm", "munge", "MISS", first_line(text), "start munged (systemctl start munge)")
 
 
 def munge_socket() -> str | None:

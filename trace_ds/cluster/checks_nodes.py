@@ -161,15 +161,16 @@ def _facts(config: Config | None) -> dict[str, str]:
 
 def shared_storage_checks(job: Job, run_dir: Path) -> Iterator[Check]:
     """What the first node writes, renames and locks in the run directory is so for all nodes."""
-    folder = None
+    name = None
     if job.world.is_main and (home := nearest_directory(run_dir)) is not None:
         with contextlib.suppress(OSError):  # reported by the node's own checks
-            folder = tempfile.mkdtemp(prefix=".trace-ds-doctor-", dir=home)
-    folder = job.world.broadcast(folder)
-    if folder is None:
+            name = os.path.relpath(tempfile.mkdtemp(prefix=".trace-ds-doctor-", dir=home), run_dir)
+    name = job.world.broadcast(name)
+    if name is None:
         return
+    folder = Path(os.path.abspath(run_dir / name))  # the same words may be another place on another node
     try:
-        yield from _between_nodes(job, Path(folder))
+        yield from _between_nodes(job, folder)
     finally:
         job.world.barrier()
         if job.world.is_main:

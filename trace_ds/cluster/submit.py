@@ -11,6 +11,8 @@ what was submitted today, whatever became of the repository.
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import re
 import shlex
@@ -80,7 +82,7 @@ def submit_run(request: Request, cluster: Cluster, *, chain: bool, dry_run: bool
         draft = Path(temporary) / "submission"
         render(request, draft)
         lines = {
-            stages: line.replace(str(draft), str(folder))
+            stages: line.replace(str(draft), shlex.quote(str(folder)))
             for stages, line in command_lines(draft, run_dir, cluster, chain=chain).items()
         }
         if dry_run:
@@ -89,16 +91,18 @@ def submit_run(request: Request, cluster: Cluster, *, chain: bool, dry_run: bool
             print(f"# dry run: nothing submitted; the files would be in {folder}")
             return 0
         check_queue(run_dir)
-        created = not run_dir.exists()
+        made = next(path for path in reversed([folder, *folder.parents]) if not path.exists())
         try:
-            (run_dir / "logs").mkdir(parents=True, exist_ok=True)
             shutil.copytree(draft, folder)
+            (run_dir / "logs").mkdir(exist_ok=True)
         except OSError as error:
             raise unwritable(run_dir, error) from None
     try:
         jobs = start(folder, run_dir, cluster, chain=chain)
     except UserError:
-        shutil.rmtree(run_dir if created else folder)
+        with contextlib.suppress(OSError):
+            (run_dir / "logs").rmdir()
+        shutil.rmtree(made)
         raise
     ids = list(jobs.values())
     commands = [re.sub(r"(?<=afterok:)JOB(\d+)", lambda match: ids[int(match[1]) - 1], line) for line in lines.values()]
@@ -155,8 +159,6 @@ def start(folder: Path, run_dir: Path, cluster: Cluster, *, chain: bool) -> dict
 
 def check_queue(run_dir: Path) -> None:
     """Refuse while jobs of an earlier submission are still queued or running: they would only wait for the lock."""
-    import json
-
     if shutil.which("sbatch") is None:
         fix = "run this on a login node of the cluster (--dry-run and trace-ds run work without SLURM)"
         raise UserError("there is no sbatch on this machine", "PATH", fix)

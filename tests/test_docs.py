@@ -1,0 +1,40 @@
+"""The pages under docs/ say what the program says."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = [*ROOT.glob("trace_ds/**/*.py"), *ROOT.glob("slurm/*.sh")]
+LIBRARIES = ("_CanRecordRegistry", "CUDA out of memory", "Watchdog caught")  # said by others
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+
+
+def test_every_message_of_the_troubleshooting_table_exists() -> None:
+    joined = re.sub(r'"\s*\n\s*f?"', "", "\n".join(path.read_text(encoding="utf-8") for path in SOURCES))
+    text = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    messages = re.findall(r"^\| `([^`]+)`", text, re.MULTILINE)
+    assert len(messages) > 40
+    for message in messages:
+        if message.startswith(LIBRARIES):
+            continue
+        pieces = [re.escape(piece) for piece in re.split(r"…", message)]
+        assert re.search(r"[^\n]*?".join(pieces), joined), message
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_links_and_commands(page: Path) -> None:
+    """Relative links lead somewhere, named files of the repository exist, and every verb is one of the program's."""
+    from trace_ds.cli import app
+
+    text = page.read_text(encoding="utf-8")
+    for link in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (page.parent / link).exists(), link
+    for name in re.findall(r"`((?:trace_ds|tests|slurm|tools|ds_configs|docs)/[\w./-]+)`", text):
+        assert (ROOT / name).exists() or name == "slurm/site.env", name
+    verbs = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
+    for verb in re.findall(r"trace-ds ([a-z]+)\b", text):
+        assert verb in verbs, verb

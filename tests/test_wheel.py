@@ -1,0 +1,64 @@
+"""The wheel, installed away from the source tree, holds everything the commands need.
+
+A full install of the dependencies takes minutes, so the new environment sees those of this one through a path file; the
+source tree is not on it (a path file's own path files are not read, so this one's editable install does not count).
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+import tiny
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(*command: str | Path, cwd: Path) -> str:
+    kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
+    done = subprocess.run(
+        [str(word) for word in command], cwd=cwd, env=kept, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("dist")
+    options = ("--no-deps", "--no-build-isolation", "--quiet", "--wheel-dir", folder)
+    run(sys.executable, "-m", "pip", "wheel", *options, ROOT, cwd=folder)
+    (built,) = folder.glob("trace_ds-*.whl")
+    return built
+
+
+def test_every_file_of_the_package_is_in_the_wheel(wheel: Path) -> None:
+    tracked = subprocess.check_output(["git", "ls-files", "trace_ds", "slurm"], cwd=ROOT, text=True).split()
+    expected = {name if name.startswith("trace_ds/") else f"trace_ds/{name}" for name in tracked}
+    inside = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    assert inside == expected
+    assert any(name.endswith(".j2") for name in inside) and "trace_ds/slurm/common.sh" in inside
+
+
+def test_commands_of_the_installed_wheel(wheel: Path, tiny_model: Path, tmp_path: Path) -> None:
+    run(sys.executable, "-m", "venv", "--without-pip", "new", cwd=tmp_path)
+    python = tmp_path / "new" / "bin" / "python"
+    (site,) = (tmp_path / "new" / "lib").glob("python*/site-packages")
+    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    run(sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", wheel, cwd=tmp_path)
+    where = run(python, "-c", "import trace_ds; print(trace_ds.__file__)", cwd=tmp_path)
+    assert where.startswith(str(tmp_path / "new"))
+    trace_ds = python.with_name("trace-ds")
+    assert "mixtral_8x7b" in run(trace_ds, "recipes", cwd=tmp_path)
+    assert "would run: prepare, collect" in run(trace_ds, "run", "demo", "--dry-run", cwd=tmp_path)
+    tiny.write_config(tmp_path, tiny_model)
+    run(trace_ds, "prepare", "config.yaml", cwd=tmp_path)
+    run(trace_ds, "report", "config.yaml", cwd=tmp_path)
+    assert (tmp_path / "runs" / "tiny" / "report" / "index.html").is_file()
+    submitted = run(trace_ds, "submit", "config.yaml", "--gpus-per-node", "1", "--chain", "--dry-run", cwd=tmp_path)
+    assert submitted.count("sbatch --parsable") == 6
