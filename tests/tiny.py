@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -172,3 +173,8 @@ def write_config(directory: Path, model: Path, **changes: Any) -> Path:
     path = directory / "config.yaml"
     path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     return path
+
+
+if __name__ == "__main__":  # python tests/tiny.py FOLDER: a model, corpora and a config.yaml to try commands with
+    folder = Path(sys.argv[1]).absolute()
+    print(write_config(folder, make_model(folder / "model")))
