@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from calibration_world import Corpus, make_world
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_calibration_stage import alter_summary, job, prepared, write_statistics  # noqa: F401 (fixtures)
 
 from trace_ds.calibration import rows as rows_module
@@ -162,6 +164,33 @@ def test_row_store_whatever_the_chunks(tmp_path, monkeypatch) -> None:
         monkeypatch.setattr(rows_module, "CHUNK_TOKENS", chunk)
         store = build_row_store(retain.as_trace(2), retain.tokens, mask, tmp_path)
         np.testing.assert_allclose(store.counts_RS / store.sizes_R[:, None], wanted)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    lengths=st.lists(st.integers(1, 6), min_size=1, max_size=8),
+    same=st.booleans(),
+    keep=st.integers(1, 9),
+)
+def test_tiny_and_odd_pools_have_finite_scores(tmp_path_factory, seed: int, lengths: list[int], same: bool, keep: int):
+    """Rows of one token or without counted ones, experts that all or no tokens select, forget text like the pool."""
+    rng = np.random.default_rng(seed)
+    starts = np.concatenate([[0], np.cumsum([2, *lengths])]).astype(np.int64)
+    documents = np.concatenate([[0, 0], np.sort(rng.integers(1, 3, int(starts[-1]) - 2))]).astype(np.int32)
+    trace = np.argsort(rng.random((len(documents), 2, 4)), axis=2)[:, :, :2].astype(np.uint8)
+    trace[:, 0] = [0, 1]  # always these two
+    corpus = Corpus(trace, TokenMap(starts, documents, 3), np.zeros(3))
+    p = corpus.dense(4).mean(axis=0).reshape(2, 4)
+    q = p if same else np.minimum(rng.dirichlet(np.ones(4), 2) * 2, 1.0)
+    everything, sizes = np.ones((2, 4), dtype=bool), row_sizes(corpus.tokens)
+    routing = routing_similarity(corpus.as_trace(), corpus.tokens, everything, q, p)
+    assert np.isfinite(routing).all() and (np.abs(routing) <= 1 + 1e-9).all() and not routing[sizes == 0].any()
+    store = build_row_store(corpus.as_trace(), corpus.tokens, everything, tmp_path_factory.mktemp("spool"))
+    gain = coverage_gain(store, q.ravel(), min(keep, len(store.sizes_R)))
+    assert np.isfinite(gain).all() and len(gain) == (sizes > 0).sum()
+    kept = choose_rows(routing, sizes, min(keep, int((sizes > 0).sum())), 0.5, seed=0)
+    assert kept.kept_R.sum() == min(keep, int((sizes > 0).sum())) and not kept.kept_R[sizes == 0].any()
 
 
 RETRIEVE = {"calibration__retrieve__rows": 20, "calibration__retrieve__random_share": 0.25}

@@ -127,7 +127,8 @@ def _checkpoint(path: Path, verify: bool) -> Finding:
         return Finding(path, "checkpoint", {"files": len(files), "bytes": _bytes_of(files)}, [error.line()])
     values = asdict(manifest)
     facts = {key: values[key] for key in ("step", "world", "ep", "zero_stage", "family", "dtype", "job")}
-    facts |= {key: values[key] for key in ("model", "calibration", "cursor", "versions")}
+    facts |= {key: values[key] for key in ("model", "calibration", "versions")}
+    facts["cursor"] = {key: value for key, value in manifest.cursor.items() if not isinstance(value, list)}  # no theta
     facts |= {
         "files": len(manifest.files),
         "bytes": sum(int(entry["bytes"]) for entry in manifest.files.values()),
