@@ -82,7 +82,7 @@ def prune(checkpoints: Path, keep: int, keep_every: int | None) -> list[int]:
 
 def discard(path: Path) -> None:
     """Delete a checkpoint; a kill in the middle leaves what the next start removes, not a damaged checkpoint."""
-    doomed = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    doomed = path.with_name(f"{path.name}.tmp-old-{os.getpid()}")  # the new one of the step is .tmp-PID
     os.replace(path, doomed)
     shutil.rmtree(doomed)
 
