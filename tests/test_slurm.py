@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from safetensors.numpy import load_file
 from slurm_cluster import SlurmCluster, find_daemon, slurm_cluster
 
 pytestmark = pytest.mark.skipif(
@@ -457,11 +458,9 @@ def test_shut_down_leaves_no_process(tmp_path: Path) -> None:
 
 def trace_ds(cluster: SlurmCluster, folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
     """The real command on the login node of the cluster."""
-    environment = {"PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": "", "TRACE_DS_SITE": os.devnull}
-    environment["TRACE_DS_COMMAND"] = f"{sys.executable} -m trace_ds"
     return subprocess.run(
         [sys.executable, "-m", "trace_ds", *map(str, arguments)],
-        env=cluster.environment(environment), cwd=folder, capture_output=True, text=True, check=False,
+        env=cluster.environment(REAL), cwd=folder, capture_output=True, text=True, check=False,
     )  # fmt: skip
 
 
@@ -476,6 +475,72 @@ def test_a_submission_that_slurm_refuses_leaves_nothing(cluster: SlurmCluster, t
         assert result.returncode == 2
         assert "invalid partition specified: none" in result.stderr and len(result.stderr.splitlines()) == 1
         assert sorted(tmp_path.rglob("*")) == before
+
+
+REAL = {
+    "TRACE_DS_HOME": str(REPOSITORY),
+    "TRACE_DS_SITE": os.devnull,
+    "TRACE_DS_COMMAND": f"{sys.executable} -m trace_ds",
+    "PYTHONPATH": str(REPOSITORY),
+    "CUDA_VISIBLE_DEVICES": "",
+}
+
+
+@pytest.mark.slow
+def test_expert_parallel_size_8_over_two_nodes_counts_the_same(cluster: SlurmCluster, tmp_path: Path) -> None:
+    """2 nodes x 4 ranks, 8 experts, EP 8: collect's counts are those of one process."""
+    from distributed import run_distributed
+    from jobs import collect_job
+    from tiny import make_model, write_config
+
+    config = write_config(tmp_path, make_model(tmp_path / "model", experts=8), distributed__ep=8)
+    options = ("--nodes=2", "--ntasks-per-node=4", "--gpus-per-node=4", "--cpus-per-task=1")
+    environment = REAL | {"TRACE_DS_STAGES": "prepare collect"}
+    script = REPOSITORY / "slurm" / "collect_stats.sh"
+    job = cluster.submit(script, str(config), options=options, env=environment, cwd=tmp_path)
+    assert cluster.wait(job, 300) == "COMPLETED", cluster.output(job)
+    assert "world size 8, expert-parallel size 8" in cluster.output(job)
+    run_dir, alone = tmp_path / "runs" / "tiny", tmp_path / "alone"
+    shutil.copytree(run_dir / "data", alone / "data")
+    run_distributed(collect_job, 1, str(config), str(alone), ["distributed.ep=1"])
+    for side in ("forget", "retain"):
+        files = [folder / "statistics" / side / "statistics.safetensors" for folder in (run_dir, alone)]
+        counts = [load_file(path)["counts_LE"] for path in files]
+        assert counts[0].sum() > 0 and (counts[0] == counts[1]).all()
+
+
+@pytest.mark.slow
+def test_doctor_on_two_nodes_finds_what_differs(cluster: SlurmCluster, tmp_path: Path) -> None:
+    """As a job of its own; n2 sees another model and another run directory (mount namespaces), and no GPU anywhere."""
+    if subprocess.run(["unshare", "--mount", "true"], capture_output=True, check=False).returncode:
+        pytest.skip("mount namespaces are not allowed here")
+    from tiny import make_model, write_config
+
+    config = write_config(tmp_path, make_model(tmp_path / "model"), distributed__ep=4)
+    make_model(tmp_path / "other", seed=1)
+    (tmp_path / "runs" / "tiny").mkdir(parents=True)
+    command = tmp_path / "command.sh"
+    command.write_text(
+        "#!/usr/bin/env bash\nif [[ -z ${INSIDE:-} && $SLURMD_NODENAME == n2 && -n ${SLURM_STEP_ID:-} ]]; then\n"
+        '  exec env INSIDE=1 unshare --mount "$0" "$@"\nfi\n'
+        f"if [[ -n ${{INSIDE:-}} ]]; then\n  mount --bind {tmp_path}/other {tmp_path}/model\n"
+        f'  mount -t tmpfs tmpfs {tmp_path}/runs/tiny\nfi\nexec {sys.executable} -m trace_ds "$@"\n'
+    )
+    command.chmod(0o755)
+    environment = REAL | {"TRACE_DS_STAGES": "doctor", "TRACE_DS_COMMAND": str(command), "TRACE_DS_VARIANTS": ""}
+    options = (*SMALL, "--nodes=2")
+    script = REPOSITORY / "slurm" / "collect_stats.sh"
+    job = cluster.submit(script, str(config), "--json", options=options, env=environment, cwd=tmp_path)
+    assert cluster.wait(job, 300) == "FAILED" and cluster.exit_code(job) == 1, cluster.output(job)
+    printed = [line[3:] for line in cluster.output(job).splitlines() if line.startswith("0: ")]
+    checks = json.loads("\n".join(printed[printed.index("[") :]))
+    missing = {check["name"]: check for check in checks if check["status"] == "MISS"}
+    assert {"GPUs", "expert parallelism", f"model: {tmp_path}/model", "same bytes on all nodes"} <= set(missing)
+    assert all(check["fix"] for check in missing.values())
+    assert "SLURM gave this node 1 GPUs, torch sees 0" in missing["GPUs"]["detail"]
+    assert missing["same bytes on all nodes"]["detail"] == "n2 cannot read what n1 wrote"
+    munge = next(check for check in checks if check["name"] == "munge")
+    assert munge["status"] == "OK"
 
 
 @pytest.mark.slow

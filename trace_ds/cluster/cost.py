@@ -143,8 +143,8 @@ def unlearn_traffic(
 ) -> list[Traffic]:
     """One step of ``unlearn``: ``passes`` micro-batches of ``tokens`` tokens each, on every GPU.
 
-    ZeRO-3 gathers every layer for the forward pass and, again, those that have a backward pass (RMU: up to its layer),
-    a third time for the recomputation when a layer is too large to be kept until its backward pass (more elements than
+    ZeRO-3 gathers every layer of the pass (RMU: up to its layer) for the forward and again for the backward pass, and
+    once more for the recomputation when a layer is too large to be kept until its backward pass (more elements than
     ``stage3_max_reuse_distance``); gradients are reduce-scattered in every pass. ZeRO-1 and -2 all-reduce gradients
     (DeepSpeed's default at stage 2 is an all-reduce of which each rank keeps its part), stage 2 in every pass, stage 1
     once per step, and all-gather the updated parameters once per step. An all-reduce is a reduce-scatter and an
@@ -152,25 +152,19 @@ def unlearn_traffic(
     """
     dense, sparse = data_parallel_group(spec), expert_data_parallel_group(spec, ep)
     every = count_parameters(a)
-    back = a.layers if rmu_layers is None else rmu_layers
-    moe_back = sum(a.is_moe(layer) for layer in range(back))
-    all_experts, back_experts = (n * a.experts * a.expert_parameters / ep * b for n in (a.moe_layers, moe_back))
+    layers = a.layers if rmu_layers is None else rmu_layers
+    moe_layers = sum(a.is_moe(layer) for layer in range(layers))
+    all_experts, pass_experts = (n * a.experts * a.expert_parameters / ep * b for n in (a.moe_layers, moe_layers))
     all_dense = every.non_expert * b
-    back_dense = all_dense if rmu_layers is None else rank_parameters(a, ep, back) * b - back_experts
+    pass_dense = all_dense if rmu_layers is None else rank_parameters(a, ep, layers) * b - pass_experts
     if zero.stage == 3:
         again = 2 if recompute and largest_layer(a, ep) > zero.max_reuse else 1
-        reference = 1 if rmu_layers else 0
+        times = 1 + again + (1 if rmu_layers else 0)
         parts = [
-            _ring(spec, "all-gather of parameters", dense, all_dense + (again + reference) * back_dense, passes),
-            _ring(
-                spec,
-                "all-gather of expert parameters",
-                sparse,
-                all_experts + (again + reference) * back_experts,
-                passes,
-            ),
-            _ring(spec, "reduce-scatter of gradients", dense, back_dense, passes),
-            _ring(spec, "reduce-scatter of expert gradients", sparse, back_experts, passes),
+            _ring(spec, "all-gather of parameters", dense, times * pass_dense, passes),
+            _ring(spec, "all-gather of expert parameters", sparse, times * pass_experts, passes),
+            _ring(spec, "reduce-scatter of gradients", dense, pass_dense, passes),
+            _ring(spec, "reduce-scatter of expert gradients", sparse, pass_experts, passes),
         ]
     else:
         reductions = 2 * (passes if zero.stage == 2 else 1)
@@ -180,8 +174,8 @@ def unlearn_traffic(
             _ring(spec, "all-gather of parameters", dense, all_dense, 1),
             _ring(spec, "all-gather of expert parameters", sparse, all_experts, 1),
         ]
-    # dispatch and combine: forward through all layers, backward (and recomputation, and RMU's copy) through some
-    through = a.moe_layers + moe_back * (1 + (1 if recompute else 0) + (1 if rmu_layers else 0))
+    # dispatch and combine: forward and backward (and recomputation, and RMU's copy)
+    through = moe_layers * (2 + (1 if recompute else 0) + (1 if rmu_layers else 0))
     parts.append(_exchange(spec, a, ep, tokens, b, through, 2 * passes))
     return [part for part in parts if part.received_bytes]
 

@@ -31,6 +31,7 @@ from trace_ds.cluster.architecture import MULTI_LATENT, Architecture, count_para
 MASTER_BYTES = 12  # fp32 copy and two Adam moments
 STEP_BYTES = 8  # fp32 gradient of the sub-group being stepped, and torch AdamW's temporary of the same size
 LOGIT_BYTES = 12  # beside the logits: fp32 copy or log-softmax (4), its gradient (4), the logits' gradient in fp32 (4)
+LOGITS_PER_CHUNK = 1 << 26  # elements, as in trace_ds/unlearning/forward.py
 IMBALANCE = 1.5  # the busiest rank's share of the routed tokens over the mean; our margin, not measured
 
 
@@ -168,8 +169,8 @@ def unlearn_memory(
     """``unlearn``: one micro-batch of ``rows`` rows (forget and retain together), and the optimizer step.
 
     Args:
-        rmu_layers: RMU's layer and all below it: the loss needs no logits, the backward pass runs through these
-            layers only, and a frozen copy of them is kept, sharded like the job. None: the loss is on the logits.
+        rmu_layers: RMU's layer and all below it: the loss needs no logits, a step runs through these layers only,
+            and a frozen copy of them is kept, sharded like the job. None: the loss is on the logits.
         recompute: keep only each layer's input and compute the layer again in the backward pass.
     """
     every = count_parameters(a)
@@ -185,17 +186,16 @@ def unlearn_memory(
         "reduce bucket": zero.reduce_bucket * b * (1 if stage == 3 else 2),
         "RMU reference layers": reference * b,
     }
-    per_layer = [saved_bytes_per_token(a, layer, b, ep) for layer in range(a.layers)]
+    per_layer = [saved_bytes_per_token(a, layer, b, ep) for layer in range(rmu_layers or a.layers)]
     compute = {
         "gathered parameters": gathered_parameters(a, ep, zero) * b if stage == 3 else 0,
         "gradients being reduced": largest_layer(a, ep) * b if stage >= 2 else 0,
-        # RMU's upper layers keep theirs until the forward pass ends
-        "saved activations": tokens * (a.layers * b * a.hidden if recompute else sum(per_layer)),
+        "saved activations": tokens * (len(per_layer) * b * a.hidden if recompute else sum(per_layer)),
         # a layer's backward pass needs about half of what it saved again; recomputation brings back the whole
         "working activations": tokens * max(per_layer) * (1.5 if recompute else 0.5),
         "attention mask": _mask_bytes(rows, context, b),
         "all-to-all buffers": _exchange_bytes(a, tokens, ep, b),
-        "logits": 0 if rmu_layers else tokens * a.vocabulary * (b + LOGIT_BYTES),
+        "logits": 0 if rmu_layers else _head_bytes(a, tokens, b),
     }
     stepped = min(shard, zero.sub_group) if stage == 3 else shard
     step = {"optimizer step": 0 if zero.offload_optimizer else stepped * STEP_BYTES}
@@ -208,6 +208,13 @@ def host_bytes(a: Architecture, *, gpus_per_node: int, b: int, zero: ZeroSetting
     every = count_parameters(a)
     offloaded = (MASTER_BYTES + 4 if zero.offload_optimizer else 0) + (b if zero.offload_parameters else 0)
     return gpus_per_node * (every.total * b + every.total / world * offloaded)
+
+
+def _head_bytes(a: Architecture, tokens: int, b: int) -> float:
+    """The LM head's backward pass: logits of a chunk of the tokens at a time, the head's gradient summed in fp32."""
+    chunk = max(LOGITS_PER_CHUNK // a.vocabulary, 1)
+    gradient = a.vocabulary * a.hidden * (b if tokens <= chunk else 4 + b)
+    return min(tokens, chunk) * a.vocabulary * (b + LOGIT_BYTES) + gradient
 
 
 def _mask_bytes(rows: int, context: int, b: int) -> float:

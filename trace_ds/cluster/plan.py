@@ -35,7 +35,7 @@ MAX_ROWS = 4096  # no search for a larger micro-batch than this
 
 ASSUMPTIONS = (
     "every parameter is trained (ZeRO-3 with AutoEP cannot save frozen experts)",
-    "RMU runs the whole model forward, but its backward pass and its frozen copy end at its layer",
+    "RMU's passes and its frozen copy end at its layer",
     "routed tokens are spread evenly for time, 1.5 times the mean on the busiest GPU for memory",
     "compute utilisation: measured on one H100; links: rated speed x 0.7, not measured",
 )
@@ -238,17 +238,16 @@ def _unlearn(job: Job, ep: int, stage: int) -> StagePlan:
         rmu_layers=rmu_layers,
         recompute=job.config.unlearning.recompute,
     )
-    every = cost.forward_flops_per_token(a, job.context, head=rmu_layers is None)
-    back = every if rmu_layers is None else cost.forward_flops_per_token(a, job.context, layers=rmu_layers, head=False)
-    whole, part = (memory.rank_parameters(a, ep, layers) * job.b for layers in (None, rmu_layers))
+    flops = cost.forward_flops_per_token(a, job.context, layers=rmu_layers, head=rmu_layers is None)
+    weights = memory.rank_parameters(a, ep, rmu_layers) * job.b
     time = cost.step_time(
         a,
         spec,
         traffic,
         # RMU's frozen copy runs forward through the layers that train
-        forward_flops=(back if rmu_layers else 0) * tokens * passes,
-        training_flops=(every + 2 * back) * tokens * passes,
-        weight_bytes=(whole + part * (2 if rmu_layers else 1)) * passes,
+        forward_flops=(flops if rmu_layers else 0) * tokens * passes,
+        training_flops=3 * flops * tokens * passes,
+        weight_bytes=weights * (3 if rmu_layers else 2) * passes,
         optimizer_elements=count_parameters(a).total / spec.world,
     )
     settings = job.config.unlearning
