@@ -90,3 +90,21 @@ def test_a_submission_holds_all_that_its_jobs_need(
     assert (scripts / "site.env").read_text() == "export SBATCH_QOS=long\n"
     shutil.copy(tmp_path / "draft" / "config.yaml", tmp_path / "again.yaml")
     assert Request.load("again.yaml", [], request_.run.path).config == request_.config
+
+
+def test_one_variant_of_a_run(request_: Request, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`--variant NAME`, as the scripts call the stages."""
+    from trace_ds.config.load import with_changes
+    from trace_ds.stages.pipeline import run_verb
+
+    changes = {"variants": {"even": {"calibration.rule": "uniform"}}}
+    request = Request(with_changes(request_.config, changes, "test"), request_.run)
+    assert run_verb("run", request, dry_run=True) == 0
+    assert (
+        "\n# variant even: {'calibration.rule': 'uniform'}\n" in capsys.readouterr().out
+    )  # what slurm/common.sh reads
+    variant = request.variant("even")
+    assert variant.config.calibration.rule == "uniform" and variant.run.data == request.run.data
+    assert variant.run.path == request.run.path / "variants" / "even"
+    with pytest.raises(UserError, match=r"no variant 'odd'.*use one of its own: even"):
+        request.variant("odd")
