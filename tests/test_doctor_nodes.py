@@ -60,7 +60,7 @@ def test_a_gpu_that_slurm_promised_is_absent(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8")
     fault = missing(list(checks_machine.accelerator_checks(None)))["GPUs"]
-    assert fault.detail == "SLURM gave this node 8 GPUs, torch sees 0" and "nvidia-smi" in fault.fix
+    assert fault.detail == "SLURM promises 8 on this node, torch sees 0" and "nvidia-smi" in fault.fix
 
 
 @pytest.mark.skipif(find_daemon("munged") is None, reason="munge is not installed")

@@ -537,7 +537,7 @@ def test_doctor_on_two_nodes_finds_what_differs(cluster: SlurmCluster, tmp_path:
     missing = {check["name"]: check for check in checks if check["status"] == "MISS"}
     assert {"GPUs", "expert parallelism", f"model: {tmp_path}/model", "same bytes on all nodes"} <= set(missing)
     assert all(check["fix"] for check in missing.values())
-    assert "SLURM gave this node 1 GPUs, torch sees 0" in missing["GPUs"]["detail"]
+    assert "SLURM promises 1 on this node, torch sees 0" in missing["GPUs"]["detail"]
     assert missing["same bytes on all nodes"]["detail"] == "n2 cannot read what n1 wrote"
     munge = next(check for check in checks if check["name"] == "munge")
     assert munge["status"] == "OK"

@@ -112,7 +112,7 @@ def accelerator_checks(config: Config | None) -> Iterator[Check]:
     promised = os.environ.get("SLURM_GPUS_ON_NODE", "0")
     if promised.isdigit() and int(promised) > count:
         fix = "run nvidia-smi on the node, install the CUDA build of torch, and look at CUDA_VISIBLE_DEVICES"
-        yield Check(group, "GPUs", "MISS", f"SLURM gave this node {promised} GPUs, torch sees {count}", fix)
+        yield Check(group, "GPUs", "MISS", f"SLURM promises {promised} on this node, torch sees {count}", fix)
     elif count == 0:
         if has_driver:
             fix = "install the CUDA build of torch that this driver supports (see pytorch.org), or free the GPUs"

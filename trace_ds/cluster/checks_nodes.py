@@ -101,10 +101,9 @@ def _worst(found: dict[str, Check], nodes: int) -> Check:
     affected = [node for node, check in found.items() if check.status == status]
     check = found[affected[0]]
     if len(affected) == nodes:
+        alike = len({each.detail for each in found.values()}) == 1
         return (
-            check
-            if nodes == 1
-            else replace(check, detail=f"{check.detail} [{affected[0]}; same status on all {nodes}]")
+            check if alike else replace(check, detail=f"{check.detail} ({affected[0]}; {status} on all {nodes} nodes)")
         )
     return replace(check, detail=f"on {', '.join(affected)}: {check.detail}")
 
