@@ -234,6 +234,8 @@ def test_damage_is_named_and_the_newest_complete_checkpoint_is_used(tmp_path: Pa
         assert step == expected, name
         assert text in "\n".join(problems), (name, problems)
         assert bool(problems) == bool(text), (name, problems)
+    assert run_distributed(save_next, 2, str(tmp_path / "flipped")) == [3, 3]  # in the place of the damaged one
+    assert check_whole(tmp_path / "flipped") == 3
 
 
 @pytest.mark.slow
