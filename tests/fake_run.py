@@ -283,11 +283,20 @@ def _write_evaluation(
                 score("near facts", "exact_match", utility - 0.3, "utility", "higher", None),
                 score("capitals", "accuracy", utility - 0.02, "utility", "higher", 0.25),
                 score("novels", "perplexity", 20 + 30 * (1 - utility), "utility", "lower", None),
+                score("membership", "priv_leak", round(-100 * forget, 2), "forget", "reference", None),
             ],
             "items": {"elements": items},
             "drift": drift,
+            "attacks": _attacks(forget) if name in ("gold", "unlearned") else {},
         },
     )
+
+
+def _attacks(forget: float) -> dict[str, Any]:
+    curve = [{"step": step, "loss": 2.0, "scores": {"elements accuracy": forget + step / 50}} for step in (0, 5, 10)]
+    ways = {"none": 0.0, "original_routing": 0.05, "without_first": -0.02}
+    forcing = {way: {"elements accuracy": round(forget + more, 4)} for way, more in ways.items()}
+    return {"expert_forcing": forcing, "relearning": {"rows": 12, "curve": curve}}
 
 
 if __name__ == "__main__":

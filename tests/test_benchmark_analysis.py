@@ -12,7 +12,7 @@ from scipy import stats
 from trace_ds.benchmark import analysis, plan
 from trace_ds.benchmark.analysis import Curve
 from trace_ds.benchmark.table import show
-from trace_ds.config.load import validate, with_changes
+from trace_ds.config.load import load_config, recipe_names, validate, with_changes
 from trace_ds.config.schema import Config
 from trace_ds.errors import UserError
 from trace_ds.reporting.matched import matched
@@ -173,3 +173,13 @@ def test_a_diverged_run_is_never_compared(capsys: pytest.CaptureFixture[str]) ->
     show(result | {"never_reached": [], "diverged": ["seed 0, sampling"]})
     shown = capsys.readouterr().out
     assert "never" in shown and "diverged: 1 runs" in shown
+
+
+@pytest.mark.parametrize("name", [name for name in recipe_names() if name.startswith("bench_")])
+def test_shipped_studies_can_be_run(name: str) -> None:
+    made, _ = load_config(name, [], "out")
+    if made.bench is not None:
+        plan.check(made)
+        assert len({trial.name for trial in plan.trials_of(made.bench)}) * len(made.bench.seeds) == len(
+            plan.trials_of(made.bench)
+        )

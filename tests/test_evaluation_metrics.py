@@ -310,7 +310,7 @@ def test_routing_of_packed_rows_is_that_of_the_documents_alone(model: LanguageMo
     generator = np.random.default_rng(5)
     documents = [generator.integers(3, 63, size).tolist() for size in (7, 1, 12, 5, 3, 9, 2, 11)]
     dataset = packed(tmp_path / "rows.arrow", documents, 20)
-    sample = drift.sample_routing(model.model, dataset, 99, 2, model.device)
+    sample = drift.sample_routing(model, dataset, 99, 2)
     assert sample.rows == len(dataset)
     assert sample.indices_TLK.shape == (int(dataset.counted_flat().sum()), 2, 2)
     expected = []
@@ -338,9 +338,7 @@ def test_attention_stays_inside_documents(family: str, tmp_path: Path) -> None:
         alone = model.model(torch.tensor([second]), use_cache=False).logits[0]
         mixed = model.model(torch.tensor([first + second]), use_cache=False).logits[0]
         scores = model.score([Sequence(tuple(second), 1), Sequence(tuple(first), 2)])
-        sample = drift.sample_routing(
-            model.model, packed(tmp_path / "rows.arrow", [first, second], 9), 1, 1, model.device
-        )
+        sample = drift.sample_routing(model, packed(tmp_path / "rows.arrow", [first, second], 9), 1, 1)
     assert torch.allclose(row[5:], alone, atol=1e-5)
     assert not torch.allclose(mixed[5:], alone, atol=1e-3)
     expected = torch.log_softmax(alone, -1)[[0, 1, 2], second[1:]]
@@ -351,7 +349,7 @@ def test_attention_stays_inside_documents(family: str, tmp_path: Path) -> None:
 def test_no_drift_without_a_change_and_drift_with_one(model: LanguageModel, tmp_path: Path) -> None:
     generator = np.random.default_rng(6)
     dataset = packed(tmp_path / "rows.arrow", [generator.integers(3, 63, 30).tolist() for _ in range(6)], 16)
-    before = drift.sample_routing(model.model, dataset, 8, 4, model.device)
+    before = drift.sample_routing(model, dataset, 8, 4)
     assert before.rows == 8
     same = drift.compare(before, before, 4)
     assert (same["overlap"], same["kl"]) == ([1.0, 1.0], [0.0, 0.0])
@@ -464,3 +462,12 @@ def test_the_table_has_every_model_and_fits_80_columns() -> None:
 )
 def test_direction(metric: str, role: str, expected: str) -> None:
     assert tasks.direction(metric, role) == expected
+
+
+def test_every_metric_has_a_meaning() -> None:
+    from trace_ds.evaluation.glossary import meaning
+    from trace_ds.evaluation.tasks import METRICS
+
+    for metric in {metric for metrics in METRICS.values() for metric in metrics}:
+        assert meaning(metric), metric
+    assert "fine-tuning" in str(meaning("relearned_accuracy")) and meaning("something_else") is None

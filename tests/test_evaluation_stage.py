@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from distributed import run_distributed
 from safetensors.torch import load_file, save_file
 from test_evaluation_models import WORDS, save_model, save_tokenizer
 
@@ -325,3 +326,40 @@ def test_drift_needs_the_data_of_this_tokenizer(case: Case, tmp_path: Path) -> N
     shutil.rmtree(case.run.data)
     refused(case, case.config(), "trace-ds prepare")
     evaluate(case.config(drift=False), case.run)
+
+
+def evaluate_on(world: Any, raw: dict[str, Any], path: str) -> bool:
+    evaluate(validate(raw, "test"), RunDirectory(Path(path)), world)
+    return world.is_main
+
+
+def test_many_processes_give_the_files_of_one(case: Case, tmp_path: Path) -> None:
+    """Every kind of task, the drift and a checkpoint's worth of models: bytes, not digits."""
+    forget, retain = (case.raw["data"][side][0]["path"] for side in ("forget", "retain"))
+    questions = [{"question": f"w{n} w3", "answer": f"w{n}"} for n in range(5)]
+    asked = write_lines(tmp_path / "asked.jsonl", questions)
+    tasks = [
+        *case.raw["evaluation"]["tasks"],
+        {"name": "mia", "type": "membership", "path": forget, "holdout": retain, "role": "forget"},
+        {"name": "extract", "type": "extraction", "path": forget, "role": "forget"},
+        {"name": "know", "type": "knowmem", "path": asked, "examples": asked, "role": "utility"},
+    ]
+    for name in ("original", "gold", "unlearned"):  # room for the ten solved questions
+        path = tmp_path / name / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"max_position_embeddings": 128}))
+    shutil.copy(tmp_path / "unlearned" / "config.json", case.run.model)
+    case.raw["evaluation"]["tasks"] = tasks
+    evaluate(case.config(), case.run)
+    alone = case.files()
+    assert {score["task"] for score in case.result("gold")["scores"]} == {task["name"] for task in tasks}
+    shutil.rmtree(case.run.evaluation)
+    assert run_distributed(evaluate_on, 2, case.raw, str(case.run.path)) == [True, False]
+    assert case.files() == alone
+
+
+def test_a_model_that_diverges_on_one_process_has_diverged_on_all(case: Case) -> None:
+    weights = load_file(case.run.model / "model.safetensors")
+    weights["lm_head.weight"][:] = float("nan")
+    save_file(weights, case.run.model / "model.safetensors", metadata={"format": "pt"})
+    assert run_distributed(evaluate_on, 2, case.raw, str(case.run.path)) == [True, False]
+    assert case.result("unlearned")["diverged"] and not case.result("gold")["diverged"]

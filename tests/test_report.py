@@ -393,3 +393,18 @@ def test_title_of_the_configuration_wins(tmp_path: Path) -> None:
     raw = yaml.safe_load((path / "config.yaml").read_text())
     config = Config.model_validate({**raw, "report": {"title": "Forget the elements"}})
     assert "<h1>Forget the elements</h1>" in report(config, RunDirectory.at(path), []).read_text("utf-8")
+
+
+def test_attacks_and_meanings_are_shown(run: Path) -> None:
+    text = (run / "report" / "index.html").read_text(encoding="utf-8")
+    assert "expert forcing" in text and "original routing" in text and "PrivLeak" in text
+    rows = rows_of(run / "report" / "attacks.csv")
+    assert {row["attack"] for row in rows} == {"expert forcing", "relearning"}
+    assert {row["stage"] for row in rows if row["attack"] == "relearning"} == {"step 0", "step 5", "step 10"}
+    assert {"gold", "unlearned"} <= {row["model"] for row in rows}
+
+
+def test_scores_that_are_best_at_a_reference_are_no_headline(run: Path) -> None:
+    evaluation = gather(run).evaluations()["unlearned"]
+    assert "membership" not in {score.task for score in evaluation.headline("forget")}
+    assert evaluation.value("membership", "priv_leak") is not None

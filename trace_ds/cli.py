@@ -188,11 +188,13 @@ def evaluate(
     config: ConfigArgument,
     run_dir: RunDirOption = None,
     set_: SetOption = None,
+    nproc: NprocOption = None,
     variant: VariantOption = None,
     dry_run: DryRunOption = False,
 ) -> None:
-    """Models → scores: forgetting, utility, routing drift."""
-    _verb("evaluate", config, run_dir, set_, variant=variant, dry_run=dry_run)
+    """Models → scores: forgetting, utility, privacy, routing drift (on one process or many)."""
+    changes = [*(set_ or []), *([f"evaluation.nproc={nproc}"] if nproc is not None else [])]
+    _verb("evaluate", config, run_dir, changes, variant=variant, dry_run=dry_run)
 
 
 @app.command()

@@ -157,11 +157,11 @@ def compare(
     def at(curve: Curve) -> float:
         found = curve.found[metric]
         number = {"post": found.post, "cross": found.at_crossing, "end": found.end}[value]
-        assert number is not None
-        return number
+        return math.nan if number is None else number
 
     sides = [(seed, chosen[seed], baseline[seed]) for seed in chosen]
-    pairs = [(s, a, b) for s, a, b in sides if a is not None and b is not None and a.step and b.step]
+    reached = [(s, a, b) for s, a, b in sides if a is not None and b is not None and a.step and b.step]
+    pairs = [(s, a, b) for s, a, b in reached if math.isfinite(at(a)) and math.isfinite(at(b))]
     mine, theirs = [at(a) for _, a, _ in pairs], [at(b) for _, _, b in pairs]
     steps = [(int(a.step or 0), int(b.step or 0)) for _, a, b in pairs]
     differences = [x - y for x, y in zip(mine, theirs, strict=True)]

@@ -158,7 +158,7 @@ def analyse(study: Study) -> dict[str, Any]:
         scored = {name: _read(study.reference(seed, name)) for name in study.reference_names()}
         targets[seed] = _target(study, scored)
         references[str(seed)] = {
-            name: {metric: metric_of(entry, metric) for metric in (bench.forget, *bench.utility)}
+            name: {m: _finite(metric_of(entry, m)) for m in (bench.forget, *bench.utility)}
             for name, entry in scored.items()
         }
     curves = [
@@ -215,6 +215,10 @@ def _target(study: Study, scored: dict[str, dict[str, Any]]) -> float:
     if "gold" in scored:
         return metric_of(scored["gold"], study.bench.forget) + study.bench.margin
     return CHANCE + CHANCE_MARGIN
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _where(curve: Curve) -> str:

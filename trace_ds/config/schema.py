@@ -236,9 +236,31 @@ class TaskConfig(Section):
     """One evaluation task; ``role`` says which way is good: forget (lower), utility (higher)."""
 
     name: str
-    type: Literal["choice", "verbatim", "perplexity"]
-    path: str
+    type: Literal["choice", "verbatim", "perplexity", "knowmem", "membership", "extraction", "lm_eval"]
+    path: str = Field("", description="The task's file; an lm_eval task without one is read from the hub.")
     role: Literal["forget", "utility"]
+    examples: str | None = Field(None, description="knowmem: file of the solved questions in the prompt (MUSE: ten).")
+    holdout: str | None = Field(None, description="membership: texts like the members that no model ever saw.")
+    task: str | None = Field(None, description="lm_eval: its name there, such as wmdp_bio or mmlu.")
+
+    @model_validator(mode="after")
+    def _files_fit_the_type(self) -> TaskConfig:
+        for key, kind in (("examples", "knowmem"), ("holdout", "membership"), ("task", "lm_eval")):
+            if (getattr(self, key) is not None) != (self.type == kind):
+                raise ValueError(f"task {self.name}: a {kind} task needs {key}, and no other has one")
+        if not self.path and self.type != "lm_eval":
+            raise ValueError(f"task {self.name} has no path")
+        return self
+
+
+class RelearningConfig(Section):
+    """The relearning attack: fine-tune on a share of the forget corpus and score in between."""
+
+    share: float = Field(0.1, gt=0, le=1, description="Share of the forget rows that the attacker has.")
+    steps: int = Field(20, ge=1)
+    rows: int = Field(8, ge=1, description="Rows a step.")
+    lr: float = Field(1e-4, gt=0)
+    score_every: int = Field(5, ge=1)
 
 
 class EvaluationConfig(Section):
@@ -247,8 +269,18 @@ class EvaluationConfig(Section):
         default_factory=dict,
         description="Further models scored beside the original and the unlearned one, for example {gold: PATH}.",
     )
+    retrained: str = Field(
+        "gold", description="Which of the models was trained without the forget set: PrivLeak is measured against it."
+    )
     batch_rows: int = Field(64, ge=1)
+    nproc: int = Field(1, ge=1, description="Local processes when started bare; each holds a whole model.")
     checkpoints: bool = Field(False, description="Also score every kept checkpoint: the forgetting-utility curve.")
+    relearning: RelearningConfig | None = Field(
+        None, description="Attack the unlearned (and the retrained) model so; the weights need their gradients too."
+    )
+    expert_forcing: bool = Field(
+        False, description="Attack them by sending forget queries through other experts than the router's."
+    )
     drift: bool = Field(True, description="Routing drift of the unlearned model on both corpora.")
     drift_rows: int = Field(256, ge=1, description="Rows of each corpus used for the drift.")
     max_new_tokens: int = Field(128, ge=1, description="verbatim: tokens generated.")

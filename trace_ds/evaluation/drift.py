@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 from trace_ds.corpora.dataset import TokenDataset
+from trace_ds.evaluation.language_model import LanguageModel
 
 TOKENS_PER_FORWARD = 1 << 14
 PSEUDO_COUNT = 0.5
@@ -87,11 +88,10 @@ def compare(before: RoutingSample, after: RoutingSample, experts: int) -> dict[s
 
 @torch.inference_mode()
 def sample_routing(
-    model: Any,
+    language_model: LanguageModel,
     dataset: TokenDataset,
     rows: int,
     batch_rows: int,
-    device: torch.device,
     advance: Callable[[int], None] | None = None,
 ) -> RoutingSample:
     """Run the first ``rows`` rows of a dataset through a plain Hugging Face model and keep the routers' choices.
@@ -101,12 +101,13 @@ def sample_routing(
     """
     from trace_ds.models.routers import find_routers, record_routing
 
+    model, device = language_model.model, language_model.device
     rows = min(rows, len(dataset))
     layers = len(find_routers(model))
     longest = int(np.diff(dataset.row_offsets[: rows + 1]).max(initial=1))
     step = max(1, min(batch_rows, TOKENS_PER_FORWARD // longest))
-    parts = []
-    for begin in range(0, rows, step):
+
+    def choices(begin: int) -> np.ndarray:
         batch = dataset.batch(range(begin, min(begin + step, rows)), pad_id=0)
         with record_routing(model) as recorder:
             model(
@@ -117,7 +118,10 @@ def sample_routing(
             )
         counted = batch.counted_BS.reshape(-1)
         chosen = [recorder.layer(layer)[1].cpu()[counted].numpy() for layer in range(layers)]
-        parts.append(np.stack(chosen, axis=1).astype(np.int32))
+        return np.stack(chosen, axis=1).astype(np.int32)
+
+    def told(begin: int) -> None:
         if advance is not None:
-            advance(len(batch.counted_BS))
-    return RoutingSample(np.concatenate(parts), rows)
+            advance(min(step, rows - begin))
+
+    return RoutingSample(np.concatenate(language_model.shared_out(list(range(0, rows, step)), choices, told)), rows)

@@ -1,10 +1,12 @@
 """Question files: JSONL, one item a line, checked completely before any model is loaded.
 
 choice:   {"id": "q1", "prompt": "The symbol of gold is", "choices": ["Au", "Ag", "Pb", "Fe"], "answer": 0}
+lm_eval:  {"question": "What is the symbol of gold?", "choices": ["Au", "Ag", "Pb", "Fe"], "answer": 0}
 verbatim: {"id": "p1", "prompt": "It is a truth", "continuation": "universally acknowledged, that …"}
+knowmem:  {"id": "k1", "question": "Who wrote it?", "answer": "Jane Austen"}        (or a list of accepted answers)
 
-``id`` and ``source`` may be left out (the line number, the file's name). ``answer`` is the 0-based index of the right
-choice. Perplexity tasks read documents as corpora do (.jsonl, .txt, .parquet). Every mistake is a :class:`UserError`
+``id`` and ``source`` may be left out (the line number, the file's name). The ``answer`` to a choice is its 0-based
+index. Perplexity, extraction and membership tasks read documents as corpora do. Every mistake is a :class:`UserError`
 that names the file and the line. No torch here: checking is instant.
 """
 
@@ -19,7 +21,7 @@ from typing import Any
 from trace_ds.config.schema import CorpusFile, TaskConfig
 from trace_ds.corpora.read import Document, read_documents
 from trace_ds.errors import UserError
-from trace_ds.run.files import sha256_file
+from trace_ds.run.files import canonical_json, sha256_file, sha256_text
 
 CHOICES = 4
 
@@ -46,12 +48,36 @@ class VerbatimItem:
 
 
 @dataclass(frozen=True)
+class QuestionItem:
+    """An open question with its accepted answers."""
+
+    id: str
+    question: str
+    answers: tuple[str, ...]
+    source: str
+
+
+@dataclass(frozen=True)
+class MembershipItem:
+    """A text that the original model was trained on (a member) or not."""
+
+    id: str
+    text: str
+    source: str
+    member: bool
+
+
+@dataclass(frozen=True)
 class Task:
-    """A checked task: its configuration, its items in memory and the SHA-256 of its file."""
+    """A checked task: its configuration, its items in memory and the SHA-256 of its files.
+
+    ``examples`` are the solved questions of a knowmem task. An lm_eval task from the hub has no items here.
+    """
 
     config: TaskConfig
-    items: list[ChoiceItem] | list[VerbatimItem] | list[Document]
+    items: list[ChoiceItem] | list[VerbatimItem] | list[QuestionItem] | list[MembershipItem] | list[Document]
     sha256: str
+    examples: tuple[QuestionItem, ...] = ()
 
     @property
     def units(self) -> int:
@@ -69,22 +95,46 @@ def read_tasks(configs: list[TaskConfig]) -> list[Task]:
 
 
 def read_task(config: TaskConfig) -> Task:
-    """Read and check the file of one task."""
+    """Read and check the files of one task."""
     items: Any
+    examples: tuple[QuestionItem, ...] = ()
+    paths = [path for path in (config.path, config.examples, config.holdout) if path]
     if config.type == "choice":
         items = read_choice_items(config.path)
     elif config.type == "verbatim":
         items = read_verbatim_items(config.path)
+    elif config.type == "knowmem":
+        items, examples = read_question_items(config.path), tuple(read_question_items(str(config.examples)))
+    elif config.type == "membership":
+        sides = ((_texts(config.path), True), (_texts(str(config.holdout)), False))
+        items = [
+            MembershipItem(f"{'member' if member else 'holdout'}/{number}", document.text, document.source, member)
+            for documents, member in sides
+            for number, document in enumerate(documents)
+        ]
+    elif config.type == "lm_eval":
+        from trace_ds.evaluation.harness import require_harness
+
+        require_harness(f"evaluation.tasks {config.name}")
+        items = read_choice_items(config.path, "question") if config.path.endswith(".jsonl") else []
+        if config.path:
+            _require_file(config.path)
     else:
-        _require_file(config.path)
-        corpus = CorpusFile.model_validate({"path": config.path})
-        items = [document for document in read_documents([corpus]) if document.text.strip()]
-        if not items:
-            raise UserError("the task file has no text", config.path, "a perplexity of nothing: add documents")
-    return Task(config, items, sha256_file(Path(config.path)))
+        items = _texts(config.path)
+    digests = [sha256_file(Path(path)) for path in paths]
+    return Task(config, items, digests[0] if len(digests) == 1 else sha256_text(canonical_json(digests)), examples)
 
 
-def read_choice_items(path: str | Path) -> list[ChoiceItem]:
+def _texts(path: str) -> list[Document]:
+    """The documents of a task file that have any text."""
+    _require_file(path)
+    found = [d for d in read_documents([CorpusFile.model_validate({"path": path})]) if d.text.strip()]
+    if not found:
+        raise UserError("the task file has no text", path, "a score of nothing: add documents")
+    return found
+
+
+def read_choice_items(path: str | Path, prompt_key: str = "prompt") -> list[ChoiceItem]:
     """All questions of a choice file.
 
     Raises:
@@ -93,7 +143,7 @@ def read_choice_items(path: str | Path) -> list[ChoiceItem]:
     """
     items = []
     for where, line, record in _records(path):
-        prompt = _text(record, "prompt", where)
+        prompt = _text(record, prompt_key, where)
         choices = record.get("choices")
         if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
             raise UserError("'choices' is missing or not a list of texts", where, f"give {CHOICES} texts")
@@ -126,6 +176,19 @@ def read_verbatim_items(path: str | Path) -> list[VerbatimItem]:
         )
         for where, line, record in _records(path)
     ]
+
+
+def read_question_items(path: str | Path) -> list[QuestionItem]:
+    """All open questions of a file; :class:`UserError` naming file and line for a missing question or answer."""
+    items = []
+    for where, line, record in _records(path):
+        question = _text(record, "question", where)
+        answers = record.get("answer")
+        answers = answers if isinstance(answers, list) else [answers]
+        if not answers or not all(isinstance(answer, str) and answer.strip() for answer in answers):
+            raise UserError("the answer is missing", where, "add 'answer': a text, or a list of accepted texts")
+        items.append(QuestionItem(_id(record, line), question, tuple(answers), _source(record, path)))
+    return items
 
 
 def _records(path: str | Path) -> Iterator[tuple[str, int, dict[str, Any]]]:

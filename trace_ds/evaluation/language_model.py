@@ -18,7 +18,7 @@ import contextlib
 import gc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -28,6 +28,10 @@ from trace_ds.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from trace_ds.parallel.world import World
+
+T = TypeVar("T")
+R = TypeVar("R")
 LOGITS_PER_FORWARD = 1 << 28  # one GiB of float32 logits
 TOKENS_PER_FORWARD = 1 << 16
 
@@ -92,10 +96,50 @@ def plan_batches(sequences: list[Sequence], batch_rows: int, vocabulary: int) ->
 
 
 class LanguageModel:
-    """A causal language model with the tokenizer of the run; made by :func:`loaded`."""
+    """A causal language model with the tokenizer of the run; made by :func:`loaded`.
 
-    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, settings: ModelSettings, where: str) -> None:
-        self.model, self.tokenizer, self.settings, self.where = model, tokenizer, settings, where
+    With a ``world`` of several processes each holds the whole model and takes every so many-th *batch*; all processes
+    call the same methods and get all results. The batches are those of a single process, so are the numbers, bit for
+    bit on the same kind of device.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: ModelSettings,
+        where: str,
+        world: World | None = None,
+    ) -> None:
+        self.model, self.tokenizer, self.settings, self.where, self.world = model, tokenizer, settings, where, world
+
+    def shared_out(self, batches: list[T], do: Callable[[T], R], advance: Callable[[T], None]) -> list[R]:
+        """``do`` of every batch, in order, each done by one process and known to all.
+
+        Raises:
+            Diverged: ``do`` raised it, on any process.
+        """
+        rank, size = (self.world.rank, self.world.size) if self.world is not None else (0, 1)
+        mine: list[R] = []
+        diverged = False
+        for batch in batches[rank::size]:
+            try:
+                mine.append(do(batch))
+            except Diverged:
+                diverged = True
+                break
+            advance(batch)
+        if self.world is None or size == 1:
+            if diverged:
+                raise Diverged
+            return mine
+        parts = self.world.gather((diverged, mine))
+        if any(failed for failed, _ in parts):
+            raise Diverged
+        for number, batch in enumerate(batches):
+            if number % size != rank:
+                advance(batch)
+        return [parts[number % size][1][number // size] for number in range(len(batches))]
 
     @property
     def device(self) -> torch.device:
@@ -159,15 +203,16 @@ class LanguageModel:
         Raises:
             Diverged: a log-probability is not finite.
         """
-        results: list[TokenScores | None] = [None] * len(sequences)
-        for batch in plan_batches(sequences, self.settings.batch_rows, self.model.config.vocab_size):
-            for index, scores in zip(
-                batch, self._score_batch([sequences[index] for index in batch], moments), strict=True
-            ):
-                results[index] = scores
-            if advance is not None:
-                advance(len(batch))
-        return [scores for scores in results if scores is not None]
+        batches = plan_batches(sequences, self.settings.batch_rows, self.model.config.vocab_size)
+        found = self.shared_out(
+            batches,
+            lambda batch: self._score_batch([sequences[index] for index in batch], moments),
+            lambda batch: advance(len(batch)) if advance is not None else None,
+        )
+        by_index = {
+            i: scores for batch, part in zip(batches, found, strict=True) for i, scores in zip(batch, part, strict=True)
+        }
+        return [by_index[index] for index in range(len(sequences))]
 
     def _score_batch(self, rows: list[Sequence], moments: bool) -> list[TokenScores]:
         length = max(len(row.ids) for row in rows)
@@ -215,43 +260,50 @@ class LanguageModel:
         Raises:
             Diverged: a log-probability of a prompt is not finite (generation itself would go on with nonsense).
         """
-        from transformers import GenerationConfig
-
         self.score([Sequence(tuple(ids), len(ids) - 1) for ids in prompts if len(ids) > 1])
         order = sorted(range(len(prompts)), key=lambda index: (-lengths[index], -len(prompts[index]), index))
-        results: list[list[int]] = [[] for _ in prompts]
+        size = self.settings.batch_rows
+        batches = [order[begin : begin + size] for begin in range(0, len(order), size)]
+        found = self.shared_out(
+            batches,
+            lambda batch: self._continue_batch(
+                [prompts[index] for index in batch], [lengths[index] for index in batch]
+            ),
+            lambda batch: advance(len(batch)) if advance is not None else None,
+        )
+        by_index = {
+            i: new for batch, part in zip(batches, found, strict=True) for i, new in zip(batch, part, strict=True)
+        }
+        return [by_index[index] for index in range(len(prompts))]
+
+    def _continue_batch(self, prompts: list[list[int]], lengths: list[int]) -> list[list[int]]:
+        from transformers import GenerationConfig
+
         eos = self.tokenizer.eos_token_id
-        for begin in range(0, len(order), self.settings.batch_rows):
-            batch = order[begin : begin + self.settings.batch_rows]
-            longest = max(len(prompts[index]) for index in batch)
-            ids_BS = torch.full((len(batch), longest), self.pad_id, dtype=torch.int64)
-            mask_BS = torch.zeros_like(ids_BS)
-            for number, index in enumerate(batch):
-                ids_BS[number, longest - len(prompts[index]) :] = torch.tensor(prompts[index])
-                mask_BS[number, longest - len(prompts[index]) :] = 1
-            output_BS = self.model.generate(
-                input_ids=ids_BS.to(self.device),
-                attention_mask=mask_BS.to(self.device),
-                generation_config=GenerationConfig(
-                    do_sample=False,
-                    max_new_tokens=max(lengths[index] for index in batch),
-                    eos_token_id=eos,
-                    pad_token_id=self.pad_id,
-                ),
-            )
-            for index, new in zip(batch, output_BS[:, longest:].tolist(), strict=True):
-                kept = new[: lengths[index]]
-                results[index] = kept[: kept.index(eos)] if eos in kept else kept
-            if advance is not None:
-                advance(len(batch))
-        return results
+        longest = max(len(ids) for ids in prompts)
+        ids_BS = torch.full((len(prompts), longest), self.pad_id, dtype=torch.int64)
+        mask_BS = torch.zeros_like(ids_BS)
+        for number, ids in enumerate(prompts):
+            ids_BS[number, longest - len(ids) :] = torch.tensor(ids)
+            mask_BS[number, longest - len(ids) :] = 1
+        output_BS = self.model.generate(
+            input_ids=ids_BS.to(self.device),
+            attention_mask=mask_BS.to(self.device),
+            generation_config=GenerationConfig(
+                do_sample=False, max_new_tokens=max(lengths), eos_token_id=eos, pad_token_id=self.pad_id
+            ),
+        )
+        new = [row[:length] for row, length in zip(output_BS[:, longest:].tolist(), lengths, strict=True)]
+        return [row[: row.index(eos)] if eos in row else row for row in new]
 
 
 @contextlib.contextmanager
-def loaded(path: str, tokenizer: PreTrainedTokenizerBase, settings: ModelSettings) -> Iterator[LanguageModel]:
+def loaded(
+    path: str, tokenizer: PreTrainedTokenizerBase, settings: ModelSettings, world: World | None = None
+) -> Iterator[LanguageModel]:
     """Load a local model directory for inference and free it afterwards; never runs code that ships with it.
 
-    On the GPU if there is one (spread over several by ``device_map`` when it does not fit into one).
+    On the GPU if there is one (a single process spreads a model that does not fit into one over all of them).
 
     Raises:
         UserError: the directory is damaged or its weights do not fit its configuration.
@@ -271,7 +323,7 @@ def loaded(path: str, tokenizer: PreTrainedTokenizerBase, settings: ModelSetting
             local_files_only=True,
             trust_remote_code=False,
             output_loading_info=True,
-            device_map=_placement(path, dtype),
+            device_map=_placement(path, dtype, world),
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         if isinstance(error, torch.OutOfMemoryError):
@@ -297,7 +349,7 @@ def loaded(path: str, tokenizer: PreTrainedTokenizerBase, settings: ModelSetting
                 raise RuntimeError(f"{name} is {buffer.dtype}: rotary frequencies must stay float32")
         model.generation_config = GenerationConfig()  # the directory's may sample or penalise repetition
         model.eval()
-        yield LanguageModel(model, tokenizer, settings, path)
+        yield LanguageModel(model, tokenizer, settings, path, world)
     finally:
         del model
         gc.collect()
@@ -305,12 +357,21 @@ def loaded(path: str, tokenizer: PreTrainedTokenizerBase, settings: ModelSetting
             torch.cuda.empty_cache()
 
 
-def _placement(path: str, dtype: torch.dtype) -> str | dict[str, int] | None:
-    """``device_map`` for a model: None on CPU, the first GPU when the weights fill at most 80 % of it, else spread."""
+def _placement(path: str, dtype: torch.dtype, world: World | None) -> str | dict[str, int] | None:
+    """``device_map`` for a model: None on CPU, this process's GPU when the weights fit in 80 % of it, else spread.
+
+    Raises:
+        UserError: the model must be spread, but several processes share the GPUs.
+    """
     from trace_ds.models.files import read_model_directory
 
     files = read_model_directory(path)
     if not torch.cuda.is_available():
         return None
-    free_bytes, _ = torch.cuda.mem_get_info(0)
-    return {"": 0} if files.parameters * dtype.itemsize <= 0.8 * free_bytes else "auto"
+    device = torch.cuda.current_device()
+    free_bytes, _ = torch.cuda.mem_get_info(device)
+    if files.parameters * dtype.itemsize <= 0.8 * free_bytes:
+        return {"": device}
+    if world is not None and world.size > 1:
+        raise UserError("the model does not fit into one GPU", path, "evaluate in one process: --nproc 1")
+    return "auto"

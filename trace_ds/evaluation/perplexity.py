@@ -29,6 +29,9 @@ class PerplexityResult:
     tokens: np.ndarray
     sources: list[str]
 
+    def metrics(self) -> dict[str, float]:
+        return {"perplexity": self.perplexity()}
+
     def perplexity(self, chosen: np.ndarray | None = None) -> float:
         """Over all documents, or those of a bool mask, infinite on overflow; ``ValueError`` without a counted token."""
         mask = np.ones(len(self.nll), dtype=bool) if chosen is None else chosen

@@ -25,7 +25,7 @@ from trace_ds.run.files import canonical_json, sha256_text
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FORMAT = 1  # raise it when a metric or the form of a result changes: old results are then computed anew
+FORMAT = 2  # raise it when a metric or the form of a result changes: old results are then computed anew
 ORIGINAL, UNLEARNED = "original", "unlearned"
 STEP = re.compile(r"step_\d+")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -118,12 +118,20 @@ def tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     }
 
 
-def identity(config: Config, subject: Subject, tasks: list[Task], tokenizer: str, drift: dict[str, str] | None) -> str:
+def identity(
+    config: Config,
+    subject: Subject,
+    tasks: list[Task],
+    tokenizer: str,
+    drift: dict[str, str] | None,
+    attacks: dict[str, Any] | None,
+) -> str:
     """SHA-256 over everything that determines the result of one model.
 
     Args:
         tokenizer: fingerprint of the run's tokenizer.
         drift: fingerprints of what a drift is measured against, or None when none is measured.
+        attacks: settings and inputs of the attacks, or None when there are none.
     """
     return sha256_text(
         canonical_json(
@@ -133,7 +141,14 @@ def identity(config: Config, subject: Subject, tasks: list[Task], tokenizer: str
                 "model": subject.fingerprint,
                 "tokenizer": tokenizer,
                 "tasks": [
-                    [task.config.name, task.config.type, task.config.role, task.sha256, Path(task.config.path).stem]
+                    [
+                        task.config.name,
+                        task.config.type,
+                        task.config.role,
+                        task.sha256,
+                        Path(task.config.path).stem,
+                        task.config.task,
+                    ]
                     for task in tasks
                 ],
                 "settings": {
@@ -144,6 +159,7 @@ def identity(config: Config, subject: Subject, tasks: list[Task], tokenizer: str
                     "max_new_tokens": config.evaluation.max_new_tokens,
                 },
                 "drift": drift and {**drift, "rows": config.evaluation.drift_rows},
+                "attacks": attacks,
             }
         )
     )

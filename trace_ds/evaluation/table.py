@@ -7,7 +7,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-ARROWS = {"lower": "↓", "higher": "↑"}
+ARROWS = {"lower": "↓", "higher": "↑", "reference": "→"}  # →: nearest to the reference is best
 TASK_COLUMNS, METRIC_COLUMNS = 22, 18  # characters left for the names of tasks and of metrics
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trace_ds.errors import UserError
-from trace_ds.evaluation import choice, perplexity, verbatim
+from trace_ds.evaluation import choice, extraction, harness, knowmem, membership, perplexity, verbatim
 from trace_ds.evaluation.items import Task
 from trace_ds.evaluation.language_model import LanguageModel
 
@@ -20,9 +20,15 @@ METRICS = {
     "choice": ("accuracy", "accuracy_norm", "exact_match"),
     "verbatim": ("rouge_l", "exact_tokens"),
     "perplexity": ("perplexity",),
+    "knowmem": ("rouge_l",),
+    "membership": (membership.PRIV_LEAK, *(f"auc_{attack}" for attack in membership.ATTACKS)),
+    "extraction": ("extraction_strength",),
+    "lm_eval": harness.METRICS,
 }
-KNOWLEDGE_GROWS = {"accuracy", "accuracy_norm", "exact_match", "rouge_l", "exact_tokens"}
-CHANCES = {"accuracy": choice.CHANCE, "accuracy_norm": choice.CHANCE}
+KNOWLEDGE_GROWS = {"accuracy", "accuracy_norm", "exact_match", "rouge_l", "exact_tokens", "extraction_strength"}
+KNOWLEDGE_GROWS |= set(harness.METRICS)
+CHANCES = {"accuracy": choice.CHANCE, "accuracy_norm": choice.CHANCE, "acc": choice.CHANCE, "acc_norm": choice.CHANCE}
+CHANCES |= {f"auc_{attack}": membership.ASSUMED_AUC for attack in membership.ATTACKS}
 
 
 @dataclass(frozen=True)
@@ -35,7 +41,9 @@ class TaskResult:
 
 
 def direction(metric: str, role: str) -> str:
-    """``lower`` or ``higher``: which way is good."""
+    """Which way is good: ``lower``, ``higher``, or ``reference`` (nearest to the score's ``reference`` is best)."""
+    if metric == membership.PRIV_LEAK or metric.startswith("auc_"):
+        return "reference"
     return "higher" if (metric in KNOWLEDGE_GROWS) == (role == "utility") else "lower"
 
 
@@ -52,29 +60,47 @@ def run_task(
     where = task.config.path
     n = len(items)
     result: Any
-    if task.config.type == "choice":
+    sources: dict[str, dict[str, float]] = {}
+    kind = task.config.type
+    if kind == "choice":
         result = choice.evaluate_choice(model, items, where, advance)
-        metrics, logs = result.metrics(), choice.item_logs(items, result)
-        sources = choice.by_source(items, result)
-    elif task.config.type == "verbatim":
+        logs, sources = choice.item_logs(items, result), choice.by_source(items, result)
+    elif kind == "verbatim":
         result = verbatim.evaluate_verbatim(model, items, max_new_tokens, where, advance)
-        metrics, logs = result.metrics(), verbatim.item_logs(items, result)
-        sources = verbatim.by_source(items, result)
+        logs, sources = verbatim.item_logs(items, result), verbatim.by_source(items, result)
+    elif kind == "knowmem":
+        result = knowmem.evaluate_knowmem(model, items, list(task.examples), where, advance)
+        logs, sources = knowmem.item_logs(items, result), knowmem.by_source(items, result)
+    elif kind == "membership":
+        result = membership.evaluate_membership(model, items, context_length, where, advance)
+        logs = membership.item_logs(items, result)
+    elif kind == "extraction":
+        result = extraction.evaluate_extraction(model, items, context_length, where, advance)
+        logs, n = extraction.item_logs(result), len(result.strength)
+    elif kind == "lm_eval":
+        found = harness.evaluate_harness(model, str(task.config.task), where)
+        return TaskResult(score_records(task, found.metrics, found.items), found.logs, {})
     else:
         result = perplexity.evaluate_perplexity(model, items, context_length, advance)
         n = int(result.tokens.sum())
         if not n:
             raise UserError("no document has two tokens", where, "a perplexity of nothing: add text")
-        metrics, logs = {"perplexity": result.perplexity()}, perplexity.item_logs(result)
+        logs = perplexity.item_logs(result)
         sources = {
             source: {name: value for name, value in values.items() if math.isfinite(value)}
             for source, values in perplexity.by_source(result).items()
         }
-    return TaskResult(score_records(task, metrics, n), logs, sources)
+    return TaskResult(score_records(task, result.metrics(), n), logs, sources)
 
 
 def score_records(task: Task, metrics: dict[str, float], n: int) -> list[dict[str, Any]]:
-    """The scores of a task; ``value`` is None for a metric that is missing in ``metrics`` or not finite."""
+    """The scores of a task; ``value`` is None for a metric that is missing in ``metrics`` or not finite.
+
+    A metric of lm-eval that the task does not have is left out.
+    """
+    names = [
+        name for name in METRICS[task.config.type] if task.config.type != "lm_eval" or name in metrics or not metrics
+    ]
     return [
         {
             "task": task.config.name,
@@ -85,5 +111,5 @@ def score_records(task: Task, metrics: dict[str, float], n: int) -> list[dict[st
             "direction": direction(metric, task.config.role),
             "chance": CHANCES.get(metric),
         }
-        for metric in METRICS[task.config.type]
+        for metric in names
     ]

@@ -11,7 +11,7 @@ from trace_ds import __version__
 from trace_ds.reporting import scores
 from trace_ds.reporting.gather import RunData
 
-ARROWS = {"lower": "↓", "higher": "↑"}
+ARROWS = {"lower": "↓", "higher": "↑", "reference": "→"}
 
 
 def model_card(run: RunData) -> str:

@@ -47,12 +47,14 @@ class Evaluation:
     scores: list[Score]
     items: dict[str, list[dict[str, Any]]]
     drift: dict[str, Any] | None
+    attacks: dict[str, Any]
 
     def headline(self, role: str) -> list[Score]:
-        """The first metric of every task of a role, in the file's order, without perplexities (another scale)."""
+        """The first metric of every task of a role, in the file's order, without perplexities (another scale) and
+        without scores that are best at a reference (neither lower nor higher is better)."""
         first: dict[str, Score] = {}
         for score in self.scores:
-            if score.role == role and "perplexity" not in score.metric:
+            if score.role == role and "perplexity" not in score.metric and score.direction != "reference":
                 first.setdefault(score.task, score)
         return list(first.values())
 
@@ -269,7 +271,8 @@ def _evaluations(directory: Path) -> dict[str, Evaluation]:
                 f"the evaluation is damaged ({error!r})", str(path), "make it again with `trace-ds evaluate`"
             ) from None
         items = raw.get("items") or {}
-        found[path.stem] = Evaluation(path.stem, raw.get("model_fingerprint"), scores, items, raw.get("drift"))
+        fingerprint, attacks = raw.get("model_fingerprint"), raw.get("attacks") or {}
+        found[path.stem] = Evaluation(path.stem, fingerprint, scores, items, raw.get("drift"), attacks)
     return found
 
 

@@ -13,6 +13,7 @@ import json
 from importlib import resources
 from typing import Any
 
+from trace_ds.evaluation.glossary import meaning
 from trace_ds.reporting import scores
 from trace_ds.reporting.gather import RunData
 from trace_ds.reporting.tables import Table
@@ -21,7 +22,7 @@ SCRIPTS = ("base.js", "charts.js", "heatmap.js", "page.js")
 MAX_TRAINING_ROWS = 4000
 MAX_ITEM_ROWS = 1500
 MAX_LIST_ROWS = 60
-ARROWS = {"lower": "↓", "higher": "↑"}
+ARROWS = {"lower": "↓", "higher": "↑", "reference": "→"}
 
 
 def render(run: RunData, tables: dict[str, Table], pictures: list[str], compared: list[str], notes: list[str]) -> str:
@@ -60,6 +61,8 @@ def render(run: RunData, tables: dict[str, Table], pictures: list[str], compared
         findings=scores.findings(run),
         tiles=tiles(run, tables),
         score_table=score_table(tables.get("scores")),
+        attack_table=attack_table(tables.get("attacks")),
+        meanings=meanings(tables.get("scores")),
         warnings=_warnings(run),
         config_text=_config_text(run),
         limit=MAX_LIST_ROWS,
@@ -154,6 +157,27 @@ def score_table(table: Table | None) -> dict[str, Any] | None:
     ]
     heads = [{**head, "arrow": ARROWS.get(head["direction"], "")} for head in columns]
     return {"columns": heads, "lines": lines, "chance": chance if any(c is not None for c in chance) else None}
+
+
+def attack_table(table: Table | None) -> dict[str, Any] | None:
+    """(attack, stage, score) × models."""
+    if table is None:
+        return None
+    rows = table.rows()
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    values = {(row["attack"], row["stage"], row["score"], row["model"]): row["value"] for row in rows}
+    keys = dict.fromkeys(key[:3] for key in values)
+    lines = [
+        {"attack": key[0], "stage": key[1], "score": key[2], "values": [values.get((*key, model)) for model in models]}
+        for key in keys
+    ]
+    return {"models": models, "lines": lines}
+
+
+def meanings(table: Table | None) -> list[tuple[str, str]]:
+    """(metric, what it means) of every metric in the table of scores that is ours."""
+    names = dict.fromkeys(table.columns["metric"]) if table is not None else {}
+    return [(name, text) for name in names if (text := meaning(name)) is not None]
 
 
 def number(value: Any) -> str:

@@ -71,6 +71,7 @@ def all_tables(run: RunData, others: list[RunData]) -> dict[str, Table]:
         curves([run, *others]),
         matched_forgetting([run, *others]),
         drift([run, *others]),
+        attacks([run, *others]),
         scores([run, *others]),
         items(run),
     ]
@@ -301,6 +302,19 @@ def _drift_rows(evaluation: Evaluation) -> list[tuple[str, int, dict[str, float]
             values = {key: value[layer] for key, value in series.items() if layer < len(value)}
             found.append((corpus, layer, values))
     return found
+
+
+def attacks(runs: list[RunData]) -> Table:
+    """Forget scores under attack: by way of forcing experts, and by step of relearning."""
+    rows: list[list[Any]] = []
+    for name, evaluation in models(runs):
+        told = evaluation.attacks
+        stages = [("expert forcing", kind, found) for kind, found in (told.get("expert_forcing") or {}).items()]
+        curve = (told.get("relearning") or {}).get("curve") or []
+        stages += [("relearning", f"step {entry['step']}", entry["scores"]) for entry in curve]
+        for attack, stage, found in stages:
+            rows += [[name, attack, stage.replace("_", " "), metric, value] for metric, value in found.items()]
+    return make("attacks", "Forget scores under attack", ["model", "attack", "stage", "score", "value"], rows)
 
 
 def scores(runs: list[RunData]) -> Table:

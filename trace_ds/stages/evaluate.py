@@ -1,4 +1,4 @@
-"""``trace-ds evaluate``: models → scores, one process, plain transformers, on the CPU or the GPU.
+"""``trace-ds evaluate``: models → scores, plain transformers, on the CPU or the GPU, on one process or many.
 
 Everything the user can have got wrong (task files, model directories, tokenizers) is checked before a weight is
 loaded. Each model's result is one file, ``RUN/evaluation/NAME.json``, written atomically and kept while it is still
@@ -41,8 +41,7 @@ from trace_ds.run.log import Progress, StageLog, stage_log
 if TYPE_CHECKING:
     from trace_ds.evaluation.drift import RoutingSample
     from trace_ds.evaluation.language_model import LanguageModel, ModelSettings
-
-SIDES = ("forget", "retain")
+    from trace_ds.parallel.world import World
 
 
 @dataclass(frozen=True)
@@ -71,39 +70,94 @@ def check_evaluate(config: Config, run: RunDirectory) -> EvaluateJob:
     reference = Path(config.model.tokenizer or config.model.path)
     fingerprint = tokenizer_fingerprint(reference)
     tokenizer = load_tokenizer(reference)
-    data = artefact.load(run.data, "data", "prepare CONFIG", verify=False) if settings.drift else None
+    attacks = _attacks(config)
+    needs_data = settings.drift or attacks
+    data = artefact.load(run.data, "data", "prepare CONFIG", verify=False) if needs_data else None
     if data is not None:
         artefact.require_same(data, "tokenizer", fingerprint, "tokenizer", "prepare CONFIG")
     subjects, problems = find_subjects(config, run)
     for subject in subjects:
         if not subject.is_checkpoint:
             require_same_tokenizer(subject.path, reference, tokenizer)
-    against = {"original": info.fingerprint, "data": data.content} if data is not None else None
+    against = {"original": info.fingerprint, "data": data.content} if data is not None else {}
+    calibrated = settings.expert_forcing and (run.calibration / artefact.FILE_NAME).is_file()
+    calibration = (
+        artefact.load(run.calibration, "calibration", "calibrate CONFIG", verify=False) if calibrated else None
+    )
+    attacked = {
+        **against,
+        "relearning": settings.relearning and settings.relearning.model_dump(mode="json"),
+        "seed": config.seed,
+        "expert_forcing": settings.expert_forcing,
+        "calibration": calibration and calibration.content,
+    }
     identities = {
-        subject.name: identity(config, subject, tasks, fingerprint, against if subject.name == UNLEARNED else None)
+        subject.name: identity(
+            config,
+            subject,
+            tasks,
+            fingerprint,
+            against if settings.drift and subject.name == UNLEARNED else None,
+            attacked if attacks and subject.name in attacked_names(config) else None,
+        )
         for subject in subjects
     }
     return EvaluateJob(tasks, subjects, identities, tokenizer, data, problems)
 
 
-def evaluate(config: Config, run: RunDirectory) -> None:
+def _attacks(config: Config) -> bool:
+    return config.evaluation.relearning is not None or config.evaluation.expert_forcing
+
+
+def attacked_names(config: Config) -> tuple[str, str]:
+    """The models that are attacked: the unlearned one, and the retrained one as the reference."""
+    return UNLEARNED, config.evaluation.retrained
+
+
+def evaluate(config: Config, run: RunDirectory, world: World | None = None) -> None:
     """Score every model of the run and print the table of scores.
+
+    With a ``world`` (collectively, on every process) the batches of every task are shared out; the scores are those of
+    one process. The main process alone writes.
 
     Raises:
         UserError: a task file, a model or its tokenizer cannot be used (nothing is written then).
     """
-    job = check_evaluate(config, run)
+    is_main = world is None or world.is_main
+    job = world.agree(lambda: check_evaluate(config, run)) if world is not None else None
+    job = job or check_evaluate(config, run)
     try:
         run.evaluation.mkdir(parents=True, exist_ok=True)
-        with _threads(config.distributed.threads), stage_log(run, "evaluate") as log:
+        with _threads(config.distributed.threads), stage_log(run, "evaluate", enabled=is_main) as log:
             for problem in job.problems:
                 log.line(f"warning: checkpoint left out: {problem}")
-            _drop_others(job, run, log)
-            _copy_from_parent(job, run, log)
-            _score_missing(config, job, run, log)
+            if is_main:
+                _drop_others(job, run, log)
+                _copy_from_parent(job, run, log)
+            _score_missing(config, job, run, log, world)
+            if is_main:
+                _refer_to_retrained(config, job, run, log)
     except OSError as error:
         raise unwritable(run.evaluation, error) from error
-    _show_table(job, run)
+    if is_main:
+        _show_table(job, run)
+
+
+def _refer_to_retrained(config: Config, job: EvaluateJob, run: RunDirectory, log: StageLog) -> None:
+    """Membership scores against those of the retrained model, once all models are scored."""
+    from trace_ds.evaluation.membership import with_references
+
+    if not any(task.config.type == "membership" for task in job.tasks):
+        return
+    named = config.evaluation.retrained in config.evaluation.models
+    retrained = read_result(run.evaluation / f"{config.evaluation.retrained}.json") if named else None
+    if retrained is None:
+        log.line("PrivLeak: no retrained model among evaluation.models, so its AUC is assumed to be 0.5")
+    for subject in job.subjects:
+        path = run.evaluation / f"{subject.name}.json"
+        result = read_result(path)
+        if result is not None and (changed := with_references(result, retrained)) != result:
+            write_json(path, changed)
 
 
 def _drop_others(job: EvaluateJob, run: RunDirectory, log: StageLog) -> None:
@@ -125,30 +179,40 @@ def _copy_from_parent(job: EvaluateJob, run: RunDirectory, log: StageLog) -> Non
             log.line(f"{name}: taken from the parent run")
 
 
-def _score_missing(config: Config, job: EvaluateJob, run: RunDirectory, log: StageLog) -> None:
+def _score_missing(config: Config, job: EvaluateJob, run: RunDirectory, log: StageLog, world: World | None) -> None:
+    from trace_ds.evaluation import probes
     from trace_ds.evaluation.language_model import ModelSettings
 
     settings = ModelSettings(config.model.dtype, config.data.add_bos, config.data.add_eos, config.evaluation.batch_rows)
-    done = job.done(run)
+    done = job.done(run) if world is None else world.broadcast_agreed(lambda: job.done(run))
     todo = [subject for subject in job.subjects if subject.name not in done]
     if done:
         log.line(f"already there: {', '.join(sorted(done))}")
-    drifts = job.data is not None and any(subject.name == UNLEARNED for subject in todo)
+    drifts = config.evaluation.drift and any(subject.name == UNLEARNED for subject in todo)
+    attacks = probes.Attacks(config, run, job.tasks, job.data)
+    attacked = {subject.name for subject in todo} & set(attacked_names(config)) if _attacks(config) else set()
+    forcing = config.evaluation.expert_forcing and bool(attacked)
     before: dict[str, RoutingSample] = {}
+    decisions = None
     for subject in job.subjects:
         wanted = subject in todo
-        if not wanted and not (subject.name == ORIGINAL and drifts):
+        if not wanted and not (subject.name == ORIGINAL and (drifts or forcing)):
             continue
-        with _directory(subject, config, run, log) as path, _loaded(path, job, settings) as model:
+        with _directory(subject, config, run, log, world) as path, _loaded(path, job, settings, world) as model:
             result = _score(config, job, subject, model, log) if wanted else None
             diverged = result is not None and result["diverged"]
             if drifts and subject.name in (ORIGINAL, UNLEARNED) and not diverged:
-                routing = _routing(config, job, model, log)
+                assert job.data is not None
+                sample = probes.routing(config, job.data, model, log)
                 if subject.name == ORIGINAL:
-                    before = routing
+                    before = sample
                 elif result is not None and before:
-                    result["drift"] = _drift(config, before, routing)
-        if result is not None:
+                    result["drift"] = probes.routing_drift(config, before, sample)
+            if forcing and subject.name == ORIGINAL:
+                decisions = attacks.decisions(model)
+            if result is not None and not diverged and subject.name in attacked:
+                attacks.attack(model, result, decisions)
+        if result is not None and (world is None or world.is_main):
             write_json(run.evaluation / f"{subject.name}.json", result)
             log.event("scored", model=subject.name, scores=result["scores"])
 
@@ -198,57 +262,37 @@ def _score(config: Config, job: EvaluateJob, subject: Subject, model: LanguageMo
     return result
 
 
-def _routing(config: Config, job: EvaluateJob, model: LanguageModel, log: StageLog) -> dict[str, RoutingSample]:
-    from trace_ds.corpora.dataset import TokenDataset
-    from trace_ds.evaluation.drift import sample_routing
-
-    assert job.data is not None
-    samples = {}
-    for side in SIDES:
-        dataset = TokenDataset.open(job.data.file(f"{side}.arrow"))
-        rows = min(config.evaluation.drift_rows, len(dataset))
-        progress = Progress(log, f"routing of {side} rows", rows, unit="row")
-        samples[side] = sample_routing(
-            model.model, dataset, rows, config.evaluation.batch_rows, model.device, progress.advance
-        )
-        progress.close()
-    return samples
-
-
-def _drift(config: Config, before: dict[str, RoutingSample], after: dict[str, RoutingSample]) -> dict[str, Any]:
-    from trace_ds.evaluation.drift import compare
-
-    info = inspect_model(config.model.path)
-    return {
-        "experts": info.experts,
-        "top_k": info.top_k,
-        **{side: compare(before[side], after[side], info.experts) for side in SIDES},
-    }
-
-
 @contextlib.contextmanager
-def _loaded(path: Path, job: EvaluateJob, settings: ModelSettings) -> Iterator[LanguageModel]:
+def _loaded(path: Path, job: EvaluateJob, settings: ModelSettings, world: World | None) -> Iterator[LanguageModel]:
     from trace_ds.evaluation.language_model import loaded
 
-    with loaded(str(path), job.tokenizer, settings) as model:
+    with loaded(str(path), job.tokenizer, settings, world) as model:
         yield model
 
 
 @contextlib.contextmanager
-def _directory(subject: Subject, config: Config, run: RunDirectory, log: StageLog) -> Iterator[Path]:
-    """The model directory of a subject; a checkpoint is converted into a temporary one, deleted afterwards."""
+def _directory(
+    subject: Subject, config: Config, run: RunDirectory, log: StageLog, world: World | None
+) -> Iterator[Path]:
+    """The model directory of a subject; a checkpoint is converted (once) into a temporary one, deleted afterwards."""
     if not subject.is_checkpoint:
         yield subject.path
         return
-    from trace_ds.stages.convert import checkpoint_to_directory
-
     temporary = run.evaluation / f"{subject.name}.tmp-{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
+
+    def convert() -> str:
+        from trace_ds.stages.convert import checkpoint_to_directory
+
+        shutil.rmtree(temporary, ignore_errors=True)
         log.line(f"{subject.name}: converting the checkpoint")
         base, dtype = Path(config.model.path), conversion_dtype(config)
         checkpoint_to_directory(subject.path, temporary, base_model=base, dtype=dtype, log=log)
-        yield temporary
+        return str(temporary)
+
+    try:
+        yield Path(convert() if world is None else world.broadcast_agreed(convert))
+        if world is not None:
+            world.barrier()  # nobody reads it any more
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -8,6 +8,7 @@ a launcher made it a rank, else in local processes that this one starts.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from trace_ds.run.directory import RunDirectory, lock_environment, locked
 
 STAGES = ("prepare", "collect", "calibrate", "unlearn", "convert", "evaluate", "report")
 DISTRIBUTED = ("collect", "unlearn")
+LAUNCHABLE = (*DISTRIBUTED, "evaluate")  # evaluate is a job of its own only when evaluation.nproc or a launcher says so
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ def run_verb(verb: str, request: Request, *, dry_run: bool = False) -> int:
         for name in request.config.variants if verb == "run" else ():
             print(f"# variant {name}: {request.config.variants[name]}")
         return 0
-    if verb in DISTRIBUTED and launched():
+    if verb in LAUNCHABLE and launched():
         return _run_as_rank(verb, request)
     check_early(verb, request)
     with locked(request.run) as lock:
@@ -78,9 +80,9 @@ def check_early(verb: str, request: Request, world_size: int | None = None) -> N
     from trace_ds.parallel.launch import check_process_count
 
     config = request.config
+    if verb == "evaluate":
+        check_process_count(config.evaluation.nproc, accelerator_count(), os.cpu_count() or 1)
     if verb in ("run", *DISTRIBUTED):
-        import os
-
         nproc = world_size or process_count(config)
         if world_size is None:
             check_process_count(nproc, accelerator_count(), os.cpu_count() or 1)
@@ -99,9 +101,9 @@ def check_early(verb: str, request: Request, world_size: int | None = None) -> N
         read_tasks(config.evaluation.tasks)
 
 
-def process_count(config: Config) -> int:
+def process_count(config: Config, stage: str = "unlearn") -> int:
     """Local processes of a job started bare: as configured, else one per accelerator, else one."""
-    return config.distributed.nproc or accelerator_count() or 1
+    return config.evaluation.nproc if stage == "evaluate" else config.distributed.nproc or accelerator_count() or 1
 
 
 def _run_all(request: Request, lock: int) -> int:
@@ -117,7 +119,7 @@ def _run_all(request: Request, lock: int) -> int:
 
 
 def _run_stage(stage: str, request: Request, lock: int, *, top: RunDirectory | None = None) -> int:
-    if stage in DISTRIBUTED:
+    if stage in DISTRIBUTED or (stage == "evaluate" and request.config.evaluation.nproc > 1):
         return _launch(stage, request, lock, top or request.run)
     _single_process_stage(stage)(request.config, request.run)
     return 0
@@ -149,7 +151,7 @@ def _launch(stage: str, request: Request, lock: int, lock_owner: RunDirectory) -
     """Check the job, skip it when it is done, else run it in local processes of its own."""
     from trace_ds.parallel.launch import run_processes
 
-    nproc = process_count(request.config)
+    nproc = process_count(request.config, stage)
     if _is_done(stage, request, nproc):
         return 0
     return run_processes(
@@ -166,6 +168,11 @@ def _is_done(stage: str, request: Request, nproc: int) -> bool:
         from trace_ds.stages.collect import SIDES, check_collect
 
         return len(check_collect(request.config, request.run, nproc).done(request.run)) == len(SIDES)
+    if stage == "evaluate":
+        from trace_ds.stages.evaluate import check_evaluate
+
+        job = check_evaluate(request.config, request.run)
+        return len(job.done(request.run)) == len(job.identities)
     from trace_ds.stages.unlearn import check_unlearn
 
     return check_unlearn(request.config, request.run, nproc).done(request.config, request.run)
@@ -190,6 +197,10 @@ def _run_as_rank(verb: str, request: Request) -> int:
             from trace_ds.stages.collect import collect
 
             collect(request.config, request.run, world)
+        elif verb == "evaluate":
+            from trace_ds.stages.evaluate import evaluate
+
+            evaluate(request.config, request.run, world)
         else:
             from trace_ds.stages.unlearn import unlearn
 

@@ -1,0 +1,147 @@
+"""Relearning and expert forcing: what they do to a model, by recording it; and their place in a result."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from test_evaluation_metrics import packed
+from test_evaluation_models import SETTINGS, save_model
+from test_evaluation_stage import Case, case  # noqa: F401
+
+from trace_ds.config.schema import RelearningConfig
+from trace_ds.errors import UserError
+from trace_ds.evaluation import attacks
+from trace_ds.evaluation.language_model import LanguageModel, loaded
+from trace_ds.models.families import FAMILIES
+from trace_ds.models.routers import find_routers, record_routing
+from trace_ds.stages.evaluate import evaluate
+
+IDS = torch.tensor([[0, 5, 9, 13, 20, 41, 8, 7], [0, 3, 4, 5, 6, 7, 8, 9]])
+
+
+def opened(path: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return loaded(str(path), AutoTokenizer.from_pretrained(path), SETTINGS)
+
+
+def outputs(model: LanguageModel) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
+    """Logits and each layer's (gates, experts) as what follows the routers sees them."""
+    with torch.no_grad(), record_routing(model.model) as recorder:
+        logits = model.model(IDS, use_cache=False).logits
+        return logits, [recorder.layer(layer) for layer in range(len(find_routers(model.model)))]
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_forcing_sends_tokens_where_it_says(family: str, tmp_path: Path) -> None:
+    path = tiny.make_model(tmp_path / family, family)
+    with opened(path) as model:
+        free, chosen = outputs(model)
+        decisions = attacks.Decisions()
+        with attacks.forced(model.model, decisions.record):
+            assert torch.allclose(outputs(model)[0], free, atol=1e-5)
+        forbidden_LE = np.zeros((len(chosen), 4), dtype=bool)
+        forbidden_LE[0, :2] = True
+        forbidden_LE[1, :3] = True  # fewer than two others: this layer keeps its choice
+        for decide in (attacks.without_first, attacks.without_experts(forbidden_LE)):
+            with attacks.forced(model.model, decide):
+                forced, taken = outputs(model)
+            assert not torch.allclose(forced, free, atol=1e-3)
+            experts, first = taken[0][1], chosen[0][1][:, 0]
+            assert (experts[:, 0] != experts[:, 1]).all()
+            if decide is attacks.without_first:
+                assert not (experts == first[:, None]).any()
+            else:
+                assert set(experts.flatten().tolist()) == {2, 3}
+                gates = taken[0][0].sum(-1)
+                free_gates = chosen[0][0].sum(-1)
+                assert torch.allclose(gates, torch.ones(()), atol=1e-5) == torch.allclose(
+                    free_gates, torch.ones(()), atol=1e-5
+                )
+        assert torch.equal(outputs(model)[0], free)  # nothing stays behind
+
+
+def test_another_model_can_be_given_the_routing_of_the_original(tmp_path: Path) -> None:
+    decisions = attacks.Decisions()
+    with opened(save_model(tmp_path / "original", 0)) as original:
+        with attacks.forced(original.model, decisions.record):
+            outputs(original)
+        _, wanted = outputs(original)
+    with opened(save_model(tmp_path / "other", 1)) as other:
+        assert not all(torch.equal(a[1], b[1]) for a, b in zip(outputs(other)[1], wanted, strict=True))
+        with attacks.forced(other.model, decisions.repeat):
+            for _ in range(2):  # a second round over the same passes starts anew
+                taken = outputs(other)[1]
+                assert all(torch.equal(a[1], b[1]) for a, b in zip(taken, wanted, strict=True))
+
+
+def test_gates_that_are_no_softmax_are_refused(tmp_path: Path) -> None:
+    with opened(save_model(tmp_path / "model")) as model:
+        router = find_routers(model.model)[0]
+        sigmoid = router.register_forward_hook(lambda m, i, out: (out[0], out[0].gather(1, out[2]).sigmoid(), out[2]))
+        with pytest.raises(UserError, match="are not a softmax"), attacks.forced(model.model, attacks.without_first):
+            outputs(model)
+        sigmoid.remove()
+
+
+def test_relearning_is_plain_fine_tuning_on_a_share_of_the_rows(tmp_path: Path) -> None:
+    generator = np.random.default_rng(4)
+    dataset = packed(tmp_path / "rows.arrow", [generator.integers(3, 63, 15).tolist() for _ in range(20)], 16)
+    asked = RelearningConfig(share=0.2, steps=3, rows=4, lr=1e-3, score_every=2)
+    path = save_model(tmp_path / "model")
+    seen: list[int] = []
+    with opened(path) as model:
+        found = attacks.relearn(model, dataset, asked, 5, lambda: seen.append(len(seen)))
+        trained = {name: value.clone() for name, value in model.model.state_dict().items()}
+    assert found["rows"] == 4 and [entry["step"] for entry in found["curve"]] == [0, 2, 3] and len(seen) == 3
+    assert found["curve"][-1]["loss"] < 5
+    rows = attacks.EpochRows(
+        np.sort(attacks.generator(5, attacks.SHARE_STREAM, 0).permutation(np.arange(len(dataset)))[:4]),
+        4,
+        5,
+        attacks.ORDER_STREAM,
+    )
+    with opened(path) as model:
+        optimizer = torch.optim.AdamW(model.model.parameters(), lr=1e-3, weight_decay=0.0)
+        for step in range(3):
+            losses = []
+            for row in rows.at(step).tolist():
+                batch = dataset.batch([row], 0)
+                logits = model.model(batch.input_ids_BS, position_ids=batch.position_ids_BS, use_cache=False).logits[0]
+                log_prob = torch.log_softmax(logits.double(), -1)
+                losses += [
+                    -log_prob[t, batch.input_ids_BS[0, t + 1]] for t in range(15) if bool(batch.counted_BS[0, t])
+                ]
+            optimizer.zero_grad()
+            (sum(losses) / len(losses)).backward()  # type: ignore[union-attr]
+            optimizer.step()
+        for name, value in model.model.state_dict().items():
+            assert torch.allclose(value, trained[name], atol=2e-4), name
+
+
+def test_attacks_are_part_of_the_result_of_the_unlearned_and_the_retrained_model(case: Case) -> None:  # noqa: F811
+    asked = {"relearning": {"steps": 2, "rows": 4, "score_every": 1, "lr": 1e-3}, "expert_forcing": True}
+    evaluate(case.config(**asked), case.run)
+    assert "attacks" not in case.result("original")
+    for name in ("gold", "unlearned"):
+        result = case.result(name)
+        curve = result["attacks"]["relearning"]["curve"]
+        assert [entry["step"] for entry in curve] == [0, 1, 2]
+        values = {(s["task"], s["metric"]): s["value"] for s in result["scores"]}
+        forcing = result["attacks"]["expert_forcing"]
+        assert list(forcing) == ["none", "original_routing", "without_first"]  # sorted; there is no calibration here
+        assert forcing["none"]["facts accuracy"] == values["facts", "accuracy"] == curve[0]["scores"]["facts accuracy"]
+        attacked = [scores["facts accuracy"] for kind, scores in forcing.items() if kind != "none"]
+        assert values["facts", "forced_accuracy"] == max(attacked)
+        assert values["facts", "relearned_accuracy"] == curve[-1]["scores"]["facts accuracy"]
+        assert ("general", "relearned_perplexity") not in values
+    before = case.files()
+    evaluate(case.config(**asked), case.run)
+    assert case.files() == before
+    evaluate(case.config(), case.run)
+    assert "attacks" not in case.result("unlearned")
