@@ -14,14 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trace_ds.errors import UserError
+from trace_ds.evaluation.batching import LOGITS_PER_FORWARD, plan_batches
 from trace_ds.evaluation.language_model import (
-    LOGITS_PER_FORWARD,
     Diverged,
     LanguageModel,
     ModelSettings,
     Sequence,
     loaded,
-    plan_batches,
 )
 
 WORDS = [f"w{number}" for number in range(60)]
