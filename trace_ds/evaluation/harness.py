@@ -10,8 +10,8 @@
 
 Higher means more knowledge: bad for a forget task (WMDP), good for a utility task (MMLU). The prompts, the scoring and
 the numbers are those of the ``lm_eval`` command. A file holds what the hub's data set holds: one object a line with
-``question``, four ``choices`` and the index of the right one as ``answer``; it replaces the task's test split.
-Without a file the harness downloads the data (set HF_HUB_OFFLINE for its cache only).
+``question``, four ``choices`` and the index of the right one as ``answer``; it replaces the task's test split, and no
+solved examples are shown. Without a file the harness downloads the data (set HF_HUB_OFFLINE for its cache only).
 References: Li et al., arXiv 2403.03218 (WMDP); Hendrycks et al., arXiv 2009.03300 (MMLU).
 """
 
@@ -19,8 +19,8 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import io
 import logging
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +56,8 @@ def task_spec(task: str, path: str) -> str | dict[str, Any]:
         return task
     kind = {".parquet": "parquet", ".csv": "csv"}.get(Path(path).suffix, "json")
     files = {"data_files": {"test": str(Path(path).absolute())}}
-    changed = {"task": task, "dataset_path": kind, "dataset_name": None, "dataset_kwargs": files}
+    changed: dict[str, Any] = {"task": task, "dataset_path": kind, "dataset_name": None, "dataset_kwargs": files}
+    changed |= {"num_fewshot": 0, "fewshot_split": "test"}  # a file holds no other split
     return {"group": "local_files", "task": [changed]}  # a member of a group is the known task with keys changed
 
 
@@ -122,16 +123,12 @@ def _log(name: str, sample: dict[str, Any]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """The harness logs at length and shows a progress bar; neither belongs into a run's log."""
+    """The harness logs at length and draws progress bars (on stderr); neither belongs into a run's log."""
     logger = logging.getLogger("lm_eval")
-    level, disabled = logger.level, os.environ.get("TQDM_DISABLE")
+    level = logger.level
     logger.setLevel(logging.ERROR)
-    os.environ["TQDM_DISABLE"] = "1"
     try:
-        yield
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
     finally:
         logger.setLevel(level)
-        if disabled is None:
-            os.environ.pop("TQDM_DISABLE", None)
-        else:
-            os.environ["TQDM_DISABLE"] = disabled
