@@ -49,7 +49,7 @@ def straight(calibrated: tuple[Path, Path], tmp_path_factory: pytest.TempPathFac
     [
         (2, 2, []),
         (1, 1, []),
-        (2, 1, ["unlearning.micro_batch_rows=1"]),
+        (2, 1, ["unlearning.micro_batch_rows=1", "unlearning.recompute=true"]),
         (1, 1, ["unlearning.forget_loss=rmu", "unlearning.apply=loss"]),
         (2, 2, ["unlearning.forget_loss=rmu", "unlearning.apply=loss", "unlearning.weights=live"]),
         (2, 1, ["unlearning.forget_loss=simnpo", "unlearning.weights=live"]),

@@ -193,7 +193,8 @@ def _apply_ratios(
     """The ratio rules, with the ratios of experts that ended no closer corrected (see the module's docstring)."""
     scope_LE = result.scope_LE
     every, _ = build_store(trace, tokens, scope_LE, spool)
-    forget_S, retain_S, wanted_S = forget_LE[scope_LE], retain_LE[scope_LE], wanted_LE[scope_LE]
+    forget_S, retain_S = forget_LE[scope_LE], retain_LE[scope_LE]
+    wanted_S = wanted_LE[scope_LE] & (retain_S > 0) & (retain_S < 1) & (retain_S != forget_S)  # those that can move
     result.target_LE[scope_LE] = forget_S
     ratio_S = np.clip(forget_S / np.maximum(retain_S, 1e-300), 1.0 / config.clip, config.clip)
     ratio_S[(forget_S == 0) & (retain_S == 0)] = 1.0
@@ -205,12 +206,13 @@ def _apply_ratios(
             spread_rows(result, tokens)
         weighted_LE = count_selections(trace, tokens, scope_LE.shape[1], result.weight_T)
         reached_S = weighted_LE[scope_LE] / (weighted_LE[0].sum() / trace.top_k)
-        away_S = wanted_S & (np.abs(reached_S - forget_S) >= np.abs(retain_S - forget_S)) & (retain_S != forget_S)
-        if not away_S.any() or result.iterations == MAX_CORRECTIONS:
+        away_S = wanted_S & (np.abs(reached_S - forget_S) >= np.abs(retain_S - forget_S))
+        step_S = np.where(away_S, forget_S / np.maximum(reached_S, 1e-300), 1.0)
+        changed_S = np.clip(ratio_S * step_S, 1.0 / config.clip, config.clip)
+        if np.array_equal(changed_S, ratio_S) or result.iterations == MAX_CORRECTIONS:
             break
         corrected_S |= away_S
-        step_S = np.where(away_S & (reached_S > 0), forget_S / np.maximum(reached_S, 1e-300), 1.0)
-        ratio_S = np.clip(ratio_S * step_S, 1.0 / config.clip, config.clip)
+        ratio_S = changed_S
     if corrected_S.any():
         result.notes.append(
             f"the plain ratios moved {int(corrected_S.sum())} selected expert(s) away from their forget frequency; "
