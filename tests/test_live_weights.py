@@ -29,6 +29,8 @@ ONLINE = [
     "unlearning.save_every=3",
 ]
 
+RMU_LOSS = ["unlearning.forget_loss=rmu", "unlearning.apply=loss"]
+
 
 def theta_of(run: Path, step: int) -> np.ndarray:
     return np.array(read_manifest(run / "checkpoints" / f"step_{step:06d}").cursor["theta_LE"])
@@ -49,9 +51,9 @@ def straight(calibrated: tuple[Path, Path], tmp_path_factory: pytest.TempPathFac
     [
         (2, 2, []),
         (1, 1, []),
-        (2, 1, ["unlearning.micro_batch_rows=1", "unlearning.recompute=true"]),
-        (1, 1, ["unlearning.forget_loss=rmu", "unlearning.apply=loss"]),
-        (2, 2, ["unlearning.forget_loss=rmu", "unlearning.apply=loss", "unlearning.weights=live"]),
+        (2, 1, ["unlearning.micro_batch_rows=1"]),
+        (1, 1, RMU_LOSS),
+        (2, 2, [*RMU_LOSS, "unlearning.weights=live", "unlearning.recompute=true"]),
         (2, 1, ["unlearning.forget_loss=simnpo", "unlearning.weights=live"]),
     ],
 )
