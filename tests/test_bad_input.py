@@ -74,7 +74,7 @@ def test_model_directory(config: Path, tiny_model: Path) -> None:
     assert "is not a Mixture-of-Experts model" in refuse(folder, "run", config, "--set", f"model.path={dense}")
     (dense / "config.json").write_text(json.dumps(raw | {"model_type": "nllb-moe"}))
     line = refuse(folder, "run", config, "--set", f"model.path={dense}")
-    assert "'nllb-moe' is not supported" in line and "mixtral, olmoe, qwen3_moe" in line
+    assert "'nllb-moe' is not supported" in line and "mixtral, olmoe, qwen2_moe, qwen3_moe" in line
     (dense / "config.json").write_text(json.dumps(raw | {"num_experts_per_tok": 9}))
     assert "num_experts_per_tok 9 is larger than the number of experts (4)" in refuse(
         folder, "run", config, "--set", f"model.path={dense}"

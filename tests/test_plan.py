@@ -445,7 +445,7 @@ def test_it_says_what_does_not_fit_and_what_would() -> None:
 
 def test_few_rows_and_little_host_memory_are_warned_of() -> None:
     config = run_config(unlearning__forget_rows=8, unlearning__retain_rows=8)
-    planned = plan_model(model_config("qwen3-235b-a22b"), config, ClusterSpec(nodes=16))
+    planned = plan_model(model_config("qwen3-235b-a22b"), config, ClusterSpec(nodes=16, host_memory_gb=200))
     text = " ".join(planned.warnings)
     assert "8 rows per step over 128 GPUs" in text
     assert "host memory" in text

@@ -47,6 +47,24 @@ WORDS = [
 ]
 
 
+# DeepSeek's shape: latent attention, one dense layer, shared experts, two groups of experts of which one is used.
+DEEPSEEK: dict[str, Any] = {
+    "intermediate_size": 48,
+    "moe_intermediate_size": 24,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "n_group": 2,
+    "topk_group": 1,
+    "routed_scaling_factor": 1.5,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+    "head_dim": 8,
+}
+
+
 def make_tokenizer(directory: Path) -> None:
     """A byte-level BPE tokenizer over :data:`WORDS`, 300 tokens, loadable by transformers."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -91,14 +109,37 @@ def make_model(
         "mixtral": {"num_local_experts": experts, "intermediate_size": 48},
         "qwen3_moe": {"num_experts": experts, "moe_intermediate_size": 24, "intermediate_size": 48, "head_dim": 8},
         "olmoe": {"num_experts": experts, "intermediate_size": 24},
+        "qwen2_moe": {
+            "num_experts": experts,
+            "moe_intermediate_size": 24,
+            "shared_expert_intermediate_size": 16,
+            "intermediate_size": 48,
+            "mlp_only_layers": [0],
+        },
+        "deepseek_v2": {
+            **DEEPSEEK,
+            "n_routed_experts": experts,
+            "topk_method": "group_limited_greedy",
+            "norm_topk_prob": False,
+            "num_key_value_heads": 4,
+        },
+        "deepseek_v3": {**DEEPSEEK, "n_routed_experts": experts, "num_key_value_heads": 4},
+        "gpt_oss": {"num_local_experts": experts, "intermediate_size": 48, "head_dim": 8, "sliding_window": 64},
+        "phimoe": {"num_local_experts": experts, "intermediate_size": 48},
+        "granitemoe": {"num_local_experts": experts, "intermediate_size": 48, "logits_scaling": 2.0},
     }
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(family, **common, **own[family])
+    config = AutoConfig.for_model(family, **(common | own[family]))
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():  # routers that decide something: the default initialisation is nearly flat
         for name, parameter in model.named_parameters():
             if name.endswith(("gate.weight", "router.weight")):
                 parameter.mul_(25.0)
+            elif name.endswith("router.bias"):  # gpt_oss
+                parameter.normal_(std=0.5)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.uniform_(-0.1, 0.1)
     model.save_pretrained(directory)
     make_tokenizer(directory)
     return directory

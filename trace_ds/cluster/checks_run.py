@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from trace_ds.cluster.architecture import FAMILIES as COUNTED_FAMILIES
 from trace_ds.cluster.checks import Check, gigabytes, nearest_directory, user_error
 from trace_ds.config.schema import Config, CorpusFile
 from trace_ds.errors import UserError
@@ -121,7 +120,7 @@ def model_checks(config: Config, world_size: int | None = None) -> Iterator[Chec
     Args:
         world_size: processes of the job when a launcher started it; None: as configured.
     """
-    from trace_ds.models.families import FAMILIES
+    from trace_ds.models.families import FAMILIES, inspect_model
     from trace_ds.models.files import read_model_directory
 
     group = "model"
@@ -137,10 +136,14 @@ def model_checks(config: Config, world_size: int | None = None) -> Iterator[Chec
     if files.model_type in FAMILIES:
         yield Check(group, "family", "OK", files.model_type)
         yield from _expert_checks(config, files.config, str(files.path), world_size or config.distributed.nproc)
+        return
+    try:
+        inspect_model(files.path)
+    except UserError as error:
+        yield user_error(group, "family", error)
     else:
-        planned = " (trace-ds plan counts it, no stage runs it yet)" if files.model_type in COUNTED_FAMILIES else ""
-        fix = f"use one of {', '.join(sorted(FAMILIES))}"
-        yield Check(group, "family", "MISS", f"{files.model_type or 'none'} is not supported{planned}", fix)
+        detail = f"{files.model_type} has no expert parallelism: sharded by ZeRO-3"
+        yield Check(group, "family", "WARN", detail, "set distributed.ep: 1")
 
 
 def _expert_checks(

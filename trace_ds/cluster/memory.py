@@ -35,6 +35,9 @@ LOGITS_PER_CHUNK = 1 << 26  # elements, as in trace_ds/unlearning/forward.py
 IMBALANCE = 1.5  # the busiest rank's share of the routed tokens over the mean; our margin, not measured
 
 
+LOADING_FACTOR = 1.3  # at most; see `tools/bench_collect_memory.py`
+
+
 @dataclass(frozen=True)
 class ZeroSettings:
     """The keys of a DeepSpeed configuration that decide memory, with DeepSpeed 0.19.8's defaults."""
@@ -202,12 +205,16 @@ def unlearn_memory(
     return Memory(_without_zeros(resident), _without_zeros(compute), _without_zeros(step))
 
 
-def host_bytes(a: Architecture, *, gpus_per_node: int, b: int, zero: ZeroSettings, world: int) -> float:
-    """Memory of one node's host while loading: every process reads the whole model before it is sharded
-    (transformers 5.22 and earlier), plus what is offloaded."""
+def host_bytes(a: Architecture, *, gpus_per_node: int, b: int, zero: ZeroSettings, world: int, ep: int = 1) -> float:
+    """Memory of one node's host while loading, plus what is offloaded.
+
+    Every process reads its share: with X/P of the experts for `collect` (the larger one; ZeRO-3 reads less), and
+    :data:`LOADING_FACTOR` of that while AutoEP cuts out the experts of a layer.
+    """
     every = count_parameters(a)
+    share = every.non_expert + every.experts / ep
     offloaded = (MASTER_BYTES + 4 if zero.offload_optimizer else 0) + (b if zero.offload_parameters else 0)
-    return gpus_per_node * (every.total * b + every.total / world * offloaded)
+    return gpus_per_node * (share * b * LOADING_FACTOR + every.total / world * offloaded)
 
 
 def _head_bytes(a: Architecture, tokens: int, b: int) -> float:

@@ -127,7 +127,9 @@ def plan_model(model_config: Mapping[str, Any], config: Config, cluster: Cluster
     # fp32 parameters and two Adam moments; below ZeRO-3 the 16-bit parameters are saved beside them
     checkpoint = every.total * (memory.MASTER_BYTES + (job.b if stage < 3 else 0))
     kept = config.unlearning.keep + 1
-    host = memory.host_bytes(a, gpus_per_node=cluster.gpus_per_node, b=job.b, zero=job.zero(stage), world=cluster.world)
+    host = memory.host_bytes(
+        a, gpus_per_node=cluster.gpus_per_node, b=job.b, zero=job.zero(stage), world=cluster.world, ep=ep
+    )
     result = Plan(
         family=a.family,
         parameters=every,
@@ -312,9 +314,9 @@ def _warnings(job: Job, result: Plan) -> list[str]:
         )
     if result.host_bytes > spec.host_memory_gb * GB:
         warnings.append(
-            f"loading reads the whole model in each of a node's {spec.gpus_per_node} processes: "
+            f"each of a node's {spec.gpus_per_node} processes reads its share of the model: "
             f"{result.host_bytes / GB:.0f} GB of {spec.host_memory_gb:.0f} GB of host memory; "
-            "start fewer processes per node, or use nodes with more memory"
+            "raise distributed.ep, start fewer processes per node, or use nodes with more memory"
         )
     if result.ep > spec.gpus_per_node:
         warnings.append(

@@ -1,8 +1,7 @@
-"""The MoE model families we know: one small entry each, everything family-specific in one place.
+"""The MoE model families: one small entry each for those with expert parallelism, a rule for all the others.
 
-To add a family: one entry here (its ``model_type``, the configuration keys of its expert count and top-k, DeepSpeed's
-AutoEP preset), one router class in :mod:`trace_ds.models.routers` if its router is new, and one line in the
-parametrised tests, which compare its counts with its own router's output at every expert-parallel size.
+To add a family: docs/add_a_family.md. A model of a family without an entry is run as it is in transformers when its
+routers are recognisable (:mod:`trace_ds.models.routers`): without expert parallelism, sharded by ZeRO-3 instead.
 """
 
 from __future__ import annotations
@@ -17,6 +16,11 @@ from trace_ds.run.files import canonical_json, sha256_text
 
 FINGERPRINT_BLOCKS = 64
 FINGERPRINT_BLOCK_BYTES = 1 << 16
+# How the families spell the number of routed experts and top-k; the first name found counts (hub files and files that
+# transformers 5 saved may differ).
+EXPERTS_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+LOGIT_KEYS = ("logits_scaling", "logit_scale", "final_logit_softcapping", "lm_head_multiplier")
+TOP_K_KEYS = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk")
 
 
 @dataclass(frozen=True)
@@ -25,26 +29,27 @@ class Family:
 
     Attributes:
         model_type: of the Hugging Face configuration.
-        experts_keys: names of the number of routed experts in the configuration (hub files and files that
-            transformers 5 saved may differ); the first one found counts.
-        top_k_key: name of top-k.
-        autoep_preset: DeepSpeed AutoEP's preset.
+        autoep_preset: DeepSpeed AutoEP's preset; None: no expert parallelism.
+        fp32_gate: transformers computes the router's logits in fp32 whatever the model's type; AutoEP does not, so
+            its gates are made to.
     """
 
     model_type: str
-    experts_keys: tuple[str, ...]
-    top_k_key: str
-    autoep_preset: str
+    autoep_preset: str | None = None
+    fp32_gate: bool = False
 
 
 FAMILIES = {
     family.model_type: family
     for family in (
-        Family("mixtral", ("num_local_experts",), "num_experts_per_tok", "mixtral"),
-        Family("qwen3_moe", ("num_experts", "num_local_experts"), "num_experts_per_tok", "qwen3_moe"),
+        Family("mixtral", autoep_preset="mixtral"),
+        Family("qwen2_moe", autoep_preset="qwen3_moe"),
+        Family("qwen3_moe", autoep_preset="qwen3_moe"),
         # OLMoE's router and expert tensors have Qwen3-MoE's names and mathematics (norm_topk_prob is read from its
         # configuration), so the same preset converts it exactly.
-        Family("olmoe", ("num_experts", "num_local_experts"), "num_experts_per_tok", "qwen3_moe"),
+        Family("olmoe", autoep_preset="qwen3_moe"),
+        Family("deepseek_v2", autoep_preset="deepseek_v2", fp32_gate=True),
+        Family("deepseek_v3", autoep_preset="deepseek_v3", fp32_gate=True),
     )
 }
 
@@ -65,39 +70,45 @@ class ModelInfo:
 def inspect_model(path: str | Path) -> ModelInfo:
     """Check that ``path`` is a whole MoE model of a known family; :class:`UserError` says what is wrong otherwise."""
     files = read_model_directory(Path(path))
-    model_type = str(files.config.get("model_type"))
+    config = files.config
+    model_type = str(config.get("model_type"))
+    experts_key = next((key for key in EXPERTS_KEYS if key in config), None)
     family = FAMILIES.get(model_type)
     if family is None:
-        supported = ", ".join(sorted(FAMILIES))
-        looks_moe = any("expert" in key for key in files.config)
-        raise UserError(
-            f"the model family {model_type!r} is not supported"
-            if looks_moe
-            else f"the model (family {model_type!r}) is not a Mixture-of-Experts model",
-            str(files.path),
-            f"use a model of one of the families {supported}",
-        )
-    experts = next((files.config[key] for key in family.experts_keys if key in files.config), None)
-    top_k = files.config.get(family.top_k_key)
+        if experts_key is None:
+            raise _unsupported(files, f"the model (family {model_type!r}) is not a Mixture-of-Experts model")
+        from trace_ds.models.routers import refusal
+
+        if problem := refusal(files.path):
+            raise _unsupported(files, f"the model family {model_type!r} is not supported ({problem})")
+        family = Family(model_type)
+    top_k_key = next((key for key in TOP_K_KEYS if key in config), TOP_K_KEYS[0])
+    experts, top_k = config.get(experts_key or EXPERTS_KEYS[0]), config.get(top_k_key)
     where = str(files.path / "config.json")
     if not isinstance(experts, int) or not isinstance(top_k, int) or experts < 1 or top_k < 1:
-        raise UserError(
-            f"{family.experts_keys[0]} is {experts!r} and {family.top_k_key} is {top_k!r}",
-            where,
-            "copy the model again",
-        )
+        what = f"{experts_key or EXPERTS_KEYS[0]} is {experts!r} and {top_k_key} is {top_k!r}"
+        raise UserError(what, where, "copy the model again")
     if top_k > experts:
-        raise UserError(
-            f"{family.top_k_key} {top_k} is larger than the number of experts ({experts})",
-            where,
-            "correct it",
-        )
+        what = f"{top_k_key} {top_k} is larger than the number of experts ({experts})"
+        raise UserError(what, where, "correct it")
     layers = int(files.config["num_hidden_layers"])
     return ModelInfo(files.path, family, files.config, experts, top_k, layers, model_fingerprint(files))
 
 
+def _unsupported(files: ModelFiles, what: str) -> UserError:
+    fix = f"use a model of one of the families {', '.join(sorted(FAMILIES))}, or another with a top-k router"
+    return UserError(what, str(files.path), fix)
+
+
 def check_expert_parallel(info: ModelInfo, ep: int, world_size: int) -> None:
-    """The expert-parallel size must divide the experts and the world size."""
+    """The family must have expert parallelism, and its size must divide the experts and the world size."""
+    if ep > 1 and info.family.autoep_preset is None:
+        raise UserError(
+            f"the model family {info.family.model_type!r} has no expert parallelism (its experts are sharded by "
+            "ZeRO-3 instead)",
+            "distributed.ep",
+            "use --ep 1",
+        )
     if info.experts % ep:
         divisors = [size for size in range(1, info.experts + 1) if info.experts % size == 0]
         raise UserError(
@@ -111,6 +122,21 @@ def check_expert_parallel(info: ModelInfo, ep: int, world_size: int) -> None:
             "distributed.ep",
             f"use a divisor of {world_size}, or start a multiple of {ep} processes (--nproc)",
         )
+
+
+def require_plain_logits(info: ModelInfo, what: str) -> None:
+    """Refuse ``what`` (a configuration key) for models whose logits are more than the head's output.
+
+    Token losses are computed from the head's weight in chunks, so a scale or a cap after it would be missed.
+    """
+    for key in LOGIT_KEYS:
+        value = info.config.get(key)
+        if value not in (None, 1, 1.0):
+            raise UserError(
+                f"{key} is {value} in this model: its logits are not the head's output, which token losses are made of",
+                what,
+                "use the forget loss rmu, and statistics.nll: false",
+            )
 
 
 def model_fingerprint(model: ModelFiles | str | Path) -> str:

@@ -1,4 +1,4 @@
-"""Seeing what the routers decide: one adapter per router class, one hook per MoE layer.
+"""Seeing what the routers decide: one adapter per kind of router, one hook per MoE layer.
 
 Shape legend: T tokens of a forward pass (B·S, row-major), K = top-k, E experts.
 """
@@ -6,26 +6,58 @@ Shape legend: T tokens of a forward pass (B·S, row-major), K = top-k, E experts
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-# Router class name -> how its output becomes (scores [T, K] float, indices [T, K] int64).
-# Hugging Face routers return (logits [T, E], scores [T, K], indices [T, K]); AutoEP's TokenChoiceTopKRouter returns
-# (scores [T, K], indices [T, K], tokens per expert [E]).
-ADAPTERS: dict[str, Callable[[Any], tuple[torch.Tensor, torch.Tensor]]] = {
-    "MixtralTopKRouter": lambda output: (output[1], output[2]),
-    "OlmoeTopKRouter": lambda output: (output[1], output[2]),
-    "Qwen3MoeTopKRouter": lambda output: (output[1], output[2]),
-    "TokenChoiceTopKRouter": lambda output: (output[0], output[1]),
-}
+# AutoEP's router returns (scores [T, K], indices [T, K], tokens per expert [E]); every top-k router of transformers
+# returns (logits [T, E], scores [T, K], indices [T, K]), sometimes followed by more.
+AUTOEP_ROUTER = "TokenChoiceTopKRouter"
+TRANSFORMERS_ROUTER = re.compile(r"Top[Kk]Router$")
+
+
+def is_router(module: nn.Module) -> bool:
+    return TRANSFORMERS_ROUTER.search(type(module).__name__) is not None
+
+
+def routing_of(module: nn.Module, output: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """(scores [T, K] float, indices [T, K] integer) from the output of a router; ``ValueError`` if it is no such."""
+    name = type(module).__name__
+    scores, indices = output[:2] if name == AUTOEP_ROUTER else output[1:3]
+    if scores.shape != indices.shape or indices.is_floating_point() or scores.dim() != 2:
+        raise ValueError(f"{name} returned scores {tuple(scores.shape)} and indices {tuple(indices.shape)}")
+    return scores, indices
 
 
 def find_routers(model: nn.Module) -> list[nn.Module]:
     """The routers of a model in layer order (plain Hugging Face or converted by AutoEP), each once."""
-    return [module for module in model.modules() if type(module).__name__ in ADAPTERS]
+    return [module for module in model.modules() if is_router(module)]
+
+
+def meta_model(path: str | Path) -> nn.Module:
+    """The model that a directory's ``config.json`` describes, without data; errors of transformers pass through."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def refusal(path: str | Path) -> str | None:
+    """Why routing cannot be counted in a model of a family without an entry, or None when it can."""
+    try:
+        model = meta_model(path)
+    except Exception as error:  # the modelling code of any family may raise anything on a configuration it rejects
+        return f"transformers cannot build it as a causal language model: {type(error).__name__}"
+    if not find_routers(model):
+        return "it has no router that is known"
+    if not hasattr(model, "model") or not hasattr(model.model, "layers"):
+        return "its decoder layers are not at model.layers"
+    return None
 
 
 class RoutingRecorder:
@@ -51,21 +83,18 @@ def record_routing(model: nn.Module) -> Iterator[RoutingRecorder]:
     """
     routers = find_routers(model)
     if not routers:
-        raise ValueError(f"no known router in {type(model).__name__}; known: {sorted(ADAPTERS)}")
+        raise ValueError(f"no known router in {type(model).__name__}")
     recorder = RoutingRecorder(len(routers))
 
-    def hook_for(number: int, adapt: Callable[[Any], tuple[torch.Tensor, torch.Tensor]]) -> Callable[..., None]:
+    def hook_for(number: int) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            scores, indices = adapt(output)
+            scores, indices = routing_of(module, output)
             recorder.scores_TK[number] = scores.detach()
             recorder.indices_TK[number] = indices.detach()
 
         return hook
 
-    handles = [
-        router.register_forward_hook(hook_for(number, ADAPTERS[type(router).__name__]))
-        for number, router in enumerate(routers)
-    ]
+    handles = [router.register_forward_hook(hook_for(number)) for number, router in enumerate(routers)]
     try:
         yield recorder
     finally:
@@ -79,7 +108,8 @@ def record_output(module: nn.Module) -> Iterator[list[torch.Tensor]]:
     outputs: list[torch.Tensor] = []
 
     def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-        outputs[:] = [(output[0] if isinstance(output, tuple) else output).detach()]
+        tensor = output if isinstance(output, torch.Tensor) else output[0]
+        outputs[:] = [tensor.detach()]
 
     handle = module.register_forward_hook(hook)
     try:
@@ -92,7 +122,7 @@ def moe_decoder_layers(model: nn.Module) -> list[int]:
     """The decoder layer index of each MoE layer, in order."""
     layers = []
     for name, module in model.named_modules():
-        if type(module).__name__ in ADAPTERS:
+        if is_router(module):
             numbers = [int(part) for part in name.split(".") if part.isdigit()]
             layers.append(numbers[0])
     return layers

@@ -101,6 +101,18 @@ class World:
         result = self.agree(lambda: [make()])
         return self.broadcast(result)[0]  # type: ignore[index]
 
+    def raise_together(self, error: UserError | None) -> None:
+        """End every rank when any rank found the user's input wrong: the main process says what, one message for all.
+
+        Raises:
+            UserError: on the main process, the error of the first rank that has one; AgreedError elsewhere.
+        """
+        found = [item for item in self.gather((error.what, error.where, error.fix) if error else None) if item]
+        if found and self.is_main:
+            raise UserError(*found[0])
+        if found:
+            raise AgreedError
+
     def _reduce(self, values: np.ndarray, dtype: type, operation: Any) -> np.ndarray:
         tensor = torch.from_numpy(np.ascontiguousarray(values, dtype=dtype)).to(self.device, copy=True)
         dist.all_reduce(tensor, op=operation)

@@ -10,7 +10,7 @@ from trace_ds.checkpoints.manifest import Manifest, newest_complete, read_manife
 from trace_ds.config.schema import Config
 from trace_ds.corpora.tokenizer import tokenizer_fingerprint
 from trace_ds.errors import UserError
-from trace_ds.models.families import ModelInfo, check_expert_parallel, inspect_model
+from trace_ds.models.families import ModelInfo, check_expert_parallel, inspect_model, require_plain_logits
 from trace_ds.run import artefact
 from trace_ds.run.directory import RunDirectory
 from trace_ds.run.files import canonical_json, sha256_text
@@ -74,6 +74,8 @@ def check_unlearn(config: Config, run: RunDirectory, world_size: int, *, verify:
     ):
         artefact.require_same(calibration, name, expected, what, "collect CONFIG and trace-ds calibrate CONFIG")
     settings = config.unlearning
+    if settings.forget_loss != "rmu":
+        require_plain_logits(info, "unlearning.forget_loss")
     layer = settings.rmu.layer
     if layer is not None and layer >= info.decoder_layers:
         raise UserError(

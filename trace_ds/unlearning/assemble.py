@@ -24,7 +24,7 @@ def make_objective(
     if settings.forget_loss != "rmu":
         return TokenLoss(settings), cursor
     layer = settings.rmu.layer if settings.rmu.layer is not None else info.decoder_layers // 2
-    reference = reference_engine(config, info, layers=layer + 1)
+    reference = reference_engine(config, info, world, layers=layer + 1)
     if "rmu_hidden_norm" not in cursor:
         cursor = {**cursor, "rmu_hidden_norm": mean_hidden_norm(reference, layer, world, batches)}
     length = settings.rmu.coefficient * cursor["rmu_hidden_norm"]

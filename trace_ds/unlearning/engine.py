@@ -9,8 +9,7 @@ from trace_ds.config.schema import Config
 from trace_ds.models import engine
 from trace_ds.models.engine_config import merge, user_ds_config
 from trace_ds.models.families import ModelInfo
-from trace_ds.models.routers import find_routers
-from trace_ds.parallel.world import World, quiet_deepspeed
+from trace_ds.parallel.world import World
 
 
 def training_engine(config: Config, info: ModelInfo, world: World, accumulation: int) -> Any:
@@ -33,16 +32,9 @@ def training_engine(config: Config, info: ModelInfo, world: World, accumulation:
             },
         },
     }
-    model: Any = engine.load_model(info.path, engine.DTYPES[config.model.dtype])
-    layers = len(find_routers(model))
-    if settings.recompute:  # to each layer's end: ZeRO-3 releases a module's parameters when its forward pass ends
-        model.gradient_checkpointing_enable({"use_reentrant": False, "early_stop": False})
-    model.train()
-    made, *_ = quiet_deepspeed().initialize(
-        model=model,
-        model_parameters=[parameter for parameter in model.parameters() if parameter.requires_grad],
-        config=merge(ds_config, user_ds_config(settings.ds_config)),
+    merged = merge(ds_config, user_ds_config(settings.ds_config))
+    made = engine.initialize(
+        config, info, world, merged, parts=engine.Parts(), trainable=True, recompute=settings.recompute
     )
-    engine.assert_expert_parallel(made.module, layers, config.distributed.ep)
     serialization.install(made)
     return made

@@ -1,0 +1,69 @@
+"""Families beyond the first three through the whole path: statistics, unlearning at EP 2, conversion."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jobs
+import numpy as np
+import pytest
+import tiny
+from distributed import run_distributed
+from safetensors.numpy import load_file
+from test_unlearn import GRADIENT_LIKE, losses_of, relative, weights_of
+
+from trace_ds.config.load import load_config
+from trace_ds.errors import UserError
+from trace_ds.models.families import check_expert_parallel, inspect_model, require_plain_logits
+from trace_ds.run.directory import RunDirectory
+from trace_ds.stages.calibrate import calibrate
+from trace_ds.stages.prepare import prepare
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "stage"), [("qwen2_moe", 3), ("deepseek_v3", 1)])
+def test_unlearning_with_expert_parallelism_equals_the_reference(family: str, stage: int, tmp_path: Path) -> None:
+    """Shared experts, a dense first layer, sigmoid and group-limited routing, at expert-parallel size 2."""
+    model = tiny.make_model(tmp_path / "model", family)
+    config = tiny.write_config(tmp_path, model)
+    loaded, run = load_config(str(config), [], tmp_path / "run")
+    directory = RunDirectory.at(run)
+    directory.create("")
+    prepare(loaded, directory)
+    overrides = [
+        *GRADIENT_LIKE,
+        "unlearning.forget_loss=graddiff",
+        f"unlearning.zero_stage={stage}",
+        "distributed.ep=2",
+        "unlearning.steps=2",
+    ]
+    run_distributed(jobs.collect_job, 2, str(config), str(run), overrides)
+    calibrate(loaded, directory)
+    run_distributed(jobs.unlearn_job, 2, str(config), str(run), overrides)
+    expected = jobs.reference_training(str(config), str(run), overrides, 2)
+    np.testing.assert_allclose(losses_of(run), expected["losses"], rtol=1e-5)
+    found = weights_of(run, 2, tmp_path / "converted")
+    assert relative(found, expected["weights"], load_file(model / "model.safetensors")) < 2e-3
+
+
+def test_families_without_expert_parallelism_are_told_so(tmp_path: Path) -> None:
+    granite = inspect_model(tiny.make_model(tmp_path / "granite", "granitemoe"))
+    with pytest.raises(UserError, match=r"'granitemoe' has no expert parallelism .* ZeRO-3 .*--ep 1"):
+        check_expert_parallel(granite, 2, 2)
+    check_expert_parallel(granite, 1, 2)
+    with pytest.raises(UserError, match=r"unlearning\.forget_loss: logits_scaling is 2\.0 in this model.*rmu"):
+        require_plain_logits(granite, "unlearning.forget_loss")
+
+
+def test_models_whose_routing_cannot_be_counted_are_refused(tiny_model: Path, tmp_path: Path) -> None:
+    """A family of transformers with experts, but no top-k router: never counted wrong, never silently dense."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model("mixtral", num_hidden_layers=1, hidden_size=8, intermediate_size=8, vocab_size=16)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    raw = json.loads((tmp_path / "model" / "config.json").read_text())
+    for model_type, words in (("llama4", "no router that is known"), ("switch_transformers", "causal language model")):
+        (tmp_path / "model" / "config.json").write_text(json.dumps(raw | {"model_type": model_type}))
+        with pytest.raises(UserError, match=rf"'{model_type}' is not supported \(.*{words}"):
+            inspect_model(tmp_path / "model")

@@ -1,0 +1,182 @@
+"""Building a model so that each process reads from disk, and holds in memory, only its share.
+
+* ZeRO stages 0 to 2: the model is built without data; everything but the routed experts is read whole, of the routed
+  experts only those of this expert-parallel rank. The other experts are memory that is reserved and never touched,
+  so it does not exist; AutoEP drops it when it cuts out the local experts.
+* ZeRO stage 3: the model is built under ``zero.Init`` (one module at a time exists whole), then each rank reads the
+  range of each tensor that is its partition.
+
+Rotary frequencies are computed anew in fp32: cast to bf16 they move the logits by up to 4e-3. A damaged file, NaN in
+the weights or a tensor that does not fit ends every rank with the same message.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from trace_ds.errors import UserError
+from trace_ds.models.routers import find_routers, meta_model, moe_decoder_layers
+from trace_ds.models.weights import WeightFiles, held
+from trace_ds.parallel.world import World, quiet_deepspeed
+
+
+class SkippedExperts(nn.Module):
+    """Stands in for the routed experts of an MoE layer whose output nobody needs."""
+
+    def forward(self, hidden_states: torch.Tensor, *others: Any) -> torch.Tensor:
+        return hidden_states
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What of a model is needed.
+
+    Attributes:
+        layers: only the first so many decoder layers; None: all.
+        head: the language-model head.
+        last_output: the output of the last decoder layer; without it the layers after the last router, and that
+            router's experts, are left out.
+        hidden_layer: a decoder layer whose output is needed even so.
+        expert_kernel: transformers' experts implementation; None: its own choice.
+    """
+
+    layers: int | None = None
+    head: bool = True
+    last_output: bool = True
+    hidden_layer: int | None = None
+    expert_kernel: str | None = None
+
+
+def load_share(
+    path: Path, dtype: torch.dtype, world: World, *, ep: int, ds_config: dict[str, Any], parts: Parts
+) -> tuple[nn.Module, WeightFiles]:
+    """The model of a directory in evaluation mode, ready for ``deepspeed.initialize``, and the files to prove it with.
+
+    Collective. Never executes code that ships with the model.
+
+    Raises:
+        UserError, AgreedError: the files are damaged or not of this model (see :meth:`World.raise_together`).
+    """
+    partitioned = ds_config["zero_optimization"]["stage"] == 3
+    with _quiet_transformers():
+        model: Any = _skeleton(path, dtype, parts, ds_config if partitioned else None)
+    leave_out(model, parts, ep)
+    files: WeightFiles | None = None
+    error: UserError | None = None
+    try:
+        files = WeightFiles.open(path, model)
+        if not partitioned:
+            model.to_empty(device="cpu")
+            _tie(model, files)
+        _restore_rotary(model, world.device if partitioned else torch.device("cpu"))
+        _fill(model, files, dtype, ep, world.rank % ep)
+    except UserError as found:
+        error = found
+    world.raise_together(error)
+    assert files is not None
+    model.config.use_cache = False
+    return model.eval(), files
+
+
+def _skeleton(path: Path, dtype: torch.dtype, parts: Parts, zero3: dict[str, Any] | None) -> nn.Module:
+    """The model without data: on the meta device, or partitioned by ``zero.Init``."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    config = AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+    if parts.layers is not None:
+        config.num_hidden_layers = parts.layers
+    extra = {} if parts.expert_kernel is None else {"experts_implementation": parts.expert_kernel}
+    context: Any = torch.device("meta")
+    if zero3 is not None:
+        meta_model(path)  # zero.Init must not see the model's classes being defined: it would undo their decorators
+        context = quiet_deepspeed().zero.Init(config_dict_or_path=zero3)  # dtype: from its bf16 section
+
+    def build(attention: str) -> nn.Module:
+        with no_init_weights(), context:
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention, **extra)
+
+    try:
+        return build("sdpa")
+    except ValueError:  # a family without it (gpt_oss)
+        return build("eager")
+
+
+def leave_out(model: Any, parts: Parts, ep: int) -> None:
+    """Take out of the model what ``parts`` does not need."""
+    if not parts.head:
+        model.lm_head = nn.Identity()
+    last = moe_decoder_layers(model)[-1]
+    if parts.last_output or (parts.hidden_layer is not None and parts.hidden_layer >= last):
+        return
+    del model.model.layers[last + 1 :]
+    if ep > 1 and len(find_routers(model)) == 1:
+        return  # AutoEP insists on a layer to convert
+    for module in model.model.layers[last].modules():
+        if isinstance(getattr(module, "experts", None), nn.Module):
+            module.experts = SkippedExperts()
+
+
+def _tie(model: nn.Module, files: WeightFiles) -> None:
+    """Restore the ties that making empty tensors cut."""
+    for name, target in files.layout.tied.items():
+        owner, _, leaf = name.rpartition(".")
+        with contextlib.suppress(AttributeError):  # the head is left out
+            if leaf in model.get_submodule(owner)._parameters:
+                setattr(model.get_submodule(owner), leaf, model.get_parameter(target))
+
+
+def _restore_rotary(model: Any, device: torch.device) -> None:
+    """Make the modules with buffers that no file holds (rotary embeddings) anew, in fp32."""
+    for name, module in list(model.named_modules()):
+        if module._non_persistent_buffers_set:
+            if not type(module).__name__.endswith("RotaryEmbedding"):
+                raise AssertionError(f"{name} ({type(module).__name__}) has buffers that no file holds")
+            model.set_submodule(name, type(module)(config=model.config).to(device))
+
+
+def _fill(model: nn.Module, files: WeightFiles, dtype: torch.dtype, ep: int, ep_rank: int) -> None:
+    """Read this rank's share of every parameter and persistent buffer."""
+    kept = getattr(model, "_keep_in_fp32_modules_strict", None) or () if dtype != torch.float32 else ()
+    fp32 = re.compile(r"(^|\.)(" + "|".join(map(re.escape, kept)) + r")($|\.)" if kept else r"$^")
+    for name, parameter in model.named_parameters():
+        source = files.source(name)
+        if source.shape != tuple(getattr(parameter, "ds_shape", parameter.shape)):
+            raise UserError(f"{name} has shape {list(source.shape)}", str(files.path), "copy the model again")
+        if not hasattr(parameter, "ds_tensor") and fp32.search(name):
+            parameter.data = torch.empty(parameter.shape, dtype=torch.float32)
+        values, first, last = held(parameter)
+        if ep > 1 and ".experts." in name and parameter.dim() == 3 and not hasattr(parameter, "ds_tensor"):
+            share = parameter.numel() // ep
+            first, last = ep_rank * share, (ep_rank + 1) * share
+            values = values[first:last]
+        if last > first:
+            target = values[: last - first]
+            staged = target if target.device.type == "cpu" else torch.empty_like(target, device="cpu")
+            files.read(source, first, staged)
+            if staged is not target:
+                target.copy_(staged)
+    for name, buffer in model.named_buffers():
+        if name in files.sources:
+            owner, _, leaf = name.rpartition(".")
+            kind = torch.float32 if fp32.search(name) else buffer.dtype
+            values = torch.empty(buffer.shape, dtype=kind)
+            files.read(files.sources[name], 0, values)
+            model.get_submodule(owner)._buffers[leaf] = values.to(buffer.device)
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    yield

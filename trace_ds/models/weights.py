@@ -1,0 +1,173 @@
+"""The weights of a model directory by transformers' in-memory names: any range of any tensor, read when it is needed.
+
+Names and pieces come from transformers' own weight mapping (:mod:`trace_ds.conversion.layouts`); bytes are read at
+their place in the safetensors files, so a process that holds an eighth of a tensor reads an eighth of it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import nn
+
+from trace_ds.conversion.layouts import (
+    ModelLayout,
+    engine_pieces,
+    hub_to_fused,
+    missing_and_unexpected,
+    read_layout,
+)
+from trace_ds.conversion.runs import TensorSource, extract, merge_adjacent
+from trace_ds.errors import UserError
+
+BLOCK_NUMEL = 1 << 22
+PROOF_SAMPLES = 32
+PROOF_NUMEL = 64
+COPY_AGAIN = "copy or download the model again"
+
+
+@dataclass(frozen=True)
+class WeightFiles:
+    """The tensors of a model directory, on disk.
+
+    Attributes:
+        path: the directory.
+        layout: names and shapes by transformers' own weight mapping.
+        sources: every tensor by its in-memory name.
+        engine: those that AutoEP renames or cuts, by its names.
+        handles: the files opened so far; see :meth:`close`.
+    """
+
+    path: Path
+    layout: ModelLayout
+    sources: dict[str, TensorSource]
+    engine: dict[str, TensorSource]
+    handles: dict[Path, BinaryIO] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, path: Path, model: nn.Module) -> WeightFiles:
+        """Headers and index only.
+
+        Args:
+            model: any build of the model (meta device is enough); names the tensors that may be in the files without
+                being part of the model.
+
+        Raises:
+            UserError: a tensor of the model is missing, has another shape, or one is not part of the model.
+        """
+        from trace_ds.conversion.huggingface_source import open_huggingface
+
+        layout = read_layout(path)
+        ignored = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
+        tensors = {
+            name: source
+            for name, source in open_huggingface(path).tensors.items()
+            if name not in layout.tied and not any(pattern.search(name) for pattern in ignored)
+        }
+        hub_shapes = {name: piece.shape for name, piece in layout.hub.items()}
+        problems = missing_and_unexpected(hub_shapes, tensors)
+        if not problems:
+            sources = hub_to_fused(layout, tensors)
+        elif not missing_and_unexpected(layout.fused, tensors):
+            sources = tensors
+        else:
+            what = f"{len(problems)} tensors do not fit the model, the first: {problems[0]}"
+            raise UserError(what, str(path), COPY_AGAIN)
+        merged = {name: merge_adjacent(source) for name, source in sources.items()}
+        pieces = engine_pieces(layout).items()
+        engine = {name: extract(name, piece.shape, piece.blocks, merged[piece.whole]) for name, piece in pieces}
+        return cls(path, layout, merged, engine)
+
+    def source(self, name: str) -> TensorSource:
+        """The whole tensor of an in-memory, engine or tied name; ``KeyError`` when the model has none of it."""
+        name = self.layout.tied.get(name, name)
+        return self.engine[name] if name in self.engine else self.sources[name]
+
+    def read(self, source: TensorSource, start: int, out: torch.Tensor) -> None:
+        """Fill the contiguous ``out`` with the elements of ``source`` from ``start`` on, cast to its type.
+
+        Raises:
+            UserError: a file ends too early, or holds NaN there (the tensor and the file are named).
+        """
+        flat = out.view(-1)
+        position = 0
+        for run in source.slice_runs(start, flat.numel()):
+            storage = run.storage
+            handle = self.handles.get(storage.path) or self.handles.setdefault(storage.path, storage.path.open("rb"))
+            for begin in range(0, run.numel, BLOCK_NUMEL):
+                count = min(BLOCK_NUMEL, run.numel - begin)
+                block = torch.empty(count, dtype=storage.dtype)
+                offset = storage.offset_bytes + (run.start + begin) * storage.dtype.itemsize
+                _read_exactly(handle.fileno(), _bytes_of(block), offset, storage.path)
+                if block.is_floating_point() and bool(block.isnan().any()):
+                    raise UserError(f"the weights {storage.record} hold NaN", str(storage.path), COPY_AGAIN)
+                flat[position : position + count].copy_(block)
+                position += count
+
+    def close(self) -> None:
+        for handle in self.handles.values():
+            handle.close()
+        self.handles.clear()
+
+    def prove(self, model: nn.Module, ep: int, ep_rank: int) -> int:
+        """Compare samples of every parameter of a finished engine with the files, bit for bit.
+
+        Evenly spaced samples of :data:`PROOF_NUMEL` elements, at least one in every expert; of a partitioned parameter
+        (ZeRO-3) within this rank's partition.
+
+        Returns:
+            How many parameters were compared.
+
+        Raises:
+            AssertionError: a parameter differs from the files, or has no counterpart in them.
+        """
+        compared = 0
+        for name, parameter in model.named_parameters():
+            try:
+                source = self.source(name)
+            except KeyError:
+                raise AssertionError(f"{name} is not in the files of {self.path}") from None
+            values, first, last = held(parameter)
+            shift = source.numel // ep * ep_rank if source.numel != _numel(parameter) else 0
+            samples = max(PROOF_SAMPLES, parameter.shape[0] if parameter.dim() == 3 else 0)
+            size = min(PROOF_NUMEL, last - first)
+            for number in range(samples if size else 0):
+                begin = first + (last - first - size) * number // max(samples - 1, 1)
+                expected = torch.empty(size, dtype=parameter.dtype)
+                self.read(source, shift + begin, expected)
+                if not torch.equal(values[begin - first : begin - first + size].cpu(), expected):
+                    raise AssertionError(f"{name} differs from the files of {self.path} at element {begin}")
+            compared += 1
+        return compared
+
+
+def held(parameter: Any) -> tuple[torch.Tensor, int, int]:
+    """(values, first, last): the flat elements of a parameter that this rank holds and where they belong."""
+    if not hasattr(parameter, "ds_tensor"):
+        return parameter.detach().reshape(-1), 0, parameter.numel()
+    import torch.distributed as dist
+
+    first = dist.get_rank(parameter.ds_process_group) * parameter.ds_tensor.ds_numel
+    last = min(first + parameter.ds_tensor.ds_numel, parameter.ds_numel)
+    return parameter.ds_tensor.detach().reshape(-1), min(first, last), last
+
+
+def _bytes_of(block: torch.Tensor) -> memoryview:
+    return memoryview(block.view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+def _numel(parameter: torch.Tensor) -> int:
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def _read_exactly(descriptor: int, buffer: memoryview, offset: int, path: Path) -> None:
+    while buffer:
+        done = os.preadv(descriptor, [buffer], offset)
+        if not done:
+            raise UserError("the file ends inside a tensor (truncated?)", str(path), COPY_AGAIN)
+        buffer, offset = buffer[done:], offset + done
