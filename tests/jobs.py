@@ -88,8 +88,33 @@ def brute_force_scores(model_path: Path, original_path: Path, arrow: Path, rows:
     return {"nll": nll / tokens, "overlap": common / slots}
 
 
-def brute_force_routing(model_path: Path, arrow: Path, top_k: int) -> dict[str, np.ndarray]:
-    """Counts by plain transformers, one document piece at a time, from the router logits; no code of ours but the rows.
+def collect_jobs(world: Any, runs: list[tuple[str, str, list[str]]]) -> None:
+    """``collect`` for many (config, run directory, overrides), one after the other in the same process group."""
+    for config, run_dir, overrides in runs:
+        collect_job(world, config, run_dir, overrides)
+
+
+def killed_collect_job(world: Any, config: str, run_dir: str, overrides: list[str]) -> None:
+    """``collect`` whose last rank is killed as soon as it has saved a state of the retain side."""
+    import os
+    import signal
+    import threading
+    import time
+
+    def watch() -> None:
+        partial = Path(run_dir) / "statistics" / "retain.partial"
+        while not list(partial.glob(f"state-{world.rank:05d}-*.safetensors")):
+            time.sleep(0.001)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if world.rank == world.size - 1:
+        threading.Thread(target=watch, daemon=True).start()
+    collect_job(world, config, run_dir, overrides)
+
+
+def brute_force_routing(model_path: Path, arrow: Path, dtype: str = "fp32") -> dict[str, np.ndarray]:
+    """Counts from what the routers of plain transformers return, one document piece at a time; no code of ours but
+    the rows.
 
     Returns:
         counts [L, E], gate mass [L, E], and by document {document: counts [L, E]}.
@@ -99,9 +124,15 @@ def brute_force_routing(model_path: Path, arrow: Path, top_k: int) -> dict[str, 
 
     from trace_ds.corpora.dataset import TokenDataset
 
-    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
+    kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=kind).eval()
+    routers = [module for module in model.modules() if type(module).__name__.lower().endswith("topkrouter")]
+    outputs: dict[int, Any] = {}
+    for number, router in enumerate(routers):
+        router.register_forward_hook(lambda _m, _i, output, number=number: outputs.__setitem__(number, output))
     dataset = TokenDataset.open(arrow)
-    counts = mass = None
+    shape = (len(routers), routers[0].weight.shape[0])
+    counts, mass = np.zeros(shape, dtype=np.int64), np.zeros(shape)
     documents: dict[int, np.ndarray] = {}
     for number in range(len(dataset)):
         row = dataset.row(number)
@@ -110,19 +141,15 @@ def brute_force_routing(model_path: Path, arrow: Path, top_k: int) -> dict[str, 
             if len(ids) < 2:
                 continue
             with torch.no_grad():
-                output = model(input_ids=torch.tensor(ids[None].astype(np.int64)), output_router_logits=True)
-            found = np.zeros((len(output.router_logits), output.router_logits[0].shape[-1]), dtype=np.int64)
-            gates = np.zeros(found.shape)
-            for layer, logits in enumerate(output.router_logits):
-                probabilities = torch.softmax(logits.double(), dim=-1)[:-1]  # the last position has no loss
-                values, indices = probabilities.topk(top_k, dim=-1)
-                values = values / values.sum(-1, keepdim=True)
-                np.add.at(found[layer], indices.reshape(-1).numpy(), 1)
-                np.add.at(gates[layer], indices.reshape(-1).numpy(), values.reshape(-1).numpy())
-            counts = found if counts is None else counts + found
-            mass = gates if mass is None else mass + gates
+                model(input_ids=torch.tensor(ids[None].astype(np.int64)))
+            found = np.zeros(shape, dtype=np.int64)
+            for layer in range(len(routers)):
+                _, values, indices = outputs[layer][:3]
+                chosen = indices[:-1].reshape(-1).numpy()  # the last position has no loss
+                np.add.at(found[layer], chosen, 1)
+                np.add.at(mass[layer], chosen, values[:-1].double().reshape(-1).numpy())
+            counts += found
             documents[int(document)] = documents.get(int(document), 0) + found
-    assert counts is not None and mass is not None
     return {"counts": counts, "mass": mass, "documents": np.stack(list(documents.values()))}
 
 

@@ -43,32 +43,90 @@ def collected(config: Path, run: Path, world: int, ep: int, *overrides: str) -> 
     }
 
 
-FAMILIES = ("mixtral", "qwen3_moe", "olmoe")
+EXPERT_PARALLEL = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3")
+OTHERS = ("gpt_oss", "phimoe", "granitemoe")
+# (family kind, world, expert-parallel size, rows per batch, rows packed or padded, type)
+SHAPES = [
+    ("any", 1, 1, 3, "packed", "fp32"),
+    ("any", 1, 1, 1, "padded", "bf16"),
+    ("any", 2, 1, 1, "packed", "fp32"),
+    ("ep", 2, 2, 3, "padded", "fp32"),
+    ("ep", 2, 2, 1, "packed", "bf16"),
+    ("ep", 4, 2, 3, "packed", "fp32"),
+    ("ep", 4, 4, 1, "padded", "fp32"),
+]
+
+
+@pytest.fixture(scope="module")
+def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A tiny model of every family; all have the same tokenizer."""
+    folder = tmp_path_factory.mktemp("families")
+    return {family: tiny.make_model(folder / family, family) for family in (*EXPERT_PARALLEL, *OTHERS)}
+
+
+@pytest.fixture(scope="module")
+def small_data(families: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Configurations over a few documents: rows that hold several, and rows of one document, padded."""
+    configs = {}
+    for name, changes in (("packed", {"data__packing": "dense"}), ("padded", {"data__documents_per_row": 1})):
+        folder = tmp_path_factory.mktemp(name)
+        config = tiny.write_config(folder, families["mixtral"], **changes)
+        for side in ("forget", "retain"):
+            path = folder / "corpora" / f"{side}.jsonl"
+            path.write_text("".join(path.read_text().splitlines(keepends=True)[:9]))
+        loaded, run = load_config(str(config), [], folder / "run")
+        RunDirectory.at(run).create("")
+        prepare(loaded, RunDirectory.at(run))
+        configs[name] = config
+    return configs
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
-def test_counts_equal_brute_force_on_any_cluster_shape(family: str, tmp_path: Path) -> None:
-    model = tiny.make_model(tmp_path / "model", family)
-    config = prepared(tmp_path, model)
-    expected = {
-        side: jobs.brute_force_routing(model, tmp_path / "run" / "data" / f"{side}.arrow", 2)
-        for side in ("forget", "retain")
-    }
-    shapes = [(1, 1, 4), (2, 1, 3), (2, 2, 4), (4, 2, 1), (4, 4, 5)] if family == "mixtral" else [(1, 1, 4), (2, 2, 3)]
-    for world, ep, batch in shapes:
-        run = tmp_path / f"run-{world}-{ep}"
-        found = collected(config, run, world, ep, f"statistics.batch_rows={batch}")
-        for side, brute in expected.items():
-            statistics, documents = found[side], brute["documents"]
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_counts_equal_brute_force(
+    world: int, families: dict[str, Path], small_data: dict[str, Path], tmp_path: Path
+) -> None:
+    """Every family on every cluster shape, rows packed and padded, against the routers of plain transformers."""
+    runs = []
+    for family, model in families.items():
+        for kind, _, ep, batch, rows, dtype in [shape for shape in SHAPES if shape[1] == world]:
+            rows = "padded" if family == "gpt_oss" else rows  # see test_documents_that_mix_are_refused
+            if kind == "any" or family in EXPERT_PARALLEL:
+                run = tmp_path / f"{family}-{ep}-{batch}-{rows}-{dtype}"
+                shutil.copytree(small_data[rows].parent / "run" / "data", run / "data")
+                settings = {"model.path": model, "model.dtype": dtype, "distributed.ep": ep}
+                settings["statistics.batch_rows"] = batch
+                runs.append((str(small_data[rows]), str(run), [f"{key}={value}" for key, value in settings.items()]))
+    run_distributed(jobs.collect_jobs, world, runs)
+    for _, path, _ in runs:
+        family, _, _, rows, dtype = Path(path).name.split("-")
+        for side in ("forget", "retain"):
+            arrow = small_data[rows].parent / "run" / "data" / f"{side}.arrow"
+            brute = jobs.brute_force_routing(families[family], arrow, dtype)
+            statistics = RoutingStatistics.load(Path(path) / "statistics" / side / "statistics.safetensors")
+            documents = brute["documents"]
             sizes = documents[:, 0].sum(-1) // 2
-            assert (statistics.counts_LE == brute["counts"]).all(), (world, ep, side)
-            assert (statistics.square_LE == (documents**2).sum(0)).all()
-            assert (statistics.cross_LE == (documents * sizes[:, None, None]).sum(0)).all()
-            assert statistics.square_tokens == (sizes**2).sum()
-            assert (statistics.tokens, statistics.documents) == (sizes.sum(), len(sizes))
-            if family == "mixtral":  # the gate weights of the other presets are not all normalised
-                np.testing.assert_allclose(statistics.gate_mass_LE, brute["mass"], rtol=2e-6)
+            assert statistics.square_tokens == (sizes**2).sum(), path
+            assert (statistics.tokens, statistics.documents) == (sizes.sum(), len(sizes)), path
+            if dtype == "bf16":  # the order of bf16 sums differs between batches: a near tie may fall the other way
+                moved = np.abs(statistics.counts_LE - brute["counts"]).sum(1) / 2
+                assert moved.max() <= 0.01 * 2 * sizes.sum(), (path, moved)
+                np.testing.assert_allclose(statistics.gate_mass_LE, brute["mass"], rtol=0.1, atol=1.0)
+                continue
+            assert (statistics.counts_LE == brute["counts"]).all(), path
+            assert (statistics.square_LE == (documents**2).sum(0)).all(), path
+            assert (statistics.cross_LE == (documents * sizes[:, None, None]).sum(0)).all(), path
+            np.testing.assert_allclose(statistics.gate_mass_LE, brute["mass"], rtol=5e-6, err_msg=path)
+
+
+@pytest.mark.slow
+def test_documents_that_mix_are_refused(families: dict[str, Path], small_data: dict[str, Path], tmp_path: Path) -> None:
+    """gpt_oss in transformers ignores restarting positions: attention would cross the documents of a row."""
+    shutil.copytree(small_data["packed"].parent / "run" / "data", tmp_path / "run" / "data")
+    model = f"model.path={families['gpt_oss']}"
+    with pytest.raises(AssertionError, match=r"mixes the documents of a packed row.*documents_per_row: 1"):
+        run_distributed(jobs.collect_job, 1, str(small_data["packed"]), str(tmp_path / "run"), [model])
+    assert not (tmp_path / "run" / "statistics").exists()
 
 
 @pytest.mark.slow
@@ -141,6 +199,59 @@ def test_rerun_is_byte_identical_and_bf16_counts_agree(tiny_model: Path, tmp_pat
     one = collected(config, tmp_path / "bf16-1", 1, 1, "model.dtype=bf16")
     two = collected(config, tmp_path / "bf16-2", 2, 2, "model.dtype=bf16")
     assert (one["retain"].counts_LE == two["retain"].counts_LE).all()
+
+
+@pytest.mark.slow
+def test_clustered_errors_of_routed_text_agree_with_a_bootstrap_over_documents(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    """Real routing of 400 documents of different lengths and words: standard errors within 10 % of the bootstrap's."""
+    config = prepared(tmp_path, tiny_model)
+    words = tiny.WORDS
+    texts = [tiny.sentences(1, seed, words[seed % 24 : seed % 24 + 8])[0] for seed in range(400)]
+    (tmp_path / "corpora" / "retain.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    loaded, run = load_config(str(config), [], tmp_path / "run")
+    prepare(loaded, RunDirectory.at(run))
+    statistics = collected(config, run, 1, 1, "statistics.batch_rows=32")["retain"]
+    dataset = TokenDataset.open(run / "data" / "retain.arrow")
+    counted = dataset.counted_flat()
+    documents = dataset.documents_flat()[counted]
+    description = artefact.load(run / "statistics" / "retain", "statistics", "")
+    trace = np.concatenate(open_parts(description, "trace"))[counted]
+    sizes = np.bincount(documents)
+    draws = np.random.default_rng(0).multinomial(len(sizes), np.full(len(sizes), 1 / len(sizes)), 4000)
+    for layer in range(3):
+        for expert in range(4):
+            per_document = np.bincount(documents, weights=(trace[:, layer] == expert).any(1))
+            bootstrap = ((draws @ per_document) / (draws @ sizes)).std()
+            assert bootstrap == pytest.approx(statistics.variance_LE()[layer, expert] ** 0.5, rel=0.1)
+
+
+def test_recomputed_activations_are_not_counted_twice(tiny_model: Path) -> None:
+    """Activation checkpointing runs the routers again in the backward pass; what was counted stays."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from trace_ds.models.routers import record_routing
+    from trace_ds.routing.counter import RoutingCounter
+
+    ids = torch.arange(3, 35).view(2, 16)
+    counted = torch.ones(2, 16, dtype=torch.bool)
+    documents = torch.tensor([[0], [1]]).expand(2, 16)
+    totals = []
+    for checkpointing in (False, True):
+        model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        counter = RoutingCounter(3, 4, 2, torch.device("cpu"))
+        with record_routing(model) as recorder:
+            loss = model(input_ids=ids).logits.square().mean()
+            counter.add(recorder, counted, documents)
+            before = counter.counts_LE.clone()
+            loss.backward()
+        assert (counter.counts_LE == before).all() and counter.counts_LE.sum() == 3 * 2 * 32
+        totals.append(counter.counts_LE)
+    assert (totals[0] == totals[1]).all()
 
 
 def test_totals_beyond_2_24_and_2_31_are_exact() -> None:

@@ -60,6 +60,12 @@ class DistributedConfig(Section):
 
 class StatisticsConfig(Section):
     batch_rows: int = Field(8, ge=1, description="Rows per process and forward pass.")
+    expert_kernel: Literal["auto", "grouped_mm", "eager"] = Field(
+        "auto",
+        description="How a process computes its experts when ep is 1 (with more, AutoEP decides). auto: on a GPU eager "
+        "for experts at least 8,192 wide and grouped_mm for others, on a CPU the choice of transformers.",
+    )
+    save_every: int = Field(200, ge=0, description="Batches between saved states of a collection (0: none).")
     trace: bool = Field(True, description="Record the top-k experts of every token (needed by the weight rules).")
     nll: bool = Field(False, description="Record the frozen model's loss of every token (needed by NPO).")
     hidden: bool = Field(

@@ -58,6 +58,7 @@ def initialize(
             not what the files say.
     """
     ep = int(ds_config.get("expert_parallel", {}).get("autoep_size", 1))
+    model: Any
     model, files = load_share(info.path, DTYPES[config.model.dtype], world, ep=ep, ds_config=ds_config, parts=parts)
     layers = sum(1 for module in model.modules() if _has_experts(module))
     arguments: dict[str, Any] = {}

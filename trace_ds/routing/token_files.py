@@ -19,13 +19,23 @@ def part_name(name: str, part: int, parts: int) -> str:
     return f"{name}-{part:05d}-of-{parts:05d}.npy"
 
 
-def create_part(directory: Path, name: str, part: int, parts: int, shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
-    """A new part as a writable memory map of zeros (a plain empty file when it has no token)."""
+def create_part(
+    directory: Path, name: str, part: int, parts: int, shape: Sequence[int], dtype: np.dtype, *, fresh: bool = True
+) -> np.ndarray:
+    """A new part as a writable memory map of zeros (a plain empty file when it has no token).
+
+    With ``fresh=False`` the part that is there is opened for writing on; ``ValueError`` when it is another's.
+    """
     path = directory / part_name(name, part, parts)
     if 0 in shape:
         np.save(path, np.zeros(shape, dtype=dtype))
         return np.zeros(shape, dtype=dtype)
-    return np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=tuple(shape))
+    if fresh:
+        return np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=tuple(shape))
+    found = np.lib.format.open_memmap(path, mode="r+")
+    if found.shape != tuple(shape) or found.dtype != dtype:
+        raise ValueError(f"{path} has shape {found.shape} and type {found.dtype}, not {tuple(shape)} and {dtype}")
+    return found
 
 
 def part_paths(artefact: Artefact, name: str) -> list[Path]:

@@ -6,6 +6,7 @@ integer counts are all-reduced over the whole world once, at the end.
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,20 +14,19 @@ from typing import TYPE_CHECKING, Any
 
 from trace_ds.config.schema import Config
 from trace_ds.corpora.tokenizer import tokenizer_fingerprint
-from trace_ds.models.families import ModelInfo, check_expert_parallel, inspect_model
+from trace_ds.errors import UserError
+from trace_ds.models.families import ModelInfo, check_expert_parallel, inspect_model, require_plain_logits
 from trace_ds.run import artefact
 from trace_ds.run.directory import RunDirectory
+from trace_ds.run.files import write_json
 
 if TYPE_CHECKING:
-    import torch
-
-    from trace_ds.corpora.dataset import Batch, TokenDataset
     from trace_ds.parallel.world import World
-    from trace_ds.routing.statistics import RoutingStatistics
+    from trace_ds.routing.collection import Wanted
     from trace_ds.run.log import StageLog
 
 SIDES = ("forget", "retain")
-HEAD_CHUNK_TOKENS = 4096
+SHAPE_NAME = "shape.json"  # of a collection that has not ended: which job, on which cluster shape
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,8 @@ def check_collect(config: Config, run: RunDirectory, world_size: int, *, verify:
     """Everything that can be wrong before a weight is loaded; raises :class:`UserError`."""
     info = inspect_model(config.model.path)
     check_expert_parallel(info, config.distributed.ep, world_size)
+    if config.statistics.nll:
+        require_plain_logits(info, "statistics.nll")
     data = artefact.load(run.data, "data", "prepare CONFIG", verify=verify)
     tokenizer = tokenizer_fingerprint(config.model.tokenizer or config.model.path)
     artefact.require_same(data, "tokenizer", tokenizer, "tokenizer", "prepare CONFIG")
@@ -71,6 +73,14 @@ def check_collect(config: Config, run: RunDirectory, world_size: int, *, verify:
     return CollectJob(info, data, inputs, settings)
 
 
+def wanted(config: Config, info: ModelInfo) -> Wanted:
+    """What the configuration asks to be recorded."""
+    from trace_ds.routing.collection import Wanted
+
+    settings = config.statistics
+    return Wanted(settings.trace, settings.nll, middle_layer(info) if settings.hidden else None)
+
+
 def middle_layer(info: ModelInfo) -> int:
     """The decoder layer (0-based) whose output ``statistics.hidden`` averages, RMU's default layer as well."""
     return info.decoder_layers // 2
@@ -79,6 +89,7 @@ def middle_layer(info: ModelInfo) -> int:
 def collect(config: Config, run: RunDirectory, world: World) -> None:
     """Collect the statistics of both corpora (collectively, on every rank); skips a side that is already done."""
     from trace_ds.models.engine import inference_engine
+    from trace_ds.models.loading import Parts
     from trace_ds.run.log import stage_log
 
     job = world.agree(lambda: check_collect(config, run, world.size))
@@ -89,7 +100,17 @@ def collect(config: Config, run: RunDirectory, world: World) -> None:
         return
     with stage_log(run, "collect", enabled=world.is_main) as log:
         log.line(f"world size {world.size}, expert-parallel size {config.distributed.ep}, {', '.join(todo)}")
-        engine = inference_engine(config, job.info, world, ep=config.distributed.ep)
+        if job.info.family.autoep_preset is None:
+            sharding = "its weights are sharded by ZeRO-3" if world.size > 1 else "one process holds it whole"
+            log.line(f"the family {job.info.family.model_type} has no expert parallelism: {sharding}")
+        asked = wanted(config, job.info)
+        parts = Parts(head=asked.nll, last_output=asked.nll, hidden_layer=asked.hidden_layer)
+        engine = inference_engine(config, job.info, world, ep=config.distributed.ep, parts=parts)
+        if job.info.family.autoep_preset is None and config.data.documents_per_row != 1:
+            from trace_ds.routing.collection import refused_packing
+
+            vocabulary = int(job.info.config["vocab_size"])
+            world.raise_together(refused_packing(engine, vocabulary, world.device))
         for side in todo:
             _collect_side(config, run, world, job, side, engine, log)
 
@@ -98,150 +119,64 @@ def _collect_side(
     config: Config, run: RunDirectory, world: World, job: CollectJob, side: str, engine: Any, log: StageLog
 ) -> None:
     from trace_ds.corpora.dataset import TokenDataset
-    from trace_ds.models.routers import moe_decoder_layers
+    from trace_ds.parallel.world import AgreedError
+    from trace_ds.routing.collection import Collection, remove_states
+    from trace_ds.run.files import commit_directory
 
     dataset = TokenDataset.open(job.data.file(f"{side}.arrow"))
     destination = run.statistics / side
-    temporary = Path(world.broadcast(str(_temporary(destination)) if world.is_main else ""))
+    made = str(_working_directory(config, world, destination, job, side)) if world.is_main else ""
+    directory = Path(world.broadcast(made))
+    collection = Collection(
+        engine,
+        world,
+        dataset,
+        experts=job.info.experts,
+        top_k=job.info.top_k,
+        wanted=wanted(config, job.info),
+        batch_rows=config.statistics.batch_rows,
+        directory=directory,
+    )
     try:
-        statistics = _pass_over(config, world, dataset, job.info, side, engine, temporary, log)
-        world.barrier()  # every part is written before the main process hashes them
+        statistics = collection.run(log, side, config.statistics.save_every)
+    except (UserError, AgreedError):
         if world.is_main:
-            from trace_ds.run.files import commit_directory
-
-            statistics.save(temporary / "statistics.safetensors")
-            summary = {
-                "layers": moe_decoder_layers(engine.module),
-                "experts": job.info.experts,
-                "top_k": job.info.top_k,
-                "tokens": statistics.tokens,
-                "documents": statistics.documents,
-                "rows": len(dataset),
-            }
-            artefact.describe(temporary, "statistics", job.inputs[side], job.settings, summary)
-            commit_directory(temporary, destination)
-            log.line(f"{side}: {statistics.tokens:,} tokens of {statistics.documents:,} documents counted")
-    except BaseException:
-        if world.is_main:
-            shutil.rmtree(temporary, ignore_errors=True)
+            shutil.rmtree(directory, ignore_errors=True)
         raise
+    world.barrier()  # every part is written before the main process hashes them
+    if world.is_main:
+        remove_states(directory)
+        (directory / SHAPE_NAME).unlink()
+        statistics.save(directory / "statistics.safetensors")
+        summary = {
+            "layers": collection.layers,
+            "experts": job.info.experts,
+            "top_k": job.info.top_k,
+            "tokens": statistics.tokens,
+            "documents": statistics.documents,
+            "rows": len(dataset),
+        }
+        artefact.describe(directory, "statistics", job.inputs[side], job.settings, summary)
+        commit_directory(directory, destination)
+        log.line(f"{side}: {statistics.tokens:,} tokens of {statistics.documents:,} documents counted")
     world.barrier()
 
 
-def _temporary(destination: Path) -> Path:
-    import os
-
-    path = destination.with_name(f"{destination.name}.tmp-{os.getpid()}")
-    path.mkdir(parents=True)
+def _working_directory(config: Config, world: World, destination: Path, job: CollectJob, side: str) -> Path:
+    """``SIDE.partial``: emptied, unless a killed collection of the same thing in the same shape left it."""
+    path = destination.with_name(f"{destination.name}.partial")
+    shape = {
+        "identity": artefact.identity_of("statistics", job.inputs[side], job.settings),
+        "world": world.size,
+        "ep": config.distributed.ep,
+        "batch_rows": config.statistics.batch_rows,
+    }
+    try:
+        same = json.loads((path / SHAPE_NAME).read_text(encoding="utf-8")) == shape
+    except (OSError, ValueError):
+        same = False
+    if not same:
+        shutil.rmtree(path, ignore_errors=True)
+        path.mkdir(parents=True)
+        write_json(path / SHAPE_NAME, shape)
     return path
-
-
-def _pass_over(
-    config: Config,
-    world: World,
-    dataset: TokenDataset,
-    info: ModelInfo,
-    side: str,
-    engine: Any,
-    directory: Path,
-    log: StageLog,
-) -> RoutingStatistics:
-    """This rank's share of one forward pass over the dataset; returns the statistics of the whole world."""
-    import numpy as np
-
-    from trace_ds.models.routers import find_routers, record_output, record_routing
-    from trace_ds.routing.counter import RoutingCounter
-    from trace_ds.routing.token_files import create_part, trace_dtype
-    from trace_ds.run.log import Progress
-
-    begin, end = (len(dataset) * rank // world.size for rank in (world.rank, world.rank + 1))
-    first_token, last_token = dataset.row_offsets[begin], dataset.row_offsets[end]
-    layers = len(find_routers(engine.module))
-    counter = RoutingCounter(layers, info.experts, info.top_k, world.device)
-    tokens = int(last_token - first_token)
-    trace_TLK = nll_T = None
-    if config.statistics.trace:
-        shape = (tokens, layers, info.top_k)
-        trace_TLK = create_part(directory, "trace", world.rank, world.size, shape, trace_dtype(info.experts))
-    if config.statistics.nll:
-        nll_T = create_part(directory, "nll", world.rank, world.size, (tokens,), np.dtype(np.float32))
-    mean_hidden_RD = None
-    if config.statistics.hidden:
-        rows_shape = (end - begin, engine.module.config.hidden_size)
-        mean_hidden_RD = create_part(directory, "hidden", world.rank, world.size, rows_shape, np.dtype(np.float32))
-    per_batch = config.statistics.batch_rows
-    batches = world.max_int(-(-(end - begin) // per_batch))
-    progress = Progress(log, f"{side} (this rank)", batches, unit="batch")
-    written = 0
-    for number in range(batches):
-        rows = [row if row < end else -1 for row in range(begin + number * per_batch, begin + (number + 1) * per_batch)]
-        batch = dataset.batch(rows, pad_id=0)
-        with (
-            record_routing(engine.module) as recorder,
-            record_output(engine.module.model.layers[middle_layer(info)]) as middle,
-        ):
-            hidden_BSD = forward_body(engine, batch, world)
-            counter.add(recorder, batch.counted_BS, batch.document_ids_BS)
-        real_BS = batch.document_ids_BS >= 0
-        size = int(real_BS.sum())
-        if trace_TLK is not None and size:
-            for layer in range(layers):
-                _, indices_TK = recorder.layer(layer)
-                sorted_TK = indices_TK.cpu()[real_BS.reshape(-1)].sort(dim=1).values
-                trace_TLK[written : written + size, layer] = sorted_TK.numpy()
-        if nll_T is not None and size:
-            nll_BS = token_nll(engine.module.lm_head, hidden_BSD, batch, world)
-            nll_T[written : written + size] = nll_BS[real_BS].numpy()
-        if mean_hidden_RD is not None and size:
-            first, last = rows[0] - begin, min(rows[0] - begin + per_batch, end - begin)
-            means_BD = mean_over(middle[-1], batch.counted_BS.to(world.device))
-            mean_hidden_RD[first:last] = means_BD[: last - first].cpu().numpy()
-        written += size
-        progress.advance()
-    progress.close()
-    assert written == tokens
-    for array in (trace_TLK, nll_T, mean_hidden_RD):
-        if isinstance(array, np.memmap):
-            array.flush()
-    return counter.reduce(world)
-
-
-def forward_body(engine: Any, batch: Batch, world: World) -> torch.Tensor:
-    """The last hidden states [B, S, D] of a batch: the decoder without the LM head, no gradients.
-
-    ``use_cache=False`` matters: with a cache, transformers does not keep attention inside packed documents.
-    """
-    import torch
-
-    with torch.no_grad():
-        return engine.module.model(
-            input_ids=batch.input_ids_BS.to(world.device),
-            position_ids=batch.position_ids_BS.to(world.device),
-            use_cache=False,
-        ).last_hidden_state
-
-
-def mean_over(hidden_BSD: torch.Tensor, counted_BS: torch.Tensor) -> torch.Tensor:
-    """Mean hidden state of each row over its counted positions [B, D], fp32; zeros where there is none."""
-    counted_BS1 = counted_BS[..., None].float()
-    return (hidden_BSD.float() * counted_BS1).sum(1) / counted_BS1.sum(1).clamp(min=1.0)
-
-
-def token_nll(head: Any, hidden_BSD: torch.Tensor, batch: Batch, world: World) -> torch.Tensor:
-    """Negative log-likelihood (nats, fp32, on the CPU) of the next token at counted positions, 0 elsewhere [B, S].
-
-    The logits of at most :data:`HEAD_CHUNK_TOKENS` tokens exist at a time.
-    """
-    import torch
-
-    nll_BS = torch.zeros(batch.counted_BS.shape, dtype=torch.float32)
-    rows, columns = batch.counted_BS.nonzero(as_tuple=True)
-    targets = batch.input_ids_BS[rows, columns + 1]
-    for start in range(0, len(rows), HEAD_CHUNK_TOKENS):
-        part = slice(start, start + HEAD_CHUNK_TOKENS)
-        with torch.no_grad():
-            hidden = hidden_BSD[rows[part].to(world.device), columns[part].to(world.device)]
-            logits = head(hidden).float()
-            chosen = logits.gather(1, targets[part].to(world.device)[:, None]).squeeze(1)
-            nll_BS[rows[part], columns[part]] = (torch.logsumexp(logits, dim=1) - chosen).cpu()
-    return nll_BS

@@ -1,0 +1,303 @@
+"""One rank's pass over its rows: forward, count, record; saved now and then, continued after a kill.
+
+Shape legend: B rows of a batch, S positions, T tokens, L MoE layers, E experts, K = top-k, D hidden size, R rows.
+
+The device is never waited for inside a batch: what a batch leaves is copied to the host while the next one runs, and
+the next one's rows are read meanwhile by a thread. ``state-RANK-BATCH.safetensors`` holds the sums after that many
+batches, the per-token arrays lie in the parts themselves; all ranks save at the same batches, so the newest state that
+every rank has is a point to continue from, and what follows is the same bytes again.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from trace_ds.corpora.dataset import Batch, TokenDataset
+from trace_ds.errors import UserError
+from trace_ds.models.routers import RoutingRecorder, moe_decoder_layers, record_output, record_routing
+from trace_ds.models.token_nll import chunked_nll
+from trace_ds.parallel.world import World
+from trace_ds.routing.counter import RoutingCounter
+from trace_ds.routing.statistics import RoutingStatistics
+from trace_ds.routing.token_files import create_part, trace_dtype
+from trace_ds.run.log import Progress, StageLog
+
+CHECK_EVERY_BATCHES = 64
+STATE = re.compile(r"state-(\d+)-(\d+)\.safetensors$")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What to record of every token or row besides the counts; ``hidden_layer``: a decoder layer, or None."""
+
+    trace: bool
+    nll: bool
+    hidden_layer: int | None
+
+
+class Collection:
+    """This rank's part of a pass over ``dataset``; writes the parts and its state into ``directory``."""
+
+    def __init__(
+        self,
+        engine: Any,
+        world: World,
+        dataset: TokenDataset,
+        *,
+        experts: int,
+        top_k: int,
+        wanted: Wanted,
+        batch_rows: int,
+        directory: Path,
+    ) -> None:
+        self.engine, self.world, self.dataset, self.wanted = engine, world, dataset, wanted
+        self.batch_rows, self.directory, self.experts = batch_rows, directory, experts
+        self.layers = moe_decoder_layers(engine.module)
+        self.begin, self.end = (len(dataset) * rank // world.size for rank in (world.rank, world.rank + 1))
+        self.first_token = int(dataset.row_offsets[self.begin])
+        self.tokens = int(dataset.row_offsets[self.end]) - self.first_token
+        self.batches = world.max_int(-(-(self.end - self.begin) // batch_rows))
+        self.counter = RoutingCounter(len(self.layers), experts, top_k, world.device)
+        self.parts: dict[str, np.ndarray] = {}
+        self._pending: list[tuple[np.ndarray, slice, torch.Tensor]] = []
+        self._copied: Any = None
+
+    def run(self, log: StageLog, side: str, save_every: int) -> RoutingStatistics:
+        """The statistics of the whole world (collective).
+
+        Raises:
+            UserError, AgreedError: a router's weights are NaN or infinite; the layer is named.
+        """
+        done = self._resume()
+        self._open_parts(fresh=done == 0)
+        if done:
+            log.line(f"{side}: continues after batch {done:,} of {self.batches:,}")
+        total = self.dataset.tokens
+        at = int(self.dataset.row_offsets[min(self.begin + done * self.batch_rows, self.end)]) - self.first_token
+        progress = Progress(log, side, total, start=min(at * self.world.size, total), unit="token")
+        with self._prefetched(done) as batches:
+            for number, batch in enumerate(batches, start=done):
+                size = self._step(number, batch)
+                if number % CHECK_EVERY_BATCHES == 0 or number == self.batches - 1:
+                    self._check_finite()
+                if save_every and (number + 1) % save_every == 0 and number + 1 < self.batches:
+                    self._save(number + 1)
+                progress.advance(min(size * self.world.size, total))
+        self._write_pending()
+        progress.close()
+        for array in self.parts.values():
+            if isinstance(array, np.memmap):
+                array.flush()
+        return self.counter.reduce(self.world)
+
+    def _step(self, number: int, batch: Batch) -> int:
+        """One forward pass; returns this rank's tokens in it."""
+        model, device = self.engine.module, self.world.device
+        with ExitStack() as stack:
+            recorder = stack.enter_context(record_routing(model))
+            body = stack.enter_context(record_output(model.model))
+            middle: list[torch.Tensor] = []
+            if self.wanted.hidden_layer is not None:
+                middle = stack.enter_context(record_output(model.model.layers[self.wanted.hidden_layer]))
+            output = forward(self.engine, batch, device)
+        self._write_pending()  # of the batch before: its copies had this forward pass to finish
+        self.counter.add(recorder, batch.counted_BS, batch.document_ids_BS)
+        first_row = min(self.begin + number * self.batch_rows, self.end)
+        last_row = min(first_row + self.batch_rows, self.end)
+        tokens = slice(*(int(self.dataset.row_offsets[row]) - self.first_token for row in (first_row, last_row)))
+        real_T = (batch.document_ids_BS.reshape(-1) >= 0).nonzero().squeeze(1).to(device, non_blocking=True)
+        if self.wanted.trace and len(real_T):
+            self._keep("trace", tokens, self._trace(recorder, real_T))
+        if self.wanted.nll:
+            assert number or head_is_all(model.lm_head, body[0], output.logits)
+            nll_BS = token_nll(model.lm_head, body[0], batch)
+            if len(real_T):
+                self._keep("nll", tokens, nll_BS.reshape(-1)[real_T])
+        if self.wanted.hidden_layer is not None and last_row > first_row:
+            means_BD = mean_over(middle[0], batch.counted_BS.to(device, non_blocking=True))
+            rows = slice(first_row - self.begin, last_row - self.begin)
+            self._keep("hidden", rows, means_BD[: last_row - first_row])
+        if device.type == "cuda":
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+        return tokens.stop - tokens.start
+
+    def _trace(self, recorder: RoutingRecorder, real_T: torch.Tensor) -> torch.Tensor:
+        """The experts of each real token, ascending [T, L, K], in the smallest type torch can index into."""
+        indices = torch.stack([recorder.layer(number)[1] for number in range(len(self.layers))], dim=1)[real_T]
+        return indices.sort(dim=-1).values.to(torch.uint8 if self.experts <= 256 else torch.int16)
+
+    def _keep(self, name: str, where: slice, values: torch.Tensor) -> None:
+        self._pending.append((self.parts[name], where, values.to("cpu", non_blocking=True)))
+
+    def _write_pending(self) -> None:
+        if self._copied is not None:
+            self._copied.synchronize()
+        for array, where, values in self._pending:
+            array[where] = values.numpy().astype(array.dtype, copy=False)
+        self._pending, self._copied = [], None
+
+    def _check_finite(self) -> None:
+        bad = self.counter.not_finite_L.nonzero().squeeze(1).tolist()
+        error = None
+        if bad:
+            what = f"the router of decoder layer {self.layers[bad[0]]} gave NaN or infinite weights"
+            error = UserError(what, str(self.engine.module.config.name_or_path or "model"), "check the model's weights")
+        self.world.raise_together(error)
+
+    @contextmanager
+    def _prefetched(self, done: int) -> Iterator[Iterator[Batch]]:
+        """The batches from ``done`` on, each read while the one before is computed."""
+
+        def read(number: int) -> Batch:
+            first = self.begin + number * self.batch_rows
+            rows = [row if row < self.end else -1 for row in range(first, first + self.batch_rows)]
+            return self.dataset.batch(rows, pad_id=0)
+
+        def batches(pool: ThreadPoolExecutor) -> Iterator[Batch]:
+            coming = pool.submit(read, done)
+            for number in range(done, self.batches):
+                batch = coming.result()
+                if number + 1 < self.batches:
+                    coming = pool.submit(read, number + 1)
+                yield batch
+
+        with ThreadPoolExecutor(1) as pool:
+            yield batches(pool) if done < self.batches else iter(())
+
+    def _open_parts(self, *, fresh: bool) -> None:
+        shapes: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
+        if self.wanted.trace:
+            shapes["trace"] = ((self.tokens, len(self.layers), self.counter.top_k), trace_dtype(self.experts))
+        if self.wanted.nll:
+            shapes["nll"] = ((self.tokens,), np.dtype(np.float32))
+        if self.wanted.hidden_layer is not None:
+            width = int(self.engine.module.config.hidden_size)
+            shapes["hidden"] = ((self.end - self.begin, width), np.dtype(np.float32))
+        for name, (shape, dtype) in shapes.items():
+            self.parts[name] = create_part(
+                self.directory, name, self.world.rank, self.world.size, shape, dtype, fresh=fresh
+            )
+
+    def _states(self) -> dict[int, Path]:
+        """This rank's saved states by the number of batches done."""
+        found = ((STATE.fullmatch(path.name), path) for path in self.directory.iterdir())
+        return {int(match[2]): path for match, path in found if match and int(match[1]) == self.world.rank}
+
+    def _resume(self) -> int:
+        """Restore the newest state that every rank has; returns its batches (0: none)."""
+        from safetensors.torch import load_file
+
+        states = self._states()
+        common = set.intersection(*(set(numbers) for numbers in self.world.gather(sorted(states))))
+        done = max(common, default=0)
+        if done:
+            self.counter.restore(load_file(states[done]))
+        return done
+
+    def _save(self, done: int) -> None:
+        """Make the first ``done`` batches safe against a kill; the newest two states are kept."""
+        from safetensors.torch import save
+
+        from trace_ds.run.files import write_bytes
+
+        self._check_finite()
+        self._write_pending()
+        for array in self.parts.values():
+            if isinstance(array, np.memmap):
+                array.flush()
+        write_bytes(self.directory / f"state-{self.world.rank:05d}-{done:09d}.safetensors", save(self.counter.state()))
+        for number in sorted(self._states())[:-2]:
+            (self.directory / f"state-{self.world.rank:05d}-{number:09d}.safetensors").unlink()
+
+
+def remove_states(directory: Path) -> None:
+    """Delete every rank's states: what is left is the artefact."""
+    for path in directory.iterdir():
+        if STATE.fullmatch(path.name):
+            path.unlink()
+
+
+def forward(engine: Any, batch: Batch, device: torch.device) -> Any:
+    """A forward pass without gradients; logits are made for the last position only.
+
+    ``use_cache=False`` matters: with a cache, transformers does not keep attention inside packed documents.
+    """
+    with torch.no_grad():
+        return engine(
+            input_ids=batch.input_ids_BS.to(device, non_blocking=True),
+            position_ids=batch.position_ids_BS.to(device, non_blocking=True),
+            use_cache=False,
+            logits_to_keep=1,
+        )
+
+
+def refused_packing(engine: Any, vocabulary: int, device: torch.device) -> UserError | None:
+    """An error when the second document of a packed row is not computed as if it were alone (collective).
+
+    Some families of transformers ignore restarting positions, or carry a state from token to token.
+    """
+    first, second, pad = 8, 6, 0
+    ids_T = torch.randint(1, vocabulary, (first + second,), generator=torch.Generator().manual_seed(0))
+    alone_T = torch.cat([ids_T[first:], torch.full((first,), pad)])
+    positions_T = torch.cat([torch.arange(first), torch.arange(second)])
+    positions_BS = torch.stack([positions_T, torch.arange(first + second)])
+    nothing_BS = torch.zeros(2, first + second, dtype=torch.bool)
+    batch = Batch(torch.stack([ids_T, alone_T]), positions_BS, nothing_BS, positions_BS)
+    with record_output(engine.module.model) as body:
+        forward(engine, batch, device)
+    packed_SD, alone_SD = body[0][0, first:].float(), body[0][1, :second].float()
+    tolerance = 1e-3 if body[0].dtype == torch.float32 else 0.1
+    if float((packed_SD - alone_SD).norm() / alone_SD.norm()) <= tolerance:
+        return None
+    return UserError(
+        f"{type(engine.module).__name__} mixes the documents of a packed row",
+        "data.documents_per_row",
+        "set data.documents_per_row: 1 and run `trace-ds prepare` again",
+    )
+
+
+def mean_over(hidden_BSD: torch.Tensor, counted_BS: torch.Tensor) -> torch.Tensor:
+    """Mean hidden state of each row over its counted positions [B, D], fp32; zeros where there is none."""
+    counted_BS1 = counted_BS[..., None].float()
+    return (hidden_BSD.float() * counted_BS1).sum(1) / counted_BS1.sum(1).clamp(min=1.0)
+
+
+@contextmanager
+def whole_head(head: nn.Module) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+    """(weight, bias) of the language-model head, gathered when ZeRO-3 partitioned it (collective then)."""
+    from trace_ds.parallel.world import quiet_deepspeed
+
+    parameters = list(head.parameters())
+    partitioned = any(hasattr(parameter, "ds_tensor") for parameter in parameters)
+    with quiet_deepspeed().zero.GatheredParameters(parameters, enabled=partitioned):
+        yield head.weight, head.bias  # type: ignore[misc]
+
+
+def token_nll(head: nn.Module, hidden_BSD: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Loss of the next token at counted positions, 0 elsewhere, fp32 [B, S] on the device of the hidden states."""
+    device = hidden_BSD.device
+    rows, columns = batch.counted_BS.nonzero(as_tuple=True)
+    targets_N = batch.input_ids_BS[rows, columns + 1].to(device, non_blocking=True)
+    rows, columns = rows.to(device, non_blocking=True), columns.to(device, non_blocking=True)
+    nll_BS = torch.zeros(batch.counted_BS.shape, dtype=torch.float32, device=device)
+    with whole_head(head) as (weight_VD, bias_V):
+        nll_BS[rows, columns] = chunked_nll(weight_VD, bias_V, hidden_BSD[rows, columns], targets_N)
+    return nll_BS
+
+
+def head_is_all(head: nn.Module, hidden_BSD: torch.Tensor, logits_B1V: torch.Tensor) -> bool:
+    """Whether the logits are the head's output on the last hidden states, which the losses rely on."""
+    with whole_head(head) as (weight_VD, bias_V):
+        expected = nn.functional.linear(hidden_BSD[:, -1:], weight_VD, bias_V)
+    return torch.allclose(expected.float(), logits_B1V.float(), rtol=2e-2, atol=1e-3, equal_nan=True)
