@@ -60,7 +60,8 @@ def test_models_whose_routing_cannot_be_counted_are_refused(tiny_model: Path, tm
     """A family of transformers with experts, but no top-k router: never counted wrong, never silently dense."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model("mixtral", num_hidden_layers=1, hidden_size=8, intermediate_size=8, vocab_size=16)
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_key_value_heads": 1}
+    config = AutoConfig.for_model("mixtral", num_hidden_layers=1, vocab_size=16, **sizes)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
     raw = json.loads((tmp_path / "model" / "config.json").read_text())
     for model_type, words in (("llama4", "no router that is known"), ("switch_transformers", "causal language model")):

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM
 
-from trace_ds.models.engine import load_model
 from trace_ds.unlearning import forward as passes
 from trace_ds.unlearning import objectives
 
@@ -107,7 +107,7 @@ def batch(rows: int = 2, length: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("layer", [0, 1, 2])
 def test_a_pass_that_ends_at_a_layer_equals_the_whole_one(tiny_model: Path, layer: int) -> None:
-    model = load_model(tiny_model, torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
     ids, positions = batch()
     ran: list[int] = []
     for number, module in enumerate(model.model.layers):
@@ -123,7 +123,7 @@ def test_a_pass_that_ends_at_a_layer_equals_the_whole_one(tiny_model: Path, laye
 
 
 def test_layer_and_values_come_from_one_pass(tiny_model: Path) -> None:
-    model = load_model(tiny_model, torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
     ids, positions = batch()
     rows, columns = torch.tensor([0, 0, 1]), torch.tensor([0, 3, 4])
     picked = passes.HeadRequest(

@@ -30,7 +30,7 @@ from trace_ds.config.schema import Config
 from trace_ds.errors import UserError
 from trace_ds.models.files import CONFIG_NAME, read_json_object, read_model_config
 
-HEAD_CHUNK_TOKENS = 4096  # `collect` computes logits in pieces of so many tokens
+LOGITS_ELEMENTS = 1 << 26  # `collect` holds so many logits at a time (trace_ds/models/token_nll.py)
 MAX_ROWS = 4096  # no search for a larger micro-batch than this
 
 ASSUMPTIONS = (
@@ -180,7 +180,9 @@ def _collect_memory(job: Job, ep: int, rows: int) -> memory.Memory:
         rows=rows,
         context=job.context,
         b=job.b,
-        logit_tokens=min(rows * job.context, HEAD_CHUNK_TOKENS) if job.config.statistics.nll else 0,
+        logit_tokens=min(rows * job.context, max(1, LOGITS_ELEMENTS // job.a.vocabulary))
+        if job.config.statistics.nll
+        else 0,
     )
 
 
