@@ -87,3 +87,61 @@ def step_traffic(world: Any, config: str, run_dir: str, overrides: list[str]) ->
     output = engine(input_ids=ids, use_cache=False)
     engine.backward(output.logits.float().logsumexp(-1).sum())
     return totals
+
+
+class OneBatch:
+    """The same synthetic micro-batch in every step: as many retain rows as forget rows, every position counted."""
+
+    def __init__(self, rows: int, context: int, vocabulary: int) -> None:
+        import torch
+
+        from trace_ds.unlearning.batches import MicroBatch, Step
+
+        ids_BS = torch.arange(rows * context).view(rows, context) * 7919 % vocabulary
+        counted_BS = torch.ones_like(ids_BS, dtype=torch.bool)
+        counted_BS[:, -1] = False
+        positions_BS = torch.arange(context).expand(rows, -1)
+        weights_BS, reference_BS = counted_BS.float(), torch.zeros(rows, context)
+        batch = MicroBatch(ids_BS, positions_BS, counted_BS, weights_BS, reference_BS, rows // 2)
+        self.step = Step([batch], int(counted_BS.sum()) // 2, rows // 2, int(counted_BS.sum()) // 2)
+
+    def at(self, step: int, rank: int, world_size: int) -> Any:
+        return self.step
+
+
+def peak_bytes(world: Any, config: str, run_dir: str, overrides: list[str]) -> dict[str, float]:
+    """Bytes of tensors in the second step of the real training job: those alive before it, and torch's largest
+    allocation above them during it (its own record of every allocation, not what the C library keeps back)."""
+    import gc
+
+    import torch
+
+    from trace_ds.unlearning.assemble import make_objective
+    from trace_ds.unlearning.engine import training_engine
+    from trace_ds.unlearning.job import run_step
+    from trace_ds.unlearning.live_weights import RetainWeights
+
+    loaded, _ = load_config(config, overrides, run_dir)
+    info = inspect_model(loaded.model.path)
+    batches = OneBatch(loaded.unlearning.forget_rows * 2, loaded.data.context_length, int(info.config["vocab_size"]))
+    engine = training_engine(loaded, info, world, 1)
+    objective, _ = make_objective(loaded, info, world, batches, {})
+
+    def step(number: int) -> None:
+        run_step(engine, world, batches.step, objective, RetainWeights(), loaded.unlearning, number)
+
+    step(0)
+    gc.collect()
+    alive = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for tensor in gc.get_objects()
+        if isinstance(tensor, torch.Tensor) and not tensor.is_meta
+    }
+    with torch.profiler.profile(profile_memory=True) as profile:
+        step(1)
+    used = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            used += event.nbytes()
+            peak = max(peak, used)
+    return {"resident": float(sum(alive.values())), "peak": float(sum(alive.values()) + peak)}

@@ -30,7 +30,7 @@ from trace_ds.cluster.architecture import MULTI_LATENT, Architecture, count_para
 
 MASTER_BYTES = 12  # fp32 copy and two Adam moments
 STEP_BYTES = 8  # fp32 gradient of the sub-group being stepped, and torch AdamW's temporary of the same size
-LOGIT_BYTES = 12  # beside the logits: fp32 copy or log-softmax (4), its gradient (4), the logits' gradient in fp32 (4)
+LOGIT_BYTES = 10  # beside the logits: log-softmax in fp32 (4), its gradient (4), the logits' gradient (b, 2 in bf16)
 LOGITS_PER_CHUNK = 1 << 26  # elements, as in trace_ds/unlearning/forward.py
 IMBALANCE = 1.5  # the busiest rank's share of the routed tokens over the mean; our margin, not measured
 
