@@ -193,3 +193,19 @@ def test_held_rows_are_evenly_spaced_and_counted(calibrated: tuple[Path, Path]) 
     rows = HeldRows.of(dataset, 4, None).rows
     assert rows[0] <= 1 and rows[-1] >= len(dataset) - 2 and (np.diff(rows) > 0).all()
     assert len(HeldRows.of(dataset, 10**6, None).rows) <= len(dataset)
+
+
+def test_recomputation_without_expert_parallelism(
+    calibrated: tuple[Path, Path],  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """Every parameter, the experts' too, sharded by ZeRO-3 and gathered only while its module runs."""
+    config, prepared = calibrated
+    released = tmp_path / "released.json"
+    released.write_text('{"zero_optimization": {"stage3_param_persistence_threshold": 0}}')
+    settings = ["distributed.ep=1", "unlearning.forget_loss=graddiff", f"unlearning.ds_config={released}"]
+    kept, recomputed = (copy_of(prepared, tmp_path / name) for name in ("kept", "recomputed"))
+    work = [(str(kept), settings), (str(recomputed), [*settings, "unlearning.recompute=true"])]
+    for errors in run_distributed(jobs.unlearn_jobs, 2, str(config), work):
+        assert errors == ["", ""]
+    assert losses_of(recomputed) == losses_of(kept)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from trace_ds.checkpoints import serialization
 from trace_ds.config.schema import Config
 from trace_ds.models import engine
@@ -37,4 +39,22 @@ def training_engine(config: Config, info: ModelInfo, world: World, accumulation:
         config, info, world, merged, parts=engine.Parts(), trainable=True, recompute=settings.recompute
     )
     serialization.install(made)
+    if settings.recompute and settings.zero_stage == 3:
+        keep_recomputed(made)
     return made
+
+
+def keep_recomputed(engine: Any) -> None:
+    """Parameters gathered for a recomputation stay until their module's backward pass releases them.
+
+    DeepSpeed gathers a module's parameters before its backward pass. The first saved tensor that this needs makes torch
+    run the layer's forward pass again, and DeepSpeed would release the parameters at the end of that.
+    """
+    offload = engine.optimizer.parameter_offload
+    release = offload.post_sub_module_forward_function
+
+    def release_unless_recomputing(module: Any) -> None:
+        if torch._C._current_graph_task_id() == -1:  # not inside a backward pass
+            release(module)
+
+    offload.post_sub_module_forward_function = release_unless_recomputing
