@@ -7,8 +7,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from objective_reference import FORMULAS, token_values
 
-from trace_ds.unlearning import objectives
+from trace_ds.config.schema import UnlearningConfig
+from trace_ds.unlearning import loss, objectives
+from trace_ds.unlearning.multiplier import Multiplier
 
 COUNTED = torch.tensor([[True, True, True, False], [True, False, False, False], [False] * 4])
 
@@ -93,3 +96,79 @@ def test_rmu_target_has_the_length_and_depends_on_the_seed_only() -> None:
 def test_hidden_mse() -> None:
     hidden, target = torch.tensor([[[1.0, 3.0]]]), torch.tensor([[[0.0, 1.0]]])
     assert objectives.hidden_mse(hidden, target).tolist() == [[2.5]]
+
+
+TOKEN_LOSSES = sorted(FORMULAS)
+
+
+def logits_of(seed: int, spread: float = 1.5) -> torch.Tensor:
+    return torch.randn(9, 13, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * spread
+
+
+def values_and_gradient(function: object, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    upstream = torch.linspace(-1, 2, len(logits), dtype=torch.float64)
+    leaf = logits.clone().requires_grad_()
+    values = function(leaf)  # type: ignore[operator]
+    (gradient,) = torch.autograd.grad((values.double() * upstream).sum(), leaf)
+    return values.detach().double(), gradient.double()
+
+
+@pytest.mark.parametrize("name", TOKEN_LOSSES)
+def test_token_losses_against_other_algebra_in_float64(name: str) -> None:
+    settings = UnlearningConfig(undial={"strength": 3.0}, wga={"beta": 0.7}, satimp={"beta1": 2.0, "beta2": 0.5})
+    logits, frozen = logits_of(0), logits_of(1)
+    targets = torch.randint(0, 13, (9,), generator=torch.Generator().manual_seed(2))
+    function = loss.TOKEN_LOSSES[name](settings)
+    found = values_and_gradient(lambda z: function(z, targets, frozen), logits)
+    expected = values_and_gradient(lambda z: token_values(name, z, targets, frozen, settings), logits)
+    for part, wanted, tolerance in zip(found, expected, (1e-6, 5e-6), strict=True):  # gradients are differences
+        assert float((part - wanted).abs().max() / wanted.abs().max()) < tolerance
+        assert float((-part - wanted).abs().max() / wanted.abs().max()) > 0.1  # a broken sign is seen
+    assert float(found[1].abs().max()) > 0.001
+
+
+@pytest.mark.parametrize("name", TOKEN_LOSSES)
+def test_token_losses_stay_finite_on_extreme_logits(name: str) -> None:
+    settings = UnlearningConfig()
+    logits = torch.zeros(4, 5, dtype=torch.bfloat16)
+    logits[0, 0], logits[1, 1], logits[2], logits[3, 2] = 1e4, -1e4, 50.0, 300.0
+    targets = torch.tensor([0, 1, 2, 3])
+    function = loss.TOKEN_LOSSES[name](settings)
+    for part in values_and_gradient(lambda z: function(z, targets, logits.roll(1, 0)), logits):
+        assert torch.isfinite(part).all()
+
+
+def test_dpo_prefers_the_alternative() -> None:
+    values, preferred = nll(5), nll(6)
+    reference, preferred_reference = nll(7).detach(), nll(8).detach()
+    beta, expected = 0.4, 0.0
+    for row in range(2):
+        margin = float((values[row] - reference[row]).sum() - (preferred[row] - preferred_reference[row]).sum())
+        expected += 2 / beta * math.log(1 + math.exp(-beta * margin))
+
+    def of(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return objectives.dpo_forget_sum(x, reference, COUNTED, y, preferred_reference, beta)
+
+    check(of(values, preferred), expected, values, lambda x: of(x, preferred.detach()))
+    check(of(values, preferred), expected, preferred, lambda y: of(values.detach(), y))
+    gradients = torch.autograd.grad(of(values, preferred), (values, preferred))
+    assert (gradients[0][:2] <= 0).all() and (gradients[1][:2] >= 0).all()  # descent forgets y and learns the other
+
+
+def test_adaptive_rmu_scales_with_each_token() -> None:
+    frozen = torch.tensor([[[3.0, 4.0], [0.0, 2.0]]])
+    target = objectives.adaptive_rmu_target(torch.tensor([0.5, -1.0]), frozen)
+    assert target.tolist() == [[[2.5, -5.0], [1.0, -2.0]]]
+
+
+def test_the_multiplier_rises_above_the_bound_only_and_resumes() -> None:
+    settings = UnlearningConfig(forget_loss="pdu", alpha=2.0, pdu={"dual_step": 0.5})
+    weight = Multiplier.of(settings, {})
+    path = []
+    for retain in (1.0, 2.05, 0.05, 0.05, 0.05, 0.05, 0.05):
+        weight = weight.after(retain)
+        path.append(weight.alpha)
+        assert Multiplier.of(settings, weight.cursor()) == weight
+    assert np.allclose(path[:3], [2 - 0.025, 2.475, 1.975]) and path[-1] == 0.0
+    constant = Multiplier.of(UnlearningConfig(alpha=3.0), {})
+    assert constant.after(100.0) == constant and constant.cursor() == {}

@@ -174,7 +174,9 @@ class Job:
 
         began_s = time.perf_counter()
         data = self.batches[arm].at(number, 0, 1)
-        run_step(self.engine, self.world, data, self.objective, self.weights, self.settings, number)
+        run_step(
+            self.engine, self.world, data, self.objective, self.weights, self.settings, number, self.settings.alpha
+        )
         synchronize()
         return time.perf_counter() - began_s
 

@@ -58,15 +58,18 @@ def run(config: Config, job: UnlearnJob, world: World, tasks: list[Task], bench:
     """
     from trace_ds.evaluation.language_model import Diverged
     from trace_ds.unlearning.job import NumericalFailure, run_step
+    from trace_ds.unlearning.multiplier import Multiplier
 
     curve: list[dict[str, Any]] = []
     settings = config.unlearning
+    multiplier = Multiplier.of(settings, {})
     with _engine(config, job, world) as (engine, batches, objective, weights, model):
         for step in range(settings.steps):
             done = step + 1
             try:
                 data = batches.at(step, world.rank, world.size)
-                run_step(engine, world, data, objective, weights, settings, step)
+                values = run_step(engine, world, data, objective, weights, settings, step, multiplier.alpha)
+                multiplier = multiplier.after(values["loss_retain"])
                 weights.end_step(engine, world, batches, done)
                 if done % bench.score_every == 0 or done == settings.steps:
                     due = [t for t in tasks if done == settings.steps or t.config.name not in bench.score_at_end]
@@ -86,13 +89,17 @@ def _engine(config: Config, job: UnlearnJob, world: World) -> Iterator[Any]:
     from trace_ds.corpora.tokenizer import load_tokenizer
     from trace_ds.evaluation.language_model import LanguageModel
     from trace_ds.stages.unlearn import make_batches
+    from trace_ds.unlearning import grip
     from trace_ds.unlearning.assemble import make_objective
     from trace_ds.unlearning.engine import training_engine
     from trace_ds.unlearning.live_weights import make_weights
 
     batches = make_batches(config, job)
-    engine = training_engine(config, job.info, world, batches.micro_batches_per_step(world.size))
-    objective, cursor = make_objective(config, job.info, world, batches, {"step": 0, "seed": config.seed})
+    engine = training_engine(config, job.info, world, batches.micro_batches_per_step(world.size), job.experts)
+    start = {"step": 0, "seed": config.seed}
+    objective, cursor = make_objective(config, job.info, world, batches, start, job.anchored)
+    if config.unlearning.grip is not None:
+        grip.install(engine, batches, world.device, config.unlearning.grip)
     weights = make_weights(config.unlearning, job.calibration, engine.module, world.device, cursor)
     engine.module.generation_config = GenerationConfig()
     tokenizer = load_tokenizer(_tokenizer(config))

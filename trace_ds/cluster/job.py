@@ -40,9 +40,9 @@ class Job:
 
     @property
     def rmu_layers(self) -> int | None:
-        """Decoder layers of an RMU step (its layer and all below); None for the other forget losses."""
+        """Decoder layers of an RMU step (its layer and all below); None when a loss needs logits."""
         settings = self.config.unlearning
-        if settings.forget_loss != "rmu":
+        if settings.forget_loss != "rmu" or settings.retain_term != "hidden_mse":
             return None
         layer = self.a.layers // 2 if settings.rmu.layer is None else settings.rmu.layer
         return min(layer + 1, self.a.layers)

@@ -40,6 +40,11 @@ class CorpusFile(Section):
 class DataConfig(Section):
     forget: list[CorpusFile] = Field(min_length=1)
     retain: list[CorpusFile] = Field(min_length=1)
+    alternative: list[CorpusFile] = Field(
+        default_factory=list,
+        description="dpo: texts preferred to the forget ones (refusals, for IdkDPO); row i of the forget corpus is "
+        "paired with row i modulo their number. Pack 'whole', one document per row, to pair documents.",
+    )
     context_length: int = Field(2048, ge=2, description="Tokens of a row (and the longest piece of a document).")
     packing: Literal["dense", "whole"] = Field(
         "dense",
@@ -49,6 +54,11 @@ class DataConfig(Section):
     documents_per_row: int | None = Field(None, ge=1, description="Upper bound of documents in a row; default: none.")
     add_bos: bool = True
     add_eos: bool = True
+
+    @property
+    def sides(self) -> tuple[str, ...]:
+        """The corpora there are: the fields of that name, the datasets and the statistics made of them."""
+        return ("forget", "retain", *(["alternative"] if self.alternative else []))
 
 
 class DistributedConfig(Section):
@@ -132,8 +142,15 @@ class OptimizerConfig(Section):
 
 
 class RMUConfig(Section):
-    layer: int | None = Field(None, ge=0, description="Decoder layer whose output is steered; default: the middle.")
-    coefficient: float = Field(3.0, gt=0, description="Steering length, in units of the mean norm of hidden states.")
+    layer: int | None = Field(
+        None, ge=0, description="Decoder layer steered by rmu and held by hidden_mse; default: the middle."
+    )
+    coefficient: float = Field(3.0, gt=0, description="Steering length c, in the unit that scale says.")
+    scale: Literal["mean_norm", "absolute", "adaptive"] = Field(
+        "mean_norm",
+        description="Unit of the coefficient: the mean norm of the frozen hidden states over forget tokens; 1 (as in "
+        "the paper); or the frozen norm of each token by itself (Adaptive RMU).",
+    )
 
 
 class NPOConfig(Section):
@@ -143,6 +160,33 @@ class NPOConfig(Section):
 class SimNPOConfig(Section):
     beta: float = Field(4.5, gt=0)
     delta: float = 0.0
+
+
+class TrainableConfig(Section):
+    include: list[str] = Field(
+        default_factory=lambda: ["all"],
+        min_length=1,
+        description="What is trained: kinds (all, experts, attention, routers) or patterns of parameter names with *.",
+    )
+    exclude: list[str] = Field(default_factory=list, description="Kinds or patterns taken out again.")
+    selected_experts: bool = Field(
+        False, description="Of the experts, train the forget-critical ones only: the other rows stay as they are."
+    )
+
+
+class SEUFConfig(Section):
+    """Baseline SEUF: train the experts of highest affinity of one layer and its router (instead of ``trainable``)."""
+
+    layer: int | None = Field(None, ge=0, description="Decoder layer; default: that of the expert of highest affinity.")
+    experts: int = Field(1, ge=1, description="M, experts trained.")
+    anchor: float = Field(1.0, ge=0, description="Weight of the router's anchor.")
+
+
+class GRIPConfig(Section):
+    """Baseline GRIP: routers do not move along the retain inputs that selected the expert."""
+
+    tokens: int = Field(128, ge=1, description="Retain inputs per layer and expert whose span is protected.")
+    steps: int = Field(8, ge=1, description="Steps whose retain rows are looked at for them, before training.")
 
 
 class LiveWeightsConfig(Section):
@@ -191,8 +235,39 @@ class GuardsConfig(Section):
     max_back_offs: int = Field(3, ge=1)
 
 
+class DPOConfig(Section):
+    beta: float = Field(0.1, gt=0, description="Inverse temperature; acts on sequence sums of NLL.")
+
+
+class WGAConfig(Section):
+    beta: float = Field(1.0, ge=0, description="Power of the token's probability that weights its ascent.")
+
+
+class SatImpConfig(Section):
+    beta1: float = Field(5.0, ge=0, description="Power of p: how far saturation weights a token.")
+    beta2: float = Field(1.0, ge=0, description="Power of 1 - p: how far importance weights a token.")
+
+
+class UNDIALConfig(Section):
+    strength: float = Field(10.0, gt=0, description="How much the frozen model's logit of the target is lowered.")
+
+
+class PDUConfig(Section):
+    retain_bound: float | None = Field(
+        None, gt=0, description="Largest retain loss allowed; default: 1.05 times that of the first step (ours)."
+    )
+    dual_step: float = Field(1.0, gt=0, description="Step of the multiplier, which starts at alpha.")
+
+
 class UnlearningConfig(Section):
-    forget_loss: Literal["rmu", "graddiff", "npo", "simnpo"] = "rmu"
+    forget_loss: Literal["rmu", "graddiff", "npo", "simnpo", "dpo", "wga", "satimp", "undial", "ceu", "pdu"] = Field(
+        "rmu", description="See docs/objectives.md."
+    )
+    retain_loss: Literal["nll", "kl", "hidden_mse"] | None = Field(
+        None,
+        description="nll, KL to the frozen model, or squared distance to its hidden states; default: hidden_mse under "
+        "rmu, nll under the others. The retain weights multiply whichever it is.",
+    )
     alpha: float = Field(1.0, ge=0, description="Weight of the retain loss.")
     gamma: float = Field(1.0, ge=0, description="Weight of the forget loss.")
     apply: Literal["sampling", "loss"] = Field(
@@ -225,11 +300,30 @@ class UnlearningConfig(Section):
     )
     evaluate: EvaluateConfig = EvaluateConfig()
     guards: GuardsConfig = GuardsConfig()
+    dpo: DPOConfig = DPOConfig()
+    wga: WGAConfig = WGAConfig()
+    satimp: SatImpConfig = SatImpConfig()
+    undial: UNDIALConfig = UNDIALConfig()
+    pdu: PDUConfig = PDUConfig()
+    trainable: TrainableConfig = TrainableConfig()
+    seuf: SEUFConfig | None = Field(None, description="The baseline SEUF, with any losses; default: off.")
+    grip: GRIPConfig | None = Field(None, description="The baseline GRIP, with any losses; default: off.")
     save_every: int = Field(50, ge=1, description="Steps between checkpoints; the last step is always saved.")
     keep: int = Field(2, ge=2, description="Checkpoints kept; never fewer than the newest two.")
     keep_every: int | None = Field(None, ge=1, description="Steps that are a multiple of this are never pruned.")
     resume: Literal["auto", "required", "never"] = "auto"
     log_every: int = Field(1, ge=1)
+
+    def last_layer(self, decoder_layers: int) -> int | None:
+        """The decoder layer at which both losses end; None when one of them needs the logits."""
+        if self.forget_loss != "rmu" or self.retain_term != "hidden_mse":
+            return None
+        return self.rmu.layer if self.rmu.layer is not None else decoder_layers // 2
+
+    @property
+    def retain_term(self) -> str:
+        """The retain loss that is used: the one asked for, or the forget loss's own."""
+        return self.retain_loss or ("hidden_mse" if self.forget_loss == "rmu" else "nll")
 
 
 class ConversionConfig(Section):
@@ -369,8 +463,13 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _unlearning_needs(self) -> Config:
-        if self.unlearning.forget_loss == "npo" and not self.statistics.nll:
-            raise ValueError("unlearning.forget_loss npo needs statistics.nll: true (the frozen model's losses)")
+        if self.unlearning.seuf is not None and self.unlearning.trainable != TrainableConfig():
+            raise ValueError("unlearning.seuf chooses what is trained itself: leave unlearning.trainable out")
+        loss = self.unlearning.forget_loss
+        if loss in ("npo", "dpo") and not self.statistics.nll:
+            raise ValueError(f"unlearning.forget_loss {loss} needs statistics.nll: true (the frozen model's losses)")
+        if loss == "dpo" and not self.data.alternative:
+            raise ValueError("unlearning.forget_loss dpo needs data.alternative: the texts to prefer")
         if self.unlearning.weights == "live" and self.calibration.rule in ("ratio_mean", "ratio_max", "permuted"):
             raise ValueError(
                 f"unlearning.weights live needs a calibration.rule that has a theta, not {self.calibration.rule}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -44,13 +45,14 @@ def initialize(
     ds_config: dict[str, Any],
     *,
     parts: Parts,
-    trainable: bool = False,
+    parameters: Callable[[nn.Module], list[Any]] | None = None,
     recompute: bool = False,
 ) -> Any:
     """The DeepSpeed engine of a model whose every process read only its share of the files, proved against them.
 
-    Collective. ``ds_config`` says everything else (stage, expert parallelism, optimizer); ``recompute`` turns on
-    activation checkpointing.
+    Collective. ``ds_config`` says everything else (stage, expert parallelism, optimizer); ``parameters`` names what the
+    optimizer of a model that is trained gets (None: the model is frozen); ``recompute`` turns on activation
+    checkpointing.
 
     Raises:
         UserError: the files are damaged.
@@ -64,9 +66,9 @@ def initialize(
     arguments: dict[str, Any] = {}
     if recompute:  # to each layer's end: ZeRO-3 releases a module's parameters when its forward pass ends
         model.gradient_checkpointing_enable({"use_reentrant": False, "early_stop": False})
-    if trainable:
+    if parameters is not None:
         model.train()
-        arguments["model_parameters"] = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        arguments["model_parameters"] = parameters(model)
     else:
         model.requires_grad_(False)
     engine, *_ = quiet_deepspeed().initialize(model=model, config=ds_config, **arguments)
@@ -77,7 +79,7 @@ def initialize(
                 router.gate.__class__ = Fp32Linear
     files.prove(engine.module, ep, world.rank % ep)
     files.close()
-    if not trainable:
+    if parameters is None:
         engine.eval()
     return engine
 

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from trace_ds.routing.collection import Wanted
     from trace_ds.run.log import StageLog
 
-SIDES = ("forget", "retain")
 SHAPE_NAME = "shape.json"  # of a collection that has not ended: which job, on which cluster shape
 
 
@@ -42,7 +41,7 @@ class CollectJob:
         """The sides whose artefact is already there, whole, from the same inputs."""
         return [
             side
-            for side in SIDES
+            for side in self.inputs
             if artefact.is_done(
                 run.statistics / side,
                 "statistics",
@@ -61,7 +60,8 @@ def check_collect(config: Config, run: RunDirectory, world_size: int, *, verify:
     tokenizer = tokenizer_fingerprint(config.model.tokenizer or config.model.path)
     artefact.require_same(data, "tokenizer", tokenizer, "tokenizer", "prepare CONFIG")
     inputs = {
-        side: {"model": info.fingerprint, "tokenizer": tokenizer, "data": data.content, "side": side} for side in SIDES
+        side: {"model": info.fingerprint, "tokenizer": tokenizer, "data": data.content, "side": side}
+        for side in config.data.sides
     }
     settings = {
         "dtype": config.model.dtype,
@@ -95,7 +95,7 @@ def collect(config: Config, run: RunDirectory, world: World) -> None:
     job = world.agree(lambda: check_collect(config, run, world.size))
     job = job or check_collect(config, run, world.size, verify=False)
     done = world.broadcast(job.done(run) if world.is_main else [])
-    todo = [side for side in SIDES if side not in done]
+    todo = [side for side in job.inputs if side not in done]
     if not todo:
         return
     with stage_log(run, "collect", enabled=world.is_main) as log:

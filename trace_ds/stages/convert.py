@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from trace_ds.conversion.stream import Progress as ProgressFunction
 
 MAX_JOBS = 4
+RETAIN_NAMES = {"nll": "NLL", "kl": "KL to the frozen model", "hidden_mse": "hidden-state MSE"}
 
 
 def convert(config: Config, run: RunDirectory) -> None:
@@ -132,7 +133,7 @@ def _card(config: Config, run: RunDirectory) -> dict[str, Any]:
     settings = config.unlearning
     method = {
         "forget loss": settings.forget_loss,
-        "retain loss": "hidden-state MSE" if settings.forget_loss == "rmu" else "NLL",
+        "retain loss": RETAIN_NAMES[settings.retain_term],
         "weight rule": f"{config.calibration.rule}, {config.calibration.experts} experts, {config.calibration.level}",
         "weights act by": settings.apply,
         "alpha, gamma": f"{settings.alpha:g}, {settings.gamma:g}",

@@ -93,7 +93,7 @@ def check_early(verb: str, request: Request, world_size: int | None = None) -> N
         artefact.load(request.run.data, "data", "prepare CONFIG", verify=False)
     if verb in ("run", "prepare"):
         tokenizer_fingerprint(config.model.tokenizer or config.model.path)
-        for side in ("forget", "retain"):
+        for side in config.data.sides:
             check_files(getattr(config.data, side), f"data.{side}")
     if verb in ("run", "evaluate"):
         from trace_ds.evaluation.items import read_tasks
@@ -165,9 +165,10 @@ def _launch(stage: str, request: Request, lock: int, lock_owner: RunDirectory) -
 
 def _is_done(stage: str, request: Request, nproc: int) -> bool:
     if stage == "collect":
-        from trace_ds.stages.collect import SIDES, check_collect
+        from trace_ds.stages.collect import check_collect
 
-        return len(check_collect(request.config, request.run, nproc).done(request.run)) == len(SIDES)
+        collection = check_collect(request.config, request.run, nproc)
+        return len(collection.done(request.run)) == len(collection.inputs)
     if stage == "evaluate":
         from trace_ds.stages.evaluate import check_evaluate
 

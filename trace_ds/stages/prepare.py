@@ -20,21 +20,19 @@ DOCUMENTS_PER_CALL = 256
 
 
 def prepare(config: Config, run: RunDirectory) -> artefact.Artefact:
-    """Tokenise and pack the forget and the retain corpus into ``RUN/data``."""
+    """Tokenise and pack the corpora (forget, retain, and the alternative one if there is one) into ``RUN/data``."""
+    sides = config.data.sides
     tokenizer_path = config.model.tokenizer or config.model.path
-    for side in ("forget", "retain"):
+    for side in sides:
         check_files(getattr(config.data, side), f"data.{side}")
-    inputs = {
-        "tokenizer": tokenizer_fingerprint(tokenizer_path),
-        "forget": corpus_fingerprint(config.data.forget),
-        "retain": corpus_fingerprint(config.data.retain),
-    }
-    settings = config.data.model_dump(mode="json", exclude={"forget", "retain"})
+    inputs = {"tokenizer": tokenizer_fingerprint(tokenizer_path)}
+    inputs |= {side: corpus_fingerprint(getattr(config.data, side)) for side in sides}
+    settings = config.data.model_dump(mode="json", exclude={"forget", "retain", "alternative"})
     if artefact.is_done(run.data, "data", artefact.identity_of("data", inputs, settings)):
         return artefact.load(run.data, "data", "prepare CONFIG", verify=False)
     with stage_log(run, "prepare") as log, replacing_directory(run.data) as directory:
         summary = {}
-        for side in ("forget", "retain"):
+        for side in sides:
             counts = _prepare_side(config, getattr(config.data, side), side, directory, Path(tokenizer_path))
             summary[side] = vars(counts)
             log.line(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from trace_ds import __version__
 from trace_ds.checkpoints.manifest import Manifest, newest_complete, read_manifest, step_name
-from trace_ds.config.schema import Config
+from trace_ds.config.schema import Config, TrainableConfig
 from trace_ds.corpora.tokenizer import tokenizer_fingerprint
 from trace_ds.errors import UserError
 from trace_ds.models.families import ModelInfo, check_expert_parallel, inspect_model, require_plain_logits
@@ -44,8 +44,10 @@ class UnlearnJob:
     info: ModelInfo
     data: artefact.Artefact
     calibration: artefact.Artefact
-    forget_statistics: artefact.Artefact | None
     traces: dict[str, artefact.Artefact]
+    statistics: dict[str, artefact.Artefact]  # by side, where the frozen model's losses or gates are needed
+    experts: dict[int, tuple[int, ...]] | None  # trained experts by decoder layer; None: all
+    anchored: tuple[int, tuple[int, ...]] | None  # SEUF's MoE layer and its experts
     identity: str
 
     def done(self, config: Config, run: RunDirectory) -> bool:
@@ -81,17 +83,20 @@ def check_unlearn(config: Config, run: RunDirectory, world_size: int, *, verify:
         raise UserError(
             f"layer {layer} of a model with {info.decoder_layers} decoder layers", "unlearning.rmu.layer", "lower it"
         )
-    statistics = None
-    if settings.forget_loss == "npo":
-        statistics = artefact.load(run.statistics / "forget", "statistics", "collect CONFIG", verify=verify)
-        artefact.require_same(statistics, "model", info.fingerprint, "model", "collect CONFIG")
-        artefact.require_same(statistics, "data", data.content, "data", "collect CONFIG")
     traces = {}
     if settings.evaluate.every and config.statistics.trace:
         for side in ("forget", "retain"):
             traces[side] = artefact.load(run.statistics / side, "statistics", "collect CONFIG", verify=verify)
             artefact.require_same(traces[side], "model", info.fingerprint, "model", "collect CONFIG")
             artefact.require_same(traces[side], "data", data.content, "data", "collect CONFIG")
+    statistics: dict[str, artefact.Artefact] = {}
+    if settings.forget_loss in ("npo", "dpo") or settings.seuf is not None:
+        for side in ("forget", *(["alternative"] if settings.forget_loss == "dpo" else [])):
+            found = artefact.load(run.statistics / side, "statistics", "collect CONFIG", verify=verify)
+            artefact.require_same(found, "model", info.fingerprint, "model", "collect CONFIG")
+            artefact.require_same(found, "data", data.content, "data", "collect CONFIG")
+            statistics[side] = found
+    experts, anchored = choose_trained(config, info, calibration, statistics.get("forget"))
     ds_config = None
     if settings.ds_config is not None:
         from trace_ds.models.engine_config import user_ds_config
@@ -114,7 +119,45 @@ def check_unlearn(config: Config, run: RunDirectory, world_size: int, *, verify:
             }
         )
     )
-    return UnlearnJob(info, data, calibration, statistics, traces, identity)
+    return UnlearnJob(info, data, calibration, traces, statistics, experts, anchored, identity)
+
+
+def choose_trained(
+    config: Config, info: ModelInfo, calibration: artefact.Artefact, statistics: artefact.Artefact | None
+) -> tuple[dict[int, tuple[int, ...]] | None, tuple[int, tuple[int, ...]] | None]:
+    """(experts trained, by decoder layer, None for all; SEUF's MoE layer and its experts, or None).
+
+    Raises:
+        UserError: a pattern of names matches nothing, no expert is selected, or SEUF's layer is not there.
+    """
+    settings = config.unlearning
+    if settings.trainable == TrainableConfig() and settings.seuf is None:
+        return None, None
+    from safetensors.numpy import load_file
+
+    from trace_ds.models.routers import meta_model, moe_decoder_layers
+    from trace_ds.routing.statistics import RoutingStatistics
+    from trace_ds.unlearning import seuf, trainable
+
+    model = meta_model(info.path)
+    trainable.choose(trainable.parameter_kinds(model), settings.trainable)
+    layers = moe_decoder_layers(model)
+    if settings.seuf is not None:
+        assert statistics is not None
+        mass_LE = RoutingStatistics.load(statistics.file("statistics.safetensors")).gate_mass_LE
+        number, chosen = seuf.choose_experts(mass_LE, layers, settings.last_layer(info.decoder_layers), settings.seuf)
+        return {layers[number]: chosen}, (number, chosen)
+    if not settings.trainable.selected_experts:
+        return None, None
+    selected_LE = load_file(calibration.file("calibration.safetensors"))["selected_LE"]
+    if not selected_LE.any():
+        raise UserError(
+            "the calibration selected no expert",
+            "unlearning.trainable.selected_experts",
+            "change calibration.detection",
+        )
+    experts = {layers[n]: tuple(int(e) for e in row.nonzero()[0]) for n, row in enumerate(selected_LE) if row.any()}
+    return experts, None
 
 
 def unlearn(config: Config, run: RunDirectory, world: World) -> None:
@@ -125,6 +168,7 @@ def unlearn(config: Config, run: RunDirectory, world: World) -> None:
     """
     from trace_ds.checkpoints import commit, elastic
     from trace_ds.run.log import stage_log
+    from trace_ds.unlearning import grip
     from trace_ds.unlearning.assemble import make_objective
     from trace_ds.unlearning.engine import training_engine
     from trace_ds.unlearning.job import train
@@ -144,9 +188,11 @@ def unlearn(config: Config, run: RunDirectory, world: World) -> None:
             log.line(f"WARNING {problem}")
         log.drop_scalars_after(checkpoint.step if checkpoint else 0)
         batches = make_batches(config, job)
-        engine = training_engine(config, job.info, world, batches.micro_batches_per_step(world.size))
+        engine = training_engine(config, job.info, world, batches.micro_batches_per_step(world.size), job.experts)
         cursor = checkpoint.cursor if checkpoint else {"step": 0, "seed": config.seed}
-        objective, cursor = make_objective(config, job.info, world, batches, cursor)
+        objective, cursor = make_objective(config, job.info, world, batches, cursor, job.anchored)
+        if settings.grip is not None:
+            grip.install(engine, batches, world.device, settings.grip)
         manifest = _manifest(config, job, world, checkpoint.step if checkpoint else 0, cursor)
         if checkpoint is not None and (checkpoint.world, checkpoint.ep, checkpoint.zero_stage) == shape:
             commit.restore(engine, run.checkpoints, checkpoint)
@@ -181,9 +227,20 @@ def make_batches(config: Config, job: UnlearnJob) -> Batches:
     if config.unlearning.apply == "loss" and config.unlearning.weights == "reference":
         token_weights = TokenArray([np.load(job.calibration.file("weights.npy"), mmap_mode="r", allow_pickle=False)])
     row_weights_R = np.load(job.calibration.file("row_weights.npy"), mmap_mode="r", allow_pickle=False)
-    nll = TokenArray(open_parts(job.forget_statistics, "nll")) if job.forget_statistics is not None else None
-    forget, retain = (TokenDataset.open(job.data.file(f"{side}.arrow")) for side in ("forget", "retain"))
-    return Batches(config, forget, retain, token_weights, row_weights_R, nll)
+    reference = config.unlearning.forget_loss in ("npo", "dpo")
+    nll = {side: TokenArray(open_parts(found, "nll")) for side, found in job.statistics.items() if reference}
+    sides = ("forget", "retain", *(["alternative"] if "alternative" in nll else []))
+    datasets = {side: TokenDataset.open(job.data.file(f"{side}.arrow")) for side in sides}
+    return Batches(
+        config,
+        datasets["forget"],
+        datasets["retain"],
+        token_weights,
+        row_weights_R,
+        nll.get("forget"),
+        datasets.get("alternative"),
+        nll.get("alternative"),
+    )
 
 
 def make_evaluator(config: Config, job: UnlearnJob, world: World) -> Evaluator | None:

@@ -10,26 +10,66 @@ import torch
 from trace_ds.config.schema import Config
 from trace_ds.models.engine import reference_engine
 from trace_ds.models.families import ModelInfo
-from trace_ds.parallel.world import World
+from trace_ds.parallel.world import World, quiet_deepspeed
 from trace_ds.unlearning.batches import Batches
-from trace_ds.unlearning.loss import RMU, Objective, TokenLoss, hidden_at
+from trace_ds.unlearning.loss import FROZEN_LOGITS, ForgetRetain, Frozen, Objective, hidden_at
 from trace_ds.unlearning.objectives import rmu_target
+from trace_ds.unlearning.seuf import Anchor
 
 
 def make_objective(
-    config: Config, info: ModelInfo, world: World, batches: Batches, cursor: dict[str, Any]
+    config: Config,
+    info: ModelInfo,
+    world: World,
+    batches: Batches,
+    cursor: dict[str, Any],
+    anchored: tuple[int, tuple[int, ...]] | None = None,
 ) -> tuple[Objective, dict[str, Any]]:
-    """The objective, and the cursor with the job constants it needs (kept in checkpoints for exact resumption)."""
-    settings = config.unlearning
-    if settings.forget_loss != "rmu":
-        return TokenLoss(settings), cursor
-    layer = settings.rmu.layer if settings.rmu.layer is not None else info.decoder_layers // 2
-    reference = reference_engine(config, info, world, layers=layer + 1)
-    if "rmu_hidden_norm" not in cursor:
-        cursor = {**cursor, "rmu_hidden_norm": mean_hidden_norm(reference, layer, world, batches)}
-    length = settings.rmu.coefficient * cursor["rmu_hidden_norm"]
-    target_D = rmu_target(int(info.config["hidden_size"]), config.seed, length).to(world.device)
-    return RMU(layer, target_D, reference, whole=settings.weights == "live"), cursor
+    """The objective, and the cursor with the job constants it needs (kept in checkpoints for exact resumption).
+
+    The frozen copy holds the layers that are needed and no others; without need for one there is none.
+
+    Args:
+        anchored: the MoE layer and the experts that SEUF anchors the router on.
+    """
+    settings, retain = config.unlearning, config.unlearning.retain_term
+    rmu = settings.forget_loss == "rmu"
+    layer = None
+    if rmu or retain == "hidden_mse":
+        layer = settings.rmu.layer if settings.rmu.layer is not None else info.decoder_layers // 2
+    logits = settings.forget_loss in FROZEN_LOGITS or retain in FROZEN_LOGITS
+    adaptive = rmu and settings.rmu.scale == "adaptive"
+    measured = rmu and settings.rmu.scale == "mean_norm" and "rmu_hidden_norm" not in cursor
+    frozen = None
+    if logits or retain == "hidden_mse" or adaptive or measured:
+        layers = info.decoder_layers if logits or layer is None else layer + 1
+        engine = reference_engine(config, info, world, layers=layers)
+        if measured:
+            assert layer is not None
+            cursor = {**cursor, "rmu_hidden_norm": mean_hidden_norm(engine, layer, world, batches)}
+        if logits or retain == "hidden_mse" or adaptive:
+            frozen = Frozen(engine, _whole_head(engine) if logits else None)
+    target_D = None
+    if rmu:
+        unit = cursor["rmu_hidden_norm"] if settings.rmu.scale == "mean_norm" else 1.0
+        length = settings.rmu.coefficient * unit
+        target_D = rmu_target(int(info.config["hidden_size"]), config.seed, length).to(world.device)
+    anchor = None
+    if anchored is not None and settings.seuf is not None:
+        moe_layer, experts = anchored
+        target_E = torch.zeros(info.experts, device=world.device)
+        target_E[list(experts)] = 1.0
+        anchor = Anchor(moe_layer, target_E, settings.seuf.anchor)
+    whole = settings.weights == "live"
+    return ForgetRetain(settings, retain, layer, target_D, frozen, anchor, whole), cursor
+
+
+def _whole_head(engine: Any) -> torch.Tensor:
+    """The frozen LM head [V, D] on this rank, gathered where ZeRO partitions it."""
+    weight = engine.module.lm_head.weight
+    partitioned = hasattr(weight, "ds_id")
+    with quiet_deepspeed().zero.GatheredParameters([weight], enabled=partitioned):
+        return weight.detach().clone()
 
 
 def mean_hidden_norm(reference: Any, layer: int, world: World, batches: Batches, steps: int = 4) -> float:

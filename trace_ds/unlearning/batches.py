@@ -5,7 +5,8 @@ Shape legend: F forget rows, R retain rows, B = F + R, S positions.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ class MicroBatch:
             0 in forget rows.
         reference_nll_BS: fp32, the frozen model's losses of the forget rows (zeros when not recorded).
         forget_rows: F.
+        alternative: the rows preferred to the forget rows, one for each (dpo), in the same shape.
     """
 
     input_ids_BS: torch.Tensor
@@ -35,10 +37,13 @@ class MicroBatch:
     weights_BS: torch.Tensor
     reference_nll_BS: torch.Tensor
     forget_rows: int
+    alternative: MicroBatch | None = None
 
     def to(self, device: torch.device) -> MicroBatch:
-        tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
-        return MicroBatch(**tensors, forget_rows=self.forget_rows)
+        moved: dict[str, Any] = {
+            name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor | MicroBatch)
+        }
+        return replace(self, **moved)
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,7 @@ class Batches:
             sampling`` rows are drawn in proportion, else each comes once per epoch. Live weights then correct for
             the draw: a token counts 1 / (its row's weight).
         reference_nll: the frozen model's losses of the forget tokens, or None.
+        alternative, alternative_nll: dpo: the corpus preferred to the forget rows and the frozen model's losses of it.
     """
 
     def __init__(
@@ -71,6 +77,8 @@ class Batches:
         token_weights: TokenArray | None,
         row_weights_R: np.ndarray,
         reference_nll: TokenArray | None,
+        alternative: TokenDataset | None = None,
+        alternative_nll: TokenArray | None = None,
     ) -> None:
         settings = config.unlearning
         self._forget, self._retain = forget, retain
@@ -91,6 +99,8 @@ class Batches:
             if settings.weights == "live":
                 self._row_scale_R = row_weights_R
         self._settings = settings
+        self._alternative, self._alternative_nll = alternative, alternative_nll
+        self._usable_alternative = np.flatnonzero(counted_per_row(alternative)) if alternative else np.zeros(0, int)
 
     def micro_batches_per_step(self, world_size: int) -> int:
         """Gradient accumulation steps: the same on every rank, for every step."""
@@ -114,10 +124,12 @@ class Batches:
         )
 
     def _micro_batch(self, forget_rows: np.ndarray, retain_rows: np.ndarray) -> MicroBatch:
+        alternative_rows = self._paired(forget_rows)
         length = max(
             [1]
             + [self._length(self._forget, row) for row in forget_rows]
             + [self._length(self._retain, row) for row in retain_rows]
+            + [self._length(self._alternative, row) for row in alternative_rows if self._alternative]
         )
         forget = self._forget.batch(forget_rows.tolist(), 0, length)
         retain = self._retain.batch(retain_rows.tolist(), 0, length)
@@ -139,6 +151,23 @@ class Batches:
             torch.cat([weights_FS, weights_RS]),
             reference,
             len(forget_rows),
+            self._preferred(alternative_rows, length),
+        )
+
+    def _paired(self, forget_rows: np.ndarray) -> np.ndarray:
+        """The alternative row of each forget row: row i's is row i modulo their number; -1 stays an empty row."""
+        if self._alternative is None:
+            return np.zeros(0, dtype=np.int64)
+        return np.where(forget_rows < 0, -1, self._usable_alternative[forget_rows % len(self._usable_alternative)])
+
+    def _preferred(self, rows: np.ndarray, length: int) -> MicroBatch | None:
+        if self._alternative is None or self._alternative_nll is None:
+            return None
+        batch = self._alternative.batch(rows.tolist(), 0, length)
+        reference = _rows_of(self._alternative_nll, self._alternative, rows, length)
+        shape = batch.counted_BS.shape
+        return MicroBatch(
+            batch.input_ids_BS, batch.position_ids_BS, batch.counted_BS, torch.zeros(shape), reference, len(rows)
         )
 
     @staticmethod

@@ -11,11 +11,22 @@ from trace_ds.config.schema import Config
 from trace_ds.models import engine
 from trace_ds.models.engine_config import merge, user_ds_config
 from trace_ds.models.families import ModelInfo
+from trace_ds.models.routers import meta_model
 from trace_ds.parallel.world import World
+from trace_ds.unlearning import trainable
 
 
-def training_engine(config: Config, info: ModelInfo, world: World, accumulation: int) -> Any:
-    """The DeepSpeed training engine: AdamW, ZeRO as configured, experts sharded by AutoEP when ep > 1."""
+def training_engine(
+    config: Config,
+    info: ModelInfo,
+    world: World,
+    accumulation: int,
+    experts: dict[int, tuple[int, ...]] | None = None,
+) -> Any:
+    """The DeepSpeed training engine: AdamW, ZeRO as configured, experts sharded by AutoEP when ep > 1.
+
+    ``experts``: by decoder layer, the experts that are trained; None: all.
+    """
     settings = config.unlearning
     optimizer = settings.optimizer
     ds_config = engine.base_ds_config(ep=config.distributed.ep, info=info, zero_stage=settings.zero_stage)
@@ -34,10 +45,17 @@ def training_engine(config: Config, info: ModelInfo, world: World, accumulation:
             },
         },
     }
-    merged = merge(ds_config, user_ds_config(settings.ds_config))
+    trained = trainable.trained_by(meta_model(info.path), settings, experts, settings.last_layer(info.decoder_layers))
     made = engine.initialize(
-        config, info, world, merged, parts=engine.Parts(), trainable=True, recompute=settings.recompute
+        config,
+        info,
+        world,
+        merge(ds_config, user_ds_config(settings.ds_config)),
+        parts=engine.Parts(),
+        parameters=lambda model: trainable.parameter_groups(model, trained, optimizer.weight_decay),
+        recompute=settings.recompute,
     )
+    trainable.hold(made.module, trained)
     serialization.install(made)
     if settings.recompute and settings.zero_stage == 3:
         keep_recomputed(made)

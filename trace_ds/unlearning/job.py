@@ -21,6 +21,7 @@ from trace_ds.run.log import Progress, StageLog
 from trace_ds.unlearning.batches import Batches, Step
 from trace_ds.unlearning.live_weights import RetainWeights
 from trace_ds.unlearning.loss import Objective
+from trace_ds.unlearning.multiplier import Multiplier
 from trace_ds.unlearning.objectives import weighted_sum
 from trace_ds.unlearning.watch import Evaluator, judge
 
@@ -75,13 +76,16 @@ def train(
     if evaluator is not None and "evaluation_start" not in cursor:
         start = cursor["evaluation_start"] = evaluator(engine)
         log.evaluation(manifest.step, **start)
+    multiplier = Multiplier.of(settings, manifest.cursor)
     with termination_noted() as terminated:
         for step in range(manifest.step, settings.steps):
             done = step + 1
             data = batches.at(step, world.rank, world.size)
             seed_step(cursor["seed"], step, world.rank)
             slower = 0.5 ** cursor.get("back_offs", 0)
-            values = run_step(engine, world, data, objective, weights, settings, step, slower)
+            values = run_step(engine, world, data, objective, weights, settings, step, multiplier.alpha, slower)
+            multiplier = multiplier.after(values["loss_retain"])
+            cursor.update(multiplier.cursor())
             weights.end_step(engine, world, batches, done)
             stop = terminated() or (world.is_main and any(path.exists() for path in run.stop_files))
             stop = bool(world.max_int(int(stop)))
@@ -139,6 +143,7 @@ def run_step(
     weights: RetainWeights,
     settings: UnlearningConfig,
     step: int,
+    alpha: float,
     slower: float = 1.0,
 ) -> dict[str, float]:
     """One optimizer step; returns the losses (global), the gradient norm and the learning rate.
@@ -166,7 +171,9 @@ def run_step(
         forget = losses.forget / max(counts[losses.forget_per], 1)
         retain = weighted_sum(losses.retain_RS, weights.of(batch)) / max(step_data.retain_tokens, 1)
         sums += [float(forget.detach()), float(retain.detach())]
-        loss = settings.gamma * forget + settings.alpha * retain
+        loss = settings.gamma * forget + alpha * retain
+        if losses.penalty is not None:
+            loss = loss + losses.penalty / max(step_data.forget_tokens, 1)
         engine.backward(loss * world.size * accumulation)
     # One collective a step: the losses (and whether every rank's are finite), and what live weights need to know.
     totals = world.sum_float64(np.concatenate([sums, weights.local_sums()]))
@@ -187,7 +194,8 @@ def run_step(
     return {
         "loss_forget": float(totals[0]),
         "loss_retain": float(totals[1]),
-        "loss": float(settings.gamma * totals[0] + settings.alpha * totals[1]),
+        "loss": float(settings.gamma * totals[0] + alpha * totals[1]),
+        **({"alpha": alpha} if settings.forget_loss == "pdu" else {}),
         "grad_norm": norm,
         "lr": lr,
         **told,

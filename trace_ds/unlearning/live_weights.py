@@ -109,9 +109,10 @@ class LiveWeights(RetainWeights):
         return list(range(len(self._theta)))
 
     def indices(self, layer: int, batch: MicroBatch) -> torch.Tensor:
-        """Experts of every token [B, S, K] as just recorded."""
+        """Experts of every token [B, S, K] as just recorded (without the alternative rows, which come last)."""
         assert self._recorder is not None
-        return self._recorder.layer(layer)[1].reshape(*batch.counted_BS.shape, -1)
+        indices_TK = self._recorder.layer(layer)[1][: batch.counted_BS.numel()]
+        return indices_TK.reshape(*batch.counted_BS.shape, -1)
 
     @torch.no_grad()
     def of(self, batch: MicroBatch) -> torch.Tensor:

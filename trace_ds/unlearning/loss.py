@@ -1,16 +1,44 @@
-"""From a micro-batch to its losses: which forward passes an objective needs."""
+"""From a micro-batch to its losses: one pass of the trained model, at most one of the frozen one.
+
+Any forget loss goes with any retain loss. Three kinds exist: values of tokens from their logits, sums over sequences
+from token losses, and hidden states at a layer; ``docs/objectives.md`` is the table, and says how to add one.
+
+Shape legend: F forget rows, R retain rows, B all rows (forget, retain, and alternative ones last), S positions,
+D hidden size, V vocabulary, N tokens of a request, C of a chunk of them.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from torch.nn import functional
 
 from trace_ds.config.schema import UnlearningConfig
 from trace_ds.unlearning import objectives
 from trace_ds.unlearning.batches import MicroBatch
 from trace_ds.unlearning.forward import HeadRequest, forward
+from trace_ds.unlearning.seuf import Anchor, router_logits
+
+# (logits [C, V], targets [C], the frozen model's logits [C, V] where the loss needs them) -> values [C]
+TokenLoss = Callable[[torch.Tensor, torch.Tensor, Any], torch.Tensor]
+
+TOKEN_LOSSES: dict[str, Callable[[UnlearningConfig], TokenLoss]] = {
+    "nll": lambda settings: lambda z, y, frozen: objectives.nll(z, y),
+    "kl": lambda settings: lambda z, y, frozen: objectives.kl_to_frozen(z, frozen),
+    "graddiff": lambda settings: lambda z, y, frozen: -objectives.nll(z, y),
+    "wga": lambda settings: lambda z, y, frozen: objectives.wga(z, y, settings.wga.beta),
+    "satimp": lambda settings: (
+        lambda z, y, frozen: objectives.satimp(z, y, settings.satimp.beta1, settings.satimp.beta2)
+    ),
+    "undial": lambda settings: lambda z, y, frozen: objectives.undial(z, y, frozen, settings.undial.strength),
+    "ceu": lambda settings: lambda z, y, frozen: objectives.ceu(z, y),
+    "pdu": lambda settings: lambda z, y, frozen: objectives.margin_flattening(z),
+}
+SEQUENCE_LOSSES = ("npo", "simnpo", "dpo")  # their tokens' value is the NLL
+FROZEN_LOGITS = ("undial", "kl")
 
 
 @dataclass(frozen=True)
@@ -22,78 +50,183 @@ class Losses:
         forget: scalar, the sum over the forget rows.
         retain_RS: per position of the retain rows, 0 where nothing is counted.
         forget_per: "token" or "sequence": which global count divides ``forget``.
+        penalty: scalar, a sum over forget tokens that is added to the loss (SEUF's anchor), or None.
     """
 
     forget: torch.Tensor
     retain_RS: torch.Tensor
     forget_per: str
+    penalty: torch.Tensor | None = None
 
 
 class Objective(Protocol):
     def __call__(self, engine: Any, batch: MicroBatch) -> Losses: ...
 
 
-def hidden_at(engine: Any, layer: int, batch: MicroBatch, *, whole: bool = False) -> torch.Tensor:
-    """The output of decoder layer ``layer`` [B, S, D]; nothing above that layer runs, unless ``whole``."""
-    found = forward(engine, batch.input_ids_BS, batch.position_ids_BS, layer=layer, last=whole).layer_BSD
-    assert found is not None
-    return found
+@dataclass(frozen=True)
+class Frozen:
+    """The frozen model, sharded like the job.
+
+    Attributes:
+        engine: its layers, as many as are needed.
+        head_VD: its LM head, whole on every rank (the logits of a chunk are made from it, in both directions);
+            None where no logits are needed.
+    """
+
+    engine: Any
+    head_VD: torch.Tensor | None
 
 
 @dataclass(frozen=True)
-class RMU:
-    """RMU (Li et al., arXiv 2403.03218): steer forget hidden states to c·u, hold retain ones at the frozen model's.
-
-    L_forget = (1/n) Σ_t ‖h_t − c u‖²/D over forget tokens, L_retain = (1/n) Σ_t w_t ‖h_t − h_t^ref‖²/D over retain
-    tokens, both at the output of one decoder layer.
+class ForgetRetain:
+    """γ-side and α-side of the loss of a micro-batch.
 
     Attributes:
-        layer: decoder layer.
-        target_D: c·u.
-        reference: frozen engine that ends with that layer.
-        whole: run the layers above too, because live weights look at their routers.
+        settings: names and constants of the losses.
+        retain_loss: nll, kl or hidden_mse.
+        layer: decoder layer of the hidden states, where one of the two is computed from them.
+        target_D: RMU: c·u; adaptive: β·u.
+        frozen: the frozen model where something of it is not in ``collect``'s artefacts.
+        anchor: SEUF's pull on one router.
+        whole: run all layers whatever the losses need, because live weights look at their routers.
     """
 
-    layer: int
-    target_D: torch.Tensor
-    reference: Any
+    settings: UnlearningConfig
+    retain_loss: str
+    layer: int | None = None
+    target_D: torch.Tensor | None = None
+    frozen: Frozen | None = None
+    anchor: Anchor | None = None
     whole: bool = False
 
     def __call__(self, engine: Any, batch: MicroBatch) -> Losses:
-        split = batch.forget_rows
-        with torch.no_grad():
-            frozen_BSD = hidden_at(self.reference, self.layer, batch)
-        hidden_BSD = hidden_at(engine, self.layer, batch, whole=self.whole)
-        counted_BS = batch.counted_BS.float()
-        forget_BS = objectives.hidden_mse(hidden_BSD[:split], self.target_D)
-        retain_BS = objectives.hidden_mse(hidden_BSD[split:], frozen_BSD[split:])
-        return Losses(
-            (forget_BS * counted_BS[:split]).sum(),
-            retain_BS * counted_BS[split:],
-            "token",
+        loss, first_retain, end_retain = self.settings.forget_loss, batch.forget_rows, len(batch.counted_BS)
+        ids_BS, positions_BS, counted_BS = batch.input_ids_BS, batch.position_ids_BS, batch.counted_BS
+        if batch.alternative is not None:
+            other = batch.alternative
+            ids_BS = torch.cat([ids_BS, other.input_ids_BS])
+            positions_BS = torch.cat([positions_BS, other.position_ids_BS])
+            counted_BS = torch.cat([counted_BS, other.counted_BS])
+        sides: dict[str, tuple[int, int, str]] = {}
+        if loss != "rmu":
+            sides["forget"] = (0, first_retain, "nll" if loss in SEQUENCE_LOSSES else loss)
+        if self.retain_loss != "hidden_mse":
+            sides["retain"] = (first_retain, end_retain, self.retain_loss)
+        if batch.alternative is not None:
+            sides["alternative"] = (end_retain, len(counted_BS), "nll")
+        frozen = self._frozen_pass(ids_BS[:end_retain], positions_BS[:end_retain], first_retain)
+        requests = [self._request(ids_BS, counted_BS, *side, frozen) for side in sides.values()]
+        with router_logits(engine.module, self.anchor.moe_layer if self.anchor else None) as logits:
+            found = forward(engine, ids_BS, positions_BS, layer=self.layer, requests=requests, last=self.whole)
+        values = {
+            side: _in_place(counted_BS, request, value_N)[sides[side][0] : sides[side][1]]
+            for side, request, value_N in zip(sides, requests, found.values, strict=True)
+        }
+        if self.retain_loss == "hidden_mse":
+            assert found.layer_BSD is not None
+            hidden_RSD, frozen_RSD = found.layer_BSD[first_retain:end_retain], frozen.hidden(first_retain, end_retain)
+            retain_RS = objectives.hidden_mse(hidden_RSD, frozen_RSD) * counted_BS[first_retain:end_retain]
+        else:
+            retain_RS = values["retain"]
+        counted_FS = counted_BS[:first_retain]
+        if loss == "rmu":
+            assert found.layer_BSD is not None and self.target_D is not None
+            target = self.target_D
+            if self.settings.rmu.scale == "adaptive":
+                target = objectives.adaptive_rmu_target(target, frozen.hidden(0, first_retain))
+            forget = (objectives.hidden_mse(found.layer_BSD[:first_retain], target) * counted_FS).sum()
+        elif loss in SEQUENCE_LOSSES:
+            forget = self._sequence_sum(values["forget"], values.get("alternative"), counted_FS, batch)
+        else:
+            forget = values["forget"].sum()
+        penalty = self.anchor.penalty(logits[0], counted_FS) if self.anchor else None
+        return Losses(forget, retain_RS, "sequence" if loss in SEQUENCE_LOSSES else "token", penalty)
+
+    def _sequence_sum(
+        self, nll_FS: torch.Tensor, preferred_FS: torch.Tensor | None, counted_FS: torch.Tensor, batch: MicroBatch
+    ) -> torch.Tensor:
+        settings, reference_FS = self.settings, batch.reference_nll_BS[: batch.forget_rows]
+        if settings.forget_loss == "npo":
+            return objectives.npo_forget_sum(nll_FS, reference_FS, counted_FS, settings.npo.beta)
+        if settings.forget_loss == "simnpo":
+            return objectives.simnpo_forget_sum(nll_FS, counted_FS, settings.simnpo.beta, settings.simnpo.delta)
+        assert preferred_FS is not None and batch.alternative is not None
+        preferred_reference_FS = batch.alternative.reference_nll_BS
+        return objectives.dpo_forget_sum(
+            nll_FS, reference_FS, counted_FS, preferred_FS, preferred_reference_FS, settings.dpo.beta
         )
+
+    def _frozen_pass(self, ids_BS: torch.Tensor, positions_BS: torch.Tensor, first_retain: int) -> _FrozenStates:
+        """The frozen model over the rows that need it: forget, retain or both."""
+        if self.frozen is None:
+            return _FrozenStates(0, None, None, None)
+        loss, adaptive = self.settings.forget_loss, self.settings.rmu.scale == "adaptive"
+        begin = 0 if loss == "undial" or (loss == "rmu" and adaptive) else first_retain
+        end = first_retain if self.retain_loss == "nll" else len(ids_BS)
+        hidden = self.retain_loss == "hidden_mse" or (loss == "rmu" and adaptive)
+        with torch.no_grad():
+            found = forward(
+                self.frozen.engine,
+                ids_BS[begin:end],
+                positions_BS[begin:end],
+                layer=self.layer if hidden else None,
+                last=self.frozen.head_VD is not None,
+            )
+        return _FrozenStates(begin, found.layer_BSD, found.last_BSD, self.frozen.head_VD)
+
+    def _request(
+        self,
+        ids_BS: torch.Tensor,
+        counted_BS: torch.Tensor,
+        begin: int,
+        end: int,
+        name: str,
+        frozen: _FrozenStates,
+    ) -> HeadRequest:
+        rows_N, columns_N = counted_BS[begin:end].nonzero(as_tuple=True)
+        rows_N = rows_N + begin
+        targets_N = ids_BS[rows_N, columns_N + 1]
+        token_loss = TOKEN_LOSSES[name](self.settings)
+        frozen_ND = frozen.last(rows_N, columns_N) if name in FROZEN_LOGITS else None
+
+        def values(logits_CV: torch.Tensor, part: slice) -> torch.Tensor:
+            frozen_CV = None if frozen_ND is None else functional.linear(frozen_ND[part], frozen.head())
+            return token_loss(logits_CV, targets_N[part], frozen_CV)
+
+        return HeadRequest(rows_N, columns_N, values)
 
 
 @dataclass(frozen=True)
-class TokenLoss:
-    """The forget losses that act on token losses, with the NLL of the retain rows."""
+class _FrozenStates:
+    """Hidden states of the frozen model for rows from ``begin`` on."""
 
-    settings: UnlearningConfig
+    begin: int
+    layer_BSD: torch.Tensor | None
+    last_BSD: torch.Tensor | None
+    head_VD: torch.Tensor | None
 
-    def __call__(self, engine: Any, batch: MicroBatch) -> Losses:
-        split, settings = batch.forget_rows, self.settings
-        rows_N, columns_N = batch.counted_BS.nonzero(as_tuple=True)
-        targets_N = batch.input_ids_BS[rows_N, columns_N + 1]
-        request = HeadRequest(rows_N, columns_N, lambda logits_CV, part: objectives.nll(logits_CV, targets_N[part]))
-        (nll_N,) = forward(engine, batch.input_ids_BS, batch.position_ids_BS, requests=[request]).values
-        nll_BS = torch.zeros(batch.counted_BS.shape, device=nll_N.device).index_put((rows_N, columns_N), nll_N)
-        forget_BS, counted_BS = nll_BS[:split], batch.counted_BS[:split]
-        per = "token" if settings.forget_loss == "graddiff" else "sequence"
-        if settings.forget_loss == "graddiff":
-            forget = objectives.graddiff_forget_sum(forget_BS)
-        elif settings.forget_loss == "npo":
-            reference_BS = batch.reference_nll_BS[:split]
-            forget = objectives.npo_forget_sum(forget_BS, reference_BS, counted_BS, settings.npo.beta)
-        else:
-            forget = objectives.simnpo_forget_sum(forget_BS, counted_BS, settings.simnpo.beta, settings.simnpo.delta)
-        return Losses(forget, nll_BS[split:], per)
+    def hidden(self, begin: int, end: int) -> torch.Tensor:
+        assert self.layer_BSD is not None
+        return self.layer_BSD[begin - self.begin : end - self.begin]
+
+    def last(self, rows_N: torch.Tensor, columns_N: torch.Tensor) -> torch.Tensor:
+        assert self.last_BSD is not None
+        return self.last_BSD[rows_N - self.begin, columns_N]
+
+    def head(self) -> torch.Tensor:
+        assert self.head_VD is not None
+        return self.head_VD
+
+
+def _in_place(counted_BS: torch.Tensor, request: HeadRequest, values_N: torch.Tensor) -> torch.Tensor:
+    """Values of tokens at their rows and columns, 0 elsewhere, [B, S]."""
+    return torch.zeros(counted_BS.shape, device=values_N.device).index_put(
+        (request.rows_N, request.columns_N), values_N
+    )
+
+
+def hidden_at(engine: Any, layer: int, batch: MicroBatch) -> torch.Tensor:
+    """The output of decoder layer ``layer`` [B, S, D]; nothing above that layer runs."""
+    found = forward(engine, batch.input_ids_BS, batch.position_ids_BS, layer=layer).layer_BSD
+    assert found is not None
+    return found

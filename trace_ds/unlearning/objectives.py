@@ -1,9 +1,11 @@
-"""The losses, as pure functions that return *sums* over this rank's tokens or sequences.
+"""The losses, as pure functions; each says its formula, source and what we were unsure of.
 
-The job divides by global counts and never averages averages, so the result does not depend on how rows are sharded.
+They return one value a token or *sums* over this rank's sequences, never means: the job divides by global counts, so
+the result does not depend on how rows are sharded.
 
-Shape legend: B sequences (rows), S positions, D hidden size, V vocabulary. Counted positions are the loss-bearing
-ones: position t carries the hidden state and the loss of predicting token t+1.
+Shape legend: B sequences (rows), S positions, D hidden size, V vocabulary, N tokens. Counted positions are the
+loss-bearing ones: position t carries the hidden state and the loss of predicting token t+1. ℓ = −log p is the NLL of
+the target in nats; p its probability; z the logits. All arithmetic is fp32 whatever the logits' type.
 
 Cross-entropy is computed here: ``outputs.loss`` of Hugging Face MoE models may contain the load-balancing loss, which
 gradient ascent would then maximise.
@@ -14,29 +16,129 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
+# --- one value a token, from its logits -------------------------------------------------------------------------------
+
 
 def nll(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
-    """Negative log-likelihood (nats) of each token's target, softmax in fp32, [N]."""
+    """ℓ, the negative log-likelihood of each token's target, [N]."""
     return functional.cross_entropy(logits_NV.float(), targets_N, reduction="none")
 
 
-def token_nll(logits_BSV: torch.Tensor, input_ids_BS: torch.Tensor, counted_BS: torch.Tensor) -> torch.Tensor:
-    """Negative log-likelihood (nats, fp32) of the next token at counted positions, 0 elsewhere, [B, S].
+def wga(logits_NV: torch.Tensor, targets_N: torch.Tensor, beta: float) -> torch.Tensor:
+    """WGA, weighted gradient ascent: −p^β ℓ with p^β held constant (Wang et al., arXiv 2502.19301), [N].
 
-    From whole logits, for training loops of one's own; the job uses :mod:`trace_ds.unlearning.forward`.
+    Tokens that are forgotten already (small p) are ascended no further. β = 1 by default; β = 0 is GradDiff.
     """
-    rows, columns = counted_BS.nonzero(as_tuple=True)
-    nll_N = nll(logits_BSV[rows, columns], input_ids_BS[rows, columns + 1])
-    return torch.zeros(counted_BS.shape, dtype=torch.float32, device=nll_N.device).index_put((rows, columns), nll_N)
+    loss_N = nll(logits_NV, targets_N)
+    return -torch.exp(-beta * loss_N.detach()) * loss_N
 
 
-def weighted_sum(values_BS: torch.Tensor, weights_BS: torch.Tensor) -> torch.Tensor:
-    """Σ_t w_t v_t, the numerator of every retain loss: L_retain = Σ w_t ℓ_t / n over the global batch of n tokens.
+def satimp(logits_NV: torch.Tensor, targets_N: torch.Tensor, beta1: float, beta2: float) -> torch.Tensor:
+    """SatImp: −p^β₁ (1 − p)^β₂ ℓ with the weight held constant (Yang et al., arXiv 2505.11953), [N].
 
-    The divisor is n, not Σ w: the weights have mean 1 over the corpus, and renormalising each batch would cancel the
-    between-document part of the weights (our decision).
+    Defaults β₁ = 5, β₂ = 1, those of the OpenUnlearning benchmark; β₂ = 0 is WGA.
     """
-    return (values_BS * weights_BS).sum()
+    loss_N = nll(logits_NV, targets_N)
+    probability_N = torch.exp(-loss_N.detach())
+    return -(probability_N**beta1) * (1 - probability_N) ** beta2 * loss_N
+
+
+def undial(
+    logits_NV: torch.Tensor, targets_N: torch.Tensor, frozen_logits_NV: torch.Tensor, strength: float
+) -> torch.Tensor:
+    """UNDIAL: cross-entropy to the frozen model's distribution with the target's logit lowered by ``strength``, [N].
+
+    −Σ_v q_v log p_v, q = softmax(z^ref − strength · onehot(target)) (Dong et al., arXiv 2402.10052). Default 10, as in
+    the OpenUnlearning benchmark.
+    """
+    lowered_NV = (
+        frozen_logits_NV.detach()
+        .float()
+        .scatter_add(1, targets_N[:, None], torch.full_like(targets_N[:, None], -strength, dtype=torch.float32))
+    )
+    return _cross_entropy(torch.softmax(lowered_NV, dim=1), logits_NV)
+
+
+def ceu(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
+    """CE-U: cross-entropy to the model's own distribution without the target (Yang, arXiv 2503.01224), [N].
+
+    −Σ_v q_v log p_v with q = softmax(z with z_target = −∞), held constant. The authors leave out the first token of an
+    answer; our corpora know no answers, so every counted token takes part.
+    """
+    without_NV = logits_NV.detach().float().scatter(1, targets_N[:, None], float("-inf"))
+    return _cross_entropy(torch.softmax(without_NV, dim=1), logits_NV)
+
+
+def margin_flattening(logits_NV: torch.Tensor) -> torch.Tensor:
+    """PDU's forget loss: (max_v z_v − mean_v z_v)², least when the logits are all equal, [N].
+
+    Entesari et al., *Constrained Entropic Unlearning* (arXiv 2506.05314); the square is as in the OpenUnlearning
+    benchmark's form of it.
+    """
+    logits_NV = logits_NV.float()
+    return (logits_NV.amax(dim=1) - logits_NV.mean(dim=1)).square()
+
+
+def kl_to_frozen(logits_NV: torch.Tensor, frozen_logits_NV: torch.Tensor) -> torch.Tensor:
+    """KL(p^ref ‖ p) = Σ_v p^ref_v (log p^ref_v − log p_v) over the whole vocabulary (Maini et al., 2401.06121), [N]."""
+    frozen_NV = torch.log_softmax(frozen_logits_NV.detach().float(), dim=1)
+    return (frozen_NV.exp() * (frozen_NV - torch.log_softmax(logits_NV.float(), dim=1))).sum(dim=1)
+
+
+def _cross_entropy(target_NV: torch.Tensor, logits_NV: torch.Tensor) -> torch.Tensor:
+    return -(target_NV * torch.log_softmax(logits_NV.float(), dim=1)).sum(dim=1)
+
+
+# --- sums over sequences, from the token losses -----------------------------------------------------------------------
+
+
+def graddiff_forget_sum(nll_BS: torch.Tensor) -> torch.Tensor:
+    """Gradient ascent: −Σ ℓ over forget tokens (GradDiff, Liu et al., arXiv 2203.12817; Maini et al., 2401.06121)."""
+    return -nll_BS.sum()
+
+
+def npo_forget_sum(
+    nll_BS: torch.Tensor, reference_nll_BS: torch.Tensor, counted_BS: torch.Tensor, beta: float
+) -> torch.Tensor:
+    """NPO (Zhang et al., arXiv 2404.05868, eq. 3): Σ over sequences of −(2/β) log σ(β [NLL_θ(y) − NLL_ref(y)]).
+
+    NLL(y) is the *sum* over the sequence's tokens, as in the paper; a β of 0.1 saturates on long sequences. Rows with
+    no counted token add nothing.
+    """
+    return _preference_sum((nll_BS - reference_nll_BS).sum(dim=1), counted_BS, beta)
+
+
+def simnpo_forget_sum(nll_BS: torch.Tensor, counted_BS: torch.Tensor, beta: float, delta: float) -> torch.Tensor:
+    """SimNPO (Fan et al., arXiv 2410.07163, eq. 4): Σ over sequences of −(2/β) log σ(β [NLL_θ(y)/|y| − δ])."""
+    mean_B = nll_BS.sum(dim=1) / counted_BS.sum(dim=1).clamp(min=1)
+    return _preference_sum(mean_B - delta, counted_BS, beta)
+
+
+def dpo_forget_sum(
+    nll_BS: torch.Tensor,
+    reference_nll_BS: torch.Tensor,
+    counted_BS: torch.Tensor,
+    preferred_nll_BS: torch.Tensor,
+    preferred_reference_nll_BS: torch.Tensor,
+    beta: float,
+) -> torch.Tensor:
+    """DPO: Σ over pairs of −(2/β) log σ(β [(NLL_θ(y) − NLL_ref(y)) − (NLL_θ(y⁺) − NLL_ref(y⁺))]).
+
+    y is the forget row, y⁺ the row preferred to it; refusals as y⁺ make it IdkDPO (Rafailov et al., arXiv 2305.18290;
+    for unlearning Zhang et al., 2404.05868, and Maini et al., 2401.06121). NLLs are sums. The factor 2/β, as in NPO
+    and the OpenUnlearning benchmark, is not in the DPO paper.
+    """
+    forget_B = (nll_BS - reference_nll_BS).sum(dim=1)
+    preferred_B = (preferred_nll_BS - preferred_reference_nll_BS).sum(dim=1)
+    return _preference_sum(forget_B - preferred_B, counted_BS, beta)
+
+
+def _preference_sum(margin_B: torch.Tensor, counted_BS: torch.Tensor, beta: float) -> torch.Tensor:
+    loss_B = -(2.0 / beta) * functional.logsigmoid(beta * margin_B)
+    return (loss_B * counted_BS.any(dim=1)).sum()
+
+
+# --- hidden states ----------------------------------------------------------------------------------------------------
 
 
 def hidden_mse(hidden_BSD: torch.Tensor, target_BSD: torch.Tensor) -> torch.Tensor:
@@ -54,27 +156,40 @@ def rmu_target(hidden_size: int, seed: int, length: float) -> torch.Tensor:
     return direction / direction.norm() * length
 
 
-def graddiff_forget_sum(nll_BS: torch.Tensor) -> torch.Tensor:
-    """Gradient ascent: −Σ ℓ over forget tokens (GradDiff, Liu et al., arXiv 2203.12817; Maini et al., 2401.06121)."""
-    return -nll_BS.sum()
+def adaptive_rmu_target(target_D: torch.Tensor, frozen_BSD: torch.Tensor) -> torch.Tensor:
+    """Adaptive RMU's target: ``target_D`` times the norm of the frozen hidden state of each position, fp32 [B, S, D].
 
-
-def npo_forget_sum(
-    nll_BS: torch.Tensor, reference_nll_BS: torch.Tensor, counted_BS: torch.Tensor, beta: float
-) -> torch.Tensor:
-    """NPO (Zhang et al., arXiv 2404.05868, eq. 3): Σ over sequences of −(2/β) log σ(β [NLL_θ(y) − NLL_ref(y)]).
-
-    NLL(y) is the *sum* over the sequence's tokens, as in the paper; a β of 0.1 saturates on long sequences. Rows with
-    no counted token add nothing.
+    c_t = β ‖h_t^ref‖ (Huu-Tien et al., arXiv 2408.06223); ``target_D`` is β·u. Our reading: the norm of each forget
+    token by itself. The paper's abstract leaves open whether it is that or a mean over the batch.
     """
-    difference_B = (nll_BS - reference_nll_BS).sum(dim=1)
-    loss_B = -(2.0 / beta) * functional.logsigmoid(beta * difference_B)
-    return (loss_B * counted_BS.any(dim=1)).sum()
+    return frozen_BSD.detach().float().norm(dim=-1, keepdim=True) * target_D
 
 
-def simnpo_forget_sum(nll_BS: torch.Tensor, counted_BS: torch.Tensor, beta: float, delta: float) -> torch.Tensor:
-    """SimNPO (Fan et al., arXiv 2410.07163, eq. 4): Σ over sequences of −(2/β) log σ(β [NLL_θ(y)/|y| − δ])."""
-    lengths_B = counted_BS.sum(dim=1)
-    mean_B = nll_BS.sum(dim=1) / lengths_B.clamp(min=1)
-    loss_B = -(2.0 / beta) * functional.logsigmoid(beta * (mean_B - delta))
-    return (loss_B * (lengths_B > 0)).sum()
+# --- the retain side --------------------------------------------------------------------------------------------------
+
+
+def weighted_sum(values_BS: torch.Tensor, weights_BS: torch.Tensor) -> torch.Tensor:
+    """Σ_t w_t v_t, the numerator of every retain loss: L_retain = Σ w_t ℓ_t / n over the global batch of n tokens.
+
+    The divisor is n, not Σ w: the weights have mean 1 over the corpus, and renormalising each batch would cancel the
+    between-document part of the weights (our decision).
+    """
+    return (values_BS * weights_BS).sum()
+
+
+def dual_update(multiplier: float, retain_loss: float, bound: float, step: float) -> float:
+    """PDU's multiplier after a step: λ ← max(0, λ + η (L_retain − ε)) (Entesari et al., arXiv 2506.05314).
+
+    The job minimises L_forget + λ L_retain; where the retain loss exceeds its bound ε, λ grows.
+    """
+    return max(0.0, multiplier + step * (retain_loss - bound))
+
+
+def token_nll(logits_BSV: torch.Tensor, input_ids_BS: torch.Tensor, counted_BS: torch.Tensor) -> torch.Tensor:
+    """Negative log-likelihood (nats, fp32) of the next token at counted positions, 0 elsewhere, [B, S].
+
+    From whole logits, for training loops of one's own; the job uses :mod:`trace_ds.unlearning.forward`.
+    """
+    rows, columns = counted_BS.nonzero(as_tuple=True)
+    nll_N = nll(logits_BSV[rows, columns], input_ids_BS[rows, columns + 1])
+    return torch.zeros(counted_BS.shape, dtype=torch.float32, device=nll_N.device).index_put((rows, columns), nll_N)

@@ -1,0 +1,144 @@
+"""Independent references of the objectives in float64: other algebra, plain transformers, plain AdamW."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jobs
+import torch
+
+from trace_ds.config.load import load_config
+from trace_ds.run.directory import RunDirectory
+
+# name -> f(p [N, V] with gradient, z [N, V], y [N], p_ref [N, V], settings) -> [N]
+FORMULAS: dict[str, Callable[..., torch.Tensor]] = {
+    "nll": lambda p, z, y, r, s: -chosen(p, y).log(),
+    "graddiff": lambda p, z, y, r, s: chosen(p, y).log(),
+    "kl": lambda p, z, y, r, s: (r * (r / p).log()).sum(1),
+    "wga": lambda p, z, y, r, s: chosen(p, y).detach() ** s.wga.beta * chosen(p, y).log(),
+    "satimp": lambda p, z, y, r, s: (
+        chosen(p, y).detach() ** s.satimp.beta1 * (1 - chosen(p, y).detach()) ** s.satimp.beta2 * chosen(p, y).log()
+    ),
+    "undial": lambda p, z, y, r, s: (
+        -(normalised(scaled(r, y, float(torch.tensor(-s.undial.strength).exp()))) * p.log()).sum(1)
+    ),
+    "ceu": lambda p, z, y, r, s: -(normalised(scaled(p.detach(), y, 0.0)) * p.log()).sum(1),
+    "pdu": lambda p, z, y, r, s: (z.max(1).values - z.sum(1) / z.shape[1]) ** 2,
+}
+
+
+def chosen(p: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return p[torch.arange(len(y)), y]
+
+
+def scaled(p: torch.Tensor, y: torch.Tensor, factor: float) -> torch.Tensor:
+    result = p.clone()
+    result[torch.arange(len(y)), y] *= factor
+    return result
+
+
+def normalised(p: torch.Tensor) -> torch.Tensor:
+    return p / p.sum(1, keepdim=True)
+
+
+def token_values(name: str, z: torch.Tensor, y: torch.Tensor, z_ref: torch.Tensor, settings: Any) -> torch.Tensor:
+    p, r = (logits.exp() / logits.exp().sum(1, keepdim=True) for logits in (z, z_ref))
+    return FORMULAS[name](p, z, y, r, settings)
+
+
+def reference_run(config_path: str, run_dir: str, overrides: list[str], steps: int) -> dict[str, Any]:
+    """The job in one process and float64: losses [(forget, retain)] by step, and the weights in the hub layout."""
+    from transformers import AutoModelForCausalLM
+
+    from trace_ds.stages.unlearn import check_unlearn, make_batches
+
+    config, directory = load_config(config_path, overrides, run_dir)
+    settings = config.unlearning
+    batches = make_batches(config, check_unlearn(config, RunDirectory.at(directory), config.distributed.ep))
+    model, frozen = (
+        AutoModelForCausalLM.from_pretrained(
+            config.model.path, dtype=torch.float32, experts_implementation="eager"
+        ).double()
+        for _ in range(2)
+    )
+    frozen.requires_grad_(False)
+    layer = model.config.num_hidden_layers // 2
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=settings.optimizer.lr,
+        betas=settings.optimizer.betas,
+        eps=settings.optimizer.eps,
+        weight_decay=settings.optimizer.weight_decay,
+    )
+    direction = torch.rand(model.config.hidden_size, generator=torch.Generator().manual_seed(config.seed)).double()
+    direction /= direction.norm()
+    alpha, bound, losses = settings.alpha, None, []
+    for step in range(steps):
+        data = batches.at(step, 0, 1)
+        assert len(data.micro_batches) == 1
+        forget, retain = reference_losses(model, frozen, data.micro_batches[0], settings, layer, direction)
+        optimizer.zero_grad()
+        (settings.gamma * forget + alpha * retain).backward()
+        if settings.optimizer.gradient_clipping:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), settings.optimizer.gradient_clipping)
+        optimizer.step()
+        losses.append((float(forget.detach()), float(retain.detach())))
+        if settings.forget_loss == "pdu":
+            bound = 1.05 * losses[0][1]
+            alpha = max(0.0, alpha + settings.pdu.dual_step * (losses[-1][1] - bound))
+    return {"losses": losses, "weights": jobs.saved_weights(model.float())}
+
+
+def reference_losses(
+    model: Any, frozen: Any, batch: Any, settings: Any, layer: int, direction: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(forget, retain) of one micro-batch that is the whole step, row by row."""
+
+    def states(net: Any, part: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        out = net(
+            input_ids=part.input_ids_BS,
+            position_ids=part.position_ids_BS,
+            use_cache=False,
+            output_hidden_states=True,
+        )
+        return out.logits, out.hidden_states[layer + 1]
+
+    def row_values(name: str, logits: Any, reference: Any, part: Any, row: int) -> tuple[torch.Tensor, torch.Tensor]:
+        where = part.counted_BS[row].nonzero().squeeze(1)
+        targets = part.input_ids_BS[row, where + 1]
+        return where, token_values(name, logits[row, where], targets, reference[row, where], settings)
+
+    split, loss = batch.forget_rows, settings.forget_loss
+    (logits, hidden), (reference, frozen_hidden) = states(model, batch), states(frozen, batch)
+    retain_name = settings.retain_loss or ("hidden_mse" if loss == "rmu" else "nll")
+    retain, tokens = torch.zeros((), dtype=torch.float64), 0
+    for row in range(split, len(batch.counted_BS)):
+        where = batch.counted_BS[row].nonzero().squeeze(1)
+        if retain_name == "hidden_mse":
+            values = ((hidden[row, where] - frozen_hidden[row, where]) ** 2).mean(1)
+        else:
+            _, values = row_values(retain_name, logits, reference, batch, row)
+        retain = retain + (values * batch.weights_BS[row, where].double()).sum()
+        tokens += len(where)
+    parts = []
+    if loss == "dpo":
+        other_logits, other_reference = states(model, batch.alternative)[0], states(frozen, batch.alternative)[0]
+    for row in range(split):
+        where = batch.counted_BS[row].nonzero().squeeze(1)
+        if loss == "rmu":
+            length = settings.rmu.coefficient
+            if settings.rmu.scale == "adaptive":
+                length = length * (frozen_hidden[row, where] ** 2).sum(1, keepdim=True).sqrt()
+            parts.append(((hidden[row, where] - length * direction) ** 2).mean(1))
+        elif loss == "dpo":
+            margin = sum(
+                row_values("nll", z, reference, batch, row)[1].sum() * sign
+                for z, sign in ((logits, 1), (reference, -1))
+            )
+            for z, sign in ((other_logits, -1), (other_reference, 1)):
+                margin = margin + sign * row_values("nll", z, other_reference, batch.alternative, row)[1].sum()
+            parts.append((2 / settings.dpo.beta * torch.log1p(torch.exp(-settings.dpo.beta * margin)))[None])
+        else:
+            parts.append(row_values(loss, logits, reference, batch, row)[1])
+    return torch.cat(parts).mean(), retain / tokens

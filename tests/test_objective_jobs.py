@@ -1,0 +1,134 @@
+"""Objectives in whole jobs: losses and weights equal an independent float64 run, whatever the shape of the cluster."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jobs
+import numpy as np
+import pytest
+import tiny
+from distributed import run_distributed
+from objective_reference import reference_run
+from safetensors.numpy import load_file
+from test_unlearn import GRADIENT_LIKE, copy_of, losses_of, relative, weights_of
+
+from trace_ds.config.load import load_config
+from trace_ds.errors import UserError
+from trace_ds.run.directory import RunDirectory
+from trace_ds.stages.calibrate import calibrate
+from trace_ds.stages.prepare import prepare
+from trace_ds.stages.unlearn import check_unlearn
+
+STEPS = 2
+# One objective of each kind: token losses with and without the frozen model's logits on either side, a sequence loss,
+# hidden states on either side.
+OBJECTIVES = {
+    "satimp_kl": ["forget_loss=satimp", "satimp.beta1=0.3", "retain_loss=kl"],
+    "undial_hidden": ["forget_loss=undial", "retain_loss=hidden_mse"],
+    "dpo": ["forget_loss=dpo", "dpo.beta=0.03"],
+    "adaptive_rmu_nll": ["forget_loss=rmu", "rmu.scale=adaptive", "retain_loss=nll"],
+    "pdu": ["forget_loss=pdu", "pdu.dual_step=3"],
+}
+SHAPES = [(1, 1, 3), (2, 1, 1), (2, 2, 3), (4, 2, 1)]
+
+
+@pytest.fixture(scope="module")
+def calibrated(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(configuration, run directory) with three corpora, their statistics and a calibration with unequal weights."""
+    folder = tmp_path_factory.mktemp("objectives")
+    refusals = folder / "refusals.jsonl"
+    texts = ["the window is a garden", "no letter of the king", "a winter street"]
+    refusals.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    config = tiny.write_config(
+        folder, tiny_model, statistics__nll=True, data__alternative=[{"path": str(refusals)}], data__documents_per_row=1
+    )
+    loaded, run = load_config(str(config), [], folder / "run")
+    directory = RunDirectory.at(run)
+    directory.create("")
+    prepare(loaded, directory)
+    run_distributed(jobs.collect_job, 2, str(config), str(run), [])
+    calibrate(loaded, directory)
+    assert np.load(run / "calibration" / "weights.npy").std() > 0.1
+    return config, run
+
+
+def overrides_of(name: str, ep: int = 1, stage: int = 3) -> list[str]:
+    own = [f"unlearning.{key}" for key in OBJECTIVES[name]]
+    shape = [f"distributed.ep={ep}", f"unlearning.zero_stage={stage}"]
+    return [*GRADIENT_LIKE, *own, *shape, "unlearning.apply=loss", f"unlearning.steps={STEPS}"]
+
+
+@pytest.fixture(scope="module")
+def references(calibrated: tuple[Path, Path]) -> dict[str, dict[str, Any]]:
+    config, run = calibrated
+    return {name: reference_run(str(config), str(run), overrides_of(name), STEPS) for name in OBJECTIVES}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("world", "ep", "stage"), SHAPES)
+def test_losses_and_weights_equal_the_reference(
+    calibrated: tuple[Path, Path],
+    references: dict[str, dict[str, Any]],
+    tiny_model: Path,
+    tmp_path: Path,
+    world: int,
+    ep: int,
+    stage: int,
+) -> None:
+    config, prepared = calibrated
+    start = {name: value for path in tiny_model.glob("*.safetensors") for name, value in load_file(path).items()}
+    runs = [(str(copy_of(prepared, tmp_path / name)), overrides_of(name, ep, stage)) for name in OBJECTIVES]
+    assert not any(map(any, run_distributed(jobs.unlearn_jobs, world, str(config), runs)))
+    errors = {}
+    for name, (run, _) in zip(OBJECTIVES, runs, strict=True):
+        expected = references[name]
+        # a KL of nearly equal distributions is a difference of logits: its error is absolute
+        np.testing.assert_allclose(losses_of(Path(run)), expected["losses"], rtol=1e-6, atol=1e-7, err_msg=name)
+        found = weights_of(Path(run), STEPS, tmp_path / f"{name}-model")
+        errors[name] = relative(found, expected["weights"], start)  # of the change that the steps made
+        for tensor, value in expected["weights"].items():
+            atol = 1e-6 * float(np.abs(value).max())
+            np.testing.assert_allclose(found[tensor], value, rtol=1e-6, atol=atol, err_msg=f"{name} {tensor}")
+        assert any(not np.array_equal(value, start[tensor]) for tensor, value in expected["weights"].items())
+    assert max(errors.values()) < 5e-4, errors  # the rounding of fp32 against a small change in float64
+
+
+@pytest.mark.slow
+def test_micro_batches_do_not_matter(calibrated: tuple[Path, Path], tmp_path: Path) -> None:
+    """4 rows as 1×4, 2×2 and 4×1, where a micro-batch also carries alternatives and asks the frozen model."""
+    config, prepared = calibrated
+    for name in ("dpo", "undial_hidden"):
+        found = []
+        sizes = (4, 2, 1)
+        runs = [
+            (
+                str(copy_of(prepared, tmp_path / f"{name}-{rows}")),
+                [*overrides_of(name), f"unlearning.micro_batch_rows={rows}"],
+            )
+            for rows in sizes
+        ]
+        assert not any(map(any, run_distributed(jobs.unlearn_jobs, 1, str(config), runs)))
+        for (run, _), rows in zip(runs, sizes, strict=True):
+            weights = weights_of(Path(run), STEPS, tmp_path / f"{name}-{rows}-model")
+            found.append((losses_of(Path(run)), weights))
+        for losses, weights in found[1:]:
+            np.testing.assert_allclose(losses, found[0][0], rtol=1e-6, err_msg=name)
+            for tensor, value in weights.items():
+                np.testing.assert_allclose(value, found[0][1][tensor], rtol=1e-5, atol=1e-6, err_msg=tensor)
+
+
+def test_what_a_loss_needs_is_asked_for(calibrated: tuple[Path, Path], tmp_path: Path) -> None:
+    config, prepared = calibrated
+    with pytest.raises(UserError, match=r"dpo needs statistics\.nll: true"):
+        load_config(str(config), ["unlearning.forget_loss=dpo", "statistics.nll=false"], prepared)
+    with pytest.raises(UserError, match=r"dpo needs data\.alternative"):
+        load_config(str(config), ["unlearning.forget_loss=dpo", "data.alternative=[]"], prepared)
+    with pytest.raises(UserError, match=r"unlearning\.retain_loss"):
+        load_config(str(config), ["unlearning.retain_loss=mse"], prepared)
+    loaded, run = load_config(str(config), ["unlearning.forget_loss=dpo"], copy_of(prepared, tmp_path / "run"))
+    (run / "statistics" / "alternative" / "artefact.json").unlink()
+    with pytest.raises(UserError, match=r"statistics"):
+        check_unlearn(loaded, RunDirectory.at(run), 1)

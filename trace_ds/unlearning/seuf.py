@@ -1,0 +1,85 @@
+"""SEUF (Zhuang et al., *Is Unlearning One Expert Enough for Mixture-of-Experts LLMs?*, arXiv 2411.18797): train one
+expert and its router, and anchor the router on that expert. It goes with any forget and retain loss.
+
+Our reading. Affinity of an expert: its mean gate weight over the counted forget tokens of the frozen model (0 where it
+is not selected), from ``collect``'s statistics. The layer is the one that holds the expert of the highest affinity,
+unless it is given; its M experts of highest affinity are trained, with the layer's router. The anchor
+‖g_t − a‖², with g the router's softmax over all E experts and a 1 for the chosen experts and 0 elsewhere, is averaged
+over the counted forget tokens and added to the loss with weight ``anchor``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from trace_ds.config.schema import SEUFConfig
+from trace_ds.errors import UserError
+from trace_ds.models.routers import find_routers
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """The router of MoE layer ``moe_layer`` is pulled to the experts ``target_E`` (1 or 0) with ``weight``."""
+
+    moe_layer: int
+    target_E: torch.Tensor
+    weight: float
+
+    def penalty(self, logits_TE: torch.Tensor, counted_BS: torch.Tensor) -> torch.Tensor:
+        """Weighted sum over the counted positions of the first rows (the forget rows), scalar."""
+        gates_BSE = torch.softmax(logits_TE.float(), dim=-1)[: counted_BS.numel()].reshape(*counted_BS.shape, -1)
+        distance_BS = (gates_BSE - self.target_E.to(gates_BSE.device)).square().sum(dim=-1)
+        return self.weight * (distance_BS * counted_BS).sum()
+
+
+def choose_experts(
+    gate_mass_LE: np.ndarray, decoder_layers: list[int], last_layer: int | None, settings: SEUFConfig
+) -> tuple[int, tuple[int, ...]]:
+    """(MoE layer, its experts of highest affinity), ties to the lower number.
+
+    Args:
+        gate_mass_LE: gate weight of each expert summed over the counted forget tokens.
+        decoder_layers: the decoder layer of each MoE layer.
+        last_layer: decoder layer at which the losses end, None when all run.
+    """
+    usable = [
+        number
+        for number, layer in enumerate(decoder_layers)
+        if (last_layer is None or layer <= last_layer) and settings.layer in (None, layer)
+    ]
+    if not usable:
+        raise UserError(
+            f"layer {settings.layer} is no MoE layer that the losses reach", "unlearning.seuf.layer", "choose another"
+        )
+    if settings.experts > gate_mass_LE.shape[1]:
+        raise UserError(
+            f"{settings.experts} experts of {gate_mass_LE.shape[1]}", "unlearning.seuf.experts", "ask for fewer"
+        )
+    layer = max(usable, key=lambda number: (gate_mass_LE[number].max(), -number))
+    order = np.argsort(-gate_mass_LE[layer], kind="stable")[: settings.experts]
+    return layer, tuple(sorted(int(expert) for expert in order))
+
+
+@contextlib.contextmanager
+def router_logits(model: nn.Module, moe_layer: int | None) -> Iterator[list[torch.Tensor]]:
+    """Collect the logits [T, E] of one router (of none where it is None), with gradient, in the passes of the block."""
+    found: list[torch.Tensor] = []
+    if moe_layer is None:
+        yield found
+        return
+    router: Any = find_routers(model)[moe_layer]
+    if type(router).__name__ == "TokenChoiceTopKRouter":  # AutoEP's: the logits are its gate's output
+        handle = router.gate.register_forward_hook(lambda *arguments: found.append(arguments[2]))
+    else:
+        handle = router.register_forward_hook(lambda *arguments: found.append(arguments[2][0]))
+    try:
+        yield found
+    finally:
+        handle.remove()

@@ -1,0 +1,174 @@
+"""What is trained: parameters by kind or name, and rows of fused expert tensors; the rest stays bitwise as it was.
+
+Nothing is frozen by ``requires_grad``: DeepSpeed's ZeRO-3 refuses to save frozen experts of AutoEP, and a checkpoint
+with holes resumes only on its own shape. Instead a held parameter (or row) gets a gradient of exactly 0 before
+DeepSpeed sees it, on every rank, so AdamW's moments stay 0 and so does its update; and where weight decay is on, held
+parameters are in a group without it. A tensor that is trained in part is in that group too: its trained rows are not
+decayed either (our decision). The price is the optimizer memory of what is held.
+
+Names are those of the Hugging Face model, whether or not AutoEP has replaced its layers.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from trace_ds.config.schema import TrainableConfig, UnlearningConfig
+from trace_ds.errors import UserError
+from trace_ds.models.routers import find_routers
+
+KINDS = ("all", "experts", "attention", "routers")
+# AutoEP's name of an expert tensor or router -> the source's
+SOURCES = ((".experts.w1", ".experts.gate_up_proj"), (".experts.w3", ".experts.gate_up_proj"),
+           (".experts.w2", ".experts.down_proj"), (".router.gate.", ".gate."))  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What is trained.
+
+    Attributes:
+        names: parameters that are trained, wholly or in some rows.
+        experts: by decoder layer, the experts whose rows of the fused tensors are trained; a layer that is not there
+            has none. None: all of them.
+    """
+
+    names: frozenset[str]
+    experts: dict[int, tuple[int, ...]] | None = None
+
+    def rows(self, name: str) -> tuple[int, ...] | None:
+        """The experts trained in the tensor ``name``; None where it is not cut into rows."""
+        if self.experts is None or not is_expert(name):
+            return None
+        return self.experts.get(layer_of(name), ())
+
+    def wholly(self, name: str) -> bool:
+        return name in self.names and self.rows(name) is None
+
+
+def is_expert(name: str) -> bool:
+    return ".experts." in name
+
+
+def layer_of(name: str) -> int:
+    """The decoder layer of a parameter, -1 outside the layers."""
+    return int(name.split(".layers.")[1].split(".")[0]) if ".layers." in name else -1
+
+
+def parameter_kinds(model: nn.Module) -> dict[str, str]:
+    """Parameter name -> experts, routers, attention or other, of a Hugging Face model not yet converted."""
+    routers = {id(parameter) for router in find_routers(model) for parameter in router.parameters()}
+    kinds = {}
+    for name, parameter in model.named_parameters():
+        if id(parameter) in routers:
+            kinds[name] = "routers"
+        else:
+            kinds[name] = "experts" if is_expert(name) else "attention" if ".self_attn." in name else "other"
+    return kinds
+
+
+def choose(kinds: dict[str, str], settings: TrainableConfig) -> frozenset[str]:
+    """The names that ``include`` matches and ``exclude`` does not.
+
+    Raises:
+        UserError: a pattern matches no parameter, or none is left.
+    """
+    included = _matching(kinds, settings.include, "include")
+    left = included - _matching(kinds, settings.exclude, "exclude")
+    if not left:
+        raise UserError("no parameter is left to train", "unlearning.trainable", "include more or exclude less")
+    return frozenset(left)
+
+
+def _matching(kinds: dict[str, str], patterns: Iterable[str], key: str) -> set[str]:
+    found: set[str] = set()
+    for pattern in patterns:
+        if pattern in KINDS:
+            names = {name for name, kind in kinds.items() if pattern in ("all", kind)}
+        else:
+            names = set(fnmatch.filter(kinds, pattern))
+        if not names:
+            raise UserError(
+                f"{pattern!r} matches no parameter of the model (one is {min(kinds)})",
+                f"unlearning.trainable.{key}",
+                f"use one of {', '.join(KINDS)}, or a name pattern with * such as *.self_attn.*",
+            )
+        found |= names
+    return found
+
+
+def trained_by(
+    model: nn.Module, settings: UnlearningConfig, experts: dict[int, tuple[int, ...]] | None, last_layer: int | None
+) -> Trained:
+    """What a job trains of a model not yet converted.
+
+    Args:
+        experts: the experts selected by the calibration or by SEUF, by decoder layer; None: all.
+        last_layer: the layer at which the losses end; parameters above it are held (they have no gradient, but would
+            be decayed).
+    """
+    kinds = parameter_kinds(model)
+    names = choose(kinds, settings.trainable)
+    if settings.seuf is not None:
+        assert experts is not None
+        names = frozenset(n for n, kind in kinds.items() if kind in ("experts", "routers") and layer_of(n) in experts)
+    if last_layer is not None:
+        names = frozenset(n for n in names if layer_of(n) <= last_layer and not n.startswith(("model.norm", "lm_head")))
+    return Trained(names, experts)
+
+
+def parameter_groups(model: nn.Module, trained: Trained, weight_decay: float) -> list[Any]:
+    """The parameters for the optimizer: in two groups where weight decay must not reach some of them."""
+    named = list(model.named_parameters())
+    held = [parameter for name, parameter in named if not trained.wholly(name)]
+    if not weight_decay or not held:
+        return [parameter for _, parameter in named]
+    decayed = [parameter for name, parameter in named if trained.wholly(name)]
+    groups = [
+        {"params": decayed, "weight_decay": weight_decay, "name": "decayed"},
+        {"params": held, "weight_decay": 0.0, "name": "held"},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def hold(model: nn.Module, trained: Trained) -> None:
+    """Zero the gradients of what is held, on the converted model of an engine (local experts under AutoEP)."""
+    for name, parameter in model.named_parameters():
+        source = source_name(name)
+        rows = trained.rows(source)
+        if source not in trained.names or rows == ():
+            parameter.register_hook(torch.zeros_like)
+        elif rows is not None:
+            experts = _experts_held_here(model, name, parameter)
+            held = torch.tensor([expert not in rows for expert in experts])
+            parameter.register_hook(_zeroing(held))
+
+
+def _zeroing(held_E: torch.Tensor) -> Any:
+    def zero(gradient_EXX: torch.Tensor) -> torch.Tensor:
+        return gradient_EXX.masked_fill(held_E.to(gradient_EXX.device)[:, None, None], 0.0)
+
+    return zero
+
+
+def source_name(name: str) -> str:
+    """The Hugging Face name of a parameter of a converted model."""
+    for converted, source in SOURCES:
+        name = name.replace(converted, source)
+    return name
+
+
+def _experts_held_here(model: nn.Module, name: str, parameter: Any) -> list[int]:
+    """Global numbers of the experts in this rank's tensor, in its order."""
+    layer: Any = model.get_submodule(name.split(".experts.")[0])
+    if type(layer).__name__ != "AutoEPMoELayer":
+        return list(range(getattr(parameter, "ds_shape", parameter.shape)[0]))
+    from deepspeed.checkpoint.autoep_affine import autoep_experts_for_rank
+
+    return list(autoep_experts_for_rank(layer.expert_placement_descriptor, layer.ep_rank))
