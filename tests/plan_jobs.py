@@ -128,7 +128,8 @@ def peak_bytes(world: Any, config: str, run_dir: str, overrides: list[str]) -> d
     objective, _ = make_objective(loaded, info, world, batches, {})
 
     def step(number: int) -> None:
-        run_step(engine, world, batches.step, objective, RetainWeights(), loaded.unlearning, number)
+        settings = loaded.unlearning
+        run_step(engine, world, batches.step, objective, RetainWeights(), settings, number, settings.alpha)
 
     step(0)
     gc.collect()

@@ -330,6 +330,8 @@ def test_attention_stays_inside_documents(family: str, tmp_path: Path) -> None:
     """What the packed forward passes rely on; with a cache transformers drops the mask, hence ``use_cache=False``."""
     from transformers import AutoTokenizer
 
+    from trace_ds.models.routers import find_routers
+
     path = tiny.make_model(tmp_path / family, family)
     first, second = [0, 5, 9, 13, 20], [0, 33, 41, 8]
     positions = torch.tensor([[*range(5), *range(4)]])
@@ -339,11 +341,12 @@ def test_attention_stays_inside_documents(family: str, tmp_path: Path) -> None:
         mixed = model.model(torch.tensor([first + second]), use_cache=False).logits[0]
         scores = model.score([Sequence(tuple(second), 1), Sequence(tuple(first), 2)])
         sample = drift.sample_routing(model, packed(tmp_path / "rows.arrow", [first, second], 9), 1, 1)
+        moe_layers = len(find_routers(model.model))  # the first layer of some families is dense
     assert torch.allclose(row[5:], alone, atol=1e-5)
     assert not torch.allclose(mixed[5:], alone, atol=1e-3)
     expected = torch.log_softmax(alone, -1)[[0, 1, 2], second[1:]]
     assert np.allclose(scores[0].log_prob, expected, atol=1e-5)
-    assert sample.indices_TLK.shape == (7, 3, 2)
+    assert moe_layers >= 2 and sample.indices_TLK.shape == (7, moe_layers, 2)
 
 
 def test_no_drift_without_a_change_and_drift_with_one(model: LanguageModel, tmp_path: Path) -> None:
