@@ -198,7 +198,7 @@ def unlearn_memory(
         "working activations": tokens * max(per_layer) * (1.5 if recompute else 0.5),
         "attention mask": _mask_bytes(rows, context, b),
         "all-to-all buffers": _exchange_bytes(a, tokens, ep, b),
-        "logits": 0 if rmu_layers else _head_bytes(a, tokens, b),
+        "logits": 0 if rmu_layers else _head_bytes(a, -(-tokens // 2), b),
     }
     stepped = min(shard, zero.sub_group) if stage == 3 else shard
     step = {"optimizer step": 0 if zero.offload_optimizer else stepped * STEP_BYTES}
@@ -218,7 +218,10 @@ def host_bytes(a: Architecture, *, gpus_per_node: int, b: int, zero: ZeroSetting
 
 
 def _head_bytes(a: Architecture, tokens: int, b: int) -> float:
-    """The LM head's backward pass: logits of a chunk of the tokens at a time, the head's gradient summed in fp32."""
+    """The LM head's backward pass: logits of a chunk of the tokens at a time, the head's gradient summed in fp32.
+
+    ``tokens`` are those of one side: forget and retain rows go through the head one after the other.
+    """
     chunk = max(LOGITS_PER_CHUNK // a.vocabulary, 1)
     gradient = a.vocabulary * a.hidden * (b if tokens <= chunk else 4 + b)
     return min(tokens, chunk) * a.vocabulary * (b + LOGIT_BYTES) + gradient
