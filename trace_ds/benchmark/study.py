@@ -145,8 +145,10 @@ def _wait(children: list[subprocess.Popen[bytes]], logs: list[Path], jobs: list[
         if not quiet and now_s - told_s > TELL_EVERY_S:
             told_s = now_s
             done = sum(map(is_done, jobs))
-            left = f", about {(now_s - began_s) / (done - began_with) * (len(jobs) - done) / 60:.0f} minutes left"
-            print(f"[bench] {done} of {len(jobs)} jobs done{left if done > began_with else ''}", flush=True)
+            new = done - began_with
+            left_minutes = (now_s - began_s) / max(new, 1) * (len(jobs) - done) / 60
+            left = f", about {left_minutes:.0f} minutes left" if new else ""
+            print(f"[bench] {done} of {len(jobs)} jobs done{left}", flush=True)
         time.sleep(0.5)
 
 
