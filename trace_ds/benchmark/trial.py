@@ -41,11 +41,11 @@ def score(config: Config, tasks: list[Task], model: LanguageModel) -> dict[str, 
 
 
 def score_directory(config: Config, tasks: list[Task], path: Path) -> dict[str, Any]:
-    """Scores of a model directory."""
+    """Scores of a model directory, with its own tokenizer: the original may still be in the making beside it."""
     from trace_ds.corpora.tokenizer import load_tokenizer
     from trace_ds.evaluation.language_model import loaded
 
-    with loaded(str(path), load_tokenizer(_tokenizer(config)), _settings(config)) as model:
+    with loaded(str(path), load_tokenizer(config.model.tokenizer or str(path)), _settings(config)) as model:
         return score(config, tasks, model)
 
 
