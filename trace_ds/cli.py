@@ -329,7 +329,7 @@ def bench(
         )
     from trace_ds.demo.bench import bench as run_bench
 
-    raise typer.Exit(run_bench(recipe, directory, seeds, json))
+    raise typer.Exit(run_bench(recipe, directory, seeds, json, set_ or []))
 
 
 @app.command()

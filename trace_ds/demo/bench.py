@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json as json_module
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -43,14 +44,16 @@ class Outcome:
         return math.fsum(values) / len(values)
 
 
-def bench(recipe: str, run_dir: Path, seeds: int, json: bool) -> int:
-    """Run (or finish) all seeds and print the table; returns the exit status."""
+def bench(recipe: str, run_dir: Path, seeds: int, json: bool, overrides: Sequence[str] = ()) -> int:
+    """Run (or finish) all seeds, with ``overrides`` of the recipe, and print the table; returns the exit status."""
     from trace_ds.config.load import load_config
     from trace_ds.demo.run import machine_overrides, prepare_inputs, remove_input_leftovers
     from trace_ds.run.directory import RunDirectory, locked
     from trace_ds.stages.pipeline import Request, run_verb
 
-    config, _ = load_config(recipe, [], run_dir / "seed_0")
+    if any(item.partition("=")[0].strip() == "seed" for item in overrides):
+        raise UserError("the seeds of a comparison are 0, 1, …", "--set seed", "say how many with --seeds")
+    config, _ = load_config(recipe, overrides, run_dir / "seed_0")
     if BASELINE not in config.variants:
         raise UserError(f"the recipe has no variant {BASELINE!r} to compare with", recipe, "add it under variants")
     outcomes: list[Outcome] = []
@@ -59,13 +62,19 @@ def bench(recipe: str, run_dir: Path, seeds: int, json: bool) -> int:
         with locked(RunDirectory(folder)):
             remove_input_leftovers(folder)
             prepare_inputs(folder, seed)
-        request = Request.load(recipe, [f"seed={seed}", *machine_overrides()], folder)
+        request = Request.load(recipe, [f"seed={seed}", *machine_overrides(), *overrides], folder)
         status = run_verb("run", request)
         if status:
             return status
         outcomes += seed_outcomes(request.run.path, seed)
     lines = table(outcomes)
-    result = {"recipe": recipe, "seeds": seeds, "outcomes": [asdict(item) for item in outcomes], "table": lines}
+    result = {
+        "recipe": recipe,
+        "set": list(overrides),
+        "seeds": seeds,
+        "outcomes": [asdict(item) for item in outcomes],
+        "table": lines,
+    }
     write_json(run_dir / "bench.json", result)
     if json:
         print(json_module.dumps(result, indent=1, sort_keys=True))
