@@ -234,6 +234,16 @@ def test_wrong_resumes_are_refused(calibrated: tuple[Path, Path], tmp_path: Path
     assert complete_steps(run / "checkpoints") == ([2, 4], [])
     run_distributed(jobs.unlearn_job, 1, str(config), str(run), ["unlearning.alpha=2", "unlearning.resume=never"])
     assert complete_steps(run / "checkpoints") == ([2, 4], [])
+    # killed between the rename of the last checkpoint and what follows it: the rerun makes up for it
+    shutil.copytree(run / "checkpoints" / "step_000002", run / "checkpoints" / "step_000001")
+    (run / "checkpoints" / "latest").write_text("step_000002\n")
+    run_distributed(jobs.unlearn_job, 1, str(config), str(run), ["unlearning.alpha=2"])
+    assert complete_steps(run / "checkpoints") == ([2, 4], [])
+    assert (run / "checkpoints" / "latest").read_text() == "step_000004\n"
+    # another job where its predecessor's checkpoints may go
+    run_distributed(jobs.unlearn_job, 1, str(config), str(run), ["unlearning.resume=replace", "unlearning.steps=1"])
+    assert complete_steps(run / "checkpoints") == ([1], [])
+    assert "step_000004 belongs to another job and was deleted" in (run / "logs" / "unlearn.jsonl").read_text()
 
 
 @pytest.mark.slow

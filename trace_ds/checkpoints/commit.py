@@ -12,7 +12,7 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trace_ds.checkpoints.manifest import (
     Manifest,
@@ -24,8 +24,10 @@ from trace_ds.checkpoints.manifest import (
     wrong_latest,
 )
 from trace_ds.errors import UserError
-from trace_ds.parallel.world import World
 from trace_ds.run.files import fsync_directory
+
+if TYPE_CHECKING:
+    from trace_ds.parallel.world import World
 
 DEEPSPEED_SCRIPTS = ("zero_to_fp32.py", "zero_to_torch.py")
 
@@ -66,9 +68,14 @@ def save(
             discard(destination)
         os.replace(temporary, destination)
         fsync_directory(checkpoints)
-        point_latest(checkpoints, manifest.step)
-        prune(checkpoints, keep, keep_every)
+        settle(checkpoints, manifest.step, keep, keep_every)
     world.barrier()
+
+
+def settle(checkpoints: Path, step: int, keep: int, keep_every: int | None) -> None:
+    """Steps 6 and 7 for a checkpoint that is there: after the rename, or later when a kill fell in between."""
+    point_latest(checkpoints, step)
+    prune(checkpoints, keep, keep_every)
 
 
 def prune(checkpoints: Path, keep: int, keep_every: int | None) -> list[int]:
@@ -87,6 +94,12 @@ def discard(path: Path) -> None:
     shutil.rmtree(doomed)
 
 
+def discard_all(checkpoints: Path) -> None:
+    for path in checkpoints.glob("step_*"):
+        discard(path)
+    (checkpoints / "latest").unlink(missing_ok=True)
+
+
 def choose(world: World, checkpoints: Path, job: str, resume: str) -> tuple[Manifest | None, list[str]]:
     """The checkpoint to resume from (None: start at step 0) and loud lines about damaged ones (collective).
 
@@ -95,13 +108,12 @@ def choose(world: World, checkpoints: Path, job: str, resume: str) -> tuple[Mani
 
     Args:
         job: identity of this job; a checkpoint of another job is refused.
-        resume: ``auto``, ``required`` (no checkpoint is an error) or ``never`` (existing ones are deleted).
+        resume: ``auto``, ``required`` (no checkpoint is an error), ``never`` (existing ones are deleted) or ``replace``
+            (as auto, but checkpoints of another job are deleted).
     """
     if resume == "never":
         if world.is_main:
-            for path in checkpoints.glob("step_*"):
-                discard(path)
-            (checkpoints / "latest").unlink(missing_ok=True)
+            discard_all(checkpoints)
         return None, []
     steps, problems = world.broadcast(complete_steps(checkpoints) if world.is_main else ([], []))
     while steps:
@@ -114,6 +126,11 @@ def choose(world: World, checkpoints: Path, job: str, resume: str) -> tuple[Mani
         steps.pop()
     problems += world.broadcast(wrong_latest(checkpoints, steps) if world.is_main else [])
     chosen = read_manifest(checkpoints / step_name(steps[-1])) if steps else None
+    if chosen is not None and chosen.job != job and resume == "replace":
+        world.barrier()  # every rank has read the manifest
+        if world.is_main:
+            discard_all(checkpoints)
+        return None, [f"{checkpoints / step_name(chosen.step)} belongs to another job and was deleted; starting over"]
     world.agree(lambda: _check_job(checkpoints, chosen, job, resume, problems))
     if chosen is not None and problems:
         problems.append(f"resuming from the newest complete checkpoint, step {chosen.step}")

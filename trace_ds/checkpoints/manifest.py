@@ -127,4 +127,7 @@ def wrong_latest(checkpoints: Path, steps: list[int]) -> list[str]:
 
 
 def point_latest(checkpoints: Path, step: int) -> None:
-    write_text(checkpoints / LATEST, step_name(step) + "\n")
+    """Make ``latest`` name this step (untouched when it does)."""
+    pointer, text = checkpoints / LATEST, step_name(step) + "\n"
+    if not pointer.is_file() or pointer.read_bytes() != text.encode():
+        write_text(pointer, text)

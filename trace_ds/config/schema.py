@@ -311,7 +311,12 @@ class UnlearningConfig(Section):
     save_every: int = Field(50, ge=1, description="Steps between checkpoints; the last step is always saved.")
     keep: int = Field(2, ge=2, description="Checkpoints kept; never fewer than the newest two.")
     keep_every: int | None = Field(None, ge=1, description="Steps that are a multiple of this are never pruned.")
-    resume: Literal["auto", "required", "never"] = "auto"
+    resume: Literal["auto", "required", "never", "replace"] = Field(
+        "auto",
+        description="auto: go on from the newest complete checkpoint, if there is one; required: refuse to start without "
+        "one; never: delete what is there and start; replace: as auto, but delete the checkpoints of another job (other "
+        "data, settings or seed), which the others refuse.",
+    )
     log_every: int = Field(1, ge=1)
 
     def last_layer(self, decoder_layers: int) -> int | None:

@@ -40,7 +40,8 @@ def demo(run_dir: Path, overrides: Sequence[str], seed: int) -> int:
 
     began_s = time.monotonic()
     preflight(run_dir)
-    changes = [f"seed={seed}", *machine_overrides(), *overrides]
+    # What an earlier demo of another seed, package version or recipe left here is made anew.
+    changes = [f"seed={seed}", "unlearning.resume=replace", *machine_overrides(), *overrides]
     requests = [
         Request.load("demo", changes, run_dir),
         Request.load("demo_verbatim", changes, run_dir / "verbatim"),

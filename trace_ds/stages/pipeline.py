@@ -176,7 +176,7 @@ def _is_done(stage: str, request: Request, nproc: int) -> bool:
         return len(job.done(request.run)) == len(job.identities)
     from trace_ds.stages.unlearn import check_unlearn
 
-    return check_unlearn(request.config, request.run, nproc).done(request.config, request.run)
+    return check_unlearn(request.config, request.run, nproc).settled(request.config, request.run)
 
 
 def _run_as_rank(verb: str, request: Request) -> int:

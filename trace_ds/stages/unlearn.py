@@ -60,6 +60,16 @@ class UnlearnJob:
         reached = target is not None and manifest.cursor.get("reached_forget_nll", 0.0) >= target
         return manifest.job == self.identity and (reached or step >= config.unlearning.steps)
 
+    def settled(self, config: Config, run: RunDirectory) -> bool:
+        """Whether it is done; ``latest`` and the pruning, which a kill may have cut off after that, are made good."""
+        from trace_ds.checkpoints.commit import settle
+
+        step, _ = newest_complete(run.checkpoints)
+        if step is None or not self.done(config, run):
+            return False
+        settle(run.checkpoints, step, config.unlearning.keep, config.unlearning.keep_every)
+        return True
+
 
 def check_unlearn(config: Config, run: RunDirectory, world_size: int, *, verify: bool = True) -> UnlearnJob:
     """Everything that can be wrong before a weight is loaded; raises :class:`UserError`."""
@@ -176,7 +186,7 @@ def unlearn(config: Config, run: RunDirectory, world: World) -> None:
 
     job = world.agree(lambda: check_unlearn(config, run, world.size))
     job = job or check_unlearn(config, run, world.size, verify=False)
-    if world.broadcast(job.done(config, run) if world.is_main else False):
+    if world.broadcast(job.settled(config, run) if world.is_main else False):
         return
     settings = config.unlearning
     checkpoint, problems = commit.choose(world, run.checkpoints, job.identity, settings.resume)
