@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -10,11 +11,21 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import jobs
 import pytest
 import tiny
 import yaml
 from command import environment, trace_ds, tree
+from distributed import end_of_ranks, run_distributed
+
+from trace_ds.config.load import dump_yaml, load_config
+from trace_ds.errors import UserError
+from trace_ds.run.directory import RunDirectory
+from trace_ds.stages.calibrate import calibrate
+from trace_ds.stages.pipeline import Request, run_verb
+from trace_ds.stages.prepare import prepare
 
 
 @pytest.fixture
@@ -24,13 +35,13 @@ def config(tiny_model: Path, tmp_path: Path) -> Path:
 
 def refuse(folder: Path, *arguments: str | Path) -> str:
     """Run the command, insist on exit status 2, one line on stderr and nothing written; return the line."""
-    before = {name: content for name, content in tree(folder).items() if not name.endswith("/.lock")}
+    before = tree(folder)
     result = trace_ds(*arguments, cwd=folder)
     assert result.returncode == 2, (result.returncode, result.stdout, result.stderr)
     lines = [line for line in result.stderr.splitlines() if line.strip()]
     assert len(lines) == 1, result.stderr
     assert lines[0].startswith("trace-ds: error: ")
-    after = {name: content for name, content in tree(folder).items() if not name.endswith("/.lock")}
+    after = tree(folder)
     assert after == before, sorted(set(after) ^ set(before))
     return lines[0]
 
@@ -106,12 +117,104 @@ CORPORA: list[tuple[bytes, str]] = [
 def test_corpus(config: Path, content: bytes, message: str) -> None:
     path = config.parent / "corpora" / "forget.jsonl"
     path.write_bytes(content)
-    before = {name for name in tree(config.parent) if "run/" in name}
-    result = trace_ds("prepare", config, "--run-dir", "run", cwd=config.parent)
-    assert result.returncode == 2
-    assert message in result.stderr and "forget.jsonl" in result.stderr
-    left = {name for name in tree(config.parent) if "run/" in name} - before
-    assert left <= {"run/config.yaml", "run/.lock", "run/logs/prepare.jsonl"}, left
+    before = tree(config.parent)
+    with pytest.raises(UserError) as error:
+        run_verb("prepare", Request.load(str(config), [], config.parent / "some" / "run"))
+    assert message in error.value.line() and "forget.jsonl" in error.value.line()
+    assert tree(config.parent) == before and not (config.parent / "some").exists()
+
+
+LATE_MISTAKES: list[tuple[dict[str, object], str]] = [
+    ({"variants": {"even": {"calibration.rul": "uniform"}}}, "unknown key 'calibration.rul'"),
+    ({"variants": {"deep": {"unlearning.rmu.layer": 99}}}, "unlearning.rmu.layer: layer 99 of a model with 3"),
+    ({"evaluation.models.gold": "no/such/model"}, "no/such/model: there is no model directory"),
+    ({"unlearning.ds_config": "no/such/file.json"}, "the DeepSpeed configuration cannot be read"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), LATE_MISTAKES)
+def test_run_finds_at_once_what_late_stages_would_stumble_on(
+    config: Path, changes: dict[str, object], message: str
+) -> None:
+    overrides = [f"{key}={json.dumps(value)}" for key, value in changes.items()]
+    request = Request.load(str(config), overrides, config.parent / "run")
+    before = tree(config.parent)
+    with pytest.raises(UserError) as error:
+        run_verb("run", request)
+    assert message in error.value.line()
+    assert tree(config.parent) == before
+
+
+def test_dry_run_says_what_is_not_ready(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    request = Request.load(str(config), ["unlearning.rmu.layer=99"], config.parent / "run")
+    assert run_verb("run", request, dry_run=True) == 0
+    assert "# not ready: unlearning.rmu.layer: layer 99" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def calibrated(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A configuration with a run directory beside it that has been prepared, collected and calibrated."""
+    folder = tmp_path_factory.mktemp("calibrated")
+    config = tiny.write_config(folder, tiny_model)
+    loaded, run = load_config(str(config), [], folder / "run")
+    prepare(loaded, RunDirectory(run))
+    run_distributed(jobs.collect_job, 1, str(config), str(run), [])
+    calibrate(loaded, RunDirectory(run))
+    RunDirectory(run, config_text=dump_yaml(loaded)).store_config()
+    return config
+
+
+@pytest.mark.slow
+def test_artefacts_of_another_model_or_tokenizer_and_damaged_ones(calibrated: Path, tiny_model: Path) -> None:
+    """Refused by the bare verbs with everything as it was, the stored configuration too."""
+    folder, run = calibrated.parent, calibrated.parent / "run"
+    for name in ("other", "tokenizer", "topk"):
+        shutil.copytree(tiny_model, folder / name)
+    tiny.make_model(folder / "other", seed=1)
+    for path, key, value in (
+        ("tokenizer/tokenizer.json", "version", "2"),
+        ("topk/config.json", "num_experts_per_tok", 1),
+    ):
+        whole = json.loads((folder / path).read_text())
+        (folder / path).write_text(json.dumps(whole | {key: value}))
+    common = (calibrated, "--run-dir", run)
+    for verb, change, message in (
+        ("unlearn", f"model.path={folder / 'other'}", "made with another model"),
+        ("unlearn", f"model.path={folder / 'topk'}", "made with another model"),
+        ("calibrate", f"model.path={folder / 'topk'}", "made with another model"),
+        ("collect", f"model.tokenizer={folder / 'tokenizer'}", "made with another tokenizer"),
+    ):
+        assert message in refuse(folder, verb, *common, "--set", change), (verb, change)
+    weights = run / "calibration" / "weights.npy"
+    whole = weights.read_bytes()
+    try:
+        for content, message in (
+            (whole[:-1], f"the file has {len(whole) - 1} bytes instead of {len(whole)}"),
+            (whole[:-1] + bytes([whole[-1] ^ 1]), "the file was altered after it was written"),
+        ):
+            weights.write_bytes(content)
+            line = refuse(folder, "unlearn", *common, "--set", "unlearning.alpha=9")
+            assert message in line and "weights.npy" in line
+    finally:
+        weights.write_bytes(whole)
+
+
+def one_sided(world: Any) -> None:
+    """A check that fails on rank 1 only, as where a node does not see the model."""
+
+    def check(verify: bool) -> str:
+        if world.rank == 1:
+            raise UserError("there is no model directory", "/models/m", "mount it")
+        return "fine"
+
+    world.agree_each(check)
+
+
+@pytest.mark.slow
+def test_what_only_one_rank_finds_wrong_ends_all_of_them() -> None:
+    ends = end_of_ranks(one_sided, 2)
+    assert "UserError: /models/m: on rank 1: there is no model directory. Fix: mount it" in ends[0]
+    assert "AgreedError" in ends[1]
 
 
 def test_corpus_missing(config: Path) -> None:
@@ -167,6 +270,56 @@ def test_full_and_read_only_run_directory(config: Path) -> None:
         assert result.returncode == 2 and "Read-only file system" in result.stderr, result.stderr
     finally:
         subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a full file system needs root")
+def test_full_disk_while_collecting_and_calibrating(calibrated: Path) -> None:
+    """Per-token files are written through memory maps, where a full disk would be a SIGBUS."""
+    folder, run = calibrated.parent / "small", calibrated.parent / "small" / "run"
+    folder.mkdir()
+    for verb, parts, room_kb in (("collect", ("data",), 24), ("calibrate", ("data", "statistics"), 24)):
+        size_kb = sum(
+            -(-path.stat().st_size // 4096) * 4
+            for part in parts
+            for path in (calibrated.parent / "run" / part).rglob("*")
+        )
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size_kb + room_kb}k", "tmpfs", folder], check=True)
+        try:
+            for part in parts:
+                shutil.copytree(calibrated.parent / "run" / part, run / part)
+            result = trace_ds(verb, calibrated, "--run-dir", run, cwd=calibrated.parent)
+            assert result.returncode == 2 and "No space left on device" in result.stderr, (verb, result.stderr)
+            assert len(result.stderr.splitlines()) == 1
+        finally:
+            subprocess.run(["umount", folder], check=True)
+
+
+def test_file_system_without_locks(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with pytest.raises(UserError, match=r"run/\.lock: files cannot be locked here \(No locks available\)"):
+        run_verb("prepare", Request.load(str(config), [], config.parent / "run"))
+
+
+def test_a_variant_leaves_the_work_of_its_run_alone(tmp_path: Path) -> None:
+    """The statistics that another process collects are not the leftovers of a variant, whose own are removed."""
+    run = RunDirectory(tmp_path / "run")
+    variant = run.variant("even")
+    for folder in (run.path, run.statistics, variant.path):
+        (folder / "work.tmp-1").mkdir(parents=True)
+    variant.create("")
+    assert (run.path / "work.tmp-1").exists() and (run.statistics / "work.tmp-1").exists()
+    assert not (variant.path / "work.tmp-1").exists()
+    run.create("")
+    assert not (run.path / "work.tmp-1").exists() and not (run.statistics / "work.tmp-1").exists()
+
+
+def test_data_and_statistics_are_not_made_in_a_variant(config: Path) -> None:
+    line = refuse(config.parent, "prepare", config, "--run-dir", "run/variants/even")
+    assert "this is the directory of a variant" in line and "use --run-dir run," in line
 
 
 def test_run_directory_in_use(config: Path) -> None:

@@ -10,7 +10,9 @@ import pytest
 import tiny
 from command import run, trace_ds, tree
 
+from trace_ds.errors import UserError
 from trace_ds.parallel.environment import free_port, launched
+from trace_ds.parallel.world import AgreedError, check_local_processes
 
 LAUNCHERS = {
     "bare": [sys.executable, "-m", "trace_ds"],
@@ -57,6 +59,28 @@ def test_all_launchers_give_the_same_bytes(prepared: Path) -> None:
         assert found.keys() == expected.keys(), name
         different = [file for file in expected if found[file] != expected[file]]
         assert not different, (name, different)
+
+
+def test_verbs_of_one_process_refuse_to_be_ranks(tmp_path: Path) -> None:
+    """Rank 0 says it in one line, all ranks end with status 2, and nothing is written."""
+    for rank, expected in (("0", "run is one process, and a launcher started 2"), ("1", "")):
+        launcher = {"OMPI_COMM_WORLD_RANK": rank, "OMPI_COMM_WORLD_SIZE": "2"}
+        command = [sys.executable, "-m", "trace_ds", "run", "demo", "--run-dir", "made"]
+        result = run(["env", *(f"{name}={value}" for name, value in launcher.items()), *command], cwd=tmp_path)
+        assert result.returncode == 2 and expected in result.stderr, result.stderr
+        assert len(result.stderr.splitlines()) == bool(expected) and not list(tmp_path.iterdir())
+
+
+def test_more_processes_on_a_machine_than_accelerators() -> None:
+    torchrun = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "4"}
+    srun = {"SLURM_LOCALID": "0", "SLURM_STEP_TASKS_PER_NODE": "4(x2),3"}
+    mpiexec = {"OMPI_COMM_WORLD_LOCAL_RANK": "0", "OMPI_COMM_WORLD_LOCAL_SIZE": "4"}
+    for environment in (torchrun, srun, mpiexec):
+        check_local_processes(4, environment)
+        with pytest.raises(UserError, match="4 processes on this machine, each of which sees 2 accelerators"):
+            check_local_processes(2, environment)
+        with pytest.raises(AgreedError):
+            check_local_processes(2, {name: value.replace("0", "1") for name, value in environment.items()})
 
 
 def test_what_counts_as_launched() -> None:

@@ -18,7 +18,10 @@ from typing import Annotated, Optional
 import typer
 
 from trace_ds import __version__
-from trace_ds.errors import EXIT_STOPPED, JobFailed, StopRequested, UserError
+from trace_ds.errors import EXIT_STOPPED, EXIT_USER_ERROR, JobFailed, StopRequested, UserError
+
+LAUNCHED = ("collect", "unlearn", "evaluate")
+ONE_PROCESS = ("prepare", "calibrate", "convert", "report", "run", "submit", "demo", "bench")
 
 app = typer.Typer(
     name="trace-ds",
@@ -76,6 +79,21 @@ def _fail(line: str, status: int) -> None:
     sys.exit(status)
 
 
+def _refuse_ranks(verb: str) -> None:
+    """Under a launcher every rank would do the whole work of a verb that is one process."""
+    from trace_ds.parallel.environment import rank_and_size
+
+    rank, size = rank_and_size()
+    if size > 1 and rank == 0:
+        raise UserError(
+            f"{verb} is one process, and a launcher started {size}",
+            "the launcher",
+            f"start `trace-ds {verb}` by itself: it starts the processes it needs (or launch {', '.join(LAUNCHED)})",
+        )
+    if size > 1:
+        raise typer.Exit(EXIT_USER_ERROR)
+
+
 @app.callback(invoke_without_command=True)
 def _root(
     context: typer.Context,
@@ -84,6 +102,8 @@ def _root(
     if version:
         print(f"trace_ds {__version__}")
         raise typer.Exit(0)
+    if context.invoked_subcommand in ONE_PROCESS:
+        _refuse_ranks(str(context.invoked_subcommand))
 
 
 def _verb(name: str, config: str, run_dir: Path | None, overrides: list[str] | None, **options: object) -> None:

@@ -19,6 +19,7 @@ import numpy as np
 from trace_ds.calibration.patterns import MAX_UNIQUE_PATTERNS, Encoding
 from trace_ds.calibration.raking import single_thread
 from trace_ds.calibration.tokens import CHUNK_TOKENS, TokenMap, Trace
+from trace_ds.run.files import new_spool
 
 BLOCK_VALUES = 1 << 22
 
@@ -110,9 +111,7 @@ def build_row_store(trace: Trace, tokens: TokenMap, constrained_LE: np.ndarray, 
     sizes_R = sizes_R[sizes_R > 0]
     dtype = np.uint16 if sizes_R.max(initial=0) < 1 << 16 else np.uint32
     shape = (len(sizes_R), encoding.constraints)
-    counts_RS: np.ndarray = (
-        np.memmap(spool / "row_counts.bin", dtype, "w+", shape=shape) if 0 not in shape else np.zeros(shape, dtype)
-    )
+    counts_RS = new_spool(spool / "row_counts.bin", dtype, shape)
     at = 0
     for _, found_RS, found_R in row_counts(trace, tokens, encoding):
         found_RS = found_RS[found_R > 0]

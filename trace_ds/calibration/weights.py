@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from trace_ds.calibration.tokens import TokenMap
+from trace_ds.run.files import new_spool
 
 if TYPE_CHECKING:
     from trace_ds.calibration.rules import Calibrated
@@ -127,4 +128,4 @@ def size_and_maximum(weight_T: np.ndarray, tokens: TokenMap) -> tuple[float, flo
 
 def spooled(path: Path, size: int) -> np.ndarray:
     """A zeroed float64 array [size] backed by a file (the page cache decides what stays in memory)."""
-    return np.memmap(path, np.float64, "w+", shape=(max(size, 1),))[:size]
+    return new_spool(path, np.float64, (max(size, 1),))[:size]

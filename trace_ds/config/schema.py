@@ -313,9 +313,9 @@ class UnlearningConfig(Section):
     keep_every: int | None = Field(None, ge=1, description="Steps that are a multiple of this are never pruned.")
     resume: Literal["auto", "required", "never", "replace"] = Field(
         "auto",
-        description="auto: go on from the newest complete checkpoint, if there is one; required: refuse to start without "
-        "one; never: delete what is there and start; replace: as auto, but delete the checkpoints of another job (other "
-        "data, settings or seed), which the others refuse.",
+        description="auto: go on from the newest complete checkpoint, if there is one; required: refuse to start "
+        "without one; never: delete what is there and start; replace: as auto, but delete the checkpoints of another "
+        "job (other data, settings or seed), which auto and required refuse.",
     )
     log_every: int = Field(1, ge=1)
 

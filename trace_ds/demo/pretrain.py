@@ -4,7 +4,8 @@
     python -m trace_ds.demo.pretrain CORPORA DESTINATION --seed 0 --gold     # never saw what is to be forgotten
 
 One thread and one process: the result is bitwise the same on a rerun, and both models train side by side on two
-cores. Progress goes to standard output, one JSON object a line: ``{"step": 10, "of": 420, "loss": 5.1}``.
+cores. Progress goes to standard output, one JSON object a line: ``{"step": 10, "of": 420, "loss": 5.1}``; what ends it
+early as well: ``{"error": [what, where, fix]}``, with exit status 2.
 
 Suffixes: B rows of a batch, T tokens of a row, N counted positions of a batch, E experts, L layers, V vocabulary.
 """
@@ -23,7 +24,8 @@ from typing import TYPE_CHECKING, Any
 
 from trace_ds.demo.corpora import BOS, CONTEXT_TOKENS, EOS, PAD
 from trace_ds.errors import UserError
-from trace_ds.run.files import replacing_directory, write_text
+from trace_ds.run.directory import unwritable
+from trace_ds.run.files import replacing_directory, safetensors_errors, write_text
 
 if TYPE_CHECKING:
     import numpy
@@ -251,7 +253,8 @@ def _losses(
 
 def _save(model: MixtralForCausalLM, tokenizer: Path, training: dict[str, Any], destination: Path) -> None:
     with replacing_directory(destination) as temporary:
-        model.save_pretrained(temporary)
+        with safetensors_errors(temporary):
+            model.save_pretrained(temporary)
         for file in sorted(tokenizer.iterdir()):
             shutil.copyfile(file, temporary / file.name)
         write_text(temporary / "training.json", json.dumps(training, indent=1) + "\n")
@@ -278,8 +281,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             steps=options.steps,
             progress=show,
         )
-    except UserError as error:
-        print(error.line(), file=sys.stderr)
+    except (UserError, OSError) as found:
+        error = found if isinstance(found, UserError) else unwritable(options.destination, found)
+        print(json.dumps({"error": [error.what, error.where, error.fix]}), flush=True)
         return error.exit_status
     return 0
 

@@ -21,7 +21,7 @@ from importlib import metadata
 from pathlib import Path
 
 from trace_ds.demo.corpora import Regime
-from trace_ds.errors import UserError
+from trace_ds.errors import JobFailed, UserError
 from trace_ds.run import artefact
 from trace_ds.run.directory import locked
 from trace_ds.run.files import remove_leftovers, replacing_directory, write_json
@@ -172,10 +172,12 @@ def _train(corpora: Path, folder: Path, names: list[str], seed: int) -> None:
                 env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
                 preexec_fn=die_with_parent,
             )
-        _show_training(children)
+        errors = _show_training(children)
         for name, child in children.items():
-            if child.wait():
-                raise RuntimeError(f"training the {name} model ended with exit status {child.returncode}")
+            if child.wait() and name in errors:
+                raise errors[name]
+            if child.returncode:  # it has shown a traceback, or was killed
+                raise JobFailed(f"training the {name} model ended with exit status {child.returncode}")
     finally:
         for child in children.values():
             if child.poll() is None:
@@ -183,13 +185,18 @@ def _train(corpora: Path, folder: Path, names: list[str], seed: int) -> None:
             child.wait()
 
 
-def _show_training(children: dict[str, subprocess.Popen[str]]) -> None:
-    """Bars with an estimate on a terminal, a line now and then elsewhere, until all children closed their output."""
+def _show_training(children: dict[str, subprocess.Popen[str]]) -> dict[str, UserError]:
+    """Bars with an estimate on a terminal, a line now and then elsewhere, until all children closed their output.
+
+    Returns:
+        What ended a child early, by its name.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console()
     lock = threading.Lock()
+    errors: dict[str, UserError] = {}
     columns = (TextColumn("{task.description:10}"), BarColumn(), TextColumn("{task.percentage:3.0f} %"))
     with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bars:
 
@@ -203,6 +210,9 @@ def _show_training(children: dict[str, subprocess.Popen[str]]) -> None:
                         state = json.loads(line)
                     except ValueError:
                         continue
+                    if "error" in state:
+                        errors[name] = UserError(*state["error"])
+                        return
                     bars.update(task, total=state["of"], completed=state["step"])
                     now_s = time.monotonic()
                     if not console.is_terminal and now_s - told_s > 20:
@@ -222,3 +232,4 @@ def _show_training(children: dict[str, subprocess.Popen[str]]) -> None:
             thread.start()
         for thread in threads:
             thread.join()
+    return errors

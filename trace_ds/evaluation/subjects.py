@@ -48,11 +48,11 @@ class Subject:
     is_checkpoint: bool = False
 
 
-def find_subjects(config: Config, run: RunDirectory) -> tuple[list[Subject], list[str]]:
-    """The original, further, kept and unlearned models, in this order; and what is wrong with skipped checkpoints.
+def named_models(config: Config) -> dict[str, Path]:
+    """The model directories that the configuration names, the original first.
 
     Raises:
-        UserError: a model directory is missing or damaged; a reserved or unusable name.
+        UserError: a reserved or unusable name.
     """
     named = {ORIGINAL: Path(config.model.path)}
     for name, path in config.evaluation.models.items():
@@ -61,6 +61,16 @@ def find_subjects(config: Config, run: RunDirectory) -> tuple[list[Subject], lis
                 f"a model cannot be named {name!r}", "evaluation.models", "use another name of letters, digits and -"
             )
         named[name] = Path(path)
+    return named
+
+
+def find_subjects(config: Config, run: RunDirectory) -> tuple[list[Subject], list[str]]:
+    """The original, further, kept and unlearned models, in this order; and what is wrong with skipped checkpoints.
+
+    Raises:
+        UserError: a model directory is missing or damaged; a reserved or unusable name.
+    """
+    named = named_models(config)
     if not run.model.is_dir():
         raise UserError(
             "there is no unlearned model here", str(run.model), "make it with `trace-ds unlearn` and `trace-ds convert`"

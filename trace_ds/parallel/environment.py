@@ -22,6 +22,32 @@ def launched(environment: Mapping[str, str] = os.environ) -> bool:
     )
 
 
+def rank_and_size(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
+    """What the launcher says of this process's rank and of the number of ranks; (0, 1) without one."""
+    for rank, size in (
+        ("RANK", "WORLD_SIZE"),
+        ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+        ("PMI_RANK", "PMI_SIZE"),
+        ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
+    ):
+        if rank in environment and size in environment:
+            return int(environment[rank]), int(environment[size])
+    return 0, 1
+
+
+def local_rank_and_size(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
+    """The same on this machine alone, as far as the launcher says; of machines with unequal numbers, the largest."""
+    for rank, size in (
+        ("LOCAL_RANK", "LOCAL_WORLD_SIZE"),
+        ("OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+        ("SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),  # "4(x2),3": 4 on two machines, 3 on a third
+    ):
+        if rank in environment and size in environment:
+            counts = [int(item.partition("(")[0]) for item in environment[size].split(",")]
+            return int(environment[rank]), max(counts)
+    return 0, 1
+
+
 def accelerator_count(environment: Mapping[str, str] = os.environ, devices: Path = Path("/dev")) -> int:
     """NVIDIA GPUs this process may use, without importing torch."""
     found = sum(path.name.removeprefix("nvidia").isdigit() for path in devices.glob("nvidia*"))

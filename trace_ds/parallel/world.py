@@ -8,7 +8,7 @@ one does not count), and our own local processes (RANK again).
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from trace_ds.errors import UserError
-from trace_ds.parallel.environment import free_port, launched
+from trace_ds.parallel.environment import free_port, launched, local_rank_and_size
 
 T = TypeVar("T")
 
@@ -68,21 +68,36 @@ class World:
         return box[0]
 
     def agree(self, check: Callable[[], T]) -> T | None:
-        """Run ``check`` on the main process; its :class:`UserError` ends every rank with the same exit status.
+        """Run ``check`` on the main process; its :class:`UserError` or OSError ends every rank with the same status.
 
         Returns:
             What ``check`` returned, on the main process; None elsewhere.
         """
-        result, error = None, None
+        result: T | None = None
+        error: UserError | OSError | None = None
         if self.is_main:
             try:
                 result = check()
-            except UserError as found:
+            except (UserError, OSError) as found:
                 error = found
         if self.broadcast(error is not None):
             if error is not None:
                 raise error
             raise AgreedError
+        return result
+
+    def agree_each(self, check: Callable[[bool], T]) -> T:
+        """Run ``check(True)`` on the main process, then ``check(False)`` on the others, who may skip what costs time
+        (reading whole files); a :class:`UserError` on any rank, which may see other files than the main process, ends
+        every rank and is said once."""
+        result, error = self.agree(lambda: check(True)), None
+        if not self.is_main:
+            try:
+                result = check(False)
+            except UserError as found:
+                error = UserError(f"on rank {self.rank}: {found.what}", found.where, found.fix)
+        self.raise_together(error)
+        assert result is not None
         return result
 
     def agree_all(self, work: Callable[[], None]) -> None:
@@ -133,6 +148,8 @@ def join(threads: int, timeout_minutes: int) -> World:
     torch.set_num_threads(threads)
     deepspeed = quiet_deepspeed()
     cuda = torch.cuda.is_available()
+    if cuda:
+        check_local_processes(torch.cuda.device_count())
     if not dist.is_initialized():
         deepspeed.init_distributed(
             dist_backend="nccl" if cuda else "gloo", timeout=timedelta(minutes=timeout_minutes), verbose=False
@@ -142,6 +159,20 @@ def join(threads: int, timeout_minutes: int) -> World:
         torch.cuda.set_device(local_rank)
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     return World(dist.get_rank(), dist.get_world_size(), device)
+
+
+def check_local_processes(accelerators: int, environment: Mapping[str, str] = os.environ) -> None:
+    """Refuse more processes on this machine than each of them sees accelerators, one line a machine."""
+    rank, size = local_rank_and_size(environment)
+    if size <= accelerators:
+        return
+    if rank:
+        raise AgreedError
+    raise UserError(
+        f"{size} processes on this machine, each of which sees {accelerators} accelerators",
+        "the launcher",
+        f"start at most {accelerators} a machine, and let each see all its accelerators (no --gpus-per-task)",
+    )
 
 
 def leave() -> None:

@@ -77,9 +77,10 @@ class Collection:
 
         Raises:
             UserError, AgreedError: a router's weights are NaN or infinite; the layer is named.
+            OSError, AgreedError: the disk is too full for the parts.
         """
         done = self._resume()
-        self._open_parts(fresh=done == 0)
+        self.world.agree_all(lambda: self._open_parts(fresh=done == 0))
         if done:
             log.line(f"{side}: continues after batch {done:,} of {self.batches:,}")
         total = self.dataset.tokens

@@ -22,6 +22,8 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
+from trace_ds.run.files import safetensors_errors
+
 
 @dataclass(frozen=True)
 class RoutingStatistics:
@@ -67,7 +69,8 @@ class RoutingStatistics:
         for item in fields(self):
             value = getattr(self, item.name)
             tensors[item.name] = value if isinstance(value, np.ndarray) else np.array([value], dtype=np.int64)
-        save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, path)
+        with safetensors_errors(path):
+            save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, path)
 
     @classmethod
     def load(cls, path: Path) -> RoutingStatistics:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from trace_ds.run.artefact import Artefact
+from trace_ds.run.files import new_array, reserve
 
 
 def part_name(name: str, part: int, parts: int) -> str:
@@ -27,11 +28,9 @@ def create_part(
     With ``fresh=False`` the part that is there is opened for writing on; ``ValueError`` when it is another's.
     """
     path = directory / part_name(name, part, parts)
-    if 0 in shape:
-        np.save(path, np.zeros(shape, dtype=dtype))
-        return np.zeros(shape, dtype=dtype)
-    if fresh:
-        return np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=tuple(shape))
+    if fresh or 0 in shape:
+        return new_array(path, dtype, shape)
+    reserve(path)
     found = np.lib.format.open_memmap(path, mode="r+")
     if found.shape != tuple(shape) or found.dtype != dtype:
         raise ValueError(f"{path} has shape {found.shape} and type {found.dtype}, not {tuple(shape)} and {dtype}")

@@ -7,7 +7,7 @@ import fcntl
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from trace_ds.errors import UserError
@@ -15,14 +15,20 @@ from trace_ds.run.files import remove_leftovers, write_text
 
 LOCK_VARIABLE = "TRACE_DS_RUN_LOCK_FD"
 LOCK_RETRY_S = 3.0
+LOCK_NAME = ".lock"
 
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """Paths of one run. A variant (``parent`` set) shares the parent's data and statistics."""
+    """Paths of one run. A variant (``parent`` set) shares the parent's data and statistics.
+
+    Attributes:
+        config_text: the resolved configuration, for config.yaml; None: leave that file alone.
+    """
 
     path: Path
     parent: Path | None = None
+    config_text: str | None = field(default=None, repr=False, compare=False)
 
     @property
     def config(self) -> Path:
@@ -78,23 +84,37 @@ class RunDirectory:
         variant its parent's too."""
         return tuple(folder / "stop" for folder in (self.path, self.parent) if folder is not None)
 
-    def variant(self, name: str) -> RunDirectory:
-        return RunDirectory(self.variants / name, self.path)
+    def variant(self, name: str, config_text: str | None = None) -> RunDirectory:
+        return RunDirectory(self.variants / name, self.path, config_text)
 
     @classmethod
-    def at(cls, path: Path) -> RunDirectory:
+    def at(cls, path: Path, config_text: str | None = None) -> RunDirectory:
         """The run directory at ``path``, recognising a variant by its place (``RUN/variants/NAME``)."""
         resolved = Path(os.path.abspath(path))
-        return cls(path, path.parent.parent if resolved.parent.name == "variants" else None)
+        return cls(path, path.parent.parent if resolved.parent.name == "variants" else None, config_text)
 
     def create(self, config_text: str) -> None:
         """Make the directory (or say why not), clear what killed writers left, store the resolved configuration."""
+        self.clear_leftovers()
+        replace(self, config_text=config_text).store_config()
+
+    def clear_leftovers(self) -> None:
+        """Delete what killed writers left in folders of this run; a parent's belong to whoever holds its lock."""
+        own = (self.path, self.checkpoints, self.evaluation, *([self.statistics] if self.parent is None else []))
+        try:
+            for folder in own:
+                remove_leftovers(folder)
+        except OSError as error:
+            raise unwritable(self.path, error) from None
+
+    def store_config(self) -> None:
+        """Write config.yaml. A stage does it when its input has proved right, so that a refused one changes nothing."""
+        if self.config_text is None:
+            return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            for folder in (self.path, self.data.parent, self.statistics, self.checkpoints, self.evaluation):
-                remove_leftovers(folder)
-            if not self.config.is_file() or self.config.read_text(encoding="utf-8") != config_text:
-                write_text(self.config, config_text)
+            if not self.config.is_file() or self.config.read_text(encoding="utf-8") != self.config_text:
+                write_text(self.config, self.config_text)
         except OSError as error:
             raise unwritable(self.path, error) from None
 
@@ -122,29 +142,66 @@ def locked(run: RunDirectory) -> Iterator[int]:
         if path == os.path.abspath(run.path):
             yield int(number)
             return
+    made = [folder for folder in (run.path, *run.path.parents) if not folder.exists()]
+    descriptor, fresh = _lock(run.path)
     try:
-        run.path.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(run.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise unwritable(run.path, error) from None
-    try:
-        deadline = time.monotonic() + LOCK_RETRY_S  # the children of a killed job need a moment to go
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise UserError(
-                        "another process is using this run directory",
-                        str(run.path),
-                        "wait for it to end (or stop it), or choose another --run-dir",
-                    ) from None
-                time.sleep(0.1)
-        os.set_inheritable(descriptor, True)
         yield descriptor
+    except UserError:
+        if fresh:  # the input was wrong: leave what was there before, which may be nothing at all
+            (run.path / LOCK_NAME).unlink()
+            with contextlib.suppress(OSError):  # not empty: something was finished before
+                for folder in made:
+                    folder.rmdir()
+        raise
     finally:
         os.close(descriptor)
+
+
+def _lock(folder: Path) -> tuple[int, bool]:
+    """(descriptor of the locked file, whether the file is new); makes the folder."""
+    path = folder / LOCK_NAME
+    deadline = time.monotonic() + LOCK_RETRY_S  # the children of a killed job need a moment to go
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            fresh = not path.exists()
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise unwritable(folder, error) from None
+        if _flock(descriptor, path) and _is_at(descriptor, path):
+            os.set_inheritable(descriptor, True)
+            return descriptor, fresh
+        os.close(descriptor)  # held by another, or removed by one whose input was refused
+        if time.monotonic() > deadline:
+            raise UserError(
+                "another process is using this run directory",
+                str(folder),
+                "wait for it to end (or stop it), or choose another --run-dir",
+            )
+        time.sleep(0.1)
+
+
+def _flock(descriptor: int, path: Path) -> bool:
+    """Take the lock if nobody has it; whether that went well."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        os.close(descriptor)
+        raise UserError(
+            f"files cannot be locked here ({error.strerror})",
+            str(path),
+            "mount the file system with locks (Lustre: -o flock), or choose another --run-dir",
+        ) from None
+    return True
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def lock_environment(run: RunDirectory, descriptor: int) -> dict[str, str]:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
 
 HASH_BLOCK_BYTES = 1 << 22
 
@@ -67,6 +72,56 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Indented, key-sorted JSON, written atomically."""
     write_text(path, json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def reserve(path: Path) -> None:
+    """Give every byte of a file its place on the disk, before it is written through a memory map.
+
+    Writing to a hole of a file that a full disk cannot fill ends a process with SIGBUS; this is an OSError.
+    """
+    with path.open("r+b") as handle:
+        try:
+            os.posix_fallocate(handle.fileno(), 0, path.stat().st_size)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def new_array(path: Path, dtype: np.dtype | type, shape: Sequence[int]) -> np.ndarray:
+    """A new .npy file of zeros as a writable memory map (a plain array, when it has no element)."""
+    import numpy as np
+
+    if 0 in shape:
+        np.save(path, np.zeros(shape, dtype))
+        return np.zeros(shape, dtype)
+    array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=tuple(shape))
+    reserve(path)
+    return array
+
+
+def new_spool(path: Path, dtype: np.dtype | type, shape: Sequence[int]) -> np.ndarray:
+    """The same without a header: scratch space that nobody opens by its name."""
+    import numpy as np
+
+    if 0 in shape:
+        return np.zeros(shape, dtype)
+    array = np.memmap(path, dtype, "w+", shape=tuple(shape))
+    reserve(path)
+    return array
+
+
+@contextlib.contextmanager
+def safetensors_errors(path: Path) -> Iterator[None]:
+    """What safetensors raises when it cannot write (a full disk) becomes the OSError that it was."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
 
 
 @contextlib.contextmanager

@@ -9,9 +9,9 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from trace_ds.run.directory import RunDirectory
 
@@ -19,28 +19,35 @@ LINE_EVERY_S = 20.0
 
 
 class StageLog:
-    """The log of one stage of one run: ``RUN/logs/STAGE.jsonl`` and, for scalars, ``RUN/tb/STAGE``."""
+    """The log of one stage of one run: ``RUN/logs/STAGE.jsonl`` and, for scalars, ``RUN/tb/STAGE``.
 
-    def __init__(self, stage: str, path: Path | None, tb: Path | None) -> None:
+    Nothing is written before there is something to tell; ``begin`` is called then, once.
+    """
+
+    def __init__(
+        self, stage: str, path: Path | None, tb: Path | None, begin: Callable[[], None] = lambda: None
+    ) -> None:
         self.stage = stage
-        self._path = path
-        self._tb = tb
+        self.enabled = path is not None
+        self._path, self._tb, self._begin = path, tb, begin
+        self._repeated_from: int | None = None  # the first step that a resumed job does again
+        self._file: TextIO | None = None
         self._writer: Any = None
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a", encoding="utf-8") if path is not None else None
 
     def line(self, text: str) -> None:
         """One line for people, also kept in the JSONL log."""
-        if self._file is None:
-            return
-        print(f"[{self.stage}] {text}", flush=True)
-        self.event("line", text=text)
+        if self.enabled:
+            print(f"[{self.stage}] {text}", flush=True)
+            self.event("line", text=text)
 
     def event(self, kind: str, **values: Any) -> None:
         """One JSONL record (``time_s`` is Unix time)."""
-        if self._file is None:
+        if self._path is None:
             return
+        if self._file is None:
+            self._begin()
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._path.open("a", encoding="utf-8")
         self._file.write(json.dumps({"event": kind, "time_s": round(time.time(), 3), **values}) + "\n")
         self._file.flush()
 
@@ -53,20 +60,21 @@ class StageLog:
         self._numbers("evaluation", step, values)
 
     def _numbers(self, kind: str, step: int, values: dict[str, float]) -> None:
-        if self._file is None:
+        if not self.enabled:
             return
         self.event(kind, step=step, **values)
         if self._writer is None and self._tb is not None:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(self._tb))
+            self._writer = SummaryWriter(str(self._tb), purge_step=self._repeated_from)
         for name, value in values.items():
             if self._writer is not None:
                 self._writer.add_scalar(name, value, step)
 
     def drop_scalars_after(self, step: int) -> None:
         """Forget the steps after ``step`` that a job which resumes there is about to repeat."""
-        if self._file is None or self._path is None:
+        self._repeated_from = step + 1
+        if self._path is None or not self._path.is_file():
             return
         from trace_ds.run.files import write_text
 
@@ -76,21 +84,26 @@ class StageLog:
                 record = json.loads(text)
                 if record.get("event") not in ("step", "evaluation") or record["step"] <= step:
                     kept.append(text + "\n")
-        self._file.close()
+        self._release()
         write_text(self._path, "".join(kept))
-        self._file = self._path.open("a", encoding="utf-8")
 
     def close(self) -> None:
         if self._writer is not None:
             self._writer.close()
+        self._release()
+
+    def _release(self) -> None:
         if self._file is not None:
             self._file.close()
+            self._file = None
 
 
 @contextlib.contextmanager
 def stage_log(run: RunDirectory, stage: str, *, enabled: bool = True) -> Iterator[StageLog]:
-    """The log of ``stage``; with ``enabled=False`` (other ranks) one that says nothing."""
-    log = StageLog(stage, run.logs / f"{stage}.jsonl", run.tb / stage) if enabled else StageLog(stage, None, None)
+    """The log of ``stage``, whose first line stores the run's configuration too; with ``enabled=False`` (other ranks)
+    one that says nothing."""
+    path = run.logs / f"{stage}.jsonl" if enabled else None
+    log = StageLog(stage, path, run.tb / stage, run.store_config)
     try:
         yield log
     finally:
@@ -104,7 +117,7 @@ class Progress:
         self._log, self._what, self._total, self._unit = log, what, total, unit
         self._done = self._start = start
         self._began_s = self._told_s = time.monotonic()
-        self._enabled = log._file is not None
+        self._enabled = log.enabled
         self._bar: Any = None
         if self._enabled and sys.stderr.isatty():
             from tqdm import tqdm

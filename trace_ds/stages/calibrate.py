@@ -31,7 +31,7 @@ from trace_ds.errors import UserError
 from trace_ds.routing.statistics import RoutingStatistics
 from trace_ds.run import artefact as artefacts
 from trace_ds.run.artefact import Artefact
-from trace_ds.run.files import replacing_directory, write_json
+from trace_ds.run.files import new_array, replacing_directory, safetensors_errors, write_json
 from trace_ds.run.log import StageLog, stage_log
 
 if TYPE_CHECKING:
@@ -258,12 +258,12 @@ def write(
     """Write the artefact's files; returns its summary."""
     from safetensors.numpy import save_file
 
-    weights = np.lib.format.open_memmap(directory / "weights.npy", mode="w+", dtype=np.float32, shape=(tokens.tokens,))
+    weights = new_array(directory / "weights.npy", np.float32, (tokens.tokens,))
     for start, stop in tokens.spans():
         weights[start:stop] = calibrated.weight_T[start:stop]
-    weights.flush()
-    del weights
-    np.save(directory / "row_weights.npy", calibrated.row_weight_R)
+    rows = new_array(directory / "row_weights.npy", np.float64, calibrated.row_weight_R.shape)
+    rows[:] = calibrated.row_weight_R
+    del weights, rows
     achieved_LE = drawn_LE = retain.frequency_LE
     if trace is not None:
         experts, counted = retain.counts_LE.shape[1], tokens.counted_total()
@@ -282,10 +282,9 @@ def write(
         "achieved_LE": achieved_LE,
         "log_mean": np.array([calibrated.log_mean]),
     }
-    save_file(
-        {name: np.ascontiguousarray(value) for name, value in tensors.items()},
-        directory / "calibration.safetensors",
-    )
+    path = directory / "calibration.safetensors"
+    with safetensors_errors(path):
+        save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, path)
     score_LE, retain_mean, forget_mean = likeness_tables(forget.frequency_LE, retain.frequency_LE, retain.tokens)
     sums = document_sums(tokens, trace, calibrated.weight_T, score_LE)
     likeness_D = likeness(sums, retain_mean, forget_mean)

@@ -92,8 +92,7 @@ def collect(config: Config, run: RunDirectory, world: World) -> None:
     from trace_ds.models.loading import Parts
     from trace_ds.run.log import stage_log
 
-    job = world.agree(lambda: check_collect(config, run, world.size))
-    job = job or check_collect(config, run, world.size, verify=False)
+    job = world.agree_each(lambda verify: check_collect(config, run, world.size, verify=verify))
     done = world.broadcast(job.done(run) if world.is_main else [])
     todo = [side for side in job.inputs if side not in done]
     if not todo:

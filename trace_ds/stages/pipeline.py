@@ -34,7 +34,7 @@ class Request:
     @classmethod
     def load(cls, config: str, overrides: Sequence[str], run_dir: Path | None) -> Request:
         loaded, directory = load_config(config, overrides, run_dir)
-        return cls(loaded, RunDirectory.at(directory))
+        return cls(loaded, RunDirectory.at(directory, dump_yaml(loaded)))
 
     def variant(self, name: str) -> Request:
         """The same run with the keys of ``variants.NAME`` changed, in ``RUN/variants/NAME``."""
@@ -43,7 +43,7 @@ class Request:
             raise UserError(f"the configuration has no variant {name!r}", "--variant", f"use one of its own: {known}")
         changed = with_changes(self.config, self.config.variants[name], f"variants.{name}")
         changed = changed.model_copy(update={"variants": {}, "name": name})
-        return Request(changed, self.run.variant(name))
+        return Request(changed, self.run.variant(name, dump_yaml(changed)))
 
     def all(self) -> list[Request]:
         return [self, *(self.variant(name) for name in self.config.variants)]
@@ -55,8 +55,12 @@ def run_verb(verb: str, request: Request, *, dry_run: bool = False) -> int:
         stages = STAGES if verb == "run" else (verb,)
         print(dump_yaml(request.config), end="")
         print(f"# run directory: {request.run.path}; would run: {', '.join(stages)}")
-        for name in request.config.variants if verb == "run" else ():
-            print(f"# variant {name}: {request.config.variants[name]}")
+        for item in request.all()[1:] if verb == "run" else ():
+            print(f"# variant {item.config.name}: {request.config.variants[item.config.name]}")
+        try:
+            check_early(verb, request)
+        except UserError as error:  # a recipe can be read before there is a model
+            print(f"# not ready: {error.line()}")
         return 0
     if verb in LAUNCHABLE and launched():
         return _run_as_rank(verb, request)
@@ -64,7 +68,6 @@ def run_verb(verb: str, request: Request, *, dry_run: bool = False) -> int:
     with locked(request.run) as lock:
         if verb == "run":
             return _run_all(request, lock)
-        request.run.create(dump_yaml(request.config))
         return _run_stage(verb, request, lock)
 
 
@@ -79,8 +82,14 @@ def check_early(verb: str, request: Request, world_size: int | None = None) -> N
     from trace_ds.models.families import check_expert_parallel, inspect_model
     from trace_ds.parallel.launch import check_process_count
 
-    config = request.config
-    if verb == "evaluate":
+    config, run = request.config, request.run
+    if run.parent is not None and verb in ("run", "prepare", "collect"):
+        raise UserError(
+            "this is the directory of a variant, which takes data and statistics from its run",
+            str(run.path),
+            f"use --run-dir {run.parent}, or a directory that is in no folder called variants",
+        )
+    if verb == "evaluate" and world_size is None:
         check_process_count(config.evaluation.nproc, accelerator_count(), os.cpu_count() or 1)
     if verb in ("run", *DISTRIBUTED):
         nproc = world_size or process_count(config)
@@ -90,7 +99,7 @@ def check_early(verb: str, request: Request, world_size: int | None = None) -> N
     if verb in STAGES[1:-1]:
         from trace_ds.run import artefact
 
-        artefact.load(request.run.data, "data", "prepare CONFIG", verify=False)
+        artefact.load(run.data, "data", "prepare CONFIG", verify=False)
     if verb in ("run", "prepare"):
         tokenizer_fingerprint(config.model.tokenizer or config.model.path)
         for side in config.data.sides:
@@ -99,6 +108,22 @@ def check_early(verb: str, request: Request, world_size: int | None = None) -> N
         from trace_ds.evaluation.items import read_tasks
 
         read_tasks(config.evaluation.tasks)
+    if verb == "run":
+        _check_later_stages(request)
+
+
+def _check_later_stages(request: Request) -> None:
+    """What only a late stage, or a variant, would stumble on."""
+    from trace_ds.evaluation.subjects import named_models
+    from trace_ds.models.families import inspect_model
+    from trace_ds.models.files import read_model_directory
+    from trace_ds.stages.unlearn import check_settings
+
+    info = inspect_model(request.config.model.path)
+    for item in request.all():
+        check_settings(item.config, info)
+    for path in named_models(request.config).values():
+        read_model_directory(path)
 
 
 def process_count(config: Config, stage: str = "unlearn") -> int:
@@ -111,7 +136,6 @@ def _run_all(request: Request, lock: int) -> int:
         for item in request.all():
             if item.run.parent is not None and stage in ("prepare", "collect"):
                 continue  # a variant shares the data and the statistics
-            item.run.create(dump_yaml(item.config))
             status = _run_stage(stage, item, lock, top=request.run)
             if status:
                 return status
@@ -119,9 +143,14 @@ def _run_all(request: Request, lock: int) -> int:
 
 
 def _run_stage(stage: str, request: Request, lock: int, *, top: RunDirectory | None = None) -> int:
+    """Run one stage; config.yaml becomes this request's as soon as the stage has found nothing wrong with its input."""
+    request.run.clear_leftovers()
     if stage in DISTRIBUTED or (stage == "evaluate" and request.config.evaluation.nproc > 1):
         return _launch(stage, request, lock, top or request.run)
+    if stage == "report":  # it shows the configuration
+        request.run.store_config()
     _single_process_stage(stage)(request.config, request.run)
+    request.run.store_config()
     return 0
 
 
@@ -152,7 +181,9 @@ def _launch(stage: str, request: Request, lock: int, lock_owner: RunDirectory) -
     from trace_ds.parallel.launch import run_processes
 
     nproc = process_count(request.config, stage)
-    if _is_done(stage, request, nproc):
+    done = _is_done(stage, request, nproc)
+    request.run.store_config()
+    if done:
         return 0
     return run_processes(
         [stage, str(request.run.config), "--run-dir", str(request.run.path)],
@@ -190,8 +221,9 @@ def _run_as_rank(verb: str, request: Request) -> int:
     with contextlib.ExitStack() as stack:
 
         def enter() -> None:
+            check_early(verb, request, world.size)
             stack.enter_context(locked(request.run))
-            request.run.create(dump_yaml(request.config))
+            request.run.clear_leftovers()
 
         world.agree(enter)
         if verb == "collect":
@@ -206,6 +238,8 @@ def _run_as_rank(verb: str, request: Request) -> int:
             from trace_ds.stages.unlearn import unlearn
 
             unlearn(request.config, request.run, world)
+        if world.is_main:
+            request.run.store_config()
         world.barrier()
     leave()
     return 0

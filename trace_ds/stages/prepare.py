@@ -31,15 +31,17 @@ def prepare(config: Config, run: RunDirectory) -> artefact.Artefact:
     if artefact.is_done(run.data, "data", artefact.identity_of("data", inputs, settings)):
         return artefact.load(run.data, "data", "prepare CONFIG", verify=False)
     with stage_log(run, "prepare") as log, replacing_directory(run.data) as directory:
-        summary = {}
-        for side in sides:
-            counts = _prepare_side(config, getattr(config.data, side), side, directory, Path(tokenizer_path))
-            summary[side] = vars(counts)
+        found = {
+            side: _prepare_side(config, getattr(config.data, side), side, directory, Path(tokenizer_path))
+            for side in sides
+        }
+        for side, counts in found.items():
             log.line(
                 f"{side}: {counts.documents:,} documents, {counts.rows:,} rows, {counts.tokens:,} tokens "
                 f"({counts.counted_tokens:,} loss-bearing), {counts.documents_split:,} documents split at "
                 f"{config.data.context_length} tokens, {counts.empty_documents:,} empty"
             )
+        summary = {side: vars(counts) for side, counts in found.items()}
         artefact.describe(directory, "data", inputs, settings, summary)
     return artefact.load(run.data, "data", "prepare CONFIG", verify=False)
 

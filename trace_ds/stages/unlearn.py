@@ -71,6 +71,21 @@ class UnlearnJob:
         return True
 
 
+def check_settings(config: Config, info: ModelInfo) -> dict[str, Any] | None:
+    """What can be wrong with the settings and this model alone; returns the user's DeepSpeed keys, if there are any."""
+    from trace_ds.models.engine_config import user_ds_config
+
+    settings = config.unlearning
+    if settings.forget_loss != "rmu":
+        require_plain_logits(info, "unlearning.forget_loss")
+    layer = settings.rmu.layer
+    if layer is not None and layer >= info.decoder_layers:
+        raise UserError(
+            f"layer {layer} of a model with {info.decoder_layers} decoder layers", "unlearning.rmu.layer", "lower it"
+        )
+    return user_ds_config(settings.ds_config) if settings.ds_config is not None else None
+
+
 def check_unlearn(config: Config, run: RunDirectory, world_size: int, *, verify: bool = True) -> UnlearnJob:
     """Everything that can be wrong before a weight is loaded; raises :class:`UserError`."""
     info = inspect_model(config.model.path)
@@ -85,14 +100,8 @@ def check_unlearn(config: Config, run: RunDirectory, world_size: int, *, verify:
         ("data", data.content, "data"),
     ):
         artefact.require_same(calibration, name, expected, what, "collect CONFIG and trace-ds calibrate CONFIG")
+    ds_config = check_settings(config, info)
     settings = config.unlearning
-    if settings.forget_loss != "rmu":
-        require_plain_logits(info, "unlearning.forget_loss")
-    layer = settings.rmu.layer
-    if layer is not None and layer >= info.decoder_layers:
-        raise UserError(
-            f"layer {layer} of a model with {info.decoder_layers} decoder layers", "unlearning.rmu.layer", "lower it"
-        )
     traces = {}
     if settings.evaluate.every and config.statistics.trace:
         for side in ("forget", "retain"):
@@ -107,11 +116,6 @@ def check_unlearn(config: Config, run: RunDirectory, world_size: int, *, verify:
             artefact.require_same(found, "data", data.content, "data", "collect CONFIG")
             statistics[side] = found
     experts, anchored = choose_trained(config, info, calibration, statistics.get("forget"))
-    ds_config = None
-    if settings.ds_config is not None:
-        from trace_ds.models.engine_config import user_ds_config
-
-        ds_config = user_ds_config(settings.ds_config)
     guards = settings.guards
     guarded = guards.max_retain_ratio is not None or guards.min_retain_overlap is not None
     identity = sha256_text(
@@ -184,8 +188,7 @@ def unlearn(config: Config, run: RunDirectory, world: World) -> None:
     from trace_ds.unlearning.job import train
     from trace_ds.unlearning.live_weights import make_weights
 
-    job = world.agree(lambda: check_unlearn(config, run, world.size))
-    job = job or check_unlearn(config, run, world.size, verify=False)
+    job = world.agree_each(lambda verify: check_unlearn(config, run, world.size, verify=verify))
     if world.broadcast(job.settled(config, run) if world.is_main else False):
         return
     settings = config.unlearning
