@@ -57,6 +57,11 @@ CONFIG_ERRORS: list[tuple[Callable[[dict], object], str]] = [
     (lambda c: c["unlearning"].update(alhpa=1), "did you mean 'alpha'?"),
     (lambda c: c["data"].pop("retain"), "the key 'data.retain' is missing"),
     (lambda c: c["unlearning"].update(steps="many"), "unlearning.steps: Input should be a valid integer"),
+    (lambda c: c["unlearning"].update(steps="7"), "unlearning.steps: Input should be a valid integer (found '7')"),
+    (lambda c: c["unlearning"].update(steps=True), "unlearning.steps: Input should be a valid integer (found True)"),
+    (lambda c: c.update(seed=True), "seed: Input should be a valid integer (found True)"),
+    (lambda c: c["statistics"].update(trace="off"), "statistics.trace: Input should be a valid boolean (found 'off')"),
+    (lambda c: c["unlearning"].update(alpha=float("inf")), "unlearning.alpha: Input should be a finite number"),
     (lambda c: c["unlearning"].update(forget_loss="npo"), "npo needs statistics.nll: true"),
     (lambda c: c["calibration"].update(rule="raknig"), "calibration.rule"),
     (lambda c: c.update(variants={"a": {"model.path": "x"}}), "variants.a may not change model.path"),
@@ -66,13 +71,33 @@ CONFIG_ERRORS: list[tuple[Callable[[dict], object], str]] = [
 @pytest.mark.parametrize(("change", "message"), CONFIG_ERRORS)
 def test_config_key_or_type(config: Path, change: Callable[[dict], None], message: str) -> None:
     edit(config, change)
-    assert message in refuse(config.parent, "run", config)
+    with pytest.raises(UserError) as error:
+        Request.load(str(config), [], None)
+    assert message in error.value.line()
+
+
+def test_a_wrong_key_on_the_command_line(config: Path) -> None:
+    edit(config, CONFIG_ERRORS[0][0])
+    assert CONFIG_ERRORS[0][1] in refuse(config.parent, "run", config)
+
+
+def test_numbers_as_people_write_them(config: Path) -> None:
+    config.write_text(config.read_text().replace("lr: 0.001", "lr: 1e-3"))
+    loaded, _ = load_config(str(config), ["unlearning.alpha=2", "calibration.clip=2.5E+1", "name='1e5'"])
+    assert loaded.unlearning.optimizer.lr == 0.001 and loaded.name == "1e5"
+    (config.parent / "stored.yaml").write_text(dump_yaml(loaded))
+    assert load_config(str(config.parent / "stored.yaml"))[0] == loaded
+    assert (loaded.unlearning.alpha, loaded.calibration.clip) == (2.0, 25.0)
+    assert load_config(str(config), [f"unlearning.optimizer.betas=[0.5, {value}]" for value in (1, 0.75)])[0]
 
 
 def test_no_config_and_broken_yaml(tmp_path: Path) -> None:
     assert "no such configuration file or recipe" in refuse(tmp_path, "run", "nothere.yaml")
     (tmp_path / "broken.yaml").write_text("name: [unclosed\n")
     assert "not valid YAML in line 2" in refuse(tmp_path, "run", "broken.yaml")
+    (tmp_path / "twice.yaml").write_text("name: a\nmodel: {path: m}\nname: b\n")
+    with pytest.raises(UserError, match=r"twice\.yaml: not valid YAML in line 3 \('name' is there twice\)"):
+        load_config(str(tmp_path / "twice.yaml"))
 
 
 def test_model_directory(config: Path, tiny_model: Path) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
+import re
 import types
 import typing
 from collections.abc import Sequence
@@ -16,6 +16,28 @@ from pydantic import BaseModel, ValidationError
 
 from trace_ds.config.schema import Config
 from trace_ds.errors import UserError
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key that is there twice is an error, and 1e-5 is a number (YAML 1.1 reads it as text)."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is there twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what :class:`_Loader` would read as a number."""
+
+
+for _side in (_Loader, _Dumper):
+    _side.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+    )
 
 
 def recipe_names() -> list[str]:
@@ -67,7 +89,7 @@ def load_config(config: str, overrides: Sequence[str] = (), run_dir: str | Path 
     """
     text, where = read_config_text(config)
     try:
-        raw = yaml.safe_load(text)
+        raw = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" in line {mark.line + 1}" if mark else ""
@@ -105,7 +127,7 @@ def with_changes(config: Config, changes: dict[str, Any], where: str) -> Config:
 
 def dump_yaml(config: Config) -> str:
     """The resolved configuration as YAML, every default written out."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def _apply(raw: dict[str, Any], override: str) -> None:
@@ -113,12 +135,9 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     if not separator or not key.strip():
         raise UserError(f"{override!r} is not KEY=VALUE", "--set", "write for example --set unlearning.steps=200")
     try:
-        parsed = yaml.safe_load(value)
+        parsed = yaml.load(value, _Loader)
     except yaml.YAMLError:
         raise UserError(f"the value of {key} is not valid YAML: {value!r}", "--set", "quote the value") from None
-    if isinstance(parsed, str):  # YAML 1.1 reads 1e-4 as text
-        with contextlib.suppress(ValueError):
-            parsed = float(parsed)
     _set(raw, key.strip(), parsed)
 
 

@@ -15,9 +15,9 @@ RULES = ("raking", "ratio_mean", "ratio_max", "uniform", "permuted", "random_exp
 
 
 class Section(BaseModel):
-    """Base of all sections: unknown keys are refused, values are not coerced between kinds."""
+    """Base of all sections: unknown keys are refused, values are not coerced between kinds, numbers are finite."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, validate_default=True)
 
 
 class ModelConfig(Section):
@@ -134,7 +134,7 @@ class CalibrationConfig(Section):
 
 class OptimizerConfig(Section):
     lr: float = Field(1e-5, gt=0)
-    betas: tuple[float, float] = (0.9, 0.99)
+    betas: tuple[float, float] = Field((0.9, 0.99), strict=False)  # YAML has lists, no tuples
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     gradient_clipping: float = Field(1.0, ge=0, description="0: off.")
