@@ -1,4 +1,4 @@
-"""The arithmetic of `trace-ds bench`: matched forgetting per seed, paired differences, and honest gaps."""
+"""`trace-ds bench`: matched forgetting per seed, paired differences, honest gaps; and the command itself, whole."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ import math
 from pathlib import Path
 
 import pytest
+from command import trace_ds
 
-from trace_ds.demo.bench import Outcome, seed_outcomes, table
+from trace_ds.demo import run as demo
+from trace_ds.demo.bench import Outcome, bench, seed_outcomes, table
+from trace_ds.demo.pretrain import pretrain
 from trace_ds.errors import UserError
+from trace_ds.run.files import write_json
 
 
 def write(run: Path, name: str, forget: float, utility: float) -> None:
@@ -55,3 +59,36 @@ def test_table_compares_on_the_same_checkpoints_and_counts_what_is_missing() -> 
     assert lines["trace"]["half_width"] == pytest.approx(12.7062 * 0.0707107 / math.sqrt(2), rel=1e-4)
     assert lines["trace"]["not_reached"] == 1 and lines["uniform"]["not_reached"] == 0
     assert lines["uniform"]["relative"] == pytest.approx(0.0)
+
+
+@pytest.mark.slow
+def test_the_default_comparison_with_changes_of_its_recipe(tmp_path: Path) -> None:
+    """As the README's command, with inputs that are there already (models of three steps) and fewer, shorter runs."""
+    folder = tmp_path / "runs" / "bench" / "seed_0"
+    corpora = demo.prepare_corpora(folder, 0)
+    for name in demo.MODELS:
+        pretrain(folder / "corpora", folder / "models" / name, gold=name == "gold", seed=0, steps=3)
+        made = {"corpora": corpora.content, "seed": 0, "fingerprint": demo._fingerprint(folder / "models" / name)}
+        write_json(folder / "models" / f"{name}.json", made)
+    changes = {
+        "unlearning.steps": 2,
+        "unlearning.save_every": 1,
+        "distributed": {"nproc": 1, "ep": 1},
+        "calibration.if_none_found": "continue",
+        "evaluation.drift": False,
+        "variants": {"uniform": {"calibration.rule": "uniform"}},
+    }
+    words = [word for key, value in changes.items() for word in ("--set", f"{key}={json.dumps(value)}")]
+    result = trace_ds("bench", "--seeds", "1", *words, cwd=tmp_path)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+    assert "relative to uniform" in result.stdout and "runs/bench/bench.json" in result.stdout
+    found = json.loads((tmp_path / "runs" / "bench" / "bench.json").read_text())
+    assert {(item["method"], *item["curves"]["general_text perplexity"]) for item in found["outcomes"]} == {
+        (method, "1", "2") for method in ("trace", "uniform")
+    }
+    assert (found["recipe"], found["seeds"], len(found["set"])) == ("bench_knowledge", 1, len(changes))
+
+
+def test_the_seeds_of_a_comparison_cannot_be_set(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"say how many with --seeds"):
+        bench("bench_knowledge", tmp_path, 3, False, ["seed=7"])

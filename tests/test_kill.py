@@ -1,4 +1,4 @@
-"""SIGKILL in any stage, then the same command again: the final artefacts are those of an undisturbed run."""
+"""SIGKILL in the middle of any stage, then the same command again: the artefacts are those of an undisturbed run."""
 
 from __future__ import annotations
 
@@ -12,9 +12,19 @@ from pathlib import Path
 
 import pytest
 import tiny
-from command import environment, trace_ds, tree
+from command import environment, killed, trace_ds, tree
 
 STAGES = ("prepare", "collect", "calibrate", "unlearn", "convert", "evaluate", "report")
+# What a stage, and no other, writes before its result is there, below the run directory.
+WRITES = {
+    "prepare": "data.tmp-",
+    "collect": "statistics/",
+    "calibrate": "calibration.tmp-",
+    "unlearn": "checkpoints/step_",
+    "convert": "model.tmp-",
+    "evaluate": "evaluation/.",
+    "report": "report.tmp-",
+}
 KEPT = ("data", "statistics", "calibration", "checkpoints", "model", "evaluation", "report", "variants")
 
 
@@ -26,20 +36,6 @@ def final_artefacts(run: Path) -> dict[str, bytes]:
             if "/logs/" not in f"/{name}" and "/tb/" not in f"/{name}" and not name.endswith(".lock"):
                 found[f"{part}/{name}"] = content
     return found
-
-
-def trigger(run: Path, stage: str) -> bool:
-    """Whether the stage is at work: the first thing it writes has appeared."""
-    places = {
-        "prepare": run / "config.yaml",
-        "collect": run / "logs" / "collect.jsonl",
-        "calibrate": run / "statistics" / "retain" / "artefact.json",
-        "unlearn": run / "logs" / "unlearn.jsonl",
-        "convert": run / "checkpoints" / "step_000004" / "manifest.json",
-        "evaluate": run / "variants" / "uniform" / "model" / "config.json",
-        "report": run / "variants" / "uniform" / "evaluation" / "unlearned.json",
-    }
-    return places[stage].exists()
 
 
 def processes_with(text: str) -> list[int]:
@@ -64,29 +60,9 @@ def test_killed_in_any_stage_ends_the_same(tiny_model: Path, tmp_path: Path) -> 
     result = trace_ds("run", config, "--run-dir", undisturbed, cwd=tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
     draw = random.Random(5)
-    killed = []
     for stage in STAGES:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "trace_ds", "run", str(config), "--run-dir", str(disturbed)],
-            cwd=tmp_path,
-            env=environment(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        while process.poll() is None and not trigger(disturbed, stage):
-            time.sleep(0.01)
-        time.sleep(draw.uniform(0.0, 0.5))
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-            killed.append(stage)
-        process.communicate()
-        for _ in range(100):  # its children die with it
-            if not processes_with(str(disturbed)):
-                break
-            time.sleep(0.1)
-        assert not [pid for pid in processes_with(str(disturbed)) if pid != os.getpid()]
-    assert len(killed) >= 5, killed
+        killed(["run", config, "--run-dir", disturbed], tmp_path, f"{disturbed}/{WRITES[stage]}", draw.randint(1, 3))
+        assert not processes_with(str(disturbed)), stage
     result = trace_ds("run", config, "--run-dir", disturbed, cwd=tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
     expected, found = final_artefacts(undisturbed), final_artefacts(disturbed)

@@ -103,7 +103,7 @@ def _installed(name: str) -> bool:
 
 def prepare_inputs(run_dir: Path, seed: int, regime: Regime = "standard", models: Sequence[str] = MODELS) -> None:
     """The corpora and ``models`` under ``run_dir`` (each skipped when it is there)."""
-    corpora = _corpora(run_dir / "corpora", seed, regime)
+    corpora = prepare_corpora(run_dir, seed, regime)
     if models:
         _models(run_dir, corpora.content, seed, models)
 
@@ -114,9 +114,11 @@ def remove_input_leftovers(run_dir: Path) -> None:
         remove_leftovers(folder)
 
 
-def _corpora(directory: Path, seed: int, regime: Regime) -> artefact.Artefact:
+def prepare_corpora(run_dir: Path, seed: int, regime: Regime = "standard") -> artefact.Artefact:
+    """The corpora of a seed in ``RUN/corpora`` (skipped when they are there)."""
     from trace_ds.demo.corpora import build_corpora
 
+    directory = run_dir / "corpora"
     inputs = {name: metadata.version(name) for name in DATA_PACKAGES}
     settings = {"seed": seed, "regime": regime}
     if not artefact.is_done(directory, "demo_corpora", artefact.identity_of("demo_corpora", inputs, settings)):

@@ -214,6 +214,16 @@ def _score_missing(config: Config, job: EvaluateJob, run: RunDirectory, log: Sta
         if result is not None and (world is None or world.is_main):
             write_json(run.evaluation / f"{subject.name}.json", result)
             log.event("scored", model=subject.name, scores=result["scores"])
+            _draw(log, subject, result)
+
+
+def _draw(log: StageLog, subject: Subject, result: dict[str, Any]) -> None:
+    """The scores as TensorBoard scalars: those of checkpoints are curves over the steps, those of a model one point."""
+    prefix, step = (f"{subject.name}/", 0)
+    if subject.is_checkpoint:
+        prefix, step = "checkpoints/", int(subject.name.removeprefix("step_"))
+    found = {f"{prefix}{score['task']}_{score['metric']}": score["value"] for score in result["scores"]}
+    log.evaluation(step, **{name: value for name, value in found.items() if value is not None})
 
 
 def _score(config: Config, job: EvaluateJob, subject: Subject, model: LanguageModel, log: StageLog) -> dict[str, Any]:
