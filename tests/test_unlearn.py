@@ -123,6 +123,25 @@ def test_equals_the_single_process_reference(
 
 
 @pytest.mark.slow
+def test_gradients_equal_those_of_one_process(calibrated: tuple[Path, Path], tiny_model: Path, tmp_path: Path) -> None:
+    """With an eps far above any gradient AdamW's first step is lr / eps = 1,000 gradients, to the digits of fp32."""
+    config, prepared_run = calibrated
+    run = copy_of(prepared_run, tmp_path / "run")
+    changes = ["forget_loss=graddiff", "apply=loss", "steps=1"]
+    changes += ["optimizer.eps=1e6", "optimizer.lr=1e9", "optimizer.gradient_clipping=0"]
+    overrides = ["distributed.ep=2", *(f"unlearning.{change}" for change in changes)]
+    run_distributed(jobs.unlearn_job, 2, str(config), str(run), overrides)
+    expected = jobs.reference_training(str(config), str(run), overrides, 1)["weights"]
+    start = {n: v for path in tiny_model.glob("*.safetensors") for n, v in load_file(path).items()}
+    found = weights_of(run, 1, tmp_path / "model")
+    assert found.keys() == expected.keys() == start.keys()
+    for name, before in start.items():
+        gradient, other = ((weights[name].astype(np.float64) - before) / -1e3 for weights in (expected, found))
+        assert np.abs(gradient).max() > 0, name
+        assert np.abs(other - gradient).max() <= 1e-6 * np.abs(gradient).max(), name
+
+
+@pytest.mark.slow
 def test_micro_batches_do_not_matter(calibrated: tuple[Path, Path], tmp_path: Path) -> None:
     config, prepared_run = calibrated
     found = []
