@@ -16,9 +16,19 @@ from trace_ds.routing.statistics import RoutingStatistics
 LAYERS, EXPERTS, TOP_K = 4, 16, 2
 
 
-def simulate(rng: np.random.Generator, documents: int, boost: dict[tuple[int, int], float] | None = None):
-    """Statistics of a corpus whose documents each have their own routing taste (Dirichlet), tokens drawn from it."""
+def simulate(
+    rng: np.random.Generator,
+    documents: int,
+    boost: dict[tuple[int, int], float] | None = None,
+    heavy_tailed: bool = False,
+) -> RoutingStatistics:
+    """Statistics of a corpus whose documents each have their own routing taste (Dirichlet), tokens drawn from it.
+
+    ``heavy_tailed``: lognormal lengths (σ = 1.5), so that a few documents hold most of the tokens.
+    """
     n_D = rng.integers(20, 300, documents)
+    if heavy_tailed:
+        n_D = np.exp(rng.normal(4.5, 1.5, documents)).astype(np.int64) + 2
     base_LE = np.full((LAYERS, EXPERTS), 1.0)
     for place, factor in (boost or {}).items():
         base_LE[place] *= factor
@@ -59,6 +69,15 @@ def test_false_discoveries_stay_below_the_nominal_rate_where_the_naive_test_exce
     assert naive / 200 > 0.25
 
 
+@pytest.mark.parametrize(("min_ratio", "bound"), [(1.0, 0.15), (1.25, 0.08)])
+def test_few_documents_that_hold_most_of_the_tokens_do_not_make_discoveries(min_ratio: float, bound: float) -> None:
+    """Counted as D documents, not as Kish's effective number, the same draws have discoveries in .38 and .20."""
+    rng = np.random.default_rng(1)
+    config = DetectionConfig(min_ratio=min_ratio, min_load=0.0)
+    sides = ((simulate(rng, 15, heavy_tailed=True), simulate(rng, 150, heavy_tailed=True)) for _ in range(100))
+    assert np.mean([detect(*pair, config).selected_LE.any() for pair in sides]) <= bound
+
+
 def test_true_differences_are_found() -> None:
     rng = np.random.default_rng(3)
     boost = {(0, 3): 4.0, (2, 7): 4.0}
@@ -95,6 +114,9 @@ def test_load_rule_and_layers() -> None:
     without = detect(forget, retain, DetectionConfig(exclude_layers=[2]))
     assert without.selected_LE.nonzero()[0].tolist() == [0] and not without.eligible_LE[2].any()
     assert not detect(forget, retain, DetectionConfig(min_load=7.0)).selected_LE.any()
+    for nothing in (DetectionConfig(layers=[]), DetectionConfig(layers=[1], exclude_layers=[1])):
+        with pytest.raises(ValueError, match="leave no MoE layer to look at"):
+            detect(forget, retain, nothing)
     with pytest.raises(ValueError, match="layer 4 is not one of the model's 4"):
         detect(forget, retain, DetectionConfig(exclude_layers=[4]))
 

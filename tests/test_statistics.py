@@ -37,7 +37,9 @@ def test_variance_is_the_sum_over_documents() -> None:
     c_DE, n_D = per_document(np.random.default_rng(0), 40, 6)
     statistics = from_documents(c_DE, n_D)
     p_E = c_DE.sum(axis=0) / n_D.sum()
-    brute = 40 / 39 * sum((c_DE[d] - p_E * n_D[d]) ** 2 for d in range(40)) / n_D.sum() ** 2
+    kish = n_D.sum() ** 2 / (n_D**2).sum()
+    assert 20 < kish < 39 and statistics.effective_documents == pytest.approx(kish)
+    brute = kish / (kish - 1) * sum((c_DE[d] - p_E * n_D[d]) ** 2 for d in range(40)) / n_D.sum() ** 2
     np.testing.assert_allclose(statistics.variance_LE()[0], brute, rtol=1e-10)
 
 

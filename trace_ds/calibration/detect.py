@@ -11,9 +11,11 @@ are our decisions. The default, ``significance``, asks for
 
 Errors: Var log(p^F/p^R) ≈ Var(p^F)/p^F² + Var(p^R)/p^R² (delta method) with the clustered variances of
 :class:`~trace_ds.routing.statistics.RoutingStatistics`; Student's t with Welch–Satterthwaite degrees of freedom over
-documents, because corpora of few documents are common. Half a selection is added to each count so that an expert
-never selected has a finite ratio (Haldane–Anscombe); its clustered variance would be zero, so a variance is never taken
-below the binomial one times the design effect seen on the other side.
+documents, because corpora of few documents are common. Documents are counted by Kish's effective number n²/Σ n_d²:
+where a few long ones hold most of the tokens they alone decide the variance, and it is as uncertain as they are few.
+Half a selection is added to each count so that an expert never selected has a finite ratio (Haldane–Anscombe); its
+clustered variance would be zero, so a variance is never taken below the binomial one times the design effect seen on
+the other side.
 """
 
 from __future__ import annotations
@@ -71,7 +73,8 @@ def log_ratio(forget: RoutingStatistics, retain: RoutingStatistics) -> tuple[np.
         relative.append(np.maximum(clustered[this], floor) / smoothed[this] ** 2)
     total = relative[0] + relative[1]
     with np.errstate(invalid="ignore", divide="ignore"):
-        freedom = total**2 / sum(r**2 / max(s.documents - 1, 1) for r, s in zip(relative, sides, strict=True))
+        shares = (r**2 / max(s.effective_documents - 1.0, 1.0) for r, s in zip(relative, sides, strict=True))
+        freedom = total**2 / sum(shares)
     freedom = np.where(np.isfinite(freedom), np.maximum(freedom, 1.0), 1.0)
     return np.log(smoothed[0] / smoothed[1]), np.sqrt(total), freedom
 
@@ -90,7 +93,7 @@ def detect(forget: RoutingStatistics, retain: RoutingStatistics, config: Detecti
     """Find the forget-critical experts by ``config.method`` among the layers that ``config`` lets take part.
 
     Raises:
-        ValueError: the two statistics differ in shape or K, or a layer number is out of range.
+        ValueError: the two statistics differ in shape or K, a layer number is out of range, or no layer takes part.
     """
     from scipy import stats
 
@@ -103,6 +106,9 @@ def detect(forget: RoutingStatistics, retain: RoutingStatistics, config: Detecti
     eligible_LE = np.zeros((layers, experts), dtype=bool)
     chosen = range(layers) if config.layers is None else config.layers
     eligible_LE[[layer for layer in chosen if layer not in config.exclude_layers]] = True
+
+    if not eligible_LE.any():
+        raise ValueError("layers and exclude_layers leave no MoE layer to look at")
 
     p_LE, q_LE = forget.frequency_LE, retain.frequency_LE
     ratio_LE, error_LE, freedom_LE = log_ratio(forget, retain)
@@ -123,7 +129,9 @@ def detect(forget: RoutingStatistics, retain: RoutingStatistics, config: Detecti
         score_LE = t_LE
         found_LE = np.zeros_like(eligible_LE)
         found_LE[eligible_LE] = benjamini_hochberg(value_LE[eligible_LE], config.false_discovery_rate)
-        # The load rule comes after the control: it looks at the same data, so it may only remove discoveries.
+        # The load rule comes after the control, because p-values of experts chosen by their load would not be valid
+        # ones. It only removes discoveries, but the rate is controlled for the set before: where the removed ones are
+        # true more often than the others, the false share of those that stay is larger.
         selected_LE = found_LE & (p_LE >= config.min_load * forget.top_k / experts)
     else:
         score_LE, least = _ranking(forget, retain, config)

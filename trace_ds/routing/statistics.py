@@ -7,9 +7,12 @@ expert e in layer l and ``n_d`` the document's counted tokens. The activation fr
 ``p_le = Σ_d c_dle / Σ_d n_d``. Tokens of a document are correlated, so its variance is the linearised (Taylor)
 variance of a ratio under cluster sampling (Cochran, *Sampling Techniques*, 3rd ed., ch. 6 and 9A):
 
-    Var(p) = D/(D-1) · Σ_d (c_d − p n_d)² / n²,   Σ_d (c_d − p n_d)² = S_cc − 2 p S_cn + p² S_nn
+    Var(p) = D*/(D*−1) · Σ_d (c_d − p n_d)² / n²,   Σ_d (c_d − p n_d)² = S_cc − 2 p S_cn + p² S_nn
 
-which needs only the additive moments S_cc = Σ c_d², S_cn = Σ c_d n_d and S_nn = Σ n_d²: integers, so they are
+with D* = n² / S_nn, Kish's effective number of documents (*Survey Sampling*, 1965, §11.7): D where all are equally
+long, and far fewer where a few long ones hold most of the tokens. A document weighs as it is long, and with D in the
+place of D* (the textbook's form for equal clusters) such corpora get errors that are too small. All this
+needs only the additive moments S_cc = Σ c_d², S_cn = Σ c_d n_d and S_nn = Σ n_d²: integers, so they are
 identical whatever the world size, expert-parallel size, batch size or order.
 """
 
@@ -54,14 +57,19 @@ class RoutingStatistics:
         """p_le, float64; Σ_e p_le = K."""
         return self.counts_LE / max(self.tokens, 1)
 
+    @property
+    def effective_documents(self) -> float:
+        """D* = n² / S_nn, between 1 and D: how many documents of equal length would say as much (Kish 1965)."""
+        return self.tokens**2 / max(self.square_tokens, 1)
+
     def variance_LE(self) -> np.ndarray:
         """Document-clustered variance of p_le, float64 (formula above); infinite with fewer than two documents."""
         if self.documents < 2:
             return np.full(self.counts_LE.shape, np.inf)
         p_LE = self.frequency_LE
         residual_LE = self.square_LE - 2.0 * p_LE * self.cross_LE + p_LE**2 * float(self.square_tokens)
-        scale = self.documents / (self.documents - 1.0) / float(self.tokens) ** 2
-        return np.maximum(residual_LE, 0.0) * scale
+        # D*/(D*−1) / n² = 1 / (n² − S_nn)
+        return np.maximum(residual_LE, 0.0) / float(self.tokens**2 - self.square_tokens)
 
     def save(self, path: Path) -> None:
         """Write as safetensors (scalars as one-element int64 tensors)."""

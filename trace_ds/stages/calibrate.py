@@ -71,7 +71,9 @@ def calibrate(config: Config, run: RunDirectory) -> Artefact:
     try:
         detection = detect(forget, retain, config.calibration.detection)
     except ValueError as error:
-        raise UserError(str(error), "calibration.detection", "name layers that the model has") from None
+        raise UserError(
+            str(error), "calibration.detection", "let MoE layers take part that the model has (0-based numbers)"
+        ) from None
     if not detection.selected_LE.any() and config.calibration.if_none_found == "stop":
         raise UserError(none_found(detection), "calibration.detection", NONE_FOUND_FIX)
 
