@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import jobs
 import numpy as np
@@ -15,11 +16,13 @@ from transformers import AutoModelForCausalLM
 
 from trace_ds.checkpoints.manifest import read_manifest
 from trace_ds.config.load import load_config
+from trace_ds.config.schema import RULES
 from trace_ds.errors import UserError
 from trace_ds.run.directory import RunDirectory
 from trace_ds.run.inspect import inspect
 from trace_ds.stages.convert import checkpoint_to_directory
 from trace_ds.stages.unlearn import check_unlearn, make_batches
+from trace_ds.unlearning.live_refresh import RefreshedWeights
 
 ONLINE = [
     *GRADIENT_LIKE,
@@ -171,3 +174,45 @@ def test_rules_without_a_theta_have_no_live_weights(calibrated: tuple[Path, Path
     for rule in ("ratio_mean", "permuted"):
         with pytest.raises(UserError, match=f"live needs a calibration.rule that has a theta, not {rule}"):
             load_config(str(config), ["unlearning.weights=live", f"calibration.rule={rule}"], run)
+
+
+def test_online_weights_are_refused_where_the_rule_would_not_show(calibrated: tuple[Path, Path]) -> None:  # noqa: F811
+    """They know the forget frequencies and nothing of the rule: a control would be TRACE under another name."""
+    config, run = calibrated
+
+    def load(rule: str, apply: str) -> None:
+        changes = ["unlearning.weights=online", f"unlearning.apply={apply}", f"calibration.rule={rule}"]
+        load_config(str(config), changes, run)
+
+    for apply in ("loss", "sampling"):
+        for rule in RULES:
+            if rule in ("raking", "random_experts") or (apply == "sampling" and rule.startswith("ratio_")):
+                load(rule, apply)
+            else:
+                with pytest.raises(UserError, match=f"calibration.rule {rule} would not be what it says: use raking"):
+                    load(rule, apply)
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_a_refreshed_theta_of_the_inverse_rule_is_still_inverse(level: str) -> None:
+    """The same rows by both rules: opposite shifts of the frequencies, and the floor holds."""
+    rng = np.random.default_rng(0)
+    chosen = np.argsort(rng.gumbel(size=(600, 2, 4)) + rng.normal(size=(30, 2, 4)).repeat(20, axis=0), axis=2)[..., 2:]
+    active = np.zeros((600, 2, 4))
+    np.put_along_axis(active, chosen, 1.0, axis=2)
+    p_LE = active.mean(0)
+    forget_LE = np.array([[0.9, 0.5, 0.3, 0.3], [0.2, 0.4, 0.4, 1.0]])
+    moved = {}
+    for rule in ("raking", "inverse"):
+        made = SimpleNamespace(settings={"clip": 20.0, "ess_floor": 0.9, "rule": rule})
+        weights = RefreshedWeights(
+            torch.nn.Identity(), np.zeros((2, 4)), 0.0, 20.0, level == "sequence", torch.device("cpu"),
+            every=1, scope_LE=np.ones((2, 4), dtype=bool), calibration=made,
+        )  # fmt: skip
+        theta_LE, log_mean = weights._solve(forget_LE, chosen.astype(np.uint8), np.ones(600), np.full(30, 20))
+        u = (active * theta_LE).sum((1, 2))
+        w = np.exp((u if level == "token" else u.reshape(30, 20).mean(1).repeat(20)) - log_mean)
+        assert w.mean() == pytest.approx(1, abs=1e-9) and 1 / (w**2).mean() >= 0.9 - 1e-9
+        moved[rule] = (np.tensordot(w, active, 1) / 600 - p_LE).ravel()
+    wanted = (forget_LE - p_LE).ravel()
+    assert moved["raking"] @ wanted > 0 > moved["inverse"] @ wanted

@@ -38,7 +38,7 @@ from trace_ds.calibration.tempering import Tempered, temper
 from trace_ds.calibration.tokens import TokenMap, Trace, count_selections
 from trace_ds.calibration.weights import (
     exponentiate,
-    largest_exponent,
+    flattening,
     permute_rows,
     row_means,
     size_and_maximum,
@@ -154,7 +154,7 @@ def _finish(
     config: CalibrationConfig, tokens: TokenMap, u_T: np.ndarray, result: Calibrated, floor_applies: bool
 ) -> None:
     """From log-weights to weights: flattened where the floor asks for it, mean 1, row means."""
-    result.exponent = largest_exponent(u_T, tokens, config.ess_floor) if floor_applies else 1.0
+    result.exponent = flattening(u_T, tokens, config.ess_floor) if floor_applies else 1.0
     result.theta_LE *= result.exponent
     result.log_mean = exponentiate(u_T, result.weight_T, tokens, result.exponent)
     result.row_weight_R = row_means(result.weight_T, tokens)

@@ -5,6 +5,7 @@ Shape legend: T tokens (flat order), R rows. Arrays over T are files in a spool 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,14 +37,8 @@ def _top(u_T: np.ndarray, tokens: TokenMap) -> float:
     return max(tops, default=0.0)
 
 
-def largest_exponent(u_T: np.ndarray, tokens: TokenMap, ess_floor: float) -> float:
-    """The largest c in [0, 1] with an effective sample size of at least the floor (bisection to 1e-4)."""
-    top = _top(u_T, tokens)
-
-    def ess(exponent: float) -> float:
-        total, square, count = _moments(u_T, tokens, exponent, top)
-        return total * total / (count * square)
-
+def largest_exponent(ess: Callable[[float], float], ess_floor: float) -> float:
+    """The largest c in [0, 1] with an effective sample size ``ess(c)`` of at least the floor (bisection to 1e-4)."""
     if ess(1.0) >= ess_floor:
         return 1.0
     low, high = 0.0, 1.0
@@ -51,6 +46,17 @@ def largest_exponent(u_T: np.ndarray, tokens: TokenMap, ess_floor: float) -> flo
         middle = (low + high) / 2
         low, high = (middle, high) if ess(middle) >= ess_floor else (low, middle)
     return low
+
+
+def flattening(u_T: np.ndarray, tokens: TokenMap, ess_floor: float) -> float:
+    """:func:`largest_exponent` of weights exp(c u)."""
+    top = _top(u_T, tokens)
+
+    def ess(exponent: float) -> float:
+        total, square, count = _moments(u_T, tokens, exponent, top)
+        return total * total / (count * square)
+
+    return largest_exponent(ess, ess_floor)
 
 
 def exponentiate(u_T: np.ndarray, weight_T: np.ndarray, tokens: TokenMap, exponent: float) -> float:

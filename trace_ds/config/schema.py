@@ -479,6 +479,12 @@ class Config(Section):
             raise ValueError(
                 f"unlearning.weights live needs a calibration.rule that has a theta, not {self.calibration.rule}"
             )
+        drawn = ("ratio_mean", "ratio_max") if self.unlearning.apply == "sampling" else ()
+        if self.unlearning.weights == "online" and self.calibration.rule not in ("raking", "random_experts", *drawn):
+            raise ValueError(
+                "unlearning.weights online moves towards the forget frequencies whatever the rule, so calibration.rule "
+                f"{self.calibration.rule} would not be what it says: use raking, or unlearning.weights reference"
+            )
         evaluate, guards = self.unlearning.evaluate, self.unlearning.guards
         for key, value in (
             ("evaluate.target_forget_nll", evaluate.target_forget_nll),

@@ -32,6 +32,7 @@ class RefreshedWeights(LiveWeights):
         super().__init__(*arguments)
         self._every, self._scope_LE = every, scope_LE
         self._clip, self._ess_floor = (float(calibration.settings[name]) for name in ("clip", "ess_floor"))
+        self._inverse = calibration.settings["rule"] == "inverse"
 
     def end_step(self, engine: Any, world: World, batches: Batches, done: int) -> None:
         if done % self._every or not self._scope_LE.any():
@@ -83,6 +84,7 @@ class RefreshedWeights(LiveWeights):
         from trace_ds.calibration.raking import evaluate
         from trace_ds.calibration.rows import RowStore, count_by_row
         from trace_ds.calibration.rules import rake
+        from trace_ds.calibration.weights import largest_exponent
 
         tokens = PatternStore.from_selections(selected_NLK, self._scope_LE, weight_N)
         store: Store = tokens
@@ -94,6 +96,9 @@ class RefreshedWeights(LiveWeights):
             store = RowStore(tokens.encoding, counts_RS, sizes_R.astype(np.float64), weight_N[first_R])
         retain_S = evaluate(store, np.zeros(store.encoding.constraints)).frequency_S
         theta_S, _, _ = rake(store, forget_LE[self._scope_LE], retain_S, self._clip, self._ess_floor)
+        if self._inverse:  # the control stays one: turned round and flattened as in the calibration
+            theta_S = -theta_S
+            theta_S *= largest_exponent(lambda c: evaluate(store, c * theta_S).ess, self._ess_floor)
         theta_LE = np.zeros(self._scope_LE.shape)
         theta_LE[self._scope_LE] = theta_S
         return theta_LE, evaluate(store, theta_S).log_mean

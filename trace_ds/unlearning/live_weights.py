@@ -8,8 +8,9 @@
                    θ ← θ + η (p^F_live − q_batch − decay · θ),     q_batch = Σ w a_live / Σ w over the retain tokens
 
                The gradient of raking's dual (calibration/raking.py) at the forget frequencies of the moment, with an L2
-               pull that bounds θ at (p^F − q) / decay. It acts on all experts, or on those in the calibration's scope,
-               in the layers that the objective runs (RMU ends at its layer; ``live`` makes it run them all).
+               pull that bounds θ at (p^F − q) / decay. It acts on the experts in the calibration's scope (none, and so
+               nothing happens, where that is empty), in the layers that the objective runs (RMU ends at its layer;
+               ``live`` makes it run them all).
 
 Normalisation: the weights of one batch are never rescaled to mean 1 (that would cancel the differences between
 documents); the job divides by the batch's n tokens. ``live`` keeps Z of the calibration. ``online`` carries log Z along
@@ -211,7 +212,6 @@ def make_weights(
     common = (model, theta_LE, log_mean, cap, calibration.settings["level"] == "sequence", device)
     scope_LE = tensors["scope_LE"].astype(bool)
     if settings.weights == "online":
-        scope_LE = scope_LE if scope_LE.any() else np.ones_like(scope_LE)
         return OnlineWeights(
             *common, step_size=settings.online.step_size, decay=settings.online.decay, scope_LE=scope_LE
         )
