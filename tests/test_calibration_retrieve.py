@@ -125,6 +125,19 @@ def test_what_is_kept() -> None:
     np.testing.assert_array_equal(everything.kept_R, sizes > 0)
 
 
+def test_equally_near_rows_are_drawn_at_random_and_counted() -> None:
+    sizes, score = np.ones(1000), np.zeros(1000)
+    score[-3:] = 1.0
+    kept = [np.flatnonzero(choose_rows(score, sizes, 103, 0.0, seed).kept_R) for seed in (0, 0, 1)]
+    assert choose_rows(score, sizes, 103, 0.0, 0).tied == 100
+    np.testing.assert_array_equal(kept[0], kept[1])
+    assert len(np.intersect1d(kept[0], kept[2])) < 30, "another seed draws others"
+    for rows in kept:
+        assert (rows[-3:] >= 997).all() and 350 < rows[:-3].mean() < 650, "not the first rows of the file"
+    score[:] = np.arange(1000)
+    assert choose_rows(score, sizes, 103, 0.0, 0).tied == choose_rows(score, sizes, 1000, 0.0, 0).tied == 0
+
+
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("rule", ["raking", "ratio_mean", "permuted", "uniform"])
 def test_rules_on_kept_rows_equal_rules_on_a_corpus_of_these_rows(tmp_path, rule: str, level: str) -> None:
@@ -229,6 +242,16 @@ def test_calibrating_what_was_retrieved(job, similarity: str, capsys) -> None:  
     assert "retrieved 20 of" in capsys.readouterr().out
     if similarity in ("weight", "routing", "coverage"):
         assert told["gap_kept"] < told["gap_pool"]
+
+
+def test_retrieval_without_forget_critical_experts_goes_by_all_and_says_so(job) -> None:  # noqa: F811
+    changes = {"calibration__detection__min_ratio": 50.0, "calibration__experts": "selected"}
+    made = calibrate(*job(**RETRIEVE, **changes))
+    assert any("retrieved by all experts" in warning for warning in made.summary["warnings"])
+    told = json.loads(made.file("diagnosis.json").read_text())["retrieval"]["top_rows"]
+    assert told[0]["score"] > 1.0 and len({entry["score"] for entry in told}) > 5
+    made = calibrate(*job(**RETRIEVE, **changes, calibration__ess_floor=1.0))  # lambda 0: no row is nearer
+    assert any("15 of the 15 nearest rows were drawn at random" in warning for warning in made.summary["warnings"])
 
 
 def test_unlearning_sees_the_retrieved_rows_only(job) -> None:  # noqa: F811

@@ -11,7 +11,7 @@ Shape legend: R rows, D documents, L MoE layers, E experts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import numpy as np
 from trace_ds.calibration.detect import Detection
 from trace_ds.calibration.diagnose import Documents
 from trace_ds.calibration.rows import build_row_store, row_sizes
-from trace_ds.calibration.rules import apply_rule, scope_of
+from trace_ds.calibration.rules import apply_rule
 from trace_ds.calibration.similarity import coverage_gain, hidden_similarity, routing_similarity, tfidf_similarity
 from trace_ds.calibration.tokens import TokenMap, Trace, count_selections, read_token_map
 from trace_ds.config.schema import Config
@@ -34,23 +34,29 @@ COLLECT_AGAIN = "and run `trace-ds collect CONFIG` again"
 
 @dataclass(frozen=True)
 class Retrieved:
-    """``kept_R`` bool [rows of the pool]; ``score_R`` float64, the similarity; how many rows are ``random`` ones."""
+    """``kept_R`` bool [rows of the pool]; ``score_R`` float64, the similarity; how many rows are ``random`` ones, and
+    how many of the nearest were drawn among rows ``tied`` at the last place; ``notes``: warnings for people."""
 
     kept_R: np.ndarray
     score_R: np.ndarray
     random: int
+    tied: int = 0
+    notes: tuple[str, ...] = ()
 
 
 def choose_rows(score_R: np.ndarray, sizes_R: np.ndarray, keep: int, random_share: float, seed: int) -> Retrieved:
-    """Keep ``keep`` of the rows with counted tokens: the highest scores (ties: the earlier row), and random others."""
+    """Keep ``keep`` of the rows with counted tokens: the highest scores (ties: at random), and random others."""
     usable = np.flatnonzero(sizes_R > 0)
     random = round(keep * random_share)
-    ranked = usable[np.argsort(-score_R[usable], kind="stable")]
+    shuffled = np.random.default_rng([seed, 4]).permutation(usable)
+    ranked = shuffled[np.argsort(-score_R[shuffled], kind="stable")]
     others = np.sort(ranked[keep - random :])
     kept_R = np.zeros(len(score_R), dtype=bool)
     kept_R[ranked[: keep - random]] = True
     kept_R[np.random.default_rng([seed, 3]).permutation(others)[:random]] = True
-    return Retrieved(kept_R, score_R, random)
+    nearest_R, beyond_R = score_R[ranked[: keep - random]], score_R[ranked[keep - random :]]
+    cut_tied = min(len(nearest_R), len(beyond_R)) > 0 and nearest_R[-1] == beyond_R[0]
+    return Retrieved(kept_R, score_R, random, int((nearest_R == nearest_R[-1]).sum()) if cut_tied else 0)
 
 
 def retrieve(
@@ -87,7 +93,22 @@ def retrieve(
     spool.mkdir()
     nearest = max(keep - round(keep * settings.random_share), 1)
     score_R = _similarity(config, data, statistics, detection, tokens, trace, sizes_R, nearest, spool)
-    return choose_rows(score_R, sizes_R, keep, settings.random_share, config.seed)
+    found = choose_rows(score_R, sizes_R, keep, settings.random_share, config.seed)
+    notes = []
+    if _uses_selected(config) and not detection.selected_LE.any():
+        notes.append("no forget-critical expert was found: the rows were retrieved by all experts that take part")
+    if 2 * found.tied > keep - found.random:
+        notes.append(
+            f"the similarity {settings.similarity} does not tell the rows apart: {found.tied} of the "
+            f"{keep - found.random} nearest rows were drawn at random among equally near ones"
+        )
+    return replace(found, notes=tuple(notes))
+
+
+def _uses_selected(config: Config) -> bool:
+    """Whether the similarity looks at the forget-critical experts only."""
+    kind = config.calibration.retrieve.similarity
+    return kind == "coverage" or (kind == "weight" and config.calibration.experts == "selected")
 
 
 def _similarity(
@@ -118,16 +139,16 @@ def _similarity(
     if kind == "routing":
         frequencies = detection.forget_LE, detection.retain_LE
         return routing_similarity(trace, tokens, detection.eligible_LE, *frequencies)
+    selected = _uses_selected(config) and detection.selected_LE.any()
+    covered_LE = detection.selected_LE if selected else detection.eligible_LE
     if kind == "coverage":
-        covered_LE = detection.selected_LE if detection.selected_LE.any() else detection.eligible_LE
         score_R = np.full(tokens.rows, -np.inf)
         store = build_row_store(trace, tokens, covered_LE, spool)
         score_R[sizes_R > 0] = coverage_gain(store, detection.forget_LE[covered_LE], nearest)
         return score_R
     raking = config.calibration.model_copy(update={"rule": "raking", "level": "token"})
-    scope_LE = scope_of(raking, detection.selected_LE, detection.eligible_LE, config.seed)
     frequencies = detection.forget_LE, detection.retain_LE
-    return apply_rule(raking, tokens, trace, scope_LE, *frequencies, config.seed, spool).row_weight_R
+    return apply_rule(raking, tokens, trace, covered_LE, *frequencies, config.seed, spool).row_weight_R
 
 
 def describe_retrieval(

@@ -143,6 +143,8 @@ def _make(
             spool,
             detection.selected_LE,
         )
+        if retrieved is not None:
+            calibrated.notes.extend(retrieved.notes)
         with replacing_directory(run.calibration) as directory:
             summary = write(
                 directory, config, detection, calibrated, forget, retain, tokens, trace, documents, retrieval
