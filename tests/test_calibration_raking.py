@@ -134,6 +134,25 @@ def test_sampled_hessian_and_newton_find_the_same_weights(monkeypatch, tmp_path)
     np.testing.assert_allclose(ours, theirs, rtol=2e-3)
 
 
+def test_the_sample_of_rows_is_bounded_in_bytes_whatever_the_model(monkeypatch) -> None:
+    """The shares of 65,536 rows over the 14,848 experts of a large model would be 7 GiB."""
+    monkeypatch.setattr(rows, "SAMPLE_BYTES", 1 << 20)
+    sizes = np.full(60_000, 8.0)
+    wide = RowStore(
+        Encoding.choose(np.ones((58, 256), dtype=bool), 8),
+        np.broadcast_to(np.arange(60_000)[:, None] % 8, (60_000, 14_848)),
+        sizes,
+    )
+    share, multiplicity = wide.sample(1 << 16)
+    assert share.dtype == np.float32 and 0.9 * (1 << 20) < share.nbytes <= 1 << 20 and len(multiplicity) == len(share)
+    np.testing.assert_allclose(share[:, 0], np.arange(0, 60_000, 60_000 // 17 + 1) % 8 / 8)
+    narrow = RowStore(Encoding.choose(np.arange(4)[None] < 3, 3), np.ones((40_000, 3), np.uint16), sizes[:40_000])
+    whole, _ = narrow.sample(0)
+    assert whole.dtype == np.float64 and whole.shape == (40_000, 3)
+    monkeypatch.setattr(rows, "MAX_UNIQUE_PATTERNS", 1)
+    assert len(narrow.sample(30_000)[0]) == 20_000, "at most the limit, not up to twice as many"
+
+
 @pytest.mark.parametrize("floor", [0.2, 0.5, 0.9, 1.0])
 def test_the_floor_is_respected_and_reached(tmp_path, floor: float) -> None:
     forget, retain = make_world(seed=1)

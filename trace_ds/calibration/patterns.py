@@ -150,8 +150,8 @@ class Store(Protocol):
         """Yield per block (Σ θ·feature float64 [N], multiplicities [N] or None, weights [N] -> Σ w·feature [S])."""
 
     def sample(self, limit: int) -> tuple[np.ndarray, np.ndarray]:
-        """(features [N, S], multiplicities float64 [N]): all units of an exact store, else about ``limit``, evenly
-        spread and always the same."""
+        """(features [N, S], multiplicities float64 [N]): all units of an exact store (as long as they fit), else about
+        ``limit`` at most, evenly spread and always the same."""
 
 
 @dataclass

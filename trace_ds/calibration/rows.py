@@ -22,6 +22,7 @@ from trace_ds.calibration.tokens import CHUNK_TOKENS, TokenMap, Trace
 from trace_ds.run.files import new_spool
 
 BLOCK_VALUES = 1 << 22
+SAMPLE_BYTES = 1 << 28  # 65,536 rows of 512 experts in float64: what Newton needs whole
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,15 @@ class RowStore:
             yield score_R, multiplicity_R[block], fold
 
     def sample(self, limit: int) -> tuple[np.ndarray, np.ndarray]:
-        step = 1 if self.exact else max(1, len(self.sizes_R) // max(limit, 1))
-        return self.counts_RS[::step] / self.sizes_R[::step, None], self.multiplicity_R[::step]
+        """See :class:`~trace_ds.calibration.patterns.Store`. Whole and in float64 where that takes at most
+        :data:`SAMPLE_BYTES`; else evenly spread rows in float32, as many as that holds: they only steer the solver."""
+        rows, constraints = len(self.sizes_R), max(self.encoding.constraints, 1)
+        if self.exact and rows * constraints * 8 <= SAMPLE_BYTES:
+            return self.counts_RS / self.sizes_R[:, None], self.multiplicity_R
+        step = max(-(-rows // max(min(limit, SAMPLE_BYTES // (4 * constraints)), 1)), 1)
+        share_RS = self.counts_RS[::step].astype(np.float32)
+        share_RS /= self.sizes_R[::step, None].astype(np.float32)
+        return share_RS, self.multiplicity_R[::step]
 
 
 def row_counts(trace: Trace, tokens: TokenMap, encoding: Encoding) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
