@@ -156,9 +156,11 @@ def _write_calibration(directory: Path, sides: dict[str, RoutingStatistics], rul
     selected_LE = (log_ratio_LE - 1.96 * error_LE > np.log(1.25)).astype(np.uint8)
     target_LE = retain_LE + 0.45 * (forget_LE - retain_LE)
     achieved_LE = retain_LE if rule == "uniform" else target_LE
+    low_LE, high_LE = (np.exp(log_ratio_LE + sign * 2.2 * error_LE) for sign in (-1, 1))  # wider than a normal one
     arrays = {
         "theta_LE": 0.3 * log_ratio_LE, "selected_LE": selected_LE, "frequency_forget_LE": forget_LE,
         "frequency_retain_LE": retain_LE, "log_ratio_LE": log_ratio_LE, "log_ratio_error_LE": error_LE,
+        "ratio_low_LE": low_LE, "ratio_high_LE": high_LE,
         "target_LE": target_LE, "achieved_LE": achieved_LE,
     }  # fmt: skip
     save_file(
@@ -186,8 +188,7 @@ def _write_calibration(directory: Path, sides: dict[str, RoutingStatistics], rul
             {
                 "layer": int(layer), "expert": int(expert), "forget": forget_LE[layer, expert],
                 "retain": retain_LE[layer, expert], "ratio": float(np.exp(log_ratio_LE[layer, expert])),
-                "ratio_low": float(np.exp(log_ratio_LE[layer, expert] - 1.96 * error_LE[layer, expert])),
-                "ratio_high": float(np.exp(log_ratio_LE[layer, expert] + 1.96 * error_LE[layer, expert])),
+                "ratio_low": low_LE[layer, expert], "ratio_high": high_LE[layer, expert],
                 "target": target_LE[layer, expert], "achieved": achieved_LE[layer, expert],
             }
             for layer, expert in zip(*np.nonzero(selected_LE), strict=True)

@@ -12,6 +12,7 @@ import pytest
 from calibration_world import Corpus, make_world
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import load_file
 from test_calibration_stage import alter_summary, job, prepared, write_statistics  # noqa: F401 (fixtures)
 
 from trace_ds.calibration import rows as rows_module
@@ -296,7 +297,16 @@ def test_requests_that_make_no_sense_and_a_missing_trace(job, prepared: tuple[Pa
         load_config(str(prepared[0]), ["calibration.retrieve.rows=0"])
     config, run = job(**RETRIEVE, calibration__rule="uniform", calibration__retrieve__similarity="tfidf")
     write_statistics(config, run, trace=False)
-    assert (np.load(calibrate(config, run).file("row_weights.npy")) > 0).sum() == 20  # needs no trace
+    made = calibrate(config, run)
+    assert (
+        np.load(made.file("row_weights.npy")) > 0
+    ).sum() == 20  # needs no trace, but nobody knows how they are routed
+    diagnosis = json.loads(made.file("diagnosis.json").read_text())
+    assert {(entry["achieved"], entry["target"]) for entry in diagnosis["selected"]} == {(None, None)}
+    assert {(layer["entropy_weighted_bits"], layer["js_weighted_bits"]) for layer in diagnosis["layers"]} == {
+        (None, None)
+    }
+    assert np.isnan(load_file(made.file("calibration.safetensors"))["achieved_LE"]).all()
     config, run = job(**RETRIEVE, calibration__rule="uniform", calibration__retrieve__similarity="routing")
     shutil.rmtree(run.calibration)
     with pytest.raises(UserError, match=r"routing needs the routing trace.*statistics\.trace: true"):

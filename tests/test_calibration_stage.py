@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from calibration_world import Corpus, make_corpus
+from safetensors.numpy import load_file
 from tiny import make_model, write_config
 
 from trace_ds.calibration.table import print_table
@@ -120,6 +121,19 @@ def test_artefact_and_its_files(job, capsys) -> None:
         assert abs(expert["achieved"] - expert["forget"]) < abs(expert["retain"] - expert["forget"])
         assert expert["ratio_low"] < expert["ratio"] < expert["ratio_high"]
     assert 0 < diagnosis["gap_closed_by_rows"] < diagnosis["gap_closed"]
+    tensors = load_file(made.file("calibration.safetensors"))
+    for expert in diagnosis["selected"]:
+        place = expert["layer"], expert["expert"]
+        for end in ("low", "high"):
+            assert tensors[f"ratio_{end}_LE"][place] == expert[f"ratio_{end}"]
+    trace = np.concatenate([np.load(path) for path in sorted((run.statistics / "retain").glob("trace-*.npy"))])
+    drawn_LE = np.zeros((LAYERS, EXPERTS))
+    for row in range(len(dataset)):
+        mine = trace[int(dataset.row_offsets[row]) : int(dataset.row_offsets[row + 1])]
+        mine = mine[counted[int(dataset.row_offsets[row]) : int(dataset.row_offsets[row + 1])]]
+        for layer in range(LAYERS):
+            drawn_LE[layer] += rows[row] * np.bincount(mine[:, layer].ravel(), minlength=EXPERTS)
+    np.testing.assert_allclose(tensors["drawn_LE"], drawn_LE * TOP_K / drawn_LE.sum(1, keepdims=True), rtol=1e-9)
     shares = diagnosis["share_by_source"]
     assert {entry["source"] for entry in shares} == {"retain-0", "retain-1", "retain-2"}
     assert sum(entry["weight_share"] for entry in shares) == pytest.approx(1.0)
@@ -171,16 +185,24 @@ def test_none_found_stops_with_one_line_and_writes_nothing(job) -> None:
     config, run = job(calibration__if_none_found="stop", calibration__detection__min_ratio=50.0)
     with pytest.raises(UserError, match="no forget-critical expert was found; the largest forget/retain") as stopped:
         calibrate(config, run)
-    assert "if_none_found: continue" in stopped.value.line() and "\n" not in stopped.value.line()
+    assert (
+        "if_none_found: uniform (go on with uniform weights)" in stopped.value.line()
+        and "\n" not in stopped.value.line()
+    )
     assert not run.calibration.exists()
 
 
-@pytest.mark.parametrize(("experts", "uniform"), [("all", False), ("selected", True)])
-def test_none_found_may_continue(job, experts: str, uniform: bool) -> None:
-    config, run = job(calibration__detection__min_ratio=50.0, calibration__experts=experts)
+@pytest.mark.parametrize(
+    ("then", "experts", "uniform"),
+    [("continue", "all", False), ("continue", "selected", True), ("uniform", "all", True)],
+)
+def test_none_found_may_go_on(job, then: str, experts: str, uniform: bool) -> None:
+    changes = {"calibration__if_none_found": then, "calibration__experts": experts}
+    config, run = job(calibration__detection__min_ratio=50.0, **changes)
     made = calibrate(config, run)
     diagnosis = json.loads(made.file("diagnosis.json").read_text())
-    assert diagnosis["none_found"] and "no forget-critical expert was found" in " ".join(diagnosis["warnings"])
+    said = "weights are uniform" if uniform else "weights are calibrated on all experts"
+    assert diagnosis["none_found"] and said in " ".join(diagnosis["warnings"])
     assert (set(np.unique(np.load(made.file("weights.npy")))) == {0.0, 1.0}) == uniform
 
 

@@ -84,9 +84,15 @@ def test_routing_table_equals_the_statistics(run: Path) -> None:
         assert (counts == stats.counts_LE).all()
         errors = np.array([float(row[f"{side}_error"]) for row in rows]).reshape(shape)
         np.testing.assert_allclose(errors, np.sqrt(stats.variance_LE()), rtol=1e-5)
-    low = np.array([float(row["log_ratio_low"]) for row in rows]).reshape(shape)
     arrays = data.calibration.arrays
-    np.testing.assert_allclose(low, arrays["log_ratio_LE"] - 1.959964 * arrays["log_ratio_error_LE"], rtol=1e-4)
+    for end in ("low", "high"):
+        bound = np.array([float(row[f"log_ratio_{end}"]) for row in rows]).reshape(shape)
+        np.testing.assert_allclose(np.exp(bound), arrays[f"ratio_{end}_LE"], rtol=1e-4)
+    chosen = {(row["layer"], row["expert"]): row for row in rows}
+    for row in rows_of(run / "report" / "selected.csv"):
+        mine = chosen[row["layer"], row["expert"]]
+        for end in ("low", "high"):
+            assert np.exp(float(mine[f"log_ratio_{end}"])) == pytest.approx(float(row[f"ratio_{end}"]), rel=1e-4)
     assert [int(row["selected"]) for row in rows] == arrays["selected_LE"].ravel().tolist()
 
 
@@ -96,7 +102,7 @@ def test_routing_table_without_a_calibration(tmp_path: Path) -> None:
     table = tables.routing(data)
     ratio = np.log(data.forget.frequency_LE / data.retain.frequency_LE).ravel()
     np.testing.assert_allclose(table.columns["log_ratio"], ratio, rtol=1e-5)
-    assert set(table.columns["target"]) == {None}
+    assert set(table.columns["target"]) == set(table.columns["log_ratio_low"]) == {None}
 
 
 def test_layer_divergence_against_scipy(run: Path) -> None:

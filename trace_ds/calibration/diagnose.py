@@ -51,11 +51,16 @@ class DocumentSums:
     like_square_D: np.ndarray
 
 
+def finite(x: float) -> float | None:
+    """``x``, or None: JSON has neither infinity nor NaN."""
+    return float(x) if np.isfinite(x) else None
+
+
 def entropy_bits(p_LE: np.ndarray, top_k: int) -> np.ndarray:
-    """Entropy of each layer's distribution of selections p/K, in bits, float64 [L]."""
+    """Entropy of each layer's distribution of selections p/K, in bits, float64 [L]; NaN stays NaN."""
     share_LE = p_LE / top_k
     with np.errstate(divide="ignore", invalid="ignore"):
-        return -np.where(share_LE > 0, share_LE * np.log2(share_LE), 0.0).sum(axis=1)
+        return -np.where(share_LE == 0, 0.0, share_LE * np.log2(share_LE)).sum(axis=1)
 
 
 def jensen_shannon_bits(p_LE: np.ndarray, q_LE: np.ndarray, top_k: int) -> np.ndarray:
@@ -188,10 +193,7 @@ def top_documents(sums: DocumentSums, documents: Documents, likeness_D: np.ndarr
 def expert_rows(
     mask_LE: np.ndarray, detection: Detection, calibrated: Calibrated, achieved_LE: np.ndarray
 ) -> list[dict[str, Any]]:
-    """One row per expert of ``mask_LE``; unbounded interval ends are None (JSON has no infinity)."""
-
-    def finite(x: float) -> float | None:
-        return float(x) if np.isfinite(x) else None
+    """One row per expert of ``mask_LE``; None is an unbounded end of an interval or a frequency nobody knows."""
 
     return [
         {
@@ -203,8 +205,8 @@ def expert_rows(
             "ratio_low": finite(detection.low_LE[layer, expert]),
             "ratio_high": finite(detection.high_LE[layer, expert]),
             "p_value": float(detection.p_value_LE[layer, expert]),
-            "target": float(calibrated.target_LE[layer, expert]),
-            "achieved": float(achieved_LE[layer, expert]),
+            "target": finite(calibrated.target_LE[layer, expert]),
+            "achieved": finite(achieved_LE[layer, expert]),
             "in_scope": bool(calibrated.scope_LE[layer, expert]),
         }
         for layer, expert in zip(*np.nonzero(mask_LE), strict=True)
@@ -234,8 +236,10 @@ def find_warnings(
     found: list[str] = list(detection.warnings)
     control = rule in ("uniform", "permuted", "random_experts", "inverse")
     if not detection.selected_LE.any():
+        then = "are calibrated on all experts that take part" if calibrated.scope_LE.any() else "are uniform"
         found.append(
-            "no forget-critical expert was found: forget text is not routed differently enough from retain text"
+            "no forget-critical expert was found: forget text is not routed differently enough from retain text; the "
+            f"weights {then}"
         )
     if likeness_D is not None:
         alike = alike_share(sums, likeness_D)
@@ -327,9 +331,9 @@ def diagnose(
                 "layer": i,
                 "entropy_forget_bits": float(entropies[0][i]),
                 "entropy_retain_bits": float(entropies[1][i]),
-                "entropy_weighted_bits": float(entropies[2][i]),
+                "entropy_weighted_bits": finite(entropies[2][i]),
                 "js_bits": float(js[i]),
-                "js_weighted_bits": float(after[i]),
+                "js_weighted_bits": finite(after[i]),
                 "selected": int(detection.selected_LE[i].sum()),
             }
             for i in range(len(js))

@@ -91,7 +91,7 @@ class Calibrated:
 
 def scope_of(config: CalibrationConfig, selected_LE: np.ndarray, eligible_LE: np.ndarray, seed: int) -> np.ndarray:
     """bool [L, E]: the experts whose frequencies the rule is asked to move."""
-    if config.rule == "uniform":
+    if config.rule == "uniform" or (config.if_none_found == "uniform" and not selected_LE.any()):
         return np.zeros_like(selected_LE)
     if config.rule == "random_experts":
         candidates = np.flatnonzero(eligible_LE)

@@ -36,7 +36,7 @@ def print_table(artefact: Artefact, console: Any = None) -> None:
             f"{r['retain']:.4f}",
             f"{r['ratio']:.2f} [{interval}]",
             f"{r['target']:.4f}" if r["in_scope"] else "-",
-            f"{r['achieved']:.4f}",
+            "-" if r["achieved"] is None else f"{r['achieved']:.4f}",
         )
     console.print(experts)
     if len(ranked) > SHOWN_EXPERTS:

@@ -123,8 +123,10 @@ class CalibrationConfig(Section):
     level: Literal["token", "sequence"] = Field("token", description="sequence: one weight per row.")
     ess_floor: float = Field(0.5, gt=0, le=1, description="Least effective sample size (sum w)^2 / (n sum w^2).")
     clip: float = Field(20.0, gt=1, description="Largest ratio of frequencies asked of an expert.")
-    if_none_found: Literal["stop", "continue"] = Field(
-        "stop", description="No forget-critical expert found: stop with exit status 2, or continue."
+    if_none_found: Literal["stop", "uniform", "continue"] = Field(
+        "stop",
+        description="No forget-critical expert found: stop with exit status 2; go on with uniform weights; or continue "
+        "with the rule over what experts says (all: every expert is matched; selected: nothing is, uniform weights).",
     )
     retrieve: RetrievalConfig = RetrievalConfig()
     export: Literal["none", "parquet"] = Field(

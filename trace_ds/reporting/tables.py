@@ -20,7 +20,6 @@ from trace_ds.reporting.compare import label, models
 from trace_ds.reporting.gather import Calibration, Evaluation, RunData, weight_chunks
 from trace_ds.reporting.scores import arm_matched, arm_points, excess, mean_score, targets, utility_metrics
 
-Z_95 = 1.959963984540054
 BINS_PER_OCTAVE = 4
 OCTAVES = 10  # the weight histogram spans 2^-10 ... 2^10; what lies outside falls into the end bins
 MAX_TEXT = 300
@@ -79,7 +78,11 @@ def all_tables(run: RunData, others: list[RunData]) -> dict[str, Table]:
 
 
 def routing(run: RunData) -> Table:
-    """One row per layer and expert: counts, frequencies with document-clustered errors, and their log-ratio."""
+    """One row per layer and expert: counts, frequencies with document-clustered errors, and their log-ratio.
+
+    The ratio and its interval are the calibration's (Student's t; see calibration/detect.py); without one there is the
+    plain ratio and no interval.
+    """
     header = [
         "layer", "decoder_layer", "expert", "forget_count", "retain_count", "forget_frequency", "forget_error",
         "retain_frequency", "retain_error", "log_ratio", "log_ratio_low", "log_ratio_high", "target", "achieved",
@@ -94,14 +97,11 @@ def routing(run: RunData) -> Table:
     for name, side in (("forget", run.forget), ("retain", run.retain)):
         data[f"{name}_frequency"] = side.frequency_LE if side else missing_LE
         data[f"{name}_error"] = np.sqrt(side.variance_LE()) if side else missing_LE
-    with np.errstate(divide="ignore", invalid="ignore"):
-        log_ratio_LE = np.log(data["forget_frequency"]) - np.log(data["retain_frequency"])
-        error_LE = np.hypot(
-            data["forget_error"] / data["forget_frequency"], data["retain_error"] / data["retain_frequency"]
-        )
     arrays = run.calibration.arrays if run.calibration else {}
-    log_ratio_LE = arrays.get("log_ratio_LE", log_ratio_LE)
-    error_LE = arrays.get("log_ratio_error_LE", error_LE)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        plain_LE = np.log(data["forget_frequency"]) - np.log(data["retain_frequency"])
+        low_LE, high_LE = (np.log(arrays.get(f"ratio_{end}_LE", missing_LE)) for end in ("low", "high"))
+    log_ratio_LE = arrays.get("log_ratio_LE", plain_LE)
     target_LE, achieved_LE = arrays.get("target_LE", missing_LE), arrays.get("achieved_LE", missing_LE)
     selected_LE = arrays.get("selected_LE", np.zeros(shape, np.uint8))
     rows = [
@@ -110,9 +110,7 @@ def routing(run: RunData) -> Table:
             int(run.forget.counts_LE[layer, expert]) if run.forget else None,
             int(run.retain.counts_LE[layer, expert]) if run.retain else None,
             *(data[name][layer, expert] for name in header[5:9]),
-            log_ratio_LE[layer, expert],
-            log_ratio_LE[layer, expert] - Z_95 * error_LE[layer, expert],
-            log_ratio_LE[layer, expert] + Z_95 * error_LE[layer, expert],
+            log_ratio_LE[layer, expert], low_LE[layer, expert], high_LE[layer, expert],
             target_LE[layer, expert], achieved_LE[layer, expert], int(selected_LE[layer, expert]),
         ]
         for layer in range(shape[0])

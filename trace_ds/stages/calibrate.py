@@ -45,8 +45,10 @@ def calibrate(config: Config, run: RunDirectory) -> Artefact:
     """Make (or find done) the calibration artefact of a run.
 
     Files: ``calibration.safetensors`` (theta_LE, frequency_forget_LE, frequency_retain_LE, log_ratio_LE,
-    log_ratio_error_LE, target_LE, achieved_LE, log_mean float64; selected_LE, scope_LE uint8), ``weights.npy`` float32
-    [retain tokens], ``row_weights.npy`` float64 [rows], ``diagnosis.json``.
+    log_ratio_error_LE, ratio_low_LE, ratio_high_LE, target_LE, achieved_LE, drawn_LE, log_mean float64; selected_LE,
+    scope_LE uint8), ``weights.npy`` float32 [retain tokens], ``row_weights.npy`` float64 [rows], ``diagnosis.json``.
+    achieved_LE and drawn_LE are the frequencies under the token weights and where rows are drawn by their mean weight
+    (NaN, as target_LE, where rows were retrieved without a trace: nobody knows how those are routed).
 
     Raises:
         UserError: missing, damaged or mismatched inputs; no forget-critical expert while
@@ -120,11 +122,12 @@ def _make(
         documents = read_documents(data.file("retain_documents.arrow"))
         tokens = pool = read_token_map(data.file("retain.arrow"), len(documents.source_D), spool)
         trace = load_trace(config, statistics[1], retain, pool)
-        retrieval, retain_LE = None, retain.frequency_LE
+        retrieval, retain_LE = None, retain.frequency_LE  # of the tokens that are weighted
         retrieved = retrieve(config, data, statistics, detection, pool, trace, spool)
         if retrieved is not None:
             retrieval = describe_retrieval(config, retrieved, detection, pool, trace, documents)
             tokens = pool.restricted(retrieved.kept_R)
+            retain_LE = np.full_like(retain_LE, np.nan)
             if trace is not None:
                 retain_LE = count_selections(trace, tokens, retain_LE.shape[1]) / retrieval["tokens"]
         log.line(
@@ -157,8 +160,8 @@ def _make(
 
 
 NONE_FOUND_FIX = (
-    "lower calibration.detection.min_ratio or min_load, choose a top_* method, or set "
-    "calibration.if_none_found: continue"
+    "lower calibration.detection.min_ratio or min_load, choose a top_* method, or set calibration.if_none_found: "
+    "uniform (go on with uniform weights) or continue (with the rule, over all experts if calibration.experts is all)"
 )
 
 
@@ -268,7 +271,7 @@ def write(
     rows = new_array(directory / "row_weights.npy", np.float64, calibrated.row_weight_R.shape)
     rows[:] = calibrated.row_weight_R
     del weights, rows
-    achieved_LE = drawn_LE = retain.frequency_LE
+    achieved_LE = drawn_LE = calibrated.target_LE  # without a trace the weights are uniform
     if trace is not None:
         experts, counted = retain.counts_LE.shape[1], tokens.counted_total()
         achieved_LE = count_selections(trace, tokens, experts, calibrated.weight_T) / counted
@@ -282,8 +285,11 @@ def write(
         "frequency_retain_LE": detection.retain_LE,
         "log_ratio_LE": detection.log_ratio_LE,
         "log_ratio_error_LE": detection.error_LE,
+        "ratio_low_LE": detection.low_LE,
+        "ratio_high_LE": detection.high_LE,
         "target_LE": calibrated.target_LE,
         "achieved_LE": achieved_LE,
+        "drawn_LE": drawn_LE,
         "log_mean": np.array([calibrated.log_mean]),
     }
     path = directory / "calibration.safetensors"
