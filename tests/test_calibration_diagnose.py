@@ -99,6 +99,33 @@ def test_warns_when_no_retain_text_is_routed_like_the_forget_text(tmp_path, near
     assert any("would end farther if rows are drawn" in w for w in drawn_away)
 
 
+def test_warns_of_weights_that_do_little_of_what_was_asked(tmp_path) -> None:
+    forget, retain = worlds(0.2)
+    found = detect(forget.statistics(EXPERTS), retain.statistics(EXPERTS), DetectionConfig())
+    _, sums = likenesses(forget, retain)
+    everything = np.ones(found.selected_LE.shape, dtype=bool)
+    made = {}
+    for rule, floor in (("raking", 0.5), ("raking", 0.98), ("uniform", 0.5)):
+        folder = tmp_path / f"{rule}{floor}"
+        folder.mkdir()
+        config = CalibrationConfig(rule=rule, ess_floor=floor)
+        scope_LE = scope_of(config, found.selected_LE, everything, 0)
+        sides = found.forget_LE, found.retain_LE
+        made[rule, floor] = apply_rule(config, retain.tokens, retain.as_trace(), scope_LE, *sides, 0, folder)
+    middle_LE = (found.retain_LE + found.forget_LE) / 2
+    expected = {
+        ("raking", 0.5, True): (False, False, False),
+        ("raking", 0.5, False): (False, True, False),  # the rows do not follow their tokens
+        ("raking", 0.98, True): (True, False, True),
+        ("uniform", 0.5, False): (False, False, False),  # a control owes nothing
+    }
+    for (rule, floor, rows_follow), wanted in expected.items():
+        drawn_LE = middle_LE if rows_follow else found.retain_LE
+        warnings = find_warnings(found, made[rule, floor], middle_LE, drawn_LE, None, sums, rule)
+        told = [any(words in w for w in warnings) for words in ("(lambda)", "closes 0.0% of", "are nearly equal")]
+        assert tuple(told) == wanted, (rule, floor, warnings)
+
+
 def test_variance_decomposition_and_shares_against_the_slow_way() -> None:
     _, retain = worlds(0.2)
     rng = np.random.default_rng(2)

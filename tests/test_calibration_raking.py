@@ -13,6 +13,7 @@ from trace_ds.calibration import raking, rows, tokens
 from trace_ds.calibration.patterns import Encoding, PatternStore, build_store
 from trace_ds.calibration.raking import covariance, evaluate, solve
 from trace_ds.calibration.rows import RowStore
+from trace_ds.calibration.rules import rake
 from trace_ds.calibration.targets import offer
 from trace_ds.calibration.tempering import temper
 
@@ -289,6 +290,66 @@ def test_a_layer_whose_fixed_experts_leave_a_rest_still_sums_to_top_k(tmp_path) 
         assert offered.target_S[8:16].sum() == pytest.approx(2.0, abs=1e-9)
         np.testing.assert_allclose(offered.target_S[:8], q[:8], atol=1e-9)
         assert temper(store, p, offered.target_S, 0.5).strength > 0.05
+
+
+def rare_pair(rng: np.random.Generator, first: slice, second: slice) -> np.ndarray:
+    """Eight correlated experts and two rare ones that are used by the tokens of the slices only, bool [20,000, 10]."""
+    rare = np.zeros((20_000, 2), dtype=bool)
+    rare[first, 0] = rare[second, 1] = True
+    return np.concatenate([correlated(rng, 20_000, 8), rare], axis=1)
+
+
+@pytest.mark.parametrize("newton_constraints", [512, 0])
+@pytest.mark.parametrize(
+    ("first", "second", "factors", "reason"),
+    [
+        (slice(5, 6), slice(5, 6), (10.0, 0.3), "rare"),  # on one token: both must have one frequency
+        (slice(5, 8), slice(5, 11), (6.0, 0.4), "rare"),  # the first only where the second is
+        (slice(0, 400), slice(0, 600), (3.0, 0.8), "tied"),
+    ],
+)
+def test_two_experts_that_exclude_each_other_do_not_stop_the_others(
+    monkeypatch, newton_constraints: int, first: slice, second: slice, factors: tuple[float, float], reason: str
+) -> None:
+    monkeypatch.setattr(raking, "NEWTON_CONSTRAINTS", newton_constraints)
+    monkeypatch.setattr("trace_ds.calibration.targets.NEWTON_CONSTRAINTS", newton_constraints)
+    active = rare_pair(np.random.default_rng(0), first, second)
+    p = active.mean(axis=0)
+    q = np.concatenate([np.clip(p[:8] + 0.15, 0, 0.95), p[8:] * factors])
+    store = PatternStore.from_activations(active)
+    assert temper(store, p, q, 0.5).strength < 0.3, "one lambda for all is set by the pair"
+    theta, offered, tempered = rake(store, q, p, 20.0, 0.5)
+    w = weights(active, theta)
+    alone = temper(PatternStore.from_activations(active[:, :8]), p[:8], q[:8], 0.5)
+    assert tempered.strength == pytest.approx(alone.strength, abs=0.02) and tempered.strength > 0.9
+    np.testing.assert_allclose((w @ active / w.sum())[:8], (p + tempered.strength * (q - p))[:8], atol=1e-6)
+    out = theta == 0
+    assert not out[:8].any() and (out[8:].any() or offered.reason_S[9] == "dependent")
+    assert {offered.reason_S[s] for s in np.flatnonzero(out)} <= {reason}
+    np.testing.assert_allclose(offered.target_S[out], (w @ active / w.sum())[out], atol=1e-9)
+    assert 1.0 / (w**2).mean() >= 0.5 - 1e-9
+
+
+def test_an_expert_left_out_of_a_whole_layer_is_really_free(tmp_path) -> None:
+    """The experts of a layer sum to K: unless another one gives way, it would still be held by the others."""
+    forget, retain = make_world(seed=7)
+    trace = retain.trace_TLK.copy()
+    for layer, expert, last in ((1, 3, 108), (2, 5, 124)):  # the first only where the second is
+        trace[:, layer] = np.where(trace[:, layer] == expert, 7, trace[:, layer])
+        trace[(trace[:, layer] == 7).sum(axis=1) == 2, layer] = [6, 7]
+        trace[100:last, layer] = [expert, 7]
+    retain = type(retain)(trace, retain.tokens, retain.topic_D)
+    p, q = retain.dense(8).mean(axis=0), forget.dense(8).mean(axis=0)
+    q[8 + 3], q[16 + 5] = 5 * p[8 + 3], 0.2 * p[16 + 5]
+    _, store = build_store(retain.as_trace(), retain.tokens, np.ones((3, 8), dtype=bool), tmp_path)
+    theta, offered, tempered = rake(store, q, p, 20.0, 0.5)
+    w = weights(retain.dense(8), theta)
+    reached = w @ retain.dense(8) / w.sum()
+    assert offered.reason_S[8 + 3] == offered.reason_S[16 + 5] == "rare" and tempered.strength > 0.05
+    np.testing.assert_allclose(reached, tempered.solution.target_S, atol=1e-6)
+    wanted = p + tempered.strength * (offered.target_S - p)
+    kept = np.array([reason == "" for reason in offered.reason_S])
+    assert kept.sum() == 22 and np.abs(reached - wanted)[kept].max() < 0.01
 
 
 def test_a_target_far_beyond_the_retain_frequency_is_limited() -> None:

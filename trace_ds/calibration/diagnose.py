@@ -23,6 +23,7 @@ TOP_DOCUMENTS = 20
 LEAST_DOCUMENT_TOKENS = 8
 ALIKE = 0.5
 LEAST_ALIKE_SHARE = 0.005
+LEAST_STRENGTH, LEAST_CLOSED, MOST_ROW_ESS = 0.25, 0.05, 0.99
 
 
 @dataclass(frozen=True)
@@ -223,6 +224,45 @@ def _farther(detection: Detection, calibrated: Calibrated, reached_LE: np.ndarra
     return [f"{len(names)} selected expert(s) {how} (layer/expert): {', '.join(names[:8])}{more}"] if names else []
 
 
+def gap_closed(detection: Detection, calibrated: Calibrated, reached_LE: np.ndarray) -> float:
+    """Share of Σ |p^F − p^R| over the experts in scope that is gone at the reached frequencies; 0 without a scope."""
+    gap, left = (
+        float(np.abs(detection.forget_LE - q_LE)[calibrated.scope_LE].sum())
+        for q_LE in (detection.retain_LE, reached_LE)
+    )
+    return 1.0 - left / gap if gap > 0 else 0.0
+
+
+def row_ess(calibrated: Calibrated) -> float:
+    """Effective sample size of the rows' mean weights, a fraction of the rows that have any."""
+    row = calibrated.row_weight_R[calibrated.row_weight_R > 0]
+    return float(row.sum() ** 2 / (len(row) * (row**2).sum())) if len(row) else 1.0
+
+
+def _weak(detection: Detection, calibrated: Calibrated, achieved_LE: np.ndarray, drawn_LE: np.ndarray) -> list[str]:
+    """Lines about weights that do little of what was asked."""
+    found = []
+    by_tokens, by_rows = (gap_closed(detection, calibrated, q_LE) for q_LE in (achieved_LE, drawn_LE))
+    if calibrated.strength < LEAST_STRENGTH:
+        found.append(
+            f"the weights go only {calibrated.strength:.0%} of the way to the forget frequencies (lambda): more would "
+            "leave too few effective tokens; lower calibration.ess_floor, use fewer experts (calibration.experts: "
+            "selected), or add retain text close to the forget domain"
+        )
+    if by_rows < LEAST_CLOSED:
+        found.append(
+            f"drawing rows by their mean weight closes {by_rows:.1%} of the frequency gap (the token weights close "
+            f"{by_tokens:.1%}): unlearning.apply: sampling will do next to nothing; use calibration.level: sequence or "
+            "unlearning.apply: loss"
+        )
+    if row_ess(calibrated) > MOST_ROW_ESS:
+        found.append(
+            f"the rows' mean weights are nearly equal (effective sample size {row_ess(calibrated):.1%} of the rows): "
+            "unlearning.apply: sampling will hardly differ from uniform sampling"
+        )
+    return found
+
+
 def find_warnings(
     detection: Detection,
     calibrated: Calibrated,
@@ -260,6 +300,8 @@ def find_warnings(
                 f"{len(cases)} expert(s) cannot be matched because {REASONS[reason]}; the closest feasible "
                 f"frequency was taken (layer/expert -> frequency): {', '.join(cases[:8])}{more}"
             )
+    if not control and calibrated.scope_LE.any():
+        found.extend(_weak(detection, calibrated, achieved_LE, drawn_LE))
     found.extend(calibrated.notes)
     if not calibrated.converged:
         found.append(f"the weights miss their targets by up to {calibrated.solve_error:.1e}")
@@ -291,14 +333,9 @@ def diagnose(
 
     ``achieved_LE``: frequencies under the token weights; ``drawn_LE``: where rows are drawn by their mean weight.
     """
-    gap, left, left_drawn = (
-        float(np.abs(detection.forget_LE - q_LE)[calibrated.scope_LE].sum())
-        for q_LE in (detection.retain_LE, achieved_LE, drawn_LE)
-    )
     js = jensen_shannon_bits(detection.forget_LE, detection.retain_LE, top_k)
     after = jensen_shannon_bits(detection.forget_LE, achieved_LE, top_k)
     entropies = [entropy_bits(p, top_k) for p in (detection.forget_LE, detection.retain_LE, achieved_LE)]
-    row = calibrated.row_weight_R[calibrated.row_weight_R > 0]
     return {
         "rule": config.rule,
         "experts": config.experts,
@@ -307,15 +344,15 @@ def diagnose(
         "lambda": calibrated.strength,
         "exponent": calibrated.exponent,
         "ess_fraction": calibrated.ess,
-        "row_ess_fraction": float(row.sum() ** 2 / (len(row) * (row**2).sum())) if len(row) else 1.0,
+        "row_ess_fraction": row_ess(calibrated),
         "ess_floor": config.ess_floor,
         "max_weight": calibrated.max_weight,
         "weight_quantiles": quantiles(calibrated.weight_T, tokens),
         "iterations": calibrated.iterations,
         "converged": calibrated.converged,
         "solve_error": calibrated.solve_error,
-        "gap_closed": 1.0 - left / gap if gap > 0 else 0.0,
-        "gap_closed_by_rows": 1.0 - left_drawn / gap if gap > 0 else 0.0,
+        "gap_closed": gap_closed(detection, calibrated, achieved_LE),
+        "gap_closed_by_rows": gap_closed(detection, calibrated, drawn_LE),
         "none_found": not bool(detection.selected_LE.any()),
         "constraints": int(calibrated.scope_LE.sum()),
         "selected": expert_rows(detection.selected_LE, detection, calibrated, achieved_LE),

@@ -26,14 +26,15 @@ All rules and controls are our decisions; none is taken from the paper.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
 from trace_ds.calibration.patterns import Encoding, PatternStore, Store, build_store, score
+from trace_ds.calibration.raking import evaluate
 from trace_ds.calibration.rows import build_row_store, row_sizes
-from trace_ds.calibration.targets import Offer, offer
+from trace_ds.calibration.targets import Offer, Subset, leave_out, offer, with_absorbers
 from trace_ds.calibration.tempering import Tempered, temper
 from trace_ds.calibration.tokens import TokenMap, Trace, count_selections
 from trace_ds.calibration.weights import (
@@ -50,6 +51,7 @@ from trace_ds.config.schema import CalibrationConfig
 RAKING_RULES = ("raking", "permuted", "random_experts", "inverse")
 RATIO_RULES = ("ratio_mean", "ratio_max")
 MAX_CORRECTIONS = 30
+MAX_LEFT_OUT_ROUNDS = 8
 
 
 @dataclass
@@ -223,10 +225,34 @@ def _apply_ratios(
 def rake(
     store: Store, forget_S: np.ndarray, retain_S: np.ndarray, clip: float, ess_floor: float
 ) -> tuple[np.ndarray, Offer, Tempered]:
-    """(θ, the targets that were offered, how far they were met): raking with everything that bounds it."""
+    """(θ, the targets that were offered, how far they were met): raking with everything that bounds it.
+
+    Where a few experts stand in the way of all the others (see targets.py), they are left out of the solve: their
+    θ is 0, and their target is what the weights of the others give them.
+    """
     wanted = offer(store, retain_S, forget_S, clip)
     tempered = temper(store, retain_S, wanted.target_S, ess_floor)
-    return _fix_gauge(store.encoding, tempered.solution.point.theta_S, retain_S), wanted, tempered
+    solved, kept_S = Subset(store, np.ones(len(retain_S), dtype=bool)), np.ones(len(retain_S), dtype=bool)
+    reason_S, iterations = list(wanted.reason_S), tempered.iterations
+    for number in range(MAX_LEFT_OUT_ROUNDS):
+        if tempered.blocked_S is None:
+            break
+        out, reason = leave_out(store, retain_S, kept_S, solved.whole(tempered.blocked_S), 1 << number)
+        for s in out:
+            kept_S[s], reason_S[s] = False, reason
+        solved = Subset(store, with_absorbers(store.encoding, retain_S, kept_S))
+        tempered = temper(solved, retain_S[solved.kept_S], wanted.target_S[solved.kept_S], ess_floor)
+        iterations += tempered.iterations
+    solution = tempered.solution
+    theta_S = solved.whole(_fix_gauge(solved.encoding, solution.point.theta_S, retain_S[solved.kept_S]))
+    if kept_S.all():
+        return theta_S, wanted, tempered
+    reached_S = evaluate(store, theta_S).frequency_S
+    target_S = np.where(solved.kept_S, solved.whole(solution.target_S), reached_S)
+    offered_S = np.where(kept_S, wanted.target_S, reached_S)
+    solution = replace(solution, target_S=target_S)
+    strength = tempered.strength if solved.kept_S.any() else 0.0
+    return theta_S, Offer(offered_S, reason_S), Tempered(strength, solution, iterations)
 
 
 def _rake(

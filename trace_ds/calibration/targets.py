@@ -9,25 +9,31 @@ Weights only re-weight what is there. Four things keep a target out of reach wha
 * ``rare``: retain text selects it less than 1/limit as often as forget text (or fails to select it so rarely): matching
   would put all the weight on a handful of tokens, so at most ``limit`` times the retain frequency is asked for;
 * ``dependent``: linear relations that hold for every retain token, such as the experts of a layer summing to K, or two
-  experts that are always selected together. Targets must obey the same relation.
+  experts that are always selected together. Targets must obey the same relation;
+* ``tied``: what no equation shows, such as one expert that is only selected where another one is.
 
-:func:`offer` returns the closest feasible target and names every expert whose target had to move.
+:func:`offer` returns the closest feasible target and names every expert whose target had to move. What it cannot see
+shows when the dual is solved: one λ for all targets is then set by the worst pair of experts. :func:`leave_out` takes
+such experts out of the solve.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from trace_ds.calibration.patterns import Store
+from trace_ds.calibration.patterns import Encoding, Store
 from trace_ds.calibration.raking import NEWTON_CONSTRAINTS, covariance, eigen
 
+LEAST_TOKENS = 30
 REASONS = {
     "never": "no retain token selects it",
     "always": "every retain token selects it",
     "rare": "retain text selects it too rarely",
     "dependent": "its retain activations are tied to those of other experts",
+    "tied": "no weights meet its target together with those of the others",
 }
 
 
@@ -76,6 +82,77 @@ def offer(store: Store, retain_S: np.ndarray, forget_S: np.ndarray, limit: float
             reason_S[s] = reason_S[s] or "dependent"
         target_S = retain_S + np.where(np.abs(shift_S - moved_S) < 1e-15, 0.0, shift_S - moved_S)
     return Offer(np.clip(target_S, 0.0, 1.0), reason_S)
+
+
+@dataclass(frozen=True)
+class Subset:
+    """A :class:`~trace_ds.calibration.patterns.Store` with constraints ``kept_S`` only (bool): the others have θ 0."""
+
+    store: Store
+    kept_S: np.ndarray
+
+    @property
+    def encoding(self) -> Encoding:
+        whole = self.store.encoding
+        return replace(whole, layer_S=whole.layer_S[self.kept_S], expert_S=whole.expert_S[self.kept_S])
+
+    @property
+    def tokens(self) -> int:
+        return self.store.tokens
+
+    @property
+    def exact(self) -> bool:
+        return self.store.exact
+
+    def scored(
+        self, theta_S: np.ndarray
+    ) -> Iterator[tuple[np.ndarray, np.ndarray | None, Callable[[np.ndarray], np.ndarray]]]:
+        for score_N, multiplicity_N, fold in self.store.scored(self.whole(theta_S)):
+
+            def folded(weights_N: np.ndarray, fold: Callable[[np.ndarray], np.ndarray] = fold) -> np.ndarray:
+                return fold(weights_N)[self.kept_S]
+
+            yield score_N, multiplicity_N, folded
+
+    def sample(self, limit: int) -> tuple[np.ndarray, np.ndarray]:
+        feature_NS, multiplicity_N = self.store.sample(limit)
+        return feature_NS[:, self.kept_S], multiplicity_N
+
+    def whole(self, value_S: np.ndarray) -> np.ndarray:
+        """Values of the kept constraints among zeros for the others."""
+        result_S = np.zeros(len(self.kept_S))
+        result_S[self.kept_S] = value_S
+        return result_S
+
+
+def leave_out(
+    store: Store, retain_S: np.ndarray, kept_S: np.ndarray, blocked_S: np.ndarray, most: int
+) -> tuple[np.ndarray, str]:
+    """(indices of further constraints to leave out of those in ``kept_S`` (bool), which cannot be met together; why).
+
+    First all whose frequency hangs on fewer than :data:`LEAST_TOKENS` tokens; once these are out, the ``most`` whose
+    θ ran off farthest (``blocked_S``). Our decision.
+    """
+    movable_S = kept_S & (retain_S > 0) & (retain_S < 1)
+    few_S = movable_S & (np.minimum(retain_S, 1 - retain_S) * store.tokens < LEAST_TOKENS)
+    if few_S.any():
+        return np.flatnonzero(few_S), "rare"
+    order = np.argsort(-np.where(movable_S, np.abs(blocked_S), -1.0), kind="stable")[:most]
+    return order[movable_S[order]], "tied"
+
+
+def with_absorbers(encoding: Encoding, retain_S: np.ndarray, kept_S: np.ndarray) -> np.ndarray:
+    """``kept_S`` without the most used expert of each layer that is constrained whole but for those left out.
+
+    The experts of a layer sum to K: with all others held, an expert left out would be held as well. The most used one
+    takes up what they leave, which changes it least.
+    """
+    result_S = kept_S.copy()
+    for layer in np.unique(encoding.layer_S):
+        members = np.flatnonzero(encoding.layer_S == layer)
+        if len(members) == encoding.experts and not kept_S[members].all() and kept_S[members].any():
+            result_S[members[np.argmax(np.where(kept_S[members], retain_S[members], -1.0))]] = False
+    return result_S
 
 
 def _shift_log_odds(target: np.ndarray, wanted: float) -> np.ndarray:

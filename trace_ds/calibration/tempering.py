@@ -21,12 +21,15 @@ from trace_ds.calibration.raking import Metric, Point, Solution, evaluate, solve
 class Tempered:
     """The result of :func:`temper`: ``strength`` is λ, ``solution`` the raking at (1−λ) p + λ target.
 
-    ``iterations`` counts those of all the duals solved on the way.
+    ``iterations`` counts those of all the duals solved on the way. ``blocked_S``: None when the floor (or 1) decides λ;
+    where already a λ just above it cannot be met by any weights, the θ at which that solve gave up: it runs off in
+    the direction of the experts that stand in the way.
     """
 
     strength: float
     solution: Solution
     iterations: int
+    blocked_S: np.ndarray | None = None
 
 
 def temper(
@@ -54,11 +57,11 @@ def temper(
     metric = Metric(store, origin)
     goal = float(np.sqrt(1.0 / ess_floor - 1.0))
     solved: list[tuple[float, Point]] = [(0.0, origin)]
-    iterations = 0
+    iterations, blocked_S = 0, None
 
     def attempt(strength: float, tolerance: float | None) -> tuple[Solution, float | None]:
         """(solution, √(1/ESS − 1) or None when the targets cannot be met), from the line through the last two."""
-        nonlocal iterations
+        nonlocal iterations, blocked_S
         start = origin
         if len(solved) > 1:
             (a, first), (b, second) = solved[-2:]
@@ -73,6 +76,7 @@ def temper(
         )
         iterations += found.iterations
         if not found.converged:
+            blocked_S = found.point.theta_S
             metric.rebuild(solved[-1][1])
             return found, None
         if solved[-1][0] == strength:
@@ -106,9 +110,12 @@ def temper(
             guess = float(np.clip(inner, low + margin, high - margin))
             if not low < guess < high:
                 guess = (low + high) / 2.0
+    if high is None or high_value is not None or low_value >= goal * (1 - precision):
+        blocked_S = None
+    unmet_S = blocked_S
     for number in range(20):
         final, value = attempt(low, None) if low > 0 else (nothing, 0.0)
         if value is not None and value <= goal:
-            return Tempered(low, final, iterations)
+            return Tempered(low, final, iterations, unmet_S)
         low *= 1.0 - min(0.5, precision * 2.0**number)  # a little back; more if that was not enough
-    return Tempered(0.0, nothing, iterations)
+    return Tempered(0.0, nothing, iterations, unmet_S)
