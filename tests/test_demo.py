@@ -79,7 +79,11 @@ def test_it_leaves_the_whole_run_directory(demo: Path) -> None:
 def test_weights_bring_each_selected_expert_closer(
     demo: Path, tmp_path: Path, recipe: str, level: str, rule: str
 ) -> None:
-    """The sentence of the abstract, on real routed data: nearer to the forget frequency than before."""
+    """The sentence of the abstract, on real routed data: nearer to the forget frequency than before.
+
+    Row sampling, the default way to apply weights, draws rows by their mean weight. At level sequence the sentence
+    holds for each expert there too; at level token, the default, for their sum, and where it fails the expert is named.
+    """
     run = demo if recipe == "demo" else demo / "verbatim"
     for experts in ("all", "selected"):
         changes = [f"calibration.{key}" for key in (f"rule={rule}", f"level={level}", f"experts={experts}")]
@@ -90,8 +94,13 @@ def test_weights_bring_each_selected_expert_closer(
         assert selected.any()
         before = np.abs(tensors["frequency_retain_LE"] - tensors["frequency_forget_LE"])[selected]
         after = np.abs(tensors["achieved_LE"] - tensors["frequency_forget_LE"])[selected]
-        assert (after < before).all()
+        drawn = np.abs(tensors["drawn_LE"] - tensors["frequency_forget_LE"])[selected]
+        assert (after < before).all() and drawn.sum() < before.sum()
         assert not any("ended farther" in warning for warning in made.summary["warnings"])
+        named = [warning for warning in made.summary["warnings"] if "would end farther if rows are drawn" in warning]
+        away = int((drawn > before + 1e-9).sum())
+        assert [int(warning.split()[0]) for warning in named] == ([away] if away else [])
+        assert not (away and level == "sequence")
 
 
 @pytest.mark.slow

@@ -22,7 +22,9 @@ from trace_ds.run.directory import RunDirectory
 from trace_ds.run.inspect import inspect
 from trace_ds.stages.convert import checkpoint_to_directory
 from trace_ds.stages.unlearn import check_unlearn, make_batches
+from trace_ds.unlearning.batches import MicroBatch
 from trace_ds.unlearning.live_refresh import RefreshedWeights
+from trace_ds.unlearning.live_weights import OnlineWeights
 
 ONLINE = [
     *GRADIENT_LIKE,
@@ -191,6 +193,42 @@ def test_online_weights_are_refused_where_the_rule_would_not_show(calibrated: tu
             else:
                 with pytest.raises(UserError, match=f"calibration.rule {rule} would not be what it says: use raking"):
                     load(rule, apply)
+
+
+class KnownRouting(OnlineWeights):
+    """Online weights whose router is a table: expert indices [B, S, K] of each layer."""
+
+    table: list[torch.Tensor]
+
+    def layers(self) -> list[int]:
+        return list(range(len(self.table)))
+
+    def indices(self, layer: int, batch: MicroBatch) -> torch.Tensor:
+        return self.table[layer]
+
+
+@pytest.mark.parametrize("per_row", [False, True])
+def test_online_weights_bring_the_frequencies_closer(per_row: bool) -> None:
+    """The sentence of the abstract: with the routing held still, the gap of the batches falls, and the mean stays 1."""
+    generator = torch.Generator().manual_seed(0)
+    taste_BLE = 1.5 * torch.randn(12, 2, 6, generator=generator)
+    taste_BLE[:4] += 1.5 * torch.randn(2, 6, generator=generator)  # forget rows have a liking in common
+    noise_BSLE = -torch.empty(12, 50, 2, 6).exponential_(generator=generator).log()
+    chosen_BSLK = (taste_BLE[:, None] + noise_BSLE).topk(2).indices
+    weights = KnownRouting(
+        torch.nn.Identity(), np.zeros((2, 6)), 0.0, 20.0, per_row, torch.device("cpu"),
+        step_size=0.3, decay=0.1, scope_LE=np.ones((2, 6), dtype=bool),
+    )  # fmt: skip
+    weights.table = [chosen_BSLK[:, :, layer] for layer in range(2)]
+    blank = torch.zeros(12, 50)
+    ones = torch.ones(12, 50)
+    batch = MicroBatch(blank.long(), blank.long(), ones.bool(), ones, blank, 4)
+    told = []
+    for _ in range(60):
+        weights.of(batch)
+        told.append(weights.follow(weights.local_sums(), 200, 400))
+    assert told[-1]["routing_gap"] < 0.85 * told[0]["routing_gap"]
+    assert told[-1]["retain_weight_mean"] == pytest.approx(1, abs=0.01)
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
