@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
 import pickle
+import random
+import re
 import resource
 import shutil
+import socket
 import subprocess
 import sys
 import zipfile
-from collections import OrderedDict
-from collections.abc import Callable
+import zlib
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from command import tree
+from safetensors.torch import load_file, save_file
 from test_convert_engines import Case, base_model, checkpoints
 
 from trace_ds.conversion.convert import convert_checkpoint
@@ -26,6 +34,7 @@ from trace_ds.errors import UserError
 
 CASE = Case("mixtral", 3, 2)
 TOOL = Path(__file__).parent.parent / "tools" / "convert_checkpoint.py"
+FUZZ_ROUNDS = 60
 OPTIM = "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"
 MODEL = "zero_pp_rank_1_mp_rank_00_model_states.pt"
 
@@ -62,6 +71,17 @@ def refused(step: Path, destination: Path, named: str, **options: Any) -> str:
     return line
 
 
+@contextlib.contextmanager
+def limit(kind: int, value: int) -> Iterator[None]:
+    """Lower a resource limit of this process."""
+    before = resource.getrlimit(kind)
+    resource.setrlimit(kind, (value, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(kind, before)
+
+
 def rewrite(path: Path, change: Callable[[Any], None]) -> None:
     state = torch.load(path, weights_only=False)
     change(state)
@@ -87,11 +107,166 @@ def test_missing_rank_file(step: Path, tmp_path: Path, name: str, manifest: bool
     refused(step, tmp_path / "model", name)
 
 
-@pytest.mark.parametrize("kept", [0, 100, -1, -1000])
-def test_truncated_file(step: Path, tmp_path: Path, kept: int) -> None:
-    data = (step / OPTIM).read_bytes()
-    (step / OPTIM).write_bytes(data[:kept])
-    refused(step, tmp_path / "model", OPTIM)
+# Of every kind of source: its name, the file with the metadata, and another one.
+KINDS = {
+    "zero3": (CASE.name, "zero_pp_rank_0_mp_rank_00_model_states.pt", OPTIM),
+    "zero1": (Case("mixtral", 1, 2).name, "mp_rank_00_model_states.pt", OPTIM),
+    "stage0": (
+        Case("mixtral", 0, 2, "fp32").name,
+        "mp_rank_00_model_states.pt",
+        "layer_1_expert_3_mp_rank_00_model_states.pt",
+    ),
+    "universal": ("", "zero_pp_rank_0_mp_rank_00_model_states.pt", "zero/model.norm.weight/fp32.pt"),
+}
+
+
+@pytest.fixture(scope="module")
+def universal(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("universal") / "folder"
+    convert_checkpoint(checkpoints(2) / CASE.name, folder, to="universal")
+    return folder
+
+
+@pytest.fixture
+def source(kind: str, tmp_path: Path, universal: Path) -> Path:
+    """A private copy of a source of this kind."""
+    origin = universal if kind == "universal" else checkpoints(2) / KINDS[kind][0]
+    shutil.copytree(origin / "step_000001", tmp_path / "step_000001")
+    return tmp_path / "step_000001"
+
+
+def cut(kept: int) -> Callable[[Path], None]:
+    return lambda path: path.write_bytes(path.read_bytes()[:kept]) and None
+
+
+def damage_zip_directory(path: Path) -> None:
+    """The version that the first entry says is needed to extract it."""
+    flip(path, path.read_bytes().index(b"PK\x01\x02") + 6)
+
+
+FILE_FAULTS: dict[str, Callable[[Path], object]] = {
+    "missing": Path.unlink,
+    "empty": cut(0),
+    "cut early": cut(100),
+    "cut late": cut(-1),
+    "cut": cut(-1000),
+    "zip directory": damage_zip_directory,
+    "a directory": lambda path: (path.unlink(), path.mkdir()),
+}
+
+
+@pytest.mark.parametrize("fault", FILE_FAULTS)
+@pytest.mark.parametrize("file", [1, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_damaged_file(source: Path, tmp_path: Path, kind: str, file: int, fault: str) -> None:
+    FILE_FAULTS[fault](source / KINDS[kind][file])
+    missing_model = kind in ("zero1", "stage0") and file == 1 and fault == "missing"
+    refused(source, tmp_path / "model", source.name if missing_model else KINDS[kind][file])
+
+
+def put(*path: Any) -> Callable[[Any], None]:
+    """Put the last argument at the place that the others lead to."""
+    *keys, last, value = path
+
+    def change(state: Any) -> None:
+        for key in keys:
+            state = state[key]
+        state[last] = value
+
+    return change
+
+
+OPTIMIZER = "optimizer_state_dict"
+# (kind, which file, change): what only a broken or hostile writer would store
+WRONG_METADATA = {
+    "world": ("zero3", 1, put("dp_world_size", "x")),
+    "huge world": ("zero1", 1, put("dp_world_size", 1 << 40)),
+    "no shapes": ("zero3", 1, put("param_shapes", None)),
+    "a shape of fractions": ("zero3", 1, put("param_shapes", 0, "model.norm.weight", (9.0,))),
+    "no module": ("stage0", 1, put("module", None)),
+    "step": ("stage0", 1, put("global_steps", "many")),
+    "buffers": ("zero3", 1, put("buffer_names", 3)),
+    "frozen": ("zero3", 1, put("frozen_param_fragments", {"x": 1})),
+    "shared": ("universal", 1, put("shared_params", 3)),
+    "shapes": ("universal", 1, put("param_shapes", [{"model.norm.weight": "ab"}])),
+    "layers": ("zero1", 1, put("ds_autoep_layers", 0, "moe_layer_id", [])),
+    "experts": ("zero1", 1, put("ds_autoep_layers", 0, "num_experts", 1 << 40)),
+    "configuration": ("zero1", 1, put("ds_config", "x")),
+    "partitions": ("zero3", 2, put(OPTIMIZER, "ds_zero_partition_groups", 0, {"partition_count": 0})),
+    "many partitions": ("zero3", 2, put(OPTIMIZER, "partition_count", [2, "x"])),
+    "groups": ("zero3", 2, put(OPTIMIZER, "fp32_flat_groups", 7)),
+    "states": ("zero3", 2, put(OPTIMIZER, OPTIMIZER, "state", [1])),
+    "optimizer step": ("zero3", 2, put(OPTIMIZER, OPTIMIZER, "state", 0, "step", torch.zeros(3))),
+    "mappings": ("zero1", 2, put(OPTIMIZER, "param_slice_mappings", 0, "model.norm.weight", None)),
+    "stage": ("zero1", 2, put(OPTIMIZER, "zero_stage", "three")),
+    "parts": ("zero1", 2, put(OPTIMIZER, "partition_count", "x")),
+}
+
+
+@pytest.mark.parametrize(("kind", "file", "change"), WRONG_METADATA.values(), ids=list(WRONG_METADATA))
+def test_wrong_metadata(source: Path, tmp_path: Path, kind: str, file: int, change: Callable[[Any], None]) -> None:
+    rewrite(source / KINDS[kind][file], change)
+    huge = change is WRONG_METADATA["huge world"][2]
+    refused(source, tmp_path / "model", "zero_pp_rank_2_" if huge else KINDS[kind][file])
+
+
+def restored(path: Path, data: bytes) -> bytes:
+    """The zip archive ``data`` with the checksums that its own pickle now has (as a forger would leave it)."""
+    with zipfile.ZipFile(path) as archive:
+        info = next(info for info in archive.infolist() if info.filename.endswith("/data.pkl"))
+    name = len(info.filename)
+    extra = int.from_bytes(data[info.header_offset + 28 : info.header_offset + 30], "little")
+    begin = info.header_offset + 30 + name + extra
+    checksum = zlib.crc32(data[begin : begin + info.file_size]).to_bytes(4, "little")
+    return data.replace(info.CRC.to_bytes(4, "little"), checksum)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_random_damage_is_refused_or_harmless(source: Path, tmp_path: Path, kind: str) -> None:
+    """One changed byte anywhere, or in a pickle whose checksum was made to fit: an error of one line, or a conversion
+    as if nothing had happened (padding, states that no weight needs, names that nobody reads)."""
+    good = convert_checkpoint(source, tmp_path / "good", base_model=base())["tensors"]
+    files = sorted(path for path in source.rglob("*.pt") if "exp_avg" not in path.name and path.name != "step.pt")
+    draw = random.Random(kind)
+    ended = Counter[str]()
+    memory = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    with limit(resource.RLIMIT_AS, memory + (1 << 30)):  # a damaged pickle may ask for any amount
+        for number in range(FUZZ_ROUNDS):
+            path = draw.choice(files)
+            data = path.read_bytes()
+            forged = number % 2 == 1
+            position = draw.randrange(len(data))
+            if forged:
+                begin = data.index(b"\x80\x02")
+                position = begin + draw.randrange(data.index(b"PK", begin) - begin)
+            changed = bytearray(data)
+            changed[position] ^= draw.randrange(1, 256)
+            path.write_bytes(restored(path, bytes(changed)) if forged else changed)
+            try:
+                report = convert_checkpoint(source, tmp_path / f"model{number}", base_model=base())
+                ended["converted"] += 1
+                assert forged or report["tensors"] == good, (path.name, position)
+            except UserError as error:
+                ended["refused"] += 1
+                assert "\n" not in error.line()
+                assert not (tmp_path / f"model{number}").exists()
+            path.write_bytes(data)
+    assert not list(tmp_path.glob("*.tmp-*"))
+    assert ended["refused"] > FUZZ_ROUNDS // 4, ended
+
+
+def test_the_optimizer_is_ahead_of_the_job(step: Path, tmp_path: Path) -> None:
+    def set_step(value: int) -> Callable[[Any], None]:
+        return lambda state: state[OPTIMIZER][OPTIMIZER]["state"][0].update(step=torch.tensor(float(value)))
+
+    for path in step.glob("*_optim_states.pt"):
+        rewrite(path, set_step(7))
+    refused(step, tmp_path / "model", "7 steps, the job 1")
+    for path in step.glob("*_optim_states.pt"):  # allowed: weights were loaded without optimizer states
+        rewrite(path, set_step(0))
+    assert (
+        "has made 0 steps and the job 1" in convert_checkpoint(step, tmp_path / "model", base_model=base())["notes"][0]
+    )
 
 
 @pytest.mark.parametrize("group", [0, 1])
@@ -240,6 +415,75 @@ def test_destination_not_empty(step: Path, tmp_path: Path) -> None:
     assert (tmp_path / "model" / "precious.txt").read_text() == "mine"
 
 
+def test_a_mount_point_is_refused_at_once(step: Path) -> None:
+    """Nothing can be renamed onto it (/proc is one on every Linux)."""
+    with pytest.raises(UserError, match="mount point"):
+        convert_checkpoint(step, Path("/proc"), base_model=base())
+
+
+def test_more_files_than_a_process_may_open(tmp_path: Path) -> None:
+    """A file for every expert, as a source and as a target, under a limit below their number."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(vocab_size=8, hidden_size=4, intermediate_size=2, num_hidden_layers=1, num_local_experts=200,
+                           num_attention_heads=1, num_key_value_heads=1)  # fmt: skip
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "base")
+    with limit(resource.RLIMIT_NOFILE, len(list(Path("/proc/self/fd").iterdir())) + 100):
+        convert_checkpoint(tmp_path / "base", tmp_path / "ep", to="ep", jobs=3)
+        convert_checkpoint(tmp_path / "ep", tmp_path / "model", base_model=tmp_path / "base", jobs=3)
+    assert len(list((tmp_path / "ep" / "model").iterdir())) == 201
+    original, back = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "model"))
+    assert original.keys() == back.keys() and all(torch.equal(original[name], back[name]) for name in original)
+
+
+def test_a_missing_tensor_is_named_as_it_is_on_disk(tmp_path: Path) -> None:
+    shutil.copytree(base(), tmp_path / "base")
+    tensors = load_file(base() / "model.safetensors")
+    name = "model.layers.1.block_sparse_moe.experts.3.w1.weight"
+    del tensors[name]
+    save_file(tensors, tmp_path / "base" / "model.safetensors")
+    with pytest.raises(UserError, match=rf": {re.escape(name)} is missing\."):
+        convert_checkpoint(tmp_path / "base", tmp_path / "model", to="ep")
+
+
+def test_experts_of_different_types(tmp_path: Path) -> None:
+    shutil.copytree(base(), tmp_path / "base")
+    tensors = load_file(base() / "model.safetensors")
+    name = "model.layers.1.block_sparse_moe.experts.3.w1.weight"
+    save_file(tensors | {name: tensors[name].half()}, tmp_path / "base" / "model.safetensors")
+    with pytest.raises(UserError, match=r"layers\.1\.mlp\.experts\.gate_up_proj cannot be made"):
+        convert_checkpoint(tmp_path / "base", tmp_path / "model", to="hf-fused")
+
+
+def test_what_transformers_does_not_load_is_left_out(tmp_path: Path) -> None:
+    """DeepSeek-V3's directory on the hub: a layer for multi-token prediction, and the base model's quantisation."""
+    base_model("deepseek_v3").save_pretrained(tmp_path / "base")
+    original = load_file(tmp_path / "base" / "model.safetensors")
+    more = {f"model.layers.61.{name}.weight": torch.ones(3) for name in ("embed_tokens", "eh_proj")}
+    save_file(original | more, tmp_path / "base" / "model.safetensors")
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    (tmp_path / "base" / "config.json").write_text(
+        json.dumps(config | {"quantization_config": {"quant_method": "fp8"}})
+    )
+    report = convert_checkpoint(tmp_path / "base", tmp_path / "model")
+    converted = load_file(tmp_path / "model" / "model.safetensors")
+    assert converted.keys() == original.keys() and all(
+        torch.equal(converted[name], original[name]) for name in original
+    )
+    assert "model.layers.61.eh_proj.weight" in report["notes"][0]
+    assert "quantization_config" not in json.loads((tmp_path / "model" / "config.json").read_text())
+
+
+def test_optimizer_states_of_some_parameters_only(step: Path, tmp_path: Path) -> None:
+    def forget(state: Any) -> None:
+        del state["optimizer_state_dict"]["optimizer_state_dict"]["state"][0]["exp_avg_sq"]
+
+    for path in step.glob("*_optim_states.pt"):
+        rewrite(path, forget)
+    refused(step, tmp_path / "universal", "has no exp_avg_sq", to="universal")
+    convert_checkpoint(step, tmp_path / "model", base_model=base())
+
+
 def test_another_model(step: Path, tmp_path: Path) -> None:
     base_model("olmoe").save_pretrained(tmp_path / "olmoe")
     with pytest.raises(UserError, match="not of this model"):
@@ -268,16 +512,36 @@ def run_tool(*arguments: object, **options: Any) -> subprocess.CompletedProcess[
     return subprocess.run(command, capture_output=True, text=True, **options)
 
 
-def test_no_space_left(step: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("to", "file_bytes", "named"),
+    [
+        ("hf", 4096, "model.safetensors"),
+        ("hf", 1 << 17, "tokenizer.json"),
+        ("ep", 512, ".pt"),
+        ("universal", 512, ".pt"),
+    ],
+)
+def test_no_space_left(step: Path, tmp_path: Path, to: str, file_bytes: int, named: str) -> None:
     """A limit on the size of files stands for a full disk (the same path in the code, and it needs no mount)."""
+    shutil.copytree(base(), tmp_path / "base")
+    (tmp_path / "base" / "tokenizer.json").write_bytes(bytes(1 << 18))
+    with limit(resource.RLIMIT_FSIZE, file_bytes), pytest.raises(UserError, match=r"cannot hold the result") as raised:
+        convert_checkpoint(step, tmp_path / "model", base_model=tmp_path / "base", to=to)
+    assert named in raised.value.where
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", step.name]
 
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 
-    result = run_tool(step, tmp_path / "model", "--base-model", base(), preexec_fn=limit)
-    assert result.returncode == 2, result.stderr
-    assert "model.safetensors" in result.stderr.splitlines()[-1] and "cannot hold" in result.stderr
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000001"]
+def test_no_space_left_at_the_last_fsync(step: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Network file systems say so only then."""
+
+    def full(descriptor: int) -> None:
+        if not list(tmp_path.glob("model.tmp-*/conversion.json")):
+            return fsync(descriptor)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", full)
+    refused(step, tmp_path / "model", "cannot hold the result")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
@@ -310,11 +574,29 @@ def test_a_killed_conversion_leaves_nothing_that_looks_like_a_model(step: Path, 
     """The temporary directory of a process that is gone is cleared away by the next conversion."""
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    leftover = tmp_path / f"model.tmp-{dead.pid}"
-    leftover.mkdir()
-    (leftover / "model.safetensors").write_bytes(b"half")
+    here, gone = socket.gethostname(), f"{dead.pid}-0123abcd"
+    names = [f"model.tmp-{here}-{gone}", f"model.tmp-another-node-{gone}", f"model.tmp-{here}-{os.getpid()}-0123abcd"]
+    for name in names:
+        (tmp_path / name).mkdir()
     convert_checkpoint(step, tmp_path / "model", base_model=base())
-    assert not leftover.exists() and (tmp_path / "model" / "conversion.json").is_file()
+    # a process of another node cannot be seen from here: its directory may be a conversion that still runs
+    assert [(tmp_path / name).exists() for name in names] == [False, True, True]
+    assert (tmp_path / "model" / "conversion.json").is_file()
+
+
+def test_two_conversions_to_the_same_place(step: Path, tmp_path: Path) -> None:
+    """The one that ends last is refused at its rename, and what the first one wrote stays."""
+    first: list[dict[str, bytes]] = []
+
+    def other(done_bytes: int, total_bytes: int) -> None:
+        if not first:
+            convert_checkpoint(step, tmp_path / "model", base_model=base(), dtype="fp32")
+            first.append(tree(tmp_path / "model"))
+
+    with pytest.raises(UserError, match="not empty"):
+        convert_checkpoint(step, tmp_path / "model", base_model=base(), progress=other)
+    assert tree(tmp_path / "model") == first[0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", step.name]
 
 
 def test_verify_finds_a_result_that_differs(step: Path, tmp_path: Path) -> None:

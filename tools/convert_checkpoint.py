@@ -34,6 +34,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=1, help="threads (default 1)")
     parser.add_argument("--base-model", type=Path, help="directory with config.json and tokenizer")
     parser.add_argument("--verify", action="store_true", help="read everything again and compare")
+    parser.add_argument("--dry-run", action="store_true", help="check, say what would be written, write nothing")
     options = vars(parser.parse_args())
     try:
         return convert_command(options.pop("source"), options.pop("destination"), **options)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -169,38 +170,40 @@ def unlearn(
 
 @app.command()
 def convert(
-    source: Annotated[str, typer.Argument(help="CONFIG of a run, or a checkpoint to convert.")],
-    destination: Annotated[Optional[Path], typer.Argument(help="Where to write (with a checkpoint).")] = None,  # noqa: UP045
+    source: Annotated[str, typer.Argument(help="CONFIG of a run, or a checkpoint or model directory.")],
+    destination: Annotated[Optional[Path], typer.Argument(help="Where to write (with a directory).")] = None,  # noqa: UP045
     run_dir: RunDirOption = None,
     set_: SetOption = None,
-    to: Annotated[str, typer.Option(help="hf, ep or universal.")] = "hf",
-    tag: Annotated[Optional[str], typer.Option(help="Step directory inside SOURCE.")] = None,  # noqa: UP045
-    dtype: Annotated[str, typer.Option(help="bf16, fp32, … or same.")] = "same",
-    max_shard_size: Annotated[str, typer.Option()] = "5GB",
-    jobs: Annotated[int, typer.Option(min=1)] = 1,
+    to: Annotated[Optional[str], typer.Option(help="hf (default), hf-fused, ep or universal.")] = None,  # noqa: UP045
+    tag: Annotated[Optional[str], typer.Option(help="Step below SOURCE; default: what `latest` says.")] = None,  # noqa: UP045
+    dtype: Annotated[Optional[str], typer.Option(help="bf16, fp16, fp32 or same (default).")] = None,  # noqa: UP045
+    max_shard_size: Annotated[Optional[str], typer.Option(help="Largest file; default 5GB.")] = None,  # noqa: UP045
+    jobs: Annotated[Optional[int], typer.Option(min=1, help="Threads; default 1.")] = None,  # noqa: UP045
     base_model: Annotated[Optional[Path], typer.Option(help="For config and tokenizer.")] = None,  # noqa: UP045
     verify: Annotated[bool, typer.Option("--verify", help="Read everything again and compare.")] = False,
     variant: VariantOption = None,
     dry_run: DryRunOption = False,
 ) -> None:
-    """Checkpoint → Hugging Face model directory (one process, no GPU)."""
+    """Checkpoint → Hugging Face model directory (one process, no GPU): of a run, or SOURCE → DESTINATION."""
+    of_run = {"--run-dir": run_dir, "--set": set_, "--variant": variant}
+    options: dict[str, object] = {"to": to, "tag": tag, "dtype": dtype, "max_shard_size": max_shard_size, "jobs": jobs}
+    options |= {"base_model": base_model, "verify": verify or None}
+    given = {name: value for name, value in options.items() if value is not None}
     if destination is None:
+        fix = "give SOURCE DESTINATION, or --set conversion.KEY=VALUE"
+        _refuse({f"--{name.replace('_', '-')}": value for name, value in given.items()}, "with a CONFIG", fix)
         return _verb("convert", source, run_dir, set_, variant=variant, dry_run=dry_run)
+    _refuse(of_run, "with SOURCE DESTINATION", "leave it out, or give a CONFIG alone")
     from trace_ds.conversion import convert_command
 
-    raise typer.Exit(
-        convert_command(
-            Path(source),
-            destination,
-            to=to,
-            tag=tag,
-            dtype=dtype,
-            max_shard_size=max_shard_size,
-            jobs=jobs,
-            base_model=base_model,
-            verify=verify,
-        )
-    )
+    raise typer.Exit(convert_command(Path(source), destination, dry_run=dry_run, **given))
+
+
+def _refuse(options: Mapping[str, object], where: str, fix: str) -> None:
+    """Refuse options that this form of the command would not look at."""
+    given = [name for name, value in options.items() if value is not None]
+    if given:
+        raise UserError(f"{', '.join(given)} means nothing {where}", "convert", fix)
 
 
 @app.command()

@@ -16,26 +16,39 @@ from pathlib import Path
 from typing import Any
 
 
-def convert_command(source: Path, destination: Path, **options: Any) -> int:
+def convert_command(source: Path, destination: Path, *, dry_run: bool = False, **options: Any) -> int:
     """``trace-ds convert SOURCE DESTINATION``: convert with a line of progress now and then; exit status 0.
+
+    Args:
+        dry_run: check everything that needs no weights, say what would be written, and write nothing.
 
     Raises:
         UserError: see :func:`trace_ds.conversion.convert.convert_checkpoint`.
     """
-    from trace_ds.conversion.convert import convert_checkpoint
+    from trace_ds.conversion.convert import convert_checkpoint, preview
 
+    if dry_run:
+        facts = preview(source, destination, **options)
+        for note in facts["notes"]:
+            print(f"note: {note}")
+        print(f"would write {destination}: {facts['parameters']:,} parameters as {facts['target']}, "
+              f"{facts['bytes'] / 1e9:.3f} GB, from {_origin(facts['source'])}")  # fmt: skip
+        return 0
     report = convert_checkpoint(source, destination, progress=_Lines(), **options)
     for warning in report.get("warnings", []):
         print(f"warning: {warning}", file=sys.stderr)
     for note in report.get("notes", []):
         print(f"note: {note}")
-    facts = report["source"]
     print(
         f"{destination}: {report['parameters']:,} parameters in {len(report['tensors'])} tensors, "
-        f"{report['bytes'] / 1e9:.3f} GB, from {facts['kind']} (step {facts['step']}, world {facts['world']}, "
-        f"ep {facts['ep']}){', verified' if report.get('verified') else ''}"
+        f"{report['bytes'] / 1e9:.3f} GB, from {_origin(report['source'])}"
+        f"{', verified' if report.get('verified') else ''}"
     )
     return 0
+
+
+def _origin(facts: dict[str, Any]) -> str:
+    return f"{facts['kind']} (step {facts['step']}, world {facts['world']}, ep {facts['ep']})"
 
 
 class _Lines:

@@ -37,6 +37,7 @@ def copy_companions(base_model: Path, destination: Path, dtype: str) -> None:
     if dtype in DTYPE_CONFIG:
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = DTYPE_CONFIG[dtype]
     config.pop("_name_or_path", None)
+    config.pop("quantization_config", None)  # of the base model: what is written here is never quantised
     write_json(destination / "config.json", config)
     for name in COMPANIONS:
         if (base_model / name).is_file():

@@ -17,6 +17,7 @@ from trace_ds.errors import UserError
 from trace_ds.run.files import sha256_file
 
 MANIFEST = "manifest.json"
+NAME_LENGTH = 255  # of a directory
 RANK_FILE = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_(model|optim)_states\.pt$")
 MODEL_FILE = re.compile(r"mp_rank_(\d+)_model_states\.pt$")
 EXPERT_FILE = re.compile(r"layer_(\d+)_expert_(\d+)_mp_rank_(\d+)_model_states\.pt$")
@@ -33,6 +34,7 @@ class Checkpoint:
             partitions and all experts joined. Names are the engine's (AutoEP's ``mlp.experts.w1``), or those on disk
             for a Hugging Face directory.
         moments: the Adam moments ``exp_avg`` and ``exp_avg_sq`` by name of the parameter, where there are any.
+        trained: names of the parameters that have an fp32 master, so that they are the optimizer's.
         dtype: bf16, fp16 or fp32, the type that the engine computes in (empty: each tensor's own).
         step, world, ep, zero_stage: of the job that wrote it, as far as its files say.
         layers: AutoEP's metadata of the MoE layers (of rank 0).
@@ -44,6 +46,7 @@ class Checkpoint:
     kind: str
     tensors: dict[str, TensorSource]
     moments: dict[str, dict[str, TensorSource]] = field(default_factory=dict)
+    trained: tuple[str, ...] = ()
     dtype: str = ""
     step: int | None = None
     world: int = 1
@@ -90,8 +93,8 @@ def locate(path: Path, tag: str | None) -> Path:
     for latest in (root / name for root in roots for name in ("latest", "latest_universal")):
         root = latest.parent
         if latest.is_file():
-            name = latest.read_text(encoding="utf-8").strip()
-            if (root / name).is_dir() and Path(name).name == name:
+            name = latest.read_text(encoding="utf-8", errors="replace").strip()[:NAME_LENGTH]
+            if Path(name).name == name and (root / name).is_dir():
                 return root / name
             raise UserError(f"latest names {name!r}, which is not there", str(latest), f"use --tag {_tags(roots)}")
     raise UserError(
@@ -123,6 +126,7 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
         manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
         files = dict(manifest["files"])
         sizes = {name: int(entry["bytes"]) for name, entry in files.items()}
+        (manifest.get("model") or {}).get("path")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"the manifest is damaged ({error})", str(manifest_path), "convert another step") from None
     for name, size in sorted(sizes.items()):

@@ -8,9 +8,13 @@ bit, because DeepSpeed makes those by the same rounding after every step.
 from __future__ import annotations
 
 import contextlib
+import errno
+import glob
 import os
+import re
 import shutil
-from collections.abc import Mapping
+import socket
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,12 +28,21 @@ from trace_ds.conversion.layouts import (
     fused_to_hub,
     hub_to_fused,
     missing_and_unexpected,
+    moe_prefixes,
     read_layout,
 )
 from trace_ds.conversion.runs import TensorSource
-from trace_ds.conversion.stream import Progress, Streamer, Task, run_tasks, warnings_of
+from trace_ds.conversion.safetensors_target import parse_size
+from trace_ds.conversion.stream import Progress, Streamer, Task, naming_full_disk, run_tasks, warnings_of
 from trace_ds.errors import UserError
-from trace_ds.run.files import replacing_directory, sha256_file, write_json
+from trace_ds.run.files import (
+    commit_directory,
+    fsync_directory,
+    fsync_tree,
+    removed_on_error,
+    sha256_file,
+    write_json,
+)
 
 TARGETS = ("hf", "hf-fused", "ep", "universal")
 REPORT = "conversion.json"
@@ -106,22 +119,25 @@ def convert_checkpoint(
         UserError: anything wrong with the source, the model or the destination, naming the file or the tensor. Nothing
             is left at ``destination`` then.
     """
-    if to not in TARGETS:
-        raise UserError(f"there is no target {to!r}", "--to", f"use one of {', '.join(TARGETS)}")
-    if DTYPE_WORDS.get(dtype) is None:
-        raise UserError(f"there is no type {dtype!r}", "--dtype", "use bf16, fp16, fp32 or same")
-    if jobs < 1:
-        raise UserError(f"jobs is {jobs}", "--jobs", "use 1 or more")
-    destination = Path(os.path.abspath(destination))
-    check_destination(destination, overwrite)
-    checkpoint = open_source(Path(source), tag)
+    destination = Path(os.path.realpath(destination))
+    checkpoint, plan = check_conversion(
+        source,
+        destination,
+        to=to,
+        tag=tag,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        jobs=jobs,
+        base_model=base_model,
+        overwrite=overwrite,
+    )
     if verify:
         verify_manifest(checkpoint)
     remove_abandoned(destination)
-    if to == "universal":
+    if plan is None:
         from trace_ds.conversion.universal import write_universal
 
-        with _new_directory(destination) as work:
+        with _new_directory(destination, overwrite) as work:
             report = write_universal(checkpoint, work, jobs=jobs, progress=progress)
             report = {"format": FORMAT, "source": source_facts(checkpoint), "target": to, **report}
             if verify:
@@ -129,8 +145,7 @@ def convert_checkpoint(
                 report["verified"] = True
             write_json(work / REPORT, report)
         return report
-    plan = make_plan(checkpoint, DTYPE_WORDS[dtype], base_model)
-    with _new_directory(destination) as work:
+    with _new_directory(destination, overwrite) as work:
         if to == "ep":
             from trace_ds.conversion.expert_parallel import write_expert_parallel
 
@@ -154,11 +169,65 @@ def convert_checkpoint(
     return report
 
 
+def check_conversion(
+    source: Path,
+    destination: Path,
+    *,
+    to: str = "hf",
+    tag: str | None = None,
+    dtype: str = "same",
+    max_shard_size: str = "5GB",
+    jobs: int = 1,
+    base_model: Path | None = None,
+    overwrite: bool = False,
+) -> tuple[Checkpoint, Plan | None]:
+    """Everything that can be found wrong before a weight is read; writes nothing. The plan is None for universal.
+
+    Arguments and errors are those of :func:`convert_checkpoint`.
+    """
+    if to not in TARGETS:
+        raise UserError(f"there is no target {to!r}", "--to", f"use one of {', '.join(TARGETS)}")
+    if DTYPE_WORDS.get(dtype) is None:
+        raise UserError(f"there is no type {dtype!r}", "--dtype", "use bf16, fp16, fp32 or same")
+    if jobs < 1:
+        raise UserError(f"jobs is {jobs}", "--jobs", "use 1 or more")
+    parse_size(max_shard_size)
+    check_destination(destination, overwrite)
+    checkpoint = open_source(Path(source), tag)
+    if to == "universal":
+        from trace_ds.conversion.universal import check_optimizer_states
+
+        check_optimizer_states(checkpoint)
+        return checkpoint, None
+    plan = make_plan(checkpoint, DTYPE_WORDS[dtype], base_model)
+    if to == "ep" and not moe_prefixes(plan.layout):
+        raise UserError("this model has no experts", str(plan.base_model), "use --to hf")
+    return checkpoint, plan
+
+
+def preview(source: Path, destination: Path, *, verify: bool = False, **options: Any) -> dict[str, Any]:
+    """What :func:`convert_checkpoint` would write, from metadata alone: source, target, parameters, bytes, notes.
+
+    Arguments and errors are those of :func:`convert_checkpoint`; ``verify`` changes nothing here.
+    """
+    checkpoint, plan = check_conversion(source, Path(os.path.realpath(destination)), **options)
+    if plan is None:  # weights and two moments, each in fp32
+        parameters = sum(checkpoint.tensors[name].numel for name in checkpoint.trained)
+        size, notes = parameters * 3 * 4, checkpoint.notes
+    else:
+        parameters = sum(source.numel for source in plan.fused.values())
+        size = sum(source.numel * plan.dtype_of(name, source).itemsize for name, source in plan.fused.items())
+        notes = plan.notes
+    facts = {"source": source_facts(checkpoint), "target": options.get("to", "hf"), "notes": notes}
+    return {**facts, "parameters": parameters, "bytes": size}
+
+
 def check_destination(destination: Path, overwrite: bool) -> None:
-    if destination.is_dir() and not any(destination.iterdir()):
-        return
-    if destination.exists() and not overwrite:
-        raise UserError("the destination is not empty", str(destination), "choose a new directory, or remove this one")
+    """Refuse what the finished directory could not be renamed to."""
+    if os.path.ismount(destination):
+        raise UserError("the destination is a mount point", str(destination), "choose a new directory below it")
+    if destination.exists() and not (destination.is_dir() and not any(destination.iterdir())) and not overwrite:
+        raise _not_empty(destination)
     parent = destination.parent
     while not parent.exists():
         parent = parent.parent
@@ -166,19 +235,43 @@ def check_destination(destination: Path, overwrite: bool) -> None:
         raise UserError("the destination cannot be written", str(parent), "choose a directory you may write to")
 
 
+def _not_empty(destination: Path) -> UserError:
+    return UserError("the destination is not empty", str(destination), "choose a new directory, or remove this one")
+
+
 def remove_abandoned(destination: Path) -> None:
-    """Delete the temporary directories of conversions to the same place whose process is gone (killed)."""
-    if not destination.parent.is_dir():
-        return
-    for path in destination.parent.glob(f"{destination.name}.tmp-*"):
-        number = path.name.rsplit("-", 1)[1]
-        if number.isdigit() and path.is_dir() and not Path(f"/proc/{number}").exists():
+    """Delete the temporary directories of conversions to the same place whose process is gone (killed).
+
+    Only those of this host: on shared storage another node's process cannot be seen from here.
+    """
+    for path in destination.parent.glob(f"{glob.escape(destination.name)}.tmp-*"):
+        match = TEMPORARY.fullmatch(path.name[len(destination.name) :])
+        if match and match["host"] == socket.gethostname() and not Path(f"/proc/{match['pid']}").exists():
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _new_directory(destination: Path) -> contextlib.AbstractContextManager[Path]:
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    return replacing_directory(destination)
+TEMPORARY = re.compile(r"\.tmp-(?P<host>.+)-(?P<pid>\d+)-[0-9a-f]{8}")
+
+
+@contextlib.contextmanager
+def _new_directory(destination: Path, overwrite: bool) -> Iterator[Path]:
+    """A temporary sibling that becomes ``destination`` when the block ends without an error (and is deleted else)."""
+    name = f"{destination.name}.tmp-{socket.gethostname()}-{os.getpid()}-{os.urandom(4).hex()}"
+    work = destination.with_name(name)
+    with removed_on_error(work), naming_full_disk(work):
+        work.mkdir(parents=True)
+        yield work
+        if overwrite:
+            commit_directory(work, destination)
+            return
+        fsync_tree(work)
+        try:
+            os.replace(work, destination)  # an empty directory may be there, and nothing else
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise _not_empty(destination) from None
+            raise
+        fsync_directory(destination.parent)
 
 
 def source_facts(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -195,12 +288,13 @@ def make_plan(checkpoint: Checkpoint, dtype: str, base_model: Path | None) -> Pl
     """Bring the source's tensors to transformers' in-memory names and prove that they are the model, all of it."""
     directory = find_base_model(checkpoint, base_model)
     layout = read_layout(directory)
-    tensors = checkpoint.tensors
-    if checkpoint.kind == "huggingface" and not missing_and_unexpected(_hub_shapes(layout), _stored(layout, tensors)):
-        fused = hub_to_fused(layout, _stored(layout, tensors))
-    else:
-        fused = engine_to_fused(layout, tensors)
-    problems = missing_and_unexpected(layout.fused, fused)
+    notes = list(checkpoint.notes)
+    tensors = {name: source for name, source in checkpoint.tensors.items() if name not in layout.tied}
+    ignored = sorted(name for name in tensors if checkpoint.kind == "huggingface" and layout.ignores(name))
+    if ignored:
+        tensors = {name: source for name, source in tensors.items() if name not in ignored}
+        notes.append(f"transformers does not load {len(ignored)} of the tensors, left out: {ignored[0]}, …")
+    fused, problems = _fused(checkpoint, layout, tensors)
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise UserError(
@@ -210,15 +304,21 @@ def make_plan(checkpoint: Checkpoint, dtype: str, base_model: Path | None) -> Pl
         )
     if dtype == "same":
         dtype = checkpoint.dtype or "same"
-    return Plan(checkpoint, layout, fused, dtype, directory, list(checkpoint.notes))
+    return Plan(checkpoint, layout, fused, dtype, directory, notes)
 
 
-def _hub_shapes(layout: ModelLayout) -> dict[str, tuple[int, ...]]:
-    return {name: piece.shape for name, piece in layout.hub.items()}
-
-
-def _stored(layout: ModelLayout, tensors: dict[str, TensorSource]) -> dict[str, TensorSource]:
-    return {name: source for name, source in tensors.items() if name not in layout.tied}
+def _fused(
+    checkpoint: Checkpoint, layout: ModelLayout, tensors: dict[str, TensorSource]
+) -> tuple[dict[str, TensorSource], list[str]]:
+    """(the tensors under transformers' in-memory names, what does not fit the model), by the layout they are in."""
+    if checkpoint.kind == "huggingface":
+        problems = missing_and_unexpected({name: piece.shape for name, piece in layout.hub.items()}, tensors)
+        if not problems:
+            return hub_to_fused(layout, tensors), []
+        if any(name in layout.hub and name not in layout.fused for name in tensors):
+            return {}, problems
+    fused = engine_to_fused(layout, tensors)
+    return fused, missing_and_unexpected(layout.fused, fused)
 
 
 def find_base_model(checkpoint: Checkpoint, base_model: Path | None) -> Path:
@@ -258,7 +358,7 @@ def write_huggingface(
 ) -> dict[str, Any]:
     """Weights, index, configuration, tokenizer and model card into ``work``; the tensors' part of the report."""
     from trace_ds.conversion.card import copy_companions, write_card
-    from trace_ds.conversion.safetensors_target import DTYPE_NAMES, parse_size, place, write_headers
+    from trace_ds.conversion.safetensors_target import DTYPE_NAMES, place, write_headers
 
     tensors = fused_to_hub(plan.layout, plan.fused) if to == "hf" else dict(plan.fused)
     dtypes = {name: plan.dtype_of(name, source) for name, source in tensors.items()}

@@ -18,7 +18,6 @@ from trace_ds.conversion.runs import TensorSource
 from trace_ds.conversion.safetensors_target import DTYPE_NAMES
 from trace_ds.conversion.stream import Progress, warnings_of
 from trace_ds.conversion.torch_writer import Streamed, StreamedArchive, stream_archives
-from trace_ds.errors import UserError
 
 TAG = "model"
 
@@ -27,8 +26,6 @@ def write_expert_parallel(plan: Plan, work: Path, *, jobs: int, progress: Progre
     """The files below ``work/model`` and ``latest``; the tensors' part of the report."""
     layout = plan.layout
     prefixes = moe_prefixes(layout)
-    if not prefixes:
-        raise UserError("this model has no experts", str(plan.base_model), "use --to hf")
     engine = fused_to_engine(layout, plan.fused)
     module: OrderedDict[str, Streamed] = OrderedDict()
     archives = []

@@ -27,6 +27,7 @@ from trace_ds.conversion.runs import Block, TensorSource, assemble, extract
 from trace_ds.errors import UserError
 
 MAX_BLOCKS = 1 << 20
+FAMILIES = "use one of the families mixtral, qwen2_moe, qwen3_moe, olmoe, deepseek_v2, deepseek_v3"
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,8 @@ class ModelLayout:
         tied: name that is not stored -> name of the tensor it is tied to.
         hub: name -> Piece of every tensor on disk, in transformers' order.
         keep_fp32: patterns of names that transformers keeps in fp32 whatever the model's type.
+        ignored: patterns of names that may be on disk and are not part of the model (DeepSeek-V3's layer for
+            multi-token prediction).
     """
 
     config: Any
@@ -56,9 +59,14 @@ class ModelLayout:
     tied: dict[str, str]
     hub: dict[str, Piece]
     keep_fp32: tuple[str, ...]
+    ignored: tuple[str, ...]
 
     def keeps_fp32(self, name: str) -> bool:
         return any(re.search(rf"(^|\.){re.escape(pattern)}($|\.)", name) for pattern in self.keep_fp32)
+
+    def ignores(self, name: str) -> bool:
+        """Whether transformers skips a tensor of this name when it loads the model."""
+        return name not in self.hub and name not in self.fused and any(re.search(p, name) for p in self.ignored)
 
 
 class _Tracked(torch.Tensor):
@@ -82,7 +90,7 @@ def read_layout(model_directory: Path) -> ModelLayout:
         config = AutoConfig.from_pretrained(model_directory, local_files_only=True, trust_remote_code=False)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"transformers cannot build the model that this config.json describes ({first_line})",
@@ -111,13 +119,19 @@ def read_layout(model_directory: Path) -> ModelLayout:
             raise UserError(
                 f"transformers computes {name} in a way that is not a rearrangement of one tensor",
                 f"model_type {config.model_type}",
-                "use one of the families mixtral, qwen2_moe, qwen3_moe, olmoe, deepseek_v2, deepseek_v3",
+                FAMILIES,
             )
-        blocks = blocks_of_view(view.shape, view.stride(), view.storage_offset())
+        try:
+            blocks = blocks_of_view(view.shape, view.stride(), view.storage_offset())
+        except ValueError as error:
+            raise UserError(
+                f"{name} cannot be converted ({error})", f"model_type {config.model_type}", FAMILIES
+            ) from None
         hub[name] = Piece(name, whole, tuple(view.shape), tuple(blocks))
     keep = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
     keep |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
-    return ModelLayout(config, fused, tied, hub, tuple(sorted(keep)))
+    ignored = tuple(sorted(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()))
+    return ModelLayout(config, fused, tied, hub, tuple(sorted(keep)), ignored)
 
 
 def _tracked(shape: tuple[int, ...]) -> torch.Tensor:
@@ -142,13 +156,18 @@ def blocks_of_view(shape: tuple[int, ...], stride: tuple[int, ...], offset: int)
 
 def hub_to_fused(layout: ModelLayout, tensors: Mapping[str, TensorSource]) -> dict[str, TensorSource]:
     """Fused tensors from hub tensors (all of them, see :func:`missing_and_unexpected`)."""
-    parts: dict[str, list[Piece]] = {}
+    parts: dict[str, list[tuple[TensorSource, tuple[Block, ...]]]] = {}
     for piece in layout.hub.values():
-        parts.setdefault(piece.whole, []).append(piece)
-    return {
-        name: assemble(name, shape, [(tensors[piece.name], piece.blocks) for piece in parts[name]])
-        for name, shape in layout.fused.items()
-    }
+        parts.setdefault(piece.whole, []).append((tensors[piece.name], piece.blocks))
+    return {name: _assembled(layout, name, parts[name]) for name in layout.fused}
+
+
+def _assembled(layout: ModelLayout, whole: str, held: list[tuple[TensorSource, tuple[Block, ...]]]) -> TensorSource:
+    try:
+        return assemble(whole, layout.fused[whole], held)
+    except ValueError as error:
+        names = " … ".join(held[number][0].name for number in (0, -1))
+        raise UserError(f"{whole} cannot be made from {names} ({error})", "checkpoint") from None
 
 
 def fused_to_hub(layout: ModelLayout, tensors: Mapping[str, TensorSource]) -> dict[str, TensorSource]:
@@ -218,11 +237,7 @@ def engine_to_fused(layout: ModelLayout, tensors: Mapping[str, TensorSource]) ->
         elif not _is_alias(name, tensors) and name not in layout.tied:
             fused[name] = source
     for whole, held in parts.items():
-        try:
-            fused[whole] = assemble(whole, layout.fused[whole], held)
-        except ValueError as error:
-            names = ", ".join(source.name for source, _ in held)
-            raise UserError(f"{whole} cannot be made from {names} ({error})", "checkpoint") from None
+        fused[whole] = _assembled(layout, whole, held)
     return fused
 
 

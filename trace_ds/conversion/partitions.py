@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,47 @@ from trace_ds.conversion.runs import Run, TensorSource, make_source
 from trace_ds.conversion.torch_archive import COPY_AGAIN, LazyTensor
 from trace_ds.errors import UserError
 
+MAX_EXPERTS = 1 << 16  # of a layer; what files claim beyond it is not believed
+
 
 def damaged(what: str, path: Path) -> UserError:
     return UserError(what, str(path), COPY_AGAIN)
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Metadata of another type or size than DeepSpeed writes, wherever they stop the reader, as damage of ``path``."""
+    try:
+        yield
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError, MemoryError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise damaged(f"the metadata in this file are damaged ({what})", path) from None
+
+
+def plain_shape(value: Any) -> tuple[int, ...]:
+    """A shape as DeepSpeed stores it; ``ValueError`` when it is none."""
+    shape = tuple(value)
+    if not all(type(size) is int and size >= 0 for size in shape):
+        raise ValueError(f"{shape} is not a shape")
+    return shape
+
+
+def check_adam_step(adam_step: Any, model: dict[str, Any], notes: list[str], where: Path) -> None:
+    """The optimizer cannot have made more steps than the job; fewer are possible and worth a note.
+
+    A job that loaded weights without optimizer states has fewer, and so have files of different steps.
+    """
+    made = int(model["global_steps"]) - int(model.get("skipped_steps") or 0)
+    if adam_step is None or adam_step == made:
+        return
+    if adam_step > made:
+        raise damaged(
+            f"the optimizer has made {adam_step:g} steps, the job {made}: files of different steps are mixed", where
+        )
+    notes.append(
+        f"the optimizer has made {adam_step:g} steps and the job {made}: it was started anew, or files of different "
+        "steps are mixed"
+    )
 
 
 def engine_dtype(model: dict[str, Any]) -> str:
@@ -35,7 +74,7 @@ def autoep_layers(state: dict[str, Any], path: Path) -> list[dict[str, Any]]:
         if not isinstance(layer, dict) or any(key not in layer for key in needed):
             raise damaged("the AutoEP metadata are incomplete", path)
         counts = [layer[key] for key in needed[1:4]]
-        if not all(isinstance(n, int) and n > 0 for n in counts) or counts[1] * counts[2] != counts[0]:
+        if not all(isinstance(n, int) and 0 < n <= MAX_EXPERTS for n in counts) or counts[1] * counts[2] != counts[0]:
             raise damaged(
                 f"the AutoEP metadata contradict themselves: {counts[0]} experts, {counts[1]} on each of {counts[2]}",
                 path,
@@ -58,6 +97,21 @@ def expert_weights(layers: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return {f"{layer['expert_key_prefix']}.{weight}": layer for layer in layers for weight in ("w1", "w2", "w3")}
 
 
+def check_ranks(directory: Path, found: dict[int, str], world: int, kind: str, like: str) -> None:
+    """Refuse a set of files, one for each rank, that is not that of ``world`` ranks (``like``: rank 0's name)."""
+    missing = first_gap(found, world)
+    if missing is not None:
+        name = like.replace("rank_0_", f"rank_{missing}_", 1)
+        count = world - sum(rank < world for rank in found)
+        more = f" ({count} of {world} ranks)" if count > 1 else ""
+        raise UserError(f"the {kind} file of rank {missing} is missing{more}", str(directory / name), COPY_AGAIN)
+    extra = sorted(rank for rank in found if rank >= world)
+    if extra:
+        raise damaged(
+            f"the metadata say world size {world}, but there is a file of rank {extra[0]}", directory / found[extra[0]]
+        )
+
+
 class Fragments:
     """Collects the pieces of every parameter's state over the ranks and joins them."""
 
@@ -70,6 +124,8 @@ class Fragments:
         self, name: str, state: str, shape: tuple[int, ...], ep_rank: int, part: int, parts: int, run: Run, path: Path
     ) -> None:
         """Piece ``part`` of ``parts`` of what ``ep_rank`` (0 for shared parameters) holds of a parameter."""
+        if not 0 <= part < parts:
+            raise damaged(f"{name} has a piece {part} of {parts}", path)
         if self._shapes.setdefault(name, shape) != shape or self._counts.setdefault((name, ep_rank), parts) != parts:
             raise damaged(f"the ranks disagree about the shape or partitioning of {name}", path)
         held = self._pieces.setdefault((name, state), {}).setdefault(ep_rank, {})
@@ -88,13 +144,18 @@ class Fragments:
             rank_sources = {}
             for ep_rank in range(layer["ep_size"] if layer else 1):
                 held = by_ep.get(ep_rank, {})
-                missing = set(range(self._counts.get((name, ep_rank), 1))) - set(held)
-                if missing:
+                missing = first_gap(held, self._counts.get((name, ep_rank), 1))
+                if missing is not None:
                     who = f" of expert-parallel rank {ep_rank}" if layer else ""
-                    raise damaged(f"piece {min(missing)}{who} of {name} is missing", directory)
+                    raise damaged(f"piece {missing}{who} of {name} is missing", directory)
                 rank_sources[ep_rank] = [run for part in sorted(held) for run in held[part]]
             joined[state][name] = join_experts(name, shape, rank_sources, layer, directory)
         return joined
+
+
+def first_gap(held: Collection[int], count: int) -> int | None:
+    """The first of 0 … count - 1 that is not held (a claimed count costs nothing, however large)."""
+    return next((number for number in range(min(count, len(held) + 1)) if number not in held), None)
 
 
 def join_experts(
@@ -116,5 +177,5 @@ def join_experts(
                 by_expert[expert] = part.slice_runs(position * each, each)
         whole = [run for expert in range(layer["num_experts"]) for run in by_expert[expert]]
         return make_source(name, (layer["num_experts"], *shape[1:]), whole)
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise damaged(f"the pieces of {name} do not fit together ({error})", where) from None

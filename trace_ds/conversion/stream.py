@@ -13,6 +13,7 @@ import os
 import shutil
 import threading
 import zlib
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,12 +21,13 @@ from pathlib import Path
 
 import torch
 
-from trace_ds.conversion.runs import ChecksumLedger, TensorSource, merge_adjacent, pieces_of
+from trace_ds.conversion.runs import ChecksumLedger, Run, TensorSource, merge_adjacent, pieces_of
 from trace_ds.conversion.torch_archive import COPY_AGAIN
 from trace_ds.errors import UserError
 
 BLOCK_NUMEL = 1 << 19
 FLUSH_BYTES = 1 << 27
+KEPT_OPEN = 64  # files; the usual limit of a process is 1024
 Progress = Callable[[int, int], None]
 
 
@@ -62,19 +64,36 @@ class Written:
 
 
 class Files:
-    """Open file descriptors shared by the threads of one conversion (positioned reads and writes only)."""
+    """Open file descriptors shared by the threads of one conversion (positioned reads and writes only).
+
+    A checkpoint of a thousand ranks, or a target with a file for every expert, has more files than a process may have
+    open. Those in use stay open; of the others the :data:`KEPT_OPEN` used last.
+    """
 
     def __init__(self) -> None:
-        self._open: dict[tuple[Path, bool], int] = {}
+        self._open: OrderedDict[tuple[Path, bool], int] = OrderedDict()
+        self._users: Counter[tuple[Path, bool]] = Counter()
         self._lock = threading.Lock()
 
-    def descriptor(self, path: Path, write: bool = False) -> int:
+    @contextlib.contextmanager
+    def descriptor(self, path: Path, write: bool = False) -> Iterator[int]:
+        """The descriptor of ``path``, open as long as the block runs."""
+        key = (path, write)
         with self._lock:
-            key = (path, write)
             if key not in self._open:
                 flags = os.O_RDWR | os.O_CREAT if write else os.O_RDONLY
                 self._open[key] = os.open(path, flags, 0o644)
-            return self._open[key]
+            self._open.move_to_end(key)
+            self._users[key] += 1
+            descriptor = self._open[key]
+        try:
+            yield descriptor
+        finally:
+            with self._lock:
+                self._users[key] -= 1
+                idle = [key for key in self._open if not self._users[key]] if len(self._open) > KEPT_OPEN else []
+                for key in idle[: len(self._open) - KEPT_OPEN]:
+                    os.close(self._open.pop(key))
 
     def close(self) -> None:
         for descriptor in self._open.values():
@@ -163,24 +182,20 @@ class Streamer:
         return buffers[dtype]
 
     def _do(self, task: Task) -> Written:
+        if task.path is None:
+            return self._stream(task, None)
+        with naming_full_disk(task.path), self._files.descriptor(task.path, write=True) as out:
+            return self._stream(task, out)
+
+    def _stream(self, task: Task, out: int | None) -> Written:
         source = merge_adjacent(task.source)
         staging = self._staging(source.dtype)
         digest = hashlib.sha256()
-        out = None if task.path is None else self._files.descriptor(task.path, write=True)
         position, nan, overflow, crc32 = task.offset_bytes, False, False, 0
-        size = source.dtype.itemsize
         for piece in pieces_of(source.runs, BLOCK_NUMEL):
             if self._stopped.is_set():
                 break
-            filled = 0
-            for run in piece:
-                view = _bytes_of(staging[filled : filled + run.numel])
-                start = run.start * size
-                storage = run.storage
-                _read_all(self._files.descriptor(storage.path), view, storage.offset_bytes + start, storage.path)
-                self.ledger.add(storage, start, view)
-                filled += run.numel
-            block = staging[:filled]
+            block = self._read(piece, staging)
             cast = block if source.dtype == task.dtype else block.to(task.dtype)
             if cast.dtype.is_floating_point and not nan:
                 nan, overflow = _not_finite(block, cast, overflow)
@@ -189,23 +204,39 @@ class Streamer:
             if task.want_crc32:
                 crc32 = zlib.crc32(data, crc32)
             if out is not None:
-                with naming_full_disk(task.path or Path()):
-                    _write_all(out, data, position)
+                _write_all(out, data, position)
             position += len(data)
-            self._advance(len(data), out)
+            self._advance(len(data), task.path)
         return Written(digest.hexdigest(), crc32, nan, overflow)
 
-    def _advance(self, nbytes: int, out: int | None) -> None:
+    def _read(self, piece: list[Run], staging: torch.Tensor) -> torch.Tensor:
+        """The elements of the runs, one after the other, at the beginning of ``staging``."""
+        filled = 0
+        for run in piece:
+            storage = run.storage
+            view = _bytes_of(staging[filled : filled + run.numel])
+            start = run.start * storage.dtype.itemsize
+            with self._files.descriptor(storage.path) as descriptor:
+                _read_all(descriptor, view, storage.offset_bytes + start, storage.path)
+            self.ledger.add(storage, start, view)
+            filled += run.numel
+        return staging[:filled]
+
+    def _advance(self, nbytes: int, path: Path | None) -> None:
         """Count the bytes. Every so often the file goes to the disk in the background, so that the final fsync, which
         alone counts for safety, finds little left to do."""
         with self._lock:
             self._done_bytes += nbytes
             self._unflushed_bytes += nbytes
-            if out is not None and self._unflushed_bytes >= FLUSH_BYTES:
+            if path is not None and self._unflushed_bytes >= FLUSH_BYTES:
                 self._unflushed_bytes = 0
-                self._flushes.append(self._flusher.submit(os.fdatasync, out))
+                self._flushes.append(self._flusher.submit(self._flush, path))
             if self._progress is not None:
                 self._progress(self._done_bytes, self._total_bytes)
+
+    def _flush(self, path: Path) -> None:
+        with self._files.descriptor(path, write=True) as descriptor:
+            os.fdatasync(descriptor)
 
 
 def _not_finite(block: torch.Tensor, cast: torch.Tensor, overflow: bool) -> tuple[bool, bool]:

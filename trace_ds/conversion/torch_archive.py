@@ -127,6 +127,13 @@ def plain_number(value: Any) -> int:
     return int(value)
 
 
+def scalar(tensor: LazyTensor) -> float:
+    """The number in a tensor of one element; ``ValueError`` when it has more."""
+    if tensor.numel() != 1:
+        raise ValueError(f"expected one number, found a tensor of shape {tensor.shape}")
+    return float(tensor.load())
+
+
 class _DtypeToken:
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
@@ -188,11 +195,13 @@ class _Unpickler(pickle.Unpickler):
 
     def _tensor(self, storage: Storage, start: int, shape: Any, stride: Any, *rest: Any) -> LazyTensor:
         shape = tuple(shape)
+        if not all(type(number) is int and number >= 0 for number in (start, *shape)):
+            raise ValueError(f"a tensor of shape {shape} from element {start} on")
         if not isinstance(storage, Storage) or not _contiguous(shape, tuple(stride)):
             raise UserError("a tensor in this file is not contiguous", str(self._path), COPY_AGAIN)
-        if start < 0 or start + math.prod(shape) > storage.numel:
+        if start + math.prod(shape) > storage.numel:
             raise UserError(f"a tensor reaches beyond its record {storage.record}", str(self._path), COPY_AGAIN)
-        return LazyTensor(storage, int(start), shape)
+        return LazyTensor(storage, start, shape)
 
 
 class _Archive:
@@ -246,10 +255,23 @@ class _Archive:
         info = self.records.get(record)
         if token.dtype == torch.uint8 and info is not None:
             numel = info.file_size
-        if info is None or info.file_size != numel * token.dtype.itemsize:
+        if info is None or type(numel) is not int or info.file_size != numel * token.dtype.itemsize:
             raise zipfile.BadZipFile(f"record data/{key} is missing or has another size than the pickle says")
         checksum = info.CRC if self.has_checksums else None
         return Storage(self.path, f"data/{key}", self._offsets[record], numel, token.dtype, checksum)
+
+
+# What an unpickler can stumble over in a file that somebody else, or a broken disk, wrote.
+_PICKLE_ERRORS = (
+    pickle.UnpicklingError,
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+    MemoryError,
+)
 
 
 def read_archive(path: Path) -> Any:
@@ -266,9 +288,9 @@ def read_archive(path: Path) -> Any:
         return _Unpickler(stream, path, archive.storage).load()
     except UserError:
         raise
-    except (zipfile.BadZipFile, EOFError, OSError) as error:
+    except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError) as error:  # the last: of another zip version
         raise UserError(f"not a whole torch checkpoint file ({error})", str(path), COPY_AGAIN) from None
-    except (pickle.UnpicklingError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+    except _PICKLE_ERRORS as error:
         raise UserError(
             f"the pickle in this file is damaged or hostile ({type(error).__name__}: {error})", str(path), COPY_AGAIN
         ) from None

@@ -19,11 +19,19 @@ import torch
 
 from trace_ds.conversion.checkpoint import MODEL_FILE, RANK_FILE, Checkpoint
 from trace_ds.conversion.layouts import engine_to_fused, fused_to_engine, layer_metadata, moe_prefixes, read_layout
-from trace_ds.conversion.partitions import autoep_layers, damaged, engine_dtype, expert_weights
+from trace_ds.conversion.partitions import (
+    autoep_layers,
+    check_ranks,
+    damaged,
+    engine_dtype,
+    expert_weights,
+    plain_shape,
+    reading,
+)
 from trace_ds.conversion.runs import Run, TensorSource, from_lazy, make_source
 from trace_ds.conversion.safetensors_target import DTYPE_NAMES
 from trace_ds.conversion.stream import Progress, warnings_of
-from trace_ds.conversion.torch_archive import Inert, LazyTensor, Storage, plain_number, read_archive
+from trace_ds.conversion.torch_archive import Inert, LazyTensor, Storage, plain_number, read_archive, scalar
 from trace_ds.conversion.torch_writer import Streamed, StreamedArchive, stream_archives
 from trace_ds.errors import UserError
 
@@ -43,42 +51,45 @@ def open_universal(directory: Path) -> Checkpoint:
     model = read_archive(path)
     if not isinstance(model, dict) or "module" not in model or "param_shapes" not in model:
         raise damaged("this is not a DeepSpeed checkpoint file", path)
-    layers = autoep_layers(model, path)
-    experts = expert_weights(layers)
-    shapes = {name: tuple(shape) for group in model["param_shapes"] or [] for name, shape in group.items()}
-    stage = 3 if RANK_FILE.match(model_files[0]) else 1
-    tensors: dict[str, TensorSource] = {}
-    moments: dict[str, dict[str, TensorSource]] = {key: {} for key in MOMENTS}
-    for name, shape in shapes.items():
-        if name in experts:
-            shape = (experts[name]["num_experts"], *shape[1:])
-        folder = directory / "zero" / name
-        tensors[name] = _universal_tensor(folder / "fp32.pt", name, shape)
-        for key in MOMENTS:
-            if (folder / f"{key}.pt").is_file():
-                moments[key][name] = _universal_tensor(folder / f"{key}.pt", name, shape)
-    for name, tensor in model["module"].items():
-        if isinstance(tensor, LazyTensor) and tensor.numel() and name not in tensors:
-            tensors[name] = from_lazy(name, tensor)
-    notes: list[str] = []
-    for name, shape in (model.get("frozen_param_shapes") or {}).items():
-        if name not in tensors:
-            tensors[name] = _frozen(directory, model_files, name, tuple(shape))
-    return Checkpoint(
-        directory,
-        "universal",
-        tensors,
-        moments={key: value for key, value in moments.items() if value},
-        dtype=engine_dtype(model),
-        step=int(model.get("global_steps", 0)),
-        world=int(model.get("dp_world_size", 1)),
-        ep=layers[0]["ep_size"] if layers else 1,
-        zero_stage=stage,
-        layers=layers,
-        files=model_files,
-        notes=notes,
-        shared=dict(model.get("shared_params") or {}),
-    )
+    by_rank = {int(match[1]): match[0] for match in map(RANK_FILE.match, model_files) if match}
+    with reading(path):
+        if by_rank:
+            world = int(model["dp_world_size"])
+            check_ranks(directory, by_rank, world, "model", "zero_pp_rank_0_mp_rank_00_model_states.pt")
+        layers = autoep_layers(model, path)
+        experts = expert_weights(layers)
+        shapes = {name: plain_shape(shape) for group in model["param_shapes"] or [] for name, shape in group.items()}
+        tensors: dict[str, TensorSource] = {}
+        moments: dict[str, dict[str, TensorSource]] = {key: {} for key in MOMENTS}
+        for name, shape in shapes.items():
+            if name in experts:
+                shape = (experts[name]["num_experts"], *shape[1:])
+            folder = directory / "zero" / name
+            tensors[name] = _universal_tensor(folder / "fp32.pt", name, shape)
+            for key in MOMENTS:
+                if (folder / f"{key}.pt").is_file():
+                    moments[key][name] = _universal_tensor(folder / f"{key}.pt", name, shape)
+        for name, tensor in model["module"].items():
+            if isinstance(tensor, LazyTensor) and tensor.numel() and name not in tensors:
+                tensors[name] = from_lazy(name, tensor)
+        for name, shape in (model.get("frozen_param_shapes") or {}).items():
+            if name not in tensors:
+                tensors[name] = _frozen(directory, by_rank, name, plain_shape(shape))
+        return Checkpoint(
+            directory,
+            "universal",
+            tensors,
+            moments={key: value for key, value in moments.items() if value},
+            trained=tuple(shapes),
+            dtype=engine_dtype(model),
+            step=int(model.get("global_steps", 0)),
+            world=int(model.get("dp_world_size", 1)),
+            ep=layers[0]["ep_size"] if layers else 1,
+            zero_stage=3 if by_rank else 1,
+            layers=layers,
+            files=model_files,
+            shared=dict(model.get("shared_params") or {}),
+        )
 
 
 def _universal_tensor(path: Path, name: str, shape: tuple[int, ...]) -> TensorSource:
@@ -89,14 +100,14 @@ def _universal_tensor(path: Path, name: str, shape: tuple[int, ...]) -> TensorSo
     return make_source(name, shape, [Run(tensor.storage, tensor.start, tensor.numel())])
 
 
-def _frozen(directory: Path, model_files: list[str], name: str, shape: tuple[int, ...]) -> TensorSource:
+def _frozen(directory: Path, by_rank: dict[int, str], name: str, shape: tuple[int, ...]) -> TensorSource:
     numel = math.prod(shape)
     runs: list[Run] = []
-    by_rank = sorted(model_files, key=lambda file: int(match[1]) if (match := RANK_FILE.match(file)) else 0)
-    for file in by_rank:
-        tensor = read_archive(directory / file)["frozen_param_fragments"][name]
-        held = max(0, min(tensor.numel(), numel - sum(run.numel for run in runs)))
-        runs.append(Run(tensor.storage, tensor.start, held))
+    for _, file in sorted(by_rank.items()):
+        with reading(directory / file):
+            tensor = read_archive(directory / file)["frozen_param_fragments"][name]
+            held = max(0, min(tensor.numel(), numel - sum(run.numel for run in runs)))
+            runs.append(Run(tensor.storage, tensor.start, held))
     return make_source(name, shape, runs)
 
 
@@ -111,6 +122,7 @@ def renamed(checkpoint: Checkpoint, base_model: Path, *, autoep: bool) -> Checkp
     """
     if bool(checkpoint.layers) == autoep:
         return checkpoint
+    check_optimizer_states(checkpoint)
     layout = read_layout(base_model)
     change = fused_to_engine if autoep else engine_to_fused
     layers = []
@@ -118,7 +130,28 @@ def renamed(checkpoint: Checkpoint, base_model: Path, *, autoep: bool) -> Checkp
         for number, prefix in enumerate(moe_prefixes(layout)):
             layers.append(layer_metadata(number, prefix, layout.fused[f"{prefix}.experts.gate_up_proj"][0]))
     moments = {key: change(layout, held) for key, held in checkpoint.moments.items()}
-    return replace(checkpoint, tensors=change(layout, checkpoint.tensors), moments=moments, layers=layers)
+    trained = tuple(moments["exp_avg"])
+    tensors = change(layout, checkpoint.tensors)
+    return replace(checkpoint, tensors=tensors, moments=moments, layers=layers, trained=trained)
+
+
+def check_optimizer_states(checkpoint: Checkpoint) -> None:
+    """Refuse a source that does not hold both Adam moments of every parameter that was trained.
+
+    Raises:
+        UserError: a Hugging Face model, stage 0, a job that made no step, or states of some parameters only.
+    """
+    if not checkpoint.moments or checkpoint.kind not in ("zero3", "zero12", "universal"):
+        raise UserError(
+            "a universal folder holds optimizer states, and this source has none",
+            str(checkpoint.path),
+            "use a ZeRO checkpoint of a job that made at least one step, or --to hf",
+        )
+    for key in MOMENTS:
+        without = sorted(set(checkpoint.trained) - set(checkpoint.moments.get(key, {})))
+        if without:
+            raise damaged(f"{without[0]} has no {key} ({len(without)} of {len(checkpoint.trained)} parameters)",
+                          checkpoint.path)  # fmt: skip
 
 
 def write_universal(
@@ -137,20 +170,17 @@ def write_universal(
             the folder is whole when all have returned.
 
     Raises:
-        UserError: the source has no optimizer states (a Hugging Face model, stage 0, or a job that made no step).
+        UserError: the source has not all optimizer states, see :func:`check_optimizer_states`.
     """
-    if not checkpoint.moments or checkpoint.kind not in ("zero3", "zero12", "universal"):
-        raise UserError(
-            "a universal folder holds optimizer states, and this source has none",
-            str(checkpoint.path),
-            "use a ZeRO checkpoint of a job that made at least one step, or --to hf",
-        )
+    check_optimizer_states(checkpoint)
     tag = checkpoint.path.name
     folder = work / tag
     experts = expert_weights(checkpoint.layers)
     trained = checkpoint.moments["exp_avg"]
     archives: list[StreamedArchive] = []
-    step = _step_source(checkpoint, folder, part)
+    with reading(_optimizer_file(checkpoint)):
+        step = _step_source(checkpoint, folder, part)
+        optimizer_state = _optimizer_state(checkpoint, step)
     for name in sorted(trained)[part::parts]:
         states = {"fp32": checkpoint.tensors, **checkpoint.moments}
         for key, sources in states.items():
@@ -162,7 +192,7 @@ def write_universal(
         if checkpoint.zero_stage != 3:
             archives.append(StreamedArchive(folder / "zero" / name / "step.pt", Streamed(step, torch.float32, ())))
     if part == 0:
-        archives.append(StreamedArchive(folder / "zero" / "optimizer_state.pt", _optimizer_state(checkpoint, step)))
+        archives.append(StreamedArchive(folder / "zero" / "optimizer_state.pt", optimizer_state))
         (work / "latest_universal").write_text(tag, encoding="utf-8")
     for name in sorted(_model_files(checkpoint))[part::parts]:
         shutil.copyfile(checkpoint.path / name, folder / name)
@@ -202,15 +232,19 @@ def _model_files(checkpoint: Checkpoint) -> Iterator[str]:
 
 def _optimizer(checkpoint: Checkpoint) -> tuple[dict[str, Any], dict[str, Any]]:
     """(ZeRO's optimizer state, the base optimizer's) from rank 0's file or the folder's own."""
-    if checkpoint.kind == "universal":
-        state = read_archive(checkpoint.path / "zero" / "optimizer_state.pt")
-    else:
-        name = min(
-            (name for name in checkpoint.files if name.endswith("_optim_states.pt")),
-            key=lambda name: int(match[1]) if (match := RANK_FILE.match(name)) else 0,
-        )
-        state = read_archive(checkpoint.path / name)["optimizer_state_dict"]
+    path = _optimizer_file(checkpoint)
+    state = read_archive(path) if checkpoint.kind == "universal" else read_archive(path)["optimizer_state_dict"]
     return state, state.get("optimizer_state_dict") or state.get("base_optimizer_state") or state
+
+
+def _optimizer_file(checkpoint: Checkpoint) -> Path:
+    if checkpoint.kind == "universal":
+        return checkpoint.path / "zero" / "optimizer_state.pt"
+    name = min(
+        (name for name in checkpoint.files if name.endswith("_optim_states.pt")),
+        key=lambda name: int(match[1]) if (match := RANK_FILE.match(name)) else 0,
+    )
+    return checkpoint.path / name
 
 
 def _step_source(checkpoint: Checkpoint, folder: Path, part: int) -> TensorSource:
@@ -221,7 +255,7 @@ def _step_source(checkpoint: Checkpoint, folder: Path, part: int) -> TensorSourc
         if isinstance(state, dict) and "step" in state:
             step = state["step"]
             break
-    value = float(step.load()) if isinstance(step, LazyTensor) else float(step)
+    value = scalar(step) if isinstance(step, LazyTensor) else float(step)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{STEP_FILE}-{part}"
     path.write_bytes(torch.tensor(value, dtype=torch.float32).numpy().tobytes())

@@ -134,26 +134,36 @@ def replacing_directory(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    try:
+    with removed_on_error(temporary):
         yield temporary
+        commit_directory(temporary, path)
+
+
+@contextlib.contextmanager
+def removed_on_error(directory: Path) -> Iterator[None]:
+    try:
+        yield
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(directory, ignore_errors=True)
         raise
-    commit_directory(temporary, path)
 
 
 def commit_directory(temporary: Path, path: Path) -> None:
     """Fsync everything below ``temporary`` and rename it to ``path``, replacing what was there."""
-    for directory, _, names in os.walk(temporary):
-        for name in names:
-            fsync_file(Path(directory) / name)
-        fsync_directory(Path(directory))
+    fsync_tree(temporary)
     old = path.with_name(f"{path.name}.old-{os.getpid()}")
     if path.exists():
         os.replace(path, old)
     os.replace(temporary, path)
     fsync_directory(path.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def fsync_tree(path: Path) -> None:
+    for directory, _, names in os.walk(path):
+        for name in names:
+            fsync_file(Path(directory) / name)
+        fsync_directory(Path(directory))
 
 
 def remove_leftovers(directory: Path) -> None:

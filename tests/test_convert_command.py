@@ -1,0 +1,82 @@
+"""``trace-ds convert SOURCE DESTINATION`` as a user types it: what it says, what it writes, what it refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from command import trace_ds, tree
+from safetensors.torch import load_file
+from test_convert_engines import Case, checkpoints
+
+from trace_ds import cli
+
+CASE = Case("mixtral", 3, 2)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A checkpoint folder as DeepSpeed wrote it, and its base model beside it."""
+    shutil.copytree(checkpoints(2) / CASE.name, tmp_path / "checkpoints")
+    shutil.copytree(checkpoints(2) / "base" / "mixtral", tmp_path / "base")
+    return tmp_path
+
+
+def test_a_checkpoint_becomes_a_model(folder: Path) -> None:
+    options = ["--tag", "step_000001", "--base-model", "base", "--dtype", "fp32", "--max-shard-size", "4KB"]
+    before = tree(folder)
+    result = trace_ds("convert", "checkpoints", "model", *options, "--jobs", "2", "--verify", cwd=folder)
+    assert result.returncode == 0, result.stderr
+    assert "from zero3 (step 1, world 2, ep 2), verified" in result.stdout
+    report = json.loads((folder / "model" / "conversion.json").read_text())
+    held = {name: file.name for file in (folder / "model").glob("*.safetensors") for name in load_file(file)}
+    assert held == {name: entry["file"] for name, entry in report["tensors"].items()} and len(set(held.values())) > 1
+    assert report["dtype"] == "fp32" and {entry["dtype"] for entry in report["tensors"].values()} == {"F32"}
+    shutil.rmtree(folder / "model")
+    assert tree(folder) == before
+
+
+def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: object) -> str:
+    monkeypatch.setattr(sys, "argv", ["trace-ds", "convert", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", [("--set", "seed=1"), ("--run-dir", "x"), ("--variant", "x")])
+def test_options_of_a_run_mean_nothing_for_a_directory(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, option: tuple[str, str]
+) -> None:
+    before = tree(folder)
+    line = refused(capsys, monkeypatch, folder / "checkpoints", folder / "model", *option)
+    assert f"{option[0]} means nothing with SOURCE DESTINATION" in line and tree(folder) == before
+
+
+@pytest.mark.parametrize(
+    "option",
+    [("--to", "ep"), ("--tag", "x"), ("--dtype", "fp32"), ("--max-shard-size", "1GB"), ("--jobs", "2"), ("--verify",)],
+)
+def test_options_of_a_directory_mean_nothing_for_a_run(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, option: tuple[str, ...]
+) -> None:
+    assert f"{option[0]} means nothing with a CONFIG" in refused(capsys, monkeypatch, "mixtral_8x7b", *option)
+
+
+@pytest.mark.parametrize("to", ["hf", "ep", "universal"])
+def test_a_dry_run_checks_and_writes_nothing(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, to: str
+) -> None:
+    arguments = [folder / "checkpoints", folder / "model", "--to", to, "--base-model", folder / "base", "--dry-run"]
+    before = tree(folder)
+    monkeypatch.setattr(sys, "argv", ["trace-ds", "convert", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 0 and tree(folder) == before
+    assert f"would write {folder / 'model'}" in (said := capsys.readouterr().out) and f"parameters as {to}, " in said
+    optimizer = next((folder / "checkpoints").rglob("*rank_1*_optim_states.pt"))
+    optimizer.unlink()
+    assert optimizer.name in refused(capsys, monkeypatch, *arguments)
