@@ -18,6 +18,7 @@ import numpy as np
 import yaml
 from safetensors.numpy import save_file
 
+from trace_ds.reporting.tables import QUANTILES
 from trace_ds.routing.statistics import RoutingStatistics
 from trace_ds.run.artefact import describe
 from trace_ds.run.files import sha256_text, write_json
@@ -182,6 +183,12 @@ def _write_calibration(directory: Path, sides: dict[str, RoutingStatistics], rul
         "ess_fraction": ess,
         "row_ess_fraction": (1 + ess) / 2,
         "gap_closed": 0.0 if rule == "uniform" else 0.45,
+        "gap_closed_by_rows": 0.0 if rule == "uniform" else 0.317,
+        "iterations": 0 if rule == "uniform" else 23,
+        "alike_share": 0.0731,
+        "variance": {"between": 0.213, "within": 0.119, "between_share": 0.64},
+        "weight_quantiles": {q: float(np.quantile(positive / positive.mean(), float(q))) for q in QUANTILES},
+        "moved_targets": [] if rule == "uniform" else [{"layer": 0, "expert": 1, "offered": 0.0417, "reason": "rare"}],
         "max_weight": float(positive.max() / positive.mean()),
         "none_found": False,
         "selected": [
@@ -193,7 +200,10 @@ def _write_calibration(directory: Path, sides: dict[str, RoutingStatistics], rul
             }
             for layer, expert in zip(*np.nonzero(selected_LE), strict=True)
         ],
-        "layers": [{"layer": layer, "js_weighted_bits": 0.01 + 0.001 * layer} for layer in range(len(selected_LE))],
+        "layers": [
+            {"layer": layer, "js_weighted_bits": 0.01 + 0.001 * layer, "entropy_weighted_bits": 2.5 + 0.125 * layer}
+            for layer in range(len(selected_LE))
+        ],
         "share_by_source": [
             {"source": source, "token_share": tokens, "weight_share": tokens if rule == "uniform" else weight}
             for source, tokens, weight in sources

@@ -300,5 +300,16 @@ def test_table_names_what_matters(job) -> None:
     console = Console(file=io.StringIO(), width=160)
     print_table(made, console)
     shown = console.file.getvalue()
-    for words in ("p forget", "ratio [95 %]", "where the weight went", "retain-0", "lambda", "between documents"):
+    for words in ("p forget", "ratio [95 %]", "where the weight went", "retain-0", "lambda", "within documents"):
         assert words in shown, words
+    diagnosis = json.loads(made.file("diagnosis.json").read_text())
+    assert f"5% {diagnosis['weight_quantiles']['0.05']:.3g}" in shown
+    for layer in diagnosis["layers"]:
+        for key in (
+            "entropy_forget_bits",
+            "entropy_retain_bits",
+            "entropy_weighted_bits",
+            "js_bits",
+            "js_weighted_bits",
+        ):
+            assert f"{layer[key]:.3f}" in shown, (layer["layer"], key)

@@ -116,6 +116,23 @@ def test_layer_divergence_against_scipy(run: Path) -> None:
         assert found == pytest.approx(jensenshannon(*sides, base=2) ** 2, rel=1e-4)
 
 
+def test_the_numbers_of_the_diagnosis_are_in_tables_and_page(run: Path) -> None:
+    diagnosis = json.loads((run / "calibration" / "diagnosis.json").read_text())
+    row = rows_of(run / "report" / "weight_summary.csv")[0]
+    wanted = {key: diagnosis[key] for key in ("lambda", "gap_closed_by_rows", "iterations", "alike_share")}
+    wanted |= {f"variance_{part}": diagnosis["variance"][part] for part in ("between", "within")}
+    wanted |= {f"quantile_{q}": value for q, value in diagnosis["weight_quantiles"].items()}
+    assert {key: float(row[key]) for key in wanted} == pytest.approx(wanted, rel=1e-4)
+    moved = rows_of(run / "report" / "moved_targets.csv")
+    assert [(m["layer"], m["expert"], float(m["offered"]), m["reason"]) for m in moved] == [("0", "1", 0.0417, "rare")]
+    entropies = [float(layer["weighted_entropy_bits"]) for layer in rows_of(run / "report" / "layers.csv")]
+    assert entropies == [layer["entropy_weighted_bits"] for layer in diagnosis["layers"]]
+    page_text = (run / "report" / "index.html").read_text("utf-8")
+    section = page_text[page_text.index('<section id="weights">') : page_text.index('<section id="training">')]
+    for shown in ("31.7%", "7.3%", "0.213, 0.119", "23", "4.2%", "rare"):
+        assert f">{shown}</td>" in section.replace(" %", "%"), shown
+
+
 def test_weight_table_against_the_file(run: Path) -> None:
     data = gather(run)
     weights = np.load(run / "calibration" / "weights.npy").astype(np.float64)

@@ -10,6 +10,7 @@ from trace_ds.run.artefact import Artefact
 SHOWN_EXPERTS = 12
 SHOWN_DOCUMENTS = 5
 SHOWN_SOURCES = 8
+SHOWN_LAYERS = 8
 
 
 def print_table(artefact: Artefact, console: Any = None) -> None:
@@ -47,6 +48,19 @@ def print_table(artefact: Artefact, console: Any = None) -> None:
         f"{d['max_weight']:.2f}, gap closed {d['gap_closed']:.1%} (where rows are "
         f"drawn by their mean weight {d['gap_closed_by_rows']:.1%}), {d['iterations']} iterations"
     )
+    console.print(
+        "weights by quantile: " + ", ".join(f"{float(q):.0%} {w:.3g}" for q, w in d["weight_quantiles"].items()),
+        highlight=False,
+    )
+    layers = Table(title="selections by layer, in bits", title_justify="left")
+    columns = ("entropy_forget_bits", "entropy_retain_bits", "entropy_weighted_bits", "js_bits", "js_weighted_bits")
+    for name in ("layer", "entropy forget", "retain", "weighted", "forget | retain: divergence", "weighted"):
+        layers.add_column(name, justify="right")
+    for r in sorted(d["layers"], key=lambda r: -r["js_bits"])[:SHOWN_LAYERS]:
+        layers.add_row(str(r["layer"]), *("-" if r[key] is None else f"{r[key]:.3f}" for key in columns))
+    console.print(layers)
+    if len(d["layers"]) > SHOWN_LAYERS:
+        console.print(f"the {SHOWN_LAYERS} of {len(d['layers'])} layers that differ most; all are in diagnosis.json")
     retrieval = d["retrieval"]
     if retrieval is not None:
         gap = (
@@ -82,8 +96,12 @@ def print_table(artefact: Artefact, console: Any = None) -> None:
             escape(" ".join(r["text_start"].split())[:60]),
         )
     console.print(documents)
-    share = d["variance"]["between_share"]
-    console.print(f"{share:.0%} of the variance of the weights is between documents", highlight=False)
+    variance = d["variance"]
+    console.print(
+        f"variance of the weights: {variance['between']:.3g} between and {variance['within']:.3g} within documents "
+        f"({variance['between_share']:.0%} between)",
+        highlight=False,
+    )
     if d["alike_share"] is not None:
         console.print(f"{d['alike_share']:.1%} of the retain tokens are in documents routed like the forget text")
     for warning in d["warnings"]:

@@ -23,6 +23,8 @@ from trace_ds.reporting.scores import arm_matched, arm_points, excess, mean_scor
 BINS_PER_OCTAVE = 4
 OCTAVES = 10  # the weight histogram spans 2^-10 ... 2^10; what lies outside falls into the end bins
 MAX_TEXT = 300
+VARIANCES = ("between", "within")
+QUANTILES = ("0.01", "0.05", "0.25", "0.5", "0.75", "0.95", "0.99")
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ def all_tables(run: RunData, others: list[RunData]) -> dict[str, Table]:
         layers(run),
         *weight_tables(run),
         *sources(run),
+        moved_targets(run),
         documents(run),
         training(run),
         curves([run, *others]),
@@ -132,20 +135,22 @@ def selected_experts(run: RunData) -> Table:
 def layers(run: RunData) -> Table:
     """Per layer, in bits: entropy of the expert load on both corpora, and their Jensen-Shannon divergence.
 
-    ``js_weighted_bits`` is the divergence that is left when the retain tokens have their weights.
+    ``weighted_entropy_bits`` and ``js_weighted_bits`` are those of the retain tokens with their weights.
     """
-    header = ["layer", "forget_entropy_bits", "retain_entropy_bits", "js_bits", "js_weighted_bits"]
+    header = [
+        "layer", "forget_entropy_bits", "retain_entropy_bits", "weighted_entropy_bits", "js_bits", "js_weighted_bits",
+    ]  # fmt: skip
     if run.forget is None or run.retain is None:
         return make("layers", "", header, [])
     p_LE, q_LE = (side.frequency_LE / side.top_k for side in (run.forget, run.retain))
     forget_L, retain_L = _entropy_bits(p_LE), _entropy_bits(q_LE)
     js_L = _entropy_bits((p_LE + q_LE) / 2) - (forget_L + retain_L) / 2
     known = (run.calibration.diagnosis.get("layers") or []) if run.calibration else []
-    weighted = {entry.get("layer"): entry.get("js_weighted_bits") for entry in known if isinstance(entry, dict)}
-    rows = [
-        [layer, forget_L[layer], retain_L[layer], max(js_L[layer], 0.0), weighted.get(layer)]
-        for layer in range(len(js_L))
-    ]
+    told: dict[int, dict[str, Any]] = {entry["layer"]: entry for entry in known if isinstance(entry, dict)}
+    rows = []
+    for layer in range(len(js_L)):
+        entropy, js = (told.get(layer, {}).get(f"{key}_weighted_bits") for key in ("entropy", "js"))
+        rows.append([layer, forget_L[layer], retain_L[layer], entropy, max(js_L[layer], 0.0), js])
     return make("layers", "Load entropy and divergence by layer", header, rows)
 
 
@@ -185,7 +190,14 @@ def weight_tables(run: RunData) -> tuple[Table, Table]:
     counted = ["ess_fraction", "max_weight", "mean", "tokens", "zero_tokens"]
     bins: list[list[Any]] = []
     summaries: list[list[Any]] = []
-    header = ["arm", "rule", "lambda", "gap_closed", "row_ess_fraction", *counted]
+    told = ["rule", "lambda", "gap_closed", "gap_closed_by_rows", "row_ess_fraction", "iterations", "alike_share"]
+    header = [
+        "arm",
+        *told,
+        *counted,
+        *(f"variance_{part}" for part in VARIANCES),
+        *(f"quantile_{q}" for q in QUANTILES),
+    ]
     for arm, calibration in run.calibrations():
         retrieved = calibration.diagnosis.get("retrieval") or {}
         found = weight_histogram(calibration, retrieved.get("tokens") or (run.retain.tokens if run.retain else None))
@@ -197,7 +209,9 @@ def weight_tables(run: RunData) -> tuple[Table, Table]:
                 if count
             ]
             known = calibration.diagnosis
-            summaries.append([arm, *map(known.get, header[1:5]), *map(summary.get, counted)])
+            spread, quantiles = known.get("variance") or {}, known.get("weight_quantiles") or {}
+            details = [*map(spread.get, VARIANCES), *map(quantiles.get, QUANTILES)]
+            summaries.append([arm, *map(known.get, told), *map(summary.get, counted), *details])
     return (
         make("weights", "Distribution of the retain weights", ["arm", "low", "high", "tokens", "share"], bins),
         make("weight_summary", "Effective sample size of the retain weights", header, summaries),
@@ -223,6 +237,12 @@ def sources(run: RunData) -> tuple[Table, Table]:
     header = ["arm", "source", "pool_share", "kept_share"]
     name, keys = "Share of the retrieved retain rows by source", ("retrieval", "share_by_source")
     return weights, _from_diagnosis(run, "retrieved", name, header, *keys)
+
+
+def moved_targets(run: RunData) -> Table:
+    """Experts whose target had to move, with the frequency that was offered instead and the reason."""
+    header = ["arm", "layer", "expert", "offered", "reason"]
+    return _from_diagnosis(run, "moved_targets", "Experts that cannot be matched", header, "moved_targets")
 
 
 def documents(run: RunData) -> Table:
