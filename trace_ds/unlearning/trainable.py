@@ -12,7 +12,7 @@ Names are those of the Hugging Face model, whether or not AutoEP has replaced it
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,9 +24,10 @@ from trace_ds.errors import UserError
 from trace_ds.models.routers import find_routers
 
 KINDS = ("all", "experts", "attention", "routers")
-# AutoEP's name of an expert tensor or router -> the source's
+# AutoEP's names in an MoE layer -> the source's. DeepSeek's own shared experts have the name that AutoEP gives Qwen's.
 SOURCES = ((".experts.w1", ".experts.gate_up_proj"), (".experts.w3", ".experts.gate_up_proj"),
-           (".experts.w2", ".experts.down_proj"), (".router.gate.", ".gate."))  # fmt: skip
+           (".experts.w2", ".experts.down_proj"), (".router.gate.", ".gate."),
+           (".shared_experts.", ".shared_expert."), (".shared_experts_gate.", ".shared_expert_gate."))  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,13 @@ class Trained:
     """What is trained.
 
     Attributes:
-        names: parameters that are trained, wholly or in some rows.
+        parameters: all parameters of the model.
+        names: those that are trained, wholly or in some rows.
         experts: by decoder layer, the experts whose rows of the fused tensors are trained; a layer that is not there
             has none. None: all of them.
     """
 
+    parameters: frozenset[str]
     names: frozenset[str]
     experts: dict[int, tuple[int, ...]] | None = None
 
@@ -120,7 +123,7 @@ def trained_by(
         names = frozenset(n for n, kind in kinds.items() if kind in ("experts", "routers") and layer_of(n) in experts)
     if last_layer is not None:
         names = frozenset(n for n in names if layer_of(n) <= last_layer and not n.startswith(("model.norm", "lm_head")))
-    return Trained(names, experts)
+    return Trained(frozenset(kinds), names, experts)
 
 
 def parameter_groups(model: nn.Module, trained: Trained, weight_decay: float) -> list[Any]:
@@ -140,7 +143,7 @@ def parameter_groups(model: nn.Module, trained: Trained, weight_decay: float) ->
 def hold(model: nn.Module, trained: Trained) -> None:
     """Zero the gradients of what is held, on the converted model of an engine (local experts under AutoEP)."""
     for name, parameter in model.named_parameters():
-        source = source_name(name)
+        source = source_name(name, trained.parameters)
         rows = trained.rows(source)
         if source not in trained.names or rows == ():
             parameter.register_hook(torch.zeros_like)
@@ -157,11 +160,14 @@ def _zeroing(held_E: torch.Tensor) -> Any:
     return zero
 
 
-def source_name(name: str) -> str:
-    """The Hugging Face name of a parameter of a converted model."""
+def source_name(name: str, parameters: Collection[str]) -> str:
+    """The Hugging Face name, one of ``parameters``, of a parameter of a converted model."""
+    found = name
     for converted, source in SOURCES:
-        name = name.replace(converted, source)
-    return name
+        if found not in parameters:
+            found = found.replace(converted, source)
+    assert found in parameters, f"{name} is no parameter of the model that was loaded"  # it would be held, silently
+    return found
 
 
 def _experts_held_here(model: nn.Module, name: str, parameter: Any) -> list[int]:
