@@ -8,6 +8,20 @@ from typing import Any
 
 from trace_ds.errors import UserError
 
+# Keys that follow from the run's own configuration: from a file they would win over it, and manifests would be wrong.
+OWN_KEYS = (
+    "expert_parallel",
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "optimizer",
+    "scheduler",
+    "bf16",
+    "fp16",
+    "zero_optimization.stage",
+)
+
 
 def user_ds_config(path: str | None) -> dict[str, Any]:
     """The DeepSpeed keys a user adds from a JSON file; :class:`UserError` when it cannot be read."""
@@ -19,15 +33,19 @@ def user_ds_config(path: str | None) -> dict[str, Any]:
         raise UserError(f"the DeepSpeed configuration cannot be read ({error})", path, "correct the file") from None
     if not isinstance(value, dict):
         raise UserError("the DeepSpeed configuration is not a JSON object", path, "correct the file")
-    for key in (
-        "expert_parallel",
-        "train_batch_size",
-        "train_micro_batch_size_per_gpu",
-        "gradient_accumulation_steps",
-    ):
-        if key in value:
+    zero = value.get("zero_optimization", {})
+    if not isinstance(zero, dict):
+        raise UserError("zero_optimization is not a JSON object", path, "correct the file")
+    for key in OWN_KEYS:
+        if key in value or key in (f"zero_optimization.{inner}" for inner in zero):
             raise UserError(f"the key {key!r} is set by the run's own configuration", path, "remove it from the file")
     return value
+
+
+def parameter_offload(ds_config: dict[str, Any]) -> dict[str, Any]:
+    """The keys that put parameters elsewhere than on the GPU, where there are any."""
+    zero = {key: value for key, value in ds_config.get("zero_optimization", {}).items() if key == "offload_param"}
+    return {"zero_optimization": zero, **{key: ds_config[key] for key in ("aio",) if key in ds_config}} if zero else {}
 
 
 def merge(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
