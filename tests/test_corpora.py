@@ -51,6 +51,7 @@ def test_dataset_gives_back_the_rows(tmp_path: Path, rows_count: int) -> None:
     for index in {0, len(rows) // 2, len(rows) - 1}:
         assert dataset.row(index).input_ids.tolist() == rows[index].input_ids.tolist()
         assert dataset.row(index).document_ids.tolist() == rows[index].document_ids.tolist()
+    assert dataset.counted_per_row().tolist() == [int(counted_positions(r.document_ids).sum()) for r in rows]
     assert dataset.counted_flat().tolist() == np.concatenate([counted_positions(r.document_ids) for r in rows]).tolist()
     assert dataset.documents_flat().tolist() == np.concatenate([r.document_ids for r in rows]).tolist()
     assert dataset.tokens == sum(len(row.input_ids) for row in rows) == dataset.row_offsets[-1]

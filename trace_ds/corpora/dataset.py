@@ -5,7 +5,7 @@ Shape legend: B rows of a batch, S positions of a row.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -104,16 +104,29 @@ class TokenDataset:
         """bool [tokens], the loss-bearing positions in flat token order (one byte a token)."""
         counted = np.zeros(self.tokens, dtype=bool)
         position = 0
+        for _, same in self._counted_chunks():
+            counted[position : position + len(same)] = same
+            position += len(same)
+        return counted
+
+    def counted_per_row(self) -> np.ndarray:
+        """Loss-bearing positions of each row, int64 [rows]; no more than a chunk's tokens are in memory at a time."""
+        found = [np.zeros(0, dtype=np.int64)]
+        for offsets, same in self._counted_chunks():
+            totals = np.concatenate([[0], np.cumsum(same, dtype=np.int64)])  # reduceat would miscount empty rows
+            found.append(np.diff(totals[offsets]))
+        return np.concatenate(found)
+
+    def _counted_chunks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(row offsets from 0, bool [tokens of the chunk]) of each chunk in order."""
         for (offsets, _), (_, documents) in zip(self._ids, self._documents, strict=True):
-            size = int(offsets[-1] - offsets[0])
-            same = np.zeros(size, dtype=bool)
-            if size:
+            starts = offsets - offsets[0]
+            same = np.zeros(int(starts[-1]), dtype=bool)
+            if len(same):
                 values = documents[offsets[0] : offsets[-1]]
                 same[:-1] = values[1:] == values[:-1]
-                same[np.maximum(offsets[1:] - offsets[0] - 1, 0)] = False  # the last position of each row
-            counted[position : position + size] = same
-            position += size
-        return counted
+                same[np.maximum(starts[1:] - 1, 0)] = False  # the last position of each row
+            yield starts, same
 
     def documents_flat(self) -> np.ndarray:
         """int32 [tokens], the document of each token in flat order."""

@@ -35,7 +35,6 @@ from trace_ds.errors import UserError
 from trace_ds.evaluation.items import Task
 from trace_ds.evaluation.language_model import LanguageModel
 from trace_ds.models.routers import find_routers
-from trace_ds.unlearning.batches import counted_per_row
 from trace_ds.unlearning.rows import EpochRows, generator
 
 SHARE_STREAM, ORDER_STREAM = 11, 12
@@ -55,7 +54,7 @@ def relearn(
     Returns:
         ``rows`` (how many were trained on) and ``curve``: [{"step", "loss", "scores"}], loss in nats per token.
     """
-    usable = np.flatnonzero(counted_per_row(forget))
+    usable = np.flatnonzero(forget.counted_per_row())
     count = max(1, round(settings.share * len(usable)))
     rows = np.sort(generator(seed, SHARE_STREAM, 0).permutation(usable)[:count])
     order = EpochRows(rows, min(settings.rows, count), seed, ORDER_STREAM)

@@ -83,8 +83,8 @@ class Batches:
         settings = config.unlearning
         self._forget, self._retain = forget, retain
         self._token_weights, self._reference_nll = token_weights, reference_nll
-        self._counted_forget = counted_per_row(forget)
-        self._counted_retain = counted_per_row(retain)
+        self._counted_forget = forget.counted_per_row()
+        self._counted_retain = retain.counted_per_row()
         usable_forget = np.flatnonzero(self._counted_forget)
         usable_retain = np.flatnonzero((self._counted_retain > 0) & (row_weights_R > 0))
         self._forget_rows = EpochRows(usable_forget, settings.forget_rows, config.seed, FORGET_STREAM)
@@ -100,7 +100,7 @@ class Batches:
                 self._row_scale_R = row_weights_R
         self._settings = settings
         self._alternative, self._alternative_nll = alternative, alternative_nll
-        self._usable_alternative = np.flatnonzero(counted_per_row(alternative)) if alternative else np.zeros(0, int)
+        self._usable_alternative = np.flatnonzero(alternative.counted_per_row()) if alternative else np.zeros(0, int)
 
     def micro_batches_per_step(self, world_size: int) -> int:
         """Gradient accumulation steps: the same on every rank, for every step."""
@@ -173,12 +173,6 @@ class Batches:
     @staticmethod
     def _length(dataset: TokenDataset, row: int) -> int:
         return int(dataset.row_offsets[row + 1] - dataset.row_offsets[row]) if row >= 0 else 0
-
-
-def counted_per_row(dataset: TokenDataset) -> np.ndarray:
-    """Loss-bearing positions of each row, int64 [rows]."""
-    totals = np.concatenate([[0], np.cumsum(dataset.counted_flat(), dtype=np.int64)])
-    return np.diff(totals[dataset.row_offsets])
 
 
 def _rows_of(array: TokenArray, dataset: TokenDataset, rows: np.ndarray, length: int) -> torch.Tensor:

@@ -5,7 +5,7 @@ Shape legend: R rows of a dataset.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -25,15 +25,18 @@ class EpochRows:
     per_step: int
     seed: int
     stream: int
+    _orders: dict[int, np.ndarray] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def at(self, step: int) -> np.ndarray:
         """Row numbers of ``step`` (0-based), int64 [per_step]."""
         positions = np.arange(step * self.per_step, (step + 1) * self.per_step)
         epochs, places = np.divmod(positions, len(self.rows))
-        orders = {
-            int(epoch): generator(self.seed, self.stream, int(epoch)).permutation(self.rows) for epoch in set(epochs)
-        }
-        return np.array([orders[int(epoch)][place] for epoch, place in zip(epochs, places, strict=True)])
+        for epoch in {int(epoch) for epoch in epochs}.difference(self._orders):
+            self._orders[epoch] = generator(self.seed, self.stream, epoch).permutation(self.rows)
+        found = np.array([self._orders[int(epoch)][place] for epoch, place in zip(epochs, places, strict=True)])
+        for epoch in set(self._orders).difference(int(epoch) for epoch in epochs):
+            del self._orders[epoch]
+        return found
 
 
 class SampledRows:
