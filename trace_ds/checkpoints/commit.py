@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,7 @@ from trace_ds.checkpoints.manifest import (
     verify,
     wrong_latest,
 )
-from trace_ds.errors import UserError
+from trace_ds.errors import JobFailed, UserError
 from trace_ds.run.files import fsync_directory
 
 if TYPE_CHECKING:
@@ -103,8 +104,8 @@ def discard_all(checkpoints: Path) -> None:
 def choose(world: World, checkpoints: Path, job: str, resume: str) -> tuple[Manifest | None, list[str]]:
     """The checkpoint to resume from (None: start at step 0) and loud lines about damaged ones (collective).
 
-    Every file of the newest complete checkpoint is hashed, the ranks sharing the work; a damaged one is named and the
-    next older one is tried.
+    Every file of the newest complete checkpoint is hashed, and its shards are looked through for what would not be
+    loaded, the ranks sharing the work; a damaged one is named and the next older one is tried.
 
     Args:
         job: identity of this job; a checkpoint of another job is refused.
@@ -116,18 +117,17 @@ def choose(world: World, checkpoints: Path, job: str, resume: str) -> tuple[Mani
             discard_all(checkpoints)
         return None, []
     steps, problems = world.broadcast(complete_steps(checkpoints) if world.is_main else ([], []))
-    while steps:
-        manifest = read_manifest(checkpoints / step_name(steps[-1]))
-        damage = world.gather(_damage(checkpoints, manifest, world))
-        lines = [line for line in damage if line]
-        if not lines:
-            break
-        problems.append(lines[0])
-        steps.pop()
+    chosen = None
+    while steps and chosen is None:
+        manifest = _manifest_of(world, checkpoints, steps[-1])
+        damage = [line for line in world.gather(_damage(checkpoints, manifest, world)) if line]
+        if damage:
+            problems.append(damage[0])
+            steps.pop()
+        else:
+            chosen = manifest
     problems += world.broadcast(wrong_latest(checkpoints, steps) if world.is_main else [])
-    chosen = read_manifest(checkpoints / step_name(steps[-1])) if steps else None
     if chosen is not None and chosen.job != job and resume == "replace":
-        world.barrier()  # every rank has read the manifest
         if world.is_main:
             discard_all(checkpoints)
         return None, [f"{checkpoints / step_name(chosen.step)} belongs to another job and was deleted; starting over"]
@@ -151,21 +151,79 @@ def _check_job(checkpoints: Path, chosen: Manifest | None, job: str, resume: str
         )
 
 
+def _manifest_of(world: World, checkpoints: Path, step: int) -> Manifest:
+    """The manifest of a complete step, read once and sent to every rank."""
+    return world.broadcast_agreed(lambda: read_manifest(checkpoints / step_name(step)))
+
+
 def _damage(checkpoints: Path, manifest: Manifest, world: World) -> str:
     """What is wrong with this rank's share of the files (empty: nothing)."""
+    from trace_ds.checkpoints import serialization
+
+    directory = checkpoints / step_name(manifest.step)
     try:
-        verify(checkpoints / step_name(manifest.step), manifest, hashes=True, part=world.rank, parts=world.size)
+        verify(directory, manifest, hashes=True, part=world.rank, parts=world.size)
+        for name in sorted(manifest.files)[world.rank :: world.size]:
+            if name.endswith(".pt"):
+                serialization.check(directory / name)
     except UserError as error:
         return error.line()
+    except OSError as error:
+        return f"{directory}: cannot be read ({error.strerror})"
     return ""
 
 
-def restore(engine: Any, checkpoints: Path, manifest: Manifest) -> None:
-    """Load a verified checkpoint into the engine; DeepSpeed's silent (None, None) is an error."""
-    load(engine, checkpoints, step_name(manifest.step), manifest.step)
+def restore(
+    world: World, checkpoints: Path, chosen: Manifest, load_one: Callable[[Manifest], None], tell: Callable[[str], None]
+) -> Manifest:
+    """Load ``chosen``, or else the newest older checkpoint that can be loaded, into the engine (collective).
+
+    Every rank learns that one of them could not load, so none waits for it; each failure is told before the next try.
+
+    Args:
+        load_one: loads a verified checkpoint, on every rank.
+
+    Returns:
+        The manifest of the one that was loaded.
+
+    Raises:
+        JobFailed: none could be loaded.
+    """
+    manifest: Manifest | None = chosen
+    while manifest is not None:
+        problem = next((line for line in world.gather(_failure(load_one, manifest)) if line), "")
+        if not problem:
+            return manifest
+        tell(f"WARNING {checkpoints / step_name(manifest.step)} could not be loaded: {problem}")
+        manifest = _next_older(world, checkpoints, manifest)
+    raise JobFailed(
+        f"no checkpoint in {checkpoints} could be loaded (the reasons are above); "
+        "start over with --set unlearning.resume=never"
+    )
+
+
+def _failure(load_one: Callable[[Manifest], None], manifest: Manifest) -> str:
+    """What kept this rank from loading (empty: nothing did)."""
+    try:
+        load_one(manifest)
+    except Exception as error:  # DeepSpeed raises anything on a state that is not what it expects
+        return " ".join(f"{type(error).__name__}: {error}".split())
+    return ""
+
+
+def _next_older(world: World, checkpoints: Path, manifest: Manifest) -> Manifest | None:
+    """The newest whole checkpoint of the same job before ``manifest``."""
+    for step in reversed(world.broadcast(complete_steps(checkpoints)[0] if world.is_main else [])):
+        if step >= manifest.step:
+            continue
+        older = _manifest_of(world, checkpoints, step)
+        if older.job == manifest.job and not any(world.gather(_damage(checkpoints, older, world))):
+            return older
+    return None
 
 
 def load(engine: Any, folder: Path, tag: str, step: int) -> None:
+    """Load what a tag holds into the engine; DeepSpeed's silent (None, None) is an error."""
     path, state = engine.load_checkpoint(str(folder), tag=tag)
     if path is None or state is None or state.get("trace_ds_step") != step:
         raise RuntimeError(f"DeepSpeed did not load {folder / tag}")

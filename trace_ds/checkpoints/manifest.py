@@ -69,7 +69,7 @@ def read_manifest(directory: Path) -> Manifest:
         if raw.pop("format") != FORMAT:
             raise ValueError("unknown format")
         return Manifest(**raw)
-    except (ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"the manifest is damaged ({error})", str(path), "use another step") from None
 
 
@@ -81,13 +81,24 @@ def verify(directory: Path, manifest: Manifest, *, hashes: bool, part: int = 0, 
     fix = "restore the file, or use another step"
     for name, expected in sorted(manifest.files.items())[part::parts]:
         path = directory / name
-        if not path.is_file():
-            raise UserError("a file of the checkpoint is missing", str(path), fix)
-        size = path.stat().st_size
-        if size != expected["bytes"]:
-            raise UserError(f"the file has {size} bytes instead of {expected['bytes']} (truncated?)", str(path), fix)
-        if hashes and sha256_file(path) != expected["sha256"]:
-            raise UserError("the file was altered after it was written (SHA-256 differs)", str(path), fix)
+        try:
+            problem = _difference(path, expected, hashes)
+        except OSError as error:  # a stale handle, a bad sector, a file of another user
+            problem = f"the file cannot be read ({error.strerror})"
+        if problem:
+            raise UserError(problem, str(path), fix)
+
+
+def _difference(path: Path, expected: dict[str, Any], hashes: bool) -> str:
+    """How a file differs from its entry in the manifest; empty when it does not."""
+    if not path.is_file():
+        return "a file of the checkpoint is missing"
+    size = path.stat().st_size
+    if size != expected["bytes"]:
+        return f"the file has {size} bytes instead of {expected['bytes']} (truncated?)"
+    if hashes and sha256_file(path) != expected["sha256"]:
+        return "the file was altered after it was written (SHA-256 differs)"
+    return ""
 
 
 def complete_steps(checkpoints: Path) -> tuple[list[int], list[str]]:

@@ -61,8 +61,17 @@ class _Hashing:
         self._handle.flush()
 
 
-def load(path: str, map_location: Any = None) -> Any:
+def load(path: str | Path, map_location: Any = None) -> Any:
     """Load a shard file; :class:`UserError` naming the file when it holds anything but tensors and plain data."""
+    return _read(str(path), map_location=map_location)
+
+
+def check(path: Path) -> None:
+    """Refuse a shard file that :func:`load` would refuse, without reading its tensors."""
+    _read(str(path), map_location="cpu", mmap=True)
+
+
+def _read(path: str, **how: Any) -> Any:
     from pickle import UnpicklingError
 
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
@@ -70,9 +79,10 @@ def load(path: str, map_location: Any = None) -> Any:
 
     try:
         with torch.serialization.safe_globals([LossScaler, ZeroStageEnum]):
-            return torch.load(path, map_location=map_location, weights_only=True)
-    except (UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).strip().splitlines()[0]
+            return torch.load(path, weights_only=True, **how)
+    # A damaged file can fail anywhere in torch's reader: in the archive, in a pickle opcode, in a name it looks up.
+    except (UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"the shard cannot be loaded safely ({reason})", str(path), "restore the file, or use another step"
         ) from None
