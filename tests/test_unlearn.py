@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import jobs
 import numpy as np
@@ -23,6 +25,7 @@ from trace_ds.stages.calibrate import calibrate
 from trace_ds.stages.convert import checkpoint_to_directory
 from trace_ds.stages.prepare import prepare
 from trace_ds.stages.unlearn import check_unlearn
+from trace_ds.unlearning.job import finite_state
 
 # AdamW with a large eps moves each weight nearly in proportion to its gradient, so equal weights mean equal gradients;
 # with the usual eps the sign of a gradient that is zero up to rounding would move a weight by the learning rate.
@@ -210,13 +213,17 @@ def test_resumes_on_another_number_of_ranks_and_expert_parallel_size(
 
 @pytest.mark.slow
 def test_damaged_checkpoints_are_named_and_survived(calibrated: tuple[Path, Path], tmp_path: Path) -> None:
-    """Fabricated crashes: a missing shard, a flipped byte, no manifest, a wrong ``latest``, a leftover of a save."""
+    """Fabricated crashes: a pickle of another kind that the manifest vouches for, no manifest, a flipped byte, a short
+    shard, a wrong ``latest``, a leftover of a save. One rank reads each file, and all go back together."""
     config, prepared_run = calibrated
     run = copy_of(prepared_run, tmp_path / "run")
-    run_distributed(jobs.unlearn_job, 1, str(config), str(run), ["unlearning.keep=5", "unlearning.save_every=1"])
-    expected = {path.name: path.read_bytes() for path in (run / "checkpoints" / "step_000004").iterdir()}
+    keep = ["unlearning.keep=9", "unlearning.save_every=1", "unlearning.steps=6"]
+    run_distributed(jobs.unlearn_job, 2, str(config), str(run), keep)
+    expected = {path.name: path.read_bytes() for path in (run / "checkpoints" / "step_000006").iterdir()}
     checkpoints = run / "checkpoints"
-    shard = "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    shard = "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    shutil.rmtree(checkpoints / "step_000006")
+    forge(checkpoints / "step_000005" / shard, tmp_path / "ran")
     (checkpoints / "step_000004" / "manifest.json").unlink()
     content = bytearray((checkpoints / "step_000003" / shard).read_bytes())
     content[len(content) // 2] ^= 1
@@ -224,11 +231,13 @@ def test_damaged_checkpoints_are_named_and_survived(calibrated: tuple[Path, Path
     (checkpoints / "step_000002" / shard).write_bytes(b"short")
     (checkpoints / "latest").write_text("")
     (checkpoints / "step_000009.tmp-7").mkdir()
-    assert newest_complete(checkpoints)[0] == 3  # by sizes; the job itself compares hashes too
-    run_distributed(jobs.unlearn_job, 1, str(config), str(run), ["unlearning.keep=5", "unlearning.save_every=1"])
-    assert {path.name: path.read_bytes() for path in (checkpoints / "step_000004").iterdir()} == expected
+    assert newest_complete(checkpoints)[0] == 5  # by sizes; the job itself compares hashes and looks inside
+    run_distributed(jobs.unlearn_job, 2, str(config), str(run), keep)
+    assert {path.name: path.read_bytes() for path in (checkpoints / "step_000006").iterdir()} == expected
+    assert not (tmp_path / "ran").exists()
     log = (run / "logs" / "unlearn.jsonl").read_text()
     for line in (
+        f"step_000005/{shard}: the shard cannot be loaded safely",
         "step_000004: there is no manifest",
         f"step_000003/{shard}: the file was altered",
         f"step_000002/{shard}: the file has 5 bytes",
@@ -269,27 +278,79 @@ def test_wrong_resumes_are_refused(calibrated: tuple[Path, Path], tmp_path: Path
 def test_a_loss_that_is_not_finite_stops_before_the_step(calibrated: tuple[Path, Path], tmp_path: Path) -> None:
     config, prepared_run = calibrated
     run = copy_of(prepared_run, tmp_path / "run")
-    huge = ["unlearning.optimizer.lr=1e30", "unlearning.optimizer.gradient_clipping=0", "unlearning.save_every=1"]
-    with pytest.raises(AssertionError, match="the loss is not finite in step 2"):
-        run_distributed(jobs.unlearn_job, 2, str(config), str(run), huge)
-    assert complete_steps(run / "checkpoints") == ([1], [])
+    huge = ["unlearning.optimizer.lr=1e30", "unlearning.optimizer.gradient_clipping=0"]
+    saving = copy_of(prepared_run, tmp_path / "saving")
+    work = [(str(run), huge), (str(saving), [*huge, "unlearning.save_every=1"])]
+    errors = run_distributed(jobs.unlearn_jobs, 2, str(config), work)[0]
+    assert "NumericalFailure: the loss is not finite in step 2" in errors[0]
+    assert "NumericalFailure: the model is not finite after step 1" in errors[1]  # its weights are: some 1e30
+    assert complete_steps(run / "checkpoints") == complete_steps(saving / "checkpoints") == ([], [])
 
 
-@pytest.mark.slow
-def test_a_pickle_with_a_payload_is_refused(tmp_path: Path) -> None:
-    """A shard that would run code when unpickled is refused, and the code does not run."""
+def test_weights_and_moments_that_no_token_reaches_are_looked_at() -> None:
+    import torch
+
+    model = torch.nn.ModuleList([torch.nn.Linear(3, 2), torch.nn.Linear(2, 2)])
+    optimizer = torch.optim.AdamW(model.parameters())
+    engine = SimpleNamespace(module=model, optimizer=SimpleNamespace(optimizer=optimizer))
+    model[1](model[0](torch.ones(1, 3))).sum().backward()
+    optimizer.step()
+    assert finite_state(engine)
+    for tensor in (model[1].weight.data, optimizer.state[model[0].bias]["exp_avg_sq"]):
+        for value in (float("nan"), float("-inf")):
+            kept = tensor.view(-1)[1].item()
+            tensor.view(-1)[1] = value
+            assert not finite_state(engine)
+            tensor.view(-1)[1] = kept
+    assert finite_state(engine)
+
+
+class Payload:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple:
+        return os.system, (f"touch {self.mark}",)
+
+
+def forge(shard: Path, mark: Path) -> None:
+    """Replace a shard by one that runs code when unpickled, and make the manifest vouch for it."""
+    import torch
+
+    torch.save({"optimizer_state_dict": Payload(mark)}, shard)
+    path = shard.parent / "manifest.json"
+    manifest = json.loads(path.read_text())
+    content = shard.read_bytes()
+    manifest["files"][shard.name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    path.write_text(json.dumps(manifest))
+
+
+def test_what_is_no_shard_is_refused(tmp_path: Path) -> None:
+    """Code that would run when unpickled does not run; whatever else a damaged file makes torch raise is one line."""
     import pickle
 
-    from trace_ds.checkpoints.serialization import load
+    import torch
 
-    class Payload:
-        def __reduce__(self) -> tuple:
-            return os.system, (f"touch {tmp_path / 'ran'}",)
+    from trace_ds.checkpoints.serialization import check, load
 
     path = tmp_path / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
-    path.write_bytes(pickle.dumps(Payload()))
-    with pytest.raises(UserError, match=r"optim_states\.pt: the shard cannot be loaded safely"):
-        load(str(path))
+    torch.save({"state": torch.arange(50.0)}, path)
+    check(path)
+    whole = path.read_bytes()
+    position = whole.index(b"FloatStorage")
+    for content in (
+        pickle.dumps(Payload(tmp_path / "ran")),
+        b"",
+        whole[: len(whole) // 2],
+        whole[:position] + b"FloatSt0rage" + whole[position + 12 :],
+        whole.replace(b"data.pkl", b"dat0.pkl"),
+    ):
+        path.write_bytes(content)
+        for read in (load, check):
+            with pytest.raises(UserError, match=r"optim_states\.pt: the shard cannot be loaded safely"):
+                read(path)
     assert not (tmp_path / "ran").exists()
 
 
@@ -346,9 +407,18 @@ def test_shipped_deepspeed_settings_train_to_the_same_losses(calibrated: tuple[P
         np.testing.assert_allclose(losses_of(run), losses_of(runs["plain"]), rtol=1e-5, atol=1e-8)
 
 
+REFUSED = ("expert_parallel", "optimizer", "scheduler", "bf16", "fp16", "gradient_clipping", "train_batch_size")
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{", "cannot be read"), ("[1]", "not a JSON object"), ('{"expert_parallel": {}}', "set by the run's own")],
+    [
+        ("{", "cannot be read"),
+        ("[1]", "not a JSON object"),
+        ('{"zero_optimization": 3}', "zero_optimization is not a JSON object"),
+        ('{"zero_optimization": {"stage": 1}}', "the key 'zero_optimization.stage' is set by the run's own"),
+        *((f'{{"{key}": {{}}}}', f"the key '{key}' is set by the run's own") for key in REFUSED),
+    ],
 )
 def test_a_wrong_deepspeed_file_is_refused(
     calibrated: tuple[Path, Path], tmp_path: Path, content: str, message: str

@@ -35,12 +35,22 @@ JOBS: dict[str, tuple[list[str], str]] = {
     "evaluated": ([*STRONG, *EVALUATE], ""),
     "early": ([*STRONG, *EVALUATE, "unlearning.steps=9", "unlearning.evaluate.target_forget_nll=6"], ""),
     "stopped": (
-        [*STRONG, *EVALUATE, "unlearning.guards.max_retain_ratio=1.0001", "unlearning.save_every=1"],
+        [*STRONG, *EVALUATE, "unlearning.guards.max_retain_ratio=1.012", "unlearning.save_every=1"],
         "JobFailed: stopped after step 2: the retain NLL is",
     ),
+    "between": (  # broken from step 2 on, and every step could be saved before the evaluation that ends the job
+        [
+            *STRONG,
+            *EVALUATE,
+            "unlearning.evaluate.every=4",
+            "unlearning.guards.max_retain_ratio=1.012",
+            "unlearning.save_every=1",
+        ],
+        "JobFailed: stopped after step 4: the retain NLL is",
+    ),
     "drifted": (
-        [*STRONG, *EVALUATE, "unlearning.guards.min_retain_overlap=0.999", "unlearning.save_every=1"],
-        "of the retain tokens' experts are still the frozen model's (bound 0.999); the last checkpoint stands",
+        [*STRONG, *EVALUATE, "unlearning.guards.min_retain_overlap=0.7", "unlearning.save_every=1"],
+        "of the retain tokens' experts are still the frozen model's (bound 0.7); the last checkpoint stands",
     ),
     "backed_off": (
         [
@@ -53,6 +63,21 @@ JOBS: dict[str, tuple[list[str], str]] = {
             "unlearning.save_every=1",
         ],
         "JobFailed: stopped after step 3: the retain NLL is",
+    ),
+    "recovered": (  # too long a step over a good one: the bound holds after step 1, not after 2, and then again
+        [
+            *EVALUATE,
+            "unlearning.forget_loss=graddiff",
+            "unlearning.gamma=0",
+            "unlearning.alpha=1",
+            "unlearning.optimizer.lr=0.02",
+            "unlearning.guards.max_retain_ratio=1.0001",
+            "unlearning.guards.action=back_off",
+            "unlearning.evaluate.every=1",
+            "unlearning.save_every=1",
+            "unlearning.keep=9",
+        ],
+        "",
     ),
     "gradient": (
         ["unlearning.alpha=1e38", "unlearning.forget_loss=graddiff", "unlearning.micro_batch_rows=1"],
@@ -72,6 +97,15 @@ def finished(calibrated: tuple[Path, Path], tmp_path_factory: pytest.TempPathFac
         for (name, (_, expected)), error in zip(JOBS.items(), errors, strict=True):
             assert bool(error) == bool(expected) and expected in error, (name, error)
     return runs
+
+
+def log_of(run: Path) -> str:
+    return (run / "logs" / "unlearn.jsonl").read_text()
+
+
+def rates_of(run: Path) -> list[float]:
+    lines = [json.loads(line) for line in log_of(run).splitlines()]
+    return [line["lr"] for line in lines if line["event"] == "step"]
 
 
 def evaluations(run: Path) -> dict[int, dict[str, float]]:
@@ -132,19 +166,22 @@ def test_a_job_that_reached_its_target_is_done(finished: dict[str, Path], calibr
 
 @pytest.mark.slow
 def test_guards_stop_before_the_broken_state_is_saved(finished: dict[str, Path]) -> None:
-    for name in ("stopped", "drifted"):
-        assert complete_steps(finished[name] / "checkpoints") == ([1], [])
+    for name in ("stopped", "drifted", "between"):
+        assert complete_steps(finished[name] / "checkpoints") == ([1], []), name
+    for step in (2, 3):
+        assert f"WARNING no checkpoint of step {step}: the retain NLL is" in log_of(finished["between"])
     assert not (finished["gradient"] / "checkpoints").exists()
 
 
 @pytest.mark.slow
-def test_backing_off_halves_the_learning_rate_and_is_resumed(finished: dict[str, Path]) -> None:
-    run = finished["backed_off"]
-    lines = [json.loads(line) for line in (run / "logs" / "unlearn.jsonl").read_text().splitlines()]
-    assert [line["lr"] for line in lines if line["event"] == "step"] == [0.01, 0.005, 0.0025]
-    checkpoints = run / "checkpoints"
-    assert [read_manifest(checkpoints / f"step_{step:06d}").cursor["back_offs"] for step in (1, 2)] == [1, 2]
-    assert complete_steps(checkpoints) == ([1, 2], [])
+def test_backing_off_halves_the_learning_rate_and_saves_good_states_only(finished: dict[str, Path]) -> None:
+    assert rates_of(finished["backed_off"]) == [0.01, 0.005, 0.0025]
+    assert not (finished["backed_off"] / "checkpoints").exists()
+    assert rates_of(finished["recovered"]) == [0.02, 0.02, 0.01, 0.01]
+    checkpoints = finished["recovered"] / "checkpoints"
+    assert complete_steps(checkpoints) == ([1, 3, 4], [])
+    found = [read_manifest(checkpoints / f"step_{step:06d}").cursor.get("back_offs", 0) for step in (1, 3, 4)]
+    assert found == [0, 1, 1]  # what a resumed job goes on with
 
 
 def test_guards_need_evaluations(calibrated: tuple[Path, Path]) -> None:  # noqa: F811
@@ -172,6 +209,9 @@ START = {"forget_nll": 2.0, "retain_nll": 2.0, "retain_overlap": 1.0}
         ({}, {"forget_nll": float("inf")}, 0, "stop"),
         ({"ratio": 2.0, "action": "back_off"}, {"retain_nll": 5.0}, 2, "back_off"),
         ({"ratio": 2.0, "action": "back_off"}, {"retain_nll": 5.0}, 3, "stop"),
+        ({"ratio": 2.0, "action": "back_off", "last": True}, {"retain_nll": 5.0}, 0, "stop"),
+        ({"ratio": 2.0, "action": "back_off"}, {"retain_nll": float("nan")}, 0, "stop"),
+        ({"ratio": 2.0, "action": "back_off"}, {"retain_nll": 5.0, "forget_nll": float("inf")}, 0, "stop"),
     ],
 )
 def test_verdicts(changes: dict[str, Any], found: dict[str, float], back_offs: int, action: str) -> None:
@@ -185,7 +225,7 @@ def test_verdicts(changes: dict[str, Any], found: dict[str, float], back_offs: i
             },
         }
     )
-    assert judge(settings, START, START | found, back_offs).action == action
+    assert judge(settings, START, START | found, back_offs, last=changes.get("last", False)).action == action
 
 
 def test_held_rows_are_evenly_spaced_and_counted(calibrated: tuple[Path, Path]) -> None:  # noqa: F811

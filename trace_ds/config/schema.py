@@ -232,9 +232,13 @@ class GuardsConfig(Section):
     action: Literal["stop", "back_off"] = Field(
         "stop",
         description="stop: end as a failure, the last checkpoint stands; back_off: halve the learning rate, and stop "
-        "when max_back_offs halvings did not help.",
+        "when max_back_offs halvings did not help. A state that breaks a bound is never saved.",
     )
     max_back_offs: int = Field(3, ge=1)
+
+    @property
+    def on(self) -> bool:
+        return self.max_retain_ratio is not None or self.min_retain_overlap is not None
 
 
 class DPOConfig(Section):

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from trace_ds.config.schema import Config
+from trace_ds.models.engine_config import merge, parameter_offload, user_ds_config
 from trace_ds.models.families import ModelInfo
 from trace_ds.models.loading import Parts, load_share
 from trace_ds.models.routers import find_routers
@@ -122,14 +123,17 @@ def expert_kernel(config: Config, info: ModelInfo, device: torch.device) -> str 
 
 
 def reference_engine(config: Config, info: ModelInfo, world: World, *, layers: int) -> Any:
-    """A frozen copy of the first ``layers`` decoder layers, sharded like the job itself (no optimizer).
+    """A frozen copy of the first ``layers`` decoder layers, sharded over the ranks (no optimizer).
 
-    With ZeRO stage 3 every rank keeps its partition only; below that the experts are still sharded by AutoEP.
+    With ZeRO stage 3, and whenever AutoEP does not shard the experts, every rank keeps its partition only, on the CPU
+    or on disk if the job's parameters are offloaded there. With AutoEP and a lower stage only the experts are sharded.
     """
-    stage = 3 if config.unlearning.zero_stage == 3 else 0
-    ds_config = base_ds_config(ep=config.distributed.ep, info=info, zero_stage=stage)
+    ep = config.distributed.ep
+    stage = 3 if config.unlearning.zero_stage == 3 or (ep == 1 and world.size > 1) else 0
+    ds_config = base_ds_config(ep=ep, info=info, zero_stage=stage)
     if stage == 3:
         ds_config["bf16"] = {"enabled": config.model.dtype == "bf16"}
+        ds_config = merge(ds_config, parameter_offload(user_ds_config(config.unlearning.ds_config)))
     return initialize(config, info, world, ds_config, parts=Parts(layers=layers))
 
 

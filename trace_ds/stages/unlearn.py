@@ -17,6 +17,7 @@ from trace_ds.run.files import canonical_json, sha256_text
 
 if TYPE_CHECKING:
     from trace_ds.parallel.world import World
+    from trace_ds.run.log import StageLog
     from trace_ds.unlearning.batches import Batches
     from trace_ds.unlearning.watch import Evaluator
 
@@ -117,7 +118,6 @@ def check_unlearn(config: Config, run: RunDirectory, world_size: int, *, verify:
             statistics[side] = found
     experts, anchored = choose_trained(config, info, calibration, statistics.get("forget"))
     guards = settings.guards
-    guarded = guards.max_retain_ratio is not None or guards.min_retain_overlap is not None
     identity = sha256_text(
         canonical_json(
             {
@@ -125,8 +125,8 @@ def check_unlearn(config: Config, run: RunDirectory, world_size: int, *, verify:
                 "data": data.content,
                 "calibration": calibration.content,
                 "settings": settings.model_dump(mode="json", exclude=OPERATIONAL),
-                "guards": guards.model_dump(mode="json") if guarded else None,
-                "evaluated": settings.evaluate.model_dump(include={"every", "rows"}) if guarded else None,
+                "guards": guards.model_dump(mode="json") if guards.on else None,
+                "evaluated": settings.evaluate.model_dump(include={"every", "rows"}) if guards.on else None,
                 "ds_config": ds_config,
                 "dtype": config.model.dtype,
                 "seed": config.seed,
@@ -192,32 +192,21 @@ def unlearn(config: Config, run: RunDirectory, world: World) -> None:
     if world.broadcast(job.settled(config, run) if world.is_main else False):
         return
     settings = config.unlearning
-    checkpoint, problems = commit.choose(world, run.checkpoints, job.identity, settings.resume)
-    shape = (world.size, config.distributed.ep, settings.zero_stage)
-    if checkpoint is not None:
-        world.agree(lambda: elastic.check_stage(checkpoint, settings.zero_stage, run.checkpoints))
+    chosen, problems = commit.choose(world, run.checkpoints, job.identity, settings.resume)
+    if chosen is not None:
+        world.agree(lambda: elastic.check_stage(chosen, settings.zero_stage, run.checkpoints))
     with stage_log(run, "unlearn", enabled=world.is_main) as log:
         for problem in problems:
             log.line(f"WARNING {problem}")
-        log.drop_scalars_after(checkpoint.step if checkpoint else 0)
         batches = make_batches(config, job)
         engine = training_engine(config, job.info, world, batches.micro_batches_per_step(world.size), job.experts)
+        if settings.grip is not None:  # before anything is restored: it looks at the frozen routers
+            grip.install(engine, batches, world.device, settings.grip)
+        checkpoint = restore(config, run, job, world, engine, chosen, log) if chosen else None
+        log.drop_scalars_after(checkpoint.step if checkpoint else 0)
         cursor = checkpoint.cursor if checkpoint else {"step": 0, "seed": config.seed}
         objective, cursor = make_objective(config, job.info, world, batches, cursor, job.anchored)
-        if settings.grip is not None:
-            grip.install(engine, batches, world.device, settings.grip)
         manifest = _manifest(config, job, world, checkpoint.step if checkpoint else 0, cursor)
-        if checkpoint is not None and (checkpoint.world, checkpoint.ep, checkpoint.zero_stage) == shape:
-            commit.restore(engine, run.checkpoints, checkpoint)
-            log.line(f"resumed after step {checkpoint.step}")
-        elif checkpoint is not None:
-            log.line(
-                f"the checkpoint of step {checkpoint.step} was written by world size {checkpoint.world}, "
-                f"expert-parallel size {checkpoint.ep}: converting it"
-            )
-            autoep = config.distributed.ep > 1
-            elastic.restore(engine, world, run.checkpoints, checkpoint, autoep=autoep, base_model=job.info.path)
-            log.line(f"resumed after step {checkpoint.step} on world size {shape[0]}, expert-parallel size {shape[1]}")
         weights = make_weights(settings, job.calibration, engine.module, world.device, cursor)
         log.line(
             f"{settings.forget_loss}, {settings.weights} weights by {settings.apply}, alpha {settings.alpha:g}, "
@@ -226,6 +215,31 @@ def unlearn(config: Config, run: RunDirectory, world: World) -> None:
         evaluator = make_evaluator(config, job, world)
         train(engine, world, batches, objective, weights, evaluator, settings, run, manifest, log)
         log.line(f"done: {run.checkpoints / step_name(newest_complete(run.checkpoints)[0] or 0)}")
+
+
+def restore(
+    config: Config, run: RunDirectory, job: UnlearnJob, world: World, engine: Any, chosen: Manifest, log: StageLog
+) -> Manifest:
+    """Load ``chosen``, or the newest older checkpoint that can be loaded, whatever shape wrote it; its manifest."""
+    from trace_ds.checkpoints import commit, elastic
+
+    ep = config.distributed.ep
+
+    def load_one(manifest: Manifest) -> None:
+        if (manifest.world, manifest.ep, manifest.zero_stage) == (world.size, ep, config.unlearning.zero_stage):
+            commit.load(engine, run.checkpoints, step_name(manifest.step), manifest.step)
+            return
+        log.line(
+            f"the checkpoint of step {manifest.step} was written by world size {manifest.world}, "
+            f"expert-parallel size {manifest.ep}: converting it"
+        )
+        elastic.restore(engine, world, run.checkpoints, manifest, autoep=ep > 1, base_model=job.info.path)
+
+    loaded = commit.restore(world, run.checkpoints, chosen, load_one, log.line)
+    shape = f"world size {world.size}, expert-parallel size {ep}"
+    same = (loaded.world, loaded.ep) == (world.size, ep)
+    log.line(f"resumed after step {loaded.step}" + ("" if same else f" on {shape}"))
+    return loaded
 
 
 def make_batches(config: Config, job: UnlearnJob) -> Batches:

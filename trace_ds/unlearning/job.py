@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from trace_ds.unlearning.live_weights import RetainWeights
 from trace_ds.unlearning.loss import Objective
 from trace_ds.unlearning.multiplier import Multiplier
 from trace_ds.unlearning.objectives import weighted_sum
-from trace_ds.unlearning.watch import Evaluator, judge
+from trace_ds.unlearning.watch import Evaluator, Verdict, broken_bounds, judge
 
 
 class NumericalFailure(JobFailed):
@@ -66,10 +67,13 @@ def train(
 ) -> None:
     """Train from step ``manifest.step`` to ``settings.steps`` or to the forgetting target, saving as configured.
 
+    Only a sound state is saved: its weights, moments and next losses are finite, and it keeps within the guards.
+
     Raises:
-        StopRequested: the stop file appeared or SIGTERM came; a complete checkpoint was saved.
-        JobFailed: a loss or gradient is not finite (NumericalFailure), or an evaluation broke a guard. Nothing is
-            saved then: the last checkpoint, from before, stands.
+        StopRequested: the stop file appeared or SIGTERM came; a complete checkpoint was saved, unless the state broke a
+            guard (the job goes on from the checkpoint before, to the same result).
+        JobFailed: a loss, gradient or weight is not finite (NumericalFailure), or an evaluation broke a guard. Nothing
+            is saved then: the last checkpoint, from before, stands.
     """
     cursor = dict(manifest.cursor)
     progress = Progress(log, "unlearning", settings.steps, start=manifest.step)
@@ -93,12 +97,19 @@ def train(
                 log.scalars(done, **values)
             progress.advance(forget=values["loss_forget"], retain=values["loss_retain"])
             last = done == settings.steps
+            verdict = None
             if evaluator is not None and settings.evaluate.every and (last or done % settings.evaluate.every == 0):
-                last |= look(engine, evaluator, settings, cursor, done, log)
+                verdict = look(engine, evaluator, settings, cursor, done, log)
+                last |= verdict.action == "finish"
             if done % settings.save_every == 0 or last or stop:
-                current = replace(manifest, step=done, cursor={**cursor, **weights.state(), "step": done})
-                save(engine, world, run.checkpoints, current, keep=settings.keep, keep_every=settings.keep_every)
-                log.event("checkpoint", step=done)
+                require_finite(engine, world, objective, batches, done)
+                broken = broken_guards(engine, evaluator, settings, cursor, verdict)
+                if broken:
+                    log.line(f"WARNING no checkpoint of step {done}: {broken}")
+                else:
+                    current = replace(manifest, step=done, cursor={**cursor, **weights.state(), "step": done})
+                    save(engine, world, run.checkpoints, current, keep=settings.keep, keep_every=settings.keep_every)
+                    log.event("checkpoint", step=done)
             if last:
                 break
             if stop:
@@ -110,17 +121,69 @@ def train(
     progress.close()
 
 
+def require_finite(engine: Any, world: World, objective: Objective, batches: Batches, done: int) -> None:
+    """Refuse to save a state that no job could go on from (collective): one forward pass on the rows of the next step.
+
+    An update can leave weights that are finite and useless, which only a loss shows; and weights that no token of a
+    batch reaches, which only the weights show.
+
+    Raises:
+        NumericalFailure: a weight, a moment of the optimizer or a loss of the next step is not finite, on any rank.
+    """
+    engine.eval()
+    losses = 0.0
+    with torch.no_grad():
+        for micro_batch in batches.at(done, world.rank, world.size).micro_batches[:1]:
+            found = objective(engine, micro_batch.to(world.device))
+            losses += float(found.forget) + float(found.retain_RS.sum())
+    engine.train()
+    if world.max_int(int(not (math.isfinite(losses) and finite_state(engine)))):
+        raise NumericalFailure(
+            f"the model is not finite after step {done}: its weights, their moments or the losses of the next step are "
+            "NaN or infinite; nothing was saved and the last checkpoint stands; lower the learning rate or alpha"
+        )
+
+
+def finite_state(engine: Any) -> bool:
+    """Whether this rank's weights, and the fp32 partitions and moments of its optimizer, are all finite."""
+    weights = [getattr(parameter, "ds_tensor", parameter) for parameter in engine.module.parameters()]
+    state = engine.optimizer.optimizer.state
+    held = [*weights, *state, *(value for entry in state.values() for value in entry.values())]
+    tensors = [value.detach() for value in held if isinstance(value, torch.Tensor) and value.numel()]
+    return all(bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all()) for tensor in tensors)
+
+
+def broken_guards(
+    engine: Any,
+    evaluator: Evaluator | None,
+    settings: UnlearningConfig,
+    cursor: dict[str, Any],
+    verdict: Verdict | None,
+) -> str:
+    """Why the present state must not be saved (empty: it may be), by the evaluation of this step or by one made now.
+
+    One made now acts on nothing else: what a job computes does not depend on when it is saved or stopped.
+    """
+    if verdict is not None:
+        return verdict.reason if verdict.action == "back_off" else ""
+    if evaluator is None or not settings.guards.on:
+        return ""
+    return "; ".join(broken_bounds(settings, cursor["evaluation_start"], evaluator(engine)))
+
+
 def look(
     engine: Any, evaluator: Evaluator, settings: UnlearningConfig, cursor: dict[str, Any], done: int, log: StageLog
-) -> bool:
-    """Evaluate after step ``done`` and act on it; whether the job has reached its target. Changes ``cursor``.
+) -> Verdict:
+    """Evaluate after step ``done`` and act on it; what it means for the job. Changes ``cursor``.
 
     Raises:
         JobFailed: a guard is broken.
     """
     found = evaluator(engine)
     log.evaluation(done, **found)
-    verdict = judge(settings, cursor["evaluation_start"], found, cursor.get("back_offs", 0))
+    verdict = judge(
+        settings, cursor["evaluation_start"], found, cursor.get("back_offs", 0), last=done == settings.steps
+    )
     if verdict.action == "stop":
         raise JobFailed(
             f"stopped after step {done}: {verdict.reason}; the last checkpoint stands. "
@@ -132,7 +195,7 @@ def look(
     if verdict.action == "finish":
         cursor["reached_forget_nll"] = found["forget_nll"]
         log.line(f"finished early, after step {done} of {settings.steps}: {verdict.reason}")
-    return verdict.action == "finish"
+    return verdict
 
 
 def run_step(
@@ -160,7 +223,7 @@ def run_step(
     lr = learning_rate(settings, step) * slower
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
-    sums = np.zeros(2)
+    sums = np.zeros(3)  # forget, retain, and SEUF's penalty
     accumulation = len(step_data.micro_batches)
     counts = {"token": step_data.forget_tokens, "sequence": step_data.forget_sequences}
     for number, micro_batch in enumerate(step_data.micro_batches):
@@ -170,20 +233,22 @@ def run_step(
             losses = objective(engine, batch)
         forget = losses.forget / max(counts[losses.forget_per], 1)
         retain = weighted_sum(losses.retain_RS, weights.of(batch)) / max(step_data.retain_tokens, 1)
-        sums += [float(forget.detach()), float(retain.detach())]
+        sums[:2] += [float(forget.detach()), float(retain.detach())]
         loss = settings.gamma * forget + alpha * retain
         if losses.penalty is not None:
-            loss = loss + losses.penalty / max(step_data.forget_tokens, 1)
+            penalty = losses.penalty / max(step_data.forget_tokens, 1)
+            sums[2] += float(penalty.detach())
+            loss = loss + penalty
         engine.backward(loss * world.size * accumulation)
     # One collective a step: the losses (and whether every rank's are finite), and what live weights need to know.
     totals = world.sum_float64(np.concatenate([sums, weights.local_sums()]))
-    if not np.isfinite(totals[:2]).all():
+    if not np.isfinite(totals[:3]).all():
         raise NumericalFailure(
             f"the loss is not finite in step {step + 1} (forget {sums[0]}, retain {sums[1]} on this rank); "
             "the step was not taken and the last checkpoint stands; lower the learning rate or alpha"
         )
     engine.step()
-    told = weights.follow(totals[2:], step_data.forget_tokens, step_data.retain_tokens)
+    told = weights.follow(totals[3:], step_data.forget_tokens, step_data.retain_tokens)
     norm = engine.get_global_grad_norm()
     norm = float(norm) if norm is not None else 0.0  # None: the user's DeepSpeed settings turn it off
     if not np.isfinite(norm):  # DeepSpeed has seen it too, on all ranks alike, and has not taken the step
@@ -194,7 +259,8 @@ def run_step(
     return {
         "loss_forget": float(totals[0]),
         "loss_retain": float(totals[1]),
-        "loss": float(settings.gamma * totals[0] + alpha * totals[1]),
+        "loss": float(settings.gamma * totals[0] + alpha * totals[1] + totals[2]),
+        **({"loss_anchor": float(totals[2])} if settings.seuf is not None else {}),
         **({"alpha": alpha} if settings.forget_loss == "pdu" else {}),
         "grad_norm": norm,
         "lr": lr,

@@ -24,7 +24,6 @@ from trace_ds.models.routers import find_routers, record_routing
 from trace_ds.parallel.world import World
 from trace_ds.routing.token_files import TokenArray
 from trace_ds.unlearning import objectives
-from trace_ds.unlearning.batches import counted_per_row
 from trace_ds.unlearning.forward import HeadRequest, forward
 
 
@@ -39,7 +38,7 @@ class HeldRows:
     @classmethod
     def of(cls, dataset: TokenDataset, count: int, trace: TokenArray | None) -> HeldRows:
         """``count`` evenly spaced rows among those with a counted token."""
-        usable = np.flatnonzero(counted_per_row(dataset))
+        usable = np.flatnonzero(dataset.counted_per_row())
         places = np.linspace(0, len(usable) - 1, min(count, len(usable))).round().astype(np.int64)
         return cls(dataset, usable[places], trace)
 
@@ -120,29 +119,43 @@ class Verdict:
 
 
 def judge(
-    settings: UnlearningConfig, start: Mapping[str, float], found: Mapping[str, float], back_offs: int
+    settings: UnlearningConfig, start: Mapping[str, float], found: Mapping[str, float], back_offs: int, *, last: bool
 ) -> Verdict:
     """The verdict on an evaluation; pure. A model that breaks a bound has not reached its target.
+
+    A score that is not finite stops the job whatever the guards say: a smaller learning rate brings no number back.
 
     Args:
         start: the evaluation of the frozen model.
         back_offs: halvings of the learning rate so far.
+        last: no step follows in which a smaller learning rate could help.
     """
     guards = settings.guards
-    trouble = [f"{name} is {value}" for name, value in found.items() if not math.isfinite(value)]
-    ratio = found["retain_nll"] / start["retain_nll"]
-    if guards.max_retain_ratio is not None and ratio > guards.max_retain_ratio:
-        trouble.append(f"the retain NLL is {ratio:.3g} times the frozen model's (bound {guards.max_retain_ratio:g})")
-    overlap = found.get("retain_overlap", 1.0)
-    if guards.min_retain_overlap is not None and overlap < guards.min_retain_overlap:
-        trouble.append(
-            f"only {overlap:.3g} of the retain tokens' experts are still the frozen model's "
-            f"(bound {guards.min_retain_overlap:g})"
-        )
-    if trouble:
-        can_back_off = guards.action == "back_off" and back_offs < guards.max_back_offs
-        return Verdict("back_off" if can_back_off else "stop", "; ".join(trouble))
+    ruined, broken = not_finite(found), broken_bounds(settings, start, found)
+    if ruined or broken:
+        can_back_off = guards.action == "back_off" and back_offs < guards.max_back_offs and not (ruined or last)
+        return Verdict("back_off" if can_back_off else "stop", "; ".join(ruined + broken))
     target = settings.evaluate.target_forget_nll
     if target is not None and found["forget_nll"] >= target:
         return Verdict("finish", f"the forget NLL is {found['forget_nll']:.4g} (target {target:g})")
     return Verdict("go_on")
+
+
+def not_finite(found: Mapping[str, float]) -> list[str]:
+    """A line for each score that is NaN or infinite."""
+    return [f"{name} is {value}" for name, value in found.items() if not math.isfinite(value)]
+
+
+def broken_bounds(settings: UnlearningConfig, start: Mapping[str, float], found: Mapping[str, float]) -> list[str]:
+    """A line for each guard that an evaluation breaks."""
+    guards, broken = settings.guards, []
+    ratio = found["retain_nll"] / start["retain_nll"]
+    if guards.max_retain_ratio is not None and ratio > guards.max_retain_ratio:
+        broken.append(f"the retain NLL is {ratio:.3g} times the frozen model's (bound {guards.max_retain_ratio:g})")
+    overlap = found.get("retain_overlap", 1.0)
+    if guards.min_retain_overlap is not None and overlap < guards.min_retain_overlap:
+        broken.append(
+            f"only {overlap:.3g} of the retain tokens' experts are still the frozen model's "
+            f"(bound {guards.min_retain_overlap:g})"
+        )
+    return broken
