@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from trace_ds.config.load import load_config
 from trace_ds.config.schema import GRIPConfig, SEUFConfig, TrainableConfig
 from trace_ds.errors import UserError
 from trace_ds.models.routers import find_routers
+from trace_ds.parallel.world import World
 from trace_ds.routing.statistics import RoutingStatistics
 from trace_ds.run.directory import RunDirectory
 from trace_ds.stages.unlearn import check_unlearn, make_batches
@@ -149,7 +151,9 @@ def test_projected_router_gradients_are_blind_to_the_retain_inputs(
     batch = batches.at(0, 0, 1).micro_batches[0]
     model: Any = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     tokens = 6
-    grip.install(Plain(model), batches, torch.device("cpu"), GRIPConfig(tokens=tokens, steps=1))
+    alone = World(0, 1, torch.device("cpu"))
+    held_bytes = grip.install(Plain(model), batches, alone, GRIPConfig(tokens=tokens, steps=1))
+    assert held_bytes == 3 * 4 * tokens * 32 * 4  # layers, experts, inputs (all independent), hidden size, fp32
     seen: dict[int, torch.Tensor] = {}
     chosen: dict[int, torch.Tensor] = {}
 
@@ -173,6 +177,42 @@ def test_projected_router_gradients_are_blind_to_the_retain_inputs(
             inputs = seen[number][(chosen[number] == expert).any(1) & counted][:tokens]
             assert len(inputs) == tokens and float(gradient.norm()) > 0
             assert float((inputs @ gradient).abs().max() / (inputs.norm(dim=1).max() * gradient.norm())) < 1e-5
+
+
+@pytest.mark.slow
+def test_grip_does_not_depend_on_the_world_and_realigned_routers_choose_as_before(
+    calibrated: tuple[Path, Path],  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """The ranks share bases and equations; retain text is routed more as by the frozen model after realignment."""
+    config, prepared = calibrated
+    common = [*GRADIENT_LIKE, "unlearning.forget_loss=graddiff", "unlearning.optimizer.lr=0.03", "unlearning.steps=3"]
+    common += ["unlearning.evaluate.every=3", "unlearning.evaluate.rows=16"]
+    cases = {"projected": "{tokens: 8, steps: 2}", "realigned": "{tokens: 8, steps: 2, realign: true}"}
+    weights, overlap = {}, {}
+    for world, ep, stages in ((1, 1, (3,)), (2, 2, (3, 1))):
+        work = [
+            (str(copy_of(prepared, tmp_path / f"{case}-{world}-{stage}")), [
+                *common, f"unlearning.grip={settings}", f"distributed.ep={ep}", f"unlearning.zero_stage={stage}"
+            ])
+            for stage in stages for case, settings in cases.items()
+        ]  # fmt: skip
+        assert not any(map(any, run_distributed(jobs.unlearn_jobs, world, str(config), work)))
+        for run, _ in work:
+            name = Path(run).name
+            weights[name] = weights_of(Path(run), 3, tmp_path / f"{name}-model")
+            lines = [json.loads(line) for line in (Path(run) / "logs" / "unlearn.jsonl").read_text().splitlines()]
+            overlap[name] = next(x for x in lines if x["event"] == "evaluation" and x["step"] == 3)["retain_overlap"]
+    for case in cases:
+        for other in ("2-3", "2-1"):
+            for name, value in weights[f"{case}-1-3"].items():
+                found = weights[f"{case}-{other}"][name]
+                np.testing.assert_allclose(found, value, rtol=1e-4, atol=1e-5, err_msg=f"{case} {other} {name}")
+    assert overlap["realigned-1-3"] > overlap["projected-1-3"] + 0.03, overlap
+    routers = [name for name in weights["realigned-1-3"] if name.endswith("gate.weight")]
+    assert len(routers) == 3
+    for name, value in weights["projected-1-3"].items():  # nothing but the routers was touched
+        assert np.array_equal(value, weights["realigned-1-3"][name]) != (name in routers), name
 
 
 def test_a_basis_spans_its_inputs_and_nothing_else() -> None:

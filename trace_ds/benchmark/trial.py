@@ -63,7 +63,7 @@ def run(config: Config, job: UnlearnJob, world: World, tasks: list[Task], bench:
     curve: list[dict[str, Any]] = []
     settings = config.unlearning
     multiplier = Multiplier.of(settings, {})
-    with _engine(config, job, world) as (engine, batches, objective, weights, model):
+    with _engine(config, job, world) as (engine, batches, objective, weights, realignment, model):
         for step in range(settings.steps):
             done = step + 1
             try:
@@ -71,6 +71,8 @@ def run(config: Config, job: UnlearnJob, world: World, tasks: list[Task], bench:
                 values = run_step(engine, world, data, objective, weights, settings, step, multiplier.alpha)
                 multiplier = multiplier.after(values["loss_retain"])
                 weights.end_step(engine, world, batches, done)
+                if done == settings.steps and realignment is not None:
+                    realignment.apply(engine)
                 if done % bench.score_every == 0 or done == settings.steps:
                     due = [t for t in tasks if done == settings.steps or t.config.name not in bench.score_at_end]
                     engine.module.eval()
@@ -93,22 +95,25 @@ def _engine(config: Config, job: UnlearnJob, world: World) -> Iterator[Any]:
     from trace_ds.unlearning.assemble import make_objective
     from trace_ds.unlearning.engine import training_engine
     from trace_ds.unlearning.live_weights import make_weights
+    from trace_ds.unlearning.realign import Realignment
 
     batches = make_batches(config, job)
     engine = training_engine(config, job.info, world, batches.micro_batches_per_step(world.size), job.experts)
     start = {"step": 0, "seed": config.seed}
     objective, cursor = make_objective(config, job.info, world, batches, start, job.anchored)
+    realignment = None
     if config.unlearning.grip is not None:
-        grip.install(engine, batches, world.device, config.unlearning.grip)
+        grip.install(engine, batches, world, config.unlearning.grip)
+        realignment = Realignment.asked(engine, batches, world, config.unlearning.grip)
     weights = make_weights(config.unlearning, job.calibration, engine.module, world.device, cursor)
     engine.module.generation_config = GenerationConfig()
     tokenizer = load_tokenizer(_tokenizer(config))
     try:
         model = LanguageModel(engine.module, tokenizer, _settings(config), "the engine")
-        yield engine, batches, objective, weights, model
+        yield engine, batches, objective, weights, realignment, model
     finally:
         engine.destroy()
-        del engine, objective, weights, model
+        del engine, objective, weights, realignment, model
         gc.collect()
 
 

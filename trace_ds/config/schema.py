@@ -185,10 +185,18 @@ class SEUFConfig(Section):
 
 
 class GRIPConfig(Section):
-    """Baseline GRIP: routers do not move along the retain inputs that selected the expert."""
+    """Baseline GRIP: routers do not move along the retain inputs that selected the expert, or are moved back."""
 
     tokens: int = Field(128, ge=1, description="Retain inputs per layer and expert whose span is protected.")
     steps: int = Field(8, ge=1, description="Steps whose retain rows are looked at for them, before training.")
+    realign: bool = Field(
+        False,
+        description="After the last step, move each router by ridge regression so that its logits on those rows are "
+        "the frozen router's again (a job that is given more steps later goes on from there).",
+    )
+    ridge: float = Field(
+        1e-3, gt=0, description="Ridge of realign, in units of the mean eigenvalue of the inputs' second moments."
+    )
 
 
 class LiveWeightsConfig(Section):

@@ -52,6 +52,11 @@ class World:
         """All-reduce (sum) of a float64 array over all ranks."""
         return self._reduce(values, np.float64, dist.ReduceOp.SUM)
 
+    def sum_in_place(self, tensor: torch.Tensor) -> None:
+        """All-reduce (sum) of a tensor on this process's device."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+
     def max_int(self, value: int) -> int:
         return int(self._reduce(np.array([value]), np.int64, dist.ReduceOp.MAX)[0])
 

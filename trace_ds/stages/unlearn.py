@@ -187,6 +187,7 @@ def unlearn(config: Config, run: RunDirectory, world: World) -> None:
     from trace_ds.unlearning.engine import training_engine
     from trace_ds.unlearning.job import train
     from trace_ds.unlearning.live_weights import make_weights
+    from trace_ds.unlearning.realign import Realignment
 
     job = world.agree_each(lambda verify: check_unlearn(config, run, world.size, verify=verify))
     if world.broadcast(job.settled(config, run) if world.is_main else False):
@@ -200,8 +201,11 @@ def unlearn(config: Config, run: RunDirectory, world: World) -> None:
             log.line(f"WARNING {problem}")
         batches = make_batches(config, job)
         engine = training_engine(config, job.info, world, batches.micro_batches_per_step(world.size), job.experts)
+        realignment = None
         if settings.grip is not None:  # before anything is restored: it looks at the frozen routers
-            grip.install(engine, batches, world.device, settings.grip)
+            held_bytes = grip.install(engine, batches, world, settings.grip)
+            log.line(f"GRIP holds {held_bytes:,} bytes of router bases on this rank; fewer grip.tokens take less")
+            realignment = Realignment.asked(engine, batches, world, settings.grip)
         checkpoint = restore(config, run, job, world, engine, chosen, log) if chosen else None
         log.drop_scalars_after(checkpoint.step if checkpoint else 0)
         cursor = checkpoint.cursor if checkpoint else {"step": 0, "seed": config.seed}
@@ -213,7 +217,7 @@ def unlearn(config: Config, run: RunDirectory, world: World) -> None:
             f"ZeRO stage {settings.zero_stage}, world size {world.size}, expert-parallel size {config.distributed.ep}"
         )
         evaluator = make_evaluator(config, job, world)
-        train(engine, world, batches, objective, weights, evaluator, settings, run, manifest, log)
+        train(engine, world, batches, objective, weights, evaluator, settings, run, manifest, log, realignment)
         log.line(f"done: {run.checkpoints / step_name(newest_complete(run.checkpoints)[0] or 0)}")
 
 

@@ -5,15 +5,21 @@ up to ``tokens`` inputs of the frozen router, from retain tokens that selected e
 
     g_e ← g_e − (g_e U_e) U_eᵀ
 
-The projection is linear, so projecting each rank's gradient before the sum over ranks is exact. It acts on the
-gradient (so the abstract says); AdamW's scaling by coordinate does not keep the null space exactly. Weight decay of the
-routers is left as configured. The other variant, realigning routers by ridge regression after training, is not here.
+It acts on the gradient (so the abstract says); AdamW's scaling by coordinate does not keep the null space exactly.
+Weight decay of the routers is left as configured. The other variant, realigning the routers after training, is
+:mod:`trace_ds.unlearning.realign`.
+
+The bases take up to L·E·tokens·D·4 bytes, so the ranks share the experts: a router's gradient is summed over the ranks
+(E × D numbers), and each rank gives back the projected rows of its experts and zeros for the others, which DeepSpeed's
+own sum puts together. The projection is linear, so this is exact.
 
 Shape legend: L MoE layers, E experts, D hidden size, N directions kept, T tokens of a pass, K = top-k.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,24 +27,39 @@ from torch import nn
 
 from trace_ds.config.schema import GRIPConfig
 from trace_ds.models.routers import find_routers, record_routing
+from trace_ds.parallel.world import World
 from trace_ds.unlearning.batches import Batches, MicroBatch
 from trace_ds.unlearning.forward import forward
 
+# The inputs, in parts, of each of this rank's experts of a layer.
+Inputs = dict[int, list[torch.Tensor]]
 
-def install(engine: Any, batches: Batches, device: torch.device, settings: GRIPConfig) -> None:
+
+def install(engine: Any, batches: Batches, world: World, settings: GRIPConfig) -> int:
     """Project the routers' gradients of a training engine that still holds the frozen weights (collective).
 
-    Every rank runs the same retain rows, those of the first steps, and so has the same bases.
+    Every rank runs the same retain rows, those of the first steps, and keeps the inputs of its experts.
+
+    Returns:
+        Bytes of the bases on this rank.
     """
     routers = find_routers(engine.module)
-    inputs_LE: list[list[list[torch.Tensor]]] = [[] for _ in routers]
+    inputs_L: list[Inputs] = [{} for _ in routers]
     for step in range(settings.steps):
         for micro_batch in batches.at(step, 0, 1).micro_batches:
-            _collect(engine, micro_batch.to(device), inputs_LE, settings.tokens)
-    for router, inputs_E in zip(routers, inputs_LE, strict=True):
-        bases = [basis(torch.cat(inputs)[: settings.tokens]) for inputs in inputs_E]
-        weight: Any = router.gate.weight if hasattr(router, "gate") else router.weight  # type: ignore[union-attr]
-        weight.register_hook(_projection(bases))
+            _collect(engine, micro_batch.to(world.device), inputs_L, settings.tokens, world)
+    held_bytes = 0
+    for router, inputs in zip(routers, inputs_L, strict=True):
+        bases = {expert: basis(torch.cat(parts)[: settings.tokens]) for expert, parts in inputs.items()}
+        inputs.clear()
+        held_bytes += sum(basis_DN.numel() * basis_DN.element_size() for basis_DN in bases.values())
+        router_weight(router).register_hook(_projection(bases, world))
+    return held_bytes
+
+
+def router_weight(router: nn.Module) -> Any:
+    """The weight [E, D] of a router, AutoEP's or transformers'."""
+    return router.gate.weight if hasattr(router, "gate") else router.weight  # type: ignore[union-attr]
 
 
 def basis(inputs_TD: torch.Tensor) -> torch.Tensor:
@@ -56,36 +77,49 @@ def project(gradient_D: torch.Tensor, basis_DN: torch.Tensor) -> torch.Tensor:
     return (gradient - basis_DN @ (basis_DN.T @ gradient)).to(gradient_D.dtype)
 
 
-def _projection(bases: list[torch.Tensor]) -> Any:
-    return lambda gradient_ED: torch.stack(
-        [project(row_D, basis_DN) for row_D, basis_DN in zip(gradient_ED, bases, strict=True)]
-    )
+def _projection(bases: dict[int, torch.Tensor], world: World) -> Any:
+    def hook(gradient_ED: torch.Tensor) -> torch.Tensor:
+        total_ED = gradient_ED
+        if world.size > 1:
+            total_ED = gradient_ED.float().clone()
+            world.sum_in_place(total_ED)
+        mine_ED = torch.zeros_like(total_ED)
+        for expert, basis_DN in bases.items():
+            mine_ED[expert] = project(total_ED[expert], basis_DN)
+        return mine_ED.to(gradient_ED.dtype)
+
+    return hook
 
 
-def _collect(engine: Any, batch: MicroBatch, inputs_LE: list[list[list[torch.Tensor]]], tokens: int) -> None:
-    """Add the inputs of each router to the experts that its retain tokens selected, up to ``tokens`` each."""
-    counted_T = batch.counted_BS[batch.forget_rows :].reshape(-1)
+@contextlib.contextmanager
+def router_inputs(routers: list[nn.Module]) -> Iterator[list[torch.Tensor]]:
+    """Collect the inputs [T, D] (detached) of the routers, in the order in which they run, inside the block."""
     seen: list[torch.Tensor] = []
-    routers: list[nn.Module] = find_routers(engine.module)
-    handles = [
-        router.register_forward_pre_hook(
-            lambda module, inputs: seen.append(inputs[0].detach().reshape(-1, inputs[0].shape[-1]))
-        )
-        for router in routers
-    ]
+
+    def keep(module: nn.Module, inputs: Any) -> None:
+        seen.append(inputs[0].detach().reshape(-1, inputs[0].shape[-1]))
+
+    handles = [router.register_forward_pre_hook(keep) for router in routers]
     try:
-        with torch.no_grad(), record_routing(engine.module) as recorder:
-            retain = slice(batch.forget_rows, None)
-            forward(engine, batch.input_ids_BS[retain], batch.position_ids_BS[retain], last=True)
+        yield seen
     finally:
         for handle in handles:
             handle.remove()
-    for layer, (inputs_TD, inputs_E) in enumerate(zip(seen, inputs_LE, strict=True)):
+
+
+def _collect(engine: Any, batch: MicroBatch, inputs_L: list[Inputs], tokens: int, world: World) -> None:
+    """Add the inputs of each router to this rank's experts that its retain tokens selected, up to ``tokens`` each."""
+    counted_T = batch.counted_BS[batch.forget_rows :].reshape(-1)
+    routers = find_routers(engine.module)
+    retain = slice(batch.forget_rows, None)
+    with router_inputs(routers) as seen, torch.no_grad(), record_routing(engine.module) as recorder:
+        forward(engine, batch.input_ids_BS[retain], batch.position_ids_BS[retain], last=True)
+    for layer, (inputs_TD, inputs) in enumerate(zip(seen, inputs_L, strict=True)):
         scores, indices_TK = recorder.layer(layer)
         experts = getattr(routers[layer], "num_experts", scores.shape[-1])
-        inputs_E.extend([inputs_TD[:0]] for _ in range(experts - len(inputs_E)))
-        for expert in range(experts):
-            have = sum(len(part) for part in inputs_E[expert])
+        for expert in range(world.rank, experts, world.size):
+            parts = inputs.setdefault(expert, [inputs_TD[:0]])
+            have = sum(len(part) for part in parts)
             if have < tokens:
                 chosen_T = (indices_TK == expert).any(dim=1) & counted_T
-                inputs_E[expert].append(inputs_TD[chosen_T][: tokens - have])
+                parts.append(inputs_TD[chosen_T][: tokens - have])

@@ -24,6 +24,7 @@ from trace_ds.unlearning.live_weights import RetainWeights
 from trace_ds.unlearning.loss import Objective
 from trace_ds.unlearning.multiplier import Multiplier
 from trace_ds.unlearning.objectives import weighted_sum
+from trace_ds.unlearning.realign import Realignment
 from trace_ds.unlearning.watch import Evaluator, Verdict, broken_bounds, judge
 
 
@@ -64,6 +65,7 @@ def train(
     run: RunDirectory,
     manifest: Manifest,
     log: StageLog,
+    realignment: Realignment | None = None,
 ) -> None:
     """Train from step ``manifest.step`` to ``settings.steps`` or to the forgetting target, saving as configured.
 
@@ -98,9 +100,15 @@ def train(
             progress.advance(forget=values["loss_forget"], retain=values["loss_retain"])
             last = done == settings.steps
             verdict = None
+            if last and realignment is not None:
+                realignment.apply(engine)
             if evaluator is not None and settings.evaluate.every and (last or done % settings.evaluate.every == 0):
                 verdict = look(engine, evaluator, settings, cursor, done, log)
-                last |= verdict.action == "finish"
+                if verdict.action == "finish" and not last and realignment is not None:
+                    realignment.apply(engine)
+                    verdict = None  # it was about the routers before
+                    last = True
+                last |= verdict is not None and verdict.action == "finish"
             if done % settings.save_every == 0 or last or stop:
                 require_finite(engine, world, objective, batches, done)
                 broken = broken_guards(engine, evaluator, settings, cursor, verdict)
