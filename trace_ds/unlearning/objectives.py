@@ -102,14 +102,18 @@ def npo_forget_sum(
 ) -> torch.Tensor:
     """NPO (Zhang et al., arXiv 2404.05868, eq. 3): Σ over sequences of −(2/β) log σ(β [NLL_θ(y) − NLL_ref(y)]).
 
-    NLL(y) is the *sum* over the sequence's tokens, as in the paper; a β of 0.1 saturates on long sequences. Rows with
-    no counted token add nothing.
+    NLL(y) is the *sum* over the sequence's tokens, as in the paper; the default β of 0.1 saturates on long sequences.
+    Rows with no counted token add nothing.
     """
     return _preference_sum((nll_BS - reference_nll_BS).sum(dim=1), counted_BS, beta)
 
 
 def simnpo_forget_sum(nll_BS: torch.Tensor, counted_BS: torch.Tensor, beta: float, delta: float) -> torch.Tensor:
-    """SimNPO (Fan et al., arXiv 2410.07163, eq. 4): Σ over sequences of −(2/β) log σ(β [NLL_θ(y)/|y| − δ])."""
+    """SimNPO (Fan et al., arXiv 2410.07163, eq. 4): Σ over sequences of −(2/β) log σ(β [NLL_θ(y)/|y| − δ]).
+
+    Defaults β = 4.5, δ = 0. The authors also weight the forget loss, γ = 0.125: here ``unlearning.gamma``, which is 1
+    by default under every loss.
+    """
     mean_B = nll_BS.sum(dim=1) / counted_BS.sum(dim=1).clamp(min=1)
     return _preference_sum(mean_B - delta, counted_BS, beta)
 
@@ -126,7 +130,7 @@ def dpo_forget_sum(
 
     y is the forget row, y⁺ the row preferred to it; refusals as y⁺ make it IdkDPO (Rafailov et al., arXiv 2305.18290;
     for unlearning Zhang et al., 2404.05868, and Maini et al., 2401.06121). NLLs are sums. The factor 2/β, as in NPO
-    and the OpenUnlearning benchmark, is not in the DPO paper.
+    and the OpenUnlearning benchmark, is not in the DPO paper. Default β = 0.1.
     """
     forget_B = (nll_BS - reference_nll_BS).sum(dim=1)
     preferred_B = (preferred_nll_BS - preferred_reference_nll_BS).sum(dim=1)
@@ -150,7 +154,8 @@ def rmu_target(hidden_size: int, seed: int, length: float) -> torch.Tensor:
     """RMU's steering target c·u (Li et al., *The WMDP Benchmark*, arXiv 2403.03218, eq. 2), fp32 [D].
 
     u is uniform in [0, 1)^D scaled to unit length, as in the authors' code; ``length`` is c in the units of the hidden
-    states (we set it to a multiple of their mean norm, since a fixed c does nothing where hidden states are large).
+    states (we set it to a multiple of their mean norm, since a fixed c does nothing where hidden states are large: 3
+    times by default, our choice).
     """
     direction = torch.rand(hidden_size, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
     return direction / direction.norm() * length
@@ -160,7 +165,8 @@ def adaptive_rmu_target(target_D: torch.Tensor, frozen_BSD: torch.Tensor) -> tor
     """Adaptive RMU's target: ``target_D`` times the norm of the frozen hidden state of each position, fp32 [B, S, D].
 
     c_t = β ‖h_t^ref‖ (Huu-Tien et al., arXiv 2408.06223); ``target_D`` is β·u. Our reading: the norm of each forget
-    token by itself. The paper's abstract leaves open whether it is that or a mean over the batch.
+    token by itself. The paper's abstract leaves open whether it is that or a mean over the batch. Default β = 3, as for
+    the mean norm (our choice).
     """
     return frozen_BSD.detach().float().norm(dim=-1, keepdim=True) * target_D
 
@@ -180,7 +186,8 @@ def weighted_sum(values_BS: torch.Tensor, weights_BS: torch.Tensor) -> torch.Ten
 def dual_update(multiplier: float, retain_loss: float, bound: float, step: float) -> float:
     """PDU's multiplier after a step: λ ← max(0, λ + η (L_retain − ε)) (Entesari et al., arXiv 2506.05314).
 
-    The job minimises L_forget + λ L_retain; where the retain loss exceeds its bound ε, λ grows.
+    The job minimises L_forget + λ L_retain; where the retain loss exceeds its bound ε, λ grows. Defaults: η = 1, ε =
+    1.05 times the retain loss of the first step, λ from α (all ours).
     """
     return max(0.0, multiplier + step * (retain_loss - bound))
 
