@@ -384,7 +384,7 @@ def print_table(result: dict[str, Any]) -> None:
         )
 
 
-def main() -> int:
+def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--hidden", type=int, default=256)
@@ -396,17 +396,26 @@ def main() -> int:
     parser.add_argument("--work-dir", type=Path, help="default: a temporary directory")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--arm", default="trace", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def run_child(options: argparse.Namespace) -> dict[str, Any]:
+    """One measurement, in this process."""
+    path = options.work_dir / "config.yaml"
+    children: dict[str, Any] = {
+        "artefacts": lambda: make_artefacts(path),
+        "times": lambda: time_arms(path, options.steps),
+        "memory": lambda: memory_of(path, options.arm),
+        "gpu_ours": lambda: gpu_ours(path, options.steps),
+        "gpu_plain": lambda: gpu_plain(path, options.steps),
+    }
+    return children[options.child]() or {}
+
+
+def main() -> int:
+    options = parse(sys.argv[1:])
     if options.child:
-        path = options.work_dir / "config.yaml"
-        children: dict[str, Any] = {
-            "artefacts": lambda: make_artefacts(path),
-            "times": lambda: time_arms(path, options.steps),
-            "memory": lambda: memory_of(path, options.arm),
-            "gpu_ours": lambda: gpu_ours(path, options.steps),
-            "gpu_plain": lambda: gpu_plain(path, options.steps),
-        }
-        print("\n" + json.dumps(children[options.child]() or {}))
+        print("\n" + json.dumps(run_child(options)))
         return 0
     with tempfile.TemporaryDirectory(dir=options.work_dir) as folder:
         result = measure(options, Path(folder))
