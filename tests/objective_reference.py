@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -73,6 +74,8 @@ def reference_run(config_path: str, run_dir: str, overrides: list[str], steps: i
     )
     direction = torch.rand(model.config.hidden_size, generator=torch.Generator().manual_seed(config.seed)).double()
     direction /= direction.norm()
+    unit = mean_norm(frozen, batches, layer) if settings.rmu.scale == "mean_norm" else 1.0
+    direction *= settings.rmu.coefficient * unit
     alpha, bound, losses = settings.alpha, None, []
     for step in range(steps):
         data = batches.at(step, 0, 1)
@@ -90,8 +93,21 @@ def reference_run(config_path: str, run_dir: str, overrides: list[str], steps: i
     return {"losses": losses, "weights": jobs.saved_weights(model.float())}
 
 
+def mean_norm(frozen: Any, batches: Any, layer: int) -> float:
+    """Mean length of the frozen hidden states over the forget tokens of the first four steps."""
+    lengths = []
+    for step in range(4):
+        for batch in batches.at(step, 0, 1).micro_batches:
+            ids, positions = batch.input_ids_BS, batch.position_ids_BS
+            out = frozen(input_ids=ids, position_ids=positions, use_cache=False, output_hidden_states=True)
+            for row in range(batch.forget_rows):
+                states = out.hidden_states[layer + 1][row, batch.counted_BS[row]]
+                lengths += [math.sqrt(sum(value * value for value in state)) for state in states.tolist()]
+    return sum(lengths) / len(lengths)
+
+
 def reference_losses(
-    model: Any, frozen: Any, batch: Any, settings: Any, layer: int, direction: torch.Tensor
+    model: Any, frozen: Any, batch: Any, settings: Any, layer: int, target: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(forget, retain) of one micro-batch that is the whole step, row by row."""
 
@@ -127,10 +143,10 @@ def reference_losses(
     for row in range(split):
         where = batch.counted_BS[row].nonzero().squeeze(1)
         if loss == "rmu":
-            length = settings.rmu.coefficient
+            length = 1.0
             if settings.rmu.scale == "adaptive":
-                length = length * (frozen_hidden[row, where] ** 2).sum(1, keepdim=True).sqrt()
-            parts.append(((hidden[row, where] - length * direction) ** 2).mean(1))
+                length = (frozen_hidden[row, where] ** 2).sum(1, keepdim=True).sqrt()
+            parts.append(((hidden[row, where] - length * target) ** 2).mean(1))
         elif loss == "dpo":
             margin = sum(
                 row_values("nll", z, reference, batch, row)[1].sum() * sign

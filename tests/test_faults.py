@@ -6,6 +6,7 @@ the same writer, so that a save costs milliseconds and many crashes fit into a t
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import resource
@@ -24,6 +25,7 @@ from distributed import end_of_ranks, run_distributed
 
 from trace_ds.checkpoints import commit, serialization
 from trace_ds.checkpoints.manifest import Manifest, complete_steps, read_manifest, step_name, verify
+from trace_ds.errors import JobFailed
 from trace_ds.run.files import remove_leftovers
 
 JOB = "job"
@@ -142,11 +144,11 @@ def test_sigkill_at_random_points_of_saving_loses_nothing(tmp_path: Path) -> Non
     assert not list(folder.glob("*.tmp-*"))
 
 
-def failing_save(world: Any, folder: str, how: str) -> int:
-    """A save during which rank 1 raises, meets a full disk, or is slow."""
+def failing_save(world: Any, folder: str, how: str, victim: int) -> int:
+    """A save during which one rank raises, meets a full disk, or is slow."""
 
     def prepare(world: Any) -> None:
-        if world.rank != 1:
+        if world.rank != victim:
             return
         if how == "full":  # a limit on the size of files is a full disk to the code, and needs no mount
             resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
@@ -162,20 +164,21 @@ def failing_save(world: Any, folder: str, how: str) -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])  # rank 0 also writes the manifest
 @pytest.mark.parametrize("how", ["raises", "full", "slow"])
-def test_one_rank_raising_out_of_space_or_slow(tmp_path: Path, how: str) -> None:
+def test_one_rank_raising_out_of_space_or_slow(tmp_path: Path, how: str, victim: int) -> None:
     folder = tmp_path / "checkpoints"
     run_distributed(save_next, 2, str(folder))
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    ends = end_of_ranks(failing_save, 2, str(folder), how)
+    ends = end_of_ranks(failing_save, 2, str(folder), how, victim)
     if how == "slow":
         assert ends == [0, 0] and check_whole(folder) == 2
         return
     assert all(ends), ends  # neither ended with 0, and both within a minute
     if how == "raises":
-        assert "this rank is broken" in ends[1]
+        assert "this rank is broken" in ends[victim]
     else:
-        assert "OSError" in ends[1] and "zero_pp_rank_1_mp_rank_00_model_states.pt" in ends[1]
+        assert "OSError" in ends[victim] and f"zero_pp_rank_{victim}_mp_rank_00_model_states.pt" in ends[victim]
     assert check_whole(folder) == 1
     assert all(path.read_bytes() == content for path, content in before.items())
     assert run_distributed(save_next, 2, str(folder)) == [2, 2]
@@ -189,6 +192,16 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
+def unreadable(path: Path) -> None:
+    """A file of the right size that gives an input/output error when it is read, as one on a failing disk."""
+    path.unlink()
+    path.symlink_to("/proc/self/mem")
+    manifest = path.parent / "manifest.json"
+    raw = json.loads(manifest.read_text())
+    raw["files"][path.name]["bytes"] = 0
+    manifest.write_text(json.dumps(raw))
+
+
 SHARD = "zero_pp_rank_1_mp_rank_00_optim_states.pt"
 LAST = step_name(3)
 # name -> (what happens to the folder, whose newest checkpoint is step 3; step resumed from, part of a loud line)
@@ -196,6 +209,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], int, str]] = {
     "nothing": (lambda folder: None, 3, ""),
     "truncated": (lambda folder: os.truncate(folder / LAST / SHARD, 99), 2, f"{LAST}/{SHARD}: the file has 99"),
     "flipped": (lambda folder: flip(folder / LAST / SHARD), 2, f"{LAST}/{SHARD}: the file was altered"),
+    "unreadable": (
+        lambda folder: unreadable(folder / LAST / SHARD),
+        2,
+        f"{LAST}/{SHARD}: the file cannot be read (Input/output error)",
+    ),
     "missing": (lambda folder: (folder / LAST / SHARD).unlink(), 2, f"{LAST}/{SHARD}: a file of the"),
     "no_manifest": (lambda folder: (folder / LAST / "manifest.json").unlink(), 2, "there is no manifest"),
     "torn_manifest": (lambda folder: os.truncate(folder / LAST / "manifest.json", 40), 2, "manifest is damaged"),
@@ -216,6 +234,30 @@ def choose_each(world: Any, root: str) -> list[tuple[int, list[str]]]:
     return found
 
 
+def restore_each(world: Any, folder: str) -> list[tuple[int, list[str]]]:
+    """What is restored where rank 1 alone cannot load step 3, and neither of the two that are kept; what is told."""
+    found: list[tuple[int, list[str]]] = []
+    for broken in ((3,), (3, 2)):
+        told: list[str] = []
+
+        def load_one(manifest: Manifest, broken: tuple[int, ...] = broken) -> None:
+            if world.rank == 1 and manifest.step in broken:
+                raise KeyError("optimizer_state_dict")
+
+        try:
+            chosen = read_manifest(Path(folder) / LAST)
+            step = commit.restore(world, Path(folder), chosen, load_one, told.append).step
+        except JobFailed as error:
+            step = 0
+            told.append(str(error))
+        found.append((step, told))
+    return found
+
+
+def choose_and_restore(world: Any, root: str, folder: str) -> tuple[list[tuple[int, list[str]]], ...]:
+    return choose_each(world, root), restore_each(world, folder)
+
+
 def three_saves(world: Any, folder: str) -> None:
     for _ in range(3):
         save_next(world, folder)
@@ -228,9 +270,13 @@ def test_damage_is_named_and_the_newest_complete_checkpoint_is_used(tmp_path: Pa
     for name, (damage, _, _) in DAMAGE.items():
         shutil.copytree(whole, tmp_path / name)
         damage(tmp_path / name)
-    results = run_distributed(choose_each, 2, str(tmp_path))
+    results = run_distributed(choose_and_restore, 2, str(tmp_path), str(whole))
     assert results[0] == results[1]
-    for (name, (_, expected, text)), (step, problems) in zip(DAMAGE.items(), results[0], strict=True):
+    chosen, restored = results[0]
+    assert [step for step, _ in restored] == [2, 0]  # only the newest two are kept
+    assert all(f"{LAST} could not be loaded: KeyError: 'optimizer_state_dict'" in told[0] for _, told in restored)
+    assert "no checkpoint in" in restored[1][1][-1] and len(restored[1][1]) == 3
+    for (name, (_, expected, text)), (step, problems) in zip(DAMAGE.items(), chosen, strict=True):
         assert step == expected, name
         assert text in "\n".join(problems), (name, problems)
         assert bool(problems) == bool(text), (name, problems)

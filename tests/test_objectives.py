@@ -94,8 +94,11 @@ def test_rmu_target_has_the_length_and_depends_on_the_seed_only() -> None:
 
 
 def test_hidden_mse() -> None:
-    hidden, target = torch.tensor([[[1.0, 3.0]]]), torch.tensor([[[0.0, 1.0]]])
-    assert objectives.hidden_mse(hidden, target).tolist() == [[2.5]]
+    hidden, target = torch.tensor([[[1.0, 3.0]]], requires_grad=True), torch.tensor([[[0.0, 1.0]]])
+    value = objectives.hidden_mse(hidden, target)
+    assert value.tolist() == [[2.5]]
+    (gradient,) = torch.autograd.grad(value.sum(), hidden)
+    assert gradient.tolist() == [[[1.0, 2.0]]]  # 2 (h - target) / D
 
 
 TOKEN_LOSSES = sorted(FORMULAS)
