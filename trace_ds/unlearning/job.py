@@ -104,14 +104,16 @@ def train(
                 realignment.apply(engine)
             if evaluator is not None and settings.evaluate.every and (last or done % settings.evaluate.every == 0):
                 verdict = look(engine, evaluator, settings, cursor, done, log)
-                if verdict.action == "finish" and not last and realignment is not None:
-                    realignment.apply(engine)
-                    verdict = None  # it was about the routers before
+                if verdict.action == "finish" and not last:
                     last = True
-                last |= verdict is not None and verdict.action == "finish"
+                    if realignment is not None:
+                        realignment.apply(engine)
+                        verdict = None  # it was about the routers before
             if done % settings.save_every == 0 or last or stop:
                 require_finite(engine, world, objective, batches, done)
                 broken = broken_guards(engine, evaluator, settings, cursor, verdict)
+                if broken and last:
+                    raise JobFailed(f"stopped after step {done}: {broken}; the last checkpoint stands")
                 if broken:
                     log.line(f"WARNING no checkpoint of step {done}: {broken}")
                 else:
