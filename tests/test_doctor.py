@@ -256,6 +256,9 @@ def test_model_faults(tmp_path: Path, model: Path) -> None:
     (model / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
     only_fault(model_faults(tmp_path, model), "model-00001-of-00002.safetensors is missing")
     only_fault(model_faults(tmp_path, tmp_path / "nowhere"), "no model directory")
+    other = tiny.make_model(tmp_path / "granite", "granitemoe")
+    assert "no expert parallelism" in of(model_faults(tmp_path, other), "model")["family"].detail
+    only_fault(model_faults(tmp_path, other, distributed__ep=2), "family", "distributed.ep is 2", "--ep 1")
 
 
 @pytest.mark.parametrize(

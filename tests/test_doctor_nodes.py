@@ -8,17 +8,19 @@ import socket
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
-from distributed import run_distributed
+from distributed import CONTEXT, run_distributed
 from slurm_cluster import SlurmCluster, find_daemon
 
 from trace_ds.cluster import checks_machine, checks_nodes
 from trace_ds.cluster.checks import Check
 from trace_ds.config.load import load_config
+from trace_ds.parallel.environment import free_port
 
 MOUNTS = subprocess.run(["unshare", "--mount", "true"], capture_output=True, check=False).returncode == 0
 needs_mounts = pytest.mark.skipif(not MOUNTS, reason="mount namespaces are not allowed here")
@@ -133,12 +135,88 @@ def test_a_blocked_port_is_named_before_anybody_waits_for_it(tmp_path: Path, mon
             monkeypatch.setenv(name, str(value))
         monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
         found = checks_nodes.join_job()
-    assert isinstance(found, list)
-    fault = missing(found)["rendezvous port"]
+    assert isinstance(found, Check)
+    fault = missing([found])["rendezvous port"]
     assert f"{port} cannot be bound" in fault.detail and "MASTER_PORT" in fault.fix
 
 
+def lonely_rank(rank: int, port: int, output: str) -> None:
+    """The doctor as one rank of two of which the other never comes; its report, or its lines on standard error."""
+    from trace_ds.cluster.doctor import doctor
+
+    os.environ.update(RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(DS_ACCELERATOR="cpu", SLURM_GPUS_ON_NODE="8", CUDA_VISIBLE_DEVICES="", SLURMD_NODENAME="n7")
+    checks_nodes.JOIN_TIMEOUT_MINUTES = 0.02
+    with Path(output).open("w", encoding="utf-8") as file:
+        sys.stdout = sys.stderr = file
+        status = doctor(None, None, json=False, bandwidth=False)
+        print(f"status {status}")
+
+
+def test_ranks_that_do_not_meet_still_report_their_machines(tmp_path: Path) -> None:
+    """A node whose GPUs are gone and whose network is closed: both are said, by every node."""
+    outputs = [tmp_path / "main", tmp_path / "other"]
+    processes = [
+        CONTEXT.Process(target=lonely_rank, args=(rank, free_port(), str(output)))
+        for rank, output in enumerate(outputs)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    main, other = (output.read_text(encoding="utf-8") for output in outputs)
+    assert "SLURM promises 8 on this node, torch sees 0" in main
+    assert "the ranks do not meet at 127.0.0.1:" in main and "GLOO_SOCKET_IFNAME" in main and "status 1" in main
+    assert "trace-ds doctor on n7: GPUs: SLURM promises 8 on this node, torch sees 0. Fix: run nvidia-smi" in other
+
+
 # Two nodes
+
+
+def faulty_storage(world: Any, run_dir: str) -> dict[str, list[Check]]:
+    """The storage checks between nodes where the first node's write fails (a limit on file sizes), where it knows no
+    locks (ENOSYS, as Lustre without -o flock), and where another node knows none."""
+    import errno
+    import fcntl
+    import resource
+    import signal
+
+    job = checks_nodes.Job(world, [f"n{rank + 1}" for rank in range(world.size)])
+    path, flock = Path(run_dir), fcntl.flock
+
+    def no_locks(*arguments: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    def found(rank: int, fault: Callable[[], object], repair: Callable[[], object]) -> list[Check]:
+        if world.rank == rank:
+            fault()
+        checks = list(checks_nodes.shared_storage_checks(job, path))
+        if world.rank == rank:
+            repair()
+        return checks
+
+    def limit(size: int) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    return {
+        "write": found(0, lambda: limit(1000), lambda: limit(resource.RLIM_INFINITY)),
+        "first": found(0, lambda: setattr(fcntl, "flock", no_locks), lambda: setattr(fcntl, "flock", flock)),
+        "second": found(1, lambda: setattr(fcntl, "flock", no_locks), lambda: setattr(fcntl, "flock", flock)),
+    }
+
+
+def test_storage_faults_of_one_node_are_reported_by_all(tmp_path: Path) -> None:
+    """No rank is left waiting for one whose system call failed: the collectives stay in step."""
+    ranks = run_distributed(faulty_storage, 2, str(tmp_path / "run"))
+    assert ranks[0] == ranks[1]
+    faults = {fault: checks[-1] for fault, checks in ranks[0].items()}
+    assert faults["write"].status == "MISS" and "n1 cannot write 1 MiB (File too large)" in faults["write"].detail
+    for fault, node in (("first", "n1"), ("second", "n2")):
+        check = faults[fault]
+        assert check.status == "WARN" and check.detail == f"{node}: flock fails (Function not implemented)"
+        assert "-o flock" in check.fix
+    assert not list(tmp_path.iterdir())
 
 
 def on_node(world: Any, folder: str, config: str, run_dir: str) -> list[Check] | None:
@@ -146,7 +224,7 @@ def on_node(world: Any, folder: str, config: str, run_dir: str) -> list[Check] |
     from trace_ds.cluster import checks_nodes, doctor
 
     node = f"n{world.rank + 1}"
-    os.environ["SLURMD_NODENAME"] = node
+    os.environ |= {"SLURMD_NODENAME": node, "LOCAL_RANK": "0"}
     os.environ["PYTHONPATH"] = ""
     os.chdir(Path(folder) / node)
     checks_nodes.join_job = lambda: checks_nodes.Job(world, world.gather(node))

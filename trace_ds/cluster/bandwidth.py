@@ -96,8 +96,8 @@ def worker(rank: int, world: int, port: int, backend: str) -> dict[str, float]:
     return result
 
 
-def time_collectives(device: Any) -> dict[str, float]:
-    """Bytes/s by collective over the default process group, the best of :data:`REPEATS`.
+def time_collectives(device: Any, group: Any = None) -> dict[str, float]:
+    """Bytes/s by collective over a process group of all ranks (default: the default one), the best of :data:`REPEATS`.
 
     Raises:
         RuntimeError: a collective gave a wrong result.
@@ -113,12 +113,12 @@ def time_collectives(device: Any) -> dict[str, float]:
         for _ in range(REPEATS):
             sent = torch.full((elements,), float(rank + 1), device=device)
             received = torch.empty_like(sent)
-            distributed.barrier()
+            distributed.barrier(group)
             start = time.perf_counter()
             if name == "all-reduce":
-                distributed.all_reduce(sent)
+                distributed.all_reduce(sent, group=group)
             else:
-                distributed.all_to_all_single(received, sent)
+                distributed.all_to_all_single(received, sent, group=group)
             if device.type == "cuda":
                 torch.cuda.synchronize()
             best_s = min(best_s, time.perf_counter() - start)

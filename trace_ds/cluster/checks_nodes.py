@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import importlib.metadata
 import os
 import secrets
@@ -19,8 +20,9 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,7 +34,9 @@ from trace_ds.errors import UserError
 if TYPE_CHECKING:
     from trace_ds.parallel.world import World
 
-JOIN_TIMEOUT_MINUTES = 2
+JOIN_TIMEOUT_MINUTES = 2.0  # for nodes that start a little later than the first
+CHECK_TIMEOUT_MINUTES = 30.0  # for the slowest node's storage, model and corpora
+NCCL_TIMEOUT_MINUTES = 2.0
 SEEN_WITHIN_S = 10.0  # network file systems cache directory entries for a few seconds
 TOKEN_BYTES = 1 << 20
 ORDER = ("OK", "WARN", "MISS")
@@ -54,27 +58,44 @@ class Job:
         return self.nodes.index(self.node) == self.world.rank
 
 
-def join_job() -> Job | list[Check] | None:
-    """Join the launcher's process group; when that fails the checks that say why (None on ranks other than 0)."""
-    from trace_ds.parallel.world import join
+def first_of_node() -> bool:
+    """Whether this process is its launcher's first on this node; known before anything is joined."""
+    names = ("LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK")
+    return next((os.environ[name] for name in names if name in os.environ), "0") == "0"
 
-    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or os.environ.get("OMPI_COMM_WORLD_RANK") or "0"
+
+def main_by_environment() -> bool:
+    """Whether this process will be rank 0; known before anything is joined."""
+    names = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
+    return next((os.environ[name] for name in names if name in os.environ), "0") == "0"
+
+
+def node_name() -> str:
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def join_job() -> Job | Check:
+    """Join the launcher's process group over gloo, GPUs or not; when that fails, the check that says why."""
+    from trace_ds.parallel.world import join, wait_longer
+
     port = os.environ.get("MASTER_PORT")
     # torchrun's agent holds the port already and serves its ranks there
-    if rank == "0" and port and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        taken = [check for check in port_checks(port) if check.status == "MISS"]
-        if taken:
-            return taken
+    if main_by_environment() and port and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        for check in port_checks(port):
+            if check.status == "MISS":
+                return check
     try:
-        world = join(threads=1, timeout_minutes=JOIN_TIMEOUT_MINUTES)
-        return Job(world, world.gather(os.environ.get("SLURMD_NODENAME") or socket.gethostname()))
+        world = join(threads=1, timeout_minutes=JOIN_TIMEOUT_MINUTES, on_cpu=True)
+        nodes = world.gather(node_name())
     except UserError:
         raise
     except Exception as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{port}"
         fix = "open the port between the nodes, and name the network: NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME"
         detail = f"the ranks do not meet at {where} ({type(error).__name__}: {first_line(str(error))})"
-        return [Check("collectives", "process group", "MISS", detail, fix)] if rank == "0" else None
+        return Check("collectives", "process group", "MISS", detail, fix)
+    wait_longer(CHECK_TIMEOUT_MINUTES)
+    return Job(world, nodes)
 
 
 def leave_job(job: Job) -> None:
@@ -109,12 +130,33 @@ def _worst(found: dict[str, Check], nodes: int) -> Check:
 
 
 def bandwidth_checks(job: Job) -> Iterator[Check]:
-    """All-reduce and all-to-all over the job's own process group."""
+    """All-reduce and all-to-all between all ranks: over NCCL when every rank has a GPU of its own, else over gloo."""
+    import torch
+
     from trace_ds.cluster.bandwidth import bandwidth_lines, time_collectives
 
-    backend = "nccl" if job.world.device.type == "cuda" else "gloo"
-    nodes = len(set(job.nodes))
-    yield from bandwidth_lines(time_collectives(job.world.device), backend, f"{job.world.size} ranks on {nodes} nodes")
+    where = f"{job.world.size} ranks on {len(set(job.nodes))} nodes"
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if not all(job.world.gather(local_rank < torch.cuda.device_count())):
+        yield from bandwidth_lines(time_collectives(torch.device("cpu")), "gloo", where)
+        return
+    os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")  # a collective that hangs raises; else it kills the process
+    torch.cuda.set_device(local_rank)
+    reason = ""
+    try:
+        timeout = timedelta(minutes=NCCL_TIMEOUT_MINUTES)
+        group = torch.distributed.new_group(backend="nccl", timeout=timeout)
+        result = time_collectives(torch.device("cuda", local_rank), group)
+    except Exception as error:
+        result, reason = {}, first_line(str(error))
+    failed = [(rank, text) for rank, text in enumerate(job.world.gather(None if result else reason)) if text]
+    if not failed:
+        version = ".".join(map(str, torch.cuda.nccl.version()))
+        yield from bandwidth_lines(result, f"NCCL {version}", where)
+        return
+    rank, text = failed[0]
+    fix = "run again with NCCL_DEBUG=WARN to see NCCL's own reason; name the network: NCCL_SOCKET_IFNAME, NCCL_IB_HCA"
+    yield Check("collectives", "NCCL", "MISS", f"rank {rank} on {job.nodes[rank]}: {text}", fix)
 
 
 def sameness_checks(job: Job, config: Config | None) -> Iterator[Check]:
@@ -181,26 +223,48 @@ def _between_nodes(job: Job, folder: Path) -> Iterator[Check]:
     tokens = job.world.broadcast([secrets.token_hex(TOKEN_BYTES // 2) for _ in range(2)])
     path = folder / "token"
     for name, token in zip(("same bytes on all nodes", "rename seen by all nodes"), tokens, strict=True):
-        if job.world.is_main:
-            (folder / "part").write_text(token, encoding="ascii")
-            os.replace(folder / "part", path)
-        job.world.barrier()
+        if failure := _on_main(job, functools.partial(_publish, path, token)):
+            detail = f"{job.nodes[0]} cannot write {len(token) >> 20} MiB ({failure})"
+            yield Check("storage", name, "MISS", detail, "free space there, or choose another --run-dir")
+            return
         blind = _nodes_where(job, not _reads(path, token))
         if blind:
             yield Check("storage", name, "MISS", f"{', '.join(blind)} cannot read what {job.nodes[0]} wrote", fix)
             return
-        yield Check("storage", name, "OK", f"{len(token) >> 20 or 1} MiB written by {job.nodes[0]}")
-    with path.open() as handle:
-        if job.world.is_main:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        job.world.barrier()
-        unlocked = _nodes_where(job, not job.world.is_main and _can_lock(path))
-    if unlocked:
+        yield Check("storage", name, "OK", f"{len(token) >> 20} MiB written by {job.nodes[0]}")
+    yield _locks_between_nodes(job, path)
+
+
+def _locks_between_nodes(job: Job, path: Path) -> Check:
+    """Whether a lock that the main rank holds keeps the other ranks out."""
+    with contextlib.ExitStack() as held:
+        failure = _on_main(job, lambda: held.enter_context(_locked(path)))
+        found = "" if failure or job.world.is_main else _lock_attempt(path)
+        found_by_rank = job.world.gather(found)  # the lock is held until all have tried
+    found_by_rank[0] = failure and f"flock fails ({failure})"
+    if any(found_by_rank):
         fix = "mount with locks (Lustre: -o flock), and never start two jobs in one run directory"
-        detail = f"{', '.join(unlocked)} could lock what {job.nodes[0]} had locked"
-        yield Check("storage", "locks between nodes", "WARN", detail, fix)
-    else:
-        yield Check("storage", "locks between nodes", "OK", "flock excludes the other ranks")
+        rank = next(rank for rank, text in enumerate(found_by_rank) if text)
+        return Check("storage", "locks between nodes", "WARN", f"{job.nodes[rank]}: {found_by_rank[rank]}", fix)
+    return Check("storage", "locks between nodes", "OK", "flock excludes the other ranks")
+
+
+def _on_main(job: Job, action: Callable[[], object]) -> str:
+    """Run ``action`` on the main rank; on every rank why it failed, or an empty text (collective, and a barrier)."""
+    failure = ""
+    if job.world.is_main:
+        try:
+            action()
+        except OSError as error:
+            failure = error.strerror or str(error)
+    return job.world.broadcast(failure)
+
+
+def _publish(path: Path, content: str) -> None:
+    """Write a file under another name and rename it, as every artefact is published."""
+    part = path.with_name("part")
+    part.write_text(content, encoding="ascii")
+    os.replace(part, path)
 
 
 def _nodes_where(job: Job, condition: bool) -> list[str]:
@@ -212,17 +276,27 @@ def _reads(path: Path, content: str) -> bool:
     deadline = time.monotonic() + SEEN_WITHIN_S
     while True:
         with contextlib.suppress(OSError):
-            if path.read_text(encoding="ascii") == content:
+            if path.read_bytes() == content.encode("ascii"):
                 return True
         if time.monotonic() > deadline:
             return False
         time.sleep(0.2)
 
 
-def _can_lock(path: Path) -> bool:
-    with path.open() as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return False
-        return True
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold the lock of a file; OSError when it is taken or there are no locks."""
+    with path.open("r+b") as handle:  # NFS makes a POSIX lock of it, and an exclusive one needs a writable descriptor
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+
+
+def _lock_attempt(path: Path) -> str:
+    """What is wrong with a lock that another rank holds; empty when it is respected."""
+    try:
+        with _locked(path):
+            return "could lock what the first node had locked"
+    except BlockingIOError:
+        return ""
+    except OSError as error:
+        return f"flock fails ({error.strerror or error})"

@@ -143,7 +143,11 @@ def model_checks(config: Config, world_size: int | None = None) -> Iterator[Chec
         yield user_error(group, "family", error)
     else:
         detail = f"{files.model_type} has no expert parallelism: sharded by ZeRO-3"
-        yield Check(group, "family", "WARN", detail, "set distributed.ep: 1")
+        if config.distributed.ep > 1:
+            detail += f", and distributed.ep is {config.distributed.ep}"
+            yield Check(group, "family", "MISS", detail, "set distributed.ep: 1 (--ep 1)")
+        else:
+            yield Check(group, "family", "OK", detail)
 
 
 def _expert_checks(

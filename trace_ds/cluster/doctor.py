@@ -12,6 +12,7 @@ Nothing is changed: what the storage checks write they remove, and the run direc
 from __future__ import annotations
 
 import json as json_module
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -29,27 +30,39 @@ EXIT_MISSING = 1
 STYLES = {"OK": "green", "WARN": "yellow", "MISS": "bold red"}
 
 
-def run_checks(
-    config: Config | None, run_dir: Path | None, *, bandwidth: bool = False, job: JobShape | None = None
-) -> list[Check]:
-    """All checks that apply: the machine's always, a run's when ``config`` (and ``run_dir``) are given.
+def run_checks(config: Config | None, run_dir: Path | None, *, bandwidth: bool = False) -> list[Check]:
+    """All checks of a bare start: the machine's always, a run's when ``config`` (and ``run_dir``) are given."""
+    found = machine_checks(config)
+    if bandwidth:
+        found += guarded("collectives", "bandwidth", _bandwidth)
+    return found + share_checks(config, run_dir)
+
+
+def machine_checks(config: Config | None, *, joining: bool = False) -> list[Check]:
+    """Software, accelerators, launchers and SLURM of this machine: what may keep it out of a job.
+
+    Args:
+        joining: the rendezvous port is the job's own, and whoever joins it looks at it.
+    """
+    found = guarded("python", "packages", machine.python_checks)
+    found += guarded("accelerators", "torch", lambda: machine.accelerator_checks(config))
+    found += guarded("collectives", "backend", lambda: machine.backend_checks(joined=joining))
+    found += guarded("compiler", "toolchain", lambda: machine.toolchain_checks(config))
+    found += guarded("compiler", "kernel cache", machine.cache_checks)
+    found += guarded("launchers", "launchers", machine.launcher_checks)
+    return found + guarded("slurm", "slurm", machine.slurm_checks)
+
+
+def share_checks(config: Config | None, run_dir: Path | None, job: JobShape | None = None) -> list[Check]:
+    """What this machine's share of a run needs: CPUs, memory, storage, model, tokenizer, corpora.
 
     Args:
         job: what a launcher started, this process being its first on this node; None: a bare start.
     """
-    found = guarded("python", "packages", machine.python_checks)
-    found += guarded("accelerators", "torch", lambda: machine.accelerator_checks(config))
-    found += guarded("collectives", "backend", lambda: machine.backend_checks(joined=job is not None))
-    if bandwidth:
-        found += guarded("collectives", "bandwidth", _bandwidth)
-    found += guarded("compiler", "toolchain", lambda: machine.toolchain_checks(config))
-    found += guarded("compiler", "kernel cache", machine.cache_checks)
-    found += guarded("launchers", "launchers", machine.launcher_checks)
-    found += guarded("slurm", "slurm", machine.slurm_checks)
     processes = job.local if job else _processes(config)
     here = _plan_on(config, job.nodes if job else 1, processes)
     needed = None if here is None else here.host_bytes
-    found += guarded("cpu", "cpu", lambda: machine.cpu_checks(config, processes, needed))
+    found = guarded("cpu", "cpu", lambda: machine.cpu_checks(config, processes, needed))
     if run_dir is not None:
         # the storage does not depend on the machine, which may be a login node that the job would not fit
         anywhere = here or (None if config is None else _plan_on(config, 1, config.distributed.ep))
@@ -128,21 +141,37 @@ def doctor(config: Config | None, run_dir: Path | None, json: bool, bandwidth: b
 
 def check_job(config: Config | None, run_dir: Path | None) -> list[Check] | None:
     """The checks of every node of a job that a launcher started, merged, and those between nodes; None: not the main
-    rank. Timings of collectives are always part of it."""
+    rank. Timings of collectives are always part of it.
+
+    The machines are looked at before they join: when the ranks do not meet, what is wrong with a machine is mostly why,
+    and then each node says it for itself.
+    """
     from trace_ds.cluster import checks_nodes as nodes
 
-    world = nodes.join_job()
-    if not isinstance(world, nodes.Job):
-        return world
-    shape = JobShape(len(set(world.nodes)), world.nodes.count(world.node), world.world.size)
-    own = run_checks(config, run_dir, job=shape) if world.first_on_node else []
-    found = nodes.merged(world, own)
-    found += guarded("collectives", "bandwidth", lambda: nodes.bandwidth_checks(world))
-    found += guarded("nodes", "same files", lambda: nodes.sameness_checks(world, config))
+    own = machine_checks(config, joining=True) if nodes.first_of_node() else []
+    job = nodes.join_job()
+    if isinstance(job, Check):
+        if nodes.main_by_environment():
+            return [*own, job]
+        _print_faults(nodes.node_name(), own)
+        return None
+    if job.first_on_node:
+        shape = JobShape(len(set(job.nodes)), job.nodes.count(job.node), job.world.size)
+        own += share_checks(config, run_dir, shape)
+    found = nodes.merged(job, own)
+    found += guarded("nodes", "same files", lambda: nodes.sameness_checks(job, config))
     if run_dir is not None:
-        found += guarded("storage", "shared", lambda: nodes.shared_storage_checks(world, run_dir))
-    nodes.leave_job(world)
-    return found if world.world.is_main else None
+        found += guarded("storage", "shared", lambda: nodes.shared_storage_checks(job, run_dir))
+    found += guarded("collectives", "bandwidth", lambda: nodes.bandwidth_checks(job))
+    nodes.leave_job(job)
+    return found if job.world.is_main else None
+
+
+def _print_faults(node: str, found: list[Check]) -> None:
+    """One line on standard error for each MISS of a node that cannot join the others."""
+    for check in found:
+        if check.status == "MISS":
+            print(f"trace-ds doctor on {node}: {check.name}: {check.detail}. Fix: {check.fix}", file=sys.stderr)
 
 
 def print_report(found: list[Check]) -> None:

@@ -139,12 +139,13 @@ class World:
         return tensor.cpu().numpy()
 
 
-def join(threads: int, timeout_minutes: int) -> World:
+def join(threads: int, timeout_minutes: float, *, on_cpu: bool = False) -> World:
     """Join the job's process group (a group of one when no launcher is there) and return the world.
 
     Args:
         threads: CPU threads of this process; fixed, since results of matrix products depend on it bit by bit.
-        timeout_minutes: how long a collective may wait for a slow rank.
+        timeout_minutes: how long joining, and every collective, may wait for a slow rank.
+        on_cpu: join over gloo whatever GPUs there are (ranks that see none can then join those that do).
     """
     _adopt_slurm_step()
     if not launched():
@@ -152,7 +153,7 @@ def join(threads: int, timeout_minutes: int) -> World:
         os.environ["MASTER_PORT"] = str(free_port())
     torch.set_num_threads(threads)
     deepspeed = quiet_deepspeed()
-    cuda = torch.cuda.is_available()
+    cuda = torch.cuda.is_available() and not on_cpu
     if cuda:
         check_local_processes(torch.cuda.device_count())
     if not dist.is_initialized():
@@ -178,6 +179,11 @@ def check_local_processes(accelerators: int, environment: Mapping[str, str] = os
         "the launcher",
         f"start at most {accelerators} a machine, and let each see all its accelerators (no --gpus-per-task)",
     )
+
+
+def wait_longer(timeout_minutes: float) -> None:
+    """From now on every collective of the joined (gloo) group may wait so long."""
+    dist.distributed_c10d._set_pg_timeout(timedelta(minutes=timeout_minutes))
 
 
 def leave() -> None:
