@@ -17,6 +17,8 @@ export TRACE_DS_HOME
 source "$TRACE_DS_HOME/slurm/common.sh"
 trace_ds_begin "$@"
 export RUN_DIR=$run_dir MAX_RESTARTS
+export TRACE_DS_CHAIN=1 # from here on a stop file in the run directory is meant for these jobs
+[[ -n ${TRACE_DS_DRY_RUN:-} ]] || rm -f "$run_dir/stop"
 
 jobs=()
 # A chain is submitted whole or not at all.

@@ -15,6 +15,7 @@
 #   TRACE_DS_HOME       this repository; default: the folder sbatch was called in
 #   TRACE_DS_STAGES     verbs to run instead of the script's own list, e.g. "unlearn convert"
 #   TRACE_DS_VARIANTS   names of the config's `variants` to run beside it; default: all; empty: none
+#   TRACE_DS_NODE_WAIT_S  how long a failed job waits for SLURM to miss a node before the failure is its own; default 300
 #   TRACE_DS_SITE       the site file; default TRACE_DS_HOME/slurm/site.env
 # and those explained in slurm/site.env.example. Needs bash 4.4 or newer.
 #
@@ -43,7 +44,7 @@ on_usr1() {
   # Before run_dir is known nothing runs that could be stopped.
   if [[ -n ${run_dir:-} ]]; then
     mkdir -p "$run_dir"
-    : >"$run_dir/stop"
+    echo "USR1 to job ${SLURM_JOB_ID:-}" >"$run_dir/stop" # a person's, made by touch, is empty
     say "USR1: asked the running stage to save and stop ($run_dir/stop)"
   fi
 }
@@ -219,7 +220,9 @@ run_on_all_ranks() {
     srun --export=ALL --label --kill-on-bad-exit=0 --wait="${TRACE_DS_WAIT_S:-300}" "${command[@]}" "$@" || status=$?
   rm -f "$run_dir/.hostfile"
   # torchrun calls every failure 1. After a stop was asked for, take it for the orderly 75 (a real one comes again).
-  [[ $TRACE_DS_LAUNCHER/$status != torchrun/1 || ! -e $run_dir/stop ]] || status=75
+  if [[ $TRACE_DS_LAUNCHER/$status == torchrun/1 ]] && { ((stop_requested)) || [[ -e $run_dir/stop ]]; }; then
+    status=75
+  fi
   return "$status"
 }
 
@@ -254,7 +257,7 @@ run_stages() {
   read -ra stages <<<"${TRACE_DS_STAGES:-$*}"
   prepare_command
   list_variants || finish $?
-  rm -f "$run_dir/stop" # left by an earlier job: it must not stop this one
+  remove_stale_stop
   say "job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, restart ${SLURM_RESTART_COUNT:-0} of at most $MAX_RESTARTS, $run_dir"
   for verb in "${stages[@]}"; do
     run_and_check "$verb"
@@ -264,10 +267,21 @@ run_stages() {
   finish 0
 }
 
+# A stop file that an earlier job left must not stop this one. What a person touched while this job waited, for the job
+# before it in a chain to end or after a requeue, is meant for it: chain.sh has removed what was older.
+remove_stale_stop() {
+  [[ -n ${TRACE_DS_CHAIN:-}${SLURM_RESTART_COUNT:-} && ! -s $run_dir/stop ]] || rm -f "$run_dir/stop"
+}
+
 # run_and_check VERB [VARIANT]: goes on only if it is done and no stop was asked for.
 run_and_check() {
   local what=$1${2:+ of variant $2} status=0
   ((!stop_requested)) || requeue "before $what"
+  if [[ -e $run_dir/stop ]]; then
+    rm -f "$run_dir/stop"
+    say "stopped on request before $what; submit the same line again to go on"
+    finish 75
+  fi
   say "$what"
   run_stage "$@" || status=$?
   say "$what: exit status $status"
@@ -282,10 +296,20 @@ run_and_check() {
   finish "$status"
 }
 
-# Whether each node of the job still starts a task. SLURM requeues a job whose node is lost, but only after SlurmdTimeout
-# (300 s by default): the ranks on the other nodes fail long before, and the job with them.
+# Whether no node of the job is lost. SLURM requeues a job whose node is lost, but only after SlurmdTimeout (300 s by
+# default): the ranks on the other nodes fail long before, and the job with them. A task that does not start is no proof
+# (a busy controller makes srun slow), so the controller must miss a node too, within TRACE_DS_NODE_WAIT_S.
 every_node_answers() {
-  timeout 60 srun --export=ALL --overlap --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --cpus-per-task=1 true
+  local deadline=$((SECONDS + ${TRACE_DS_NODE_WAIT_S:-300}))
+  while ! timeout 60 srun --export=ALL --overlap --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --cpus-per-task=1 true; do
+    # `*`: does not respond
+    ! sinfo --noheader --Node --nodes="$SLURM_JOB_NODELIST" --format=%T | grep -Eq '\*|down|fail' || return 1
+    if ((SECONDS >= deadline)); then
+      say "srun starts no task on every node, but the controller misses none"
+      return 0
+    fi
+    sleep 5
+  done
 }
 
 # requeue WHEN [STATUS]: back into the queue under the same job id, unless that has happened too often; never returns.

@@ -6,9 +6,9 @@
 #
 # CONFIG is a recipe name or a YAML file; all further arguments go to every trace-ds verb. Submit from the repository, or
 # set TRACE_DS_HOME to it. Works for any model of a config, not only Mixtral. Each stage skips what is done, so the
-# same line can be submitted again at any time. Near the time limit the unlearning saves a checkpoint and the job goes back
-# into the queue by itself (see common.sh for the variables and the exit statuses). Another stage that is then running has
-# the 300 s to finish; if it does not, its work is lost and the job ends as TIMEOUT. slurm/chain.sh runs the same stages as
+# same line can be submitted again at any time. Near the time limit collect and unlearn save what they have and the job goes
+# back into the queue by itself (see common.sh for the variables and the exit statuses). Another stage that is then running
+# has the 300 s to finish; if it does not, its work is lost and the job ends as TIMEOUT. slurm/chain.sh runs the same stages as
 # separate jobs, so that no GPU waits while one process converts. A config's `variants` run too, stage by stage.
 #
 # Stop now, go on later by itself: scancel --batch --signal=USR1 JOBID. Stop for good: touch RUN_DIR/stop. Both save first.

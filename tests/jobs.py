@@ -112,6 +112,17 @@ def killed_collect_job(world: Any, config: str, run_dir: str, overrides: list[st
     collect_job(world, config, run_dir, overrides)
 
 
+def stopped_collect_job(world: Any, config: str, run_dir: str, overrides: list[str]) -> str:
+    """``collect`` in a run directory with a stop file; how every rank left."""
+    from trace_ds.errors import StopRequested
+
+    try:
+        collect_job(world, config, run_dir, overrides)
+    except StopRequested as stop:
+        return str(stop)
+    return "done"
+
+
 def brute_force_routing(model_path: Path, arrow: Path, dtype: str = "fp32") -> dict[str, np.ndarray]:
     """Counts from what the routers of plain transformers return, one document piece at a time; no code of ours but
     the rows.

@@ -123,7 +123,8 @@ def peak_bytes(world: Any, config: str, run_dir: str, overrides: list[str]) -> d
 
     loaded, _ = load_config(config, overrides, run_dir)
     info = inspect_model(loaded.model.path)
-    batches = OneBatch(loaded.unlearning.forget_rows * 2, loaded.data.context_length, int(info.config["vocab_size"]))
+    rows = loaded.unlearning.forget_rows // world.size * 2
+    batches = OneBatch(rows, loaded.data.context_length, int(info.config["vocab_size"]))
     engine = training_engine(loaded, info, world, 1)
     objective, _ = make_objective(loaded, info, world, batches, {})
 

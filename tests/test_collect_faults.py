@@ -28,12 +28,17 @@ def prepared(folder: Path, model: Path, run: Path, **changes: object) -> Path:
 
 
 @pytest.mark.slow
-def test_a_killed_collection_continues_and_ends_byte_identical(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_stopped_and_killed_collection_continues_and_ends_byte_identical(tiny_model: Path, tmp_path: Path) -> None:
     everything = {"statistics__nll": True, "statistics__hidden": True, "statistics__batch_rows": 1}
     config = prepared(tmp_path, tiny_model, tmp_path / "killed", **everything, statistics__save_every=3)
     prepared(tmp_path, tiny_model, tmp_path / "straight", **everything, statistics__save_every=3)
+    (tmp_path / "killed" / "stop").touch()
+    left = run_distributed(jobs.stopped_collect_job, 2, str(config), str(tmp_path / "killed"), [])
+    assert left == ["forget: stopped on request after batch 3"] * 2
+    assert not (tmp_path / "killed" / "stop").exists()
     with pytest.raises(AssertionError, match=r"rank \d (died|failed)"):
         run_distributed(jobs.killed_collect_job, 2, str(config), str(tmp_path / "killed"), [])
+    assert "forget: continues after batch 3" in (tmp_path / "killed" / "logs" / "collect.jsonl").read_text()
     assert not (tmp_path / "killed" / "statistics" / "retain").exists()
     partial = tmp_path / "killed" / "statistics" / "retain.partial"
     assert any(path.name.startswith("state-00001") for path in partial.iterdir())

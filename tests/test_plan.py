@@ -239,32 +239,50 @@ def test_zero3_shards_and_checkpoint_are_what_deepspeed_keeps(tiny_model: Path, 
     assert ranks[0]["checkpoint"] == pytest.approx(planned.checkpoint_bytes, rel=0.15)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("loss", "rows", "sub_group"),
-    [("graddiff", 1, 10**9), ("graddiff", 6, 1_000_000), ("rmu", 6, 1_000_000)],
-    ids=["optimizer step dominates", "activations dominate", "RMU"],
-)
-def test_peak_memory_of_a_step_is_what_was_predicted(tmp_path: Path, loss: str, rows: int, sub_group: int) -> None:
-    """All of it, within 10 %: a 60 M-parameter Mixtral in bf16 with ZeRO-3, every tensor of the process."""
+@pytest.fixture(scope="module")
+def model_of_60m(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    path = tmp_path_factory.mktemp("model")
     sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4, "num_local_experts": 8}
-    model_config = AutoConfig.for_model(
-        "mixtral", vocab_size=4000, **sizes, num_key_value_heads=8, num_attention_heads=8
-    )
-    AutoModelForCausalLM.from_config(model_config).to(torch.bfloat16).save_pretrained(tmp_path / "model")
-    zero = {"sub_group_size": sub_group, "reduce_bucket_size": 1_000_000}
+    config = AutoConfig.for_model("mixtral", vocab_size=4000, **sizes, num_key_value_heads=8, num_attention_heads=8)
+    AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(path)
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("world", "rows", "changes"),
+    [
+        (1, 1, {"forget_loss": "graddiff", "sub_group": 10**9}),
+        (1, 6, {"forget_loss": "rmu"}),
+        (1, 6, {"forget_loss": "graddiff", "retain_loss": "kl"}),
+        (1, 6, {"forget_loss": "graddiff", "recompute": True}),
+        (1, 6, {"forget_loss": "graddiff", "zero_stage": 1}),
+        (2, 6, {"forget_loss": "graddiff"}),
+    ],
+    ids=["optimizer step", "RMU", "KL to the frozen copy", "recomputed", "ZeRO-1", "EP 2"],
+)
+def test_peak_memory_of_a_step_is_what_was_predicted(
+    model_of_60m: Path, tmp_path: Path, world: int, rows: int, changes: dict[str, Any]
+) -> None:
+    """All of it, within 10 %: a 60 M-parameter Mixtral in bf16, ZeRO-3 unless named, every tensor of the process."""
+    zero = {"sub_group_size": changes.get("sub_group", 1_000_000), "reduce_bucket_size": 1_000_000}
     (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": zero}), encoding="utf-8")
-    changes = {"unlearning__ds_config": str(tmp_path / "ds.json"), "unlearning__forget_loss": loss}
-    rows_changes = {"unlearning__forget_rows": rows, "unlearning__retain_rows": rows, "data__context_length": 512}
-    path = tiny.write_config(tmp_path, tmp_path / "model", model__dtype="bf16", **changes, **rows_changes)
-    (measured,) = run_distributed(plan_jobs.peak_bytes, 1, str(path), str(tmp_path / "run"), [])
+    settings = {key: value for key, value in changes.items() if key != "sub_group"}
+    settings |= {"ds_config": str(tmp_path / "ds.json"), "forget_rows": rows * world, "retain_rows": rows * world}
+    prefixed = {f"unlearning__{key}": value for key, value in settings.items()}
+    path = tiny.write_config(
+        tmp_path, model_of_60m, model__dtype="bf16", data__context_length=512, distributed__ep=world, **prefixed
+    )
+    measured = run_distributed(plan_jobs.peak_bytes, world, str(path), str(tmp_path / "run"), [])[0]
     config, _ = load_config(str(path), [], tmp_path / "run")
-    predicted = plan(config, ClusterSpec(nodes=1, gpus_per_node=1)).unlearn.memory
+    predicted = plan(config, ClusterSpec(nodes=1, gpus_per_node=world)).unlearn.memory
     resident = sum(predicted.resident.values())
-    assert resident == pytest.approx(measured["resident"], rel=0.1), (measured, predicted)
+    if config.unlearning.zero_stage == 1:  # makes its gradients anew in every backward pass
+        resident -= predicted.resident["gradients"]
+    assert resident == pytest.approx(measured["resident"], rel=0.01), (measured, predicted)
     # on the CPU torch's AdamW is not the fused-over-tensors kind of the GPU and makes one fp32 temporary more
     extra = predicted.step["optimizer step"] / 2 if rows == 1 else 0
     assert predicted.peak_bytes + extra == pytest.approx(measured["peak"], rel=0.1), (measured, predicted)
@@ -370,7 +388,7 @@ def test_stages_shard_what_they_should() -> None:
     for ep in (1, 8):
         parts = {
             stage: memory.unlearn_memory(
-                a, world=world, ep=ep, zero=memory.zero_settings(stage), rows=2, context=512, rmu_layers=None
+                a, world=world, ep=ep, zero=memory.zero_settings(stage), rows=2, context=512
             ).resident
             for stage in (1, 2, 3)
         }
@@ -416,12 +434,13 @@ def test_ds_config_changes_what_it_changes() -> None:
 )
 def test_memory_is_monotone(name: str, stage: int, nodes: int, rows: int, recompute: bool, rmu: bool) -> None:
     a = read_architecture(model_config(name))
-    layers = a.layers // 2 if rmu else None
+    half = a.layers // 2
+    passes = memory.Passes(half, head=False, frozen_layers=half, frozen_stays=True) if rmu else None
 
     def peak(world: int, rows: int, ep: int, recompute: bool = recompute) -> float:
         zero = memory.zero_settings(stage)
         return memory.unlearn_memory(
-            a, world=world, ep=ep, zero=zero, rows=rows, context=1024, rmu_layers=layers, recompute=recompute
+            a, world=world, ep=ep, zero=zero, rows=rows, context=1024, passes=passes, recompute=recompute
         ).peak_bytes
 
     world = nodes * 8
@@ -496,6 +515,57 @@ def test_micro_batches_are_cut_as_the_job_cuts_them() -> None:
         count, rows = job.micro_batches()
         assert count == Batches.micro_batches_per_step(SimpleNamespace(_settings=config.unlearning), world)  # type: ignore[arg-type]
         assert rows * count * world >= forget + retain
+
+
+@pytest.mark.parametrize("scale", ["absolute", "mean_norm", "adaptive"])
+@pytest.mark.parametrize("retain", ["nll", "kl", "hidden_mse"])
+@pytest.mark.parametrize("forget", ["rmu", "graddiff", "undial"])
+def test_the_frozen_copy_is_planned_as_the_job_makes_it(
+    forget: str, retain: str, scale: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layers, whether it stays, whether its head is whole, which rows it sees: as the objective of the job has it."""
+    from types import SimpleNamespace
+
+    from trace_ds.cluster.job import Job
+    from trace_ds.unlearning import assemble
+
+    config = run_config(
+        unlearning__forget_loss=forget, unlearning__retain_loss=retain, unlearning__rmu={"scale": scale, "layer": 5}
+    )
+    a = read_architecture(model_config("olmoe-1b-7b"))
+    made: list[int] = []
+    monkeypatch.setattr(assemble, "reference_engine", lambda config, info, world, layers: made.append(layers))
+    monkeypatch.setattr(assemble, "_whole_head", lambda engine: "head")
+    monkeypatch.setattr(assemble, "mean_hidden_norm", lambda *arguments: 1.0)
+    info = SimpleNamespace(decoder_layers=a.layers, config={"hidden_size": 8}, experts=a.experts)
+    objective, _ = assemble.make_objective(config, info, SimpleNamespace(device="cpu"), None, {})  # type: ignore[arg-type]
+    passes = Job(a, ClusterSpec(1, 8), config, {}).passes()
+    frozen = objective.frozen  # type: ignore[attr-defined]
+    assert [passes.frozen_layers] == (made or [0])
+    assert passes.frozen_stays == (frozen is not None)
+    assert passes.frozen_head == (frozen is not None and frozen.head_VD is not None)
+    sides = {"undial": 0.5, "rmu": 0.5 * (scale == "adaptive")}.get(forget, 0.0) + 0.5 * (retain != "nll")
+    assert passes.frozen_share == sides
+    ends_at_layer = forget == "rmu" and retain == "hidden_mse"
+    assert (passes.layers, passes.head) == ((6, False) if ends_at_layer else (a.layers, True))
+
+
+def test_a_frozen_copy_takes_memory_and_time() -> None:
+    plans = {}
+    for retain in ("nll", "kl"):
+        config = run_config(distributed__ep=8, unlearning__forget_loss="graddiff", unlearning__retain_loss=retain)
+        plans[retain] = plan_model(model_config("mixtral-8x7b"), config, ClusterSpec(nodes=4)).unlearn
+    copy = plans["kl"].memory.resident["frozen copy"]
+    assert copy == pytest.approx(2 * 46_702_792_704 / 32)
+    assert plans["kl"].memory.resident["frozen LM head"] == 2 * 32_000 * 4096
+    assert plans["kl"].memory.peak_bytes > plans["nll"].memory.peak_bytes + copy
+    assert plans["kl"].time.compute_s > plans["nll"].time.compute_s
+    saved = {}
+    for weights in ("reference", "live"):  # live weights look at every router, so all layers run
+        config = run_config(unlearning__weights=weights, calibration__rule="raking")
+        memory_of_step = plan_model(model_config("olmoe-1b-7b"), config, ClusterSpec()).unlearn.memory
+        saved[weights] = memory_of_step.compute["saved activations"]
+    assert saved["live"] == pytest.approx(saved["reference"] * 16 / 9)
 
 
 def refused(action: Any, *words: str) -> None:

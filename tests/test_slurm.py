@@ -86,6 +86,12 @@ class Workplace:
         path = REPOSITORY / "slurm" / script
         return self.cluster.submit(path, *arguments, options=options, env=self.env, cwd=self.folder)
 
+    def shadow(self, name: str, body: str) -> None:
+        """A program of ours before the real one (``$real``) on the jobs' PATH."""
+        path = self.folder / "bin" / name
+        path.write_text(f"#!/usr/bin/env bash\nreal={shutil.which(name)}\n{body}\n")
+        path.chmod(0o755)
+
     def calls(self) -> list[list[str]]:
         """One [verb, rank, ranks, master, restart, arguments] per process that ran."""
         path = self.run_dir / "calls"
@@ -188,11 +194,15 @@ def test_failure_keeps_its_status_and_is_not_requeued(place: Workplace, verb: st
     (place.fake / f"{verb}.status").write_text(str(status))
     place.run_dir.mkdir()
     (place.run_dir / "stop").touch()  # stale, from an earlier job: must not matter
+    if status == 7:  # a controller so busy that no task starts, on nodes that are all there: a node is not lost by that
+        place.shadow("srun", 'if [[ ${*: -1} == true ]]; then exit 1; fi\nexec "$real" "$@"')
+        place.env["TRACE_DS_NODE_WAIT_S"] = "1"
     job = place.submit("books")
     assert place.cluster.wait(job) == "FAILED"
     assert place.cluster.exit_code(job) == status
     assert place.cluster.info(job)["Restarts"] == "0"
     assert place.verbs() == STAGES[: STAGES.index(verb) + 1]
+    assert ("but the controller misses none" in place.cluster.output(job)) == (status == 7)
 
 
 def test_collect_stats_from_the_repository_without_any_environment(place: Workplace) -> None:
@@ -297,13 +307,11 @@ def test_array_over_seeds_and_array_over_recipes(place: Workplace) -> None:
 
 def test_pyxis_runs_every_stage_in_the_image(place: Workplace) -> None:
     """The plugin itself is not here: a stand-in for srun takes its options off and notes them."""
-    stand_in = place.folder / "bin" / "srun"
-    stand_in.write_text(
-        "#!/usr/bin/env bash\nkept=()\nfor word; do\n"
-        'case $word in --container-*) echo "$word" >>"$FAKE/container" ;; *) kept+=("$word") ;; esac\ndone\n'
-        f'exec {shutil.which("srun")} "${{kept[@]}}"\n'
+    place.shadow(
+        "srun",
+        'kept=()\nfor word; do\ncase $word in --container-*) echo "$word" >>"$FAKE/container" ;;\n'
+        '*) kept+=("$word") ;; esac\ndone\nexec "$real" "${kept[@]}"',
     )
-    stand_in.chmod(0o755)
     place.env |= {"TRACE_DS_CONTAINER": "pyxis:/images/t.sqsh", "TRACE_DS_MOUNTS": "/models"}
     job = place.submit("books")
     assert place.cluster.wait(job) == "COMPLETED", place.cluster.output(job)
@@ -456,12 +464,72 @@ def test_shut_down_leaves_no_process(tmp_path: Path) -> None:
         assert not status.exists() or "State:\tZ" in status.read_text()  # gone, or ended and not yet collected by init
 
 
-def trace_ds(cluster: SlurmCluster, folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+def trace_ds(
+    cluster: SlurmCluster, folder: Path, *arguments: object, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     """The real command on the login node of the cluster."""
     return subprocess.run(
         [sys.executable, "-m", "trace_ds", *map(str, arguments)],
-        env=cluster.environment(REAL), cwd=folder, capture_output=True, text=True, check=False,
+        env=cluster.environment(env or REAL), cwd=folder, capture_output=True, text=True, check=False,
     )  # fmt: skip
+
+
+def test_a_submitted_chain_is_recorded_and_a_stop_between_its_jobs_holds(
+    place: Workplace,
+) -> None:
+    """`trace-ds submit --chain`, its jobs played by the stand-in: a stop file touched while a stage runs that does not
+    look at it ends the chain before the next one; a stale one from before the submission does not."""
+    from tiny import make_model, write_config
+
+    config = write_config(place.folder, make_model(place.folder / "model"))
+    run_dir = place.run_dir = place.folder / "runs" / "tiny"
+    run_dir.mkdir(parents=True)
+    (run_dir / "stop").touch()
+    (place.fake / "calibrate.deaf").touch()
+    place.env |= {"TRACE_DS_COMMAND": str(place.folder / "bin" / "trace-ds"), "PYTHONPATH": str(REPOSITORY)}
+    del place.env["RUN_DIR"]
+    options = ("submit", config, "--gpus-per-node", 1, "--sbatch", "--cpus-per-task=1")
+    result = trace_ds(place.cluster, place.folder, *options, "--chain", env=place.env)
+    assert result.returncode == 0, result.stderr
+    record = json.loads((run_dir / "submitted" / "1" / "jobs.json").read_text())
+    stages = [*STAGES[:5], "evaluate report"]
+    ids = [record["jobs"][stage] for stage in stages]
+    assert result.stdout.splitlines()[-8:-2] == [f"{job}: {stage}" for job, stage in zip(ids, stages, strict=True)]
+    waits = [f"--dependency=afterok:{before} " for before in ids[:-1]]
+    assert all(wait in command for wait, command in zip(waits, record["commands"][1:], strict=True))
+    place.cluster.wait_until("calibrate runs", lambda: "calibrate" in place.verbs(), 120, int(ids[2]))
+    (run_dir / "stop").touch()
+    (place.fake / "calibrate.release").touch()
+    states = [place.cluster.wait(int(job)) for job in ids]
+    assert states == ["COMPLETED"] * 3 + ["FAILED"] + ["CANCELLED"] * 2
+    assert place.cluster.exit_code(int(ids[3])) == 75
+    assert place.verbs() == STAGES[:3] and not (run_dir / "stop").exists()
+    assert "stopped on request before unlearn" in place.cluster.output(int(ids[3]))
+
+
+def test_a_submitted_array_runs_its_seeds_and_is_not_submitted_twice(place: Workplace) -> None:
+    from tiny import make_model, write_config
+
+    config = write_config(place.folder, make_model(place.folder / "model"))
+    run_dir = place.folder / "runs" / "tiny"
+    (place.fake / "prepare.deaf").touch()
+    place.env |= {"TRACE_DS_COMMAND": str(place.folder / "bin" / "trace-ds"), "PYTHONPATH": str(REPOSITORY)}
+    del place.env["RUN_DIR"]
+    options = ("submit", config, "--gpus-per-node", 1, "--sbatch", "--cpus-per-task=1", "--array", "0,3")
+    result = trace_ds(place.cluster, place.folder, *options, env=place.env)
+    assert result.returncode == 0, result.stderr
+    assert f"touch {run_dir}-seedN/stop (task N)" in result.stdout
+    ((stages, job),) = json.loads((run_dir / "submitted" / "1" / "jobs.json").read_text())["jobs"].items()
+    calls = [Path(f"{run_dir}-seed{seed}") / "calls" for seed in (0, 3)]
+    place.cluster.wait_until("both seeds run", lambda: all(path.exists() for path in calls), 120, int(job))
+    again = trace_ds(place.cluster, place.folder, *options, env=place.env)
+    assert again.returncode == 2 and f"still queued or running: {job}" in again.stderr
+    (place.fake / "prepare.release").touch()
+    place.cluster.wait_until("the array is over", lambda: not place.cluster.run("squeue", "-h").strip(), 120)
+    for seed, path in zip((0, 3), calls, strict=True):
+        verbs = [line.split("|")[0] for line in path.read_text().splitlines()]
+        assert verbs == stages.split()
+        assert all(f"--set seed={seed}" in line for line in path.read_text().splitlines())
 
 
 def test_a_submission_that_slurm_refuses_leaves_nothing(cluster: SlurmCluster, tmp_path: Path) -> None:
@@ -483,6 +551,7 @@ REAL = {
     "TRACE_DS_COMMAND": f"{sys.executable} -m trace_ds",
     "PYTHONPATH": str(REPOSITORY),
     "CUDA_VISIBLE_DEVICES": "",
+    "MY_TOKEN": "canary-5f2e9c",
 }
 
 
@@ -586,6 +655,10 @@ def test_real_pipeline_over_two_nodes_with_stop_and_lost_node(cluster: SlurmClus
     assert experts
     assert all(not torch.equal(before[name], after[name]) for name in experts)
     assert (run_dir / "report" / "index.html").is_file()
+    # the environment goes with the job, but nowhere into what the run leaves: people share that
+    written = [path for path in run_dir.rglob("*") if path.is_file()]
+    assert {"logs", "submitted", "report"} <= {path.relative_to(run_dir).parts[0] for path in written}
+    assert [path for path in written if b"canary-5f2e9c" in path.read_bytes()] == []
 
 
 @pytest.mark.slow

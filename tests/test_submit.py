@@ -13,6 +13,7 @@ from command import tree
 from trace_ds.cluster import submit
 from trace_ds.cluster.submit import Cluster, submit_run
 from trace_ds.errors import UserError
+from trace_ds.models.files import read_model_directory
 from trace_ds.stages.pipeline import Request
 
 ONE_NODE = Cluster(1, 2)
@@ -62,8 +63,35 @@ def test_dry_run_prints_the_exact_lines_and_writes_nothing(
     assert all(f"--dependency=afterok:JOB{number} " in job for number, job in enumerate(jobs) if number)
     shape = "--nodes=2 --ntasks-per-node=4 --gpus-per-node=4"
     assert [shape in job for job in jobs] == [False, True, False, True, False, False]
-    assert "--gpus-per-node=2 " in jobs[5]
+    assert "--gpus-per-node=1 " in jobs[5]  # this model needs no more for its evaluation
     assert tree(tmp_path) == before
+
+
+def test_evaluation_gets_the_gpus_its_model_needs(
+    request_: Request, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trace_ds.cluster.plan import evaluation_gpus
+    from trace_ds.config.load import with_changes
+
+    assert [evaluation_gpus(request_.config, size, 80.0) for size in (1e6, 64e9, 65e9, 94e9, 282e9)] == [1, 1, 2, 2, 5]
+    attacked = with_changes(request_.config, {"evaluation.relearning": {}}, "test")
+    assert evaluation_gpus(attacked, 94e9, 80.0) == 6
+    monkeypatch.setattr(submit, "evaluation_gpus", lambda config, weights_bytes, memory: weights_bytes * memory)
+    parameters = read_model_directory(request_.config.model.path).parameters
+    submit_run(request_, Cluster(1, 10**9, gpu_memory_gb=40), chain=True, dry_run=True)
+    assert f"--gpus-per-node={parameters * 4 * 40} " in capsys.readouterr().out
+
+
+def test_a_family_that_the_cost_model_does_not_know(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is submitted without a plan, and that is said."""
+    monkeypatch.chdir(tmp_path)
+    config = tiny.write_config(tmp_path, tiny.make_model(tmp_path / "granite", "granitemoe"))
+    assert submit_run(Request.load(str(config), [], tmp_path / "run"), ONE_NODE, chain=True, dry_run=True) == 0
+    printed = capsys.readouterr().out
+    assert "WARNING trace-ds plan: the cost model does not know the family 'granitemoe'" in printed
+    assert printed.count("sbatch --parsable") == 6
 
 
 def test_mistakes(request_: Request, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -256,6 +256,7 @@ def submit(
     chain: Annotated[bool, typer.Option("--chain", help="One job per stage, each waiting for the one before.")] = False,
     array: Annotated[Optional[str], typer.Option(help="Seeds, as for sbatch --array: 0-4.")] = None,  # noqa: UP045
     sbatch: Annotated[str, typer.Option(help="More options for sbatch: '--partition=gpu --time=4:00:00'.")] = "",
+    gpu_memory: Annotated[float, typer.Option(min=1.0, help="GB of one GPU.")] = 80.0,
     run_dir: RunDirOption = None,
     set_: SetOption = None,
     ep: EpOption = None,
@@ -266,7 +267,7 @@ def submit(
     from trace_ds.stages.pipeline import Request
 
     changes = [*(set_ or []), *([f"distributed.ep={ep}"] if ep is not None else [])]
-    cluster = Cluster(nodes, gpus_per_node, sbatch, array)
+    cluster = Cluster(nodes, gpus_per_node, sbatch, array, gpu_memory)
     raise typer.Exit(submit_run(Request.load(config, changes, run_dir), cluster, chain=chain, dry_run=dry_run))
 
 
@@ -306,7 +307,12 @@ def plan(
     set_: SetOption = None,
     nodes: Annotated[int, typer.Option(min=1)] = 1,
     gpus_per_node: Annotated[int, typer.Option(min=1)] = 8,
-    gpu_memory: Annotated[float, typer.Option(help="GB of one GPU.")] = 80.0,
+    gpu_memory: Annotated[float, typer.Option(min=1.0, help="GB of one GPU.")] = 80.0,
+    tflops: Annotated[float, typer.Option(min=0.001, help="Dense bf16 peak of one GPU.")] = 989.0,
+    intra: Annotated[float, typer.Option(min=0.001, help="GB/s of a GPU's link inside its node, each way.")] = 450.0,
+    inter: Annotated[float, typer.Option(min=0.001, help="GB/s of a GPU's link to other nodes, each way.")] = 50.0,
+    storage: Annotated[float, typer.Option(min=0.001, help="GB/s of the shared storage, all nodes together.")] = 10.0,
+    host_memory: Annotated[float, typer.Option(min=0.001, help="GB of a node's own memory.")] = 1000.0,
     json: JsonOption = False,
 ) -> None:
     """Memory, time and communication of a config on a cluster, without loading weights."""
@@ -314,7 +320,16 @@ def plan(
     from trace_ds.cluster.spec import ClusterSpec
     from trace_ds.stages.pipeline import Request
 
-    spec = ClusterSpec(nodes=nodes, gpus_per_node=gpus_per_node, gpu_memory_gb=gpu_memory)
+    spec = ClusterSpec(
+        nodes=nodes,
+        gpus_per_node=gpus_per_node,
+        gpu_memory_gb=gpu_memory,
+        tflops=tflops,
+        intra_gb_s=intra,
+        inter_gb_s=inter,
+        storage_gb_s=storage,
+        host_memory_gb=host_memory,
+    )
     raise typer.Exit(plan_command(Request.load(config, list(set_ or []), run_dir).config, spec, json))
 
 

@@ -19,7 +19,7 @@ import math
 from dataclasses import dataclass
 
 from trace_ds.cluster.architecture import Architecture, count_parameters
-from trace_ds.cluster.memory import MASTER_BYTES, ZeroSettings, largest_layer, rank_parameters
+from trace_ds.cluster.memory import MASTER_BYTES, Passes, ZeroSettings, largest_layer, rank_parameters
 from trace_ds.cluster.spec import (
     GB,
     ClusterSpec,
@@ -111,7 +111,7 @@ def _ring(spec: ClusterSpec, name: str, group: Group, size_bytes: float, times: 
 
 
 def _exchange(
-    spec: ClusterSpec, a: Architecture, ep: int, tokens: float, b: int, moe_layers: int, times: int
+    spec: ClusterSpec, a: Architecture, ep: int, tokens: float, b: int, moe_layers: float, times: int
 ) -> Traffic:
     """Tokens to their experts and back, ``times`` exchanges in each of ``moe_layers`` layers."""
     group = expert_parallel_group(spec, ep)
@@ -138,31 +138,37 @@ def unlearn_traffic(
     passes: int,
     tokens: float,
     b: int,
-    rmu_layers: int | None = None,
+    run: Passes | None = None,
     recompute: bool = False,
 ) -> list[Traffic]:
-    """One step of ``unlearn``: ``passes`` micro-batches of ``tokens`` tokens each, on every GPU.
+    """One step of ``unlearn``: ``passes`` micro-batches of ``tokens`` tokens each, on every GPU; ``run`` says through
+    which layers (None: all, without a frozen copy).
 
     ZeRO-3 gathers every layer of the pass (RMU: up to its layer) for the forward and again for the backward pass, and
     once more for the recomputation when a layer is too large to be kept until its backward pass (more elements than
     ``stage3_max_reuse_distance``); gradients are reduce-scattered in every pass. ZeRO-1 and -2 all-reduce gradients
     (DeepSpeed's default at stage 2 is an all-reduce of which each rank keeps its part), stage 2 in every pass, stage 1
     once per step, and all-gather the updated parameters once per step. An all-reduce is a reduce-scatter and an
-    all-gather. RMU's frozen copy runs a forward pass over the same tokens.
+    all-gather. The frozen copy's layers are gathered once more in every pass and see their share of the tokens.
     """
+    run = run or Passes(a.layers)
     dense, sparse = data_parallel_group(spec), expert_data_parallel_group(spec, ep)
     every = count_parameters(a)
-    layers = a.layers if rmu_layers is None else rmu_layers
-    moe_layers = sum(a.is_moe(layer) for layer in range(layers))
-    all_experts, pass_experts = (n * a.experts * a.expert_parameters / ep * b for n in (a.moe_layers, moe_layers))
+    frozen_layers = run.frozen_layers if run.frozen_stays else 0
+    moe_layers, frozen_moe = (sum(a.is_moe(layer) for layer in range(n)) for n in (run.layers, frozen_layers))
+    all_experts, pass_experts, frozen_experts = (
+        n * a.experts * a.expert_parameters / ep * b for n in (a.moe_layers, moe_layers, frozen_moe)
+    )
     all_dense = every.non_expert * b
-    pass_dense = all_dense if rmu_layers is None else rank_parameters(a, ep, layers) * b - pass_experts
+    pass_dense = all_dense if run.head else rank_parameters(a, ep, run.layers) * b - pass_experts
+    frozen_dense = rank_parameters(a, ep, frozen_layers) * b - frozen_experts if frozen_layers else 0.0
     if zero.stage == 3:
         again = 2 if recompute and largest_layer(a, ep) > zero.max_reuse else 1
-        times = 1 + again + (1 if rmu_layers else 0)
+        gathered_dense = (1 + again) * pass_dense + frozen_dense
+        gathered_experts = (1 + again) * pass_experts + frozen_experts
         parts = [
-            _ring(spec, "all-gather of parameters", dense, times * pass_dense, passes),
-            _ring(spec, "all-gather of expert parameters", sparse, times * pass_experts, passes),
+            _ring(spec, "all-gather of parameters", dense, gathered_dense, passes),
+            _ring(spec, "all-gather of expert parameters", sparse, gathered_experts, passes),
             _ring(spec, "reduce-scatter of gradients", dense, pass_dense, passes),
             _ring(spec, "reduce-scatter of expert gradients", sparse, pass_experts, passes),
         ]
@@ -174,8 +180,8 @@ def unlearn_traffic(
             _ring(spec, "all-gather of parameters", dense, all_dense, 1),
             _ring(spec, "all-gather of expert parameters", sparse, all_experts, 1),
         ]
-    # dispatch and combine: forward and backward (and recomputation, and RMU's copy)
-    through = moe_layers * (2 + (1 if recompute else 0) + (1 if rmu_layers else 0))
+    # dispatch and combine: forward and backward (and recomputation, and the frozen copy)
+    through = moe_layers * (2 + (1 if recompute else 0)) + frozen_moe * run.frozen_share
     parts.append(_exchange(spec, a, ep, tokens, b, through, 2 * passes))
     return [part for part in parts if part.received_bytes]
 

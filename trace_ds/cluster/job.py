@@ -13,6 +13,7 @@ from trace_ds.cluster.spec import ClusterSpec
 from trace_ds.config.schema import Config
 
 DTYPE_BYTES = {"bf16": 2, "fp32": 4}
+FROZEN_LOGITS = ("undial", "kl")  # losses that compare logits with the frozen model's (unlearning/loss.py)
 BYTES_PER_TOKEN = 4  # of English text; for the length of `collect` before the corpora are tokenised
 
 
@@ -38,21 +39,41 @@ class Job:
     def context(self) -> int:
         return self.config.data.context_length
 
-    @property
-    def rmu_layers(self) -> int | None:
-        """Decoder layers of an RMU step (its layer and all below); None when a loss needs logits."""
-        settings = self.config.unlearning
-        if settings.forget_loss != "rmu" or settings.retain_term != "hidden_mse":
-            return None
-        layer = self.a.layers // 2 if settings.rmu.layer is None else settings.rmu.layer
-        return min(layer + 1, self.a.layers)
+    def passes(self) -> memory.Passes:
+        """What a step runs, of the trained model and of the frozen copy (unlearning/assemble.py and loss.py)."""
+        settings, layers = self.config.unlearning, self.a.layers
+        retain, rmu = settings.retain_term, settings.forget_loss == "rmu"
+        adaptive = rmu and settings.rmu.scale == "adaptive"
+        logits = settings.forget_loss in FROZEN_LOGITS or retain in FROZEN_LOGITS
+        until = layers  # layers up to the one whose hidden states are compared
+        if rmu or retain == "hidden_mse":
+            until = min(1 + (layers // 2 if settings.rmu.layer is None else settings.rmu.layer), layers)
+        no_head = settings.last_layer(layers) is not None
+        copied = logits or retain == "hidden_mse" or adaptive
+        measured = rmu and settings.rmu.scale == "mean_norm"
+        forget_rows, retain_rows = self._rows()
+        seen = (forget_rows if adaptive or settings.forget_loss == "undial" else 0) + (
+            0 if retain == "nll" else retain_rows
+        )
+        return memory.Passes(
+            layers=until if no_head and settings.weights != "live" else layers,
+            head=not no_head,
+            frozen_layers=(layers if logits else until) if copied or measured else 0,
+            frozen_stays=copied,
+            frozen_head=logits,
+            frozen_share=seen / (forget_rows + retain_rows) if copied else 0.0,
+        )
 
     def micro_batches(self) -> tuple[int, int]:
         """(micro-batches of a step, rows of one: forget and retain rows together), as the training job cuts them."""
+        most = max(self._rows())
+        count = ceil_div(most, self.config.unlearning.micro_batch_rows or most)
+        return count, sum(ceil_div(side, count) for side in self._rows())
+
+    def _rows(self) -> tuple[int, int]:
+        """Forget and retain rows of a rank in a step."""
         settings = self.config.unlearning
-        sides = [ceil_div(n, self.spec.world) for n in (settings.forget_rows, settings.retain_rows)]
-        count = ceil_div(max(sides), settings.micro_batch_rows or max(sides))
-        return count, sum(ceil_div(side, count) for side in sides)
+        return ceil_div(settings.forget_rows, self.spec.world), ceil_div(settings.retain_rows, self.spec.world)
 
     def zero(self, stage: int) -> memory.ZeroSettings:
         return memory.zero_settings(stage, self.ds_config)

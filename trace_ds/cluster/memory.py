@@ -23,7 +23,7 @@ and its product (2 b f).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from trace_ds.cluster.architecture import MULTI_LATENT, Architecture, count_parameters
@@ -31,7 +31,11 @@ from trace_ds.cluster.architecture import MULTI_LATENT, Architecture, count_para
 MASTER_BYTES = 12  # fp32 copy and two Adam moments
 STEP_BYTES = 8  # fp32 gradient of the sub-group being stepped, and torch AdamW's temporary of the same size
 LOGIT_BYTES = 10  # beside the logits: log-softmax in fp32 (4), its gradient (4), the logits' gradient (b, 2 in bf16)
+FROZEN_LOGIT_BYTES = (
+    12  # beside the frozen model's logits: their log-softmax, its exponential and the difference in fp32
+)
 LOGITS_PER_CHUNK = 1 << 26  # elements, as in trace_ds/unlearning/forward.py
+WORKING_SHARE = 0.25  # of what a layer saved, again in its backward pass: measured 0 to 0.1, the rest is our margin
 IMBALANCE = 1.5  # the busiest rank's share of the routed tokens over the mean; our margin, not measured
 
 
@@ -79,18 +83,54 @@ def zero_settings(stage: int, ds_config: Mapping[str, Any] | None = None) -> Zer
 
 
 @dataclass(frozen=True)
+class Passes:
+    """What one step of ``unlearn`` runs, in decoder layers from the first one on.
+
+    Attributes:
+        layers: of the trained model.
+        head: whether logits are made.
+        frozen_layers: of the frozen copy (and what is below and above them); 0: there is none.
+        frozen_stays: False: it is gone before the first step (RMU's mean norm is measured with it).
+        frozen_head: whether every rank keeps the copy's LM head whole.
+        frozen_share: share of the rows that also go through the copy.
+    """
+
+    layers: int
+    head: bool = True
+    frozen_layers: int = 0
+    frozen_stays: bool = False
+    frozen_head: bool = False
+    frozen_share: float = 0.0
+
+
+@dataclass(frozen=True)
 class Memory:
-    """Bytes on one GPU by part: what stays, and what the forward/backward pass or the optimizer step add at
-    most.
+    """Bytes on one GPU by part: what stays, and what is added at most at each of the moments that may be the peak.
+
+    Attributes:
+        resident: what stays.
+        compute: what there is on top between a forward and a backward pass, beside ``layer`` or ``head``.
+        layer: while the backward pass works on a layer.
+        head: while the LM head works on a chunk of the tokens (before any layer's backward pass).
+        step: in the optimizer step.
+        start: before the first step.
     """
 
     resident: dict[str, float]
-    compute: dict[str, float]
-    step: dict[str, float]
+    compute: dict[str, float] = field(default_factory=dict)
+    layer: dict[str, float] = field(default_factory=dict)
+    head: dict[str, float] = field(default_factory=dict)
+    step: dict[str, float] = field(default_factory=dict)
+    start: dict[str, float] = field(default_factory=dict)
 
     @property
     def peak_bytes(self) -> float:
-        return sum(self.resident.values()) + max(sum(self.compute.values()), sum(self.step.values()))
+        resident, compute, *moments = (sum(getattr(self, name).values()) for name in PHASES)
+        layer, head, step, start = moments
+        return resident + max(compute + max(layer, head), step, start)
+
+
+PHASES = tuple(entry.name for entry in fields(Memory))
 
 
 def rank_parameters(a: Architecture, ep: int, layers: int | None = None) -> float:
@@ -154,7 +194,7 @@ def collect_memory(a: Architecture, *, ep: int, rows: int, context: int, b: int 
         "all-to-all buffers": _exchange_bytes(a, tokens, ep, b),
         "logits": logit_tokens * a.vocabulary * (b + 8),
     }
-    return Memory({"parameters": rank_parameters(a, ep) * b}, _without_zeros(compute), {})
+    return Memory({"parameters": rank_parameters(a, ep) * b}, _without_zeros(compute))
 
 
 def unlearn_memory(
@@ -166,43 +206,61 @@ def unlearn_memory(
     rows: int,
     context: int,
     b: int = 2,
-    rmu_layers: int | None = None,
+    passes: Passes | None = None,
     recompute: bool = False,
 ) -> Memory:
     """``unlearn``: one micro-batch of ``rows`` rows (forget and retain together), and the optimizer step.
 
     Args:
-        rmu_layers: RMU's layer and all below it: the loss needs no logits, a step runs through these layers only,
-            and a frozen copy of them is kept, sharded like the job. None: the loss is on the logits.
+        passes: what a step runs; None: the whole model with its head, no frozen copy.
         recompute: keep only each layer's input and compute the layer again in the backward pass.
     """
+    passes = passes or Passes(a.layers)
     every = count_parameters(a)
     whole, shard, tokens = rank_parameters(a, ep), every.total / world, rows * context
     stage = zero.stage
-    reference = rank_parameters(a, ep, rmu_layers) if rmu_layers else 0
-    if rmu_layers and stage == 3:
-        reference = rank_parameters(a, 1, rmu_layers) / world
+    copy = frozen_parameters(a, passes.frozen_layers, ep=ep, world=world, stage=stage) * b
+    side = -(-tokens // 2)
     resident = {
         "parameters": (shard if stage == 3 else whole) * b * (0 if zero.offload_parameters else 1),
         "gradients": (shard if stage >= 2 else whole) * b * (0 if zero.offload_optimizer else 1),
         "master and Adam moments": 0 if zero.offload_optimizer else shard * MASTER_BYTES,
         "reduce bucket": zero.reduce_bucket * b * (1 if stage == 3 else 2),
-        "RMU reference layers": reference * b,
+        "frozen copy": copy if passes.frozen_stays else 0,
+        "frozen LM head": a.vocabulary * a.hidden * b if passes.frozen_head else 0,
     }
-    per_layer = [saved_bytes_per_token(a, layer, b, ep) for layer in range(rmu_layers or a.layers)]
+    per_layer = [saved_bytes_per_token(a, layer, b, ep) for layer in range(passes.layers)]
     compute = {
         "gathered parameters": gathered_parameters(a, ep, zero) * b if stage == 3 else 0,
-        "gradients being reduced": largest_layer(a, ep) * b if stage >= 2 else 0,
         "saved activations": tokens * (len(per_layer) * b * a.hidden if recompute else sum(per_layer)),
-        # a layer's backward pass needs about half of what it saved again; recomputation brings back the whole
-        "working activations": tokens * max(per_layer) * (1.5 if recompute else 0.5),
         "attention mask": _mask_bytes(rows, context, b),
+        "frozen hidden states": tokens * passes.frozen_share * a.hidden * b,
+    }
+    layer = {
+        "gradients being reduced": largest_layer(a, ep) * b if stage >= 2 else 0,
+        # recomputation brings back the whole of what the layer saved
+        "working activations": tokens * max(per_layer) * (WORKING_SHARE + (1 if recompute else 0)),
         "all-to-all buffers": _exchange_bytes(a, tokens, ep, b),
-        "logits": 0 if rmu_layers else _head_bytes(a, -(-tokens // 2), b),
+    }
+    head = {
+        "logits": _head_bytes(a, side, b) if passes.head else 0,
+        "frozen logits": _chunk(a, side) * a.vocabulary * (b + FROZEN_LOGIT_BYTES) if passes.frozen_head else 0,
     }
     stepped = min(shard, zero.sub_group) if stage == 3 else shard
     step = {"optimizer step": 0 if zero.offload_optimizer else stepped * STEP_BYTES}
-    return Memory(_without_zeros(resident), _without_zeros(compute), _without_zeros(step))
+    start = {"frozen copy": 0 if passes.frozen_stays else copy}
+    return Memory(*(_without_zeros(phase) for phase in (resident, compute, layer, head, step, start)))
+
+
+def frozen_parameters(a: Architecture, layers: int, *, ep: int, world: int, stage: int) -> float:
+    """Elements on a rank of a frozen copy of the first ``layers`` layers: with embedding, last norm and LM head
+    (models/engine.py reference_engine), partitioned with ZeRO-3, else whole but for the experts."""
+    if not layers:
+        return 0.0
+    ends = a.hidden + (0 if a.tied else a.vocabulary * a.hidden)
+    if stage == 3:
+        return (rank_parameters(a, 1, layers) + ends) / world
+    return rank_parameters(a, ep, layers) + ends
 
 
 def host_bytes(a: Architecture, *, gpus_per_node: int, b: int, zero: ZeroSettings, world: int, ep: int = 1) -> float:
@@ -222,9 +280,14 @@ def _head_bytes(a: Architecture, tokens: int, b: int) -> float:
 
     ``tokens`` are those of one side: forget and retain rows go through the head one after the other.
     """
-    chunk = max(LOGITS_PER_CHUNK // a.vocabulary, 1)
+    chunk = _chunk(a, tokens)
     gradient = a.vocabulary * a.hidden * (b if tokens <= chunk else 4 + b)
-    return min(tokens, chunk) * a.vocabulary * (b + LOGIT_BYTES) + gradient
+    return chunk * a.vocabulary * (b + LOGIT_BYTES) + gradient
+
+
+def _chunk(a: Architecture, tokens: int) -> int:
+    """Tokens whose logits exist at a time."""
+    return min(tokens, max(LOGITS_PER_CHUNK // a.vocabulary, 1))
 
 
 def _mask_bytes(rows: int, context: int, b: int) -> float:

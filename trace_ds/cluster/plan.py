@@ -11,6 +11,7 @@ second. The cost model and what of it was checked against measurements is writte
 from __future__ import annotations
 
 import json as json_module
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,10 +32,11 @@ from trace_ds.errors import UserError
 from trace_ds.models.files import CONFIG_NAME, read_json_object, read_model_config
 
 LOGITS_ELEMENTS = 1 << 26  # `collect` holds so many logits at a time (trace_ds/models/token_nll.py)
+EVALUATION_SHARE = 0.8  # of a GPU's memory may be weights (trace_ds/evaluation/language_model.py)
 MAX_ROWS = 4096  # no search for a larger micro-batch than this
 
 ASSUMPTIONS = (
-    "every parameter is trained (ZeRO-3 with AutoEP cannot save frozen experts)",
+    "every parameter has a gradient and moments, also what unlearning.trainable holds still",
     "RMU's passes and its frozen copy end at its layer",
     "routed tokens are spread evenly for time, 1.5 times the mean on the busiest GPU for memory",
     "compute utilisation: measured on one H100; links: rated speed x 0.7, not measured",
@@ -44,7 +46,7 @@ ASSUMPTIONS = (
 @dataclass(frozen=True)
 class StagePlan:
     """One distributed stage: memory of a GPU, the largest micro-batch that fits, bytes moved and time of one
-    step (``collect``: one batch)."""
+    step (``collect``: one batch); ``storage_s``: loading the model and saving checkpoints, in the whole stage."""
 
     rows: int
     memory: memory.Memory
@@ -54,12 +56,12 @@ class StagePlan:
     time: cost.StepTime
     tokens_per_s: float
     steps: int | None
+    storage_s: float
 
     @property
     def job_s(self) -> float | None:
-        """Seconds of the whole stage without loading and saving, nothing overlapped; None when its length is
-        not known."""
-        return None if self.steps is None else self.steps * self.time.serial_s
+        """Seconds of the whole stage, nothing overlapped; None when its length is not known."""
+        return None if self.steps is None else self.steps * self.time.serial_s + self.storage_s
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,7 @@ class Plan:
     save_s: float
     storage_bytes: float
     host_bytes: float
+    evaluation_gpus: int
     choices: list[Choice]
     warnings: list[str]
 
@@ -124,8 +127,7 @@ def plan_model(model_config: Mapping[str, Any], config: Config, cluster: Cluster
         key=lambda choice: (not choice.fits, choice.step_s if choice.fits else choice.peak_bytes),
     )
     every = count_parameters(a)
-    # fp32 parameters and two Adam moments; below ZeRO-3 the 16-bit parameters are saved beside them
-    checkpoint = every.total * (memory.MASTER_BYTES + (job.b if stage < 3 else 0))
+    checkpoint = checkpoint_bytes(job, stage)
     kept = config.unlearning.keep + 1
     host = memory.host_bytes(
         a, gpus_per_node=cluster.gpus_per_node, b=job.b, zero=job.zero(stage), world=cluster.world, ep=ep
@@ -144,6 +146,7 @@ def plan_model(model_config: Mapping[str, Any], config: Config, cluster: Cluster
         save_s=checkpoint / (cluster.storage_gb_s * GB),
         storage_bytes=kept * checkpoint + every.total * job.b,
         host_bytes=host,
+        evaluation_gpus=evaluation_gpus(config, every.total * job.b, cluster.gpu_memory_gb),
         choices=choices,
         warnings=[],
     )
@@ -210,6 +213,7 @@ def _collect(job: Job, ep: int) -> StagePlan:
         time=time,
         tokens_per_s=tokens * spec.world / time.serial_s,
         steps=None if corpus is None else max(ceil_div(corpus, tokens * spec.world), 1),
+        storage_s=_load_s(job, ep, 0),
     )
 
 
@@ -222,14 +226,14 @@ def _unlearn_memory(job: Job, ep: int, stage: int, rows: int, recompute: bool | 
         rows=rows,
         context=job.context,
         b=job.b,
-        rmu_layers=job.rmu_layers,
+        passes=job.passes(),
         recompute=job.config.unlearning.recompute if recompute is None else recompute,
     )
 
 
 def _unlearn(job: Job, ep: int, stage: int) -> StagePlan:
     a, spec, (passes, rows) = job.a, job.spec, job.micro_batches()
-    tokens, rmu_layers = rows * job.context, job.rmu_layers
+    tokens, run = rows * job.context, job.passes()
     used = _unlearn_memory(job, ep, stage, rows)
     traffic = cost.unlearn_traffic(
         a,
@@ -239,19 +243,22 @@ def _unlearn(job: Job, ep: int, stage: int) -> StagePlan:
         passes=passes,
         tokens=tokens,
         b=job.b,
-        rmu_layers=rmu_layers,
+        run=run,
         recompute=job.config.unlearning.recompute,
     )
-    flops = cost.forward_flops_per_token(a, job.context, layers=rmu_layers, head=rmu_layers is None)
-    weights = memory.rank_parameters(a, ep, rmu_layers) * job.b
+    flops = cost.forward_flops_per_token(a, job.context, layers=run.layers, head=run.head)
+    frozen_flops = weights = 0.0
+    if run.frozen_stays:
+        frozen_flops = cost.forward_flops_per_token(a, job.context, layers=run.frozen_layers, head=run.frozen_head)
+        weights = memory.rank_parameters(a, ep, run.frozen_layers)
+    weights += 2 * memory.rank_parameters(a, ep, None if run.head else run.layers)
     time = cost.step_time(
         a,
         spec,
         traffic,
-        # RMU's frozen copy runs forward through the layers that train
-        forward_flops=(flops if rmu_layers else 0) * tokens * passes,
+        forward_flops=frozen_flops * run.frozen_share * tokens * passes,
         training_flops=3 * flops * tokens * passes,
-        weight_bytes=weights * (3 if rmu_layers else 2) * passes,
+        weight_bytes=weights * job.b * passes,
         optimizer_elements=count_parameters(a).total / spec.world,
     )
     settings = job.config.unlearning
@@ -264,7 +271,33 @@ def _unlearn(job: Job, ep: int, stage: int) -> StagePlan:
         time=time,
         tokens_per_s=(settings.forget_rows + settings.retain_rows) * job.context / time.serial_s,
         steps=settings.steps,
+        storage_s=(
+            _load_s(job, ep, stage) * (2 if run.frozen_layers else 1)
+            + ceil_div(settings.steps, settings.save_every) * checkpoint_bytes(job, stage) / (spec.storage_gb_s * GB)
+        ),
     )
+
+
+def checkpoint_bytes(job: Job, stage: int) -> float:
+    """fp32 parameters and two Adam moments; below ZeRO-3 the 16-bit parameters are saved beside them."""
+    return count_parameters(job.a).total * (memory.MASTER_BYTES + (job.b if stage < 3 else 0))
+
+
+def _load_s(job: Job, ep: int, stage: int) -> float:
+    """Every process reads from the shared storage what it will hold: its partition with ZeRO-3, else its experts and
+    all that is not an expert."""
+    whole = job.spec.world * memory.rank_parameters(job.a, ep)
+    elements = count_parameters(job.a).total if stage == 3 else whole
+    return elements * job.b / (job.spec.storage_gb_s * GB)
+
+
+def evaluation_gpus(config: Config, weights_bytes: float, gpu_memory_gb: float) -> int:
+    """GPUs that ``evaluate`` needs to hold one model of ``weights_bytes``, in one process.
+
+    The relearning attack trains it with AdamW: gradients and two moments beside the weights.
+    """
+    held = weights_bytes * (4 if config.evaluation.relearning is not None else 1)
+    return max(math.ceil(held / (EVALUATION_SHARE * gpu_memory_gb * GB)), 1)
 
 
 def _choice(job: Job, ep: int, stage: int) -> Choice:
@@ -319,6 +352,11 @@ def _warnings(job: Job, result: Plan) -> list[str]:
             f"each of a node's {spec.gpus_per_node} processes reads its share of the model: "
             f"{result.host_bytes / GB:.0f} GB of {spec.host_memory_gb:.0f} GB of host memory; "
             "raise distributed.ep, start fewer processes per node, or use nodes with more memory"
+        )
+    if result.evaluation_gpus > spec.gpus_per_node:
+        warnings.append(
+            f"evaluate holds a model on one node and needs {result.evaluation_gpus} GPUs, a node has "
+            f"{spec.gpus_per_node}: its stage would run out of memory"
         )
     if result.ep > spec.gpus_per_node:
         warnings.append(

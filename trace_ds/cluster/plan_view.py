@@ -11,6 +11,7 @@ from rich.table import Table
 
 from trace_ds.cluster.architecture import active_parameters, count_parameters, read_architecture
 from trace_ds.cluster.checks import wide_console
+from trace_ds.cluster.memory import PHASES
 from trace_ds.cluster.plan import ASSUMPTIONS, MAX_ROWS, Plan, StagePlan, plan_model
 from trace_ds.cluster.spec import GB, ClusterSpec
 from trace_ds.config.schema import Config
@@ -37,7 +38,7 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     console.print(
         f"checkpoint {size(plan.checkpoint_bytes)}, saved in {duration(plan.save_s)} at "
         f"{spec.storage_gb_s:g} GB/s; the run needs {size(plan.storage_bytes)} of storage and "
-        f"{size(plan.host_bytes)} of host memory a node",
+        f"{size(plan.host_bytes)} of host memory a node; evaluate needs {plan.evaluation_gpus} GPUs of one node",
         highlight=False,
     )
     for warning in plan.warnings:
@@ -66,12 +67,12 @@ def _parameters(plan: Plan) -> Table:
 def _memory(plan: Plan) -> Table:
     collect, unlearn = plan.collect, plan.unlearn
     table = _table(
-        "Memory of one GPU (peak: what stays + the larger of computing and stepping)",
+        "Memory of one GPU (peak: resident + the largest of compute with layer or head, step, start)",
         "part",
         f"collect, {collect.rows} rows",
         f"unlearn, {unlearn.rows} rows",
     )
-    for phase in ("resident", "compute", "step"):
+    for phase in PHASES:
         of_collect, of_unlearn = getattr(collect.memory, phase), getattr(unlearn.memory, phase)
         for part in dict.fromkeys((*of_collect, *of_unlearn)):
             table.add_row(
@@ -112,7 +113,7 @@ def _time(plan: Plan) -> Table:
     table.add_row("nothing overlapped", *(duration(stage.time.serial_s) for stage in stages))
     table.add_row("tokens/s (nothing overlapped)", *(f"{stage.tokens_per_s:,.0f}" for stage in stages))
     table.add_row(
-        "whole stage, at most",
+        "whole stage with loading and saving, at most",
         *("corpora not found" if s.job_s is None else duration(s.job_s) for s in stages),
     )
     return table

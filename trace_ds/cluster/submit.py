@@ -5,8 +5,8 @@
     trace-ds submit CONFIG --nodes 4 --gpus-per-node 8 --dry-run    # print the command lines, write nothing
 
 Each submission gets a folder ``RUN/submitted/N`` with the resolved configuration, the scripts, the site file and
-``jobs.json`` (command lines and job ids). The jobs run from that folder, so a job that requeues itself next week does
-what was submitted today, whatever became of the repository.
+``jobs.json`` (command lines and job ids). The jobs take configuration and scripts from that folder, so a job that
+requeues itself next week does what was submitted today; the package itself is the installed one of that moment.
 """
 
 from __future__ import annotations
@@ -24,10 +24,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import trace_ds
-from trace_ds.cluster.plan import plan
+from trace_ds.cluster import architecture
+from trace_ds.cluster.job import DTYPE_BYTES
+from trace_ds.cluster.plan import evaluation_gpus, plan
 from trace_ds.cluster.spec import ClusterSpec
 from trace_ds.config.load import dump_yaml
+from trace_ds.config.schema import Config
 from trace_ds.errors import UserError
+from trace_ds.models.files import read_model_config, read_model_directory
 from trace_ds.run.directory import unwritable
 from trace_ds.run.files import write_json
 from trace_ds.stages.pipeline import Request, check_early
@@ -35,7 +39,6 @@ from trace_ds.stages.pipeline import Request, check_early
 SCRIPTS = ("chain.sh", "collect_stats.sh", "common.sh", "single_stage.sh", "unlearn_mixtral.sh")
 WHOLE_RUN, CHAIN = "unlearn_mixtral.sh", "chain.sh"
 STAGES_OF_A_JOB = "prepare collect calibrate unlearn convert evaluate report"
-EVALUATION_GPUS = 2  # Mixtral-8x7B in bf16 needs two of 80 GB
 
 
 @dataclass(frozen=True)
@@ -46,12 +49,14 @@ class Cluster:
         nodes, gpus_per_node: the shape of collect and unlearn; one process per GPU.
         options: more options of sbatch, as on its command line; they win over the scripts' own.
         array: seeds of a job array, in sbatch's notation (``0-4``); None: no array.
+        gpu_memory_gb: of one GPU, for the plan and for the number of GPUs that evaluate asks for.
     """
 
     nodes: int
     gpus_per_node: int
     options: str = ""
     array: str | None = None
+    gpu_memory_gb: float = ClusterSpec.gpu_memory_gb
 
     @property
     def shape(self) -> list[str]:
@@ -74,16 +79,17 @@ def submit_run(request: Request, cluster: Cluster, *, chain: bool, dry_run: bool
     if chain and cluster.array:
         raise UserError("--array and --chain cannot be combined", "the command line", "submit a chain per seed")
     check_early("run", request, cluster.nodes * cluster.gpus_per_node)
-    for warning in plan(request.config, ClusterSpec(cluster.nodes, cluster.gpus_per_node)).warnings:
+    for warning in plan_warnings(request.config, cluster):
         print(f"WARNING trace-ds plan: {warning}")
     run_dir = Path(os.path.abspath(request.run.path))
     folder = run_dir / "submitted" / str(1 + len(list(run_dir.glob("submitted/[0-9]*"))))
     with tempfile.TemporaryDirectory() as temporary:
         draft = Path(temporary) / "submission"
         render(request, draft)
+        variables = _environment(draft, run_dir, cluster, request.config)
         lines = {
             stages: line.replace(str(draft), shlex.quote(str(folder)))
-            for stages, line in command_lines(draft, run_dir, cluster, chain=chain).items()
+            for stages, line in command_lines(draft, run_dir, cluster, variables, chain=chain).items()
         }
         if dry_run:
             for line in lines.values():
@@ -98,7 +104,7 @@ def submit_run(request: Request, cluster: Cluster, *, chain: bool, dry_run: bool
         except OSError as error:
             raise unwritable(run_dir, error) from None
     try:
-        jobs = start(folder, run_dir, cluster, chain=chain)
+        jobs = start(folder, run_dir, cluster, _environment(folder, run_dir, cluster, request.config), chain=chain)
     except UserError:
         with contextlib.suppress(OSError):
             (run_dir / "logs").rmdir()
@@ -110,8 +116,18 @@ def submit_run(request: Request, cluster: Cluster, *, chain: bool, dry_run: bool
     for stages, job in jobs.items():
         print(f"{job}: {stages}")
     print(f"log files: {run_dir}/logs; what was submitted: {folder}")
-    print(f"watch: squeue -j {','.join(ids)}   stop, saving first: touch {shlex.quote(str(run_dir / 'stop'))}")
+    stop = shlex.quote(f"{run_dir}-seedN/stop" if cluster.array else f"{run_dir}/stop")
+    print(f"watch: squeue -j {','.join(ids)}   stop, saving first: touch {stop}{' (task N)' if cluster.array else ''}")
     return 0
+
+
+def plan_warnings(config: Config, cluster: Cluster) -> list[str]:
+    """What the cost model warns of; for a family that it does not know, just that."""
+    family = read_model_config(config.model.path).get("model_type")
+    if family not in architecture.FAMILIES:
+        return [f"the cost model does not know the family {family!r}: whether the run fits was not checked"]
+    spec = ClusterSpec(cluster.nodes, cluster.gpus_per_node, gpu_memory_gb=cluster.gpu_memory_gb)
+    return plan(config, spec).warnings
 
 
 def render(request: Request, folder: Path) -> None:
@@ -135,25 +151,24 @@ def scripts_folder() -> Path:
     return next(folder for folder in (package / "slurm", package.parent / "slurm") if folder.is_dir())
 
 
-def command_lines(folder: Path, run_dir: Path, cluster: Cluster, *, chain: bool) -> dict[str, str]:
+def command_lines(
+    folder: Path, run_dir: Path, cluster: Cluster, variables: dict[str, str], *, chain: bool
+) -> dict[str, str]:
     """{stages: the command line that submits them}; jobs that do not exist yet are JOB1, JOB2, …"""
     if not chain:
         return {STAGES_OF_A_JOB: shlex.join(_sbatch(folder, run_dir, cluster))}
-    found = _run(
-        _chain(folder, run_dir), _environment(folder, run_dir, cluster) | {"TRACE_DS_DRY_RUN": "1"}, folder.parent
-    )
+    found = _run(_chain(folder, run_dir), variables | {"TRACE_DS_DRY_RUN": "1"}, folder.parent)
     return dict(line.split(": ", 1) for line in found.splitlines())
 
 
-def start(folder: Path, run_dir: Path, cluster: Cluster, *, chain: bool) -> dict[str, str]:
+def start(folder: Path, run_dir: Path, cluster: Cluster, variables: dict[str, str], *, chain: bool) -> dict[str, str]:
     """Submit what :func:`render` wrote; {stages: job id}."""
     if chain:
-        found = _run(_chain(folder, run_dir), _environment(folder, run_dir, cluster), Path.cwd())
+        found = _run(_chain(folder, run_dir), variables, Path.cwd())
         return dict(line.split(": ", 1) for line in found.splitlines())
     # sbatch reads SBATCH_* from its environment: the site file's, which only a shell can read
     with_site = ["bash", "-c", '[[ ! -e $0 ]] || source "$0"; exec "$@"', str(folder / "slurm" / "site.env")]
-    command = [*with_site, *_sbatch(folder, run_dir, cluster)]
-    found = _run(command, _environment(folder, run_dir, cluster), Path.cwd())
+    found = _run([*with_site, *_sbatch(folder, run_dir, cluster)], variables, Path.cwd())
     return {STAGES_OF_A_JOB: found.strip().split(";")[0]}
 
 
@@ -164,7 +179,8 @@ def check_queue(run_dir: Path) -> None:
         raise UserError("there is no sbatch on this machine", "PATH", fix)
     earlier = [json.loads(path.read_text(encoding="utf-8")) for path in run_dir.glob("submitted/*/jobs.json")]
     ids = {job for record in earlier for job in record["jobs"].values()}
-    queued = subprocess.run(["squeue", "--noheader", "--format=%A"], capture_output=True, text=True, check=False)
+    # %F: an array's own id for each of its tasks, which is what sbatch printed
+    queued = subprocess.run(["squeue", "--noheader", "--format=%F"], capture_output=True, text=True, check=False)
     if active := sorted(ids & set(queued.stdout.split()), key=int):
         what = f"jobs of this run are still queued or running: {' '.join(active)}"
         raise UserError(what, str(run_dir), f"wait for them, or scancel {' '.join(active)}")
@@ -180,16 +196,18 @@ def _chain(folder: Path, run_dir: Path) -> list[str]:
     return ["bash", str(folder / "slurm" / CHAIN), str(folder / "config.yaml"), "--run-dir", str(run_dir)]
 
 
-def _environment(folder: Path, run_dir: Path, cluster: Cluster) -> dict[str, str]:
+def _environment(folder: Path, run_dir: Path, cluster: Cluster, config: Config) -> dict[str, str]:
     """What the scripts read; the site file's own exports win where both say something."""
     ours = {
         "TRACE_DS_HOME": str(folder),
         "TRACE_DS_GPU_SBATCH": " ".join(cluster.shape),
         "TRACE_DS_ALL_SBATCH": cluster.options,
     }
+    weights_bytes = read_model_directory(config.model.path).parameters * DTYPE_BYTES[config.model.dtype]
+    gpus = min(evaluation_gpus(config, weights_bytes, cluster.gpu_memory_gb), cluster.gpus_per_node)
     defaults = {
         "SBATCH_OUTPUT": str(run_dir / "logs" / "%x-%j.log"),
-        "TRACE_DS_EVALUATE_SBATCH": f"--gpus-per-node={min(EVALUATION_GPUS, cluster.gpus_per_node)}",
+        "TRACE_DS_EVALUATE_SBATCH": f"--gpus-per-node={gpus}",
     }
     if sys.prefix != sys.base_prefix:
         defaults["TRACE_DS_VENV"] = sys.prefix  # the jobs use the environment that submits them

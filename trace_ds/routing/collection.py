@@ -11,7 +11,7 @@ every rank has is a point to continue from, and what follows is the same bytes a
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from trace_ds.corpora.dataset import Batch, TokenDataset
-from trace_ds.errors import UserError
+from trace_ds.errors import StopRequested, UserError
 from trace_ds.models.routers import RoutingRecorder, moe_decoder_layers, record_output, record_routing
 from trace_ds.models.token_nll import chunked_nll
 from trace_ds.parallel.world import World
@@ -72,12 +72,17 @@ class Collection:
         self._pending: list[tuple[np.ndarray, slice, torch.Tensor]] = []
         self._copied: Any = None
 
-    def run(self, log: StageLog, side: str, save_every: int) -> RoutingStatistics:
+    def run(self, log: StageLog, side: str, save_every: int, stop_files: Sequence[Path] = ()) -> RoutingStatistics:
         """The statistics of the whole world (collective).
+
+        Args:
+            save_every: batches between saved states.
+            stop_files: one that is there when a state has been saved ends the pass; the main process looks.
 
         Raises:
             UserError, AgreedError: a router's weights are NaN or infinite; the layer is named.
             OSError, AgreedError: the disk is too full for the parts.
+            StopRequested: a stop file appeared; it is removed, and the saved state is where the next pass goes on.
         """
         done = self._resume()
         self.world.agree_all(lambda: self._open_parts(fresh=done == 0))
@@ -93,6 +98,7 @@ class Collection:
                     self._check_finite()
                 if save_every and (number + 1) % save_every == 0 and number + 1 < self.batches:
                     self._save(number + 1)
+                    self._stop_if_asked(log, f"{side}: stopped on request after batch {number + 1:,}", stop_files)
                 progress.advance(min(size * self.world.size, total))
         self._write_pending()
         progress.close()
@@ -100,6 +106,14 @@ class Collection:
             if isinstance(array, np.memmap):
                 array.flush()
         return self.counter.reduce(self.world)
+
+    def _stop_if_asked(self, log: StageLog, message: str, stop_files: Sequence[Path]) -> None:
+        found = [path for path in stop_files if path.exists()] if self.world.is_main else []
+        if self.world.max_int(len(found)):
+            for path in found:
+                path.unlink(missing_ok=True)
+            log.line(f"{message} of {self.batches:,}; run again to go on")
+            raise StopRequested(message)
 
     def _step(self, number: int, batch: Batch) -> int:
         """One forward pass; returns this rank's tokens in it."""

@@ -80,8 +80,8 @@ class RunDirectory:
 
     @property
     def stop_files(self) -> tuple[Path, ...]:
-        """Touch one to stop the unlearning job with a complete checkpoint (exit status 75): RUN/stop, and for a
-        variant its parent's too."""
+        """Touch one to stop collect (at its next saved state) or unlearn (with a complete checkpoint), exit status 75:
+        RUN/stop, and for a variant its parent's too."""
         return tuple(folder / "stop" for folder in (self.path, self.parent) if folder is not None)
 
     def variant(self, name: str, config_text: str | None = None) -> RunDirectory:

@@ -137,7 +137,7 @@ def _collect_side(
         directory=directory,
     )
     try:
-        statistics = collection.run(log, side, config.statistics.save_every)
+        statistics = collection.run(log, side, config.statistics.save_every, run.stop_files)
     except (UserError, AgreedError):
         if world.is_main:
             shutil.rmtree(directory, ignore_errors=True)
