@@ -30,6 +30,7 @@ from trace_ds.cluster.checks import Check, first_line, nearest_directory
 from trace_ds.cluster.checks_machine import VERSIONS, port_checks
 from trace_ds.config.schema import Config
 from trace_ds.errors import UserError
+from trace_ds.parallel.environment import rank_and_size
 
 if TYPE_CHECKING:
     from trace_ds.parallel.world import World
@@ -58,18 +59,6 @@ class Job:
         return self.nodes.index(self.node) == self.world.rank
 
 
-def first_of_node() -> bool:
-    """Whether this process is its launcher's first on this node; known before anything is joined."""
-    names = ("LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK")
-    return next((os.environ[name] for name in names if name in os.environ), "0") == "0"
-
-
-def main_by_environment() -> bool:
-    """Whether this process will be rank 0; known before anything is joined."""
-    names = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
-    return next((os.environ[name] for name in names if name in os.environ), "0") == "0"
-
-
 def node_name() -> str:
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
@@ -80,7 +69,7 @@ def join_job() -> Job | Check:
 
     port = os.environ.get("MASTER_PORT")
     # torchrun's agent holds the port already and serves its ranks there
-    if main_by_environment() and port and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+    if rank_and_size()[0] == 0 and port and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         for check in port_checks(port):
             if check.status == "MISS":
                 return check

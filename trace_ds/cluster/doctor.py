@@ -24,7 +24,7 @@ from trace_ds.cluster.plan import Plan, plan
 from trace_ds.cluster.spec import ClusterSpec
 from trace_ds.config.schema import Config
 from trace_ds.errors import UserError
-from trace_ds.parallel.environment import launched
+from trace_ds.parallel.environment import launched, local_rank_and_size, rank_and_size
 
 EXIT_MISSING = 1
 STYLES = {"OK": "green", "WARN": "yellow", "MISS": "bold red"}
@@ -148,10 +148,10 @@ def check_job(config: Config | None, run_dir: Path | None) -> list[Check] | None
     """
     from trace_ds.cluster import checks_nodes as nodes
 
-    own = machine_checks(config, joining=True) if nodes.first_of_node() else []
+    own = machine_checks(config, joining=True) if local_rank_and_size()[0] == 0 else []
     job = nodes.join_job()
     if isinstance(job, Check):
-        if nodes.main_by_environment():
+        if rank_and_size()[0] == 0:
             return [*own, job]
         _print_faults(nodes.node_name(), own)
         return None
