@@ -26,7 +26,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trace_ds.cluster.checks import Check, first_line, nearest_directory
+from trace_ds.cluster.checks import Check, Status, first_line, nearest_directory
 from trace_ds.cluster.checks_machine import VERSIONS, port_checks
 from trace_ds.config.schema import Config
 from trace_ds.errors import UserError
@@ -234,7 +234,9 @@ def _locks_between_nodes(job: Job, path: Path) -> Check:
     if any(found_by_rank):
         fix = "mount with locks (Lustre: -o flock), and never start two jobs in one run directory"
         rank = next(rank for rank, text in enumerate(found_by_rank) if text)
-        return Check("storage", "locks between nodes", "WARN", f"{job.nodes[rank]}: {found_by_rank[rank]}", fix)
+        # without locks a run is refused by the main rank, the only one that takes them
+        status: Status = "MISS" if failure else "WARN"
+        return Check("storage", "locks between nodes", status, f"{job.nodes[rank]}: {found_by_rank[rank]}", fix)
     return Check("storage", "locks between nodes", "OK", "flock excludes the other ranks")
 
 

@@ -87,10 +87,9 @@ def _lock_check(folder: Path) -> Check:
                 return Check("storage", "locks", "OK", "flock excludes a second holder")
     except OSError as error:
         detail = f"flock fails ({error.strerror})"
-    else:
-        detail = "flock does not exclude a second holder"
+        return Check("storage", "locks", "MISS", detail, "mount with locks (Lustre: -o flock), or another --run-dir")
     fix = "mount with locks (Lustre: -o flock), and never start two jobs in one run directory"
-    return Check("storage", "locks", "WARN", detail, fix)
+    return Check("storage", "locks", "WARN", "flock does not exclude a second holder", fix)
 
 
 def _speed_check(folder: Path) -> Check:
