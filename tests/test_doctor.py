@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import socket
 from pathlib import Path
@@ -18,6 +19,8 @@ from trace_ds.cluster.checks import Check, guarded
 from trace_ds.cluster.doctor import doctor, run_checks
 from trace_ds.config.load import load_config
 from trace_ds.config.schema import Config
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def loaded(tmp_path: Path, model: Path, **changes: Any) -> Config:
@@ -103,7 +106,7 @@ def test_a_wrong_version_is_a_miss_with_the_pip_line(monkeypatch: pytest.MonkeyP
 
 
 def test_requirements_agree_with_the_package(tmp_path: Path) -> None:
-    text = (Path(__file__).resolve().parents[1] / "pyproject.toml").read_text(encoding="utf-8")
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     for package in ("deepspeed", "torch", "transformers"):
         assert f'"{checks_machine.requirement(package)}"' in text
 
@@ -114,13 +117,15 @@ def test_no_compiler_is_a_warning_with_the_apt_line(tmp_path: Path, monkeypatch:
     assert found["C++ compiler"].status == "WARN" and "apt-get install g++" in found["C++ compiler"].fix
 
 
-def test_a_kernel_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "new" / "folder"))
-    assert [check.status for check in checks_machine.cache_checks()] == ["OK"]
+@pytest.mark.parametrize("variable", ["TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR"])
+def test_a_kernel_cache_that_cannot_be_written(variable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / name / "folder"))
+    assert [check.status for check in checks_machine.cache_checks()] == ["OK", "OK"]
     assert list(tmp_path.iterdir()) == []
-    (tmp_path / "new").write_text("a file", encoding="utf-8")
-    (check,) = checks_machine.cache_checks()
-    assert check.status == "WARN" and "TORCH_EXTENSIONS_DIR" in check.fix
+    (tmp_path / variable).write_text("a file", encoding="utf-8")
+    (check,) = (check for check in checks_machine.cache_checks() if check.status != "OK")
+    assert check.status == "WARN" and f"set {variable}" in check.fix
 
 
 def test_launchers_are_found_beside_python(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -159,6 +164,23 @@ def test_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     only_fault(slurm(tmp_path, monkeypatch, sinfo="echo 'gpu* up 1:00 4 nodes down'"), "no node is up", "resume")
     unset = "echo 'scontrol: error: resolve_ctls_from_dns_srv: res_nsearch error' >&2; exit 1"
     assert {check.status for check in slurm(tmp_path, monkeypatch, scontrol=unset)} == {"WARN"}
+
+
+@pytest.mark.parametrize(
+    ("limit", "status"),
+    [("UNLIMITED", "OK"), ("2-00:00:00", "OK"), ("1-00:00:00", "OK"), ("08:00:00", "WARN"), ("00:05:00", "MISS")],
+)
+def test_the_partitions_time_limit_is_compared_with_the_scripts(
+    limit: str, status: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripts = [path.read_text(encoding="utf-8") for path in (ROOT / "slurm").glob("*.sh")]
+    asked = [slurm for text in scripts for slurm in re.findall(r"^#SBATCH --time=(\S+)", text, re.MULTILINE)]
+    assert max(checks_machine.slurm_seconds(time) or 0 for time in asked) == checks_machine.SCRIPTS_TIME_S
+    partition = f"PartitionName=gpu Default=YES MaxNodes=4 MaxTime={limit}"
+    body = f"[ $1 = ping ] && echo 'Slurmctld(primary) at login is UP' || echo '{partition}'"
+    found = {check.name: check for check in slurm(tmp_path, monkeypatch, scontrol=body)}["limits"]
+    assert found.status == status and f"MaxTime {limit}" in found.detail
+    assert bool(found.fix) == (status != "OK")
 
 
 def test_no_slurm_is_no_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

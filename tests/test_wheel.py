@@ -6,7 +6,10 @@ source tree is not on it (a path file's own path files are not read, so this one
 
 from __future__ import annotations
 
+import ast
+import importlib.metadata
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -35,6 +38,30 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run(sys.executable, "-m", "pip", "wheel", *options, ROOT, cwd=folder)
     (built,) = folder.glob("trace_ds-*.whl")
     return built
+
+
+def normal(distribution: str) -> str:
+    """A distribution's name as the package index compares it."""
+    return re.sub(r"[-_.]+", "-", distribution).lower()
+
+
+def test_every_import_is_of_a_declared_dependency() -> None:
+    """Not of one that another dependency happens to bring: an environment made from pyproject.toml alone is enough."""
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    requirements = [*project["dependencies"], *project["optional-dependencies"]["lm-eval"]]
+    declared = {normal(re.split(r"[ <>=!~;\[]", requirement)[0]) for requirement in requirements}
+    owners = importlib.metadata.packages_distributions()
+    strangers = {}
+    for path in (ROOT / "trace_ds").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                names = [node.module or ""]
+            for top in {name.split(".")[0] for name in names} - sys.stdlib_module_names - {"trace_ds"}:
+                if declared.isdisjoint(map(normal, owners.get(top, [top]))):
+                    strangers[top] = path.relative_to(ROOT)
+    assert strangers == {}
 
 
 def test_every_file_of_the_package_is_in_the_wheel(wheel: Path) -> None:

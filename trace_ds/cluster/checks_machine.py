@@ -40,6 +40,8 @@ KNOWN_BAD = (
 MIN_OPEN_FILES = 4096
 MIN_SHARED_MEMORY_BYTES = 1_000_000_000
 MIN_BF16_CAPABILITY = (8, 0)
+SCRIPTS_TIME_S = 24 * 3600  # the longest `#SBATCH --time` of slurm/*.sh
+SIGNAL_BEFORE_END_S = 300  # `#SBATCH --signal=B:USR1@300`
 DEFAULT_MASTER_PORT = "29500"
 UNCONFIGURED = "resolve_ctls_from_dns_srv"  # SLURM found no slurm.conf and asked the network for one
 
@@ -133,7 +135,8 @@ def accelerator_checks(config: Config | None) -> Iterator[Check]:
             yield Check(group, f"GPU {index}", "OK", detail)
     if driver_status == 0:
         cuda = torch.version.cuda or "no CUDA"
-        yield Check(group, "driver", "OK", f"{first_line(driver)}; torch {torch.__version__} ({cuda})")
+        nccl = f", NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}" if count else ""
+        yield Check(group, "driver", "OK", f"{first_line(driver)}; torch {torch.__version__} ({cuda}){nccl}")
     wanted = None if config is None else config.distributed.nproc
     if count and wanted is not None and wanted > count:
         fix = f"set distributed.nproc (--nproc) to {count} or fewer"
@@ -215,19 +218,20 @@ def offloads_optimizer(config: Config) -> bool:
 
 
 def cache_checks() -> Iterator[Check]:
-    """The folder that compiled kernels (torch extensions, Triton) are cached in can be written."""
-    group, name = "compiler", "kernel cache"
-    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions")
-    home = nearest_directory(folder)
-    try:
-        if home is None:
-            raise NotADirectoryError(20, "a part of the path is a file")
-        with tempfile.TemporaryFile(dir=home):
-            pass
-        yield Check(group, name, "OK", str(folder))
-    except OSError as error:
-        fix = "set TORCH_EXTENSIONS_DIR and TRITON_CACHE_DIR to a folder that can be written, best on the node itself"
-        yield Check(group, name, "WARN", f"{folder} cannot be written ({error.strerror})", fix)
+    """The folders that compiled kernels are cached in (torch extensions, Triton) can be written."""
+    for variable, default in (("TORCH_EXTENSIONS_DIR", ".cache/torch_extensions"), ("TRITON_CACHE_DIR", ".triton")):
+        name = f"kernel cache {variable}"
+        folder = Path(os.environ.get(variable) or Path.home() / default)
+        home = nearest_directory(folder)
+        try:
+            if home is None:
+                raise NotADirectoryError(20, "a part of the path is a file")
+            with tempfile.TemporaryFile(dir=home):
+                pass
+            yield Check("compiler", name, "OK", str(folder))
+        except OSError as error:
+            fix = f"set {variable} to a folder that can be written, best on the node itself"
+            yield Check("compiler", name, "WARN", f"{folder} cannot be written ({error.strerror})", fix)
 
 
 def launcher_checks() -> Iterator[Check]:
@@ -315,14 +319,33 @@ def munge_socket() -> str | None:
 
 
 def _slurm_limits() -> Iterator[Check]:
-    """What the default partition allows a job; OK only, since what a run needs is not known here."""
+    """What the default partition allows a job. What a run asks for is known only where it is submitted."""
     status, text = output_of("scontrol", "--oneliner", "show", "partition")
     default = next((line for line in text.splitlines() if "Default=YES" in line), "")
     fields = dict(re.findall(r"(\w+)=(\S+)", default))
-    if status == 0 and fields:
-        names = ("MaxTime", "DefaultTime", "MaxNodes", "MaxMemPerNode")
-        limits = ", ".join(f"{name} {fields[name]}" for name in names if name in fields)
-        yield Check("slurm", "limits", "OK", f"partition {fields['PartitionName']}: {limits}")
+    if status or not fields:
+        return
+    names = ("MaxTime", "DefaultTime", "MaxNodes", "MaxMemPerNode")
+    limits = ", ".join(f"{name} {fields[name]}" for name in names if name in fields)
+    detail = f"partition {fields['PartitionName']}: {limits}"
+    longest_s = slurm_seconds(fields.get("MaxTime", ""))
+    if longest_s is not None and longest_s <= SIGNAL_BEFORE_END_S:
+        fix = "another partition (--sbatch --partition=NAME): the scripts are asked to save 300 s before their limit"
+        yield Check("slurm", "limits", "MISS", detail, fix)
+    elif longest_s is not None and longest_s < SCRIPTS_TIME_S:
+        fix = f"submit with --sbatch --time={fields['MaxTime']} (the scripts ask for 24 hours), or another partition"
+        yield Check("slurm", "limits", "WARN", detail, fix)
+    else:
+        yield Check("slurm", "limits", "OK", detail)
+
+
+def slurm_seconds(text: str) -> int | None:
+    """Seconds of a SLURM time (``days-hours:minutes:seconds``); None for UNLIMITED and what is no time."""
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+):(\d+)", text)
+    if match is None:
+        return None
+    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
+    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def cpu_checks(config: Config | None, processes: int, needed_bytes: float | None) -> Iterator[Check]:
