@@ -124,7 +124,7 @@ def evaluate(config: Config, run: RunDirectory, world: World | None = None) -> N
         UserError: a task file, a model or its tokenizer cannot be used (nothing is written then).
     """
     is_main = world is None or world.is_main
-    job = world.agree_each(lambda _: check_evaluate(config, run)) if world else check_evaluate(config, run)
+    job = world.agree_each(lambda _: check_evaluate(config, run)) if world is not None else check_evaluate(config, run)
     try:
         run.evaluation.mkdir(parents=True, exist_ok=True)
         with _threads(config.distributed.threads), stage_log(run, "evaluate", enabled=is_main) as log:
