@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -290,6 +292,19 @@ def test_layers_that_do_not_exist(job) -> None:
     config, run = job(calibration__detection__layers=[7])
     with pytest.raises(UserError, match="layer 7 is not one of the model's 3"):
         calibrate(config, run)
+
+
+def test_bench_tool_measures_and_fails_on_a_limit() -> None:
+    tool = Path(__file__).parents[1] / "tools" / "bench_calibrate.py"
+    small = ["--tokens", "20000", "--layers", "2", "--experts", "8", "--top-k", "2", "--experts-in-scope", "5"]
+    command = [sys.executable, str(tool), *small, "--row-tokens", "16", "--retrieve", "--json", "--max-gib"]
+    limits = [
+        subprocess.run([*command, limit], capture_output=True, text=True, check=False) for limit in ("50", "0.001")
+    ]
+    assert [done.returncode for done in limits] == [0, 1], limits[0].stderr
+    told = json.loads(limits[0].stdout)
+    assert told["constraints"] == 5 and told["converged"] and told["largest_miss"] < 1e-6
+    assert "GiB, more than the limit of 0.001" in limits[1].stderr
 
 
 def test_table_names_what_matters(job) -> None:

@@ -19,6 +19,7 @@ from trace_ds.routing.statistics import RoutingStatistics
 from trace_ds.routing.token_files import TokenArray, open_parts
 from trace_ds.run import artefact
 from trace_ds.run.directory import RunDirectory
+from trace_ds.stages.calibrate import calibrate
 from trace_ds.stages.prepare import prepare
 
 
@@ -161,18 +162,22 @@ def test_trace_and_nll_belong_to_every_token(tiny_model: Path, tmp_path: Path) -
 
 @pytest.mark.slow
 def test_mean_hidden_state_of_every_row(tiny_model: Path, tmp_path: Path) -> None:
-    """Against plain transformers by document, and the same on another cluster shape."""
+    """Against plain transformers by document, and the same on another cluster shape; so are the weights made of it."""
     import torch
     from transformers import AutoModelForCausalLM
 
     config = prepared(tmp_path, tiny_model, statistics__hidden=True)
-    found = {}
+    found, weights = {}, {}
     for world, ep, batch in ((1, 1, 4), (2, 2, 3)):
         run = tmp_path / f"hidden-{world}"
         collected(config, run, world, ep, f"statistics.batch_rows={batch}")
         description = artefact.load(run / "statistics" / "retain", "statistics", "")
         assert description.settings["hidden_layer"] == 1
         found[world] = np.concatenate(open_parts(description, "hidden"))
+        made = calibrate(load_config(str(config), [], run)[0], RunDirectory.at(run))
+        weights[world] = np.load(made.file("weights.npy"))
+    np.testing.assert_array_equal(weights[2], weights[1])
+    assert weights[1].std() > 0.1
     dataset = TokenDataset.open(tmp_path / "run" / "data" / "retain.arrow")
     assert found[1].shape == (len(dataset), 32) and found[1].dtype == np.float32
     np.testing.assert_allclose(found[2], found[1], atol=1e-5)

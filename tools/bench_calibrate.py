@@ -5,6 +5,7 @@
     python tools/bench_calibrate.py --level sequence         # one weight per row of 2,048 tokens
     python tools/bench_calibrate.py --retrieve --row-tokens 16   # 625,000 rows, scored by routing and by coverage
     python tools/bench_calibrate.py --tokens 1000000 --json
+    python tools/bench_calibrate.py --max-seconds 120 --max-gib 3    # exit status 1 beyond a limit: a regression check
 
 The routing is synthetic with the correlations of real routing: the token's type (Zipf-distributed) decides most of the
 choice in each layer, the document's topic some of it, and a little is noise. Making the trace is not timed and happens
@@ -22,6 +23,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -73,7 +75,7 @@ def generate(arguments: argparse.Namespace, folder: Path) -> None:
     write_corpus(folder / "retain", rng, tables, arguments.tokens, False)
 
 
-def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, object]:
+def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from trace_ds.calibration.diagnose import document_sums, likeness_tables, quantiles
     from trace_ds.calibration.rows import build_row_store
     from trace_ds.calibration.rules import apply_rule
@@ -153,6 +155,8 @@ def main() -> None:
     parser.add_argument("--row-tokens", type=int, default=ROW_TOKENS)
     parser.add_argument("--retrieve", action="store_true", help="also time two similarities (not in total_s)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--max-seconds", type=float, help="fail when it took more seconds of CPU (busy cores or not)")
+    parser.add_argument("--max-gib", type=float, help="fail when the process needed more memory")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--generate", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -167,6 +171,9 @@ def main() -> None:
     else:
         for name, value in result.items():
             print(f"{name:>16}  {value:.6g}" if isinstance(value, float) else f"{name:>16}  {value}")
+    for limit, name, unit in ((arguments.max_seconds, "cpu_s", "s of CPU"), (arguments.max_gib, "peak_rss_gib", "GiB")):
+        if limit is not None and result[name] > limit:
+            sys.exit(f"bench_calibrate: {result[name]:g} {unit}, more than the limit of {limit:g}")
 
 
 if __name__ == "__main__":

@@ -97,7 +97,8 @@ def permute_rows(result: Calibrated, tokens: TokenMap, seed: int, scratch_T: np.
     """Give row r the weights of row π(r), repeated or cut to its length with their mean kept; then mean 1 again.
 
     Whole rows move, so that the control holds for row sampling as for token weighting: shuffling single tokens would
-    leave all row means near 1. Rows of equal length keep both multisets (tokens and rows) exactly.
+    leave all row means near 1. Rows of equal length keep both multisets (tokens and rows) exactly, and with them the
+    effective sample size; others only nearly, so it can end a little below the floor.
     """
     source = scratch_T
     for start, stop in tokens.spans():
