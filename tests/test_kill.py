@@ -57,13 +57,13 @@ def test_killed_in_any_stage_ends_the_same(tiny_model: Path, tmp_path: Path) -> 
         tmp_path, tiny_model, distributed={"ep": 2, "nproc": 2}, variants={"uniform": {"calibration.rule": "uniform"}}
     )
     undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
-    result = trace_ds("run", config, "--run-dir", undisturbed, cwd=tmp_path)
+    result = trace_ds("run", config, "--run-dir", undisturbed, cwd=tmp_path, timeout_s=900)
     assert result.returncode == 0, result.stderr[-3000:]
     draw = random.Random(5)
     for stage in STAGES:
         killed(["run", config, "--run-dir", disturbed], tmp_path, f"{disturbed}/{WRITES[stage]}", draw.randint(1, 3))
         assert not processes_with(str(disturbed)), stage
-    result = trace_ds("run", config, "--run-dir", disturbed, cwd=tmp_path)
+    result = trace_ds("run", config, "--run-dir", disturbed, cwd=tmp_path, timeout_s=900)
     assert result.returncode == 0, result.stderr[-3000:]
     expected, found = final_artefacts(undisturbed), final_artefacts(disturbed)
     assert found.keys() == expected.keys(), sorted(found.keys() ^ expected.keys())
