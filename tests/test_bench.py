@@ -79,9 +79,9 @@ def test_the_default_comparison_with_changes_of_its_recipe(tmp_path: Path) -> No
         "variants": {"uniform": {"calibration.rule": "uniform"}},
     }
     words = [word for key, value in changes.items() for word in ("--set", f"{key}={json.dumps(value)}")]
-    result = trace_ds("bench", "--seeds", "1", *words, cwd=tmp_path)
+    result = trace_ds("bench", "--seeds", "1", *words, cwd=tmp_path, timeout_s=900)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
-    assert "relative to uniform" in result.stdout and "runs/bench/bench.json" in result.stdout
+    assert "numbers: runs/bench/bench.json" in result.stdout
     found = json.loads((tmp_path / "runs" / "bench" / "bench.json").read_text())
     assert {(item["method"], *item["curves"]["general_text perplexity"]) for item in found["outcomes"]} == {
         (method, "1", "2") for method in ("trace", "uniform")
