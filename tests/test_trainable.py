@@ -9,6 +9,7 @@ from typing import Any
 import jobs
 import numpy as np
 import pytest
+import tiny
 import torch
 from distributed import run_distributed
 from safetensors.numpy import load_file
@@ -19,8 +20,9 @@ from transformers import AutoModelForCausalLM
 
 from trace_ds.config.load import load_config
 from trace_ds.config.schema import GRIPConfig, SEUFConfig, TrainableConfig
+from trace_ds.conversion.layouts import engine_pieces, read_layout
 from trace_ds.errors import UserError
-from trace_ds.models.routers import find_routers
+from trace_ds.models.routers import find_routers, meta_model
 from trace_ds.parallel.world import World
 from trace_ds.routing.statistics import RoutingStatistics
 from trace_ds.run.directory import RunDirectory
@@ -103,6 +105,18 @@ def test_names_and_kinds(tiny_model: Path) -> None:
         trainable.choose(kinds, TrainableConfig(include=["*.attention.*"]))
     with pytest.raises(UserError, match="no parameter is left to train"):
         trainable.choose(kinds, TrainableConfig(include=["routers"], exclude=["*.mlp.*"]))
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3"])
+def test_every_name_of_autoep_is_known(family: str, tmp_path: Path) -> None:
+    """A parameter whose source is not found would be held; the names are the conversion's, which tests load."""
+    path = tiny.make_model(tmp_path / "model", family, layers=2)
+    parameters = dict(meta_model(path).named_parameters())
+    pieces = {n: p.whole for n, p in engine_pieces(read_layout(path)).items() if not n.endswith("correction_bias")}
+    assert {name: trainable.source_name(name, parameters) for name in pieces} == pieces
+    assert all(trainable.source_name(name, parameters) == name for name in parameters)
+    with pytest.raises(AssertionError, match=r"model\.layers\.1\.mlp\.new is no parameter of the model"):
+        trainable.source_name("model.layers.1.mlp.new", parameters)
 
 
 def test_wrong_choices_are_refused_before_a_weight_is_loaded(
