@@ -94,6 +94,54 @@ def collect_jobs(world: Any, runs: list[tuple[str, str, list[str]]]) -> None:
         collect_job(world, config, run_dir, overrides)
 
 
+def collect_job_killed_while_hashing(world: Any, config: str, run_dir: str) -> None:
+    """``collect`` whose last rank is killed when it hashes its parts of the retain side."""
+    import os
+    import signal
+
+    from trace_ds.run import artefact
+
+    file_entry = artefact.file_entry
+
+    def killed(path: Path) -> dict[str, Any]:
+        if world.rank == world.size - 1 and path.parent.name == "retain.partial":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return file_entry(path)
+
+    artefact.file_entry = killed
+    collect_job(world, config, run_dir, [])
+
+
+def collect_with_failing_storage(world: Any, config: str, run_dir: str) -> list[str]:
+    """``collect`` again and again, the storage of the last rank failing at one place after the other, then not at all;
+    the errors of this rank."""
+    import os
+    from unittest import mock
+
+    from trace_ds.routing import collection
+    from trace_ds.run import artefact
+
+    failure = mock.Mock(side_effect=OSError(5, "Input/output error", "the file"))
+    places = [
+        mock.patch.object(os, "preadv", failure),  # reading the weights
+        mock.patch.object(collection, "create_part", failure),
+        mock.patch.object(np.memmap, "flush", failure),  # saving a state
+        mock.patch.object(artefact, "file_entry", failure),
+    ]
+    ends = []
+    for place in [*places, None]:
+        if place is not None and world.rank == world.size - 1:
+            place.start()
+        try:
+            collect_job(world, config, run_dir, ["distributed.ep=2"])
+            ends.append("")
+        except Exception as error:
+            ends.append(f"{type(error).__name__}: {error}")
+        mock.patch.stopall()
+        world.barrier()
+    return ends
+
+
 def killed_collect_job(world: Any, config: str, run_dir: str, overrides: list[str]) -> None:
     """``collect`` whose last rank is killed as soon as it has saved a state of the retain side."""
     import os

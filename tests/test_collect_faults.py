@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import jobs
 import pytest
 import tiny
 from command import trace_ds, tree
-from distributed import run_distributed
+from distributed import end_of_ranks, run_distributed
 from safetensors.numpy import load_file, save_file
 
 from trace_ds.config.load import load_config
@@ -29,7 +32,7 @@ def prepared(folder: Path, model: Path, run: Path, **changes: object) -> Path:
 
 @pytest.mark.slow
 def test_a_stopped_and_killed_collection_continues_and_ends_byte_identical(tiny_model: Path, tmp_path: Path) -> None:
-    everything = {"statistics__nll": True, "statistics__hidden": True, "statistics__batch_rows": 1}
+    everything = {"statistics__nll": True, "statistics__hidden": True, "statistics__batch_rows": 2}
     config = prepared(tmp_path, tiny_model, tmp_path / "killed", **everything, statistics__save_every=3)
     prepared(tmp_path, tiny_model, tmp_path / "straight", **everything, statistics__save_every=3)
     (tmp_path / "killed" / "stop").touch()
@@ -42,11 +45,57 @@ def test_a_stopped_and_killed_collection_continues_and_ends_byte_identical(tiny_
     assert not (tmp_path / "killed" / "statistics" / "retain").exists()
     partial = tmp_path / "killed" / "statistics" / "retain.partial"
     assert any(path.name.startswith("state-00001") for path in partial.iterdir())
+    with pytest.raises(AssertionError, match=r"rank \d (died|failed)"):  # when every batch is done
+        run_distributed(jobs.collect_job_killed_while_hashing, 2, str(config), str(tmp_path / "killed"))
     run_distributed(jobs.collect_job, 2, str(config), str(tmp_path / "killed"), [])
-    assert "retain: continues after batch" in (tmp_path / "killed" / "logs" / "collect.jsonl").read_text()
+    log = (tmp_path / "killed" / "logs" / "collect.jsonl").read_text()
+    points = [int(number) for number in re.findall(r"retain: continues after batch (\d+) of", log)]
+    assert len(points) == 2 and points[1] == 39, "the last state of 40 batches"
     run_distributed(jobs.collect_job, 2, str(config), str(tmp_path / "straight"), [])
     expected = tree(tmp_path / "straight" / "statistics")
     assert len(expected) >= 14 and tree(tmp_path / "killed" / "statistics") == expected
+    (tmp_path / "killed" / "statistics" / "retain").rename(partial)  # what a kill just before the last step leaves
+    (partial / "shape.json").write_text("{}")
+    (partial / "state-00001-000000039.safetensors").touch()
+    run_distributed(jobs.collect_job, 2, str(config), str(tmp_path / "killed"), [])
+    assert tree(tmp_path / "killed" / "statistics") == expected
+    assert (tmp_path / "killed" / "logs" / "collect.jsonl").read_text().count("continues after") == 2
+
+
+@pytest.mark.slow
+def test_storage_that_fails_on_one_rank_ends_all(tiny_model: Path, tmp_path: Path) -> None:
+    """Each time all ranks leave, what was computed stays, and the collection goes on when the storage is back."""
+    config = prepared(tmp_path, tiny_model, tmp_path / "run", statistics__save_every=3)
+    main, other = run_distributed(jobs.collect_with_failing_storage, 2, str(config), str(tmp_path / "run"))
+    assert main[0].startswith("UserError: the file: the weights cannot be read (Input/output error). Fix: ")
+    assert main[1:] == ["AgreedError: "] * 3 + [""]
+    assert other == ["AgreedError: "] + ["OSError: [Errno 5] Input/output error: 'the file'"] * 3 + [""]
+    log = (tmp_path / "run" / "logs" / "collect.jsonl").read_text()
+    assert "forget: continues after batch" in log and log.count("counted") == 2
+
+
+def test_a_pass_never_continues_another_with_other_rounding(tmp_path: Path) -> None:
+    import torch
+
+    from trace_ds.config.schema import Config
+    from trace_ds.parallel.world import World
+    from trace_ds.stages.collect import CollectJob, _prepare_directory, _shape
+
+    job = cast(CollectJob, SimpleNamespace(info=None, identity=lambda side: side))
+    base: dict[str, Any] = {
+        "name": "n",
+        "model": {"path": "m"},
+        "data": {"forget": [{"path": "f"}], "retain": [{"path": "r"}]},
+    }
+    shapes: list[dict[str, Any]] = []
+    for size, statistics in ((2, {}), (4, {}), (2, {"batch_rows": 5}), (2, {"expert_kernel": "eager"})):
+        world = World(0, size, torch.device("cpu"))
+        shapes.append(_shape(Config.model_validate(base | {"statistics": statistics}), world, job, "forget"))
+    for other in shapes[1:]:
+        for shape, kept in ((shapes[0], False), (shapes[0], True), (other, False)):
+            assert _prepare_directory(tmp_path / "partial", shape) is False
+            assert (tmp_path / "partial" / "state").exists() == kept
+            (tmp_path / "partial" / "state").touch()
 
 
 @pytest.mark.slow
@@ -67,8 +116,8 @@ def test_nan_router_weights_name_the_layer(tiny_model: Path, tmp_path: Path) -> 
     name = next(name for name in load_file(tiny_model / "model.safetensors") if "layers.1" in name and "gate" in name)
     model = damaged(tiny_model, tmp_path / "model", name, 3e38)  # finite, but the logits are not
     config = prepared(tmp_path, model, tmp_path / "run")
-    with pytest.raises(AssertionError, match="the router of decoder layer 1 gave NaN or infinite weights"):
-        run_distributed(jobs.collect_job, 2, str(config), str(tmp_path / "run"), ["distributed.ep=2"])
+    main, other = end_of_ranks(jobs.collect_job, 2, str(config), str(tmp_path / "run"), ["distributed.ep=2"])
+    assert "the router of decoder layer 1 gave NaN or infinite weights" in main and "AgreedError" in other
     assert not list((tmp_path / "run" / "statistics").iterdir())
 
 

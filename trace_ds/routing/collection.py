@@ -81,7 +81,7 @@ class Collection:
 
         Raises:
             UserError, AgreedError: a router's weights are NaN or infinite; the layer is named.
-            OSError, AgreedError: the disk is too full for the parts.
+            OSError, AgreedError: a file cannot be read or written (a full disk), on this rank or another.
             StopRequested: a stop file appeared; it is removed, and the saved state is where the next pass goes on.
         """
         done = self._resume()
@@ -100,11 +100,8 @@ class Collection:
                     self._save(number + 1)
                     self._stop_if_asked(log, f"{side}: stopped on request after batch {number + 1:,}", stop_files)
                 progress.advance(min(size * self.world.size, total))
-        self._write_pending()
         progress.close()
-        for array in self.parts.values():
-            if isinstance(array, np.memmap):
-                array.flush()
+        self.world.agree_all(self._flush_parts)
         return self.counter.reduce(self.world)
 
     def _stop_if_asked(self, log: StageLog, message: str, stop_files: Sequence[Path]) -> None:
@@ -162,6 +159,13 @@ class Collection:
             array[where] = values.numpy().astype(array.dtype, copy=False)
         self._pending, self._copied = [], None
 
+    def _flush_parts(self) -> None:
+        """Bring everything computed so far to the disk."""
+        self._write_pending()
+        for array in self.parts.values():
+            if isinstance(array, np.memmap):
+                array.flush()
+
     def _check_finite(self) -> None:
         bad = self.counter.not_finite_L.nonzero().squeeze(1).tolist()
         error = None
@@ -213,27 +217,28 @@ class Collection:
         """Restore the newest state that every rank has; returns its batches (0: none)."""
         from safetensors.torch import load_file
 
-        states = self._states()
+        states: dict[int, Path] = {}
+        self.world.agree_all(lambda: states.update(self._states()))
         common = set.intersection(*(set(numbers) for numbers in self.world.gather(sorted(states))))
         done = max(common, default=0)
         if done:
-            self.counter.restore(load_file(states[done]))
+            self.world.agree_all(lambda: self.counter.restore(load_file(states[done])))
         return done
 
     def _save(self, done: int) -> None:
-        """Make the first ``done`` batches safe against a kill; the newest two states are kept."""
+        """Make the first ``done`` batches safe against a kill; the newest two states are kept (collective)."""
+        self._check_finite()
+        self.world.agree_all(lambda: self._write_state(done))
+
+    def _write_state(self, done: int) -> None:
         from safetensors.torch import save
 
         from trace_ds.run.files import write_bytes
 
-        self._check_finite()
-        self._write_pending()
-        for array in self.parts.values():
-            if isinstance(array, np.memmap):
-                array.flush()
+        self._flush_parts()
         write_bytes(self.directory / f"state-{self.world.rank:05d}-{done:09d}.safetensors", save(self.counter.state()))
-        for number in sorted(self._states())[:-2]:
-            (self.directory / f"state-{self.world.rank:05d}-{number:09d}.safetensors").unlink()
+        for path in [path for _, path in sorted(self._states().items())][:-2]:
+            path.unlink()
 
 
 def remove_states(directory: Path) -> None:

@@ -55,19 +55,29 @@ def identity_of(kind: str, inputs: Mapping[str, str], settings: Mapping[str, Any
     )
 
 
+def file_entry(path: Path) -> dict[str, Any]:
+    """What a description says of one file."""
+    return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+
+
 def describe(
     directory: Path,
     kind: str,
     inputs: Mapping[str, str],
     settings: Mapping[str, Any],
     summary: Mapping[str, Any],
+    *,
+    files: Mapping[str, dict[str, Any]] | None = None,
 ) -> Artefact:
-    """Hash every file below ``directory`` and write its ``artefact.json`` (last, so that it marks completeness)."""
-    files = {
-        str(path.relative_to(directory)): {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-        for path in sorted(directory.rglob("*"))
-        if path.is_file() and path.name != FILE_NAME
-    }
+    """Write the ``artefact.json`` of ``directory`` (last, so that it marks completeness).
+
+    Args:
+        files: the files that belong to it, by name, as :func:`file_entry` says; None: hash every file that is there.
+    """
+    if files is None:
+        found = (path for path in directory.rglob("*") if path.is_file() and path.name != FILE_NAME)
+        files = {str(path.relative_to(directory)): file_entry(path) for path in found}
+    files = dict(sorted(files.items()))
     artefact = Artefact(kind, dict(inputs), dict(settings), files, dict(summary), directory)
     write_json(
         directory / FILE_NAME,
@@ -119,12 +129,18 @@ def load(directory: Path, kind: str, made_by: str, *, verify: bool = True) -> Ar
     return artefact
 
 
+def find(directory: Path, kind: str, identity: str, *, verify: bool = True) -> Artefact | None:
+    """The artefact of that identity in ``directory``, or None when there is no whole one (see :func:`load`)."""
+    try:
+        found = load(directory, kind, "run", verify=verify)
+    except UserError:
+        return None
+    return found if found.identity == identity else None
+
+
 def is_done(directory: Path, kind: str, identity: str) -> bool:
     """Whether ``directory`` already holds a whole artefact of that identity (damage counts as not done)."""
-    try:
-        return load(directory, kind, "run").identity == identity
-    except UserError:
-        return False
+    return find(directory, kind, identity) is not None
 
 
 def require_same(artefact: Artefact, name: str, expected: str, what: str, made_by: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from trace_ds.config.schema import Config
 from trace_ds.corpora.tokenizer import tokenizer_fingerprint
 from trace_ds.errors import UserError
 from trace_ds.models.families import ModelInfo, check_expert_parallel, inspect_model, require_plain_logits
+from trace_ds.models.files import read_model_directory
 from trace_ds.run import artefact
 from trace_ds.run.directory import RunDirectory
 from trace_ds.run.files import write_json
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from trace_ds.routing.collection import Wanted
     from trace_ds.run.log import StageLog
 
+STATISTICS_NAME = "statistics.safetensors"
 SHAPE_NAME = "shape.json"  # of a collection that has not ended: which job, on which cluster shape
 
 
@@ -37,16 +40,14 @@ class CollectJob:
     inputs: dict[str, dict[str, str]]
     settings: dict[str, Any]
 
+    def identity(self, side: str) -> str:
+        """Of the artefact to make."""
+        return artefact.identity_of("statistics", self.inputs[side], self.settings)
+
     def done(self, run: RunDirectory) -> list[str]:
         """The sides whose artefact is already there, whole, from the same inputs."""
         return [
-            side
-            for side in self.inputs
-            if artefact.is_done(
-                run.statistics / side,
-                "statistics",
-                artefact.identity_of("statistics", self.inputs[side], self.settings),
-            )
+            side for side in self.inputs if artefact.is_done(run.statistics / side, "statistics", self.identity(side))
         ]
 
 
@@ -92,9 +93,8 @@ def collect(config: Config, run: RunDirectory, world: World) -> None:
     from trace_ds.models.loading import Parts
     from trace_ds.run.log import stage_log
 
-    job = world.agree_each(lambda verify: check_collect(config, run, world.size, verify=verify))
-    done = world.broadcast(job.done(run) if world.is_main else [])
-    todo = [side for side in job.inputs if side not in done]
+    job = world.broadcast(world.agree_each(lambda verify: _checked(config, run, world, verify=verify)))[0]
+    todo = [side for side in job.inputs if not _is_done(world, job, run.statistics / side, side)]
     if not todo:
         return
     with stage_log(run, "collect", enabled=world.is_main) as log:
@@ -114,18 +114,83 @@ def collect(config: Config, run: RunDirectory, world: World) -> None:
             _collect_side(config, run, world, job, side, engine, log)
 
 
+def _checked(config: Config, run: RunDirectory, world: World, *, verify: bool) -> list[CollectJob]:
+    """The job, on the main process; elsewhere nothing, but whether model and data are there.
+
+    A thousand processes would read hundreds of gigabytes for the fingerprint of a large model.
+    """
+    if verify:
+        return [check_collect(config, run, world.size)]
+    read_model_directory(config.model.path)
+    artefact.load(run.data, "data", "prepare CONFIG", verify=False)
+    return []
+
+
+def _is_done(world: World, job: CollectJob, directory: Path, side: str) -> bool:
+    """What :meth:`CollectJob.done` says of one side, the hashing shared among the ranks (collective)."""
+
+    def described() -> dict[str, dict[str, Any]] | None:
+        found = artefact.find(directory, "statistics", job.identity(side), verify=False)
+        return None if found is None else found.files
+
+    expected = world.broadcast_agreed(described)
+    return expected is not None and _file_entries(world, directory, sorted(expected)) == expected
+
+
+def _file_entries(world: World, directory: Path, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Size and hash of each file, on every rank (collective); rank r of W reads every W-th from the r-th on.
+
+    Shared out, because a collective does not wait for ever for one rank that hashes everything.
+    """
+    mine: dict[str, dict[str, Any]] = {}
+    world.agree_all(
+        lambda: mine.update({name: artefact.file_entry(directory / name) for name in names[world.rank :: world.size]})
+    )
+    return {name: entry for found in world.gather(mine) for name, entry in found.items()}
+
+
 def _collect_side(
     config: Config, run: RunDirectory, world: World, job: CollectJob, side: str, engine: Any, log: StageLog
 ) -> None:
-    from trace_ds.corpora.dataset import TokenDataset
-    from trace_ds.parallel.world import AgreedError
-    from trace_ds.routing.collection import Collection, remove_states
+    """One side: the pass into ``SIDE.partial``, its description, then its name (collective).
+
+    The description is written while the saved states are still there, so that a kill at any moment leaves either
+    something to continue from or something that only needs its name.
+    """
+    from trace_ds.routing.collection import remove_states
     from trace_ds.run.files import commit_directory
 
-    dataset = TokenDataset.open(job.data.file(f"{side}.arrow"))
     destination = run.statistics / side
-    made = str(_working_directory(config, world, destination, job, side)) if world.is_main else ""
-    directory = Path(world.broadcast(made))
+    directory = destination.with_name(f"{side}.partial")
+    if not world.broadcast_agreed(lambda: _prepare_directory(directory, _shape(config, world, job, side))):
+        _pass(config, world, job, side, engine, directory, run.stop_files, log)
+
+    def commit() -> None:
+        remove_states(directory)
+        (directory / SHAPE_NAME).unlink(missing_ok=True)
+        commit_directory(directory, destination)
+        found = artefact.load(destination, "statistics", "collect CONFIG", verify=False).summary
+        log.line(f"{side}: {found['tokens']:,} tokens of {found['documents']:,} documents counted")
+
+    world.agree(commit)
+
+
+def _pass(
+    config: Config,
+    world: World,
+    job: CollectJob,
+    side: str,
+    engine: Any,
+    directory: Path,
+    stop_files: Sequence[Path],
+    log: StageLog,
+) -> None:
+    """The forward passes, and the description of what they left in ``directory`` (collective)."""
+    from trace_ds.corpora.dataset import TokenDataset
+    from trace_ds.routing.collection import Collection
+    from trace_ds.routing.token_files import part_name
+
+    dataset = TokenDataset.open(job.data.file(f"{side}.arrow"))
     collection = Collection(
         engine,
         world,
@@ -137,39 +202,48 @@ def _collect_side(
         directory=directory,
     )
     try:
-        statistics = collection.run(log, side, config.statistics.save_every, run.stop_files)
-    except (UserError, AgreedError):
+        statistics = collection.run(log, side, config.statistics.save_every, stop_files)
+    except UserError:  # the input is wrong, nothing of it can be used; after a full disk the pass can continue
         if world.is_main:
             shutil.rmtree(directory, ignore_errors=True)
         raise
-    world.barrier()  # every part is written before the main process hashes them
-    if world.is_main:
-        remove_states(directory)
-        (directory / SHAPE_NAME).unlink()
-        statistics.save(directory / "statistics.safetensors")
-        summary = {
-            "layers": collection.layers,
-            "experts": job.info.experts,
-            "top_k": job.info.top_k,
-            "tokens": statistics.tokens,
-            "documents": statistics.documents,
-            "rows": len(dataset),
-        }
-        artefact.describe(directory, "statistics", job.inputs[side], job.settings, summary)
-        commit_directory(directory, destination)
-        log.line(f"{side}: {statistics.tokens:,} tokens of {statistics.documents:,} documents counted")
-    world.barrier()
+    world.agree(lambda: statistics.save(directory / STATISTICS_NAME))
+    parts = [part_name(name, rank, world.size) for name in collection.parts for rank in range(world.size)]
+    files = _file_entries(world, directory, [*parts, STATISTICS_NAME])  # every rank's own parts by itself
+    summary = {
+        "layers": collection.layers,
+        "experts": job.info.experts,
+        "top_k": job.info.top_k,
+        "tokens": statistics.tokens,
+        "documents": statistics.documents,
+        "rows": len(dataset),
+    }
+    world.agree(
+        lambda: artefact.describe(directory, "statistics", job.inputs[side], job.settings, summary, files=files)
+    )
 
 
-def _working_directory(config: Config, world: World, destination: Path, job: CollectJob, side: str) -> Path:
-    """``SIDE.partial``: emptied, unless a killed collection of the same thing in the same shape left it."""
-    path = destination.with_name(f"{destination.name}.partial")
-    shape = {
-        "identity": artefact.identity_of("statistics", job.inputs[side], job.settings),
+def _shape(config: Config, world: World, job: CollectJob, side: str) -> dict[str, Any]:
+    """What must be the same for a pass to continue another: beside the job, all that decides how sums are rounded."""
+    from trace_ds.models.engine import expert_kernel
+
+    return {
+        "identity": job.identity(side),
         "world": world.size,
         "ep": config.distributed.ep,
         "batch_rows": config.statistics.batch_rows,
+        "device": world.device.type,
+        "expert_kernel": expert_kernel(config, job.info, world.device),
     }
+
+
+def _prepare_directory(path: Path, shape: dict[str, Any]) -> bool:
+    """Whether a killed collection left everything in ``path`` but its final name.
+
+    If not, ``path`` is emptied, unless a killed collection of the same thing in the same shape left it.
+    """
+    if artefact.find(path, "statistics", shape["identity"], verify=False) is not None:
+        return True
     try:
         same = json.loads((path / SHAPE_NAME).read_text(encoding="utf-8")) == shape
     except (OSError, ValueError):
@@ -178,4 +252,4 @@ def _working_directory(config: Config, world: World, destination: Path, job: Col
         shutil.rmtree(path, ignore_errors=True)
         path.mkdir(parents=True)
         write_json(path / SHAPE_NAME, shape)
-    return path
+    return False
