@@ -76,7 +76,12 @@ def test_models_whose_routing_cannot_be_counted_are_refused(tiny_model: Path, tm
     config = AutoConfig.for_model("mixtral", num_hidden_layers=1, vocab_size=16, **sizes)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
     raw = json.loads((tmp_path / "model" / "config.json").read_text())
-    for model_type, words in (("llama4", "no router that is known"), ("switch_transformers", "causal language model")):
-        (tmp_path / "model" / "config.json").write_text(json.dumps(raw | {"model_type": model_type}))
+    longcat = AutoConfig.for_model("longcat_flash", n_routed_experts=8, zero_expert_num=2, num_layers=1)
+    for model_type, own, words in (
+        ("llama4", {}, "no router that is known"),
+        ("switch_transformers", {}, "causal language model"),
+        ("longcat_flash", longcat.to_dict(), "its routers choose among 10 experts, its configuration has 8"),
+    ):
+        (tmp_path / "model" / "config.json").write_text(json.dumps((own or raw) | {"model_type": model_type}))
         with pytest.raises(UserError, match=rf"'{model_type}' is not supported \(.*{words}"):
             inspect_model(tmp_path / "model")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ def compare_with_transformers(world: Any, paths: list[str]) -> list[str]:
         for dtype in (torch.float32, torch.bfloat16):
             info = inspect_model(path)
             ds_config = base_ds_config(ep=1, info=info, zero_stage=0)
-            found, _ = load_share(info.path, dtype, world, ep=1, ds_config=ds_config, parts=Parts())
+            found, files = load_share(info.path, dtype, world, ep=1, ds_config=ds_config, parts=Parts())
             expected = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
             for kind in ("named_parameters", "named_buffers"):
                 ours = dict(getattr(found, kind)(remove_duplicate=False))
@@ -37,6 +38,13 @@ def compare_with_transformers(world: Any, paths: list[str]) -> list[str]:
                 for name in ours.keys() & theirs.keys():
                     if ours[name].dtype != theirs[name].dtype or not torch.equal(ours[name], theirs[name]):
                         different.append(f"{path} {dtype} {name} {ours[name].dtype} {theirs[name].dtype}")
+            files.prove(found, 1, 0)
+            for name, buffer in found.named_buffers():
+                if name.endswith("e_score_correction_bias"):
+                    buffer[0] += 1.0
+                    with pytest.raises(AssertionError, match="e_score_correction_bias differs from the files"):
+                        files.prove(found, 1, 0)
+                    buffer[0] -= 1.0
             if "tied" in path and found.lm_head.weight is not found.model.embed_tokens.weight:
                 different.append(f"{path} is not tied")
     return different
@@ -55,6 +63,34 @@ def test_the_share_of_one_process_is_what_transformers_loads(tmp_path: Path) -> 
     assert run_distributed(compare_with_transformers, 1, [*paths, str(tmp_path / "tied")]) == [[]]
 
 
+@pytest.mark.parametrize("family", ["qwen2_moe", "deepseek_v3"])
+def test_nothing_runs_beside_or_after_the_last_router(family: str, tmp_path: Path) -> None:
+    """Routed and shared experts of the last layer are left out; what its router decides is the same."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from trace_ds.models.loading import Parts, leave_out
+    from trace_ds.models.routers import record_routing
+
+    model = AutoModelForCausalLM.from_pretrained(tiny.make_model(tmp_path, family), dtype=torch.float32).eval()
+    ids, routing, run = torch.arange(3, 35).view(2, 16), [], set[str]()
+    for name, module in model.model.layers[-1].named_modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(lambda *_, name=name: run.add(name))
+    for parts in (None, Parts(head=False, last_output=False)):
+        if parts is not None:
+            run.clear()
+            leave_out(model, parts, ep=1)
+        with record_routing(model) as recorder, torch.no_grad():
+            model(input_ids=ids, use_cache=False)
+        routing.append(recorder)
+    assert run and all(name.startswith("self_attn.") for name in run), run
+    left = [name for name, _ in model.model.layers[-1].mlp.named_parameters()]
+    assert left == ["gate.weight"]
+    for before, after in zip(routing[0].indices_TK, routing[1].indices_TK, strict=True):
+        assert before is not None and after is not None and torch.equal(before, after)
+
+
 def load_and_count(world: Any, path: str, stage: int) -> dict[str, Any]:
     """Bytes this rank read from disk while loading, what a proof says of the weights, and of a damaged one."""
     import torch
@@ -62,6 +98,7 @@ def load_and_count(world: Any, path: str, stage: int) -> dict[str, Any]:
     from trace_ds.models.engine import DTYPES, base_ds_config
     from trace_ds.models.families import inspect_model
     from trace_ds.models.loading import Parts, load_share
+    from trace_ds.models.weights import full_shape, held
     from trace_ds.parallel.world import quiet_deepspeed
 
     info = inspect_model(path)
@@ -76,8 +113,9 @@ def load_and_count(world: Any, path: str, stage: int) -> dict[str, Any]:
     proved = files.prove(engine.module, ep, world.rank % ep)
     wrong = None
     parameter = next(p for name, p in engine.module.named_parameters() if ".experts." in name)
-    with torch.no_grad():
-        (parameter.ds_tensor if hasattr(parameter, "ds_tensor") else parameter).view(-1)[0] += 1.0
+    with torch.no_grad():  # the second of the experts that this rank holds
+        values, size = held(parameter)[0], math.prod(full_shape(parameter)[1:])
+        values[size : 2 * size] = 0.0
     try:
         files.prove(engine.module, ep, world.rank % ep)
     except AssertionError as error:
@@ -95,7 +133,7 @@ def read_bytes() -> int:
 def test_a_rank_reads_only_what_it_holds_and_proves_it(stage: int, tmp_path: Path) -> None:
     from safetensors.numpy import load_file
 
-    model = tiny.make_model(tmp_path / "model", experts=32)
+    model = tiny.make_model(tmp_path / "model", experts=128)
     tensors = load_file(model / "model.safetensors")
     total = sum(array.nbytes for array in tensors.values())
     experts = sum(array.nbytes for name, array in tensors.items() if ".experts." in name)

@@ -112,6 +112,7 @@ def expert_kernel(config: Config, info: ModelInfo, device: torch.device) -> str 
 
     The rule of ``auto`` is our decision, from plain forward passes measured on one H100 (8 x 2048 tokens, bf16):
     Mixtral's experts (14,336 wide) were 9 % faster one after the other, OLMoE's (1,024 wide) 2.4 times faster grouped.
+    Transformers' own choice is grouped where the family allows it, else one after the other.
     """
     chosen = config.statistics.expert_kernel
     if chosen != "auto":
@@ -119,7 +120,7 @@ def expert_kernel(config: Config, info: ModelInfo, device: torch.device) -> str 
     if device.type == "cpu":
         return None
     width = info.config.get("moe_intermediate_size") or info.config.get("intermediate_size") or 0
-    return "eager" if int(width) >= WIDE_EXPERT else "grouped_mm"
+    return "eager" if int(width) >= WIDE_EXPERT else None
 
 
 def reference_engine(config: Config, info: ModelInfo, world: World, *, layers: int) -> Any:

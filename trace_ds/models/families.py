@@ -79,7 +79,7 @@ def inspect_model(path: str | Path) -> ModelInfo:
             raise _unsupported(files, f"the model (family {model_type!r}) is not a Mixture-of-Experts model")
         from trace_ds.models.routers import refusal
 
-        if problem := refusal(files.path):
+        if problem := refusal(files.path, config[experts_key]):
             raise _unsupported(files, f"the model family {model_type!r} is not supported ({problem})")
         family = Family(model_type)
     top_k_key = next((key for key in TOP_K_KEYS if key in config), TOP_K_KEYS[0])

@@ -24,12 +24,12 @@ from torch import nn
 
 from trace_ds.errors import UserError
 from trace_ds.models.routers import find_routers, meta_model, moe_decoder_layers
-from trace_ds.models.weights import WeightFiles, held
+from trace_ds.models.weights import WeightFiles, full_shape, held
 from trace_ds.parallel.world import World, quiet_deepspeed
 
 
 class SkippedExperts(nn.Module):
-    """Stands in for the routed experts of an MoE layer whose output nobody needs."""
+    """Stands in for the routed or shared experts of an MoE layer whose output nobody needs."""
 
     def forward(self, hidden_states: torch.Tensor, *others: Any) -> torch.Tensor:
         return hidden_states
@@ -42,8 +42,8 @@ class Parts:
     Attributes:
         layers: only the first so many decoder layers; None: all.
         head: the language-model head.
-        last_output: the output of the last decoder layer; without it the layers after the last router, and that
-            router's experts, are left out.
+        last_output: the output of the last decoder layer; without it the layers after the last router, and the routed
+            and shared experts beside it, are left out.
         hidden_layer: a decoder layer whose output is needed even so.
         expert_kernel: transformers' experts implementation; None: its own choice.
     """
@@ -80,6 +80,9 @@ def load_share(
         _fill(model, files, dtype, ep, world.rank % ep)
     except UserError as found:
         error = found
+    except OSError as found:
+        what = f"the weights cannot be read ({found.strerror})"
+        error = UserError(what, str(found.filename or path), "check the storage they lie on")
     world.raise_together(error)
     assert files is not None
     model.config.use_cache = False
@@ -120,9 +123,10 @@ def leave_out(model: Any, parts: Parts, ep: int) -> None:
     del model.model.layers[last + 1 :]
     if ep > 1 and len(find_routers(model)) == 1:
         return  # AutoEP insists on a layer to convert
-    for module in model.model.layers[last].modules():
-        if isinstance(getattr(module, "experts", None), nn.Module):
-            module.experts = SkippedExperts()
+    for module in list(model.model.layers[last].modules()):
+        for name in list(module._modules):
+            if name == "experts" or name.startswith("shared"):  # shared_expert, shared_experts, shared_mlp
+                setattr(module, name, SkippedExperts())
 
 
 def _tie(model: nn.Module, files: WeightFiles) -> None:
@@ -149,7 +153,7 @@ def _fill(model: nn.Module, files: WeightFiles, dtype: torch.dtype, ep: int, ep_
     fp32 = re.compile(r"(^|\.)(" + "|".join(map(re.escape, kept)) + r")($|\.)" if kept else r"$^")
     for name, parameter in model.named_parameters():
         source = files.source(name)
-        if source.shape != tuple(getattr(parameter, "ds_shape", parameter.shape)):
+        if source.shape != full_shape(parameter):
             raise UserError(f"{name} has shape {list(source.shape)}", str(files.path), "copy the model again")
         if not hasattr(parameter, "ds_tensor") and fp32.search(name):
             parameter.data = torch.empty(parameter.shape, dtype=torch.float32)

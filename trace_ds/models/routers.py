@@ -47,14 +47,22 @@ def meta_model(path: str | Path) -> nn.Module:
         return AutoModelForCausalLM.from_config(config)
 
 
-def refusal(path: str | Path) -> str | None:
-    """Why routing cannot be counted in a model of a family without an entry, or None when it can."""
+def refusal(path: str | Path, experts: object) -> str | None:
+    """Why routing cannot be counted in a model of a family without an entry, or None when it can.
+
+    ``experts``: how many the configuration says.
+    """
     try:
         model = meta_model(path)
     except Exception as error:  # the modelling code of any family may raise anything on a configuration it rejects
         return f"transformers cannot build it as a causal language model: {type(error).__name__}"
-    if not find_routers(model):
+    routers = find_routers(model)
+    if not routers:
         return "it has no router that is known"
+    widths = {parameter.shape[0] for router in routers for parameter in router.parameters() if parameter.dim() == 2}
+    if widths != {experts}:  # identity or shared experts among which the router chooses as well
+        found = " or ".join(map(str, sorted(widths)))
+        return f"its routers choose among {found} experts, its configuration has {experts}"
     if not hasattr(model, "model") or not hasattr(model.model, "layers"):
         return "its decoder layers are not at model.layers"
     return None

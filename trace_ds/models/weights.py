@@ -6,9 +6,12 @@ their place in the safetensors files, so a process that holds an eighth of a ten
 
 from __future__ import annotations
 
+import math
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -115,26 +118,28 @@ class WeightFiles:
         self.handles.clear()
 
     def prove(self, model: nn.Module, ep: int, ep_rank: int) -> int:
-        """Compare samples of every parameter of a finished engine with the files, bit for bit.
+        """Compare samples of every parameter and persistent buffer of a finished engine with the files, bit for bit.
 
         Evenly spaced samples of :data:`PROOF_NUMEL` elements, at least one in every expert; of a partitioned parameter
-        (ZeRO-3) within this rank's partition.
+        (ZeRO-3) within this rank's partition, at least one in every expert that has elements there.
 
         Returns:
-            How many parameters were compared.
+            How many parameters and buffers were compared.
 
         Raises:
-            AssertionError: a parameter differs from the files, or has no counterpart in them.
+            AssertionError: one differs from the files, or has no counterpart in them.
         """
         compared = 0
-        for name, parameter in model.named_parameters():
+        for name, parameter in chain(model.named_parameters(), persistent_buffers(model)):
             try:
                 source = self.source(name)
             except KeyError:
                 raise AssertionError(f"{name} is not in the files of {self.path}") from None
             values, first, last = held(parameter)
             shift = source.numel // ep * ep_rank if source.numel != _numel(parameter) else 0
-            samples = max(PROOF_SAMPLES, parameter.shape[0] if parameter.dim() == 3 else 0)
+            shape = full_shape(parameter)
+            experts = math.ceil(shape[0] * (last - first) / math.prod(shape)) if len(shape) == 3 else 0
+            samples = max(PROOF_SAMPLES, experts + 1)
             size = min(PROOF_NUMEL, last - first)
             for number in range(samples if size else 0):
                 begin = first + (last - first - size) * number // max(samples - 1, 1)
@@ -144,6 +149,19 @@ class WeightFiles:
                     raise AssertionError(f"{name} differs from the files of {self.path} at element {begin}")
             compared += 1
         return compared
+
+
+def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """The buffers that belong to the files, by name: DeepSeek-V3's correction of its router's scores is one."""
+    for prefix, module in model.named_modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                yield f"{prefix}.{name}" if prefix else name, buffer
+
+
+def full_shape(parameter: torch.Tensor) -> tuple[int, ...]:
+    """The shape of a whole parameter, also of one that ZeRO-3 partitioned (its own shape is [0] then)."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def held(parameter: Any) -> tuple[torch.Tensor, int, int]:
