@@ -88,10 +88,92 @@ def brute_force_scores(model_path: Path, original_path: Path, arrow: Path, rows:
     return {"nll": nll / tokens, "overlap": common / slots}
 
 
-def collect_jobs(world: Any, runs: list[tuple[str, str, list[str]]]) -> None:
-    """``collect`` for many (config, run directory, overrides), one after the other in the same process group."""
-    for config, run_dir, overrides in runs:
-        collect_job(world, config, run_dir, overrides)
+Cell = tuple[str, str, int, int, str]  # family, type, expert-parallel size, rows per batch, rows packed or padded
+
+
+def collect_matrix(
+    world: Any, models: dict[str, str], datasets: dict[str, str], eps: dict[str, list[int]], folder: str
+) -> dict[Cell, dict[str, Any]]:
+    """The sums of a pass over each dataset for every family, type, expert-parallel size (``eps``, by family) and number
+    of rows per batch, in one process group; with bf16 also what plain transformers counts in the same batches."""
+    from dataclasses import asdict
+
+    from trace_ds.config.schema import Config
+    from trace_ds.corpora.dataset import TokenDataset
+    from trace_ds.models.engine import inference_engine
+    from trace_ds.models.families import inspect_model
+    from trace_ds.models.loading import Parts
+    from trace_ds.routing.collection import Collection, Wanted
+    from trace_ds.run.log import StageLog
+
+    found: dict[Cell, dict[str, Any]] = {}
+    opened = {rows: TokenDataset.open(Path(path)) for rows, path in datasets.items()}
+    arguments: dict[str, Any] = {"wanted": Wanted(False, False, None), "directory": Path(folder)}
+    for family, path in models.items():
+        info = inspect_model(path)
+        for dtype in ("fp32", "bf16"):
+            batches = [(rows, batch) for rows in opened for batch in (1, 3) if (family, rows) != ("gpt_oss", "packed")]
+            plain = {}
+            if dtype == "bf16":
+                plain = {key: same_batches(world, path, opened[key[0]], key[1]) for key in batches}
+            for ep in eps[family]:
+                files = [{"path": "unused"}]
+                settings = {"name": "matrix", "model": {"path": path, "dtype": dtype}}
+                config = Config.model_validate(settings | {"data": {"forget": files, "retain": files}})
+                parts = Parts(head=False, last_output=False)
+                engine = inference_engine(config, info, world, ep=ep, parts=parts)
+                for rows, batch in batches:
+                    arguments |= {"experts": info.experts, "top_k": info.top_k, "batch_rows": batch}
+                    collection = Collection(engine, world, opened[rows], **arguments)
+                    statistics = collection.run(StageLog("collect", None, None), "forget", 0)
+                    found[family, dtype, ep, batch, rows] = asdict(statistics) | {"plain": plain.get((rows, batch))}
+    return found
+
+
+def same_batches(world: Any, path: str, dataset: Any, batch_rows: int) -> np.ndarray:
+    """Counts [L, E] of the routers of plain transformers in bf16, in the very batches that each rank computes: bf16
+    sums, and with them near ties, depend on the shape of a batch."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()
+    outputs = record_plainly(model)
+    counts = np.zeros((len(outputs), outputs_width(model)), dtype=np.int64)
+    begin, end = (len(dataset) * rank // world.size for rank in (world.rank, world.rank + 1))
+    for first in range(begin, end, batch_rows):
+        rows = [dataset.row(number) for number in range(first, min(first + batch_rows, end))]
+        longest = max(len(row.input_ids) for row in rows)
+        ids = np.zeros((batch_rows, longest), dtype=np.int64)
+        positions = np.tile(np.arange(longest), (batch_rows, 1))
+        counted = np.zeros((batch_rows, longest), dtype=bool)
+        for number, row in enumerate(rows):
+            size, documents = len(row.input_ids), row.document_ids
+            ids[number, :size] = row.input_ids
+            starts = np.flatnonzero(np.append(True, documents[1:] != documents[:-1]))
+            for start in [*starts, size]:  # the filling is numbered as another document
+                positions[number, start:] = np.arange(longest - start)
+            counted[number, : size - 1] = documents[1:] == documents[:-1]
+        with torch.no_grad():
+            model(input_ids=torch.tensor(ids), position_ids=torch.tensor(positions), use_cache=False)
+        for layer, (_, _, indices, *_) in outputs.items():
+            np.add.at(counts[layer], indices[counted.reshape(-1)].numpy().reshape(-1), 1)
+    return np.asarray(world.sum_int64(counts))
+
+
+def record_plainly(model: Any) -> dict[int, Any]:
+    """What the routers of plain transformers return in the last forward pass, by layer."""
+    outputs: dict[int, Any] = {}
+    routers = [module for module in model.modules() if type(module).__name__.lower().endswith("topkrouter")]
+    for number, router in enumerate(routers):
+        outputs[number] = None
+        router.register_forward_hook(lambda _m, _i, output, number=number: outputs.__setitem__(number, output))
+    return outputs
+
+
+def outputs_width(model: Any) -> int:
+    """The experts among which the routers choose."""
+    routers = [module for module in model.modules() if type(module).__name__.lower().endswith("topkrouter")]
+    return int(routers[0].weight.shape[0])
 
 
 def collect_job_killed_while_hashing(world: Any, config: str, run_dir: str) -> None:
@@ -171,7 +253,7 @@ def stopped_collect_job(world: Any, config: str, run_dir: str, overrides: list[s
     return "done"
 
 
-def brute_force_routing(model_path: Path, arrow: Path, dtype: str = "fp32") -> dict[str, np.ndarray]:
+def brute_force_routing(model_path: Path, arrow: Path) -> dict[str, np.ndarray]:
     """Counts from what the routers of plain transformers return, one document piece at a time; no code of ours but
     the rows.
 
@@ -183,14 +265,10 @@ def brute_force_routing(model_path: Path, arrow: Path, dtype: str = "fp32") -> d
 
     from trace_ds.corpora.dataset import TokenDataset
 
-    kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
-    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=kind).eval()
-    routers = [module for module in model.modules() if type(module).__name__.lower().endswith("topkrouter")]
-    outputs: dict[int, Any] = {}
-    for number, router in enumerate(routers):
-        router.register_forward_hook(lambda _m, _i, output, number=number: outputs.__setitem__(number, output))
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
+    outputs = record_plainly(model)
     dataset = TokenDataset.open(arrow)
-    shape = (len(routers), routers[0].weight.shape[0])
+    shape = (len(outputs), outputs_width(model))
     counts, mass = np.zeros(shape, dtype=np.int64), np.zeros(shape)
     documents: dict[int, np.ndarray] = {}
     for number in range(len(dataset)):
@@ -202,7 +280,7 @@ def brute_force_routing(model_path: Path, arrow: Path, dtype: str = "fp32") -> d
             with torch.no_grad():
                 model(input_ids=torch.tensor(ids[None].astype(np.int64)))
             found = np.zeros(shape, dtype=np.int64)
-            for layer in range(len(routers)):
+            for layer in range(len(outputs)):
                 _, values, indices = outputs[layer][:3]
                 chosen = indices[:-1].reshape(-1).numpy()  # the last position has no loss
                 np.add.at(found[layer], chosen, 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import jobs
 import numpy as np
@@ -46,16 +47,6 @@ def collected(config: Path, run: Path, world: int, ep: int, *overrides: str) -> 
 
 EXPERT_PARALLEL = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3")
 OTHERS = ("gpt_oss", "phimoe", "granitemoe")
-# (family kind, world, expert-parallel size, rows per batch, rows packed or padded, type)
-SHAPES = [
-    ("any", 1, 1, 3, "packed", "fp32"),
-    ("any", 1, 1, 1, "padded", "bf16"),
-    ("any", 2, 1, 1, "packed", "fp32"),
-    ("ep", 2, 2, 3, "padded", "fp32"),
-    ("ep", 2, 2, 1, "packed", "bf16"),
-    ("ep", 4, 2, 3, "packed", "fp32"),
-    ("ep", 4, 4, 1, "padded", "fp32"),
-]
 
 
 @pytest.fixture(scope="module")
@@ -82,42 +73,52 @@ def small_data(families: dict[str, Path], tmp_path_factory: pytest.TempPathFacto
     return configs
 
 
+@pytest.fixture(scope="module")
+def brute(families: dict[str, Path], small_data: dict[str, Path]) -> dict[tuple[str, str], dict[str, np.ndarray]]:
+    """What the routers of plain transformers decide, fp32, a document at a time; by family and kind of rows."""
+    arrows = {rows: config.parent / "run" / "data" / "forget.arrow" for rows, config in small_data.items()}
+    return {
+        (family, rows): jobs.brute_force_routing(model, arrow)
+        for family, model in families.items()
+        for rows, arrow in arrows.items()
+    }
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_counts_equal_brute_force(
-    world: int, families: dict[str, Path], small_data: dict[str, Path], tmp_path: Path
+    world: int,
+    families: dict[str, Path],
+    small_data: dict[str, Path],
+    brute: dict[tuple[str, str], dict[str, np.ndarray]],
+    tmp_path: Path,
 ) -> None:
-    """Every family on every cluster shape, rows packed and padded, against the routers of plain transformers."""
-    runs = []
-    for family, model in families.items():
-        for kind, _, ep, batch, rows, dtype in [shape for shape in SHAPES if shape[1] == world]:
-            rows = "padded" if family == "gpt_oss" else rows  # see test_documents_that_mix_are_refused
-            if kind == "any" or family in EXPERT_PARALLEL:
-                run = tmp_path / f"{family}-{ep}-{batch}-{rows}-{dtype}"
-                shutil.copytree(small_data[rows].parent / "run" / "data", run / "data")
-                settings = {"model.path": model, "model.dtype": dtype, "distributed.ep": ep}
-                settings["statistics.batch_rows"] = batch
-                runs.append((str(small_data[rows]), str(run), [f"{key}={value}" for key, value in settings.items()]))
-    run_distributed(jobs.collect_jobs, world, runs)
-    for _, path, _ in runs:
-        family, _, _, rows, dtype = Path(path).name.split("-")
-        for side in ("forget", "retain"):
-            arrow = small_data[rows].parent / "run" / "data" / f"{side}.arrow"
-            brute = jobs.brute_force_routing(families[family], arrow, dtype)
-            statistics = RoutingStatistics.load(Path(path) / "statistics" / side / "statistics.safetensors")
-            documents = brute["documents"]
-            sizes = documents[:, 0].sum(-1) // 2
-            assert statistics.square_tokens == (sizes**2).sum(), path
-            assert (statistics.tokens, statistics.documents) == (sizes.sum(), len(sizes)), path
-            if dtype == "bf16":  # the order of bf16 sums differs between batches: a near tie may fall the other way
-                moved = np.abs(statistics.counts_LE - brute["counts"]).sum(1) / 2
-                assert moved.max() <= 0.01 * 2 * sizes.sum(), (path, moved)
-                np.testing.assert_allclose(statistics.gate_mass_LE, brute["mass"], rtol=0.1, atol=1.0)
-                continue
-            assert (statistics.counts_LE == brute["counts"]).all(), path
-            assert (statistics.square_LE == (documents**2).sum(0)).all(), path
-            assert (statistics.cross_LE == (documents * sizes[:, None, None]).sum(0)).all(), path
-            np.testing.assert_allclose(statistics.gate_mass_LE, brute["mass"], rtol=5e-6, err_msg=path)
+    """Every family, type, expert-parallel size, rows per batch, rows packed and padded, in one job per world size.
+
+    fp32: every sum equals that over documents alone. bf16: equal to plain transformers in the same batches; with
+    experts on several ranks their outputs are added in another order, so near ties may fall the other way: seen are one
+    of 1,056 selections of a layer, in qwen3_moe and olmoe, and none in the others.
+    """
+    eps = {family: [ep for ep in (1, 2, 4) if world % ep == 0] for family in EXPERT_PARALLEL}
+    models = {family: str(path) for family, path in families.items()}
+    datasets = {rows: str(config.parent / "run" / "data" / "forget.arrow") for rows, config in small_data.items()}
+    eps |= {family: [1] for family in OTHERS}
+    found = run_distributed(jobs.collect_matrix, world, models, datasets, eps, str(tmp_path))[0]
+    assert len(found) == 8 * (len(EXPERT_PARALLEL) * len(eps["mixtral"]) + len(OTHERS)) - 4  # gpt_oss: padded only
+    for cell, sums in found.items():
+        family, dtype, ep, _, rows = cell
+        documents = brute[family, rows]["documents"]
+        sizes = documents[:, 0].sum(-1) // 2
+        assert sums["square_tokens"] == (sizes**2).sum(), cell
+        assert (sums["tokens"], sums["documents"]) == (sizes.sum(), len(sizes)), cell
+        if dtype == "bf16":
+            moved = np.abs(sums["counts_LE"] - sums["plain"]).sum(1) / 2
+            assert moved.max() <= (0 if ep == 1 else 0.002 * 2 * sizes.sum()), (cell, moved)
+            continue
+        assert (sums["counts_LE"] == brute[family, rows]["counts"]).all(), cell
+        assert (sums["square_LE"] == (documents**2).sum(0)).all(), cell
+        assert (sums["cross_LE"] == (documents * sizes[:, None, None]).sum(0)).all(), cell
+        np.testing.assert_allclose(sums["gate_mass_LE"], brute[family, rows]["mass"], rtol=5e-6, err_msg=str(cell))
 
 
 @pytest.mark.slow
@@ -131,22 +132,25 @@ def test_documents_that_mix_are_refused(families: dict[str, Path], small_data: d
 
 
 @pytest.mark.slow
-def test_trace_and_nll_belong_to_every_token(tiny_model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("family", "experts", "ep"), [("mixtral", 4, 2), ("phimoe", 300, 1)])
+def test_trace_and_nll_belong_to_every_token(family: str, experts: int, ep: int, tmp_path: Path) -> None:
+    """With expert parallelism, and sharded by ZeRO-3 with more experts than a byte can number."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    config = prepared(tmp_path, tiny_model, statistics__nll=True)
-    found = collected(config, tmp_path / "two", 2, 2)
+    model_path = tiny.make_model(tmp_path / "model", family, experts=experts)
+    config = prepared(tmp_path, model_path, statistics__nll=True)
+    found = collected(config, tmp_path / "two", 2, ep)
     folder = tmp_path / "two" / "statistics" / "retain"
     description = artefact.load(folder, "statistics", "")
     dataset = TokenDataset.open(tmp_path / "run" / "data" / "retain.arrow")
     trace = np.concatenate(open_parts(description, "trace"))
     nll = TokenArray(open_parts(description, "nll"))
-    assert trace.dtype == np.uint8 and len(trace) == len(nll) == dataset.tokens
+    assert trace.dtype == (np.uint8 if experts == 4 else np.uint16) and len(trace) == len(nll) == dataset.tokens
     counted = dataset.counted_flat()
-    counts = np.stack([np.bincount(trace[counted][:, layer].reshape(-1), minlength=4) for layer in range(3)])
-    assert (counts == found["retain"].counts_LE).all()
-    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
+    counts = np.stack([np.bincount(trace[counted][:, layer].reshape(-1), minlength=experts) for layer in range(3)])
+    assert (counts == found["retain"].counts_LE).all() and counts[:, 256:].any() == (experts > 256)
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
     for number in (0, 5, len(dataset) - 1):
         row, begin = dataset.row(number), int(dataset.row_offsets[number])
         for document in np.unique(row.document_ids):
@@ -274,6 +278,37 @@ def test_totals_beyond_2_24_and_2_31_are_exact() -> None:
     counter.add(recorder, torch.tensor([[True, True, True, False]]), torch.zeros(1, 4, dtype=torch.int64))
     assert counter.counts_LE.tolist() == [[2**31 + 1, 2**24 + 1]]
     assert counter.tokens == 3
+
+
+def reduce_large_sums(world: Any) -> RoutingStatistics:
+    """What ranks agree on whose sums are beyond 2^31; the document 7 lies on all of them."""
+    import torch
+
+    from trace_ds.routing.counter import RoutingCounter
+
+    big, piece = 2**31 + world.rank, 2**17
+    counter = RoutingCounter(1, 2, 1, torch.device("cpu"))
+    counter.restore(
+        {
+            "counts_LE": torch.tensor([[big, 5]]),
+            "gate_mass_LE": torch.tensor([[0.5, 2.0**-40]], dtype=torch.float64),
+            "square_LE": torch.tensor([[2**40 + 1, 1]]),
+            "cross_LE": torch.tensor([[2**41 + 1, 1]]),
+            "scalars": torch.tensor([2**42 + 1, big + 5, 3]),
+            "open": torch.tensor([[piece, 0]]),
+            "open_scalars": torch.tensor([7, piece]),
+        }
+    )
+    return counter.reduce(world)
+
+
+def test_sums_over_ranks_beyond_2_31_are_exact() -> None:
+    found = run_distributed(reduce_large_sums, 2)[0]
+    assert found.counts_LE.tolist() == [[2**32 + 1, 10]] and found.tokens == 2**32 + 11
+    assert found.square_LE.tolist() == [[2 * (2**40 + 1) + 2**36, 2]]
+    assert found.cross_LE.tolist() == [[2 * (2**41 + 1) + 2**36, 2]]
+    assert (found.square_tokens, found.documents) == (2 * (2**42 + 1) + 2**36, 7)
+    assert found.gate_mass_LE.tolist() == [[1.0, 2.0**-39]]
 
 
 def test_statistics_of_another_model_are_refused(tiny_model: Path, tmp_path: Path) -> None:
