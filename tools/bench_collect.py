@@ -2,10 +2,17 @@
 
     python tools/bench_collect.py [--json]                  # time; on a GPU also the speed-up on three real shapes
 
-``counting_time_ratio``: the forward pass with counting over the same forward pass without, medians of interleaved
-passes. ``speedup`` (GPU): tokens per second of collecting, over the best plain transformers forward pass (grouped or
-eager experts, with the language-model head) in the same process; ``speedup_with_trace_and_nll`` likewise with
-everything recorded. Random weights everywhere; nothing is downloaded.
+Ours is the collection itself: a DeepSpeed engine and ``Collection.run`` over a token dataset on disk, with the expert
+kernel that ``statistics.expert_kernel: auto`` chooses.
+
+* ``counting_time_ratio``: collecting over the same engine's bare forward passes on the same batches, the median of the
+  ratios of neighbouring rounds; ``counting_cpu_ratio`` the same by CPU time of the process, which other work on the
+  machine disturbs less.
+* ``speedup`` (GPU): tokens per second of collecting, over the best plain transformers forward pass in the same process:
+  grouped or eager experts, packed rows with restarting positions or whole rows without positions (causal attention,
+  no mask), always with the language-model head; ``speedup_with_trace_and_nll`` likewise with everything recorded.
+
+Random weights everywhere; nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -15,9 +22,9 @@ import gc
 import json
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,135 +101,195 @@ def build(family: str, shape: dict[str, Any], dtype: Any, device: Any, experts: 
     return model.eval().requires_grad_(False)
 
 
-def median_s(functions: dict[str, Callable[[], Any]], rounds: int, device: Any) -> dict[str, float]:
-    """Median seconds of each function, interleaved, after one warm-up of each."""
+def rounds_s(functions: dict[str, Callable[[], Any]], rounds: int, device: Any) -> dict[str, list[tuple[float, float]]]:
+    """(seconds, CPU seconds of the process) of each function in each round, interleaved, after one warm-up of each."""
     import torch
 
-    taken: dict[str, list[float]] = {name: [] for name in functions}
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in functions}
     for number in range(rounds + 1):
         for name, function in functions.items():
             if device.type == "cuda":
                 torch.cuda.synchronize()
-            begin = time.perf_counter()
+            begin = time.perf_counter(), time.process_time()
             function()
             if device.type == "cuda":
                 torch.cuda.synchronize()
             if number:
-                taken[name].append(time.perf_counter() - begin)
-    return {name: statistics.median(values) for name, values in taken.items()}
+                taken[name].append((time.perf_counter() - begin[0], time.process_time() - begin[1]))
+    return taken
 
 
-def rows_of(vocabulary: int, rows: int, length: int) -> Any:
-    """A batch of packed rows, four documents in each."""
-    import torch
-
-    from trace_ds.corpora.dataset import Batch
-
-    ids = torch.randint(0, vocabulary, (rows, length), generator=torch.Generator().manual_seed(1))
-    local = torch.arange(length) // -(-length // 4)
-    documents = local[None] + 4 * torch.arange(rows)[:, None]
-    positions = torch.arange(length).repeat(rows, 1) % -(-length // 4)
-    counted = torch.zeros(rows, length, dtype=torch.bool)
-    counted[:, :-1] = documents[:, 1:] == documents[:, :-1]
-    return Batch(ids, positions, counted, documents)
+def median_s(function: Callable[[], Any], rounds: int, device: Any) -> float:
+    return statistics.median(seconds for seconds, _ in rounds_s({"": function}, rounds, device)[""])
 
 
-def counting_pass(model: Any, counter: Any, batch: Any, device: Any) -> None:
-    """What collect does with a batch when neither trace nor losses are asked for."""
-    from trace_ds.models.routers import record_routing
-    from trace_ds.routing.collection import forward
+def dataset_of(folder: Path, vocabulary: int, rows: int, length: int) -> Any:
+    """A token dataset of packed rows, four documents in each."""
+    import numpy as np
 
-    with record_routing(model) as recorder:
-        forward(model, batch, device)
-    counter.add(recorder, batch.counted_BS, batch.document_ids_BS)
+    from trace_ds.corpora.dataset import TokenDataset, write_rows
+    from trace_ds.corpora.pack import PackedRow
 
-
-def everything_pass(model: Any, counter: Any, batch: Any, device: Any) -> None:
-    """The same with the routing trace and the loss of every token."""
-    import torch
-
-    from trace_ds.models.routers import record_output, record_routing
-    from trace_ds.routing.collection import forward, token_nll
-
-    with record_routing(model) as recorder, record_output(model.model) as body:
-        forward(model, batch, device)
-    counter.add(recorder, batch.counted_BS, batch.document_ids_BS)
-    trace = torch.stack([recorder.layer(number)[1] for number in range(counter.layers)], dim=1)
-    trace.sort(dim=-1).values.to(torch.uint8).cpu()
-    token_nll(model.lm_head, body[0], batch).cpu()
-
-
-def counting_time(rounds: int) -> float:
-    import torch
-
-    from trace_ds.models.routers import find_routers
-    from trace_ds.routing.collection import forward
-    from trace_ds.routing.counter import RoutingCounter
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    family, shape, size = "mixtral", CPU_SHAPE, (8, 256)
-    if device.type == "cuda":
-        (family, shape), size = SHAPES["olmoe"], (8, 2048)
-    model = build(family, shape, torch.bfloat16 if device.type == "cuda" else torch.float32, device)
-    batch = rows_of(shape["vocab_size"], *size)
-    experts = shape.get("num_local_experts") or shape["num_experts"]
-    counter = RoutingCounter(len(find_routers(model)), experts, shape["num_experts_per_tok"], device)
-    taken = median_s(
-        {
-            "plain": lambda: forward(model, batch, device),
-            "counting": lambda: counting_pass(model, counter, batch, device),
-        },
-        rounds,
-        device,
+    draw = np.random.default_rng(1)
+    local = (np.arange(length) // -(-length // 4)).astype(np.int32)
+    packed = (
+        PackedRow(draw.integers(0, vocabulary, length, dtype=np.int32), local + np.int32(4 * row))
+        for row in range(rows)
     )
-    print(f"forward {taken['plain']:.4f} s, with counting {taken['counting']:.4f} s", file=sys.stderr)
-    return taken["counting"] / taken["plain"]
+    write_rows(folder / "rows.arrow", packed)
+    return TokenDataset.open(folder / "rows.arrow")
 
 
-def speedup(name: str, rounds: int) -> dict[str, float]:
-    """Collecting (counts; or trace and losses too) against the best plain pass, 8 × 2048 tokens, bf16, one GPU."""
+def collecting(
+    world: Any, engine: Any, dataset: Any, shape: dict[str, Any], batch_rows: int, folder: Path, *, everything: bool
+) -> Callable[[], Any]:
+    """A function that collects the dataset as ``trace-ds collect`` does, from opening the parts to the statistics."""
+    from trace_ds.routing.collection import Collection, Wanted
+    from trace_ds.run.log import StageLog
+
+    def run() -> None:
+        collection = Collection(
+            engine,
+            world,
+            dataset,
+            experts=experts_of(shape),
+            top_k=shape["num_experts_per_tok"],
+            wanted=Wanted(trace=everything, nll=everything, hidden_layer=None),
+            batch_rows=batch_rows,
+            directory=folder,
+        )
+        collection.run(StageLog("collect", None, None), "rows", save_every=0)
+
+    return run
+
+
+def experts_of(shape: dict[str, Any]) -> int:
+    return int(shape.get("num_local_experts") or shape["num_experts"])
+
+
+def engine_of(model: Any, dtype: Any) -> Any:
+    """The engine that ``collect`` runs a model of one process in."""
+    import torch
+
+    from trace_ds.parallel.world import quiet_deepspeed
+
+    ds_config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 0}, "steps_per_print": 1 << 62}
+    assert dtype in (torch.float32, torch.bfloat16)
+    engine = quiet_deepspeed().initialize(model=model.requires_grad_(False), config=ds_config)[0]
+    engine.eval()
+    return engine
+
+
+def chosen_kernel(shape: dict[str, Any], device: Any) -> str:
+    """What ``statistics.expert_kernel: auto`` means for a shape here: eager or grouped_mm."""
+    from types import SimpleNamespace
+
+    from trace_ds.models.engine import expert_kernel
+
+    config: Any = SimpleNamespace(statistics=SimpleNamespace(expert_kernel="auto"))
+    info: Any = SimpleNamespace(config=shape)
+    return expert_kernel(config, info, device) or "grouped_mm"
+
+
+def counting_time(
+    world: Any, family: str, shape: dict[str, Any], size: tuple[int, int], batch_rows: int, dtype: Any, rounds: int
+) -> dict[str, float]:
+    """Collecting counts over bare forward passes of the same engine, ``size`` rows and positions."""
+    from trace_ds.routing.collection import forward
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        dataset = dataset_of(folder, shape["vocab_size"], *size)
+        engine = engine_of(build(family, shape, dtype, world.device, chosen_kernel(shape, world.device)), dtype)
+        batches = [
+            dataset.batch(range(first, min(first + batch_rows, size[0])), pad_id=0)
+            for first in range(0, size[0], batch_rows)
+        ]
+
+        def plain() -> None:
+            for batch in batches:
+                forward(engine, batch, world.device)
+
+        counting = collecting(world, engine, dataset, shape, batch_rows, folder, everything=False)
+        taken = rounds_s({"plain": plain, "counting": counting}, rounds, world.device)
+    ratios = [
+        statistics.median(c[clock] / p[clock] for p, c in zip(taken["plain"], taken["counting"], strict=True))
+        for clock in (0, 1)
+    ]
+    seconds = {side: statistics.median(value for value, _ in values) for side, values in taken.items()}
+    print(f"forward {seconds['plain']:.4f} s, collecting {seconds['counting']:.4f} s", file=sys.stderr)
+    return {"counting_time_ratio": ratios[0], "counting_cpu_ratio": ratios[1]}
+
+
+def speedup(
+    world: Any,
+    name: str,
+    family: str,
+    shape: dict[str, Any],
+    size: tuple[int, int],
+    batch_rows: int,
+    dtype: Any,
+    rounds: int,
+) -> dict[str, float]:
+    """Collecting (counts; or trace and losses too) against the best plain pass."""
     import torch
 
     from trace_ds.models.loading import Parts, leave_out
-    from trace_ds.models.routers import find_routers
-    from trace_ds.routing.counter import RoutingCounter
 
-    device = torch.device("cuda")
-    family, shape = SHAPES[name]
-    batch = rows_of(shape["vocab_size"], 8, 2048)
-    ids, positions = batch.input_ids_BS.to(device), batch.position_ids_BS.to(device)
-    tokens, seconds = ids.numel(), {}
-    for kind in ("grouped_mm", "eager"):
-        model = build(family, shape, torch.bfloat16, device, kind)
-        flops = 2 * tokens * active_parameters(model, shape)
+    device = world.device
+    ours = chosen_kernel(shape, device)
+    seconds, flops = {}, {}
+    tokens = size[0] * size[1]
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        dataset = dataset_of(folder, shape["vocab_size"], *size)
+        batches = [
+            dataset.batch(range(first, min(first + batch_rows, size[0])), pad_id=0)
+            for first in range(0, size[0], batch_rows)
+        ]
+        inputs = [(batch.input_ids_BS.to(device), batch.position_ids_BS.to(device)) for batch in batches]
+        for kernel in ("grouped_mm", "eager"):
+            model = build(family, shape, dtype, device, kernel)
 
-        def plain(model: Any = model) -> None:
-            with torch.no_grad():
-                model(input_ids=ids, position_ids=positions, use_cache=False)
+            def plain(*, packed: bool, model: Any = model) -> None:
+                with torch.no_grad():
+                    for ids, positions in inputs:
+                        model(input_ids=ids, position_ids=positions if packed else None, use_cache=False)
 
-        seconds[f"plain {kind}"] = median_s({"": plain}, rounds, device)[""]
-        experts = shape.get("num_local_experts") or shape["num_experts"]
-        counter = RoutingCounter(len(find_routers(model)), experts, shape["num_experts_per_tok"], device)
-        ours = (model, counter, batch, device)
-        seconds[f"everything {kind}"] = median_s({"": partial(everything_pass, *ours)}, rounds, device)[""]
-        leave_out(model, Parts(head=False, last_output=False), ep=1)
-        seconds[f"collect {kind}"] = median_s({"": partial(counting_pass, *ours)}, rounds, device)[""]
-        del model, counter, ours
-        gc.collect()
-        torch.cuda.empty_cache()
-    card = torch.cuda.get_device_name()
+            for way, packed in (("packed", True), ("causal", False)):
+                key = f"plain {kernel} {way}"
+                seconds[key] = median_s(lambda packed=packed, plain=plain: plain(packed=packed), rounds, device)
+                flops[key] = 2 * tokens * active_parameters(model, shape)
+            if kernel == ours:
+                for side in ("everything", "collect"):
+                    everything = side == "everything"
+                    if not everything:
+                        leave_out(model, Parts(head=False, last_output=False), ep=1)
+                    key = f"{side} {kernel}"
+                    engine = engine_of(model, dtype)
+                    run = collecting(world, engine, dataset, shape, batch_rows, folder, everything=everything)
+                    seconds[key] = median_s(run, rounds, device)
+                    flops[key] = 2 * tokens * active_parameters(model, shape)
+                    del engine, run
+            del model, plain
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+    card = torch.cuda.get_device_name() if device.type == "cuda" else "the CPU"
     peak = next((value for key, value in PEAK_FLOPS.items() if key in card), None)
     for kind, taken in seconds.items():
-        use = f", {flops / taken / peak:.0%} of peak (model FLOPs of the whole forward)" if peak else ""
+        use = f", {flops[kind] / taken / peak:.0%} of peak (model FLOPs of the parts that are run)" if peak else ""
         print(f"{name}: {kind}: {tokens / taken:,.0f} tokens/s on {card}{use}", file=sys.stderr)
-    sides = ("plain", "collect", "everything")
-    best = {side: min(value for key, value in seconds.items() if key.startswith(side)) for side in sides}
-    return {side: best["plain"] / best[side] for side in sides[1:]}
+    best = {
+        side: min(value for key, value in seconds.items() if key.startswith(side))
+        for side in ("plain", "collect", "everything")
+    }
+    return {side: best["plain"] / best[side] for side in ("collect", "everything")}
 
 
 def active_parameters(model: Any, shape: dict[str, Any]) -> int:
-    """Parameters that take part in one token's forward pass, without the embedding."""
-    experts = shape.get("num_local_experts") or shape["num_experts"]
+    """Parameters that take part in one token's forward pass, without the embedding and what was left out."""
+    experts = experts_of(shape)
     total = 0
     for name, parameter in model.named_parameters():
         if "embed_tokens" not in name:
@@ -235,14 +302,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print one JSON object on one line")
     parser.add_argument("--rounds", type=int, default=15, help="timed passes of each kind")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     arguments = parser.parse_args()
     import torch
 
-    result: dict[str, Any] = {"counting_time_ratio": counting_time(arguments.rounds)}
-    if torch.cuda.is_available():
-        found = {name: speedup(name, arguments.rounds) for name in SHAPES}
+    from trace_ds.parallel.world import join, leave
+
+    world = join(arguments.threads, timeout_minutes=10)
+    rounds = arguments.rounds
+    if world.device.type == "cpu":
+        result: dict[str, Any] = counting_time(world, "mixtral", CPU_SHAPE, (16, 256), 8, torch.float32, rounds)
+        print("GPU figures missing: no GPU on this machine", file=sys.stderr)
+    else:
+        result = counting_time(world, *SHAPES["olmoe"], (32, 2048), 8, torch.bfloat16, rounds)
+        found = {name: speedup(world, name, *SHAPES[name], (32, 2048), 8, torch.bfloat16, rounds) for name in SHAPES}
         result["speedup"] = {name: value["collect"] for name, value in found.items()}
         result["speedup_with_trace_and_nll"] = {name: value["everything"] for name, value in found.items()}
+    leave()
     print(json.dumps(result, indent=None if arguments.json else 1))
 
 

@@ -6,7 +6,8 @@
 * ``nll``: the losses of 4,096 tokens at vocabulary 150,000, hidden size 256, fp32: in pieces, and from the full logits.
 * ``loading``: each of two ranks loads its half of the experts of a 2 GB Mixtral-shaped model (bf16, random weights), or
   its ZeRO-3 partitions, or first the whole model as from_pretrained does. A small model is loaded first, so that
-  imports are not counted. ``peak_less_largest_over_share`` is (peak - largest tensor) / what the rank holds at the end.
+  imports are not counted. ``peak_less_largest_over_share`` is (peak - largest tensor) / what the rank holds at the end;
+  above 1.3 for our ways the exit status is 1.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ SHAPE = {
     "num_experts_per_tok": 2,
     "vocab_size": 32000,
 }
+LIMIT = 1.3
 SMALL_SHAPE = SHAPE | {"hidden_size": 128, "intermediate_size": 64, "num_hidden_layers": 2}
 
 
@@ -53,15 +55,15 @@ def reset_peak() -> int:
     return peak_bytes()
 
 
-def nll_memory() -> dict[str, float]:
-    """Peak memory of the losses of 4,096 tokens at vocabulary 150,000, hidden size 256, fp32: all logits, in pieces."""
+def nll_memory(vocabulary: int = 150_000, tokens: int = 4096) -> dict[str, float]:
+    """Peak memory of the losses of ``tokens`` tokens, hidden size 256, fp32: all logits, in pieces."""
     import torch
 
     from trace_ds.models.token_nll import chunked_nll
 
     generator = torch.Generator().manual_seed(0)
-    weight, hidden = torch.randn(150_000, 256, generator=generator), torch.randn(4096, 256, generator=generator)
-    targets = torch.randint(0, 150_000, (4096,), generator=generator)
+    weight, hidden = torch.randn(vocabulary, 256, generator=generator), torch.randn(tokens, 256, generator=generator)
+    targets = torch.randint(0, vocabulary, (tokens,), generator=generator)
     found = {}
     before = reset_peak()
     pieces = chunked_nll(weight, None, hidden, targets)
@@ -128,6 +130,17 @@ def load_and_measure(folder: Path, way: str) -> dict[str, float]:
     }
 
 
+def exceeds(loading: dict[str, list[dict[str, float]]]) -> bool:
+    """Whether a rank of one of our ways needed more than :data:`LIMIT` times its share; says so."""
+    above = False
+    for way, ranks in loading.items():
+        worst = max(rank["peak_less_largest_over_share"] for rank in ranks)
+        if way.startswith("share") and worst > LIMIT:
+            print(f"{way}: {worst:.2f} times the share, more than {LIMIT}", file=sys.stderr)
+            above = True
+    return above
+
+
 def load_engine(folder: Path, way: str, world: Any) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
@@ -166,6 +179,7 @@ def main() -> None:
         if arguments.what != "nll":
             result["loading"] = loading_memory()
         print(json.dumps(result, indent=None if arguments.json else 1))
+        sys.exit(int(exceeds(result.get("loading", {}))))
     else:
         parser.error(f"unknown --what {arguments.what}")
 

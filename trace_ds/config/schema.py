@@ -73,7 +73,7 @@ class StatisticsConfig(Section):
     expert_kernel: Literal["auto", "grouped_mm", "eager"] = Field(
         "auto",
         description="How a process computes its experts when ep is 1 (with more, AutoEP decides). auto: on a GPU eager "
-        "for experts at least 8,192 wide and grouped_mm for others, on a CPU the choice of transformers.",
+        "for experts at least 8,192 wide, else the choice of transformers (grouped_mm where the family allows it).",
     )
     save_every: int = Field(200, ge=0, description="Batches between saved states of a collection (0: none).")
     trace: bool = Field(True, description="Record the top-k experts of every token (needed by the weight rules).")
