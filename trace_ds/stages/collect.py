@@ -51,13 +51,13 @@ class CollectJob:
         ]
 
 
-def check_collect(config: Config, run: RunDirectory, world_size: int, *, verify: bool = True) -> CollectJob:
+def check_collect(config: Config, run: RunDirectory, world_size: int) -> CollectJob:
     """Everything that can be wrong before a weight is loaded; raises :class:`UserError`."""
     info = inspect_model(config.model.path)
     check_expert_parallel(info, config.distributed.ep, world_size)
     if config.statistics.nll:
         require_plain_logits(info, "statistics.nll")
-    data = artefact.load(run.data, "data", "prepare CONFIG", verify=verify)
+    data = artefact.load(run.data, "data", "prepare CONFIG")
     tokenizer = tokenizer_fingerprint(config.model.tokenizer or config.model.path)
     artefact.require_same(data, "tokenizer", tokenizer, "tokenizer", "prepare CONFIG")
     inputs = {
