@@ -11,8 +11,11 @@ import numpy as np
 import pytest
 import tiny
 from safetensors.numpy import load_file, save_file
+from test_convert_engines import Case, checkpoints
 
 from trace_ds.checkpoints.manifest import Manifest, point_latest, step_name
+from trace_ds.conversion.convert import convert_checkpoint
+from trace_ds.conversion.torch_archive import read_archive, tensors_of
 from trace_ds.errors import UserError
 from trace_ds.models.files import SINGLE_NAME, read_model_directory
 from trace_ds.run import artefact
@@ -208,24 +211,51 @@ def test_a_single_safetensors_file(tiny_model: Path, capsys: pytest.CaptureFixtu
     assert "lm_head.weight: F32 [300, 32]" in capsys.readouterr().out
 
 
-def test_deepspeeds_own_folders(tmp_path: Path) -> None:
-    plain = tmp_path / "global_step5"
-    plain.mkdir()
-    for rank in (0, 1, 3):
-        (plain / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").write_bytes(bytes(10))
-    found = inspect(plain)
-    assert found.kind == "deepspeed" and found.facts["ranks"] == 3
-    assert "ranks [2] are missing" in " ".join(found.problems)
-    universal = tmp_path / "universal"
-    for name in ("lm_head.weight", "model.norm.weight"):
-        (universal / "zero" / name).mkdir(parents=True)
-        for file in ("fp32.pt", "exp_avg.pt", "exp_avg_sq.pt"):
-            (universal / "zero" / name / file).write_bytes(bytes(8))
-    found = inspect(universal)
-    assert (found.kind, found.facts) == ("universal", {"parameters": 2, "bytes": 48})
-    assert not found.problems
-    (universal / "zero" / "lm_head.weight" / "exp_avg.pt").unlink()
-    assert "lm_head.weight" in inspect(universal).problems[0]
+def test_what_deepspeed_and_the_conversion_wrote(tmp_path: Path) -> None:
+    """A checkpoint without our manifest, a universal folder and an expert-parallel layout: real ones."""
+    case = Case("mixtral", 3, 2)
+    shutil.copytree(checkpoints(2) / case.name / "step_000001", tmp_path / "raw" / "global_step1")
+    (tmp_path / "raw" / "latest").write_text("global_step1", encoding="utf-8")
+    base = checkpoints(2) / "base" / "mixtral"
+    convert_checkpoint(tmp_path / "raw", tmp_path / "universal", to="universal")
+    convert_checkpoint(base, tmp_path / "ep", to="ep")
+    expected = {"step": 1, "world": 2, "ep": 2, "zero_stage": 3, "dtype": "bf16"}
+    for folder, step, kind in (("raw", "global_step1", "deepspeed"), ("universal", "global_step1", "universal")):
+        for path in (tmp_path / folder, tmp_path / folder / step):
+            found = inspect(path, verify=True)
+            assert found.kind == kind and not found.problems
+            assert {key: found.facts[key] for key in expected} == expected
+            assert found.facts["optimizer_states"] == ["exp_avg", "exp_avg_sq"]
+    (tmp_path / "universal" / "global_step1").rename(tmp_path / "step_000001")  # a name that our own steps have
+    assert inspect(tmp_path / "step_000001").kind == "universal"
+    found = inspect(tmp_path / "ep", verify=True)
+    assert (found.kind, found.facts["format"], found.problems) == ("deepspeed", "expert_parallel", [])
+
+    for name in ("zero/optimizer_state.pt", "zero/lm_head.weight/exp_avg.pt"):
+        file = tmp_path / "step_000001" / name
+        whole = file.read_bytes()
+        offset = next(tensors_of(read_archive(file))).storage.offset_bytes
+        file.write_bytes(whole[:offset] + bytes([whole[offset] ^ 1]) + whole[offset + 1 :])
+        assert not inspect(tmp_path / "step_000001").problems
+        assert name in inspect(tmp_path / "step_000001", verify=True).problems[0]
+        file.write_bytes(whole)
+    optimizer = next((tmp_path / "raw").rglob("*_rank_1_*_optim_states.pt"))
+    optimizer.unlink()
+    assert optimizer.name in inspect(tmp_path / "raw").problems[0] and inspect_path(tmp_path / "raw", json=False) == 1
+
+
+def test_a_converted_model_is_compared_with_its_report(tiny_model: Path, tmp_path: Path) -> None:
+    convert_checkpoint(tiny_model, tmp_path / "model")
+    assert not inspect(tmp_path / "model", verify=True).problems
+    assert "kind huggingface" in inspect(tmp_path / "model").facts["converted from"]
+    weights = tmp_path / "model" / SINGLE_NAME
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    assert not inspect(tmp_path / "model").problems
+    assert SINGLE_NAME in inspect(tmp_path / "model", verify=True).problems[0]
+    with pytest.raises(UserError, match=SINGLE_NAME):
+        convert_checkpoint(tmp_path / "model", tmp_path / "again", verify=True)
 
 
 def test_json_says_the_same(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,9 +4,10 @@
     python tools/convert_checkpoint.py runs/wmdp/checkpoints/step_000100 model --base-model /models/Mixtral-8x7B-v0.1
     python tools/convert_checkpoint.py runs/wmdp/checkpoints model --tag step_000050 --jobs 4 --verify
 
-The same as ``trace-ds convert SOURCE DESTINATION``, as one file to run on a login node: no GPU, no process group, no
-compiler, no installation of trace_ds (this file finds the package beside it); torch, transformers and safetensors are
-enough. Exit status: 0 done, 2 the input is wrong (one line says what, where and the fix; nothing is left behind).
+``trace-ds convert SOURCE DESTINATION`` without installing trace_ds, for a login node: copy the folders ``tools/`` and
+``trace_ds/`` there, side by side. torch, transformers and safetensors must be installed; no DeepSpeed, no GPU, no
+process group, no compiler. (The model card then says nothing of the run; everything else is the same.) Exit status:
+0 done, 2 the input is wrong (one line says what, where and the fix; nothing is left behind).
 """
 
 from __future__ import annotations

@@ -195,7 +195,10 @@ def convert(
         return _verb("convert", source, run_dir, set_, variant=variant, dry_run=dry_run)
     _refuse(of_run, "with SOURCE DESTINATION", "leave it out, or give a CONFIG alone")
     from trace_ds.conversion import convert_command
+    from trace_ds.stages.convert import card_of
 
+    if not dry_run:
+        given["card"] = card_of(Path(source))
     raise typer.Exit(convert_command(Path(source), destination, dry_run=dry_run, **given))
 
 

@@ -97,17 +97,19 @@ def write_card(
     for heading, entries in (("Warnings", report["warnings"]), ("Notes", report["notes"])):
         if entries:
             lines += [f"## {heading}", "", *(f"- {entry}" for entry in entries), ""]
-    if facts.get("method"):
-        lines += [
-            "## Limits",
-            "",
-            "- Unlearning suppresses; it does not prove deletion. Relearning, quantisation or adversarial prompts may "
-            "bring knowledge back. Evaluate before you rely on it.",
-            "- Knowledge close to the forget set may have been lost with it; compare with the base model.",
-            "- The base model's licence and limits apply to this model too.",
-            "",
-        ]
+    lines += ["## Limits", "", *(f"- {line}" for line in _limits(bool(facts.get("method")))), ""]
     write_text(destination / "README.md", "\n".join(lines))
+
+
+def _limits(of_a_run: bool) -> list[str]:
+    known = [] if of_a_run else ["How these weights were trained, and on what, is not known here: ask who made them."]
+    return [
+        *known,
+        "Unlearning suppresses; it does not prove deletion. Relearning, quantisation or adversarial prompts may bring "
+        "knowledge back. Evaluate before you rely on it.",
+        "Knowledge close to a forget set may have been lost with it; compare with the base model.",
+        "The base model's licence and limits apply to this model too.",
+    ]
 
 
 def unlearned(base: str, rule: str) -> list[str]:

@@ -31,10 +31,13 @@ from trace_ds.conversion.layouts import (
     moe_prefixes,
     read_layout,
 )
-from trace_ds.conversion.runs import TensorSource
+from trace_ds.conversion.partitions import reading
+from trace_ds.conversion.runs import TensorSource, from_lazy
 from trace_ds.conversion.safetensors_target import parse_size
 from trace_ds.conversion.stream import Progress, Streamer, Task, naming_full_disk, run_tasks, warnings_of
+from trace_ds.conversion.torch_archive import read_archive, tensors_of
 from trace_ds.errors import UserError
+from trace_ds.models.files import read_json_object
 from trace_ds.run.files import (
     commit_directory,
     fsync_directory,
@@ -132,7 +135,7 @@ def convert_checkpoint(
         overwrite=overwrite,
     )
     if verify:
-        verify_manifest(checkpoint)
+        verify_source(checkpoint, jobs)
     remove_abandoned(destination)
     if plan is None:
         from trace_ds.conversion.universal import write_universal
@@ -411,9 +414,24 @@ def verify_huggingface(directory: Path, report: Mapping[str, Any], jobs: int = 1
 
 
 def verify_archives(directory: Path, jobs: int = 1) -> None:
-    """Re-read every tensor of a written DeepSpeed folder against the checksums that were written with it."""
+    """Open a DeepSpeed folder, and read every tensor of every file in it against the file's own checksums.
+
+    Raises:
+        UserError: it is not whole, or a file was altered after it was written.
+    """
     checkpoint = open_source(directory)
-    sources = [source for group in (checkpoint.tensors, *checkpoint.moments.values()) for source in group.values()]
+    files = [path for path in sorted(checkpoint.path.rglob("*.pt")) if path.is_file()]
+    held = [tensor for path in files for tensor in tensors_of(read_archive(path))]
+    sources = [from_lazy(tensor.storage.record, tensor) for tensor in held if tensor.numel()]
     streamer = Streamer(jobs)
     streamer.run([Task(source, source.dtype, None, 0) for source in sources])
     streamer.ledger.check()
+
+
+def verify_source(checkpoint: Checkpoint, jobs: int) -> None:
+    """Compare the source's files with its manifest, or a converted model's tensors with its report."""
+    verify_manifest(checkpoint)
+    if checkpoint.kind == "huggingface" and (checkpoint.path / REPORT).is_file():
+        report = read_json_object(checkpoint.path / REPORT, "the report of the conversion")
+        with reading(checkpoint.path / REPORT):
+            verify_huggingface(checkpoint.path, report, jobs)

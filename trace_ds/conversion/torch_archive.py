@@ -19,7 +19,7 @@ import pickle
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -294,6 +294,18 @@ def read_archive(path: Path) -> Any:
         raise UserError(
             f"the pickle in this file is damaged or hostile ({type(error).__name__}: {error})", str(path), COPY_AGAIN
         ) from None
+
+
+def tensors_of(value: Any) -> Iterator[LazyTensor]:
+    """Every tensor in an object that :func:`read_archive` returned."""
+    if isinstance(value, LazyTensor):
+        yield value
+    elif isinstance(value, dict):
+        for entry in value.values():
+            yield from tensors_of(entry)
+    elif isinstance(value, (list, tuple)):
+        for entry in value:
+            yield from tensors_of(entry)
 
 
 class _BytesReader:

@@ -1,8 +1,9 @@
 """``trace-ds inspect PATH``: what is this, and is it whole?
 
 Knows artefacts, run directories, checkpoint steps and the folder of them, Hugging Face model directories, DeepSpeed's
-own checkpoint folders and universal ones, and single safetensors files. Only headers and descriptions are read (and
-hashes, with ``--verify``); nothing is unpickled, nothing is written.
+own checkpoint folders and universal ones (or the folder whose ``latest`` or ``latest_universal`` names one), and single
+safetensors files. Only headers and descriptions are read; with ``--verify`` everything, compared with the manifest, the
+report of the conversion, or the files' own checksums. Nothing is unpickled, nothing is written.
 
 Exit status 0 when it is whole, 1 when something is missing, damaged or stale, 2 when the path is none of these.
 """
@@ -34,6 +35,7 @@ EXIT_DAMAGED = 1
 LOG_WIDTH = 140  # of tables in a log or a pipe
 SIDES = ("forget", "retain")
 UNIVERSAL_FOLDER, UNIVERSAL_WEIGHT = "zero", "fp32.pt"
+CONVERSION = "conversion.json"
 SUPPORTED = "an artefact, a run directory, checkpoints, a model directory or a safetensors file"
 
 
@@ -81,7 +83,27 @@ def _is_run(path: Path) -> bool:
 
 
 def _is_step(path: Path) -> bool:
-    return (path / MANIFEST).is_file() or STEP.fullmatch(path.name.split(".tmp-")[0]) is not None
+    return (path / MANIFEST).is_file() or _is_unfinished_step(path)
+
+
+def _is_unfinished_step(path: Path) -> bool:
+    return STEP.fullmatch(path.name.split(".tmp-")[0]) is not None and not (path / UNIVERSAL_FOLDER).is_dir()
+
+
+def _named_by(pointer: str) -> Callable[[Path], bool]:
+    return lambda path: _target(path, pointer) is not None
+
+
+def _target(path: Path, pointer: str) -> Path | None:
+    """The directory that ``path/latest`` names, if there is one."""
+    if not (path / pointer).is_file():
+        return None
+    name = (path / pointer).read_text(encoding="utf-8", errors="replace").strip()[:255]
+    return path / name if Path(name).name == name and (path / name).is_dir() else None
+
+
+def _follow(pointer: str) -> Callable[[Path, bool], Finding]:
+    return lambda path, verify: inspect(_target(path, pointer) or path, verify=verify)
 
 
 def _is_checkpoints(path: Path) -> bool:
@@ -175,7 +197,30 @@ def _model(path: Path, verify: bool) -> Finding:
         "files": len(files.files),
         "bytes": files.bytes,
     }
-    return Finding(path, "model", facts)
+    problems: list[str] = []
+    if (path / CONVERSION).is_file():
+        try:
+            facts["converted from"] = _converted(path, verify)
+        except UserError as error:
+            problems.append(error.line())
+    return Finding(path, "model", facts, problems)
+
+
+def _converted(path: Path, verify: bool) -> str:
+    """Where a model's weights came from, by the report of the conversion; ``verify`` compares every tensor's hash."""
+    report = read_json_object(path / CONVERSION, "the report of the conversion")
+    if verify:
+        from trace_ds.conversion.convert import verify_huggingface
+        from trace_ds.conversion.partitions import reading
+
+        with reading(path / CONVERSION):
+            verify_huggingface(path, report)
+    source = report.get("source")
+    return (
+        ", ".join(f"{key} {source.get(key)}" for key in ("kind", "step", "world", "ep"))
+        if isinstance(source, dict)
+        else ""
+    )
 
 
 def layout_of(files: ModelFiles) -> str:
@@ -188,30 +233,23 @@ def layout_of(files: ModelFiles) -> str:
     return "dense"
 
 
-def _deepspeed(path: Path, verify: bool) -> Finding:
-    """A checkpoint that DeepSpeed wrote and our protocol did not commit."""
-    files = sorted(file for file in path.rglob("*.pt"))
-    optimizer = [file.name for file in files if file.name.endswith("_optim_states.pt")]
-    ranks = {int(match[1]) for name in optimizer if (match := re.search(r"zero_pp_rank_(\d+)_", name))}
-    facts = {"files": len(files), "bytes": _bytes_of(files), "optimizer shards": len(optimizer), "ranks": len(ranks)}
-    problems = [f"{path}: there is no {MANIFEST}, so nothing says whether it is complete"]
-    missing = sorted(set(range(max(ranks) + 1)) - ranks) if ranks else []
-    if missing:
-        problems.append(f"{path}: the optimizer shards of ranks {missing} are missing")
-    return Finding(path, "deepspeed", facts, problems)
+def _engine(kind: str) -> Callable[[Path, bool], Finding]:
+    """A folder of DeepSpeed's or of the conversion, without a manifest: its files themselves say what belongs to it."""
 
+    def look(path: Path, verify: bool) -> Finding:
+        from trace_ds.conversion.checkpoint import open_source
+        from trace_ds.conversion.convert import verify_archives
 
-def _universal(path: Path, verify: bool) -> Finding:
-    """A folder of DeepSpeed's universal format: one folder per parameter with weight and Adam moments."""
-    folders = sorted(child for child in (path / UNIVERSAL_FOLDER).iterdir() if child.is_dir())
-    problems, total = [], 0
-    names = (UNIVERSAL_WEIGHT, "exp_avg.pt", "exp_avg_sq.pt")
-    for folder in folders:
-        missing = [name for name in names if not (folder / name).is_file()]
-        if missing:
-            problems.append(f"{folder}: {', '.join(missing)} missing")
-        total += _bytes_of(folder / name for name in names if name not in missing)
-    return Finding(path, "universal", {"parameters": len(folders), "bytes": total}, problems)
+        size = _bytes_of(file for file in path.rglob("*.pt") if file.is_file())
+        try:
+            facts = open_source(path).summary()
+            if verify:
+                verify_archives(path)
+        except UserError as error:
+            return Finding(path, kind, {"bytes": size}, [error.line()])
+        return Finding(path, kind, {**facts, "format": facts["kind"], "kind": None, "bytes": size})
+
+    return look
 
 
 def _safetensors(path: Path) -> Finding:
@@ -295,9 +333,11 @@ _KINDS: tuple[tuple[Callable[[Path], bool], Callable[[Path, bool], Finding]], ..
     (lambda path: (path / artefact.FILE_NAME).is_file(), _artefact),
     (_is_step, _checkpoint),
     (lambda path: (path / CONFIG_NAME).is_file(), _model),
+    (_named_by("latest_universal"), _follow("latest_universal")),
     (_is_checkpoints, _checkpoints),
-    (_is_universal, _universal),
-    (_is_deepspeed, _deepspeed),
+    (_is_universal, _engine("universal")),
+    (_is_deepspeed, _engine("deepspeed")),
+    (_named_by("latest"), _follow("latest")),
     (_is_run, _run),
 )
 
@@ -336,7 +376,7 @@ def _print(found: Finding, verified: bool) -> None:
         console.print(f"PROBLEM  {problem}", style="bold red")
     if not found.problems:
         depth = "sizes and hashes compared" if verified else "sizes compared; --verify compares hashes too"
-        console.print(f"whole ({depth})" if found.kind in ("artefact", "checkpoint", "checkpoints", "run") else "whole")
+        console.print("whole" if found.kind == "safetensors" else f"whole ({depth})")
 
 
 def _shown(name: str, value: Any) -> str:

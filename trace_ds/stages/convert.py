@@ -128,6 +128,24 @@ def _is_done(model: Path, checkpoint: Path, dtype: str, max_shard_size: str) -> 
     return held == said and made == (sha256_file(checkpoint / "manifest.json"), dtype, max_shard_size)
 
 
+def card_of(source: Path) -> dict[str, Any] | None:
+    """The facts of the model card for something that lies in a run directory: the run itself, its checkpoints, one of
+    them, or its model. None for anything else."""
+    from trace_ds.config.load import load_config
+
+    source = Path(os.path.abspath(source))
+    for path in (source, source.parent, source.parent.parent):
+        run = RunDirectory.at(path)
+        if run.config.is_file() and any(source.is_relative_to(part) for part in (run.checkpoints, run.model)) | (
+            source == path and run.checkpoints.is_dir()
+        ):
+            try:
+                return _card(load_config(str(run.config), [], path)[0], run)
+            except UserError:
+                return None  # not a configuration of ours
+    return None
+
+
 def _card(config: Config, run: RunDirectory) -> dict[str, Any]:
     """The facts of the model card, from the configuration and, if it is there, the calibration artefact."""
     settings = config.unlearning
