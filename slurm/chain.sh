@@ -6,9 +6,9 @@
 #   RUN_DIR=/shared/runs/books slurm/chain.sh books.yaml --set unlearning.steps=200
 #
 # Prints one line per job: its stages and its id. Stages of one process run on one node without GPUs, so that no GPU waits
-# for them; evaluate asks for two, what Mixtral-8x7B needs in bf16. Options for sbatch per kind of job: slurm/site.env.
-# TRACE_DS_ALL_SBATCH and TRACE_DS_GPU_SBATCH (collect and unlearn) come after those. With TRACE_DS_DRY_RUN=1 it prints the
-# command lines and submits nothing.
+# for them; evaluate asks for two, what Mixtral-8x7B needs in bf16 (trace-ds submit asks for what the model needs). Options
+# for sbatch per kind of job: slurm/site.env. TRACE_DS_ALL_SBATCH and TRACE_DS_GPU_SBATCH (collect and unlearn) come after
+# those. With TRACE_DS_DRY_RUN=1 it prints the command lines and submits nothing.
 set -euo pipefail
 
 TRACE_DS_HOME=${TRACE_DS_HOME:-$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)}

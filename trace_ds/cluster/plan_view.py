@@ -38,7 +38,7 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     console.print(
         f"checkpoint {size(plan.checkpoint_bytes)}, saved in {duration(plan.save_s)} at "
         f"{spec.storage_gb_s:g} GB/s; the run needs {size(plan.storage_bytes)} of storage and "
-        f"{size(plan.host_bytes)} of host memory a node; evaluate needs {plan.evaluation_gpus} GPUs of one node",
+        f"{size(plan.host_bytes)} of host memory a node; GPUs for evaluate, on one node: {plan.evaluation_gpus}",
         highlight=False,
     )
     for warning in plan.warnings:
