@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import random
+import re
 import shutil
 import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +17,11 @@ import command
 import pytest
 import tiny
 import yaml
+from distributed import run_distributed
 
 from trace_ds.config.schema import TaskConfig
 from trace_ds.errors import UserError
+from trace_ds.evaluation import harness
 from trace_ds.evaluation.items import read_task
 from trace_ds.evaluation.language_model import ModelSettings, loaded
 from trace_ds.evaluation.tasks import run_task
@@ -52,59 +58,146 @@ def write_task(path: Path, name: str, file: Path) -> None:
     path.write_text(yaml.safe_dump(task), encoding="utf-8")
 
 
-def test_our_numbers_are_those_of_the_command(
-    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from transformers import AutoTokenizer
+def few_tasks() -> None:
+    """The index of lm-eval's tasks from two of its folders: reading all of them takes most of the time of a test."""
+    import lm_eval.tasks
 
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    model_path = tmp_path / "model"
-    shutil.copytree(tiny_model, model_path)
-    config = json.loads((model_path / "config.json").read_text())
-    (model_path / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 1024}))
-    files = {name: write_questions(tmp_path / f"{name}.jsonl", 20) for name in SUBJECTS}
-    (tmp_path / "tasks").mkdir()
-    for name, file in files.items():
-        write_task(tmp_path / "tasks" / f"{name}.yaml", name, file)
-    done = command.run(
-        [
-            *(sys.executable, "-m", "lm_eval", "--model", "hf", "--device", "cpu", "--batch_size", "4"),
-            *("--model_args", f"pretrained={model_path},dtype=float32", "--include_path", tmp_path / "tasks"),
-            *("--tasks", ",".join(f"{name}_here" for name in SUBJECTS), "--output_path", tmp_path / "out"),
-            "--log_samples",
-        ]
+    folder = Path(lm_eval.tasks.__file__).parent
+    manager = lm_eval.tasks.TaskManager(
+        include_path=[folder / "wmdp", folder / "mmlu" / "default"], include_defaults=False
     )
-    assert done.returncode == 0, done.stderr[-2000:]
-    theirs = json.loads(next((tmp_path / "out").rglob("results_*.json")).read_text(encoding="utf-8"))["results"]
-
-    settings = ModelSettings("fp32", add_bos=True, add_eos=True, batch_rows=4)
-    with loaded(str(model_path), AutoTokenizer.from_pretrained(model_path), settings) as model:
-        for name, file in files.items():
-            config_ = TaskConfig(name=name, type="lm_eval", task=name, path=str(file), role="forget")
-            outcome = run_task(model, read_task(config_), max_new_tokens=4, context_length=64)
-            (score,) = outcome.scores
-            assert (score["metric"], score["n"], score["chance"]) == ("acc", 20, 0.25)
-            assert score["value"] == theirs[f"{name}_here"]["acc,none"]
-            samples: list[Any] = [
-                json.loads(line)
-                for line in next((tmp_path / "out").rglob(f"samples_{name}_here_*.jsonl")).read_text().splitlines()
-            ]
-            expected = [[float(pair[0]) for pair in sample["filtered_resps"]] for sample in samples]
-            ours = [item["log_prob"] for item in outcome.items]
-            assert len(ours) == 20 and all(a == pytest.approx(b, abs=1e-5) for a, b in zip(ours, expected, strict=True))
+    harness._task_manager = functools.cache(lambda: manager)
 
 
-def test_an_unknown_task_and_a_bad_file_are_refused(tiny_model: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Path]:
+    """A folder with a model that has room for the prompts, and a file of questions for each task."""
+    folder = tmp_path_factory.mktemp("harness")
+    shutil.copytree(tiny_model, folder / "model")
+    config = json.loads((folder / "model" / "config.json").read_text())
+    (folder / "model" / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 1024}))
+    for name in SUBJECTS:
+        write_questions(folder / f"{name}.jsonl", 20)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_DATASETS_CACHE", str(folder / "cache"))
+        patch.setattr(harness, "_task_manager", None)
+        few_tasks()
+        yield folder
+
+
+def task_of(name: str, file: Path | str) -> TaskConfig:
+    return TaskConfig(name=name, type="lm_eval", task=name, path=str(file), role="forget")
+
+
+def our_outcomes(world: Any, folder: str) -> list[tuple[Any, Any]]:
+    """Scores and logs of both tasks on the processes of a world (None: on this one)."""
     from transformers import AutoTokenizer
 
+    if world is not None:
+        few_tasks()
+    path = f"{folder}/model"
     settings = ModelSettings("fp32", add_bos=True, add_eos=True, batch_rows=4)
-    task = TaskConfig(name="x", type="lm_eval", task="no_such_task", role="utility")
-    with (
-        loaded(str(tiny_model), AutoTokenizer.from_pretrained(tiny_model), settings) as model,
-        pytest.raises(UserError, match="lm-eval knows no task 'no_such_task'"),
-    ):
-        run_task(model, read_task(task), max_new_tokens=4, context_length=64)
-    five = tmp_path / "five.jsonl"
-    five.write_text(json.dumps({"question": "q", "choices": list("abcde"), "answer": 0}) + "\n")
-    with pytest.raises(UserError, match="the question has 5 choices"):
-        read_task(TaskConfig(name="x", type="lm_eval", task="wmdp_bio", path=str(five), role="forget"))
+    with loaded(path, AutoTokenizer.from_pretrained(path), settings, world) as model:
+        tasks = [read_task(task_of(name, f"{folder}/{name}.jsonl")) for name in SUBJECTS]
+        found = [run_task(model, task, max_new_tokens=4, context_length=64) for task in tasks]
+    return [(outcome.scores, outcome.items) for outcome in found]
+
+
+def test_our_numbers_are_those_of_the_command_on_one_process_and_on_two(place: Path) -> None:
+    (place / "tasks").mkdir()
+    for name in SUBJECTS:
+        write_task(place / "tasks" / f"{name}.yaml", name, place / f"{name}.jsonl")
+    asked = [
+        *(sys.executable, "-m", "lm_eval", "--model", "hf", "--device", "cpu", "--batch_size", "4"),
+        *("--model_args", f"pretrained={place / 'model'},dtype=float32", "--include_path", place / "tasks"),
+        *("--tasks", ",".join(f"{name}_here" for name in SUBJECTS), "--output_path", place / "out"),
+        "--log_samples",
+    ]
+    with ThreadPoolExecutor(1) as beside:
+        running = beside.submit(command.run, asked)
+        outcomes = our_outcomes(None, str(place))
+        assert run_distributed(our_outcomes, 2, str(place)) == [outcomes, outcomes]
+        done = running.result()
+    assert done.returncode == 0, done.stderr[-2000:]
+    theirs = json.loads(next((place / "out").rglob("results_*.json")).read_text(encoding="utf-8"))["results"]
+    for name, (scores, items) in zip(SUBJECTS, outcomes, strict=True):
+        (score,) = scores
+        assert (score["metric"], score["n"], score["chance"]) == ("acc", 20, 0.25)
+        assert score["value"] == theirs[f"{name}_here"]["acc,none"]
+        samples: list[Any] = [
+            json.loads(line)
+            for line in next((place / "out").rglob(f"samples_{name}_here_*.jsonl")).read_text().splitlines()
+        ]
+        expected = [[float(pair[0]) for pair in sample["filtered_resps"]] for sample in samples]
+        assert len(items) == 20
+        for item, theirs_C, line in zip(items, expected, read_lines(place / f"{name}.jsonl"), strict=True):
+            assert item["log_prob"] == pytest.approx(theirs_C, abs=1e-5)
+            assert (item["choices"], item["answer"]) == (line["choices"], line["answer"])
+            assert item["correct"] == (item["predicted"] == item["answer"])
+
+
+def read_lines(path: Path) -> list[Any]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_requests_are_batched_as_the_harness_does(place: Path) -> None:
+    from lm_eval.models.utils import Collator
+
+    from trace_ds.evaluation.harness_model import plan_requests
+
+    draw = random.Random(3)
+    contexts = [draw.choices(range(9), k=draw.randint(1, 12)) for _ in range(30)]
+    requests = [(("", ""), context, [letter]) for context in contexts for letter in range(4)]
+    requests += [(("", ""), context, [1, 2, 3]) for context in contexts]
+    collator = Collator(
+        requests,
+        sort_fn=lambda r: (-len(r[1] + r[2]), tuple(r[1] + r[2])),
+        group_by="contexts",
+        group_fn=lambda r: r[1] + r[2][:-1],
+    )
+    theirs = [[tuple(r[1] + r[2][:-1]) for r in chunk] for chunk in collator.get_batched(n=4)]
+    ours = [[tuple(requests[i][1] + requests[i][2][:-1]) for i in batch] for batch in plan_requests(requests, 4)]
+    assert [list(dict.fromkeys(batch)) for batch in ours] == theirs
+    assert sorted(i for batch in plan_requests(requests, 4) for i in batch) == list(range(len(requests)))
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ("no_such_task", "lm-eval knows no task 'no_such_task'"),
+        ("wmdp", "'wmdp' stands for several tasks of lm-eval, .*: name each one: wmdp_bio, wmdp_chem, wmdp_cyber$"),
+        ("mmlu", r"mmlu_abstract_algebra, mmlu_anatomy, .*, … \(57 tasks\)$"),
+        ("mmlu_stem_tasks", "name each one: mmlu_abstract_algebra"),
+    ],
+)
+def test_a_file_is_for_one_task(place: Path, task: str, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        read_task(task_of(task, place / "wmdp_bio.jsonl"))
+    assert re.search(message, caught.value.line()) and "\n" not in caught.value.line()
+
+
+def test_the_rows_of_every_kind_of_file_are_checked(place: Path, tmp_path: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    good = read_lines(place / "wmdp_bio.jsonl")
+    bad = {
+        "the question has 5 choices": {"question": "q", "choices": list("abcde"), "answer": 0},
+        "the answer is missing": {"question": "q", "choices": list("abcd"), "answer": None},
+    }
+    for rows, message in [(good, None), *(([good[0], row], what) for what, row in bad.items())]:
+        files = [tmp_path / f"questions.{kind}" for kind in ("jsonl", "json", "parquet")]
+        files[0].write_text("".join(json.dumps(row) + "\n" for row in rows))
+        files[1].write_text(json.dumps(rows))
+        parquet.write_table(pyarrow.Table.from_pylist(rows), files[2])
+        for file in files:
+            if message is None:
+                assert len(read_task(task_of("wmdp_bio", file)).items) == len(good)
+            else:
+                with pytest.raises(UserError, match=f"{message}") as caught:
+                    read_task(task_of("wmdp_bio", file))
+                assert f"{file}:2" in caught.value.line()
+    for name, message in (("broken.parquet", "not a Parquet file"), ("list.csv", "a CSV cell holds no list")):
+        (tmp_path / name).write_text("question,choices,answer\n")
+        with pytest.raises(UserError, match=message):
+            read_task(task_of("wmdp_bio", tmp_path / name))

@@ -9,9 +9,10 @@
 | acc_norm | the same per character of the choice, where the task has it                     | 0 … 1 | 0.25   |
 
 Higher means more knowledge: bad for a forget task (WMDP), good for a utility task (MMLU). The prompts, the scoring and
-the numbers are those of the ``lm_eval`` command. A file holds what the hub's data set holds: one object a line with
-``question``, four ``choices`` and the index of the right one as ``answer``; it replaces the task's test split, and no
-solved examples are shown. Without a file the harness downloads the data (set HF_HUB_OFFLINE for its cache only).
+the numbers are those of the ``lm_eval`` command. A file (``.jsonl``, ``.json`` or ``.parquet``) holds what the hub's
+data set holds: ``question``, four ``choices`` and the index of the right one as ``answer``; it replaces the test split
+of one task (not of a group: every task has its own prompt), and no solved examples are shown. Without a file the
+harness downloads the data (set HF_HUB_OFFLINE for its cache only).
 References: Li et al., arXiv 2403.03218 (WMDP); Hendrycks et al., arXiv 2009.03300 (MMLU).
 """
 
@@ -19,18 +20,23 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import io
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trace_ds.errors import UserError
 from trace_ds.evaluation.language_model import LanguageModel
 
+if TYPE_CHECKING:
+    from trace_ds.parallel.world import World
+
 INSTALL = "pip install 'trace-ds[lm-eval]'"
 METRICS = ("acc", "acc_norm")
+NAMED_TASKS = 6  # of a group, in a message
 
 
 @dataclass(frozen=True)
@@ -42,19 +48,61 @@ class HarnessResult:
     logs: list[dict[str, Any]]
 
 
-def require_harness(where: str) -> None:
-    """:class:`UserError` with the install line when lm-evaluation-harness is missing."""
+def check_task(task: str, path: str, where: str) -> None:
+    """Everything about a task that can be wrong before its data are read.
+
+    Raises:
+        UserError: lm-eval is missing or knows no such task; the name stands for several tasks and there is one file,
+            or no score of all of them.
+    """
     import importlib.util
 
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError("the package lm-eval is not installed", where, INSTALL)
+    index = _task_manager().task_index
+    if task not in index:
+        close = difflib.get_close_matches(task, index, 1)
+        hint = f"did you mean {close[0]!r}?" if close else "`lm_eval ls tasks` lists them"
+        raise UserError(f"lm-eval knows no task {task!r}", where, hint)
+    kind = index[task].kind.name
+    if kind == "TAG" or (kind == "GROUP" and path):
+        leaves = _leaf_tasks([task], index)
+        names = ", ".join(leaves[:NAMED_TASKS]) + (f", … ({len(leaves)} tasks)" if leaves[NAMED_TASKS:] else "")
+        what = "and one file can hold only one" if kind == "GROUP" else "without a common score"
+        raise UserError(f"{task!r} stands for several tasks of lm-eval, {what}", where, f"name each one: {names}")
+
+
+def _leaf_tasks(members: list[Any], index: Any) -> list[str]:
+    """The single tasks that names of tasks, groups and tags (as in the YAML file of a group) stand for."""
+    found: list[str] = []
+    for member in members:
+        name = member if isinstance(member, str) else member.get("group") or member["task"]
+        entry = index.get(name)
+        kind = entry.kind.name if entry is not None else ""
+        if kind == "TAG":
+            found += sorted(entry.tags)
+        elif kind == "GROUP" or not isinstance(member, str):
+            inside = entry.cfg["task"] if kind == "GROUP" else member["task"]
+            found += _leaf_tasks(inside, index) if isinstance(inside, list) else [name]
+        else:
+            found.append(name)
+    return found
+
+
+@functools.cache
+def _task_manager() -> Any:
+    """The index of all tasks; made once, since it reads thousands of files."""
+    from lm_eval.tasks import TaskManager
+
+    with _quietly():
+        return TaskManager()
 
 
 def task_spec(task: str, path: str) -> str | dict[str, Any]:
     """What the harness is asked for: the task by name, its test split read from ``path`` if there is one."""
     if not path:
         return task
-    kind = {".parquet": "parquet", ".csv": "csv"}.get(Path(path).suffix, "json")
+    kind = "parquet" if path.endswith(".parquet") else "json"
     files = {"data_files": {"test": str(Path(path).absolute())}}
     changed: dict[str, Any] = {"task": task, "dataset_path": kind, "dataset_name": None, "dataset_kwargs": files}
     changed |= {"num_fewshot": 0, "fewshot_split": "test"}  # a file holds no other split
@@ -62,62 +110,78 @@ def task_spec(task: str, path: str) -> str | dict[str, Any]:
 
 
 def evaluate_harness(model: LanguageModel, task: str, path: str) -> HarnessResult:
-    """Run one task (or group of tasks) on a loaded model; of several processes the main one does it for all.
+    """Run one task (or group of tasks) on a loaded model, the forward passes shared out between the processes.
 
     Raises:
-        UserError: lm-eval is missing, knows no such task, or cannot get the data.
+        UserError: lm-eval cannot get the data, or the task is not multiple-choice.
+        Diverged: a log-probability is not finite.
     """
-    if model.world is None or model.world.size == 1:
-        return _run(model, task, path)
-    found: dict[str, Any] = model.world.broadcast_agreed(lambda: vars(_run(model, task, path)))
-    return HarnessResult(**found)
-
-
-def _run(model: LanguageModel, task: str, path: str) -> HarnessResult:
-    require_harness(f"evaluation task {task}")
     from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
 
-    manager = TaskManager()
-    known = manager.all_tasks
-    if task not in known:
-        close = difflib.get_close_matches(task, known, 1)
-        hint = f"did you mean {close[0]!r}?" if close else "`lm_eval ls tasks` lists them"
-        raise UserError(f"lm-eval knows no task {task!r}", "evaluation.tasks", hint)
+    from trace_ds.evaluation.harness_model import SharedLM
+
+    world = model.world
+    built = _built(task, path, world)
     with _quietly():
-        wrapped = HFLM(
-            pretrained=model.model, tokenizer=model.tokenizer, batch_size=model.settings.batch_rows, backend="causal"
+        found: Any = simple_evaluate(
+            model=SharedLM(model), tasks=[built], task_manager=_task_manager(), bootstrap_iters=0
         )
+    if world is None or world.size == 1:
+        return _result(found, task)
+    told: dict[str, Any] = world.broadcast_agreed(lambda: vars(_result(found, task)))
+    return HarnessResult(**told)
+
+
+def _built(task: str, path: str, world: World | None) -> Any:
+    """The task with its data; the main process gets them first, so a download happens once."""
+    made: list[Any] = []
+
+    def build() -> None:
         try:
-            found: Any = simple_evaluate(
-                model=wrapped,
-                tasks=[task_spec(task, path)],
-                task_manager=manager,
-                bootstrap_iters=0,
-            )
+            with _quietly():
+                loaded = _task_manager().load([task_spec(task, path)])
         except (OSError, ValueError, KeyError, ConnectionError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UserError(
-                f"lm-eval cannot run {task} ({reason[:200]})", path or "the hub", "check the task's name and its data"
+                f"lm-eval cannot read {task} ({reason[:200]})", path or "the hub", "check the task's name and its data"
             ) from error
+        for name, single in loaded["tasks"].items():
+            if single.OUTPUT_TYPE != "multiple_choice":
+                raise UserError(f"{name} is not multiple-choice", f"lm-eval task {task}", "choose a task that is")
+        made.extend(list(loaded["groups"].values())[:1] or loaded["tasks"].values())
+
+    if world is None or world.size == 1:
+        build()
+    else:
+        world.agree(build)
+        world.agree_all(lambda: None if world.is_main else build())
+    return made[0]
+
+
+def _result(found: dict[str, Any], task: str) -> HarnessResult:
     numbers = found["groups"].get(task) if found.get("groups") else None
     numbers = numbers or found["results"][task]
     metrics = {name: float(numbers[f"{name},none"]) for name in METRICS if f"{name},none" in numbers}
     if not metrics:
-        raise UserError(f"the task has none of {', '.join(METRICS)}", task, "choose a multiple-choice task")
+        raise UserError(f"the task has none of {', '.join(METRICS)}", task, "choose another multiple-choice task")
     logs = [_log(name, sample) for name, samples in sorted(found["samples"].items()) for sample in samples]
     return HarnessResult(metrics, len(logs), logs)
 
 
 def _log(name: str, sample: dict[str, Any]) -> dict[str, Any]:
+    log_prob = [float(pair[0]) for pair in sample["filtered_resps"]]
+    choices = sample["doc"].get("choices")
+    if not isinstance(choices, list) or len(choices) != len(log_prob):
+        choices = [str(arguments[1]).strip() for arguments in sample["arguments"]]  # what was scored: texts or letters
     return {
         "id": f"{name}/{sample['doc_id']}",
         "source": name,
-        "prompt": sample["doc"].get("question", ""),
+        "prompt": str(sample["doc"].get("question", "")),
+        "choices": choices,
         "answer": sample["target"],
-        "log_prob": [round(float(pair[0]), 6) for pair in sample["filtered_resps"]],
+        "predicted": log_prob.index(max(log_prob)),
         "correct": bool(sample["acc"]) if "acc" in sample else None,
+        "log_prob": [round(value, 6) for value in log_prob],
     }
 
 

@@ -113,12 +113,10 @@ def read_task(config: TaskConfig) -> Task:
             for number, document in enumerate(documents)
         ]
     elif config.type == "lm_eval":
-        from trace_ds.evaluation.harness import require_harness
+        from trace_ds.evaluation.harness import check_task
 
-        require_harness(f"evaluation.tasks {config.name}")
-        items = read_choice_items(config.path, "question") if config.path.endswith(".jsonl") else []
-        if config.path:
-            _require_file(config.path)
+        items = read_choice_items(config.path, "question") if config.path else []
+        check_task(str(config.task), config.path, f"evaluation.tasks {config.name}")
     else:
         items = _texts(config.path)
     digests = [sha256_file(Path(path)) for path in paths]
@@ -192,28 +190,58 @@ def read_question_items(path: str | Path) -> list[QuestionItem]:
 
 
 def _records(path: str | Path) -> Iterator[tuple[str, int, dict[str, Any]]]:
-    """(``FILE:LINE``, line number, object) of every line that is not blank; at least one."""
+    """(``FILE:LINE``, line number, object) of every line (or row) that is not blank; at least one."""
     _require_file(path)
+    kind = Path(path).suffix
+    if kind == ".csv":
+        raise UserError("a CSV cell holds no list of choices", str(path), "convert the file to JSONL")
+    rows = _parquet_rows(path) if kind == ".parquet" else _json_rows(path) if kind == ".json" else _lines(path)
     found = False
+    for number, record in rows:
+        where = f"{path}:{number}"
+        if not isinstance(record, dict):
+            raise UserError("the line is not a JSON object", where, "one JSON object per line")
+        found = True
+        yield where, number, record
+    if not found:
+        raise UserError("the task file is empty", str(path), "a metric over no items means nothing: add items")
+
+
+def _lines(path: str | Path) -> Iterator[tuple[int, Any]]:
     with Path(path).open("rb") as handle:
         for number, line in enumerate(handle, 1):
             if not line.strip():
                 continue
             where = f"{path}:{number}"
             try:
-                record = json.loads(line.decode("utf-8"))
+                yield number, json.loads(line.decode("utf-8"))
             except UnicodeDecodeError as error:
                 raise UserError(
                     f"not UTF-8 (byte {error.start} of the line)", where, "convert the file to UTF-8"
                 ) from None
             except (ValueError, RecursionError):
                 raise UserError("the line is not a JSON object", where, "one JSON object per line") from None
-            if not isinstance(record, dict):
-                raise UserError("the line is not a JSON object", where, "one JSON object per line")
-            found = True
-            yield where, number, record
-    if not found:
-        raise UserError("the task file is empty", str(path), "a metric over no items means nothing: add items")
+
+
+def _json_rows(path: str | Path) -> Iterator[tuple[int, Any]]:
+    """The objects of a JSON file: an array of them, or one a line."""
+    try:
+        whole = json.loads(Path(path).read_bytes())
+    except (ValueError, RecursionError):
+        whole = None
+    return enumerate(whole, 1) if isinstance(whole, list) else _lines(path)
+
+
+def _parquet_rows(path: str | Path) -> Iterator[tuple[int, Any]]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        table = parquet.read_table(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = str(error).strip().splitlines()[0][:200]
+        raise UserError(f"not a Parquet file ({reason})", str(path), "convert or copy it again") from None
+    return enumerate(table.to_pylist(), 1)
 
 
 def _require_file(path: str | Path) -> None:
