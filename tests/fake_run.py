@@ -26,6 +26,7 @@ from trace_ds.run.files import sha256_text, write_json
 STAGES = ("data", "statistics", "calibration", "logs", "evaluation")
 HOSTILE = '</script><script>window.hacked=1</script><img src=x onerror="window.hacked=1">\u2028 & "quoted"'
 STEPS = (20, 40, 60, 80, 100)
+TASKS = ("elements", "near facts", "capitals", "novels", "membership")
 VARIANTS = ("uniform", "loss_weighting")
 
 
@@ -287,6 +288,7 @@ def _write_evaluation(
         {
             "model": name,
             "model_fingerprint": fingerprints["model"] if name == "original" else sha256_text(name),
+            "tasks": {task: sha256_text(task) for task in TASKS},
             "scores": [
                 score("elements", "accuracy", forget, "forget", "lower", 0.25),
                 score("elements", "exact_match", max(0.0, forget - 0.2), "forget", "lower", None),

@@ -20,6 +20,8 @@ from trace_ds.config.load import validate
 from trace_ds.config.schema import Config
 from trace_ds.errors import UserError
 from trace_ds.evaluation import language_model
+from trace_ds.reporting import tables
+from trace_ds.reporting.gather import gather
 from trace_ds.run.directory import RunDirectory
 from trace_ds.run.log import StageLog
 from trace_ds.stages import convert
@@ -355,6 +357,9 @@ def test_many_processes_give_the_files_of_one(case: Case, tmp_path: Path) -> Non
     shutil.rmtree(case.run.evaluation)
     assert run_distributed(evaluate_on, 2, case.raw, str(case.run.path)) == [True, False]
     assert case.files() == alone
+    rows = tables.items(gather(case.run.path)).rows()
+    assert {row["task"] for row in rows} == {task["name"] for task in tasks if task["role"] == "forget"}
+    assert all(row["text"].startswith("w") and row["score"] is not None for row in rows)
 
 
 def test_a_model_that_diverges_on_one_process_has_diverged_on_all(case: Case) -> None:

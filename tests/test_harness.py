@@ -25,6 +25,7 @@ from trace_ds.evaluation import harness
 from trace_ds.evaluation.items import read_task
 from trace_ds.evaluation.language_model import ModelSettings, loaded
 from trace_ds.evaluation.tasks import run_task
+from trace_ds.reporting.tables import item_cells
 
 PROMPT = "{{question.strip()}}\nA. {{choices[0]}}\nB. {{choices[1]}}\nC. {{choices[2]}}\nD. {{choices[3]}}\nAnswer:"
 SUBJECTS = {"wmdp_bio": "biology", "mmlu_anatomy": "anatomy"}
@@ -133,7 +134,9 @@ def test_our_numbers_are_those_of_the_command_on_one_process_and_on_two(place: P
         for item, theirs_C, line in zip(items, expected, read_lines(place / f"{name}.jsonl"), strict=True):
             assert item["log_prob"] == pytest.approx(theirs_C, abs=1e-5)
             assert (item["choices"], item["answer"]) == (line["choices"], line["answer"])
-            assert item["correct"] == (item["predicted"] == item["answer"])
+            shown = f"{line['question']} → {line['choices'][line['answer']]}"
+            said, correct = line["choices"][item["predicted"]], item["predicted"] == item["answer"]
+            assert item_cells(item) == [item["id"], shown, said, float(correct)]
 
 
 def read_lines(path: Path) -> list[Any]:

@@ -372,6 +372,40 @@ def test_two_runs_of_the_same_data_are_compared(tmp_path: Path) -> None:
     assert "Not compared" not in text
 
 
+def ask_again(run: Path, fingerprints: dict[str, str]) -> Path:
+    for path in run.rglob("evaluation/*.json"):
+        raw = json.loads(path.read_text())
+        path.write_text(json.dumps({**raw, "tasks": {**raw["tasks"], **fingerprints}}))
+    return run
+
+
+def test_tasks_that_ask_other_questions_are_named_and_left_out(tmp_path: Path) -> None:
+    first = write_run(tmp_path / "a", name="a")
+    second = ask_again(write_run(tmp_path / "b", name="b"), {"near facts": "other"})
+    data = gather(first)
+    others, notes = compared(data, [second])
+    assert notes == ["near facts of b: other questions than in a, so those scores are left out"]
+    found = tables.all_tables(data, others)
+    theirs = [row for row in found["scores"].rows() if row["model"] == "b/unlearned"]
+    assert {row["task"] for row in theirs} == {"elements", "capitals", "novels", "membership"}
+    curve = {row["arm"]: row for row in found["curves"].rows() if row["step"] == STEPS[-1]}
+    assert curve["unlearned"]["utility_exact_match"] and curve["b/unlearned"]["utility_exact_match"] is None
+    every = {task: "other" for task in ("elements", "near facts", "capitals", "novels", "membership")}
+    others, notes = compared(data, [ask_again(second, every)])
+    assert not others and "other questions in every task (capitals, elements" in notes[0]
+
+
+def test_a_long_list_of_questions_is_thinned_by_question(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_run(tmp_path / "run")
+    monkeypatch.setattr(page, "MAX_ITEM_ROWS", 100)
+    items = page_data(render(path))["tables"]["items"]
+    rows = list(zip(items["columns"]["model"], items["columns"]["id"], strict=True))
+    assert len(rows) == 5 * 20 and len(set(rows)) == len(rows)
+    assert {model for model, _ in rows} == {"original", "gold", "unlearned", "uniform", "loss_weighting"}
+    assert {int(name[1:]) for _, name in rows} == set(range(0, 80, 4))
+    assert items["thinned"].startswith("20 of 80 questions")
+
+
 @pytest.mark.parametrize("what", ["model", "data"])
 def test_runs_that_cannot_be_compared_say_why(tmp_path: Path, what: str, capsys: pytest.CaptureFixture[str]) -> None:
     first = write_run(tmp_path / "a", name="a", stages=("data", "statistics", "evaluation"))

@@ -21,15 +21,17 @@ import numpy as np
 
 from trace_ds.corpora.read import Document
 from trace_ds.errors import UserError
+from trace_ds.evaluation.items import beginning
 from trace_ds.evaluation.language_model import LanguageModel, Sequence
 
 
 @dataclass(frozen=True)
 class ExtractionResult:
-    """Per text: its strength (float64) and its scored tokens."""
+    """Per text: its strength (float64), its scored tokens and how it begins."""
 
     strength: np.ndarray
     tokens: np.ndarray
+    beginnings: list[str]
 
     def metrics(self) -> dict[str, float]:
         return {"extraction_strength": float(self.strength.mean())}
@@ -57,19 +59,23 @@ def evaluate_extraction(
         UserError: no text has two tokens.
     """
     limit = min(context_length, getattr(model.model.config, "max_position_embeddings", None) or context_length)
-    encoded = [model.encode(document.text)[:limit] for document in documents]
-    usable = [Sequence(tuple(ids), 1) for ids in encoded if len(ids) > 1]
+    encoded = [(document.text, model.encode(document.text)[:limit]) for document in documents]
+    usable = [Sequence(tuple(ids), 1) for _, ids in encoded if len(ids) > 1]
     if not usable:
         raise UserError("no text has two tokens", where, "an extraction of nothing: add text")
     scores = model.score(usable, advance)
     return ExtractionResult(
-        np.array([strength(score.is_argmax) for score in scores]), np.array([len(score.is_argmax) for score in scores])
+        np.array([strength(score.is_argmax) for score in scores]),
+        np.array([len(score.is_argmax) for score in scores]),
+        [beginning(text) for text, ids in encoded if len(ids) > 1],
     )
 
 
 def item_logs(result: ExtractionResult) -> list[dict[str, object]]:
     """One JSON-ready record per text."""
     return [
-        {"id": str(number), "tokens": int(tokens), "extraction_strength": round(float(value), 6)}
-        for number, (value, tokens) in enumerate(zip(result.strength, result.tokens, strict=True))
+        {"id": str(number), "text": text, "tokens": int(tokens), "extraction_strength": round(float(value), 6)}
+        for number, (value, tokens, text) in enumerate(
+            zip(result.strength, result.tokens, result.beginnings, strict=True)
+        )
     ]

@@ -24,6 +24,7 @@ from trace_ds.errors import UserError
 from trace_ds.run.files import canonical_json, sha256_file, sha256_text
 
 CHOICES = 4
+BEGINNING = 200  # characters of a text that are kept in the log of its item
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,11 @@ def read_task(config: TaskConfig) -> Task:
         items = _texts(config.path)
     digests = [sha256_file(Path(path)) for path in paths]
     return Task(config, items, digests[0] if len(digests) == 1 else sha256_text(canonical_json(digests)), examples)
+
+
+def beginning(text: str) -> str:
+    """How a text begins, to recognise it by."""
+    return text if len(text) <= BEGINNING else text[: BEGINNING - 1] + "…"
 
 
 def _texts(path: str) -> list[Document]:

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from trace_ds.errors import UserError
-from trace_ds.evaluation.items import MembershipItem
+from trace_ds.evaluation.items import MembershipItem, beginning
 from trace_ds.evaluation.language_model import LanguageModel, Sequence
 from trace_ds.evaluation.mia import auc, member_scores, priv_leak
 
@@ -80,6 +80,7 @@ def item_logs(items: list[MembershipItem], result: MembershipResult) -> list[dic
         {
             "id": item.id,
             "source": item.source,
+            "text": beginning(item.text),
             "member": item.member,
             **{attack: round(float(value), 6) for attack, value in zip(ATTACKS, scores_A, strict=True)},
         }

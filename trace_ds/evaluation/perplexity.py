@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from trace_ds.corpora.read import Document
+from trace_ds.evaluation.items import beginning
 from trace_ds.evaluation.language_model import LanguageModel, Sequence, TokenScores
 
 
@@ -85,11 +86,17 @@ def evaluate_perplexity(
     return gather([len(group) for group in cut], scores, [document.source for document in documents])
 
 
-def item_logs(result: PerplexityResult) -> list[dict[str, object]]:
+def item_logs(documents: list[Document], result: PerplexityResult) -> list[dict[str, object]]:
     """One JSON-ready record per document."""
     return [
-        {"id": str(number), "source": source, "nll": round(float(nll), 6), "tokens": int(tokens)}
-        for number, (nll, tokens, source) in enumerate(zip(result.nll, result.tokens, result.sources, strict=True))
+        {
+            "id": str(number),
+            "source": document.source,
+            "text": beginning(document.text),
+            "nll": round(float(nll), 6),
+            "tokens": int(tokens),
+        }
+        for number, (document, nll, tokens) in enumerate(zip(documents, result.nll, result.tokens, strict=True))
     ]
 
 

@@ -25,7 +25,7 @@ from trace_ds.run.files import canonical_json, sha256_text
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FORMAT = 2  # raise it when a metric or the form of a result changes: old results are then computed anew
+FORMAT = 3  # raise it when a metric or the form of a result changes: old results are then computed anew
 ORIGINAL, UNLEARNED = "original", "unlearned"
 STEP = re.compile(r"step_\d+")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -151,28 +151,37 @@ def identity(
                 "model": subject.fingerprint,
                 "tokenizer": tokenizer,
                 "tasks": [
-                    [
-                        task.config.name,
-                        task.config.type,
-                        task.config.role,
-                        task.sha256,
-                        Path(task.config.path).stem,
-                        task.config.task,
-                    ]
-                    for task in tasks
+                    [task.config.name, task.config.role, Path(task.config.path).stem, fingerprint]
+                    for task, fingerprint in zip(tasks, task_fingerprints(config, tasks).values(), strict=True)
                 ],
                 "settings": {
                     "dtype": config.model.dtype,
                     "add_bos": config.data.add_bos,
                     "add_eos": config.data.add_eos,
                     "context_length": config.data.context_length,
-                    "max_new_tokens": config.evaluation.max_new_tokens,
                 },
                 "drift": drift and {**drift, "rows": config.evaluation.drift_rows},
                 "attacks": attacks,
             }
         )
     )
+
+
+def task_fingerprints(config: Config, tasks: list[Task]) -> dict[str, str]:
+    """By task name a SHA-256 over what is asked and how: scores of equal ones may be put side by side."""
+    return {
+        task.config.name: sha256_text(
+            canonical_json(
+                {
+                    "type": task.config.type,
+                    "files": task.sha256,
+                    "task": task.config.task,
+                    "max_new_tokens": config.evaluation.max_new_tokens if task.config.type == "verbatim" else None,
+                }
+            )
+        )
+        for task in tasks
+    }
 
 
 def read_result(path: Path) -> dict[str, Any] | None:

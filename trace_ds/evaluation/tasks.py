@@ -85,7 +85,7 @@ def run_task(
         n = int(result.tokens.sum())
         if not n:
             raise UserError("no document has two tokens", where, "a perplexity of nothing: add text")
-        logs = perplexity.item_logs(result)
+        logs = perplexity.item_logs(items, result)
         sources = {
             source: {name: value for name, value in values.items() if math.isfinite(value)}
             for source, values in perplexity.by_source(result).items()

@@ -34,13 +34,35 @@ def why_not_comparable(run: RunData, other: RunData) -> list[str]:
             reasons.append(f"the {what} fingerprint of {missing} is not known (that stage has not run)")
         elif left != right:
             reasons.append(f"another {what} ({what} fingerprint {right[:12]} instead of {left[:12]})")
-    tasks = [
-        {(s.task, s.metric, s.n) for evaluation in data.evaluations().values() for s in evaluation.scores}
-        for data in (run, other)
-    ]
-    if not reasons and tasks[0] and tasks[1] and not tasks[0] & tasks[1]:
-        reasons.append("no evaluation task in common")
+    mine_asked, theirs_asked = asked(run), asked(other)
+    if not reasons and mine_asked and theirs_asked:
+        if not set(mine_asked) & set(theirs_asked):
+            reasons.append("no evaluation task in common")
+        elif not set(mine_asked) & set(theirs_asked) - set(other_tasks(run, other)):
+            reasons.append(f"other questions in every task ({', '.join(other_tasks(run, other))})")
     return reasons
+
+
+def asked(run: RunData) -> dict[str, tuple[str | None, set[int | None]]]:
+    """By task of a run: the fingerprint of its questions (None in results of older versions) and its item counts."""
+    found: dict[str, tuple[str | None, set[int | None]]] = {}
+    for evaluation in run.evaluations().values():
+        for score in evaluation.scores:
+            fingerprint, counts = found.get(score.task, (evaluation.tasks.get(score.task), set()))
+            found[score.task] = (fingerprint, {*counts, score.n})
+    return found
+
+
+def other_tasks(run: RunData, other: RunData) -> list[str]:
+    """Tasks of both runs that go by one name and ask different questions; without fingerprints, another number."""
+    mine, theirs = asked(run), asked(other)
+    differing = []
+    for task in sorted(set(mine) & set(theirs)):
+        (left, left_counts), (right, right_counts) = mine[task], theirs[task]
+        same = left == right if left is not None and right is not None else left_counts & right_counts
+        if not same:
+            differing.append(task)
+    return differing
 
 
 def compared(data: RunData, paths: list[Path]) -> tuple[list[RunData], list[str]]:
@@ -59,6 +81,11 @@ def compared(data: RunData, paths: list[Path]) -> tuple[list[RunData], list[str]
         reasons = why_not_comparable(data, other)
         if reasons:
             notes.append(f"{name} is not compared with {data.name}: {'; '.join(reasons)}")
-        else:
-            found.append(other)
+            continue
+        differing = other_tasks(data, other)
+        if differing:
+            notes.append(
+                f"{', '.join(differing)} of {name}: other questions than in {data.name}, so those scores are left out"
+            )
+        found.append(other.without_tasks(differing) if differing else other)
     return found, notes

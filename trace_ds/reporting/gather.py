@@ -7,8 +7,8 @@ statistics belong to the run, calibration, logs and evaluations to the arm.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Container, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ class Evaluation:
     fingerprint: str | None
     scores: list[Score]
     items: dict[str, list[dict[str, Any]]]
+    tasks: dict[str, str]  # fingerprints of the tasks by name; empty in results of older versions
     drift: dict[str, Any] | None
     attacks: dict[str, Any]
 
@@ -60,6 +61,24 @@ class Evaluation:
 
     def value(self, task: str, metric: str) -> float | None:
         return next((s.value for s in self.scores if (s.task, s.metric) == (task, metric)), None)
+
+    def without(self, tasks: Container[str]) -> Evaluation:
+        """The evaluation as if it did not have these tasks."""
+
+        def kept(scores: dict[str, Any]) -> dict[str, Any]:
+            return {name: value for name, value in scores.items() if name.rsplit(" ", 1)[0] not in tasks}
+
+        forcing, relearning = (self.attacks.get(attack) or {} for attack in ("expert_forcing", "relearning"))
+        attacks = {
+            "expert_forcing": {way: kept(scores) for way, scores in forcing.items()},
+            "relearning": {"curve": [{**e, "scores": kept(e["scores"])} for e in relearning.get("curve") or []]},
+        }
+        return replace(
+            self,
+            scores=[score for score in self.scores if score.task not in tasks],
+            items={task: found for task, found in self.items.items() if task not in tasks},
+            attacks=attacks,
+        )
 
 
 @dataclass(frozen=True)
@@ -125,6 +144,21 @@ class RunData:
             if arm.final is not None:
                 found[arm.label if arm.label not in found else f"variants/{arm.label}"] = arm.final
         return found
+
+    def without_tasks(self, tasks: Container[str]) -> RunData:
+        """The run as if it had not evaluated these tasks."""
+        return replace(
+            self,
+            references={name: evaluation.without(tasks) for name, evaluation in self.references.items()},
+            arms=[
+                replace(
+                    arm,
+                    checkpoints={step: evaluation.without(tasks) for step, evaluation in arm.checkpoints.items()},
+                    final=arm.final and arm.final.without(tasks),
+                )
+                for arm in self.arms
+            ],
+        )
 
 
 def gather(path: Path, name: str | None = None) -> RunData:
@@ -270,9 +304,9 @@ def _evaluations(directory: Path) -> dict[str, Evaluation]:
             raise UserError(
                 f"the evaluation is damaged ({error!r})", str(path), "make it again with `trace-ds evaluate`"
             ) from None
-        items = raw.get("items") or {}
+        items, tasks = raw.get("items") or {}, raw.get("tasks") or {}
         fingerprint, attacks = raw.get("model_fingerprint"), raw.get("attacks") or {}
-        found[path.stem] = Evaluation(path.stem, fingerprint, scores, items, raw.get("drift"), attacks)
+        found[path.stem] = Evaluation(path.stem, fingerprint, scores, items, tasks, raw.get("drift"), attacks)
     return found
 
 

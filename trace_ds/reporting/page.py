@@ -80,8 +80,7 @@ def payload(run: RunData, tables: dict[str, Table]) -> dict[str, Any]:
             columns = {key: values[::stride] for key, values in columns.items()}
             thinned = f"every {stride}th row of {len(table)}"
         elif name == "items" and len(table) > MAX_ITEM_ROWS:
-            columns = {key: values[:MAX_ITEM_ROWS] for key, values in columns.items()}
-            thinned = f"the first {MAX_ITEM_ROWS} rows of {len(table)}"
+            columns, thinned = thin_questions(table)
         embedded[name] = {"title": table.title, "columns": columns, "thinned": thinned}
     goal = scores.targets(run)
     return {
@@ -95,6 +94,16 @@ def payload(run: RunData, tables: dict[str, Table]) -> dict[str, Any]:
         "target_origin": goal.origin if goal else None,
         "gold": _point(run, "gold"),
     }
+
+
+def thin_questions(table: Table) -> tuple[dict[str, list[Any]], str]:
+    """The columns of the items, every so many-th question with all its models, and these words."""
+    keys = list(zip(table.columns["task"], table.columns["id"], strict=True))
+    questions = list(dict.fromkeys(keys))
+    kept = set(questions[:: -(-len(table) // MAX_ITEM_ROWS)])
+    chosen = [index for index, key in enumerate(keys) if key in kept]
+    columns = {name: [values[index] for index in chosen] for name, values in table.columns.items()}
+    return columns, f"{len(kept)} of {len(questions)} questions, evenly spaced; all are in the CSV file"
 
 
 def escape_json(value: Any) -> str:

@@ -25,6 +25,8 @@ OCTAVES = 10  # the weight histogram spans 2^-10 ... 2^10; what lies outside fal
 MAX_TEXT = 300
 VARIANCES = ("between", "within")
 QUANTILES = ("0.01", "0.05", "0.25", "0.5", "0.75", "0.95", "0.99")
+# An item's score is the first of these in its log; of all but nll more means that more is known.
+ITEM_SCORES = ("correct", "rouge_l", "extraction_strength", "min_k", "nll")
 
 
 @dataclass(frozen=True)
@@ -352,21 +354,20 @@ def items(run: RunData) -> Table:
     for name, evaluation in run.evaluations().items():
         for task in sorted(evaluation.items):
             if roles.get(task) == "forget":
-                rows += [[name, task, *_item_cells(item)] for item in evaluation.items[task] if isinstance(item, dict)]
+                rows += [[name, task, *item_cells(item)] for item in evaluation.items[task] if isinstance(item, dict)]
     return make("items", "Forget questions, item by item", ["model", "task", "id", "text", "outcome", "score"], rows)
 
 
-def _item_cells(item: dict[str, Any]) -> list[Any]:
+def item_cells(item: dict[str, Any]) -> list[Any]:
     """id, text (prompt and right answer), outcome (what the model said), score of one item of any task type."""
-    choices = item.get("choices")
+    choices, answer, predicted = item.get("choices"), item.get("answer"), item.get("predicted")
+    right, said = item.get("reference"), item.get("continuation")
     if isinstance(choices, list):
-        right, said = (
-            choices[index] if index is not None else None for index in (item.get("answer"), item.get("predicted"))
-        )
-        score = item.get("correct")
-    else:
-        right, said, score = item.get("reference"), item.get("continuation"), item.get("rouge_l", item.get("nll"))
-    shown = " → ".join(str(part) for part in (item.get("prompt"), right) if part is not None)
+        right, said = (choices[index] if isinstance(index, int) else None for index in (answer, predicted))
+    elif "member" in item:
+        said = "was trained on" if item["member"] else "was never seen"
+    score = next((item[key] for key in ITEM_SCORES if item.get(key) is not None), None)
+    shown = " → ".join(str(part) for part in (item.get("prompt", item.get("text")), right) if part is not None)
     return [
         str(item.get("id", "")),
         shown[:MAX_TEXT],

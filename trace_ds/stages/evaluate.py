@@ -31,6 +31,7 @@ from trace_ds.evaluation.subjects import (
     identity,
     read_result,
     require_same_tokenizer,
+    task_fingerprints,
 )
 from trace_ds.models.families import inspect_model
 from trace_ds.run import artefact
@@ -237,6 +238,7 @@ def _score(config: Config, job: EvaluateJob, subject: Subject, model: LanguageMo
         "identity": job.identities[subject.name],
         "model": subject.name,
         "model_fingerprint": subject.fingerprint,
+        "tasks": task_fingerprints(config, job.tasks),
         "scores": [],
         "items": {},
         "by_source": {},
