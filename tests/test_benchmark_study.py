@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,8 +19,10 @@ import tiny
 import yaml
 from distributed import run_distributed
 
-from trace_ds.benchmark import worker
+from trace_ds.benchmark import plan, worker
+from trace_ds.benchmark.study import worker_environment
 from trace_ds.benchmark.worker import Job, Study
+from trace_ds.config.load import load_config
 from trace_ds.errors import UserError
 
 BENCH: dict[str, Any] = {
@@ -130,8 +134,8 @@ def test_a_run_of_a_study_is_the_run_of_the_pipeline(study: Path, recipe: Path, 
 def test_a_job_waits_for_what_it_needs_and_an_error_ends_the_worker(tmp_path: Path) -> None:
     order: list[str] = []
 
-    def job(name: str, *needs: str) -> Job:
-        return Job(tmp_path / f"{name}.json", tuple(tmp_path / f"{n}.json" for n in needs), lambda: made(name), name)
+    def job(name: str, *needs: Job) -> Job:
+        return Job(tmp_path / f"{name}.json", needs, lambda: made(name), name)
 
     def made(name: str) -> dict[str, Any]:
         order.append(name)
@@ -139,7 +143,9 @@ def test_a_job_waits_for_what_it_needs_and_an_error_ends_the_worker(tmp_path: Pa
             raise UserError("it is wrong", "here", "correct it")
         return {}
 
-    jobs = [job("trial", "base"), job("base")]
+    base = job("base")
+    (tmp_path / "base.json").write_text('{"identity": "of an older recipe"}')  # there, but not what is needed
+    jobs = [job("trial", base), base]
     worker.work_off(jobs, order.append)
     assert [item for item in order if ":" not in item] == ["base", "trial"]
     assert all(worker.is_done(item) for item in jobs)
@@ -148,6 +154,53 @@ def test_a_job_waits_for_what_it_needs_and_an_error_ends_the_worker(tmp_path: Pa
     with pytest.raises(UserError, match="it is wrong"):
         worker.work_off([job("bad")], order.append)
     assert not (tmp_path / "bad.json").exists()
+
+
+def identities(recipe: str | Path, directory: Path) -> list[str]:
+    return [job.identity for job in Study(str(recipe), directory, []).jobs(None)]
+
+
+def test_results_belong_to_what_the_files_hold_not_to_where_they_are(recipe: Path, tmp_path: Path) -> None:
+    assert identities("bench_entangled", tmp_path / "here") == identities("bench_entangled", tmp_path / "moved")
+    raw = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    shutil.copytree(raw["model"]["path"], tmp_path / "model")
+    task = raw["evaluation"]["tasks"][0]
+    shutil.copy(task["path"], tmp_path / Path(task["path"]).name)
+    raw["model"]["path"], task["path"] = str(tmp_path / "model"), str(tmp_path / Path(task["path"]).name)
+    changed = tmp_path / "recipe.yaml"
+    changed.write_text(yaml.safe_dump(raw, sort_keys=False), encoding="utf-8")
+    seen = [identities(recipe, tmp_path), identities(changed, tmp_path)]
+    assert seen[0] == seen[1]
+    with Path(task["path"]).open("a") as handle:
+        handle.write("\n")
+    seen.append(identities(changed, tmp_path))
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + b"abcd")
+    seen.append(identities(changed, tmp_path))
+    assert all(a != b for one, other in itertools.pairwise(seen[1:]) for a, b in zip(one, other, strict=True))
+
+
+def test_workers_take_turns_on_the_gpus_that_are_given(tmp_path: Path) -> None:
+    for number in range(8):
+        (tmp_path / f"nvidia{number}").touch()
+    for inherited, wanted in (({}, list("01234567")), ({"CUDA_VISIBLE_DEVICES": "4,5"}, ["4", "5", "4"])):
+        given = [worker_environment(number, inherited, tmp_path) for number in range(len(wanted))]
+        assert [environment["CUDA_VISIBLE_DEVICES"] for environment in given] == wanted
+    assert "CUDA_VISIBLE_DEVICES" not in worker_environment(0, {"RANK": "3"}, tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("forget", "message"),
+    [("questions_forget exact_match", "no chance level"), ("general perplexity", "does not fall as more is forgotten")],
+)
+def test_a_study_without_a_target_is_refused(recipe: Path, forget: str, message: str) -> None:
+    config, _ = load_config(str(recipe), [f"bench.forget={forget}"])
+    if forget.startswith("general"):
+        task = config.evaluation.tasks[0].model_copy(update={"name": "general", "type": "perplexity"})
+        config.evaluation.tasks.append(task)
+    with pytest.raises(UserError, match=message):
+        plan.check(config)
+    plan.check(load_config(str(recipe), [])[0])
 
 
 def test_a_failing_worker_ends_the_study_with_its_line(recipe: Path, tmp_path: Path) -> None:

@@ -390,7 +390,7 @@ def test_tasks_that_ask_other_questions_are_named_and_left_out(tmp_path: Path) -
     assert {row["task"] for row in theirs} == {"elements", "capitals", "novels", "membership"}
     curve = {row["arm"]: row for row in found["curves"].rows() if row["step"] == STEPS[-1]}
     assert curve["unlearned"]["utility_exact_match"] and curve["b/unlearned"]["utility_exact_match"] is None
-    every = {task: "other" for task in ("elements", "near facts", "capitals", "novels", "membership")}
+    every = dict.fromkeys(("elements", "near facts", "capitals", "novels", "membership"), "other")
     others, notes = compared(data, [ask_again(second, every)])
     assert not others and "other questions in every task (capitals, elements" in notes[0]
 

@@ -105,6 +105,20 @@ def require_bench(config: Config, where: str) -> BenchConfig:
     return config.bench
 
 
+def _check_forget(config: Config, metric: str) -> None:
+    """What is forgotten must fall as it is forgotten, and have a target: the gold model's score, or chance."""
+    from trace_ds.evaluation.tasks import CHANCES, direction
+
+    if direction(metric, "forget") != "lower":
+        raise UserError(f"{metric} does not fall as more is forgotten", "bench.forget", "choose another metric")
+    if "gold" not in config.evaluation.models and metric not in CHANCES:
+        raise UserError(
+            f"there is no gold model, and {metric} has no chance level, so there is no forgetting target",
+            "bench.forget",
+            "name a model trained without the forget set as evaluation.models.gold",
+        )
+
+
 def check(config: Config) -> None:
     """Find what is wrong with a study before its first run; raises :class:`UserError`."""
     bench = require_bench(config, "bench")
@@ -122,6 +136,7 @@ def check(config: Config) -> None:
                 "bench",
                 f"tasks: {', '.join(sorted(tasks))}",
             )
+    _check_forget(config, bench.forget.split()[1])
     for loss in bench.losses:
         for method in bench.methods:
             recipe_point(config, loss, method)

@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +95,6 @@ def _tell_estimate(study: Study, jobs: list[Job], todo: list[Job], count: int) -
 
 def _work(recipe: str, directory: Path, overrides: Sequence[str], jobs: list[Job], count: int, quiet: bool) -> int:
     """Start the workers, tell how far they are, wait; the first failure ends all of them."""
-    from trace_ds.parallel.environment import accelerator_count
     from trace_ds.parallel.launch import die_with_parent
 
     command = [sys.executable, "-m", "trace_ds.benchmark.worker", recipe, str(directory)]
@@ -103,15 +102,11 @@ def _work(recipe: str, directory: Path, overrides: Sequence[str], jobs: list[Job
         command += ["--set", override]
     (directory / "logs").mkdir(parents=True, exist_ok=True)
     logs = [directory / "logs" / f"worker_{number}.log" for number in range(count)]
-    accelerators = accelerator_count()
     children: list[subprocess.Popen[bytes]] = []
     previous = signal.signal(signal.SIGTERM, _stop)
     try:
         for number, log in enumerate(logs):
-            environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-            environment["OMP_NUM_THREADS"] = "1"
-            if accelerators:
-                environment["CUDA_VISIBLE_DEVICES"] = str(number % accelerators)
+            environment = worker_environment(number, os.environ)
             with log.open("wb") as handle:
                 children.append(
                     subprocess.Popen(command, env=environment, stdout=handle, stderr=handle, preexec_fn=die_with_parent)
@@ -123,6 +118,18 @@ def _work(recipe: str, directory: Path, overrides: Sequence[str], jobs: list[Job
                 child.kill()
             child.wait()
         signal.signal(signal.SIGTERM, previous)
+
+
+def worker_environment(number: int, inherited: Mapping[str, str], devices: Path = Path("/dev")) -> dict[str, str]:
+    """The environment of a worker: no rank of anything, one thread, and one of the GPUs this process may use."""
+    from trace_ds.parallel.environment import accelerator_names
+
+    environment = {k: v for k, v in inherited.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    environment["OMP_NUM_THREADS"] = "1"
+    accelerators = accelerator_names(inherited, devices)
+    if accelerators:
+        environment["CUDA_VISIBLE_DEVICES"] = accelerators[number % len(accelerators)]
+    return environment
 
 
 def _stop(number: int, frame: Any) -> None:
@@ -210,13 +217,13 @@ def kinds(keys: Sequence[str]) -> list[tuple[str, list[str]]]:
 
 
 def _target(study: Study, scored: dict[str, dict[str, Any]]) -> float:
-    """Gold plus the margin, or chance (of four choices) plus two points without a gold model."""
-    from trace_ds.evaluation.choice import CHANCE
+    """Gold plus the margin; without a gold model chance plus two points (:func:`plan.check` has seen that there is)."""
+    from trace_ds.evaluation.tasks import CHANCES
     from trace_ds.reporting.scores import CHANCE_MARGIN
 
     if "gold" in scored:
         return metric_of(scored["gold"], study.bench.forget) + study.bench.margin
-    return CHANCE + CHANCE_MARGIN
+    return CHANCES[study.bench.forget.split()[1]] + CHANCE_MARGIN
 
 
 def _finite(value: float) -> float | None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fcntl
+import functools
 import json
 import sys
 import time
@@ -30,12 +31,13 @@ from trace_ds.config.load import dump_yaml, load_config
 from trace_ds.config.schema import Config
 from trace_ds.errors import UserError
 from trace_ds.run.directory import RunDirectory
-from trace_ds.run.files import canonical_json, sha256_text, write_json
+from trace_ds.run.files import canonical_json, sha256_file, sha256_text, write_json
 
 if TYPE_CHECKING:
     from trace_ds.evaluation.items import Task
     from trace_ds.parallel.world import World
 
+PATH_KEYS = ("path", "tokenizer", "examples", "holdout")  # of a configuration; a null one stays null
 FORMAT = 1  # raise it when what a run computes changes: old results are then computed anew
 POLL_S = 1.0
 REFERENCES = ("original", "gold")
@@ -43,10 +45,10 @@ REFERENCES = ("original", "gold")
 
 @dataclass(frozen=True)
 class Job:
-    """``result`` is the file that says it is done; ``needs`` are results that must be there first."""
+    """``result`` is the file that says it is done; ``needs`` are jobs that must be done first."""
 
     result: Path
-    needs: tuple[Path, ...]
+    needs: tuple[Job, ...]
     make: Callable[[], dict[str, Any]]
     identity: str
 
@@ -82,12 +84,15 @@ class Study:
         """All jobs; without a world they can be counted and checked, not done."""
         references: list[Job] = []
         trials: list[Job] = []
+        digest = functools.cache(content_of)  # seeds may share files
         for seed in self.bench.seeds:
             config = self.seed_config(seed)
-            work = _Work(config, self.bench.regime, self.seed_directory(seed), world)
-            for name in self.reference_names():
-                path = self.reference(seed, name)
-                references.append(Job(path, (), partial(work.reference, name), work.identity))
+            work = _Work(config, self.bench.regime, self.seed_directory(seed), world, digest)
+            made = {
+                name: Job(self.reference(seed, name), (), partial(work.reference, name), work.identity)
+                for name in self.reference_names()
+            }
+            references += made.values()
             for trial in plan.trials_of(self.bench):
                 if trial.seed == seed:
                     changed = plan.trial_config(config, trial)
@@ -102,19 +107,69 @@ class Study:
                         )
                     )
                     result = self.seed_directory(seed) / "trials" / trial.name
-                    needs = (self.reference(seed, "original"),)
-                    trials.append(Job(result, needs, partial(work.trial, trial, changed), identity))
+                    trials.append(Job(result, (made["original"],), partial(work.trial, trial, changed), identity))
         return [*references, *trials]
+
+
+def content_of(path: str) -> str:
+    """SHA-256 over a model directory with its tokenizer, or over a file; the path itself when nothing is there.
+
+    (What misses it says so better than an identity could.)
+    """
+    place = Path(path)
+    if place.is_file():
+        return sha256_file(place)
+    if not place.is_dir():
+        return path
+    from trace_ds.corpora.tokenizer import TOKENIZER_FILES
+    from trace_ds.models.families import model_fingerprint
+
+    tokenizer = [sha256_file(place / name) for name in TOKENIZER_FILES if (place / name).is_file()]
+    weights = model_fingerprint(place) if (place / "config.json").is_file() else None
+    return sha256_text(canonical_json([weights, tokenizer]))
+
+
+def _with_paths(value: Any, named: Callable[[str], str], is_path: bool = False) -> Any:
+    """A dumped configuration in which every path is replaced by ``named`` of it."""
+    if isinstance(value, dict):
+        return {
+            key: {name: named(path) for name, path in inner.items()}
+            if key == "models"
+            else _with_paths(inner, named, key in PATH_KEYS)
+            for key, inner in value.items()
+        }
+    if isinstance(value, list):
+        return [_with_paths(inner, named) for inner in value]
+    return named(value) if is_path and value else value
+
+
+def _regime_inputs(regime: Any) -> Any:
+    """What the demo makes a regime's corpora of: the versions of the packages they come from."""
+    if regime is None:
+        return None
+    from trace_ds.demo.run import input_versions
+
+    return [regime, input_versions()]
 
 
 class _Work:
     """What is done for the base model of one seed."""
 
-    def __init__(self, config: Config, regime: Any, directory: Path, world: World | None) -> None:
+    def __init__(
+        self, config: Config, regime: Any, directory: Path, world: World | None, digest: Callable[[str], str]
+    ) -> None:
         self._config, self._regime, self._directory, self._world = config, regime, directory, world
         self._tasks: list[Task] | None = None
         asked = config.model_dump(mode="json", include={"seed", "model", "data", "statistics", "evaluation"})
-        self.identity = sha256_text(canonical_json({"format": FORMAT, "regime": regime, **asked}))
+
+        def named(path: str) -> str:
+            inside = Path(path).absolute().is_relative_to(directory.absolute())
+            made_here = regime is not None and inside  # a function of the seed and the regime, and not made yet
+            return str(Path(path).absolute().relative_to(directory.absolute())) if made_here else digest(path)
+
+        self.identity = sha256_text(
+            canonical_json({"format": FORMAT, "regime": _regime_inputs(regime), **_with_paths(asked, named)})
+        )
 
     def reference(self, name: str) -> dict[str, Any]:
         """Make a reference model (when it is the demo's) and score it; the original also gets its statistics."""
@@ -188,7 +243,7 @@ def work_off(jobs: Sequence[Job], tell: Callable[[str], None]) -> None:
         for job in left:
             if is_done(job):
                 continue
-            if not all(path.is_file() for path in job.needs):
+            if not all(map(is_done, job.needs)):
                 waiting.append(job)
                 continue
             with _taking(job.result.with_suffix(".lock")) as taken:

@@ -101,6 +101,11 @@ def _installed(name: str) -> bool:
     return True
 
 
+def input_versions() -> dict[str, str]:
+    """The versions of the packages that the corpora are made of."""
+    return {name: metadata.version(name) for name in DATA_PACKAGES}
+
+
 def prepare_inputs(run_dir: Path, seed: int, regime: Regime = "standard", models: Sequence[str] = MODELS) -> None:
     """The corpora and ``models`` under ``run_dir`` (each skipped when it is there)."""
     corpora = prepare_corpora(run_dir, seed, regime)
@@ -119,7 +124,7 @@ def prepare_corpora(run_dir: Path, seed: int, regime: Regime = "standard") -> ar
     from trace_ds.demo.corpora import build_corpora
 
     directory = run_dir / "corpora"
-    inputs = {name: metadata.version(name) for name in DATA_PACKAGES}
+    inputs = input_versions()
     settings = {"seed": seed, "regime": regime}
     if not artefact.is_done(directory, "demo_corpora", artefact.identity_of("demo_corpora", inputs, settings)):
         print("[demo] building corpora from the data of pip packages", flush=True)

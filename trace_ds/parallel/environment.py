@@ -50,11 +50,16 @@ def local_rank_and_size(environment: Mapping[str, str] = os.environ) -> tuple[in
 
 def accelerator_count(environment: Mapping[str, str] = os.environ, devices: Path = Path("/dev")) -> int:
     """NVIDIA GPUs this process may use, without importing torch."""
+    return len(accelerator_names(environment, devices))
+
+
+def accelerator_names(environment: Mapping[str, str] = os.environ, devices: Path = Path("/dev")) -> list[str]:
+    """Those GPUs as CUDA_VISIBLE_DEVICES names them: what is inherited there, else their numbers."""
     found = sum(path.name.removeprefix("nvidia").isdigit() for path in devices.glob("nvidia*"))
     visible = environment.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return min(found, len([name for name in visible.split(",") if name.strip() not in ("", "-1")]))
-    return found
+    if visible is None:
+        return [str(number) for number in range(found)]
+    return [name.strip() for name in visible.split(",") if name.strip() not in ("", "-1")][:found]
 
 
 def free_port() -> int:
