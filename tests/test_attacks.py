@@ -18,7 +18,7 @@ from trace_ds.errors import UserError
 from trace_ds.evaluation import attacks
 from trace_ds.evaluation.language_model import LanguageModel, loaded
 from trace_ds.models.families import FAMILIES
-from trace_ds.models.routers import find_routers, record_routing
+from trace_ds.models.routers import find_routers, meta_model, record_routing
 from trace_ds.stages.evaluate import evaluate
 
 IDS = torch.tensor([[0, 5, 9, 13, 20, 41, 8, 7], [0, 3, 4, 5, 6, 7, 8, 9]])
@@ -37,10 +37,12 @@ def outputs(model: LanguageModel) -> tuple[torch.Tensor, list[tuple[torch.Tensor
         return logits, [recorder.layer(layer) for layer in range(len(find_routers(model.model)))]
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", [*sorted(FAMILIES), "gpt_oss"])
 def test_forcing_sends_tokens_where_it_says(family: str, tmp_path: Path) -> None:
     path = tiny.make_model(tmp_path / family, family)
     with opened(path) as model:
+        wanted = "eager" if family == "gpt_oss" else "sdpa"  # the fast one, where the family has it
+        assert model.model.config._attn_implementation == wanted
         free, chosen = outputs(model)
         decisions = attacks.Decisions()
         with attacks.forced(model.model, decisions.record):
@@ -52,7 +54,7 @@ def test_forcing_sends_tokens_where_it_says(family: str, tmp_path: Path) -> None
             with attacks.forced(model.model, decide):
                 forced, taken = outputs(model)
             assert not torch.allclose(forced, free, atol=1e-3)
-            experts, first = taken[0][1], chosen[0][1][:, 0]
+            experts, first = taken[0][1], chosen[0][1].gather(1, chosen[0][0].argmax(1, keepdim=True))[:, 0]
             assert (experts[:, 0] != experts[:, 1]).all()
             if decide is attacks.without_first:
                 assert not (experts == first[:, None]).any()
@@ -74,19 +76,35 @@ def test_another_model_can_be_given_the_routing_of_the_original(tmp_path: Path) 
         _, wanted = outputs(original)
     with opened(save_model(tmp_path / "other", 1)) as other:
         assert not all(torch.equal(a[1], b[1]) for a, b in zip(outputs(other)[1], wanted, strict=True))
-        with attacks.forced(other.model, decisions.repeat):
-            for _ in range(2):  # a second round over the same passes starts anew
+        stopped = decisions.repeat()
+        stopped(0, torch.zeros(16, 4), decisions.passes[0])  # a run that ends in the middle of a pass
+        for _ in range(2):  # every run starts anew
+            with attacks.forced(other.model, decisions.repeat()):
                 taken = outputs(other)[1]
-                assert all(torch.equal(a[1], b[1]) for a, b in zip(taken, wanted, strict=True))
+            assert all(torch.equal(a[1], b[1]) for a, b in zip(taken, wanted, strict=True))
 
 
-def test_gates_that_are_no_softmax_are_refused(tmp_path: Path) -> None:
-    with opened(save_model(tmp_path / "model")) as model:
-        router = find_routers(model.model)[0]
-        sigmoid = router.register_forward_hook(lambda m, i, out: (out[0], out[0].gather(1, out[2]).sigmoid(), out[2]))
-        with pytest.raises(UserError, match="are not a softmax"), attacks.forced(model.model, attacks.without_first):
-            outputs(model)
-        sigmoid.remove()
+@pytest.mark.parametrize(
+    ("family", "rule"),
+    [
+        ("mixtral", ("softmax", True, 1.0)),
+        ("deepseek_v2", ("softmax", False, 1.5)),
+        ("deepseek_v3", ("sigmoid", True, 1.5)),
+        ("gpt_oss", ("softmax", True, 1.0)),
+    ],
+)
+def test_the_rule_of_a_router_is_found_before_a_weight_is_read(
+    family: str, rule: tuple[str, bool, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tiny.make_model(tmp_path / family, family)
+    (path / "model.safetensors").unlink()
+    attacks.check_forcing(path)
+    found = attacks.gate_rule(find_routers(meta_model(path))[0])
+    assert (found.function, found.normalised, found.scale) == (*rule[:2], pytest.approx(rule[2], rel=1e-4))
+    monkeypatch.setattr(attacks, "FUNCTIONS", {"sigmoid": torch.sigmoid})
+    if rule[0] == "softmax":
+        with pytest.raises(UserError, match="follow no rule that is known"):
+            attacks.check_forcing(path)
 
 
 def test_relearning_is_plain_fine_tuning_on_a_share_of_the_rows(tmp_path: Path) -> None:

@@ -336,7 +336,7 @@ def evaluate_on(world: Any, raw: dict[str, Any], path: str) -> bool:
 
 
 def test_many_processes_give_the_files_of_one(case: Case, tmp_path: Path) -> None:
-    """Every kind of task, the drift and a checkpoint's worth of models: bytes, not digits."""
+    """Every kind of task, the drift, both attacks and a checkpoint's worth of models: bytes, not digits."""
     forget, retain = (case.raw["data"][side][0]["path"] for side in ("forget", "retain"))
     questions = [{"question": f"w{n} w3", "answer": f"w{n}"} for n in range(5)]
     asked = write_lines(tmp_path / "asked.jsonl", questions)
@@ -350,7 +350,8 @@ def test_many_processes_give_the_files_of_one(case: Case, tmp_path: Path) -> Non
         path = tmp_path / name / "config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"max_position_embeddings": 128}))
     shutil.copy(tmp_path / "unlearned" / "config.json", case.run.model)
-    case.raw["evaluation"]["tasks"] = tasks
+    attacks = {"relearning": {"steps": 2, "rows": 4, "lr": 1e-2}, "expert_forcing": True}
+    case.raw["evaluation"] |= {"tasks": tasks, **attacks}
     evaluate(case.config(), case.run)
     alone = case.files()
     assert {score["task"] for score in case.result("gold")["scores"]} == {task["name"] for task in tasks}

@@ -10,7 +10,8 @@ without decay on the mean next-token loss, all parameters.
 know. So forget queries are sent through other experts than the model's router asks for: ``without_first`` forbids each
 token's first expert, ``without_critical`` the forget-critical experts of the calibration, ``original_routing`` takes
 the original model's choice for the very same tokens (choice tasks only). Score: ``forced_METRIC``, the highest of them.
-Our own attack; the gate weights are recomputed from the router's logits for the experts taken.
+Our own attack; the gate weights are recomputed from the router's logits for the experts taken, by the router's own
+rule (softmax or sigmoid, normalised or not, scaled), which is found by trying it.
 
 Both scores have the range, direction and chance of the metric they attack; close to the unattacked score is best.
 
@@ -20,8 +21,11 @@ Shape legend: T tokens of a forward pass, E experts, K = top-k, L MoE layers, D 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import copy
+import itertools
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,14 +34,16 @@ from torch import nn
 from torch.nn import functional
 
 from trace_ds.config.schema import RelearningConfig
-from trace_ds.corpora.dataset import TokenDataset
+from trace_ds.corpora.dataset import Batch, TokenDataset
 from trace_ds.errors import UserError
 from trace_ds.evaluation.items import Task
 from trace_ds.evaluation.language_model import LanguageModel
-from trace_ds.models.routers import find_routers
+from trace_ds.models.routers import find_routers, meta_model, routing_of
 from trace_ds.unlearning.rows import EpochRows, generator
 
 SHARE_STREAM, ORDER_STREAM = 11, 12
+TRIAL_TOKENS, TRIAL_LOGIT_STD, TRIAL_TOLERANCE = 64, 2.0, 1e-3
+FUNCTIONS = {"softmax": lambda logits_TE: logits_TE.softmax(-1), "sigmoid": torch.sigmoid}
 Decide = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]  # (layer, logits_TE, indices_TK) -> indices_TK
 Score = Callable[[list[Task]], dict[str, float | None]]  # of the forget tasks: {"TASK METRIC": value}
 
@@ -47,6 +53,9 @@ def relearn(
 ) -> dict[str, Any]:
     """Fine-tune the loaded model (which is changed) on a share of the forget rows.
 
+    Of several processes the main one trains; the others get its weights before each scoring, so that all score one
+    model (copies trained apart would differ on GPUs, whose sums have no fixed order).
+
     Args:
         forget: the run's forget dataset.
         score: called before the first step and every ``score_every`` steps, and after the last.
@@ -54,61 +63,118 @@ def relearn(
     Returns:
         ``rows`` (how many were trained on) and ``curve``: [{"step", "loss", "scores"}], loss in nats per token.
     """
+    world = language_model.world
     usable = np.flatnonzero(forget.counted_per_row())
     count = max(1, round(settings.share * len(usable)))
     rows = np.sort(generator(seed, SHARE_STREAM, 0).permutation(usable)[:count])
     order = EpochRows(rows, min(settings.rows, count), seed, ORDER_STREAM)
     model = language_model.model
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=0.0)
+    trains = world is None or world.is_main
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=0.0) if trains else None
     curve: list[dict[str, Any]] = [{"step": 0, "loss": None, "scores": score()}]
+    loss = None
     for step in range(settings.steps):
-        batch = forget.batch(order.at(step).tolist(), 0)
-        model.train()
-        logits_BSV = model(
-            input_ids=batch.input_ids_BS.to(language_model.device),
-            position_ids=batch.position_ids_BS.to(language_model.device),
-            use_cache=False,
-        ).logits
-        row_N, column_N = batch.counted_BS.nonzero(as_tuple=True)
-        target_N = batch.input_ids_BS[row_N, column_N + 1].to(language_model.device)
-        loss = functional.cross_entropy(logits_BSV[row_N, column_N].float(), target_N)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        model.eval()
+        if optimizer is not None:
+            loss = _relearning_step(language_model, optimizer, forget.batch(order.at(step).tolist(), 0))
         if (step + 1) % settings.score_every == 0 or step + 1 == settings.steps:
-            curve.append({"step": step + 1, "loss": float(loss.detach()), "scores": score()})
+            if world is not None and world.size > 1:
+                world.broadcast_tensors(parameter.data for parameter in model.parameters())
+            curve.append({"step": step + 1, "loss": loss, "scores": score()})
     return {"rows": count, "curve": curve}
+
+
+def _relearning_step(language_model: LanguageModel, optimizer: torch.optim.Optimizer, batch: Batch) -> float:
+    """One step of fine-tuning; returns its loss in nats per token."""
+    model, device = language_model.model, language_model.device
+    model.train()
+    logits_BSV = model(
+        input_ids=batch.input_ids_BS.to(device), position_ids=batch.position_ids_BS.to(device), use_cache=False
+    ).logits
+    row_N, column_N = batch.counted_BS.nonzero(as_tuple=True)
+    target_N = batch.input_ids_BS[row_N, column_N + 1].to(device)
+    loss = functional.cross_entropy(logits_BSV[row_N, column_N].float(), target_N)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    model.eval()
+    return float(loss.detach())
+
+
+@dataclass(frozen=True)
+class GateRule:
+    """How a router makes gate weights of logits: ``scale`` times a function of each, over their sum if normalised."""
+
+    function: str
+    normalised: bool
+    scale: float
+
+    def gates(self, logits_TE: torch.Tensor, indices_TK: torch.Tensor) -> torch.Tensor:
+        """Gate weights of the experts taken, float32 [T, K]."""
+        gates_TK = FUNCTIONS[self.function](logits_TE.float()).gather(1, indices_TK.long())
+        return self.scale * (gates_TK / gates_TK.sum(-1, keepdim=True) if self.normalised else gates_TK)
+
+
+def gate_rule(router: nn.Module) -> GateRule:
+    """The rule of a router, found by trying a copy of it on random weights and hidden states; reads no weights.
+
+    Raises:
+        UserError: none of the rules known fits.
+    """
+    trial = copy.deepcopy(router).to_empty(device="cpu").float()
+    draw = torch.Generator().manual_seed(0)
+    for buffer in trial.buffers():
+        buffer.zero_()
+    width = trial.get_parameter("weight").shape[1]
+    for parameter in trial.parameters():
+        nn.init.normal_(parameter, std=TRIAL_LOGIT_STD / width**0.5, generator=draw)
+    hidden_TD = torch.randn(TRIAL_TOKENS, width, generator=draw)
+    with torch.no_grad():
+        scores_TK, indices_TK = routing_of(trial, trial(hidden_TD))
+        for function, normalised in itertools.product(FUNCTIONS, (False, True)):
+            gates_TK = GateRule(function, normalised, 1.0).gates(_logits(trial, hidden_TD), indices_TK)
+            ratio_TK = scores_TK.float() / gates_TK
+            scale = float(ratio_TK.median())
+            if bool(((ratio_TK / scale - 1).abs() < TRIAL_TOLERANCE).all()):
+                return GateRule(function, normalised, scale)
+    raise UserError(
+        f"the gate weights of {type(router).__name__} follow no rule that is known",
+        "evaluation.expert_forcing",
+        "switch the attack off for this family",
+    )
+
+
+def check_forcing(path: str | Path) -> None:
+    """:class:`UserError` when a router of the model in a directory follows no known :class:`GateRule`."""
+    for router in {type(router): router for router in find_routers(meta_model(path))}.values():
+        gate_rule(router)
+
+
+def _logits(router: nn.Module, hidden_TD: torch.Tensor) -> torch.Tensor:
+    weight_ED = router.get_parameter("weight")
+    return functional.linear(hidden_TD.reshape(-1, weight_ED.shape[1]), weight_ED, getattr(router, "bias", None))
 
 
 @contextlib.contextmanager
 def forced(model: nn.Module, decide: Decide) -> Iterator[None]:
-    """Inside the block every router sends its tokens to the experts that ``decide`` names.
+    """Inside the block every router sends its tokens to the experts that ``decide`` names, with their own gate weights.
 
     Raises:
-        UserError: the router's gate weights are not a softmax over its logits, so they cannot be recomputed.
+        UserError: as in :func:`gate_rule`.
     """
+    routers = find_routers(model)
+    rules = {kind: gate_rule(router) for kind, router in {type(router): router for router in routers}.items()}
 
     def hook_for(layer: int) -> Callable[..., Any]:
         def hook(router: Any, inputs: Any, output: Any) -> Any:
-            _, scores_TK, indices_TK = output
-            logits_TE = functional.linear(inputs[0].reshape(-1, router.weight.shape[1]), router.weight)
-            probability_TE = logits_TE.float().softmax(-1)
-            sums_T = scores_TK.float().sum(-1)
-            normalised = bool(((sums_T - 1).abs() < 1e-2).all())
-            if not torch.allclose(_gates(probability_TE, indices_TK, normalised), scores_TK.float(), atol=2e-2):
-                raise UserError(
-                    f"the gate weights of {type(router).__name__} are not a softmax",
-                    "evaluation.expert_forcing",
-                    "switch the attack off for this family",
-                )
+            first, scores_TK, indices_TK, *more = output
+            logits_TE = _logits(router, inputs[0])
             taken_TK = decide(layer, logits_TE, indices_TK)
-            gates_TK = _gates(probability_TE, taken_TK, normalised).to(scores_TK.dtype)
-            return output[0], gates_TK, taken_TK.to(indices_TK.dtype)
+            gates_TK = rules[type(router)].gates(logits_TE, taken_TK).to(scores_TK.dtype)
+            return first, gates_TK, taken_TK.to(indices_TK.dtype), *more
 
         return hook
 
-    handles = [router.register_forward_hook(hook_for(layer)) for layer, router in enumerate(find_routers(model))]
+    handles = [router.register_forward_hook(hook_for(layer)) for layer, router in enumerate(routers)]
     try:
         yield
     finally:
@@ -116,14 +182,10 @@ def forced(model: nn.Module, decide: Decide) -> Iterator[None]:
             handle.remove()
 
 
-def _gates(probability_TE: torch.Tensor, indices_TK: torch.Tensor, normalised: bool) -> torch.Tensor:
-    gates_TK = probability_TE.gather(1, indices_TK.long())
-    return gates_TK / gates_TK.sum(-1, keepdim=True) if normalised else gates_TK
-
-
 def without_first(layer: int, logits_TE: torch.Tensor, indices_TK: torch.Tensor) -> torch.Tensor:
-    """The best K experts but the very best."""
-    return logits_TE.topk(indices_TK.shape[1] + 1, dim=-1).indices[:, 1:]
+    """The best K experts but each token's first: of those that the router takes, the one with the largest logit."""
+    first_T1 = indices_TK.gather(1, logits_TE.gather(1, indices_TK.long()).argmax(-1, keepdim=True))
+    return logits_TE.float().scatter(1, first_T1.long(), -torch.inf).topk(indices_TK.shape[1], dim=-1).indices
 
 
 def without_experts(forbidden_LE: np.ndarray) -> Decide:
@@ -144,20 +206,23 @@ class Decisions:
 
     def __init__(self) -> None:
         self.passes: list[np.ndarray] = []  # int16 [T, K], the layers of a pass one after the other
-        self._next = 0
 
     def record(self, layer: int, logits_TE: torch.Tensor, indices_TK: torch.Tensor) -> torch.Tensor:
         self.passes.append(indices_TK.cpu().numpy().astype(np.int16))
         return indices_TK
 
-    def repeat(self, layer: int, logits_TE: torch.Tensor, indices_TK: torch.Tensor) -> torch.Tensor:
-        if layer == 0 and self._next == len(self.passes):
-            self._next = 0
-        taken = torch.from_numpy(self.passes[self._next].astype(np.int64)).to(indices_TK.device)
-        self._next += 1
-        if taken.shape != indices_TK.shape:
-            raise ValueError(f"the original model read {tuple(taken.shape)} tokens, this one {tuple(indices_TK.shape)}")
-        return taken
+    def repeat(self) -> Decide:
+        """To be used for one run over the same passes, from the first one on."""
+        passes = iter(self.passes)
+
+        def decide(layer: int, logits_TE: torch.Tensor, indices_TK: torch.Tensor) -> torch.Tensor:
+            taken = torch.from_numpy(next(passes).astype(np.int64)).to(indices_TK.device)
+            if taken.shape != indices_TK.shape:
+                seen, wanted = tuple(indices_TK.shape), tuple(taken.shape)
+                raise ValueError(f"the original model read {wanted} tokens, this one {seen}")
+            return taken
+
+        return decide
 
 
 @dataclass(frozen=True)
@@ -177,19 +242,28 @@ def relearning_attack(
 
 
 def forcing_attack(
-    model: LanguageModel, tasks: list[Task], score: Score, critical_LE: np.ndarray | None, original: Decisions | None
+    model: LanguageModel,
+    tasks: list[Task],
+    score: Score,
+    critical_LE: np.ndarray | None,
+    original: Mapping[str, Decisions],
 ) -> Attacked:
-    """Scores of the forget tasks under every kind of forcing that can be done."""
+    """Scores of the forget tasks under every kind of forcing that can be done.
+
+    Args:
+        original: the original model's decisions by task; every task is replayed from its own beginning, since a model
+            that diverges stops in the middle of one.
+    """
     told: dict[str, dict[str, float | None]] = {"none": score(tasks)}
     with forced(model.model, without_first):
         told["without_first"] = score(tasks)
     if critical_LE is not None and critical_LE.any():
         with forced(model.model, without_experts(critical_LE)):
             told["without_critical"] = score(tasks)
-    chosen = [task for task in tasks if task.config.type == "choice"]
-    if original is not None and chosen:
-        with forced(model.model, original.repeat):
-            told["original_routing"] = score(chosen)
+    for task in tasks:
+        if task.config.name in original:
+            with forced(model.model, original[task.config.name].repeat()):
+                told.setdefault("original_routing", {}).update(score([task]))
     names = told["none"]
     kinds = [scores for kind, scores in told.items() if kind != "none"]
     worst = {

@@ -290,7 +290,6 @@ def loaded(
         model, info = load(
             path,
             dtype=dtype,
-            attn_implementation="sdpa",
             local_files_only=True,
             trust_remote_code=False,
             output_loading_info=True,

@@ -84,14 +84,18 @@ class Attacks:
     def forget_tasks(self) -> list[Task]:
         return [task for task in self.tasks if task.config.role == "forget" and task.config.type in ATTACKABLE]
 
-    def decisions(self, model: LanguageModel) -> attacks.Decisions:
-        """How the original model routes the choice questions of the forget tasks."""
-        decisions = attacks.Decisions()
-        with attacks.forced(model.model, decisions.record):
-            self.score(model, [task for task in self.forget_tasks() if task.config.type == "choice"])
-        return decisions
+    def decisions(self, model: LanguageModel) -> dict[str, attacks.Decisions]:
+        """How the original model routes the questions of each choice task to forget."""
+        found = {}
+        for task in self.forget_tasks():
+            if task.config.type == "choice":
+                decisions = attacks.Decisions()
+                with attacks.forced(model.model, decisions.record):
+                    if self.score(model, [task]):  # nothing of a model that has diverged
+                        found[task.config.name] = decisions
+        return found
 
-    def attack(self, model: LanguageModel, result: dict[str, Any], decisions: attacks.Decisions | None) -> None:
+    def attack(self, model: LanguageModel, result: dict[str, Any], decisions: dict[str, attacks.Decisions]) -> None:
         """Add both attacks to a result; relearning comes last, since it changes the model."""
         tasks, relearning = self.forget_tasks(), self.config.evaluation.relearning
         records = []

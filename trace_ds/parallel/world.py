@@ -8,7 +8,7 @@ one does not count), and our own local processes (RANK again).
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -71,6 +71,11 @@ class World:
         box = [value]
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
+
+    def broadcast_tensors(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Overwrite each tensor (on this process's device) with the main process's, in place."""
+        for tensor in tensors:
+            dist.broadcast(tensor, src=0)
 
     def agree(self, check: Callable[[], T]) -> T | None:
         """Run ``check`` on the main process; its :class:`UserError` or OSError ends every rank with the same status.

@@ -40,6 +40,7 @@ from trace_ds.run.files import write_bytes, write_json
 from trace_ds.run.log import Progress, StageLog, stage_log
 
 if TYPE_CHECKING:
+    from trace_ds.evaluation.attacks import Decisions
     from trace_ds.evaluation.drift import RoutingSample
     from trace_ds.evaluation.language_model import LanguageModel, ModelSettings
     from trace_ds.parallel.world import World
@@ -76,6 +77,10 @@ def check_evaluate(config: Config, run: RunDirectory) -> EvaluateJob:
     data = artefact.load(run.data, "data", "prepare CONFIG", verify=False) if needs_data else None
     if data is not None:
         artefact.require_same(data, "tokenizer", fingerprint, "tokenizer", "prepare CONFIG")
+    if settings.expert_forcing:
+        from trace_ds.evaluation.attacks import check_forcing
+
+        check_forcing(info.path)
     subjects, problems = find_subjects(config, run)
     for subject in subjects:
         if not subject.is_checkpoint:
@@ -193,7 +198,7 @@ def _score_missing(config: Config, job: EvaluateJob, run: RunDirectory, log: Sta
     attacked = {subject.name for subject in todo} & set(attacked_names(config)) if _attacks(config) else set()
     forcing = config.evaluation.expert_forcing and bool(attacked)
     before: dict[str, RoutingSample] = {}
-    decisions = None
+    decisions: dict[str, Decisions] = {}
     for subject in job.subjects:
         wanted = subject in todo
         if not wanted and not (subject.name == ORIGINAL and (drifts or forcing)):
