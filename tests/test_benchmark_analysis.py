@@ -76,6 +76,7 @@ def test_a_study_has_every_combination_and_the_narrowest_grid_wins() -> None:
         ({"grids": {"raking": {ALPHA: [4.0]}}}, r"grids names 'raking', which is no method"),
         ({"grid": {"data.add_bos": [True]}}, r"a study may not change data.add_bos"),
         ({"forget": "worse accuracy"}, r"'worse accuracy' is not 'TASK METRIC' of a task of the recipe"),
+        ({"utility": ["good perplexity"]}, r"good perplexity does not grow with what is kept"),
         ({"seeds": [1, 1]}, r"seeds holds one number twice"),
         ({"methods": {"uniform": {}, "b": {"calibration.rul": "x"}}}, r"unknown key 'calibration.rul'"),
     ],
@@ -114,6 +115,33 @@ def test_strengths_are_chosen_on_the_other_fold_only() -> None:
     assert [dict(found[seed].point)[ALPHA] for seed in range(4)] == [1.0, 4.0, 1.0, 4.0]  # type: ignore[union-attr]
     fixed = analysis.tuned(curves, [0, 1, 2, 3], "good exact_match", [], {ALPHA: 4.0, LR: 1e-3})
     assert {dict(c.point)[ALPHA] for c in fixed.values() if c is not None} == {4.0}
+
+
+def test_a_chosen_value_at_an_end_of_what_was_tried_is_told() -> None:
+    bench = config(grid={ALPHA: [1.0, 4.0, 16.0], LR: [1e-3]}).bench
+    assert bench is not None
+
+    def told(alpha: float, *free: str) -> list[str]:
+        return plan.edges(bench, "recipe", "uniform", ((ALPHA, alpha), (LR, 1e-3)), free)
+
+    assert told(1.0, ALPHA, LR) == ["alpha=1.0"] and told(16.0, ALPHA) == ["alpha=16.0"]  # of one value there is no end
+    assert told(4.0, ALPHA, LR) == told(1.0, LR) == told(1.0) == []
+    assert plan.edges(bench, "recipe", "uniform", None, [ALPHA]) == []
+
+
+def test_methods_without_routing_are_baselines() -> None:
+    changes = {
+        False: [{}, {"calibration.retrieve.rows": 0.1}, {"unlearning.weights": "online"}],
+        True: [
+            {"calibration.rule": "uniform"},
+            {"calibration.rule": "permuted"},
+            {"calibration.retrieve.rows": 0.1, "calibration.retrieve.similarity": "tfidf"},
+            {"calibration.retrieve.rows": 0.1, "calibration.retrieve.random_share": 1.0},
+        ],
+    }
+    for expected, several in changes.items():
+        for change in several:
+            assert plan.is_baseline(with_changes(config(), {"calibration.rule": "raking"} | change, "test")) == expected
 
 
 def test_a_point_that_forgets_on_more_seeds_is_chosen_before_a_better_one() -> None:

@@ -24,6 +24,8 @@ from trace_ds.benchmark.study import worker_environment
 from trace_ds.benchmark.worker import Job, Study
 from trace_ds.config.load import load_config
 from trace_ds.errors import UserError
+from trace_ds.run.directory import RunDirectory
+from trace_ds.stages.report import report_study
 
 BENCH: dict[str, Any] = {
     "seeds": [0, 1],
@@ -107,6 +109,10 @@ def test_a_killed_study_is_finished_and_a_second_one_writes_the_same_bytes(study
     assert again.returncode == 0 and json.loads(again.stdout)["seeds"] == [0, 1]
     assert {name: (study / name).read_bytes() for name in before} == before
     assert before["frontier.csv"].count(b"\n") == 1 + 6 * 2  # steps 2 and 3
+    text = report_study(RunDirectory.at(study)).read_text(encoding="utf-8")
+    assert "questions_forget exact_match ↑" in text and "own alpha" in text
+    row = next(r for r in json.loads(before["study.json"])["comparisons"] if r["strength"] == "own alpha")
+    assert row["edges"] and all(seeds for seeds in row["edges"].values())  # two values: each is an end
 
 
 def test_neither_kills_nor_workers_change_a_result(study: Path, recipe: Path, alone: dict[str, Any]) -> None:

@@ -13,13 +13,14 @@ import pytest
 import yaml
 from rich.console import Console
 
-from tests.fake_run import HOSTILE, STEPS, write_run
+from tests.fake_run import HOSTILE, STEPS, TASKS, write_run, write_study
 from trace_ds.errors import UserError
 from trace_ds.reporting import card, page, scores, tables
 from trace_ds.reporting.compare import compared, why_not_comparable
 from trace_ds.reporting.gather import gather, weight_chunks
 from trace_ds.reporting.page import escape_json
 from trace_ds.run.directory import RunDirectory
+from trace_ds.stages.pipeline import report_command
 from trace_ds.stages.report import honest_sentence, report, summary_table
 
 
@@ -387,10 +388,10 @@ def test_tasks_that_ask_other_questions_are_named_and_left_out(tmp_path: Path) -
     assert notes == ["near facts of b: other questions than in a, so those scores are left out"]
     found = tables.all_tables(data, others)
     theirs = [row for row in found["scores"].rows() if row["model"] == "b/unlearned"]
-    assert {row["task"] for row in theirs} == {"elements", "capitals", "novels", "membership"}
+    assert {row["task"] for row in theirs} == {"elements", "recited", "capitals", "novels", "membership"}
     curve = {row["arm"]: row for row in found["curves"].rows() if row["step"] == STEPS[-1]}
     assert curve["unlearned"]["utility_exact_match"] and curve["b/unlearned"]["utility_exact_match"] is None
-    every = dict.fromkeys(("elements", "near facts", "capitals", "novels", "membership"), "other")
+    every = dict.fromkeys(TASKS, "other")
     others, notes = compared(data, [ask_again(second, every)])
     assert not others and "other questions in every task (capitals, elements" in notes[0]
 
@@ -400,10 +401,10 @@ def test_a_long_list_of_questions_is_thinned_by_question(tmp_path: Path, monkeyp
     monkeypatch.setattr(page, "MAX_ITEM_ROWS", 100)
     items = page_data(render(path))["tables"]["items"]
     rows = list(zip(items["columns"]["model"], items["columns"]["id"], strict=True))
-    assert len(rows) == 5 * 20 and len(set(rows)) == len(rows)
+    assert len(rows) == 5 * 17 and len(set(rows)) == len(rows)
     assert {model for model, _ in rows} == {"original", "gold", "unlearned", "uniform", "loss_weighting"}
-    assert {int(name[1:]) for _, name in rows} == set(range(0, 80, 4))
-    assert items["thinned"].startswith("20 of 80 questions")
+    assert {name for _, name in rows} == {*(f"q{number}" for number in range(0, 80, 5)), "p0"}
+    assert items["thinned"].startswith("17 of 82 questions")
 
 
 @pytest.mark.parametrize("what", ["model", "data"])
@@ -433,6 +434,29 @@ def test_a_variant_can_be_reported_alone(tmp_path: Path) -> None:
     path = write_run(tmp_path / "run")
     data = gather(path / "variants" / "uniform")
     assert data.retain is not None and data.arms[0].rule == "uniform"
+
+
+def test_a_study_has_its_page(tmp_path: Path) -> None:
+    path = write_study(tmp_path / "study", seeds=3)
+    assert report_command([path]) == 0
+    text = (path / "report" / "index.html").read_text(encoding="utf-8")
+    raw = json.loads((path / "study.json").read_text())
+    rows = rows_of(path / "report" / "comparisons.csv")
+    assert len(rows) == len(raw["comparisons"])
+    for row, wanted in zip(rows, raw["comparisons"], strict=True):
+        assert float(row["value"]) == pytest.approx(wanted["value"], rel=1e-5)
+        assert float(row["relative_low"]) == pytest.approx(wanted["relative_interval"]["low"], rel=1e-4, abs=1e-6)
+        assert (int(row["reached"]), row["grid_ends"]) == (len(wanted["seeds"]), ", ".join(wanted["edges"]))
+    assert "at the grid’s end: alpha=256" in text and "2 runs never reached the target" in text
+    lines = rows_of(path / "frontier.csv")
+    mean = next(row for row in rows_of(path / "report" / "frontier_mean.csv") if row["method"] == "sampling")
+    same = [r for r in lines if (r["loss"], r["method"], r["step"]) == (mean["loss"], "sampling", mean["step"])]
+    assert float(mean["utility"]) == pytest.approx(sum(float(r[mean["metric"]]) for r in same) / 3, rel=1e-5)
+    with pytest.raises(UserError, match="a study is reported alone"):
+        report_command([path, path])
+    (path / "frontier.csv").unlink()
+    with pytest.raises(UserError, match=r"frontier\.csv: the study's result cannot be read"):
+        report_command([path])
 
 
 def test_model_card(run: Path) -> None:

@@ -13,10 +13,10 @@ from urllib.parse import unquote
 
 import pytest
 
-from tests.fake_run import HOSTILE, write_run
+from tests.fake_run import HOSTILE, write_run, write_study
 from tests.headless_chromium import Chromium, find_chromium
 from trace_ds.run.directory import RunDirectory
-from trace_ds.stages.report import report
+from trace_ds.stages.report import report, report_study
 
 pytestmark = [
     pytest.mark.slow,
@@ -37,6 +37,11 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def large_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = write_run(tmp_path_factory.mktemp("large") / "run", layers=48, experts=128, top_k=8)
     return report(None, RunDirectory.at(path), [])
+
+
+@pytest.fixture(scope="module")
+def study_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return report_study(RunDirectory.at(write_study(tmp_path_factory.mktemp("study"))))
 
 
 @pytest.fixture
@@ -183,10 +188,48 @@ def test_questions_can_be_searched(browser: Chromium, page: Path) -> None:
     assert browser.run("document.getElementById('item-count').textContent") == "1 question"
 
 
-@pytest.mark.parametrize("size", ["small", "large"])
-def test_phone_has_no_sideways_scrolling(page: Path, large_page: Path, size: str) -> None:
+def test_more_questions_and_other_tasks_can_be_shown(browser: Chromium, page: Path) -> None:
+    browser.open(page)
+    rows = "document.querySelectorAll('#item-table tbody tr').length"
+    assert browser.run(rows) == 12
+    browser.click("#item-more")
+    assert browser.run(rows) == 62
+    browser.click("#item-more")
+    assert browser.run(rows) == 80 and browser.run("document.getElementById('item-more').hidden")
+    browser.run(
+        "(() => { const s = document.getElementById('item-task'); s.value = 'recited';"
+        "s.dispatchEvent(new Event('change')); })()"
+    )
+    assert browser.run(rows) == 2 and browser.run("document.getElementById('item-count').textContent") == "2 questions"
+    cells = browser.run(
+        "Array.from(document.querySelectorAll('#item-table tbody tr:first-child td'), (n) => n.textContent)"
+    )
+    assert cells[0] == "In the → beginning" and cells[1] == "0.75 end" and browser.messages == []
+
+
+def test_a_study_is_drawn_for_the_loss_and_metric_chosen(browser: Chromium, study_page: Path) -> None:
+    browser.open(study_page)
+    assert browser.messages == [] and browser.requests == [study_page.resolve().as_uri()]
+    assert browser.run("document.querySelectorAll('#chart-study figure').length") == 2
+    rows = list(csv.DictReader(io.StringIO((study_page.parent / "frontier_mean.csv").read_text())))
+    for loss, metric in (("rmu", "kept facts exact_match"), ("npo", "kept facts accuracy")):
+        for name, value in (("loss", loss), ("metric", metric)):
+            browser.run(
+                f"(() => {{ const s = document.getElementById('{name}'); s.value = '{value}';"
+                "s.dispatchEvent(new Event('change')); document.querySelector('#chart-study svg').focus(); })()"
+            )
+        browser.key("ArrowRight")
+        wanted = [r for r in rows if (r["loss"], r["metric"], r["method"]) == (loss, metric, "uniform")][1]
+        text = browser.run(TIP)
+        assert f"uniform, step {wanted['step']} (6 seeds)" in text
+        assert f"{metric}: {float(wanted['utility']):.3g}" in text
+    assert browser.run("document.documentElement.scrollWidth") <= 1280
+
+
+@pytest.mark.parametrize("size", ["small", "large", "study"])
+def test_phone_has_no_sideways_scrolling(page: Path, large_page: Path, study_page: Path, size: str) -> None:
     with Chromium(390, 844, phone=True) as browser:
-        browser.open(page if size == "small" else large_page)
+        browser.open({"small": page, "large": large_page, "study": study_page}[size])
         assert browser.run("document.documentElement.scrollWidth") <= 390
         assert browser.messages == []
 

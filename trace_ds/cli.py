@@ -225,12 +225,14 @@ def evaluate(
 
 @app.command()
 def report(
-    configs: Annotated[list[str], typer.Argument(help="CONFIG, or run directories (the first one is the run).")],
+    configs: Annotated[
+        list[str], typer.Argument(help="CONFIG, run directories (the first one is the run), or a study's.")
+    ],
     run_dir: RunDirOption = None,
     set_: SetOption = None,
     dry_run: DryRunOption = False,
 ) -> None:
-    """Run directory → one HTML page, PNGs, CSVs, a model card."""
+    """Run directory → one HTML page, PNGs, CSVs, a model card; a study's directory → its page and CSVs."""
     from trace_ds.stages.pipeline import report_command
 
     if len(configs) == 1 and not Path(configs[0]).is_dir():

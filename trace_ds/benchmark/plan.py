@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -93,6 +93,30 @@ def recipe_point(config: Config, loss: str, method: str) -> Point:
     return point
 
 
+def edges(bench: BenchConfig, loss: str, method: str, point: Point | None, free: Sequence[str]) -> list[str]:
+    """The tuned keys whose value in ``point`` is the first or last of several tried, as ``alpha=4096``.
+
+    A better value may lie beyond: widen the grid there.
+    """
+    grid = grid_of(bench, loss, method)
+    tried = {key: values for key, values in grid.items() if key in free and len(values) > 1}
+    return [
+        label(((key, value),))
+        for key, value in point or ()
+        if value in tried.get(key, [])[:1] + tried.get(key, [])[-1:]
+    ]
+
+
+def is_baseline(config: Config) -> bool:
+    """Whether a trial's retain side is not calibrated by routing: a control, or a method of others."""
+    from trace_ds.reporting.gather import CONTROL_RULES
+
+    retrieve = config.calibration.retrieve
+    elsewhere = retrieve.rows is not None and (retrieve.random_share == 1 or retrieve.similarity in ("hidden", "tfidf"))
+    others = config.unlearning.seuf is not None or config.unlearning.grip is not None
+    return elsewhere or others or config.calibration.rule in CONTROL_RULES
+
+
 def _get(node: Mapping[str, Any], key: str) -> Any:
     return node[key]
 
@@ -121,6 +145,8 @@ def _check_forget(config: Config, metric: str) -> None:
 
 def check(config: Config) -> None:
     """Find what is wrong with a study before its first run; raises :class:`UserError`."""
+    from trace_ds.evaluation.tasks import direction
+
     bench = require_bench(config, "bench")
     if config.distributed.ep != 1 or (config.distributed.nproc or 1) != 1 or config.unlearning.zero_stage == 3:
         raise UserError(
@@ -137,6 +163,12 @@ def check(config: Config) -> None:
                 f"tasks: {', '.join(sorted(tasks))}",
             )
     _check_forget(config, bench.forget.split()[1])
+    if direction(bench.utility[0].split()[1], "utility") != "higher":
+        raise UserError(
+            f"{bench.utility[0]} does not grow with what is kept, and strengths are tuned by the first metric",
+            "bench.utility",
+            "put another one first",
+        )
     for loss in bench.losses:
         for method in bench.methods:
             recipe_point(config, loss, method)

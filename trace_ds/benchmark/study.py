@@ -161,6 +161,8 @@ def _wait(children: list[subprocess.Popen[bytes]], logs: list[Path], jobs: list[
 
 def analyse(study: Study) -> dict[str, Any]:
     """Every comparison of a finished study; JSON-ready and free of times and places."""
+    from trace_ds.evaluation.tasks import direction
+
     bench = study.bench
     targets, references = {}, {}
     for seed in bench.seeds:
@@ -174,7 +176,7 @@ def analyse(study: Study) -> dict[str, Any]:
         curve_of(_read(path), bench.forget, bench.utility, targets[trial.seed])
         for trial, path in study.results().items()
     ]
-    rows = []
+    rows, strongest = [], []
     for loss in bench.losses:
         for kind, free in kinds(list(bench.grid)):
             chosen = {
@@ -188,12 +190,15 @@ def analyse(study: Study) -> dict[str, Any]:
                 for method in bench.methods
             }
             for method in bench.methods:
+                found_edges = _edges(study, loss, method, chosen[method], free)
                 for metric in bench.utility:
                     at_end = metric.split()[0] in bench.score_at_end
                     for value in ("end",) if at_end else ("post", "cross", "end"):
                         found = compare(chosen[method], chosen[bench.baseline], metric, value)
                         row = {"loss": loss, "strength": kind, "method": method, "metric": metric, "at": value}
-                        rows.append(row | found)
+                        way = {"direction": direction(metric.split()[1], "utility"), "edges": found_edges}
+                        rows.append(row | way | found)
+        strongest.append(_strongest(study, loss, kind, chosen))
     return {
         "recipe": study.config.name,
         "seeds": bench.seeds,
@@ -204,7 +209,42 @@ def analyse(study: Study) -> dict[str, Any]:
         "diverged": [_where(curve) for curve in curves if curve.diverged],
         "never_reached": [_where(curve) for curve in curves if curve.step is None and not curve.diverged],
         "comparisons": rows,
+        "strongest": strongest,
     }
+
+
+def _edges(
+    study: Study, loss: str, method: str, chosen: Mapping[int, Curve | None], free: Sequence[str]
+) -> dict[str, list[int]]:
+    """Values at an end of the grid that tuning chose, with the seeds it chose them for."""
+    found: dict[str, list[int]] = {}
+    for seed, curve in chosen.items():
+        for edge in plan.edges(study.bench, loss, method, curve and curve.point, free):
+            found.setdefault(edge, []).append(seed)
+    return found
+
+
+def _strongest(study: Study, loss: str, kind: str, chosen: Mapping[str, Mapping[int, Curve | None]]) -> dict[str, Any]:
+    """The best method that uses routing against the best that does not, by mean ``post`` of the first utility.
+
+    Both are picked by the very numbers that are told, so the difference is a description, not a test.
+    """
+    metric = study.bench.utility[0]
+    means: dict[bool, list[tuple[float, str]]] = {True: [], False: []}
+    for method, curves in chosen.items():
+        reached = [c.found[metric].post for c in curves.values() if c is not None and c.step]
+        posts = [post for post in reached if post is not None and math.isfinite(post)]
+        if posts:
+            asked = plan.trial_config(study.config, plan.Trial(loss, method, (), study.config.seed))
+            means[plan.is_baseline(asked)].append((math.fsum(posts) / len(posts), method))
+    told: dict[str, Any] = {"loss": loss, "strength": kind, "metric": metric}
+    for name, group in (("baseline", means[True]), ("routing", means[False])):
+        value, method = max(group) if group else (None, None)
+        told |= {name: method, f"{name}_value": value}
+    if told["baseline"] and told["routing"]:
+        found = compare(chosen[told["routing"]], chosen[told["baseline"]], metric, "post")
+        told |= {key: found[key] for key in ("relative", "relative_interval", "seeds")}
+    return told
 
 
 def kinds(keys: Sequence[str]) -> list[tuple[str, list[str]]]:

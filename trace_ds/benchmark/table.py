@@ -7,13 +7,18 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from trace_ds.evaluation.table import ARROWS
+
 
 def show(result: dict[str, Any]) -> None:
     """Print a table per utility metric, methods against the baseline, ``post`` and ``cross`` side by side."""
     console = Console()
     rows = result["comparisons"]
     for metric in dict.fromkeys(row["metric"] for row in rows):
-        table = Table(title=f"{metric}, against {result['baseline']} at matched forgetting ({result['forget']})")
+        arrow = ARROWS[next(row for row in rows if row["metric"] == metric).get("direction", "higher")]
+        table = Table(
+            title=f"{metric} {arrow}, against {result['baseline']} at matched forgetting ({result['forget']})"
+        )
         for column in (
             "loss",
             "strength",
@@ -39,12 +44,34 @@ def show(result: dict[str, Any]) -> None:
                 _relative(cross),
                 _steps(post),
                 f"{len(post['seeds'])}/{len(result['seeds'])}",
-                "; ".join(dict.fromkeys(str(point) for point in post["points"].values())),
+                "; ".join(dict.fromkeys(str(point) for point in post["points"].values())) + edge_note(post),
             )
         console.print(table)
+    for line in strongest_lines(result):
+        console.print(line)
     for key in ("never_reached", "diverged"):
         if result[key]:
             console.print(f"{key.replace('_', ' ')}: {len(result[key])} runs (listed in study.json)")
+
+
+def strongest_lines(result: dict[str, Any]) -> list[str]:
+    """One line per forget loss: the best method that uses routing against the best that does not."""
+    found = []
+    for row in result.get("strongest", []):
+        if row.get("relative") is not None:
+            interval = row["relative_interval"]
+            told = f" [{interval['low']:+.1%}, {interval['high']:+.1%}]" if interval else ""
+            found.append(
+                f"{row['loss']}, {row['strength']}: best with routing {row['routing']} {row['routing_value']:.4g}, "
+                f"without {row['baseline']} {row['baseline_value']:.4g}: {row['relative']:+.1%}{told} {row['metric']} "
+                "(both picked after the fact)"
+            )
+    return found
+
+
+def edge_note(row: dict[str, Any]) -> str:
+    """Says which chosen values lie at an end of the grid, so that the best may lie beyond."""
+    return f" (at the grid's end: {', '.join(row['edges'])})" if row.get("edges") else ""
 
 
 def _relative(row: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+from collections.abc import Sequence
 from importlib import resources
 from typing import Any
 
@@ -33,10 +34,33 @@ def render(run: RunData, tables: dict[str, Table], pictures: list[str], compared
         compared: names of the other runs in the tables.
         notes: why further runs are not.
     """
+    return render_template(
+        "page.html.j2",
+        SCRIPTS,
+        payload(run, tables),
+        title=run.title,
+        run=run,
+        tables=tables,
+        pictures=pictures,
+        notes=notes,
+        compared=compared,
+        findings=scores.findings(run),
+        tiles=tiles(run, tables),
+        score_table=score_table(tables.get("scores")),
+        attack_table=attack_table(tables.get("attacks")),
+        meanings=meanings(tables.get("scores")),
+        warnings=_warnings(run),
+        config_text=_config_text(run),
+        limit=MAX_LIST_ROWS,
+    )
+
+
+def render_template(template: str, scripts: Sequence[str], data: dict[str, Any], **values: Any) -> str:
+    """A page of a template that extends ``base.html.j2``, with the style, these scripts and their data in it."""
     from jinja2 import Environment, FunctionLoader, StrictUndefined
 
     style = _asset("page.css")
-    script = '"use strict";\n(function () {\n' + "\n".join(_asset(name) for name in SCRIPTS) + "\n})();\n"
+    script = '"use strict";\n(function () {\n' + "\n".join(_asset(name) for name in scripts) + "\n})();\n"
     environment = Environment(
         loader=FunctionLoader(_asset),
         autoescape=True,
@@ -47,25 +71,13 @@ def render(run: RunData, tables: dict[str, Table], pictures: list[str], compared
     )
     environment.filters["number"] = number
     environment.filters["percent"] = lambda value: "–" if value is None else f"{value:.1%}"
-    return environment.get_template("page.html.j2").render(
-        run=run,
-        tables=tables,
-        pictures=pictures,
-        notes=notes,
-        compared=compared,
+    return environment.get_template(template).render(
+        **values,
         style=style,
         script=script,
         style_hash=_csp_hash(style),
         script_hash=_csp_hash(script),
-        data=escape_json(payload(run, tables)),
-        findings=scores.findings(run),
-        tiles=tiles(run, tables),
-        score_table=score_table(tables.get("scores")),
-        attack_table=attack_table(tables.get("attacks")),
-        meanings=meanings(tables.get("scores")),
-        warnings=_warnings(run),
-        config_text=_config_text(run),
-        limit=MAX_LIST_ROWS,
+        data=escape_json(data),
     )
 
 

@@ -19,6 +19,7 @@ from trace_ds.errors import UserError
 from trace_ds.parallel.environment import accelerator_count, launched
 from trace_ds.run.directory import RunDirectory, lock_environment, locked
 
+STUDY_FILE = "study.json"
 STAGES = ("prepare", "collect", "calibrate", "unlearn", "convert", "evaluate", "report")
 DISTRIBUTED = ("collect", "unlearn")
 LAUNCHABLE = (*DISTRIBUTED, "evaluate")  # evaluate is a job of its own only when evaluation.nproc or a launcher says so
@@ -246,10 +247,16 @@ def _run_as_rank(verb: str, request: Request) -> int:
 
 
 def report_command(paths: list[Path]) -> int:
-    """``trace-ds report RUN [RUN …]``: the report of the first run, compared with the others."""
-    from trace_ds.stages.report import report
+    """``trace-ds report RUN [RUN …]`` (the first run, compared with the others), or ``trace-ds report STUDY``."""
+    from trace_ds.stages.report import report, report_study
 
     run = RunDirectory.at(paths[0])
+    if (paths[0] / STUDY_FILE).is_file():
+        if paths[1:]:
+            raise UserError("a study is reported alone", str(paths[1]), "give one directory")
+        with locked(run):
+            report_study(run)
+        return 0
     for path in paths:
         if not (path / "config.yaml").is_file():
             raise UserError("this is not a run directory (no config.yaml)", str(path), "give run directories")

@@ -1,5 +1,8 @@
 """``trace-ds report CONFIG [RUN ...]``: one self-contained page, its CSV files and pictures, scores and a model card.
 
+    trace-ds report runs/mine runs/other      # a run, compared with another
+    trace-ds report runs/entangled            # a study of `trace-ds bench`
+
 Reads artefacts only, so it can be run at any time: what is not there yet is shown as not run yet. Writes
 ``RUN/report/{index.html, scores.json, model_card.md, *.csv, *.png}``, replaced as a whole.
 """
@@ -61,6 +64,31 @@ def report(config: Config | None, run: RunDirectory, others: list[Path] | None =
                 (directory / name).write_bytes(image)
     except OSError as error:
         raise unwritable(run.report, error) from None
+    return run.report / "index.html"
+
+
+def report_study(run: RunDirectory) -> Path:
+    """Write the report of a study (a directory of ``trace-ds bench``); returns the page's path.
+
+    Raises:
+        UserError: ``study.json`` or ``frontier.csv`` is missing or damaged, or the report cannot be written.
+    """
+    from trace_ds.reporting import study
+
+    data = study.read(run.path)
+    found = study.all_tables(data)
+    texts = {
+        "index.html": study.render(data, found),
+        **{f"{name}.csv": table.to_csv() for name, table in found.items()},
+    }
+    try:
+        remove_leftovers(run.path)
+        with replacing_directory(run.report) as directory:
+            for name, text in texts.items():
+                (directory / name).write_text(text, encoding="utf-8", newline="\n")
+    except OSError as error:
+        raise unwritable(run.report, error) from None
+    print(f"{len(found)} tables: {run.report / 'index.html'}")
     return run.report / "index.html"
 
 
