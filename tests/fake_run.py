@@ -355,7 +355,7 @@ def write_study(path: Path, *, seeds: int = 6, losses: Sequence[str] = ("rmu", "
     ]
     result = {
         "recipe": "fake_study", "seeds": list(range(seeds)), "baseline": "uniform", "forget": forget,
-        "targets": {str(seed): 0.37 for seed in range(seeds)}, "comparisons": rows, "diverged": [],
+        "target": 0.37, "comparisons": rows, "diverged": [],
         "never_reached": [f"seed 0, {loss}, permuted, alpha=256,lr=0.002" for loss in losses],
         "references": {
             str(seed): {

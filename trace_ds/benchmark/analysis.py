@@ -1,9 +1,9 @@
 """What a study shows: every method against the baseline at matched forgetting, tuned on other seeds; pure functions.
 
-A trial has *forgotten* from the first scored step at which its forget score is at most its seed's target (the gold
-model's score plus a margin). Three numbers are told of a trial that has: ``cross``, the utility at that step, ``post``,
-the mean utility from that step to the last (less noisy, so it is what tuning looks at), and ``end``, the utility after
-the last step. A trial that never gets there counts as not reached; it is never compared.
+A trial has *forgotten* from the first scored step at which its forget score is at most the target (the mean score of
+the gold models plus a margin). Three numbers are told of a trial that has: ``cross``, the utility at that step,
+``post``, the mean utility from that step to the last (less noisy, so it is what tuning looks at), and ``end``, the
+utility after the last step. A trial that never gets there counts as not reached; it is never compared.
 
 **Tuning without peeking** (our decision): the seeds are dealt to two folds in turn. For each fold the point (alpha,
 learning rate) of a method is the one with the best mean ``post`` over the *other* fold's seeds, among those that
@@ -33,7 +33,7 @@ LEVEL = 0.95
 
 @dataclass(frozen=True)
 class Curve:
-    """A finished trial: its seed's target and, by utility metric, what :func:`matched` says."""
+    """A finished trial and, by utility metric, what :func:`matched` says."""
 
     seed: int
     loss: str

@@ -42,7 +42,7 @@ def read(path: Path) -> StudyData:
     where = path / "study.json"
     try:
         result = json.loads(where.read_text(encoding="utf-8"))
-        name, keys = str(result["recipe"]), {"seeds", "baseline", "forget", "targets", "comparisons"}
+        name, keys = str(result["recipe"]), {"seeds", "baseline", "forget", "target", "comparisons"}
         if not keys <= set(result):
             raise KeyError(*keys - set(result))
         where = path / "frontier.csv"
@@ -120,7 +120,6 @@ def render(study: StudyData, tables: dict[str, Table]) -> str:
     from trace_ds.benchmark.table import strongest_lines
 
     result = study.result
-    targets = [float(value) for value in result["targets"].values()]
     return render_template(
         "study.html.j2",
         SCRIPTS,
@@ -129,8 +128,6 @@ def render(study: StudyData, tables: dict[str, Table]) -> str:
         tables=tables,
         pictures=[],
         result=result,
-        target=math.fsum(targets) / len(targets),
-        target_range=(min(targets), max(targets)),
         strongest=strongest_lines(result),
         sections=sections(study, tables["comparisons"]) if "comparisons" in tables else [],
     )
@@ -138,13 +135,12 @@ def render(study: StudyData, tables: dict[str, Table]) -> str:
 
 def payload(study: StudyData, tables: dict[str, Table]) -> dict[str, Any]:
     """What the script reads."""
-    targets = [float(value) for value in study.result["targets"].values()]
     embedded = {
         name: {"title": table.title, "columns": table.columns, "thinned": None} for name, table in tables.items()
     }
     return {
         "tables": embedded,
-        "target": math.fsum(targets) / len(targets),
+        "target": study.result["target"],
         "forget": study.result["forget"],
         "baseline": study.result["baseline"],
     }
