@@ -219,7 +219,7 @@ def test_a_study_is_drawn_for_the_loss_and_metric_chosen(browser: Chromium, stud
                 "s.dispatchEvent(new Event('change')); document.querySelector('#chart-study svg').focus(); })()"
             )
         browser.key("ArrowRight")
-        wanted = [r for r in rows if (r["loss"], r["metric"], r["method"]) == (loss, metric, "uniform")][1]
+        wanted = next(r for r in rows if (r["loss"], r["metric"], r["method"]) == (loss, metric, "uniform"))
         text = browser.run(TIP)
         assert f"uniform, step {wanted['step']} (6 seeds)" in text
         assert f"{metric}: {float(wanted['utility']):.3g}" in text

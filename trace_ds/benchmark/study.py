@@ -222,7 +222,7 @@ def _edges(
     """Values at an end of the grid that tuning chose, with the seeds it chose them for."""
     found: dict[str, list[int]] = {}
     for seed, curve in chosen.items():
-        for edge in plan.edges(study.bench, loss, method, curve and curve.point, free):
+        for edge in plan.edges(study.bench, loss, method, curve.point if curve is not None else None, free):
             found.setdefault(edge, []).append(seed)
     return found
 
@@ -242,8 +242,8 @@ def _strongest(study: Study, loss: str, kind: str, chosen: Mapping[str, Mapping[
             means[plan.is_baseline(asked)].append((math.fsum(posts) / len(posts), method))
     told: dict[str, Any] = {"loss": loss, "strength": kind, "metric": metric}
     for name, group in (("baseline", means[True]), ("routing", means[False])):
-        value, method = max(group) if group else (None, None)
-        told |= {name: method, f"{name}_value": value}
+        best = max(group, default=None)
+        told |= {name: best and best[1], f"{name}_value": best and best[0]}
     if told["baseline"] and told["routing"]:
         found = compare(chosen[told["routing"]], chosen[told["baseline"]], metric, "post")
         told |= {key: found[key] for key in ("relative", "relative_interval", "seeds")}
