@@ -175,10 +175,7 @@ def analyse(study: Study) -> dict[str, Any]:
         for seed, models in scored.items()
     }
     target = _target(study, [models["gold"] for models in scored.values() if "gold" in models])
-    curves = [
-        curve_of(_read(path), bench.forget, bench.utility, target)
-        for trial, path in study.results().items()
-    ]
+    curves = [curve_of(_read(path), bench.forget, bench.utility, target) for trial, path in study.results().items()]
     rows, strongest = [], []
     for loss in bench.losses:
         for kind, free in kinds(list(bench.grid)):
