@@ -59,7 +59,7 @@ def test_a_stopped_and_killed_collection_continues_and_ends_byte_identical(tiny_
     (partial / "state-00001-000000039.safetensors").touch()
     run_distributed(jobs.collect_job, 2, str(config), str(tmp_path / "killed"), [])
     assert tree(tmp_path / "killed" / "statistics") == expected
-    assert (tmp_path / "killed" / "logs" / "collect.jsonl").read_text().count("continues after") == 2
+    assert (tmp_path / "killed" / "logs" / "collect.jsonl").read_text().count("retain: continues after") == 2
 
 
 @pytest.mark.slow

@@ -233,7 +233,8 @@ def test_command_line_prints_progress_and_names_a_wrong_directory(
     assert [(p["step"], p["of"]) for p in progress] == [(1, 2), (2, 2)]
     assert 7.0 < progress[0]["loss"] < 8.5  # about log(2048) before any learning
     assert pretrain.main([str(tmp_path / "none"), str(tmp_path / "x")]) == 2
-    assert "no pretrain_original.jsonl" in capsys.readouterr().err
+    what, where, _ = json.loads(capsys.readouterr().out)["error"]  # for the demo, which says it
+    assert "no pretrain_original.jsonl" in what and where == str(tmp_path / "none")
     assert not (tmp_path / "x").exists()
 
 

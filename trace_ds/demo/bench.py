@@ -140,7 +140,7 @@ def table(outcomes: list[Outcome]) -> list[dict[str, Any]]:
                 if mine.step is not None and base.step is not None:
                     start = max(mine.step, base.step)
                     pairs.append((mine.mean_from(metric, start), base.mean_from(metric, start)))
-            relative = [value / baseline - 1 for value, baseline in pairs]
+            relative = [value / baseline - 1 for value, baseline in pairs if baseline]  # no ratio to nothing
             mean = math.fsum(relative) / len(relative) if relative else None
             half = None
             if mean is not None and len(relative) > 1:

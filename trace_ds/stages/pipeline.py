@@ -15,7 +15,7 @@ from pathlib import Path
 
 from trace_ds.config.load import dump_yaml, load_config, with_changes
 from trace_ds.config.schema import Config
-from trace_ds.errors import UserError
+from trace_ds.errors import StopRequested, UserError
 from trace_ds.parallel.environment import accelerator_count, launched
 from trace_ds.run.directory import RunDirectory, lock_environment, locked
 
@@ -211,15 +211,28 @@ def _is_done(stage: str, request: Request, nproc: int) -> bool:
     return check_unlearn(request.config, request.run, nproc).settled(request.config, request.run)
 
 
+def _leave_together(kind: type[BaseException] | None, *_: object) -> None:
+    """Close the process group when all ranks leave, also with an error that all know of.
+
+    One that is still open when the interpreter ends can abort its process. After other errors peers may hang in it, so
+    it is left alone.
+    """
+    from trace_ds.parallel.world import AgreedError, leave
+
+    if kind is None or issubclass(kind, UserError | AgreedError | StopRequested):
+        leave()
+
+
 def _run_as_rank(verb: str, request: Request) -> int:
     """This process is one rank of a job: join it, and let the main process lock and prepare the run directory."""
     import contextlib
 
-    from trace_ds.parallel.world import join, leave
+    from trace_ds.parallel.world import join
 
     distributed = request.config.distributed
     world = join(distributed.threads, distributed.timeout_minutes)
     with contextlib.ExitStack() as stack:
+        stack.push(_leave_together)
 
         def enter() -> None:
             check_early(verb, request, world.size)
@@ -242,7 +255,6 @@ def _run_as_rank(verb: str, request: Request) -> int:
         if world.is_main:
             request.run.store_config()
         world.barrier()
-    leave()
     return 0
 
 
