@@ -12,6 +12,32 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+# The files that take longest, longest first: two files run at a time, and a long one that started last would run alone.
+LONG_FILES = (
+    "test_demo",
+    "test_slurm",
+    "test_kill",
+    "test_unlearn",
+    "test_convert_engines",
+    "test_launchers",
+    "test_collect",
+    "test_plan",
+    "test_families",
+    "test_objective_jobs",
+    "test_bench",
+    "test_live_weights",
+    "test_bad_input",
+    "test_convert_targets",
+    "test_readme",
+    "test_doctor_nodes",
+    "test_wheel",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {name: index for index, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -89,3 +91,34 @@ def test_what_counts_as_launched() -> None:
     assert launched({"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"})
     batch_script = {"SLURM_JOB_ID": "1", "SLURM_PROCID": "0", "SLURM_NTASKS": "4", "MASTER_ADDR": "n1"}
     assert not launched(batch_script)
+
+
+LEAVING = """
+import sys
+import torch
+import torch.distributed as dist
+from trace_ds.parallel.world import end_process, join
+
+world = join(threads=1, timeout_minutes=2)
+kept = [dist.new_group(list(range(world.size))) for _ in range(2)]  # as DeepSpeed keeps its groups
+for _ in range(20):
+    for group in kept:
+        dist.all_reduce(torch.ones(1000), group=group)
+sys.stdout.write("written")  # and not flushed
+end_process(int(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize("status", [0, 75])
+def test_a_rank_that_ends_with_groups_open_does_not_abort(tmp_path: Path, status: int) -> None:
+    """With ``sys.exit`` instead, one of these processes in a few dies of SIGABRT in gloo's threads."""
+    ranks = []
+    for rank in range(4):
+        job = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 4, "MASTER_ADDR": "127.0.0.1"}
+        job |= {"MASTER_PORT": free_port() if rank == 0 else ranks[0].args[-1], "DS_ACCELERATOR": "cpu"}
+        environment = os.environ | {name: str(value) for name, value in job.items()}
+        command = [sys.executable, "-c", LEAVING, str(status), environment["MASTER_PORT"]]
+        ranks.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
+    ends = [(*rank.communicate(timeout=240), rank.returncode) for rank in ranks]
+    assert [end[2] for end in ends] == [status] * 4, ends
+    assert all(end[0] == b"written" for end in ends)

@@ -14,7 +14,7 @@ import errno
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, NoReturn, Optional
 
 import typer
 
@@ -54,30 +54,39 @@ def main() -> None:
         _fail(str(error), error.exit_status)
     except StopRequested as error:
         print(f"trace-ds: {error}", file=sys.stderr)
-        sys.exit(EXIT_STOPPED)
+        _end(EXIT_STOPPED)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG):
             raise
         where = f"{error.filename}: " if error.filename else ""
         _fail(f"{where}{error.strerror}. Fix: free space or permissions there, or choose another --run-dir", 2)
     except typer.Exit as end:
-        sys.exit(end.exit_code)
+        _end(end.exit_code)
     except typer.Abort:
-        sys.exit(130)
+        _end(130)
     except Exception as error:
         show = getattr(error, "show", None)  # a usage error (typer carries its own copy of click's exceptions)
         if callable(show):
             show()
-            sys.exit(2)
+            _end(2)
         if type(error).__name__ == "AgreedError":  # the main process says it
-            sys.exit(2)
+            _end(2)
         raise
-    sys.exit(status if isinstance(status, int) else 0)
+    _end(status if isinstance(status, int) else 0)
 
 
-def _fail(line: str, status: int) -> None:
-    print(f"trace-ds: error: {line}", file=sys.stderr)
+def _end(status: int) -> NoReturn:
+    """Exit; a process that was a rank has its own way."""
+    if "trace_ds.parallel.world" in sys.modules:
+        from trace_ds.parallel.world import end_process
+
+        end_process(status)
     sys.exit(status)
+
+
+def _fail(line: str, status: int) -> NoReturn:
+    print(f"trace-ds: error: {line}", file=sys.stderr)
+    _end(status)
 
 
 def _refuse_ranks(verb: str) -> None:

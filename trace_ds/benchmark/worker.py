@@ -301,4 +301,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from trace_ds.parallel.world import end_process
+
+    end_process(main())

@@ -7,11 +7,14 @@ one does not count), and our own local processes (RANK again).
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import os
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +24,8 @@ from trace_ds.errors import UserError
 from trace_ds.parallel.environment import free_port, launched, local_rank_and_size
 
 T = TypeVar("T")
+
+_joined: list[bool] = []  # not empty once this process has joined a group
 
 
 class AgreedError(Exception):
@@ -165,6 +170,7 @@ def join(threads: int, timeout_minutes: float, *, on_cpu: bool = False) -> World
         deepspeed.init_distributed(
             dist_backend="nccl" if cuda else "gloo", timeout=timedelta(minutes=timeout_minutes), verbose=False
         )
+        _joined.append(True)
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if cuda:
         torch.cuda.set_device(local_rank)
@@ -195,6 +201,26 @@ def leave() -> None:
     """Close the process group (quietly, at the end of a job that went well)."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def end_process(status: int) -> NoReturn:
+    """End this process with ``status``; a rank without Python's own tear-down.
+
+    Gloo's threads can hold the tensors of a collective a moment longer than it takes. One that lets go of them while
+    the interpreter is torn down aborts the process ("terminate called without an active exception", status 134), also
+    after the group was destroyed, since DeepSpeed keeps references to it. Everything is written by now: what was
+    registered for the exit runs, MPI is finalised (``mpirun`` takes anything else for a crash), and that is all.
+    """
+    if not _joined:
+        sys.exit(status)
+    atexit._run_exitfuncs()
+    mpi = sys.modules.get("mpi4py.MPI")
+    if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized():
+        mpi.Finalize()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # a closed pipe
+            stream.flush()
+    os._exit(status)
 
 
 def quiet_deepspeed() -> Any:
