@@ -197,11 +197,13 @@ run_interruptibly() {
 # --export=ALL: after `sbatch --export=NONE`, which some sites make the default, srun would pass nothing on either.
 # --cpus-per-task: srun does not take it over from sbatch (SLURM >= 22.05).
 # --kill-on-bad-exit=0: many clusters kill the step when one rank's status is not 0, which would turn the orderly 75 of all
-#   ranks into 137. --wait instead bounds how long the others may hang after the first rank has gone.
+#   ranks into 137. --wait instead bounds how long the others may hang after the first rank has gone: in good order all go
+#   within seconds.
 # No --gpus-per-task: it would hide a node's other GPUs from each task; ranks choose theirs by SLURM_LOCALID.
 run_on_all_ranks() {
   settle_master
-  local per_node=$((SLURM_NTASKS / SLURM_NNODES)) cpus=${SLURM_CPUS_PER_TASK:-1} command=() status=0
+  local per_node=$((SLURM_NTASKS / SLURM_NNODES)) cpus=${SLURM_CPUS_PER_TASK:-1} command=() status=0 began
+  printf -v began '%(%s)T' -1
   # shellcheck disable=SC2016  # each node puts in its own number
   local on_each_node=(--ntasks="$SLURM_NNODES" --ntasks-per-node=1 --cpus-per-task=$((cpus * per_node)) "${step[@]}"
     bash -c 'exec "${@//@NODE_RANK@/$SLURM_NODEID}"' bash "${container[@]}")
@@ -219,13 +221,20 @@ run_on_all_ranks() {
       ;;
   esac
   run_interruptibly env MASTER_ADDR="$master_addr" MASTER_PORT="$master_port" \
-    srun --export=ALL --label --kill-on-bad-exit=0 --wait="${TRACE_DS_WAIT_S:-300}" "${command[@]}" "$@" || status=$?
+    srun --export=ALL --label --kill-on-bad-exit=0 --wait="${TRACE_DS_WAIT_S:-45}" "${command[@]}" "$@" || status=$?
   rm -f "$run_dir/.hostfile"
   # torchrun calls every failure 1. After a stop was asked for, take it for the orderly 75 (a real one comes again).
-  if [[ $TRACE_DS_LAUNCHER/$status == torchrun/1 ]] && { ((stop_requested)) || [[ -e $run_dir/stop ]]; }; then
+  if [[ $TRACE_DS_LAUNCHER/$status == torchrun/1 ]] &&
+    { ((stop_requested)) || [[ -e $run_dir/stop ]] || stopped_on_request "$1" "$began"; }; then
     status=75
   fi
   return "$status"
+}
+
+# stopped_on_request VERB SECONDS: whether a log that the verb wrote since then (of the epoch) ends with that: the ranks
+# remove the stop file that they obey.
+stopped_on_request() {
+  find "$run_dir" -path "*/logs/$1.jsonl" -newermt "@$2" -exec tail -n 1 {} \; | grep -q "stopped on request"
 }
 
 # One process on the first node: in this shell, or in a step when only srun can make the container.

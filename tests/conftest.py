@@ -28,6 +28,7 @@ LONG_FILES = (
     "test_live_weights",
     "test_bad_input",
     "test_convert_targets",
+    "test_cluster_page",
     "test_readme",
     "test_doctor_nodes",
     "test_wheel",

@@ -64,6 +64,21 @@ def test_every_layout_of_a_model_leads_back_to_it(tmp_path: Path, family: str) -
     assert len(set(index["weight_map"].values())) > 1
 
 
+@pytest.mark.parametrize("family", ["gpt_oss", "phimoe", "granitemoe"])
+def test_a_family_without_expert_parallelism_goes_round_too(tmp_path: Path, family: str) -> None:
+    import tiny
+    from transformers import AutoModelForCausalLM
+
+    base = tiny.make_model(tmp_path / "base", family)
+    held = AutoModelForCausalLM.from_pretrained(base, dtype="auto").state_dict()
+    convert_checkpoint(base, tmp_path / "fused", to="hf-fused")
+    fused = weights(tmp_path / "fused")
+    assert same(fused, {name: tensor for name, tensor in held.items() if name in fused})
+    assert set(held) - set(fused) <= {"lm_head.weight"}  # tied
+    convert_checkpoint(tmp_path / "fused", tmp_path / "back", verify=True)
+    assert same(weights(tmp_path / "back"), weights(base))
+
+
 def test_reruns_and_jobs_give_the_same_bytes(tmp_path: Path) -> None:
     source = checkpoints(2) / TRAINED.name
     base = checkpoints(2) / "base" / "mixtral"

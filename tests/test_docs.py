@@ -38,3 +38,14 @@ def test_links_and_commands(page: Path) -> None:
     verbs = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
     for verb in re.findall(r"trace-ds ([a-z]+)\b", text):
         assert verb in verbs, verb
+
+
+def test_every_metric_is_explained() -> None:
+    """The glossary of the report and the table of docs/evaluation.md name the same metrics."""
+    from trace_ds.evaluation.glossary import MEANINGS
+
+    text = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    table = text.partition("| metric | range |")[2].partition("\n\n")[0]
+    cells = [line.split("|")[1] for line in table.splitlines()[2:]]
+    named = {name for cell in cells for name in re.findall(r"`([a-z_]+)`", cell)}
+    assert named == set(MEANINGS)

@@ -32,7 +32,8 @@ STAGES = ["prepare", "collect", "calibrate", "unlearn", "convert", "evaluate", "
 
 # One line per process in RUN_DIR/calls. Per verb: FAKE/VERB.waits makes it run until the stop file appears and then
 # exit 75, in the first run of the job only, rank 0 first and the others a second later each, as after an orderly stop;
-# FAKE/VERB.deaf makes it run until FAKE/VERB.release appears; FAKE/VERB.status is the exit status.
+# FAKE/VERB.hangs makes every rank but 0 wait for ever, as one whose collective lost a peer; FAKE/VERB.deaf makes it run
+# until FAKE/VERB.release appears; FAKE/VERB.status is the exit status.
 FAKE_COMMAND = """#!/usr/bin/env bash
 set -euo pipefail
 [[ -z ${RANK:-} ]]
@@ -51,6 +52,7 @@ fi
 if [[ -e $FAKE/$verb.deaf && -z ${SLURM_RESTART_COUNT:-} ]]; then
   until [[ -e $FAKE/$verb.release ]]; do sleep 0.1; done
 fi
+[[ ! -e $FAKE/$verb.hangs || ${rank:-0} == 0 ]] || sleep 600
 [[ ! -e $FAKE/$verb.status ]] || exit "$(cat "$FAKE/$verb.status")"
 """
 
@@ -203,6 +205,18 @@ def test_failure_keeps_its_status_and_is_not_requeued(place: Workplace, verb: st
     assert place.cluster.info(job)["Restarts"] == "0"
     assert place.verbs() == STAGES[: STAGES.index(verb) + 1]
     assert ("but the controller misses none" in place.cluster.output(job)) == (status == 7)
+
+
+def test_a_rank_that_dies_takes_those_that_hang_with_it(place: Workplace) -> None:
+    (place.fake / "unlearn.hangs").touch()
+    (place.fake / "unlearn.status").write_text("7")
+    place.env["TRACE_DS_WAIT_S"] = "2"
+    job = place.submit("books", options=("--nodes=2", *SMALL))
+    assert place.cluster.wait(job) == "FAILED", place.cluster.output(job)
+    assert place.cluster.exit_code(job) not in (0, 2, 75)
+    assert place.cluster.info(job)["Restarts"] == "0"
+    assert sorted(c[1] for c in place.calls() if c[0] == "unlearn") == ["0", "1"]
+    assert place.verbs() == STAGES[:4]
 
 
 def test_collect_stats_from_the_repository_without_any_environment(place: Workplace) -> None:
@@ -362,6 +376,18 @@ def test_other_launchers_start_the_ranks(place: Workplace, launcher: str) -> Non
     expected = [f"unlearn {rank} 4 {rank % 2} {10000 + job % 20000} {rank // 2}" for rank in range(4)]
     assert first == second == expected
     assert not (place.run_dir / ".hostfile").exists()
+
+
+@pytest.mark.parametrize(("last", "status"), [("stopped on request after step 3 of 9", 75), ("step 3 of 9", 1)])
+def test_a_stop_under_torchrun_is_told_from_a_failure(place: Workplace, last: str, status: int) -> None:
+    """A stand-in for torchrun, which calls both 1; the ranks have removed the stop file that they obeyed."""
+    log = place.run_dir / "logs" / "unlearn.jsonl"
+    place.shadow("torchrun", f'mkdir -p {log.parent}\necho \'{{"line": "{last}"}}\' >>{log}\nexit 1')
+    place.env |= {"TRACE_DS_LAUNCHER": "torchrun", "TRACE_DS_STAGES": "unlearn"}
+    job = place.submit("books")
+    assert place.cluster.wait(job) == "FAILED", place.cluster.output(job)
+    assert place.cluster.exit_code(job) == status, place.cluster.output(job)
+    assert place.cluster.info(job)["Restarts"] == "0"
 
 
 def test_lost_node_ends_in_requeue_and_completion(place: Workplace) -> None:
