@@ -338,7 +338,8 @@ def write_study(path: Path, *, seeds: int = 6, losses: Sequence[str] = ("rmu", "
         if method == "permuted" and seed == 0:
             scores[forget] = scores[forget] + 0.2  # never reaches the target
         found = {m: matched(STEPS, scores[forget].tolist(), scores[m].tolist(), 0.37) for m in metrics}
-        curves.setdefault((loss, method), {})[seed] = Curve(seed, loss, method, point, found, False)
+        last = float(scores[forget][-1])
+        curves.setdefault((loss, method), {})[seed] = Curve(seed, loss, method, point, found, False, last)
         lines += [
             f'{seed},{loss},{method},"alpha=256,lr=0.002",{step},' + ",".join(f"{v[i]:.6g}" for v in scores.values())
             for i, step in enumerate(STEPS)
@@ -346,6 +347,7 @@ def write_study(path: Path, *, seeds: int = 6, losses: Sequence[str] = ("rmu", "
     rows = [
         {"loss": loss, "strength": strength, "method": method, "metric": metric, "at": at, "direction": "higher"}
         | {"edges": {"alpha=256": [0, 2]} if method == "sampling" and strength != "same strength" else {}}
+        | {"untried": ["lr"] if method == "permuted" and strength == "own alpha, lr" else []}
         | compare(curves[loss, method], curves[loss, "uniform"], metric, at)
         for loss in losses
         for strength in ("same strength", "own alpha", "own alpha, lr")

@@ -30,6 +30,7 @@ def config(**bench: Any) -> Config:
             "tasks": [
                 {"name": "bad", "type": "choice", "path": "q", "role": "forget"},
                 {"name": "good", "type": "choice", "path": "q", "role": "utility"},
+                {"name": "text", "type": "perplexity", "path": "t", "role": "utility"},
             ]
         },
         "bench": {
@@ -74,9 +75,14 @@ def test_a_study_has_every_combination_and_the_narrowest_grid_wins() -> None:
         ({"grid": {ALPHA: [1.0]}}, r"the grid of unlearning.alpha for recipe uniform lacks the recipe's own value 4.0"),
         ({"baseline": "none"}, r"the baseline 'none' is not among the methods uniform, sampling"),
         ({"grids": {"raking": {ALPHA: [4.0]}}}, r"grids names 'raking', which is no method"),
+        ({"grids": {"sampling": {"unlearning.steps": [5]}}}, r"grids.sampling has unlearning.steps, which grid lacks"),
+        ({"forget": "bad acuracy"}, r"'bad acuracy' is not 'TASK METRIC' of a task of the recipe"),
+        ({"utility": ["good exact_match", "good exact_mach near/*"]}, r"use one of: bad accuracy, accuracy_norm"),
+        ({"score_at_end": ["godo"]}, r"score_at_end: 'godo' is no task of the recipe"),
+        ({"score_at_end": ["good"]}, r"score_at_end: 'good' is scored at every look: it decides"),
         ({"grid": {"data.add_bos": [True]}}, r"a study may not change data.add_bos"),
         ({"forget": "worse accuracy"}, r"'worse accuracy' is not 'TASK METRIC' of a task of the recipe"),
-        ({"utility": ["good perplexity"]}, r"good perplexity does not grow with what is kept"),
+        ({"utility": ["text perplexity"]}, r"text perplexity does not grow with what is kept"),
         ({"seeds": [1, 1]}, r"seeds holds one number twice"),
         ({"methods": {"uniform": {}, "b": {"calibration.rul": "x"}}}, r"unknown key 'calibration.rul'"),
     ],
@@ -102,6 +108,10 @@ def test_a_metric_may_be_restricted_to_sources() -> None:
     assert analysis.metric_of(entry, "good exact_match near/*") == 0.75
     assert math.isnan(analysis.metric_of(entry, "t perplexity"))
     assert math.isnan(analysis.metric_of(entry, "good exact_match far/*"))
+    text = {"a": {"n": 3, "perplexity": 2.0}, "b": {"n": 1, "perplexity": 32.0}, "c": {"n": 9}}
+    entry = {"scores": {}, "by_source": {"t": text}}
+    assert analysis.metric_of(entry, "t perplexity [ab]") == pytest.approx(4.0)  # (2·2·2·32) ** 1/4
+    assert math.isnan(analysis.metric_of(entry, "t perplexity *"))  # c's is infinite
 
 
 def test_strengths_are_chosen_on_the_other_fold_only() -> None:
@@ -150,6 +160,8 @@ def test_a_point_that_forgets_on_more_seeds_is_chosen_before_a_better_one() -> N
     assert dict(analysis.choose_point(curves, [1, 3], "good exact_match") or ())[ALPHA] == 1.0
     never = [curve(1, "uniform", 4.0, 1e-3, [0.9], None)]
     assert analysis.choose_point(never, [1], "good exact_match") is None
+    unknown = [curve(s, "uniform", 9.0, 1e-3, [math.nan, math.nan], 10) for s in (1, 3)]
+    assert dict(analysis.choose_point([*unknown, *curves], [1, 3], "good exact_match") or ())[ALPHA] == 1.0
 
 
 def test_pairs_are_of_the_same_seed_and_missing_ones_are_named() -> None:
@@ -163,6 +175,31 @@ def test_pairs_are_of_the_same_seed_and_missing_ones_are_named() -> None:
         assert (row["steps"], row["baseline_steps"]) == ([20], [10])
         assert row["relative_interval"] is None
     assert row["points"]["0"] == "alpha=4.0,lr=0.001"
+
+
+def test_what_cannot_be_compared_is_said_not_dropped() -> None:
+    forgets = [{"step": 10, "forget": 0.1}, {"step": 20, "forget": 0.4}]
+    entries = [
+        {"step": e["step"], "scores": {"bad accuracy": e["forget"], "good exact_match": 0.5}, "by_source": {}}
+        for e in forgets
+    ]
+    result = {"seed": 0, "loss": "recipe", "method": "m", "point": [], "curve": entries, "diverged": None}
+    back = analysis.curve_of(result, "bad accuracy", ["good exact_match"], 0.2)
+    assert (back.step, back.forget_end) == (10, 0.4)  # above the target again
+    base = curve(0, "uniform", 1.0, 1e-3, [math.inf], 10)
+    row = analysis.compare({0: back}, {0: base}, "good exact_match", "end")
+    assert (row["seeds"], row["not_a_number"], row["forget_end"]) == ([], [0], [])
+    base = curve(0, "uniform", 1.0, 1e-3, [0.25], 10)
+    row = analysis.compare({0: back}, {0: base}, "good exact_match", "end")
+    assert (row["relative"], row["forget_end"], row["baseline_forget_end"]) == (1.0, [0.4], [None])
+    assert analysis.bootstrap_ratio([0.1, 0.2], [-1.0, -2.0]) is None  # no ratio to a baseline below zero
+
+
+def test_a_method_with_one_value_is_not_called_tuned() -> None:
+    bench = config(grids={"sampling": {LR: [1e-3]}}).bench
+    assert bench is not None
+    assert plan.untried(bench, "recipe", "sampling", [ALPHA, LR]) == ["lr"]
+    assert plan.untried(bench, "recipe", "sampling", [ALPHA]) == plan.untried(bench, "recipe", "uniform", [LR]) == []
 
 
 def test_intervals_agree_with_scipy() -> None:

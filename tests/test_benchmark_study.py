@@ -115,6 +115,19 @@ def test_a_killed_study_is_finished_and_a_second_one_writes_the_same_bytes(study
     assert row["edges"] and all(seeds for seeds in row["edges"].values())  # two values: each is an end
 
 
+def test_the_csv_alone_gives_the_comparisons_again(study: Path, recipe: Path) -> None:
+    from tools.study_from_csv import comparisons, read_curves
+
+    told = json.loads((study / "study.json").read_text())
+    config, _ = load_config(str(recipe), [], "out")
+    found = comparisons(config, read_curves(config, study / "frontier.csv", told["target"]))
+    wanted = [row for row in told["comparisons"] if row["at"] != "cross"]
+    assert len(found) == len(wanted) > 0
+    for row, expected in zip(found, wanted, strict=True):
+        assert row["seeds"] == expected["seeds"] and row["points"] == expected["points"]
+        assert row["value"] == pytest.approx(expected["value"], rel=1e-5)  # the CSV has six digits
+
+
 def test_neither_kills_nor_workers_change_a_result(study: Path, recipe: Path, alone: dict[str, Any]) -> None:
     assert alone["first"] == 2 + 6
     for path in sorted(study.glob("seed_*/trials/recipe/uniform/*.json")):

@@ -108,7 +108,7 @@ def load_expert_parallel(world: World, case: Case, source: str) -> Any:
         return engine(input_ids=probe(), use_cache=False).logits.float().numpy()
 
 
-@pytest.mark.parametrize(("family", "ep"), [("mixtral", 1), ("mixtral", 2), ("deepseek_v3", 2), ("qwen2_moe", 2)])
+@pytest.mark.parametrize(("family", "ep"), [("mixtral", 1), *((family, 2) for family in FAMILIES)])
 def test_deepspeed_loads_the_expert_parallel_layout(tmp_path: Path, family: str, ep: int) -> None:
     model = base_model(family)
     model.save_pretrained(tmp_path / "base")

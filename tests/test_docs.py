@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from trace_ds.config.load import load_config
+
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = [*ROOT.glob("trace_ds/**/*.py"), *ROOT.glob("slurm/*.sh")]
 LIBRARIES = ("_CanRecordRegistry", "CUDA out of memory", "Watchdog caught")  # said by others
@@ -38,6 +40,36 @@ def test_links_and_commands(page: Path) -> None:
     verbs = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
     for verb in re.findall(r"trace-ds ([a-z]+)\b", text):
         assert verb in verbs, verb
+
+
+def test_the_published_comparisons_follow_from_the_published_scores() -> None:
+    """The main rows of docs/studies.md and of the README, from docs/studies/entangled.csv."""
+    from tools.study_from_csv import comparisons, read_curves
+
+    config, _ = load_config("bench_entangled", [], "out")
+    rows = comparisons(config, read_curves(config, ROOT / "docs" / "studies" / "entangled.csv", 0.302))
+    text = (ROOT / "docs" / "studies.md").read_text(encoding="utf-8")
+    for page, method, name in (
+        (text, "sampling", "**TRACE, sampling retain rows**"),
+        (text, "weighting", "TRACE, weighting the loss"),
+        (text, "permuted", "control: weights permuted over rows"),
+        (text, "grip", "GRIP, uniform weights"),
+        ((ROOT / "README.md").read_text(encoding="utf-8"), "sampling", "TRACE, sampling retain rows (the default)"),
+    ):
+        cells = next(line for line in page.splitlines() if line.startswith(f"| {name} |")).split("|")[2:-1]
+        for cell, strength in zip(cells, ("same strength", "own alpha", "own alpha, lr"), strict=True):
+            if "not tried" not in cell:
+                row = next(
+                    r for r in rows
+                    if (r["strength"], r["method"], r["metric"], r["at"])
+                    == (strength, method, config.bench.utility[0], "post")
+                )  # fmt: skip
+                low, high = (100 * row["relative_interval"][end] for end in ("low", "high"))
+                told = f"{100 * row['relative']:+.1f} % [{low:.1f}, {high:.1f}]".replace("-", "−")
+                assert told in cell, (name, strength)
+                assert (f"{len(row['seeds'])} seeds" in cell or f"{len(row['seeds'])} of 5" in cell) or len(
+                    row["seeds"]
+                ) == 5
 
 
 def test_every_metric_is_explained() -> None:

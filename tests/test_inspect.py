@@ -217,7 +217,7 @@ def test_what_deepspeed_and_the_conversion_wrote(tmp_path: Path) -> None:
     shutil.copytree(checkpoints(2) / case.name / "step_000001", tmp_path / "raw" / "global_step1")
     (tmp_path / "raw" / "latest").write_text("global_step1", encoding="utf-8")
     base = checkpoints(2) / "base" / "mixtral"
-    convert_checkpoint(tmp_path / "raw", tmp_path / "universal", to="universal")
+    convert_checkpoint(tmp_path / "raw", tmp_path / "universal", to="universal", base_model=base)
     convert_checkpoint(base, tmp_path / "ep", to="ep")
     expected = {"step": 1, "world": 2, "ep": 2, "zero_stage": 3, "dtype": "bf16"}
     for folder, step, kind in (("raw", "global_step1", "deepspeed"), ("universal", "global_step1", "universal")):
@@ -226,10 +226,12 @@ def test_what_deepspeed_and_the_conversion_wrote(tmp_path: Path) -> None:
             assert found.kind == kind and not found.problems
             assert {key: found.facts[key] for key in expected} == expected
             assert found.facts["optimizer_states"] == ["exp_avg", "exp_avg_sq"]
+            assert found.facts["family"] == {"raw": None, "universal": "mixtral"}[folder]  # raw: no file says it
     (tmp_path / "universal" / "global_step1").rename(tmp_path / "step_000001")  # a name that our own steps have
     assert inspect(tmp_path / "step_000001").kind == "universal"
     found = inspect(tmp_path / "ep", verify=True)
     assert (found.kind, found.facts["format"], found.problems) == ("deepspeed", "expert_parallel", [])
+    assert found.facts["family"] == "mixtral"
 
     for name in ("zero/optimizer_state.pt", "zero/lm_head.weight/exp_avg.pt"):
         file = tmp_path / "step_000001" / name

@@ -604,6 +604,30 @@ def test_the_command_prints_tables_and_json(tmp_path: Path, capsys: pytest.Captu
         assert word in printed
 
 
+def test_every_option_of_the_command_reaches_the_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    from trace_ds.cli import app
+
+    given: list[ClusterSpec] = []
+    monkeypatch.setattr("trace_ds.cluster.plan.plan_command", lambda config, spec, json: given.append(spec) or 0)
+    options = {
+        "nodes": 3,
+        "gpus_per_node": 5,
+        "gpu_memory": 141.0,
+        "tflops": 7.0,
+        "intra": 11.0,
+        "inter": 13.0,
+        "storage": 17.0,
+        "host_memory": 19.0,
+    }
+    fields = {"gpu_memory": "gpu_memory_gb", "host_memory": "host_memory_gb"}
+    fields |= {name: f"{name}_gb_s" for name in ("intra", "inter", "storage")}
+    words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    with pytest.raises(SystemExit) as ended:
+        app(["plan", "mixtral_8x7b", *words])
+    assert ended.value.code == 0
+    assert given == [ClusterSpec(**{fields.get(name, name): value for name, value in options.items()})]
+
+
 def test_planning_imports_no_torch() -> None:
     code = "import sys, trace_ds.cluster.plan_view; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -87,6 +87,33 @@ def test_the_rest_stays_bitwise(
         found = weights_of(Path(run), STEPS, tmp_path / f"{name}-model")
         moved = {tensor for tensor, value in start.items() if not np.array_equal(value, found[tensor])}
         assert moved == expected_changes(name, list(start), prepared), name
+    run = Path(dict(zip(CASES, runs, strict=True))["seuf"][0])
+    lines = map(json.loads, (run / "logs" / "unlearn.jsonl").read_text().splitlines())
+    first = next(line for line in lines if line.get("step") == 1 and "loss_anchor" in line)
+    expected = first_anchor_loss(config, prepared, overrides_of("seuf", 1, 3), tiny_model)
+    assert abs(first["loss_anchor"] / expected - 1) < 1e-5
+    total = first["loss_forget"] + 4 * first["loss_retain"] + first["loss_anchor"]
+    assert abs(first["loss"] - total) < 1e-4
+
+
+def first_anchor_loss(config: Path, run: Path, overrides: list[str], model_path: Path) -> float:
+    """SEUF's anchor of the first step by plain transformers: 4 · mean over forget tokens of ‖softmax − chosen‖²."""
+    loaded, path = load_config(str(config), overrides, run)
+    batches = make_batches(loaded, check_unlearn(loaded, RunDirectory.at(path), 1))
+    model: Any = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+    mass = RoutingStatistics.load(run / "statistics" / "forget" / "statistics.safetensors").gate_mass_LE
+    layer = int(np.unravel_index(mass.argmax(), mass.shape)[0])
+    chosen = torch.zeros(mass.shape[1]).index_fill(0, torch.tensor(np.argsort(mass[layer])[-2:].copy()), 1.0)
+    total, tokens = 0.0, 0
+    for batch in batches.at(0, 0, 1).micro_batches:
+        rows = slice(0, batch.forget_rows)
+        ids, positions = batch.input_ids_BS[rows], batch.position_ids_BS[rows]
+        with torch.no_grad():
+            found = model(input_ids=ids, position_ids=positions, use_cache=False, output_router_logits=True)
+        gates = torch.softmax(found.router_logits[layer].double(), -1)[batch.counted_BS[rows].reshape(-1)]
+        total += 4 * float((gates - chosen).square().sum())
+        tokens += len(gates)
+    return total / tokens
 
 
 def test_names_and_kinds(tiny_model: Path) -> None:
@@ -211,6 +238,9 @@ def test_grip_does_not_depend_on_the_world_and_realigned_routers_choose_as_befor
             ])
             for stage in stages for case, settings in cases.items()
         ]  # fmt: skip
+        if world == 1:  # a longer job that reaches its target at the same step
+            longer = ["unlearning.steps=9", "unlearning.evaluate.target_forget_nll=0.01"]
+            work.append((str(copy_of(prepared, tmp_path / "early-1-3")), [*work[1][1], *longer]))
         assert not any(map(any, run_distributed(jobs.unlearn_jobs, world, str(config), work)))
         for run, _ in work:
             name = Path(run).name
@@ -225,6 +255,7 @@ def test_grip_does_not_depend_on_the_world_and_realigned_routers_choose_as_befor
     assert overlap["realigned-1-3"] > overlap["projected-1-3"] + 0.03, overlap
     routers = [name for name in weights["realigned-1-3"] if name.endswith("gate.weight")]
     assert len(routers) == 3
+    assert all(np.array_equal(value, weights["early-1-3"][name]) for name, value in weights["realigned-1-3"].items())
     for name, value in weights["projected-1-3"].items():  # nothing but the routers was touched
         assert np.array_equal(value, weights["realigned-1-3"][name]) != (name in routers), name
 

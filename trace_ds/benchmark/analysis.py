@@ -3,7 +3,8 @@
 A trial has *forgotten* from the first scored step at which its forget score is at most the target (the mean score of
 the gold models plus a margin). Three numbers are told of a trial that has: ``cross``, the utility at that step,
 ``post``, the mean utility from that step to the last (less noisy, so it is what tuning looks at), and ``end``, the
-utility after the last step. A trial that never gets there counts as not reached; it is never compared.
+utility after the last step. A trial that never gets there counts as not reached; it is never compared. Of those
+compared the forget score after the last step is told too: a run that had forgotten may be above the target again.
 
 **Tuning without peeking** (our decision): the seeds are dealt to two folds in turn. For each fold the point (alpha,
 learning rate) of a method is the one with the best mean ``post`` over the *other* fold's seeds, among those that
@@ -25,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from trace_ds.benchmark.plan import Point, label
-from trace_ds.reporting.matched import Matched, matched
+from trace_ds.reporting.matched import Matched, matched, relative_gain
 
 BOOTSTRAP_DRAWS = 10_000
 LEVEL = 0.95
@@ -33,7 +34,7 @@ LEVEL = 0.95
 
 @dataclass(frozen=True)
 class Curve:
-    """A finished trial and, by utility metric, what :func:`matched` says."""
+    """A finished trial and, by utility metric, what :func:`matched` says; ``forget_end``: the last forget score."""
 
     seed: int
     loss: str
@@ -41,6 +42,7 @@ class Curve:
     point: Point
     found: dict[str, Matched]
     diverged: bool
+    forget_end: float = math.nan
 
     @property
     def step(self) -> int | None:
@@ -62,7 +64,11 @@ def metric_of(entry: Mapping[str, Any], name: str) -> float:
     sources = entry["by_source"].get(task, {})
     chosen = [v for source, v in sources.items() if fnmatch.fnmatch(source, pattern[0])]
     count = sum(v["n"] for v in chosen)
-    return math.fsum(v["n"] * v[metric] for v in chosen) / count if count else math.nan
+    if not count or any(metric not in v for v in chosen):
+        return math.nan
+    if metric == "perplexity":  # of the tokens of all sources together
+        return math.exp(math.fsum(v["n"] * math.log(v[metric]) for v in chosen) / count)
+    return math.fsum(v["n"] * v[metric] for v in chosen) / count
 
 
 def curve_of(result: Mapping[str, Any], forget: str, utilities: Sequence[str], target: float) -> Curve:
@@ -77,7 +83,8 @@ def curve_of(result: Mapping[str, Any], forget: str, utilities: Sequence[str], t
     }
     point = tuple((key, value) for key, value in result["point"])
     diverged = result["diverged"] is not None
-    return Curve(result["seed"], result["loss"], result["method"], point, {} if diverged else found, diverged)
+    last = forget_S[-1] if entries and not diverged else math.nan
+    return Curve(result["seed"], result["loss"], result["method"], point, {} if diverged else found, diverged, last)
 
 
 def folds(seeds: Sequence[int]) -> tuple[list[int], list[int]]:
@@ -92,6 +99,7 @@ def choose_point(curves: Sequence[Curve], seeds: Sequence[int], metric: str) -> 
         reached = [
             curve.found[metric] for curve in curves if curve.point == point and curve.seed in seeds and curve.step
         ]
+        reached = [m for m in reached if m.post is not None and math.isfinite(m.post)]
         if not reached:
             continue
         posts = [float(m.post) for m in reached if m.post is not None]
@@ -118,18 +126,22 @@ def tuned(
     return {seed: chosen[seed] for seed in seeds}
 
 
-def bootstrap_ratio(values: Sequence[float], baselines: Sequence[float], draws: int = BOOTSTRAP_DRAWS) -> Interval:
+def bootstrap_ratio(
+    values: Sequence[float], baselines: Sequence[float], draws: int = BOOTSTRAP_DRAWS
+) -> Interval | None:
     """Percentile interval of mean(values) / mean(baselines) − 1 over paired resamples of the seeds (fixed seed 0).
 
-    ``ValueError`` for fewer than two pairs.
+    None where a resample's baseline is not above zero, so that there is no ratio; ``ValueError`` for fewer than two
+    pairs.
     """
     pairs_N2 = np.array([values, baselines], dtype=np.float64).T
     if len(pairs_N2) < 2:
         raise ValueError("a bootstrap needs two pairs")
     draw_DN = np.random.default_rng(0).integers(0, len(pairs_N2), (draws, len(pairs_N2)))
     means_D2 = pairs_N2[draw_DN].mean(1)
-    kept_D2 = means_D2[means_D2[:, 1] > 0]
-    low, high = np.quantile(kept_D2[:, 0] / kept_D2[:, 1] - 1, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    if (means_D2[:, 1] <= 0).any():
+        return None
+    low, high = np.quantile(means_D2[:, 0] / means_D2[:, 1] - 1, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Interval(float(low), float(high))
 
 
@@ -167,18 +179,22 @@ def compare(
     differences = [x - y for x, y in zip(mine, theirs, strict=True)]
     mean, mean_base = (math.fsum(v) / len(v) if v else None for v in (mine, theirs))
     enough = len(pairs) > 1
+    ratio = bootstrap_ratio(mine, theirs) if enough else None
     return {
         "seeds": [s for s, _, _ in pairs],
         "value": mean,
         "baseline": mean_base,
-        "relative": mean / mean_base - 1 if mean is not None and mean_base else None,
-        "relative_interval": vars(bootstrap_ratio(mine, theirs)) if enough and mean_base else None,
+        "relative": None if mean is None or mean_base is None else relative_gain(mean, mean_base),
+        "relative_interval": vars(ratio) if ratio is not None else None,
         "difference": math.fsum(differences) / len(differences) if differences else None,
         "difference_t_interval": vars(t_interval(differences)) if enough else None,
         "by_seed": mine,
         "baseline_by_seed": theirs,
         "steps": [a for a, _ in steps],
         "baseline_steps": [b for _, b in steps],
+        "forget_end": [finite(a.forget_end) for _, a, _ in pairs],
+        "baseline_forget_end": [finite(b.forget_end) for _, _, b in pairs],
+        "not_a_number": [s for s, a, b in reached if not (math.isfinite(at(a)) and math.isfinite(at(b)))],
         "not_reached": {
             "method": [s for s, a, _ in sides if a is None or not a.step],
             "baseline": [s for s, _, b in sides if b is None or not b.step],
@@ -186,3 +202,8 @@ def compare(
         "points": {str(s): None if a is None else label(a.point) for s, a, _ in sides},
         "baseline_points": {str(s): None if b is None else label(b.point) for s, _, b in sides},
     }
+
+
+def finite(value: float) -> float | None:
+    """The value, or None for JSON when it is not a number."""
+    return value if math.isfinite(value) else None

@@ -107,6 +107,12 @@ def edges(bench: BenchConfig, loss: str, method: str, point: Point | None, free:
     ]
 
 
+def untried(bench: BenchConfig, loss: str, method: str, free: Sequence[str]) -> list[str]:
+    """The keys among ``free`` of which the method has one value only: there was nothing to choose from."""
+    grid = grid_of(bench, loss, method)
+    return [key.rsplit(".", 1)[-1] for key in free if len(grid[key]) < 2]
+
+
 def is_baseline(config: Config) -> bool:
     """Whether a trial's retain side is not calibrated by routing: a control, or a method of others."""
     from trace_ds.reporting.gather import CONTROL_RULES
@@ -145,7 +151,7 @@ def _check_forget(config: Config, metric: str) -> None:
 
 def check(config: Config) -> None:
     """Find what is wrong with a study before its first run; raises :class:`UserError`."""
-    from trace_ds.evaluation.tasks import direction
+    from trace_ds.evaluation.tasks import METRICS, direction
 
     bench = require_bench(config, "bench")
     if config.distributed.ep != 1 or (config.distributed.nproc or 1) != 1 or config.unlearning.zero_stage == 3:
@@ -154,13 +160,18 @@ def check(config: Config) -> None:
             "distributed",
             "set distributed.nproc and ep to 1 and unlearning.zero_stage to 1",
         )
-    tasks = {task.name for task in config.evaluation.tasks}
+    tasks = {task.name: METRICS[task.type] for task in config.evaluation.tasks}
     for metric in (bench.forget, *bench.utility):
-        if len(metric.split()) not in (2, 3) or metric.split()[0] not in tasks:
+        words = metric.split()
+        if len(words) not in (2, 3) or words[1] not in tasks.get(words[0], ()):
+            known = "; ".join(f"{name} {', '.join(metrics)}" for name, metrics in sorted(tasks.items()))
+            raise UserError(f"{metric!r} is not 'TASK METRIC' of a task of the recipe", "bench", f"use one of: {known}")
+    needed = {bench.forget.split()[0], bench.utility[0].split()[0]}
+    for name in bench.score_at_end:
+        if name not in tasks or name in needed:
+            what = "is scored at every look: it decides" if name in needed else "is no task of the recipe"
             raise UserError(
-                f"{metric!r} is not 'TASK METRIC' of a task of the recipe",
-                "bench",
-                f"tasks: {', '.join(sorted(tasks))}",
+                f"{name!r} {what}", "bench.score_at_end", f"tasks: {', '.join(sorted(set(tasks) - needed))}"
             )
     _check_forget(config, bench.forget.split()[1])
     if direction(bench.utility[0].split()[1], "utility") != "higher":

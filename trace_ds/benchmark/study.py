@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from trace_ds.benchmark import plan
-from trace_ds.benchmark.analysis import Curve, compare, curve_of, metric_of, tuned
+from trace_ds.benchmark.analysis import Curve, compare, curve_of, finite, metric_of, tuned
 from trace_ds.benchmark.worker import Job, Study, is_done
 from trace_ds.errors import EXIT_STOPPED, StopRequested, UserError
 from trace_ds.run.directory import RunDirectory, locked
@@ -144,6 +144,10 @@ def _wait(children: list[subprocess.Popen[bytes]], logs: list[Path], jobs: list[
         for code, log in zip(codes, logs, strict=True):
             if code:
                 lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+                if code < 0:
+                    lines.append(
+                        f"a worker of the study was ended by signal {-code} (9: out of memory?); its log: {log}"
+                    )
                 print("\n".join(lines[-1:] if code == UserError.exit_status else lines[-15:]), file=sys.stderr)
                 return code if code > 0 else EXIT_STOPPED if code == -signal.SIGTERM else 1
         if all(code == 0 for code in codes):
@@ -169,7 +173,7 @@ def analyse(study: Study) -> dict[str, Any]:
     }
     references = {
         str(seed): {
-            name: {m: _finite(metric_of(entry, m)) for m in (bench.forget, *bench.utility)}
+            name: {m: finite(metric_of(entry, m)) for m in (bench.forget, *bench.utility)}
             for name, entry in models.items()
         }
         for seed, models in scored.items()
@@ -197,6 +201,7 @@ def analyse(study: Study) -> dict[str, Any]:
                         found = compare(chosen[method], chosen[bench.baseline], metric, value)
                         row = {"loss": loss, "strength": kind, "method": method, "metric": metric, "at": value}
                         way = {"direction": direction(metric.split()[1], "utility"), "edges": found_edges}
+                        way["untried"] = plan.untried(bench, loss, method, free)
                         rows.append(row | way | found)
         strongest.append(_strongest(study, loss, kind, chosen))
     return {
@@ -225,22 +230,23 @@ def _edges(
 
 
 def _strongest(study: Study, loss: str, kind: str, chosen: Mapping[str, Mapping[int, Curve | None]]) -> dict[str, Any]:
-    """The best method that uses routing against the best that does not, by mean ``post`` of the first utility.
+    """The best method that uses routing against the best that does not, among those that forgot on most seeds, by mean
+    ``post`` of the first utility.
 
     Both are picked by the very numbers that are told, so the difference is a description, not a test.
     """
     metric = study.bench.utility[0]
-    means: dict[bool, list[tuple[float, str]]] = {True: [], False: []}
+    means: dict[bool, list[tuple[int, float, str]]] = {True: [], False: []}
     for method, curves in chosen.items():
         reached = [c.found[metric].post for c in curves.values() if c is not None and c.step]
         posts = [post for post in reached if post is not None and math.isfinite(post)]
         if posts:
             asked = plan.trial_config(study.config, plan.Trial(loss, method, (), study.config.seed))
-            means[plan.is_baseline(asked)].append((math.fsum(posts) / len(posts), method))
+            means[plan.is_baseline(asked)].append((len(posts), math.fsum(posts) / len(posts), method))
     told: dict[str, Any] = {"loss": loss, "strength": kind, "metric": metric}
     for name, group in (("baseline", means[True]), ("routing", means[False])):
         best = max(group, default=None)
-        told |= {name: best and best[1], f"{name}_value": best and best[0]}
+        told |= {name: best and best[2], f"{name}_value": best and best[1]}
     if told["baseline"] and told["routing"]:
         found = compare(chosen[told["routing"]], chosen[told["baseline"]], metric, "post")
         told |= {key: found[key] for key in ("relative", "relative_interval", "seeds")}
@@ -269,10 +275,6 @@ def _target(study: Study, golds: Sequence[dict[str, Any]]) -> float:
     if golds:
         return math.fsum(metric_of(gold, study.bench.forget) for gold in golds) / len(golds) + study.bench.margin
     return CHANCES[study.bench.forget.split()[1]] + CHANCE_MARGIN
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def _where(curve: Curve) -> str:

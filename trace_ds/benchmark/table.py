@@ -27,6 +27,7 @@ def show(result: dict[str, Any]) -> None:
             "post [95 %]",
             "at the crossing",
             "steps",
+            "forget score at the end",
             "seeds",
             "point",
         ):
@@ -42,7 +43,8 @@ def show(result: dict[str, Any]) -> None:
                 "never" if post["value"] is None else f"{post['value']:.4g}",
                 _relative(post),
                 _relative(cross),
-                _steps(post),
+                _pair(post, "steps", "baseline_steps", ".0f"),
+                _pair(post, "forget_end", "baseline_forget_end", ".3f"),
                 f"{len(post['seeds'])}/{len(result['seeds'])}",
                 "; ".join(dict.fromkeys(str(point) for point in post["points"].values())) + edge_note(post),
             )
@@ -70,8 +72,9 @@ def strongest_lines(result: dict[str, Any]) -> list[str]:
 
 
 def edge_note(row: dict[str, Any]) -> str:
-    """Says which chosen values lie at an end of the grid, so that the best may lie beyond."""
-    return f" (at the grid's end: {', '.join(row['edges'])})" if row.get("edges") else ""
+    """Says which chosen values lie at an end of the grid, so that the best may lie beyond, and what had no choice."""
+    ends = f" (at the grid's end: {', '.join(row['edges'])})" if row.get("edges") else ""
+    return ends + (f" ({', '.join(row['untried'])} not tuned)" if row.get("untried") else "")
 
 
 def _relative(row: dict[str, Any]) -> str:
@@ -81,8 +84,9 @@ def _relative(row: dict[str, Any]) -> str:
     return f"{row['relative']:+.1%}" + (f" [{interval['low']:+.1%}, {interval['high']:+.1%}]" if interval else "")
 
 
-def _steps(row: dict[str, Any]) -> str:
-    if not row["steps"]:
+def _pair(row: dict[str, Any], mine: str, theirs: str, form: str) -> str:
+    """The means of both sides."""
+    sides = [[value for value in row[key] if value is not None] for key in (mine, theirs)]
+    if not all(sides):
         return "–"
-    mine, theirs = (sum(row[key]) / len(row[key]) for key in ("steps", "baseline_steps"))
-    return f"{mine:.0f} against {theirs:.0f}"
+    return " against ".join(format(sum(values) / len(values), form) for values in sides)

@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import fcntl
 import functools
+import importlib.metadata
 import json
 import sys
 import time
@@ -111,6 +112,14 @@ class Study:
         return [*references, *trials]
 
 
+@functools.cache
+def made_with() -> dict[str, str]:
+    """What results must have in common to be compared: the kind of device, and the version of torch."""
+    from trace_ds.parallel.environment import accelerator_count
+
+    return {"device": "gpu" if accelerator_count() else "cpu", "torch": importlib.metadata.version("torch")}
+
+
 def content_of(path: str) -> str:
     """SHA-256 over a model directory with its tokenizer, or over a file; the path itself when nothing is there.
 
@@ -168,7 +177,14 @@ class _Work:
             return str(Path(path).absolute().relative_to(directory.absolute())) if made_here else digest(path)
 
         self.identity = sha256_text(
-            canonical_json({"format": FORMAT, "regime": _regime_inputs(regime), **_with_paths(asked, named)})
+            canonical_json(
+                {
+                    "format": FORMAT,
+                    "made_with": made_with(),
+                    "regime": _regime_inputs(regime),
+                    **_with_paths(asked, named),
+                }
+            )
         )
 
     def reference(self, name: str) -> dict[str, Any]:

@@ -452,6 +452,9 @@ class BenchConfig(Section):
         for name in self.grids:
             if name not in known:
                 raise ValueError(f"grids names {name!r}, which is no method, loss or 'LOSS METHOD'")
+            for key in self.grids[name]:
+                if key not in self.grid:
+                    raise ValueError(f"grids.{name} has {key}, which grid lacks: it would be run and never tuned")
         sections = [*self.methods.values(), *self.losses.values(), self.grid, *self.grids.values()]
         for key in {key for section in sections for key in section}:
             if key.split(".")[0] not in ("calibration", "unlearning"):

@@ -17,6 +17,7 @@ from trace_ds.errors import UserError
 from trace_ds.run.files import sha256_file
 
 MANIFEST = "manifest.json"
+REPORT = "conversion.json"
 NAME_LENGTH = 255  # of a directory
 RANK_FILE = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_(model|optim)_states\.pt$")
 MODEL_FILE = re.compile(r"mp_rank_(\d+)_model_states\.pt$")
@@ -37,6 +38,7 @@ class Checkpoint:
         trained: names of the parameters that have an fp32 master, so that they are the optimizer's.
         dtype: bf16, fp16 or fp32, the type that the engine computes in (empty: each tensor's own).
         step, world, ep, zero_stage: of the job that wrote it, as far as its files say.
+        family: transformers' ``model_type``; None where no manifest, configuration or report of a conversion says it.
         layers: AutoEP's metadata of the MoE layers (of rank 0).
         files: the DeepSpeed files that belong to it, relative to ``path``.
         notes: what the user should know (masters missing, for example).
@@ -52,6 +54,7 @@ class Checkpoint:
     world: int = 1
     ep: int = 1
     zero_stage: int | None = None
+    family: str | None = None
     layers: list[dict[str, Any]] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -66,6 +69,7 @@ class Checkpoint:
             "world": self.world,
             "ep": self.ep,
             "zero_stage": self.zero_stage,
+            "family": self.family,
             "dtype": self.dtype,
             "tensors": len(self.tensors),
             "parameters": sum(source.numel for source in self.tensors.values()),
@@ -182,5 +186,29 @@ def open_source(path: Path, tag: str | None = None) -> Checkpoint:
     else:
         checkpoint = deepspeed_source.open_deepspeed(directory)
     checkpoint.manifest = manifest
+    checkpoint.family = _family(directory, manifest)
     check_manifest_matches(checkpoint)
     return checkpoint
+
+
+def _family(directory: Path, manifest: dict[str, Any] | None) -> str | None:
+    """The model's family, by the first of the files that says it."""
+    reports = [_told(place / REPORT).get("source") for place in (directory, directory.parent)]
+    said = [(manifest or {}).get("family"), family_of(directory)]
+    said += [report.get("family") for report in reports if isinstance(report, dict)]
+    return next((family for family in said if isinstance(family, str) and family), None)
+
+
+def family_of(directory: Path) -> str | None:
+    """``model_type`` of a Hugging Face directory's configuration."""
+    family = _told(directory / "config.json").get("model_type")
+    return family if isinstance(family, str) else None
+
+
+def _told(path: Path) -> dict[str, Any]:
+    """A JSON object, or nothing: what it says is only shown."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}

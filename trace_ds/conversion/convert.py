@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from trace_ds.conversion.checkpoint import MANIFEST, Checkpoint, open_source, verify_manifest
+from trace_ds.conversion.checkpoint import MANIFEST, REPORT, Checkpoint, family_of, open_source, verify_manifest
 from trace_ds.conversion.layouts import (
     ModelLayout,
     engine_to_fused,
@@ -48,7 +48,6 @@ from trace_ds.run.files import (
 )
 
 TARGETS = ("hf", "hf-fused", "ep", "universal")
-REPORT = "conversion.json"
 FORMAT = 1
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DTYPE_WORDS = {
@@ -201,6 +200,8 @@ def check_conversion(
         from trace_ds.conversion.universal import check_optimizer_states
 
         check_optimizer_states(checkpoint)
+        if base_model is not None:
+            checkpoint.family = checkpoint.family or family_of(base_model)
         return checkpoint, None
     plan = make_plan(checkpoint, DTYPE_WORDS[dtype], base_model)
     if to == "ep" and not moe_prefixes(plan.layout):
@@ -290,6 +291,7 @@ def source_facts(checkpoint: Checkpoint) -> dict[str, Any]:
 def make_plan(checkpoint: Checkpoint, dtype: str, base_model: Path | None) -> Plan:
     """Bring the source's tensors to transformers' in-memory names and prove that they are the model, all of it."""
     directory = find_base_model(checkpoint, base_model)
+    checkpoint.family = checkpoint.family or family_of(directory)
     layout = read_layout(directory)
     notes = list(checkpoint.notes)
     tensors = {name: source for name, source in checkpoint.tensors.items() if name not in layout.tied}

@@ -11,6 +11,7 @@ import csv
 import json
 import math
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,8 @@ def comparisons(study: StudyData) -> Table:
     """One row per loss, strength, method, metric and moment, as in study.json."""
     header = [
         "loss", "strength", "method", "metric", "at", "value", "baseline", "relative", "relative_low", "relative_high",
-        "difference", "steps", "baseline_steps", "reached", "seeds", "points", "grid_ends",
+        "difference", "steps", "baseline_steps", "forget_end", "baseline_forget_end", "reached", "seeds", "points",
+        "grid_ends", "not_tuned",
     ]  # fmt: skip
     rows = []
     for row in study.result["comparisons"]:
@@ -71,8 +73,9 @@ def comparisons(study: StudyData) -> Table:
         rows.append(
             [
                 *(row[key] for key in (*header[:8],)), interval["low"], interval["high"], row["difference"],
-                _mean(row["steps"]), _mean(row["baseline_steps"]), len(row["seeds"]), len(study.result["seeds"]),
-                points, ", ".join(row.get("edges") or {}),
+                _mean(row["steps"]), _mean(row["baseline_steps"]), _mean(row.get("forget_end", [])),
+                _mean(row.get("baseline_forget_end", [])), len(row["seeds"]), len(study.result["seeds"]),
+                points, ", ".join(row.get("edges") or {}), ", ".join(row.get("untried") or []),
             ]
         )  # fmt: skip
     return make("comparisons", "Methods against the baseline", header, rows)
@@ -166,5 +169,6 @@ def sections(study: StudyData, table: Table) -> list[dict[str, Any]]:
     return found
 
 
-def _mean(values: list[int]) -> float | None:
-    return sum(values) / len(values) if values else None
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
