@@ -340,8 +340,8 @@ def test_checkpoint_becomes_the_model_the_engine_held(tmp_path: Path, world: int
     with torch.no_grad():
         logits = model(input_ids=probe(), use_cache=False).logits.float()
     held = torch.load(root / case.name / "truth_0.pt")["logits"]
-    # Two things differ, by a unit in the last place of bf16 and 1e-8 in fp32: AutoEP adds up the experts in another order,
-    # and ZeRO-3's linear layers round before they add a bias, which of these families Qwen2-MoE's attention has.
+    # Two things differ, by a unit in the last place of bf16 and 1e-8 in fp32: AutoEP adds up the experts in another
+    # order, and ZeRO-3's linear layers round before they add a bias, which Qwen2-MoE's attention has.
     if case.ep or (case.family, case.stage) == ("qwen2_moe", 3):
         assert torch.allclose(logits, held, rtol=0, atol=2e-3 if case.dtype == "bf16" else 1e-6)
     else:
