@@ -236,17 +236,17 @@ def _strongest(study: Study, loss: str, kind: str, chosen: Mapping[str, Mapping[
     Both are picked by the very numbers that are told, so the difference is a description, not a test.
     """
     metric = study.bench.utility[0]
-    means: dict[bool, list[tuple[int, float, str]]] = {True: [], False: []}
+    means: dict[bool, list[tuple[float, str]]] = {True: [], False: []}
     for method, curves in chosen.items():
         reached = [c.found[metric].post for c in curves.values() if c is not None and c.step]
         posts = [post for post in reached if post is not None and math.isfinite(post)]
-        if posts:
+        if 2 * len(posts) > len(curves):
             asked = plan.trial_config(study.config, plan.Trial(loss, method, (), study.config.seed))
-            means[plan.is_baseline(asked)].append((len(posts), math.fsum(posts) / len(posts), method))
+            means[plan.is_baseline(asked)].append((math.fsum(posts) / len(posts), method))
     told: dict[str, Any] = {"loss": loss, "strength": kind, "metric": metric}
     for name, group in (("baseline", means[True]), ("routing", means[False])):
         best = max(group, default=None)
-        told |= {name: best and best[2], f"{name}_value": best and best[1]}
+        told |= {name: best and best[1], f"{name}_value": best and best[0]}
     if told["baseline"] and told["routing"]:
         found = compare(chosen[told["routing"]], chosen[told["baseline"]], metric, "post")
         told |= {key: found[key] for key in ("relative", "relative_interval", "seeds")}

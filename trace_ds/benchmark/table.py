@@ -9,10 +9,15 @@ from rich.table import Table
 
 from trace_ds.evaluation.table import ARROWS
 
+LOG_WIDTH = 180  # of a file: nobody's window cuts it
+
 
 def show(result: dict[str, Any]) -> None:
     """Print a table per utility metric, methods against the baseline, ``post`` and ``cross`` side by side."""
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=LOG_WIDTH)
+    several = len({row["loss"] for row in result["comparisons"]}) > 1
     rows = result["comparisons"]
     for metric in dict.fromkeys(row["metric"] for row in rows):
         arrow = ARROWS[next(row for row in rows if row["metric"] == metric).get("direction", "higher")]
@@ -20,7 +25,7 @@ def show(result: dict[str, Any]) -> None:
             title=f"{metric} {arrow}, against {result['baseline']} at matched forgetting ({result['forget']})"
         )
         for column in (
-            "loss",
+            *(("loss",) if several else ()),
             "strength",
             "method",
             "mean",
@@ -31,13 +36,13 @@ def show(result: dict[str, Any]) -> None:
             "seeds",
             "point",
         ):
-            table.add_column(column)
+            table.add_column(column, overflow="fold", no_wrap=column in ("loss", "method", "mean"))
         found = {(r["loss"], r["strength"], r["method"], r["at"]): r for r in rows if r["metric"] == metric}
         for loss, strength, method in dict.fromkeys(key[:3] for key in found):
             end = found[loss, strength, method, "end"]
             post, cross = (found.get((loss, strength, method, at), end) for at in ("post", "cross"))
             table.add_row(
-                loss,
+                *((loss,) if several else ()),
                 strength,
                 method,
                 "never" if post["value"] is None else f"{post['value']:.4g}",

@@ -131,6 +131,7 @@ def render(study: StudyData, tables: dict[str, Table]) -> str:
         tables=tables,
         pictures=[],
         result=result,
+        several=len({row["loss"] for row in result["comparisons"]}) > 1,
         strongest=strongest_lines(result),
         sections=sections(study, tables["comparisons"]) if "comparisons" in tables else [],
     )
