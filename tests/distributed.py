@@ -1,7 +1,7 @@
 """Run a function in N real processes joined over gloo on this machine.
 
-The processes are forked from a server that has imported torch, transformers and DeepSpeed once, so a job of two costs
-a second, not ten.
+The processes are forked from a server that has imported torch, transformers and DeepSpeed once: importing is most of what
+a small job costs.
 """
 
 from __future__ import annotations
@@ -19,7 +19,18 @@ from trace_ds.parallel.environment import free_port
 
 TIMEOUT_S = 240.0
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "transformers.models.mixtral", "deepspeed"])
+CONTEXT.set_forkserver_preload(
+    [
+        "torch.distributed",
+        "torch.utils.tensorboard",
+        "pandas",  # pyarrow looks for it
+        "transformers.models.mixtral.modeling_mixtral",  # and with it most of transformers
+        "deepspeed",
+        "deepspeed.module_inject.auto_ep_layer",
+        "deepspeed.runtime.superoffload.superoffload_stage3",
+        "torch._dynamo.backends.debugging",  # DeepSpeed's optimizers decorate functions for it
+    ]
+)
 
 
 def run_distributed(function: Callable[..., Any], world_size: int, *arguments: Any) -> list[Any]:
