@@ -1,7 +1,7 @@
 """Run a function in N real processes joined over gloo on this machine.
 
-The processes are forked from a server that has imported torch, transformers and DeepSpeed once: importing is most of what
-a small job costs.
+The processes are forked from a server that has imported torch, transformers and DeepSpeed once: importing is most of
+what a small job costs.
 """
 
 from __future__ import annotations
