@@ -12,24 +12,30 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-# The files that take longest, longest first: two files run at a time, and a long one that started last would run alone.
+# The files that take longest, longest first: three run at a time, and a long one that began last would run alone.
 LONG_FILES = (
-    "test_demo",
     "test_slurm",
+    "test_demo",
     "test_kill",
     "test_unlearn",
-    "test_convert_engines",
+    "test_plan",
     "test_launchers",
     "test_collect",
-    "test_plan",
-    "test_families",
-    "test_objective_jobs",
+    "test_convert_engines",
+    "test_cluster_page",
     "test_bench",
+    "test_watch",
+    "test_trainable",
+    "test_objective_jobs",
+    "test_benchmark_study",
+    "test_readme",
+    "test_evaluation_stage",
     "test_live_weights",
     "test_bad_input",
+    "test_faults",
+    "test_report_browser",
+    "test_families",
     "test_convert_targets",
-    "test_cluster_page",
-    "test_readme",
     "test_doctor_nodes",
     "test_wheel",
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ WRITES = {
     "evaluate": "evaluation/.",
     "report": "report.tmp-",
 }
+SAVING = ("--set", "unlearning.save_every=2")
 KEPT = ("data", "statistics", "calibration", "checkpoints", "model", "evaluation", "report", "variants")
 
 
@@ -71,15 +73,25 @@ def test_killed_in_any_stage_ends_the_same(tiny_model: Path, tmp_path: Path) -> 
     assert not different, different
 
 
-@pytest.mark.slow
-def test_a_rank_that_dies_ends_the_job(tiny_model: Path, tmp_path: Path) -> None:
-    """Killing one rank of a bare job ends it with a failure, soon, and leaves nothing running."""
-    config = tiny.write_config(tmp_path, tiny_model, distributed={"ep": 2, "nproc": 2}, unlearning__steps=5000)
-    run = tmp_path / "run"
+@pytest.fixture(scope="module")
+def calibrated(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(configuration, run directory) of a job on two ranks up to its calibration."""
+    folder = tmp_path_factory.mktemp("calibrated")
+    config = tiny.write_config(
+        folder, tiny_model, distributed={"ep": 2, "nproc": 2}, unlearning__steps=5000, unlearning__save_every=1000
+    )
     for verb in ("prepare", "collect", "calibrate"):
-        assert trace_ds(verb, config, "--run-dir", run).returncode == 0
+        assert trace_ds(verb, config, "--run-dir", folder / "run").returncode == 0
+    return config, folder / "run"
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_ends_the_job(calibrated: tuple[Path, Path], tmp_path: Path) -> None:
+    """Killing one rank of a bare job ends it with a failure, soon, and leaves nothing running."""
+    config, run = calibrated[0], tmp_path / "run"
+    shutil.copytree(calibrated[1], run)
     process = subprocess.Popen(
-        [sys.executable, "-m", "trace_ds", "unlearn", str(config), "--run-dir", str(run)],
+        [sys.executable, "-m", "trace_ds", "unlearn", str(config), "--run-dir", str(run), *SAVING],
         env=environment(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -95,13 +107,9 @@ def test_a_rank_that_dies_ends_the_job(tiny_model: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_sigterm_saves_and_exits_75_and_the_rerun_goes_on(tiny_model: Path, tmp_path: Path) -> None:
-    config = tiny.write_config(
-        tmp_path, tiny_model, distributed={"ep": 2, "nproc": 2}, unlearning__steps=400, unlearning__save_every=1000
-    )
-    run = tmp_path / "run"
-    for verb in ("prepare", "collect", "calibrate"):
-        assert trace_ds(verb, config, "--run-dir", run).returncode == 0
+def test_sigterm_saves_and_exits_75_and_the_rerun_goes_on(calibrated: tuple[Path, Path], tmp_path: Path) -> None:
+    config, run = calibrated[0], tmp_path / "run"
+    shutil.copytree(calibrated[1], run)
     process = subprocess.Popen(
         [sys.executable, "-m", "trace_ds", "unlearn", str(config), "--run-dir", str(run)],
         env=environment(),

@@ -49,8 +49,11 @@ def test_all_launchers_give_the_same_bytes(prepared: Path) -> None:
     folder = prepared.parent
     for name, command in LAUNCHERS.items():
         for verb in ("collect", "calibrate", "unlearn"):
-            words = command if verb != "calibrate" else LAUNCHERS["bare"]
-            words = [word.replace("{port}", str(free_port())) for word in words]
+            if verb == "calibrate" and name != "bare":  # one process without any launcher, from the same statistics
+                assert tree(folder / name / "statistics") == tree(folder / "bare" / "statistics"), name
+                shutil.copytree(folder / "bare" / "calibration", folder / name / "calibration")
+                continue
+            words = [word.replace("{port}", str(free_port())) for word in command]
             result = run([*words, verb, str(prepared), "--run-dir", str(folder / name)], cwd=folder)
             assert result.returncode == 0, (name, verb, result.stdout[-2000:], result.stderr[-3000:])
     expected = artefacts(folder / "bare")
