@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -42,34 +44,50 @@ def test_links_and_commands(page: Path) -> None:
         assert verb in verbs, verb
 
 
-def test_the_published_comparisons_follow_from_the_published_scores() -> None:
-    """The main rows of docs/studies.md and of the README, from docs/studies/entangled.csv."""
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+STUDIES = (ROOT / "docs" / "studies.md").read_text(encoding="utf-8")
+SECTIONS = {part.partition("\n")[0]: part for part in STUDIES.split("\n## ")}
+ENTANGLED = next(text for title, text in SECTIONS.items() if "bench_entangled" in title)
+VERBATIM = next(text for title, text in SECTIONS.items() if "bench_verbatim" in title)
+PUBLISHED = [
+    ("entangled", 0.302, ENTANGLED, "sampling", "**TRACE, sampling retain rows**"),
+    ("entangled", 0.302, ENTANGLED, "weighting", "TRACE, weighting the loss"),
+    ("entangled", 0.302, ENTANGLED, "permuted", "control: weights permuted over rows"),
+    ("entangled", 0.302, ENTANGLED, "grip", "GRIP, uniform weights"),
+    ("entangled", 0.302, README, "sampling", "TRACE, sampling retain rows (the default)"),
+    ("verbatim", 0.0653, VERBATIM, "sampling", "TRACE, sampling retain rows"),
+    ("verbatim", 0.0653, VERBATIM, "weighting", "TRACE, weighting the loss"),
+    ("verbatim", 0.0653, VERBATIM, "permuted", "control: weights permuted over rows"),
+]
+
+
+@functools.cache
+def published(study: str, target: float) -> tuple[str, list[dict[str, Any]]]:
+    """The first utility metric of a study and its comparisons, from the published CSV."""
     from tools.study_from_csv import comparisons, read_curves
 
-    config, _ = load_config("bench_entangled", [], "out")
-    rows = comparisons(config, read_curves(config, ROOT / "docs" / "studies" / "entangled.csv", 0.302))
-    text = (ROOT / "docs" / "studies.md").read_text(encoding="utf-8")
-    for page, method, name in (
-        (text, "sampling", "**TRACE, sampling retain rows**"),
-        (text, "weighting", "TRACE, weighting the loss"),
-        (text, "permuted", "control: weights permuted over rows"),
-        (text, "grip", "GRIP, uniform weights"),
-        ((ROOT / "README.md").read_text(encoding="utf-8"), "sampling", "TRACE, sampling retain rows (the default)"),
-    ):
-        cells = next(line for line in page.splitlines() if line.startswith(f"| {name} |")).split("|")[2:-1]
-        for cell, strength in zip(cells, ("same strength", "own alpha", "own alpha, lr"), strict=True):
-            if "not tried" not in cell:
-                row = next(
-                    r for r in rows
-                    if (r["strength"], r["method"], r["metric"], r["at"])
-                    == (strength, method, config.bench.utility[0], "post")
-                )  # fmt: skip
-                low, high = (100 * row["relative_interval"][end] for end in ("low", "high"))
-                told = f"{100 * row['relative']:+.1f} % [{low:.1f}, {high:.1f}]".replace("-", "−")
-                assert told in cell, (name, strength)
-                assert (f"{len(row['seeds'])} seeds" in cell or f"{len(row['seeds'])} of 5" in cell) or len(
-                    row["seeds"]
-                ) == 5
+    config, _ = load_config(f"bench_{study}", [], "out")
+    assert config.bench is not None
+    curves = read_curves(config, ROOT / "docs" / "studies" / f"{study}.csv", target)
+    return config.bench.utility[0], comparisons(config, curves)
+
+
+@pytest.mark.parametrize(("study", "target", "page", "method", "name"), PUBLISHED)
+def test_the_published_comparisons_follow_from_the_published_scores(
+    study: str, target: float, page: str, method: str, name: str
+) -> None:
+    metric, rows = published(study, target)
+    cells = next(line for line in page.splitlines() if line.startswith(f"| {name} |")).split("|")[2:-1]
+    for number, strength in enumerate(("same strength", "own alpha", "own alpha, lr")):
+        cell = cells[number - 1] if "the same" in cells[number] else cells[number]
+        if "not tried" not in cell:
+            wanted = (strength, method, metric, "post")
+            row = next(r for r in rows if (r["strength"], r["method"], r["metric"], r["at"]) == wanted)
+            low, high = (100 * row["relative_interval"][end] for end in ("low", "high"))
+            told = f"{100 * row['relative']:+.1f} % [{low:.1f}, {high:.1f}]".replace("-", "−")
+            assert told in cell, (name, strength)
+            seeds = len(row["seeds"])
+            assert seeds == 5 or f"{seeds} seeds" in cell or f"{seeds} of 5" in cell
 
 
 def test_every_metric_is_explained() -> None:
