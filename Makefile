@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PYTEST_FLAGS ?= --numprocesses=3 --dist=loadfile --no-loadscope-reorder
+PYTEST_FLAGS ?= --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
 .PHONY: demo test check style types shell clean
 .DEFAULT_GOAL := demo

@@ -12,7 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-# The files that take longest, longest first: three run at a time, and a long one that began last would run alone.
+# The files that take longest, longest first: several run at a time, and a long one that began last would run alone.
 LONG_FILES = (
     "test_slurm",
     "test_demo",
