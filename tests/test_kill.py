@@ -26,7 +26,6 @@ WRITES = {
     "evaluate": "evaluation/.",
     "report": "report.tmp-",
 }
-SAVING = ("--set", "unlearning.save_every=2")
 KEPT = ("data", "statistics", "calibration", "checkpoints", "model", "evaluation", "report", "variants")
 
 
@@ -91,7 +90,17 @@ def test_a_rank_that_dies_ends_the_job(calibrated: tuple[Path, Path], tmp_path: 
     config, run = calibrated[0], tmp_path / "run"
     shutil.copytree(calibrated[1], run)
     process = subprocess.Popen(
-        [sys.executable, "-m", "trace_ds", "unlearn", str(config), "--run-dir", str(run), *SAVING],
+        [
+            sys.executable,
+            "-m",
+            "trace_ds",
+            "unlearn",
+            str(config),
+            "--run-dir",
+            str(run),
+            "--set",
+            "unlearning.save_every=2",
+        ],
         env=environment(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

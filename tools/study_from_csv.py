@@ -23,8 +23,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from trace_ds.benchmark import plan
-from trace_ds.benchmark.analysis import Curve, compare, tuned
-from trace_ds.benchmark.study import kinds
+from trace_ds.benchmark.analysis import Curve, compare
+from trace_ds.benchmark.study import choices
 from trace_ds.config.load import load_config
 from trace_ds.config.schema import Config
 from trace_ds.reporting.matched import matched
@@ -52,23 +52,12 @@ def comparisons(config: Config, curves: list[Curve]) -> list[dict[str, Any]]:
     """The rows of ``study.json``."""
     bench = plan.require_bench(config, "bench")
     rows = []
-    for loss in bench.losses:
-        for strength, free in kinds(list(bench.grid)):
-            chosen = {
-                method: tuned(
-                    [curve for curve in curves if (curve.loss, curve.method) == (loss, method)],
-                    bench.seeds,
-                    bench.utility[0],
-                    free,
-                    dict(plan.recipe_point(config, loss, method)),
-                )
-                for method in bench.methods
-            }
-            for method in bench.methods:
-                for metric in bench.utility:
-                    for at in ("end",) if metric.split()[0] in bench.score_at_end else ("post", "end"):
-                        row = {"loss": loss, "strength": strength, "method": method, "metric": metric, "at": at}
-                        rows.append(row | compare(chosen[method], chosen[bench.baseline], metric, at))
+    for loss, strength, _, chosen in choices(config, curves):
+        for method in bench.methods:
+            for metric in bench.utility:
+                for at in ("end",) if metric.split()[0] in bench.score_at_end else ("post", "end"):
+                    row = {"loss": loss, "strength": strength, "method": method, "metric": metric, "at": at}
+                    rows.append(row | compare(chosen[method], chosen[bench.baseline], metric, at))
     return rows
 
 

@@ -17,13 +17,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from trace_ds.benchmark import plan
 from trace_ds.benchmark.analysis import Curve, compare, curve_of, finite, metric_of, tuned
 from trace_ds.benchmark.worker import Job, Study, is_done
+from trace_ds.config.schema import Config
 from trace_ds.errors import EXIT_STOPPED, StopRequested, UserError
 from trace_ds.run.directory import RunDirectory, locked
 from trace_ds.run.files import write_json, write_text
@@ -180,30 +181,21 @@ def analyse(study: Study) -> dict[str, Any]:
     }
     target = _target(study, [models["gold"] for models in scored.values() if "gold" in models])
     curves = [curve_of(_read(path), bench.forget, bench.utility, target) for trial, path in study.results().items()]
-    rows, strongest = [], []
-    for loss in bench.losses:
-        for kind, free in kinds(list(bench.grid)):
-            chosen = {
-                method: tuned(
-                    [curve for curve in curves if (curve.loss, curve.method) == (loss, method)],
-                    bench.seeds,
-                    bench.utility[0],
-                    free,
-                    dict(plan.recipe_point(study.config, loss, method)),
-                )
-                for method in bench.methods
-            }
-            for method in bench.methods:
-                found_edges = _edges(study, loss, method, chosen[method], free)
-                for metric in bench.utility:
-                    at_end = metric.split()[0] in bench.score_at_end
-                    for value in ("end",) if at_end else ("post", "cross", "end"):
-                        found = compare(chosen[method], chosen[bench.baseline], metric, value)
-                        row = {"loss": loss, "strength": kind, "method": method, "metric": metric, "at": value}
-                        way = {"direction": direction(metric.split()[1], "utility"), "edges": found_edges}
-                        way["untried"] = plan.untried(bench, loss, method, free)
-                        rows.append(row | way | found)
-        strongest.append(_strongest(study, loss, kind, chosen))
+    rows: list[dict[str, Any]] = []
+    most_tuned: dict[str, tuple[str, dict[str, dict[int, Curve | None]]]] = {}
+    for loss, kind, free, chosen in choices(study.config, curves):
+        most_tuned[loss] = kind, chosen
+        for method in bench.methods:
+            found_edges = _edges(study, loss, method, chosen[method], free)
+            for metric in bench.utility:
+                at_end = metric.split()[0] in bench.score_at_end
+                for value in ("end",) if at_end else ("post", "cross", "end"):
+                    found = compare(chosen[method], chosen[bench.baseline], metric, value)
+                    row = {"loss": loss, "strength": kind, "method": method, "metric": metric, "at": value}
+                    way = {"direction": direction(metric.split()[1], "utility"), "edges": found_edges}
+                    way["untried"] = plan.untried(bench, loss, method, free)
+                    rows.append(row | way | found)
+    strongest = [_strongest(study, loss, *found) for loss, found in most_tuned.items()]
     return {
         "recipe": study.config.name,
         "seeds": bench.seeds,
@@ -251,6 +243,26 @@ def _strongest(study: Study, loss: str, kind: str, chosen: Mapping[str, Mapping[
         found = compare(chosen[told["routing"]], chosen[told["baseline"]], metric, "post")
         told |= {key: found[key] for key in ("relative", "relative_interval", "seeds")}
     return told
+
+
+def choices(
+    config: Config, curves: Sequence[Curve]
+) -> Iterator[tuple[str, str, list[str], dict[str, dict[int, Curve | None]]]]:
+    """By loss, then by :func:`kinds`: (loss, kind, free keys, method -> the curve it is told by for each seed)."""
+    bench = plan.require_bench(config, "bench")
+    for loss in bench.losses:
+        for kind, free in kinds(list(bench.grid)):
+            chosen = {
+                method: tuned(
+                    [curve for curve in curves if (curve.loss, curve.method) == (loss, method)],
+                    bench.seeds,
+                    bench.utility[0],
+                    free,
+                    dict(plan.recipe_point(config, loss, method)),
+                )
+                for method in bench.methods
+            }
+            yield loss, kind, free, chosen
 
 
 def kinds(keys: Sequence[str]) -> list[tuple[str, list[str]]]:
