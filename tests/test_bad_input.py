@@ -64,6 +64,9 @@ CONFIG_ERRORS: list[tuple[Callable[[dict], object], str]] = [
     (lambda c: c["unlearning"].update(alpha=float("inf")), "unlearning.alpha: Input should be a finite number"),
     (lambda c: c["unlearning"].update(forget_loss="npo"), "npo needs statistics.nll: true"),
     (lambda c: c["calibration"].update(rule="raknig"), "calibration.rule"),
+    (lambda c: c["calibration"].update(rule="sources"), "rule: sources and source_weights belong together"),
+    (lambda c: c["calibration"].update(source_weights={"a": 2.0}), "rule: sources and source_weights belong together"),
+    (lambda c: c["calibration"].update(rule="sources", source_weights={"a": 0.0}), "source_weights.a"),
     (lambda c: c.update(variants={"a": {"model.path": "x"}}), "variants.a may not change model.path"),
 ]
 

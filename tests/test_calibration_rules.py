@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 
 from trace_ds.calibration import tokens as token_module
 from trace_ds.calibration.detect import Detection, detect
-from trace_ds.calibration.rules import Calibrated, apply_rule, scope_of
-from trace_ds.config.schema import RULES, CalibrationConfig, DetectionConfig
+from trace_ds.calibration.rules import Calibrated, apply_rule, scope_of, source_log_weights
+from trace_ds.config.schema import CONTROL_RULES, RULES, CalibrationConfig, DetectionConfig
 
 EXPERTS = 8
-CONTROLS = ("uniform", "permuted", "random_experts", "inverse")
-RULES_THAT_CALIBRATE = [rule for rule in RULES if rule not in CONTROLS]
+RULES_THAT_CALIBRATE = [rule for rule in RULES if rule not in CONTROL_RULES]
+SOURCE_WEIGHTS = {"topic/1": 3.0}
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +29,8 @@ def world() -> tuple[Corpus, Corpus, Detection]:
 def run(world, folder, parts: int = 1, seed: int = 0, **options) -> tuple[Calibrated, np.ndarray, np.ndarray]:
     """(result, weights of the counted tokens, weighted frequencies [L, E])."""
     _, retain, detection = world
+    if options.get("rule") == "sources":
+        options.setdefault("source_weights", SOURCE_WEIGHTS)
     config = CalibrationConfig(**options)
     made = apply_rule(
         config,
@@ -39,6 +41,7 @@ def run(world, folder, parts: int = 1, seed: int = 0, **options) -> tuple[Calibr
         detection.retain_LE,
         seed,
         folder,
+        log_weight_D=source_log_weights(config.source_weights, [f"topic/{t}" for t in range(5)], retain.topic_D),
     )
     everywhere = np.array(made.weight_T)
     assert (everywhere[~retain.counted_T] == 0).all()
@@ -193,8 +196,9 @@ def test_the_order_of_the_rows_does_not_matter(world, tmp_path, rule: str, level
     moved = token_module.TokenMap(
         np.append(0, np.cumsum(np.diff(starts)[order])), documents_T, int(documents_T[-1]) + 1
     )
+    topics = retain.topic_D[old_T[np.unique(documents_T, return_index=True)[1]]]
     made = []
-    for number, corpus in enumerate((retain, Corpus(retain.trace_TLK[place_T], moved, retain.topic_D))):
+    for number, corpus in enumerate((retain, Corpus(retain.trace_TLK[place_T], moved, topics))):
         folder = tmp_path / str(number)
         folder.mkdir()
         made.append(run((forget, corpus, detection), folder, rule=rule, level=level)[0])
@@ -225,6 +229,27 @@ def test_uniform_needs_no_trace_and_others_say_so(world, tmp_path) -> None:
         apply_rule(CalibrationConfig(), retain.tokens, None, ~nothing, p, q, 0, tmp_path)
 
 
+def test_sources_weights_are_those_asked_for_until_the_floor_flattens_them(world, tmp_path) -> None:
+    corpus = world[1]
+    topic_T = corpus.topic_D[np.asarray(corpus.tokens.document_ids_T)[corpus.counted_T]]
+    asked = np.where(topic_T == 1, 3.0, 1.0)
+    made, w, _ = run(world, tmp_path, rule="sources")
+    assert made.exponent == 1.0 and not made.scope_LE.any() and not made.theta_LE.any()
+    np.testing.assert_allclose(w, asked / asked.mean(), rtol=1e-12)
+    (tmp_path / "a").mkdir()
+    made, w, _ = run(world, tmp_path / "a", rule="sources", source_weights={"topic/1": 1e6}, ess_floor=0.3)
+    assert 0.3 <= made.ess < 0.301 and 0 < made.exponent < 1
+    assert len(np.unique(w)) == 2 and (w[topic_T == 1].min() > w[topic_T != 1].max())
+
+
+def test_source_patterns_multiply_and_one_that_matches_nothing_is_named() -> None:
+    names, source_D = ["near/code", "near/element", "general/x"], np.array([2, 1, 0, 1])
+    log_D = source_log_weights({"near/*": 4.0, "*element": 2.5}, names, source_D)
+    np.testing.assert_allclose(np.exp(log_D), [1.0, 10.0, 4.0, 10.0])
+    with pytest.raises(ValueError, match=r"no retain document has a source like 'nera/\*'; there are 3: general/x"):
+        source_log_weights({"nera/*": 4.0}, names, source_D)
+
+
 def test_theta_gives_the_weights_and_is_centred_in_fully_constrained_layers(world, tmp_path) -> None:
     _, retain, detection = world
     made, w, _ = run(world, tmp_path)
@@ -253,10 +278,12 @@ def test_tiny_and_odd_corpora(tmp_path_factory, seed: int, rule: str, level: str
     p = corpus.dense(4).mean(axis=0).reshape(2, 4)
     q = rng.dirichlet(np.ones(4), 2) * 2
     q = np.minimum(q, 1.0)
-    config = CalibrationConfig(rule=rule, level=level)
+    weights = {"a": 7.0, "b*": 0.5} if rule == "sources" else {}
+    config = CalibrationConfig(rule=rule, level=level, source_weights=weights)
     scope_LE = scope_of(config, q > p, np.ones((2, 4), dtype=bool), 0)
     folder = tmp_path_factory.mktemp("spool")
-    made = apply_rule(config, corpus.tokens, corpus.as_trace(), scope_LE, q, p, 0, folder)
+    log_weight_D = source_log_weights(weights, ["a", "b", "c"], rng.integers(0, 3, 3))
+    made = apply_rule(config, corpus.tokens, corpus.as_trace(), scope_LE, q, p, 0, folder, log_weight_D=log_weight_D)
     w = np.array(made.weight_T)[corpus.counted_T]
     assert np.isfinite(w).all() and abs(w.mean() - 1) < 1e-9
     assert np.isfinite(made.row_weight_R).all() and np.isfinite(made.theta_LE).all()

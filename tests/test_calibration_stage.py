@@ -208,6 +208,20 @@ def test_none_found_may_go_on(job, then: str, experts: str, uniform: bool) -> No
     assert (set(np.unique(np.load(made.file("weights.npy")))) == {0.0, 1.0}) == uniform
 
 
+def test_sources_need_no_trace_and_weight_the_documents_that_are_named(job) -> None:
+    config, run = job(calibration__rule="sources", calibration__source_weights={"retain-1": 4.0})
+    write_statistics(config, run, trace=False)
+    made = calibrate(config, run)
+    shares = {row["source"]: row for row in json.loads(made.file("diagnosis.json").read_text())["share_by_source"]}
+    near, other = (shares[name]["weight_share"] / shares[name]["token_share"] for name in ("retain-1", "retain-2"))
+    assert near / other == pytest.approx(4.0)
+    done = files(run.calibration)
+    config, run = job(calibration__rule="sources", calibration__source_weights={"retian*": 4.0})
+    with pytest.raises(UserError, match=r"no retain document has a source like 'retian\*'; there are 3: retain-0"):
+        calibrate(config, run)
+    assert files(run.calibration) == done and not list(run.path.glob("*.tmp*"))
+
+
 def test_uniform_works_without_a_trace_and_raking_says_what_to_set(job) -> None:
     config, run = job(calibration__rule="uniform")
     write_statistics(config, run, trace=False)

@@ -100,6 +100,12 @@ def test_retain_pool_holds_the_intended_share(built: Path, task: str) -> None:
     assert tokens["task"] / total == pytest.approx(corpora.RETAIN_TASK_SHARE[task], abs=0.01)
 
 
+def test_nothing_near_is_in_the_retain_pool_when_it_is_absent(tmp_path: Path) -> None:
+    corpora.build_corpora(tmp_path, seed=0, regime="absent")
+    sources = {document["source"] for document in lines(tmp_path / "knowledge/retain.jsonl")}
+    assert sources and all(source.startswith("general/") for source in sources)
+
+
 def test_general_text_is_disjoint_from_what_perplexity_uses(built: Path) -> None:
     heldout = texts(built / "heldout_general.jsonl")
     assert len(heldout) == corpora.HELDOUT_DOCUMENTS

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from trace_ds.checkpoints.manifest import read_manifest
 from trace_ds.config.load import load_config
-from trace_ds.config.schema import RULES
+from trace_ds.config.schema import RULES, WITHOUT_THETA
 from trace_ds.errors import UserError
 from trace_ds.run.directory import RunDirectory
 from trace_ds.run.inspect import inspect
@@ -173,9 +173,10 @@ def test_refreshed_theta_solves_the_dual_of_the_present_routing(
 
 def test_rules_without_a_theta_have_no_live_weights(calibrated: tuple[Path, Path]) -> None:  # noqa: F811
     config, run = calibrated
-    for rule in ("ratio_mean", "permuted"):
+    for rule in WITHOUT_THETA:
+        given = ["calibration.source_weights={a: 2}"] if rule == "sources" else []
         with pytest.raises(UserError, match=f"live needs a calibration.rule that has a theta, not {rule}"):
-            load_config(str(config), ["unlearning.weights=live", f"calibration.rule={rule}"], run)
+            load_config(str(config), ["unlearning.weights=live", f"calibration.rule={rule}", *given], run)
 
 
 def test_online_weights_are_refused_where_the_rule_would_not_show(calibrated: tuple[Path, Path]) -> None:  # noqa: F811
@@ -184,7 +185,8 @@ def test_online_weights_are_refused_where_the_rule_would_not_show(calibrated: tu
 
     def load(rule: str, apply: str) -> None:
         changes = ["unlearning.weights=online", f"unlearning.apply={apply}", f"calibration.rule={rule}"]
-        load_config(str(config), changes, run)
+        given = ["calibration.source_weights={a: 2}"] if rule == "sources" else []
+        load_config(str(config), changes + given, run)
 
     for apply in ("loss", "sampling"):
         for rule in RULES:

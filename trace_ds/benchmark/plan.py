@@ -14,7 +14,7 @@ from functools import reduce
 from typing import Any
 
 from trace_ds.config.load import with_changes
-from trace_ds.config.schema import BenchConfig, Config
+from trace_ds.config.schema import CONTROL_RULES, BenchConfig, Config
 from trace_ds.errors import UserError
 
 Point = tuple[tuple[str, Any], ...]
@@ -115,8 +115,6 @@ def untried(bench: BenchConfig, loss: str, method: str, free: Sequence[str]) -> 
 
 def is_baseline(config: Config) -> bool:
     """Whether a trial's retain side is not calibrated by routing: a control, or a method of others."""
-    from trace_ds.reporting.gather import CONTROL_RULES
-
     retrieve = config.calibration.retrieve
     elsewhere = retrieve.rows is not None and (retrieve.random_share == 1 or retrieve.similarity in ("hidden", "tfidf"))
     others = config.unlearning.seuf is not None or config.unlearning.grip is not None

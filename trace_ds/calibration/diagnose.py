@@ -15,7 +15,7 @@ from trace_ds.calibration.detect import Detection
 from trace_ds.calibration.rules import Calibrated
 from trace_ds.calibration.targets import REASONS
 from trace_ds.calibration.tokens import TokenMap, Trace
-from trace_ds.config.schema import CalibrationConfig
+from trace_ds.config.schema import CONTROL_RULES, CalibrationConfig
 
 QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
 QUANTILE_SAMPLE = 1 << 20
@@ -274,9 +274,10 @@ def find_warnings(
 ) -> list[str]:
     """Plain sentences about everything that did not work out, most important first."""
     found: list[str] = list(detection.warnings)
-    control = rule in ("uniform", "permuted", "random_experts", "inverse")
+    control = rule in CONTROL_RULES
     if not detection.selected_LE.any():
         then = "are calibrated on all experts that take part" if calibrated.scope_LE.any() else "are uniform"
+        then = "go by the sources of the documents" if rule == "sources" else then
         found.append(
             "no forget-critical expert was found: forget text is not routed differently enough from retain text; the "
             f"weights {then}"

@@ -18,6 +18,8 @@ Level ``sequence``: one weight per row. Raking then solves its dual over rows (r
 ``permuted``       raking's weights on the wrong rows: row r gets those of row π(r). Control: same weights, no meaning
 ``random_experts`` raking on as many experts as were detected, drawn at random, with their true targets. Control
 ``inverse``        −u of raking: θ negated, which is the same as 1/w renormalised. Control: the opposite direction
+``sources``        u = log of the weight the configuration gives to the source of the token's document; no routing.
+                   Control: what somebody who knows which text is near would do (the oracle of docs/studies.md)
 =================  ==================================================================================================
 
 All rules and controls are our decisions; none is taken from the paper.
@@ -25,7 +27,8 @@ All rules and controls are our decisions; none is taken from the paper.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import fnmatch
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -93,7 +96,7 @@ class Calibrated:
 
 def scope_of(config: CalibrationConfig, selected_LE: np.ndarray, eligible_LE: np.ndarray, seed: int) -> np.ndarray:
     """bool [L, E]: the experts whose frequencies the rule is asked to move."""
-    if config.rule == "uniform" or (config.if_none_found == "uniform" and not selected_LE.any()):
+    if config.rule in ("uniform", "sources") or (config.if_none_found == "uniform" and not selected_LE.any()):
         return np.zeros_like(selected_LE)
     if config.rule == "random_experts":
         candidates = np.flatnonzero(eligible_LE)
@@ -114,11 +117,13 @@ def apply_rule(
     seed: int,
     spool: Path,
     selected_LE: np.ndarray | None = None,
+    log_weight_D: np.ndarray | None = None,
 ) -> Calibrated:
     """Make the weights of ``config.rule`` (see the module's docstring); large arrays live in ``spool``.
 
     ``retain_LE`` must be the frequencies of the very tokens that ``tokens`` counts. ``selected_LE``: the experts that
-    the ratio rules must bring closer to their forget frequency (default: the whole scope).
+    the ratio rules must bring closer to their forget frequency (default: the whole scope). ``log_weight_D``: of the
+    documents, what the rule ``sources`` needs (:func:`source_log_weights`).
 
     Raises:
         ValueError: a rule other than ``uniform`` without a trace, or no counted token.
@@ -131,6 +136,10 @@ def apply_rule(
         scope_LE,
         retain_LE.copy(),
     )
+    if config.rule == "sources":
+        _apply_sources(config, tokens, log_weight_D, u_T, result)
+        result.ess, result.max_weight = size_and_maximum(result.weight_T, tokens)
+        return result
     if config.rule != "uniform" and scope_LE.any():
         if trace is None:
             raise ValueError(f"the rule {config.rule} needs the routing trace")
@@ -150,6 +159,35 @@ def apply_rule(
         permute_rows(result, tokens, seed, scratch_T=u_T)
     result.ess, result.max_weight = size_and_maximum(result.weight_T, tokens)
     return result
+
+
+def source_log_weights(weights: Mapping[str, float], names: Sequence[str], source_D: np.ndarray) -> np.ndarray:
+    """float64 [D]: log of the product of the weights whose pattern matches the source of each document.
+
+    Raises:
+        ValueError: a pattern that matches no source.
+    """
+    log_S = np.zeros(len(names))
+    for pattern, weight in sorted(weights.items()):
+        matches_S = np.array([fnmatch.fnmatchcase(name, pattern) for name in names], dtype=bool)
+        if not matches_S.any():
+            shown = ", ".join(sorted(names)[:8])
+            raise ValueError(f"no retain document has a source like {pattern!r}; there are {len(names)}: {shown}")
+        log_S[matches_S] += np.log(weight)
+    return log_S[source_D]
+
+
+def _apply_sources(
+    config: CalibrationConfig, tokens: TokenMap, log_weight_D: np.ndarray | None, u_T: np.ndarray, result: Calibrated
+) -> None:
+    if log_weight_D is None:
+        raise ValueError("the rule sources needs the weights of the documents")
+    for start, stop in tokens.spans():
+        of_document_T = log_weight_D[np.asarray(tokens.document_ids_T[start:stop])]
+        u_T[start:stop] = np.where(tokens.counted(start, stop), of_document_T, 0.0)
+    _finish(config, tokens, u_T, result, floor_applies=True)
+    if config.level == "sequence":
+        spread_rows(result, tokens)
 
 
 def _finish(

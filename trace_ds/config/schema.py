@@ -6,12 +6,14 @@ is its documentation; ``trace-ds run CONFIG --dry-run`` prints the resolved valu
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 DETECTIONS = ("significance", "top_difference", "top_ratio", "top_kl", "top_gate_mass")
-RULES = ("raking", "ratio_mean", "ratio_max", "uniform", "permuted", "random_experts", "inverse")
+RULES = ("raking", "ratio_mean", "ratio_max", "uniform", "permuted", "random_experts", "inverse", "sources")
+CONTROL_RULES = RULES[3:]  # those that do not calibrate by the routing of the forget set
+WITHOUT_THETA = ("ratio_mean", "ratio_max", "permuted", "sources")
 
 
 class Section(BaseModel):
@@ -119,7 +121,14 @@ class RetrievalConfig(Section):
 class CalibrationConfig(Section):
     detection: DetectionConfig = DetectionConfig()
     experts: Literal["all", "selected"] = Field("all", description="Experts whose frequencies the weights match.")
-    rule: Literal["raking", "ratio_mean", "ratio_max", "uniform", "permuted", "random_experts", "inverse"] = "raking"
+    rule: Literal[
+        "raking", "ratio_mean", "ratio_max", "uniform", "permuted", "random_experts", "inverse", "sources"
+    ] = "raking"
+    source_weights: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default_factory=dict,
+        description="sources: weight of the documents whose source matches a pattern ('near/*': 8.0) against 1 for all "
+        "others, before the floor; where several patterns match, their product.",
+    )
     level: Literal["token", "sequence"] = Field("token", description="sequence: one weight per row.")
     ess_floor: float = Field(0.5, gt=0, le=1, description="Least effective sample size (sum w)^2 / (n sum w^2).")
     clip: float = Field(20.0, gt=1, description="Largest ratio of frequencies asked of an expert.")
@@ -132,6 +141,12 @@ class CalibrationConfig(Section):
     export: Literal["none", "parquet"] = Field(
         "none", description="parquet: also write the weights as a Hugging Face dataset, RUN/export/*.parquet."
     )
+
+    @model_validator(mode="after")
+    def _sources(self) -> CalibrationConfig:
+        if (self.rule == "sources") != bool(self.source_weights):
+            raise ValueError("rule: sources and source_weights belong together: give both, or neither")
+        return self
 
 
 class OptimizerConfig(Section):
@@ -415,7 +430,7 @@ class BenchConfig(Section):
     Every run is one process; the recipe's own values of the grid's keys are the point all methods share.
     """
 
-    regime: Literal["standard", "scarce", "entangled"] | None = Field(
+    regime: Literal["standard", "scarce", "absent", "entangled"] | None = Field(
         None, description="Make the demo's inputs of this regime for every seed; null: the recipe names its own."
     )
     seeds: list[int] = Field(default_factory=lambda: [0, 1, 2, 3, 4, 5], min_length=2)
@@ -492,7 +507,7 @@ class Config(Section):
             raise ValueError(f"unlearning.forget_loss {loss} needs statistics.nll: true (the frozen model's losses)")
         if loss == "dpo" and not self.data.alternative:
             raise ValueError("unlearning.forget_loss dpo needs data.alternative: the texts to prefer")
-        if self.unlearning.weights == "live" and self.calibration.rule in ("ratio_mean", "ratio_max", "permuted"):
+        if self.unlearning.weights == "live" and self.calibration.rule in WITHOUT_THETA:
             raise ValueError(
                 f"unlearning.weights live needs a calibration.rule that has a theta, not {self.calibration.rule}"
             )

@@ -116,6 +116,8 @@ def unlearned(base: str, rule: str) -> list[str]:
     """What was done to ``base``, in two sentences; a baseline is called a baseline."""
     if rule.startswith("uniform"):
         return [f"`{base}` after machine unlearning with trace_ds, with uniform retain weights (the baseline)."]
+    if rule.startswith("sources"):
+        return [f"`{base}` after machine unlearning with trace_ds, with retain weights by the sources of documents."]
     return [
         f"`{base}` after machine unlearning with trace_ds: the retain data re-weighted by expert activation "
         "frequencies (TRACE, arXiv 2606.10338).",

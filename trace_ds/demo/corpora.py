@@ -9,8 +9,9 @@ Two tasks share one base model:
   forget set lie other code tables, at middle distance capitals and demonyms. Every near or mid record falls at random
   on one of two sides: the retain pool may contain it, or it never does and utility is measured there. The retain pool
   is about 5 % near or mid tokens and otherwise running text. A fact is trained in four phrasings and asked in a fifth.
-  Regimes: *standard*, as above; *scarce*, only 2 % near or mid tokens; *entangled*, forget the elements' symbols and
-  keep the numbers of the very same elements, half of which the retain pool may contain (all are asked).
+  Regimes: *standard*, as above; *scarce*, only 2 % near or mid tokens; *absent*, none of them; *entangled*, forget
+  the elements' symbols and keep the numbers of the very same elements, half of which the retain pool may contain (all
+  are asked).
 - *verbatim* (the pattern of MUSE, Shi et al. 2024): forget memorised verses of Proverbs; keep memorised verses of
   other poetic books, half of which the retain pool (10 % of its tokens) may contain, utility on the other half.
 
@@ -49,8 +50,8 @@ RETAIN_TASK_SHARE = {
     "verbatim": 0.10,
 }  # of the retain pool's tokens: facts; memorised verses
 QUESTIONS = {"forget": 240, "utility": 280}
-Regime = Literal["standard", "scarce", "entangled"]
-SCARCE_SHARE = 0.02  # of the knowledge pool's tokens in the regime ``scarce``
+Regime = Literal["standard", "scarce", "absent", "entangled"]
+NEAR_SHARE = {"scarce": 0.02, "absent": 0.0}  # of the knowledge pool's tokens, where a regime has its own
 ENTANGLED_QUESTIONS = 420  # of the utility side: all there are, the numbers of the elements among them
 
 FORGET_BOOK = "PROVERBS"
@@ -95,7 +96,7 @@ def build_corpora(directory: Path, seed: int = 0, regime: Regime = "standard") -
     """
     records = read_records() if regime != "entangled" else _entangled(read_records())
     facts = _split_facts(records, random.Random(f"facts {seed}"))
-    near_share = SCARCE_SHARE if regime == "scarce" else RETAIN_TASK_SHARE["knowledge"]
+    near_share = NEAR_SHARE.get(regime, RETAIN_TASK_SHARE["knowledge"])
     utility_questions = ENTANGLED_QUESTIONS if regime == "entangled" else QUESTIONS["utility"]
     verses = _read_verses()
     general = _general(verses, random.Random(f"general {seed}"))

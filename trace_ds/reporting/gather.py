@@ -16,13 +16,13 @@ import numpy as np
 import yaml
 from safetensors.numpy import load_file
 
+from trace_ds.config.schema import CONTROL_RULES
 from trace_ds.errors import UserError
 from trace_ds.routing.statistics import RoutingStatistics
 from trace_ds.run import artefact
 from trace_ds.run.directory import RunDirectory
 
 MAIN_ARM = "unlearned"
-CONTROL_RULES = ("uniform", "permuted", "random_experts", "inverse")
 TIMING_WORDS = ("time", "second", "per_s", "_s", "_ms", "bytes", "memory")
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from trace_ds.calibration.detect import Detection, detect
 from trace_ds.calibration.diagnose import Documents, diagnose, document_sums, likeness, likeness_tables
 from trace_ds.calibration.retrieve import describe_retrieval, retrieve
-from trace_ds.calibration.rules import Calibrated, apply_rule, scope_of
+from trace_ds.calibration.rules import Calibrated, apply_rule, scope_of, source_log_weights
 from trace_ds.calibration.table import print_table
 from trace_ds.calibration.tokens import (
     RowSpread,
@@ -120,6 +120,7 @@ def _make(
     spool.mkdir()
     try:
         documents = read_documents(data.file("retain_documents.arrow"))
+        log_weight_D = document_weights(config, documents)
         tokens = pool = read_token_map(data.file("retain.arrow"), len(documents.source_D), spool)
         trace = load_trace(config, statistics[1], retain, pool)
         retrieval, retain_LE = None, retain.frequency_LE  # of the tokens that are weighted
@@ -145,6 +146,7 @@ def _make(
             config.seed,
             spool,
             detection.selected_LE,
+            log_weight_D,
         )
         if retrieved is not None:
             calibrated.notes.extend(retrieved.notes)
@@ -222,7 +224,7 @@ def load_trace(config: Config, side: Artefact, statistics: RoutingStatistics, to
     fix = f"set statistics.trace: true and run `trace-ds {COLLECT}` again"
     paths = [side.file(name) for name in sorted(side.files) if name.startswith("trace-")]
     if not paths:
-        if config.calibration.rule == "uniform":
+        if config.calibration.rule in ("uniform", "sources"):
             return None
         raise UserError(
             f"the rule {config.calibration.rule} needs the routing trace, which was not recorded",
@@ -239,6 +241,20 @@ def load_trace(config: Config, side: Artefact, statistics: RoutingStatistics, to
     if not agrees:
         raise UserError("the routing trace does not add up to the statistics beside it", str(side.path), again)
     return trace
+
+
+def document_weights(config: Config, documents: Documents) -> np.ndarray | None:
+    """The log-weights of the retain documents by their sources, for the rule that asks for them."""
+    if config.calibration.rule != "sources":
+        return None
+    try:
+        return source_log_weights(config.calibration.source_weights, documents.names, documents.source_D)
+    except ValueError as error:
+        raise UserError(
+            str(error),
+            "calibration.source_weights",
+            "name sources as the reports do: a line's own 'source', or the corpus file's",
+        ) from None
 
 
 def read_documents(path: Path) -> Documents:
