@@ -128,11 +128,11 @@ def peak_bytes(world: Any, config: str, run_dir: str, overrides: list[str]) -> d
     engine = training_engine(loaded, info, world, 1)
     objective, _ = make_objective(loaded, info, world, batches, {})
 
-    def step(number: int) -> None:
+    def step(number: int, batch: OneBatch) -> None:
         settings = loaded.unlearning
-        run_step(engine, world, batches.step, objective, RetainWeights(), settings, number, settings.alpha)
+        run_step(engine, world, batch.step, objective, RetainWeights(), settings, number, settings.alpha)
 
-    step(0)
+    step(0, OneBatch(2, 16, int(info.config["vocab_size"])))  # Adam makes its moments, whatever the batch
     gc.collect()
     alive = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
@@ -140,7 +140,7 @@ def peak_bytes(world: Any, config: str, run_dir: str, overrides: list[str]) -> d
         if isinstance(tensor, torch.Tensor) and not tensor.is_meta
     }
     with torch.profiler.profile(profile_memory=True) as profile:
-        step(1)
+        step(1, batches)
     used = peak = 0
     for event in profile.profiler.kineto_results.events():
         if event.name() == "[memory]":

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import tiny
 from command import environment, killed, trace_ds, tree
+from test_unlearn import calibrated_run
 
 STAGES = ("prepare", "collect", "calibrate", "unlearn", "convert", "evaluate", "report")
 # What a stage, and no other, writes before its result is there, below the run directory.
@@ -26,7 +27,7 @@ WRITES = {
     "evaluate": "evaluation/.",
     "report": "report.tmp-",
 }
-KEPT = ("data", "statistics", "calibration", "checkpoints", "model", "evaluation", "report", "variants")
+KEPT = ("data", "statistics", "calibration", "checkpoints", "model", "evaluation", "report")
 
 
 def final_artefacts(run: Path) -> dict[str, bytes]:
@@ -54,9 +55,7 @@ def processes_with(text: str) -> list[int]:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_killed_in_any_stage_ends_the_same(tiny_model: Path, tmp_path: Path) -> None:
-    config = tiny.write_config(
-        tmp_path, tiny_model, distributed={"ep": 2, "nproc": 2}, variants={"uniform": {"calibration.rule": "uniform"}}
-    )
+    config = tiny.write_config(tmp_path, tiny_model, distributed={"ep": 2, "nproc": 2})
     undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
     result = trace_ds("run", config, "--run-dir", undisturbed, cwd=tmp_path, timeout_s=900)
     assert result.returncode == 0, result.stderr[-3000:]
@@ -79,9 +78,7 @@ def calibrated(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tu
     config = tiny.write_config(
         folder, tiny_model, distributed={"ep": 2, "nproc": 2}, unlearning__steps=5000, unlearning__save_every=1000
     )
-    for verb in ("prepare", "collect", "calibrate"):
-        assert trace_ds(verb, config, "--run-dir", folder / "run").returncode == 0
-    return config, folder / "run"
+    return config, calibrated_run(config, folder / "run", world=2)
 
 
 @pytest.mark.slow

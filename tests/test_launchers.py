@@ -10,11 +10,14 @@ from pathlib import Path
 
 import pytest
 import tiny
-from command import run, trace_ds, tree
+from command import run, tree
 
+from trace_ds.config.load import load_config
 from trace_ds.errors import UserError
 from trace_ds.parallel.environment import free_port, launched
 from trace_ds.parallel.world import AgreedError, check_local_processes
+from trace_ds.run.directory import RunDirectory
+from trace_ds.stages.prepare import prepare
 
 LAUNCHERS = {
     "bare": [sys.executable, "-m", "trace_ds"],
@@ -30,7 +33,9 @@ def prepared(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     config = tiny.write_config(
         folder, tiny_model, distributed={"ep": 2, "nproc": 2}, unlearning__steps=2, calibration__rule="ratio_mean"
     )
-    assert trace_ds("prepare", config, "--run-dir", folder / "bare").returncode == 0
+    loaded, run_dir = load_config(str(config), [], folder / "bare")
+    RunDirectory.at(run_dir).create("")
+    prepare(loaded, RunDirectory.at(run_dir))
     for name in LAUNCHERS:
         if name != "bare":
             shutil.copytree(folder / "bare" / "data", folder / name / "data")

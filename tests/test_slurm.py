@@ -705,7 +705,7 @@ def test_preempted_in_mid_training_it_ends_with_the_weights_of_an_undisturbed_jo
     from trace_ds.stages.calibrate import calibrate
     from trace_ds.stages.prepare import prepare
 
-    steps = 150
+    steps = 90
     config = write_config(
         tmp_path,
         make_model(tmp_path / "model"),

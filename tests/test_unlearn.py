@@ -41,12 +41,12 @@ def calibrated(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tu
     return config, calibrated_run(config, folder / "run")
 
 
-def calibrated_run(config: Path, run: Path) -> Path:
+def calibrated_run(config: Path, run: Path, world: int = 1) -> Path:
     loaded, run = load_config(str(config), [], run)
     directory = RunDirectory.at(run)
     directory.create("")
     prepare(loaded, directory)
-    run_distributed(jobs.collect_job, 1, str(config), str(run), [])
+    run_distributed(jobs.collect_job, world, str(config), str(run), [])
     calibrate(loaded, directory)
     weights = np.load(run / "calibration" / "weights.npy")
     assert weights.std() > 0.1  # a test with uniform weights would prove little
