@@ -11,6 +11,7 @@ from scipy import stats
 
 from trace_ds.benchmark import analysis, plan
 from trace_ds.benchmark.analysis import Curve
+from trace_ds.benchmark.study import choices
 from trace_ds.benchmark.table import show
 from trace_ds.config.load import load_config, recipe_names, validate, with_changes
 from trace_ds.config.schema import Config
@@ -200,6 +201,27 @@ def test_a_method_with_one_value_is_not_called_tuned() -> None:
     assert bench is not None
     assert plan.untried(bench, "recipe", "sampling", [ALPHA, LR]) == ["lr"]
     assert plan.untried(bench, "recipe", "sampling", [ALPHA]) == plan.untried(bench, "recipe", "uniform", [LR]) == []
+
+
+@pytest.mark.parametrize(
+    ("grid", "kinds"),
+    [
+        ({ALPHA: [4.0], LR: [1e-3]}, ["same strength"]),
+        ({ALPHA: [4.0], LR: [1e-3, 2e-3]}, ["same strength", "own alpha, lr"]),
+        ({ALPHA: [1.0, 4.0], LR: [1e-3]}, ["same strength", "own alpha"]),
+    ],
+)
+def test_what_cannot_be_tuned_is_not_told_twice(grid: dict[str, list[float]], kinds: list[str]) -> None:
+    asked = config(grid=grid)
+    assert asked.bench is not None
+    curves = [
+        curve(seed, method, alpha, lr, [0.5], 10)
+        for seed in asked.bench.seeds
+        for method in asked.bench.methods
+        for alpha in grid[ALPHA]
+        for lr in grid[LR]
+    ]
+    assert [kind for _, kind, _, _ in choices(asked, curves)] == kinds
 
 
 def test_intervals_agree_with_scipy() -> None:

@@ -248,10 +248,15 @@ def _strongest(study: Study, loss: str, kind: str, chosen: Mapping[str, Mapping[
 def choices(
     config: Config, curves: Sequence[Curve]
 ) -> Iterator[tuple[str, str, list[str], dict[str, dict[int, Curve | None]]]]:
-    """By loss, then by :func:`kinds`: (loss, kind, free keys, method -> the curve it is told by for each seed)."""
+    """By loss, then by :func:`kinds`: (loss, kind, free keys, method -> the curve it is told by for each seed).
+
+    A kind is left out where no method has a second value of the key that it frees: it would repeat the one before.
+    """
     bench = plan.require_bench(config, "bench")
     for loss in bench.losses:
         for kind, free in kinds(list(bench.grid)):
+            if free and all(plan.untried(bench, loss, method, free[-1:]) for method in bench.methods):
+                continue
             chosen = {
                 method: tuned(
                     [curve for curve in curves if (curve.loss, curve.method) == (loss, method)],

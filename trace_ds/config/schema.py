@@ -11,9 +11,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 DETECTIONS = ("significance", "top_difference", "top_ratio", "top_kl", "top_gate_mass")
-RULES = ("raking", "ratio_mean", "ratio_max", "uniform", "permuted", "random_experts", "inverse", "sources")
-CONTROL_RULES = RULES[3:]  # those that do not calibrate by the routing of the forget set
-WITHOUT_THETA = ("ratio_mean", "ratio_max", "permuted", "sources")
+# Those that are not to bring the forget-critical experts closer: baseline, controls, oracle.
+CONTROL_RULES = ("uniform", "permuted", "random_experts", "inverse", "sources")
+RULES = ("raking", "ratio_mean", "ratio_max", *CONTROL_RULES)
+WITHOUT_THETA = ("ratio_mean", "ratio_max", "permuted", "sources")  # no table of the experts gives their weights
 
 
 class Section(BaseModel):
