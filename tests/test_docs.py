@@ -49,6 +49,7 @@ STUDIES = (ROOT / "docs" / "studies.md").read_text(encoding="utf-8")
 SECTIONS = {part.partition("\n")[0]: part for part in STUDIES.split("\n## ")}
 ENTANGLED = next(text for title, text in SECTIONS.items() if "bench_entangled" in title)
 ABLATIONS = next(text for title, text in SECTIONS.items() if "bench_ablations" in title)
+NEAR = next(text for title, text in SECTIONS.items() if "no near text" in title)
 VERBATIM = next(text for title, text in SECTIONS.items() if "bench_verbatim" in title)
 PUBLISHED = [
     ("entangled", 0.302, ENTANGLED, "sampling", "**TRACE, sampling retain rows**"),
@@ -74,12 +75,20 @@ PUBLISHED = [
 ]
 
 
+SHARES = ["scarce", "absent"]  # the recipe bench_ablations in other regimes, one column each
+OF_SHARES = [
+    ("sampling", "TRACE, sampling retain rows"),
+    ("weighting", "TRACE, weighting the loss"),
+    ("permuted", "control: weights permuted over rows"),
+]
+
+
 @functools.cache
 def published(study: str, target: float) -> tuple[str, list[dict[str, Any]]]:
     """The first utility metric of a study and its comparisons, from the published CSV."""
     from tools.study_from_csv import comparisons, read_curves
 
-    config, _ = load_config(f"bench_{study}", [], "out")
+    config, _ = load_config("bench_ablations" if study in SHARES else f"bench_{study}", [], "out")
     assert config.bench is not None
     curves = read_curves(config, ROOT / "docs" / "studies" / f"{study}.csv", target)
     return config.bench.utility[0], comparisons(config, curves)
@@ -99,11 +108,23 @@ def test_the_published_comparisons_follow_from_the_published_scores(
         if "not tried" not in cell:
             wanted = (strength, method, metric, "post")
             row = next(r for r in rows if (r["strength"], r["method"], r["metric"], r["at"]) == wanted)
-            low, high = (100 * row["relative_interval"][end] for end in ("low", "high"))
-            told = f"{100 * row['relative']:+.1f} % [{low:.1f}, {high:.1f}]".replace("-", "−")
-            assert told in cell, (name, strength)
-            seeds = len(row["seeds"])
-            assert seeds == 5 or f"{seeds} seeds" in cell or f"{seeds} of 5" in cell
+            assert_told(row, cell)
+
+
+@pytest.mark.parametrize(("method", "name"), OF_SHARES)
+def test_the_comparisons_by_near_share_follow_from_the_published_scores(method: str, name: str) -> None:
+    cells = next(line for line in NEAR.splitlines() if line.startswith(f"| {name} |")).split("|")[2:-1]
+    for study, cell in zip(SHARES, cells, strict=True):
+        metric, rows = published(study, 0.30833333333333335)
+        assert_told(next(r for r in rows if (r["method"], r["metric"], r["at"]) == (method, metric, "post")), cell)
+
+
+def assert_told(row: dict[str, Any], cell: str) -> None:
+    low, high = (100 * row["relative_interval"][end] for end in ("low", "high"))
+    told = f"{100 * row['relative']:+.1f} % [{low:.1f}, {high:.1f}]".replace("-", "−")
+    assert told in cell, (told, cell)
+    seeds = len(row["seeds"])
+    assert seeds == 5 or f"{seeds} seeds" in cell or f"{seeds} of 5" in cell
 
 
 def test_every_metric_is_explained() -> None:
