@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
+from command import run
 from distributed import run_distributed
 
 from trace_ds.errors import UserError
@@ -164,3 +168,39 @@ def test_files_of_another_model_are_refused(tiny_model: Path, tmp_path: Path) ->
     (model / "config.json").write_text(json.dumps(config | {"hidden_size": 64}))
     with pytest.raises(UserError, match=r"tensors do not fit the model, the first: .* has shape"):
         WeightFiles.open(model, torch.nn.Identity())
+
+
+def test_what_was_there_takes_no_part_in_collections_and_what_is_made_inside_does() -> None:
+    from trace_ds.models.engine import quick_collections
+
+    class Cycle:
+        def __init__(self) -> None:
+            self.me = self
+
+    gc.collect()
+    before = weakref.ref(Cycle())
+    with pytest.raises(ValueError, match="stop"), quick_collections():
+        inside = weakref.ref(Cycle())
+        gc.collect()
+        assert gc.get_freeze_count() > 0 and before() is not None and inside() is None
+        raise ValueError("stop")
+    gc.collect()
+    assert gc.get_freeze_count() == 0 and before() is None
+
+
+def test_an_engine_is_made_without_torchs_compiler(tmp_path: Path) -> None:
+    """DeepSpeed looks whether the optimizer is Muon; what it compiles for others stays as it is."""
+    code = (
+        "import sys, deepspeed.runtime.compiler as compiler\n"
+        "kept = compiler.compile\n"
+        "from trace_ds.models.engine import import_muon\n"
+        "import_muon()\n"
+        "from deepspeed.runtime.zero.utils import is_zero_supported_optimizer, ZERO_SUPPORTED_OPTIMIZERS\n"
+        "import torch, deepspeed.comm as dist\n"
+        "dist.get_rank = lambda: 1\n"
+        "made = torch.optim.AdamW([torch.zeros(1)])\n"
+        "assert is_zero_supported_optimizer(made) and 'MuonWithAuxAdam' in str(ZERO_SUPPORTED_OPTIMIZERS)\n"
+        "assert compiler.compile is kept and 'torch._inductor.compile_fx' not in sys.modules\n"
+    )
+    result = run([sys.executable, "-c", code], cwd=tmp_path)
+    assert result.returncode == 0, result.stderr

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import gc
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -61,6 +63,20 @@ def initialize(
             not what the files say.
     """
     ep = int(ds_config.get("expert_parallel", {}).get("autoep_size", 1))
+    with quick_collections() if ep > 1 else contextlib.nullcontext():
+        return _initialize(config, info, world, ds_config, ep, parts, parameters, recompute)
+
+
+def _initialize(
+    config: Config,
+    info: ModelInfo,
+    world: World,
+    ds_config: dict[str, Any],
+    ep: int,
+    parts: Parts,
+    parameters: Callable[[nn.Module], list[Any]] | None,
+    recompute: bool,
+) -> Any:
     model: Any
     model, files = load_share(info.path, DTYPES[config.model.dtype], world, ep=ep, ds_config=ds_config, parts=parts)
     layers = sum(1 for module in model.modules() if _has_experts(module))
@@ -70,6 +86,7 @@ def initialize(
     if parameters is not None:
         model.train()
         arguments["model_parameters"] = parameters(model)
+        import_muon()
     else:
         model.requires_grad_(False)
     engine, *_ = quiet_deepspeed().initialize(model=model, config=ds_config, **arguments)
@@ -83,6 +100,36 @@ def initialize(
     if parameters is None:
         engine.eval()
     return engine
+
+
+@contextlib.contextmanager
+def quick_collections() -> Iterator[None]:
+    """What the process holds already takes no part in garbage collections inside.
+
+    DeepSpeed collects after every MoE layer that AutoEP replaces, to be rid of the layer's weights before the next one.
+    With the modules of torch and transformers among what is searched, each costs a quarter of a second.
+    """
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+def import_muon() -> None:
+    """Import DeepSpeed's Muon as DeepSpeed does when it looks whether an optimizer is Muon, without compiling it.
+
+    It is none that a job can choose, and torch's compiler alone takes a second to import.
+    """
+    from deepspeed.runtime import compiler
+
+    compile_ = compiler.compile
+    compiler.compile = lambda *arguments, **options: lambda function: function
+    try:
+        with contextlib.suppress(ImportError):
+            import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+    finally:
+        compiler.compile = compile_
 
 
 class Fp32Linear(nn.Linear):
