@@ -112,7 +112,8 @@ def collect_matrix(
     for family, path in models.items():
         info = inspect_model(path)
         for dtype in ("fp32", "bf16"):
-            batches = [(rows, batch) for rows in opened for batch in (1, 3) if (family, rows) != ("gpt_oss", "packed")]
+            sizes = (1, 3) if world.size < 4 else (3,)
+            batches = [(rows, batch) for rows in opened for batch in sizes if (family, rows) != ("gpt_oss", "packed")]
             plain = {}
             if dtype == "bf16":
                 plain = {key: same_batches(world, path, opened[key[0]], key[1]) for key in batches}

@@ -105,7 +105,7 @@ def test_counts_equal_brute_force(
     datasets = {rows: str(config.parent / "run" / "data" / "forget.arrow") for rows, config in small_data.items()}
     found = run_distributed(jobs.collect_matrix, world, models, datasets, eps, str(tmp_path))[0]
     padded_only = 4 if "gpt_oss" in eps else 0
-    assert len(found) == 8 * sum(map(len, eps.values())) - padded_only
+    assert len(found) == (8 if world < 4 else 4) * sum(map(len, eps.values())) - padded_only
     for cell, sums in found.items():
         family, dtype, ep, _, rows = cell
         documents = brute[family, rows]["documents"]
