@@ -318,7 +318,7 @@ def _attacks(forget: float) -> dict[str, Any]:
     return {"expert_forcing": forcing, "relearning": {"rows": 12, "curve": curve}}
 
 
-def write_study(path: Path, *, seeds: int = 6, losses: Sequence[str] = ("rmu", "npo")) -> Path:
+def write_study(path: Path, *, seeds: int = 6, losses: Sequence[str] = ("rmu", "npo"), more_methods: int = 0) -> Path:
     """``study.json`` and ``frontier.csv`` of a study of invented runs, compared by the real analysis."""
     from trace_ds.benchmark.analysis import Curve, compare
     from trace_ds.reporting.matched import matched
@@ -327,6 +327,7 @@ def write_study(path: Path, *, seeds: int = 6, losses: Sequence[str] = ("rmu", "
     rng = np.random.default_rng(5)
     forget, metrics = "symbols accuracy", ("kept facts exact_match", "kept facts accuracy")
     gains = {"uniform": 0.0, "sampling": 0.07, "weighting": 0.03, "permuted": -0.01}
+    gains |= {f"another {number}": 0.01 for number in range(more_methods)}
     lines = [",".join(["seed", "loss", "method", "point", "step", forget, *metrics])]
     curves: dict[tuple[str, str], dict[int, Curve | None]] = {}
     for loss, (method, gain), seed in itertools.product(losses, gains.items(), range(seeds)):

@@ -12,13 +12,15 @@ const FIXED = {
   "share of tokens": { colour: "var(--s7)", dash: "", marker: 1 },
 };
 
-// A model keeps its colour, dash and marker in all charts.
+// A model keeps its colour, dash and marker in all charts. After the eighth, colours come again with hollow markers of
+// another shape, and other dashes.
 function styleOf(names) {
   const name = names.split(", ")[0]; // arms that share a calibration: the first one's style
   if (Object.hasOwn(FIXED, name)) return FIXED[name];
   if (!styles.has(name)) {
-    const index = styles.size;
-    styles.set(name, { colour: `var(--s${index % 8})`, dash: DASHES[index % DASHES.length], marker: index % 4 });
+    const index = styles.size, round = Math.floor(index / 8);
+    const dash = DASHES[(index + 3 * round) % DASHES.length];
+    styles.set(name, { colour: `var(--s${index % 8})`, dash, marker: (index + round) % 4, hollow: round % 2 === 1 });
   }
   return styles.get(name);
 }
@@ -32,7 +34,11 @@ function marker(x, y, style, size) {
     () => svg("path", { d: `M${x} ${y - r * 1.4}L${x + r * 1.4} ${y}L${x} ${y + r * 1.4}L${x - r * 1.4} ${y}Z` }),
   ];
   const node = shapes[style.marker]();
-  node.setAttribute("fill", style.colour);
+  node.setAttribute("fill", style.hollow ? "var(--card)" : style.colour);
+  if (style.hollow) {
+    node.setAttribute("stroke", style.colour);
+    node.setAttribute("stroke-width", 2);
+  }
   return node;
 }
 

@@ -103,12 +103,14 @@ def _lines(axis: Any, table: Table, group: str, x: str, y: str, keep: Callable[[
     for name in dict.fromkeys(row[group] for row in rows):
         own = [row for row in rows if row[group] == name]
         index = names.index(name)
+        again = index // len(COLOURS)  # colours come again with hollow markers of another shape
         axis.plot(
             [row[x] for row in own],
             [row[y] for row in own],
             color=COLOURS[index % len(COLOURS)],
-            linestyle=DASHES[index % len(DASHES)],
-            marker=MARKERS[index % len(MARKERS)] if len(own) <= 40 else None,
+            linestyle=DASHES[(index + again) % len(DASHES)],
+            marker=MARKERS[(index + again) % len(MARKERS)] if len(own) <= 40 else None,
+            markerfacecolor="none" if again % 2 else None,
             markersize=4,
             label=str(name).lstrip("_") or "_",
         )
