@@ -49,8 +49,10 @@ STUDIES = (ROOT / "docs" / "studies.md").read_text(encoding="utf-8")
 SECTIONS = {part.partition("\n")[0]: part for part in STUDIES.split("\n## ")}
 ENTANGLED = next(text for title, text in SECTIONS.items() if "bench_entangled" in title)
 ABLATIONS = next(text for title, text in SECTIONS.items() if "bench_ablations" in title)
+BUDGET = next(text for title, text in SECTIONS.items() if "bench_budget" in title)
 NEAR = next(text for title, text in SECTIONS.items() if "no near text" in title)
 VERBATIM = next(text for title, text in SECTIONS.items() if "bench_verbatim" in title)
+BUDGET_TARGET = 0.28833333333333333
 PUBLISHED = [
     ("entangled", 0.302, ENTANGLED, "sampling", "**TRACE, sampling retain rows**"),
     ("entangled", 0.302, ENTANGLED, "weighting", "TRACE, weighting the loss"),
@@ -69,12 +71,17 @@ PUBLISHED = [
     ("ablations", 0.302, ABLATIONS, "inverse", "control: the opposite weights"),
     ("ablations", 0.302, ABLATIONS, "oracle_near", "oracle: near facts by their label, floor .3"),
     ("ablations", 0.302, ABLATIONS, "oracle_elements", "oracle: numbers of elements by their label, floor .3"),
+    ("budget", BUDGET_TARGET, BUDGET, "weight", "rows of the highest raking weight"),
+    ("budget", BUDGET_TARGET, BUDGET, "coverage", "rows that cover the forget-critical experts"),
+    ("budget", BUDGET_TARGET, BUDGET, "hidden", "nearest rows by hidden states"),
+    ("budget", BUDGET_TARGET, BUDGET, "tfidf", "nearest rows by tf-idf"),
     ("verbatim", 0.0653, VERBATIM, "sampling", "TRACE, sampling retain rows"),
     ("verbatim", 0.0653, VERBATIM, "weighting", "TRACE, weighting the loss"),
     ("verbatim", 0.0653, VERBATIM, "permuted", "control: weights permuted over rows"),
 ]
 
 
+CHANGES = {"budget": ["bench.seeds=[0,1,2,3,4]", "bench.grid={unlearning.alpha: [64, 256, 1024]}"]}
 SHARES = ["scarce", "absent"]  # the recipe bench_ablations in other regimes, one column each
 OF_SHARES = [
     ("sampling", "TRACE, sampling retain rows"),
@@ -88,7 +95,7 @@ def published(study: str, target: float) -> tuple[str, list[dict[str, Any]]]:
     """The first utility metric of a study and its comparisons, from the published CSV."""
     from tools.study_from_csv import comparisons, read_curves
 
-    config, _ = load_config("bench_ablations" if study in SHARES else f"bench_{study}", [], "out")
+    config, _ = load_config("bench_ablations" if study in SHARES else f"bench_{study}", CHANGES.get(study, []), "out")
     assert config.bench is not None
     curves = read_curves(config, ROOT / "docs" / "studies" / f"{study}.csv", target)
     return config.bench.utility[0], comparisons(config, curves)
