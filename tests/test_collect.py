@@ -93,7 +93,8 @@ def test_counts_equal_brute_force(
     brute: dict[tuple[str, str], dict[str, np.ndarray]],
     tmp_path: Path,
 ) -> None:
-    """Every family, type, expert-parallel size, rows per batch, rows packed and padded, in one job per world size.
+    """Every family, type, expert-parallel size, rows per batch, rows packed and padded, in one job per world size; at
+    four ranks what only they have: the larger sizes of expert parallelism, one number of rows per batch.
 
     fp32: every sum equals that over documents alone. bf16: equal to plain transformers in the same batches; with
     experts on several ranks their outputs are added in another order, so near ties may fall the other way: seen are one

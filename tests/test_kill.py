@@ -27,7 +27,7 @@ WRITES = {
     "evaluate": "evaluation/.",
     "report": "report.tmp-",
 }
-KEPT = ("data", "statistics", "calibration", "checkpoints", "model", "evaluation", "report")
+KEPT = ("data", "statistics", "calibration", "checkpoints", "model", "evaluation", "report", "variants")
 
 
 def final_artefacts(run: Path) -> dict[str, bytes]:
@@ -55,7 +55,9 @@ def processes_with(text: str) -> list[int]:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_killed_in_any_stage_ends_the_same(tiny_model: Path, tmp_path: Path) -> None:
-    config = tiny.write_config(tmp_path, tiny_model, distributed={"ep": 2, "nproc": 2})
+    config = tiny.write_config(
+        tmp_path, tiny_model, distributed={"ep": 2, "nproc": 2}, variants={"uniform": {"calibration.rule": "uniform"}}
+    )
     undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
     result = trace_ds("run", config, "--run-dir", undisturbed, cwd=tmp_path, timeout_s=900)
     assert result.returncode == 0, result.stderr[-3000:]

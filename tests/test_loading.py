@@ -188,7 +188,7 @@ def test_what_was_there_takes_no_part_in_collections_and_what_is_made_inside_doe
     assert gc.get_freeze_count() == 0 and before() is None
 
 
-def test_an_engine_is_made_without_torchs_compiler(tmp_path: Path) -> None:
+def test_muon_is_imported_without_torchs_compiler(tmp_path: Path) -> None:
     """DeepSpeed looks whether the optimizer is Muon; what it compiles for others stays as it is."""
     code = (
         "import sys, deepspeed.runtime.compiler as compiler\n"

@@ -49,7 +49,7 @@ from trace_ds.calibration.weights import (
     spooled,
     spread_rows,
 )
-from trace_ds.config.schema import CalibrationConfig
+from trace_ds.config.schema import WITHOUT_TRACE, CalibrationConfig
 
 RAKING_RULES = ("raking", "permuted", "random_experts", "inverse")
 RATIO_RULES = ("ratio_mean", "ratio_max")
@@ -96,7 +96,7 @@ class Calibrated:
 
 def scope_of(config: CalibrationConfig, selected_LE: np.ndarray, eligible_LE: np.ndarray, seed: int) -> np.ndarray:
     """bool [L, E]: the experts whose frequencies the rule is asked to move."""
-    if config.rule in ("uniform", "sources") or (config.if_none_found == "uniform" and not selected_LE.any()):
+    if config.rule in WITHOUT_TRACE or (config.if_none_found == "uniform" and not selected_LE.any()):
         return np.zeros_like(selected_LE)
     if config.rule == "random_experts":
         candidates = np.flatnonzero(eligible_LE)
@@ -126,7 +126,7 @@ def apply_rule(
     documents, what the rule ``sources`` needs (:func:`source_log_weights`).
 
     Raises:
-        ValueError: a rule other than ``uniform`` without a trace, or no counted token.
+        ValueError: a rule that needs the trace or the documents' weights without them, or no counted token.
     """
     u_T = spooled(spool / "log_weight.f64", tokens.tokens)
     result = Calibrated(

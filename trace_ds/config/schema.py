@@ -14,6 +14,7 @@ DETECTIONS = ("significance", "top_difference", "top_ratio", "top_kl", "top_gate
 # Those that are not to bring the forget-critical experts closer: baseline, controls, oracle.
 CONTROL_RULES = ("uniform", "permuted", "random_experts", "inverse", "sources")
 RULES = ("raking", "ratio_mean", "ratio_max", *CONTROL_RULES)
+WITHOUT_TRACE = ("uniform", "sources")  # no routing is needed for their weights
 WITHOUT_THETA = ("ratio_mean", "ratio_max", "permuted", "sources")  # no table of the experts gives their weights
 
 

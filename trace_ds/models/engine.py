@@ -41,6 +41,21 @@ def base_ds_config(*, ep: int, info: ModelInfo, zero_stage: int) -> dict[str, An
     return ds_config
 
 
+@contextlib.contextmanager
+def quick_collections() -> Iterator[None]:
+    """What the process holds already takes no part in garbage collections inside.
+
+    DeepSpeed collects after every MoE layer that AutoEP replaces, to be rid of the layer's weights before the next one.
+    With the modules of torch and transformers among what is searched, each costs a quarter of a second.
+    """
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+@quick_collections()
 def initialize(
     config: Config,
     info: ModelInfo,
@@ -63,20 +78,6 @@ def initialize(
             not what the files say.
     """
     ep = int(ds_config.get("expert_parallel", {}).get("autoep_size", 1))
-    with quick_collections() if ep > 1 else contextlib.nullcontext():
-        return _initialize(config, info, world, ds_config, ep, parts, parameters, recompute)
-
-
-def _initialize(
-    config: Config,
-    info: ModelInfo,
-    world: World,
-    ds_config: dict[str, Any],
-    ep: int,
-    parts: Parts,
-    parameters: Callable[[nn.Module], list[Any]] | None,
-    recompute: bool,
-) -> Any:
     model: Any
     model, files = load_share(info.path, DTYPES[config.model.dtype], world, ep=ep, ds_config=ds_config, parts=parts)
     layers = sum(1 for module in model.modules() if _has_experts(module))
@@ -100,20 +101,6 @@ def _initialize(
     if parameters is None:
         engine.eval()
     return engine
-
-
-@contextlib.contextmanager
-def quick_collections() -> Iterator[None]:
-    """What the process holds already takes no part in garbage collections inside.
-
-    DeepSpeed collects after every MoE layer that AutoEP replaces, to be rid of the layer's weights before the next one.
-    With the modules of torch and transformers among what is searched, each costs a quarter of a second.
-    """
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 def import_muon() -> None:

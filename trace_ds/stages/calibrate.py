@@ -26,7 +26,7 @@ from trace_ds.calibration.tokens import (
     open_trace,
     read_token_map,
 )
-from trace_ds.config.schema import Config
+from trace_ds.config.schema import WITHOUT_TRACE, Config
 from trace_ds.errors import UserError
 from trace_ds.routing.statistics import RoutingStatistics
 from trace_ds.run import artefact as artefacts
@@ -224,7 +224,7 @@ def load_trace(config: Config, side: Artefact, statistics: RoutingStatistics, to
     fix = f"set statistics.trace: true and run `trace-ds {COLLECT}` again"
     paths = [side.file(name) for name in sorted(side.files) if name.startswith("trace-")]
     if not paths:
-        if config.calibration.rule in ("uniform", "sources"):
+        if config.calibration.rule in WITHOUT_TRACE:
             return None
         raise UserError(
             f"the rule {config.calibration.rule} needs the routing trace, which was not recorded",
