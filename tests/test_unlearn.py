@@ -7,9 +7,11 @@ import json
 import os
 import shutil
 import signal
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import command
 import jobs
 import numpy as np
 import pytest
@@ -51,6 +53,17 @@ def calibrated_run(config: Path, run: Path, world: int = 1) -> Path:
     weights = np.load(run / "calibration" / "weights.npy")
     assert weights.std() > 0.1  # a test with uniform weights would prove little
     return run
+
+
+@pytest.mark.slow
+def test_a_job_starts_without_torchs_compiler(calibrated: tuple[Path, Path], tmp_path: Path) -> None:
+    """Importing it takes a second of every rank; DeepSpeed asks for it through an optimizer that no job can choose."""
+    run = copy_of(calibrated[1], tmp_path / "run")
+    words = ["env", "PYTHONPROFILEIMPORTTIME=1", sys.executable, "-m", "trace_ds", "unlearn", calibrated[0]]
+    result = command.run([*words, "--run-dir", run, "--set", "unlearning.steps=1", "--set", "distributed.nproc=1"])
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "deepspeed.runtime.zero.muon.muon_optimizer" in result.stderr
+    assert "torch._inductor.compile_fx" not in result.stderr
 
 
 def copy_of(run: Path, destination: Path) -> Path:
