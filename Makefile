@@ -1,12 +1,13 @@
 # make demo    the whole method on real text, in minutes, on this machine
 # make test    all tests
 # make check   style, types, shell scripts, tests
+# make pythons a short run under every other Python of this machine, in environments made from nothing
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PYTEST_FLAGS ?= --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
-.PHONY: demo test check style types shell clean
+.PHONY: demo test check style types shell pythons clean
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.installed
@@ -26,6 +27,9 @@ types: $(VENV)/.installed-dev
 
 shell: $(VENV)/.installed-dev
 	$(BIN)/shellcheck -x slurm/*.sh tools/*.sh .ci/run
+
+pythons: $(VENV)/.installed-dev
+	$(BIN)/python tools/try_pythons.py
 
 $(BIN)/python:
 	@sh tools/prerequisites.sh $(PYTHON)
