@@ -332,24 +332,6 @@ def test_file_system_without_locks(config: Path, monkeypatch: pytest.MonkeyPatch
         run_verb("prepare", Request.load(str(config), [], config.parent / "run"))
 
 
-def test_a_variant_leaves_the_work_of_its_run_alone(tmp_path: Path) -> None:
-    """The statistics that another process collects are not the leftovers of a variant, whose own are removed."""
-    run = RunDirectory(tmp_path / "run")
-    variant = run.variant("even")
-    for folder in (run.path, run.statistics, variant.path):
-        (folder / "work.tmp-1").mkdir(parents=True)
-    variant.create("")
-    assert (run.path / "work.tmp-1").exists() and (run.statistics / "work.tmp-1").exists()
-    assert not (variant.path / "work.tmp-1").exists()
-    run.create("")
-    assert not (run.path / "work.tmp-1").exists() and not (run.statistics / "work.tmp-1").exists()
-
-
-def test_data_and_statistics_are_not_made_in_a_variant(config: Path) -> None:
-    line = refuse(config.parent, "prepare", config, "--run-dir", "run/variants/even")
-    assert "this is the directory of a variant" in line and "use --run-dir run," in line
-
-
 def test_run_directory_in_use(config: Path) -> None:
     run = config.parent / "run"
     run.mkdir()

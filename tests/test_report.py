@@ -310,12 +310,12 @@ def damage(path: Path, kind: str) -> None:
 def test_damaged_artefacts_are_named_and_the_old_report_stays(tmp_path: Path, name: str, kind: str) -> None:
     path = write_run(tmp_path / "run")
     (path / "report").mkdir()
-    (path / "report" / "index.html").write_text("old")
+    (path / "report" / "index.html").write_text("old, of trace_ds")
     damage(path / name, kind)
     with pytest.raises(UserError, match=Path(name).name) as error:
         report(None, RunDirectory.at(path), [])
     assert "Fix:" in error.value.line()
-    assert (path / "report" / "index.html").read_text() == "old"
+    assert (path / "report" / "index.html").read_text() == "old, of trace_ds"
 
 
 def test_hostile_text_stays_text(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ complete checkpoint; anything else is a failure.
 from __future__ import annotations
 
 import errno
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +22,14 @@ import typer
 from trace_ds import __version__
 from trace_ds.errors import EXIT_STOPPED, EXIT_USER_ERROR, JobFailed, StopRequested, UserError
 
+_ROOM = "free space there, or choose another --run-dir"
+_ALLOW = "change the permissions there, or choose another --run-dir"
+FIXES = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), _ROOM),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), _ALLOW),
+    errno.ENAMETOOLONG: "use a shorter path: a file's name has at most 255 bytes",
+    errno.ELOOP: "correct the links, which lead around in a circle",
+}
 LAUNCHED = ("collect", "unlearn", "evaluate")
 ONE_PROCESS = ("prepare", "calibrate", "convert", "report", "run", "submit", "demo", "bench")
 
@@ -32,8 +41,17 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+
+def _run_dir(text: str) -> Path:
+    from trace_ds.run.directory import run_path
+
+    return run_path(str(text))
+
+
 ConfigArgument = Annotated[str, typer.Argument(help="YAML file, or the name of a recipe (`trace-ds recipes`).")]
-RunDirOption = Annotated[Optional[Path], typer.Option("--run-dir", help="Run directory; default runs/NAME.")]  # noqa: UP045
+RunDirOption = Annotated[
+    Path | None, typer.Option("--run-dir", parser=_run_dir, metavar="PATH", help="Run directory; default runs/NAME.")
+]
 SetOption = Annotated[Optional[list[str]], typer.Option("--set", help="Override: dotted.key=value.")]  # noqa: UP045
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the resolved config and what would run.")]
 NprocOption = Annotated[Optional[int], typer.Option("--nproc", min=1, help="Local processes (bare start).")]  # noqa: UP045
@@ -56,10 +74,13 @@ def main() -> None:
         print(f"trace-ds: {error}", file=sys.stderr)
         _end(EXIT_STOPPED)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG):
+        if error.errno not in FIXES:
             raise
-        where = f"{error.filename}: " if error.filename else ""
-        _fail(f"{where}{error.strerror}. Fix: free space or permissions there, or choose another --run-dir", 2)
+        where = os.fsencode(error.filename).decode("utf-8", "backslashreplace") if error.filename else ""
+        fix = FIXES[error.errno]
+        if error.errno in (errno.EACCES, errno.EPERM) and where and os.sep not in where:
+            fix = "a program was looked for: change or take out the PATH entries that cannot be read"
+        _fail(UserError(str(error.strerror), where, fix).line(), EXIT_USER_ERROR)
     except typer.Exit as end:
         _end(end.exit_code)
     except typer.Abort:
@@ -194,6 +215,13 @@ def convert(
     dry_run: DryRunOption = False,
 ) -> None:
     """Checkpoint → Hugging Face model directory (one process, no GPU): of a run, or SOURCE → DESTINATION."""
+    if tag is not None:
+        from trace_ds.config.names import check_name
+
+        try:
+            check_name(tag)
+        except ValueError as error:
+            raise UserError(f"{tag!r} is no step ({error})", "--tag", "name a folder in SOURCE") from None
     of_run = {"--run-dir": run_dir, "--set": set_, "--variant": variant}
     options: dict[str, object] = {"to": to, "tag": tag, "dtype": dtype, "max_shard_size": max_shard_size, "jobs": jobs}
     options |= {"base_model": base_model, "verify": verify or None}
@@ -287,7 +315,9 @@ def submit(
 
 @app.command()
 def demo(
-    run_dir: Annotated[Path, typer.Option("--run-dir", help="Where to work.")] = Path("runs/demo"),
+    run_dir: Annotated[Path, typer.Option("--run-dir", parser=_run_dir, metavar="PATH", help="Where to work.")] = Path(
+        "runs/demo"
+    ),
     set_: SetOption = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:

@@ -6,8 +6,10 @@ A *method* is what is compared (a weight rule, a control, a baseline), a *point*
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -17,6 +19,7 @@ from trace_ds.config.load import with_changes
 from trace_ds.config.schema import CONTROL_RULES, BenchConfig, Config
 from trace_ds.errors import UserError
 
+FILE_NAME = re.compile(r"[^/\0]{1,200}", re.ASCII)
 Point = tuple[tuple[str, Any], ...]
 
 
@@ -32,7 +35,10 @@ class Trial:
     @property
     def name(self) -> str:
         """Of its result below ``seed_N/trials/``: ``rmu/uniform/alpha=16,lr=0.0005.json``."""
-        return f"{self.loss}/{self.method}/{label(self.point) or 'recipe'}.json"
+        point = label(self.point) or "recipe"
+        if not FILE_NAME.fullmatch(point):  # a value with a slash in it, or a point of many keys
+            point = hashlib.sha256(point.encode()).hexdigest()[:16]
+        return f"{self.loss}/{self.method}/{point}.json"
 
 
 def label(point: Point) -> str:

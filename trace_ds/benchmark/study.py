@@ -26,6 +26,7 @@ from trace_ds.benchmark.analysis import Curve, compare, curve_of, finite, metric
 from trace_ds.benchmark.worker import Job, Study, is_done
 from trace_ds.config.schema import Config
 from trace_ds.errors import EXIT_STOPPED, StopRequested, UserError
+from trace_ds.run import ours
 from trace_ds.run.directory import RunDirectory, locked
 from trace_ds.run.files import write_json, write_text
 
@@ -43,6 +44,7 @@ def run_study(recipe: str, directory: Path, overrides: Sequence[str], workers: i
         from trace_ds.demo.run import preflight
 
         preflight(directory)
+    check_places(study, directory)
     with locked(RunDirectory(directory)):
         jobs = study.jobs(None)
         todo = [job for job in jobs if not is_done(job)]
@@ -65,6 +67,24 @@ def run_study(recipe: str, directory: Path, overrides: Sequence[str], workers: i
         show(result)
         print(f"numbers: {directory / 'study.json'}, every scored step: {directory / 'frontier.csv'}")
     return 0
+
+
+def check_places(study: Study, directory: Path) -> None:
+    """Refuse a directory that is not a study's, or that lies in, on or around what the recipe reads."""
+    from trace_ds.demo.run import require_inputs_ours
+    from trace_ds.stages.pipeline import inputs_of
+
+    RunDirectory(directory).require_ours()
+    ours.require_file(directory / "study.json", ours.is_described("recipe", "comparisons"))
+    ours.require_file(directory / "frontier.csv", lambda path: path.read_bytes().startswith(b"seed,loss,method,point,"))
+    for seed in study.bench.seeds:
+        folder = study.seed_directory(seed)
+        run = RunDirectory(folder)
+        made = [*run.outputs, *(folder / name for name in ("scores", "trials", "calibrated"))]
+        ours.require_apart([*made, directory / "report", directory / "logs"], inputs_of(study.seed_config(seed)))
+        run.require_ours()
+        if study.bench.regime is not None:
+            require_inputs_ours(folder)
 
 
 def worker_count() -> int:

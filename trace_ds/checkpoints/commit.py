@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trace_ds.checkpoints.manifest import (
+    STEP,
     Manifest,
     complete_steps,
     point_latest,
@@ -26,11 +28,10 @@ from trace_ds.checkpoints.manifest import (
 )
 from trace_ds.errors import JobFailed, UserError
 from trace_ds.run.files import fsync_directory
+from trace_ds.run.ours import checkpoint, require_directory
 
 if TYPE_CHECKING:
     from trace_ds.parallel.world import World
-
-DEEPSPEED_SCRIPTS = ("zero_to_fp32.py", "zero_to_torch.py")
 
 
 def save(
@@ -51,6 +52,8 @@ def save(
         checkpoints.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)
     world.barrier()
+    # Its scripts refuse expert-parallel checkpoints (`trace-ds convert` reads all), and could overwrite a user's own.
+    engine._copy_recovery_script = lambda save_path: None
     engine.save_checkpoint(
         str(checkpoints), tag=temporary.name, client_state={"trace_ds_step": manifest.step}, save_latest=False
     )
@@ -60,8 +63,6 @@ def save(
     for part in world.gather(mine):
         files.update(part)
     if world.is_main:  # every rank has reported, so every file is on the disk
-        for script in DEEPSPEED_SCRIPTS:  # they refuse expert-parallel checkpoints; `trace-ds convert` reads all
-            (checkpoints / script).unlink(missing_ok=True)
         replace(manifest, files=files).write(temporary)
         fsync_directory(temporary)
         destination = checkpoints / name
@@ -84,19 +85,25 @@ def prune(checkpoints: Path, keep: int, keep_every: int | None) -> list[int]:
     steps, _ = complete_steps(checkpoints)
     doomed = [step for step in steps[: -max(keep, 2)] if not (keep_every and step % keep_every == 0)]
     for step in doomed:
-        discard(checkpoints / step_name(step))
+        with contextlib.suppress(UserError):  # it holds something of the user's: it stays
+            discard(checkpoints / step_name(step))
     return doomed
 
 
 def discard(path: Path) -> None:
-    """Delete a checkpoint; a kill in the middle leaves what the next start removes, not a damaged checkpoint."""
+    """Delete a checkpoint; a kill in the middle leaves what the next start removes, not a damaged checkpoint.
+
+    Raises:
+        UserError: it is not ours, or holds something that is not.
+    """
+    require_directory(path, checkpoint)
     doomed = path.with_name(f"{path.name}.tmp-old-{os.getpid()}")  # the new one of the step is .tmp-PID
     os.replace(path, doomed)
     shutil.rmtree(doomed)
 
 
 def discard_all(checkpoints: Path) -> None:
-    for path in checkpoints.glob("step_*"):
+    for path in [path for path in checkpoints.glob("step_*") if STEP.fullmatch(path.name)]:
         discard(path)
     (checkpoints / "latest").unlink(missing_ok=True)
 

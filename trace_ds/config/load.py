@@ -130,6 +130,17 @@ def dump_yaml(config: Config) -> str:
     return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
+def is_resolved(text: str) -> bool:
+    """Whether a file is what :func:`dump_yaml` writes, of this version or an older one: every section, no comment."""
+    sections = ("name", "seed", "model", "data", "distributed", "statistics", "calibration", "unlearning", "evaluation")
+    try:
+        raw = yaml.load(text, _Loader)
+        whole = isinstance(raw, dict) and all(name in raw for name in sections)
+        return whole and yaml.dump(raw, Dumper=_Dumper, sort_keys=False, allow_unicode=True) == text
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return False
+
+
 def _apply(raw: dict[str, Any], override: str) -> None:
     key, separator, value = override.partition("=")
     if not separator or not key.strip():

@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from trace_ds.config.names import Name
+
 DETECTIONS = ("significance", "top_difference", "top_ratio", "top_kl", "top_gate_mass")
 # Those that are not to bring the forget-critical experts closer: baseline, controls, oracle.
 CONTROL_RULES = ("uniform", "permuted", "random_experts", "inverse", "sources")
@@ -371,7 +373,7 @@ class ConversionConfig(Section):
 class TaskConfig(Section):
     """One evaluation task; ``role`` says which way is good: forget (lower), utility (higher)."""
 
-    name: str
+    name: Name
     type: Literal["choice", "verbatim", "perplexity", "knowmem", "membership", "extraction", "lm_eval"]
     path: str = Field("", description="The task's file; an lm_eval task without one is read from the hub.")
     role: Literal["forget", "utility"]
@@ -401,7 +403,7 @@ class RelearningConfig(Section):
 
 class EvaluationConfig(Section):
     tasks: list[TaskConfig] = Field(default_factory=list)
-    models: dict[str, str] = Field(
+    models: dict[Name, str] = Field(
         default_factory=dict,
         description="Further models scored beside the original and the unlearned one, for example {gold: PATH}.",
     )
@@ -437,8 +439,8 @@ class BenchConfig(Section):
     )
     seeds: list[int] = Field(default_factory=lambda: [0, 1, 2, 3, 4, 5], min_length=2)
     baseline: str = Field("uniform", description="The method all others are compared with.")
-    methods: dict[str, dict[str, Any]] = Field(description="Name -> {dotted.key: value}.", min_length=2)
-    losses: dict[str, dict[str, Any]] = Field(
+    methods: dict[Name, dict[str, Any]] = Field(description="Name -> {dotted.key: value}.", min_length=2)
+    losses: dict[Name, dict[str, Any]] = Field(
         {"recipe": {}}, description="Forget losses: name -> {dotted.key: value}.", min_length=1
     )
     grid: dict[str, list[Any]] = Field(
@@ -482,7 +484,7 @@ class BenchConfig(Section):
 class Config(Section):
     """A whole run. ``variants`` are further runs that differ only in the named keys (a fair comparison)."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: Name
     seed: int = Field(0, ge=0)
     model: ModelConfig
     data: DataConfig
@@ -494,7 +496,7 @@ class Config(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     report: ReportConfig = ReportConfig()
     bench: BenchConfig | None = Field(None, description="The study that `trace-ds bench` runs with this recipe.")
-    variants: dict[str, dict[str, Any]] = Field(
+    variants: dict[Name, dict[str, Any]] = Field(
         default_factory=dict,
         description="Name -> {dotted.key: value}: run by `trace-ds run` under RUN/variants/NAME, sharing the data and "
         "the statistics, and compared in the report. Only calibration.*, unlearning.* and conversion.* may differ.",

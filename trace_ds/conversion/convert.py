@@ -46,6 +46,7 @@ from trace_ds.run.files import (
     sha256_file,
     write_json,
 )
+from trace_ds.run.ours import converted_model, require_apart, require_directory
 
 TARGETS = ("hf", "hf-fused", "ep", "universal")
 FORMAT = 1
@@ -196,6 +197,8 @@ def check_conversion(
     parse_size(max_shard_size)
     check_destination(destination, overwrite)
     checkpoint = open_source(Path(source), tag)
+    read = {"SOURCE": checkpoint.path} | ({"--base-model": base_model} if base_model is not None else {})
+    require_apart([destination], read)
     if to == "universal":
         from trace_ds.conversion.universal import check_optimizer_states
 
@@ -230,7 +233,9 @@ def check_destination(destination: Path, overwrite: bool) -> None:
     """Refuse what the finished directory could not be renamed to."""
     if os.path.ismount(destination):
         raise UserError("the destination is a mount point", str(destination), "choose a new directory below it")
-    if destination.exists() and not (destination.is_dir() and not any(destination.iterdir())) and not overwrite:
+    if overwrite:
+        require_directory(destination, converted_model)
+    elif destination.exists() and not (destination.is_dir() and not any(destination.iterdir())):
         raise _not_empty(destination)
     parent = destination.parent
     while not parent.exists():
@@ -266,7 +271,7 @@ def _new_directory(destination: Path, overwrite: bool) -> Iterator[Path]:
         work.mkdir(parents=True)
         yield work
         if overwrite:
-            commit_directory(work, destination)
+            commit_directory(work, destination, converted_model)
             return
         fsync_tree(work)
         try:

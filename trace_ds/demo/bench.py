@@ -47,8 +47,9 @@ class Outcome:
 def bench(recipe: str, run_dir: Path, seeds: int, json: bool, overrides: Sequence[str] = ()) -> int:
     """Run (or finish) all seeds, with ``overrides`` of the recipe, and print the table; returns the exit status."""
     from trace_ds.config.load import load_config
-    from trace_ds.demo.run import machine_overrides, prepare_inputs, remove_input_leftovers
+    from trace_ds.demo.run import machine_overrides, prepare_inputs, remove_input_leftovers, require_inputs_ours
     from trace_ds.run.directory import RunDirectory, locked
+    from trace_ds.run.ours import is_described, require_file
     from trace_ds.stages.pipeline import Request, run_verb
 
     if any(item.partition("=")[0].strip() == "seed" for item in overrides):
@@ -56,13 +57,17 @@ def bench(recipe: str, run_dir: Path, seeds: int, json: bool, overrides: Sequenc
     config, _ = load_config(recipe, overrides, run_dir / "seed_0")
     if BASELINE not in config.variants:
         raise UserError(f"the recipe has no variant {BASELINE!r} to compare with", recipe, "add it under variants")
+    RunDirectory(run_dir).require_ours()
+    require_file(run_dir / "bench.json", is_described("recipe", "outcomes"))
     outcomes: list[Outcome] = []
     for seed in range(seeds):
         folder = run_dir / f"seed_{seed}"
-        with locked(RunDirectory(folder)):
+        request = Request.load(recipe, [f"seed={seed}", *machine_overrides(), *overrides], folder)
+        request.check_places()
+        require_inputs_ours(folder)
+        with locked(request.run):
             remove_input_leftovers(folder)
             prepare_inputs(folder, seed)
-        request = Request.load(recipe, [f"seed={seed}", *machine_overrides(), *overrides], folder)
         status = run_verb("run", request)
         if status:
             return status

@@ -26,6 +26,7 @@ from trace_ds.demo.corpora import BOS, CONTEXT_TOKENS, EOS, PAD
 from trace_ds.errors import UserError
 from trace_ds.run.directory import unwritable
 from trace_ds.run.files import replacing_directory, safetensors_errors, write_text
+from trace_ds.run.ours import demo_model
 
 if TYPE_CHECKING:
     import numpy
@@ -252,7 +253,7 @@ def _losses(
 
 
 def _save(model: MixtralForCausalLM, tokenizer: Path, training: dict[str, Any], destination: Path) -> None:
-    with replacing_directory(destination) as temporary:
+    with replacing_directory(destination, demo_model) as temporary:
         with safetensors_errors(temporary):
             model.save_pretrained(temporary)
         for file in sorted(tokenizer.iterdir()):

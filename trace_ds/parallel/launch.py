@@ -1,7 +1,8 @@
 """Starting local processes for a distributed verb when no launcher did: ``trace-ds collect CONFIG --nproc 2``.
 
 The children die with the parent (Linux parent-death signal), share its lock on the run directory, and SIGTERM or
-SIGINT to the parent reaches them all. Their exit status is the parent's.
+SIGINT (Ctrl-C) to the parent asks them all to stop, as SIGTERM; the same signal again ends them at once. Their exit
+status is the parent's.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import time
 from collections.abc import Sequence
 from types import FrameType
 
-from trace_ds.errors import EXIT_STOPPED, EXIT_USER_ERROR, UserError
+from trace_ds.errors import EXIT_STOPPED, EXIT_USER_ERROR, StopRequested, UserError
 from trace_ds.parallel.environment import free_port
 
 CORES_OVERSUBSCRIPTION = 4
@@ -50,18 +51,25 @@ def run_processes(
     """Run ``python -m trace_ds ARGUMENTS`` as ``nproc`` ranks of one job and wait; returns the exit status.
 
     When a rank fails, the others get :data:`PEERS_GRACE_S` to notice before they are killed.
+
+    Raises:
+        StopRequested: a signal asked for it, and no rank said anything else than that it stopped, or had finished.
     """
     port = str(free_port())
     children: list[subprocess.Popen[bytes]] = []
+    asked: list[int] = []  # signals received, also before there is a child to tell
 
     def forward(number: int, frame: FrameType | None) -> None:
         for child in children:
             if child.poll() is None:
-                child.send_signal(signal.SIGTERM)
+                child.send_signal(signal.SIGKILL if number in asked else signal.SIGTERM)
+        asked.append(number)
 
     previous = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         for rank in range(nproc):
+            if asked:  # nothing can have been saved yet: those that are there already have been told
+                break
             variables = {
                 **os.environ,
                 **environment,
@@ -78,10 +86,18 @@ def run_processes(
                     [sys.executable, "-m", "trace_ds", *arguments],
                     env=variables,
                     pass_fds=pass_fds,
-                    preexec_fn=die_with_parent,
+                    preexec_fn=_begin_rank,
                 )
             )
-        return _wait(children)
+            if asked:  # while it was started
+                children[-1].send_signal(signal.SIGTERM)
+        status = _wait(children)
+        if len(set(asked)) < len(asked):
+            return 128 + asked[-1]
+        ends = {child.returncode for child in children}
+        if asked and (ends <= {0} or -signal.SIGTERM in ends):  # before, or just when, there was nothing to save
+            raise StopRequested("stopped on request; run again to go on")
+        return status
     finally:
         for child in children:
             if child.poll() is None:
@@ -106,6 +122,12 @@ def _wait(children: list[subprocess.Popen[bytes]]) -> int:
             return status
     failed = [status for status in statuses if status != 0]
     return 0 if not failed else (failed[0] if failed[0] > 0 else 128 - failed[0])
+
+
+def _begin_rank() -> None:
+    """In a rank, before exec: Ctrl-C in a terminal reaches all processes of a job, but it is the parent that asks."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    die_with_parent()
 
 
 def die_with_parent() -> None:

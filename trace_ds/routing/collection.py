@@ -105,7 +105,7 @@ class Collection:
         return self.counter.reduce(self.world)
 
     def _stop_if_asked(self, log: StageLog, message: str, stop_files: Sequence[Path]) -> None:
-        found = [path for path in stop_files if path.exists()] if self.world.is_main else []
+        found = [path for path in stop_files if path.is_file()] if self.world.is_main else []
         if self.world.max_int(len(found)):
             for path in found:
                 path.unlink(missing_ok=True)

@@ -1,21 +1,46 @@
-"""The run directory: where every artefact of a run lives, and the lock that keeps two jobs from sharing it."""
+"""The run directory: where every artefact of a run lives, what of it is ours, and the locks that keep jobs apart."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
 import os
+import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from trace_ds.errors import UserError
+from trace_ds.run import ours
 from trace_ds.run.files import remove_leftovers, write_text
 
 LOCK_VARIABLE = "TRACE_DS_RUN_LOCK_FD"
 LOCK_RETRY_S = 3.0
 LOCK_NAME = ".lock"
+INPUTS_LOCK_NAME = ".inputs.lock"  # of data and statistics: the jobs of variants share it
+VARIANTS = "variants"
+SIDES = ("forget", "retain", "alternative")
+STAGE_LOGS = ("prepare", "collect", "calibrate", "unlearn", "convert", "evaluate", "report")
+STEP = re.compile(r"step_\d{6,}")
+# What may stand in a run directory before a stage has left anything with a mark.
+UNMARKED = re.compile(
+    r"\.lock|\.inputs\.lock|corpora\.lock|stop|logs|tb|variants|submitted|statistics|checkpoints|evaluation|config\.yaml|"
+    r"seed_\d+|scores|trials|calibrated"
+)
+COMPARISONS = {  # of `trace-ds bench`
+    "study.json": ours.is_described("recipe", "comparisons"),
+    "bench.json": ours.is_described("recipe", "outcomes"),
+}
+# What writers make, by the folder they make it in ("" is the run directory).
+MADE_IN = {
+    "": r"config\.yaml|data|calibration|export|model|report|corpora|study\.json|frontier\.csv|bench\.json",
+    "checkpoints": r"step_\d{6,}|latest|universal",
+    "evaluation": r"step_\d{6,}|[A-Za-z0-9][A-Za-z0-9._-]*\.json",
+    "statistics": "|".join(SIDES),
+    "logs": r"[a-z]+\.jsonl",
+    "models": r"original|gold|(?:original|gold)\.json",
+}
 
 
 @dataclass(frozen=True)
@@ -84,26 +109,93 @@ class RunDirectory:
         RUN/stop, and for a variant its parent's too."""
         return tuple(folder / "stop" for folder in (self.path, self.parent) if folder is not None)
 
+    @property
+    def outputs(self) -> list[Path]:
+        """Everything that stages write."""
+        names = ["calibration", "export", "checkpoints", "model", "evaluation", "report", "logs", "tb", "submitted"]
+        names += [VARIANTS, "config.yaml", "stop", LOCK_NAME, INPUTS_LOCK_NAME]
+        return [self.path / name for name in names + (["data", "statistics"] if self.parent is None else [])]
+
     def variant(self, name: str, config_text: str | None = None) -> RunDirectory:
         return RunDirectory(self.variants / name, self.path, config_text)
 
     @classmethod
     def at(cls, path: Path, config_text: str | None = None) -> RunDirectory:
-        """The run directory at ``path``, recognising a variant by its place (``RUN/variants/NAME``)."""
-        resolved = Path(os.path.abspath(path))
-        return cls(path, path.parent.parent if resolved.parent.name == "variants" else None, config_text)
+        """The run directory at ``path``; a variant's is ``RUN/variants/NAME`` where ``RUN`` is a run."""
+        for place in (path, Path(os.path.abspath(path)), Path(os.path.realpath(path))):
+            if place.parent.name == VARIANTS and cls(place.parent.parent).is_marked():
+                return cls(path, place.parent.parent, config_text)
+        return cls(path, None, config_text)
 
     def create(self, config_text: str) -> None:
         """Make the directory (or say why not), clear what killed writers left, store the resolved configuration."""
+        self.require_ours()
         self.clear_leftovers()
         replace(self, config_text=config_text).store_config()
 
+    def owners(self) -> dict[Path, ours.Owner]:
+        """What stages replace or delete as a whole, with the mark that it must carry."""
+        found = {
+            self.calibration: ours.artefact("calibration"),
+            self.export: ours.artefact("export"),
+            self.model: ours.converted_model,
+            self.report: ours.report,
+        }
+        if self.parent is None:
+            found[self.data] = ours.artefact("data")
+            for side in SIDES:
+                found[self.statistics / side] = ours.artefact("statistics")
+                found[self.statistics / f"{side}.partial"] = ours.partial_statistics
+        steps = sorted(self.checkpoints.iterdir()) if self.checkpoints.is_dir() else []
+        return found | {step: ours.checkpoint for step in steps if STEP.fullmatch(step.name)}
+
+    def is_marked(self) -> bool:
+        """Whether a stage of ours has left something here that only a stage of ours leaves."""
+        if self.config.is_file() and self.config.stat().st_size and ours.is_stored_config(self.config):
+            return True
+        owners = self.owners() | {self.path / "corpora": ours.artefact("demo_corpora")}
+        if any(path.is_dir() and owner(path) is not None and ours.names_below(path) for path, owner in owners.items()):
+            return True
+        return any(is_ours(self.path / name) for name, is_ours in COMPARISONS.items())
+
+    def require_ours(self, results: Iterable[str] = ()) -> None:
+        """Refuse a directory that is not a run's, and one in which a stage would replace what is not ours.
+
+        Args:
+            results: names of models, whose scores are about to be written.
+
+        Raises:
+            UserError: names the place. Nothing was written.
+        """
+        if not self.path.is_dir():
+            return
+        for path, owner in self.owners().items():
+            ours.require_directory(path, owner)
+        ours.require_folders(self.checkpoints, self.evaluation, self.logs, self.tb, self.variants, self.statistics)
+        ours.require_file(self.config, ours.is_stored_config)
+        ours.require_file(self.checkpoints / "latest", ours.is_pointer)
+        for stage in STAGE_LOGS:
+            ours.require_file(self.logs / f"{stage}.jsonl", ours.is_log)
+        for name in results:
+            ours.require_file(self.evaluation / f"{name}.json", ours.is_result)
+        for path in self.stop_files:
+            if os.path.lexists(path) and not path.is_file():
+                raise UserError("this is no file, and a file of that name stops a job", str(path), ours.FIX)
+        names = sorted(path.name for path in self.path.iterdir())
+        strangers = [name for name in names if not UNMARKED.fullmatch(name) and not ours.leftover(name, MADE_IN[""])]
+        if strangers and not self.is_marked():
+            raise UserError(
+                f"this directory is not a run's: it holds {strangers[0]!r}, and nothing that trace_ds made",
+                str(self.path),
+                "choose a --run-dir that is new, empty, or an earlier run's",
+            )
+
     def clear_leftovers(self) -> None:
         """Delete what killed writers left in folders of this run; a parent's belong to whoever holds its lock."""
-        own = (self.path, self.checkpoints, self.evaluation, *([self.statistics] if self.parent is None else []))
         try:
-            for folder in own:
-                remove_leftovers(folder)
+            for folder, made in MADE_IN.items():
+                if folder != "statistics" or self.parent is None:
+                    remove_leftovers(self.path / folder, made)
         except OSError as error:
             raise unwritable(self.path, error) from None
 
@@ -114,52 +206,86 @@ class RunDirectory:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             if not self.config.is_file() or self.config.read_text(encoding="utf-8") != self.config_text:
+                ours.require_file(self.config, ours.is_stored_config)
                 write_text(self.config, self.config_text)
         except OSError as error:
             raise unwritable(self.path, error) from None
 
 
+def run_path(text: str) -> Path:
+    """The run directory that a user names; what no command line, log or file could name again is refused."""
+    shown = text.encode("utf-8", "backslashreplace").decode()
+    if not text.strip():
+        raise UserError("the run directory has no name", "--run-dir", "name one (`--run-dir .` is this directory)")
+    if text.startswith("-"):
+        raise UserError(f"{shown!r} looks like an option", "--run-dir", f"write ./{shown} if that is its name")
+    try:
+        os.path.abspath(text).encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"the path is not UTF-8: {shown}", "--run-dir", "choose a directory with another name"
+        ) from None
+    if any(character in text for character in "\0\n\r"):
+        raise UserError(f"the path {text!r} has a line break in it", "--run-dir", "choose another name")
+    return Path(text)
+
+
 def unwritable(path: Path, error: OSError) -> UserError:
     """The error of a run directory that is read-only, full, or not a directory."""
     return UserError(
-        f"cannot write here ({error.strerror or error})", str(path), "free space, or choose another --run-dir"
+        f"cannot write here ({error.strerror or error})",
+        str(path),
+        "free space or change permissions there, or choose another --run-dir",
     )
 
 
 @contextlib.contextmanager
-def locked(run: RunDirectory) -> Iterator[int]:
-    """Hold the run's lock (``flock`` on ``RUN/.lock``) and yield its file descriptor.
+def locked(run: RunDirectory, *, replaces_inputs: bool = False) -> Iterator[list[int]]:
+    """Hold the run's locks and yield their file descriptors.
 
-    A child process that inherits the descriptor (:data:`LOCK_VARIABLE` names it) shares the lock, so it stays held
-    until the last process of the job has gone, and vanishes by itself when all are killed.
+    ``RUN/.lock`` is held by one job in the directory. ``RUN/.inputs.lock`` guards data and statistics: the jobs of
+    variants, which read their run's, share it, and a job that may replace them (``replaces_inputs``: of the run itself)
+    has it alone, so that neither a run nor its variants' calibrations change under a variant that trains.
+
+    A child process that inherits the descriptors (:data:`LOCK_VARIABLE` names them) shares the locks, so they stay held
+    until the last process of the job has gone, and vanish by themselves when all are killed.
 
     Raises:
         UserError: another process uses the run directory, or it cannot be written.
     """
-    inherited = os.environ.get(LOCK_VARIABLE)
-    if inherited is not None:
-        number, _, path = inherited.partition(":")
-        if path == os.path.abspath(run.path):
-            yield int(number)
-            return
+    numbers, _, path = os.environ.get(LOCK_VARIABLE, "").partition(":")
+    inherited = [int(number) for number in numbers.split(",") if number]
+    if inherited and path == os.path.realpath(run.path):
+        yield inherited
+        return
+    wanted = [(run.path / LOCK_NAME, fcntl.LOCK_EX)]
+    if run.parent is not None:
+        if not inherited or path != os.path.realpath(run.parent):  # else the run that started this job has it alone
+            wanted.insert(0, (run.parent / INPUTS_LOCK_NAME, fcntl.LOCK_SH))
+    elif replaces_inputs:
+        wanted.append((run.path / INPUTS_LOCK_NAME, fcntl.LOCK_EX))
     made = [folder for folder in (run.path, *run.path.parents) if not folder.exists()]
-    descriptor, fresh = _lock(run.path)
+    held: list[tuple[Path, int, bool]] = []
     try:
-        yield descriptor
-    except UserError:
-        if fresh:  # the input was wrong: leave what was there before, which may be nothing at all
-            (run.path / LOCK_NAME).unlink()
-            with contextlib.suppress(OSError):  # not empty: something was finished before
-                for folder in made:
-                    folder.rmdir()
+        for lock, operation in wanted:
+            held.append((lock, *_lock(lock, operation)))
+        yield [descriptor for _, descriptor, _ in held]
+    except UserError:  # the input was wrong: leave what was there before, which may be nothing at all
+        for lock, descriptor, fresh in held:
+            if fresh and _flock(descriptor, lock, fcntl.LOCK_EX):  # nobody shares it
+                lock.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # not empty: something was finished before
+            for folder in made:
+                folder.rmdir()
         raise
     finally:
-        os.close(descriptor)
+        for _, descriptor, _ in held:
+            os.close(descriptor)
 
 
-def _lock(folder: Path) -> tuple[int, bool]:
+def _lock(path: Path, operation: int) -> tuple[int, bool]:
     """(descriptor of the locked file, whether the file is new); makes the folder."""
-    path = folder / LOCK_NAME
+    folder = path.parent
     deadline = time.monotonic() + LOCK_RETRY_S  # the children of a killed job need a moment to go
     while True:
         try:
@@ -168,10 +294,13 @@ def _lock(folder: Path) -> tuple[int, bool]:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
             raise unwritable(folder, error) from None
-        if _flock(descriptor, path) and _is_at(descriptor, path):
-            os.set_inheritable(descriptor, True)
-            return descriptor, fresh
-        os.close(descriptor)  # held by another, or removed by one whose input was refused
+        with contextlib.ExitStack() as stack:
+            stack.callback(os.close, descriptor)
+            if _flock(descriptor, path, operation) and _is_at(descriptor, path):
+                stack.pop_all()
+                os.set_inheritable(descriptor, True)
+                return descriptor, fresh
+        # held by another, or removed by one whose input was refused
         if time.monotonic() > deadline:
             raise UserError(
                 "another process is using this run directory",
@@ -181,14 +310,13 @@ def _lock(folder: Path) -> tuple[int, bool]:
         time.sleep(0.1)
 
 
-def _flock(descriptor: int, path: Path) -> bool:
+def _flock(descriptor: int, path: Path, operation: int) -> bool:
     """Take the lock if nobody has it; whether that went well."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, operation | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError as error:
-        os.close(descriptor)
         raise UserError(
             f"files cannot be locked here ({error.strerror})",
             str(path),
@@ -204,6 +332,6 @@ def _is_at(descriptor: int, path: Path) -> bool:
         return False
 
 
-def lock_environment(run: RunDirectory, descriptor: int) -> dict[str, str]:
-    """The environment variable that hands a held lock to a child started with ``pass_fds=[descriptor]``."""
-    return {LOCK_VARIABLE: f"{descriptor}:{os.path.abspath(run.path)}"}
+def lock_environment(run: RunDirectory, descriptors: Iterable[int]) -> dict[str, str]:
+    """The environment variable that hands held locks to a child started with ``pass_fds=descriptors``."""
+    return {LOCK_VARIABLE: f"{','.join(map(str, descriptors))}:{os.path.realpath(run.path)}"}

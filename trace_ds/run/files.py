@@ -13,6 +13,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trace_ds.run.ours import Owner, leftover, require_directory
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -125,18 +127,22 @@ def safetensors_errors(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def replacing_directory(path: Path) -> Iterator[Path]:
+def replacing_directory(path: Path, owner: Owner) -> Iterator[Path]:
     """Yield a temporary sibling directory that becomes ``path`` when the block ends without an error.
 
     A reader sees the old directory or the new one, never a mixture; an error or a kill leaves at most a
-    ``path.tmp-PID`` (or ``path.old-PID``) sibling, which :func:`remove_leftovers` deletes at the next start.
+    ``path.tmp-PID`` (or ``path.tmp-replaced-PID``) sibling, which :func:`remove_leftovers` deletes at the next start.
+
+    Raises:
+        UserError: what is at ``path`` is not ours by ``owner``; nothing is written then.
     """
+    require_directory(path, owner)
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     with removed_on_error(temporary):
         yield temporary
-        commit_directory(temporary, path)
+        commit_directory(temporary, path, owner)
 
 
 @contextlib.contextmanager
@@ -148,15 +154,29 @@ def removed_on_error(directory: Path) -> Iterator[None]:
         raise
 
 
-def commit_directory(temporary: Path, path: Path) -> None:
-    """Fsync everything below ``temporary`` and rename it to ``path``, replacing what was there."""
+def commit_directory(temporary: Path, path: Path, owner: Owner) -> None:
+    """Fsync everything below ``temporary`` and rename it to ``path``, replacing what was there if that is ours."""
     fsync_tree(temporary)
-    old = path.with_name(f"{path.name}.old-{os.getpid()}")
-    if path.exists():
+    require_directory(path, owner)
+    old = path.with_name(f"{path.name}.tmp-replaced-{os.getpid()}")
+    if os.path.lexists(path):
         os.replace(path, old)
     os.replace(temporary, path)
     fsync_directory(path.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    _remove(old)
+
+
+def remove_directory(path: Path, owner: Owner) -> None:
+    """Delete a directory of ours, or what is not there."""
+    require_directory(path, owner)
+    _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:  # of a link to a directory the link
+        path.unlink(missing_ok=True)
 
 
 def fsync_tree(path: Path) -> None:
@@ -166,22 +186,20 @@ def fsync_tree(path: Path) -> None:
         fsync_directory(Path(directory))
 
 
-def remove_leftovers(directory: Path) -> None:
-    """Delete what a killed writer left in ``directory``: ``*.tmp-*``, and ``X.old-*`` unless ``X`` is gone.
+def remove_leftovers(directory: Path, of: str) -> None:
+    """Delete what a killed writer of ``of`` (a regular expression of names) left in ``directory``.
 
-    When ``X`` is gone the kill fell between the two renames of :func:`commit_directory`: the old one comes back.
+    When ``X.tmp-replaced-PID`` is there and ``X`` is gone, the kill fell between the two renames of
+    :func:`commit_directory`: the old one comes back.
     """
     if not directory.is_dir():
         return
     for path in sorted(directory.iterdir()):
-        if ".old-" in path.name:
-            original = path.with_name(path.name.split(".old-")[0])
-            if not original.exists():
-                os.replace(path, original)
-                continue
-        elif ".tmp-" not in path.name:
+        match = leftover(path.name, of)
+        if match is None:
             continue
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
+        original = path.with_name(match["name"])
+        if ".tmp-replaced-" in path.name and not os.path.lexists(original):
+            os.replace(path, original)
         else:
-            path.unlink(missing_ok=True)
+            _remove(path)

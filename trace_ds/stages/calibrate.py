@@ -30,6 +30,7 @@ from trace_ds.config.schema import WITHOUT_TRACE, Config
 from trace_ds.errors import UserError
 from trace_ds.routing.statistics import RoutingStatistics
 from trace_ds.run import artefact as artefacts
+from trace_ds.run import ours
 from trace_ds.run.artefact import Artefact
 from trace_ds.run.files import new_array, replacing_directory, safetensors_errors, write_json
 from trace_ds.run.log import StageLog, stage_log
@@ -96,7 +97,7 @@ def export_weights(config: Config, run: RunDirectory, data: Artefact, calibratio
 
     inputs = {"data": data.content, "calibration": calibration.content}
     if not artefacts.is_done(run.export, "export", artefacts.identity_of("export", inputs, {})):
-        with replacing_directory(run.export) as directory:
+        with replacing_directory(run.export, ours.artefact("export")) as directory:
             export(data, calibration, directory)
             artefacts.describe(directory, "export", inputs, {}, {"rows": calibration.summary["rows"]})
 
@@ -150,7 +151,7 @@ def _make(
         )
         if retrieved is not None:
             calibrated.notes.extend(retrieved.notes)
-        with replacing_directory(run.calibration) as directory:
+        with replacing_directory(run.calibration, ours.artefact("calibration")) as directory:
             summary = write(
                 directory, config, detection, calibrated, forget, retain, tokens, trace, documents, retrieval
             )

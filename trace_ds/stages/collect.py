@@ -18,9 +18,9 @@ from trace_ds.corpora.tokenizer import tokenizer_fingerprint
 from trace_ds.errors import UserError
 from trace_ds.models.families import ModelInfo, check_expert_parallel, inspect_model, require_plain_logits
 from trace_ds.models.files import read_model_directory
-from trace_ds.run import artefact
+from trace_ds.run import artefact, ours
 from trace_ds.run.directory import RunDirectory
-from trace_ds.run.files import write_json
+from trace_ds.run.files import remove_directory, write_json
 
 if TYPE_CHECKING:
     from trace_ds.parallel.world import World
@@ -168,7 +168,7 @@ def _collect_side(
     def commit() -> None:
         remove_states(directory)
         (directory / SHAPE_NAME).unlink(missing_ok=True)
-        commit_directory(directory, destination)
+        commit_directory(directory, destination, ours.artefact("statistics"))
         found = artefact.load(destination, "statistics", "collect CONFIG", verify=False).summary
         log.line(f"{side}: {found['tokens']:,} tokens of {found['documents']:,} documents counted")
 
@@ -249,7 +249,7 @@ def _prepare_directory(path: Path, shape: dict[str, Any]) -> bool:
     except (OSError, ValueError):
         same = False
     if not same:
-        shutil.rmtree(path, ignore_errors=True)
+        remove_directory(path, ours.partial_statistics)
         path.mkdir(parents=True)
         write_json(path / SHAPE_NAME, shape)
     return False

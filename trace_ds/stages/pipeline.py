@@ -18,10 +18,12 @@ from trace_ds.config.schema import Config
 from trace_ds.errors import StopRequested, UserError
 from trace_ds.parallel.environment import accelerator_count, launched
 from trace_ds.run.directory import RunDirectory, lock_environment, locked
+from trace_ds.run.ours import require_apart
 
 STUDY_FILE = "study.json"
 STAGES = ("prepare", "collect", "calibrate", "unlearn", "convert", "evaluate", "report")
 DISTRIBUTED = ("collect", "unlearn")
+REPLACE_INPUTS = ("run", "prepare", "collect")  # of the variants that read them
 LAUNCHABLE = (*DISTRIBUTED, "evaluate")  # evaluate is a job of its own only when evaluation.nproc or a launcher says so
 
 
@@ -49,6 +51,25 @@ class Request:
     def all(self) -> list[Request]:
         return [self, *(self.variant(name) for name in self.config.variants)]
 
+    def check_places(self) -> None:
+        """Refuse a run directory that is not ours, or that lies in, on or around what the configuration reads."""
+        from trace_ds.evaluation.subjects import ORIGINAL, UNLEARNED
+
+        require_apart(self.run.outputs, inputs_of(self.config))
+        self.run.require_ours((ORIGINAL, UNLEARNED, *self.config.evaluation.models))
+
+
+def inputs_of(config: Config) -> dict[str, Path]:
+    """Every file and directory that a configuration names, by its key."""
+    named: dict[str, str | None] = {"model.path": config.model.path, "model.tokenizer": config.model.tokenizer}
+    for side in config.data.sides:
+        named |= {f"data.{side}[{i}].path": file.path for i, file in enumerate(getattr(config.data, side))}
+    for task in config.evaluation.tasks:
+        named |= {f"evaluation.tasks {task.name} {key}": getattr(task, key) for key in ("path", "examples", "holdout")}
+    named |= {f"evaluation.models.{name}": path for name, path in config.evaluation.models.items()}
+    named["unlearning.ds_config"] = config.unlearning.ds_config
+    return {key: Path(path) for key, path in named.items() if path}
+
 
 def run_verb(verb: str, request: Request, *, dry_run: bool = False) -> int:
     """Run one verb (or ``run``: all stages); returns the exit status."""
@@ -66,7 +87,7 @@ def run_verb(verb: str, request: Request, *, dry_run: bool = False) -> int:
     if verb in LAUNCHABLE and launched():
         return _run_as_rank(verb, request)
     check_early(verb, request)
-    with locked(request.run) as lock:
+    with locked(request.run, replaces_inputs=verb in REPLACE_INPUTS) as lock:
         if verb == "run":
             return _run_all(request, lock)
         return _run_stage(verb, request, lock)
@@ -84,11 +105,13 @@ def check_early(verb: str, request: Request, world_size: int | None = None) -> N
     from trace_ds.parallel.launch import check_process_count
 
     config, run = request.config, request.run
+    for item in request.all() if verb == "run" else [request]:
+        item.check_places()
     if run.parent is not None and verb in ("run", "prepare", "collect"):
         raise UserError(
             "this is the directory of a variant, which takes data and statistics from its run",
             str(run.path),
-            f"use --run-dir {run.parent}, or a directory that is in no folder called variants",
+            f"use --run-dir {run.parent}, or another directory",
         )
     if verb == "evaluate" and world_size is None:
         check_process_count(config.evaluation.nproc, accelerator_count(), os.cpu_count() or 1)
@@ -132,7 +155,7 @@ def process_count(config: Config, stage: str = "unlearn") -> int:
     return config.evaluation.nproc if stage == "evaluate" else config.distributed.nproc or accelerator_count() or 1
 
 
-def _run_all(request: Request, lock: int) -> int:
+def _run_all(request: Request, lock: Sequence[int]) -> int:
     for stage in STAGES[:-1]:
         for item in request.all():
             if item.run.parent is not None and stage in ("prepare", "collect"):
@@ -143,7 +166,7 @@ def _run_all(request: Request, lock: int) -> int:
     return _run_stage("report", request, lock)
 
 
-def _run_stage(stage: str, request: Request, lock: int, *, top: RunDirectory | None = None) -> int:
+def _run_stage(stage: str, request: Request, lock: Sequence[int], *, top: RunDirectory | None = None) -> int:
     """Run one stage; config.yaml becomes this request's as soon as the stage has found nothing wrong with its input."""
     request.run.clear_leftovers()
     if stage in DISTRIBUTED or (stage == "evaluate" and request.config.evaluation.nproc > 1):
@@ -177,7 +200,7 @@ def _single_process_stage(stage: str) -> Callable[[Config, RunDirectory], object
     return lambda config, run: report(config, run, [])
 
 
-def _launch(stage: str, request: Request, lock: int, lock_owner: RunDirectory) -> int:
+def _launch(stage: str, request: Request, lock: Sequence[int], lock_owner: RunDirectory) -> int:
     """Check the job, skip it when it is done, else run it in local processes of its own."""
     from trace_ds.parallel.launch import run_processes
 
@@ -186,11 +209,13 @@ def _launch(stage: str, request: Request, lock: int, lock_owner: RunDirectory) -
     request.run.store_config()
     if done:
         return 0
+    directory = request.run.path  # whose name may begin with a hyphen
+    where = str(directory) if directory.is_absolute() else f"./{directory}"
     return run_processes(
-        [stage, str(request.run.config), "--run-dir", str(request.run.path)],
+        [stage, "--run-dir", where, "--", str(request.run.config)],
         nproc,
         lock_environment(lock_owner, lock),
-        [lock],
+        lock,
         request.config.distributed.threads,
     )
 
@@ -236,7 +261,7 @@ def _run_as_rank(verb: str, request: Request) -> int:
 
         def enter() -> None:
             check_early(verb, request, world.size)
-            stack.enter_context(locked(request.run))
+            stack.enter_context(locked(request.run, replaces_inputs=verb in REPLACE_INPUTS))
             request.run.clear_leftovers()
 
         world.agree(enter)

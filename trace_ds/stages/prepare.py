@@ -11,7 +11,7 @@ from trace_ds.corpora.pack import PackingCounts, pack
 from trace_ds.corpora.read import check_files, corpus_fingerprint, read_documents
 from trace_ds.corpora.tokenizer import load_tokenizer, tokenizer_fingerprint
 from trace_ds.errors import UserError
-from trace_ds.run import artefact
+from trace_ds.run import artefact, ours
 from trace_ds.run.directory import RunDirectory
 from trace_ds.run.files import replacing_directory
 from trace_ds.run.log import stage_log
@@ -30,7 +30,7 @@ def prepare(config: Config, run: RunDirectory) -> artefact.Artefact:
     settings = config.data.model_dump(mode="json", exclude={"forget", "retain", "alternative"})
     if artefact.is_done(run.data, "data", artefact.identity_of("data", inputs, settings)):
         return artefact.load(run.data, "data", "prepare CONFIG", verify=False)
-    with stage_log(run, "prepare") as log, replacing_directory(run.data) as directory:
+    with stage_log(run, "prepare") as log, replacing_directory(run.data, ours.artefact("data")) as directory:
         found = {
             side: _prepare_side(config, getattr(config.data, side), side, directory, Path(tokenizer_path))
             for side in sides

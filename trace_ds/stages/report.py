@@ -4,7 +4,7 @@
     trace-ds report runs/entangled            # a study of `trace-ds bench`
 
 Reads artefacts only, so it can be run at any time: what is not there yet is shown as not run yet. Writes
-``RUN/report/{index.html, scores.json, model_card.md, *.csv, *.png}``, replaced as a whole.
+``RUN/report/{index.html, scores.json, model_card.md, *.csv, *.png, artefact.json}``, replaced as a whole.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 
 from trace_ds.reporting.compare import compared
 from trace_ds.reporting.gather import RunData, gather
+from trace_ds.run import artefact, ours
 from trace_ds.run.directory import RunDirectory, unwritable
-from trace_ds.run.files import remove_leftovers, replacing_directory
+from trace_ds.run.files import replacing_directory
 from trace_ds.run.log import stage_log
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ def report(config: Config | None, run: RunDirectory, others: list[Path] | None =
     """
     from trace_ds.reporting import card, page, pictures, scores, tables
 
+    ours.require_directory(run.report, ours.report)
+    ours.require_file(run.logs / "report.jsonl", ours.is_log)
     data = gather(run.path)
     if config is not None and config.report.title:
         data = _retitled(data, config.report.title)
@@ -56,12 +59,13 @@ def report(config: Config | None, run: RunDirectory, others: list[Path] | None =
             for note in notes:
                 log.line(f"WARNING {note}")
             log.line(f"{len(found)} tables, {len(images)} pictures: {run.report / 'index.html'}")
-        remove_leftovers(run.path)
-        with replacing_directory(run.report) as directory:
+        run.clear_leftovers()
+        with replacing_directory(run.report, ours.report) as directory:
             for name, text in texts.items():
                 (directory / name).write_text(text, encoding="utf-8", newline="\n")
             for name, image in images.items():
                 (directory / name).write_bytes(image)
+            artefact.describe(directory, "report", {}, {}, {})
     except OSError as error:
         raise unwritable(run.report, error) from None
     return run.report / "index.html"
@@ -82,10 +86,11 @@ def report_study(run: RunDirectory) -> Path:
         **{f"{name}.csv": table.to_csv() for name, table in found.items()},
     }
     try:
-        remove_leftovers(run.path)
-        with replacing_directory(run.report) as directory:
+        run.clear_leftovers()
+        with replacing_directory(run.report, ours.report) as directory:
             for name, text in texts.items():
                 (directory / name).write_text(text, encoding="utf-8", newline="\n")
+            artefact.describe(directory, "report", {}, {}, {})
     except OSError as error:
         raise unwritable(run.report, error) from None
     print(f"{len(found)} tables: {run.report / 'index.html'}")

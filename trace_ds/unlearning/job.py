@@ -34,13 +34,22 @@ class NumericalFailure(JobFailed):
 
 @contextmanager
 def termination_noted() -> Iterator[Callable[[], bool]]:
-    """SIGTERM becomes a question (was it received?) instead of an end."""
-    received = []
-    previous = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+    """SIGTERM and SIGINT (Ctrl-C) become a question (was one received?) instead of an end.
+
+    Launchers pass on what the process got itself, so a second one means nothing here: who started the job ends it then.
+    A SIGINT that is ignored (by who started the process) stays so.
+    """
+    received: list[int] = []
+    previous = {
+        number: signal.signal(number, lambda number, frame: received.append(number))
+        for number in (signal.SIGTERM, signal.SIGINT)
+        if signal.getsignal(number) != signal.SIG_IGN
+    }
     try:
         yield lambda: bool(received)
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def learning_rate(settings: UnlearningConfig, step: int) -> float:
@@ -72,8 +81,8 @@ def train(
     Only a sound state is saved: its weights, moments and next losses are finite, and it keeps within the guards.
 
     Raises:
-        StopRequested: the stop file appeared or SIGTERM came; a complete checkpoint was saved, unless the state broke a
-            guard (the job goes on from the checkpoint before, to the same result).
+        StopRequested: the stop file appeared, SIGTERM or SIGINT came; a complete checkpoint was saved, unless the state
+            broke a guard (the job goes on from the checkpoint before, to the same result).
         JobFailed: a loss, gradient or weight is not finite (NumericalFailure), or an evaluation broke a guard. Nothing
             is saved then: the last checkpoint, from before, stands.
     """
@@ -93,7 +102,7 @@ def train(
             multiplier = multiplier.after(values["loss_retain"])
             cursor.update(multiplier.cursor())
             weights.end_step(engine, world, batches, done)
-            stop = terminated() or (world.is_main and any(path.exists() for path in run.stop_files))
+            stop = terminated() or (world.is_main and any(path.is_file() for path in run.stop_files))
             stop = bool(world.max_int(int(stop)))
             if done % settings.log_every == 0 or done == settings.steps:
                 log.scalars(done, **values)
