@@ -103,7 +103,8 @@ def collect_matrix(
     from trace_ds.models.engine import inference_engine
     from trace_ds.models.families import inspect_model
     from trace_ds.models.loading import Parts
-    from trace_ds.routing.collection import Collection, Wanted
+    from trace_ds.routing.collection import Collection
+    from trace_ds.routing.token_files import Wanted
     from trace_ds.run.log import StageLog
 
     found: dict[Cell, dict[str, Any]] = {}

@@ -149,7 +149,7 @@ def test_trace_and_nll_belong_to_every_token(family: str, experts: int, ep: int,
     trace = np.concatenate(open_parts(description, "trace"))
     nll = TokenArray(open_parts(description, "nll"))
     assert trace.dtype == (np.uint8 if experts == 4 else np.uint16) and len(trace) == len(nll) == dataset.tokens
-    counted = dataset.counted_flat()
+    counted = dataset.counted(0, dataset.tokens)
     counts = np.stack([np.bincount(trace[counted][:, layer].reshape(-1), minlength=experts) for layer in range(3)])
     assert (counts == found["retain"].counts_LE).all() and counts[:, 256:].any() == (experts > 256)
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
@@ -225,8 +225,8 @@ def test_clustered_errors_of_routed_text_agree_with_a_bootstrap_over_documents(
     prepare(loaded, RunDirectory.at(run))
     statistics = collected(config, run, 1, 1, "statistics.batch_rows=32")["retain"]
     dataset = TokenDataset.open(run / "data" / "retain.arrow")
-    counted = dataset.counted_flat()
-    documents = dataset.documents_flat()[counted]
+    counted = dataset.counted(0, dataset.tokens)
+    documents = dataset.document_ids_T[:][counted]
     description = artefact.load(run / "statistics" / "retain", "statistics", "")
     trace = np.concatenate(open_parts(description, "trace"))[counted]
     sizes = np.bincount(documents)
