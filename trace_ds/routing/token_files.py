@@ -91,7 +91,7 @@ def require_parts(artefact: Artefact, name: str, needed_by: str) -> list[np.ndar
     if not found:
         what, key = WHAT[name]
         fix = f"{key}run `trace-ds collect CONFIG` again"
-        raise UserError(f"{needed_by} needs {what}, which was not recorded", str(artefact.path), fix)
+        raise UserError(f"{needed_by} needs {what}, not recorded", str(artefact.path), fix)
     return found
 
 
