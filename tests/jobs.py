@@ -103,12 +103,14 @@ def collect_matrix(
     from trace_ds.models.engine import inference_engine
     from trace_ds.models.families import inspect_model
     from trace_ds.models.loading import Parts
-    from trace_ds.routing.collection import Collection, Wanted
+    from trace_ds.routing.collection import Collection
+    from trace_ds.routing.token_files import Wanted
     from trace_ds.run.log import StageLog
 
     found: dict[Cell, dict[str, Any]] = {}
     opened = {rows: TokenDataset.open(Path(path)) for rows, path in datasets.items()}
-    arguments: dict[str, Any] = {"wanted": Wanted(False, False, None), "directory": Path(folder)}
+    wanted = Wanted(trace=False, nll=False, hidden_layer=None, rows=True, sample_tokens=70)
+    arguments: dict[str, Any] = {"wanted": wanted, "directory": Path(folder)}
     for family, path in models.items():
         info = inspect_model(path)
         for dtype in ("fp32", "bf16"):
@@ -127,7 +129,10 @@ def collect_matrix(
                     arguments |= {"experts": info.experts, "top_k": info.top_k, "batch_rows": batch}
                     collection = Collection(engine, world, opened[rows], **arguments)
                     statistics = collection.run(StageLog("collect", None, None), "forget", 0)
-                    found[family, dtype, ep, batch, rows] = asdict(statistics) | {"plain": plain.get((rows, batch))}
+                    sums = asdict(statistics) | {"plain": plain.get((rows, batch))}
+                    for name, part in collection.parts.items():
+                        sums[name] = np.concatenate(world.gather(np.array(part)))
+                    found[family, dtype, ep, batch, rows] = sums
     return found
 
 
@@ -259,7 +264,8 @@ def brute_force_routing(model_path: Path, arrow: Path) -> dict[str, np.ndarray]:
     the rows.
 
     Returns:
-        counts [L, E], gate mass [L, E], and by document {document: counts [L, E]}.
+        counts [L, E], gate mass [L, E], documents: counts [D, L, E], rows: counts [R, L, E], and of the counted tokens
+        their flat positions [N] and experts, ascending, trace [N, L, K].
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -272,10 +278,13 @@ def brute_force_routing(model_path: Path, arrow: Path) -> dict[str, np.ndarray]:
     shape = (len(outputs), outputs_width(model))
     counts, mass = np.zeros(shape, dtype=np.int64), np.zeros(shape)
     documents: dict[int, np.ndarray] = {}
+    rows = np.zeros((len(dataset), *shape), dtype=np.int64)
+    positions, trace, first = [np.zeros(0, np.int64)], [], 0
     for number in range(len(dataset)):
         row = dataset.row(number)
         for document in np.unique(row.document_ids):
-            ids = row.input_ids[row.document_ids == document]
+            where = np.flatnonzero(row.document_ids == document)
+            ids = row.input_ids[where]
             if len(ids) < 2:
                 continue
             with torch.no_grad():
@@ -287,8 +296,19 @@ def brute_force_routing(model_path: Path, arrow: Path) -> dict[str, np.ndarray]:
                 np.add.at(found[layer], chosen, 1)
                 np.add.at(mass[layer], chosen, values[:-1].double().reshape(-1).numpy())
             counts += found
+            rows[number] += found
             documents[int(document)] = documents.get(int(document), 0) + found
-    return {"counts": counts, "mass": mass, "documents": np.stack(list(documents.values()))}
+            positions.append(first + where[:-1])
+            trace.append(np.stack([outputs[layer][2][:-1].sort().values.numpy() for layer in range(len(outputs))], 1))
+        first += len(row.input_ids)
+    return {
+        "counts": counts,
+        "mass": mass,
+        "documents": np.stack(list(documents.values())),
+        "rows": rows,
+        "positions": np.concatenate(positions),
+        "trace": np.concatenate(trace),
+    }
 
 
 def reference_training(config_path: str, run_dir: str, overrides: list[str], steps: int) -> dict[str, Any]:

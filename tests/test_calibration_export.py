@@ -47,10 +47,10 @@ def test_parquet_holds_the_weights_of_every_row_and_document(calibrated, tmp_pat
     assert len(rows) == len(dataset)
     np.testing.assert_array_equal(np.concatenate(rows["weights"]), weights)
     np.testing.assert_array_equal(rows["row_weight"], row_weights)
-    np.testing.assert_array_equal(np.concatenate(rows["document_ids"]), dataset.documents_flat())
+    np.testing.assert_array_equal(np.concatenate(rows["document_ids"]), dataset.document_ids_T[:])
     for number in (0, len(dataset) - 1):
         np.testing.assert_array_equal(rows[number]["input_ids"], dataset.row(number).input_ids)
-    counted, ids = dataset.counted_flat(), dataset.documents_flat()
+    counted, ids = dataset.counted(0, dataset.tokens), dataset.document_ids_T[:]
     for entry in documents:
         mine = weights[counted & (ids == entry["document"])]
         assert entry["tokens"] == len(mine)

@@ -225,12 +225,12 @@ def test_calibrating_what_was_retrieved(job, similarity: str, capsys) -> None:  
     weights, rows = np.load(made.file("weights.npy")), np.load(made.file("row_weights.npy"))
     assert (rows > 0).sum() == 20
     row_T = np.repeat(np.arange(len(dataset)), np.diff(dataset.row_offsets))
-    counted = dataset.counted_flat() & (rows > 0)[row_T]
+    counted = dataset.counted(0, dataset.tokens) & (rows > 0)[row_T]
     assert not weights[~counted].any() and weights[counted].mean() == pytest.approx(1, abs=1e-6)
     diagnosis = json.loads(made.file("diagnosis.json").read_text())
     told = diagnosis["retrieval"]
     assert (told["rows"], told["random_rows"], told["pool_rows"]) == (20, 5, len(dataset))
-    assert told["tokens"] == counted.sum() and told["pool_tokens"] == dataset.counted_flat().sum()
+    assert told["tokens"] == counted.sum() and told["pool_tokens"] == dataset.counted(0, dataset.tokens).sum()
     for name in ("pool_share", "kept_share"):
         assert sum(source[name] for source in told["share_by_source"]) == pytest.approx(1)
     assert {entry["row"] for entry in told["top_rows"]} <= set(np.flatnonzero(rows > 0).tolist())

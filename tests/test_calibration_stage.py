@@ -39,7 +39,7 @@ def write_statistics(config: Config, run: RunDirectory, *, trace: bool = True, p
     logits[1] = 0.8 * logits[0] + 0.2 * logits[1]
     for side in ("forget", "retain"):
         dataset = TokenDataset.open(data.file(f"{side}.arrow"))
-        documents = dataset.documents_flat()
+        documents = dataset.document_ids_T[:]
         number = int(documents.max()) + 1
         topic_D = np.zeros(number, np.int64) if side == "forget" else 1 + (np.arange(number) % 4 > 0)
         shape = make_corpus(rng, topic_D, logits, TOP_K, taste=0.2)
@@ -106,7 +106,7 @@ def test_artefact_and_its_files(job, capsys) -> None:
     made = calibrate(config, run)
     data = artefact.load(run.data, "data", "prepare CONFIG")
     dataset = TokenDataset.open(data.file("retain.arrow"))
-    counted = dataset.counted_flat()
+    counted = dataset.counted(0, dataset.tokens)
     weights = np.load(made.file("weights.npy"), allow_pickle=False)
     rows = np.load(made.file("row_weights.npy"), allow_pickle=False)
     assert weights.dtype == np.float32 and weights.shape == (dataset.tokens,)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -14,10 +15,11 @@ import tiny
 from distributed import run_distributed
 
 from trace_ds.config.load import load_config
+from trace_ds.config.needs import TRACE, keys_needing
 from trace_ds.corpora.dataset import TokenDataset
 from trace_ds.errors import UserError
 from trace_ds.routing.statistics import RoutingStatistics
-from trace_ds.routing.token_files import TokenArray, open_parts
+from trace_ds.routing.token_files import TokenArray, count_dtype, open_parts, require_parts, sample_places
 from trace_ds.run import artefact
 from trace_ds.run.directory import RunDirectory
 from trace_ds.stages.calibrate import calibrate
@@ -96,7 +98,8 @@ def test_counts_equal_brute_force(
     """Every family, type, expert-parallel size, rows per batch, rows packed and padded, in one job per world size; at
     four ranks what only they have: the larger sizes of expert parallelism, one number of rows per batch.
 
-    fp32: every sum equals that over documents alone. bf16: equal to plain transformers in the same batches; with
+    fp32: every sum, of all tokens and of each row, and the experts of the sampled tokens equal those over documents
+    alone. bf16: equal to plain transformers in the same batches; with
     experts on several ranks their outputs are added in another order, so near ties may fall the other way: seen are one
     of 1,056 selections of a layer, in qwen3_moe and olmoe, and none in the others.
     """
@@ -121,6 +124,10 @@ def test_counts_equal_brute_force(
         assert (sums["square_LE"] == (documents**2).sum(0)).all(), cell
         assert (sums["cross_LE"] == (documents * sizes[:, None, None]).sum(0)).all(), cell
         np.testing.assert_allclose(sums["gate_mass_LE"], brute[family, rows]["mass"], rtol=5e-6, err_msg=str(cell))
+        assert sums["row_counts"].dtype == np.uint8 and (sums["row_counts"] == brute[family, rows]["rows"]).all(), cell
+        drawn = sample_places(len(brute[family, rows]["trace"]), 70)
+        assert (sums["sample_positions"] == brute[family, rows]["positions"][drawn]).all(), cell
+        assert (sums["sample"] == brute[family, rows]["trace"][drawn]).all(), cell
 
 
 @pytest.mark.slow
@@ -134,14 +141,15 @@ def test_documents_that_mix_are_refused(families: dict[str, Path], small_data: d
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "experts", "ep"), [("mixtral", 4, 2), ("phimoe", 300, 1)])
-def test_trace_and_nll_belong_to_every_token(family: str, experts: int, ep: int, tmp_path: Path) -> None:
-    """With expert parallelism, and sharded by ZeRO-3 with more experts than a byte can number."""
+@pytest.mark.parametrize(("family", "experts", "ep", "context"), [("mixtral", 4, 2, 500), ("phimoe", 300, 1, 24)])
+def test_trace_and_nll_belong_to_every_token(family: str, experts: int, ep: int, context: int, tmp_path: Path) -> None:
+    """With expert parallelism and rows longer than a byte can count, and sharded by ZeRO-3 with more experts than a
+    byte can number."""
     import torch
     from transformers import AutoModelForCausalLM
 
     model_path = tiny.make_model(tmp_path / "model", family, experts=experts)
-    config = prepared(tmp_path, model_path, statistics__nll=True)
+    config = prepared(tmp_path, model_path, statistics__nll=True, data__context_length=context, data__packing="dense")
     found = collected(config, tmp_path / "two", 2, ep)
     folder = tmp_path / "two" / "statistics" / "retain"
     description = artefact.load(folder, "statistics", "")
@@ -149,9 +157,18 @@ def test_trace_and_nll_belong_to_every_token(family: str, experts: int, ep: int,
     trace = np.concatenate(open_parts(description, "trace"))
     nll = TokenArray(open_parts(description, "nll"))
     assert trace.dtype == (np.uint8 if experts == 4 else np.uint16) and len(trace) == len(nll) == dataset.tokens
-    counted = dataset.counted_flat()
+    counted = dataset.counted(0, dataset.tokens)
     counts = np.stack([np.bincount(trace[counted][:, layer].reshape(-1), minlength=experts) for layer in range(3)])
     assert (counts == found["retain"].counts_LE).all() and counts[:, 256:].any() == (experts > 256)
+    row_counts = np.concatenate(open_parts(description, "row_counts"))
+    assert row_counts.dtype == (np.uint16 if context == 500 else np.uint8)
+    for number, (begin, end) in enumerate(itertools.pairwise(dataset.row_starts_R1)):
+        chosen = trace[begin:end][counted[begin:end]]
+        by_hand = [np.bincount(chosen[:, layer].reshape(-1), minlength=experts) for layer in range(3)]
+        assert (row_counts[number] == by_hand).all()
+    assert row_counts.max() > 255 or context == 24
+    assert (np.concatenate(open_parts(description, "sample_positions")) == np.flatnonzero(counted)).all()
+    assert (np.concatenate(open_parts(description, "sample")) == trace[counted]).all()
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
     for number in (0, 5, len(dataset) - 1):
         row, begin = dataset.row(number), int(dataset.row_offsets[number])
@@ -225,8 +242,8 @@ def test_clustered_errors_of_routed_text_agree_with_a_bootstrap_over_documents(
     prepare(loaded, RunDirectory.at(run))
     statistics = collected(config, run, 1, 1, "statistics.batch_rows=32")["retain"]
     dataset = TokenDataset.open(run / "data" / "retain.arrow")
-    counted = dataset.counted_flat()
-    documents = dataset.documents_flat()[counted]
+    counted = dataset.counted(0, dataset.tokens)
+    documents = dataset.document_ids_T[:][counted]
     description = artefact.load(run / "statistics" / "retain", "statistics", "")
     trace = np.concatenate(open_parts(description, "trace"))[counted]
     sizes = np.bincount(documents)
@@ -343,3 +360,111 @@ def test_damaged_data_is_named(tiny_model: Path, tmp_path: Path) -> None:
     (run / "data" / "artefact.json").write_text(json.dumps(description))
     with pytest.raises(UserError, match="altered after it was written"):
         check_collect(loaded, RunDirectory.at(run), 1)
+
+
+@pytest.mark.parametrize(
+    ("rows_tokens", "expected"), [(1, "u1"), (256, "u1"), (257, "u2"), (65_536, "u2"), (65_537, "u4")]
+)
+def test_row_counts_take_no_more_bytes_than_the_longest_row_needs(rows_tokens: int, expected: str) -> None:
+    assert count_dtype(rows_tokens - 1) == np.dtype(expected)
+
+
+@pytest.mark.parametrize(("counted", "size"), [(0, 5), (4, 9), (9, 9), (1000, 7), (1000, 400), (100_003, 20_000)])
+def test_a_sample_has_every_document_in_proportion(counted: int, size: int) -> None:
+    places = sample_places(counted, size)
+    assert places.dtype == np.int64 and len(places) == min(counted, size) and (np.diff(places) >= 0).all()
+    assert (sample_places(counted, size) == places).all()
+    if size >= counted:
+        assert (places == np.arange(counted)).all()
+        return
+    starts = np.sort(np.random.default_rng(0).choice(np.arange(1, counted), min(50, counted // 20), replace=False))
+    sizes = np.diff(np.concatenate([[0], starts, [counted]]))  # of documents
+    drawn = np.bincount(np.searchsorted(starts, places, side="right"), minlength=len(sizes))
+    assert (np.abs(drawn - sizes * size / counted) < 2).all()
+    assert len(np.unique((places * size / counted) % 1 > 0.5)) == 2, "the place in a stratum is drawn"
+
+
+def test_tokens_are_drawn_equally_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """4 of 10 tokens: strata of 2.5, so that some tokens lie on a border; each comes in 4 of 10 draws all the same."""
+    from trace_ds.routing import token_files
+
+    drawn = np.zeros(10)
+    for seed in range(4000):
+        monkeypatch.setattr(token_files, "SAMPLE_SEED", seed)
+        drawn += np.bincount(sample_places(10, 4), minlength=10)
+    np.testing.assert_allclose(drawn / 4000, 0.4, atol=0.04)
+
+
+@pytest.mark.parametrize(
+    ("changes", "forget", "retain"),
+    [
+        ({"calibration__rule": "uniform"}, [], []),
+        ({"calibration__rule": "ratio_max"}, [], ["calibration.rule: ratio_max"]),
+        ({"calibration__rule": "uniform", "calibration__retrieve": {"rows": 5, "similarity": "tfidf"}}, [], []),
+        (
+            {"calibration__rule": "uniform", "calibration__retrieve": {"rows": 5, "similarity": "routing"}},
+            [],
+            ["calibration.retrieve.similarity: routing"],
+        ),
+        (
+            {"calibration__rule": "uniform", "variants": {"v": {"calibration.rule": "raking"}}},
+            [],
+            ["variants.v (calibration.rule: raking)"],
+        ),
+        (
+            {"calibration__rule": "uniform", "unlearning__evaluate": {"every": 2}},
+            ["unlearning.evaluate.every"],
+            ["unlearning.evaluate.every"],
+        ),
+    ],
+)
+def test_the_trace_is_recorded_for_keys_that_need_it(
+    changes: dict[str, Any], forget: list[str], retain: list[str], tiny_model: Path, tmp_path: Path
+) -> None:
+    from trace_ds.models.families import inspect_model
+    from trace_ds.stages.collect import about_trace, wanted
+
+    config, _ = load_config(str(tiny.write_config(tmp_path, tiny_model, **changes)), [], tmp_path / "run")
+    info = inspect_model(config.model.path)
+    for side, keys in (("forget", forget), ("retain", retain)):
+        assert keys_needing(TRACE, config, side) == keys
+        line = about_trace(config, side, 1234)
+        assert wanted(config, info, side).trace == bool(keys) == ("1,234 bytes" in line)
+        assert all(key in line for key in keys)
+    off = config.model_copy(update={"statistics": config.statistics.model_copy(update={"trace": False})})
+    assert not wanted(off, info, "retain").trace
+    on = config.model_copy(update={"statistics": config.statistics.model_copy(update={"trace": True})})
+    assert wanted(on, info, "forget").trace and "statistics.trace: true" in about_trace(on, "forget", 1)
+
+
+def test_a_collection_is_repeated_only_for_what_it_lacks(tiny_model: Path, tmp_path: Path) -> None:
+    """An artefact of an earlier version, which has no selections of rows, does for whoever needs none."""
+    from trace_ds.config import needs
+    from trace_ds.stages.collect import check_collect
+
+    config = prepared(tmp_path, tiny_model)
+    loaded, path = load_config(str(config), [], tmp_path / "run")
+    run = RunDirectory.at(path)
+    job = check_collect(loaded, run, 1)
+    old = {"dtype": "fp32", "trace": True, "nll": False, "hidden_layer": None, "top_k": 2}
+
+    def done(settings: dict[str, Any], *overrides: str) -> bool:
+        for side in ("forget", "retain"):
+            shutil.rmtree(run.statistics / side, ignore_errors=True)
+            (run.statistics / side).mkdir(parents=True)
+            artefact.describe(run.statistics / side, "statistics", job.inputs[side], settings, {})
+        asked = load_config(str(config), list(overrides), path)[0]
+        return check_collect(asked, run, 1).done(run) == ["forget", "retain"]
+
+    assert done(old) and done(old, "calibration.rule=uniform") and done(old | {"nll": True})
+    assert done(old | {"trace": False}, "calibration.rule=uniform") and not done(old | {"trace": False})
+    assert not done(old | {"trace": False}, "calibration.rule=uniform", "statistics.trace=true")
+    assert not done(old, "statistics.nll=true") and not done(old, "statistics.hidden=true")
+    assert not done(old | {"dtype": "bf16"}) and not done(old | {"top_k": 1})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(needs, "_needs", lambda config, side: iter([(needs.ROW_COUNTS, "some.key")]))
+        assert not done(old) and done(old | {"rows": True})
+    retain = artefact.load(run.statistics / "retain", "statistics", "")
+    with pytest.raises(UserError, match=r": the rule x needs the selections of each row, not recorded") as told:
+        require_parts(retain, "row_counts", "the rule x")
+    assert told.value.fix == "run `trace-ds collect CONFIG` again"

@@ -52,8 +52,11 @@ def test_dataset_gives_back_the_rows(tmp_path: Path, rows_count: int) -> None:
         assert dataset.row(index).input_ids.tolist() == rows[index].input_ids.tolist()
         assert dataset.row(index).document_ids.tolist() == rows[index].document_ids.tolist()
     assert dataset.counted_per_row().tolist() == [int(counted_positions(r.document_ids).sum()) for r in rows]
-    assert dataset.counted_flat().tolist() == np.concatenate([counted_positions(r.document_ids) for r in rows]).tolist()
-    assert dataset.documents_flat().tolist() == np.concatenate([r.document_ids for r in rows]).tolist()
+    assert (
+        dataset.counted(0, dataset.tokens).tolist()
+        == np.concatenate([counted_positions(r.document_ids) for r in rows]).tolist()
+    )
+    assert dataset.document_ids_T[:].tolist() == np.concatenate([r.document_ids for r in rows]).tolist()
     assert dataset.tokens == sum(len(row.input_ids) for row in rows) == dataset.row_offsets[-1]
 
 

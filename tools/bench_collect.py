@@ -144,7 +144,8 @@ def collecting(
     world: Any, engine: Any, dataset: Any, shape: dict[str, Any], batch_rows: int, folder: Path, *, everything: bool
 ) -> Callable[[], Any]:
     """A function that collects the dataset as ``trace-ds collect`` does, from opening the parts to the statistics."""
-    from trace_ds.routing.collection import Collection, Wanted
+    from trace_ds.routing.collection import Collection
+    from trace_ds.routing.token_files import Wanted
     from trace_ds.run.log import StageLog
 
     def run() -> None:

@@ -82,7 +82,16 @@ class StatisticsConfig(Section):
         "for experts at least 8,192 wide, else the choice of transformers (grouped_mm where the family allows it).",
     )
     save_every: int = Field(200, ge=0, description="Batches between saved states of a collection (0: none).")
-    trace: bool = Field(True, description="Record the top-k experts of every token (needed by the weight rules).")
+    trace: bool | None = Field(
+        None,
+        description="Record the top-k experts of every token; default: where another key needs them (the log says "
+        "which; docs/method.md, section 8, what they take).",
+    )
+    sample_tokens: int = Field(
+        200_000,
+        ge=1,
+        description="Counted retain tokens, spread over all documents, whose top-k experts are recorded in any case.",
+    )
     nll: bool = Field(False, description="Record the frozen model's loss of every token (needed by NPO).")
     hidden: bool = Field(
         False,
@@ -529,7 +538,7 @@ class Config(Section):
         ):
             if value is not None and evaluate.every is None:
                 raise ValueError(f"unlearning.{key} needs unlearning.evaluate.every")
-        if guards.min_retain_overlap is not None and not self.statistics.trace:
+        if guards.min_retain_overlap is not None and self.statistics.trace is False:
             raise ValueError("unlearning.guards.min_retain_overlap needs statistics.trace: true")
         for name, changes in self.variants.items():
             for key in changes:

@@ -1,11 +1,11 @@
-"""Token datasets: packed rows in an Arrow file, memory-mapped, read by row in any order.
+"""Token datasets: packed rows in an Arrow file, memory-mapped, read by row in any order or by flat position.
 
-Shape legend: B rows of a batch, S positions of a row.
+Shape legend: B rows of a batch, S positions of a row, T tokens in flat order, R rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +19,7 @@ from trace_ds.corpora.read import Document
 if TYPE_CHECKING:
     import torch
 
+CHUNK_TOKENS = 1 << 16
 ROWS_PER_BATCH = 1024
 TEXT_START_CHARACTERS = 160
 ROW_SCHEMA = pa.schema([("input_ids", pa.list_(pa.int32())), ("document_ids", pa.list_(pa.int32()))])
@@ -43,32 +44,128 @@ class Batch:
     document_ids_BS: torch.Tensor
 
 
-class TokenDataset:
-    """A memory-mapped file of packed rows; ``row_offsets[i]`` is the flat index of the first token of row i."""
+class FlatArray:
+    """Arrays that follow each other along the first axis, sliced as if they were one (``ValueError``: none at all)."""
+
+    def __init__(self, parts: Sequence[np.ndarray]) -> None:
+        if not parts:
+            raise ValueError("no parts")
+        self.parts = tuple(parts)
+        lengths = [len(part) for part in parts]
+        self._ends = np.cumsum(lengths)
+        self._starts = self._ends - lengths
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, span: slice) -> np.ndarray:
+        """The lines from ``span.start`` to ``span.stop`` (a view where they lie in one part, else a copy)."""
+        begin, end, _ = span.indices(len(self))
+        first = min(int(np.searchsorted(self._ends, begin, side="right")), len(self.parts) - 1)
+        last = max(int(np.searchsorted(self._ends, end, side="left")), first)
+        cuts = ((max(begin - self._starts[n], 0), end - self._starts[n], n) for n in range(first, last + 1))
+        found = [self.parts[n][low:high] for low, high, n in cuts]
+        return found[0] if len(found) == 1 else np.concatenate(found)
+
+
+@dataclass
+class TokenMap:
+    """Rows and documents of a flat token sequence: rows in order, the tokens of a row in order.
+
+    Everything is read in chunks of :data:`CHUNK_TOKENS` *flat* tokens, whatever the parts of the files are, so that
+    every sum is taken in one order and the results are bitwise independent of the sharding.
+
+    Attributes:
+        row_starts_R1: int64 [rows + 1], flat position of each row's first token; the last entry is the token total.
+        document_ids_T: int32, document index of every token, non-decreasing (an array, a memory map or FlatArray).
+        documents: number of documents.
+        kept_R: bool [rows], rows whose tokens count at all (None: every row); see :meth:`restricted`.
+    """
+
+    row_starts_R1: np.ndarray
+    document_ids_T: np.ndarray | FlatArray
+    documents: int
+    kept_R: np.ndarray | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all rows, counted or not."""
+        return int(self.row_starts_R1[-1])
+
+    @property
+    def rows(self) -> int:
+        return len(self.row_starts_R1) - 1
+
+    def spans(self, start: int = 0, stop: int | None = None) -> list[tuple[int, int]]:
+        """The chunks as (start, stop) in flat positions."""
+        stop = self.tokens if stop is None else stop
+        return [(at, min(at + CHUNK_TOKENS, stop)) for at in range(start, stop, CHUNK_TOKENS)]
+
+    def counted(self, start: int, stop: int) -> np.ndarray:
+        """bool [stop - start]: the next token exists in the same (kept) row and belongs to the same document."""
+        result_T = counted_positions(self.document_ids_T[start : min(stop + 1, self.tokens)])
+        if stop < self.tokens:  # one token more was read
+            result_T = result_T[:-1]
+        first = int(np.searchsorted(self.row_starts_R1, start + 1, side="left"))
+        last = int(np.searchsorted(self.row_starts_R1, stop, side="right"))
+        result_T[self.row_starts_R1[first:last] - 1 - start] = False
+        if self.kept_R is not None:
+            result_T &= self.kept_R[self.row_of(start, stop)]
+        return result_T
+
+    def restricted(self, kept_R: np.ndarray) -> TokenMap:
+        """The same tokens, of which only those of the kept rows count."""
+        return TokenMap(self.row_starts_R1, self.document_ids_T, self.documents, kept_R)
+
+    def row_of(self, start: int, stop: int) -> np.ndarray:
+        """int64 [stop - start]: the row of each token (rows without tokens are never returned)."""
+        first, edges = self._edges(start, stop)
+        return np.repeat(np.arange(first, first + len(edges) - 1), np.diff(edges))
+
+    def counted_per_row(self) -> np.ndarray:
+        """Counted tokens of each row, int64 [rows]; no more than a chunk's tokens are in memory at a time."""
+        counted_R = np.zeros(self.rows, dtype=np.int64)
+        for start, stop in self.spans():
+            first, edges = self._edges(start, stop)
+            totals = np.concatenate([[0], np.cumsum(self.counted(start, stop))])  # reduceat would miscount empty rows
+            counted_R[first : first + len(edges) - 1] += np.diff(totals[edges])
+        return counted_R
+
+    def counted_total(self) -> int:
+        return sum(int(self.counted(*span).sum()) for span in self.spans())
+
+    def _edges(self, start: int, stop: int) -> tuple[int, np.ndarray]:
+        """(the row of position ``start``, where it and the following rows begin in ``start … stop``, and its end)."""
+        first = int(np.searchsorted(self.row_starts_R1, start, side="right")) - 1
+        last = int(np.searchsorted(self.row_starts_R1, stop, side="left"))
+        return first, np.clip(self.row_starts_R1[first : last + 1], start, stop) - start
+
+
+class TokenDataset(TokenMap):
+    """A memory-mapped file of packed rows: their token ids beside what :class:`TokenMap` knows of them."""
 
     def __init__(self, table: pa.Table) -> None:
-        self._ids = [_flat(chunk) for chunk in table.column("input_ids").chunks]
-        self._documents = [_flat(chunk) for chunk in table.column("document_ids").chunks]
-        lengths = [np.zeros(1, dtype=np.int64), *(np.diff(offsets).astype(np.int64) for offsets, _ in self._ids)]
-        self.row_offsets: np.ndarray = np.cumsum(np.concatenate(lengths))
+        ids, documents = (table.column(name).chunks for name in ROW_SCHEMA.names)
+        lengths = [np.zeros(1, dtype=np.int64), *(np.diff(chunk.offsets.to_numpy()) for chunk in ids)]
+        document_ids_T = FlatArray([np.zeros(0, dtype=np.int32), *map(_values, documents)])
+        last_document = int(document_ids_T[len(document_ids_T) - 1 :].max(initial=-1))
+        super().__init__(np.cumsum(np.concatenate(lengths), dtype=np.int64), document_ids_T, last_document + 1)
+        self.input_ids_T = FlatArray([np.zeros(0, dtype=np.int32), *map(_values, ids)])
 
     @classmethod
     def open(cls, path: Path) -> TokenDataset:
         return cls(pa.ipc.open_stream(pa.memory_map(str(path))).read_all())
 
     def __len__(self) -> int:
-        return len(self.row_offsets) - 1
+        return self.rows
 
     @property
-    def tokens(self) -> int:
-        """Tokens of all rows, counted or not."""
-        return int(self.row_offsets[-1])
+    def row_offsets(self) -> np.ndarray:
+        return self.row_starts_R1
 
     def row(self, index: int) -> PackedRow:
-        chunk, local = divmod(index, ROWS_PER_BATCH)
-        offsets, ids = self._ids[chunk]
-        begin, end = offsets[local], offsets[local + 1]
-        return PackedRow(ids[begin:end], self._documents[chunk][1][begin:end])
+        tokens = slice(*self.row_starts_R1[index : index + 2])
+        return PackedRow(self.input_ids_T[tokens], np.asarray(self.document_ids_T[tokens]))
 
     def batch(self, indices: Sequence[int], pad_id: int, length: int | None = None) -> Batch:
         """Rows as one :class:`Batch`.
@@ -99,38 +196,6 @@ class TokenDataset:
             torch.from_numpy(counted),
             torch.from_numpy(documents),
         )
-
-    def counted_flat(self) -> np.ndarray:
-        """bool [tokens], the loss-bearing positions in flat token order (one byte a token)."""
-        counted = np.zeros(self.tokens, dtype=bool)
-        position = 0
-        for _, same in self._counted_chunks():
-            counted[position : position + len(same)] = same
-            position += len(same)
-        return counted
-
-    def counted_per_row(self) -> np.ndarray:
-        """Loss-bearing positions of each row, int64 [rows]; no more than a chunk's tokens are in memory at a time."""
-        found = [np.zeros(0, dtype=np.int64)]
-        for offsets, same in self._counted_chunks():
-            totals = np.concatenate([[0], np.cumsum(same, dtype=np.int64)])  # reduceat would miscount empty rows
-            found.append(np.diff(totals[offsets]))
-        return np.concatenate(found)
-
-    def _counted_chunks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """(row offsets from 0, bool [tokens of the chunk]) of each chunk in order."""
-        for (offsets, _), (_, documents) in zip(self._ids, self._documents, strict=True):
-            starts = offsets - offsets[0]
-            same = np.zeros(int(starts[-1]), dtype=bool)
-            if len(same):
-                values = documents[offsets[0] : offsets[-1]]
-                same[:-1] = values[1:] == values[:-1]
-                same[np.maximum(starts[1:] - 1, 0)] = False  # the last position of each row
-            yield starts, same
-
-    def documents_flat(self) -> np.ndarray:
-        """int32 [tokens], the document of each token in flat order."""
-        return np.concatenate([values[offsets[0] : offsets[-1]] for offsets, values in self._documents])
 
 
 def write_rows(path: Path, rows: Iterable[PackedRow]) -> None:
@@ -177,8 +242,9 @@ def read_document_table(path: Path) -> pa.Table:
     return pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
 
 
-def _flat(chunk: pa.ListArray) -> tuple[np.ndarray, np.ndarray]:
-    return chunk.offsets.to_numpy(), chunk.values.to_numpy(zero_copy_only=True)
+def _values(chunk: pa.ListArray) -> np.ndarray:
+    """The values of all lists of a chunk, one after the other; a view of the file."""
+    return chunk.values.to_numpy(zero_copy_only=True)[chunk.offsets[0].as_py() : chunk.offsets[-1].as_py()]
 
 
 def _record_batch(rows: list[PackedRow]) -> pa.RecordBatch:

@@ -14,7 +14,6 @@ import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,20 +28,11 @@ from trace_ds.models.token_nll import chunked_nll
 from trace_ds.parallel.world import World
 from trace_ds.routing.counter import RoutingCounter
 from trace_ds.routing.statistics import RoutingStatistics
-from trace_ds.routing.token_files import create_part, trace_dtype
+from trace_ds.routing.token_files import Wanted, count_dtype, create_part, sample_places, trace_dtype
 from trace_ds.run.log import Progress, StageLog
 
 CHECK_EVERY_BATCHES = 64
 STATE = re.compile(r"state-(\d+)-(\d+)\.safetensors$")
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What to record of every token or row besides the counts; ``hidden_layer``: a decoder layer, or None."""
-
-    trace: bool
-    nll: bool
-    hidden_layer: int | None
 
 
 class Collection:
@@ -64,10 +54,11 @@ class Collection:
         self.batch_rows, self.directory, self.experts = batch_rows, directory, experts
         self.layers = moe_decoder_layers(engine.module)
         self.begin, self.end = (len(dataset) * rank // world.size for rank in (world.rank, world.rank + 1))
-        self.first_token = int(dataset.row_offsets[self.begin])
-        self.tokens = int(dataset.row_offsets[self.end]) - self.first_token
+        self.first_token = int(dataset.row_starts_R1[self.begin])
+        self.tokens = int(dataset.row_starts_R1[self.end]) - self.first_token
         self.batches = world.max_int(-(-(self.end - self.begin) // batch_rows))
         self.counter = RoutingCounter(len(self.layers), experts, top_k, world.device)
+        self.sampled = self._sampled() if wanted.sample_tokens else np.zeros(0, dtype=np.int64)
         self.parts: dict[str, np.ndarray] = {}
         self._pending: list[tuple[np.ndarray, slice, torch.Tensor]] = []
         self._copied: Any = None
@@ -89,7 +80,7 @@ class Collection:
         if done:
             log.line(f"{side}: continues after batch {done:,} of {self.batches:,}")
         total = self.dataset.tokens
-        at = int(self.dataset.row_offsets[min(self.begin + done * self.batch_rows, self.end)]) - self.first_token
+        at = int(self.dataset.row_starts_R1[min(self.begin + done * self.batch_rows, self.end)]) - self.first_token
         progress = Progress(log, side, total, start=min(at * self.world.size, total), unit="token")
         with self._prefetched(done) as batches:
             for number, batch in enumerate(batches, start=done):
@@ -123,13 +114,21 @@ class Collection:
                 middle = stack.enter_context(record_output(model.model.layers[self.wanted.hidden_layer]))
             output = forward(self.engine, batch, device)
         self._write_pending()  # of the batch before: its copies had this forward pass to finish
-        self.counter.add(recorder, batch.counted_BS, batch.document_ids_BS)
+        counts_BLE = self.counter.add(recorder, batch.counted_BS, batch.document_ids_BS)
         first_row = min(self.begin + number * self.batch_rows, self.end)
         last_row = min(first_row + self.batch_rows, self.end)
-        tokens = slice(*(int(self.dataset.row_offsets[row]) - self.first_token for row in (first_row, last_row)))
-        real_T = (batch.document_ids_BS.reshape(-1) >= 0).nonzero().squeeze(1).to(device, non_blocking=True)
+        tokens = slice(*(int(self.dataset.row_starts_R1[row]) - self.first_token for row in (first_row, last_row)))
+        rows = slice(first_row - self.begin, last_row - self.begin)
+        filled_T = (batch.document_ids_BS.reshape(-1) >= 0).nonzero().squeeze(1)
+        real_T = filled_T.to(device, non_blocking=True)
+        if self.wanted.rows and last_row > first_row:
+            self._keep("row_counts", rows, counts_BLE[: last_row - first_row])
         if self.wanted.trace and len(real_T):
             self._keep("trace", tokens, self._trace(recorder, real_T))
+        drawn = slice(*np.searchsorted(self.sampled, (tokens.start, tokens.stop)).tolist())
+        if drawn.stop > drawn.start:
+            drawn_T = filled_T[torch.from_numpy(self.sampled[drawn] - tokens.start)].to(device, non_blocking=True)
+            self._keep("sample", drawn, self._trace(recorder, drawn_T))
         if self.wanted.nll:
             assert number or head_is_all(model.lm_head, body[0], output.logits)
             nll_BS = token_nll(model.lm_head, body[0], batch)
@@ -137,16 +136,15 @@ class Collection:
                 self._keep("nll", tokens, nll_BS.reshape(-1)[real_T])
         if self.wanted.hidden_layer is not None and last_row > first_row:
             means_BD = mean_over(middle[0], batch.counted_BS.to(device, non_blocking=True))
-            rows = slice(first_row - self.begin, last_row - self.begin)
             self._keep("hidden", rows, means_BD[: last_row - first_row])
         if device.type == "cuda":
             self._copied = torch.cuda.Event()
             self._copied.record()
         return tokens.stop - tokens.start
 
-    def _trace(self, recorder: RoutingRecorder, real_T: torch.Tensor) -> torch.Tensor:
-        """The experts of each real token, ascending [T, L, K], in the smallest type torch can index into."""
-        indices = torch.stack([recorder.layer(number)[1] for number in range(len(self.layers))], dim=1)[real_T]
+    def _trace(self, recorder: RoutingRecorder, where_T: torch.Tensor) -> torch.Tensor:
+        """The experts of some tokens, ascending [T, L, K], in the smallest type torch can index into."""
+        indices = torch.stack([recorder.layer(number)[1][where_T] for number in range(len(self.layers))], dim=1)
         return indices.sort(dim=-1).values.to(torch.uint8 if self.experts <= 256 else torch.int16)
 
     def _keep(self, name: str, where: slice, values: torch.Tensor) -> None:
@@ -196,17 +194,39 @@ class Collection:
 
     def _open_parts(self, *, fresh: bool) -> None:
         shapes: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
+        rows, layers = self.end - self.begin, len(self.layers)
         if self.wanted.trace:
-            shapes["trace"] = ((self.tokens, len(self.layers), self.counter.top_k), trace_dtype(self.experts))
+            shapes["trace"] = ((self.tokens, layers, self.counter.top_k), trace_dtype(self.experts))
         if self.wanted.nll:
             shapes["nll"] = ((self.tokens,), np.dtype(np.float32))
         if self.wanted.hidden_layer is not None:
             width = int(self.engine.module.config.hidden_size)
-            shapes["hidden"] = ((self.end - self.begin, width), np.dtype(np.float32))
+            shapes["hidden"] = ((rows, width), np.dtype(np.float32))
+        if self.wanted.rows:
+            longest = int(np.diff(self.dataset.row_starts_R1).max(initial=1))
+            shapes["row_counts"] = ((rows, layers, self.experts), count_dtype(longest - 1))
+        if self.wanted.sample_tokens:
+            shapes["sample"] = ((len(self.sampled), layers, self.counter.top_k), trace_dtype(self.experts))
+            shapes["sample_positions"] = (self.sampled.shape, self.sampled.dtype)
         for name, (shape, dtype) in shapes.items():
             self.parts[name] = create_part(
                 self.directory, name, self.world.rank, self.world.size, shape, dtype, fresh=fresh
             )
+        if self.wanted.sample_tokens:
+            self.parts["sample_positions"][:] = self.sampled + self.first_token
+
+    def _sampled(self) -> np.ndarray:
+        """int64, ascending: which of this rank's tokens are in the sample, its first token being 0 (collective)."""
+        spans = self.dataset.spans(self.first_token, self.first_token + self.tokens)
+        counted = self.world.gather(sum(int(self.dataset.counted(*span).sum()) for span in spans))
+        places = sample_places(sum(counted), self.wanted.sample_tokens)
+        before, found = sum(counted[: self.world.rank]), [np.zeros(0, dtype=np.int64)]
+        for start, stop in spans:
+            counted_N = np.flatnonzero(self.dataset.counted(start, stop))
+            here = places[slice(*np.searchsorted(places, (before, before + len(counted_N))))]
+            found.append(counted_N[here - before] + start - self.first_token)
+            before += len(counted_N)
+        return np.concatenate(found)
 
     def _states(self) -> dict[int, Path]:
         """This rank's saved states by the number of batches done."""

@@ -1,7 +1,7 @@
 """Counting on one rank: batches of routing decisions in, exact additive sums out.
 
 Shape legend: B rows, S positions, T = B·S tokens of a batch, N of them counted, L MoE layers, E experts, K = top-k,
-D documents.
+D documents, P pieces: the tokens of one document in one row.
 
 A rank sees a contiguous range of rows, and the pieces of a document are neighbours, so at any moment only one document
 is open; only the first and the last document of a rank can continue on a neighbour. Those two are kept apart and merged
@@ -70,18 +70,27 @@ class RoutingCounter:
         self.not_finite_L = torch.zeros(self.layers, dtype=torch.bool, device=self.device)
 
     @torch.no_grad()
-    def add(self, recorder: RoutingRecorder, counted_BS: torch.Tensor, document_ids_BS: torch.Tensor) -> None:
+    def add(self, recorder: RoutingRecorder, counted_BS: torch.Tensor, document_ids_BS: torch.Tensor) -> torch.Tensor:
         """Add one batch: only positions where ``counted_BS`` (bool, on the CPU) take part.
 
         ``document_ids_BS`` int64 (on the CPU), non-decreasing over the batch's counted positions in row-major order.
+
+        Returns:
+            the selections of each row, int32 [B, L, E] on the device.
         """
-        flat_N = counted_BS.reshape(-1).nonzero().squeeze(1)
-        if not len(flat_N):
-            return
-        documents, local_N, sizes = torch.unique_consecutive(
-            document_ids_BS.reshape(-1)[flat_N], return_inverse=True, return_counts=True
+        rows_N, columns_N = counted_BS.nonzero(as_tuple=True)
+        if not len(rows_N):
+            shape = (len(counted_BS), self.layers, self.experts)
+            return torch.zeros(shape, dtype=torch.int32, device=self.device)
+        pieces_P, local_N, sizes_P = torch.unique_consecutive(
+            document_ids_BS[rows_N, columns_N] * len(counted_BS) + rows_N, return_inverse=True, return_counts=True
         )
-        flat_N, local_N = flat_N.to(self.device, non_blocking=True), local_N.to(self.device, non_blocking=True)
+        documents, document_of_P = torch.unique_consecutive(pieces_P // len(counted_BS), return_inverse=True)
+        sizes = torch.zeros(len(documents), dtype=torch.int64).index_add_(0, document_of_P, sizes_P)
+        flat_N = (rows_N * counted_BS.shape[1] + columns_N).to(self.device, non_blocking=True)
+        local_N, document_of_P, row_of_P = (
+            item.to(self.device, non_blocking=True) for item in (local_N, document_of_P, pieces_P % len(counted_BS))
+        )
         decisions = [recorder.layer(number) for number in range(self.layers)]
         scores_LNK = torch.stack([scores_TK for scores_TK, _ in decisions])[:, flat_N].double()
         indices_LNK = torch.stack([indices_TK for _, indices_TK in decisions])[:, flat_N].long()
@@ -92,12 +101,13 @@ class RoutingCounter:
         mass_LE.scatter_add_(0, indices_LNK.reshape(-1), units)
         self.gate_mass_LE += mass_LE.view_as(self.gate_mass_LE).double() * GATE_UNIT
         cells = indices_LNK + local_N[None, :, None] * (self.layers * self.experts)
-        counts = torch.zeros(len(documents) * self.layers * self.experts, dtype=torch.int64, device=self.device)
+        counts = torch.zeros(len(pieces_P) * self.layers * self.experts, dtype=torch.int64, device=self.device)
         counts.scatter_add_(0, cells.reshape(-1), torch.ones_like(units))
-        counts_DLE = counts.view(len(documents), self.layers, self.experts)
-        self.counts_LE += counts_DLE.sum(0)
+        counts_PLE = counts.view(len(pieces_P), self.layers, self.experts)
+        self.counts_LE += counts_PLE.sum(0)
         self.tokens += len(flat_N)
-        self._add_documents(documents.tolist(), counts_DLE, sizes.tolist())
+        self._add_documents(documents.tolist(), _summed(counts_PLE, document_of_P, len(documents)), sizes.tolist())
+        return _summed(counts_PLE, row_of_P, len(counted_BS)).int()
 
     def _add_documents(self, documents: list[int], counts_DLE: torch.Tensor, sizes: list[int]) -> None:
         if self._open is not None and self._open.document == documents[0]:
@@ -179,3 +189,8 @@ class RoutingCounter:
         )
         assert (statistics.counts_LE.sum(1) == statistics.top_k * statistics.tokens).all()
         return statistics
+
+
+def _summed(counts_PLE: torch.Tensor, place_P: torch.Tensor, places: int) -> torch.Tensor:
+    """The counts of all pieces of a place, int64 [places, L, E]."""
+    return counts_PLE.new_zeros(places, *counts_PLE.shape[1:]).index_add_(0, place_P, counts_PLE)

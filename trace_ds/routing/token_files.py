@@ -1,19 +1,53 @@
-"""Per-token arrays beside a dataset: the routing trace and the frozen model's losses, in parts, memory-mapped.
+"""Arrays beside a dataset, one line per token or row, in parts, memory-mapped.
 
-A part ``NAME-00001-of-00004.npy`` holds the tokens of one rank's rows in flat order (rows in order, positions in
-order); the parts follow each other, so together they are one array over all tokens of the dataset. The mean hidden
-states (``hidden``, fp32 [rows, D]) are kept in the same way, with one line per row.
+A part ``NAME-00001-of-00004.npy`` holds what belongs to one rank's rows, in order; the parts follow each other, so
+together they are one array, the same whatever the number of ranks. Shape legend: T tokens in flat order (rows in order,
+positions in order), R rows, N sampled tokens, L MoE layers, E experts, K = top-k, D hidden size.
+
+====================  ===============  ======================================================================
+``trace``             uint8 | 16       [T, L, K] the experts of every token, ascending (``trace_dtype``)
+``nll``               float32          [T] the frozen model's loss, 0 at positions that are not counted
+``hidden``            float32          [R, D] mean hidden state over the row's counted positions
+``row_counts``        uint8 | 16 | 32  [R, L, E] counted tokens of the row that select the expert (``count_dtype``)
+``sample``            uint8 | 16       [N, L, K] ``trace`` of the sampled tokens, all of them counted
+``sample_positions``  int64            [N] their flat positions, ascending (see :func:`sample_places`)
+====================  ===============  ======================================================================
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from trace_ds.errors import UserError
 from trace_ds.run.artefact import Artefact
 from trace_ds.run.files import new_array, reserve
+
+WHAT = {  # what a part holds, and the key that has it recorded (none: every collection since it exists)
+    "trace": ("the routing trace", "set statistics.trace: true (or leave it out) and "),
+    "row_counts": ("the selections of each row", ""),
+    "sample": ("the routing of a sample of tokens", ""),
+    "nll": ("the frozen model's losses", "set statistics.nll: true and "),
+    "hidden": ("the rows' hidden states", "set statistics.hidden: true and "),
+}
+SAMPLE_SEED = 0x7ACE  # a constant: another seed of a run is no reason to go through its corpora again
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What to record of every token or row besides the counts; ``hidden_layer``: a decoder layer, or None.
+
+    ``rows``: the selections of each row; ``sample_tokens``: of how many counted tokens the top-k experts.
+    """
+
+    trace: bool
+    nll: bool
+    hidden_layer: int | None
+    rows: bool = False
+    sample_tokens: int = 0
 
 
 def part_name(name: str, part: int, parts: int) -> str:
@@ -47,6 +81,20 @@ def open_parts(artefact: Artefact, name: str) -> list[np.ndarray]:
     return [np.load(path, mmap_mode="r", allow_pickle=False) for path in part_paths(artefact, name)]
 
 
+def require_parts(artefact: Artefact, name: str, needed_by: str) -> list[np.ndarray]:
+    """:func:`open_parts` for somebody who cannot do without.
+
+    Raises:
+        UserError: they were not recorded; the key (or rule) ``needed_by`` needs them, and this brings them.
+    """
+    found = open_parts(artefact, name)
+    if not found:
+        what, key = WHAT[name]
+        fix = f"{key}run `trace-ds collect CONFIG` again"
+        raise UserError(f"{needed_by} needs {what}, not recorded", str(artefact.path), fix)
+    return found
+
+
 class TokenArray:
     """Random access by flat token range over the parts, as if they were one array."""
 
@@ -78,3 +126,23 @@ class TokenArray:
 def trace_dtype(experts: int) -> np.dtype:
     """The smallest unsigned type that holds an expert index."""
     return np.dtype(np.uint8 if experts <= 256 else np.uint16)
+
+
+def count_dtype(most: int) -> np.dtype:
+    """The smallest unsigned type that holds a count: a token selects an expert once, so at most the counted tokens of
+    the longest row, whose last position is not one (uint8 up to rows of 256 tokens, uint16 up to 65,536)."""
+    return np.dtype(np.min_scalar_type(max(most, 0)))
+
+
+def sample_places(counted: int, size: int) -> np.ndarray:
+    """Which of ``counted`` tokens in flat order are in a sample of ``size``: int64, ascending; a function of the two.
+
+    The tokens are cut into ``size`` strata of equal length, counted / size tokens, and one point is drawn in each
+    (jittered systematic sampling). The tokens of a document follow each other, so each document has its share to within
+    one or two tokens, and every token is expected size / counted times: plain means over the sample are unbiased. A
+    token on the border of two strata can be there twice. All tokens, once each, where there are no more than ``size``.
+    """
+    size = min(size, counted)
+    offsets = np.random.Generator(np.random.Philox(SAMPLE_SEED)).random(size)
+    places = ((np.arange(size) + offsets) * (counted / max(size, 1))).astype(np.int64)
+    return np.minimum(places, counted - 1)

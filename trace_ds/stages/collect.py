@@ -9,22 +9,23 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trace_ds.config.needs import ROW_COUNTS, SAMPLE, TRACE, keys_needing
 from trace_ds.config.schema import Config
 from trace_ds.corpora.tokenizer import tokenizer_fingerprint
 from trace_ds.errors import UserError
 from trace_ds.models.families import ModelInfo, check_expert_parallel, inspect_model, require_plain_logits
 from trace_ds.models.files import read_model_directory
 from trace_ds.run import artefact, ours
+from trace_ds.routing.token_files import Wanted
 from trace_ds.run.directory import RunDirectory
 from trace_ds.run.files import remove_directory, write_json
 
 if TYPE_CHECKING:
     from trace_ds.parallel.world import World
-    from trace_ds.routing.collection import Wanted
     from trace_ds.run.log import StageLog
 
 STATISTICS_NAME = "statistics.safetensors"
@@ -33,22 +34,39 @@ SHAPE_NAME = "shape.json"  # of a collection that has not ended: which job, on w
 
 @dataclass(frozen=True)
 class CollectJob:
-    """What is to be collected, checked: model, data artefact, and by side the inputs of the artefact to make."""
+    """What is to be collected, checked: model, data artefact, and by side inputs and settings of the artefact to make.
+
+    ``needed``: by side the settings that an artefact must have to be taken for done, what a new one would record beyond
+    what any key asks for left out.
+    """
 
     info: ModelInfo
     data: artefact.Artefact
     inputs: dict[str, dict[str, str]]
-    settings: dict[str, Any]
+    settings: dict[str, dict[str, Any]]
+    needed: dict[str, dict[str, Any]]
 
     def identity(self, side: str) -> str:
         """Of the artefact to make."""
-        return artefact.identity_of("statistics", self.inputs[side], self.settings)
+        return artefact.identity_of("statistics", self.inputs[side], self.settings[side])
+
+    def found(self, run: RunDirectory, side: str, *, verify: bool = True) -> artefact.Artefact | None:
+        """The artefact that is already there, whole, from the same inputs, with all that is needed (or more)."""
+        try:
+            found = artefact.load(run.statistics / side, "statistics", "collect CONFIG", verify=verify)
+        except UserError:
+            return None
+        recorded = all(covers(found.settings.get(key), value) for key, value in self.needed[side].items())
+        return found if recorded and found.inputs == self.inputs[side] else None
 
     def done(self, run: RunDirectory) -> list[str]:
-        """The sides whose artefact is already there, whole, from the same inputs."""
-        return [
-            side for side in self.inputs if artefact.is_done(run.statistics / side, "statistics", self.identity(side))
-        ]
+        """The sides whose artefact is already there."""
+        return [side for side in self.inputs if self.found(run, side) is not None]
+
+
+def covers(recorded: Any, needed: Any) -> bool:
+    """Whether a setting of an artefact is the needed one, where False and None need nothing."""
+    return needed is None or needed is False or recorded == needed
 
 
 def check_collect(config: Config, run: RunDirectory, world_size: int) -> CollectJob:
@@ -64,22 +82,36 @@ def check_collect(config: Config, run: RunDirectory, world_size: int) -> Collect
         side: {"model": info.fingerprint, "tokenizer": tokenizer, "data": data.content, "side": side}
         for side in config.data.sides
     }
-    settings = {
-        "dtype": config.model.dtype,
-        "trace": config.statistics.trace,
-        "nll": config.statistics.nll,
-        "hidden_layer": middle_layer(info) if config.statistics.hidden else None,
-        "top_k": info.top_k,
-    }
-    return CollectJob(info, data, inputs, settings)
+    settings, needed = {}, {}
+    for side in inputs:
+        always = {"dtype": config.model.dtype, "top_k": info.top_k}
+        settings[side] = needed[side] = always | asdict(wanted(config, info, side))
+        for key, what in (("rows", ROW_COUNTS), ("sample_tokens", SAMPLE)):
+            if not keys_needing(what, config, side):
+                needed[side] = needed[side] | {key: None}
+    return CollectJob(info, data, inputs, settings, needed)
 
 
-def wanted(config: Config, info: ModelInfo) -> Wanted:
-    """What the configuration asks to be recorded."""
-    from trace_ds.routing.collection import Wanted
+def wanted(config: Config, info: ModelInfo, side: str) -> Wanted:
+    """What the configuration asks to be recorded of one side."""
+    settings, retain = config.statistics, side == "retain"
+    return Wanted(
+        trace=bool(keys_needing(TRACE, config, side)) if settings.trace is None else settings.trace,
+        nll=settings.nll,
+        hidden_layer=middle_layer(info) if settings.hidden else None,
+        rows=retain,
+        sample_tokens=settings.sample_tokens if retain else 0,
+    )
 
-    settings = config.statistics
-    return Wanted(settings.trace, settings.nll, middle_layer(info) if settings.hidden else None)
+
+def about_trace(config: Config, side: str, trace_bytes: int) -> str:
+    """Whether the routing trace of a side is recorded, what it takes, and which keys decided that, for the log."""
+    keys = ["statistics.trace: true"] if config.statistics.trace else keys_needing(TRACE, config, side)
+    if keys and config.statistics.trace is not False:
+        return f"{side}: the routing trace of every token, {trace_bytes:,} bytes, is recorded for {', '.join(keys)}"
+    return (
+        f"{side}: no routing trace: {'statistics.trace is false' if keys else 'no key of the configuration needs it'}"
+    )
 
 
 def middle_layer(info: ModelInfo) -> int:
@@ -94,7 +126,7 @@ def collect(config: Config, run: RunDirectory, world: World) -> None:
     from trace_ds.run.log import stage_log
 
     job = world.broadcast(world.agree_each(lambda verify: _checked(config, run, world, verify=verify)))[0]
-    todo = [side for side in job.inputs if not _is_done(world, job, run.statistics / side, side)]
+    todo = [side for side in job.inputs if not _is_done(world, job, run, side)]
     if not todo:
         return
     with stage_log(run, "collect", enabled=world.is_main) as log:
@@ -102,7 +134,7 @@ def collect(config: Config, run: RunDirectory, world: World) -> None:
         if job.info.family.autoep_preset is None:
             sharding = "its weights are sharded by ZeRO-3" if world.size > 1 else "one process holds it whole"
             log.line(f"the family {job.info.family.model_type} has no expert parallelism: {sharding}")
-        asked = wanted(config, job.info)
+        asked = wanted(config, job.info, "retain")
         parts = Parts(head=asked.nll, last_output=asked.nll, hidden_layer=asked.hidden_layer)
         engine = inference_engine(config, job.info, world, ep=config.distributed.ep, parts=parts)
         if job.info.family.autoep_preset is None and config.data.documents_per_row != 1:
@@ -126,15 +158,15 @@ def _checked(config: Config, run: RunDirectory, world: World, *, verify: bool) -
     return []
 
 
-def _is_done(world: World, job: CollectJob, directory: Path, side: str) -> bool:
+def _is_done(world: World, job: CollectJob, run: RunDirectory, side: str) -> bool:
     """What :meth:`CollectJob.done` says of one side, the hashing shared among the ranks (collective)."""
 
     def described() -> dict[str, dict[str, Any]] | None:
-        found = artefact.find(directory, "statistics", job.identity(side), verify=False)
+        found = job.found(run, side, verify=False)
         return None if found is None else found.files
 
     expected = world.broadcast_agreed(described)
-    return expected is not None and _file_entries(world, directory, sorted(expected)) == expected
+    return expected is not None and _file_entries(world, run.statistics / side, sorted(expected)) == expected
 
 
 def _file_entries(world: World, directory: Path, names: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -188,7 +220,7 @@ def _pass(
     """The forward passes, and the description of what they left in ``directory`` (collective)."""
     from trace_ds.corpora.dataset import TokenDataset
     from trace_ds.routing.collection import Collection
-    from trace_ds.routing.token_files import part_name
+    from trace_ds.routing.token_files import part_name, trace_dtype
 
     dataset = TokenDataset.open(job.data.file(f"{side}.arrow"))
     collection = Collection(
@@ -197,10 +229,12 @@ def _pass(
         dataset,
         experts=job.info.experts,
         top_k=job.info.top_k,
-        wanted=wanted(config, job.info),
+        wanted=wanted(config, job.info, side),
         batch_rows=config.statistics.batch_rows,
         directory=directory,
     )
+    token_bytes = len(collection.layers) * job.info.top_k * trace_dtype(job.info.experts).itemsize
+    log.line(about_trace(config, side, dataset.tokens * token_bytes))
     try:
         statistics = collection.run(log, side, config.statistics.save_every, stop_files)
     except UserError:  # the input is wrong, nothing of it can be used; after a full disk the pass can continue
@@ -219,7 +253,7 @@ def _pass(
         "rows": len(dataset),
     }
     world.agree(
-        lambda: artefact.describe(directory, "statistics", job.inputs[side], job.settings, summary, files=files)
+        lambda: artefact.describe(directory, "statistics", job.inputs[side], job.settings[side], summary, files=files)
     )
 
 

@@ -11,6 +11,7 @@ from trace_ds.config.schema import Config, TrainableConfig
 from trace_ds.corpora.tokenizer import tokenizer_fingerprint
 from trace_ds.errors import UserError
 from trace_ds.models.families import ModelInfo, check_expert_parallel, inspect_model, require_plain_logits
+from trace_ds.routing.token_files import require_parts
 from trace_ds.run import artefact
 from trace_ds.run.directory import RunDirectory
 from trace_ds.run.files import canonical_json, sha256_text
@@ -104,11 +105,12 @@ def check_unlearn(config: Config, run: RunDirectory, world_size: int, *, verify:
     ds_config = check_settings(config, info)
     settings = config.unlearning
     traces = {}
-    if settings.evaluate.every and config.statistics.trace:
+    if settings.evaluate.every and config.statistics.trace is not False:
         for side in ("forget", "retain"):
             traces[side] = artefact.load(run.statistics / side, "statistics", "collect CONFIG", verify=verify)
             artefact.require_same(traces[side], "model", info.fingerprint, "model", "collect CONFIG")
             artefact.require_same(traces[side], "data", data.content, "data", "collect CONFIG")
+            require_parts(traces[side], "trace", "unlearning.evaluate.every")
     statistics: dict[str, artefact.Artefact] = {}
     if settings.forget_loss in ("npo", "dpo") or settings.seuf is not None:
         for side in ("forget", *(["alternative"] if settings.forget_loss == "dpo" else [])):
