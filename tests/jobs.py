@@ -19,10 +19,22 @@ def collect_job(world: Any, config: str, run_dir: str, overrides: list[str]) -> 
     collect(loaded, RunDirectory.at(directory), world)
 
 
+def only_the_main_process_fingerprints(world: Any) -> None:
+    """From now on the other ranks fail when they read samples of a model's files."""
+    from trace_ds.models import families
+
+    def refuse(path: Path) -> str:
+        raise AssertionError(f"rank {world.rank} reads {path} for a fingerprint")
+
+    if not world.is_main:
+        families.sample_sha256 = refuse
+
+
 def unlearn_job(world: Any, config: str, run_dir: str, overrides: list[str]) -> None:
     """``unlearn`` as one rank of a job."""
     from trace_ds.stages.unlearn import unlearn
 
+    only_the_main_process_fingerprints(world)
     loaded, directory = load_config(config, overrides, run_dir)
     unlearn(loaded, RunDirectory.at(directory), world)
 

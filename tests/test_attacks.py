@@ -68,6 +68,23 @@ def test_forcing_sends_tokens_where_it_says(family: str, tmp_path: Path) -> None
         assert torch.equal(outputs(model)[0], free)  # nothing stays behind
 
 
+def test_forcing_works_on_a_model_that_is_spread_over_devices(tmp_path: Path) -> None:
+    """Accelerate's hooks bring the weights of a layer when it runs; a copy of a router would bring them too."""
+    from accelerate import dispatch_model
+
+    path = tiny.make_model(tmp_path / "mixtral", "mixtral")
+    with opened(path) as model, attacks.forced(model.model, attacks.without_first):
+        expected = outputs(model)[0]
+    with opened(path) as model:
+        places = dict.fromkeys(("model.embed_tokens", "model.rotary_emb", "model.norm", "lm_head"), "cpu")
+        places["model.layers"] = "disk"
+        dispatch_model(model.model, places, "cpu", offload_dir=tmp_path / "offloaded", force_hooks=True)
+        assert all(router.weight.is_meta for router in find_routers(model.model))
+        with attacks.forced(model.model, attacks.without_first):
+            assert torch.equal(outputs(model)[0], expected)
+        assert not torch.equal(outputs(model)[0], expected)
+
+
 def test_another_model_can_be_given_the_routing_of_the_original(tmp_path: Path) -> None:
     decisions = attacks.Decisions()
     with opened(save_model(tmp_path / "original", 0)) as original:

@@ -18,10 +18,11 @@ import pytest
 import tiny
 import yaml
 from command import environment, trace_ds, tree
-from distributed import end_of_ranks, run_distributed
+from distributed import run_distributed
 
 from trace_ds.config.load import dump_yaml, load_config
 from trace_ds.errors import UserError
+from trace_ds.parallel.world import AgreedError
 from trace_ds.run.directory import RunDirectory
 from trace_ds.stages.calibrate import calibrate
 from trace_ds.stages.pipeline import Request, run_verb
@@ -227,22 +228,36 @@ def test_artefacts_of_another_model_or_tokenizer_and_damaged_ones(calibrated: Pa
         weights.write_bytes(whole)
 
 
-def one_sided(world: Any) -> None:
-    """A check that fails on rank 1 only, as where a node does not see the model."""
+def one_sided(world: Any) -> list[str]:
+    """Checks that fail on rank 1 only, as where a node does not see the model, or its storage does not answer."""
+    errors = (
+        UserError("there is no model directory", "/models/m", "mount it"),
+        OSError(errno.EIO, "Input/output error", "/models/m/config.json"),
+    )
+    told = []
+    for error in errors:
 
-    def check(verify: bool) -> str:
-        if world.rank == 1:
-            raise UserError("there is no model directory", "/models/m", "mount it")
-        return "fine"
+        def check(verify: bool, error: Exception = error) -> str:
+            if world.rank == 1:
+                raise error
+            return "fine"
 
-    world.agree_each(check)
+        try:
+            world.agree_each(check)
+        except (UserError, AgreedError) as end:
+            told.append(f"{type(end).__name__}: {end}")
+    return told
 
 
 @pytest.mark.slow
 def test_what_only_one_rank_finds_wrong_ends_all_of_them() -> None:
-    ends = end_of_ranks(one_sided, 2)
-    assert "UserError: /models/m: on rank 1: there is no model directory. Fix: mount it" in ends[0]
-    assert "AgreedError" in ends[1]
+    said, silent = run_distributed(one_sided, 2)
+    assert said == [
+        "UserError: /models/m: on rank 1: there is no model directory. Fix: mount it",
+        "UserError: /models/m/config.json: on rank 1: it cannot be read (Input/output error). "
+        "Fix: check the storage that it lies on",
+    ]
+    assert silent == ["AgreedError: "] * 2
 
 
 def test_corpus_missing(config: Path) -> None:
@@ -259,7 +274,9 @@ def test_expert_parallel_size(config: Path) -> None:
 def test_more_processes_than_the_machine_has(config: Path) -> None:
     limit = 4 * (os.cpu_count() or 1)
     line = refuse(config.parent, "collect", config, "--nproc", str(limit + 1))
-    assert f"{limit + 1} processes on this machine" in line and f"--nproc {limit}" in line
+    assert f"{limit + 1} processes on this machine" in line and f"set distributed.nproc to {limit} at most" in line
+    line = refuse(config.parent, "run", config, "--set", f"evaluation.nproc={limit + 1}")
+    assert f"evaluation.nproc: {limit + 1} processes on this machine" in line
 
 
 def test_more_processes_than_accelerators() -> None:

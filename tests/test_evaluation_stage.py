@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from distributed import run_distributed
+from jobs import only_the_main_process_fingerprints
 from safetensors.torch import load_file, save_file
 from test_evaluation_models import WORDS, save_model, save_tokenizer
 
@@ -20,12 +22,15 @@ from trace_ds.config.load import validate
 from trace_ds.config.schema import Config
 from trace_ds.errors import UserError
 from trace_ds.evaluation import language_model
+from trace_ds.parallel.world import AgreedError
 from trace_ds.reporting import tables
 from trace_ds.reporting.gather import gather
 from trace_ds.run.directory import RunDirectory
 from trace_ds.run.log import StageLog
 from trace_ds.stages import convert
+from trace_ds.stages import evaluate as stage
 from trace_ds.stages.evaluate import evaluate
+from trace_ds.stages.pipeline import Request, check_early
 from trace_ds.stages.prepare import prepare
 
 
@@ -327,12 +332,36 @@ def test_another_tokenizer_is_refused_and_a_rewritten_one_is_not(case: Case, tmp
 def test_drift_needs_the_data_of_this_tokenizer(case: Case, tmp_path: Path) -> None:
     shutil.rmtree(case.run.data)
     refused(case, case.config(), "trace-ds prepare")
-    evaluate(case.config(drift=False), case.run)
+    refused(case, case.config(drift=False, relearning={"steps": 1}), "trace-ds prepare")
+    nothing_of_it = case.config(drift=False, expert_forcing=True)
+    check_early("evaluate", Request(nothing_of_it, case.run))
+    evaluate(nothing_of_it, case.run)
+    assert case.result("unlearned")["attacks"]["expert_forcing"]
 
 
 def evaluate_on(world: Any, raw: dict[str, Any], path: str) -> bool:
+    only_the_main_process_fingerprints(world)
     evaluate(validate(raw, "test"), RunDirectory(Path(path)), world)
     return world.is_main
+
+
+def evaluate_on_a_full_disk(world: Any, raw: dict[str, Any], path: str) -> str:
+    def full(file: Path, value: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(file))
+
+    stage.write_json = full
+    try:
+        evaluate(validate(raw, "test"), RunDirectory(Path(path)), world)
+    except (UserError, AgreedError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "wrote it"
+
+
+def test_a_full_disk_ends_all_processes(case: Case) -> None:
+    case.raw["evaluation"] |= {"drift": False, "tasks": case.raw["evaluation"]["tasks"][:1], "models": {}}
+    main, other = run_distributed(evaluate_on_a_full_disk, 2, case.raw, str(case.run.path))
+    assert main.startswith(f"UserError: {case.run.evaluation}: cannot write here (No space left on device)")
+    assert other == "AgreedError: "
 
 
 def test_many_processes_give_the_files_of_one(case: Case, tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import jobs
 import numpy as np
@@ -16,6 +18,7 @@ from test_unlearn import GRADIENT_LIKE, copy_of, losses_of, relative, weights_of
 from trace_ds.config.load import load_config
 from trace_ds.errors import UserError
 from trace_ds.models.families import check_expert_parallel, inspect_model, require_plain_logits
+from trace_ds.models.routers import find_routers, logits_of, record_routing
 from trace_ds.run.directory import RunDirectory
 from trace_ds.stages.calibrate import calibrate
 from trace_ds.stages.prepare import prepare
@@ -66,6 +69,45 @@ def test_families_without_expert_parallelism_are_told_so(tmp_path: Path) -> None
     check_expert_parallel(granite, 1, 2)
     with pytest.raises(UserError, match=r"unlearning\.forget_loss: logits_scaling is 2\.0 in this model.*rmu"):
         require_plain_logits(granite, "unlearning.forget_loss")
+
+
+@pytest.mark.parametrize(
+    ("order", "refused"),
+    [
+        ("logits scores indices", ""),
+        ("indices scores logits", ""),  # Granite's before transformers 5.18
+        ("scores indices", "GraniteMoeTopKRouter returned (2, 2), (2, 2)"),
+        ("scores logits indices", "GraniteMoeTopKRouter returned (2, 2), (2, 4), (2, 2)"),
+        ("logits scores scores", "of types torch.float32 and torch.float32"),
+    ],
+)
+def test_a_router_is_tried_before_its_model_is_taken(
+    order: str, refused: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a router returns is transformers' own affair and has changed: the check and the counting read it alike."""
+    import torch
+    from transformers.models.granitemoe import modeling_granitemoe
+
+    path = tiny.make_model(tmp_path / "granite", "granitemoe")
+    kind = modeling_granitemoe.GraniteMoeTopKRouter
+    answer = dict.fromkeys(("logits", "scores", "indices"), torch.empty(0))
+
+    def forward(self: Any, hidden_TD: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        answer["logits"] = torch.nn.functional.linear(hidden_TD, self.weight)
+        answer["scores"], answer["indices"] = answer["logits"].softmax(-1).topk(self.top_k, dim=-1)
+        return tuple(answer[name] for name in order.split())
+
+    monkeypatch.setattr(kind, "forward", forward)
+    if refused:
+        with pytest.raises(UserError, match=re.escape(refused)):
+            inspect_model(path)
+        return
+    assert inspect_model(path).family.model_type == "granitemoe"
+    model = modeling_granitemoe.GraniteMoeForCausalLM.from_pretrained(path)
+    with record_routing(model) as recorder:
+        output = find_routers(model)[0](torch.randn(6, model.config.hidden_size))
+    assert torch.equal(recorder.layer(0)[1], answer["indices"]) and torch.equal(recorder.layer(0)[0], answer["scores"])
+    assert torch.equal(logits_of(find_routers(model)[0], output), answer["logits"])
 
 
 def test_models_whose_routing_cannot_be_counted_are_refused(tiny_model: Path, tmp_path: Path) -> None:

@@ -99,7 +99,8 @@ def load_and_count(world: Any, path: str, stage: int) -> dict[str, Any]:
     """Bytes this rank read from disk while loading, what a proof says of the weights, and of a damaged one."""
     import torch
 
-    from trace_ds.models.engine import DTYPES, assert_expert_parallel, base_ds_config
+    from trace_ds.models.autoep import require_converted
+    from trace_ds.models.engine import DTYPES, base_ds_config
     from trace_ds.models.families import inspect_model
     from trace_ds.models.loading import Parts, load_share
     from trace_ds.models.weights import full_shape, held
@@ -125,10 +126,10 @@ def load_and_count(world: Any, path: str, stage: int) -> dict[str, Any]:
     except AssertionError as error:
         wrong = str(error)
     if stage == 0:  # a layer that AutoEP left as it is, without a word
-        assert_expert_parallel(engine.module, 3, ep)
+        require_converted(engine.module, 3, ep)
         engine.module.model.layers[1] = type(engine.module.model.layers[1])(engine.module.config, 1)
         with pytest.raises(AssertionError, match="AutoEP converted 2 of 3 MoE layers"):
-            assert_expert_parallel(engine.module, 3, ep)
+            require_converted(engine.module, 3, ep)
     frequencies = {buffer.dtype for name, buffer in engine.module.named_buffers() if name.endswith("inv_freq")}
     return {"read": counted, "proved": proved, "wrong": wrong, "rotary": frequencies == {torch.float32}}
 

@@ -22,6 +22,7 @@ from trace_ds.config.load import load_config
 from trace_ds.config.schema import GRIPConfig, SEUFConfig, TrainableConfig
 from trace_ds.conversion.layouts import engine_pieces, read_layout
 from trace_ds.errors import UserError
+from trace_ds.models import autoep
 from trace_ds.models.routers import find_routers, meta_model
 from trace_ds.parallel.world import World
 from trace_ds.routing.statistics import RoutingStatistics
@@ -140,10 +141,10 @@ def test_every_name_of_autoep_is_known(family: str, tmp_path: Path) -> None:
     path = tiny.make_model(tmp_path / "model", family, layers=2)
     parameters = dict(meta_model(path).named_parameters())
     pieces = {n: p.whole for n, p in engine_pieces(read_layout(path)).items() if not n.endswith("correction_bias")}
-    assert {name: trainable.source_name(name, parameters) for name in pieces} == pieces
-    assert all(trainable.source_name(name, parameters) == name for name in parameters)
+    assert {name: autoep.source_name(name, parameters) for name in pieces} == pieces
+    assert all(autoep.source_name(name, parameters) == name for name in parameters)
     with pytest.raises(AssertionError, match=r"model\.layers\.1\.mlp\.new is no parameter of the model"):
-        trainable.source_name("model.layers.1.mlp.new", parameters)
+        autoep.source_name("model.layers.1.mlp.new", parameters)
 
 
 def test_wrong_choices_are_refused_before_a_weight_is_loaded(

@@ -315,11 +315,18 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(calibrated: tuple[Path,
     run = copy_of(prepared_run, tmp_path / "run")
     huge = ["unlearning.optimizer.lr=1e30", "unlearning.optimizer.gradient_clipping=0"]
     saving = copy_of(prepared_run, tmp_path / "saving")
+    skipped = copy_of(prepared_run, tmp_path / "skipped")
+    (tmp_path / "ds.json").write_text('{"zero_optimization": {"compute_grad_norm": false}}')
+    without_norm = ["model.dtype=bf16", "unlearning.zero_stage=2", f"unlearning.ds_config={tmp_path / 'ds.json'}"]
+    without_norm += ["unlearning.forget_loss=graddiff", "unlearning.alpha=3e38", "unlearning.gamma=0", huge[1]]
     work = [(str(run), huge), (str(saving), [*huge, "unlearning.save_every=1"])]
+    work.append((str(skipped), [*without_norm, "unlearning.save_every=1"]))
     errors = run_distributed(jobs.unlearn_jobs, 2, str(config), work)[0]
     assert "NumericalFailure: the loss is not finite in step 2" in errors[0]
     assert "NumericalFailure: the model is not finite after step 1" in errors[1]  # its weights are: some 1e30
-    assert complete_steps(run / "checkpoints") == complete_steps(saving / "checkpoints") == ([], [])
+    # no norm to see it by: DeepSpeed skips the step, and would skip all the others
+    assert "NumericalFailure: the gradient is not finite in step 1 (the loss is)" in errors[2]
+    assert all(complete_steps(each / "checkpoints") == ([], []) for each in (run, saving, skipped))
 
 
 def test_weights_and_moments_that_no_token_reaches_are_looked_at() -> None:

@@ -38,7 +38,7 @@ from trace_ds.corpora.dataset import Batch, TokenDataset
 from trace_ds.errors import UserError
 from trace_ds.evaluation.items import Task
 from trace_ds.evaluation.language_model import LanguageModel
-from trace_ds.models.routers import find_routers, meta_model, routing_of
+from trace_ds.models.routers import find_routers, logits_of, meta_model, places_of, routing_of
 from trace_ds.unlearning.rows import EpochRows, generator
 
 SHARE_STREAM, ORDER_STREAM = 11, 12
@@ -120,7 +120,11 @@ def gate_rule(router: nn.Module) -> GateRule:
     Raises:
         UserError: none of the rules known fits.
     """
-    trial = copy.deepcopy(router).to_empty(device="cpu").float()
+    # accelerate's hooks, on a model spread over devices, hold the weights of the model and bring them back
+    hooks: dict[int, Any] = {id(m._hf_hook): None for m in router.modules() if hasattr(m, "_hf_hook")}
+    trial = copy.deepcopy(router, hooks).to_empty(device="cpu").float()
+    for module in trial.modules():
+        vars(module).pop("forward", None)  # the class's own method again
     draw = torch.Generator().manual_seed(0)
     for buffer in trial.buffers():
         buffer.zero_()
@@ -129,9 +133,10 @@ def gate_rule(router: nn.Module) -> GateRule:
         nn.init.normal_(parameter, std=TRIAL_LOGIT_STD / width**0.5, generator=draw)
     hidden_TD = torch.randn(TRIAL_TOKENS, width, generator=draw)
     with torch.no_grad():
-        scores_TK, indices_TK = routing_of(trial, trial(hidden_TD))
+        output = trial(hidden_TD)
+        scores_TK, indices_TK = routing_of(trial, output)
         for function, normalised in itertools.product(FUNCTIONS, (False, True)):
-            gates_TK = GateRule(function, normalised, 1.0).gates(_logits(trial, hidden_TD), indices_TK)
+            gates_TK = GateRule(function, normalised, 1.0).gates(logits_of(trial, output), indices_TK)
             ratio_TK = scores_TK.float() / gates_TK
             scale = float(ratio_TK.median())
             if bool(((ratio_TK / scale - 1).abs() < TRIAL_TOLERANCE).all()):
@@ -149,11 +154,6 @@ def check_forcing(path: str | Path) -> None:
         gate_rule(router)
 
 
-def _logits(router: nn.Module, hidden_TD: torch.Tensor) -> torch.Tensor:
-    weight_ED = router.get_parameter("weight")
-    return functional.linear(hidden_TD.reshape(-1, weight_ED.shape[1]), weight_ED, getattr(router, "bias", None))
-
-
 @contextlib.contextmanager
 def forced(model: nn.Module, decide: Decide) -> Iterator[None]:
     """Inside the block every router sends its tokens to the experts that ``decide`` names, with their own gate weights.
@@ -166,11 +166,14 @@ def forced(model: nn.Module, decide: Decide) -> Iterator[None]:
 
     def hook_for(layer: int) -> Callable[..., Any]:
         def hook(router: Any, inputs: Any, output: Any) -> Any:
-            first, scores_TK, indices_TK, *more = output
-            logits_TE = _logits(router, inputs[0])
-            taken_TK = decide(layer, logits_TE, indices_TK)
-            gates_TK = rules[type(router)].gates(logits_TE, taken_TK).to(scores_TK.dtype)
-            return first, gates_TK, taken_TK.to(indices_TK.dtype), *more
+            scores, indices = places_of(router, output)
+            logits_TE = logits_of(router, output)
+            taken_TK = decide(layer, logits_TE, output[indices])
+            gates_TK = rules[type(router)].gates(logits_TE, taken_TK)
+            changed = list(output)
+            changed[scores] = gates_TK.to(output[scores].dtype)
+            changed[indices] = taken_TK.to(output[indices].dtype)
+            return tuple(changed)
 
         return hook
 

@@ -13,7 +13,7 @@ from trace_ds.evaluation import attacks, drift
 from trace_ds.evaluation.items import Task
 from trace_ds.evaluation.language_model import Diverged, LanguageModel
 from trace_ds.evaluation.tasks import run_task
-from trace_ds.models.families import inspect_model
+from trace_ds.models.families import ModelInfo
 from trace_ds.run.artefact import Artefact
 from trace_ds.run.directory import RunDirectory
 from trace_ds.run.log import Progress, StageLog
@@ -45,10 +45,9 @@ def routing(config: Config, data: Artefact, model: LanguageModel, log: StageLog)
 
 
 def routing_drift(
-    config: Config, before: dict[str, drift.RoutingSample], after: dict[str, drift.RoutingSample]
+    info: ModelInfo, before: dict[str, drift.RoutingSample], after: dict[str, drift.RoutingSample]
 ) -> dict[str, Any]:
     """Overlap and KL per layer on both corpora, as in a result."""
-    info = inspect_model(config.model.path)
     return {
         "experts": info.experts,
         "top_k": info.top_k,

@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from trace_ds.config.schema import Config
+from trace_ds.models import autoep
 from trace_ds.models.engine_config import merge, parameter_offload, user_ds_config
 from trace_ds.models.families import ModelInfo
 from trace_ds.models.loading import Parts, load_share
-from trace_ds.models.routers import find_routers
 from trace_ds.parallel.world import World, quiet_deepspeed
 
 WIDE_EXPERT = 8192
@@ -32,13 +32,7 @@ def base_ds_config(*, ep: int, info: ModelInfo, zero_stage: int) -> dict[str, An
     }
     if zero_stage == 3:
         ds_config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = False
-    if ep > 1:
-        ds_config["expert_parallel"] = {
-            "enabled": True,
-            "autoep_size": ep,
-            "preset_model": info.family.autoep_preset,
-        }
-    return ds_config
+    return ds_config | autoep.settings(ep, info.family.autoep_preset)
 
 
 @contextlib.contextmanager
@@ -77,7 +71,7 @@ def initialize(
         AssertionError: AutoEP did not convert every MoE layer (it skips unknown families silently), or a weight is
             not what the files say.
     """
-    ep = int(ds_config.get("expert_parallel", {}).get("autoep_size", 1))
+    ep = autoep.size(ds_config)
     model: Any
     model, files = load_share(info.path, DTYPES[config.model.dtype], world, ep=ep, ds_config=ds_config, parts=parts)
     layers = sum(1 for module in model.modules() if _has_experts(module))
@@ -91,11 +85,9 @@ def initialize(
     else:
         model.requires_grad_(False)
     engine, *_ = quiet_deepspeed().initialize(model=model, config=ds_config, **arguments)
-    assert_expert_parallel(engine.module, layers, ep)
-    if ep > 1 and info.family.fp32_gate:
-        for router in find_routers(engine.module):
-            if isinstance(getattr(router, "gate", None), nn.Linear):
-                router.gate.__class__ = Fp32Linear
+    autoep.require_converted(engine.module, layers, ep)
+    if info.family.fp32_gate:
+        autoep.make_gates_fp32(engine.module)
     files.prove(engine.module, ep, world.rank % ep)
     files.close()
     if parameters is None:
@@ -117,14 +109,6 @@ def import_muon() -> None:
             import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
     finally:
         compiler.compile = compile_
-
-
-class Fp32Linear(nn.Linear):
-    """The gate of the families that compute router logits in fp32 whatever the type of the weights (DeepSeek)."""
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        bias = None if self.bias is None else self.bias.float()
-        return nn.functional.linear(hidden.float(), self.weight.float(), bias)
 
 
 def inference_engine(config: Config, info: ModelInfo, world: World, *, ep: int, parts: Parts | None = None) -> Any:
@@ -178,10 +162,3 @@ def _has_experts(module: nn.Module) -> bool:
     return experts is not None and any(
         len(getattr(parameter, "ds_shape", parameter.shape)) == 3 for parameter in experts.parameters()
     )
-
-
-def assert_expert_parallel(model: nn.Module, layers: int, ep: int) -> None:
-    """Every one of the ``layers`` MoE layers must have been converted when experts are sharded."""
-    converted = sum(type(module).__name__ == "AutoEPMoELayer" for module in model.modules())
-    if ep > 1 and converted != layers:
-        raise AssertionError(f"AutoEP converted {converted} of {layers} MoE layers")

@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-# AutoEP's router returns (scores [T, K], indices [T, K], tokens per expert [E]); every top-k router of transformers
-# returns (logits [T, E], scores [T, K], indices [T, K]), sometimes followed by more.
-AUTOEP_ROUTER = "TokenChoiceTopKRouter"
+from trace_ds.models import autoep
+
 TRANSFORMERS_ROUTER = re.compile(r"Top[Kk]Router$")
 
 
@@ -24,13 +23,42 @@ def is_router(module: nn.Module) -> bool:
     return TRANSFORMERS_ROUTER.search(type(module).__name__) is not None
 
 
+def router_weight(router: nn.Module) -> Any:
+    """The weight [E, D] of a router, AutoEP's or transformers'."""
+    return router.gate.weight if autoep.is_router(router) else router.weight  # type: ignore[union-attr]
+
+
+def places_of(module: nn.Module, output: Any) -> tuple[int, int]:
+    """Where in the output of a router the scores [T, K] (float) and the indices [T, K] (integer) are.
+
+    AutoEP's router returns (scores, indices, tokens per expert [E]). Every top-k router of transformers returns logits
+    [T, E], scores and indices, sometimes followed by more; Granite's did in the opposite order before 5.18.
+
+    Raises:
+        ValueError: it returned something else.
+    """
+    autoeps = autoep.is_router(module)
+    scores, indices = (0, 1) if autoeps else (1, 2)
+    shapes = [tuple(item.shape) if isinstance(item, torch.Tensor) else None for item in output]
+    if not autoeps and shapes[0] is not None and not output[0].is_floating_point():
+        indices = 0
+    told = f"{type(module).__name__} returned " + ", ".join(map(str, shapes))
+    if len(shapes) < 3 or shapes[scores] is None or shapes[scores] != shapes[indices] or len(shapes[scores] or ()) != 2:
+        raise ValueError(told)
+    if output[indices].is_floating_point() or not output[scores].is_floating_point():
+        raise ValueError(f"{told}, of types {output[scores].dtype} and {output[indices].dtype}")
+    return scores, indices
+
+
 def routing_of(module: nn.Module, output: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """(scores [T, K] float, indices [T, K] integer) from the output of a router; ``ValueError`` if it is no such."""
-    name = type(module).__name__
-    scores, indices = output[:2] if name == AUTOEP_ROUTER else output[1:3]
-    if scores.shape != indices.shape or indices.is_floating_point() or scores.dim() != 2:
-        raise ValueError(f"{name} returned scores {tuple(scores.shape)} and indices {tuple(indices.shape)}")
-    return scores, indices
+    scores, indices = places_of(module, output)
+    return output[scores], output[indices]
+
+
+def logits_of(router: nn.Module, output: Any) -> torch.Tensor:
+    """The logits [T, E] in the output of a router of transformers."""
+    return output[2 - places_of(router, output)[1]]
 
 
 def find_routers(model: nn.Module) -> list[nn.Module]:
@@ -47,13 +75,41 @@ def meta_model(path: str | Path) -> nn.Module:
         return AutoModelForCausalLM.from_config(config)
 
 
+class _Tried(Exception):
+    """Ends a trial as soon as the router has answered."""
+
+
+def try_router(model: nn.Module, router: nn.Module, hidden: int) -> None:
+    """Let the layer around a router of a model without data ask it about a few tokens; shapes and types are all there
+    is to the answer.
+
+    Raises:
+        ValueError: its answer cannot be read. Anything else: the layer cannot be run so.
+    """
+    name = next(name for name, module in model.named_modules() if module is router)
+
+    def read(module: nn.Module, inputs: Any, output: Any) -> None:
+        routing_of(module, output)
+        raise _Tried
+
+    handle = router.register_forward_hook(read)
+    try:
+        model.get_submodule(name.rpartition(".")[0])(torch.empty(1, 2, hidden, device="meta"))
+    except _Tried:
+        return
+    finally:
+        handle.remove()
+    raise ValueError(f"{type(router).__name__} is not asked by the layer it is in")
+
+
 def refusal(path: str | Path, experts: object) -> str | None:
-    """Why routing cannot be counted in a model of a family without an entry, or None when it can.
+    """Why routing cannot be counted in a model of a family without an entry, or None when it can: its routers are
+    found, and one of each kind is tried.
 
     ``experts``: how many the configuration says.
     """
     try:
-        model = meta_model(path)
+        model: Any = meta_model(path).eval()
     except Exception as error:  # the modelling code of any family may raise anything on a configuration it rejects
         return f"transformers cannot build it as a causal language model: {type(error).__name__}"
     routers = find_routers(model)
@@ -65,6 +121,12 @@ def refusal(path: str | Path, experts: object) -> str | None:
         return f"its routers choose among {found} experts, its configuration has {experts}"
     if not hasattr(model, "model") or not hasattr(model.model, "layers"):
         return "its decoder layers are not at model.layers"
+    for router in {type(router): router for router in routers}.values():
+        try:
+            try_router(model, router, router_weight(router).shape[1])
+        except Exception as error:  # as above
+            reason = str(error) if isinstance(error, ValueError) else type(error).__name__
+            return f"its router cannot be read: {reason}"
     return None
 
 

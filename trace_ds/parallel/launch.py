@@ -24,8 +24,8 @@ PEERS_GRACE_S = 30.0
 PR_SET_PDEATHSIG = 1
 
 
-def check_process_count(nproc: int, accelerators: int, cores: int) -> None:
-    """Refuse more local processes than the machine can hold.
+def check_process_count(nproc: int, accelerators: int, cores: int, key: str = "distributed.nproc") -> None:
+    """Refuse more local processes, which ``key`` asks for, than the machine can hold.
 
     On a machine with accelerators each process needs its own; on a CPU-only one, more than
     ``CORES_OVERSUBSCRIPTION`` processes per core is taken for a mistake.
@@ -33,15 +33,15 @@ def check_process_count(nproc: int, accelerators: int, cores: int) -> None:
     if accelerators and nproc > accelerators:
         raise UserError(
             f"{nproc} processes on this machine, which has {accelerators} accelerators",
-            "distributed.nproc",
-            f"use --nproc {accelerators}, or more nodes",
+            key,
+            f"set {key} to {accelerators} at most, or use more nodes",
         )
     limit = CORES_OVERSUBSCRIPTION * cores
     if not accelerators and nproc > limit:
         raise UserError(
             f"{nproc} processes on this machine, which has no accelerator and {cores} CPU cores",
-            "distributed.nproc",
-            f"use at most --nproc {limit}",
+            key,
+            f"set {key} to {limit} at most",
         )
 
 

@@ -103,14 +103,17 @@ class World:
 
     def agree_each(self, check: Callable[[bool], T]) -> T:
         """Run ``check(True)`` on the main process, then ``check(False)`` on the others, who may skip what costs time
-        (reading whole files); a :class:`UserError` on any rank, which may see other files than the main process, ends
-        every rank and is said once."""
+        (reading whole files); a :class:`UserError` or OSError on any rank, which may see other files than the main
+        process, ends every rank and is said once."""
         result, error = self.agree(lambda: check(True)), None
         if not self.is_main:
             try:
                 result = check(False)
             except UserError as found:
                 error = UserError(f"on rank {self.rank}: {found.what}", found.where, found.fix)
+            except OSError as found:
+                what = f"on rank {self.rank}: it cannot be read ({found.strerror or found})"
+                error = UserError(what, str(found.filename or "a file"), "check the storage that it lies on")
         self.raise_together(error)
         assert result is not None
         return result

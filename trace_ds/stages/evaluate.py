@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,12 +29,14 @@ from trace_ds.evaluation.subjects import (
     find_subjects,
     has_identity,
     identity,
+    named_models,
     read_result,
     require_same_tokenizer,
     task_fingerprints,
 )
-from trace_ds.models.families import inspect_model
+from trace_ds.models.families import ModelInfo, inspect_model
 from trace_ds.run import artefact, ours
+from trace_ds.models.files import read_model_directory
 from trace_ds.run.directory import RunDirectory, unwritable
 from trace_ds.run.files import write_bytes, write_json
 from trace_ds.run.log import Progress, StageLog, stage_log
@@ -42,18 +44,19 @@ from trace_ds.run.log import Progress, StageLog, stage_log
 if TYPE_CHECKING:
     from trace_ds.evaluation.attacks import Decisions
     from trace_ds.evaluation.drift import RoutingSample
-    from trace_ds.evaluation.language_model import LanguageModel, ModelSettings
+    from trace_ds.evaluation.language_model import LanguageModel
     from trace_ds.parallel.world import World
 
 
 @dataclass(frozen=True)
 class EvaluateJob:
-    """What is to be scored, checked; ``identities`` by model name, ``problems`` of checkpoints left out."""
+    """What is to be scored, checked; ``info`` of the original, ``identities`` by model name, ``problems`` of
+    checkpoints left out."""
 
+    info: ModelInfo
     tasks: list[Task]
     subjects: list[Subject]
     identities: dict[str, str]
-    tokenizer: Any
     data: artefact.Artefact | None
     problems: list[str]
 
@@ -73,8 +76,7 @@ def check_evaluate(config: Config, run: RunDirectory) -> EvaluateJob:
     fingerprint = tokenizer_fingerprint(reference)
     tokenizer = load_tokenizer(reference)
     attacks = _attacks(config)
-    needs_data = settings.drift or attacks
-    data = artefact.load(run.data, "data", "prepare CONFIG", verify=False) if needs_data else None
+    data = artefact.load(run.data, "data", "prepare CONFIG", verify=False) if needs_data(config) else None
     if data is not None:
         artefact.require_same(data, "tokenizer", fingerprint, "tokenizer", "prepare CONFIG")
     if settings.expert_forcing:
@@ -85,7 +87,7 @@ def check_evaluate(config: Config, run: RunDirectory) -> EvaluateJob:
     for subject in subjects:
         if not subject.is_checkpoint:
             require_same_tokenizer(subject.path, reference, tokenizer)
-    against = {"original": info.fingerprint, "data": data.content} if data is not None else {}
+    against = {"original": info.fingerprint} | ({"data": data.content} if data is not None else {})
     calibrated = settings.expert_forcing and (run.calibration / artefact.FILE_NAME).is_file()
     calibration = (
         artefact.load(run.calibration, "calibration", "calibrate CONFIG", verify=False) if calibrated else None
@@ -108,7 +110,27 @@ def check_evaluate(config: Config, run: RunDirectory) -> EvaluateJob:
         )
         for subject in subjects
     }
-    return EvaluateJob(tasks, subjects, identities, tokenizer, data, problems)
+    return EvaluateJob(info, tasks, subjects, identities, data, problems)
+
+
+def _checked(config: Config, run: RunDirectory, *, verify: bool) -> list[EvaluateJob]:
+    """The job, on the main process; elsewhere nothing, but whether models, data and tasks are there.
+
+    Every process would read a share of every model for the fingerprints.
+    """
+    if verify:
+        return [check_evaluate(config, run)]
+    for path in (*named_models(config).values(), run.model):
+        read_model_directory(path)
+    if needs_data(config):
+        artefact.load(run.data, "data", "prepare CONFIG", verify=False)
+    read_tasks(config.evaluation.tasks)
+    return []
+
+
+def needs_data(config: Config) -> bool:
+    """Whether the run's token datasets are read: for the drift, and by the attacker who learns again."""
+    return config.evaluation.drift or config.evaluation.relearning is not None
 
 
 def _attacks(config: Config) -> bool:
@@ -130,22 +152,31 @@ def evaluate(config: Config, run: RunDirectory, world: World | None = None) -> N
         UserError: a task file, a model or its tokenizer cannot be used (nothing is written then).
     """
     is_main = world is None or world.is_main
-    job = world.agree_each(lambda _: check_evaluate(config, run)) if world is not None else check_evaluate(config, run)
+    if world is None:
+        job = check_evaluate(config, run)
+    else:
+        job = world.broadcast(world.agree_each(lambda verify: _checked(config, run, verify=verify)))[0]
     try:
-        run.evaluation.mkdir(parents=True, exist_ok=True)
+        _on_main(world, lambda: run.evaluation.mkdir(parents=True, exist_ok=True))
         with _threads(config.distributed.threads), stage_log(run, "evaluate", enabled=is_main) as log:
             for problem in job.problems:
                 log.line(f"warning: checkpoint left out: {problem}")
-            if is_main:
-                _drop_others(job, run, log)
-                _copy_from_parent(job, run, log)
+            _on_main(world, lambda: _drop_others(job, run, log))
+            _on_main(world, lambda: _copy_from_parent(job, run, log))
             _score_missing(config, job, run, log, world)
-            if is_main:
-                _refer_to_retrained(config, job, run, log)
+            _on_main(world, lambda: _refer_to_retrained(config, job, run, log))
     except OSError as error:
         raise unwritable(run.evaluation, error) from error
     if is_main:
         _show_table(job, run)
+
+
+def _on_main(world: World | None, work: Callable[[], None]) -> None:
+    """Let the main process do ``work`` (collective): a full disk there must not leave the others waiting."""
+    if world is None:
+        work()
+    else:
+        world.agree(work)
 
 
 def _refer_to_retrained(config: Config, job: EvaluateJob, run: RunDirectory, log: StageLog) -> None:
@@ -186,9 +217,10 @@ def _copy_from_parent(job: EvaluateJob, run: RunDirectory, log: StageLog) -> Non
 
 def _score_missing(config: Config, job: EvaluateJob, run: RunDirectory, log: StageLog, world: World | None) -> None:
     from trace_ds.evaluation import probes
-    from trace_ds.evaluation.language_model import ModelSettings
+    from trace_ds.evaluation.language_model import ModelSettings, loaded
 
     settings = ModelSettings(config.model.dtype, config.data.add_bos, config.data.add_eos, config.evaluation.batch_rows)
+    tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
     done = job.done(run) if world is None else world.broadcast_agreed(lambda: job.done(run))
     todo = [subject for subject in job.subjects if subject.name not in done]
     if done:
@@ -203,7 +235,10 @@ def _score_missing(config: Config, job: EvaluateJob, run: RunDirectory, log: Sta
         wanted = subject in todo
         if not wanted and not (subject.name == ORIGINAL and (drifts or forcing)):
             continue
-        with _directory(subject, config, run, log, world) as path, _loaded(path, job, settings, world) as model:
+        with (
+            _directory(subject, config, run, log, world) as path,
+            loaded(str(path), tokenizer, settings, world) as model,
+        ):
             result = _score(config, job, subject, model, log) if wanted else None
             diverged = result is not None and result["diverged"]
             if drifts and subject.name in (ORIGINAL, UNLEARNED) and not diverged:
@@ -212,15 +247,19 @@ def _score_missing(config: Config, job: EvaluateJob, run: RunDirectory, log: Sta
                 if subject.name == ORIGINAL:
                     before = sample
                 elif result is not None and before:
-                    result["drift"] = probes.routing_drift(config, before, sample)
+                    result["drift"] = probes.routing_drift(job.info, before, sample)
             if forcing and subject.name == ORIGINAL:
                 decisions = attacks.decisions(model)
             if result is not None and not diverged and subject.name in attacked:
                 attacks.attack(model, result, decisions)
-        if result is not None and (world is None or world.is_main):
-            write_json(run.evaluation / f"{subject.name}.json", result)
-            log.event("scored", model=subject.name, scores=result["scores"])
-            _draw(log, subject, result)
+        if result is not None:
+            _on_main(world, lambda subject=subject, result=result: _write(run, subject, result, log))  # type: ignore[misc]
+
+
+def _write(run: RunDirectory, subject: Subject, result: dict[str, Any], log: StageLog) -> None:
+    write_json(run.evaluation / f"{subject.name}.json", result)
+    log.event("scored", model=subject.name, scores=result["scores"])
+    _draw(log, subject, result)
 
 
 def _draw(log: StageLog, subject: Subject, result: dict[str, Any]) -> None:
@@ -276,14 +315,6 @@ def _score(config: Config, job: EvaluateJob, subject: Subject, model: LanguageMo
         told = ", ".join(f"{name} {'–' if value is None else f'{value:.4g}'}" for name, value in values.items())
         log.line(f"{subject.name}: {told or 'no tasks'}")
     return result
-
-
-@contextlib.contextmanager
-def _loaded(path: Path, job: EvaluateJob, settings: ModelSettings, world: World | None) -> Iterator[LanguageModel]:
-    from trace_ds.evaluation.language_model import loaded
-
-    with loaded(str(path), job.tokenizer, settings, world) as model:
-        yield model
 
 
 @contextlib.contextmanager

@@ -103,6 +103,7 @@ def check_early(verb: str, request: Request, world_size: int | None = None) -> N
     from trace_ds.corpora.tokenizer import tokenizer_fingerprint
     from trace_ds.models.families import check_expert_parallel, inspect_model
     from trace_ds.parallel.launch import check_process_count
+    from trace_ds.stages.evaluate import needs_data
 
     config, run = request.config, request.run
     for item in request.all() if verb == "run" else [request]:
@@ -113,14 +114,14 @@ def check_early(verb: str, request: Request, world_size: int | None = None) -> N
             str(run.path),
             f"use --run-dir {run.parent}, or another directory",
         )
-    if verb == "evaluate" and world_size is None:
-        check_process_count(config.evaluation.nproc, accelerator_count(), os.cpu_count() or 1)
+    if verb in ("run", "evaluate") and world_size is None:
+        check_process_count(config.evaluation.nproc, accelerator_count(), os.cpu_count() or 1, "evaluation.nproc")
     if verb in ("run", *DISTRIBUTED):
         nproc = world_size or process_count(config)
         if world_size is None:
             check_process_count(nproc, accelerator_count(), os.cpu_count() or 1)
         check_expert_parallel(inspect_model(config.model.path), config.distributed.ep, nproc)
-    if verb in STAGES[1:-1]:
+    if verb in STAGES[1:-1] and (verb != "evaluate" or needs_data(config)):
         from trace_ds.run import artefact
 
         artefact.load(run.data, "data", "prepare CONFIG", verify=False)

@@ -12,6 +12,7 @@ from trace_ds.corpora.tokenizer import tokenizer_fingerprint
 from trace_ds.errors import UserError
 from trace_ds.models.families import ModelInfo, check_expert_parallel, inspect_model, require_plain_logits
 from trace_ds.routing.token_files import require_parts
+from trace_ds.models.files import read_model_directory
 from trace_ds.run import artefact
 from trace_ds.run.directory import RunDirectory
 from trace_ds.run.files import canonical_json, sha256_text
@@ -191,8 +192,8 @@ def unlearn(config: Config, run: RunDirectory, world: World) -> None:
     from trace_ds.unlearning.live_weights import make_weights
     from trace_ds.unlearning.realign import Realignment
 
-    job = world.agree_each(lambda verify: check_unlearn(config, run, world.size, verify=verify))
-    if world.broadcast(job.settled(config, run) if world.is_main else False):
+    job = world.broadcast(world.agree_each(lambda verify: _checked(config, run, world, verify=verify)))[0]
+    if world.broadcast_agreed(lambda: job.settled(config, run)):
         return
     settings = config.unlearning
     chosen, problems = commit.choose(world, run.checkpoints, job.identity, settings.resume)
@@ -201,7 +202,7 @@ def unlearn(config: Config, run: RunDirectory, world: World) -> None:
     with stage_log(run, "unlearn", enabled=world.is_main) as log:
         for problem in problems:
             log.line(f"WARNING {problem}")
-        batches = make_batches(config, job)
+        batches = world.agree_each(lambda _: make_batches(config, job))
         engine = training_engine(config, job.info, world, batches.micro_batches_per_step(world.size), job.experts)
         realignment = None
         if settings.grip is not None:  # before anything is restored: it looks at the frozen routers
@@ -213,14 +214,29 @@ def unlearn(config: Config, run: RunDirectory, world: World) -> None:
         cursor = checkpoint.cursor if checkpoint else {"step": 0, "seed": config.seed}
         objective, cursor = make_objective(config, job.info, world, batches, cursor, job.anchored)
         manifest = _manifest(config, job, world, checkpoint.step if checkpoint else 0, cursor)
-        weights = make_weights(settings, job.calibration, engine.module, world.device, cursor)
+        weights = world.agree_each(
+            lambda _: make_weights(settings, job.calibration, engine.module, world.device, cursor)
+        )
         log.line(
             f"{settings.forget_loss}, {settings.weights} weights by {settings.apply}, alpha {settings.alpha:g}, "
             f"ZeRO stage {settings.zero_stage}, world size {world.size}, expert-parallel size {config.distributed.ep}"
         )
-        evaluator = make_evaluator(config, job, world)
+        [evaluator] = world.agree_each(lambda _: [make_evaluator(config, job, world)])
         train(engine, world, batches, objective, weights, evaluator, settings, run, manifest, log, realignment)
         log.line(f"done: {run.checkpoints / step_name(newest_complete(run.checkpoints)[0] or 0)}")
+
+
+def _checked(config: Config, run: RunDirectory, world: World, *, verify: bool) -> list[UnlearnJob]:
+    """The job, on the main process; elsewhere nothing, but whether model, data and calibration are there.
+
+    A thousand processes would read hundreds of gigabytes for the fingerprint of a large model.
+    """
+    if verify:
+        return [check_unlearn(config, run, world.size)]
+    read_model_directory(config.model.path)
+    for path, kind, verb in ((run.data, "data", "prepare"), (run.calibration, "calibration", "calibrate")):
+        artefact.load(path, kind, f"{verb} CONFIG", verify=False)
+    return []
 
 
 def restore(

@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from trace_ds.config.schema import GRIPConfig
-from trace_ds.models.routers import find_routers, record_routing
+from trace_ds.models.routers import find_routers, record_routing, router_weight
 from trace_ds.parallel.world import World
 from trace_ds.unlearning.batches import Batches, MicroBatch
 from trace_ds.unlearning.forward import forward
@@ -55,11 +55,6 @@ def install(engine: Any, batches: Batches, world: World, settings: GRIPConfig) -
         held_bytes += sum(basis_DN.numel() * basis_DN.element_size() for basis_DN in bases.values())
         router_weight(router).register_hook(_projection(bases, world))
     return held_bytes
-
-
-def router_weight(router: nn.Module) -> Any:
-    """The weight [E, D] of a router, AutoEP's or transformers'."""
-    return router.gate.weight if hasattr(router, "gate") else router.weight  # type: ignore[union-attr]
 
 
 def basis(inputs_TD: torch.Tensor) -> torch.Tensor:

@@ -270,7 +270,8 @@ def run_step(
     told = weights.follow(totals[3:], step_data.forget_tokens, step_data.retain_tokens)
     norm = engine.get_global_grad_norm()
     norm = float(norm) if norm is not None else 0.0  # None: the user's DeepSpeed settings turn it off
-    if not np.isfinite(norm):  # DeepSpeed has seen it too, on all ranks alike, and has not taken the step
+    # DeepSpeed has seen it too, on all ranks alike, and has not taken the step
+    if not np.isfinite(norm) or not engine.was_step_applied():
         raise NumericalFailure(
             f"the gradient is not finite in step {step + 1} (the loss is); the step was not taken and the last "
             "checkpoint stands; lower alpha or gamma"

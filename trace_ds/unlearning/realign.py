@@ -22,11 +22,11 @@ from typing import Any
 import torch
 
 from trace_ds.config.schema import GRIPConfig
-from trace_ds.models.routers import find_routers, moe_decoder_layers
+from trace_ds.models.routers import find_routers, moe_decoder_layers, router_weight
 from trace_ds.parallel.world import World, quiet_deepspeed
 from trace_ds.unlearning.batches import Batches, MicroBatch
 from trace_ds.unlearning.forward import forward
-from trace_ds.unlearning.grip import router_inputs, router_weight
+from trace_ds.unlearning.grip import router_inputs
 
 
 class Realignment:

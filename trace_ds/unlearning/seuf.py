@@ -21,7 +21,8 @@ from torch import nn
 
 from trace_ds.config.schema import SEUFConfig
 from trace_ds.errors import UserError
-from trace_ds.models.routers import find_routers
+from trace_ds.models import autoep
+from trace_ds.models.routers import find_routers, logits_of
 
 
 @dataclass(frozen=True)
@@ -75,10 +76,10 @@ def router_logits(model: nn.Module, moe_layer: int | None) -> Iterator[list[torc
         yield found
         return
     router: Any = find_routers(model)[moe_layer]
-    if type(router).__name__ == "TokenChoiceTopKRouter":  # AutoEP's: the logits are its gate's output
-        handle = router.gate.register_forward_hook(lambda *arguments: found.append(arguments[2]))
+    if autoep.is_router(router):  # the logits are its gate's output
+        handle = router.gate.register_forward_hook(lambda gate, inputs, output: found.append(output))
     else:
-        handle = router.register_forward_hook(lambda *arguments: found.append(arguments[2][0]))
+        handle = router.register_forward_hook(lambda router, inputs, output: found.append(logits_of(router, output)))
     try:
         yield found
     finally:

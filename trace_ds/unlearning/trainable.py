@@ -12,7 +12,7 @@ Names are those of the Hugging Face model, whether or not AutoEP has replaced it
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,13 +21,10 @@ from torch import nn
 
 from trace_ds.config.schema import TrainableConfig, UnlearningConfig
 from trace_ds.errors import UserError
+from trace_ds.models import autoep
 from trace_ds.models.routers import find_routers
 
 KINDS = ("all", "experts", "attention", "routers")
-# AutoEP's names in an MoE layer -> the source's. DeepSeek's own shared experts have the name that AutoEP gives Qwen's.
-SOURCES = ((".experts.w1", ".experts.gate_up_proj"), (".experts.w3", ".experts.gate_up_proj"),
-           (".experts.w2", ".experts.down_proj"), (".router.gate.", ".gate."),
-           (".shared_experts.", ".shared_expert."), (".shared_experts_gate.", ".shared_expert_gate."))  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -143,12 +140,12 @@ def parameter_groups(model: nn.Module, trained: Trained, weight_decay: float) ->
 def hold(model: nn.Module, trained: Trained) -> None:
     """Zero the gradients of what is held, on the converted model of an engine (local experts under AutoEP)."""
     for name, parameter in model.named_parameters():
-        source = source_name(name, trained.parameters)
+        source = autoep.source_name(name, trained.parameters)
         rows = trained.rows(source)
         if source not in trained.names or rows == ():
             parameter.register_hook(torch.zeros_like)
         elif rows is not None:
-            experts = _experts_held_here(model, name, parameter)
+            experts = autoep.experts_here(model, name, parameter)
             held = torch.tensor([expert not in rows for expert in experts])
             parameter.register_hook(_zeroing(held))
 
@@ -158,23 +155,3 @@ def _zeroing(held_E: torch.Tensor) -> Any:
         return gradient_EXX.masked_fill(held_E.to(gradient_EXX.device)[:, None, None], 0.0)
 
     return zero
-
-
-def source_name(name: str, parameters: Collection[str]) -> str:
-    """The Hugging Face name, one of ``parameters``, of a parameter of a converted model."""
-    found = name
-    for converted, source in SOURCES:
-        if found not in parameters:
-            found = found.replace(converted, source)
-    assert found in parameters, f"{name} is no parameter of the model that was loaded"  # it would be held, silently
-    return found
-
-
-def _experts_held_here(model: nn.Module, name: str, parameter: Any) -> list[int]:
-    """Global numbers of the experts in this rank's tensor, in its order."""
-    layer: Any = model.get_submodule(name.split(".experts.")[0])
-    if type(layer).__name__ != "AutoEPMoELayer":
-        return list(range(getattr(parameter, "ds_shape", parameter.shape)[0]))
-    from deepspeed.checkpoint.autoep_affine import autoep_experts_for_rank
-
-    return list(autoep_experts_for_rank(layer.expert_placement_descriptor, layer.ep_rank))
