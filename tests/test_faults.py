@@ -25,8 +25,9 @@ from distributed import end_of_ranks, run_distributed
 
 from trace_ds.checkpoints import commit, serialization
 from trace_ds.checkpoints.manifest import Manifest, complete_steps, read_manifest, step_name, verify
-from trace_ds.errors import JobFailed
-from trace_ds.run.files import remove_leftovers
+from trace_ds.errors import JobFailed, UserError
+from trace_ds.parallel.world import AgreedError
+from trace_ds.run.files import remove_leftovers, sha256_file
 
 JOB = "job"
 KILLS = 20
@@ -202,6 +203,14 @@ def unreadable(path: Path) -> None:
     manifest.write_text(json.dumps(raw))
 
 
+def forge(step: Path) -> None:
+    """A shard of the right size and hash that asks for a function."""
+    torch.save({"values": os.getcwd}, step / SHARD)
+    manifest = read_manifest(step)
+    manifest.files[SHARD].update(bytes=(step / SHARD).stat().st_size, sha256=sha256_file(step / SHARD))
+    manifest.write(step)
+
+
 SHARD = "zero_pp_rank_1_mp_rank_00_optim_states.pt"
 LAST = step_name(3)
 # name -> (what happens to the folder, whose newest checkpoint is step 3; step resumed from, part of a loud line)
@@ -221,7 +230,18 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], int, str]] = {
     "latest_wrong": (lambda folder: (folder / "latest").write_text("step_000009"), 3, "latest: names 'step_000009'"),
     "latest_gone": (lambda folder: (folder / "latest").unlink(), 3, ""),
     "half_a_save": (lambda folder: shutil.copytree(folder / LAST, folder / "step_000004.tmp-1"), 3, ""),
-    "both": (lambda folder: [flip(folder / step_name(n) / SHARD) for n in (2, 3)], 0, f"step_000002/{SHARD}"),
+    "both": (
+        lambda folder: [flip(folder / step_name(n) / SHARD) for n in (2, 3)],
+        -1,
+        "no checkpoint here can be read",
+    ),
+    "both_cut": (lambda folder: [os.truncate(folder / step_name(n) / SHARD, 9) for n in (2, 3)], -1, "and 1 more"),
+    "no_manifests": (
+        lambda folder: [(folder / step_name(n) / "manifest.json").unlink() for n in (2, 3)],
+        -1,
+        "does not",
+    ),
+    "forged": (lambda folder: [forge(folder / step_name(n)) for n in (2, 3)], -1, "cannot be loaded safely"),
 }
 
 
@@ -229,14 +249,18 @@ def choose_each(world: Any, root: str) -> list[tuple[int, list[str]]]:
     """What a job would resume from in each folder, and what it says."""
     found = []
     for name in DAMAGE:
-        chosen, problems = commit.choose(world, Path(root) / name, JOB, "auto")
-        found.append((chosen.step if chosen else 0, problems))
+        try:
+            chosen, problems = commit.choose(world, Path(root) / name, JOB, "auto")
+            found.append((chosen.step if chosen else 0, problems))
+        except (UserError, AgreedError) as error:
+            found.append((-1, [str(error)]))
     return found
 
 
 def restore_each(world: Any, folder: str) -> list[tuple[int, list[str]]]:
     """What is restored where rank 1 alone cannot load step 3, and neither of the two that are kept; what is told."""
     found: list[tuple[int, list[str]]] = []
+    chosen = read_manifest(Path(folder) / LAST)
     for broken in ((3,), (3, 2)):
         told: list[str] = []
 
@@ -245,7 +269,6 @@ def restore_each(world: Any, folder: str) -> list[tuple[int, list[str]]]:
                 raise KeyError("optimizer_state_dict")
 
         try:
-            chosen = read_manifest(Path(folder) / LAST)
             step = commit.restore(world, Path(folder), chosen, load_one, told.append).step
         except JobFailed as error:
             step = 0
@@ -265,14 +288,15 @@ def three_saves(world: Any, folder: str) -> None:
 
 @pytest.mark.slow
 def test_damage_is_named_and_the_newest_complete_checkpoint_is_used(tmp_path: Path) -> None:
-    whole = tmp_path / "whole"
+    whole, loaded = tmp_path / "whole", tmp_path / "loaded"
     run_distributed(three_saves, 2, str(whole))
+    shutil.copytree(whole, loaded)
     for name, (damage, _, _) in DAMAGE.items():
         shutil.copytree(whole, tmp_path / name)
         damage(tmp_path / name)
-    results = run_distributed(choose_and_restore, 2, str(tmp_path), str(whole))
-    assert results[0] == results[1]
-    chosen, restored = results[0]
+    results = run_distributed(choose_and_restore, 2, str(tmp_path), str(loaded))
+    (chosen, restored), (chosen_there, restored_there) = results
+    assert restored == restored_there and [step for step, _ in chosen] == [step for step, _ in chosen_there]
     assert [step for step, _ in restored] == [2, 0]  # only the newest two are kept
     assert all(f"{LAST} could not be loaded: KeyError: 'optimizer_state_dict'" in told[0] for _, told in restored)
     assert "no checkpoint in" in restored[1][1][-1] and len(restored[1][1]) == 3
@@ -280,8 +304,13 @@ def test_damage_is_named_and_the_newest_complete_checkpoint_is_used(tmp_path: Pa
         assert step == expected, name
         assert text in "\n".join(problems), (name, problems)
         assert bool(problems) == bool(text), (name, problems)
-    assert run_distributed(save_next, 2, str(tmp_path / "flipped")) == [3, 3]  # in the place of the damaged one
-    assert check_whole(tmp_path / "flipped") == 3
+        kept = sorted(path.name.split(".")[0] for path in (tmp_path / name).glob("step_0*"))
+        assert kept == sorted(path.name.split(".")[0] for path in whole.glob("step_0*")) + ["step_000004"] * (
+            name == "half_a_save"
+        ), f"{name}: nothing is deleted, readable or not"
+    assert run_distributed(save_next, 2, str(tmp_path / "flipped")) == [3, 3]
+    assert check_whole(tmp_path / "flipped") == 3 and (tmp_path / "flipped" / f"{LAST}.unreadable-1" / SHARD).is_file()
+    assert [path.name for path in (tmp_path / "both").glob("step_*.*")] == []
 
 
 @pytest.mark.slow

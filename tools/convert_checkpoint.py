@@ -28,7 +28,7 @@ def main() -> int:
     )
     parser.add_argument("source", type=Path, help="DeepSpeed checkpoint (any ZeRO stage, universal) or model directory")
     parser.add_argument("destination", type=Path, help="new directory")
-    parser.add_argument("--to", default="hf", help="hf (default), hf-fused, ep or universal")
+    parser.add_argument("--to", default="hf", help="hf (default) or universal")
     parser.add_argument("--tag", help="step below SOURCE (default: what `latest` says)")
     parser.add_argument("--dtype", default="same", help="bf16, fp16, fp32 or same (default)")
     parser.add_argument("--max-shard-size", default="5GB", help="largest safetensors file (default 5GB)")

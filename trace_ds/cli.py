@@ -204,7 +204,7 @@ def convert(
     destination: Annotated[Optional[Path], typer.Argument(help="Where to write (with a directory).")] = None,  # noqa: UP045
     run_dir: RunDirOption = None,
     set_: SetOption = None,
-    to: Annotated[Optional[str], typer.Option(help="hf (default), hf-fused, ep or universal.")] = None,  # noqa: UP045
+    to: Annotated[Optional[str], typer.Option(help="hf (default) or universal.")] = None,  # noqa: UP045
     tag: Annotated[Optional[str], typer.Option(help="Step below SOURCE; default: what `latest` says.")] = None,  # noqa: UP045
     dtype: Annotated[Optional[str], typer.Option(help="bf16, fp16, fp32 or same (default).")] = None,  # noqa: UP045
     max_shard_size: Annotated[Optional[str], typer.Option(help="Largest file; default 5GB.")] = None,  # noqa: UP045

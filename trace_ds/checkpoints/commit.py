@@ -58,7 +58,7 @@ def save(
         str(checkpoints), tag=temporary.name, client_state={"trace_ds_step": manifest.step}, save_latest=False
     )
     root = os.path.abspath(temporary)
-    mine = {os.path.relpath(path, root): facts for path, facts in engine.checkpoint_engine.save.take().items()}
+    mine = {os.path.relpath(path, root): facts for path, facts in engine.checkpoint_engine.take().items()}
     files: dict[str, dict[str, Any]] = {}
     for part in world.gather(mine):
         files.update(part)
@@ -66,8 +66,8 @@ def save(
         replace(manifest, files=files).write(temporary)
         fsync_directory(temporary)
         destination = checkpoints / name
-        if destination.exists():  # a damaged one of the same step, found while resuming
-            discard(destination)
+        if destination.exists():  # left by a kill between two of these lines in an earlier attempt
+            set_aside(destination)
         os.replace(temporary, destination)
         fsync_directory(checkpoints)
         settle(checkpoints, manifest.step, keep, keep_every)
@@ -102,6 +102,14 @@ def discard(path: Path) -> None:
     shutil.rmtree(doomed)
 
 
+def set_aside(path: Path) -> Path:
+    """Rename a checkpoint that could not be read, so that nothing counts, prunes or replaces it; its new place."""
+    numbers = (path.with_name(f"{path.name}.unreadable-{number}") for number in range(1, 1 << 20))
+    aside = next(place for place in numbers if not place.exists())
+    os.replace(path, aside)
+    return aside
+
+
 def discard_all(checkpoints: Path) -> None:
     for path in [path for path in checkpoints.glob("step_*") if STEP.fullmatch(path.name)]:
         discard(path)
@@ -112,7 +120,9 @@ def choose(world: World, checkpoints: Path, job: str, resume: str) -> tuple[Mani
     """The checkpoint to resume from (None: start at step 0) and loud lines about damaged ones (collective).
 
     Every file of the newest complete checkpoint is hashed, and its shards are looked through for what would not be
-    loaded, the ranks sharing the work; a damaged one is named and the next older one is tried.
+    loaded, the ranks sharing the work; a damaged one is named and the next older one is tried. What could not be read
+    is set aside, never deleted. When nothing could be read, nothing is touched: a job that has saved something does
+    not start over by itself.
 
     Args:
         job: identity of this job; a checkpoint of another job is refused.
@@ -133,20 +143,36 @@ def choose(world: World, checkpoints: Path, job: str, resume: str) -> tuple[Mani
             steps.pop()
         else:
             chosen = manifest
+    unreadable = list(problems)
     problems += world.broadcast(wrong_latest(checkpoints, steps) if world.is_main else [])
     if chosen is not None and chosen.job != job and resume == "replace":
         if world.is_main:
             discard_all(checkpoints)
         return None, [f"{checkpoints / step_name(chosen.step)} belongs to another job and was deleted; starting over"]
-    world.agree(lambda: _check_job(checkpoints, chosen, job, resume, problems))
+    world.agree(lambda: _check_job(checkpoints, chosen, job, resume, unreadable))
     if chosen is not None and problems:
+        problems += world.broadcast(_set_newer_aside(checkpoints, chosen.step) if world.is_main else [])
         problems.append(f"resuming from the newest complete checkpoint, step {chosen.step}")
     return chosen, problems
 
 
-def _check_job(checkpoints: Path, chosen: Manifest | None, job: str, resume: str, problems: list[str]) -> None:
+def _set_newer_aside(checkpoints: Path, step: int) -> list[str]:
+    """Set every checkpoint after ``step`` aside; a line for each."""
+    newer = [path for path in checkpoints.glob("step_*") if (m := STEP.fullmatch(path.name)) and int(m[1]) > step]
+    return [f"{path}: set aside as {set_aside(path).name}" for path in sorted(newer)]
+
+
+def _check_job(checkpoints: Path, chosen: Manifest | None, job: str, resume: str, unreadable: list[str]) -> None:
+    if chosen is None and unreadable and resume != "required":
+        more = f", and {len(unreadable) - 1} more" if len(unreadable) > 1 else ""
+        raise UserError(
+            f"no checkpoint here can be read, and a job that has saved something does not start over by itself "
+            f"({unreadable[0].split('. Fix:')[0]}{more})",
+            str(checkpoints),
+            "restore the files, or delete these checkpoints and start over with --set unlearning.resume=never",
+        )
     if chosen is None and resume == "required":
-        found = f" ({problems[0]})" if problems else ""
+        found = f" ({unreadable[0]})" if unreadable else ""
         raise UserError(
             f"there is no complete checkpoint to resume from{found}", str(checkpoints), "use unlearning.resume: auto"
         )
@@ -200,6 +226,9 @@ def restore(
     while manifest is not None:
         problem = next((line for line in world.gather(_failure(load_one, manifest)) if line), "")
         if not problem:
+            newer = _set_newer_aside(checkpoints, manifest.step) if manifest is not chosen and world.is_main else []
+            for line in world.broadcast(newer):
+                tell(f"WARNING {line}")
             return manifest
         tell(f"WARNING {checkpoints / step_name(manifest.step)} could not be loaded: {problem}")
         manifest = _next_older(world, checkpoints, manifest)

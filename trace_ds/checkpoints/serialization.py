@@ -1,13 +1,17 @@
-"""How DeepSpeed reads and writes shard files in our jobs: never unpickling arbitrary objects, and canonical bytes.
+"""How DeepSpeed reads and writes shard files in our jobs: plain data only, and canonical bytes.
 
-DeepSpeed loads with ``weights_only=False``, which executes whatever a pickle says. We replace its two file operations
-by ``weights_only=True`` with the three plain DeepSpeed classes that its states hold. And since equal states pickled
-before and after a resume differ in which equal strings are one object, states are rebuilt before they are written:
-equal states give equal files, so a resumed job's checkpoints can be compared by hash.
+DeepSpeed saves objects of its own classes and loads with ``weights_only=False``, which executes whatever a pickle says;
+how Python pickles an enum differs even between patch releases. We replace its two file operations: what is written is
+tensors, containers, numbers and text, read back at once by the readers that will have to read it; what is loaded goes
+through our own reader first (:mod:`trace_ds.conversion.torch_archive`) and then through ``weights_only=True``. And
+since equal states pickled before and after a resume differ in which equal strings are one object, states are rebuilt
+before they are written: equal states give equal files, so a resumed job's checkpoints can be compared by hash.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import enum
 import hashlib
 import os
 from pathlib import Path
@@ -15,28 +19,40 @@ from typing import Any, BinaryIO
 
 import torch
 
-from trace_ds.errors import UserError
+from trace_ds.conversion.torch_archive import ENUM_MEMBERS, read_archive
+from trace_ds.errors import JobFailed, UserError
+
+OPTIMIZER, LOSS_SCALER = "optimizer_state_dict", "loss_scaler"
 
 
-class Written:
-    """What a process has written since the last :meth:`take`: path -> {bytes, sha256}. DeepSpeed's ``save``."""
+class ShardFiles:
+    """The file operations of a DeepSpeed engine, and what they have written since the last :meth:`take`."""
 
-    def __init__(self) -> None:
-        self._files: dict[str, dict[str, Any]] = {}
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+        self._written: dict[str, dict[str, Any]] = {}
 
-    def __call__(self, state_dict: Any, path: str | Path) -> None:
-        self._files[os.path.abspath(path)] = save(state_dict, path)
+    def save(self, state_dict: Any, path: str | Path) -> None:
+        self._written[os.path.abspath(path)] = save(state_dict, path)
+
+    def load(self, path: str | Path, map_location: Any = None) -> Any:
+        """As :func:`load`; the loss scaler, which DeepSpeed wants back as an object, is the engine's own."""
+        state = load(path, map_location)
+        optimizer = state.get(OPTIMIZER) if isinstance(state, dict) else None
+        if isinstance(optimizer, dict) and LOSS_SCALER in optimizer:
+            optimizer[LOSS_SCALER] = self._engine.optimizer.loss_scaler
+        return state
 
     def take(self) -> dict[str, dict[str, Any]]:
-        files, self._files = self._files, {}
-        return files
+        """path -> {bytes, sha256} of every file written since the last call."""
+        written, self._written = self._written, {}
+        return written
 
 
 def install(engine: Any) -> None:
     """Make a DeepSpeed engine save and load its checkpoint files through this module."""
-    files = engine.checkpoint_engine
-    files.load = load
-    files.save = Written()
+    files, theirs = ShardFiles(engine), engine.checkpoint_engine
+    theirs.load, theirs.save, theirs.take = files.load, files.save, files.take
 
 
 class _Hashing:
@@ -63,31 +79,53 @@ class _Hashing:
 
 def load(path: str | Path, map_location: Any = None) -> Any:
     """Load a shard file; :class:`UserError` naming the file when it holds anything but tensors and plain data."""
-    return _read(str(path), map_location=map_location)
+    return _read(Path(path), map_location=map_location)
 
 
 def check(path: Path) -> None:
     """Refuse a shard file that :func:`load` would refuse, without reading its tensors."""
-    _read(str(path), map_location="cpu", mmap=True)
+    _read(path, map_location="cpu", mmap=True)
 
 
-def _read(path: str, **how: Any) -> Any:
+class _Past:
+    """In the place of DeepSpeed's classes in checkpoints written before states were plain; nobody looks into it."""
+
+
+def _number(value: int) -> int:
+    """In the place of ``ZeroStageEnum``."""
+    return int(value)
+
+
+def _member(owner: Any, name: str) -> int:
+    """In the place of ``getattr``, by which Python 3.11.0 to 3.11.3 pickle a member of an enum."""
+    if owner is not _number:
+        raise ValueError(f"getattr for {name}")
+    return ENUM_MEMBERS["ZeroStageEnum"][name]
+
+
+_PAST: list[Any] = [
+    (_Past, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
+    (_Past, "deepspeed.utils.tensor_fragment.fragment_address"),
+    (_number, "deepspeed.runtime.zero.config.ZeroStageEnum"),
+    (_member, "builtins.getattr"),
+]
+
+
+def _read(path: Path, **how: Any) -> Any:
     from pickle import UnpicklingError
 
-    from deepspeed.runtime.fp16.loss_scaler import LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
+    fix = "restore the file, or use another step"
     try:
-        with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
+        read_archive(path)  # bounded in time and memory, which torch's reader is not
+        with torch.serialization.safe_globals(_PAST):
             return torch.load(path, weights_only=True, **how)
+    except UserError as error:
+        raise UserError(f"the shard cannot be loaded safely ({error.what})", str(path), fix) from None
     # A damaged file can fail anywhere in torch's reader: in the archive, in a pickle opcode, in a name it looks up.
     except (UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         reason = next((line.strip() for line in lines if "WeightsUnpickler error" in line), lines[0])
-        raise UserError(
-            f"the shard cannot be loaded safely ({reason})", str(path), "restore the file, or use another step"
-        ) from None
+        raise UserError(f"the shard cannot be loaded safely ({reason})", str(path), fix) from None
 
 
 def save(state_dict: Any, path: str | Path) -> dict[str, Any]:
@@ -95,33 +133,47 @@ def save(state_dict: Any, path: str | Path) -> dict[str, Any]:
 
     Raises:
         OSError: it cannot be written (no space left, …); names the file.
+        JobFailed: the state holds what is no plain data, or what was written cannot be read.
     """
     try:
         with Path(path).open("wb") as handle:
             out = _Hashing(handle)
             try:
-                torch.save(canonical(state_dict, {}), out)  # type: ignore[arg-type]
+                torch.save(plain(state_dict, {}), out)  # type: ignore[arg-type]
             except RuntimeError as error:  # torch wraps what its output raises
                 raise (out.error or error) from None
             handle.flush()
             os.fsync(handle.fileno())
     except OSError as error:
         raise OSError(error.errno, os.strerror(error.errno or 0), str(path)) from None
+    try:
+        check(Path(path))
+    except UserError as error:
+        raise JobFailed(f"what was written a moment ago cannot be read: {error.line()}") from None
     return {"bytes": out.bytes, "sha256": out.digest.hexdigest()}
 
 
-def canonical(value: Any, strings: dict[str, str]) -> Any:
-    """Containers rebuilt anew and equal strings made one object (what pickle's memo depends on); tensors untouched."""
-    if type(value) is str:
-        return strings.setdefault(value, value)
-    if type(value) in (list, tuple, set, frozenset):
-        return type(value)(canonical(item, strings) for item in value)
-    if isinstance(value, dict) and type(value).__name__ in ("dict", "OrderedDict", "defaultdict"):
-        items = {canonical(key, strings): canonical(item, strings) for key, item in value.items()}
-        if type(value) is dict:
-            return items
-        rebuilt = value.copy()
-        rebuilt.clear()
-        rebuilt.update(items)
-        return rebuilt
-    return value
+def plain(value: Any, strings: dict[str, str]) -> Any:
+    """The same state as plain data: objects become their fields, enums their values.
+
+    Containers are built anew and equal strings are one object (what pickle's memo depends on); tensors are untouched.
+    """
+    if isinstance(value, enum.Enum):
+        return plain(value.value, strings)
+    if isinstance(value, str):
+        return strings.setdefault(str(value), str(value))
+    if type(value).__module__ == "numpy":
+        return plain(value.tolist(), strings)
+    if value is None or isinstance(value, (bool, int, float, torch.Tensor, torch.dtype, torch.Size)):
+        return value
+    if type(value) in (list, tuple):
+        return type(value)(plain(item, strings) for item in value)
+    if isinstance(value, (set, frozenset)):
+        return [plain(item, strings) for item in sorted(value)]
+    if isinstance(value, dict):
+        return {plain(key, strings): plain(item, strings) for key, item in value.items()}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return plain({entry.name: getattr(value, entry.name) for entry in dataclasses.fields(value)}, strings)
+    if type(value).__module__.split(".")[0] == "deepspeed":
+        return plain(vars(value), strings)
+    raise JobFailed(f"the state to be saved holds a {type(value).__name__}, which is no plain data")

@@ -28,7 +28,6 @@ from trace_ds.conversion.layouts import (
     fused_to_hub,
     hub_to_fused,
     missing_and_unexpected,
-    moe_prefixes,
     read_layout,
 )
 from trace_ds.conversion.partitions import reading
@@ -48,7 +47,7 @@ from trace_ds.run.files import (
 )
 from trace_ds.run.ours import converted_model, require_apart, require_directory
 
-TARGETS = ("hf", "hf-fused", "ep", "universal")
+TARGETS = ("hf", "universal")
 FORMAT = 1
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DTYPE_WORDS = {
@@ -102,8 +101,7 @@ def convert_checkpoint(
         source: a DeepSpeed checkpoint (ZeRO 0-3, AutoEP or not, universal), the directory above it, or a Hugging Face
             model directory; recognised, not declared.
         destination: must not exist or be empty; it appears complete or not at all.
-        to: hf (hub layout), hf-fused (transformers' in-memory names), ep (DeepSpeed's expert-parallel layout, any EP
-            size can load it) or universal.
+        to: hf (hub layout) or universal (a DeepSpeed folder that any number of ranks can resume from).
         tag: name of the step below ``source``; default: what ``latest`` says.
         dtype: bf16, fp16, fp32, or same (the type that the engine trained in; of a Hugging Face source, each tensor's).
         max_shard_size: largest safetensors file, like "5GB".
@@ -143,23 +141,16 @@ def convert_checkpoint(
         with _new_directory(destination, overwrite) as work:
             report = write_universal(checkpoint, work, jobs=jobs, progress=progress)
             report = {"format": FORMAT, "source": source_facts(checkpoint), "target": to, **report}
+            write_json(work / REPORT, report)
             if verify:
                 verify_archives(work, jobs)
+                write_json(work / REPORT, report | {"verified": True})
                 report["verified"] = True
-            write_json(work / REPORT, report)
         return report
     with _new_directory(destination, overwrite) as work:
-        if to == "ep":
-            from trace_ds.conversion.expert_parallel import write_expert_parallel
-
-            result = write_expert_parallel(plan, work, jobs=jobs, progress=progress)
-            if verify:
-                verify_archives(work, jobs)
-                result["verified"] = True
-        else:
-            result = write_huggingface(
-                plan, work, to, max_shard_size=max_shard_size, jobs=jobs, verify=verify, progress=progress, card=card
-            )
+        result = write_huggingface(
+            plan, work, max_shard_size=max_shard_size, jobs=jobs, verify=verify, progress=progress, card=card
+        )
         report = {
             "format": FORMAT,
             "source": source_facts(checkpoint),
@@ -206,10 +197,7 @@ def check_conversion(
         if base_model is not None:
             checkpoint.family = checkpoint.family or family_of(base_model)
         return checkpoint, None
-    plan = make_plan(checkpoint, DTYPE_WORDS[dtype], base_model)
-    if to == "ep" and not moe_prefixes(plan.layout):
-        raise UserError("this model has no experts", str(plan.base_model), "use --to hf")
-    return checkpoint, plan
+    return checkpoint, make_plan(checkpoint, DTYPE_WORDS[dtype], base_model)
 
 
 def preview(source: Path, destination: Path, *, verify: bool = False, **options: Any) -> dict[str, Any]:
@@ -358,7 +346,6 @@ def find_base_model(checkpoint: Checkpoint, base_model: Path | None) -> Path:
 def write_huggingface(
     plan: Plan,
     work: Path,
-    to: str,
     *,
     max_shard_size: str,
     jobs: int,
@@ -370,7 +357,7 @@ def write_huggingface(
     from trace_ds.conversion.card import copy_companions, write_card
     from trace_ds.conversion.safetensors_target import DTYPE_NAMES, place, write_headers
 
-    tensors = fused_to_hub(plan.layout, plan.fused) if to == "hf" else dict(plan.fused)
+    tensors = fused_to_hub(plan.layout, plan.fused)
     dtypes = {name: plan.dtype_of(name, source) for name, source in tensors.items()}
     placed, headers = place(tensors, dtypes, parse_size(max_shard_size))
     write_headers(work, placed, headers)
@@ -421,18 +408,26 @@ def verify_huggingface(directory: Path, report: Mapping[str, Any], jobs: int = 1
 
 
 def verify_archives(directory: Path, jobs: int = 1) -> None:
-    """Open a DeepSpeed folder, and read every tensor of every file in it against the file's own checksums.
+    """Open a DeepSpeed folder, and read every tensor of every file in it against the file's own checksums; of a folder
+    that the conversion wrote against the SHA-256 in its report.
 
     Raises:
         UserError: it is not whole, or a file was altered after it was written.
     """
     checkpoint = open_source(directory)
+    root, expected = checkpoint.path.parent, {}
+    if (root / REPORT).is_file():
+        report = read_json_object(root / REPORT, "the report of the conversion")
+        with reading(root / REPORT):
+            expected = {root / entry["file"]: entry["sha256"] for entry in report["tensors"].values()}
     files = [path for path in sorted(checkpoint.path.rglob("*.pt")) if path.is_file()]
-    held = [tensor for path in files for tensor in tensors_of(read_archive(path))]
-    sources = [from_lazy(tensor.storage.record, tensor) for tensor in held if tensor.numel()]
+    held = [(path, tensor) for path in files for tensor in tensors_of(read_archive(path)) if tensor.numel()]
     streamer = Streamer(jobs)
-    streamer.run([Task(source, source.dtype, None, 0) for source in sources])
+    read = streamer.run([Task(from_lazy(tensor.storage.record, tensor), tensor.dtype, None, 0) for _, tensor in held])
     streamer.ledger.check()
+    for (path, _), result in zip(held, read, strict=True):
+        if expected.get(path, result.sha256) != result.sha256:
+            raise UserError("the file was altered after it was written (SHA-256 differs)", str(path), "convert again")
 
 
 def verify_source(checkpoint: Checkpoint, jobs: int) -> None:

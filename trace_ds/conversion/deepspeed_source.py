@@ -30,11 +30,10 @@ from trace_ds.conversion.partitions import (
     engine_dtype,
     expert_weights,
     join_experts,
-    plain_shape,
     reading,
 )
 from trace_ds.conversion.runs import Run, TensorSource, from_lazy, make_source
-from trace_ds.conversion.torch_archive import LazyTensor, plain_number, read_archive, scalar
+from trace_ds.conversion.torch_archive import LazyTensor, plain_shape, read_archive, scalar
 from trace_ds.errors import UserError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -299,7 +298,7 @@ def _zero12_masters(
             largest = max(counts) if isinstance(counts, list) and counts else counts
             if largest != world:
                 raise damaged(f"world size {largest} here, but {world} in {MODEL_NAME}", path)
-            stages[path.name] = plain_number(optim.get("zero_stage", 1))
+            stages[path.name] = int(optim.get("zero_stage", 1))
             ep_rank = rank // (world // ep) if data_first else rank % ep
             for group, flat, step in _zero12_groups(optim):
                 if step is not None:
@@ -339,7 +338,7 @@ MODEL_NAME = "mp_rank_00_model_states.pt"
 
 def _fragment(address: Any) -> tuple[int, int]:
     """(numel, start) of DeepSpeed's ``fragment_address``."""
-    numel, start = (address.field(name) for name in ("numel", "start"))
+    numel, start = address["numel"], address["start"]
     if not all(type(number) is int and number >= 0 for number in (numel, start)):
         raise ValueError(f"a fragment of {numel} elements from {start} on")
     return numel, start

@@ -175,12 +175,11 @@ def fused_to_hub(layout: ModelLayout, tensors: Mapping[str, TensorSource]) -> di
 
 
 # Fused <-> engine. AutoEP replaces the module of an MoE layer, PREFIX = model.layers.N.mlp:
-#   PREFIX.gate.*                 -> PREFIX.router.gate.weight (see ROUTER_TWICE for PREFIX.gate.gate.weight)
+#   PREFIX.gate.*                 -> PREFIX.router.gate.weight (and an alias of it, PREFIX.gate.gate.weight)
 #   PREFIX.gate.e_score_...       -> PREFIX.router.e_score_...
 #   PREFIX.shared_expert.*        -> PREFIX.shared_experts.* (Qwen; likewise shared_expert_gate)
 #   PREFIX.experts.gate_up_proj   -> PREFIX.experts.w1 (gate) and .w3 (up);  PREFIX.experts.down_proj -> .w2
 
-ROUTER_TWICE = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")  # families whose preset makes the alias
 EXPERTS = re.compile(r"(.+)\.experts\.gate_up_proj$")
 
 

@@ -31,14 +31,6 @@ def reading(path: Path) -> Iterator[None]:
         raise damaged(f"the metadata in this file are damaged ({what})", path) from None
 
 
-def plain_shape(value: Any) -> tuple[int, ...]:
-    """A shape as DeepSpeed stores it; ``ValueError`` when it is none."""
-    shape = tuple(value)
-    if not all(type(size) is int and size >= 0 for size in shape):
-        raise ValueError(f"{shape} is not a shape")
-    return shape
-
-
 def check_adam_step(adam_step: Any, model: dict[str, Any], notes: list[str], where: Path) -> None:
     """The optimizer cannot have made more steps than the job; fewer are possible and worth a note.
 

@@ -12,7 +12,6 @@ import hashlib
 import os
 import shutil
 import threading
-import zlib
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -39,7 +38,6 @@ class Task:
     dtype: torch.dtype
     path: Path | None
     offset_bytes: int
-    want_crc32: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -52,13 +50,11 @@ class Written:
 
     Attributes:
         sha256: of the bytes that were written.
-        crc32: of the same bytes (what a zip archive wants), 0 unless the task asked for it.
         nan: the source holds NaN.
         overflow: finite elements became infinite in the cast.
     """
 
     sha256: str
-    crc32: int
     nan: bool
     overflow: bool
 
@@ -191,7 +187,7 @@ class Streamer:
         source = merge_adjacent(task.source)
         staging = self._staging(source.dtype)
         digest = hashlib.sha256()
-        position, nan, overflow, crc32 = task.offset_bytes, False, False, 0
+        position, nan, overflow = task.offset_bytes, False, False
         for piece in pieces_of(source.runs, BLOCK_NUMEL):
             if self._stopped.is_set():
                 break
@@ -201,13 +197,11 @@ class Streamer:
                 nan, overflow = _not_finite(block, cast, overflow)
             data = _bytes_of(cast)
             digest.update(data)
-            if task.want_crc32:
-                crc32 = zlib.crc32(data, crc32)
             if out is not None:
                 _write_all(out, data, position)
             position += len(data)
             self._advance(len(data), task.path)
-        return Written(digest.hexdigest(), crc32, nan, overflow)
+        return Written(digest.hexdigest(), nan, overflow)
 
     def _read(self, piece: list[Run], staging: torch.Tensor) -> torch.Tensor:
         """The elements of the runs, one after the other, at the beginning of ``staging``."""

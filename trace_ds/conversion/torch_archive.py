@@ -1,28 +1,31 @@
 """Read ``torch.save`` files without running anything that is in them, and without loading their tensors.
 
 A ``torch.save`` file is a zip archive of stored (never compressed) records: ``data.pkl``, a pickle in which every
-tensor is a reference to a record ``data/N`` that holds the raw bytes. :func:`read_archive` unpickles with an
-allow-list: containers, numbers and tensors become Python containers, numbers and :class:`LazyTensor`; classes of
-DeepSpeed and NumPy become inert stand-ins that only remember their arguments (so neither package is imported, no
-code of theirs runs); any other name in the pickle is refused. A :class:`LazyTensor` knows the file, the offset and the
-CRC-32 of its bytes, so that ranges can be read when, and only when, they are needed.
+tensor is a reference to a record ``data/N`` that holds the raw bytes. :func:`read_archive` gives plain data: dicts,
+lists, tuples, numbers, strings and :class:`LazyTensor`, which knows file, offset and CRC-32 of its bytes, so that
+ranges are read when, and only when, they are needed.
+
+torch's own loader with ``weights_only=True`` runs no code either, but a hostile file takes it down: a tuple two million
+deep as a key ends the process by a signal, thirty calls of ``_codecs.encode`` fill the memory. So the pickle's opcodes
+are read here one by one (``pickletools``). Nothing is imported and nothing is called: an object of a known package
+becomes its state, any other name is refused, and opcodes, nesting and size of the result are limited.
 
 Source of the layout: PyTorch, ``torch/serialization.py`` and ``caffe2/serialize/inline_container.h``.
 """
 
 from __future__ import annotations
 
-import collections
+import contextlib
 import math
 import os
-import pickle
+import pickletools
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -40,9 +43,14 @@ STORAGE_DTYPES = {
     "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
 }
-INERT_PACKAGES = ("deepspeed", "numpy", "trace_ds")
 LOCAL_HEADER_BYTES = 30
-MAX_PICKLE_BYTES = 1 << 30
+MAX_PICKLE_BYTES = 1 << 28
+MAX_OPCODES = 1 << 23
+MAX_VALUES = 1 << 22  # of the result, an object counted wherever it stands
+MAX_DEPTH = 64
+MAX_DIMENSIONS = 32
+MAX_NUMEL = 1 << 62
+COPY_AGAIN = "copy the checkpoint again from where it was written, or convert another step"
 
 
 @dataclass(frozen=True)
@@ -93,115 +101,11 @@ class LazyTensor:
         return torch.frombuffer(bytearray(data), dtype=storage.dtype).reshape(self.shape)
 
 
-COPY_AGAIN = "copy the checkpoint again from where it was written, or convert another step"
-
-
-class Inert:
-    """Stand-in for an object of a class that is not imported: remembers how the pickle built it, does nothing."""
-
-    qualified_name = ""
-
-    def __init__(self, *args: Any) -> None:
-        self.args = args
-        self.state: Any = None
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-    def field(self, name: str) -> Any:
-        """Attribute ``name`` of the object that the pickle describes (a dataclass or plain object)."""
-        state = self.__dict__.get("state")
-        if isinstance(state, tuple) and len(state) == 2:
-            state = {**(state[0] or {}), **(state[1] or {})}
-        if not isinstance(state, dict) or name not in state:
-            raise KeyError(name)
-        return state[name]
-
-
-def plain_number(value: Any) -> int:
-    """The integer of an int or of a stand-in for an int enum."""
-    if isinstance(value, Inert):
-        value = value.__dict__.get("args", (None,))[0]
-    if not isinstance(value, int):
-        raise ValueError(f"expected an integer, found {type(value).__name__}")
-    return int(value)
-
-
 def scalar(tensor: LazyTensor) -> float:
     """The number in a tensor of one element; ``ValueError`` when it has more."""
     if tensor.numel() != 1:
         raise ValueError(f"expected one number, found a tensor of shape {tensor.shape}")
     return float(tensor.load())
-
-
-class _DtypeToken:
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-
-
-def _contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
-    expected = 1
-    for size, step in zip(reversed(shape), reversed(stride), strict=True):
-        if size != 1 and step != expected:
-            return False
-        expected *= size
-    return True
-
-
-class _Unpickler(pickle.Unpickler):
-    """Unpickler with an allow-list; every name that is not on it is an error, never an import."""
-
-    def __init__(self, stream: Any, path: Path, storage_of: Callable[[Any], Storage]) -> None:
-        super().__init__(stream)
-        self._path = path
-        self._storage_of = storage_of
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module == "torch" and name in STORAGE_DTYPES:
-            return _DtypeToken(STORAGE_DTYPES[name])
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
-        known: dict[tuple[str, str], Any] = {
-            ("torch", "Size"): tuple,
-            ("torch", "device"): lambda *args: "cpu",
-            ("torch.storage", "UntypedStorage"): _DtypeToken(torch.uint8),
-            ("torch._utils", "_rebuild_tensor_v2"): self._tensor,
-            ("torch._utils", "_rebuild_parameter"): lambda data, *rest: data,
-            ("torch._tensor", "_rebuild_from_type_v2"): lambda build, kind, arguments, state: build(*arguments),
-            ("torch", "Tensor"): _DtypeToken(torch.uint8),
-            ("torch.nn.parameter", "Parameter"): _DtypeToken(torch.uint8),
-            ("collections", "OrderedDict"): collections.OrderedDict,
-            ("collections", "defaultdict"): lambda *args: {},
-            ("builtins", "set"): set,
-            ("builtins", "frozenset"): frozenset,
-            ("builtins", "complex"): complex,
-            ("builtins", "bytearray"): bytearray,
-            ("builtins", "slice"): slice,
-            ("_codecs", "encode"): lambda text, encoding="latin1": text.encode("latin1"),
-        }
-        if (module, name) in known:
-            return known[module, name]
-        if module.split(".")[0] in INERT_PACKAGES:
-            return type(name.rsplit(".", 1)[-1], (Inert,), {"qualified_name": f"{module}.{name}"})
-        raise UserError(
-            f"the pickle in this file asks for {module}.{name}, which no checkpoint needs: it was refused and "
-            "nothing of it was run",
-            str(self._path),
-            "get the checkpoint from its author again; do not load this file with torch.load",
-        )
-
-    def persistent_load(self, pid: Any) -> Storage:
-        return self._storage_of(pid)
-
-    def _tensor(self, storage: Storage, start: int, shape: Any, stride: Any, *rest: Any) -> LazyTensor:
-        shape = tuple(shape)
-        if not all(type(number) is int and number >= 0 for number in (start, *shape)):
-            raise ValueError(f"a tensor of shape {shape} from element {start} on")
-        if not isinstance(storage, Storage) or not _contiguous(shape, tuple(stride)):
-            raise UserError("a tensor in this file is not contiguous", str(self._path), COPY_AGAIN)
-        if start + math.prod(shape) > storage.numel:
-            raise UserError(f"a tensor reaches beyond its record {storage.record}", str(self._path), COPY_AGAIN)
-        return LazyTensor(storage, start, shape)
 
 
 class _Archive:
@@ -213,14 +117,12 @@ class _Archive:
         with path.open("rb") as handle:
             with zipfile.ZipFile(handle) as archive:
                 self.records = {info.filename: info for info in archive.infolist()}
-                pickles = [name for name in self.records if name.endswith("/data.pkl")]
-                if len(pickles) != 1:
-                    raise zipfile.BadZipFile("no data.pkl in it")
-                self.prefix = pickles[0][: -len("data.pkl")]
-                if self.records[pickles[0]].file_size > MAX_PICKLE_BYTES:
-                    raise zipfile.BadZipFile("its data.pkl is larger than 1 GiB")
-            # torch.serialization.set_crc32_options(False) writes zero for every checksum.
-            self.has_checksums = self.records[pickles[0]].CRC != 0
+            pickles = [name for name in self.records if name.endswith("/data.pkl")]
+            if len(pickles) != 1:
+                raise zipfile.BadZipFile("no data.pkl in it")
+            self.prefix = pickles[0][: -len("data.pkl")]
+            if self.records[pickles[0]].file_size > MAX_PICKLE_BYTES:
+                raise zipfile.BadZipFile(f"its data.pkl is larger than {MAX_PICKLE_BYTES >> 20} MiB")
             self.pickle = self._read(handle.fileno(), self.records[pickles[0]])
             order = self.records.get(f"{self.prefix}byteorder")
             if order is not None and self._read(handle.fileno(), order) != b"little":
@@ -233,7 +135,7 @@ class _Archive:
 
     def _read(self, descriptor: int, info: zipfile.ZipInfo) -> bytes:
         data = os.pread(descriptor, info.file_size, self._data_offset(descriptor, info))
-        if self.has_checksums and zlib.crc32(data) != info.CRC:
+        if info.CRC and zlib.crc32(data) != info.CRC:
             raise zipfile.BadZipFile(f"record {info.filename} is damaged: its CRC-32 differs")
         return data
 
@@ -248,52 +150,238 @@ class _Archive:
         return offset
 
     def storage(self, pid: Any) -> Storage:
-        if not isinstance(pid, tuple) or len(pid) != 5 or pid[0] != "storage" or not isinstance(pid[1], _DtypeToken):
-            raise zipfile.BadZipFile("it refers to a storage in a way that torch.save never does")
-        _, token, key, _, numel = pid
+        """The record that a pickle refers to; where it lies is what the archive's directory says."""
+        if not isinstance(pid, tuple) or len(pid) != 5 or pid[0] != "storage" or not isinstance(pid[1], _Name):
+            raise ValueError("it refers to a storage in a way that torch.save never does")
+        _, kind, key, _, numel = pid
+        dtype = torch.uint8 if kind == ("torch.storage", "UntypedStorage") else STORAGE_DTYPES.get(kind.name)
         record = f"{self.prefix}data/{key}"
         info = self.records.get(record)
-        if token.dtype == torch.uint8 and info is not None:
-            numel = info.file_size
-        if info is None or type(numel) is not int or info.file_size != numel * token.dtype.itemsize:
-            raise zipfile.BadZipFile(f"record data/{key} is missing or has another size than the pickle says")
-        checksum = info.CRC if self.has_checksums else None
-        return Storage(self.path, f"data/{key}", self._offsets[record], numel, token.dtype, checksum)
+        if dtype is None or info is None or type(numel) is not int or info.file_size != numel * dtype.itemsize:
+            raise ValueError(f"record data/{key} is missing or has another size than the pickle says")
+        # A checksum of zero: none was written (torch.serialization.set_crc32_options, or a streamed file).
+        return Storage(self.path, f"data/{key}", self._offsets[record], numel, dtype, info.CRC or None)
 
 
-# What an unpickler can stumble over in a file that somebody else, or a broken disk, wrote.
-_PICKLE_ERRORS = (
-    pickle.UnpicklingError,
-    TypeError,
-    ValueError,
-    LookupError,
-    AttributeError,
-    ArithmeticError,
-    RecursionError,
-    MemoryError,
-)
+class _Name(NamedTuple):
+    """A name in a pickle: never imported, never called."""
+
+    module: str
+    name: str
+
+
+class _Object:
+    """What a pickle says of an object: what it is made from and its state."""
+
+    __slots__ = ("arguments", "state")
+
+    def __init__(self, arguments: tuple[Any, ...]) -> None:
+        self.arguments, self.state = arguments, None
+
+    def plain(self) -> Any:
+        """Its fields, else the one argument it is made from (an enum's number), else all of them."""
+        if isinstance(self.state, tuple) and len(self.state) == 2:  # (fields, slots)
+            return {**(self.state[0] or {}), **(self.state[1] or {})}
+        if self.state is not None:
+            return self.state
+        return self.arguments[0] if len(self.arguments) == 1 else self.arguments
+
+
+# Of Python's own names those that DeepSpeed's states hold; objects of these packages become their state.
+PLAIN_NAMES = {("_codecs", "encode"), *(("builtins", name) for name in ("set", "frozenset", "complex", "bytearray"))}
+PLAIN_PACKAGES = ("deepspeed", "numpy", "trace_ds")
+# Python 3.11.0 to 3.11.3 pickle a member of an enum by its name.
+ENUM_MEMBERS = {"ZeroStageEnum": {"disabled": 0, "optimizer_states": 1, "gradients": 2, "weights": 3}}
+_VALUES = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE", "SHORT_BINSTRING",
+           "BINSTRING", "SHORT_BINBYTES", "BINBYTES"}  # fmt: skip
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+_EMPTY = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_SET": list, "EMPTY_TUPLE": tuple}
+_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+_KEYS = (str, int, float, bool, type(None), torch.dtype)
+
+
+class _Pickle:
+    """An interpreter of the opcodes that ``torch.save`` writes (pickle protocols 2 to 4)."""
+
+    def __init__(self, archive: _Archive) -> None:
+        self.archive = archive
+        self.stack: list[Any] = []
+        self.marks: list[list[Any]] = []
+        self.memo: dict[int, Any] = {}
+        self.values = 0
+
+    def read(self) -> Any:
+        for number, (opcode, argument, _) in enumerate(pickletools.genops(self.archive.pickle)):
+            if number >= MAX_OPCODES:
+                raise ValueError(f"more than {MAX_OPCODES} opcodes")
+            if opcode.name == "STOP":
+                return self._plain(self.stack.pop(), 0)
+            self._step(opcode.name, argument)
+        raise ValueError("no end")  # genops itself says so
+
+    def _step(self, name: str, argument: Any) -> None:
+        stack = self.stack
+        if name in ("BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            self.memo[len(self.memo) if argument is None else argument] = stack[-1]
+        elif name in ("BINGET", "LONG_BINGET"):
+            stack.append(self.memo[argument])
+        elif name in _VALUES:
+            stack.append(argument)
+        elif name in _CONSTANTS:
+            stack.append(_CONSTANTS[name])
+        elif name in _EMPTY:
+            stack.append(_EMPTY[name]())
+        elif name in _TUPLES:
+            stack[-_TUPLES[name] :] = [tuple(self._popped(_TUPLES[name]))]
+        elif name == "MARK":
+            self.marks.append(stack)
+            self.stack = []
+        elif name in ("TUPLE", "APPENDS", "ADDITEMS", "SETITEMS"):
+            items, self.stack = stack, self.marks.pop()
+            if name == "TUPLE":
+                self.stack.append(tuple(items))
+            else:
+                self._extend(dict if name == "SETITEMS" else list, items)
+        elif name in ("APPEND", "SETITEM"):
+            count = 1 if name == "APPEND" else 2
+            items = self._popped(count)
+            del stack[-count:]
+            self._extend(list if name == "APPEND" else dict, items)
+        elif name in ("GLOBAL", "STACK_GLOBAL"):
+            self._push_name(argument)
+        elif name in ("REDUCE", "NEWOBJ"):
+            arguments = stack.pop()
+            stack[-1] = self._made(stack[-1], arguments)
+        elif name == "BUILD":
+            state = stack.pop()
+            if isinstance(stack[-1], _Object):
+                stack[-1].state = state
+            elif not isinstance(stack[-1], (dict, LazyTensor)):  # of these, attributes that nobody reads
+                raise ValueError(f"state of a {type(stack[-1]).__name__}")
+        elif name == "BINPERSID":
+            stack[-1] = self.archive.storage(stack[-1])
+        elif name not in ("PROTO", "FRAME"):
+            raise ValueError(f"opcode {name}, which torch.save never writes")
+
+    def _popped(self, count: int) -> list[Any]:
+        if len(self.stack) < count:
+            raise ValueError("an empty stack")
+        return self.stack[-count:]
+
+    def _extend(self, kind: type, items: list[Any]) -> None:
+        target = self.stack[-1]
+        if type(target) is not kind:
+            raise ValueError(f"items for a {type(target).__name__}")
+        if kind is list:
+            target.extend(items)
+            return
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            whole = isinstance(key, _KEYS) or (type(key) is tuple and all(isinstance(part, _KEYS) for part in key))
+            if not whole:  # a hash goes to the bottom of a tuple, however deep
+                raise ValueError(f"a key of type {type(key).__name__}")
+            target[key] = value
+
+    def _push_name(self, argument: str | None) -> None:
+        parts = argument.split(" ", 1) if argument is not None else [self.stack.pop(-2), self.stack.pop()]
+        module, name = (str(part) for part in parts)
+        module = "builtins" if module == "__builtin__" else module
+        dtype = getattr(torch, name, None) if module == "torch" and name.isidentifier() else None
+        self.stack.append(dtype if isinstance(dtype, torch.dtype) else _Name(module, name))
+
+    def _made(self, kind: Any, arguments: Any) -> Any:
+        """What calling ``kind`` would have made, as plain data."""
+        if not isinstance(kind, _Name) or type(arguments) is not tuple:
+            raise ValueError(f"a call of a {type(kind).__name__}")
+        if kind == ("torch._utils", "_rebuild_tensor_v2"):
+            return self._tensor(*arguments)
+        if kind == ("torch._utils", "_rebuild_parameter"):
+            return arguments[0]
+        if kind == ("torch._tensor", "_rebuild_from_type_v2"):
+            return self._made(arguments[0], arguments[2])
+        if kind == ("torch", "Size"):
+            return tuple(arguments[0])
+        if kind == ("torch", "device"):
+            return str(arguments[0])
+        if kind.module == "collections" and kind.name in ("OrderedDict", "defaultdict"):
+            return {}
+        if kind == ("builtins", "getattr"):
+            owner, member = arguments
+            if isinstance(owner, _Name) and owner.name in ENUM_MEMBERS:
+                return ENUM_MEMBERS[owner.name][member]
+        if kind in PLAIN_NAMES or kind.module.split(".")[0] in PLAIN_PACKAGES:
+            return _Object(arguments)
+        raise UserError(
+            f"the pickle in this file asks for {kind.module}.{kind.name}, which no checkpoint needs: it was refused "
+            "and nothing of it was run",
+            str(self.archive.path),
+            "get the checkpoint from its author again; do not load this file with torch.load",
+        )
+
+    def _tensor(self, storage: Storage, start: int, shape: Any, stride: Any, *rest: Any) -> LazyTensor:
+        shape, stride, start = plain_shape(shape), plain_shape(stride), plain_shape((start,))[0]
+        if not isinstance(storage, Storage) or not _contiguous(shape, stride):
+            raise ValueError("a tensor is not contiguous")
+        if start + math.prod(shape) > storage.numel:
+            raise ValueError(f"a tensor reaches beyond its record {storage.record}")
+        return LazyTensor(storage, start, shape)
+
+    def _plain(self, value: Any, depth: int) -> Any:
+        """The result without sharing: a list in many places, or in itself, must not cost more than it is worth."""
+        self.values += 1
+        if depth > MAX_DEPTH or self.values > MAX_VALUES:
+            raise ValueError(f"more than {MAX_VALUES} values, or nested more than {MAX_DEPTH} deep")
+        if isinstance(value, dict):
+            return {key: self._plain(entry, depth + 1) for key, entry in value.items()}
+        if isinstance(value, list):
+            return [self._plain(entry, depth + 1) for entry in value]
+        if type(value) is tuple:
+            return tuple(self._plain(entry, depth + 1) for entry in value)
+        if isinstance(value, _Object):
+            return self._plain(value.plain(), depth + 1)
+        if isinstance(value, (_Name, Storage)):
+            return None  # a class or a bare storage: of no use without what it belongs to
+        return value
+
+
+def plain_shape(value: Any) -> tuple[int, ...]:
+    """A shape as DeepSpeed stores it; ``ValueError`` when it is none."""
+    shape = tuple(value)
+    if len(shape) > MAX_DIMENSIONS or not all(type(size) is int and 0 <= size < MAX_NUMEL for size in shape):
+        raise ValueError(f"{str(shape)[:100]} is not a shape")
+    return shape
+
+
+def _contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
+    expected = 1
+    for size, step in zip(reversed(shape), reversed(stride), strict=True):
+        if size != 1 and step != expected:
+            return False
+        expected *= size
+    return True
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Whatever a file that somebody else, or a broken disk, wrote makes a reader stumble over: one line."""
+    try:
+        yield
+    except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError) as error:  # the last: of another zip version
+        raise UserError(f"not a whole torch checkpoint file ({error})", str(path), COPY_AGAIN) from None
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError, MemoryError) as error:
+        what = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise UserError(f"the pickle in this file is damaged or hostile ({what})", str(path), COPY_AGAIN) from None
 
 
 def read_archive(path: Path) -> Any:
-    """The object in a ``torch.save`` file, its tensors as :class:`LazyTensor`.
+    """The object in a ``torch.save`` file as plain data, its tensors as :class:`LazyTensor`.
 
     Raises:
         UserError: the file is missing, truncated or damaged, or its pickle asks for a name that is not allowed.
     """
     if not path.is_file():
         raise UserError("a file of the checkpoint is missing", str(path), COPY_AGAIN)
-    try:
-        archive = _Archive(path)
-        stream = _BytesReader(archive.pickle)
-        return _Unpickler(stream, path, archive.storage).load()
-    except UserError:
-        raise
-    except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError) as error:  # the last: of another zip version
-        raise UserError(f"not a whole torch checkpoint file ({error})", str(path), COPY_AGAIN) from None
-    except _PICKLE_ERRORS as error:
-        raise UserError(
-            f"the pickle in this file is damaged or hostile ({type(error).__name__}: {error})", str(path), COPY_AGAIN
-        ) from None
+    with _naming(path):
+        return _Pickle(_Archive(path)).read()
 
 
 def tensors_of(value: Any) -> Iterator[LazyTensor]:
@@ -306,28 +394,3 @@ def tensors_of(value: Any) -> Iterator[LazyTensor]:
     elif isinstance(value, (list, tuple)):
         for entry in value:
             yield from tensors_of(entry)
-
-
-class _BytesReader:
-    """A minimal read-only stream over bytes (``io.BytesIO`` would copy a pickle of hundreds of megabytes)."""
-
-    def __init__(self, data: bytes) -> None:
-        self._view = memoryview(data)
-        self._position = 0
-
-    def read(self, size: int = -1) -> bytes:
-        end = len(self._view) if size < 0 else self._position + size
-        block = bytes(self._view[self._position : end])
-        self._position += len(block)
-        return block
-
-    def readinto(self, buffer: Any) -> int:
-        block = self.read(len(buffer))
-        buffer[: len(block)] = block
-        return len(block)
-
-    def readline(self) -> bytes:
-        rest = bytes(self._view[self._position : self._position + 65536])
-        end = rest.find(b"\n") + 1 or len(rest)
-        self._position += end
-        return rest[:end]

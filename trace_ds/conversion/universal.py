@@ -25,14 +25,13 @@ from trace_ds.conversion.partitions import (
     damaged,
     engine_dtype,
     expert_weights,
-    plain_shape,
     reading,
 )
 from trace_ds.conversion.runs import Run, TensorSource, from_lazy, make_source
 from trace_ds.conversion.safetensors_target import DTYPE_NAMES
-from trace_ds.conversion.stream import Progress, warnings_of
-from trace_ds.conversion.torch_archive import Inert, LazyTensor, Storage, plain_number, read_archive, scalar
-from trace_ds.conversion.torch_writer import Streamed, StreamedArchive, stream_archives
+from trace_ds.conversion.stream import Progress, Task, run_tasks, warnings_of
+from trace_ds.conversion.torch_archive import LazyTensor, plain_shape, read_archive, scalar
+from trace_ds.conversion.torch_writer import Streamed, write_archive
 from trace_ds.errors import UserError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -177,28 +176,26 @@ def write_universal(
     folder = work / tag
     experts = expert_weights(checkpoint.layers)
     trained = checkpoint.moments["exp_avg"]
-    archives: list[StreamedArchive] = []
+    tasks: list[Task] = []
     with reading(_optimizer_file(checkpoint)):
-        step = _step_source(checkpoint, folder, part)
+        step = torch.tensor(_step(checkpoint), dtype=torch.float32)
         optimizer_state = _optimizer_state(checkpoint, step)
     for name in sorted(trained)[part::parts]:
         states = {"fp32": checkpoint.tensors, **checkpoint.moments}
         for key, sources in states.items():
             source = _renamed(sources[name], f"{name}/{key}")
-            state: dict[str, Any] = {"param": Streamed(source, torch.float32, source.shape), "cat_dim": 0}
+            state: dict[str, Any] = {"param": Streamed(source, torch.float32), "cat_dim": 0}
             if name in experts:
                 state |= {"is_expert_param": True, "ep_num_experts": experts[name]["num_experts"]}
-            archives.append(StreamedArchive(folder / "zero" / name / f"{key}.pt", state))
+            tasks += write_archive(folder / "zero" / name / f"{key}.pt", state)
         if checkpoint.zero_stage != 3:
-            archives.append(StreamedArchive(folder / "zero" / name / "step.pt", Streamed(step, torch.float32, ())))
+            write_archive(folder / "zero" / name / "step.pt", step)
     if part == 0:
-        archives.append(StreamedArchive(folder / "zero" / "optimizer_state.pt", optimizer_state))
+        write_archive(folder / "zero" / "optimizer_state.pt", optimizer_state)
         (work / "latest_universal").write_text(tag, encoding="utf-8")
     for name in sorted(_model_files(checkpoint))[part::parts]:
         shutil.copyfile(checkpoint.path / name, folder / name)
-    results = stream_archives(archives, work, jobs, progress)
-    (folder / f"{STEP_FILE}-{part}").unlink()
-    parameters = [(task, result) for task, result in results if task.source.name != STEP_FILE]
+    results = list(zip(tasks, run_tasks(tasks, work, jobs, progress), strict=True))
     return {
         "dtype": "fp32",
         "tensors": {
@@ -208,16 +205,13 @@ def write_universal(
                 "shape": list(task.source.shape),
                 "sha256": result.sha256,
             }
-            for task, result in sorted(parameters, key=lambda pair: pair[0].source.name)
+            for task, result in sorted(results, key=lambda pair: pair[0].source.name)
         },
         "parameters": sum(source.numel for source in trained.values()),
-        "bytes": sum(task.nbytes for task, _ in parameters),
+        "bytes": sum(task.nbytes for task, _ in results),
         "notes": checkpoint.notes,
-        "warnings": warnings_of([t.source.name for t, _ in parameters], [result for _, result in parameters]),
+        "warnings": warnings_of([task.source.name for task, _ in results], [result for _, result in results]),
     }
-
-
-STEP_FILE = ".step"
 
 
 def _renamed(source: TensorSource, name: str) -> TensorSource:
@@ -247,23 +241,17 @@ def _optimizer_file(checkpoint: Checkpoint) -> Path:
     return checkpoint.path / name
 
 
-def _step_source(checkpoint: Checkpoint, folder: Path, part: int) -> TensorSource:
-    """The optimizer's step as a tensor of no dimensions, in a file that is deleted again."""
+def _step(checkpoint: Checkpoint) -> float:
+    """The optimizer's step count."""
     _, base = _optimizer(checkpoint)
-    step: Any = checkpoint.step or 0
     for state in (base.get("state") or {}).values():
         if isinstance(state, dict) and "step" in state:
             step = state["step"]
-            break
-    value = scalar(step) if isinstance(step, LazyTensor) else float(step)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{STEP_FILE}-{part}"
-    path.write_bytes(torch.tensor(value, dtype=torch.float32).numpy().tobytes())
-    storage = Storage(path, STEP_FILE, 0, 1, torch.float32)
-    return TensorSource(STEP_FILE, (), torch.float32, (Run(storage, 0, 1),))
+            return scalar(step) if isinstance(step, LazyTensor) else float(step)
+    return float(checkpoint.step or 0)
 
 
-def _optimizer_state(checkpoint: Checkpoint, step: TensorSource) -> dict[str, Any]:
+def _optimizer_state(checkpoint: Checkpoint, step: torch.Tensor) -> dict[str, Any]:
     """``optimizer_state.pt``: hyperparameters and counters, no sharded state and no objects of DeepSpeed's classes.
 
     The loss scaler is left out; DeepSpeed then keeps the engine's own, which matters for dynamic fp16 scaling only.
@@ -276,11 +264,10 @@ def _optimizer_state(checkpoint: Checkpoint, step: TensorSource) -> dict[str, An
         groups *= 2
     keep = ("dynamic_loss_scale", "overflow", "clip_grad", "partition_count", "ds_version")
     state: dict[str, Any] = {key: _plain(zero[key]) for key in keep if key in zero}
-    state["zero_stage"] = plain_number(zero.get("zero_stage", 1))
+    state["zero_stage"] = int(zero.get("zero_stage", 1))
     state["param_groups"] = groups
     if checkpoint.zero_stage == 3:
-        count = Streamed(step, torch.float32, ())
-        state["optimizer_state_dict"] = {"state": {0: {"step": count}}, "param_groups": groups}
+        state["optimizer_state_dict"] = {"state": {0: {"step": step}}, "param_groups": groups}
     if zero.get("dynamic_loss_scale"):
         checkpoint.notes.append("the dynamic loss scale is not carried over: fp16 training starts with a new one")
     return state
@@ -290,8 +277,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, LazyTensor):
         loaded = value.load()
         return loaded.item() if loaded.numel() == 1 else loaded.tolist()
-    if isinstance(value, Inert):
-        return plain_number(value)
     if isinstance(value, dict):
         return {key: _plain(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
