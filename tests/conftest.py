@@ -30,7 +30,7 @@ LONG_FILES = (
     "test_benchmark_study",
     "test_readme",
     "test_evaluation_stage",
-    "test_live_weights",
+    "test_online_weights",
     "test_bad_input",
     "test_faults",
     "test_report_browser",
