@@ -23,7 +23,6 @@ LONG_FILES = (
     "test_collect",
     "test_convert_engines",
     "test_cluster_page",
-    "test_bench",
     "test_watch",
     "test_trainable",
     "test_objective_jobs",
