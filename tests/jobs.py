@@ -44,9 +44,9 @@ def unlearn_job_killed(world: Any, config: str, run_dir: str, overrides: list[st
     import os
     import signal
 
-    from trace_ds.unlearning import live_weights
+    from trace_ds.unlearning import online_weights
 
-    local_sums = live_weights.RetainWeights.local_sums
+    local_sums = online_weights.RetainWeights.local_sums
     left = [step]
 
     def counting(weights: Any) -> np.ndarray:  # called once a step, between the backward pass and the update
@@ -55,7 +55,7 @@ def unlearn_job_killed(world: Any, config: str, run_dir: str, overrides: list[st
             os.kill(os.getpid(), signal.SIGKILL)
         return local_sums(weights)
 
-    live_weights.RetainWeights.local_sums = counting  # type: ignore[method-assign]
+    online_weights.RetainWeights.local_sums = counting  # type: ignore[method-assign]
     unlearn_job(world, config, run_dir, overrides)
 
 
@@ -379,14 +379,14 @@ def reference_training(config_path: str, run_dir: str, overrides: list[str], ste
     direction = torch.rand(model.config.hidden_size, generator=torch.Generator().manual_seed(config.seed))
     target = direction / direction.norm() * length
     losses, thetas = [], []
-    weights = LiveReference(config, directory)
+    weights = OnlineReference(config, directory)
     for step in range(steps):
         data = batches.at(step, 0, 1)
         assert len(data.micro_batches) == 1
         batch, split = data.micro_batches[0], data.micro_batches[0].forget_rows
         logits, hidden = outputs(model, batch)
         if settings.weights != "reference":
-            last = layer if settings.forget_loss == "rmu" and settings.weights == "online" else len(routing[-1]) - 1
+            last = layer if settings.forget_loss == "rmu" else len(routing[-1]) - 1
             weights.reweight(batch, routing[-1][: last + 1])
             thetas.append(weights.theta.copy())
         counted = batch.counted_BS
@@ -422,20 +422,18 @@ def reference_training(config_path: str, run_dir: str, overrides: list[str], ste
     return {"losses": losses, "weights": saved_weights(model), "thetas": thetas}
 
 
-class LiveReference:
-    """Live and online retain weights, one token after the other in Python floats."""
+class OnlineReference:
+    """Online retain weights, one token after the other in Python floats."""
 
     def __init__(self, config: Any, run: Path) -> None:
         from safetensors.numpy import load_file
 
-        self.settings = config.unlearning
-        tensors = load_file(Path(run) / "calibration" / "calibration.safetensors")
-        live = self.settings.weights == "live"
-        self.theta = tensors["theta_LE"] if live else np.zeros_like(tensors["theta_LE"])
-        self.log_mean = float(tensors["log_mean"][0]) if live else 0.0
+        self.settings = config.unlearning.online
+        self.theta = np.zeros_like(load_file(Path(run) / "calibration" / "calibration.safetensors")["theta_LE"])
+        self.log_mean = 0.0
 
     def reweight(self, batch: Any, layers: list[Any]) -> None:
-        """Multiply the batch's retain weights by the live ones; then the update of θ."""
+        """Multiply the batch's retain weights by those of the present θ; then its update."""
         split, columns = batch.forget_rows, batch.counted_BS.shape[1]
         p, q = np.zeros_like(self.theta), np.zeros_like(self.theta)
         forget_tokens = retain_tokens = 0
@@ -453,11 +451,10 @@ class LiveReference:
             total += weight
             for place in places:
                 q[place] += weight
-        if self.settings.weights == "online":
-            online = self.settings.online
-            change = online.step_size * (p / forget_tokens - q / total - online.decay * self.theta)
-            self.log_mean += float((q / total * change).sum()) + online.step_size * float(np.log(total / retain_tokens))
-            self.theta = self.theta + change
+        step_size = self.settings.step_size
+        change = step_size * (p / forget_tokens - q / total - self.settings.decay * self.theta)
+        self.log_mean += float((q / total * change).sum()) + step_size * float(np.log(total / retain_tokens))
+        self.theta = self.theta + change
 
 
 def saved_weights(model: Any) -> dict[str, np.ndarray]:

@@ -119,7 +119,7 @@ def peak_bytes(world: Any, config: str, run_dir: str, overrides: list[str]) -> d
     from trace_ds.unlearning.assemble import make_objective
     from trace_ds.unlearning.engine import training_engine
     from trace_ds.unlearning.job import run_step
-    from trace_ds.unlearning.live_weights import RetainWeights
+    from trace_ds.unlearning.online_weights import RetainWeights
 
     loaded, _ = load_config(config, overrides, run_dir)
     info = inspect_model(loaded.model.path)

@@ -256,7 +256,7 @@ def test_a_diverged_run_is_never_compared(capsys: pytest.CaptureFixture[str]) ->
         | analysis.compare({0: diverged}, base, "good exact_match", at)
         for at in ("post", "cross", "end")
     ]
-    result = {"comparisons": rows, "seeds": [0], "baseline": "uniform", "forget": "bad accuracy"}
+    result = {"recipe": "x", "comparisons": rows, "seeds": [0], "baseline": "uniform", "forget": "bad accuracy"}
     show(result | {"never_reached": [], "diverged": ["seed 0, sampling"]})
     shown = capsys.readouterr().out
     assert "never" in shown and "diverged: 1 runs" in shown

@@ -222,6 +222,16 @@ def test_a_study_without_a_target_is_refused(recipe: Path, forget: str, message:
     plan.check(load_config(str(recipe), [])[0])
 
 
+def test_a_recipe_without_a_study_is_refused(tmp_path: Path) -> None:
+    done = command.trace_ds("bench", "demo", cwd=tmp_path)
+    fix = "start from `trace-ds recipes --show bench_entangled`"
+    assert (done.returncode, done.stderr) == (
+        2,
+        f"trace-ds: error: demo: the recipe has no bench section. Fix: {fix}\n",
+    )
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_failing_worker_ends_the_study_with_its_line(recipe: Path, tmp_path: Path) -> None:
     raw = yaml.safe_load(recipe.read_text(encoding="utf-8"))
     raw["model"]["path"] = str(tmp_path / "absent")

@@ -375,15 +375,12 @@ SCORES = arrays(np.float64, st.integers(1, 40), elements=st.integers(-6, 6).map(
 
 @given(SCORES, SCORES)
 @settings(deadline=None)
-def test_auc_equals_scikit_learn_and_scipy(members: np.ndarray, others: np.ndarray) -> None:
-    from scipy.stats import mannwhitneyu
+def test_auc_equals_scikit_learn(members: np.ndarray, others: np.ndarray) -> None:
     from sklearn.metrics import roc_auc_score
 
     labels = np.r_[np.ones(len(members)), np.zeros(len(others))]
     found = mia.auc(members, others)
     assert math.isclose(found, roc_auc_score(labels, np.r_[members, others]), abs_tol=1e-12)
-    statistic = mannwhitneyu(members, others).statistic / len(members) / len(others)
-    assert math.isclose(found, statistic, abs_tol=1e-12)
     assert math.isclose(mia.auc(others, members), 1 - found, abs_tol=1e-12)
 
 

@@ -560,12 +560,6 @@ def test_a_frozen_copy_takes_memory_and_time() -> None:
     assert plans["kl"].memory.resident["frozen LM head"] == 2 * 32_000 * 4096
     assert plans["kl"].memory.peak_bytes > plans["nll"].memory.peak_bytes + copy
     assert plans["kl"].time.compute_s > plans["nll"].time.compute_s
-    saved = {}
-    for weights in ("reference", "live"):  # live weights look at every router, so all layers run
-        config = run_config(unlearning__weights=weights, calibration__rule="raking")
-        memory_of_step = plan_model(model_config("olmoe-1b-7b"), config, ClusterSpec()).unlearn.memory
-        saved[weights] = memory_of_step.compute["saved activations"]
-    assert saved["live"] == pytest.approx(saved["reference"] * 16 / 9)
 
 
 def refused(action: Any, *words: str) -> None:

@@ -391,27 +391,16 @@ def inspect(
 
 @app.command()
 def bench(
-    recipe: ConfigArgument = "bench_knowledge",
+    recipe: ConfigArgument,
     run_dir: RunDirOption = None,
     set_: SetOption = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Base models, seeds 0, 1, … (a recipe without `bench:`).")] = 3,
     workers: Annotated[Optional[int], typer.Option(min=1, help="Runs beside each other; default: cores.")] = None,  # noqa: UP045
     json: JsonOption = False,
 ) -> None:
-    """Compare methods at matched forgetting over several seeds (resumable); a recipe with `bench:` tunes strengths."""
-    from trace_ds.config.load import load_config
+    """Compare methods at matched forgetting over several seeds, each at its own strengths (resumable)."""
+    from trace_ds.benchmark.study import run_study
 
-    directory = run_dir or Path("runs/bench")
-    config, _ = load_config(recipe, list(set_ or []), directory)
-    if config.bench is not None:
-        from trace_ds.benchmark.study import run_study
-
-        raise typer.Exit(
-            run_study(recipe, directory / config.name if run_dir is None else run_dir, set_ or [], workers, json)
-        )
-    from trace_ds.demo.bench import bench as run_bench
-
-    raise typer.Exit(run_bench(recipe, directory, seeds, json, set_ or []))
+    raise typer.Exit(run_study(recipe, run_dir, set_ or [], workers, json))
 
 
 @app.command()

@@ -131,6 +131,8 @@ def bootstrap_ratio(
 ) -> Interval | None:
     """Percentile interval of mean(values) / mean(baselines) − 1 over paired resamples of the seeds (fixed seed 0).
 
+    Not ``scipy.stats.bootstrap``: it draws other resamples, and the published intervals would move.
+
     None where a resample's baseline is not above zero, so that there is no ratio; ``ValueError`` for fewer than two
     pairs.
     """
@@ -146,7 +148,10 @@ def bootstrap_ratio(
 
 
 def t_interval(differences: Sequence[float]) -> Interval:
-    """Student's t interval of the mean difference; ``ValueError`` for fewer than two."""
+    """Student's t interval of the mean difference; ``ValueError`` for fewer than two.
+
+    Equal differences have an interval without width; scipy warns there, or gives NaN.
+    """
     from scipy import stats
 
     n = len(differences)

@@ -24,6 +24,7 @@ from typing import Any
 from trace_ds.benchmark import plan
 from trace_ds.benchmark.analysis import Curve, compare, curve_of, finite, metric_of, tuned
 from trace_ds.benchmark.worker import Job, Study, is_done
+from trace_ds.config.load import load_config
 from trace_ds.config.schema import Config
 from trace_ds.errors import EXIT_STOPPED, StopRequested, UserError
 from trace_ds.run import ours
@@ -36,8 +37,13 @@ REFERENCE_S, STEP_S, SCORE_S = 110.0, 0.12, 0.9
 SAME = "same strength"
 
 
-def run_study(recipe: str, directory: Path, overrides: Sequence[str], workers: int | None, json: bool) -> int:
-    """Run every job that is not done, then write and show the result; returns the exit status."""
+def run_study(recipe: str, run_dir: Path | None, overrides: Sequence[str], workers: int | None, json: bool) -> int:
+    """Run every job that is not done, then write and show the result; returns the exit status.
+
+    Args:
+        run_dir: default ``runs/bench/NAME``.
+    """
+    directory = run_dir or Path("runs/bench") / load_config(recipe, overrides)[0].name
     study = Study(recipe, directory, overrides)
     plan.check(study.config)
     if study.bench.regime is not None:

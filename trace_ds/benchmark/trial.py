@@ -70,7 +70,6 @@ def run(config: Config, job: UnlearnJob, world: World, tasks: list[Task], bench:
                 data = batches.at(step, world.rank, world.size)
                 values = run_step(engine, world, data, objective, weights, settings, step, multiplier.alpha)
                 multiplier = multiplier.after(values["loss_retain"])
-                weights.end_step(engine, world, batches, done)
                 if done == settings.steps and realignment is not None:
                     realignment.apply(engine)
                 if done % bench.score_every == 0 or done == settings.steps:
@@ -94,7 +93,7 @@ def _engine(config: Config, job: UnlearnJob, world: World) -> Iterator[Any]:
     from trace_ds.unlearning import grip
     from trace_ds.unlearning.assemble import make_objective
     from trace_ds.unlearning.engine import training_engine
-    from trace_ds.unlearning.live_weights import make_weights
+    from trace_ds.unlearning.online_weights import make_weights
     from trace_ds.unlearning.realign import Realignment
 
     batches = make_batches(config, job)

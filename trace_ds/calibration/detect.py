@@ -79,16 +79,6 @@ def log_ratio(forget: RoutingStatistics, retain: RoutingStatistics) -> tuple[np.
     return np.log(smoothed[0] / smoothed[1]), np.sqrt(total), freedom
 
 
-def benjamini_hochberg(p_values: np.ndarray, level: float) -> np.ndarray:
-    """bool, same shape: rejected at false discovery rate ``level`` (step-up; ties are rejected together)."""
-    flat = p_values.ravel()
-    if not flat.size:
-        return np.zeros(p_values.shape, dtype=bool)
-    ordered = np.sort(flat)
-    passing = np.nonzero(ordered <= level * np.arange(1, flat.size + 1) / flat.size)[0]
-    return p_values <= ordered[passing[-1]] if len(passing) else np.zeros(p_values.shape, dtype=bool)
-
-
 def detect(forget: RoutingStatistics, retain: RoutingStatistics, config: DetectionConfig) -> Detection:
     """Find the forget-critical experts by ``config.method`` among the layers that ``config`` lets take part.
 
@@ -128,7 +118,8 @@ def detect(forget: RoutingStatistics, retain: RoutingStatistics, config: Detecti
     if config.method == "significance":
         score_LE = t_LE
         found_LE = np.zeros_like(eligible_LE)
-        found_LE[eligible_LE] = benjamini_hochberg(value_LE[eligible_LE], config.false_discovery_rate)
+        adjusted = stats.false_discovery_control(value_LE[eligible_LE])
+        found_LE[eligible_LE] = adjusted <= config.false_discovery_rate
         # The load rule comes after the control, because p-values of experts chosen by their load would not be valid
         # ones. It only removes discoveries, but the rate is controlled for the set before: where the removed ones are
         # true more often than the others, the false share of those that stay is larger.

@@ -56,7 +56,7 @@ class Job:
             0 if retain == "nll" else retain_rows
         )
         return memory.Passes(
-            layers=until if no_head and settings.weights != "live" else layers,
+            layers=until if no_head else layers,
             head=not no_head,
             frozen_layers=(layers if logits else until) if copied or measured else 0,
             frozen_stays=copied,

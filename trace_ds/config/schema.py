@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from trace_ds.config.names import Name
 
@@ -17,7 +17,6 @@ DETECTIONS = ("significance", "top_difference", "top_ratio", "top_kl", "top_gate
 CONTROL_RULES = ("uniform", "permuted", "random_experts", "inverse", "sources")
 RULES = ("raking", "ratio_mean", "ratio_max", *CONTROL_RULES)
 WITHOUT_TRACE = ("uniform", "sources")  # no routing is needed for their weights
-WITHOUT_THETA = ("ratio_mean", "ratio_max", "permuted", "sources")  # no table of the experts gives their weights
 
 
 class Section(BaseModel):
@@ -227,15 +226,6 @@ class GRIPConfig(Section):
     )
 
 
-class LiveWeightsConfig(Section):
-    refresh_steps: int | None = Field(
-        None,
-        ge=1,
-        description="Solve the weights' dual anew every so many steps, on the routing of the rows of the last ones "
-        "under the present model (one more forward pass then); default: keep the calibration's theta.",
-    )
-
-
 class OnlineWeightsConfig(Section):
     step_size: float = Field(0.3, gt=0, description="eta of theta <- theta + eta (p_forget - q_retain - decay theta).")
     decay: float = Field(0.1, ge=0, description="Pulls theta back to 0 (uniform weights).")
@@ -317,13 +307,12 @@ class UnlearningConfig(Section):
         description="How the retain weights act: sampling draws retain rows in proportion to their mean weight; loss "
         "multiplies the token losses (the literal reading of the abstract).",
     )
-    weights: Literal["reference", "live", "online"] = Field(
+    weights: Literal["reference", "online"] = Field(
         "reference",
-        description="Routing that decides a token's weight: reference (the frozen model's, as calibrated), live (the "
-        "calibration's theta under the router's choice in this very forward pass), online (theta follows, from 0, the "
-        "live mismatch of the batches by dual ascent; with sampling, on top of rows drawn by reference weights).",
+        description="Routing that decides a token's weight: reference (the frozen model's, as calibrated), online "
+        "(theta follows, from 0, the live mismatch of the batches by dual ascent; with sampling, on top of rows drawn "
+        "by reference weights).",
     )
-    live: LiveWeightsConfig = LiveWeightsConfig()
     online: OnlineWeightsConfig = OnlineWeightsConfig()
     steps: int = Field(100, ge=1)
     forget_rows: int = Field(8, ge=1, description="Forget rows per step, over all processes.")
@@ -360,6 +349,21 @@ class UnlearningConfig(Section):
         "job (other data, settings or seed), which auto and required refuse.",
     )
     log_every: int = Field(1, ge=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _older_default(cls, found: Any) -> Any:
+        """A configuration written out by a version that had ``weights: live`` names its unused setting."""
+        if isinstance(found, dict) and found.get("live") == {"refresh_steps": None}:
+            return {key: value for key, value in found.items() if key != "live"}
+        return found
+
+    @field_validator("weights", mode="before")
+    @classmethod
+    def _no_live_weights(cls, found: Any) -> Any:
+        if found == "live":
+            raise ValueError("was taken out, it added nothing to reference (docs/method.md); use reference or online")
+        return found
 
     def last_layer(self, decoder_layers: int) -> int | None:
         """The decoder layer at which both losses end; None when one of them needs the logits."""
@@ -520,10 +524,6 @@ class Config(Section):
             raise ValueError(f"unlearning.forget_loss {loss} needs statistics.nll: true (the frozen model's losses)")
         if loss == "dpo" and not self.data.alternative:
             raise ValueError("unlearning.forget_loss dpo needs data.alternative: the texts to prefer")
-        if self.unlearning.weights == "live" and self.calibration.rule in WITHOUT_THETA:
-            raise ValueError(
-                f"unlearning.weights live needs a calibration.rule that has a theta, not {self.calibration.rule}"
-            )
         drawn = ("ratio_mean", "ratio_max") if self.unlearning.apply == "sampling" else ()
         if self.unlearning.weights == "online" and self.calibration.rule not in ("raking", "random_experts", *drawn):
             raise ValueError(

@@ -54,9 +54,9 @@ def selection_counts(indices_TK: np.ndarray, experts: int) -> np.ndarray:
 
 def kl_divergence(before_E: np.ndarray, after_E: np.ndarray) -> float:
     """KL(before ‖ after) in nats between selection counts, each smoothed by :data:`PSEUDO_COUNT`."""
-    p_E = (before_E + PSEUDO_COUNT) / (before_E + PSEUDO_COUNT).sum()
-    q_E = (after_E + PSEUDO_COUNT) / (after_E + PSEUDO_COUNT).sum()
-    return max(0.0, float((p_E * np.log(p_E / q_E)).sum()))
+    from scipy.stats import entropy
+
+    return max(0.0, float(entropy(before_E + PSEUDO_COUNT, after_E + PSEUDO_COUNT)))
 
 
 def compare(before: RoutingSample, after: RoutingSample, experts: int) -> dict[str, Any]:

@@ -48,18 +48,16 @@ def member_scores(scores: TokenScores, text: str) -> dict[str, float]:
 
 
 def auc(members: np.ndarray, others: np.ndarray) -> float:
-    """P(member > other) + P(member = other) / 2 by exact ranks (Mann-Whitney U / (m · n)), O(n log n)."""
+    """P(member > other) + P(member = other) / 2: Mann-Whitney's U / (m · n), O(n log n)."""
+    from scipy.stats import rankdata
+
     if not len(members) or not len(others):
         raise ValueError("an AUC needs members and others")
     values = np.concatenate([members, others]).astype(np.float64)
     if not np.isfinite(values).all():
         raise ValueError("scores must be finite")
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    double_rank = (2 * last - counts + 1)[inverse]  # twice the mid-rank: exact integers
     m = len(members)
-    double_u = int(double_rank[:m].sum()) - m * (m + 1)
-    return double_u / (2 * m * len(others))
+    return float(rankdata(values)[:m].sum() - m * (m + 1) / 2) / (m * len(others))
 
 
 def priv_leak(member_auc: float, retrained_auc: float = 0.5) -> float:

@@ -15,6 +15,7 @@ from importlib import resources
 from typing import Any
 
 from trace_ds.evaluation.glossary import meaning
+from trace_ds.evaluation.table import ARROWS
 from trace_ds.reporting import scores
 from trace_ds.reporting.gather import RunData
 from trace_ds.reporting.tables import Table
@@ -23,7 +24,6 @@ SCRIPTS = ("base.js", "charts.js", "heatmap.js", "page.js")
 MAX_TRAINING_ROWS = 4000
 MAX_ITEM_ROWS = 1500
 MAX_LIST_ROWS = 60
-ARROWS = {"lower": "↓", "higher": "↑", "reference": "→"}
 
 
 def render(run: RunData, tables: dict[str, Table], pictures: list[str], compared: list[str], notes: list[str]) -> str:

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from trace_ds.errors import UserError
-from trace_ds.reporting.page import ARROWS, render_template
+from trace_ds.evaluation.table import ARROWS
+from trace_ds.reporting.page import render_template
 from trace_ds.reporting.tables import Table, make
 
 SCRIPTS = ("base.js", "charts.js", "study.js")
 AGAIN = "run `trace-ds bench` again: a finished study only writes it anew"
-RUN_COLUMNS = 5  # of frontier.csv, before the scores: seed, loss, method, point, step
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,10 @@ class StudyData:
     @property
     def metrics(self) -> list[str]:
         return list(dict.fromkeys(row["metric"] for row in self.result["comparisons"]))
+
+    @property
+    def several_losses(self) -> bool:
+        return len({row["loss"] for row in self.result["comparisons"]}) > 1
 
 
 def read(path: Path) -> StudyData:
@@ -120,8 +124,6 @@ def frontier_mean(study: StudyData) -> Table:
 
 def render(study: StudyData, tables: dict[str, Table]) -> str:
     """The page as text."""
-    from trace_ds.benchmark.table import strongest_lines
-
     result = study.result
     return render_template(
         "study.html.j2",
@@ -131,7 +133,7 @@ def render(study: StudyData, tables: dict[str, Table]) -> str:
         tables=tables,
         pictures=[],
         result=result,
-        several=len({row["loss"] for row in result["comparisons"]}) > 1,
+        several=study.several_losses,
         strongest=strongest_lines(result),
         sections=sections(study, tables["comparisons"]) if "comparisons" in tables else [],
     )
@@ -167,6 +169,21 @@ def sections(study: StudyData, table: Table) -> list[dict[str, Any]]:
         ]
         at_end = all(line["cross"] is None for line in lines)
         found.append({"metric": metric, "arrow": ARROWS[ways[metric]], "lines": lines, "at_end": at_end})
+    return found
+
+
+def strongest_lines(result: dict[str, Any]) -> list[str]:
+    """One line per forget loss: the best method that uses routing against the best that does not."""
+    found = []
+    for row in result.get("strongest", []):
+        if row.get("relative") is not None:
+            interval = row["relative_interval"]
+            told = f" [{interval['low']:+.1%}, {interval['high']:+.1%}]" if interval else ""
+            found.append(
+                f"{row['loss']}, {row['strength']}: best with routing {row['routing']} {row['routing_value']:.4g}, "
+                f"without {row['baseline']} {row['baseline_value']:.4g}: {row['relative']:+.1%}{told} {row['metric']} "
+                "(both picked after the fact)"
+            )
     return found
 
 

@@ -144,9 +144,11 @@ def layers(run: RunData) -> Table:
     ]  # fmt: skip
     if run.forget is None or run.retain is None:
         return make("layers", "", header, [])
+    from scipy.stats import entropy
+
     p_LE, q_LE = (side.frequency_LE / side.top_k for side in (run.forget, run.retain))
-    forget_L, retain_L = _entropy_bits(p_LE), _entropy_bits(q_LE)
-    js_L = _entropy_bits((p_LE + q_LE) / 2) - (forget_L + retain_L) / 2
+    forget_L, retain_L, mixed_L = (entropy(x_LE, base=2, axis=1) for x_LE in (p_LE, q_LE, (p_LE + q_LE) / 2))
+    js_L = mixed_L - (forget_L + retain_L) / 2
     known = (run.calibration.diagnosis.get("layers") or []) if run.calibration else []
     told: dict[int, dict[str, Any]] = {entry["layer"]: entry for entry in known if isinstance(entry, dict)}
     rows = []
@@ -154,10 +156,6 @@ def layers(run: RunData) -> Table:
         entropy, js = (told.get(layer, {}).get(f"{key}_weighted_bits") for key in ("entropy", "js"))
         rows.append([layer, forget_L[layer], retain_L[layer], entropy, max(js_L[layer], 0.0), js])
     return make("layers", "Load entropy and divergence by layer", header, rows)
-
-
-def _entropy_bits(p_LE: np.ndarray) -> np.ndarray:
-    return -np.sum(p_LE * np.log2(np.where(p_LE > 0, p_LE, 1.0)), axis=1)
 
 
 def weight_histogram(

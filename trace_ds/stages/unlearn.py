@@ -189,7 +189,7 @@ def unlearn(config: Config, run: RunDirectory, world: World) -> None:
     from trace_ds.unlearning.assemble import make_objective
     from trace_ds.unlearning.engine import training_engine
     from trace_ds.unlearning.job import train
-    from trace_ds.unlearning.live_weights import make_weights
+    from trace_ds.unlearning.online_weights import make_weights
     from trace_ds.unlearning.realign import Realignment
 
     job = world.broadcast(world.agree_each(lambda verify: _checked(config, run, world, verify=verify)))[0]

@@ -60,8 +60,7 @@ def make_objective(
         target_E = torch.zeros(info.experts, device=world.device)
         target_E[list(experts)] = 1.0
         anchor = Anchor(moe_layer, target_E, settings.seuf.anchor)
-    whole = settings.weights == "live"
-    return ForgetRetain(settings, retain, layer, target_D, frozen, anchor, whole), cursor
+    return ForgetRetain(settings, retain, layer, target_D, frozen, anchor), cursor
 
 
 def _whole_head(engine: Any) -> torch.Tensor:

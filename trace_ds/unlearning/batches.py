@@ -63,8 +63,7 @@ class Batches:
         forget, retain: token datasets.
         token_weights: fp32 weights of all retain tokens in flat order; None: 1 each.
         row_weights_R: mean weights of the retain rows; rows of weight 0 (not retrieved) are never seen. With ``apply:
-            sampling`` rows are drawn in proportion, else each comes once per epoch. Live weights then correct for
-            the draw: a token counts 1 / (its row's weight).
+            sampling`` rows are drawn in proportion, else each comes once per epoch.
         reference_nll: the frozen model's losses of the forget tokens, or None.
         alternative, alternative_nll: dpo: the corpus preferred to the forget rows and the frozen model's losses of it.
     """
@@ -89,15 +88,12 @@ class Batches:
         usable_retain = np.flatnonzero((self._counted_retain > 0) & (row_weights_R > 0))
         self._forget_rows = EpochRows(usable_forget, settings.forget_rows, config.seed, FORGET_STREAM)
         self._retain_rows: EpochRows | SampledRows
-        self._row_scale_R: np.ndarray | None = None
         if settings.apply == "loss":
             self._retain_rows = EpochRows(usable_retain, settings.retain_rows, config.seed, RETAIN_STREAM)
         else:
             self._retain_rows = SampledRows(
                 usable_retain, row_weights_R[usable_retain], settings.retain_rows, config.seed, RETAIN_STREAM
             )
-            if settings.weights == "live":
-                self._row_scale_R = row_weights_R
         self._settings = settings
         self._alternative, self._alternative_nll = alternative, alternative_nll
         self._usable_alternative = np.flatnonzero(alternative.counted_per_row()) if alternative else np.zeros(0, int)
@@ -136,9 +132,6 @@ class Batches:
         weights_FS = torch.zeros(len(forget_rows), length)
         if self._token_weights is None:
             weights_RS = retain.counted_BS.float()
-            if self._row_scale_R is not None:
-                drawn_R = np.where(retain_rows >= 0, self._row_scale_R[retain_rows], 1.0)
-                weights_RS /= torch.from_numpy(drawn_R.astype(np.float32))[:, None]
         else:
             weights_RS = _rows_of(self._token_weights, self._retain, retain_rows, length)
         reference = torch.zeros(len(forget_rows) + len(retain_rows), length)

@@ -20,10 +20,10 @@ from trace_ds.parallel.world import World
 from trace_ds.run.directory import RunDirectory
 from trace_ds.run.log import Progress, StageLog
 from trace_ds.unlearning.batches import Batches, Step
-from trace_ds.unlearning.live_weights import RetainWeights
 from trace_ds.unlearning.loss import Objective
 from trace_ds.unlearning.multiplier import Multiplier
 from trace_ds.unlearning.objectives import weighted_sum
+from trace_ds.unlearning.online_weights import RetainWeights
 from trace_ds.unlearning.realign import Realignment
 from trace_ds.unlearning.watch import Evaluator, Verdict, broken_bounds, judge
 
@@ -101,7 +101,6 @@ def train(
             values = run_step(engine, world, data, objective, weights, settings, step, multiplier.alpha, slower)
             multiplier = multiplier.after(values["loss_retain"])
             cursor.update(multiplier.cursor())
-            weights.end_step(engine, world, batches, done)
             stop = terminated() or (world.is_main and any(path.is_file() for path in run.stop_files))
             stop = bool(world.max_int(int(stop)))
             if done % settings.log_every == 0 or done == settings.steps:
@@ -259,7 +258,7 @@ def run_step(
             sums[2] += float(penalty.detach())
             loss = loss + penalty
         engine.backward(loss * world.size * accumulation)
-    # One collective a step: the losses (and whether every rank's are finite), and what live weights need to know.
+    # One collective a step: the losses (and whether every rank's are finite), and what online weights need to know.
     totals = world.sum_float64(np.concatenate([sums, weights.local_sums()]))
     if not np.isfinite(totals[:3]).all():
         raise NumericalFailure(

@@ -88,7 +88,6 @@ class ForgetRetain:
         target_D: RMU: c·u; adaptive: β·u.
         frozen: the frozen model where something of it is not in ``collect``'s artefacts.
         anchor: SEUF's pull on one router.
-        whole: run all layers whatever the losses need, because live weights look at their routers.
     """
 
     settings: UnlearningConfig
@@ -97,7 +96,6 @@ class ForgetRetain:
     target_D: torch.Tensor | None = None
     frozen: Frozen | None = None
     anchor: Anchor | None = None
-    whole: bool = False
 
     def __call__(self, engine: Any, batch: MicroBatch) -> Losses:
         loss, first_retain, end_retain = self.settings.forget_loss, batch.forget_rows, len(batch.counted_BS)
@@ -117,7 +115,7 @@ class ForgetRetain:
         frozen = self._frozen_pass(ids_BS[:end_retain], positions_BS[:end_retain], first_retain)
         requests = [self._request(ids_BS, counted_BS, *side, frozen) for side in sides.values()]
         with router_logits(engine.module, self.anchor.moe_layer if self.anchor else None) as logits:
-            found = forward(engine, ids_BS, positions_BS, layer=self.layer, requests=requests, last=self.whole)
+            found = forward(engine, ids_BS, positions_BS, layer=self.layer, requests=requests)
         values = {
             side: _in_place(counted_BS, request, value_N)[sides[side][0] : sides[side][1]]
             for side, request, value_N in zip(sides, requests, found.values, strict=True)

@@ -1,23 +1,20 @@
 """Retain weights of a micro-batch: the calibrated ones, or ones that follow what the router decides right now.
 
 ``reference``  the weights of the artefact (frozen model's routing): nothing happens here.
-``live``       w_t = exp(Σ θ a_live(t)) / Z with θ and Z of the artefact and a_live from this very forward pass; every
-               ``refresh_steps`` steps θ and Z are solved anew (live_refresh.py).
-``online``     the same form, θ from 0 by dual ascent on the mismatch that is left in the batches:
+``online``     w_t = exp(Σ θ a_live(t)) / Z with a_live from this very forward pass, and θ from 0 by dual ascent on the
+               mismatch that is left in the batches:
 
                    θ ← θ + η (p^F_live − q_batch − decay · θ),     q_batch = Σ w a_live / Σ w over the retain tokens
 
                The gradient of raking's dual (calibration/raking.py) at the forget frequencies of the moment, with an L2
                pull that bounds θ at (p^F − q) / decay. It acts on the experts in the calibration's scope (none, and so
-               nothing happens, where that is empty), in the layers that the objective runs (RMU ends at its layer;
-               ``live`` makes it run them all).
+               nothing happens, where that is empty), in the layers that the objective runs (RMU ends at its layer).
 
 Normalisation: the weights of one batch are never rescaled to mean 1 (that would cancel the differences between
-documents); the job divides by the batch's n tokens. ``live`` keeps Z of the calibration. ``online`` carries log Z along
-θ to first order, since ∂ log Z / ∂θ = q, and takes out what drifts: log Z ← log Z + q · Δθ + η log(mean weight). So the
-mean weight is 1 over some 1/η steps. Weights are capped at the larger of the calibration's largest weight and its
-``clip``: live routing can have patterns that the corpus never had. All of this is our decision; live weights as such
-are one reading of the abstract.
+documents); the job divides by the batch's n tokens. log Z goes along with θ to first order, since ∂ log Z / ∂θ = q, and
+what drifts is taken out: log Z ← log Z + q · Δθ + η log(mean weight). So the mean weight is 1 over some 1/η steps.
+Weights are capped at the larger of the calibration's largest weight and its ``clip``: live routing can have patterns
+that the corpus never had. All of this is our decision.
 
 Cost: a table look-up per MoE layer and token, no host synchronisation per layer; the sums that ``online`` needs travel
 in the step's one all-reduce, in float64, so θ is the same on all ranks and whatever their number.
@@ -38,9 +35,8 @@ from torch import nn
 
 from trace_ds.config.schema import UnlearningConfig
 from trace_ds.models.routers import RoutingRecorder, record_routing
-from trace_ds.parallel.world import World
 from trace_ds.run.artefact import Artefact
-from trace_ds.unlearning.batches import Batches, MicroBatch
+from trace_ds.unlearning.batches import MicroBatch
 
 
 class RetainWeights:
@@ -63,21 +59,19 @@ class RetainWeights:
         """Take in the global sums of the step that was just made; returns numbers for the log."""
         return {}
 
-    def end_step(self, engine: Any, world: World, batches: Batches, done: int) -> None:
-        """After ``done`` steps (collective)."""
-
     def state(self) -> dict[str, Any]:
         """What a checkpoint must carry (JSON)."""
         return {}
 
 
-class LiveWeights(RetainWeights):
-    """w = exp(Σ θ a_live − log Z), at most ``cap``, times the weights of the batch (1, or 1 / its row's draw).
+class OnlineWeights(RetainWeights):
+    """w = exp(Σ θ a_live − log Z), at most ``cap``, times 1 where the batch counts; see the module's docstring.
 
     Args:
         model: the engine's module.
         theta_LE: float64. log_mean: log Z.
         per_row: sequence level: a row's tokens share exp(mean of Σ θ a − log Z).
+        scope_LE: bool, experts whose θ moves.
     """
 
     def __init__(
@@ -88,11 +82,17 @@ class LiveWeights(RetainWeights):
         cap: float,
         per_row: bool,
         device: torch.device,
+        *,
+        step_size: float,
+        decay: float,
+        scope_LE: np.ndarray,
     ) -> None:
         self._model, self._device = model, device
         self._cap, self._per_row = cap, per_row
+        self._step_size, self._decay, self._scope_LE = step_size, decay, scope_LE
         self._recorder: RoutingRecorder | None = None
         self._mass = torch.zeros(2, dtype=torch.float64, device=device)
+        self._sums_2LE = torch.zeros(2, *scope_LE.shape, dtype=torch.float64, device=device)
         self.set(theta_LE, log_mean)
 
     def set(self, theta_LE: np.ndarray, log_mean: float) -> None:
@@ -106,8 +106,9 @@ class LiveWeights(RetainWeights):
             yield
 
     def layers(self) -> list[int]:
-        """The MoE layers that count."""
-        return list(range(len(self._theta)))
+        """The MoE layers that the objective ran."""
+        assert self._recorder is not None
+        return [number for number, indices_TK in enumerate(self._recorder.indices_TK) if indices_TK is not None]
 
     def indices(self, layer: int, batch: MicroBatch) -> torch.Tensor:
         """Experts of every token [B, S, K] as just recorded (without the alternative rows, which come last)."""
@@ -132,35 +133,6 @@ class LiveWeights(RetainWeights):
         return weights_RS.float()
 
     def _add(self, batch: MicroBatch, weights_RS: torch.Tensor) -> None:
-        """Sums of a subclass."""
-
-    def local_sums(self) -> np.ndarray:
-        sums = self._mass.cpu().numpy().copy()
-        self._mass.zero_()
-        return sums
-
-    def follow(self, sums: np.ndarray, forget_tokens: int, retain_tokens: int) -> dict[str, float]:
-        n, total, square = max(retain_tokens, 1), float(sums[0]), float(sums[1])
-        return {"retain_weight_mean": total / n, "retain_weight_ess": total * total / max(n * square, 1e-300)}
-
-    def state(self) -> dict[str, Any]:
-        return {"theta_LE": self.theta_LE.tolist(), "log_mean": self.log_mean}
-
-
-class OnlineWeights(LiveWeights):
-    """Dual ascent (see the module's docstring). ``scope_LE``: bool, experts whose θ moves."""
-
-    def __init__(self, *arguments: Any, step_size: float, decay: float, scope_LE: np.ndarray) -> None:
-        super().__init__(*arguments)
-        self._step_size, self._decay, self._scope_LE = step_size, decay, scope_LE
-        self._sums_2LE = torch.zeros(2, *scope_LE.shape, dtype=torch.float64, device=self._device)
-
-    def layers(self) -> list[int]:
-        """The MoE layers that the objective ran."""
-        assert self._recorder is not None
-        return [number for number, indices_TK in enumerate(self._recorder.indices_TK) if indices_TK is not None]
-
-    def _add(self, batch: MicroBatch, weights_RS: torch.Tensor) -> None:
         """Selections by forget tokens and weighted selections by retain tokens.
 
         A product with a dense 0/1 matrix: one order of summation on every device, unlike atomic float additions.
@@ -177,13 +149,14 @@ class OnlineWeights(LiveWeights):
                 self._sums_2LE[side, layer] += weight_T @ dense_TE
 
     def local_sums(self) -> np.ndarray:
-        sums = np.concatenate([super().local_sums(), self._sums_2LE.cpu().numpy().reshape(-1)])
+        sums = np.concatenate([self._mass.cpu().numpy(), self._sums_2LE.cpu().numpy().reshape(-1)])
+        self._mass.zero_()
         self._sums_2LE.zero_()
         return sums
 
     def follow(self, sums: np.ndarray, forget_tokens: int, retain_tokens: int) -> dict[str, float]:
-        told = super().follow(sums, forget_tokens, retain_tokens)
-        total = float(sums[0])
+        n, total, square = max(retain_tokens, 1), float(sums[0]), float(sums[1])
+        told = {"retain_weight_mean": total / n, "retain_weight_ess": total * total / max(n * square, 1e-300)}
         if not total or not forget_tokens:
             return told
         forget_LE, retain_LE = sums[2:].reshape(2, *self._scope_LE.shape)
@@ -192,6 +165,9 @@ class OnlineWeights(LiveWeights):
         drift = self._step_size * math.log(told["retain_weight_mean"])
         self.set(self.theta_LE + change_LE, self.log_mean + float((q_LE * change_LE).sum()) + drift)
         return told | {"routing_gap": float(np.abs(p_LE - q_LE)[self._scope_LE].sum())}
+
+    def state(self) -> dict[str, Any]:
+        return {"theta_LE": self.theta_LE.tolist(), "log_mean": self.log_mean}
 
 
 def make_weights(
@@ -202,21 +178,15 @@ def make_weights(
 
     if settings.weights == "reference":
         return RetainWeights()
-    tensors = load_file(calibration.file("calibration.safetensors"))
-    theta_LE, log_mean = tensors["theta_LE"], float(tensors["log_mean"][0])
-    if settings.weights == "online":
-        theta_LE, log_mean = np.zeros_like(theta_LE), 0.0
-    if "theta_LE" in cursor:
-        theta_LE, log_mean = np.array(cursor["theta_LE"]), float(cursor["log_mean"])
-    cap = max(float(calibration.summary["max_weight"]), float(calibration.settings["clip"]))
-    common = (model, theta_LE, log_mean, cap, calibration.settings["level"] == "sequence", device)
-    scope_LE = tensors["scope_LE"].astype(bool)
-    if settings.weights == "online":
-        return OnlineWeights(
-            *common, step_size=settings.online.step_size, decay=settings.online.decay, scope_LE=scope_LE
-        )
-    if settings.live.refresh_steps is None:
-        return LiveWeights(*common)
-    from trace_ds.unlearning.live_refresh import RefreshedWeights
-
-    return RefreshedWeights(*common, every=settings.live.refresh_steps, scope_LE=scope_LE, calibration=calibration)
+    scope_LE = load_file(calibration.file("calibration.safetensors"))["scope_LE"].astype(bool)
+    return OnlineWeights(
+        model,
+        np.array(cursor["theta_LE"]) if "theta_LE" in cursor else np.zeros(scope_LE.shape),
+        float(cursor.get("log_mean", 0.0)),
+        max(float(calibration.summary["max_weight"]), float(calibration.settings["clip"])),
+        calibration.settings["level"] == "sequence",
+        device,
+        step_size=settings.online.step_size,
+        decay=settings.online.decay,
+        scope_LE=scope_LE,
+    )
