@@ -20,6 +20,7 @@ import typer
 
 from trace_ds import __version__
 from trace_ds.errors import EXIT_STOPPED, EXIT_USER_ERROR, JobFailed, StopRequested, UserError
+from trace_ds.terminal import guard_streams
 
 LAUNCHED = ("collect", "unlearn", "evaluate")
 ONE_PROCESS = ("prepare", "calibrate", "convert", "report", "run", "submit", "demo", "bench")
@@ -44,6 +45,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Machine-readable outpu
 
 def main() -> None:
     """Entry point of ``trace-ds`` and ``python -m trace_ds``."""
+    guard_streams()
     # The deepspeed launcher puts --local_rank=N before the script's own arguments; the environment says it too.
     arguments = [item for item in sys.argv[1:] if not item.startswith(("--local_rank", "--local-rank"))]
     try:
@@ -57,9 +59,13 @@ def main() -> None:
         _end(EXIT_STOPPED)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG):
-            raise
+            if error.errno not in (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR):
+                raise
+            _fail(f"{error.filename}: {error.strerror}. Fix: correct the path", 2)
         where = f"{error.filename}: " if error.filename else ""
         _fail(f"{where}{error.strerror}. Fix: free space or permissions there, or choose another --run-dir", 2)
+    except MemoryError:
+        _fail("there is not enough memory for this. Fix: smaller input or batches, or a machine with more", 2)
     except typer.Exit as end:
         _end(end.exit_code)
     except typer.Abort:
