@@ -15,12 +15,19 @@ from trace_ds.corpora.pack import PackingCounts, counted_positions, pack
 documents_strategy = st.lists(st.lists(st.integers(0, 99), max_size=20), max_size=30)
 
 
+def parts(documents: list[list[int]]) -> list[list[list[int]]]:
+    """Each document in parts, some of which are empty, as a long one is tokenised."""
+    return [
+        [document[:1], [], document[1:4], *([token] for token in document[4:9]), document[9:]] for document in documents
+    ]
+
+
 @given(documents_strategy, st.integers(2, 9), st.sampled_from(["dense", "whole"]), st.sampled_from([None, 1, 2]))
 def test_packing_keeps_every_token_in_order(
     documents: list[list[int]], length: int, packing: str, per_row: int | None
 ) -> None:
     counts = PackingCounts()
-    rows = list(pack(documents, length, packing, per_row, counts))
+    rows = list(pack(parts(documents), length, packing, per_row, counts))
     tokens = [int(token) for row in rows for token in row.input_ids]
     assert tokens == [token for document in documents for token in document]
     owners = [int(owner) for row in rows for owner in row.document_ids]
@@ -44,7 +51,7 @@ def test_packing_keeps_every_token_in_order(
 def test_dataset_gives_back_the_rows(tmp_path: Path, rows_count: int) -> None:
     draw = np.random.default_rng(0)
     documents = [draw.integers(0, 99, draw.integers(1, 12)).tolist() for _ in range(rows_count)]
-    rows = list(pack(documents, 12, "whole", 1, PackingCounts()))
+    rows = list(pack(parts(documents), 12, "whole", 1, PackingCounts()))
     write_rows(tmp_path / "rows.arrow", rows)
     dataset = TokenDataset.open(tmp_path / "rows.arrow")
     assert len(dataset) == len(rows)
@@ -61,7 +68,7 @@ def test_dataset_gives_back_the_rows(tmp_path: Path, rows_count: int) -> None:
 
 
 def test_batches_restart_positions_and_fill_at_the_right(tmp_path: Path) -> None:
-    write_rows(tmp_path / "rows.arrow", pack([[5, 6, 7], [8, 9], [1]], 5, "whole", None, PackingCounts()))
+    write_rows(tmp_path / "rows.arrow", pack(parts([[5, 6, 7], [8, 9], [1]]), 5, "whole", None, PackingCounts()))
     batch = TokenDataset.open(tmp_path / "rows.arrow").batch([0, -1, 1], pad_id=3)
     assert batch.input_ids_BS.tolist() == [[5, 6, 7, 8, 9], [3] * 5, [1, 3, 3, 3, 3]]
     assert batch.position_ids_BS.tolist() == [[0, 1, 2, 0, 1], [0, 1, 2, 3, 4], [0, 0, 1, 2, 3]]
@@ -75,7 +82,7 @@ def test_attention_never_crosses_documents(tiny_model: Path, tmp_path: Path) -> 
     from transformers import AutoModelForCausalLM
 
     documents = [[5, 6, 7, 8], [9, 10, 11], [12, 13, 14, 15, 16]]
-    write_rows(tmp_path / "rows.arrow", pack(documents, 12, "whole", None, PackingCounts()))
+    write_rows(tmp_path / "rows.arrow", pack(parts(documents), 12, "whole", None, PackingCounts()))
     batch = TokenDataset.open(tmp_path / "rows.arrow").batch([0], pad_id=0)
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
     with torch.no_grad():

@@ -299,7 +299,7 @@ def test_overlap_and_kl_equal_brute_force(case: tuple[np.ndarray, np.ndarray, in
 
 
 def packed(path: Path, documents: list[list[int]], context: int) -> TokenDataset:
-    write_rows(path, pack(documents, context, "dense", None, PackingCounts()))
+    write_rows(path, pack(([ids] for ids in documents), context, "dense", None, PackingCounts()))
     return TokenDataset.open(path)
 
 

@@ -21,6 +21,7 @@ import typer
 
 from trace_ds import __version__
 from trace_ds.errors import EXIT_STOPPED, EXIT_USER_ERROR, JobFailed, StopRequested, UserError
+from trace_ds.terminal import guard_streams
 
 _ROOM = "free space there, or choose another --run-dir"
 _ALLOW = "change the permissions there, or choose another --run-dir"
@@ -29,6 +30,7 @@ FIXES = {
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), _ALLOW),
     errno.ENAMETOOLONG: "use a shorter path: a file's name has at most 255 bytes",
     errno.ELOOP: "correct the links, which lead around in a circle",
+    errno.ENOTDIR: "correct the path",
 }
 LAUNCHED = ("collect", "unlearn", "evaluate")
 ONE_PROCESS = ("prepare", "calibrate", "convert", "report", "run", "submit", "demo", "bench")
@@ -62,6 +64,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Machine-readable outpu
 
 def main() -> None:
     """Entry point of ``trace-ds`` and ``python -m trace_ds``."""
+    guard_streams()
     # The deepspeed launcher puts --local_rank=N before the script's own arguments; the environment says it too.
     arguments = [item for item in sys.argv[1:] if not item.startswith(("--local_rank", "--local-rank"))]
     try:
@@ -81,6 +84,8 @@ def main() -> None:
         if error.errno in (errno.EACCES, errno.EPERM) and where and os.sep not in where:
             fix = "a program was looked for: change or take out the PATH entries that cannot be read"
         _fail(UserError(str(error.strerror), where, fix).line(), EXIT_USER_ERROR)
+    except MemoryError:
+        _fail("there is not enough memory for this. Fix: smaller input or batches, or a machine with more", 2)
     except typer.Exit as end:
         _end(end.exit_code)
     except typer.Abort:

@@ -6,6 +6,8 @@ request with a complete checkpoint, anything else a failure.
 
 from __future__ import annotations
 
+from trace_ds.terminal import plain
+
 EXIT_USER_ERROR = 2
 EXIT_STOPPED = 75
 
@@ -26,11 +28,11 @@ class UserError(Exception):
         super().__init__(self.line())
 
     def line(self) -> str:
-        """The message as one line: ``where: what. Fix: …``."""
+        """The message as one line without control characters: ``where: what. Fix: …``."""
         text = f"{self.where}: {self.what}" if self.where else self.what
         if self.fix:
             text = f"{text.rstrip('.')}. Fix: {self.fix}"
-        return " ".join(text.split())
+        return plain(" ".join(text.split()))
 
 
 class JobFailed(RuntimeError):

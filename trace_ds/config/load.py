@@ -9,25 +9,28 @@ import typing
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from trace_ds.config.schema import Config
+from trace_ds.config.schema import Config, expanded
 from trace_ds.errors import UserError
+
+MAX_CHARACTERS = 1 << 18
+MAX_DEPTH = 40
+MAX_VALUES = 20_000
+SHOWN_CHARACTERS = 60
+TAG = "tag:yaml.org,2002:"
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which a key that is there twice is an error, and 1e-5 is a number (YAML 1.1 reads it as text)."""
+    """YAML of plain data: no dates (2024-01-01 is a text), sets or bytes; 1e-5 is a number (YAML 1.1: a text)."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is there twice", key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
+    yaml_implicit_resolvers = {  # noqa: RUF012 (PyYAML's own attribute)
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != f"{TAG}timestamp"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
 class _Dumper(yaml.SafeDumper):
@@ -38,6 +41,64 @@ for _side in (_Loader, _Dumper):
     _side.add_implicit_resolver(
         "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
     )
+
+for _kind in ("timestamp", "binary", "omap", "pairs", "set"):
+    _Loader.add_constructor(f"{TAG}{_kind}", _Loader.construct_undefined)  # type: ignore[type-var]
+
+
+def parse_yaml(text: str) -> Any:
+    """The plain data of a YAML text of bounded size; ValueError says what is wrong with it, and in which line.
+
+    A key that is there twice or is no text is an error. Depth and the number of values, each alias counted as all that
+    it stands for, are checked before anything is made of them.
+    """
+    if len(text) > MAX_CHARACTERS:
+        raise ValueError(f"it has {len(text):,} characters, more than the {MAX_CHARACTERS:,} of any configuration")
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        _measure(node, {})
+        return None if node is None else loader.construct_document(node)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" in line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or getattr(error, "reason", None) or "syntax"
+        raise ValueError(f"not valid YAML{line} ({problem})") from None
+    except RecursionError:
+        raise ValueError(f"not valid YAML (nested more than {MAX_DEPTH} deep)") from None
+    except (ValueError, OverflowError, TypeError, LookupError, AttributeError) as error:  # a scalar: 0x_, !!int abc
+        raise ValueError(f"not valid YAML ({str(error)[:SHOWN_CHARACTERS]})") from None
+
+
+def _measure(node: yaml.Node | None, known: dict[int, tuple[int, int] | None]) -> tuple[int, int]:
+    """(values, depth) of what a node stands for; ``known`` holds those measured so far (None: we are inside it)."""
+
+    def refuse(problem: str, at: yaml.Node) -> NoReturn:
+        raise yaml.constructor.ConstructorError(None, None, problem, at.start_mark)
+
+    if not isinstance(node, yaml.CollectionNode):
+        return 1, 0
+    if id(node) in known:
+        return known[id(node)] or refuse("an alias refers to what it is in", node)
+    known[id(node)] = None
+    values, depth, seen = 1, 0, set()
+    for item in node.value:
+        value = item
+        if isinstance(node, yaml.MappingNode):
+            key, value = item
+            if not isinstance(key, yaml.ScalarNode) or key.tag not in (f"{TAG}str", f"{TAG}merge", f"{TAG}value"):
+                shown = key.value[:SHOWN_CHARACTERS] if isinstance(key, yaml.ScalarNode) else "a list or a section"
+                refuse(f"the key {shown!r} is no text: quote it", key)
+            if key.value in seen:
+                refuse(f"{key.value!r} is there twice", key)
+            seen.add(key.value)
+        more, deep = _measure(value, known)
+        values, depth = values + more, max(depth, deep + 1)
+        if values > MAX_VALUES or depth > MAX_DEPTH:
+            limit = f"nested more than {MAX_DEPTH} deep" if depth > MAX_DEPTH else f"more than {MAX_VALUES:,} values"
+            refuse(limit, node)
+    known[id(node)] = values, depth
+    return values, depth
 
 
 def recipe_names() -> list[str]:
@@ -56,9 +117,10 @@ def recipe_text(name: str) -> str:
 def read_config_text(config: str) -> tuple[str, str]:
     """(text, where) of a configuration file or of a recipe by name."""
     path = Path(config)
-    if path.is_file():
+    if _is_file(path):
         try:
-            return path.read_text(encoding="utf-8"), str(path)
+            with path.open(encoding="utf-8-sig") as handle:
+                return handle.read(MAX_CHARACTERS + 1), str(path)
         except UnicodeDecodeError as error:
             raise UserError(f"not UTF-8 (byte {error.start})", str(path), "save the file as UTF-8") from None
     if config in recipe_names():
@@ -70,6 +132,13 @@ def read_config_text(config: str) -> tuple[str, str]:
         config,
         f"{hint}`trace-ds recipes` lists {', '.join(recipe_names())}",
     )
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
 
 
 def load_config(config: str, overrides: Sequence[str] = (), run_dir: str | Path | None = None) -> tuple[Config, Path]:
@@ -89,22 +158,19 @@ def load_config(config: str, overrides: Sequence[str] = (), run_dir: str | Path 
     """
     text, where = read_config_text(config)
     try:
-        raw = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" in line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or "syntax"
-        raise UserError(f"not valid YAML{line} ({problem})", where, "correct the syntax") from None
+        raw = _substitute(parse_yaml(text), {})  # a copy: aliases would share what an override changes
+    except ValueError as error:
+        raise UserError(str(error), where, "correct the file") from None
     if not isinstance(raw, dict):
         raise UserError("the file holds no keys", where, "start from a recipe: `trace-ds recipes --show NAME`")
     for override in overrides:
         _apply(raw, override)
     name = raw.get("name")
-    directory = Path(run_dir) if run_dir is not None else Path("runs") / str(name or "unnamed")
+    directory = Path(expanded(str(run_dir)) if run_dir is not None else Path("runs") / str(name or "unnamed"))
     values = {
         "run_dir": str(directory),
         "run_parent": str(directory.parent),
-        "config_dir": str(Path(config).parent if Path(config).is_file() else "."),
+        "config_dir": str(Path(config).parent if _is_file(Path(config)) else "."),
     }
     return validate(_substitute(raw, values), where), directory
 
@@ -144,11 +210,11 @@ def is_resolved(text: str) -> bool:
 def _apply(raw: dict[str, Any], override: str) -> None:
     key, separator, value = override.partition("=")
     if not separator or not key.strip():
-        raise UserError(f"{override!r} is not KEY=VALUE", "--set", "write for example --set unlearning.steps=200")
+        raise UserError(f"{_shown(override)} is not KEY=VALUE", "--set", "write for example --set unlearning.steps=200")
     try:
-        parsed = yaml.load(value, _Loader)
-    except yaml.YAMLError:
-        raise UserError(f"the value of {key} is not valid YAML: {value!r}", "--set", "quote the value") from None
+        parsed = parse_yaml(value)
+    except ValueError as error:
+        raise UserError(f"the value of {_shown(key)} is {error}: {_shown(value)}", "--set", "quote the value") from None
     _set(raw, key.strip(), parsed)
 
 
@@ -160,7 +226,9 @@ def _set(raw: dict[str, Any], key: str, value: Any) -> None:
             node[parent] = {}
         node = node[parent]
         if not isinstance(node, dict):
-            raise UserError(f"{key}: {parent} is not a section", "--set", "see `trace-ds run CONFIG --dry-run`")
+            raise UserError(
+                f"{_shown(key)}: {_shown(parent)} is not a section", "--set", "see `trace-ds run CONFIG --dry-run`"
+            )
     node[last] = value
 
 
@@ -176,6 +244,12 @@ def _substitute(value: Any, values: dict[str, str]) -> Any:
     return value
 
 
+def _shown(value: Any) -> str:
+    """What was found, short enough for a message."""
+    text = repr(value)
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}…"
+
+
 def _explain(error: ValidationError, where: str) -> UserError:
     first = error.errors()[0]
     location = ".".join(str(part) for part in first["loc"])
@@ -183,11 +257,11 @@ def _explain(error: ValidationError, where: str) -> UserError:
         section = _section_at(first["loc"][:-1])
         close = difflib.get_close_matches(str(first["loc"][-1]), list(section), 1, cutoff=0.5)
         nearest = f"did you mean {close[0]!r}?" if close else f"valid keys here: {', '.join(section)}"
-        return UserError(f"unknown key {location!r}", where, nearest)
+        return UserError(f"unknown key {_shown(location)}", where, nearest)
     if first["type"] == "missing":
         return UserError(f"the key {location!r} is missing", where, f"add {location}: …")
     message = str(first["msg"]).removeprefix("Value error, ")
-    found = f" (found {first['input']!r})" if isinstance(first["input"], str | int | float | bool | None) else ""
+    found = f" (found {_shown(first['input'])})" if isinstance(first["input"], str | int | float | bool | None) else ""
     if not location:
         return UserError(message, where, "change one of the two keys")
     return UserError(f"{location}: {message}{found}", where, f"correct the value of {location}")

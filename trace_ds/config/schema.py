@@ -6,9 +6,10 @@ is its documentation; ``trace-ds run CONFIG --dry-run`` prints the resolved valu
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+import os
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from trace_ds.config.names import Name
 
@@ -18,6 +19,41 @@ CONTROL_RULES = ("uniform", "permuted", "random_experts", "inverse", "sources")
 RULES = ("raking", "ratio_mean", "ratio_max", *CONTROL_RULES)
 WITHOUT_TRACE = ("uniform", "sources")  # no routing is needed for their weights
 
+T = TypeVar("T", int, float)
+LARGEST = 10**9
+MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 4095
+
+
+def expanded(path: str) -> str:
+    """``~`` in place of the home directory, here and nowhere else; no name that a file cannot have."""
+    path = os.path.expanduser(path)  # noqa: PTH111 (which would fail for ~nobody)
+    try:
+        encoded = path.encode()
+    except UnicodeEncodeError:
+        raise ValueError("a path cannot hold lone surrogates") from None
+    if b"\0" in encoded:
+        raise ValueError("a path cannot hold the character NUL")
+    if len(encoded) > MAX_PATH_BYTES or max(map(len, encoded.split(b"/"))) > MAX_NAME_BYTES:
+        raise ValueError(f"no file can have a name over {MAX_NAME_BYTES} or a path over {MAX_PATH_BYTES} bytes")
+    return path
+
+
+PathText = Annotated[str, AfterValidator(expanded)]
+
+
+def _bounded(value: T) -> T:
+    if abs(value) > LARGEST:
+        raise ValueError(f"no number here can be above {LARGEST:,}")
+    return value
+
+
+# Every number is bounded (a validator, since a second `le` would take the place of a field's own).
+Integer = Annotated[int, AfterValidator(_bounded)]
+Number = Annotated[float, AfterValidator(_bounded)]
+Layer = Annotated[Integer, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
 
 class Section(BaseModel):
     """Base of all sections: unknown keys are refused, values are not coerced between kinds, numbers are finite."""
@@ -26,15 +62,15 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    path: str = Field(description="Hugging Face model directory (safetensors).")
-    tokenizer: str | None = Field(None, description="Tokenizer directory; default: the model's.")
+    path: PathText = Field(description="Hugging Face model directory (safetensors).")
+    tokenizer: PathText | None = Field(None, description="Tokenizer directory; default: the model's.")
     dtype: Literal["bf16", "fp32"] = Field("bf16", description="Parameter type of the forward pass.")
 
 
 class CorpusFile(Section):
     """One file of documents: ``.jsonl`` (one object a line, text under ``field``) or ``.txt`` (see ``separator``)."""
 
-    path: str
+    path: PathText
     field: str = Field("text", description="Key of the text in a JSONL line.")
     source: str | None = Field(
         None, description="Name shown in reports; default: the line's own 'source', else the file name."
@@ -50,13 +86,17 @@ class DataConfig(Section):
         description="dpo: texts preferred to the forget ones (refusals, for IdkDPO); row i of the forget corpus is "
         "paired with row i modulo their number. Pack 'whole', one document per row, to pair documents.",
     )
-    context_length: int = Field(2048, ge=2, description="Tokens of a row (and the longest piece of a document).")
+    context_length: Integer = Field(
+        2048, ge=2, le=1 << 24, description="Tokens of a row (and the longest piece of a document)."
+    )
     packing: Literal["dense", "whole"] = Field(
         "dense",
         description="dense: rows are cut from the stream of documents, no padding; whole: a document that fits into a "
         "row is never cut. Attention never crosses documents in either.",
     )
-    documents_per_row: int | None = Field(None, ge=1, description="Upper bound of documents in a row; default: none.")
+    documents_per_row: Integer | None = Field(
+        None, ge=1, description="Upper bound of documents in a row; default: none."
+    )
     add_bos: bool = True
     add_eos: bool = True
 
@@ -67,26 +107,30 @@ class DataConfig(Section):
 
 
 class DistributedConfig(Section):
-    nproc: int | None = Field(None, ge=1, description="Local processes when started bare; default: accelerators or 1.")
-    ep: int = Field(1, ge=1, description="Expert-parallel size; divides the experts and the world size.")
-    threads: int = Field(1, ge=1, description="CPU threads of each process (fixed: results depend on it bitwise).")
-    timeout_minutes: int = Field(30, ge=1, description="Process-group timeout.")
+    nproc: Integer | None = Field(
+        None, ge=1, description="Local processes when started bare; default: accelerators or 1."
+    )
+    ep: Integer = Field(1, ge=1, description="Expert-parallel size; divides the experts and the world size.")
+    threads: Integer = Field(
+        1, ge=1, le=1024, description="CPU threads of each process (fixed: results depend on it bitwise)."
+    )
+    timeout_minutes: Integer = Field(30, ge=1, le=525_600, description="Process-group timeout.")
 
 
 class StatisticsConfig(Section):
-    batch_rows: int = Field(8, ge=1, description="Rows per process and forward pass.")
+    batch_rows: Integer = Field(8, ge=1, description="Rows per process and forward pass.")
     expert_kernel: Literal["auto", "grouped_mm", "eager"] = Field(
         "auto",
         description="How a process computes its experts when ep is 1 (with more, AutoEP decides). auto: on a GPU eager "
         "for experts at least 8,192 wide, else the choice of transformers (grouped_mm where the family allows it).",
     )
-    save_every: int = Field(200, ge=0, description="Batches between saved states of a collection (0: none).")
+    save_every: Integer = Field(200, ge=0, description="Batches between saved states of a collection (0: none).")
     trace: bool | None = Field(
         None,
         description="Record the top-k experts of every token; default: where another key needs them (the log says "
         "which; docs/method.md, section 8, what they take).",
     )
-    sample_tokens: int = Field(
+    sample_tokens: Integer = Field(
         200_000,
         ge=1,
         description="Counted retain tokens, spread over all documents, whose top-k experts are recorded in any case.",
@@ -100,20 +144,20 @@ class StatisticsConfig(Section):
 
 class DetectionConfig(Section):
     method: Literal["significance", "top_difference", "top_ratio", "top_kl", "top_gate_mass"] = "significance"
-    min_load: float = Field(1.0, ge=0, description="significance: p_forget must be >= min_load * K / E.")
-    min_ratio: float = Field(1.25, gt=0, description="significance: rho, the ratio the forget side must exceed.")
-    false_discovery_rate: float = Field(0.05, gt=0, lt=1, description="significance: Benjamini-Hochberg level.")
-    top_n: int = Field(4, ge=1, description="top_*: experts selected (per layer or in all, see per_layer).")
+    min_load: Number = Field(1.0, ge=0, description="significance: p_forget must be >= min_load * K / E.")
+    min_ratio: Number = Field(1.25, gt=0, description="significance: rho, the ratio the forget side must exceed.")
+    false_discovery_rate: Number = Field(0.05, gt=0, lt=1, description="significance: Benjamini-Hochberg level.")
+    top_n: Integer = Field(4, ge=1, description="top_*: experts selected (per layer or in all, see per_layer).")
     per_layer: bool = True
-    ratio_floor: float = Field(0.25, ge=0, description="top_ratio: retain frequencies are floored at this * K / E.")
-    layers: list[int] | None = Field(None, description="Only these MoE layers (0-based); default: all.")
-    exclude_layers: list[int] = Field(default_factory=list)
+    ratio_floor: Number = Field(0.25, ge=0, description="top_ratio: retain frequencies are floored at this * K / E.")
+    layers: list[Layer] | None = Field(None, description="Only these MoE layers (0-based); default: all.")
+    exclude_layers: list[Layer] = Field(default_factory=list)
 
 
 class RetrievalConfig(Section):
     """Which rows of the retain data (the pool) are used at all; the rule weights those."""
 
-    rows: float | None = Field(
+    rows: Number | None = Field(
         None, gt=0, description="Rows to keep: a whole number, or a fraction below 1 of the pool; default: all."
     )
     similarity: Literal["weight", "routing", "coverage", "hidden", "tfidf"] = Field(
@@ -121,7 +165,7 @@ class RetrievalConfig(Section):
         description="weight: mean raking weight of the row; routing: cosine of expert profiles; coverage: the set that "
         "best covers the forget-critical experts; hidden (needs statistics.hidden) and tfidf: cosines, the baselines.",
     )
-    random_share: float = Field(0.5, ge=0, le=1, description="Share of the kept rows that is drawn at random.")
+    random_share: Number = Field(0.5, ge=0, le=1, description="Share of the kept rows that is drawn at random.")
 
     @model_validator(mode="after")
     def _whole(self) -> RetrievalConfig:
@@ -136,14 +180,14 @@ class CalibrationConfig(Section):
     rule: Literal[
         "raking", "ratio_mean", "ratio_max", "uniform", "permuted", "random_experts", "inverse", "sources"
     ] = "raking"
-    source_weights: dict[str, Annotated[float, Field(gt=0)]] = Field(
+    source_weights: dict[str, Annotated[Number, Field(gt=0)]] = Field(
         default_factory=dict,
         description="sources: weight of the documents whose source matches a pattern ('near/*': 8.0) against 1 for all "
         "others, before the floor; where several patterns match, their product.",
     )
     level: Literal["token", "sequence"] = Field("token", description="sequence: one weight per row.")
-    ess_floor: float = Field(0.5, gt=0, le=1, description="Least effective sample size (sum w)^2 / (n sum w^2).")
-    clip: float = Field(20.0, gt=1, description="Largest ratio of frequencies asked of an expert.")
+    ess_floor: Number = Field(0.5, gt=0, le=1, description="Least effective sample size (sum w)^2 / (n sum w^2).")
+    clip: Number = Field(20.0, gt=1, description="Largest ratio of frequencies asked of an expert.")
     if_none_found: Literal["stop", "uniform", "continue"] = Field(
         "stop",
         description="No forget-critical expert found: stop with exit status 2; go on with uniform weights; or continue "
@@ -162,19 +206,19 @@ class CalibrationConfig(Section):
 
 
 class OptimizerConfig(Section):
-    lr: float = Field(1e-5, gt=0)
-    betas: tuple[float, float] = Field((0.9, 0.99), strict=False)  # YAML has lists, no tuples
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
-    gradient_clipping: float = Field(1.0, ge=0, description="0: off.")
-    warmup_steps: int = Field(0, ge=0)
+    lr: Number = Field(1e-5, gt=0, le=100)
+    betas: tuple[Beta, Beta] = Field((0.9, 0.99), strict=False)  # YAML has lists, no tuples
+    eps: Number = Field(1e-8, gt=0, le=1)
+    weight_decay: Number = Field(0.0, ge=0)
+    gradient_clipping: Number = Field(1.0, ge=0, description="0: off.")
+    warmup_steps: Integer = Field(0, ge=0)
 
 
 class RMUConfig(Section):
-    layer: int | None = Field(
+    layer: Integer | None = Field(
         None, ge=0, description="Decoder layer steered by rmu and held by hidden_mse; default: the middle."
     )
-    coefficient: float = Field(3.0, gt=0, description="Steering length c, in the unit that scale says.")
+    coefficient: Number = Field(3.0, gt=0, description="Steering length c, in the unit that scale says.")
     scale: Literal["mean_norm", "absolute", "adaptive"] = Field(
         "mean_norm",
         description="Unit of the coefficient: the mean norm of the frozen hidden states over forget tokens; 1 (as in "
@@ -183,12 +227,12 @@ class RMUConfig(Section):
 
 
 class NPOConfig(Section):
-    beta: float = Field(0.1, gt=0, description="Inverse temperature; acts on sequence sums of NLL.")
+    beta: Number = Field(0.1, gt=0, description="Inverse temperature; acts on sequence sums of NLL.")
 
 
 class SimNPOConfig(Section):
-    beta: float = Field(4.5, gt=0)
-    delta: float = 0.0
+    beta: Number = Field(4.5, gt=0)
+    delta: Number = 0.0
 
 
 class TrainableConfig(Section):
@@ -206,37 +250,39 @@ class TrainableConfig(Section):
 class SEUFConfig(Section):
     """Baseline SEUF: train the experts of highest affinity of one layer and its router (instead of ``trainable``)."""
 
-    layer: int | None = Field(None, ge=0, description="Decoder layer; default: that of the expert of highest affinity.")
-    experts: int = Field(1, ge=1, description="M, experts trained.")
-    anchor: float = Field(1.0, ge=0, description="Weight of the router's anchor.")
+    layer: Integer | None = Field(
+        None, ge=0, description="Decoder layer; default: that of the expert of highest affinity."
+    )
+    experts: Integer = Field(1, ge=1, description="M, experts trained.")
+    anchor: Number = Field(1.0, ge=0, description="Weight of the router's anchor.")
 
 
 class GRIPConfig(Section):
     """Baseline GRIP: routers do not move along the retain inputs that selected the expert, or are moved back."""
 
-    tokens: int = Field(128, ge=1, description="Retain inputs per layer and expert whose span is protected.")
-    steps: int = Field(8, ge=1, description="Steps whose retain rows are looked at for them, before training.")
+    tokens: Integer = Field(128, ge=1, description="Retain inputs per layer and expert whose span is protected.")
+    steps: Integer = Field(8, ge=1, description="Steps whose retain rows are looked at for them, before training.")
     realign: bool = Field(
         False,
         description="After the last step, move each router by ridge regression so that its logits on those rows are "
         "the frozen router's again (a job that is given more steps later goes on from there).",
     )
-    ridge: float = Field(
+    ridge: Number = Field(
         1e-3, gt=0, description="Ridge of realign, in units of the mean eigenvalue of the inputs' second moments."
     )
 
 
 class OnlineWeightsConfig(Section):
-    step_size: float = Field(0.3, gt=0, description="eta of theta <- theta + eta (p_forget - q_retain - decay theta).")
-    decay: float = Field(0.1, ge=0, description="Pulls theta back to 0 (uniform weights).")
+    step_size: Number = Field(0.3, gt=0, description="eta of theta <- theta + eta (p_forget - q_retain - decay theta).")
+    decay: Number = Field(0.1, ge=0, description="Pulls theta back to 0 (uniform weights).")
 
 
 class EvaluateConfig(Section):
     """Scores while training, on the sharded model: NLL and routing of fixed rows of both corpora."""
 
-    every: int | None = Field(None, ge=1, description="Steps between evaluations; default: none.")
-    rows: int = Field(32, ge=1, description="Rows of each corpus, evenly spaced; the same ones each time.")
-    target_forget_nll: float | None = Field(
+    every: Integer | None = Field(None, ge=1, description="Steps between evaluations; default: none.")
+    rows: Integer = Field(32, ge=1, description="Rows of each corpus, evenly spaced; the same ones each time.")
+    target_forget_nll: Number | None = Field(
         None,
         gt=0,
         description="End the job, with a checkpoint, when the forget rows' mean NLL (nats a token) is at least this.",
@@ -246,10 +292,10 @@ class EvaluateConfig(Section):
 class GuardsConfig(Section):
     """What to do when an evaluation finds that the model is breaking down."""
 
-    max_retain_ratio: float | None = Field(
+    max_retain_ratio: Number | None = Field(
         None, gt=1, description="Bound on the retain rows' NLL, in units of the frozen model's; default: none."
     )
-    min_retain_overlap: float | None = Field(
+    min_retain_overlap: Number | None = Field(
         None,
         gt=0,
         lt=1,
@@ -260,7 +306,7 @@ class GuardsConfig(Section):
         description="stop: end as a failure, the last checkpoint stands; back_off: halve the learning rate, and stop "
         "when max_back_offs halvings did not help. A state that breaks a bound is never saved.",
     )
-    max_back_offs: int = Field(3, ge=1)
+    max_back_offs: Integer = Field(3, ge=1)
 
     @property
     def on(self) -> bool:
@@ -268,27 +314,27 @@ class GuardsConfig(Section):
 
 
 class DPOConfig(Section):
-    beta: float = Field(0.1, gt=0, description="Inverse temperature; acts on sequence sums of NLL.")
+    beta: Number = Field(0.1, gt=0, description="Inverse temperature; acts on sequence sums of NLL.")
 
 
 class WGAConfig(Section):
-    beta: float = Field(1.0, ge=0, description="Power of the token's probability that weights its ascent.")
+    beta: Number = Field(1.0, ge=0, description="Power of the token's probability that weights its ascent.")
 
 
 class SatImpConfig(Section):
-    beta1: float = Field(5.0, ge=0, description="Power of p: how far saturation weights a token.")
-    beta2: float = Field(1.0, ge=0, description="Power of 1 - p: how far importance weights a token.")
+    beta1: Number = Field(5.0, ge=0, description="Power of p: how far saturation weights a token.")
+    beta2: Number = Field(1.0, ge=0, description="Power of 1 - p: how far importance weights a token.")
 
 
 class UNDIALConfig(Section):
-    strength: float = Field(10.0, gt=0, description="How much the frozen model's logit of the target is lowered.")
+    strength: Number = Field(10.0, gt=0, description="How much the frozen model's logit of the target is lowered.")
 
 
 class PDUConfig(Section):
-    retain_bound: float | None = Field(
+    retain_bound: Number | None = Field(
         None, gt=0, description="Largest retain loss allowed; default: 1.05 times that of the first step (ours)."
     )
-    dual_step: float = Field(1.0, gt=0, description="Step of the multiplier, which starts at alpha.")
+    dual_step: Number = Field(1.0, gt=0, description="Step of the multiplier, which starts at alpha.")
 
 
 class UnlearningConfig(Section):
@@ -300,8 +346,8 @@ class UnlearningConfig(Section):
         description="nll, KL to the frozen model, or squared distance to its hidden states; default: hidden_mse under "
         "rmu, nll under the others. The retain weights multiply whichever it is.",
     )
-    alpha: float = Field(1.0, ge=0, description="Weight of the retain loss.")
-    gamma: float = Field(1.0, ge=0, description="Weight of the forget loss.")
+    alpha: Number = Field(1.0, ge=0, description="Weight of the retain loss.")
+    gamma: Number = Field(1.0, ge=0, description="Weight of the forget loss.")
     apply: Literal["sampling", "loss"] = Field(
         "sampling",
         description="How the retain weights act: sampling draws retain rows in proportion to their mean weight; loss "
@@ -314,12 +360,14 @@ class UnlearningConfig(Section):
         "by reference weights).",
     )
     online: OnlineWeightsConfig = OnlineWeightsConfig()
-    steps: int = Field(100, ge=1)
-    forget_rows: int = Field(8, ge=1, description="Forget rows per step, over all processes.")
-    retain_rows: int = Field(8, ge=1, description="Retain rows per step, over all processes.")
-    micro_batch_rows: int | None = Field(None, ge=1, description="Forget (and retain) rows per process and forward.")
+    steps: Integer = Field(100, ge=1)
+    forget_rows: Integer = Field(8, ge=1, description="Forget rows per step, over all processes.")
+    retain_rows: Integer = Field(8, ge=1, description="Retain rows per step, over all processes.")
+    micro_batch_rows: Integer | None = Field(
+        None, ge=1, description="Forget (and retain) rows per process and forward."
+    )
     zero_stage: Literal[1, 2, 3] = 3
-    ds_config: str | None = Field(None, description="DeepSpeed JSON file whose keys are added (see ds_configs/).")
+    ds_config: PathText | None = Field(None, description="DeepSpeed JSON file whose keys are added (see ds_configs/).")
     optimizer: OptimizerConfig = OptimizerConfig()
     rmu: RMUConfig = RMUConfig()
     npo: NPOConfig = NPOConfig()
@@ -339,16 +387,16 @@ class UnlearningConfig(Section):
     trainable: TrainableConfig = TrainableConfig()
     seuf: SEUFConfig | None = Field(None, description="The baseline SEUF, with any losses; default: off.")
     grip: GRIPConfig | None = Field(None, description="The baseline GRIP, with any losses; default: off.")
-    save_every: int = Field(50, ge=1, description="Steps between checkpoints; the last step is always saved.")
-    keep: int = Field(2, ge=2, description="Checkpoints kept; never fewer than the newest two.")
-    keep_every: int | None = Field(None, ge=1, description="Steps that are a multiple of this are never pruned.")
+    save_every: Integer = Field(50, ge=1, description="Steps between checkpoints; the last step is always saved.")
+    keep: Integer = Field(2, ge=2, description="Checkpoints kept; never fewer than the newest two.")
+    keep_every: Integer | None = Field(None, ge=1, description="Steps that are a multiple of this are never pruned.")
     resume: Literal["auto", "required", "never", "replace"] = Field(
         "auto",
         description="auto: go on from the newest complete checkpoint, if there is one; required: refuse to start "
         "without one; never: delete what is there and start; replace: as auto, but delete the checkpoints of another "
         "job (other data, settings or seed), which auto and required refuse.",
     )
-    log_every: int = Field(1, ge=1)
+    log_every: Integer = Field(1, ge=1)
 
     @model_validator(mode="before")
     @classmethod
@@ -380,7 +428,7 @@ class UnlearningConfig(Section):
 class ConversionConfig(Section):
     dtype: Literal["bf16", "fp32", "same"] = Field("same", description="same: the run's model.dtype.")
     max_shard_size: str = "5GB"
-    step: int | None = Field(None, ge=1, description="Checkpoint to convert; default: the newest.")
+    step: Integer | None = Field(None, ge=1, description="Checkpoint to convert; default: the newest.")
 
 
 class TaskConfig(Section):
@@ -388,10 +436,12 @@ class TaskConfig(Section):
 
     name: Name
     type: Literal["choice", "verbatim", "perplexity", "knowmem", "membership", "extraction", "lm_eval"]
-    path: str = Field("", description="The task's file; an lm_eval task without one is read from the hub.")
+    path: PathText = Field("", description="The task's file; an lm_eval task without one is read from the hub.")
     role: Literal["forget", "utility"]
-    examples: str | None = Field(None, description="knowmem: file of the solved questions in the prompt (MUSE: ten).")
-    holdout: str | None = Field(None, description="membership: texts like the members that no model ever saw.")
+    examples: PathText | None = Field(
+        None, description="knowmem: file of the solved questions in the prompt (MUSE: ten)."
+    )
+    holdout: PathText | None = Field(None, description="membership: texts like the members that no model ever saw.")
     task: str | None = Field(None, description="lm_eval: its name there, such as wmdp_bio or mmlu.")
 
     @model_validator(mode="after")
@@ -407,24 +457,24 @@ class TaskConfig(Section):
 class RelearningConfig(Section):
     """The relearning attack: fine-tune on a share of the forget corpus and score in between."""
 
-    share: float = Field(0.1, gt=0, le=1, description="Share of the forget rows that the attacker has.")
-    steps: int = Field(20, ge=1)
-    rows: int = Field(8, ge=1, description="Rows a step.")
-    lr: float = Field(1e-4, gt=0)
-    score_every: int = Field(5, ge=1)
+    share: Number = Field(0.1, gt=0, le=1, description="Share of the forget rows that the attacker has.")
+    steps: Integer = Field(20, ge=1)
+    rows: Integer = Field(8, ge=1, description="Rows a step.")
+    lr: Number = Field(1e-4, gt=0, le=100)
+    score_every: Integer = Field(5, ge=1)
 
 
 class EvaluationConfig(Section):
     tasks: list[TaskConfig] = Field(default_factory=list)
-    models: dict[Name, str] = Field(
+    models: dict[Name, PathText] = Field(
         default_factory=dict,
         description="Further models scored beside the original and the unlearned one, for example {gold: PATH}.",
     )
     retrained: str = Field(
         "gold", description="Which of the models was trained without the forget set: PrivLeak is measured against it."
     )
-    batch_rows: int = Field(64, ge=1)
-    nproc: int = Field(1, ge=1, description="Local processes when started bare; each holds a whole model.")
+    batch_rows: Integer = Field(64, ge=1)
+    nproc: Integer = Field(1, ge=1, description="Local processes when started bare; each holds a whole model.")
     checkpoints: bool = Field(False, description="Also score every kept checkpoint: the forgetting-utility curve.")
     relearning: RelearningConfig | None = Field(
         None, description="Attack the unlearned (and the retrained) model so; the weights need their gradients too."
@@ -433,8 +483,8 @@ class EvaluationConfig(Section):
         False, description="Attack them by sending forget queries through other experts than the router's."
     )
     drift: bool = Field(True, description="Routing drift of the unlearned model on both corpora.")
-    drift_rows: int = Field(256, ge=1, description="Rows of each corpus used for the drift.")
-    max_new_tokens: int = Field(128, ge=1, description="verbatim: tokens generated.")
+    drift_rows: Integer = Field(256, ge=1, description="Rows of each corpus used for the drift.")
+    max_new_tokens: Integer = Field(128, ge=1, description="verbatim: tokens generated.")
 
 
 class ReportConfig(Section):
@@ -450,7 +500,7 @@ class BenchConfig(Section):
     regime: Literal["standard", "scarce", "absent", "entangled"] | None = Field(
         None, description="Make the demo's inputs of this regime for every seed; null: the recipe names its own."
     )
-    seeds: list[int] = Field(default_factory=lambda: [0, 1, 2, 3, 4, 5], min_length=2)
+    seeds: list[Seed] = Field(default_factory=lambda: [0, 1, 2, 3, 4, 5], min_length=2)
     baseline: str = Field("uniform", description="The method all others are compared with.")
     methods: dict[Name, dict[str, Any]] = Field(description="Name -> {dotted.key: value}.", min_length=2)
     losses: dict[Name, dict[str, Any]] = Field(
@@ -462,11 +512,11 @@ class BenchConfig(Section):
     grids: dict[str, dict[str, list[Any]]] = Field(
         default_factory=dict, description="Other values for one METHOD, one LOSS, or one 'LOSS METHOD' (wins last)."
     )
-    score_every: int = Field(10, ge=1, description="Steps between scores; the last step is always scored.")
+    score_every: Integer = Field(10, ge=1, description="Steps between scores; the last step is always scored.")
     score_at_end: list[str] = Field(
         default_factory=list, description="Tasks scored after the last step only (scoring is most of a run's time)."
     )
-    margin: float = Field(0.03, ge=0, description="Forgotten: the forget score is at most the gold model's plus this.")
+    margin: Number = Field(0.03, ge=0, description="Forgotten: the forget score is at most the gold model's plus this.")
     forget: str = Field(description="'TASK METRIC' that says what is forgotten (lower is more).")
     utility: list[str] = Field(
         min_length=1,
@@ -498,7 +548,7 @@ class Config(Section):
     """A whole run. ``variants`` are further runs that differ only in the named keys (a fair comparison)."""
 
     name: Name
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
     model: ModelConfig
     data: DataConfig
     distributed: DistributedConfig = DistributedConfig()

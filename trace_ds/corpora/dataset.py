@@ -14,14 +14,13 @@ import numpy as np
 import pyarrow as pa
 
 from trace_ds.corpora.pack import PackedRow, counted_positions
-from trace_ds.corpora.read import Document
 
 if TYPE_CHECKING:
     import torch
 
 CHUNK_TOKENS = 1 << 16
 ROWS_PER_BATCH = 1024
-TEXT_START_CHARACTERS = 160
+TEXT_START_READ, TEXT_START_CHARACTERS = 400, 160
 ROW_SCHEMA = pa.schema([("input_ids", pa.list_(pa.int32())), ("document_ids", pa.list_(pa.int32()))])
 DOCUMENT_SCHEMA = pa.schema([("source", pa.string()), ("tokens", pa.int64()), ("text_start", pa.string())])
 
@@ -219,8 +218,10 @@ class DocumentTable:
         self._writer = pa.ipc.new_stream(self._sink, DOCUMENT_SCHEMA)
         self._pending: list[tuple[str, int, str]] = []
 
-    def add(self, document: Document, tokens: int) -> None:
-        self._pending.append((document.source, tokens, " ".join(document.text[:400].split())[:TEXT_START_CHARACTERS]))
+    def add(self, source: str, tokens: int, text_start: str) -> None:
+        """A document by its source, its tokens and how its text begins (:data:`TEXT_START_READ` characters do)."""
+        start = " ".join(text_start[:TEXT_START_READ].split())[:TEXT_START_CHARACTERS]
+        self._pending.append((source, tokens, start))
         if len(self._pending) >= ROWS_PER_BATCH:
             self._flush()
 

@@ -7,7 +7,8 @@ position ids restart), so packing changes no number, only the padding.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -55,7 +56,7 @@ class _OpenRow:
 
 
 def pack(
-    documents: Iterable[list[int]],
+    documents: Iterable[Iterable[Sequence[int]]],
     context_length: int,
     packing: str,
     documents_per_row: int | None,
@@ -64,33 +65,40 @@ def pack(
     """Yield the packed rows of tokenised documents, streaming.
 
     Args:
-        documents: token ids of each document (may be empty; the document keeps its index).
+        documents: token ids of each document, in parts (there may be none; the document keeps its index). Each is used
+            up before the next is asked for, and no more of it than a row and a part is in memory.
         context_length: most tokens of a row.
         packing: ``dense`` (cut wherever a row ends) or ``whole`` (never cut a document that fits into a row).
         documents_per_row: most documents in a row, or None.
         counts: filled while rows are yielded.
     """
     row = _OpenRow()
-    for index, ids in enumerate(documents):
+    for index, parts in enumerate(documents):
         counts.documents += 1
-        if not ids:
+        pieces = (np.asarray(part, dtype=np.int32) for part in parts if len(part))
+        begin, size = [], 0  # as much of the document as decides where it begins
+        for piece in pieces:
+            begin.append(piece)
+            size += len(piece)
+            if packing == "dense" or row.tokens + size > context_length:
+                break
+        if not begin:
             counts.empty_documents += 1
             continue
-        tokens = np.asarray(ids, dtype=np.int32)
-        pieces = 0
-        while len(tokens):
-            room = context_length - row.tokens
-            if documents_per_row is not None and len(row.documents) >= documents_per_row:
-                room = 0
-            if packing == "whole" and room < len(tokens) and row.tokens:
-                room = 0
-            if room == 0:
-                yield _counted(row.close(), counts)
-                continue
-            row.add(tokens[:room], index)
-            tokens = tokens[room:]
-            pieces += 1
-        counts.documents_split += pieces > 1
+        full = row.tokens == context_length or (packing == "whole" and row.tokens + size > context_length)
+        if row.tokens and (full or (documents_per_row is not None and len(set(row.documents)) >= documents_per_row)):
+            yield _counted(row.close(), counts)
+        rows = 1
+        for tokens in itertools.chain(begin, pieces):
+            while len(tokens):
+                room = context_length - row.tokens
+                if room == 0:
+                    yield _counted(row.close(), counts)
+                    rows += 1
+                    continue
+                row.add(tokens[:room], index)
+                tokens = tokens[room:]
+        counts.documents_split += rows > 1
     if row.tokens:
         yield _counted(row.close(), counts)
 

@@ -1,9 +1,13 @@
-"""The tokenizer of a run: loading without remote code, and a fingerprint of its files."""
+"""The tokenizer of a run: loading without remote code, a fingerprint of its files, documents of any size as ids."""
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trace_ds.errors import UserError
 from trace_ds.run.files import canonical_json, sha256_file, sha256_text
@@ -11,25 +15,84 @@ from trace_ds.run.files import canonical_json, sha256_file, sha256_text
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-TOKENIZER_FILES = (
+# What text becomes tokens by, and which of them begin and end a document.
+VOCABULARY_FILES = (
     "tokenizer.json",
     "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tekken.json",
     "vocab.json",
     "vocab.txt",
     "merges.txt",
-    "added_tokens.json",
 )
+TOKENIZER_FILES = (*VOCABULARY_FILES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+
+PIECE_CHARACTERS = 1 << 16  # of a document that is tokenised in one call
+LONGEST_PIECE_CHARACTERS = 1 << 22  # where no place to cut is found earlier
+CONTEXT_CHARACTERS = 256
+BLOCK = 1 << 20
+BATCH_CHARACTERS, BATCH_PIECES = 1 << 20, 256
+# Places where the tokens of what is before and behind rarely depend on each other, in the order they are tried: after
+# the end of a line, before the space between two words, after the end of a sentence, anywhere (in a text without any).
+CUTS = (
+    re.compile(r"(?<=\n)(?=[^\W\d_])"),
+    re.compile(r"(?<=[^\W_])(?= [^\W\d_])"),
+    re.compile(r"(?<=[。！？；，、])(?=\w)"),
+)
+ANYWHERE = re.compile(r"(?<=\S)(?=\S)")
+TRIES = 8
+
+Encode = Callable[[list[str]], list[list[int]]]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of document ``document`` with the characters before it, whose ids are ``before`` and not the part's."""
+
+    document: int
+    text: str
+    before: tuple[int, ...]
 
 
 def tokenizer_fingerprint(path: str | Path) -> str:
     """SHA-256 over the files that define how text becomes tokens; :class:`UserError` when there are none."""
     directory = Path(path)
-    found = {name: sha256_file(directory / name) for name in TOKENIZER_FILES if (directory / name).is_file()}
-    if not found:
+    if not directory.is_dir():
+        fix = "set model.path (or model.tokenizer) to a directory on this machine"
+        raise UserError("there is no directory with a tokenizer", str(path), fix)
+    names = (*TOKENIZER_FILES, *(item.name for item in sorted(directory.glob("*.tiktoken"))))
+    found = {name: sha256_file(directory / name) for name in names if (directory / name).is_file()}
+    if not any(name in VOCABULARY_FILES or name.endswith(".tiktoken") for name in found):
         raise UserError(
             "there is no tokenizer here (tokenizer.json or tokenizer.model)", str(path), "set model.tokenizer"
         )
     return sha256_text(canonical_json(found))
+
+
+def check_tokenizer(path: str | Path, vocabulary: int | None) -> None:
+    """The tokenizer is there, and has no id that a model of ``vocabulary`` embeddings lacks; :class:`UserError`."""
+    tokenizer_fingerprint(path)
+    file = Path(path) / "tokenizer.json"
+    if file.is_file():
+        try:
+            raw = json.loads(file.read_bytes())
+            known = raw["model"].get("vocab", ())
+            ids = known.values() if isinstance(known, dict) else range(len(known))
+            largest = max([-1, *ids, *(token["id"] for token in raw.get("added_tokens") or ())])
+            too_large = vocabulary is not None and largest >= vocabulary
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            reason = f"{type(error).__name__}: {str(error)[:80]}"
+            raise UserError(f"the tokenizer is damaged ({reason})", str(file), "copy it again") from None
+    else:
+        largest = len(load_tokenizer(path)) - 1
+        too_large = vocabulary is not None and largest >= vocabulary
+    if too_large:
+        raise UserError(
+            f"the tokenizer has ids up to {largest}, the model embeddings for {vocabulary} only",
+            str(path),
+            "set model.tokenizer to the model's own",
+        )
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
@@ -39,9 +102,9 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     tokenizer_fingerprint(path)  # a clear error when there is none
     try:
         return AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # the tokenizers library raises bare ones
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"the tokenizer cannot be loaded ({reason})", str(path), "set model.tokenizer") from None
+        raise UserError(f"the tokenizer cannot be loaded ({reason[:200]})", str(path), "set model.tokenizer") from None
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -50,3 +113,93 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
         if token is not None:
             return int(token)
     return 0
+
+
+def encoder(tokenizer: PreTrainedTokenizerBase) -> Encode:
+    """Texts → ids, without special tokens and without anything else that takes memory."""
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        options: dict[str, Any] = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
+        try:
+            return tokenizer(texts, add_special_tokens=False, **options)["input_ids"]
+        except Exception as error:  # a bare one: [UNK] is needed and missing
+            fix = "repair it, or set model.tokenizer"
+            raise UserError(f"the tokenizer fails ({str(error)[:200]})", str(tokenizer.name_or_path), fix) from None
+
+    return encode
+
+
+def encode_documents(documents: Iterable[Iterable[str]], encode: Encode) -> Iterator[tuple[int, list[int]]]:
+    """(document number, ids of its next part): together those of the whole document, which is never in memory.
+
+    A long document is cut where the tokens before and behind do not depend on each other (:func:`cut`). Every document
+    comes at least once.
+
+    Args:
+        documents: each as blocks of text, which are used up one document after the other.
+        encode: texts → ids, as :func:`encoder` gives.
+    """
+    pieces = (piece for number, blocks in enumerate(documents) for piece in cut(number, blocks, encode))
+    batch: list[Piece] = []
+    characters = 0
+    for piece in pieces:
+        batch.append(piece)
+        characters += len(piece.text)
+        if characters >= BATCH_CHARACTERS or len(batch) == BATCH_PIECES:
+            yield from _encoded(batch, encode)
+            batch, characters = [], 0
+    if batch:
+        yield from _encoded(batch, encode)
+
+
+def cut(number: int, blocks: Iterable[str], encode: Encode, size: int = PIECE_CHARACTERS) -> Iterator[Piece]:
+    """The pieces of one document, of about ``size`` characters each.
+
+    A cut needs proof from the tokenizer itself: encoded with :data:`CONTEXT_CHARACTERS` on either side, no token lies
+    across it, the tokens before it are those without what follows, and the tokens behind it are the same with a
+    shorter context. Each piece is encoded behind that context, whose ids are then taken away: a tokenizer that treats
+    the start of a text differently (a space put before it) sees no start there.
+    """
+    text, context, target = "", "", size
+    before: tuple[int, ...] = ()
+    for more in (block[begin : begin + BLOCK] for block in blocks for begin in range(0, len(block), BLOCK)):
+        text += more
+        while len(text) >= target + CONTEXT_CHARACTERS:
+            place = _place(context, text, target, encode)
+            if place is None:
+                if target >= LONGEST_PIECE_CHARACTERS:
+                    raise UserError(
+                        f"a document has {target:,} characters that cannot be tokenised in pieces",
+                        f"{text[:40]!r}…",
+                        "cut it into documents",
+                    )
+                target *= 2
+                continue
+            end, context_ids = place
+            yield Piece(number, context + text[:end], before)
+            context = (context + text[:end])[-CONTEXT_CHARACTERS:]
+            text, before, target = text[end:], context_ids, size
+    yield Piece(number, context + text, before)
+
+
+def _place(context: str, text: str, target: int, encode: Encode) -> tuple[int, tuple[int, ...]] | None:
+    """The last good place to cut in the second half of ``text[:target]``, and the ids of the context before it."""
+    first = target // 2
+    for pattern in (*CUTS, *([ANYWHERE] if target >= LONGEST_PIECE_CHARACTERS else [])):
+        places = [found.start() for found in pattern.finditer(text, first, target)][-TRIES:]
+        for place in reversed(places):
+            left, right = (context + text[:place])[-CONTEXT_CHARACTERS:], text[place : place + CONTEXT_CHARACTERS]
+            near = left[-CONTEXT_CHARACTERS // 4 :]
+            alone, both, near_alone, near_both = encode([left, left + right, near, near + right])
+            whole = both[: len(alone)] == alone and near_both[: len(near_alone)] == near_alone
+            if whole and both[len(alone) :] == near_both[len(near_alone) :]:
+                return place, tuple(alone)
+    return None
+
+
+def _encoded(batch: list[Piece], encode: Encode) -> Iterator[tuple[int, list[int]]]:
+    for piece, ids in zip(batch, encode([piece.text for piece in batch]), strict=True):
+        if tuple(ids[: len(piece.before)]) != piece.before:
+            what = "this tokenizer does not tokenise a long document in pieces as it does the whole"
+            raise UserError(what, f"{piece.text[:40]!r}…", "cut it into documents of fewer than 65,536 characters")
+        yield piece.document, ids[len(piece.before) :]

@@ -12,6 +12,7 @@ that names the file and the line. No torch here: checking is instant.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,9 +20,17 @@ from pathlib import Path
 from typing import Any
 
 from trace_ds.config.schema import CorpusFile, TaskConfig
-from trace_ds.corpora.read import Document, read_documents
+from trace_ds.corpora.read import (
+    Document,
+    json_lines,
+    parquet_records,
+    read_documents,
+    refuse_surrogates,
+    source_name,
+)
 from trace_ds.errors import UserError
 from trace_ds.run.files import canonical_json, sha256_file, sha256_text
+from trace_ds.terminal import plain
 
 CHOICES = 4
 BEGINNING = 200  # characters of a text that are kept in the log of its item
@@ -165,7 +174,9 @@ def read_choice_items(path: str | Path, prompt_key: str = "prompt") -> list[Choi
             raise UserError(
                 f"the answer {answer!r} is out of range", where, f"use the index of the right choice, 0 … {CHOICES - 1}"
             )
-        items.append(ChoiceItem(_id(record, line), prompt, tuple(choices), answer, _source(record, path)))
+        items.append(
+            ChoiceItem(_id(record, line), prompt, tuple(choices), answer, source_name(record, Path(path), where))
+        )
     return items
 
 
@@ -176,7 +187,7 @@ def read_verbatim_items(path: str | Path) -> list[VerbatimItem]:
             _id(record, line),
             _text(record, "prompt", where),
             _text(record, "continuation", where),
-            _source(record, path),
+            source_name(record, Path(path), where),
         )
         for where, line, record in _records(path)
     ]
@@ -191,7 +202,7 @@ def read_question_items(path: str | Path) -> list[QuestionItem]:
         answers = answers if isinstance(answers, list) else [answers]
         if not answers or not all(isinstance(answer, str) and answer.strip() for answer in answers):
             raise UserError("the answer is missing", where, "add 'answer': a text, or a list of accepted texts")
-        items.append(QuestionItem(_id(record, line), question, tuple(answers), _source(record, path)))
+        items.append(QuestionItem(_id(record, line), question, tuple(answers), source_name(record, Path(path), where)))
     return items
 
 
@@ -201,56 +212,34 @@ def _records(path: str | Path) -> Iterator[tuple[str, int, dict[str, Any]]]:
     kind = Path(path).suffix
     if kind == ".csv":
         raise UserError("a CSV cell holds no list of choices", str(path), "convert the file to JSONL")
-    rows = _parquet_rows(path) if kind == ".parquet" else _json_rows(path) if kind == ".json" else _lines(path)
+    file = Path(path)
     found = False
-    for number, record in rows:
-        where = f"{path}:{number}"
-        if not isinstance(record, dict):
-            raise UserError("the line is not a JSON object", where, "one JSON object per line")
+    for number, record in parquet_records(file) if kind == ".parquet" else _json_records(file):
         found = True
-        yield where, number, record
+        yield f"{path}:{number}", number, record
     if not found:
         raise UserError("the task file is empty", str(path), "a metric over no items means nothing: add items")
 
 
-def _lines(path: str | Path) -> Iterator[tuple[int, Any]]:
-    with Path(path).open("rb") as handle:
-        for number, line in enumerate(handle, 1):
-            if not line.strip():
-                continue
-            where = f"{path}:{number}"
-            try:
-                yield number, json.loads(line.decode("utf-8"))
-            except UnicodeDecodeError as error:
-                raise UserError(
-                    f"not UTF-8 (byte {error.start} of the line)", where, "convert the file to UTF-8"
-                ) from None
-            except (ValueError, RecursionError):
-                raise UserError("the line is not a JSON object", where, "one JSON object per line") from None
-
-
-def _json_rows(path: str | Path) -> Iterator[tuple[int, Any]]:
+def _json_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """The objects of a JSON file: an array of them, or one a line."""
-    try:
-        whole = json.loads(Path(path).read_bytes())
-    except (ValueError, RecursionError):
-        whole = None
-    return enumerate(whole, 1) if isinstance(whole, list) else _lines(path)
-
-
-def _parquet_rows(path: str | Path) -> Iterator[tuple[int, Any]]:
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        table = parquet.read_table(path)
-    except (pyarrow.ArrowException, OSError) as error:
-        reason = str(error).strip().splitlines()[0][:200]
-        raise UserError(f"not a Parquet file ({reason})", str(path), "convert or copy it again") from None
-    return enumerate(table.to_pylist(), 1)
+    whole = None
+    if path.suffix == ".json":
+        with contextlib.suppress(ValueError, RecursionError):
+            whole = json.loads(path.read_text(encoding="utf-8-sig"))
+    if not isinstance(whole, list):
+        yield from json_lines(path)
+        return
+    for number, record in enumerate(whole, 1):
+        if not isinstance(record, dict):
+            raise UserError("the item is not a JSON object", f"{path}:{number}", "an array of objects")
+        refuse_surrogates(record, f"{path}:{number}")
+        yield number, record
 
 
 def _require_file(path: str | Path) -> None:
+    if Path(path).is_dir():
+        raise UserError("the task is a folder, not a file", str(path), "name a file in evaluation.tasks")
     if not Path(path).is_file():
         raise UserError("the task file does not exist", str(path), "correct evaluation.tasks in the configuration")
 
@@ -263,8 +252,4 @@ def _text(record: dict[str, Any], key: str, where: str) -> str:
 
 
 def _id(record: dict[str, Any], line: int) -> str:
-    return str(record.get("id", line))
-
-
-def _source(record: dict[str, Any], path: str | Path) -> str:
-    return str(record.get("source") or Path(path).stem)
+    return plain(str(record.get("id", line)))

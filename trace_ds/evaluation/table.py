@@ -6,6 +6,7 @@ from typing import Any
 
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 ARROWS = {"lower": "↓", "higher": "↑", "reference": "→"}  # →: nearest to the reference is best
 TASK_COLUMNS, METRIC_COLUMNS = 22, 18  # characters left for the names of tasks and of metrics
@@ -37,14 +38,15 @@ def score_tables(results: list[dict[str, Any]], width: int = 80) -> list[Table]:
         table.add_column("task", overflow="fold")
         table.add_column("metric", no_wrap=True)
         for result in part:
-            table.add_column(result["model"], justify="right", no_wrap=True)
+            table.add_column(Text(result["model"]), justify="right", no_wrap=True)
         role = None
         for score in scores:
             if role is not None and score["role"] != role:
                 table.add_section()
             role = score["role"]
             values = [_value(result, score["task"], score["metric"]) for result in part]
-            table.add_row(score["task"], f"{score['metric']} {ARROWS[score['direction']]}", *map(_text, values))
+            metric = f"{score['metric']} {ARROWS[score['direction']]}"
+            table.add_row(Text(score["task"]), Text(metric), *map(_text, values))
         if any(result["drift"] for result in part):
             table.add_section()
             for side in ("forget", "retain"):

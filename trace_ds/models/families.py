@@ -91,7 +91,9 @@ def inspect_model(path: str | Path) -> ModelInfo:
     if top_k > experts:
         what = f"{top_k_key} {top_k} is larger than the number of experts ({experts})"
         raise UserError(what, where, "correct it")
-    layers = int(files.config["num_hidden_layers"])
+    layers = files.config.get("num_hidden_layers")
+    if not isinstance(layers, int):
+        raise UserError(f"num_hidden_layers is {layers!r}", where, "copy the model again")
     return ModelInfo(files.path, family, files.config, experts, top_k, layers, model_fingerprint(files))
 
 

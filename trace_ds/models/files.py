@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,6 +36,27 @@ DTYPE_BYTES = {
     **dict.fromkeys(("U32", "I32", "F32"), 4),
     **dict.fromkeys(("U64", "I64", "F64", "C64"), 8),
 }
+MAX_JSON_BYTES = 256 << 20  # an index of a million tensors has half of this
+# What a model's configuration may count, by key: from 1 (0 where marked) to far above any model there is.
+LARGEST = {
+    "num_hidden_layers": 1 << 10,
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads"), 1 << 14),
+    **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"), 1 << 16),
+    **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk"), 1 << 16),
+    **dict.fromkeys(("hidden_size", "intermediate_size", "moe_intermediate_size", "head_dim", "v_head_dim"), 1 << 24),
+    **dict.fromkeys(("vocab_size", "max_position_embeddings"), 1 << 28),
+}
+LARGEST_OR_NONE = {
+    **dict.fromkeys(
+        ("n_shared_experts", "first_k_dense_replace", "decoder_sparse_step", "n_group", "topk_group"), 1 << 16
+    ),
+    **dict.fromkeys(("shared_expert_intermediate_size", "q_lora_rank", "kv_lora_rank"), 1 << 24),
+    **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim", "sliding_window"), 1 << 28),
+}
+# Values of these keys, at any depth, for which transformers has its own code; others name a repository (or stand for
+# one) from which it fetches kernels and runs them.
+BUILT_IN = {"attn": ("eager", "sdpa", "flex_attention"), "experts": ("eager", "grouped_mm", "batched_mm")}
+IMPLEMENTATION = re.compile(r"_?(attn|experts)_implementation(_internal)?")
 COPY_AGAIN = "copy or download the model again"
 
 
@@ -94,10 +117,14 @@ class ModelFiles:
 def read_json_object(path: Path, what: str) -> dict[str, Any]:
     """A JSON file whose top level is an object; :class:`UserError` naming the file otherwise."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise UserError(f"{what} has {path.stat().st_size:,} bytes", str(path), COPY_AGAIN)
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"{what} cannot be read ({error.strerror})", str(path), "check the path") from None
-    except (ValueError, RecursionError) as error:
+    except RecursionError:
+        raise UserError(f"{what} is nested too deep", str(path), COPY_AGAIN) from None
+    except ValueError as error:
         raise UserError(f"{what} is not JSON ({error})", str(path), COPY_AGAIN) from None
     if not isinstance(value, dict):
         raise UserError(f"{what} is not a JSON object", str(path), COPY_AGAIN)
@@ -105,10 +132,13 @@ def read_json_object(path: Path, what: str) -> dict[str, Any]:
 
 
 def read_model_config(path: str | Path) -> dict[str, Any]:
-    """The ``config.json`` of a model directory; :class:`UserError` when the directory or the file is not
-    there.
+    """The ``config.json`` of a model directory.
+
+    Raises:
+        UserError: the directory or the file is not there; a count in it is none, or beyond any model; a key would
+            make transformers fetch and run code (``auto_map`` is only ignored: nothing here trusts remote code).
     """
-    directory = Path(path).expanduser()
+    directory = Path(path)
     if not directory.is_dir():
         what = "the model path is a file, not a directory" if directory.is_file() else "there is no model directory"
         raise UserError(what, str(directory), "set model.path to a Hugging Face model directory on this machine")
@@ -118,7 +148,43 @@ def read_model_config(path: str | Path) -> dict[str, Any]:
             str(directory),
             "set model.path to a Hugging Face model directory",
         )
-    return read_json_object(directory / CONFIG_NAME, "the model's configuration")
+    config = read_json_object(directory / CONFIG_NAME, "the model's configuration")
+    try:
+        for key, value in _flat(config):
+            _check_key(key, value)
+    except ValueError as error:
+        raise UserError(str(error), str(directory / CONFIG_NAME), "correct it, or copy the model again") from None
+    except RecursionError:
+        raise UserError("the model's configuration is nested too deep", str(directory), COPY_AGAIN) from None
+    return config
+
+
+def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """(key, value) of every value at any depth; what a list holds, and what the sections of an implementation hold
+    (``{"": "sdpa"}``), goes by the key above."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            yield from _flat(item, key if IMPLEMENTATION.fullmatch(key) else name)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _flat(item, key)
+    else:
+        yield key, value
+
+
+def _check_key(key: str, value: Any) -> None:
+    if (found := IMPLEMENTATION.fullmatch(key)) and value is not None and value not in BUILT_IN[found[1]]:
+        known = ", ".join(BUILT_IN[found[1]])
+        raise ValueError(f"{key} {value!r} would make transformers run code from elsewhere (its own: {known})")
+    if key == "transformers_weights" and value is not None:
+        raise ValueError(f"{key} names other weights ({value!r}) than those that are checked")
+    if not isinstance(value, bool | int | float):
+        return
+    largest = LARGEST.get(key, LARGEST_OR_NONE.get(key))
+    if largest is not None and (isinstance(value, bool | float) or not int(key in LARGEST) <= value <= largest):
+        raise ValueError(f"{key} is {str(value)[:20]}, no whole number from {int(key in LARGEST)} to {largest:,}")
+    if abs(value) > 1 << 63 and math.isfinite(value):
+        raise ValueError(f"{key[:40]} is {str(value)[:20]}, beyond 64 bits")
 
 
 def read_model_directory(path: str | Path) -> ModelFiles:
@@ -130,7 +196,7 @@ def read_model_directory(path: str | Path) -> ModelFiles:
         missing
             or truncated (named); the index names a tensor that its shard does not hold.
     """
-    directory = Path(path).expanduser()
+    directory = Path(path)
     config = read_model_config(directory)
     index_path = directory / INDEX_NAME
     if index_path.is_file():

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
+
+from trace_ds.errors import UserError
 
 
 def launched(environment: Mapping[str, str] = os.environ) -> bool:
@@ -23,7 +25,11 @@ def launched(environment: Mapping[str, str] = os.environ) -> bool:
 
 
 def rank_and_size(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
-    """What the launcher says of this process's rank and of the number of ranks; (0, 1) without one."""
+    """What the launcher says of this process's rank and of the number of ranks; (0, 1) without one.
+
+    Raises:
+        UserError: that is no number, or the rank is none of so many.
+    """
     for rank, size in (
         ("RANK", "WORLD_SIZE"),
         ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
@@ -31,7 +37,7 @@ def rank_and_size(environment: Mapping[str, str] = os.environ) -> tuple[int, int
         ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
     ):
         if rank in environment and size in environment:
-            return int(environment[rank]), int(environment[size])
+            return _place(rank, environment[rank], size, environment[size])
     return 0, 1
 
 
@@ -43,9 +49,53 @@ def local_rank_and_size(environment: Mapping[str, str] = os.environ) -> tuple[in
         ("SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),  # "4(x2),3": 4 on two machines, 3 on a third
     ):
         if rank in environment and size in environment:
-            counts = [int(item.partition("(")[0]) for item in environment[size].split(",")]
-            return int(environment[rank]), max(counts)
+            counts = [item.partition("(")[0] for item in environment[size].split(",")]
+            return _place(rank, environment[rank], size, max(counts, key=lambda count: (len(count), count)))
     return 0, 1
+
+
+def _place(rank_name: str, rank: str, size_name: str, size: str) -> tuple[int, int]:
+    if not (rank.isascii() and rank.isdigit() and size.isascii() and size.isdigit() and int(rank) < int(size) < 10**9):
+        what = f"{rank_name}={rank[:40]!r} is no rank of {size_name}={size[:40]!r}"
+        raise UserError(what, "the environment", "start through torchrun, deepspeed, srun or mpirun, or unset both")
+    return int(rank), int(size)
+
+
+def complete_launch(environment: MutableMapping[str, str], accelerators: int, on_machine: int) -> None:
+    """Make what a launcher said complete: which device of its own a process uses (LOCAL_RANK), and whom it meets.
+
+    A process that sees one device of several (``srun --gpus-per-task=1``) uses that one, whatever its number on the
+    machine. DeepSpeed takes an environment that is not complete for that of MPI, and would go on alone.
+
+    Args:
+        environment: changed in place.
+        accelerators: devices that this process sees.
+        on_machine: devices of the machine, whoever may use them (0: unknown).
+
+    Raises:
+        UserError: RANK and WORLD_SIZE say that there are other processes, and LOCAL_RANK, MASTER_ADDR or MASTER_PORT
+            is missing and cannot be told.
+    """
+    if "RANK" not in environment or "WORLD_SIZE" not in environment:
+        return
+    _, size = rank_and_size(environment)
+    fix = "start through torchrun, deepspeed, srun or mpirun, or export what is missing"
+    if "LOCAL_RANK" not in environment:
+        if size > 1 and accelerators > 1:
+            what = f"RANK and WORLD_SIZE are set, LOCAL_RANK is not, and {accelerators} devices are visible"
+            raise UserError(what, "the environment", fix)
+        environment["LOCAL_RANK"] = "0"
+    if not (environment["LOCAL_RANK"].isascii() and environment["LOCAL_RANK"].isdigit()):
+        raise UserError(f"LOCAL_RANK={environment['LOCAL_RANK'][:40]!r} is no local rank", "the environment", fix)
+    local_rank = int(environment["LOCAL_RANK"])
+    local_size = max(local_rank_and_size(environment)[1], local_rank + 1)
+    if accelerators == 1 and local_size > 1 and (on_machine >= local_size or "SLURM_GPUS_PER_TASK" in environment):
+        environment["LOCAL_RANK"], environment["LOCAL_WORLD_SIZE"] = "0", "1"
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if name not in environment:
+            if size > 1:
+                raise UserError(f"RANK and WORLD_SIZE are set, {name} is not", "the environment", fix)
+            environment[name] = "127.0.0.1" if name == "MASTER_ADDR" else str(free_port())
 
 
 def accelerator_count(environment: Mapping[str, str] = os.environ, devices: Path = Path("/dev")) -> int:
@@ -55,11 +105,16 @@ def accelerator_count(environment: Mapping[str, str] = os.environ, devices: Path
 
 def accelerator_names(environment: Mapping[str, str] = os.environ, devices: Path = Path("/dev")) -> list[str]:
     """Those GPUs as CUDA_VISIBLE_DEVICES names them: what is inherited there, else their numbers."""
-    found = sum(path.name.removeprefix("nvidia").isdigit() for path in devices.glob("nvidia*"))
+    found = machine_accelerators(devices)
     visible = environment.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return [str(number) for number in range(found)]
     return [name.strip() for name in visible.split(",") if name.strip() not in ("", "-1")][:found]
+
+
+def machine_accelerators(devices: Path = Path("/dev")) -> int:
+    """NVIDIA GPUs of the machine, whoever may use them."""
+    return sum(path.name.removeprefix("nvidia").isdigit() for path in devices.glob("nvidia*"))
 
 
 def free_port() -> int:

@@ -21,7 +21,13 @@ import torch
 import torch.distributed as dist
 
 from trace_ds.errors import UserError
-from trace_ds.parallel.environment import free_port, launched, local_rank_and_size
+from trace_ds.parallel.environment import (
+    complete_launch,
+    free_port,
+    launched,
+    local_rank_and_size,
+    machine_accelerators,
+)
 
 T = TypeVar("T")
 
@@ -167,6 +173,12 @@ def join(threads: int, timeout_minutes: float, *, on_cpu: bool = False) -> World
     torch.set_num_threads(threads)
     deepspeed = quiet_deepspeed()
     cuda = torch.cuda.is_available() and not on_cpu
+    try:
+        complete_launch(os.environ, torch.cuda.device_count() if cuda else 0, machine_accelerators())
+    except UserError:
+        if os.environ["RANK"].isdigit() and int(os.environ["RANK"]):  # the main process says it
+            raise AgreedError from None
+        raise
     if cuda:
         check_local_processes(torch.cuda.device_count())
     if not dist.is_initialized():
@@ -191,7 +203,7 @@ def check_local_processes(accelerators: int, environment: Mapping[str, str] = os
     raise UserError(
         f"{size} processes on this machine, each of which sees {accelerators} accelerators",
         "the launcher",
-        f"start at most {accelerators} a machine, and let each see all its accelerators (no --gpus-per-task)",
+        f"start at most {accelerators} a machine, and let each see all its accelerators, or one of its own",
     )
 
 

@@ -100,8 +100,9 @@ def check_early(verb: str, request: Request, world_size: int | None = None) -> N
         world_size: processes of the job when it is to run elsewhere; None: it runs here, as configured.
     """
     from trace_ds.corpora.read import check_files
-    from trace_ds.corpora.tokenizer import tokenizer_fingerprint
+    from trace_ds.corpora.tokenizer import check_tokenizer
     from trace_ds.models.families import check_expert_parallel, inspect_model
+    from trace_ds.models.files import read_model_config
     from trace_ds.parallel.launch import check_process_count
     from trace_ds.stages.evaluate import needs_data
 
@@ -125,8 +126,10 @@ def check_early(verb: str, request: Request, world_size: int | None = None) -> N
         from trace_ds.run import artefact
 
         artefact.load(run.data, "data", "prepare CONFIG", verify=False)
+    if verb in ("run", "prepare", *LAUNCHABLE):
+        vocabulary = read_model_config(config.model.path).get("vocab_size")
+        check_tokenizer(config.model.tokenizer or config.model.path, vocabulary)
     if verb in ("run", "prepare"):
-        tokenizer_fingerprint(config.model.tokenizer or config.model.path)
         for side in config.data.sides:
             check_files(getattr(config.data, side), f"data.{side}")
     if verb in ("run", "evaluate"):

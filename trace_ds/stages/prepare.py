@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
 from trace_ds.config.schema import Config, CorpusFile
-from trace_ds.corpora.dataset import DocumentTable, write_rows
+from trace_ds.corpora.dataset import TEXT_START_READ, DocumentTable, write_rows
 from trace_ds.corpora.pack import PackingCounts, pack
-from trace_ds.corpora.read import check_files, corpus_fingerprint, read_documents
-from trace_ds.corpora.tokenizer import load_tokenizer, tokenizer_fingerprint
+from trace_ds.corpora.read import check_files, corpus_fingerprint, read_streams
+from trace_ds.corpora.tokenizer import encode_documents, encoder, load_tokenizer, tokenizer_fingerprint
 from trace_ds.errors import UserError
 from trace_ds.run import artefact, ours
 from trace_ds.run.directory import RunDirectory
 from trace_ds.run.files import replacing_directory
 from trace_ds.run.log import stage_log
-
-DOCUMENTS_PER_CALL = 256
 
 
 def prepare(config: Config, run: RunDirectory) -> artefact.Artefact:
@@ -54,22 +54,31 @@ def _prepare_side(
     eos = [tokenizer.eos_token_id] if config.data.add_eos and tokenizer.eos_token_id is not None else []
     table = DocumentTable(directory / f"{side}_documents.arrow")
 
-    def tokenised() -> Iterator[list[int]]:
-        pending = []
-        for document in read_documents(files):
-            pending.append(document)
-            if len(pending) == DOCUMENTS_PER_CALL:
-                yield from encode(pending)
-                pending = []
-        if pending:
-            yield from encode(pending)
+    known: deque[tuple[str, str]] = deque()  # source and beginning of the documents read and not yet written
 
-    def encode(documents: list) -> Iterator[list[int]]:
-        encoded = tokenizer([document.text for document in documents], add_special_tokens=False)["input_ids"]
-        for document, ids in zip(documents, encoded, strict=True):
-            ids = bos + list(ids) + eos if ids else []
-            table.add(document, len(ids))
+    def texts() -> Iterator[Iterator[str]]:
+        for stream in read_streams(files):
+            blocks = iter(stream.blocks)
+            first = next(blocks, "")
+            known.append((stream.source, first[:TEXT_START_READ]))
+            yield itertools.chain([first], blocks)
+
+    def tokenised() -> Iterator[Iterator[list[int]]]:
+        parts = encode_documents(texts(), encoder(tokenizer))
+        for _, group in itertools.groupby(parts, key=lambda part: part[0]):
+            yield document(ids for _, ids in group)
+
+    def document(parts: Iterator[list[int]]) -> Iterator[list[int]]:
+        tokens = 0
+        for ids in parts:
+            if ids and not tokens:
+                ids = bos + ids
+            tokens += len(ids)
             yield ids
+        if tokens:
+            yield eos
+        source, start = known.popleft()
+        table.add(source, tokens + len(eos) if tokens else 0, start)
 
     counts = PackingCounts()
     try:

@@ -1,0 +1,209 @@
+"""A long document in pieces has the ids of the whole, whatever the tokenizer; the fingerprint covers what decides."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from trace_ds.corpora.tokenizer import (
+    Encode,
+    check_tokenizer,
+    cut,
+    encode_documents,
+    encoder,
+    load_tokenizer,
+    tokenizer_fingerprint,
+)
+from trace_ds.errors import UserError
+
+# How the families cut text into words, before merges: (normalizers, pre-tokenizers), by the names of the library.
+GPT2: list[tuple[str, Any]] = [("ByteLevel", {"add_prefix_space": False})]
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+    r"\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+O200K = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+BYTES = ("ByteLevel", {"add_prefix_space": False, "use_regex": False})
+KINDS: dict[str, tuple[str, list[tuple[str, Any]], list[tuple[str, Any]]]] = {
+    "gpt2, olmoe": ("BPE", [], GPT2),
+    "mixtral: no words at all": (
+        "BPE",
+        [("Prepend", {"prepend": "▁"}), ("Replace", {"pattern": " ", "content": "▁"})],
+        [],
+    ),
+    "metaspace, first": ("BPE", [], [("Metaspace", {"prepend_scheme": "first", "split": False})]),
+    "llama 3, qwen": ("BPE", [("NFC", {})], [("Split", {"pattern": LLAMA3, "behavior": "isolated"}), BYTES]),
+    "gpt-oss": ("BPE", [], [("Split", {"pattern": O200K, "behavior": "isolated"}), BYTES]),
+    "deepseek": (
+        "BPE",
+        [],
+        [
+            ("Split", {"pattern": r"[\r\n]", "behavior": "isolated"}),
+            ("Split", {"pattern": r"\s?[A-Za-zµÀ-ÖØ-ö]+", "behavior": "isolated"}),
+            ("Split", {"pattern": r"\s?[!-/:-~！-／]+", "behavior": "isolated"}),
+            ("Split", {"pattern": r"\s+$", "behavior": "isolated"}),
+            ("Split", {"pattern": r"[一-龥ࠀ-一가-퟿]+", "behavior": "isolated"}),
+            ("Digits", {"individual_digits": True}),
+            BYTES,
+        ],
+    ),
+    "t5: unigram": ("Unigram", [("NFKC", {})], [("Metaspace", {})]),
+    "bert": ("WordPiece", [("BertNormalizer", {})], [("BertPreTokenizer", {})]),
+}
+SCRAPS = st.one_of(
+    st.sampled_from(
+        [*tiny.WORDS, " ", "  ", "\n", "\n\n", "\r\n", "\t", " \n ", ". ", "。", "；", "'s", "/", "!\n", "12345"]
+    ),
+    st.sampled_from(
+        ["金的符号是什么", "日本語", "é", "e\u0301", "👩‍🚀", "(x+1)", "▁", "    if ", "<s>", "\u00a0", "ﬁ"]
+    ),
+    st.text(max_size=6),
+)
+TEXTS = st.lists(st.one_of(SCRAPS, st.sampled_from(tiny.WORDS).map(lambda word: f" {word}")), max_size=400).map("".join)
+
+
+@cache
+def tokenizer_of(kind: str) -> Encode:
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    def made(module: Any, parts: list[tuple[str, Any]]) -> Any:
+        found = []
+        for name, options in parts:
+            if name == "Split":
+                options = options | {"pattern": Regex(options["pattern"])}
+            found.append(getattr(module, name)(**options))
+        return module.Sequence(found) if found else None
+
+    model, normalizer, words = KINDS[kind]
+    trainer = {"BPE": trainers.BpeTrainer, "Unigram": trainers.UnigramTrainer, "WordPiece": trainers.WordPieceTrainer}
+    tokenizer = Tokenizer(getattr(models, model)())
+    if normalizer:
+        tokenizer.normalizer = made(normalizers, normalizer)
+    texts = [
+        " ".join(tiny.WORDS),
+        "金的符号是铁 日本語 (x+1) 12345 it's\n" * 3,
+        "\n    if gold:\n        iron\n" * 3,
+    ] * 3
+    options: dict[str, Any] = {
+        "special_tokens": ["<s>", "</s>", "<unk>", "[UNK]"],
+        "show_progress": False,
+        "vocab_size": 500,
+    }
+    if model == "Unigram":
+        options["unk_token"] = "<unk>"
+    if model != "WordPiece":
+        options["initial_alphabet"] = pre_tokenizers.ByteLevel.alphabet()
+    if words:
+        tokenizer.pre_tokenizer = made(pre_tokenizers, words)
+        tokenizer.train_from_iterator(texts, trainer[model](**options))
+    else:  # as SentencePiece trains: tokens within words; used without any
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+        tokenizer.train_from_iterator(texts, trainer[model](**options))
+        tokenizer.pre_tokenizer = None  # type: ignore[assignment]
+    return encoder(PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(text=TEXTS, size=st.sampled_from([64, 200, 1000]))
+def test_pieces_have_the_ids_of_the_whole(kind: str, text: str, size: int) -> None:
+    encode = tokenizer_of(kind)
+    blocks = [text[:100], text[100:101], "", text[101:]]
+    found: list[int] = []
+    for piece in cut(0, blocks, encode, size):
+        ids = encode([piece.text])[0]
+        assert tuple(ids[: len(piece.before)]) == piece.before
+        found += ids[len(piece.before) :]
+    assert found == encode([text])[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ordinary_text_is_cut(kind: str) -> None:
+    """The test above would pass if nothing was ever cut."""
+    text = "\n".join(tiny.sentences(400, 0, tiny.WORDS))
+    pieces = list(cut(0, [text], tokenizer_of(kind), 1000))
+    assert max(len(piece.text) for piece in pieces) <= 1000 + 2 * 256 and len(pieces) >= len(text) // 1000
+
+
+def test_documents_keep_their_numbers(tmp_path: Path) -> None:
+    tiny.make_tokenizer(tmp_path)
+    encode = encoder(load_tokenizer(tmp_path))
+    texts = ["iron gold", "", "\n".join(tiny.sentences(6000, 1, tiny.WORDS)), "lead", ""]
+    assert len(texts[2]) > 3 << 16
+
+    def blocks(text: str) -> Iterator[str]:
+        yield from (text[begin : begin + 50_000] for begin in range(0, len(text), 50_000))
+
+    found: dict[int, list[int]] = {}
+    for number, ids in encode_documents(map(blocks, texts), encode):
+        found.setdefault(number, []).extend(ids)
+    assert found == dict(enumerate(encode(texts)))
+
+
+def test_a_text_without_any_place_to_cut_is_cut_between_equal_tokens_or_refused(tmp_path: Path) -> None:
+    import trace_ds.corpora.tokenizer as module
+
+    tiny.make_tokenizer(tmp_path)
+    encode = encoder(load_tokenizer(tmp_path))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "LONGEST_PIECE_CHARACTERS", 1 << 12)
+        text = "iron" * 5000
+        ids = [i for p in cut(0, [text], encode, 1024) for i in encode([p.text])[0][len(p.before) :]]
+        assert ids == encode([text])[0]
+        with pytest.raises(UserError, match="4,096 characters that cannot be tokenised in pieces"):
+            list(cut(0, [" " * 20_000], encode, 1024))
+
+
+FILES = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt"]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_file_that_decides_ids_is_in_the_fingerprint(tmp_path: Path, name: str) -> None:
+    tiny.make_tokenizer(tmp_path)
+    before = tokenizer_fingerprint(tmp_path)
+    (tmp_path / "README.md").write_text("no tokenizer")
+    assert tokenizer_fingerprint(tmp_path) == before
+    (tmp_path / name).write_text("{}")
+    assert tokenizer_fingerprint(tmp_path) != before
+
+
+DAMAGES = [
+    (lambda raw: "{", "the tokenizer is damaged (JSONDecodeError"),
+    (lambda raw: "[]", "the tokenizer is damaged"),
+    (lambda raw: "[" * 100_000, "the tokenizer is damaged (RecursionError"),
+    (lambda raw: json.dumps(raw | {"model": None}), "the tokenizer is damaged"),
+    (lambda raw: json.dumps(raw | {"added_tokens": [{"id": "x"}]}), "the tokenizer is damaged"),
+    (lambda raw: json.dumps(raw | {"added_tokens": [{"id": 300}]}), "ids up to 300, the model embeddings for 300 only"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), DAMAGES)
+def test_damaged_and_too_large_tokenizers(tmp_path: Path, change: Any, message: str) -> None:
+    tiny.make_tokenizer(tmp_path)
+    check_tokenizer(tmp_path, 300)
+    file = tmp_path / "tokenizer.json"
+    file.write_text(change(json.loads(file.read_text())))
+    with pytest.raises(UserError) as error:
+        check_tokenizer(tmp_path, 300)
+    assert message in error.value.line()
+
+
+def test_a_tokenizer_that_only_its_library_finds_damaged(tmp_path: Path) -> None:
+    tiny.make_tokenizer(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"pre_tokenizer": {"type": "Nonsense"}}))
+    with pytest.raises(UserError, match="the tokenizer cannot be loaded"):
+        load_tokenizer(tmp_path)
+    shutil.rmtree(tmp_path)
+    with pytest.raises(UserError, match="there is no directory with a tokenizer"):
+        load_tokenizer(tmp_path)
