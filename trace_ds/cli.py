@@ -28,7 +28,6 @@ FIXES = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), _ROOM),
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), _ALLOW),
     errno.ENAMETOOLONG: "use a shorter path: a file's name has at most 255 bytes",
-    errno.ELOOP: "correct the links, which lead around in a circle",
 }
 LAUNCHED = ("collect", "unlearn", "evaluate")
 ONE_PROCESS = ("prepare", "calibrate", "convert", "report", "run", "submit", "demo", "bench")
