@@ -115,7 +115,10 @@ def test_a_rank_that_dies_ends_the_job(calibrated: tuple[Path, Path], tmp_path: 
 
 
 @pytest.mark.slow
-def test_sigterm_saves_and_exits_75_and_the_rerun_goes_on(calibrated: tuple[Path, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["SIGTERM to the command", "Ctrl-C to all its processes"])
+def test_a_signal_saves_and_exits_75_and_the_rerun_goes_on(
+    calibrated: tuple[Path, Path], tmp_path: Path, how: str
+) -> None:
     config, run = calibrated[0], tmp_path / "run"
     shutil.copytree(calibrated[1], run)
     process = subprocess.Popen(
@@ -124,12 +127,16 @@ def test_sigterm_saves_and_exits_75_and_the_rerun_goes_on(calibrated: tuple[Path
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
     log = run / "logs" / "unlearn.jsonl"
     while not log.exists() or '"step": 3,' not in log.read_text():
         assert process.poll() is None
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
+    if how.startswith("SIGTERM"):
+        process.send_signal(signal.SIGTERM)
+    else:  # as a terminal does
+        os.killpg(process.pid, signal.SIGINT)
     errors = process.communicate(timeout=120)[1]
     assert process.returncode == 75, errors
     assert "stopped after step" in errors

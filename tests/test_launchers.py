@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -13,8 +16,9 @@ import tiny
 from command import run, tree
 
 from trace_ds.config.load import load_config
-from trace_ds.errors import UserError
+from trace_ds.errors import StopRequested, UserError
 from trace_ds.parallel.environment import free_port, launched
+from trace_ds.parallel.launch import run_processes
 from trace_ds.parallel.world import AgreedError, check_local_processes
 from trace_ds.run.directory import RunDirectory
 from trace_ds.stages.prepare import prepare
@@ -130,3 +134,66 @@ def test_a_rank_that_ends_with_groups_open_does_not_abort(tmp_path: Path, status
     ends = [(*rank.communicate(timeout=240), rank.returncode) for rank in ranks]
     assert [end[2] for end in ends] == [status] * 4, ends
     assert all(end[0] == b"written" for end in ends)
+
+
+# A stand-in for the package, as what run_processes starts: says that it runs, and that it was asked to stop.
+RANK = """
+import os, pathlib, signal, sys, time
+
+def asked(number, frame):
+    pathlib.Path("asked").touch()
+    if "obeys" in sys.argv:
+        sys.exit(75)
+
+signal.signal(signal.SIGTERM, asked)
+pathlib.Path("ready").touch()
+time.sleep(120)
+"""
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "trace_ds").mkdir()
+    (tmp_path / "trace_ds" / "__init__.py").touch()
+    (tmp_path / "trace_ds" / "__main__.py").write_text(RANK)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+class Signalling(int):
+    """A number of threads; to ask for its text, after the handlers are there and before the first rank is, signals."""
+
+    def __str__(self) -> str:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return "1"
+
+
+def test_a_signal_before_there_is_a_rank_stops_the_job(stand_in: Path) -> None:
+    with pytest.raises(StopRequested, match="run again to go on"):
+        run_processes(["waits"], 2, {}, [], Signalling(1))
+    assert not (stand_in / "ready").exists()
+
+
+@pytest.mark.parametrize(
+    ("rank", "signals", "status"),
+    [
+        ("obeys", [signal.SIGINT], 75),
+        ("obeys", [signal.SIGTERM], 75),
+        ("waits", [signal.SIGINT, signal.SIGINT], 130),
+        ("waits", [signal.SIGTERM, signal.SIGTERM], 143),
+    ],
+)
+def test_the_first_signal_asks_and_the_same_again_ends(
+    stand_in: Path, rank: str, signals: list[signal.Signals], status: int
+) -> None:
+    def send() -> None:
+        for number, file in zip(signals, ("ready", "asked"), strict=False):
+            while not (stand_in / file).exists():
+                time.sleep(0.01)
+            os.kill(os.getpid(), number)
+
+    sender = threading.Thread(target=send, daemon=True)
+    sender.start()
+    assert run_processes([rank], 1, {}, [], 1) == status
+    sender.join()
+    assert (stand_in / "asked").exists()

@@ -22,6 +22,7 @@ Owner = Callable[[Path], Callable[[str], bool] | None]
 
 FIX = "move it away, or choose another --run-dir"
 SHOWN = 3
+CONFIG_BYTES = 1 << 20  # a larger one nobody's run has stored
 # NAME.tmp-PID, .NAME.tmp-PID; NAME.tmp-old-PID on its way out, NAME.tmp-replaced-PID until the new NAME is there;
 # NAME.tmp-HOST-PID-8hex of a conversion (twice the ending where a checkpoint is converted to be scored).
 _ENDING = r"(?:\.tmp-(?:(?:old-|replaced-)?[1-9]\d{0,9}|[\w.-]+-[1-9]\d{0,9}-[0-9a-f]{8}|spool)){1,2}"
@@ -111,8 +112,11 @@ def is_log(path: Path) -> bool:
     """``logs/STAGE.jsonl``; a killed job may have torn the last line."""
     first, newline, _ = _text(path).partition("\n")
     try:
-        return not newline or "event" in json.loads(first)
-    except (ValueError, TypeError, RecursionError):
+        if not newline:
+            return '{"event": '.startswith(first[:10])
+        record = json.loads(first)
+        return isinstance(record, dict) and not {"event", "time_s", "step"}.isdisjoint(record)
+    except (ValueError, RecursionError):
         return False
 
 
@@ -120,7 +124,7 @@ def is_stored_config(path: Path) -> bool:
     """``config.yaml`` as we store it: every key written out, and no comment or layout of a person's."""
     from trace_ds.config.load import is_resolved
 
-    return is_resolved(_text(path))
+    return path.stat().st_size <= CONFIG_BYTES and is_resolved(_text(path))
 
 
 def is_described(*keys: str) -> Callable[[Path], bool]:
@@ -148,12 +152,14 @@ def _text(path: Path) -> str:
 
 
 def names_below(path: Path) -> list[str]:
-    """Every file and link below a directory, relative to it (an NFS server's ``.nfs…`` are not there any more)."""
+    """Every file and link below a directory, relative to it; what NFS (``.nfs…``) or a killed writer of ours
+    (``.NAME.tmp-PID``) left of a file does not count."""
     found = []
     for folder, directories, files in os.walk(path):
         links = [name for name in directories if (Path(folder) / name).is_symlink()]
         found += [os.path.relpath(Path(folder) / name, path) for name in (*files, *links)]
-    return sorted(name for name in found if not Path(name).name.startswith(".nfs"))
+    gone = re.compile(rf"\.nfs.*|\..+{_ENDING}")
+    return sorted(name for name in found if not gone.fullmatch(Path(name).name))
 
 
 def require_directory(path: Path, owner: Owner) -> None:
@@ -183,7 +189,7 @@ def require_file(path: Path, is_ours: Callable[[Path], bool]) -> None:
     if not os.path.lexists(path):
         return
     if not path.is_file() or (path.stat().st_size and not is_ours(path)):
-        raise UserError("trace_ds did not write this and would replace it", str(path), FIX)
+        raise UserError("trace_ds did not write this (or it is damaged) and would replace it", str(path), FIX)
 
 
 def require_folders(*paths: Path) -> None:

@@ -55,7 +55,8 @@ class Request:
         """Refuse a run directory that is not ours, or that lies in, on or around what the configuration reads."""
         from trace_ds.evaluation.subjects import ORIGINAL, UNLEARNED
 
-        require_apart(self.run.outputs, inputs_of(self.config))
+        for item in self.all():
+            require_apart(self.run.outputs, inputs_of(item.config))
         self.run.require_ours((ORIGINAL, UNLEARNED, *self.config.evaluation.models))
 
 
@@ -216,7 +217,7 @@ def _launch(stage: str, request: Request, lock: Sequence[int], lock_owner: RunDi
     directory = request.run.path  # whose name may begin with a hyphen
     where = str(directory) if directory.is_absolute() else f"./{directory}"
     return run_processes(
-        [stage, "--run-dir", where, "--", str(request.run.config)],
+        [stage, f"{where}/{request.run.config.name}", "--run-dir", where],
         nproc,
         lock_environment(lock_owner, lock),
         lock,

@@ -1,0 +1,527 @@
+"""What is the user's stays the user's: what stages may replace and delete, where they write, under which names."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+
+from trace_ds import cli
+from trace_ds.checkpoints.manifest import Manifest, step_name
+from trace_ds.config.load import dump_yaml, load_config
+from trace_ds.conversion.convert import convert_checkpoint
+from trace_ds.errors import UserError
+from trace_ds.run import artefact, directory, ours
+from trace_ds.run.directory import RunDirectory, locked
+from trace_ds.run.files import remove_leftovers, replacing_directory
+from trace_ds.stages.pipeline import Request, run_verb
+
+VERBS = ("prepare", "collect", "calibrate", "unlearn", "convert", "evaluate", "report", "run")
+
+
+def state(path: Path) -> dict[str, str | bytes]:
+    """Everything below a directory: files with their content, links with their target, folders."""
+    return {
+        str(item.relative_to(path)): str(item.readlink())
+        if item.is_symlink()
+        else item.read_bytes()
+        if item.is_file()
+        else "folder"
+        for item in path.rglob("*")
+    }
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A configuration (``mine.yaml``, of a model that is not there) with corpora and tasks."""
+    config = tiny.write_config(tmp_path, tmp_path / "base", variants={"even": {"calibration.rule": "uniform"}})
+    config.rename(tmp_path / "mine.yaml")
+    return tmp_path
+
+
+def write(path: Path, text: str = "a thesis") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def make_run(project: Path) -> Path:
+    """A run directory with something of ours in every place, written by what the stages write it with."""
+    config, path = load_config(str(project / "mine.yaml"), [], project / "run")
+    run = RunDirectory(path)
+    for folder in (run.path, run.variant("even").path):
+        places = {
+            "data": "data",
+            "statistics/forget": "statistics",
+            "statistics/retain": "statistics",
+            "calibration": "calibration",
+            "export": "export",
+            "report": "report",
+        }
+        for place, kind in places.items():
+            if folder == run.path or not place.startswith(("data", "statistics")):
+                write(folder / place / "values.npy", "ours")
+                artefact.describe(folder / place, kind, {}, {}, {})
+        write(folder / "model" / "config.json", "{}")
+        write(folder / "model" / "conversion.json", json.dumps({"source": {}, "target": "hf", "tensors": {}}))
+        write(folder / "evaluation" / "original.json", json.dumps({"identity": "x", "scores": []}))
+        write(folder / "logs" / "unlearn.jsonl", '{"event": "line", "time_s": 1.0, "text": "x"}\n{"torn')
+        shards = folder / "checkpoints" / step_name(2)
+        write(shards / "a_model_states.pt", "ours")
+        entry = artefact.file_entry(shards / "a_model_states.pt")
+        Manifest(2, 1, 1, 3, "mixtral", "job", {}, "c", "fp32", {}, {}, {"a_model_states.pt": entry}).write(shards)
+        write(folder / "checkpoints" / "latest", "step_000002\n")
+        write(folder / "statistics" / "retain.partial" / "shape.json", "{}")
+    write(run.config, dump_yaml(config))
+    return path
+
+
+def refused(project: Path, verb: str, run: Path | str, *changes: str) -> str:
+    """The line with which a verb refuses, before it has changed anything in the project."""
+    before = state(project)
+    with pytest.raises(UserError) as error:
+        run_verb(verb, Request.load(str(project / "mine.yaml"), changes, Path(run)))
+    assert state(project) == before
+    return error.value.line()
+
+
+# Below RUN: a file of the user's (a name with a slash at its end is a folder) where a stage would write.
+FOREIGN = [
+    "config.yaml",
+    "data/forget.jsonl",
+    "statistics/forget/notes.txt",
+    "statistics/forget.partial/notes.txt",
+    "calibration/notes.txt",
+    "export/rows.parquet",
+    "model/model.safetensors",
+    "report/index.html",
+    "report/deep/table.csv",
+    "checkpoints/step_000100/mp_rank_00_model_states.pt",
+    "checkpoints/latest",
+    "evaluation/original.json",
+    "evaluation/unlearned.json",
+    "logs/unlearn.jsonl",
+    "stop/notes.txt",
+    "evaluation",
+    "checkpoints",
+    "logs",
+    "data",
+    "variants",
+    "variants/even/model/model.safetensors",
+    "variants/even/config.yaml",
+]
+
+
+@pytest.mark.parametrize("place", FOREIGN)
+def test_what_is_not_ours_is_not_replaced(project: Path, place: str) -> None:
+    """In the place of ours in a run of ours, where everything else is."""
+    run = make_run(project)
+    first = run / place
+    while first.parent != run and first.parent.name not in ("variants", "even", "statistics", "checkpoints"):
+        first = first.parent
+    if first.is_dir():
+        shutil.rmtree(first)
+    write(run / place)
+    line = refused(project, "run", run)
+    assert str(run) in line and any(
+        part in line for part in ("trace_ds did not", "not a directory", "no file", "of trace_ds's")
+    )
+
+
+STRANGERS = ["data", "statistics/retain", "calibration", "export", "model", "report", "checkpoints/step_000002"]
+
+
+@pytest.mark.parametrize("place", STRANGERS)
+def test_a_stranger_among_ours_is_not_deleted_with_it(project: Path, place: str) -> None:
+    run = make_run(project)
+    write(run / place / "notes.txt")
+    line = refused(project, "run", run)
+    assert "trace_ds did not make notes.txt" in line and place in line
+    (run / place / "notes.txt").unlink()
+    (run / place / "link").symlink_to(project)
+    assert "trace_ds did not make link" in refused(project, "run", run)
+
+
+def test_a_run_of_ours_is_taken_and_strangers_beside_ours_stay(project: Path) -> None:
+    run = RunDirectory(make_run(project))
+    kept = [
+        write(run.path / name)
+        for name in ("notes.txt", "evaluation/notes.json", "checkpoints/step_1/x", "tb/x", "logs/x")
+    ]
+    for request in Request.load(str(project / "mine.yaml"), [], run.path).all():
+        request.check_places()
+        request.run.clear_leftovers()
+    assert all(path.read_text() == "a thesis" for path in kept)
+    from trace_ds.checkpoints.commit import discard_all
+
+    discard_all(run.checkpoints)
+    assert sorted(path.name for path in run.checkpoints.iterdir()) == ["step_1"]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_project_is_no_run_directory(project: Path, verb: str) -> None:
+    """Whatever its files are called, with a lock that a killed command of ours left, by a link too."""
+    for name in (
+        "data/forget.jsonl",
+        "data/notes.txt",
+        "thesis.tmp-draft/t",
+        "notes.old-2023.md",
+        "model/model.safetensors",
+    ):
+        write(project / name)
+    write(project / ".lock", "")
+    (project / "link").symlink_to(".")
+    for run in (project, project / "link"):
+        assert "trace_ds did not make this" in refused(project, verb, run)
+    for name in ("data", "model"):
+        shutil.rmtree(project / name)
+    assert "this directory is not a run's: it holds 'base'" in refused(
+        project, verb, write(project / "base" / "x").parents[1]
+    )
+
+
+# --set KEY=VALUE, where RUN stands for the run directory and LINK for a link to its model
+OVERLAPS = [
+    ("model.path=RUN/model", "model.path"),
+    ("model.path=LINK", "model.path"),
+    ("model.path=RUN", "model.path"),
+    ("model.path=RUN/..", "model.path"),
+    ("model.tokenizer=RUN/model", "model.tokenizer"),
+    ("data.forget=[{path: RUN/data/forget.jsonl}]", "data.forget[0].path"),
+    ("data.retain=[{path: RUN/../corpora/retain.jsonl}, {path: RUN/report/x.txt}]", "data.retain[1].path"),
+    ("data.retain=[{path: RUN/stop}]", "data.retain[0].path"),
+    ("evaluation.models={gold: RUN/variants/even/model}", "evaluation.models.gold"),
+    (
+        "evaluation.tasks=[{name: t, type: choice, role: forget, path: RUN/evaluation/q.jsonl}]",
+        "evaluation.tasks t path",
+    ),
+    ("unlearning.ds_config=RUN/config.yaml", "unlearning.ds_config"),
+    ("variants={even: {unlearning.ds_config: RUN/logs/ds.json}}", "unlearning.ds_config"),
+]
+
+
+@pytest.mark.parametrize(("change", "key"), OVERLAPS)
+def test_what_is_read_is_never_written_to(project: Path, change: str, key: str) -> None:
+    run = project / "deep" / "run"
+    (project / "link").symlink_to(run / "model")
+    change = change.replace("RUN", str(run)).replace("LINK", str(project / "link"))
+    line = refused(project, "run", run, change)
+    assert line.startswith(f"{key}: this command writes to {run}")
+
+
+def test_a_link_in_the_place_of_an_output_leads_to_what_is_read(project: Path) -> None:
+    (project / "run").mkdir()
+    (project / "run" / "model").symlink_to(project / "base")
+    assert "model.path: this command writes to" in refused(project, "convert", project / "run")
+
+
+def test_convert_into_its_source(tiny_model: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(tiny_model, tmp_path / "outer" / "model")
+    before = state(tmp_path)
+    for place in (source / "new", tmp_path / "link" / "new"):
+        (tmp_path / "link").unlink(missing_ok=True)
+        (tmp_path / "link").symlink_to(source)
+        with pytest.raises(UserError, match="SOURCE: this command writes to"):
+            convert_checkpoint(source, place)
+    (tmp_path / "link").unlink()
+    assert state(tmp_path) == before
+
+
+LEFTOVERS: list[tuple[str, str, bool]] = [  # folder of a run, name, whether a killed writer of ours leaves it
+    ("", "data.tmp-123", True),
+    ("", ".config.yaml.tmp-123", True),
+    ("", "calibration.tmp-spool", True),
+    ("", "model.tmp-a.host-12-0123abcd", True),
+    ("", "model.tmp-replaced-7", True),
+    ("checkpoints", "step_000004.tmp-9", True),
+    ("checkpoints", "step_000002.tmp-old-9", True),
+    ("checkpoints", "universal.tmp-9", True),
+    ("evaluation", ".gold.json.tmp-9", True),
+    ("evaluation", "step_000002.tmp-9.tmp-a.host-9-0123abcd", True),
+    ("statistics", "retain.tmp-replaced-9", True),
+    ("logs", ".unlearn.jsonl.tmp-9", True),
+    ("", "thesis.tmp-draft", False),
+    ("", "thesis.tmp-1", False),
+    ("", "notes.old-2023.md", False),
+    ("", "data.tmp-draft", False),
+    ("", "data.tmp-draft-2", False),
+    ("", "data.old-2023", False),
+    ("", "model.tmp-1.txt", False),
+    ("", "old data.tmp-1", False),
+    ("", "step_000004.tmp-9", False),
+    ("checkpoints", "data.tmp-9", False),
+    ("checkpoints", "step_4.tmp-9", False),
+    ("tb", "data.tmp-9", False),
+]
+
+
+@pytest.mark.parametrize("what", ["folder", "file", "link"])
+def test_leftovers_are_known_by_name_and_place(project: Path, what: str) -> None:
+    run = RunDirectory(make_run(project))
+    write(project / "elsewhere" / "thesis")
+    for folder, name, _ in LEFTOVERS:
+        place = run.path / folder / name
+        place.parent.mkdir(exist_ok=True)
+        if what == "folder":
+            write(place / "x")
+        elif what == "file":
+            write(place)
+        else:
+            place.symlink_to(project / "elsewhere")
+    run.clear_leftovers()
+    left = {(folder, name) for folder, name, _ in LEFTOVERS if os.path.lexists(run.path / folder / name)}
+    assert left == {(folder, name) for folder, name, is_ours in LEFTOVERS if not is_ours}
+    assert (project / "elsewhere" / "thesis").is_file()
+
+
+def test_a_variant_leaves_the_work_of_its_run_alone(tmp_path: Path) -> None:
+    """The statistics that another process collects are not the leftovers of a variant, whose own are removed."""
+    run = RunDirectory(tmp_path / "run")
+    variant = run.variant("even")
+    for place in (run.path / "data.tmp-1", run.statistics / "retain.tmp-1", variant.path / "model.tmp-1"):
+        place.mkdir(parents=True)
+    variant.create("")
+    assert (run.path / "data.tmp-1").exists() and (run.statistics / "retain.tmp-1").exists()
+    assert not (variant.path / "model.tmp-1").exists()
+    run.create("")
+    assert not (run.path / "data.tmp-1").exists() and not (run.statistics / "retain.tmp-1").exists()
+
+
+def test_killed_between_the_two_renames_the_old_one_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place, rename, remove_tree = tmp_path / "data", os.replace, shutil.rmtree
+
+    def make(text: str) -> None:
+        with replacing_directory(place, ours.artefact("data")) as new:
+            write(new / "values.npy", text)
+            artefact.describe(new, "data", {}, {}, {})
+
+    def killed_at(number: int) -> Callable[..., None]:
+        seen = []
+
+        def replace(source: Path, target: Path) -> None:
+            seen.append(Path(target).name)
+            if len([name for name in seen if not name.endswith(".json")]) == number:
+                raise KeyboardInterrupt
+            rename(source, target)
+
+        return replace
+
+    make("first")
+    monkeypatch.setattr("trace_ds.run.files.shutil.rmtree", lambda *arguments, **options: None)  # a kill cleans nothing
+    for number in (1, 2):
+        monkeypatch.setattr("trace_ds.run.files.os.replace", killed_at(number))
+        with pytest.raises(KeyboardInterrupt):
+            make("second")
+        monkeypatch.setattr("trace_ds.run.files.os.replace", rename)
+        assert place.exists() == (number == 1)
+        with monkeypatch.context() as patch:
+            patch.setattr("trace_ds.run.files.shutil.rmtree", remove_tree)
+            remove_leftovers(tmp_path, "data")
+        assert (place / "values.npy").read_text() == "first"
+    monkeypatch.undo()
+    assert state(tmp_path).keys() == {"data", "data/artefact.json", "data/values.npy"}
+    assert (place / "values.npy").read_text() == "first"
+    make("third")
+    assert (place / "values.npy").read_text() == "third" and [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+def test_of_a_link_to_what_is_ours_only_the_link_is_replaced(tmp_path: Path) -> None:
+    write(tmp_path / "disk" / "values.npy", "first")
+    artefact.describe(tmp_path / "disk", "data", {}, {}, {})
+    (tmp_path / "data").symlink_to(tmp_path / "disk")
+    with replacing_directory(tmp_path / "data", ours.artefact("data")) as new:
+        write(new / "values.npy", "second")
+    assert (tmp_path / "disk" / "values.npy").read_text() == "first"
+    assert (tmp_path / "data" / "values.npy").read_text() == "second"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "disk"]
+
+
+def test_what_appears_while_a_stage_works_is_not_replaced(tmp_path: Path) -> None:
+    with (
+        pytest.raises(UserError, match="did not make this"),
+        replacing_directory(tmp_path / "model", ours.converted_model),
+    ):
+        write(tmp_path / "model" / "thesis")
+    assert state(tmp_path).keys() == {"model", "model/thesis"}
+
+
+BAD_NAMES = [
+    "/elsewhere",
+    "../../x",
+    "..",
+    "a/b",
+    "lr=1e-4 (small)",
+    "",
+    ".hidden",
+    "-rf",
+    "a\nb",
+    "é",
+    "x" * 101,
+    "a.tmp-1",
+]
+NAMED: dict[str, Callable[[str], str]] = {
+    "name": lambda name: f"name={json.dumps(name)}",
+    "variants": lambda name: f"variants={json.dumps({name: {'calibration.rule': 'uniform'}})}",
+    "evaluation.models": lambda name: f"evaluation.models={json.dumps({name: 'm'})}",
+    "evaluation.tasks": lambda name: (
+        "evaluation.tasks=" + json.dumps([{"name": name, "type": "choice", "role": "forget", "path": "q.jsonl"}])
+    ),
+    "bench.methods": lambda name: "bench=" + json.dumps(bench(name, "rmu")),
+    "bench.losses": lambda name: "bench=" + json.dumps(bench("even", name)),
+}
+
+
+def bench(method: str, loss: str) -> dict[str, Any]:
+    methods = {"uniform": {}, method: {}}
+    return {"methods": methods, "losses": {loss: {}}, "forget": "t accuracy", "utility": ["t accuracy"]}
+
+
+@pytest.mark.parametrize("key", NAMED)
+def test_names_that_become_paths(project: Path, key: str) -> None:
+    for name in BAD_NAMES:
+        with pytest.raises(UserError, match=rf"{key}.*a name ") as error:
+            load_config(str(project / "mine.yaml"), [NAMED[key](name)])
+        assert "\n" not in error.value.line()
+    load_config(str(project / "mine.yaml"), [NAMED[key]("Llama-3.1_8B.v2")])
+
+
+def test_a_value_of_the_grid_is_no_path() -> None:
+    from trace_ds.benchmark.plan import Trial
+
+    trial = Trial("rmu", "even", (("unlearning.ds_config", "../../ds.json"),), 0)
+    assert trial.name.count("/") == 2 and ".." not in trial.name
+    assert len(Trial("rmu", "even", tuple((f"key{n}", n) for n in range(99)), 0).name) < 100
+
+
+def test_a_variant_is_known_by_what_is_in_its_parent(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(project)
+    monkeypatch.chdir(run / "variants" / "even")
+    for path in (Path(), run / "variants" / "even", Path("../even"), Path("../../variants/even")):
+        found = RunDirectory.at(path)
+        assert found.data.samefile(run / "data"), path
+        assert found.calibration.samefile(run / "variants" / "even" / "calibration")
+    (project / "link").symlink_to(run / "variants" / "even")
+    assert RunDirectory.at(project / "link").data.samefile(run / "data")
+    (project / "variants" / "mine").mkdir(parents=True)
+    assert RunDirectory.at(project / "variants" / "mine").data == project / "variants" / "mine" / "data"
+    line = refused(project, "prepare", run / "variants" / "even")
+    assert "this is the directory of a variant" in line and f"use --run-dir {run}," in line
+
+
+def test_a_run_waits_for_its_variants_and_they_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(directory, "LOCK_RETRY_S", 0.0)
+    run = RunDirectory(tmp_path / "run")
+    one, other = run.variant("one"), run.variant("other")
+
+    def is_free(wanted: RunDirectory, *, replaces_inputs: bool = False) -> bool:
+        try:
+            with locked(wanted, replaces_inputs=replaces_inputs):
+                return True
+        except UserError as error:
+            assert "another process is using this run directory" in error.line()
+            return False
+
+    with locked(one):
+        assert is_free(other) and is_free(run)
+        assert not is_free(one) and not is_free(run, replaces_inputs=True)
+    with locked(run, replaces_inputs=True):
+        assert not is_free(one) and not is_free(run)
+    with locked(run):
+        assert is_free(one) and not is_free(run)
+    with locked(one), pytest.raises(UserError, match="refused"):
+        with locked(other):
+            raise UserError("refused")
+        raise AssertionError
+    with locked(run, replaces_inputs=True) as held:  # a variant's job that this run starts
+        monkeypatch.setenv(*next(iter(directory.lock_environment(run, held).items())))
+        with locked(one) as own:
+            assert len(own) == 1
+        with locked(run) as inherited:
+            assert inherited == held
+    assert is_free(run, replaces_inputs=True)
+
+
+def test_a_refused_variant_leaves_the_lock_that_another_shares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(directory, "LOCK_RETRY_S", 0.0)
+    run = RunDirectory(tmp_path / "run")
+    with pytest.raises(UserError, match="refused"), locked(run.variant("one")):
+        trained = locked(run.variant("other"))
+        trained.__enter__()
+        raise UserError("refused")
+    with pytest.raises(UserError, match="another process"), locked(run, replaces_inputs=True):
+        pass
+    trained.__exit__(None, None, None)
+    assert not (run.path / "variants" / "one").exists()
+
+
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]:
+    """(exit status, stderr) of ``trace-ds WORDS``, in this process."""
+    monkeypatch.setattr(sys, "argv", ["trace-ds", *words])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    return int(end.value.code or 0), capsys.readouterr().err
+
+
+LONG = "x" * 300
+COMMANDS: list[tuple[list[str], str]] = [
+    (["prepare", "mine.yaml", "--run-dir", ""], "--run-dir: the run directory has no name"),
+    (["demo", "--run-dir", ""], "--run-dir: the run directory has no name"),
+    (["run", "mine.yaml", "--run-dir", "-rf"], "--run-dir: '-rf' looks like an option. Fix: write ./-rf"),
+    (["run", "mine.yaml", "--run-dir", "a\udcffb"], "--run-dir: the path is not UTF-8: a"),
+    (["run", "mine.yaml", "--run-dir", "a\nb"], "has a line break in it"),
+    (["run", "mine.yaml", "--run-dir", LONG], f"{LONG}: File name too long. Fix: use a shorter path"),
+    (["run", LONG], f"{LONG}: File name too long"),
+    (["run", "mine.yaml", "--set", f"model.path={LONG}"], "File name too long"),
+    (["run", "mine.yaml", "--set", f"name={LONG}"], "name: a name has at most 100 characters"),
+    (["convert", "base", LONG], "File name too long"),
+    (["convert", "base", "new", "--tag", "../x"], "--tag: '../x' is no step"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), COMMANDS)
+def test_paths_on_the_command_line(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    monkeypatch.chdir(project)
+    before = state(project)
+    status, errors = command(monkeypatch, capsys, *words)
+    assert status == 2 and message in errors and len(errors.splitlines()) == 1, errors
+    assert state(project) == before
+
+
+REFUSALS = [
+    (PermissionError(13, "Permission denied", "squeue"), "squeue: Permission denied. Fix: a program was looked for"),
+    (PermissionError(13, "Permission denied", "/a/b"), "/a/b: Permission denied. Fix: change the permissions there"),
+    (OSError(28, "No space left on device", "/a/b"), "/a/b: No space left on device. Fix: free space there"),
+]
+
+
+@pytest.mark.parametrize(("error", "message"), REFUSALS)
+def test_errors_of_the_system_say_what_helps(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: OSError, message: str
+) -> None:
+    def fail() -> list[str]:
+        raise error
+
+    monkeypatch.setattr("trace_ds.config.load.recipe_names", fail)
+    status, errors = command(monkeypatch, capsys, "recipes")
+    assert status == 2 and message in errors
+
+
+@pytest.mark.slow
+def test_a_run_directory_whose_name_looks_like_an_option(project: Path, tiny_model: Path) -> None:
+    """Said so that it is clear, it works, also in the processes that a distributed verb starts."""
+    from command import trace_ds
+
+    shutil.copytree(tiny_model, project / "base")
+    for verb in ("prepare", "collect"):
+        result = trace_ds(verb, "mine.yaml", "--run-dir", "./-rf", cwd=project)
+        assert result.returncode == 0, result.stderr
+    assert (project / "-rf" / "statistics" / "retain" / "artefact.json").is_file()
