@@ -10,6 +10,7 @@ from typing import Any
 from trace_ds.cluster import memory
 from trace_ds.cluster.architecture import Architecture
 from trace_ds.cluster.spec import ClusterSpec
+from trace_ds.config.load import with_changes
 from trace_ds.config.schema import Config
 
 DTYPE_BYTES = {"bf16": 2, "fp32": 4}
@@ -79,9 +80,14 @@ class Job:
         return memory.zero_settings(stage, self.ds_config)
 
 
+def variants_of(config: Config) -> dict[str, Config]:
+    """The configuration of each variant: jobs of their own, beside the run's."""
+    return {name: with_changes(config, changes, f"variants.{name}") for name, changes in config.variants.items()}
+
+
 def corpus_tokens(config: Config) -> int | None:
-    """Tokens of both corpora, estimated from the sizes of their files; None when one is not there."""
-    paths = [Path(file.path) for file in (*config.data.forget, *config.data.retain)]
+    """Tokens of all corpora, estimated from the sizes of their files; None when one is not there."""
+    paths = [Path(file.path) for side in config.data.sides for file in getattr(config.data, side)]
     if not all(path.is_file() for path in paths):
         return None
     return sum(path.stat().st_size for path in paths) // BYTES_PER_TOKEN
