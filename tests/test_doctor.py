@@ -16,7 +16,7 @@ import tiny
 from trace_ds.cluster import checks_machine, checks_run
 from trace_ds.cluster.bandwidth import bandwidth_checks, measure
 from trace_ds.cluster.checks import Check, guarded
-from trace_ds.cluster.doctor import doctor, run_checks
+from trace_ds.cluster.doctor import doctor, run_checks, share_checks
 from trace_ds.config.load import load_config
 from trace_ds.config.schema import Config
 
@@ -328,6 +328,36 @@ def test_corpus_faults(tmp_path: Path, tiny_model: Path, content: bytes | None, 
     path.unlink() if content is None else path.write_bytes(content)
     fault = only_fault(list(checks_run.corpus_checks(config)), *words)
     assert fault.name == f"forget: {path}"
+
+
+TASK = {"name": "facts", "type": "choice", "role": "forget"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"data__alternative": [{"path": "nowhere.jsonl"}]}, ("alternative: nowhere.jsonl", "does not exist")),
+        ({"evaluation__tasks": [TASK | {"path": "bad.jsonl"}]}, ("facts", "bad.jsonl:1", "'prompt'")),
+        ({"evaluation__tasks": [TASK | {"path": "nowhere.jsonl"}]}, ("facts", "nowhere.jsonl")),
+        ({"evaluation__tasks": [TASK | {"type": "lm_eval", "task": "wmdp_bio"}]}, ("pip install 'trace-ds[lm-eval]'",)),
+        ({"evaluation__models": {"gold": "nowhere"}}, ("model gold", "no model directory")),
+        ({"evaluation__nproc": 9999}, ("evaluation.nproc: 9999 processes",)),
+        ({"variants": {"steered": {"unlearning.rmu.layer": 9}}}, ("steered", "layer 9 of a model with")),
+        ({"variants": {"big": {"unlearning.ds_config": "nowhere.json"}}}, ("big", "nowhere.json")),
+    ],
+)
+def test_what_late_stages_and_variants_would_stumble_on(
+    changes: dict[str, Any], words: tuple[str, ...], tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import importlib.util
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "lm_eval" else find(name, *rest)
+    )
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.jsonl").write_text('{"text": "salt", "choices": ["a", "b", "c", "d"], "answer": 0}\n')
+    only_fault(share_checks(loaded(tmp_path, tiny_model, **changes), tmp_path / "run"), *words)
 
 
 def test_a_check_that_fails_does_not_hide_the_others() -> None:

@@ -14,15 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import command
+import numpy as np
 import pytest
 import tiny
 import yaml
 from distributed import run_distributed
+from test_evaluation_models import save_model
 
 from trace_ds.config.schema import TaskConfig
 from trace_ds.errors import UserError
 from trace_ds.evaluation import harness
-from trace_ds.evaluation.items import read_task
+from trace_ds.evaluation.choice import evaluate_choice
+from trace_ds.evaluation.items import ChoiceItem, read_task
 from trace_ds.evaluation.language_model import ModelSettings, loaded
 from trace_ds.evaluation.tasks import run_task
 from trace_ds.reporting.tables import item_cells
@@ -102,6 +105,55 @@ def our_outcomes(world: Any, folder: str) -> list[tuple[Any, Any]]:
         tasks = [read_task(task_of(name, f"{folder}/{name}.jsonl")) for name in SUBJECTS]
         found = [run_task(model, task, max_new_tokens=4, context_length=64) for task in tasks]
     return [(outcome.scores, outcome.items) for outcome in found]
+
+
+@pytest.mark.parametrize(
+    ("automatic", "add_bos", "begin", "equal"),
+    [
+        (True, True, "", True),
+        (False, False, "", True),
+        (False, True, "", False),
+        (True, False, "", False),
+        (False, True, "<s> ", True),  # a prompt that begins as the run's documents do
+    ],
+)
+def test_choices_are_scored_as_the_harness_does_where_texts_begin_alike(
+    automatic: bool, add_bos: bool, begin: str, equal: bool, tmp_path: Path
+) -> None:
+    """The harness leaves the BOS token to the tokenizer, ``choice`` follows ``data.add_bos``."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+    from tokenizers.processors import TemplateProcessing
+    from transformers import AutoTokenizer
+
+    path = save_model(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    if automatic:
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<s> $A", None, [("<s>", 0)])
+    draw = random.Random(3)
+    words = [f"w{number}" for number in range(60)]
+    items = [
+        ChoiceItem(str(n), " ".join(draw.choices(words, k=4)), tuple(draw.sample(words, 4)), n % 4, "")
+        for n in range(12)
+    ]
+    with loaded(str(path), tokenizer, ModelSettings("fp32", add_bos, True, 4)) as model:
+        ours = evaluate_choice(model, items, "here")
+        theirs = HFLM(pretrained=model.model, tokenizer=tokenizer, batch_size=4, backend="causal").loglikelihood(
+            [
+                Instance("loglikelihood", {}, (begin + item.prompt, f" {choice}"), number)
+                for item in items
+                for number, choice in enumerate(item.choices)
+            ],
+            disable_tqdm=True,
+        )
+    expected_IC = np.array([log_prob for log_prob, _ in theirs]).reshape(len(items), 4)
+    assert np.allclose(ours.log_prob_IC, expected_IC, atol=1e-5) == equal
+    lengths_IC = np.array([[len(choice) for choice in item.choices] for item in items])
+    if equal:
+        assert np.array_equal(ours.predicted_I, expected_IC.argmax(1))
+        assert np.array_equal(ours.predicted_norm_I, (expected_IC / lengths_IC).argmax(1))
+    else:
+        assert np.abs(ours.log_prob_IC - expected_IC).max() > 0.01
 
 
 def test_our_numbers_are_those_of_the_command_on_one_process_and_on_two(place: Path) -> None:

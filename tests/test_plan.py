@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from trace_ds.cluster import cost, memory
 from trace_ds.cluster.architecture import FAMILIES, active_parameters, count_parameters, read_architecture
 from trace_ds.cluster.plan import MAX_ROWS, _largest, as_dict, plan, plan_command, plan_model
-from trace_ds.cluster.plan_view import clusters_markdown, models_markdown
+from trace_ds.cluster.plan_view import clusters_markdown, models_markdown, print_plan
 from trace_ds.cluster.spec import (
     GB,
     LINK_EFFICIENCY,
@@ -499,6 +499,37 @@ def test_few_rows_and_little_host_memory_are_warned_of() -> None:
     text = " ".join(planned.warnings)
     assert "8 rows per step over 128 GPUs" in text
     assert "host memory" in text
+
+
+def test_variants_are_jobs_of_their_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    changes = {
+        "half": {"unlearning.micro_batch_rows": 1},
+        "kept": {"unlearning.keep": 5, "unlearning.zero_stage": 1, "unlearning.steps": 7},
+    }
+    sized = {"unlearning__forget_rows": 64, "unlearning__retain_rows": 64, "distributed__ep": 8}
+    config = run_config(**sized).model_copy(update={"variants": changes})
+    mixtral, spec = model_config("mixtral-8x7b"), ClusterSpec(nodes=4)
+    found = plan_model(mixtral, config, spec)
+    assert list(found.variants) == ["half", "kept"]
+    storage = plan_model(mixtral, run_config(**sized), spec).storage_bytes
+    for name, variant in changes.items():
+        own = {key.replace(".", "__"): value for key, value in variant.items()}
+        alone = plan_model(mixtral, run_config(**sized, **own), spec)
+        assert found.variants[name] == alone.unlearn != found.unlearn
+        storage += alone.storage_bytes
+    assert found.storage_bytes == storage
+    tight = " ".join(plan_model(mixtral, config, ClusterSpec(nodes=4, gpu_memory_gb=40)).warnings)
+    assert "unlearn of variant kept needs" in tight
+    print_plan(found)
+    assert "all 3" in capsys.readouterr().out
+    assert as_dict(found)["variants"]["kept"]["job_s"] == found.variants["kept"].job_s
+
+
+def test_what_evaluate_needs_of_a_node_is_warned_of() -> None:
+    config = run_config(distributed__ep=8, evaluation__nproc=4)
+    assert "evaluation.nproc 4" not in " ".join(plan_model(model_config("olmoe-1b-7b"), config, ClusterSpec()).warnings)
+    text = " ".join(plan_model(model_config("qwen3-235b-a22b"), config, ClusterSpec(nodes=4)).warnings)
+    assert "each of evaluation.nproc 4 processes holds a whole model" in text
 
 
 def test_micro_batches_are_cut_as_the_job_cuts_them() -> None:

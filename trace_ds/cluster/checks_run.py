@@ -12,8 +12,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from trace_ds.cluster.checks import Check, gigabytes, nearest_directory, user_error
-from trace_ds.config.schema import Config, CorpusFile
+from trace_ds.cluster.checks import Check, gigabytes, guarded, nearest_directory, user_error
+from trace_ds.config.schema import Config, CorpusFile, TaskConfig
 from trace_ds.errors import UserError
 
 PROBE_BYTES = 64_000_000
@@ -193,7 +193,7 @@ def tokenizer_checks(config: Config) -> Iterator[Check]:
 
 def corpus_checks(config: Config) -> Iterator[Check]:
     """Every corpus file is there, not empty, UTF-8, and (JSONL) has text under its key in the first line."""
-    for side in ("forget", "retain"):
+    for side in config.data.sides:
         for file in getattr(config.data, side):
             yield _corpus_check(side, file)
 
@@ -234,3 +234,54 @@ def _corpus_check(side: str, file: CorpusFile) -> Check:
             )
     read = "" if position >= size else f", the first {gigabytes(position)} of it read"
     return Check(group, name, "OK", f"{gigabytes(size)}, UTF-8{read}")
+
+
+def evaluation_checks(config: Config) -> Iterator[Check]:
+    """Every task's files can be read (and lm-eval is there and knows the tasks asked of it), every model is whole."""
+    from trace_ds.evaluation.items import read_task
+    from trace_ds.evaluation.subjects import ORIGINAL, named_models
+    from trace_ds.models.files import read_model_directory
+    from trace_ds.parallel.environment import accelerator_count
+    from trace_ds.parallel.launch import check_process_count
+
+    group, settings = "evaluation", config.evaluation
+    try:
+        check_process_count(settings.nproc, accelerator_count(), os.cpu_count() or 1, "evaluation.nproc")
+    except UserError as error:
+        yield user_error(group, "processes", error)
+    names = [task.name for task in settings.tasks]
+    for task in settings.tasks:
+
+        def checked(task: TaskConfig = task) -> Iterator[Check]:
+            if names.count(task.name) > 1:
+                raise UserError(f"two tasks are named {task.name!r}", "evaluation.tasks", "rename one")
+            items = len(read_task(task).items)
+            yield Check(group, task.name, "OK", f"{task.type}, {f'{items} items' if items else task.task}")
+
+        yield from guarded(group, task.name, checked)
+    for name, path in named_models(config).items():
+        if name == ORIGINAL:
+            continue  # the run's own model
+
+        def whole(name: str = name, path: Path = path) -> Iterator[Check]:
+            yield Check(group, f"model {name}", "OK", f"{len(read_model_directory(path).tensors)} tensors")
+
+        yield from guarded(group, f"model {name}", whole)
+
+
+def variant_checks(config: Config) -> Iterator[Check]:
+    """Every variant is a job of its own: its settings fit the model, and its DeepSpeed file can be read."""
+    from trace_ds.cluster.job import variants_of
+    from trace_ds.models.families import inspect_model
+    from trace_ds.stages.unlearn import check_settings
+
+    variants = variants_of(config)
+    info = inspect_model(config.model.path) if variants else None
+    for name, variant in variants.items():
+
+        def fits(name: str = name, variant: Config = variant) -> Iterator[Check]:
+            assert info is not None
+            check_settings(variant, info)
+            yield Check("variants", name, "OK", ", ".join(config.variants[name]) or "as the run itself")
+
+        yield from guarded("variants", name, fits)

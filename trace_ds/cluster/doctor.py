@@ -1,7 +1,7 @@
 """``trace-ds doctor``: everything that can be known before a job starts, each line OK, WARN or MISS with its fix.
 
     trace-ds doctor                       # the machine
-    trace-ds doctor CONFIG --run-dir DIR  # and the run's storage, model, tokenizer and corpora
+    trace-ds doctor CONFIG --run-dir DIR  # and the run's storage, model, corpora, tasks and variants
     trace-ds doctor CONFIG --json
     srun … trace-ds doctor CONFIG         # every node, and what lies between them; torchrun, deepspeed, mpiexec too
 
@@ -54,7 +54,7 @@ def machine_checks(config: Config | None, *, joining: bool = False) -> list[Chec
 
 
 def share_checks(config: Config | None, run_dir: Path | None, job: JobShape | None = None) -> list[Check]:
-    """What this machine's share of a run needs: CPUs, memory, storage, model, tokenizer, corpora.
+    """What this machine's share of a run needs: CPUs, memory, storage, model, corpora, evaluation, variants.
 
     Args:
         job: what a launcher started, this process being its first on this node; None: a bare start.
@@ -72,6 +72,8 @@ def share_checks(config: Config | None, run_dir: Path | None, job: JobShape | No
         found += guarded("model", "model", lambda: run.model_checks(config, job.world if job else None))
         found += guarded("tokenizer", "loads", lambda: run.tokenizer_checks(config))
         found += guarded("corpora", "corpora", lambda: run.corpus_checks(config))
+        found += guarded("evaluation", "tasks and models", lambda: run.evaluation_checks(config))
+        found += guarded("variants", "variants", lambda: run.variant_checks(config))
         found += guarded("plan", "memory", lambda: _memory_checks(here))
     return found
 
@@ -117,7 +119,8 @@ def _memory_checks(here: Plan | None) -> Iterator[Check]:
     """Whether the stages fit into this machine's GPUs, by the cost model."""
     if here is None or not _gpus()[0]:
         return
-    for name, stage in (("collect", here.collect), ("unlearn", here.unlearn)):
+    variants = {f"unlearn, variant {name}": stage for name, stage in here.variants.items()}
+    for name, stage in {"collect": here.collect, "unlearn": here.unlearn, **variants}.items():
         detail = (
             f"about {stage.memory.peak_bytes / 1e9:.0f} of {here.cluster.usable_bytes / 1e9:.0f} GB usable on a GPU"
         )

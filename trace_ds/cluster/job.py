@@ -10,10 +10,11 @@ from typing import Any
 from trace_ds.cluster import memory
 from trace_ds.cluster.architecture import Architecture
 from trace_ds.cluster.spec import ClusterSpec
+from trace_ds.config.load import with_changes
 from trace_ds.config.schema import Config
+from trace_ds.unlearning.needs import FrozenNeeds
 
 DTYPE_BYTES = {"bf16": 2, "fp32": 4}
-FROZEN_LOGITS = ("undial", "kl")  # losses that compare logits with the frozen model's (unlearning/loss.py)
 BYTES_PER_TOKEN = 4  # of English text; for the length of `collect` before the corpora are tokenised
 
 
@@ -40,28 +41,19 @@ class Job:
         return self.config.data.context_length
 
     def passes(self) -> memory.Passes:
-        """What a step runs, of the trained model and of the frozen copy (unlearning/assemble.py and loss.py)."""
+        """What a step runs, of the trained model and of the frozen copy."""
         settings, layers = self.config.unlearning, self.a.layers
-        retain, rmu = settings.retain_term, settings.forget_loss == "rmu"
-        adaptive = rmu and settings.rmu.scale == "adaptive"
-        logits = settings.forget_loss in FROZEN_LOGITS or retain in FROZEN_LOGITS
-        until = layers  # layers up to the one whose hidden states are compared
-        if rmu or retain == "hidden_mse":
-            until = min(1 + (layers // 2 if settings.rmu.layer is None else settings.rmu.layer), layers)
-        no_head = settings.last_layer(layers) is not None
-        copied = logits or retain == "hidden_mse" or adaptive
-        measured = rmu and settings.rmu.scale == "mean_norm"
+        needs = FrozenNeeds.of(settings, layers)
+        last = settings.last_layer(layers)
         forget_rows, retain_rows = self._rows()
-        seen = (forget_rows if adaptive or settings.forget_loss == "undial" else 0) + (
-            0 if retain == "nll" else retain_rows
-        )
+        seen = forget_rows * needs.forget + retain_rows * needs.retain
         return memory.Passes(
-            layers=until if no_head else layers,
-            head=not no_head,
-            frozen_layers=(layers if logits else until) if copied or measured else 0,
-            frozen_stays=copied,
-            frozen_head=logits,
-            frozen_share=seen / (forget_rows + retain_rows) if copied else 0.0,
+            layers=min(last + 1, layers) if last is not None else layers,
+            head=last is None,
+            frozen_layers=needs.layers if needs.stays or needs.norm else 0,
+            frozen_stays=needs.stays,
+            frozen_head=needs.logits,
+            frozen_share=seen / (forget_rows + retain_rows) if needs.stays else 0.0,
         )
 
     def micro_batches(self) -> tuple[int, int]:
@@ -79,9 +71,14 @@ class Job:
         return memory.zero_settings(stage, self.ds_config)
 
 
+def variants_of(config: Config) -> dict[str, Config]:
+    """The configuration of each variant: jobs of their own, beside the run's."""
+    return {name: with_changes(config, changes, f"variants.{name}") for name, changes in config.variants.items()}
+
+
 def corpus_tokens(config: Config) -> int | None:
-    """Tokens of both corpora, estimated from the sizes of their files; None when one is not there."""
-    paths = [Path(file.path) for file in (*config.data.forget, *config.data.retain)]
+    """Tokens of all corpora, estimated from the sizes of their files; None when one is not there."""
+    paths = [Path(file.path) for side in config.data.sides for file in getattr(config.data, side)]
     if not all(path.is_file() for path in paths):
         return None
     return sum(path.stat().st_size for path in paths) // BYTES_PER_TOKEN

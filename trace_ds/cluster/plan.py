@@ -25,7 +25,7 @@ from trace_ds.cluster.architecture import (
     count_parameters,
     read_architecture,
 )
-from trace_ds.cluster.job import Job, ceil_div, corpus_tokens
+from trace_ds.cluster.job import Job, ceil_div, corpus_tokens, variants_of
 from trace_ds.cluster.spec import GB, ClusterSpec
 from trace_ds.config.schema import Config
 from trace_ds.errors import UserError
@@ -82,7 +82,8 @@ class Choice:
 
 @dataclass(frozen=True)
 class Plan:
-    """The answer; ``choices`` are ranked (what fits by step time, then the rest by memory)."""
+    """The answer; ``choices`` are ranked (what fits by step time, then the rest by memory); ``variants`` are the
+    ``unlearn`` of each, by name; storage is that of all jobs."""
 
     family: str
     parameters: Parameters
@@ -92,6 +93,7 @@ class Plan:
     zero_stage: int
     collect: StagePlan
     unlearn: StagePlan
+    variants: dict[str, StagePlan]
     recomputed_peak_bytes: float
     checkpoint_bytes: float
     save_s: float
@@ -118,9 +120,7 @@ def plan_model(model_config: Mapping[str, Any], config: Config, cluster: Cluster
     a = read_architecture(model_config, where)
     ep, stage = config.distributed.ep, config.unlearning.zero_stage
     _check(a, cluster, ep)
-    path = config.unlearning.ds_config
-    ds_config = read_json_object(Path(path), "the DeepSpeed configuration") if path else {}
-    job = Job(a, cluster, config, ds_config)
+    job, *others = (_job(a, cluster, each) for each in (config, *variants_of(config).values()))
     collect, unlearn = _collect(job, ep), _unlearn(job, ep, stage)
     choices = sorted(
         (_choice(job, size, level) for size in _expert_parallel_sizes(a, cluster) for level in (1, 2, 3)),
@@ -128,7 +128,11 @@ def plan_model(model_config: Mapping[str, Any], config: Config, cluster: Cluster
     )
     every = count_parameters(a)
     checkpoint = checkpoint_bytes(job, stage)
-    kept = config.unlearning.keep + 1
+    storage = sum(
+        (each.config.unlearning.keep + 1) * checkpoint_bytes(each, each.config.unlearning.zero_stage)
+        + every.total * each.b
+        for each in (job, *others)
+    )
     host = memory.host_bytes(
         a, gpus_per_node=cluster.gpus_per_node, b=job.b, zero=job.zero(stage), world=cluster.world, ep=ep
     )
@@ -141,10 +145,14 @@ def plan_model(model_config: Mapping[str, Any], config: Config, cluster: Cluster
         zero_stage=stage,
         collect=collect,
         unlearn=unlearn,
+        variants={
+            name: _unlearn(each, ep, each.config.unlearning.zero_stage)
+            for name, each in zip(config.variants, others, strict=True)
+        },
         recomputed_peak_bytes=_unlearn_memory(job, ep, stage, unlearn.rows, recompute=True).peak_bytes,
         checkpoint_bytes=checkpoint,
         save_s=checkpoint / (cluster.storage_gb_s * GB),
-        storage_bytes=kept * checkpoint + every.total * job.b,
+        storage_bytes=storage,
         host_bytes=host,
         evaluation_gpus=evaluation_gpus(config, every.total * job.b, cluster.gpu_memory_gb),
         choices=choices,
@@ -152,6 +160,11 @@ def plan_model(model_config: Mapping[str, Any], config: Config, cluster: Cluster
     )
     result.warnings.extend(_warnings(job, result))
     return result
+
+
+def _job(a: Architecture, cluster: ClusterSpec, config: Config) -> Job:
+    path = config.unlearning.ds_config
+    return Job(a, cluster, config, read_json_object(Path(path), "the DeepSpeed configuration") if path else {})
 
 
 def _check(a: Architecture, cluster: ClusterSpec, ep: int) -> None:
@@ -341,6 +354,9 @@ def _warnings(job: Job, result: Plan) -> list[str]:
                 warnings.append(f"{needs}: set {key} to {stage.largest_rows} or less")
             else:
                 warnings.append(f"{needs}, and even one row does not fit: {_way_out(result, name)}")
+    for name, stage in result.variants.items():
+        if not stage.fits:
+            warnings.append(f"unlearn of variant {name} needs {stage.memory.peak_bytes / GB:.0f} GB of {usable}")
     world_rows = min(settings.forget_rows, settings.retain_rows)
     if world_rows < spec.world:
         warnings.append(
@@ -357,6 +373,11 @@ def _warnings(job: Job, result: Plan) -> list[str]:
         warnings.append(
             f"evaluate holds a model on one node and needs {result.evaluation_gpus} GPUs, a node has "
             f"{spec.gpus_per_node}: its stage would run out of memory"
+        )
+    if job.config.evaluation.nproc * result.evaluation_gpus > max(spec.gpus_per_node, result.evaluation_gpus):
+        warnings.append(
+            f"each of evaluation.nproc {job.config.evaluation.nproc} processes holds a whole model and needs "
+            f"{result.evaluation_gpus} GPUs, a node has {spec.gpus_per_node}: lower it"
         )
     if result.ep > spec.gpus_per_node:
         warnings.append(
@@ -385,12 +406,12 @@ def as_dict(result: Plan) -> dict[str, Any]:
     """The plan as JSON-ready values, with the totals that are properties of its parts."""
     value = asdict(result)
     value["parameters"]["total"], value["active"]["total"] = result.parameters.total, result.active.total
-    for name, stage in (("collect", result.collect), ("unlearn", result.unlearn)):
-        value[name]["memory"]["peak_bytes"] = stage.memory.peak_bytes
-        value[name]["time"].update(
-            overlapped_s=stage.time.overlapped_s, serial_s=stage.time.serial_s, bound=stage.time.bound
-        )
-        value[name]["job_s"] = stage.job_s
+    stages = [(value["collect"], result.collect), (value["unlearn"], result.unlearn)]
+    stages += [(value["variants"][name], stage) for name, stage in result.variants.items()]
+    for entry, stage in stages:
+        entry["memory"]["peak_bytes"] = stage.memory.peak_bytes
+        entry["time"].update(overlapped_s=stage.time.overlapped_s, serial_s=stage.time.serial_s, bound=stage.time.bound)
+        entry["job_s"] = stage.job_s
     value["assumptions"] = list(ASSUMPTIONS)
     return value
 

@@ -34,6 +34,8 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     console.print(_memory(plan))
     console.print(_traffic(plan))
     console.print(_time(plan))
+    if plan.variants:
+        console.print(_jobs(plan))
     console.print(_choices(plan))
     console.print(
         f"checkpoint {size(plan.checkpoint_bytes)}, saved in {duration(plan.save_s)} at "
@@ -116,6 +118,18 @@ def _time(plan: Plan) -> Table:
         "whole stage with loading and saving, at most",
         *("corpora not found" if s.job_s is None else duration(s.job_s) for s in stages),
     )
+    return table
+
+
+def _jobs(plan: Plan) -> Table:
+    """The run's own ``unlearn`` and that of each variant, one after the other."""
+    table = _table("Unlearning jobs", "", "fits", "peak", "a step", "whole stage, at most")
+    jobs = {"the run": plan.unlearn, **plan.variants}
+    for name, job in jobs.items():
+        fits = "yes" if job.fits else "NO"
+        table.add_row(name, fits, size(job.memory.peak_bytes), duration(job.time.serial_s), duration(job.job_s or 0))
+    total_s = sum(job.job_s or 0 for job in jobs.values())
+    table.add_row(f"all {len(jobs)}", "", "", "", duration(total_s))
     return table
 
 

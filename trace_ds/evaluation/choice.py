@@ -6,11 +6,14 @@
 | accuracy_norm   | the same, divided by the characters of the choice                 | 0 … 1  | 0.25   |
 | exact_match     | greedy decoding after the prompt gives the right choice, token for token | 0 … 1 | none |
 
-Scored text: ``prompt + " " + choice``. Ties go to the first choice. Higher means that the model knows more: good for
-utility tasks, bad for forget tasks. Accuracy sits at a ceiling long before recall does; exact_match is the stricter
-one. Reference: accuracy and accuracy_norm are ``acc`` and ``acc_norm`` of lm-evaluation-harness (multiple_choice).
-Greedy decoding reproduces a text exactly if and only if every one of its tokens is the argmax given the tokens before
-it, so exact_match needs no generation.
+Scored text: ``prompt + " " + choice``, with a BOS token before it where ``data.add_bos`` puts one before the documents
+of the run. Ties go to the first choice. Higher means that the model knows more: good for utility tasks, bad for forget
+tasks. Accuracy sits at a ceiling long before recall does; exact_match is the stricter one. Reference: accuracy and
+accuracy_norm are ``acc`` and ``acc_norm`` of lm-evaluation-harness (multiple_choice) of texts that begin alike. The
+harness leaves the BOS token to the tokenizer: where that adds none by itself and ``data.add_bos`` does (or the other
+way round), its numbers are those of another text, which a model can find harder. Greedy decoding reproduces a text
+exactly if and only if every one of its tokens is the argmax given the tokens before it, so exact_match needs no
+generation.
 
 Shape legend: I items, C choices.
 """

@@ -22,8 +22,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from trace_ds.conversion.layouts import read_layout
 from trace_ds.errors import UserError
-from trace_ds.models.routers import find_routers, meta_model, moe_decoder_layers
+from trace_ds.models.routers import find_routers, moe_decoder_layers
 from trace_ds.models.weights import WeightFiles, full_shape, held
 from trace_ds.parallel.world import World, quiet_deepspeed
 
@@ -67,12 +68,14 @@ def load_share(
     """
     partitioned = ds_config["zero_optimization"]["stage"] == 3
     with _quiet_transformers():
+        # before zero.Init, which would undo the decorators of the model's classes if it saw them being defined
+        layout = world.agree_each(lambda _: read_layout(path))
         model: Any = _skeleton(path, dtype, parts, ds_config if partitioned else None)
     leave_out(model, parts, ep)
     files: WeightFiles | None = None
     error: UserError | None = None
     try:
-        files = WeightFiles.open(path, model)
+        files = WeightFiles.open(path, layout)
         if not partitioned:
             model.to_empty(device="cpu")
             _tie(model, files)
@@ -100,7 +103,6 @@ def _skeleton(path: Path, dtype: torch.dtype, parts: Parts, zero3: dict[str, Any
     extra = {} if parts.expert_kernel is None else {"experts_implementation": parts.expert_kernel}
     context: Any = torch.device("meta")
     if zero3 is not None:
-        meta_model(path)  # zero.Init must not see the model's classes being defined: it would undo their decorators
         context = quiet_deepspeed().zero.Init(config_dict_or_path=zero3)  # dtype: from its bf16 section
 
     def build(attention: str) -> nn.Module:

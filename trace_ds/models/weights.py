@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import chain
@@ -23,7 +22,6 @@ from trace_ds.conversion.layouts import (
     engine_pieces,
     hub_to_fused,
     missing_and_unexpected,
-    read_layout,
 )
 from trace_ds.conversion.runs import TensorSource, extract, merge_adjacent
 from trace_ds.errors import UserError
@@ -53,24 +51,18 @@ class WeightFiles:
     handles: dict[Path, BinaryIO] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, path: Path, model: nn.Module) -> WeightFiles:
-        """Headers and index only.
-
-        Args:
-            model: any build of the model (meta device is enough); names the tensors that may be in the files without
-                being part of the model.
+    def open(cls, path: Path, layout: ModelLayout) -> WeightFiles:
+        """Headers and index only; the files may hold tensors that transformers ignores.
 
         Raises:
             UserError: a tensor of the model is missing, has another shape, or one is not part of the model.
         """
         from trace_ds.conversion.huggingface_source import open_huggingface
 
-        layout = read_layout(path)
-        ignored = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
         tensors = {
             name: source
             for name, source in open_huggingface(path).tensors.items()
-            if name not in layout.tied and not any(pattern.search(name) for pattern in ignored)
+            if name not in layout.tied and not layout.ignores(name)
         }
         hub_shapes = {name: piece.shape for name, piece in layout.hub.items()}
         problems = missing_and_unexpected(hub_shapes, tensors)

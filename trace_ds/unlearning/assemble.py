@@ -12,7 +12,8 @@ from trace_ds.models.engine import reference_engine
 from trace_ds.models.families import ModelInfo
 from trace_ds.parallel.world import World, quiet_deepspeed
 from trace_ds.unlearning.batches import Batches
-from trace_ds.unlearning.loss import FROZEN_LOGITS, ForgetRetain, Frozen, Objective, hidden_at
+from trace_ds.unlearning.loss import ForgetRetain, Frozen, Objective, hidden_at
+from trace_ds.unlearning.needs import FrozenNeeds
 from trace_ds.unlearning.objectives import rmu_target
 from trace_ds.unlearning.seuf import Anchor
 
@@ -32,26 +33,20 @@ def make_objective(
     Args:
         anchored: the MoE layer and the experts that SEUF anchors the router on.
     """
-    settings, retain = config.unlearning, config.unlearning.retain_term
-    rmu = settings.forget_loss == "rmu"
-    layer = None
-    if rmu or retain == "hidden_mse":
-        layer = settings.rmu.layer if settings.rmu.layer is not None else info.decoder_layers // 2
-    logits = settings.forget_loss in FROZEN_LOGITS or retain in FROZEN_LOGITS
-    adaptive = rmu and settings.rmu.scale == "adaptive"
-    measured = rmu and settings.rmu.scale == "mean_norm" and "rmu_hidden_norm" not in cursor
+    settings = config.unlearning
+    needs = FrozenNeeds.of(settings, info.decoder_layers)
+    measured = needs.norm and "rmu_hidden_norm" not in cursor
     frozen = None
-    if logits or retain == "hidden_mse" or adaptive or measured:
-        layers = info.decoder_layers if logits or layer is None else layer + 1
-        engine = reference_engine(config, info, world, layers=layers)
+    if needs.stays or measured:
+        engine = reference_engine(config, info, world, layers=needs.layers)
         if measured:
-            assert layer is not None
-            cursor = {**cursor, "rmu_hidden_norm": mean_hidden_norm(engine, layer, world, batches)}
-        if logits or retain == "hidden_mse" or adaptive:
-            frozen = Frozen(engine, _whole_head(engine) if logits else None)
+            assert needs.layer is not None
+            cursor = {**cursor, "rmu_hidden_norm": mean_hidden_norm(engine, needs.layer, world, batches)}
+        if needs.stays:
+            frozen = Frozen(engine, _whole_head(engine) if needs.logits else None)
     target_D = None
-    if rmu:
-        unit = cursor["rmu_hidden_norm"] if settings.rmu.scale == "mean_norm" else 1.0
+    if settings.forget_loss == "rmu":
+        unit = cursor["rmu_hidden_norm"] if needs.norm else 1.0
         length = settings.rmu.coefficient * unit
         target_D = rmu_target(int(info.config["hidden_size"]), config.seed, length).to(world.device)
     anchor = None
@@ -60,7 +55,7 @@ def make_objective(
         target_E = torch.zeros(info.experts, device=world.device)
         target_E[list(experts)] = 1.0
         anchor = Anchor(moe_layer, target_E, settings.seuf.anchor)
-    return ForgetRetain(settings, retain, layer, target_D, frozen, anchor), cursor
+    return ForgetRetain(settings, needs, target_D, frozen, anchor), cursor
 
 
 def _whole_head(engine: Any) -> torch.Tensor:

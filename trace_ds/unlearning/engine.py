@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 
 from trace_ds.checkpoints import serialization
 from trace_ds.config.schema import Config
 from trace_ds.models import engine
 from trace_ds.models.engine_config import merge, user_ds_config
 from trace_ds.models.families import ModelInfo
-from trace_ds.models.routers import meta_model
 from trace_ds.parallel.world import World
 from trace_ds.unlearning import trainable
 
@@ -45,17 +45,24 @@ def training_engine(
             },
         },
     }
-    trained = trainable.trained_by(meta_model(info.path), settings, experts, settings.last_layer(info.decoder_layers))
+    chosen: list[trainable.Trained] = []
+
+    def parameters(model: nn.Module) -> list[Any]:
+        """Chosen by the names of the model as it was loaded, before AutoEP renames any."""
+        last = settings.last_layer(info.decoder_layers)
+        chosen.append(trainable.trained_by(model, settings, experts, last))
+        return trainable.parameter_groups(model, chosen[0], optimizer.weight_decay)
+
     made = engine.initialize(
         config,
         info,
         world,
         merge(ds_config, user_ds_config(settings.ds_config)),
         parts=engine.Parts(),
-        parameters=lambda model: trainable.parameter_groups(model, trained, optimizer.weight_decay),
+        parameters=parameters,
         recompute=settings.recompute,
     )
-    trainable.hold(made.module, trained)
+    trainable.hold(made.module, chosen[0])
     serialization.install(made)
     if settings.recompute and settings.zero_stage == 3:
         keep_recomputed(made)

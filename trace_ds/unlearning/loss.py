@@ -20,6 +20,7 @@ from trace_ds.config.schema import UnlearningConfig
 from trace_ds.unlearning import objectives
 from trace_ds.unlearning.batches import MicroBatch
 from trace_ds.unlearning.forward import HeadRequest, forward
+from trace_ds.unlearning.needs import FROZEN_LOGITS, FrozenNeeds
 from trace_ds.unlearning.seuf import Anchor, router_logits
 
 # (logits [C, V], targets [C], the frozen model's logits [C, V] where the loss needs them) -> values [C]
@@ -38,7 +39,6 @@ TOKEN_LOSSES: dict[str, Callable[[UnlearningConfig], TokenLoss]] = {
     "pdu": lambda settings: lambda z, y, frozen: objectives.margin_flattening(z),
 }
 SEQUENCE_LOSSES = ("npo", "simnpo", "dpo")  # their tokens' value is the NLL
-FROZEN_LOGITS = ("undial", "kl")
 
 
 @dataclass(frozen=True)
@@ -83,16 +83,14 @@ class ForgetRetain:
 
     Attributes:
         settings: names and constants of the losses.
-        retain_loss: nll, kl or hidden_mse.
-        layer: decoder layer of the hidden states, where one of the two is computed from them.
+        needs: the layer of the hidden states, where a loss is made of them, and what is compared with the frozen model.
         target_D: RMU: c·u; adaptive: β·u.
         frozen: the frozen model where something of it is not in ``collect``'s artefacts.
         anchor: SEUF's pull on one router.
     """
 
     settings: UnlearningConfig
-    retain_loss: str
-    layer: int | None = None
+    needs: FrozenNeeds
     target_D: torch.Tensor | None = None
     frozen: Frozen | None = None
     anchor: Anchor | None = None
@@ -108,19 +106,20 @@ class ForgetRetain:
         sides: dict[str, tuple[int, int, str]] = {}
         if loss != "rmu":
             sides["forget"] = (0, first_retain, "nll" if loss in SEQUENCE_LOSSES else loss)
-        if self.retain_loss != "hidden_mse":
-            sides["retain"] = (first_retain, end_retain, self.retain_loss)
+        retain_loss = self.settings.retain_term
+        if retain_loss != "hidden_mse":
+            sides["retain"] = (first_retain, end_retain, retain_loss)
         if batch.alternative is not None:
             sides["alternative"] = (end_retain, len(counted_BS), "nll")
         frozen = self._frozen_pass(ids_BS[:end_retain], positions_BS[:end_retain], first_retain)
         requests = [self._request(ids_BS, counted_BS, *side, frozen) for side in sides.values()]
         with router_logits(engine.module, self.anchor.moe_layer if self.anchor else None) as logits:
-            found = forward(engine, ids_BS, positions_BS, layer=self.layer, requests=requests)
+            found = forward(engine, ids_BS, positions_BS, layer=self.needs.layer, requests=requests)
         values = {
             side: _in_place(counted_BS, request, value_N)[sides[side][0] : sides[side][1]]
             for side, request, value_N in zip(sides, requests, found.values, strict=True)
         }
-        if self.retain_loss == "hidden_mse":
+        if retain_loss == "hidden_mse":
             assert found.layer_BSD is not None
             hidden_RSD, frozen_RSD = found.layer_BSD[first_retain:end_retain], frozen.hidden(first_retain, end_retain)
             retain_RS = objectives.hidden_mse(hidden_RSD, frozen_RSD) * counted_BS[first_retain:end_retain]
@@ -158,16 +157,14 @@ class ForgetRetain:
         """The frozen model over the rows that need it: forget, retain or both."""
         if self.frozen is None:
             return _FrozenStates(0, None, None, None)
-        loss, adaptive = self.settings.forget_loss, self.settings.rmu.scale == "adaptive"
-        begin = 0 if loss == "undial" or (loss == "rmu" and adaptive) else first_retain
-        end = first_retain if self.retain_loss == "nll" else len(ids_BS)
-        hidden = self.retain_loss == "hidden_mse" or (loss == "rmu" and adaptive)
+        begin = 0 if self.needs.forget else first_retain
+        end = len(ids_BS) if self.needs.retain else first_retain
         with torch.no_grad():
             found = forward(
                 self.frozen.engine,
                 ids_BS[begin:end],
                 positions_BS[begin:end],
-                layer=self.layer if hidden else None,
+                layer=self.needs.layer if self.needs.hidden else None,
                 last=self.frozen.head_VD is not None,
             )
         return _FrozenStates(begin, found.layer_BSD, found.last_BSD, self.frozen.head_VD)

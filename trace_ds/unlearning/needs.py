@@ -1,0 +1,56 @@
+"""What the losses of a job compare with the frozen model; without torch, since ``trace-ds plan`` asks too."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from trace_ds.config.schema import UnlearningConfig
+
+FROZEN_LOGITS = ("undial", "kl")  # losses that compare logits with the frozen model's
+
+
+@dataclass(frozen=True)
+class FrozenNeeds:
+    """What a step needs of a frozen copy, of a model with ``decoder_layers``.
+
+    Attributes:
+        layer: decoder layer whose hidden states a loss is made of, the trained model's or both; None: none is.
+        logits, hidden: whether the copy's logits and its hidden states at ``layer`` are compared with in every step.
+        forget, retain: which rows go through the copy.
+        norm: whether the mean norm of its hidden states over forget tokens is the unit of RMU's coefficient.
+    """
+
+    decoder_layers: int
+    layer: int | None
+    logits: bool
+    hidden: bool
+    forget: bool
+    retain: bool
+    norm: bool
+
+    @classmethod
+    def of(cls, settings: UnlearningConfig, decoder_layers: int) -> FrozenNeeds:
+        rmu, retain = settings.forget_loss == "rmu", settings.retain_term
+        adaptive = rmu and settings.rmu.scale == "adaptive"
+        layer = None
+        if rmu or retain == "hidden_mse":
+            layer = settings.rmu.layer if settings.rmu.layer is not None else decoder_layers // 2
+        return cls(
+            decoder_layers,
+            layer,
+            logits=settings.forget_loss in FROZEN_LOGITS or retain in FROZEN_LOGITS,
+            hidden=adaptive or retain == "hidden_mse",
+            forget=adaptive or settings.forget_loss == "undial",
+            retain=retain != "nll",
+            norm=rmu and settings.rmu.scale == "mean_norm",
+        )
+
+    @property
+    def stays(self) -> bool:
+        """Whether the copy is there in every step."""
+        return self.logits or self.hidden
+
+    @property
+    def layers(self) -> int:
+        """Decoder layers of the copy, from the first one on."""
+        return self.decoder_layers if self.logits or self.layer is None else min(self.layer + 1, self.decoder_layers)
