@@ -88,7 +88,7 @@ class StatisticsConfig(Section):
     sample_tokens: int = Field(
         200_000,
         ge=1,
-        description="Counted retain tokens, spread over all documents, whose top-k experts are recorded in any case.",
+        description="Counted tokens of a corpus, spread over its documents, whose top-k experts are always recorded.",
     )
     nll: bool = Field(False, description="Record the frozen model's loss of every token (needed by NPO).")
     hidden: bool = Field(
@@ -536,8 +536,6 @@ class Config(Section):
         ):
             if value is not None and evaluate.every is None:
                 raise ValueError(f"unlearning.{key} needs unlearning.evaluate.every")
-        if guards.min_retain_overlap is not None and self.statistics.trace is False:
-            raise ValueError("unlearning.guards.min_retain_overlap needs statistics.trace: true")
         for name, changes in self.variants.items():
             for key in changes:
                 if key.split(".")[0] not in ("calibration", "unlearning", "conversion"):

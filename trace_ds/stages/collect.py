@@ -94,13 +94,13 @@ def check_collect(config: Config, run: RunDirectory, world_size: int) -> Collect
 
 def wanted(config: Config, info: ModelInfo, side: str) -> Wanted:
     """What the configuration asks to be recorded of one side."""
-    settings, retain = config.statistics, side == "retain"
+    settings = config.statistics
     return Wanted(
         trace=bool(keys_needing(TRACE, config, side)) if settings.trace is None else settings.trace,
         nll=settings.nll,
         hidden_layer=middle_layer(info) if settings.hidden else None,
-        rows=retain,
-        sample_tokens=settings.sample_tokens if retain else 0,
+        rows=side == "retain",
+        sample_tokens=settings.sample_tokens if side in ("forget", "retain") else 0,
     )
 
 
