@@ -44,8 +44,8 @@ class HeldRows:
         return cls(dataset, usable[places], frozen)
 
     def before(self, rows: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray] | None:
-        """(places in a batch of ``rows`` of ``length`` positions, experts [N, L, K]) of the sampled tokens in them; None
-        when there is none. Rows of -1 are filling."""
+        """(places in a batch of ``rows`` of ``length`` positions, experts [N, L, K]) of their sampled tokens; None when
+        there is none. Rows of -1 are filling."""
         starts = self.dataset.row_starts_R1
         found = [
             (number * length + positions_N, experts_NLK)
