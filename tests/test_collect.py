@@ -19,7 +19,7 @@ from trace_ds.config.needs import TRACE, keys_needing
 from trace_ds.corpora.dataset import FlatArray, TokenDataset
 from trace_ds.errors import UserError
 from trace_ds.routing.statistics import RoutingStatistics
-from trace_ds.routing.token_files import count_dtype, open_parts, require_parts, sample_places
+from trace_ds.routing.token_files import bytes_per_token, count_dtype, open_parts, require_parts, sample_places
 from trace_ds.run import artefact
 from trace_ds.run.directory import RunDirectory
 from trace_ds.stages.calibrate import calibrate
@@ -464,3 +464,25 @@ def test_a_collection_is_repeated_only_for_what_it_lacks(tiny_model: Path, tmp_p
     with pytest.raises(UserError, match=r": the rule x needs the selections of each row, not recorded") as told:
         require_parts(retain, "row_counts", "the rule x")
     assert told.value.fix == "run `trace-ds collect CONFIG` again"
+
+
+MODELS = ("mixtral-8x7b", "mixtral-8x22b", "olmoe-1b-7b", "qwen3-30b-a3b", "qwen3-235b-a22b", "deepseek-v3")
+
+
+def test_the_documented_sizes_are_those_of_the_published_models() -> None:
+    from trace_ds.cluster.architecture import read_architecture
+
+    root = Path(__file__).resolve().parents[1]
+    lines = [
+        "| | L × E, K | trace | row selections | trace, 205 M tokens | row selections |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in MODELS:
+        a = read_architecture(json.loads((root / "tests" / "data" / "configs" / f"{name}.json").read_text()))
+        trace, rows = bytes_per_token(a.moe_layers, a.experts, a.top_k, 1024)
+        total = 200_000 * 1024 / 1e9
+        lines.append(
+            f"| {name} | {a.moe_layers} × {a.experts}, {a.top_k} | {trace:.0f} | {rows:.2f} "
+            f"| {trace * total:.1f} GB | {rows * total:.2f} GB |"
+        )
+    assert "\n".join(lines) in (root / "docs" / "method.md").read_text()

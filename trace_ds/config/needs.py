@@ -1,7 +1,7 @@
 """Which keys of a configuration need what ``collect`` records besides the counts of a corpus.
 
 The routing trace of 200,000 rows of 1,024 tokens takes 79 GB on Qwen3-30B-A3B, the selections of its rows 2.4 GB
-(docs/method.md has a table), so the trace is written only where something here asks for it. The row selections of the
+(docs/method.md, section 10), so the trace is written only where something here asks for it. The row selections of the
 retain side and the samples are written in any case; asking for them says who cannot do without.
 """
 

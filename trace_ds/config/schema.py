@@ -83,7 +83,7 @@ class StatisticsConfig(Section):
     trace: bool | None = Field(
         None,
         description="Record the top-k experts of every token; default: where another key needs them (the log says "
-        "which; docs/method.md, section 8, what they take).",
+        "which; docs/method.md, section 10, what they take).",
     )
     sample_tokens: int = Field(
         200_000,

@@ -128,6 +128,12 @@ def count_dtype(most: int) -> np.dtype:
     return np.dtype(np.min_scalar_type(max(most, 0)))
 
 
+def bytes_per_token(layers: int, experts: int, top_k: int, row_tokens: int) -> tuple[float, float]:
+    """(of ``trace``, of ``row_counts``) for each token of rows of ``row_tokens``."""
+    cell, index = count_dtype(row_tokens - 1).itemsize, trace_dtype(experts).itemsize
+    return float(layers * top_k * index), layers * experts * cell / row_tokens
+
+
 def sample_places(counted: int, size: int) -> np.ndarray:
     """Which of ``counted`` tokens in flat order are in a sample of ``size``: int64, ascending; a function of the two.
 
