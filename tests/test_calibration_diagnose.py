@@ -8,7 +8,6 @@ from calibration_world import Corpus, make_corpus
 from scipy.spatial.distance import jensenshannon
 from scipy.stats import entropy
 
-from trace_ds.calibration import tokens as token_module
 from trace_ds.calibration.detect import detect
 from trace_ds.calibration.diagnose import (
     Documents,
@@ -57,7 +56,7 @@ def test_divergences_against_scipy() -> None:
 
 
 def test_likeness_is_one_for_near_text_and_zero_for_the_average(monkeypatch) -> None:
-    monkeypatch.setattr(token_module, "CHUNK_TOKENS", 999)
+    monkeypatch.setattr("trace_ds.corpora.dataset.CHUNK_TOKENS", 999)
     forget, retain = worlds(0.2)
     like, sums = likenesses(forget, retain)
     near = retain.topic_D == 1
@@ -157,7 +156,7 @@ def test_quantiles_of_a_sample_keep_the_exact_ends(monkeypatch) -> None:
     from trace_ds.calibration import diagnose
 
     monkeypatch.setattr(diagnose, "QUANTILE_SAMPLE", 100)
-    monkeypatch.setattr(token_module, "CHUNK_TOKENS", 77)
+    monkeypatch.setattr("trace_ds.corpora.dataset.CHUNK_TOKENS", 77)
     _, retain = worlds(0.2)
     w_T = np.where(retain.counted_T, np.random.default_rng(0).random(len(retain.counted_T)), 0.0)
     w = w_T[retain.counted_T]

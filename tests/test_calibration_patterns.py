@@ -8,7 +8,7 @@ from calibration_world import make_corpus, make_world
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trace_ds.calibration import patterns, tokens
+from trace_ds.calibration import patterns
 from trace_ds.calibration.patterns import Encoding, build_store
 from trace_ds.calibration.raking import evaluate
 from trace_ds.calibration.tokens import TokenMap, count_selections, open_trace
@@ -58,7 +58,7 @@ def test_expert_numbers_beyond_a_byte() -> None:
 @pytest.mark.parametrize("kind", ["bits", "index"])
 @pytest.mark.parametrize("memory_limit_bytes", [0, 1 << 30])
 def test_store_equals_the_dense_matrix(tmp_path, monkeypatch, kind: str, memory_limit_bytes: int) -> None:
-    monkeypatch.setattr(tokens, "CHUNK_TOKENS", 257)
+    monkeypatch.setattr("trace_ds.corpora.dataset.CHUNK_TOKENS", 257)
     _, retain = make_world(experts=8)
     dense = retain.dense(8)
     theta = np.random.default_rng(0).normal(size=dense.shape[1])
@@ -82,7 +82,7 @@ def test_store_equals_the_dense_matrix(tmp_path, monkeypatch, kind: str, memory_
 
 
 def test_sharding_of_the_trace_changes_no_bit(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(tokens, "CHUNK_TOKENS", 500)
+    monkeypatch.setattr("trace_ds.corpora.dataset.CHUNK_TOKENS", 500)
     _, retain = make_world()
     theta = np.linspace(-1, 1, 24)
     points = []
@@ -117,7 +117,7 @@ def test_counted_positions_are_those_whose_next_token_is_of_the_same_row_and_doc
 
 
 def test_counting_the_trace_gives_the_statistics(monkeypatch) -> None:
-    monkeypatch.setattr(tokens, "CHUNK_TOKENS", 333)
+    monkeypatch.setattr("trace_ds.corpora.dataset.CHUNK_TOKENS", 333)
     _, retain = make_world()
     counts = count_selections(retain.as_trace(3), retain.tokens, 8)
     np.testing.assert_array_equal(counts, retain.statistics(8).counts_LE)

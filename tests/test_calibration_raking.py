@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import optimize
 
-from trace_ds.calibration import raking, rows, tokens
+from trace_ds.calibration import raking, rows
 from trace_ds.calibration.patterns import Encoding, PatternStore, build_store
 from trace_ds.calibration.raking import covariance, evaluate, solve
 from trace_ds.calibration.rows import RowStore
@@ -195,7 +195,7 @@ def test_order_of_tokens_changes_no_bit_of_deduplicated_patterns() -> None:
 
 def test_order_of_documents_changes_nothing_beyond_rounding(tmp_path, monkeypatch) -> None:
     """Without de-duplication the sums are taken in another order: equal to 1e-9, not bit by bit."""
-    monkeypatch.setattr(tokens, "CHUNK_TOKENS", 700)
+    monkeypatch.setattr("trace_ds.corpora.dataset.CHUNK_TOKENS", 700)
     forget, retain = make_world(seed=2)
     p, q = retain.dense(8).mean(axis=0), forget.dense(8).mean(axis=0)
     every, _ = build_store(retain.as_trace(), retain.tokens, np.ones((3, 8), dtype=bool), tmp_path)

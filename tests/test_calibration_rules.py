@@ -209,7 +209,7 @@ def test_the_order_of_the_rows_does_not_matter(world, tmp_path, rule: str, level
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("rule", RULES)
 def test_sharding_changes_no_bit_and_neither_does_running_again(world, tmp_path, monkeypatch, rule, level) -> None:
-    monkeypatch.setattr(token_module, "CHUNK_TOKENS", 1000)
+    monkeypatch.setattr("trace_ds.corpora.dataset.CHUNK_TOKENS", 1000)
     weights = []
     for number, parts in enumerate((1, 1, 5)):
         folder = tmp_path / str(number)

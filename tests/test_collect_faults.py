@@ -71,7 +71,7 @@ def test_storage_that_fails_on_one_rank_ends_all(tiny_model: Path, tmp_path: Pat
     assert main[1:] == ["AgreedError: "] * 3 + [""]
     assert other == ["AgreedError: "] + ["OSError: [Errno 5] Input/output error: 'the file'"] * 3 + [""]
     log = (tmp_path / "run" / "logs" / "collect.jsonl").read_text()
-    assert "retain: continues after batch" in log and log.count("counted") == 2
+    assert "forget: continues after batch" in log and log.count("counted") == 2
 
 
 def test_a_pass_never_continues_another_with_other_rounding(tmp_path: Path) -> None:

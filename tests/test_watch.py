@@ -10,17 +10,21 @@ from typing import Any
 import jobs
 import numpy as np
 import pytest
+import torch
 from distributed import run_distributed
 from test_unlearn import calibrated, copy_of, losses_of, weights_of  # noqa: F401  (a fixture)
 
 from trace_ds.checkpoints.manifest import complete_steps, read_manifest
 from trace_ds.config.load import load_config
 from trace_ds.config.schema import UnlearningConfig
-from trace_ds.corpora.dataset import TokenDataset
+from trace_ds.corpora.dataset import FlatArray, TokenDataset
 from trace_ds.errors import UserError
+from trace_ds.parallel.world import World
+from trace_ds.routing.token_files import SampledRouting
+from trace_ds.run import artefact
 from trace_ds.run.directory import RunDirectory
 from trace_ds.stages.convert import checkpoint_to_directory
-from trace_ds.stages.unlearn import check_unlearn
+from trace_ds.stages.unlearn import check_unlearn, make_evaluator
 from trace_ds.unlearning.watch import HeldRows, judge
 
 EVALUATE = ["unlearning.evaluate.every=2", "unlearning.evaluate.rows=5", "statistics.batch_rows=2"]
@@ -184,12 +188,26 @@ def test_backing_off_halves_the_learning_rate_and_saves_good_states_only(finishe
     assert found == [0, 1, 1]  # what a resumed job goes on with
 
 
-def test_guards_need_evaluations(calibrated: tuple[Path, Path]) -> None:  # noqa: F811
+def test_guards_need_evaluations(calibrated: tuple[Path, Path], tmp_path: Path) -> None:  # noqa: F811
     config, run = calibrated
     with pytest.raises(UserError, match=r"guards\.max_retain_ratio needs unlearning\.evaluate\.every"):
         load_config(str(config), ["unlearning.guards.max_retain_ratio=2"], run)
-    with pytest.raises(UserError, match=r"min_retain_overlap needs statistics\.trace"):
-        load_config(str(config), [*EVALUATE, "unlearning.guards.min_retain_overlap=.5", "statistics.trace=false"], run)
+    changed, _ = load_config(str(config), [*EVALUATE, "unlearning.guards.min_retain_overlap=.5"], run)
+    found = artefact.load(run / "statistics" / "retain", "statistics", "")
+    old = copy_of(run, tmp_path / "old")
+    for path in (old / "statistics" / "retain").glob("sample*"):
+        path.unlink()
+    artefact.describe(old / "statistics" / "retain", "statistics", found.inputs, found.settings, found.summary)
+    with pytest.raises(
+        UserError, match=r"min_retain_overlap needs the routing of a sample of tokens.*trace-ds collect"
+    ):
+        check_unlearn(changed, RunDirectory.at(old), 2)
+    job = check_unlearn(changed, RunDirectory.at(run), 2)
+    with pytest.MonkeyPatch.context() as patch:
+        nothing = SampledRouting(np.zeros(0, np.int64), FlatArray([np.zeros((0, 3, 2), np.uint8)]))
+        patch.setattr(SampledRouting, "of", lambda _: nothing)
+        with pytest.raises(UserError, match=r"evaluate\.rows: none of the 5 retain rows .* has a token in the sample"):
+            make_evaluator(changed, job, World(0, 1, torch.device("cpu")))
 
 
 START = {"forget_nll": 2.0, "retain_nll": 2.0, "retain_overlap": 1.0}

@@ -131,7 +131,7 @@ def _similarity(
         if not all(sides):
             fix = f"set statistics.hidden: true {COLLECT_AGAIN}"
             raise UserError("the similarity hidden needs the rows' hidden states, which were not recorded", where, fix)
-        forget_sizes_R = row_sizes(read_token_map(data.file("forget.arrow"), 0, spool))
+        forget_sizes_R = row_sizes(read_token_map(data.file("forget.arrow"), 0))
         return hidden_similarity(sides[0], forget_sizes_R, sides[1], sizes_R)
     if trace is None:
         fix = f"set statistics.trace: true {COLLECT_AGAIN}"

@@ -104,12 +104,7 @@ def row_counts(trace: Trace, tokens: TokenMap, encoding: Encoding) -> Iterator[t
 
 def row_sizes(tokens: TokenMap) -> np.ndarray:
     """Counted tokens of every row, int64 [rows]."""
-    sizes_R = np.zeros(tokens.rows, np.int64)
-    for start, stop in tokens.spans():
-        row = tokens.row_of(start, stop)[tokens.counted(start, stop)]
-        if len(row):
-            sizes_R[row[0] : row[-1] + 1] += np.bincount(row - row[0])
-    return sizes_R
+    return tokens.counted_per_row()
 
 
 def build_row_store(trace: Trace, tokens: TokenMap, constrained_LE: np.ndarray, spool: Path) -> RowStore:

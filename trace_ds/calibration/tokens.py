@@ -1,122 +1,33 @@
-"""What calibration needs to know about the retain tokens: which are counted, and their row and document.
+"""The routing trace of the retain tokens, and sums over it.
 
 Shape legend: T tokens of a chunk or of the corpus (flat order: rows in order, tokens of a row in order), R rows,
-D documents, L MoE layers, K = top-k.
-
-Everything is read in chunks of :data:`CHUNK_TOKENS` *flat* tokens, whatever the sharding of the trace files or the
-Arrow batches, so that every sum is taken in one order and the results are bitwise independent of the sharding.
+L MoE layers, K = top-k.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from trace_ds.corpora.dataset import CHUNK_TOKENS, FlatArray, TokenDataset, TokenMap, open_stream  # noqa: F401
 from trace_ds.errors import UserError
 
-CHUNK_TOKENS = 1 << 16
+
+def read_token_map(path: Path, documents: int) -> TokenMap:
+    """Rows and documents of a prepared corpus (``RUN/data/retain.arrow``), in place: memory is O(rows)."""
+    dataset = TokenDataset.open(path)
+    return TokenMap(dataset.row_starts_R1, dataset.document_ids_T, documents)
 
 
-@dataclass(frozen=True)
-class TokenMap:
-    """Rows and documents of a flat token sequence.
-
-    Attributes:
-        row_starts_R1: int64 [R + 1], flat position of each row's first token; the last entry is the token total.
-        document_ids_T: int32 [T] (may be a memory map), document index of every token, non-decreasing.
-        documents: number of documents D.
-        kept_R: bool [R], rows whose tokens count at all (None: every row); see :meth:`restricted`.
-    """
-
-    row_starts_R1: np.ndarray
-    document_ids_T: np.ndarray
-    documents: int
-    kept_R: np.ndarray | None = None
-
-    @property
-    def tokens(self) -> int:
-        """All tokens, counted or not."""
-        return int(self.row_starts_R1[-1])
-
-    @property
-    def rows(self) -> int:
-        return len(self.row_starts_R1) - 1
-
-    def spans(self) -> list[tuple[int, int]]:
-        """The chunks as (start, stop) in flat positions."""
-        return [(at, min(at + CHUNK_TOKENS, self.tokens)) for at in range(0, self.tokens, CHUNK_TOKENS)]
-
-    def counted(self, start: int, stop: int) -> np.ndarray:
-        """bool [stop - start]: the next token exists in the same (kept) row and belongs to the same document."""
-        ids = np.asarray(self.document_ids_T[start : min(stop + 1, self.tokens)])
-        result_T = np.zeros(stop - start, dtype=bool)
-        result_T[: len(ids) - 1] = ids[1:] == ids[:-1]
-        first = int(np.searchsorted(self.row_starts_R1, start + 1, side="left"))
-        last = int(np.searchsorted(self.row_starts_R1, stop, side="right"))
-        result_T[self.row_starts_R1[first:last] - 1 - start] = False
-        if self.kept_R is not None:
-            result_T &= self.kept_R[self.row_of(start, stop)]
-        return result_T
-
-    def restricted(self, kept_R: np.ndarray) -> TokenMap:
-        """The same tokens, of which only those of the kept rows count."""
-        return replace(self, kept_R=kept_R)
-
-    def row_of(self, start: int, stop: int) -> np.ndarray:
-        """int64 [stop - start]: the row of each token (rows without tokens are never returned)."""
-        return np.searchsorted(self.row_starts_R1, np.arange(start, stop), side="right") - 1
-
-    def counted_total(self) -> int:
-        return sum(int(self.counted(*span).sum()) for span in self.spans())
-
-
-def open_stream(path: Path) -> Any:
-    """A pyarrow reader of an Arrow IPC stream, memory-mapped; :class:`UserError` when the file is not one."""
-    import pyarrow as pa
-
-    try:
-        return pa.ipc.open_stream(pa.memory_map(str(path)))
-    except (OSError, pa.ArrowInvalid) as error:
-        raise UserError(
-            f"this is not an Arrow stream ({error})",
-            str(path),
-            "make it again with `trace-ds prepare CONFIG`",
-        ) from None
-
-
-def read_token_map(path: Path, documents: int, spool: Path) -> TokenMap:
-    """Stream the rows of a prepared corpus (``RUN/data/retain.arrow``) into a :class:`TokenMap`.
-
-    The document ids go to a memory-mapped file in ``spool``: memory is O(rows), not O(tokens).
-    """
-    lengths: list[np.ndarray] = []
-    ids_path = spool / "document_ids.i32"
-    with ids_path.open("wb") as handle:
-        for batch in open_stream(path):
-            column = batch.column("document_ids")
-            offsets = np.asarray(column.offsets)
-            lengths.append(np.diff(offsets).astype(np.int64))
-            values = np.asarray(column.values)[offsets[0] : offsets[-1]]
-            handle.write(np.ascontiguousarray(values, dtype=np.int32).tobytes())
-    starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(np.concatenate([*lengths, np.zeros(0, np.int64)]))])
-    total = int(starts[-1])
-    ids = np.memmap(ids_path, np.int32, "r", shape=(total,)) if total else np.zeros(0, np.int32)
-    return TokenMap(starts, ids, documents)
-
-
-@dataclass(frozen=True)
-class Trace:
+class Trace(FlatArray):
     """The routing trace of a corpus: parts ``[tokens of the part, L, K]`` of expert indices, in flat token order."""
 
-    parts: tuple[np.ndarray, ...]
-
     @property
     def tokens(self) -> int:
-        return sum(len(part) for part in self.parts)
+        return len(self)
 
     @property
     def layers(self) -> int:
@@ -128,13 +39,7 @@ class Trace:
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Expert indices [stop - start, L, K] of flat positions ``start … stop``, across the borders of parts."""
-        pieces, at = [], 0
-        for part in self.parts:
-            low, high = max(start - at, 0), min(stop - at, len(part))
-            if low < high:
-                pieces.append(np.asarray(part[low:high]))
-            at += len(part)
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+        return self[start:stop]
 
     def chunks(self, tokens: TokenMap) -> Iterator[tuple[int, int, np.ndarray, np.ndarray]]:
         """Yield (start, stop, counted_T bool, selected_TLK of the counted tokens only)."""

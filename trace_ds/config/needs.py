@@ -1,8 +1,8 @@
 """Which keys of a configuration need what ``collect`` records besides the counts of a corpus.
 
 The routing trace of 200,000 rows of 1,024 tokens takes 79 GB on Qwen3-30B-A3B, the selections of its rows 2.4 GB
-(docs/method.md has a table), so the trace is written only where something here asks for it. The row selections and the
-sample of the retain side are written in any case; asking for them says who cannot do without.
+(docs/method.md, section 10), so the trace is written only where something here asks for it. The row selections of the
+retain side and the samples are written in any case; asking for them says who cannot do without.
 """
 
 from __future__ import annotations
@@ -43,5 +43,5 @@ def _needs(config: Config, side: str) -> Iterator[tuple[str, str]]:
             yield TRACE, f"calibration.retrieve.similarity: {similarity}"
         if config.bench is not None:  # its methods may have any rule
             yield TRACE, "bench"
-    if side in ("forget", "retain") and config.unlearning.evaluate.every is not None:  # overlap with the frozen model
-        yield TRACE, "unlearning.evaluate.every"
+        if config.unlearning.guards.min_retain_overlap is not None:
+            yield SAMPLE, "unlearning.guards.min_retain_overlap"

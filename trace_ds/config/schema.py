@@ -128,12 +128,12 @@ class StatisticsConfig(Section):
     trace: bool | None = Field(
         None,
         description="Record the top-k experts of every token; default: where another key needs them (the log says "
-        "which; docs/method.md, section 8, what they take).",
+        "which; docs/method.md, section 10, what they take).",
     )
     sample_tokens: Integer = Field(
         200_000,
         ge=1,
-        description="Counted retain tokens, spread over all documents, whose top-k experts are recorded in any case.",
+        description="Counted tokens of a corpus, spread over its documents, whose top-k experts are always recorded.",
     )
     nll: bool = Field(False, description="Record the frozen model's loss of every token (needed by NPO).")
     hidden: bool = Field(
@@ -588,8 +588,6 @@ class Config(Section):
         ):
             if value is not None and evaluate.every is None:
                 raise ValueError(f"unlearning.{key} needs unlearning.evaluate.every")
-        if guards.min_retain_overlap is not None and self.statistics.trace is False:
-            raise ValueError("unlearning.guards.min_retain_overlap needs statistics.trace: true")
         for name, changes in self.variants.items():
             for key in changes:
                 if key.split(".")[0] not in ("calibration", "unlearning", "conversion"):

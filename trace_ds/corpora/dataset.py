@@ -14,6 +14,8 @@ import numpy as np
 import pyarrow as pa
 
 from trace_ds.corpora.pack import PackedRow, counted_positions
+from trace_ds.corpora.read import Document
+from trace_ds.errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -57,8 +59,10 @@ class FlatArray:
     def __len__(self) -> int:
         return int(self._ends[-1])
 
-    def __getitem__(self, span: slice) -> np.ndarray:
-        """The lines from ``span.start`` to ``span.stop`` (a view where they lie in one part, else a copy)."""
+    def __getitem__(self, span: slice | int) -> np.ndarray:
+        """One line, or those from ``span.start`` to ``span.stop`` (a view where they lie in one part, else a copy)."""
+        if not isinstance(span, slice):
+            return np.asarray(self[span : span + 1][0])
         begin, end, _ = span.indices(len(self))
         first = min(int(np.searchsorted(self._ends, begin, side="right")), len(self.parts) - 1)
         last = max(int(np.searchsorted(self._ends, end, side="left")), first)
@@ -153,7 +157,7 @@ class TokenDataset(TokenMap):
 
     @classmethod
     def open(cls, path: Path) -> TokenDataset:
-        return cls(pa.ipc.open_stream(pa.memory_map(str(path))).read_all())
+        return cls(open_stream(path).read_all())
 
     def __len__(self) -> int:
         return self.rows
@@ -238,9 +242,13 @@ class DocumentTable:
             self._pending = []
 
 
-def read_document_table(path: Path) -> pa.Table:
-    """The table of documents (columns source, tokens, text_start), memory-mapped."""
-    return pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
+def open_stream(path: Path) -> pa.RecordBatchStreamReader:
+    """Reader of an Arrow IPC stream, memory-mapped; :class:`UserError` when the file is not one."""
+    try:
+        return pa.ipc.open_stream(pa.memory_map(str(path)))
+    except (OSError, pa.ArrowInvalid) as error:
+        fix = "make it again with `trace-ds prepare CONFIG`"
+        raise UserError(f"this is not an Arrow stream ({error})", str(path), fix) from None
 
 
 def _values(chunk: pa.ListArray) -> np.ndarray:

@@ -16,12 +16,13 @@ positions in order), R rows, N sampled tokens, L MoE layers, E experts, K = top-
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from trace_ds.corpora.dataset import FlatArray
 from trace_ds.errors import UserError
 from trace_ds.run.artefact import Artefact
 from trace_ds.run.files import new_array, reserve
@@ -95,32 +96,25 @@ def require_parts(artefact: Artefact, name: str, needed_by: str) -> list[np.ndar
     return found
 
 
-class TokenArray:
-    """Random access by flat token range over the parts, as if they were one array."""
+@dataclass(frozen=True)
+class SampledRouting:
+    """The routing of sampled tokens: ``positions_N`` int64, flat and ascending; their experts [N, L, K], ascending."""
 
-    def __init__(self, parts: list[np.ndarray]) -> None:
-        if not parts:
-            raise ValueError("no parts")
-        self._parts = parts
-        self._ends = np.cumsum([len(part) for part in parts])
+    positions_N: np.ndarray
+    experts_NLK: FlatArray
 
-    def __len__(self) -> int:
-        return int(self._ends[-1])
+    @classmethod
+    def of(cls, artefact: Artefact) -> SampledRouting | None:
+        """What ``collect`` recorded; None in an artefact of an earlier version."""
+        experts = open_parts(artefact, "sample")
+        if not experts:
+            return None
+        return cls(np.concatenate(open_parts(artefact, "sample_positions")), FlatArray(experts))
 
-    def slice(self, begin: int, end: int) -> np.ndarray:
-        """The values of tokens ``begin`` to ``end`` (a copy when they lie in two parts)."""
-        found = []
-        for part, part_end in zip(self._parts, self._ends, strict=True):
-            start = int(part_end) - len(part)
-            if start < end and begin < part_end:
-                found.append(part[max(begin - start, 0) : end - start])
-        return found[0] if len(found) == 1 else np.concatenate(found)
-
-    def chunks(self, tokens: int) -> Iterator[np.ndarray]:
-        """All values in order, at most ``tokens`` at a time, never across parts."""
-        for part in self._parts:
-            for begin in range(0, len(part), tokens):
-                yield part[begin : begin + tokens]
+    def within(self, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        """(positions, counted from ``begin``; experts) of the sampled tokens among ``begin … end``."""
+        where = slice(*np.searchsorted(self.positions_N, (begin, end)).tolist())
+        return self.positions_N[where] - begin, self.experts_NLK[where]
 
 
 def trace_dtype(experts: int) -> np.dtype:
@@ -132,6 +126,12 @@ def count_dtype(most: int) -> np.dtype:
     """The smallest unsigned type that holds a count: a token selects an expert once, so at most the counted tokens of
     the longest row, whose last position is not one (uint8 up to rows of 256 tokens, uint16 up to 65,536)."""
     return np.dtype(np.min_scalar_type(max(most, 0)))
+
+
+def bytes_per_token(layers: int, experts: int, top_k: int, row_tokens: int) -> tuple[float, float]:
+    """(of ``trace``, of ``row_counts``) for each token of rows of ``row_tokens``."""
+    cell, index = count_dtype(row_tokens - 1).itemsize, trace_dtype(experts).itemsize
+    return float(layers * top_k * index), layers * experts * cell / row_tokens
 
 
 def sample_places(counted: int, size: int) -> np.ndarray:

@@ -122,7 +122,7 @@ def _make(
     try:
         documents = read_documents(data.file("retain_documents.arrow"))
         log_weight_D = document_weights(config, documents)
-        tokens = pool = read_token_map(data.file("retain.arrow"), len(documents.source_D), spool)
+        tokens = pool = read_token_map(data.file("retain.arrow"), len(documents.source_D))
         trace = load_trace(config, statistics[1], retain, pool)
         retrieval, retain_LE = None, retain.frequency_LE  # of the tokens that are weighted
         retrieved = retrieve(config, data, statistics, detection, pool, trace, spool)

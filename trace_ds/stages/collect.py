@@ -94,13 +94,13 @@ def check_collect(config: Config, run: RunDirectory, world_size: int) -> Collect
 
 def wanted(config: Config, info: ModelInfo, side: str) -> Wanted:
     """What the configuration asks to be recorded of one side."""
-    settings, retain = config.statistics, side == "retain"
+    settings = config.statistics
     return Wanted(
         trace=bool(keys_needing(TRACE, config, side)) if settings.trace is None else settings.trace,
         nll=settings.nll,
         hidden_layer=middle_layer(info) if settings.hidden else None,
-        rows=retain,
-        sample_tokens=settings.sample_tokens if retain else 0,
+        rows=side == "retain",
+        sample_tokens=settings.sample_tokens if side in ("forget", "retain") else 0,
     )
 
 
@@ -220,7 +220,7 @@ def _pass(
     """The forward passes, and the description of what they left in ``directory`` (collective)."""
     from trace_ds.corpora.dataset import TokenDataset
     from trace_ds.routing.collection import Collection
-    from trace_ds.routing.token_files import part_name, trace_dtype
+    from trace_ds.routing.token_files import bytes_per_token, part_name
 
     dataset = TokenDataset.open(job.data.file(f"{side}.arrow"))
     collection = Collection(
@@ -233,8 +233,8 @@ def _pass(
         batch_rows=config.statistics.batch_rows,
         directory=directory,
     )
-    token_bytes = len(collection.layers) * job.info.top_k * trace_dtype(job.info.experts).itemsize
-    log.line(about_trace(config, side, dataset.tokens * token_bytes))
+    trace_bytes, _ = bytes_per_token(len(collection.layers), job.info.experts, job.info.top_k, 1)
+    log.line(about_trace(config, side, round(dataset.tokens * trace_bytes)))
     try:
         statistics = collection.run(log, side, config.statistics.save_every, stop_files)
     except UserError:  # the input is wrong, nothing of it can be used; after a full disk the pass can continue

@@ -106,12 +106,13 @@ def check_unlearn(config: Config, run: RunDirectory, world_size: int, *, verify:
     ds_config = check_settings(config, info)
     settings = config.unlearning
     traces = {}
-    if settings.evaluate.every and config.statistics.trace is not False:
+    if settings.evaluate.every:
         for side in ("forget", "retain"):
             traces[side] = artefact.load(run.statistics / side, "statistics", "collect CONFIG", verify=verify)
             artefact.require_same(traces[side], "model", info.fingerprint, "model", "collect CONFIG")
             artefact.require_same(traces[side], "data", data.content, "data", "collect CONFIG")
-            require_parts(traces[side], "trace", "unlearning.evaluate.every")
+        if settings.guards.min_retain_overlap is not None:
+            require_parts(traces["retain"], "sample", "unlearning.guards.min_retain_overlap")
     statistics: dict[str, artefact.Artefact] = {}
     if settings.forget_loss in ("npo", "dpo") or settings.seuf is not None:
         for side in ("forget", *(["alternative"] if settings.forget_loss == "dpo" else [])):
@@ -268,16 +269,16 @@ def make_batches(config: Config, job: UnlearnJob) -> Batches:
     """The job's data with the retain weights of the calibration, memory-mapped from shared storage."""
     import numpy as np
 
-    from trace_ds.corpora.dataset import TokenDataset
-    from trace_ds.routing.token_files import TokenArray, open_parts
+    from trace_ds.corpora.dataset import FlatArray, TokenDataset
+    from trace_ds.routing.token_files import open_parts
     from trace_ds.unlearning.batches import Batches
 
     token_weights = None
     if config.unlearning.apply == "loss" and config.unlearning.weights == "reference":
-        token_weights = TokenArray([np.load(job.calibration.file("weights.npy"), mmap_mode="r", allow_pickle=False)])
+        token_weights = FlatArray([np.load(job.calibration.file("weights.npy"), mmap_mode="r", allow_pickle=False)])
     row_weights_R = np.load(job.calibration.file("row_weights.npy"), mmap_mode="r", allow_pickle=False)
     reference = config.unlearning.forget_loss in ("npo", "dpo")
-    nll = {side: TokenArray(open_parts(found, "nll")) for side, found in job.statistics.items() if reference}
+    nll = {side: FlatArray(open_parts(found, "nll")) for side, found in job.statistics.items() if reference}
     sides = ("forget", "retain", *(["alternative"] if "alternative" in nll else []))
     datasets = {side: TokenDataset.open(job.data.file(f"{side}.arrow")) for side in sides}
     return Batches(
@@ -295,7 +296,7 @@ def make_batches(config: Config, job: UnlearnJob) -> Batches:
 def make_evaluator(config: Config, job: UnlearnJob, world: World) -> Evaluator | None:
     """What looks at the model while it is trained; None when ``unlearning.evaluate.every`` is not set."""
     from trace_ds.corpora.dataset import TokenDataset
-    from trace_ds.routing.token_files import TokenArray, open_parts
+    from trace_ds.routing.token_files import SampledRouting
     from trace_ds.unlearning.watch import Evaluator, HeldRows
 
     settings = config.unlearning.evaluate
@@ -304,8 +305,11 @@ def make_evaluator(config: Config, job: UnlearnJob, world: World) -> Evaluator |
     sides = {}
     for side in ("forget", "retain"):
         dataset = TokenDataset.open(job.data.file(f"{side}.arrow"))
-        trace = TokenArray(open_parts(job.traces[side], "trace")) if side in job.traces else None
-        sides[side] = HeldRows.of(dataset, settings.rows, trace)
+        sides[side] = HeldRows.of(dataset, settings.rows, SampledRouting.of(job.traces[side]))
+    guarded = config.unlearning.guards.min_retain_overlap is not None
+    if guarded and sides["retain"].before(sides["retain"].rows, 0) is None:
+        what = f"none of the {settings.rows} retain rows that are looked at has a token in the sample of the routing"
+        raise UserError(what, "unlearning.evaluate.rows", "raise it, or statistics.sample_tokens and collect again")
     return Evaluator(sides, world, config.statistics.batch_rows)
 
 

@@ -12,8 +12,7 @@ import numpy as np
 import torch
 
 from trace_ds.config.schema import Config
-from trace_ds.corpora.dataset import TokenDataset
-from trace_ds.routing.token_files import TokenArray
+from trace_ds.corpora.dataset import FlatArray, TokenDataset
 from trace_ds.unlearning.rows import FORGET_STREAM, RETAIN_STREAM, EpochRows, SampledRows, share_of_rank
 
 
@@ -73,11 +72,11 @@ class Batches:
         config: Config,
         forget: TokenDataset,
         retain: TokenDataset,
-        token_weights: TokenArray | None,
+        token_weights: FlatArray | None,
         row_weights_R: np.ndarray,
-        reference_nll: TokenArray | None,
+        reference_nll: FlatArray | None,
         alternative: TokenDataset | None = None,
-        alternative_nll: TokenArray | None = None,
+        alternative_nll: FlatArray | None = None,
     ) -> None:
         settings = config.unlearning
         self._forget, self._retain = forget, retain
@@ -165,13 +164,13 @@ class Batches:
 
     @staticmethod
     def _length(dataset: TokenDataset, row: int) -> int:
-        return int(dataset.row_offsets[row + 1] - dataset.row_offsets[row]) if row >= 0 else 0
+        return int(dataset.row_starts_R1[row + 1] - dataset.row_starts_R1[row]) if row >= 0 else 0
 
 
-def _rows_of(array: TokenArray, dataset: TokenDataset, rows: np.ndarray, length: int) -> torch.Tensor:
+def _rows_of(array: FlatArray, dataset: TokenDataset, rows: np.ndarray, length: int) -> torch.Tensor:
     found = np.zeros((len(rows), length), dtype=np.float32)
     for number, row in enumerate(rows):
         if row >= 0:
-            values = array.slice(int(dataset.row_offsets[row]), int(dataset.row_offsets[row + 1]))
+            values = array[slice(*dataset.row_starts_R1[row : row + 2])]
             found[number, : len(values)] = values
     return torch.from_numpy(found)

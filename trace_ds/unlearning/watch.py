@@ -2,10 +2,11 @@
 
 The training losses cannot tell: RMU's retain loss starts at 0, and one batch is noise. So the same rows of both corpora
 (evenly spaced, seen in training too) go through the sharded model every few steps: mean NLL, and how many of the top-k
-experts are still those of the frozen model, whose choices ``collect`` recorded. Sums are global, so any world size
+experts are still those of the frozen model, whose choices ``collect`` recorded for a sample of tokens (all of them, in
+a corpus of no more). Sums are global, so any world size
 gives the same numbers up to rounding.
 
-Shape legend: B rows, S positions, T counted tokens, K top-k.
+Shape legend: B rows, S positions, N sampled tokens, L MoE layers, K top-k.
 """
 
 from __future__ import annotations
@@ -22,25 +23,40 @@ from trace_ds.config.schema import UnlearningConfig
 from trace_ds.corpora.dataset import Batch, TokenDataset
 from trace_ds.models.routers import find_routers, record_routing
 from trace_ds.parallel.world import World
-from trace_ds.routing.token_files import TokenArray
+from trace_ds.routing.token_files import SampledRouting
 from trace_ds.unlearning import objectives
 from trace_ds.unlearning.forward import HeadRequest, forward
 
 
 @dataclass(frozen=True)
 class HeldRows:
-    """The rows of one corpus that are looked at; ``trace`` [tokens, L, K] of the frozen model, or None."""
+    """The rows of one corpus that are looked at; ``frozen``: the frozen model's routing of sampled tokens, or None."""
 
     dataset: TokenDataset
     rows: np.ndarray
-    trace: TokenArray | None
+    frozen: SampledRouting | None
 
     @classmethod
-    def of(cls, dataset: TokenDataset, count: int, trace: TokenArray | None) -> HeldRows:
+    def of(cls, dataset: TokenDataset, count: int, frozen: SampledRouting | None) -> HeldRows:
         """``count`` evenly spaced rows among those with a counted token."""
         usable = np.flatnonzero(dataset.counted_per_row())
         places = np.linspace(0, len(usable) - 1, min(count, len(usable))).round().astype(np.int64)
-        return cls(dataset, usable[places], trace)
+        return cls(dataset, usable[places], frozen)
+
+    def before(self, rows: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray] | None:
+        """(places in a batch of ``rows`` of ``length`` positions, experts [N, L, K]) of their sampled tokens; None when
+        there is none. Rows of -1 are filling."""
+        starts = self.dataset.row_starts_R1
+        found = [
+            (number * length + positions_N, experts_NLK)
+            for number, row in enumerate(rows)
+            if row >= 0 and self.frozen is not None
+            for positions_N, experts_NLK in [self.frozen.within(*starts[row : row + 2])]
+            if len(positions_N)
+        ]
+        if not found:
+            return None
+        return np.concatenate([places_N for places_N, _ in found]), np.concatenate([before for _, before in found])
 
 
 class Evaluator:
@@ -54,7 +70,7 @@ class Evaluator:
         self._sides, self._world, self._batch_rows = sides, world, batch_rows
 
     def __call__(self, engine: Any) -> dict[str, float]:
-        """``{side}_nll`` (nats a token) and, with a trace, ``{side}_overlap`` (share of the top-k, 0 to 1)."""
+        """``{side}_nll`` (nats a token) and, of the sampled tokens, ``{side}_overlap`` (share of the top-k, 0 to 1)."""
         engine.eval()
         with torch.no_grad():
             sums = np.stack([self._sums(engine, held) for held in self._sides.values()])
@@ -81,13 +97,14 @@ class Evaluator:
                 nll_N = self._nll(engine, batch)
             counted = batch.counted_BS.reshape(-1)
             sums[:2] += [float(nll_N.double().sum()), int(counted.sum())]
-            if held.trace is None or not counted.any():
+            before = held.before(rows, batch.counted_BS.shape[1])
+            if before is None:
                 continue
-            before_TLK = self._before(held, rows, batch)
+            places_N, before_NLK = before
             for layer in range(layers):
-                after_TK = recorder.layer(layer)[1].cpu()[counted].numpy()
-                common_T = (before_TLK[:, layer, :, None] == after_TK[:, None, :]).any(2).sum(1)
-                sums[2:] += [common_T.sum(), after_TK.size]
+                after_NK = recorder.layer(layer)[1].cpu().numpy()[places_N]
+                common_N = (before_NLK[:, layer, :, None] == after_NK[:, None, :]).any(2).sum(1)
+                sums[2:] += [common_N.sum(), after_NK.size]
         return sums
 
     def _nll(self, engine: Any, batch: Batch) -> torch.Tensor:
@@ -98,16 +115,6 @@ class Evaluator:
         targets_N = ids_BS[rows_N, columns_N + 1]
         request = HeadRequest(rows_N, columns_N, lambda logits_CV, part: objectives.nll(logits_CV, targets_N[part]))
         return forward(engine, ids_BS, batch.position_ids_BS.to(device), requests=[request]).values[0]
-
-    @staticmethod
-    def _before(held: HeldRows, rows: np.ndarray, batch: Batch) -> np.ndarray:
-        assert held.trace is not None
-        offsets, parts = held.dataset.row_offsets, []
-        for number, row in enumerate(rows):
-            if row >= 0:
-                begin, end = int(offsets[row]), int(offsets[row + 1])
-                parts.append(held.trace.slice(begin, end)[batch.counted_BS[number, : end - begin].numpy()])
-        return np.concatenate(parts)
 
 
 @dataclass(frozen=True)
