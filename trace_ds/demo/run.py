@@ -37,7 +37,7 @@ def demo(run_dir: Path, overrides: Sequence[str], seed: int) -> int:
     from rich.console import Console
 
     from trace_ds.stages.pipeline import Request, run_verb
-    from trace_ds.stages.report import honest_sentence, summary_table
+    from trace_ds.stages.report import summary
 
     began_s = time.monotonic()
     preflight(run_dir)
@@ -57,8 +57,8 @@ def demo(run_dir: Path, overrides: Sequence[str], seed: int) -> int:
     console = Console()
     for request in requests:
         console.print()
-        console.print(summary_table(request.run))
-        console.print(honest_sentence(request.run))
+        for part in summary(request.run):
+            console.print(part)
     minutes = (time.monotonic() - began_s) / 60
     console.print(f"\nReports ({minutes:.1f} minutes):")
     for request in requests:
