@@ -140,21 +140,6 @@ def test_a_chosen_value_at_an_end_of_what_was_tried_is_told() -> None:
     assert plan.edges(bench, "recipe", "uniform", None, [ALPHA]) == []
 
 
-def test_methods_without_routing_are_baselines() -> None:
-    changes = {
-        False: [{}, {"calibration.retrieve.rows": 0.1}, {"unlearning.weights": "online"}],
-        True: [
-            {"calibration.rule": "uniform"},
-            {"calibration.rule": "permuted"},
-            {"calibration.retrieve.rows": 0.1, "calibration.retrieve.similarity": "tfidf"},
-            {"calibration.retrieve.rows": 0.1, "calibration.retrieve.random_share": 1.0},
-        ],
-    }
-    for expected, several in changes.items():
-        for change in several:
-            assert plan.is_baseline(with_changes(config(), {"calibration.rule": "raking"} | change, "test")) == expected
-
-
 def test_a_point_that_forgets_on_more_seeds_is_chosen_before_a_better_one() -> None:
     curves = [curve(s, "uniform", 1.0, 1e-3, [0.2, 0.2], 20) for s in (1, 3)]
     curves += [curve(1, "uniform", 4.0, 1e-3, [0.9, 0.9], 10), curve(3, "uniform", 4.0, 1e-3, [0.9, 0.9], None)]

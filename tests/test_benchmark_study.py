@@ -42,9 +42,13 @@ BENCH: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """With dropout, so that a step's random numbers show in its result."""
     folder = tmp_path_factory.mktemp("study")
+    model = Path(shutil.copytree(tiny_model, folder / "model"))
+    raw = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    (model / "config.json").write_text(json.dumps(raw | {"attention_dropout": 0.2}), encoding="utf-8")
     return tiny.write_config(
-        folder, tiny_model, bench=BENCH, unlearning__zero_stage=1, distributed={"nproc": 1}, unlearning__steps=3
+        folder, model, bench=BENCH, unlearning__zero_stage=1, distributed={"nproc": 1}, unlearning__steps=3
     )
 
 

@@ -7,6 +7,7 @@ import io
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,10 +19,9 @@ from trace_ds.errors import UserError
 from trace_ds.reporting import card, page, scores, tables
 from trace_ds.reporting.compare import compared, why_not_comparable
 from trace_ds.reporting.gather import gather, weight_chunks
-from trace_ds.reporting.page import escape_json
 from trace_ds.run.directory import RunDirectory
 from trace_ds.stages.pipeline import report_command
-from trace_ds.stages.report import honest_sentence, report, summary_table
+from trace_ds.stages.report import report, summary
 
 
 @pytest.fixture(scope="module")
@@ -150,8 +150,8 @@ def test_weight_table_against_the_file(run: Path) -> None:
         assert abs(int(inside.sum()) - row["tokens"]) <= 1
 
 
-def test_counted_tokens_of_weight_zero_lower_the_effective_sample_size(tmp_path: Path) -> None:
-    calibration = gather(write_run(tmp_path / "run")).calibration
+def test_counted_tokens_of_weight_zero_lower_the_effective_sample_size(run: Path) -> None:
+    calibration = gather(run).calibration
     assert calibration is not None
     plain, more = tables.weight_histogram(calibration, None), tables.weight_histogram(calibration, 100_000)
     assert plain is not None and more is not None
@@ -160,8 +160,8 @@ def test_counted_tokens_of_weight_zero_lower_the_effective_sample_size(tmp_path:
     assert more[2]["zero_tokens"] == 100_000 - plain[2]["tokens"]
 
 
-def test_what_was_retrieved_is_told_and_the_other_rows_do_not_count(tmp_path: Path) -> None:
-    data = gather(write_run(tmp_path / "run"))
+def test_what_was_retrieved_is_told_and_the_other_rows_do_not_count(run: Path) -> None:
+    data = gather(run)
     assert data.calibration is not None and not len(tables.sources(data)[1])
     sources = [{"source": "novels", "pool_share": 0.9, "kept_share": 0.4}]
     tokens = tables.weight_histogram(data.calibration, None)[2]["tokens"]  # type: ignore[index]
@@ -212,8 +212,8 @@ def test_curves_and_matched_forgetting(run: Path) -> None:
 
 def test_sentence_compares_at_matched_forgetting(run: Path) -> None:
     data = gather(run)
-    text = honest_sentence(RunDirectory.at(run))
-    mine, base = (scores.arm_matched(data, arm) for arm in (data.arms[0], data.arm("uniform")) if arm)
+    text = scores.honest_sentence(data)
+    mine, base = (scores.arm_matched(data, arm) for arm in data.arms if arm.label in ("unlearned", "uniform"))
     assert mine is not None and base is not None and mine.post is not None and base.post is not None
     assert (
         f"unlearned keeps {mine.post:.3f} mean utility, uniform {base.post:.3f}: {mine.post / base.post - 1:+.1%}"
@@ -224,26 +224,31 @@ def test_sentence_compares_at_matched_forgetting(run: Path) -> None:
     assert "One seed is no proof" in text
 
 
-@pytest.mark.parametrize(("gain", "words"), [(-0.05, "TRACE is worse"), (0.0, "TRACE is not better")])
-def test_sentence_says_when_the_method_does_not_win(tmp_path: Path, gain: float, words: str) -> None:
-    path = write_run(tmp_path / "run", gain=gain)
-    assert words in honest_sentence(RunDirectory.at(path))
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"gain": -0.05}, ["TRACE is worse"]),
+        ({"gain": 0.0}, ["TRACE is not better"]),
+        ({"forgets": False}, ["unlearned 0.550 (NOT reached)", "cannot be compared fairly."]),
+        ({"checkpoints": False}, ["no checkpoints were scored, so this is not at matched forgetting"]),
+        ({"gold": False}, ["target 0.270 (chance + 0.02)"]),
+        ({"stages": ("data", "statistics")}, ["Nothing to conclude yet"]),
+    ],
+)
+def test_sentence_says_what_is_not_so(tmp_path: Path, changes: dict[str, Any], words: list[str]) -> None:
+    data = gather(write_run(tmp_path / "run", **changes))
+    text = scores.honest_sentence(data)
+    assert all(word in text for word in words)
+    assert not ("gain" in changes or "forgets" in changes) or "for TRACE" not in text
+    assert "checkpoints" not in changes or "matched" not in tables.all_tables(data, [])
 
 
-def test_sentence_says_when_forgetting_was_not_reached(tmp_path: Path) -> None:
-    text = honest_sentence(RunDirectory.at(write_run(tmp_path / "run", forgets=False)))
-    assert "unlearned 0.550 (NOT reached)" in text
-    assert "cannot be compared fairly" in text and "for TRACE" not in text
-
-
-def test_sentence_without_checkpoints_is_not_at_matched_forgetting(tmp_path: Path) -> None:
-    path = write_run(tmp_path / "run", checkpoints=False)
-    assert "not at matched forgetting" in honest_sentence(RunDirectory.at(path))
-    assert "matched" not in tables.all_tables(gather(path), [])
-
-
-def test_sentence_without_gold_uses_chance(tmp_path: Path) -> None:
-    assert "target 0.270 (chance + 0.02)" in honest_sentence(RunDirectory.at(write_run(tmp_path / "run", gold=False)))
+def test_every_forget_task_must_reach_its_own_target(run: Path) -> None:
+    data = gather(run)
+    evaluation = data.evaluations()["unlearned"]  # elements accuracy .3, falls; capitals accuracy, grows
+    goal = [s for s in evaluation.scores if (s.task, s.metric) in (("elements", "accuracy"), ("capitals", "accuracy"))]
+    for targets, left in (([0.25, 0.9], 0.05), ([0.35, 0.99], 0.99 - goal[1].value), ([0.35, goal[1].value], 0.0)):
+        assert scores.excess(evaluation, scores.Targets(goal, targets, "")) == pytest.approx(left)
 
 
 def test_sentence_says_when_there_was_nothing_to_forget(tmp_path: Path) -> None:
@@ -252,21 +257,17 @@ def test_sentence_says_when_there_was_nothing_to_forget(tmp_path: Path) -> None:
     for score in raw["scores"]:
         score["value"] = 0.3 if score["role"] == "forget" else score["value"]
     (path / "evaluation" / "original.json").write_text(json.dumps(raw))
-    assert "there was nothing to forget" in honest_sentence(RunDirectory.at(path))
-
-
-def test_sentence_before_anything_is_evaluated(tmp_path: Path) -> None:
-    path = write_run(tmp_path / "run", stages=("data", "statistics"))
-    assert honest_sentence(RunDirectory.at(path)).startswith("Nothing to conclude yet")
+    assert "there was nothing to forget" in scores.honest_sentence(gather(path))
 
 
 def test_summary_table(run: Path) -> None:
     console = Console(width=120, record=True, file=io.StringIO())
-    console.print(summary_table(RunDirectory.at(run)))
+    console.print(*summary(RunDirectory.at(run)))
     text = console.export_text()
     lines = {line.split("│")[1].strip(): line for line in text.splitlines() if line.startswith("│")}
     assert "0.340" in lines["gold"] and "0.250" in lines["chance"]
     assert "accuracy ↓" in text and "accuracy ↑" in text and "perplexity" not in text
+    assert "One seed is no proof" in " ".join(text.split())
 
 
 @pytest.mark.parametrize("stages", [("data",), ("data", "statistics"), ("calibration",), ("logs",), ("evaluation",)])
@@ -320,33 +321,21 @@ def test_damaged_artefacts_are_named_and_the_old_report_stays(tmp_path: Path, na
 
 def test_hostile_text_stays_text(tmp_path: Path) -> None:
     path = write_run(tmp_path / "run", hostile=HOSTILE)
+    config = yaml.safe_load((path / "config.yaml").read_text())
+    (path / "config.yaml").write_text(yaml.safe_dump(config | {"report": {"title": HOSTILE}}))
     text = render(path)
     assert text.count("<script") == 2 and text.count("</script>") == 2  # the data and ours
     assert "<img" not in text
-    assert "\u2028" not in re.search(r'id="data">(.*?)</script>', text, re.S)[1]  # type: ignore[index]
+    data = re.search(r'id="data">(.*?)</script>', text, re.S)[1]  # type: ignore[index]
+    assert not set(data) & set("<>&\u2028\u2029")
     table = page_data(text)["tables"]["documents"]["columns"]
     assert table["text_start"][0] == HOSTILE  # escaped, not changed
     assert "<script>" not in card.model_card(gather(path))
 
 
-def test_config_text_is_escaped(tmp_path: Path) -> None:
-    path = write_run(tmp_path / "run")
-    config = yaml.safe_load((path / "config.yaml").read_text())
-    config["report"] = {"title": HOSTILE}
-    (path / "config.yaml").write_text(yaml.safe_dump(config))
-    text = render(path)
-    assert text.count("<script") == 2 and "<img" not in text
-
-
 def test_spreadsheet_formulas_are_defused() -> None:
     table = tables.make("t", "", ["text", "value"], [["=HYPERLINK(1)", -1.5], ["@x", 2], ["plain, text", None]])
     assert table.to_csv() == "text,value\n'=HYPERLINK(1),-1.5\n'@x,2\n\"plain, text\",\n"
-
-
-def test_escape_json_roundtrips() -> None:
-    value = {"text": HOSTILE, "number": 1.5}
-    text = escape_json(value)
-    assert not set(text) & set("<>&\u2028\u2029") and json.loads(text) == value
 
 
 def test_page_is_self_contained_and_small(tmp_path: Path) -> None:
@@ -396,10 +385,9 @@ def test_tasks_that_ask_other_questions_are_named_and_left_out(tmp_path: Path) -
     assert not others and "other questions in every task (capitals, elements" in notes[0]
 
 
-def test_a_long_list_of_questions_is_thinned_by_question(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = write_run(tmp_path / "run")
+def test_a_long_list_of_questions_is_thinned_by_question(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(page, "MAX_ITEM_ROWS", 100)
-    items = page_data(render(path))["tables"]["items"]
+    items = page_data(render(run))["tables"]["items"]
     rows = list(zip(items["columns"]["model"], items["columns"]["id"], strict=True))
     assert len(rows) == 5 * 17 and len(set(rows)) == len(rows)
     assert {model for model, _ in rows} == {"original", "gold", "unlearned", "uniform", "loss_weighting"}
@@ -430,9 +418,8 @@ def test_a_run_compared_with_itself_keeps_both_names(tmp_path: Path) -> None:
     assert notes == [] and "same-2/unlearned" in {entry["model"] for entry in scores.score_records(first, others)}
 
 
-def test_a_variant_can_be_reported_alone(tmp_path: Path) -> None:
-    path = write_run(tmp_path / "run")
-    data = gather(path / "variants" / "uniform")
+def test_a_variant_can_be_reported_alone(run: Path) -> None:
+    data = gather(run / "variants" / "uniform")
     assert data.retain is not None and data.arms[0].rule == "uniform"
 
 

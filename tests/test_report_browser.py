@@ -50,6 +50,32 @@ def browser() -> Iterator[Chromium]:
         yield found
 
 
+def rows_of(page: Path, name: str) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO((page.parent / f"{name}.csv").read_text())))
+
+
+def choose(browser: Chromium, name: str, value: str, event: str = "change") -> None:
+    """Give the control ``name`` a value, as a user would."""
+    browser.run(
+        f"(() => {{ const s = document.getElementById('{name}'); s.value = '{value}';"
+        f"s.dispatchEvent(new Event('{event}')); }})()"
+    )
+
+
+def focus(browser: Chromium, selector: str) -> None:
+    browser.run(f"document.querySelector('{selector}').focus()")
+
+
+def cell_at(browser: Chromium, column: float) -> tuple[float, float]:
+    """Where on the screen a place in the first row of the first map (of eight experts) is."""
+    browser.show("#chart-routing canvas")
+    left, top, width = browser.run(
+        "(() => { const b = document.querySelector('#chart-routing canvas').getBoundingClientRect();"
+        "return [b.left, b.top, b.width]; })()"
+    )
+    return left + 28 + column * (width - 30) / 8, top + 12
+
+
 TIP = "document.getElementById('tip').hidden ? null : document.getElementById('tip').textContent"
 
 
@@ -80,30 +106,23 @@ def test_charts_are_drawn_at_their_real_width(browser: Chromium, page: Path) -> 
 
 def test_the_map_answers_to_the_pointer(browser: Chromium, page: Path) -> None:
     browser.open(page)
-    browser.show("#chart-routing canvas")
-    box = browser.run(
-        "(() => { const b = document.querySelector('#chart-routing canvas').getBoundingClientRect();"
-        "return [b.left, b.top, b.width]; })()"
-    )
-    columns = list(csv.DictReader(io.StringIO((page.parent / "routing.csv").read_text())))
-    cell = (box[2] - 30) / 8
-    browser.mouse(box[0] + 28 + 3.5 * cell, box[1] + 12)
+    browser.mouse(*cell_at(browser, 3.5))
     text = browser.run(TIP)
     assert text.startswith("Layer 0, expert 3")
-    assert f"{int(columns[3]['forget_count']):,} of " in text
+    assert f"{int(rows_of(page, 'routing')[3]['forget_count']):,} of " in text
     browser.mouse(2, 2)
     assert browser.run(TIP) is None
 
 
 def test_the_map_and_the_charts_answer_to_the_keyboard(browser: Chromium, page: Path) -> None:
     browser.open(page)
-    browser.run("document.querySelector('#chart-routing canvas').focus()")
+    focus(browser, "#chart-routing canvas")
     for key in ("ArrowRight", "ArrowRight", "ArrowDown"):
         browser.key(key)
     assert browser.run(TIP).startswith("Layer 1, expert 1")
     browser.key("Escape")
     assert browser.run(TIP) is None
-    browser.run("document.querySelector('#chart-curves svg').focus()")
+    focus(browser, "#chart-curves svg")
     browser.key("ArrowRight")
     assert "step 0" in browser.run(TIP)
     assert browser.run("document.querySelector('#tip').getAttribute('role')") == "status"
@@ -111,22 +130,18 @@ def test_the_map_and_the_charts_answer_to_the_keyboard(browser: Chromium, page: 
 
 def test_order_by_ratio(browser: Chromium, page: Path) -> None:
     browser.open(page)
-    rows = list(csv.DictReader(io.StringIO((page.parent / "routing.csv").read_text())))
-    best = max((row for row in rows if row["layer"] == "0"), key=lambda row: float(row["log_ratio"]))
-    browser.run(
-        "(() => { const s = document.getElementById('order'); s.value = 'ratio';"
-        "s.dispatchEvent(new Event('change')); document.querySelector('#chart-routing canvas').focus(); })()"
-    )
+    rows = [row for row in rows_of(page, "routing") if row["layer"] == "0"]
+    best = max(rows, key=lambda row: float(row["log_ratio"]))
+    choose(browser, "order", "ratio")
+    focus(browser, "#chart-routing canvas")
     browser.key("ArrowRight")
     assert browser.run(TIP).startswith(f"Layer 0, expert {best['expert']}")
 
 
 def test_utility_metric_can_be_chosen(browser: Chromium, page: Path) -> None:
     browser.open(page)
-    browser.run(
-        "(() => { const s = document.getElementById('utility-metric'); s.value = 'utility_exact_match';"
-        "s.dispatchEvent(new Event('change')); document.querySelector('#chart-curves svg').focus(); })()"
-    )
+    choose(browser, "utility-metric", "utility_exact_match")
+    focus(browser, "#chart-curves svg")
     browser.key("ArrowRight")
     assert "utility 0.68" in browser.run(TIP)  # exact match of the original
     assert browser.run("document.querySelectorAll('#chart-curves figure').length") == 3
@@ -180,10 +195,7 @@ def same(cell: str) -> float | str:
 def test_questions_can_be_searched(browser: Chromium, page: Path) -> None:
     browser.open(page)
     assert browser.run("document.querySelector('#item-table').textContent").count(HOSTILE) == 1
-    browser.run(
-        "(() => { const s = document.getElementById('item-search'); s.value = 'number 80 ';"
-        "s.dispatchEvent(new Event('input')); })()"
-    )
+    choose(browser, "item-search", "number 80 ", "input")
     assert browser.run("document.querySelectorAll('#item-table tbody tr').length") == 1
     assert browser.run("document.getElementById('item-count').textContent") == "1 question"
 
@@ -196,10 +208,7 @@ def test_more_questions_and_other_tasks_can_be_shown(browser: Chromium, page: Pa
     assert browser.run(rows) == 62
     browser.click("#item-more")
     assert browser.run(rows) == 80 and browser.run("document.getElementById('item-more').hidden")
-    browser.run(
-        "(() => { const s = document.getElementById('item-task'); s.value = 'recited';"
-        "s.dispatchEvent(new Event('change')); })()"
-    )
+    choose(browser, "item-task", "recited")
     assert browser.run(rows) == 2 and browser.run("document.getElementById('item-count').textContent") == "2 questions"
     cells = browser.run(
         "Array.from(document.querySelectorAll('#item-table tbody tr:first-child td'), (n) => n.textContent)"
@@ -221,13 +230,11 @@ def test_a_study_is_drawn_for_the_loss_and_metric_chosen(browser: Chromium, stud
     browser.open(study_page)
     assert browser.messages == [] and browser.requests == [study_page.resolve().as_uri()]
     assert browser.run("document.querySelectorAll('#chart-study figure').length") == 2
-    rows = list(csv.DictReader(io.StringIO((study_page.parent / "frontier_mean.csv").read_text())))
+    rows = rows_of(study_page, "frontier_mean")
     for loss, metric in (("rmu", "kept facts exact_match"), ("npo", "kept facts accuracy")):
-        for name, value in (("loss", loss), ("metric", metric)):
-            browser.run(
-                f"(() => {{ const s = document.getElementById('{name}'); s.value = '{value}';"
-                "s.dispatchEvent(new Event('change')); document.querySelector('#chart-study svg').focus(); })()"
-            )
+        choose(browser, "loss", loss)
+        choose(browser, "metric", metric)
+        focus(browser, "#chart-study svg")
         browser.key("ArrowRight")
         wanted = next(r for r in rows if (r["loss"], r["metric"], r["method"]) == (loss, metric, "uniform"))
         text = browser.run(TIP)
@@ -251,13 +258,8 @@ def test_a_tap_shows_the_cell_on_a_phone(page: Path) -> None:
     with Chromium(390, 844, phone=True) as browser:
         browser.call("Emulation.setTouchEmulationEnabled", enabled=True)
         browser.open(page)
-        browser.show("#chart-routing canvas")
-        box = browser.run(
-            "(() => { const b = document.querySelector('#chart-routing canvas').getBoundingClientRect();"
-            "return [b.left, b.top, b.width]; })()"
-        )
-        point = {"x": box[0] + 28 + 2.5 * (box[2] - 30) / 8, "y": box[1] + 12}
-        browser.call("Input.dispatchTouchEvent", type="touchStart", touchPoints=[point])
+        x, y = cell_at(browser, 2.5)
+        browser.call("Input.dispatchTouchEvent", type="touchStart", touchPoints=[{"x": x, "y": y}])
         browser.call("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
         assert browser.run(TIP).startswith("Layer 0, expert 2")
 
@@ -267,9 +269,9 @@ def test_large_maps_redraw_the_cursor_without_repainting(browser: Chromium, larg
     browser.open(large_page)
     browser.run(
         "(() => { window.rects = 0; const p = CanvasRenderingContext2D.prototype, f = p.fillRect;"
-        "p.fillRect = function (...a) { window.rects++; return f.apply(this, a); };"
-        "document.querySelector('#chart-routing canvas').focus(); })()"
+        "p.fillRect = function (...a) { window.rects++; return f.apply(this, a); }; })()"
     )
+    focus(browser, "#chart-routing canvas")
     for _ in range(20):
         browser.key("ArrowRight")
     assert browser.run(TIP).startswith("Layer 0, expert 19")

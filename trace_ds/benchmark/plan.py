@@ -16,7 +16,7 @@ from functools import reduce
 from typing import Any
 
 from trace_ds.config.load import with_changes
-from trace_ds.config.schema import CONTROL_RULES, BenchConfig, Config
+from trace_ds.config.schema import BenchConfig, Config
 from trace_ds.errors import UserError
 
 FILE_NAME = re.compile(r"[^/\0]{1,200}", re.ASCII)
@@ -117,14 +117,6 @@ def untried(bench: BenchConfig, loss: str, method: str, free: Sequence[str]) -> 
     """The keys among ``free`` of which the method has one value only: there was nothing to choose from."""
     grid = grid_of(bench, loss, method)
     return [key.rsplit(".", 1)[-1] for key in free if len(grid[key]) < 2]
-
-
-def is_baseline(config: Config) -> bool:
-    """Whether a trial's retain side is not calibrated by routing: a control, or a method of others."""
-    retrieve = config.calibration.retrieve
-    elsewhere = retrieve.rows is not None and (retrieve.random_share == 1 or retrieve.similarity in ("hidden", "tfidf"))
-    others = config.unlearning.seuf is not None or config.unlearning.grip is not None
-    return elsewhere or others or config.calibration.rule in CONTROL_RULES
 
 
 def _get(node: Mapping[str, Any], key: str) -> Any:

@@ -208,9 +208,7 @@ def analyse(study: Study) -> dict[str, Any]:
     target = _target(study, [models["gold"] for models in scored.values() if "gold" in models])
     curves = [curve_of(_read(path), bench.forget, bench.utility, target) for trial, path in study.results().items()]
     rows: list[dict[str, Any]] = []
-    most_tuned: dict[str, tuple[str, dict[str, dict[int, Curve | None]]]] = {}
     for loss, kind, free, chosen in choices(study.config, curves):
-        most_tuned[loss] = kind, chosen
         for method in bench.methods:
             found_edges = _edges(study, loss, method, chosen[method], free)
             for metric in bench.utility:
@@ -221,7 +219,6 @@ def analyse(study: Study) -> dict[str, Any]:
                     way = {"direction": direction(metric.split()[1], "utility"), "edges": found_edges}
                     way["untried"] = plan.untried(bench, loss, method, free)
                     rows.append(row | way | found)
-    strongest = [_strongest(study, loss, *found) for loss, found in most_tuned.items()]
     return {
         "recipe": study.config.name,
         "seeds": bench.seeds,
@@ -232,7 +229,6 @@ def analyse(study: Study) -> dict[str, Any]:
         "diverged": [_where(curve) for curve in curves if curve.diverged],
         "never_reached": [_where(curve) for curve in curves if curve.step is None and not curve.diverged],
         "comparisons": rows,
-        "strongest": strongest,
     }
 
 
@@ -245,30 +241,6 @@ def _edges(
         for edge in plan.edges(study.bench, loss, method, curve.point if curve is not None else None, free):
             found.setdefault(edge, []).append(seed)
     return found
-
-
-def _strongest(study: Study, loss: str, kind: str, chosen: Mapping[str, Mapping[int, Curve | None]]) -> dict[str, Any]:
-    """The best method that uses routing against the best that does not, among those that forgot on most seeds, by mean
-    ``post`` of the first utility.
-
-    Both are picked by the very numbers that are told, so the difference is a description, not a test.
-    """
-    metric = study.bench.utility[0]
-    means: dict[bool, list[tuple[float, str]]] = {True: [], False: []}
-    for method, curves in chosen.items():
-        reached = [c.found[metric].post for c in curves.values() if c is not None and c.step]
-        posts = [post for post in reached if post is not None and math.isfinite(post)]
-        if 2 * len(posts) > len(curves):
-            asked = plan.trial_config(study.config, plan.Trial(loss, method, (), study.config.seed))
-            means[plan.is_baseline(asked)].append((math.fsum(posts) / len(posts), method))
-    told: dict[str, Any] = {"loss": loss, "strength": kind, "metric": metric}
-    for name, group in (("baseline", means[True]), ("routing", means[False])):
-        best = max(group, default=None)
-        told |= {name: best and best[1], f"{name}_value": best and best[0]}
-    if told["baseline"] and told["routing"]:
-        found = compare(chosen[told["routing"]], chosen[told["baseline"]], metric, "post")
-        told |= {key: found[key] for key in ("relative", "relative_interval", "seeds")}
-    return told
 
 
 def choices(

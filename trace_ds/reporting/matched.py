@@ -3,7 +3,7 @@
 Stopping earlier always looks better on utility, so two methods are compared from the point where each has forgotten
 enough: the first checkpoint whose forget score is at the level of a model that never saw the forget set (``gold``).
 
-Shape legend: S checkpoints in order of step, T forget tasks. Our decision; ``post`` is the quantity to trust, the
+Shape legend: S checkpoints in order of step. Our decision; ``post`` is the quantity to trust, the
 value at the crossing alone is noisy.
 """
 
@@ -13,6 +13,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+
+TOLERANCE = 1e-9  # of a score at the target
 
 
 @dataclass(frozen=True)
@@ -32,27 +34,6 @@ class Matched:
     end: float
 
 
-def forget_excess(scores_TS: Sequence[Sequence[float]], targets_T: Sequence[float]) -> list[float]:
-    """How far each checkpoint is from forgetting, [S]: the largest ``score - target`` over the tasks.
-
-    All scores count "lower is more forgotten" (negate the others first). Zero or less: every task is at its target.
-    ``ValueError`` for no task, or for tasks of different lengths.
-    """
-    if not scores_TS or len(scores_TS) != len(targets_T):
-        raise ValueError(f"{len(scores_TS)} forget tasks and {len(targets_T)} targets")
-    if len({len(scores_S) for scores_S in scores_TS}) != 1:
-        raise ValueError("the forget tasks have different numbers of checkpoints")
-    return [
-        max(score - target for score, target in zip(column, targets_T, strict=True))
-        for column in zip(*scores_TS, strict=True)
-    ]
-
-
-def crossing_index(forget_S: Sequence[float], target: float, tolerance: float = 1e-9) -> int | None:
-    """Index of the first checkpoint with ``forget <= target`` (within ``tolerance``); None if there is none."""
-    return next((index for index, score in enumerate(forget_S) if score <= target + tolerance), None)
-
-
 def matched(steps_S: Sequence[int], forget_S: Sequence[float], utility_S: Sequence[float], target: float) -> Matched:
     """Crossing step and utilities of one method; ``ValueError`` unless steps increase and all lengths agree.
 
@@ -63,7 +44,7 @@ def matched(steps_S: Sequence[int], forget_S: Sequence[float], utility_S: Sequen
     if any(later <= earlier for earlier, later in pairwise(steps_S)):
         raise ValueError(f"the steps do not increase: {list(steps_S)}")
     end = float(utility_S[-1])
-    index = crossing_index(forget_S, target)
+    index = next((number for number, score in enumerate(forget_S) if score <= target + TOLERANCE), None)
     if index is None:
         return Matched(None, None, None, end)
     tail = [float(value) for value in utility_S[index:]]

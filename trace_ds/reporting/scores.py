@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from trace_ds.reporting.compare import models
 from trace_ds.reporting.gather import Arm, Evaluation, RunData, Score
-from trace_ds.reporting.matched import Matched, forget_excess, matched, relative_gain
+from trace_ds.reporting.matched import Matched, matched, relative_gain
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
@@ -63,15 +63,13 @@ def targets(run: RunData) -> Targets | None:
 
 def excess(evaluation: Evaluation, goal: Targets) -> float | None:
     """Largest distance of a model's forget scores above their targets (<= 0: forgotten); None if one is missing."""
-    scores, levels = [], []
+    left = []
     for task, level in zip(goal.tasks, goal.values, strict=True):
         value = evaluation.value(task.task, task.metric)
         if value is None:
             return None
-        sign = 1.0 if task.direction == "lower" else -1.0
-        scores.append([sign * value])
-        levels.append(sign * level)
-    return forget_excess(scores, levels)[0]
+        left.append(value - level if task.direction == "lower" else level - value)
+    return max(left)
 
 
 def mean_score(evaluation: Evaluation, role: str, metric: str | None = None) -> float | None:
@@ -194,9 +192,8 @@ def _against(
                 f"{base.step}, to the end), {verdict}."
             )
         late = [a.label for a, m in ((arm, mine), (baseline, base)) if m.post is None]
-        return (
-            f"{_and(late)} never reached the forgetting target, so {arm.label} and uniform cannot be compared fairly."
-        )
+        fair = f"{arm.label} and uniform cannot be compared fairly."
+        return f"{' and '.join(late)} never reached the forgetting target, so {fair}"
     if end is None or base_end is None:
         return ""
     return (
@@ -222,10 +219,6 @@ def _verdict(value: float, reference: float, label: str) -> str:
     if gain < -0.0005:
         return f"{numbers}: TRACE is worse, {gain:+.1%}"
     return f"{numbers}: TRACE is not better"
-
-
-def _and(names: list[str]) -> str:
-    return " and ".join(names)
 
 
 def summary_table(run: RunData) -> RichTable:

@@ -134,7 +134,6 @@ def render(study: StudyData, tables: dict[str, Table]) -> str:
         pictures=[],
         result=result,
         several=study.several_losses,
-        strongest=strongest_lines(result),
         sections=sections(study, tables["comparisons"]) if "comparisons" in tables else [],
     )
 
@@ -169,21 +168,6 @@ def sections(study: StudyData, table: Table) -> list[dict[str, Any]]:
         ]
         at_end = all(line["cross"] is None for line in lines)
         found.append({"metric": metric, "arrow": ARROWS[ways[metric]], "lines": lines, "at_end": at_end})
-    return found
-
-
-def strongest_lines(result: dict[str, Any]) -> list[str]:
-    """One line per forget loss: the best method that uses routing against the best that does not."""
-    found = []
-    for row in result.get("strongest", []):
-        if row.get("relative") is not None:
-            interval = row["relative_interval"]
-            told = f" [{interval['low']:+.1%}, {interval['high']:+.1%}]" if interval else ""
-            found.append(
-                f"{row['loss']}, {row['strength']}: best with routing {row['routing']} {row['routing_value']:.4g}, "
-                f"without {row['baseline']} {row['baseline_value']:.4g}: {row['relative']:+.1%}{told} {row['metric']} "
-                "(both picked after the fact)"
-            )
     return found
 
 

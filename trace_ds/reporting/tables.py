@@ -12,12 +12,13 @@ import io
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
 
 from trace_ds.reporting.compare import label, models
-from trace_ds.reporting.gather import Calibration, Evaluation, RunData, weight_chunks
+from trace_ds.reporting.gather import Calibration, RunData, weight_chunks
 from trace_ds.reporting.scores import arm_matched, arm_points, excess, mean_score, targets, utility_metrics
 
 BINS_PER_OCTAVE = 4
@@ -304,22 +305,11 @@ def drift(runs: list[RunData]) -> Table:
     """Routing drift by layer: overlap of the selected experts with the original's, and KL of their shares."""
     rows = []
     for name, evaluation in models(runs):
-        for corpus, layer, values in _drift_rows(evaluation):
-            rows.append([name, corpus, layer, values.get("overlap"), values.get("kl")])
+        for corpus in ("forget", "retain"):
+            side = (evaluation.drift or {}).get(corpus) or {}
+            by_layer = zip_longest(*(side.get(key) or [] for key in ("overlap", "kl")))
+            rows += [[name, corpus, layer, *values] for layer, values in enumerate(by_layer)]
     return make("drift", "Routing drift by layer", ["model", "corpus", "layer", "overlap", "kl"], rows)
-
-
-def _drift_rows(evaluation: Evaluation) -> list[tuple[str, int, dict[str, float]]]:
-    found = []
-    for corpus in ("forget", "retain"):
-        side = (evaluation.drift or {}).get(corpus)
-        if not isinstance(side, dict):
-            continue
-        series = {key: side.get(key) or [] for key in ("overlap", "kl")}
-        for layer in range(max(map(len, series.values()))):
-            values = {key: value[layer] for key, value in series.items() if layer < len(value)}
-            found.append((corpus, layer, values))
-    return found
 
 
 def attacks(runs: list[RunData]) -> Table:

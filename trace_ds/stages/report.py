@@ -10,6 +10,7 @@ Reads artefacts only, so it can be run at any time: what is not there yet is sho
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,28 +45,23 @@ def report(config: Config | None, run: RunDirectory, others: list[Path] | None =
     ours.require_file(run.logs / "report.jsonl", ours.is_log)
     data = gather(run.path)
     if config is not None and config.report.title:
-        data = _retitled(data, config.report.title)
+        data = replace(data, title=config.report.title)
     others_read, notes = compared(data, list(others or []))
     found = tables.all_tables(data, others_read)
     images = pictures.draw_all(data, found)
-    texts = {
+    files: dict[str, str | bytes] = {
         "index.html": page.render(data, found, sorted(images), [other.name for other in others_read], notes),
         "scores.json": json.dumps(scores.score_records(data, others_read), indent=1, ensure_ascii=False) + "\n",
         "model_card.md": card.model_card(data),
         **{f"{name}.csv": table.to_csv() for name, table in found.items()},
+        **images,
     }
     try:
         with stage_log(run, "report") as log:
             for note in notes:
                 log.line(f"WARNING {note}")
             log.line(f"{len(found)} tables, {len(images)} pictures: {run.report / 'index.html'}")
-        run.clear_leftovers()
-        with replacing_directory(run.report, ours.report) as directory:
-            for name, text in texts.items():
-                (directory / name).write_text(text, encoding="utf-8", newline="\n")
-            for name, image in images.items():
-                (directory / name).write_bytes(image)
-            artefact.describe(directory, "report", {}, {}, {})
+        _write(run, files)
     except OSError as error:
         raise unwritable(run.report, error) from None
     return run.report / "index.html"
@@ -81,37 +77,32 @@ def report_study(run: RunDirectory) -> Path:
 
     data = study.read(run.path)
     found = study.all_tables(data)
-    texts = {
-        "index.html": study.render(data, found),
-        **{f"{name}.csv": table.to_csv() for name, table in found.items()},
-    }
     try:
-        run.clear_leftovers()
-        with replacing_directory(run.report, ours.report) as directory:
-            for name, text in texts.items():
-                (directory / name).write_text(text, encoding="utf-8", newline="\n")
-            artefact.describe(directory, "report", {}, {}, {})
+        _write(
+            run,
+            {
+                "index.html": study.render(data, found),
+                **{f"{name}.csv": table.to_csv() for name, table in found.items()},
+            },
+        )
     except OSError as error:
         raise unwritable(run.report, error) from None
     print(f"{len(found)} tables: {run.report / 'index.html'}")
     return run.report / "index.html"
 
 
-def summary_table(run: RunDirectory) -> Table:
-    """The table of scores for the terminal."""
+def summary(run: RunDirectory) -> tuple[Table, str]:
+    """For the terminal: the table of scores, and what the run's numbers show, in plain words."""
     from trace_ds.reporting import scores
 
-    return scores.summary_table(gather(run.path))
+    data = gather(run.path)
+    return scores.summary_table(data), scores.honest_sentence(data)
 
 
-def honest_sentence(run: RunDirectory) -> str:
-    """What the run's numbers show, in plain words."""
-    from trace_ds.reporting import scores
-
-    return scores.honest_sentence(gather(run.path))
-
-
-def _retitled(data: RunData, title: str) -> RunData:
-    from dataclasses import replace
-
-    return replace(data, title=title)
+def _write(run: RunDirectory, files: dict[str, str | bytes]) -> None:
+    """Replace the report as a whole."""
+    run.clear_leftovers()
+    with replacing_directory(run.report, ours.report) as directory:
+        for name, content in files.items():
+            (directory / name).write_bytes(content.encode() if isinstance(content, str) else content)
+        artefact.describe(directory, "report", {}, {}, {})
