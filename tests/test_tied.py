@@ -17,7 +17,17 @@ from test_unlearn import GRADIENT_LIKE, calibrated_run, copy_of, losses_of, rela
 
 from trace_ds.conversion.convert import convert_checkpoint
 
-FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3", "phimoe", "granitemoe", "gpt_oss")
+FAMILIES = (
+    "mixtral",
+    "qwen2_moe",
+    "qwen3_moe",
+    "olmoe",
+    "deepseek_v2",
+    "deepseek_v3",
+    "phimoe",
+    "granitemoe",
+    "gpt_oss",
+)
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 

@@ -322,6 +322,8 @@ def find_base_model(checkpoint: Checkpoint, base_model: Path | None) -> Path:
         return checkpoint.path
     else:
         recorded = ((checkpoint.manifest or {}).get("model") or {}).get("path")
+        if not recorded and (checkpoint.path.parent / "config.json").is_file():  # as transformers' Trainer saves
+            return checkpoint.path.parent
         if not recorded:
             raise UserError(
                 "a DeepSpeed checkpoint does not say which model it is of",

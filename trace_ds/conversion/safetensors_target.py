@@ -60,10 +60,11 @@ class Placed:
 
 def parse_size(text: str) -> int:
     """Bytes of "5GB", "500 MiB" or "1000000"; decimal units as on the hub."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
-    if not match or match[2].upper() not in UNITS or float(match[1]) <= 0:
+    match = re.fullmatch(r"\s*([0-9]{1,15}(?:\.[0-9]{1,9})?)\s*([A-Za-z]*)\s*", text)
+    size = int(float(match[1]) * UNITS.get(match[2].upper(), 0)) if match else 0
+    if not size:
         raise UserError(f"{text!r} is not a size", "max_shard_size", "write it like 5GB or 500MB")
-    return int(float(match[1]) * UNITS[match[2].upper()])
+    return size
 
 
 def place(

@@ -268,8 +268,8 @@ class _Pickle:
             raise ValueError("an empty stack")
         return self.stack[-count:]
 
-    def _extend(self, kind: type, items: list[Any]) -> None:
-        target = self.stack[-1]
+    def _extend(self, kind: Any, items: list[Any]) -> None:
+        target: Any = self.stack[-1]
         if type(target) is not kind:
             raise ValueError(f"items for a {type(target).__name__}")
         if kind is list:
