@@ -1,4 +1,4 @@
-"""Save, load and resume under a given interpreter: ``PYTHON tests/pythons.py [DIRECTORY]``; exit status 0 when all is well.
+"""Save, load and resume under a given interpreter: ``PYTHON tests/pythons.py [DIRECTORY]``; 0: all is well.
 
 Makes a tiny model, runs the whole pipeline for one step, runs it again for two (which resumes from what this
 interpreter wrote), and compares the result with an undisturbed run; then asks ``inspect`` and ``convert --verify``.
