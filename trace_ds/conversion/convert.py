@@ -428,8 +428,10 @@ def verify_archives(directory: Path, jobs: int = 1) -> None:
 
 
 def verify_source(checkpoint: Checkpoint, jobs: int) -> None:
-    """Compare the source's files with its manifest, or a converted model's tensors with its report."""
+    """Compare the source's files with its manifest, or what a conversion wrote with its report."""
     verify_manifest(checkpoint)
+    if checkpoint.kind == "universal":
+        verify_archives(checkpoint.path, jobs)
     if checkpoint.kind == "huggingface" and (checkpoint.path / REPORT).is_file():
         report = read_json_object(checkpoint.path / REPORT, "the report of the conversion")
         with reading(checkpoint.path / REPORT):
