@@ -86,7 +86,14 @@ def make_tokenizer(directory: Path) -> None:
 
 
 def make_model(
-    directory: Path, family: str = "mixtral", *, layers: int = 3, experts: int = 4, top_k: int = 2, seed: int = 0
+    directory: Path,
+    family: str = "mixtral",
+    *,
+    layers: int = 3,
+    experts: int = 4,
+    top_k: int = 2,
+    seed: int = 0,
+    tied: bool = False,
 ) -> Path:
     """A random model of ``family`` with its tokenizer, saved in the hub layout."""
     import torch
@@ -103,7 +110,7 @@ def make_model(
         "bos_token_id": 0,
         "eos_token_id": 1,
         "pad_token_id": 2,
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": tied,
     }
     own: dict[str, dict[str, Any]] = {
         "mixtral": {"num_local_experts": experts, "intermediate_size": 48},

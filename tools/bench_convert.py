@@ -258,11 +258,14 @@ def main() -> int:
     if options.work_dir is not None:
         options.work_dir.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix="bench_convert_", dir=options.work_dir))
+    out = os.dup(1)
+    os.dup2(2, 1)  # DeepSpeed and its children print on standard output: the result alone shall be there
     try:
         result = bench(options.layers, options.repeats, options.jobs, work)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    print(json.dumps(result, indent=1) if options.json else table(result))
+    with os.fdopen(out, "w") as handle:
+        handle.write((json.dumps(result, indent=1) if options.json else table(result)) + "\n")
     return 0
 
 

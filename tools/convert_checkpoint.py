@@ -21,6 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from trace_ds.conversion import convert_command
 from trace_ds.errors import UserError
 
+NEEDED = {"torch": "torch>=2.11", "transformers": "transformers>=5.17,<5.23", "safetensors": "safetensors"}
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(
@@ -42,6 +44,12 @@ def main() -> int:
     except UserError as error:
         print(f"error: {error.line()}", file=sys.stderr)
         return error.exit_status
+    except ModuleNotFoundError as error:
+        package = str(error.name).split(".")[0]
+        if package not in NEEDED:
+            raise
+        print(f"error: {error.name} cannot be imported. Fix: pip install '{NEEDED[package]}'", file=sys.stderr)
+        return UserError.exit_status
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ SHA-256 of each. A directory without a manifest, or with a file that does not ma
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,10 +13,12 @@ from typing import Any
 
 from trace_ds.errors import UserError
 from trace_ds.run.files import sha256_file, write_json, write_text
+from trace_ds.run.foreign import file_entries, read_object, text_values, typed
 
 MANIFEST = "manifest.json"
 LATEST = "latest"
 FORMAT = 1
+_TEXTS = ("family", "job", "calibration", "dtype")
 STEP = re.compile(r"step_(\d{6,})")
 
 
@@ -64,13 +65,18 @@ def read_manifest(directory: Path) -> Manifest:
     path = directory / MANIFEST
     if not path.is_file():
         raise UserError("there is no manifest: the checkpoint is incomplete", str(directory), "use another step")
+    raw = read_object(path, "the manifest", "use another step")
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        if raw.pop("format") != FORMAT:
+        if raw.pop("format", None) != FORMAT:
             raise ValueError("unknown format")
+        kinds = {"step": int, "world": int, "ep": int, "zero_stage": int, **dict.fromkeys(_TEXTS, str)}
+        typed(raw, {**kinds, **dict.fromkeys(("model", "cursor", "versions", "files"), dict)})
+        text_values(raw, "model")
+        text_values(raw, "versions")
+        file_entries(raw["files"])
         return Manifest(**raw)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"the manifest is damaged ({error})", str(path), "use another step") from None
+    except (ValueError, TypeError) as error:
+        raise UserError(f"the manifest is damaged ({str(error)[:200]})", str(path), "use another step") from None
 
 
 def verify(directory: Path, manifest: Manifest, *, hashes: bool, part: int = 0, parts: int = 1) -> None:

@@ -25,6 +25,7 @@ def convert_command(source: Path, destination: Path, *, dry_run: bool = False, *
     Raises:
         UserError: see :func:`trace_ds.conversion.convert.convert_checkpoint`.
     """
+    from trace_ds.conversion.checkpoint import origin
     from trace_ds.conversion.convert import convert_checkpoint, preview
 
     if dry_run:
@@ -32,7 +33,7 @@ def convert_command(source: Path, destination: Path, *, dry_run: bool = False, *
         for note in facts["notes"]:
             print(f"note: {note}")
         print(f"would write {destination}: {facts['parameters']:,} parameters as {facts['target']}, "
-              f"{facts['bytes'] / 1e9:.3f} GB, from {_origin(facts['source'])}")  # fmt: skip
+              f"{facts['bytes'] / 1e9:.3f} GB, from {origin(facts['source'])}")  # fmt: skip
         return 0
     report = convert_checkpoint(source, destination, progress=_Lines(), **options)
     for warning in report.get("warnings", []):
@@ -41,14 +42,10 @@ def convert_command(source: Path, destination: Path, *, dry_run: bool = False, *
         print(f"note: {note}")
     print(
         f"{destination}: {report['parameters']:,} parameters in {len(report['tensors'])} tensors, "
-        f"{report['bytes'] / 1e9:.3f} GB, from {_origin(report['source'])}"
+        f"{report['bytes'] / 1e9:.3f} GB, from {origin(report['source'])}"
         f"{', verified' if report.get('verified') else ''}"
     )
     return 0
-
-
-def _origin(facts: dict[str, Any]) -> str:
-    return f"{facts['kind']} (step {facts['step']}, world {facts['world']}, ep {facts['ep']})"
 
 
 class _Lines:

@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from trace_ds.errors import UserError
+from trace_ds.conversion.checkpoint import origin
 from trace_ds.run.files import write_json, write_text
+from trace_ds.run.foreign import read_object
 
 COMPANIONS = (
     "generation_config.json",
@@ -29,26 +30,35 @@ DTYPE_CONFIG = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 def copy_companions(base_model: Path, destination: Path, dtype: str) -> None:
     """``config.json`` with the new type, generation configuration and tokenizer of the base model."""
-    path = base_model / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"this is not JSON ({error})", str(path), "copy the model again") from None
+    config = read_object(base_model / "config.json", "the model's configuration", "copy the model again")
     if dtype in DTYPE_CONFIG:
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = DTYPE_CONFIG[dtype]
-    config.pop("_name_or_path", None)
-    config.pop("quantization_config", None)  # of the base model: what is written here is never quantised
+    # quantization_config: what is written here is never quantised; auto_map: code of the base model, which stays there.
+    for key in ("_name_or_path", "quantization_config", "auto_map"):
+        config.pop(key, None)
     write_json(destination / "config.json", config)
     for name in COMPANIONS:
         if (base_model / name).is_file():
             shutil.copyfile(base_model / name, destination / name)
+    tokenizer = destination / "tokenizer_config.json"
+    if tokenizer.is_file() and b'"auto_map"' in tokenizer.read_bytes():
+        settings = read_object(tokenizer, "the tokenizer's configuration", "copy the model again")
+        write_json(tokenizer, {key: value for key, value in settings.items() if key != "auto_map"})
+
+
+def model_name(directory: Path) -> str:
+    """What to call the model of a directory: its name, or in a hub cache (``models--A--B/snapshots/HASH``) ``A/B``."""
+    cache = directory.parent.parent.name
+    if directory.parent.name == "snapshots" and cache.startswith("models--"):
+        return cache[len("models--") :].replace("--", "/")
+    return directory.name
 
 
 def write_card(
     base_model: Path,
     destination: Path,
     report: Mapping[str, Any],
-    source: Mapping[str, Any],
+    source: dict[str, Any],
     dtype: str,
     facts: Mapping[str, Any] | None,
 ) -> None:
@@ -59,7 +69,7 @@ def write_card(
     """
     facts = facts or {}
     name = facts.get("name") or destination.name
-    base = facts.get("base_model") or base_model.name
+    base = facts.get("base_model") or model_name(base_model)
     lines = ["---", "library_name: transformers", f"base_model: {json.dumps(str(base))}"]
     lines += ["tags:", "- mixture-of-experts"]
     if facts.get("method"):
@@ -83,8 +93,7 @@ def write_card(
         "",
         *_table(
             {
-                "source": f"{source['kind']}, step {source['step']}, world size {source['world']}, "
-                f"expert-parallel size {source['ep']}",
+                "source": origin(source),
                 "type": dtype,
                 "tensors": len(report["tensors"]),
                 "parameters": report["parameters"],

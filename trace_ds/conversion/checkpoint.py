@@ -6,8 +6,8 @@ AutoEP, a DeepSpeed universal folder, or a Hugging Face directory. Only metadata
 
 from __future__ import annotations
 
-import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,10 @@ from typing import Any
 from trace_ds.conversion.runs import TensorSource
 from trace_ds.errors import UserError
 from trace_ds.run.files import sha256_file
+from trace_ds.run.foreign import file_entries, named_by, pointed, read_object
 
 MANIFEST = "manifest.json"
 REPORT = "conversion.json"
-NAME_LENGTH = 255  # of a directory
 RANK_FILE = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_(model|optim)_states\.pt$")
 MODEL_FILE = re.compile(r"mp_rank_(\d+)_model_states\.pt$")
 EXPERT_FILE = re.compile(r"layer_(\d+)_expert_(\d+)_mp_rank_(\d+)_model_states\.pt$")
@@ -61,6 +61,11 @@ class Checkpoint:
     manifest: dict[str, Any] | None = None
     shared: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def distinct(self) -> dict[str, TensorSource]:
+        """The tensors without those that are another one again: tied heads, AutoEP's alias of a router."""
+        return {n: t for n, t in self.tensors.items() if n not in self.shared and not is_alias(n, self.tensors)}
+
     def summary(self) -> dict[str, Any]:
         """Facts for reports and ``trace-ds inspect``; JSON-compatible and without paths."""
         return {
@@ -71,13 +76,26 @@ class Checkpoint:
             "zero_stage": self.zero_stage,
             "family": self.family,
             "dtype": self.dtype,
-            "tensors": len(self.tensors),
-            "parameters": sum(source.numel for source in self.tensors.values()),
-            "bytes": sum(source.numel * source.dtype.itemsize for source in self.tensors.values()),
+            "tensors": len(self.distinct),
+            "parameters": sum(source.numel for source in self.distinct.values()),
+            "bytes": sum(source.numel * source.dtype.itemsize for source in self.distinct.values()),
             "optimizer_states": sorted(self.moments),
             "files": len(self.files),
             "notes": self.notes,
         }
+
+
+def is_alias(name: str, tensors: Mapping[str, Any]) -> bool:
+    """Whether AutoEP holds this tensor of a router a second time under the name of its own router."""
+    match = re.match(r"(.+)\.gate\.(gate\.weight|gate\.bias|e_score_correction_bias)$", name)
+    return bool(match) and f"{match[1]}.router.{match[2]}" in tensors  # type: ignore[index]
+
+
+def origin(facts: dict[str, Any]) -> str:
+    """What a report says of its source, in words."""
+    if facts.get("kind") == "huggingface":
+        return "a hub model"
+    return f"{facts.get('kind')} (step {facts.get('step')}, world {facts.get('world')}, ep {facts.get('ep')})"
 
 
 def locate(path: Path, tag: str | None) -> Path:
@@ -85,6 +103,9 @@ def locate(path: Path, tag: str | None) -> Path:
     if not path.is_dir():
         raise UserError("there is no such directory", str(path), "give the directory of a checkpoint or model")
     roots = [path, path / "checkpoints"]
+    named = named_by(path, "latest")
+    if tag is None and named is not None and _holds_deepspeed(named):
+        return named  # before config.json: transformers' Trainer puts its checkpoints into the folder of a model
     if tag is not None:
         for root in roots:
             if (root / tag).is_dir():
@@ -97,9 +118,10 @@ def locate(path: Path, tag: str | None) -> Path:
     for latest in (root / name for root in roots for name in ("latest", "latest_universal")):
         root = latest.parent
         if latest.is_file():
-            name = latest.read_text(encoding="utf-8", errors="replace").strip()[:NAME_LENGTH]
-            if Path(name).name == name and (root / name).is_dir():
-                return root / name
+            found = named_by(root, latest.name)
+            if found is not None:
+                return found
+            name = pointed(latest)
             raise UserError(f"latest names {name!r}, which is not there", str(latest), f"use --tag {_tags(roots)}")
     raise UserError(
         "neither a DeepSpeed checkpoint nor a Hugging Face model (no *_model_states.pt, no config.json, no latest)",
@@ -109,8 +131,10 @@ def locate(path: Path, tag: str | None) -> Path:
 
 
 def _holds_checkpoint(path: Path) -> bool:
-    if (path / "config.json").is_file() or (path / "zero").is_dir():
-        return True
+    return (path / "config.json").is_file() or (path / "zero").is_dir() or _holds_deepspeed(path)
+
+
+def _holds_deepspeed(path: Path) -> bool:
     return any(RANK_FILE.match(name.name) or MODEL_FILE.match(name.name) for name in path.iterdir())
 
 
@@ -126,12 +150,12 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
     manifest_path = path / MANIFEST
     if not manifest_path.is_file():
         return None
+    manifest = read_object(manifest_path, "the manifest", "convert another step")
     try:
-        manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
-        files = dict(manifest["files"])
-        sizes = {name: int(entry["bytes"]) for name, entry in files.items()}
-        (manifest.get("model") or {}).get("path")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        sizes = {name: entry["bytes"] for name, entry in file_entries(manifest.get("files")).items()}
+        if not isinstance((manifest.get("model") or {}).get("path", ""), str):
+            raise ValueError("the model's path is no text")
+    except (ValueError, AttributeError) as error:
         raise UserError(f"the manifest is damaged ({error})", str(manifest_path), "convert another step") from None
     for name, size in sorted(sizes.items()):
         file = path / name
@@ -143,7 +167,7 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
                 str(file),
                 "convert another step",
             )
-    return dict(manifest)
+    return manifest
 
 
 def verify_manifest(checkpoint: Checkpoint) -> None:
@@ -208,7 +232,6 @@ def family_of(directory: Path) -> str | None:
 def _told(path: Path) -> dict[str, Any]:
     """A JSON object, or nothing: what it says is only shown."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_object(path, "", "")
+    except UserError:
         return {}
-    return value if isinstance(value, dict) else {}

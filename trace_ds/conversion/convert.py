@@ -327,6 +327,8 @@ def find_base_model(checkpoint: Checkpoint, base_model: Path | None) -> Path:
         return checkpoint.path
     else:
         recorded = ((checkpoint.manifest or {}).get("model") or {}).get("path")
+        if not recorded and (checkpoint.path.parent / "config.json").is_file():  # as transformers' Trainer saves
+            return checkpoint.path.parent
         if not recorded:
             raise UserError(
                 "a DeepSpeed checkpoint does not say which model it is of",
@@ -431,8 +433,10 @@ def verify_archives(directory: Path, jobs: int = 1) -> None:
 
 
 def verify_source(checkpoint: Checkpoint, jobs: int) -> None:
-    """Compare the source's files with its manifest, or a converted model's tensors with its report."""
+    """Compare the source's files with its manifest, or what a conversion wrote with its report."""
     verify_manifest(checkpoint)
+    if checkpoint.kind == "universal":
+        verify_archives(checkpoint.path, jobs)
     if checkpoint.kind == "huggingface" and (checkpoint.path / REPORT).is_file():
         report = read_json_object(checkpoint.path / REPORT, "the report of the conversion")
         with reading(checkpoint.path / REPORT):

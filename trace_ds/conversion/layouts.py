@@ -23,10 +23,14 @@ from typing import Any
 
 import torch
 
+from trace_ds.conversion.checkpoint import is_alias
 from trace_ds.conversion.runs import Block, TensorSource, assemble, extract
 from trace_ds.errors import UserError
+from trace_ds.run.foreign import read_object
 
 MAX_BLOCKS = 1 << 20
+MAX_COUNT = 1 << 13  # of layers, heads and experts of a layer
+MAX_SIZE = 1 << 40  # of any other number in a configuration
 FAMILIES = "use one of the families mixtral, qwen2_moe, qwen3_moe, olmoe, deepseek_v2, deepseek_v3"
 
 
@@ -86,11 +90,12 @@ def read_layout(model_directory: Path) -> ModelLayout:
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.core_model_loading import revert_weight_conversion
 
+    _check_sizes(model_directory / "config.json")
     try:
         config = AutoConfig.from_pretrained(model_directory, local_files_only=True, trust_remote_code=False)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
+    except Exception as error:  # whatever a value that nobody would write makes of some line in transformers
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"transformers cannot build the model that this config.json describes ({first_line})",
@@ -132,6 +137,15 @@ def read_layout(model_directory: Path) -> ModelLayout:
     keep |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
     ignored = tuple(sorted(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()))
     return ModelLayout(config, fused, tied, hub, tuple(sorted(keep)), ignored)
+
+
+def _check_sizes(path: Path) -> None:
+    """Refuse a configuration whose numbers are those of no model before a model of that size is built."""
+    config = read_object(path, "the model's configuration", "copy or download the model again")
+    for key, value in config.items():
+        limit = MAX_COUNT if re.search(r"layers|experts|heads", key) else MAX_SIZE
+        if isinstance(value, (int, float)) and abs(value) > limit:
+            raise UserError(f"{key} is {value:.0e}, which no model has", str(path), "copy or download the model again")
 
 
 def _tracked(shape: tuple[int, ...]) -> torch.Tensor:
@@ -233,16 +247,11 @@ def engine_to_fused(layout: ModelLayout, tensors: Mapping[str, TensorSource]) ->
         piece = pieces.get(name)
         if piece is not None and source.shape == piece.shape:
             parts.setdefault(piece.whole, []).append((source, piece.blocks))
-        elif not _is_alias(name, tensors) and name not in layout.tied:
+        elif not is_alias(name, tensors) and name not in layout.tied:
             fused[name] = source
     for whole, held in parts.items():
         fused[whole] = _assembled(layout, whole, held)
     return fused
-
-
-def _is_alias(name: str, tensors: Mapping[str, TensorSource]) -> bool:
-    match = re.match(r"(.+)\.gate\.(gate\.weight|gate\.bias|e_score_correction_bias)$", name)
-    return bool(match) and f"{match[1]}.router.{match[2]}" in tensors  # type: ignore[index]
 
 
 def fused_to_engine(layout: ModelLayout, tensors: Mapping[str, TensorSource]) -> dict[str, TensorSource]:

@@ -58,12 +58,13 @@ class Placed:
         return Task(self.source, self.dtype, directory / self.file, self.offset_bytes)
 
 
-def parse_size(text: str) -> int:
+def parse_size(text: str, where: str = "max_shard_size") -> int:
     """Bytes of "5GB", "500 MiB" or "1000000"; decimal units as on the hub."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
-    if not match or match[2].upper() not in UNITS or float(match[1]) <= 0:
-        raise UserError(f"{text!r} is not a size", "max_shard_size", "write it like 5GB or 500MB")
-    return int(float(match[1]) * UNITS[match[2].upper()])
+    match = re.fullmatch(r"\s*([0-9]{1,15}(?:\.[0-9]{1,9})?)\s*([A-Za-z]*)\s*", text)
+    size = int(float(match[1]) * UNITS.get(match[2].upper(), 0)) if match else 0
+    if not size:
+        raise UserError(f"{text!r} is not a size", where, "write it like 5GB or 500MB")
+    return size
 
 
 def place(

@@ -187,8 +187,7 @@ class _Object:
         return self.arguments[0] if len(self.arguments) == 1 else self.arguments
 
 
-# Of Python's own names those that DeepSpeed's states hold; objects of these packages become their state.
-PLAIN_NAMES = {("_codecs", "encode"), *(("builtins", name) for name in ("set", "frozenset", "complex", "bytearray"))}
+# Objects of these packages become their state.
 PLAIN_PACKAGES = ("deepspeed", "numpy", "trace_ds")
 # Python 3.11.0 to 3.11.3 pickle a member of an enum by its name.
 ENUM_MEMBERS = {"ZeroStageEnum": {"disabled": 0, "optimizer_states": 1, "gradients": 2, "weights": 3}}
@@ -198,6 +197,13 @@ _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _EMPTY = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_SET": list, "EMPTY_TUPLE": tuple}
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 _KEYS = (str, int, float, bool, type(None), torch.dtype)
+
+
+def _shallow(key: Any) -> Any:
+    """``key``, if it may be hashed: that goes to the bottom of a tuple, however deep."""
+    if isinstance(key, _KEYS) or (type(key) is tuple and all(isinstance(part, _KEYS) for part in key)):
+        return key
+    raise ValueError(f"a key of type {type(key).__name__}")
 
 
 class _Pickle:
@@ -215,7 +221,8 @@ class _Pickle:
             if number >= MAX_OPCODES:
                 raise ValueError(f"more than {MAX_OPCODES} opcodes")
             if opcode.name == "STOP":
-                return self._plain(self.stack.pop(), 0)
+                (result,) = self.stack  # nothing else was made: torch's loader, which may follow, makes it too
+                return self._plain(result, 0)
             self._step(opcode.name, argument)
         raise ValueError("no end")  # genops itself says so
 
@@ -268,18 +275,15 @@ class _Pickle:
             raise ValueError("an empty stack")
         return self.stack[-count:]
 
-    def _extend(self, kind: type, items: list[Any]) -> None:
-        target = self.stack[-1]
+    def _extend(self, kind: Any, items: list[Any]) -> None:
+        target: Any = self.stack[-1]
         if type(target) is not kind:
             raise ValueError(f"items for a {type(target).__name__}")
         if kind is list:
             target.extend(items)
             return
         for key, value in zip(items[::2], items[1::2], strict=True):
-            whole = isinstance(key, _KEYS) or (type(key) is tuple and all(isinstance(part, _KEYS) for part in key))
-            if not whole:  # a hash goes to the bottom of a tuple, however deep
-                raise ValueError(f"a key of type {type(key).__name__}")
-            target[key] = value
+            target[_shallow(key)] = value
 
     def _push_name(self, argument: str | None) -> None:
         parts = argument.split(" ", 1) if argument is not None else [self.stack.pop(-2), self.stack.pop()]
@@ -299,20 +303,28 @@ class _Pickle:
         if kind == ("torch._tensor", "_rebuild_from_type_v2"):
             return self._made(arguments[0], arguments[2])
         if kind == ("torch", "Size"):
-            return tuple(arguments[0])
-        if kind == ("torch", "device"):
-            return str(arguments[0])
-        if kind.module == "collections" and kind.name in ("OrderedDict", "defaultdict"):
+            return plain_shape(arguments[0])
+        if kind == ("torch", "device") and isinstance(arguments[0], str):
+            return arguments[0]
+        if kind == ("collections", "OrderedDict") and not arguments:
             return {}
+        if kind == ("collections", "defaultdict"):
+            return {}
+        if kind == ("builtins", "set"):
+            return [_shallow(item) for item in arguments[0]]
+        if kind == ("_codecs", "encode"):  # bytes, as protocol 2 pickles them
+            text, encoding = arguments
+            if isinstance(text, str) and encoding == "latin1":
+                return text.encode("latin1")
         if kind == ("builtins", "getattr"):
             owner, member = arguments
             if isinstance(owner, _Name) and owner.name in ENUM_MEMBERS:
                 return ENUM_MEMBERS[owner.name][member]
-        if kind in PLAIN_NAMES or kind.module.split(".")[0] in PLAIN_PACKAGES:
+        if kind.module.split(".")[0] in PLAIN_PACKAGES:
             return _Object(arguments)
         raise UserError(
-            f"the pickle in this file asks for {kind.module}.{kind.name}, which no checkpoint needs: it was refused "
-            "and nothing of it was run",
+            f"the pickle in this file asks for {ascii(kind.module + '.' + kind.name)[1:100].rstrip(chr(39))}, which no "
+            "checkpoint needs in this way: it was refused and nothing of it was run",
             str(self.archive.path),
             "get the checkpoint from its author again; do not load this file with torch.load",
         )
@@ -347,7 +359,7 @@ def plain_shape(value: Any) -> tuple[int, ...]:
     """A shape as DeepSpeed stores it; ``ValueError`` when it is none."""
     shape = tuple(value)
     if len(shape) > MAX_DIMENSIONS or not all(type(size) is int and 0 <= size < MAX_NUMEL for size in shape):
-        raise ValueError(f"{str(shape)[:100]} is not a shape")
+        raise ValueError("what should be a shape is none")
     return shape
 
 

@@ -78,7 +78,7 @@ def load_share(
         files = WeightFiles.open(path, layout)
         if not partitioned:
             model.to_empty(device="cpu")
-            _tie(model, files)
+        _tie(model, files)
         _restore_rotary(model, world.device if partitioned else torch.device("cpu"))
         _fill(model, files, dtype, ep, world.rank % ep)
     except UserError as found:
@@ -132,7 +132,7 @@ def leave_out(model: Any, parts: Parts, ep: int) -> None:
 
 
 def _tie(model: nn.Module, files: WeightFiles) -> None:
-    """Restore the ties that making empty tensors cut."""
+    """Make one parameter of those that the family ties: building without data, or under ``zero.Init``, cut them."""
     for name, target in files.layout.tied.items():
         owner, _, leaf = name.rpartition(".")
         with contextlib.suppress(AttributeError):  # the head is left out

@@ -9,7 +9,6 @@ from?*). Nothing in it depends on the time, the machine or the launcher.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 from trace_ds.errors import UserError
 from trace_ds.run.files import canonical_json, sha256_file, sha256_text, write_json
+from trace_ds.run.foreign import file_entries, read_object, text_values, typed
 
 FILE_NAME = "artefact.json"
 FORMAT = 1
@@ -105,17 +105,21 @@ def load(directory: Path, kind: str, made_by: str, *, verify: bool = True) -> Ar
     fix = f"make it again with `trace-ds {made_by}`"
     if not description.is_file():
         raise UserError(f"there is no {kind} artefact here", str(directory), fix)
+    raw = read_object(description, "the description of the artefact", fix)
     try:
-        raw = json.loads(description.read_text(encoding="utf-8"))
-        artefact = Artefact(
-            raw["kind"], raw["inputs"], raw["settings"], raw["files"], raw.get("summary", {}), directory
-        )
+        kinds = {"kind": str, "identity": str, "content": str, **dict.fromkeys(("inputs", "settings", "files"), dict)}
+        raw = {"summary": {}, **raw}
+        typed(raw, kinds | {"summary": dict})
+        text_values(raw, "inputs")
+        files = file_entries(raw["files"])
+        artefact = Artefact(raw["kind"], raw["inputs"], raw["settings"], files, raw["summary"], directory)
         recorded = raw["identity"], raw["content"]
-    except (ValueError, KeyError, TypeError) as error:
+        made = artefact.identity, artefact.content
+    except (ValueError, RecursionError) as error:
         raise UserError(f"the description of the artefact is damaged ({error})", str(description), fix) from None
     if artefact.kind != kind:
         raise UserError(f"this is a {artefact.kind} artefact where a {kind} artefact is needed", str(directory), fix)
-    if recorded != (artefact.identity, artefact.content):
+    if recorded != made:
         raise UserError("the description of the artefact was altered after it was written", str(description), fix)
     for name, expected in artefact.files.items():
         path = directory / name

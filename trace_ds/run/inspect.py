@@ -30,6 +30,7 @@ from trace_ds.models.files import (
 )
 from trace_ds.run import artefact
 from trace_ds.run.directory import RunDirectory
+from trace_ds.run.foreign import named_by
 
 EXIT_DAMAGED = 1
 LOG_WIDTH = 140  # of tables in a log or a pipe
@@ -87,23 +88,24 @@ def _is_step(path: Path) -> bool:
 
 
 def _is_unfinished_step(path: Path) -> bool:
-    return STEP.fullmatch(path.name.split(".tmp-")[0]) is not None and not (path / UNIVERSAL_FOLDER).is_dir()
+    return (
+        STEP.fullmatch(re.split(r"\.(?:tmp|unreadable)-", path.name)[0]) is not None
+        and not (path / UNIVERSAL_FOLDER).is_dir()
+    )
 
 
 def _named_by(pointer: str) -> Callable[[Path], bool]:
-    return lambda path: _target(path, pointer) is not None
-
-
-def _target(path: Path, pointer: str) -> Path | None:
-    """The directory that ``path/latest`` names, if there is one."""
-    if not (path / pointer).is_file():
-        return None
-    name = (path / pointer).read_text(encoding="utf-8", errors="replace").strip()[:255]
-    return path / name if Path(name).name == name and (path / name).is_dir() else None
+    return lambda path: named_by(path, pointer) is not None
 
 
 def _follow(pointer: str) -> Callable[[Path, bool], Finding]:
-    return lambda path, verify: inspect(_target(path, pointer) or path, verify=verify)
+    return lambda path, verify: inspect(named_by(path, pointer) or path, verify=verify)
+
+
+def _is_trainers(path: Path) -> bool:
+    """transformers' Trainer with DeepSpeed: a model's configuration beside the checkpoint, which holds the weights."""
+    named = named_by(path, "latest") if (path / CONFIG_NAME).is_file() else None
+    return named is not None and _is_deepspeed(named)
 
 
 def _is_checkpoints(path: Path) -> bool:
@@ -142,6 +144,8 @@ def _artefact(path: Path, verify: bool) -> Finding:
 
 def _checkpoint(path: Path, verify: bool) -> Finding:
     """One step of a training job: its manifest, compared with the files."""
+    from trace_ds.conversion.torch_archive import read_archive
+
     try:
         manifest = read_manifest(path)
     except UserError as error:
@@ -155,8 +159,11 @@ def _checkpoint(path: Path, verify: bool) -> Finding:
         "files": len(manifest.files),
         "bytes": sum(int(entry["bytes"]) for entry in manifest.files.values()),
     }
+    shards = sorted(name for name in manifest.files if name.endswith(".pt"))
     try:
         verify_files(path, manifest, hashes=verify)
+        for name in shards if verify else [*shards[:1], *shards[-1:]]:  # a file of each kind
+            read_archive(path / name)
     except UserError as error:
         return Finding(path, "checkpoint", facts, [error.line()])
     return Finding(path, "checkpoint", facts)
@@ -168,10 +175,12 @@ def _checkpoints(path: Path, verify: bool) -> Finding:
     parts, problems, complete = [], [], []
     for step in steps:
         found = _checkpoint(step, verify)
-        complete += [] if found.problems else [step.name]
+        complete += [] if found.problems or STEP.fullmatch(step.name) is None else [step.name]
         state = "damaged" if found.problems else "complete"
         if ".tmp-" in step.name:
             state = "left by a killed job"
+        elif ".unreadable-" in step.name:
+            state = "set aside"
         detail = found.problems[0] if found.problems else f"{found.facts['files']} files, {size(found.facts['bytes'])}"
         parts.append({"name": step.name, "state": state, "detail": detail})
         problems += found.problems if state == "damaged" else []
@@ -192,7 +201,7 @@ def _model(path: Path, verify: bool) -> Finding:
         "family": files.model_type,
         "layout": layout_of(files),
         "tensors": len(files.tensors),
-        "parameters": files.parameters,
+        "parameters": files.parameters - _tied_twice(files),
         "types": files.dtypes,
         "files": len(files.files),
         "bytes": files.bytes,
@@ -208,6 +217,8 @@ def _model(path: Path, verify: bool) -> Finding:
 
 def _converted(path: Path, verify: bool) -> str:
     """Where a model's weights came from, by the report of the conversion; ``verify`` compares every tensor's hash."""
+    from trace_ds.conversion.checkpoint import origin
+
     report = read_json_object(path / CONVERSION, "the report of the conversion")
     if verify:
         from trace_ds.conversion.convert import verify_huggingface
@@ -216,11 +227,14 @@ def _converted(path: Path, verify: bool) -> str:
         with reading(path / CONVERSION):
             verify_huggingface(path, report)
     source = report.get("source")
-    return (
-        ", ".join(f"{key} {source.get(key)}" for key in ("kind", "step", "world", "ep"))
-        if isinstance(source, dict)
-        else ""
-    )
+    return origin(source) if isinstance(source, dict) else "not said"
+
+
+def _tied_twice(files: ModelFiles) -> int:
+    """Parameters of the head where it is the embedding and the files hold it all the same."""
+    head, embedding = (files.tensors.get(name) for name in ("lm_head.weight", "model.embed_tokens.weight"))
+    tied = files.config.get("tie_word_embeddings") is True and head is not None and embedding is not None
+    return head.elements if tied and head and embedding and head.shape == embedding.shape else 0
 
 
 def layout_of(files: ModelFiles) -> str:
@@ -332,6 +346,7 @@ _MADE_BY = {"data": "prepare CONFIG", "statistics": "collect CONFIG", "calibrati
 _KINDS: tuple[tuple[Callable[[Path], bool], Callable[[Path, bool], Finding]], ...] = (
     (lambda path: (path / artefact.FILE_NAME).is_file(), _artefact),
     (_is_step, _checkpoint),
+    (_is_trainers, _follow("latest")),
     (lambda path: (path / CONFIG_NAME).is_file(), _model),
     (_named_by("latest_universal"), _follow("latest_universal")),
     (_is_checkpoints, _checkpoints),

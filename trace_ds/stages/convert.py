@@ -6,7 +6,6 @@ from and of every tensor. A rerun from the same checkpoint with the same setting
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from trace_ds.config.schema import Config
 from trace_ds.errors import UserError
 from trace_ds.run.directory import RunDirectory, unwritable
 from trace_ds.run.files import sha256_file
+from trace_ds.run.foreign import read_object
 from trace_ds.run.log import Progress, StageLog, stage_log
 
 if TYPE_CHECKING:
@@ -54,6 +54,29 @@ def convert(config: Config, run: RunDirectory) -> None:
         for warning in report["warnings"]:
             log.line(f"warning: {warning}")
         log.line(f"{report['parameters']:,} parameters in {len(report['tensors'])} tensors")
+
+
+def check_convert(config: Config, run: RunDirectory) -> None:
+    """Find out before training what the conversion after it would stumble on.
+
+    Raises:
+        UserError: ``conversion.max_shard_size`` is no size, or there will never be a checkpoint of ``conversion.step``.
+    """
+    from trace_ds.checkpoints.manifest import step_name
+    from trace_ds.conversion.safetensors_target import parse_size
+
+    parse_size(config.conversion.max_shard_size, "conversion.max_shard_size")
+    step, settings = config.conversion.step, config.unlearning
+    if step is None or (run.checkpoints / step_name(step)).is_dir() or settings.evaluate.target_forget_nll is not None:
+        return  # a job with a target saves where it reaches it
+    saved = sorted({*range(settings.save_every, settings.steps + 1, settings.save_every), settings.steps})
+    kept = [n for n in saved if n in saved[-settings.keep :] or (settings.keep_every and n % settings.keep_every == 0)]
+    if step not in kept:
+        raise UserError(
+            f"there will be no checkpoint of step {step}: those of steps {', '.join(map(str, kept[-6:]))} are kept",
+            "conversion.step",
+            "choose one of them, or change unlearning.save_every, keep or keep_every",
+        )
 
 
 def checkpoint_to_directory(
@@ -118,12 +141,12 @@ def _is_done(model: Path, checkpoint: Path, dtype: str, max_shard_size: str) -> 
     from trace_ds.models.files import read_model_directory
 
     try:
-        report = json.loads((model / "conversion.json").read_text(encoding="utf-8"))
+        report = read_object(model / "conversion.json", "the report", "")
         tensors = read_model_directory(model).tensors
         held = {name: (entry.file, entry.dtype, list(entry.shape)) for name, entry in tensors.items()}
         said = {name: (entry["file"], entry["dtype"], entry["shape"]) for name, entry in report["tensors"].items()}
         made = (report["source"]["manifest_sha256"], report["dtype"], report["max_shard_size"])
-    except (OSError, ValueError, KeyError, TypeError, UserError):
+    except (OSError, AttributeError, KeyError, TypeError, UserError):
         return False
     return held == said and made == (sha256_file(checkpoint / "manifest.json"), dtype, max_shard_size)
 
@@ -148,6 +171,8 @@ def card_of(source: Path) -> dict[str, Any] | None:
 
 def _card(config: Config, run: RunDirectory) -> dict[str, Any]:
     """The facts of the model card, from the configuration and, if it is there, the calibration artefact."""
+    from trace_ds.conversion.card import model_name
+
     settings = config.unlearning
     method = {
         "forget loss": settings.forget_loss,
@@ -160,14 +185,13 @@ def _card(config: Config, run: RunDirectory) -> dict[str, Any]:
         "learning rate": f"{settings.optimizer.lr:g}",
         "seed": config.seed,
     }
-    facts: dict[str, Any] = {"name": config.name, "base_model": Path(config.model.path).name, "method": method}
+    facts: dict[str, Any] = {"name": config.name, "base_model": model_name(Path(config.model.path)), "method": method}
     try:
-        artefact = json.loads((run.calibration / "artefact.json").read_text(encoding="utf-8"))
-        summary = artefact["summary"]
+        summary = read_object(run.calibration / "artefact.json", "the calibration", "")["summary"]
         facts["calibration"] = {
             key.replace("_", " "): value for key, value in summary.items() if isinstance(value, (int, float, str))
         }
-    except (OSError, ValueError, KeyError, AttributeError):
+    except (UserError, KeyError, AttributeError):
         pass  # converted without a calibration at hand: the card says nothing of it
     return facts
 

@@ -146,11 +146,13 @@ def _check_later_stages(request: Request) -> None:
     from trace_ds.evaluation.subjects import named_models
     from trace_ds.models.families import inspect_model
     from trace_ds.models.files import read_model_directory
+    from trace_ds.stages.convert import check_convert
     from trace_ds.stages.unlearn import check_settings
 
     info = inspect_model(request.config.model.path)
     for item in request.all():
         check_settings(item.config, info)
+        check_convert(item.config, item.run)
     for path in named_models(request.config).values():
         read_model_directory(path)
 
