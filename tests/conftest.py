@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import tiny
+from forked import Server, serving
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -49,3 +51,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random 3-layer, 4-expert, top-2 Mixtral in fp32 with its tokenizer."""
     return tiny.make_model(tmp_path_factory.mktemp("mixtral"))
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Server]:
+    """The command line in forks of a process that has imported it."""
+    with serving() as found:
+        yield found

@@ -9,7 +9,6 @@ import json
 import os
 import pickletools
 import random
-import re
 import resource
 import shutil
 import socket

@@ -166,7 +166,10 @@ def load_config(config: str, overrides: Sequence[str] = (), run_dir: str | Path 
     for override in overrides:
         _apply(raw, override)
     name = raw.get("name")
-    directory = Path(expanded(str(run_dir)) if run_dir is not None else Path("runs") / str(name or "unnamed"))
+    try:
+        directory = Path(expanded(str(run_dir if run_dir is not None else Path("runs") / str(name or "unnamed"))))
+    except ValueError as error:
+        raise UserError(str(error), "--run-dir", "choose another directory, or name") from None
     values = {
         "run_dir": str(directory),
         "run_parent": str(directory.parent),

@@ -14,7 +14,6 @@ import numpy as np
 import pyarrow as pa
 
 from trace_ds.corpora.pack import PackedRow, counted_positions
-from trace_ds.corpora.read import Document
 from trace_ds.errors import UserError
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trace_ds.reporting.compare import compared
-from trace_ds.reporting.gather import RunData, gather
+from trace_ds.reporting.gather import gather
 from trace_ds.run import artefact, ours
 from trace_ds.run.directory import RunDirectory, unwritable
 from trace_ds.run.files import replacing_directory
