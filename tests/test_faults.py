@@ -28,6 +28,7 @@ from trace_ds.checkpoints.manifest import Manifest, complete_steps, read_manifes
 from trace_ds.errors import JobFailed, UserError
 from trace_ds.parallel.world import AgreedError
 from trace_ds.run.files import remove_leftovers, sha256_file
+from trace_ds.run.directory import MADE_IN
 
 JOB = "job"
 KILLS = 20
@@ -60,7 +61,7 @@ def save_next(world: Any, folder: str, prepare: Callable[[Any], None] | None = N
     """Resume from the newest complete checkpoint and save the step after it; the step saved."""
     checkpoints = Path(folder)
     if world.is_main:
-        remove_leftovers(checkpoints)  # as a job does at its start, under the lock
+        remove_leftovers(checkpoints, MADE_IN["checkpoints"])  # as a job does at its start, under the lock
     world.barrier()
     chosen, _ = commit.choose(world, checkpoints, job, "auto")
     step = (chosen.step if chosen else 0) + 1

@@ -24,7 +24,7 @@ from trace_ds.demo.corpora import Regime
 from trace_ds.demo.facts import PACKAGES
 from trace_ds.errors import JobFailed, UserError
 from trace_ds.run import artefact, ours
-from trace_ds.run.directory import MADE_IN, locked
+from trace_ds.run.directory import locked
 from trace_ds.run.files import remove_directory, remove_leftovers, replacing_directory, write_json
 from trace_ds.run.log import Progress, StageLog
 
@@ -128,8 +128,9 @@ def require_inputs_ours(run_dir: Path) -> None:
 
 def remove_input_leftovers(run_dir: Path) -> None:
     """Delete what a killed :func:`prepare_inputs` left; nobody else may be at work there."""
-    for folder in ("", "models"):
-        remove_leftovers(run_dir / folder, MADE_IN[folder])
+    remove_leftovers(run_dir, "corpora")
+    names = "|".join(MODELS)
+    remove_leftovers(run_dir / "models", rf"{names}|(?:{names})\.json")
 
 
 def prepare_corpora(run_dir: Path, seed: int, regime: Regime = "standard") -> artefact.Artefact:

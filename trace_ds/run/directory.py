@@ -32,14 +32,13 @@ COMPARISONS = {  # of `trace-ds bench`
     "study.json": ours.is_described("recipe", "comparisons"),
     "bench.json": ours.is_described("recipe", "outcomes"),
 }
-# What writers make, by the folder they make it in ("" is the run directory).
+# What stages make, by the folder they make it in ("" is the run directory).
 MADE_IN = {
-    "": r"config\.yaml|data|calibration|export|model|report|corpora|study\.json|frontier\.csv|bench\.json",
+    "": r"config\.yaml|data|calibration|export|model|report|study\.json|frontier\.csv|bench\.json",
     "checkpoints": r"step_\d{6,}|latest|universal",
     "evaluation": r"step_\d{6,}|[A-Za-z0-9][A-Za-z0-9._-]*\.json",
     "statistics": "|".join(SIDES),
     "logs": r"[a-z]+\.jsonl",
-    "models": r"original|gold|(?:original|gold)\.json",
 }
 
 
@@ -182,7 +181,8 @@ class RunDirectory:
             if os.path.lexists(path) and not path.is_file():
                 raise UserError("this is no file, and a file of that name stops a job", str(path), ours.FIX)
         names = sorted(path.name for path in self.path.iterdir())
-        strangers = [name for name in names if not UNMARKED.fullmatch(name) and not ours.leftover(name, MADE_IN[""])]
+        made = rf"{MADE_IN['']}|corpora"
+        strangers = [name for name in names if not UNMARKED.fullmatch(name) and not ours.leftover(name, made)]
         if strangers and not self.is_marked():
             raise UserError(
                 f"this directory is not a run's: it holds {strangers[0]!r}, and nothing that trace_ds made",
