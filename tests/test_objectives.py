@@ -32,11 +32,6 @@ def check(value: torch.Tensor, expected: float, inputs: torch.Tensor, function: 
     torch.testing.assert_close(gradient, numeric, atol=1e-7, rtol=1e-5)
 
 
-def test_graddiff() -> None:
-    values = nll(0)
-    check(objectives.graddiff_forget_sum(values), -float(values.sum()), values, objectives.graddiff_forget_sum)
-
-
 @pytest.mark.parametrize("beta", [0.03, 0.1, 4.5])
 def test_npo(beta: float) -> None:
     values, reference = nll(1), nll(2).detach()

@@ -15,11 +15,12 @@ import tiny
 from distributed import run_distributed
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plan_tables import clusters_markdown, models_markdown
 
 from trace_ds.cluster import cost, memory
 from trace_ds.cluster.architecture import FAMILIES, active_parameters, count_parameters, read_architecture
 from trace_ds.cluster.plan import MAX_ROWS, _largest, as_dict, plan, plan_command, plan_model
-from trace_ds.cluster.plan_view import clusters_markdown, models_markdown, print_plan
+from trace_ds.cluster.plan_view import print_plan
 from trace_ds.cluster.spec import (
     GB,
     LINK_EFFICIENCY,
@@ -178,7 +179,6 @@ def test_published_models(name: str) -> None:
 
 
 def test_the_tables_in_the_docs_are_current() -> None:
-    """To make them anew: print what the two functions return."""
     text = (ROOT / "docs" / "plan.md").read_text(encoding="utf-8")
     configs = {name: model_config(name) for name in PUBLISHED}
     assert models_markdown(configs) in text

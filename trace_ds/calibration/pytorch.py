@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from trace_ds.corpora.pack import counted_positions
 from trace_ds.models.routers import RoutingRecorder, record_routing
 from trace_ds.unlearning.objectives import token_nll, weighted_sum
 
@@ -47,9 +48,9 @@ def collate_rows(rows: Sequence[Mapping[str, Any]], pad_id: int = 0) -> dict[str
     places = torch.arange(size).expand(len(rows), size)
     starts = torch.cat([torch.ones(len(rows), 1, dtype=torch.bool), ~same], dim=1)
     begins = torch.where(starts, places, 0).cummax(dim=1).values
-    counted = same & (documents[:, 1:] >= 0)
+    counted = torch.from_numpy(counted_positions(documents.numpy()))
     labels = torch.full_like(ids, IGNORED)
-    labels[:, 1:] = torch.where(counted, ids[:, 1:], IGNORED)
+    labels[:, 1:] = torch.where(counted[:, :-1], ids[:, 1:], IGNORED)
     return {"input_ids": ids, "position_ids": places - begins, "weights": weights, "labels": labels}
 
 

@@ -1,20 +1,16 @@
-"""The tables ``trace-ds plan`` prints, and the tables of published models in ``docs/plan.md``."""
+"""The tables ``trace-ds plan`` prints."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from trace_ds.cluster.architecture import active_parameters, count_parameters, read_architecture
 from trace_ds.cluster.checks import wide_console
 from trace_ds.cluster.memory import PHASES
-from trace_ds.cluster.plan import ASSUMPTIONS, MAX_ROWS, Plan, StagePlan, plan_model
-from trace_ds.cluster.spec import GB, ClusterSpec
-from trace_ds.config.schema import Config
+from trace_ds.cluster.plan import ASSUMPTIONS, MAX_ROWS, Plan, StagePlan
+from trace_ds.cluster.spec import GB
 
 SHOWN_CHOICES = 8
 
@@ -148,80 +144,6 @@ def _choices(plan: Plan) -> Table:
             "fits" if choice.collect_fits else "does NOT fit",
         )
     return table
-
-
-def models_markdown(configs: Mapping[str, Mapping[str, Any]]) -> str:
-    """The table of parameters of several models (name -> ``config.json``), in Markdown; stored in
-    ``docs/plan.md``.
-    """
-    kinds = ("embedding", "attention", "router", "experts", "shared_experts", "dense_mlp", "norms", "head")
-    lines = [
-        "| model | " + " | ".join(kind.replace("_", " ") for kind in kinds) + " | total | active |",
-        "| --- |" + " ---: |" * (len(kinds) + 2),
-    ]
-    for name, config in configs.items():
-        a = read_architecture(config, name)
-        every = count_parameters(a)
-        cells = [f"{getattr(every, kind):,}" for kind in kinds]
-        total = [f"{every.total:,}", billions(active_parameters(a).total)]
-        lines.append(f"| {name} | " + " | ".join([*cells, *total]) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def clusters_markdown(configs: Mapping[str, Mapping[str, Any]], config: Config) -> str:
-    """For each model the smallest cluster of 8-GPU nodes (a power of two, up to 128) and expert-parallel size on which
-    ``config`` fits, in Markdown; rows per step are set to one of each side per GPU. Stored in ``docs/plan.md``."""
-    header = (
-        "model",
-        "GPUs",
-        "EP",
-        "collect",
-        "unlearn",
-        "if recomputed",
-        "step",
-        "bound",
-        "checkpoint",
-        "host, a node",
-    )
-    lines = ["| " + " | ".join(header) + " |", "| --- |" + " ---: |" * (len(header) - 1)]
-    for name, model_config in configs.items():
-        plan = _smallest(model_config, config, name)
-        if plan is None:
-            lines.append(f"| {name} | more than 1024 |" + " |" * (len(header) - 2))
-            continue
-        time = plan.unlearn.time
-        cells = [
-            name,
-            str(plan.cluster.world),
-            str(plan.ep),
-            size(plan.collect.memory.peak_bytes),
-            size(plan.unlearn.memory.peak_bytes),
-            size(plan.recomputed_peak_bytes),
-            f"{duration(time.overlapped_s)} to {duration(time.serial_s)}",
-            time.bound,
-            size(plan.checkpoint_bytes),
-            size(plan.host_bytes),
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def _smallest(model_config: Mapping[str, Any], config: Config, name: str) -> Plan | None:
-    """The plan with the fewest nodes, then the smallest expert-parallel size, that fits; None: not on 1,024 GPUs."""
-    for nodes in (1, 2, 4, 8, 16, 32, 64, 128):
-        spec = ClusterSpec(nodes=nodes)
-        sized = {"forget_rows": spec.world, "retain_rows": spec.world, "micro_batch_rows": 1}
-        for ep in (8, 16, 32, 64):
-            if spec.world % ep or read_architecture(model_config, name).experts % ep:
-                continue
-            changed = {
-                "unlearning": config.unlearning.model_copy(update=sized),
-                "distributed": config.distributed.model_copy(update={"ep": ep}),
-            }
-            plan = plan_model(model_config, config.model_copy(update=changed), spec, name)
-            if plan.collect.fits and plan.unlearn.fits:
-                return plan
-    return None
 
 
 def size(number: float) -> str:

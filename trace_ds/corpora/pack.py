@@ -104,9 +104,12 @@ def pack(
 
 
 def counted_positions(document_ids: np.ndarray) -> np.ndarray:
-    """Which positions of a row are loss-bearing: the next token exists and belongs to the same document (bool)."""
-    counted = np.zeros(len(document_ids), dtype=bool)
-    counted[:-1] = document_ids[1:] == document_ids[:-1]
+    """Which positions of rows (last axis) are loss-bearing: the next token exists and belongs to the same document.
+
+    Bool, of the same shape; a negative document is filling.
+    """
+    counted = np.zeros(document_ids.shape, dtype=bool)
+    counted[..., :-1] = (document_ids[..., 1:] == document_ids[..., :-1]) & (document_ids[..., 1:] >= 0)
     return counted
 
 

@@ -226,10 +226,11 @@ def _losses(
     """
     import torch
 
+    from trace_ds.corpora.pack import counted_positions
+
     same_BTT = document_BT[:, :, None] == document_BT[:, None, :]
     mask_B1TT = same_BTT.tril()[:, None]
-    counted_BT = torch.zeros_like(document_BT, dtype=torch.bool)
-    counted_BT[:, :-1] = (document_BT[:, 1:] == document_BT[:, :-1]) & (document_BT[:, 1:] >= 0)
+    counted_BT = torch.from_numpy(counted_positions(document_BT.numpy()))
     outputs = model.model(
         tokens_BT,
         attention_mask=mask_B1TT,

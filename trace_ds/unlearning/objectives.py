@@ -92,11 +92,6 @@ def _cross_entropy(target_NV: torch.Tensor, logits_NV: torch.Tensor) -> torch.Te
 # --- sums over sequences, from the token losses -----------------------------------------------------------------------
 
 
-def graddiff_forget_sum(nll_BS: torch.Tensor) -> torch.Tensor:
-    """Gradient ascent: −Σ ℓ over forget tokens (GradDiff, Liu et al., arXiv 2203.12817; Maini et al., 2401.06121)."""
-    return -nll_BS.sum()
-
-
 def npo_forget_sum(
     nll_BS: torch.Tensor, reference_nll_BS: torch.Tensor, counted_BS: torch.Tensor, beta: float
 ) -> torch.Tensor:
