@@ -107,7 +107,7 @@ def _engine(config: Config, job: UnlearnJob, world: World) -> Iterator[Any]:
         realignment = Realignment.asked(engine, batches, world, config.unlearning.grip)
     weights = make_weights(config.unlearning, job.calibration, engine.module, world.device, cursor)
     engine.module.generation_config = GenerationConfig()
-    tokenizer = load_tokenizer(_tokenizer(config))
+    tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
     try:
         model = LanguageModel(engine.module, tokenizer, _settings(config), "the engine")
         yield engine, batches, objective, weights, realignment, model
@@ -121,7 +121,3 @@ def _settings(config: Config) -> Any:
     from trace_ds.evaluation.language_model import ModelSettings
 
     return ModelSettings(config.model.dtype, config.data.add_bos, config.data.add_eos, config.evaluation.batch_rows)
-
-
-def _tokenizer(config: Config) -> str:
-    return config.model.tokenizer or config.model.path
