@@ -29,7 +29,8 @@ def measure_time(world: Any) -> tuple[dict[str, float], str]:
 
 def test_times() -> None:
     found, said = run_distributed(measure_time, 1)[0]
-    assert found.keys() == {"counting_time_ratio", "counting_cpu_ratio", "collect", "everything"}
+    ratios = {f"{kind}_{name}_ratio" for kind in ("counting", "sums") for name in ("time", "cpu")}
+    assert found.keys() == {*ratios, "collect", "everything"}
     assert all(value > 0 for value in found.values())
     lines = [line for line in said.splitlines() if line.startswith("small: ")]
     kinds = [line.split(": ")[1] for line in lines]

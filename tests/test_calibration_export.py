@@ -99,7 +99,7 @@ def rows_of(calibrated) -> list[dict]:
         {
             "input_ids": dataset.row(i).input_ids,
             "document_ids": dataset.row(i).document_ids,
-            "weights": weights[dataset.row_offsets[i] : dataset.row_offsets[i + 1]],
+            "weights": weights[dataset.row_starts_R1[i] : dataset.row_starts_R1[i + 1]],
         }
         for i in range(6)
     ]

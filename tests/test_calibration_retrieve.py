@@ -224,7 +224,7 @@ def test_calibrating_what_was_retrieved(job, similarity: str, capsys) -> None:  
     made = calibrate(config, run)
     weights, rows = np.load(made.file("weights.npy")), np.load(made.file("row_weights.npy"))
     assert (rows > 0).sum() == 20
-    row_T = np.repeat(np.arange(len(dataset)), np.diff(dataset.row_offsets))
+    row_T = np.repeat(np.arange(len(dataset)), np.diff(dataset.row_starts_R1))
     counted = dataset.counted(0, dataset.tokens) & (rows > 0)[row_T]
     assert not weights[~counted].any() and weights[counted].mean() == pytest.approx(1, abs=1e-6)
     diagnosis = json.loads(made.file("diagnosis.json").read_text())

@@ -45,7 +45,7 @@ def write_statistics(config: Config, run: RunDirectory, *, trace: bool = True, p
         shape = make_corpus(rng, topic_D, logits, TOP_K, taste=0.2)
         noisy = logits[topic_D][documents] + rng.gumbel(size=(len(documents), LAYERS, EXPERTS))
         chosen = np.sort(np.argsort(-noisy, axis=2)[:, :, :TOP_K], axis=2).astype(np.uint8)
-        tokens = type(shape.tokens)(dataset.row_offsets, documents, number)
+        tokens = type(shape.tokens)(dataset.row_starts_R1, documents, number)
         corpus = Corpus(chosen, tokens, topic_D)
         directory = run.statistics / side
         shutil.rmtree(directory, ignore_errors=True)
@@ -113,7 +113,7 @@ def test_artefact_and_its_files(job, capsys) -> None:
     assert (weights[~counted] == 0).all() and abs(weights[counted].astype(np.float64).mean() - 1) < 1e-6
     assert rows.dtype == np.float64 and rows.shape == (len(dataset),)
     for row in range(len(dataset)):
-        at = slice(int(dataset.row_offsets[row]), int(dataset.row_offsets[row + 1]))
+        at = slice(int(dataset.row_starts_R1[row]), int(dataset.row_starts_R1[row + 1]))
         mine = weights[at][counted[at]]
         assert rows[row] == pytest.approx(mine.mean() if len(mine) else 0.0, rel=1e-6)
     diagnosis = json.loads(made.file("diagnosis.json").read_text())
@@ -131,8 +131,8 @@ def test_artefact_and_its_files(job, capsys) -> None:
     trace = np.concatenate([np.load(path) for path in sorted((run.statistics / "retain").glob("trace-*.npy"))])
     drawn_LE = np.zeros((LAYERS, EXPERTS))
     for row in range(len(dataset)):
-        mine = trace[int(dataset.row_offsets[row]) : int(dataset.row_offsets[row + 1])]
-        mine = mine[counted[int(dataset.row_offsets[row]) : int(dataset.row_offsets[row + 1])]]
+        mine = trace[int(dataset.row_starts_R1[row]) : int(dataset.row_starts_R1[row + 1])]
+        mine = mine[counted[int(dataset.row_starts_R1[row]) : int(dataset.row_starts_R1[row + 1])]]
         for layer in range(LAYERS):
             drawn_LE[layer] += rows[row] * np.bincount(mine[:, layer].ravel(), minlength=EXPERTS)
     np.testing.assert_allclose(tensors["drawn_LE"], drawn_LE * TOP_K / drawn_LE.sum(1, keepdims=True), rtol=1e-9)

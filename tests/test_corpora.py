@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trace_ds.corpora.dataset import TokenDataset, write_rows
+from trace_ds.corpora.dataset import FlatArray, TokenDataset, write_rows
 from trace_ds.corpora.pack import PackingCounts, counted_positions, pack
 
 documents_strategy = st.lists(st.lists(st.integers(0, 99), max_size=20), max_size=30)
@@ -64,7 +64,39 @@ def test_dataset_gives_back_the_rows(tmp_path: Path, rows_count: int) -> None:
         == np.concatenate([counted_positions(r.document_ids) for r in rows]).tolist()
     )
     assert dataset.document_ids_T[:].tolist() == np.concatenate([r.document_ids for r in rows]).tolist()
-    assert dataset.tokens == sum(len(row.input_ids) for row in rows) == dataset.row_offsets[-1]
+    assert dataset.tokens == sum(len(row.input_ids) for row in rows) == dataset.row_starts_R1[-1]
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 1 << 16])
+def test_what_is_counted_does_not_depend_on_the_chunks(
+    chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By hand, row by row: documents of 1 to 7 tokens, several in a row and cut at its end, read at any position."""
+    draw = np.random.default_rng(1)
+    documents = [draw.integers(0, 99, draw.integers(1, 8)).tolist() for _ in range(300)]
+    rows = list(pack(documents, 10, "dense", None, PackingCounts()))
+    write_rows(tmp_path / "rows.arrow", rows)
+    monkeypatch.setattr("trace_ds.corpora.dataset.CHUNK_TOKENS", chunk)
+    dataset = TokenDataset.open(tmp_path / "rows.arrow")
+    counted = np.concatenate([counted_positions(row.document_ids) for row in rows])
+    row_T = np.repeat(np.arange(len(rows)), [len(row.input_ids) for row in rows])
+    kept_R = draw.random(len(rows)) < 0.5
+    assert (dataset.counted_per_row() == np.bincount(row_T, counted)).all()
+    assert dataset.counted_total() == counted.sum() and dataset.documents == 300
+    for begin, end in draw.integers(0, dataset.tokens + 1, (50, 2)):
+        begin, end = min(begin, end), max(begin, end)
+        assert (dataset.counted(begin, end) == counted[begin:end]).all()
+        assert begin == end or (dataset.row_of(begin, end) == row_T[begin:end]).all()
+        kept = dataset.restricted(kept_R).counted(begin, end) if begin < end else counted[begin:end]
+        assert (kept == (counted & kept_R[row_T])[begin:end]).all()
+
+
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=6), st.integers(0, 25), st.integers(0, 25))
+def test_arrays_in_parts_read_as_one(lengths: list[int], begin: int, end: int) -> None:
+    whole = np.arange(2 * sum(lengths)).reshape(-1, 2)
+    array = FlatArray(np.split(whole, np.cumsum(lengths)[:-1]))
+    assert len(array) == len(whole) and array[begin:end].tolist() == whole[begin:end].tolist()
+    assert all(array[number].tolist() == whole[number].tolist() for number in range(len(whole)))
 
 
 def test_batches_restart_positions_and_fill_at_the_right(tmp_path: Path) -> None:

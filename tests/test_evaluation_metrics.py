@@ -356,7 +356,7 @@ def test_no_drift_without_a_change_and_drift_with_one(model: LanguageModel, tmp_
     assert before.rows == 8
     same = drift.compare(before, before, 4)
     assert (same["overlap"], same["kl"]) == ([1.0, 1.0], [0.0, 0.0])
-    assert same["tokens"] == int(dataset.counted(0, int(dataset.row_offsets[8])).sum())
+    assert same["tokens"] == int(dataset.counted(0, int(dataset.row_starts_R1[8])).sum())
     assert np.allclose(np.sum(same["frequency_before"], axis=1), 2, atol=1e-5)
     assert same["chance_overlap"] == 0.5
     changed = before.indices_TLK.copy()

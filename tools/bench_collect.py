@@ -5,9 +5,10 @@
 Ours is the collection itself: a DeepSpeed engine and ``Collection.run`` over a token dataset on disk, with the expert
 kernel that ``statistics.expert_kernel: auto`` chooses.
 
-* ``counting_time_ratio``: collecting over the same engine's bare forward passes on the same batches, the median of the
-  ratios of neighbouring rounds; ``counting_cpu_ratio`` the same by CPU time of the process, which other work on the
-  machine disturbs less.
+* ``counting_time_ratio``: collecting (sums, selections of each row, routing of sampled tokens, which are all tokens
+  here) over the same engine's bare forward passes on the same batches, the median of the ratios of neighbouring rounds;
+  ``counting_cpu_ratio`` the same by CPU time of the process, which other work on the machine disturbs less;
+  ``sums_time_ratio`` and ``sums_cpu_ratio`` with the sums of the corpus alone.
 * ``speedup`` (GPU): tokens per second of collecting, over the best plain transformers forward pass in the same process:
   grouped or eager experts, packed rows with restarting positions or whole rows without positions (causal attention,
   no mask), always with the language-model head; ``speedup_with_trace_and_nll`` likewise with everything recorded.
@@ -85,6 +86,7 @@ CPU_SHAPE = {
     "num_experts_per_tok": 2,
     "vocab_size": 4096,
 }
+SAMPLE_TOKENS = 200_000  # the default of statistics.sample_tokens
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16, from the vendor's data sheets
 
 
@@ -141,12 +143,19 @@ def dataset_of(folder: Path, vocabulary: int, rows: int, length: int) -> Any:
 
 
 def collecting(
-    world: Any, engine: Any, dataset: Any, shape: dict[str, Any], batch_rows: int, folder: Path, *, everything: bool
+    world: Any, engine: Any, dataset: Any, shape: dict[str, Any], batch_rows: int, folder: Path, wanted: str
 ) -> Callable[[], Any]:
-    """A function that collects the dataset as ``trace-ds collect`` does, from opening the parts to the statistics."""
+    """A function that collects the dataset as ``trace-ds collect`` does, from opening the parts to the statistics.
+
+    ``wanted``: sums (of the corpus alone), collect (also the selections of each row and the sample, as always on the
+    retain side) or everything (also the trace and the losses).
+    """
     from trace_ds.routing.collection import Collection
     from trace_ds.routing.token_files import Wanted
     from trace_ds.run.log import StageLog
+
+    everything, rows = wanted == "everything", wanted != "sums"
+    recorded = Wanted(everything, everything, None, rows=rows, sample_tokens=SAMPLE_TOKENS if rows else 0)
 
     def run() -> None:
         collection = Collection(
@@ -155,7 +164,7 @@ def collecting(
             dataset,
             experts=experts_of(shape),
             top_k=shape["num_experts_per_tok"],
-            wanted=Wanted(trace=everything, nll=everything, hidden_layer=None),
+            wanted=recorded,
             batch_rows=batch_rows,
             directory=folder,
         )
@@ -195,7 +204,7 @@ def chosen_kernel(shape: dict[str, Any], device: Any) -> str:
 def counting_time(
     world: Any, family: str, shape: dict[str, Any], size: tuple[int, int], batch_rows: int, dtype: Any, rounds: int
 ) -> dict[str, float]:
-    """Collecting counts over bare forward passes of the same engine, ``size`` rows and positions."""
+    """Collecting over bare forward passes of the same engine, ``size`` rows and positions."""
     from trace_ds.routing.collection import forward
 
     with tempfile.TemporaryDirectory() as name:
@@ -211,15 +220,20 @@ def counting_time(
             for batch in batches:
                 forward(engine, batch, world.device)
 
-        counting = collecting(world, engine, dataset, shape, batch_rows, folder, everything=False)
-        taken = rounds_s({"plain": plain, "counting": counting}, rounds, world.device)
-    ratios = [
-        statistics.median(c[clock] / p[clock] for p, c in zip(taken["plain"], taken["counting"], strict=True))
-        for clock in (0, 1)
-    ]
+        kinds = {
+            name: collecting(world, engine, dataset, shape, batch_rows, folder, wanted)
+            for name, wanted in (("counting", "collect"), ("sums", "sums"))
+        }
+        taken = rounds_s({"plain": plain, **kinds}, rounds, world.device)
     seconds = {side: statistics.median(value for value, _ in values) for side, values in taken.items()}
-    print(f"forward {seconds['plain']:.4f} s, collecting {seconds['counting']:.4f} s", file=sys.stderr)
-    return {"counting_time_ratio": ratios[0], "counting_cpu_ratio": ratios[1]}
+    print(", ".join(f"{side} {value:.4f} s" for side, value in seconds.items()), file=sys.stderr)
+    return {
+        f"{kind}_{name}_ratio": statistics.median(
+            ours[clock] / plain[clock] for plain, ours in zip(taken["plain"], taken[kind], strict=True)
+        )
+        for kind in kinds
+        for clock, name in enumerate(("time", "cpu"))
+    }
 
 
 def speedup(
@@ -232,7 +246,7 @@ def speedup(
     dtype: Any,
     rounds: int,
 ) -> dict[str, float]:
-    """Collecting (counts; or trace and losses too) against the best plain pass."""
+    """Collecting (without and with trace and losses) against the best plain pass."""
     import torch
 
     from trace_ds.models.loading import Parts, leave_out
@@ -263,12 +277,11 @@ def speedup(
                 flops[key] = 2 * tokens * active_parameters(model, shape)
             if kernel == ours:
                 for side in ("everything", "collect"):
-                    everything = side == "everything"
-                    if not everything:
+                    if side == "collect":
                         leave_out(model, Parts(head=False, last_output=False), ep=1)
                     key = f"{side} {kernel}"
                     engine = engine_of(model, dtype)
-                    run = collecting(world, engine, dataset, shape, batch_rows, folder, everything=everything)
+                    run = collecting(world, engine, dataset, shape, batch_rows, folder, side)
                     seconds[key] = median_s(run, rounds, device)
                     flops[key] = 2 * tokens * active_parameters(model, shape)
                     del engine, run

@@ -63,6 +63,7 @@ class FlatArray:
         if not isinstance(span, slice):
             return np.asarray(self[span : span + 1][0])
         begin, end, _ = span.indices(len(self))
+        end = max(begin, end)
         first = min(int(np.searchsorted(self._ends, begin, side="right")), len(self.parts) - 1)
         last = max(int(np.searchsorted(self._ends, end, side="left")), first)
         cuts = ((max(begin - self._starts[n], 0), end - self._starts[n], n) for n in range(first, last + 1))
@@ -160,10 +161,6 @@ class TokenDataset(TokenMap):
 
     def __len__(self) -> int:
         return self.rows
-
-    @property
-    def row_offsets(self) -> np.ndarray:
-        return self.row_starts_R1
 
     def row(self, index: int) -> PackedRow:
         tokens = slice(*self.row_starts_R1[index : index + 2])

@@ -104,7 +104,7 @@ def sample_routing(
     model, device = language_model.model, language_model.device
     rows = min(rows, len(dataset))
     layers = len(find_routers(model))
-    longest = int(np.diff(dataset.row_offsets[: rows + 1]).max(initial=1))
+    longest = int(np.diff(dataset.row_starts_R1[: rows + 1]).max(initial=1))
     step = max(1, min(batch_rows, TOKENS_PER_FORWARD // longest))
 
     def choices(begin: int) -> np.ndarray:
