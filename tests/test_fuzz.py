@@ -1,0 +1,349 @@
+"""Whole families of bad input at once: whatever a file or an option holds, a command ends with a status of the
+contract, says what is wrong in one line, shows no traceback, and changes nothing but its own run directory.
+
+Each case is a process of its own (:mod:`forked`): at most a gigabyte and 20 seconds. ``TRACE_DS_FUZZ=500`` tries that
+many cases of each family instead of :data:`EXAMPLES`, other ones each time.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import os
+import pickle
+import shutil
+import struct
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import yaml
+from command import tree
+from forked import Result, Server
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+EXAMPLES = 6
+STATES = "checkpoint/model/mp_rank_00_model_states.pt"
+WANTED = int(os.environ.get("TRACE_DS_FUZZ", "0"))
+fuzz = settings(
+    max_examples=WANTED or EXAMPLES,
+    deadline=None,
+    derandomize=not WANTED,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
+
+DEEP: Any = []
+for _ in range(300):
+    DEEP = [DEEP]
+NASTY: list[Any] = [None, True, -1, 0, 1, 2**31, 2**63, 10**30, -0.5, 1e300, float("nan"), float("inf"), "", "x" * 300]
+NASTY += ["../../outside/kept", "/etc/passwd", "a/b", ".", "\x1b]0;x\x07", "\u202e", "\x00", "ü", "[/x]", "1e9", "1:30"]
+NASTY += [[], {}, [None], [[]], {"": None}, {"a": {"b": []}}, [1] * 2000, DEEP]
+values = st.one_of(
+    st.sampled_from(NASTY),
+    st.integers(-(2**70), 2**70),
+    st.floats(),
+    st.text(max_size=30),
+    st.recursive(st.none() | st.text(max_size=5) | st.integers(), lambda inner: st.lists(inner, max_size=3)),
+)
+
+
+@st.composite
+def changed_bytes(draw: st.DrawFn, whole: bytes) -> bytes:
+    """``whole`` with some bytes replaced, removed, doubled or put in, or cut off."""
+    found = bytearray(whole)
+    for _ in range(draw(st.integers(1, 4))):
+        begin = draw(st.integers(0, max(len(found) - 1, 0)))
+        end = min(len(found), begin + draw(st.sampled_from([1, 1, 2, 8, 64])))
+        piece = draw(st.one_of(st.binary(max_size=8), st.just(bytes(found[begin:end]) * 2), st.just(b"")))
+        found[begin:end] = piece
+    return bytes(found[: draw(st.integers(0, len(found)))]) if draw(st.integers(0, 7)) == 0 else bytes(found)
+
+
+@st.composite
+def changed_json(draw: st.DrawFn, whole: Any) -> Any:
+    """``whole`` with one to three values at any depth replaced, removed or put under another key."""
+    found = copy.deepcopy(whole)
+    for _ in range(draw(st.integers(1, 3))):
+        node = found
+        while True:
+            keys = list(node) if isinstance(node, dict) else list(range(len(node)))
+            if not keys:
+                break
+            key = draw(st.sampled_from(keys))
+            if isinstance(node[key], dict | list) and node[key] and draw(st.integers(0, 3)):
+                node = node[key]
+                continue
+            kind = draw(st.sampled_from(["replace", "replace", "replace", "remove", "rename"]))
+            if kind == "replace" or isinstance(node, list):
+                node[key] = draw(values)
+            else:
+                value = node.pop(key)
+                if kind == "rename":
+                    node[draw(st.text(max_size=9))] = value
+            break
+    return found
+
+
+def dumped(value: Any) -> bytes:
+    return json.dumps(value).encode()
+
+
+@pytest.fixture(scope="module")
+def template(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory, server: Server) -> Path:
+    """A folder with everything a case starts from: model/, corpora/, config.yaml, a prepared run, a checkpoint."""
+    folder = tmp_path_factory.mktemp("template") / "work"
+    folder.mkdir()
+    shutil.copytree(tiny_model, folder / "model")
+    (folder.parent / "outside").mkdir()
+    (folder.parent / "outside" / "kept").write_text("a file of the user")
+    here = Path.cwd()
+    os.chdir(folder)
+    try:
+        tiny.write_config(Path(), Path("model"))
+    finally:
+        os.chdir(here)
+    for command in ("prepare config.yaml --run-dir run", "convert model checkpoint --to ep"):
+        result = server.run(command.split(), folder, time_s=120)
+        assert result.returncode == 0, result
+    return folder.parent
+
+
+def ends_well(server: Server, template: Path, change: Callable[[Path], object], *command: str) -> Result:
+    """The property, for ``trace-ds COMMAND`` in a copy of the template after ``change`` of it."""
+    with tempfile.TemporaryDirectory() as name:
+        top = Path(name) / "top"
+        shutil.copytree(template, top)
+        change(top / "work")
+        before = tree(top)
+        variables = {"HOME": str(top / "home"), "TMPDIR": str(top), "COLUMNS": "160"}
+        result = server.run(command, top / "work", variables)
+        after = tree(top)
+    not_whole = 1 if command[0] == "inspect" and not result.stderr else 0  # its answer, in its table
+    assert result.returncode in (0, 2, not_whole), result
+    assert "Traceback" not in result.stderr, result.stderr
+    if result.returncode == 2:
+        lines = [line for line in result.stderr.splitlines() if not line.endswith("GB written")]
+        assert len(lines) == 1 and lines[0].startswith("trace-ds: error: ") and len(lines[0]) < 2000, result.stderr
+    assert not any(character in result.stdout + result.stderr for character in "\x1b\x07\u202e\x9b"), result
+    changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
+    own = ("work/run/", "work/made/") if result.returncode == 0 else ()
+    assert not [name for name in changed if not name.startswith(own)], (changed, result)
+    return result
+
+
+def put(path: str, content: bytes) -> Callable[[Path], object]:
+    return lambda folder: (folder / path).write_bytes(content)
+
+
+SECTIONS = [
+    "data",
+    "model",
+    "unlearning",
+    "calibration",
+    "evaluation",
+    "statistics",
+    "variants",
+    "bench",
+    "distributed",
+]
+KEYS = [
+    "seed", "name", "model.path", "model.tokenizer", "data.forget", "data.context_length", "data.packing",
+    "variants.a", "unlearning.steps", "unlearning.optimizer.lr", "unlearning.optimizer.betas",
+    "unlearning.rmu.layer", "unlearning.trainable.include", "bench.methods", "unlearning.ds_config",
+    "calibration.source_weights", "calibration.detection.layers", "evaluation.models", "evaluation.tasks",
+    "conversion.step", "distributed.ep", "distributed.nproc", "report.title",
+]  # fmt: skip
+YAML_SCRAPS = [
+    "&a ",
+    "*a",
+    "!!int ",
+    "!!python/name:os.system",
+    "<<: *a",
+    "? ",
+    "0x_",
+    "1e",
+    "2024-13-45",
+    "|\n",
+    "%YAML 9",
+]
+YAML_SCRAPS += [
+    "- ",
+    "{",
+    "}",
+    "[",
+    "]",
+    ": ",
+    "\t",
+    "#",
+    "'",
+    '"',
+    "\\ud800",
+    "~",
+    ".inf",
+    "1_000",
+    "0o9",
+    "---",
+    "...",
+    "\x85",
+]
+
+
+@fuzz
+@given(data=st.data())
+def test_yaml(server: Server, template: Path, data: st.DataObject) -> None:
+    whole = (template / "work" / "config.yaml").read_bytes()
+    raw = yaml.safe_load(whole)
+    text = data.draw(
+        st.one_of(
+            changed_bytes(whole),
+            changed_json(raw).map(dumped),
+            st.lists(st.sampled_from(YAML_SCRAPS) | st.text(max_size=4), max_size=30).map("".join).map(str.encode),
+            st.tuples(st.sampled_from(whole.decode().splitlines()), st.sampled_from(YAML_SCRAPS)).map(
+                lambda pair: whole.decode().replace(pair[0], pair[0] + pair[1], 1).encode()
+            ),
+        )
+    )
+    verb = data.draw(st.sampled_from([["run", "--dry-run"], ["plan"], ["prepare"]]))
+    ends_well(server, template, put("config.yaml", text), *verb, "config.yaml", "--run-dir", "run")
+
+
+@fuzz
+@given(
+    key=st.sampled_from([*SECTIONS, *KEYS]) | st.text(max_size=12),
+    value=values.map(json.dumps)
+    | st.lists(st.sampled_from(YAML_SCRAPS), max_size=6).map("".join)
+    | st.text(max_size=40),
+    verb=st.sampled_from([["run", "--dry-run"], ["plan"], ["prepare"], ["submit", "--dry-run"]]),
+)
+def test_set(server: Server, template: Path, key: str, value: str, verb: list[str]) -> None:
+    option = f"--set={key}={value}".replace("\0", "").encode(errors="ignore").decode()
+    ends_well(server, template, lambda folder: None, *verb, "config.yaml", "--run-dir", "run", option)
+
+
+@fuzz
+@given(data=st.data())
+def test_jsonl(server: Server, template: Path, data: st.DataObject) -> None:
+    path = data.draw(st.sampled_from(["corpora/forget.jsonl", "corpora/questions_forget.jsonl"]))
+    whole = (template / "work" / path).read_bytes().splitlines()[0]
+    lines = data.draw(st.lists(changed_json(json.loads(whole)).map(dumped) | changed_bytes(whole), max_size=4))
+    verb = ["prepare"] if "questions" not in path else ["run", "--dry-run"]
+    ends_well(server, template, put(path, b"\n".join(lines)), *verb, "config.yaml", "--run-dir", "run")
+
+
+MODEL_JSON = [
+    ("model/config.json", ["plan", "config.yaml"]),
+    ("model/config.json", ["prepare", "config.yaml", "--run-dir", "run"]),
+    ("model/config.json", ["run", "config.yaml", "--run-dir", "run", "--dry-run"]),
+    ("model/tokenizer.json", ["prepare", "config.yaml", "--run-dir", "made"]),
+    ("model/tokenizer_config.json", ["prepare", "config.yaml", "--run-dir", "made"]),
+]
+OWN_JSON = [
+    ("run/data/artefact.json", ["inspect", "run"]),
+    ("run/data/artefact.json", ["collect", "config.yaml", "--run-dir", "run", "--dry-run"]),
+    ("checkpoint/conversion.json", ["inspect", "checkpoint"]),
+    ("model/config.json", ["inspect", "model"]),
+    ("model/config.json", ["convert", "checkpoint", "made", "--base-model", "model", "--dry-run"]),
+]
+
+
+@pytest.mark.parametrize(("path", "command"), [pytest.param(*row, id=f"{row[0]} {row[1][0]}") for row in MODEL_JSON])
+@fuzz
+@given(data=st.data())
+def test_json_of_models(server: Server, template: Path, path: str, command: list[str], data: st.DataObject) -> None:
+    whole = (template / "work" / path).read_bytes()
+    content = data.draw(changed_json(json.loads(whole)).map(dumped) | changed_bytes(whole))
+    ends_well(server, template, put(path, content), *command)
+
+
+@pytest.mark.parametrize(("path", "command"), [pytest.param(*row, id=f"{row[0]} {row[1][0]}") for row in OWN_JSON])
+@fuzz
+@given(data=st.data())
+def test_json_of_runs_and_checkpoints(
+    server: Server, template: Path, path: str, command: list[str], data: st.DataObject
+) -> None:
+    whole = (template / "work" / path).read_bytes()
+    content = data.draw(changed_json(json.loads(whole)).map(dumped) | changed_bytes(whole))
+    ends_well(server, template, put(path, content), *command)
+
+
+@fuzz
+@given(data=st.data())
+def test_safetensors(server: Server, template: Path, data: st.DataObject) -> None:
+    whole = (template / "work" / "model" / "model.safetensors").read_bytes()
+    (length,) = struct.unpack("<Q", whole[:8])
+    header, rest = whole[8 : 8 + length], whole[8 + length :]
+    header = data.draw(changed_json(json.loads(header)).map(dumped) | changed_bytes(header))
+    said = data.draw(st.sampled_from([len(header), len(header), len(header), 0, 1, 2**63, 2**64 - 1, len(whole)]))
+    command = data.draw(st.sampled_from([["inspect", "model"], ["run", "config.yaml", "--dry-run"]]))
+    ends_well(server, template, put("model/model.safetensors", struct.pack("<Q", said) + header + rest), *command)
+
+
+class _Reduced:
+    def __init__(self, *parts: Any) -> None:
+        self.parts = parts
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self.parts
+
+
+def hostile() -> list[bytes]:
+    """Pickles that run code, refer to themselves, or stand for more than they are."""
+    itself: list[Any] = []
+    itself.append(itself)
+    mutual: dict[str, Any] = {"module": None}
+    mutual["module"] = mutual
+    bomb: Any = ["x"]
+    for _ in range(40):
+        bomb = [bomb, bomb]
+    made = [itself, mutual, bomb, {"module": bomb}, {"module": {"a": 1}}, None, b"x", _Reduced(os.system, ("touch x",))]
+    made += [
+        _Reduced(bytearray, (1 << 34,)),
+        {"module": _Reduced(list, (range(9),))},
+    ]
+    deep = b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b"."
+    return [
+        *(pickle.dumps(value, 2) for value in made),
+        deep,
+        b"",
+        b"\x80\x02.",
+        b"cos\nsystem\n(S'touch x'\ntR.",
+        b"cbuiltins\ngetattr\n(S'a'\nS'upper'\ntR.",
+    ]
+
+
+def archive_with(template: Path, pickled: bytes | None = None) -> tuple[bytes, bytes]:
+    """(the checkpoint's archive with its pickle replaced, the pickle that was there)."""
+    with zipfile.ZipFile(template / "work" / STATES) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    (name,) = (name for name in parts if name.endswith("/data.pkl"))
+    own, parts[name] = parts[name], parts[name] if pickled is None else pickled
+    whole = io.BytesIO()
+    with zipfile.ZipFile(whole, "w", zipfile.ZIP_STORED) as archive:
+        for part, content in parts.items():
+            archive.writestr(part, content)
+    return whole.getvalue(), own
+
+
+@pytest.mark.parametrize("number", range(len(hostile())))
+def test_hostile_pickles(server: Server, template: Path, number: int) -> None:
+    content, _ = archive_with(template, hostile()[number])
+    for command in ("inspect --verify checkpoint", "convert checkpoint made --dry-run"):
+        ends_well(server, template, put(STATES, content), *command.split())
+
+
+@pytest.mark.parametrize("command", ["inspect --verify checkpoint", "convert checkpoint made --dry-run"])
+@fuzz
+@given(data=st.data())
+def test_pickles(server: Server, template: Path, command: str, data: st.DataObject) -> None:
+    whole, pickled = archive_with(template)
+    content = data.draw(
+        changed_bytes(pickled).map(lambda found: archive_with(template, found)[0]) | changed_bytes(whole)
+    )
+    ends_well(server, template, put(STATES, content), *command.split())
