@@ -97,8 +97,8 @@ def test_a_pass_never_continues_another_with_other_rounding(tmp_path: Path) -> N
     for other in shapes[1:]:
         for shape, kept in ((shapes[0], False), (shapes[0], True), (other, False)):
             assert _prepare_directory(tmp_path / "partial", shape) is False
-            assert (tmp_path / "partial" / "state").exists() == kept
-            (tmp_path / "partial" / "state").touch()
+            assert (tmp_path / "partial" / "state-00000-000000004.safetensors").exists() == kept
+            (tmp_path / "partial" / "state-00000-000000004.safetensors").touch()
 
 
 @pytest.mark.slow
