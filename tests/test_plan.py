@@ -19,6 +19,7 @@ from plan_tables import clusters_markdown, models_markdown
 
 from trace_ds.cluster import cost, memory
 from trace_ds.cluster.architecture import FAMILIES, active_parameters, count_parameters, read_architecture
+from trace_ds.cluster.job import corpus_tokens
 from trace_ds.cluster.plan import MAX_ROWS, _largest, as_dict, plan, plan_command, plan_model
 from trace_ds.cluster.plan_view import print_plan
 from trace_ds.cluster.spec import (
@@ -523,6 +524,16 @@ def test_variants_are_jobs_of_their_own(tmp_path: Path, capsys: pytest.CaptureFi
     print_plan(found)
     assert "all 3" in capsys.readouterr().out
     assert as_dict(found)["variants"]["kept"]["job_s"] == found.variants["kept"].job_s
+
+
+def test_every_corpus_counts_for_the_length_of_collect(tmp_path: Path) -> None:
+    corpora = {}
+    for side, size in (("forget", 40_000), ("retain", 60_000), ("alternative", 20_000)):
+        (tmp_path / f"{side}.txt").write_bytes(b"x" * size)
+        corpora[f"data__{side}"] = [{"path": str(tmp_path / f"{side}.txt")}]
+    assert corpus_tokens(run_config(**corpora)) == 30_000
+    del corpora["data__alternative"]
+    assert corpus_tokens(run_config(**corpora)) == 25_000
 
 
 def test_what_evaluate_needs_of_a_node_is_warned_of() -> None:
