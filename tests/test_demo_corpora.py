@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from trace_ds.demo import corpora, facts, pretrain
+from trace_ds.demo import corpora, facts, pretrain, run
 from trace_ds.errors import UserError
+from trace_ds.run import log
 
 
 def lines(path: Path) -> list[dict]:
@@ -242,6 +243,20 @@ def test_command_line_prints_progress_and_names_a_wrong_directory(
     what, where, _ = json.loads(capsys.readouterr().out)["error"]  # for the demo, which says it
     assert "no pretrain_original.jsonl" in what and where == str(tmp_path / "none")
     assert not (tmp_path / "x").exists()
+
+
+def test_training_is_shown_and_its_error_is_the_demos(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(log, "LINE_EVERY_S", 0.0)
+    told = ['{"step": 1, "of": 2, "loss": 7.5}', "a warning of torch", '{"error": ["disk full", "here", "free space"]}']
+    child = subprocess.Popen(["printf", "%s\\n", *told], stdout=subprocess.PIPE, text=True)
+    errors: dict[str, UserError] = {}
+    run._follow("gold", child, log.StageLog("demo", tmp_path / "logs" / "pretrain_gold.jsonl", None), errors)
+    assert child.wait() == 0 and errors["gold"].line() == UserError("disk full", "here", "free space").line()
+    shown = capsys.readouterr().out
+    assert shown.startswith("[demo] gold: 1/2 steps") and shown.endswith("loss 7.5\n")
+    assert "gold: 1/2 steps" in (tmp_path / "logs" / "pretrain_gold.jsonl").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
