@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from dataclasses import replace
@@ -119,7 +120,11 @@ EARLY = {
     "kept": ({"step": 50}, {"steps": 100, "save_every": 10, "keep_every": 50}, ""),
     "the last": ({"step": 95}, {"steps": 95, "save_every": 10}, ""),
     "there already": ({"step": 1}, {"steps": 95, "save_every": 10}, ""),
-    "a target may end it anywhere": ({"step": 7}, {"steps": 95, "evaluate": {"target_forget_nll": 3.0}}, ""),
+    "a target may end it anywhere": (
+        {"step": 7},
+        {"steps": 95, "evaluate": {"every": 5, "target_forget_nll": 3.0}},
+        "",
+    ),
 }
 
 
@@ -128,9 +133,7 @@ def test_what_the_conversion_would_stumble_on_is_found_before_training(
     run: RunDirectory, conversion: dict[str, Any], unlearning: dict[str, Any], line: str
 ) -> None:
     config = make_config(conversion=conversion, unlearning=unlearning)
-    if not line:
-        return check_convert(config, run)
-    with pytest.raises(UserError, match=line.replace("is not a size", "is not a size")):
+    with pytest.raises(UserError, match=line) if line else contextlib.nullcontext():
         check_convert(config, run)
 
 

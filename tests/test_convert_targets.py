@@ -19,7 +19,6 @@ from test_convert_engines import (
     checkpoints,
     engine_state,
     make_engine,
-    probe,
     train,
 )
 
