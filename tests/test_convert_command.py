@@ -58,7 +58,14 @@ def test_options_of_a_run_mean_nothing_for_a_directory(
 
 @pytest.mark.parametrize(
     "option",
-    [("--to", "ep"), ("--tag", "x"), ("--dtype", "fp32"), ("--max-shard-size", "1GB"), ("--jobs", "2"), ("--verify",)],
+    [
+        ("--to", "universal"),
+        ("--tag", "x"),
+        ("--dtype", "fp32"),
+        ("--max-shard-size", "1GB"),
+        ("--jobs", "2"),
+        ("--verify",),
+    ],
 )
 def test_options_of_a_directory_mean_nothing_for_a_run(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, option: tuple[str, ...]
@@ -66,7 +73,7 @@ def test_options_of_a_directory_mean_nothing_for_a_run(
     assert f"{option[0]} means nothing with a CONFIG" in refused(capsys, monkeypatch, "mixtral_8x7b", *option)
 
 
-@pytest.mark.parametrize("to", ["hf", "ep", "universal"])
+@pytest.mark.parametrize("to", ["hf", "universal"])
 def test_a_dry_run_checks_and_writes_nothing(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, to: str
 ) -> None:

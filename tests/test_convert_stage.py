@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from dataclasses import replace
@@ -19,7 +20,7 @@ from trace_ds.conversion.convert import convert_checkpoint
 from trace_ds.errors import UserError
 from trace_ds.run.directory import RunDirectory
 from trace_ds.run.files import sha256_file
-from trace_ds.stages.convert import card_of, checkpoint_to_directory, convert
+from trace_ds.stages.convert import card_of, check_convert, checkpoint_to_directory, convert
 
 CASE = Case("mixtral", 3, 2)
 MANIFEST = Manifest(1, 2, 2, 3, "mixtral", "job", {}, "calibration", "bf16", {}, {})
@@ -108,6 +109,32 @@ def test_a_chosen_step(run: RunDirectory) -> None:
         convert(make_config(conversion={"step": 7}), run)
     convert(make_config(conversion={"step": 1}), run)
     assert run.model.is_dir()
+
+
+# id: (the conversion's settings, the training's, part of the line; empty: all is well)
+EARLY = {
+    "size": ({"max_shard_size": "5 apples"}, {}, "conversion.max_shard_size: '5 apples' is not a size"),
+    "beyond the last step": ({"step": 101}, {"steps": 100, "save_every": 10}, "no checkpoint of step 101"),
+    "never saved": ({"step": 95}, {"steps": 100, "save_every": 10}, "those of steps 90, 100 are kept"),
+    "pruned": ({"step": 50}, {"steps": 100, "save_every": 10}, "those of steps 90, 100 are kept"),
+    "kept": ({"step": 50}, {"steps": 100, "save_every": 10, "keep_every": 50}, ""),
+    "the last": ({"step": 95}, {"steps": 95, "save_every": 10}, ""),
+    "there already": ({"step": 1}, {"steps": 95, "save_every": 10}, ""),
+    "a target may end it anywhere": (
+        {"step": 7},
+        {"steps": 95, "evaluate": {"every": 5, "target_forget_nll": 3.0}},
+        "",
+    ),
+}
+
+
+@pytest.mark.parametrize(("conversion", "unlearning", "line"), EARLY.values(), ids=list(EARLY))
+def test_what_the_conversion_would_stumble_on_is_found_before_training(
+    run: RunDirectory, conversion: dict[str, Any], unlearning: dict[str, Any], line: str
+) -> None:
+    config = make_config(conversion=conversion, unlearning=unlearning)
+    with pytest.raises(UserError, match=line) if line else contextlib.nullcontext():
+        check_convert(config, run)
 
 
 def test_no_checkpoint(tmp_path: Path) -> None:

@@ -1,9 +1,10 @@
-"""The other directions: expert-parallel and universal targets loaded by real DeepSpeed engines, and round trips."""
+"""The other directions: universal folders loaded by real DeepSpeed engines, and round trips."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,13 @@ from test_convert_engines import (
     Case,
     base_model,
     checkpoints,
-    ds_config,
     engine_state,
     make_engine,
-    probe,
     train,
 )
 
 from trace_ds.conversion.convert import convert_checkpoint, verify_archives
-from trace_ds.conversion.torch_archive import LazyTensor, read_archive
+from trace_ds.conversion.torch_archive import read_archive
 from trace_ds.errors import UserError
 from trace_ds.parallel.world import World
 
@@ -43,20 +42,27 @@ def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
     )
 
 
+def fused_copy(model: Any, base: Path, destination: Path) -> dict[str, torch.Tensor]:
+    """The model's directory with the tensors as transformers holds them in memory; these."""
+    from safetensors.torch import save_file
+
+    shutil.copytree(base, destination)
+    held = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        del held["lm_head.weight"]
+    save_file(held, destination / "model.safetensors", {"format": "pt"})
+    return held
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_layout_of_a_model_leads_back_to_it(tmp_path: Path, family: str) -> None:
-    """hub -> fused -> hub, and hub -> expert-parallel -> hub, are the identity; the fused names are transformers'."""
+    """A directory with transformers' in-memory names leads back to the hub's, exactly."""
     model = base_model(family)
     model.save_pretrained(tmp_path / "base")
     original = weights(tmp_path / "base")
-    convert_checkpoint(tmp_path / "base", tmp_path / "fused", to="hf-fused")
-    fused = weights(tmp_path / "fused")
-    in_memory = {name: tensor for name, tensor in model.state_dict().items() if name in fused}
-    assert same(fused, in_memory) and any("gate_up_proj" in name for name in fused)
-    convert_checkpoint(tmp_path / "fused", tmp_path / "back", verify=True)
-    assert same(weights(tmp_path / "back"), original)
-    convert_checkpoint(tmp_path / "base", tmp_path / "ep", to="ep", verify=True)
-    convert_checkpoint(tmp_path / "ep", tmp_path / "again", base_model=tmp_path / "base", max_shard_size="3KB", jobs=2)
+    fused = fused_copy(model, tmp_path / "base", tmp_path / "fused")
+    assert any("gate_up_proj" in name for name in fused)
+    convert_checkpoint(tmp_path / "fused", tmp_path / "again", verify=True, max_shard_size="3KB", jobs=2)
     assert same(weights(tmp_path / "again"), original)
     index = json.loads((tmp_path / "again" / "model.safetensors.index.json").read_text())
     assert set(index["weight_map"]) == set(original)
@@ -70,11 +76,7 @@ def test_a_family_without_expert_parallelism_goes_round_too(tmp_path: Path, fami
     from transformers import AutoModelForCausalLM
 
     base = tiny.make_model(tmp_path / "base", family)
-    held = AutoModelForCausalLM.from_pretrained(base, dtype="auto").state_dict()
-    convert_checkpoint(base, tmp_path / "fused", to="hf-fused")
-    fused = weights(tmp_path / "fused")
-    assert same(fused, {name: tensor for name, tensor in held.items() if name in fused})
-    assert set(held) - set(fused) <= {"lm_head.weight"}  # tied
+    fused_copy(AutoModelForCausalLM.from_pretrained(base, dtype="auto"), base, tmp_path / "fused")
     convert_checkpoint(tmp_path / "fused", tmp_path / "back", verify=True)
     assert same(weights(tmp_path / "back"), weights(base))
 
@@ -89,35 +91,6 @@ def test_reruns_and_jobs_give_the_same_bytes(tmp_path: Path) -> None:
     for name in files:
         one, two = (tmp_path / run / "model" / name for run in ("one", "two"))
         assert one.read_bytes() == two.read_bytes(), name
-
-
-def load_expert_parallel(world: World, case: Case, source: str) -> Any:
-    """Load the layout into an engine whose own weights are all zero; its logits."""
-    import deepspeed
-
-    model = base_model(case.family)
-    for parameter in model.parameters():
-        parameter.data.zero_()
-    config = ds_config(case)
-    del config["optimizer"]
-    engine, *_ = deepspeed.initialize(model=model, config=config)
-    path, _ = engine.load_checkpoint(source, load_module_only=True, load_optimizer_states=False)
-    assert path is not None
-    engine.eval()
-    with torch.no_grad():
-        return engine(input_ids=probe(), use_cache=False).logits.float().numpy()
-
-
-@pytest.mark.parametrize(("family", "ep"), [("mixtral", 1), *((family, 2) for family in FAMILIES)])
-def test_deepspeed_loads_the_expert_parallel_layout(tmp_path: Path, family: str, ep: int) -> None:
-    model = base_model(family)
-    model.save_pretrained(tmp_path / "base")
-    convert_checkpoint(tmp_path / "base", tmp_path / "ep", to="ep")
-    case = Case(family, 0, ep, "fp32")
-    with torch.no_grad():
-        expected = model(input_ids=probe(), use_cache=False).logits
-    for logits in run_distributed(load_expert_parallel, ep, case, str(tmp_path / "ep")):
-        assert torch.allclose(torch.from_numpy(logits), expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -211,22 +184,15 @@ def test_a_model_without_optimizer_states_has_no_universal_folder(tmp_path: Path
     assert not (tmp_path / "universal").exists()
 
 
-@pytest.mark.parametrize("to", ["ep", "universal"])
-def test_verify_reads_written_folders_back(tmp_path: Path, to: str) -> None:
+def test_verify_reads_written_folders_back(tmp_path: Path) -> None:
     source, base = checkpoints(2) / TRAINED.name, checkpoints(2) / "base" / "mixtral"
-    report = convert_checkpoint(source, tmp_path / "out", to=to, base_model=base, verify=True)
-    assert report["verified"]
-    name = "model.layers.1.mlp.experts.w2" + (".3" if to == "ep" else "/exp_avg")
-    path = tmp_path / "out" / report["tensors"][name]["file"]
+    report = convert_checkpoint(source, tmp_path / "out", to="universal", base_model=base, verify=True)
+    assert report["verified"] and json.loads((tmp_path / "out" / "conversion.json").read_text()) == report
+    path = tmp_path / "out" / report["tensors"]["model.layers.1.mlp.experts.w2/exp_avg"]["file"]
     data = bytearray(path.read_bytes())
-    position = read_tensor_offset(path)
-    data[position] ^= 1
+    data[read_archive(path)["param"].storage.offset_bytes] ^= 1
     path.write_bytes(bytes(data))
     with pytest.raises(UserError, match=path.name):
         verify_archives(tmp_path / "out")
-
-
-def read_tensor_offset(path: Path) -> int:
-    """Byte offset of a tensor in a torch file."""
-    state = read_archive(path)
-    return next(value for value in state.values() if isinstance(value, LazyTensor)).storage.offset_bytes
+    with pytest.raises(UserError, match=path.name):
+        convert_checkpoint(tmp_path / "out", tmp_path / "model", base_model=base, verify=True)

@@ -14,7 +14,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 from test_convert_engines import Case, checkpoints
 
-from trace_ds.checkpoints.manifest import Manifest, point_latest, step_name
+from trace_ds.checkpoints.manifest import Manifest, point_latest, read_manifest, step_name
 from trace_ds.conversion.convert import convert_checkpoint
 from trace_ds.conversion.torch_archive import read_archive, tensors_of
 from trace_ds.errors import UserError
@@ -254,6 +254,93 @@ def test_a_converted_model_is_compared_with_its_report(tiny_model: Path, tmp_pat
     assert SINGLE_NAME in inspect(tmp_path / "model", verify=True).problems[0]
     with pytest.raises(UserError, match=SINGLE_NAME):
         convert_checkpoint(tmp_path / "model", tmp_path / "again", verify=True)
+
+
+# What stands in artefact.json or manifest.json in the place of one key's value.
+WRONG_VALUES: dict[str, tuple[str, Any]] = {
+    "kind": ("kind", 3),
+    "inputs": ("inputs", ["data"]),
+    "input": ("inputs", {"data": 3}),
+    "settings": ("settings", None),
+    "files": ("files", [1]),
+    "entry": ("files", {"values.txt": 3}),
+    "size": ("files", {"values.txt": {"bytes": "9", "sha256": ""}}),
+    "outside": ("files", {"../../etc/passwd": {"bytes": 1, "sha256": ""}}),
+    "NaN": ("settings", {"level": float("nan")}),
+    "surrogate": ("settings", {"level": "\ud800"}),
+    "step": ("step", "four"),
+    "truth": ("world", True),
+    "model": ("model", "/models/m"),
+    "model's path": ("model", {"path": 3}),
+    "versions": ("versions", {"torch": None}),
+    "cursor": ("cursor", 4),
+    "unknown": ("more", 1),
+}
+
+
+ARTEFACT, MANIFEST = "calibration/artefact.json", "checkpoints/step_000004/manifest.json"
+OF_ARTEFACTS, OF_BOTH = ("kind", "inputs", "settings"), ("files",)
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [(ARTEFACT, name) for name, (key, _) in WRONG_VALUES.items() if key in OF_ARTEFACTS + OF_BOTH]
+    + [(MANIFEST, name) for name, (key, _) in WRONG_VALUES.items() if key not in OF_ARTEFACTS],
+)
+def test_wrong_values_are_one_line(run: Path, file: str, name: str) -> None:
+    path, (key, value) = run / file, WRONG_VALUES[name]
+    raw = json.loads(path.read_text())
+    path.write_text(json.dumps(raw | {key: value}))
+    for verify in (False, True):
+        problems = inspect(path.parent, verify=verify).problems
+        assert len(problems) == 1 and "\n" not in problems[0] and path.name in problems[0]
+    assert inspect_path(run, json=False) == 1
+
+
+@pytest.mark.parametrize("text", ["", "[]", "3", "[" * 100_000, '{"a":' * 100_000, '{"step": ' + "9" * 5000 + "}"])
+@pytest.mark.parametrize(
+    "file",
+    [
+        "calibration/artefact.json",
+        "checkpoints/step_000004/manifest.json",
+        "model/config.json",
+        "model/conversion.json",
+    ],
+)
+def test_text_that_is_no_object_is_one_line(run: Path, file: str, text: str) -> None:
+    (run / file).write_text(text)
+    try:
+        problems = inspect((run / file).parent, verify=True).problems
+    except UserError as error:
+        problems = [error.line()]
+    assert len(problems) == 1 and "\n" not in problems[0] and (run / file).name in problems[0]
+
+
+def test_checkpoints_that_no_reader_takes_are_not_called_whole(run: Path) -> None:
+    """Of the right size and hash, but pickled with what no checkpoint needs; and one set aside is no damage."""
+    for step in (2, 4):
+        directory = run / "checkpoints" / step_name(step)
+        manifest = read_manifest(directory)
+        for name, entry in manifest.files.items():
+            torch.save({"step": Path.cwd}, directory / name)
+            entry.update(bytes=(directory / name).stat().st_size, sha256=sha256_file(directory / name))
+        manifest.write(directory)
+    assert states(run)["checkpoints"] == "damaged" and inspect_path(run, json=False) == 1
+    shutil.rmtree(run / "checkpoints" / step_name(2))
+    (run / "checkpoints" / step_name(4)).rename(run / "checkpoints" / f"{step_name(4)}.unreadable-1")
+    make_checkpoint(run / "checkpoints", 3)
+    point_latest(run / "checkpoints", 3)
+    found = inspect(run / "checkpoints")
+    assert not found.problems and [part["state"] for part in found.parts] == ["complete", "set aside"]
+
+
+def test_a_tied_head_counts_once(tmp_path: Path) -> None:
+    """Also where the files hold it twice."""
+    model = tiny.make_model(tmp_path / "model", tied=True)
+    once = inspect(model).facts["parameters"]
+    tensors = load_file(model / SINGLE_NAME)
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]}, model / SINGLE_NAME)
+    assert inspect(model).facts["parameters"] == once
 
 
 def test_json_says_the_same(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

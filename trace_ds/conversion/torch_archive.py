@@ -45,8 +45,8 @@ STORAGE_DTYPES = {
 }
 LOCAL_HEADER_BYTES = 30
 MAX_PICKLE_BYTES = 1 << 28
-MAX_OPCODES = 1 << 23
-MAX_VALUES = 1 << 22  # of the result, an object counted wherever it stands
+MAX_OPCODES = 1 << 22
+MAX_VALUES = 1 << 21  # of the result, an object counted wherever it stands
 MAX_DEPTH = 64
 MAX_DIMENSIONS = 32
 MAX_NUMEL = 1 << 62
@@ -263,7 +263,7 @@ class _Pickle:
             state = stack.pop()
             if isinstance(stack[-1], _Object):
                 stack[-1].state = state
-            elif not isinstance(stack[-1], (dict, LazyTensor)):  # of these, attributes that nobody reads
+            elif not isinstance(stack[-1], dict):  # an OrderedDict's attributes: nobody reads them
                 raise ValueError(f"state of a {type(stack[-1]).__name__}")
         elif name == "BINPERSID":
             stack[-1] = self.archive.storage(stack[-1])
