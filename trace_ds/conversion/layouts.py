@@ -25,6 +25,7 @@ import torch
 
 from trace_ds.conversion.runs import Block, TensorSource, assemble, extract
 from trace_ds.errors import UserError
+from trace_ds.models.files import read_model_config
 
 MAX_BLOCKS = 1 << 20
 FAMILIES = "use one of the families mixtral, qwen2_moe, qwen3_moe, olmoe, deepseek_v2, deepseek_v3"
@@ -86,6 +87,7 @@ def read_layout(model_directory: Path) -> ModelLayout:
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.core_model_loading import revert_weight_conversion
 
+    read_model_config(model_directory)  # refuses what would run code from elsewhere
     try:
         config = AutoConfig.from_pretrained(model_directory, local_files_only=True, trust_remote_code=False)
         with torch.device("meta"):
