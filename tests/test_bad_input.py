@@ -391,7 +391,7 @@ def test_half_a_launcher(server: Server, config: Path, variables: dict[str, str]
 
 def test_an_error_holds_no_escape_sequence() -> None:
     line = UserError("bad \x1b[2J\x9b2J", "a\u202eb\ud800", "c\x07").line()
-    assert line == r"a\u202eb\ud800: bad \x1b[2J\x9b2J. Fix: c\x07"
+    assert line == r"a\u202eb\ud800: bad \u001b[2J\u009b2J. Fix: c\u0007"
 
 
 def test_sources_and_tasks_as_they_come(server: Server, config: Path) -> None:
@@ -403,7 +403,7 @@ def test_sources_and_tasks_as_they_come(server: Server, config: Path) -> None:
     from trace_ds.corpora.dataset import read_document_table
 
     table = read_document_table(folder / "run" / "data" / "forget_documents.arrow")
-    assert table.column("source").to_pylist() == ["forget", r"a\x1b]0;x\x07"]
+    assert table.column("source").to_pylist() == ["forget", r"a\u001b]0;x\u0007"]
     assert table.column("text_start").to_pylist() == ["iron gold", "lead tin"]
 
 

@@ -27,8 +27,8 @@ from trace_ds.checkpoints import commit, serialization
 from trace_ds.checkpoints.manifest import Manifest, complete_steps, read_manifest, step_name, verify
 from trace_ds.errors import JobFailed, UserError
 from trace_ds.parallel.world import AgreedError
-from trace_ds.run.files import remove_leftovers, sha256_file
 from trace_ds.run.directory import MADE_IN
+from trace_ds.run.files import remove_leftovers, sha256_file
 
 JOB = "job"
 KILLS = 20

@@ -244,12 +244,13 @@ MODEL_JSON = [
     ("model/tokenizer.json", ["prepare", "config.yaml", "--run-dir", "made"]),
     ("model/tokenizer_config.json", ["prepare", "config.yaml", "--run-dir", "made"]),
 ]
+CONVERT = ["convert", "checkpoint", "made", "--base-model", "model", "--dry-run"]
 OWN_JSON = [
     ("run/data/artefact.json", ["inspect", "run"]),
     ("run/data/artefact.json", ["collect", "config.yaml", "--run-dir", "run", "--dry-run"]),
     ("checkpoint/conversion.json", ["inspect", "checkpoint"]),
     ("model/config.json", ["inspect", "model"]),
-    ("model/config.json", ["convert", "checkpoint", "made", "--base-model", "model", "--dry-run"]),
+    ("model/config.json", CONVERT),
 ]
 
 

@@ -17,8 +17,8 @@ OURS = re.compile("\x1b\\[[0-9;]*m|\x1b\\[[0-9]*[AK]|\x1b\\[\\?25[lh]|[\t\n\r]")
 
 
 def plain(text: str) -> str:
-    """``text`` with control characters, forced directions and lone surrogates written out (``\\x1b``)."""
-    return CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    """``text`` with control characters, forced directions and lone surrogates written out (``\\u001b``, as in JSON)."""
+    return CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 class GuardedStream:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from trace_ds.checkpoints.manifest import complete_steps, read_manifest, step_name
 from trace_ds.config.schema import Config
-from trace_ds.corpora.tokenizer import TOKENIZER_FILES, load_tokenizer, tokenizer_fingerprint
+from trace_ds.corpora.tokenizer import VOCABULARY_FILES, load_tokenizer, tokenizer_fingerprint
 from trace_ds.errors import UserError
 from trace_ds.evaluation.items import Task
 from trace_ds.models.families import model_fingerprint
@@ -101,7 +101,7 @@ def require_same_tokenizer(path: Path, reference: Path, tokenizer: PreTrainedTok
     Equal files are equal; files written by another version may still hold the same tokenizer, so those are compared
     by what they contain.
     """
-    if not any((path / name).is_file() for name in TOKENIZER_FILES):
+    if not any((path / name).is_file() for name in VOCABULARY_FILES):
         return
     if tokenizer_fingerprint(path) == tokenizer_fingerprint(reference):
         return
