@@ -303,7 +303,7 @@ CONFIGURATIONS: dict[str, tuple[Any, str]] = {
     "layers of a fraction": ({"num_hidden_layers": 1e300}, "num_hidden_layers"),
     "hidden": ({"hidden_size": 1 << 62}, "hidden_size"),
     "experts": ({"num_local_experts": 10**12}, "num_local_experts"),
-    "heads": ({"num_attention_heads": 0}, "config.json"),
+    "heads": ({"num_attention_heads": 0}, "not of this model"),
     "type": ({"model_type": 3}, "config.json"),
     "no type": ({"model_type": None}, "config.json"),
     "a list for a number": ({"hidden_size": [9]}, "config.json"),
