@@ -145,8 +145,8 @@ class RunDirectory:
             for side in SIDES:
                 found[self.statistics / side] = ours.artefact("statistics")
                 found[self.statistics / f"{side}.partial"] = ours.partial_statistics
-        steps = sorted(self.checkpoints.iterdir()) if self.checkpoints.is_dir() else []
-        return found | {step: ours.checkpoint for step in steps if STEP.fullmatch(step.name)}
+        steps = sorted(self.checkpoints.glob("step_*/manifest.json"))  # one without is named and set aside by the job
+        return found | {step.parent: ours.checkpoint for step in steps if STEP.fullmatch(step.parent.name)}
 
     def is_marked(self) -> bool:
         """Whether a stage of ours has left something here that only a stage of ours leaves."""
