@@ -14,8 +14,8 @@ from typing import Any
 from trace_ds.errors import UserError
 from trace_ds.run.files import sha256_file, write_json, write_text
 from trace_ds.run.foreign import file_entries, read_object, text_values, typed
+from trace_ds.run.ours import MANIFEST
 
-MANIFEST = "manifest.json"
 LATEST = "latest"
 FORMAT = 1
 _TEXTS = ("family", "job", "calibration", "dtype")

@@ -16,8 +16,8 @@ from trace_ds.conversion.runs import TensorSource
 from trace_ds.errors import UserError
 from trace_ds.run.files import sha256_file
 from trace_ds.run.foreign import file_entries, named_by, pointed, read_object
+from trace_ds.run.ours import MANIFEST
 
-MANIFEST = "manifest.json"
 REPORT = "conversion.json"
 RANK_FILE = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_(model|optim)_states\.pt$")
 MODEL_FILE = re.compile(r"mp_rank_(\d+)_model_states\.pt$")

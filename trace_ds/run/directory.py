@@ -145,8 +145,8 @@ class RunDirectory:
             for side in SIDES:
                 found[self.statistics / side] = ours.artefact("statistics")
                 found[self.statistics / f"{side}.partial"] = ours.partial_statistics
-        steps = sorted(self.checkpoints.glob("step_*/manifest.json"))  # one without is named and set aside by the job
-        return found | {step.parent: ours.checkpoint for step in steps if STEP.fullmatch(step.parent.name)}
+        steps = sorted(self.checkpoints.iterdir()) if self.checkpoints.is_dir() else []
+        return found | {step: ours.checkpoint for step in steps if STEP.fullmatch(step.name)}
 
     def is_marked(self) -> bool:
         """Whether a stage of ours has left something here that only a stage of ours leaves."""
@@ -168,7 +168,10 @@ class RunDirectory:
         """
         if not self.path.is_dir():
             return
+        marked = self.is_marked()
         for path, owner in self.owners().items():
+            if owner is ours.checkpoint and marked and not (path / ours.MANIFEST).is_file():
+                continue  # damaged: a job names it and sets it aside
             ours.require_directory(path, owner)
         ours.require_folders(self.checkpoints, self.evaluation, self.logs, self.tb, self.variants, self.statistics)
         ours.require_file(self.config, ours.is_stored_config)
@@ -183,7 +186,7 @@ class RunDirectory:
         names = sorted(path.name for path in self.path.iterdir())
         made = rf"{MADE_IN['']}|corpora"
         strangers = [name for name in names if not UNMARKED.fullmatch(name) and not ours.leftover(name, made)]
-        if strangers and not self.is_marked():
+        if strangers and not marked:
             raise UserError(
                 f"this directory is not a run's: it holds {strangers[0]!r}, and nothing that trace_ds made",
                 str(self.path),

@@ -22,6 +22,7 @@ Owner = Callable[[Path], Callable[[str], bool] | None]
 
 FIX = "move it away, or choose another --run-dir"
 SHOWN = 3
+MANIFEST = "manifest.json"  # of a checkpoint
 CONFIG_BYTES = 1 << 20  # a larger one nobody's run has stored
 # NAME.tmp-PID, .NAME.tmp-PID; NAME.tmp-old-PID on its way out, NAME.tmp-replaced-PID until the new NAME is there;
 # NAME.tmp-HOST-PID-8hex of a conversion (twice the ending where a checkpoint is converted to be scored).
@@ -91,10 +92,10 @@ def report(path: Path) -> Callable[[str], bool] | None:
 
 def checkpoint(path: Path) -> Callable[[str], bool] | None:
     """One step of a job, whose manifest lists its files; where the manifest is damaged, they have DeepSpeed's names."""
-    if not (path / "manifest.json").is_file():
+    if not (path / MANIFEST).is_file():
         return None
-    files = _json_object(path / "manifest.json").get("files")
-    names = {"manifest.json", *(files if isinstance(files, dict) else ())}
+    files = _json_object(path / MANIFEST).get("files")
+    names = {MANIFEST, *(files if isinstance(files, dict) else ())}
     return lambda name: name in names or name.endswith("_states.pt")
 
 
