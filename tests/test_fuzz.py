@@ -7,6 +7,7 @@ many cases of each family instead of :data:`EXAMPLES`, other ones each time.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import json
@@ -367,3 +368,29 @@ def test_pickles(server: Server, template: Path, command: str, data: st.DataObje
         changed_bytes(pickled).map(lambda found: archive_with(template, found)[0]) | changed_bytes(whole)
     )
     ends_well(server, template, put(STATES, content), *command.split())
+
+
+many = settings(fuzz, max_examples=WANTED * 20 or 300)
+one = st.sampled_from([*YAML_SCRAPS, "9", "a", "- a\n", "a: b\n", "abc", "&a [*a]"])
+scraps = one | st.tuples(one, one).map("".join) | st.lists(one, max_size=6).map("".join)
+
+
+@many
+@given(text=scraps | values.map(json.dumps), name=st.sampled_from(KEYS))
+def test_readers_in_this_process(tmp_path_factory: pytest.TempPathFactory, text: str, name: str) -> None:
+    """The same of the readers alone, many more times: anything but :class:`UserError` is a fault."""
+    from trace_ds.config.load import load_config
+    from trace_ds.config.schema import CorpusFile
+    from trace_ds.corpora.read import read_documents
+    from trace_ds.errors import UserError
+
+    folder = tmp_path_factory.getbasetemp()
+    (folder / "a.yaml").write_text(f"seed: {text}\n", encoding="utf-8")
+    (folder / "a.jsonl").write_text(f'{{"text": "a", "source": {text}}}\n', encoding="utf-8")
+    for read in (
+        lambda: load_config(str(folder / "a.yaml")),
+        lambda: load_config("demo", [f"{name}={text}"]),
+        lambda: list(read_documents([CorpusFile.model_validate({"path": str(folder / "a.jsonl")})])),
+    ):
+        with contextlib.suppress(UserError):
+            read()
