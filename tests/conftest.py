@@ -33,6 +33,7 @@ LONG_FILES = (
     "test_evaluation_stage",
     "test_online_weights",
     "test_bad_input",
+    "test_fuzz",
     "test_faults",
     "test_report_browser",
     "test_families",

@@ -438,6 +438,25 @@ def test_output_in_any_encoding(server: Server, config: Path) -> None:
     assert result.returncode == 0 and r"title: Gr\xf6\xdfe \u2193" in result.stdout
 
 
+def test_too_little_memory(config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    import trace_ds.cli
+    import trace_ds.stages.pipeline
+
+    def exhaust(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(trace_ds.stages.pipeline.Request, "load", exhaust)
+    monkeypatch.setattr(trace_ds.cli, "_end", sys.exit)
+    for name, value in (("stdout", sys.stdout), ("stderr", sys.stderr), ("argv", ["trace-ds", "prepare", str(config)])):
+        monkeypatch.setattr(sys, name, value)
+    with pytest.raises(SystemExit) as end:
+        trace_ds.cli.main()
+    assert end.value.code == 2
+    assert capsys.readouterr().err == (
+        "trace-ds: error: there is not enough memory for this. Fix: smaller input or batches, or a machine with more\n"
+    )
+
+
 def test_dry_run_says_what_is_not_ready(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     request = Request.load(str(config), ["unlearning.rmu.layer=99"], config.parent / "run")
     assert run_verb("run", request, dry_run=True) == 0
@@ -623,7 +642,7 @@ def test_errors_in_a_rank_end_the_job_with_status_2(server: Server, config: Path
             [sys.executable, "-m", "trace_ds", "collect", str(config)],
             cwd=config.parent,
             env=environment()
-            | {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
+            | {"RANK": str(rank), "WORLD_SIZE": "2"}  # and no LOCAL_RANK: that is told from the machine
             | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
             stderr=subprocess.PIPE,
             text=True,
