@@ -14,6 +14,7 @@ import pytest
 import tiny
 
 from trace_ds import cli
+from trace_ds.checkpoints.commit import discard_all
 from trace_ds.checkpoints.manifest import Manifest, step_name
 from trace_ds.config.load import dump_yaml, load_config
 from trace_ds.conversion.convert import convert_checkpoint
@@ -103,7 +104,7 @@ FOREIGN = [
     "model/model.safetensors",
     "report/index.html",
     "report/deep/table.csv",
-    "checkpoints/step_000100/mp_rank_00_model_states.pt",
+    "checkpoints/step_000002/notes.txt",
     "checkpoints/latest",
     "evaluation/original.json",
     "evaluation/unlearned.json",
@@ -126,7 +127,7 @@ def test_what_is_not_ours_is_not_replaced(project: Path, place: str) -> None:
     first = run / place
     while first.parent != run and first.parent.name not in ("variants", "even", "statistics", "checkpoints"):
         first = first.parent
-    if first.is_dir():
+    if first.is_dir() and not place.startswith("checkpoints/step"):
         shutil.rmtree(first)
     write(run / place)
     line = refused(project, "run", run)
@@ -459,6 +460,16 @@ def test_a_refused_variant_leaves_the_lock_that_another_shares(tmp_path: Path, m
         pass
     trained.__exit__(None, None, None)
     assert not (run.path / "variants" / "one").exists()
+
+
+def test_a_step_without_manifest_is_set_aside_and_never_deleted(project: Path) -> None:
+    """It may be damaged or somebody's: a run goes on beside it, and `resume: never` deletes the others only."""
+    run = RunDirectory.at(make_run(project))
+    write(run.checkpoints / "step_000100" / "mp_rank_00_model_states.pt", "whose?")
+    run.require_ours()
+    discard_all(run.checkpoints)
+    aside = "step_000100.unreadable-1"
+    assert state(run.checkpoints) == {aside: "folder", f"{aside}/mp_rank_00_model_states.pt": b"whose?"}
 
 
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]:

@@ -28,7 +28,7 @@ from trace_ds.checkpoints.manifest import (
 )
 from trace_ds.errors import JobFailed, UserError
 from trace_ds.run.files import fsync_directory
-from trace_ds.run.ours import checkpoint, require_directory
+from trace_ds.run.ours import MANIFEST, checkpoint, require_directory
 
 if TYPE_CHECKING:
     from trace_ds.parallel.world import World
@@ -111,8 +111,12 @@ def set_aside(path: Path) -> Path:
 
 
 def discard_all(checkpoints: Path) -> None:
+    """Delete every checkpoint; a step that no manifest shows to be ours is set aside instead."""
     for path in [path for path in checkpoints.glob("step_*") if STEP.fullmatch(path.name)]:
-        discard(path)
+        if (path / MANIFEST).is_file():
+            discard(path)
+        else:
+            set_aside(path)
     (checkpoints / "latest").unlink(missing_ok=True)
 
 
