@@ -4,9 +4,9 @@
     python tools/try_pythons.py 3.10 3.13  # these only
 
 In each: install the package with its dependencies as a user would (newest versions that fit), run a tiny model through
-all stages, stop and resume its job (bit for bit the undisturbed one), verify its checkpoints and convert them. How
-objects are pickled differs between patch releases. Says which versions were tried and which promised ones were not to be
-had; exit status 1 when one failed.
+all stages, stop and resume its job (bit for bit the undisturbed one), verify its checkpoints and convert them: how
+objects are pickled differs even between patch releases. Says which versions were tried and which promised ones were not
+to be had; exit status 1 when one failed.
 """
 
 from __future__ import annotations
