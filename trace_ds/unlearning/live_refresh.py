@@ -80,25 +80,23 @@ class RefreshedWeights(LiveWeights):
     def _solve(
         self, forget_LE: np.ndarray, selected_NLK: np.ndarray, weight_N: np.ndarray, sizes_R: np.ndarray
     ) -> tuple[np.ndarray, float]:
-        from trace_ds.calibration.patterns import PatternStore, Store
-        from trace_ds.calibration.raking import evaluate
+        from trace_ds.calibration.raking import rake
         from trace_ds.calibration.rows import RowStore, count_by_row
-        from trace_ds.calibration.rules import rake
+        from trace_ds.calibration.units import TokenUnits, Units, evaluate
         from trace_ds.calibration.weights import largest_exponent
 
-        tokens = PatternStore.from_selections(selected_NLK, self._scope_LE, weight_N)
-        store: Store = tokens
+        units: Units = TokenUnits.of(selected_NLK, self._scope_LE, weight_N)
         if self._per_row:
             sizes_R = sizes_R[sizes_R > 0]
             row_N = np.repeat(np.arange(len(sizes_R)), sizes_R)
-            counts_RS = count_by_row(tokens.encoding, selected_NLK, row_N, len(sizes_R))
+            counts_RS = count_by_row(self._scope_LE, selected_NLK, row_N, len(sizes_R))
             first_R = np.cumsum(sizes_R) - sizes_R
-            store = RowStore(tokens.encoding, counts_RS, sizes_R.astype(np.float64), weight_N[first_R])
-        retain_S = evaluate(store, np.zeros(store.encoding.constraints)).frequency_S
-        theta_S, _, _ = rake(store, forget_LE[self._scope_LE], retain_S, self._clip, self._ess_floor)
+            units = RowStore(self._scope_LE, counts_RS, sizes_R.astype(np.float64), weight_N[first_R])
+        retain_S = evaluate(units, np.zeros(int(self._scope_LE.sum()))).frequency_S
+        theta_S = rake(units, forget_LE[self._scope_LE], retain_S, self._clip, self._ess_floor).theta_S
         if self._inverse:  # the control stays one: turned round and flattened as in the calibration
             theta_S = -theta_S
-            theta_S *= largest_exponent(lambda c: evaluate(store, c * theta_S).ess, self._ess_floor)
+            theta_S *= largest_exponent(lambda c: evaluate(units, c * theta_S).ess, self._ess_floor)
         theta_LE = np.zeros(self._scope_LE.shape)
         theta_LE[self._scope_LE] = theta_S
-        return theta_LE, evaluate(store, theta_S).log_mean
+        return theta_LE, evaluate(units, theta_S).log_mean
