@@ -16,7 +16,6 @@ from safetensors.numpy import load_file
 from test_calibration_stage import alter_summary, job, prepared, write_statistics  # noqa: F401 (fixtures)
 
 from trace_ds.calibration import rows as rows_module
-from trace_ds.calibration.patterns import Encoding
 from trace_ds.calibration.retrieve import choose_rows
 from trace_ds.calibration.rows import RowStore, build_row_store, row_sizes
 from trace_ds.calibration.rules import apply_rule
@@ -100,7 +99,7 @@ def test_coverage_comes_close_to_the_best_of_all_sets(seed: int) -> None:
     counts, sizes, importance = rng.integers(0, 20, (14, 4)), np.full(14, 40.0), rng.dirichlet(np.ones(4))
     counts[:, 0] = 0
     counts[:3, 0] = 15  # few rows use this expert
-    store = RowStore(Encoding.choose(np.arange(5)[None] < 4, 4), counts, sizes)
+    store = RowStore(np.arange(5)[None] < 4, counts, sizes)
 
     def value(chosen: np.ndarray) -> float:
         with np.errstate(divide="ignore"):

@@ -77,6 +77,7 @@ def generate(arguments: argparse.Namespace, folder: Path) -> None:
 
 def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from trace_ds.calibration.diagnose import document_sums, likeness_tables, quantiles
+    from trace_ds.calibration.raking import Context
     from trace_ds.calibration.rows import build_row_store
     from trace_ds.calibration.rules import apply_rule
     from trace_ds.calibration.similarity import coverage_gain, routing_similarity
@@ -110,7 +111,9 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         difference = (forget_LE - retain_LE).ravel()
         scope_LE.flat[np.argsort(-difference, kind="stable")[: int(arguments.experts_in_scope)]] = True
     config = CalibrationConfig(ess_floor=arguments.ess_floor, level=arguments.level)
-    made = apply_rule(config, retain_tokens, retain_trace, scope_LE, forget_LE, retain_LE, 0, folder)
+    say = (lambda line: print(line, file=sys.stderr)) if arguments.progress else (lambda line: None)
+    context = Context(int(os.environ["OMP_NUM_THREADS"]), None, say)
+    made = apply_rule(config, retain_tokens, retain_trace, scope_LE, forget_LE, retain_LE, 0, folder, context=context)
     now_s = timed("weights_s", now_s)
     achieved_LE = count_selections(retain_trace, retain_tokens, arguments.experts, made.weight_T) / counted
     score_LE, _, _ = likeness_tables(forget_LE, retain_LE, counted)
@@ -154,6 +157,7 @@ def main() -> None:
     parser.add_argument("--level", choices=("token", "sequence"), default="token")
     parser.add_argument("--row-tokens", type=int, default=ROW_TOKENS)
     parser.add_argument("--retrieve", action="store_true", help="also time two similarities (not in total_s)")
+    parser.add_argument("--progress", action="store_true", help="the solver's lines, on standard error")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--max-seconds", type=float, help="fail when it took more seconds of CPU (busy cores or not)")
     parser.add_argument("--max-gib", type=float, help="fail when the process needed more memory")

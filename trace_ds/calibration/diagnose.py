@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from trace_ds.calibration.detect import Detection
-from trace_ds.calibration.rules import Calibrated
+from trace_ds.calibration.rules import LIMITS, Calibrated
+from trace_ds.calibration.selections import Packing
 from trace_ds.calibration.targets import REASONS
 from trace_ds.calibration.tokens import TokenMap, Trace
 from trace_ds.config.schema import CONTROL_RULES, CalibrationConfig
@@ -97,9 +98,8 @@ def document_sums(
         w = np.asarray(weight_T[start:stop])[counted_T]
         s = np.zeros(len(w))
         if trace is not None and score_LE is not None:
-            columns = np.ascontiguousarray(trace.read(start, stop)[counted_T].reshape(len(w), -1).T)
-            for number, column_T in enumerate(columns):
-                s += score_LE[number // trace.top_k].take(column_T)
+            packing = Packing.of(trace.read(0, 1), score_LE.shape[1])
+            s = packing.score(packing.columns(trace.read(start, stop)[counted_T]), packing.tables(score_LE))
         first, size = int(document[0]), int(document[-1] - document[0]) + 1
         for row, values in zip(sums, (None, w, w * w, s, s * s), strict=True):
             row[first : first + size] += np.bincount(document - first, values, size)
@@ -305,7 +305,11 @@ def find_warnings(
         found.extend(_weak(detection, calibrated, achieved_LE, drawn_LE))
     found.extend(calibrated.notes)
     if not calibrated.converged:
-        found.append(f"the weights miss their targets by up to {calibrated.solve_error:.1e}")
+        found.append(
+            f"the solver ended short of its targets after {calibrated.iterations} passes: lambda 1 was asked for and "
+            f"{calibrated.strength:.3f} reached ({LIMITS[calibrated.limit]}); the frequencies miss their targets by "
+            f"up to {calibrated.solve_error:.1e}"
+        )
     if not control:
         drawn = "would end farther if rows are drawn by mean weight (calibration.level: sequence aims at rows)"
         for q_LE, how in ((achieved_LE, "ended farther from their forget frequency than before"), (drawn_LE, drawn)):
@@ -343,6 +347,8 @@ def diagnose(
         "level": config.level,
         "detection": config.detection.method,
         "lambda": calibrated.strength,
+        "lambda_asked": 1.0,
+        "lambda_limit": LIMITS[calibrated.limit],
         "exponent": calibrated.exponent,
         "ess_fraction": calibrated.ess,
         "row_ess_fraction": row_ess(calibrated),

@@ -10,94 +10,138 @@ token weights instead loses much of the effect and can even turn its sign for so
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from trace_ds.calibration.patterns import MAX_UNIQUE_PATTERNS, Encoding
-from trace_ds.calibration.raking import single_thread
+from trace_ds.calibration.selections import in_order
 from trace_ds.calibration.tokens import CHUNK_TOKENS, TokenMap, Trace
+from trace_ds.calibration.units import DOUBLE_CONSTRAINTS
 from trace_ds.run.files import new_spool
 
+if TYPE_CHECKING:
+    import torch
+
+    from trace_ds.parallel.world import World
+
 BLOCK_VALUES = 1 << 22
-SAMPLE_BYTES = 1 << 28  # 65,536 rows of 512 experts in float64: what Newton needs whole
+MOMENT_ROWS = 4096
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Features of a block of rows, float64 [N, S]."""
+
+    share_NS: np.ndarray
+
+    def score(self, tables: np.ndarray) -> np.ndarray:
+        return np.einsum("ns,s->n", self.share_NS, tables)
+
+    def fold(self, weight_N: np.ndarray) -> np.ndarray:
+        return np.einsum("n,ns->s", weight_N, self.share_NS)
 
 
 @dataclass(frozen=True)
 class RowStore:
-    """A :class:`~trace_ds.calibration.patterns.Store` of rows.
+    """:class:`~trace_ds.calibration.units.Units` of rows.
 
     Attributes:
+        scope_LE: bool, the constrained experts.
         counts_RS: unsigned counts of the row's counted tokens that select the expert (may be a memory map).
         sizes_R: float64, n_r > 0; the multiplicities (times ``scale_R``, when rows stand for more or less than one).
     """
 
-    encoding: Encoding
+    scope_LE: np.ndarray
     counts_RS: np.ndarray
     sizes_R: np.ndarray
     scale_R: np.ndarray | None = None
 
     @property
-    def multiplicity_R(self) -> np.ndarray:
-        return self.sizes_R if self.scale_R is None else self.sizes_R * self.scale_R
+    def number(self) -> int:
+        return len(self.sizes_R)
 
     @property
-    def tokens(self) -> int:
-        return round(float(self.multiplicity_R.sum()))
+    def values(self) -> int:
+        return max(self.counts_RS.shape[1], 1)
 
     @property
-    def exact(self) -> bool:
-        return len(self.sizes_R) <= MAX_UNIQUE_PATTERNS
+    def binary(self) -> bool:
+        return False
 
-    def blocks(self) -> Iterator[slice]:
-        step = max(1, BLOCK_VALUES // max(self.encoding.constraints, 1))
-        yield from (slice(at, at + step) for at in range(0, len(self.sizes_R), step))
+    @property
+    def blocks(self) -> list[tuple[int, int]]:
+        step = max(1, BLOCK_VALUES // self.values)
+        return [(at, min(at + step, self.number)) for at in range(0, self.number, step)]
 
-    def scored(
-        self, theta_S: np.ndarray
-    ) -> Iterator[tuple[np.ndarray, np.ndarray | None, Callable[[np.ndarray], np.ndarray]]]:
+    def tables(self, theta_S: np.ndarray) -> np.ndarray:
+        return np.ascontiguousarray(theta_S)
+
+    def read(self, block: tuple[int, int]) -> tuple[Shares, np.ndarray]:
+        at = slice(*block)
+        multiplicity_R = self.sizes_R[at] if self.scale_R is None else self.sizes_R[at] * self.scale_R[at]
+        return Shares(self.counts_RS[at] / self.sizes_R[at, None]), multiplicity_R
+
+    def sample(self, limit: int, world: World | None = None) -> RowStore:
+        if self.number <= limit:
+            return self
+        place_R = ((np.arange(limit) + 0.5) * self.number / limit).astype(int)
+        scale_R = np.full(limit, self.number / limit) * (1.0 if self.scale_R is None else self.scale_R[place_R])
+        return replace(self, counts_RS=self.counts_RS[place_R], sizes_R=self.sizes_R[place_R], scale_R=scale_R)
+
+    def dense(self, start: int, stop: int) -> torch.Tensor:
         import torch
 
-        multiplicity_R, theta = self.multiplicity_R, torch.from_numpy(np.ascontiguousarray(theta_S))
-        for block in self.blocks():
-            share = torch.from_numpy(self.counts_RS[block] / self.sizes_R[block, None])
+        share_RS = self.counts_RS[start:stop].astype(np.float32)
+        share_RS /= self.sizes_R[start:stop, None].astype(np.float32)
+        return torch.from_numpy(share_RS)
 
-            def fold(weights_R: np.ndarray, share: torch.Tensor = share) -> np.ndarray:
-                with single_thread():
-                    return (torch.from_numpy(weights_R) @ share).numpy()
+    def moments(self, weight_N: np.ndarray, threads: int) -> torch.Tensor:
+        """Products of blocks of rows, tile by tile."""
+        import torch
 
-            with single_thread():
-                score_R = (share @ theta).numpy()
-            yield score_R, multiplicity_R[block], fold
+        size = self.values
+        result = torch.zeros(size, size, dtype=torch.float64 if size <= DOUBLE_CONSTRAINTS else torch.float32)
+        tile = max(512, -(-size // 16))
+        starts = range(0, size, tile)
+        tiles = [(i, j) for i in starts for j in starts if j <= i]
+        for at in range(0, len(weight_N), MOMENT_ROWS):
+            stop = min(at + MOMENT_ROWS, len(weight_N))
+            root_N = torch.from_numpy(np.sqrt(weight_N[at:stop]))
+            scaled = self.dense(at, stop).to(result.dtype) * root_N[:, None].to(result.dtype)
 
-    def sample(self, limit: int) -> tuple[np.ndarray, np.ndarray]:
-        """See :class:`~trace_ds.calibration.patterns.Store`. Whole and in float64 where that takes at most
-        :data:`SAMPLE_BYTES`; else evenly spread rows in float32, as many as that holds: they only steer the solver."""
-        rows, constraints = len(self.sizes_R), max(self.encoding.constraints, 1)
-        if self.exact and rows * constraints * 8 <= SAMPLE_BYTES:
-            return self.counts_RS / self.sizes_R[:, None], self.multiplicity_R
-        step = max(-(-rows // max(min(limit, SAMPLE_BYTES // (4 * constraints)), 1)), 1)
-        share_RS = self.counts_RS[::step].astype(np.float32)
-        share_RS /= self.sizes_R[::step, None].astype(np.float32)
-        return share_RS, self.multiplicity_R[::step]
+            def product(place: tuple[int, int], scaled: torch.Tensor = scaled) -> None:
+                i, j = place
+                result[i : i + tile, j : j + tile] += scaled[:, i : i + tile].T @ scaled[:, j : j + tile]
+
+            for _ in in_order(product, tiles, threads):
+                pass
+        for i, j in (place for place in tiles if place[0] != place[1]):
+            result[j : j + tile, i : i + tile] = result[i : i + tile, j : j + tile].T
+        return result
+
+    def scores(self, theta_S: np.ndarray) -> np.ndarray:
+        """Σ_s θ_s share_s of every row, float64 [R]."""
+        return np.concatenate([np.zeros(0), *(self.read(block)[0].score(theta_S) for block in self.blocks)])
 
 
-def row_counts(trace: Trace, tokens: TokenMap, encoding: Encoding) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+def row_counts(trace: Trace, tokens: TokenMap, scope_LE: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """Yield (first row, counts int64 [rows, S], counted tokens int64 [rows]) of groups of whole rows, in order."""
     starts_R1, row = tokens.row_starts_R1, 0
-    most = max(1, BLOCK_VALUES // max(encoding.constraints, 1))
+    constraints = int(scope_LE.sum())
+    most = max(1, BLOCK_VALUES // max(constraints, 1))
     while row < tokens.rows:
         last = int(np.searchsorted(starts_R1, starts_R1[row] + CHUNK_TOKENS, side="right")) - 1
         last = max(row + 1, min(last, row + most))
         start, stop = int(starts_R1[row]), int(starts_R1[last])
         if start == stop:
-            yield row, np.zeros((last - row, encoding.constraints), np.int64), np.zeros(last - row, np.int64)
+            yield row, np.zeros((last - row, constraints), np.int64), np.zeros(last - row, np.int64)
         else:
             counted_T = tokens.counted(start, stop)
             local_T = tokens.row_of(start, stop)[counted_T] - row
-            counts_RS = count_by_row(encoding, trace.read(start, stop)[counted_T], local_T, last - row)
+            counts_RS = count_by_row(scope_LE, trace.read(start, stop)[counted_T], local_T, last - row)
             yield row, counts_RS, np.bincount(local_T, minlength=last - row)
         row = last
 
@@ -107,29 +151,27 @@ def row_sizes(tokens: TokenMap) -> np.ndarray:
     return tokens.counted_per_row()
 
 
-def build_row_store(trace: Trace, tokens: TokenMap, constrained_LE: np.ndarray, spool: Path) -> RowStore:
+def build_row_store(trace: Trace, tokens: TokenMap, scope_LE: np.ndarray, spool: Path) -> RowStore:
     """One pass over the trace; the counts (2 bytes × rows × experts) in a file of ``spool``: memory is O(rows)."""
-    encoding = Encoding.choose(constrained_LE, trace.top_k)
     sizes_R = row_sizes(tokens)
     sizes_R = sizes_R[sizes_R > 0]
     dtype = np.uint16 if sizes_R.max(initial=0) < 1 << 16 else np.uint32
-    shape = (len(sizes_R), encoding.constraints)
+    shape = (len(sizes_R), int(scope_LE.sum()))
     counts_RS = new_spool(spool / "row_counts.bin", dtype, shape)
     at = 0
-    for _, found_RS, found_R in row_counts(trace, tokens, encoding):
+    for _, found_RS, found_R in row_counts(trace, tokens, scope_LE):
         found_RS = found_RS[found_R > 0]
         counts_RS[at : at + len(found_RS)] = found_RS
         at += len(found_RS)
-    return RowStore(encoding, counts_RS, sizes_R.astype(np.float64))
+    return RowStore(scope_LE, counts_RS, sizes_R.astype(np.float64))
 
 
-def count_by_row(encoding: Encoding, selected_TLK: np.ndarray, row_T: np.ndarray, rows: int) -> np.ndarray:
+def count_by_row(scope_LE: np.ndarray, selected_TLK: np.ndarray, row_T: np.ndarray, rows: int) -> np.ndarray:
     """int64 [rows, S]: how many tokens of each row select each constrained expert."""
-    counts_RS = np.empty((rows, encoding.constraints), np.int64)
-    experts = encoding.experts
-    for layer in encoding.slot_layers:
+    counts = []
+    experts = scope_LE.shape[1]
+    for layer in np.flatnonzero(scope_LE.any(axis=1)):
         keys = row_T[:, None] * experts + selected_TLK[:, layer, :]
         table_RE = np.bincount(keys.ravel(), minlength=rows * experts).reshape(rows, experts)
-        members = np.nonzero(encoding.layer_S == layer)[0]
-        counts_RS[:, members] = table_RE[:, encoding.expert_S[members]]
-    return counts_RS
+        counts.append(table_RE[:, scope_LE[layer]])
+    return np.concatenate(counts, axis=1) if counts else np.zeros((rows, 0), np.int64)

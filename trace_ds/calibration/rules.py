@@ -28,18 +28,18 @@ All rules and controls are our decisions; none is taken from the paper.
 from __future__ import annotations
 
 import fnmatch
+import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from trace_ds.calibration.patterns import Encoding, PatternStore, Store, build_store, score
-from trace_ds.calibration.raking import evaluate
+from trace_ds.calibration.raking import Context, rake
 from trace_ds.calibration.rows import build_row_store, row_sizes
-from trace_ds.calibration.targets import Offer, Subset, leave_out, offer, with_absorbers
-from trace_ds.calibration.tempering import Tempered, temper
+from trace_ds.calibration.selections import Packing, in_order
 from trace_ds.calibration.tokens import TokenMap, Trace, count_selections
+from trace_ds.calibration.units import TokenUnits, Units
 from trace_ds.calibration.weights import (
     exponentiate,
     flattening,
@@ -54,7 +54,11 @@ from trace_ds.config.schema import WITHOUT_TRACE, CalibrationConfig
 RAKING_RULES = ("raking", "permuted", "random_experts", "inverse")
 RATIO_RULES = ("ratio_mean", "ratio_max")
 MAX_CORRECTIONS = 30
-MAX_LEFT_OUT_ROUNDS = 8
+LIMITS = {
+    "": "the targets are the forget frequencies themselves, or the closest feasible ones",
+    "floor": "more would take the effective sample size below the floor",
+    "passes": "the solver ended before it got farther",
+}
 
 
 @dataclass
@@ -68,11 +72,12 @@ class Calibrated:
         log_mean: of exp(Σ θ a) over the counted tokens: w_t = exp(Σ θ a(t) − log_mean).
         scope_LE: bool, the experts whose frequencies the weights were asked to move.
         target_LE: float64, tempered target inside the scope, p^R elsewhere.
-        strength: λ of raking; 1 for the other rules.
+        strength: λ of raking; 1 for the other rules. limit: what set it, a key of LIMITS.
         exponent: c, see the module's docstring.
         ess: effective sample size of the final token weights, a fraction.
         max_weight: largest token weight.
-        converged, iterations, solve_error: of the dual (True, 0, 0 for rules without one).
+        converged, iterations, solve_error: of the dual (True, 0, 0 for rules without one): see raking.py; passes over
+            all units; max |q − target|.
         moved: (layer, expert, offered target, reason) of the experts whose target had to move.
         notes: warnings for people.
     """
@@ -84,6 +89,7 @@ class Calibrated:
     target_LE: np.ndarray
     log_mean: float = 0.0
     strength: float = 1.0
+    limit: str = ""
     exponent: float = 1.0
     ess: float = 1.0
     max_weight: float = 1.0
@@ -118,16 +124,20 @@ def apply_rule(
     spool: Path,
     selected_LE: np.ndarray | None = None,
     log_weight_D: np.ndarray | None = None,
+    error_LE: np.ndarray | None = None,
+    context: Context | None = None,
 ) -> Calibrated:
     """Make the weights of ``config.rule`` (see the module's docstring); large arrays live in ``spool``.
 
     ``retain_LE`` must be the frequencies of the very tokens that ``tokens`` counts. ``selected_LE``: the experts that
     the ratio rules must bring closer to their forget frequency (default: the whole scope). ``log_weight_D``: of the
-    documents, what the rule ``sources`` needs (:func:`source_log_weights`).
+    documents, what the rule ``sources`` needs (:func:`source_log_weights`). ``error_LE``: standard errors of the retain
+    frequencies, clustered by document (None: 0). Only the dual is solved by all ranks of the ``context``.
 
     Raises:
         ValueError: a rule that needs the trace or the documents' weights without them, or no counted token.
     """
+    context = context or Context()
     u_T = spooled(spool / "log_weight.f64", tokens.tokens)
     result = Calibrated(
         spooled(spool / "weight.f64", tokens.tokens),
@@ -148,13 +158,13 @@ def apply_rule(
             _apply_ratios(config, tokens, trace, wanted_LE, forget_LE, retain_LE, u_T, spool, result)
             result.ess, result.max_weight = size_and_maximum(result.weight_T, tokens)
             return result
-        store, write = _scorer(config, tokens, trace, scope_LE, u_T, spool)
-        theta_S = _rake(config, store, forget_LE[scope_LE], retain_LE[scope_LE], result)
+        units, write = _scorer(config, tokens, trace, scope_LE, u_T, spool, context.threads)
+        theta_S = _rake(config, units, forget_LE, retain_LE, error_LE, context, result)
         if config.rule == "inverse":
             theta_S = -theta_S
         result.theta_LE[scope_LE] = theta_S
         write(theta_S)
-    _finish(config, tokens, u_T, result, floor_applies=config.rule == "inverse")
+    _finish(config, tokens, u_T, result)
     if config.rule == "permuted":
         permute_rows(result, tokens, seed, scratch_T=u_T)
     result.ess, result.max_weight = size_and_maximum(result.weight_T, tokens)
@@ -185,38 +195,47 @@ def _apply_sources(
     for start, stop in tokens.spans():
         of_document_T = log_weight_D[np.asarray(tokens.document_ids_T[start:stop])]
         u_T[start:stop] = np.where(tokens.counted(start, stop), of_document_T, 0.0)
-    _finish(config, tokens, u_T, result, floor_applies=True)
+    _finish(config, tokens, u_T, result)
     if config.level == "sequence":
         spread_rows(result, tokens)
 
 
-def _finish(
-    config: CalibrationConfig, tokens: TokenMap, u_T: np.ndarray, result: Calibrated, floor_applies: bool
-) -> None:
+def _finish(config: CalibrationConfig, tokens: TokenMap, u_T: np.ndarray, result: Calibrated) -> None:
     """From log-weights to weights: flattened where the floor asks for it, mean 1, row means."""
-    result.exponent = flattening(u_T, tokens, config.ess_floor) if floor_applies else 1.0
+    result.exponent = flattening(u_T, tokens, config.ess_floor)
     result.theta_LE *= result.exponent
     result.log_mean = exponentiate(u_T, result.weight_T, tokens, result.exponent)
     result.row_weight_R = row_means(result.weight_T, tokens)
 
 
 def _scorer(
-    config: CalibrationConfig, tokens: TokenMap, trace: Trace, scope_LE: np.ndarray, u_T: np.ndarray, spool: Path
-) -> tuple[Store, Callable[[np.ndarray], None]]:
+    config: CalibrationConfig,
+    tokens: TokenMap,
+    trace: Trace,
+    scope_LE: np.ndarray,
+    u_T: np.ndarray,
+    spool: Path,
+    threads: int,
+) -> tuple[Units, Callable[[np.ndarray], None]]:
     """(what to solve the dual on, how θ becomes the log-weights of all tokens), by token or by row."""
     if config.level == "token":
-        every, solving = build_store(trace, tokens, scope_LE, spool)
-        return solving, lambda theta_S: _write_scores(u_T, tokens, every, theta_S, "sum")
+
+        def write_tokens(theta_S: np.ndarray) -> None:
+            value_LE = np.zeros(scope_LE.shape)
+            value_LE[scope_LE] = theta_S
+            _write_scores(u_T, tokens, trace, scope_LE.shape[1], lambda packing: _sum_of(packing, value_LE), threads)
+
+        return TokenUnits(trace, scope_LE, tokens), write_tokens
     rows = build_row_store(trace, tokens, scope_LE, spool)
     filled = row_sizes(tokens) > 0
 
-    def write(theta_S: np.ndarray) -> None:
+    def write_rows(theta_S: np.ndarray) -> None:
         u_R = np.zeros(tokens.rows)
-        u_R[filled] = np.concatenate([score_R for score_R, _, _ in rows.scored(theta_S)])
+        u_R[filled] = rows.scores(theta_S)
         for start, stop in tokens.spans():
             u_T[start:stop] = np.where(tokens.counted(start, stop), u_R[tokens.row_of(start, stop)], 0.0)
 
-    return rows, write
+    return rows, write_rows
 
 
 def _apply_ratios(
@@ -232,7 +251,6 @@ def _apply_ratios(
 ) -> None:
     """The ratio rules, with the ratios of experts that ended no closer corrected (see the module's docstring)."""
     scope_LE = result.scope_LE
-    every, _ = build_store(trace, tokens, scope_LE, spool)
     forget_S, retain_S = forget_LE[scope_LE], retain_LE[scope_LE]
     wanted_S = wanted_LE[scope_LE] & (retain_S > 0) & (retain_S < 1) & (retain_S != forget_S)  # those that can move
     result.target_LE[scope_LE] = forget_S
@@ -240,8 +258,12 @@ def _apply_ratios(
     ratio_S[(forget_S == 0) & (retain_S == 0)] = 1.0
     corrected_S = np.zeros(len(ratio_S), dtype=bool)
     for result.iterations in range(MAX_CORRECTIONS + 1):
-        _write_scores(u_T, tokens, every, ratio_S, config.rule)
-        _finish(config, tokens, u_T, result, floor_applies=True)
+        ratio_LE = np.zeros(scope_LE.shape)
+        ratio_LE[scope_LE] = ratio_S
+        of = _mean_of if config.rule == "ratio_mean" else _largest_of
+        scoring = functools.partial(of, ratio_LE=ratio_LE, scope_LE=scope_LE)
+        _write_scores(u_T, tokens, trace, scope_LE.shape[1], scoring)
+        _finish(config, tokens, u_T, result)
         if config.level == "sequence":
             spread_rows(result, tokens)
         weighted_LE = count_selections(trace, tokens, scope_LE.shape[1], result.weight_T)
@@ -260,89 +282,83 @@ def _apply_ratios(
         )
 
 
-def rake(
-    store: Store, forget_S: np.ndarray, retain_S: np.ndarray, clip: float, ess_floor: float
-) -> tuple[np.ndarray, Offer, Tempered]:
-    """(θ, the targets that were offered, how far they were met): raking with everything that bounds it.
-
-    Where a few experts stand in the way of all the others (see targets.py), they are left out of the solve: their
-    θ is 0, and their target is what the weights of the others give them.
-    """
-    wanted = offer(store, retain_S, forget_S, clip)
-    tempered = temper(store, retain_S, wanted.target_S, ess_floor)
-    solved, kept_S = Subset(store, np.ones(len(retain_S), dtype=bool)), np.ones(len(retain_S), dtype=bool)
-    reason_S, iterations = list(wanted.reason_S), tempered.iterations
-    for number in range(MAX_LEFT_OUT_ROUNDS):
-        if tempered.blocked_S is None:
-            break
-        out, reason = leave_out(store, retain_S, kept_S, solved.whole(tempered.blocked_S), 1 << number)
-        for s in out:
-            kept_S[s], reason_S[s] = False, reason
-        solved = Subset(store, with_absorbers(store.encoding, retain_S, kept_S))
-        tempered = temper(solved, retain_S[solved.kept_S], wanted.target_S[solved.kept_S], ess_floor)
-        iterations += tempered.iterations
-    solution = tempered.solution
-    theta_S = solved.whole(_fix_gauge(solved.encoding, solution.point.theta_S, retain_S[solved.kept_S]))
-    if kept_S.all():
-        return theta_S, wanted, tempered
-    reached_S = evaluate(store, theta_S).frequency_S
-    target_S = np.where(solved.kept_S, solved.whole(solution.target_S), reached_S)
-    offered_S = np.where(kept_S, wanted.target_S, reached_S)
-    solution = replace(solution, target_S=target_S)
-    strength = tempered.strength if solved.kept_S.any() else 0.0
-    return theta_S, Offer(offered_S, reason_S), Tempered(strength, solution, iterations)
-
-
 def _rake(
-    config: CalibrationConfig, store: Store, forget_S: np.ndarray, retain_S: np.ndarray, result: Calibrated
+    config: CalibrationConfig,
+    units: Units,
+    forget_LE: np.ndarray,
+    retain_LE: np.ndarray,
+    error_LE: np.ndarray | None,
+    context: Context,
+    result: Calibrated,
 ) -> np.ndarray:
     """Solve for θ; fills in what ``result`` says about targets, λ and convergence."""
-    theta_S, wanted, tempered = rake(store, forget_S, retain_S, config.clip, config.ess_floor)
-    solution, encoding = tempered.solution, store.encoding
-    result.target_LE[result.scope_LE] = solution.target_S
-    result.strength, result.iterations = tempered.strength, tempered.iterations
-    result.converged, result.solve_error = solution.converged, solution.error
+    scope_LE = result.scope_LE
+    error_S = None if error_LE is None else error_LE[scope_LE]
+    raked = rake(units, forget_LE[scope_LE], retain_LE[scope_LE], config.clip, config.ess_floor, error_S, context)
+    result.target_LE[scope_LE] = raked.target_S
+    result.strength, result.limit, result.iterations = raked.strength, raked.limit, raked.passes
+    result.converged, result.solve_error = raked.converged, raked.error
     result.moved = [
-        (int(encoding.layer_S[s]), int(encoding.expert_S[s]), float(wanted.target_S[s]), reason)
-        for s, reason in enumerate(wanted.reason_S)
+        (int(layer), int(expert), float(offered), reason)
+        for layer, expert, offered, reason in zip(*np.nonzero(scope_LE), raked.offered_S, raked.reason_S, strict=True)
         if reason
     ]
-    if tempered.strength < 1e-3 and np.abs(forget_S - retain_S).max(initial=0.0) > 1e-9:
-        result.notes.append(
-            "the weights could hardly move at all (lambda below 0.001): the targets cannot be met together on this "
-            "retain data; use fewer experts (calibration.experts: selected) or other retain text"
-        )
-    return theta_S
+    return _fix_gauge(scope_LE, raked.theta_S, retain_LE[scope_LE])
 
 
-def _fix_gauge(encoding: Encoding, theta_S: np.ndarray, retain_S: np.ndarray) -> np.ndarray:
+def _fix_gauge(scope_LE: np.ndarray, theta_S: np.ndarray, retain_S: np.ndarray) -> np.ndarray:
     """θ of a fully constrained layer is defined up to a constant (its activations sum to K): make Σ p^R θ = 0."""
-    theta_S = theta_S.copy()
-    for layer in np.unique(encoding.layer_S):
-        members = np.nonzero(encoding.layer_S == layer)[0]
-        total = float(retain_S[members].sum())
-        if len(members) == encoding.experts and total > 0:
-            used = members[retain_S[members] > 0]
-            theta_S[used] -= float((retain_S[used] * theta_S[used]).sum()) / total
+    theta_S, layer_S = theta_S.copy(), np.nonzero(scope_LE)[0]
+    for layer in np.flatnonzero(scope_LE.all(axis=1)):
+        used = np.flatnonzero((layer_S == layer) & (retain_S > 0))
+        theta_S[used] -= float((retain_S[used] * theta_S[used]).sum()) / float(retain_S[used].sum())
     return theta_S
 
 
-def _write_scores(u_T: np.ndarray, tokens: TokenMap, store: PatternStore, value_S: np.ndarray, how: str) -> None:
-    """Log-weights of all counted tokens: ``sum`` of values, or log of the mean/max ratio of the selected experts."""
-    encoding = store.encoding
-    sums_GV, hits_GV = encoding.tables(value_S), encoding.tables(np.ones_like(value_S))
-    largest_GV = encoding.largest(value_S)
-    for (start, stop), (columns_GT, _) in zip(tokens.spans(), store.blocks(), strict=True):
-        if how == "sum":
-            u = score(columns_GT, sums_GV)
-        elif how == "ratio_mean":
-            hits_T = score(columns_GT, hits_GV)
-            u = np.log(np.where(hits_T > 0, score(columns_GT, sums_GV), 1.0) / np.maximum(hits_T, 1.0))
-        else:
-            best_T = np.full(columns_GT.shape[1], -np.inf)
-            for column_T, table_V in zip(columns_GT, largest_GV, strict=True):
-                np.maximum(best_T, table_V.take(column_T), out=best_T)
-            u = np.log(np.where(np.isfinite(best_T), best_T, 1.0))
-        piece_T = np.zeros(stop - start)
-        piece_T[tokens.counted(start, stop)] = u
-        u_T[start:stop] = piece_T
+Scoring = Callable[[np.ndarray], np.ndarray]  # columns [G, T] of a chunk -> log-weights float64 [T]
+
+
+def _sum_of(packing: Packing, value_LE: np.ndarray) -> Scoring:
+    tables_LV = packing.tables(value_LE)
+    return lambda columns_GT: packing.score(columns_GT, tables_LV)
+
+
+def _mean_of(packing: Packing, ratio_LE: np.ndarray, scope_LE: np.ndarray) -> Scoring:
+    sums, hits = packing.tables(ratio_LE), packing.tables(scope_LE.astype(np.float64))
+
+    def log_mean(columns_GT: np.ndarray) -> np.ndarray:
+        hits_T = packing.score(columns_GT, hits)
+        return np.log(np.where(hits_T > 0, packing.score(columns_GT, sums), 1.0) / np.maximum(hits_T, 1.0))
+
+    return log_mean
+
+
+def _largest_of(packing: Packing, ratio_LE: np.ndarray, scope_LE: np.ndarray) -> Scoring:
+    tables_LV = packing.tables(np.where(scope_LE, ratio_LE, -np.inf), np.maximum)
+
+    def log_largest(columns_GT: np.ndarray) -> np.ndarray:
+        best_T = packing.score(columns_GT, tables_LV, np.maximum, -np.inf)
+        return np.log(np.where(np.isfinite(best_T), best_T, 1.0))
+
+    return log_largest
+
+
+def _write_scores(
+    u_T: np.ndarray,
+    tokens: TokenMap,
+    trace: Trace,
+    experts: int,
+    scoring: Callable[[Packing], Scoring],
+    threads: int = 1,
+) -> None:
+    """Log-weights of all counted tokens, 0 elsewhere."""
+    packing = Packing.of(trace.read(0, 1), experts)
+    score = scoring(packing)
+
+    def write(span: tuple[int, int]) -> None:
+        piece_T, counted_T = np.zeros(span[1] - span[0]), tokens.counted(*span)
+        piece_T[counted_T] = score(packing.columns(trace.read(*span)[counted_T]))
+        u_T[slice(*span)] = piece_T
+
+    for _ in in_order(write, tokens.spans(), threads):
+        pass

@@ -26,7 +26,6 @@ from typing import Any
 
 import numpy as np
 
-from trace_ds.calibration.patterns import Encoding
 from trace_ds.calibration.rows import RowStore, row_counts
 from trace_ds.calibration.tokens import TokenMap, Trace, open_stream
 
@@ -41,7 +40,6 @@ def routing_similarity(
     Args:
         experts_LE: bool, the experts that take part. forget_LE, pool_LE: frequencies on forget text and on the pool.
     """
-    encoding = Encoding.choose(experts_LE, trace.top_k)
     pool_S, forget_S = pool_LE[experts_LE], forget_LE[experts_LE]
     spread_S = np.sqrt(pool_S * (1.0 - pool_S))
     used_S = spread_S > 1e-9  # an expert that every row uses alike says nothing
@@ -49,7 +47,7 @@ def routing_similarity(
     forget_S = (forget_S - pool_S) * scale_S
     length = float(np.sqrt((forget_S**2).sum()))
     found_R = np.zeros(tokens.rows)
-    for first, counts_RS, sizes_R in row_counts(trace, tokens, encoding):
+    for first, counts_RS, sizes_R in row_counts(trace, tokens, experts_LE):
         size_R1 = np.maximum(sizes_R, 1)[:, None]
         profile_RS = (counts_RS / size_R1 - pool_S) * scale_S
         norm_R = np.sqrt((profile_RS**2).sum(axis=1) + float(used_S.sum()) / size_R1[:, 0])
@@ -165,7 +163,7 @@ def coverage_gain(rows: RowStore, importance_S: np.ndarray, keep: int, *, rounds
     q_S = np.maximum(mean_S, 1e-300)
     gain_R = np.zeros(len(rows.sizes_R))
     for number in range(rounds):
-        gain_R = np.concatenate([score_R for score_R, _, _ in rows.scored(importance_S / q_S)])
+        gain_R = rows.scores(importance_S / q_S)
         best = np.sort(np.argpartition(-gain_R, min(keep, len(gain_R)) - 1)[:keep])
         if float(gain_R[best].mean()) <= 1.001 * float(importance_S.sum()):
             break
@@ -175,8 +173,8 @@ def coverage_gain(rows: RowStore, importance_S: np.ndarray, keep: int, *, rounds
 
 
 def _mean_share(rows: RowStore, chosen: np.ndarray) -> np.ndarray:
-    total_S = np.zeros(rows.encoding.constraints)
-    for block in rows.blocks():
-        mine = chosen[(chosen >= block.start) & (chosen < block.stop)]
+    total_S = np.zeros(rows.counts_RS.shape[1])
+    for start, stop in rows.blocks:
+        mine = chosen[(chosen >= start) & (chosen < stop)]
         total_S += (rows.counts_RS[mine] / rows.sizes_R[mine, None]).sum(axis=0)
     return total_S / max(len(chosen), 1)

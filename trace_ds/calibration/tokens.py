@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from trace_ds.calibration.selections import Packing, in_order
 from trace_ds.corpora.dataset import CHUNK_TOKENS, FlatArray, TokenDataset, TokenMap, open_stream  # noqa: F401
 from trace_ds.errors import UserError
 
@@ -89,7 +90,7 @@ class RowSpread:
 
 
 def count_selections(
-    trace: Trace, tokens: TokenMap, experts: int, weight_T: np.ndarray | RowSpread | None = None
+    trace: Trace, tokens: TokenMap, experts: int, weight_T: np.ndarray | RowSpread | None = None, threads: int = 1
 ) -> np.ndarray:
     """[L, E] selections by counted tokens, int64, or their weighted sums, float64, when ``weight_T`` is given.
 
@@ -98,13 +99,14 @@ def count_selections(
     Raises:
         ValueError: the trace names an expert ≥ ``experts``.
     """
+    packing = Packing.of(trace.read(0, 1), experts)
+
+    def part(span: tuple[int, int]) -> np.ndarray:
+        counted_T = tokens.counted(*span)
+        columns_GT = packing.columns(trace.read(*span)[counted_T])
+        return packing.sums(columns_GT, None if weight_T is None else np.asarray(weight_T[slice(*span)])[counted_T])
+
     result_LE = np.zeros((trace.layers, experts), dtype=np.int64 if weight_T is None else np.float64)
-    for start, stop, counted_T, selected_TLK in trace.chunks(tokens):
-        weights = None if weight_T is None else np.asarray(weight_T[start:stop])[counted_T]
-        columns = np.ascontiguousarray(selected_TLK.reshape(len(selected_TLK), -1).T)
-        for number, column_T in enumerate(columns):
-            histogram_E = np.bincount(column_T, weights, experts)
-            if len(histogram_E) > experts:
-                raise ValueError(f"the trace names expert {len(histogram_E) - 1} of {experts}")
-            result_LE[number // trace.top_k] += histogram_E
+    for part_LE in in_order(part, tokens.spans(), threads):
+        result_LE += part_LE
     return result_LE

@@ -7,6 +7,8 @@ process, no GPU, one pass at a time over the routing trace; memory is bounded wh
 from __future__ import annotations
 
 import shutil
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +16,9 @@ import numpy as np
 
 from trace_ds.calibration.detect import Detection, detect
 from trace_ds.calibration.diagnose import Documents, diagnose, document_sums, likeness, likeness_tables
+from trace_ds.calibration.raking import Context
 from trace_ds.calibration.retrieve import describe_retrieval, retrieve
-from trace_ds.calibration.rules import Calibrated, apply_rule, scope_of, source_log_weights
+from trace_ds.calibration.rules import LIMITS, Calibrated, apply_rule, scope_of, source_log_weights
 from trace_ds.calibration.table import print_table
 from trace_ds.calibration.tokens import (
     RowSpread,
@@ -115,6 +118,8 @@ def _make(
     log: StageLog,
 ) -> Artefact:
     """Weights by the rule, diagnosis, artefact. Large arrays live in a spool directory that is deleted at the end."""
+    import torch
+
     run.calibration.parent.mkdir(parents=True, exist_ok=True)
     spool = run.calibration.with_name(f"{run.calibration.name}.tmp-spool")
     shutil.rmtree(spool, ignore_errors=True)
@@ -148,7 +153,10 @@ def _make(
             spool,
             detection.selected_LE,
             log_weight_D,
+            np.sqrt(retain.variance_LE()),
+            Context(torch.get_num_threads(), None, Progress(log.line)),
         )
+        refuse_uniform(config, calibrated, run)
         if retrieved is not None:
             calibrated.notes.extend(retrieved.notes)
         with replacing_directory(run.calibration, ours.artefact("calibration")) as directory:
@@ -162,6 +170,40 @@ def _make(
     return artefacts.load(run.calibration, "calibration", "calibrate CONFIG", verify=False)
 
 
+class Progress:
+    """Passes lines on, but one every so often, with the time since the beginning."""
+
+    def __init__(self, say: Callable[[str], None], every_s: float = 15.0) -> None:
+        self._say, self._every_s = say, every_s
+        self._begun_s = self._last_s = time.monotonic()
+
+    def __call__(self, line: str) -> None:
+        now_s = time.monotonic()
+        if now_s - self._last_s >= self._every_s:
+            self._last_s = now_s
+            self._say(f"{line} ({now_s - self._begun_s:.0f} s)")
+
+
+def refuse_uniform(config: Config, calibrated: Calibrated, run: RunDirectory) -> None:
+    """Weights that do nothing are no calibration, unless the floor or the configuration asks for them.
+
+    Raises:
+        UserError: the weights are uniform, or so nearly that nothing would be calibrated.
+    """
+    settings = config.calibration
+    if settings.rule in WITHOUT_TRACE or not calibrated.scope_LE.any():
+        return
+    if calibrated.ess > UNIFORM_ESS and settings.ess_floor <= UNIFORM_ESS:
+        why = f"lambda {calibrated.strength:.3g}: {LIMITS[calibrated.limit]}"
+        raise UserError(
+            f"the rule {settings.rule} gave uniform weights (effective sample size {calibrated.ess:.6f}; {why})",
+            str(run.calibration),
+            "set calibration.rule: uniform if that is what you want; otherwise give retain text that is routed "
+            "differently in different documents, or another calibration.experts",
+        )
+
+
+UNIFORM_ESS = 0.999
 NONE_FOUND_FIX = (
     "lower calibration.detection.min_ratio or min_load, choose a top_* method, or set calibration.if_none_found: "
     "uniform (go on with uniform weights) or continue (with the rule, over all experts if calibration.experts is all)"

@@ -1,0 +1,176 @@
+"""Units of a dual: look-ups and histograms against a dense matrix, whatever the sharding, threads and sample."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from calibration_world import make_corpus, make_world
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trace_ds.calibration import tokens
+from trace_ds.calibration.rows import RowStore
+from trace_ds.calibration.selections import Packing
+from trace_ds.calibration.tokens import TokenMap, count_selections, open_trace
+from trace_ds.calibration.units import TokenUnits, evaluate
+from trace_ds.errors import UserError
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    layers=st.integers(1, 3),
+    experts=st.integers(1, 40),
+    count=st.integers(1, 50),
+    dtype=st.sampled_from([np.uint8, np.uint16]),
+)
+def test_scores_and_sums_are_those_of_the_dense_matrix(seed: int, layers: int, experts: int, count: int, dtype) -> None:
+    rng = np.random.default_rng(seed)
+    top_k = int(rng.integers(1, experts + 1))
+    selected = np.argsort(rng.random((count, layers, experts)), axis=2)[:, :, :top_k].astype(dtype)
+    dense = np.zeros((count, layers, experts))
+    np.put_along_axis(dense, selected.astype(np.int64), 1.0, axis=2)
+    packing = Packing.of(selected, experts)
+    assert packing.pairs == (dtype is np.uint8 and top_k % 2 == 0)
+    value, w = rng.normal(size=(layers, experts)), rng.random(count)
+    columns = packing.columns(selected)
+    wanted = np.einsum("tle,le->t", dense, value)
+    np.testing.assert_allclose(packing.score(columns, packing.tables(value)), wanted, atol=1e-12)
+    np.testing.assert_allclose(packing.sums(columns, w), np.einsum("tle,t->le", dense, w), atol=1e-12)
+    np.testing.assert_array_equal(packing.sums(columns, None), dense.sum(axis=0))
+    best = packing.score(columns, packing.tables(value, np.maximum), np.maximum, -np.inf)
+    np.testing.assert_array_equal(best, np.where(dense > 0, value, -np.inf).max(axis=(1, 2)))
+
+
+@pytest.mark.parametrize(("experts", "dtype"), [(256, np.uint8), (300, np.uint16)])
+def test_expert_numbers_up_to_a_byte_and_beyond(experts: int, dtype: type) -> None:
+    rng = np.random.default_rng(0)
+    corpus = make_corpus(rng, np.zeros(20, np.int64), rng.normal(size=(1, 2, experts)), 4)
+    assert corpus.trace_TLK.dtype == dtype and corpus.trace_TLK.max() > 250
+    counts = count_selections(corpus.as_trace(), corpus.tokens, experts)
+    np.testing.assert_array_equal(counts.ravel(), corpus.dense(experts).sum(axis=0))
+
+
+def world_of_units(parts: int = 1) -> tuple[TokenUnits, np.ndarray, np.ndarray]:
+    """(units of some experts, dense activations of these, θ)."""
+    _, retain = make_world()
+    scope = np.random.default_rng(1).random((3, 8)) < 0.7
+    units = TokenUnits(retain.as_trace(parts), scope, retain.tokens)
+    return units, retain.dense(8)[:, scope.ravel()].astype(float), np.linspace(-1, 1, int(scope.sum()))
+
+
+def test_a_pass_equals_the_dense_matrix(monkeypatch) -> None:
+    monkeypatch.setattr(tokens, "CHUNK_TOKENS", 257)
+    monkeypatch.setattr("trace_ds.calibration.units.CHUNK_TOKENS", 257)
+    units, dense, theta = world_of_units()
+    w = np.exp(dense @ theta)
+    point = evaluate(units, theta)
+    np.testing.assert_allclose(point.frequency_S, w @ dense / w.sum(), rtol=1e-12)
+    assert point.ess == pytest.approx(w.sum() ** 2 / (len(w) * (w**2).sum()), rel=1e-12)
+    assert point.max_weight == pytest.approx(w.max() / w.mean(), rel=1e-12)
+    assert point.log_mean == pytest.approx(np.log(w.mean()), rel=1e-12)
+    far = evaluate(units, 900 * theta)  # exp of it would overflow
+    assert np.isfinite(far.frequency_S).all() and far.ess < 0.01
+
+
+def test_parts_of_the_trace_and_threads_change_no_bit(monkeypatch) -> None:
+    monkeypatch.setattr("trace_ds.calibration.units.CHUNK_TOKENS", 500)
+    points, moments = [], []
+    for parts, threads in ((1, 1), (2, 2), (7, 3)):
+        units, _, theta = world_of_units(parts)
+        points.append(evaluate(units, theta, threads))
+        sample = units.sample(3000)
+        moments.append(sample.moments(np.full(sample.number, 1 / sample.number), threads).numpy())
+    for point, moment in zip(points[1:], moments[1:], strict=True):
+        np.testing.assert_array_equal(point.frequency_S, points[0].frequency_S)
+        assert (point.log_mean, point.ess) == (points[0].log_mean, points[0].ess)
+        np.testing.assert_array_equal(moment, moments[0])
+
+
+def test_second_moments_of_tokens_and_rows_against_numpy() -> None:
+    units, dense, _ = world_of_units()
+    weight = np.random.default_rng(0).random(len(dense))
+    sample = units.sample(1 << 20)
+    assert sample.number == units.number == len(dense)
+    np.testing.assert_allclose(sample.moments(weight, 1).numpy(), (dense.T * weight) @ dense, rtol=1e-12)
+    np.testing.assert_array_equal(sample.dense(3, 9).numpy(), dense[3:9])
+    rng = np.random.default_rng(0)
+    sizes = rng.integers(5, 40, 6000).astype(float)
+    counts = rng.binomial(sizes.astype(int)[:, None], 0.3, (6000, 700)).astype(np.uint16)
+    rows, weight = RowStore(np.ones((1, 700), dtype=bool), counts, sizes), rng.random(6000)
+    share = counts / sizes[:, None]
+    np.testing.assert_allclose(rows.moments(weight, 2).numpy(), (share.T * weight) @ share, rtol=1e-6)
+
+
+def test_a_sample_is_spread_over_all_documents_and_stands_for_the_corpus(monkeypatch) -> None:
+    monkeypatch.setattr("trace_ds.calibration.units.CHUNK_TOKENS", 700)
+    _, retain = make_world(documents=600)
+    units = TokenUnits(retain.as_trace(3), np.ones((3, 8), dtype=bool), retain.tokens)
+    sample = units.sample(units.number // 4)
+    assert 0.24 * units.number < sample.number < 0.26 * units.number
+    assert sample.multiplicity_N.sum() == pytest.approx(units.number)
+    p, q = evaluate(sample, np.zeros(24)).frequency_S, retain.dense(8).mean(axis=0)
+    assert np.abs(p - q).max() < 4 * np.sqrt(0.25 / sample.number)
+    again = units.sample(units.number // 4)
+    np.testing.assert_array_equal(again.trace.parts[0], sample.trace.parts[0])
+    fewer = sample.sample(500)
+    assert fewer.number == 500 and fewer.multiplicity_N.sum() == pytest.approx(units.number, rel=0.01)
+
+
+@settings(max_examples=100, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), start=st.integers(0, 60), size=st.integers(1, 70))
+def test_counted_positions_are_those_whose_next_token_is_of_the_same_row_and_document(
+    seed: int, start: int, size: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(0, 9, 15)
+    starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    total = int(starts[-1])
+    documents = np.sort(rng.integers(0, 8, total)).astype(np.int32)
+    stop = min(start + size, total)
+    if start >= stop:
+        return
+    row = np.repeat(np.arange(15), lengths)
+    wanted = [t + 1 < total and row[t + 1] == row[t] and documents[t + 1] == documents[t] for t in range(start, stop)]
+    token_map = TokenMap(starts, documents, 8)
+    assert token_map.counted(start, stop).tolist() == wanted
+    assert token_map.row_of(start, stop).tolist() == row[start:stop].tolist()
+
+
+def test_counting_the_trace_gives_the_statistics(monkeypatch) -> None:
+    monkeypatch.setattr(tokens, "CHUNK_TOKENS", 333)
+    _, retain = make_world()
+    for threads in (1, 2):
+        counts = count_selections(retain.as_trace(3), retain.tokens, 8, threads=threads)
+        np.testing.assert_array_equal(counts, retain.statistics(8).counts_LE)
+    w = np.random.default_rng(0).random(retain.tokens.tokens)
+    weighted = count_selections(retain.as_trace(), retain.tokens, 8, w)
+    np.testing.assert_allclose(weighted.ravel(), w[retain.counted_T] @ retain.dense(8), rtol=1e-12)
+    with pytest.raises(ValueError, match="expert 7 of 7"):
+        count_selections(retain.as_trace(), retain.tokens, 7)
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.zeros((5, 2, 2), np.int64), "instead of unsigned"),
+        (np.zeros((5, 3, 2), np.uint8), "instead of unsigned"),
+        (np.zeros((4, 2, 2), np.uint8), "covers 4 tokens, the retain data has 5"),
+        (None, "not a trace part"),
+    ],
+)
+def test_a_trace_that_does_not_fit_is_refused(tmp_path, array, message: str) -> None:
+    path = tmp_path / "trace-00000-of-00001.npy"
+    if array is None:
+        path.write_bytes(b"not an array")
+    else:
+        np.save(path, array)
+    with pytest.raises(UserError, match=message):
+        open_trace([path], 2, 2, 5, "collect again")
+
+
+def test_a_pickled_trace_is_refused(tmp_path) -> None:
+    path = tmp_path / "trace-00000-of-00001.npy"
+    np.save(path, np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    with pytest.raises(UserError, match="not a trace part"):
+        open_trace([path], 2, 2, 5, "collect again")
