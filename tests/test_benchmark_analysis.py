@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from trace_ds.benchmark import analysis, plan
-from trace_ds.benchmark.analysis import Curve
-from trace_ds.benchmark.study import choices
-from trace_ds.benchmark.table import show
 from trace_ds.config.load import load_config, recipe_names, validate, with_changes
 from trace_ds.config.schema import Config
 from trace_ds.errors import UserError
 from trace_ds.reporting.matched import matched
+from trace_ds.studies import analysis, plan
+from trace_ds.studies.analysis import Curve
+from trace_ds.studies.study import choices
+from trace_ds.studies.table import show
 
 ALPHA, LR = "unlearning.alpha", "unlearning.optimizer.lr"
 

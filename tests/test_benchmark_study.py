@@ -19,13 +19,13 @@ import tiny
 import yaml
 from distributed import run_distributed
 
-from trace_ds.benchmark import plan, worker
-from trace_ds.benchmark.study import worker_environment
-from trace_ds.benchmark.worker import Job, Study
 from trace_ds.config.load import load_config
 from trace_ds.errors import UserError
 from trace_ds.run.directory import RunDirectory
 from trace_ds.stages.report import report_study
+from trace_ds.studies import plan, worker
+from trace_ds.studies.study import worker_environment
+from trace_ds.studies.worker import Job, Study
 
 BENCH: dict[str, Any] = {
     "seeds": [0, 1],

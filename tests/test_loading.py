@@ -160,8 +160,8 @@ def test_files_of_another_model_are_refused(tiny_model: Path, tmp_path: Path) ->
     import json
     import shutil
 
-    from trace_ds.conversion.layouts import read_layout
     from trace_ds.models.weights import WeightFiles
+    from trace_ds.tensors.layouts import read_layout
 
     model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
     config = json.loads((model / "config.json").read_text())

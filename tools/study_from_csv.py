@@ -22,12 +22,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from trace_ds.benchmark import plan
-from trace_ds.benchmark.analysis import Curve, compare
-from trace_ds.benchmark.study import choices
 from trace_ds.config.load import load_config
 from trace_ds.config.schema import Config
 from trace_ds.reporting.matched import matched
+from trace_ds.studies import plan
+from trace_ds.studies.analysis import Curve, compare
+from trace_ds.studies.study import choices
 
 
 def read_curves(config: Config, path: Path, target: float) -> list[Curve]:

@@ -22,11 +22,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from trace_ds.conversion.layouts import read_layout
 from trace_ds.errors import UserError
 from trace_ds.models.routers import find_routers, moe_decoder_layers
 from trace_ds.models.weights import WeightFiles, full_shape, held
 from trace_ds.parallel.world import World, quiet_deepspeed
+from trace_ds.tensors.layouts import read_layout
 
 
 class SkippedExperts(nn.Module):

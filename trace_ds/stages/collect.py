@@ -18,11 +18,11 @@ from trace_ds.config.schema import Config
 from trace_ds.corpora.tokenizer import tokenizer_fingerprint
 from trace_ds.errors import UserError
 from trace_ds.models.families import ModelInfo, check_expert_parallel, inspect_model, require_plain_logits
-from trace_ds.models.files import read_model_directory
 from trace_ds.routing.token_files import Wanted
 from trace_ds.run import artefact, ours
 from trace_ds.run.directory import RunDirectory
 from trace_ds.run.files import remove_directory, write_json
+from trace_ds.tensors.files import read_model_directory
 
 if TYPE_CHECKING:
     from trace_ds.parallel.world import World

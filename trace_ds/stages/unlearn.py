@@ -11,11 +11,11 @@ from trace_ds.config.schema import Config, TrainableConfig
 from trace_ds.corpora.tokenizer import tokenizer_fingerprint
 from trace_ds.errors import UserError
 from trace_ds.models.families import ModelInfo, check_expert_parallel, inspect_model, require_plain_logits
-from trace_ds.models.files import read_model_directory
 from trace_ds.routing.token_files import require_parts
 from trace_ds.run import artefact
 from trace_ds.run.directory import RunDirectory
 from trace_ds.run.files import canonical_json, sha256_text
+from trace_ds.tensors.files import read_model_directory
 
 if TYPE_CHECKING:
     from trace_ds.parallel.world import World

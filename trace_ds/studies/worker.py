@@ -1,6 +1,6 @@
 """One worker of a study: takes the jobs that nobody else has taken until all are done.
 
-    python -m trace_ds.benchmark.worker RECIPE STUDY_DIR [--set KEY=VALUE …]
+    python -m trace_ds.studies.worker RECIPE STUDY_DIR [--set KEY=VALUE …]
 
 Workers share nothing but the directory: a job is taken by a lock on a file beside its result, which the system frees
 when a worker dies, and it is done when its result is there, so a killed study goes on where it was.
@@ -27,12 +27,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trace_ds.benchmark import plan
 from trace_ds.config.load import dump_yaml, load_config
 from trace_ds.config.schema import Config
 from trace_ds.errors import UserError
 from trace_ds.run.directory import RunDirectory
 from trace_ds.run.files import canonical_json, sha256_file, sha256_text, write_json
+from trace_ds.studies import plan
 
 if TYPE_CHECKING:
     from trace_ds.evaluation.items import Task
@@ -182,7 +182,7 @@ class _Work:
 
     def reference(self, name: str) -> dict[str, Any]:
         """Make a reference model (when it is the demo's) and score it; the original also gets its statistics."""
-        from trace_ds.benchmark import trial
+        from trace_ds.studies import trial
 
         if self._regime is not None:
             from trace_ds.demo.run import prepare_inputs
@@ -206,9 +206,9 @@ class _Work:
         collect(self._config, run, self._world)
 
     def trial(self, asked: plan.Trial, config: Config) -> dict[str, Any]:
-        from trace_ds.benchmark import trial
         from trace_ds.stages.calibrate import calibrate
         from trace_ds.stages.unlearn import check_unlearn
+        from trace_ds.studies import trial
 
         assert self._world is not None
         name = sha256_text(canonical_json(config.calibration.model_dump(mode="json")))[:12]
@@ -283,7 +283,7 @@ def _holding(path: Path, *, wait: bool = True) -> Iterator[bool]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m trace_ds.benchmark.worker")
+    parser = argparse.ArgumentParser(prog="python -m trace_ds.studies.worker")
     parser.add_argument("recipe")
     parser.add_argument("directory", type=Path)
     parser.add_argument("--set", action="append", default=[])

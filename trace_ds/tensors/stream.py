@@ -20,9 +20,9 @@ from pathlib import Path
 
 import torch
 
-from trace_ds.conversion.runs import ChecksumLedger, Run, TensorSource, merge_adjacent, pieces_of
-from trace_ds.conversion.torch_archive import COPY_AGAIN
 from trace_ds.errors import UserError
+from trace_ds.tensors.runs import ChecksumLedger, Run, TensorSource, merge_adjacent, pieces_of
+from trace_ds.tensors.torch_archive import COPY_AGAIN
 
 BLOCK_NUMEL = 1 << 19
 FLUSH_BYTES = 1 << 27

@@ -2,7 +2,7 @@
 
 ``torch.save`` needs every tensor in memory. Under ``torch.serialization.skip_data`` it leaves room for their bytes
 instead (a hole in the file, without a checksum); where each lies is read back from the file, and
-:class:`~trace_ds.conversion.stream.Streamer` fills it. ``torch.load`` (with ``weights_only=True``) reads the result.
+:class:`~trace_ds.tensors.stream.Streamer` fills it. ``torch.load`` (with ``weights_only=True``) reads the result.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from trace_ds.conversion.runs import TensorSource
-from trace_ds.conversion.stream import Task, naming_full_disk
-from trace_ds.conversion.torch_archive import read_archive, tensors_of
+from trace_ds.tensors.runs import TensorSource
+from trace_ds.tensors.stream import Task, naming_full_disk
+from trace_ds.tensors.torch_archive import read_archive, tensors_of
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,15 +21,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from trace_ds.benchmark import plan
-from trace_ds.benchmark.analysis import Curve, compare, curve_of, finite, metric_of, tuned
-from trace_ds.benchmark.worker import Job, Study, is_done
 from trace_ds.config.load import load_config
 from trace_ds.config.schema import Config
 from trace_ds.errors import EXIT_STOPPED, StopRequested, UserError
 from trace_ds.run import ours
 from trace_ds.run.directory import RunDirectory, locked
 from trace_ds.run.files import write_json, write_text
+from trace_ds.studies import plan
+from trace_ds.studies.analysis import Curve, compare, curve_of, finite, metric_of, tuned
+from trace_ds.studies.worker import Job, Study, is_done
 
 TELL_EVERY_S = 30.0
 # For the estimate before anything ran: seconds of one CPU core of the machine this was developed on.
@@ -68,7 +68,7 @@ def run_study(recipe: str, run_dir: Path | None, overrides: Sequence[str], worke
     if json:
         print(json_module.dumps(result, indent=1, sort_keys=True))
     else:
-        from trace_ds.benchmark.table import show
+        from trace_ds.studies.table import show
 
         show(result)
         print(f"numbers: {directory / 'study.json'}, every scored step: {directory / 'frontier.csv'}")
@@ -124,7 +124,7 @@ def _work(recipe: str, directory: Path, overrides: Sequence[str], jobs: list[Job
     """Start the workers, tell how far they are, wait; the first failure ends all of them."""
     from trace_ds.parallel.launch import die_with_parent
 
-    command = [sys.executable, "-m", "trace_ds.benchmark.worker", recipe, str(directory)]
+    command = [sys.executable, "-m", "trace_ds.studies.worker", recipe, str(directory)]
     for override in overrides:
         command += ["--set", override]
     (directory / "logs").mkdir(parents=True, exist_ok=True)
