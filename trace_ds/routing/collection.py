@@ -131,7 +131,7 @@ class Collection:
             self._keep("sample", drawn, self._trace(recorder, drawn_T))
         if self.wanted.nll:
             assert number or head_is_all(model.lm_head, body[0], output.logits)
-            nll_BS = token_nll(model.lm_head, body[0], batch)
+            nll_BS = _batch_nll(model.lm_head, body[0], batch)
             if len(real_T):
                 self._keep("nll", tokens, nll_BS.reshape(-1)[real_T])
         if self.wanted.hidden_layer is not None and last_row > first_row:
@@ -324,7 +324,7 @@ def whole_head(head: nn.Module) -> Iterator[tuple[torch.Tensor, torch.Tensor | N
         yield head.weight, head.bias  # type: ignore[misc]
 
 
-def token_nll(head: nn.Module, hidden_BSD: torch.Tensor, batch: Batch) -> torch.Tensor:
+def _batch_nll(head: nn.Module, hidden_BSD: torch.Tensor, batch: Batch) -> torch.Tensor:
     """Loss of the next token at counted positions, 0 elsewhere, fp32 [B, S] on the device of the hidden states."""
     device = hidden_BSD.device
     rows, columns = batch.counted_BS.nonzero(as_tuple=True)

@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trace_ds.config.needs import ROW_COUNTS, SAMPLE, TRACE, keys_needing
 from trace_ds.config.schema import Config
 from trace_ds.corpora.tokenizer import tokenizer_fingerprint
 from trace_ds.errors import UserError
@@ -22,6 +21,7 @@ from trace_ds.routing.token_files import Wanted
 from trace_ds.run import artefact, ours
 from trace_ds.run.directory import RunDirectory
 from trace_ds.run.files import remove_directory, write_json
+from trace_ds.stages.recorded import ROW_COUNTS, SAMPLE, TRACE, keys_needing
 from trace_ds.tensors.files import read_model_directory
 
 if TYPE_CHECKING:
