@@ -136,7 +136,14 @@ def collect(config: Config, run: RunDirectory, world: World) -> None:
             log.line(f"the family {job.info.family.model_type} has no expert parallelism: {sharding}")
         asked = wanted(config, job.info, "retain")
         parts = Parts(head=asked.nll, last_output=asked.nll, hidden_layer=asked.hidden_layer)
-        engine = inference_engine(config, job.info, world, ep=config.distributed.ep, parts=parts)
+        engine = inference_engine(
+            job.info,
+            world,
+            dtype=config.model.dtype,
+            ep=config.distributed.ep,
+            kernel=config.statistics.expert_kernel,
+            parts=parts,
+        )
         if job.info.family.autoep_preset is None and config.data.documents_per_row != 1:
             from trace_ds.routing.collection import refused_packing
 
@@ -267,7 +274,7 @@ def _shape(config: Config, world: World, job: CollectJob, side: str) -> dict[str
         "ep": config.distributed.ep,
         "batch_rows": config.statistics.batch_rows,
         "device": world.device.type,
-        "expert_kernel": expert_kernel(config, job.info, world.device),
+        "expert_kernel": expert_kernel(config.statistics.expert_kernel, job.info, world.device),
     }
 
 

@@ -204,7 +204,9 @@ def unlearn(config: Config, run: RunDirectory, world: World) -> None:
         for problem in problems:
             log.line(f"WARNING {problem}")
         batches = world.agree_each(lambda _: make_batches(config, job))
-        engine = training_engine(config, job.info, world, batches.micro_batches_per_step(world.size), job.experts)
+        dtype, ep = config.model.dtype, config.distributed.ep
+        accumulation = batches.micro_batches_per_step(world.size)
+        engine = training_engine(settings, job.info, world, accumulation, job.experts, dtype=dtype, ep=ep)
         realignment = None
         if settings.grip is not None:  # before anything is restored: it looks at the frozen routers
             held_bytes = grip.install(engine, batches, world, settings.grip)
@@ -213,14 +215,16 @@ def unlearn(config: Config, run: RunDirectory, world: World) -> None:
         checkpoint = restore(config, run, job, world, engine, chosen, log) if chosen else None
         log.drop_scalars_after(checkpoint.step if checkpoint else 0)
         cursor = checkpoint.cursor if checkpoint else {"step": 0, "seed": config.seed}
-        objective, cursor = make_objective(config, job.info, world, batches, cursor, job.anchored)
+        objective, cursor = make_objective(
+            settings, job.info, world, batches, cursor, job.anchored, dtype=dtype, ep=ep, seed=config.seed
+        )
         manifest = _manifest(config, job, world, checkpoint.step if checkpoint else 0, cursor)
         weights = world.agree_each(
             lambda _: make_weights(settings, job.calibration, engine.module, world.device, cursor)
         )
         log.line(
             f"{settings.forget_loss}, {settings.weights} weights by {settings.apply}, alpha {settings.alpha:g}, "
-            f"ZeRO stage {settings.zero_stage}, world size {world.size}, expert-parallel size {config.distributed.ep}"
+            f"ZeRO stage {settings.zero_stage}, world size {world.size}, expert-parallel size {ep}"
         )
         [evaluator] = world.agree_each(lambda _: [make_evaluator(config, job, world)])
         train(engine, world, batches, objective, weights, evaluator, settings, run, manifest, log, realignment)
@@ -282,7 +286,8 @@ def make_batches(config: Config, job: UnlearnJob) -> Batches:
     sides = ("forget", "retain", *(["alternative"] if "alternative" in nll else []))
     datasets = {side: TokenDataset.open(job.data.file(f"{side}.arrow")) for side in sides}
     return Batches(
-        config,
+        config.unlearning,
+        config.seed,
         datasets["forget"],
         datasets["retain"],
         token_weights,
