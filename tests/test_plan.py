@@ -20,8 +20,8 @@ from plan_tables import clusters_markdown, models_markdown
 from trace_ds.cluster import cost, memory
 from trace_ds.cluster.architecture import FAMILIES, active_parameters, count_parameters, read_architecture
 from trace_ds.cluster.job import corpus_tokens
-from trace_ds.cluster.plan import MAX_ROWS, _largest, as_dict, plan, plan_model
-from trace_ds.cluster.plan_view import plan_command, print_plan
+from trace_ds.cluster.plan import MAX_ROWS, _largest, as_dict, plan, plan_command, plan_model
+from trace_ds.cluster.plan_view import print_plan
 from trace_ds.cluster.spec import (
     GB,
     LINK_EFFICIENCY,
@@ -647,7 +647,7 @@ def test_every_option_of_the_command_reaches_the_cluster(monkeypatch: pytest.Mon
     from trace_ds.cli import app
 
     given: list[ClusterSpec] = []
-    monkeypatch.setattr("trace_ds.cluster.plan_view.plan_command", lambda config, spec, json: given.append(spec) or 0)
+    monkeypatch.setattr("trace_ds.cluster.plan.plan_command", lambda config, spec, json: given.append(spec) or 0)
     options = {
         "nodes": 3,
         "gpus_per_node": 5,

@@ -10,6 +10,7 @@ second. The cost model and what of it was checked against measurements is writte
 
 from __future__ import annotations
 
+import json as json_module
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -413,3 +414,15 @@ def as_dict(result: Plan) -> dict[str, Any]:
         entry["job_s"] = stage.job_s
     value["assumptions"] = list(ASSUMPTIONS)
     return value
+
+
+def plan_command(config: Config, spec: ClusterSpec, json: bool) -> int:
+    """Print the plan as tables, or as JSON; exit status 0 also when nothing fits (the warnings say so)."""
+    result = plan(config, spec)
+    if json:
+        print(json_module.dumps(as_dict(result), indent=1, sort_keys=True))
+    else:
+        from trace_ds.cluster.plan_view import print_plan
+
+        print_plan(result)
+    return 0

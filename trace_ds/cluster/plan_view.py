@@ -1,19 +1,16 @@
-"""What ``trace-ds plan`` prints."""
+"""The tables ``trace-ds plan`` prints."""
 
 from __future__ import annotations
 
-import json as json_module
 from dataclasses import asdict
 
 from rich.console import Console
 from rich.table import Table
 
-from trace_ds.cluster import plan as planner
 from trace_ds.cluster.checks import wide_console
 from trace_ds.cluster.memory import PHASES
 from trace_ds.cluster.plan import ASSUMPTIONS, MAX_ROWS, Plan, StagePlan
-from trace_ds.cluster.spec import GB, ClusterSpec
-from trace_ds.config.schema import Config
+from trace_ds.cluster.spec import GB
 
 SHOWN_CHOICES = 8
 
@@ -176,13 +173,3 @@ def rows(number: int) -> str:
 def billions(number: int) -> str:
     """A number of parameters in billions."""
     return f"{number / 1e9:.4g} B" if number >= 1e8 else f"{number / 1e6:.4g} M"
-
-
-def plan_command(config: Config, spec: ClusterSpec, json: bool) -> int:
-    """Print the plan as tables, or as JSON; exit status 0 also when nothing fits (the warnings say so)."""
-    result = planner.plan(config, spec)
-    if json:
-        print(json_module.dumps(planner.as_dict(result), indent=1, sort_keys=True))
-    else:
-        print_plan(result)
-    return 0
