@@ -17,7 +17,7 @@ def zero3_bytes(world: Any, config: str, run_dir: str, overrides: list[str]) -> 
     """Bytes that this rank of the real training engine keeps, by part, and those of the checkpoint it writes."""
     import torch
 
-    from trace_ds.unlearning.engine import training_engine
+    from trace_ds.unlearning.training_engine import training_engine
 
     loaded, directory = load_config(config, overrides, run_dir)
     info = inspect_model(loaded.model.path)
@@ -54,7 +54,7 @@ def step_traffic(world: Any, config: str, run_dir: str, overrides: list[str]) ->
     import torch
     from deepspeed.comm import comm
 
-    from trace_ds.unlearning.engine import training_engine
+    from trace_ds.unlearning.training_engine import training_engine
 
     loaded, _ = load_config(config, overrides, run_dir)
     engine = training_engine(
@@ -128,9 +128,9 @@ def peak_bytes(world: Any, config: str, run_dir: str, overrides: list[str]) -> d
     import torch
 
     from trace_ds.unlearning.assemble import make_objective
-    from trace_ds.unlearning.engine import training_engine
     from trace_ds.unlearning.job import run_step
     from trace_ds.unlearning.online_weights import RetainWeights
+    from trace_ds.unlearning.training_engine import training_engine
 
     loaded, _ = load_config(config, overrides, run_dir)
     info = inspect_model(loaded.model.path)

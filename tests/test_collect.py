@@ -418,19 +418,19 @@ def test_the_trace_is_recorded_for_keys_that_need_it(
     changes: dict[str, Any], forget: list[str], retain: list[str], tiny_model: Path, tmp_path: Path
 ) -> None:
     from trace_ds.models.families import inspect_model
-    from trace_ds.stages.collect import about_trace, wanted
+    from trace_ds.stages.collect import about_trace, recording
 
     config, _ = load_config(str(tiny.write_config(tmp_path, tiny_model, **changes)), [], tmp_path / "run")
     info = inspect_model(config.model.path)
     for side, keys in (("forget", forget), ("retain", retain)):
         assert keys_needing(TRACE, config, side) == keys
         line = about_trace(config, side, 1234)
-        assert wanted(config, info, side).trace == bool(keys) == ("1,234 bytes" in line)
+        assert recording(config, info, side).trace == bool(keys) == ("1,234 bytes" in line)
         assert all(key in line for key in keys)
     off = config.model_copy(update={"statistics": config.statistics.model_copy(update={"trace": False})})
-    assert not wanted(off, info, "retain").trace
+    assert not recording(off, info, "retain").trace
     on = config.model_copy(update={"statistics": config.statistics.model_copy(update={"trace": True})})
-    assert wanted(on, info, "forget").trace and "statistics.trace: true" in about_trace(on, "forget", 1)
+    assert recording(on, info, "forget").trace and "statistics.trace: true" in about_trace(on, "forget", 1)
 
 
 def test_a_collection_is_repeated_only_for_what_it_lacks(tiny_model: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from trace_ds.errors import UserError
 from trace_ds.run import artefact
 from trace_ds.run.files import sha256_file
 from trace_ds.stages.inspect import inspect, inspect_path, layout_of
-from trace_ds.tensors.files import SINGLE_NAME, read_model_directory
+from trace_ds.tensors.model_files import SINGLE_NAME, read_model_directory
 from trace_ds.tensors.torch_archive import read_archive, tensors_of
 
 

@@ -67,7 +67,7 @@ def save_engines(world: Any, folder: str, models: dict[str, str], stages: list[i
     from trace_ds.checkpoints import serialization
     from trace_ds.models.engine import base_ds_config, initialize
     from trace_ds.models.families import inspect_model
-    from trace_ds.models.loading import Parts
+    from trace_ds.models.loading import ModelParts
 
     for name, path in models.items():
         info = inspect_model(path)
@@ -78,7 +78,7 @@ def save_engines(world: Any, folder: str, models: dict[str, str], stages: list[i
                 "bf16": {"enabled": False},
             }
             engine = initialize(
-                info, world, ds_config, dtype="fp32", parts=Parts(), parameters=lambda m: list(m.parameters())
+                info, world, ds_config, dtype="fp32", parts=ModelParts(), parameters=lambda m: list(m.parameters())
             )
             head, embedding = engine.module.lm_head.weight, engine.module.get_input_embeddings().weight
             assert (head is embedding) == ("untied" not in name)

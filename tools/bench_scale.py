@@ -63,7 +63,7 @@ def measure(case: Case, world: Any, folder: Path, steps: int) -> dict[str, float
     from trace_ds.models.families import inspect_model
     from trace_ds.models.routers import record_routing
     from trace_ds.routing.counter import RoutingCounter
-    from trace_ds.unlearning.engine import training_engine
+    from trace_ds.unlearning.training_engine import training_engine
 
     path = folder / "-".join(str(value) for value in asdict(case).values())
     if world.is_main:

@@ -150,8 +150,8 @@ class Job:
         from trace_ds.parallel.world import join
         from trace_ds.stages import unlearn
         from trace_ds.unlearning.assemble import make_objective
-        from trace_ds.unlearning.engine import training_engine
         from trace_ds.unlearning.online_weights import make_weights
+        from trace_ds.unlearning.training_engine import training_engine
 
         config, run = prepared(config_path, arms[0], extra)
         self.settings = config.unlearning

@@ -33,7 +33,7 @@ def check_stage(manifest: Manifest, zero_stage: int, checkpoints: Path) -> None:
         )
 
 
-def restore(
+def load_reshaped(
     engine: Any, world: World, checkpoints: Path, manifest: Manifest, *, autoep: bool, base_model: Path
 ) -> None:
     """Load a checkpoint of another shape into the engine (collective).

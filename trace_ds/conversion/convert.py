@@ -34,7 +34,6 @@ from trace_ds.run.files import (
 from trace_ds.run.ours import MANIFEST, converted_model, require_apart, require_directory
 from trace_ds.tensors.checkpoint import Checkpoint
 from trace_ds.tensors.dtypes import DTYPE_NAMES
-from trace_ds.tensors.files import read_json_object
 from trace_ds.tensors.layouts import (
     ModelLayout,
     engine_to_fused,
@@ -43,10 +42,11 @@ from trace_ds.tensors.layouts import (
     missing_and_unexpected,
     read_layout,
 )
+from trace_ds.tensors.model_files import read_json_object
 from trace_ds.tensors.opening import REPORT, family_of, open_source, verify_manifest
 from trace_ds.tensors.partitions import reading
 from trace_ds.tensors.runs import TensorSource, from_lazy
-from trace_ds.tensors.stream import Progress, Streamer, Task, naming_full_disk, run_tasks, warnings_of
+from trace_ds.tensors.stream import CopyTask, Progress, Streamer, naming_full_disk, run_tasks, warnings_of
 from trace_ds.tensors.torch_archive import read_archive, tensors_of
 
 TARGETS = ("hf", "universal")
@@ -399,7 +399,7 @@ def verify_huggingface(directory: Path, report: Mapping[str, Any], jobs: int = 1
     if strange:
         raise UserError(f"the written model and the report differ in {strange[0]}", str(directory), "convert again")
     names = sorted(found)
-    read = Streamer(jobs).run([Task(found[name], found[name].dtype, None, 0) for name in names])
+    read = Streamer(jobs).run([CopyTask(found[name], found[name].dtype, None, 0) for name in names])
     for name, result in zip(names, read, strict=True):
         facts = (DTYPE_NAMES[found[name].dtype], list(found[name].shape), result.sha256)
         if facts != tuple(expected[name][key] for key in ("dtype", "shape", "sha256")):
@@ -426,7 +426,9 @@ def verify_archives(directory: Path, jobs: int = 1) -> None:
     files = [path for path in sorted(checkpoint.path.rglob("*.pt")) if path.is_file()]
     held = [(path, tensor) for path in files for tensor in tensors_of(read_archive(path)) if tensor.numel()]
     streamer = Streamer(jobs)
-    read = streamer.run([Task(from_lazy(tensor.storage.record, tensor), tensor.dtype, None, 0) for _, tensor in held])
+    read = streamer.run(
+        [CopyTask(from_lazy(tensor.storage.record, tensor), tensor.dtype, None, 0) for _, tensor in held]
+    )
     streamer.ledger.check()
     for (path, _), result in zip(held, read, strict=True):
         if expected.get(path, result.sha256) != result.sha256:

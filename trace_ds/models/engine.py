@@ -14,7 +14,7 @@ from torch import nn
 from trace_ds.models import autoep
 from trace_ds.models.engine_config import merge, parameter_offload, user_ds_config
 from trace_ds.models.families import ModelInfo
-from trace_ds.models.loading import Parts, load_share
+from trace_ds.models.loading import ModelParts, load_share
 from trace_ds.parallel.world import World, quiet_deepspeed
 
 WIDE_EXPERT = 8192
@@ -55,7 +55,7 @@ def initialize(
     ds_config: dict[str, Any],
     *,
     dtype: str,
-    parts: Parts,
+    parts: ModelParts,
     parameters: Callable[[nn.Module], list[Any]] | None = None,
     recompute: bool = False,
 ) -> Any:
@@ -111,7 +111,7 @@ def import_muon() -> None:
 
 
 def inference_engine(
-    info: ModelInfo, world: World, *, dtype: str, ep: int, kernel: str = "auto", parts: Parts | None = None
+    info: ModelInfo, world: World, *, dtype: str, ep: int, kernel: str = "auto", parts: ModelParts | None = None
 ) -> Any:
     """A forward-only DeepSpeed engine; ``kernel`` is ``statistics.expert_kernel``.
 
@@ -122,7 +122,7 @@ def inference_engine(
     ds_config = base_ds_config(ep=ep, info=info, zero_stage=stage)
     if stage == 3:
         ds_config["bf16"] = {"enabled": dtype == "bf16"}
-    parts = replace(parts or Parts(), expert_kernel=expert_kernel(kernel, info, world.device))
+    parts = replace(parts or ModelParts(), expert_kernel=expert_kernel(kernel, info, world.device))
     return initialize(info, world, ds_config, dtype=dtype, parts=parts)
 
 
@@ -156,7 +156,7 @@ def reference_engine(
     if stage == 3:
         ds_config["bf16"] = {"enabled": dtype == "bf16"}
         ds_config = merge(ds_config, parameter_offload(user_ds_config(ds_config_path)))
-    return initialize(info, world, ds_config, dtype=dtype, parts=Parts(layers=layers))
+    return initialize(info, world, ds_config, dtype=dtype, parts=ModelParts(layers=layers))
 
 
 def _has_experts(module: nn.Module) -> bool:

@@ -138,7 +138,7 @@ def _choose(config: Config, run: RunDirectory) -> tuple[Path, list[str]]:
 
 def _is_done(model: Path, checkpoint: Path, dtype: str, max_shard_size: str) -> bool:
     """Whether ``model`` is whole and was made from exactly this checkpoint with these settings."""
-    from trace_ds.tensors.files import read_model_directory
+    from trace_ds.tensors.model_files import read_model_directory
 
     try:
         report = read_object(model / "conversion.json", "the report", "")

@@ -39,7 +39,7 @@ from trace_ds.run import artefact, ours
 from trace_ds.run.directory import RunDirectory, unwritable
 from trace_ds.run.files import write_bytes, write_json
 from trace_ds.run.log import Progress, StageLog, stage_log
-from trace_ds.tensors.files import read_model_directory
+from trace_ds.tensors.model_files import read_model_directory
 
 if TYPE_CHECKING:
     from trace_ds.evaluation.attacks import Decisions

@@ -23,7 +23,7 @@ from trace_ds.errors import UserError
 from trace_ds.run import artefact
 from trace_ds.run.directory import RunDirectory
 from trace_ds.run.foreign import named_by
-from trace_ds.tensors.files import (
+from trace_ds.tensors.model_files import (
     CONFIG_NAME,
     INDEX_NAME,
     ModelFiles,

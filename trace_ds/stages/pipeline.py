@@ -105,7 +105,7 @@ def check_early(verb: str, request: Request, world_size: int | None = None) -> N
     from trace_ds.models.families import check_expert_parallel, inspect_model
     from trace_ds.parallel.launch import check_process_count
     from trace_ds.stages.evaluate import needs_data
-    from trace_ds.tensors.files import read_model_config
+    from trace_ds.tensors.model_files import read_model_config
 
     config, run = request.config, request.run
     for item in request.all() if verb == "run" else [request]:
@@ -147,7 +147,7 @@ def _check_later_stages(request: Request) -> None:
     from trace_ds.models.families import inspect_model
     from trace_ds.stages.convert import check_convert
     from trace_ds.stages.unlearn import check_settings
-    from trace_ds.tensors.files import read_model_directory
+    from trace_ds.tensors.model_files import read_model_directory
 
     info = inspect_model(request.config.model.path)
     for item in request.all():

@@ -15,7 +15,7 @@ from trace_ds.routing.token_files import require_parts
 from trace_ds.run import artefact
 from trace_ds.run.directory import RunDirectory
 from trace_ds.run.files import canonical_json, sha256_text
-from trace_ds.tensors.files import read_model_directory
+from trace_ds.tensors.model_files import read_model_directory
 
 if TYPE_CHECKING:
     from trace_ds.parallel.world import World
@@ -188,10 +188,10 @@ def unlearn(config: Config, run: RunDirectory, world: World) -> None:
     from trace_ds.run.log import stage_log
     from trace_ds.unlearning import grip
     from trace_ds.unlearning.assemble import make_objective
-    from trace_ds.unlearning.engine import training_engine
     from trace_ds.unlearning.job import train
     from trace_ds.unlearning.online_weights import make_weights
     from trace_ds.unlearning.realign import Realignment
+    from trace_ds.unlearning.training_engine import training_engine
 
     job = world.broadcast(world.agree_each(lambda verify: _checked(config, run, world, verify=verify)))[0]
     if world.broadcast_agreed(lambda: job.settled(config, run)):
@@ -212,7 +212,7 @@ def unlearn(config: Config, run: RunDirectory, world: World) -> None:
             held_bytes = grip.install(engine, batches, world, settings.grip)
             log.line(f"GRIP holds {held_bytes:,} bytes of router bases on this rank; fewer grip.tokens take less")
             realignment = Realignment.asked(engine, batches, world, settings.grip)
-        checkpoint = restore(config, run, job, world, engine, chosen, log) if chosen else None
+        checkpoint = load_checkpoint(config, run, job, world, engine, chosen, log) if chosen else None
         log.drop_scalars_after(checkpoint.step if checkpoint else 0)
         cursor = checkpoint.cursor if checkpoint else {"step": 0, "seed": config.seed}
         objective, cursor = make_objective(
@@ -244,7 +244,7 @@ def _checked(config: Config, run: RunDirectory, world: World, *, verify: bool) -
     return []
 
 
-def restore(
+def load_checkpoint(
     config: Config, run: RunDirectory, job: UnlearnJob, world: World, engine: Any, chosen: Manifest, log: StageLog
 ) -> Manifest:
     """Load ``chosen``, or the newest older checkpoint that can be loaded, whatever shape wrote it; its manifest."""
@@ -260,9 +260,9 @@ def restore(
             f"the checkpoint of step {manifest.step} was written by world size {manifest.world}, "
             f"expert-parallel size {manifest.ep}: converting it"
         )
-        elastic.restore(engine, world, run.checkpoints, manifest, autoep=ep > 1, base_model=job.info.path)
+        elastic.load_reshaped(engine, world, run.checkpoints, manifest, autoep=ep > 1, base_model=job.info.path)
 
-    loaded = commit.restore(world, run.checkpoints, chosen, load_one, log.line)
+    loaded = commit.load_newest(world, run.checkpoints, chosen, load_one, log.line)
     shape = f"world size {world.size}, expert-parallel size {ep}"
     same = (loaded.world, loaded.ep) == (world.size, ep)
     log.line(f"resumed after step {loaded.step}" + ("" if same else f" on {shape}"))

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from trace_ds.reporting.matched import Matched, matched, relative_gain
-from trace_ds.studies.plan import Point, label
+from trace_ds.studies.run_list import Point, label
 
 BOOTSTRAP_DRAWS = 10_000
 LEVEL = 0.95

@@ -93,9 +93,9 @@ def _engine(config: Config, job: UnlearnJob, world: World) -> Iterator[Any]:
     from trace_ds.stages.unlearn import make_batches
     from trace_ds.unlearning import grip
     from trace_ds.unlearning.assemble import make_objective
-    from trace_ds.unlearning.engine import training_engine
     from trace_ds.unlearning.online_weights import make_weights
     from trace_ds.unlearning.realign import Realignment
+    from trace_ds.unlearning.training_engine import training_engine
 
     batches = make_batches(config, job)
     settings, dtype, ep = config.unlearning, config.model.dtype, config.distributed.ep

@@ -7,7 +7,7 @@ from pathlib import Path
 from trace_ds.errors import UserError
 from trace_ds.tensors.checkpoint import Checkpoint
 from trace_ds.tensors.dtypes import DTYPES
-from trace_ds.tensors.files import read_model_directory
+from trace_ds.tensors.model_files import read_model_directory
 from trace_ds.tensors.runs import Run, TensorSource
 from trace_ds.tensors.torch_archive import Storage
 

@@ -25,7 +25,7 @@ import torch
 
 from trace_ds.errors import UserError
 from trace_ds.tensors.checkpoint import is_alias
-from trace_ds.tensors.files import read_model_config
+from trace_ds.tensors.model_files import read_model_config
 from trace_ds.tensors.runs import Block, TensorSource, assemble, extract
 
 MAX_BLOCKS = 1 << 20

@@ -30,7 +30,7 @@ from trace_ds.tensors.partitions import (
     reading,
 )
 from trace_ds.tensors.runs import Run, TensorSource, from_lazy, make_source
-from trace_ds.tensors.stream import Progress, Task, run_tasks, warnings_of
+from trace_ds.tensors.stream import CopyTask, Progress, run_tasks, warnings_of
 from trace_ds.tensors.torch_archive import LazyTensor, plain_shape, read_archive, scalar
 from trace_ds.tensors.torch_writer import Streamed, write_archive
 
@@ -176,7 +176,7 @@ def write_universal(
     folder = work / tag
     experts = expert_weights(checkpoint.layers)
     trained = checkpoint.moments["exp_avg"]
-    tasks: list[Task] = []
+    tasks: list[CopyTask] = []
     with reading(_optimizer_file(checkpoint)):
         step = torch.tensor(_step(checkpoint), dtype=torch.float32)
         optimizer_state = _optimizer_state(checkpoint, step)

@@ -13,7 +13,7 @@ import torch
 
 from trace_ds.config.schema import UnlearningConfig
 from trace_ds.corpora.dataset import FlatArray, TokenDataset
-from trace_ds.unlearning.rows import FORGET_STREAM, RETAIN_STREAM, EpochRows, SampledRows, share_of_rank
+from trace_ds.unlearning.step_rows import FORGET_STREAM, RETAIN_STREAM, EpochRows, SampledRows, share_of_rank
 
 
 @dataclass(frozen=True)

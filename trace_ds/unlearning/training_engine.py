@@ -60,7 +60,7 @@ def training_engine(
         world,
         merge(ds_config, user_ds_config(settings.ds_config)),
         dtype=dtype,
-        parts=engine.Parts(),
+        parts=engine.ModelParts(),
         parameters=parameters,
         recompute=settings.recompute,
     )
