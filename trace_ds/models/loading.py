@@ -57,7 +57,7 @@ class ModelParts:
 
 
 def load_share(
-    path: Path, dtype: torch.dtype, world: World, *, ep: int, ds_config: dict[str, Any], parts: Parts
+    path: Path, dtype: torch.dtype, world: World, *, ep: int, ds_config: dict[str, Any], parts: ModelParts
 ) -> tuple[nn.Module, WeightFiles]:
     """The model of a directory in evaluation mode, ready for ``deepspeed.initialize``, and the files to prove it with.
 
