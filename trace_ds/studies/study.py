@@ -281,8 +281,8 @@ def _target(study: Study, golds: Sequence[dict[str, Any]]) -> float:
     """The mean of the gold models of all seeds plus the margin; without gold models chance plus two points.
 
     The mean (our decision): no gold model ever saw what is to be forgotten, so they differ by the luck of a few hundred
-    questions only, and a seed whose gold model was unlucky would ask for less than chance. :func:`run_list.check` has seen
-    that the metric has a chance level where there is no gold model.
+    questions only, and a seed whose gold model was unlucky would ask for less than chance. :func:`run_list.check` has
+    seen that the metric has a chance level where there is no gold model.
     """
     from trace_ds.evaluation.tasks import CHANCES
     from trace_ds.reporting.scores import CHANCE_MARGIN
