@@ -259,7 +259,7 @@ def evaluation_checks(config: Config) -> Iterator[Check]:
             yield Check(group, task.name, "OK", f"{task.type}, {f'{items} items' if items else task.task}")
 
         yield from guarded(group, task.name, checked)
-    for name, path in named_models(config).items():
+    for name, path in named_models(config.model.path, config.evaluation).items():
         if name == ORIGINAL:
             continue  # the run's own model
 

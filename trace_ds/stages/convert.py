@@ -31,7 +31,7 @@ def convert(config: Config, run: RunDirectory) -> None:
         UserError: there is no such complete checkpoint, or it is damaged or of another model.
     """
     checkpoint, problems = _choose(config, run)
-    dtype = config.model.dtype if config.conversion.dtype == "same" else config.conversion.dtype
+    dtype = config.conversion_dtype
     if _is_done(run.model, checkpoint, dtype, config.conversion.max_shard_size):
         return
     with stage_log(run, "convert") as log:

@@ -153,7 +153,7 @@ def _check_later_stages(request: Request) -> None:
     for item in request.all():
         check_settings(item.config, info)
         check_convert(item.config, item.run)
-    for path in named_models(request.config).values():
+    for path in named_models(request.config.model.path, request.config.evaluation).values():
         read_model_directory(path)
 
 
