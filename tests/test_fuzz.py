@@ -265,7 +265,9 @@ KNOWN: list[tuple[str, dict[str, Any], list[str]]] = [
 ]
 
 
-@pytest.mark.xfail(strict=True, reason="run/artefact.py and conversion/layouts.py let other errors than UserError through")
+@pytest.mark.xfail(
+    strict=True, reason="run/artefact.py and conversion/layouts.py let other errors than UserError through"
+)
 @pytest.mark.parametrize(("path", "changes", "command"), KNOWN)
 def test_known_failures(server: Server, template: Path, path: str, changes: dict[str, Any], command: list[str]) -> None:
     whole = json.loads((template / "work" / path).read_bytes())
