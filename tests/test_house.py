@@ -15,7 +15,6 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "trace_ds"
 FREE = ("terminal", "errors")  # the table says that anybody may import them
 DATA = ("recipes",)  # no code
-CONFIG = re.compile(r"^\s*from trace_ds\.config\.schema import .*\bConfig\b", re.MULTILINE)
 
 
 def table() -> dict[str, list[str]]:
@@ -109,8 +108,16 @@ def test_the_stages_open_the_configuration() -> None:
     """A room below them gets a section or values, never all of it (calibration/retrieve.py still does)."""
     rooms = list(table())
     below = {*rooms[: rooms.index("stages")], ""}.difference({"config"})
-    found = [module for module, text in sources().items() if room_of(module) in below and CONFIG.search(text)]
-    assert set(found) <= {"trace_ds.calibration.retrieve"}
+    found = {
+        module
+        for module, text in sources().items()
+        for node in parsed(text)
+        if room_of(module) in below
+        and isinstance(node, ast.ImportFrom)
+        and node.module == "trace_ds.config.schema"
+        and "Config" in [alias.name for alias in node.names]
+    }
+    assert found <= {"trace_ds.calibration.retrieve"}
 
 
 def test_what_the_page_names_is_there() -> None:
