@@ -320,8 +320,8 @@ def _attacks(forget: float) -> dict[str, Any]:
 
 def write_study(path: Path, *, seeds: int = 6, losses: Sequence[str] = ("rmu", "npo"), more_methods: int = 0) -> Path:
     """``study.json`` and ``frontier.csv`` of a study of invented runs, compared by the real analysis."""
-    from trace_ds.benchmark.analysis import Curve, compare
     from trace_ds.reporting.matched import matched
+    from trace_ds.studies.analysis import Curve, compare
 
     path.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(5)

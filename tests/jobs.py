@@ -110,19 +110,18 @@ def collect_matrix(
     of rows per batch, in one process group; with bf16 also what plain transformers counts in the same batches."""
     from dataclasses import asdict
 
-    from trace_ds.config.schema import Config
     from trace_ds.corpora.dataset import TokenDataset
     from trace_ds.models.engine import inference_engine
     from trace_ds.models.families import inspect_model
-    from trace_ds.models.loading import Parts
+    from trace_ds.models.loading import ModelParts
     from trace_ds.routing.collection import Collection
-    from trace_ds.routing.token_files import Wanted
+    from trace_ds.routing.token_files import Recording
     from trace_ds.run.log import StageLog
 
     found: dict[Cell, dict[str, Any]] = {}
     opened = {rows: TokenDataset.open(Path(path)) for rows, path in datasets.items()}
-    wanted = Wanted(trace=False, nll=False, hidden_layer=None, rows=True, sample_tokens=70)
-    arguments: dict[str, Any] = {"wanted": wanted, "directory": Path(folder)}
+    recording = Recording(trace=False, nll=False, hidden_layer=None, rows=True, sample_tokens=70)
+    arguments: dict[str, Any] = {"recording": recording, "directory": Path(folder)}
     for family, path in models.items():
         info = inspect_model(path)
         for dtype in ("fp32", "bf16"):
@@ -132,11 +131,8 @@ def collect_matrix(
             if dtype == "bf16":
                 plain = {key: same_batches(world, path, opened[key[0]], key[1]) for key in batches}
             for ep in eps[family]:
-                files = [{"path": "unused"}]
-                settings = {"name": "matrix", "model": {"path": path, "dtype": dtype}}
-                config = Config.model_validate(settings | {"data": {"forget": files, "retain": files}})
-                parts = Parts(head=False, last_output=False)
-                engine = inference_engine(config, info, world, ep=ep, parts=parts)
+                parts = ModelParts(head=False, last_output=False)
+                engine = inference_engine(info, world, dtype=dtype, ep=ep, parts=parts)
                 for rows, batch in batches:
                     arguments |= {"experts": info.experts, "top_k": info.top_k, "batch_rows": batch}
                     collection = Collection(engine, world, opened[rows], **arguments)

@@ -9,15 +9,19 @@ from trace_ds.config.load import load_config
 from trace_ds.models.families import inspect_model
 
 
+def shape(config: Any) -> dict[str, Any]:
+    return {"dtype": config.model.dtype, "ep": config.distributed.ep}
+
+
 def zero3_bytes(world: Any, config: str, run_dir: str, overrides: list[str]) -> dict[str, int]:
     """Bytes that this rank of the real training engine keeps, by part, and those of the checkpoint it writes."""
     import torch
 
-    from trace_ds.unlearning.engine import training_engine
+    from trace_ds.unlearning.training_engine import training_engine
 
     loaded, directory = load_config(config, overrides, run_dir)
     info = inspect_model(loaded.model.path)
-    engine = training_engine(loaded, info, world, 1)
+    engine = training_engine(loaded.unlearning, info, world, 1, **shape(loaded))
     optimizer = engine.optimizer
     ids = torch.arange(8)[None] + world.rank
     engine.backward(engine(input_ids=ids, use_cache=False).logits.float().logsumexp(-1).sum())
@@ -50,10 +54,17 @@ def step_traffic(world: Any, config: str, run_dir: str, overrides: list[str]) ->
     import torch
     from deepspeed.comm import comm
 
-    from trace_ds.unlearning.engine import training_engine
+    from trace_ds.unlearning.training_engine import training_engine
 
     loaded, _ = load_config(config, overrides, run_dir)
-    engine = training_engine(loaded, inspect_model(loaded.model.path), world, 1)
+    engine = training_engine(
+        loaded.unlearning,
+        inspect_model(loaded.model.path),
+        world,
+        1,
+        dtype=loaded.model.dtype,
+        ep=loaded.distributed.ep,
+    )
     totals: dict[str, float] = {}
 
     def bytes_of(tensors: Any) -> int:
@@ -117,16 +128,25 @@ def peak_bytes(world: Any, config: str, run_dir: str, overrides: list[str]) -> d
     import torch
 
     from trace_ds.unlearning.assemble import make_objective
-    from trace_ds.unlearning.engine import training_engine
     from trace_ds.unlearning.job import run_step
     from trace_ds.unlearning.online_weights import RetainWeights
+    from trace_ds.unlearning.training_engine import training_engine
 
     loaded, _ = load_config(config, overrides, run_dir)
     info = inspect_model(loaded.model.path)
     rows = loaded.unlearning.forget_rows // world.size * 2
     batches = OneBatch(rows, loaded.data.context_length, int(info.config["vocab_size"]))
-    engine = training_engine(loaded, info, world, 1)
-    objective, _ = make_objective(loaded, info, world, batches, {})
+    engine = training_engine(loaded.unlearning, info, world, 1, **shape(loaded))
+    objective, _ = make_objective(
+        loaded.unlearning,
+        info,
+        world,
+        batches,
+        {},
+        dtype=loaded.model.dtype,
+        ep=loaded.distributed.ep,
+        seed=loaded.seed,
+    )
 
     def step(number: int, batch: OneBatch) -> None:
         settings = loaded.unlearning

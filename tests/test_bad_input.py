@@ -65,6 +65,8 @@ CONFIG_ERRORS = [
     ("unlearning.alpha=.nan", "unlearning.alpha: Input should be a finite number"),
     ("unlearning.forget_loss=npo", "npo needs statistics.nll: true"),
     ("calibration.rule=raknig", "calibration.rule"),
+    ("unlearning.npo.beta=1.0", "unlearning.npo is a setting of another loss than unlearning.forget_loss rmu"),
+    ("variants={a: {unlearning.wga.beta: 2}}", "variants.a: unlearning.wga.beta is a setting of another loss than rmu"),
     ("calibration.rule=sources", "rule: sources and source_weights belong together"),
     ("calibration.source_weights={a: 2.0}", "rule: sources and source_weights belong together"),
     ("calibration={rule: sources, source_weights: {a: 0.0}}", "source_weights.a"),
@@ -176,6 +178,17 @@ def test_home_is_expanded_once_in_every_path_of_a_config(config: Path, monkeypat
     assert "~" not in found and all(
         f"/home/someone/{name}" in found for name in ["m", "t", "f", "d", "g", "k", "e", "run"]
     )
+
+
+def test_a_setting_of_another_loss_stays_readable_in_what_older_versions_wrote(config: Path) -> None:
+    own = ["unlearning.forget_loss=wga", "unlearning.wga.beta=2", "variants={a: {unlearning.forget_loss: rmu}}"]
+    used, _ = load_config(str(config), own)
+    stored = config.parent / "stored.yaml"
+    stored.write_text(dump_yaml(used).replace("forget_loss: wga", "forget_loss: graddiff"))
+    assert load_config(str(stored))[0].unlearning.wga.beta == 2
+    stored.write_text(f"# by hand\n{stored.read_text()}")
+    assert "unlearning.wga is a setting of another loss" in refused(stored, [])
+    assert load_config(str(config), ["unlearning.wga.beta=2", "variants={a: {unlearning.forget_loss: wga}}"])
 
 
 def test_numbers_as_people_write_them(config: Path) -> None:
@@ -297,12 +310,17 @@ CASES: list[tuple[str, str, Change, str]] = [
     ("experts", PLAN, model_config(num_local_experts=10**12), "num_local_experts is 1000000000000, no whole number"),
     ("vocabulary", PLAN, model_config(vocab_size=True), "vocab_size is True, no whole number"),
     ("any number", PLAN, model_config(rope_theta=1e300), "rope_theta is 1e+300, beyond 64 bits"),
-    ("not JSON", RUN, in_model("config.json", '{"a": 9' + "9" * 5000), "the model's configuration is not JSON"),
+    (
+        "not JSON",
+        RUN,
+        in_model("config.json", '{"a": 9' + "9" * 5000),
+        "the model's configuration is damaged (Exceeds the limit",
+    ),
     (
         "deep JSON",
         RUN,
         in_model("config.json", '{"a": ' + "[" * 100_000),
-        "the model's configuration is nested too deep",
+        "the model's configuration is damaged (maximum recursion depth",
     ),
     ("kernel", RUN, model_config(attn_implementation="owner/name"), ATTENTION),
     ("kernel 2", PLAN, model_config(_attn_implementation="owner/name"), f"_{ATTENTION}"),

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from trace_ds.benchmark import analysis, plan
-from trace_ds.benchmark.analysis import Curve
-from trace_ds.benchmark.study import choices
-from trace_ds.benchmark.table import show
 from trace_ds.config.load import load_config, recipe_names, validate, with_changes
 from trace_ds.config.schema import Config
 from trace_ds.errors import UserError
 from trace_ds.reporting.matched import matched
+from trace_ds.studies import analysis, run_list
+from trace_ds.studies.analysis import Curve
+from trace_ds.studies.result_table import show
+from trace_ds.studies.study import choices
 
 ALPHA, LR = "unlearning.alpha", "unlearning.optimizer.lr"
 
@@ -60,13 +60,13 @@ def test_a_study_has_every_combination_and_the_narrowest_grid_wins() -> None:
     )
     bench = made.bench
     assert bench is not None
-    plan.check(made)
-    trials = plan.trials_of(bench)
+    run_list.check(made)
+    trials = run_list.trials_of(bench)
     assert len(trials) == len(set(trials)) == 4 * ((4 + 2) + (2 + 2))
     assert trials[0].name == "rmu/uniform/alpha=1.0,lr=0.001.json"
-    assert plan.recipe_point(made, "graddiff", "sampling") == ((ALPHA, 9.0), (LR, 1e-3))
+    assert run_list.recipe_point(made, "graddiff", "sampling") == ((ALPHA, 9.0), (LR, 1e-3))
     last = next(t for t in trials if t.loss == "graddiff" and dict(t.point)[ALPHA] == 18.0)
-    asked = plan.trial_config(made, last)
+    asked = run_list.trial_config(made, last)
     assert (asked.unlearning.forget_loss, asked.unlearning.alpha, asked.bench) == ("graddiff", 18.0, None)
 
 
@@ -90,12 +90,12 @@ def test_a_study_has_every_combination_and_the_narrowest_grid_wins() -> None:
 )
 def test_a_study_that_cannot_be_run_says_why(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        plan.check(config(**changes))
+        run_list.check(config(**changes))
 
 
 def test_runs_of_a_study_are_one_process_each() -> None:
     with pytest.raises(UserError, match="one process each"):
-        plan.check(with_changes(config(), {"unlearning.zero_stage": 3}, "test"))
+        run_list.check(with_changes(config(), {"unlearning.zero_stage": 3}, "test"))
 
 
 def test_a_metric_may_be_restricted_to_sources() -> None:
@@ -133,11 +133,11 @@ def test_a_chosen_value_at_an_end_of_what_was_tried_is_told() -> None:
     assert bench is not None
 
     def told(alpha: float, *free: str) -> list[str]:
-        return plan.edges(bench, "recipe", "uniform", ((ALPHA, alpha), (LR, 1e-3)), free)
+        return run_list.edges(bench, "recipe", "uniform", ((ALPHA, alpha), (LR, 1e-3)), free)
 
     assert told(1.0, ALPHA, LR) == ["alpha=1.0"] and told(16.0, ALPHA) == ["alpha=16.0"]  # of one value there is no end
     assert told(4.0, ALPHA, LR) == told(1.0, LR) == told(1.0) == []
-    assert plan.edges(bench, "recipe", "uniform", None, [ALPHA]) == []
+    assert run_list.edges(bench, "recipe", "uniform", None, [ALPHA]) == []
 
 
 def test_a_point_that_forgets_on_more_seeds_is_chosen_before_a_better_one() -> None:
@@ -184,8 +184,12 @@ def test_what_cannot_be_compared_is_said_not_dropped() -> None:
 def test_a_method_with_one_value_is_not_called_tuned() -> None:
     bench = config(grids={"sampling": {LR: [1e-3]}}).bench
     assert bench is not None
-    assert plan.untried(bench, "recipe", "sampling", [ALPHA, LR]) == ["lr"]
-    assert plan.untried(bench, "recipe", "sampling", [ALPHA]) == plan.untried(bench, "recipe", "uniform", [LR]) == []
+    assert run_list.untried(bench, "recipe", "sampling", [ALPHA, LR]) == ["lr"]
+    assert (
+        run_list.untried(bench, "recipe", "sampling", [ALPHA])
+        == run_list.untried(bench, "recipe", "uniform", [LR])
+        == []
+    )
 
 
 @pytest.mark.parametrize(
@@ -251,7 +255,7 @@ def test_a_diverged_run_is_never_compared(capsys: pytest.CaptureFixture[str]) ->
 def test_shipped_studies_can_be_run(name: str) -> None:
     made, _ = load_config(name, [], "out")
     if made.bench is not None:
-        plan.check(made)
-        assert len({trial.name for trial in plan.trials_of(made.bench)}) * len(made.bench.seeds) == len(
-            plan.trials_of(made.bench)
+        run_list.check(made)
+        assert len({trial.name for trial in run_list.trials_of(made.bench)}) * len(made.bench.seeds) == len(
+            run_list.trials_of(made.bench)
         )

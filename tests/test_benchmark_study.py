@@ -19,13 +19,13 @@ import tiny
 import yaml
 from distributed import run_distributed
 
-from trace_ds.benchmark import plan, worker
-from trace_ds.benchmark.study import worker_environment
-from trace_ds.benchmark.worker import Job, Study
 from trace_ds.config.load import load_config
 from trace_ds.errors import UserError
 from trace_ds.run.directory import RunDirectory
 from trace_ds.stages.report import report_study
+from trace_ds.studies import run_list, worker
+from trace_ds.studies.study import worker_environment
+from trace_ds.studies.worker import Study, StudyJob
 
 BENCH: dict[str, Any] = {
     "seeds": [0, 1],
@@ -157,8 +157,8 @@ def test_a_run_of_a_study_is_the_run_of_the_pipeline(study: Path, recipe: Path, 
 def test_a_job_waits_for_what_it_needs_and_an_error_ends_the_worker(tmp_path: Path) -> None:
     order: list[str] = []
 
-    def job(name: str, *needs: Job) -> Job:
-        return Job(tmp_path / f"{name}.json", needs, lambda: made(name), name)
+    def job(name: str, *needs: StudyJob) -> StudyJob:
+        return StudyJob(tmp_path / f"{name}.json", needs, lambda: made(name), name)
 
     def made(name: str) -> dict[str, Any]:
         order.append(name)
@@ -222,8 +222,8 @@ def test_a_study_without_a_target_is_refused(recipe: Path, forget: str, message:
         task = config.evaluation.tasks[0].model_copy(update={"name": "general", "type": "perplexity"})
         config.evaluation.tasks.append(task)
     with pytest.raises(UserError, match=message):
-        plan.check(config)
-    plan.check(load_config(str(recipe), [])[0])
+        run_list.check(config)
+    run_list.check(load_config(str(recipe), [])[0])
 
 
 def test_a_recipe_without_a_study_is_refused(tmp_path: Path) -> None:

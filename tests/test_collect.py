@@ -15,7 +15,6 @@ import tiny
 from distributed import run_distributed
 
 from trace_ds.config.load import load_config
-from trace_ds.config.needs import TRACE, keys_needing
 from trace_ds.corpora.dataset import FlatArray, TokenDataset
 from trace_ds.errors import UserError
 from trace_ds.routing.statistics import RoutingStatistics
@@ -24,6 +23,7 @@ from trace_ds.run import artefact
 from trace_ds.run.directory import RunDirectory
 from trace_ds.stages.calibrate import calibrate
 from trace_ds.stages.prepare import prepare
+from trace_ds.stages.recorded import TRACE, keys_needing
 
 
 def prepared(folder: Path, model: Path, **changes: object) -> Path:
@@ -418,24 +418,24 @@ def test_the_trace_is_recorded_for_keys_that_need_it(
     changes: dict[str, Any], forget: list[str], retain: list[str], tiny_model: Path, tmp_path: Path
 ) -> None:
     from trace_ds.models.families import inspect_model
-    from trace_ds.stages.collect import about_trace, wanted
+    from trace_ds.stages.collect import about_trace, recording
 
     config, _ = load_config(str(tiny.write_config(tmp_path, tiny_model, **changes)), [], tmp_path / "run")
     info = inspect_model(config.model.path)
     for side, keys in (("forget", forget), ("retain", retain)):
         assert keys_needing(TRACE, config, side) == keys
         line = about_trace(config, side, 1234)
-        assert wanted(config, info, side).trace == bool(keys) == ("1,234 bytes" in line)
+        assert recording(config, info, side).trace == bool(keys) == ("1,234 bytes" in line)
         assert all(key in line for key in keys)
     off = config.model_copy(update={"statistics": config.statistics.model_copy(update={"trace": False})})
-    assert not wanted(off, info, "retain").trace
+    assert not recording(off, info, "retain").trace
     on = config.model_copy(update={"statistics": config.statistics.model_copy(update={"trace": True})})
-    assert wanted(on, info, "forget").trace and "statistics.trace: true" in about_trace(on, "forget", 1)
+    assert recording(on, info, "forget").trace and "statistics.trace: true" in about_trace(on, "forget", 1)
 
 
 def test_a_collection_is_repeated_only_for_what_it_lacks(tiny_model: Path, tmp_path: Path) -> None:
     """An artefact of an earlier version, which has no selections of rows, does for whoever needs none."""
-    from trace_ds.config import needs
+    from trace_ds.stages import recorded
     from trace_ds.stages.collect import check_collect
 
     config = prepared(tmp_path, tiny_model)
@@ -458,7 +458,7 @@ def test_a_collection_is_repeated_only_for_what_it_lacks(tiny_model: Path, tmp_p
     assert not done(old, "statistics.nll=true") and not done(old, "statistics.hidden=true")
     assert not done(old | {"dtype": "bf16"}) and not done(old | {"top_k": 1})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(needs, "_needs", lambda config, side: iter([(needs.ROW_COUNTS, "some.key")]))
+        patch.setattr(recorded, "_needs", lambda config, side: iter([(recorded.ROW_COUNTS, "some.key")]))
         assert not done(old) and done(old | {"rows": True})
     retain = artefact.load(run.statistics / "retain", "statistics", "")
     with pytest.raises(UserError, match=r": the rule x needs the selections of each row, not recorded") as told:

@@ -28,11 +28,11 @@ from safetensors.torch import load_file, save_file
 from test_convert_engines import Case, base_model, checkpoints
 
 from trace_ds.checkpoints import serialization
-from trace_ds.conversion import torch_archive
 from trace_ds.conversion.convert import convert_checkpoint, verify_huggingface
-from trace_ds.conversion.torch_archive import read_archive
 from trace_ds.errors import UserError
-from trace_ds.run.inspect import inspect
+from trace_ds.stages.inspect import inspect
+from trace_ds.tensors import torch_archive
+from trace_ds.tensors.torch_archive import read_archive
 
 CASE = Case("mixtral", 3, 2)
 TOOL = Path(__file__).parent.parent / "tools" / "convert_checkpoint.py"

@@ -23,9 +23,9 @@ from test_convert_engines import (
 )
 
 from trace_ds.conversion.convert import convert_checkpoint, verify_archives
-from trace_ds.conversion.torch_archive import read_archive
 from trace_ds.errors import UserError
 from trace_ds.parallel.world import World
+from trace_ds.tensors.torch_archive import read_archive
 
 TRAINED = Case("mixtral", 3, 2)
 

@@ -270,7 +270,7 @@ def restore_each(world: Any, folder: str) -> list[tuple[int, list[str]]]:
                 raise KeyError("optimizer_state_dict")
 
         try:
-            step = commit.restore(world, Path(folder), chosen, load_one, told.append).step
+            step = commit.load_newest(world, Path(folder), chosen, load_one, told.append).step
         except JobFailed as error:
             step = 0
             told.append(str(error))

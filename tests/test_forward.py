@@ -10,8 +10,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
+from trace_ds.models.token_nll import nll
 from trace_ds.unlearning import forward as passes
-from trace_ds.unlearning import objectives
 
 TOKENS, SIZE, VOCABULARY = 11, 16, 37
 
@@ -37,7 +37,7 @@ def head_inputs(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
 
 def chunked(dtype: torch.dtype, chunk: int) -> tuple[torch.Tensor, ...]:
     hidden, weight, targets, upstream = head_inputs(dtype)
-    values = passes.head_values(hidden, weight, lambda logits, part: objectives.nll(logits, targets[part]), chunk)
+    values = passes.head_values(hidden, weight, lambda logits, part: nll(logits, targets[part]), chunk)
     return values.detach(), *torch.autograd.grad((values * upstream).sum(), (hidden, weight))
 
 
@@ -126,9 +126,7 @@ def test_layer_and_values_come_from_one_pass(tiny_model: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
     ids, positions = batch()
     rows, columns = torch.tensor([0, 0, 1]), torch.tensor([0, 3, 4])
-    picked = passes.HeadRequest(
-        rows, columns, lambda logits, part: objectives.nll(logits, ids[rows, columns + 1][part])
-    )
+    picked = passes.HeadRequest(rows, columns, lambda logits, part: nll(logits, ids[rows, columns + 1][part]))
     largest = passes.HeadRequest(rows[:1], columns[:1], lambda logits, part: logits.max(dim=1).values)
     found = passes.forward(Plain(model), ids, positions, layer=1, requests=[picked, largest], last=True)
     output = model(input_ids=ids, position_ids=positions, output_hidden_states=True)

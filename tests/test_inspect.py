@@ -16,12 +16,12 @@ from test_convert_engines import Case, checkpoints
 
 from trace_ds.checkpoints.manifest import Manifest, point_latest, read_manifest, step_name
 from trace_ds.conversion.convert import convert_checkpoint
-from trace_ds.conversion.torch_archive import read_archive, tensors_of
 from trace_ds.errors import UserError
-from trace_ds.models.files import SINGLE_NAME, read_model_directory
 from trace_ds.run import artefact
 from trace_ds.run.files import sha256_file
-from trace_ds.run.inspect import inspect, inspect_path, layout_of
+from trace_ds.stages.inspect import inspect, inspect_path, layout_of
+from trace_ds.tensors.model_files import SINGLE_NAME, read_model_directory
+from trace_ds.tensors.torch_archive import read_archive, tensors_of
 
 
 def make_artefact(directory: Path, kind: str, inputs: dict[str, str], text: str = "content") -> artefact.Artefact:

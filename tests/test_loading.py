@@ -26,14 +26,14 @@ def compare_with_transformers(world: Any, paths: list[str]) -> list[str]:
 
     from trace_ds.models.engine import base_ds_config
     from trace_ds.models.families import inspect_model
-    from trace_ds.models.loading import Parts, load_share
+    from trace_ds.models.loading import ModelParts, load_share
 
     different = []
     for path in paths:
         for dtype in (torch.float32, torch.bfloat16):
             info = inspect_model(path)
             ds_config = base_ds_config(ep=1, info=info, zero_stage=0)
-            found, files = load_share(info.path, dtype, world, ep=1, ds_config=ds_config, parts=Parts())
+            found, files = load_share(info.path, dtype, world, ep=1, ds_config=ds_config, parts=ModelParts())
             expected = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
             for kind in ("named_parameters", "named_buffers"):
                 ours = dict(getattr(found, kind)(remove_duplicate=False))
@@ -73,7 +73,7 @@ def test_nothing_runs_beside_or_after_the_last_router(family: str, tmp_path: Pat
     import torch
     from transformers import AutoModelForCausalLM
 
-    from trace_ds.models.loading import Parts, leave_out
+    from trace_ds.models.loading import ModelParts, leave_out
     from trace_ds.models.routers import record_routing
 
     model = AutoModelForCausalLM.from_pretrained(tiny.make_model(tmp_path, family), dtype=torch.float32).eval()
@@ -81,7 +81,7 @@ def test_nothing_runs_beside_or_after_the_last_router(family: str, tmp_path: Pat
     for name, module in model.model.layers[-1].named_modules():
         if isinstance(module, torch.nn.Linear):
             module.register_forward_hook(lambda *_, name=name: run.add(name))
-    for parts in (None, Parts(head=False, last_output=False)):
+    for parts in (None, ModelParts(head=False, last_output=False)):
         if parts is not None:
             run.clear()
             leave_out(model, parts, ep=1)
@@ -102,14 +102,14 @@ def load_and_count(world: Any, path: str, stage: int) -> dict[str, Any]:
     from trace_ds.models.autoep import require_converted
     from trace_ds.models.engine import DTYPES, base_ds_config
     from trace_ds.models.families import inspect_model
-    from trace_ds.models.loading import Parts, load_share
-    from trace_ds.models.weights import full_shape, held
+    from trace_ds.models.loading import ModelParts, load_share
+    from trace_ds.models.weight_files import full_shape, held
     from trace_ds.parallel.world import quiet_deepspeed
 
     info = inspect_model(path)
     ep = world.size if stage < 3 else 1
     ds_config = base_ds_config(ep=ep, info=info, zero_stage=stage)
-    arguments = {"ep": ep, "ds_config": ds_config, "parts": Parts()}
+    arguments = {"ep": ep, "ds_config": ds_config, "parts": ModelParts()}
     load_share(info.path, DTYPES["fp32"], world, **arguments)  # whatever is imported on the way is not counted
     before = read_bytes()
     model, files = load_share(info.path, DTYPES["fp32"], world, **arguments)
@@ -160,8 +160,8 @@ def test_files_of_another_model_are_refused(tiny_model: Path, tmp_path: Path) ->
     import json
     import shutil
 
-    from trace_ds.conversion.layouts import read_layout
-    from trace_ds.models.weights import WeightFiles
+    from trace_ds.models.weight_files import WeightFiles
+    from trace_ds.tensors.layouts import read_layout
 
     model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
     config = json.loads((model / "config.json").read_text())

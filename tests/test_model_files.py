@@ -13,7 +13,7 @@ import tiny
 from safetensors.numpy import load_file, save_file
 
 from trace_ds.errors import UserError
-from trace_ds.models.files import INDEX_NAME, SINGLE_NAME, read_model_directory, read_safetensors_header
+from trace_ds.tensors.model_files import INDEX_NAME, SINGLE_NAME, read_model_directory, read_safetensors_header
 
 
 @pytest.fixture
@@ -147,7 +147,7 @@ def test_reading_imports_no_torch() -> None:
     import subprocess
     import sys
 
-    code = "import sys, trace_ds.models.files; sys.exit('torch' in sys.modules)"
+    code = "import sys, trace_ds.tensors.model_files; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

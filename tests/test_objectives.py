@@ -10,6 +10,7 @@ import torch
 from objective_reference import FORMULAS, token_values
 
 from trace_ds.config.schema import UnlearningConfig
+from trace_ds.models.token_nll import token_nll, weighted_sum
 from trace_ds.unlearning import loss, objectives
 from trace_ds.unlearning.multiplier import Multiplier
 
@@ -66,7 +67,7 @@ def test_token_nll_is_the_log_probability_of_the_next_token() -> None:
     generator = torch.Generator().manual_seed(4)
     logits = torch.randn(3, 4, 7, generator=generator)
     ids = torch.randint(0, 7, (3, 4), generator=generator)
-    found = objectives.token_nll(logits, ids, COUNTED)
+    found = token_nll(logits, ids, COUNTED)
     for row in range(3):
         for position in range(4):
             expected = 0.0
@@ -78,7 +79,7 @@ def test_token_nll_is_the_log_probability_of_the_next_token() -> None:
 
 def test_weights_multiply_and_are_not_renormalised() -> None:
     values, weights = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[2.0, 0.0], [1.0, 0.5]])
-    assert float(objectives.weighted_sum(values, weights)) == 2.0 + 3.0 + 2.0
+    assert float(weighted_sum(values, weights)) == 2.0 + 3.0 + 2.0
 
 
 def test_rmu_target_has_the_length_and_depends_on_the_seed_only() -> None:

@@ -15,7 +15,7 @@ from trace_ds.checkpoints.manifest import read_manifest
 from trace_ds.config.load import load_config
 from trace_ds.config.schema import RULES
 from trace_ds.errors import UserError
-from trace_ds.run.inspect import inspect
+from trace_ds.stages.inspect import inspect
 from trace_ds.unlearning.batches import MicroBatch
 from trace_ds.unlearning.online_weights import OnlineWeights
 

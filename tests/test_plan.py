@@ -576,11 +576,14 @@ def test_the_frozen_copy_is_planned_as_the_job_makes_it(
     )
     a = read_architecture(model_config("olmoe-1b-7b"))
     made: list[int] = []
-    monkeypatch.setattr(assemble, "reference_engine", lambda config, info, world, layers: made.append(layers))
+    monkeypatch.setattr(assemble, "reference_engine", lambda *job, layers, **settings: made.append(layers))
     monkeypatch.setattr(assemble, "_whole_head", lambda engine: "head")
     monkeypatch.setattr(assemble, "mean_hidden_norm", lambda *arguments: 1.0)
     info = SimpleNamespace(decoder_layers=a.layers, config={"hidden_size": 8}, experts=a.experts)
-    objective, _ = assemble.make_objective(config, info, SimpleNamespace(device="cpu"), None, {})  # type: ignore[arg-type]
+    world: Any = SimpleNamespace(device="cpu")
+    batches: Any = None
+    job: dict[str, Any] = {"dtype": "bf16", "ep": 1, "seed": 0}
+    objective, _ = assemble.make_objective(config.unlearning, info, world, batches, {}, **job)  # type: ignore[arg-type]
     passes = Job(a, ClusterSpec(1, 8), config, {}).passes()
     frozen = objective.frozen  # type: ignore[attr-defined]
     assert [passes.frozen_layers] == (made or [0])

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from tests.fake_run import HOSTILE, STEPS, TASKS, write_run, write_study
 from trace_ds.errors import UserError
-from trace_ds.reporting import card, page, scores, tables
+from trace_ds.reporting import model_card, page, scores, tables
 from trace_ds.reporting.compare import compared, why_not_comparable
 from trace_ds.reporting.gather import gather, weight_chunks
 from trace_ds.run.directory import RunDirectory
@@ -330,7 +330,7 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
     assert not set(data) & set("<>&\u2028\u2029")
     table = page_data(text)["tables"]["documents"]["columns"]
     assert table["text_start"][0] == HOSTILE  # escaped, not changed
-    assert "<script>" not in card.model_card(gather(path))
+    assert "<script>" not in model_card.model_card(gather(path))
 
 
 def test_spreadsheet_formulas_are_defused() -> None:
@@ -454,7 +454,7 @@ def test_model_card(run: Path) -> None:
     front = yaml.safe_load(text.split("---")[1])
     assert front["base_model"] == "base"  # the name, not a path of this machine
     assert "| unlearned | elements | accuracy ↓ | 0.3 | 80 | 0.25 |" in text
-    assert card.plain("a|b *c* <i>\n# d") == r"a\|b \*c\* &lt;i&gt; \# d"
+    assert model_card.plain("a|b *c* <i>\n# d") == r"a\|b \*c\* &lt;i&gt; \# d"
 
 
 def test_title_of_the_configuration_wins(tmp_path: Path) -> None:

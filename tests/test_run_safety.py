@@ -394,7 +394,7 @@ def test_names_that_become_paths(project: Path, key: str) -> None:
 
 
 def test_a_value_of_the_grid_is_no_path() -> None:
-    from trace_ds.benchmark.plan import Trial
+    from trace_ds.studies.run_list import Trial
 
     trial = Trial("rmu", "even", (("unlearning.ds_config", "../../ds.json"),), 0)
     assert trial.name.count("/") == 2 and ".." not in trial.name

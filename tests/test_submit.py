@@ -13,8 +13,8 @@ from command import tree
 from trace_ds.cluster import submit
 from trace_ds.cluster.submit import Cluster, submit_run
 from trace_ds.errors import UserError
-from trace_ds.models.files import read_model_directory
 from trace_ds.stages.pipeline import Request
+from trace_ds.tensors.model_files import read_model_directory
 
 ONE_NODE = Cluster(1, 2)
 

@@ -67,7 +67,7 @@ def save_engines(world: Any, folder: str, models: dict[str, str], stages: list[i
     from trace_ds.checkpoints import serialization
     from trace_ds.models.engine import base_ds_config, initialize
     from trace_ds.models.families import inspect_model
-    from trace_ds.models.loading import Parts
+    from trace_ds.models.loading import ModelParts
 
     for name, path in models.items():
         info = inspect_model(path)
@@ -78,21 +78,12 @@ def save_engines(world: Any, folder: str, models: dict[str, str], stages: list[i
                 "bf16": {"enabled": False},
             }
             engine = initialize(
-                config_of(path), info, world, ds_config, parts=Parts(), parameters=lambda m: list(m.parameters())
+                info, world, ds_config, dtype="fp32", parts=ModelParts(), parameters=lambda m: list(m.parameters())
             )
             head, embedding = engine.module.lm_head.weight, engine.module.get_input_embeddings().weight
             assert (head is embedding) == ("untied" not in name)
             serialization.install(engine)
             engine.save_checkpoint(f"{folder}/{name}_zero{stage}", tag="step_000000", save_latest=False)
-
-
-def config_of(path: str) -> Any:
-    from trace_ds.config.schema import Config
-
-    files = [{"path": "unused"}]
-    return Config.model_validate(
-        {"name": "x", "model": {"path": path, "dtype": "fp32"}, "data": {"forget": files, "retain": files}}
-    )
 
 
 @pytest.mark.slow

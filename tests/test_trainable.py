@@ -20,7 +20,6 @@ from transformers import AutoModelForCausalLM
 
 from trace_ds.config.load import load_config
 from trace_ds.config.schema import GRIPConfig, SEUFConfig, TrainableConfig
-from trace_ds.conversion.layouts import engine_pieces, read_layout
 from trace_ds.errors import UserError
 from trace_ds.models import autoep
 from trace_ds.models.routers import find_routers, meta_model
@@ -28,6 +27,7 @@ from trace_ds.parallel.world import World
 from trace_ds.routing.statistics import RoutingStatistics
 from trace_ds.run.directory import RunDirectory
 from trace_ds.stages.unlearn import check_unlearn, make_batches
+from trace_ds.tensors.layouts import engine_pieces, read_layout
 from trace_ds.unlearning import grip, seuf, trainable
 
 STEPS = 2

@@ -151,11 +151,11 @@ def collecting(
     retain side) or everything (also the trace and the losses).
     """
     from trace_ds.routing.collection import Collection
-    from trace_ds.routing.token_files import Wanted
+    from trace_ds.routing.token_files import Recording
     from trace_ds.run.log import StageLog
 
     everything, rows = wanted == "everything", wanted != "sums"
-    recorded = Wanted(everything, everything, None, rows=rows, sample_tokens=SAMPLE_TOKENS if rows else 0)
+    recorded = Recording(everything, everything, None, rows=rows, sample_tokens=SAMPLE_TOKENS if rows else 0)
 
     def run() -> None:
         collection = Collection(
@@ -164,7 +164,7 @@ def collecting(
             dataset,
             experts=experts_of(shape),
             top_k=shape["num_experts_per_tok"],
-            wanted=recorded,
+            recording=recorded,
             batch_rows=batch_rows,
             directory=folder,
         )
@@ -196,9 +196,8 @@ def chosen_kernel(shape: dict[str, Any], device: Any) -> str:
 
     from trace_ds.models.engine import expert_kernel
 
-    config: Any = SimpleNamespace(statistics=SimpleNamespace(expert_kernel="auto"))
     info: Any = SimpleNamespace(config=shape)
-    return expert_kernel(config, info, device) or "grouped_mm"
+    return expert_kernel("auto", info, device) or "grouped_mm"
 
 
 def counting_time(
@@ -249,7 +248,7 @@ def speedup(
     """Collecting (without and with trace and losses) against the best plain pass."""
     import torch
 
-    from trace_ds.models.loading import Parts, leave_out
+    from trace_ds.models.loading import ModelParts, leave_out
 
     device = world.device
     ours = chosen_kernel(shape, device)
@@ -278,7 +277,7 @@ def speedup(
             if kernel == ours:
                 for side in ("everything", "collect"):
                     if side == "collect":
-                        leave_out(model, Parts(head=False, last_output=False), ep=1)
+                        leave_out(model, ModelParts(head=False, last_output=False), ep=1)
                     key = f"{side} {kernel}"
                     engine = engine_of(model, dtype)
                     run = collecting(world, engine, dataset, shape, batch_rows, folder, side)

@@ -111,7 +111,7 @@ def save_model(folder: Path) -> None:
 
 def load_and_measure(folder: Path, way: str) -> dict[str, float]:
     """One rank: load, and compare the peak with what is held afterwards (a small model first, for the imports)."""
-    from trace_ds.models.weights import held
+    from trace_ds.models.weight_files import held
     from trace_ds.parallel.world import join
 
     world = join(threads=1, timeout_minutes=10)
@@ -147,7 +147,7 @@ def load_engine(folder: Path, way: str, world: Any) -> Any:
 
     from trace_ds.models.engine import base_ds_config
     from trace_ds.models.families import inspect_model
-    from trace_ds.models.loading import Parts, load_share
+    from trace_ds.models.loading import ModelParts, load_share
     from trace_ds.parallel.world import quiet_deepspeed
 
     info = inspect_model(folder)
@@ -155,7 +155,7 @@ def load_engine(folder: Path, way: str, world: Any) -> Any:
     if way == "share-zero3":
         ds_config["bf16"] = {"enabled": True}
     if way.startswith("share"):
-        model, _ = load_share(info.path, torch.bfloat16, world, ep=world.size, ds_config=ds_config, parts=Parts())
+        model, _ = load_share(info.path, torch.bfloat16, world, ep=world.size, ds_config=ds_config, parts=ModelParts())
     else:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     return quiet_deepspeed().initialize(model=model.requires_grad_(False), config=ds_config)[0]

@@ -154,7 +154,7 @@ def measure(command: list[str]) -> dict[str, float]:
 def convert_worker(source: str, destination: str, base_model: str, to: str, jobs: int) -> None:
     """What a measured process of ours does: the conversion, timed from inside as well."""
     from trace_ds.conversion.convert import convert_checkpoint
-    from trace_ds.conversion.layouts import read_layout
+    from trace_ds.tensors.layouts import read_layout
 
     read_layout(Path(base_model))  # makes transformers import what it needs: start-up, not conversion
     begin = time.perf_counter()

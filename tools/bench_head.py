@@ -22,7 +22,7 @@ def measure(variant: str, arguments: argparse.Namespace, queue: Any) -> None:
     import torch
     from torch.nn import functional
 
-    from trace_ds.unlearning import objectives
+    from trace_ds.models.token_nll import nll
     from trace_ds.unlearning.forward import LOGITS_PER_CHUNK, head_values
 
     cuda = torch.cuda.is_available()
@@ -46,7 +46,7 @@ def measure(variant: str, arguments: argparse.Namespace, queue: Any) -> None:
         loss = functional.cross_entropy(logits.float(), targets, reduction="none").sum()
     else:
         chunk = max(1, LOGITS_PER_CHUNK // arguments.vocabulary)
-        loss = head_values(hidden, weight, lambda part_CV, part: objectives.nll(part_CV, targets[part]), chunk).sum()
+        loss = head_values(hidden, weight, lambda part_CV, part: nll(part_CV, targets[part]), chunk).sum()
     loss.backward()
     if cuda:
         torch.cuda.synchronize()

@@ -63,7 +63,7 @@ def measure(case: Case, world: Any, folder: Path, steps: int) -> dict[str, float
     from trace_ds.models.families import inspect_model
     from trace_ds.models.routers import record_routing
     from trace_ds.routing.counter import RoutingCounter
-    from trace_ds.unlearning.engine import training_engine
+    from trace_ds.unlearning.training_engine import training_engine
 
     path = folder / "-".join(str(value) for value in asdict(case).values())
     if world.is_main:
@@ -83,6 +83,7 @@ def measure(case: Case, world: Any, folder: Path, steps: int) -> dict[str, float
         }
     )
     info = inspect_model(path)
+    job: dict[str, Any] = {"dtype": config.model.dtype, "ep": case.ranks}
     rows = case.tokens // ROW_TOKENS // world.size
     ids = torch.randint(0, 512, (rows, ROW_TOKENS), generator=torch.Generator().manual_seed(world.rank))
     counted, documents = torch.ones_like(ids, dtype=torch.bool), torch.zeros_like(ids)
@@ -109,8 +110,12 @@ def measure(case: Case, world: Any, folder: Path, steps: int) -> dict[str, float
 
     found = {}
     for name, make, step in (
-        ("count", lambda: inference_engine(config, info, world, ep=case.ranks), count),
-        ("train", lambda: training_engine(config, info, world, 1), train),
+        ("count", lambda: inference_engine(info, world, **job), count),
+        (
+            "train",
+            lambda: training_engine(config.unlearning, info, world, 1, **job),
+            train,
+        ),
     ):
         engine = make()
         found[name] = median_cpu_s(step)

@@ -150,8 +150,8 @@ class Job:
         from trace_ds.parallel.world import join
         from trace_ds.stages import unlearn
         from trace_ds.unlearning.assemble import make_objective
-        from trace_ds.unlearning.engine import training_engine
         from trace_ds.unlearning.online_weights import make_weights
+        from trace_ds.unlearning.training_engine import training_engine
 
         config, run = prepared(config_path, arms[0], extra)
         self.settings = config.unlearning
@@ -163,9 +163,12 @@ class Job:
             self.batches[arm] = unlearn.make_batches(own, unlearn.check_unlearn(own, directory, 1))
         job = unlearn.check_unlearn(config, run, 1)
         accumulation = self.batches[arms[0]].micro_batches_per_step(1)
-        self.engine = training_engine(config, job.info, self.world, accumulation)
+        own: dict[str, Any] = {"dtype": config.model.dtype, "ep": config.distributed.ep}
+        self.engine = training_engine(self.settings, job.info, self.world, accumulation, **own)
         cursor: dict[str, Any] = {"step": 0, "seed": 0}
-        self.objective, _ = make_objective(config, job.info, self.world, self.batches[arms[0]], cursor)
+        self.objective, _ = make_objective(
+            self.settings, job.info, self.world, self.batches[arms[0]], cursor, **own, seed=config.seed
+        )
         self.weights = make_weights(self.settings, job.calibration, self.engine.module, self.world.device, cursor)
 
     def step(self, arm: str, number: int) -> float:

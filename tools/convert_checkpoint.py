@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from trace_ds.conversion import convert_command
+from trace_ds.conversion.command import convert_command
 from trace_ds.errors import UserError
 
 NEEDED = {"torch": "torch>=2.11", "transformers": "transformers>=5.17,<5.23", "safetensors": "safetensors"}

@@ -22,18 +22,18 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from trace_ds.benchmark import plan
-from trace_ds.benchmark.analysis import Curve, compare
-from trace_ds.benchmark.study import choices
 from trace_ds.config.load import load_config
 from trace_ds.config.schema import Config
 from trace_ds.reporting.matched import matched
+from trace_ds.studies import run_list
+from trace_ds.studies.analysis import Curve, compare
+from trace_ds.studies.study import choices
 
 
 def read_curves(config: Config, path: Path, target: float) -> list[Curve]:
     """The curves in a ``frontier.csv`` of the recipe's runs."""
-    bench = plan.require_bench(config, "bench")
-    trials = {(str(t.seed), t.loss, t.method, plan.label(t.point)): t for t in plan.trials_of(bench)}
+    bench = run_list.require_bench(config, "bench")
+    trials = {(str(t.seed), t.loss, t.method, run_list.label(t.point)): t for t in run_list.trials_of(bench)}
     lines: dict[tuple[str, ...], list[dict[str, str]]] = defaultdict(list)
     with path.open(encoding="utf-8", newline="") as handle:
         for line in csv.DictReader(handle):
@@ -50,7 +50,7 @@ def read_curves(config: Config, path: Path, target: float) -> list[Curve]:
 
 def comparisons(config: Config, curves: list[Curve]) -> list[dict[str, Any]]:
     """The rows of ``study.json``."""
-    bench = plan.require_bench(config, "bench")
+    bench = run_list.require_bench(config, "bench")
     rows = []
     for loss, strength, _, chosen in choices(config, curves):
         for method in bench.methods:

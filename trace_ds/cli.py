@@ -236,7 +236,7 @@ def convert(
         _refuse({f"--{name.replace('_', '-')}": value for name, value in given.items()}, "with a CONFIG", fix)
         return _verb("convert", source, run_dir, set_, variant=variant, dry_run=dry_run)
     _refuse(of_run, "with SOURCE DESTINATION", "leave it out, or give a CONFIG alone")
-    from trace_ds.conversion import convert_command
+    from trace_ds.conversion.command import convert_command
     from trace_ds.stages.convert import card_of
 
     if not dry_run:
@@ -389,7 +389,7 @@ def inspect(
     verify: Annotated[bool, typer.Option("--verify", help="Compare hashes too.")] = False,
 ) -> None:
     """What a checkpoint or artefact is, and whether it is whole."""
-    from trace_ds.run.inspect import inspect_path
+    from trace_ds.stages.inspect import inspect_path
 
     raise typer.Exit(inspect_path(path, json, verify))
 
@@ -403,7 +403,7 @@ def bench(
     json: JsonOption = False,
 ) -> None:
     """Compare methods at matched forgetting over several seeds, each at its own strengths (resumable)."""
-    from trace_ds.benchmark.study import run_study
+    from trace_ds.studies.study import run_study
 
     raise typer.Exit(run_study(recipe, run_dir, set_ or [], workers, json))
 

@@ -19,7 +19,7 @@ import torch
 
 from trace_ds.corpora.pack import counted_positions
 from trace_ds.models.routers import RoutingRecorder, record_routing
-from trace_ds.unlearning.objectives import token_nll, weighted_sum
+from trace_ds.models.token_nll import token_nll, weighted_sum
 
 __all__ = ["RoutingRecorder", "collate_rows", "live_log_weights", "record_routing", "weighted_retain_loss"]
 

@@ -7,15 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 
 from trace_ds.calibration.tokens import TokenMap
 from trace_ds.run.files import new_spool
 
-if TYPE_CHECKING:
-    from trace_ds.calibration.rules import Calibrated
+
+class Weighted(Protocol):
+    """What the functions here change of a rule's outcome (see :class:`trace_ds.calibration.rules.Calibrated`)."""
+
+    weight_T: np.ndarray
+    row_weight_R: np.ndarray
+    theta_LE: np.ndarray
 
 
 def _moments(u_T: np.ndarray, tokens: TokenMap, exponent: float, top: float) -> tuple[float, float, int]:
@@ -86,14 +91,14 @@ def row_means(weight_T: np.ndarray, tokens: TokenMap) -> np.ndarray:
     return np.where(counts_R > 0, sums_R / np.maximum(counts_R, 1), 0.0)
 
 
-def spread_rows(result: Calibrated, tokens: TokenMap) -> None:
+def spread_rows(result: Weighted, tokens: TokenMap) -> None:
     """Level ``sequence``: every counted token takes its row's mean weight (the corpus mean stays 1)."""
     for start, stop in tokens.spans():
         spread = result.row_weight_R[tokens.row_of(start, stop)]
         result.weight_T[start:stop] = np.where(tokens.counted(start, stop), spread, 0.0)
 
 
-def permute_rows(result: Calibrated, tokens: TokenMap, seed: int, scratch_T: np.ndarray) -> None:
+def permute_rows(result: Weighted, tokens: TokenMap, seed: int, scratch_T: np.ndarray) -> None:
     """Give row r the weights of row π(r), repeated or cut to its length with their mean kept; then mean 1 again.
 
     Whole rows move, so that the control holds for row sampling as for token weighting: shuffling single tokens would

@@ -210,7 +210,7 @@ def _damage(checkpoints: Path, manifest: Manifest, world: World) -> str:
     return ""
 
 
-def restore(
+def load_newest(
     world: World, checkpoints: Path, chosen: Manifest, load_one: Callable[[Manifest], None], tell: Callable[[str], None]
 ) -> Manifest:
     """Load ``chosen``, or else the newest older checkpoint that can be loaded, into the engine (collective).

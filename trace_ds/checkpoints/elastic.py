@@ -33,7 +33,7 @@ def check_stage(manifest: Manifest, zero_stage: int, checkpoints: Path) -> None:
         )
 
 
-def restore(
+def load_reshaped(
     engine: Any, world: World, checkpoints: Path, manifest: Manifest, *, autoep: bool, base_model: Path
 ) -> None:
     """Load a checkpoint of another shape into the engine (collective).
@@ -56,8 +56,8 @@ def restore(
 
 
 def _convert(world: World, source: Path, folder: Path, autoep: bool, base_model: Path) -> None:
-    from trace_ds.conversion.checkpoint import open_source
-    from trace_ds.conversion.universal import renamed, write_universal
+    from trace_ds.tensors.opening import open_source
+    from trace_ds.tensors.universal import renamed, write_universal
 
     checkpoint = renamed(open_source(source), base_model, autoep=autoep)
     folder.mkdir(exist_ok=True)

@@ -3,7 +3,7 @@
 DeepSpeed saves objects of its own classes and loads with ``weights_only=False``, which executes whatever a pickle says;
 how Python pickles an enum differs even between patch releases. We replace its two file operations: what is written is
 tensors, containers, numbers and text, read back at once by the readers that will have to read it; what is loaded goes
-through our own reader first (:mod:`trace_ds.conversion.torch_archive`) and then through ``weights_only=True``. And
+through our own reader first (:mod:`trace_ds.tensors.torch_archive`) and then through ``weights_only=True``. And
 since equal states pickled before and after a resume differ in which equal strings are one object, states are rebuilt
 before they are written: equal states give equal files, so a resumed job's checkpoints can be compared by hash.
 """
@@ -19,8 +19,8 @@ from typing import Any, BinaryIO
 
 import torch
 
-from trace_ds.conversion.torch_archive import ENUM_MEMBERS, read_archive
 from trace_ds.errors import JobFailed, UserError
+from trace_ds.tensors.torch_archive import ENUM_MEMBERS, read_archive
 
 OPTIMIZER, LOSS_SCALER = "optimizer_state_dict", "loss_scaler"
 

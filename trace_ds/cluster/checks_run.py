@@ -120,7 +120,7 @@ def model_checks(config: Config, world_size: int | None = None) -> Iterator[Chec
         world_size: processes of the job when a launcher started it; None: as configured.
     """
     from trace_ds.models.families import FAMILIES, inspect_model
-    from trace_ds.models.files import read_model_directory
+    from trace_ds.tensors.model_files import read_model_directory
 
     group = "model"
     try:
@@ -176,7 +176,7 @@ def _expert_checks(
 def tokenizer_checks(config: Config) -> Iterator[Check]:
     """The tokenizer loads, and its ids fit the model's vocabulary."""
     from trace_ds.corpora.tokenizer import load_tokenizer
-    from trace_ds.models.files import read_model_config
+    from trace_ds.tensors.model_files import read_model_config
 
     tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
     size = len(tokenizer)
@@ -240,9 +240,9 @@ def evaluation_checks(config: Config) -> Iterator[Check]:
     """Every task's files can be read (and lm-eval is there and knows the tasks asked of it), every model is whole."""
     from trace_ds.evaluation.items import read_task
     from trace_ds.evaluation.subjects import ORIGINAL, named_models
-    from trace_ds.models.files import read_model_directory
     from trace_ds.parallel.environment import accelerator_count
     from trace_ds.parallel.launch import check_process_count
+    from trace_ds.tensors.model_files import read_model_directory
 
     group, settings = "evaluation", config.evaluation
     try:
@@ -259,7 +259,7 @@ def evaluation_checks(config: Config) -> Iterator[Check]:
             yield Check(group, task.name, "OK", f"{task.type}, {f'{items} items' if items else task.task}")
 
         yield from guarded(group, task.name, checked)
-    for name, path in named_models(config).items():
+    for name, path in named_models(config.model.path, config.evaluation).items():
         if name == ORIGINAL:
             continue  # the run's own model
 

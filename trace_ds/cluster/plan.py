@@ -29,7 +29,7 @@ from trace_ds.cluster.job import Job, ceil_div, corpus_tokens, variants_of
 from trace_ds.cluster.spec import GB, ClusterSpec
 from trace_ds.config.schema import Config
 from trace_ds.errors import UserError
-from trace_ds.models.files import CONFIG_NAME, read_json_object, read_model_config
+from trace_ds.tensors.model_files import CONFIG_NAME, read_json_object, read_model_config
 
 LOGITS_ELEMENTS = 1 << 26  # `collect` holds so many logits at a time (trace_ds/models/token_nll.py)
 EVALUATION_SHARE = 0.8  # of a GPU's memory may be weights (trace_ds/evaluation/language_model.py)

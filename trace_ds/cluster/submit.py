@@ -31,10 +31,10 @@ from trace_ds.cluster.spec import ClusterSpec
 from trace_ds.config.load import dump_yaml
 from trace_ds.config.schema import Config
 from trace_ds.errors import UserError
-from trace_ds.models.files import read_model_config, read_model_directory
 from trace_ds.run.directory import unwritable
 from trace_ds.run.files import write_json
 from trace_ds.stages.pipeline import Request, check_early
+from trace_ds.tensors.model_files import read_model_config, read_model_directory
 
 SCRIPTS = ("chain.sh", "collect_stats.sh", "common.sh", "single_stage.sh", "unlearn_mixtral.sh")
 WHOLE_RUN, CHAIN = "unlearn_mixtral.sh", "chain.sh"

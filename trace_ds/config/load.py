@@ -21,6 +21,10 @@ MAX_CHARACTERS = 1 << 18
 MAX_DEPTH = 40
 MAX_VALUES = 20_000
 SHOWN_CHARACTERS = 60
+LOSS_KEY = "unlearning.forget_loss"
+# Sections of one forget loss each. That of rmu is none: its layer is also that of hidden_mse, and recipes give it a
+# coefficient and leave the loss to --set, to variants and to studies.
+LOSS_SECTIONS = ("npo", "simnpo", "dpo", "wga", "satimp", "undial", "pdu")
 TAG = "tag:yaml.org,2002:"
 
 
@@ -175,7 +179,34 @@ def load_config(config: str, overrides: Sequence[str] = (), run_dir: str | Path 
         "run_parent": str(directory.parent),
         "config_dir": str(Path(config).parent if _is_file(Path(config)) else "."),
     }
-    return validate(_substitute(raw, values), where), directory
+    loaded = validate(_substitute(raw, values), where)
+    problem = _setting_of_another_loss(loaded)
+    if problem and not is_resolved(text):  # a run that an older version wrote out is read as it was
+        raise UserError(problem, where, "take it out, or choose that loss")
+    return loaded, directory
+
+
+def _setting_of_another_loss(config: Config) -> str:
+    """What is set for a loss that neither the run nor the variant it stands in uses: it would change nothing."""
+    own = config.unlearning
+    for loss in LOSS_SECTIONS:
+        used = {own.forget_loss, *(changes.get(LOSS_KEY) for changes in _changes(config))}
+        if loss not in used and getattr(own, loss) != type(own).model_fields[loss].default:
+            return f"unlearning.{loss} is a setting of another loss than unlearning.forget_loss {own.forget_loss}"
+    for name, changes in config.variants.items():
+        used_here = changes.get(LOSS_KEY, own.forget_loss)
+        for key in changes:
+            section = key.removeprefix("unlearning.").split(".")[0]
+            if key.startswith("unlearning.") and section in LOSS_SECTIONS and section != used_here:
+                return f"variants.{name}: {key} is a setting of another loss than {used_here}"
+    return ""
+
+
+def _changes(config: Config) -> list[dict[str, Any]]:
+    """All that is changed of the configuration in runs that it names."""
+    bench = config.bench
+    studied = [] if bench is None else [*bench.methods.values(), *bench.losses.values()]
+    return [*config.variants.values(), *studied]
 
 
 def validate(raw: dict[str, Any], where: str) -> Config:

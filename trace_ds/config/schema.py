@@ -565,6 +565,11 @@ class Config(Section):
         "the statistics, and compared in the report. Only calibration.*, unlearning.* and conversion.* may differ.",
     )
 
+    @property
+    def conversion_dtype(self) -> str:
+        """The type that checkpoints of the run are converted to."""
+        return self.model.dtype if self.conversion.dtype == "same" else self.conversion.dtype
+
     @model_validator(mode="after")
     def _unlearning_needs(self) -> Config:
         if self.unlearning.seuf is not None and self.unlearning.trainable != TrainableConfig():

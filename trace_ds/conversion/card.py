@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from trace_ds.conversion.checkpoint import origin
 from trace_ds.run.files import write_json, write_text
 from trace_ds.run.foreign import read_object
+from trace_ds.tensors.checkpoint import origin
 
 COMPANIONS = (
     "generation_config.json",

@@ -21,22 +21,8 @@ from typing import Any
 
 import torch
 
-from trace_ds.conversion.checkpoint import MANIFEST, REPORT, Checkpoint, family_of, open_source, verify_manifest
-from trace_ds.conversion.layouts import (
-    ModelLayout,
-    engine_to_fused,
-    fused_to_hub,
-    hub_to_fused,
-    missing_and_unexpected,
-    read_layout,
-)
-from trace_ds.conversion.partitions import reading
-from trace_ds.conversion.runs import TensorSource, from_lazy
 from trace_ds.conversion.safetensors_target import parse_size
-from trace_ds.conversion.stream import Progress, Streamer, Task, naming_full_disk, run_tasks, warnings_of
-from trace_ds.conversion.torch_archive import read_archive, tensors_of
 from trace_ds.errors import UserError
-from trace_ds.models.files import read_json_object
 from trace_ds.run.files import (
     commit_directory,
     fsync_directory,
@@ -45,7 +31,23 @@ from trace_ds.run.files import (
     sha256_file,
     write_json,
 )
-from trace_ds.run.ours import converted_model, require_apart, require_directory
+from trace_ds.run.ours import MANIFEST, converted_model, require_apart, require_directory
+from trace_ds.tensors.checkpoint import Checkpoint
+from trace_ds.tensors.dtypes import DTYPE_NAMES
+from trace_ds.tensors.layouts import (
+    ModelLayout,
+    engine_to_fused,
+    fused_to_hub,
+    hub_to_fused,
+    missing_and_unexpected,
+    read_layout,
+)
+from trace_ds.tensors.model_files import read_json_object
+from trace_ds.tensors.opening import REPORT, family_of, open_source, verify_manifest
+from trace_ds.tensors.partitions import reading
+from trace_ds.tensors.runs import TensorSource, from_lazy
+from trace_ds.tensors.stream import CopyTask, Progress, Streamer, naming_full_disk, run_tasks, warnings_of
+from trace_ds.tensors.torch_archive import read_archive, tensors_of
 
 TARGETS = ("hf", "universal")
 FORMAT = 1
@@ -136,7 +138,7 @@ def convert_checkpoint(
         verify_source(checkpoint, jobs)
     remove_abandoned(destination)
     if plan is None:
-        from trace_ds.conversion.universal import write_universal
+        from trace_ds.tensors.universal import write_universal
 
         with _new_directory(destination, overwrite) as work:
             report = write_universal(checkpoint, work, jobs=jobs, progress=progress)
@@ -191,7 +193,7 @@ def check_conversion(
     read = {"SOURCE": checkpoint.path} | ({"--base-model": base_model} if base_model is not None else {})
     require_apart([destination], read)
     if to == "universal":
-        from trace_ds.conversion.universal import check_optimizer_states
+        from trace_ds.tensors.universal import check_optimizer_states
 
         check_optimizer_states(checkpoint)
         if base_model is not None:
@@ -357,7 +359,7 @@ def write_huggingface(
 ) -> dict[str, Any]:
     """Weights, index, configuration, tokenizer and model card into ``work``; the tensors' part of the report."""
     from trace_ds.conversion.card import copy_companions, write_card
-    from trace_ds.conversion.safetensors_target import DTYPE_NAMES, place, write_headers
+    from trace_ds.conversion.safetensors_target import place, write_headers
 
     tensors = fused_to_hub(plan.layout, plan.fused)
     dtypes = {name: plan.dtype_of(name, source) for name, source in tensors.items()}
@@ -389,8 +391,7 @@ def write_huggingface(
 
 def verify_huggingface(directory: Path, report: Mapping[str, Any], jobs: int = 1) -> None:
     """Re-read a written model and compare every tensor's name, type, shape and SHA-256 with the report."""
-    from trace_ds.conversion.huggingface_source import open_huggingface
-    from trace_ds.conversion.safetensors_target import DTYPE_NAMES
+    from trace_ds.tensors.huggingface_source import open_huggingface
 
     found = open_huggingface(directory).tensors
     expected = report["tensors"]
@@ -398,7 +399,7 @@ def verify_huggingface(directory: Path, report: Mapping[str, Any], jobs: int = 1
     if strange:
         raise UserError(f"the written model and the report differ in {strange[0]}", str(directory), "convert again")
     names = sorted(found)
-    read = Streamer(jobs).run([Task(found[name], found[name].dtype, None, 0) for name in names])
+    read = Streamer(jobs).run([CopyTask(found[name], found[name].dtype, None, 0) for name in names])
     for name, result in zip(names, read, strict=True):
         facts = (DTYPE_NAMES[found[name].dtype], list(found[name].shape), result.sha256)
         if facts != tuple(expected[name][key] for key in ("dtype", "shape", "sha256")):
@@ -425,7 +426,9 @@ def verify_archives(directory: Path, jobs: int = 1) -> None:
     files = [path for path in sorted(checkpoint.path.rglob("*.pt")) if path.is_file()]
     held = [(path, tensor) for path in files for tensor in tensors_of(read_archive(path)) if tensor.numel()]
     streamer = Streamer(jobs)
-    read = streamer.run([Task(from_lazy(tensor.storage.record, tensor), tensor.dtype, None, 0) for _, tensor in held])
+    read = streamer.run(
+        [CopyTask(from_lazy(tensor.storage.record, tensor), tensor.dtype, None, 0) for _, tensor in held]
+    )
     streamer.ledger.check()
     for (path, _), result in zip(held, read, strict=True):
         if expected.get(path, result.sha256) != result.sha256:

@@ -17,27 +17,14 @@ from typing import Any
 
 import torch
 
-from trace_ds.conversion.runs import TensorSource
-from trace_ds.conversion.stream import Task, naming_full_disk
 from trace_ds.errors import UserError
 from trace_ds.run.files import write_json
+from trace_ds.tensors.dtypes import DTYPE_NAMES
+from trace_ds.tensors.model_files import INDEX_NAME, SINGLE_NAME
+from trace_ds.tensors.runs import TensorSource
+from trace_ds.tensors.stream import CopyTask, naming_full_disk
 
-DTYPE_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-SINGLE_NAME = "model.safetensors"
-INDEX_NAME = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -54,8 +41,8 @@ class Placed:
     def nbytes(self) -> int:
         return self.source.numel * self.dtype.itemsize
 
-    def task(self, directory: Path) -> Task:
-        return Task(self.source, self.dtype, directory / self.file, self.offset_bytes)
+    def task(self, directory: Path) -> CopyTask:
+        return CopyTask(self.source, self.dtype, directory / self.file, self.offset_bytes)
 
 
 def parse_size(text: str, where: str = "max_shard_size") -> int:

@@ -39,7 +39,7 @@ from trace_ds.errors import UserError
 from trace_ds.evaluation.items import Task
 from trace_ds.evaluation.language_model import LanguageModel
 from trace_ds.models.routers import find_routers, logits_of, meta_model, places_of, routing_of
-from trace_ds.unlearning.rows import EpochRows, generator
+from trace_ds.unlearning.step_rows import EpochRows, generator
 
 SHARE_STREAM, ORDER_STREAM = 11, 12
 TRIAL_TOKENS, TRIAL_LOGIT_STD, TRIAL_TOLERANCE = 64, 2.0, 1e-3

@@ -333,7 +333,7 @@ def _placement(path: str, dtype: torch.dtype, world: World | None) -> str | dict
     Raises:
         UserError: the model must be spread, but several processes share the GPUs.
     """
-    from trace_ds.models.files import read_model_directory
+    from trace_ds.tensors.model_files import read_model_directory
 
     files = read_model_directory(path)
     if not torch.cuda.is_available():

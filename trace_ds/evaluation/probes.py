@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from trace_ds.config.schema import Config
+from trace_ds.config.schema import EvaluationConfig
 from trace_ds.corpora.dataset import TokenDataset
 from trace_ds.evaluation import attacks, drift
 from trace_ds.evaluation.items import Task
@@ -32,14 +32,16 @@ def critical_experts(run: RunDirectory) -> np.ndarray | None:
     return load_file(path)["selected_LE"].astype(bool)
 
 
-def routing(config: Config, data: Artefact, model: LanguageModel, log: StageLog) -> dict[str, drift.RoutingSample]:
+def routing(
+    settings: EvaluationConfig, data: Artefact, model: LanguageModel, log: StageLog
+) -> dict[str, drift.RoutingSample]:
     """How a model routes the first rows of both corpora."""
     samples = {}
     for side in SIDES:
         dataset = TokenDataset.open(data.file(f"{side}.arrow"))
-        rows = min(config.evaluation.drift_rows, len(dataset))
+        rows = min(settings.drift_rows, len(dataset))
         progress = Progress(log, f"routing of {side} rows", rows, unit="row")
-        samples[side] = drift.sample_routing(model, dataset, rows, config.evaluation.batch_rows, progress.advance)
+        samples[side] = drift.sample_routing(model, dataset, rows, settings.batch_rows, progress.advance)
         progress.close()
     return samples
 
@@ -59,7 +61,9 @@ def routing_drift(
 class Attacks:
     """The attacks of a run, as configured, on its forget tasks."""
 
-    config: Config
+    settings: EvaluationConfig
+    context_length: int
+    seed: int
     run: RunDirectory
     tasks: list[Task]
     data: Artefact | None
@@ -72,8 +76,8 @@ class Attacks:
                 outcome = run_task(
                     model,
                     task,
-                    max_new_tokens=self.config.evaluation.max_new_tokens,
-                    context_length=self.config.data.context_length,
+                    max_new_tokens=self.settings.max_new_tokens,
+                    context_length=self.context_length,
                 )
             except Diverged:
                 continue
@@ -96,10 +100,10 @@ class Attacks:
 
     def attack(self, model: LanguageModel, result: dict[str, Any], decisions: dict[str, attacks.Decisions]) -> None:
         """Add both attacks to a result; relearning comes last, since it changes the model."""
-        tasks, relearning = self.forget_tasks(), self.config.evaluation.relearning
+        tasks, relearning = self.forget_tasks(), self.settings.relearning
         records = []
         result["attacks"] = {}
-        if self.config.evaluation.expert_forcing:
+        if self.settings.expert_forcing:
             critical_LE = critical_experts(self.run)
             found = attacks.forcing_attack(model, tasks, lambda t: self.score(model, t), critical_LE, decisions)
             result["attacks"]["expert_forcing"] = found.told
@@ -107,7 +111,7 @@ class Attacks:
         if relearning is not None:
             assert self.data is not None
             forget = TokenDataset.open(self.data.file("forget.arrow"))
-            seed = self.config.seed
+            seed = self.seed
             found = attacks.relearning_attack(model, forget, relearning, seed, lambda: self.score(model, tasks))
             result["attacks"]["relearning"] = found.told
             records += attacks.score_records(result, "relearned", found)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trace_ds.checkpoints.manifest import complete_steps, read_manifest, step_name
-from trace_ds.config.schema import Config
+from trace_ds.config.schema import DataConfig, EvaluationConfig
 from trace_ds.corpora.tokenizer import VOCABULARY_FILES, load_tokenizer, tokenizer_fingerprint
 from trace_ds.errors import UserError
 from trace_ds.evaluation.items import Task
@@ -47,14 +47,14 @@ class Subject:
     is_checkpoint: bool = False
 
 
-def named_models(config: Config) -> dict[str, Path]:
+def named_models(original: str, settings: EvaluationConfig) -> dict[str, Path]:
     """The model directories that the configuration names, the original first.
 
     Raises:
         UserError: a reserved or unusable name.
     """
-    named = {ORIGINAL: Path(config.model.path)}
-    for name, path in config.evaluation.models.items():
+    named = {ORIGINAL: Path(original)}
+    for name, path in settings.models.items():
         if name in (ORIGINAL, UNLEARNED) or STEP.fullmatch(name):
             raise UserError(
                 f"a model cannot be named {name!r}", "evaluation.models", "use another name of letters, digits and -"
@@ -63,35 +63,34 @@ def named_models(config: Config) -> dict[str, Path]:
     return named
 
 
-def find_subjects(config: Config, run: RunDirectory) -> tuple[list[Subject], list[str]]:
+def find_subjects(
+    original: str, settings: EvaluationConfig, run: RunDirectory, dtype: str
+) -> tuple[list[Subject], list[str]]:
     """The original, further, kept and unlearned models, in this order; and what is wrong with skipped checkpoints.
+
+    ``dtype``: the type that checkpoints are converted to.
 
     Raises:
         UserError: a model directory is missing or damaged; a reserved or unusable name.
     """
-    named = named_models(config)
+    named = named_models(original, settings)
     if not run.model.is_dir():
         raise UserError(
             "there is no unlearned model here", str(run.model), "make it with `trace-ds unlearn` and `trace-ds convert`"
         )
     subjects = [Subject(name, path, model_fingerprint(path)) for name, path in named.items()]
     problems: list[str] = []
-    if config.evaluation.checkpoints:
+    if settings.checkpoints:
         steps, problems = complete_steps(run.checkpoints)
         for step in steps:
             directory = run.checkpoints / step_name(step)
-            subjects.append(Subject(directory.name, directory, _checkpoint_fingerprint(config, directory), True))
+            subjects.append(Subject(directory.name, directory, _checkpoint_fingerprint(directory, dtype), True))
     return [*subjects, Subject(UNLEARNED, run.model, model_fingerprint(run.model))], problems
 
 
-def conversion_dtype(config: Config) -> str:
-    """The type that checkpoints of the run are converted to."""
-    return config.model.dtype if config.conversion.dtype == "same" else config.conversion.dtype
-
-
-def _checkpoint_fingerprint(config: Config, path: Path) -> str:
+def _checkpoint_fingerprint(path: Path, dtype: str) -> str:
     manifest = read_manifest(path)
-    made_from = {"job": manifest.job, "step": manifest.step, "files": manifest.files, "dtype": conversion_dtype(config)}
+    made_from = {"job": manifest.job, "step": manifest.step, "files": manifest.files, "dtype": dtype}
     return sha256_text(canonical_json(made_from))
 
 
@@ -128,7 +127,9 @@ def tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 
 
 def identity(
-    config: Config,
+    settings: EvaluationConfig,
+    data: DataConfig,
+    dtype: str,
     subject: Subject,
     tasks: list[Task],
     tokenizer: str,
@@ -138,6 +139,7 @@ def identity(
     """SHA-256 over everything that determines the result of one model.
 
     Args:
+        dtype: of the forward pass.
         tokenizer: fingerprint of the run's tokenizer.
         drift: fingerprints of what a drift is measured against, or None when none is measured.
         attacks: settings and inputs of the attacks, or None when there are none.
@@ -151,22 +153,24 @@ def identity(
                 "tokenizer": tokenizer,
                 "tasks": [
                     [task.config.name, task.config.role, Path(task.config.path).stem, fingerprint]
-                    for task, fingerprint in zip(tasks, task_fingerprints(config, tasks).values(), strict=True)
+                    for task, fingerprint in zip(
+                        tasks, task_fingerprints(tasks, settings.max_new_tokens).values(), strict=True
+                    )
                 ],
                 "settings": {
-                    "dtype": config.model.dtype,
-                    "add_bos": config.data.add_bos,
-                    "add_eos": config.data.add_eos,
-                    "context_length": config.data.context_length,
+                    "dtype": dtype,
+                    "add_bos": data.add_bos,
+                    "add_eos": data.add_eos,
+                    "context_length": data.context_length,
                 },
-                "drift": drift and {**drift, "rows": config.evaluation.drift_rows},
+                "drift": drift and {**drift, "rows": settings.drift_rows},
                 "attacks": attacks,
             }
         )
     )
 
 
-def task_fingerprints(config: Config, tasks: list[Task]) -> dict[str, str]:
+def task_fingerprints(tasks: list[Task], max_new_tokens: int) -> dict[str, str]:
     """By task name a SHA-256 over what is asked and how: scores of equal ones may be put side by side."""
     return {
         task.config.name: sha256_text(
@@ -175,7 +179,7 @@ def task_fingerprints(config: Config, tasks: list[Task]) -> dict[str, str]:
                     "type": task.config.type,
                     "files": task.sha256,
                     "task": task.config.task,
-                    "max_new_tokens": config.evaluation.max_new_tokens if task.config.type == "verbatim" else None,
+                    "max_new_tokens": max_new_tokens if task.config.type == "verbatim" else None,
                 }
             )
         )

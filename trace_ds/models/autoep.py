@@ -1,4 +1,4 @@
-"""What DeepSpeed's AutoEP calls things: the one place that knows (0.19.8; on disk: trace_ds/conversion/).
+"""What DeepSpeed's AutoEP calls things: the one place that knows (0.19.8; on disk: trace_ds/tensors/).
 
 ``deepspeed.initialize`` replaces every MoE layer of a known family. The layer that results has a router whose gate is a
 linear layer of its own, and of the fused expert tensors the rows of this rank's experts, gate and up apart.

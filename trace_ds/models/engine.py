@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from trace_ds.config.schema import Config
 from trace_ds.models import autoep
 from trace_ds.models.engine_config import merge, parameter_offload, user_ds_config
 from trace_ds.models.families import ModelInfo
-from trace_ds.models.loading import Parts, load_share
+from trace_ds.models.loading import ModelParts, load_share
 from trace_ds.parallel.world import World, quiet_deepspeed
 
 WIDE_EXPERT = 8192
@@ -51,20 +50,20 @@ def quick_collections() -> Iterator[None]:
 
 @quick_collections()
 def initialize(
-    config: Config,
     info: ModelInfo,
     world: World,
     ds_config: dict[str, Any],
     *,
-    parts: Parts,
+    dtype: str,
+    parts: ModelParts,
     parameters: Callable[[nn.Module], list[Any]] | None = None,
     recompute: bool = False,
 ) -> Any:
     """The DeepSpeed engine of a model whose every process read only its share of the files, proved against them.
 
-    Collective. ``ds_config`` says everything else (stage, expert parallelism, optimizer); ``parameters`` names what the
-    optimizer of a model that is trained gets (None: the model is frozen); ``recompute`` turns on activation
-    checkpointing.
+    Collective. ``dtype`` is the parameters' type (``model.dtype``); ``ds_config`` says everything else (stage, expert
+    parallelism, optimizer); ``parameters`` names what the optimizer of a model that is trained gets (None: the model is
+    frozen); ``recompute`` turns on activation checkpointing.
 
     Raises:
         UserError: the files are damaged.
@@ -73,7 +72,7 @@ def initialize(
     """
     ep = autoep.size(ds_config)
     model: Any
-    model, files = load_share(info.path, DTYPES[config.model.dtype], world, ep=ep, ds_config=ds_config, parts=parts)
+    model, files = load_share(info.path, DTYPES[dtype], world, ep=ep, ds_config=ds_config, parts=parts)
     layers = sum(1 for module in model.modules() if _has_experts(module))
     arguments: dict[str, Any] = {}
     if recompute:  # to each layer's end: ZeRO-3 releases a module's parameters when its forward pass ends
@@ -111,8 +110,10 @@ def import_muon() -> None:
         compiler.compile = compile_
 
 
-def inference_engine(config: Config, info: ModelInfo, world: World, *, ep: int, parts: Parts | None = None) -> Any:
-    """A forward-only DeepSpeed engine.
+def inference_engine(
+    info: ModelInfo, world: World, *, dtype: str, ep: int, kernel: str = "auto", parts: ModelParts | None = None
+) -> Any:
+    """A forward-only DeepSpeed engine; ``kernel`` is ``statistics.expert_kernel``.
 
     Families with expert parallelism: ZeRO stage 0, experts sharded over ``ep`` ranks by AutoEP. Others: ZeRO stage 3
     when there is more than one process.
@@ -120,19 +121,18 @@ def inference_engine(config: Config, info: ModelInfo, world: World, *, ep: int, 
     stage = 3 if info.family.autoep_preset is None and world.size > 1 else 0
     ds_config = base_ds_config(ep=ep, info=info, zero_stage=stage)
     if stage == 3:
-        ds_config["bf16"] = {"enabled": config.model.dtype == "bf16"}
-    parts = replace(parts or Parts(), expert_kernel=expert_kernel(config, info, world.device))
-    return initialize(config, info, world, ds_config, parts=parts)
+        ds_config["bf16"] = {"enabled": dtype == "bf16"}
+    parts = replace(parts or ModelParts(), expert_kernel=expert_kernel(kernel, info, world.device))
+    return initialize(info, world, ds_config, dtype=dtype, parts=parts)
 
 
-def expert_kernel(config: Config, info: ModelInfo, device: torch.device) -> str | None:
-    """The experts implementation asked of transformers; None leaves the choice to it.
+def expert_kernel(chosen: str, info: ModelInfo, device: torch.device) -> str | None:
+    """The experts implementation asked of transformers; None leaves the choice to it (``chosen``: of the settings).
 
     The rule of ``auto`` is our decision, from plain forward passes measured on one H100 (8 x 2048 tokens, bf16):
     Mixtral's experts (14,336 wide) were 9 % faster one after the other, OLMoE's (1,024 wide) 2.4 times faster grouped.
     Transformers' own choice is grouped where the family allows it, else one after the other.
     """
-    chosen = config.statistics.expert_kernel
     if chosen != "auto":
         return chosen
     if device.type == "cpu":
@@ -141,19 +141,22 @@ def expert_kernel(config: Config, info: ModelInfo, device: torch.device) -> str 
     return "eager" if int(width) >= WIDE_EXPERT else None
 
 
-def reference_engine(config: Config, info: ModelInfo, world: World, *, layers: int) -> Any:
+def reference_engine(
+    info: ModelInfo, world: World, *, dtype: str, ep: int, zero_stage: int, ds_config_path: str | None, layers: int
+) -> Any:
     """A frozen copy of the first ``layers`` decoder layers, sharded over the ranks (no optimizer).
+
+    The other arguments are the job's: of the trained model beside it.
 
     With ZeRO stage 3, and whenever AutoEP does not shard the experts, every rank keeps its partition only, on the CPU
     or on disk if the job's parameters are offloaded there. With AutoEP and a lower stage only the experts are sharded.
     """
-    ep = config.distributed.ep
-    stage = 3 if config.unlearning.zero_stage == 3 or (ep == 1 and world.size > 1) else 0
+    stage = 3 if zero_stage == 3 or (ep == 1 and world.size > 1) else 0
     ds_config = base_ds_config(ep=ep, info=info, zero_stage=stage)
     if stage == 3:
-        ds_config["bf16"] = {"enabled": config.model.dtype == "bf16"}
-        ds_config = merge(ds_config, parameter_offload(user_ds_config(config.unlearning.ds_config)))
-    return initialize(config, info, world, ds_config, parts=Parts(layers=layers))
+        ds_config["bf16"] = {"enabled": dtype == "bf16"}
+        ds_config = merge(ds_config, parameter_offload(user_ds_config(ds_config_path)))
+    return initialize(info, world, ds_config, dtype=dtype, parts=ModelParts(layers=layers))
 
 
 def _has_experts(module: nn.Module) -> bool:

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from trace_ds.errors import UserError
-from trace_ds.models.files import ModelFiles, read_model_directory
 from trace_ds.run.files import canonical_json, sha256_text
+from trace_ds.tensors.model_files import ModelFiles, read_model_directory
 
 FINGERPRINT_BLOCKS = 64
 FINGERPRINT_BLOCK_BYTES = 1 << 16

@@ -22,11 +22,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from trace_ds.conversion.layouts import read_layout
 from trace_ds.errors import UserError
 from trace_ds.models.routers import find_routers, moe_decoder_layers
-from trace_ds.models.weights import WeightFiles, full_shape, held
+from trace_ds.models.weight_files import WeightFiles, full_shape, held
 from trace_ds.parallel.world import World, quiet_deepspeed
+from trace_ds.tensors.layouts import read_layout
 
 
 class SkippedExperts(nn.Module):
@@ -37,7 +37,7 @@ class SkippedExperts(nn.Module):
 
 
 @dataclass(frozen=True)
-class Parts:
+class ModelParts:
     """What of a model is needed.
 
     Attributes:
@@ -57,7 +57,7 @@ class Parts:
 
 
 def load_share(
-    path: Path, dtype: torch.dtype, world: World, *, ep: int, ds_config: dict[str, Any], parts: Parts
+    path: Path, dtype: torch.dtype, world: World, *, ep: int, ds_config: dict[str, Any], parts: ModelParts
 ) -> tuple[nn.Module, WeightFiles]:
     """The model of a directory in evaluation mode, ready for ``deepspeed.initialize``, and the files to prove it with.
 
@@ -92,7 +92,7 @@ def load_share(
     return model.eval(), files
 
 
-def _skeleton(path: Path, dtype: torch.dtype, parts: Parts, zero3: dict[str, Any] | None) -> nn.Module:
+def _skeleton(path: Path, dtype: torch.dtype, parts: ModelParts, zero3: dict[str, Any] | None) -> nn.Module:
     """The model without data: on the meta device, or partitioned by ``zero.Init``."""
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.initialization import no_init_weights
@@ -115,7 +115,7 @@ def _skeleton(path: Path, dtype: torch.dtype, parts: Parts, zero3: dict[str, Any
         return build("eager")
 
 
-def leave_out(model: Any, parts: Parts, ep: int) -> None:
+def leave_out(model: Any, parts: ModelParts, ep: int) -> None:
     """Take out of the model what ``parts`` does not need."""
     if not parts.head:
         model.lm_head = nn.Identity()

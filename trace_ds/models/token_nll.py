@@ -11,6 +11,30 @@ from torch.nn import functional
 LOGITS_ELEMENTS = 1 << 26
 
 
+def nll(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
+    """ℓ, the negative log-likelihood of each token's target, [N]."""
+    return functional.cross_entropy(logits_NV.float(), targets_N, reduction="none")
+
+
+def token_nll(logits_BSV: torch.Tensor, input_ids_BS: torch.Tensor, counted_BS: torch.Tensor) -> torch.Tensor:
+    """Negative log-likelihood (nats, fp32) of the next token at counted positions, 0 elsewhere, [B, S].
+
+    From whole logits, for training loops of one's own; the job uses :mod:`trace_ds.unlearning.forward`.
+    """
+    rows, columns = counted_BS.nonzero(as_tuple=True)
+    nll_N = nll(logits_BSV[rows, columns], input_ids_BS[rows, columns + 1])
+    return torch.zeros(counted_BS.shape, dtype=torch.float32, device=nll_N.device).index_put((rows, columns), nll_N)
+
+
+def weighted_sum(values_BS: torch.Tensor, weights_BS: torch.Tensor) -> torch.Tensor:
+    """Σ_t w_t v_t, the numerator of every retain loss: L_retain = Σ w_t ℓ_t / n over the global batch of n tokens.
+
+    The divisor is n, not Σ w: the weights have mean 1 over the corpus, and renormalising each batch would cancel the
+    between-document part of the weights (our decision).
+    """
+    return (values_BS * weights_BS).sum()
+
+
 @torch.no_grad()
 def chunked_nll(
     weight_VD: torch.Tensor,

@@ -28,7 +28,7 @@ from trace_ds.models.token_nll import chunked_nll
 from trace_ds.parallel.world import World
 from trace_ds.routing.counter import RoutingCounter
 from trace_ds.routing.statistics import RoutingStatistics
-from trace_ds.routing.token_files import Wanted, count_dtype, create_part, sample_places, trace_dtype
+from trace_ds.routing.token_files import Recording, count_dtype, create_part, sample_places, trace_dtype
 from trace_ds.run.log import Progress, StageLog
 
 CHECK_EVERY_BATCHES = 64
@@ -46,11 +46,11 @@ class Collection:
         *,
         experts: int,
         top_k: int,
-        wanted: Wanted,
+        recording: Recording,
         batch_rows: int,
         directory: Path,
     ) -> None:
-        self.engine, self.world, self.dataset, self.wanted = engine, world, dataset, wanted
+        self.engine, self.world, self.dataset, self.recording = engine, world, dataset, recording
         self.batch_rows, self.directory, self.experts = batch_rows, directory, experts
         self.layers = moe_decoder_layers(engine.module)
         self.begin, self.end = (len(dataset) * rank // world.size for rank in (world.rank, world.rank + 1))
@@ -58,7 +58,7 @@ class Collection:
         self.tokens = int(dataset.row_starts_R1[self.end]) - self.first_token
         self.batches = world.max_int(-(-(self.end - self.begin) // batch_rows))
         self.counter = RoutingCounter(len(self.layers), experts, top_k, world.device)
-        self.sampled = self._sampled() if wanted.sample_tokens else np.zeros(0, dtype=np.int64)
+        self.sampled = self._sampled() if recording.sample_tokens else np.zeros(0, dtype=np.int64)
         self.parts: dict[str, np.ndarray] = {}
         self._pending: list[tuple[np.ndarray, slice, torch.Tensor]] = []
         self._copied: Any = None
@@ -110,8 +110,8 @@ class Collection:
             recorder = stack.enter_context(record_routing(model))
             body = stack.enter_context(record_output(model.model))
             middle: list[torch.Tensor] = []
-            if self.wanted.hidden_layer is not None:
-                middle = stack.enter_context(record_output(model.model.layers[self.wanted.hidden_layer]))
+            if self.recording.hidden_layer is not None:
+                middle = stack.enter_context(record_output(model.model.layers[self.recording.hidden_layer]))
             output = forward(self.engine, batch, device)
         self._write_pending()  # of the batch before: its copies had this forward pass to finish
         counts_BLE = self.counter.add(recorder, batch.counted_BS, batch.document_ids_BS)
@@ -121,20 +121,20 @@ class Collection:
         rows = slice(first_row - self.begin, last_row - self.begin)
         filled_T = (batch.document_ids_BS.reshape(-1) >= 0).nonzero().squeeze(1)
         real_T = filled_T.to(device, non_blocking=True)
-        if self.wanted.rows and last_row > first_row:
+        if self.recording.rows and last_row > first_row:
             self._keep("row_counts", rows, counts_BLE[: last_row - first_row])
-        if self.wanted.trace and len(real_T):
+        if self.recording.trace and len(real_T):
             self._keep("trace", tokens, self._trace(recorder, real_T))
         drawn = slice(*np.searchsorted(self.sampled, (tokens.start, tokens.stop)).tolist())
         if drawn.stop > drawn.start:
             drawn_T = filled_T[torch.from_numpy(self.sampled[drawn] - tokens.start)].to(device, non_blocking=True)
             self._keep("sample", drawn, self._trace(recorder, drawn_T))
-        if self.wanted.nll:
+        if self.recording.nll:
             assert number or head_is_all(model.lm_head, body[0], output.logits)
-            nll_BS = token_nll(model.lm_head, body[0], batch)
+            nll_BS = _batch_nll(model.lm_head, body[0], batch)
             if len(real_T):
                 self._keep("nll", tokens, nll_BS.reshape(-1)[real_T])
-        if self.wanted.hidden_layer is not None and last_row > first_row:
+        if self.recording.hidden_layer is not None and last_row > first_row:
             means_BD = mean_over(middle[0], batch.counted_BS.to(device, non_blocking=True))
             self._keep("hidden", rows, means_BD[: last_row - first_row])
         if device.type == "cuda":
@@ -195,31 +195,31 @@ class Collection:
     def _open_parts(self, *, fresh: bool) -> None:
         shapes: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
         rows, layers = self.end - self.begin, len(self.layers)
-        if self.wanted.trace:
+        if self.recording.trace:
             shapes["trace"] = ((self.tokens, layers, self.counter.top_k), trace_dtype(self.experts))
-        if self.wanted.nll:
+        if self.recording.nll:
             shapes["nll"] = ((self.tokens,), np.dtype(np.float32))
-        if self.wanted.hidden_layer is not None:
+        if self.recording.hidden_layer is not None:
             width = int(self.engine.module.config.hidden_size)
             shapes["hidden"] = ((rows, width), np.dtype(np.float32))
-        if self.wanted.rows:
+        if self.recording.rows:
             longest = int(np.diff(self.dataset.row_starts_R1).max(initial=1))
             shapes["row_counts"] = ((rows, layers, self.experts), count_dtype(longest - 1))
-        if self.wanted.sample_tokens:
+        if self.recording.sample_tokens:
             shapes["sample"] = ((len(self.sampled), layers, self.counter.top_k), trace_dtype(self.experts))
             shapes["sample_positions"] = (self.sampled.shape, self.sampled.dtype)
         for name, (shape, dtype) in shapes.items():
             self.parts[name] = create_part(
                 self.directory, name, self.world.rank, self.world.size, shape, dtype, fresh=fresh
             )
-        if self.wanted.sample_tokens:
+        if self.recording.sample_tokens:
             self.parts["sample_positions"][:] = self.sampled + self.first_token
 
     def _sampled(self) -> np.ndarray:
         """int64, ascending: which of this rank's tokens are in the sample, its first token being 0 (collective)."""
         spans = self.dataset.spans(self.first_token, self.first_token + self.tokens)
         counted = self.world.gather(sum(int(self.dataset.counted(*span).sum()) for span in spans))
-        places = sample_places(sum(counted), self.wanted.sample_tokens)
+        places = sample_places(sum(counted), self.recording.sample_tokens)
         before, found = sum(counted[: self.world.rank]), [np.zeros(0, dtype=np.int64)]
         for start, stop in spans:
             counted_N = np.flatnonzero(self.dataset.counted(start, stop))
@@ -324,7 +324,7 @@ def whole_head(head: nn.Module) -> Iterator[tuple[torch.Tensor, torch.Tensor | N
         yield head.weight, head.bias  # type: ignore[misc]
 
 
-def token_nll(head: nn.Module, hidden_BSD: torch.Tensor, batch: Batch) -> torch.Tensor:
+def _batch_nll(head: nn.Module, hidden_BSD: torch.Tensor, batch: Batch) -> torch.Tensor:
     """Loss of the next token at counted positions, 0 elsewhere, fp32 [B, S] on the device of the hidden states."""
     device = hidden_BSD.device
     rows, columns = batch.counted_BS.nonzero(as_tuple=True)

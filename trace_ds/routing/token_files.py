@@ -38,7 +38,7 @@ SAMPLE_SEED = 0x7ACE  # a constant: another seed of a run is no reason to go thr
 
 
 @dataclass(frozen=True)
-class Wanted:
+class Recording:
     """What to record of every token or row besides the counts; ``hidden_layer``: a decoder layer, or None.
 
     ``rows``: the selections of each row; ``sample_tokens``: of how many counted tokens the top-k experts.

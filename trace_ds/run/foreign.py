@@ -13,12 +13,12 @@ from typing import Any
 
 from trace_ds.errors import UserError
 
-MAX_BYTES = 1 << 28
+MAX_BYTES = 1 << 28  # an index of a million tensors has half of this
 NAME_LENGTH = 255  # of a directory
 
 
-def read_object(path: Path, what: str, fix: str) -> dict[str, Any]:
-    """The JSON object in a file.
+def read_object(path: Path, what: str, fix: str, *, infinite: bool = False) -> dict[str, Any]:
+    """The JSON object in a file; with ``infinite`` it may hold NaN and infinities, as models' configurations do.
 
     Raises:
         UserError: it cannot be read, is no JSON object, or holds NaN, an infinity or what is nested or long beyond
@@ -27,7 +27,7 @@ def read_object(path: Path, what: str, fix: str) -> dict[str, Any]:
     try:
         if path.stat().st_size > MAX_BYTES:
             raise ValueError(f"more than {MAX_BYTES >> 20} MiB")
-        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
+        value = json.loads(path.read_text(encoding="utf-8-sig"), parse_constant=None if infinite else _refuse)
         if not isinstance(value, dict):
             raise ValueError("not a JSON object")
     except OSError as error:

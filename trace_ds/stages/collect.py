@@ -13,16 +13,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trace_ds.config.needs import ROW_COUNTS, SAMPLE, TRACE, keys_needing
 from trace_ds.config.schema import Config
 from trace_ds.corpora.tokenizer import tokenizer_fingerprint
 from trace_ds.errors import UserError
 from trace_ds.models.families import ModelInfo, check_expert_parallel, inspect_model, require_plain_logits
-from trace_ds.models.files import read_model_directory
-from trace_ds.routing.token_files import Wanted
+from trace_ds.routing.token_files import Recording
 from trace_ds.run import artefact, ours
 from trace_ds.run.directory import RunDirectory
 from trace_ds.run.files import remove_directory, write_json
+from trace_ds.stages.recorded import ROW_COUNTS, SAMPLE, TRACE, keys_needing
+from trace_ds.tensors.model_files import read_model_directory
 
 if TYPE_CHECKING:
     from trace_ds.parallel.world import World
@@ -85,17 +85,17 @@ def check_collect(config: Config, run: RunDirectory, world_size: int) -> Collect
     settings, needed = {}, {}
     for side in inputs:
         always = {"dtype": config.model.dtype, "top_k": info.top_k}
-        settings[side] = needed[side] = always | asdict(wanted(config, info, side))
+        settings[side] = needed[side] = always | asdict(recording(config, info, side))
         for key, what in (("rows", ROW_COUNTS), ("sample_tokens", SAMPLE)):
             if not keys_needing(what, config, side):
                 needed[side] = needed[side] | {key: None}
     return CollectJob(info, data, inputs, settings, needed)
 
 
-def wanted(config: Config, info: ModelInfo, side: str) -> Wanted:
+def recording(config: Config, info: ModelInfo, side: str) -> Recording:
     """What the configuration asks to be recorded of one side."""
     settings = config.statistics
-    return Wanted(
+    return Recording(
         trace=bool(keys_needing(TRACE, config, side)) if settings.trace is None else settings.trace,
         nll=settings.nll,
         hidden_layer=middle_layer(info) if settings.hidden else None,
@@ -122,7 +122,7 @@ def middle_layer(info: ModelInfo) -> int:
 def collect(config: Config, run: RunDirectory, world: World) -> None:
     """Collect the statistics of both corpora (collectively, on every rank); skips a side that is already done."""
     from trace_ds.models.engine import inference_engine
-    from trace_ds.models.loading import Parts
+    from trace_ds.models.loading import ModelParts
     from trace_ds.run.log import stage_log
 
     job = world.broadcast(world.agree_each(lambda verify: _checked(config, run, world, verify=verify)))[0]
@@ -134,9 +134,16 @@ def collect(config: Config, run: RunDirectory, world: World) -> None:
         if job.info.family.autoep_preset is None:
             sharding = "its weights are sharded by ZeRO-3" if world.size > 1 else "one process holds it whole"
             log.line(f"the family {job.info.family.model_type} has no expert parallelism: {sharding}")
-        asked = wanted(config, job.info, "retain")
-        parts = Parts(head=asked.nll, last_output=asked.nll, hidden_layer=asked.hidden_layer)
-        engine = inference_engine(config, job.info, world, ep=config.distributed.ep, parts=parts)
+        asked = recording(config, job.info, "retain")
+        parts = ModelParts(head=asked.nll, last_output=asked.nll, hidden_layer=asked.hidden_layer)
+        engine = inference_engine(
+            job.info,
+            world,
+            dtype=config.model.dtype,
+            ep=config.distributed.ep,
+            kernel=config.statistics.expert_kernel,
+            parts=parts,
+        )
         if job.info.family.autoep_preset is None and config.data.documents_per_row != 1:
             from trace_ds.routing.collection import refused_packing
 
@@ -229,7 +236,7 @@ def _pass(
         dataset,
         experts=job.info.experts,
         top_k=job.info.top_k,
-        wanted=wanted(config, job.info, side),
+        recording=recording(config, job.info, side),
         batch_rows=config.statistics.batch_rows,
         directory=directory,
     )
@@ -267,7 +274,7 @@ def _shape(config: Config, world: World, job: CollectJob, side: str) -> dict[str
         "ep": config.distributed.ep,
         "batch_rows": config.statistics.batch_rows,
         "device": world.device.type,
-        "expert_kernel": expert_kernel(config, job.info, world.device),
+        "expert_kernel": expert_kernel(config.statistics.expert_kernel, job.info, world.device),
     }
 
 

@@ -18,7 +18,7 @@ from trace_ds.run.foreign import read_object
 from trace_ds.run.log import Progress, StageLog, stage_log
 
 if TYPE_CHECKING:
-    from trace_ds.conversion.stream import Progress as ProgressFunction
+    from trace_ds.tensors.stream import Progress as ProgressFunction
 
 MAX_JOBS = 4
 RETAIN_NAMES = {"nll": "NLL", "kl": "KL to the frozen model", "hidden_mse": "hidden-state MSE"}
@@ -31,7 +31,7 @@ def convert(config: Config, run: RunDirectory) -> None:
         UserError: there is no such complete checkpoint, or it is damaged or of another model.
     """
     checkpoint, problems = _choose(config, run)
-    dtype = config.model.dtype if config.conversion.dtype == "same" else config.conversion.dtype
+    dtype = config.conversion_dtype
     if _is_done(run.model, checkpoint, dtype, config.conversion.max_shard_size):
         return
     with stage_log(run, "convert") as log:
@@ -138,7 +138,7 @@ def _choose(config: Config, run: RunDirectory) -> tuple[Path, list[str]]:
 
 def _is_done(model: Path, checkpoint: Path, dtype: str, max_shard_size: str) -> bool:
     """Whether ``model`` is whole and was made from exactly this checkpoint with these settings."""
-    from trace_ds.models.files import read_model_directory
+    from trace_ds.tensors.model_files import read_model_directory
 
     try:
         report = read_object(model / "conversion.json", "the report", "")

@@ -25,7 +25,6 @@ from trace_ds.evaluation.subjects import (
     ORIGINAL,
     UNLEARNED,
     Subject,
-    conversion_dtype,
     find_subjects,
     has_identity,
     identity,
@@ -35,11 +34,11 @@ from trace_ds.evaluation.subjects import (
     task_fingerprints,
 )
 from trace_ds.models.families import ModelInfo, inspect_model
-from trace_ds.models.files import read_model_directory
 from trace_ds.run import artefact, ours
 from trace_ds.run.directory import RunDirectory, unwritable
 from trace_ds.run.files import write_bytes, write_json
 from trace_ds.run.log import Progress, StageLog, stage_log
+from trace_ds.tensors.model_files import read_model_directory
 
 if TYPE_CHECKING:
     from trace_ds.evaluation.attacks import Decisions
@@ -83,7 +82,7 @@ def check_evaluate(config: Config, run: RunDirectory) -> EvaluateJob:
         from trace_ds.evaluation.attacks import check_forcing
 
         check_forcing(info.path)
-    subjects, problems = find_subjects(config, run)
+    subjects, problems = find_subjects(config.model.path, settings, run, config.conversion_dtype)
     for subject in subjects:
         if not subject.is_checkpoint:
             require_same_tokenizer(subject.path, reference, tokenizer)
@@ -101,7 +100,9 @@ def check_evaluate(config: Config, run: RunDirectory) -> EvaluateJob:
     }
     identities = {
         subject.name: identity(
-            config,
+            settings,
+            config.data,
+            config.model.dtype,
             subject,
             tasks,
             fingerprint,
@@ -120,7 +121,7 @@ def _checked(config: Config, run: RunDirectory, *, verify: bool) -> list[Evaluat
     """
     if verify:
         return [check_evaluate(config, run)]
-    for path in (*named_models(config).values(), run.model):
+    for path in (*named_models(config.model.path, config.evaluation).values(), run.model):
         read_model_directory(path)
     if needs_data(config):
         artefact.load(run.data, "data", "prepare CONFIG", verify=False)
@@ -227,7 +228,7 @@ def _score_missing(config: Config, job: EvaluateJob, run: RunDirectory, log: Sta
     if done:
         log.line(f"already there: {', '.join(sorted(done))}")
     drifts = config.evaluation.drift and any(subject.name == UNLEARNED for subject in todo)
-    attacks = probes.Attacks(config, run, job.tasks, job.data)
+    attacks = probes.Attacks(config.evaluation, config.data.context_length, config.seed, run, job.tasks, job.data)
     attacked = {subject.name for subject in todo} & set(attacked_names(config)) if _attacks(config) else set()
     forcing = config.evaluation.expert_forcing and bool(attacked)
     before: dict[str, RoutingSample] = {}
@@ -244,7 +245,7 @@ def _score_missing(config: Config, job: EvaluateJob, run: RunDirectory, log: Sta
             diverged = result is not None and result["diverged"]
             if drifts and subject.name in (ORIGINAL, UNLEARNED) and not diverged:
                 assert job.data is not None
-                sample = probes.routing(config, job.data, model, log)
+                sample = probes.routing(config.evaluation, job.data, model, log)
                 if subject.name == ORIGINAL:
                     before = sample
                 elif result is not None and before:
@@ -283,7 +284,7 @@ def _score(config: Config, job: EvaluateJob, subject: Subject, model: LanguageMo
         "identity": job.identities[subject.name],
         "model": subject.name,
         "model_fingerprint": subject.fingerprint,
-        "tasks": task_fingerprints(config, job.tasks),
+        "tasks": task_fingerprints(job.tasks, config.evaluation.max_new_tokens),
         "scores": [],
         "items": {},
         "by_source": {},
@@ -333,7 +334,7 @@ def _directory(
 
         shutil.rmtree(temporary, ignore_errors=True)
         log.line(f"{subject.name}: converting the checkpoint")
-        base, dtype = Path(config.model.path), conversion_dtype(config)
+        base, dtype = Path(config.model.path), config.conversion_dtype
         checkpoint_to_directory(subject.path, temporary, base_model=base, dtype=dtype, log=log)
         return str(temporary)
 

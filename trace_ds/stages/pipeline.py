@@ -103,9 +103,9 @@ def check_early(verb: str, request: Request, world_size: int | None = None) -> N
     from trace_ds.corpora.read import check_files
     from trace_ds.corpora.tokenizer import check_tokenizer
     from trace_ds.models.families import check_expert_parallel, inspect_model
-    from trace_ds.models.files import read_model_config
     from trace_ds.parallel.launch import check_process_count
     from trace_ds.stages.evaluate import needs_data
+    from trace_ds.tensors.model_files import read_model_config
 
     config, run = request.config, request.run
     for item in request.all() if verb == "run" else [request]:
@@ -145,15 +145,15 @@ def _check_later_stages(request: Request) -> None:
     """What only a late stage, or a variant, would stumble on."""
     from trace_ds.evaluation.subjects import named_models
     from trace_ds.models.families import inspect_model
-    from trace_ds.models.files import read_model_directory
     from trace_ds.stages.convert import check_convert
     from trace_ds.stages.unlearn import check_settings
+    from trace_ds.tensors.model_files import read_model_directory
 
     info = inspect_model(request.config.model.path)
     for item in request.all():
         check_settings(item.config, info)
         check_convert(item.config, item.run)
-    for path in named_models(request.config).values():
+    for path in named_models(request.config.model.path, request.config.evaluation).values():
         read_model_directory(path)
 
 

@@ -39,7 +39,7 @@ def report(config: Config | None, run: RunDirectory, others: list[Path] | None =
         UserError: a run directory is missing or holds nothing at all, an artefact is damaged, or the report cannot
             be written; an existing report is left as it was.
     """
-    from trace_ds.reporting import card, page, pictures, scores, tables
+    from trace_ds.reporting import model_card, page, pictures, scores, tables
 
     ours.require_directory(run.report, ours.report)
     ours.require_file(run.logs / "report.jsonl", ours.is_log)
@@ -52,7 +52,7 @@ def report(config: Config | None, run: RunDirectory, others: list[Path] | None =
     files: dict[str, str | bytes] = {
         "index.html": page.render(data, found, sorted(images), [other.name for other in others_read], notes),
         "scores.json": json.dumps(scores.score_records(data, others_read), indent=1, ensure_ascii=False) + "\n",
-        "model_card.md": card.model_card(data),
+        "model_card.md": model_card.model_card(data),
         **{f"{name}.csv": table.to_csv() for name, table in found.items()},
         **images,
     }
@@ -73,15 +73,15 @@ def report_study(run: RunDirectory) -> Path:
     Raises:
         UserError: ``study.json`` or ``frontier.csv`` is missing or damaged, or the report cannot be written.
     """
-    from trace_ds.reporting import study
+    from trace_ds.reporting import study_page
 
-    data = study.read(run.path)
-    found = study.all_tables(data)
+    data = study_page.read(run.path)
+    found = study_page.all_tables(data)
     try:
         _write(
             run,
             {
-                "index.html": study.render(data, found),
+                "index.html": study_page.render(data, found),
                 **{f"{name}.csv": table.to_csv() for name, table in found.items()},
             },
         )

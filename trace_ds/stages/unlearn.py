@@ -11,11 +11,11 @@ from trace_ds.config.schema import Config, TrainableConfig
 from trace_ds.corpora.tokenizer import tokenizer_fingerprint
 from trace_ds.errors import UserError
 from trace_ds.models.families import ModelInfo, check_expert_parallel, inspect_model, require_plain_logits
-from trace_ds.models.files import read_model_directory
 from trace_ds.routing.token_files import require_parts
 from trace_ds.run import artefact
 from trace_ds.run.directory import RunDirectory
 from trace_ds.run.files import canonical_json, sha256_text
+from trace_ds.tensors.model_files import read_model_directory
 
 if TYPE_CHECKING:
     from trace_ds.parallel.world import World
@@ -188,10 +188,10 @@ def unlearn(config: Config, run: RunDirectory, world: World) -> None:
     from trace_ds.run.log import stage_log
     from trace_ds.unlearning import grip
     from trace_ds.unlearning.assemble import make_objective
-    from trace_ds.unlearning.engine import training_engine
     from trace_ds.unlearning.job import train
     from trace_ds.unlearning.online_weights import make_weights
     from trace_ds.unlearning.realign import Realignment
+    from trace_ds.unlearning.training_engine import training_engine
 
     job = world.broadcast(world.agree_each(lambda verify: _checked(config, run, world, verify=verify)))[0]
     if world.broadcast_agreed(lambda: job.settled(config, run)):
@@ -204,23 +204,27 @@ def unlearn(config: Config, run: RunDirectory, world: World) -> None:
         for problem in problems:
             log.line(f"WARNING {problem}")
         batches = world.agree_each(lambda _: make_batches(config, job))
-        engine = training_engine(config, job.info, world, batches.micro_batches_per_step(world.size), job.experts)
+        dtype, ep = config.model.dtype, config.distributed.ep
+        accumulation = batches.micro_batches_per_step(world.size)
+        engine = training_engine(settings, job.info, world, accumulation, job.experts, dtype=dtype, ep=ep)
         realignment = None
         if settings.grip is not None:  # before anything is restored: it looks at the frozen routers
             held_bytes = grip.install(engine, batches, world, settings.grip)
             log.line(f"GRIP holds {held_bytes:,} bytes of router bases on this rank; fewer grip.tokens take less")
             realignment = Realignment.asked(engine, batches, world, settings.grip)
-        checkpoint = restore(config, run, job, world, engine, chosen, log) if chosen else None
+        checkpoint = load_checkpoint(config, run, job, world, engine, chosen, log) if chosen else None
         log.drop_scalars_after(checkpoint.step if checkpoint else 0)
         cursor = checkpoint.cursor if checkpoint else {"step": 0, "seed": config.seed}
-        objective, cursor = make_objective(config, job.info, world, batches, cursor, job.anchored)
+        objective, cursor = make_objective(
+            settings, job.info, world, batches, cursor, job.anchored, dtype=dtype, ep=ep, seed=config.seed
+        )
         manifest = _manifest(config, job, world, checkpoint.step if checkpoint else 0, cursor)
         weights = world.agree_each(
             lambda _: make_weights(settings, job.calibration, engine.module, world.device, cursor)
         )
         log.line(
             f"{settings.forget_loss}, {settings.weights} weights by {settings.apply}, alpha {settings.alpha:g}, "
-            f"ZeRO stage {settings.zero_stage}, world size {world.size}, expert-parallel size {config.distributed.ep}"
+            f"ZeRO stage {settings.zero_stage}, world size {world.size}, expert-parallel size {ep}"
         )
         [evaluator] = world.agree_each(lambda _: [make_evaluator(config, job, world)])
         train(engine, world, batches, objective, weights, evaluator, settings, run, manifest, log, realignment)
@@ -240,7 +244,7 @@ def _checked(config: Config, run: RunDirectory, world: World, *, verify: bool) -
     return []
 
 
-def restore(
+def load_checkpoint(
     config: Config, run: RunDirectory, job: UnlearnJob, world: World, engine: Any, chosen: Manifest, log: StageLog
 ) -> Manifest:
     """Load ``chosen``, or the newest older checkpoint that can be loaded, whatever shape wrote it; its manifest."""
@@ -256,9 +260,9 @@ def restore(
             f"the checkpoint of step {manifest.step} was written by world size {manifest.world}, "
             f"expert-parallel size {manifest.ep}: converting it"
         )
-        elastic.restore(engine, world, run.checkpoints, manifest, autoep=ep > 1, base_model=job.info.path)
+        elastic.load_reshaped(engine, world, run.checkpoints, manifest, autoep=ep > 1, base_model=job.info.path)
 
-    loaded = commit.restore(world, run.checkpoints, chosen, load_one, log.line)
+    loaded = commit.load_newest(world, run.checkpoints, chosen, load_one, log.line)
     shape = f"world size {world.size}, expert-parallel size {ep}"
     same = (loaded.world, loaded.ep) == (world.size, ep)
     log.line(f"resumed after step {loaded.step}" + ("" if same else f" on {shape}"))
@@ -282,7 +286,8 @@ def make_batches(config: Config, job: UnlearnJob) -> Batches:
     sides = ("forget", "retain", *(["alternative"] if "alternative" in nll else []))
     datasets = {side: TokenDataset.open(job.data.file(f"{side}.arrow")) for side in sides}
     return Batches(
-        config,
+        config.unlearning,
+        config.seed,
         datasets["forget"],
         datasets["retain"],
         token_weights,

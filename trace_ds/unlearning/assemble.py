@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from trace_ds.config.schema import Config
+from trace_ds.config.schema import UnlearningConfig
 from trace_ds.models.engine import reference_engine
 from trace_ds.models.families import ModelInfo
 from trace_ds.parallel.world import World, quiet_deepspeed
@@ -19,12 +19,16 @@ from trace_ds.unlearning.seuf import Anchor
 
 
 def make_objective(
-    config: Config,
+    settings: UnlearningConfig,
     info: ModelInfo,
     world: World,
     batches: Batches,
     cursor: dict[str, Any],
     anchored: tuple[int, tuple[int, ...]] | None = None,
+    *,
+    dtype: str,
+    ep: int,
+    seed: int,
 ) -> tuple[Objective, dict[str, Any]]:
     """The objective, and the cursor with the job constants it needs (kept in checkpoints for exact resumption).
 
@@ -32,13 +36,21 @@ def make_objective(
 
     Args:
         anchored: the MoE layer and the experts that SEUF anchors the router on.
+        dtype, ep, seed: ``model.dtype``, ``distributed.ep`` and ``seed`` of the job.
     """
-    settings = config.unlearning
     needs = FrozenNeeds.of(settings, info.decoder_layers)
     measured = needs.norm and "rmu_hidden_norm" not in cursor
     frozen = None
     if needs.stays or measured:
-        engine = reference_engine(config, info, world, layers=needs.layers)
+        engine = reference_engine(
+            info,
+            world,
+            dtype=dtype,
+            ep=ep,
+            zero_stage=settings.zero_stage,
+            ds_config_path=settings.ds_config,
+            layers=needs.layers,
+        )
         if measured:
             assert needs.layer is not None
             cursor = {**cursor, "rmu_hidden_norm": mean_hidden_norm(engine, needs.layer, world, batches)}
@@ -48,7 +60,7 @@ def make_objective(
     if settings.forget_loss == "rmu":
         unit = cursor["rmu_hidden_norm"] if needs.norm else 1.0
         length = settings.rmu.coefficient * unit
-        target_D = rmu_target(int(info.config["hidden_size"]), config.seed, length).to(world.device)
+        target_D = rmu_target(int(info.config["hidden_size"]), seed, length).to(world.device)
     anchor = None
     if anchored is not None and settings.seuf is not None:
         moe_layer, experts = anchored

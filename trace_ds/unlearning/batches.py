@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from trace_ds.config.schema import Config
+from trace_ds.config.schema import UnlearningConfig
 from trace_ds.corpora.dataset import FlatArray, TokenDataset
-from trace_ds.unlearning.rows import FORGET_STREAM, RETAIN_STREAM, EpochRows, SampledRows, share_of_rank
+from trace_ds.unlearning.step_rows import FORGET_STREAM, RETAIN_STREAM, EpochRows, SampledRows, share_of_rank
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,7 @@ class Batches:
     """The data of the job: any step, on any rank, as a pure function of the seed and the step.
 
     Args:
+        seed: of the run.
         forget, retain: token datasets.
         token_weights: fp32 weights of all retain tokens in flat order; None: 1 each.
         row_weights_R: mean weights of the retain rows; rows of weight 0 (not retrieved) are never seen. With ``apply:
@@ -69,7 +70,8 @@ class Batches:
 
     def __init__(
         self,
-        config: Config,
+        settings: UnlearningConfig,
+        seed: int,
         forget: TokenDataset,
         retain: TokenDataset,
         token_weights: FlatArray | None,
@@ -78,20 +80,19 @@ class Batches:
         alternative: TokenDataset | None = None,
         alternative_nll: FlatArray | None = None,
     ) -> None:
-        settings = config.unlearning
         self._forget, self._retain = forget, retain
         self._token_weights, self._reference_nll = token_weights, reference_nll
         self._counted_forget = forget.counted_per_row()
         self._counted_retain = retain.counted_per_row()
         usable_forget = np.flatnonzero(self._counted_forget)
         usable_retain = np.flatnonzero((self._counted_retain > 0) & (row_weights_R > 0))
-        self._forget_rows = EpochRows(usable_forget, settings.forget_rows, config.seed, FORGET_STREAM)
+        self._forget_rows = EpochRows(usable_forget, settings.forget_rows, seed, FORGET_STREAM)
         self._retain_rows: EpochRows | SampledRows
         if settings.apply == "loss":
-            self._retain_rows = EpochRows(usable_retain, settings.retain_rows, config.seed, RETAIN_STREAM)
+            self._retain_rows = EpochRows(usable_retain, settings.retain_rows, seed, RETAIN_STREAM)
         else:
             self._retain_rows = SampledRows(
-                usable_retain, row_weights_R[usable_retain], settings.retain_rows, config.seed, RETAIN_STREAM
+                usable_retain, row_weights_R[usable_retain], settings.retain_rows, seed, RETAIN_STREAM
             )
         self._settings = settings
         self._alternative, self._alternative_nll = alternative, alternative_nll

@@ -33,7 +33,7 @@ class HeadRequest:
 
 
 @dataclass(frozen=True)
-class Found:
+class PassOutputs:
     """What a pass was asked for.
 
     Attributes:
@@ -55,7 +55,7 @@ def forward(
     layer: int | None = None,
     requests: Sequence[HeadRequest] = (),
     last: bool = False,
-) -> Found:
+) -> PassOutputs:
     """One pass of ``engine`` (DeepSpeed, training or frozen) over the rows, with gradients where they are enabled.
 
     Args:
@@ -89,7 +89,7 @@ def forward(
         outputs = list(engine())
     layer_BSD = outputs.pop(0) if layer is not None else None
     last_BSD = outputs.pop(0) if last else None
-    return Found(layer_BSD, last_BSD, outputs)
+    return PassOutputs(layer_BSD, last_BSD, outputs)
 
 
 def head_values(hidden_ND: torch.Tensor, weight_VD: torch.Tensor, function: TokenFunction, chunk: int) -> torch.Tensor:

@@ -16,13 +16,13 @@ from trace_ds.checkpoints.commit import save
 from trace_ds.checkpoints.manifest import Manifest
 from trace_ds.config.schema import UnlearningConfig
 from trace_ds.errors import JobFailed, StopRequested
+from trace_ds.models.token_nll import weighted_sum
 from trace_ds.parallel.world import World
 from trace_ds.run.directory import RunDirectory
 from trace_ds.run.log import Progress, StageLog
 from trace_ds.unlearning.batches import Batches, Step
 from trace_ds.unlearning.loss import Objective
 from trace_ds.unlearning.multiplier import Multiplier
-from trace_ds.unlearning.objectives import weighted_sum
 from trace_ds.unlearning.online_weights import RetainWeights
 from trace_ds.unlearning.realign import Realignment
 from trace_ds.unlearning.watch import Evaluator, Verdict, broken_bounds, judge

@@ -17,6 +17,7 @@ import torch
 from torch.nn import functional
 
 from trace_ds.config.schema import UnlearningConfig
+from trace_ds.models.token_nll import nll
 from trace_ds.unlearning import objectives
 from trace_ds.unlearning.batches import MicroBatch
 from trace_ds.unlearning.forward import HeadRequest, forward
@@ -27,9 +28,9 @@ from trace_ds.unlearning.seuf import Anchor, router_logits
 TokenLoss = Callable[[torch.Tensor, torch.Tensor, Any], torch.Tensor]
 
 TOKEN_LOSSES: dict[str, Callable[[UnlearningConfig], TokenLoss]] = {
-    "nll": lambda settings: lambda z, y, frozen: objectives.nll(z, y),
+    "nll": lambda settings: lambda z, y, frozen: nll(z, y),
     "kl": lambda settings: lambda z, y, frozen: objectives.kl_to_frozen(z, frozen),
-    "graddiff": lambda settings: lambda z, y, frozen: -objectives.nll(z, y),
+    "graddiff": lambda settings: lambda z, y, frozen: -nll(z, y),
     "wga": lambda settings: lambda z, y, frozen: objectives.wga(z, y, settings.wga.beta),
     "satimp": lambda settings: (
         lambda z, y, frozen: objectives.satimp(z, y, settings.satimp.beta1, settings.satimp.beta2)

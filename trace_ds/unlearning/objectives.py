@@ -16,12 +16,9 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
+from trace_ds.models.token_nll import nll
+
 # --- one value a token, from its logits -------------------------------------------------------------------------------
-
-
-def nll(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
-    """ℓ, the negative log-likelihood of each token's target, [N]."""
-    return functional.cross_entropy(logits_NV.float(), targets_N, reduction="none")
 
 
 def wga(logits_NV: torch.Tensor, targets_N: torch.Tensor, beta: float) -> torch.Tensor:
@@ -169,15 +166,6 @@ def adaptive_rmu_target(target_D: torch.Tensor, frozen_BSD: torch.Tensor) -> tor
 # --- the retain side --------------------------------------------------------------------------------------------------
 
 
-def weighted_sum(values_BS: torch.Tensor, weights_BS: torch.Tensor) -> torch.Tensor:
-    """Σ_t w_t v_t, the numerator of every retain loss: L_retain = Σ w_t ℓ_t / n over the global batch of n tokens.
-
-    The divisor is n, not Σ w: the weights have mean 1 over the corpus, and renormalising each batch would cancel the
-    between-document part of the weights (our decision).
-    """
-    return (values_BS * weights_BS).sum()
-
-
 def dual_update(multiplier: float, retain_loss: float, bound: float, step: float) -> float:
     """PDU's multiplier after a step: λ ← max(0, λ + η (L_retain − ε)) (Entesari et al., arXiv 2506.05314).
 
@@ -185,13 +173,3 @@ def dual_update(multiplier: float, retain_loss: float, bound: float, step: float
     1.05 times the retain loss of the first step, λ from α (all ours).
     """
     return max(0.0, multiplier + step * (retain_loss - bound))
-
-
-def token_nll(logits_BSV: torch.Tensor, input_ids_BS: torch.Tensor, counted_BS: torch.Tensor) -> torch.Tensor:
-    """Negative log-likelihood (nats, fp32) of the next token at counted positions, 0 elsewhere, [B, S].
-
-    From whole logits, for training loops of one's own; the job uses :mod:`trace_ds.unlearning.forward`.
-    """
-    rows, columns = counted_BS.nonzero(as_tuple=True)
-    nll_N = nll(logits_BSV[rows, columns], input_ids_BS[rows, columns + 1])
-    return torch.zeros(counted_BS.shape, dtype=torch.float32, device=nll_N.device).index_put((rows, columns), nll_N)

@@ -22,9 +22,9 @@ import torch
 from trace_ds.config.schema import UnlearningConfig
 from trace_ds.corpora.dataset import Batch, TokenDataset
 from trace_ds.models.routers import find_routers, record_routing
+from trace_ds.models.token_nll import nll
 from trace_ds.parallel.world import World
 from trace_ds.routing.token_files import SampledRouting
-from trace_ds.unlearning import objectives
 from trace_ds.unlearning.forward import HeadRequest, forward
 
 
@@ -77,8 +77,8 @@ class Evaluator:
         engine.train()
         totals = self._world.sum_float64(sums)
         found = {}
-        for side, (nll, tokens, common, slots) in zip(self._sides, totals, strict=True):
-            found[f"{side}_nll"] = float(nll / tokens)
+        for side, (nll_sum, tokens, common, slots) in zip(self._sides, totals, strict=True):
+            found[f"{side}_nll"] = float(nll_sum / tokens)
             if slots:
                 found[f"{side}_overlap"] = float(common / slots)
         return found
@@ -113,7 +113,7 @@ class Evaluator:
         rows_N, columns_N = batch.counted_BS.to(device).nonzero(as_tuple=True)
         ids_BS = batch.input_ids_BS.to(device)
         targets_N = ids_BS[rows_N, columns_N + 1]
-        request = HeadRequest(rows_N, columns_N, lambda logits_CV, part: objectives.nll(logits_CV, targets_N[part]))
+        request = HeadRequest(rows_N, columns_N, lambda logits_CV, part: nll(logits_CV, targets_N[part]))
         return forward(engine, ids_BS, batch.position_ids_BS.to(device), requests=[request]).values[0]
 
 

@@ -19,8 +19,8 @@ from typing import BinaryIO
 
 import torch
 
-from trace_ds.conversion.torch_archive import COPY_AGAIN, LazyTensor, Storage
 from trace_ds.errors import UserError
+from trace_ds.tensors.torch_archive import COPY_AGAIN, LazyTensor, Storage
 
 
 @dataclass(frozen=True)

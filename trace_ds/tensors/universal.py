@@ -17,9 +17,11 @@ from typing import Any
 
 import torch
 
-from trace_ds.conversion.checkpoint import MODEL_FILE, RANK_FILE, Checkpoint
-from trace_ds.conversion.layouts import engine_to_fused, fused_to_engine, layer_metadata, moe_prefixes, read_layout
-from trace_ds.conversion.partitions import (
+from trace_ds.errors import UserError
+from trace_ds.tensors.checkpoint import MODEL_FILE, RANK_FILE, Checkpoint
+from trace_ds.tensors.dtypes import DTYPE_NAMES
+from trace_ds.tensors.layouts import engine_to_fused, fused_to_engine, layer_metadata, moe_prefixes, read_layout
+from trace_ds.tensors.partitions import (
     autoep_layers,
     check_ranks,
     damaged,
@@ -27,12 +29,10 @@ from trace_ds.conversion.partitions import (
     expert_weights,
     reading,
 )
-from trace_ds.conversion.runs import Run, TensorSource, from_lazy, make_source
-from trace_ds.conversion.safetensors_target import DTYPE_NAMES
-from trace_ds.conversion.stream import Progress, Task, run_tasks, warnings_of
-from trace_ds.conversion.torch_archive import LazyTensor, plain_shape, read_archive, scalar
-from trace_ds.conversion.torch_writer import Streamed, write_archive
-from trace_ds.errors import UserError
+from trace_ds.tensors.runs import Run, TensorSource, from_lazy, make_source
+from trace_ds.tensors.stream import CopyTask, Progress, run_tasks, warnings_of
+from trace_ds.tensors.torch_archive import LazyTensor, plain_shape, read_archive, scalar
+from trace_ds.tensors.torch_writer import Streamed, write_archive
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -176,7 +176,7 @@ def write_universal(
     folder = work / tag
     experts = expert_weights(checkpoint.layers)
     trained = checkpoint.moments["exp_avg"]
-    tasks: list[Task] = []
+    tasks: list[CopyTask] = []
     with reading(_optimizer_file(checkpoint)):
         step = torch.tensor(_step(checkpoint), dtype=torch.float32)
         optimizer_state = _optimizer_state(checkpoint, step)

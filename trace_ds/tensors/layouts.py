@@ -7,7 +7,7 @@
 
 Hub ↔ fused is transformers' own weight mapping: the reverse conversion is run once on tensors without data
 (meta device) that remember where their elements come from, and what comes out is read off as a list of
-:class:`~trace_ds.conversion.runs.Block`. There is no mapping of names in this file. Fused ↔ engine undoes
+:class:`~trace_ds.tensors.runs.Block`. There is no mapping of names in this file. Fused ↔ engine undoes
 ``deepspeed/moe/ep_repack.py``.
 """
 
@@ -23,10 +23,10 @@ from typing import Any
 
 import torch
 
-from trace_ds.conversion.checkpoint import is_alias
-from trace_ds.conversion.runs import Block, TensorSource, assemble, extract
 from trace_ds.errors import UserError
-from trace_ds.models.files import read_model_config
+from trace_ds.tensors.checkpoint import is_alias
+from trace_ds.tensors.model_files import read_model_config
+from trace_ds.tensors.runs import Block, TensorSource, assemble, extract
 
 MAX_BLOCKS = 1 << 20
 FAMILIES = "use one of the families mixtral, qwen2_moe, qwen3_moe, olmoe, deepseek_v2, deepseek_v3"

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from trace_ds.conversion.checkpoint import Checkpoint
-from trace_ds.conversion.runs import Run, TensorSource
-from trace_ds.conversion.safetensors_target import DTYPES
-from trace_ds.conversion.torch_archive import Storage
 from trace_ds.errors import UserError
+from trace_ds.tensors.checkpoint import Checkpoint
+from trace_ds.tensors.dtypes import DTYPES
+from trace_ds.tensors.model_files import read_model_directory
+from trace_ds.tensors.runs import Run, TensorSource
+from trace_ds.tensors.torch_archive import Storage
 
 
 def open_huggingface(directory: Path) -> Checkpoint:
     """Every tensor of a model directory under its name on disk (its header and index are checked, nothing is read)."""
-    from trace_ds.models.files import read_model_directory
-
     files = read_model_directory(directory)
     tensors: dict[str, TensorSource] = {}
     for name, entry in files.tensors.items():

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from trace_ds.conversion.runs import Run, TensorSource, make_source
-from trace_ds.conversion.torch_archive import COPY_AGAIN, LazyTensor
 from trace_ds.errors import UserError
+from trace_ds.tensors.runs import Run, TensorSource, make_source
+from trace_ds.tensors.torch_archive import COPY_AGAIN, LazyTensor
 
 MAX_EXPERTS = 1 << 16  # of a layer; what files claim beyond it is not believed
 

@@ -21,15 +21,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from trace_ds.benchmark import plan
-from trace_ds.benchmark.analysis import Curve, compare, curve_of, finite, metric_of, tuned
-from trace_ds.benchmark.worker import Job, Study, is_done
 from trace_ds.config.load import load_config
 from trace_ds.config.schema import Config
 from trace_ds.errors import EXIT_STOPPED, StopRequested, UserError
 from trace_ds.run import ours
 from trace_ds.run.directory import RunDirectory, locked
 from trace_ds.run.files import write_json, write_text
+from trace_ds.studies import run_list
+from trace_ds.studies.analysis import Curve, compare, curve_of, finite, metric_of, tuned
+from trace_ds.studies.worker import Study, StudyJob, is_done
 
 TELL_EVERY_S = 30.0
 # For the estimate before anything ran: seconds of one CPU core of the machine this was developed on.
@@ -45,7 +45,7 @@ def run_study(recipe: str, run_dir: Path | None, overrides: Sequence[str], worke
     """
     directory = run_dir or Path("runs/bench") / load_config(recipe, overrides)[0].name
     study = Study(recipe, directory, overrides)
-    plan.check(study.config)
+    run_list.check(study.config)
     if study.bench.regime is not None:
         from trace_ds.demo.run import preflight
 
@@ -68,7 +68,7 @@ def run_study(recipe: str, run_dir: Path | None, overrides: Sequence[str], worke
     if json:
         print(json_module.dumps(result, indent=1, sort_keys=True))
     else:
-        from trace_ds.benchmark.table import show
+        from trace_ds.studies.result_table import show
 
         show(result)
         print(f"numbers: {directory / 'study.json'}, every scored step: {directory / 'frontier.csv'}")
@@ -107,7 +107,7 @@ def _clear_leftovers(study: Study) -> None:
         remove_input_leftovers(study.seed_directory(seed))
 
 
-def _tell_estimate(study: Study, jobs: list[Job], todo: list[Job], count: int) -> None:
+def _tell_estimate(study: Study, jobs: list[StudyJob], todo: list[StudyJob], count: int) -> None:
     references = sum(not job.needs for job in todo)
     runs = len(todo) - references
     steps = study.config.unlearning.steps
@@ -120,11 +120,11 @@ def _tell_estimate(study: Study, jobs: list[Job], todo: list[Job], count: int) -
     )
 
 
-def _work(recipe: str, directory: Path, overrides: Sequence[str], jobs: list[Job], count: int, quiet: bool) -> int:
+def _work(recipe: str, directory: Path, overrides: Sequence[str], jobs: list[StudyJob], count: int, quiet: bool) -> int:
     """Start the workers, tell how far they are, wait; the first failure ends all of them."""
     from trace_ds.parallel.launch import die_with_parent
 
-    command = [sys.executable, "-m", "trace_ds.benchmark.worker", recipe, str(directory)]
+    command = [sys.executable, "-m", "trace_ds.studies.worker", recipe, str(directory)]
     for override in overrides:
         command += ["--set", override]
     (directory / "logs").mkdir(parents=True, exist_ok=True)
@@ -163,7 +163,7 @@ def _stop(number: int, frame: Any) -> None:
     raise StopRequested("the study was stopped; run the same command again to go on")
 
 
-def _wait(children: list[subprocess.Popen[bytes]], logs: list[Path], jobs: list[Job], quiet: bool) -> int:
+def _wait(children: list[subprocess.Popen[bytes]], logs: list[Path], jobs: list[StudyJob], quiet: bool) -> int:
     began_s = told_s = time.monotonic()
     began_with = sum(map(is_done, jobs))
     while True:
@@ -217,7 +217,7 @@ def analyse(study: Study) -> dict[str, Any]:
                     found = compare(chosen[method], chosen[bench.baseline], metric, value)
                     row = {"loss": loss, "strength": kind, "method": method, "metric": metric, "at": value}
                     way = {"direction": direction(metric.split()[1], "utility"), "edges": found_edges}
-                    way["untried"] = plan.untried(bench, loss, method, free)
+                    way["untried"] = run_list.untried(bench, loss, method, free)
                     rows.append(row | way | found)
     return {
         "recipe": study.config.name,
@@ -238,7 +238,7 @@ def _edges(
     """Values at an end of the grid that tuning chose, with the seeds it chose them for."""
     found: dict[str, list[int]] = {}
     for seed, curve in chosen.items():
-        for edge in plan.edges(study.bench, loss, method, curve.point if curve is not None else None, free):
+        for edge in run_list.edges(study.bench, loss, method, curve.point if curve is not None else None, free):
             found.setdefault(edge, []).append(seed)
     return found
 
@@ -250,10 +250,10 @@ def choices(
 
     A kind is left out where no method has a second value of the key that it frees: it would repeat the one before.
     """
-    bench = plan.require_bench(config, "bench")
+    bench = run_list.require_bench(config, "bench")
     for loss in bench.losses:
         for kind, free in kinds(list(bench.grid)):
-            if free and all(plan.untried(bench, loss, method, free[-1:]) for method in bench.methods):
+            if free and all(run_list.untried(bench, loss, method, free[-1:]) for method in bench.methods):
                 continue
             chosen = {
                 method: tuned(
@@ -261,7 +261,7 @@ def choices(
                     bench.seeds,
                     bench.utility[0],
                     free,
-                    dict(plan.recipe_point(config, loss, method)),
+                    dict(run_list.recipe_point(config, loss, method)),
                 )
                 for method in bench.methods
             }
@@ -281,8 +281,8 @@ def _target(study: Study, golds: Sequence[dict[str, Any]]) -> float:
     """The mean of the gold models of all seeds plus the margin; without gold models chance plus two points.
 
     The mean (our decision): no gold model ever saw what is to be forgotten, so they differ by the luck of a few hundred
-    questions only, and a seed whose gold model was unlucky would ask for less than chance. :func:`plan.check` has seen
-    that the metric has a chance level where there is no gold model.
+    questions only, and a seed whose gold model was unlucky would ask for less than chance. :func:`run_list.check` has
+    seen that the metric has a chance level where there is no gold model.
     """
     from trace_ds.evaluation.tasks import CHANCES
     from trace_ds.reporting.scores import CHANCE_MARGIN
@@ -293,7 +293,7 @@ def _target(study: Study, golds: Sequence[dict[str, Any]]) -> float:
 
 
 def _where(curve: Curve) -> str:
-    return f"seed {curve.seed}, {curve.loss}, {curve.method}, {plan.label(curve.point)}"
+    return f"seed {curve.seed}, {curve.loss}, {curve.method}, {run_list.label(curve.point)}"
 
 
 def frontier_csv(study: Study) -> str:
@@ -306,7 +306,7 @@ def frontier_csv(study: Study) -> str:
         for entry in _read(path)["curve"]:
             values = [metric_of(entry, name) for name in (bench.forget, *bench.utility)]
             numbers = ["" if math.isnan(value) else f"{value:.6g}" for value in values]
-            point = plan.label(trial.point)
+            point = run_list.label(trial.point)
             writer.writerow([trial.seed, trial.loss, trial.method, point, entry["step"], *numbers])
     return text.getvalue()
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from trace_ds.checkpoints import serialization
-from trace_ds.config.schema import Config
+from trace_ds.config.schema import UnlearningConfig
 from trace_ds.models import engine
 from trace_ds.models.engine_config import merge, user_ds_config
 from trace_ds.models.families import ModelInfo
@@ -17,23 +17,25 @@ from trace_ds.unlearning import trainable
 
 
 def training_engine(
-    config: Config,
+    settings: UnlearningConfig,
     info: ModelInfo,
     world: World,
     accumulation: int,
     experts: dict[int, tuple[int, ...]] | None = None,
+    *,
+    dtype: str,
+    ep: int,
 ) -> Any:
     """The DeepSpeed training engine: AdamW, ZeRO as configured, experts sharded by AutoEP when ep > 1.
 
-    ``experts``: by decoder layer, the experts that are trained; None: all.
+    ``experts``: by decoder layer, the experts that are trained; None: all. ``dtype``: ``model.dtype``.
     """
-    settings = config.unlearning
     optimizer = settings.optimizer
-    ds_config = engine.base_ds_config(ep=config.distributed.ep, info=info, zero_stage=settings.zero_stage)
+    ds_config = engine.base_ds_config(ep=ep, info=info, zero_stage=settings.zero_stage)
     ds_config |= {
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": optimizer.gradient_clipping,
-        "bf16": {"enabled": config.model.dtype == "bf16"},
+        "bf16": {"enabled": dtype == "bf16"},
         "optimizer": {
             "type": "AdamW",
             "params": {
@@ -54,11 +56,11 @@ def training_engine(
         return trainable.parameter_groups(model, chosen[0], optimizer.weight_decay)
 
     made = engine.initialize(
-        config,
         info,
         world,
         merge(ds_config, user_ds_config(settings.ds_config)),
-        parts=engine.Parts(),
+        dtype=dtype,
+        parts=engine.ModelParts(),
         parameters=parameters,
         recompute=settings.recompute,
     )

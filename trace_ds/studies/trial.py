@@ -93,14 +93,18 @@ def _engine(config: Config, job: UnlearnJob, world: World) -> Iterator[Any]:
     from trace_ds.stages.unlearn import make_batches
     from trace_ds.unlearning import grip
     from trace_ds.unlearning.assemble import make_objective
-    from trace_ds.unlearning.engine import training_engine
     from trace_ds.unlearning.online_weights import make_weights
     from trace_ds.unlearning.realign import Realignment
+    from trace_ds.unlearning.training_engine import training_engine
 
     batches = make_batches(config, job)
-    engine = training_engine(config, job.info, world, batches.micro_batches_per_step(world.size), job.experts)
+    settings, dtype, ep = config.unlearning, config.model.dtype, config.distributed.ep
+    accumulation = batches.micro_batches_per_step(world.size)
+    engine = training_engine(settings, job.info, world, accumulation, job.experts, dtype=dtype, ep=ep)
     start = {"step": 0, "seed": config.seed}
-    objective, cursor = make_objective(config, job.info, world, batches, start, job.anchored)
+    objective, cursor = make_objective(
+        settings, job.info, world, batches, start, job.anchored, dtype=dtype, ep=ep, seed=config.seed
+    )
     realignment = None
     if config.unlearning.grip is not None:
         grip.install(engine, batches, world, config.unlearning.grip)

@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from trace_ds.reporting.study import StudyData, comparisons, sections
+from trace_ds.reporting.study_page import StudyData, comparisons, sections
 
 LOG_WIDTH = 180  # of a file: nobody's window cuts it
 

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from trace_ds.errors import UserError
+from trace_ds.run.foreign import read_object
 
 CONFIG_NAME = "config.json"
 SINGLE_NAME = "model.safetensors"
@@ -36,7 +37,6 @@ DTYPE_BYTES = {
     **dict.fromkeys(("U32", "I32", "F32"), 4),
     **dict.fromkeys(("U64", "I64", "F64", "C64"), 8),
 }
-MAX_JSON_BYTES = 256 << 20  # an index of a million tensors has half of this
 # What a model's configuration may count, by key: from 1 (0 where marked) to far above any model there is.
 LARGEST = {
     "num_hidden_layers": 1 << 10,
@@ -115,20 +115,8 @@ class ModelFiles:
 
 
 def read_json_object(path: Path, what: str) -> dict[str, Any]:
-    """A JSON file whose top level is an object; :class:`UserError` naming the file otherwise."""
-    try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise UserError(f"{what} has {path.stat().st_size:,} bytes", str(path), COPY_AGAIN)
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise UserError(f"{what} cannot be read ({error.strerror})", str(path), "check the path") from None
-    except RecursionError:
-        raise UserError(f"{what} is nested too deep", str(path), COPY_AGAIN) from None
-    except ValueError as error:
-        raise UserError(f"{what} is not JSON ({error})", str(path), COPY_AGAIN) from None
-    if not isinstance(value, dict):
-        raise UserError(f"{what} is not a JSON object", str(path), COPY_AGAIN)
-    return value
+    """A JSON object of a model's; :class:`UserError` naming the file where there is none."""
+    return read_object(path, what, COPY_AGAIN, infinite=True)
 
 
 def read_model_config(path: str | Path) -> dict[str, Any]:

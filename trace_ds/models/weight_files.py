@@ -1,6 +1,6 @@
 """The weights of a model directory by transformers' in-memory names: any range of any tensor, read when it is needed.
 
-Names and pieces come from transformers' own weight mapping (:mod:`trace_ds.conversion.layouts`); bytes are read at
+Names and pieces come from transformers' own weight mapping (:mod:`trace_ds.tensors.layouts`); bytes are read at
 their place in the safetensors files, so a process that holds an eighth of a tensor reads an eighth of it.
 """
 
@@ -17,14 +17,14 @@ from typing import Any, BinaryIO
 import torch
 from torch import nn
 
-from trace_ds.conversion.layouts import (
+from trace_ds.errors import UserError
+from trace_ds.tensors.layouts import (
     ModelLayout,
     engine_pieces,
     hub_to_fused,
     missing_and_unexpected,
 )
-from trace_ds.conversion.runs import TensorSource, extract, merge_adjacent
-from trace_ds.errors import UserError
+from trace_ds.tensors.runs import TensorSource, extract, merge_adjacent
 
 BLOCK_NUMEL = 1 << 22
 PROOF_SAMPLES = 32
@@ -57,7 +57,7 @@ class WeightFiles:
         Raises:
             UserError: a tensor of the model is missing, has another shape, or one is not part of the model.
         """
-        from trace_ds.conversion.huggingface_source import open_huggingface
+        from trace_ds.tensors.huggingface_source import open_huggingface
 
         tensors = {
             name: source

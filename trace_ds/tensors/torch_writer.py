@@ -2,7 +2,7 @@
 
 ``torch.save`` needs every tensor in memory. Under ``torch.serialization.skip_data`` it leaves room for their bytes
 instead (a hole in the file, without a checksum); where each lies is read back from the file, and
-:class:`~trace_ds.conversion.stream.Streamer` fills it. ``torch.load`` (with ``weights_only=True``) reads the result.
+:class:`~trace_ds.tensors.stream.Streamer` fills it. ``torch.load`` (with ``weights_only=True``) reads the result.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from trace_ds.conversion.runs import TensorSource
-from trace_ds.conversion.stream import Task, naming_full_disk
-from trace_ds.conversion.torch_archive import read_archive, tensors_of
+from trace_ds.tensors.runs import TensorSource
+from trace_ds.tensors.stream import CopyTask, naming_full_disk
+from trace_ds.tensors.torch_archive import read_archive, tensors_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +27,7 @@ class Streamed:
     dtype: torch.dtype
 
 
-def write_archive(path: Path, value: Any) -> list[Task]:
+def write_archive(path: Path, value: Any) -> list[CopyTask]:
     """Write ``value``: plain data, tensors, or else room for every :class:`Streamed` in it; returns what fills them."""
     held: list[Streamed] = []
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -41,7 +41,7 @@ def write_archive(path: Path, value: Any) -> list[Task]:
     if not held:
         return []
     offsets = [tensor.storage.offset_bytes for tensor in tensors_of(read_archive(path))]
-    return [Task(one.source, one.dtype, path, offset) for one, offset in zip(held, offsets, strict=True)]
+    return [CopyTask(one.source, one.dtype, path, offset) for one, offset in zip(held, offsets, strict=True)]
 
 
 def _with_room(value: Any, held: list[Streamed]) -> Any:

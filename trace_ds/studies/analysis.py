@@ -25,8 +25,8 @@ from typing import Any
 
 import numpy as np
 
-from trace_ds.benchmark.plan import Point, label
 from trace_ds.reporting.matched import Matched, matched, relative_gain
+from trace_ds.studies.run_list import Point, label
 
 BOOTSTRAP_DRAWS = 10_000
 LEVEL = 0.95

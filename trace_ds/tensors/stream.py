@@ -20,9 +20,9 @@ from pathlib import Path
 
 import torch
 
-from trace_ds.conversion.runs import ChecksumLedger, Run, TensorSource, merge_adjacent, pieces_of
-from trace_ds.conversion.torch_archive import COPY_AGAIN
 from trace_ds.errors import UserError
+from trace_ds.tensors.runs import ChecksumLedger, Run, TensorSource, merge_adjacent, pieces_of
+from trace_ds.tensors.torch_archive import COPY_AGAIN
 
 BLOCK_NUMEL = 1 << 19
 FLUSH_BYTES = 1 << 27
@@ -31,7 +31,7 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class Task:
+class CopyTask:
     """Write ``source`` cast to ``dtype`` into ``path`` from byte ``offset_bytes`` on (``path`` None: only read)."""
 
     source: TensorSource
@@ -147,7 +147,7 @@ class Streamer:
         self._flushes: list[Future[None]] = []
         self._unflushed_bytes = 0
 
-    def run(self, tasks: Sequence[Task]) -> list[Written]:
+    def run(self, tasks: Sequence[CopyTask]) -> list[Written]:
         """Carry out the tasks; results in their order. The first error stops the others and is raised."""
         try:
             written = self._run(tasks)
@@ -158,7 +158,7 @@ class Streamer:
             self._flusher.shutdown(cancel_futures=True)
             self._files.close()
 
-    def _run(self, tasks: Sequence[Task]) -> list[Written]:
+    def _run(self, tasks: Sequence[CopyTask]) -> list[Written]:
         if self._jobs == 1:
             return [self._do(task) for task in tasks]
         with ThreadPoolExecutor(self._jobs) as pool:
@@ -177,13 +177,13 @@ class Streamer:
             buffers[dtype] = torch.empty(BLOCK_NUMEL, dtype=dtype)
         return buffers[dtype]
 
-    def _do(self, task: Task) -> Written:
+    def _do(self, task: CopyTask) -> Written:
         if task.path is None:
             return self._stream(task, None)
         with naming_full_disk(task.path), self._files.descriptor(task.path, write=True) as out:
             return self._stream(task, out)
 
-    def _stream(self, task: Task, out: int | None) -> Written:
+    def _stream(self, task: CopyTask, out: int | None) -> Written:
         source = merge_adjacent(task.source)
         staging = self._staging(source.dtype)
         digest = hashlib.sha256()
@@ -245,7 +245,7 @@ def _not_finite(block: torch.Tensor, cast: torch.Tensor, overflow: bool) -> tupl
     return False, overflow
 
 
-def run_tasks(tasks: list[Task], directory: Path, jobs: int, progress: Progress | None) -> list[Written]:
+def run_tasks(tasks: list[CopyTask], directory: Path, jobs: int, progress: Progress | None) -> list[Written]:
     """Stream the tasks after checking that the disk can hold them; sources are proven undamaged at the end."""
     total = sum(task.nbytes for task in tasks)
     free = shutil.disk_usage(directory).free

@@ -1,6 +1,6 @@
 """One worker of a study: takes the jobs that nobody else has taken until all are done.
 
-    python -m trace_ds.benchmark.worker RECIPE STUDY_DIR [--set KEY=VALUE …]
+    python -m trace_ds.studies.worker RECIPE STUDY_DIR [--set KEY=VALUE …]
 
 Workers share nothing but the directory: a job is taken by a lock on a file beside its result, which the system frees
 when a worker dies, and it is done when its result is there, so a killed study goes on where it was.
@@ -27,12 +27,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trace_ds.benchmark import plan
 from trace_ds.config.load import dump_yaml, load_config
 from trace_ds.config.schema import Config
 from trace_ds.errors import UserError
 from trace_ds.run.directory import RunDirectory
 from trace_ds.run.files import canonical_json, sha256_file, sha256_text, write_json
+from trace_ds.studies import run_list
 
 if TYPE_CHECKING:
     from trace_ds.evaluation.items import Task
@@ -45,11 +45,11 @@ REFERENCES = ("original", "gold")
 
 
 @dataclass(frozen=True)
-class Job:
+class StudyJob:
     """``result`` is the file that says it is done; ``needs`` are jobs that must be done first."""
 
     result: Path
-    needs: tuple[Job, ...]
+    needs: tuple[StudyJob, ...]
     make: Callable[[], dict[str, Any]]
     identity: str
 
@@ -60,7 +60,7 @@ class Study:
     def __init__(self, recipe: str, directory: Path, overrides: Sequence[str]) -> None:
         self._recipe, self._directory, self._overrides = recipe, directory, list(overrides)
         self.config = self.seed_config(None)
-        self.bench = plan.require_bench(self.config, recipe)
+        self.bench = run_list.require_bench(self.config, recipe)
 
     def seed_directory(self, seed: int) -> Path:
         return self._directory / f"seed_{seed}"
@@ -71,9 +71,9 @@ class Study:
         config, _ = load_config(self._recipe, [*self._overrides, *seeding], self.seed_directory(seed or 0))
         return config
 
-    def results(self) -> dict[plan.Trial, Path]:
+    def results(self) -> dict[run_list.Trial, Path]:
         """Where the result of each trial is, or will be."""
-        return {t: self.seed_directory(t.seed) / "trials" / t.name for t in plan.trials_of(self.bench)}
+        return {t: self.seed_directory(t.seed) / "trials" / t.name for t in run_list.trials_of(self.bench)}
 
     def reference(self, seed: int, name: str) -> Path:
         return self.seed_directory(seed) / "scores" / f"{name}.json"
@@ -81,22 +81,22 @@ class Study:
     def reference_names(self) -> list[str]:
         return [name for name in REFERENCES if name == "original" or name in self.config.evaluation.models]
 
-    def jobs(self, world: World | None) -> list[Job]:
+    def jobs(self, world: World | None) -> list[StudyJob]:
         """All jobs; without a world they can be counted and checked, not done."""
-        references: list[Job] = []
-        trials: list[Job] = []
+        references: list[StudyJob] = []
+        trials: list[StudyJob] = []
         digest = functools.cache(content_of)  # seeds may share files
         for seed in self.bench.seeds:
             config = self.seed_config(seed)
             work = _Work(config, self.bench.regime, self.seed_directory(seed), world, digest)
             made = {
-                name: Job(self.reference(seed, name), (), partial(work.reference, name), work.identity)
+                name: StudyJob(self.reference(seed, name), (), partial(work.reference, name), work.identity)
                 for name in self.reference_names()
             }
             references += made.values()
-            for trial in plan.trials_of(self.bench):
+            for trial in run_list.trials_of(self.bench):
                 if trial.seed == seed:
-                    changed = plan.trial_config(config, trial)
+                    changed = run_list.trial_config(config, trial)
                     asked = {"calibration": changed.calibration, "unlearning": changed.unlearning}
                     identity = sha256_text(
                         canonical_json(
@@ -108,7 +108,7 @@ class Study:
                         )
                     )
                     result = self.seed_directory(seed) / "trials" / trial.name
-                    trials.append(Job(result, (made["original"],), partial(work.trial, trial, changed), identity))
+                    trials.append(StudyJob(result, (made["original"],), partial(work.trial, trial, changed), identity))
         return [*references, *trials]
 
 
@@ -182,7 +182,7 @@ class _Work:
 
     def reference(self, name: str) -> dict[str, Any]:
         """Make a reference model (when it is the demo's) and score it; the original also gets its statistics."""
-        from trace_ds.benchmark import trial
+        from trace_ds.studies import trial
 
         if self._regime is not None:
             from trace_ds.demo.run import prepare_inputs
@@ -205,10 +205,10 @@ class _Work:
         prepare(self._config, run)
         collect(self._config, run, self._world)
 
-    def trial(self, asked: plan.Trial, config: Config) -> dict[str, Any]:
-        from trace_ds.benchmark import trial
+    def trial(self, asked: run_list.Trial, config: Config) -> dict[str, Any]:
         from trace_ds.stages.calibrate import calibrate
         from trace_ds.stages.unlearn import check_unlearn
+        from trace_ds.studies import trial
 
         assert self._world is not None
         name = sha256_text(canonical_json(config.calibration.model_dump(mode="json")))[:12]
@@ -217,7 +217,7 @@ class _Work:
             run.create(dump_yaml(config))
             calibrate(config, run)
         job = check_unlearn(config, run, 1, verify=False)
-        bench = plan.require_bench(self._config, "bench")
+        bench = run_list.require_bench(self._config, "bench")
         done = trial.run(config, job, self._world, self.tasks(), bench)
         point = [list(pair) for pair in asked.point]
         return {
@@ -236,14 +236,14 @@ class _Work:
         return self._tasks
 
 
-def is_done(job: Job) -> bool:
+def is_done(job: StudyJob) -> bool:
     try:
         return bool(json.loads(job.result.read_text(encoding="utf-8"))["identity"] == job.identity)
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
-def work_off(jobs: Sequence[Job], tell: Callable[[str], None]) -> None:
+def work_off(jobs: Sequence[StudyJob], tell: Callable[[str], None]) -> None:
     """Do every job that is not done and not taken; returns when all are done."""
     left = [job for job in jobs if not is_done(job)]
     while left:
@@ -283,7 +283,7 @@ def _holding(path: Path, *, wait: bool = True) -> Iterator[bool]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m trace_ds.benchmark.worker")
+    parser = argparse.ArgumentParser(prog="python -m trace_ds.studies.worker")
     parser.add_argument("recipe")
     parser.add_argument("directory", type=Path)
     parser.add_argument("--set", action="append", default=[])

@@ -20,7 +20,10 @@ from typing import Any
 from trace_ds.checkpoints.manifest import MANIFEST, STEP, read_manifest
 from trace_ds.checkpoints.manifest import verify as verify_files
 from trace_ds.errors import UserError
-from trace_ds.models.files import (
+from trace_ds.run import artefact
+from trace_ds.run.directory import RunDirectory
+from trace_ds.run.foreign import named_by
+from trace_ds.tensors.model_files import (
     CONFIG_NAME,
     INDEX_NAME,
     ModelFiles,
@@ -28,9 +31,6 @@ from trace_ds.models.files import (
     read_model_directory,
     read_safetensors_header,
 )
-from trace_ds.run import artefact
-from trace_ds.run.directory import RunDirectory
-from trace_ds.run.foreign import named_by
 
 EXIT_DAMAGED = 1
 LOG_WIDTH = 140  # of tables in a log or a pipe
@@ -144,7 +144,7 @@ def _artefact(path: Path, verify: bool) -> Finding:
 
 def _checkpoint(path: Path, verify: bool) -> Finding:
     """One step of a training job: its manifest, compared with the files."""
-    from trace_ds.conversion.torch_archive import read_archive
+    from trace_ds.tensors.torch_archive import read_archive
 
     try:
         manifest = read_manifest(path)
@@ -217,12 +217,12 @@ def _model(path: Path, verify: bool) -> Finding:
 
 def _converted(path: Path, verify: bool) -> str:
     """Where a model's weights came from, by the report of the conversion; ``verify`` compares every tensor's hash."""
-    from trace_ds.conversion.checkpoint import origin
+    from trace_ds.tensors.checkpoint import origin
 
     report = read_json_object(path / CONVERSION, "the report of the conversion")
     if verify:
         from trace_ds.conversion.convert import verify_huggingface
-        from trace_ds.conversion.partitions import reading
+        from trace_ds.tensors.partitions import reading
 
         with reading(path / CONVERSION):
             verify_huggingface(path, report)
@@ -251,8 +251,8 @@ def _engine(kind: str) -> Callable[[Path, bool], Finding]:
     """A folder of DeepSpeed's or of the conversion, without a manifest: its files themselves say what belongs to it."""
 
     def look(path: Path, verify: bool) -> Finding:
-        from trace_ds.conversion.checkpoint import open_source
         from trace_ds.conversion.convert import verify_archives
+        from trace_ds.tensors.opening import open_source
 
         size = _bytes_of(file for file in path.rglob("*.pt") if file.is_file())
         try:

@@ -20,8 +20,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from trace_ds.conversion.checkpoint import EXPERT_FILE, MODEL_FILE, RANK_FILE, Checkpoint
-from trace_ds.conversion.partitions import (
+from trace_ds.errors import UserError
+from trace_ds.tensors.checkpoint import EXPERT_FILE, MODEL_FILE, RANK_FILE, Checkpoint
+from trace_ds.tensors.partitions import (
     Fragments,
     autoep_layers,
     check_adam_step,
@@ -32,9 +33,8 @@ from trace_ds.conversion.partitions import (
     join_experts,
     reading,
 )
-from trace_ds.conversion.runs import Run, TensorSource, from_lazy, make_source
-from trace_ds.conversion.torch_archive import LazyTensor, plain_shape, read_archive, scalar
-from trace_ds.errors import UserError
+from trace_ds.tensors.runs import Run, TensorSource, from_lazy, make_source
+from trace_ds.tensors.torch_archive import LazyTensor, plain_shape, read_archive, scalar
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MASTER = "fp32"
