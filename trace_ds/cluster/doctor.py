@@ -20,7 +20,7 @@ from pathlib import Path
 from trace_ds.cluster import checks_machine as machine
 from trace_ds.cluster import checks_run as run
 from trace_ds.cluster.checks import Check, JobShape, guarded, wide_console
-from trace_ds.cluster.plan import Plan, plan
+from trace_ds.cluster.plan import RunPlan, plan
 from trace_ds.cluster.spec import ClusterSpec
 from trace_ds.config.schema import Config
 from trace_ds.errors import UserError
@@ -103,7 +103,7 @@ def _processes(config: Config | None) -> int:
     return _gpus()[0] or 1
 
 
-def _plan_on(config: Config | None, nodes: int, processes: int) -> Plan | None:
+def _plan_on(config: Config | None, nodes: int, processes: int) -> RunPlan | None:
     """The cost model's answer for machines like this one, so many processes on each; None: nothing to plan for."""
     if config is None:
         return None
@@ -115,7 +115,7 @@ def _plan_on(config: Config | None, nodes: int, processes: int) -> Plan | None:
         return None  # the model's own checks say why
 
 
-def _memory_checks(here: Plan | None) -> Iterator[Check]:
+def _memory_checks(here: RunPlan | None) -> Iterator[Check]:
     """Whether the stages fit into this machine's GPUs, by the cost model."""
     if here is None or not _gpus()[0]:
         return
