@@ -9,11 +9,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from trace_ds.cluster.checks import wide_console
 from trace_ds.cluster.memory import PHASES
 from trace_ds.cluster.plan import ASSUMPTIONS, MAX_ROWS, RunPlan, StagePlan, plan
 from trace_ds.cluster.spec import GB, ClusterSpec
 from trace_ds.config.schema import Config
+from trace_ds.terminal import wide_console
 
 SHOWN_CHOICES = 8
 
