@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from trace_ds.cluster.architecture import active_parameters, count_parameters, read_architecture
-from trace_ds.cluster.plan import Plan, plan_model
+from trace_ds.cluster.plan import RunPlan, plan_model
 from trace_ds.cluster.plan_view import billions, duration, size
 from trace_ds.cluster.spec import ClusterSpec
 from trace_ds.config.schema import Config
@@ -68,7 +68,7 @@ def clusters_markdown(configs: Mapping[str, Mapping[str, Any]], config: Config) 
     return "\n".join(lines) + "\n"
 
 
-def _smallest(model_config: Mapping[str, Any], config: Config, name: str) -> Plan | None:
+def _smallest(model_config: Mapping[str, Any], config: Config, name: str) -> RunPlan | None:
     """The plan with the fewest nodes, then the smallest expert-parallel size, that fits; None: not on 1,024 GPUs."""
     for nodes in (1, 2, 4, 8, 16, 32, 64, 128):
         spec = ClusterSpec(nodes=nodes)

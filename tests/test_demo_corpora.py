@@ -178,11 +178,6 @@ def test_a_missing_package_is_named_with_its_pip_line(
 # ---------------------------------------------------------------------------------------------------- the base model
 
 
-def test_pack_keeps_whole_documents_and_cuts_only_long_ones() -> None:
-    rows = pretrain.pack([[1] * 5, [2] * 4, [3] * 3, [4] * 25, [5] * 2], 10)
-    assert rows == [[[1] * 5, [2] * 4], [[3] * 3], [[4] * 10], [[4] * 10], [[4] * 5, [5] * 2]]
-
-
 def test_packing_changes_no_loss(built: Path) -> None:
     """The loss of rows that hold several documents = the loss of the same documents one a row."""
     model = pretrain._new_model(tokenizer_of(built), seed=3).eval()

@@ -181,7 +181,7 @@ def faulty_storage(world: Any, run_dir: str) -> dict[str, list[Check]]:
     import resource
     import signal
 
-    job = checks_nodes.Job(world, [f"n{rank + 1}" for rank in range(world.size)])
+    job = checks_nodes.JoinedRanks(world, [f"n{rank + 1}" for rank in range(world.size)])
     path, flock = Path(run_dir), fcntl.flock
 
     def no_locks(*arguments: object) -> None:
@@ -227,7 +227,7 @@ def on_node(world: Any, folder: str, config: str, run_dir: str) -> list[Check] |
     os.environ |= {"SLURMD_NODENAME": node, "LOCAL_RANK": "0"}
     os.environ["PYTHONPATH"] = ""
     os.chdir(Path(folder) / node)
-    checks_nodes.join_job = lambda: checks_nodes.Job(world, world.gather(node))
+    checks_nodes.join_job = lambda: checks_nodes.JoinedRanks(world, world.gather(node))
     checks_nodes.leave_job = lambda job: None
     checks_nodes.SEEN_WITHIN_S = 1.0
     loaded, _ = load_config(config, [], run_dir)
@@ -278,6 +278,6 @@ def test_two_nodes_with_different_files_and_a_wrong_expert_parallel_size(two_nod
     assert "n1: " in faults["model: model"].detail and "n2: " in faults["model: model"].detail
     assert "copy it to the nodes again" in faults["model: model"].fix
     assert "n2 cannot read what n1 wrote" in faults["same bytes on all nodes"].detail
-    assert "4 does not divide the 2 processes" in faults["expert parallelism"].detail
+    assert "4 does not divide the world size 2" in faults["expert parallelism"].detail
     missing_corpus = [c for c in found if c.group == "corpora" and c.status == "MISS"]
-    assert [c.detail for c in missing_corpus] == ["on n2: the file does not exist"]
+    assert [c.detail for c in missing_corpus] == ["on n2: corpora/forget.jsonl: the corpus file does not exist"]

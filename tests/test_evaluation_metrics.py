@@ -23,7 +23,7 @@ from trace_ds.corpora.dataset import TokenDataset, write_rows
 from trace_ds.corpora.pack import PackingCounts, pack
 from trace_ds.corpora.read import Document
 from trace_ds.errors import UserError
-from trace_ds.evaluation import choice, drift, mia, perplexity, tasks, verbatim
+from trace_ds.evaluation import choice, drift, metrics, mia, perplexity, verbatim
 from trace_ds.evaluation.items import ChoiceItem, VerbatimItem, read_choice_items, read_task, read_verbatim_items
 from trace_ds.evaluation.language_model import LanguageModel, Sequence, TokenScores, loaded
 from trace_ds.models.families import FAMILIES
@@ -125,7 +125,7 @@ def test_decisions_by_hand() -> None:
         return [TokenScores(np.array(a, dtype=np.float32), np.array(b)) for a, b in rows]
 
     result = choice.decide([item, item], [*scores(False), *scores(True)])
-    assert result.log_prob_IC.tolist() == [[-9, -2, -4, -7]] * 2
+    assert [log["log_prob"] for log in result.logs] == [[-9, -2, -4, -7]] * 2
     assert result.metrics() == {"accuracy": 0.0, "accuracy_norm": 1.0, "exact_match": 0.5}
     with pytest.raises(ValueError, match="no items"):
         result.metrics(np.zeros(2, dtype=bool))
@@ -156,9 +156,9 @@ def test_choice_equals_brute_force(model: LanguageModel) -> None:
             with torch.no_grad():
                 log_prob = torch.log_softmax(model.model(torch.tensor([ids])).logits[0].double(), -1)
             sums.append(sum(float(log_prob[t - 1, ids[t]]) for t in range(len(prompt), len(ids))))
-        assert np.allclose(result.log_prob_IC[number], sums, atol=1e-4)
-        assert result.predicted_I[number] == int(np.argmax(sums))
-    sources = choice.by_source(items, result)
+        assert np.allclose(result.logs[number]["log_prob"], sums, atol=1e-4)
+        assert result.logs[number]["predicted"] == int(np.argmax(sums))
+    sources = result.by_source()
     assert set(sources) == {"a", "b"} and sources["a"]["n"] == 15
     mean = (sources["a"]["accuracy"] + sources["b"]["accuracy"]) / 2
     assert math.isclose(mean, result.metrics()["accuracy"])
@@ -178,7 +178,7 @@ def test_exact_match_is_greedy_decoding(model: LanguageModel) -> None:
     for number, item in enumerate(items):
         wanted = model.tokenizer.encode(item.choices[item.answer], add_special_tokens=False)
         greedy = model.continue_greedily([model.encode(item.prompt)], [len(wanted)])[0]
-        assert bool(result.exact_I[number]) == (greedy == wanted)
+        assert result.logs[number]["exact"] == (greedy == wanted)
     assert 0.2 < result.metrics()["exact_match"] < 0.8
 
 
@@ -216,13 +216,15 @@ def test_perfect_recall_scores_one_and_other_text_does_not(model: LanguageModel)
     known = [VerbatimItem(str(n), p, str(model.tokenizer.decode(ids)), "k") for n, (p, ids) in enumerate(kept)]
     result = verbatim.evaluate_verbatim(model, known, 6, "here")
     assert result.metrics() == {"rouge_l": 1.0, "exact_tokens": 1.0}
-    assert result.references == [" ".join(item.continuation.split()[:6]) for item in known]  # cut to max_new_tokens
+    assert [log["reference"] for log in result.logs] == [
+        " ".join(item.continuation.split()[:6]) for item in known
+    ]  # cut to max_new_tokens
     short = [VerbatimItem("s", kept[0][0], str(model.tokenizer.decode(kept[0][1][:3])), "k")]
     assert verbatim.evaluate_verbatim(model, short, 6, "here").metrics()["rouge_l"] == 1.0  # cut to the passage
     other = [VerbatimItem(i.id, i.prompt, "w0 w1 w2 w3 w4 w5", "o") for i in known]
     mixed = verbatim.evaluate_verbatim(model, [*known, *other], 6, "here")
     assert mixed.metrics()["exact_tokens"] < 0.75
-    assert verbatim.by_source([*known, *other], mixed)["k"] == {"n": len(known), "rouge_l": 1.0, "exact_tokens": 1.0}
+    assert mixed.by_source()["k"] == {"n": len(known), "rouge_l": 1.0, "exact_tokens": 1.0}
 
 
 def test_too_long_a_passage_is_refused(model: LanguageModel) -> None:
@@ -255,18 +257,22 @@ def test_perplexity_equals_brute_force(model: LanguageModel) -> None:
             total -= float(log_prob.gather(1, window[0, 1:, None]).sum())
             count += window.shape[1] - 1
     assert count == sum(len(model.encode_document(document.text)) - 1 for document in documents)
-    assert int(result.tokens.sum()) == count
-    assert math.isclose(result.perplexity(), math.exp(total / count), rel_tol=1e-6)
-    assert set(perplexity.by_source(result)) == {"a", "b"}
+    assert result.count() == count
+    assert math.isclose(result.metrics()["perplexity"], math.exp(total / count), rel_tol=1e-6)
+    assert set(result.by_source()) == {"a", "b"}
 
 
 def test_perplexity_is_the_mean_over_tokens_not_documents() -> None:
-    result = perplexity.PerplexityResult(np.array([2.0, 12.0]), np.array([1, 3]), ["a", "b"])
-    assert math.isclose(result.perplexity(), math.exp(14 / 4))
-    assert math.isclose(result.perplexity(np.array([False, True])), math.exp(4))
-    assert perplexity.PerplexityResult(np.array([1e4]), np.array([1]), ["a"]).perplexity() == math.inf
+    def perplexity_of(nll: list[float], tokens: list[int], chosen: list[bool] | None = None) -> float:
+        columns = {"nll": np.array(nll), "tokens": np.array(tokens)}
+        outcome = perplexity.PerplexityOutcome(columns, [], ["a", "b"])
+        return outcome.metrics(None if chosen is None else np.array(chosen))["perplexity"]
+
+    assert math.isclose(perplexity_of([2.0, 12.0], [1, 3]), math.exp(14 / 4))
+    assert math.isclose(perplexity_of([2.0, 12.0], [1, 3], [False, True]), math.exp(4))
+    assert perplexity_of([1e4], [1]) == math.inf
     with pytest.raises(ValueError, match="no tokens"):
-        result.perplexity(np.array([False, False]))
+        perplexity_of([2.0, 12.0], [1, 3], [False, False])
 
 
 # ---------------------------------------------------------------------------------------------------- drift
@@ -461,13 +467,9 @@ def test_the_table_has_every_model_and_fits_80_columns() -> None:
     ],
 )
 def test_direction(metric: str, role: str, expected: str) -> None:
-    assert tasks.direction(metric, role) == expected
+    assert metrics.direction(metric, role) == expected
 
 
-def test_every_metric_has_a_meaning() -> None:
-    from trace_ds.evaluation.glossary import meaning
-    from trace_ds.evaluation.tasks import METRICS
-
-    for metric in {metric for metrics in METRICS.values() for metric in metrics}:
-        assert meaning(metric), metric
-    assert "fine-tuning" in str(meaning("relearned_accuracy")) and meaning("something_else") is None
+def test_a_metric_under_attack_has_a_meaning() -> None:
+    assert "fine-tuning" in str(metrics.meaning("relearned_accuracy")) and metrics.meaning("something_else") is None
+    assert {name for names in metrics.TASK_METRICS.values() for name in names} == set(metrics.METRICS)

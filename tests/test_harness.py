@@ -147,13 +147,14 @@ def test_choices_are_scored_as_the_harness_does_where_texts_begin_alike(
             disable_tqdm=True,
         )
     expected_IC = np.array([log_prob for log_prob, _ in theirs]).reshape(len(items), 4)
-    assert np.allclose(ours.log_prob_IC, expected_IC, atol=1e-5) == equal
+    found_IC = np.array([log["log_prob"] for log in ours.logs])
+    assert np.allclose(found_IC, expected_IC, atol=1e-5) == equal
     lengths_IC = np.array([[len(choice) for choice in item.choices] for item in items])
     if equal:
-        assert np.array_equal(ours.predicted_I, expected_IC.argmax(1))
-        assert np.array_equal(ours.predicted_norm_I, (expected_IC / lengths_IC).argmax(1))
+        assert [log["predicted"] for log in ours.logs] == expected_IC.argmax(1).tolist()
+        assert [log["predicted_norm"] for log in ours.logs] == (expected_IC / lengths_IC).argmax(1).tolist()
     else:
-        assert np.abs(ours.log_prob_IC - expected_IC).max() > 0.01
+        assert np.abs(found_IC - expected_IC).max() > 0.01
 
 
 def test_our_numbers_are_those_of_the_command_on_one_process_and_on_two(place: Path) -> None:

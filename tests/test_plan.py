@@ -19,9 +19,9 @@ from plan_tables import clusters_markdown, models_markdown
 
 from trace_ds.cluster import cost, memory
 from trace_ds.cluster.architecture import FAMILIES, active_parameters, count_parameters, read_architecture
-from trace_ds.cluster.job import corpus_tokens
-from trace_ds.cluster.plan import MAX_ROWS, _largest, as_dict, plan, plan_command, plan_model
-from trace_ds.cluster.plan_view import print_plan
+from trace_ds.cluster.job import PlannedJob, corpus_tokens
+from trace_ds.cluster.plan import MAX_ROWS, _largest, plan, plan_model
+from trace_ds.cluster.plan_view import as_dict, plan_command, print_plan
 from trace_ds.cluster.spec import (
     GB,
     LINK_EFFICIENCY,
@@ -122,6 +122,13 @@ def run_config(**changes: Any) -> Config:
         section, _, name = key.partition("__")
         raw.setdefault(section, {})[name] = value
     return Config.model_validate(raw)
+
+
+def job_of(model: str | dict[str, Any], spec: ClusterSpec | None = None, **changes: Any) -> PlannedJob:
+    """A job that runs the whole model with its head and needs no frozen copy, unless the changes say otherwise."""
+    config = run_config(**({"unlearning__forget_loss": "graddiff"} | changes))
+    values = model_config(model) if isinstance(model, str) else model
+    return PlannedJob.of(read_architecture(values), spec or ClusterSpec(), config)
 
 
 def from_transformers(family: str, values: dict[str, Any]) -> Any:
@@ -303,10 +310,10 @@ def test_traffic_is_what_deepspeed_moves(tiny_model: Path, tmp_path: Path, ep: i
     changes = {"unlearning__ds_config": str(tmp_path / "ds.json"), "unlearning__forget_loss": "graddiff"}
     path = tiny.write_config(tmp_path, tiny_model, model__dtype="bf16", **changes)
     ranks = run_distributed(plan_jobs.step_traffic, 2, str(path), str(tmp_path / "run"), [f"distributed.ep={ep}"])
-    a = read_architecture(json.loads((tiny_model / "config.json").read_text(encoding="utf-8")))
-    zero = memory.zero_settings(3)
+    values = json.loads((tiny_model / "config.json").read_text(encoding="utf-8"))
+    sized = {"unlearning__forget_rows": 2, "unlearning__retain_rows": 2, "data__context_length": 8}
     planned: dict[str, float] = {}
-    for part in cost.unlearn_traffic(a, ClusterSpec(1, 2), ep=ep, zero=zero, passes=1, tokens=16, b=2):
+    for part in cost.unlearn_traffic(job_of(values, ClusterSpec(1, 2), distributed__ep=ep, **sized)):
         name = part.name.split(" of ")[0]
         planned[name] = planned.get(name, 0) + part.received_bytes
     measured = {name: sum(rank.get(name, 0) for rank in ranks) / 2 for name in ranks[0]}
@@ -360,68 +367,49 @@ def test_utilisation_goes_through_its_anchors() -> None:
     assert 0.09 < cost.utilisation(cost.TRAINING_UTILISATION, 4096) < 0.155
 
 
-@pytest.mark.parametrize(
-    ("layers", "tokens_per_s", "head"),
-    [(8, 63_106, True)],
-)
-def test_forward_time_of_the_measured_anchor(layers: int, tokens_per_s: float, head: bool) -> None:
-    """Eight layers of Mixtral, forward, on one H100: the anchor itself must come out."""
-    config = model_config("mixtral-8x7b") | {"num_hidden_layers": layers}
-    a = read_architecture(config)
-    spec, tokens = ClusterSpec(nodes=1, gpus_per_node=1), 8 * 2048
-    flops = cost.forward_flops_per_token(a, 2048, head=head) * tokens
-    time = cost.step_time(a, spec, [], forward_flops=flops, training_flops=0, weight_bytes=0)
-    assert tokens / time.serial_s == pytest.approx(tokens_per_s, rel=0.03)
-
-
-def test_training_time_of_the_measured_anchor() -> None:
-    """Two layers of Mixtral, ZeRO-3 on one H100, recomputed: 26,642 (plain) and 28,445 (AutoEP) tokens/s measured."""
-    a = read_architecture(model_config("mixtral-8x7b") | {"num_hidden_layers": 2})
-    tokens = 4 * 2048
-    flops = 3 * cost.forward_flops_per_token(a, 2048) * tokens
-    time = cost.step_time(a, ClusterSpec(1, 1), [], forward_flops=0, training_flops=flops, weight_bytes=0)
-    assert 26_000 < tokens / time.serial_s < 29_000
+def test_times_of_the_measured_anchors() -> None:
+    """Mixtral on one H100: 8 layers, forward; 2 layers, ZeRO-3, recomputed (26,642 plain, 28,445 AutoEP measured)."""
+    forward, training = (
+        job_of(model_config("mixtral-8x7b") | {"num_hidden_layers": layers}, ClusterSpec(1, 1)) for layers in (8, 2)
+    )
+    tokens = 8 * 2048
+    flops = cost.forward_flops_per_token(forward.a, 2048) * tokens
+    time = cost.step_time(forward, [], forward_flops=flops)
+    assert tokens / time.serial_s == pytest.approx(63_106, rel=0.03)
+    flops = 3 * cost.forward_flops_per_token(training.a, 2048) * tokens
+    assert 26_000 < tokens / cost.step_time(training, [], training_flops=flops).serial_s < 29_000
 
 
 def test_stages_shard_what_they_should() -> None:
-    a = read_architecture(model_config("mixtral-8x7b"))
-    every, world = count_parameters(a), 64
     for ep in (1, 8):
-        parts = {
-            stage: memory.unlearn_memory(
-                a, world=world, ep=ep, zero=memory.zero_settings(stage), rows=2, context=512
-            ).resident
+        jobs = {
+            stage: job_of("mixtral-8x7b", ClusterSpec(8), distributed__ep=ep, unlearning__zero_stage=stage)
             for stage in (1, 2, 3)
         }
-        whole = 2 * (every.non_expert + every.experts / ep)
+        parts = {stage: memory.unlearn_memory(job, 2).resident for stage, job in jobs.items()}
+        every = count_parameters(jobs[1].a)
+        whole, share = 2 * (every.non_expert + every.experts / ep), 2 * every.total / 64
         assert parts[1]["parameters"] == parts[2]["parameters"] == pytest.approx(whole)
         assert parts[1]["gradients"] == pytest.approx(whole)
-        assert parts[3]["parameters"] == pytest.approx(2 * every.total / world)
-        for stage in (2, 3):
-            assert parts[stage]["gradients"] == pytest.approx(2 * every.total / world)
-        assert {part["master and Adam moments"] for part in parts.values()} == {12 * every.total / world}
+        assert parts[3]["parameters"] == parts[2]["gradients"] == parts[3]["gradients"] == pytest.approx(share)
+        assert {part["master and Adam moments"] for part in parts.values()} == {12 * every.total / 64}
 
 
-def test_ds_config_changes_what_it_changes() -> None:
+def test_ds_config_changes_what_it_changes(tmp_path: Path) -> None:
     section = {
         "reduce_bucket_size": 1000,
         "stage3_max_live_parameters": "auto",
         "offload_optimizer": {"device": "cpu"},
     }
-    zero = memory.zero_settings(3, {"zero_optimization": section})
+    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": section}))
+    plain, offloading = job_of("olmoe-1b-7b"), job_of("olmoe-1b-7b", unlearning__ds_config=str(tmp_path / "ds.json"))
+    zero = offloading.zero
     assert (zero.reduce_bucket, zero.max_live) == (1000, 1_000_000_000)
     assert zero.offload_optimizer and not zero.offload_parameters
-    a = read_architecture(model_config("olmoe-1b-7b"))
-    plain, offloaded = (
-        memory.unlearn_memory(a, world=8, ep=1, zero=settings, rows=2, context=128)
-        for settings in (memory.zero_settings(3), zero)
-    )
-    assert "master and Adam moments" in plain.resident
-    assert "master and Adam moments" not in offloaded.resident
-    assert not offloaded.step
-    assert memory.host_bytes(a, gpus_per_node=8, b=2, zero=zero, world=8) > memory.host_bytes(
-        a, gpus_per_node=8, b=2, zero=memory.zero_settings(3), world=8
-    )
+    assert "master and Adam moments" in memory.unlearn_memory(plain, 2).resident
+    offloaded = memory.unlearn_memory(offloading, 2)
+    assert "master and Adam moments" not in offloaded.resident and not offloaded.step
+    assert memory.host_bytes(offloading) > memory.host_bytes(plain)
 
 
 @settings(max_examples=60, deadline=None)
@@ -434,20 +422,16 @@ def test_ds_config_changes_what_it_changes() -> None:
     rmu=st.booleans(),
 )
 def test_memory_is_monotone(name: str, stage: int, nodes: int, rows: int, recompute: bool, rmu: bool) -> None:
+    loss = {"unlearning__forget_loss": "rmu", "unlearning__retain_loss": "hidden_mse"} if rmu else {}
+
+    def peak(nodes: int, rows: int, recompute: bool = recompute) -> float:
+        job = job_of(name, ClusterSpec(nodes), unlearning__zero_stage=stage, data__context_length=1024, **loss)
+        return memory.unlearn_memory(job, rows, recompute=recompute).peak_bytes
+
+    assert peak(nodes, rows) <= peak(nodes, rows + 1)
+    assert peak(2 * nodes, rows) <= peak(nodes, rows)
+    assert peak(nodes, rows, recompute=True) <= peak(nodes, rows, recompute=False)
     a = read_architecture(model_config(name))
-    half = a.layers // 2
-    passes = memory.Passes(half, head=False, frozen_layers=half, frozen_stays=True) if rmu else None
-
-    def peak(world: int, rows: int, ep: int, recompute: bool = recompute) -> float:
-        zero = memory.zero_settings(stage)
-        return memory.unlearn_memory(
-            a, world=world, ep=ep, zero=zero, rows=rows, context=1024, passes=passes, recompute=recompute
-        ).peak_bytes
-
-    world = nodes * 8
-    assert peak(world, rows, 1) <= peak(world, rows + 1, 1)
-    assert peak(2 * world, rows, 1) <= peak(world, rows, 1)
-    assert peak(world, rows, 1, recompute=True) <= peak(world, rows, 1, recompute=False)
     assert memory.rank_parameters(a, 8) < memory.rank_parameters(a, 4)
 
 
@@ -546,16 +530,14 @@ def test_what_evaluate_needs_of_a_node_is_warned_of() -> None:
 def test_micro_batches_are_cut_as_the_job_cuts_them() -> None:
     from types import SimpleNamespace
 
-    from trace_ds.cluster.job import Job
     from trace_ds.unlearning.batches import Batches
 
-    a = read_architecture(model_config("olmoe-1b-7b"))
     for forget, retain, micro, world in ((8, 8, None, 2), (8, 24, 2, 4), (5, 7, 3, 2), (1, 1, None, 8)):
         changes = {"forget_rows": forget, "retain_rows": retain, "micro_batch_rows": micro}
-        config = run_config(**{f"unlearning__{key}": value for key, value in changes.items()})
-        job = Job(a, ClusterSpec(nodes=1, gpus_per_node=world), config, {})
+        job = job_of("olmoe-1b-7b", ClusterSpec(1, world), **{f"unlearning__{k}": v for k, v in changes.items()})
         count, rows = job.micro_batches()
-        assert count == Batches.micro_batches_per_step(SimpleNamespace(_settings=config.unlearning), world)  # type: ignore[arg-type]
+        settings = SimpleNamespace(_settings=job.config.unlearning)
+        assert count == Batches.micro_batches_per_step(settings, world)  # type: ignore[arg-type]
         assert rows * count * world >= forget + retain
 
 
@@ -568,23 +550,20 @@ def test_the_frozen_copy_is_planned_as_the_job_makes_it(
     """Layers, whether it stays, whether its head is whole, which rows it sees: as the objective of the job has it."""
     from types import SimpleNamespace
 
-    from trace_ds.cluster.job import Job
     from trace_ds.unlearning import assemble
 
-    config = run_config(
-        unlearning__forget_loss=forget, unlearning__retain_loss=retain, unlearning__rmu={"scale": scale, "layer": 5}
-    )
-    a = read_architecture(model_config("olmoe-1b-7b"))
+    losses = {"unlearning__forget_loss": forget, "unlearning__retain_loss": retain}
+    job = job_of("olmoe-1b-7b", **losses, unlearning__rmu={"scale": scale, "layer": 5})
+    a, config = job.a, job.config
     made: list[int] = []
     monkeypatch.setattr(assemble, "reference_engine", lambda *job, layers, **settings: made.append(layers))
     monkeypatch.setattr(assemble, "_whole_head", lambda engine: "head")
     monkeypatch.setattr(assemble, "mean_hidden_norm", lambda *arguments: 1.0)
     info = SimpleNamespace(decoder_layers=a.layers, config={"hidden_size": 8}, experts=a.experts)
-    world: Any = SimpleNamespace(device="cpu")
-    batches: Any = None
-    job: dict[str, Any] = {"dtype": "bf16", "ep": 1, "seed": 0}
-    objective, _ = assemble.make_objective(config.unlearning, info, world, batches, {}, **job)  # type: ignore[arg-type]
-    passes = Job(a, ClusterSpec(1, 8), config, {}).passes()
+    settings: dict[str, Any] = {"dtype": "bf16", "ep": 1, "seed": 0}
+    world, batches = SimpleNamespace(device="cpu"), None
+    objective, _ = assemble.make_objective(config.unlearning, info, world, batches, {}, **settings)  # type: ignore[arg-type]
+    passes = job.passes()
     frozen = objective.frozen  # type: ignore[attr-defined]
     assert [passes.frozen_layers] == (made or [0])
     assert passes.frozen_stays == (frozen is not None)
@@ -647,7 +626,7 @@ def test_every_option_of_the_command_reaches_the_cluster(monkeypatch: pytest.Mon
     from trace_ds.cli import app
 
     given: list[ClusterSpec] = []
-    monkeypatch.setattr("trace_ds.cluster.plan.plan_command", lambda config, spec, json: given.append(spec) or 0)
+    monkeypatch.setattr("trace_ds.cluster.plan_view.plan_command", lambda config, spec, json: given.append(spec) or 0)
     options = {
         "nodes": 3,
         "gpus_per_node": 5,

@@ -365,7 +365,7 @@ def plan(
     json: JsonOption = False,
 ) -> None:
     """Memory, time and communication of a config on a cluster, without loading weights."""
-    from trace_ds.cluster.plan import plan_command
+    from trace_ds.cluster.plan_view import plan_command
     from trace_ds.cluster.spec import ClusterSpec
     from trace_ds.stages.pipeline import Request
 

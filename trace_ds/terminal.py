@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import re
 import sys
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 # Tabs, line ends, and what rich and tqdm send to a terminal: colours, cursor up, erase line, hide and show the cursor.
@@ -53,3 +56,11 @@ def guard_streams() -> None:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
         setattr(sys, name, GuardedStream(stream))
+
+
+def wide_console(log_width: int = 140) -> Console:
+    """A console as wide as the terminal; in a log or a pipe as wide as the tables want to be, not 80 columns."""
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal else Console(width=log_width)

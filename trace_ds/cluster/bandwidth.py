@@ -1,24 +1,20 @@
 """A real all-reduce and all-to-all between processes of this machine, checked for their result and timed.
 
-The processes are started as ``python -m trace_ds.cluster.bandwidth RANK WORLD PORT``: two with gloo on the CPU, or one
-per GPU with NCCL. Bus bandwidth is defined as in NVIDIA's nccl-tests: ``2 (n-1)/n`` times the size over the time for an
-all-reduce, ``(n-1)/n`` for an all-to-all.
+Two processes with gloo on the CPU, or one per GPU with NCCL. Bus bandwidth is defined as in NVIDIA's nccl-tests:
+``2 (n-1)/n`` times the size over the time for an all-reduce, ``(n-1)/n`` for an all-to-all.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from trace_ds.cluster.checks import Check, first_line
+from trace_ds.cluster.checks import Check
 
 SIZE_BYTES = 1 << 25
 REPEATS = 5
@@ -31,55 +27,29 @@ def bandwidth_checks() -> Iterator[Check]:
 
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     world, backend = (gpus, "nccl") if gpus > 1 else (2, "gloo")
-    result = measure(world, backend)
-    if "error" in result:
+    try:
+        result = measure(world, backend)
+    except (torch.multiprocessing.ProcessRaisedException, torch.multiprocessing.ProcessExitedException) as error:
         fix = "allow local TCP connections (firewall, container), and check the host's name in /etc/hosts"
         if backend == "nccl":
             fix = "run again with NCCL_DEBUG=WARN to see NCCL's own reason"
-        yield Check("collectives", f"{backend} test", "MISS", result["error"], fix)
+        reason = f"process {error.error_index}: {str(error).strip().splitlines()[-1][:200]}"
+        yield Check("collectives", f"{backend} test", "MISS", reason, fix)
         return
     yield from bandwidth_lines(result, backend, f"{world} processes")
 
 
-def measure(world: int, backend: str) -> dict[str, Any]:
-    """Bytes/s by collective, or ``{"error": reason}``."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    package_root = str(Path(__file__).resolve().parents[2])
-    path = os.pathsep.join(filter(None, (package_root, os.environ.get("PYTHONPATH"))))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-m", "trace_ds.cluster.bandwidth", str(rank), str(world), str(port), backend],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        for rank in range(world)
-    ]
-    try:
-        outputs = [worker.communicate(timeout=TIMEOUT_S) for worker in workers]
-    except subprocess.TimeoutExpired:
-        return {"error": f"no result in {TIMEOUT_S} s"}
-    finally:
-        for worker in workers:
-            worker.kill()
-            worker.wait()
-    failed = [
-        (rank, text) for rank, (worker, (_, text)) in enumerate(zip(workers, outputs, strict=True)) if worker.returncode
-    ]
-    if failed:
-        rank, text = failed[0]
-        return {
-            "error": f"process {rank}: {first_line(text[-400:].rsplit(chr(10), 2)[-2]) if text.strip() else 'ended'}"
-        }
-    return dict(json.loads(outputs[0][0].splitlines()[-1]))
+def measure(world: int, backend: str) -> dict[str, float]:
+    """Bytes/s by collective; torch's ``ProcessRaisedException`` or ``ProcessExitedException`` when one fails."""
+    from torch import multiprocessing
+
+    with tempfile.TemporaryDirectory() as folder:
+        multiprocessing.spawn(_measure_as, (world, backend, folder), world)
+        return dict(json.loads((Path(folder) / "result.json").read_text(encoding="ascii")))
 
 
-def worker(rank: int, world: int, port: int, backend: str) -> dict[str, float]:
-    """One process of the test; raises when a collective gives a wrong result."""
+def _measure_as(rank: int, world: int, backend: str, folder: str) -> None:
+    """One process of the test."""
     import torch
     from torch import distributed
 
@@ -87,13 +57,13 @@ def worker(rank: int, world: int, port: int, backend: str) -> dict[str, float]:
     device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
     if backend == "nccl":
         torch.cuda.set_device(device)
-    address = f"tcp://127.0.0.1:{port}"
     distributed.init_process_group(
-        backend, init_method=address, rank=rank, world_size=world, timeout=timedelta(seconds=TIMEOUT_S)
+        backend, f"file://{folder}/store", timedelta(seconds=TIMEOUT_S), world_size=world, rank=rank
     )
     result = time_collectives(device)
     distributed.destroy_process_group()
-    return result
+    if rank == 0:
+        (Path(folder) / "result.json").write_text(json.dumps(result), encoding="ascii")
 
 
 def time_collectives(device: Any, group: Any = None) -> dict[str, float]:
@@ -138,7 +108,3 @@ def bandwidth_lines(result: dict[str, float], backend: str, where: str) -> Itera
     for name in ("all-reduce", "all-to-all"):
         detail = f"{result[name] / 1e9:.2f} GB/s bus bandwidth, {where}, {SIZE_BYTES >> 20} MiB, correct"
         yield Check("collectives", f"{backend} {name}", "OK", detail)
-
-
-if __name__ == "__main__":
-    print(json.dumps(worker(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])))

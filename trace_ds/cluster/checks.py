@@ -11,13 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from rich.console import Console
-
 from trace_ds.errors import UserError
 
 Status = Literal["OK", "WARN", "MISS"]
 COMMAND_TIMEOUT_S = 15
-LOG_WIDTH = 140
 
 
 @dataclass(frozen=True)
@@ -39,13 +36,9 @@ class Check:
     fix: str = ""
 
 
-@dataclass(frozen=True)
-class JobShape:
-    """A job as its launcher started it: nodes, processes on this node, processes in all."""
-
-    nodes: int
-    local: int
-    world: int
+def judged(group: str, name: str, good: bool, detail: str, fix: str, otherwise: Status = "MISS") -> Check:
+    """An OK, or else a check of another status with its fix."""
+    return Check(group, name, "OK", detail) if good else Check(group, name, otherwise, detail, fix)
 
 
 def user_error(group: str, name: str, error: UserError, status: Status = "MISS") -> Check:
@@ -93,12 +86,6 @@ def output_of(*command: str, timeout_s: float = COMMAND_TIMEOUT_S) -> tuple[int,
     except OSError as error:
         return -1, error.strerror or str(error)
     return done.returncode, done.stdout.strip()
-
-
-def wide_console() -> Console:
-    """A console as wide as the terminal; in a log or a pipe as wide as the tables want to be, not 80 columns."""
-    console = Console()
-    return console if console.is_terminal else Console(width=LOG_WIDTH)
 
 
 def first_line(text: str) -> str:

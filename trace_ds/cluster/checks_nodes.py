@@ -4,7 +4,7 @@ The first rank of each node runs the machine's and the run's checks; here they a
 several nodes can show is added: that they reach each other, how fast, that they hold the same versions and files, and
 that what one writes into the run directory is what the others read.
 
-Every function that takes a :class:`Job` is a collective: all ranks call it, the main rank's checks are the answer.
+A function that takes :class:`JoinedRanks` is a collective: all ranks call it, the main rank's checks are the answer.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ ORDER = ("OK", "WARN", "MISS")
 
 
 @dataclass(frozen=True)
-class Job:
+class JoinedRanks:
     """The joined process group; ``nodes`` holds each rank's node by name, ``node`` is this rank's."""
 
     world: World
@@ -63,7 +63,7 @@ def node_name() -> str:
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
-def join_job() -> Job | Check:
+def join_job() -> JoinedRanks | Check:
     """Join the launcher's process group over gloo, GPUs or not; when that fails, the check that says why."""
     from trace_ds.parallel.world import join, wait_longer
 
@@ -84,20 +84,20 @@ def join_job() -> Job | Check:
         detail = f"the ranks do not meet at {where} ({type(error).__name__}: {first_line(str(error))})"
         return Check("collectives", "process group", "MISS", detail, fix)
     wait_longer(CHECK_TIMEOUT_MINUTES)
-    return Job(world, nodes)
+    return JoinedRanks(world, nodes)
 
 
-def leave_job(job: Job) -> None:
+def leave_job(ranks: JoinedRanks) -> None:
     from trace_ds.parallel.world import leave
 
-    job.world.barrier()
+    ranks.world.barrier()
     leave()
 
 
-def merged(job: Job, own: list[Check]) -> list[Check]:
+def merged(ranks: JoinedRanks, own: list[Check]) -> list[Check]:
     """One line per check for all nodes: the worst status, with the nodes that have it when not all do."""
     by_node = {
-        node: checks for node, checks in zip(job.nodes, job.world.gather(own), strict=True) if checks
+        node: checks for node, checks in zip(ranks.nodes, ranks.world.gather(own), strict=True) if checks
     }  # the first rank's
     lines: dict[tuple[str, str], dict[str, Check]] = {}
     for node, checks in by_node.items():
@@ -118,15 +118,15 @@ def _worst(found: dict[str, Check], nodes: int) -> Check:
     return replace(check, detail=f"on {', '.join(affected)}: {check.detail}")
 
 
-def bandwidth_checks(job: Job) -> Iterator[Check]:
+def bandwidth_checks(ranks: JoinedRanks) -> Iterator[Check]:
     """All-reduce and all-to-all between all ranks: over NCCL when every rank has a GPU of its own, else over gloo."""
     import torch
 
     from trace_ds.cluster.bandwidth import bandwidth_lines, time_collectives
 
-    where = f"{job.world.size} ranks on {len(set(job.nodes))} nodes"
+    where = f"{ranks.world.size} ranks on {len(set(ranks.nodes))} nodes"
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if not all(job.world.gather(local_rank < torch.cuda.device_count())):
+    if not all(ranks.world.gather(local_rank < torch.cuda.device_count())):
         yield from bandwidth_lines(time_collectives(torch.device("cpu")), "gloo", where)
         return
     os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")  # a collective that hangs raises; else it kills the process
@@ -138,20 +138,20 @@ def bandwidth_checks(job: Job) -> Iterator[Check]:
         result = time_collectives(torch.device("cuda", local_rank), group)
     except Exception as error:
         result, reason = {}, first_line(str(error))
-    failed = [(rank, text) for rank, text in enumerate(job.world.gather(None if result else reason)) if text]
+    failed = [(rank, text) for rank, text in enumerate(ranks.world.gather(None if result else reason)) if text]
     if not failed:
         version = ".".join(map(str, torch.cuda.nccl.version()))
         yield from bandwidth_lines(result, f"NCCL {version}", where)
         return
     rank, text = failed[0]
     fix = "run again with NCCL_DEBUG=WARN to see NCCL's own reason; name the network: NCCL_SOCKET_IFNAME, NCCL_IB_HCA"
-    yield Check("collectives", "NCCL", "MISS", f"rank {rank} on {job.nodes[rank]}: {text}", fix)
+    yield Check("collectives", "NCCL", "MISS", f"rank {rank} on {ranks.nodes[rank]}: {text}", fix)
 
 
-def sameness_checks(job: Job, config: Config | None) -> Iterator[Check]:
+def sameness_checks(ranks: JoinedRanks, config: Config | None) -> Iterator[Check]:
     """Versions, model, tokenizer and corpora are the same on every node, compared by content."""
-    facts = _facts(config) if job.first_on_node else {}
-    every = {node: found for node, found in zip(job.nodes, job.world.gather(facts), strict=True) if found}
+    facts = _facts(config) if ranks.first_on_node else {}
+    every = {node: found for node, found in zip(ranks.nodes, ranks.world.gather(facts), strict=True) if found}
     for name in dict.fromkeys(name for found in every.values() for name in found):
         values: dict[str, list[str]] = {}
         for node, found in every.items():
@@ -189,66 +189,66 @@ def _facts(config: Config | None) -> dict[str, str]:
     return facts
 
 
-def shared_storage_checks(job: Job, run_dir: Path) -> Iterator[Check]:
+def shared_storage_checks(ranks: JoinedRanks, run_dir: Path) -> Iterator[Check]:
     """What the first node writes, renames and locks in the run directory is so for all nodes."""
     name = None
-    if job.world.is_main and (home := nearest_directory(run_dir)) is not None:
+    if ranks.world.is_main and (home := nearest_directory(run_dir)) is not None:
         with contextlib.suppress(OSError):  # reported by the node's own checks
             name = os.path.relpath(tempfile.mkdtemp(prefix=".trace-ds-doctor-", dir=home), run_dir)
-    name = job.world.broadcast(name)
+    name = ranks.world.broadcast(name)
     if name is None:
         return
     folder = Path(os.path.abspath(run_dir / name))  # the same words may be another place on another node
     try:
-        yield from _between_nodes(job, folder)
+        yield from _between_nodes(ranks, folder)
     finally:
-        job.world.barrier()
-        if job.world.is_main:
+        ranks.world.barrier()
+        if ranks.world.is_main:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _between_nodes(job: Job, folder: Path) -> Iterator[Check]:
+def _between_nodes(ranks: JoinedRanks, folder: Path) -> Iterator[Check]:
     fix = "put the run directory on storage that all nodes mount under the same path"
-    tokens = job.world.broadcast([secrets.token_hex(TOKEN_BYTES // 2) for _ in range(2)])
+    tokens = ranks.world.broadcast([secrets.token_hex(TOKEN_BYTES // 2) for _ in range(2)])
     path = folder / "token"
     for name, token in zip(("same bytes on all nodes", "rename seen by all nodes"), tokens, strict=True):
-        if failure := _on_main(job, functools.partial(_publish, path, token)):
-            detail = f"{job.nodes[0]} cannot write {len(token) >> 20} MiB ({failure})"
+        if failure := _on_main(ranks, functools.partial(_publish, path, token)):
+            detail = f"{ranks.nodes[0]} cannot write {len(token) >> 20} MiB ({failure})"
             yield Check("storage", name, "MISS", detail, "free space there, or choose another --run-dir")
             return
-        blind = _nodes_where(job, not _reads(path, token))
+        blind = _nodes_where(ranks, not _reads(path, token))
         if blind:
-            yield Check("storage", name, "MISS", f"{', '.join(blind)} cannot read what {job.nodes[0]} wrote", fix)
+            yield Check("storage", name, "MISS", f"{', '.join(blind)} cannot read what {ranks.nodes[0]} wrote", fix)
             return
-        yield Check("storage", name, "OK", f"{len(token) >> 20} MiB written by {job.nodes[0]}")
-    yield _locks_between_nodes(job, path)
+        yield Check("storage", name, "OK", f"{len(token) >> 20} MiB written by {ranks.nodes[0]}")
+    yield _locks_between_nodes(ranks, path)
 
 
-def _locks_between_nodes(job: Job, path: Path) -> Check:
+def _locks_between_nodes(ranks: JoinedRanks, path: Path) -> Check:
     """Whether a lock that the main rank holds keeps the other ranks out."""
     with contextlib.ExitStack() as held:
-        failure = _on_main(job, lambda: held.enter_context(_locked(path)))
-        found = "" if failure or job.world.is_main else _lock_attempt(path)
-        found_by_rank = job.world.gather(found)  # the lock is held until all have tried
+        failure = _on_main(ranks, lambda: held.enter_context(_locked(path)))
+        found = "" if failure or ranks.world.is_main else _lock_attempt(path)
+        found_by_rank = ranks.world.gather(found)  # the lock is held until all have tried
     found_by_rank[0] = failure and f"flock fails ({failure})"
     if any(found_by_rank):
         fix = "mount with locks (Lustre: -o flock), and never start two jobs in one run directory"
         rank = next(rank for rank, text in enumerate(found_by_rank) if text)
         # without locks a run is refused by the main rank, the only one that takes them
         status: Status = "MISS" if failure else "WARN"
-        return Check("storage", "locks between nodes", status, f"{job.nodes[rank]}: {found_by_rank[rank]}", fix)
+        return Check("storage", "locks between nodes", status, f"{ranks.nodes[rank]}: {found_by_rank[rank]}", fix)
     return Check("storage", "locks between nodes", "OK", "flock excludes the other ranks")
 
 
-def _on_main(job: Job, action: Callable[[], object]) -> str:
+def _on_main(ranks: JoinedRanks, action: Callable[[], object]) -> str:
     """Run ``action`` on the main rank; on every rank why it failed, or an empty text (collective, and a barrier)."""
     failure = ""
-    if job.world.is_main:
+    if ranks.world.is_main:
         try:
             action()
         except OSError as error:
             failure = error.strerror or str(error)
-    return job.world.broadcast(failure)
+    return ranks.world.broadcast(failure)
 
 
 def _publish(path: Path, content: str) -> None:
@@ -258,9 +258,9 @@ def _publish(path: Path, content: str) -> None:
     os.replace(part, path)
 
 
-def _nodes_where(job: Job, condition: bool) -> list[str]:
-    flags = job.world.gather(condition)
-    return list(dict.fromkeys(node for node, flag in zip(job.nodes, flags, strict=True) if flag))
+def _nodes_where(ranks: JoinedRanks, condition: bool) -> list[str]:
+    flags = ranks.world.gather(condition)
+    return list(dict.fromkeys(node for node, flag in zip(ranks.nodes, flags, strict=True) if flag))
 
 
 def _reads(path: Path, content: str) -> bool:

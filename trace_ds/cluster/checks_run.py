@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import fcntl
-import json
+import functools
 import os
 import shutil
 import tempfile
@@ -12,7 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from trace_ds.cluster.checks import Check, gigabytes, guarded, nearest_directory, user_error
+from trace_ds.cluster.checks import Check, gigabytes, guarded, judged, nearest_directory, user_error
 from trace_ds.config.schema import Config, CorpusFile, TaskConfig
 from trace_ds.errors import UserError
 
@@ -47,15 +48,10 @@ def storage_checks(run_dir: Path, needed_bytes: float | None) -> Iterator[Check]
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     free = shutil.disk_usage(home).free
-    needed = max(needed_bytes or 0, MIN_FREE_BYTES)
-    if free < needed:
-        detail = f"{gigabytes(free)} free, the run needs about {gigabytes(needed)}"
-        yield Check(
-            group, "free space", "MISS", detail, "free space, lower unlearning.keep, or choose another --run-dir"
-        )
-    else:
-        suffix = "" if needed_bytes is None else f", the run needs about {gigabytes(needed_bytes)}"
-        yield Check(group, "free space", "OK", f"{gigabytes(free)} free{suffix}")
+    enough = free >= max(needed_bytes or 0, MIN_FREE_BYTES)
+    needed = needed_bytes if enough else max(needed_bytes or 0, MIN_FREE_BYTES)
+    detail = f"{gigabytes(free)} free" + ("" if needed is None else f", the run needs about {gigabytes(needed)}")
+    yield judged(group, "free space", enough, detail, "free space, lower unlearning.keep, or choose another --run-dir")
 
 
 def _rename_check(folder: Path) -> Check:
@@ -67,13 +63,11 @@ def _rename_check(folder: Path) -> Check:
         (folder / "tmp").mkdir()
         os.replace(folder / "tmp", folder / "done")
         renamed = (folder / "whole").read_text(encoding="utf-8") == "new" and (folder / "done").is_dir()
+        detail = "files and folders" if renamed else "the old content is still there"
     except OSError as error:
-        renamed, why = False, error.strerror or str(error)
-    else:
-        why = "the old content is still there"
-    if renamed:
-        return Check("storage", "atomic rename", "OK", "files and folders")
-    return Check("storage", "atomic rename", "MISS", why, "use a file system with atomic rename (not an object store)")
+        renamed, detail = False, error.strerror or str(error)
+    fix = "use a file system with atomic rename (not an object store)"
+    return judged("storage", "atomic rename", renamed, detail, fix)
 
 
 def _lock_check(folder: Path) -> Check:
@@ -103,14 +97,11 @@ def _speed_check(folder: Path) -> Check:
             handle.flush()
             os.fsync(handle.fileno())
     except OSError as error:
-        return Check(
-            "storage", "write speed", "MISS", f"cannot write {gigabytes(PROBE_BYTES)} ({error.strerror})", "free space"
-        )
+        detail = f"cannot write {gigabytes(PROBE_BYTES)} ({error.strerror})"
+        return Check("storage", "write speed", "MISS", detail, "free space")
     speed = PROBE_BYTES / (time.perf_counter() - start)
-    detail = f"{speed / 1e6:.0f} MB/s with fsync, one process"
-    if speed < SLOW_WRITE_BYTES_S:
-        return Check("storage", "write speed", "WARN", detail, "checkpoints will be slow; use the parallel file system")
-    return Check("storage", "write speed", "OK", detail)
+    detail, fix = f"{speed / 1e6:.0f} MB/s with fsync", "checkpoints will be slow; use the parallel file system"
+    return judged("storage", "write speed", speed >= SLOW_WRITE_BYTES_S, f"{detail}, one process", fix, "WARN")
 
 
 def model_checks(config: Config, world_size: int | None = None) -> Iterator[Check]:
@@ -119,121 +110,80 @@ def model_checks(config: Config, world_size: int | None = None) -> Iterator[Chec
     Args:
         world_size: processes of the job when a launcher started it; None: as configured.
     """
-    from trace_ds.models.families import FAMILIES, inspect_model
+    from trace_ds.cluster.architecture import read_architecture
+    from trace_ds.models.families import check_expert_parallel, inspect_model
     from trace_ds.tensors.model_files import read_model_directory
 
-    group = "model"
+    group, ep = "model", config.distributed.ep
     try:
         files = read_model_directory(config.model.path)
     except UserError as error:
         yield user_error(group, "files", error)
         return
-    detail = (
-        f"{len(files.files)} files, {len(files.tensors)} tensors, {gigabytes(files.bytes)}, {', '.join(files.dtypes)}"
-    )
-    yield Check(group, "files", "OK", detail)
-    if files.model_type in FAMILIES:
-        yield Check(group, "family", "OK", files.model_type)
-        yield from _expert_checks(config, files.config, str(files.path), world_size or config.distributed.nproc)
-        return
+    sizes = f"{len(files.files)} files, {len(files.tensors)} tensors, {gigabytes(files.bytes)}"
+    yield Check(group, "files", "OK", f"{sizes}, {', '.join(files.dtypes)}")
     try:
-        inspect_model(files.path)
+        info = inspect_model(files.path)
     except UserError as error:
         yield user_error(group, "family", error)
-    else:
-        detail = f"{files.model_type} has no expert parallelism: sharded by ZeRO-3"
-        if config.distributed.ep > 1:
-            detail += f", and distributed.ep is {config.distributed.ep}"
-            yield Check(group, "family", "MISS", detail, "set distributed.ep: 1 (--ep 1)")
-        else:
-            yield Check(group, "family", "OK", detail)
-
-
-def _expert_checks(
-    config: Config, model_config: dict[str, object], where: str, processes: int | None
-) -> Iterator[Check]:
-    from trace_ds.cluster.architecture import read_architecture
-
-    group = "model"
-    try:
-        a = read_architecture(model_config, where)
-    except UserError as error:
-        yield user_error(group, "experts", error)
         return
-    yield Check(group, "experts", "OK", f"{a.experts} in each of {a.moe_layers} layers, {a.top_k} per token")
-    ep = config.distributed.ep
-    if a.experts % ep:
-        sizes = ", ".join(str(size) for size in range(1, a.experts + 1) if a.experts % size == 0)
-        detail = f"distributed.ep {ep} does not divide the {a.experts} experts"
-        yield Check(group, "expert parallelism", "MISS", detail, f"use one of {sizes}")
-    elif processes is not None and processes % ep:
-        detail = f"distributed.ep {ep} does not divide the {processes} processes"
-        yield Check(group, "expert parallelism", "MISS", detail, "change distributed.ep or distributed.nproc")
-    else:
-        yield Check(group, "expert parallelism", "OK", f"EP {ep}: {a.experts // ep} experts a process")
+    parallel = info.family.autoep_preset is not None
+    detail = "" if parallel else " has no expert parallelism: sharded by ZeRO-3"
+    yield Check(group, "family", "OK", f"{info.family.model_type}{detail}")
+    if parallel:
+        a = read_architecture(files.config, str(files.path))
+        yield Check(group, "experts", "OK", f"{a.experts} in each of {a.moe_layers} layers, {a.top_k} per token")
+    try:
+        check_expert_parallel(info, ep, world_size or config.distributed.nproc or ep)
+        if parallel:
+            yield Check(group, "expert parallelism", "OK", f"EP {ep}: {info.experts // ep} experts a process")
+    except UserError as error:
+        yield user_error(group, "expert parallelism", error)
 
 
 def tokenizer_checks(config: Config) -> Iterator[Check]:
     """The tokenizer loads, and its ids fit the model's vocabulary."""
-    from trace_ds.corpora.tokenizer import load_tokenizer
+    from trace_ds.corpora.tokenizer import check_tokenizer, load_tokenizer
     from trace_ds.tensors.model_files import read_model_config
 
-    tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
-    size = len(tokenizer)
-    try:
+    path, vocabulary = config.model.tokenizer or config.model.path, None
+    with contextlib.suppress(UserError):  # reported by the model's own check
         vocabulary = read_model_config(config.model.path).get("vocab_size")
-    except UserError:
-        vocabulary = None  # reported by the model's own check
-    if isinstance(vocabulary, int) and size > vocabulary:
-        detail = f"{size} tokens, but the model has {vocabulary}"
-        yield Check("tokenizer", "loads", "MISS", detail, "set model.tokenizer to the model's own tokenizer")
-    else:
-        yield Check("tokenizer", "loads", "OK", f"{type(tokenizer).__name__}, {size} tokens")
+    check_tokenizer(path, vocabulary)
+    tokenizer = load_tokenizer(path)
+    yield Check("tokenizer", "loads", "OK", f"{type(tokenizer).__name__}, {len(tokenizer)} tokens")
 
 
 def corpus_checks(config: Config) -> Iterator[Check]:
-    """Every corpus file is there, not empty, UTF-8, and (JSONL) has text under its key in the first line."""
+    """Every corpus file is there, its text is UTF-8, and `prepare` reads its first document."""
     for side in config.data.sides:
         for file in getattr(config.data, side):
-            yield _corpus_check(side, file)
+            name = f"{side}: {file.path}"
+            yield from guarded("corpora", name, functools.partial(_corpus_check, name, f"data.{side}", file))
 
 
-def _corpus_check(side: str, file: CorpusFile) -> Check:
-    group, name, path = "corpora", f"{side}: {file.path}", Path(file.path)
-    if not path.is_file():
-        return Check(group, name, "MISS", "the file does not exist", f"correct data.{side} in the configuration")
-    size = path.stat().st_size
-    if size == 0:
-        return Check(group, name, "MISS", "the file is empty", "write it again")
-    if path.suffix == ".parquet":
+def _corpus_check(name: str, key: str, file: CorpusFile) -> Iterator[Check]:
+    from trace_ds.corpora.read import check_files, read_documents
+
+    check_files([file], key)
+    path = Path(file.path)
+    size, position, decoder = path.stat().st_size, 0, codecs.getincrementaldecoder("utf-8")()
+    if path.suffix != ".parquet":
         with path.open("rb") as handle:
-            if handle.read(4) != b"PAR1":
-                return Check(group, name, "MISS", "no Parquet file", "write it again")
-        return Check(group, name, "OK", gigabytes(size))
-    decoder, position = codecs.getincrementaldecoder("utf-8")(), 0
-    with path.open("rb") as handle:
-        try:
-            while position < READ_LIMIT_BYTES and (block := handle.read(READ_BLOCK_BYTES)):
-                decoder.decode(block)
-                position += len(block)
-            if position >= size:
-                decoder.decode(b"", final=True)
-        except UnicodeDecodeError as error:
-            detail = f"not UTF-8 (near byte {position + error.start})"
-            return Check(group, name, "MISS", detail, "convert it: iconv -f ENCODING -t UTF-8")
-    if path.suffix in (".jsonl", ".json"):
-        with path.open(encoding="utf-8") as lines:
-            first = next((line for line in lines if line.strip()), "")
-        try:
-            record = json.loads(first)
-        except ValueError:
-            return Check(group, name, "MISS", "the first line is no JSON object", "write one JSON object a line")
-        if not isinstance(record, dict) or not isinstance(record.get(file.field), str):
-            return Check(
-                group, name, "MISS", f"the first line has no text under {file.field!r}", "set the corpus' field"
-            )
-    read = "" if position >= size else f", the first {gigabytes(position)} of it read"
-    return Check(group, name, "OK", f"{gigabytes(size)}, UTF-8{read}")
+            try:
+                while position < READ_LIMIT_BYTES and (block := handle.read(READ_BLOCK_BYTES)):
+                    decoder.decode(block)
+                    position += len(block)
+                if position >= size:
+                    decoder.decode(b"", final=True)
+            except UnicodeDecodeError as error:
+                what = f"not UTF-8 (near byte {position + error.start})"
+                raise UserError(what, fix="convert it: iconv -f ENCODING -t UTF-8") from None
+    if size == 0 or next(read_documents([file]), None) is None:
+        raise UserError("the file is empty", fix="write it again")
+    encoding = "" if path.suffix == ".parquet" else ", UTF-8"
+    read = f", the first {gigabytes(position)} of it read" if encoding and position < size else ""
+    yield Check("corpora", name, "OK", f"{gigabytes(size)}{encoding}{read}")
 
 
 def evaluation_checks(config: Config) -> Iterator[Check]:
@@ -250,23 +200,21 @@ def evaluation_checks(config: Config) -> Iterator[Check]:
     except UserError as error:
         yield user_error(group, "processes", error)
     names = [task.name for task in settings.tasks]
+
+    def task_check(task: TaskConfig) -> Iterator[Check]:
+        if names.count(task.name) > 1:
+            raise UserError(f"two tasks are named {task.name!r}", "evaluation.tasks", "rename one")
+        items = len(read_task(task).items)
+        yield Check(group, task.name, "OK", f"{task.type}, {f'{items} items' if items else task.task}")
+
+    def model_check(name: str, path: Path) -> Iterator[Check]:
+        yield Check(group, name, "OK", f"{len(read_model_directory(path).tensors)} tensors")
+
     for task in settings.tasks:
-
-        def checked(task: TaskConfig = task) -> Iterator[Check]:
-            if names.count(task.name) > 1:
-                raise UserError(f"two tasks are named {task.name!r}", "evaluation.tasks", "rename one")
-            items = len(read_task(task).items)
-            yield Check(group, task.name, "OK", f"{task.type}, {f'{items} items' if items else task.task}")
-
-        yield from guarded(group, task.name, checked)
+        yield from guarded(group, task.name, functools.partial(task_check, task))
     for name, path in named_models(config.model.path, config.evaluation).items():
-        if name == ORIGINAL:
-            continue  # the run's own model
-
-        def whole(name: str = name, path: Path = path) -> Iterator[Check]:
-            yield Check(group, f"model {name}", "OK", f"{len(read_model_directory(path).tensors)} tensors")
-
-        yield from guarded(group, f"model {name}", whole)
+        if name != ORIGINAL:  # the run's own model
+            yield from guarded(group, f"model {name}", functools.partial(model_check, f"model {name}", path))
 
 
 def variant_checks(config: Config) -> Iterator[Check]:
@@ -277,11 +225,11 @@ def variant_checks(config: Config) -> Iterator[Check]:
 
     variants = variants_of(config)
     info = inspect_model(config.model.path) if variants else None
+
+    def fits(name: str, variant: Config) -> Iterator[Check]:
+        assert info is not None
+        check_settings(variant, info)
+        yield Check("variants", name, "OK", ", ".join(config.variants[name]) or "as the run itself")
+
     for name, variant in variants.items():
-
-        def fits(name: str = name, variant: Config = variant) -> Iterator[Check]:
-            assert info is not None
-            check_settings(variant, info)
-            yield Check("variants", name, "OK", ", ".join(config.variants[name]) or "as the run itself")
-
-        yield from guarded("variants", name, fits)
+        yield from guarded("variants", name, functools.partial(fits, name, variant))

@@ -19,7 +19,8 @@ import math
 from dataclasses import dataclass
 
 from trace_ds.cluster.architecture import Architecture, count_parameters
-from trace_ds.cluster.memory import MASTER_BYTES, Passes, ZeroSettings, largest_layer, rank_parameters
+from trace_ds.cluster.job import PlannedJob
+from trace_ds.cluster.memory import MASTER_BYTES, largest_layer, rank_parameters
 from trace_ds.cluster.spec import (
     GB,
     ClusterSpec,
@@ -110,39 +111,23 @@ def _ring(spec: ClusterSpec, name: str, group: Group, size_bytes: float, times: 
     return Traffic(name, group.size, times * received, times * intra, times * inter)
 
 
-def _exchange(
-    spec: ClusterSpec, a: Architecture, ep: int, tokens: float, b: int, moe_layers: float, times: int
-) -> Traffic:
-    """Tokens to their experts and back, ``times`` exchanges in each of ``moe_layers`` layers."""
-    group = expert_parallel_group(spec, ep)
-    size = tokens * a.top_k * a.hidden * b
-    intra, inter = all_to_all_s(spec, group, size)
-    count = moe_layers * times
-    return Traffic("all-to-all of tokens", ep, count * size * (ep - 1) / ep, count * intra, count * inter)
+def _exchange(job: PlannedJob, tokens: float, exchanges: float) -> Traffic:
+    """Tokens to their experts or back, so many times."""
+    group = expert_parallel_group(job.spec, job.ep)
+    size = tokens * job.a.top_k * job.a.hidden * job.b
+    intra, inter = all_to_all_s(job.spec, group, size)
+    received = exchanges * size * (job.ep - 1) / job.ep
+    return Traffic("all-to-all of tokens", job.ep, received, exchanges * intra, exchanges * inter)
 
 
-def collect_traffic(a: Architecture, spec: ClusterSpec, *, ep: int, tokens: float, b: int) -> list[Traffic]:
-    """One batch of ``tokens`` tokens per GPU in ``collect``: two exchanges per MoE layer. (The counts are
-    all-reduced
+def collect_traffic(job: PlannedJob, tokens: float) -> list[Traffic]:
+    """One batch of ``tokens`` tokens per GPU in ``collect``: two exchanges per MoE layer. (The counts are all-reduced
     once per job: layers x experts integers.)"""
-    traffic = [_exchange(spec, a, ep, tokens, b, a.moe_layers, 2)]
-    return [entry for entry in traffic if entry.received_bytes]
+    return [entry for entry in (_exchange(job, tokens, 2 * job.a.moe_layers),) if entry.received_bytes]
 
 
-def unlearn_traffic(
-    a: Architecture,
-    spec: ClusterSpec,
-    *,
-    ep: int,
-    zero: ZeroSettings,
-    passes: int,
-    tokens: float,
-    b: int,
-    run: Passes | None = None,
-    recompute: bool = False,
-) -> list[Traffic]:
-    """One step of ``unlearn``: ``passes`` micro-batches of ``tokens`` tokens each, on every GPU; ``run`` says through
-    which layers (None: all, without a frozen copy).
+def unlearn_traffic(job: PlannedJob) -> list[Traffic]:
+    """One step of ``unlearn`` on every GPU.
 
     ZeRO-3 gathers every layer of the pass (RMU: up to its layer) for the forward and again for the backward pass, and
     once more for the recomputation when a layer is too large to be kept until its backward pass (more elements than
@@ -151,7 +136,8 @@ def unlearn_traffic(
     once per step, and all-gather the updated parameters once per step. An all-reduce is a reduce-scatter and an
     all-gather. The frozen copy's layers are gathered once more in every pass and see their share of the tokens.
     """
-    run = run or Passes(a.layers)
+    a, spec, ep, zero, b, run = job.a, job.spec, job.ep, job.zero, job.b, job.passes()
+    passes, rows = job.micro_batches()
     dense, sparse = data_parallel_group(spec), expert_data_parallel_group(spec, ep)
     every = count_parameters(a)
     frozen_layers = run.frozen_layers if run.frozen_stays else 0
@@ -163,7 +149,7 @@ def unlearn_traffic(
     pass_dense = all_dense if run.head else rank_parameters(a, ep, run.layers) * b - pass_experts
     frozen_dense = rank_parameters(a, ep, frozen_layers) * b - frozen_experts if frozen_layers else 0.0
     if zero.stage == 3:
-        again = 2 if recompute and largest_layer(a, ep) > zero.max_reuse else 1
+        again = 2 if job.recompute and largest_layer(a, ep) > zero.max_reuse else 1
         gathered_dense = (1 + again) * pass_dense + frozen_dense
         gathered_experts = (1 + again) * pass_experts + frozen_experts
         parts = [
@@ -181,31 +167,30 @@ def unlearn_traffic(
             _ring(spec, "all-gather of expert parameters", sparse, all_experts, 1),
         ]
     # dispatch and combine: forward and backward (and recomputation, and the frozen copy)
-    through = moe_layers * (2 + (1 if recompute else 0)) + frozen_moe * run.frozen_share
-    parts.append(_exchange(spec, a, ep, tokens, b, through, 2 * passes))
+    through = moe_layers * (3 if job.recompute else 2) + frozen_moe * run.frozen_share
+    parts.append(_exchange(job, rows * job.context, through * 2 * passes))
     return [part for part in parts if part.received_bytes]
 
 
 def step_time(
-    a: Architecture,
-    spec: ClusterSpec,
+    job: PlannedJob,
     traffic: list[Traffic],
     *,
-    forward_flops: float,
-    training_flops: float,
-    weight_bytes: float,
-    optimizer_elements: float = 0,
+    forward_flops: float = 0,
+    training_flops: float = 0,
+    weights: float = 0,
+    optimized: float = 0,
 ) -> StepTime:
     """Time by resource of one step.
 
     Args:
         forward_flops, training_flops: model FLOPs of one GPU in passes without and with a backward pass.
-        weight_bytes: bytes of weights read from GPU memory by all passes.
-        optimizer_elements: elements the optimizer updates on one GPU: it reads and writes 12 bytes of state,
-            reads the gradient and writes the parameter.
+        weights: elements of weights read from GPU memory by all passes.
+        optimized: elements the optimizer updates on one GPU: it reads and writes 12 bytes of state, reads the gradient
+            and writes the parameter.
     """
-    peak = spec.tflops * 1e12
-    compute = forward_flops / (peak * utilisation(FORWARD_UTILISATION, a.expert_width))
-    compute += training_flops / (peak * utilisation(TRAINING_UTILISATION, a.expert_width))
-    hbm = (weight_bytes + optimizer_elements * (2 * MASTER_BYTES + 4)) / (spec.hbm_gb_s * GB)
+    peak, width = job.spec.tflops * 1e12, job.a.expert_width
+    compute = forward_flops / (peak * utilisation(FORWARD_UTILISATION, width))
+    compute += training_flops / (peak * utilisation(TRAINING_UTILISATION, width))
+    hbm = (weights * job.b + optimized * (2 * MASTER_BYTES + 4)) / (job.spec.hbm_gb_s * GB)
     return StepTime(compute, hbm, sum(t.intra_s for t in traffic), sum(t.inter_s for t in traffic))

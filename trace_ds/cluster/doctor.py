@@ -18,9 +18,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from trace_ds.cluster import checks_machine as machine
+from trace_ds.cluster import checks_nodes as nodes
 from trace_ds.cluster import checks_run as run
-from trace_ds.cluster.checks import Check, JobShape, guarded, wide_console
-from trace_ds.cluster.plan import Plan, plan
+from trace_ds.cluster.checks import Check, guarded, judged
+from trace_ds.cluster.plan import RunPlan, plan
 from trace_ds.cluster.spec import ClusterSpec
 from trace_ds.config.schema import Config
 from trace_ds.errors import UserError
@@ -53,14 +54,14 @@ def machine_checks(config: Config | None, *, joining: bool = False) -> list[Chec
     return found + guarded("slurm", "slurm", machine.slurm_checks)
 
 
-def share_checks(config: Config | None, run_dir: Path | None, job: JobShape | None = None) -> list[Check]:
+def share_checks(config: Config | None, run_dir: Path | None, ranks: nodes.JoinedRanks | None = None) -> list[Check]:
     """What this machine's share of a run needs: CPUs, memory, storage, model, corpora, evaluation, variants.
 
     Args:
-        job: what a launcher started, this process being its first on this node; None: a bare start.
+        ranks: of the job that a launcher started, this process being its first on this node; None: a bare start.
     """
-    processes = job.local if job else _processes(config)
-    here = _plan_on(config, job.nodes if job else 1, processes)
+    processes = ranks.nodes.count(ranks.node) if ranks else _processes(config)
+    here = _plan_on(config, len(set(ranks.nodes)) if ranks else 1, processes)
     needed = None if here is None else here.host_bytes
     found = guarded("cpu", "cpu", lambda: machine.cpu_checks(config, processes, needed))
     if run_dir is not None:
@@ -69,7 +70,7 @@ def share_checks(config: Config | None, run_dir: Path | None, job: JobShape | No
         needed_storage = None if anywhere is None else anywhere.storage_bytes
         found += guarded("storage", "run directory", lambda: run.storage_checks(run_dir, needed_storage))
     if config is not None:
-        found += guarded("model", "model", lambda: run.model_checks(config, job.world if job else None))
+        found += guarded("model", "model", lambda: run.model_checks(config, ranks.world.size if ranks else None))
         found += guarded("tokenizer", "loads", lambda: run.tokenizer_checks(config))
         found += guarded("corpora", "corpora", lambda: run.corpus_checks(config))
         found += guarded("evaluation", "tasks and models", lambda: run.evaluation_checks(config))
@@ -103,7 +104,7 @@ def _processes(config: Config | None) -> int:
     return _gpus()[0] or 1
 
 
-def _plan_on(config: Config | None, nodes: int, processes: int) -> Plan | None:
+def _plan_on(config: Config | None, nodes: int, processes: int) -> RunPlan | None:
     """The cost model's answer for machines like this one, so many processes on each; None: nothing to plan for."""
     if config is None:
         return None
@@ -115,7 +116,7 @@ def _plan_on(config: Config | None, nodes: int, processes: int) -> Plan | None:
         return None  # the model's own checks say why
 
 
-def _memory_checks(here: Plan | None) -> Iterator[Check]:
+def _memory_checks(here: RunPlan | None) -> Iterator[Check]:
     """Whether the stages fit into this machine's GPUs, by the cost model."""
     if here is None or not _gpus()[0]:
         return
@@ -124,10 +125,8 @@ def _memory_checks(here: Plan | None) -> Iterator[Check]:
         detail = (
             f"about {stage.memory.peak_bytes / 1e9:.0f} of {here.cluster.usable_bytes / 1e9:.0f} GB usable on a GPU"
         )
-        if stage.fits:
-            yield Check("plan", f"{name} fits", "OK", detail)
-        else:
-            yield Check("plan", f"{name} fits", "WARN", detail, "see trace-ds plan CONFIG --nodes N for what would fit")
+        fix = "see trace-ds plan CONFIG --nodes N for what would fit"
+        yield judged("plan", f"{name} fits", stage.fits, detail, fix, "WARN")
 
 
 def doctor(config: Config | None, run_dir: Path | None, json: bool, bandwidth: bool) -> int:
@@ -149,25 +148,22 @@ def check_job(config: Config | None, run_dir: Path | None) -> list[Check] | None
     The machines are looked at before they join: when the ranks do not meet, what is wrong with a machine is mostly why,
     and then each node says it for itself.
     """
-    from trace_ds.cluster import checks_nodes as nodes
-
     own = machine_checks(config, joining=True) if local_rank_and_size()[0] == 0 else []
-    job = nodes.join_job()
-    if isinstance(job, Check):
+    ranks = nodes.join_job()
+    if isinstance(ranks, Check):
         if rank_and_size()[0] == 0:
-            return [*own, job]
+            return [*own, ranks]
         _print_faults(nodes.node_name(), own)
         return None
-    if job.first_on_node:
-        shape = JobShape(len(set(job.nodes)), job.nodes.count(job.node), job.world.size)
-        own += share_checks(config, run_dir, shape)
-    found = nodes.merged(job, own)
-    found += guarded("nodes", "same files", lambda: nodes.sameness_checks(job, config))
+    if ranks.first_on_node:
+        own += share_checks(config, run_dir, ranks)
+    found = nodes.merged(ranks, own)
+    found += guarded("nodes", "same files", lambda: nodes.sameness_checks(ranks, config))
     if run_dir is not None:
-        found += guarded("storage", "shared", lambda: nodes.shared_storage_checks(job, run_dir))
-    found += guarded("collectives", "bandwidth", lambda: nodes.bandwidth_checks(job))
-    nodes.leave_job(job)
-    return found if job.world.is_main else None
+        found += guarded("storage", "shared", lambda: nodes.shared_storage_checks(ranks, run_dir))
+    found += guarded("collectives", "bandwidth", lambda: nodes.bandwidth_checks(ranks))
+    nodes.leave_job(ranks)
+    return found if ranks.world.is_main else None
 
 
 def _print_faults(node: str, found: list[Check]) -> None:
@@ -181,6 +177,8 @@ def print_report(found: list[Check]) -> None:
     """The checks as a table, and one line that sums them up."""
     from rich.markup import escape
     from rich.table import Table
+
+    from trace_ds.terminal import wide_console
 
     console = wide_console()
     table = Table(show_edge=False)

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trace_ds.cluster import memory
 from trace_ds.cluster.architecture import Architecture
 from trace_ds.cluster.spec import ClusterSpec
 from trace_ds.config.load import with_changes
 from trace_ds.config.schema import Config
+from trace_ds.tensors.model_files import read_json_object
 from trace_ds.unlearning.needs import FrozenNeeds
 
 DTYPE_BYTES = {"bf16": 2, "fp32": 4}
@@ -24,13 +24,83 @@ def ceil_div(total: int, parts: int) -> int:
 
 
 @dataclass(frozen=True)
-class Job:
-    """What of the configuration the cost model needs, resolved for one model and cluster."""
+class ZeroSettings:
+    """The keys of a DeepSpeed configuration that decide memory, with DeepSpeed 0.19.8's defaults."""
+
+    stage: int = 3
+    reduce_bucket: int = 500_000_000
+    prefetch_bucket: int = 50_000_000
+    max_live: int = 1_000_000_000
+    max_reuse: int = 1_000_000_000
+    sub_group: int = 1_000_000_000
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
+
+
+def zero_settings(stage: int, ds_config: Mapping[str, Any] | None = None) -> ZeroSettings:
+    """The settings of a DeepSpeed configuration's ``zero_optimization`` section (``"auto"`` counts as the default)."""
+    section = (ds_config or {}).get("zero_optimization") or {}
+    default = ZeroSettings()
+
+    def number(key: str, otherwise: int) -> int:
+        value = section.get(key)
+        return int(value) if isinstance(value, int | float) and not isinstance(value, bool) else otherwise
+
+    def offloaded(key: str) -> bool:
+        return (section.get(key) or {}).get("device", "none") not in (None, "none")
+
+    return ZeroSettings(
+        stage=stage,
+        reduce_bucket=number("reduce_bucket_size", default.reduce_bucket),
+        prefetch_bucket=number("stage3_prefetch_bucket_size", default.prefetch_bucket),
+        max_live=number("stage3_max_live_parameters", default.max_live),
+        max_reuse=number("stage3_max_reuse_distance", default.max_reuse),
+        sub_group=number("sub_group_size", default.sub_group),
+        offload_optimizer=offloaded("offload_optimizer"),
+        offload_parameters=offloaded("offload_param"),
+    )
+
+
+@dataclass(frozen=True)
+class Passes:
+    """What one step of ``unlearn`` runs, in decoder layers from the first one on.
+
+    Attributes:
+        layers: of the trained model.
+        head: whether logits are made.
+        frozen_layers: of the frozen copy (and what is below and above them); 0: there is none.
+        frozen_stays: False: it is gone before the first step (RMU's mean norm is measured with it).
+        frozen_head: whether every rank keeps the copy's LM head whole.
+        frozen_share: share of the rows that also go through the copy.
+    """
+
+    layers: int
+    head: bool = True
+    frozen_layers: int = 0
+    frozen_stays: bool = False
+    frozen_head: bool = False
+    frozen_share: float = 0.0
+
+
+@dataclass(frozen=True)
+class PlannedJob:
+    """A run, or a variant of it, on a cluster: what the cost model reads of the configuration, for one model.
+
+    ``ep`` and ``zero`` are the configuration's own, or those of another choice that is weighed against it.
+    """
 
     a: Architecture
     spec: ClusterSpec
     config: Config
-    ds_config: Mapping[str, Any]
+    ep: int
+    zero: ZeroSettings
+
+    @classmethod
+    def of(cls, a: Architecture, spec: ClusterSpec, config: Config) -> PlannedJob:
+        """The job as configured; UserError for a DeepSpeed file that cannot be read."""
+        path, stage = config.unlearning.ds_config, config.unlearning.zero_stage
+        ds_config = read_json_object(Path(path), "the DeepSpeed configuration") if path else {}
+        return cls(a, spec, config, config.distributed.ep, zero_settings(stage, ds_config))
 
     @property
     def b(self) -> int:
@@ -40,14 +110,18 @@ class Job:
     def context(self) -> int:
         return self.config.data.context_length
 
-    def passes(self) -> memory.Passes:
+    @property
+    def recompute(self) -> bool:
+        return self.config.unlearning.recompute
+
+    def passes(self) -> Passes:
         """What a step runs, of the trained model and of the frozen copy."""
         settings, layers = self.config.unlearning, self.a.layers
         needs = FrozenNeeds.of(settings, layers)
         last = settings.last_layer(layers)
         forget_rows, retain_rows = self._rows()
         seen = forget_rows * needs.forget + retain_rows * needs.retain
-        return memory.Passes(
+        return Passes(
             layers=min(last + 1, layers) if last is not None else layers,
             head=last is None,
             frozen_layers=needs.layers if needs.stays or needs.norm else 0,
@@ -66,9 +140,6 @@ class Job:
         """Forget and retain rows of a rank in a step."""
         settings = self.config.unlearning
         return ceil_div(settings.forget_rows, self.spec.world), ceil_div(settings.retain_rows, self.spec.world)
-
-    def zero(self, stage: int) -> memory.ZeroSettings:
-        return memory.zero_settings(stage, self.ds_config)
 
 
 def variants_of(config: Config) -> dict[str, Config]:

@@ -22,11 +22,10 @@ and its product (2 b f).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
 
 from trace_ds.cluster.architecture import MULTI_LATENT, Architecture, count_parameters
+from trace_ds.cluster.job import PlannedJob, ZeroSettings
 
 MASTER_BYTES = 12  # fp32 copy and two Adam moments
 STEP_BYTES = 8  # fp32 gradient of the sub-group being stepped, and torch AdamW's temporary of the same size
@@ -34,73 +33,12 @@ LOGIT_BYTES = 10  # beside the logits: log-softmax in fp32 (4), its gradient (4)
 FROZEN_LOGIT_BYTES = (
     12  # beside the frozen model's logits: their log-softmax, its exponential and the difference in fp32
 )
-LOGITS_PER_CHUNK = 1 << 26  # elements, as in trace_ds/unlearning/forward.py
+LOGITS_PER_CHUNK = 1 << 26  # elements, as in trace_ds/unlearning/forward.py and trace_ds/models/token_nll.py
 WORKING_SHARE = 0.25  # of what a layer saved, again in its backward pass: measured 0 to 0.1, the rest is our margin
 IMBALANCE = 1.5  # the busiest rank's share of the routed tokens over the mean; our margin, not measured
 
 
 LOADING_FACTOR = 1.3  # at most; see `tools/bench_collect_memory.py`
-
-
-@dataclass(frozen=True)
-class ZeroSettings:
-    """The keys of a DeepSpeed configuration that decide memory, with DeepSpeed 0.19.8's defaults."""
-
-    stage: int = 3
-    reduce_bucket: int = 500_000_000
-    prefetch_bucket: int = 50_000_000
-    max_live: int = 1_000_000_000
-    max_reuse: int = 1_000_000_000
-    sub_group: int = 1_000_000_000
-    offload_optimizer: bool = False
-    offload_parameters: bool = False
-
-
-def zero_settings(stage: int, ds_config: Mapping[str, Any] | None = None) -> ZeroSettings:
-    """The settings of a DeepSpeed configuration's ``zero_optimization`` section (``"auto"`` counts as the
-    default).
-    """
-    section = (ds_config or {}).get("zero_optimization") or {}
-    default = ZeroSettings()
-
-    def number(key: str, otherwise: int) -> int:
-        value = section.get(key)
-        return int(value) if isinstance(value, int | float) and not isinstance(value, bool) else otherwise
-
-    def offloaded(key: str) -> bool:
-        return (section.get(key) or {}).get("device", "none") not in (None, "none")
-
-    return ZeroSettings(
-        stage=stage,
-        reduce_bucket=number("reduce_bucket_size", default.reduce_bucket),
-        prefetch_bucket=number("stage3_prefetch_bucket_size", default.prefetch_bucket),
-        max_live=number("stage3_max_live_parameters", default.max_live),
-        max_reuse=number("stage3_max_reuse_distance", default.max_reuse),
-        sub_group=number("sub_group_size", default.sub_group),
-        offload_optimizer=offloaded("offload_optimizer"),
-        offload_parameters=offloaded("offload_param"),
-    )
-
-
-@dataclass(frozen=True)
-class Passes:
-    """What one step of ``unlearn`` runs, in decoder layers from the first one on.
-
-    Attributes:
-        layers: of the trained model.
-        head: whether logits are made.
-        frozen_layers: of the frozen copy (and what is below and above them); 0: there is none.
-        frozen_stays: False: it is gone before the first step (RMU's mean norm is measured with it).
-        frozen_head: whether every rank keeps the copy's LM head whole.
-        frozen_share: share of the rows that also go through the copy.
-    """
-
-    layers: int
-    head: bool = True
-    frozen_layers: int = 0
-    frozen_stays: bool = False
-    frozen_head: bool = False
-    frozen_share: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -181,43 +119,29 @@ def _output_width(a: Architecture) -> int:
     return a.value_width // a.kv_heads * a.heads
 
 
-def collect_memory(a: Architecture, *, ep: int, rows: int, context: int, b: int = 2, logit_tokens: int = 0) -> Memory:
-    """``collect``: a forward pass over ``rows`` rows with whole parameters and 1/ep of the experts on a GPU.
-
-    ``logit_tokens`` is the number of tokens whose logits exist at a time (0: the head does not run).
-    """
-    tokens = rows * context
+def collect_memory(job: PlannedJob, rows: int) -> Memory:
+    """``collect``: a forward pass over ``rows`` rows with whole parameters and 1/ep of the experts on a GPU."""
+    a, b, ep, tokens = job.a, job.b, job.ep, rows * job.context
+    logit_tokens = _chunk(a, tokens) if job.config.statistics.nll else 0  # whose logits exist at a time
     moving = max(a.hidden, a.dense_width if a.dense_layers else 0)
     compute = {
         "activations": tokens * ((4 + 4 * b) * moving + a.top_k * b * (2 * a.hidden + 3 * a.expert_width)),
-        "attention mask": _mask_bytes(rows, context, b),
+        "attention mask": _mask_bytes(rows, job.context, b),
         "all-to-all buffers": _exchange_bytes(a, tokens, ep, b),
         "logits": logit_tokens * a.vocabulary * (b + 8),
     }
     return Memory({"parameters": rank_parameters(a, ep) * b}, _without_zeros(compute))
 
 
-def unlearn_memory(
-    a: Architecture,
-    *,
-    world: int,
-    ep: int,
-    zero: ZeroSettings,
-    rows: int,
-    context: int,
-    b: int = 2,
-    passes: Passes | None = None,
-    recompute: bool = False,
-) -> Memory:
+def unlearn_memory(job: PlannedJob, rows: int, *, recompute: bool | None = None) -> Memory:
     """``unlearn``: one micro-batch of ``rows`` rows (forget and retain together), and the optimizer step.
 
-    Args:
-        passes: what a step runs; None: the whole model with its head, no frozen copy.
-        recompute: keep only each layer's input and compute the layer again in the backward pass.
+    ``recompute`` (None: as configured): keep only each layer's input and compute the layer again in the backward pass.
     """
-    passes = passes or Passes(a.layers)
+    a, b, ep, zero, world, passes = job.a, job.b, job.ep, job.zero, job.spec.world, job.passes()
+    recompute = job.recompute if recompute is None else recompute
     every = count_parameters(a)
-    whole, shard, tokens = rank_parameters(a, ep), every.total / world, rows * context
+    whole, shard, tokens = rank_parameters(a, ep), every.total / world, rows * job.context
     stage = zero.stage
     copy = frozen_parameters(a, passes.frozen_layers, ep=ep, world=world, stage=stage) * b
     side = -(-tokens // 2)
@@ -233,7 +157,7 @@ def unlearn_memory(
     compute = {
         "gathered parameters": gathered_parameters(a, ep, zero) * b if stage == 3 else 0,
         "saved activations": tokens * (len(per_layer) * b * a.hidden if recompute else sum(per_layer)),
-        "attention mask": _mask_bytes(rows, context, b),
+        "attention mask": _mask_bytes(rows, job.context, b),
         "frozen hidden states": tokens * passes.frozen_share * a.hidden * b,
     }
     layer = {
@@ -263,16 +187,16 @@ def frozen_parameters(a: Architecture, layers: int, *, ep: int, world: int, stag
     return rank_parameters(a, ep, layers) + ends
 
 
-def host_bytes(a: Architecture, *, gpus_per_node: int, b: int, zero: ZeroSettings, world: int, ep: int = 1) -> float:
+def host_bytes(job: PlannedJob) -> float:
     """Memory of one node's host while loading, plus what is offloaded.
 
     Every process reads its share: with X/P of the experts for `collect` (the larger one; ZeRO-3 reads less), and
     :data:`LOADING_FACTOR` of that while AutoEP cuts out the experts of a layer.
     """
-    every = count_parameters(a)
-    share = every.non_expert + every.experts / ep
-    offloaded = (MASTER_BYTES + 4 if zero.offload_optimizer else 0) + (b if zero.offload_parameters else 0)
-    return gpus_per_node * (share * b * LOADING_FACTOR + every.total / world * offloaded)
+    zero, shard = job.zero, count_parameters(job.a).total / job.spec.world
+    offloaded = (MASTER_BYTES + 4 if zero.offload_optimizer else 0) + (job.b if zero.offload_parameters else 0)
+    share = rank_parameters(job.a, job.ep)
+    return job.spec.gpus_per_node * (share * job.b * LOADING_FACTOR + shard * offloaded)
 
 
 def _head_bytes(a: Architecture, tokens: int, b: int) -> float:

@@ -10,28 +10,25 @@ second. The cost model and what of it was checked against measurements is writte
 
 from __future__ import annotations
 
-import json as json_module
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from trace_ds.cluster import cost, memory
 from trace_ds.cluster.architecture import (
-    Architecture,
     Parameters,
     active_parameters,
     count_parameters,
     read_architecture,
 )
-from trace_ds.cluster.job import Job, ceil_div, corpus_tokens, variants_of
+from trace_ds.cluster.job import PlannedJob, ceil_div, corpus_tokens, variants_of
 from trace_ds.cluster.spec import GB, ClusterSpec
 from trace_ds.config.schema import Config
 from trace_ds.errors import UserError
-from trace_ds.tensors.model_files import CONFIG_NAME, read_json_object, read_model_config
+from trace_ds.tensors.model_files import CONFIG_NAME, read_model_config
 
-LOGITS_ELEMENTS = 1 << 26  # `collect` holds so many logits at a time (trace_ds/models/token_nll.py)
 EVALUATION_SHARE = 0.8  # of a GPU's memory may be weights (trace_ds/evaluation/language_model.py)
 MAX_ROWS = 4096  # no search for a larger micro-batch than this
 
@@ -66,9 +63,7 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class Choice:
-    """One combination of expert-parallel size and ZeRO stage for ``unlearn``, at the configured
-    micro-batch.
-    """
+    """One combination of expert-parallel size and ZeRO stage for ``unlearn``, at the configured micro-batch."""
 
     ep: int
     zero_stage: int
@@ -81,7 +76,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Plan:
+class RunPlan:
     """The answer; ``choices`` are ranked (what fits by step time, then the rest by memory); ``variants`` are the
     ``unlearn`` of each, by name; storage is that of all jobs."""
 
@@ -104,7 +99,7 @@ class Plan:
     warnings: list[str]
 
 
-def plan(config: Config, cluster: ClusterSpec) -> Plan:
+def plan(config: Config, cluster: ClusterSpec) -> RunPlan:
     """Plan ``config`` on ``cluster``.
 
     Raises:
@@ -115,59 +110,51 @@ def plan(config: Config, cluster: ClusterSpec) -> Plan:
     return plan_model(read_model_config(config.model.path), config, cluster, where)
 
 
-def plan_model(model_config: Mapping[str, Any], config: Config, cluster: ClusterSpec, where: str = CONFIG_NAME) -> Plan:
+def plan_model(
+    model_config: Mapping[str, Any], config: Config, cluster: ClusterSpec, where: str = CONFIG_NAME
+) -> RunPlan:
     """:func:`plan` for a model that is known only by its configuration."""
     a = read_architecture(model_config, where)
-    ep, stage = config.distributed.ep, config.unlearning.zero_stage
-    _check(a, cluster, ep)
-    job, *others = (_job(a, cluster, each) for each in (config, *variants_of(config).values()))
-    collect, unlearn = _collect(job, ep), _unlearn(job, ep, stage)
-    choices = sorted(
-        (_choice(job, size, level) for size in _expert_parallel_sizes(a, cluster) for level in (1, 2, 3)),
-        key=lambda choice: (not choice.fits, choice.step_s if choice.fits else choice.peak_bytes),
-    )
+    job, *others = (PlannedJob.of(a, cluster, each) for each in (config, *variants_of(config).values()))
+    for each in (job, *others):
+        _check(each)
+    unlearn = _unlearn(job)
     every = count_parameters(a)
-    checkpoint = checkpoint_bytes(job, stage)
-    storage = sum(
-        (each.config.unlearning.keep + 1) * checkpoint_bytes(each, each.config.unlearning.zero_stage)
-        + every.total * each.b
-        for each in (job, *others)
-    )
-    host = memory.host_bytes(
-        a, gpus_per_node=cluster.gpus_per_node, b=job.b, zero=job.zero(stage), world=cluster.world, ep=ep
-    )
-    result = Plan(
+    sizes = [size for size in range(1, a.experts + 1) if a.experts % size == 0 and cluster.world % size == 0]
+    result = RunPlan(
         family=a.family,
         parameters=every,
         active=active_parameters(a),
         cluster=cluster,
-        ep=ep,
-        zero_stage=stage,
-        collect=collect,
+        ep=job.ep,
+        zero_stage=job.zero.stage,
+        collect=_collect(job),
         unlearn=unlearn,
-        variants={
-            name: _unlearn(each, ep, each.config.unlearning.zero_stage)
-            for name, each in zip(config.variants, others, strict=True)
-        },
-        recomputed_peak_bytes=_unlearn_memory(job, ep, stage, unlearn.rows, recompute=True).peak_bytes,
-        checkpoint_bytes=checkpoint,
-        save_s=checkpoint / (cluster.storage_gb_s * GB),
-        storage_bytes=storage,
-        host_bytes=host,
+        variants={name: _unlearn(each) for name, each in zip(config.variants, others, strict=True)},
+        recomputed_peak_bytes=memory.unlearn_memory(job, unlearn.rows, recompute=True).peak_bytes,
+        checkpoint_bytes=checkpoint_bytes(job),
+        save_s=checkpoint_bytes(job) / (cluster.storage_gb_s * GB),
+        storage_bytes=sum(
+            (each.config.unlearning.keep + 1) * checkpoint_bytes(each) + every.total * each.b for each in (job, *others)
+        ),
+        host_bytes=memory.host_bytes(job),
         evaluation_gpus=evaluation_gpus(config, every.total * job.b, cluster.gpu_memory_gb),
-        choices=choices,
+        choices=sorted(
+            (
+                _choice(replace(job, ep=size, zero=replace(job.zero, stage=stage)))
+                for size in sizes
+                for stage in (1, 2, 3)
+            ),
+            key=lambda choice: (not choice.fits, choice.step_s if choice.fits else choice.peak_bytes),
+        ),
         warnings=[],
     )
     result.warnings.extend(_warnings(job, result))
     return result
 
 
-def _job(a: Architecture, cluster: ClusterSpec, config: Config) -> Job:
-    path = config.unlearning.ds_config
-    return Job(a, cluster, config, read_json_object(Path(path), "the DeepSpeed configuration") if path else {})
-
-
-def _check(a: Architecture, cluster: ClusterSpec, ep: int) -> None:
+def _check(job: PlannedJob) -> None:
+    a, cluster, ep = job.a, job.spec, job.ep
     if min(cluster.nodes, cluster.gpus_per_node) < 1:
         raise UserError("the cluster has no GPU", "--nodes, --gpus-per-node", "give both as 1 or more")
     if a.experts % ep:
@@ -185,122 +172,68 @@ def _check(a: Architecture, cluster: ClusterSpec, ep: int) -> None:
         )
 
 
-def _expert_parallel_sizes(a: Architecture, cluster: ClusterSpec) -> list[int]:
-    return [size for size in range(1, a.experts + 1) if a.experts % size == 0 and cluster.world % size == 0]
-
-
-def _collect_memory(job: Job, ep: int, rows: int) -> memory.Memory:
-    return memory.collect_memory(
-        job.a,
-        ep=ep,
-        rows=rows,
-        context=job.context,
-        b=job.b,
-        logit_tokens=min(rows * job.context, max(1, LOGITS_ELEMENTS // job.a.vocabulary))
-        if job.config.statistics.nll
-        else 0,
-    )
-
-
-def _collect(job: Job, ep: int) -> StagePlan:
+def _collect(job: PlannedJob) -> StagePlan:
     a, spec, rows = job.a, job.spec, job.config.statistics.batch_rows
-    tokens = rows * job.context
-    used = _collect_memory(job, ep, rows)
-    traffic = cost.collect_traffic(a, spec, ep=ep, tokens=tokens, b=job.b)
+    tokens, corpus = rows * job.context, corpus_tokens(job.config)
+    used = memory.collect_memory(job, rows)
+    traffic = cost.collect_traffic(job, tokens)
     flops = cost.forward_flops_per_token(a, job.context, head=job.config.statistics.nll)
-    time = cost.step_time(
-        a,
-        spec,
-        traffic,
-        forward_flops=flops * tokens,
-        training_flops=0,
-        weight_bytes=memory.rank_parameters(a, ep) * job.b,
-    )
-    corpus = corpus_tokens(job.config)
+    time = cost.step_time(job, traffic, forward_flops=flops * tokens, weights=memory.rank_parameters(a, job.ep))
     return StagePlan(
         rows=rows,
         memory=used,
         fits=used.peak_bytes <= spec.usable_bytes,
-        largest_rows=_largest(lambda n: _collect_memory(job, ep, n).peak_bytes, spec.usable_bytes),
+        largest_rows=_largest(lambda n: memory.collect_memory(job, n).peak_bytes, spec.usable_bytes),
         traffic=traffic,
         time=time,
         tokens_per_s=tokens * spec.world / time.serial_s,
         steps=None if corpus is None else max(ceil_div(corpus, tokens * spec.world), 1),
-        storage_s=_load_s(job, ep, 0),
+        storage_s=_load_s(job, whole=True),
     )
 
 
-def _unlearn_memory(job: Job, ep: int, stage: int, rows: int, recompute: bool | None = None) -> memory.Memory:
-    return memory.unlearn_memory(
-        job.a,
-        world=job.spec.world,
-        ep=ep,
-        zero=job.zero(stage),
-        rows=rows,
-        context=job.context,
-        b=job.b,
-        passes=job.passes(),
-        recompute=job.config.unlearning.recompute if recompute is None else recompute,
-    )
-
-
-def _unlearn(job: Job, ep: int, stage: int) -> StagePlan:
+def _unlearn(job: PlannedJob) -> StagePlan:
     a, spec, (passes, rows) = job.a, job.spec, job.micro_batches()
-    tokens, run = rows * job.context, job.passes()
-    used = _unlearn_memory(job, ep, stage, rows)
-    traffic = cost.unlearn_traffic(
-        a,
-        spec,
-        ep=ep,
-        zero=job.zero(stage),
-        passes=passes,
-        tokens=tokens,
-        b=job.b,
-        run=run,
-        recompute=job.config.unlearning.recompute,
-    )
+    settings, run, tokens = job.config.unlearning, job.passes(), rows * job.context * passes
+    used = memory.unlearn_memory(job, rows)
+    traffic = cost.unlearn_traffic(job)
     flops = cost.forward_flops_per_token(a, job.context, layers=run.layers, head=run.head)
-    frozen_flops = weights = 0.0
+    frozen_flops, weights = 0.0, 2 * memory.rank_parameters(a, job.ep, None if run.head else run.layers)
     if run.frozen_stays:
         frozen_flops = cost.forward_flops_per_token(a, job.context, layers=run.frozen_layers, head=run.frozen_head)
-        weights = memory.rank_parameters(a, ep, run.frozen_layers)
-    weights += 2 * memory.rank_parameters(a, ep, None if run.head else run.layers)
+        weights += memory.rank_parameters(a, job.ep, run.frozen_layers)
     time = cost.step_time(
-        a,
-        spec,
+        job,
         traffic,
-        forward_flops=frozen_flops * run.frozen_share * tokens * passes,
-        training_flops=3 * flops * tokens * passes,
-        weight_bytes=weights * job.b * passes,
-        optimizer_elements=count_parameters(a).total / spec.world,
+        forward_flops=frozen_flops * run.frozen_share * tokens,
+        training_flops=3 * flops * tokens,
+        weights=weights * passes,
+        optimized=count_parameters(a).total / spec.world,
     )
-    settings = job.config.unlearning
+    saves = ceil_div(settings.steps, settings.save_every)
     return StagePlan(
         rows=rows,
         memory=used,
         fits=used.peak_bytes <= spec.usable_bytes,
-        largest_rows=_largest(lambda n: _unlearn_memory(job, ep, stage, 2 * n).peak_bytes, spec.usable_bytes),
+        largest_rows=_largest(lambda n: memory.unlearn_memory(job, 2 * n).peak_bytes, spec.usable_bytes),
         traffic=traffic,
         time=time,
         tokens_per_s=(settings.forget_rows + settings.retain_rows) * job.context / time.serial_s,
         steps=settings.steps,
-        storage_s=(
-            _load_s(job, ep, stage) * (2 if run.frozen_layers else 1)
-            + ceil_div(settings.steps, settings.save_every) * checkpoint_bytes(job, stage) / (spec.storage_gb_s * GB)
-        ),
+        storage_s=_load_s(job, whole=job.zero.stage < 3) * (2 if run.frozen_layers else 1)
+        + saves * checkpoint_bytes(job) / (spec.storage_gb_s * GB),
     )
 
 
-def checkpoint_bytes(job: Job, stage: int) -> float:
+def checkpoint_bytes(job: PlannedJob) -> float:
     """fp32 parameters and two Adam moments; below ZeRO-3 the 16-bit parameters are saved beside them."""
-    return count_parameters(job.a).total * (memory.MASTER_BYTES + (job.b if stage < 3 else 0))
+    return count_parameters(job.a).total * (memory.MASTER_BYTES + (job.b if job.zero.stage < 3 else 0))
 
 
-def _load_s(job: Job, ep: int, stage: int) -> float:
-    """Every process reads from the shared storage what it will hold: its partition with ZeRO-3, else its experts and
+def _load_s(job: PlannedJob, *, whole: bool) -> float:
+    """Every process reads from the shared storage what it will hold: its partition, else (``whole``) its experts and
     all that is not an expert."""
-    whole = job.spec.world * memory.rank_parameters(job.a, ep)
-    elements = count_parameters(job.a).total if stage == 3 else whole
+    elements = job.spec.world * memory.rank_parameters(job.a, job.ep) if whole else count_parameters(job.a).total
     return elements * job.b / (job.spec.storage_gb_s * GB)
 
 
@@ -313,12 +246,12 @@ def evaluation_gpus(config: Config, weights_bytes: float, gpu_memory_gb: float) 
     return max(math.ceil(held / (EVALUATION_SHARE * gpu_memory_gb * GB)), 1)
 
 
-def _choice(job: Job, ep: int, stage: int) -> Choice:
-    unlearn = _unlearn(job, ep, stage)
-    collect = _collect_memory(job, ep, job.config.statistics.batch_rows)
+def _choice(job: PlannedJob) -> Choice:
+    unlearn = _unlearn(job)
+    collect = memory.collect_memory(job, job.config.statistics.batch_rows)
     return Choice(
-        ep=ep,
-        zero_stage=stage,
+        ep=job.ep,
+        zero_stage=job.zero.stage,
         fits=unlearn.fits,
         peak_bytes=unlearn.memory.peak_bytes,
         largest_rows=unlearn.largest_rows,
@@ -340,7 +273,7 @@ def _largest(peak_bytes: Any, limit_bytes: float) -> int:
     return low
 
 
-def _warnings(job: Job, result: Plan) -> list[str]:
+def _warnings(job: PlannedJob, result: RunPlan) -> list[str]:
     """What the user should know before pressing enter."""
     spec, settings, warnings = job.spec, job.config.unlearning, []
     usable = f"{spec.usable_bytes / GB:.0f} GB usable on a GPU"
@@ -392,7 +325,7 @@ def _warnings(job: Job, result: Plan) -> list[str]:
     return warnings
 
 
-def _way_out(result: Plan, name: str) -> str:
+def _way_out(result: RunPlan, name: str) -> str:
     """What would fit, for a stage that does not."""
     for choice in result.choices:
         if name == "unlearn" and choice.fits:
@@ -400,29 +333,3 @@ def _way_out(result: Plan, name: str) -> str:
         if name == "collect" and choice.collect_fits:
             return f"distributed.ep {choice.ep} fits"
     return "nothing fits on this cluster: use shorter rows (data.context_length), more nodes, or GPUs with more memory"
-
-
-def as_dict(result: Plan) -> dict[str, Any]:
-    """The plan as JSON-ready values, with the totals that are properties of its parts."""
-    value = asdict(result)
-    value["parameters"]["total"], value["active"]["total"] = result.parameters.total, result.active.total
-    stages = [(value["collect"], result.collect), (value["unlearn"], result.unlearn)]
-    stages += [(value["variants"][name], stage) for name, stage in result.variants.items()]
-    for entry, stage in stages:
-        entry["memory"]["peak_bytes"] = stage.memory.peak_bytes
-        entry["time"].update(overlapped_s=stage.time.overlapped_s, serial_s=stage.time.serial_s, bound=stage.time.bound)
-        entry["job_s"] = stage.job_s
-    value["assumptions"] = list(ASSUMPTIONS)
-    return value
-
-
-def plan_command(config: Config, spec: ClusterSpec, json: bool) -> int:
-    """Print the plan as tables, or as JSON; exit status 0 also when nothing fits (the warnings say so)."""
-    result = plan(config, spec)
-    if json:
-        print(json_module.dumps(as_dict(result), indent=1, sort_keys=True))
-    else:
-        from trace_ds.cluster.plan_view import print_plan
-
-        print_plan(result)
-    return 0

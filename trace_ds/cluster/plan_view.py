@@ -1,45 +1,72 @@
-"""The tables ``trace-ds plan`` prints."""
+"""What ``trace-ds plan`` prints: tables, or JSON."""
 
 from __future__ import annotations
 
+import json as json_module
 from dataclasses import asdict
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from trace_ds.cluster.checks import wide_console
 from trace_ds.cluster.memory import PHASES
-from trace_ds.cluster.plan import ASSUMPTIONS, MAX_ROWS, Plan, StagePlan
-from trace_ds.cluster.spec import GB
+from trace_ds.cluster.plan import ASSUMPTIONS, MAX_ROWS, RunPlan, StagePlan, plan
+from trace_ds.cluster.spec import GB, ClusterSpec
+from trace_ds.config.schema import Config
+from trace_ds.terminal import wide_console
 
 SHOWN_CHOICES = 8
 
 
-def print_plan(plan: Plan, console: Console | None = None) -> None:
-    """All tables of a plan."""
+def plan_command(config: Config, spec: ClusterSpec, json: bool) -> int:
+    """Print the plan as tables, or as JSON; exit status 0 also when nothing fits (the warnings say so)."""
+    result = plan(config, spec)
+    if json:
+        print(json_module.dumps(as_dict(result), indent=1, sort_keys=True))
+    else:
+        print_plan(result)
+    return 0
+
+
+def as_dict(result: RunPlan) -> dict[str, Any]:
+    """The plan as JSON-ready values, with the totals that are properties of its parts."""
+    value = asdict(result)
+    value["parameters"]["total"], value["active"]["total"] = result.parameters.total, result.active.total
+    stages = [(value["collect"], result.collect), (value["unlearn"], result.unlearn)]
+    stages += [(value["variants"][name], stage) for name, stage in result.variants.items()]
+    for entry, stage in stages:
+        entry["memory"]["peak_bytes"] = stage.memory.peak_bytes
+        entry["time"].update(overlapped_s=stage.time.overlapped_s, serial_s=stage.time.serial_s, bound=stage.time.bound)
+        entry["job_s"] = stage.job_s
+    value["assumptions"] = list(ASSUMPTIONS)
+    return value
+
+
+def print_plan(result: RunPlan, console: Console | None = None) -> None:
+    """All tables of a result."""
     console = console or wide_console()
-    spec = plan.cluster
+    spec = result.cluster
     console.print(
-        f"{plan.family}, {billions(plan.parameters.total)} parameters "
-        f"({billions(plan.active.total)} active a token) "
+        f"{result.family}, {billions(result.parameters.total)} parameters "
+        f"({billions(result.active.total)} active a token) "
         f"on {spec.nodes} x {spec.gpus_per_node} GPUs of {spec.gpu_memory_gb:g} GB; "
-        f"expert-parallel size {plan.ep}, ZeRO-{plan.zero_stage}",
+        f"expert-parallel size {result.ep}, ZeRO-{result.zero_stage}",
         highlight=False,
     )
-    console.print(_parameters(plan))
-    console.print(_memory(plan))
-    console.print(_traffic(plan))
-    console.print(_time(plan))
-    if plan.variants:
-        console.print(_jobs(plan))
-    console.print(_choices(plan))
+    console.print(_parameters(result))
+    console.print(_memory(result))
+    console.print(_traffic(result))
+    console.print(_time(result))
+    if result.variants:
+        console.print(_jobs(result))
+    console.print(_choices(result))
     console.print(
-        f"checkpoint {size(plan.checkpoint_bytes)}, saved in {duration(plan.save_s)} at "
-        f"{spec.storage_gb_s:g} GB/s; the run needs {size(plan.storage_bytes)} of storage and "
-        f"{size(plan.host_bytes)} of host memory a node; GPUs for evaluate, on one node: {plan.evaluation_gpus}",
+        f"checkpoint {size(result.checkpoint_bytes)}, saved in {duration(result.save_s)} at "
+        f"{spec.storage_gb_s:g} GB/s; the run needs {size(result.storage_bytes)} of storage and "
+        f"{size(result.host_bytes)} of host memory a node; GPUs for evaluate, on one node: {result.evaluation_gpus}",
         highlight=False,
     )
-    for warning in plan.warnings:
+    for warning in result.warnings:
         console.print(f"WARN  {warning}", style="yellow", highlight=False)
     for assumption in ASSUMPTIONS:
         console.print(f"assumed: {assumption}", style="dim", highlight=False)
@@ -52,18 +79,18 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def _parameters(plan: Plan) -> Table:
+def _parameters(result: RunPlan) -> Table:
     table = _table("Parameters", "kind", "all", "active a token")
-    active = asdict(plan.active)
-    for kind, number in asdict(plan.parameters).items():
+    active = asdict(result.active)
+    for kind, number in asdict(result.parameters).items():
         if number:
             table.add_row(kind.replace("_", " "), f"{number:,}", f"{active[kind]:,}")
-    table.add_row("total", f"{plan.parameters.total:,}", f"{plan.active.total:,}")
+    table.add_row("total", f"{result.parameters.total:,}", f"{result.active.total:,}")
     return table
 
 
-def _memory(plan: Plan) -> Table:
-    collect, unlearn = plan.collect, plan.unlearn
+def _memory(result: RunPlan) -> Table:
+    collect, unlearn = result.collect, result.unlearn
     table = _table(
         "Memory of one GPU (peak: resident + the largest of compute with layer or head, step, start)",
         "part",
@@ -78,16 +105,16 @@ def _memory(plan: Plan) -> Table:
                 *(size(parts[part]) if part in parts else "" for parts in (of_collect, of_unlearn)),
             )
     table.add_row("peak", size(collect.memory.peak_bytes), size(unlearn.memory.peak_bytes))
-    table.add_row("peak if activations were recomputed", "", size(plan.recomputed_peak_bytes))
-    table.add_row("usable", *[size(plan.cluster.usable_bytes)] * 2)
+    table.add_row("peak if activations were recomputed", "", size(result.recomputed_peak_bytes))
+    table.add_row("usable", *[size(result.cluster.usable_bytes)] * 2)
     table.add_row("fits", *("yes" if stage.fits else "NO" for stage in (collect, unlearn)))
     table.add_row("largest batch_rows, micro_batch_rows", *(rows(stage.largest_rows) for stage in (collect, unlearn)))
     return table
 
 
-def _traffic(plan: Plan) -> Table:
+def _traffic(result: RunPlan) -> Table:
     table = _table("Bytes one GPU receives", "collective", "GPUs", "a batch or step", "inside nodes", "between nodes")
-    for name, stage in (("collect", plan.collect), ("unlearn", plan.unlearn)):
+    for name, stage in (("collect", result.collect), ("unlearn", result.unlearn)):
         for entry in stage.traffic:
             table.add_row(
                 f"{name}: {entry.name}",
@@ -99,9 +126,9 @@ def _traffic(plan: Plan) -> Table:
     return table
 
 
-def _time(plan: Plan) -> Table:
+def _time(result: RunPlan) -> Table:
     table = _table("Time", "", "collect, a batch", "unlearn, a step")
-    stages: tuple[StagePlan, StagePlan] = (plan.collect, plan.unlearn)
+    stages: tuple[StagePlan, StagePlan] = (result.collect, result.unlearn)
     table.add_row("compute", *(duration(stage.time.compute_s) for stage in stages))
     table.add_row("GPU memory", *(duration(stage.time.hbm_s) for stage in stages))
     table.add_row("links inside a node", *(duration(stage.time.intra_s) for stage in stages))
@@ -117,10 +144,10 @@ def _time(plan: Plan) -> Table:
     return table
 
 
-def _jobs(plan: Plan) -> Table:
+def _jobs(result: RunPlan) -> Table:
     """The run's own ``unlearn`` and that of each variant, one after the other."""
     table = _table("Unlearning jobs", "", "fits", "peak", "a step", "whole stage, at most")
-    jobs = {"the run": plan.unlearn, **plan.variants}
+    jobs = {"the run": result.unlearn, **result.variants}
     for name, job in jobs.items():
         fits = "yes" if job.fits else "NO"
         table.add_row(name, fits, size(job.memory.peak_bytes), duration(job.time.serial_s), duration(job.job_s or 0))
@@ -129,11 +156,11 @@ def _jobs(plan: Plan) -> Table:
     return table
 
 
-def _choices(plan: Plan) -> Table:
+def _choices(result: RunPlan) -> Table:
     table = _table(
         "Choices, best first", "EP x ZeRO", "fits", "peak", "largest micro-batch", "step", "bound", "collect"
     )
-    for choice in plan.choices[:SHOWN_CHOICES]:
+    for choice in result.choices[:SHOWN_CHOICES]:
         table.add_row(
             f"{choice.ep} x {choice.zero_stage}",
             "yes" if choice.fits else "NO",

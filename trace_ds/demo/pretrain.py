@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trace_ds.corpora.pack import PackedRow, PackingCounts, counted_positions, pack
 from trace_ds.demo.corpora import BOS, CONTEXT_TOKENS, EOS, PAD
 from trace_ds.errors import UserError
 from trace_ds.run.directory import unwritable
@@ -122,37 +123,19 @@ def _read(path: Path) -> dict[str, list[str]]:
     return texts
 
 
-def pack(documents: Sequence[Sequence[int]], length: int) -> list[list[Sequence[int]]]:
-    """Pack documents, in order, into rows of at most ``length`` tokens.
-
-    A document that fits into a row is never cut; a longer one starts a row and goes on in the next.
-    """
-    rows: list[list[Sequence[int]]] = []
-    room = 0
-    for document in documents:
-        for start in range(0, len(document), length):
-            piece = document[start : start + length]
-            if len(piece) > room:
-                rows.append([])
-                room = length
-            rows[-1].append(piece)
-            room -= len(piece)
-    return rows
-
-
-def _endless(texts: Sequence[str], tokenizer: Any, rng: random.Random) -> Iterator[list[Sequence[int]]]:
+def _endless(texts: Sequence[str], tokenizer: Any, rng: random.Random) -> Iterator[PackedRow]:
     """Rows, forever: the documents are shuffled and packed anew for every pass."""
     end = tokenizer.token_to_id(EOS)
     documents = [[*encoding.ids, end] for encoding in tokenizer.encode_batch(list(texts))]  # BOS is put in front
     while True:
         rng.shuffle(documents)
-        rows = pack(documents, CONTEXT_TOKENS)
+        rows = list(pack(([ids] for ids in documents), CONTEXT_TOKENS, "whole", None, PackingCounts()))
         rng.shuffle(rows)
         yield from rows
 
 
 def _batches(texts: dict[str, list[str]], tokenizer: Any, rng: random.Random) -> Iterator[tuple[numpy.ndarray, ...]]:
-    """Endless (tokens_BT, document_BT, position_BT), int64; document is -1 at padding, else counts within its row."""
+    """Endless (tokens_BT, document_BT, position_BT), int64; document is -1 at padding."""
     import numpy as np
 
     streams = {kind: _endless(texts[kind], tokenizer, rng) for kind in ROWS}
@@ -163,12 +146,9 @@ def _batches(texts: dict[str, list[str]], tokenizer: Any, rng: random.Random) ->
         document_BT, position_BT = np.full(shape, -1, dtype=np.int64), np.zeros(shape, dtype=np.int64)
         rows = [next(streams[kind]) for kind, count in ROWS.items() for _ in range(count)]
         for index, row in enumerate(rows):
-            start = 0
-            for number, piece in enumerate(row):
-                span = slice(start, start + len(piece))
-                tokens_BT[index, span], document_BT[index, span] = piece, number
-                position_BT[index, span] = np.arange(len(piece))
-                start += len(piece)
+            length = len(row.input_ids)
+            tokens_BT[index, :length], document_BT[index, :length] = row.input_ids, row.document_ids
+            position_BT[index, :length] = np.arange(length) - np.searchsorted(row.document_ids, row.document_ids)
         yield tokens_BT, document_BT, position_BT
 
 
@@ -225,8 +205,6 @@ def _losses(
     Attention stays within a document: the model sees each as if it stood alone in a row.
     """
     import torch
-
-    from trace_ds.corpora.pack import counted_positions
 
     same_BTT = document_BT[:, :, None] == document_BT[:, None, :]
     mask_B1TT = same_BTT.tril()[:, None]

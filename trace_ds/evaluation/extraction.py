@@ -15,7 +15,6 @@ finds k. Texts longer than the context are cut.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -23,18 +22,7 @@ from trace_ds.corpora.read import Document
 from trace_ds.errors import UserError
 from trace_ds.evaluation.items import beginning
 from trace_ds.evaluation.language_model import LanguageModel, Sequence
-
-
-@dataclass(frozen=True)
-class ExtractionResult:
-    """Per text: its strength (float64), its scored tokens and how it begins."""
-
-    strength: np.ndarray
-    tokens: np.ndarray
-    beginnings: list[str]
-
-    def metrics(self) -> dict[str, float]:
-        return {"extraction_strength": float(self.strength.mean())}
+from trace_ds.evaluation.outcome import Outcome, rounded
 
 
 def strength(is_argmax: np.ndarray) -> float:
@@ -52,7 +40,7 @@ def evaluate_extraction(
     context_length: int,
     where: str,
     advance: Callable[[int], None] | None = None,
-) -> ExtractionResult:
+) -> Outcome:
     """Score every text; ``advance`` counts texts.
 
     Raises:
@@ -60,22 +48,18 @@ def evaluate_extraction(
     """
     limit = min(context_length, getattr(model.model.config, "max_position_embeddings", None) or context_length)
     encoded = [(document.text, model.encode(document.text)[:limit]) for document in documents]
-    usable = [Sequence(tuple(ids), 1) for _, ids in encoded if len(ids) > 1]
+    usable = [(text, Sequence(tuple(ids), 1)) for text, ids in encoded if len(ids) > 1]
     if not usable:
         raise UserError("no text has two tokens", where, "an extraction of nothing: add text")
-    scores = model.score(usable, advance)
-    return ExtractionResult(
-        np.array([strength(score.is_argmax) for score in scores]),
-        np.array([len(score.is_argmax) for score in scores]),
-        [beginning(text) for text, ids in encoded if len(ids) > 1],
-    )
-
-
-def item_logs(result: ExtractionResult) -> list[dict[str, object]]:
-    """One JSON-ready record per text."""
-    return [
-        {"id": str(number), "text": text, "tokens": int(tokens), "extraction_strength": round(float(value), 6)}
-        for number, (value, tokens, text) in enumerate(
-            zip(result.strength, result.tokens, result.beginnings, strict=True)
-        )
+    scores = model.score([sequence for _, sequence in usable], advance)
+    strength_I = np.array([strength(score.is_argmax) for score in scores])
+    logs = [
+        {
+            "id": str(number),
+            "text": beginning(text),
+            "tokens": len(sequence.ids) - 1,
+            "extraction_strength": rounded(strength_I[number]),
+        }
+        for number, (text, sequence) in enumerate(usable)
     ]
+    return Outcome({"extraction_strength": strength_I}, logs)

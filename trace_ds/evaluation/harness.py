@@ -30,12 +30,12 @@ from typing import TYPE_CHECKING, Any
 
 from trace_ds.errors import UserError
 from trace_ds.evaluation.language_model import LanguageModel
+from trace_ds.evaluation.metrics import TASK_METRICS
 
 if TYPE_CHECKING:
     from trace_ds.parallel.world import World
 
 INSTALL = "pip install 'trace-ds[lm-eval]'"
-METRICS = ("acc", "acc_norm")
 NAMED_TASKS = 6  # of a group, in a message
 
 
@@ -161,9 +161,11 @@ def _built(task: str, path: str, world: World | None) -> Any:
 def _result(found: dict[str, Any], task: str) -> HarnessResult:
     numbers = found["groups"].get(task) if found.get("groups") else None
     numbers = numbers or found["results"][task]
-    metrics = {name: float(numbers[f"{name},none"]) for name in METRICS if f"{name},none" in numbers}
+    metrics = {name: float(numbers[f"{name},none"]) for name in TASK_METRICS["lm_eval"] if f"{name},none" in numbers}
     if not metrics:
-        raise UserError(f"the task has none of {', '.join(METRICS)}", task, "choose another multiple-choice task")
+        raise UserError(
+            f"the task has none of {', '.join(TASK_METRICS['lm_eval'])}", task, "choose another multiple-choice task"
+        )
     logs = [_log(name, sample) for name, samples in sorted(found["samples"].items()) for sample in samples]
     return HarnessResult(metrics, len(logs), logs)
 

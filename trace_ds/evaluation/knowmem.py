@@ -17,28 +17,17 @@ data may be lists of accepted texts; here the best one counts.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 
 from trace_ds.evaluation.items import QuestionItem
 from trace_ds.evaluation.language_model import LanguageModel
+from trace_ds.evaluation.outcome import Outcome, rounded
 from trace_ds.evaluation.verbatim import rouge_l
 
 NEW_TOKENS = 32
 EXAMPLES = 10
 ENDS = ("\n\n", "\nQuestion", "Question:")
-
-
-@dataclass(frozen=True)
-class KnowMemResult:
-    """Per item: ROUGE-L F1 (float64) and the model's answer."""
-
-    rouge_l: np.ndarray
-    answers: list[str]
-
-    def metrics(self) -> dict[str, float]:
-        return {"rouge_l": float(self.rouge_l.mean())}
 
 
 def prompt_of(question: str, examples: list[QuestionItem]) -> str:
@@ -60,38 +49,25 @@ def evaluate_knowmem(
     examples: list[QuestionItem],
     where: str,
     advance: Callable[[int], None] | None = None,
-) -> KnowMemResult:
+) -> Outcome:
     """Answer every question greedily; ``advance`` counts items."""
     prompts = [model.encode(prompt_of(item.question, examples)) for item in items]
     for item, ids in zip(items, prompts, strict=True):
         model.check_length(len(ids) + NEW_TOKENS, f"{where} item {item.id}")
     continuations = model.continue_greedily(prompts, [NEW_TOKENS] * len(items), advance)
     answers = [cut(str(model.tokenizer.decode(ids, skip_special_tokens=True))) for ids in continuations]
-    scores = [
-        max(rouge_l(answer, found) for answer in item.answers) for item, found in zip(items, answers, strict=True)
-    ]
-    return KnowMemResult(np.array(scores), answers)
-
-
-def item_logs(items: list[QuestionItem], result: KnowMemResult) -> list[dict[str, object]]:
-    """One JSON-ready record per item."""
-    return [
+    scores_I = np.array(
+        [max(rouge_l(answer, found) for answer in item.answers) for item, found in zip(items, answers, strict=True)]
+    )
+    logs = [
         {
             "id": item.id,
             "source": item.source,
             "prompt": item.question,
             "reference": item.answers[0],
-            "continuation": result.answers[number],
-            "rouge_l": round(float(result.rouge_l[number]), 6),
+            "continuation": answer,
+            "rouge_l": rounded(score),
         }
-        for number, item in enumerate(items)
+        for item, answer, score in zip(items, answers, scores_I, strict=True)
     ]
-
-
-def by_source(items: list[QuestionItem], result: KnowMemResult) -> dict[str, dict[str, float]]:
-    """The metric and the number of items of each source, sorted by name."""
-    sources = np.array([item.source for item in items])
-    return {
-        str(source): {"n": int((sources == source).sum()), "rouge_l": float(result.rouge_l[sources == source].mean())}
-        for source in np.unique(sources)
-    }
+    return Outcome({"rouge_l": scores_I}, logs, [item.source for item in items])

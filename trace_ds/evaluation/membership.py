@@ -23,25 +23,26 @@ import numpy as np
 from trace_ds.errors import UserError
 from trace_ds.evaluation.items import MembershipItem, beginning
 from trace_ds.evaluation.language_model import LanguageModel, Sequence
+from trace_ds.evaluation.metrics import ASSUMED_AUC, PRIV_LEAK
 from trace_ds.evaluation.mia import auc, member_scores, priv_leak
+from trace_ds.evaluation.outcome import Outcome, rounded
 
 ATTACKS = ("min_k", "min_k_plus", "loss", "zlib")
-PRIV_LEAK = "priv_leak"
-ASSUMED_AUC = 0.5
 
 
 @dataclass(frozen=True)
-class MembershipResult:
-    """``scores_IA`` float64: per text and attack of :data:`ATTACKS`, larger for likelier members."""
+class MembershipOutcome(Outcome):
+    """Its columns, by attack: scores that are larger for likelier members."""
 
-    scores_IA: np.ndarray
-    member_I: np.ndarray
+    @property
+    def member_I(self) -> np.ndarray:
+        return np.array([log["member"] for log in self.logs])
 
-    def metrics(self) -> dict[str, float]:
-        member = self.member_I
+    def metrics(self, chosen_I: np.ndarray | None = None) -> dict[str, float]:
+        """AUCs over all items."""
         return {
-            f"auc_{attack}": auc(self.scores_IA[member, number], self.scores_IA[~member, number])
-            for number, attack in enumerate(ATTACKS)
+            f"auc_{attack}": auc(scores_I[self.member_I], scores_I[~self.member_I])
+            for attack, scores_I in self.columns.items()
         }
 
 
@@ -51,7 +52,7 @@ def evaluate_membership(
     context_length: int,
     where: str,
     advance: Callable[[int], None] | None = None,
-) -> MembershipResult:
+) -> Outcome:
     """Score every text; ``advance`` counts texts.
 
     Raises:
@@ -68,24 +69,17 @@ def evaluate_membership(
         member_scores(scores, item.text)
         for item, scores in zip(items, model.score(sequences, advance, moments=True), strict=True)
     ]
-    return MembershipResult(
-        np.array([[scores[attack] for attack in ATTACKS] for scores in found]),
-        np.array([item.member for item in items]),
-    )
-
-
-def item_logs(items: list[MembershipItem], result: MembershipResult) -> list[dict[str, object]]:
-    """One JSON-ready record per text."""
-    return [
+    logs = [
         {
             "id": item.id,
             "source": item.source,
             "text": beginning(item.text),
             "member": item.member,
-            **{attack: round(float(value), 6) for attack, value in zip(ATTACKS, scores_A, strict=True)},
+            **{attack: rounded(scores[attack]) for attack in ATTACKS},
         }
-        for item, scores_A in zip(items, result.scores_IA, strict=True)
+        for item, scores in zip(items, found, strict=True)
     ]
+    return MembershipOutcome({attack: np.array([scores[attack] for scores in found]) for attack in ATTACKS}, logs)
 
 
 def with_references(result: dict[str, Any], retrained: dict[str, Any] | None) -> dict[str, Any]:

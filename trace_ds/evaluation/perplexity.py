@@ -19,30 +19,27 @@ import numpy as np
 
 from trace_ds.corpora.read import Document
 from trace_ds.evaluation.items import beginning
-from trace_ds.evaluation.language_model import LanguageModel, Sequence, TokenScores
+from trace_ds.evaluation.language_model import LanguageModel, Sequence
+from trace_ds.evaluation.outcome import Outcome, rounded
 
 
 @dataclass(frozen=True)
-class PerplexityResult:
-    """Per document: summed NLL (float64, nats) and counted tokens (int64)."""
+class PerplexityOutcome(Outcome):
+    """Its columns, by document: ``nll``, summed (float64, nats), and ``tokens``, counted."""
 
-    nll: np.ndarray
-    tokens: np.ndarray
-    sources: list[str]
-
-    def metrics(self) -> dict[str, float]:
-        return {"perplexity": self.perplexity()}
-
-    def perplexity(self, chosen: np.ndarray | None = None) -> float:
-        """Over all documents, or those of a bool mask, infinite on overflow; ``ValueError`` without a counted token."""
-        mask = np.ones(len(self.nll), dtype=bool) if chosen is None else chosen
-        tokens = int(self.tokens[mask].sum())
+    def metrics(self, chosen_I: np.ndarray | None = None) -> dict[str, float]:
+        """The perplexity over all documents or those of a mask, infinite on overflow."""
+        tokens, mask = self.count(chosen_I), slice(None) if chosen_I is None else chosen_I
         if not tokens:
             raise ValueError("a perplexity of no tokens")
         try:
-            return math.exp(float(self.nll[mask].sum()) / tokens)
+            return {"perplexity": math.exp(float(self.columns["nll"][mask].sum()) / tokens)}
         except OverflowError:
-            return math.inf
+            return {"perplexity": math.inf}
+
+    def count(self, chosen_I: np.ndarray | None = None) -> int:
+        """Counted tokens."""
+        return int(self.columns["tokens"][slice(None) if chosen_I is None else chosen_I].sum())
 
 
 def windows(ids: list[int], context_length: int) -> list[Sequence]:
@@ -54,23 +51,12 @@ def windows(ids: list[int], context_length: int) -> list[Sequence]:
     ]
 
 
-def gather(counts: list[int], scores: list[TokenScores], sources: list[str]) -> PerplexityResult:
-    """Sum the scores of each document's ``counts[i]`` windows; pure."""
-    nll, tokens, position = [], [], 0
-    for count in counts:
-        mine = scores[position : position + count]
-        nll.append(-math.fsum(float(score.log_prob.sum(dtype=np.float64)) for score in mine))
-        tokens.append(sum(len(score.log_prob) for score in mine))
-        position += count
-    return PerplexityResult(np.array(nll, dtype=np.float64), np.array(tokens, dtype=np.int64), sources)
-
-
 def evaluate_perplexity(
     model: LanguageModel,
     documents: list[Document],
     context_length: int,
     advance: Callable[[int], None] | None = None,
-) -> PerplexityResult:
+) -> Outcome:
     """Score every document; ``advance`` counts documents (in proportion to the windows done)."""
     limit = getattr(model.model.config, "max_position_embeddings", None) or context_length
     cut = [windows(model.encode_document(document.text), min(context_length, limit)) for document in documents]
@@ -82,32 +68,13 @@ def evaluate_perplexity(
         if advance is not None:
             advance(round(told[0]) - before)
 
-    scores = model.score([window for group in cut for window in group], counted)
-    return gather([len(group) for group in cut], scores, [document.source for document in documents])
-
-
-def item_logs(documents: list[Document], result: PerplexityResult) -> list[dict[str, object]]:
-    """One JSON-ready record per document."""
-    return [
-        {
-            "id": str(number),
-            "source": document.source,
-            "text": beginning(document.text),
-            "nll": round(float(nll), 6),
-            "tokens": int(tokens),
-        }
-        for number, (document, nll, tokens) in enumerate(zip(documents, result.nll, result.tokens, strict=True))
-    ]
-
-
-def by_source(result: PerplexityResult) -> dict[str, dict[str, float]]:
-    """Perplexity and counted tokens of each source that has any, sorted by name."""
-    sources = np.array(result.sources)
-    return {
-        str(source): {
-            "n": int(result.tokens[sources == source].sum()),
-            "perplexity": result.perplexity(sources == source),
-        }
-        for source in np.unique(sources)
-        if result.tokens[sources == source].sum()
-    }
+    scores = iter(model.score([window for group in cut for window in group], counted))
+    logs, nll, tokens = [], [], []
+    for number, (document, group) in enumerate(zip(documents, cut, strict=True)):
+        mine = [next(scores) for _ in group]
+        nll.append(-math.fsum(float(score.log_prob.sum(dtype=np.float64)) for score in mine))
+        tokens.append(sum(len(score.log_prob) for score in mine))
+        log = {"id": str(number), "source": document.source, "text": beginning(document.text)}
+        logs.append(log | {"nll": rounded(nll[-1]), "tokens": tokens[-1]})
+    columns = {"nll": np.array(nll, dtype=np.float64), "tokens": np.array(tokens, dtype=np.int64)}
+    return PerplexityOutcome(columns, logs, [document.source for document in documents])

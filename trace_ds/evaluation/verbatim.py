@@ -17,25 +17,12 @@ a passage without any scores 0.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 
 from trace_ds.evaluation.items import VerbatimItem
 from trace_ds.evaluation.language_model import LanguageModel
-
-
-@dataclass(frozen=True)
-class VerbatimResult:
-    """Per item: the two scores (float64) and the texts they were computed from."""
-
-    rouge_l: np.ndarray
-    exact_tokens: np.ndarray
-    references: list[str]
-    continuations: list[str]
-
-    def metrics(self) -> dict[str, float]:
-        return {"rouge_l": float(self.rouge_l.mean()), "exact_tokens": float(self.exact_tokens.mean())}
+from trace_ds.evaluation.outcome import Outcome, rounded
 
 
 def rouge_l(reference: str, continuation: str) -> float:
@@ -65,7 +52,7 @@ def evaluate_verbatim(
     max_new_tokens: int,
     where: str,
     advance: Callable[[int], None] | None = None,
-) -> VerbatimResult:
+) -> Outcome:
     """Continue every prompt greedily and compare; ``advance`` counts items."""
     prompts, references = [], []
     for item in items:
@@ -82,38 +69,19 @@ def evaluate_verbatim(
     decode = model.tokenizer.decode
     reference_texts = [str(decode(ids, skip_special_tokens=True)) for ids in references]
     texts = [str(decode(ids, skip_special_tokens=True)) for ids in continuations]
-    return VerbatimResult(
-        np.array([rouge_l(*pair) for pair in zip(reference_texts, texts, strict=True)]),
-        np.array([exact_tokens(*pair) for pair in zip(references, continuations, strict=True)]),
-        reference_texts,
-        texts,
-    )
-
-
-def item_logs(items: list[VerbatimItem], result: VerbatimResult) -> list[dict[str, object]]:
-    """One JSON-ready record per item."""
-    return [
+    columns = {
+        "rouge_l": np.array([rouge_l(*pair) for pair in zip(reference_texts, texts, strict=True)]),
+        "exact_tokens": np.array([exact_tokens(*pair) for pair in zip(references, continuations, strict=True)]),
+    }
+    logs = [
         {
             "id": item.id,
             "source": item.source,
             "prompt": item.prompt,
-            "reference": result.references[number],
-            "continuation": result.continuations[number],
-            "rouge_l": round(float(result.rouge_l[number]), 6),
-            "exact_tokens": round(float(result.exact_tokens[number]), 6),
+            "reference": reference_texts[number],
+            "continuation": texts[number],
+            **{metric: rounded(values[number]) for metric, values in columns.items()},
         }
         for number, item in enumerate(items)
     ]
-
-
-def by_source(items: list[VerbatimItem], result: VerbatimResult) -> dict[str, dict[str, float]]:
-    """The metrics and the number of items of each source, sorted by name."""
-    sources = np.array([item.source for item in items])
-    return {
-        str(source): {
-            "n": int((sources == source).sum()),
-            "rouge_l": float(result.rouge_l[sources == source].mean()),
-            "exact_tokens": float(result.exact_tokens[sources == source].mean()),
-        }
-        for source in np.unique(sources)
-    }
+    return Outcome(columns, logs, [item.source for item in items])

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from importlib import resources
 from typing import Any
 
-from trace_ds.evaluation.glossary import meaning
+from trace_ds.evaluation.metrics import meaning
 from trace_ds.evaluation.table import ARROWS
 from trace_ds.reporting import scores
 from trace_ds.reporting.gather import RunData

@@ -31,9 +31,9 @@ from trace_ds.tensors.model_files import (
     read_model_directory,
     read_safetensors_header,
 )
+from trace_ds.terminal import wide_console
 
 EXIT_DAMAGED = 1
-LOG_WIDTH = 140  # of tables in a log or a pipe
 SIDES = ("forget", "retain")
 UNIVERSAL_FOLDER, UNIVERSAL_WEIGHT = "zero", "fp32.pt"
 CONVERSION = "conversion.json"
@@ -386,7 +386,7 @@ def _print(found: Finding, verified: bool) -> None:
             table.add_column(column, overflow="fold")
         for part in found.parts:
             table.add_row(part["name"], part["state"], part["detail"])
-        Console(width=None if console.is_terminal else LOG_WIDTH).print(table)
+        wide_console().print(table)
     for problem in found.problems:
         console.print(f"PROBLEM  {problem}", style="bold red")
     if not found.problems:

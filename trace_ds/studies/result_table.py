@@ -4,19 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from trace_ds.reporting.study_page import StudyData, comparisons, sections
-
-LOG_WIDTH = 180  # of a file: nobody's window cuts it
+from trace_ds.terminal import wide_console
 
 
 def show(result: dict[str, Any]) -> None:
     """Print a table per utility metric, methods against the baseline, ``post`` and ``cross`` side by side."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=LOG_WIDTH)
+    console = wide_console(log_width=180)  # of a file: nobody's window cuts it
     study = StudyData(result["recipe"], result, [])
     loss = ("loss",) if study.several_losses else ()
     for section in sections(study, comparisons(study)):

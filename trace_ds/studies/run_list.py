@@ -133,11 +133,11 @@ def require_bench(config: Config, where: str) -> BenchConfig:
 
 def _check_forget(config: Config, metric: str) -> None:
     """What is forgotten must fall as it is forgotten, and have a target: the gold model's score, or chance."""
-    from trace_ds.evaluation.tasks import CHANCES, direction
+    from trace_ds.evaluation.metrics import METRICS, direction
 
     if direction(metric, "forget") != "lower":
         raise UserError(f"{metric} does not fall as more is forgotten", "bench.forget", "choose another metric")
-    if "gold" not in config.evaluation.models and metric not in CHANCES:
+    if "gold" not in config.evaluation.models and METRICS[metric].chance is None:
         raise UserError(
             f"there is no gold model, and {metric} has no chance level, so there is no forgetting target",
             "bench.forget",
@@ -147,7 +147,7 @@ def _check_forget(config: Config, metric: str) -> None:
 
 def check(config: Config) -> None:
     """Find what is wrong with a study before its first run; raises :class:`UserError`."""
-    from trace_ds.evaluation.tasks import METRICS, direction
+    from trace_ds.evaluation.metrics import TASK_METRICS, direction
 
     bench = require_bench(config, "bench")
     if config.distributed.ep != 1 or (config.distributed.nproc or 1) != 1 or config.unlearning.zero_stage == 3:
@@ -156,7 +156,7 @@ def check(config: Config) -> None:
             "distributed",
             "set distributed.nproc and ep to 1 and unlearning.zero_stage to 1",
         )
-    tasks = {task.name: METRICS[task.type] for task in config.evaluation.tasks}
+    tasks = {task.name: TASK_METRICS[task.type] for task in config.evaluation.tasks}
     for metric in (bench.forget, *bench.utility):
         words = metric.split()
         if len(words) not in (2, 3) or words[1] not in tasks.get(words[0], ()):

@@ -192,7 +192,7 @@ def _wait(children: list[subprocess.Popen[bytes]], logs: list[Path], jobs: list[
 
 def analyse(study: Study) -> dict[str, Any]:
     """Every comparison of a finished study; JSON-ready and free of times and places."""
-    from trace_ds.evaluation.tasks import direction
+    from trace_ds.evaluation.metrics import direction
 
     bench = study.bench
     scored = {
@@ -284,12 +284,14 @@ def _target(study: Study, golds: Sequence[dict[str, Any]]) -> float:
     questions only, and a seed whose gold model was unlucky would ask for less than chance. :func:`run_list.check` has
     seen that the metric has a chance level where there is no gold model.
     """
-    from trace_ds.evaluation.tasks import CHANCES
+    from trace_ds.evaluation.metrics import METRICS
     from trace_ds.reporting.scores import CHANCE_MARGIN
 
     if golds:
         return math.fsum(metric_of(gold, study.bench.forget) for gold in golds) / len(golds) + study.bench.margin
-    return CHANCES[study.bench.forget.split()[1]] + CHANCE_MARGIN
+    chance = METRICS[study.bench.forget.split()[1]].chance
+    assert chance is not None
+    return chance + CHANCE_MARGIN
 
 
 def _where(curve: Curve) -> str:

@@ -1,0 +1,85 @@
+"""The metrics: what each means in one line (the report shows it), chance, and which way is good; pure.
+
+The first metric of a kind of task is its headline.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+CHOICE_CHANCE, ASSUMED_AUC = 0.25, 0.5
+PRIV_LEAK = "priv_leak"
+
+
+class Metric(NamedTuple):
+    """``meaning`` gives range, chance, and what to compare it with. ``shows``: more of it means that more is known, or
+    less, or neither: then the value nearest to a reference is best."""
+
+    meaning: str
+    chance: float | None = None
+    shows: Literal["knowledge", "surprise", "reference"] = "knowledge"
+
+
+METRICS = {
+    "accuracy": Metric(
+        "share of questions whose right choice has the largest log-probability; 0 … 1, chance 0.25", CHOICE_CHANCE
+    ),
+    "accuracy_norm": Metric("the same per character of the choice; 0 … 1, chance 0.25", CHOICE_CHANCE),
+    "exact_match": Metric("share of questions answered word for word by greedy decoding; 0 … 1, chance 0"),
+    "acc": Metric("lm-eval's accuracy, zero-shot by letter; 0 … 1, chance 0.25", CHOICE_CHANCE),
+    "acc_norm": Metric("lm-eval's accuracy per character of the choice; 0 … 1, chance 0.25", CHOICE_CHANCE),
+    "rouge_l": Metric(
+        "ROUGE-L F1 of the greedy text against the true one; 0 … 1, compare with a model that never saw it"
+    ),
+    "exact_tokens": Metric("share of tokens of the true continuation that greedy decoding gives; 0 … 1"),
+    "perplexity": Metric(
+        "exp of the mean loss per token; 1 … ∞, lower is better on text to keep, compare with the original",
+        shows="surprise",
+    ),
+    "extraction_strength": Metric(
+        "share of a text that greedy decoding completes exactly from the shortest beginning; 0 … 1"
+    ),
+    PRIV_LEAK: Metric(
+        "MUSE's PrivLeak, %: −100 not unlearned, above 0 over-unlearned; 0, the retrained model, is best",
+        shows="reference",
+    ),
+    **{
+        f"auc_{attack}": Metric(f"{what}; 0 … 1, chance 0.5, best: the retrained's", ASSUMED_AUC, "reference")
+        for attack, what in {
+            "min_k": "Min-40 % attack, AUC of forget against unseen text",
+            "min_k_plus": "Min-40 %++ attack, AUC",
+            "loss": "attack by mean log-probability, AUC",
+            "zlib": "attack by log-probability per compressed byte, AUC",
+        }.items()
+    },
+}
+TASK_METRICS = {
+    "choice": ("accuracy", "accuracy_norm", "exact_match"),
+    "verbatim": ("rouge_l", "exact_tokens"),
+    "perplexity": ("perplexity",),
+    "knowmem": ("rouge_l",),
+    "membership": tuple(name for name, metric in METRICS.items() if metric.shows == "reference"),
+    "extraction": ("extraction_strength",),
+    "lm_eval": ("acc", "acc_norm"),
+}
+ATTACKS = {
+    "forced": "after sending the questions through other experts (the highest of the ways tried)",
+    "relearned": "after a few steps of fine-tuning on a share of the forget text",
+}
+
+
+def meaning(metric: str) -> str | None:
+    """One line on a metric of a result; None for one that is not ours."""
+    prefix, _, attacked = metric.partition("_")
+    if prefix in ATTACKS and attacked in METRICS:
+        return f"{attacked} {ATTACKS[prefix]}; a model that forgot stays where it was"
+    return METRICS[metric].meaning if metric in METRICS else None
+
+
+def direction(metric: str, role: str) -> str:
+    """Which way is good: ``lower``, ``higher``, or ``reference`` (nearest to the score's ``reference`` is best).
+
+    A forget task wants little knowledge left, a utility task the opposite.
+    """
+    shows = METRICS[metric].shows
+    return shows if shows == "reference" else "higher" if (shows == "knowledge") == (role == "utility") else "lower"

@@ -1,0 +1,53 @@
+"""What a task measured, item by item: the common form of all kinds of tasks."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Scores of the items of a task.
+
+    Attributes:
+        columns: float64 [I] by name; here the metrics are their means.
+        logs: one JSON-ready record per item.
+        sources: of each item; empty: nothing is told by source.
+    """
+
+    columns: dict[str, np.ndarray]
+    logs: list[dict[str, Any]]
+    sources: list[str] = field(default_factory=list)
+
+    def metrics(self, chosen_I: np.ndarray | None = None) -> dict[str, float]:
+        """Over all items, or over those of a bool mask [I]; ``ValueError`` when there is nothing to measure."""
+        if not self.count(chosen_I):
+            raise ValueError("a metric over no items")
+        return {name: float(np.mean(values_I[_mask(chosen_I)])) for name, values_I in self.columns.items()}
+
+    def count(self, chosen_I: np.ndarray | None = None) -> int:
+        """What the metrics are made of: items."""
+        return len(next(iter(self.columns.values()))[_mask(chosen_I)])
+
+    def by_source(self) -> dict[str, dict[str, float]]:
+        """The finite metrics, and the number of what they are made of, of each source that has any, sorted by name."""
+        sources_I, found = np.array(self.sources), {}
+        for source in map(str, np.unique(sources_I)):
+            chosen_I = sources_I == source
+            if n := self.count(chosen_I):
+                metrics = {name: value for name, value in self.metrics(chosen_I).items() if math.isfinite(value)}
+                found[source] = {"n": n, **metrics}
+        return found
+
+
+def _mask(chosen_I: np.ndarray | None) -> Any:
+    return slice(None) if chosen_I is None else chosen_I
+
+
+def rounded(value: Any) -> float:
+    """A score as it stands in a log."""
+    return round(float(value), 6)
