@@ -30,12 +30,12 @@ from __future__ import annotations
 import fnmatch
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
-from trace_ds.calibration.raking import Context, rake
+from trace_ds.calibration.raking import Context, RakeArguments, rake
 from trace_ds.calibration.rows import build_row_store, row_sizes
 from trace_ds.calibration.selections import Packing, in_order
 from trace_ds.calibration.tokens import TokenMap, Trace, count_selections
@@ -294,7 +294,13 @@ def _rake(
     """Solve for θ; fills in what ``result`` says about targets, λ and convergence."""
     scope_LE = result.scope_LE
     error_S = None if error_LE is None else error_LE[scope_LE]
-    raked = rake(units, forget_LE[scope_LE], retain_LE[scope_LE], config.clip, config.ess_floor, error_S, context)
+    frequencies = forget_LE[scope_LE], retain_LE[scope_LE]
+    arguments: RakeArguments = (*frequencies, config.clip, config.ess_floor, error_S)
+    if isinstance(units, TokenUnits):
+        context.begin(scope_LE, arguments)
+    else:
+        context = replace(context, world=None)
+    raked = rake(units, *arguments, context)
     result.target_LE[scope_LE] = raked.target_S
     result.strength, result.limit, result.iterations = raked.strength, raked.limit, raked.passes
     result.converged, result.solve_error = raked.converged, raked.error

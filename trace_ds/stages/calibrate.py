@@ -1,14 +1,18 @@
 """``trace-ds calibrate``: routing statistics → forget-critical experts and one weight per retain token.
 
-Reads ``data/`` and ``statistics/{forget,retain}/``, writes ``calibration/`` (see :func:`calibrate` for its files). One
-process, no GPU, one pass at a time over the routing trace; memory is bounded whatever the corpus.
+Reads ``data/`` and ``statistics/{forget,retain}/``, writes ``calibration/`` (see :func:`_calibrate` for its files). No
+GPU is needed; the routing trace is read chunk by chunk, so memory is bounded whatever the corpus. On several ranks the
+main process does everything but the passes of raking over the tokens: there each rank takes its share, and the sums are
+all-reduced.
 """
 
 from __future__ import annotations
 
 import shutil
+import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +20,7 @@ import numpy as np
 
 from trace_ds.calibration.detect import Detection, detect
 from trace_ds.calibration.diagnose import Documents, diagnose, document_sums, likeness, likeness_tables
-from trace_ds.calibration.raking import Context
+from trace_ds.calibration.raking import Context, RakeArguments, rake
 from trace_ds.calibration.retrieve import describe_retrieval, retrieve
 from trace_ds.calibration.rules import LIMITS, Calibrated, apply_rule, scope_of, source_log_weights
 from trace_ds.calibration.table import print_table
@@ -29,6 +33,7 @@ from trace_ds.calibration.tokens import (
     open_trace,
     read_token_map,
 )
+from trace_ds.calibration.units import TokenUnits
 from trace_ds.config.schema import WITHOUT_TRACE, Config
 from trace_ds.errors import UserError
 from trace_ds.routing.statistics import RoutingStatistics
@@ -38,13 +43,67 @@ from trace_ds.run.files import new_array, replacing_directory, safetensors_error
 from trace_ds.run.log import StageLog, stage_log
 
 if TYPE_CHECKING:
+    from trace_ds.parallel.world import World
     from trace_ds.run.directory import RunDirectory
 
 COLLECT = "collect CONFIG"
 PREPARE = "prepare CONFIG"
 
 
-def calibrate(config: Config, run: RunDirectory) -> Artefact:
+def calibrate(config: Config, run: RunDirectory, world: World | None = None) -> Artefact | None:
+    """Make (or find done) the calibration artefact of a run; see :func:`_calibrate`. With a ``world`` (collective) the
+    main process gets the artefact, and the others, which help it solve, None.
+
+    Raises:
+        UserError: on the main process; AgreedError elsewhere.
+    """
+    import torch
+
+    threads = torch.get_num_threads()
+    if world is None or world.size == 1:
+        return _calibrate(config, run, Context(threads))
+    if world.is_main:
+        good = False
+        try:
+            made = _calibrate(config, run, Context(threads, world))
+            good = True
+            return made
+        finally:
+            world.broadcast(("end", good))
+    while True:
+        message: tuple[str, Any] = ("", None)
+        what, job = world.broadcast(message)
+        if what == "end":
+            if not job:
+                from trace_ds.parallel.world import AgreedError
+
+                raise AgreedError
+            return None
+        _help(world, threads, job)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What the other ranks need to take their share: files, the rows that count, and the arguments of ``rake``."""
+
+    data: Path
+    trace: tuple[Path, ...]
+    documents: int
+    kept_R: np.ndarray | None
+    scope_LE: np.ndarray
+    top_k: int
+    rake: RakeArguments
+
+
+def _help(world: World, threads: int, job: _Job) -> None:
+    with tempfile.TemporaryDirectory(prefix="trace-ds-") as folder:
+        tokens = read_token_map(job.data, job.documents, Path(folder))
+        trace = open_trace(list(job.trace), len(job.scope_LE), job.top_k, tokens.tokens, "")
+        tokens = tokens if job.kept_R is None else tokens.restricted(job.kept_R)
+        rake(TokenUnits(trace, job.scope_LE, tokens), *job.rake, Context(threads, world))
+
+
+def _calibrate(config: Config, run: RunDirectory, context: Context) -> Artefact:
     """Make (or find done) the calibration artefact of a run.
 
     Files: ``calibration.safetensors`` (theta_LE, frequency_forget_LE, frequency_retain_LE, log_ratio_LE,
@@ -84,7 +143,17 @@ def calibrate(config: Config, run: RunDirectory) -> Artefact:
 
     with stage_log(run, "calibrate") as log:
         made = _make(
-            config, run, data, (forget_artefact, retain_artefact), forget, retain, detection, inputs, settings, log
+            config,
+            run,
+            data,
+            (forget_artefact, retain_artefact),
+            forget,
+            retain,
+            detection,
+            inputs,
+            settings,
+            replace(context, say=Sparing(log.line)),
+            log,
         )
         export_weights(config, run, data, made)
         print_table(made)
@@ -114,11 +183,10 @@ def _make(
     detection: Detection,
     inputs: dict[str, str],
     settings: dict[str, Any],
+    context: Context,
     log: StageLog,
 ) -> Artefact:
     """Weights by the rule, diagnosis, artefact. Large arrays live in a spool directory that is deleted at the end."""
-    import torch
-
     run.calibration.parent.mkdir(parents=True, exist_ok=True)
     spool = run.calibration.with_name(f"{run.calibration.name}.tmp-spool")
     shutil.rmtree(spool, ignore_errors=True)
@@ -140,6 +208,15 @@ def _make(
             f"{int(detection.selected_LE.sum())} forget-critical experts; rule {config.calibration.rule} over "
             f"{retrieval['tokens'] if retrieval else retain.tokens:,} retain tokens"
         )
+        world = context.world
+        if world is not None and trace is not None:
+            parts = tuple(statistics[1].file(name) for name in sorted(statistics[1].files) if name.startswith("trace-"))
+
+            def begin(scope_LE: np.ndarray, arguments: RakeArguments) -> None:
+                told = data.file("retain.arrow"), parts, tokens.documents, tokens.kept_R, scope_LE, trace.top_k
+                world.broadcast(("rake", _Job(*told, arguments)))
+
+            context = replace(context, begin=begin)
         scope_LE = scope_of(config.calibration, detection.selected_LE, detection.eligible_LE, config.seed)
         calibrated = apply_rule(
             config.calibration,
@@ -153,7 +230,7 @@ def _make(
             detection.selected_LE,
             log_weight_D,
             np.sqrt(retain.variance_LE()),
-            Context(torch.get_num_threads(), None, Progress(log.line)),
+            context,
         )
         refuse_uniform(config, calibrated, run)
         if retrieved is not None:
@@ -169,7 +246,7 @@ def _make(
     return artefacts.load(run.calibration, "calibration", "calibrate CONFIG", verify=False)
 
 
-class Progress:
+class Sparing:
     """Passes lines on, but one every so often, with the time since the beginning."""
 
     def __init__(self, say: Callable[[str], None], every_s: float = 15.0) -> None:
