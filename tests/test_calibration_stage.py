@@ -36,7 +36,9 @@ from trace_ds.stages.prepare import prepare
 LAYERS, EXPERTS, TOP_K = 3, 4, 2
 
 
-def write_statistics(config: Config, run: RunDirectory, *, trace: bool = True, parts: int = 2) -> None:
+def write_statistics(
+    config: Config, run: RunDirectory, *, trace: bool = True, parts: int = 2, rows: bool = False
+) -> None:
     """Statistics artefacts as ``collect`` writes them, from synthetic routing over the prepared tokens."""
     data = artefact.load(run.data, "data", "prepare CONFIG")
     rng = np.random.default_rng(0)
@@ -60,6 +62,18 @@ def write_statistics(config: Config, run: RunDirectory, *, trace: bool = True, p
         if trace:
             for part, array in enumerate(np.array_split(chosen, parts)):
                 np.save(directory / f"trace-{part:05d}-of-{parts:05d}.npy", array)
+        if rows:
+            counted_T, row_T = tokens.counted(0, tokens.tokens), tokens.row_of(0, tokens.tokens)
+            counts = np.zeros((tokens.rows, LAYERS, EXPERTS), np.uint16)
+            for layer in range(LAYERS):
+                np.add.at(counts[:, layer], (row_T[counted_T][:, None], chosen[counted_T][:, layer]), 1)
+            for name, array in (
+                ("row_counts", counts),
+                ("sample", chosen[counted_T]),
+                ("sample_positions", np.flatnonzero(counted_T)),
+            ):
+                for part, piece in enumerate(np.array_split(array, parts)):
+                    np.save(directory / f"{name}-{part:05d}-of-{parts:05d}.npy", piece)
         inputs = {
             "model": model_fingerprint(config.model.path),
             "tokenizer": tokenizer_fingerprint(config.model.path),
@@ -278,6 +292,30 @@ def test_uniform_weights_that_nobody_asked_for_are_an_error(job, monkeypatch, fl
     with pytest.raises(
         UserError, match=r"gave uniform weights \(effective sample size 1\.0.*lambda 0: the solver ended"
     ):
+        calibrate(config, run)
+    assert not run.calibration.exists()
+
+
+def test_level_row_by_what_collect_recorded_equals_that_by_the_trace(job) -> None:
+    config, run = job(calibration__level="row")
+    by_trace = calibrate(config, run)
+    weights = np.load(by_trace.file("row_weights.npy"))
+    tensors = load_file(by_trace.file("calibration.safetensors"))
+    write_statistics(config, run, trace=False, rows=True)
+    made = calibrate(config, run)
+    np.testing.assert_allclose(np.load(made.file("row_weights.npy")), weights, rtol=1e-9)
+    for name, value in load_file(made.file("calibration.safetensors")).items():
+        np.testing.assert_allclose(value, tensors[name], rtol=1e-7, atol=1e-12)
+    diagnosis = json.loads(made.file("diagnosis.json").read_text())
+    assert 0.5 <= diagnosis["row_ess_fraction"] < 0.5005 and diagnosis["gap_closed_by_rows"] > 0.05
+    shutil.rmtree(run.calibration)
+    path = run.statistics / "retain" / "row_counts-00001-of-00002.npy"
+    np.save(path, np.load(path)[::-1] + 1)
+    alter_summary(run.statistics / "retain")
+    with pytest.raises(UserError, match="selections of the rows do not add up"):
+        calibrate(config, run)
+    write_statistics(config, run, trace=False)
+    with pytest.raises(UserError, match="level: row needs the selections of each row"):
         calibrate(config, run)
     assert not run.calibration.exists()
 

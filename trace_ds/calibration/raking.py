@@ -512,6 +512,24 @@ def rake(
     )
 
 
+def rake_sample(
+    sample: Units,
+    forget_S: np.ndarray,
+    retain_S: np.ndarray,
+    clip: float,
+    ess_floor: float,
+    error_S: np.ndarray | None,
+    context: Context,
+) -> Raked:
+    """:func:`rake` of a sample of the units that ``retain_S`` is of: the same, but for the sample's chance."""
+    offered_S, reason_S = offer(sample.scope_LE, retain_S, forget_S, clip)
+    sampled_S = evaluate(sample, np.zeros(len(retain_S)), context.threads).frequency_S
+    aim = Aim(retain_S, offered_S - retain_S, 0.0, ess_floor, sample.scope_LE)
+    made = rake(sample, sampled_S + sampled_shift(aim, sampled_S), sampled_S, clip, ess_floor, error_S, context)
+    found = zip(reason_S, made.reason_S, strict=True)
+    return replace(made, reason_S=[known or late for known, late in found])
+
+
 def _solve_all(
     units: Units, retain_S: np.ndarray, shift_S: np.ndarray, error_S: np.ndarray, floor: float, context: Context
 ) -> tuple[Solution, Aim]:
@@ -541,7 +559,7 @@ def _solve_all(
         nonlocal curvature
         start = evaluate(sample, nothing_S, context.threads)
         curvature = Curvature(core, False, aim, start, context.threads)
-        near = replace(aim, retain_S=start.frequency_S, shift_S=_sampled_shift(aim, start.frequency_S))
+        near = replace(aim, retain_S=start.frequency_S, shift_S=sampled_shift(aim, start.frequency_S))
         told = replace(alone, say=lambda line: context.say(f"on a sample of {sample.number:,}, {line}"))
         noise = 0.1 * float(np.sqrt(size / (sample.number * floor)))  # a tenth of what the sample leaves open
         rough = solve(sample, near, curvature, told, start, None, np.inf, noise, MAX_SAMPLE_PASSES, 0.01)
@@ -553,7 +571,7 @@ def _solve_all(
     return solve(units, aim, curvature, context, point, rough.strength), aim
 
 
-def _sampled_shift(aim: Aim, sampled_S: np.ndarray) -> np.ndarray:
+def sampled_shift(aim: Aim, sampled_S: np.ndarray) -> np.ndarray:
     """What to ask of a sample's frequencies: the same change of the log-odds to first order, so that an expert of a few
     sampled tokens is asked for what they can give; the changes of a layer still sum to 0 where all its experts move."""
     variance_S, sampled_variance_S = aim.variance_S, sampled_S * (1.0 - sampled_S)

@@ -22,6 +22,7 @@ from trace_ds.calibration.detect import Detection, detect
 from trace_ds.calibration.diagnose import Documents, diagnose, document_sums, likeness, likeness_tables
 from trace_ds.calibration.raking import Context, RakeArguments, rake
 from trace_ds.calibration.retrieve import describe_retrieval, retrieve
+from trace_ds.calibration.rows import RowSelections
 from trace_ds.calibration.rules import LIMITS, Calibrated, apply_rule, scope_of, source_log_weights
 from trace_ds.calibration.table import print_table
 from trace_ds.calibration.tokens import (
@@ -37,6 +38,7 @@ from trace_ds.calibration.units import TokenUnits
 from trace_ds.config.schema import WITHOUT_TRACE, Config
 from trace_ds.errors import UserError
 from trace_ds.routing.statistics import RoutingStatistics
+from trace_ds.routing.token_files import open_parts
 from trace_ds.run import artefact as artefacts
 from trace_ds.run.artefact import Artefact
 from trace_ds.run.files import new_array, replacing_directory, safetensors_errors, write_json
@@ -196,6 +198,7 @@ def _make(
         log_weight_D = document_weights(config, documents)
         tokens = pool = read_token_map(data.file("retain.arrow"), len(documents.source_D), spool)
         trace = load_trace(config, statistics[1], retain, pool)
+        selections = load_selections(config, statistics[1], retain, pool, trace, spool)
         retrieval, retain_LE = None, retain.frequency_LE  # of the tokens that are weighted
         retrieved = retrieve(config, data, statistics, detection, pool, trace, spool)
         if retrieved is not None:
@@ -204,6 +207,8 @@ def _make(
             retain_LE = np.full_like(retain_LE, np.nan)
             if trace is not None:
                 retain_LE = count_selections(trace, tokens, retain_LE.shape[1]) / retrieval["tokens"]
+            elif selections is not None:
+                retain_LE = selections.sums(retrieved.kept_R.astype(np.float64)) / retrieval["tokens"]
         log.line(
             f"{int(detection.selected_LE.sum())} forget-critical experts; rule {config.calibration.rule} over "
             f"{retrieval['tokens'] if retrieval else retain.tokens:,} retain tokens"
@@ -231,13 +236,24 @@ def _make(
             log_weight_D,
             np.sqrt(retain.variance_LE()),
             context,
+            selections,
         )
         refuse_uniform(config, calibrated, run)
         if retrieved is not None:
             calibrated.notes.extend(retrieved.notes)
         with replacing_directory(run.calibration) as directory:
             summary = write(
-                directory, config, detection, calibrated, forget, retain, tokens, trace, documents, retrieval
+                directory,
+                config,
+                detection,
+                calibrated,
+                forget,
+                retain,
+                tokens,
+                trace,
+                selections,
+                documents,
+                retrieval,
             )
             summary["layers"] = statistics[1].summary["layers"]
             artefacts.describe(directory, "calibration", inputs, settings, summary)
@@ -280,6 +296,7 @@ def refuse_uniform(config: Config, calibrated: Calibrated, run: RunDirectory) ->
 
 
 UNIFORM_ESS = 0.999
+SAMPLE_TOKENS = 200_000
 NONE_FOUND_FIX = (
     "lower calibration.detection.min_ratio or min_load, choose a top_* method, or set calibration.if_none_found: "
     "uniform (go on with uniform weights) or continue (with the rule, over all experts if calibration.experts is all)"
@@ -343,7 +360,7 @@ def load_trace(config: Config, side: Artefact, statistics: RoutingStatistics, to
     fix = f"set statistics.trace: true and run `trace-ds {COLLECT}` again"
     paths = [side.file(name) for name in sorted(side.files) if name.startswith("trace-")]
     if not paths:
-        if config.calibration.rule in WITHOUT_TRACE:
+        if config.calibration.rule in WITHOUT_TRACE or config.calibration.level == "row":
             return None
         raise UserError(
             f"the rule {config.calibration.rule} needs the routing trace, which was not recorded",
@@ -360,6 +377,31 @@ def load_trace(config: Config, side: Artefact, statistics: RoutingStatistics, to
     if not agrees:
         raise UserError("the routing trace does not add up to the statistics beside it", str(side.path), again)
     return trace
+
+
+def load_selections(
+    config: Config, side: Artefact, retain: RoutingStatistics, tokens: TokenMap, trace: Trace | None, spool: Path
+) -> RowSelections | None:
+    """What level ``row`` goes by, proven to be of these tokens; None where nothing does."""
+    if config.calibration.level != "row" or config.calibration.rule in WITHOUT_TRACE:
+        return None
+    parts = tuple(open_parts(side, "row_counts"))
+    sampled = [open_parts(side, name) for name in ("sample", "sample_positions")]
+    if parts and all(sampled):
+        found = RowSelections(parts, retain.top_k, *(np.concatenate(arrays) for arrays in sampled))
+    elif trace is not None:
+        found = RowSelections.of_trace(trace, tokens, retain.counts_LE.shape[1], spool, SAMPLE_TOKENS)
+    else:
+        raise UserError(
+            "calibration.level: row needs the selections of each row and a sample of tokens, which were not recorded",
+            str(side.path),
+            f"run `trace-ds {COLLECT}` again",
+        )
+    fits = found.rows == tokens.rows and found.selected_NLK.shape[1:] == (len(retain.counts_LE), retain.top_k)
+    if not fits or not np.array_equal(found.sums(np.ones(found.rows)), retain.counts_LE):
+        again = f"make it again with `trace-ds {COLLECT}`"
+        raise UserError("the selections of the rows do not add up to the statistics beside them", str(side.path), again)
+    return found
 
 
 def document_weights(config: Config, documents: Documents) -> np.ndarray | None:
@@ -394,6 +436,7 @@ def write(
     retain: RoutingStatistics,
     tokens: TokenMap,
     trace: Trace | None,
+    selections: RowSelections | None,
     documents: Documents,
     retrieval: dict[str, Any] | None,
 ) -> dict[str, Any]:
@@ -411,6 +454,10 @@ def write(
         experts, counted = retain.counts_LE.shape[1], tokens.counted_total()
         achieved_LE = count_selections(trace, tokens, experts, calibrated.weight_T) / counted
         drawn_LE = count_selections(trace, tokens, experts, RowSpread(tokens, calibrated.row_weight_R))
+    elif selections is not None:
+        drawn_LE = selections.sums(calibrated.row_weight_R)
+        achieved_LE = drawn_LE / tokens.counted_total()
+    if trace is not None or selections is not None:
         drawn_LE = drawn_LE * (retain.top_k / drawn_LE.sum(axis=1, keepdims=True))
     tensors = {
         "theta_LE": calibrated.theta_LE,

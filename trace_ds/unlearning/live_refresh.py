@@ -32,6 +32,7 @@ class RefreshedWeights(LiveWeights):
         super().__init__(*arguments)
         self._every, self._scope_LE = every, scope_LE
         self._clip, self._ess_floor = (float(calibration.settings[name]) for name in ("clip", "ess_floor"))
+        self._level = calibration.settings["level"]
         self._inverse = calibration.settings["rule"] == "inverse"
 
     def end_step(self, engine: Any, world: World, batches: Batches, done: int) -> None:
@@ -82,6 +83,7 @@ class RefreshedWeights(LiveWeights):
     ) -> tuple[np.ndarray, float]:
         from trace_ds.calibration.raking import rake
         from trace_ds.calibration.rows import RowStore, count_by_row
+        from trace_ds.calibration.rules import row_exponent
         from trace_ds.calibration.units import TokenUnits, Units, evaluate
         from trace_ds.calibration.weights import largest_exponent
 
@@ -92,11 +94,14 @@ class RefreshedWeights(LiveWeights):
             counts_RS = count_by_row(self._scope_LE, selected_NLK, row_N, len(sizes_R))
             first_R = np.cumsum(sizes_R) - sizes_R
             units = RowStore(self._scope_LE, counts_RS, sizes_R.astype(np.float64), weight_N[first_R])
-        retain_S = evaluate(units, np.zeros(int(self._scope_LE.sum()))).frequency_S
-        theta_S = rake(units, forget_LE[self._scope_LE], retain_S, self._clip, self._ess_floor).theta_S
+        solving = units if self._level == "sequence" else TokenUnits.of(selected_NLK, self._scope_LE, weight_N)
+        retain_S = evaluate(solving, np.zeros(int(self._scope_LE.sum()))).frequency_S
+        theta_S = rake(solving, forget_LE[self._scope_LE], retain_S, self._clip, self._ess_floor).theta_S
         if self._inverse:  # the control stays one: turned round and flattened as in the calibration
             theta_S = -theta_S
             theta_S *= largest_exponent(lambda c: evaluate(units, c * theta_S).ess, self._ess_floor)
+        if isinstance(units, RowStore) and self._level == "row":
+            theta_S *= row_exponent(units.scores(theta_S), self._ess_floor, weight_N[first_R])
         theta_LE = np.zeros(self._scope_LE.shape)
         theta_LE[self._scope_LE] = theta_S
         return theta_LE, evaluate(units, theta_S).log_mean

@@ -77,7 +77,7 @@ class LiveWeights(RetainWeights):
     Args:
         model: the engine's module.
         theta_LE: float64. log_mean: log Z.
-        per_row: sequence level: a row's tokens share exp(mean of Σ θ a − log Z).
+        per_row: levels row and sequence: a row's tokens share exp(mean of Σ θ a − log Z).
     """
 
     def __init__(
@@ -209,7 +209,7 @@ def make_weights(
     if "theta_LE" in cursor:
         theta_LE, log_mean = np.array(cursor["theta_LE"]), float(cursor["log_mean"])
     cap = max(float(calibration.summary["max_weight"]), float(calibration.settings["clip"]))
-    common = (model, theta_LE, log_mean, cap, calibration.settings["level"] == "sequence", device)
+    common = (model, theta_LE, log_mean, cap, calibration.settings["level"] != "token", device)
     scope_LE = tensors["scope_LE"].astype(bool)
     if settings.weights == "online":
         return OnlineWeights(
