@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from trace_ds.calibration import tokens as token_module
 from trace_ds.calibration.detect import Detection, detect
+from trace_ds.calibration.rows import RowSelections
 from trace_ds.calibration.rules import Calibrated, apply_rule, scope_of, source_log_weights
 from trace_ds.config.schema import CONTROL_RULES, RULES, CalibrationConfig, DetectionConfig
 
@@ -32,16 +33,20 @@ def run(world, folder, parts: int = 1, seed: int = 0, **options) -> tuple[Calibr
     if options.get("rule") == "sources":
         options.setdefault("source_weights", SOURCE_WEIGHTS)
     config = CalibrationConfig(**options)
+    trace, by_row = retain.as_trace(parts), None
+    if config.level == "row":
+        by_row, trace = RowSelections.of_trace(trace, retain.tokens, EXPERTS, folder, 5000), None
     made = apply_rule(
         config,
         retain.tokens,
-        retain.as_trace(parts),
+        trace,
         scope_of(config, detection.selected_LE, detection.eligible_LE, seed),
         detection.forget_LE,
         detection.retain_LE,
         seed,
         folder,
         log_weight_D=source_log_weights(config.source_weights, [f"topic/{t}" for t in range(5)], retain.topic_D),
+        selections=by_row,
     )
     everywhere = np.array(made.weight_T)
     assert (everywhere[~retain.counted_T] == 0).all()
@@ -184,6 +189,47 @@ def test_ratio_rules_are_flattened_to_the_floor(world, tmp_path) -> None:
     assert 0 < made.exponent < 1 and 0.97 <= ess < 0.972
 
 
+@pytest.mark.parametrize("floor", [0.3, 0.8])
+@pytest.mark.parametrize("rule", ["raking", "permuted", "random_experts", "inverse"])
+def test_level_row_meets_the_floor_of_the_rows_without_a_trace(world, tmp_path, rule: str, floor: float) -> None:
+    _, retain, detection = world
+    made, w, achieved_LE = run(world, tmp_path, rule=rule, level="row", ess_floor=floor)
+    drawn = made.row_weight_R[made.row_weight_R > 0]
+    size = drawn.sum() ** 2 / (len(drawn) * (drawn**2).sum())
+    slack = 0.05 if rule == "permuted" else 0.001  # its rows are of unequal length
+    assert floor * (1 - slack) <= size < floor * (1 + slack)
+    assert abs(w.mean() - 1) < 1e-9
+    counted_T, weight_T = retain.counted_T, np.array(made.weight_T)
+    score_T, share_R = np.zeros(retain.tokens.tokens), np.zeros(retain.tokens.rows)
+    score_T[counted_T] = retain.dense(EXPERTS) @ made.theta_LE.ravel()
+    for row in range(retain.tokens.rows):
+        at = slice(*(int(x) for x in retain.tokens.row_starts_R1[row : row + 2]))
+        mine = weight_T[at][counted_T[at]]
+        share_R[row] = score_T[at][counted_T[at]].mean()
+        np.testing.assert_allclose(mine, made.row_weight_R[row], rtol=1e-9)
+    if rule != "permuted":
+        np.testing.assert_allclose(made.row_weight_R, np.exp(share_R - made.log_mean), rtol=1e-9)
+        np.testing.assert_allclose(achieved_LE, made.target_LE, atol=1e-9)
+    before = np.abs(detection.retain_LE - detection.forget_LE)[detection.selected_LE]
+    after = np.abs(achieved_LE - detection.forget_LE)[detection.selected_LE]
+    assert rule != "raking" or (after < before).all()
+    assert rule != "inverse" or (after > before).all()
+
+
+def test_level_row_takes_the_near_rows_where_row_means_of_token_weights_take_half_of_them(world, tmp_path) -> None:
+    """At one floor: what is drawn, in the share of the near topic's documents."""
+    _, retain, _ = world
+    near_T = (retain.topic_D == 1)[np.asarray(retain.tokens.document_ids_T)][retain.counted_T]
+    row_T = np.concatenate([retain.tokens.row_of(*span) for span in retain.tokens.spans()])[retain.counted_T]
+    share = {}
+    for level in ("token", "sequence", "row"):
+        (tmp_path / level).mkdir()
+        made, _, _ = run(world, tmp_path / level, level=level, ess_floor=0.3)
+        drawn_T = made.row_weight_R[row_T]
+        share[level] = float(drawn_T[near_T].sum() / drawn_T.sum() / near_T.mean())
+    assert share["row"] > share["sequence"] > share["token"] > 1.2
+
+
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("rule", [rule for rule in RULES if rule != "permuted"])  # that one depends on places by intent
 def test_the_order_of_the_rows_does_not_matter(world, tmp_path, rule: str, level: str) -> None:
@@ -225,6 +271,8 @@ def test_uniform_needs_no_trace_and_others_say_so(world, tmp_path) -> None:
     p, q = detection.forget_LE, detection.retain_LE
     made = apply_rule(CalibrationConfig(rule="uniform"), retain.tokens, None, nothing, p, q, 0, tmp_path)
     assert (np.array(made.weight_T)[retain.counted_T] == 1.0).all() and made.ess == 1.0
+    with pytest.raises(ValueError, match="level row needs the selections"):
+        apply_rule(CalibrationConfig(level="row"), retain.tokens, None, ~nothing, p, q, 0, tmp_path)
     with pytest.raises(ValueError, match="needs the routing trace"):
         apply_rule(CalibrationConfig(), retain.tokens, None, ~nothing, p, q, 0, tmp_path)
 

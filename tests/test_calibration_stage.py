@@ -8,14 +8,18 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from calibration_world import Corpus, make_corpus
+from distributed import run_distributed
 from safetensors.numpy import load_file
 from tiny import make_model, write_config
 
+from trace_ds.calibration import raking, units
 from trace_ds.calibration.table import print_table
 from trace_ds.config.load import load_config
 from trace_ds.config.schema import Config
@@ -23,6 +27,7 @@ from trace_ds.corpora.dataset import TokenDataset
 from trace_ds.corpora.tokenizer import tokenizer_fingerprint
 from trace_ds.errors import UserError
 from trace_ds.models.families import model_fingerprint
+from trace_ds.parallel.world import AgreedError
 from trace_ds.run import artefact
 from trace_ds.run.directory import RunDirectory
 from trace_ds.stages.calibrate import calibrate
@@ -31,7 +36,9 @@ from trace_ds.stages.prepare import prepare
 LAYERS, EXPERTS, TOP_K = 3, 4, 2
 
 
-def write_statistics(config: Config, run: RunDirectory, *, trace: bool = True, parts: int = 2) -> None:
+def write_statistics(
+    config: Config, run: RunDirectory, *, trace: bool = True, parts: int = 2, rows: bool = False
+) -> None:
     """Statistics artefacts as ``collect`` writes them, from synthetic routing over the prepared tokens."""
     data = artefact.load(run.data, "data", "prepare CONFIG")
     rng = np.random.default_rng(0)
@@ -55,6 +62,18 @@ def write_statistics(config: Config, run: RunDirectory, *, trace: bool = True, p
         if trace:
             for part, array in enumerate(np.array_split(chosen, parts)):
                 np.save(directory / f"trace-{part:05d}-of-{parts:05d}.npy", array)
+        if rows:
+            counted_T, row_T = tokens.counted(0, tokens.tokens), tokens.row_of(0, tokens.tokens)
+            counts = np.zeros((tokens.rows, LAYERS, EXPERTS), np.uint16)
+            for layer in range(LAYERS):
+                np.add.at(counts[:, layer], (row_T[counted_T][:, None], chosen[counted_T][:, layer]), 1)
+            for name, array in (
+                ("row_counts", counts),
+                ("sample", chosen[counted_T]),
+                ("sample_positions", np.flatnonzero(counted_T)),
+            ):
+                for part, piece in enumerate(np.array_split(array, parts)):
+                    np.save(directory / f"{name}-{part:05d}-of-{parts:05d}.npy", piece)
         inputs = {
             "model": model_fingerprint(config.model.path),
             "tokenizer": tokenizer_fingerprint(config.model.path),
@@ -230,6 +249,73 @@ def test_uniform_works_without_a_trace_and_raking_says_what_to_set(job) -> None:
     config, run = job()
     shutil.rmtree(run.calibration)
     with pytest.raises(UserError, match=r"rule raking needs the routing trace.*statistics\.trace: true"):
+        calibrate(config, run)
+    assert not run.calibration.exists()
+
+
+def calibrate_together(world: Any, config_path: Path, overrides: list[str], run_path: Path) -> str:
+    raking.WHOLE_UNITS = raking.SAMPLE_UNITS = 400  # a sample, then all tokens
+    units.CHUNK_TOKENS = 300
+    try:
+        made = calibrate(load_config(str(config_path), overrides)[0], RunDirectory(run_path), world)
+    except (UserError, AgreedError) as error:
+        return f"{type(error).__name__} {error.exit_status}"
+    return "nothing" if made is None else "artefact"
+
+
+def test_ranks_share_the_work_and_leave_together(prepared, tmp_path) -> None:
+    config_path, run_path = prepared
+    weights = []
+    for size in (1, 2):
+        shutil.copytree(run_path, tmp_path / str(size))
+        told = run_distributed(calibrate_together, size, config_path, [], tmp_path / str(size))
+        assert told == ["artefact", "nothing"][:size]
+        assert not list((tmp_path / str(size)).glob("*.tmp*"))
+        weights.append(np.load(tmp_path / str(size) / "calibration" / "row_weights.npy"))
+    np.testing.assert_allclose(weights[1], weights[0], rtol=1e-9)
+    shutil.rmtree(tmp_path / "2" / "calibration")
+    (tmp_path / "2" / "statistics" / "retain" / "trace-00000-of-00002.npy").unlink()
+    told = run_distributed(calibrate_together, 2, config_path, [], tmp_path / "2")
+    assert told == ["UserError 2", "AgreedError 2"] and not (tmp_path / "2" / "calibration").exists()
+
+
+@pytest.mark.parametrize("floor", [0.9, 0.9995])
+def test_uniform_weights_that_nobody_asked_for_are_an_error(job, monkeypatch, floor: float) -> None:
+    def gives_up(units: Any, forget_S: np.ndarray, retain_S: np.ndarray, *others: Any, **options: Any) -> raking.Raked:
+        return replace(raking.rake(units, retain_S, retain_S, *others[:-1], **options), strength=0.0, limit="passes")
+
+    monkeypatch.setattr("trace_ds.calibration.rules.rake", gives_up)
+    config, run = job(calibration__ess_floor=floor)
+    if floor > 0.999:
+        assert calibrate(config, run) is not None
+        return
+    with pytest.raises(
+        UserError, match=r"gave uniform weights \(effective sample size 1\.0.*lambda 0: the solver ended"
+    ):
+        calibrate(config, run)
+    assert not run.calibration.exists()
+
+
+def test_level_row_by_what_collect_recorded_equals_that_by_the_trace(job) -> None:
+    config, run = job(calibration__level="row")
+    by_trace = calibrate(config, run)
+    weights = np.load(by_trace.file("row_weights.npy"))
+    tensors = load_file(by_trace.file("calibration.safetensors"))
+    write_statistics(config, run, trace=False, rows=True)
+    made = calibrate(config, run)
+    np.testing.assert_allclose(np.load(made.file("row_weights.npy")), weights, rtol=1e-9)
+    for name, value in load_file(made.file("calibration.safetensors")).items():
+        np.testing.assert_allclose(value, tensors[name], rtol=1e-7, atol=1e-12)
+    diagnosis = json.loads(made.file("diagnosis.json").read_text())
+    assert 0.5 <= diagnosis["row_ess_fraction"] < 0.5005 and diagnosis["gap_closed_by_rows"] > 0.05
+    shutil.rmtree(run.calibration)
+    path = run.statistics / "retain" / "row_counts-00001-of-00002.npy"
+    np.save(path, np.load(path)[::-1] + 1)
+    alter_summary(run.statistics / "retain")
+    with pytest.raises(UserError, match="selections of the rows do not add up"):
+        calibrate(config, run)
+    write_statistics(config, run, trace=False)
+    with pytest.raises(UserError, match="level: row needs the selections of each row"):
         calibrate(config, run)
     assert not run.calibration.exists()
 

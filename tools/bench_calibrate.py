@@ -4,8 +4,15 @@
     python tools/bench_calibrate.py --experts-in-scope all   # the same trace, all 1,024 experts
     python tools/bench_calibrate.py --level sequence         # one weight per row of 2,048 tokens
     python tools/bench_calibrate.py --retrieve --row-tokens 16   # 625,000 rows, scored by routing and by coverage
+    python tools/bench_calibrate.py --shape qwen3_30b_a3b --tokens 2000000   # all experts of that model's shape
+    python tools/bench_calibrate.py --shape mixtral_8x7b --skewed --processes 2   # hard routing; two ranks over gloo
+    python tools/bench_calibrate.py --shape qwen3_30b_a3b --rows 200000        # level row: selections of rows, no trace
     python tools/bench_calibrate.py --tokens 1000000 --json
     python tools/bench_calibrate.py --max-seconds 120 --max-gib 3    # exit status 1 beyond a limit: a regression check
+
+``--skewed``: in every layer one expert is selected by every token (as a shared one is), one by none, one hardly ever,
+one nearly always, and two are always selected together. ``--rows``: the selections of so many rows of 1,024 tokens,
+drawn from the mean of their tokens, and a sample of 200,000 tokens, instead of a trace.
 
 The routing is synthetic with the correlations of real routing: the token's type (Zipf-distributed) decides most of the
 choice in each layer, the document's topic some of it, and a little is noise. Making the trace is not timed and happens
@@ -29,12 +36,18 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 
+SHAPES = {  # MoE layers, routed experts, top-k
+    "mixtral_8x7b": (32, 8, 2),
+    "olmoe_1b_7b": (16, 64, 8),
+    "qwen3_30b_a3b": (48, 128, 8),
+    "deepseek_v3": (58, 256, 8),
+}
 TOPICS, TYPES, VARIANTS = 20, 2048, 4
 DOCUMENT_TOKENS, ROW_TOKENS = 500, 2048
 NEAR_SHARE = 0.05
 
 
-def choice_tables(rng: np.random.Generator, layers: int, experts: int, top_k: int) -> np.ndarray:
+def choice_tables(rng: np.random.Generator, layers: int, experts: int, top_k: int, skewed: bool = False) -> np.ndarray:
     """uint8 [topics, layers, types, variants, K]: Gumbel top-k of type + topic + noise logits; topic 1 is near 0."""
     type_logits = rng.normal(scale=1.5, size=(layers, TYPES, experts)).astype(np.float32)
     topic_logits = rng.normal(scale=0.5, size=(TOPICS, layers, experts)).astype(np.float32)
@@ -44,6 +57,12 @@ def choice_tables(rng: np.random.Generator, layers: int, experts: int, top_k: in
         for layer in range(layers):
             logits = type_logits[layer][:, None, :] + topic_logits[topic, layer]
             noisy = logits + rng.gumbel(size=(TYPES, VARIANTS, experts)).astype(np.float32)
+            if skewed:
+                noisy[:, :, 0], noisy[:, :, 1] = 99.0, -99.0
+                noisy[:, :, 2] -= 6.0
+                noisy[:, :, 3] += 5.0
+                if top_k > 3:
+                    noisy[:, :, 5] = noisy[:, :, 4] + 1e-4
             tables[topic, layer] = np.argpartition(noisy, experts - top_k, axis=2)[:, :, -top_k:]
     return tables
 
@@ -70,18 +89,132 @@ def write_corpus(path: Path, rng: np.random.Generator, tables: np.ndarray, token
 
 def generate(arguments: argparse.Namespace, folder: Path) -> None:
     rng = np.random.default_rng(arguments.seed)
-    tables = choice_tables(rng, arguments.layers, arguments.experts, arguments.top_k)
+    tables = choice_tables(rng, arguments.layers, arguments.experts, arguments.top_k, arguments.skewed)
     write_corpus(folder / "forget", rng, tables, max(arguments.tokens // 20, 10 * DOCUMENT_TOKENS), True)
-    write_corpus(folder / "retain", rng, tables, arguments.tokens, False)
+    write_corpus(folder / "retain", rng, tables, 400_000 if arguments.rows else arguments.tokens, False)
+    if arguments.rows:
+        write_rows(folder, rng, arguments)
 
 
-def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    from trace_ds.calibration.diagnose import document_sums, likeness_tables, quantiles
+def write_rows(folder: Path, rng: np.random.Generator, arguments: argparse.Namespace) -> None:
+    """``rows.npy`` uint16 [rows, L, E]: Poisson-like counts around the selections of stretches of the small corpus."""
+    trace = np.load(folder / "retain.npy", mmap_mode="r")
+    layers, experts, top_k = arguments.layers, arguments.experts, arguments.top_k
+    made = []
+    for start in range(0, len(trace) - DOCUMENT_TOKENS, DOCUMENT_TOKENS):
+        piece = np.asarray(trace[start : start + DOCUMENT_TOKENS])
+        made.append([np.bincount(piece[:, layer].ravel(), minlength=experts) for layer in range(layers)])
+    mean = np.array(made, np.float32) * (1024 / DOCUMENT_TOKENS)
+    rows = np.lib.format.open_memmap(folder / "rows.npy", "w+", np.uint16, (arguments.rows, layers, experts))
+    for start in range(0, arguments.rows, 2000):
+        chosen = mean[rng.integers(0, len(mean), min(2000, arguments.rows - start))]
+        noise = rng.standard_normal(chosen.shape, np.float32)
+        found = np.minimum(np.maximum(np.rint(chosen + noise * np.sqrt(chosen)), 0), 1024).astype(np.int64)
+        excess = found.sum(axis=2) - 1024 * top_k  # every token selects K experts
+        largest = found.argmax(axis=2)
+        np.put_along_axis(
+            found, largest[:, :, None], np.take_along_axis(found, largest[:, :, None], 2) - excess[:, :, None], 2
+        )
+        rows[start : start + 2000] = found
+    rows.flush()
+
+
+def measure_rows(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Level row, by what ``collect`` records: weights, and the frequencies where rows are drawn."""
     from trace_ds.calibration.raking import Context
+    from trace_ds.calibration.rows import RowSelections
+    from trace_ds.calibration.rules import apply_rule
+    from trace_ds.calibration.tokens import TokenMap
+    from trace_ds.config.schema import CalibrationConfig
+
+    parts = (np.load(folder / "rows.npy", mmap_mode="r"),)
+    selected_NLK = np.load(folder / "retain.npy", mmap_mode="r")[::2]
+    forget = np.load(folder / "forget.npy", mmap_mode="r")
+    shape = arguments.layers, arguments.experts
+    forget_LE = np.array([np.bincount(forget[:, layer].ravel(), minlength=shape[1]) for layer in range(shape[0])])
+    starts = np.arange(arguments.rows + 1, dtype=np.int64) * 1025
+    documents = np.memmap(folder / "documents.i32", np.int32, "w+", shape=(int(starts[-1]),))
+    for start in range(0, arguments.rows, 1000):
+        documents[start * 1025 : (start + 1000) * 1025] = np.arange(start, min(start + 1000, arguments.rows)).repeat(
+            1025
+        )
+    tokens = TokenMap(starts, documents, arguments.rows)
+    began_s, began_cpu_s = time.perf_counter(), time.process_time()
+    selections = RowSelections(parts, arguments.top_k, selected_NLK, np.zeros(len(selected_NLK), np.int64))
+    counts_LE = selections.sums(np.ones(arguments.rows))
+    retain_LE = counts_LE / (1024 * arguments.rows)
+    now_s = time.perf_counter()
+    config = CalibrationConfig(ess_floor=arguments.ess_floor, level="row")
+    scope_LE = np.ones(shape, dtype=bool)
+    say = (lambda line: print(line, file=sys.stderr)) if arguments.progress else (lambda line: None)
+    context = Context(int(os.environ["OMP_NUM_THREADS"]), None, say)
+    forget_LE = forget_LE / len(forget)
+    made = apply_rule(
+        config, tokens, None, scope_LE, forget_LE, retain_LE, 0, folder, context=context, selections=selections
+    )
+    weights_s = time.perf_counter() - now_s
+    drawn_LE = selections.sums(made.row_weight_R) / (1024 * arguments.rows)
+    w = made.row_weight_R
+    return {
+        "rows": arguments.rows,
+        "constraints": int(scope_LE.sum()),
+        "check_s": round(now_s - began_s, 2),
+        "weights_s": round(weights_s, 2),
+        "total_s": round(time.perf_counter() - began_s, 2),
+        "cpu_s": round(time.process_time() - began_cpu_s, 2),
+        "peak_rss_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+        "lambda": made.strength,
+        "exponent": made.exponent,
+        "row_ess_fraction": float(w.sum() ** 2 / (len(w) * (w * w).sum())),
+        "max_weight": made.max_weight,
+        "iterations": made.iterations,
+        "converged": made.converged,
+        "gap_closed": 1.0 - float(np.abs(drawn_LE - forget_LE).sum() / np.abs(retain_LE - forget_LE).sum()),
+        "cores": os.cpu_count(),
+        "threads": os.environ["OMP_NUM_THREADS"],
+    }
+
+
+def measure_together(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """:func:`measure` with the solve shared by so many ranks of one machine."""
+    import multiprocessing
+
+    from trace_ds.parallel.environment import free_port
+
+    context, port = multiprocessing.get_context("spawn"), free_port()
+    others = [
+        context.Process(target=_rank, args=(arguments, folder, rank, port)) for rank in range(1, arguments.processes)
+    ]
+    for process in others:
+        process.start()
+    result = _rank(arguments, folder, 0, port)
+    for process in others:
+        process.join()
+    return result | {"processes": arguments.processes}
+
+
+def _rank(arguments: argparse.Namespace, folder: Path, rank: int, port: int) -> dict[str, Any]:
+    from trace_ds.parallel.world import join, leave
+
+    size = str(arguments.processes)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=size, MASTER_ADDR="127.0.0.1")
+    os.environ["MASTER_PORT"] = str(port)
+    world = join(1, 60.0, on_cpu=True)
+    world.barrier()
+    try:
+        return measure(arguments, folder, world)
+    finally:
+        leave()
+
+
+def measure(arguments: argparse.Namespace, folder: Path, world: Any = None) -> dict[str, Any]:
+    from trace_ds.calibration.diagnose import document_sums, likeness_tables, quantiles
+    from trace_ds.calibration.raking import Context, rake
     from trace_ds.calibration.rows import build_row_store
     from trace_ds.calibration.rules import apply_rule
     from trace_ds.calibration.similarity import coverage_gain, routing_similarity
     from trace_ds.calibration.tokens import TokenMap, Trace, count_selections
+    from trace_ds.calibration.units import TokenUnits
     from trace_ds.config.schema import CalibrationConfig
 
     def corpus(name: str) -> tuple[TokenMap, Trace]:
@@ -90,6 +223,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         starts = np.append(np.arange(0, len(trace), arguments.row_tokens), len(trace)).astype(np.int64)
         return TokenMap(starts, documents, int(documents[-1]) + 1), Trace((trace,))
 
+    rank = 0 if world is None else world.rank
     times: dict[str, float] = {}
 
     def timed(name: str, began_s: float) -> float:
@@ -111,8 +245,12 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         difference = (forget_LE - retain_LE).ravel()
         scope_LE.flat[np.argsort(-difference, kind="stable")[: int(arguments.experts_in_scope)]] = True
     config = CalibrationConfig(ess_floor=arguments.ess_floor, level=arguments.level)
+    if rank:  # takes its share of the solve
+        units = TokenUnits(retain_trace, scope_LE, retain_tokens)
+        rake(units, forget_LE[scope_LE], retain_LE[scope_LE], 20.0, arguments.ess_floor, None, Context(1, world))
+        return {}
     say = (lambda line: print(line, file=sys.stderr)) if arguments.progress else (lambda line: None)
-    context = Context(int(os.environ["OMP_NUM_THREADS"]), None, say)
+    context = Context(int(os.environ["OMP_NUM_THREADS"]), world, say)
     made = apply_rule(config, retain_tokens, retain_trace, scope_LE, forget_LE, retain_LE, 0, folder, context=context)
     now_s = timed("weights_s", now_s)
     achieved_LE = count_selections(retain_trace, retain_tokens, arguments.experts, made.weight_T) / counted
@@ -157,6 +295,12 @@ def main() -> None:
     parser.add_argument("--level", choices=("token", "sequence"), default="token")
     parser.add_argument("--row-tokens", type=int, default=ROW_TOKENS)
     parser.add_argument("--retrieve", action="store_true", help="also time two similarities (not in total_s)")
+    parser.add_argument("--shape", choices=SHAPES, help="layers, experts and top-k of a model; all experts in scope")
+    parser.add_argument(
+        "--skewed", action="store_true", help="experts that are selected always, never, hardly, together"
+    )
+    parser.add_argument("--rows", type=int, default=0, help="level row, on the selections of so many rows")
+    parser.add_argument("--processes", type=int, default=1, help="ranks that solve together, over gloo")
     parser.add_argument("--progress", action="store_true", help="the solver's lines, on standard error")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--max-seconds", type=float, help="fail when it took more seconds of CPU (busy cores or not)")
@@ -164,12 +308,20 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--generate", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.shape is not None:
+        arguments.layers, arguments.experts, arguments.top_k = SHAPES[arguments.shape]
+        arguments.experts_in_scope = "all"
     if arguments.generate is not None:
         generate(arguments, arguments.generate)
         return
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([sys.executable, __file__, *sys.argv[1:], "--generate", folder], check=True)
-        result = measure(arguments, Path(folder))
+        if arguments.rows:
+            result = measure_rows(arguments, Path(folder))
+        elif arguments.processes > 1:
+            result = measure_together(arguments, Path(folder))
+        else:
+            result = measure(arguments, Path(folder))
     if arguments.json:
         print(json.dumps(result, indent=1))
     else:

@@ -14,7 +14,7 @@ weights are made so is our decision). λ is the largest in [0, 1] that keeps the
 (Σw)²/(NΣw²) at or above a floor; it is found along with θ. Two terms keep what cannot be met from spoiling the rest:
 
 * ``e``, the *ridge*, is the mean variance of the frequencies (clustered by document) over their token variance v, times
-  S/N at most 1. Each target is missed by e v θ: far below its standard error where there are many more units than
+  (S/N)² at most 1. Each target is missed by e v θ: far below its standard error where there are more units than
   constraints, and of its order where there are not, when exact matching would fit the weights to noise;
 * the *box*: an expert can change a weight by at most the factor exp(12). Its dual is the exact penalty 12 Σ|q_s − t_s|,
   so that an expert whose target no weights can meet with those of the others (it is only selected where another one
@@ -58,24 +58,31 @@ FLOOR_WINDOW = 1e-3  # the effective sample size ends between the floor and this
 LEAST_RIDGE = 1e-9
 SAMPLE_UNITS, SAMPLE_VALUES = 1 << 19, 1 << 28  # of the sample: units; selections or counts
 CURVATURE_UNITS, LEAST_CURVATURE_UNITS = 1 << 16, 1 << 14
+WHOLE_UNITS = 1 << 16  # so many are solved on at once
 MEMORY_PAIRS = 16
 MAX_PASSES, MAX_SAMPLE_PASSES = 60, 300
 MAX_REBUILDS = 4
 EXACT_CONSTRAINTS, EXACT_PRODUCTS = 1024, 1 << 28
 
 
+RakeArguments = tuple[np.ndarray, np.ndarray, float, float, np.ndarray | None]  # those of rake, in order
+
+
 @dataclass(frozen=True)
 class Context:
-    """Who computes, and who hears of it: threads of this process, the ranks (None: this process alone), a sink for
-    lines of progress."""
+    """Who computes, and who hears of it.
+
+    Attributes:
+        threads: of this process. world: the ranks that take their shares of the passes (None: this process alone).
+        say: hears lines of progress, on the main process.
+        begin: called before the ranks' common solve, on the main process, with the scope and the arguments that the
+            others must call :func:`rake` with.
+    """
 
     threads: int = 1
     world: World | None = None
     say: Callable[[str], None] = field(default=lambda line: None)
-
-    @property
-    def leads(self) -> bool:
-        return self.world is None or self.world.is_main
+    begin: Callable[[np.ndarray, RakeArguments], None] = field(default=lambda scope_LE, arguments: None)
 
     def shared(self, make: Callable[[], A]) -> A:
         """What ``make`` gives on the main process, on every rank."""
@@ -224,6 +231,9 @@ class Curvature:
                 self._ridge_used = max(self._ridge, 1e-6 if self._single else 1e-10)
                 shrunk_S = np.ones(len(mean_S)) if self.whole else self._correct(matrix, point.frequency_S)
                 self._lift(matrix, shrunk_S)
+                # The inverse of a sampled covariance is too large by n / (n − S) on average (Wishart).
+                fewer = 0.0 if self.whole else min(len(mean_S) * float((weight_N**2).sum()), 0.9)
+                self._shrunk = 1.0 - fewer
                 matrix.diagonal()[torch.from_numpy(self._constant_S)] = 1.0
             diagonal = matrix.diagonal()
             diagonal += self._ridge_used
@@ -310,13 +320,13 @@ class Curvature:
                 inner = torch.cholesky_solve(spread[:, None], self._factor)[:, 0] * self._root
                 back = (inner.float() @ features).double() - inner.sum() * self._mean
                 return ((g - back) / self._ridge_used).numpy() / self._scale_S
-            found = self._solve(g[:, None])
+            found = self._solve(g[:, None]) * self._shrunk
             if fixed_S.any():
                 if self._fixed is None or not np.array_equal(self._fixed[0], fixed_S):
                     place = torch.from_numpy(np.flatnonzero(fixed_S))
                     unit = torch.zeros(len(fixed_S), len(place), dtype=torch.float64)
                     unit[place, torch.arange(len(place))] = 1.0
-                    columns = self._solve(unit)
+                    columns = self._solve(unit) * self._shrunk
                     self._fixed = fixed_S.copy(), columns, torch.linalg.inv(columns[place])
                 _, columns, inverse = self._fixed
                 found = found - columns @ (inverse @ found[torch.from_numpy(np.flatnonzero(fixed_S))])
@@ -338,6 +348,7 @@ def solve(
     tolerance: float = TOLERANCE,
     weight_tolerance: float = WEIGHT_TOLERANCE,
     max_passes: int = MAX_PASSES,
+    window: float = FLOOR_WINDOW,
 ) -> Solution:
     """θ and λ (see the module's docstring) from a point of these units and a λ (by default the one at which the floor
     is met to second order). Without a floor (0) λ stays what it is given as. Only the main process has a curvature."""
@@ -345,7 +356,7 @@ def solve(
     def uphill(gradient_S: np.ndarray, fixed_S: np.ndarray) -> np.ndarray:
         return context.shared(lambda: np.zeros(0) if curvature is None else curvature(gradient_S, fixed_S))
 
-    goal = float(np.sqrt(-np.log(aim.floor * (1.0 + FLOOR_WINDOW / 2)))) if aim.floor else np.inf
+    goal = float(np.sqrt(-np.log(aim.floor * (1.0 + window / 2)))) if aim.floor else np.inf
     if strength is None:
         nothing_S = np.zeros(len(aim.shift_S), dtype=bool)
         slope = float((aim.shift_S * uphill(aim.shift_S, nothing_S)).sum())
@@ -363,7 +374,7 @@ def solve(
 
     def floor_met() -> bool:
         full = reached == 1.0 or not aim.floor
-        return point.ess >= aim.floor and (full or point.ess <= aim.floor * (1.0 + FLOOR_WINDOW))
+        return point.ess >= aim.floor and (full or point.ess <= aim.floor * (1.0 + window))
 
     def look() -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
         """(gradient, 0 on the box; the constraints on it; direction; Newton decrement)."""
@@ -501,19 +512,38 @@ def rake(
     )
 
 
+def rake_sample(
+    sample: Units,
+    forget_S: np.ndarray,
+    retain_S: np.ndarray,
+    clip: float,
+    ess_floor: float,
+    error_S: np.ndarray | None,
+    context: Context,
+) -> Raked:
+    """:func:`rake` of a sample of the units that ``retain_S`` is of: the same, but for the sample's chance."""
+    offered_S, reason_S = offer(sample.scope_LE, retain_S, forget_S, clip)
+    sampled_S = evaluate(sample, np.zeros(len(retain_S)), context.threads).frequency_S
+    aim = Aim(retain_S, offered_S - retain_S, 0.0, ess_floor, sample.scope_LE)
+    made = rake(sample, sampled_S + sampled_shift(aim, sampled_S), sampled_S, clip, ess_floor, error_S, context)
+    found = zip(reason_S, made.reason_S, strict=True)
+    return replace(made, reason_S=[known or late for known, late in found])
+
+
 def _solve_all(
     units: Units, retain_S: np.ndarray, shift_S: np.ndarray, error_S: np.ndarray, floor: float, context: Context
 ) -> tuple[Solution, Aim]:
     """(the solution over all units, what it was asked for): a sample of the units first, then all of them."""
     size, number = len(shift_S), units.number
-    sample = units.sample(min(SAMPLE_UNITS, max(SAMPLE_VALUES // units.values, 1)), context.world)
+    limit = min(SAMPLE_UNITS, max(number // 8, WHOLE_UNITS, 16 * size), max(SAMPLE_VALUES // units.values, 1))
+    sample = units.sample(limit, context.world)
     alone = replace(context, world=None)
     nothing_S = np.zeros(size)
     variance_S = retain_S * (1.0 - retain_S)
-    ridge = max(float((error_S**2).sum() / variance_S.sum()) * min(1.0, size / number), LEAST_RIDGE)
+    ridge = max(float((error_S**2).sum() / variance_S.sum()) * min(1.0, size / number) ** 2, LEAST_RIDGE)
     aim = Aim(retain_S, shift_S, ridge, floor, units.scope_LE, np.inf if number < size else LARGEST_THETA)
     curvature: Curvature | None = None
-    core = sample.sample(max(min(CURVATURE_UNITS, number // 100), 4 * size, LEAST_CURVATURE_UNITS))
+    core = sample.sample(max(min(8 * size, CURVATURE_UNITS), 4 * size, LEAST_CURVATURE_UNITS))
 
     def on_all() -> tuple[Solution, Aim]:
         origin = evaluate(sample, nothing_S, context.threads)
@@ -529,9 +559,10 @@ def _solve_all(
         nonlocal curvature
         start = evaluate(sample, nothing_S, context.threads)
         curvature = Curvature(core, False, aim, start, context.threads)
-        near = replace(aim, retain_S=start.frequency_S, shift_S=_sampled_shift(aim, start.frequency_S))
+        near = replace(aim, retain_S=start.frequency_S, shift_S=sampled_shift(aim, start.frequency_S))
         told = replace(alone, say=lambda line: context.say(f"on a sample of {sample.number:,}, {line}"))
-        rough = solve(sample, near, curvature, told, start, None, 5e-5, 5e-3, MAX_SAMPLE_PASSES)
+        noise = 0.1 * float(np.sqrt(size / (sample.number * floor)))  # a tenth of what the sample leaves open
+        rough = solve(sample, near, curvature, told, start, None, np.inf, noise, MAX_SAMPLE_PASSES, 0.01)
         curvature.rebuild(rough.point)
         return rough
 
@@ -540,7 +571,7 @@ def _solve_all(
     return solve(units, aim, curvature, context, point, rough.strength), aim
 
 
-def _sampled_shift(aim: Aim, sampled_S: np.ndarray) -> np.ndarray:
+def sampled_shift(aim: Aim, sampled_S: np.ndarray) -> np.ndarray:
     """What to ask of a sample's frequencies: the same change of the log-odds to first order, so that an expert of a few
     sampled tokens is asked for what they can give; the changes of a layer still sum to 0 where all its experts move."""
     variance_S, sampled_variance_S = aim.variance_S, sampled_S * (1.0 - sampled_S)

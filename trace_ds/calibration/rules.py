@@ -6,7 +6,10 @@ Every rule gives a log-weight u_t per counted token; w_t = exp(c·u_t) / mean. `
 (Σw)²/(nΣw²) would fall below the floor; then it is the largest exponent that keeps it (ESS falls with c because the
 cumulant function of u is convex). Raking meets the floor by tempering its targets instead (λ), so c = 1 there.
 
-Level ``sequence``: one weight per row. Raking then solves its dual over rows (rows.py); the ratio rules take row means.
+Level ``row``: what drawing rows needs. Raking is solved on a sample of the tokens; a row's log-weight is τ times the
+mean of Σ θ a over its counted tokens, which follows from its selections alone, so no trace is needed; τ is the largest
+that keeps the effective sample size of the *rows* at the floor. Level ``sequence``: one weight per row, raking solved
+over rows (rows.py), the ratio rules take row means.
 
 =================  ==================================================================================================
 ``raking``         u = Σ θ a: least change of the weights that meets the (tempered) targets (raking.py)
@@ -30,13 +33,13 @@ from __future__ import annotations
 import fnmatch
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
-from trace_ds.calibration.raking import Context, rake
-from trace_ds.calibration.rows import build_row_store, row_sizes
+from trace_ds.calibration.raking import Context, RakeArguments, Raked, rake, rake_sample
+from trace_ds.calibration.rows import RowSelections, build_row_store, row_sizes
 from trace_ds.calibration.selections import Packing, in_order
 from trace_ds.calibration.tokens import TokenMap, Trace, count_selections
 from trace_ds.calibration.units import TokenUnits, Units
@@ -126,13 +129,15 @@ def apply_rule(
     log_weight_D: np.ndarray | None = None,
     error_LE: np.ndarray | None = None,
     context: Context | None = None,
+    selections: RowSelections | None = None,
 ) -> Calibrated:
     """Make the weights of ``config.rule`` (see the module's docstring); large arrays live in ``spool``.
 
     ``retain_LE`` must be the frequencies of the very tokens that ``tokens`` counts. ``selected_LE``: the experts that
     the ratio rules must bring closer to their forget frequency (default: the whole scope). ``log_weight_D``: of the
     documents, what the rule ``sources`` needs (:func:`source_log_weights`). ``error_LE``: standard errors of the retain
-    frequencies, clustered by document (None: 0). Only the dual is solved by all ranks of the ``context``.
+    frequencies, clustered by document (None: 0). ``selections``: what level ``row`` needs in place of a trace. The
+    ranks of the ``context`` share the passes of the dual over the tokens, nothing else.
 
     Raises:
         ValueError: a rule that needs the trace or the documents' weights without them, or no counted token.
@@ -148,6 +153,14 @@ def apply_rule(
     )
     if config.rule == "sources":
         _apply_sources(config, tokens, log_weight_D, u_T, result)
+        result.ess, result.max_weight = size_and_maximum(result.weight_T, tokens)
+        return result
+    if config.level == "row" and scope_LE.any():
+        if selections is None:
+            raise ValueError("level row needs the selections of each row")
+        _apply_rows(config, tokens, selections, forget_LE, retain_LE, error_LE, u_T, context, result)
+        if config.rule == "permuted":
+            permute_rows(result, tokens, seed, scratch_T=u_T)
         result.ess, result.max_weight = size_and_maximum(result.weight_T, tokens)
         return result
     if config.rule != "uniform" and scope_LE.any():
@@ -185,6 +198,60 @@ def source_log_weights(weights: Mapping[str, float], names: Sequence[str], sourc
             raise ValueError(f"no retain document has a source like {pattern!r}; there are {len(names)}: {shown}")
         log_S[matches_S] += np.log(weight)
     return log_S[source_D]
+
+
+def row_exponent(u_R: np.ndarray, floor: float, multiplicity_R: np.ndarray | None = None) -> float:
+    """The largest τ (to 1e-6 of it, at most 1,024) at which weights exp(τ u) keep the effective sample size of the rows
+    (each of which stands for ``multiplicity_R``, default 1)."""
+    m_R = np.ones(len(u_R)) if multiplicity_R is None else multiplicity_R
+
+    def ess(exponent: float) -> float:
+        w = np.exp(exponent * (u_R - u_R.max()))
+        return float((m_R * w).sum() ** 2 / (m_R.sum() * (m_R * w * w).sum()))
+
+    high = 1.0
+    while ess(high) >= floor:
+        if high >= 1024.0:
+            return high
+        high *= 2.0
+    low = 0.0
+    while high - low > 1e-6 * high:
+        middle = (low + high) / 2.0
+        low, high = (middle, high) if ess(middle) >= floor else (low, middle)
+    return low
+
+
+def _apply_rows(
+    config: CalibrationConfig,
+    tokens: TokenMap,
+    selections: RowSelections,
+    forget_LE: np.ndarray,
+    retain_LE: np.ndarray,
+    error_LE: np.ndarray | None,
+    u_T: np.ndarray,
+    context: Context,
+    result: Calibrated,
+) -> None:
+    """Level ``row`` (see the module's docstring)."""
+    scope_LE, selected_NLK = result.scope_LE, selections.selected_NLK
+    if tokens.kept_R is not None:
+        row_N = np.searchsorted(tokens.row_starts_R1, selections.position_N, side="right") - 1
+        selected_NLK = selected_NLK[tokens.kept_R[row_N]]
+    arguments = forget_LE[scope_LE], retain_LE[scope_LE], config.clip, config.ess_floor
+    error_S = None if error_LE is None else error_LE[scope_LE]
+    alone = replace(context, world=None)
+    raked = rake_sample(TokenUnits.of(selected_NLK, scope_LE), *arguments, error_S, alone)
+    result.theta_LE[scope_LE] = _taken_in(result, raked, retain_LE) * (-1.0 if config.rule == "inverse" else 1.0)
+    sizes_R = row_sizes(tokens)
+    filled_R = sizes_R > 0
+    u_R = selections.scores(result.theta_LE)
+    result.exponent = row_exponent(u_R[filled_R], config.ess_floor)
+    result.theta_LE *= result.exponent
+    for start, stop in tokens.spans():
+        u_T[start:stop] = np.where(tokens.counted(start, stop), u_R[tokens.row_of(start, stop)], 0.0)
+    result.log_mean = exponentiate(u_T, result.weight_T, tokens, result.exponent)
+    result.row_weight_R = np.where(filled_R, np.exp(result.exponent * u_R - result.log_mean), 0.0)
+    result.target_LE[:] = selections.sums(result.row_weight_R) / max(int(sizes_R.sum()), 1)
 
 
 def _apply_sources(
@@ -291,10 +358,21 @@ def _rake(
     context: Context,
     result: Calibrated,
 ) -> np.ndarray:
-    """Solve for θ; fills in what ``result`` says about targets, λ and convergence."""
+    """θ of the tokens, or of the rows of level ``sequence``."""
     scope_LE = result.scope_LE
     error_S = None if error_LE is None else error_LE[scope_LE]
-    raked = rake(units, forget_LE[scope_LE], retain_LE[scope_LE], config.clip, config.ess_floor, error_S, context)
+    frequencies = forget_LE[scope_LE], retain_LE[scope_LE]
+    arguments: RakeArguments = (*frequencies, config.clip, config.ess_floor, error_S)
+    if isinstance(units, TokenUnits):
+        context.begin(scope_LE, arguments)
+    else:
+        context = replace(context, world=None)
+    return _taken_in(result, rake(units, *arguments, context), retain_LE)
+
+
+def _taken_in(result: Calibrated, raked: Raked, retain_LE: np.ndarray) -> np.ndarray:
+    """θ, and in ``result`` what the solver says about it."""
+    scope_LE = result.scope_LE
     result.target_LE[scope_LE] = raked.target_S
     result.strength, result.limit, result.iterations = raked.strength, raked.limit, raked.passes
     result.converged, result.solve_error = raked.converged, raked.error

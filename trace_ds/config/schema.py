@@ -185,7 +185,11 @@ class CalibrationConfig(Section):
         description="sources: weight of the documents whose source matches a pattern ('near/*': 8.0) against 1 for all "
         "others, before the floor; where several patterns match, their product.",
     )
-    level: Literal["token", "sequence"] = Field("token", description="sequence: one weight per row.")
+    level: Literal["token", "row", "sequence"] = Field(
+        "token",
+        description="row: one weight a row, from its selections and a sample of tokens (no trace), the floor being "
+        "about rows; sequence: one weight a row, targets matched over rows.",
+    )
     ess_floor: Number = Field(0.5, gt=0, le=1, description="Least effective sample size (sum w)^2 / (n sum w^2).")
     clip: Number = Field(20.0, gt=1, description="Largest ratio of frequencies asked of an expert.")
     if_none_found: Literal["stop", "uniform", "continue"] = Field(
@@ -202,6 +206,8 @@ class CalibrationConfig(Section):
     def _sources(self) -> CalibrationConfig:
         if (self.rule == "sources") != bool(self.source_weights):
             raise ValueError("rule: sources and source_weights belong together: give both, or neither")
+        if self.level == "row" and self.rule in ("ratio_mean", "ratio_max"):
+            raise ValueError(f"level: row is for raking and its controls, not for rule: {self.rule}")
         return self
 
 

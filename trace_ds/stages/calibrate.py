@@ -1,7 +1,9 @@
 """``trace-ds calibrate``: routing statistics → forget-critical experts and one weight per retain token.
 
-Reads ``data/`` and ``statistics/{forget,retain}/``, writes ``calibration/`` (see :func:`calibrate` for its files). One
-process, no GPU, one pass at a time over the routing trace; memory is bounded whatever the corpus.
+Reads ``data/`` and ``statistics/{forget,retain}/``, writes ``calibration/`` (see :func:`_calibrate` for its files). No
+GPU is needed; the routing trace is read chunk by chunk, so memory is bounded whatever the corpus. On several ranks the
+main process does everything but the passes of raking over the tokens: there each rank takes its share, and the sums are
+all-reduced.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +19,9 @@ import numpy as np
 
 from trace_ds.calibration.detect import Detection, detect
 from trace_ds.calibration.diagnose import Documents, diagnose, document_sums, likeness, likeness_tables
-from trace_ds.calibration.raking import Context
+from trace_ds.calibration.raking import Context, RakeArguments, rake
 from trace_ds.calibration.retrieve import describe_retrieval, retrieve
+from trace_ds.calibration.rows import RowSelections
 from trace_ds.calibration.rules import LIMITS, Calibrated, apply_rule, scope_of, source_log_weights
 from trace_ds.calibration.table import print_table
 from trace_ds.calibration.tokens import (
@@ -29,9 +33,11 @@ from trace_ds.calibration.tokens import (
     open_trace,
     read_token_map,
 )
+from trace_ds.calibration.units import TokenUnits
 from trace_ds.config.schema import WITHOUT_TRACE, Config
 from trace_ds.errors import UserError
 from trace_ds.routing.statistics import RoutingStatistics
+from trace_ds.routing.token_files import open_parts
 from trace_ds.run import artefact as artefacts
 from trace_ds.run import ours
 from trace_ds.run.artefact import Artefact
@@ -39,13 +45,66 @@ from trace_ds.run.files import new_array, replacing_directory, safetensors_error
 from trace_ds.run.log import StageLog, stage_log
 
 if TYPE_CHECKING:
+    from trace_ds.parallel.world import World
     from trace_ds.run.directory import RunDirectory
 
 COLLECT = "collect CONFIG"
 PREPARE = "prepare CONFIG"
 
 
-def calibrate(config: Config, run: RunDirectory) -> Artefact:
+def calibrate(config: Config, run: RunDirectory, world: World | None = None) -> Artefact | None:
+    """Make (or find done) the calibration artefact of a run; see :func:`_calibrate`. With a ``world`` (collective) the
+    main process gets the artefact, and the others, which help it solve, None.
+
+    Raises:
+        UserError: on the main process; AgreedError elsewhere.
+    """
+    import torch
+
+    threads = torch.get_num_threads()
+    if world is None or world.size == 1:
+        return _calibrate(config, run, Context(threads))
+    if world.is_main:
+        good = False
+        try:
+            made = _calibrate(config, run, Context(threads, world))
+            good = True
+            return made
+        finally:
+            world.broadcast(("end", good))
+    while True:
+        message: tuple[str, Any] = ("", None)
+        what, job = world.broadcast(message)
+        if what == "end":
+            if not job:
+                from trace_ds.parallel.world import AgreedError
+
+                raise AgreedError
+            return None
+        _help(world, threads, job)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What the other ranks need to take their share: files, the rows that count, and the arguments of ``rake``."""
+
+    data: Path
+    trace: tuple[Path, ...]
+    documents: int
+    kept_R: np.ndarray | None
+    scope_LE: np.ndarray
+    top_k: int
+    rake: RakeArguments
+
+
+def _help(world: World, threads: int, job: _Job) -> None:
+    tokens = read_token_map(job.data, job.documents)
+    trace = open_trace(list(job.trace), len(job.scope_LE), job.top_k, tokens.tokens, "")
+    tokens = tokens if job.kept_R is None else tokens.restricted(job.kept_R)
+    rake(TokenUnits(trace, job.scope_LE, tokens), *job.rake, Context(threads, world))
+
+
+def _calibrate(config: Config, run: RunDirectory, context: Context) -> Artefact:
     """Make (or find done) the calibration artefact of a run.
 
     Files: ``calibration.safetensors`` (theta_LE, frequency_forget_LE, frequency_retain_LE, log_ratio_LE,
@@ -85,7 +144,17 @@ def calibrate(config: Config, run: RunDirectory) -> Artefact:
 
     with stage_log(run, "calibrate") as log:
         made = _make(
-            config, run, data, (forget_artefact, retain_artefact), forget, retain, detection, inputs, settings, log
+            config,
+            run,
+            data,
+            (forget_artefact, retain_artefact),
+            forget,
+            retain,
+            detection,
+            inputs,
+            settings,
+            replace(context, say=Sparing(log.line)),
+            log,
         )
         export_weights(config, run, data, made)
         print_table(made)
@@ -115,11 +184,10 @@ def _make(
     detection: Detection,
     inputs: dict[str, str],
     settings: dict[str, Any],
+    context: Context,
     log: StageLog,
 ) -> Artefact:
     """Weights by the rule, diagnosis, artefact. Large arrays live in a spool directory that is deleted at the end."""
-    import torch
-
     run.calibration.parent.mkdir(parents=True, exist_ok=True)
     spool = run.calibration.with_name(f"{run.calibration.name}.tmp-spool")
     shutil.rmtree(spool, ignore_errors=True)
@@ -129,6 +197,7 @@ def _make(
         log_weight_D = document_weights(config, documents)
         tokens = pool = read_token_map(data.file("retain.arrow"), len(documents.source_D))
         trace = load_trace(config, statistics[1], retain, pool)
+        selections = load_selections(config, statistics[1], retain, pool, trace, spool)
         retrieval, retain_LE = None, retain.frequency_LE  # of the tokens that are weighted
         retrieved = retrieve(config, data, statistics, detection, pool, trace, spool)
         if retrieved is not None:
@@ -137,10 +206,21 @@ def _make(
             retain_LE = np.full_like(retain_LE, np.nan)
             if trace is not None:
                 retain_LE = count_selections(trace, tokens, retain_LE.shape[1]) / retrieval["tokens"]
+            elif selections is not None:
+                retain_LE = selections.sums(retrieved.kept_R.astype(np.float64)) / retrieval["tokens"]
         log.line(
             f"{int(detection.selected_LE.sum())} forget-critical experts; rule {config.calibration.rule} over "
             f"{retrieval['tokens'] if retrieval else retain.tokens:,} retain tokens"
         )
+        world = context.world
+        if world is not None and trace is not None:
+            parts = tuple(statistics[1].file(name) for name in sorted(statistics[1].files) if name.startswith("trace-"))
+
+            def begin(scope_LE: np.ndarray, arguments: RakeArguments) -> None:
+                told = data.file("retain.arrow"), parts, tokens.documents, tokens.kept_R, scope_LE, trace.top_k
+                world.broadcast(("rake", _Job(*told, arguments)))
+
+            context = replace(context, begin=begin)
         scope_LE = scope_of(config.calibration, detection.selected_LE, detection.eligible_LE, config.seed)
         calibrated = apply_rule(
             config.calibration,
@@ -154,14 +234,25 @@ def _make(
             detection.selected_LE,
             log_weight_D,
             np.sqrt(retain.variance_LE()),
-            Context(torch.get_num_threads(), None, Progress(log.line)),
+            context,
+            selections,
         )
         refuse_uniform(config, calibrated, run)
         if retrieved is not None:
             calibrated.notes.extend(retrieved.notes)
         with replacing_directory(run.calibration, ours.artefact("calibration")) as directory:
             summary = write(
-                directory, config, detection, calibrated, forget, retain, tokens, trace, documents, retrieval
+                directory,
+                config,
+                detection,
+                calibrated,
+                forget,
+                retain,
+                tokens,
+                trace,
+                selections,
+                documents,
+                retrieval,
             )
             summary["layers"] = statistics[1].summary["layers"]
             artefacts.describe(directory, "calibration", inputs, settings, summary)
@@ -170,7 +261,7 @@ def _make(
     return artefacts.load(run.calibration, "calibration", "calibrate CONFIG", verify=False)
 
 
-class Progress:
+class Sparing:
     """Passes lines on, but one every so often, with the time since the beginning."""
 
     def __init__(self, say: Callable[[str], None], every_s: float = 15.0) -> None:
@@ -204,6 +295,7 @@ def refuse_uniform(config: Config, calibrated: Calibrated, run: RunDirectory) ->
 
 
 UNIFORM_ESS = 0.999
+SAMPLE_TOKENS = 200_000
 NONE_FOUND_FIX = (
     "lower calibration.detection.min_ratio or min_load, choose a top_* method, or set calibration.if_none_found: "
     "uniform (go on with uniform weights) or continue (with the rule, over all experts if calibration.experts is all)"
@@ -267,7 +359,7 @@ def load_trace(config: Config, side: Artefact, statistics: RoutingStatistics, to
     fix = f"set statistics.trace: true and run `trace-ds {COLLECT}` again"
     paths = [side.file(name) for name in sorted(side.files) if name.startswith("trace-")]
     if not paths:
-        if config.calibration.rule in WITHOUT_TRACE:
+        if config.calibration.rule in WITHOUT_TRACE or config.calibration.level == "row":
             return None
         raise UserError(
             f"the rule {config.calibration.rule} needs the routing trace, which was not recorded",
@@ -284,6 +376,31 @@ def load_trace(config: Config, side: Artefact, statistics: RoutingStatistics, to
     if not agrees:
         raise UserError("the routing trace does not add up to the statistics beside it", str(side.path), again)
     return trace
+
+
+def load_selections(
+    config: Config, side: Artefact, retain: RoutingStatistics, tokens: TokenMap, trace: Trace | None, spool: Path
+) -> RowSelections | None:
+    """What level ``row`` goes by, proven to be of these tokens; None where nothing does."""
+    if config.calibration.level != "row" or config.calibration.rule in WITHOUT_TRACE:
+        return None
+    parts = tuple(open_parts(side, "row_counts"))
+    sampled = [open_parts(side, name) for name in ("sample", "sample_positions")]
+    if parts and all(sampled):
+        found = RowSelections(parts, retain.top_k, *(np.concatenate(arrays) for arrays in sampled))
+    elif trace is not None:
+        found = RowSelections.of_trace(trace, tokens, retain.counts_LE.shape[1], spool, SAMPLE_TOKENS)
+    else:
+        raise UserError(
+            "calibration.level: row needs the selections of each row and a sample of tokens, which were not recorded",
+            str(side.path),
+            f"run `trace-ds {COLLECT}` again",
+        )
+    fits = found.rows == tokens.rows and found.selected_NLK.shape[1:] == (len(retain.counts_LE), retain.top_k)
+    if not fits or not np.array_equal(found.sums(np.ones(found.rows)), retain.counts_LE):
+        again = f"make it again with `trace-ds {COLLECT}`"
+        raise UserError("the selections of the rows do not add up to the statistics beside them", str(side.path), again)
+    return found
 
 
 def document_weights(config: Config, documents: Documents) -> np.ndarray | None:
@@ -318,6 +435,7 @@ def write(
     retain: RoutingStatistics,
     tokens: TokenMap,
     trace: Trace | None,
+    selections: RowSelections | None,
     documents: Documents,
     retrieval: dict[str, Any] | None,
 ) -> dict[str, Any]:
@@ -335,6 +453,10 @@ def write(
         experts, counted = retain.counts_LE.shape[1], tokens.counted_total()
         achieved_LE = count_selections(trace, tokens, experts, calibrated.weight_T) / counted
         drawn_LE = count_selections(trace, tokens, experts, RowSpread(tokens, calibrated.row_weight_R))
+    elif selections is not None:
+        drawn_LE = selections.sums(calibrated.row_weight_R)
+        achieved_LE = drawn_LE / tokens.counted_total()
+    if trace is not None or selections is not None:
         drawn_LE = drawn_LE * (retain.top_k / drawn_LE.sum(axis=1, keepdims=True))
     tensors = {
         "theta_LE": calibrated.theta_LE,

@@ -36,7 +36,10 @@ def _needs(config: Config, side: str) -> Iterator[tuple[str, str]]:
     """(what, key) of the configuration itself."""
     calibration = config.calibration
     if side == "retain":
-        if calibration.rule not in WITHOUT_TRACE:
+        if calibration.rule not in WITHOUT_TRACE and calibration.level == "row":
+            yield ROW_COUNTS, "calibration.level: row"
+            yield SAMPLE, "calibration.level: row"
+        elif calibration.rule not in WITHOUT_TRACE:
             yield TRACE, f"calibration.rule: {calibration.rule}"
         similarity = calibration.retrieve.similarity
         if calibration.retrieve.rows is not None and similarity in ("weight", "routing", "coverage"):

@@ -70,7 +70,7 @@ class OnlineWeights(RetainWeights):
     Args:
         model: the engine's module.
         theta_LE: float64. log_mean: log Z.
-        per_row: sequence level: a row's tokens share exp(mean of Σ θ a − log Z).
+        per_row: levels row and sequence: a row's tokens share exp(mean of Σ θ a − log Z).
         scope_LE: bool, experts whose θ moves.
     """
 
@@ -184,7 +184,7 @@ def make_weights(
         np.array(cursor["theta_LE"]) if "theta_LE" in cursor else np.zeros(scope_LE.shape),
         float(cursor.get("log_mean", 0.0)),
         max(float(calibration.summary["max_weight"]), float(calibration.settings["clip"])),
-        calibration.settings["level"] == "sequence",
+        calibration.settings["level"] != "token",
         device,
         step_size=settings.online.step_size,
         decay=settings.online.decay,
