@@ -30,6 +30,7 @@ from forked import Server
 
 from trace_ds.config.load import dump_yaml, load_config
 from trace_ds.config.schema import Config, Section
+from trace_ds.corpora.dataset import open_stream
 from trace_ds.errors import UserError
 from trace_ds.parallel.world import AgreedError
 from trace_ds.run.directory import RunDirectory
@@ -264,6 +265,11 @@ def question(**changes: Any) -> Change:
     return change
 
 
+def a_run(folder: Path) -> None:
+    config, _ = load_config(str(folder / "config.yaml"))
+    RunDirectory(folder / "run").create(dump_yaml(config))
+
+
 def nothing(folder: Path) -> None:
     """What is wrong is on the command line."""
 
@@ -283,7 +289,7 @@ CASES: list[tuple[str, str, Change, str]] = [
         (f"{verb} too early", f"{verb} config.yaml", nothing, "there is no data artefact here")
         for verb in ("collect", "calibrate", "unlearn", "convert", "evaluate")
     ),
-    ("a variant's data", f"{PREPARE} --run-dir run/variants/even", nothing, "use --run-dir run,"),
+    ("a variant's data", f"{PREPARE} --run-dir run/variants/even", a_run, "use --run-dir "),
     # the model
     ("no model", f"{RUN} --set model.path=missing", nothing, "there is no model directory"),
     ("no tokenizer", f"{PREPARE} --set model.tokenizer=missing", nothing, "there is no directory with a tokenizer"),
@@ -418,9 +424,7 @@ def test_sources_and_tasks_as_they_come(server: Server, config: Path) -> None:
     lines = ['\ufeff{"text": "iron gold", "source": null}', '{"text": "lead tin", "source": "a\\u001b]0;x\\u0007"}']
     (folder / "corpora" / "forget.jsonl").write_text("\n".join(lines))
     assert server.run(["prepare", "config.yaml", "--run-dir", "run"], folder).returncode == 0
-    from trace_ds.corpora.dataset import read_document_table
-
-    table = read_document_table(folder / "run" / "data" / "forget_documents.arrow")
+    table = open_stream(folder / "run" / "data" / "forget_documents.arrow").read_all()
     assert table.column("source").to_pylist() == ["forget", r"a\u001b]0;x\u0007"]
     assert table.column("text_start").to_pylist() == ["iron gold", "lead tin"]
 

@@ -89,7 +89,8 @@ def single_process(world: Any, recipe: str, folder: str) -> dict[str, Any]:
     first = len(told)
     changes = ["bench.methods.sampling={calibration.ess_floor: 0.9}"]
     worker.work_off(Study(recipe, directory / "again", changes).jobs(world), told.append)
-    asked, _ = load_config(recipe, ["seed=1", "bench=null", "calibration.rule=uniform"], directory / "run")
+    changes = ["seed=1", "bench=null", "calibration.rule=uniform", "statistics.trace=true"]  # as the study records
+    asked, _ = load_config(recipe, changes, directory / "run")
     run = RunDirectory(directory / "run")
     run.create(dump_yaml(asked))
     prepare(asked, run)

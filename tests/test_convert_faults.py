@@ -223,8 +223,8 @@ def flip_moment(step: Path) -> None:
     manifest(step)
     moment = read_archive(step / OPTIM)[OPTIMIZER][OPTIMIZER]["state"][0]["exp_avg"]
     flip(step / OPTIM, moment.storage.offset_bytes + 8)
-    convert_checkpoint(step, step / "whole", base_model=base())
-    shutil.rmtree(step / "whole")
+    convert_checkpoint(step, step.parent / "whole", base_model=base())
+    shutil.rmtree(step.parent / "whole")
 
 
 def with_manifest(then: Callable[[Path], object], **changes: Any) -> Callable[[Path], object]:
@@ -297,13 +297,13 @@ def test_fault(
 CONFIGURATIONS: dict[str, tuple[Any, str]] = {
     "text": ("[1", "config.json"),
     "a list": ("[1]", "config.json"),
-    "NaN": ('{"rms_norm_eps": NaN}', "NaN"),
+    "NaN": ('{"rms_norm_eps": NaN}', "config.json"),
     "deep": ("[" * 100_000, "config.json"),
     "layers": ({"num_hidden_layers": 10**9}, "num_hidden_layers"),
     "layers of a fraction": ({"num_hidden_layers": 1e300}, "num_hidden_layers"),
     "hidden": ({"hidden_size": 1 << 62}, "hidden_size"),
     "experts": ({"num_local_experts": 10**12}, "num_local_experts"),
-    "heads": ({"num_attention_heads": 0}, "not of this model"),
+    "heads": ({"num_attention_heads": 0}, "num_attention_heads is 0"),
     "type": ({"model_type": 3}, "config.json"),
     "no type": ({"model_type": None}, "config.json"),
     "a list for a number": ({"hidden_size": [9]}, "config.json"),

@@ -73,7 +73,7 @@ def test_what_is_counted_does_not_depend_on_the_chunks(
 ) -> None:
     """By hand, row by row: documents of 1 to 7 tokens, several in a row and cut at its end, read at any position."""
     draw = np.random.default_rng(1)
-    documents = [draw.integers(0, 99, draw.integers(1, 8)).tolist() for _ in range(300)]
+    documents = [[draw.integers(0, 99, draw.integers(1, 8)).tolist()] for _ in range(300)]
     rows = list(pack(documents, 10, "dense", None, PackingCounts()))
     write_rows(tmp_path / "rows.arrow", rows)
     monkeypatch.setattr("trace_ds.corpora.dataset.CHUNK_TOKENS", chunk)

@@ -25,7 +25,9 @@ from trace_ds.evaluation import language_model
 from trace_ds.parallel.world import AgreedError
 from trace_ds.reporting import tables
 from trace_ds.reporting.gather import gather
+from trace_ds.run import artefact
 from trace_ds.run.directory import RunDirectory
+from trace_ds.run.files import write_json
 from trace_ds.run.log import StageLog
 from trace_ds.stages import convert
 from trace_ds.stages import evaluate as stage
@@ -252,7 +254,7 @@ def test_checkpoints_are_converted_scored_and_removed(
         shutil.copytree(step / "weights", destination)
 
     def write_manifest(step: Path, job: str) -> None:
-        weights = {"weights/model.safetensors": {"bytes": (step / "weights" / "model.safetensors").stat().st_size}}
+        weights = {"weights/model.safetensors": artefact.file_entry(step / "weights" / "model.safetensors")}
         number = int(step.name.split("_")[1])
         Manifest(number, 1, 1, 3, "mixtral", job, {}, "calibration", "fp32", {}, {}, weights).write(step)
 
@@ -334,6 +336,7 @@ def test_drift_needs_the_data_of_this_tokenizer(case: Case, tmp_path: Path) -> N
     refused(case, case.config(), "trace-ds prepare")
     refused(case, case.config(drift=False, relearning={"steps": 1}), "trace-ds prepare")
     nothing_of_it = case.config(drift=False, expert_forcing=True)
+    write_json(case.run.model / "conversion.json", {"source": {}, "target": "hf", "tensors": {}})
     check_early("evaluate", Request(nothing_of_it, case.run))
     evaluate(nothing_of_it, case.run)
     assert case.result("unlearned")["attacks"]["expert_forcing"]
