@@ -13,40 +13,9 @@ def shape(config: Any) -> dict[str, Any]:
     return {"dtype": config.model.dtype, "ep": config.distributed.ep}
 
 
-def zero3_bytes(world: Any, config: str, run_dir: str, overrides: list[str]) -> dict[str, int]:
-    """Bytes that this rank of the real training engine keeps, by part, and those of the checkpoint it writes."""
-    import torch
-
-    from trace_ds.unlearning.training_engine import training_engine
-
-    loaded, directory = load_config(config, overrides, run_dir)
-    info = inspect_model(loaded.model.path)
-    engine = training_engine(loaded.unlearning, info, world, 1, **shape(loaded))
-    optimizer = engine.optimizer
-    ids = torch.arange(8)[None] + world.rank
-    engine.backward(engine(input_ids=ids, use_cache=False).logits.float().logsumexp(-1).sum())
-    engine.step()  # Adam makes its moments in its first step
-    partitions = [parameter.ds_tensor for parameter in engine.module.parameters()]
-    moments = [
-        value
-        for state in optimizer.optimizer.state.values()
-        for value in state.values()
-        if isinstance(value, torch.Tensor) and value.numel() > 1
-    ]
-    masters = list(optimizer.fp32_partitioned_groups_flat)
-    engine.save_checkpoint(str(Path(directory) / "raw"), tag="step", save_latest=False)
-    world.barrier()
-    saved = sum(file.stat().st_size for file in (Path(directory) / "raw").rglob("*.pt"))
-    return {
-        "parameters": sum(part.numel() * part.element_size() for part in partitions),
-        "gradients": optimizer.grad_partitions_flat_buffer.numel() * 2,
-        "master and Adam moments": sum(t.numel() * t.element_size() for t in (*moments, *masters)),
-        "checkpoint": saved,
-    }
-
-
-def step_traffic(world: Any, config: str, run_dir: str, overrides: list[str]) -> dict[str, float]:
-    """Bytes by collective in one forward and backward pass of the real training engine, 16 tokens on each rank.
+def zero3_job(world: Any, config: str, run_dir: str, overrides: list[str]) -> dict[str, dict[str, float]]:
+    """One step of the real training engine, 16 tokens on each rank: ``traffic``, the bytes of its collectives before
+    the optimizer's turn, and ``kept``, what this rank keeps by part, with the checkpoint it writes.
 
     The calls are counted where DeepSpeed hands them to torch: what this rank would receive in a ring, or, for the
     all-to-all, what it sends to other ranks.
@@ -56,15 +25,9 @@ def step_traffic(world: Any, config: str, run_dir: str, overrides: list[str]) ->
 
     from trace_ds.unlearning.training_engine import training_engine
 
-    loaded, _ = load_config(config, overrides, run_dir)
-    engine = training_engine(
-        loaded.unlearning,
-        inspect_model(loaded.model.path),
-        world,
-        1,
-        dtype=loaded.model.dtype,
-        ep=loaded.distributed.ep,
-    )
+    loaded, directory = load_config(config, overrides, run_dir)
+    engine = training_engine(loaded.unlearning, inspect_model(loaded.model.path), world, 1, **shape(loaded))
+    optimizer = engine.optimizer
     totals: dict[str, float] = {}
 
     def bytes_of(tensors: Any) -> int:
@@ -95,9 +58,20 @@ def step_traffic(world: Any, config: str, run_dir: str, overrides: list[str]) ->
     wrap("all_reduce", "all-reduce", 0, "tensor")
     wrap("all_to_all_single", "all-to-all", 1, "input")
     ids = torch.arange(16)[None] * 7 + world.rank
-    output = engine(input_ids=ids, use_cache=False)
-    engine.backward(output.logits.float().logsumexp(-1).sum())
-    return totals
+    engine.backward(engine(input_ids=ids, use_cache=False).logits.float().logsumexp(-1).sum())
+    traffic = dict(totals)
+    engine.step()  # Adam makes its moments in its first step
+    states = optimizer.optimizer.state.values()
+    moments = [t for state in states for t in state.values() if isinstance(t, torch.Tensor) and t.numel() > 1]
+    engine.save_checkpoint(str(Path(directory) / "raw"), tag="step", save_latest=False)
+    world.barrier()
+    kept = {
+        "parameters": bytes_of([parameter.ds_tensor for parameter in engine.module.parameters()]),
+        "gradients": optimizer.grad_partitions_flat_buffer.numel() * 2,
+        "master and Adam moments": bytes_of([*moments, *optimizer.fp32_partitioned_groups_flat]),
+        "checkpoint": sum(file.stat().st_size for file in (Path(directory) / "raw").rglob("*.pt")),
+    }
+    return {"traffic": traffic, "kept": kept}
 
 
 class OneBatch:

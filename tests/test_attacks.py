@@ -3,31 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import tiny
 import torch
 from test_evaluation_metrics import packed
-from test_evaluation_models import SETTINGS, save_model
+from test_evaluation_models import opened, save_model
 from test_evaluation_stage import Case, case  # noqa: F401
 
 from trace_ds.config.schema import RelearningConfig
 from trace_ds.errors import UserError
 from trace_ds.evaluation import attacks
-from trace_ds.evaluation.language_model import LanguageModel, loaded
+from trace_ds.evaluation.language_model import LanguageModel
 from trace_ds.models.families import FAMILIES
 from trace_ds.models.routers import find_routers, meta_model, record_routing
 from trace_ds.stages.evaluate import evaluate
 
 IDS = torch.tensor([[0, 5, 9, 13, 20, 41, 8, 7], [0, 3, 4, 5, 6, 7, 8, 9]])
-
-
-def opened(path: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    return loaded(str(path), AutoTokenizer.from_pretrained(path), SETTINGS)
 
 
 def outputs(model: LanguageModel) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -176,6 +178,19 @@ def test_a_missing_package_is_named_with_its_pip_line(
 
 
 # ---------------------------------------------------------------------------------------------------- the base model
+
+
+def test_positions_of_a_batch_restart_with_every_document(built: Path) -> None:
+    texts, tokenizer = pretrain._read(built / "pretrain_gold.jsonl"), tokenizer_of(built)
+    tokens_BT, document_BT, position_BT = next(pretrain._batches(texts, tokenizer, random.Random(0)))
+    assert tokens_BT.shape == document_BT.shape == (sum(pretrain.ROWS.values()), corpora.CONTEXT_TOKENS)
+    filled_BT = document_BT >= 0
+    assert ((tokens_BT != tokenizer.token_to_id(corpora.PAD)) == filled_BT).all() and not filled_BT.all()
+    begins_BT = filled_BT[:, 1:] & (document_BT[:, 1:] != document_BT[:, :-1])
+    assert begins_BT.any() and (position_BT[:, 0] == 0).all()
+    expected_BT = np.where(begins_BT | ~filled_BT[:, 1:], 0, position_BT[:, :-1] + 1)
+    assert (position_BT[:, 1:] == expected_BT).all()
+    assert (tokens_BT[:, :-1][begins_BT] == tokenizer.token_to_id(corpora.EOS)).all()  # what ends before another begins
 
 
 def test_packing_changes_no_loss(built: Path) -> None:

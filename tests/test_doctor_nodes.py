@@ -219,58 +219,52 @@ def test_storage_faults_of_one_node_are_reported_by_all(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def on_node(world: Any, folder: str, config: str, run_dir: str) -> list[Check] | None:
-    """The doctor as one rank of a job; rank r is on node n(r + 1), which has a working directory of its own."""
+def doctor_on_nodes(world: Any, folder: str) -> list[list[Check] | None]:
+    """The doctor as one rank of a job, in two worlds; rank r is on node n(r + 1), which has a working directory of its
+    own. In the second world the nodes have different files and each a run directory of its own."""
     from trace_ds.cluster import checks_nodes, doctor
 
     node = f"n{world.rank + 1}"
     os.environ |= {"SLURMD_NODENAME": node, "LOCAL_RANK": "0"}
     os.environ["PYTHONPATH"] = ""
-    os.chdir(Path(folder) / node)
     checks_nodes.join_job = lambda: checks_nodes.JoinedRanks(world, world.gather(node))
-    checks_nodes.leave_job = lambda job: None
+    checks_nodes.leave_job = lambda ranks: None
     checks_nodes.SEEN_WITHIN_S = 1.0
-    loaded, _ = load_config(config, [], run_dir)
-    return doctor.check_job(loaded, Path(run_dir))
+    found = []
+    for name, run_dir in (("healthy", f"{folder}/healthy/run"), ("faulty", "run")):
+        os.chdir(Path(folder) / name / node)
+        loaded, _ = load_config(f"{folder}/{name}/config.yaml", [], run_dir)
+        found.append(doctor.check_job(loaded, Path(run_dir)))
+    return found
 
 
-@pytest.fixture
-def two_nodes(tmp_path: Path, tiny_model: Path) -> Path:
-    for node in ("n1", "n2"):
-        shutil.copytree(tiny_model, tmp_path / node / "model")
-        tiny.write_corpora(tmp_path / node / "corpora")
-    return tmp_path
+def test_two_nodes(tmp_path: Path, tiny_model: Path) -> None:
+    """Healthy ones; and with another model on each, a corpus on one only, and expert-parallel size 4 on 2 ranks."""
+    for world, ep in (("healthy", 2), ("faulty", 4)):
+        for node in ("n1", "n2"):
+            shutil.copytree(tiny_model, tmp_path / world / node / "model")
+            tiny.write_corpora(tmp_path / world / node / "corpora")
+        sides = {f"data__{side}": [{"path": f"corpora/{side}.jsonl"}] for side in ("forget", "retain")}
+        tiny.write_config(tmp_path / world, Path("model"), distributed__ep=ep, **sides)
+    faulty = tmp_path / "faulty"
+    weights = faulty / "n2" / "model" / "model.safetensors"
+    changed = bytearray(weights.read_bytes())
+    changed[-1] ^= 1
+    weights.write_bytes(changed)
+    (faulty / "n2" / "corpora" / "forget.jsonl").unlink()
+    (faulty / "n1" / "run").mkdir()
+    (healthy, found), others = run_distributed(doctor_on_nodes, 2, str(tmp_path))
+    assert others == [None, None]
 
-
-def config_for(folder: Path, ep: int) -> str:
-    path = tiny.write_config(
-        folder, Path("model"), distributed__ep=ep,
-        data__forget=[{"path": "corpora/forget.jsonl"}], data__retain=[{"path": "corpora/retain.jsonl"}],
-    )  # fmt: skip
-    return str(path)
-
-
-def test_two_healthy_nodes(two_nodes: Path) -> None:
-    found, other = run_distributed(on_node, 2, str(two_nodes), config_for(two_nodes, 2), str(two_nodes / "run"))
-    assert other is None
-    assert missing(found) == {}
-    names = {check.name: check for check in found}
+    assert missing(healthy) == {}
+    names = {check.name: check for check in healthy}
     assert "the same on 2 nodes" in names["model: model"].detail
     assert {"same bytes on all nodes", "rename seen by all nodes", "versions", "gloo all-to-all"} <= names.keys()
     assert names["locks between nodes"].status == "OK"
     assert "2 ranks on 2 nodes" in names["gloo all-reduce"].detail
-    assert len({(check.group, check.name) for check in found}) == len(found)
-    assert not list(two_nodes.glob(".trace-ds*"))
+    assert len({(check.group, check.name) for check in healthy}) == len(healthy)
+    assert not list(tmp_path.rglob(".trace-ds*"))
 
-
-def test_two_nodes_with_different_files_and_a_wrong_expert_parallel_size(two_nodes: Path) -> None:
-    weights = two_nodes / "n2" / "model" / "model.safetensors"
-    changed = bytearray(weights.read_bytes())
-    changed[-1] ^= 1
-    weights.write_bytes(changed)
-    (two_nodes / "n2" / "corpora" / "forget.jsonl").unlink()
-    (two_nodes / "n1" / "run").mkdir()
-    found, _ = run_distributed(on_node, 2, str(two_nodes), config_for(two_nodes, 4), "run")
     faults = missing(found)
     assert set(faults) == {
         "model: model", "forget: corpora/forget.jsonl", "same bytes on all nodes", "expert parallelism"

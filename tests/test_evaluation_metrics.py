@@ -16,7 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from test_evaluation_models import SETTINGS, save_model
+from test_evaluation_models import opened, save_model
 
 from trace_ds.config.schema import TaskConfig
 from trace_ds.corpora.dataset import TokenDataset, write_rows
@@ -25,7 +25,7 @@ from trace_ds.corpora.read import Document
 from trace_ds.errors import UserError
 from trace_ds.evaluation import choice, drift, metrics, mia, perplexity, verbatim
 from trace_ds.evaluation.items import ChoiceItem, VerbatimItem, read_choice_items, read_task, read_verbatim_items
-from trace_ds.evaluation.language_model import LanguageModel, Sequence, TokenScores, loaded
+from trace_ds.evaluation.language_model import LanguageModel, Sequence, TokenScores
 from trace_ds.models.families import FAMILIES
 
 GOOD = {"id": "a", "prompt": "w1 w2", "choices": ["w3", "w4", "w5 w6", "w7"], "answer": 2, "source": "s"}
@@ -33,10 +33,7 @@ GOOD = {"id": "a", "prompt": "w1 w2", "choices": ["w3", "w4", "w5 w6", "w7"], "a
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    from transformers import AutoTokenizer
-
-    path = save_model(tmp_path_factory.mktemp("model"))
-    with loaded(str(path), AutoTokenizer.from_pretrained(path), SETTINGS) as language_model:
+    with opened(save_model(tmp_path_factory.mktemp("model"))) as language_model:
         yield language_model
 
 
@@ -334,14 +331,12 @@ def test_routing_of_packed_rows_is_that_of_the_documents_alone(model: LanguageMo
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_attention_stays_inside_documents(family: str, tmp_path: Path) -> None:
     """What the packed forward passes rely on; with a cache transformers drops the mask, hence ``use_cache=False``."""
-    from transformers import AutoTokenizer
-
     from trace_ds.models.routers import find_routers
 
     path = tiny.make_model(tmp_path / family, family)
     first, second = [0, 5, 9, 13, 20], [0, 33, 41, 8]
     positions = torch.tensor([[*range(5), *range(4)]])
-    with loaded(str(path), AutoTokenizer.from_pretrained(path), SETTINGS) as model, torch.no_grad():
+    with opened(path) as model, torch.no_grad():
         row = model.model(torch.tensor([first + second]), position_ids=positions, use_cache=False).logits[0]
         alone = model.model(torch.tensor([second]), use_cache=False).logits[0]
         mixed = model.model(torch.tensor([first + second]), use_cache=False).logits[0]

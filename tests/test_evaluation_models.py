@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -68,16 +70,25 @@ def save_model(path: Path, seed: int = 0, words: list[str] = WORDS, dtype: torch
     return path
 
 
-@pytest.fixture(scope="module")
-def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def model(model_path: Path) -> Any:
+def opened(path: Path, settings: ModelSettings = SETTINGS) -> Any:
+    """The model in a directory, loaded with its own tokenizer."""
     from transformers import AutoTokenizer
 
-    with loaded(str(model_path), AutoTokenizer.from_pretrained(model_path), SETTINGS) as language_model:
+    return loaded(str(path), AutoTokenizer.from_pretrained(path), settings)
+
+
+def change_weights(path: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """``change`` the tensors of a model directory in place."""
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(path / "model.safetensors")
+    change(weights)
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    with opened(save_model(tmp_path_factory.mktemp("model"))) as language_model:
         yield language_model
 
 
@@ -192,15 +203,11 @@ def test_a_continuation_ends_before_eos(model: LanguageModel) -> None:
 
 def test_generation_settings_of_the_directory_are_ignored(tmp_path: Path) -> None:
     """A model that ships sampling or repetition penalties is still continued greedily."""
-    import json
-
-    from transformers import AutoTokenizer
-
     path = save_model(tmp_path / "model")
     plain: list[list[int]] = []
     penalised: list[list[int]] = []
     for results in (plain, penalised):
-        with loaded(str(path), AutoTokenizer.from_pretrained(path), SETTINGS) as model:
+        with opened(path) as model:
             results += model.continue_greedily([[0, 7, 8, 9]], [20])
         (path / "generation_config.json").write_text(
             json.dumps({"repetition_penalty": 5.0, "do_sample": True, "temperature": 2.0, "min_new_tokens": 3})
@@ -237,11 +244,8 @@ def test_too_long_an_item_is_refused(model: LanguageModel) -> None:
 
 
 def test_bf16_keeps_rotary_frequencies_in_float32(tmp_path: Path) -> None:
-    from transformers import AutoTokenizer
-
     path = save_model(tmp_path / "model", dtype=torch.bfloat16)
-    settings = dataclasses.replace(SETTINGS, dtype="bf16")
-    with loaded(str(path), AutoTokenizer.from_pretrained(path), settings) as model:
+    with opened(path, dataclasses.replace(SETTINGS, dtype="bf16")) as model:
         found = {name: buffer for name, buffer in model.model.named_buffers() if name.endswith("inv_freq")}
         assert found and all(buffer.dtype == torch.float32 for buffer in found.values())
         assert next(model.model.parameters()).dtype == torch.bfloat16
@@ -250,32 +254,19 @@ def test_bf16_keeps_rotary_frequencies_in_float32(tmp_path: Path) -> None:
 
 
 def test_missing_tensors_are_refused(tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-    from transformers import AutoTokenizer
-
     path = save_model(tmp_path / "model")
-    weights = load_file(path / "model.safetensors")
-    del weights["model.layers.1.input_layernorm.weight"]
-    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    change_weights(path, lambda weights: weights.pop("model.layers.1.input_layernorm.weight"))
     with (
         pytest.raises(UserError, match=r"missing keys: 1, for example model.layers.1.input_layernorm.weight"),
-        loaded(str(path), AutoTokenizer.from_pretrained(path), SETTINGS),
+        opened(path),
     ):
         pass
 
 
 def test_a_diverged_model_has_no_scores(tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-    from transformers import AutoTokenizer
-
     path = save_model(tmp_path / "model")
-    weights = load_file(path / "model.safetensors")
-    weights["model.norm.weight"].fill_(float("nan"))
-    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
-    with (
-        loaded(str(path), AutoTokenizer.from_pretrained(path), SETTINGS) as model,
-        pytest.raises(Diverged),
-    ):
+    change_weights(path, lambda weights: weights["model.norm.weight"].fill_(float("nan")))
+    with opened(path) as model, pytest.raises(Diverged):
         model.score(random_sequences(3))
 
 

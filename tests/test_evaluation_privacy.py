@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_evaluation_models import SETTINGS, save_model
+from test_evaluation_models import opened, save_model
 from test_evaluation_stage import Case, case, text, write_lines  # noqa: F401
 
 from trace_ds.config.schema import TaskConfig
@@ -17,19 +17,17 @@ from trace_ds.corpora.read import Document
 from trace_ds.errors import UserError
 from trace_ds.evaluation import extraction, knowmem, membership
 from trace_ds.evaluation.items import QuestionItem, read_task
-from trace_ds.evaluation.language_model import LanguageModel, loaded
+from trace_ds.evaluation.language_model import LanguageModel
 from trace_ds.evaluation.tasks import run_task
 from trace_ds.stages.evaluate import evaluate
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    from transformers import AutoTokenizer
-
     path = save_model(tmp_path_factory.mktemp("model"))
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 256}))
-    with loaded(str(path), AutoTokenizer.from_pretrained(path), SETTINGS) as language_model:
+    with opened(path) as language_model:
         yield language_model
 
 

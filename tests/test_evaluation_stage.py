@@ -14,8 +14,7 @@ import pytest
 import torch
 from distributed import run_distributed
 from jobs import only_the_main_process_fingerprints
-from safetensors.torch import load_file, save_file
-from test_evaluation_models import WORDS, save_model, save_tokenizer
+from test_evaluation_models import WORDS, change_weights, save_model, save_tokenizer
 
 from trace_ds.checkpoints.manifest import Manifest
 from trace_ds.config.load import validate
@@ -284,9 +283,7 @@ def test_checkpoints_are_converted_scored_and_removed(
 
 
 def test_a_diverged_model_is_reported_and_the_others_are_scored(case: Case, capsys: pytest.CaptureFixture[str]) -> None:
-    weights = load_file(case.run.model / "model.safetensors")
-    weights["model.norm.weight"].fill_(float("nan"))
-    save_file(weights, case.run.model / "model.safetensors", metadata={"format": "pt"})
+    change_weights(case.run.model, lambda weights: weights["model.norm.weight"].fill_(float("nan")))
     for tasks in (case.raw["evaluation"]["tasks"], case.raw["evaluation"]["tasks"][1:2]):  # all, verbatim only
         evaluate(case.config(tasks=tasks), case.run)
         assert "unlearned has diverged" in capsys.readouterr().out
@@ -396,8 +393,6 @@ def test_many_processes_give_the_files_of_one(case: Case, tmp_path: Path) -> Non
 
 
 def test_a_model_that_diverges_on_one_process_has_diverged_on_all(case: Case) -> None:
-    weights = load_file(case.run.model / "model.safetensors")
-    weights["lm_head.weight"][:] = float("nan")
-    save_file(weights, case.run.model / "model.safetensors", metadata={"format": "pt"})
+    change_weights(case.run.model, lambda weights: weights["lm_head.weight"].fill_(float("nan")))
     assert run_distributed(evaluate_on, 2, case.raw, str(case.run.path)) == [True, False]
     assert case.result("unlearned")["diverged"] and not case.result("gold")["diverged"]

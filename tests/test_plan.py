@@ -233,20 +233,6 @@ def saved_bytes(family: str, values: dict[str, Any], tokens: int) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("ep", [1, 2])
-def test_zero3_shards_and_checkpoint_are_what_deepspeed_keeps(tiny_model: Path, tmp_path: Path, ep: int) -> None:
-    path = tiny.write_config(tmp_path, tiny_model, model__path=str(tiny_model), model__dtype="bf16")
-    overrides = [f"distributed.ep={ep}"]
-    ranks = run_distributed(plan_jobs.zero3_bytes, 2, str(path), str(tmp_path / "run"), overrides)
-    config, _ = load_config(str(path), overrides, tmp_path / "run")
-    planned = plan(config, ClusterSpec(nodes=1, gpus_per_node=2))
-    for part in ("parameters", "gradients", "master and Adam moments"):
-        # partitions are padded to equal length, which shows in a model this small
-        assert ranks[0][part] == pytest.approx(planned.unlearn.memory.resident[part], rel=0.02), part
-    assert ranks[0]["checkpoint"] == pytest.approx(planned.checkpoint_bytes, rel=0.15)
-
-
 @pytest.fixture(scope="module")
 def model_of_60m(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import torch
@@ -298,8 +284,9 @@ def test_peak_memory_of_a_step_is_what_was_predicted(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ep", [1, 2])
-def test_traffic_is_what_deepspeed_moves(tiny_model: Path, tmp_path: Path, ep: int) -> None:
-    """Bytes of every collective of a ZeRO-3 pass on two ranks; a model this small is gathered whole only if told so."""
+def test_zero3_keeps_and_moves_what_was_planned(tiny_model: Path, tmp_path: Path, ep: int) -> None:
+    """Shards, checkpoint and bytes of every collective of a real step on two ranks; a model this small is gathered
+    whole only if told so."""
     eager = {
         "stage3_param_persistence_threshold": 0,
         "stage3_max_live_parameters": 0,
@@ -307,18 +294,24 @@ def test_traffic_is_what_deepspeed_moves(tiny_model: Path, tmp_path: Path, ep: i
         "stage3_prefetch_bucket_size": 0,
     }
     (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": eager}), encoding="utf-8")
-    changes = {"unlearning__ds_config": str(tmp_path / "ds.json"), "unlearning__forget_loss": "graddiff"}
-    path = tiny.write_config(tmp_path, tiny_model, model__dtype="bf16", **changes)
-    ranks = run_distributed(plan_jobs.step_traffic, 2, str(path), str(tmp_path / "run"), [f"distributed.ep={ep}"])
-    values = json.loads((tiny_model / "config.json").read_text(encoding="utf-8"))
     sized = {"unlearning__forget_rows": 2, "unlearning__retain_rows": 2, "data__context_length": 8}
-    planned: dict[str, float] = {}
-    for part in cost.unlearn_traffic(job_of(values, ClusterSpec(1, 2), distributed__ep=ep, **sized)):
-        name = part.name.split(" of ")[0]
-        planned[name] = planned.get(name, 0) + part.received_bytes
-    measured = {name: sum(rank.get(name, 0) for rank in ranks) / 2 for name in ranks[0]}
-    routed = measured.pop("all-to-all", 0), planned.pop("all-to-all", 0)
-    assert measured == planned
+    changes = {"unlearning__ds_config": str(tmp_path / "ds.json"), "unlearning__forget_loss": "graddiff"} | sized
+    path = tiny.write_config(tmp_path, tiny_model, model__dtype="bf16", distributed__ep=ep, **changes)
+    ranks = run_distributed(plan_jobs.zero3_job, 2, str(path), str(tmp_path / "run"), [])
+    config, _ = load_config(str(path), [], tmp_path / "run")
+    planned, kept = plan(config, ClusterSpec(nodes=1, gpus_per_node=2)), ranks[0]["kept"]
+    for part in ("parameters", "gradients", "master and Adam moments"):
+        # partitions are padded to equal length, which shows in a model this small
+        assert kept[part] == pytest.approx(planned.unlearn.memory.resident[part], rel=0.02), part
+    assert kept["checkpoint"] == pytest.approx(planned.checkpoint_bytes, rel=0.15)
+    moved: dict[str, float] = {}
+    values = json.loads((tiny_model / "config.json").read_text(encoding="utf-8"))
+    for entry in cost.unlearn_traffic(job_of(values, ClusterSpec(1, 2), distributed__ep=ep, **sized)):
+        name = entry.name.split(" of ")[0]
+        moved[name] = moved.get(name, 0) + entry.received_bytes
+    measured = {name: sum(rank["traffic"].get(name, 0) for rank in ranks) / 2 for name in ranks[0]["traffic"]}
+    routed = measured.pop("all-to-all", 0), moved.pop("all-to-all", 0)
+    assert measured == moved
     assert routed[0] == pytest.approx(routed[1], rel=0.25)  # the router decides, the plan spreads evenly
     assert (ep > 1) == (routed[1] > 0)
 

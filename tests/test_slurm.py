@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file
 from slurm_cluster import SlurmCluster, find_daemon, slurm_cluster
+from tiny import make_model, write_config
 
 pytestmark = pytest.mark.skipif(
     find_daemon("slurmctld") is None,
@@ -500,20 +501,23 @@ def trace_ds(
     )  # fmt: skip
 
 
+def submittable(place: Workplace) -> Path:
+    """A configuration that `trace-ds submit` can check, whose jobs the stand-in plays."""
+    place.env |= {"TRACE_DS_COMMAND": str(place.folder / "bin" / "trace-ds"), "PYTHONPATH": str(REPOSITORY)}
+    del place.env["RUN_DIR"]
+    return write_config(place.folder, make_model(place.folder / "model"))
+
+
 def test_a_submitted_chain_is_recorded_and_a_stop_between_its_jobs_holds(
     place: Workplace,
 ) -> None:
     """`trace-ds submit --chain`, its jobs played by the stand-in: a stop file touched while a stage runs that does not
     look at it ends the chain before the next one; a stale one from before the submission does not."""
-    from tiny import make_model, write_config
-
-    config = write_config(place.folder, make_model(place.folder / "model"))
+    config = submittable(place)
     run_dir = place.run_dir = place.folder / "runs" / "tiny"
     run_dir.mkdir(parents=True)
     (run_dir / "stop").touch()
     (place.fake / "calibrate.deaf").touch()
-    place.env |= {"TRACE_DS_COMMAND": str(place.folder / "bin" / "trace-ds"), "PYTHONPATH": str(REPOSITORY)}
-    del place.env["RUN_DIR"]
     options = ("submit", config, "--gpus-per-node", 1, "--sbatch", "--cpus-per-task=1")
     result = trace_ds(place.cluster, place.folder, *options, "--chain", env=place.env)
     assert result.returncode == 0, result.stderr
@@ -534,13 +538,9 @@ def test_a_submitted_chain_is_recorded_and_a_stop_between_its_jobs_holds(
 
 
 def test_a_submitted_array_runs_its_seeds_and_is_not_submitted_twice(place: Workplace) -> None:
-    from tiny import make_model, write_config
-
-    config = write_config(place.folder, make_model(place.folder / "model"))
+    config = submittable(place)
     run_dir = place.folder / "runs" / "tiny"
     (place.fake / "prepare.deaf").touch()
-    place.env |= {"TRACE_DS_COMMAND": str(place.folder / "bin" / "trace-ds"), "PYTHONPATH": str(REPOSITORY)}
-    del place.env["RUN_DIR"]
     options = ("submit", config, "--gpus-per-node", 1, "--sbatch", "--cpus-per-task=1", "--array", "0,3")
     result = trace_ds(place.cluster, place.folder, *options, env=place.env)
     assert result.returncode == 0, result.stderr
@@ -561,8 +561,6 @@ def test_a_submitted_array_runs_its_seeds_and_is_not_submitted_twice(place: Work
 
 
 def test_a_submission_that_slurm_refuses_leaves_nothing(cluster: SlurmCluster, tmp_path: Path) -> None:
-    from tiny import make_model, write_config
-
     config = write_config(tmp_path, make_model(tmp_path / "model"))
     before = sorted(tmp_path.rglob("*"))
     for form in ([], ["--chain"]):
@@ -588,7 +586,6 @@ def test_expert_parallel_size_8_over_two_nodes_counts_the_same(cluster: SlurmClu
     """2 nodes x 4 ranks, 8 experts, EP 8: collect's counts are those of one process."""
     from distributed import run_distributed
     from jobs import collect_job
-    from tiny import make_model, write_config
 
     config = write_config(tmp_path, make_model(tmp_path / "model", experts=8), distributed__ep=8)
     options = ("--nodes=2", "--ntasks-per-node=4", "--gpus-per-node=4", "--cpus-per-task=1")
@@ -611,8 +608,6 @@ def test_doctor_on_two_nodes_finds_what_differs(cluster: SlurmCluster, tmp_path:
     """As a job of its own; n2 sees another model and another run directory (mount namespaces), and no GPU anywhere."""
     if subprocess.run(["unshare", "--mount", "true"], capture_output=True, check=False).returncode:
         pytest.skip("mount namespaces are not allowed here")
-    from tiny import make_model, write_config
-
     config = write_config(tmp_path, make_model(tmp_path / "model"), distributed__ep=4)
     make_model(tmp_path / "other", seed=1)
     (tmp_path / "runs" / "tiny").mkdir(parents=True)
@@ -645,8 +640,6 @@ def test_doctor_on_two_nodes_finds_what_differs(cluster: SlurmCluster, tmp_path:
 def test_real_pipeline_over_two_nodes_with_stop_and_lost_node(cluster: SlurmCluster, tmp_path: Path) -> None:
     """`trace-ds submit` of ZeRO-3 and expert parallelism over two nodes on CPU: stopped, requeued, a node lost while it
     trains, requeued, done."""
-    from tiny import make_model, write_config
-
     model = make_model(tmp_path / "model")
     config = write_config(tmp_path, model, distributed__ep=2, unlearning__forget_loss="graddiff")
     run_dir = tmp_path / "runs" / "tiny"
@@ -697,7 +690,6 @@ def test_preempted_in_mid_training_it_ends_with_the_weights_of_an_undisturbed_jo
     """USR1 some steps into the training: saved, requeued by the script, resumed, completed; equal to the last bit."""
     import jobs
     from distributed import run_distributed
-    from tiny import make_model, write_config
 
     from trace_ds.checkpoints.manifest import read_manifest
     from trace_ds.config.load import load_config
@@ -706,28 +698,15 @@ def test_preempted_in_mid_training_it_ends_with_the_weights_of_an_undisturbed_jo
     from trace_ds.stages.prepare import prepare
 
     steps = 90
-    config = write_config(
-        tmp_path,
-        make_model(tmp_path / "model"),
-        distributed__ep=2,
-        unlearning__steps=steps,
-        unlearning__save_every=1000,
-    )
+    changes = {"distributed__ep": 2, "unlearning__steps": steps, "unlearning__save_every": 1000}
+    config = write_config(tmp_path, make_model(tmp_path / "model"), **changes)
     undisturbed, preempted = tmp_path / "undisturbed", tmp_path / "preempted"
     loaded, path = load_config(str(config), [], undisturbed)
     prepare(loaded, RunDirectory.at(path))
     run_distributed(jobs.collect_job, 2, str(config), str(undisturbed), [])
     calibrate(loaded, RunDirectory.at(path))
     shutil.copytree(undisturbed, preempted)
-    environment = {
-        "TRACE_DS_HOME": str(REPOSITORY),
-        "TRACE_DS_SITE": os.devnull,
-        "TRACE_DS_COMMAND": f"{sys.executable} -m trace_ds",
-        "TRACE_DS_STAGES": "unlearn",
-        "RUN_DIR": str(preempted),
-        "PYTHONPATH": str(REPOSITORY),
-        "CUDA_VISIBLE_DEVICES": "",
-    }
+    environment = REAL | {"TRACE_DS_STAGES": "unlearn", "RUN_DIR": str(preempted)}
     script = REPOSITORY / "slurm" / "unlearn_mixtral.sh"
     job = cluster.submit(script, str(config), options=SMALL, env=environment, cwd=tmp_path)
     log = preempted / "logs" / "unlearn.jsonl"

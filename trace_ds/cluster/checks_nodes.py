@@ -26,6 +26,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from trace_ds.cluster.bandwidth import bandwidth_lines, time_collectives
 from trace_ds.cluster.checks import Check, Status, first_line, nearest_directory
 from trace_ds.cluster.checks_machine import VERSIONS, port_checks
 from trace_ds.config.schema import Config
@@ -121,8 +122,6 @@ def _worst(found: dict[str, Check], nodes: int) -> Check:
 def bandwidth_checks(ranks: JoinedRanks) -> Iterator[Check]:
     """All-reduce and all-to-all between all ranks: over NCCL when every rank has a GPU of its own, else over gloo."""
     import torch
-
-    from trace_ds.cluster.bandwidth import bandwidth_lines, time_collectives
 
     where = f"{ranks.world.size} ranks on {len(set(ranks.nodes))} nodes"
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))

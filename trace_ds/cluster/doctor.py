@@ -20,12 +20,14 @@ from pathlib import Path
 from trace_ds.cluster import checks_machine as machine
 from trace_ds.cluster import checks_nodes as nodes
 from trace_ds.cluster import checks_run as run
+from trace_ds.cluster.bandwidth import bandwidth_checks
 from trace_ds.cluster.checks import Check, guarded, judged
 from trace_ds.cluster.plan import RunPlan, plan
 from trace_ds.cluster.spec import ClusterSpec
 from trace_ds.config.schema import Config
 from trace_ds.errors import UserError
-from trace_ds.parallel.environment import launched, local_rank_and_size, rank_and_size
+from trace_ds.parallel.environment import accelerator_count, launched, local_rank_and_size, rank_and_size
+from trace_ds.stages.pipeline import process_count
 
 EXIT_MISSING = 1
 STYLES = {"OK": "green", "WARN": "yellow", "MISS": "bold red"}
@@ -35,7 +37,7 @@ def run_checks(config: Config | None, run_dir: Path | None, *, bandwidth: bool =
     """All checks of a bare start: the machine's always, a run's when ``config`` (and ``run_dir``) are given."""
     found = machine_checks(config)
     if bandwidth:
-        found += guarded("collectives", "bandwidth", _bandwidth)
+        found += guarded("collectives", "bandwidth", bandwidth_checks)
     return found + share_checks(config, run_dir)
 
 
@@ -60,7 +62,9 @@ def share_checks(config: Config | None, run_dir: Path | None, ranks: nodes.Joine
     Args:
         ranks: of the job that a launcher started, this process being its first on this node; None: a bare start.
     """
-    processes = ranks.nodes.count(ranks.node) if ranks else _processes(config)
+    processes = process_count(config) if config else accelerator_count() or 1
+    if ranks:
+        processes = ranks.nodes.count(ranks.node)
     here = _plan_on(config, len(set(ranks.nodes)) if ranks else 1, processes)
     needed = None if here is None else here.host_bytes
     found = guarded("cpu", "cpu", lambda: machine.cpu_checks(config, processes, needed))
@@ -79,12 +83,6 @@ def share_checks(config: Config | None, run_dir: Path | None, ranks: nodes.Joine
     return found
 
 
-def _bandwidth() -> Iterator[Check]:
-    from trace_ds.cluster.bandwidth import bandwidth_checks
-
-    yield from bandwidth_checks()
-
-
 def _gpus() -> tuple[int, float]:
     """Number of GPUs here and the smallest one's bytes; (0, 0) without torch or GPU."""
     try:
@@ -95,13 +93,6 @@ def _gpus() -> tuple[int, float]:
     except ImportError:
         return 0, 0.0
     return count, float(min(sizes, default=0))
-
-
-def _processes(config: Config | None) -> int:
-    """Processes that a bare start launches here (see ``distributed.nproc``)."""
-    if config is not None and config.distributed.nproc is not None:
-        return config.distributed.nproc
-    return _gpus()[0] or 1
 
 
 def _plan_on(config: Config | None, nodes: int, processes: int) -> RunPlan | None:

@@ -23,6 +23,7 @@ from pathlib import Path
 from trace_ds.demo.corpora import Regime
 from trace_ds.demo.facts import PACKAGES
 from trace_ds.errors import JobFailed, UserError
+from trace_ds.models.families import model_fingerprint
 from trace_ds.run import artefact, ours
 from trace_ds.run.directory import locked
 from trace_ds.run.files import remove_directory, remove_leftovers, replacing_directory, write_json
@@ -161,19 +162,13 @@ def _models(run_dir: Path, corpora: str, seed: int, names: Sequence[str]) -> Non
     print(f"[demo] training {' and '.join(todo)}: a small Mixtral, from scratch, one CPU thread each", flush=True)
     _train(run_dir / "corpora", folder, todo, seed)
     for name in todo:
-        write_json(folder / f"{name}.json", wanted[name] | {"fingerprint": _fingerprint(folder / name)})
-
-
-def _fingerprint(path: Path) -> str:
-    from trace_ds.models.families import model_fingerprint
-
-    return model_fingerprint(path)
+        write_json(folder / f"{name}.json", wanted[name] | {"fingerprint": model_fingerprint(folder / name)})
 
 
 def _model_is_done(folder: Path, name: str, wanted: dict[str, object]) -> bool:
     try:
         found = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
-        return found == wanted | {"fingerprint": _fingerprint(folder / name)}
+        return found == wanted | {"fingerprint": model_fingerprint(folder / name)}
     except (OSError, ValueError, UserError):
         return False
 

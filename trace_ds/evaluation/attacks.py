@@ -228,30 +228,14 @@ class Decisions:
         return decide
 
 
-@dataclass(frozen=True)
-class Attacked:
-    """What an attack found, as told in a result, and the score records that sum it up."""
-
-    told: dict[str, Any]
-    worst: dict[str, float | None]  # "TASK METRIC" -> score under the attack
-
-
-def relearning_attack(
-    model: LanguageModel, forget: TokenDataset, settings: RelearningConfig, seed: int, score: Callable[[], Any]
-) -> Attacked:
-    """:func:`relearn` with the forget tasks' scores; the model is changed."""
-    told = relearn(model, forget, settings, seed, score)
-    return Attacked(told, told["curve"][-1]["scores"])
-
-
 def forcing_attack(
     model: LanguageModel,
     tasks: list[Task],
     score: Score,
     critical_LE: np.ndarray | None,
     original: Mapping[str, Decisions],
-) -> Attacked:
-    """Scores of the forget tasks under every kind of forcing that can be done.
+) -> dict[str, dict[str, float | None]]:
+    """Scores of the forget tasks by kind: unforced (``none``), and under every kind of forcing that can be done.
 
     Args:
         original: the original model's decisions by task; every task is replayed from its own beginning, since a model
@@ -267,19 +251,22 @@ def forcing_attack(
         if task.config.name in original:
             with forced(model.model, original[task.config.name].repeat()):
                 told.setdefault("original_routing", {}).update(score([task]))
-    names = told["none"]
+    return told
+
+
+def worst_of(told: Mapping[str, Mapping[str, float | None]]) -> dict[str, float | None]:
+    """The highest score that any kind of :func:`forcing_attack` gave."""
     kinds = [scores for kind, scores in told.items() if kind != "none"]
-    worst = {
+    return {
         name: max((value for scores in kinds if (value := scores.get(name)) is not None), default=None)
-        for name in names
+        for name in told["none"]
     }
-    return Attacked(told, worst)
 
 
-def score_records(result: dict[str, Any], prefix: str, attacked: Attacked) -> list[dict[str, Any]]:
+def score_records(result: dict[str, Any], prefix: str, attacked: Mapping[str, float | None]) -> list[dict[str, Any]]:
     """The forget scores of a result as the attack left them: metric ``PREFIX_METRIC``."""
     return [
-        {**score, "metric": f"{prefix}_{score['metric']}", "value": attacked.worst[key]}
+        {**score, "metric": f"{prefix}_{score['metric']}", "value": attacked[key]}
         for score in result["scores"]
-        if (key := f"{score['task']} {score['metric']}") in attacked.worst
+        if (key := f"{score['task']} {score['metric']}") in attacked
     ]

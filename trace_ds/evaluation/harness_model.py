@@ -38,11 +38,7 @@ class SharedLM(HFLM):
                 raise Diverged
             return found
 
-        found = self._shared.shared_out(batches, answer, lambda batch: None)
-        answers: dict[int, Answer] = {}
-        for batch, part in zip(batches, found, strict=True):
-            answers |= dict(zip(batch, part, strict=True))
-        return [answers[index] for index in range(len(requests))]
+        return self._shared.in_order(batches, answer)
 
 
 def plan_requests(requests: list[Request], rows: int) -> list[list[int]]:

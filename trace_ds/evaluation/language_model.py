@@ -112,6 +112,21 @@ class LanguageModel:
                 advance(batch)
         return [parts[number % size][1][number // size] for number in range(len(batches))]
 
+    def in_order(
+        self,
+        batches: list[list[int]],
+        do: Callable[[list[int]], list[R]],
+        advance: Callable[[int], None] | None = None,
+    ) -> list[R]:
+        """``do`` of every batch of indices (each from 0 on is in one), :meth:`shared_out`; what it gives, by index."""
+        found = self.shared_out(batches, do, lambda batch: advance(len(batch)) if advance is not None else None)
+        by_index = {
+            index: one
+            for batch, part in zip(batches, found, strict=True)
+            for index, one in zip(batch, part, strict=True)
+        }
+        return [by_index[index] for index in range(len(by_index))]
+
     @property
     def device(self) -> torch.device:
         return self.model.get_input_embeddings().weight.device
@@ -175,15 +190,7 @@ class LanguageModel:
             Diverged: a log-probability is not finite.
         """
         batches = plan_batches(sequences, self.settings.batch_rows, self.model.config.vocab_size)
-        found = self.shared_out(
-            batches,
-            lambda batch: self._score_batch([sequences[index] for index in batch], moments),
-            lambda batch: advance(len(batch)) if advance is not None else None,
-        )
-        by_index = {
-            i: scores for batch, part in zip(batches, found, strict=True) for i, scores in zip(batch, part, strict=True)
-        }
-        return [by_index[index] for index in range(len(sequences))]
+        return self.in_order(batches, lambda batch: self._score_batch([sequences[i] for i in batch], moments), advance)
 
     def _score_batch(self, rows: list[Sequence], moments: bool) -> list[TokenScores]:
         length = max(len(row.ids) for row in rows)
@@ -235,17 +242,11 @@ class LanguageModel:
         order = sorted(range(len(prompts)), key=lambda index: (-lengths[index], -len(prompts[index]), index))
         size = self.settings.batch_rows
         batches = [order[begin : begin + size] for begin in range(0, len(order), size)]
-        found = self.shared_out(
-            batches,
-            lambda batch: self._continue_batch(
-                [prompts[index] for index in batch], [lengths[index] for index in batch]
-            ),
-            lambda batch: advance(len(batch)) if advance is not None else None,
-        )
-        by_index = {
-            i: new for batch, part in zip(batches, found, strict=True) for i, new in zip(batch, part, strict=True)
-        }
-        return [by_index[index] for index in range(len(prompts))]
+
+        def go_on(batch: list[int]) -> list[list[int]]:
+            return self._continue_batch([prompts[index] for index in batch], [lengths[index] for index in batch])
+
+        return self.in_order(batches, go_on, advance)
 
     def _continue_batch(self, prompts: list[list[int]], lengths: list[int]) -> list[list[int]]:
         from transformers import GenerationConfig

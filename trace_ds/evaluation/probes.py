@@ -106,13 +106,12 @@ class Attacks:
         if self.settings.expert_forcing:
             critical_LE = critical_experts(self.run)
             found = attacks.forcing_attack(model, tasks, lambda t: self.score(model, t), critical_LE, decisions)
-            result["attacks"]["expert_forcing"] = found.told
-            records += attacks.score_records(result, "forced", found)
+            result["attacks"]["expert_forcing"] = found
+            records += attacks.score_records(result, "forced", attacks.worst_of(found))
         if relearning is not None:
             assert self.data is not None
             forget = TokenDataset.open(self.data.file("forget.arrow"))
-            seed = self.seed
-            found = attacks.relearning_attack(model, forget, relearning, seed, lambda: self.score(model, tasks))
-            result["attacks"]["relearning"] = found.told
-            records += attacks.score_records(result, "relearned", found)
+            told = attacks.relearn(model, forget, relearning, self.seed, lambda: self.score(model, tasks))
+            result["attacks"]["relearning"] = told
+            records += attacks.score_records(result, "relearned", told["curve"][-1]["scores"])
         result["scores"] += records
