@@ -233,7 +233,7 @@ def test_online_weights_bring_the_frequencies_closer(per_row: bool) -> None:
     assert told[-1]["retain_weight_mean"] == pytest.approx(1, abs=0.01)
 
 
-@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("level", ["token", "row", "sequence"])
 def test_a_refreshed_theta_of_the_inverse_rule_is_still_inverse(level: str) -> None:
     """The same rows by both rules: opposite shifts of the frequencies, and the floor holds."""
     rng = np.random.default_rng(0)
@@ -244,9 +244,9 @@ def test_a_refreshed_theta_of_the_inverse_rule_is_still_inverse(level: str) -> N
     forget_LE = np.array([[0.9, 0.5, 0.3, 0.3], [0.2, 0.4, 0.4, 1.0]])
     moved = {}
     for rule in ("raking", "inverse"):
-        made = SimpleNamespace(settings={"clip": 20.0, "ess_floor": 0.9, "rule": rule})
+        made = SimpleNamespace(settings={"clip": 20.0, "ess_floor": 0.9, "rule": rule, "level": level})
         weights = RefreshedWeights(
-            torch.nn.Identity(), np.zeros((2, 4)), 0.0, 20.0, level == "sequence", torch.device("cpu"),
+            torch.nn.Identity(), np.zeros((2, 4)), 0.0, 20.0, level != "token", torch.device("cpu"),
             every=1, scope_LE=np.ones((2, 4), dtype=bool), calibration=made,
         )  # fmt: skip
         theta_LE, log_mean = weights._solve(forget_LE, chosen.astype(np.uint8), np.ones(600), np.full(30, 20))
