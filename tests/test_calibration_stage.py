@@ -37,35 +37,42 @@ LAYERS, EXPERTS, TOP_K = 3, 4, 2
 
 
 def write_statistics(
-    config: Config, run: RunDirectory, *, trace: bool = True, parts: int = 2, rows: bool = False
+    config: Config,
+    run: RunDirectory,
+    *,
+    trace: bool = True,
+    parts: int = 2,
+    rows: bool = False,
+    shape: tuple[int, int, int] = (LAYERS, EXPERTS, TOP_K),
 ) -> None:
     """Statistics artefacts as ``collect`` writes them, from synthetic routing over the prepared tokens."""
     data = artefact.load(run.data, "data", "prepare CONFIG")
     rng = np.random.default_rng(0)
-    logits = rng.normal(scale=0.8, size=(3, LAYERS, EXPERTS))
+    layers, experts, top_k = shape
+    logits = rng.normal(scale=0.8, size=(3, layers, experts))
     logits[1] = 0.8 * logits[0] + 0.2 * logits[1]
     for side in ("forget", "retain"):
         dataset = TokenDataset.open(data.file(f"{side}.arrow"))
         documents = dataset.document_ids_T[:]
         number = int(documents.max()) + 1
         topic_D = np.zeros(number, np.int64) if side == "forget" else 1 + (np.arange(number) % 4 > 0)
-        shape = make_corpus(rng, topic_D, logits, TOP_K, taste=0.2)
-        noisy = logits[topic_D][documents] + rng.gumbel(size=(len(documents), LAYERS, EXPERTS))
-        chosen = np.sort(np.argsort(-noisy, axis=2)[:, :, :TOP_K], axis=2).astype(np.uint8)
+        shape = make_corpus(rng, topic_D, logits, top_k, taste=0.2)
+        noisy = logits[topic_D][documents] + rng.gumbel(size=(len(documents), layers, experts))
+        chosen = np.sort(np.argsort(-noisy, axis=2)[:, :, :top_k], axis=2).astype(np.uint8)
         tokens = type(shape.tokens)(dataset.row_starts_R1, documents, number)
         corpus = Corpus(chosen, tokens, topic_D)
         directory = run.statistics / side
         shutil.rmtree(directory, ignore_errors=True)
         directory.mkdir(parents=True)
-        statistics = corpus.statistics(EXPERTS)
+        statistics = corpus.statistics(experts)
         statistics.save(directory / "statistics.safetensors")
         if trace:
             for part, array in enumerate(np.array_split(chosen, parts)):
                 np.save(directory / f"trace-{part:05d}-of-{parts:05d}.npy", array)
         if rows:
             counted_T, row_T = tokens.counted(0, tokens.tokens), tokens.row_of(0, tokens.tokens)
-            counts = np.zeros((tokens.rows, LAYERS, EXPERTS), np.uint16)
-            for layer in range(LAYERS):
+            counts = np.zeros((tokens.rows, layers, experts), np.uint16)
+            for layer in range(layers):
                 np.add.at(counts[:, layer], (row_T[counted_T][:, None], chosen[counted_T][:, layer]), 1)
             for name, array in (
                 ("row_counts", counts),
@@ -81,9 +88,9 @@ def write_statistics(
             "side": side,
         }
         summary = {
-            "layers": list(range(LAYERS)),
-            "experts": EXPERTS,
-            "top_k": TOP_K,
+            "layers": list(range(layers)),
+            "experts": experts,
+            "top_k": top_k,
             "tokens": statistics.tokens,
             "documents": statistics.documents,
             "rows": len(dataset),
@@ -294,6 +301,17 @@ def test_uniform_weights_that_nobody_asked_for_are_an_error(job, monkeypatch, fl
     ):
         calibrate(config, run)
     assert not run.calibration.exists()
+
+
+@pytest.mark.parametrize("shape", [(16, 64, 8), (48, 128, 8)], ids=lambda shape: f"{shape[0]}x{shape[1]}")
+def test_few_tokens_and_the_experts_of_a_real_model(job, shape: tuple[int, int, int]) -> None:
+    """Up to 6,144 experts on the 2,915 tokens of the tiny corpora, which cannot tell most of them apart."""
+    config, run = job(calibration__ess_floor=0.5)
+    write_statistics(config, run, shape=shape)
+    diagnosis = json.loads(calibrate(config, run).file("diagnosis.json").read_text())
+    assert diagnosis["constraints"] == shape[0] * shape[1] and diagnosis["converged"]
+    assert 0.5 <= diagnosis["ess_fraction"] < 0.505 and "below the floor" in diagnosis["lambda_limit"]
+    assert 0.05 < diagnosis["lambda"] < 1 and diagnosis["gap_closed"] > 0.02
 
 
 def test_level_row_by_what_collect_recorded_equals_that_by_the_trace(job) -> None:

@@ -12,7 +12,7 @@
 
 ``--skewed``: in every layer one expert is selected by every token (as a shared one is), one by none, one hardly ever,
 one nearly always, and two are always selected together. ``--rows``: the selections of so many rows of 1,024 tokens,
-drawn from the mean of their tokens, and a sample of 200,000 tokens, instead of a trace.
+drawn around those of stretches of a small corpus, and a sample of its tokens, instead of a trace.
 
 The routing is synthetic with the correlations of real routing: the token's type (Zipf-distributed) decides most of the
 choice in each layer, the document's topic some of it, and a little is noise. Making the trace is not timed and happens

@@ -252,7 +252,7 @@ def _weak(detection: Detection, calibrated: Calibrated, achieved_LE: np.ndarray,
     if by_rows < LEAST_CLOSED:
         found.append(
             f"drawing rows by their mean weight closes {by_rows:.1%} of the frequency gap (the token weights close "
-            f"{by_tokens:.1%}): unlearning.apply: sampling will do next to nothing; use calibration.level: sequence or "
+            f"{by_tokens:.1%}): unlearning.apply: sampling will do next to nothing; use calibration.level: row or "
             "unlearning.apply: loss"
         )
     if row_ess(calibrated) > MOST_ROW_ESS:

@@ -409,9 +409,10 @@ def solve(
             rebuild()
             slow, last = 0, np.inf
             free_S, fixed_S, direction_S, decrement = look()
-        value, step, found = aim.dual(point, reached), 1.0, None
+        # The decrement is by how much the step changes the log-weights (root mean square): never by more than e or so.
+        value, step, found = aim.dual(point, reached), min(1.0, 1.0 / max(decrement, 1e-300)), None
         flat = float((free_S * direction_S).sum()) < 1e-11 * (1.0 + abs(value))
-        while found is None and step > 1e-6:
+        while found is None and step > 1e-7:
             moved_S = np.clip(point.theta_S - step * direction_S, -aim.box, aim.box)
             trial = evaluate(units, moved_S, context.threads, context.world)
             passes += 1
@@ -549,7 +550,7 @@ def _solve_all(
         origin = evaluate(sample, nothing_S, context.threads)
         curvature = Curvature(core, core.number == number, aim, origin, context.threads)
         feasible = replace(aim, shift_S=curvature.feasible(shift_S))
-        limits = (1e-13, 1e-11) if curvature.exact else (TOLERANCE, WEIGHT_TOLERANCE)
+        limits = (1e-13, 1e-11) if curvature.exact and number >= size else (TOLERANCE, WEIGHT_TOLERANCE)
         return solve(sample, feasible, curvature, alone, origin, None, *limits, MAX_SAMPLE_PASSES), feasible
 
     if sample.number == number:

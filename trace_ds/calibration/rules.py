@@ -54,8 +54,6 @@ from trace_ds.calibration.weights import (
 )
 from trace_ds.config.schema import WITHOUT_TRACE, CalibrationConfig
 
-RAKING_RULES = ("raking", "permuted", "random_experts", "inverse")
-RATIO_RULES = ("ratio_mean", "ratio_max")
 MAX_CORRECTIONS = 30
 LIMITS = {
     "": "the targets are the forget frequencies themselves, or the closest feasible ones",
@@ -166,7 +164,7 @@ def apply_rule(
     if config.rule != "uniform" and scope_LE.any():
         if trace is None:
             raise ValueError(f"the rule {config.rule} needs the routing trace")
-        if config.rule in RATIO_RULES:
+        if config.rule in RATIOS:
             wanted_LE = scope_LE if selected_LE is None else scope_LE & selected_LE
             _apply_ratios(config, tokens, trace, wanted_LE, forget_LE, retain_LE, u_T, spool, result)
             result.ess, result.max_weight = size_and_maximum(result.weight_T, tokens)
@@ -327,8 +325,7 @@ def _apply_ratios(
     for result.iterations in range(MAX_CORRECTIONS + 1):
         ratio_LE = np.zeros(scope_LE.shape)
         ratio_LE[scope_LE] = ratio_S
-        of = _mean_of if config.rule == "ratio_mean" else _largest_of
-        scoring = functools.partial(of, ratio_LE=ratio_LE, scope_LE=scope_LE)
+        scoring = functools.partial(RATIOS[config.rule], ratio_LE=ratio_LE, scope_LE=scope_LE)
         _write_scores(u_T, tokens, trace, scope_LE.shape[1], scoring)
         _finish(config, tokens, u_T, result)
         if config.level == "sequence":
@@ -419,6 +416,9 @@ def _largest_of(packing: Packing, ratio_LE: np.ndarray, scope_LE: np.ndarray) ->
         return np.log(np.where(np.isfinite(best_T), best_T, 1.0))
 
     return log_largest
+
+
+RATIOS = {"ratio_mean": _mean_of, "ratio_max": _largest_of}
 
 
 def _write_scores(
