@@ -253,7 +253,7 @@ def test_the_rows_of_every_kind_of_file_are_checked(place: Path, tmp_path: Path)
                 with pytest.raises(UserError, match=f"{message}") as caught:
                     read_task(task_of("wmdp_bio", file))
                 assert f"{file}:2" in caught.value.line()
-    for name, message in (("broken.parquet", "not a Parquet file"), ("list.csv", "a CSV cell holds no list")):
+    for name, message in (("broken.parquet", "not a whole Parquet file"), ("list.csv", "a CSV cell holds no list")):
         (tmp_path / name).write_text("question,choices,answer\n")
         with pytest.raises(UserError, match=message):
             read_task(task_of("wmdp_bio", tmp_path / name))
