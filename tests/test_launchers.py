@@ -58,7 +58,7 @@ def test_all_launchers_give_the_same_bytes(prepared: Path) -> None:
     folder = prepared.parent
     for name, command in LAUNCHERS.items():
         for verb in ("collect", "calibrate", "unlearn"):
-            if verb == "calibrate" and name != "bare":  # one process without any launcher, from the same statistics
+            if verb == "calibrate" and name not in ("bare", "torchrun"):  # on two ranks once, from the same statistics
                 assert tree(folder / name / "statistics") == tree(folder / "bare" / "statistics"), name
                 shutil.copytree(folder / "bare" / "calibration", folder / name / "calibration")
                 continue

@@ -32,8 +32,8 @@ FIXES = {
     errno.ELOOP: "correct the links, which lead around in a circle",
     errno.ENOTDIR: "correct the path",
 }
-LAUNCHED = ("collect", "unlearn", "evaluate")
-ONE_PROCESS = ("prepare", "calibrate", "convert", "report", "run", "submit", "demo", "bench")
+LAUNCHED = ("collect", "calibrate", "unlearn", "evaluate")
+ONE_PROCESS = ("prepare", "convert", "report", "run", "submit", "demo", "bench")
 
 app = typer.Typer(
     name="trace-ds",
@@ -185,7 +185,7 @@ def calibrate(
     variant: VariantOption = None,
     dry_run: DryRunOption = False,
 ) -> None:
-    """Statistics → forget-critical experts and retain weights."""
+    """Statistics → forget-critical experts and retain weights (on one process or, under a launcher, many)."""
     _verb("calibrate", config, run_dir, set_, variant=variant, dry_run=dry_run)
 
 

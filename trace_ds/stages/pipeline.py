@@ -85,7 +85,7 @@ def run_verb(verb: str, request: Request, *, dry_run: bool = False) -> int:
         except UserError as error:  # a recipe can be read before there is a model
             print(f"# not ready: {error.line()}")
         return 0
-    if verb in LAUNCHABLE and launched():
+    if verb in (*LAUNCHABLE, "calibrate") and launched():
         return _run_as_rank(verb, request)
     check_early(verb, request)
     with locked(request.run, replaces_inputs=verb in REPLACE_INPUTS) as lock:
@@ -280,6 +280,10 @@ def _run_as_rank(verb: str, request: Request) -> int:
             from trace_ds.stages.evaluate import evaluate
 
             evaluate(request.config, request.run, world)
+        elif verb == "calibrate":
+            from trace_ds.stages.calibrate import calibrate
+
+            calibrate(request.config, request.run, world)
         else:
             from trace_ds.stages.unlearn import unlearn
 
