@@ -75,7 +75,7 @@ CONFIG_ERRORS = [
     ("unlearning.optimizer.betas=[2, -1]", "unlearning.optimizer.betas.0: Input should be less than 1 (found 2)"),
     ("unlearning.optimizer.betas=[0.9, -1]", "betas.1: Input should be greater than or equal to 0"),
     ("unlearning.optimizer.betas=[0.9]", "unlearning.optimizer.betas"),
-    ("unlearning.optimizer.lr=1e300", "lr: Input should be less than or equal to 100 (found 1e+300)"),
+    ("unlearning.optimizer.lr=1e300", "lr: no number here can be above 3.4e+38 (found 1e+300)"),
     (f"seed={2**64}", "seed: Input should be less than 9223372036854775808"),
     ("calibration.detection.layers=[-1]", "layers.0: Input should be greater than or equal to 0"),
     ("model.path={0}", "model.path"),
@@ -161,7 +161,7 @@ def test_every_number_is_bounded() -> None:
             if not any(part in str(field.annotation) for part in ("int", "float")):
                 continue
             plain = field.annotation in (int, float) or "list" not in str(field.annotation)
-            for value in (10**30, -(10**30), 1e300, -1e300):
+            for value in (10**39, -(10**39), 1e300, -1e300):
                 with pytest.raises(ValueError) as error:
                     section.model_validate({name: value if plain else [value]})
                 assert name in {str(item["loc"][0]) for item in error.value.errors()}, (section, name)  # type: ignore[attr-defined]

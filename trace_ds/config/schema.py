@@ -20,7 +20,7 @@ RULES = ("raking", "ratio_mean", "ratio_max", *CONTROL_RULES)
 WITHOUT_TRACE = ("uniform", "sources")  # no routing is needed for their weights
 
 T = TypeVar("T", int, float)
-LARGEST = 10**9
+LARGEST, FP32_LARGEST = 10**9, 3.4e38
 MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 4095
 
 
@@ -42,8 +42,9 @@ PathText = Annotated[str, AfterValidator(expanded)]
 
 
 def _bounded(value: T) -> T:
-    if abs(value) > LARGEST:
-        raise ValueError(f"no number here can be above {LARGEST:,}")
+    limit = LARGEST if isinstance(value, int) else FP32_LARGEST
+    if abs(value) > limit:
+        raise ValueError(f"no number here can be above {limit:,}")
     return value
 
 
@@ -212,9 +213,9 @@ class CalibrationConfig(Section):
 
 
 class OptimizerConfig(Section):
-    lr: Number = Field(1e-5, gt=0, le=100)
+    lr: Number = Field(1e-5, gt=0)
     betas: tuple[Beta, Beta] = Field((0.9, 0.99), strict=False)  # YAML has lists, no tuples
-    eps: Number = Field(1e-8, gt=0, le=1)
+    eps: Number = Field(1e-8, gt=0)
     weight_decay: Number = Field(0.0, ge=0)
     gradient_clipping: Number = Field(1.0, ge=0, description="0: off.")
     warmup_steps: Integer = Field(0, ge=0)
