@@ -258,8 +258,9 @@ def test_what_is_left_by_a_clock_that_the_test_sets(distances: list[float], said
     assert found == said
 
 
-def test_progress_says_of_each_solve_about_how_long_it_still_takes(monkeypatch) -> None:
-    """Each pass takes two seconds of a clock of ours."""
+@pytest.mark.parametrize(("share", "floor"), [(1.0, 0.5), (0.2, 0.1)])
+def test_progress_says_of_each_solve_about_how_long_it_still_takes(monkeypatch, share: float, floor: float) -> None:
+    """Each pass takes two seconds of a clock of ours. In the second case lambda is 1 and only the weights settle."""
     now_s, lines = [0.0], []
 
     def pass_of_two_seconds(*arguments: Any) -> Any:
@@ -270,18 +271,20 @@ def test_progress_says_of_each_solve_about_how_long_it_still_takes(monkeypatch) 
     for name in ("SAMPLE_UNITS", "WHOLE_UNITS", "CURVATURE_UNITS", "LEAST_CURVATURE_UNITS"):
         monkeypatch.setattr(raking, name, 1000)
     forget, retain = make_world(seed=1, layers=6, experts=16)
-    p, q = retain.dense(16).mean(axis=0), forget.dense(16).mean(axis=0)
+    p = retain.dense(16).mean(axis=0)
+    q = p + share * (forget.dense(16).mean(axis=0) - p)
     context = Context(say=lambda line: lines.append((now_s[0], line)), clock=lambda: now_s[0])
-    rake(TokenUnits(retain.as_trace(), np.ones((6, 16), dtype=bool), retain.tokens), q, p, 20.0, 0.5, None, context)
+    rake(TokenUnits(retain.as_trace(), np.ones((6, 16), dtype=bool), retain.tokens), q, p, 20.0, floor, None, context)
     first = [
         (at, line)
         for at, line in lines
         if line.startswith(f"first on a sample of 1,000 of {len(retain.dense(16)):,}, ")
     ]
     second = lines[len(first) :]
-    assert len(first) >= 4 and len(second) >= 6 and second[-1][1].endswith("; settled")
+    assert len(first) >= 2 and len(second) >= 6 and second[-1][1].endswith("; settled")
+    assert not any("settled" in line for _, line in [*first[:-1], *second[:-1]])
     for solve in (first, second):
-        late = [(line, solve[-1][0] - at) for at, line in solve[len(solve) // 3 : -1]]
+        late = [(line, solve[-1][0] - at) for at, line in solve[len(solve) // 2 : -1]]
         for line, left_s in late:
             said = re.search(r"; about (\d+) s left$", line)
             assert said is not None and abs(int(said[1]) - left_s) <= 6.0, (line, left_s)
