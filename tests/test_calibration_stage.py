@@ -30,7 +30,7 @@ from trace_ds.models.families import model_fingerprint
 from trace_ds.parallel.world import AgreedError
 from trace_ds.run import artefact
 from trace_ds.run.directory import RunDirectory
-from trace_ds.stages.calibrate import calibrate
+from trace_ds.stages.calibrate import Sparing, calibrate
 from trace_ds.stages.prepare import prepare
 
 LAYERS, EXPERTS, TOP_K = 3, 4, 2
@@ -423,6 +423,19 @@ def test_bench_tool_measures_and_fails_on_a_limit() -> None:
     told = json.loads(limits[0].stdout)
     assert told["constraints"] == 5 and told["converged"] and told["largest_miss"] < 1e-6
     assert "GiB, more than the limit of 0.001" in limits[1].stderr
+
+
+def test_a_line_of_progress_every_so_often_by_a_clock_that_the_test_sets() -> None:
+    now_s, lines = 50.0, []
+    sparing = Sparing(lines.append, 15.0, lambda: now_s)
+    for number in range(1, 26):
+        now_s += 2.0
+        sparing(f"pass {number}: about {50 - 2 * number} s left")
+    assert lines == [
+        "pass 8: about 34 s left (16 s so far)",
+        "pass 16: about 18 s left (32 s so far)",
+        "pass 24: about 2 s left (48 s so far)",
+    ]
 
 
 def test_table_names_what_matters(job) -> None:

@@ -126,14 +126,16 @@ def measure_rows(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from trace_ds.calibration.rules import apply_rule
     from trace_ds.calibration.tokens import TokenMap
     from trace_ds.config.schema import CalibrationConfig
+    from trace_ds.run.files import new_spool
+    from trace_ds.run.mapped import open_mapped
 
-    parts = (np.load(folder / "rows.npy", mmap_mode="r"),)
-    selected_NLK = np.load(folder / "retain.npy", mmap_mode="r")[::2]
-    forget = np.load(folder / "forget.npy", mmap_mode="r")
+    parts = (open_mapped(folder / "rows.npy"),)
+    selected_NLK = np.array(open_mapped(folder / "retain.npy")[::2])
+    forget = open_mapped(folder / "forget.npy")
     shape = arguments.layers, arguments.experts
     forget_LE = np.array([np.bincount(forget[:, layer].ravel(), minlength=shape[1]) for layer in range(shape[0])])
     starts = np.arange(arguments.rows + 1, dtype=np.int64) * 1025
-    documents = np.memmap(folder / "documents.i32", np.int32, "w+", shape=(int(starts[-1]),))
+    documents = new_spool(folder / "documents.i32", np.int32, (int(starts[-1]),))
     for start in range(0, arguments.rows, 1000):
         documents[start * 1025 : (start + 1000) * 1025] = np.arange(start, min(start + 1000, arguments.rows)).repeat(
             1025
@@ -216,10 +218,11 @@ def measure(arguments: argparse.Namespace, folder: Path, world: Any = None) -> d
     from trace_ds.calibration.tokens import TokenMap, Trace, count_selections
     from trace_ds.calibration.units import TokenUnits
     from trace_ds.config.schema import CalibrationConfig
+    from trace_ds.run.mapped import open_mapped
 
     def corpus(name: str) -> tuple[TokenMap, Trace]:
-        trace = np.load(folder / f"{name}.npy", mmap_mode="r")
-        documents = np.load(folder / f"{name}_documents.npy", mmap_mode="r")
+        trace = open_mapped(folder / f"{name}.npy")
+        documents = open_mapped(folder / f"{name}_documents.npy")
         starts = np.append(np.arange(0, len(trace), arguments.row_tokens), len(trace)).astype(np.int64)
         return TokenMap(starts, documents, int(documents[-1]) + 1), Trace((trace,))
 

@@ -151,7 +151,7 @@ def quantiles(weight_T: np.ndarray, tokens: TokenMap) -> dict[str, float]:
     kept, offset, least, most = [], 0, np.inf, -np.inf
     for start, stop in tokens.spans():
         w = np.asarray(weight_T[start:stop])[tokens.counted(start, stop)]
-        kept.append(w[(-offset) % step :: step])
+        kept.append(w[(-offset) % step :: step].copy())  # a view would keep the whole of w
         offset += len(w)
         least, most = min(least, float(w.min(initial=np.inf))), max(most, float(w.max(initial=-np.inf)))
     values = np.quantile(np.concatenate(kept), QUANTILES)

@@ -19,6 +19,7 @@ import numpy as np
 from trace_ds.calibration.tokens import open_stream
 from trace_ds.errors import UserError
 from trace_ds.run.artefact import Artefact, load
+from trace_ds.run.mapped import open_mapped
 
 
 def export(data: Artefact, calibration: Artefact, directory: Path) -> list[Path]:
@@ -39,8 +40,8 @@ def export(data: Artefact, calibration: Artefact, directory: Path) -> list[Path]
             "this calibration was made from other data", str(calibration.path), "run `trace-ds calibrate CONFIG` again"
         )
     directory.mkdir(parents=True, exist_ok=True)
-    weights_T = np.load(calibration.file("weights.npy"), mmap_mode="r", allow_pickle=False)
-    row_weight_R = np.load(calibration.file("row_weights.npy"), mmap_mode="r", allow_pickle=False)
+    weights_T = open_mapped(calibration.file("weights.npy"))
+    row_weight_R = open_mapped(calibration.file("row_weights.npy"))
     table = open_stream(data.file("retain_documents.arrow")).read_all()
     sums_D, counts_D = np.zeros(len(table)), np.zeros(len(table), np.int64)
     rows_path, documents_path = directory / "retain_rows.parquet", directory / "retain_documents.parquet"

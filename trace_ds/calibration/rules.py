@@ -41,7 +41,7 @@ import numpy as np
 from trace_ds.calibration.raking import Context, RakeArguments, Raked, rake, rake_sample
 from trace_ds.calibration.rows import RowSelections, build_row_store, row_sizes
 from trace_ds.calibration.selections import Packing, in_order
-from trace_ds.calibration.tokens import TokenMap, Trace, count_selections
+from trace_ds.calibration.tokens import RowSpread, TokenMap, Trace, count_selections
 from trace_ds.calibration.units import TokenUnits, Units
 from trace_ds.calibration.weights import (
     exponentiate,
@@ -141,7 +141,6 @@ def apply_rule(
         ValueError: a rule that needs the trace or the documents' weights without them, or no counted token.
     """
     context = context or Context()
-    u_T = spooled(spool / "log_weight.f64", tokens.tokens)
     result = Calibrated(
         spooled(spool / "weight.f64", tokens.tokens),
         np.zeros(tokens.rows),
@@ -149,16 +148,17 @@ def apply_rule(
         scope_LE,
         retain_LE.copy(),
     )
-    if config.rule == "sources":
-        _apply_sources(config, tokens, log_weight_D, u_T, result)
-        result.ess, result.max_weight = size_and_maximum(result.weight_T, tokens)
-        return result
-    if config.level == "row" and scope_LE.any():
+    if config.level == "row" and config.rule != "sources" and scope_LE.any():
         if selections is None:
             raise ValueError("level row needs the selections of each row")
-        _apply_rows(config, tokens, selections, forget_LE, retain_LE, error_LE, u_T, context, result)
+        _apply_rows(config, tokens, selections, forget_LE, retain_LE, error_LE, context, result)
         if config.rule == "permuted":
-            permute_rows(result, tokens, seed, scratch_T=u_T)
+            permute_rows(result, tokens, seed, scratch_T=spooled(spool / "scratch.f64", tokens.tokens))
+        result.ess, result.max_weight = size_and_maximum(result.weight_T, tokens)
+        return result
+    u_T = spooled(spool / "log_weight.f64", tokens.tokens)
+    if config.rule == "sources":
+        _apply_sources(config, tokens, log_weight_D, u_T, result)
         result.ess, result.max_weight = size_and_maximum(result.weight_T, tokens)
         return result
     if config.rule != "uniform" and scope_LE.any():
@@ -226,7 +226,6 @@ def _apply_rows(
     forget_LE: np.ndarray,
     retain_LE: np.ndarray,
     error_LE: np.ndarray | None,
-    u_T: np.ndarray,
     context: Context,
     result: Calibrated,
 ) -> None:
@@ -245,9 +244,7 @@ def _apply_rows(
     u_R = selections.scores(result.theta_LE)
     result.exponent = row_exponent(u_R[filled_R], config.ess_floor)
     result.theta_LE *= result.exponent
-    for start, stop in tokens.spans():
-        u_T[start:stop] = np.where(tokens.counted(start, stop), u_R[tokens.row_of(start, stop)], 0.0)
-    result.log_mean = exponentiate(u_T, result.weight_T, tokens, result.exponent)
+    result.log_mean = exponentiate(RowSpread(tokens, u_R), result.weight_T, tokens, result.exponent)
     result.row_weight_R = np.where(filled_R, np.exp(result.exponent * u_R - result.log_mean), 0.0)
     result.target_LE[:] = selections.sums(result.row_weight_R) / max(int(sizes_R.sum()), 1)
 

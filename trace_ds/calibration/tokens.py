@@ -15,6 +15,7 @@ import numpy as np
 from trace_ds.calibration.selections import Packing, in_order
 from trace_ds.corpora.dataset import CHUNK_TOKENS, FlatArray, TokenDataset, TokenMap, open_stream  # noqa: F401
 from trace_ds.errors import UserError
+from trace_ds.run.mapped import open_mapped
 
 
 def read_token_map(path: Path, documents: int) -> TokenMap:
@@ -58,7 +59,7 @@ def open_trace(paths: list[Path], layers: int, top_k: int, tokens: int, fix: str
     parts = []
     for path in paths:
         try:
-            part = np.load(path, mmap_mode="r", allow_pickle=False)
+            part = open_mapped(path)
         except (ValueError, OSError, EOFError) as error:
             raise UserError(f"this is not a trace part ({error})", str(path), fix) from None
         if part.dtype not in (np.uint8, np.uint16) or part.ndim != 3 or part.shape[1:] != (layers, top_k):

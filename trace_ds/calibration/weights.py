@@ -11,7 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
-from trace_ds.calibration.tokens import TokenMap
+from trace_ds.calibration.tokens import RowSpread, TokenMap
 from trace_ds.run.files import new_spool
 
 
@@ -23,7 +23,7 @@ class Weighted(Protocol):
     theta_LE: np.ndarray
 
 
-def _moments(u_T: np.ndarray, tokens: TokenMap, exponent: float, top: float) -> tuple[float, float, int]:
+def _moments(u_T: np.ndarray | RowSpread, tokens: TokenMap, exponent: float, top: float) -> tuple[float, float, int]:
     """Σ w, Σ w² and n of w = exp(c (u − top)) over counted tokens."""
     total, square, count = 0.0, 0.0, 0
     for start, stop in tokens.spans():
@@ -34,7 +34,7 @@ def _moments(u_T: np.ndarray, tokens: TokenMap, exponent: float, top: float) -> 
     return total, square, count
 
 
-def _top(u_T: np.ndarray, tokens: TokenMap) -> float:
+def _top(u_T: np.ndarray | RowSpread, tokens: TokenMap) -> float:
     tops = [
         float(np.asarray(u_T[start:stop])[tokens.counted(start, stop)].max(initial=-np.inf))
         for start, stop in tokens.spans()
@@ -64,7 +64,7 @@ def flattening(u_T: np.ndarray, tokens: TokenMap, ess_floor: float) -> float:
     return largest_exponent(ess, ess_floor)
 
 
-def exponentiate(u_T: np.ndarray, weight_T: np.ndarray, tokens: TokenMap, exponent: float) -> float:
+def exponentiate(u_T: np.ndarray | RowSpread, weight_T: np.ndarray, tokens: TokenMap, exponent: float) -> float:
     """Write w = exp(c u) / mean; returns the log of that mean."""
     top = _top(u_T, tokens)
     total, _, count = _moments(u_T, tokens, exponent, top)
@@ -140,4 +140,4 @@ def size_and_maximum(weight_T: np.ndarray, tokens: TokenMap) -> tuple[float, flo
 
 def spooled(path: Path, size: int) -> np.ndarray:
     """A zeroed float64 array [size] backed by a file (the page cache decides what stays in memory)."""
-    return new_spool(path, np.float64, (max(size, 1),))[:size]
+    return new_spool(path, np.float64, (size,))

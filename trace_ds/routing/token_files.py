@@ -26,6 +26,7 @@ from trace_ds.corpora.dataset import FlatArray
 from trace_ds.errors import UserError
 from trace_ds.run.artefact import Artefact
 from trace_ds.run.files import new_array, reserve
+from trace_ds.run.mapped import Mapped, open_mapped
 
 WHAT = {  # what a part holds, and the key that has it recorded (none: every collection since it exists)
     "trace": ("the routing trace", "set statistics.trace: true (or leave it out) and "),
@@ -66,7 +67,7 @@ def create_part(
     if fresh or 0 in shape:
         return new_array(path, dtype, shape)
     reserve(path)
-    found = np.lib.format.open_memmap(path, mode="r+")
+    found = np.lib.format.open_memmap(path, mode="r+").view(Mapped)
     if found.shape != tuple(shape) or found.dtype != dtype:
         raise ValueError(f"{path} has shape {found.shape} and type {found.dtype}, not {tuple(shape)} and {dtype}")
     return found
@@ -79,7 +80,7 @@ def part_paths(artefact: Artefact, name: str) -> list[Path]:
 
 def open_parts(artefact: Artefact, name: str) -> list[np.ndarray]:
     """The parts as read-only memory maps."""
-    return [np.load(path, mmap_mode="r", allow_pickle=False) for path in part_paths(artefact, name)]
+    return [open_mapped(path) for path in part_paths(artefact, name)]
 
 
 def require_parts(artefact: Artefact, name: str, needed_by: str) -> list[np.ndarray]:

@@ -93,23 +93,27 @@ def new_array(path: Path, dtype: np.dtype | type, shape: Sequence[int]) -> np.nd
     """A new .npy file of zeros as a writable memory map (a plain array, when it has no element)."""
     import numpy as np
 
+    from trace_ds.run.mapped import Mapped
+
     if 0 in shape:
         np.save(path, np.zeros(shape, dtype))
         return np.zeros(shape, dtype)
     array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=tuple(shape))
     reserve(path)
-    return array
+    return array.view(Mapped)
 
 
 def new_spool(path: Path, dtype: np.dtype | type, shape: Sequence[int]) -> np.ndarray:
     """The same without a header: scratch space that nobody opens by its name."""
     import numpy as np
 
+    from trace_ds.run.mapped import Mapped
+
     if 0 in shape:
         return np.zeros(shape, dtype)
     array = np.memmap(path, dtype, "w+", shape=tuple(shape))
     reserve(path)
-    return array
+    return array.view(Mapped)
 
 
 @contextlib.contextmanager

@@ -264,15 +264,17 @@ def _make(
 class Sparing:
     """Passes lines on, but one every so often, with the time since the beginning."""
 
-    def __init__(self, say: Callable[[str], None], every_s: float = 15.0) -> None:
-        self._say, self._every_s = say, every_s
-        self._begun_s = self._last_s = time.monotonic()
+    def __init__(
+        self, say: Callable[[str], None], every_s: float = 15.0, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._say, self._every_s, self._clock = say, every_s, clock
+        self._begun_s = self._last_s = clock()
 
     def __call__(self, line: str) -> None:
-        now_s = time.monotonic()
+        now_s = self._clock()
         if now_s - self._last_s >= self._every_s:
             self._last_s = now_s
-            self._say(f"{line} ({now_s - self._begun_s:.0f} s)")
+            self._say(f"{line} ({now_s - self._begun_s:.0f} s so far)")
 
 
 def refuse_uniform(config: Config, calibrated: Calibrated, run: RunDirectory) -> None:
