@@ -18,7 +18,9 @@ import numpy as np
 
 from trace_ds.calibration.tokens import open_stream
 from trace_ds.errors import UserError
-from trace_ds.run.artefact import Artefact, load
+from trace_ds.run import ours
+from trace_ds.run.artefact import Artefact, describe, load
+from trace_ds.run.files import replacing_directory
 from trace_ds.run.mapped import open_mapped
 
 
@@ -93,8 +95,12 @@ def main(arguments: list[str]) -> int:
     try:
         data = load(run.data, "data", "prepare CONFIG")
         calibration = load(run.calibration, "calibration", "calibrate CONFIG")
-        for path in export(data, calibration, Path(arguments[1])):
-            print(path)
+        out = Path(arguments[1])
+        with replacing_directory(out, ours.artefact("export")) as directory:
+            written = export(data, calibration, directory)
+            describe(directory, "export", {"data": data.content, "calibration": calibration.content}, {}, {})
+        for path in written:
+            print(out / path.name)
     except UserError as error:
         print(error.line(), file=sys.stderr)
         return error.exit_status
