@@ -29,7 +29,7 @@ from forked import Result, Server
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-EXAMPLES = 6
+EXAMPLES = 4
 STATES = "checkpoint/zero_pp_rank_0_mp_rank_00_model_states.pt"
 WANTED = int(os.environ.get("TRACE_DS_FUZZ", "0"))
 fuzz = settings(
