@@ -94,8 +94,9 @@ def make_model(
     top_k: int = 2,
     seed: int = 0,
     tied: bool = False,
+    **changes: Any,
 ) -> Path:
-    """A random model of ``family`` with its tokenizer, saved in the hub layout."""
+    """A random model of ``family`` with its tokenizer, saved in the hub layout; ``changes`` are of its config."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -136,7 +137,7 @@ def make_model(
         "granitemoe": {"num_local_experts": experts, "intermediate_size": 48, "logits_scaling": 2.0},
     }
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(family, **(common | own[family]))
+    config = AutoConfig.for_model(family, **(common | own[family] | changes))
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():  # routers that decide something: the default initialisation is nearly flat
         for name, parameter in model.named_parameters():
