@@ -192,7 +192,7 @@ def attack_table(table: Table | None) -> dict[str, Any] | None:
         {"attack": key[0], "stage": key[1], "score": key[2], "values": [values.get((*key, model)) for model in models]}
         for key in keys
     ]
-    return {"models": models, "lines": lines}
+    return {"heads": ["attack", "stage", "score", *(f"#{model}" for model in models)], "lines": lines}
 
 
 def meanings(table: Table | None) -> list[tuple[str, str]]:
