@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import tiny
 from distributed import CONTEXT, run_distributed
-from slurm_cluster import SlurmCluster, find_daemon
 
 from trace_ds.cluster import checks_machine, checks_nodes
 from trace_ds.cluster.checks import Check
@@ -34,7 +33,7 @@ def missing(checks: list[Check]) -> dict[str, Check]:
 # Faults of the machine
 
 
-@pytest.mark.parametrize(("version", "problem"), [("5.16.2", "older than 5.17"), ("5.23.0", "AutoEP")])
+@pytest.mark.parametrize(("version", "problem"), [("5.16.2", "not <5.23,>=5.17"), ("5.23.0", "not <5.23,>=5.17")])
 def test_an_old_and_a_new_transformers(
     version: str, problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -44,7 +43,7 @@ def test_an_old_and_a_new_transformers(
     monkeypatch.syspath_prepend(str(tmp_path))
     fault = missing(list(checks_machine.python_checks()))["transformers"]
     assert version in fault.detail and problem in fault.detail
-    assert fault.fix == 'pip install "transformers>=5.17,<5.23"'
+    assert fault.fix == 'pip install "transformers<5.23,>=5.17"'
 
 
 def test_a_missing_compiler_is_a_miss_for_offloading(
@@ -56,35 +55,6 @@ def test_a_missing_compiler_is_a_miss_for_offloading(
     monkeypatch.setenv("PATH", str(tmp_path))
     fault = missing(list(checks_machine.toolchain_checks(config)))["C++ compiler"]
     assert "offload.json" in fault.detail and "apt-get install g++" in fault.fix
-
-
-def test_a_gpu_that_slurm_promised_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8")
-    fault = missing(list(checks_machine.accelerator_checks(None)))["GPUs"]
-    assert fault.detail == "SLURM promises 8 on this node, torch sees 0" and "nvidia-smi" in fault.fix
-
-
-@pytest.mark.skipif(find_daemon("munged") is None, reason="munge is not installed")
-def test_a_stopped_munged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A real munged at the socket that slurm.conf names, then stopped."""
-    cluster = SlurmCluster(1, 0, 5)
-    cluster.base = Path(subprocess.check_output(["mktemp", "-d", "/tmp/munge-XXXXXX"], text=True).strip())
-    try:
-        cluster.base.chmod(0o755)
-        for name in ("munge", "log"):
-            (cluster.base / name).mkdir(mode=0o755)
-        socket_path = cluster._start_munged()
-        conf = tmp_path / "slurm.conf"
-        conf.write_text(f"ClusterName=test\nSlurmctldHost=localhost\nAuthInfo=socket={socket_path},ttl=60\n")
-        monkeypatch.setenv("SLURM_CONF", str(conf))
-        assert [check.status for check in checks_machine.munge_checks()] == ["OK"]
-        cluster.shut_down()
-        fault = missing(list(checks_machine.munge_checks()))["munge"]
-        assert "socket" in fault.detail and "start munged" in fault.fix
-    finally:
-        cluster.shut_down()
-        shutil.rmtree(cluster.base)
 
 
 # Faults of the storage, in a mount namespace of their own

@@ -16,8 +16,8 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from trace_ds.errors import UserError
+from trace_ds.models.families import EXPERTS_KEYS, FAMILIES
 
-FAMILIES = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3")
 MULTI_LATENT = ("deepseek_v2", "deepseek_v3")
 
 
@@ -151,7 +151,7 @@ def read_architecture(config: Mapping[str, Any], where: str = "config.json") -> 
         raise UserError(f"the model is not a supported MoE family ({kind})", where, f"use one of {', '.join(FAMILIES)}")
     read = _Reader(config, where)
     hidden, layers, heads = read("hidden_size"), read("num_hidden_layers"), read("num_attention_heads")
-    experts = read("num_local_experts", "num_experts", "n_routed_experts")
+    experts = read(*EXPERTS_KEYS)
     top_k = read("num_experts_per_tok")
     if top_k > experts:
         raise UserError(

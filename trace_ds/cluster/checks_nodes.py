@@ -12,12 +12,11 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import functools
-import importlib.metadata
 import os
+import platform
 import secrets
 import shutil
 import socket
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -28,7 +27,8 @@ from typing import TYPE_CHECKING
 
 from trace_ds.cluster.bandwidth import bandwidth_lines, time_collectives
 from trace_ds.cluster.checks import Check, Status, first_line, nearest_directory
-from trace_ds.cluster.checks_machine import VERSIONS, port_checks
+from trace_ds.cluster.checks_machine import installed, port_checks
+from trace_ds.cluster.checks_run import LOCKS_FIX
 from trace_ds.config.schema import Config
 from trace_ds.errors import UserError
 from trace_ds.parallel.environment import rank_and_size
@@ -170,18 +170,15 @@ def _facts(config: Config | None) -> dict[str, str]:
     from trace_ds.corpora.tokenizer import tokenizer_fingerprint
     from trace_ds.models.families import inspect_model, sample_sha256
 
-    versions = [f"python {sys.version.split()[0]}"]
-    for package in VERSIONS:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions.append(f"{package} {importlib.metadata.version(package)}")
-    facts = {"versions": ", ".join(versions)}
+    versions = ", ".join(f"{name} {version}" for name, version in installed().items())
+    facts = {"versions": f"python {platform.python_version()}, {versions}"}
     if config is None:
         return facts
     with contextlib.suppress(Exception):
         facts[f"model: {config.model.path}"] = inspect_model(config.model.path).fingerprint
     with contextlib.suppress(Exception):
         facts["tokenizer"] = tokenizer_fingerprint(config.model.tokenizer or config.model.path)
-    for side in ("forget", "retain"):
+    for side in config.data.sides:
         for file in getattr(config.data, side):
             with contextlib.suppress(Exception):
                 facts[f"{side}: {file.path}"] = sample_sha256(Path(file.path))
@@ -231,11 +228,10 @@ def _locks_between_nodes(ranks: JoinedRanks, path: Path) -> Check:
         found_by_rank = ranks.world.gather(found)  # the lock is held until all have tried
     found_by_rank[0] = failure and f"flock fails ({failure})"
     if any(found_by_rank):
-        fix = "mount with locks (Lustre: -o flock), and never start two jobs in one run directory"
         rank = next(rank for rank, text in enumerate(found_by_rank) if text)
         # without locks a run is refused by the main rank, the only one that takes them
         status: Status = "MISS" if failure else "WARN"
-        return Check("storage", "locks between nodes", status, f"{ranks.nodes[rank]}: {found_by_rank[rank]}", fix)
+        return Check("storage", "locks between nodes", status, f"{ranks.nodes[rank]}: {found_by_rank[rank]}", LOCKS_FIX)
     return Check("storage", "locks between nodes", "OK", "flock excludes the other ranks")
 
 

@@ -24,13 +24,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import trace_ds
-from trace_ds.cluster import architecture
 from trace_ds.cluster.job import DTYPE_BYTES
 from trace_ds.cluster.plan import evaluation_gpus, plan
 from trace_ds.cluster.spec import ClusterSpec
 from trace_ds.config.load import dump_yaml
 from trace_ds.config.schema import Config
 from trace_ds.errors import UserError
+from trace_ds.models.families import FAMILIES
 from trace_ds.run.directory import unwritable
 from trace_ds.run.files import write_json
 from trace_ds.stages.pipeline import Request, check_early
@@ -119,7 +119,7 @@ def submit_run(request: Request, cluster: Cluster, *, chain: bool, dry_run: bool
 def plan_warnings(config: Config, cluster: Cluster) -> list[str]:
     """What the cost model warns of; for a family that it does not know, just that."""
     family = read_model_config(config.model.path).get("model_type")
-    if family not in architecture.FAMILIES:
+    if family not in FAMILIES:
         return [f"the cost model does not know the family {family!r}: whether the run fits was not checked"]
     spec = ClusterSpec(cluster.nodes, cluster.gpus_per_node, gpu_memory_gb=cluster.gpu_memory_gb)
     return plan(config, spec).warnings
