@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import shutil
+import signal
 import socket
 from pathlib import Path
 from typing import Any
@@ -217,6 +219,18 @@ def test_storage_that_cannot_be_written(tmp_path: Path) -> None:
     if os.geteuid() != 0:
         (tmp_path / "closed").mkdir(mode=0o500)
         only_fault(list(checks_run.storage_checks(tmp_path / "closed" / "run", None)), "cannot be written")
+
+
+def test_storage_that_is_full(tmp_path: Path) -> None:
+    """A limit on the size of files: the write ends as on a full disk."""
+    size, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 21, size[1]))
+    try:
+        only_fault(list(checks_run.storage_checks(tmp_path / "run", None)), "write speed", "File too large")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, size)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert not list(tmp_path.iterdir())
 
 
 def test_storage_that_is_too_small(tmp_path: Path) -> None:

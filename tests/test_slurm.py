@@ -557,26 +557,25 @@ REAL = {
 def test_real_pipeline_over_two_nodes_with_stop_and_lost_node(cluster: SlurmCluster, tmp_path: Path) -> None:
     """`trace-ds submit` of ZeRO-3 and expert-parallel size 4 over two nodes of two ranks on CPU: stopped in mid
     training, requeued, a node lost, requeued, done. Counts are those of one process, weights those of an undisturbed
-    job, to the last bit."""
+    job, to the last bit. (What comes after training: tests/test_cluster_page.py.)"""
     import jobs
     from distributed import run_distributed
-    from transformers import AutoModelForCausalLM
 
     from trace_ds.checkpoints.manifest import read_manifest
 
     steps, name = 90, "step_000090"
     changes = {"unlearning__forget_loss": "graddiff", "unlearning__steps": steps, "unlearning__save_every": 1000}
-    model = make_model(tmp_path / "model")
-    config = write_config(tmp_path, model, distributed__ep=4, **changes)
+    config = write_config(tmp_path, make_model(tmp_path / "model"), distributed__ep=4, **changes)
+    environment = REAL | {"TRACE_DS_STAGES": "prepare collect calibrate unlearn report"}
     run_dir = tmp_path / "runs" / "tiny"
     command = ("submit", config, "--nodes", 2, "--gpus-per-node", 2, "--sbatch", "--cpus-per-task=1")
-    result = trace_ds(cluster, tmp_path, *command)
+    result = trace_ds(cluster, tmp_path, *command, env=environment)
     assert result.returncode == 0, result.stderr
     record = json.loads((run_dir / "submitted" / "1" / "jobs.json").read_text())
     ((stages, number),) = record["jobs"].items()
     assert stages.split() == STAGES and f"{number}: {stages}" in result.stdout
     job = int(number)
-    again = trace_ds(cluster, tmp_path, *command)
+    again = trace_ds(cluster, tmp_path, *command, env=environment)
     assert again.returncode == 2 and f"still queued or running: {job}" in again.stderr
 
     log = run_dir / "logs" / "unlearn.jsonl"
@@ -593,12 +592,6 @@ def test_real_pipeline_over_two_nodes_with_stop_and_lost_node(cluster: SlurmClus
     assert cluster.wait(job, 800) == "COMPLETED", cluster.output(job)
     assert f"resumed after step {stopped[1]}" in cluster.output(job)
     assert "world size 4, expert-parallel size 4" in cluster.output(job)
-    assert (run_dir / "report" / "index.html").is_file()
-
-    before, after = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (model, run_dir / "model"))
-    assert before.keys() == after.keys()
-    experts = [name for name in before if ".experts." in name]
-    assert experts and all(not before[name].equal(after[name]) for name in experts)
     # the environment goes with the job, but nowhere into what the run leaves: people share that
     written = [path for path in run_dir.rglob("*") if path.is_file()]
     assert {"logs", "submitted", "report"} <= {path.relative_to(run_dir).parts[0] for path in written}

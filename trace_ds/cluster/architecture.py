@@ -12,7 +12,7 @@ parameters, and DeepSeek-V3's multi-token-prediction module is not part of the m
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from trace_ds.errors import UserError
@@ -132,9 +132,7 @@ def active_parameters(a: Architecture) -> Parameters:
 
     The embedding counts whole, as in the published "active" figures, although a token reads one row of it.
     """
-    every = count_parameters(a)
-    used = a.moe_layers * a.top_k * a.expert_parameters
-    return Parameters(**{**{f.name: getattr(every, f.name) for f in fields(every)}, "experts": used})
+    return replace(count_parameters(a), experts=a.moe_layers * a.top_k * a.expert_parameters)
 
 
 def read_architecture(config: Mapping[str, Any], where: str = "config.json") -> Architecture:
