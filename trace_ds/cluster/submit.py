@@ -24,13 +24,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import trace_ds
+from trace_ds.cluster import architecture
 from trace_ds.cluster.job import DTYPE_BYTES
 from trace_ds.cluster.plan import evaluation_gpus, plan
 from trace_ds.cluster.spec import ClusterSpec
 from trace_ds.config.load import dump_yaml
 from trace_ds.config.schema import Config
 from trace_ds.errors import UserError
-from trace_ds.models.families import FAMILIES
 from trace_ds.run.directory import unwritable
 from trace_ds.run.files import write_json
 from trace_ds.stages.pipeline import Request, check_early
@@ -83,28 +83,33 @@ def submit_run(request: Request, cluster: Cluster, *, chain: bool, dry_run: bool
         print(f"WARNING trace-ds plan: {warning}")
     run_dir = Path(os.path.abspath(request.run.path))
     folder = run_dir / "submitted" / str(1 + len(list(run_dir.glob("submitted/[0-9]*"))))
-    if dry_run:
-        with tempfile.TemporaryDirectory() as temporary:
-            draft = Path(temporary) / "submission"
-            render(request, draft)
-            lines = command_lines(draft, run_dir, cluster, request.config, chain=chain)
-        for line in lines.values():
-            print(line.replace(str(draft), shlex.quote(str(folder))))
-        print(f"# dry run: nothing submitted; the files would be in {folder}")
-        return 0
-    check_queue(run_dir)
-    logs = run_dir / "logs"
-    made = next(path for path in reversed([folder, *folder.parents]) if not path.exists())
+    with tempfile.TemporaryDirectory() as temporary:
+        draft = Path(temporary) / "submission"
+        render(request, draft)
+        variables = _environment(draft, run_dir, cluster, request.config)
+        lines = {
+            stages: line.replace(str(draft), shlex.quote(str(folder)))
+            for stages, line in command_lines(draft, run_dir, cluster, variables, chain=chain).items()
+        }
+        if dry_run:
+            for line in lines.values():
+                print(line)
+            print(f"# dry run: nothing submitted; the files would be in {folder}")
+            return 0
+        check_queue(run_dir)
+        made = next(path for path in reversed([folder, *folder.parents]) if not path.exists())
+        try:
+            shutil.copytree(draft, folder)
+            (run_dir / "logs").mkdir(exist_ok=True)
+        except OSError as error:
+            raise unwritable(run_dir, error) from None
     try:
-        render(request, folder)
-        logs.mkdir(exist_ok=True)
-        lines = command_lines(folder, run_dir, cluster, request.config, chain=chain)
-        jobs = start(folder, run_dir, cluster, request.config, chain=chain)
-    except (UserError, OSError) as error:
+        jobs = start(folder, run_dir, cluster, _environment(folder, run_dir, cluster, request.config), chain=chain)
+    except UserError:
         with contextlib.suppress(OSError):
-            logs.rmdir()
-        shutil.rmtree(made, ignore_errors=True)
-        raise (unwritable(run_dir, error) if isinstance(error, OSError) else error) from None
+            (run_dir / "logs").rmdir()
+        shutil.rmtree(made)
+        raise
     ids = list(jobs.values())
     commands = [re.sub(r"(?<=afterok:)JOB(\d+)", lambda match: ids[int(match[1]) - 1], line) for line in lines.values()]
     write_json(folder / "jobs.json", {"jobs": jobs, "commands": commands})
@@ -119,7 +124,7 @@ def submit_run(request: Request, cluster: Cluster, *, chain: bool, dry_run: bool
 def plan_warnings(config: Config, cluster: Cluster) -> list[str]:
     """What the cost model warns of; for a family that it does not know, just that."""
     family = read_model_config(config.model.path).get("model_type")
-    if family not in FAMILIES:
+    if family not in architecture.FAMILIES:
         return [f"the cost model does not know the family {family!r}: whether the run fits was not checked"]
     spec = ClusterSpec(cluster.nodes, cluster.gpus_per_node, gpu_memory_gb=cluster.gpu_memory_gb)
     return plan(config, spec).warnings
@@ -146,18 +151,18 @@ def scripts_folder() -> Path:
     return next(folder for folder in (package / "slurm", package.parent / "slurm") if folder.is_dir())
 
 
-def command_lines(folder: Path, run_dir: Path, cluster: Cluster, config: Config, *, chain: bool) -> dict[str, str]:
+def command_lines(
+    folder: Path, run_dir: Path, cluster: Cluster, variables: dict[str, str], *, chain: bool
+) -> dict[str, str]:
     """{stages: the command line that submits them}; jobs that do not exist yet are JOB1, JOB2, …"""
     if not chain:
         return {STAGES_OF_A_JOB: shlex.join(_sbatch(folder, run_dir, cluster))}
-    variables = _environment(folder, run_dir, cluster, config) | {"TRACE_DS_DRY_RUN": "1"}
-    found = _run(_chain(folder, run_dir), variables, folder.parent)
+    found = _run(_chain(folder, run_dir), variables | {"TRACE_DS_DRY_RUN": "1"}, folder.parent)
     return dict(line.split(": ", 1) for line in found.splitlines())
 
 
-def start(folder: Path, run_dir: Path, cluster: Cluster, config: Config, *, chain: bool) -> dict[str, str]:
+def start(folder: Path, run_dir: Path, cluster: Cluster, variables: dict[str, str], *, chain: bool) -> dict[str, str]:
     """Submit what :func:`render` wrote; {stages: job id}."""
-    variables = _environment(folder, run_dir, cluster, config)
     if chain:
         found = _run(_chain(folder, run_dir), variables, Path.cwd())
         return dict(line.split(": ", 1) for line in found.splitlines())

@@ -3,6 +3,11 @@
     {name: wmdp_bio, type: lm_eval, task: wmdp_bio, role: forget}                            # from the hub
     {name: wmdp_bio, type: lm_eval, task: wmdp_bio, path: wmdp-bio-test.jsonl, role: forget} # from a file
 
+| metric   | what                                                                          | range | chance |
+|----------|-------------------------------------------------------------------------------|-------|--------|
+| acc      | the letter of the right choice has the largest log-probability, zero-shot      | 0 … 1 | 0.25   |
+| acc_norm | the same per character of the choice, where the task has it                     | 0 … 1 | 0.25   |
+
 Higher means more knowledge: bad for a forget task (WMDP), good for a utility task (MMLU). The prompts, the scoring and
 the numbers are those of the ``lm_eval`` command. A file (``.jsonl``, ``.json`` or ``.parquet``) holds what the hub's
 data set holds: ``question``, four ``choices`` and the index of the right one as ``answer``; it replaces the test split

@@ -8,9 +8,10 @@ from pathlib import PurePath
 import yaml
 
 from trace_ds import __version__
-from trace_ds.evaluation.table import ARROWS
 from trace_ds.reporting import scores
 from trace_ds.reporting.gather import RunData
+
+ARROWS = {"lower": "↓", "higher": "↑", "reference": "→"}
 
 
 def model_card(run: RunData) -> str:
