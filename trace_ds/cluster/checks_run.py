@@ -190,7 +190,7 @@ def evaluation_checks(config: Config) -> Iterator[Check]:
     group, settings = "evaluation", config.evaluation
     cores = os.cpu_count() or 1
     count = settings.nproc, accelerator_count(), cores, "evaluation.nproc"
-    yield checked(group, "processes", lambda: check_process_count(*count) or settings.nproc)
+    yield checked(group, "processes", lambda: check_process_count(*count) or f"{settings.nproc} here")
     names = [task.name for task in settings.tasks]
 
     def task_found(task: TaskConfig) -> str:

@@ -10,7 +10,6 @@ runs/demo/verbatim/…          a run of the recipe ``demo_verbatim``
 from __future__ import annotations
 
 import contextlib
-import json
 import multiprocessing
 import os
 import shutil
@@ -30,6 +29,7 @@ from trace_ds.parallel.launch import die_with_parent
 from trace_ds.run import artefact, ours
 from trace_ds.run.directory import locked, unwritable
 from trace_ds.run.files import remove_directory, remove_leftovers, replacing_directory, write_json
+from trace_ds.run.foreign import read_object
 from trace_ds.run.log import Progress, StageLog
 
 MODELS = ("original", "gold")
@@ -147,9 +147,9 @@ def remove_input_leftovers(run_dir: Path) -> None:
 
 def _model_is_done(folder: Path, name: str, made_of: dict[str, object]) -> bool:
     try:
-        found = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
-        return bool(found == made_of | {"fingerprint": model_fingerprint(folder / name)})
-    except (OSError, ValueError, UserError):
+        found = read_object(folder / f"{name}.json", "the note beside the model", "")
+        return found == made_of | {"fingerprint": model_fingerprint(folder / name)}
+    except (OSError, UserError):
         return False
 
 
