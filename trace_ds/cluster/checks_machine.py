@@ -45,8 +45,11 @@ UNCONFIGURED = "resolve_ctls_from_dns_srv"  # SLURM found no slurm.conf and aske
 
 
 def requirements() -> list[Requirement]:
-    """What this package says it needs on this Python (pyproject.toml has the reasons); its extras are left out."""
-    found = [Requirement(text) for text in importlib.metadata.requires(PACKAGE) or []]
+    """What this package says it needs on this Python (pyproject.toml has the reasons), without its extras; nothing when
+    it is imported from a folder and not installed."""
+    found: list[Requirement] = []
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        found = [Requirement(text) for text in importlib.metadata.requires(PACKAGE) or []]
     return [need for need in found if need.marker is None or need.marker.evaluate({"extra": ""})]
 
 
@@ -62,7 +65,12 @@ def installed() -> dict[str, str]:
 def python_checks() -> Iterator[Check]:
     """Python, the packages and their versions, pip and venv."""
     group = "python"
-    needed = importlib.metadata.metadata(PACKAGE)["Requires-Python"] or ""
+    needed = ""
+    if requirements():
+        needed = importlib.metadata.metadata(PACKAGE)["Requires-Python"]
+    else:
+        detail = "imported from a folder and not installed: what it needs is not known"
+        yield Check(group, PACKAGE, "WARN", detail, "pip install it")
     good = SpecifierSet(needed).contains(platform.python_version(), prereleases=True)
     text = f"{platform.python_version()} at {sys.executable}"
     yield judged(group, "python", good, text, f"use Python {needed} (make demo makes an environment)")
