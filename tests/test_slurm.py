@@ -563,7 +563,7 @@ def test_real_pipeline_over_two_nodes_with_stop_and_lost_node(cluster: SlurmClus
 
     from trace_ds.checkpoints.manifest import read_manifest
 
-    steps, name = 90, "step_000090"
+    steps, name = 60, "step_000060"
     changes = {"unlearning__forget_loss": "graddiff", "unlearning__steps": steps, "unlearning__save_every": 1000}
     config = write_config(tmp_path, make_model(tmp_path / "model"), distributed__ep=4, **changes)
     environment = REAL | {"TRACE_DS_STAGES": "prepare collect calibrate unlearn report"}
