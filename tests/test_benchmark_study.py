@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import command
@@ -20,10 +21,11 @@ import yaml
 from distributed import run_distributed
 
 from trace_ds.config.load import load_config
-from trace_ds.errors import UserError
+from trace_ds.errors import JobFailed, UserError
 from trace_ds.run.directory import RunDirectory
 from trace_ds.stages.report import report_study
 from trace_ds.studies import run_list, worker
+from trace_ds.studies import study as study_module
 from trace_ds.studies.worker import Study
 
 BENCH: dict[str, Any] = {
@@ -222,3 +224,14 @@ def test_a_failing_worker_ends_the_study_with_its_line(recipe: Path, tmp_path: P
     done = command.trace_ds("bench", changed, "--run-dir", tmp_path / "out", "--workers", "1")
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1 and "absent" in done.stderr
+
+
+def dies(*asked: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_worker_ends_the_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(study_module, "do", dies)
+    job = worker.StudyJob(tmp_path / "result.json", dict, "identity")
+    with pytest.raises(JobFailed, match="was killed"):
+        study_module._work(SimpleNamespace(asked=()), tmp_path / "logs", [job], 1, quiet=True)  # type: ignore[arg-type]
