@@ -10,7 +10,6 @@ A function that takes :class:`JoinedRanks` is a collective: all ranks call it, t
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
 import os
 import platform
@@ -28,7 +27,7 @@ from typing import TYPE_CHECKING
 from trace_ds.cluster.bandwidth import bandwidth_lines, time_collectives
 from trace_ds.cluster.checks import Check, Status, first_line, nearest_directory
 from trace_ds.cluster.checks_machine import installed, port_checks
-from trace_ds.cluster.checks_run import LOCKS_FIX
+from trace_ds.cluster.checks_run import LOCKS_FIX, lock_problem, locked
 from trace_ds.config.schema import Config
 from trace_ds.errors import UserError
 from trace_ds.parallel.environment import rank_and_size
@@ -223,8 +222,8 @@ def _between_nodes(ranks: JoinedRanks, folder: Path) -> Iterator[Check]:
 def _locks_between_nodes(ranks: JoinedRanks, path: Path) -> Check:
     """Whether a lock that the main rank holds keeps the other ranks out."""
     with contextlib.ExitStack() as held:
-        failure = _on_main(ranks, lambda: held.enter_context(_locked(path)))
-        found = "" if failure or ranks.world.is_main else _lock_attempt(path)
+        failure = _on_main(ranks, lambda: held.enter_context(locked(path)))
+        found = "" if failure or ranks.world.is_main else lock_problem(path)
         found_by_rank = ranks.world.gather(found)  # the lock is held until all have tried
     found_by_rank[0] = failure and f"flock fails ({failure})"
     if any(found_by_rank):
@@ -267,22 +266,3 @@ def _reads(path: Path, content: str) -> bool:
         if time.monotonic() > deadline:
             return False
         time.sleep(0.2)
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold the lock of a file; OSError when it is taken or there are no locks."""
-    with path.open("r+b") as handle:  # NFS makes a POSIX lock of it, and an exclusive one needs a writable descriptor
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-
-
-def _lock_attempt(path: Path) -> str:
-    """What is wrong with a lock that another rank holds; empty when it is respected."""
-    try:
-        with _locked(path):
-            return "could lock what the first node had locked"
-    except BlockingIOError:
-        return ""
-    except OSError as error:
-        return f"flock fails ({error.strerror or error})"

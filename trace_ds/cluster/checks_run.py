@@ -45,7 +45,7 @@ def storage_checks(run_dir: Path, needed_bytes: float | None) -> Iterator[Check]
         yield Check(group, "run directory", "OK", f"{home} is writable")
         rename_fix = "use a file system with atomic rename (not an object store)"
         yield checked(group, "atomic rename", lambda: _rename(folder), rename_fix)
-        yield _lock_check(folder)
+        yield _lock_check(folder / "lock")
         yield _speed_check(folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -68,18 +68,34 @@ def _rename(folder: Path) -> str:
     return "files and folders"
 
 
-def _lock_check(folder: Path) -> Check:
+def _lock_check(path: Path) -> Check:
     """``flock`` keeps two jobs out of one run directory."""
     try:
-        with (folder / "lock").open("w") as first, (folder / "lock").open("w") as second:
-            fcntl.flock(first, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            try:
-                fcntl.flock(second, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return Check("storage", "locks", "OK", "flock excludes a second holder")
+        path.touch()
+        with locked(path):
+            problem = lock_problem(path)
     except OSError as error:
         return Check("storage", "locks", "MISS", f"flock fails ({error.strerror})", LOCKS_FIX)
-    return Check("storage", "locks", "WARN", "flock does not exclude a second holder", LOCKS_FIX)
+    return judged("storage", "locks", not problem, problem or "flock excludes a second holder", LOCKS_FIX, "WARN")
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock of a file; OSError when it is taken or there are no locks."""
+    with path.open("r+b") as handle:  # NFS makes a POSIX lock of it, and an exclusive one needs a writable descriptor
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+
+
+def lock_problem(path: Path) -> str:
+    """What is wrong with a lock that somebody else holds; empty when it is respected."""
+    try:
+        with locked(path):
+            return "flock does not exclude a second holder"
+    except BlockingIOError:
+        return ""
+    except OSError as error:
+        return f"flock fails ({error.strerror or error})"
 
 
 def _speed_check(folder: Path) -> Check:
