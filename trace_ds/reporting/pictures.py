@@ -97,53 +97,57 @@ def _routing(run: RunData, table: Table) -> Figure:
     return figure
 
 
-def _lines(axis: Any, table: Table, group: str, x: str, y: str, rows: list[dict[str, Any]], **labels: Any) -> None:
-    """A line for each ``group`` of the rows that have both numbers; a name has one style in all charts of a table."""
+def _lines(axis: Any, table: Table, group: str, x: str, y: str, keep: Callable[[dict[str, Any]], bool]) -> int:
+    rows = [row for row in table.rows() if keep(row) and row[x] is not None and row[y] is not None]
     names = list(dict.fromkeys(table.columns[group]))
     for name in dict.fromkeys(row[group] for row in rows):
-        points = [(row[x], row[y]) for row in rows if row[group] == name and None not in (row[x], row[y])]
-        if not points:
-            continue
+        own = [row for row in rows if row[group] == name]
         index = names.index(name)
         again = index // len(COLOURS)  # colours come again with hollow markers of another shape
         axis.plot(
-            *zip(*points, strict=True),
+            [row[x] for row in own],
+            [row[y] for row in own],
             color=COLOURS[index % len(COLOURS)],
             linestyle=DASHES[(index + again) % len(DASHES)],
-            marker=MARKERS[(index + again) % len(MARKERS)] if len(points) <= 40 else None,
+            marker=MARKERS[(index + again) % len(MARKERS)] if len(own) <= 40 else None,
             markerfacecolor="none" if again % 2 else None,
             markersize=4,
             label=str(name).lstrip("_") or "_",
         )
-    axis.set(xlabel=x, **labels)
+    return len(rows)
 
 
 def _curves(run: RunData, table: Table) -> Figure:
-    figure, ((left, right),) = _figure(1, 2, 4.8, 3.4)
-    _lines(left, table, "arm", "forget", "utility", table.rows(), title="utility against forgetting")
-    left.set(xlabel="forget score (lower → more forgotten)", ylabel="utility")
+    figure, axes = _figure(1, 2, 4.8, 3.4)
+    _lines(axes[0, 0], table, "arm", "forget", "utility", lambda row: True)
     goal, gold = targets(run), run.references.get("gold")
     if goal is not None:
-        left.axvline(sum(goal.values) / len(goal.values), color="grey", linewidth=1, linestyle=":", label="target")
+        axes[0, 0].axvline(
+            sum(goal.values) / len(goal.values), color="grey", linewidth=1, linestyle=":", label="target"
+        )
     if gold is not None:
         place = mean_score(gold, "forget"), mean_score(gold, "utility")
         if None not in place:
-            left.plot(*place, "D", color=COLOURS[5], label="gold")
-    left.invert_xaxis()
-    _lines(right, table, "arm", "step", "utility", table.rows(), title="utility by step")
-    left.legend(frameon=False)
+            axes[0, 0].plot(*place, "D", color=COLOURS[5], label="gold")
+    axes[0, 0].invert_xaxis()
+    axes[0, 0].set(title="utility against forgetting", xlabel="forget score (lower → more forgotten)", ylabel="utility")
+    _lines(axes[0, 1], table, "arm", "step", "utility", lambda row: True)
+    axes[0, 1].set(title="utility by step", xlabel="step")
+    axes[0, 0].legend(frameon=False)
     return figure
 
 
 def _weights(table: Table) -> Figure:
-    figure, ((axis,),) = _figure(1, 1, 5.6, 3.4)
+    figure, axes = _figure(1, 1, 5.6, 3.4)
+    middle = [(low * high) ** 0.5 for low, high in zip(table.columns["low"], table.columns["high"], strict=True)]
+    with_middle = Table(table.name, table.title, {**table.columns, "middle": middle})
+    axis = axes[0, 0]
     varied = {row["arm"] for row in table.rows() if row["share"] < 0.999}  # all weights 1: the line at 1 says it
-    rows = [row | {"weight": (row["low"] * row["high"]) ** 0.5} for row in table.rows() if row["arm"] in varied]
-    labels = {"title": "distribution of the retain weights", "ylabel": "share of tokens per quarter octave"}
-    _lines(axis, table, "arm", "weight", "share", rows, **labels)
+    _lines(axis, with_middle, "arm", "middle", "share", lambda row: row["arm"] in varied)
     axis.axvline(1.0, color="grey", linewidth=1, linestyle=":")
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter("{x:g}")
+    axis.set(title="distribution of the retain weights", xlabel="weight", ylabel="share of tokens per quarter octave")
     if varied:
         axis.legend(frameon=False)
     return figure
@@ -153,7 +157,8 @@ def _training(table: Table) -> Figure:
     keys = [key for key in table.columns if key not in ("arm", "step")][:4]
     figure, axes = _figure(1, max(1, len(keys)), 3.6, 3.0)
     for axis, key in zip(axes[0], keys, strict=False):
-        _lines(axis, table, "arm", "step", key, table.rows(), title=key)
+        _lines(axis, table, "arm", "step", key, lambda row: True)
+        axis.set(title=key, xlabel="step")
     axes[0, 0].legend(frameon=False)
     return figure
 
@@ -161,10 +166,9 @@ def _training(table: Table) -> Figure:
 def _drift(table: Table) -> Figure:
     figure, axes = _figure(1, 2, 4.4, 3.2)
     for axis, corpus in zip(axes[0], ("forget", "retain"), strict=True):
-        rows = [row for row in table.rows() if row["corpus"] == corpus]
-        title = f"expert overlap with the original, {corpus} text"
-        _lines(axis, table, "model", "layer", "overlap", rows, title=title, ylim=(0, 1.05))
+        found = _lines(axis, table, "model", "layer", "overlap", lambda row, corpus=corpus: row["corpus"] == corpus)  # type: ignore[misc]
+        axis.set(title=f"expert overlap with the original, {corpus} text", xlabel="layer", ylim=(0, 1.05))
         axis.xaxis.get_major_locator().set_params(integer=True)
-        if axis.lines:
+        if found:
             axis.legend(frameon=False)
     return figure
