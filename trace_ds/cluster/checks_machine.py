@@ -30,9 +30,9 @@ from trace_ds.cluster.checks import (
     judged,
     nearest_directory,
     output_of,
+    process_check,
 )
 from trace_ds.config.schema import Config
-from trace_ds.parallel.launch import check_process_count
 
 PACKAGE = "trace-ds"
 MIN_OPEN_FILES = 4096
@@ -120,11 +120,7 @@ def accelerator_checks(config: Config | None) -> Iterator[Check]:
         nccl = f", NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}" if count else ""
         yield Check(group, "driver", "OK", f"{first_line(driver)}; torch {torch.__version__} ({cuda}){nccl}")
     if config is not None and (processes := config.distributed.nproc) is not None:
-        yield checked(
-            group,
-            "processes",
-            lambda: check_process_count(processes, count, os.cpu_count() or 1) or f"{processes} here",
-        )
+        yield process_check(group, processes, count, "distributed.nproc")
 
 
 def backend_checks(*, joined: bool = False) -> Iterator[Check]:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from trace_ds.cluster.checks import Check, checked, gigabytes, judged, nearest_directory
+from trace_ds.cluster.checks import Check, checked, gigabytes, judged, nearest_directory, process_check
 from trace_ds.config.schema import Config, CorpusFile, TaskConfig
 from trace_ds.errors import UserError
 
@@ -200,13 +200,10 @@ def evaluation_checks(config: Config) -> Iterator[Check]:
     from trace_ds.evaluation.items import read_task
     from trace_ds.evaluation.subjects import ORIGINAL, named_models
     from trace_ds.parallel.environment import accelerator_count
-    from trace_ds.parallel.launch import check_process_count
     from trace_ds.tensors.model_files import read_model_directory
 
     group, settings = "evaluation", config.evaluation
-    cores = os.cpu_count() or 1
-    count = settings.nproc, accelerator_count(), cores, "evaluation.nproc"
-    yield checked(group, "processes", lambda: check_process_count(*count) or f"{settings.nproc} here")
+    yield process_check(group, settings.nproc, accelerator_count(), "evaluation.nproc")
     names = [task.name for task in settings.tasks]
 
     def task_found(task: TaskConfig) -> str:
@@ -215,13 +212,14 @@ def evaluation_checks(config: Config) -> Iterator[Check]:
         items = len(read_task(task).items)
         return f"{task.type}, {f'{items} items' if items else task.task}"
 
+    def tensors(path: Path) -> str:
+        return f"{len(read_model_directory(path).tensors)} tensors"
+
     for task in settings.tasks:
         yield checked(group, task.name, functools.partial(task_found, task))
     for name, path in named_models(config.model.path, settings).items():
         if name != ORIGINAL:  # the run's own model
-            yield checked(
-                group, f"model {name}", lambda path=path: f"{len(read_model_directory(path).tensors)} tensors"
-            )
+            yield checked(group, f"model {name}", functools.partial(tensors, path))
 
 
 def variant_checks(config: Config) -> Iterator[Check]:

@@ -51,7 +51,7 @@ def zero_settings(stage: int, ds_config: Mapping[str, Any] | None = None) -> Zer
     """The settings of a DeepSpeed configuration's ``zero_optimization`` section (``"auto"`` counts as the default)."""
     section = (ds_config or {}).get("zero_optimization") or {}
     found = {name: section.get(key) for name, key in NUMBERS.items()}
-    numbers = {
+    numbers: dict[str, Any] = {
         name: int(value)
         for name, value in found.items()
         if isinstance(value, int | float) and not isinstance(value, bool)
