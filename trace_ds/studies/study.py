@@ -154,6 +154,7 @@ def _work(study: Study, logs: Path, jobs: list[StudyJob], count: int, quiet: boo
         pool.shutdown(wait=False, cancel_futures=True)
         for child in multiprocessing.active_children():
             child.kill()
+            child.join()
         signal.signal(signal.SIGTERM, previous)
 
 
