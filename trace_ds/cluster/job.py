@@ -124,7 +124,7 @@ class PlannedJob:
         return Passes(
             layers=min(last + 1, layers) if last is not None else layers,
             head=last is None,
-            frozen_layers=needs.layers if needs.stays or needs.norm else 0,
+            frozen_layers=needs.layers if needs.stays or needs.norms else 0,
             frozen_stays=needs.stays,
             frozen_head=needs.logits,
             frozen_share=seen / (forget_rows + retain_rows) if needs.stays else 0.0,
