@@ -69,7 +69,7 @@ class Passes:
         layers: of the trained model.
         head: whether logits are made.
         frozen_layers: of the frozen copy (and what is below and above them); 0: there is none.
-        frozen_stays: False: it is gone before the first step (RMU's mean norm is measured with it).
+        frozen_stays: False: it is gone before the first step (norms of hidden states are measured with it).
         frozen_head: whether every rank keeps the copy's LM head whole.
         frozen_share: share of the rows that also go through the copy.
     """
