@@ -74,7 +74,7 @@ def reference_run(config_path: str, run_dir: str, overrides: list[str], steps: i
     )
     direction = torch.rand(model.config.hidden_size, generator=torch.Generator().manual_seed(config.seed)).double()
     direction /= direction.norm()
-    unit = mean_norm(frozen, batches, layer) if settings.rmu.scale == "mean_norm" else 1.0
+    unit = median_norm(frozen, batches, layer) if settings.rmu.scale == "median_norm" else 1.0
     direction *= settings.rmu.coefficient * unit
     alpha, bound, losses = settings.alpha, None, []
     for step in range(steps):
@@ -93,8 +93,8 @@ def reference_run(config_path: str, run_dir: str, overrides: list[str], steps: i
     return {"losses": losses, "weights": jobs.saved_weights(model.float())}
 
 
-def mean_norm(frozen: Any, batches: Any, layer: int) -> float:
-    """Mean length of the frozen hidden states over the forget tokens of the first four steps."""
+def median_norm(frozen: Any, batches: Any, layer: int) -> float:
+    """Lower median length of the frozen hidden states over the forget tokens of the first four steps."""
     lengths = []
     for step in range(4):
         for batch in batches.at(step, 0, 1).micro_batches:
@@ -103,7 +103,7 @@ def mean_norm(frozen: Any, batches: Any, layer: int) -> float:
             for row in range(batch.forget_rows):
                 states = out.hidden_states[layer + 1][row, batch.counted_BS[row]]
                 lengths += [math.sqrt(sum(value * value for value in state)) for state in states.tolist()]
-    return sum(lengths) / len(lengths)
+    return sorted(lengths)[(len(lengths) - 1) // 2]
 
 
 def reference_losses(

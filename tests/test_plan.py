@@ -484,24 +484,26 @@ def test_micro_batches_are_cut_as_the_job_cuts_them() -> None:
         assert rows * count * world >= forget + retain
 
 
-@pytest.mark.parametrize("scale", ["absolute", "mean_norm", "adaptive"])
+@pytest.mark.parametrize("sinks", ["leave_out", "keep"])
+@pytest.mark.parametrize("scale", ["absolute", "median_norm", "adaptive"])
 @pytest.mark.parametrize("retain", ["nll", "kl", "hidden_mse"])
 @pytest.mark.parametrize("forget", ["rmu", "graddiff", "undial"])
 def test_the_frozen_copy_is_planned_as_the_job_makes_it(
-    forget: str, retain: str, scale: str, monkeypatch: pytest.MonkeyPatch
+    forget: str, retain: str, scale: str, sinks: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Layers, whether it stays, whether its head is whole, which rows it sees: as the objective of the job has it."""
     from types import SimpleNamespace
 
     from trace_ds.unlearning import assemble
+    from trace_ds.unlearning.hidden_norms import HiddenNorms
 
     losses = {"unlearning__forget_loss": forget, "unlearning__retain_loss": retain}
-    job = job_of("olmoe-1b-7b", **losses, unlearning__rmu={"scale": scale, "layer": 5})
+    job = job_of("olmoe-1b-7b", **losses, unlearning__rmu={"scale": scale, "sinks": sinks, "layer": 5})
     a, config = job.a, job.config
     made: list[int] = []
     monkeypatch.setattr(assemble, "reference_engine", lambda *job, layers, **settings: made.append(layers))
     monkeypatch.setattr(assemble, "_whole_head", lambda engine: "head")
-    monkeypatch.setattr(assemble, "mean_hidden_norm", lambda *arguments: 1.0)
+    monkeypatch.setattr(assemble, "measure", lambda *arguments: HiddenNorms(1.0, 1.0, (), 0.0, 0.0))
     info = SimpleNamespace(decoder_layers=a.layers, config={"hidden_size": 8}, experts=a.experts)
     settings: dict[str, Any] = {"dtype": "bf16", "ep": 1, "seed": 0}
     world, batches = SimpleNamespace(device="cpu"), None

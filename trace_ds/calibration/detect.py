@@ -80,7 +80,8 @@ def log_ratio(forget: RoutingStatistics, retain: RoutingStatistics) -> tuple[np.
 
 
 def detect(forget: RoutingStatistics, retain: RoutingStatistics, config: DetectionConfig) -> Detection:
-    """Find the forget-critical experts by ``config.method`` among the layers that ``config`` lets take part.
+    """Find the forget-critical experts by ``config.method`` among the layers that ``config`` lets take part (where it
+    says ``trained``, which only the stage can tell: all).
 
     Raises:
         ValueError: the two statistics differ in shape or K, a layer number is out of range, or no layer takes part.
@@ -90,11 +91,11 @@ def detect(forget: RoutingStatistics, retain: RoutingStatistics, config: Detecti
     if forget.counts_LE.shape != retain.counts_LE.shape or forget.top_k != retain.top_k:
         raise ValueError("the two statistics are of different models")
     layers, experts = forget.counts_LE.shape
-    for layer in [*(config.layers or []), *config.exclude_layers]:
+    chosen = config.layers if isinstance(config.layers, list) else range(layers)
+    for layer in [*chosen, *config.exclude_layers]:
         if not 0 <= layer < layers:
             raise ValueError(f"layer {layer} is not one of the model's {layers} MoE layers (0 … {layers - 1})")
     eligible_LE = np.zeros((layers, experts), dtype=bool)
-    chosen = range(layers) if config.layers is None else config.layers
     eligible_LE[[layer for layer in chosen if layer not in config.exclude_layers]] = True
 
     if not eligible_LE.any():

@@ -68,7 +68,7 @@ class Passes:
         layers: of the trained model.
         head: whether logits are made.
         frozen_layers: of the frozen copy (and what is below and above them); 0: there is none.
-        frozen_stays: False: it is gone before the first step (RMU's mean norm is measured with it).
+        frozen_stays: False: it is gone before the first step (norms of hidden states are measured with it).
         frozen_head: whether every rank keeps the copy's LM head whole.
         frozen_share: share of the rows that also go through the copy.
     """
@@ -123,7 +123,7 @@ class PlannedJob:
         return Passes(
             layers=min(last + 1, layers) if last is not None else layers,
             head=last is None,
-            frozen_layers=needs.layers if needs.stays or needs.norm else 0,
+            frozen_layers=needs.layers if needs.stays or needs.norms else 0,
             frozen_stays=needs.stays,
             frozen_head=needs.logits,
             frozen_share=seen / (forget_rows + retain_rows) if needs.stays else 0.0,

@@ -150,7 +150,11 @@ class DetectionConfig(Section):
     top_n: Integer = Field(4, ge=1, description="top_*: experts selected (per layer or in all, see per_layer).")
     per_layer: bool = True
     ratio_floor: Number = Field(0.25, ge=0, description="top_ratio: retain frequencies are floored at this * K / E.")
-    layers: list[Layer] | None = Field(None, description="Only these MoE layers (0-based); default: all.")
+    layers: list[Layer] | Literal["trained"] | None = Field(
+        "trained",
+        description="Only these MoE layers (0-based); trained: those that the losses of unlearning train, which end at "
+        "RMU's layer where no loss is made of logits; null: all.",
+    )
     exclude_layers: list[Layer] = Field(default_factory=list)
 
 
@@ -225,10 +229,16 @@ class RMUConfig(Section):
         None, ge=0, description="Decoder layer steered by rmu and held by hidden_mse; default: the middle."
     )
     coefficient: Number = Field(3.0, gt=0, description="Steering length c, in the unit that scale says.")
-    scale: Literal["mean_norm", "absolute", "adaptive"] = Field(
-        "mean_norm",
-        description="Unit of the coefficient: the mean norm of the frozen hidden states over forget tokens; 1 (as in "
-        "the paper); or the frozen norm of each token by itself (Adaptive RMU).",
+    scale: Literal["median_norm", "mean_norm", "absolute", "adaptive"] = Field(
+        "median_norm",
+        description="Unit of the coefficient: the median or mean norm of the frozen hidden states over forget tokens "
+        "(attention sinks of pretrained models spoil the mean); 1 (as in the paper); or the frozen norm of each token "
+        "by itself (Adaptive RMU).",
+    )
+    sinks: Literal["leave_out", "keep"] = Field(
+        "leave_out",
+        description="Attention sinks (first tokens of documents with hidden states over 10 medians long, found before "
+        "the first step): left out of hidden-state losses, or not.",
     )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,6 +43,7 @@ from trace_ds.run import ours
 from trace_ds.run.artefact import Artefact
 from trace_ds.run.files import new_array, replacing_directory, safetensors_errors, write_json
 from trace_ds.run.log import StageLog, stage_log
+from trace_ds.unlearning.needs import FrozenNeeds
 
 if TYPE_CHECKING:
     from trace_ds.parallel.world import World
@@ -118,6 +119,7 @@ def _calibrate(config: Config, run: RunDirectory, context: Context) -> Artefact:
             ``calibration.if_none_found`` is ``stop``.
     """
     data, forget_artefact, retain_artefact = load_inputs(config, run)
+    config = with_trained_layers(config, retain_artefact.summary["layers"])
     settings = {**config.calibration.model_dump(mode="json", exclude={"export"}), "seed": config.seed}
     inputs = {
         "data": data.content,
@@ -143,6 +145,10 @@ def _calibrate(config: Config, run: RunDirectory, context: Context) -> Artefact:
         raise UserError(none_found(detection), "calibration.detection", NONE_FOUND_FIX)
 
     with stage_log(run, "calibrate") as log:
+        if config.calibration.detection.layers is not None:
+            log.line(
+                f"{int(detection.eligible_LE.any(axis=1).sum())} of {len(detection.eligible_LE)} MoE layers take part"
+            )
         made = _make(
             config,
             run,
@@ -159,6 +165,21 @@ def _calibrate(config: Config, run: RunDirectory, context: Context) -> Artefact:
         export_weights(config, run, data, made)
         print_table(made)
     return made
+
+
+def with_trained_layers(config: Config, layers: Sequence[int]) -> Config:
+    """The configuration with the numbers of the MoE layers (which lie in the decoder layers ``layers``) that take part
+    in place of ``trained``: experts above the last layer that gets a gradient would be matched for nothing."""
+    from trace_ds.tensors.model_files import read_model_config
+
+    detection = config.calibration.detection
+    if detection.layers != "trained":
+        return config
+    count = int(read_model_config(config.model.path).get("num_hidden_layers", max(layers) + 1))
+    last = FrozenNeeds.of(config.unlearning, count).last_trained
+    trained = None if last >= max(layers) else [number for number, layer in enumerate(layers) if layer <= last]
+    changed = detection.model_copy(update={"layers": trained})
+    return config.model_copy(update={"calibration": config.calibration.model_copy(update={"detection": changed})})
 
 
 def export_weights(config: Config, run: RunDirectory, data: Artefact, calibration: Artefact) -> None:

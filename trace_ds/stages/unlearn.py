@@ -216,7 +216,7 @@ def unlearn(config: Config, run: RunDirectory, world: World) -> None:
         log.drop_scalars_after(checkpoint.step if checkpoint else 0)
         cursor = checkpoint.cursor if checkpoint else {"step": 0, "seed": config.seed}
         objective, cursor = make_objective(
-            settings, job.info, world, batches, cursor, job.anchored, dtype=dtype, ep=ep, seed=config.seed
+            settings, job.info, world, batches, cursor, job.anchored, dtype=dtype, ep=ep, seed=config.seed, say=log.line
         )
         manifest = _manifest(config, job, world, checkpoint.step if checkpoint else 0, cursor)
         weights = world.agree_each(

@@ -217,7 +217,11 @@ class _Work:
         from trace_ds.studies import trial
 
         assert self._world is not None
-        name = sha256_text(canonical_json(config.calibration.model_dump(mode="json")))[:12]
+        settings: list[Any] = [config.calibration.model_dump(mode="json")]
+        if config.calibration.detection.layers == "trained":  # what they are hangs on the losses
+            unlearning = config.unlearning
+            settings.append([unlearning.forget_loss, unlearning.retain_term, unlearning.rmu.layer])
+        name = sha256_text(canonical_json(settings if settings[1:] else settings[0]))[:12]
         run = RunDirectory(self._directory / "calibrated" / name, self._directory)
         with _holding(self._directory / "calibrated" / f"{name}.lock"):
             run.create(dump_yaml(config))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 
 from trace_ds.config.schema import UnlearningConfig
@@ -12,8 +12,9 @@ from trace_ds.models.engine import reference_engine
 from trace_ds.models.families import ModelInfo
 from trace_ds.parallel.world import World, quiet_deepspeed
 from trace_ds.unlearning.batches import Batches
-from trace_ds.unlearning.loss import ForgetRetain, Frozen, Objective, hidden_at
-from trace_ds.unlearning.needs import FrozenNeeds
+from trace_ds.unlearning.hidden_norms import measure
+from trace_ds.unlearning.loss import ForgetRetain, Frozen, Objective
+from trace_ds.unlearning.needs import UNITS, FrozenNeeds
 from trace_ds.unlearning.objectives import rmu_target
 from trace_ds.unlearning.seuf import Anchor
 
@@ -29,6 +30,7 @@ def make_objective(
     dtype: str,
     ep: int,
     seed: int,
+    say: Callable[[str], None] = lambda line: None,
 ) -> tuple[Objective, dict[str, Any]]:
     """The objective, and the cursor with the job constants it needs (kept in checkpoints for exact resumption).
 
@@ -36,10 +38,10 @@ def make_objective(
 
     Args:
         anchored: the MoE layer and the experts that SEUF anchors the router on.
-        dtype, ep, seed: ``model.dtype``, ``distributed.ep`` and ``seed`` of the job.
+        dtype, ep, seed: ``model.dtype``, ``distributed.ep`` and ``seed`` of the job. say: hears warnings.
     """
     needs = FrozenNeeds.of(settings, info.decoder_layers)
-    measured = needs.norm and "rmu_hidden_norm" not in cursor
+    measured = needs.norms and not cursor.get("step")  # a job that goes on keeps what it began with
     frozen = None
     if needs.stays or measured:
         engine = reference_engine(
@@ -53,12 +55,17 @@ def make_objective(
         )
         if measured:
             assert needs.layer is not None
-            cursor = {**cursor, "rmu_hidden_norm": mean_hidden_norm(engine, needs.layer, world, batches)}
+            norms = measure(engine, needs.layer, world, batches)
+            left_out = settings.rmu.sinks == "leave_out"
+            for warning in norms.warnings(needs.layer, left_out):
+                say(f"WARNING {warning}")
+            unit = norms.mean if settings.rmu.scale == "mean_norm" else norms.median
+            cursor = {**cursor, "rmu_hidden_norm": unit, "hidden_sinks": list(norms.sinks) if left_out else []}
         if needs.stays:
             frozen = Frozen(engine, _whole_head(engine) if needs.logits else None)
     target_D = None
     if settings.forget_loss == "rmu":
-        unit = cursor["rmu_hidden_norm"] if needs.norm else 1.0
+        unit = cursor["rmu_hidden_norm"] if settings.rmu.scale in UNITS else 1.0
         length = settings.rmu.coefficient * unit
         target_D = rmu_target(int(info.config["hidden_size"]), seed, length).to(world.device)
     anchor = None
@@ -67,7 +74,7 @@ def make_objective(
         target_E = torch.zeros(info.experts, device=world.device)
         target_E[list(experts)] = 1.0
         anchor = Anchor(moe_layer, target_E, settings.seuf.anchor)
-    return ForgetRetain(settings, needs, target_D, frozen, anchor), cursor
+    return ForgetRetain(settings, needs, target_D, frozen, anchor, tuple(cursor.get("hidden_sinks", ()))), cursor
 
 
 def _whole_head(engine: Any) -> torch.Tensor:
@@ -76,17 +83,3 @@ def _whole_head(engine: Any) -> torch.Tensor:
     partitioned = hasattr(weight, "ds_id")
     with quiet_deepspeed().zero.GatheredParameters([weight], enabled=partitioned):
         return weight.detach().clone()
-
-
-def mean_hidden_norm(reference: Any, layer: int, world: World, batches: Batches, steps: int = 4) -> float:
-    """Mean Euclidean norm of the frozen hidden states over the forget tokens of the first ``steps`` steps."""
-    totals = np.zeros(2)
-    for step in range(steps):
-        for micro_batch in batches.at(step, world.rank, world.size).micro_batches:
-            batch = micro_batch.to(world.device)
-            with torch.no_grad():
-                hidden_BSD = hidden_at(reference, layer, batch)[: batch.forget_rows]
-            norms = hidden_BSD.float().norm(dim=-1)[batch.counted_BS[: batch.forget_rows]]
-            totals += [float(norms.double().sum()), len(norms)]
-    totals = world.sum_float64(totals)
-    return float(totals[0] / totals[1])

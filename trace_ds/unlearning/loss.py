@@ -88,6 +88,7 @@ class ForgetRetain:
         target_D: RMU: c·u; adaptive: β·u.
         frozen: the frozen model where something of it is not in ``collect``'s artefacts.
         anchor: SEUF's pull on one router.
+        sinks: offsets in a document whose hidden states no loss is made of (hidden_norms.py).
     """
 
     settings: UnlearningConfig
@@ -95,6 +96,7 @@ class ForgetRetain:
     target_D: torch.Tensor | None = None
     frozen: Frozen | None = None
     anchor: Anchor | None = None
+    sinks: tuple[int, ...] = ()
 
     def __call__(self, engine: Any, batch: MicroBatch) -> Losses:
         loss, first_retain, end_retain = self.settings.forget_loss, batch.forget_rows, len(batch.counted_BS)
@@ -107,6 +109,9 @@ class ForgetRetain:
         sides: dict[str, tuple[int, int, str]] = {}
         if loss != "rmu":
             sides["forget"] = (0, first_retain, "nll" if loss in SEQUENCE_LOSSES else loss)
+        heard_BS = counted_BS
+        for offset in self.sinks:
+            heard_BS = heard_BS & (positions_BS != offset)
         retain_loss = self.settings.retain_term
         if retain_loss != "hidden_mse":
             sides["retain"] = (first_retain, end_retain, retain_loss)
@@ -123,7 +128,7 @@ class ForgetRetain:
         if retain_loss == "hidden_mse":
             assert found.layer_BSD is not None
             hidden_RSD, frozen_RSD = found.layer_BSD[first_retain:end_retain], frozen.hidden(first_retain, end_retain)
-            retain_RS = objectives.hidden_mse(hidden_RSD, frozen_RSD) * counted_BS[first_retain:end_retain]
+            retain_RS = objectives.hidden_mse(hidden_RSD, frozen_RSD) * heard_BS[first_retain:end_retain]
         else:
             retain_RS = values["retain"]
         counted_FS = counted_BS[:first_retain]
@@ -132,7 +137,7 @@ class ForgetRetain:
             target = self.target_D
             if self.settings.rmu.scale == "adaptive":
                 target = objectives.adaptive_rmu_target(target, frozen.hidden(0, first_retain))
-            forget = (objectives.hidden_mse(found.layer_BSD[:first_retain], target) * counted_FS).sum()
+            forget = (objectives.hidden_mse(found.layer_BSD[:first_retain], target) * heard_BS[:first_retain]).sum()
         elif loss in SEQUENCE_LOSSES:
             forget = self._sequence_sum(values["forget"], values.get("alternative"), counted_FS, batch)
         else:
@@ -219,10 +224,3 @@ def _in_place(counted_BS: torch.Tensor, request: HeadRequest, values_N: torch.Te
     return torch.zeros(counted_BS.shape, device=values_N.device).index_put(
         (request.rows_N, request.columns_N), values_N
     )
-
-
-def hidden_at(engine: Any, layer: int, batch: MicroBatch) -> torch.Tensor:
-    """The output of decoder layer ``layer`` [B, S, D]; nothing above that layer runs."""
-    found = forward(engine, batch.input_ids_BS, batch.position_ids_BS, layer=layer).layer_BSD
-    assert found is not None
-    return found

@@ -146,7 +146,7 @@ def rmu_target(hidden_size: int, seed: int, length: float) -> torch.Tensor:
     """RMU's steering target c·u (Li et al., *The WMDP Benchmark*, arXiv 2403.03218, eq. 2), fp32 [D].
 
     u is uniform in [0, 1)^D scaled to unit length, as in the authors' code; ``length`` is c in the units of the hidden
-    states (we set it to a multiple of their mean norm, since a fixed c does nothing where hidden states are large: 3
+    states (we set it to a multiple of their median norm, since a fixed c does nothing where hidden states are large: 3
     times by default, our choice).
     """
     direction = torch.rand(hidden_size, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
@@ -158,7 +158,7 @@ def adaptive_rmu_target(target_D: torch.Tensor, frozen_BSD: torch.Tensor) -> tor
 
     c_t = β ‖h_t^ref‖ (Huu-Tien et al., arXiv 2408.06223); ``target_D`` is β·u. Our reading: the norm of each forget
     token by itself. The paper's abstract leaves open whether it is that or a mean over the batch. Default β = 3, as for
-    the mean norm (our choice).
+    the median norm (our choice).
     """
     return frozen_BSD.detach().float().norm(dim=-1, keepdim=True) * target_D
 

@@ -1,0 +1,100 @@
+"""How long hidden states are at the layer that a loss is made of, and where the attention sinks are.
+
+In most pretrained models the first token of each document (sometimes one or two after it) takes the attention that
+nothing else wants, and its hidden state is a hundred times as long as the others from some layer on (Xiao et al.,
+arXiv 2309.17453, "attention sinks"; Sun et al., arXiv 2402.17762, "massive activations"). A mean of norms then measures
+that token, and a loss of hidden states fits it alone. So the unit of RMU's coefficient is the median norm, and sinks
+are left out of hidden-state losses: the offsets in a document (0 … :data:`OFFSETS` − 1) at which at least half of the
+tokens are longer than :data:`SINK_NORM` medians (our decisions).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from trace_ds.parallel.world import World
+from trace_ds.unlearning.batches import Batches
+from trace_ds.unlearning.forward import forward
+
+STEPS = 4
+OFFSETS, SINK_NORM = 4, 10.0
+LARGEST_BITS = 0x7F800000  # of fp32 infinity: non-negative floats are in the order of their bits
+
+
+@dataclass(frozen=True)
+class HiddenNorms:
+    """Of the frozen hidden states of the first steps' counted tokens.
+
+    Attributes:
+        mean, median: over the forget tokens. sinks: offsets in a document. longest: the largest norm of a sink.
+        elsewhere: share of the counted tokens that are as long as a sink at other offsets.
+    """
+
+    mean: float
+    median: float
+    sinks: tuple[int, ...]
+    longest: float
+    elsewhere: float
+
+    def warnings(self, layer: int, left_out: bool) -> list[str]:
+        found = []
+        if self.sinks:
+            what = "left out of hidden-state losses" if left_out else "kept in hidden-state losses (rmu.sinks: keep)"
+            found.append(
+                f"attention sinks: the tokens at offset {', '.join(map(str, self.sinks))} of a document have hidden "
+                f"norms up to {self.longest:,.0f} at layer {layer}, against a median of {self.median:,.1f}: {what}"
+            )
+        if self.elsewhere > 1e-3:
+            found.append(
+                f"{self.elsewhere:.2%} of the tokens elsewhere in documents have hidden norms above {SINK_NORM:g} "
+                f"medians at layer {layer}: they weigh heavily in hidden-state losses; another rmu.layer may have none"
+            )
+        return found
+
+
+def measure(reference: Any, layer: int, world: World, batches: Batches) -> HiddenNorms:
+    """Over the rows of the first :data:`STEPS` steps (collective); independent of their sharding."""
+    parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    totals = np.zeros(2)
+    for step in range(STEPS):
+        for micro_batch in batches.at(step, world.rank, world.size).micro_batches:
+            batch = micro_batch.to(world.device)
+            with torch.no_grad():
+                hidden_BSD = forward(reference, batch.input_ids_BS, batch.position_ids_BS, layer=layer).layer_BSD
+            assert hidden_BSD is not None
+            norm_BS = hidden_BSD.float().norm(dim=-1)
+            forget_BS = torch.zeros_like(batch.counted_BS)
+            forget_BS[: batch.forget_rows] = True
+            norm_N, offset_N, forget_N = (
+                x[batch.counted_BS].cpu().numpy() for x in (norm_BS, batch.position_ids_BS, forget_BS)
+            )
+            totals += [float(norm_N[forget_N].astype(np.float64).sum()), int(forget_N.sum())]
+            parts.append((norm_N, offset_N, forget_N))
+    totals = world.sum_float64(totals)
+    norm_N, offset_N, forget_N = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    median = _median(norm_N[forget_N], world)
+    long_N = norm_N > SINK_NORM * median
+    counts = world.sum_float64(
+        np.array([[float((mask & (offset_N == p)).sum()) for p in range(OFFSETS)] for mask in (long_N, offset_N >= 0)])
+    )
+    sinks = tuple(int(p) for p in range(OFFSETS) if counts[0, p] > 0 and counts[0, p] >= counts[1, p] / 2)
+    at_sink_N = np.isin(offset_N, sinks)
+    others, seen = world.sum_float64(np.array([(long_N & ~at_sink_N).sum(), len(norm_N)], np.float64))
+    longest = max(world.gather(float(norm_N[at_sink_N].max(initial=0.0))))
+    return HiddenNorms(float(totals[0] / totals[1]), median, sinks, longest, float(others / seen))
+
+
+def _median(norm_N: np.ndarray, world: World) -> float:
+    """The lower median of all ranks' norms, exactly: bisection on the bits of the answer."""
+    bits_N = norm_N.astype(np.float32).view(np.int32)
+    total = float(world.sum_float64(np.array([len(bits_N)], np.float64))[0])
+    low, high = 0, LARGEST_BITS
+    while low < high:
+        middle = (low + high) // 2
+        below = float(world.sum_float64(np.array([(bits_N <= middle).sum()], np.float64))[0])
+        low, high = (low, middle) if 2 * below >= total else (middle + 1, high)
+    return float(np.array([low], np.int32).view(np.float32)[0])
