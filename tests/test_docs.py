@@ -52,6 +52,7 @@ ABLATIONS = next(text for title, text in SECTIONS.items() if "bench_ablations" i
 BUDGET = next(text for title, text in SECTIONS.items() if "bench_budget" in title)
 NEAR = next(text for title, text in SECTIONS.items() if "no near text" in title)
 VERBATIM = next(text for title, text in SECTIONS.items() if "bench_verbatim" in title)
+ROWS = ("sequence", "row_30", "row_40", "row_50")
 BUDGET_TARGET = 0.28833333333333333
 PUBLISHED = [
     ("entangled", 0.302, ENTANGLED, "sampling", "**TRACE, sampling retain rows**"),
@@ -71,6 +72,11 @@ PUBLISHED = [
     ("ablations", 0.302, ABLATIONS, "inverse", "control: the opposite weights"),
     ("ablations", 0.302, ABLATIONS, "oracle_near", "oracle: near facts by their label, floor .3"),
     ("ablations", 0.302, ABLATIONS, "oracle_elements", "oracle: numbers of elements by their label, floor .3"),
+    ("rows", 0.302, ABLATIONS, "sampling", "by token, floor .3"),
+    ("rows", 0.302, ABLATIONS, "row_30", "`level: row`, floor .3"),
+    ("rows", 0.302, ABLATIONS, "row_40", "`level: row`, floor .4"),
+    ("rows", 0.302, ABLATIONS, "row_50", "`level: row`, floor .5"),
+    ("rows", 0.302, ABLATIONS, "sequence", "`level: sequence`, floor .3"),
     ("budget", BUDGET_TARGET, BUDGET, "weight", "rows of the highest raking weight"),
     ("budget", BUDGET_TARGET, BUDGET, "coverage", "rows that cover the forget-critical experts"),
     ("budget", BUDGET_TARGET, BUDGET, "hidden", "nearest rows by hidden states"),
@@ -81,7 +87,10 @@ PUBLISHED = [
 ]
 
 
-CHANGES = {"budget": ["bench.seeds=[0,1,2,3,4]", "bench.grid={unlearning.alpha: [64, 256, 1024]}"]}
+CHANGES = {
+    "budget": ["bench.seeds=[0,1,2,3,4]", "bench.grid={unlearning.alpha: [64, 256, 1024]}"],
+    "rows": ["bench.methods={" + ", ".join(f"{name}: {{}}" for name in ("uniform", "sampling", *ROWS)) + "}"],
+}
 SHARES = ["scarce", "absent"]  # the recipe bench_ablations in other regimes, one column each
 OF_SHARES = [
     ("sampling", "TRACE, sampling retain rows"),
@@ -95,7 +104,9 @@ def published(study: str, target: float) -> tuple[str, list[dict[str, Any]]]:
     """The first utility metric of a study and its comparisons, from the published CSV."""
     from tools.study_from_csv import comparisons, read_curves
 
-    config, _ = load_config("bench_ablations" if study in SHARES else f"bench_{study}", CHANGES.get(study, []), "out")
+    config, _ = load_config(
+        "bench_ablations" if study in (*SHARES, "rows") else f"bench_{study}", CHANGES.get(study, []), "out"
+    )
     assert config.bench is not None
     curves = read_curves(config, ROOT / "docs" / "studies" / f"{study}.csv", target)
     return config.bench.utility[0], comparisons(config, curves)
