@@ -224,7 +224,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], int, str]] = {
         2,
         f"{LAST}/{SHARD}: the file cannot be read (Input/output error)",
     ),
-    "missing": (lambda folder: (folder / LAST / SHARD).unlink(), 2, f"{LAST}/{SHARD}: a file of the"),
+    "missing": (lambda folder: (folder / LAST / SHARD).unlink(), 2, f"{LAST}/{SHARD}: the file is missing"),
     "no_manifest": (lambda folder: (folder / LAST / "manifest.json").unlink(), 2, "there is no manifest"),
     "torn_manifest": (lambda folder: os.truncate(folder / LAST / "manifest.json", 40), 2, "manifest is damaged"),
     "latest_empty": (lambda folder: (folder / "latest").write_text(""), 3, "latest: names ''"),

@@ -41,7 +41,7 @@ def report(config: Config | None, run: RunDirectory, others: list[Path] | None =
     """
     from trace_ds.reporting import model_card, page, pictures, scores, tables
 
-    ours.require_directory(run.report, ours.report)
+    ours.require_directory(run.report, ours.artefact("report"))
     ours.require_file(run.logs / "report.jsonl", ours.is_log)
     data = gather(run.path)
     if config is not None and config.report.title:
@@ -102,7 +102,7 @@ def summary(run: RunDirectory) -> tuple[Table, str]:
 def _write(run: RunDirectory, files: dict[str, str | bytes]) -> None:
     """Replace the report as a whole."""
     run.clear_leftovers()
-    with replacing_directory(run.report, ours.report) as directory:
+    with replacing_directory(run.report, ours.artefact("report")) as directory:
         for name, content in files.items():
             (directory / name).write_bytes(content.encode() if isinstance(content, str) else content)
         artefact.describe(directory, "report", {}, {}, {})
