@@ -263,30 +263,3 @@ def missing_and_unexpected(expected: Mapping[str, tuple[int, ...]], tensors: Map
         if name in tensors and tensors[name].shape != shape
     ]
     return lines
-
-
-def layer_metadata(number: int, prefix: str, experts: int) -> dict[str, Any]:
-    """What DeepSpeed writes of an MoE layer when one rank holds all experts."""
-    placement = {
-        "version": 1,
-        "num_experts": experts,
-        "ep_size": 1,
-        "ranks": [{"rank": 0, "experts": list(range(experts))}],
-    }
-    return {
-        "moe_layer_id": number,
-        "module_path": prefix,
-        "num_experts": experts,
-        "num_local_experts": experts,
-        "ep_size": 1,
-        "expert_placement": placement,
-        "expert_key_prefix": f"{prefix}.experts",
-        "checkpoint_format": "per_expert_files",
-        "checkpoint_format_version": None,
-        "ep_group_name": "ep_size_1",
-        "ep_rank": 0,
-        "expert_data_parallel_rank": 0,
-        "expert_data_parallel_world_size": 1,
-        "global_expert_start": 0,
-        "global_expert_end": experts,
-    }

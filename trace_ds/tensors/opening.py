@@ -15,7 +15,10 @@ from trace_ds.run.foreign import file_entries, named_by, pointed, read_object
 from trace_ds.run.ours import MANIFEST
 from trace_ds.tensors.checkpoint import MODEL_FILE, RANK_FILE, Checkpoint
 from trace_ds.tensors.deepspeed_source import open_deepspeed
-from trace_ds.tensors.huggingface_source import open_huggingface
+from trace_ds.tensors.dtypes import DTYPES
+from trace_ds.tensors.model_files import read_model_directory
+from trace_ds.tensors.runs import Run, TensorSource
+from trace_ds.tensors.torch_archive import Storage
 from trace_ds.tensors.universal import open_universal
 
 REPORT = "conversion.json"
@@ -121,6 +124,20 @@ def open_source(path: Path, tag: str | None = None) -> Checkpoint:
     checkpoint.family = _family(directory, manifest)
     check_manifest_matches(checkpoint)
     return checkpoint
+
+
+def open_huggingface(directory: Path) -> Checkpoint:
+    """Every tensor of a model directory under its name on disk (its header and index are checked, nothing is read)."""
+    files = read_model_directory(directory)
+    tensors: dict[str, TensorSource] = {}
+    for name, entry in files.tensors.items():
+        path = directory / entry.file
+        if entry.dtype not in DTYPES:
+            what = f"{name} is stored as {entry.dtype}, which cannot be converted"
+            raise UserError(what, str(path), "use a model in bf16, fp16 or fp32")
+        storage = Storage(path, name, entry.begin, entry.elements, DTYPES[entry.dtype])
+        tensors[name] = TensorSource(name, tuple(entry.shape), storage.dtype, (Run(storage, 0, entry.elements),))
+    return Checkpoint(directory, "huggingface", tensors, files=list(files.files))
 
 
 def _family(directory: Path, manifest: dict[str, Any] | None) -> str | None:
