@@ -177,9 +177,9 @@ def fused_to_hub(layout: ModelLayout, tensors: Mapping[str, TensorSource]) -> di
     return {name: extract(name, piece.shape, piece.blocks, tensors[piece.whole]) for name, piece in layout.hub.items()}
 
 
-# Fused <-> engine. AutoEP replaces the module of an MoE layer, PREFIX = model.layers.N.mlp: fused gate_up_proj is cut into
-# experts.w1 (gate) and .w3 (up), and what else is below PREFIX gets other names. (The router has a second one that is only
-# an alias, gate.gate.weight.)
+# Fused <-> engine. AutoEP replaces the module of an MoE layer, PREFIX = model.layers.N.mlp: gate_up_proj is cut into
+# experts.w1 (gate) and .w3 (up), and what else is below PREFIX gets other names. (The router has a second one that is
+# only an alias, gate.gate.weight.)
 ENGINE_NAMES = (
     (r"experts\.down_proj", "experts.w2"),
     (r"gate\.(weight|bias)", r"router.gate.\1"),
