@@ -400,14 +400,13 @@ def test_hostile_pickle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: s
     torch.save({"weight": torch.arange(6.0)}, step / ZERO3)
     forge(step / ZERO3, b"\x80\x02" + HOSTILE[name] + b"." * (name != "no end"))
     with a_gigabyte_more():
-        if name not in ("numpy", "a class of ours"):  # these are data to our reader, and to torch's names it refuses
-            with pytest.raises(UserError, match=r"refused|damaged or hostile"):
-                read_archive(step / ZERO3)
+        for read in (read_archive, serialization.load):
+            refusal = pytest.raises(UserError, match=r"refused|damaged or hostile")
+            with contextlib.nullcontext() if name in ("numpy", "a class of ours") else refusal:  # these are data to it
+                read(step / ZERO3)
         refused(step, tmp_path / "model", ZERO3, base_model=None)
         for verify in (False, True):
             assert ZERO3 in inspect(step, verify=verify).problems[0]
-        with pytest.raises(UserError, match=ZERO3):
-            serialization.check(step / ZERO3)
     assert not (tmp_path / "payload_ran").exists()
 
 

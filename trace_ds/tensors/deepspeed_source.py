@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from trace_ds.errors import UserError
-from trace_ds.tensors.checkpoint import EXPERT_FILE, MODEL_FILE, RANK_FILE, Checkpoint
+from trace_ds.tensors.checkpoint import EXPERT_FILE, MODEL_FILE, MOMENTS, RANK_FILE, Checkpoint
 from trace_ds.tensors.partitions import (
     Pieces,
     autoep_layers,
@@ -35,7 +35,6 @@ from trace_ds.tensors.partitions import (
 from trace_ds.tensors.runs import Run, TensorSource, from_lazy, make_source
 from trace_ds.tensors.torch_archive import LazyTensor, plain_shape, read_archive, scalar
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 MASTER, FROZEN = "fp32", "frozen"
 MODEL_NAME = "mp_rank_00_model_states.pt"
 

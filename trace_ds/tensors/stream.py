@@ -232,8 +232,7 @@ def run_tasks(tasks: list[CopyTask], directory: Path, jobs: int, progress: Progr
             "free space there, or choose another destination",
         )
     streamer = Streamer(jobs, progress, total)
-    with naming_full_disk(directory):
-        written = streamer.run(tasks)
+    written = streamer.run(tasks)
     streamer.ledger.check()
     tensors, nan, overflow = {}, [], []
     for task, result in sorted(zip(tasks, written, strict=True), key=lambda pair: pair[0].source.name):

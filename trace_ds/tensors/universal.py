@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import math
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,14 +18,12 @@ from typing import Any
 import torch
 
 from trace_ds.errors import UserError
-from trace_ds.tensors.checkpoint import MODEL_FILE, RANK_FILE, Checkpoint
+from trace_ds.tensors.checkpoint import EXPERT_FILE, MODEL_FILE, MOMENTS, RANK_FILE, Checkpoint
 from trace_ds.tensors.layouts import engine_to_fused, fused_to_engine, moe_prefixes, read_layout
 from trace_ds.tensors.partitions import check_ranks, damaged, expert_weights, job_facts, reading
 from trace_ds.tensors.runs import Run, TensorSource, from_lazy, make_source
 from trace_ds.tensors.stream import CopyTask, Progress, naming_full_disk, run_tasks
 from trace_ds.tensors.torch_archive import LazyTensor, exchanged, plain_shape, read_archive, scalar, tensors_of
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def open_universal(directory: Path) -> Checkpoint:
@@ -188,8 +185,7 @@ def write_universal(
     trained = checkpoint.moments["exp_avg"]
     tasks: list[CopyTask] = []
     with reading(_optimizer_file(checkpoint)):
-        step = torch.tensor(_step(checkpoint), dtype=torch.float32)
-        optimizer_state = _optimizer_state(checkpoint, step)
+        optimizer_state, step = _optimizer_state(checkpoint)
     for name in sorted(trained)[part::parts]:
         states = {"fp32": checkpoint.tensors, **checkpoint.moments}
         for key, sources in states.items():
@@ -203,64 +199,46 @@ def write_universal(
     if part == 0:
         write_archive(folder / "zero" / "optimizer_state.pt", optimizer_state)
         (work / "latest_universal").write_text(tag, encoding="utf-8")
-    for name in sorted(_model_files(checkpoint))[part::parts]:
+    models = [name for name in checkpoint.files if name.endswith("model_states.pt") and not EXPERT_FILE.match(name)]
+    for name in sorted(models)[part::parts]:
         shutil.copyfile(checkpoint.path / name, folder / name)
     report = run_tasks(tasks, work, jobs, progress)
     parameters = sum(source.numel for source in trained.values())
     return {**report, "dtype": "fp32", "parameters": parameters, "notes": checkpoint.notes}
 
 
-def _model_files(checkpoint: Checkpoint) -> Iterator[str]:
-    for name in checkpoint.files:
-        if MODEL_FILE.match(name) or (RANK_FILE.match(name) and name.endswith("_model_states.pt")):
-            yield name
-
-
-def _optimizer(checkpoint: Checkpoint) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(ZeRO's optimizer state, the base optimizer's) from rank 0's file or the folder's own."""
-    path = _optimizer_file(checkpoint)
-    state = read_archive(path) if checkpoint.kind == "universal" else read_archive(path)["optimizer_state_dict"]
-    return state, state.get("optimizer_state_dict") or state.get("base_optimizer_state") or state
-
-
 def _optimizer_file(checkpoint: Checkpoint) -> Path:
     if checkpoint.kind == "universal":
         return checkpoint.path / "zero" / "optimizer_state.pt"
-    name = min(
-        (name for name in checkpoint.files if name.endswith("_optim_states.pt")),
-        key=lambda name: int(match[1]) if (match := RANK_FILE.match(name)) else 0,
-    )
-    return checkpoint.path / name
+    ranks = {
+        int(match[1]): match[0] for match in map(RANK_FILE.match, checkpoint.files) if match and match[3] == "optim"
+    }
+    return checkpoint.path / ranks[0]
 
 
-def _step(checkpoint: Checkpoint) -> float:
-    """The optimizer's step count."""
-    _, base = _optimizer(checkpoint)
-    for state in (base.get("state") or {}).values():
-        if isinstance(state, dict) and "step" in state:
-            step = state["step"]
-            return scalar(step) if isinstance(step, LazyTensor) else float(step)
-    return float(checkpoint.step or 0)
+def _optimizer_state(checkpoint: Checkpoint) -> tuple[dict[str, Any], torch.Tensor]:
+    """What ``optimizer_state.pt`` holds, and the optimizer's step count.
 
-
-def _optimizer_state(checkpoint: Checkpoint, step: torch.Tensor) -> dict[str, Any]:
-    """``optimizer_state.pt``: hyperparameters and counters, no sharded state and no objects of DeepSpeed's classes.
-
-    The loss scaler is left out; DeepSpeed then keeps the engine's own, which matters for dynamic fp16 scaling only.
+    Hyperparameters and counters, no sharded state and no objects of DeepSpeed's classes. The loss scaler is left out;
+    DeepSpeed then keeps the engine's own, which matters for dynamic fp16 scaling only.
     """
-    zero, base = _optimizer(checkpoint)
+    zero = read_archive(_optimizer_file(checkpoint))
+    zero = zero if checkpoint.kind == "universal" else zero["optimizer_state_dict"]
+    base = zero.get("optimizer_state_dict") or zero.get("base_optimizer_state") or zero
+    states = [state for state in (base.get("state") or {}).values() if isinstance(state, dict) and "step" in state]
+    made = states[0]["step"] if states else checkpoint.step or 0
+    step = torch.tensor(scalar(made) if isinstance(made, LazyTensor) else float(made), dtype=torch.float32)
     groups = exchanged(base.get("param_groups") or [], LazyTensor, _numbers)
     if checkpoint.layers and len(groups) == 1:  # renamed from an engine without AutoEP, where experts are not apart
         groups *= 2
     keep = ("dynamic_loss_scale", "overflow", "clip_grad", "partition_count", "ds_version")
     state = {key: exchanged(zero[key], LazyTensor, _numbers) for key in keep if key in zero}
-    state["zero_stage"] = int(zero.get("zero_stage", 1))
-    state["param_groups"] = groups
+    state |= {"zero_stage": int(zero.get("zero_stage", 1)), "param_groups": groups}
     if checkpoint.zero_stage == 3:
         state["optimizer_state_dict"] = {"state": {0: {"step": step}}, "param_groups": groups}
     if zero.get("dynamic_loss_scale"):
         checkpoint.notes.append("the dynamic loss scale is not carried over: fp16 training starts with a new one")
-    return state
+    return state, step
 
 
 def _numbers(tensor: LazyTensor) -> Any:
