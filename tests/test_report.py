@@ -20,6 +20,7 @@ from trace_ds.errors import UserError
 from trace_ds.reporting import page, scores, tables
 from trace_ds.reporting.compare import compared, why_not_comparable
 from trace_ds.reporting.gather import gather, weight_chunks
+from trace_ds.run import artefact
 from trace_ds.run.directory import RunDirectory
 from trace_ds.stages.pipeline import report_command
 from trace_ds.stages.report import model_card_of, report, summary
@@ -312,12 +313,13 @@ def damage(path: Path, kind: str) -> None:
 def test_damaged_artefacts_are_named_and_the_old_report_stays(tmp_path: Path, name: str, kind: str) -> None:
     path = write_run(tmp_path / "run")
     (path / "report").mkdir()
-    (path / "report" / "index.html").write_text("old, of trace_ds")
+    (path / "report" / "index.html").write_text("old")
+    artefact.describe(path / "report", "report", {}, {}, {})
     damage(path / name, kind)
     with pytest.raises(UserError, match=Path(name).name) as error:
         report(None, RunDirectory.at(path), [])
     assert "Fix:" in error.value.line()
-    assert (path / "report" / "index.html").read_text() == "old, of trace_ds"
+    assert (path / "report" / "index.html").read_text() == "old"
 
 
 def test_hostile_text_stays_text(tmp_path: Path) -> None:

@@ -143,11 +143,12 @@ class Streamer:
                     future.cancel()
                 raise
 
-    def _staging(self, dtype: torch.dtype) -> torch.Tensor:
-        buffers = self._buffers.__dict__.setdefault("by_dtype", {})
-        if dtype not in buffers:
-            buffers[dtype] = torch.empty(BLOCK_NUMEL, dtype=dtype)
-        return buffers[dtype]
+    def _buffer(self, use: str, dtype: torch.dtype) -> torch.Tensor:
+        """This thread's own."""
+        buffers = self._buffers.__dict__
+        if (use, dtype) not in buffers:
+            buffers[use, dtype] = torch.empty(BLOCK_NUMEL, dtype=dtype)
+        return buffers[use, dtype]
 
     def _do(self, task: CopyTask) -> Written:
         if task.path is None:
@@ -157,14 +158,14 @@ class Streamer:
 
     def _stream(self, task: CopyTask, out: OpenFile | None) -> Written:
         source = merge_adjacent(task.source)
-        staging = self._staging(source.dtype)
+        staging, result = self._buffer("read", source.dtype), self._buffer("cast", task.dtype)
         digest = hashlib.sha256()
         position, nan, overflow = task.offset_bytes, False, False
         for piece in pieces_of(source.runs, BLOCK_NUMEL):
             if self._stopped.is_set():
                 break
             block = self._read(piece, staging)
-            cast = block if source.dtype == task.dtype else block.to(task.dtype)
+            cast = block if source.dtype == task.dtype else result[: len(block)].copy_(block)
             if cast.dtype.is_floating_point and not nan:
                 nan, overflow = _not_finite(block, cast, overflow)
             data = bytes_of(cast)

@@ -324,8 +324,11 @@ class _Pickle:
                 return ENUM_MEMBERS[owner.name][member]
         if kind.module.split(".")[0] in PLAIN_PACKAGES:
             return _Object(arguments)
-        raise UserError(
-            f"the pickle in this file asks for {ascii(kind.module + '.' + kind.name)[1:100].rstrip(chr(39))}, which no "
+        raise self._refusal(kind)
+
+    def _refusal(self, name: _Name) -> UserError:
+        return UserError(
+            f"the pickle in this file asks for {ascii(name.module + '.' + name.name)[1:100].rstrip(chr(39))}, which no "
             "checkpoint needs in this way: it was refused and nothing of it was run",
             str(self.archive.path),
             "get the checkpoint from its author again; do not load this file with torch.load",
@@ -352,6 +355,8 @@ class _Pickle:
             return tuple(self._plain(entry, depth + 1) for entry in value)
         if isinstance(value, _Object):
             return self._plain(value.plain(), depth + 1)
+        if isinstance(value, _Name) and value.module.split(".")[0] not in (*PLAIN_PACKAGES, "torch"):
+            raise self._refusal(value)
         if isinstance(value, (_Name, Storage)):
             return None  # a class or a bare storage: of no use without what it belongs to
         return value
