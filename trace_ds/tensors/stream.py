@@ -26,7 +26,7 @@ from trace_ds.tensors.dtypes import DTYPE_NAMES
 from trace_ds.tensors.runs import ChecksumLedger, Run, TensorSource, merge_adjacent, pieces_of
 from trace_ds.tensors.torch_archive import COPY_AGAIN, bytes_of
 
-BLOCK_NUMEL = 1 << 19
+BLOCK_NUMEL = 1 << 17  # read and cast, a block lies in the second-level cache of a core
 FLUSH_BYTES = 1 << 27
 KEPT_OPEN = 64  # files beside those in use; a target may have one for every expert, and a process 1024
 Progress = Callable[[int, int], None]
@@ -145,7 +145,7 @@ class Streamer:
 
     def _buffer(self, use: str, dtype: torch.dtype) -> torch.Tensor:
         """This thread's own."""
-        buffers = self._buffers.__dict__
+        buffers = self._buffers.__dict__.setdefault("held", {})
         if (use, dtype) not in buffers:
             buffers[use, dtype] = torch.empty(BLOCK_NUMEL, dtype=dtype)
         return buffers[use, dtype]
