@@ -23,56 +23,29 @@ from distributed import run_distributed
 
 from trace_ds.parallel.world import World
 
+DEEPSEEK = {
+    "n_routed_experts": 4,
+    "hidden_size": 10,
+    "n_shared_experts": 1,
+    "moe_intermediate_size": 7,
+    "intermediate_size": 11,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 6,
+    "q_lora_rank": 6,
+    "qk_nope_head_dim": 4,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 4,
+    "n_group": 1,
+    "topk_group": 1,
+}
+QWEN = {"num_experts": 4, "moe_intermediate_size": 7, "intermediate_size": 11, "num_key_value_heads": 1}
 FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4, "intermediate_size": 7, "head_dim": 4, "num_key_value_heads": 1},
-    "qwen2_moe": {
-        "num_experts": 4,
-        "moe_intermediate_size": 7,
-        "shared_expert_intermediate_size": 5,
-        "intermediate_size": 11,
-        "hidden_size": 12,
-        "num_key_value_heads": 1,
-    },
-    "qwen3_moe": {
-        "num_experts": 4,
-        "moe_intermediate_size": 7,
-        "intermediate_size": 11,
-        "head_dim": 4,
-        "num_key_value_heads": 1,
-        "tie_word_embeddings": True,
-    },
+    "qwen2_moe": {**QWEN, "shared_expert_intermediate_size": 5, "hidden_size": 12},
+    "qwen3_moe": {**QWEN, "head_dim": 4, "tie_word_embeddings": True},
     "olmoe": {"num_experts": 4, "intermediate_size": 7, "hidden_size": 12, "num_key_value_heads": 1},
-    "deepseek_v2": {
-        "n_routed_experts": 4,
-        "hidden_size": 10,
-        "n_shared_experts": 1,
-        "moe_intermediate_size": 7,
-        "intermediate_size": 11,
-        "first_k_dense_replace": 1,
-        "kv_lora_rank": 6,
-        "q_lora_rank": 6,
-        "qk_nope_head_dim": 4,
-        "qk_rope_head_dim": 4,
-        "v_head_dim": 4,
-        "n_group": 1,
-        "topk_group": 1,
-        "topk_method": "greedy",
-    },
-    "deepseek_v3": {
-        "n_routed_experts": 4,
-        "hidden_size": 10,
-        "n_shared_experts": 1,
-        "moe_intermediate_size": 7,
-        "intermediate_size": 11,
-        "first_k_dense_replace": 1,
-        "kv_lora_rank": 6,
-        "q_lora_rank": 6,
-        "qk_nope_head_dim": 4,
-        "qk_rope_head_dim": 4,
-        "v_head_dim": 4,
-        "n_group": 1,
-        "topk_group": 1,
-    },
+    "deepseek_v2": {**DEEPSEEK, "topk_method": "greedy"},
+    "deepseek_v3": DEEPSEEK,
 }
 PRESETS = {"qwen2_moe": "qwen3_moe", "olmoe": "qwen3_moe"}
 VOCABULARY = 61

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from command import tree
 from test_convert_engines import Case, checkpoints
 
 from trace_ds.checkpoints.manifest import Manifest, point_latest, step_name
@@ -18,6 +19,7 @@ from trace_ds.config.load import dump_yaml
 from trace_ds.config.schema import Config
 from trace_ds.conversion.convert import convert_checkpoint
 from trace_ds.errors import UserError
+from trace_ds.run import artefact
 from trace_ds.run.directory import RunDirectory
 from trace_ds.run.files import sha256_file
 from trace_ds.stages.convert import card_of, check_convert, checkpoint_to_directory, convert
@@ -30,10 +32,7 @@ def put_checkpoint(run: RunDirectory, step: int, source_step: int) -> Path:
     """A complete checkpoint directory named ``step`` (its files say ``source_step``, as ZeRO's always did here)."""
     directory = run.checkpoints / step_name(step)
     shutil.copytree(checkpoints(2) / CASE.name / "step_000001", directory)
-    files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-        for path in sorted(directory.glob("*.pt"))
-    }
+    files = {path.name: artefact.file_entry(path) for path in sorted(directory.glob("*.pt"))}
     model = {"path": str(checkpoints(2) / "base" / "mixtral"), "fingerprint": "f"}
     replace(MANIFEST, step=source_step, files=files, model=model).write(directory)
     point_latest(run.checkpoints, step)
@@ -55,10 +54,6 @@ def run(tmp_path: Path) -> RunDirectory:
     return run
 
 
-def contents(directory: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in directory.iterdir()}
-
-
 def test_the_newest_checkpoint_becomes_the_model(run: RunDirectory) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -74,25 +69,25 @@ def test_the_newest_checkpoint_becomes_the_model(run: RunDirectory) -> None:
 
 def test_done_is_not_done_again_and_a_rerun_gives_the_same_bytes(run: RunDirectory) -> None:
     convert(make_config(), run)
-    first, inode = contents(run.model), (run.model / "conversion.json").stat().st_ino
+    first, inode = tree(run.model), (run.model / "conversion.json").stat().st_ino
     convert(make_config(), run)
     assert (run.model / "conversion.json").stat().st_ino == inode
     shutil.rmtree(run.model)
     convert(make_config(), run)
-    assert contents(run.model) == first
+    assert tree(run.model) == first
 
 
 def test_another_type_or_a_damaged_model_is_made_anew(run: RunDirectory) -> None:
     convert(make_config(), run)
-    first = contents(run.model)
+    first = tree(run.model)
     convert(make_config(conversion={"dtype": "fp32"}), run)
     assert json.loads((run.model / "config.json").read_text())["dtype"] == "float32"
     convert(make_config(), run)
-    assert contents(run.model) == first
+    assert tree(run.model) == first
     with (run.model / "model.safetensors").open("ab") as handle:
         handle.truncate(1000)
     convert(make_config(), run)
-    assert contents(run.model) == first
+    assert tree(run.model) == first
 
 
 def test_a_damaged_newest_checkpoint_falls_back_loudly(run: RunDirectory, capsys: pytest.CaptureFixture[str]) -> None:
@@ -120,11 +115,7 @@ EARLY = {
     "kept": ({"step": 50}, {"steps": 100, "save_every": 10, "keep_every": 50}, ""),
     "the last": ({"step": 95}, {"steps": 95, "save_every": 10}, ""),
     "there already": ({"step": 1}, {"steps": 95, "save_every": 10}, ""),
-    "a target may end it anywhere": (
-        {"step": 7},
-        {"steps": 95, "evaluate": {"every": 5, "target_forget_nll": 3.0}},
-        "",
-    ),
+    "anywhere": ({"step": 7}, {"steps": 95, "evaluate": {"every": 5, "target_forget_nll": 3.0}}, ""),  # of a target
 }
 
 

@@ -27,8 +27,9 @@ from trace_ds.checkpoints import commit, serialization
 from trace_ds.checkpoints.manifest import Manifest, complete_steps, read_manifest, step_name, verify
 from trace_ds.errors import JobFailed, UserError
 from trace_ds.parallel.world import AgreedError
+from trace_ds.run import artefact
 from trace_ds.run.directory import MADE_IN
-from trace_ds.run.files import remove_leftovers, sha256_file
+from trace_ds.run.files import remove_leftovers
 
 JOB = "job"
 KILLS = 20
@@ -208,7 +209,7 @@ def forge(step: Path) -> None:
     """A shard of the right size and hash that asks for a function."""
     torch.save({"values": os.getcwd}, step / SHARD)
     manifest = read_manifest(step)
-    manifest.files[SHARD].update(bytes=(step / SHARD).stat().st_size, sha256=sha256_file(step / SHARD))
+    manifest.files[SHARD].update(artefact.file_entry(step / SHARD))
     manifest.write(step)
 
 
@@ -224,7 +225,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], int, str]] = {
         2,
         f"{LAST}/{SHARD}: the file cannot be read (Input/output error)",
     ),
-    "missing": (lambda folder: (folder / LAST / SHARD).unlink(), 2, f"{LAST}/{SHARD}: a file of the"),
+    "missing": (lambda folder: (folder / LAST / SHARD).unlink(), 2, f"{LAST}/{SHARD}: the file is missing"),
     "no_manifest": (lambda folder: (folder / LAST / "manifest.json").unlink(), 2, "there is no manifest"),
     "torn_manifest": (lambda folder: os.truncate(folder / LAST / "manifest.json", 40), 2, "manifest is damaged"),
     "latest_empty": (lambda folder: (folder / "latest").write_text(""), 3, "latest: names ''"),

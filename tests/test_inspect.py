@@ -18,7 +18,6 @@ from trace_ds.checkpoints.manifest import Manifest, point_latest, read_manifest,
 from trace_ds.conversion.convert import convert_checkpoint
 from trace_ds.errors import UserError
 from trace_ds.run import artefact
-from trace_ds.run.files import sha256_file
 from trace_ds.stages.inspect import inspect, inspect_path, layout_of
 from trace_ds.tensors.model_files import SINGLE_NAME, read_model_directory
 from trace_ds.tensors.torch_archive import read_archive, tensors_of
@@ -35,24 +34,12 @@ def make_checkpoint(checkpoints: Path, step: int, calibration: str = "c") -> Pat
     directory.mkdir(parents=True)
     for rank in range(2):
         torch.save({"step": step + rank}, directory / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
-    files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in sorted(directory.iterdir())
-    }
-    manifest = Manifest(
-        step=step,
-        world=2,
-        ep=2,
-        zero_stage=3,
-        family="mixtral",
-        job="j",
-        model={"path": "/models/m", "fingerprint": "f"},
-        calibration=calibration,
-        dtype="bf16",
-        cursor={"step": step},
-        versions={"deepspeed": "0.19.8"},
-        files=files,
+    files = {path.name: artefact.file_entry(path) for path in sorted(directory.iterdir())}
+    model = {"path": "/models/m", "fingerprint": "f"}
+    versions = {"deepspeed": "0.19.8"}
+    Manifest(step, 2, 2, 3, "mixtral", "j", model, calibration, "bf16", {"step": step}, versions, files).write(
+        directory
     )
-    manifest.write(directory)
     return directory
 
 
@@ -230,7 +217,7 @@ def test_what_deepspeed_and_the_conversion_wrote(tmp_path: Path) -> None:
     for name in ("zero/optimizer_state.pt", "zero/lm_head.weight/exp_avg.pt"):
         file = tmp_path / "universal" / "global_step1" / name
         whole = file.read_bytes()
-        offset = next(tensors_of(read_archive(file))).storage.offset_bytes
+        offset = tensors_of(read_archive(file))[0].storage.offset_bytes
         file.write_bytes(whole[:offset] + bytes([whole[offset] ^ 1]) + whole[offset + 1 :])
         assert not inspect(tmp_path / "universal").problems
         assert name in inspect(tmp_path / "universal", verify=True).problems[0]
@@ -298,15 +285,7 @@ def test_wrong_values_are_one_line(run: Path, file: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "[]", "3", "[" * 100_000, '{"a":' * 100_000, '{"step": ' + "9" * 5000 + "}"])
-@pytest.mark.parametrize(
-    "file",
-    [
-        "calibration/artefact.json",
-        "checkpoints/step_000004/manifest.json",
-        "model/config.json",
-        "model/conversion.json",
-    ],
-)
+@pytest.mark.parametrize("file", [ARTEFACT, MANIFEST, "model/config.json", "model/conversion.json"])
 def test_text_that_is_no_object_is_one_line(run: Path, file: str, text: str) -> None:
     (run / file).write_text(text)
     try:
@@ -323,7 +302,7 @@ def test_checkpoints_that_no_reader_takes_are_not_called_whole(run: Path) -> Non
         manifest = read_manifest(directory)
         for name, entry in manifest.files.items():
             torch.save({"step": Path.cwd}, directory / name)
-            entry.update(bytes=(directory / name).stat().st_size, sha256=sha256_file(directory / name))
+            entry.update(artefact.file_entry(directory / name))
         manifest.write(directory)
     assert states(run)["checkpoints"] == "damaged" and inspect_path(run, json=False) == 1
     shutil.rmtree(run / "checkpoints" / step_name(2))

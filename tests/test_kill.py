@@ -9,7 +9,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -83,34 +85,30 @@ def calibrated(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tu
     return config, calibrated_run(config, folder / "run", world=2)
 
 
+def started(config: Path, run: Path, *options: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "trace_ds", "unlearn", str(config), "--run-dir", str(run), *options]
+    quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=environment(), start_new_session=True, **quiet)
+
+
+def wait_for(process: subprocess.Popen[str], condition: Callable[[], bool]) -> None:
+    while not condition():
+        assert process.poll() is None
+        time.sleep(0.05)
+
+
 @pytest.mark.slow
 def test_a_rank_that_dies_ends_the_job(calibrated: tuple[Path, Path], tmp_path: Path) -> None:
     """Killing one rank of a bare job ends it with a failure, soon, and leaves nothing running."""
     config, run = calibrated[0], tmp_path / "run"
     shutil.copytree(calibrated[1], run)
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "trace_ds",
-            "unlearn",
-            str(config),
-            "--run-dir",
-            str(run),
-            "--set",
-            "unlearning.save_every=2",
-        ],
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    while not (run / "checkpoints" / "step_000002").exists():
-        assert process.poll() is None
-        time.sleep(0.05)
+    process = started(config, run, "--set", "unlearning.save_every=2")
+    wait_for(process, lambda: (run / "checkpoints" / "step_000002").exists())
     ranks = [pid for pid in processes_with(str(run / "config.yaml")) if pid != process.pid]
     assert len(ranks) == 2
     os.kill(ranks[1], signal.SIGKILL)
-    assert process.wait(timeout=120) not in (0, 2, 75)
+    process.communicate(timeout=120)
+    assert process.returncode not in (0, 2, 75)
     assert not processes_with(str(run / "config.yaml"))
 
 
@@ -121,18 +119,8 @@ def test_a_signal_saves_and_exits_75_and_the_rerun_goes_on(
 ) -> None:
     config, run = calibrated[0], tmp_path / "run"
     shutil.copytree(calibrated[1], run)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "trace_ds", "unlearn", str(config), "--run-dir", str(run)],
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    log = run / "logs" / "unlearn.jsonl"
-    while not log.exists() or '"step": 3,' not in log.read_text():
-        assert process.poll() is None
-        time.sleep(0.05)
+    process, log = started(config, run), run / "logs" / "unlearn.jsonl"
+    wait_for(process, lambda: log.exists() and '"step": 3,' in log.read_text())
     if how.startswith("SIGTERM"):
         process.send_signal(signal.SIGTERM)
     else:  # as a terminal does

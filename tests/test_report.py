@@ -15,13 +15,15 @@ import yaml
 from rich.console import Console
 
 from tests.fake_run import HOSTILE, STEPS, TASKS, write_run, write_study
+from trace_ds.conversion.card import plain
 from trace_ds.errors import UserError
-from trace_ds.reporting import model_card, page, scores, tables
+from trace_ds.reporting import page, scores, tables
 from trace_ds.reporting.compare import compared, why_not_comparable
 from trace_ds.reporting.gather import gather, weight_chunks
+from trace_ds.run import artefact
 from trace_ds.run.directory import RunDirectory
 from trace_ds.stages.pipeline import report_command
-from trace_ds.stages.report import report, summary
+from trace_ds.stages.report import model_card_of, report, summary
 
 
 @pytest.fixture(scope="module")
@@ -311,12 +313,13 @@ def damage(path: Path, kind: str) -> None:
 def test_damaged_artefacts_are_named_and_the_old_report_stays(tmp_path: Path, name: str, kind: str) -> None:
     path = write_run(tmp_path / "run")
     (path / "report").mkdir()
-    (path / "report" / "index.html").write_text("old, of trace_ds")
+    (path / "report" / "index.html").write_text("old")
+    artefact.describe(path / "report", "report", {}, {}, {})
     damage(path / name, kind)
     with pytest.raises(UserError, match=Path(name).name) as error:
         report(None, RunDirectory.at(path), [])
     assert "Fix:" in error.value.line()
-    assert (path / "report" / "index.html").read_text() == "old, of trace_ds"
+    assert (path / "report" / "index.html").read_text() == "old"
 
 
 def test_hostile_text_stays_text(tmp_path: Path) -> None:
@@ -330,7 +333,7 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
     assert not set(data) & set("<>&\u2028\u2029")
     table = page_data(text)["tables"]["documents"]["columns"]
     assert table["text_start"][0] == HOSTILE  # escaped, not changed
-    assert "<script>" not in model_card.model_card(gather(path))
+    assert "<script>" not in model_card_of(gather(path))
 
 
 def test_spreadsheet_formulas_are_defused() -> None:
@@ -454,7 +457,16 @@ def test_model_card(run: Path) -> None:
     front = yaml.safe_load(text.split("---")[1])
     assert front["base_model"] == "base"  # the name, not a path of this machine
     assert "| unlearned | elements | accuracy ↓ | 0.3 | 80 | 0.25 |" in text
-    assert model_card.plain("a|b *c* <i>\n# d") == r"a\|b \*c\* &lt;i&gt; \# d"
+    assert plain("a|b *c* <i>\n# d") == r"a\|b \*c\* &lt;i&gt; \# d"
+
+
+def test_a_base_model_from_a_hub_cache_is_called_by_its_name(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "run")
+    config = yaml.safe_load((path / "config.yaml").read_text())
+    model = {"path": "/cache/models--mistralai--Mixtral-8x7B-v0.1/snapshots/985aa055896a8f943d4a9f2572e6ea1341823841"}
+    (path / "config.yaml").write_text(yaml.safe_dump(config | {"model": model}))
+    front = yaml.safe_load(model_card_of(gather(path)).split("---")[1])
+    assert front["base_model"] == "mistralai/Mixtral-8x7B-v0.1"
 
 
 def test_title_of_the_configuration_wins(tmp_path: Path) -> None:

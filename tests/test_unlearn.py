@@ -460,7 +460,7 @@ REFUSED = ("expert_parallel", "optimizer", "scheduler", "bf16", "fp16", "gradien
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "cannot be read"),
+        ("{", "is damaged"),
         ("[1]", "not a JSON object"),
         ('{"zero_optimization": 3}', "zero_optimization is not a JSON object"),
         ('{"zero_optimization": {"stage": 1}}', "the key 'zero_optimization.stage' is set by the run's own"),

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from trace_ds.errors import UserError
-from trace_ds.run.files import sha256_file, write_json, write_text
+from trace_ds.run.files import require_files, write_json, write_text
 from trace_ds.run.foreign import file_entries, read_object, text_values, typed
 from trace_ds.run.ours import MANIFEST
 
@@ -84,27 +84,8 @@ def verify(directory: Path, manifest: Manifest, *, hashes: bool, part: int = 0, 
 
     With ``parts``, only every ``parts``-th file from ``part`` on, so that processes share the work.
     """
-    fix = "restore the file, or use another step"
-    for name, expected in sorted(manifest.files.items())[part::parts]:
-        path = directory / name
-        try:
-            problem = _difference(path, expected, hashes)
-        except OSError as error:  # a stale handle, a bad sector, a file of another user
-            problem = f"the file cannot be read ({error.strerror})"
-        if problem:
-            raise UserError(problem, str(path), fix)
-
-
-def _difference(path: Path, expected: dict[str, Any], hashes: bool) -> str:
-    """How a file differs from its entry in the manifest; empty when it does not."""
-    if not path.is_file():
-        return "a file of the checkpoint is missing"
-    size = path.stat().st_size
-    if size != expected["bytes"]:
-        return f"the file has {size} bytes instead of {expected['bytes']} (truncated?)"
-    if hashes and sha256_file(path) != expected["sha256"]:
-        return "the file was altered after it was written (SHA-256 differs)"
-    return ""
+    share = dict(sorted(manifest.files.items())[part::parts])
+    require_files(directory, share, "restore the file, or use another step", hashes=hashes)
 
 
 def complete_steps(checkpoints: Path) -> tuple[list[int], list[str]]:

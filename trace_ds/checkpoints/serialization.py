@@ -2,10 +2,10 @@
 
 DeepSpeed saves objects of its own classes and loads with ``weights_only=False``, which executes whatever a pickle says;
 how Python pickles an enum differs even between patch releases. We replace its two file operations: what is written is
-tensors, containers, numbers and text, read back at once by the readers that will have to read it; what is loaded goes
-through our own reader first (:mod:`trace_ds.tensors.torch_archive`) and then through ``weights_only=True``. And
-since equal states pickled before and after a resume differ in which equal strings are one object, states are rebuilt
-before they are written: equal states give equal files, so a resumed job's checkpoints can be compared by hash.
+tensors, containers, numbers and text, read back at once by the reader that will have to read it; and what is loaded is
+what that reader (:mod:`trace_ds.tensors.torch_archive`) makes of a file: nothing in it is rebuilt or called. And since
+equal states pickled before and after a resume differ in which equal strings are one object, states are rebuilt before
+they are written: equal states give equal files, so a resumed job's checkpoints can be compared by hash.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 import torch
 
 from trace_ds.errors import JobFailed, UserError
-from trace_ds.tensors.torch_archive import ENUM_MEMBERS, read_archive
+from trace_ds.tensors.torch_archive import LazyTensor, exchanged, read_archive
 
 OPTIMIZER, LOSS_SCALER = "optimizer_state_dict", "loss_scaler"
 
@@ -36,8 +36,9 @@ class ShardFiles:
         self._written[os.path.abspath(path)] = save(state_dict, path)
 
     def load(self, path: str | Path, map_location: Any = None) -> Any:
-        """As :func:`load`; the loss scaler, which DeepSpeed wants back as an object, is the engine's own."""
-        state = load(path, map_location)
+        """As :func:`load` (DeepSpeed asks for the CPU); the loss scaler, which it wants back as an object, is the
+        engine's own."""
+        state = load(path)
         optimizer = state.get(OPTIMIZER) if isinstance(state, dict) else None
         if isinstance(optimizer, dict) and LOSS_SCALER in optimizer:
             optimizer[LOSS_SCALER] = self._engine.optimizer.loss_scaler
@@ -77,55 +78,22 @@ class _Hashing:
         self._handle.flush()
 
 
-def load(path: str | Path, map_location: Any = None) -> Any:
-    """Load a shard file; :class:`UserError` naming the file when it holds anything but tensors and plain data."""
-    return _read(Path(path), map_location=map_location)
+def load(path: str | Path) -> Any:
+    """A shard file as plain data and tensors in memory; errors are those of :func:`check`."""
+    return exchanged(check(Path(path)), LazyTensor, LazyTensor.load)
 
 
-def check(path: Path) -> None:
-    """Refuse a shard file that :func:`load` would refuse, without reading its tensors."""
-    _read(path, map_location="cpu", mmap=True)
+def check(path: Path) -> Any:
+    """What is in a shard file, its tensors still on disk.
 
-
-class _Past:
-    """In the place of DeepSpeed's classes in checkpoints written before states were plain; nobody looks into it."""
-
-
-def _number(value: int) -> int:
-    """In the place of ``ZeroStageEnum``."""
-    return int(value)
-
-
-def _member(owner: Any, name: str) -> int:
-    """In the place of ``getattr``, by which Python 3.11.0 to 3.11.3 pickle a member of an enum."""
-    if owner is not _number:
-        raise ValueError(f"getattr for {name}")
-    return ENUM_MEMBERS["ZeroStageEnum"][name]
-
-
-_PAST: list[Any] = [
-    (_Past, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
-    (_Past, "deepspeed.utils.tensor_fragment.fragment_address"),
-    (_number, "deepspeed.runtime.zero.config.ZeroStageEnum"),
-    (_member, "builtins.getattr"),
-]
-
-
-def _read(path: Path, **how: Any) -> Any:
-    from pickle import UnpicklingError
-
-    fix = "restore the file, or use another step"
+    Raises:
+        UserError: the file is damaged, or its pickle asks for what no checkpoint needs.
+    """
     try:
-        read_archive(path)  # bounded in time and memory, which torch's reader is not
-        with torch.serialization.safe_globals(_PAST):
-            return torch.load(path, weights_only=True, **how)
+        return read_archive(path)
     except UserError as error:
+        fix = "restore the file, or use another step"
         raise UserError(f"the shard cannot be loaded safely ({error.what})", str(path), fix) from None
-    # A damaged file can fail anywhere in torch's reader: in the archive, in a pickle opcode, in a name it looks up.
-    except (UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        reason = next((line.strip() for line in lines if "WeightsUnpickler error" in line), lines[0])
-        raise UserError(f"the shard cannot be loaded safely ({reason})", str(path), fix) from None
 
 
 def save(state_dict: Any, path: str | Path) -> dict[str, Any]:

@@ -1,14 +1,19 @@
-"""What makes a directory of weights a model: configuration, tokenizer and a model card that says what was done."""
+"""What makes a directory of weights a model: configuration, tokenizer and a model card that says what was done.
+
+:func:`model_card` writes every card, also the one of a report.
+"""
 
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from trace_ds.run.files import write_json, write_text
+from trace_ds.run.files import write_json
 from trace_ds.run.foreign import read_object
 from trace_ds.tensors.checkpoint import origin
 
@@ -24,6 +29,12 @@ COMPANIONS = (
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
+)
+LIMITS = (
+    "Unlearning suppresses; it does not prove deletion. Relearning, quantisation or adversarial prompts may bring "
+    "knowledge back. Evaluate before you rely on it.",
+    "Knowledge close to a forget set may have been lost with it; compare with the base model.",
+    "The base model's licence and limits apply to this model too.",
 )
 DTYPE_CONFIG = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
@@ -46,98 +57,80 @@ def copy_companions(base_model: Path, destination: Path, dtype: str) -> None:
         write_json(tokenizer, {key: value for key, value in settings.items() if key != "auto_map"})
 
 
-def model_name(directory: Path) -> str:
+def model_name(path: str | Path) -> str:
     """What to call the model of a directory: its name, or in a hub cache (``models--A--B/snapshots/HASH``) ``A/B``."""
+    directory = Path(os.path.abspath(path))
     cache = directory.parent.parent.name
     if directory.parent.name == "snapshots" and cache.startswith("models--"):
         return cache[len("models--") :].replace("--", "/")
     return directory.name
 
 
-def write_card(
-    base_model: Path,
-    destination: Path,
-    report: Mapping[str, Any],
-    source: dict[str, Any],
-    dtype: str,
-    facts: Mapping[str, Any] | None,
-) -> None:
-    """``README.md``: base model, how the weights were made and converted, calibration summary, limits.
+def model_card(
+    title: str, base: str, tags: Sequence[str], about: Sequence[str], sections: Mapping[str, Sequence[str]]
+) -> str:
+    """Markdown with YAML front matter; sections without lines are left out.
 
-    ``facts`` (all optional): name, method (dict of settings in words), calibration (the summary of the calibration
-    artefact), experts (table of forget-critical experts).
+    Args:
+        base: of a hub model its name, of another what to call it; empty: not said.
+        about, sections: lines; what comes from elsewhere went through :func:`plain`.
     """
-    facts = facts or {}
-    name = facts.get("name") or destination.name
-    base = facts.get("base_model") or model_name(base_model)
-    lines = ["---", "library_name: transformers", f"base_model: {json.dumps(str(base))}"]
-    lines += ["tags:", "- mixture-of-experts"]
-    if facts.get("method"):
-        lines += ["- unlearning"]
-    lines += ["---", "", f"# {str(name).split('.tmp-')[0]}", ""]
-    if facts.get("method"):
-        lines += [
-            *unlearned(str(base), str(facts["method"].get("weight rule", ""))),
-            "",
-            "## Method",
-            "",
-            *_table(facts["method"]),
-            "",
-        ]
-    else:
-        lines += [f"Weights of a training job that started from `{base}`, converted by trace_ds.", ""]
-    if facts.get("calibration"):
-        lines += ["## Calibration", "", *_table(facts["calibration"]), ""]
-    lines += [
-        "## Weights",
-        "",
-        *_table(
-            {
-                "source": origin(source),
-                "type": dtype,
-                "tensors": len(report["tensors"]),
-                "parameters": report["parameters"],
-            }
-        ),
-        "",
-        "`conversion.json` lists every tensor with its shape and SHA-256.",
-        "",
-    ]
-    for heading, entries in (("Warnings", report["warnings"]), ("Notes", report["notes"])):
-        if entries:
-            lines += [f"## {heading}", "", *(f"- {entry}" for entry in entries), ""]
-    lines += ["## Limits", "", *(f"- {line}" for line in _limits(bool(facts.get("method")))), ""]
-    write_text(destination / "README.md", "\n".join(lines))
+    front = {"library_name": "transformers", "base_model": base, "tags": ["mixture-of-experts", "trace-ds", *tags]}
+    lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in front.items() if value), "---", ""]
+    lines += [f"# {plain(title)}", "", *about, ""]
+    for heading, body in sections.items():
+        lines += [f"## {heading}", "", *body, ""] if body else []
+    return "\n".join(lines)
 
 
-def _limits(of_a_run: bool) -> list[str]:
-    known = [] if of_a_run else ["How these weights were trained, and on what, is not known here: ask who made them."]
-    return [
-        *known,
-        "Unlearning suppresses; it does not prove deletion. Relearning, quantisation or adversarial prompts may bring "
-        "knowledge back. Evaluate before you rely on it.",
-        "Knowledge close to a forget set may have been lost with it; compare with the base model.",
-        "The base model's licence and limits apply to this model too.",
-    ]
+def plain(text: str) -> str:
+    """Text without effect in Markdown or HTML: one line, markup characters escaped."""
+    flat = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*_\[\]|#])", r"\\\1", flat)
+
+
+def table(rows: Iterable[Sequence[object]], head: Sequence[str] = ("", "")) -> list[str]:
+    """The lines of a table."""
+    body = [[plain(f"{cell:.6g}" if isinstance(cell, float) else str(cell)) for cell in row] for row in rows]
+    return ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *body)]
+
+
+def card_of_conversion(name: str, base_model: Path, report: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
+    """The card of a converted model.
+
+    Args:
+        name: what to call it where no run does.
+        report: of the conversion.
+        facts: of the run that made the weights, all optional: name, base_model, method (settings in words),
+            calibration (the summary of the calibration artefact).
+    """
+    base = str(facts.get("base_model") or model_name(base_model))
+    method = facts.get("method") or {}
+    about = [f"Weights of a training job that started from {plain(base)}, converted by trace_ds."]
+    unknown = ["How these weights were trained, and on what, is not known here: ask who made them."]
+    if method:
+        about, unknown = unlearned(plain(base), str(method.get("weight rule", ""))), []
+    weights = {"source": origin(report["source"]), "type": report["dtype"], "tensors": len(report["tensors"])}
+    weights["parameters"] = report["parameters"]
+    sections = {
+        "Method": table(method.items()) if method else [],
+        "Calibration": table(facts["calibration"].items()) if facts.get("calibration") else [],
+        "Weights": [*table(weights.items()), "", "`conversion.json` lists every tensor with its shape and SHA-256."],
+        "Warnings": [f"- {plain(entry)}" for entry in report["warnings"]],
+        "Notes": [f"- {plain(entry)}" for entry in report["notes"]],
+        "Limits": [f"- {line}" for line in (*unknown, *LIMITS)],
+    }
+    return model_card(str(facts.get("name") or name), base, ["unlearning"] if method else [], about, sections)
 
 
 def unlearned(base: str, rule: str) -> list[str]:
     """What was done to ``base``, in two sentences; a baseline is called a baseline."""
     if rule.startswith("uniform"):
-        return [f"`{base}` after machine unlearning with trace_ds, with uniform retain weights (the baseline)."]
+        return [f"{base} after machine unlearning with trace_ds, with uniform retain weights (the baseline)."]
     if rule.startswith("sources"):
-        return [f"`{base}` after machine unlearning with trace_ds, with retain weights by the sources of documents."]
+        return [f"{base} after machine unlearning with trace_ds, with retain weights by the sources of documents."]
     return [
-        f"`{base}` after machine unlearning with trace_ds: the retain data re-weighted by expert activation "
+        f"{base} after machine unlearning with trace_ds: the retain data re-weighted by expert activation "
         "frequencies (TRACE, arXiv 2606.10338).",
         "Only the abstract of that paper is public; the equations behind it are trace_ds's own decisions.",
     ]
-
-
-def _table(rows: Mapping[str, Any]) -> list[str]:
-    lines = ["| | |", "|---|---|"]
-    for key, value in rows.items():
-        text = f"{value:.6g}" if isinstance(value, float) else str(value)
-        cells = (str(cell).replace("|", "\\|").replace("\n", " ") for cell in (key, text))
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines

@@ -21,7 +21,8 @@ from typing import Any
 
 import torch
 
-from trace_ds.conversion.safetensors_target import parse_size
+from trace_ds.conversion.card import card_of_conversion, copy_companions
+from trace_ds.conversion.safetensors_target import parse_size, place, write_headers
 from trace_ds.errors import UserError
 from trace_ds.run.files import (
     commit_directory,
@@ -30,6 +31,7 @@ from trace_ds.run.files import (
     removed_on_error,
     sha256_file,
     write_json,
+    write_text,
 )
 from trace_ds.run.ours import MANIFEST, converted_model, require_apart, require_directory
 from trace_ds.tensors.checkpoint import Checkpoint
@@ -43,11 +45,12 @@ from trace_ds.tensors.layouts import (
     read_layout,
 )
 from trace_ds.tensors.model_files import read_json_object
-from trace_ds.tensors.opening import REPORT, family_of, open_source, verify_manifest
+from trace_ds.tensors.opening import REPORT, family_of, open_huggingface, open_source, verify_manifest
 from trace_ds.tensors.partitions import reading
 from trace_ds.tensors.runs import TensorSource, from_lazy
-from trace_ds.tensors.stream import CopyTask, Progress, Streamer, naming_full_disk, run_tasks, warnings_of
+from trace_ds.tensors.stream import CopyTask, Progress, Streamer, naming_full_disk, run_tasks
 from trace_ds.tensors.torch_archive import read_archive, tensors_of
+from trace_ds.tensors.universal import check_optimizer_states, write_universal
 
 TARGETS = ("hf", "universal")
 FORMAT = 1
@@ -137,31 +140,23 @@ def convert_checkpoint(
     if verify:
         verify_source(checkpoint, jobs)
     remove_abandoned(destination)
-    if plan is None:
-        from trace_ds.tensors.universal import write_universal
-
-        with _new_directory(destination, overwrite) as work:
-            report = write_universal(checkpoint, work, jobs=jobs, progress=progress)
-            report = {"format": FORMAT, "source": source_facts(checkpoint), "target": to, **report}
-            write_json(work / REPORT, report)
-            if verify:
-                verify_archives(work, jobs)
-                write_json(work / REPORT, report | {"verified": True})
-                report["verified"] = True
-        return report
     with _new_directory(destination, overwrite) as work:
-        result = write_huggingface(
-            plan, work, max_shard_size=max_shard_size, jobs=jobs, verify=verify, progress=progress, card=card
-        )
-        report = {
-            "format": FORMAT,
-            "source": source_facts(checkpoint),
-            "target": to,
-            "dtype": plan.dtype,
-            "max_shard_size": max_shard_size,
-            **result,
-        }
+        report = {"format": FORMAT, "source": source_facts(checkpoint), "target": to}
+        if plan is None:
+            report |= write_universal(checkpoint, work, jobs=jobs, progress=progress)
+        else:
+            report["max_shard_size"] = max_shard_size
+            report |= write_weights(plan, work, parse_size(max_shard_size), jobs, progress)
+            copy_companions(plan.base_model, work, plan.dtype)
+            write_text(work / "README.md", card_of_conversion(destination.name, plan.base_model, report, card or {}))
         write_json(work / REPORT, report)
+        if verify:
+            if plan is None:
+                verify_archives(work, jobs)
+            else:
+                verify_huggingface(work, report, jobs)
+            report["verified"] = True
+            write_json(work / REPORT, report)
     return report
 
 
@@ -193,8 +188,6 @@ def check_conversion(
     read = {"SOURCE": checkpoint.path} | ({"--base-model": base_model} if base_model is not None else {})
     require_apart([destination], read)
     if to == "universal":
-        from trace_ds.tensors.universal import check_optimizer_states
-
         check_optimizer_states(checkpoint)
         if base_model is not None:
             checkpoint.family = checkpoint.family or family_of(base_model)
@@ -347,52 +340,19 @@ def find_base_model(checkpoint: Checkpoint, base_model: Path | None) -> Path:
     return candidate
 
 
-def write_huggingface(
-    plan: Plan,
-    work: Path,
-    *,
-    max_shard_size: str,
-    jobs: int,
-    verify: bool,
-    progress: Progress | None,
-    card: Mapping[str, Any] | None,
-) -> dict[str, Any]:
-    """Weights, index, configuration, tokenizer and model card into ``work``; the tensors' part of the report."""
-    from trace_ds.conversion.card import copy_companions, write_card
-    from trace_ds.conversion.safetensors_target import place, write_headers
-
+def write_weights(plan: Plan, work: Path, shard_bytes: int, jobs: int, progress: Progress | None) -> dict[str, Any]:
+    """Weights and index into ``work``; the tensors' part of the report."""
     tensors = fused_to_hub(plan.layout, plan.fused)
     dtypes = {name: plan.dtype_of(name, source) for name, source in tensors.items()}
-    placed, headers = place(tensors, dtypes, parse_size(max_shard_size))
-    write_headers(work, placed, headers)
-    written = run_tasks([item.task(work) for item in placed], work, jobs, progress)
-    report = {
-        "tensors": {
-            item.name: {
-                "file": item.file,
-                "dtype": DTYPE_NAMES[item.dtype],
-                "shape": list(item.source.shape),
-                "sha256": result.sha256,
-            }
-            for item, result in sorted(zip(placed, written, strict=True), key=lambda pair: pair[0].name)
-        },
-        "parameters": sum(item.source.numel for item in placed),
-        "bytes": sum(item.nbytes for item in placed),
-        "notes": plan.notes,
-        "warnings": warnings_of([item.name for item in placed], written),
-    }
-    copy_companions(plan.base_model, work, plan.dtype)
-    write_card(plan.base_model, work, report, source_facts(plan.checkpoint), plan.dtype, card)
-    if verify:
-        verify_huggingface(work, report, jobs)
-        report["verified"] = True
-    return report
+    tasks, headers = place(tensors, dtypes, shard_bytes, work)
+    write_headers(work, tasks, headers)
+    report = run_tasks(tasks, work, jobs, progress)
+    parameters = sum(source.numel for source in tensors.values())
+    return {**report, "dtype": plan.dtype, "parameters": parameters, "notes": plan.notes}
 
 
 def verify_huggingface(directory: Path, report: Mapping[str, Any], jobs: int = 1) -> None:
     """Re-read a written model and compare every tensor's name, type, shape and SHA-256 with the report."""
-    from trace_ds.tensors.huggingface_source import open_huggingface
-
     found = open_huggingface(directory).tensors
     expected = report["tensors"]
     strange = sorted(set(found) ^ set(expected))

@@ -11,7 +11,7 @@ import json
 import re
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,24 +27,6 @@ from trace_ds.tensors.stream import CopyTask, naming_full_disk
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
-@dataclass(frozen=True)
-class Placed:
-    """One tensor of the result: where its bytes go."""
-
-    name: str
-    source: TensorSource
-    dtype: torch.dtype
-    file: str
-    offset_bytes: int
-
-    @property
-    def nbytes(self) -> int:
-        return self.source.numel * self.dtype.itemsize
-
-    def task(self, directory: Path) -> CopyTask:
-        return CopyTask(self.source, self.dtype, directory / self.file, self.offset_bytes)
-
-
 def parse_size(text: str, where: str = "max_shard_size") -> int:
     """Bytes of "5GB", "500 MiB" or "1000000"; decimal units as on the hub."""
     match = re.fullmatch(r"\s*([0-9]{1,15}(?:\.[0-9]{1,9})?)\s*([A-Za-z]*)\s*", text)
@@ -55,8 +37,8 @@ def parse_size(text: str, where: str = "max_shard_size") -> int:
 
 
 def place(
-    tensors: Mapping[str, TensorSource], dtypes: Mapping[str, torch.dtype], max_shard_bytes: int
-) -> tuple[list[Placed], dict[str, bytes]]:
+    tensors: Mapping[str, TensorSource], dtypes: Mapping[str, torch.dtype], max_shard_bytes: int, directory: Path
+) -> tuple[list[CopyTask], dict[Path, bytes]]:
     """Decide file and offset of every tensor, in order; also the header of each file."""
     shards: list[list[str]] = [[]]
     filled = 0
@@ -67,46 +49,42 @@ def place(
             filled = 0
         shards[-1].append(name)
         filled += nbytes
-    placed: list[Placed] = []
-    headers: dict[str, bytes] = {}
+    tasks: list[CopyTask] = []
+    headers: dict[Path, bytes] = {}
     for number, names in enumerate(shards, 1):
         file = SINGLE_NAME if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         # As the safetensors library does: larger element types first, so that every tensor is aligned.
-        ordered = sorted(names, key=lambda name: -dtypes[name].itemsize)
+        ordered = [CopyTask(tensors[name], dtypes[name], directory / file, 0) for name in names]
+        ordered.sort(key=lambda task: -task.dtype.itemsize)
         begin = 0
-        for name in ordered:
-            end = begin + tensors[name].numel * dtypes[name].itemsize
-            entries[name] = {
-                "dtype": DTYPE_NAMES[dtypes[name]],
-                "shape": list(tensors[name].shape),
-                "data_offsets": [begin, end],
-            }
-            begin = end
+        for task in ordered:
+            span, begin = [begin, begin + task.nbytes], begin + task.nbytes
+            facts = {"dtype": DTYPE_NAMES[task.dtype], "shape": list(task.source.shape)}
+            entries[task.source.name] = {**facts, "data_offsets": span}
         text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)
-        headers[file] = struct.pack("<Q", len(text)) + text
-        for name in ordered:
-            offset = len(headers[file]) + entries[name]["data_offsets"][0]
-            placed.append(Placed(name, tensors[name], dtypes[name], file, offset))
-    return placed, headers
+        header = headers[directory / file] = struct.pack("<Q", len(text)) + text
+        for task in ordered:
+            start = entries[task.source.name]["data_offsets"][0]
+            tasks.append(replace(task, offset_bytes=len(header) + start))
+    return tasks, headers
 
 
-def write_headers(directory: Path, placed: list[Placed], headers: Mapping[str, bytes]) -> None:
+def write_headers(directory: Path, tasks: list[CopyTask], headers: Mapping[Path, bytes]) -> None:
     """Create the shards at their full length (sparse) with their headers, and the index if there are several."""
-    ends = {file: len(header) for file, header in headers.items()}
-    for item in placed:
-        ends[item.file] = max(ends[item.file], item.offset_bytes + item.nbytes)
-    for file, header in headers.items():
-        path = directory / file
+    ends = {path: len(header) for path, header in headers.items()}
+    placed = {}
+    for task in sorted(tasks, key=lambda task: task.source.name):
+        assert task.path is not None
+        ends[task.path] = max(ends[task.path], task.offset_bytes + task.nbytes)
+        placed[task.source.name] = task.path.name
+    for path, header in headers.items():
         with naming_full_disk(path), path.open("wb") as handle:
             handle.write(header)
-            handle.truncate(ends[file])
+            handle.truncate(ends[path])
     if len(headers) > 1:
-        total = sum(item.nbytes for item in placed)
-        parameters = sum(item.source.numel for item in placed)
-        index = {
-            "metadata": {"total_size": total, "total_parameters": parameters},
-            "weight_map": {item.name: item.file for item in sorted(placed, key=lambda item: item.name)},
-        }
-        write_json(directory / INDEX_NAME, index)
+        total = sum(task.nbytes for task in tasks)
+        parameters = sum(task.source.numel for task in tasks)
+        metadata = {"total_size": total, "total_parameters": parameters}
+        write_json(directory / INDEX_NAME, {"metadata": metadata, "weight_map": placed})

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from trace_ds.errors import UserError
+from trace_ds.run.foreign import read_object
 
 # Keys that follow from the run's own configuration: from a file they would win over it, and manifests would be wrong.
 OWN_KEYS = (
@@ -27,12 +27,7 @@ def user_ds_config(path: str | None) -> dict[str, Any]:
     """The DeepSpeed keys a user adds from a JSON file; :class:`UserError` when it cannot be read."""
     if path is None:
         return {}
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"the DeepSpeed configuration cannot be read ({error})", path, "correct the file") from None
-    if not isinstance(value, dict):
-        raise UserError("the DeepSpeed configuration is not a JSON object", path, "correct the file")
+    value = read_object(Path(path), "the DeepSpeed configuration", "correct the file")
     zero = value.get("zero_optimization", {})
     if not isinstance(zero, dict):
         raise UserError("zero_optimization is not a JSON object", path, "correct the file")

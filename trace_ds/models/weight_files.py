@@ -57,7 +57,7 @@ class WeightFiles:
         Raises:
             UserError: a tensor of the model is missing, has another shape, or one is not part of the model.
         """
-        from trace_ds.tensors.huggingface_source import open_huggingface
+        from trace_ds.tensors.opening import open_huggingface
 
         tensors = {
             name: source

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from trace_ds.errors import UserError
-from trace_ds.run.files import canonical_json, sha256_file, sha256_text, write_json
+from trace_ds.run.files import canonical_json, require_files, sha256_file, sha256_text, write_json
 from trace_ds.run.foreign import file_entries, read_object, text_values, typed
 
 FILE_NAME = "artefact.json"
@@ -121,15 +121,7 @@ def load(directory: Path, kind: str, made_by: str, *, verify: bool = True) -> Ar
         raise UserError(f"this is a {artefact.kind} artefact where a {kind} artefact is needed", str(directory), fix)
     if recorded != made:
         raise UserError("the description of the artefact was altered after it was written", str(description), fix)
-    for name, expected in artefact.files.items():
-        path = directory / name
-        if not path.is_file():
-            raise UserError("a file of the artefact is missing", str(path), fix)
-        size = path.stat().st_size
-        if size != expected["bytes"]:
-            raise UserError(f"the file has {size} bytes instead of {expected['bytes']} (truncated?)", str(path), fix)
-        if verify and sha256_file(path) != expected["sha256"]:
-            raise UserError("the file was altered after it was written (SHA-256 differs)", str(path), fix)
+    require_files(directory, artefact.files, fix, hashes=verify)
     return artefact
 
 

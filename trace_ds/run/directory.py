@@ -138,7 +138,7 @@ class RunDirectory:
             self.calibration: ours.artefact("calibration"),
             self.export: ours.artefact("export"),
             self.model: ours.converted_model,
-            self.report: ours.report,
+            self.report: ours.artefact("report"),
         }
         if self.parent is None:
             found[self.data] = ours.artefact("data")

@@ -9,10 +9,11 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trace_ds.errors import UserError
 from trace_ds.run.ours import Owner, leftover, require_directory
 
 if TYPE_CHECKING:
@@ -37,6 +38,32 @@ def sha256_file(path: Path) -> str:
         while block := handle.read(HASH_BLOCK_BYTES):
             digest.update(block)
     return digest.hexdigest()
+
+
+def require_files(directory: Path, files: Mapping[str, Mapping[str, Any]], fix: str, *, hashes: bool) -> None:
+    """Compare files with their descriptions ``{bytes, sha256}``: sizes always, SHA-256 when ``hashes``.
+
+    Raises:
+        UserError: names the first file that is missing, cannot be read, or differs.
+    """
+    for name, entry in files.items():
+        try:
+            problem = _difference(directory / name, entry, hashes)
+        except OSError as error:  # a stale handle, a bad sector, a file of another user
+            problem = f"the file cannot be read ({error.strerror})"
+        if problem:
+            raise UserError(problem, str(directory / name), fix)
+
+
+def _difference(path: Path, entry: Mapping[str, Any], hashes: bool) -> str:
+    if not path.is_file():
+        return "the file is missing"
+    size = path.stat().st_size
+    if size != entry["bytes"]:
+        return f"the file has {size} bytes instead of {entry['bytes']} (truncated?)"
+    if hashes and sha256_file(path) != entry["sha256"]:
+        return "the file was altered after it was written (SHA-256 differs)"
+    return ""
 
 
 def fsync_directory(path: Path) -> None:

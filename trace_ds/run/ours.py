@@ -31,7 +31,6 @@ _PARTIAL = re.compile(
     r"\.?(?:(?:shape|artefact)\.json|statistics\.safetensors|state-\d{5}-\d{9}\.safetensors|\w+-\d{5}-of-\d{5}\.npy)"
     rf"(?:{_ENDING})?"
 )
-_REPORT = re.compile(r"index\.html|scores\.json|model_card\.md|\w+\.(?:csv|png)")
 _MODEL_FILES = re.compile(
     r"config\.json|generation_config\.json|README\.md|conversion\.json|training\.json|model\.safetensors(?:\.index\.json)?|"
     r"model-\d{5}-of-\d{5}\.safetensors|tokenizer\.(?:json|model)|tokenizer_config\.json|special_tokens_map\.json|"
@@ -77,17 +76,6 @@ def demo_model(path: Path) -> Callable[[str], bool] | None:
 
 def _is_model_file(name: str) -> bool:
     return _MODEL_FILES.fullmatch(name) is not None
-
-
-def report(path: Path) -> Callable[[str], bool] | None:
-    """A report; those of versions that did not describe it are known by their page."""
-    if (path / "artefact.json").exists():
-        return artefact("report")(path)
-    try:
-        page = (path / "index.html").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return None
-    return (lambda name: _REPORT.fullmatch(name) is not None) if "trace_ds" in page else None
 
 
 def checkpoint(path: Path) -> Callable[[str], bool] | None:

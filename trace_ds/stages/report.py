@@ -14,6 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from trace_ds import __version__
+from trace_ds.conversion.card import LIMITS, model_card, model_name, plain, table
 from trace_ds.reporting.compare import compared
 from trace_ds.reporting.gather import gather
 from trace_ds.run import artefact, ours
@@ -25,6 +27,13 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from trace_ds.config.schema import Config
+    from trace_ds.reporting.gather import RunData
+
+ARROWS = {"lower": "↓", "higher": "↑", "reference": "→"}
+PAPER = (
+    "TRACE (Xie, Lin, Xiong, Zhang, Li; arXiv 2606.10338) is public as an abstract only; the equations used here are "
+    "decisions of trace_ds."
+)
 
 
 def report(config: Config | None, run: RunDirectory, others: list[Path] | None = None) -> Path:
@@ -39,9 +48,9 @@ def report(config: Config | None, run: RunDirectory, others: list[Path] | None =
         UserError: a run directory is missing or holds nothing at all, an artefact is damaged, or the report cannot
             be written; an existing report is left as it was.
     """
-    from trace_ds.reporting import model_card, page, pictures, scores, tables
+    from trace_ds.reporting import page, pictures, scores, tables
 
-    ours.require_directory(run.report, ours.report)
+    ours.require_directory(run.report, ours.artefact("report"))
     ours.require_file(run.logs / "report.jsonl", ours.is_log)
     data = gather(run.path)
     if config is not None and config.report.title:
@@ -52,7 +61,7 @@ def report(config: Config | None, run: RunDirectory, others: list[Path] | None =
     files: dict[str, str | bytes] = {
         "index.html": page.render(data, found, sorted(images), [other.name for other in others_read], notes),
         "scores.json": json.dumps(scores.score_records(data, others_read), indent=1, ensure_ascii=False) + "\n",
-        "model_card.md": model_card.model_card(data),
+        "model_card.md": model_card_of(data),
         **{f"{name}.csv": table.to_csv() for name, table in found.items()},
         **images,
     }
@@ -65,6 +74,32 @@ def report(config: Config | None, run: RunDirectory, others: list[Path] | None =
     except OSError as error:
         raise unwritable(run.report, error) from None
     return run.report / "index.html"
+
+
+def model_card_of(run: RunData) -> str:
+    """The card of the unlearned model: what was done, how well, and what is not claimed."""
+    from trace_ds.reporting import scores
+
+    settings = run.config.get("unlearning") or {}
+    loss, steps = (plain(str(settings.get(key, "not recorded"))) for key in ("forget_loss", "steps"))
+    rules = ", ".join(f"{arm.label}: {arm.rule}" for arm in run.arms if arm.rule) or "not recorded"
+    made = (
+        f"Unlearned with trace_ds {__version__}. Forget loss: {loss}; steps: {steps}; retain weights: {plain(rules)}."
+    )
+    rows = []
+    for name, evaluation in run.evaluations().items():
+        for one in evaluation.scores:
+            count, chance = ("–" if value is None else value for value in (one.n, one.chance))
+            rows.append([name, one.task, f"{one.metric} {ARROWS.get(one.direction, '')}", one.value, count, chance])
+    head = ("model", "task", "metric", "value", "n", "chance")
+    sections = {
+        "Scores": table(rows, head) if rows else ["Not evaluated yet."],
+        "Limits": [f"- {line}" for line in ("Scores are of one seed.", PAPER, *LIMITS)],
+        "Versions": [f"- {plain(name)} {plain(version)}" for name, version in run.versions.items()],
+    }
+    path = (run.config.get("model") or {}).get("path")
+    base = model_name(str(path)) if path else ""
+    return model_card(run.title, base, ["unlearning"], [made, "", plain(scores.honest_sentence(run))], sections)
 
 
 def report_study(run: RunDirectory) -> Path:
@@ -102,7 +137,7 @@ def summary(run: RunDirectory) -> tuple[Table, str]:
 def _write(run: RunDirectory, files: dict[str, str | bytes]) -> None:
     """Replace the report as a whole."""
     run.clear_leftovers()
-    with replacing_directory(run.report, ours.report) as directory:
+    with replacing_directory(run.report, ours.artefact("report")) as directory:
         for name, content in files.items():
             (directory / name).write_bytes(content.encode() if isinstance(content, str) else content)
         artefact.describe(directory, "report", {}, {}, {})

@@ -275,11 +275,12 @@ def make_batches(config: Config, job: UnlearnJob) -> Batches:
 
     from trace_ds.corpora.dataset import FlatArray, TokenDataset
     from trace_ds.routing.token_files import open_parts
+    from trace_ds.run.mapped import open_mapped
     from trace_ds.unlearning.batches import Batches
 
     token_weights = None
     if config.unlearning.apply == "loss" and config.unlearning.weights == "reference":
-        token_weights = FlatArray([np.load(job.calibration.file("weights.npy"), mmap_mode="r", allow_pickle=False)])
+        token_weights = FlatArray([open_mapped(job.calibration.file("weights.npy"))])
     row_weights_R = np.load(job.calibration.file("row_weights.npy"), mmap_mode="r", allow_pickle=False)
     reference = config.unlearning.forget_loss in ("npo", "dpo")
     nll = {side: FlatArray(open_parts(found, "nll")) for side, found in job.statistics.items() if reference}

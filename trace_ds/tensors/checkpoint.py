@@ -12,6 +12,7 @@ from trace_ds.tensors.runs import TensorSource
 
 RANK_FILE = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_(model|optim)_states\.pt$")
 MODEL_FILE = re.compile(r"mp_rank_(\d+)_model_states\.pt$")
+MOMENTS = ("exp_avg", "exp_avg_sq")
 EXPERT_FILE = re.compile(r"layer_(\d+)_expert_(\d+)_mp_rank_(\d+)_model_states\.pt$")
 
 

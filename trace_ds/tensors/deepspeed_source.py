@@ -16,28 +16,27 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from trace_ds.errors import UserError
-from trace_ds.tensors.checkpoint import EXPERT_FILE, MODEL_FILE, RANK_FILE, Checkpoint
+from trace_ds.tensors.checkpoint import EXPERT_FILE, MODEL_FILE, MOMENTS, RANK_FILE, Checkpoint
 from trace_ds.tensors.partitions import (
-    Fragments,
+    Pieces,
     autoep_layers,
     check_adam_step,
     check_ranks,
     damaged,
-    engine_dtype,
     expert_weights,
-    join_experts,
+    job_facts,
     reading,
 )
 from trace_ds.tensors.runs import Run, TensorSource, from_lazy, make_source
 from trace_ds.tensors.torch_archive import LazyTensor, plain_shape, read_archive, scalar
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-MASTER = "fp32"
+MASTER, FROZEN = "fp32", "frozen"
+MODEL_NAME = "mp_rank_00_model_states.pt"
 
 
 def open_deepspeed(directory: Path) -> Checkpoint:
@@ -60,7 +59,7 @@ def open_deepspeed(directory: Path) -> Checkpoint:
         return _open_zero3(directory, ranked["model"], ranked["optim"])
     models = [name for name in names if MODEL_FILE.match(name)]
     if len(models) != 1:
-        raise damaged(f"expected one mp_rank_00_model_states.pt, found {models or 'none'}", directory)
+        raise damaged(f"expected one {MODEL_NAME}, found {models or 'none'}", directory)
     return _open_replicated(directory, models[0], ranked["optim"], names)
 
 
@@ -74,137 +73,120 @@ def _read_state(path: Path, keys: Sequence[str]) -> dict[str, Any]:
     return state
 
 
-def _adam_step(state: Any) -> Any:
-    step = state.get("step") if isinstance(state, dict) else None
-    return scalar(step) if isinstance(step, LazyTensor) else step
+def _read_optimizer(path: Path, stages: str, key: str) -> dict[str, Any]:
+    """ZeRO's part of an optimizer file, in which ``stages`` always have ``key``."""
+    optim = _read_state(path, ("optimizer_state_dict",))["optimizer_state_dict"]
+    if not isinstance(optim, dict) or key not in optim:
+        raise damaged(f"this is not a {stages} optimizer file (no {key} in it)", path)
+    return optim
 
 
-def _same(values: dict[str, Any], what: str, directory: Path) -> Any:
-    """The one value that all files must share; the error names a file of each."""
-    first = next(iter(values), None)
-    for name, value in values.items():
-        if first is not None and value != values[first]:
-            raise damaged(f"{what} {value} here, but {values[first]} in {first}: files of different steps are mixed",
-                          directory / name)  # fmt: skip
-    return values[first] if first is not None else None
+def _check_optimizer_files(directory: Path, files: dict[int, str], world: int, like: str) -> None:
+    like = next(iter(files.values()), like)
+    like = RANK_FILE.sub(lambda match: match[0].replace(f"rank_{match[1]}_", "rank_0_", 1), like)
+    check_ranks(directory, files, world, "optimizer", like)
+
+
+def _flat(masters: LazyTensor, state: dict[str, Any]) -> tuple[dict[str, LazyTensor], Any]:
+    """The flat vectors of a group on a rank, masters and moments, and the optimizer's step (None: it made none)."""
+    step = state.get("step")
+    moments = {key: state[key] for key in MOMENTS if isinstance(state.get(key), LazyTensor)}
+    return {MASTER: masters, **moments}, scalar(step) if isinstance(step, LazyTensor) else step
+
+
+class _Said(defaultdict[str, dict[str, Any]]):
+    """What all files must say alike: ``said[what][name of the file]``."""
+
+    def one(self, what: str, directory: Path) -> Any:
+        """The value that they share (None: nobody says it); the error names a file of each."""
+        first = next(iter(self[what]), "")
+        for name, value in self[what].items():
+            if value != self[what][first]:
+                raise damaged(
+                    f"{what} {value} here, but {self[what][first]} in {first}: files of different steps are mixed",
+                    directory / name,
+                )
+        return self[what].get(first)
 
 
 def _open_zero3(directory: Path, model_files: dict[int, str], optim_files: dict[int, str]) -> Checkpoint:
     needed = ("module", "param_shapes", "dp_world_size", "global_steps")
-    first = min(model_files)
-    head_path = directory / model_files[first]
+    head_path = directory / model_files[min(model_files)]
     head = _read_state(head_path, needed)
     with reading(head_path):
         world = int(head["dp_world_size"])
     check_ranks(directory, model_files, world, "model", "zero_pp_rank_0_mp_rank_00_model_states.pt")
-    like = next(iter(optim_files.values()), "zero_pp_rank_0_mp_rank_00_optim_states.pt")
-    like = RANK_FILE.sub(lambda match: match[0].replace(f"rank_{match[1]}_", "rank_0_", 1), like)
-    check_ranks(directory, optim_files, world, "optimizer", like)
+    _check_optimizer_files(directory, optim_files, world, "zero_pp_rank_0_mp_rank_00_optim_states.pt")
 
-    ranks = _Zero3Ranks(world)
+    pieces, said = Pieces(), _Said(dict)
     for rank in range(world):
         model_path, optim_path = directory / model_files[rank], directory / optim_files[rank]
-        model = head if rank == first else _read_state(model_path, needed)
+        model = head if model_path == head_path else _read_state(model_path, needed)
         with reading(model_path):
-            ranks.add_model(rank, model, model_path)
-        optim = _read_state(optim_path, ("optimizer_state_dict",))["optimizer_state_dict"]
-        if not isinstance(optim, dict) or "fp32_flat_groups" not in optim:
-            raise damaged("this is not a ZeRO-3 optimizer file (no fp32_flat_groups in it)", optim_path)
+            said["step"][model_path.name] = int(model["global_steps"])
+            said["world size"][model_path.name] = model["dp_world_size"]
+            experts = expert_weights(autoep_layers(model, model_path))  # their ep_rank is this rank's
+            groups = [{name: plain_shape(shape) for name, shape in group.items()} for group in model["param_shapes"]]
+            for name, tensor in (model.get("frozen_param_fragments") or {}).items():
+                shape = plain_shape(model["frozen_param_shapes"][name])
+                held = max(0, min(tensor.numel(), math.prod(shape) - rank * tensor.numel()))
+                pieces.add(name, FROZEN, shape, 0, rank, Run(tensor.storage, tensor.start, held))
+        optim = _read_optimizer(optim_path, "ZeRO-3", "fp32_flat_groups")
         with reading(optim_path):
-            ranks.add_optimizer(rank, optim, optim_path)
-    _same(ranks.worlds, "world size", directory)
-    step = _same(ranks.steps, "step", directory)
-    adam_step = _same(ranks.adam_steps, "optimizer step", directory)
-    joined = ranks.fragments.join(directory, ranks.experts, (MASTER, *MOMENTS))
-    tensors = joined.pop(MASTER)
-    trained = tuple(tensors)
-    for name, (shape, runs) in ranks.frozen.items():
-        tensors[name] = join_experts(name, shape, {0: runs}, None, directory)
+            said["world size"][optim_path.name] = optim.get("partition_count", world)
+            states = (optim.get("optimizer_state_dict") or {}).get("state") or {}
+            partitions = optim.get("ds_zero_partition_groups") or []
+            for index, (shapes, masters) in enumerate(zip(groups, optim["fp32_flat_groups"], strict=True)):
+                state = states.get(index, {})
+                flat, adam_step = _flat(masters, state)
+                if state:
+                    said["optimizer step"].setdefault(optim_path.name, adam_step)
+                partition = partitions[index] if index < len(partitions) else {}
+                parts = int(partition.get("partition_count", world))
+                part = int(partition.get("partition_rank", rank))
+                _add_group(pieces, shapes, flat, part, parts, experts)
+    for what in ("world size", "step"):
+        said.one(what, directory)
+    adam_step = said.one("optimizer step", directory)
     notes: list[str] = []
     with reading(head_path):
-        check_adam_step(adam_step, head, notes, directory / optim_files[first])
-        _add_buffers(tensors, head)
-        layers = autoep_layers(head, head_path)
-        return Checkpoint(
-            directory,
-            "zero3",
-            tensors,
-            moments={key: value for key, value in joined.items() if value},
-            trained=trained,
-            dtype=engine_dtype(head),
-            step=int(step),
-            world=world,
-            ep=layers[0]["ep_size"] if layers else 1,
-            zero_stage=3,
-            layers=layers,
-            files=sorted([*model_files.values(), *optim_files.values()]),
-            notes=notes,
-            shared=dict(head.get("shared_params") or {}),
-        )
+        check_adam_step(adam_step, head, notes, directory / optim_files[min(model_files)])
+        facts = job_facts(head, head_path)
+        joined = pieces.join(directory, facts["layers"], (MASTER, *MOMENTS, FROZEN))
+        trained = tuple(joined[MASTER])
+        tensors = joined[MASTER] | joined[FROZEN]
+        for name in head.get("buffer_names") or []:
+            tensor = head["module"].get(name)
+            if isinstance(tensor, LazyTensor):
+                tensors[name] = from_lazy(name, tensor)
+    moments = {key: joined[key] for key in MOMENTS if joined[key]}
+    files = sorted([*model_files.values(), *optim_files.values()])
+    return Checkpoint(directory, "zero3", tensors, moments, trained, zero_stage=3, files=files, notes=notes, **facts)
 
 
-class _Zero3Ranks:
-    """What the two files of every rank say, brought together."""
-
-    def __init__(self, world: int) -> None:
-        self.world = world
-        self.fragments = Fragments()
-        self.frozen: dict[str, tuple[tuple[int, ...], list[Run]]] = {}
-        self.shapes: list[dict[str, tuple[int, ...]]] = []  # of the rank added last, by sub-group
-        self.experts: dict[str, dict[str, Any]] = {}
-        self.steps: dict[str, Any] = {}
-        self.adam_steps: dict[str, Any] = {}
-        self.worlds: dict[str, Any] = {}
-
-    def add_model(self, rank: int, model: dict[str, Any], path: Path) -> None:
-        self.steps[path.name] = int(model["global_steps"])
-        self.worlds[path.name] = model["dp_world_size"]
-        self.experts = expert_weights(autoep_layers(model, path))  # its ep_rank is this rank's
-        self.shapes = [{name: plain_shape(shape) for name, shape in group.items()} for group in model["param_shapes"]]
-        for name, tensor in (model.get("frozen_param_fragments") or {}).items():
-            shape = plain_shape(model["frozen_param_shapes"][name])
-            held = max(0, min(tensor.numel(), math.prod(shape) - rank * tensor.numel()))
-            self.frozen.setdefault(name, (shape, []))[1].append(Run(tensor.storage, tensor.start, held))
-
-    def add_optimizer(self, rank: int, optim: dict[str, Any], path: Path) -> None:
-        self.worlds[path.name] = optim.get("partition_count", self.world)
-        states = (optim.get("optimizer_state_dict") or {}).get("state") or {}
-        partitions = optim.get("ds_zero_partition_groups") or []
-        if len(self.shapes) != len(optim["fp32_flat_groups"]):
-            raise damaged("the optimizer file has another number of parameter groups than the model file", path)
-        for index, shapes in enumerate(self.shapes):
-            flat: dict[str, LazyTensor] = {MASTER: optim["fp32_flat_groups"][index]}
-            state = states.get(index, {})
-            flat |= {key: state[key] for key in MOMENTS if isinstance(state.get(key), LazyTensor)}
-            if state:
-                self.adam_steps.setdefault(path.name, _adam_step(state))
-            partition = partitions[index] if index < len(partitions) else {}
-            parts, part = int(partition.get("partition_count", self.world)), int(partition.get("partition_rank", rank))
-            self._add_group(shapes, flat, part, parts, path)
-
-    def _add_group(
-        self, shapes: dict[str, Any], flat: dict[str, LazyTensor], part: int, parts: int, path: Path
-    ) -> None:
-        """One sub-group: its parameters lie one after the other, each cut over the ranks of its partition group."""
-        offset = 0
-        for name, shape in shapes.items():
-            numel = math.prod(shape)
-            share = -(-numel // parts)
-            held = max(0, min(share, numel - part * share))
-            ep_rank = self.experts[name]["ep_rank"] if name in self.experts else 0
-            for key, tensor in flat.items():
-                if offset + share > tensor.numel():
-                    raise damaged(f"{name} reaches beyond its group in this file", path)
-                run = Run(tensor.storage, tensor.start + offset, held)
-                self.fragments.add(name, key, shape, ep_rank, part, parts, run, path)
-            offset += share
-
-
-def _add_buffers(tensors: dict[str, TensorSource], model: dict[str, Any]) -> None:
-    for name in model.get("buffer_names") or []:
-        tensor = model["module"].get(name)
-        if isinstance(tensor, LazyTensor):
-            tensors[name] = from_lazy(name, tensor)
+def _add_group(
+    pieces: Pieces,
+    shapes: dict[str, tuple[int, ...]],
+    flat: dict[str, LazyTensor],
+    part: int,
+    parts: int,
+    experts: dict[str, dict[str, Any]],
+) -> None:
+    """One sub-group of a rank: its parameters lie one after the other, each cut over the ranks of its partition group;
+    ``ValueError`` where they do not fit."""
+    if not 0 <= part < parts:
+        raise ValueError(f"partition {part} of {parts}")
+    offset = 0
+    for name, shape in shapes.items():
+        numel = math.prod(shape)
+        share = -(-numel // parts)
+        held = max(0, min(share, numel - part * share))
+        ep_rank = experts[name]["ep_rank"] if name in experts else 0
+        for key, tensor in flat.items():
+            if offset + share > tensor.numel():
+                raise ValueError(f"{name} reaches beyond its group")
+            pieces.add(name, key, shape, ep_rank, part, Run(tensor.storage, tensor.start + offset, held))
+        offset += share
 
 
 def _open_replicated(directory: Path, model_file: str, optim_files: dict[int, str], names: list[str]) -> Checkpoint:
@@ -212,40 +194,25 @@ def _open_replicated(directory: Path, model_file: str, optim_files: dict[int, st
     model_path = directory / model_file
     model = _read_state(model_path, ("module", "global_steps", "dp_world_size"))
     with reading(model_path):
-        world = int(model["dp_world_size"])
-        layers = autoep_layers(model, model_path)
+        facts = job_facts(model, model_path)
         tensors = {name: from_lazy(name, t) for name, t in model["module"].items() if isinstance(t, LazyTensor)}
-        tensors |= _expert_files(directory, names, layers)
+        tensors |= _expert_files(directory, names, facts["layers"])
         kept = [name for name in names if RANK_FILE.match(name) or MODEL_FILE.match(name) or EXPERT_FILE.match(name)]
-        checkpoint = Checkpoint(
-            directory,
-            "zero12" if optim_files else "expert_parallel",
-            tensors,
-            dtype=engine_dtype(model),
-            step=int(model["global_steps"]),
-            world=world,
-            ep=layers[0]["ep_size"] if layers else 1,
-            zero_stage=0,
-            layers=layers,
-            files=kept,
-            shared=dict(model.get("shared_params") or {}),
-        )
+        kind = "zero12" if optim_files else "expert_parallel"
+        checkpoint = Checkpoint(directory, kind, tensors, zero_stage=0, files=kept, **facts)
         if not optim_files:
             checkpoint.notes.append("no fp32 master weights here (ZeRO stage 0): the engine's own parameters were used")
             return checkpoint
         data_first = bool((model.get("ds_config") or {}).get("use_data_before_expert_parallelism", False))
         groups = model.get("param_shapes") or []
         shapes = {name: plain_shape(shape) for group in groups for name, shape in group.items()}
-    like = next(iter(optim_files.values()))
-    like = RANK_FILE.sub(lambda match: match[0].replace(f"rank_{match[1]}_", "rank_0_", 1), like)
-    check_ranks(directory, optim_files, world, "optimizer", like)
-    masters, adam_step = _zero12_masters(directory, optim_files, shapes, data_first, checkpoint)
+    _check_optimizer_files(directory, optim_files, checkpoint.world, "")
+    joined, adam_step = _zero12_masters(directory, optim_files, shapes, data_first, checkpoint)
     with reading(model_path):
         check_adam_step(adam_step, model, checkpoint.notes, directory / optim_files[0])
-    for name, source in masters[MASTER].items():
-        checkpoint.tensors[name] = source
-    checkpoint.trained = tuple(masters[MASTER])
-    checkpoint.moments = {key: masters[key] for key in MOMENTS if masters[key]}
+    checkpoint.trained = tuple(joined[MASTER])
+    checkpoint.tensors |= joined.pop(MASTER)
+    checkpoint.moments = {key: held for key, held in joined.items() if held}
     return checkpoint
 
 
@@ -285,55 +252,35 @@ def _zero12_masters(
     masters are noted."""
     world, ep = checkpoint.world, checkpoint.ep
     experts = expert_weights(checkpoint.layers)
-    pieces: dict[tuple[str, str], dict[int, list[Run]]] = defaultdict(lambda: defaultdict(list))
-    adam_steps: dict[str, Any] = {}
-    stages: dict[str, Any] = {}
+    pieces, said = Pieces(), _Said(dict)
     for rank in range(world):
         path = directory / optim_files[rank]
-        optim = _read_state(path, ("optimizer_state_dict",))["optimizer_state_dict"]
-        if not isinstance(optim, dict) or "param_slice_mappings" not in optim:
-            raise damaged("this is not a ZeRO-1/2 optimizer file (no param_slice_mappings in it)", path)
+        optim = _read_optimizer(path, "ZeRO-1/2", "param_slice_mappings")
         with reading(path):
             counts = optim.get("partition_count", world)
             largest = max(counts) if isinstance(counts, list) and counts else counts
             if largest != world:
                 raise damaged(f"world size {largest} here, but {world} in {MODEL_NAME}", path)
-            stages[path.name] = int(optim.get("zero_stage", 1))
+            said["ZeRO stage"][path.name] = int(optim.get("zero_stage", 1))
             ep_rank = rank // (world // ep) if data_first else rank % ep
-            for group, flat, step in _zero12_groups(optim):
-                if step is not None:
-                    adam_steps.setdefault(path.name, step)
-                for name, address in optim["param_slice_mappings"][group].items():
+            states = (optim.get("base_optimizer_state") or {}).get("state") or {}
+            for group, mapping in enumerate(optim["param_slice_mappings"]):
+                flat, adam_step = _flat(optim["single_partition_of_fp32_groups"][group], states.get(group, {}))
+                if adam_step is not None:
+                    said["optimizer step"].setdefault(path.name, adam_step)
+                for name, address in mapping.items():
                     numel, start = _fragment(address)
                     for key, tensor in flat.items():
                         if start + numel > tensor.numel():
                             raise damaged(f"{name} reaches beyond its group in this file", path)
-                        held = pieces[name, key][ep_rank if name in experts else 0]
-                        held.append(Run(tensor.storage, tensor.start + start, numel))
-    adam_step = _same(adam_steps, "optimizer step", directory)
-    checkpoint.zero_stage = _same(stages, "ZeRO stage", directory)
-    joined: dict[str, dict[str, TensorSource]] = {key: {} for key in (MASTER, *MOMENTS)}
-    for (name, key), by_ep in pieces.items():
-        if name not in shapes:
-            raise damaged(f"{name} has an optimizer state but no shape", directory / MODEL_NAME)
-        joined[key][name] = join_experts(name, shapes[name], dict(by_ep), experts.get(name), directory)
+                        run = Run(tensor.storage, tensor.start + start, numel)
+                        pieces.add(name, key, shapes[name], ep_rank if name in experts else 0, rank, run)
+    checkpoint.zero_stage = said.one("ZeRO stage", directory)
+    joined = pieces.join(directory, checkpoint.layers, (MASTER, *MOMENTS))
     without = sorted(set(shapes) - set(joined[MASTER]))
     if without:
         checkpoint.notes.append(f"no fp32 master of {', '.join(without)}: the engine's own parameter was used")
-    return joined, adam_step
-
-
-def _zero12_groups(optim: dict[str, Any]) -> Iterator[tuple[int, dict[str, LazyTensor], Any]]:
-    """Of every parameter group of a rank: its number, the flat vectors of masters and moments, Adam's step."""
-    states = (optim.get("base_optimizer_state") or {}).get("state") or {}
-    for group in range(len(optim["param_slice_mappings"])):
-        state = states.get(group, {})
-        flat = {MASTER: optim["single_partition_of_fp32_groups"][group]}
-        flat |= {key: state[key] for key in MOMENTS if isinstance(state.get(key), LazyTensor)}
-        yield group, flat, _adam_step(state) if state else None
-
-
-MODEL_NAME = "mp_rank_00_model_states.pt"
+    return joined, said.one("optimizer step", directory)
 
 
 def _fragment(address: Any) -> tuple[int, int]:

@@ -177,12 +177,15 @@ def fused_to_hub(layout: ModelLayout, tensors: Mapping[str, TensorSource]) -> di
     return {name: extract(name, piece.shape, piece.blocks, tensors[piece.whole]) for name, piece in layout.hub.items()}
 
 
-# Fused <-> engine. AutoEP replaces the module of an MoE layer, PREFIX = model.layers.N.mlp:
-#   PREFIX.gate.*                 -> PREFIX.router.gate.weight (and an alias of it, PREFIX.gate.gate.weight)
-#   PREFIX.gate.e_score_...       -> PREFIX.router.e_score_...
-#   PREFIX.shared_expert.*        -> PREFIX.shared_experts.* (Qwen; likewise shared_expert_gate)
-#   PREFIX.experts.gate_up_proj   -> PREFIX.experts.w1 (gate) and .w3 (up);  PREFIX.experts.down_proj -> .w2
-
+# Fused <-> engine. AutoEP replaces the module of an MoE layer, PREFIX = model.layers.N.mlp: gate_up_proj is cut into
+# experts.w1 (gate) and .w3 (up), and what else is below PREFIX gets other names. (The router has a second one that is
+# only an alias, gate.gate.weight.)
+ENGINE_NAMES = (
+    (r"experts\.down_proj", "experts.w2"),
+    (r"gate\.(weight|bias)", r"router.gate.\1"),
+    (r"gate\.(.+)", r"router.\1"),
+    (r"shared_expert(_gate)?\.(.+)", r"shared_experts\1.\2"),
+)
 EXPERTS = re.compile(r"(.+)\.experts\.gate_up_proj$")
 
 
@@ -195,32 +198,21 @@ def engine_pieces(layout: ModelLayout) -> dict[str, Piece]:
     """Engine name -> Piece of a fused tensor, for the tensors that AutoEP renames or cuts."""
     pieces: dict[str, Piece] = {}
     for prefix in moe_prefixes(layout):
-        gate_up, down = f"{prefix}.experts.gate_up_proj", f"{prefix}.experts.down_proj"
+        gate_up = f"{prefix}.experts.gate_up_proj"
         experts, double_ffn, hidden = layout.fused[gate_up]
-        shape = (experts, double_ffn // 2, hidden)
-        half = math.prod(shape[1:])
+        half = double_ffn // 2 * hidden
         for weight, shift in (("w1", 0), ("w3", half)):
             blocks = tuple(Block(e * half, 2 * e * half + shift, half) for e in range(experts))
             name = f"{prefix}.experts.{weight}"
-            pieces[name] = Piece(name, gate_up, shape, blocks)
-        name = f"{prefix}.experts.w2"
-        pieces[name] = _renamed(layout, name, down)
-        for whole in layout.fused:
-            if whole.startswith(f"{prefix}.gate."):
-                leaf = whole[len(f"{prefix}.gate.") :]
-                inner = "router.gate." if leaf in ("weight", "bias") else "router."
-                pieces[f"{prefix}.{inner}{leaf}"] = _renamed(layout, f"{prefix}.{inner}{leaf}", whole)
-            for module in ("shared_expert", "shared_expert_gate"):
-                if whole.startswith(f"{prefix}.{module}."):
-                    plural = module.replace("shared_expert", "shared_experts")
-                    name = f"{prefix}.{plural}.{whole[len(f'{prefix}.{module}.') :]}"
-                    pieces[name] = _renamed(layout, name, whole)
+            pieces[name] = Piece(name, gate_up, (experts, double_ffn // 2, hidden), blocks)
+        for whole, shape in layout.fused.items():
+            leaf = whole.removeprefix(f"{prefix}.")
+            for pattern, renamed in ENGINE_NAMES:
+                if leaf != whole and (match := re.fullmatch(pattern, leaf)):
+                    name = f"{prefix}.{match.expand(renamed)}"
+                    pieces[name] = Piece(name, whole, shape, (Block(0, 0, math.prod(shape)),))
+                    break
     return pieces
-
-
-def _renamed(layout: ModelLayout, name: str, whole: str) -> Piece:
-    shape = layout.fused[whole]
-    return Piece(name, whole, shape, (Block(0, 0, math.prod(shape)),))
 
 
 def engine_to_fused(layout: ModelLayout, tensors: Mapping[str, TensorSource]) -> dict[str, TensorSource]:
@@ -263,30 +255,3 @@ def missing_and_unexpected(expected: Mapping[str, tuple[int, ...]], tensors: Map
         if name in tensors and tensors[name].shape != shape
     ]
     return lines
-
-
-def layer_metadata(number: int, prefix: str, experts: int) -> dict[str, Any]:
-    """What DeepSpeed writes of an MoE layer when one rank holds all experts."""
-    placement = {
-        "version": 1,
-        "num_experts": experts,
-        "ep_size": 1,
-        "ranks": [{"rank": 0, "experts": list(range(experts))}],
-    }
-    return {
-        "moe_layer_id": number,
-        "module_path": prefix,
-        "num_experts": experts,
-        "num_local_experts": experts,
-        "ep_size": 1,
-        "expert_placement": placement,
-        "expert_key_prefix": f"{prefix}.experts",
-        "checkpoint_format": "per_expert_files",
-        "checkpoint_format_version": None,
-        "ep_group_name": "ep_size_1",
-        "ep_rank": 0,
-        "expert_data_parallel_rank": 0,
-        "expert_data_parallel_world_size": 1,
-        "global_expert_start": 0,
-        "global_expert_end": experts,
-    }

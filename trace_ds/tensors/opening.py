@@ -10,15 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from trace_ds.errors import UserError
-from trace_ds.run.files import sha256_file
+from trace_ds.run.files import require_files
 from trace_ds.run.foreign import file_entries, named_by, pointed, read_object
 from trace_ds.run.ours import MANIFEST
 from trace_ds.tensors.checkpoint import MODEL_FILE, RANK_FILE, Checkpoint
 from trace_ds.tensors.deepspeed_source import open_deepspeed
-from trace_ds.tensors.huggingface_source import open_huggingface
+from trace_ds.tensors.dtypes import DTYPES
+from trace_ds.tensors.model_files import read_model_directory
+from trace_ds.tensors.runs import Run, TensorSource
+from trace_ds.tensors.torch_archive import Storage
 from trace_ds.tensors.universal import open_universal
 
 REPORT = "conversion.json"
+ANOTHER = "convert another step"
 
 
 def locate(path: Path, tag: str | None) -> Path:
@@ -73,34 +77,20 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
     manifest_path = path / MANIFEST
     if not manifest_path.is_file():
         return None
-    manifest = read_object(manifest_path, "the manifest", "convert another step")
+    manifest = read_object(manifest_path, "the manifest", ANOTHER)
     try:
-        sizes = {name: entry["bytes"] for name, entry in file_entries(manifest.get("files")).items()}
+        files = file_entries(manifest.get("files"))
         if not isinstance((manifest.get("model") or {}).get("path", ""), str):
             raise ValueError("the model's path is no text")
     except (ValueError, AttributeError) as error:
-        raise UserError(f"the manifest is damaged ({error})", str(manifest_path), "convert another step") from None
-    for name, size in sorted(sizes.items()):
-        file = path / name
-        if not file.is_file():
-            raise UserError("a file of the checkpoint is missing", str(file), "convert another step")
-        if file.stat().st_size != size:
-            raise UserError(
-                f"the file has {file.stat().st_size} bytes instead of {size} (truncated?)",
-                str(file),
-                "convert another step",
-            )
+        raise UserError(f"the manifest is damaged ({error})", str(manifest_path), ANOTHER) from None
+    require_files(path, files, ANOTHER, hashes=False)
     return manifest
 
 
 def verify_manifest(checkpoint: Checkpoint) -> None:
     """Compare the SHA-256 of every file with the manifest (reads the whole checkpoint, optimizer states too)."""
-    for name, entry in sorted((checkpoint.manifest or {}).get("files", {}).items()):
-        file = checkpoint.path / name
-        if "sha256" in entry and sha256_file(file) != entry["sha256"]:
-            raise UserError(
-                "the file was altered after it was written (SHA-256 differs)", str(file), "convert another step"
-            )
+    require_files(checkpoint.path, (checkpoint.manifest or {}).get("files", {}), ANOTHER, hashes=True)
 
 
 def check_manifest_matches(checkpoint: Checkpoint) -> None:
@@ -134,6 +124,20 @@ def open_source(path: Path, tag: str | None = None) -> Checkpoint:
     checkpoint.family = _family(directory, manifest)
     check_manifest_matches(checkpoint)
     return checkpoint
+
+
+def open_huggingface(directory: Path) -> Checkpoint:
+    """Every tensor of a model directory under its name on disk (its header and index are checked, nothing is read)."""
+    files = read_model_directory(directory)
+    tensors: dict[str, TensorSource] = {}
+    for name, entry in files.tensors.items():
+        path = directory / entry.file
+        if entry.dtype not in DTYPES:
+            what = f"{name} is stored as {entry.dtype}, which cannot be converted"
+            raise UserError(what, str(path), "use a model in bf16, fp16 or fp32")
+        storage = Storage(path, name, entry.begin, entry.elements, DTYPES[entry.dtype])
+        tensors[name] = TensorSource(name, tuple(entry.shape), storage.dtype, (Run(storage, 0, entry.elements),))
+    return Checkpoint(directory, "huggingface", tensors, files=list(files.files))
 
 
 def _family(directory: Path, manifest: dict[str, Any] | None) -> str | None:

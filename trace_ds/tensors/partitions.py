@@ -58,6 +58,19 @@ def engine_dtype(model: dict[str, Any]) -> str:
     return ""
 
 
+def job_facts(model: dict[str, Any], path: Path) -> dict[str, Any]:
+    """What a model-states file says of the job that wrote it, under the names of a ``Checkpoint``'s fields."""
+    layers = autoep_layers(model, path)
+    return {
+        "dtype": engine_dtype(model),
+        "step": int(model["global_steps"]),
+        "world": int(model["dp_world_size"]),
+        "ep": layers[0]["ep_size"] if layers else 1,
+        "layers": layers,
+        "shared": dict(model.get("shared_params") or {}),
+    }
+
+
 def autoep_layers(state: dict[str, Any], path: Path) -> list[dict[str, Any]]:
     """AutoEP's description of the MoE layers in a model-states file (empty: no expert parallelism)."""
     layers = state.get("ds_autoep_layers") or state.get("autoep_layers") or []
@@ -104,44 +117,30 @@ def check_ranks(directory: Path, found: dict[int, str], world: int, kind: str, l
         )
 
 
-class Fragments:
-    """Collects the pieces of every parameter's state over the ranks and joins them."""
+class Pieces:
+    """The pieces that ranks hold of every state of every parameter, to be joined."""
 
     def __init__(self) -> None:
-        self._pieces: dict[tuple[str, str], dict[int, dict[int, list[Run]]]] = {}
+        self._runs: dict[tuple[str, str], dict[int, dict[int, Run]]] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
-        self._counts: dict[tuple[str, int], int] = {}
 
-    def add(
-        self, name: str, state: str, shape: tuple[int, ...], ep_rank: int, part: int, parts: int, run: Run, path: Path
-    ) -> None:
-        """Piece ``part`` of ``parts`` of what ``ep_rank`` (0 for shared parameters) holds of a parameter."""
-        if not 0 <= part < parts:
-            raise damaged(f"{name} has a piece {part} of {parts}", path)
-        if self._shapes.setdefault(name, shape) != shape or self._counts.setdefault((name, ep_rank), parts) != parts:
-            raise damaged(f"the ranks disagree about the shape or partitioning of {name}", path)
-        held = self._pieces.setdefault((name, state), {}).setdefault(ep_rank, {})
-        if part in held:
-            raise damaged(f"piece {part} of {name} is there twice", path)
-        held[part] = [run]
+    def add(self, name: str, state: str, shape: tuple[int, ...], ep_rank: int, part: int, run: Run) -> None:
+        """What ``ep_rank`` (0 for shared parameters) holds as its ``part``; ``ValueError`` when ranks disagree."""
+        if self._shapes.setdefault(name, shape) != shape:
+            raise ValueError(f"the ranks disagree about the shape of {name}")
+        held = self._runs.setdefault((name, state), {}).setdefault(ep_rank, {})
+        if held.setdefault(part, run) is not run:
+            raise ValueError(f"piece {part} of {name} is there twice")
 
     def join(
-        self, directory: Path, experts: dict[str, dict[str, Any]], states: Sequence[str]
+        self, where: Path, layers: list[dict[str, Any]], states: Sequence[str]
     ) -> dict[str, dict[str, TensorSource]]:
-        """state -> name -> whole tensor."""
+        """state -> name -> whole tensor, in the order of the parts and, of experts, of their numbers."""
+        experts = expert_weights(layers)
         joined: dict[str, dict[str, TensorSource]] = {state: {} for state in states}
-        for (name, state), by_ep in self._pieces.items():
-            layer = experts.get(name)
-            shape = self._shapes[name]
-            rank_sources = {}
-            for ep_rank in range(layer["ep_size"] if layer else 1):
-                held = by_ep.get(ep_rank, {})
-                missing = first_gap(held, self._counts.get((name, ep_rank), 1))
-                if missing is not None:
-                    who = f" of expert-parallel rank {ep_rank}" if layer else ""
-                    raise damaged(f"piece {missing}{who} of {name} is missing", directory)
-                rank_sources[ep_rank] = [run for part in sorted(held) for run in held[part]]
-            joined[state][name] = join_experts(name, shape, rank_sources, layer, directory)
+        for (name, state), by_ep in self._runs.items():
+            runs = {ep_rank: [held[part] for part in sorted(held)] for ep_rank, held in by_ep.items()}
+            joined[state][name] = join_experts(name, self._shapes[name], runs, experts.get(name), where)
         return joined
 
 

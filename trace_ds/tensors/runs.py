@@ -122,48 +122,32 @@ def merge_adjacent(source: TensorSource) -> TensorSource:
     return TensorSource(source.name, source.shape, source.dtype, tuple(merged))
 
 
-# CRC-32 of a concatenation from the CRCs of its parts (zlib's crc32_combine, which Python does not offer).
-
+# CRC-32 of a concatenation from the CRCs of its parts, as zlib's crc32_combine, which Python does not offer. A CRC is a
+# polynomial over GF(2) modulo this one, and n zero bytes behind a part multiply its CRC by x**(8 n); in the reversed
+# order of bits the highest bit is x**0.
 _CRC_POLYNOMIAL = 0xEDB88320
 
 
-def _multiply(matrix: tuple[int, ...], vector: int) -> int:
-    total = 0
-    index = 0
-    while vector:
-        if vector & 1:
-            total ^= matrix[index]
-        vector >>= 1
-        index += 1
-    return total
-
-
-@functools.lru_cache(maxsize=64)
-def _zeros_power(exponent: int) -> tuple[int, ...]:
-    """The matrix over GF(2) that appends 2**exponent zero bits to a CRC-32."""
-    if exponent == 0:
-        return (_CRC_POLYNOMIAL, *(1 << bit for bit in range(31)))
-    half = _zeros_power(exponent - 1)
-    return tuple(_multiply(half, row) for row in half)
+def _multiply(one: int, other: int) -> int:
+    product = 0
+    for bit in range(31, -1, -1):
+        product ^= other if one >> bit & 1 else 0
+        other = other >> 1 ^ (_CRC_POLYNOMIAL if other & 1 else 0)
+    return product
 
 
 @functools.lru_cache(maxsize=4096)
-def _zeros(nbytes: int) -> tuple[int, ...]:
-    """The matrix that appends ``nbytes`` zero bytes."""
-    matrix = tuple(1 << bit for bit in range(32))
-    exponent = 3
-    while nbytes:
-        if nbytes & 1:
-            power = _zeros_power(exponent)
-            matrix = tuple(_multiply(power, row) for row in matrix)
-        nbytes >>= 1
-        exponent += 1
-    return matrix
+def _power(exponent: int) -> int:
+    """x**exponent."""
+    if exponent < 32:
+        return 1 << 31 - exponent
+    half = _power(exponent // 2)
+    return _multiply(_multiply(half, half), _power(exponent % 2))
 
 
 def crc32_combine(first: int, second: int, second_nbytes: int) -> int:
     """CRC-32 of ``a + b`` from ``crc32(a)``, ``crc32(b)`` and ``len(b)``."""
-    return _multiply(_zeros(second_nbytes), first) ^ second if second_nbytes else first
+    return _multiply(_power(8 * second_nbytes), first) ^ second
 
 
 class ChecksumLedger:
@@ -197,25 +181,15 @@ class ChecksumLedger:
 
 
 def _combined(storage: Storage, pieces: dict[int, tuple[int, int]]) -> int:
-    combined = 0
-    position = 0
+    combined = position = 0
     with storage.path.open("rb") as handle:
-        for start in sorted(pieces):
-            nbytes, checksum = pieces[start]
-            if start < position:  # read twice, as a part of something longer
-                if start + nbytes <= position:
-                    continue
-                nbytes -= position - start
-                start = position
-                checksum = _crc_of_range(handle, storage, start, nbytes)
-            if start > position:
-                gap = start - position
-                combined = crc32_combine(combined, _crc_of_range(handle, storage, position, gap), gap)
+        for start, (nbytes, checksum) in [*sorted(pieces.items()), (storage.nbytes, (0, 0))]:
+            if start < position:  # a part was read twice, once as a part of something longer
+                return _crc_of_range(handle, storage, 0, storage.nbytes)
+            gap = start - position
+            combined = crc32_combine(combined, _crc_of_range(handle, storage, position, gap), gap)
             combined = crc32_combine(combined, checksum, nbytes)
             position = start + nbytes
-        gap = storage.nbytes - position
-        if gap:
-            combined = crc32_combine(combined, _crc_of_range(handle, storage, position, gap), gap)
     return combined
 
 

@@ -8,25 +8,27 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import hashlib
 import os
 import shutil
 import threading
-from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from trace_ds.errors import UserError
+from trace_ds.tensors.dtypes import DTYPE_NAMES
 from trace_ds.tensors.runs import ChecksumLedger, Run, TensorSource, merge_adjacent, pieces_of
-from trace_ds.tensors.torch_archive import COPY_AGAIN
+from trace_ds.tensors.torch_archive import COPY_AGAIN, bytes_of
 
-BLOCK_NUMEL = 1 << 19
+BLOCK_NUMEL = 1 << 17  # read and cast, a block lies in the second-level cache of a core
 FLUSH_BYTES = 1 << 27
-KEPT_OPEN = 64  # files; the usual limit of a process is 1024
+KEPT_OPEN = 64  # files beside those in use; a target may have one for every expert, and a process 1024
 Progress = Callable[[int, int], None]
 
 
@@ -59,42 +61,16 @@ class Written:
     overflow: bool
 
 
-class Files:
-    """Open file descriptors shared by the threads of one conversion (positioned reads and writes only).
+class OpenFile:
+    """A file that is closed when nobody uses it any more; threads share it (positioned reads and writes only)."""
 
-    A checkpoint of a thousand ranks, or a target with a file for every expert, has more files than a process may have
-    open. Those in use stay open; of the others the :data:`KEPT_OPEN` used last.
-    """
+    def __init__(self, path: Path, flags: int) -> None:
+        self.descriptor = -1
+        self.descriptor = os.open(path, flags, 0o644)
 
-    def __init__(self) -> None:
-        self._open: OrderedDict[tuple[Path, bool], int] = OrderedDict()
-        self._users: Counter[tuple[Path, bool]] = Counter()
-        self._lock = threading.Lock()
-
-    @contextlib.contextmanager
-    def descriptor(self, path: Path, write: bool = False) -> Iterator[int]:
-        """The descriptor of ``path``, open as long as the block runs."""
-        key = (path, write)
-        with self._lock:
-            if key not in self._open:
-                flags = os.O_RDWR | os.O_CREAT if write else os.O_RDONLY
-                self._open[key] = os.open(path, flags, 0o644)
-            self._open.move_to_end(key)
-            self._users[key] += 1
-            descriptor = self._open[key]
-        try:
-            yield descriptor
-        finally:
-            with self._lock:
-                self._users[key] -= 1
-                idle = [key for key in self._open if not self._users[key]] if len(self._open) > KEPT_OPEN else []
-                for key in idle[: len(self._open) - KEPT_OPEN]:
-                    os.close(self._open.pop(key))
-
-    def close(self) -> None:
-        for descriptor in self._open.values():
-            os.close(descriptor)
-        self._open.clear()
+    def __del__(self) -> None:
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
 
 
 @contextlib.contextmanager
@@ -126,17 +102,13 @@ def _read_all(descriptor: int, buffer: memoryview, offset: int, path: Path) -> N
         buffer, offset = buffer[done:], offset + done
 
 
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    return memoryview(tensor.view(torch.uint8).numpy())  # type: ignore[arg-type]
-
-
 class Streamer:
     """Runs tasks on ``jobs`` threads; reading, casting, hashing and writing all release Python's lock."""
 
     def __init__(self, jobs: int, progress: Progress | None = None, total_bytes: int = 0) -> None:
         self.ledger = ChecksumLedger()
         self._jobs = jobs
-        self._files = Files()
+        self._file = functools.lru_cache(KEPT_OPEN)(OpenFile)
         self._progress = progress
         self._total_bytes = total_bytes
         self._done_bytes = 0
@@ -156,7 +128,7 @@ class Streamer:
             return written
         finally:
             self._flusher.shutdown(cancel_futures=True)
-            self._files.close()
+            self._file.cache_clear()
 
     def _run(self, tasks: Sequence[CopyTask]) -> list[Written]:
         if self._jobs == 1:
@@ -171,34 +143,35 @@ class Streamer:
                     future.cancel()
                 raise
 
-    def _staging(self, dtype: torch.dtype) -> torch.Tensor:
-        buffers = self._buffers.__dict__.setdefault("by_dtype", {})
-        if dtype not in buffers:
-            buffers[dtype] = torch.empty(BLOCK_NUMEL, dtype=dtype)
-        return buffers[dtype]
+    def _buffer(self, use: str, dtype: torch.dtype) -> torch.Tensor:
+        """This thread's own."""
+        buffers = self._buffers.__dict__.setdefault("held", {})
+        if (use, dtype) not in buffers:
+            buffers[use, dtype] = torch.empty(BLOCK_NUMEL, dtype=dtype)
+        return buffers[use, dtype]
 
     def _do(self, task: CopyTask) -> Written:
         if task.path is None:
             return self._stream(task, None)
-        with naming_full_disk(task.path), self._files.descriptor(task.path, write=True) as out:
-            return self._stream(task, out)
+        with naming_full_disk(task.path):
+            return self._stream(task, self._file(task.path, os.O_RDWR | os.O_CREAT))
 
-    def _stream(self, task: CopyTask, out: int | None) -> Written:
+    def _stream(self, task: CopyTask, out: OpenFile | None) -> Written:
         source = merge_adjacent(task.source)
-        staging = self._staging(source.dtype)
+        staging, result = self._buffer("read", source.dtype), self._buffer("cast", task.dtype)
         digest = hashlib.sha256()
         position, nan, overflow = task.offset_bytes, False, False
         for piece in pieces_of(source.runs, BLOCK_NUMEL):
             if self._stopped.is_set():
                 break
             block = self._read(piece, staging)
-            cast = block if source.dtype == task.dtype else block.to(task.dtype)
+            cast = block if source.dtype == task.dtype else result[: len(block)].copy_(block)
             if cast.dtype.is_floating_point and not nan:
                 nan, overflow = _not_finite(block, cast, overflow)
-            data = _bytes_of(cast)
+            data = bytes_of(cast)
             digest.update(data)
             if out is not None:
-                _write_all(out, data, position)
+                _write_all(out.descriptor, data, position)
             position += len(data)
             self._advance(len(data), task.path)
         return Written(digest.hexdigest(), nan, overflow)
@@ -208,10 +181,10 @@ class Streamer:
         filled = 0
         for run in piece:
             storage = run.storage
-            view = _bytes_of(staging[filled : filled + run.numel])
+            view = bytes_of(staging[filled : filled + run.numel])
             start = run.start * storage.dtype.itemsize
-            with self._files.descriptor(storage.path) as descriptor:
-                _read_all(descriptor, view, storage.offset_bytes + start, storage.path)
+            file = self._file(storage.path, os.O_RDONLY)
+            _read_all(file.descriptor, view, storage.offset_bytes + start, storage.path)
             self.ledger.add(storage, start, view)
             filled += run.numel
         return staging[:filled]
@@ -229,8 +202,7 @@ class Streamer:
                 self._progress(self._done_bytes, self._total_bytes)
 
     def _flush(self, path: Path) -> None:
-        with self._files.descriptor(path, write=True) as descriptor:
-            os.fdatasync(descriptor)
+        os.fdatasync(self._file(path, os.O_RDWR | os.O_CREAT).descriptor)
 
 
 def _not_finite(block: torch.Tensor, cast: torch.Tensor, overflow: bool) -> tuple[bool, bool]:
@@ -245,8 +217,13 @@ def _not_finite(block: torch.Tensor, cast: torch.Tensor, overflow: bool) -> tupl
     return False, overflow
 
 
-def run_tasks(tasks: list[CopyTask], directory: Path, jobs: int, progress: Progress | None) -> list[Written]:
-    """Stream the tasks after checking that the disk can hold them; sources are proven undamaged at the end."""
+def run_tasks(tasks: list[CopyTask], directory: Path, jobs: int, progress: Progress | None) -> dict[str, Any]:
+    """Stream the tasks after checking that the disk can hold them; sources are proven undamaged at the end.
+
+    Returns:
+        The report: ``tensors`` {name: file, type, shape, SHA-256}, their ``bytes`` in all, and a line of ``warnings``
+        for every tensor that is not finite.
+    """
     total = sum(task.nbytes for task in tasks)
     free = shutil.disk_usage(directory).free
     if total > free:
@@ -256,16 +233,13 @@ def run_tasks(tasks: list[CopyTask], directory: Path, jobs: int, progress: Progr
             "free space there, or choose another destination",
         )
     streamer = Streamer(jobs, progress, total)
-    with naming_full_disk(directory):
-        written = streamer.run(tasks)
+    written = streamer.run(tasks)
     streamer.ledger.check()
-    return written
-
-
-def warnings_of(names: list[str], written: list[Written]) -> list[str]:
-    """One line for every tensor that is not finite, in the order of the tensors."""
-    lines = [f"{name} holds NaN" for name, result in zip(names, written, strict=True) if result.nan]
-    lines += [
-        f"{name} overflows in the target type" for name, result in zip(names, written, strict=True) if result.overflow
-    ]
-    return lines
+    tensors, nan, overflow = {}, [], []
+    for task, result in sorted(zip(tasks, written, strict=True), key=lambda pair: pair[0].source.name):
+        source, file = task.source, str(task.path.relative_to(directory)) if task.path else ""
+        facts = {"file": file, "dtype": DTYPE_NAMES[task.dtype], "shape": list(source.shape)}
+        tensors[source.name] = {**facts, "sha256": result.sha256}
+        nan += [f"{source.name} holds NaN"] if result.nan else []
+        overflow += [f"{source.name} overflows in the target type"] if result.overflow else []
+    return {"tensors": tensors, "bytes": total, "warnings": nan + overflow}

@@ -22,7 +22,7 @@ import pickletools
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -88,17 +88,19 @@ class LazyTensor:
         return math.prod(self.shape)
 
     def load(self) -> torch.Tensor:
-        """The tensor itself (for small ones: optimizer steps, tests)."""
-        storage = self.storage
-        nbytes = self.numel() * storage.dtype.itemsize
+        """The tensor itself, in memory of its own."""
+        storage, tensor = self.storage, torch.empty(self.shape, dtype=self.dtype)
         with storage.path.open("rb") as handle:
             handle.seek(storage.offset_bytes + self.start * storage.dtype.itemsize)
-            data = handle.read(nbytes)
-        if len(data) != nbytes:
+            read = handle.readinto(bytes_of(tensor.reshape(-1)))
+        if read != tensor.nbytes:
             raise UserError(f"the file ends inside {storage.record} (truncated?)", str(storage.path), COPY_AGAIN)
-        if not nbytes:
-            return torch.empty(self.shape, dtype=storage.dtype)
-        return torch.frombuffer(bytearray(data), dtype=storage.dtype).reshape(self.shape)
+        return tensor
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous tensor of one dimension."""
+    return memoryview(tensor.view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def scalar(tensor: LazyTensor) -> float:
@@ -322,8 +324,11 @@ class _Pickle:
                 return ENUM_MEMBERS[owner.name][member]
         if kind.module.split(".")[0] in PLAIN_PACKAGES:
             return _Object(arguments)
-        raise UserError(
-            f"the pickle in this file asks for {ascii(kind.module + '.' + kind.name)[1:100].rstrip(chr(39))}, which no "
+        raise self._refusal(kind)
+
+    def _refusal(self, name: _Name) -> UserError:
+        return UserError(
+            f"the pickle in this file asks for {ascii(name.module + '.' + name.name)[1:100].rstrip(chr(39))}, which no "
             "checkpoint needs in this way: it was refused and nothing of it was run",
             str(self.archive.path),
             "get the checkpoint from its author again; do not load this file with torch.load",
@@ -350,6 +355,8 @@ class _Pickle:
             return tuple(self._plain(entry, depth + 1) for entry in value)
         if isinstance(value, _Object):
             return self._plain(value.plain(), depth + 1)
+        if isinstance(value, _Name) and value.module.split(".")[0] not in (*PLAIN_PACKAGES, "torch"):
+            raise self._refusal(value)
         if isinstance(value, (_Name, Storage)):
             return None  # a class or a bare storage: of no use without what it belongs to
         return value
@@ -396,13 +403,19 @@ def read_archive(path: Path) -> Any:
         return _Pickle(_Archive(path)).read()
 
 
-def tensors_of(value: Any) -> Iterator[LazyTensor]:
+def exchanged(value: Any, kind: type, change: Callable[[Any], Any]) -> Any:
+    """Plain data with ``change(x)`` in the place of every ``x`` of type ``kind`` in it."""
+    if isinstance(value, kind):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: exchanged(entry, kind, change) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(exchanged(entry, kind, change) for entry in value)
+    return value
+
+
+def tensors_of(value: Any) -> list[LazyTensor]:
     """Every tensor in an object that :func:`read_archive` returned."""
-    if isinstance(value, LazyTensor):
-        yield value
-    elif isinstance(value, dict):
-        for entry in value.values():
-            yield from tensors_of(entry)
-    elif isinstance(value, (list, tuple)):
-        for entry in value:
-            yield from tensors_of(entry)
+    found: list[LazyTensor] = []
+    exchanged(value, LazyTensor, found.append)
+    return found

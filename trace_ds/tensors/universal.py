@@ -8,33 +8,22 @@ without holding the checkpoint in memory. DeepSpeed loads it within one stage fa
 
 from __future__ import annotations
 
+import contextlib
 import math
 import shutil
-from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from trace_ds.errors import UserError
-from trace_ds.tensors.checkpoint import MODEL_FILE, RANK_FILE, Checkpoint
-from trace_ds.tensors.dtypes import DTYPE_NAMES
-from trace_ds.tensors.layouts import engine_to_fused, fused_to_engine, layer_metadata, moe_prefixes, read_layout
-from trace_ds.tensors.partitions import (
-    autoep_layers,
-    check_ranks,
-    damaged,
-    engine_dtype,
-    expert_weights,
-    reading,
-)
+from trace_ds.tensors.checkpoint import EXPERT_FILE, MODEL_FILE, MOMENTS, RANK_FILE, Checkpoint
+from trace_ds.tensors.layouts import engine_to_fused, fused_to_engine, moe_prefixes, read_layout
+from trace_ds.tensors.partitions import check_ranks, damaged, expert_weights, job_facts, reading
 from trace_ds.tensors.runs import Run, TensorSource, from_lazy, make_source
-from trace_ds.tensors.stream import CopyTask, Progress, run_tasks, warnings_of
-from trace_ds.tensors.torch_archive import LazyTensor, plain_shape, read_archive, scalar
-from trace_ds.tensors.torch_writer import Streamed, write_archive
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
+from trace_ds.tensors.stream import CopyTask, Progress, naming_full_disk, run_tasks
+from trace_ds.tensors.torch_archive import LazyTensor, exchanged, plain_shape, read_archive, scalar, tensors_of
 
 
 def open_universal(directory: Path) -> Checkpoint:
@@ -52,11 +41,10 @@ def open_universal(directory: Path) -> Checkpoint:
         raise damaged("this is not a DeepSpeed checkpoint file", path)
     by_rank = {int(match[1]): match[0] for match in map(RANK_FILE.match, model_files) if match}
     with reading(path):
+        facts = job_facts(model, path)
         if by_rank:
-            world = int(model["dp_world_size"])
-            check_ranks(directory, by_rank, world, "model", "zero_pp_rank_0_mp_rank_00_model_states.pt")
-        layers = autoep_layers(model, path)
-        experts = expert_weights(layers)
+            check_ranks(directory, by_rank, facts["world"], "model", "zero_pp_rank_0_mp_rank_00_model_states.pt")
+        experts = expert_weights(facts["layers"])
         shapes = {name: plain_shape(shape) for group in model["param_shapes"] or [] for name, shape in group.items()}
         tensors: dict[str, TensorSource] = {}
         moments: dict[str, dict[str, TensorSource]] = {key: {} for key in MOMENTS}
@@ -74,20 +62,10 @@ def open_universal(directory: Path) -> Checkpoint:
         for name, shape in (model.get("frozen_param_shapes") or {}).items():
             if name not in tensors:
                 tensors[name] = _frozen(directory, by_rank, name, plain_shape(shape))
+        moments = {key: held for key, held in moments.items() if held}
+        stage = 3 if by_rank else 1
         return Checkpoint(
-            directory,
-            "universal",
-            tensors,
-            moments={key: value for key, value in moments.items() if value},
-            trained=tuple(shapes),
-            dtype=engine_dtype(model),
-            step=int(model.get("global_steps", 0)),
-            world=int(model.get("dp_world_size", 1)),
-            ep=layers[0]["ep_size"] if layers else 1,
-            zero_stage=3 if by_rank else 1,
-            layers=layers,
-            files=model_files,
-            shared=dict(model.get("shared_params") or {}),
+            directory, "universal", tensors, moments, tuple(shapes), zero_stage=stage, files=model_files, **facts
         )
 
 
@@ -124,10 +102,10 @@ def renamed(checkpoint: Checkpoint, base_model: Path, *, autoep: bool) -> Checkp
     check_optimizer_states(checkpoint)
     layout = read_layout(base_model)
     change = fused_to_engine if autoep else engine_to_fused
-    layers = []
-    if autoep:
-        for number, prefix in enumerate(moe_prefixes(layout)):
-            layers.append(layer_metadata(number, prefix, layout.fused[f"{prefix}.experts.gate_up_proj"][0]))
+    experts = {
+        f"{prefix}.experts": layout.fused[f"{prefix}.experts.gate_up_proj"][0] for prefix in moe_prefixes(layout)
+    }
+    layers = [{"expert_key_prefix": name, "num_experts": n} for name, n in experts.items()] if autoep else []
     moments = {key: change(layout, held) for key, held in checkpoint.moments.items()}
     trained = tuple(moments["exp_avg"])
     tensors = change(layout, checkpoint.tensors)
@@ -151,6 +129,35 @@ def check_optimizer_states(checkpoint: Checkpoint) -> None:
         if without:
             raise damaged(f"{without[0]} has no {key} ({len(without)} of {len(checkpoint.trained)} parameters)",
                           checkpoint.path)  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Streamed:
+    """A tensor in a value to be saved: its bytes come from ``source``, cast to ``dtype``."""
+
+    source: TensorSource
+    dtype: torch.dtype
+
+
+def write_archive(path: Path, value: Any) -> list[CopyTask]:
+    """Write a ``torch.save`` file of plain data and tensors, with room for every :class:`Streamed` in it (a hole,
+    without a checksum); what fills the room, by any thread and in any order."""
+    held: list[Streamed] = []
+
+    def room(streamed: Streamed) -> torch.Tensor:
+        held.append(streamed)
+        return torch.empty(streamed.source.shape, dtype=streamed.dtype)  # of which no page is ever touched
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with_room = exchanged(value, Streamed, room)
+    skipping = torch.serialization.skip_data() if held else contextlib.nullcontext()
+    with naming_full_disk(path), path.open("wb") as handle, skipping:
+        try:
+            torch.save(with_room, handle)
+        except RuntimeError as error:  # torch wraps what its output raises
+            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
+    offsets = [tensor.storage.offset_bytes for tensor in tensors_of(read_archive(path))] if held else []
+    return [CopyTask(one.source, one.dtype, path, offset) for one, offset in zip(held, offsets, strict=True)]
 
 
 def write_universal(
@@ -178,12 +185,11 @@ def write_universal(
     trained = checkpoint.moments["exp_avg"]
     tasks: list[CopyTask] = []
     with reading(_optimizer_file(checkpoint)):
-        step = torch.tensor(_step(checkpoint), dtype=torch.float32)
-        optimizer_state = _optimizer_state(checkpoint, step)
+        optimizer_state, step = _optimizer_state(checkpoint)
     for name in sorted(trained)[part::parts]:
         states = {"fp32": checkpoint.tensors, **checkpoint.moments}
         for key, sources in states.items():
-            source = _renamed(sources[name], f"{name}/{key}")
+            source = replace(sources[name], name=f"{name}/{key}")
             state: dict[str, Any] = {"param": Streamed(source, torch.float32), "cat_dim": 0}
             if name in experts:
                 state |= {"is_expert_param": True, "ep_num_experts": experts[name]["num_experts"]}
@@ -193,92 +199,48 @@ def write_universal(
     if part == 0:
         write_archive(folder / "zero" / "optimizer_state.pt", optimizer_state)
         (work / "latest_universal").write_text(tag, encoding="utf-8")
-    for name in sorted(_model_files(checkpoint))[part::parts]:
+    models = [name for name in checkpoint.files if name.endswith("model_states.pt") and not EXPERT_FILE.match(name)]
+    for name in sorted(models)[part::parts]:
         shutil.copyfile(checkpoint.path / name, folder / name)
-    results = list(zip(tasks, run_tasks(tasks, work, jobs, progress), strict=True))
-    return {
-        "dtype": "fp32",
-        "tensors": {
-            task.source.name: {
-                "file": str(task.path.relative_to(work)) if task.path else "",
-                "dtype": DTYPE_NAMES[task.dtype],
-                "shape": list(task.source.shape),
-                "sha256": result.sha256,
-            }
-            for task, result in sorted(results, key=lambda pair: pair[0].source.name)
-        },
-        "parameters": sum(source.numel for source in trained.values()),
-        "bytes": sum(task.nbytes for task, _ in results),
-        "notes": checkpoint.notes,
-        "warnings": warnings_of([task.source.name for task, _ in results], [result for _, result in results]),
-    }
-
-
-def _renamed(source: TensorSource, name: str) -> TensorSource:
-    return TensorSource(name, source.shape, source.dtype, source.runs)
-
-
-def _model_files(checkpoint: Checkpoint) -> Iterator[str]:
-    for name in checkpoint.files:
-        if MODEL_FILE.match(name) or (RANK_FILE.match(name) and name.endswith("_model_states.pt")):
-            yield name
-
-
-def _optimizer(checkpoint: Checkpoint) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(ZeRO's optimizer state, the base optimizer's) from rank 0's file or the folder's own."""
-    path = _optimizer_file(checkpoint)
-    state = read_archive(path) if checkpoint.kind == "universal" else read_archive(path)["optimizer_state_dict"]
-    return state, state.get("optimizer_state_dict") or state.get("base_optimizer_state") or state
+    report = run_tasks(tasks, work, jobs, progress)
+    parameters = sum(source.numel for source in trained.values())
+    return {**report, "dtype": "fp32", "parameters": parameters, "notes": checkpoint.notes}
 
 
 def _optimizer_file(checkpoint: Checkpoint) -> Path:
     if checkpoint.kind == "universal":
         return checkpoint.path / "zero" / "optimizer_state.pt"
-    name = min(
-        (name for name in checkpoint.files if name.endswith("_optim_states.pt")),
-        key=lambda name: int(match[1]) if (match := RANK_FILE.match(name)) else 0,
-    )
-    return checkpoint.path / name
+    ranks = {
+        int(match[1]): match[0] for match in map(RANK_FILE.match, checkpoint.files) if match and match[3] == "optim"
+    }
+    return checkpoint.path / ranks[0]
 
 
-def _step(checkpoint: Checkpoint) -> float:
-    """The optimizer's step count."""
-    _, base = _optimizer(checkpoint)
-    for state in (base.get("state") or {}).values():
-        if isinstance(state, dict) and "step" in state:
-            step = state["step"]
-            return scalar(step) if isinstance(step, LazyTensor) else float(step)
-    return float(checkpoint.step or 0)
+def _optimizer_state(checkpoint: Checkpoint) -> tuple[dict[str, Any], torch.Tensor]:
+    """What ``optimizer_state.pt`` holds, and the optimizer's step count.
 
-
-def _optimizer_state(checkpoint: Checkpoint, step: torch.Tensor) -> dict[str, Any]:
-    """``optimizer_state.pt``: hyperparameters and counters, no sharded state and no objects of DeepSpeed's classes.
-
-    The loss scaler is left out; DeepSpeed then keeps the engine's own, which matters for dynamic fp16 scaling only.
+    Hyperparameters and counters, no sharded state and no objects of DeepSpeed's classes. The loss scaler is left out;
+    DeepSpeed then keeps the engine's own, which matters for dynamic fp16 scaling only.
     """
-    zero, base = _optimizer(checkpoint)
-    groups = [{key: _plain(value) for key, value in group.items()} for group in base.get("param_groups") or []]
-    if (
-        checkpoint.layers and len(groups) == 1
-    ):  # renamed from an engine without AutoEP, which does not set experts apart
+    zero = read_archive(_optimizer_file(checkpoint))
+    zero = zero if checkpoint.kind == "universal" else zero["optimizer_state_dict"]
+    base = zero.get("optimizer_state_dict") or zero.get("base_optimizer_state") or zero
+    states = [state for state in (base.get("state") or {}).values() if isinstance(state, dict) and "step" in state]
+    made = states[0]["step"] if states else checkpoint.step or 0
+    step = torch.tensor(scalar(made) if isinstance(made, LazyTensor) else float(made), dtype=torch.float32)
+    groups = exchanged(base.get("param_groups") or [], LazyTensor, _numbers)
+    if checkpoint.layers and len(groups) == 1:  # renamed from an engine without AutoEP, where experts are not apart
         groups *= 2
     keep = ("dynamic_loss_scale", "overflow", "clip_grad", "partition_count", "ds_version")
-    state: dict[str, Any] = {key: _plain(zero[key]) for key in keep if key in zero}
-    state["zero_stage"] = int(zero.get("zero_stage", 1))
-    state["param_groups"] = groups
+    state = {key: exchanged(zero[key], LazyTensor, _numbers) for key in keep if key in zero}
+    state |= {"zero_stage": int(zero.get("zero_stage", 1)), "param_groups": groups}
     if checkpoint.zero_stage == 3:
         state["optimizer_state_dict"] = {"state": {0: {"step": step}}, "param_groups": groups}
     if zero.get("dynamic_loss_scale"):
         checkpoint.notes.append("the dynamic loss scale is not carried over: fp16 training starts with a new one")
-    return state
+    return state, step
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, LazyTensor):
-        loaded = value.load()
-        return loaded.item() if loaded.numel() == 1 else loaded.tolist()
-    if isinstance(value, dict):
-        return {key: _plain(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_plain(entry) for entry in value)
-    return value
+def _numbers(tensor: LazyTensor) -> Any:
+    loaded = tensor.load()
+    return loaded.item() if loaded.numel() == 1 else loaded.tolist()
