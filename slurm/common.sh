@@ -125,11 +125,21 @@ sort_arguments() {
   run_dir=$value${run_suffix:-}
 }
 
-# The config's top-level key `name`, or its file name.
+# What the run is called: the top-level key `name` of the last of the configs (the words before the first option) that has
+# one, else TASK-MODEL of the fragments among them, else the first one's file name.
 config_name() {
-  local file=$config name=
-  [[ -f $file ]] || file=$TRACE_DS_HOME/trace_ds/recipes/$config.yaml
-  [[ ! -f $file ]] || name=$(sed -n "s/^name:[[:space:]]*[\"']\{0,1\}\([A-Za-z0-9._-]*\).*/\1/p" "$file")
+  local recipes=$TRACE_DS_HOME/trace_ds/recipes word file found name='' task='' model=''
+  for word in "$config" "${arguments[@]}"; do
+    [[ $word != -* ]] || break
+    file=$word
+    [[ -f $file ]] || file=$recipes/$word.yaml
+    [[ ! -f $recipes/tasks/$word.yaml ]] || task=$word
+    [[ ! -f $recipes/models/$word.yaml ]] || model=$word
+    [[ -f $file ]] || continue
+    found=$(sed -n "s/^name:[[:space:]]*[\"']\{0,1\}\([A-Za-z0-9._-]*\).*/\1/p" "$file")
+    name=${found:-$name}
+  done
+  [[ -n $name || -z $task || -z $model ]] || name=$task-$model
   [[ -n $name ]] || name=$(basename "${config%.y*ml}")
   printf '%s\n' "$name"
 }

@@ -4,7 +4,7 @@
 #   sbatch slurm/unlearn_mixtral.sh CONFIG [ARGUMENTS...]
 #   RUN_DIR=/shared/runs/books sbatch --nodes=4 slurm/unlearn_mixtral.sh books.yaml --ep 8 --set unlearning.steps=200
 #
-# CONFIG is a recipe name or a YAML file; all further arguments go to every trace-ds verb. Submit from the repository, or
+# CONFIG is a recipe name or a YAML file (or several: TASK MODEL); all further arguments go to every trace-ds verb. Submit from the repository, or
 # set TRACE_DS_HOME to it. Works for any model of a config, not only Mixtral. Each stage skips what is done, so the
 # same line can be submitted again at any time. Near the time limit collect and unlearn save what they have and the job goes
 # back into the queue by itself (see common.sh for the variables and the exit statuses). Another stage that is then running

@@ -25,6 +25,7 @@ from trace_ds.cluster.architecture import (
 )
 from trace_ds.cluster.job import PlannedJob, ceil_div, corpus_tokens, variants_of
 from trace_ds.cluster.spec import GB, ClusterSpec
+from trace_ds.config.published import fragment_of, published_config, published_config_path
 from trace_ds.config.schema import Config
 from trace_ds.errors import UserError
 from trace_ds.tensors.model_files import CONFIG_NAME, read_model_config
@@ -106,8 +107,16 @@ def plan(config: Config, cluster: ClusterSpec) -> RunPlan:
         UserError: the model directory or its ``config.json`` is missing or not of a supported family; the
             expert-parallel size does not divide the experts or the GPUs; the DeepSpeed file cannot be read.
     """
-    where = str(Path(config.model.path) / CONFIG_NAME)
-    return plan_model(read_model_config(config.model.path), config, cluster, where)
+    values, where = model_config_of(config.model.path)
+    return plan_model(values, config, cluster, where)
+
+
+def model_config_of(model_path: str) -> tuple[dict[str, Any], str]:
+    """A model's ``config.json`` and where it is: in its directory, else with the model fragment of that hub id."""
+    fragment = None if Path(model_path).is_dir() else fragment_of(model_path)
+    if fragment is None:
+        return read_model_config(model_path), str(Path(model_path) / CONFIG_NAME)
+    return published_config(fragment), str(published_config_path(fragment))
 
 
 def plan_model(

@@ -26,7 +26,7 @@ from pathlib import Path
 import trace_ds
 from trace_ds.cluster import architecture
 from trace_ds.cluster.job import DTYPE_BYTES
-from trace_ds.cluster.plan import evaluation_gpus, plan
+from trace_ds.cluster.plan import evaluation_gpus, model_config_of, plan
 from trace_ds.cluster.spec import ClusterSpec
 from trace_ds.config.load import dump_yaml
 from trace_ds.config.schema import Config
@@ -34,7 +34,7 @@ from trace_ds.errors import UserError
 from trace_ds.run.directory import unwritable
 from trace_ds.run.files import write_json
 from trace_ds.stages.pipeline import Request, check_early
-from trace_ds.tensors.model_files import read_model_config, read_model_directory
+from trace_ds.tensors.model_files import read_model_directory
 
 SCRIPTS = ("chain.sh", "collect_stats.sh", "common.sh", "single_stage.sh", "unlearn_mixtral.sh")
 WHOLE_RUN, CHAIN = "unlearn_mixtral.sh", "chain.sh"
@@ -123,7 +123,7 @@ def submit_run(request: Request, cluster: Cluster, *, chain: bool, dry_run: bool
 
 def plan_warnings(config: Config, cluster: Cluster) -> list[str]:
     """What the cost model warns of; for a family that it does not know, just that."""
-    family = read_model_config(config.model.path).get("model_type")
+    family = model_config_of(config.model.path)[0].get("model_type")
     if family not in architecture.FAMILIES:
         return [f"the cost model does not know the family {family!r}: whether the run fits was not checked"]
     spec = ClusterSpec(cluster.nodes, cluster.gpus_per_node, gpu_memory_gb=cluster.gpu_memory_gb)

@@ -35,7 +35,7 @@ class Request:
     run: RunDirectory
 
     @classmethod
-    def load(cls, config: str, overrides: Sequence[str], run_dir: Path | None) -> Request:
+    def load(cls, config: str | Sequence[str], overrides: Sequence[str], run_dir: Path | None) -> Request:
         loaded, directory = load_config(config, overrides, run_dir)
         return cls(loaded, RunDirectory.at(directory, dump_yaml(loaded)))
 

@@ -37,7 +37,9 @@ REFERENCE_S, STEP_S, SCORE_S = 110.0, 0.12, 0.9
 SAME = "same strength"
 
 
-def run_study(recipe: str, run_dir: Path | None, overrides: Sequence[str], workers: int | None, json: bool) -> int:
+def run_study(
+    recipe: Sequence[str], run_dir: Path | None, overrides: Sequence[str], workers: int | None, json: bool
+) -> int:
     """Run every job that is not done, then write and show the result; returns the exit status.
 
     Args:
@@ -120,11 +122,13 @@ def _tell_estimate(study: Study, jobs: list[StudyJob], todo: list[StudyJob], cou
     )
 
 
-def _work(recipe: str, directory: Path, overrides: Sequence[str], jobs: list[StudyJob], count: int, quiet: bool) -> int:
+def _work(
+    recipe: Sequence[str], directory: Path, overrides: Sequence[str], jobs: list[StudyJob], count: int, quiet: bool
+) -> int:
     """Start the workers, tell how far they are, wait; the first failure ends all of them."""
     from trace_ds.parallel.launch import die_with_parent
 
-    command = [sys.executable, "-m", "trace_ds.studies.worker", recipe, str(directory)]
+    command = [sys.executable, "-m", "trace_ds.studies.worker", str(directory), *recipe]
     for override in overrides:
         command += ["--set", override]
     (directory / "logs").mkdir(parents=True, exist_ok=True)

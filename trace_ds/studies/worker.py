@@ -57,10 +57,10 @@ class StudyJob:
 class Study:
     """The jobs of a study, in the order in which they should be done."""
 
-    def __init__(self, recipe: str, directory: Path, overrides: Sequence[str]) -> None:
+    def __init__(self, recipe: str | Sequence[str], directory: Path, overrides: Sequence[str]) -> None:
         self._recipe, self._directory, self._overrides = recipe, directory, list(overrides)
         self.config = self.seed_config(None)
-        self.bench = run_list.require_bench(self.config, recipe)
+        self.bench = run_list.require_bench(self.config, self.config.name)
 
     def seed_directory(self, seed: int) -> Path:
         return self._directory / f"seed_{seed}"
@@ -284,8 +284,8 @@ def _holding(path: Path, *, wait: bool = True) -> Iterator[bool]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m trace_ds.studies.worker")
-    parser.add_argument("recipe")
     parser.add_argument("directory", type=Path)
+    parser.add_argument("recipe", nargs="+")
     parser.add_argument("--set", action="append", default=[])
     options = parser.parse_args(arguments)
     from trace_ds.parallel.world import join, leave
