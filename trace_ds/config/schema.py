@@ -450,6 +450,10 @@ class TaskConfig(Section):
     )
     holdout: PathText | None = Field(None, description="membership: texts like the members that no model ever saw.")
     task: str | None = Field(None, description="lm_eval: its name there, such as wmdp_bio or mmlu.")
+    num_fewshot: Integer | None = Field(
+        None, ge=0, description="lm_eval: solved examples in the prompt; default: the task's own number."
+    )
+    apply_chat_template: bool = Field(False, description="lm_eval: ask through the tokenizer's chat template.")
 
     @model_validator(mode="after")
     def _files_fit_the_type(self) -> TaskConfig:
@@ -458,6 +462,14 @@ class TaskConfig(Section):
                 raise ValueError(f"task {self.name}: a {kind} task needs {key}, and no other has one")
         if not self.path and self.type != "lm_eval":
             raise ValueError(f"task {self.name} has no path")
+        return self
+
+    @model_validator(mode="after")
+    def _prompt_keys(self) -> TaskConfig:
+        if (self.num_fewshot is not None or self.apply_chat_template) and self.type != "lm_eval":
+            raise ValueError(f"task {self.name}: num_fewshot and apply_chat_template are keys of lm_eval tasks")
+        if self.num_fewshot and self.path:
+            raise ValueError(f"task {self.name}: a file holds no solved examples: leave out num_fewshot, or path")
         return self
 
 

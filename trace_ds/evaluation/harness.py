@@ -2,11 +2,15 @@
 
     {name: wmdp_bio, type: lm_eval, task: wmdp_bio, role: forget}                            # from the hub
     {name: wmdp_bio, type: lm_eval, task: wmdp_bio, path: wmdp-bio-test.jsonl, role: forget} # from a file
+    {name: mmlu, type: lm_eval, task: mmlu, role: utility, num_fewshot: 5, apply_chat_template: true}
 
 | metric   | what                                                                          | range | chance |
 |----------|-------------------------------------------------------------------------------|-------|--------|
-| acc      | the letter of the right choice has the largest log-probability, zero-shot      | 0 … 1 | 0.25   |
+| acc      | the letter of the right choice has the largest log-probability, zero-shot*     | 0 … 1 | 0.25   |
 | acc_norm | the same per character of the choice, where the task has it                     | 0 … 1 | 0.25   |
+
+*unless ``num_fewshot`` (or the task itself) says otherwise. ``num_fewshot`` and ``apply_chat_template`` are the
+command's ``--num_fewshot`` and ``--apply_chat_template``.
 
 Higher means more knowledge: bad for a forget task (WMDP), good for a utility task (MMLU). The prompts, the scoring and
 the numbers are those of the ``lm_eval`` command. A file (``.jsonl``, ``.json`` or ``.parquet``) holds what the hub's
@@ -28,6 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trace_ds.config.schema import TaskConfig
 from trace_ds.errors import UserError
 from trace_ds.evaluation.language_model import LanguageModel
 from trace_ds.evaluation.metrics import TASK_METRICS
@@ -109,22 +114,32 @@ def task_spec(task: str, path: str) -> str | dict[str, Any]:
     return {"group": "local_files", "task": [changed]}  # a member of a group is the known task with keys changed
 
 
-def evaluate_harness(model: LanguageModel, task: str, path: str) -> HarnessResult:
+def evaluate_harness(model: LanguageModel, config: TaskConfig) -> HarnessResult:
     """Run one task (or group of tasks) on a loaded model, the forward passes shared out between the processes.
 
     Raises:
-        UserError: lm-eval cannot get the data, or the task is not multiple-choice.
+        UserError: lm-eval cannot get the data, the task is not multiple-choice, or the tokenizer has no chat template
+            and one is asked for.
         Diverged: a log-probability is not finite.
     """
     from lm_eval import simple_evaluate
 
     from trace_ds.evaluation.harness_model import SharedLM
 
-    world = model.world
-    built = _built(task, path, world)
+    world, task = model.world, str(config.task)
+    if config.apply_chat_template and not getattr(model.tokenizer, "chat_template", None):
+        raise UserError(
+            "the tokenizer has no chat template", f"evaluation.tasks {config.name}", "leave out apply_chat_template"
+        )
+    built = _built(task, config.path, world)
     with _quietly():
         found: Any = simple_evaluate(
-            model=SharedLM(model), tasks=[built], task_manager=_task_manager(), bootstrap_iters=0
+            model=SharedLM(model),
+            tasks=[built],
+            task_manager=_task_manager(),
+            bootstrap_iters=0,
+            num_fewshot=config.num_fewshot,
+            apply_chat_template=config.apply_chat_template,
         )
     if world is None or world.size == 1:
         return _result(found, task)

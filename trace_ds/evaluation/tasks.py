@@ -35,7 +35,7 @@ def run_task(
     items: Any = task.items
     where, kind = task.config.path, task.config.type
     if kind == "lm_eval":
-        found = harness.evaluate_harness(model, str(task.config.task), where)
+        found = harness.evaluate_harness(model, task.config)
         return TaskResult(score_records(task, found.metrics, found.items), found.logs, {})
     if kind == "choice":
         outcome = choice.evaluate_choice(model, items, where, advance)
