@@ -33,7 +33,7 @@ def run_task(
 ) -> TaskResult:
     """Score one model on one task."""
     items: Any = task.items
-    where, kind = task.config.path, task.config.type
+    where, kind = task.config.place, task.config.type
     if kind == "lm_eval":
         found = harness.evaluate_harness(model, task.config)
         return TaskResult(score_records(task, found.metrics, found.items), found.logs, {})

@@ -64,9 +64,11 @@ def inputs_of(config: Config) -> dict[str, Path]:
     """Every file and directory that a configuration names, by its key."""
     named: dict[str, str | None] = {"model.path": config.model.path, "model.tokenizer": config.model.tokenizer}
     for side in config.data.sides:
-        named |= {f"data.{side}[{i}].path": file.path for i, file in enumerate(getattr(config.data, side))}
+        for i, entry in enumerate(getattr(config.data, side)):
+            named |= {f"data.{side}[{i}].{key}": getattr(entry, key) for key in ("path", "dataset")}
     for task in config.evaluation.tasks:
-        named |= {f"evaluation.tasks {task.name} {key}": getattr(task, key) for key in ("path", "examples", "holdout")}
+        keys = ("dataset",) if task.dataset else ("path", "examples", "holdout")
+        named |= {f"evaluation.tasks {task.name} {key}": getattr(task, key) for key in keys}
     named |= {f"evaluation.models.{name}": path for name, path in config.evaluation.models.items()}
     named["unlearning.ds_config"] = config.unlearning.ds_config
     return {key: Path(path) for key, path in named.items() if path}
