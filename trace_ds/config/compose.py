@@ -122,9 +122,7 @@ def merge(under: Any, over: Any) -> Any:
     """``over`` laid over ``under``: sections key by key, everything else replaced; both stay as they are."""
     if not (isinstance(under, dict) and isinstance(over, dict)):
         return copied(over)
-    return {key: copied(value) for key, value in under.items() if key not in over} | {
-        key: merge(under.get(key), value) for key, value in over.items()
-    }
+    return copied(under) | {key: merge(under.get(key), value) for key, value in over.items()}
 
 
 def copied(value: Any) -> Any:

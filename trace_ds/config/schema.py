@@ -553,14 +553,25 @@ class ConversionConfig(Section):
     step: Integer | None = Field(None, ge=1, description="Checkpoint to convert; default: the newest.")
 
 
-TaskColumn = Literal["prompt", "choices", "answer", "continuation", "question", "text", "id", "source"]
+TaskColumn = Literal[
+    "prompt",
+    "choices",
+    "answer",
+    "continuation",
+    "question",
+    "text",
+    "paraphrased_answer",
+    "perturbed_answer",
+    "id",
+    "source",
+]
 
 
 class TaskConfig(Section):
     """One evaluation task; ``role`` says which way is good: forget (lower), utility (higher)."""
 
     name: Name
-    type: Literal["choice", "verbatim", "perplexity", "knowmem", "membership", "extraction", "lm_eval"]
+    type: Literal["choice", "verbatim", "perplexity", "knowmem", "membership", "extraction", "tofu", "lm_eval"]
     path: PathText = Field("", description="The task's file; an lm_eval task without one is read from the hub.")
     role: Literal["forget", "utility"]
     examples: PathText | None = Field(
@@ -640,7 +651,7 @@ class EvaluationConfig(Section):
     )
     drift: bool = Field(True, description="Routing drift of the unlearned model on both corpora.")
     drift_rows: Integer = Field(256, ge=1, description="Rows of each corpus used for the drift.")
-    max_new_tokens: Integer = Field(128, ge=1, description="verbatim: tokens generated.")
+    max_new_tokens: Integer = Field(128, ge=1, description="verbatim, tofu: tokens generated.")
 
 
 class ReportConfig(Section):

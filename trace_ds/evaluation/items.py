@@ -4,6 +4,8 @@ choice:   {"id": "q1", "prompt": "The symbol of gold is", "choices": ["Au", "Ag"
 lm_eval:  {"question": "What is the symbol of gold?", "choices": ["Au", "Ag", "Pb", "Fe"], "answer": 0}
 verbatim: {"id": "p1", "prompt": "It is a truth", "continuation": "universally acknowledged, that …"}
 knowmem:  {"id": "k1", "question": "Who wrote it?", "answer": "Jane Austen"}        (or a list of accepted answers)
+tofu:     {"question": "Who wrote it?", "answer": "Jane Austen did.", "paraphrased_answer": "It is by Jane Austen.",
+           "perturbed_answer": ["Charles Dickens did.", "Mary Shelley did."]}       (a paraphrase where there is one)
 
 ``id`` and ``source`` may be left out (the line number, the file's name). The ``answer`` to a choice is its 0-based
 index. Perplexity, extraction and membership tasks read documents as corpora do. The rows of a data set by name are read
@@ -63,6 +65,18 @@ class QuestionItem:
 
 
 @dataclass(frozen=True)
+class TofuItem:
+    """A question with its answer, the answer in other words ("": none) and false answers that look like it."""
+
+    id: str
+    question: str
+    answer: str
+    paraphrase: str
+    false: tuple[str, ...]
+    source: str
+
+
+@dataclass(frozen=True)
 class MembershipItem:
     """A text that the original model was trained on (a member) or not."""
 
@@ -80,7 +94,14 @@ class Task:
     """
 
     config: TaskConfig
-    items: list[ChoiceItem] | list[VerbatimItem] | list[QuestionItem] | list[MembershipItem] | list[Document]
+    items: (
+        list[ChoiceItem]
+        | list[VerbatimItem]
+        | list[QuestionItem]
+        | list[TofuItem]
+        | list[MembershipItem]
+        | list[Document]
+    )
     sha256: str
     examples: tuple[QuestionItem, ...] = ()
 
@@ -110,6 +131,8 @@ def read_task(config: TaskConfig) -> Task:
         items = read_verbatim_items(config)
     elif config.type == "knowmem":
         items, examples = read_question_items(config), tuple(read_question_items(others[0]))
+    elif config.type == "tofu":
+        items = read_tofu_items(config)
     elif config.type == "membership":
         sides = ((_texts(config), True), (_texts(others[0]), False))
         items = [
@@ -202,6 +225,19 @@ def read_question_items(config: TaskConfig) -> list[QuestionItem]:
         if not answers or not all(isinstance(answer, str) and answer.strip() for answer in answers):
             raise UserError("the answer is missing", found.where, "add 'answer': a text, or a list of accepted texts")
         items.append(QuestionItem(_id(found), question, tuple(answers), found.source))
+    return items
+
+
+def read_tofu_items(config: TaskConfig) -> list[TofuItem]:
+    """All questions of a TOFU task; :class:`UserError` naming the row for a missing text or list of texts."""
+    items = []
+    for found in _records(config):
+        false = found.values.get("perturbed_answer")
+        if not isinstance(false, list) or not false or not all(isinstance(one, str) and one.strip() for one in false):
+            raise UserError("there is no list of texts under 'perturbed_answer'", found.where, "give false answers")
+        paraphrase = _text(found, "paraphrased_answer") if found.values.get("paraphrased_answer") else ""
+        texts = _text(found, "question"), _text(found, "answer"), paraphrase
+        items.append(TofuItem(_id(found), *texts, tuple(false), found.source))
     return items
 
 
