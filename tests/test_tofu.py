@@ -132,4 +132,4 @@ def test_a_row_that_is_none(change: dict[str, Any], message: str, tmp_path: Path
         read_task(task)
     assert "tofu.jsonl:2" in caught.value.line()
     path.write_text(json.dumps({key: value for key, value in GOOD.items() if key != "paraphrased_answer"}) + "\n")
-    assert read_task(task).items == [TofuItem("1", "w1", "w2", "", ("w4",), "tofu.jsonl")]
+    assert read_task(task).items == [TofuItem("1", "w1", "w2", "", ("w4",), "tofu")]

@@ -38,6 +38,8 @@ from trace_ds.evaluation.language_model import LanguageModel
 from trace_ds.evaluation.metrics import TASK_METRICS
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from trace_ds.parallel.world import World
 
 INSTALL = "pip install 'trace-ds[lm-eval]'"
@@ -75,6 +77,13 @@ def check_task(task: str, path: str, where: str) -> None:
         names = ", ".join(leaves[:NAMED_TASKS]) + (f", … ({len(leaves)} tasks)" if leaves[NAMED_TASKS:] else "")
         what = "and one file can hold only one" if kind == "GROUP" else "without a common score"
         raise UserError(f"{task!r} stands for several tasks of lm-eval, {what}", where, f"name each one: {names}")
+
+
+def check_template(config: TaskConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """UserError when a task is to be asked through a chat template and the tokenizer has none."""
+    if config.apply_chat_template and not tokenizer.chat_template:
+        where = f"evaluation.tasks {config.name}"
+        raise UserError("the tokenizer has no chat template", where, "leave out apply_chat_template")
 
 
 def _leaf_tasks(members: list[Any], index: Any) -> list[str]:
@@ -118,8 +127,7 @@ def evaluate_harness(model: LanguageModel, config: TaskConfig) -> HarnessResult:
     """Run one task (or group of tasks) on a loaded model, the forward passes shared out between the processes.
 
     Raises:
-        UserError: lm-eval cannot get the data, the task is not multiple-choice, or the tokenizer has no chat template
-            and one is asked for.
+        UserError: lm-eval cannot get the data, or the task is not multiple-choice.
         Diverged: a log-probability is not finite.
     """
     from lm_eval import simple_evaluate
@@ -127,10 +135,6 @@ def evaluate_harness(model: LanguageModel, config: TaskConfig) -> HarnessResult:
     from trace_ds.evaluation.harness_model import SharedLM
 
     world, task = model.world, str(config.task)
-    if config.apply_chat_template and not getattr(model.tokenizer, "chat_template", None):
-        raise UserError(
-            "the tokenizer has no chat template", f"evaluation.tasks {config.name}", "leave out apply_chat_template"
-        )
     built = _built(task, config.path, world)
     with _quietly():
         found: Any = simple_evaluate(
