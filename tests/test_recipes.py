@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import tiny
 import yaml
+from command import run, trace_ds
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,6 +21,7 @@ from trace_ds.config.load import dump_yaml, load_config
 from trace_ds.config.published import fragment_of, published_config
 from trace_ds.errors import UserError
 
+ROOT = Path(__file__).resolve().parents[1]
 TASKS, MODELS = recipe_names("task"), recipe_names("model")
 PAIRS = list(itertools.product(TASKS, MODELS))
 NODES = {"mixtral_8x7b": 2, "mixtral_8x7b_instruct": 2, "mixtral_8x22b": 8, "qwen3_235b_a22b": 8, "deepseek_v3": 32}
@@ -224,3 +226,38 @@ def test_the_list_is_in_groups_and_80_columns_wide(capsys: pytest.CaptureFixture
     assert places == sorted(places)
     app(["recipes", "--show", "olmoe_1b_7b"], standalone_mode=False)
     assert capsys.readouterr().out == (GROUPS["model"] / "olmoe_1b_7b.yaml").read_text()
+
+
+@pytest.mark.parametrize("verb", ["prepare", "collect", "unlearn", "convert", "evaluate", "report", "run"])
+def test_every_verb_takes_a_task_and_a_model(verb: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    from trace_ds.cli import app
+
+    app([verb, "olmoe_1b_7b", "wmdp_cyber", "--dry-run", "--run-dir", str(tmp_path / "run")], standalone_mode=False)
+    said = capsys.readouterr().out
+    assert said.startswith("name: wmdp_cyber-olmoe_1b_7b\n") and "path: allenai/OLMoE-1B-7B-0924\n" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_makes_no_run_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    for words in (("wmdp_cyber", "olmo_1b_7b"), ("wmdp_cyber",), ("muse_books", "muse_news", "olmoe_1b_7b")):
+        for verb in ("run", "plan"):
+            result = trace_ds(verb, *words, cwd=tmp_path)
+            assert (result.returncode, result.stdout, len(result.stderr.splitlines())) == (2, "", 1), result.stderr
+            assert result.stderr.startswith("trace-ds: error: ") and "Fix: " in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_slurm_names_the_run_as_the_command_does(tmp_path: Path) -> None:
+    script = (ROOT / "slurm" / "common.sh").read_text(encoding="utf-8")
+    function = script[script.index("config_name() {") :].partition("\n}\n")[0] + "\n}\n"
+    write(tmp_path / "mine.yaml", extends="demo", name="of_mine")
+    for words, name in [
+        (["wmdp_cyber", "olmoe_1b_7b", "--set", "seed=1"], "wmdp_cyber-olmoe_1b_7b"),
+        (["olmoe_1b_7b", "wmdp_cyber"], "wmdp_cyber-olmoe_1b_7b"),
+        (["demo"], "demo"),
+        (["mine.yaml", "--set", "demo"], "of_mine"),
+        (["wmdp_cyber", "olmoe_1b_7b", "mine.yaml"], "of_mine"),
+    ]:
+        body = f'set -euo pipefail; TRACE_DS_HOME=$1; config=$2; arguments=("${{@:3}}")\n{function}config_name'
+        found = run(["bash", "-c", body, "bash", str(ROOT), *words], cwd=tmp_path)
+        assert (found.returncode, found.stdout.strip()) == (0, name), found.stderr

@@ -6,7 +6,7 @@ A recipe that comes with the package is a whole run (``recipes/*.yaml``) or a fr
 (``recipes/models/``) or a task (``recipes/tasks/``). Its name stands wherever the path of a file does. Several files
 are merged from left to right; a file's own ``extends: NAME | PATH | [...]`` is what it is laid over, a relative path
 being relative to the file. A model and a task may be named in either order: the task is laid over the model, whose
-strengths (:mod:`trace_ds.unlearning.objectives`) are those of one loss.
+strengths are RMU's and give way where the task has another loss.
 
 Merging: sections are merged key by key, everything else (lists too) is replaced, the later one wins.
 """
