@@ -125,18 +125,20 @@ def test_the_target_recites_and_the_retrained_does_not(tmp_path: Path) -> None:
     config = write_config(
         tmp_path,
         tiny.make_model(tmp_path / "base"),
-        finetune={"models": BOTH, "epochs": 60, "batch_rows": 8, "optimizer": {"lr": 3e-3, "warmup_steps": 5}},
+        finetune={"models": BOTH, "epochs": 50, "batch_rows": 4, "optimizer": {"lr": 6e-3, "warmup_steps": 5}},
+        data__context_length=40,
+        evaluation__max_new_tokens=24,
         distributed={"nproc": 2, "ep": 2},
         variants={"uniform": {"calibration.rule": "uniform"}},
     )
     sides: dict[str, list[str]] = {}
     for side, words in (("forget", tiny.WORDS[:16]), ("retain", tiny.WORDS[16:]), ("holdout", tiny.WORDS)):
-        sides[side] = [" ".join(np.random.default_rng(len(side) + n).choice(words, 12)) for n in range(12)]
+        sides[side] = [" ".join(np.random.default_rng(len(side) + n).permutation(words)[:8]) for n in range(8)]
         lines = [json.dumps({"text": text}) + "\n" for text in sides[side]]
         (tmp_path / "corpora" / f"{side}.jsonl").write_text("".join(lines))
     for side, role in (("forget", "forget"), ("retain", "utility")):
         halves = [text.split() for text in sides[side]]
-        items = [{"prompt": " ".join(each[:6]), "continuation": " ".join(each[6:])} for each in halves]
+        items = [{"prompt": " ".join(each[:4]), "continuation": " ".join(each[4:])} for each in halves]
         (tmp_path / f"{role}.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
     tasks: list[dict[str, str]] = [
         {"name": role, "type": "verbatim", "path": str(tmp_path / f"{role}.jsonl"), "role": role}
@@ -165,8 +167,8 @@ def test_the_target_recites_and_the_retrained_does_not(tmp_path: Path) -> None:
         scores = {(score["task"], score["metric"]): score["value"] for score in result(name)["scores"]}
         return scores[task, "exact_tokens"]
 
-    assert recited("original", "forget") > 0.9 and recited("original", "utility") > 0.9
-    assert recited("retrained", "forget") < 0.3 and recited("retrained", "utility") > 0.9
+    assert recited("original", "forget") > 0.8 and recited("original", "utility") > 0.8
+    assert recited("retrained", "forget") < 0.2 and recited("retrained", "utility") > 0.8
     for name, made in (("original", "target"), ("retrained", "retrained")):
         assert result(name)["model_fingerprint"] == model_fingerprint(run / "finetune" / made / "model")
     assert "PrivLeak: no retrained model" not in done.stdout
