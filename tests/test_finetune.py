@@ -20,6 +20,8 @@ from safetensors.numpy import load_file
 from trace_ds.checkpoints.manifest import complete_steps, read_manifest
 from trace_ds.config.load import load_config
 from trace_ds.models.families import model_fingerprint
+from trace_ds.reporting.gather import gather
+from trace_ds.reporting.scores import targets
 from trace_ds.run.directory import RunDirectory
 from trace_ds.stages.finetune import check_finetune
 from trace_ds.stages.pipeline import Request
@@ -172,6 +174,10 @@ def test_the_target_recites_and_the_retrained_does_not(tmp_path: Path) -> None:
     for name, made in (("original", "target"), ("retrained", "retrained")):
         assert result(name)["model_fingerprint"] == model_fingerprint(run / "finetune" / made / "model")
     assert "PrivLeak: no retrained model" not in done.stdout
+    goal = targets(gather(run))
+    assert goal is not None and {score.model for score in goal.tasks} == {
+        "retrained"
+    }  # what the report calls forgotten
     assert result("retrained", run / "variants/uniform") == result("retrained")
     statistics = json.loads((run / "statistics/forget/artefact.json").read_text())
     assert statistics["inputs"]["model"] == result("original")["model_fingerprint"]
