@@ -20,6 +20,8 @@ from safetensors.numpy import load_file
 from trace_ds.checkpoints.manifest import complete_steps, read_manifest
 from trace_ds.config.load import load_config
 from trace_ds.models.families import model_fingerprint
+from trace_ds.reporting.gather import gather
+from trace_ds.reporting.scores import targets
 from trace_ds.run.directory import RunDirectory
 from trace_ds.stages.finetune import check_finetune
 from trace_ds.stages.pipeline import Request
@@ -125,18 +127,20 @@ def test_the_target_recites_and_the_retrained_does_not(tmp_path: Path) -> None:
     config = write_config(
         tmp_path,
         tiny.make_model(tmp_path / "base"),
-        finetune={"models": BOTH, "epochs": 60, "batch_rows": 8, "optimizer": {"lr": 3e-3, "warmup_steps": 5}},
+        finetune={"models": BOTH, "epochs": 50, "batch_rows": 4, "optimizer": {"lr": 6e-3, "warmup_steps": 5}},
+        data__context_length=40,
+        evaluation__max_new_tokens=24,
         distributed={"nproc": 2, "ep": 2},
         variants={"uniform": {"calibration.rule": "uniform"}},
     )
     sides: dict[str, list[str]] = {}
     for side, words in (("forget", tiny.WORDS[:16]), ("retain", tiny.WORDS[16:]), ("holdout", tiny.WORDS)):
-        sides[side] = [" ".join(np.random.default_rng(len(side) + n).choice(words, 12)) for n in range(12)]
+        sides[side] = [" ".join(np.random.default_rng(len(side) + n).permutation(words)[:8]) for n in range(8)]
         lines = [json.dumps({"text": text}) + "\n" for text in sides[side]]
         (tmp_path / "corpora" / f"{side}.jsonl").write_text("".join(lines))
     for side, role in (("forget", "forget"), ("retain", "utility")):
         halves = [text.split() for text in sides[side]]
-        items = [{"prompt": " ".join(each[:6]), "continuation": " ".join(each[6:])} for each in halves]
+        items = [{"prompt": " ".join(each[:4]), "continuation": " ".join(each[4:])} for each in halves]
         (tmp_path / f"{role}.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
     tasks: list[dict[str, str]] = [
         {"name": role, "type": "verbatim", "path": str(tmp_path / f"{role}.jsonl"), "role": role}
@@ -165,11 +169,15 @@ def test_the_target_recites_and_the_retrained_does_not(tmp_path: Path) -> None:
         scores = {(score["task"], score["metric"]): score["value"] for score in result(name)["scores"]}
         return scores[task, "exact_tokens"]
 
-    assert recited("original", "forget") > 0.9 and recited("original", "utility") > 0.9
-    assert recited("retrained", "forget") < 0.3 and recited("retrained", "utility") > 0.9
+    assert recited("original", "forget") > 0.8 and recited("original", "utility") > 0.8
+    assert recited("retrained", "forget") < 0.2 and recited("retrained", "utility") > 0.8
     for name, made in (("original", "target"), ("retrained", "retrained")):
         assert result(name)["model_fingerprint"] == model_fingerprint(run / "finetune" / made / "model")
     assert "PrivLeak: no retrained model" not in done.stdout
+    goal = targets(gather(run))
+    assert goal is not None and {score.model for score in goal.tasks} == {
+        "retrained"
+    }  # what the report calls forgotten
     assert result("retrained", run / "variants/uniform") == result("retrained")
     statistics = json.loads((run / "statistics/forget/artefact.json").read_text())
     assert statistics["inputs"]["model"] == result("original")["model_fingerprint"]
@@ -208,6 +216,7 @@ def test_a_model_is_made_anew_only_when_what_it_sees_has_changed(prepared: tuple
 
 
 def test_epochs_are_passes_over_the_rows_that_count(prepared: tuple[Path, Path]) -> None:
+    from trace_ds.corpora.dataset import TokenDataset
     from trace_ds.stages.finetune import make_batches
 
     config, run = prepared
@@ -216,7 +225,10 @@ def test_epochs_are_passes_over_the_rows_that_count(prepared: tuple[Path, Path])
         batches = make_batches(loaded, job.sides, job.data)
         summary = job.data.summary
         tokens = sum(summary[side]["counted_tokens"] for side in job.sides)
-        rows = sum(summary[side]["rows"] for side in job.sides)
+        corpora = [TokenDataset.open(run / "data" / f"{side}.arrow") for side in job.sides]
+        documents = [corpus.row(number).document_ids for corpus in corpora for number in range(len(corpus))]
+        rows = sum(bool((np.diff(each) == 0).any()) for each in documents)  # two tokens of a document in a row
+        assert rows < sum(map(len, corpora))
         assert job.steps == -(-3 * rows // 5)
         seen = sum(batches.at(step, 0, 1).tokens for step in range(job.steps))
         assert 3 * tokens <= seen < 3 * tokens + 5 * 24
