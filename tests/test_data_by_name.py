@@ -463,7 +463,7 @@ def test_questions_by_the_name_of_a_data_set(tmp_path: Path) -> None:
     ]  # fmt: skip
     passages = read_task(task("verbatim", **where, config="verbmem", columns={"continuation": "gt"}))
     assert [(item.prompt, item.continuation, item.source) for item in passages.items] == [
-        ("It is a", "truth", "muse/verbmem")
+        ("It is a", "truth", "muse/verbmem/forget")
     ]
     known = read_task(task("knowmem", **where, config="knowmem", split="forget_qa", examples="forget_qa_icl"))
     assert [item.question for item in known.items] == ["Who?"] and known.examples[0].answers == ("A book",)

@@ -60,11 +60,15 @@ class Record:
         return plain(str(source))
 
 
-def check_files(entries: list[CorpusEntry], key: str) -> None:
-    """Every file is there and of a kind we read, every data set can be had; :class:`UserError` otherwise."""
+def check_files(entries: list[CorpusEntry], key: str, *, download: bool = True) -> None:
+    """Every file is there and of a kind we read, every data set can be had; :class:`UserError` otherwise.
+
+    Args:
+        download: bring data sets of the hub into the cache; False: those that are not there are missing.
+    """
     for entry in entries:
         if is_table(entry):
-            open_table(entry, key)
+            open_table(entry, key, offline=not download)
         else:
             files_of(entry, key)
 

@@ -80,7 +80,7 @@ class Table:
 
 def is_table(named: Named) -> bool:
     """Whether a data set is named, and not files."""
-    return bool(named.dataset) or _is_saved(Path(named.path))
+    return bool(named.dataset) or (bool(named.path) and _is_saved(Path(named.path)))
 
 
 def files_of(named: Named, key: str) -> list[Path]:
@@ -208,15 +208,16 @@ def _open_hub(named: Named, key: str, offline: bool) -> Table:
     except HFValidationError:
         what = "there is no such directory, and it is no id of the hub"
         raise UserError(what, name, f"correct dataset in {key}") from None
+    offline = offline or _is_offline()
     pinned = named.revision if named.revision and COMMIT.fullmatch(named.revision) else None
     cached = _cached(named, pinned) if pinned else None
     if cached is None:
-        commit, trouble = _commit(name, named.revision, offline or _is_offline())
-        commit = commit or pinned
+        commit, trouble = _asked(name, named.revision) if not offline else (None, "")
+        commit = commit or pinned or _known(name, named.revision)
         cached = _cached(named, commit)
-        if cached is None and (commit is None or trouble):
+        if cached is None and (commit is None or trouble or offline):
             raise _absent(named, trouble)
-        cached = cached or _download(named, commit, key)
+        cached = cached or _download(named, str(commit), key)
     with _reading(name):
         split = _split(named, list(cached.info.splits or ()), name, key)
         data = cached.as_dataset(split=split)
@@ -226,29 +227,30 @@ def _open_hub(named: Named, key: str, offline: bool) -> Table:
 
 
 @functools.lru_cache(maxsize=256)
-def _commit(name: str, revision: str | None, offline: bool) -> tuple[str | None, str]:
-    """(commit, why the hub did not say so); asked once a process, so that it cannot move between two looks.
+def _asked(name: str, revision: str | None) -> tuple[str | None, str]:
+    """(commit, "") or (None, why the hub does not say); asked once a process: it may not move between two looks."""
+    from huggingface_hub import HfApi, errors
 
-    What the hub does not say the cache may know, from when the revision was fetched; else None.
-    """
-    from huggingface_hub import HfApi, errors, hf_hub_download
+    try:
+        return HfApi().dataset_info(name, revision=revision, timeout=TIMEOUT_S).sha, ""
+    except errors.RevisionNotFoundError:
+        raise UserError(f"the data set has no revision {revision!r}", name, f"see {_page(name)}/commits") from None
+    except errors.RepositoryNotFoundError:
+        fix = f"correct the name; for a private one `hf auth login` with an account that may read {_page(name)}"
+        raise UserError("the hub has no such data set, or it is private", name, fix) from None
+    except Exception as error:  # no network (httpx has many words for it), or an answer that is none
+        return None, f"the hub cannot be reached ({type(error).__name__})"
 
-    trouble = "HF_HUB_OFFLINE is set" if _is_offline() else "the hub was not asked"
-    if not offline:
-        try:
-            return HfApi().dataset_info(name, revision=revision, timeout=TIMEOUT_S).sha, ""
-        except errors.RevisionNotFoundError:
-            raise UserError(f"the data set has no revision {revision!r}", name, f"see {_page(name)}/commits") from None
-        except errors.RepositoryNotFoundError:
-            fix = f"correct the name; for a private one `hf auth login` with an account that may read {_page(name)}"
-            raise UserError("the hub has no such data set, or it is private", name, fix) from None
-        except Exception as error:  # no network (httpx has many words for it), or an answer that is none
-            trouble = f"the hub cannot be reached ({type(error).__name__})"
+
+def _known(name: str, revision: str | None) -> str | None:
+    """The commit that a revision was when it was fetched, if it was."""
+    from huggingface_hub import hf_hub_download
+
     try:
         readme = hf_hub_download(name, README, repo_type="dataset", revision=revision, local_files_only=True)
-        return Path(readme).parent.name, trouble
-    except errors.LocalEntryNotFoundError:
-        return None, trouble
+    except (OSError, ValueError):
+        return None
+    return Path(readme).parent.name
 
 
 def _page(name: str) -> str:
@@ -265,6 +267,7 @@ def _gated(name: str) -> UserError:
 def _absent(named: Named, trouble: str) -> UserError:
     asked = {"configuration": named.config, "revision": named.revision}
     told = "".join(f" ({key} {value})" for key, value in asked.items() if value)
+    trouble = trouble or ("HF_HUB_OFFLINE is set" if _is_offline() else "the hub was not asked")
     what = f"the data set{told} is not in the cache, and {trouble}"
     return UserError(what, str(named.dataset), "run `trace-ds fetch CONFIG` where there is a network")
 
@@ -292,8 +295,8 @@ def _cached(named: Named, commit: str | None) -> Any:
     space, _, name = named.dataset.rpartition("/")
     folder = f"{space}___{camelcase_to_snakecase(name)}" if space else camelcase_to_snakecase(name)
     root = Path(datasets.config.HF_DATASETS_CACHE) / folder
-    pattern = f"{glob.escape(named.config) if named.config else '*'}/*/{commit or '*'}/dataset_info.json"
-    found = sorted((item for item in root.glob(pattern)), key=lambda item: (item.stat().st_mtime, str(item)))
+    found = sorted(root.glob("*/*/*/dataset_info.json"), key=lambda item: (item.stat().st_mtime, str(item)))
+    found = [item for item in found if named.config in (None, item.parts[-4]) and commit in (None, item.parts[-2])]
     if named.config is None and len({item.parts[-4] for item in found}) > 1:
         found = [item for item in found if item.parts[-4] == "default"]
     if not found:
