@@ -285,7 +285,7 @@ FAULTS: list[tuple[str, Any, dict[str, Any], str]] = [
     ("open quote", put("x.csv", b'text\n"never closed\n'), {}, "not CSV (unexpected end of data)"),
     ("twice a column", put("x.csv", b"text,text\na,b\n"), {}, "two columns have one name"),
     ("CSV column", put("x.csv", b"body\na\n"), {}, "x.csv:2: the line has no text under 'text'"),
-    ("template", put("x.jsonl", LINES), {"template": "{titel}"}, "x.jsonl:1: the line has no text under 'titel'"),
+    ("template", put("x.jsonl", LINES), {"template": "{titel}"}, "under 'titel'. Fix: did you mean 'title'? correct"),
     ("template of text", put("x.txt", b"a b"), {"template": "{title}"}, "a text file has no columns"),
     ("saved split", saved(forget=ROWS, other=ROWS), {"split": "forgot"}, "did you mean 'forget'? it has forget, other"),
     ("saved default split", saved(a=ROWS, b=ROWS), {}, "the data set has no split 'train'"),
