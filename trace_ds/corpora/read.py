@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -60,11 +61,15 @@ class Record:
         return plain(str(source))
 
 
-def check_files(entries: list[CorpusEntry], key: str) -> None:
-    """Every file is there and of a kind we read, every data set can be had; :class:`UserError` otherwise."""
+def check_files(entries: list[CorpusEntry], key: str, *, download: bool = True) -> None:
+    """Every file is there and of a kind we read, every data set can be had; :class:`UserError` otherwise.
+
+    Args:
+        download: bring data sets of the hub into the cache; False: those that are not there are missing.
+    """
     for entry in entries:
         if is_table(entry):
-            open_table(entry, key)
+            open_table(entry, key, offline=not download)
         else:
             files_of(entry, key)
 
@@ -155,7 +160,9 @@ def _text(record: Record, parts: list[tuple[str, str | None]]) -> str | None:
         if value is None and record.typed:
             return None
         if not isinstance(value, str):
-            fix = "correct the line, or set the corpus' field"
+            close = difflib.get_close_matches(str(column), record.values, 1)
+            hint = f"did you mean {close[0]!r}? " if close and close[0] != column else ""
+            fix = f"{hint}correct the line, or set the corpus' field"
             raise UserError(f"the line has no text under {column!r}", record.where, fix)
         found.append(literal + value)
     return "".join(found)

@@ -26,6 +26,7 @@ SHARD = re.compile(r"[-_.]\d+(?:[-_.]of[-_.]\d+)?$")
 BUILDERS = ("Json", "Csv", "Parquet", "Arrow", "Text")  # of datasets: the others decode media, or unpickle
 DEFAULT_SPLIT = "train"
 README = "README.md"
+TIMEOUT_S = 20  # for the hub to say what a revision is
 
 
 class Named(Protocol):
@@ -79,7 +80,7 @@ class Table:
 
 def is_table(named: Named) -> bool:
     """Whether a data set is named, and not files."""
-    return bool(named.dataset) or _is_saved(Path(named.path))
+    return bool(named.dataset) or (bool(named.path) and _is_saved(Path(named.path)))
 
 
 def files_of(named: Named, key: str) -> list[Path]:
@@ -197,16 +198,26 @@ def _open_directory(named: Named, key: str) -> Table:
 
 
 def _open_hub(named: Named, key: str, offline: bool) -> Table:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
     assert named.dataset is not None
     name = named.dataset
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
-        raise UserError("there is no such directory, and it is no id of the hub", name, f"correct dataset in {key}")
-    commit, trouble = _commit(name, named.revision, offline)
-    cached = _cached(named, commit)
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        what = "there is no such directory, and it is no id of the hub"
+        raise UserError(what, name, f"correct dataset in {key}") from None
+    offline = offline or _is_offline()
+    pinned = named.revision if named.revision and COMMIT.fullmatch(named.revision) else None
+    cached = _cached(named, pinned) if pinned else None
     if cached is None:
-        if commit is None or trouble:
+        commit, trouble = _asked(name, named.revision) if not offline else (None, "")
+        commit = commit or pinned or _known(name, named.revision)
+        cached = _cached(named, commit)
+        if cached is None and (commit is None or trouble or offline):
             raise _absent(named, trouble)
-        cached = _download(named, commit, key)
+        cached = cached or _download(named, str(commit), key)
     with _reading(name):
         split = _split(named, list(cached.info.splits or ()), name, key)
         data = cached.as_dataset(split=split)
@@ -216,35 +227,30 @@ def _open_hub(named: Named, key: str, offline: bool) -> Table:
 
 
 @functools.lru_cache(maxsize=256)
-def _commit(name: str, revision: str | None, offline: bool) -> tuple[str | None, str]:
-    """(commit, why the hub was not asked); asked once a process, so that it cannot move between two looks.
+def _asked(name: str, revision: str | None) -> tuple[str | None, str]:
+    """(commit, "") or (None, why the hub does not say); asked once a process: it may not move between two looks."""
+    from huggingface_hub import HfApi, errors
 
-    The cache knows the commit of a revision that was fetched; None when it does not and the hub cannot be reached.
-    """
-    from huggingface_hub import HfApi, errors, hf_hub_download
-
-    offline = offline or _is_offline()
-    trouble = "the hub was not asked" if offline else ""
     try:
-        try:
-            readme = hf_hub_download(name, README, repo_type="dataset", revision=revision, local_files_only=offline)
-            return Path(readme).parent.name, trouble
-        except errors.LocalEntryNotFoundError:
-            raise
-        except errors.EntryNotFoundError:  # a data set without a page
-            return HfApi().dataset_info(name, revision=revision).sha, trouble
-    except errors.GatedRepoError:
-        raise _gated(name) from None
+        return HfApi().dataset_info(name, revision=revision, timeout=TIMEOUT_S).sha, ""
     except errors.RevisionNotFoundError:
         raise UserError(f"the data set has no revision {revision!r}", name, f"see {_page(name)}/commits") from None
     except errors.RepositoryNotFoundError:
         fix = f"correct the name; for a private one `hf auth login` with an account that may read {_page(name)}"
         raise UserError("the hub has no such data set, or it is private", name, fix) from None
-    except errors.HFValidationError as error:
-        raise UserError(f"no name of a data set ({str(error)[:100]})", name, "correct it") from None
-    except Exception as error:  # LocalEntryNotFoundError, OfflineModeIsEnabled, httpx's own, an answer that is none
-        trouble = trouble or f"the hub cannot be reached ({type(error.__cause__ or error).__name__})"
-        return (revision if revision and COMMIT.fullmatch(revision) else None), trouble
+    except Exception as error:  # no network (httpx has many words for it), or an answer that is none
+        return None, f"the hub cannot be reached ({type(error).__name__})"
+
+
+def _known(name: str, revision: str | None) -> str | None:
+    """The commit that a revision was when it was fetched, if it was."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        readme = hf_hub_download(name, README, repo_type="dataset", revision=revision, local_files_only=True)
+    except (OSError, ValueError):
+        return None
+    return Path(readme).parent.name
 
 
 def _page(name: str) -> str:
@@ -261,6 +267,7 @@ def _gated(name: str) -> UserError:
 def _absent(named: Named, trouble: str) -> UserError:
     asked = {"configuration": named.config, "revision": named.revision}
     told = "".join(f" ({key} {value})" for key, value in asked.items() if value)
+    trouble = trouble or ("HF_HUB_OFFLINE is set" if _is_offline() else "the hub was not asked")
     what = f"the data set{told} is not in the cache, and {trouble}"
     return UserError(what, str(named.dataset), "run `trace-ds fetch CONFIG` where there is a network")
 
@@ -288,8 +295,8 @@ def _cached(named: Named, commit: str | None) -> Any:
     space, _, name = named.dataset.rpartition("/")
     folder = f"{space}___{camelcase_to_snakecase(name)}" if space else camelcase_to_snakecase(name)
     root = Path(datasets.config.HF_DATASETS_CACHE) / folder
-    pattern = f"{glob.escape(named.config) if named.config else '*'}/*/{commit or '*'}/dataset_info.json"
-    found = sorted((item for item in root.glob(pattern)), key=lambda item: (item.stat().st_mtime, str(item)))
+    found = sorted(root.glob("*/*/*/dataset_info.json"), key=lambda item: (item.stat().st_mtime, str(item)))
+    found = [item for item in found if named.config in (None, item.parts[-4]) and commit in (None, item.parts[-2])]
     if named.config is None and len({item.parts[-4] for item in found}) > 1:
         found = [item for item in found if item.parts[-4] == "default"]
     if not found:
@@ -301,7 +308,8 @@ def _cached(named: Named, commit: str | None) -> Any:
 
 def _download(named: Named, commit: str, key: str) -> Any:
     import datasets
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, LocalEntryNotFoundError
     from huggingface_hub.utils import disable_progress_bars
 
     assert named.dataset is not None
@@ -310,9 +318,13 @@ def _download(named: Named, commit: str, key: str) -> Any:
         disable_progress_bars()
     with _reading(named.dataset):
         try:
+            with contextlib.suppress(EntryNotFoundError):  # not every data set has a page
+                hf_hub_download(named.dataset, README, repo_type="dataset", revision=named.revision)
             builder = _builder(named, named.dataset, commit, key)
             _split(named, list(builder.config.data_files or ()), named.dataset, key)
             builder.download_and_prepare()
+        except GatedRepoError:
+            raise _gated(named.dataset) from None
         except (ConnectionError, LocalEntryNotFoundError) as error:
             raise _absent(named, f"the hub cannot be reached ({type(error).__name__})") from None
     return builder
@@ -338,7 +350,7 @@ def _builder(named: Named, place: str, commit: str | None, key: str) -> Any:
     ]
     if not set(kinds) & set(BUILDERS):
         fix = "convert it to Parquet or JSON Lines"
-        raise UserError(f"cannot read data sets of the kind {kinds[0] if kinds else '?'}", str(named.dataset), fix)
+        raise UserError(f"cannot read data sets of the kind {kinds[-1] if kinds else '?'}", str(named.dataset), fix)
     return builder
 
 
