@@ -418,6 +418,8 @@ def test_no_process_outlives_a_killed_command(tmp_path: Path, tiny_model: Path) 
         process.send_signal(signal.SIGKILL)
         process.wait(10)
     _, alive = psutil.wait_procs(children, timeout=10)
+    for child in alive:
+        child.kill()
     assert not alive
 
 
@@ -575,6 +577,11 @@ def test_a_data_set_of_the_hub_is_read_again_without_it(hub: Hub, tmp_path: Path
     ]
     assert [found["commit"] for found in online] == [first, first, first, tagged]
     assert "is not in the cache, and the hub was not asked" in online[0]["missing"] and online[2]["missing"] is None
+    asked = len(hub.requests)
+    named = ask(
+        [near | {"source": "s", "split": split} for split in ("train", "test")], hub.environment(home), tmp_path
+    )
+    assert named[0]["fingerprint"] != named[1]["fingerprint"] and len(hub.requests) == asked + 1  # what main is
     asked = len(hub.requests)
     offline = ask([*forms, near | {"revision": "v1"}], hub.environment(home, offline=True), tmp_path)
     assert [found | {"missing": None} for found in online] == offline and len(hub.requests) == asked

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from trace_ds.config.load import dump_yaml, load_config, with_changes
@@ -56,7 +56,7 @@ class Request:
         """The same run as a verb sees it: the model of the stages after `finetune` is the one that was made."""
         from trace_ds.stages.finetune import after_finetune
 
-        return replace(self, config=after_finetune(self.config, self.run)) if verb in STAGES[2:] else self
+        return Request(after_finetune(self.config, self.run), self.run) if verb in STAGES[2:] else self
 
     @property
     def stages(self) -> list[str]:
