@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 from trace_ds.config.schema import Config
 from trace_ds.corpora.tokenizer import load_tokenizer, tokenizer_fingerprint
 from trace_ds.errors import UserError
-from trace_ds.evaluation.harness import check_template
 from trace_ds.evaluation.items import Task, read_tasks
 from trace_ds.evaluation.subjects import (
     FORMAT,
@@ -75,8 +74,11 @@ def check_evaluate(config: Config, run: RunDirectory) -> EvaluateJob:
     reference = Path(config.model.tokenizer or config.model.path)
     fingerprint = tokenizer_fingerprint(reference)
     tokenizer = load_tokenizer(reference)
-    for each in settings.tasks:
-        check_template(each, tokenizer)
+    if any(task.apply_chat_template for task in settings.tasks):
+        from trace_ds.evaluation.harness import check_template
+
+        for each in settings.tasks:
+            check_template(each, tokenizer)
     attacks = _attacks(config)
     data = artefact.load(run.data, "data", "prepare CONFIG", verify=False) if needs_data(config) else None
     if data is not None:
