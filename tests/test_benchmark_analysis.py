@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from trace_ds.config.load import load_config, recipe_names, validate, with_changes
+from trace_ds.config.compose import recipe_names
+from trace_ds.config.load import load_config, validate, with_changes
 from trace_ds.config.schema import Config
 from trace_ds.errors import UserError
 from trace_ds.reporting.matched import matched
@@ -251,7 +252,7 @@ def test_a_diverged_run_is_never_compared(capsys: pytest.CaptureFixture[str]) ->
     assert "never" in shown and "diverged: 1 runs" in shown
 
 
-@pytest.mark.parametrize("name", [name for name in recipe_names() if name.startswith("bench_")])
+@pytest.mark.parametrize("name", [name for name in recipe_names("run") if name.startswith("bench_")])
 def test_shipped_studies_can_be_run(name: str) -> None:
     made, _ = load_config(name, [], "out")
     if made.bench is not None:

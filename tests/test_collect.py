@@ -471,6 +471,7 @@ MODELS = ("mixtral-8x7b", "mixtral-8x22b", "olmoe-1b-7b", "qwen3-30b-a3b", "qwen
 
 def test_the_documented_sizes_are_those_of_the_published_models() -> None:
     from trace_ds.cluster.architecture import read_architecture
+    from trace_ds.config.published import published_config
 
     root = Path(__file__).resolve().parents[1]
     lines = [
@@ -478,7 +479,7 @@ def test_the_documented_sizes_are_those_of_the_published_models() -> None:
         "|---|---|---|---|---|---|",
     ]
     for name in MODELS:
-        a = read_architecture(json.loads((root / "tests" / "data" / "configs" / f"{name}.json").read_text()))
+        a = read_architecture(published_config(name.replace("-", "_")))
         trace, rows = bytes_per_token(a.moe_layers, a.experts, a.top_k, 1024)
         total = 200_000 * 1024 / 1e9
         lines.append(

@@ -70,7 +70,7 @@ def test_options_of_a_run_mean_nothing_for_a_directory(
 def test_options_of_a_directory_mean_nothing_for_a_run(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, option: tuple[str, ...]
 ) -> None:
-    assert f"{option[0]} means nothing with a CONFIG" in refused(capsys, monkeypatch, "mixtral_8x7b", *option)
+    assert f"{option[0]} means nothing with a CONFIG" in refused(capsys, monkeypatch, "demo", *option)
 
 
 @pytest.mark.parametrize("to", ["hf", "universal"])

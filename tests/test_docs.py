@@ -14,7 +14,7 @@ from trace_ds.config.load import load_config
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = [*ROOT.glob("trace_ds/**/*.py"), *ROOT.glob("slurm/*.sh")]
 LIBRARIES = ("_CanRecordRegistry", "CUDA out of memory", "Watchdog caught")  # said by others
-PAGES = sorted((ROOT / "docs").glob("*.md"))
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
 
 
 def test_every_message_of_the_troubleshooting_table_exists() -> None:

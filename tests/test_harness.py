@@ -192,6 +192,76 @@ def test_our_numbers_are_those_of_the_command_on_one_process_and_on_two(place: P
             assert item_cells(item) == [item["id"], shown, said, float(correct)]
 
 
+TEMPLATE = (
+    "{% for m in messages %}<s> w1 {{ m['content'] }} </s>{% endfor %}{% if add_generation_prompt %}w2{% endif %}"
+)
+
+
+def test_solved_examples_and_the_chat_template_are_those_of_the_command(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A task with a split of solved examples, as MMLU has one, that nobody's index knows but ours here."""
+    from lm_eval.tasks import TaskManager
+    from transformers import AutoTokenizer
+
+    shutil.copytree(place / "model", place / "chat")
+    tokenizer = AutoTokenizer.from_pretrained(place / "model")
+    assert tokenizer.chat_template is None
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(place / "chat")
+    (place / "shots").mkdir()
+    write_task(place / "shots" / "wmdp_bio.yaml", "wmdp_bio", place / "wmdp_bio.jsonl")
+    task = yaml.safe_load((place / "shots" / "wmdp_bio.yaml").read_text())
+    del task["num_fewshot"]
+    task["dataset_kwargs"]["data_files"]["dev"] = str(write_questions(place / "solved.jsonl", 5))
+    task |= {"fewshot_split": "dev", "fewshot_config": {"sampler": "first_n"}}
+    (place / "shots" / "wmdp_bio.yaml").write_text(yaml.safe_dump(task))
+    manager = TaskManager(include_path=[place / "shots"], include_defaults=False)
+    monkeypatch.setattr(harness, "_task_manager", lambda: manager)
+    done = command.run(
+        [
+            *(sys.executable, "-m", "lm_eval", "--model", "hf", "--device", "cpu", "--batch_size", "4"),
+            *("--model_args", f"pretrained={place / 'chat'},dtype=float32", "--include_path", place / "shots"),
+            *("--tasks", "wmdp_bio_here", "--output_path", place / "shots", "--log_samples"),
+            *("--num_fewshot", "2", "--apply_chat_template"),
+        ]
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    samples = read_lines(next((place / "shots").rglob("samples_*.jsonl")))
+    raw = {"name": "shots", "type": "lm_eval", "task": "wmdp_bio_here", "role": "forget"}
+    found = {}
+    for keys in ({"num_fewshot": 2, "apply_chat_template": True}, {"num_fewshot": 2}, {}):
+        read = read_task(TaskConfig.model_validate(raw | keys))
+        with loaded(str(place / "chat"), tokenizer, ModelSettings("fp32", True, True, 4)) as model:
+            outcome = run_task(model, read, max_new_tokens=4, context_length=64)
+        found[tuple(keys)] = [item["log_prob"] for item in outcome.items]
+    theirs = [[float(pair[0]) for pair in sample["filtered_resps"]] for sample in samples]
+    ours, without, zero_shot = found.values()
+    assert ours == [pytest.approx(each, abs=1e-5) for each in theirs] and len(ours) == 20
+    assert ours != without != zero_shot
+    tokenizer.chat_template = None
+    asking = TaskConfig.model_validate(raw | {"apply_chat_template": True})
+    with pytest.raises(UserError, match="shots: the tokenizer has no chat template"):
+        harness.check_template(asking, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"type": "choice", "path": "a.jsonl", "num_fewshot": 0}, "are keys of lm_eval tasks"),
+        ({"type": "choice", "path": "a.jsonl", "apply_chat_template": True}, "are keys of lm_eval tasks"),
+        ({"type": "lm_eval", "task": "mmlu", "num_fewshot": -1}, "greater than or equal to 0"),
+        (
+            {"type": "lm_eval", "task": "wmdp_bio", "path": "a.jsonl", "num_fewshot": 5},
+            "a file holds no solved examples",
+        ),
+    ],
+)
+def test_prompt_keys_that_mean_nothing(keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TaskConfig.model_validate({"name": "x", "role": "forget"} | keys)
+
+
 def read_lines(path: Path) -> list[Any]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 

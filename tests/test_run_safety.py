@@ -518,10 +518,10 @@ REFUSALS = [
 def test_errors_of_the_system_say_what_helps(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: OSError, message: str
 ) -> None:
-    def fail() -> list[str]:
+    def fail() -> dict[str, Path]:
         raise error
 
-    monkeypatch.setattr("trace_ds.config.load.recipe_names", fail)
+    monkeypatch.setattr("trace_ds.config.compose.recipes", fail)
     status, errors = command(monkeypatch, capsys, "recipes")
     assert status == 2 and message in errors
 

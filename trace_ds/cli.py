@@ -1,6 +1,7 @@
-"""The command line: ``trace-ds VERB CONFIG``. One verb per stage; this module only parses, locks, launches and reports.
+"""The command line: ``trace-ds VERB CONFIG…``. A verb a stage; this module only parses, locks, launches and reports.
 
     trace-ds demo
+    trace-ds run wmdp_cyber olmoe_1b_7b
     trace-ds run CONFIG --run-dir runs/mine --set unlearning.alpha=4
     deepspeed --num_accelerators 8 --module trace_ds collect CONFIG
 
@@ -13,7 +14,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, NoReturn, Optional
 
@@ -32,7 +33,7 @@ FIXES = {
     errno.ELOOP: "correct the links, which lead around in a circle",
     errno.ENOTDIR: "correct the path",
 }
-LAUNCHED = ("collect", "calibrate", "unlearn", "evaluate")
+LAUNCHED = ("finetune", "collect", "calibrate", "unlearn", "evaluate")
 ONE_PROCESS = ("prepare", "convert", "report", "run", "submit", "demo", "bench")
 
 app = typer.Typer(
@@ -50,7 +51,10 @@ def _run_dir(text: str) -> Path:
     return run_path(str(text))
 
 
-ConfigArgument = Annotated[str, typer.Argument(help="YAML file, or the name of a recipe (`trace-ds recipes`).")]
+CONFIG_HELP = (
+    "YAML files or names of recipes (`trace-ds recipes`), merged from left to right; a TASK and a MODEL make a run."
+)
+ConfigArgument = Annotated[list[str], typer.Argument(help=CONFIG_HELP)]
 RunDirOption = Annotated[
     Path | None, typer.Option("--run-dir", parser=_run_dir, metavar="PATH", help="Run directory; default runs/NAME.")
 ]
@@ -142,7 +146,9 @@ def _root(
         _refuse_ranks(str(context.invoked_subcommand))
 
 
-def _verb(name: str, config: str, run_dir: Path | None, overrides: list[str] | None, **options: object) -> None:
+def _verb(
+    name: str, config: Sequence[str], run_dir: Path | None, overrides: list[str] | None, **options: object
+) -> None:
     """Run one stage of a run (or, with ``dry_run``, say what it would be)."""
     from trace_ds.stages.pipeline import Request, run_verb
 
@@ -162,6 +168,19 @@ def prepare(
 ) -> None:
     """Corpora → token datasets."""
     _verb("prepare", config, run_dir, set_, dry_run=dry_run)
+
+
+@app.command()
+def finetune(
+    config: ConfigArgument,
+    run_dir: RunDirOption = None,
+    set_: SetOption = None,
+    nproc: NprocOption = None,
+    ep: EpOption = None,
+    dry_run: DryRunOption = False,
+) -> None:
+    """Base model and datasets → the models that a benchmark needs: target, retrained (distributed)."""
+    _verb("finetune", config, run_dir, set_, nproc=nproc, ep=ep, dry_run=dry_run)
 
 
 @app.command()
@@ -205,8 +224,9 @@ def unlearn(
 
 @app.command()
 def convert(
-    source: Annotated[str, typer.Argument(help="CONFIG of a run, or a checkpoint or model directory.")],
-    destination: Annotated[Optional[Path], typer.Argument(help="Where to write (with a directory).")] = None,  # noqa: UP045
+    source: Annotated[
+        list[str], typer.Argument(help="CONFIG… of a run; or a checkpoint or model directory and where to write.")
+    ],
     run_dir: RunDirOption = None,
     set_: SetOption = None,
     to: Annotated[Optional[str], typer.Option(help="hf (default) or universal.")] = None,  # noqa: UP045
@@ -231,7 +251,9 @@ def convert(
     options: dict[str, object] = {"to": to, "tag": tag, "dtype": dtype, "max_shard_size": max_shard_size, "jobs": jobs}
     options |= {"base_model": base_model, "verify": verify or None}
     given = {name: value for name, value in options.items() if value is not None}
-    if destination is None:
+    from trace_ds.config.compose import is_config
+
+    if len(source) != 2 or is_config(source[0]):
         fix = "give SOURCE DESTINATION, or --set conversion.KEY=VALUE"
         _refuse({f"--{name.replace('_', '-')}": value for name, value in given.items()}, "with a CONFIG", fix)
         return _verb("convert", source, run_dir, set_, variant=variant, dry_run=dry_run)
@@ -239,9 +261,10 @@ def convert(
     from trace_ds.conversion.command import convert_command
     from trace_ds.stages.convert import card_of
 
+    directory, destination = map(Path, source)
     if not dry_run:
-        given["card"] = card_of(Path(source))
-    raise typer.Exit(convert_command(Path(source), destination, dry_run=dry_run, **given))
+        given["card"] = card_of(directory)
+    raise typer.Exit(convert_command(directory, destination, dry_run=dry_run, **given))
 
 
 def _refuse(options: Mapping[str, object], where: str, fix: str) -> None:
@@ -268,7 +291,7 @@ def evaluate(
 @app.command()
 def report(
     configs: Annotated[
-        list[str], typer.Argument(help="CONFIG, run directories (the first one is the run), or a study's.")
+        list[str], typer.Argument(help="CONFIG…, run directories (the first one is the run), or a study's.")
     ],
     run_dir: RunDirOption = None,
     set_: SetOption = None,
@@ -277,8 +300,8 @@ def report(
     """Run directory → one HTML page, PNGs, CSVs, a model card; a study's directory → its page and CSVs."""
     from trace_ds.stages.pipeline import report_command
 
-    if len(configs) == 1 and not Path(configs[0]).is_dir():
-        return _verb("report", configs[0], run_dir, set_, dry_run=dry_run)
+    if not Path(configs[0]).is_dir():
+        return _verb("report", configs, run_dir, set_, dry_run=dry_run)
     raise typer.Exit(report_command([Path(item) for item in configs]))
 
 
@@ -334,7 +357,7 @@ def demo(
 
 @app.command()
 def doctor(
-    config: Annotated[Optional[str], typer.Argument(help="YAML file or recipe; default: the machine only.")] = None,  # noqa: UP045
+    config: Annotated[Optional[list[str]], typer.Argument(help=f"{CONFIG_HELP} Default: the machine only.")] = None,  # noqa: UP045
     run_dir: RunDirOption = None,
     set_: SetOption = None,
     json: JsonOption = False,
@@ -344,7 +367,7 @@ def doctor(
     from trace_ds.cluster.doctor import doctor as run_doctor
     from trace_ds.stages.pipeline import Request
 
-    request = Request.load(config, list(set_ or []), run_dir) if config is not None else None
+    request = Request.load(config, list(set_ or []), run_dir) if config else None
     directory = request.run.path if request is not None else run_dir
     raise typer.Exit(run_doctor(request.config if request else None, directory, json, bandwidth))
 
@@ -410,12 +433,26 @@ def bench(
 
 @app.command()
 def recipes(show: Annotated[Optional[str], typer.Option(help="Print this recipe.")] = None) -> None:  # noqa: UP045
-    """List the recipes shipped with the package; their names work wherever a CONFIG does."""
-    from trace_ds.config.load import read_config_text, recipe_names, recipe_text
+    """List what comes with the package: whole runs, and tasks and models that make one; --show NAME prints one."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from trace_ds.config.compose import find, read_text, recipe_names, recipes
 
     if show is not None:
-        print(read_config_text(show)[0], end="")
+        print(read_text(find(show)), end="")
         return
-    for name in recipe_names():
-        first = recipe_text(name).splitlines()[0].lstrip("# ")
-        print(f"{name:24} {first}")
+    files, console = recipes(), Console(width=80)
+    titles = {
+        "task": "Tasks: `trace-ds run TASK MODEL`",
+        "model": "Models: `trace-ds plan TASK MODEL` needs no download",
+        "run": "Whole runs: `trace-ds run NAME`, `trace-ds bench NAME`",
+    }
+    for kind, title in titles.items():
+        table = Table(box=box.SIMPLE, show_header=False)
+        table.add_column(no_wrap=True)
+        table.add_column()
+        for name in recipe_names(kind):
+            table.add_row(name, read_text(files[name]).splitlines()[0].lstrip("# "))
+        console.print(title, table, sep="\n", highlight=False)

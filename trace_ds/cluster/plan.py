@@ -25,6 +25,7 @@ from trace_ds.cluster.architecture import (
 )
 from trace_ds.cluster.job import PlannedJob, ceil_div, corpus_tokens, variants_of
 from trace_ds.cluster.spec import GB, ClusterSpec
+from trace_ds.config.published import fragment_of, published_config, published_config_path
 from trace_ds.config.schema import Config
 from trace_ds.errors import UserError
 from trace_ds.models.families import FAMILIES, ModelInfo, check_expert_parallel
@@ -107,8 +108,16 @@ def plan(config: Config, cluster: ClusterSpec) -> RunPlan:
         UserError: the model directory or its ``config.json`` is missing or not of a supported family; the
             expert-parallel size does not divide the experts or the GPUs; the DeepSpeed file cannot be read.
     """
-    where = str(Path(config.model.path) / CONFIG_NAME)
-    return plan_model(read_model_config(config.model.path), config, cluster, where)
+    values, where = model_config_of(config.model.path)
+    return plan_model(values, config, cluster, where)
+
+
+def model_config_of(model_path: str) -> tuple[dict[str, Any], str]:
+    """A model's ``config.json`` and where it is: in its directory, else with the model fragment of that hub id."""
+    fragment = None if Path(model_path).is_dir() else fragment_of(model_path)
+    if fragment is None:
+        return read_model_config(model_path), str(Path(model_path) / CONFIG_NAME)
+    return published_config(fragment), str(published_config_path(fragment))
 
 
 def plan_model(
@@ -122,6 +131,8 @@ def plan_model(
     unlearn = _unlearn(job)
     every = count_parameters(a)
     sizes = [size for size in range(1, a.experts + 1) if a.experts % size == 0 and cluster.world % size == 0]
+    saving = [(each, each.config.unlearning.keep) for each in (job, *others)]
+    saving += [(job, config.finetune.keep) for _ in config.finetune.models] if config.finetune is not None else []
     result = RunPlan(
         family=a.family,
         parameters=every,
@@ -135,9 +146,7 @@ def plan_model(
         recomputed_peak_bytes=memory.unlearn_memory(job, unlearn.rows, recompute=True).peak_bytes,
         checkpoint_bytes=checkpoint_bytes(job),
         save_s=checkpoint_bytes(job) / (cluster.storage_gb_s * GB),
-        storage_bytes=sum(
-            (each.config.unlearning.keep + 1) * checkpoint_bytes(each) + every.total * each.b for each in (job, *others)
-        ),
+        storage_bytes=sum((keep + 1) * checkpoint_bytes(each) + every.total * each.b for each, keep in saving),
         host_bytes=memory.host_bytes(job),
         evaluation_gpus=evaluation_gpus(config, every.total * job.b, cluster.gpu_memory_gb),
         choices=sorted(

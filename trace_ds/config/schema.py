@@ -7,6 +7,7 @@ is its documentation; ``trace-ds run CONFIG --dry-run`` prints the resolved valu
 from __future__ import annotations
 
 import os
+import string
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -17,6 +18,7 @@ from trace_ds.config.names import Name
 CONTROL_RULES = ("uniform", "permuted", "random_experts", "inverse", "sources")
 RULES = ("raking", "ratio_mean", "ratio_max", *CONTROL_RULES)
 WITHOUT_TRACE = ("uniform", "sources")  # no routing is needed for their weights
+TARGET, RETRAINED = "target", "retrained"  # models that `finetune` makes: the one that knows, the one that never saw
 
 T = TypeVar("T", int, float)
 LARGEST, FP32_LARGEST = 10**9, 3.4e38
@@ -67,21 +69,97 @@ class ModelConfig(Section):
     dtype: Literal["bf16", "fp32"] = Field("bf16", description="Parameter type of the forward pass.")
 
 
-class CorpusFile(Section):
-    """One file of documents: ``.jsonl`` (one object a line, text under ``field``) or ``.txt`` (see ``separator``)."""
+DatasetText = Annotated[
+    PathText | None,
+    Field(
+        description="Instead of a path: a data set's id on the Hugging Face hub (taken from the cache of datasets, or "
+        "downloaded into it), or a directory in the hub's layout."
+    ),
+]
+ConfigText = Annotated[str | None, Field(description="dataset: which of its configurations; default: the only one.")]
+SplitText = Annotated[
+    str | None, Field(description="dataset, and a path to what save_to_disk left: its split; default: train.")
+]
+RevisionText = Annotated[str | None, Field(description="dataset on the hub: a commit, tag or branch; default: main.")]
 
-    path: PathText
-    field: str = Field("text", description="Key of the text in a JSONL line.")
+
+def _one_place(found: CorpusEntry | TaskConfig, name: str) -> None:
+    """ValueError unless it names a path or a data set, and what goes with it."""
+    if not found.path and not found.dataset:
+        raise ValueError(f"{name} has no path and no dataset")
+    if found.path and found.dataset:
+        raise ValueError(f"{name} has a path and a dataset: give one")
+    for key in ("config", "revision"):
+        if getattr(found, key) is not None and not found.dataset:
+            raise ValueError(f"{name} has a {key}, which goes with dataset, not with path")
+
+
+class CorpusEntry(Section):
+    """Documents: files, or a data set by name (docs/data.md shows every form)."""
+
+    path: PathText = Field(
+        "",
+        description="A file (.jsonl, .json, .csv, .parquet, .txt; all but Parquet also .gz or .zst), a pattern with *, "
+        "a folder of such files, or what datasets' save_to_disk left.",
+    )
+    dataset: DatasetText = None
+    config: ConfigText = None
+    split: SplitText = None
+    revision: RevisionText = None
+    field: str = Field("text", description="Column (key of a JSON object) with the text of a document.")
+    template: str | None = Field(
+        None,
+        description="Makes a document of several columns, instead of field: 'Question: {question}\\nAnswer: {answer}'; "
+        "{{ and }} stand for braces.",
+    )
+    rows: Integer | None = Field(None, ge=1, description="Only the first so many rows (documents of a text file).")
     source: str | None = Field(
-        None, description="Name shown in reports; default: the line's own 'source', else the file name."
+        None,
+        description="Name shown in reports; default: the row's own 'source', else the name of the file or data set.",
     )
     separator: str | None = Field(None, description="Splits a text file into documents; default: the file is one.")
 
+    @property
+    def place(self) -> str:
+        """What is read."""
+        return self.path or self.dataset or ""
+
+    @property
+    def parts(self) -> list[tuple[str, str | None]]:
+        """The text of a document: pieces of it as they stand, each followed by the value of a column (or by none)."""
+        if self.template is None:
+            return [("", self.field)]
+        found = []
+        for text, column, style, conversion in string.Formatter().parse(self.template):
+            if column == "" or style or conversion:
+                raise ValueError(
+                    "a template holds names of columns in braces, such as {question}, and nothing else there"
+                )
+            found.append((text, column))
+        return found
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns that make the text of a document."""
+        return list(dict.fromkeys(column for _, column in self.parts if column is not None))
+
+    @model_validator(mode="after")
+    def _says_where(self) -> CorpusEntry:
+        _one_place(self, "a corpus")
+        if self.template is not None and self.field != "text":
+            raise ValueError("field and template exclude each other: give one")
+        try:
+            if not self.columns:
+                raise ValueError("the template names no column: write for example {question}")
+        except ValueError as error:  # str.format's own are terse: expected '}' before end of string
+            raise ValueError(f"template: {error}") from None
+        return self
+
 
 class DataConfig(Section):
-    forget: list[CorpusFile] = Field(min_length=1)
-    retain: list[CorpusFile] = Field(min_length=1)
-    alternative: list[CorpusFile] = Field(
+    forget: list[CorpusEntry] = Field(min_length=1)
+    retain: list[CorpusEntry] = Field(min_length=1)
+    alternative: list[CorpusEntry] = Field(
         default_factory=list,
         description="dpo: texts preferred to the forget ones (refusals, for IdkDPO); row i of the forget corpus is "
         "paired with row i modulo their number. Pack 'whole', one document per row, to pair documents.",
@@ -99,6 +177,13 @@ class DataConfig(Section):
     )
     add_bos: bool = True
     add_eos: bool = True
+    num_proc: Integer | None = Field(
+        None,
+        ge=1,
+        le=1024,
+        description="Processes that tokenise (1: this one alone); default: the cores it may use, up to 16. The data "
+        "are the same whatever their number.",
+    )
 
     @property
     def sides(self) -> tuple[str, ...]:
@@ -353,7 +438,58 @@ class PDUConfig(Section):
     dual_step: Number = Field(1.0, gt=0, description="Step of the multiplier, which starts at alpha.")
 
 
-class UnlearningConfig(Section):
+class TrainingConfig(Section):
+    """What every training job has, whatever it trains for."""
+
+    micro_batch_rows: Integer | None = Field(
+        None, ge=1, description="Rows (of unlearning: forget rows, and retain rows) per process and forward."
+    )
+    zero_stage: Literal[1, 2, 3] = 3
+    ds_config: PathText | None = Field(None, description="DeepSpeed JSON file whose keys are added (see ds_configs/).")
+    optimizer: OptimizerConfig = OptimizerConfig()
+    recompute: bool = Field(
+        False,
+        description="Keep only each decoder layer's input and compute its activations again in the backward pass: much "
+        "less memory for a third more compute (`trace-ds plan` shows both).",
+    )
+    save_every: Integer = Field(50, ge=1, description="Steps between checkpoints; the last step is always saved.")
+    keep: Integer = Field(2, ge=2, description="Checkpoints kept; never fewer than the newest two.")
+    keep_every: Integer | None = Field(None, ge=1, description="Steps that are a multiple of this are never pruned.")
+    resume: Literal["auto", "required", "never", "replace"] = Field(
+        "auto",
+        description="auto: go on from the newest complete checkpoint, if there is one; required: refuse to start "
+        "without one; never: delete what is there and start; replace: as auto, but delete the checkpoints of another "
+        "job (other data, settings or seed), which auto and required refuse.",
+    )
+    log_every: Integer = Field(1, ge=1)
+
+
+class FinetuneConfig(TrainingConfig):
+    """Makes the run's model, and references for it, from ``model.path``: mean next-token loss, all parameters."""
+
+    models: dict[Name, list[str]] = Field(
+        description="Name -> the corpora (forget, retain, alternative) it is trained on. The target is the model of "
+        "the later stages; the others are scored beside it, the one named retrained as the reference of PrivLeak.",
+    )
+    steps: Integer | None = Field(None, ge=1, description="Optimizer steps, instead of epochs.")
+    epochs: Number | None = Field(
+        None, gt=0, description="Passes over the rows, instead of steps; the last step is filled from the next pass."
+    )
+    batch_rows: Integer = Field(8, ge=1, description="Rows per step, over all processes.")
+
+    @model_validator(mode="after")
+    def _sound(self) -> FinetuneConfig:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("finetune has either steps or epochs: give one of the two")
+        if TARGET not in self.models:
+            raise ValueError(f"finetune.models has no {TARGET}, which is the model of the later stages")
+        for name, sides in self.models.items():
+            if not sides or len(set(sides)) != len(sides):
+                raise ValueError(f"finetune.models.{name} is no list of different corpora")
+        return self
+
+
+class UnlearningConfig(TrainingConfig):
     forget_loss: Literal["rmu", "graddiff", "npo", "simnpo", "dpo", "wga", "satimp", "undial", "ceu", "pdu"] = Field(
         "rmu", description="See docs/objectives.md."
     )
@@ -379,20 +515,9 @@ class UnlearningConfig(Section):
     steps: Integer = Field(100, ge=1)
     forget_rows: Integer = Field(8, ge=1, description="Forget rows per step, over all processes.")
     retain_rows: Integer = Field(8, ge=1, description="Retain rows per step, over all processes.")
-    micro_batch_rows: Integer | None = Field(
-        None, ge=1, description="Forget (and retain) rows per process and forward."
-    )
-    zero_stage: Literal[1, 2, 3] = 3
-    ds_config: PathText | None = Field(None, description="DeepSpeed JSON file whose keys are added (see ds_configs/).")
-    optimizer: OptimizerConfig = OptimizerConfig()
     rmu: RMUConfig = RMUConfig()
     npo: NPOConfig = NPOConfig()
     simnpo: SimNPOConfig = SimNPOConfig()
-    recompute: bool = Field(
-        False,
-        description="Keep only each decoder layer's input and compute its activations again in the backward pass: much "
-        "less memory for a third more compute (`trace-ds plan` shows both).",
-    )
     evaluate: EvaluateConfig = EvaluateConfig()
     guards: GuardsConfig = GuardsConfig()
     dpo: DPOConfig = DPOConfig()
@@ -403,16 +528,6 @@ class UnlearningConfig(Section):
     trainable: TrainableConfig = TrainableConfig()
     seuf: SEUFConfig | None = Field(None, description="The baseline SEUF, with any losses; default: off.")
     grip: GRIPConfig | None = Field(None, description="The baseline GRIP, with any losses; default: off.")
-    save_every: Integer = Field(50, ge=1, description="Steps between checkpoints; the last step is always saved.")
-    keep: Integer = Field(2, ge=2, description="Checkpoints kept; never fewer than the newest two.")
-    keep_every: Integer | None = Field(None, ge=1, description="Steps that are a multiple of this are never pruned.")
-    resume: Literal["auto", "required", "never", "replace"] = Field(
-        "auto",
-        description="auto: go on from the newest complete checkpoint, if there is one; required: refuse to start "
-        "without one; never: delete what is there and start; replace: as auto, but delete the checkpoints of another "
-        "job (other data, settings or seed), which auto and required refuse.",
-    )
-    log_every: Integer = Field(1, ge=1)
 
     @model_validator(mode="before")
     @classmethod
@@ -447,27 +562,72 @@ class ConversionConfig(Section):
     step: Integer | None = Field(None, ge=1, description="Checkpoint to convert; default: the newest.")
 
 
+TaskColumn = Literal[
+    "prompt",
+    "choices",
+    "answer",
+    "continuation",
+    "question",
+    "text",
+    "paraphrased_answer",
+    "perturbed_answer",
+    "id",
+    "source",
+]
+
+
 class TaskConfig(Section):
     """One evaluation task; ``role`` says which way is good: forget (lower), utility (higher)."""
 
     name: Name
-    type: Literal["choice", "verbatim", "perplexity", "knowmem", "membership", "extraction", "lm_eval"]
+    type: Literal["choice", "verbatim", "perplexity", "knowmem", "membership", "extraction", "tofu", "lm_eval"]
     path: PathText = Field("", description="The task's file; an lm_eval task without one is read from the hub.")
     role: Literal["forget", "utility"]
     examples: PathText | None = Field(
-        None, description="knowmem: file of the solved questions in the prompt (MUSE: ten)."
+        None,
+        description="knowmem: file (with dataset: split) of the solved questions in the prompt (MUSE: ten).",
     )
-    holdout: PathText | None = Field(None, description="membership: texts like the members that no model ever saw.")
+    holdout: PathText | None = Field(
+        None, description="membership: file (with dataset: split) of texts like the members that no model ever saw."
+    )
     task: str | None = Field(None, description="lm_eval: its name there, such as wmdp_bio or mmlu.")
+    num_fewshot: Integer | None = Field(
+        None, ge=0, description="lm_eval: solved examples in the prompt; default: the task's own number."
+    )
+    apply_chat_template: bool = Field(False, description="lm_eval: ask through the tokenizer's chat template.")
+    dataset: DatasetText = None
+    config: ConfigText = None
+    split: SplitText = None
+    revision: RevisionText = None
+    columns: dict[TaskColumn, str] = Field(
+        default_factory=dict, description="Our names of the columns -> theirs, where they differ: {answer: gt}."
+    )
 
     @model_validator(mode="after")
     def _files_fit_the_type(self) -> TaskConfig:
         for key, kind in (("examples", "knowmem"), ("holdout", "membership"), ("task", "lm_eval")):
             if (getattr(self, key) is not None) != (self.type == kind):
                 raise ValueError(f"task {self.name}: a {kind} task needs {key}, and no other has one")
-        if not self.path and self.type != "lm_eval":
-            raise ValueError(f"task {self.name} has no path")
+        if self.type == "lm_eval":
+            for key in ("dataset", "config", "split", "revision", "columns"):
+                if getattr(self, key):
+                    raise ValueError(f"task {self.name}: lm_eval brings its own data set; {key} is for other types")
+        else:
+            _one_place(self, f"task {self.name}")
         return self
+
+    @model_validator(mode="after")
+    def _prompt_keys(self) -> TaskConfig:
+        if (self.num_fewshot is not None or self.apply_chat_template) and self.type != "lm_eval":
+            raise ValueError(f"task {self.name}: num_fewshot and apply_chat_template are keys of lm_eval tasks")
+        if self.num_fewshot and self.path:
+            raise ValueError(f"task {self.name}: a file holds no solved examples: leave out num_fewshot, or path")
+        return self
+
+    @property
+    def place(self) -> str:
+        """What its questions are read from."""
+        return self.path or self.dataset or ""
 
 
 class RelearningConfig(Section):
@@ -500,7 +660,7 @@ class EvaluationConfig(Section):
     )
     drift: bool = Field(True, description="Routing drift of the unlearned model on both corpora.")
     drift_rows: Integer = Field(256, ge=1, description="Rows of each corpus used for the drift.")
-    max_new_tokens: Integer = Field(128, ge=1, description="verbatim: tokens generated.")
+    max_new_tokens: Integer = Field(128, ge=1, description="verbatim, tofu: tokens generated.")
 
 
 class ReportConfig(Section):
@@ -567,6 +727,9 @@ class Config(Section):
     seed: Seed = 0
     model: ModelConfig
     data: DataConfig
+    finetune: FinetuneConfig | None = Field(
+        None, description="Make the model to unlearn from model.path first; default: model.path is that model."
+    )
     distributed: DistributedConfig = DistributedConfig()
     statistics: StatisticsConfig = StatisticsConfig()
     calibration: CalibrationConfig = CalibrationConfig()
@@ -601,6 +764,7 @@ class Config(Section):
                 "unlearning.weights online moves towards the forget frequencies whatever the rule, so calibration.rule "
                 f"{self.calibration.rule} would not be what it says: use raking, or unlearning.weights reference"
             )
+        self._check_finetune()
         evaluate, guards = self.unlearning.evaluate, self.unlearning.guards
         for key, value in (
             ("evaluate.target_forget_nll", evaluate.target_forget_nll),
@@ -614,3 +778,17 @@ class Config(Section):
                 if key.split(".")[0] not in ("calibration", "unlearning", "conversion"):
                     raise ValueError(f"variants.{name} may not change {key}: only calibration, unlearning, conversion")
         return self
+
+    def _check_finetune(self) -> None:
+        if self.finetune is None:
+            return
+        if self.bench is not None:
+            raise ValueError("a study trains no model of its own: name one in model.path, and leave finetune out")
+        for name, sides in self.finetune.models.items():
+            for side in sides:
+                if side not in self.data.sides:
+                    raise ValueError(
+                        f"finetune.models.{name}: there is no corpus {side!r}; data has {', '.join(self.data.sides)}"
+                    )
+        if clash := sorted(self.finetune.models.keys() & self.evaluation.models.keys()):
+            raise ValueError(f"finetune.models and evaluation.models both have a model {clash[0]!r}")

@@ -6,7 +6,7 @@ Shape legend: B rows of a batch, S positions of a row, T tokens in flat order, R
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,6 +43,10 @@ class Batch:
     position_ids_BS: torch.Tensor
     counted_BS: torch.Tensor
     document_ids_BS: torch.Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        """Ids and counted positions there; where the documents are stays on the host."""
+        return replace(self, input_ids_BS=self.input_ids_BS.to(device), counted_BS=self.counted_BS.to(device))
 
 
 class FlatArray:

@@ -2,11 +2,15 @@
 
     {name: wmdp_bio, type: lm_eval, task: wmdp_bio, role: forget}                            # from the hub
     {name: wmdp_bio, type: lm_eval, task: wmdp_bio, path: wmdp-bio-test.jsonl, role: forget} # from a file
+    {name: mmlu, type: lm_eval, task: mmlu, role: utility, num_fewshot: 5, apply_chat_template: true}
 
 | metric   | what                                                                          | range | chance |
 |----------|-------------------------------------------------------------------------------|-------|--------|
-| acc      | the letter of the right choice has the largest log-probability, zero-shot      | 0 … 1 | 0.25   |
+| acc      | the letter of the right choice has the largest log-probability, zero-shot*     | 0 … 1 | 0.25   |
 | acc_norm | the same per character of the choice, where the task has it                     | 0 … 1 | 0.25   |
+
+*unless ``num_fewshot`` (or the task itself) says otherwise. ``num_fewshot`` and ``apply_chat_template`` are the
+command's ``--num_fewshot`` and ``--apply_chat_template``.
 
 Higher means more knowledge: bad for a forget task (WMDP), good for a utility task (MMLU). The prompts, the scoring and
 the numbers are those of the ``lm_eval`` command. A file (``.jsonl``, ``.json`` or ``.parquet``) holds what the hub's
@@ -28,11 +32,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trace_ds.config.schema import TaskConfig
 from trace_ds.errors import UserError
 from trace_ds.evaluation.language_model import LanguageModel
 from trace_ds.evaluation.metrics import TASK_METRICS
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from trace_ds.parallel.world import World
 
 INSTALL = "pip install 'trace-ds[lm-eval]'"
@@ -72,6 +79,13 @@ def check_task(task: str, path: str, where: str) -> None:
         raise UserError(f"{task!r} stands for several tasks of lm-eval, {what}", where, f"name each one: {names}")
 
 
+def check_template(config: TaskConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """UserError when a task is to be asked through a chat template and the tokenizer has none."""
+    if config.apply_chat_template and not tokenizer.chat_template:
+        where = f"evaluation.tasks {config.name}"
+        raise UserError("the tokenizer has no chat template", where, "leave out apply_chat_template")
+
+
 def _leaf_tasks(members: list[Any], index: Any) -> list[str]:
     """The single tasks that names of tasks, groups and tags (as in the YAML file of a group) stand for."""
     found: list[str] = []
@@ -109,7 +123,7 @@ def task_spec(task: str, path: str) -> str | dict[str, Any]:
     return {"group": "local_files", "task": [changed]}  # a member of a group is the known task with keys changed
 
 
-def evaluate_harness(model: LanguageModel, task: str, path: str) -> HarnessResult:
+def evaluate_harness(model: LanguageModel, config: TaskConfig) -> HarnessResult:
     """Run one task (or group of tasks) on a loaded model, the forward passes shared out between the processes.
 
     Raises:
@@ -120,11 +134,16 @@ def evaluate_harness(model: LanguageModel, task: str, path: str) -> HarnessResul
 
     from trace_ds.evaluation.harness_model import SharedLM
 
-    world = model.world
-    built = _built(task, path, world)
+    world, task = model.world, str(config.task)
+    built = _built(task, config.path, world)
     with _quietly():
         found: Any = simple_evaluate(
-            model=SharedLM(model), tasks=[built], task_manager=_task_manager(), bootstrap_iters=0
+            model=SharedLM(model),
+            tasks=[built],
+            task_manager=_task_manager(),
+            bootstrap_iters=0,
+            num_fewshot=config.num_fewshot,
+            apply_chat_template=config.apply_chat_template,
         )
     if world is None or world.size == 1:
         return _result(found, task)

@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 
 CHOICE_CHANCE, ASSUMED_AUC = 0.25, 0.5
 PRIV_LEAK = "priv_leak"
+FORGET_QUALITY, MODEL_UTILITY = "forget_quality", "model_utility"
 
 
 class Metric(NamedTuple):
@@ -39,6 +40,18 @@ METRICS = {
     "extraction_strength": Metric(
         "share of a text that greedy decoding completes exactly from the shortest beginning; 0 … 1"
     ),
+    "probability": Metric(
+        "TOFU: mean probability of the answer, per token; 0 … 1, compare with a model that never saw it"
+    ),
+    "rouge_l_recall": Metric(
+        "TOFU: ROUGE-L recall of the greedy answer; 0 … 1, compare with a model that never saw it"
+    ),
+    "truth": Metric("TOFU: mean of max(0, 1 − truth ratio); 0 … 1, 0 when false answers are as likely as the true one"),
+    FORGET_QUALITY: Metric(
+        "TOFU: p-value that truth ratios are those of the retrained model; 0 … 1, above 0.05 is forgotten",
+        shows="surprise",
+    ),
+    MODEL_UTILITY: Metric("TOFU: harmonic mean of probability, ROUGE-L recall and truth over all utility tasks; 0 … 1"),
     PRIV_LEAK: Metric(
         "MUSE's PrivLeak, %: −100 not unlearned, above 0 over-unlearned; 0, the retrained model, is best",
         shows="reference",
@@ -60,8 +73,10 @@ TASK_METRICS = {
     "knowmem": ("rouge_l",),
     "membership": tuple(name for name, metric in METRICS.items() if metric.shows == "reference"),
     "extraction": ("extraction_strength",),
+    "tofu": ("probability", "rouge_l_recall", "truth", FORGET_QUALITY, MODEL_UTILITY),
     "lm_eval": ("acc", "acc_norm"),
 }
+ROLE_OF = {FORGET_QUALITY: "forget", MODEL_UTILITY: "utility"}  # metrics of tasks of one role only
 ATTACKS = {
     "forced": "after sending the questions through other experts (the highest of the ways tried)",
     "relearned": "after a few steps of fine-tuning on a share of the forget text",

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from trace_ds.errors import UserError
-from trace_ds.evaluation import choice, extraction, harness, knowmem, membership, perplexity, verbatim
+from trace_ds.evaluation import choice, extraction, harness, knowmem, membership, perplexity, tofu, verbatim
 from trace_ds.evaluation.items import Task
 from trace_ds.evaluation.language_model import LanguageModel
-from trace_ds.evaluation.metrics import METRICS, TASK_METRICS, direction
+from trace_ds.evaluation.metrics import METRICS, ROLE_OF, TASK_METRICS, direction
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ def run_task(
 ) -> TaskResult:
     """Score one model on one task."""
     items: Any = task.items
-    where, kind = task.config.path, task.config.type
+    where, kind = task.config.place, task.config.type
     if kind == "lm_eval":
-        found = harness.evaluate_harness(model, str(task.config.task), where)
+        found = harness.evaluate_harness(model, task.config)
         return TaskResult(score_records(task, found.metrics, found.items), found.logs, {})
     if kind == "choice":
         outcome = choice.evaluate_choice(model, items, where, advance)
@@ -43,6 +43,8 @@ def run_task(
         outcome = verbatim.evaluate_verbatim(model, items, max_new_tokens, where, advance)
     elif kind == "knowmem":
         outcome = knowmem.evaluate_knowmem(model, items, list(task.examples), where, advance)
+    elif kind == "tofu":
+        outcome = tofu.evaluate_tofu(model, items, max_new_tokens, where, advance)
     elif kind == "membership":
         outcome = membership.evaluate_membership(model, items, context_length, where, advance)
     elif kind == "extraction":
@@ -62,7 +64,8 @@ def score_records(task: Task, metrics: dict[str, float], n: int) -> list[dict[st
     names = [
         name
         for name in TASK_METRICS[task.config.type]
-        if task.config.type != "lm_eval" or name in metrics or not metrics
+        if (task.config.type != "lm_eval" or name in metrics or not metrics)
+        and ROLE_OF.get(name, task.config.role) == task.config.role
     ]
     return [
         {

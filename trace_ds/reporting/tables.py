@@ -27,7 +27,7 @@ MAX_TEXT = 300
 VARIANCES = ("between", "within")
 QUANTILES = ("0.01", "0.05", "0.25", "0.5", "0.75", "0.95", "0.99")
 # An item's score is the first of these in its log; of all but nll more means that more is known.
-ITEM_SCORES = ("correct", "rouge_l", "extraction_strength", "min_k", "nll")
+ITEM_SCORES = ("correct", "rouge_l", "rouge_l_recall", "extraction_strength", "min_k", "nll")
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,6 @@ from trace_ds.run import ours
 from trace_ds.run.artefact import Artefact
 from trace_ds.run.files import new_array, replacing_directory, safetensors_errors, write_json
 from trace_ds.run.log import StageLog, stage_log
-from trace_ds.unlearning.needs import FrozenNeeds
 
 if TYPE_CHECKING:
     from trace_ds.parallel.world import World
@@ -176,8 +175,8 @@ def with_trained_layers(config: Config, layers: Sequence[int]) -> Config:
     if detection.layers != "trained":
         return config
     count = int(read_model_config(config.model.path).get("num_hidden_layers", max(layers) + 1))
-    last = FrozenNeeds.of(config.unlearning, count).last_trained
-    trained = None if last >= max(layers) else [number for number, layer in enumerate(layers) if layer <= last]
+    last = config.unlearning.last_layer(count)
+    trained = None if last is None else [number for number, layer in enumerate(layers) if layer <= last]
     changed = detection.model_copy(update={"layers": trained})
     return config.model_copy(update={"calibration": config.calibration.model_copy(update={"detection": changed})})
 

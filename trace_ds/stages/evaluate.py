@@ -74,6 +74,11 @@ def check_evaluate(config: Config, run: RunDirectory) -> EvaluateJob:
     reference = Path(config.model.tokenizer or config.model.path)
     fingerprint = tokenizer_fingerprint(reference)
     tokenizer = load_tokenizer(reference)
+    if any(task.apply_chat_template for task in settings.tasks):
+        from trace_ds.evaluation.harness import check_template
+
+        for each in settings.tasks:
+            check_template(each, tokenizer)
     attacks = _attacks(config)
     data = artefact.load(run.data, "data", "prepare CONFIG", verify=False) if needs_data(config) else None
     if data is not None:
@@ -181,19 +186,23 @@ def _on_main(world: World | None, work: Callable[[], None]) -> None:
 
 
 def _refer_to_retrained(config: Config, job: EvaluateJob, run: RunDirectory, log: StageLog) -> None:
-    """Membership scores against those of the retrained model, once all models are scored."""
+    """Scores that are about the retrained model's (of membership and TOFU tasks), once all models are scored."""
     from trace_ds.evaluation.membership import with_references
+    from trace_ds.evaluation.tofu import with_tofu
 
-    if not any(task.config.type == "membership" for task in job.tasks):
+    kinds = {task.config.type for task in job.tasks}
+    if kinds.isdisjoint(("membership", "tofu")):
         return
     named = config.evaluation.retrained in config.evaluation.models
     retrained = read_result(run.evaluation / f"{config.evaluation.retrained}.json") if named else None
-    if retrained is None:
+    if retrained is None and "membership" in kinds:
         log.line("PrivLeak: no retrained model among evaluation.models, so its AUC is assumed to be 0.5")
+    if retrained is None and "tofu" in kinds:
+        log.line("TOFU: no retrained model among evaluation.models, so there is no forget quality")
     for subject in job.subjects:
         path = run.evaluation / f"{subject.name}.json"
         result = read_result(path)
-        if result is not None and (changed := with_references(result, retrained)) != result:
+        if result is not None and (changed := with_tofu(with_references(result, retrained), retrained)) != result:
             write_json(path, changed)
 
 

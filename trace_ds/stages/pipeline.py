@@ -1,9 +1,9 @@
 """Walking the stages: one verb alone, or all of them with their variants (``trace-ds run``).
 
-    prepare → collect → calibrate → unlearn → convert → evaluate → report
+    prepare → (finetune) → collect → calibrate → unlearn → convert → evaluate → report
 
-Single-process stages run here; the distributed ones (collect, unlearn) run as a job of their own: in this process when
-a launcher made it a rank, else in local processes that this one starts.
+Single-process stages run here; the distributed ones (finetune, collect, unlearn) run as a job of their own: in this
+process when a launcher made it a rank, else in local processes that this one starts.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from trace_ds.run.directory import RunDirectory, lock_environment, locked
 from trace_ds.run.ours import require_apart
 
 STUDY_FILE = "study.json"
-STAGES = ("prepare", "collect", "calibrate", "unlearn", "convert", "evaluate", "report")
-DISTRIBUTED = ("collect", "unlearn")
-REPLACE_INPUTS = ("run", "prepare", "collect")  # of the variants that read them
+STAGES = ("prepare", "finetune", "collect", "calibrate", "unlearn", "convert", "evaluate", "report")
+DISTRIBUTED = ("finetune", "collect", "unlearn")
+SHARED = ("prepare", "finetune", "collect")  # by a run and its variants: done by the run alone
+REPLACE_INPUTS = ("run", *SHARED)
 LAUNCHABLE = (*DISTRIBUTED, "evaluate")  # evaluate is a job of its own only when evaluation.nproc or a launcher says so
 
 
@@ -35,7 +36,7 @@ class Request:
     run: RunDirectory
 
     @classmethod
-    def load(cls, config: str, overrides: Sequence[str], run_dir: Path | None) -> Request:
+    def load(cls, config: str | Sequence[str], overrides: Sequence[str], run_dir: Path | None) -> Request:
         loaded, directory = load_config(config, overrides, run_dir)
         return cls(loaded, RunDirectory.at(directory, dump_yaml(loaded)))
 
@@ -51,37 +52,51 @@ class Request:
     def all(self) -> list[Request]:
         return [self, *(self.variant(name) for name in self.config.variants)]
 
+    def seen_by(self, verb: str) -> Request:
+        """The same run as a verb sees it: the model of the stages after `finetune` is the one that was made."""
+        from trace_ds.stages.finetune import after_finetune
+
+        return Request(after_finetune(self.config, self.run), self.run) if verb in STAGES[2:] else self
+
+    @property
+    def stages(self) -> list[str]:
+        """What `run` runs, in order."""
+        return [stage for stage in STAGES if stage != "finetune" or self.config.finetune is not None]
+
     def check_places(self) -> None:
         """Refuse a run directory that is not ours, or that lies in, on or around what the configuration reads."""
         from trace_ds.evaluation.subjects import ORIGINAL, UNLEARNED
 
         for item in self.all():
             require_apart(self.run.outputs, inputs_of(item.config))
-        self.run.require_ours((ORIGINAL, UNLEARNED, *self.config.evaluation.models))
+        self.run.require_ours((ORIGINAL, UNLEARNED, *self.seen_by("evaluate").config.evaluation.models))
 
 
 def inputs_of(config: Config) -> dict[str, Path]:
     """Every file and directory that a configuration names, by its key."""
     named: dict[str, str | None] = {"model.path": config.model.path, "model.tokenizer": config.model.tokenizer}
     for side in config.data.sides:
-        named |= {f"data.{side}[{i}].path": file.path for i, file in enumerate(getattr(config.data, side))}
+        for i, entry in enumerate(getattr(config.data, side)):
+            named |= {f"data.{side}[{i}].{key}": getattr(entry, key) for key in ("path", "dataset")}
     for task in config.evaluation.tasks:
-        named |= {f"evaluation.tasks {task.name} {key}": getattr(task, key) for key in ("path", "examples", "holdout")}
+        keys = ("dataset",) if task.dataset else ("path", "examples", "holdout")
+        named |= {f"evaluation.tasks {task.name} {key}": getattr(task, key) for key in keys}
     named |= {f"evaluation.models.{name}": path for name, path in config.evaluation.models.items()}
     named["unlearning.ds_config"] = config.unlearning.ds_config
+    named["finetune.ds_config"] = config.finetune.ds_config if config.finetune is not None else None
     return {key: Path(path) for key, path in named.items() if path}
 
 
 def run_verb(verb: str, request: Request, *, dry_run: bool = False) -> int:
     """Run one verb (or ``run``: all stages); returns the exit status."""
     if dry_run:
-        stages = STAGES if verb == "run" else (verb,)
+        stages = request.stages if verb == "run" else [verb]
         print(dump_yaml(request.config), end="")
         print(f"# run directory: {request.run.path}; would run: {', '.join(stages)}")
         for item in request.all()[1:] if verb == "run" else ():
             print(f"# variant {item.config.name}: {request.config.variants[item.config.name]}")
         try:
-            check_early(verb, request)
+            check_early(verb, request, download=False)
         except UserError as error:  # a recipe can be read before there is a model
             print(f"# not ready: {error.line()}")
         return 0
@@ -94,25 +109,33 @@ def run_verb(verb: str, request: Request, *, dry_run: bool = False) -> int:
         return _run_stage(verb, request, lock)
 
 
-def check_early(verb: str, request: Request, world_size: int | None = None) -> None:
+def check_early(verb: str, request: Request, world_size: int | None = None, *, download: bool = True) -> None:
     """Find what is wrong with the user's input before anything is written.
 
     Args:
         world_size: processes of the job when it is to run elsewhere; None: it runs here, as configured.
+        download: bring data sets that are named into their cache, to look at them; False: what is not there is missing.
     """
     from trace_ds.corpora.read import check_files
+    from trace_ds.corpora.sources import files_here
     from trace_ds.corpora.tokenizer import check_tokenizer
     from trace_ds.models.families import check_expert_parallel, inspect_model
     from trace_ds.parallel.launch import check_process_count
     from trace_ds.stages.evaluate import needs_data
+    from trace_ds.stages.finetune import require_models, settings_of
     from trace_ds.tensors.model_files import read_model_config
 
-    config, run = request.config, request.run
+    if verb == "finetune":
+        settings_of(request.config)
     for item in request.all() if verb == "run" else [request]:
         item.check_places()
-    if run.parent is not None and verb in ("run", "prepare", "collect"):
+    if verb in STAGES[2:-1]:
+        require_models(request.config, request.run)
+    request = request.seen_by(verb)
+    config, run = request.config, request.run
+    if run.parent is not None and verb in REPLACE_INPUTS:
         raise UserError(
-            "this is the directory of a variant, which takes data and statistics from its run",
+            "this is the directory of a variant, which takes data, models and statistics from its run",
             str(run.path),
             f"use --run-dir {run.parent}, or another directory",
         )
@@ -132,10 +155,13 @@ def check_early(verb: str, request: Request, world_size: int | None = None) -> N
         check_tokenizer(config.model.tokenizer or config.model.path, vocabulary)
     if verb in ("run", "prepare"):
         for side in config.data.sides:
-            check_files(getattr(config.data, side), f"data.{side}")
+            check_files(getattr(config.data, side), f"data.{side}", download=download)
     if verb in ("run", "evaluate"):
         from trace_ds.evaluation.items import read_tasks
 
+        for task in config.evaluation.tasks:
+            if task.dataset and not download:
+                files_here(task, "evaluation.tasks")
         read_tasks(config.evaluation.tasks)
     if verb == "run":
         _check_later_stages(request)
@@ -145,11 +171,16 @@ def _check_later_stages(request: Request) -> None:
     """What only a late stage, or a variant, would stumble on."""
     from trace_ds.evaluation.subjects import named_models
     from trace_ds.models.families import inspect_model
+    from trace_ds.stages import finetune
     from trace_ds.stages.convert import check_convert
     from trace_ds.stages.unlearn import check_settings
     from trace_ds.tensors.model_files import read_model_directory
 
     info = inspect_model(request.config.model.path)
+    if request.config.finetune is not None:
+        finetune.check_settings(request.config, info)
+        later = request.seen_by("evaluate").config
+        named_models(later.model.path, later.evaluation)  # their names; the models are not there yet
     for item in request.all():
         check_settings(item.config, info)
         check_convert(item.config, item.run)
@@ -163,10 +194,10 @@ def process_count(config: Config, stage: str = "unlearn") -> int:
 
 
 def _run_all(request: Request, lock: Sequence[int]) -> int:
-    for stage in STAGES[:-1]:
+    for stage in request.stages[:-1]:
         for item in request.all():
-            if item.run.parent is not None and stage in ("prepare", "collect"):
-                continue  # a variant shares the data and the statistics
+            if item.run.parent is not None and stage in SHARED:
+                continue
             status = _run_stage(stage, item, lock, top=request.run)
             if status:
                 return status
@@ -176,6 +207,7 @@ def _run_all(request: Request, lock: Sequence[int]) -> int:
 def _run_stage(stage: str, request: Request, lock: Sequence[int], *, top: RunDirectory | None = None) -> int:
     """Run one stage; config.yaml becomes this request's as soon as the stage has found nothing wrong with its input."""
     request.run.clear_leftovers()
+    request = request.seen_by(stage)
     if stage in DISTRIBUTED or (stage == "evaluate" and request.config.evaluation.nproc > 1):
         return _launch(stage, request, lock, top or request.run)
     if stage == "report":  # it shows the configuration
@@ -228,6 +260,12 @@ def _launch(stage: str, request: Request, lock: Sequence[int], lock_owner: RunDi
 
 
 def _is_done(stage: str, request: Request, nproc: int) -> bool:
+    if stage == "finetune":
+        from trace_ds.stages.finetune import check_finetune
+
+        return all(
+            job.is_done(request.config, request.run) for job in check_finetune(request.config, request.run, nproc)
+        )
     if stage == "collect":
         from trace_ds.stages.collect import check_collect
 
@@ -272,7 +310,12 @@ def _run_as_rank(verb: str, request: Request) -> int:
             request.run.clear_leftovers()
 
         world.agree(enter)
-        if verb == "collect":
+        request = request.seen_by(verb)
+        if verb == "finetune":
+            from trace_ds.stages.finetune import finetune
+
+            finetune(request.config, request.run, world)
+        elif verb == "collect":
             from trace_ds.stages.collect import collect
 
             collect(request.config, request.run, world)

@@ -41,7 +41,9 @@ REFERENCE_S, STEP_S, SCORE_S = 110.0, 0.12, 0.9
 SAME = "same strength"
 
 
-def run_study(recipe: str, run_dir: Path | None, overrides: Sequence[str], workers: int | None, json: bool) -> int:
+def run_study(
+    recipe: Sequence[str], run_dir: Path | None, overrides: Sequence[str], workers: int | None, json: bool
+) -> int:
     """Run every job that is not done, then write and show the result; returns the exit status.
 
     Args:

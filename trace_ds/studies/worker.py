@@ -65,11 +65,11 @@ class StudyJob:
 class Study:
     """The jobs of a study, in the order in which they should be done."""
 
-    def __init__(self, recipe: str, directory: Path, overrides: Sequence[str]) -> None:
+    def __init__(self, recipe: str | Sequence[str], directory: Path, overrides: Sequence[str]) -> None:
         self._recipe, self._directory, self._overrides = recipe, directory, list(overrides)
-        self.asked = recipe, directory, tuple(overrides)
+        self.asked = recipe if isinstance(recipe, str) else tuple(recipe), directory, tuple(overrides)
         self.config = self.seed_config(None)
-        self.bench = run_list.require_bench(self.config, recipe)
+        self.bench = run_list.require_bench(self.config, self.config.name)
 
     def seed_directory(self, seed: int) -> Path:
         return self._directory / f"seed_{seed}"
@@ -274,7 +274,7 @@ def device_of(number: int, inherited: Mapping[str, str], devices: Path = Path("/
     return {"OMP_NUM_THREADS": "1", **chosen}
 
 
-def do(recipe: str, directory: Path, overrides: tuple[str, ...], result: Path) -> None:
+def do(recipe: str | tuple[str, ...], directory: Path, overrides: tuple[str, ...], result: Path) -> None:
     """Do the job of a study whose result is not there."""
     began_s = time.monotonic()
     _jobs_here(recipe, directory, overrides)[result].do()
@@ -282,7 +282,7 @@ def do(recipe: str, directory: Path, overrides: tuple[str, ...], result: Path) -
 
 
 @functools.cache
-def _jobs_here(recipe: str, directory: Path, overrides: tuple[str, ...]) -> dict[Path, StudyJob]:
+def _jobs_here(recipe: str | tuple[str, ...], directory: Path, overrides: tuple[str, ...]) -> dict[Path, StudyJob]:
     """All jobs by their results, in the process group of this process alone."""
     from trace_ds.parallel.world import join
 

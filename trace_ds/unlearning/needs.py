@@ -18,7 +18,6 @@ class FrozenNeeds:
         layer: decoder layer whose hidden states a loss is made of, the trained model's or both; None: none is.
         logits, hidden: whether the copy's logits and its hidden states at ``layer`` are compared with in every step.
         forget, retain: which rows go through the copy.
-        of_logits: whether a loss is made of the trained model's logits.
         norms: whether the norms of its hidden states are measured before the first step (hidden_norms.py).
     """
 
@@ -28,7 +27,6 @@ class FrozenNeeds:
     hidden: bool
     forget: bool
     retain: bool
-    of_logits: bool
     norms: bool
 
     @classmethod
@@ -45,15 +43,8 @@ class FrozenNeeds:
             hidden=adaptive or retain == "hidden_mse",
             forget=adaptive or settings.forget_loss == "undial",
             retain=retain != "nll",
-            of_logits=not rmu or retain != "hidden_mse",
             norms=layer is not None and (settings.rmu.sinks == "leave_out" or (rmu and settings.rmu.scale in UNITS)),
         )
-
-    @property
-    def last_trained(self) -> int:
-        """The last decoder layer that gets a gradient: without a loss of logits the pass ends where the losses are."""
-        ends = self.layer is not None and not self.of_logits
-        return self.layer if ends and self.layer is not None else self.decoder_layers - 1
 
     @property
     def stays(self) -> bool:

@@ -1,0 +1,258 @@
+"""Recipes and how they compose: YAML files laid one over another, before anything is checked against the schema.
+
+    compose(["wmdp_cyber", "olmoe_1b_7b", "mine.yaml"]).raw
+
+A recipe that comes with the package is a whole run (``recipes/*.yaml``) or a fragment of one: a model
+(``recipes/models/``) or a task (``recipes/tasks/``). Its name stands wherever the path of a file does. Several files
+are merged from left to right; a file's own ``extends: NAME | PATH | [...]`` is what it is laid over, a relative path
+being relative to the file. A model and a task may be named in either order: the task is laid over the model, whose
+strengths are RMU's and give way where the task has another loss.
+
+Merging: sections are merged key by key, everything else (lists too) is replaced, the later one wins.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from trace_ds.config.plain_yaml import MAX_CHARACTERS, parse_yaml
+from trace_ds.config.schema import expanded
+from trace_ds.errors import UserError
+
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+GROUPS = {"run": RECIPES, "model": RECIPES / "models", "task": RECIPES / "tasks"}
+EXTENDS = "extends"
+MAX_FILES = 100  # read for one configuration, one that is extended twice counted twice
+
+
+@dataclass
+class Composed:
+    """Files merged into one.
+
+    Attributes:
+        raw: the merged keys, without ``extends``; nothing in it belongs to another configuration.
+        where: the files and recipes named, for messages.
+        text: the file's own text where one file was named; else "".
+        folder: of the last file named ("." for a recipe).
+        fragments: the model's and the task's name, where there is one.
+    """
+
+    raw: dict[str, Any]
+    where: str
+    text: str
+    folder: str
+    fragments: dict[str, str]
+
+    @property
+    def name(self) -> str | None:
+        """What a run made of fragments is called by default: TASK-MODEL."""
+        return "-".join(self.fragments[kind] for kind in ("task", "model") if kind in self.fragments) or None
+
+
+def recipe_names(kind: str) -> list[str]:
+    """Names of the recipes of a kind (run, model or task) that come with the package, sorted."""
+    return sorted(path.stem for path in GROUPS[kind].glob("*.yaml"))
+
+
+def recipes() -> dict[str, Path]:
+    """Every recipe's file by its name, whatever its kind."""
+    return {name: GROUPS[kind] / f"{name}.yaml" for kind in GROUPS for name in recipe_names(kind)}
+
+
+def kind_of(path: Path) -> str:
+    """run, model or task for a recipe of the package; "" for any other file."""
+    return next((kind for kind, folder in GROUPS.items() if path.resolve().parent == folder), "")
+
+
+def find(config: str, folder: Path = Path()) -> Path:
+    """The file that a name or a path stands for; a file goes before a recipe of its name.
+
+    Raises:
+        UserError: there is none; the nearest names are given.
+    """
+    try:
+        path = folder / expanded(config)
+    except ValueError:
+        path = Path(config)  # of no file
+    if _is_file(path):
+        return path
+    known = recipes()
+    if config in known:
+        return known[config]
+    close = difflib.get_close_matches(config, known, 3)
+    hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
+    raise UserError("no such configuration file or recipe", config, f"{hint}`trace-ds recipes` lists the names")
+
+
+def is_config(config: str) -> bool:
+    """Whether a word of the command line stands for a configuration (and not for a checkpoint or a model)."""
+    return config.endswith((".yaml", ".yml")) or config in recipes()
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
+
+
+def read_text(path: Path) -> str:
+    """The text of a configuration file (what lies beyond any configuration's size is left out, and found too long)."""
+    try:
+        with path.open(encoding="utf-8-sig") as handle:
+            return handle.read(MAX_CHARACTERS + 1)
+    except UnicodeDecodeError as error:
+        raise UserError(f"not UTF-8 (byte {error.start})", shown(path), "save the file as UTF-8") from None
+
+
+def shown(path: Path) -> str:
+    """A file as messages name it."""
+    return (
+        {"run": "recipe", "model": "model", "task": "task"}[kind] + f" {path.stem}"
+        if (kind := kind_of(path))
+        else str(path)
+    )
+
+
+def merge(under: Any, over: Any) -> Any:
+    """``over`` laid over ``under``: sections key by key, everything else replaced; both stay as they are."""
+    if not (isinstance(under, dict) and isinstance(over, dict)):
+        return copied(over)
+    return copied(under) | {key: merge(under.get(key), value) for key, value in over.items()}
+
+
+def copied(value: Any) -> Any:
+    """A copy in which no two places share a section or a list (YAML's aliases do)."""
+    if isinstance(value, dict):
+        return {key: copied(item) for key, item in value.items()}
+    return [copied(item) for item in value] if isinstance(value, list) else value
+
+
+@dataclass
+class _Reading:
+    """One composition under way: the fragments met so far and the number of files read."""
+
+    fragments: dict[str, str] = field(default_factory=dict)
+    files: int = 0
+
+    def read(self, path: Path, inside: tuple[Path, ...]) -> dict[str, Any]:
+        """The keys of a file, laid over what it extends; ``inside``: the files that led to it."""
+        self.files += 1
+        resolved = path.resolve()
+        if resolved in inside or self.files > MAX_FILES:
+            circle = " → ".join(shown(each) for each in (*inside, resolved)) if resolved in inside else "too many files"
+            raise UserError(f"extends leads around in a circle ({circle})", shown(path), "take one extends out")
+        if (kind := kind_of(path)) in ("model", "task"):
+            first = self.fragments.setdefault(kind, path.stem)
+            if first != path.stem:
+                raise UserError(f"a run has one {kind}, and two are named", f"{first} and {path.stem}", "leave one out")
+        raw = parse_file(path)
+        bases = raw.pop(EXTENDS, [])
+        bases = [bases] if isinstance(bases, str) else bases
+        if not isinstance(bases, list) or not all(isinstance(base, str) and base for base in bases):
+            raise UserError("extends is no name or path, or list of them", shown(path), "write extends: NAME")
+        found = [find(base, path.parent) for base in bases]
+        return dict(merge(self.layers(found, (*inside, resolved)), raw))
+
+    def layers(self, paths: Sequence[Path], inside: tuple[Path, ...]) -> dict[str, Any]:
+        """Files merged in their order, a task over a model."""
+        paths = _in_order(paths)
+        merged: dict[str, Any] = {}
+        for path in paths:
+            merged = merge(merged, self.read(path, inside))
+        return merged
+
+
+def _in_order(paths: Sequence[Path]) -> list[Path]:
+    """The same with a model where the first of the fragments stood and the task where the second did.
+
+    Raises:
+        UserError: a recipe that is a whole run is named beside a fragment.
+    """
+    kinds = [kind_of(path) for path in paths]
+    places = [place for place, kind in enumerate(kinds) if kind in ("model", "task")]
+    if places and "run" in kinds:
+        name = paths[kinds.index("run")].stem
+        raise UserError(
+            "this recipe is a whole run, neither a model nor a task",
+            name,
+            f"name it alone, or choose among {_names('model')} and {_names('task')}",
+        )
+    ordered = list(paths)
+    for place, path in zip(places, sorted((paths[place] for place in places), key=kind_of), strict=True):
+        ordered[place] = path
+    return ordered
+
+
+def parse_file(path: Path) -> dict[str, Any]:
+    """The keys of one file, nothing shared, ``${config_dir}`` replaced by its folder ("." for a recipe).
+
+    Raises:
+        UserError: it cannot be read, is not valid YAML or holds no keys.
+    """
+    try:
+        raw = parse_yaml(read_text(path))
+    except ValueError as error:
+        raise UserError(str(error), shown(path), "correct the file") from None
+    if not isinstance(raw, dict):
+        raise UserError("the file holds no keys", shown(path), "start from a recipe: `trace-ds recipes --show NAME`")
+    return dict(substitute(raw, {"config_dir": _folder(path)}))
+
+
+def compose(configs: Iterable[str]) -> Composed:
+    """Read files and recipes, with all that they extend, and merge them.
+
+    Raises:
+        UserError: one is not there or cannot be read; a circle; two models, two tasks; a whole run beside a fragment.
+    """
+    paths = [find(config) for config in configs]
+    reading = _Reading()
+    raw = reading.layers(paths, ())
+    return Composed(
+        raw,
+        " + ".join(shown(path) for path in paths),
+        read_text(paths[0]) if len(paths) == 1 else "",
+        _folder(paths[-1]),
+        reading.fragments,
+    )
+
+
+def require_whole(composed: Composed, raw: dict[str, Any]) -> None:
+    """What a run made of one fragment lacks; UserError says what to add."""
+    if "task" in composed.fragments and not raw.get("model"):
+        raise UserError(
+            "the key model.path is missing: a task is half a run",
+            composed.where,
+            f"name a model too ({_names('model')}), or --set model.path=DIRECTORY",
+        )
+    if "model" in composed.fragments and not raw.get("data"):
+        raise UserError(
+            "the keys data.forget and data.retain are missing: a model is half a run",
+            composed.where,
+            f"name a task too ({_names('task')}), or a file with your own data",
+        )
+
+
+def _names(kind: str) -> str:
+    return ", ".join(recipe_names(kind))
+
+
+def _folder(path: Path) -> str:
+    return "." if kind_of(path) else str(path.parent)
+
+
+def substitute(value: Any, values: dict[str, str]) -> Any:
+    """A copy with ``${NAME}`` replaced in every text."""
+    if isinstance(value, str):
+        for name, text in values.items():
+            value = value.replace("${" + name + "}", text)
+        return value
+    if isinstance(value, dict):
+        return {key: substitute(item, values) for key, item in value.items()}
+    if isinstance(value, list):
+        return [substitute(item, values) for item in value]
+    return value
