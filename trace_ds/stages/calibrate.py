@@ -176,7 +176,7 @@ def with_trained_layers(config: Config, layers: Sequence[int]) -> Config:
         return config
     count = int(read_model_config(config.model.path).get("num_hidden_layers", max(layers) + 1))
     last = config.unlearning.last_layer(count)
-    trained = None if last is None else [number for number, layer in enumerate(layers) if layer <= last]
+    trained = None if last is None or last >= max(layers) else [n for n, layer in enumerate(layers) if layer <= last]
     changed = detection.model_copy(update={"layers": trained})
     return config.model_copy(update={"calibration": config.calibration.model_copy(update={"detection": changed})})
 
