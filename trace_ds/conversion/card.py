@@ -58,13 +58,12 @@ def copy_companions(base_model: Path, destination: Path, dtype: str) -> None:
 
 
 def model_name(path: str | Path) -> str:
-    """What to call the model of a directory: its name, or in a hub cache (``models--A--B/snapshots/HASH``) ``A/B``, or
-    for a model of ours (``RUN/model``, ``RUN/finetune/NAME/model``) that of the folder it is in."""
+    """What to call the model of a directory: its name, or in a hub cache (``models--A--B/snapshots/HASH``) ``A/B``."""
     directory = Path(os.path.abspath(path))
     cache = directory.parent.parent.name
     if directory.parent.name == "snapshots" and cache.startswith("models--"):
         return cache[len("models--") :].replace("--", "/")
-    return directory.parent.name if directory.name == "model" else directory.name
+    return directory.name
 
 
 def model_card(

@@ -6,7 +6,7 @@ Shape legend: B rows of a batch, S positions of a row, T tokens in flat order, R
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,8 +45,7 @@ class Batch:
     document_ids_BS: torch.Tensor
 
     def to(self, device: torch.device) -> Batch:
-        """Ids and counted positions there; where the documents are stays on the host."""
-        return replace(self, input_ids_BS=self.input_ids_BS.to(device), counted_BS=self.counted_BS.to(device))
+        return Batch(*(value.to(device) for value in vars(self).values()))
 
 
 class FlatArray:

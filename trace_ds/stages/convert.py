@@ -190,7 +190,9 @@ def _card(config: Config, run: RunDirectory) -> dict[str, Any]:
         "learning rate": f"{settings.optimizer.lr:g}",
         "seed": config.seed,
     }
-    facts: dict[str, Any] = {"name": config.name, "base_model": model_name(Path(config.model.path)), "method": method}
+    base = Path(config.model.path)
+    base = base.parent if base.name == "model" else base  # made by `finetune`: RUN/finetune/target/model
+    facts: dict[str, Any] = {"name": config.name, "base_model": model_name(base), "method": method}
     try:
         summary = read_object(run.calibration / "artefact.json", "the calibration", "")["summary"]
         facts["calibration"] = {

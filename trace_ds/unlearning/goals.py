@@ -75,11 +75,10 @@ class NextToken:
 
 def next_token_nll(engine: Any, batch: Batch) -> torch.Tensor:
     """NLL of the counted tokens of a batch on the engine's device, fp32 [N]."""
-    ids_BS = batch.input_ids_BS
     rows_N, columns_N = batch.counted_BS.nonzero(as_tuple=True)
-    targets_N = ids_BS[rows_N, columns_N + 1]
+    targets_N = batch.input_ids_BS[rows_N, columns_N + 1]
     request = HeadRequest(rows_N, columns_N, lambda logits_CV, part: nll(logits_CV, targets_N[part]))
-    return forward(engine, ids_BS, batch.position_ids_BS.to(ids_BS.device), requests=[request]).values[0]
+    return forward(engine, batch.input_ids_BS, batch.position_ids_BS, requests=[request]).values[0]
 
 
 @dataclass
