@@ -134,10 +134,9 @@ def test_a_document_does_not_depend_on_what_shares_its_batch() -> None:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The six families, DeepSeek with values narrower than keys."""
+    """The families, DeepSeek with values narrower than keys."""
     folder = tmp_path_factory.mktemp("models")
     found = {family: tiny.make_model(folder / family, family, layers=2) for family in FAMILIES}
-    assert {"deepseek_v2", "deepseek_v3"} < found.keys() and len(found) == 6
     return found
 
 
