@@ -136,8 +136,7 @@ def test_a_document_does_not_depend_on_what_shares_its_batch() -> None:
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The families, DeepSeek with values narrower than keys."""
     folder = tmp_path_factory.mktemp("models")
-    found = {family: tiny.make_model(folder / family, family, layers=2) for family in FAMILIES}
-    return found
+    return {family: tiny.make_model(folder / family, family, layers=2) for family in FAMILIES}
 
 
 def loaded(path: Path) -> Any:

@@ -160,11 +160,13 @@ def attend(
     rows, size = len(query_BHSD), value_BHSD.shape[-1]
     if query_BHSD.shape[-1] > size:  # DeepSeek's values are narrower than its keys, which no flash kernel takes
         value_BHSD = functional.pad(value_BHSD, (0, query_BHSD.shape[-1] - size))
-    tensors = [tensor.transpose(1, 2).flatten(0, 1) for tensor in (query_BHSD, key_BHSD, value_BHSD)]
-    if dropout == 0.0 and _has_kernel(tensors[0]):
-        output_THD = _by_kernel(documents, *tensors, scaling)
+    query_THD, key_THD, value_THD = (
+        tensor.transpose(1, 2).flatten(0, 1) for tensor in (query_BHSD, key_BHSD, value_BHSD)
+    )
+    if dropout == 0.0 and _has_kernel(query_THD):
+        output_THD = _by_kernel(documents, query_THD, key_THD, value_THD, scaling)
     else:
-        output_THD = _by_length(documents, *tensors, scaling, dropout)
+        output_THD = _by_length(documents, query_THD, key_THD, value_THD, scaling, dropout)
     return output_THD[..., :size].unflatten(0, (rows, -1)), None
 
 
@@ -196,7 +198,8 @@ def _by_kernel(
         options["enable_gqa"] = True
     else:
         key_THD, value_THD = (_repeated(tensor, query_THD.shape[1]) for tensor in (key_THD, value_THD))
-    return varlen_attn(query_THD, key_THD, value_THD, starts_N1, starts_N1, longest, longest, **options)
+    kernel: Any = varlen_attn  # without return_aux it gives the output alone, which its annotation hides
+    return kernel(query_THD, key_THD, value_THD, starts_N1, starts_N1, longest, longest, **options)
 
 
 def _by_length(
