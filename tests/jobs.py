@@ -174,6 +174,47 @@ def same_batches(world: Any, path: str, dataset: Any, batch_rows: int) -> np.nda
     return np.asarray(world.sum_int64(counts))
 
 
+def packed_passes(
+    world: Any, models: dict[str, str], rows: list[list[int]]
+) -> dict[tuple[str, str], tuple[np.ndarray, np.ndarray]]:
+    """Last hidden states of packed rows and a gradient at the embedding, of each family's engine at expert-parallel
+    size 1, 2, and partitioned by ZeRO-3 at 2."""
+    import torch
+    from test_attention import ids_of, positions
+
+    from trace_ds.models.attention import packed
+    from trace_ds.models.engine import base_ds_config, initialize
+    from trace_ds.models.families import inspect_model
+    from trace_ds.models.loading import ModelParts
+
+    found = {}
+    for family, path in models.items():
+        info = inspect_model(path)
+        for ep, stage in ((1, 0), (2, 0), (2, 3)):
+            ds_config = base_ds_config(ep=ep, info=info, zero_stage=stage)
+            engine = initialize(info, world, ds_config, dtype="fp32", parts=ModelParts())
+            inputs = packed(engine.module, positions(rows), torch.device("cpu"))
+            assert "documents" in inputs
+            ids = ids_of(rows).roll(world.rank, 0)  # other tokens on the other rank
+            found[family, f"EP {ep}, ZeRO-{stage}"] = pass_with_gradient(engine, engine.module.model, ids, inputs)
+    return found
+
+
+def pass_with_gradient(call: Any, body: Any, ids: Any, inputs: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """(last hidden states, the gradient at the embedding of the sum of their cubes, weighted by token)."""
+    embedded: list[Any] = []
+    hidden: list[Any] = []
+    hooks = [
+        body.embed_tokens.register_forward_hook(lambda *given: embedded.append(given[2].requires_grad_()) or given[2]),
+        body.norm.register_forward_hook(lambda *given: hidden.append(given[2])),
+    ]
+    call(input_ids=ids, **inputs)
+    for hook in hooks:
+        hook.remove()
+    (hidden[0] ** 3 * (1 + ids[..., None] % 5)).sum().backward(inputs=embedded)
+    return hidden[0].detach().numpy(), embedded[0].grad.numpy()
+
+
 def record_plainly(model: Any) -> dict[int, Any]:
     """What the routers of plain transformers return in the last forward pass, by layer."""
     outputs: dict[int, Any] = {}

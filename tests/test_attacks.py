@@ -16,6 +16,7 @@ from trace_ds.config.schema import RelearningConfig
 from trace_ds.errors import UserError
 from trace_ds.evaluation import attacks
 from trace_ds.evaluation.language_model import LanguageModel
+from trace_ds.models.attention import NAME
 from trace_ds.models.families import FAMILIES
 from trace_ds.models.routers import find_routers, meta_model, record_routing
 from trace_ds.stages.evaluate import evaluate
@@ -34,7 +35,7 @@ def outputs(model: LanguageModel) -> tuple[torch.Tensor, list[tuple[torch.Tensor
 def test_forcing_sends_tokens_where_it_says(family: str, tmp_path: Path) -> None:
     path = tiny.make_model(tmp_path / family, family)
     with opened(path) as model:
-        wanted = "eager" if family == "gpt_oss" else "sdpa"  # the fast one, where the family has it
+        wanted = "eager" if family == "gpt_oss" else NAME  # the fast one, where the family has it
         assert model.model.config._attn_implementation == wanted
         free, chosen = outputs(model)
         decisions = attacks.Decisions()

@@ -181,8 +181,10 @@ def engine_of(model: Any, dtype: Any) -> Any:
     """The engine that ``collect`` runs a model of one process in."""
     import torch
 
+    from trace_ds.models.attention import adopt
     from trace_ds.parallel.world import quiet_deepspeed
 
+    adopt(model)
     ds_config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 0}, "steps_per_print": 1 << 62}
     assert dtype in (torch.float32, torch.bfloat16)
     engine = quiet_deepspeed().initialize(model=model.requires_grad_(False), config=ds_config)[0]

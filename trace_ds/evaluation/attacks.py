@@ -38,6 +38,7 @@ from trace_ds.corpora.dataset import Batch, TokenDataset
 from trace_ds.errors import UserError
 from trace_ds.evaluation.items import Task
 from trace_ds.evaluation.language_model import LanguageModel
+from trace_ds.models.attention import packed
 from trace_ds.models.routers import find_routers, logits_of, meta_model, places_of, routing_of
 from trace_ds.unlearning.step_rows import EpochRows, generator
 
@@ -87,9 +88,7 @@ def _relearning_step(language_model: LanguageModel, optimizer: torch.optim.Optim
     """One step of fine-tuning; returns its loss in nats per token."""
     model, device = language_model.model, language_model.device
     model.train()
-    logits_BSV = model(
-        input_ids=batch.input_ids_BS.to(device), position_ids=batch.position_ids_BS.to(device), use_cache=False
-    ).logits
+    logits_BSV = model(input_ids=batch.input_ids_BS.to(device), **packed(model, batch.position_ids_BS, device)).logits
     row_N, column_N = batch.counted_BS.nonzero(as_tuple=True)
     target_N = batch.input_ids_BS[row_N, column_N + 1].to(device)
     loss = functional.cross_entropy(logits_BSV[row_N, column_N].float(), target_N)

@@ -94,11 +94,8 @@ def sample_routing(
     batch_rows: int,
     advance: Callable[[int], None] | None = None,
 ) -> RoutingSample:
-    """Run the first ``rows`` rows of a dataset through a plain Hugging Face model and keep the routers' choices.
-
-    Attention stays inside documents: transformers builds the block-diagonal mask from restarting position ids, but
-    only when there is neither an attention mask nor a cache, hence ``use_cache=False``.
-    """
+    """Run the first ``rows`` rows of a dataset through a plain Hugging Face model and keep the routers' choices."""
+    from trace_ds.models.attention import packed
     from trace_ds.models.routers import find_routers, record_routing
 
     model, device = language_model.model, language_model.device
@@ -112,9 +109,8 @@ def sample_routing(
         with record_routing(model) as recorder:
             model(
                 input_ids=batch.input_ids_BS.to(device),
-                position_ids=batch.position_ids_BS.to(device),
-                use_cache=False,
                 logits_to_keep=1,
+                **packed(model, batch.position_ids_BS, device),
             )
         counted = batch.counted_BS.reshape(-1)
         chosen = [recorder.layer(layer)[1].cpu()[counted].numpy() for layer in range(layers)]

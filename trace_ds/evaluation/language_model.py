@@ -25,6 +25,7 @@ import torch
 
 from trace_ds.errors import UserError
 from trace_ds.evaluation.batching import Sequence, plan_batches
+from trace_ds.models.attention import adopt, packed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -200,9 +201,8 @@ class LanguageModel:
         start = min(row.first for row in rows) - 1  # the logits at position t predict token t + 1
         output = self.model(
             input_ids=ids_BS.to(self.device),
-            position_ids=torch.arange(length, device=self.device).expand(len(rows), -1),
-            use_cache=False,
             logits_to_keep=length - start,
+            **packed(self.model, torch.arange(length).expand(len(rows), -1), self.device),
         )
         logits_BSV = output.logits
         sizes = [len(row.ids) - row.first for row in rows]
@@ -319,6 +319,7 @@ def loaded(
             if name.endswith("inv_freq") and buffer.dtype != torch.float32:
                 raise RuntimeError(f"{name} is {buffer.dtype}: rotary frequencies must stay float32")
         model.generation_config = GenerationConfig()  # the directory's may sample or penalise repetition
+        adopt(model)
         model.eval()
         yield LanguageModel(model, tokenizer, settings, path, world)
     finally:

@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from trace_ds.errors import UserError
+from trace_ds.models.attention import adopt
 from trace_ds.models.routers import find_routers, moe_decoder_layers
 from trace_ds.models.weight_files import WeightFiles, full_shape, held
 from trace_ds.parallel.world import World, quiet_deepspeed
@@ -110,9 +111,11 @@ def _skeleton(path: Path, dtype: torch.dtype, parts: ModelParts, zero3: dict[str
             return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention, **extra)
 
     try:
-        return build("sdpa")
+        model = build("sdpa")
     except ValueError:  # a family without it (gpt_oss)
-        return build("eager")
+        model = build("eager")
+    adopt(model)
+    return model
 
 
 def leave_out(model: Any, parts: ModelParts, ep: int) -> None:

@@ -23,6 +23,7 @@ from torch import nn
 
 from trace_ds.corpora.dataset import Batch, TokenDataset
 from trace_ds.errors import StopRequested, UserError
+from trace_ds.models.attention import packed
 from trace_ds.models.routers import RoutingRecorder, moe_decoder_layers, record_output, record_routing
 from trace_ds.models.token_nll import chunked_nll
 from trace_ds.parallel.world import World
@@ -269,16 +270,12 @@ def remove_states(directory: Path) -> None:
 
 
 def forward(engine: Any, batch: Batch, device: torch.device) -> Any:
-    """A forward pass without gradients; logits are made for the last position only.
-
-    ``use_cache=False`` matters: with a cache, transformers does not keep attention inside packed documents.
-    """
+    """A forward pass without gradients; logits are made for the last position only."""
     with torch.no_grad():
         return engine(
             input_ids=batch.input_ids_BS.to(device, non_blocking=True),
-            position_ids=batch.position_ids_BS.to(device, non_blocking=True),
-            use_cache=False,
             logits_to_keep=1,
+            **packed(engine.module, batch.position_ids_BS, device),
         )
 
 

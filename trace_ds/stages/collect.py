@@ -121,6 +121,7 @@ def middle_layer(info: ModelInfo) -> int:
 
 def collect(config: Config, run: RunDirectory, world: World) -> None:
     """Collect the statistics of both corpora (collectively, on every rank); skips a side that is already done."""
+    from trace_ds.models.attention import refusal
     from trace_ds.models.engine import inference_engine
     from trace_ds.models.loading import ModelParts
     from trace_ds.run.log import stage_log
@@ -144,6 +145,8 @@ def collect(config: Config, run: RunDirectory, world: World) -> None:
             kernel=config.statistics.expert_kernel,
             parts=parts,
         )
+        if why := refusal(engine.module):
+            log.line(f"attention stays inside documents by a mask: {why}")
         if job.info.family.autoep_preset is None and config.data.documents_per_row != 1:
             from trace_ds.routing.collection import refused_packing
 

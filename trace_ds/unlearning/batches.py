@@ -21,7 +21,8 @@ class MicroBatch:
     """Forget rows first, retain rows after them, one forward pass.
 
     Attributes:
-        input_ids_BS, position_ids_BS: int64, as in :class:`trace_ds.corpora.dataset.Batch`.
+        input_ids_BS, position_ids_BS: int64, as in :class:`trace_ds.corpora.dataset.Batch`; the positions stay on the
+            host, where a pass looks for the documents.
         counted_BS: bool, loss-bearing positions.
         weights_BS: fp32, retain weight of each position (1 where the weights act by sampling, or follow the router);
             0 in forget rows.
@@ -40,7 +41,9 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> MicroBatch:
         moved: dict[str, Any] = {
-            name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor | MicroBatch)
+            name: value.to(device)
+            for name, value in vars(self).items()
+            if isinstance(value, torch.Tensor | MicroBatch) and name != "position_ids_BS"
         }
         return replace(self, **moved)
 

@@ -17,6 +17,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from trace_ds.models.attention import packed
+
 LOGITS_PER_CHUNK = 1 << 26  # elements: 0.25 GB in fp32, of which a few copies exist at a time
 
 # (logits [C, V] in the parameters' dtype, which of the request's tokens they are) -> one fp32 value a token, [C].
@@ -59,6 +61,7 @@ def forward(
     """One pass of ``engine`` (DeepSpeed, training or frozen) over the rows, with gradients where they are enabled.
 
     Args:
+        position_ids_BS: on the host, restarting with each document.
         layer: decoder layer whose output is wanted. When nothing else is asked for, the pass ends there: the layers
             above and the LM head do not run on any rank, and their parameters get no gradient.
         requests: values computed from logits; they must be asked for on every rank, or on none.
@@ -75,7 +78,7 @@ def forward(
     def body() -> tuple[torch.Tensor, ...]:
         with _layers(model, None if whole else layer), _captured(model, layer, captured):
             last_BSD = model.model(
-                input_ids=input_ids_BS, position_ids=position_ids_BS, use_cache=False
+                input_ids=input_ids_BS, **packed(model, position_ids_BS, input_ids_BS.device)
             ).last_hidden_state
         if not whole:
             return tuple(captured)

@@ -114,7 +114,7 @@ class Evaluator:
         ids_BS = batch.input_ids_BS.to(device)
         targets_N = ids_BS[rows_N, columns_N + 1]
         request = HeadRequest(rows_N, columns_N, lambda logits_CV, part: nll(logits_CV, targets_N[part]))
-        return forward(engine, ids_BS, batch.position_ids_BS.to(device), requests=[request]).values[0]
+        return forward(engine, ids_BS, batch.position_ids_BS, requests=[request]).values[0]
 
 
 @dataclass(frozen=True)
