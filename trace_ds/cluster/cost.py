@@ -2,7 +2,7 @@
 
 A step of ``unlearn`` is ``passes`` forward-and-backward passes on every GPU (micro-batches of forget rows, then
 of retain rows) and one optimizer step. Model FLOPs per token and forward pass are 2 per active weight plus
-attention over the whole context (the mask that separates documents is dense); a backward pass costs twice a
+attention over the whole context (as if each row were one document); a backward pass costs twice a
 forward pass.
 
 Compute time is model FLOPs over peak times a *utilisation* we measured on one H100 (80 GB, bf16, random weights,

@@ -126,7 +126,6 @@ def collect_memory(job: PlannedJob, rows: int) -> Memory:
     moving = max(a.hidden, a.dense_width if a.dense_layers else 0)
     compute = {
         "activations": tokens * ((4 + 4 * b) * moving + a.top_k * b * (2 * a.hidden + 3 * a.expert_width)),
-        "attention mask": _mask_bytes(rows, job.context, b),
         "all-to-all buffers": _exchange_bytes(a, tokens, ep, b),
         "logits": logit_tokens * a.vocabulary * (b + 8),
     }
@@ -157,7 +156,6 @@ def unlearn_memory(job: PlannedJob, rows: int, *, recompute: bool | None = None)
     compute = {
         "gathered parameters": gathered_parameters(a, ep, zero) * b if stage == 3 else 0,
         "saved activations": tokens * (len(per_layer) * b * a.hidden if recompute else sum(per_layer)),
-        "attention mask": _mask_bytes(rows, job.context, b),
         "frozen hidden states": tokens * passes.frozen_share * a.hidden * b,
     }
     layer = {
@@ -212,11 +210,6 @@ def _head_bytes(a: Architecture, tokens: int, b: int) -> float:
 def _chunk(a: Architecture, tokens: int) -> int:
     """Tokens whose logits exist at a time."""
     return min(tokens, max(LOGITS_PER_CHUNK // a.vocabulary, 1))
-
-
-def _mask_bytes(rows: int, context: int, b: int) -> float:
-    """A dense mask that keeps attention inside documents: one matrix per row."""
-    return rows * context * context * b
 
 
 def _exchange_bytes(a: Architecture, tokens: int, ep: int, b: int) -> float:

@@ -60,9 +60,9 @@ class Documents:
 
     @classmethod
     def of(cls, position_ids_BS: torch.Tensor, device: torch.device) -> Documents:
-        """One begins with every row, and wherever a position (they are on the host) does not follow the one before."""
+        """One begins with every row, and wherever a position does not follow the one before (on the host: no wait)."""
         begins_BS = np.ones(position_ids_BS.shape, dtype=bool)
-        begins_BS[:, 1:] = np.diff(position_ids_BS.numpy(), axis=1) != 1
+        begins_BS[:, 1:] = np.diff(position_ids_BS.cpu().numpy(), axis=1) != 1
         starts_N1 = np.append(np.flatnonzero(begins_BS), begins_BS.size)
         return cls(_on(device, starts_N1.astype(np.int32)), np.diff(starts_N1))
 

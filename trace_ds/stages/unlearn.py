@@ -185,7 +185,6 @@ def unlearn(config: Config, run: RunDirectory, world: World) -> None:
         StopRequested: stopped on request; a complete checkpoint was saved.
     """
     from trace_ds.checkpoints import commit, elastic
-    from trace_ds.models.attention import refusal
     from trace_ds.run.log import stage_log
     from trace_ds.unlearning import grip
     from trace_ds.unlearning.assemble import make_objective
@@ -208,8 +207,6 @@ def unlearn(config: Config, run: RunDirectory, world: World) -> None:
         dtype, ep = config.model.dtype, config.distributed.ep
         accumulation = batches.micro_batches_per_step(world.size)
         engine = training_engine(settings, job.info, world, accumulation, job.experts, dtype=dtype, ep=ep)
-        if why := refusal(engine.module):
-            log.line(f"attention stays inside documents by a mask: {why}")
         realignment = None
         if settings.grip is not None:  # before anything is restored: it looks at the frozen routers
             held_bytes = grip.install(engine, batches, world, settings.grip)
