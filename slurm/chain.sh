@@ -8,7 +8,8 @@
 # Prints one line per job: its stages and its id. Stages of one process run on one node without GPUs, so that no GPU waits
 # for them; evaluate asks for two, what Mixtral-8x7B needs in bf16 (trace-ds submit asks for what the model needs). Options
 # for sbatch per kind of job: slurm/site.env. TRACE_DS_ALL_SBATCH and TRACE_DS_GPU_SBATCH (collect and unlearn) come after
-# those. With TRACE_DS_DRY_RUN=1 it prints the command lines and submits nothing.
+# those. TRACE_DS_FINETUNE=1 puts a job before collect that fine-tunes (trace-ds submit sets it where the config asks for
+# it). With TRACE_DS_DRY_RUN=1 it prints the command lines and submits nothing.
 set -euo pipefail
 
 TRACE_DS_HOME=${TRACE_DS_HOME:-$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)}
@@ -42,6 +43,8 @@ submit() {
 }
 
 submit prepare single_stage.sh "${TRACE_DS_CPU_SBATCH:-}"
+[[ -z ${TRACE_DS_FINETUNE:-} ]] ||
+  submit finetune unlearn_mixtral.sh "${TRACE_DS_UNLEARN_SBATCH:-} ${TRACE_DS_GPU_SBATCH:-}"
 submit collect collect_stats.sh "${TRACE_DS_COLLECT_SBATCH:-} ${TRACE_DS_GPU_SBATCH:-}"
 submit calibrate single_stage.sh "${TRACE_DS_CPU_SBATCH:-}"
 submit unlearn unlearn_mixtral.sh "${TRACE_DS_UNLEARN_SBATCH:-} ${TRACE_DS_GPU_SBATCH:-}"

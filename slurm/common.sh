@@ -193,7 +193,7 @@ run_interruptibly() {
   done
 }
 
-# collect, unlearn and doctor, on all nodes: srun starts one task per GPU, or one torchrun or deepspeed per node that does.
+# finetune, collect, unlearn and doctor, on all nodes: srun starts one task per GPU, or one torchrun or deepspeed per node that does.
 # --export=ALL: after `sbatch --export=NONE`, which some sites make the default, srun would pass nothing on either.
 # --cpus-per-task: srun does not take it over from sbatch (SLURM >= 22.05).
 # --kill-on-bad-exit=0: many clusters kill the step when one rank's status is not 0, which would turn the orderly 75 of all
@@ -249,28 +249,33 @@ run_stage() {
   local command=("$1" "$config" --run-dir "$run_dir" "${arguments[@]}")
   [[ -z ${2:-} ]] || command+=(--variant "$2")
   case $1 in
-    collect | unlearn | doctor) run_on_all_ranks "${command[@]}" ;;
+    finetune | collect | unlearn | doctor) run_on_all_ranks "${command[@]}" ;;
     *) run_interruptibly run_single "${command[@]}" ;;
   esac
 }
 
-# Makes `variants`: the names of the config's variants, as its dry run lists them.
-list_variants() {
+# Makes `variants`, the names of the config's variants, and `finetunes`, whether it has models fine-tuned: as its dry run
+# says, which is asked only where that matters to the stages.
+read_config() {
   local resolved
+  finetunes=0
   read -ra variants <<<"${TRACE_DS_VARIANTS:-}"
-  [[ -z ${TRACE_DS_VARIANTS+set} ]] || return 0
+  [[ -z ${TRACE_DS_VARIANTS+set} || " $* " == *" finetune "* ]] || return 0
   resolved=$(run_single run "$config" --run-dir "$run_dir" "${arguments[@]}" --dry-run) || return
+  ! grep -q '^# run directory: .*would run: prepare, finetune, ' <<<"$resolved" || finetunes=1
+  [[ -z ${TRACE_DS_VARIANTS+set} ]] || return 0
   mapfile -t variants < <(sed -n 's/^# variant \([^:]*\): .*/\1/p' <<<"$resolved")
 }
 
 run_stages() {
-  local verb variant variants stages
+  local verb variant variants finetunes stages
   read -ra stages <<<"${TRACE_DS_STAGES:-$*}"
   prepare_command
-  list_variants || finish $?
+  read_config "${stages[@]}" || finish $?
   remove_stale_stop
   say "job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, restart ${SLURM_RESTART_COUNT:-0} of at most $MAX_RESTARTS, $run_dir"
   for verb in "${stages[@]}"; do
+    [[ $verb != finetune ]] || ((finetunes)) || continue
     run_and_check "$verb"
     [[ $verb =~ ^(calibrate|unlearn|convert|evaluate)$ ]] || continue
     for variant in "${variants[@]}"; do run_and_check "$verb" "$variant"; done
@@ -302,7 +307,7 @@ run_and_check() {
     say "stopped on request; submit the same line again to go on"
   fi
   ((status == 0)) && return
-  [[ $1 =~ ^(collect|unlearn)$ && ! $status =~ ^(2|75)$ ]] && ! every_node_answers &&
+  [[ $1 =~ ^(finetune|collect|unlearn)$ && ! $status =~ ^(2|75)$ ]] && ! every_node_answers &&
     requeue "during $what (a node does not answer)" "$status"
   finish "$status"
 }

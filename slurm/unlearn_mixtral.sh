@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
-# The whole pipeline as one job: prepare, collect, calibrate, unlearn, convert, evaluate, report.
+# The whole pipeline as one job: prepare, finetune (where the config asks for it), collect, calibrate, unlearn, convert,
+# evaluate, report.
 #
 #   sbatch slurm/unlearn_mixtral.sh CONFIG [ARGUMENTS...]
 #   RUN_DIR=/shared/runs/books sbatch --nodes=4 slurm/unlearn_mixtral.sh books.yaml --ep 8 --set unlearning.steps=200
 #
 # CONFIG is a recipe name or a YAML file; all further arguments go to every trace-ds verb. Submit from the repository, or
 # set TRACE_DS_HOME to it. Works for any model of a config, not only Mixtral. Each stage skips what is done, so the
-# same line can be submitted again at any time. Near the time limit collect and unlearn save what they have and the job goes
-# back into the queue by itself (see common.sh for the variables and the exit statuses). Another stage that is then running
-# has the 300 s to finish; if it does not, its work is lost and the job ends as TIMEOUT. slurm/chain.sh runs the same stages as
+# same line can be submitted again at any time. Near the time limit finetune, collect and unlearn save what they have and the
+# job goes back into the queue by itself (see common.sh for the variables and the exit statuses). Another stage that is then
+# running has the 300 s to finish; if it does not, its work is lost and the job ends as TIMEOUT. slurm/chain.sh runs the same stages as
 # separate jobs, so that no GPU waits while one process converts. A config's `variants` run too, stage by stage.
 #
 # Stop now, go on later by itself: scancel --batch --signal=USR1 JOBID. Stop for good: touch RUN_DIR/stop. Both save first.
@@ -41,4 +42,4 @@ fi
 source "$TRACE_DS_HOME/slurm/common.sh"
 
 trace_ds_begin "$@"
-run_stages prepare collect calibrate unlearn convert evaluate report
+run_stages prepare finetune collect calibrate unlearn convert evaluate report

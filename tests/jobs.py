@@ -49,7 +49,7 @@ def unlearn_job_killed(world: Any, config: str, run_dir: str, overrides: list[st
     local_sums = online_weights.RetainWeights.local_sums
     left = [step]
 
-    def counting(weights: Any) -> np.ndarray:  # called once a step, between the backward pass and the update
+    def counting(weights: Any) -> np.ndarray:  # called between the backward pass and the update, and when it saves
         left[0] -= 1
         if left[0] == 0 and world.rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -57,6 +57,31 @@ def unlearn_job_killed(world: Any, config: str, run_dir: str, overrides: list[st
 
     online_weights.RetainWeights.local_sums = counting  # type: ignore[method-assign]
     unlearn_job(world, config, run_dir, overrides)
+
+
+def finetune_job(
+    world: Any, config: str, run_dir: str, overrides: list[str], killed_in_pass: int | None = None
+) -> None:
+    """``finetune`` as one rank of a job; rank 1 is killed in the middle of a step, when it has made so many passes."""
+    import os
+    import signal
+
+    from trace_ds.stages.finetune import finetune
+    from trace_ds.unlearning import goals
+
+    only_the_main_process_fingerprints(world)
+    local_sums = goals.NextToken.local_sums
+    passes = []
+
+    def counting(goal: Any) -> np.ndarray:  # called between the backward pass and the update
+        passes.append(1)
+        if len(passes) == killed_in_pass and world.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return local_sums(goal)
+
+    goals.NextToken.local_sums = counting  # type: ignore[method-assign]
+    loaded, directory = load_config(config, overrides, run_dir)
+    finetune(loaded, RunDirectory.at(directory), world)
 
 
 def unlearn_jobs(world: Any, config: str, runs: list[tuple[str, list[str]]]) -> list[str]:
@@ -457,6 +482,49 @@ def reference_training(config_path: str, run_dir: str, overrides: list[str], ste
         optimizer.step()
         losses.append((float(forget.detach()), float(retain.detach())))
     return {"losses": losses, "weights": saved_weights(model), "thetas": thetas}
+
+
+def reference_finetuning(config_path: str, run_dir: str, overrides: list[str], name: str) -> dict[str, Any]:
+    """The fine-tuning of a model again, in one process, with plain transformers and torch: no code of ours but the
+    choice of rows. As :func:`reference_training`; the losses are one number a step."""
+    import torch
+    from torch.nn import functional
+    from transformers import AutoModelForCausalLM
+
+    from trace_ds.stages.finetune import check_finetune, make_batches
+
+    config, directory = load_config(config_path, overrides, run_dir)
+    settings = config.finetune
+    assert settings is not None
+    (job,) = (
+        job for job in check_finetune(config, RunDirectory.at(directory), config.distributed.ep) if job.name == name
+    )
+    batches = make_batches(config, job.sides, job.data)
+    model = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32)
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=settings.optimizer.lr,
+        betas=settings.optimizer.betas,
+        eps=settings.optimizer.eps,
+        weight_decay=settings.optimizer.weight_decay,
+    )
+    losses = []
+    for step in range(job.steps):
+        nll, tokens = torch.zeros(()), 0
+        for batch in batches.at(step, 0, 1).micro_batches:
+            for ids, documents in zip(batch.input_ids_BS, batch.document_ids_BS, strict=True):
+                for document in documents[documents >= 0].unique():  # a forward pass of its own for every one
+                    own = ids[documents == document][None]
+                    logits = model(input_ids=own).logits[0, :-1]
+                    nll = nll + functional.cross_entropy(logits, own[0, 1:], reduction="sum")
+                    tokens += own.shape[1] - 1
+        optimizer.zero_grad()
+        (nll / tokens).backward()
+        if settings.optimizer.gradient_clipping:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), settings.optimizer.gradient_clipping)
+        optimizer.step()
+        losses.append(float(nll.detach()) / tokens)
+    return {"losses": losses, "weights": saved_weights(model)}
 
 
 class OnlineReference:

@@ -102,7 +102,9 @@ def peak_bytes(world: Any, config: str, run_dir: str, overrides: list[str]) -> d
     import torch
 
     from trace_ds.unlearning.assemble import make_objective
+    from trace_ds.unlearning.goals import Unlearning
     from trace_ds.unlearning.job import run_step
+    from trace_ds.unlearning.multiplier import Multiplier
     from trace_ds.unlearning.online_weights import RetainWeights
     from trace_ds.unlearning.training_engine import training_engine
 
@@ -121,10 +123,10 @@ def peak_bytes(world: Any, config: str, run_dir: str, overrides: list[str]) -> d
         ep=loaded.distributed.ep,
         seed=loaded.seed,
     )
+    goal = Unlearning(loaded.unlearning, objective, RetainWeights(), Multiplier.of(loaded.unlearning, {}))
 
     def step(number: int, batch: OneBatch) -> None:
-        settings = loaded.unlearning
-        run_step(engine, world, batch.step, objective, RetainWeights(), settings, number, settings.alpha)
+        run_step(engine, world, batch.step, goal, loaded.unlearning, number)
 
     step(0, OneBatch(2, 16, int(info.config["vocab_size"])))  # Adam makes its moments, whatever the batch
     gc.collect()

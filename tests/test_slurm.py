@@ -38,8 +38,12 @@ STAGES = ["prepare", "collect", "calibrate", "unlearn", "convert", "evaluate", "
 FAKE_COMMAND = """#!/usr/bin/env bash
 set -euo pipefail
 [[ -z ${RANK:-} ]]
-# a dry run lists the variants
-if [[ $1 == run ]]; then sed 's/.*/# variant &: {}/' "$FAKE/variants" 2>/dev/null || :; exit 0; fi
+# a dry run lists the stages and the variants
+if [[ $1 == run ]]; then
+  cat "$FAKE/dry_run" 2>/dev/null || :
+  sed 's/.*/# variant &: {}/' "$FAKE/variants" 2>/dev/null || :
+  exit 0
+fi
 verb=$1 run_dir=$4 rank=${SLURM_STEP_NUM_TASKS:+$SLURM_PROCID}
 mkdir -p "$run_dir"
 printf '%s|%s|%s|%s|%s|%s\\n' "$verb" "${rank:-bare}" "${SLURM_STEP_NUM_TASKS:-}" "${MASTER_ADDR:-}:${MASTER_PORT:-}" \
@@ -295,6 +299,21 @@ def test_variants_run_stage_by_stage(place: Workplace) -> None:
     job = place.submit("books", script="single_stage.sh", options=())
     assert place.cluster.wait(job) == "COMPLETED", place.cluster.output(job)
     assert [c[5].split()[-1] for c in place.calls()] == [str(place.run_dir), "permuted", str(place.run_dir)]
+
+
+def test_fine_tuning_comes_first_where_the_config_asks_for_it(place: Workplace) -> None:
+    """On every rank, once for all variants, stopped and requeued as unlearn is; also where no variant is asked for."""
+    (place.fake / "variants").write_text("".join(f"{name}\n" for name in VARIANTS))
+    (place.fake / "dry_run").write_text("# run directory: x; would run: prepare, finetune, collect, report\n")
+    (place.fake / "finetune.waits").touch()
+    place.env |= {"TRACE_DS_VARIANTS": ""}
+    job = place.submit("books")
+    place.signal_when_running(job, "finetune")
+    assert place.cluster.wait(job) == "COMPLETED", place.cluster.output(job)
+    assert place.verbs(0) == ["prepare", "finetune"]
+    assert place.verbs(1) == ["prepare", "finetune", *STAGES[1:]]
+    calls = [c for c in place.calls() if c[0] == "finetune" and c[4] == "1"]
+    assert sorted(c[1] for c in calls) == ["0", "1"] and not any("--variant" in c[5] for c in place.calls())
 
 
 def test_array_over_seeds_and_array_over_recipes(place: Workplace) -> None:

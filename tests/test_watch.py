@@ -165,7 +165,7 @@ def test_a_job_that_reached_its_target_is_done(finished: dict[str, Path], calibr
         overrides = [*SHAPE, *JOBS["early"][0], f"unlearning.evaluate.target_forget_nll={target}"]
         config, directory = load_config(str(calibrated[0]), overrides, run)
         paths = RunDirectory.at(directory)
-        assert check_unlearn(config, paths, 2).done(config, paths) is expected
+        assert check_unlearn(config, paths, 2).settled(config, paths) is expected
 
 
 @pytest.mark.slow

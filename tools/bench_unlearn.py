@@ -149,9 +149,6 @@ class Job:
     def __init__(self, config_path: Path, arms: list[str], extra: dict[str, str] | None = None) -> None:
         from trace_ds.parallel.world import join
         from trace_ds.stages import unlearn
-        from trace_ds.unlearning.assemble import make_objective
-        from trace_ds.unlearning.online_weights import make_weights
-        from trace_ds.unlearning.training_engine import training_engine
 
         config, run = prepared(config_path, arms[0], extra)
         self.settings = config.unlearning
@@ -162,24 +159,17 @@ class Job:
             own, directory = prepared(config_path, arm, extra)
             self.batches[arm] = unlearn.make_batches(own, unlearn.check_unlearn(own, directory, 1))
         job = unlearn.check_unlearn(config, run, 1)
-        accumulation = self.batches[arms[0]].micro_batches_per_step(1)
-        own: dict[str, Any] = {"dtype": config.model.dtype, "ep": config.distributed.ep}
-        self.engine = training_engine(self.settings, job.info, self.world, accumulation, **own)
+        batches = self.batches[arms[0]]
+        self.engine, realignment = unlearn.make_engine(config, job, self.world, batches)
         cursor: dict[str, Any] = {"step": 0, "seed": 0}
-        self.objective, _ = make_objective(
-            self.settings, job.info, self.world, self.batches[arms[0]], cursor, **own, seed=config.seed
-        )
-        self.weights = make_weights(self.settings, job.calibration, self.engine.module, self.world.device, cursor)
+        self.goal, _ = unlearn.make_goal(config, job, self.world, self.engine, batches, cursor, realignment)
 
     def step(self, arm: str, number: int) -> float:
         """Seconds of one step."""
         from trace_ds.unlearning.job import run_step
 
         began_s = time.perf_counter()
-        data = self.batches[arm].at(number, 0, 1)
-        run_step(
-            self.engine, self.world, data, self.objective, self.weights, self.settings, number, self.settings.alpha
-        )
+        run_step(self.engine, self.world, self.batches[arm].at(number, 0, 1), self.goal, self.settings, number)
         synchronize()
         return time.perf_counter() - began_s
 

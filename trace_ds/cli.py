@@ -32,7 +32,7 @@ FIXES = {
     errno.ELOOP: "correct the links, which lead around in a circle",
     errno.ENOTDIR: "correct the path",
 }
-LAUNCHED = ("collect", "calibrate", "unlearn", "evaluate")
+LAUNCHED = ("finetune", "collect", "calibrate", "unlearn", "evaluate")
 ONE_PROCESS = ("prepare", "convert", "report", "run", "submit", "demo", "bench")
 
 app = typer.Typer(
@@ -162,6 +162,19 @@ def prepare(
 ) -> None:
     """Corpora → token datasets."""
     _verb("prepare", config, run_dir, set_, dry_run=dry_run)
+
+
+@app.command()
+def finetune(
+    config: ConfigArgument,
+    run_dir: RunDirOption = None,
+    set_: SetOption = None,
+    nproc: NprocOption = None,
+    ep: EpOption = None,
+    dry_run: DryRunOption = False,
+) -> None:
+    """Base model and datasets → the models that a benchmark needs: target, retrained (distributed)."""
+    _verb("finetune", config, run_dir, set_, nproc=nproc, ep=ep, dry_run=dry_run)
 
 
 @app.command()

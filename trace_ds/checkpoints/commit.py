@@ -120,7 +120,9 @@ def discard_all(checkpoints: Path) -> None:
     (checkpoints / "latest").unlink(missing_ok=True)
 
 
-def choose(world: World, checkpoints: Path, job: str, resume: str) -> tuple[Manifest | None, list[str]]:
+def choose(
+    world: World, checkpoints: Path, job: str, resume: str, section: str = "unlearning"
+) -> tuple[Manifest | None, list[str]]:
     """The checkpoint to resume from (None: start at step 0) and loud lines about damaged ones (collective).
 
     Every file of the newest complete checkpoint is hashed, and its shards are looked through for what would not be
@@ -153,7 +155,7 @@ def choose(world: World, checkpoints: Path, job: str, resume: str) -> tuple[Mani
         if world.is_main:
             discard_all(checkpoints)
         return None, [f"{checkpoints / step_name(chosen.step)} belongs to another job and was deleted; starting over"]
-    world.agree(lambda: _check_job(checkpoints, chosen, job, resume, unreadable))
+    world.agree(lambda: _check_job(checkpoints, chosen, job, resume, unreadable, section))
     if chosen is not None and problems:
         problems += world.broadcast(_set_newer_aside(checkpoints, chosen.step) if world.is_main else [])
         problems.append(f"resuming from the newest complete checkpoint, step {chosen.step}")
@@ -166,25 +168,27 @@ def _set_newer_aside(checkpoints: Path, step: int) -> list[str]:
     return [f"{path}: set aside as {set_aside(path).name}" for path in sorted(newer)]
 
 
-def _check_job(checkpoints: Path, chosen: Manifest | None, job: str, resume: str, unreadable: list[str]) -> None:
+def _check_job(
+    checkpoints: Path, chosen: Manifest | None, job: str, resume: str, unreadable: list[str], section: str
+) -> None:
     if chosen is None and unreadable and resume != "required":
         more = f", and {len(unreadable) - 1} more" if len(unreadable) > 1 else ""
         raise UserError(
             f"no checkpoint here can be read, and a job that has saved something does not start over by itself "
             f"({unreadable[0].split('. Fix:')[0]}{more})",
             str(checkpoints),
-            "restore the files, or delete these checkpoints and start over with --set unlearning.resume=never",
+            f"restore the files, or delete these checkpoints and start over with --set {section}.resume=never",
         )
     if chosen is None and resume == "required":
         found = f" ({unreadable[0]})" if unreadable else ""
         raise UserError(
-            f"there is no complete checkpoint to resume from{found}", str(checkpoints), "use unlearning.resume: auto"
+            f"there is no complete checkpoint to resume from{found}", str(checkpoints), f"use {section}.resume: auto"
         )
     if chosen is not None and chosen.job != job:
         raise UserError(
             "this checkpoint belongs to another job (its model, data, calibration, seed or settings differ)",
             str(checkpoints / step_name(chosen.step)),
-            "choose another --run-dir, or start over with --set unlearning.resume=never",
+            f"choose another --run-dir, or start over with --set {section}.resume=never",
         )
 
 
@@ -211,7 +215,12 @@ def _damage(checkpoints: Path, manifest: Manifest, world: World) -> str:
 
 
 def load_newest(
-    world: World, checkpoints: Path, chosen: Manifest, load_one: Callable[[Manifest], None], tell: Callable[[str], None]
+    world: World,
+    checkpoints: Path,
+    chosen: Manifest,
+    load_one: Callable[[Manifest], None],
+    tell: Callable[[str], None],
+    section: str = "unlearning",
 ) -> Manifest:
     """Load ``chosen``, or else the newest older checkpoint that can be loaded, into the engine (collective).
 
@@ -238,7 +247,7 @@ def load_newest(
         manifest = _next_older(world, checkpoints, manifest)
     raise JobFailed(
         f"no checkpoint in {checkpoints} could be loaded (the reasons are above); "
-        "start over with --set unlearning.resume=never"
+        f"start over with --set {section}.resume=never"
     )
 
 

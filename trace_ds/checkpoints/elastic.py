@@ -21,7 +21,7 @@ from trace_ds.parallel.world import World
 THREADS = 2
 
 
-def check_stage(manifest: Manifest, zero_stage: int, checkpoints: Path) -> None:
+def check_stage(manifest: Manifest, zero_stage: int, checkpoints: Path, section: str) -> None:
     """Refuse a checkpoint of the other kind of ZeRO: stage 3 cuts parameters, stages 1 and 2 do not, and DeepSpeed
     reads universal folders within one kind only."""
     if (manifest.zero_stage == 3) != (zero_stage == 3):
@@ -29,7 +29,7 @@ def check_stage(manifest: Manifest, zero_stage: int, checkpoints: Path) -> None:
             f"the checkpoint was written with ZeRO stage {manifest.zero_stage}, and this job has {zero_stage}: "
             "a job can change its ranks and its expert-parallel size, but not between stage 3 and stages 1 and 2",
             str(checkpoints / step_name(manifest.step)),
-            f"set unlearning.zero_stage to {manifest.zero_stage}, or start over with --set unlearning.resume=never",
+            f"set {section}.zero_stage to {manifest.zero_stage}, or start over with --set {section}.resume=never",
         )
 
 

@@ -217,6 +217,17 @@ def evaluation_checks(config: Config) -> Iterator[Check]:
             yield from guarded(group, f"model {name}", functools.partial(model_check, f"model {name}", path))
 
 
+def finetune_checks(config: Config) -> Iterator[Check]:
+    """The settings of the models to be made fit the base model; nothing where none is made."""
+    from trace_ds.models.families import inspect_model
+    from trace_ds.stages.finetune import check_settings
+
+    if config.finetune is not None:
+        check_settings(config, inspect_model(config.model.path))
+        made = "; ".join(f"{name} of {', '.join(sides)}" for name, sides in config.finetune.models.items())
+        yield Check("finetune", "models", "OK", made)
+
+
 def variant_checks(config: Config) -> Iterator[Check]:
     """Every variant is a job of its own: its settings fit the model, and its DeepSpeed file can be read."""
     from trace_ds.cluster.job import variants_of

@@ -57,7 +57,8 @@ def machine_checks(config: Config | None, *, joining: bool = False) -> list[Chec
 
 
 def share_checks(config: Config | None, run_dir: Path | None, ranks: nodes.JoinedRanks | None = None) -> list[Check]:
-    """What this machine's share of a run needs: CPUs, memory, storage, model, corpora, evaluation, variants.
+    """What this machine's share of a run needs: CPUs, memory, storage, model, corpora, evaluation,
+    fine-tuning, variants.
 
     Args:
         ranks: of the job that a launcher started, this process being its first on this node; None: a bare start.
@@ -78,6 +79,7 @@ def share_checks(config: Config | None, run_dir: Path | None, ranks: nodes.Joine
         found += guarded("tokenizer", "loads", lambda: run.tokenizer_checks(config))
         found += guarded("corpora", "corpora", lambda: run.corpus_checks(config))
         found += guarded("evaluation", "tasks and models", lambda: run.evaluation_checks(config))
+        found += guarded("finetune", "models", lambda: run.finetune_checks(config))
         found += guarded("variants", "variants", lambda: run.variant_checks(config))
         found += guarded("plan", "memory", lambda: _memory_checks(here))
     return found

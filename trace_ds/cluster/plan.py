@@ -121,6 +121,8 @@ def plan_model(
     unlearn = _unlearn(job)
     every = count_parameters(a)
     sizes = [size for size in range(1, a.experts + 1) if a.experts % size == 0 and cluster.world % size == 0]
+    saving = [(each, each.config.unlearning.keep) for each in (job, *others)]
+    saving += [(job, config.finetune.keep) for _ in config.finetune.models] if config.finetune is not None else []
     result = RunPlan(
         family=a.family,
         parameters=every,
@@ -134,9 +136,7 @@ def plan_model(
         recomputed_peak_bytes=memory.unlearn_memory(job, unlearn.rows, recompute=True).peak_bytes,
         checkpoint_bytes=checkpoint_bytes(job),
         save_s=checkpoint_bytes(job) / (cluster.storage_gb_s * GB),
-        storage_bytes=sum(
-            (each.config.unlearning.keep + 1) * checkpoint_bytes(each) + every.total * each.b for each in (job, *others)
-        ),
+        storage_bytes=sum((keep + 1) * checkpoint_bytes(each) + every.total * each.b for each, keep in saving),
         host_bytes=memory.host_bytes(job),
         evaluation_gpus=evaluation_gpus(config, every.total * job.b, cluster.gpu_memory_gb),
         choices=sorted(

@@ -38,7 +38,6 @@ from trace_ds.tensors.model_files import read_model_config, read_model_directory
 
 SCRIPTS = ("chain.sh", "collect_stats.sh", "common.sh", "single_stage.sh", "unlearn_mixtral.sh")
 WHOLE_RUN, CHAIN = "unlearn_mixtral.sh", "chain.sh"
-STAGES_OF_A_JOB = "prepare collect calibrate unlearn convert evaluate report"
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class Cluster:
     """What is asked of SLURM.
 
     Attributes:
-        nodes, gpus_per_node: the shape of collect and unlearn; one process per GPU.
+        nodes, gpus_per_node: the shape of finetune, collect and unlearn; one process per GPU.
         options: more options of sbatch, as on its command line; they win over the scripts' own.
         array: seeds of a job array, in sbatch's notation (``0-4``); None: no array.
         gpu_memory_gb: of one GPU, for the plan and for the number of GPUs that evaluate asks for.
@@ -81,6 +80,7 @@ def submit_run(request: Request, cluster: Cluster, *, chain: bool, dry_run: bool
     check_early("run", request, cluster.nodes * cluster.gpus_per_node)
     for warning in plan_warnings(request.config, cluster):
         print(f"WARNING trace-ds plan: {warning}")
+    whole = "" if chain else " ".join(request.stages)
     run_dir = Path(os.path.abspath(request.run.path))
     folder = run_dir / "submitted" / str(1 + len(list(run_dir.glob("submitted/[0-9]*"))))
     with tempfile.TemporaryDirectory() as temporary:
@@ -89,7 +89,7 @@ def submit_run(request: Request, cluster: Cluster, *, chain: bool, dry_run: bool
         variables = _environment(draft, run_dir, cluster, request.config)
         lines = {
             stages: line.replace(str(draft), shlex.quote(str(folder)))
-            for stages, line in command_lines(draft, run_dir, cluster, variables, chain=chain).items()
+            for stages, line in command_lines(draft, run_dir, cluster, variables, whole).items()
         }
         if dry_run:
             for line in lines.values():
@@ -104,7 +104,7 @@ def submit_run(request: Request, cluster: Cluster, *, chain: bool, dry_run: bool
         except OSError as error:
             raise unwritable(run_dir, error) from None
     try:
-        jobs = start(folder, run_dir, cluster, _environment(folder, run_dir, cluster, request.config), chain=chain)
+        jobs = start(folder, run_dir, cluster, _environment(folder, run_dir, cluster, request.config), whole)
     except UserError:
         with contextlib.suppress(OSError):
             (run_dir / "logs").rmdir()
@@ -152,24 +152,27 @@ def scripts_folder() -> Path:
 
 
 def command_lines(
-    folder: Path, run_dir: Path, cluster: Cluster, variables: dict[str, str], *, chain: bool
+    folder: Path, run_dir: Path, cluster: Cluster, variables: dict[str, str], whole: str
 ) -> dict[str, str]:
-    """{stages: the command line that submits them}; jobs that do not exist yet are JOB1, JOB2, …"""
-    if not chain:
-        return {STAGES_OF_A_JOB: shlex.join(_sbatch(folder, run_dir, cluster))}
+    """{stages: the command line that submits them}; jobs that do not exist yet are JOB1, JOB2, …
+
+    ``whole``: the stages of the one job that does all; empty: a chain of jobs.
+    """
+    if whole:
+        return {whole: shlex.join(_sbatch(folder, run_dir, cluster))}
     found = _run(_chain(folder, run_dir), variables | {"TRACE_DS_DRY_RUN": "1"}, folder.parent)
     return dict(line.split(": ", 1) for line in found.splitlines())
 
 
-def start(folder: Path, run_dir: Path, cluster: Cluster, variables: dict[str, str], *, chain: bool) -> dict[str, str]:
+def start(folder: Path, run_dir: Path, cluster: Cluster, variables: dict[str, str], whole: str) -> dict[str, str]:
     """Submit what :func:`render` wrote; {stages: job id}."""
-    if chain:
+    if not whole:
         found = _run(_chain(folder, run_dir), variables, Path.cwd())
         return dict(line.split(": ", 1) for line in found.splitlines())
     # sbatch reads SBATCH_* from its environment: the site file's, which only a shell can read
     with_site = ["bash", "-c", '[[ ! -e $0 ]] || source "$0"; exec "$@"', str(folder / "slurm" / "site.env")]
     found = _run([*with_site, *_sbatch(folder, run_dir, cluster)], variables, Path.cwd())
-    return {STAGES_OF_A_JOB: found.strip().split(";")[0]}
+    return {whole: found.strip().split(";")[0]}
 
 
 def check_queue(run_dir: Path) -> None:
@@ -202,6 +205,7 @@ def _environment(folder: Path, run_dir: Path, cluster: Cluster, config: Config) 
         "TRACE_DS_HOME": str(folder),
         "TRACE_DS_GPU_SBATCH": " ".join(cluster.shape),
         "TRACE_DS_ALL_SBATCH": cluster.options,
+        "TRACE_DS_FINETUNE": "1" if config.finetune is not None else "",
     }
     weights_bytes = read_model_directory(config.model.path).parameters * DTYPE_BYTES[config.model.dtype]
     gpus = min(evaluation_gpus(config, weights_bytes, cluster.gpu_memory_gb), cluster.gpus_per_node)

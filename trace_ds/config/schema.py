@@ -18,6 +18,7 @@ DETECTIONS = ("significance", "top_difference", "top_ratio", "top_kl", "top_gate
 CONTROL_RULES = ("uniform", "permuted", "random_experts", "inverse", "sources")
 RULES = ("raking", "ratio_mean", "ratio_max", *CONTROL_RULES)
 WITHOUT_TRACE = ("uniform", "sources")  # no routing is needed for their weights
+TARGET, RETRAINED = "target", "retrained"  # models that `finetune` makes: the one that knows, the one that never saw
 
 T = TypeVar("T", int, float)
 LARGEST, FP32_LARGEST = 10**9, 3.4e38
@@ -344,7 +345,58 @@ class PDUConfig(Section):
     dual_step: Number = Field(1.0, gt=0, description="Step of the multiplier, which starts at alpha.")
 
 
-class UnlearningConfig(Section):
+class TrainingConfig(Section):
+    """What every training job has, whatever it trains for."""
+
+    micro_batch_rows: Integer | None = Field(
+        None, ge=1, description="Rows (of unlearning: forget rows, and retain rows) per process and forward."
+    )
+    zero_stage: Literal[1, 2, 3] = 3
+    ds_config: PathText | None = Field(None, description="DeepSpeed JSON file whose keys are added (see ds_configs/).")
+    optimizer: OptimizerConfig = OptimizerConfig()
+    recompute: bool = Field(
+        False,
+        description="Keep only each decoder layer's input and compute its activations again in the backward pass: much "
+        "less memory for a third more compute (`trace-ds plan` shows both).",
+    )
+    save_every: Integer = Field(50, ge=1, description="Steps between checkpoints; the last step is always saved.")
+    keep: Integer = Field(2, ge=2, description="Checkpoints kept; never fewer than the newest two.")
+    keep_every: Integer | None = Field(None, ge=1, description="Steps that are a multiple of this are never pruned.")
+    resume: Literal["auto", "required", "never", "replace"] = Field(
+        "auto",
+        description="auto: go on from the newest complete checkpoint, if there is one; required: refuse to start "
+        "without one; never: delete what is there and start; replace: as auto, but delete the checkpoints of another "
+        "job (other data, settings or seed), which auto and required refuse.",
+    )
+    log_every: Integer = Field(1, ge=1)
+
+
+class FinetuneConfig(TrainingConfig):
+    """Makes the run's model, and references for it, from ``model.path``: mean next-token loss, all parameters."""
+
+    models: dict[Name, list[str]] = Field(
+        description="Name -> the corpora (forget, retain, alternative) it is trained on. The target is the model of "
+        "the later stages; the others are scored beside it, the one named retrained as the reference of PrivLeak.",
+    )
+    steps: Integer | None = Field(None, ge=1, description="Optimizer steps, instead of epochs.")
+    epochs: Number | None = Field(
+        None, gt=0, description="Passes over the rows, instead of steps; the last step is filled from the next pass."
+    )
+    batch_rows: Integer = Field(8, ge=1, description="Rows per step, over all processes.")
+
+    @model_validator(mode="after")
+    def _sound(self) -> FinetuneConfig:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("finetune has either steps or epochs: give one of the two")
+        if TARGET not in self.models:
+            raise ValueError(f"finetune.models has no {TARGET}, which is the model of the later stages")
+        for name, sides in self.models.items():
+            if not sides or len(set(sides)) != len(sides):
+                raise ValueError(f"finetune.models.{name} is no list of different corpora")
+        return self
+
+
+class UnlearningConfig(TrainingConfig):
     forget_loss: Literal["rmu", "graddiff", "npo", "simnpo", "dpo", "wga", "satimp", "undial", "ceu", "pdu"] = Field(
         "rmu", description="See docs/objectives.md."
     )
@@ -370,20 +422,9 @@ class UnlearningConfig(Section):
     steps: Integer = Field(100, ge=1)
     forget_rows: Integer = Field(8, ge=1, description="Forget rows per step, over all processes.")
     retain_rows: Integer = Field(8, ge=1, description="Retain rows per step, over all processes.")
-    micro_batch_rows: Integer | None = Field(
-        None, ge=1, description="Forget (and retain) rows per process and forward."
-    )
-    zero_stage: Literal[1, 2, 3] = 3
-    ds_config: PathText | None = Field(None, description="DeepSpeed JSON file whose keys are added (see ds_configs/).")
-    optimizer: OptimizerConfig = OptimizerConfig()
     rmu: RMUConfig = RMUConfig()
     npo: NPOConfig = NPOConfig()
     simnpo: SimNPOConfig = SimNPOConfig()
-    recompute: bool = Field(
-        False,
-        description="Keep only each decoder layer's input and compute its activations again in the backward pass: much "
-        "less memory for a third more compute (`trace-ds plan` shows both).",
-    )
     evaluate: EvaluateConfig = EvaluateConfig()
     guards: GuardsConfig = GuardsConfig()
     dpo: DPOConfig = DPOConfig()
@@ -394,16 +435,6 @@ class UnlearningConfig(Section):
     trainable: TrainableConfig = TrainableConfig()
     seuf: SEUFConfig | None = Field(None, description="The baseline SEUF, with any losses; default: off.")
     grip: GRIPConfig | None = Field(None, description="The baseline GRIP, with any losses; default: off.")
-    save_every: Integer = Field(50, ge=1, description="Steps between checkpoints; the last step is always saved.")
-    keep: Integer = Field(2, ge=2, description="Checkpoints kept; never fewer than the newest two.")
-    keep_every: Integer | None = Field(None, ge=1, description="Steps that are a multiple of this are never pruned.")
-    resume: Literal["auto", "required", "never", "replace"] = Field(
-        "auto",
-        description="auto: go on from the newest complete checkpoint, if there is one; required: refuse to start "
-        "without one; never: delete what is there and start; replace: as auto, but delete the checkpoints of another "
-        "job (other data, settings or seed), which auto and required refuse.",
-    )
-    log_every: Integer = Field(1, ge=1)
 
     @model_validator(mode="before")
     @classmethod
@@ -558,6 +589,9 @@ class Config(Section):
     seed: Seed = 0
     model: ModelConfig
     data: DataConfig
+    finetune: FinetuneConfig | None = Field(
+        None, description="Make the model to unlearn from model.path first; default: model.path is that model."
+    )
     distributed: DistributedConfig = DistributedConfig()
     statistics: StatisticsConfig = StatisticsConfig()
     calibration: CalibrationConfig = CalibrationConfig()
@@ -592,6 +626,7 @@ class Config(Section):
                 "unlearning.weights online moves towards the forget frequencies whatever the rule, so calibration.rule "
                 f"{self.calibration.rule} would not be what it says: use raking, or unlearning.weights reference"
             )
+        self._check_finetune()
         evaluate, guards = self.unlearning.evaluate, self.unlearning.guards
         for key, value in (
             ("evaluate.target_forget_nll", evaluate.target_forget_nll),
@@ -605,3 +640,17 @@ class Config(Section):
                 if key.split(".")[0] not in ("calibration", "unlearning", "conversion"):
                     raise ValueError(f"variants.{name} may not change {key}: only calibration, unlearning, conversion")
         return self
+
+    def _check_finetune(self) -> None:
+        if self.finetune is None:
+            return
+        if self.bench is not None:
+            raise ValueError("a study trains no model of its own: name one in model.path, and leave finetune out")
+        for name, sides in self.finetune.models.items():
+            for side in sides:
+                if side not in self.data.sides:
+                    raise ValueError(
+                        f"finetune.models.{name}: there is no corpus {side!r}; data has {', '.join(self.data.sides)}"
+                    )
+        if clash := sorted(self.finetune.models.keys() & self.evaluation.models.keys()):
+            raise ValueError(f"finetune.models and evaluation.models both have a model {clash[0]!r}")

@@ -47,11 +47,12 @@ def copy_companions(base_model: Path, destination: Path, dtype: str) -> None:
 
 
 def model_name(directory: Path) -> str:
-    """What to call the model of a directory: its name, or in a hub cache (``models--A--B/snapshots/HASH``) ``A/B``."""
+    """What to call the model of a directory: its name, or in a hub cache (``models--A--B/snapshots/HASH``) ``A/B``, or
+    for a model of ours (``RUN/model``, ``RUN/finetune/NAME/model``) that of the folder it is in."""
     cache = directory.parent.parent.name
     if directory.parent.name == "snapshots" and cache.startswith("models--"):
         return cache[len("models--") :].replace("--", "/")
-    return directory.name
+    return directory.parent.name if directory.name == "model" else directory.name
 
 
 def write_card(

@@ -16,7 +16,7 @@ import numpy as np
 import yaml
 from safetensors.numpy import load_file
 
-from trace_ds.config.schema import CONTROL_RULES
+from trace_ds.config.schema import CONTROL_RULES, RETRAINED
 from trace_ds.errors import UserError
 from trace_ds.routing.statistics import RoutingStatistics
 from trace_ds.run.artefact import FILE_NAME, Artefact, load
@@ -133,9 +133,16 @@ class RunData:
                 labels.setdefault(arm.calibration.content, []).append(arm.label)
         return [(", ".join(labels[content]), calibration) for content, calibration in found.items()]
 
+    @property
+    def gold(self) -> str:
+        """The name of the reference that never saw the forget set, whether or not it was scored: what the configuration
+        calls it, else what ``finetune`` does."""
+        named = (self.config.get("evaluation") or {}).get("retrained", "gold")
+        return named if named in self.references else RETRAINED if RETRAINED in self.references else "gold"
+
     def evaluations(self) -> dict[str, Evaluation]:
         """Every model to compare, in the order of tables: references first (original, gold, ...), then the arms."""
-        order = sorted(self.references, key=lambda name: ({"original": 0, "gold": 1}.get(name, 2), name))
+        order = sorted(self.references, key=lambda name: ({"original": 0, self.gold: 1}.get(name, 2), name))
         found = {name: self.references[name] for name in order}
         for arm in self.arms:
             if arm.final is not None:

@@ -104,7 +104,7 @@ def payload(run: RunData, tables: dict[str, Table]) -> dict[str, Any]:
         "tokens": {"forget": run.forget.tokens if run.forget else 0, "retain": run.retain.tokens if run.retain else 0},
         "target": sum(goal.values) / len(goal.values) if goal else None,
         "target_origin": goal.origin if goal else None,
-        "gold": _point(run, "gold"),
+        "gold": _point(run, run.gold),
     }
 
 

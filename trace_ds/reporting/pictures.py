@@ -120,7 +120,7 @@ def _lines(axis: Any, table: Table, group: str, x: str, y: str, keep: Callable[[
 def _curves(run: RunData, table: Table) -> Figure:
     figure, axes = _figure(1, 2, 4.8, 3.4)
     _lines(axes[0, 0], table, "arm", "forget", "utility", lambda row: True)
-    goal, gold = targets(run), run.references.get("gold")
+    goal, gold = targets(run), run.references.get(run.gold)
     if goal is not None:
         axes[0, 0].axvline(
             sum(goal.values) / len(goal.values), color="grey", linewidth=1, linestyle=":", label="target"

@@ -48,7 +48,7 @@ class Targets:
 
 def targets(run: RunData) -> Targets | None:
     """The gold model's forget scores; else chance + 2 points; None when there is neither."""
-    gold = run.references.get("gold")
+    gold = run.references.get(run.gold)
     if gold is not None and gold.headline("forget"):
         tasks = gold.headline("forget")
         return Targets(tasks, [task.value for task in tasks], "the gold model")

@@ -20,12 +20,13 @@ LOCK_RETRY_S = 3.0
 LOCK_NAME = ".lock"
 INPUTS_LOCK_NAME = ".inputs.lock"  # of data and statistics: the jobs of variants share it
 VARIANTS = "variants"
+FINETUNE = "finetune"
 SIDES = ("forget", "retain", "alternative")
-STAGE_LOGS = ("prepare", "collect", "calibrate", "unlearn", "convert", "evaluate", "report")
+STAGE_LOGS = ("prepare", "finetune", "collect", "calibrate", "unlearn", "convert", "evaluate", "report")
 STEP = re.compile(r"step_\d{6,}")
 # What may stand in a run directory before a stage has left anything with a mark.
 UNMARKED = re.compile(
-    r"\.lock|\.inputs\.lock|corpora\.lock|stop|logs|tb|variants|submitted|statistics|checkpoints|evaluation|config\.yaml|"
+    r"\.lock|\.inputs\.lock|corpora\.lock|stop|logs|tb|variants|finetune|submitted|statistics|checkpoints|evaluation|config\.yaml|"
     r"seed_\d+|scores|trials|calibrated"
 )
 COMPARISONS = {  # of `trace-ds bench`
@@ -102,10 +103,21 @@ class RunDirectory:
     def variants(self) -> Path:
         return self.path / "variants"
 
+    def finetuned(self, name: str) -> RunDirectory:
+        """Where `finetune` makes a model: a directory of its own, with the data and the stop file of the run."""
+        root = self.parent or self.path
+        return RunDirectory(root / FINETUNE / name, root)
+
+    def finetuned_here(self) -> list[RunDirectory]:
+        """Those that there are, of a run (a variant shares its run's)."""
+        folder = self.path / FINETUNE
+        places = sorted(folder.iterdir()) if self.parent is None and folder.is_dir() else []
+        return [self.finetuned(place.name) for place in places if place.is_dir()]
+
     @property
     def stop_files(self) -> tuple[Path, ...]:
-        """Touch one to stop collect (at its next saved state) or unlearn (with a complete checkpoint), exit status 75:
-        RUN/stop, and for a variant its parent's too."""
+        """Touch one to stop collect (at its next saved state) or a training job (with a complete checkpoint), exit
+        status 75: RUN/stop, and for a variant and a model of `finetune` the run's too."""
         return tuple(folder / "stop" for folder in (self.path, self.parent) if folder is not None)
 
     @property
@@ -113,7 +125,7 @@ class RunDirectory:
         """Everything that stages write."""
         names = ["calibration", "export", "checkpoints", "model", "evaluation", "report", "logs", "tb", "submitted"]
         names += [VARIANTS, "config.yaml", "stop", LOCK_NAME, INPUTS_LOCK_NAME]
-        return [self.path / name for name in names + (["data", "statistics"] if self.parent is None else [])]
+        return [self.path / name for name in names + (["data", "statistics", FINETUNE] if self.parent is None else [])]
 
     def variant(self, name: str, config_text: str | None = None) -> RunDirectory:
         return RunDirectory(self.variants / name, self.path, config_text)
@@ -173,13 +185,16 @@ class RunDirectory:
             if owner is ours.checkpoint and marked and not (path / ours.MANIFEST).is_file():
                 continue  # damaged: a job names it and sets it aside
             ours.require_directory(path, owner)
-        ours.require_folders(self.checkpoints, self.evaluation, self.logs, self.tb, self.variants, self.statistics)
+        folders = (self.checkpoints, self.evaluation, self.logs, self.tb, self.variants, self.statistics)
+        ours.require_folders(*folders, self.path / FINETUNE)
         ours.require_file(self.config, ours.is_stored_config)
         ours.require_file(self.checkpoints / "latest", ours.is_pointer)
         for stage in STAGE_LOGS:
             ours.require_file(self.logs / f"{stage}.jsonl", ours.is_log)
         for name in results:
             ours.require_file(self.evaluation / f"{name}.json", ours.is_result)
+        for place in self.finetuned_here():
+            place.require_ours()
         for path in self.stop_files:
             if os.path.lexists(path) and not path.is_file():
                 raise UserError("this is no file, and a file of that name stops a job", str(path), ours.FIX)
@@ -199,6 +214,8 @@ class RunDirectory:
             for folder, made in MADE_IN.items():
                 if folder != "statistics" or self.parent is None:
                     remove_leftovers(self.path / folder, made)
+            for place in self.finetuned_here():
+                place.clear_leftovers()
         except OSError as error:
             raise unwritable(self.path, error) from None
 

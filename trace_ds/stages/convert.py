@@ -31,29 +31,33 @@ def convert(config: Config, run: RunDirectory) -> None:
         UserError: there is no such complete checkpoint, or it is damaged or of another model.
     """
     checkpoint, problems = _choose(config, run)
+    if not is_converted(config, run, checkpoint):
+        with stage_log(run, "convert") as log:
+            for problem in problems:
+                log.line(f"warning: {problem}")
+            write_model(config, run, checkpoint, _card(config, run), log)
+
+
+def write_model(config: Config, run: RunDirectory, checkpoint: Path, card: dict[str, Any], log: StageLog) -> None:
+    """A checkpoint of ``run`` as its model, in the type and with the files that the configuration asks for."""
     dtype = config.conversion_dtype
-    if _is_done(run.model, checkpoint, dtype, config.conversion.max_shard_size):
-        return
-    with stage_log(run, "convert") as log:
-        for problem in problems:
-            log.line(f"warning: {problem}")
-        log.line(f"{checkpoint.name} → {run.model.name}/ ({dtype})")
-        try:
-            report = checkpoint_to_directory(
-                checkpoint,
-                run.model,
-                base_model=Path(config.model.path),
-                dtype=dtype,
-                max_shard_size=config.conversion.max_shard_size,
-                card=_card(config, run),
-                overwrite=True,
-                log=log,
-            )
-        except OSError as error:
-            raise unwritable(run.model, error) from error
-        for warning in report["warnings"]:
-            log.line(f"warning: {warning}")
-        log.line(f"{report['parameters']:,} parameters in {len(report['tensors'])} tensors")
+    log.line(f"{checkpoint.name} → {run.model.name}/ ({dtype})")
+    try:
+        report = checkpoint_to_directory(
+            checkpoint,
+            run.model,
+            base_model=Path(config.model.path),
+            dtype=dtype,
+            max_shard_size=config.conversion.max_shard_size,
+            card=card,
+            overwrite=True,
+            log=log,
+        )
+    except OSError as error:
+        raise unwritable(run.model, error) from error
+    for warning in report["warnings"]:
+        log.line(f"warning: {warning}")
+    log.line(f"{report['parameters']:,} parameters in {len(report['tensors'])} tensors")
 
 
 def check_convert(config: Config, run: RunDirectory) -> None:
@@ -136,19 +140,20 @@ def _choose(config: Config, run: RunDirectory) -> tuple[Path, list[str]]:
     return run.checkpoints / step_name(step), problems
 
 
-def _is_done(model: Path, checkpoint: Path, dtype: str, max_shard_size: str) -> bool:
-    """Whether ``model`` is whole and was made from exactly this checkpoint with these settings."""
+def is_converted(config: Config, run: RunDirectory, checkpoint: Path) -> bool:
+    """Whether the model of ``run`` is whole and was made from exactly this checkpoint, as the configuration asks."""
     from trace_ds.tensors.model_files import read_model_directory
 
     try:
-        report = read_object(model / "conversion.json", "the report", "")
-        tensors = read_model_directory(model).tensors
+        report = read_object(run.model / "conversion.json", "the report", "")
+        tensors = read_model_directory(run.model).tensors
         held = {name: (entry.file, entry.dtype, list(entry.shape)) for name, entry in tensors.items()}
         said = {name: (entry["file"], entry["dtype"], entry["shape"]) for name, entry in report["tensors"].items()}
         made = (report["source"]["manifest_sha256"], report["dtype"], report["max_shard_size"])
     except (OSError, AttributeError, KeyError, TypeError, UserError):
         return False
-    return held == said and made == (sha256_file(checkpoint / "manifest.json"), dtype, max_shard_size)
+    wanted = (sha256_file(checkpoint / "manifest.json"), config.conversion_dtype, config.conversion.max_shard_size)
+    return held == said and made == wanted
 
 
 def card_of(source: Path) -> dict[str, Any] | None:

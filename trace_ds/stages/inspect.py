@@ -312,6 +312,11 @@ def _run(path: Path, verify: bool) -> Finding:
     results = sorted(run.evaluation.glob("*.json")) if run.evaluation.is_dir() else []
     add("evaluation", "done" if results else "missing", ", ".join(result.stem for result in results))
     add("report", "done" if (run.report / "index.html").is_file() else "missing", "")
+    for place in run.finetuned_here():
+        made = _model(place.model, verify) if place.model.is_dir() else None
+        state = "missing" if made is None else "damaged" if made.problems else "done"
+        detail = "" if made is None else made.problems[0] if made.problems else f"{made.facts['family']}"
+        add(f"finetune/{place.path.name}", state, detail)
     for variant in sorted(run.variants.iterdir()) if run.variants.is_dir() else []:
         if variant.is_dir():
             below = _run(variant, verify)

@@ -1,16 +1,16 @@
 """Walking the stages: one verb alone, or all of them with their variants (``trace-ds run``).
 
-    prepare → collect → calibrate → unlearn → convert → evaluate → report
+    prepare → (finetune) → collect → calibrate → unlearn → convert → evaluate → report
 
-Single-process stages run here; the distributed ones (collect, unlearn) run as a job of their own: in this process when
-a launcher made it a rank, else in local processes that this one starts.
+Single-process stages run here; the distributed ones (finetune, collect, unlearn) run as a job of their own: in this
+process when a launcher made it a rank, else in local processes that this one starts.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from trace_ds.config.load import dump_yaml, load_config, with_changes
@@ -21,9 +21,10 @@ from trace_ds.run.directory import RunDirectory, lock_environment, locked
 from trace_ds.run.ours import require_apart
 
 STUDY_FILE = "study.json"
-STAGES = ("prepare", "collect", "calibrate", "unlearn", "convert", "evaluate", "report")
-DISTRIBUTED = ("collect", "unlearn")
-REPLACE_INPUTS = ("run", "prepare", "collect")  # of the variants that read them
+STAGES = ("prepare", "finetune", "collect", "calibrate", "unlearn", "convert", "evaluate", "report")
+DISTRIBUTED = ("finetune", "collect", "unlearn")
+SHARED = ("prepare", "finetune", "collect")  # by a run and its variants: done by the run alone
+REPLACE_INPUTS = ("run", *SHARED)
 LAUNCHABLE = (*DISTRIBUTED, "evaluate")  # evaluate is a job of its own only when evaluation.nproc or a launcher says so
 
 
@@ -51,13 +52,24 @@ class Request:
     def all(self) -> list[Request]:
         return [self, *(self.variant(name) for name in self.config.variants)]
 
+    def seen_by(self, verb: str) -> Request:
+        """The same run as a verb sees it: the model of the stages after `finetune` is the one that was made."""
+        from trace_ds.stages.finetune import after_finetune
+
+        return replace(self, config=after_finetune(self.config, self.run)) if verb in STAGES[2:] else self
+
+    @property
+    def stages(self) -> list[str]:
+        """What `run` runs, in order."""
+        return [stage for stage in STAGES if stage != "finetune" or self.config.finetune is not None]
+
     def check_places(self) -> None:
         """Refuse a run directory that is not ours, or that lies in, on or around what the configuration reads."""
         from trace_ds.evaluation.subjects import ORIGINAL, UNLEARNED
 
         for item in self.all():
             require_apart(self.run.outputs, inputs_of(item.config))
-        self.run.require_ours((ORIGINAL, UNLEARNED, *self.config.evaluation.models))
+        self.run.require_ours((ORIGINAL, UNLEARNED, *self.seen_by("evaluate").config.evaluation.models))
 
 
 def inputs_of(config: Config) -> dict[str, Path]:
@@ -69,13 +81,14 @@ def inputs_of(config: Config) -> dict[str, Path]:
         named |= {f"evaluation.tasks {task.name} {key}": getattr(task, key) for key in ("path", "examples", "holdout")}
     named |= {f"evaluation.models.{name}": path for name, path in config.evaluation.models.items()}
     named["unlearning.ds_config"] = config.unlearning.ds_config
+    named["finetune.ds_config"] = config.finetune.ds_config if config.finetune is not None else None
     return {key: Path(path) for key, path in named.items() if path}
 
 
 def run_verb(verb: str, request: Request, *, dry_run: bool = False) -> int:
     """Run one verb (or ``run``: all stages); returns the exit status."""
     if dry_run:
-        stages = STAGES if verb == "run" else (verb,)
+        stages = request.stages if verb == "run" else [verb]
         print(dump_yaml(request.config), end="")
         print(f"# run directory: {request.run.path}; would run: {', '.join(stages)}")
         for item in request.all()[1:] if verb == "run" else ():
@@ -105,14 +118,20 @@ def check_early(verb: str, request: Request, world_size: int | None = None) -> N
     from trace_ds.models.families import check_expert_parallel, inspect_model
     from trace_ds.parallel.launch import check_process_count
     from trace_ds.stages.evaluate import needs_data
+    from trace_ds.stages.finetune import require_models, settings_of
     from trace_ds.tensors.model_files import read_model_config
 
-    config, run = request.config, request.run
+    if verb == "finetune":
+        settings_of(request.config)
     for item in request.all() if verb == "run" else [request]:
         item.check_places()
-    if run.parent is not None and verb in ("run", "prepare", "collect"):
+    if verb in STAGES[2:-1]:
+        require_models(request.config, request.run)
+    request = request.seen_by(verb)
+    config, run = request.config, request.run
+    if run.parent is not None and verb in REPLACE_INPUTS:
         raise UserError(
-            "this is the directory of a variant, which takes data and statistics from its run",
+            "this is the directory of a variant, which takes data, models and statistics from its run",
             str(run.path),
             f"use --run-dir {run.parent}, or another directory",
         )
@@ -145,11 +164,16 @@ def _check_later_stages(request: Request) -> None:
     """What only a late stage, or a variant, would stumble on."""
     from trace_ds.evaluation.subjects import named_models
     from trace_ds.models.families import inspect_model
+    from trace_ds.stages import finetune
     from trace_ds.stages.convert import check_convert
     from trace_ds.stages.unlearn import check_settings
     from trace_ds.tensors.model_files import read_model_directory
 
     info = inspect_model(request.config.model.path)
+    if request.config.finetune is not None:
+        finetune.check_settings(request.config, info)
+        later = request.seen_by("evaluate").config
+        named_models(later.model.path, later.evaluation)  # their names; the models are not there yet
     for item in request.all():
         check_settings(item.config, info)
         check_convert(item.config, item.run)
@@ -163,10 +187,10 @@ def process_count(config: Config, stage: str = "unlearn") -> int:
 
 
 def _run_all(request: Request, lock: Sequence[int]) -> int:
-    for stage in STAGES[:-1]:
+    for stage in request.stages[:-1]:
         for item in request.all():
-            if item.run.parent is not None and stage in ("prepare", "collect"):
-                continue  # a variant shares the data and the statistics
+            if item.run.parent is not None and stage in SHARED:
+                continue
             status = _run_stage(stage, item, lock, top=request.run)
             if status:
                 return status
@@ -176,6 +200,7 @@ def _run_all(request: Request, lock: Sequence[int]) -> int:
 def _run_stage(stage: str, request: Request, lock: Sequence[int], *, top: RunDirectory | None = None) -> int:
     """Run one stage; config.yaml becomes this request's as soon as the stage has found nothing wrong with its input."""
     request.run.clear_leftovers()
+    request = request.seen_by(stage)
     if stage in DISTRIBUTED or (stage == "evaluate" and request.config.evaluation.nproc > 1):
         return _launch(stage, request, lock, top or request.run)
     if stage == "report":  # it shows the configuration
@@ -228,6 +253,12 @@ def _launch(stage: str, request: Request, lock: Sequence[int], lock_owner: RunDi
 
 
 def _is_done(stage: str, request: Request, nproc: int) -> bool:
+    if stage == "finetune":
+        from trace_ds.stages.finetune import check_finetune
+
+        return all(
+            job.is_done(request.config, request.run) for job in check_finetune(request.config, request.run, nproc)
+        )
     if stage == "collect":
         from trace_ds.stages.collect import check_collect
 
@@ -272,7 +303,12 @@ def _run_as_rank(verb: str, request: Request) -> int:
             request.run.clear_leftovers()
 
         world.agree(enter)
-        if verb == "collect":
+        request = request.seen_by(verb)
+        if verb == "finetune":
+            from trace_ds.stages.finetune import finetune
+
+            finetune(request.config, request.run, world)
+        elif verb == "collect":
             from trace_ds.stages.collect import collect
 
             collect(request.config, request.run, world)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from trace_ds import __version__
-from trace_ds.checkpoints.manifest import Manifest, newest_complete, read_manifest, step_name
+from trace_ds.checkpoints.manifest import Manifest
 from trace_ds.config.schema import Config, TrainableConfig
 from trace_ds.corpora.tokenizer import tokenizer_fingerprint
 from trace_ds.errors import UserError
@@ -15,29 +14,16 @@ from trace_ds.routing.token_files import require_parts
 from trace_ds.run import artefact
 from trace_ds.run.directory import RunDirectory
 from trace_ds.run.files import canonical_json, sha256_text
+from trace_ds.stages.training import OPERATIONAL, Training
 from trace_ds.tensors.model_files import read_model_directory
 
 if TYPE_CHECKING:
     from trace_ds.parallel.world import World
     from trace_ds.run.log import StageLog
     from trace_ds.unlearning.batches import Batches
+    from trace_ds.unlearning.goals import Unlearning
+    from trace_ds.unlearning.realign import Realignment
     from trace_ds.unlearning.watch import Evaluator
-
-# Settings that change when and how the job works, but not what it computes.
-OPERATIONAL = {
-    "steps",
-    "save_every",
-    "keep",
-    "keep_every",
-    "resume",
-    "log_every",
-    "micro_batch_rows",
-    "zero_stage",
-    "recompute",
-    "ds_config",
-    "evaluate",
-    "guards",
-}
 
 
 @dataclass(frozen=True)
@@ -53,25 +39,20 @@ class UnlearnJob:
     anchored: tuple[int, tuple[int, ...]] | None  # SEUF's MoE layer and its experts
     identity: str
 
-    def done(self, config: Config, run: RunDirectory) -> bool:
-        """Whether the last step of this very job is there, complete, or one that reached the forgetting target."""
-        step, _ = newest_complete(run.checkpoints)
-        if step is None or config.unlearning.resume == "never":
-            return False
-        manifest = read_manifest(run.checkpoints / step_name(step))
-        target = config.unlearning.evaluate.target_forget_nll
-        reached = target is not None and manifest.cursor.get("reached_forget_nll", 0.0) >= target
-        return manifest.job == self.identity and (reached or step >= config.unlearning.steps)
+    def training(self, config: Config, run: RunDirectory) -> Training:
+        """As its checkpoints know it."""
+        settings, calibration = config.unlearning, self.calibration.content
+        return Training("unlearning", settings, run, config, self.info, self.identity, calibration)
 
     def settled(self, config: Config, run: RunDirectory) -> bool:
-        """Whether it is done; ``latest`` and the pruning, which a kill may have cut off after that, are made good."""
-        from trace_ds.checkpoints.commit import settle
+        """Whether the last step of this very job is there, complete, or one that reached the forgetting target."""
+        target = config.unlearning.evaluate.target_forget_nll
 
-        step, _ = newest_complete(run.checkpoints)
-        if step is None or not self.done(config, run):
-            return False
-        settle(run.checkpoints, step, config.unlearning.keep, config.unlearning.keep_every)
-        return True
+        def is_enough(manifest: Manifest) -> bool:
+            reached = target is not None and manifest.cursor.get("reached_forget_nll", 0.0) >= target
+            return reached or manifest.step >= config.unlearning.steps
+
+        return self.training(config, run).settled(is_enough)
 
 
 def check_settings(config: Config, info: ModelInfo) -> dict[str, Any] | None:
@@ -128,7 +109,7 @@ def check_unlearn(config: Config, run: RunDirectory, world_size: int, *, verify:
                 "model": info.fingerprint,
                 "data": data.content,
                 "calibration": calibration.content,
-                "settings": settings.model_dump(mode="json", exclude=OPERATIONAL),
+                "settings": settings.model_dump(mode="json", exclude={*OPERATIONAL, "evaluate", "guards"}),
                 "guards": guards.model_dump(mode="json") if guards.on else None,
                 "evaluated": settings.evaluate.model_dump(include={"every", "rows"}) if guards.on else None,
                 "ds_config": ds_config,
@@ -184,51 +165,73 @@ def unlearn(config: Config, run: RunDirectory, world: World) -> None:
     Raises:
         StopRequested: stopped on request; a complete checkpoint was saved.
     """
-    from trace_ds.checkpoints import commit, elastic
-    from trace_ds.run.log import stage_log
-    from trace_ds.unlearning import grip
-    from trace_ds.unlearning.assemble import make_objective
     from trace_ds.unlearning.job import train
-    from trace_ds.unlearning.online_weights import make_weights
-    from trace_ds.unlearning.realign import Realignment
-    from trace_ds.unlearning.training_engine import training_engine
+    from trace_ds.unlearning.watch import Watch
 
     job = world.broadcast(world.agree_each(lambda verify: _checked(config, run, world, verify=verify)))[0]
     if world.broadcast_agreed(lambda: job.settled(config, run)):
         return
-    settings = config.unlearning
-    chosen, problems = commit.choose(world, run.checkpoints, job.identity, settings.resume)
-    if chosen is not None:
-        world.agree(lambda: elastic.check_stage(chosen, settings.zero_stage, run.checkpoints))
-    with stage_log(run, "unlearn", enabled=world.is_main) as log:
-        for problem in problems:
-            log.line(f"WARNING {problem}")
+    settings, training = config.unlearning, job.training(config, run)
+    with training.begun(world, "unlearn") as (log, chosen):
         batches = world.agree_each(lambda _: make_batches(config, job))
-        dtype, ep = config.model.dtype, config.distributed.ep
-        accumulation = batches.micro_batches_per_step(world.size)
-        engine = training_engine(settings, job.info, world, accumulation, job.experts, dtype=dtype, ep=ep)
-        realignment = None
-        if settings.grip is not None:  # before anything is restored: it looks at the frozen routers
-            held_bytes = grip.install(engine, batches, world, settings.grip)
-            log.line(f"GRIP holds {held_bytes:,} bytes of router bases on this rank; fewer grip.tokens take less")
-            realignment = Realignment.asked(engine, batches, world, settings.grip)
-        checkpoint = load_checkpoint(config, run, job, world, engine, chosen, log) if chosen else None
-        log.drop_scalars_after(checkpoint.step if checkpoint else 0)
-        cursor = checkpoint.cursor if checkpoint else {"step": 0, "seed": config.seed}
-        objective, cursor = make_objective(
-            settings, job.info, world, batches, cursor, job.anchored, dtype=dtype, ep=ep, seed=config.seed
-        )
-        manifest = _manifest(config, job, world, checkpoint.step if checkpoint else 0, cursor)
-        weights = world.agree_each(
-            lambda _: make_weights(settings, job.calibration, engine.module, world.device, cursor)
-        )
+        engine, realignment = make_engine(config, job, world, batches, log)
+        start = training.restored(world, engine, chosen, log)
+        goal, cursor = make_goal(config, job, world, engine, batches, start.cursor, realignment)
         log.line(
             f"{settings.forget_loss}, {settings.weights} weights by {settings.apply}, alpha {settings.alpha:g}, "
-            f"ZeRO stage {settings.zero_stage}, world size {world.size}, expert-parallel size {ep}"
+            f"ZeRO stage {settings.zero_stage}, world size {world.size}, expert-parallel size {config.distributed.ep}"
         )
         [evaluator] = world.agree_each(lambda _: [make_evaluator(config, job, world)])
-        train(engine, world, batches, objective, weights, evaluator, settings, run, manifest, log, realignment)
-        log.line(f"done: {run.checkpoints / step_name(newest_complete(run.checkpoints)[0] or 0)}")
+        watch = Watch(evaluator, settings, log) if evaluator is not None else None
+        start = replace(start, cursor=cursor)
+        train(engine, world, batches, goal, settings, settings.steps, run, start, log, watch)
+
+
+def make_engine(
+    config: Config, job: UnlearnJob, world: World, batches: Batches, log: StageLog | None = None
+) -> tuple[Any, Realignment | None]:
+    """The training engine with the base model's weights, GRIP installed where it is asked for, and its last word."""
+    from functools import partial
+
+    from trace_ds.unlearning import grip
+    from trace_ds.unlearning.realign import Realignment
+    from trace_ds.unlearning.trainable import trained_by
+    from trace_ds.unlearning.training_engine import training_engine
+
+    settings, dtype, ep = config.unlearning, config.model.dtype, config.distributed.ep
+    last = settings.last_layer(job.info.decoder_layers)
+    choose = partial(trained_by, settings=settings, experts=job.experts, last_layer=last)
+    accumulation = batches.micro_batches_per_step(world.size)
+    engine = training_engine(settings, job.info, world, accumulation, choose, dtype=dtype, ep=ep)
+    if settings.grip is None:
+        return engine, None
+    # before anything is restored: it looks at the frozen routers
+    held_bytes = grip.install(engine, batches, world, settings.grip)
+    if log is not None:
+        log.line(f"GRIP holds {held_bytes:,} bytes of router bases on this rank; fewer grip.tokens take less")
+    return engine, Realignment.asked(engine, batches, world, settings.grip)
+
+
+def make_goal(
+    config: Config,
+    job: UnlearnJob,
+    world: World,
+    engine: Any,
+    batches: Batches,
+    cursor: dict[str, Any],
+    realignment: Realignment | None,
+) -> tuple[Unlearning, dict[str, Any]]:
+    """What the job trains for, where a checkpoint's ``cursor`` left it, and the cursor with the job's constants."""
+    from trace_ds.unlearning.assemble import make_objective
+    from trace_ds.unlearning.goals import Unlearning
+    from trace_ds.unlearning.multiplier import Multiplier
+    from trace_ds.unlearning.online_weights import make_weights
+
+    settings = config.unlearning
+    shape: dict[str, Any] = {"dtype": config.model.dtype, "ep": config.distributed.ep, "seed": config.seed}
+    objective, cursor = make_objective(settings, job.info, world, batches, cursor, job.anchored, **shape)
+    weights = world.agree_each(lambda _: make_weights(settings, job.calibration, engine.module, world.device, cursor))
+    return Unlearning(settings, objective, weights, Multiplier.of(settings, cursor), realignment), cursor
 
 
 def _checked(config: Config, run: RunDirectory, world: World, *, verify: bool) -> list[UnlearnJob]:
@@ -242,31 +245,6 @@ def _checked(config: Config, run: RunDirectory, world: World, *, verify: bool) -
     for path, kind, verb in ((run.data, "data", "prepare"), (run.calibration, "calibration", "calibrate")):
         artefact.load(path, kind, f"{verb} CONFIG", verify=False)
     return []
-
-
-def load_checkpoint(
-    config: Config, run: RunDirectory, job: UnlearnJob, world: World, engine: Any, chosen: Manifest, log: StageLog
-) -> Manifest:
-    """Load ``chosen``, or the newest older checkpoint that can be loaded, whatever shape wrote it; its manifest."""
-    from trace_ds.checkpoints import commit, elastic
-
-    ep = config.distributed.ep
-
-    def load_one(manifest: Manifest) -> None:
-        if (manifest.world, manifest.ep, manifest.zero_stage) == (world.size, ep, config.unlearning.zero_stage):
-            commit.load(engine, run.checkpoints, step_name(manifest.step), manifest.step)
-            return
-        log.line(
-            f"the checkpoint of step {manifest.step} was written by world size {manifest.world}, "
-            f"expert-parallel size {manifest.ep}: converting it"
-        )
-        elastic.load_reshaped(engine, world, run.checkpoints, manifest, autoep=ep > 1, base_model=job.info.path)
-
-    loaded = commit.load_newest(world, run.checkpoints, chosen, load_one, log.line)
-    shape = f"world size {world.size}, expert-parallel size {ep}"
-    same = (loaded.world, loaded.ep) == (world.size, ep)
-    log.line(f"resumed after step {loaded.step}" + ("" if same else f" on {shape}"))
-    return loaded
 
 
 def make_batches(config: Config, job: UnlearnJob) -> Batches:
@@ -316,28 +294,3 @@ def make_evaluator(config: Config, job: UnlearnJob, world: World) -> Evaluator |
         what = f"none of the {settings.rows} retain rows that are looked at has a token in the sample of the routing"
         raise UserError(what, "unlearning.evaluate.rows", "raise it, or statistics.sample_tokens and collect again")
     return Evaluator(sides, world, config.statistics.batch_rows)
-
-
-def _manifest(config: Config, job: UnlearnJob, world: World, step: int, cursor: dict[str, Any]) -> Manifest:
-    import deepspeed
-    import torch
-    import transformers
-
-    return Manifest(
-        step=step,
-        world=world.size,
-        ep=config.distributed.ep,
-        zero_stage=config.unlearning.zero_stage,
-        family=job.info.family.model_type,
-        job=job.identity,
-        model={"path": str(config.model.path), "fingerprint": job.info.fingerprint},
-        calibration=job.calibration.content,
-        dtype=config.model.dtype,
-        cursor=cursor,
-        versions={
-            "trace_ds": __version__,
-            "deepspeed": deepspeed.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-    )

@@ -58,21 +58,18 @@ def run(config: Config, job: UnlearnJob, world: World, tasks: list[Task], bench:
     """
     from trace_ds.evaluation.language_model import Diverged
     from trace_ds.unlearning.job import NumericalFailure, run_step, seed_step
-    from trace_ds.unlearning.multiplier import Multiplier
 
     curve: list[dict[str, Any]] = []
     settings = config.unlearning
-    multiplier = Multiplier.of(settings, {})
-    with _engine(config, job, world) as (engine, batches, objective, weights, realignment, model):
+    with _engine(config, job, world) as (engine, batches, goal, model):
         for step in range(settings.steps):
             done = step + 1
             try:
                 data = batches.at(step, world.rank, world.size)
                 seed_step(config.seed, step, world.rank)
-                values = run_step(engine, world, data, objective, weights, settings, step, multiplier.alpha)
-                multiplier = multiplier.after(values["loss_retain"])
-                if done == settings.steps and realignment is not None:
-                    realignment.apply(engine)
+                run_step(engine, world, data, goal, settings, step)
+                if done == settings.steps:
+                    goal.finish(engine)
                 if done % bench.score_every == 0 or done == settings.steps:
                     due = [t for t in tasks if done == settings.steps or t.config.name not in bench.score_at_end]
                     engine.module.eval()
@@ -85,39 +82,25 @@ def run(config: Config, job: UnlearnJob, world: World, tasks: list[Task], bench:
 
 @contextmanager
 def _engine(config: Config, job: UnlearnJob, world: World) -> Iterator[Any]:
-    """Engine, batches, objective and retain weights of a job, and its model as evaluation sees it; freed at the end."""
+    """Engine, batches and goal of a job, and its model as evaluation sees it; freed at the end."""
     from transformers import GenerationConfig
 
     from trace_ds.corpora.tokenizer import load_tokenizer
     from trace_ds.evaluation.language_model import LanguageModel
-    from trace_ds.stages.unlearn import make_batches
-    from trace_ds.unlearning import grip
-    from trace_ds.unlearning.assemble import make_objective
-    from trace_ds.unlearning.online_weights import make_weights
-    from trace_ds.unlearning.realign import Realignment
-    from trace_ds.unlearning.training_engine import training_engine
+    from trace_ds.stages.unlearn import make_batches, make_engine, make_goal
 
     batches = make_batches(config, job)
-    settings, dtype, ep = config.unlearning, config.model.dtype, config.distributed.ep
-    accumulation = batches.micro_batches_per_step(world.size)
-    engine = training_engine(settings, job.info, world, accumulation, job.experts, dtype=dtype, ep=ep)
+    engine, realignment = make_engine(config, job, world, batches)
     start = {"step": 0, "seed": config.seed}
-    objective, cursor = make_objective(
-        settings, job.info, world, batches, start, job.anchored, dtype=dtype, ep=ep, seed=config.seed
-    )
-    realignment = None
-    if config.unlearning.grip is not None:
-        grip.install(engine, batches, world, config.unlearning.grip)
-        realignment = Realignment.asked(engine, batches, world, config.unlearning.grip)
-    weights = make_weights(config.unlearning, job.calibration, engine.module, world.device, cursor)
+    goal, _ = make_goal(config, job, world, engine, batches, start, realignment)
     engine.module.generation_config = GenerationConfig()
     tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
     try:
         model = LanguageModel(engine.module, tokenizer, _settings(config), "the engine")
-        yield engine, batches, objective, weights, realignment, model
+        yield engine, batches, goal, model
     finally:
         engine.destroy()
-        del engine, objective, weights, realignment, model
+        del engine, goal, realignment, model
         gc.collect()
 
 

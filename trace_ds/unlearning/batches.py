@@ -1,19 +1,29 @@
-"""What one step of this rank consumes: forget and retain rows of one micro-batch in one tensor, with their weights.
+"""What one step of this rank consumes: forget and retain rows of one micro-batch in one tensor, with their weights; or,
+for fine-tuning, rows of any corpora.
 
 Shape legend: F forget rows, R retain rows, B = F + R, S positions.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from trace_ds.config.schema import UnlearningConfig
-from trace_ds.corpora.dataset import FlatArray, TokenDataset
-from trace_ds.unlearning.step_rows import FORGET_STREAM, RETAIN_STREAM, EpochRows, SampledRows, share_of_rank
+from trace_ds.config.schema import FinetuneConfig, UnlearningConfig
+from trace_ds.corpora.dataset import Batch, FlatArray, TokenDataset
+from trace_ds.unlearning.step_rows import (
+    CORPUS_STREAM,
+    FORGET_STREAM,
+    RETAIN_STREAM,
+    EpochRows,
+    SampledRows,
+    share_of_rank,
+)
 
 
 @dataclass(frozen=True)
@@ -126,9 +136,9 @@ class Batches:
         alternative_rows = self._paired(forget_rows)
         length = max(
             [1]
-            + [self._length(self._forget, row) for row in forget_rows]
-            + [self._length(self._retain, row) for row in retain_rows]
-            + [self._length(self._alternative, row) for row in alternative_rows if self._alternative]
+            + [_length(self._forget, row) for row in forget_rows]
+            + [_length(self._retain, row) for row in retain_rows]
+            + [_length(self._alternative, row) for row in alternative_rows if self._alternative]
         )
         forget = self._forget.batch(forget_rows.tolist(), 0, length)
         retain = self._retain.batch(retain_rows.tolist(), 0, length)
@@ -166,9 +176,54 @@ class Batches:
             batch.input_ids_BS, batch.position_ids_BS, batch.counted_BS, torch.zeros(shape), reference, len(rows)
         )
 
-    @staticmethod
-    def _length(dataset: TokenDataset, row: int) -> int:
-        return int(dataset.row_starts_R1[row + 1] - dataset.row_starts_R1[row]) if row >= 0 else 0
+
+@dataclass(frozen=True)
+class CorpusStep:
+    """One optimizer step of fine-tuning: this rank's micro-batches and the global count of their tokens."""
+
+    micro_batches: list[Batch]
+    tokens: int
+
+
+class CorpusBatches:
+    """Rows of some corpora, numbered through: each comes once per epoch, in an order shuffled anew for each.
+
+    Any step, on any rank, is a pure function of the seed and the step.
+    """
+
+    def __init__(self, settings: FinetuneConfig, seed: int, corpora: Sequence[TokenDataset]) -> None:
+        self._settings, self._corpora = settings, corpora
+        self._counted = np.concatenate([corpus.counted_per_row() for corpus in corpora])
+        self._starts = np.cumsum([0, *(len(corpus) for corpus in corpora[:-1])])
+        usable = np.flatnonzero(self._counted)
+        self._rows = EpochRows(usable, settings.batch_rows, seed, CORPUS_STREAM)
+        self.steps = settings.steps or math.ceil((settings.epochs or 1) * len(usable) / settings.batch_rows)
+
+    def micro_batches_per_step(self, world_size: int) -> int:
+        """Gradient accumulation steps: the same on every rank, for every step."""
+        per_rank = -(-self._settings.batch_rows // world_size)
+        return -(-per_rank // (self._settings.micro_batch_rows or per_rank))
+
+    def at(self, step: int, rank: int, world_size: int) -> CorpusStep:
+        """The data of optimizer step ``step`` (0-based) for one rank."""
+        rows, count = self._rows.at(step), self.micro_batches_per_step(world_size)
+        per_rank = -(-len(rows) // world_size)
+        shares = share_of_rank(rows, rank, world_size, count, -(-per_rank // count))
+        return CorpusStep([self._batch(share) for share in shares], tokens=int(self._counted[rows].sum()))
+
+    def _batch(self, rows: np.ndarray) -> Batch:
+        """The rows of one share; an empty row where it has none, so that every process takes part in every pass."""
+        rows = rows[rows >= 0]
+        places = np.searchsorted(self._starts, rows, side="right") - 1
+        found = zip(places, rows - self._starts[places], strict=True)
+        wanted = [(self._corpora[place], int(row)) for place, row in found] or [(self._corpora[0], -1)]
+        length = max(1, *(_length(*each) for each in wanted))
+        parts = [corpus.batch([row], 0, length) for corpus, row in wanted]
+        return Batch(*(torch.cat(tensors) for tensors in zip(*(vars(part).values() for part in parts), strict=True)))
+
+
+def _length(dataset: TokenDataset, row: int) -> int:
+    return int(dataset.row_starts_R1[row + 1] - dataset.row_starts_R1[row]) if row >= 0 else 0
 
 
 def _rows_of(array: FlatArray, dataset: TokenDataset, rows: np.ndarray, length: int) -> torch.Tensor:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-FORGET_STREAM, RETAIN_STREAM = 1, 2
+FORGET_STREAM, RETAIN_STREAM, CORPUS_STREAM = 1, 2, 3
 
 
 def generator(seed: int, stream: int, counter: int) -> np.random.Generator:

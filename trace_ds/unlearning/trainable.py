@@ -103,6 +103,12 @@ def _matching(kinds: dict[str, str], patterns: Iterable[str], key: str) -> set[s
     return found
 
 
+def everything(model: nn.Module) -> Trained:
+    """All parameters of a model not yet converted."""
+    names = frozenset(name for name, _ in model.named_parameters())
+    return Trained(names, names)
+
+
 def trained_by(
     model: nn.Module, settings: UnlearningConfig, experts: dict[int, tuple[int, ...]] | None, last_layer: int | None
 ) -> Trained:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
 from trace_ds.checkpoints import serialization
-from trace_ds.config.schema import UnlearningConfig
+from trace_ds.config.schema import TrainingConfig
 from trace_ds.models import engine
 from trace_ds.models.engine_config import merge, user_ds_config
 from trace_ds.models.families import ModelInfo
@@ -17,18 +18,18 @@ from trace_ds.unlearning import trainable
 
 
 def training_engine(
-    settings: UnlearningConfig,
+    settings: TrainingConfig,
     info: ModelInfo,
     world: World,
     accumulation: int,
-    experts: dict[int, tuple[int, ...]] | None = None,
+    choose: Callable[[nn.Module], trainable.Trained] = trainable.everything,
     *,
     dtype: str,
     ep: int,
 ) -> Any:
     """The DeepSpeed training engine: AdamW, ZeRO as configured, experts sharded by AutoEP when ep > 1.
 
-    ``experts``: by decoder layer, the experts that are trained; None: all. ``dtype``: ``model.dtype``.
+    ``choose``: what is trained, of the model as it was loaded. ``dtype``: ``model.dtype``.
     """
     optimizer = settings.optimizer
     ds_config = engine.base_ds_config(ep=ep, info=info, zero_stage=settings.zero_stage)
@@ -51,8 +52,7 @@ def training_engine(
 
     def parameters(model: nn.Module) -> list[Any]:
         """Chosen by the names of the model as it was loaded, before AutoEP renames any."""
-        last = settings.last_layer(info.decoder_layers)
-        chosen.append(trainable.trained_by(model, settings, experts, last))
+        chosen.append(choose(model))
         return trainable.parameter_groups(model, chosen[0], optimizer.weight_decay)
 
     made = engine.initialize(

@@ -20,12 +20,13 @@ import numpy as np
 import torch
 
 from trace_ds.config.schema import UnlearningConfig
-from trace_ds.corpora.dataset import Batch, TokenDataset
+from trace_ds.corpora.dataset import TokenDataset
+from trace_ds.errors import JobFailed
 from trace_ds.models.routers import find_routers, record_routing
-from trace_ds.models.token_nll import nll
 from trace_ds.parallel.world import World
 from trace_ds.routing.token_files import SampledRouting
-from trace_ds.unlearning.forward import HeadRequest, forward
+from trace_ds.run.log import StageLog
+from trace_ds.unlearning.goals import next_token_nll
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class Evaluator:
         for rows in filled.reshape(passes, self._batch_rows):
             batch = held.dataset.batch(rows.tolist(), pad_id=0)
             with record_routing(engine.module) as recorder:
-                nll_N = self._nll(engine, batch)
+                nll_N = next_token_nll(engine, batch.to(self._world.device))
             counted = batch.counted_BS.reshape(-1)
             sums[:2] += [float(nll_N.double().sum()), int(counted.sum())]
             before = held.before(rows, batch.counted_BS.shape[1])
@@ -106,15 +107,6 @@ class Evaluator:
                 common_N = (before_NLK[:, layer, :, None] == after_NK[:, None, :]).any(2).sum(1)
                 sums[2:] += [common_N.sum(), after_NK.size]
         return sums
-
-    def _nll(self, engine: Any, batch: Batch) -> torch.Tensor:
-        """NLL of the counted tokens, fp32 [N]."""
-        device = self._world.device
-        rows_N, columns_N = batch.counted_BS.to(device).nonzero(as_tuple=True)
-        ids_BS = batch.input_ids_BS.to(device)
-        targets_N = ids_BS[rows_N, columns_N + 1]
-        request = HeadRequest(rows_N, columns_N, lambda logits_CV, part: nll(logits_CV, targets_N[part]))
-        return forward(engine, ids_BS, batch.position_ids_BS, requests=[request]).values[0]
 
 
 @dataclass(frozen=True)
@@ -166,3 +158,57 @@ def broken_bounds(settings: UnlearningConfig, start: Mapping[str, float], found:
             f"(bound {guards.min_retain_overlap:g})"
         )
     return broken
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Looks at the model of an unlearning job while it trains (collective).
+
+    The job's ``cursor``, which its checkpoints keep, holds the frozen model's scores and what evaluations have led to.
+    """
+
+    evaluator: Evaluator
+    settings: UnlearningConfig
+    log: StageLog
+
+    def begin(self, engine: Any, cursor: dict[str, Any], step: int) -> None:
+        """Score the frozen model, unless an earlier start of the job has."""
+        if "evaluation_start" not in cursor:
+            start = cursor["evaluation_start"] = self.evaluator(engine)
+            self.log.evaluation(step, **start)
+
+    def look(self, engine: Any, cursor: dict[str, Any], done: int, *, last: bool) -> Verdict | None:
+        """Evaluate after step ``done``, if one is due, and act on it; what it means for the job.
+
+        Raises:
+            JobFailed: a guard is broken.
+        """
+        every = self.settings.evaluate.every
+        if not every or not (last or done % every == 0):
+            return None
+        found = self.evaluator(engine)
+        self.log.evaluation(done, **found)
+        verdict = judge(self.settings, cursor["evaluation_start"], found, cursor.get("back_offs", 0), last=last)
+        if verdict.action == "stop":
+            raise JobFailed(
+                f"stopped after step {done}: {verdict.reason}; the last checkpoint stands. "
+                "Lower the learning rate, gamma or the number of steps, or raise alpha"
+            )
+        if verdict.action == "back_off":
+            cursor["back_offs"] = cursor.get("back_offs", 0) + 1
+            self.log.line(f"WARNING after step {done}: {verdict.reason}; halving the learning rate")
+        if verdict.action == "finish":
+            cursor["reached_forget_nll"] = found["forget_nll"]
+            self.log.line(f"finished early, after step {done} of {self.settings.steps}: {verdict.reason}")
+        return verdict
+
+    def broken(self, engine: Any, cursor: dict[str, Any], verdict: Verdict | None) -> str:
+        """Why the present state must not be saved (empty: it may be), by this step's evaluation or by one made now.
+
+        One made now acts on nothing else: what a job computes does not depend on when it is saved or stopped.
+        """
+        if verdict is not None:
+            return verdict.reason if verdict.action == "back_off" else ""
+        if not self.settings.guards.on:
+            return ""
+        return "; ".join(broken_bounds(self.settings, cursor["evaluation_start"], self.evaluator(engine)))

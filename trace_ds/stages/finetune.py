@@ -1,0 +1,197 @@
+"""``trace-ds finetune``: base model + token datasets → the model that knows (target) and references that never saw.
+
+One training job a model (DeepSpeed ZeRO and AutoEP, the loop of ``unlearn``), then its conversion:
+
+    RUN/finetune/NAME/checkpoints/step_N   as those of unlearn, resumed and stopped likewise
+    RUN/finetune/NAME/model                the Hugging Face directory that the later stages read
+
+The stages after it see the target as the run's model, and the others among the models that are scored.
+"""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trace_ds.checkpoints.manifest import newest_complete, step_name
+from trace_ds.config.schema import RETRAINED, TARGET, Config, FinetuneConfig
+from trace_ds.corpora.tokenizer import tokenizer_fingerprint
+from trace_ds.errors import UserError
+from trace_ds.models.families import ModelInfo, check_expert_parallel, inspect_model, require_plain_logits
+from trace_ds.run import artefact
+from trace_ds.run.directory import RunDirectory
+from trace_ds.run.files import canonical_json, sha256_text
+from trace_ds.stages.convert import is_converted, write_model
+from trace_ds.stages.training import OPERATIONAL, Training
+from trace_ds.tensors.model_files import read_model_directory
+
+if TYPE_CHECKING:
+    from trace_ds.parallel.world import World
+    from trace_ds.unlearning.batches import CorpusBatches
+
+
+@dataclass(frozen=True)
+class FinetuneJob:
+    """One model to make, checked: the corpora it is trained on, how many steps, its identity."""
+
+    name: str
+    sides: tuple[str, ...]
+    info: ModelInfo
+    data: artefact.Artefact
+    steps: int
+    identity: str
+
+    def training(self, config: Config, run: RunDirectory) -> Training:
+        """As its checkpoints know it."""
+        place = run.finetuned(self.name)
+        return Training("finetune", settings_of(config), place, config, self.info, self.identity)
+
+    def is_trained(self, config: Config, run: RunDirectory) -> bool:
+        return self.training(config, run).settled(lambda manifest: manifest.step >= self.steps)
+
+    def is_done(self, config: Config, run: RunDirectory) -> bool:
+        place = run.finetuned(self.name)
+        return self.is_trained(config, run) and is_converted(config, place, _newest(place))
+
+
+def settings_of(config: Config) -> FinetuneConfig:
+    """The section; :class:`UserError` where there is none."""
+    if config.finetune is None:
+        raise UserError("the configuration asks for no fine-tuning", "finetune", "add finetune.models and epochs")
+    return config.finetune
+
+
+def after_finetune(config: Config, run: RunDirectory) -> Config:
+    """The configuration as the later stages see it; the same one where nothing is fine-tuned."""
+    if config.finetune is None:
+        return config
+    made = {name: str(run.finetuned(name).model) for name in config.finetune.models}
+    model = {"path": made.pop(TARGET), "tokenizer": config.model.tokenizer or config.model.path}
+    evaluation: dict[str, Any] = {"models": config.evaluation.models | made}
+    if RETRAINED in made and config.evaluation.retrained not in evaluation["models"]:
+        evaluation["retrained"] = RETRAINED
+    changes = {
+        "model": config.model.model_copy(update=model),
+        "evaluation": config.evaluation.model_copy(update=evaluation),
+        "finetune": None,
+    }
+    return config.model_copy(update=changes)
+
+
+def require_models(config: Config, run: RunDirectory) -> None:
+    """Refuse to go on without the models that the configuration has made."""
+    for name in config.finetune.models if config.finetune is not None else ():
+        place = run.finetuned(name).model
+        if not place.is_dir():
+            raise UserError(f"there is no model {name} here", str(place), "make it with `trace-ds finetune CONFIG`")
+
+
+def check_settings(config: Config, info: ModelInfo) -> dict[str, Any] | None:
+    """What can be wrong with the settings and this model alone; returns the user's DeepSpeed keys, if there are any."""
+    from trace_ds.models.engine_config import user_ds_config
+
+    settings = settings_of(config)
+    require_plain_logits(info, "finetune")
+    return user_ds_config(settings.ds_config) if settings.ds_config is not None else None
+
+
+def check_finetune(config: Config, run: RunDirectory, world_size: int, *, verify: bool = True) -> list[FinetuneJob]:
+    """Everything that can be wrong before a weight is loaded; raises :class:`UserError`."""
+    settings = settings_of(config)
+    info = inspect_model(config.model.path)
+    check_expert_parallel(info, config.distributed.ep, world_size)
+    data = artefact.load(run.data, "data", "prepare CONFIG", verify=verify)
+    tokenizer = tokenizer_fingerprint(config.model.tokenizer or config.model.path)
+    artefact.require_same(data, "tokenizer", tokenizer, "tokenizer", "prepare CONFIG")
+    shared = {
+        "model": info.fingerprint,
+        "settings": settings.model_dump(mode="json", exclude={*OPERATIONAL, "models", "epochs"}),
+        "ds_config": check_settings(config, info),
+        "dtype": config.model.dtype,
+        "seed": config.seed,
+    }
+    jobs = []
+    for name, sides in settings.models.items():
+        seen = [data.files[f"{side}.arrow"]["sha256"] for side in sides]  # not the corpora that it does not see
+        identity = sha256_text(canonical_json({"kind": "finetune", "data": seen, **shared}))
+        steps = make_batches(config, sides, data).steps
+        jobs.append(FinetuneJob(name, tuple(sides), info, data, steps, identity))
+    return jobs
+
+
+def make_batches(config: Config, sides: list[str] | tuple[str, ...], data: artefact.Artefact) -> CorpusBatches:
+    from trace_ds.corpora.dataset import TokenDataset
+    from trace_ds.unlearning.batches import CorpusBatches
+
+    corpora = [TokenDataset.open(data.file(f"{side}.arrow")) for side in sides]
+    return CorpusBatches(settings_of(config), config.seed, corpora)
+
+
+def finetune(config: Config, run: RunDirectory, world: World) -> None:
+    """Make every model (collectively, on every rank); those that are there already are left as they are.
+
+    Raises:
+        StopRequested: stopped on request; a complete checkpoint was saved.
+    """
+    for job in world.broadcast(world.agree_each(lambda verify: _checked(config, run, world, verify=verify))):
+        if not world.broadcast_agreed(lambda job=job: job.is_trained(config, run)):  # type: ignore[misc]
+            _train(config, run, world, job)
+        world.agree(lambda job=job: _convert(config, run, job))  # type: ignore[misc]
+
+
+def _checked(config: Config, run: RunDirectory, world: World, *, verify: bool) -> list[FinetuneJob]:
+    """The jobs, on the main process; elsewhere nothing, but whether model and data are there."""
+    if verify:
+        return check_finetune(config, run, world.size)
+    read_model_directory(config.model.path)
+    artefact.load(run.data, "data", "prepare CONFIG", verify=False)
+    return []
+
+
+def _train(config: Config, run: RunDirectory, world: World, job: FinetuneJob) -> None:
+    from trace_ds.unlearning.goals import NextToken
+    from trace_ds.unlearning.job import train
+    from trace_ds.unlearning.training_engine import training_engine
+
+    training, settings = job.training(config, run), settings_of(config)
+    shape: dict[str, Any] = {"dtype": config.model.dtype, "ep": config.distributed.ep}
+    with training.begun(world, "finetune") as (log, chosen):
+        batches = world.agree_each(lambda _: make_batches(config, job.sides, job.data))
+        engine = training_engine(settings, job.info, world, batches.micro_batches_per_step(world.size), **shape)
+        start = training.restored(world, engine, chosen, log)
+        log.line(
+            f"{job.name}: {job.steps} steps of {settings.batch_rows} rows of {' and '.join(job.sides)}, "
+            f"ZeRO stage {settings.zero_stage}, world size {world.size}, expert-parallel size {config.distributed.ep}"
+        )
+        train(engine, world, batches, NextToken(), settings, job.steps, training.run, start, log)
+        engine.destroy()
+        del engine
+        gc.collect()  # the next model takes its place
+
+
+def _convert(config: Config, run: RunDirectory, job: FinetuneJob) -> None:
+    from trace_ds.conversion.card import model_name
+    from trace_ds.run.log import stage_log
+
+    place, settings = run.finetuned(job.name), settings_of(config)
+    checkpoint = _newest(place)
+    if is_converted(config, place, checkpoint):
+        return
+    method = {
+        "fine-tuned on": " and ".join(job.sides),
+        "loss": "mean next-token NLL",
+        "steps": job.steps,
+        "rows a step": settings.batch_rows,
+        "learning rate": f"{settings.optimizer.lr:g}",
+        "seed": config.seed,
+    }
+    base = model_name(Path(config.model.path))
+    with stage_log(place, "finetune") as log:
+        card = {"name": f"{config.name}-{job.name}", "base_model": base, "method": method}
+        write_model(config, place, checkpoint, card, log)
+
+
+def _newest(place: RunDirectory) -> Path:
+    return place.checkpoints / step_name(newest_complete(place.checkpoints)[0] or 0)

@@ -1,0 +1,135 @@
+"""What the stages that train have in common: whether a job is done, its engine, where it goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from trace_ds import __version__
+from trace_ds.checkpoints.manifest import Manifest, newest_complete, read_manifest, step_name
+from trace_ds.config.schema import Config, TrainingConfig
+from trace_ds.models.families import ModelInfo
+from trace_ds.run.directory import RunDirectory
+
+if TYPE_CHECKING:
+    from trace_ds.parallel.world import World
+    from trace_ds.run.log import StageLog
+
+# Settings that change when and how a job works, but not what it computes.
+OPERATIONAL = {
+    "steps",
+    "save_every",
+    "keep",
+    "keep_every",
+    "resume",
+    "log_every",
+    "micro_batch_rows",
+    "zero_stage",
+    "recompute",
+    "ds_config",
+}
+
+
+@dataclass(frozen=True)
+class Training:
+    """A training job as its checkpoints know it.
+
+    Attributes:
+        section: of the configuration, whose ``settings`` are the job's.
+        run: where its checkpoints and logs are.
+        identity: of the job; only the same one goes on from a checkpoint.
+        calibration: content fingerprint of what it was calibrated with; empty: nothing was.
+    """
+
+    section: str
+    settings: TrainingConfig
+    run: RunDirectory
+    config: Config
+    info: ModelInfo
+    identity: str
+    calibration: str = ""
+
+    def settled(self, is_enough: Callable[[Manifest], bool]) -> bool:
+        """Whether the newest complete checkpoint is this job's and enough; if so, ``latest`` and the pruning, which a
+        kill may have cut off, are made good."""
+        from trace_ds.checkpoints.commit import settle
+
+        step, _ = newest_complete(self.run.checkpoints)
+        if step is None or self.settings.resume == "never":
+            return False
+        manifest = read_manifest(self.run.checkpoints / step_name(step))
+        if manifest.job != self.identity or not is_enough(manifest):
+            return False
+        settle(self.run.checkpoints, step, self.settings.keep, self.settings.keep_every)
+        return True
+
+    @contextmanager
+    def begun(self, world: World, stage: str) -> Iterator[tuple[StageLog, Manifest | None]]:
+        """The job's log, and the checkpoint that it goes on from, if there is one (collective)."""
+        from trace_ds.checkpoints import commit, elastic
+        from trace_ds.run.log import stage_log
+
+        settings, checkpoints = self.settings, self.run.checkpoints
+        chosen, problems = commit.choose(world, checkpoints, self.identity, settings.resume, self.section)
+        if chosen is not None:
+            world.agree(lambda: elastic.check_stage(chosen, settings.zero_stage, checkpoints, self.section))
+        with stage_log(self.run, stage, enabled=world.is_main) as log:
+            for problem in problems:
+                log.line(f"WARNING {problem}")
+            yield log, chosen
+            log.line(f"done: {checkpoints / step_name(newest_complete(checkpoints)[0] or 0)}")
+
+    def restored(self, world: World, engine: Any, chosen: Manifest | None, log: StageLog) -> Manifest:
+        """Where training begins (collective): at ``chosen``, or the newest older checkpoint that can be loaded into the
+        engine, whatever shape wrote it; at step 0 without one."""
+        loaded = None if chosen is None else self._loaded(world, engine, chosen, log)
+        step, cursor = (loaded.step, loaded.cursor) if loaded else (0, {"step": 0, "seed": self.config.seed})
+        log.drop_scalars_after(step)
+        return self._manifest(world, step, cursor)
+
+    def _loaded(self, world: World, engine: Any, chosen: Manifest, log: StageLog) -> Manifest:
+        from trace_ds.checkpoints import commit, elastic
+
+        ep, checkpoints = self.config.distributed.ep, self.run.checkpoints
+
+        def load_one(manifest: Manifest) -> None:
+            if (manifest.world, manifest.ep, manifest.zero_stage) == (world.size, ep, self.settings.zero_stage):
+                commit.load(engine, checkpoints, step_name(manifest.step), manifest.step)
+                return
+            log.line(
+                f"the checkpoint of step {manifest.step} was written by world size {manifest.world}, "
+                f"expert-parallel size {manifest.ep}: converting it"
+            )
+            elastic.load_reshaped(engine, world, checkpoints, manifest, autoep=ep > 1, base_model=self.info.path)
+
+        loaded = commit.load_newest(world, checkpoints, chosen, load_one, log.line, self.section)
+        shape = f"world size {world.size}, expert-parallel size {ep}"
+        same = (loaded.world, loaded.ep) == (world.size, ep)
+        log.line(f"resumed after step {loaded.step}" + ("" if same else f" on {shape}"))
+        return loaded
+
+    def _manifest(self, world: World, step: int, cursor: dict[str, Any]) -> Manifest:
+        import deepspeed
+        import torch
+        import transformers
+
+        return Manifest(
+            step=step,
+            world=world.size,
+            ep=self.config.distributed.ep,
+            zero_stage=self.settings.zero_stage,
+            family=self.info.family.model_type,
+            job=self.identity,
+            model={"path": str(self.config.model.path), "fingerprint": self.info.fingerprint},
+            calibration=self.calibration,
+            dtype=self.config.model.dtype,
+            cursor=cursor,
+            versions={
+                "trace_ds": __version__,
+                "deepspeed": deepspeed.__version__,
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+            },
+        )

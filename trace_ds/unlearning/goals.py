@@ -1,0 +1,130 @@
+"""What a job trains for: the terms of its loss over a micro-batch, and what it keeps between the steps.
+
+``NextToken`` is fine-tuning, ``Unlearning`` the forget and retain losses under the weights of TRACE. The training loop
+(:mod:`trace_ds.unlearning.job`) is one for both.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from trace_ds.config.schema import UnlearningConfig
+from trace_ds.corpora.dataset import Batch
+from trace_ds.models.token_nll import nll, weighted_sum
+from trace_ds.unlearning.batches import CorpusStep, MicroBatch, Step
+from trace_ds.unlearning.forward import HeadRequest, forward
+from trace_ds.unlearning.loss import Objective
+from trace_ds.unlearning.multiplier import Multiplier
+from trace_ds.unlearning.online_weights import RetainWeights
+from trace_ds.unlearning.realign import Realignment
+
+
+class Goal(Protocol):
+    """All that the training loop knows of what is trained for."""
+
+    @property
+    def factors(self) -> dict[str, float]:
+        """Weight of each term in the loss of the next step, by the term's name (in the log, ``loss_NAME``)."""
+        ...
+
+    def terms(self, engine: Any, batch: Any, step: Any) -> dict[str, torch.Tensor]:
+        """Scalars with gradient: sums over this rank's micro-batch, divided by the global counts of the step."""
+        ...
+
+    def local_sums(self) -> np.ndarray:
+        """What this rank adds to the step's all-reduce, float64; starts anew for the next step."""
+        ...
+
+    def follow(self, sums: np.ndarray, step: Any, losses: dict[str, float]) -> dict[str, float]:
+        """Take in the global sums and losses of the step that was just made; returns numbers for the log."""
+        ...
+
+    def finish(self, engine: Any) -> bool:
+        """After the last step, before the model is looked at and saved; whether that changed the model."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must carry (JSON)."""
+        ...
+
+
+class NextToken:
+    """The mean next-token loss over the counted tokens of a step."""
+
+    factors = {"nll": 1.0}  # noqa: RUF012 (a constant)
+
+    def terms(self, engine: Any, batch: Batch, step: CorpusStep) -> dict[str, torch.Tensor]:
+        return {"nll": next_token_nll(engine, batch).sum() / max(step.tokens, 1)}
+
+    def local_sums(self) -> np.ndarray:
+        return np.zeros(0)
+
+    def follow(self, sums: np.ndarray, step: CorpusStep, losses: dict[str, float]) -> dict[str, float]:
+        return {}
+
+    def finish(self, engine: Any) -> bool:
+        return False
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+
+def next_token_nll(engine: Any, batch: Batch) -> torch.Tensor:
+    """NLL of the counted tokens of a batch on the engine's device, fp32 [N]."""
+    rows_N, columns_N = batch.counted_BS.nonzero(as_tuple=True)
+    targets_N = batch.input_ids_BS[rows_N, columns_N + 1]
+    request = HeadRequest(rows_N, columns_N, lambda logits_CV, part: nll(logits_CV, targets_N[part]))
+    return forward(engine, batch.input_ids_BS, batch.position_ids_BS, requests=[request]).values[0]
+
+
+@dataclass
+class Unlearning:
+    """γ·L_forget + α·L_retain, and SEUF's anchor where there is one.
+
+    Attributes:
+        multiplier: α of the next step.
+        realignment: GRIP's last word on the routers, or None.
+    """
+
+    settings: UnlearningConfig
+    objective: Objective
+    weights: RetainWeights
+    multiplier: Multiplier
+    realignment: Realignment | None = None
+
+    @property
+    def factors(self) -> dict[str, float]:
+        anchor = {"anchor": 1.0} if self.settings.seuf is not None else {}
+        return {"forget": self.settings.gamma, "retain": self.multiplier.alpha} | anchor
+
+    def terms(self, engine: Any, batch: MicroBatch, step: Step) -> dict[str, torch.Tensor]:
+        with self.weights.recording():
+            losses = self.objective(engine, batch)
+        counts = {"token": step.forget_tokens, "sequence": step.forget_sequences}
+        terms = {
+            "forget": losses.forget / max(counts[losses.forget_per], 1),
+            "retain": weighted_sum(losses.retain_RS, self.weights.of(batch)) / max(step.retain_tokens, 1),
+        }
+        if losses.penalty is not None:
+            terms["anchor"] = losses.penalty / max(step.forget_tokens, 1)
+        return terms
+
+    def local_sums(self) -> np.ndarray:
+        return self.weights.local_sums()
+
+    def follow(self, sums: np.ndarray, step: Step, losses: dict[str, float]) -> dict[str, float]:
+        told = {"alpha": self.multiplier.alpha} if self.settings.forget_loss == "pdu" else {}
+        self.multiplier = self.multiplier.after(losses["retain"])
+        return told | self.weights.follow(sums, step.forget_tokens, step.retain_tokens)
+
+    def finish(self, engine: Any) -> bool:
+        if self.realignment is not None:
+            self.realignment.apply(engine)
+        return self.realignment is not None
+
+    def state(self) -> dict[str, Any]:
+        return {**self.multiplier.cursor(), **self.weights.state()}
