@@ -265,7 +265,7 @@ class Standin(TorchDispatchMode):
         if to_device:
             if not (asynchronous and self.is_pinned(source)):
                 self.wait("a copy to the device")
-            return OnDevice(found.clone() if found is source else found)
+            return OnDevice(found)
         if not from_device:
             return found
         if not asynchronous:
