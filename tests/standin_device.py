@@ -93,14 +93,15 @@ class OnDevice(torch.Tensor):
 
     @staticmethod
     def __new__(cls, host: torch.Tensor) -> OnDevice:
-        made = torch.Tensor._make_wrapper_subclass(
-            cls,
-            host.size(),
-            strides=host.stride(),
-            storage_offset=host.storage_offset(),
-            dtype=host.dtype,
-            device=DEVICE,
-        )
+        with torch.inference_mode(False):  # a view of a parameter is no inference tensor
+            made = torch.Tensor._make_wrapper_subclass(
+                cls,
+                host.size(),
+                strides=host.stride(),
+                storage_offset=host.storage_offset(),
+                dtype=host.dtype,
+                device=DEVICE,
+            )
         made.host = host
         return made
 
