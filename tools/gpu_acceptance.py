@@ -561,6 +561,7 @@ def zero3_engine(model: Any) -> Any:
     import torch
 
     from trace_ds.parallel.world import quiet_deepspeed
+    from trace_ds.unlearning.training_engine import keep_recomputed
 
     deepspeed = quiet_deepspeed()
     deepspeed.init_distributed(verbose=False)
@@ -573,7 +574,9 @@ def zero3_engine(model: Any) -> Any:
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-6, "torch_adam": True, "weight_decay": 0.0}},
         "steps_per_print": 1 << 62,
     }
-    return deepspeed.initialize(model=model, model_parameters=model.parameters(), config=ds_config)[0]
+    engine = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=ds_config)[0]
+    keep_recomputed(engine)
+    return engine
 
 
 # --- parts, each in a process of its own -----------------------------------------------------------------------------

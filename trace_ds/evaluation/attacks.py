@@ -222,7 +222,7 @@ class Decisions:
         passes = iter(self.passes)
 
         def decide(layer: int, logits_TE: torch.Tensor, indices_TK: torch.Tensor) -> torch.Tensor:
-            taken = to_device(torch.from_numpy(next(passes).astype(np.int64)), indices_TK.device)
+            taken = to_device(torch.from_numpy(next(passes).astype(np.int64)), logits_TE.device)
             if taken.shape != indices_TK.shape:
                 seen, wanted = tuple(indices_TK.shape), tuple(taken.shape)
                 raise ValueError(f"the original model read {wanted} tokens, this one {seen}")
