@@ -52,6 +52,28 @@ def test_a_missing_compiler_is_a_miss_for_offloading(
     assert "offload.json" in fault.detail and "apt-get install g++" in fault.fix
 
 
+def test_expert_parallelism_on_a_gpu_needs_a_c_compiler(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    config, _ = load_config(str(tiny.write_config(tmp_path, tiny_model, distributed__ep=2)))
+    name = "C compiler for Triton"
+    assert name not in {check.name for check in checks_machine.toolchain_checks(config)}  # no GPU here
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(checks_machine.sysconfig, "get_path", lambda name: str(tmp_path))
+    (tmp_path / "Python.h").touch()
+    for program in ("gcc", "c++"):
+        (tmp_path / program).touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert name not in missing(list(checks_machine.toolchain_checks(config)))
+    (tmp_path / "gcc").unlink()
+    (tmp_path / "Python.h").unlink()
+    fault = missing(list(checks_machine.toolchain_checks(config)))[name]
+    assert "no C compiler and no " in fault.detail and "apt-get install gcc python3-dev" in fault.fix
+
+
 def test_a_blocked_port_is_named_before_anybody_waits_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as holder:
         holder.bind(("", 0))

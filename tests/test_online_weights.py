@@ -155,6 +155,6 @@ def test_online_weights_bring_the_frequencies_closer(per_row: bool) -> None:
     told = []
     for _ in range(60):
         weights.of(batch)
-        told.append(weights.follow(weights.local_sums(), 200, 400))
+        told.append(weights.follow(weights.local_sums().numpy(), 200, 400))
     assert told[-1]["routing_gap"] < 0.85 * told[0]["routing_gap"]
     assert told[-1]["retain_weight_mean"] == pytest.approx(1, abs=0.01)

@@ -12,6 +12,7 @@ import re
 import shutil
 import socket
 import sys
+import sysconfig
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -166,8 +167,22 @@ def port_checks(port: str | None) -> Iterator[Check]:
 
 
 def toolchain_checks(config: Config | None = None) -> Iterator[Check]:
-    """Compiler and ninja: required only to offload the optimizer (on CPUs we switch the compiled collective off)."""
+    """Compilers and ninja: required only to offload the optimizer (on CPUs we switch the compiled collective off), and
+    for expert parallelism on GPUs, whose Triton kernels AutoEP launches."""
+    import torch
+
     group = "compiler"
+    if config is not None and config.distributed.ep > 1 and torch.cuda.is_available():
+        c_compiler = os.environ.get("CC") or next(filter(None, map(find_program, ("clang", "gcc"))), None)
+        header = Path(sysconfig.get_path("include")) / "Python.h"
+        absent = [
+            what for what, there in (("no C compiler", c_compiler), (f"no {header}", header.is_file())) if not there
+        ]
+        detail = (
+            f"{' and '.join(absent)}: Triton compiles AutoEP's kernels on the GPU node" if absent else str(c_compiler)
+        )
+        fix = "apt-get install gcc python3-dev, module load gcc in slurm/site.env, or distributed.ep: 1"
+        yield judged(group, "C compiler for Triton", not absent, detail, fix)
     compiler = next((found for name in ("c++", "g++", "clang++") if (found := find_program(name))), None)
     if compiler:
         yield Check(group, "C++ compiler", "OK", compiler)

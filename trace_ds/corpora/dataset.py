@@ -44,9 +44,6 @@ class Batch:
     counted_BS: torch.Tensor
     document_ids_BS: torch.Tensor
 
-    def to(self, device: torch.device) -> Batch:
-        return Batch(*(value.to(device) for value in vars(self).values()))
-
 
 class FlatArray:
     """Arrays that follow each other along the first axis, sliced as if they were one (``ValueError``: none at all)."""

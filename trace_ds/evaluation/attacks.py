@@ -39,6 +39,7 @@ from trace_ds.errors import UserError
 from trace_ds.evaluation.language_model import LanguageModel
 from trace_ds.models.attention import packed
 from trace_ds.models.routers import find_routers, logits_of, meta_model, places_of, routing_of
+from trace_ds.parallel.device import to_device
 from trace_ds.unlearning.step_rows import EpochRows, generator
 
 SHARE_STREAM, ORDER_STREAM = 11, 12
@@ -71,30 +72,32 @@ def relearn(
     trains = world is None or world.is_main
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=0.0) if trains else None
     curve: list[dict[str, Any]] = [{"step": 0, "loss": None, "scores": score()}]
-    loss = None
+    loss: torch.Tensor | None = None
     for step in range(settings.steps):
         if optimizer is not None:
             loss = _relearning_step(language_model, optimizer, forget.batch(order.at(step).tolist(), 0))
         if (step + 1) % settings.score_every == 0 or step + 1 == settings.steps:
             if world is not None and world.size > 1:
                 world.broadcast_tensors(parameter.data for parameter in model.parameters())
-            curve.append({"step": step + 1, "loss": loss, "scores": score()})
+            told = None if loss is None else float(loss)
+            curve.append({"step": step + 1, "loss": told, "scores": score()})
     return {"rows": count, "curve": curve}
 
 
-def _relearning_step(language_model: LanguageModel, optimizer: torch.optim.Optimizer, batch: Batch) -> float:
-    """One step of fine-tuning; returns its loss in nats per token."""
+def _relearning_step(language_model: LanguageModel, optimizer: torch.optim.Optimizer, batch: Batch) -> torch.Tensor:
+    """One step of fine-tuning; returns its loss in nats per token, a scalar on the device."""
     model, device = language_model.model, language_model.device
     model.train()
-    logits_BSV = model(input_ids=batch.input_ids_BS.to(device), **packed(model, batch.position_ids_BS, device)).logits
-    row_N, column_N = batch.counted_BS.nonzero(as_tuple=True)
-    target_N = batch.input_ids_BS[row_N, column_N + 1].to(device)
+    ids_BS = to_device(batch.input_ids_BS, device)
+    logits_BSV = model(input_ids=ids_BS, **packed(model, batch.position_ids_BS, device)).logits
+    row_N, column_N = to_device(batch.counted_BS.nonzero().T.contiguous(), logits_BSV.device)
+    target_N = ids_BS.to(logits_BSV.device)[row_N, column_N + 1]
     loss = functional.cross_entropy(logits_BSV[row_N, column_N].float(), target_N)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
     model.eval()
-    return float(loss.detach())
+    return loss.detach()
 
 
 @dataclass(frozen=True)
@@ -193,9 +196,10 @@ def without_experts(forbidden_LE: np.ndarray) -> Decide:
 
     def decide(layer: int, logits_TE: torch.Tensor, indices_TK: torch.Tensor) -> torch.Tensor:
         top_k = indices_TK.shape[1]
-        forbidden_E = torch.from_numpy(forbidden_LE[layer].astype(bool)).to(logits_TE.device)
+        forbidden_E = torch.from_numpy(forbidden_LE[layer].astype(bool))
         if int((~forbidden_E).sum()) < top_k:
             return indices_TK
+        forbidden_E = to_device(forbidden_E, logits_TE.device)
         return logits_TE.float().masked_fill(forbidden_E, -torch.inf).topk(top_k, dim=-1).indices
 
     return decide
@@ -216,7 +220,7 @@ class Decisions:
         passes = iter(self.passes)
 
         def decide(layer: int, logits_TE: torch.Tensor, indices_TK: torch.Tensor) -> torch.Tensor:
-            taken = torch.from_numpy(next(passes).astype(np.int64)).to(indices_TK.device)
+            taken = to_device(torch.from_numpy(next(passes).astype(np.int64)), logits_TE.device)
             if taken.shape != indices_TK.shape:
                 seen, wanted = tuple(indices_TK.shape), tuple(taken.shape)
                 raise ValueError(f"the original model read {wanted} tokens, this one {seen}")

@@ -26,6 +26,7 @@ import torch
 
 from trace_ds.corpora.dataset import TokenDataset
 from trace_ds.evaluation.language_model import LanguageModel
+from trace_ds.parallel.device import to_device
 
 TOKENS_PER_FORWARD = 1 << 14
 PSEUDO_COUNT = 0.5
@@ -108,13 +109,12 @@ def sample_routing(
         batch = dataset.batch(range(begin, min(begin + step, rows)), pad_id=0)
         with record_routing(model) as recorder:
             model(
-                input_ids=batch.input_ids_BS.to(device),
+                input_ids=to_device(batch.input_ids_BS, device),
                 logits_to_keep=1,
                 **packed(model, batch.position_ids_BS, device),
             )
-        counted = batch.counted_BS.reshape(-1)
-        chosen = [recorder.layer(layer)[1].cpu()[counted].numpy() for layer in range(layers)]
-        return np.stack(chosen, axis=1).astype(np.int32)
+        chosen_TLK = torch.stack([recorder.layer(layer)[1] for layer in range(layers)], dim=1).cpu()
+        return chosen_TLK[batch.counted_BS.reshape(-1)].numpy().astype(np.int32)
 
     def told(begin: int) -> None:
         if advance is not None:

@@ -26,6 +26,7 @@ import torch
 from trace_ds.errors import UserError
 from trace_ds.evaluation.batching import Sequence, plan_batches
 from trace_ds.models.attention import adopt, packed
+from trace_ds.parallel.device import to_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -200,7 +201,7 @@ class LanguageModel:
             ids_BS[number, : len(row.ids)] = torch.tensor(row.ids)
         start = min(row.first for row in rows) - 1  # the logits at position t predict token t + 1
         output = self.model(
-            input_ids=ids_BS.to(self.device),
+            input_ids=to_device(ids_BS, self.device),
             logits_to_keep=length - start,
             **packed(self.model, torch.arange(length).expand(len(rows), -1), self.device),
         )
@@ -209,19 +210,21 @@ class LanguageModel:
         row_N = torch.tensor([n for n, size in enumerate(sizes) for _ in range(size)])
         token_N = torch.tensor([t for row in rows for t in range(row.first, len(row.ids))])
         device = logits_BSV.device
-        target_N = ids_BS[row_N, token_N].to(device)
-        logits_NV = logits_BSV[row_N.to(device), (token_N - 1 - start).to(device)].float()
+        target_N = to_device(ids_BS[row_N, token_N], device)
+        logits_NV = logits_BSV[to_device(row_N, device), to_device(token_N - 1 - start, device)].float()
         log_normaliser_N = torch.logsumexp(logits_NV, -1)
         log_prob_N = logits_NV.gather(-1, target_N[:, None])[:, 0] - log_normaliser_N
-        if not bool(torch.isfinite(log_prob_N).all()):
-            raise Diverged
-        columns = [log_prob_N, logits_NV.argmax(-1) == target_N]
+        columns = [log_prob_N, (logits_NV.argmax(-1) == target_N).float()]
         if moments:
             log_prob_NV = logits_NV - log_normaliser_N[:, None]
             prob_NV = log_prob_NV.exp()
             mean_N = (prob_NV * log_prob_NV).sum(-1)
             columns += [mean_N, (prob_NV * (log_prob_NV - mean_N[:, None]) ** 2).sum(-1).sqrt()]
-        arrays = [np.split(column.cpu().numpy(), np.cumsum(sizes)[:-1]) for column in columns]
+        log_prob, is_argmax, *rest = torch.stack(columns).cpu().numpy()  # the one wait for the device
+        if not np.isfinite(log_prob).all():
+            raise Diverged
+        cuts = np.cumsum(sizes)[:-1]
+        arrays = [np.split(column, cuts) for column in (log_prob, is_argmax.astype(bool), *rest)]
         return [TokenScores(*values) for values in zip(*arrays, strict=True)]
 
     @torch.inference_mode()
@@ -259,8 +262,8 @@ class LanguageModel:
             ids_BS[number, longest - len(ids) :] = torch.tensor(ids)
             mask_BS[number, longest - len(ids) :] = 1
         output_BS = self.model.generate(
-            input_ids=ids_BS.to(self.device),
-            attention_mask=mask_BS.to(self.device),
+            input_ids=to_device(ids_BS, self.device),
+            attention_mask=to_device(mask_BS, self.device),
             generation_config=GenerationConfig(
                 do_sample=False, max_new_tokens=max(lengths), eos_token_id=eos, pad_token_id=self.pad_id
             ),

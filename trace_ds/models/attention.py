@@ -24,6 +24,7 @@ import torch
 from torch.nn import functional
 
 from trace_ds.models.families import FAMILIES
+from trace_ds.parallel.device import to_device
 
 NAME = "trace_ds_documents"  # among transformers' implementations of attention
 # Documents no longer than the last are filled up to one of these lengths: few calls, whatever the corpus. A document's
@@ -89,7 +90,7 @@ class Documents:
 
 
 def _on(device: torch.device, array: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(array).to(device, non_blocking=True)
+    return to_device(torch.from_numpy(array), device)
 
 
 def refusal(model: Any) -> str | None:
@@ -129,7 +130,7 @@ def packed(model: Any, position_ids_BS: torch.Tensor, device: torch.device) -> d
 
     ``use_cache=False`` matters: with a cache, transformers' own attention does not stay inside documents.
     """
-    inputs: dict[str, Any] = {"position_ids": position_ids_BS.to(device, non_blocking=True), "use_cache": False}
+    inputs: dict[str, Any] = {"position_ids": to_device(position_ids_BS, device), "use_cache": False}
     if model.config._attn_implementation == NAME:
         documents = Documents.of(position_ids_BS, device)
         # Four dimensions are a mask ready-made to transformers: it makes none, nor looks at the positions, and passes

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from trace_ds.errors import UserError
+from trace_ds.parallel.device import to_device
 from trace_ds.parallel.environment import (
     complete_launch,
     free_port,
@@ -153,7 +154,7 @@ class World:
             raise AgreedError
 
     def _reduce(self, values: np.ndarray, dtype: type, operation: Any) -> np.ndarray:
-        tensor = torch.from_numpy(np.ascontiguousarray(values, dtype=dtype)).to(self.device, copy=True)
+        tensor = to_device(torch.from_numpy(np.array(values, dtype=dtype)), self.device)
         dist.all_reduce(tensor, op=operation)
         return tensor.cpu().numpy()
 

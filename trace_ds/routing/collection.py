@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from trace_ds.errors import StopRequested, UserError
 from trace_ds.models.attention import packed
 from trace_ds.models.routers import RoutingRecorder, moe_decoder_layers, record_output, record_routing
 from trace_ds.models.token_nll import chunked_nll
+from trace_ds.parallel.device import event_now, to_device
 from trace_ds.parallel.world import World
 from trace_ds.routing.counter import RoutingCounter
 from trace_ds.routing.statistics import RoutingStatistics
@@ -121,14 +122,14 @@ class Collection:
         tokens = slice(*(int(self.dataset.row_starts_R1[row]) - self.first_token for row in (first_row, last_row)))
         rows = slice(first_row - self.begin, last_row - self.begin)
         filled_T = (batch.document_ids_BS.reshape(-1) >= 0).nonzero().squeeze(1)
-        real_T = filled_T.to(device, non_blocking=True)
+        real_T = to_device(filled_T, device)
         if self.recording.rows and last_row > first_row:
             self._keep("row_counts", rows, counts_BLE[: last_row - first_row])
         if self.recording.trace and len(real_T):
             self._keep("trace", tokens, self._trace(recorder, real_T))
         drawn = slice(*np.searchsorted(self.sampled, (tokens.start, tokens.stop)).tolist())
         if drawn.stop > drawn.start:
-            drawn_T = filled_T[torch.from_numpy(self.sampled[drawn] - tokens.start)].to(device, non_blocking=True)
+            drawn_T = to_device(filled_T[torch.from_numpy(self.sampled[drawn] - tokens.start)], device)
             self._keep("sample", drawn, self._trace(recorder, drawn_T))
         if self.recording.nll:
             assert number or head_is_all(model.lm_head, body[0], output.logits)
@@ -136,11 +137,9 @@ class Collection:
             if len(real_T):
                 self._keep("nll", tokens, nll_BS.reshape(-1)[real_T])
         if self.recording.hidden_layer is not None and last_row > first_row:
-            means_BD = mean_over(middle[0], batch.counted_BS.to(device, non_blocking=True))
+            means_BD = mean_over(middle[0], to_device(batch.counted_BS, device))
             self._keep("hidden", rows, means_BD[: last_row - first_row])
-        if device.type == "cuda":
-            self._copied = torch.cuda.Event()
-            self._copied.record()
+        self._copied = event_now(device)
         return tokens.stop - tokens.start
 
     def _trace(self, recorder: RoutingRecorder, where_T: torch.Tensor) -> torch.Tensor:
@@ -273,7 +272,7 @@ def forward(engine: Any, batch: Batch, device: torch.device) -> Any:
     """A forward pass without gradients; logits are made for the last position only."""
     with torch.no_grad():
         return engine(
-            input_ids=batch.input_ids_BS.to(device, non_blocking=True),
+            input_ids=to_device(batch.input_ids_BS, device),
             logits_to_keep=1,
             **packed(engine.module, batch.position_ids_BS, device),
         )
@@ -315,9 +314,8 @@ def whole_head(head: nn.Module) -> Iterator[tuple[torch.Tensor, torch.Tensor | N
     """(weight, bias) of the language-model head, gathered when ZeRO-3 partitioned it (collective then)."""
     from trace_ds.parallel.world import quiet_deepspeed
 
-    parameters = list(head.parameters())
-    partitioned = any(hasattr(parameter, "ds_tensor") for parameter in parameters)
-    with quiet_deepspeed().zero.GatheredParameters(parameters, enabled=partitioned):
+    parameters = [parameter for parameter in head.parameters() if hasattr(parameter, "ds_tensor")]
+    with quiet_deepspeed().zero.GatheredParameters(parameters) if parameters else nullcontext():
         yield head.weight, head.bias  # type: ignore[misc]
 
 
@@ -325,8 +323,8 @@ def _batch_nll(head: nn.Module, hidden_BSD: torch.Tensor, batch: Batch) -> torch
     """Loss of the next token at counted positions, 0 elsewhere, fp32 [B, S] on the device of the hidden states."""
     device = hidden_BSD.device
     rows, columns = batch.counted_BS.nonzero(as_tuple=True)
-    targets_N = batch.input_ids_BS[rows, columns + 1].to(device, non_blocking=True)
-    rows, columns = rows.to(device, non_blocking=True), columns.to(device, non_blocking=True)
+    targets_N = to_device(batch.input_ids_BS[rows, columns + 1], device)
+    rows, columns = to_device(rows, device), to_device(columns, device)
     nll_BS = torch.zeros(batch.counted_BS.shape, dtype=torch.float32, device=device)
     with whole_head(head) as (weight_VD, bias_V):
         nll_BS[rows, columns] = chunked_nll(weight_VD, bias_V, hidden_BSD[rows, columns], targets_N)

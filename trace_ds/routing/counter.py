@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from trace_ds.models.routers import RoutingRecorder
+from trace_ds.parallel.device import to_device
 from trace_ds.parallel.world import World
 from trace_ds.routing.statistics import RoutingStatistics
 
@@ -87,9 +88,9 @@ class RoutingCounter:
         )
         documents, document_of_P = torch.unique_consecutive(pieces_P // len(counted_BS), return_inverse=True)
         sizes = torch.zeros(len(documents), dtype=torch.int64).index_add_(0, document_of_P, sizes_P)
-        flat_N = (rows_N * counted_BS.shape[1] + columns_N).to(self.device, non_blocking=True)
+        flat_N = to_device(rows_N * counted_BS.shape[1] + columns_N, self.device)
         local_N, document_of_P, row_of_P = (
-            item.to(self.device, non_blocking=True) for item in (local_N, document_of_P, pieces_P % len(counted_BS))
+            to_device(item, self.device) for item in (local_N, document_of_P, pieces_P % len(counted_BS))
         )
         decisions = [recorder.layer(number) for number in range(self.layers)]
         scores_LNK = torch.stack([scores_TK for scores_TK, _ in decisions])[:, flat_N].double()
@@ -131,7 +132,7 @@ class RoutingCounter:
             self._finish(counts.counts_LE[None], [counts.tokens])
 
     def _finish(self, counts_DLE: torch.Tensor, sizes: list[int]) -> None:
-        sizes_D = torch.tensor(sizes, dtype=torch.int64).to(self.device, non_blocking=True)
+        sizes_D = to_device(torch.tensor(sizes, dtype=torch.int64), self.device)
         self.square_LE += (counts_DLE * counts_DLE).sum(0)
         self.cross_LE += (counts_DLE * sizes_D[:, None, None]).sum(0)
         self.square_tokens += sum(size * size for size in sizes)

@@ -16,6 +16,7 @@ import torch
 
 from trace_ds.config.schema import FinetuneConfig, UnlearningConfig
 from trace_ds.corpora.dataset import Batch, FlatArray, TokenDataset
+from trace_ds.parallel.device import to_device
 from trace_ds.unlearning.step_rows import (
     CORPUS_STREAM,
     FORGET_STREAM,
@@ -39,6 +40,8 @@ class MicroBatch:
         reference_nll_BS: fp32, the frozen model's losses of the forget rows (zeros when not recorded).
         forget_rows: F.
         alternative: the rows preferred to the forget rows, one for each (dpo), in the same shape.
+        places_2N: int64, rows and columns of the counted positions in order, the first ``forget_places`` of them in the
+            forget rows; found here, on the host, since on a device their number must be waited for.
     """
 
     input_ids_BS: torch.Tensor
@@ -48,13 +51,23 @@ class MicroBatch:
     reference_nll_BS: torch.Tensor
     forget_rows: int
     alternative: MicroBatch | None = None
+    places_2N: torch.Tensor = None  # type: ignore[assignment]
+    forget_places: int = -1
+
+    def __post_init__(self) -> None:
+        if self.places_2N is None:
+            object.__setattr__(self, "places_2N", self.counted_BS.nonzero().T.contiguous())
+            object.__setattr__(self, "forget_places", int(self.counted_BS[: self.forget_rows].sum()))
 
     def to(self, device: torch.device) -> MicroBatch:
+        """The same rows on ``device``; the host does not wait."""
         moved: dict[str, Any] = {
-            name: value.to(device)
+            name: to_device(value, device)
             for name, value in vars(self).items()
-            if isinstance(value, torch.Tensor | MicroBatch) and name != "position_ids_BS"
+            if isinstance(value, torch.Tensor) and name != "position_ids_BS"
         }
+        if self.alternative is not None:
+            moved["alternative"] = self.alternative.to(device)
         return replace(self, **moved)
 
 

@@ -15,6 +15,7 @@ import torch
 from trace_ds.config.schema import UnlearningConfig
 from trace_ds.corpora.dataset import Batch
 from trace_ds.models.token_nll import nll, weighted_sum
+from trace_ds.parallel.device import to_device
 from trace_ds.unlearning.batches import CorpusStep, MicroBatch, Step
 from trace_ds.unlearning.forward import HeadRequest, forward
 from trace_ds.unlearning.loss import Objective
@@ -31,12 +32,13 @@ class Goal(Protocol):
         """Weight of each term in the loss of the next step, by the term's name (in the log, ``loss_NAME``)."""
         ...
 
-    def terms(self, engine: Any, batch: Any, step: Any) -> dict[str, torch.Tensor]:
-        """Scalars with gradient: sums over this rank's micro-batch, divided by the global counts of the step."""
+    def terms(self, engine: Any, batch: Any, step: Any, device: torch.device) -> dict[str, torch.Tensor]:
+        """Scalars with gradient, by the names of :attr:`factors`: sums over this rank's micro-batch (which is on the
+        host), divided by the global counts of the step."""
         ...
 
-    def local_sums(self) -> np.ndarray:
-        """What this rank adds to the step's all-reduce, float64; starts anew for the next step."""
+    def local_sums(self) -> torch.Tensor | None:
+        """What this rank adds to the step's all-reduce, float64 on its device, or None; starts anew then."""
         ...
 
     def follow(self, sums: np.ndarray, step: Any, losses: dict[str, float]) -> dict[str, float]:
@@ -57,11 +59,11 @@ class NextToken:
 
     factors = {"nll": 1.0}  # noqa: RUF012 (a constant)
 
-    def terms(self, engine: Any, batch: Batch, step: CorpusStep) -> dict[str, torch.Tensor]:
-        return {"nll": next_token_nll(engine, batch).sum() / max(step.tokens, 1)}
+    def terms(self, engine: Any, batch: Batch, step: CorpusStep, device: torch.device) -> dict[str, torch.Tensor]:
+        return {"nll": next_token_nll(engine, batch, device).sum() / max(step.tokens, 1)}
 
-    def local_sums(self) -> np.ndarray:
-        return np.zeros(0)
+    def local_sums(self) -> None:
+        return None
 
     def follow(self, sums: np.ndarray, step: CorpusStep, losses: dict[str, float]) -> dict[str, float]:
         return {}
@@ -73,12 +75,13 @@ class NextToken:
         return {}
 
 
-def next_token_nll(engine: Any, batch: Batch) -> torch.Tensor:
-    """NLL of the counted tokens of a batch on the engine's device, fp32 [N]."""
-    rows_N, columns_N = batch.counted_BS.nonzero(as_tuple=True)
-    targets_N = batch.input_ids_BS[rows_N, columns_N + 1]
+def next_token_nll(engine: Any, batch: Batch, device: torch.device) -> torch.Tensor:
+    """NLL of the counted tokens of a batch that is on the host, fp32 [N] on ``device``."""
+    rows_N, columns_N = to_device(batch.counted_BS.nonzero().T.contiguous(), device)
+    ids_BS = to_device(batch.input_ids_BS, device)
+    targets_N = ids_BS[rows_N, columns_N + 1]
     request = HeadRequest(rows_N, columns_N, lambda logits_CV, part: nll(logits_CV, targets_N[part]))
-    return forward(engine, batch.input_ids_BS, batch.position_ids_BS, requests=[request]).values[0]
+    return forward(engine, ids_BS, batch.position_ids_BS, requests=[request]).values[0]
 
 
 @dataclass
@@ -101,7 +104,8 @@ class Unlearning:
         anchor = {"anchor": 1.0} if self.settings.seuf is not None else {}
         return {"forget": self.settings.gamma, "retain": self.multiplier.alpha} | anchor
 
-    def terms(self, engine: Any, batch: MicroBatch, step: Step) -> dict[str, torch.Tensor]:
+    def terms(self, engine: Any, batch: MicroBatch, step: Step, device: torch.device) -> dict[str, torch.Tensor]:
+        batch = batch.to(device)
         with self.weights.recording():
             losses = self.objective(engine, batch)
         counts = {"token": step.forget_tokens, "sequence": step.forget_sequences}
@@ -113,7 +117,7 @@ class Unlearning:
             terms["anchor"] = losses.penalty / max(step.forget_tokens, 1)
         return terms
 
-    def local_sums(self) -> np.ndarray:
+    def local_sums(self) -> torch.Tensor | None:
         return self.weights.local_sums()
 
     def follow(self, sums: np.ndarray, step: Step, losses: dict[str, float]) -> dict[str, float]:

@@ -66,12 +66,11 @@ def measure(reference: Any, layer: int, world: World, batches: Batches) -> Hidde
             with torch.no_grad():
                 hidden_BSD = forward(reference, batch.input_ids_BS, batch.position_ids_BS, layer=layer).layer_BSD
             assert hidden_BSD is not None
-            norm_BS = hidden_BSD.float().norm(dim=-1)
-            forget_BS = torch.zeros_like(batch.counted_BS)
+            norm_BS = hidden_BSD.float().norm(dim=-1).cpu()
+            forget_BS = torch.zeros_like(micro_batch.counted_BS)
             forget_BS[: batch.forget_rows] = True
-            norm_N, offset_N, forget_N = (
-                x[batch.counted_BS].cpu().numpy() for x in (norm_BS, batch.position_ids_BS, forget_BS)
-            )
+            tensors = norm_BS, micro_batch.position_ids_BS, forget_BS
+            norm_N, offset_N, forget_N = (x[micro_batch.counted_BS].numpy() for x in tensors)
             totals += [float(norm_N[forget_N].astype(np.float64).sum()), int(forget_N.sum())]
             parts.append((norm_N, offset_N, forget_N))
     totals = world.sum_float64(totals)

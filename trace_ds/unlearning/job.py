@@ -32,7 +32,7 @@ class StepRows(Protocol):
 
 
 class NumericalFailure(JobFailed):
-    """A loss or gradient is NaN or infinite: the step was not taken, the last checkpoint stands."""
+    """A loss or gradient is NaN or infinite: nothing of the step is saved, the last checkpoint stands."""
 
 
 @contextmanager
@@ -148,7 +148,7 @@ def require_finite(engine: Any, world: World, goal: Goal, rows: StepRows, done: 
     data = rows.at(done, world.rank, world.size)
     with torch.no_grad():
         for micro_batch in data.micro_batches[:1]:
-            losses += sum(float(term) for term in goal.terms(engine, micro_batch.to(world.device), data).values())
+            losses += sum(float(term) for term in goal.terms(engine, micro_batch, data, world.device).values())
     goal.local_sums()  # this pass is no part of the next step
     engine.train()
     if world.max_int(int(not (math.isfinite(losses) and finite_state(engine)))):
@@ -187,37 +187,41 @@ def run_step(
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
     factors = goal.factors
-    sums = dict.fromkeys(factors, 0.0)
+    # Of this rank. They stay on the device until the step is made: whoever reads them waits for the backward pass.
+    sums = torch.zeros(len(factors), dtype=torch.float64, device=world.device)
     accumulation = len(data.micro_batches)
     for number, micro_batch in enumerate(data.micro_batches):
         engine.set_gradient_accumulation_boundary(number == accumulation - 1)
-        terms = goal.terms(engine, micro_batch.to(world.device), data)
-        for name, term in terms.items():
-            sums[name] += float(term.detach())
+        terms = goal.terms(engine, micro_batch, data, world.device)
+        sums += torch.stack([terms[name].detach().double() for name in factors])
         engine.backward(sum(factors[name] * term for name, term in terms.items()) * world.size * accumulation)
     # One collective a step: the losses (and whether every rank's are finite), and what the goal needs to know.
-    totals = world.sum_float64(np.concatenate([list(sums.values()), goal.local_sums()]))
-    losses = dict(zip(sums, totals.tolist(), strict=False))
-    if not np.isfinite(list(losses.values())).all():
-        here = ", ".join(f"{name} {value}" for name, value in sums.items())
-        raise NumericalFailure(
-            f"the loss is not finite in step {step + 1} ({here} on this rank); the step was not taken and the last "
-            "checkpoint stands; lower the learning rate or the weights of the losses"
-        )
+    own = goal.local_sums()
+    totals = sums.clone() if own is None else torch.cat([sums, own])
+    world.sum_in_place(totals)
     engine.step()
-    told = goal.follow(totals[len(sums) :], data, losses)
-    norm = engine.get_global_grad_norm()
-    norm = float(norm) if norm is not None else 0.0  # None: the user's DeepSpeed settings turn it off
+    norm = engine.get_global_grad_norm()  # None: the user's DeepSpeed settings turn it off
+    norm_1 = norm.reshape(1).to(sums) if isinstance(norm, torch.Tensor) else sums.new_full((1,), norm or 0.0)
+    read = torch.cat([norm_1, sums, totals]).tolist()  # the one wait for the device
+    norm, here, summed = read[0], read[1 : 1 + len(factors)], read[1 + len(factors) :]
+    losses = dict(zip(factors, summed, strict=False))
+    if not np.isfinite(list(losses.values())).all():
+        told = ", ".join(f"{name} {value}" for name, value in zip(factors, here, strict=True))
+        raise NumericalFailure(
+            f"the loss is not finite in step {step + 1} ({told} on this rank); nothing of the step is saved and the "
+            "last checkpoint stands; lower the learning rate or the weights of the losses"
+        )
     # DeepSpeed has seen it too, on all ranks alike, and has not taken the step
     if not np.isfinite(norm) or not engine.was_step_applied():
         raise NumericalFailure(
             f"the gradient is not finite in step {step + 1} (the loss is); the step was not taken and the last "
             "checkpoint stands; lower the weights of the losses"
         )
+    followed = goal.follow(np.array(summed[len(factors) :]), data, losses)
     return {
         **{f"loss_{name}": value for name, value in losses.items()},
         "loss": sum(factors[name] * value for name, value in losses.items()),
         "grad_norm": norm,
         "lr": lr,
-        **told,
+        **followed,
     }

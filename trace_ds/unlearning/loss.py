@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from trace_ds.config.schema import UnlearningConfig
 from trace_ds.models.token_nll import nll
+from trace_ds.parallel.device import to_device
 from trace_ds.unlearning import objectives
 from trace_ds.unlearning.batches import MicroBatch
 from trace_ds.unlearning.forward import HeadRequest, forward
@@ -106,24 +107,27 @@ class ForgetRetain:
             ids_BS = torch.cat([ids_BS, other.input_ids_BS])
             positions_BS = torch.cat([positions_BS, other.position_ids_BS])
             counted_BS = torch.cat([counted_BS, other.counted_BS])
-        sides: dict[str, tuple[int, int, str]] = {}
+        sides: dict[str, tuple[slice, torch.Tensor, str]] = {}  # its rows, its counted places and its token loss
         if loss != "rmu":
-            sides["forget"] = (0, first_retain, "nll" if loss in SEQUENCE_LOSSES else loss)
+            places_2N = batch.places_2N[:, : batch.forget_places]
+            sides["forget"] = (slice(first_retain), places_2N, "nll" if loss in SEQUENCE_LOSSES else loss)
         heard_BS = counted_BS
         for offset in self.sinks:
-            heard_BS = heard_BS & (positions_BS != offset)
+            heard_BS = heard_BS & to_device(positions_BS != offset, counted_BS.device)
         retain_loss = self.settings.retain_term
         if retain_loss != "hidden_mse":
-            sides["retain"] = (first_retain, end_retain, retain_loss)
+            places_2N = batch.places_2N[:, batch.forget_places :]
+            sides["retain"] = (slice(first_retain, end_retain), places_2N, retain_loss)
         if batch.alternative is not None:
-            sides["alternative"] = (end_retain, len(counted_BS), "nll")
+            rows_N, columns_N = batch.alternative.places_2N
+            sides["alternative"] = (slice(end_retain, None), torch.stack([rows_N + end_retain, columns_N]), "nll")
         frozen = self._frozen_pass(ids_BS[:end_retain], positions_BS[:end_retain], first_retain)
-        requests = [self._request(ids_BS, counted_BS, *side, frozen) for side in sides.values()]
+        requests = [self._request(ids_BS, places_2N, name, frozen) for _, places_2N, name in sides.values()]
         with router_logits(engine.module, self.anchor.moe_layer if self.anchor else None) as logits:
             found = forward(engine, ids_BS, positions_BS, layer=self.needs.layer, requests=requests)
         values = {
-            side: _in_place(counted_BS, request, value_N)[sides[side][0] : sides[side][1]]
-            for side, request, value_N in zip(sides, requests, found.values, strict=True)
+            side: _in_place(counted_BS, request, value_N)[rows]
+            for (side, (rows, _, _)), request, value_N in zip(sides.items(), requests, found.values, strict=True)
         }
         if retain_loss == "hidden_mse":
             assert found.layer_BSD is not None
@@ -175,17 +179,8 @@ class ForgetRetain:
             )
         return _FrozenStates(begin, found.layer_BSD, found.last_BSD, self.frozen.head_VD)
 
-    def _request(
-        self,
-        ids_BS: torch.Tensor,
-        counted_BS: torch.Tensor,
-        begin: int,
-        end: int,
-        name: str,
-        frozen: _FrozenStates,
-    ) -> HeadRequest:
-        rows_N, columns_N = counted_BS[begin:end].nonzero(as_tuple=True)
-        rows_N = rows_N + begin
+    def _request(self, ids_BS: torch.Tensor, places_2N: torch.Tensor, name: str, frozen: _FrozenStates) -> HeadRequest:
+        rows_N, columns_N = places_2N
         targets_N = ids_BS[rows_N, columns_N + 1]
         token_loss = TOKEN_LOSSES[name](self.settings)
         frozen_ND = frozen.last(rows_N, columns_N) if name in FROZEN_LOGITS else None

@@ -35,6 +35,7 @@ from torch import nn
 
 from trace_ds.config.schema import UnlearningConfig
 from trace_ds.models.routers import RoutingRecorder, record_routing
+from trace_ds.parallel.device import to_device
 from trace_ds.run.artefact import Artefact
 from trace_ds.unlearning.batches import MicroBatch
 
@@ -51,9 +52,10 @@ class RetainWeights:
         """Weights of the retain rows, fp32 [R, S], 0 where nothing is counted; after :meth:`recording`."""
         return batch.weights_BS[batch.forget_rows :]
 
-    def local_sums(self) -> np.ndarray:
-        """What this rank adds to the step's all-reduce, float64; starts anew for the next step."""
-        return np.zeros(0)
+    def local_sums(self) -> torch.Tensor | None:
+        """What this rank adds to the step's all-reduce, float64 on its device (None: nothing); starts anew for the next
+        step."""
+        return None
 
     def follow(self, sums: np.ndarray, forget_tokens: int, retain_tokens: int) -> dict[str, float]:
         """Take in the global sums of the step that was just made; returns numbers for the log."""
@@ -97,7 +99,7 @@ class OnlineWeights(RetainWeights):
 
     def set(self, theta_LE: np.ndarray, log_mean: float) -> None:
         self.theta_LE, self.log_mean = theta_LE, log_mean
-        self._theta = torch.from_numpy(np.ascontiguousarray(theta_LE)).to(self._device)
+        self._theta = to_device(torch.from_numpy(np.ascontiguousarray(theta_LE)), self._device)
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
@@ -148,8 +150,8 @@ class OnlineWeights(RetainWeights):
                 dense_TE.scatter_(1, indices.reshape(len(weight_T), -1), 1.0)
                 self._sums_2LE[side, layer] += weight_T @ dense_TE
 
-    def local_sums(self) -> np.ndarray:
-        sums = np.concatenate([self._mass.cpu().numpy(), self._sums_2LE.cpu().numpy().reshape(-1)])
+    def local_sums(self) -> torch.Tensor:
+        sums = torch.cat([self._mass, self._sums_2LE.reshape(-1)])
         self._mass.zero_()
         self._sums_2LE.zero_()
         return sums

@@ -157,7 +157,12 @@ def hold(model: nn.Module, trained: Trained) -> None:
 
 
 def _zeroing(held_E: torch.Tensor) -> Any:
+    there: dict[torch.device, torch.Tensor] = {}  # copied once: each copy would be waited for
+
     def zero(gradient_EXX: torch.Tensor) -> torch.Tensor:
-        return gradient_EXX.masked_fill(held_E.to(gradient_EXX.device)[:, None, None], 0.0)
+        device = gradient_EXX.device
+        if device not in there:
+            there[device] = held_E.to(device)
+        return gradient_EXX.masked_fill(there[device][:, None, None], 0.0)
 
     return zero

@@ -44,7 +44,8 @@ def training_engine(
                 "betas": list(optimizer.betas),
                 "eps": optimizer.eps,
                 "weight_decay": optimizer.weight_decay,
-                "torch_adam": True,  # no JIT compilation of a fused optimizer
+                "torch_adam": True,  # no JIT compilation of DeepSpeed's own
+                **({"fused": True} if world.device.type == "cuda" else {}),  # 28 bytes moved a parameter, not 72
             },
         },
     }

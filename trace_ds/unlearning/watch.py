@@ -95,15 +95,16 @@ class Evaluator:
         for rows in filled.reshape(passes, self._batch_rows):
             batch = held.dataset.batch(rows.tolist(), pad_id=0)
             with record_routing(engine.module) as recorder:
-                nll_N = next_token_nll(engine, batch.to(self._world.device))
+                nll_N = next_token_nll(engine, batch, self._world.device)
             counted = batch.counted_BS.reshape(-1)
             sums[:2] += [float(nll_N.double().sum()), int(counted.sum())]
             before = held.before(rows, batch.counted_BS.shape[1])
             if before is None:
                 continue
             places_N, before_NLK = before
+            after_LTK = torch.stack([recorder.layer(layer)[1] for layer in range(layers)]).cpu().numpy()
             for layer in range(layers):
-                after_NK = recorder.layer(layer)[1].cpu().numpy()[places_N]
+                after_NK = after_LTK[layer, places_N]
                 common_N = (before_NLK[:, layer, :, None] == after_NK[:, None, :]).any(2).sum(1)
                 sums[2:] += [common_N.sum(), after_NK.size]
         return sums

@@ -1,0 +1,55 @@
+"""The acceptance run for a GPU goes through on a CPU, all parts of it (small: the numbers mean nothing)."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tools import gpu_acceptance
+
+TOOL = Path(gpu_acceptance.__file__)
+
+
+def accept(*arguments: str) -> tuple[int, dict[str, Any]]:
+    command = [sys.executable, str(TOOL), "--device", "cpu", "--tiny", *arguments]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert ended.stdout, ended.stderr
+    return ended.returncode, json.loads(ended.stdout)
+
+
+@pytest.mark.slow
+def test_every_part_goes_through() -> None:
+    status, found = accept()
+    assert status == 0 and found["ok"], found
+    parts = found["parts"]
+    assert parts.keys() == gpu_acceptance.PARTS.keys()
+    assert {job: held["worst"][1] for job, held in parts["correct_unlearn"].items() if job in gpu_acceptance.JOBS} == (
+        dict.fromkeys(gpu_acceptance.JOBS, 0.0)  # the device is the CPU: the very same numbers
+    )
+    assert all(parts["correct_collect"][family]["worst"][1] == 0.0 for family in gpu_acceptance.TINY)
+    for name, part in parts.items():
+        if not name.startswith("correct"):
+            assert all(held["tokens_per_s"] > 0 for held in part.values() if isinstance(held, dict))
+            assert any(key.startswith("speedup") and value > 0 for key, value in part.items())
+
+
+def test_a_part_that_fails_leaves_the_others(tmp_path: Path) -> None:
+    """Of a DeepSpeed that cannot be imported (out of a wheel that lies beside) only the part that needs it is told."""
+    with zipfile.ZipFile(tmp_path / "deepspeed-0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("deepspeed/__init__.py", "raise ImportError('this DeepSpeed is broken')")
+    status, found = accept("--wheels", str(tmp_path), "--only", "zero3_mixtral", "unlearn_mixtral")
+    assert status == 1 and not found["ok"]
+    assert "this DeepSpeed is broken" in found["parts"]["zero3_mixtral"]["error"]
+    assert found["parts"]["unlearn_mixtral"]["speedup"] > 0
+
+
+def test_a_part_that_takes_too_long_is_ended() -> None:
+    options = gpu_acceptance.parse(["--device", "cpu", "--tiny"])
+    found = gpu_acceptance.run_part("correct_collect", options, 0.5)
+    assert not found["ok"] and found["error"] == "not done after 0 s"

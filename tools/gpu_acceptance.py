@@ -1,0 +1,674 @@
+#!/usr/bin/env python3
+"""The first hour on a GPU, in nine minutes: is it right there, and what does it cost?
+
+    python tools/gpu_acceptance.py                         # one GPU of 80 GB; prints one JSON object
+    python tools/gpu_acceptance.py --device cpu --tiny     # the whole path, in a minute, without a GPU
+
+It needs torch and transformers, and nothing installed of this package: `python` from an image, and this checkout. What
+else is missing there (pyarrow, pydantic) may lie as wheels in a folder (--wheels; they are unpacked, not installed).
+Nothing is downloaded; weights are random. With DeepSpeed, training steps are measured under its ZeRO-3 as well.
+
+Each part is a process of its own with a time limit, so what goes wrong in one is told and the others go on:
+
+* `correct_collect`, `correct_unlearn`: what the pass and the step compute on tiny models, against the CPU in fp32, and
+  how often the host waits for the device (at most once a batch and twice a step).
+* `collect_SHAPE`: tokens per second of collecting against plain transformers forward passes, four documents in a row.
+* `unlearn_SHAPE`: an NPO step of ours against the loop that people write (whole logits, the frozen model beside it,
+  attention across documents), the same rows, weights in bf16 under fused AdamW and recomputation in both;
+  `zero3_SHAPE` the same under ZeRO-3.
+
+MFU is that of the parameters that take part (2 FLOPs each and token forward, 6 in training; attention and recomputation
+are not counted) against the card's dense bf16 peak. The exit status is 0 if no part failed or was wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from tools import bench_collect  # noqa: E402
+
+# Of the published shapes, so that weights, moments and a frozen copy fit in 80 GB.
+TRAINED_LAYERS = {"mixtral": 2, "qwen3_moe": 4}
+COMMON = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+COMMON |= {"num_key_value_heads": 2}
+LATENT = {"intermediate_size": 48, "moe_intermediate_size": 24, "n_routed_experts": 4, "n_shared_experts": 1}
+LATENT |= {"first_k_dense_replace": 1, "n_group": 2, "topk_group": 1, "q_lora_rank": 16, "kv_lora_rank": 16}
+LATENT |= {"qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "head_dim": 8, "num_key_value_heads": 4}
+TINY: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 4, "intermediate_size": 48, "num_experts_per_tok": 2},
+    "olmoe": {"num_experts": 4, "intermediate_size": 24, "num_experts_per_tok": 2},
+    "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 24, "intermediate_size": 48, "head_dim": 8}
+    | {"num_experts_per_tok": 2},
+    "deepseek_v2": LATENT | {"topk_method": "group_limited_greedy", "norm_topk_prob": False, "num_experts_per_tok": 2},
+    "deepseek_v3": LATENT | {"num_experts_per_tok": 2},
+}
+# Changes of the settings of a job; see objective_of for what is made beside them.
+JOBS: dict[str, dict[str, Any]] = {
+    **{loss: {"forget_loss": loss} for loss in ("rmu", "graddiff", "npo", "simnpo", "dpo", "wga", "satimp")},
+    **{loss: {"forget_loss": loss} for loss in ("undial", "ceu", "pdu")},
+    "adaptive": {"forget_loss": "rmu", "rmu": {"scale": "adaptive"}},
+    "kl": {"forget_loss": "npo", "retain_loss": "kl"},
+    "hidden_mse": {"forget_loss": "graddiff", "retain_loss": "hidden_mse"},
+    "sampled": {"forget_loss": "npo", "apply": "sampling"},
+    "online": {"forget_loss": "npo", "weights": "online"},
+    "seuf": {"forget_loss": "npo", "seuf": {"experts": 1}},
+    "grip": {"forget_loss": "npo", "grip": {"tokens": 8, "steps": 1}},
+    "recompute": {"forget_loss": "npo", "recompute": True},
+    "micro_batches": {"forget_loss": "graddiff", "micro_batch_rows": 2},
+    "finetune": {},
+}
+
+
+# --- small models, exactly -------------------------------------------------------------------------------------------
+
+
+def tiny_model(family: str, device: Any, *, recompute: bool = False, bf16: bool = False) -> Any:
+    """A random model whose routers decide something (the usual initialisation is nearly flat)."""
+    import torch
+
+    from trace_ds.models.attention import adopt
+
+    model = bench_collect.build(family, COMMON | TINY[family], torch.float32, "cpu", "grouped_mm")
+    adopt(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("gate.weight"):
+                parameter.mul_(25.0)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.uniform_(-0.1, 0.1, generator=torch.Generator().manual_seed(0))
+    if recompute:
+        model.gradient_checkpointing_enable({"use_reentrant": False, "early_stop": False})
+    return model.to(device, torch.bfloat16) if bf16 else model.to(device)
+
+
+def ragged_rows(folder: Path, name: str, rows: int = 12, length: int = 40) -> Any:
+    """A token dataset: three documents in a row, rows of three lengths; the same for the same name."""
+    import numpy as np
+
+    from trace_ds.corpora.dataset import TokenDataset, write_rows
+    from trace_ds.corpora.pack import PackedRow
+
+    draw = np.random.default_rng(sum(map(ord, name)))
+    packed = []
+    for row in range(rows):
+        local = (np.arange(length - row % 3) // -(-length // 3)).astype(np.int32)
+        packed.append(PackedRow(draw.integers(0, 300, len(local), dtype=np.int32), local + np.int32(3 * row)))
+    write_rows(folder / f"{name}.arrow", packed)
+    return TokenDataset.open(folder / f"{name}.arrow")
+
+
+def collect(model: Any, world: Any, dataset: Any, folder: Path) -> dict[str, Any]:
+    """Everything that a pass can record, as arrays by name."""
+    from dataclasses import asdict
+
+    import numpy as np
+
+    from trace_ds.routing.collection import Collection
+    from trace_ds.routing.token_files import Recording
+    from trace_ds.run.log import StageLog
+
+    collection = Collection(
+        Engine(model),
+        world,
+        dataset,
+        experts=4,
+        top_k=2,
+        recording=Recording(trace=True, nll=True, hidden_layer=1, rows=True, sample_tokens=70),
+        batch_rows=2,
+        directory=folder,
+    )
+    sums = asdict(collection.run(StageLog("collect", None, None), "rows", save_every=0))
+    return sums | {f"part {name}": np.array(part) for name, part in collection.parts.items()}
+
+
+class Engine:
+    """What the passes and the step need of an engine, for one process: a module, and AdamW where it is trained.
+
+    DeepSpeed's is not used: it may be missing, and knows no device but the machine's.
+    """
+
+    def __init__(self, model: Any, optimizer: Any = None, *, accumulation: int = 1, clipping: float = 1.0) -> None:
+        self.module, self.optimizer = model, optimizer
+        self._accumulation, self._clipping = accumulation, clipping
+        self._norm: Any = None
+
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
+        return self.module(*inputs, **named)
+
+    def train(self) -> None:
+        self.module.train()
+
+    def eval(self) -> None:
+        self.module.eval()
+
+    def set_gradient_accumulation_boundary(self, boundary: bool) -> None:
+        pass
+
+    def backward(self, loss: Any) -> None:
+        (loss / self._accumulation).backward()
+
+    def step(self) -> None:
+        import torch
+
+        self._norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), self._clipping)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def get_global_grad_norm(self) -> Any:
+        return self._norm
+
+    def was_step_applied(self) -> bool:
+        return True
+
+
+def adamw(model: Any, lr: float) -> Any:
+    import torch
+
+    on_gpu = next(model.parameters()).is_cuda
+    return torch.optim.AdamW(model.parameters(), lr=lr, fused=True if on_gpu else None)
+
+
+def unlearn(
+    job: str, family: str, world: Any, folder: Path, *, steps: int = 3, bf16: bool = False
+) -> tuple[list[dict[str, float]], Any, Any]:
+    """(what :func:`run_step` told of each step, the trained model, a function that makes another step)."""
+    import numpy as np
+    import torch
+
+    from trace_ds.config.schema import FinetuneConfig, UnlearningConfig
+    from trace_ds.corpora.dataset import FlatArray
+    from trace_ds.models.routers import moe_decoder_layers
+    from trace_ds.unlearning import grip, trainable
+    from trace_ds.unlearning.batches import Batches, CorpusBatches
+    from trace_ds.unlearning.goals import NextToken, Unlearning
+    from trace_ds.unlearning.job import run_step
+    from trace_ds.unlearning.multiplier import Multiplier
+    from trace_ds.unlearning.online_weights import OnlineWeights, RetainWeights
+
+    settings = UnlearningConfig(**{"forget_rows": 4, "retain_rows": 4, "apply": "loss", **JOBS[job]})
+    sides = {side: ragged_rows(folder, side) for side in ("forget", "retain", "alternative")}
+    draw = np.random.default_rng(3)
+    nll = {s: FlatArray([draw.uniform(3, 8, sides[s].tokens).astype(np.float32)]) for s in ("forget", "alternative")}
+    batches = Batches(
+        settings,
+        0,
+        sides["forget"],
+        sides["retain"],
+        FlatArray([draw.uniform(0.5, 2, sides["retain"].tokens).astype(np.float32)]),
+        draw.uniform(0.5, 2, len(sides["retain"])),
+        nll["forget"],
+        sides["alternative"] if job == "dpo" else None,
+        nll["alternative"],
+    )
+    model, frozen = (tiny_model(family, world.device, recompute=settings.recompute, bf16=bf16) for _ in range(2))
+    model.train().requires_grad_(True)
+    engine = Engine(model, adamw(model, 1e-3), accumulation=batches.micro_batches_per_step(world.size))
+    chosen = {1: (2,)} if settings.seuf is not None else None
+    trained = trainable.trained_by(model, settings, chosen, settings.last_layer(COMMON["num_hidden_layers"]))
+    trainable.hold(model, trained)
+    if settings.grip is not None:
+        grip.install(engine, batches, world, settings.grip)
+    objective = objective_of(settings, frozen, world.device)
+    weights = RetainWeights()
+    if settings.weights == "online":
+        scope = np.ones((len(moe_decoder_layers(model)), 4), dtype=bool)
+        theta, pace = np.zeros(scope.shape), {"step_size": 0.3, "decay": 0.1}
+        weights = OnlineWeights(model, theta, 0.0, 20.0, False, world.device, **pace, scope_LE=scope)
+
+    goal: Any = Unlearning(settings, objective, weights, Multiplier.of(settings, {}))
+    rows: Any = batches
+    if job == "finetune":
+        tuning = FinetuneConfig(models={"target": ["forget", "retain"]}, steps=4, batch_rows=4)
+        goal, rows = NextToken(), CorpusBatches(tuning, 0, [sides["forget"], sides["retain"]])
+
+    def step(number: int) -> dict[str, float]:
+        data = rows.at(number, world.rank, world.size)
+        told = run_step(engine, world, data, goal, settings, number)
+        world.max_int(0)  # as the loop does, which asks whether to stop
+        return told
+
+    torch.manual_seed(0)
+    return [step(number) for number in range(steps)], model, step
+
+
+def objective_of(settings: Any, frozen: Any, device: Any) -> Any:
+    """The losses of a job with its frozen model beside it, as ``unlearning/assemble.py`` makes them with DeepSpeed."""
+    import torch
+
+    from trace_ds.unlearning.loss import ForgetRetain, Frozen
+    from trace_ds.unlearning.needs import FrozenNeeds
+    from trace_ds.unlearning.objectives import rmu_target
+    from trace_ds.unlearning.seuf import Anchor
+
+    needs = FrozenNeeds.of(settings, frozen.config.num_hidden_layers)
+    copy = Frozen(Engine(frozen), frozen.lm_head.weight if needs.logits else None) if needs.stays else None
+    target = anchor = None
+    if settings.forget_loss == "rmu":
+        target = rmu_target(frozen.config.hidden_size, 0, settings.rmu.coefficient).to(device)
+    if settings.seuf is not None:
+        wanted = torch.tensor([0.0, 0.0, 1.0, 0.0]).to(device)
+        anchor = Anchor(1, wanted, settings.seuf.anchor)
+    return ForgetRetain(settings, needs, target, copy, anchor)
+
+
+# --- correctness on the device ---------------------------------------------------------------------------------------
+
+
+def lone_world(device: str) -> Any:
+    """A process group of this process alone, on ``device``; the GPU is the first one."""
+    import torch
+    from torch import distributed
+
+    from trace_ds.parallel.world import World
+
+    if not distributed.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+        distributed.init_process_group(backend, store=distributed.HashStore(), rank=0, world_size=1)
+    return World(0, 1, torch.device("cuda", 0) if device == "cuda" else torch.device(device))
+
+
+@contextmanager
+def counted_waits(device: Any) -> Iterator[Counter[tuple[str, str]]]:
+    """How often the host waits for the device inside, by line, as torch's debug mode tells (none on the CPU)."""
+    import torch
+
+    waits: Counter[tuple[str, str]] = Counter()
+    if device.type != "cuda":
+        yield waits
+        return
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield waits
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    waits.update(("waits", f"{w.filename}:{w.lineno}") for w in told if "synchronizing" in str(w.message))
+
+
+def waits_of_collect(family: str, world: Any, folder: Path, watch: Callable[[Any], Any] = counted_waits) -> Counter:
+    """The waits of six batches, by line: those that a pass over twelve batches has more than one over six.
+
+    In bf16 on a GPU: in fp32 torch multiplies by groups one after the other there, and waits for their sizes.
+    """
+    found = []
+    for rows in (12, 24):
+        model = tiny_model(family, world.device, bf16=world.device.type == "cuda")
+        dataset = ragged_rows(folder, "rows", rows)
+        with watch(world.device) as waits:
+            collect(model, world, dataset, folder)
+        found.append(waits)
+    return found[1] - found[0]
+
+
+def differences(one: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
+    """By name, the largest difference over the largest value (at least .001); of integers, the share that differs."""
+    import numpy as np
+
+    found = {}
+    for name in one:
+        a, b = np.asarray(one[name]), np.asarray(other[name])
+        if np.issubdtype(a.dtype, np.floating):
+            found[name] = float(np.abs(a - b).max(initial=0.0) / np.abs(a).max(initial=1e-3))
+        else:
+            found[name] = float((a != b).mean()) if a.size else 0.0
+    return found
+
+
+def correct_collect(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    world, cpu = lone_world(options.device), lone_world("cpu")
+    result: dict[str, Any] = {}
+    for family in TINY:
+        dataset = ragged_rows(folder, "rows")
+        here, there = (collect(tiny_model(family, w.device), w, dataset, folder) for w in (cpu, world))
+        found = differences(here, there)
+        waits = waits_of_collect(family, world, folder)
+        result[family] = {
+            "worst": max(found.items(), key=lambda item: item[1]),
+            "waits_per_batch": sum(waits.values()) / 6,
+            "waits": [[*key, number] for key, number in waits.items()],
+            "ok": max(found.values()) <= 1e-3 and sum(waits.values()) <= 6,
+        }
+    return result | {"ok": all(held["ok"] for held in result.values())}
+
+
+def correct_unlearn(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    world, cpu = lone_world(options.device), lone_world("cpu")
+    result: dict[str, Any] = {}
+    for job in JOBS:
+        here, there = (unlearn(job, "mixtral", w, folder) for w in (cpu, world))
+        sides = (here, there)
+        losses = [{f"{n} {key}": v for n, one in enumerate(side[0]) for key, v in one.items()} for side in sides]
+        weights = [{n: p.detach().cpu().numpy() for n, p in side[1].named_parameters()} for side in sides]
+        found = differences(*losses) | differences(*weights)
+        *_, step = unlearn(job, "mixtral", world, folder, steps=1, bf16=world.device.type == "cuda")
+        with counted_waits(world.device) as waits:
+            step(1)
+        result[job] = {
+            "worst": max(found.items(), key=lambda item: item[1]),
+            "waits_per_step": sum(waits.values()),
+            "waits": [[*key, number] for key, number in waits.items()],
+            "ok": max(found.values()) <= 1e-2 and sum(waits.values()) <= 2,
+        }
+    return result | {"ok": all(held["ok"] for held in result.values())}
+
+
+# --- speed -----------------------------------------------------------------------------------------------------------
+
+
+def shape_of(name: str, options: argparse.Namespace, layers: int | None = None) -> tuple[str, dict[str, Any]]:
+    family, shape = bench_collect.SHAPES[name]
+    if options.tiny:
+        shape = COMMON | TINY[family] | {"num_hidden_layers": 2}
+    elif layers is not None:
+        shape = shape | {"num_hidden_layers": layers}
+    return family, shape
+
+
+def told(seconds: float, tokens: int, flops: float, device: Any) -> dict[str, float]:
+    """One measurement, with the peak of memory since the last one."""
+    import torch
+
+    found = {"tokens_per_s": tokens / seconds, "seconds": seconds}
+    if device.type == "cuda":
+        card = torch.cuda.get_device_name()
+        peak = next((value for key, value in bench_collect.PEAK_FLOPS.items() if key in card), None)
+        found |= {"peak_bytes": torch.cuda.max_memory_allocated()} | ({"mfu": flops / seconds / peak} if peak else {})
+        torch.cuda.reset_peak_memory_stats()
+    return found
+
+
+def freed(device: Any) -> None:
+    import gc
+
+    import torch
+
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def bench_of_collect(name: str, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Tokens per second of plain forward passes and of collecting, in one process."""
+    import torch
+
+    from trace_ds.models.attention import adopt
+    from trace_ds.models.loading import ModelParts, leave_out
+
+    world = lone_world(options.device)
+    device, dtype = world.device, torch.float32 if options.tiny else torch.bfloat16
+    family, shape = shape_of(name, options)
+    rows, length, batch_rows, rounds = (4, 32, 2, 1) if options.tiny else (32, 2048, 8, 3)
+    dataset = bench_collect.dataset_of(folder, shape["vocab_size"], rows, length)
+    batches = [dataset.batch(range(first, first + batch_rows), pad_id=0) for first in range(0, rows, batch_rows)]
+    inputs = [(batch.input_ids_BS.to(device), batch.position_ids_BS.to(device)) for batch in batches]
+    tokens, result = rows * length, {}
+
+    def measure(key: str, model: Any, run: Callable[[], Any]) -> None:
+        flops = 2 * tokens * bench_collect.active_parameters(model, shape)
+        result[key] = told(bench_collect.median_s(run, rounds, device), tokens, flops, device)
+
+    for kernel in ("grouped_mm", "eager"):
+        model = bench_collect.build(family, shape, dtype, device, kernel)
+
+        @torch.no_grad()
+        def plain(*, packed: bool, model: Any = model) -> None:
+            for ids, positions in inputs:
+                model(input_ids=ids, position_ids=positions if packed else None, use_cache=False)
+
+        for way in ("packed", "causal"):
+            measure(f"plain {kernel} {way}", model, lambda packed=way == "packed", plain=plain: plain(packed=packed))
+        adopt(model)
+        for side in ("everything", "collect") if kernel == bench_collect.chosen_kernel(shape, device) else ():
+            if side == "collect":
+                leave_out(model, ModelParts(head=False, last_output=False), ep=1)
+            collecting = bench_collect.collecting(world, Engine(model), dataset, shape, batch_rows, folder, side)
+            measure(f"{side} {kernel}", model, collecting)
+            del collecting
+        del model, plain
+        freed(device)
+    best = {
+        side: max(held["tokens_per_s"] for key, held in result.items() if key.startswith(side))
+        for side in ("plain", "collect", "everything")
+    }
+    return result | {f"speedup_{side}": best[side] / best["plain"] for side in ("collect", "everything")}
+
+
+def bench_of_unlearn(name: str, options: argparse.Namespace, folder: Path, *, zero3: bool) -> dict[str, Any]:
+    """An NPO step, ours and the plain loop, one after the other in one process."""
+    import numpy as np
+    import torch
+    from torch.nn import functional
+
+    from trace_ds.config.schema import UnlearningConfig
+    from trace_ds.corpora.dataset import FlatArray
+    from trace_ds.models.attention import adopt
+    from trace_ds.unlearning.batches import Batches
+    from trace_ds.unlearning.goals import Unlearning
+    from trace_ds.unlearning.job import run_step
+    from trace_ds.unlearning.multiplier import Multiplier
+    from trace_ds.unlearning.online_weights import RetainWeights
+
+    if zero3:
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+        if options.device == "cpu":
+            os.environ["DS_ACCELERATOR"] = "cpu"
+    world = lone_world(options.device)
+    device, dtype = world.device, torch.float32 if options.tiny else torch.bfloat16
+    family, shape = shape_of(name, options, TRAINED_LAYERS[name])
+    rows, length, steps = (2, 32, 1) if options.tiny else (2, 2048, 6)
+    dataset = bench_collect.dataset_of(folder, shape["vocab_size"], 8 * rows, length)
+    settings = UnlearningConfig(forget_loss="npo", apply="loss", forget_rows=rows, retain_rows=rows)
+    ones = FlatArray([np.ones(dataset.tokens, dtype=np.float32)])
+    batches = Batches(settings, 0, dataset, dataset, ones, np.ones(len(dataset)), ones)
+    kernel = bench_collect.chosen_kernel(shape, device)
+
+    def engine() -> Any:
+        model = bench_collect.build(family, shape, dtype, device, kernel)
+        model.gradient_checkpointing_enable({"use_reentrant": False, "early_stop": False})
+        model.train().requires_grad_(True)
+        return zero3_engine(model) if zero3 else Engine(model, adamw(model, 1e-6))
+
+    def measured(step: Callable[[int], Any], model: Any) -> dict[str, float]:
+        freed(device)
+        numbers = iter(range(1000))
+        seconds = bench_collect.median_s(lambda: step(next(numbers)), steps, device)
+        flops = 6 * 2 * rows * length * bench_collect.active_parameters(Whole(model), shape)
+        return told(seconds, 2 * rows * length, flops, device)
+
+    def ours() -> dict[str, float]:
+        trained = engine()
+        adopt(trained.module)
+        objective = objective_of(settings, trained.module, device)
+        goal = Unlearning(settings, objective, RetainWeights(), Multiplier.of(settings, {}))
+
+        def step(number: int) -> None:
+            run_step(trained, world, batches.at(number, 0, 1), goal, settings, number)
+
+        return measured(step, trained.module)
+
+    def plain() -> dict[str, float]:
+        trained, frozen = engine(), bench_collect.build(family, shape, dtype, device, kernel)
+        beta = settings.npo.beta
+
+        def row_nll(net: Any, batch: Any, rows: slice) -> Any:
+            ids, counted = batch.input_ids_BS[rows], batch.counted_BS[rows]
+            logits = net(input_ids=ids, use_cache=False).logits[:, :-1].float()
+            flat = functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+            return (flat.view(len(ids), -1) * counted[:, :-1]).sum(1)
+
+        def step(number: int) -> None:
+            batch = batches.at(number, 0, 1).micro_batches[0].to(device)
+            forget, retain = slice(batch.forget_rows), slice(batch.forget_rows, None)
+            with torch.no_grad():
+                reference = row_nll(frozen, batch, forget)
+            gap = row_nll(trained, batch, forget) - reference
+            loss = -(2 / beta) * functional.logsigmoid(beta * gap).mean()
+            loss = loss + row_nll(trained, batch, retain).sum() / batch.counted_BS[retain].sum()
+            trained.backward(loss)
+            trained.step()
+            float(loss.detach())
+
+        return measured(step, trained.module)
+
+    result: dict[str, Any] = {}
+    for arm in (ours, plain):
+        try:
+            result[arm.__name__] = arm()
+        except torch.OutOfMemoryError as error:  # what one arm needs says nothing against the other
+            result[arm.__name__] = {"error": str(error).splitlines()[0]}
+        freed(device)
+    if any("error" in held for held in result.values()):
+        return result
+    result["speedup"] = result["plain"]["seconds"] / result["ours"]["seconds"]
+    if "peak_bytes" in result["ours"]:
+        result["memory_ratio"] = result["ours"]["peak_bytes"] / result["plain"]["peak_bytes"]
+    return result
+
+
+class Whole:
+    """The names of a model's parameters with tensors of their whole shapes, also where ZeRO-3 has partitioned them."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def named_parameters(self) -> Iterator[tuple[str, Any]]:
+        import torch
+
+        for name, parameter in self.model.named_parameters():
+            yield name, torch.empty(getattr(parameter, "ds_shape", parameter.shape), device="meta")
+
+
+def zero3_engine(model: Any) -> Any:
+    import torch
+
+    from trace_ds.parallel.world import quiet_deepspeed
+    from trace_ds.unlearning.training_engine import keep_recomputed
+
+    deepspeed = quiet_deepspeed()
+    deepspeed.init_distributed(verbose=False)
+    ds_config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": 3},
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": next(model.parameters()).dtype == torch.bfloat16},
+        "gradient_clipping": 1.0,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-6, "torch_adam": True, "weight_decay": 0.0}},
+        "steps_per_print": 1 << 62,
+    }
+    engine = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=ds_config)[0]
+    keep_recomputed(engine)
+    return engine
+
+
+# --- parts, each in a process of its own -----------------------------------------------------------------------------
+
+Part = Callable[[argparse.Namespace, Path], dict[str, Any]]
+PARTS: dict[str, tuple[Part, float]] = {  # what is run, and its limit in seconds
+    "correct_collect": (correct_collect, 80),
+    "correct_unlearn": (correct_unlearn, 80),
+    **{f"collect_{name}": (lambda o, f, n=name: bench_of_collect(n, o, f), 90) for name in bench_collect.SHAPES},
+    **{f"unlearn_{n}": (lambda o, f, n=n: bench_of_unlearn(n, o, f, zero3=False), 70) for n in TRAINED_LAYERS},
+    **{f"zero3_{n}": (lambda o, f, n=n: bench_of_unlearn(n, o, f, zero3=True), 80) for n in TRAINED_LAYERS},
+}
+
+
+def run_part(name: str, options: argparse.Namespace, limit_s: float) -> dict[str, Any]:
+    """One part in a fresh process; whatever happens to it is in what is returned."""
+    command = [sys.executable, str(Path(__file__).resolve()), "--part", name, "--device", options.device]
+    command += ["--tiny"] if options.tiny else []
+    began_s = time.perf_counter()
+    try:
+        ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=limit_s)
+    except subprocess.TimeoutExpired:
+        return {"ok": False, "error": f"not done after {limit_s:.0f} s", "wall_s": limit_s}
+    wall_s = time.perf_counter() - began_s
+    try:
+        found = json.loads(ended.stdout.splitlines()[-1])
+        assert ended.returncode == 0
+    except (AssertionError, IndexError, ValueError):
+        return {"ok": False, "error": f"status {ended.returncode}: {ended.stderr[-2000:]}", "wall_s": wall_s}
+    return {"ok": True, "wall_s": wall_s, **found}
+
+
+def machine(device: str) -> dict[str, Any]:
+    import importlib.util
+    import platform
+
+    import torch
+    import transformers
+
+    found = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
+    wanted = ("deepspeed", "pyarrow", "pydantic", "safetensors")
+    found |= {"missing": [name for name in wanted if importlib.util.find_spec(name) is None]}
+    return found | {"device": torch.cuda.get_device_name() if device == "cuda" else "the CPU"}
+
+
+@contextmanager
+def wheels(folder: Path | None) -> Iterator[None]:
+    """The packages in a folder's wheels can be imported by the processes that are started inside."""
+    with tempfile.TemporaryDirectory() as place:
+        for wheel in sorted(folder.glob("*.whl")) if folder is not None else []:
+            with zipfile.ZipFile(wheel) as archive:
+                archive.extractall(place)
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [place, os.environ.get("PYTHONPATH")]))
+        sys.path.append(place)
+        yield
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="sizes at which the numbers mean nothing")
+    parser.add_argument("--wheels", type=Path, default=ROOT / "wheels", help="default: wheels/ in the checkout")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help="default: all")
+    parser.add_argument("--limit", type=float, default=530, help="seconds for everything")
+    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str]) -> int:
+    began_s = time.perf_counter()
+    options = parse(arguments)
+    if options.part is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            print("\n" + json.dumps(PARTS[options.part][0](options, Path(folder))), flush=True)
+        return 0
+    with wheels(options.wheels):
+        result: dict[str, Any] = {"machine": machine(options.device), "parts": {}}
+        for name in options.only:
+            left_s = options.limit - (time.perf_counter() - began_s)
+            if name.startswith("zero3") and "deepspeed" in result["machine"]["missing"]:
+                result["parts"][name] = {"ok": True, "skipped": "DeepSpeed is not there"}
+            elif left_s < 10:
+                result["parts"][name] = {"ok": False, "error": "no time was left"}
+            else:
+                result["parts"][name] = run_part(name, options, min(PARTS[name][1], left_s))
+            part = result["parts"][name]
+            print(f"{name}: {'ok' if part['ok'] else part.get('error', 'wrong')}", file=sys.stderr, flush=True)
+    result["ok"] = all(part["ok"] for part in result["parts"].values())
+    result["wall_s"] = time.perf_counter() - began_s
+    print(json.dumps(result, indent=1))
+    return 0 if result["ok"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
