@@ -16,6 +16,7 @@ from pathlib import Path
 from trace_ds.cluster.checks import Check, gigabytes, guarded, judged, nearest_directory, user_error
 from trace_ds.config.schema import Config, CorpusFile, TaskConfig
 from trace_ds.errors import UserError
+from trace_ds.run.hub_names import hub_name
 
 PROBE_BYTES = 64_000_000
 SLOW_WRITE_BYTES_S = 100e6
@@ -102,6 +103,31 @@ def _speed_check(folder: Path) -> Check:
     speed = PROBE_BYTES / (time.perf_counter() - start)
     detail, fix = f"{speed / 1e6:.0f} MB/s with fsync", "checkpoints will be slow; use the parallel file system"
     return judged("storage", "write speed", speed >= SLOW_WRITE_BYTES_S, f"{detail}, one process", fix, "WARN")
+
+
+def hub_checks(config: Config, run_dir: Path | None) -> Iterator[Check]:
+    """What the configuration names on the hub is in the caches, models at the commit that was fetched for this run.
+
+    Args:
+        config: as it was written, with names.
+    """
+    from trace_ds.hub.models import require_unmoved
+    from trace_ds.run.directory import RunDirectory
+    from trace_ds.stages.by_name import fetched
+    from trace_ds.stages.fetch import look
+
+    run = None if run_dir is None else RunDirectory.at(run_dir)
+    recorded = {} if run is None else fetched(run)["models"]
+    for item in look(config, run):
+        if item.where is None:
+            yield Check("hub", item.key, "MISS", f"{item.name} is not in the cache", "trace-ds fetch CONFIG")
+            continue
+        try:
+            if item.kind == "models":
+                require_unmoved(item.name, item.key, item.where, recorded.get(item.name, {}).get("commit"))
+            yield Check("hub", item.key, "OK", f"{item.name} in {item.where}")
+        except UserError as error:
+            yield user_error("hub", item.key, error)
 
 
 def model_checks(config: Config, world_size: int | None = None) -> Iterator[Check]:
@@ -213,7 +239,7 @@ def evaluation_checks(config: Config) -> Iterator[Check]:
     for task in settings.tasks:
         yield from guarded(group, task.name, functools.partial(task_check, task))
     for name, path in named_models(config.model.path, config.evaluation).items():
-        if name != ORIGINAL:  # the run's own model
+        if name != ORIGINAL and hub_name(str(path)) is None:  # the run's own model, and what the hub's check misses
             yield from guarded(group, f"model {name}", functools.partial(model_check, f"model {name}", path))
 
 

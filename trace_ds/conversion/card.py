@@ -10,6 +10,7 @@ from typing import Any
 
 from trace_ds.run.files import write_json, write_text
 from trace_ds.run.foreign import read_object
+from trace_ds.run.hub_names import hub_name, snapshot_name
 from trace_ds.tensors.checkpoint import origin
 
 COMPANIONS = (
@@ -47,11 +48,9 @@ def copy_companions(base_model: Path, destination: Path, dtype: str) -> None:
 
 
 def model_name(directory: Path) -> str:
-    """What to call the model of a directory: its name, or in a hub cache (``models--A--B/snapshots/HASH``) ``A/B``."""
-    cache = directory.parent.parent.name
-    if directory.parent.name == "snapshots" and cache.startswith("models--"):
-        return cache[len("models--") :].replace("--", "/")
-    return directory.name
+    """What to call the model of a directory: its name, or that on the hub where it is known."""
+    name = snapshot_name(directory) or hub_name(str(directory))
+    return name.id if name else directory.name
 
 
 def write_card(

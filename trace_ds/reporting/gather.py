@@ -23,6 +23,7 @@ from trace_ds.run.artefact import FILE_NAME, Artefact, load
 from trace_ds.run.directory import RunDirectory
 
 MAIN_ARM = "unlearned"
+BASE_MODEL = "base model"
 TIMING_WORDS = ("time", "second", "per_s", "_s", "_ms", "bytes", "memory")
 
 
@@ -317,14 +318,16 @@ def _is_timing(key: str) -> bool:
 
 
 def _versions(path: Path) -> dict[str, str]:
-    """Versions of the libraries that trained the newest checkpoint, from its manifest."""
+    """Versions of the libraries that trained the newest checkpoint, and of a model from the hub, from its manifest."""
     for base in [path, *(sorted((path / "variants").glob("*")) if (path / "variants").is_dir() else [])]:
         latest = base / "checkpoints" / "latest"
         if latest.is_file():
             manifest = base / "checkpoints" / latest.read_text(encoding="utf-8").strip() / "manifest.json"
             if manifest.is_file():
-                versions = _read_json(manifest, "unlearn").get("versions") or {}
-                return {str(key): str(value) for key, value in sorted(versions.items())}
+                raw = _read_json(manifest, "unlearn")
+                versions, source = raw.get("versions") or {}, (raw.get("model") or {}).get("source")
+                found = {str(key): str(value) for key, value in sorted(versions.items())}
+                return found | ({BASE_MODEL: str(source)} if source else {})
     return {}
 
 

@@ -9,7 +9,7 @@ import yaml
 
 from trace_ds import __version__
 from trace_ds.reporting import scores
-from trace_ds.reporting.gather import RunData
+from trace_ds.reporting.gather import BASE_MODEL, RunData
 
 ARROWS = {"lower": "↓", "higher": "↑", "reference": "→"}
 
@@ -22,7 +22,7 @@ def model_card(run: RunData) -> str:
         "tags": ["unlearning", "mixture-of-experts", "trace-ds"],
     }
     if model:
-        front["base_model"] = PurePath(model).name
+        front["base_model"] = run.versions.get(BASE_MODEL, PurePath(model).name).partition("@")[0]
     unlearning = run.config.get("unlearning") or {}
     loss, steps = (
         plain(str(unlearning.get("forget_loss", "not recorded"))),

@@ -15,6 +15,7 @@ from trace_ds.errors import UserError
 from trace_ds.run.directory import RunDirectory, unwritable
 from trace_ds.run.files import sha256_file
 from trace_ds.run.foreign import read_object
+from trace_ds.run.hub_names import provenance
 from trace_ds.run.log import Progress, StageLog, stage_log
 
 if TYPE_CHECKING:
@@ -184,6 +185,7 @@ def _card(config: Config, run: RunDirectory) -> dict[str, Any]:
         "rows a step (forget, retain)": f"{settings.forget_rows}, {settings.retain_rows}",
         "learning rate": f"{settings.optimizer.lr:g}",
         "seed": config.seed,
+        **provenance(config.model.path, "base model"),
     }
     facts: dict[str, Any] = {"name": config.name, "base_model": model_name(Path(config.model.path)), "method": method}
     try:

@@ -15,6 +15,7 @@ from trace_ds.routing.token_files import require_parts
 from trace_ds.run import artefact
 from trace_ds.run.directory import RunDirectory
 from trace_ds.run.files import canonical_json, sha256_text
+from trace_ds.run.hub_names import provenance
 from trace_ds.tensors.model_files import read_model_directory
 
 if TYPE_CHECKING:
@@ -330,7 +331,7 @@ def _manifest(config: Config, job: UnlearnJob, world: World, step: int, cursor: 
         zero_stage=config.unlearning.zero_stage,
         family=job.info.family.model_type,
         job=job.identity,
-        model={"path": str(config.model.path), "fingerprint": job.info.fingerprint},
+        model={"path": config.model.path, "fingerprint": job.info.fingerprint, **provenance(config.model.path)},
         calibration=job.calibration.content,
         dtype=config.model.dtype,
         cursor=cursor,

@@ -1,0 +1,90 @@
+"""The models that a configuration names on the hub, as directories of this machine: the one place where that happens.
+
+``RUN/fetched.json`` (``trace-ds fetch``) says which commits they were: a name that has moved since is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from trace_ds.config.schema import Config
+from trace_ds.run.directory import RunDirectory
+from trace_ds.run.foreign import read_object
+from trace_ds.run.hub_names import HubName, hub_name
+
+ALL_MODELS = ("run", "fetch", "evaluate")  # the verbs that read evaluation.models too
+
+
+def hub_names(config: Config, verb: str) -> dict[str, HubName]:
+    """The names on the hub that a verb needs, by the key that has them."""
+    found: dict[str, str | None] = {"model.path": config.model.path, "model.tokenizer": config.model.tokenizer}
+    if verb in ALL_MODELS:
+        found |= {f"evaluation.models.{name}": path for name, path in config.evaluation.models.items()}
+    names = {key: hub_name(text) for key, text in found.items() if text}
+    return {key: name for key, name in names.items() if name is not None}
+
+
+def with_weights(key: str, verb: str) -> bool:
+    """Whether a verb reads the weights of what a key names, not only its configuration and tokenizer."""
+    return key != "model.tokenizer" and verb != "prepare"
+
+
+def find_models(config: Config, run: RunDirectory | None, verb: str, *, download: bool) -> dict[str, str]:
+    """{name as written: directory} of the models that a verb needs and the hub's cache has.
+
+    Args:
+        run: whose record of what was fetched counts; None: no matter which commit it is.
+        download: bring what is missing; False: leave it out (what reads it says that it is not there).
+
+    Raises:
+        UserError: as :func:`trace_ds.hub.models.bring`, or a name has moved since ``trace-ds fetch``.
+    """
+    names = hub_names(config, verb)
+    if not names:
+        return {}
+    from trace_ds.hub.models import bring, cached, require_unmoved
+
+    recorded = {} if run is None else {name: entry["commit"] for name, entry in fetched(run)["models"].items()}
+    places: dict[str, str] = {}
+    for key, name in names.items():
+        expected = recorded.get(str(name))
+        if download:
+            folder: Path | None = bring(name, key, weights=with_weights(key, verb), expected=expected)
+        else:
+            folder = cached(name)
+        if folder is not None:
+            require_unmoved(name, key, folder, expected)
+            places[str(name)] = str(folder)
+    return places
+
+
+def with_cached(config: Config) -> Config:
+    """``config`` with directories for the models that the hub's cache has, whatever was fetched."""
+    return with_places(config, find_models(config, None, "run", download=False))
+
+
+def with_places(config: Config, places: Mapping[str, str]) -> Config:
+    """``config`` with the directories of ``places`` for the names that they are the directories of."""
+    if not places:
+        return config
+
+    def place(text: Any) -> Any:
+        return places.get(text, text)
+
+    model = {"path": place(config.model.path), "tokenizer": place(config.model.tokenizer)}
+    models = {name: place(path) for name, path in config.evaluation.models.items()}
+    return config.model_copy(
+        update={
+            "model": config.model.model_copy(update=model),
+            "evaluation": config.evaluation.model_copy(update={"models": models}),
+        }
+    )
+
+
+def fetched(run: RunDirectory) -> dict[str, dict[str, Any]]:
+    """What ``trace-ds fetch`` recorded, by kind (``models``, …) and name; empty before it ran."""
+    if not run.fetched.is_file():
+        return {"models": {}, "data": {}, "tasks": {}}
+    return read_object(run.fetched, "the record of what was fetched", "run `trace-ds fetch CONFIG` again")
