@@ -340,7 +340,12 @@ CASES: list[tuple[str, str, Change, str]] = [
     ("vocabulary 2", PREPARE, model_config(vocab_size=299), "ids up to 299, the model embeddings for 299 only"),
     # corpora
     ("no corpus", PREPARE, lambda f: (f / "corpora" / "retain.jsonl").unlink(), "the corpus file does not exist"),
-    ("folder", f"{PREPARE} --set 'data.forget=[{{path: corpora}}]'", nothing, "the corpus is a folder, not a file"),
+    (
+        "folder",
+        f"{PREPARE} --set 'data.forget=[{{path: empty}}]'",
+        lambda f: (f / "empty").mkdir(),
+        "the folder holds no file that can be read",
+    ),
     ("empty", PREPARE, forget(b""), "the forget corpus is empty"),
     ("no text", PREPARE, forget(b'{"text": ""}\n{"text": ""}\n'), "no usable token"),
     ("latin-1", PREPARE, forget(b'{"text": "caf\xe9"}\n'), "forget.jsonl:1: not UTF-8 (byte 13 of the line)"),

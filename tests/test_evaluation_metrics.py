@@ -42,17 +42,22 @@ def write_lines(path: Path, *records: Any) -> Path:
     return path
 
 
+def task(kind: str, path: Path) -> TaskConfig:
+    return TaskConfig.model_validate({"name": "t", "type": kind, "path": str(path), "role": "forget"})
+
+
 # ---------------------------------------------------------------------------------------------------- files
 
 
 def test_items_are_read_with_defaults(tmp_path: Path) -> None:
     bare = {key: value for key, value in GOOD.items() if key not in ("id", "source")}
-    items = read_choice_items(write_lines(tmp_path / "facts.jsonl", GOOD, bare))
+    items = read_choice_items(task("choice", write_lines(tmp_path / "facts.jsonl", GOOD, bare)))
     assert items == [
         ChoiceItem("a", "w1 w2", ("w3", "w4", "w5 w6", "w7"), 2, "s"),
         ChoiceItem("2", "w1 w2", ("w3", "w4", "w5 w6", "w7"), 2, "facts"),
     ]
-    passages = read_verbatim_items(write_lines(tmp_path / "book.jsonl", {"id": 5, "prompt": "x", "continuation": "y"}))
+    path = write_lines(tmp_path / "book.jsonl", {"id": 5, "prompt": "x", "continuation": "y"})
+    passages = read_verbatim_items(task("verbatim", path))
     assert passages == [VerbatimItem("5", "x", "y", "book")]
 
 
@@ -75,7 +80,7 @@ def test_items_are_read_with_defaults(tmp_path: Path) -> None:
 def test_a_bad_question_names_file_and_line(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     path = write_lines(tmp_path / "q.jsonl", GOOD, {**GOOD, **change})
     with pytest.raises(UserError) as caught:
-        read_choice_items(path)
+        read_choice_items(task("choice", path))
     assert caught.value.where == f"{path}:2"
     assert message in str(caught.value)
     assert caught.value.fix
@@ -97,9 +102,9 @@ def test_a_bad_file_names_itself(tmp_path: Path, content: bytes, message: str) -
     path.write_bytes(content)
     for read in (read_choice_items, read_verbatim_items):
         with pytest.raises(UserError, match=message):
-            read(path)
+            read(task("choice", path))
     with pytest.raises(UserError, match="does not exist"):
-        read_choice_items(tmp_path / "none.jsonl")
+        read_choice_items(task("choice", tmp_path / "none.jsonl"))
 
 
 def test_an_empty_corpus_has_no_perplexity(tmp_path: Path) -> None:

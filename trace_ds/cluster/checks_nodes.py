@@ -167,8 +167,10 @@ def sameness_checks(ranks: JoinedRanks, config: Config | None) -> Iterator[Check
 
 def _facts(config: Config | None) -> dict[str, str]:
     """{what: its value, or hash, on this node}; what cannot be read is left to the node's own checks."""
+    from trace_ds.corpora.sources import files_here
     from trace_ds.corpora.tokenizer import tokenizer_fingerprint
     from trace_ds.models.families import inspect_model, sample_sha256
+    from trace_ds.run.files import canonical_json, sha256_text
 
     versions = [f"python {sys.version.split()[0]}"]
     for package in VERSIONS:
@@ -182,9 +184,10 @@ def _facts(config: Config | None) -> dict[str, str]:
     with contextlib.suppress(Exception):
         facts["tokenizer"] = tokenizer_fingerprint(config.model.tokenizer or config.model.path)
     for side in ("forget", "retain"):
-        for file in getattr(config.data, side):
+        for entry in getattr(config.data, side):
             with contextlib.suppress(Exception):
-                facts[f"{side}: {file.path}"] = sample_sha256(Path(file.path))
+                found = [sample_sha256(path) for path in files_here(entry, f"data.{side}")]
+                facts[f"{side}: {entry.place}"] = found[0] if len(found) == 1 else sha256_text(canonical_json(found))
     return facts
 
 

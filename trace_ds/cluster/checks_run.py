@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from trace_ds.cluster.checks import Check, gigabytes, guarded, judged, nearest_directory, user_error
-from trace_ds.config.schema import Config, CorpusFile, TaskConfig
+from trace_ds.config.schema import Config, CorpusEntry, TaskConfig
 from trace_ds.errors import UserError
 from trace_ds.run.hub_names import hub_name
 
@@ -183,37 +183,48 @@ def tokenizer_checks(config: Config) -> Iterator[Check]:
 def corpus_checks(config: Config) -> Iterator[Check]:
     """Every corpus file is there, its text is UTF-8, and `prepare` reads its first document."""
     for side in config.data.sides:
-        for file in getattr(config.data, side):
-            name = f"{side}: {file.path}"
-            yield from guarded("corpora", name, functools.partial(_corpus_check, name, f"data.{side}", file))
+        for entry in getattr(config.data, side):
+            name = f"{side}: {entry.place}"
+            yield from guarded("corpora", name, functools.partial(_corpus_check, name, f"data.{side}", entry))
 
 
-def _corpus_check(name: str, key: str, file: CorpusFile) -> Iterator[Check]:
-    from trace_ds.corpora.read import check_files, read_documents
+def _corpus_check(name: str, key: str, entry: CorpusEntry) -> Iterator[Check]:
+    from trace_ds.corpora.read import read_documents
+    from trace_ds.corpora.records import kind_of
+    from trace_ds.corpora.sources import files_here, is_table
 
-    check_files([file], key)
-    path = Path(file.path)
-    size, position, decoder = path.stat().st_size, 0, codecs.getincrementaldecoder("utf-8")()
-    if path.suffix != ".parquet":
-        with path.open("rb") as handle:
-            try:
-                while position < READ_LIMIT_BYTES and (block := handle.read(READ_BLOCK_BYTES)):
-                    decoder.decode(block)
-                    position += len(block)
-                if position >= size:
-                    decoder.decode(b"", final=True)
-            except UnicodeDecodeError as error:
-                what = f"not UTF-8 (near byte {position + error.start})"
-                raise UserError(what, fix="convert it: iconv -f ENCODING -t UTF-8") from None
-    if size == 0 or next(read_documents([file]), None) is None:
+    files = files_here(entry, key)
+    size, position = sum(path.stat().st_size for path in files), 0
+    encoded = [] if is_table(entry) else [path for path in files if path.suffix == kind_of(path) != ".parquet"]
+    for path in encoded:
+        position += _decoded_bytes(path, READ_LIMIT_BYTES - position)
+    if size == 0 or next(read_documents([entry], key), None) is None:
         raise UserError("the file is empty", fix="write it again")
-    encoding = "" if path.suffix == ".parquet" else ", UTF-8"
-    read = f", the first {gigabytes(position)} of it read" if encoding and position < size else ""
-    yield Check("corpora", name, "OK", f"{gigabytes(size)}{encoding}{read}")
+    encoding = ", UTF-8" if encoded else ""
+    read = f", the first {gigabytes(position)} of it read" if encoded and position < size else ""
+    many = f" in {len(files)} files" if len(files) > 1 else ""
+    yield Check("corpora", name, "OK", f"{gigabytes(size)}{many}{encoding}{read}")
+
+
+def _decoded_bytes(path: Path, limit: int) -> int:
+    """How much of a file was found to be UTF-8: the whole, or ``limit`` bytes; :class:`UserError` when it is not."""
+    position, decoder = 0, codecs.getincrementaldecoder("utf-8")()
+    with path.open("rb") as handle:
+        try:
+            while position < limit and (block := handle.read(READ_BLOCK_BYTES)):
+                decoder.decode(block)
+                position += len(block)
+            if position >= path.stat().st_size:
+                decoder.decode(b"", final=True)
+        except UnicodeDecodeError as error:
+            what = f"not UTF-8 (near byte {position + error.start})"
+            raise UserError(what, fix="convert it: iconv -f ENCODING -t UTF-8") from None
+    return position
 
 
 def evaluation_checks(config: Config) -> Iterator[Check]:
     """Every task's files can be read (and lm-eval is there and knows the tasks asked of it), every model is whole."""
+    from trace_ds.corpora.sources import files_here
     from trace_ds.evaluation.items import read_task
     from trace_ds.evaluation.subjects import ORIGINAL, named_models
     from trace_ds.parallel.environment import accelerator_count
@@ -230,6 +241,8 @@ def evaluation_checks(config: Config) -> Iterator[Check]:
     def task_check(task: TaskConfig) -> Iterator[Check]:
         if names.count(task.name) > 1:
             raise UserError(f"two tasks are named {task.name!r}", "evaluation.tasks", "rename one")
+        if task.dataset:
+            files_here(task, "evaluation.tasks")  # it would be downloaded
         items = len(read_task(task).items)
         yield Check(group, task.name, "OK", f"{task.type}, {f'{items} items' if items else task.task}")
 

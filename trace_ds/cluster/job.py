@@ -11,6 +11,7 @@ from trace_ds.cluster.architecture import Architecture
 from trace_ds.cluster.spec import ClusterSpec
 from trace_ds.config.load import with_changes
 from trace_ds.config.schema import Config
+from trace_ds.errors import UserError
 from trace_ds.tensors.model_files import read_json_object
 from trace_ds.unlearning.needs import FrozenNeeds
 
@@ -148,8 +149,12 @@ def variants_of(config: Config) -> dict[str, Config]:
 
 
 def corpus_tokens(config: Config) -> int | None:
-    """Tokens of all corpora, estimated from the sizes of their files; None when one is not there."""
-    paths = [Path(file.path) for side in config.data.sides for file in getattr(config.data, side)]
-    if not all(path.is_file() for path in paths):
+    """Tokens of all corpora, estimated from the sizes of their files; None when one is not on this machine."""
+    from trace_ds.corpora.sources import files_here
+
+    entries = [(entry, f"data.{side}") for side in config.data.sides for entry in getattr(config.data, side)]
+    try:
+        paths = [path for entry, key in entries for path in files_here(entry, key)]
+    except UserError:
         return None
     return sum(path.stat().st_size for path in paths) // BYTES_PER_TOKEN

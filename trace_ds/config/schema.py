@@ -7,6 +7,7 @@ is its documentation; ``trace-ds run CONFIG --dry-run`` prints the resolved valu
 from __future__ import annotations
 
 import os
+import string
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -71,21 +72,97 @@ class ModelConfig(Section):
     dtype: Literal["bf16", "fp32"] = Field("bf16", description="Parameter type of the forward pass.")
 
 
-class CorpusFile(Section):
-    """One file of documents: ``.jsonl`` (one object a line, text under ``field``) or ``.txt`` (see ``separator``)."""
+DatasetText = Annotated[
+    PathText | None,
+    Field(
+        description="Instead of a path: a data set's id on the Hugging Face hub (taken from the cache of datasets, or "
+        "downloaded into it), or a directory in the hub's layout."
+    ),
+]
+ConfigText = Annotated[str | None, Field(description="dataset: which of its configurations; default: the only one.")]
+SplitText = Annotated[
+    str | None, Field(description="dataset, and a path to what save_to_disk left: its split; default: train.")
+]
+RevisionText = Annotated[str | None, Field(description="dataset on the hub: a commit, tag or branch; default: main.")]
 
-    path: PathText
-    field: str = Field("text", description="Key of the text in a JSONL line.")
+
+def _one_place(found: CorpusEntry | TaskConfig, name: str) -> None:
+    """ValueError unless it names a path or a data set, and what goes with it."""
+    if not found.path and not found.dataset:
+        raise ValueError(f"{name} has no path and no dataset")
+    if found.path and found.dataset:
+        raise ValueError(f"{name} has a path and a dataset: give one")
+    for key in ("config", "revision"):
+        if getattr(found, key) is not None and not found.dataset:
+            raise ValueError(f"{name} has a {key}, which goes with dataset, not with path")
+
+
+class CorpusEntry(Section):
+    """Documents: files, or a data set by name (docs/data.md shows every form)."""
+
+    path: PathText = Field(
+        "",
+        description="A file (.jsonl, .json, .csv, .parquet, .txt; all but Parquet also .gz or .zst), a pattern with *, "
+        "a folder of such files, or what datasets' save_to_disk left.",
+    )
+    dataset: DatasetText = None
+    config: ConfigText = None
+    split: SplitText = None
+    revision: RevisionText = None
+    field: str = Field("text", description="Column (key of a JSON object) with the text of a document.")
+    template: str | None = Field(
+        None,
+        description="Makes a document of several columns, instead of field: 'Question: {question}\\nAnswer: {answer}'; "
+        "{{ and }} stand for braces.",
+    )
+    rows: Integer | None = Field(None, ge=1, description="Only the first so many rows (documents of a text file).")
     source: str | None = Field(
-        None, description="Name shown in reports; default: the line's own 'source', else the file name."
+        None,
+        description="Name shown in reports; default: the row's own 'source', else the name of the file or data set.",
     )
     separator: str | None = Field(None, description="Splits a text file into documents; default: the file is one.")
 
+    @property
+    def place(self) -> str:
+        """What is read."""
+        return self.path or self.dataset or ""
+
+    @property
+    def parts(self) -> list[tuple[str, str | None]]:
+        """The text of a document: pieces of it as they stand, each followed by the value of a column (or by none)."""
+        if self.template is None:
+            return [("", self.field)]
+        found = []
+        for text, column, style, conversion in string.Formatter().parse(self.template):
+            if column == "" or style or conversion:
+                raise ValueError(
+                    "a template holds names of columns in braces, such as {question}, and nothing else there"
+                )
+            found.append((text, column))
+        return found
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns that make the text of a document."""
+        return list(dict.fromkeys(column for _, column in self.parts if column is not None))
+
+    @model_validator(mode="after")
+    def _says_where(self) -> CorpusEntry:
+        _one_place(self, "a corpus")
+        if self.template is not None and self.field != "text":
+            raise ValueError("field and template exclude each other: give one")
+        try:
+            if not self.columns:
+                raise ValueError("the template names no column: write for example {question}")
+        except ValueError as error:  # str.format's own are terse: expected '}' before end of string
+            raise ValueError(f"template: {error}") from None
+        return self
+
 
 class DataConfig(Section):
-    forget: list[CorpusFile] = Field(min_length=1)
-    retain: list[CorpusFile] = Field(min_length=1)
-    alternative: list[CorpusFile] = Field(
+    forget: list[CorpusEntry] = Field(min_length=1)
+    retain: list[CorpusEntry] = Field(min_length=1)
+    alternative: list[CorpusEntry] = Field(
         default_factory=list,
         description="dpo: texts preferred to the forget ones (refusals, for IdkDPO); row i of the forget corpus is "
         "paired with row i modulo their number. Pack 'whole', one document per row, to pair documents.",
@@ -103,6 +180,13 @@ class DataConfig(Section):
     )
     add_bos: bool = True
     add_eos: bool = True
+    num_proc: Integer | None = Field(
+        None,
+        ge=1,
+        le=1024,
+        description="Processes that tokenise (1: this one alone); default: the cores it may use. The data are the same "
+        "whatever their number.",
+    )
 
     @property
     def sides(self) -> tuple[str, ...]:
@@ -441,6 +525,9 @@ class ConversionConfig(Section):
     step: Integer | None = Field(None, ge=1, description="Checkpoint to convert; default: the newest.")
 
 
+TaskColumn = Literal["prompt", "choices", "answer", "continuation", "question", "text", "id", "source"]
+
+
 class TaskConfig(Section):
     """One evaluation task; ``role`` says which way is good: forget (lower), utility (higher)."""
 
@@ -449,19 +536,38 @@ class TaskConfig(Section):
     path: PathText = Field("", description="The task's file; an lm_eval task without one is read from the hub.")
     role: Literal["forget", "utility"]
     examples: PathText | None = Field(
-        None, description="knowmem: file of the solved questions in the prompt (MUSE: ten)."
+        None,
+        description="knowmem: file (with dataset: split) of the solved questions in the prompt (MUSE: ten).",
     )
-    holdout: PathText | None = Field(None, description="membership: texts like the members that no model ever saw.")
+    holdout: PathText | None = Field(
+        None, description="membership: file (with dataset: split) of texts like the members that no model ever saw."
+    )
     task: str | None = Field(None, description="lm_eval: its name there, such as wmdp_bio or mmlu.")
+    dataset: DatasetText = None
+    config: ConfigText = None
+    split: SplitText = None
+    revision: RevisionText = None
+    columns: dict[TaskColumn, str] = Field(
+        default_factory=dict, description="Our names of the columns -> theirs, where they differ: {answer: gt}."
+    )
 
     @model_validator(mode="after")
     def _files_fit_the_type(self) -> TaskConfig:
         for key, kind in (("examples", "knowmem"), ("holdout", "membership"), ("task", "lm_eval")):
             if (getattr(self, key) is not None) != (self.type == kind):
                 raise ValueError(f"task {self.name}: a {kind} task needs {key}, and no other has one")
-        if not self.path and self.type != "lm_eval":
-            raise ValueError(f"task {self.name} has no path")
+        if self.type == "lm_eval":
+            for key in ("dataset", "config", "split", "revision", "columns"):
+                if getattr(self, key):
+                    raise ValueError(f"task {self.name}: lm_eval brings its own data set; {key} is for other types")
+        else:
+            _one_place(self, f"task {self.name}")
         return self
+
+    @property
+    def place(self) -> str:
+        """What its questions are read from."""
+        return self.path or self.dataset or ""
 
 
 class RelearningConfig(Section):

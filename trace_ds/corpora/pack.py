@@ -56,7 +56,7 @@ class _OpenRow:
 
 
 def pack(
-    documents: Iterable[Iterable[Sequence[int]]],
+    documents: Iterable[Iterable[Sequence[int] | np.ndarray]],
     context_length: int,
     packing: str,
     documents_per_row: int | None,

@@ -1,21 +1,21 @@
-"""Documents from files: JSONL, plain text, Parquet; streamed, with errors that name the file and the line."""
+"""Documents from what the configuration names, streamed, with errors that name the file and the line (or the row)."""
 
 from __future__ import annotations
 
-import json
+import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trace_ds.config.schema import CorpusFile
+from trace_ds.config.schema import CorpusEntry
+from trace_ds.corpora.records import kind_of, rows_of, stem_of, text_blocks
+from trace_ds.corpora.sources import Named, files_of, is_table, open_table, shared_stem
 from trace_ds.errors import UserError
 from trace_ds.run.files import canonical_json, sha256_file, sha256_text
 from trace_ds.terminal import plain
 
 TEXT_BLOCK_CHARACTERS = 1 << 20
-MAX_LINE_BYTES = 1 << 30
-PARQUET_ROWS = 64  # read at a time: a row can be a book
 
 
 @dataclass(frozen=True)
@@ -32,165 +32,151 @@ class TextStream:
     source: str
 
 
-def check_files(files: list[CorpusFile], key: str) -> None:
-    """Every file is there and of a kind we read; :class:`UserError` otherwise."""
-    for item in files:
-        path = Path(item.path)
-        if path.is_dir():
-            raise UserError("the corpus is a folder, not a file", str(path), f"name its files one by one in {key}")
-        if not path.is_file():
-            raise UserError("the corpus file does not exist", str(path), f"correct {key} in the configuration")
-        if path.suffix not in (".jsonl", ".json", ".txt", ".parquet"):
-            raise UserError(f"cannot read files of the kind {path.suffix!r}", str(path), "use .jsonl, .txt or .parquet")
+@dataclass(frozen=True)
+class Record:
+    """A row of a file or data set.
+
+    Attributes:
+        where: file and line, to be shown.
+        label: tells it from the others of its entry.
+        file: name in reports of what it is from.
+        typed: from a table with a schema, where a value may be missing (null).
+    """
+
+    values: dict[str, Any]
+    where: str
+    label: str
+    file: str
+    typed: bool
+
+    @property
+    def source(self) -> str:
+        """Where the row says that it is from, else :attr:`file`; without control characters: it will be shown."""
+        source = self.values.get("source")
+        if source is None or source == "":
+            return plain(self.file)
+        if not isinstance(source, str | int | float):
+            raise UserError("'source' is no text", self.where, "give a name, or leave it out")
+        return plain(str(source))
 
 
-def corpus_fingerprint(files: list[CorpusFile]) -> str:
-    """SHA-256 over the content of the files and how they are read (not over where they lie)."""
-    return sha256_text(
-        canonical_json(
-            [
-                [
-                    sha256_file(Path(item.path)),
-                    item.field,
-                    item.source or Path(item.path).stem,
-                    item.separator,
-                ]
-                for item in files
-            ]
-        )
-    )
+def check_files(entries: list[CorpusEntry], key: str, *, download: bool = True) -> None:
+    """Every file is there and of a kind we read, every data set can be had; :class:`UserError` otherwise.
+
+    Args:
+        download: bring data sets of the hub into the cache; False: those that are not there are missing.
+    """
+    for entry in entries:
+        if is_table(entry):
+            open_table(entry, key, offline=not download)
+        else:
+            files_of(entry, key)
 
 
-def read_documents(files: list[CorpusFile]) -> Iterator[Document]:
-    """All documents of the files, in order, one in memory at a time."""
-    for stream in read_streams(files):
+def corpus_fingerprint(entries: list[CorpusEntry]) -> str:
+    """SHA-256 over the content of the entries and how they are read (not over where they lie)."""
+    found: list[Any] = []
+    for entry in entries:
+        contents = _contents(entry)
+        found += [[digest, entry.field, entry.source or name, entry.separator] for digest, name in contents]
+        if entry.template is not None or entry.rows is not None:
+            found.append({"template": entry.template, "rows": entry.rows, "of": len(contents)})
+    return sha256_text(canonical_json(found))
+
+
+def content_fingerprint(named: Named) -> str:
+    """SHA-256 over what an entry names; of one file it is that of the file."""
+    digests = [digest for digest, _ in _contents(named)]
+    return digests[0] if len(digests) == 1 else sha256_text(canonical_json(digests))
+
+
+def _contents(named: Named) -> list[tuple[str, str]]:
+    """(SHA-256, name in reports) of every file; of a data set one, over its id and commit, or over its files."""
+    if not is_table(named):
+        files = files_of(named, "data")
+        return [(sha256_file(path), _file_name(path, files)) for path in files]
+    table = open_table(named, "data")
+    what = [named.dataset, table.commit, table.config] if table.commit else [sha256_file(path) for path in table.files]
+    return [(sha256_text(canonical_json([*what, table.split])), table.name)]
+
+
+def records(named: Named, key: str, columns: list[str] | None = None) -> Iterator[Record]:
+    """The rows of the files or of the data set that an entry names.
+
+    Args:
+        key: of the configuration, to be named where something is wrong.
+        columns: as in :func:`.records.rows_of`.
+    """
+    if is_table(named):
+        table = open_table(named, key)
+        for number, values in table.rows(columns):
+            yield Record(values, f"{table.where}:{number}", str(number), table.name, typed=True)
+        return
+    files = files_of(named, key)
+    for path in files:
+        name, typed = _file_name(path, files), kind_of(path) == ".parquet"
+        shard = f"{path.name}:" if len(files) > 1 else ""
+        for number, values in rows_of(path, columns):
+            yield Record(values, f"{path}:{number}", f"{shard}{number}", name, typed)
+
+
+def read_documents(entries: list[CorpusEntry], key: str = "data") -> Iterator[Document]:
+    """All documents of the entries, in order, one in memory at a time."""
+    for stream in read_streams(entries, key):
         yield Document("".join(stream.blocks), stream.source)
 
 
-def read_streams(files: list[CorpusFile]) -> Iterator[TextStream]:
+def read_streams(entries: list[CorpusEntry], key: str = "data") -> Iterator[TextStream]:
     """The same, a text file without a separator in blocks of :data:`TEXT_BLOCK_CHARACTERS`.
 
     Raises:
         UserError: a line or a column is no text, a file is damaged, or a text holds half of a surrogate pair.
     """
-    for item in files:
-        path = Path(item.path)
-        if path.suffix == ".parquet":
-            yield from _read_parquet(path, item)
-        elif path.suffix == ".txt":
-            yield from _read_text(path, item)
-        else:
-            yield from _read_jsonl(path, item)
+    for entry in entries:
+        yield from (stream for stream in itertools.islice(_streams(entry, key), entry.rows) if stream is not None)
 
 
-def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, object) of every line of a JSONL file that is not blank; a byte order mark is skipped."""
-    with path.open("rb") as handle:
-        for number, line in enumerate(iter(lambda: handle.readline(MAX_LINE_BYTES), b""), 1):
-            if not line.strip():
-                continue
-            where = f"{path}:{number}"
-            if len(line) == MAX_LINE_BYTES:
-                raise UserError("the line has a gigabyte or more", where, "cut the document, or make it a .txt file")
-            try:
-                record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except UnicodeDecodeError as error:
-                fix = "convert the file to UTF-8"
-                raise UserError(f"not UTF-8 (byte {error.start} of the line)", where, fix) from None
-            except (ValueError, RecursionError):
-                raise UserError("the line is not a JSON object", where, "one JSON object per line") from None
-            if not isinstance(record, dict):
-                raise UserError("the line is not a JSON object", where, "one JSON object per line")
-            if b"\\ud" in line.lower():  # an escaped surrogate
-                refuse_surrogates(record, where)
-            yield number, record
+def _streams(entry: CorpusEntry, key: str) -> Iterator[TextStream | None]:
+    """The documents of an entry; None for a row of a table that has no text (null)."""
+    texts = [] if is_table(entry) else [path for path in files_of(entry, key) if kind_of(path) == ".txt"]
+    if texts and len(texts) < len(files_of(entry, key)):
+        raise UserError("text files and others are mixed", entry.path, f"name them one by one in {key}")
+    if texts and entry.template is not None:
+        raise UserError("a text file has no columns", entry.path, f"take template out of {key}")
+    for path in texts:
+        yield from _texts(path, entry.separator, entry.source or plain(_file_name(path, texts)))
+    if not texts:
+        parts = entry.parts
+        for record in records(entry, key, entry.columns):
+            text = _text(record, parts)
+            yield None if text is None else TextStream([text], entry.source or record.source)
 
 
-def parquet_records(path: Path, columns: list[str] | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(row number from 1, record) of a Parquet file, :data:`PARQUET_ROWS` in memory at a time."""
-    import pyarrow
-    import pyarrow.parquet
-
-    number = 0
-    try:
-        with pyarrow.parquet.ParquetFile(path) as parquet:
-            for batch in parquet.iter_batches(batch_size=PARQUET_ROWS, columns=columns):
-                for record in batch.to_pylist():
-                    number += 1
-                    yield number, record
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise _bad_parquet(path, error) from None
-
-
-def source_name(record: dict[str, Any], path: Path, where: str) -> str:
-    """Where a record says that it is from, else the file's name; without control characters: it will be shown."""
-    source = record.get("source")
-    if source is None or source == "":
-        return plain(path.stem)
-    if not isinstance(source, str | int | float):
-        raise UserError("'source' is no text", where, "give a name, or leave it out")
-    return plain(str(source))
-
-
-def _read_jsonl(path: Path, item: CorpusFile) -> Iterator[TextStream]:
-    for number, record in json_lines(path):
-        where = f"{path}:{number}"
-        text = record.get(item.field)
-        if not isinstance(text, str):
+def _text(record: Record, parts: list[tuple[str, str | None]]) -> str | None:
+    found = []
+    for literal, column in parts:
+        value = "" if column is None else record.values.get(column)
+        if value is None and record.typed:
+            return None
+        if not isinstance(value, str):
             fix = "correct the line, or set the corpus' field"
-            raise UserError(f"the line has no text under {item.field!r}", where, fix)
-        yield TextStream([text], item.source or source_name(record, path, where))
+            raise UserError(f"the line has no text under {column!r}", record.where, fix)
+        found.append(literal + value)
+    return "".join(found)
 
 
-def _read_text(path: Path, item: CorpusFile) -> Iterator[TextStream]:
-    source = item.source or plain(path.stem)
-    try:
-        with path.open(encoding="utf-8-sig") as handle:
-            blocks = iter(lambda: handle.read(TEXT_BLOCK_CHARACTERS), "")
-            if not item.separator:
-                yield TextStream(blocks, source)
-                return
-            rest = ""
-            for block in blocks:
-                *documents, rest = (rest + block).split(item.separator)
-                yield from (TextStream([text], source) for text in documents)
-            yield TextStream([rest], source)
-    except UnicodeDecodeError as error:
-        raise UserError(f"not UTF-8 (near byte {error.start})", str(path), "convert the file to UTF-8") from None
+def _texts(path: Path, separator: str | None, source: str) -> Iterator[TextStream]:
+    blocks = text_blocks(path, TEXT_BLOCK_CHARACTERS)
+    if not separator:
+        yield TextStream(blocks, source)
+        return
+    rest = ""
+    for block in blocks:
+        *documents, rest = (rest + block).split(separator)
+        yield from (TextStream([text], source) for text in documents)
+    yield TextStream([rest], source)
 
 
-def _read_parquet(path: Path, item: CorpusFile) -> Iterator[TextStream]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        schema = pyarrow.parquet.read_schema(path)
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise _bad_parquet(path, error) from None
-    if item.field not in schema.names:
-        raise UserError(
-            f"there is no column {item.field!r}", str(path), f"set the corpus' field to one of {schema.names}"
-        )
-    kind = schema.field(item.field).type
-    if not str(getattr(kind, "value_type", kind)).endswith(("string", "string_view")) or pyarrow.types.is_nested(kind):
-        raise UserError(f"the column {item.field!r} holds {kind}, no text", str(path), "set the corpus' field")
-    columns = [item.field, *(["source"] if "source" in schema.names and item.field != "source" else [])]
-    for number, record in parquet_records(path, columns):
-        where = f"{path}: row {number}"
-        if record[item.field] is not None:
-            yield TextStream([record[item.field]], item.source or source_name(record, path, where))
-
-
-def _bad_parquet(path: Path, error: Exception) -> UserError:
-    reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-    return UserError(f"not a whole Parquet file ({reason})", str(path), "convert or copy it again")
-
-
-def refuse_surrogates(record: Any, where: str) -> None:
-    """:class:`UserError` for parsed JSON that holds half of a surrogate pair, which no file can hold as UTF-8."""
-    try:
-        json.dumps(record, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        found = error.object[error.start].encode("unicode_escape").decode()
-        fix = "write the file again as UTF-8"
-        raise UserError(f"{found} is half of a surrogate pair and no character", where, fix) from None
+def _file_name(path: Path, files: list[Path]) -> str:
+    """What reports call a file: its name without the kind, and without the number where it is one shard of several."""
+    return shared_stem(stem_of(path)) if len(files) > 1 else stem_of(path)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from trace_ds.errors import UserError
 from trace_ds.run.files import canonical_json, sha256_file, sha256_text
@@ -45,6 +49,8 @@ ANYWHERE = re.compile(r"(?<=\S)(?=\S)")
 TRIES = 8
 
 Encode = Callable[[list[str]], list[list[int]]]
+Batch = list[tuple[str, tuple[int, ...]]]  # texts, each with the ids of the context that it begins with
+Work = Callable[[Iterator[Batch]], Iterable[tuple[np.ndarray, list[int]]]]
 
 
 @dataclass(frozen=True)
@@ -116,22 +122,47 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return 0
 
 
-def encoder(tokenizer: PreTrainedTokenizerBase) -> Encode:
-    """Texts → ids, without special tokens and without anything else that takes memory."""
+@dataclass(frozen=True)
+class Encoder:
+    """Texts → ids, without special tokens and without anything else that takes memory; it can be sent to a process.
 
-    def encode(texts: list[str]) -> list[list[int]]:
+    Attributes:
+        name: of the tokenizer, to be shown.
+        tokenizer: the tokenizers library's own, which needs no transformers; else one of transformers'.
+    """
+
+    name: str
+    tokenizer: Any
+
+    def __call__(self, texts: list[str]) -> list[list[int]]:
         options: dict[str, Any] = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
         try:
-            return tokenizer(texts, add_special_tokens=False, **options)["input_ids"]
+            if hasattr(self.tokenizer, "encode_batch_fast"):
+                return [found.ids for found in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+            return self.tokenizer(texts, add_special_tokens=False, **options)["input_ids"]
         except Exception as error:  # a bare one: [UNK] is needed and missing
             fix = "repair it, or set model.tokenizer"
-            raise UserError(f"the tokenizer fails ({str(error)[:200]})", str(tokenizer.name_or_path), fix) from None
-
-    return encode
+            raise UserError(f"the tokenizer fails ({str(error)[:200]})", self.name, fix) from None
 
 
-def encode_documents(documents: Iterable[Iterable[str]], encode: Encode) -> Iterator[tuple[int, list[int]]]:
-    """(document number, ids of its next part): together those of the whole document, which is never in memory.
+def encoder(tokenizer: PreTrainedTokenizerBase) -> Encoder:
+    """The encoder of a tokenizer: the library's own where transformers would do no more than call it."""
+    from transformers import PreTrainedTokenizerFast
+
+    own: Any = tokenizer
+    if getattr(type(tokenizer), "_encode_plus", None) is getattr(PreTrainedTokenizerFast, "_encode_plus", ""):
+        with contextlib.suppress(Exception):  # a part written in Python cannot be copied
+            own = type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str())
+            own.no_padding()
+            own.no_truncation()
+            own.encode_special_tokens = bool(tokenizer.split_special_tokens)
+    return Encoder(str(tokenizer.name_or_path), own)
+
+
+def encode_documents(
+    documents: Iterable[Iterable[str]], encode: Encode, work: Work | None = None
+) -> Iterator[tuple[int, np.ndarray]]:
+    """(document number, int32 ids of its next part): together those of the whole document, which is never in memory.
 
     A long document is cut where the tokens before and behind do not depend on each other (:func:`cut`). Every document
     comes at least once.
@@ -139,18 +170,39 @@ def encode_documents(documents: Iterable[Iterable[str]], encode: Encode) -> Iter
     Args:
         documents: each as blocks of text, which are used up one document after the other.
         encode: texts → ids, as :func:`encoder` gives.
+        work: batches of pieces → what :func:`encode_batch` makes of each, in order; None: here, one after the other.
     """
-    pieces = (piece for number, blocks in enumerate(documents) for piece in cut(number, blocks, encode))
-    batch: list[Piece] = []
-    characters = 0
-    for piece in pieces:
-        batch.append(piece)
-        characters += len(piece.text)
-        if characters >= BATCH_CHARACTERS or len(batch) == BATCH_PIECES:
-            yield from _encoded(batch, encode)
-            batch, characters = [], 0
-    if batch:
-        yield from _encoded(batch, encode)
+    numbers: deque[list[int]] = deque()  # of the documents of the batches under way
+
+    def batches() -> Iterator[Batch]:
+        batch: list[Piece] = []
+        characters = 0
+        for piece in (piece for number, blocks in enumerate(documents) for piece in cut(number, blocks, encode)):
+            batch.append(piece)
+            characters += len(piece.text)
+            if characters >= BATCH_CHARACTERS or len(batch) == BATCH_PIECES:
+                yield told(batch)
+                batch, characters = [], 0
+        if batch:
+            yield told(batch)
+
+    def told(batch: list[Piece]) -> Batch:
+        numbers.append([piece.document for piece in batch])
+        return [(piece.text, piece.before) for piece in batch]
+
+    for ids, lengths in work(batches()) if work is not None else (encode_batch(batch, encode) for batch in batches()):
+        yield from zip(numbers.popleft(), np.split(ids, np.cumsum(lengths)[:-1]), strict=True)
+
+
+def encode_batch(batch: Batch, encode: Encode) -> tuple[np.ndarray, list[int]]:
+    """(int32 ids of all pieces, one after the other; how many of each), without those of the context before it."""
+    parts = []
+    for (text, before), ids in zip(batch, encode([text for text, _ in batch]), strict=True):
+        if tuple(ids[: len(before)]) != before:
+            what = "this tokenizer does not tokenise a long document in pieces as it does the whole"
+            raise UserError(what, f"{text[:40]!r}…", "cut it into documents of fewer than 65,536 characters")
+        parts.append(np.array(ids[len(before) :], dtype=np.int32))
+    return np.concatenate(parts), [len(part) for part in parts]
 
 
 def cut(number: int, blocks: Iterable[str], encode: Encode, size: int = PIECE_CHARACTERS) -> Iterator[Piece]:
@@ -196,11 +248,3 @@ def _place(context: str, text: str, target: int, encode: Encode) -> tuple[int, t
             if whole and both[len(alone) :] == near_both[len(near_alone) :]:
                 return place, tuple(alone)
     return None
-
-
-def _encoded(batch: list[Piece], encode: Encode) -> Iterator[tuple[int, list[int]]]:
-    for piece, ids in zip(batch, encode([piece.text for piece in batch]), strict=True):
-        if tuple(ids[: len(piece.before)]) != piece.before:
-            what = "this tokenizer does not tokenise a long document in pieces as it does the whole"
-            raise UserError(what, f"{piece.text[:40]!r}…", "cut it into documents of fewer than 65,536 characters")
-        yield piece.document, ids[len(piece.before) :]

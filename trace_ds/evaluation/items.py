@@ -1,4 +1,4 @@
-"""Question files: JSONL, one item a line, checked completely before any model is loaded.
+"""Questions: JSONL, one item a line, checked completely before any model is loaded.
 
 choice:   {"id": "q1", "prompt": "The symbol of gold is", "choices": ["Au", "Ag", "Pb", "Fe"], "answer": 0}
 lm_eval:  {"question": "What is the symbol of gold?", "choices": ["Au", "Ag", "Pb", "Fe"], "answer": 0}
@@ -6,32 +6,27 @@ verbatim: {"id": "p1", "prompt": "It is a truth", "continuation": "universally a
 knowmem:  {"id": "k1", "question": "Who wrote it?", "answer": "Jane Austen"}        (or a list of accepted answers)
 
 ``id`` and ``source`` may be left out (the line number, the file's name). The ``answer`` to a choice is its 0-based
-index. Perplexity, extraction and membership tasks read documents as corpora do. Every mistake is a :class:`UserError`
-that names the file and the line. No torch here: checking is instant.
+index. Perplexity, extraction and membership tasks read documents as corpora do. The rows of a data set by name are read
+likewise, and ``columns`` says what the fields are called there. Every mistake is a :class:`UserError` that names the
+file and the line. No torch here: checking is instant.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
+import dataclasses
+import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trace_ds.config.schema import CorpusFile, TaskConfig
-from trace_ds.corpora.read import (
-    Document,
-    json_lines,
-    parquet_records,
-    read_documents,
-    refuse_surrogates,
-    source_name,
-)
+from trace_ds.config.schema import CorpusEntry, TaskConfig
+from trace_ds.corpora.read import Document, Record, content_fingerprint, read_documents, records
 from trace_ds.errors import UserError
-from trace_ds.run.files import canonical_json, sha256_file, sha256_text
+from trace_ds.run.files import canonical_json, sha256_text
 from trace_ds.terminal import plain
 
+KEY = "evaluation.tasks"
 CHOICES = 4
 BEGINNING = 200  # characters of a text that are kept in the log of its item
 
@@ -105,18 +100,18 @@ def read_tasks(configs: list[TaskConfig]) -> list[Task]:
 
 
 def read_task(config: TaskConfig) -> Task:
-    """Read and check the files of one task."""
+    """Read and check what one task asks."""
     items: Any
     examples: tuple[QuestionItem, ...] = ()
-    paths = [path for path in (config.path, config.examples, config.holdout) if path]
+    others = [_other(config, name) for name in (config.examples, config.holdout) if name]
     if config.type == "choice":
-        items = read_choice_items(config.path)
+        items = read_choice_items(config)
     elif config.type == "verbatim":
-        items = read_verbatim_items(config.path)
+        items = read_verbatim_items(config)
     elif config.type == "knowmem":
-        items, examples = read_question_items(config.path), tuple(read_question_items(str(config.examples)))
+        items, examples = read_question_items(config), tuple(read_question_items(others[0]))
     elif config.type == "membership":
-        sides = ((_texts(config.path), True), (_texts(str(config.holdout)), False))
+        sides = ((_texts(config), True), (_texts(others[0]), False))
         items = [
             MembershipItem(f"{'member' if member else 'holdout'}/{number}", document.text, document.source, member)
             for documents, member in sides
@@ -125,12 +120,20 @@ def read_task(config: TaskConfig) -> Task:
     elif config.type == "lm_eval":
         from trace_ds.evaluation.harness import check_task
 
-        items = read_choice_items(config.path, "question") if config.path else []
+        items = read_choice_items(config, "question") if config.path else []
         check_task(str(config.task), config.path, f"evaluation.tasks {config.name}")
     else:
-        items = _texts(config.path)
-    digests = [sha256_file(Path(path)) for path in paths]
-    return Task(config, items, digests[0] if len(digests) == 1 else sha256_text(canonical_json(digests)), examples)
+        items = _texts(config)
+    digests = [content_fingerprint(named) for named in (config, *others) if named.place]
+    found: Any = digests[0] if len(digests) == 1 else digests
+    if config.columns:
+        found = [found, config.columns]
+    return Task(config, items, found if isinstance(found, str) else sha256_text(canonical_json(found)), examples)
+
+
+def _other(config: TaskConfig, name: str) -> TaskConfig:
+    """The task's other texts: another file, or another split of its data set."""
+    return config.model_copy(update={"split": name} if config.dataset else {"path": name})
 
 
 def beginning(text: str) -> str:
@@ -138,25 +141,28 @@ def beginning(text: str) -> str:
     return text if len(text) <= BEGINNING else text[: BEGINNING - 1] + "…"
 
 
-def _texts(path: str) -> list[Document]:
-    """The documents of a task file that have any text."""
-    _require_file(path)
-    found = [d for d in read_documents([CorpusFile.model_validate({"path": path})]) if d.text.strip()]
+def _texts(config: TaskConfig) -> list[Document]:
+    """The documents of a task that have any text."""
+    _require_file(config)
+    keys = ("path", "dataset", "config", "split", "revision")
+    named = {key: getattr(config, key) for key in keys} | {"field": config.columns.get("text", "text")}
+    found = [d for d in read_documents([CorpusEntry.model_validate(named)], KEY) if d.text.strip()]
     if not found:
-        raise UserError("the task file has no text", path, "a score of nothing: add documents")
+        raise UserError("the task file has no text", config.place, "a score of nothing: add documents")
     return found
 
 
-def read_choice_items(path: str | Path, prompt_key: str = "prompt") -> list[ChoiceItem]:
-    """All questions of a choice file.
+def read_choice_items(config: TaskConfig, prompt_key: str = "prompt") -> list[ChoiceItem]:
+    """All questions of a choice task.
 
     Raises:
         UserError: missing, unreadable or empty file; a line that is no object, has no prompt, not exactly four
             non-empty choices, or an answer that is missing or out of range.
     """
     items = []
-    for where, line, record in _records(path):
-        prompt = _text(record, prompt_key, where)
+    for found in _records(config):
+        record, where = found.values, found.where
+        prompt = _text(found, prompt_key)
         choices = record.get("choices")
         if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
             raise UserError("'choices' is missing or not a list of texts", where, f"give {CHOICES} texts")
@@ -174,82 +180,63 @@ def read_choice_items(path: str | Path, prompt_key: str = "prompt") -> list[Choi
             raise UserError(
                 f"the answer {answer!r} is out of range", where, f"use the index of the right choice, 0 … {CHOICES - 1}"
             )
-        items.append(
-            ChoiceItem(_id(record, line), prompt, tuple(choices), answer, source_name(record, Path(path), where))
-        )
+        items.append(ChoiceItem(_id(found), prompt, tuple(choices), answer, found.source))
     return items
 
 
-def read_verbatim_items(path: str | Path) -> list[VerbatimItem]:
-    """All passages of a verbatim file; :class:`UserError` naming file and line for a missing or empty text."""
+def read_verbatim_items(config: TaskConfig) -> list[VerbatimItem]:
+    """All passages of a verbatim task; :class:`UserError` naming file and line for a missing or empty text."""
     return [
-        VerbatimItem(
-            _id(record, line),
-            _text(record, "prompt", where),
-            _text(record, "continuation", where),
-            source_name(record, Path(path), where),
-        )
-        for where, line, record in _records(path)
+        VerbatimItem(_id(found), _text(found, "prompt"), _text(found, "continuation"), found.source)
+        for found in _records(config)
     ]
 
 
-def read_question_items(path: str | Path) -> list[QuestionItem]:
-    """All open questions of a file; :class:`UserError` naming file and line for a missing question or answer."""
+def read_question_items(config: TaskConfig) -> list[QuestionItem]:
+    """All open questions of a task; :class:`UserError` naming file and line for a missing question or answer."""
     items = []
-    for where, line, record in _records(path):
-        question = _text(record, "question", where)
-        answers = record.get("answer")
+    for found in _records(config):
+        question = _text(found, "question")
+        answers = found.values.get("answer")
         answers = answers if isinstance(answers, list) else [answers]
         if not answers or not all(isinstance(answer, str) and answer.strip() for answer in answers):
-            raise UserError("the answer is missing", where, "add 'answer': a text, or a list of accepted texts")
-        items.append(QuestionItem(_id(record, line), question, tuple(answers), source_name(record, Path(path), where)))
+            raise UserError("the answer is missing", found.where, "add 'answer': a text, or a list of accepted texts")
+        items.append(QuestionItem(_id(found), question, tuple(answers), found.source))
     return items
 
 
-def _records(path: str | Path) -> Iterator[tuple[str, int, dict[str, Any]]]:
-    """(``FILE:LINE``, line number, object) of every line (or row) that is not blank; at least one."""
-    _require_file(path)
-    kind = Path(path).suffix
-    if kind == ".csv":
-        raise UserError("a CSV cell holds no list of choices", str(path), "convert the file to JSONL")
-    file = Path(path)
-    found = False
-    for number, record in parquet_records(file) if kind == ".parquet" else _json_records(file):
-        found = True
-        yield f"{path}:{number}", number, record
-    if not found:
-        raise UserError("the task file is empty", str(path), "a metric over no items means nothing: add items")
+def _records(config: TaskConfig) -> Iterator[Record]:
+    """Every line (or row) that is not blank, its columns under our names; at least one."""
+    _require_file(config)
+    number = 0
+    for number, record in enumerate(records(config, KEY), 1):  # noqa: B007
+        values = record.values
+        for ours, theirs in config.columns.items():
+            if theirs not in values:
+                close = difflib.get_close_matches(theirs, values, 1)
+                hint = f"did you mean {close[0]!r}? " if close else ""
+                fix = f"{hint}it has {', '.join(map(str, values))}: correct columns of the task"
+                raise UserError(f"there is no column {theirs!r}", record.where, fix)
+            values = values | {ours: record.values[theirs]}
+        yield dataclasses.replace(record, values=values)
+    if not number:
+        raise UserError("the task file is empty", config.place, "a metric over no items means nothing: add items")
 
 
-def _json_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The objects of a JSON file: an array of them, or one a line."""
-    whole = None
-    if path.suffix == ".json":
-        with contextlib.suppress(ValueError, RecursionError):
-            whole = json.loads(path.read_text(encoding="utf-8-sig"))
-    if not isinstance(whole, list):
-        yield from json_lines(path)
-        return
-    for number, record in enumerate(whole, 1):
-        if not isinstance(record, dict):
-            raise UserError("the item is not a JSON object", f"{path}:{number}", "an array of objects")
-        refuse_surrogates(record, f"{path}:{number}")
-        yield number, record
+def _require_file(config: TaskConfig) -> None:
+    path = Path(config.path)
+    if config.type in ("choice", "lm_eval") and path.suffix == ".csv":
+        raise UserError("a CSV cell holds no list of choices", config.path, "convert the file to JSONL")
+    if config.type == "lm_eval" and (path.is_dir() or path.suffix not in (".jsonl", ".json", ".parquet")):
+        raise UserError("lm-eval reads one .jsonl, .json or .parquet file", config.path, "name one in evaluation.tasks")
 
 
-def _require_file(path: str | Path) -> None:
-    if Path(path).is_dir():
-        raise UserError("the task is a folder, not a file", str(path), "name a file in evaluation.tasks")
-    if not Path(path).is_file():
-        raise UserError("the task file does not exist", str(path), "correct evaluation.tasks in the configuration")
-
-
-def _text(record: dict[str, Any], key: str, where: str) -> str:
-    value = record.get(key)
+def _text(record: Record, key: str) -> str:
+    value = record.values.get(key)
     if not isinstance(value, str) or not value.strip():
-        raise UserError(f"there is no text under {key!r}", where, f"give the line a {key!r}")
+        raise UserError(f"there is no text under {key!r}", record.where, f"give the line a {key!r}")
     return value
 
 
-def _id(record: dict[str, Any], line: int) -> str:
-    return plain(str(record.get("id", line)))
+def _id(record: Record) -> str:
+    return plain(str(record.values.get("id", record.label)))

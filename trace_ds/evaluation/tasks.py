@@ -33,9 +33,9 @@ def run_task(
 ) -> TaskResult:
     """Score one model on one task."""
     items: Any = task.items
-    where, kind = task.config.path, task.config.type
+    where, kind = task.config.place, task.config.type
     if kind == "lm_eval":
-        found = harness.evaluate_harness(model, str(task.config.task), where)
+        found = harness.evaluate_harness(model, str(task.config.task), task.config.path)
         return TaskResult(score_records(task, found.metrics, found.items), found.logs, {})
     if kind == "choice":
         outcome = choice.evaluate_choice(model, items, where, advance)

@@ -84,9 +84,11 @@ def inputs_of(config: Config) -> dict[str, Path]:
     """Every file and directory that a configuration names, by its key."""
     named: dict[str, str | None] = {"model.path": config.model.path, "model.tokenizer": config.model.tokenizer}
     for side in config.data.sides:
-        named |= {f"data.{side}[{i}].path": file.path for i, file in enumerate(getattr(config.data, side))}
+        for i, entry in enumerate(getattr(config.data, side)):
+            named |= {f"data.{side}[{i}].{key}": getattr(entry, key) for key in ("path", "dataset")}
     for task in config.evaluation.tasks:
-        named |= {f"evaluation.tasks {task.name} {key}": getattr(task, key) for key in ("path", "examples", "holdout")}
+        keys = ("dataset",) if task.dataset else ("path", "examples", "holdout")
+        named |= {f"evaluation.tasks {task.name} {key}": getattr(task, key) for key in keys}
     named |= {f"evaluation.models.{name}": path for name, path in config.evaluation.models.items()}
     named["unlearning.ds_config"] = config.unlearning.ds_config
     return {key: Path(path) for key, path in named.items() if path}
@@ -101,7 +103,7 @@ def run_verb(verb: str, request: Request, *, dry_run: bool = False) -> int:
         for item in request.all()[1:] if verb == "run" else ():
             print(f"# variant {item.config.name}: {request.config.variants[item.config.name]}")
         try:
-            check_early(verb, request.located(verb, download=False))
+            check_early(verb, request.located(verb, download=False), download=False)
         except UserError as error:  # a recipe can be read before there is a model
             print(f"# not ready: {error.line()}")
         return 0
@@ -116,13 +118,15 @@ def run_verb(verb: str, request: Request, *, dry_run: bool = False) -> int:
         return _run_stage(verb, request, lock)
 
 
-def check_early(verb: str, request: Request, world_size: int | None = None) -> None:
+def check_early(verb: str, request: Request, world_size: int | None = None, *, download: bool = True) -> None:
     """Find what is wrong with the user's input before anything is written.
 
     Args:
         world_size: processes of the job when it is to run elsewhere; None: it runs here, as configured.
+        download: bring data sets that are named into their cache, to look at them; False: what is not there is missing.
     """
     from trace_ds.corpora.read import check_files
+    from trace_ds.corpora.sources import files_here
     from trace_ds.corpora.tokenizer import check_tokenizer
     from trace_ds.models.families import check_expert_parallel, inspect_model
     from trace_ds.parallel.launch import check_process_count
@@ -154,10 +158,13 @@ def check_early(verb: str, request: Request, world_size: int | None = None) -> N
         check_tokenizer(config.model.tokenizer or config.model.path, vocabulary)
     if verb in ("run", "prepare"):
         for side in config.data.sides:
-            check_files(getattr(config.data, side), f"data.{side}")
+            check_files(getattr(config.data, side), f"data.{side}", download=download)
     if verb in ("run", "evaluate"):
         from trace_ds.evaluation.items import read_tasks
 
+        for task in config.evaluation.tasks:
+            if task.dataset and not download:
+                files_here(task, "evaluation.tasks")
         read_tasks(config.evaluation.tasks)
     if verb == "run":
         _check_later_stages(request)

@@ -1,22 +1,35 @@
-"""``trace-ds prepare``: corpora → token datasets (one process, streaming)."""
+"""``trace-ds prepare``: corpora → token datasets, streaming; tokenised on all cores (``data.num_proc``)."""
 
 from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from trace_ds.config.schema import Config, CorpusFile
+from trace_ds.config.schema import Config, CorpusEntry, DataConfig
 from trace_ds.corpora.dataset import TEXT_START_READ, DocumentTable, write_rows
 from trace_ds.corpora.pack import PackingCounts, pack
+from trace_ds.corpora.processes import available_cores, tokenising
 from trace_ds.corpora.read import check_files, corpus_fingerprint, read_streams
-from trace_ds.corpora.tokenizer import encode_documents, encoder, load_tokenizer, tokenizer_fingerprint
+from trace_ds.corpora.tokenizer import (
+    Encoder,
+    Work,
+    encode_documents,
+    encoder,
+    load_tokenizer,
+    tokenizer_fingerprint,
+)
 from trace_ds.errors import UserError
 from trace_ds.run import artefact, ours
 from trace_ds.run.directory import RunDirectory
 from trace_ds.run.files import replacing_directory
 from trace_ds.run.log import stage_log
+
+if TYPE_CHECKING:
+    import numpy as np
+    from transformers import PreTrainedTokenizerBase
 
 
 def prepare(config: Config, run: RunDirectory) -> artefact.Artefact:
@@ -27,14 +40,17 @@ def prepare(config: Config, run: RunDirectory) -> artefact.Artefact:
         check_files(getattr(config.data, side), f"data.{side}")
     inputs = {"tokenizer": tokenizer_fingerprint(tokenizer_path)}
     inputs |= {side: corpus_fingerprint(getattr(config.data, side)) for side in sides}
-    settings = config.data.model_dump(mode="json", exclude={"forget", "retain", "alternative"})
+    settings = config.data.model_dump(mode="json", exclude={"forget", "retain", "alternative", "num_proc"})
     if artefact.is_done(run.data, "data", artefact.identity_of("data", inputs, settings)):
         return artefact.load(run.data, "data", "prepare CONFIG", verify=False)
-    with stage_log(run, "prepare") as log, replacing_directory(run.data, ours.artefact("data")) as directory:
-        found = {
-            side: _prepare_side(config, getattr(config.data, side), side, directory, Path(tokenizer_path))
-            for side in sides
-        }
+    tokenizer = load_tokenizer(tokenizer_path)
+    encode, processes = encoder(tokenizer), config.data.num_proc or available_cores()
+    with (
+        stage_log(run, "prepare") as log,
+        replacing_directory(run.data, ours.artefact("data")) as directory,
+        tokenising(encode, processes) as work,
+    ):
+        found = {side: _prepare_side(config.data, side, directory, tokenizer, encode, work) for side in sides}
         for side, counts in found.items():
             log.line(
                 f"{side}: {counts.documents:,} documents, {counts.rows:,} rows, {counts.tokens:,} tokens "
@@ -47,32 +63,33 @@ def prepare(config: Config, run: RunDirectory) -> artefact.Artefact:
 
 
 def _prepare_side(
-    config: Config, files: list[CorpusFile], side: str, directory: Path, tokenizer_path: Path
+    data: DataConfig, side: str, directory: Path, tokenizer: PreTrainedTokenizerBase, encode: Encoder, work: Work
 ) -> PackingCounts:
-    tokenizer = load_tokenizer(tokenizer_path)
-    bos = [tokenizer.bos_token_id] if config.data.add_bos and tokenizer.bos_token_id is not None else []
-    eos = [tokenizer.eos_token_id] if config.data.add_eos and tokenizer.eos_token_id is not None else []
+    entries: list[CorpusEntry] = getattr(data, side)
+    bos = [tokenizer.bos_token_id] if data.add_bos and tokenizer.bos_token_id is not None else []
+    eos = [tokenizer.eos_token_id] if data.add_eos and tokenizer.eos_token_id is not None else []
     table = DocumentTable(directory / f"{side}_documents.arrow")
 
     known: deque[tuple[str, str]] = deque()  # source and beginning of the documents read and not yet written
 
     def texts() -> Iterator[Iterator[str]]:
-        for stream in read_streams(files):
+        for stream in read_streams(entries, f"data.{side}"):
             blocks = iter(stream.blocks)
             first = next(blocks, "")
             known.append((stream.source, first[:TEXT_START_READ]))
             yield itertools.chain([first], blocks)
 
-    def tokenised() -> Iterator[Iterator[list[int]]]:
-        parts = encode_documents(texts(), encoder(tokenizer))
+    def tokenised() -> Iterator[Iterator[Sequence[int] | np.ndarray]]:
+        parts = encode_documents(texts(), encode, work)
         for _, group in itertools.groupby(parts, key=lambda part: part[0]):
             yield document(ids for _, ids in group)
 
-    def document(parts: Iterator[list[int]]) -> Iterator[list[int]]:
+    def document(parts: Iterator[np.ndarray]) -> Iterator[Sequence[int] | np.ndarray]:
         tokens = 0
         for ids in parts:
-            if ids and not tokens:
-                ids = bos + ids
+            if len(ids) and not tokens:
+                tokens = len(bos)
+                yield bos
             tokens += len(ids)
             yield ids
         if tokens:
@@ -82,17 +99,11 @@ def _prepare_side(
 
     counts = PackingCounts()
     try:
-        rows = pack(
-            tokenised(),
-            config.data.context_length,
-            config.data.packing,
-            config.data.documents_per_row,
-            counts,
-        )
+        rows = pack(tokenised(), data.context_length, data.packing, data.documents_per_row, counts)
         write_rows(directory / f"{side}.arrow", rows)
     finally:
         table.close()
-    where = ", ".join(item.path for item in files)
+    where = ", ".join(entry.place for entry in entries)
     if counts.documents == 0:
         raise UserError(f"the {side} corpus is empty", where, "give at least one document")
     if counts.counted_tokens == 0:

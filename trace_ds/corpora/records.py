@@ -1,0 +1,240 @@
+"""Rows of one file, streamed: JSON Lines, an array of JSON objects, CSV, Parquet; errors name the file and the line.
+
+All but Parquet may be compressed (.gz, .zst). The files are somebody else's: no line is longer than it may be, text is
+UTF-8, and what cannot be read is a :class:`UserError`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import gzip
+import io
+import itertools
+import json
+import re
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from trace_ds.errors import UserError
+
+TABLES = (".jsonl", ".json", ".csv", ".parquet")
+KINDS = (*TABLES, ".txt")
+COMPRESSED = (".gz", ".zst")
+MAX_LINE_BYTES = 1 << 30
+ARRAY_BLOCK = 1 << 20  # characters of a JSON array, read at a time
+PARQUET_ROWS = 64  # read at a time: a row can be a book
+SPACE = re.compile(r"[ \t\r\n]*")
+
+
+def kind_of(path: Path) -> str:
+    """``.jsonl`` for notes.jsonl and notes.jsonl.gz; the last suffix, whatever it is, for others."""
+    return Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
+
+
+def stem_of(path: Path) -> str:
+    """The file's name without its kind."""
+    return Path(path.stem).stem if path.suffix in COMPRESSED else path.stem
+
+
+def can_read(path: Path) -> bool:
+    return kind_of(path) in (TABLES[:-1] + KINDS[-1:] if path.suffix in COMPRESSED else KINDS)
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[IO[bytes]]:
+    """The bytes of a file, decompressed; :class:`UserError` when the compression is damaged."""
+    try:
+        if path.suffix == ".gz":
+            with gzip.open(path, "rb") as handle:
+                yield handle  # type: ignore[misc]
+        elif path.suffix == ".zst":
+            import pyarrow as pa
+
+            with pa.CompressedInputStream(pa.OSFile(str(path)), "zstd") as stream:
+                yield io.BufferedReader(stream)
+        else:
+            with path.open("rb") as handle:
+                yield handle
+    except (OSError, EOFError, zlib.error) as error:
+        if path.suffix not in COMPRESSED or getattr(error, "errno", None) is not None:
+            raise
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise UserError(f"not a whole {path.suffix} file ({reason})", str(path), "copy it again") from None
+
+
+def text_blocks(path: Path, characters: int) -> Iterator[str]:
+    """The text of a file, so many characters at a time; :class:`UserError` when it is not UTF-8."""
+    try:
+        with opened(path) as handle:
+            text = io.TextIOWrapper(handle, encoding="utf-8-sig")
+            yield from iter(lambda: text.read(characters), "")
+    except UnicodeDecodeError as error:
+        raise UserError(f"not UTF-8 (near byte {error.start})", str(path), "convert the file to UTF-8") from None
+
+
+def rows_of(path: Path, columns: list[str] | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(number from 1, row) of a file; the number is that of its line where it has lines.
+
+    Args:
+        columns: a Parquet file must have these, as text, and no other but ``source`` is read; None: all of them.
+    """
+    kind = kind_of(path)
+    if kind == ".parquet":
+        return _parquet_rows(path, columns)
+    if kind == ".csv":
+        return _csv_rows(path)
+    return _array_rows(path) if kind == ".json" and _is_array(path) else _json_lines(path)
+
+
+def require_text(schema: Any, columns: list[str], where: str) -> None:
+    """:class:`UserError` unless the Arrow schema has these columns and they hold text."""
+    import difflib
+
+    import pyarrow as pa
+
+    for column in columns:
+        fix = f"set the corpus' field to one of {schema.names}"
+        if column not in schema.names:
+            close = difflib.get_close_matches(column, schema.names, 1)
+            raise UserError(
+                f"there is no column {column!r}", where, f"did you mean {close[0]!r}? {fix}" if close else fix
+            )
+        kind = schema.field(column).type
+        if not str(getattr(kind, "value_type", kind)).endswith(("string", "string_view")) or pa.types.is_nested(kind):
+            raise UserError(f"the column {column!r} holds {kind}, no text", where, fix)
+
+
+def refuse_surrogates(record: Any, where: str) -> None:
+    """:class:`UserError` for parsed JSON that holds half of a surrogate pair, which no file can hold as UTF-8."""
+    try:
+        json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        found = error.object[error.start].encode("unicode_escape").decode()
+        fix = "write the file again as UTF-8"
+        raise UserError(f"{found} is half of a surrogate pair and no character", where, fix) from None
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """(number from 1, line with its end); a byte order mark is skipped."""
+    with opened(path) as handle:
+        for number, line in enumerate(iter(lambda: handle.readline(MAX_LINE_BYTES), b""), 1):
+            where = f"{path}:{number}"
+            if len(line) == MAX_LINE_BYTES:
+                raise UserError("the line has a gigabyte or more", where, "cut the document, or make it a .txt file")
+            try:
+                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                fix = "convert the file to UTF-8"
+                raise UserError(f"not UTF-8 (byte {error.start} of the line)", where, fix) from None
+
+
+def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in _lines(path):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            raise UserError("the line is not a JSON object", where, "one JSON object per line") from None
+        yield number, _object(record, line, "the line is not a JSON object", where, "one JSON object per line")
+
+
+def _is_array(path: Path) -> bool:
+    with opened(path) as handle:
+        return handle.read(ARRAY_BLOCK).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
+
+
+def _array_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The objects of an array, one in memory at a time (and a block of the file)."""
+    decoder, blocks, fix = json.JSONDecoder(), text_blocks(path, ARRAY_BLOCK), "an array of objects"
+    text, at, wanted = "", 0, 1
+
+    def more() -> bool:
+        """Read on, twice as much as the last time: an object of any size is parsed in a few tries."""
+        nonlocal text, at, wanted
+        read = list(itertools.islice(blocks, wanted))
+        text, at, wanted = text[at:] + "".join(read), 0, 2 * wanted
+        return bool(read)
+
+    def character() -> str:
+        """The next one that is no white space; "" at the end of the file."""
+        nonlocal at
+        while True:
+            at = SPACE.match(text, at).end()  # type: ignore[union-attr]
+            if at < len(text) or not more():
+                return text[at : at + 1]
+
+    mark = character()
+    for number in itertools.count(1):
+        at, where = at + 1, f"{path}:{number}"  # behind the bracket, or the comma
+        if character() == "]" and number == 1:
+            break
+        while True:
+            try:
+                record, end = decoder.raw_decode(text, at)
+                break
+            except (ValueError, RecursionError) as error:
+                if isinstance(error, RecursionError) or len(text) - at > MAX_LINE_BYTES or not more():
+                    raise UserError("the item is not a JSON object", where, fix) from None
+        row = _object(record, text[at:end], "the item is not a JSON object", where, fix)
+        at, wanted = end, 1
+        yield number, row
+        mark = character()
+        if mark != ",":
+            break
+    if character() != "]":
+        raise UserError("the array does not end", str(path), "copy the file again")
+    at += 1
+    if character():
+        raise UserError("there is more behind the array", str(path), "one array of objects a file")
+
+
+def _object(record: Any, text: str, what: str, where: str, fix: str) -> dict[str, Any]:
+    if not isinstance(record, dict):
+        raise UserError(what, where, fix)
+    if "\\ud" in text.lower():  # an escaped surrogate
+        refuse_surrogates(record, where)
+    return record
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    csv.field_size_limit(MAX_LINE_BYTES)  # of the process; the default is 128 KiB
+    reader = csv.reader((line for _, line in _lines(path)), strict=True)
+    header: list[str] = []
+    try:
+        for cells in reader:
+            where = f"{path}:{reader.line_num}"
+            if not header:
+                header = cells
+                if len(set(header)) < len(header):
+                    raise UserError("two columns have one name", where, "rename one in the first line")
+            elif cells and len(cells) != len(header):
+                raise UserError(f"the row has {len(cells)} cells, the first line {len(header)}", where, "correct it")
+            elif cells:
+                yield reader.line_num, dict(zip(header, cells, strict=True))
+    except csv.Error as error:
+        raise UserError(f"not CSV ({error})", f"{path}:{reader.line_num}", "quote cells as CSV does") from None
+
+
+def _parquet_rows(path: Path, columns: list[str] | None) -> Iterator[tuple[int, dict[str, Any]]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as parquet:
+            names = parquet.schema_arrow.names
+            if columns is not None:
+                require_text(parquet.schema_arrow, columns, str(path))
+                columns = [*columns, *(["source"] if "source" in names and "source" not in columns else [])]
+            for batch in parquet.iter_batches(batch_size=PARQUET_ROWS, columns=columns):
+                for record in batch.to_pylist():
+                    number += 1
+                    yield number, record
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise UserError(f"not a whole Parquet file ({reason})", str(path), "convert or copy it again") from None
