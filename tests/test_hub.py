@@ -81,6 +81,14 @@ def questions(folder: Path) -> Path:
     return folder
 
 
+def texts(folder: Path, words: list[str]) -> Path:
+    """A corpus as a data set of JSON Lines."""
+    folder.mkdir(parents=True)
+    lines = [json.dumps({"text": text}) for text in tiny.sentences(40, 3, words)]
+    (folder / "train.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
 @pytest.fixture(scope="module")
 def place(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     folder = tmp_path_factory.mktemp("hub")
@@ -100,6 +108,7 @@ def place(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
                 ("models", "org/private", model, {"private": True, "readers": ("friend",)}),
                 ("models", "org/pickles", only_pickles, {}),
                 ("datasets", "cais/wmdp", questions(folder / "wmdp"), {}),
+                ("datasets", "org/texts", texts(folder / "texts", tiny.WORDS[:10]), {}),
             )
         }
         home = folder / "home"
@@ -120,7 +129,12 @@ def artefact_summary(path: Path) -> dict[str, Any]:
 def test_fetched_once_a_whole_run_needs_no_network(place: Place, tmp_path: Path) -> None:
     tasks = [*tiny.write_tasks(tmp_path), {"name": "cyber", "type": "lm_eval", "task": "wmdp_cyber", "role": "forget"}]
     config = written(
-        tmp_path, "org/tiny", evaluation__models={"gold": "org/gold@v1"}, evaluation__tasks=tasks, unlearning__steps=2
+        tmp_path,
+        "org/tiny",
+        evaluation__models={"gold": "org/gold@v1"},
+        evaluation__tasks=tasks,
+        unlearning__steps=2,
+        data__forget=[{"dataset": "org/texts"}],
     )
     shutil.rmtree(place.home, ignore_errors=True)
     run = tmp_path / "run"
@@ -131,6 +145,7 @@ def test_fetched_once_a_whole_run_needs_no_network(place: Place, tmp_path: Path)
     record = json.loads((run / "fetched.json").read_text())
     assert record["models"]["org/tiny"]["commit"] == place.commits["org/tiny"]
     assert record["models"]["org/gold@v1"]["commit"] == place.commits["org/gold"]
+    assert record["data"] == {"org/texts": {"commit": place.commits["org/texts"]}}
     assert record["tasks"] == {"wmdp_cyber": {"commits": {"cais/wmdp": place.commits["cais/wmdp"]}}}
     asked = [line for line in place.hub.requests if line.endswith(tuple(OTHER_FILES))]
     assert asked == [], "a pickle, code or the weights of another format were asked for"
@@ -231,6 +246,21 @@ def test_a_revision_that_moved_since_fetch_is_refused(place: Place, tmp_path: Pa
     assert place.server.run(fetch, tmp_path).returncode == 0
     assert json.loads((run / "fetched.json").read_text())["models"][name]["commit"] == second
     assert place.server.run(["prepare", config, "--run-dir", run], tmp_path).returncode == 0
+
+
+def test_data_that_moved_since_fetch_are_refused(place: Place, tmp_path: Path) -> None:
+    first = place.hub.add("datasets", "org/news", texts(tmp_path / "first", tiny.WORDS[:10]))
+    project = tmp_path / "project"
+    config, run = written(project, str(place.models / "model"), data__forget=[{"dataset": "org/news"}]), project / "run"
+    fetch, prepare = (["fetch", config, "--run-dir", run], ["prepare", config, "--run-dir", run])
+    assert place.server.run(fetch, project).returncode == 0
+    second = place.hub.add("datasets", "org/news", texts(tmp_path / "second", tiny.WORDS[5:]))
+    line = refuse(place.server, project, *prepare)
+    assert f"data.forget[0]: org/news has moved since it was fetched, from {first} to {second}" in line
+    done = place.server.run(prepare, project, {"HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 0, done  # as it was fetched
+    assert place.server.run(fetch, project).returncode == 0
+    assert place.server.run(prepare, project).returncode == 0
 
 
 def test_looking_never_downloads(place: Place, tmp_path: Path) -> None:

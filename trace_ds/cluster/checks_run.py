@@ -111,7 +111,7 @@ def hub_checks(config: Config, run_dir: Path | None) -> Iterator[Check]:
     Args:
         config: as it was written, with names.
     """
-    from trace_ds.hub.models import require_unmoved
+    from trace_ds.hub.models import require_same_commit
     from trace_ds.run.directory import RunDirectory
     from trace_ds.stages.by_name import fetched
     from trace_ds.stages.fetch import look
@@ -124,7 +124,7 @@ def hub_checks(config: Config, run_dir: Path | None) -> Iterator[Check]:
             continue
         try:
             if item.kind == "models":
-                require_unmoved(item.name, item.key, item.where, recorded.get(item.name, {}).get("commit"))
+                require_same_commit(item.name, item.key, item.where.name, recorded.get(item.name, {}).get("commit"))
             yield Check("hub", item.key, "OK", f"{item.name} in {item.where}")
         except UserError as error:
             yield user_error("hub", item.key, error)

@@ -79,7 +79,7 @@ def submit_run(request: Request, cluster: Cluster, *, chain: bool, dry_run: bool
     request = request.located("run", download=False)
     if chain and cluster.array:
         raise UserError("--array and --chain cannot be combined", "the command line", "submit a chain per seed")
-    check_early("run", request, cluster.nodes * cluster.gpus_per_node)
+    check_early("run", request, cluster.nodes * cluster.gpus_per_node, download=False)
     for warning in plan_warnings(request.config, cluster):
         print(f"WARNING trace-ds plan: {warning}")
     run_dir = Path(os.path.abspath(request.run.path))

@@ -57,7 +57,7 @@ def bring(name: HubName, key: str, *, weights: bool = True, expected: str | None
 
     try:
         folder = _snapshot(name.id, name.revision, SMALL)
-        require_unmoved(name, key, folder, expected)
+        require_same_commit(name, key, folder.name, expected)
         if not weights:
             return folder
         shards = _weight_files(folder)
@@ -70,12 +70,12 @@ def bring(name: HubName, key: str, *, weights: bool = True, expected: str | None
     return folder
 
 
-def require_unmoved(name: HubName | str, key: str, folder: Path, expected: str | None) -> None:
+def require_same_commit(name: HubName | str, key: str, commit: str, expected: str | None) -> None:
     """Refuse another commit than the one that was fetched; None: nothing was."""
-    if expected is None or folder.name == expected:
+    if expected is None or commit == expected:
         return
     raise UserError(
-        f"{name} has moved since it was fetched, from {expected} to {folder.name}",
+        f"{name} has moved since it was fetched, from {expected} to {commit}",
         key,
         f"stay with {str(name).partition('@')[0]}@{expected}, or take the new one with `trace-ds fetch CONFIG`",
     )
@@ -83,7 +83,11 @@ def require_unmoved(name: HubName | str, key: str, folder: Path, expected: str |
 
 def downloaded_bytes(folder: Path) -> int:
     """Bytes of the files of a folder in the cache."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    total = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(OSError):  # renamed meanwhile: it has come
+            total += path.stat().st_size if path.is_file() else 0
+    return total
 
 
 def _snapshot(repository: str, revision: str | None, patterns: list[str], *, local_files_only: bool = False) -> Path:

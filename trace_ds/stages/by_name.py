@@ -1,4 +1,5 @@
-"""The models that a configuration names on the hub, as directories of this machine: the one place where that happens.
+"""What a configuration names on the hub. Models become directories of this machine, here and nowhere else; data sets
+are read by their names (:mod:`trace_ds.corpora.sources`).
 
 ``RUN/fetched.json`` (``trace-ds fetch``) says which commits they were: a name that has moved since is refused.
 """
@@ -9,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from trace_ds.config.schema import Config
+from trace_ds.config.schema import Config, CorpusEntry, TaskConfig
 from trace_ds.run.directory import RunDirectory
 from trace_ds.run.foreign import read_object
 from trace_ds.run.hub_names import HubName, hub_name
@@ -44,7 +45,7 @@ def find_models(config: Config, run: RunDirectory | None, verb: str, *, download
     names = hub_names(config, verb)
     if not names:
         return {}
-    from trace_ds.hub.models import bring, cached, require_unmoved
+    from trace_ds.hub.models import bring, cached, require_same_commit
 
     recorded = {} if run is None else {name: entry["commit"] for name, entry in fetched(run)["models"].items()}
     places: dict[str, str] = {}
@@ -55,7 +56,7 @@ def find_models(config: Config, run: RunDirectory | None, verb: str, *, download
         else:
             folder = cached(name)
         if folder is not None:
-            require_unmoved(name, key, folder, expected)
+            require_same_commit(name, key, folder.name, expected)
             places[str(name)] = str(folder)
     return places
 
@@ -81,6 +82,36 @@ def with_places(config: Config, places: Mapping[str, str]) -> Config:
             "evaluation": config.evaluation.model_copy(update={"models": models}),
         }
     )
+
+
+def hub_data(config: Config, verb: str) -> dict[str, CorpusEntry | TaskConfig]:
+    """The data sets on the hub that a verb reads, by the key that names them."""
+    from trace_ds.corpora.sources import on_hub
+
+    found: dict[str, CorpusEntry | TaskConfig] = {}
+    if verb in ("run", "fetch", "prepare"):
+        for side in config.data.sides:
+            found |= {f"data.{side}[{number}]": entry for number, entry in enumerate(getattr(config.data, side))}
+    if verb in ALL_MODELS:
+        found |= {f"evaluation.tasks.{task.name}": task for task in config.evaluation.tasks}
+    return {key: entry for key, entry in found.items() if on_hub(entry)}
+
+
+def data_name(entry: CorpusEntry | TaskConfig) -> str:
+    """What ``RUN/fetched.json`` calls a data set: its configurations and splits are of one commit."""
+    return str(HubName(str(entry.dataset), entry.revision))
+
+
+def require_data_unmoved(config: Config, run: RunDirectory, verb: str) -> None:
+    """Refuse a data set that is another commit now than when it was fetched for this run."""
+    recorded = fetched(run)["data"]
+    for key, entry in hub_data(config, verb).items() if recorded else ():
+        from trace_ds.corpora.sources import commit_of
+        from trace_ds.hub.models import require_same_commit
+
+        name = data_name(entry)
+        if name in recorded and (commit := commit_of(entry)) is not None:
+            require_same_commit(name, key, commit, recorded[name]["commit"])
 
 
 def fetched(run: RunDirectory) -> dict[str, dict[str, Any]]:

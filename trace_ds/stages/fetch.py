@@ -1,6 +1,6 @@
 """``trace-ds fetch CONFIG…``: bring everything that configurations name to the local caches, once, on a login node.
 
-    trace-ds fetch CONFIG --run-dir runs/mine     # models, and the data that lm-eval's tasks ask for
+    trace-ds fetch CONFIG --run-dir runs/mine     # models, data sets, and the data of lm-eval's tasks
     export HF_HUB_OFFLINE=1                       # from here on no stage needs a network
     trace-ds run CONFIG --run-dir runs/mine
 
@@ -19,7 +19,7 @@ from typing import Any
 from trace_ds.config.schema import Config
 from trace_ds.run.directory import RunDirectory, locked, unwritable
 from trace_ds.run.files import write_json
-from trace_ds.stages.by_name import fetched, hub_names, with_weights
+from trace_ds.stages.by_name import data_name, fetched, hub_data, hub_names, with_weights
 from trace_ds.stages.pipeline import Request
 
 KINDS = ("models", "data", "tasks")  # of RUN/fetched.json
@@ -33,7 +33,7 @@ class Found:
         kind: one of :data:`KINDS`.
         key: where the configuration names it.
         name: as it is named there.
-        entry: of ``RUN/fetched.json``: ``commit`` and ``bytes`` of a model; ``commits`` of the data sets of a task.
+        entry: of ``RUN/fetched.json``: ``commit``, of a model ``bytes`` too; of a task ``commits`` of its data sets.
         where: the folder; None: it is not here.
     """
 
@@ -52,19 +52,18 @@ def fetch(requests: Sequence[Request], *, dry_run: bool = False) -> int:
     Raises:
         UserError: something does not exist, is not for this user, or cannot be reached; nothing is recorded then.
     """
-    found: dict[tuple[str, str], Found] = {}
+    found: dict[tuple[str, str], Found] = {}  # by key and name: once, however many configurations share it
     for request in requests:
         if dry_run:
-            found |= {(item.kind, item.name): item for item in look(request.written, request.run)}
+            found |= {(item.key, item.name): item for item in look(request.written, request.run)}
             continue
         request.check_places()
         with locked(request.run):
             request.run.clear_leftovers()
-            own = {(item.kind, item.name): item for item in _bring(request.written)}
-            found |= own
             record: dict[str, dict[str, Any]] = {kind: {} for kind in KINDS}
-            for kind, name in own:
-                record[kind][name] = own[kind, name].entry
+            for item in _bring(request.written):
+                found[item.key, item.name] = item
+                record[item.kind].setdefault(item.name, item.entry)
             if record != fetched(request.run):
                 try:
                     write_json(request.run.fetched, record)
@@ -75,6 +74,7 @@ def fetch(requests: Sequence[Request], *, dry_run: bool = False) -> int:
 
 
 def _bring(config: Config) -> Iterator[Found]:
+    from trace_ds.corpora.sources import fetch_dataset
     from trace_ds.evaluation.harness import fetch_task
     from trace_ds.hub.models import bring, downloaded_bytes
 
@@ -82,6 +82,9 @@ def _bring(config: Config) -> Iterator[Found]:
         print(f"[fetch] {key}: {name}", flush=True)
         folder = bring(name, key, weights=with_weights(key, "fetch"))
         yield Found("models", key, str(name), {"commit": folder.name, "bytes": downloaded_bytes(folder)}, folder)
+    for key, entry in hub_data(config, "fetch").items():
+        print(f"[fetch] {key}: {data_name(entry)}", flush=True)
+        yield Found("data", key, data_name(entry), {"commit": fetch_dataset(entry, key)}, _data_cache())
     for key, task in hub_tasks(config).items():
         print(f"[fetch] {key}: the data of lm-eval's {task}", flush=True)
         yield Found("tasks", key, task, {"commits": fetch_task(task, key)}, _data_cache())
@@ -93,12 +96,16 @@ def look(config: Config, run: RunDirectory | None) -> Iterator[Found]:
     Args:
         run: whose record says what the data of tasks are; None: there is none.
     """
+    from trace_ds.corpora.sources import missing
     from trace_ds.hub.models import cached, downloaded_bytes
 
     for key, name in hub_names(config, "fetch").items():
         folder = cached(name)
         entry = {"commit": folder.name, "bytes": downloaded_bytes(folder)} if folder else {}
         yield Found("models", key, str(name), entry, folder)
+    for key, data in hub_data(config, "fetch").items():
+        where = None if missing(data, key) else _data_cache()
+        yield Found("data", key, data_name(data), {}, where)
     recorded = fetched(run)["tasks"] if run is not None else {}
     for key, task in hub_tasks(config).items():
         entry = recorded.get(task, {})

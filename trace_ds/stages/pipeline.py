@@ -19,7 +19,7 @@ from trace_ds.errors import StopRequested, UserError
 from trace_ds.parallel.environment import accelerator_count, launched
 from trace_ds.run.directory import RunDirectory, lock_environment, locked
 from trace_ds.run.ours import require_apart
-from trace_ds.stages.by_name import find_models, with_places
+from trace_ds.stages.by_name import find_models, require_data_unmoved, with_places
 
 STUDY_FILE = "study.json"
 STAGES = ("prepare", "collect", "calibrate", "unlearn", "convert", "evaluate", "report")
@@ -111,6 +111,7 @@ def run_verb(verb: str, request: Request, *, dry_run: bool = False) -> int:
         return _run_as_rank(verb, request)
     if verb != "report":  # it reads artefacts only
         request = request.located(verb, download=True)
+        require_data_unmoved(request.written, request.run, verb)
     check_early(verb, request)
     with locked(request.run, replaces_inputs=verb in REPLACE_INPUTS) as lock:
         if verb == "run":
@@ -297,7 +298,7 @@ def _run_as_rank(verb: str, request: Request) -> int:
         request = world.agree_each(lambda _: request.located(verb, download=False))
 
         def enter() -> None:
-            check_early(verb, request, world.size)
+            check_early(verb, request, world.size, download=False)
             stack.enter_context(locked(request.run, replaces_inputs=verb in REPLACE_INPUTS))
             request.run.clear_leftovers()
 
