@@ -23,7 +23,10 @@ from forked import Server, refuse, serving
 from hub_server import Hub
 from hub_server import serving as serving_hub
 
+from trace_ds.errors import UserError
+from trace_ds.run.directory import RunDirectory
 from trace_ds.run.hub_names import HubName, hub_name, snapshot_name
+from trace_ds.stages.by_name import fetched
 
 OTHER_FILES = {
     "pytorch_model.bin": b"pickle",
@@ -327,3 +330,12 @@ def test_a_folder_of_the_cache_says_whose_it_is() -> None:
     folder = Path(f"/home/me/hub/models--org--a-name/snapshots/{commit}")
     assert str(snapshot_name(folder)) == f"org/a-name@{commit}"
     assert snapshot_name("/models/mixtral") is None
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"models": {}, "data": {}}', '{"models": {"org/a": {"commit": 3}}, "data": {}, "tasks": {}}']
+)
+def test_a_damaged_record_of_what_was_fetched_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "fetched.json").write_text(text)
+    with pytest.raises(UserError, match=r"fetched.json: the record of what was fetched is damaged"):
+        fetched(RunDirectory(tmp_path))

@@ -126,7 +126,7 @@ def _weight_files(folder: Path) -> list[str]:
         return [SINGLE]
     placed = read_object(folder / INDEX, "the index of the weight shards", "choose another model").get("weight_map")
     names = sorted({str(name) for name in placed.values()}) if isinstance(placed, dict) else []
-    if not names or not all(name.endswith(".safetensors") and "/" not in name and "*" not in name for name in names):
+    if not names or not all(name.endswith(".safetensors") and "/" not in name for name in names):
         raise UserError(
             "the index names no safetensors files of this folder", str(folder / INDEX), "choose another model"
         )

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from trace_ds.config.schema import Config, CorpusEntry, TaskConfig
+from trace_ds.errors import UserError
 from trace_ds.run.directory import RunDirectory
-from trace_ds.run.foreign import read_object
+from trace_ds.run.foreign import read_object, typed
 from trace_ds.run.hub_names import HubName, hub_name
 
+KINDS = ("models", "data", "tasks")  # of RUN/fetched.json
 ALL_MODELS = ("run", "fetch", "evaluate")  # the verbs that read evaluation.models too
 
 
@@ -115,7 +117,16 @@ def require_data_unmoved(config: Config, run: RunDirectory, verb: str) -> None:
 
 
 def fetched(run: RunDirectory) -> dict[str, dict[str, Any]]:
-    """What ``trace-ds fetch`` recorded, by kind (``models``, …) and name; empty before it ran."""
+    """What ``trace-ds fetch`` recorded, by kind (:data:`KINDS`) and name; empty before it ran."""
     if not run.fetched.is_file():
-        return {"models": {}, "data": {}, "tasks": {}}
-    return read_object(run.fetched, "the record of what was fetched", "run `trace-ds fetch CONFIG` again")
+        return {kind: {} for kind in KINDS}
+    fix = "delete it, and run `trace-ds fetch CONFIG` again"
+    found = read_object(run.fetched, "the record of what was fetched", fix)
+    try:
+        for entries in typed(found, dict.fromkeys(KINDS, dict)).values():
+            for name in entries:
+                typed(entries, {name: dict})
+                typed(entries[name], {"commits": dict} if "commits" in entries[name] else {"commit": str})
+    except ValueError as error:
+        raise UserError(f"the record of what was fetched is damaged ({error})", str(run.fetched), fix) from None
+    return found

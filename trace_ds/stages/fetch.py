@@ -19,10 +19,8 @@ from typing import Any
 from trace_ds.config.schema import Config
 from trace_ds.run.directory import RunDirectory, locked, unwritable
 from trace_ds.run.files import write_json
-from trace_ds.stages.by_name import data_name, fetched, hub_data, hub_names, with_weights
+from trace_ds.stages.by_name import KINDS, data_name, fetched, hub_data, hub_names, with_weights
 from trace_ds.stages.pipeline import Request
-
-KINDS = ("models", "data", "tasks")  # of RUN/fetched.json
 
 
 @dataclass(frozen=True)
@@ -30,7 +28,7 @@ class Found:
     """Something that a configuration names elsewhere, and what of it is here.
 
     Attributes:
-        kind: one of :data:`KINDS`.
+        kind: one of :data:`~trace_ds.stages.by_name.KINDS`.
         key: where the configuration names it.
         name: as it is named there.
         entry: of ``RUN/fetched.json``: ``commit``, of a model ``bytes`` too; of a task ``commits`` of its data sets.
