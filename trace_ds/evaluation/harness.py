@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 INSTALL = "pip install 'trace-ds[lm-eval]'"
 NAMED_TASKS = 6  # of a group, in a message
-HUB_FILE = re.compile(r"hf://datasets/([^@]+)@([0-9a-f]{40})/")  # as `datasets` records what it made a data set of
+COMMIT = re.compile(r"[0-9a-f]{40}")  # the folder that `datasets` keeps a data set of the hub in
 
 
 @dataclass(frozen=True)
@@ -182,9 +182,9 @@ def fetch_task(task: str, where: str) -> dict[str, str]:
     commits: dict[str, str] = {}
     for single in _loaded(task, "")["tasks"].values():
         for split in single.dataset.values():
-            for url in split.info.download_checksums or ():
-                if found := HUB_FILE.match(url):
-                    commits[found[1]] = found[2]
+            for file in split.cache_files:
+                if COMMIT.fullmatch(folder := Path(file["filename"]).parent.name):
+                    commits[str(single.DATASET_PATH)] = folder
     return dict(sorted(commits.items()))
 
 

@@ -107,8 +107,8 @@ def look(config: Config, run: RunDirectory | None) -> Iterator[Found]:
     recorded = fetched(run)["tasks"] if run is not None else {}
     for key, task in hub_tasks(config).items():
         entry = recorded.get(task, {})
-        names = [name.replace("/", "___") for name in entry.get("commits", ())]  # as `datasets` calls its folders
-        is_here = bool(entry) and all((_data_cache() / name).is_dir() for name in names)
+        commits = entry.get("commits", {}).values()
+        is_here = bool(entry) and all(any(_data_cache().glob(f"*/*/*/{commit}")) for commit in commits)
         yield Found("tasks", key, task, entry, _data_cache() if is_here else None)
 
 
