@@ -107,18 +107,10 @@ def write_run(
 
 def _statistics(rng: np.random.Generator, documents: int, logits_LE: np.ndarray, top_k: int) -> RoutingStatistics:
     """Counts of simulated documents, each with its own routing around the corpus's."""
-    layers, experts = logits_LE.shape
     tokens_D = rng.integers(20, 120, documents)
-    counts_DLE = np.zeros((documents, layers, experts), np.int64)
-    for document, tokens in enumerate(tokens_D):
-        noisy_LE = np.exp(logits_LE + rng.normal(0, 0.4, logits_LE.shape))
-        share_LE = _capped(noisy_LE / noisy_LE.sum(1, keepdims=True), 1.0 / top_k)
-        for layer in range(layers):
-            whole_E = np.floor(share_LE[layer] * top_k * tokens).astype(np.int64)
-            rest = top_k * tokens - whole_E.sum()
-            room_E = np.argsort(whole_E)[:rest]
-            whole_E[room_E] += 1
-            counts_DLE[document, layer] = whole_E
+    noisy_DLE = np.exp(logits_LE + rng.normal(0, 0.4, (documents, *logits_LE.shape)))
+    share_DLE = noisy_DLE / noisy_DLE.sum(-1, keepdims=True)
+    counts_DLE = rng.multinomial(top_k * tokens_D[:, None], share_DLE)
     counts_LE = counts_DLE.sum(0)
     return RoutingStatistics(
         counts_LE=counts_LE,
@@ -130,17 +122,6 @@ def _statistics(rng: np.random.Generator, documents: int, logits_LE: np.ndarray,
         documents=documents,
         top_k=top_k,
     )
-
-
-def _capped(share_LE: np.ndarray, cap: float) -> np.ndarray:
-    """Shares of at most ``cap`` (an expert serves a token once), each layer summing to one."""
-    for _ in range(50):
-        over_LE = np.maximum(share_LE - cap, 0.0)
-        share_LE = np.minimum(share_LE, cap)
-        room_LE = np.where(share_LE < cap, share_LE, 0.0)
-        total = room_LE.sum(1, keepdims=True)
-        share_LE = share_LE + over_LE.sum(1, keepdims=True) * room_LE / np.where(total > 0, total, 1.0)
-    return np.minimum(share_LE, cap)
 
 
 def _write_statistics(directory: Path, stats: RoutingStatistics, fingerprints: dict[str, str]) -> None:

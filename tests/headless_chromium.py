@@ -66,13 +66,9 @@ class Chromium:
         self._session = self._call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
-        width, height, dark, phone = self._size
-        self.call(
-            "Emulation.setDeviceMetricsOverride",
-            width=width, height=height, deviceScaleFactor=2 if phone else 1, mobile=phone,
-        )  # fmt: skip
-        scheme = "dark" if dark else "light"
+        scheme = "dark" if self._size[2] else "light"
         self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+        self.open_nothing()
         return self
 
     def __exit__(
@@ -88,6 +84,17 @@ class Chromium:
             self._process.wait()
         os.close(self._read)
         self._profile.cleanup()
+
+    def open_nothing(self) -> None:
+        """An empty page in the window's first size, and nothing said or asked for yet."""
+        width, height, _, phone = self._size
+        self.call("Page.navigate", url="about:blank")
+        self.call(
+            "Emulation.setDeviceMetricsOverride",
+            width=width, height=height, deviceScaleFactor=2 if phone else 1, mobile=phone,
+        )  # fmt: skip
+        self.messages.clear()
+        self.requests.clear()
 
     def open(self, path: Path) -> None:
         """Load a local file and wait until the page says that it is drawn."""

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import command
@@ -20,12 +21,12 @@ import yaml
 from distributed import run_distributed
 
 from trace_ds.config.load import load_config
-from trace_ds.errors import UserError
+from trace_ds.errors import JobFailed, UserError
 from trace_ds.run.directory import RunDirectory
 from trace_ds.stages.report import report_study
 from trace_ds.studies import run_list, worker
-from trace_ds.studies.study import worker_environment
-from trace_ds.studies.worker import Study, StudyJob
+from trace_ds.studies import study as study_module
+from trace_ds.studies.worker import Study
 
 BENCH: dict[str, Any] = {
     "seeds": [0, 1],
@@ -84,11 +85,14 @@ def single_process(world: Any, recipe: str, folder: str) -> dict[str, Any]:
     from trace_ds.stages.unlearn import unlearn
 
     directory = Path(folder)
-    told: list[str] = []
-    worker.work_off(Study(recipe, directory / "again", []).jobs(world), told.append)
-    first = len(told)
     changes = ["bench.methods.sampling={calibration.ess_floor: 0.9}"]
-    worker.work_off(Study(recipe, directory / "again", changes).jobs(world), told.append)
+    made: list[list[str]] = []
+    for overrides in ([], changes):
+        todo = [job for job in Study(recipe, directory / "again", overrides).jobs(world) if not job.is_done()]
+        for job in todo:
+            job.do()
+            assert job.is_done()
+        made.append(sorted(str(job.result) for job in todo))
     changes = ["seed=1", "bench=null", "calibration.rule=uniform", "statistics.trace=true"]  # as the study records
     asked, _ = load_config(recipe, changes, directory / "run")
     run = RunDirectory(directory / "run")
@@ -99,7 +103,7 @@ def single_process(world: Any, recipe: str, folder: str) -> dict[str, Any]:
     unlearn(asked, run, world)
     convert(asked, run)
     evaluate(asked, run)
-    return {"first": first, "redone": sorted(line.split(":")[0] for line in told[first:])}
+    return {"first": len(made[0]), "redone": made[1]}
 
 
 @pytest.fixture(scope="module")
@@ -155,31 +159,6 @@ def test_a_run_of_a_study_is_the_run_of_the_pipeline(study: Path, recipe: Path, 
     assert result["job"] == manifest["job"]
 
 
-def test_a_job_waits_for_what_it_needs_and_an_error_ends_the_worker(tmp_path: Path) -> None:
-    order: list[str] = []
-
-    def job(name: str, *needs: StudyJob) -> StudyJob:
-        return StudyJob(tmp_path / f"{name}.json", needs, lambda: made(name), name)
-
-    def made(name: str) -> dict[str, Any]:
-        order.append(name)
-        if name == "bad":
-            raise UserError("it is wrong", "here", "correct it")
-        return {}
-
-    base = job("base")
-    (tmp_path / "base.json").write_text('{"identity": "of an older recipe"}')  # there, but not what is needed
-    jobs = [job("trial", base), base]
-    worker.work_off(jobs, order.append)
-    assert [item for item in order if ":" not in item] == ["base", "trial"]
-    assert all(worker.is_done(item) for item in jobs)
-    worker.work_off(jobs, order.append)
-    assert len(order) == 4
-    with pytest.raises(UserError, match="it is wrong"):
-        worker.work_off([job("bad")], order.append)
-    assert not (tmp_path / "bad.json").exists()
-
-
 def identities(recipe: str | Path, directory: Path) -> list[str]:
     return [job.identity for job in Study(str(recipe), directory, []).jobs(None)]
 
@@ -208,9 +187,9 @@ def test_workers_take_turns_on_the_gpus_that_are_given(tmp_path: Path) -> None:
     for number in range(8):
         (tmp_path / f"nvidia{number}").touch()
     for inherited, wanted in (({}, list("01234567")), ({"CUDA_VISIBLE_DEVICES": "4,5"}, ["4", "5", "4"])):
-        given = [worker_environment(number, inherited, tmp_path) for number in range(len(wanted))]
+        given = [worker.device_of(number, inherited, tmp_path) for number in range(len(wanted))]
         assert [environment["CUDA_VISIBLE_DEVICES"] for environment in given] == wanted
-    assert "CUDA_VISIBLE_DEVICES" not in worker_environment(0, {"RANK": "3"}, tmp_path / "none")
+    assert "CUDA_VISIBLE_DEVICES" not in worker.device_of(0, {}, tmp_path / "none")
 
 
 @pytest.mark.parametrize(
@@ -245,3 +224,14 @@ def test_a_failing_worker_ends_the_study_with_its_line(recipe: Path, tmp_path: P
     done = command.trace_ds("bench", changed, "--run-dir", tmp_path / "out", "--workers", "1")
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1 and "absent" in done.stderr
+
+
+def dies(*asked: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_worker_ends_the_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(study_module, "do", dies)
+    job = worker.StudyJob(tmp_path / "result.json", dict, "identity")
+    with pytest.raises(JobFailed, match="was killed"):
+        study_module._work(SimpleNamespace(asked=()), tmp_path / "logs", [job], 1, quiet=True)  # type: ignore[arg-type]

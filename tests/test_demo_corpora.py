@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
 import subprocess
 import sys
+from multiprocessing import Pipe
 from pathlib import Path
 
 import numpy as np
@@ -33,8 +35,8 @@ def contents(directory: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("corpora")
-    summary = corpora.build_corpora(directory, seed=0)
-    assert summary.documents.keys() == {name for name in contents(directory) if name.endswith(".jsonl")}
+    documents = corpora.build_corpora(directory, seed=0)
+    assert documents.keys() == {name for name in contents(directory) if name.endswith(".jsonl")}
     return directory
 
 
@@ -222,14 +224,12 @@ def test_training_is_bitwise_repeatable_and_saved_in_hub_layout(built: Path, tmp
     from safetensors import safe_open
     from transformers import AutoTokenizer, MixtralForCausalLM
 
-    seen: list[tuple[int, int, float]] = []
-    report = pretrain.pretrain(
-        built, tmp_path / "a", gold=False, seed=5, steps=3, progress=lambda *values: seen.append(values)
-    )
+    seen: list[float] = []
+    report = pretrain.pretrain(built, tmp_path / "a", gold=False, seed=5, steps=3, tell=seen.append)
     pretrain.pretrain(built, tmp_path / "b", gold=False, seed=5, steps=3)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
-    assert [step for step, _, _ in seen] == [1, 2, 3]
-    assert report["losses"] == [round(loss, 6) for _, _, loss in seen]
+    assert report["losses"] == [round(loss, 6) for loss in seen] and len(seen) == 3
+    assert 7.0 < seen[0] < 8.5  # about log(2048) before any learning
     assert json.loads((tmp_path / "a/training.json").read_text()) == report
     with safe_open(tmp_path / "a/model.safetensors", "pt") as file:
         names = set(file.keys())
@@ -242,34 +242,25 @@ def test_training_is_bitwise_repeatable_and_saved_in_hub_layout(built: Path, tmp
         pretrain.pretrain(built, tmp_path / "a", gold=False, seed=5, steps=1)
 
 
-def test_command_line_prints_progress_and_names_a_wrong_directory(
-    built: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert pretrain.main([str(built), str(tmp_path / "m"), "--seed", "1", "--gold", "--steps", "2"]) == 0
-    progress = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [(p["step"], p["of"]) for p in progress] == [(1, 2), (2, 2)]
-    assert 7.0 < progress[0]["loss"] < 8.5  # about log(2048) before any learning
-    assert pretrain.main([str(tmp_path / "none"), str(tmp_path / "x")]) == 2
-    what, where, _ = json.loads(capsys.readouterr().out)["error"]  # for the demo, which says it
-    assert "no pretrain_original.jsonl" in what and where == str(tmp_path / "none")
-    assert not (tmp_path / "x").exists()
-
-
 def test_training_is_shown_and_its_error_is_the_demos(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(log, "LINE_EVERY_S", 0.0)
-    told = ['{"step": 1, "of": 2, "loss": 7.5}', "a warning of torch", '{"error": ["disk full", "here", "free space"]}']
-    child = subprocess.Popen(["printf", "%s\\n", *told], stdout=subprocess.PIPE, text=True)
-    errors: dict[str, UserError] = {}
-    run._follow("gold", child, log.StageLog("demo", tmp_path / "logs" / "pretrain_gold.jsonl", None), errors)
-    assert child.wait() == 0 and errors["gold"].line() == UserError("disk full", "here", "free space").line()
+    ours = log.StageLog("demo", tmp_path / "logs" / "pretrain_gold.jsonl", None)
+    for end in (None, UserError("disk full", "here", "free space")):
+        reader, writer = Pipe(duplex=False)
+        for told in (7.5, *([end] if end else [])):
+            writer.send(told)
+        writer.close()
+        with pytest.raises(UserError, match=r"here: disk full\. Fix: free space") if end else contextlib.nullcontext():
+            run.show_training({reader: (ours, log.Progress(ours, "gold", 2))})
     shown = capsys.readouterr().out
     assert shown.startswith("[demo] gold: 1/2 steps") and shown.endswith("loss 7.5\n")
     assert "gold: 1/2 steps" in (tmp_path / "logs" / "pretrain_gold.jsonl").read_text(encoding="utf-8")
 
 
-@pytest.mark.slow
-def test_the_model_starts_to_learn_the_facts(built: Path, tmp_path: Path) -> None:
-    losses = pretrain.pretrain(built, tmp_path / "m", gold=False, seed=0, steps=60)["losses"]
-    assert losses[-1] < 0.6 * losses[0]
+def test_a_training_that_fails_ends_the_demo_with_its_line(tmp_path: Path) -> None:
+    """In real processes of their own: there are no corpora."""
+    with pytest.raises(UserError, match=r"no pretrain_original\.jsonl and tokenizer here"):
+        run._train(tmp_path / "none", tmp_path / "models", ["original"], 0)
+    assert not (tmp_path / "models").exists()

@@ -1,13 +1,11 @@
-"""``trace-ds doctor`` on several nodes, and faults planted for real: full file systems, a stopped munged, two nodes."""
+"""``trace-ds doctor`` on several nodes, and faults planted for real: a full disk, no locks, two nodes."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import socket
-import subprocess
 import sys
-import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,15 +13,11 @@ from typing import Any
 import pytest
 import tiny
 from distributed import CONTEXT, run_distributed
-from slurm_cluster import SlurmCluster, find_daemon
 
 from trace_ds.cluster import checks_machine, checks_nodes
 from trace_ds.cluster.checks import Check
 from trace_ds.config.load import load_config
 from trace_ds.parallel.environment import free_port
-
-MOUNTS = subprocess.run(["unshare", "--mount", "true"], capture_output=True, check=False).returncode == 0
-needs_mounts = pytest.mark.skipif(not MOUNTS, reason="mount namespaces are not allowed here")
 
 
 def missing(checks: list[Check]) -> dict[str, Check]:
@@ -34,7 +28,7 @@ def missing(checks: list[Check]) -> dict[str, Check]:
 # Faults of the machine
 
 
-@pytest.mark.parametrize(("version", "problem"), [("5.16.2", "older than 5.17"), ("5.23.0", "AutoEP")])
+@pytest.mark.parametrize(("version", "problem"), [("5.16.2", "not <5.23,>=5.17"), ("5.23.0", "not <5.23,>=5.17")])
 def test_an_old_and_a_new_transformers(
     version: str, problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -44,7 +38,7 @@ def test_an_old_and_a_new_transformers(
     monkeypatch.syspath_prepend(str(tmp_path))
     fault = missing(list(checks_machine.python_checks()))["transformers"]
     assert version in fault.detail and problem in fault.detail
-    assert fault.fix == 'pip install "transformers>=5.17,<5.23"'
+    assert fault.fix == 'pip install "transformers<5.23,>=5.17"'
 
 
 def test_a_missing_compiler_is_a_miss_for_offloading(
@@ -56,74 +50,6 @@ def test_a_missing_compiler_is_a_miss_for_offloading(
     monkeypatch.setenv("PATH", str(tmp_path))
     fault = missing(list(checks_machine.toolchain_checks(config)))["C++ compiler"]
     assert "offload.json" in fault.detail and "apt-get install g++" in fault.fix
-
-
-def test_a_gpu_that_slurm_promised_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8")
-    fault = missing(list(checks_machine.accelerator_checks(None)))["GPUs"]
-    assert fault.detail == "SLURM promises 8 on this node, torch sees 0" and "nvidia-smi" in fault.fix
-
-
-@pytest.mark.skipif(find_daemon("munged") is None, reason="munge is not installed")
-def test_a_stopped_munged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A real munged at the socket that slurm.conf names, then stopped."""
-    cluster = SlurmCluster(1, 0, 5)
-    cluster.base = Path(subprocess.check_output(["mktemp", "-d", "/tmp/munge-XXXXXX"], text=True).strip())
-    try:
-        cluster.base.chmod(0o755)
-        for name in ("munge", "log"):
-            (cluster.base / name).mkdir(mode=0o755)
-        socket_path = cluster._start_munged()
-        conf = tmp_path / "slurm.conf"
-        conf.write_text(f"ClusterName=test\nSlurmctldHost=localhost\nAuthInfo=socket={socket_path},ttl=60\n")
-        monkeypatch.setenv("SLURM_CONF", str(conf))
-        assert [check.status for check in checks_machine.munge_checks()] == ["OK"]
-        cluster.shut_down()
-        fault = missing(list(checks_machine.munge_checks()))["munge"]
-        assert "socket" in fault.detail and "start munged" in fault.fix
-    finally:
-        cluster.shut_down()
-        shutil.rmtree(cluster.base)
-
-
-# Faults of the storage, in a mount namespace of their own
-
-
-def storage_in_namespace(folder: Path, mount_options: str) -> list[Check]:
-    """The storage checks in a process that has a file system of its own mounted on ``folder``."""
-    folder.mkdir()
-    body = f"""
-        import json
-        from dataclasses import asdict
-        from pathlib import Path
-        from trace_ds.cluster.checks_run import storage_checks
-        print(json.dumps([asdict(check) for check in storage_checks(Path({str(folder)!r}) / "run", None)]))
-        """
-    command = 'mount -t tmpfs -o "$0" tmpfs "$1" && exec "${@:2}"'
-    done = subprocess.run(
-        ["unshare", "--mount", "bash", "-c", command, mount_options, str(folder), sys.executable, "-c",
-         textwrap.dedent(body)],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    import json
-
-    return [Check(**check) for check in json.loads(done.stdout)]
-
-
-@needs_mounts
-def test_a_full_file_system(tmp_path: Path) -> None:
-    faults = missing(storage_in_namespace(tmp_path / "small", "size=8m"))
-    assert "No space left on device" in faults["write speed"].detail
-    assert (
-        "8 MB free" in faults["free space"].detail.replace("7 MB", "8 MB") and "--run-dir" in faults["free space"].fix
-    )
-
-
-@needs_mounts
-def test_a_read_only_file_system(tmp_path: Path) -> None:
-    (fault,) = missing(storage_in_namespace(tmp_path / "closed", "ro")).values()
-    assert "Read-only file system" in fault.detail and "--run-dir" in fault.fix
 
 
 def test_a_blocked_port_is_named_before_anybody_waits_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from hypothesis.extra.numpy import arrays
 from test_evaluation_models import opened, save_model
 
 from trace_ds.config.schema import TaskConfig
@@ -23,7 +22,7 @@ from trace_ds.corpora.dataset import TokenDataset, write_rows
 from trace_ds.corpora.pack import PackingCounts, pack
 from trace_ds.corpora.read import Document
 from trace_ds.errors import UserError
-from trace_ds.evaluation import choice, drift, metrics, mia, perplexity, verbatim
+from trace_ds.evaluation import choice, drift, membership, metrics, perplexity, verbatim
 from trace_ds.evaluation.items import ChoiceItem, VerbatimItem, read_choice_items, read_task, read_verbatim_items
 from trace_ds.evaluation.language_model import LanguageModel, Sequence, TokenScores
 from trace_ds.models.families import FAMILIES
@@ -376,25 +375,14 @@ def test_no_drift_without_a_change_and_drift_with_one(model: LanguageModel, tmp_
 
 # ------------------------------------------------------------------------------------------------------ mia
 
-SCORES = arrays(np.float64, st.integers(1, 40), elements=st.integers(-6, 6).map(lambda n: n / 4))
 
-
-@given(SCORES, SCORES)
-@settings(deadline=None)
-def test_auc_equals_scikit_learn(members: np.ndarray, others: np.ndarray) -> None:
-    from sklearn.metrics import roc_auc_score
-
-    labels = np.r_[np.ones(len(members)), np.zeros(len(others))]
-    found = mia.auc(members, others)
-    assert math.isclose(found, roc_auc_score(labels, np.r_[members, others]), abs_tol=1e-12)
-    assert math.isclose(mia.auc(others, members), 1 - found, abs_tol=1e-12)
-
-
-def test_auc_refuses_what_has_no_rank() -> None:
+def test_auc_by_hand_and_what_has_no_rank() -> None:
+    """Against scikit-learn, of whole tasks: tests/test_evaluation_privacy.py."""
+    assert membership.auc(np.array([3.0, 2.0]), np.array([2.0, 1.0])) == (3 + 0.5) / 4  # a tie counts half
     with pytest.raises(ValueError, match="members and others"):
-        mia.auc(np.array([]), np.array([1.0]))
+        membership.auc(np.array([]), np.array([1.0]))
     with pytest.raises(ValueError, match="finite"):
-        mia.auc(np.array([np.nan]), np.array([1.0]))
+        membership.auc(np.array([np.nan]), np.array([1.0]))
 
 
 def test_attack_scores_by_hand() -> None:
@@ -404,25 +392,25 @@ def test_attack_scores_by_hand() -> None:
         np.array([-2, -2, -2, -2, -3], dtype=np.float32),
         np.array([1, 1, 2, 2, 0], dtype=np.float32),
     )
-    found = mia.member_scores(scores, "text")
+    found = membership.member_scores(scores, "text")
     assert found["loss"] == -3.0
     assert found["zlib"] == -15 / len(zlib.compress(b"text"))
     assert found["min_k"] == -4.5  # the two lowest of five
     assert found["min_k_plus"] == -2.0  # of 1, -3, 0, -1, 0
-    assert "min_k_plus" not in mia.member_scores(TokenScores(scores.log_prob, scores.is_argmax), "text")
-    assert mia.lowest_mean(np.array([3.0, 1.0]), 10) == 1.0  # at least one
+    assert "min_k_plus" not in membership.member_scores(TokenScores(scores.log_prob, scores.is_argmax), "text")
+    assert membership.lowest_mean(np.array([3.0, 1.0]), 10) == 1.0  # at least one
     with pytest.raises(ValueError, match="of 0 values"):
-        mia.lowest_mean(np.array([]))
+        membership.lowest_mean(np.array([]))
 
 
 def test_priv_leak_has_the_sign_of_muse() -> None:
-    assert mia.priv_leak(1.0) == -100.0  # every forget text looks like a member: not unlearned
-    assert mia.priv_leak(0.5) == 0.0
-    assert mia.priv_leak(0.0) == 100.0  # over-unlearned
-    assert math.isclose(mia.priv_leak(0.6, 0.6), 0.0, abs_tol=1e-12)
-    assert math.isclose(mia.priv_leak(0.85, 0.48), 100 * (0.15 - 0.52) / 0.52)
+    assert membership.priv_leak(1.0) == -100.0  # every forget text looks like a member: not unlearned
+    assert membership.priv_leak(0.5) == 0.0
+    assert membership.priv_leak(0.0) == 100.0  # over-unlearned
+    assert math.isclose(membership.priv_leak(0.6, 0.6), 0.0, abs_tol=1e-12)
+    assert math.isclose(membership.priv_leak(0.85, 0.48), 100 * (0.15 - 0.52) / 0.52)
     with pytest.raises(ValueError, match="retrained"):
-        mia.priv_leak(0.5, 1.0)
+        membership.priv_leak(0.5, 1.0)
 
 
 # ---------------------------------------------------------------------------------------------------- tasks

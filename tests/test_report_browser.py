@@ -44,10 +44,17 @@ def study_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return report_study(RunDirectory.at(write_study(tmp_path_factory.mktemp("study"))))
 
 
-@pytest.fixture
-def browser() -> Iterator[Chromium]:
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Chromium]:
     with Chromium() as found:
         yield found
+
+
+@pytest.fixture
+def browser(chromium: Chromium) -> Chromium:
+    """One browser for all, as if it had just been opened."""
+    chromium.open_nothing()
+    return chromium
 
 
 def rows_of(page: Path, name: str) -> list[dict[str, str]]:

@@ -85,20 +85,8 @@ def make_tokenizer(directory: Path) -> None:
     ).save_pretrained(directory)
 
 
-def make_model(
-    directory: Path,
-    family: str = "mixtral",
-    *,
-    layers: int = 3,
-    experts: int = 4,
-    top_k: int = 2,
-    seed: int = 0,
-    tied: bool = False,
-) -> Path:
-    """A random model of ``family`` with its tokenizer, saved in the hub layout."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
+def shape(family: str, *, layers: int = 3, experts: int = 4, top_k: int = 2, tied: bool = False) -> dict[str, Any]:
+    """The configuration of a tiny model of ``family``."""
     common: dict[str, Any] = {
         "vocab_size": 300,
         "hidden_size": 32,
@@ -135,8 +123,27 @@ def make_model(
         "phimoe": {"num_local_experts": experts, "intermediate_size": 48},
         "granitemoe": {"num_local_experts": experts, "intermediate_size": 48, "logits_scaling": 2.0},
     }
+    return common | own[family]
+
+
+def make_model(
+    directory: Path,
+    family: str = "mixtral",
+    *,
+    layers: int = 3,
+    experts: int = 4,
+    top_k: int = 2,
+    seed: int = 0,
+    tied: bool = False,
+    **changes: Any,
+) -> Path:
+    """A random model of ``family`` with its tokenizer, saved in the hub layout; ``changes`` are of its config."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(family, **(common | own[family]))
+    sizes = shape(family, layers=layers, experts=experts, top_k=top_k, tied=tied)
+    config = AutoConfig.for_model(family, **(sizes | changes))
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():  # routers that decide something: the default initialisation is nearly flat
         for name, parameter in model.named_parameters():

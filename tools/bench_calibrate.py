@@ -149,7 +149,7 @@ def measure_rows(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     config = CalibrationConfig(ess_floor=arguments.ess_floor, level="row")
     scope_LE = np.ones(shape, dtype=bool)
     say = (lambda line: print(line, file=sys.stderr)) if arguments.progress else (lambda line: None)
-    context = Context(int(os.environ["OMP_NUM_THREADS"]), None, say)
+    context = Context(int(os.environ["OMP_NUM_THREADS"]), say=say)
     forget_LE = forget_LE / len(forget)
     made = apply_rule(
         config, tokens, None, scope_LE, forget_LE, retain_LE, 0, folder, context=context, selections=selections
@@ -253,7 +253,7 @@ def measure(arguments: argparse.Namespace, folder: Path, world: Any = None) -> d
         rake(units, forget_LE[scope_LE], retain_LE[scope_LE], 20.0, arguments.ess_floor, None, Context(1, world))
         return {}
     say = (lambda line: print(line, file=sys.stderr)) if arguments.progress else (lambda line: None)
-    context = Context(int(os.environ["OMP_NUM_THREADS"]), world, say)
+    context = Context(int(os.environ["OMP_NUM_THREADS"]), world, say=say)
     made = apply_rule(config, retain_tokens, retain_trace, scope_LE, forget_LE, retain_LE, 0, folder, context=context)
     now_s = timed("weights_s", now_s)
     achieved_LE = count_selections(retain_trace, retain_tokens, arguments.experts, made.weight_T) / counted

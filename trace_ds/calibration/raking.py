@@ -30,8 +30,9 @@ standard error where that is more (a difference that no data could show), and th
 former, and at weights within :data:`WEIGHT_TOLERANCE` (root mean square, relative) of the solution's, estimated by the
 Newton decrement. Where it ends short of that the weights stand as they are and say so.
 
-Sums are in float64 over fixed blocks in a fixed order; matrices are factorised on one thread: the result does not
-depend on the number of threads, and on that of ranks to rounding.
+Sums are in float64 over fixed blocks in a fixed order; matrices are factorised on one thread, or on the accelerator
+where there is one: the result does not depend on the number of threads, and on that of ranks and on the device to
+rounding.
 """
 
 from __future__ import annotations
@@ -76,6 +77,7 @@ class Context:
 
     Attributes:
         threads: of this process. world: the ranks that take their shares of the passes (None: this process alone).
+        device: of the main process's dense linear algebra; passes over the units are the processors'.
         say: hears lines of progress, on the main process; clock: seconds, for what they say of the time.
         begin: called before the ranks' common solve, on the main process, with the scope and the arguments that the
             others must call :func:`rake` with.
@@ -83,6 +85,7 @@ class Context:
 
     threads: int = 1
     world: World | None = None
+    device: str = "cpu"
     say: Callable[[str], None] = field(default=lambda line: None)
     begin: Callable[[np.ndarray, RakeArguments], None] = field(default=lambda scope_LE, arguments: None)
     clock: Callable[[], float] = field(default=time.monotonic)
@@ -212,8 +215,8 @@ class Curvature:
         whole: the sample is all there is. exact: it is made anew at each step, which costs less than a pass or so.
     """
 
-    def __init__(self, sample: Units, whole: bool, aim: Aim, origin: Point, threads: int) -> None:
-        self._sample, self._threads = sample, threads
+    def __init__(self, sample: Units, whole: bool, aim: Aim, origin: Point, context: Context) -> None:
+        self._sample, self._threads, self._device = sample, context.threads, context.device
         self._scale_S = np.sqrt(np.where(aim.variance_S > 0, aim.variance_S, 1.0))
         self._constant_S, self._scope_LE = aim.variance_S == 0, aim.scope_LE
         self._ridge, self.whole = aim.ridge, whole
@@ -230,7 +233,8 @@ class Curvature:
 
         with single_thread():
             scaled = self._sample.dense(0, self._sample.number) / torch.from_numpy(self._scale_S).float()
-            return scaled, (scaled @ scaled.T).double()
+            there = scaled.to(self._device)
+            return scaled, (there @ there.T).cpu().double()
 
     def rebuild(self, point: Point) -> None:
         """The Hessian at a point, factorised."""
@@ -250,7 +254,7 @@ class Curvature:
                 self._ridge_used = max(self._ridge, 1e-6)
                 self._root, self._mean = root, mean
             else:
-                matrix = self._sample.moments(weight_N, self._threads)
+                matrix = self._sample.moments(weight_N, self._threads, self._device)
                 self._single = matrix.dtype == torch.float32
                 scale = torch.from_numpy(1.0 / self._scale_S).to(matrix.dtype)
                 matrix *= scale[:, None]
@@ -266,7 +270,7 @@ class Curvature:
             diagonal = matrix.diagonal()
             diagonal += self._ridge_used
             while True:
-                factor, info = torch.linalg.cholesky_ex(matrix)
+                factor, info = torch.linalg.cholesky_ex(matrix.to(self._device))
                 if not int(info):
                     break
                 diagonal += self._ridge_used * 9.0
@@ -345,7 +349,7 @@ class Curvature:
             if self._kernel is not None:
                 features = self._kernel[0]
                 spread = self._root * ((features @ g.float()).double() - self._mean @ g)
-                inner = torch.cholesky_solve(spread[:, None], self._factor)[:, 0] * self._root
+                inner = self._solve(spread[:, None])[:, 0] * self._root
                 back = (inner.float() @ features).double() - inner.sum() * self._mean
                 return ((g - back) / self._ridge_used).numpy() / self._scale_S
             found = self._solve(g[:, None]) * self._shrunk
@@ -363,7 +367,7 @@ class Curvature:
     def _solve(self, right: Any) -> Any:
         import torch
 
-        return torch.cholesky_solve(right.to(self._factor.dtype), self._factor).double()
+        return torch.cholesky_solve(right.to(self._factor), self._factor).cpu().double()
 
 
 def solve(
@@ -583,7 +587,7 @@ def _solve_all(
 
     def on_all() -> tuple[Solution, Aim]:
         origin = evaluate(sample, nothing_S, context.threads)
-        curvature = Curvature(core, core.number == number, aim, origin, context.threads)
+        curvature = Curvature(core, core.number == number, aim, origin, context)
         feasible = replace(aim, shift_S=curvature.feasible(shift_S))
         limits = (1e-13, 1e-11) if curvature.exact and number >= size else (TOLERANCE, WEIGHT_TOLERANCE)
         return solve(sample, feasible, curvature, alone, origin, None, *limits, MAX_SAMPLE_PASSES), feasible
@@ -594,7 +598,7 @@ def _solve_all(
     def on_sample() -> Solution:
         nonlocal curvature
         start = evaluate(sample, nothing_S, context.threads)
-        curvature = Curvature(core, False, aim, start, context.threads)
+        curvature = Curvature(core, False, aim, start, context)
         near = replace(aim, retain_S=start.frequency_S, shift_S=sampled_shift(aim, start.frequency_S))
         first = f"first on a sample of {sample.number:,} of {number:,}, "
         told = replace(alone, say=lambda line: context.say(first + line))

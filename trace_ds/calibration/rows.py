@@ -98,19 +98,20 @@ class RowStore:
         share_RS /= self.sizes_R[start:stop, None].astype(np.float32)
         return torch.from_numpy(share_RS)
 
-    def moments(self, weight_N: np.ndarray, threads: int) -> torch.Tensor:
+    def moments(self, weight_N: np.ndarray, threads: int, device: str = "cpu") -> torch.Tensor:
         """Products of blocks of rows, tile by tile."""
         import torch
 
         size = self.values
-        result = torch.zeros(size, size, dtype=torch.float64 if size <= DOUBLE_CONSTRAINTS else torch.float32)
+        dtype = torch.float64 if size <= DOUBLE_CONSTRAINTS else torch.float32
+        result = torch.zeros(size, size, dtype=dtype, device=device)
         tile = max(512, -(-size // 16))
         starts = range(0, size, tile)
         tiles = [(i, j) for i in starts for j in starts if j <= i]
         for at in range(0, len(weight_N), MOMENT_ROWS):
             stop = min(at + MOMENT_ROWS, len(weight_N))
             root_N = torch.from_numpy(np.sqrt(weight_N[at:stop]))
-            scaled = self.dense(at, stop).to(result.dtype) * root_N[:, None].to(result.dtype)
+            scaled = (self.dense(at, stop).to(dtype) * root_N[:, None].to(dtype)).to(device)
 
             def product(place: tuple[int, int], scaled: torch.Tensor = scaled) -> None:
                 i, j = place
@@ -120,7 +121,7 @@ class RowStore:
                 pass
         for i, j in (place for place in tiles if place[0] != place[1]):
             result[j : j + tile, i : i + tile] = result[i : i + tile, j : j + tile].T
-        return result
+        return result.cpu()
 
     def scores(self, theta_S: np.ndarray) -> np.ndarray:
         """Σ_s θ_s share_s of every row, float64 [R]."""

@@ -67,8 +67,9 @@ class Units(Protocol):
     def dense(self, start: int, stop: int) -> torch.Tensor:
         """Features of units ``start … stop`` of a sample, float32 [N, S]."""
 
-    def moments(self, weight_N: np.ndarray, threads: int) -> torch.Tensor:
-        """Σ_n w_n feature_s feature_s', [S, S], over the units of a sample; in double precision if S is moderate."""
+    def moments(self, weight_N: np.ndarray, threads: int, device: str = "cpu") -> torch.Tensor:
+        """Σ_n w_n feature_s feature_s', [S, S] (in main memory), over the units of a sample; in double precision if S
+        is moderate."""
 
 
 @dataclass(frozen=True)
@@ -179,7 +180,7 @@ class TokenUnits:
         active = torch.zeros(stop - start, layers, experts, dtype=torch.float32).scatter_(2, selected, 1.0)
         return active.reshape(stop - start, -1)[:, torch.from_numpy(self.scope_LE.ravel())]
 
-    def moments(self, weight_N: np.ndarray, threads: int) -> torch.Tensor:
+    def moments(self, weight_N: np.ndarray, threads: int, device: str = "cpu") -> torch.Tensor:
         """Joint histograms of all pairs of layers: L² K² / 2 additions a token; a dense product takes L² E² / 2."""
         import torch
 

@@ -12,12 +12,12 @@ parameters, and DeepSeek-V3's multi-token-prediction module is not part of the m
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from trace_ds.errors import UserError
+from trace_ds.models.families import EXPERTS_KEYS, FAMILIES
 
-FAMILIES = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3")
 MULTI_LATENT = ("deepseek_v2", "deepseek_v3")
 
 
@@ -132,9 +132,7 @@ def active_parameters(a: Architecture) -> Parameters:
 
     The embedding counts whole, as in the published "active" figures, although a token reads one row of it.
     """
-    every = count_parameters(a)
-    used = a.moe_layers * a.top_k * a.expert_parameters
-    return Parameters(**{**{f.name: getattr(every, f.name) for f in fields(every)}, "experts": used})
+    return replace(count_parameters(a), experts=a.moe_layers * a.top_k * a.expert_parameters)
 
 
 def read_architecture(config: Mapping[str, Any], where: str = "config.json") -> Architecture:
@@ -151,7 +149,7 @@ def read_architecture(config: Mapping[str, Any], where: str = "config.json") -> 
         raise UserError(f"the model is not a supported MoE family ({kind})", where, f"use one of {', '.join(FAMILIES)}")
     read = _Reader(config, where)
     hidden, layers, heads = read("hidden_size"), read("num_hidden_layers"), read("num_attention_heads")
-    experts = read("num_local_experts", "num_experts", "n_routed_experts")
+    experts = read(*EXPERTS_KEYS)
     top_k = read("num_experts_per_tok")
     if top_k > experts:
         raise UserError(

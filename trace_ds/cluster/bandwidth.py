@@ -1,69 +1,19 @@
-"""A real all-reduce and all-to-all between processes of this machine, checked for their result and timed.
+"""A real all-reduce and all-to-all between the ranks of a job, checked for their result and timed.
 
-Two processes with gloo on the CPU, or one per GPU with NCCL. Bus bandwidth is defined as in NVIDIA's nccl-tests:
-``2 (n-1)/n`` times the size over the time for an all-reduce, ``(n-1)/n`` for an all-to-all.
+Bus bandwidth is defined as in NVIDIA's nccl-tests: ``2 (n-1)/n`` times the size over the time for an all-reduce,
+``(n-1)/n`` for an all-to-all.
 """
 
 from __future__ import annotations
 
-import json
-import tempfile
 import time
 from collections.abc import Iterator
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 from trace_ds.cluster.checks import Check
 
 SIZE_BYTES = 1 << 25
 REPEATS = 5
-TIMEOUT_S = 120
-
-
-def bandwidth_checks() -> Iterator[Check]:
-    """Run the test in fresh processes and report each collective."""
-    import torch
-
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    world, backend = (gpus, "nccl") if gpus > 1 else (2, "gloo")
-    try:
-        result = measure(world, backend)
-    except (torch.multiprocessing.ProcessRaisedException, torch.multiprocessing.ProcessExitedException) as error:
-        fix = "allow local TCP connections (firewall, container), and check the host's name in /etc/hosts"
-        if backend == "nccl":
-            fix = "run again with NCCL_DEBUG=WARN to see NCCL's own reason"
-        reason = f"process {error.error_index}: {str(error).strip().splitlines()[-1][:200]}"
-        yield Check("collectives", f"{backend} test", "MISS", reason, fix)
-        return
-    yield from bandwidth_lines(result, backend, f"{world} processes")
-
-
-def measure(world: int, backend: str) -> dict[str, float]:
-    """Bytes/s by collective; torch's ``ProcessRaisedException`` or ``ProcessExitedException`` when one fails."""
-    from torch import multiprocessing
-
-    with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(_measure_as, (world, backend, folder), world)
-        return dict(json.loads((Path(folder) / "result.json").read_text(encoding="ascii")))
-
-
-def _measure_as(rank: int, world: int, backend: str, folder: str) -> None:
-    """One process of the test."""
-    import torch
-    from torch import distributed
-
-    torch.set_num_threads(1)
-    device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
-    if backend == "nccl":
-        torch.cuda.set_device(device)
-    distributed.init_process_group(
-        backend, f"file://{folder}/store", timedelta(seconds=TIMEOUT_S), world_size=world, rank=rank
-    )
-    result = time_collectives(device)
-    distributed.destroy_process_group()
-    if rank == 0:
-        (Path(folder) / "result.json").write_text(json.dumps(result), encoding="ascii")
 
 
 def time_collectives(device: Any, group: Any = None) -> dict[str, float]:

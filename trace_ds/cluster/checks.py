@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from trace_ds.errors import UserError
+from trace_ds.parallel.launch import check_process_count
 
 Status = Literal["OK", "WARN", "MISS"]
 COMMAND_TIMEOUT_S = 15
@@ -41,38 +42,48 @@ def judged(group: str, name: str, good: bool, detail: str, fix: str, otherwise: 
     return Check(group, name, "OK", detail) if good else Check(group, name, otherwise, detail, fix)
 
 
-def user_error(group: str, name: str, error: UserError, status: Status = "MISS") -> Check:
-    """The check that a :class:`UserError` amounts to."""
-    where = f"{error.where}: " if error.where else ""
-    return Check(group, name, status, f"{where}{error.what}", error.fix)
+def checked(group: str, name: str, find: Callable[[], object], fix: str = "", otherwise: Status = "MISS") -> Check:
+    """OK with what ``find`` returns as its detail; an error of the user's, of the system (when there is a ``fix`` for
+    one) or of the check itself makes it another status."""
+    try:
+        return Check(group, name, "OK", str(find() or "in order"))
+    except UserError as error:
+        where = f"{error.where}: " if error.where else ""
+        return Check(group, name, otherwise, f"{where}{error.what}", error.fix)
+    except Exception as error:
+        if fix and isinstance(error, OSError):
+            return Check(group, name, otherwise, error.strerror or str(error), fix)
+        detail = f"the check itself failed: {type(error).__name__}: {first_line(str(error))}"
+        return Check(group, name, "MISS", detail, "report it with the output of trace-ds doctor --json")
+
+
+def process_check(group: str, count: int, accelerators: int, key: str) -> Check:
+    """Whether this machine can hold so many processes, which ``key`` of the configuration asks for."""
+
+    def find() -> str:
+        check_process_count(count, accelerators, os.cpu_count() or 1, key)
+        return f"{count} here"
+
+    return checked(group, "processes", find)
 
 
 def guarded(group: str, name: str, function: Callable[[], Iterable[Check]]) -> list[Check]:
-    """The checks ``function`` yields; an unexpected error becomes a MISS of its own, so the others still report."""
-    try:
-        return list(function())
-    except UserError as error:
-        return [user_error(group, name, error)]
-    except Exception as error:
-        detail = f"the check itself failed: {type(error).__name__}: {first_line(str(error))}"
-        return [Check(group, name, "MISS", detail, "report it with the output of trace-ds doctor --json")]
+    """The checks ``function`` yields; an error on the way becomes one more, so the others still report."""
+    found: list[Check] = []
+    end = checked(group, name, lambda: found.extend(function()))
+    return found if end.status == "OK" else [*found, end]
 
 
 def find_program(name: str) -> str | None:
     """Path of a program, looking beside this Python first (an environment that is not activated still counts)."""
-    beside = Path(sys.executable).parent / name
-    return str(beside) if beside.is_file() else shutil.which(name)
+    return shutil.which(name, path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
 
 
 def nearest_directory(path: Path) -> Path | None:
     """``path`` or its nearest parent that exists; None when that is not a directory."""
     absolute = Path(os.path.abspath(path))
-    for candidate in (absolute, *absolute.parents):
-        if candidate.is_dir():
-            return candidate
-        if candidate.exists():
-            return None
-    return None
+    found = next(place for place in (absolute, *absolute.parents) if place.exists())
+    return found if found.is_dir() else None
 
 
 def output_of(*command: str, timeout_s: float = COMMAND_TIMEOUT_S) -> tuple[int, str]:

@@ -7,6 +7,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import platform
 import re
 import shutil
 import socket
@@ -15,41 +16,25 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
 from trace_ds.cluster.checks import (
     Check,
     Status,
+    checked,
     find_program,
     first_line,
     gigabytes,
     judged,
     nearest_directory,
     output_of,
-    user_error,
+    process_check,
 )
 from trace_ds.config.schema import Config
-from trace_ds.errors import UserError
-from trace_ds.parallel.launch import check_process_count
 
-PYTHON = ((3, 10), (3, 14))
-# package: (lowest, first that is too new); None: any. The reasons are in pyproject.toml.
-VERSIONS: dict[str, tuple[str | None, str | None]] = {
-    "torch": ("2.11", None),
-    "deepspeed": ("0.19.8", "0.19.9"),
-    "transformers": ("5.17", "5.23"),
-    "accelerate": (None, None),
-    "safetensors": (None, None),
-    "datasets": (None, None),
-    "pyarrow": (None, None),
-    "numpy": (None, None),
-    "scipy": (None, None),
-    "pydantic": ("2.7", "3"),
-    "mpi4py": (None, None),
-    "tensorboard": (None, None),
-}
-# (package, version, package it does not work with): combinations we saw fail
-KNOWN_BAD = (
-    ("transformers", "5.23.0", "deepspeed", "DeepSpeed AutoEP raises a TypeError in _CanRecordRegistry.get()"),
-)
+PACKAGE = "trace-ds"
 MIN_OPEN_FILES = 4096
 MIN_SHARED_MEMORY_BYTES = 1_000_000_000
 MIN_BF16_CAPABILITY = (8, 0)
@@ -59,49 +44,44 @@ DEFAULT_MASTER_PORT = "29500"
 UNCONFIGURED = "resolve_ctls_from_dns_srv"  # SLURM found no slurm.conf and asked the network for one
 
 
-def release(version: str) -> tuple[int, ...]:
-    """The numbers of a version: ``2.13.0+cpu`` -> (2, 13, 0)."""
-    match = re.match(r"\d+(?:\.\d+)*", version)
-    return tuple(int(part) for part in match.group().split(".")) if match else ()
+def requirements() -> list[Requirement]:
+    """What this package says it needs on this Python (pyproject.toml has the reasons), without its extras; nothing when
+    it is imported from a folder and not installed."""
+    found: list[Requirement] = []
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        found = [Requirement(text) for text in importlib.metadata.requires(PACKAGE) or []]
+    return [need for need in found if need.marker is None or need.marker.evaluate({"extra": ""})]
 
 
-def version_problem(package: str, version: str, others: dict[str, str]) -> str:
-    """Why this version of a package does not do, or an empty string."""
-    low, high = VERSIONS[package]
-    have = release(version)
-    if low is not None and have < release(low):
-        return f"older than {low}"
-    if high is not None and have >= release(high):
-        reason = next(
-            (why for name, bad, other, why in KNOWN_BAD if name == package and version == bad and other in others), ""
-        )
-        return reason or f"{high} and newer are not supported"
-    return ""
-
-
-def requirement(package: str) -> str:
-    """What pip is to install: ``transformers>=5.17,<5.23``."""
-    low, high = VERSIONS[package]
-    if package == "deepspeed":
-        return f"deepspeed=={low}"
-    return package + ",".join(f"{sign}{bound}" for sign, bound in ((">=", low), ("<", high)) if bound)
+def installed() -> dict[str, str]:
+    """The versions of the packages that this one needs, as far as they are there."""
+    found = {}
+    for need in requirements():
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[need.name] = importlib.metadata.version(need.name)
+    return found
 
 
 def python_checks() -> Iterator[Check]:
     """Python, the packages and their versions, pip and venv."""
-    group, version = "python", sys.version_info[:2]
-    text = f"{sys.version.split()[0]} at {sys.executable}"
-    fix = "use Python 3.10 to 3.13 (make demo makes an environment)"
-    yield judged(group, "python", PYTHON[0] <= version < PYTHON[1], text, fix)
-    installed: dict[str, str] = {}
-    for package in VERSIONS:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            installed[package] = importlib.metadata.version(package)
-    for package in VERSIONS:
-        found = installed.get(package)
-        problem = "not installed" if found is None else version_problem(package, found, installed)
-        detail = ": ".join(filter(None, (found, problem)))
-        yield judged(group, package, not problem, detail, f'pip install "{requirement(package)}"')
+    group = "python"
+    needed = ""
+    if requirements():
+        needed = importlib.metadata.metadata(PACKAGE)["Requires-Python"]
+    else:
+        detail = "imported from a folder and not installed: what it needs is not known"
+        yield Check(group, PACKAGE, "WARN", detail, "pip install it")
+    good = SpecifierSet(needed).contains(platform.python_version(), prereleases=True)
+    text = f"{platform.python_version()} at {sys.executable}"
+    yield judged(group, "python", good, text, f"use Python {needed} (make demo makes an environment)")
+    versions = installed()
+    wrong = [n for n in requirements() if n.name not in versions or not n.specifier.contains(versions[n.name], True)]
+    for need in wrong:
+        bounds = f", which is not {need.specifier}" if need.name in versions else ""
+        detail = f"{versions.get(need.name, 'not installed')}{bounds}"
+        yield Check(group, need.name, "MISS", detail, f'pip install "{need.name}{need.specifier}"')
+    right = versions.keys() - {need.name for need in wrong}
+    yield Check(group, "packages", "OK", ", ".join(f"{name} {versions[name]}" for name in sorted(right)))
     missing = [module for module in ("pip", "ensurepip") if importlib.util.find_spec(module) is None]
     fix = "apt-get install python3-venv python3-pip (needed by make demo and make test only)"
     detail = f"no {' and no '.join(missing)}" if missing else "there"
@@ -139,11 +119,8 @@ def accelerator_checks(config: Config | None) -> Iterator[Check]:
         cuda = torch.version.cuda or "no CUDA"
         nccl = f", NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}" if count else ""
         yield Check(group, "driver", "OK", f"{first_line(driver)}; torch {torch.__version__} ({cuda}){nccl}")
-    if config is not None and config.distributed.nproc is not None:
-        try:
-            check_process_count(config.distributed.nproc, count, os.cpu_count() or 1)
-        except UserError as error:
-            yield user_error(group, "processes", error)
+    if config is not None and (processes := config.distributed.nproc) is not None:
+        yield process_check(group, processes, count, "distributed.nproc")
 
 
 def backend_checks(*, joined: bool = False) -> Iterator[Check]:
@@ -218,16 +195,16 @@ def cache_checks() -> Iterator[Check]:
     for variable, default in (("TORCH_EXTENSIONS_DIR", ".cache/torch_extensions"), ("TRITON_CACHE_DIR", ".triton")):
         name = f"kernel cache {variable}"
         folder = Path(os.environ.get(variable) or Path.home() / default)
-        home = nearest_directory(folder)
-        try:
+
+        def writable(folder: Path = folder) -> str:
+            home = nearest_directory(folder)
             if home is None:
                 raise NotADirectoryError(20, "a part of the path is a file")
             with tempfile.TemporaryFile(dir=home):
-                pass
-            yield Check("compiler", name, "OK", str(folder))
-        except OSError as error:
-            fix = f"set {variable} to a folder that can be written, best on the node itself"
-            yield Check("compiler", name, "WARN", f"{folder} cannot be written ({error.strerror})", fix)
+                return str(folder)
+
+        fix = f"set {variable} to a folder that can be written, best on the node itself"
+        yield checked("compiler", name, writable, fix, "WARN")
 
 
 def launcher_checks() -> Iterator[Check]:
@@ -347,13 +324,10 @@ def cpu_checks(config: Config | None, processes: int, needed_bytes: float | None
     fix = "fewer processes (--nproc), or distributed.threads 1: too many threads are several times slower"
     yield judged(group, "cores", processes * threads <= cores, detail, fix, "WARN")
     available = available_memory_bytes()
-    if available is None:
-        yield Check(group, "memory", "OK", "not known on this system")
-    else:
-        detail = f"{gigabytes(available)} available"
-        detail += "" if needed_bytes is None else f", loading needs {gigabytes(needed_bytes)}"
-        fix = "fewer processes (--nproc), model.dtype bf16, or a machine with more memory"
-        yield judged(group, "memory", (needed_bytes or 0) <= available, detail, fix)
+    detail = f"{gigabytes(available)} available"
+    detail += "" if needed_bytes is None else f", loading needs {gigabytes(needed_bytes)}"
+    fix = "fewer processes (--nproc), model.dtype bf16, or a machine with more memory"
+    yield judged(group, "memory", (needed_bytes or 0) <= available, detail, fix)
     shared = Path("/dev/shm")
     if shared.is_dir():
         free = shutil.disk_usage(shared).free
@@ -361,16 +335,10 @@ def cpu_checks(config: Config | None, processes: int, needed_bytes: float | None
         yield judged(group, "/dev/shm", free >= MIN_SHARED_MEMORY_BYTES, f"{gigabytes(free)} free", fix, "WARN")
 
 
-def available_memory_bytes() -> float | None:
+def available_memory_bytes() -> float:
     """Memory this process may still take: the system's, or its control group's if that is less."""
-    limits = []
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                limits.append(int(line.split()[1]) * 1024)
-    with contextlib.suppress(OSError, ValueError):
-        maximum = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="ascii"))
-        if maximum != "max":
-            limits.append(int(maximum) - used)
-    return float(min(limits)) if limits else None
+    limits = [psutil.virtual_memory().available]
+    with contextlib.suppress(OSError, ValueError):  # a limit of "max" is none
+        maximum = int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii"))
+        limits.append(maximum - int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="ascii")))
+    return float(min(limits))

@@ -10,14 +10,12 @@ A function that takes :class:`JoinedRanks` is a collective: all ranks call it, t
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
-import importlib.metadata
 import os
+import platform
 import secrets
 import shutil
 import socket
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -28,7 +26,8 @@ from typing import TYPE_CHECKING
 
 from trace_ds.cluster.bandwidth import bandwidth_lines, time_collectives
 from trace_ds.cluster.checks import Check, Status, first_line, nearest_directory
-from trace_ds.cluster.checks_machine import VERSIONS, port_checks
+from trace_ds.cluster.checks_machine import installed, port_checks
+from trace_ds.cluster.checks_run import LOCKS_FIX, lock_problem, locked
 from trace_ds.config.schema import Config
 from trace_ds.errors import UserError
 from trace_ds.parallel.environment import rank_and_size
@@ -172,18 +171,15 @@ def _facts(config: Config | None) -> dict[str, str]:
     from trace_ds.models.families import inspect_model, sample_sha256
     from trace_ds.run.files import canonical_json, sha256_text
 
-    versions = [f"python {sys.version.split()[0]}"]
-    for package in VERSIONS:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions.append(f"{package} {importlib.metadata.version(package)}")
-    facts = {"versions": ", ".join(versions)}
+    versions = ", ".join(f"{name} {version}" for name, version in installed().items())
+    facts = {"versions": f"python {platform.python_version()}, {versions}"}
     if config is None:
         return facts
     with contextlib.suppress(Exception):
         facts[f"model: {config.model.path}"] = inspect_model(config.model.path).fingerprint
     with contextlib.suppress(Exception):
         facts["tokenizer"] = tokenizer_fingerprint(config.model.tokenizer or config.model.path)
-    for side in ("forget", "retain"):
+    for side in config.data.sides:
         for entry in getattr(config.data, side):
             with contextlib.suppress(Exception):
                 found = [sample_sha256(path) for path in files_here(entry, f"data.{side}")]
@@ -229,16 +225,15 @@ def _between_nodes(ranks: JoinedRanks, folder: Path) -> Iterator[Check]:
 def _locks_between_nodes(ranks: JoinedRanks, path: Path) -> Check:
     """Whether a lock that the main rank holds keeps the other ranks out."""
     with contextlib.ExitStack() as held:
-        failure = _on_main(ranks, lambda: held.enter_context(_locked(path)))
-        found = "" if failure or ranks.world.is_main else _lock_attempt(path)
+        failure = _on_main(ranks, lambda: held.enter_context(locked(path)))
+        found = "" if failure or ranks.world.is_main else lock_problem(path)
         found_by_rank = ranks.world.gather(found)  # the lock is held until all have tried
     found_by_rank[0] = failure and f"flock fails ({failure})"
     if any(found_by_rank):
-        fix = "mount with locks (Lustre: -o flock), and never start two jobs in one run directory"
         rank = next(rank for rank, text in enumerate(found_by_rank) if text)
         # without locks a run is refused by the main rank, the only one that takes them
         status: Status = "MISS" if failure else "WARN"
-        return Check("storage", "locks between nodes", status, f"{ranks.nodes[rank]}: {found_by_rank[rank]}", fix)
+        return Check("storage", "locks between nodes", status, f"{ranks.nodes[rank]}: {found_by_rank[rank]}", LOCKS_FIX)
     return Check("storage", "locks between nodes", "OK", "flock excludes the other ranks")
 
 
@@ -274,22 +269,3 @@ def _reads(path: Path, content: str) -> bool:
         if time.monotonic() > deadline:
             return False
         time.sleep(0.2)
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold the lock of a file; OSError when it is taken or there are no locks."""
-    with path.open("r+b") as handle:  # NFS makes a POSIX lock of it, and an exclusive one needs a writable descriptor
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-
-
-def _lock_attempt(path: Path) -> str:
-    """What is wrong with a lock that another rank holds; empty when it is respected."""
-    try:
-        with _locked(path):
-            return "could lock what the first node had locked"
-    except BlockingIOError:
-        return ""
-    except OSError as error:
-        return f"flock fails ({error.strerror or error})"

@@ -1,4 +1,4 @@
-"""Checks of a run: shared storage, model directory, tokenizer, corpora, and whether the cost model says it fits."""
+"""Checks of a run: shared storage, model directory, tokenizer, corpora, tasks and variants."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from trace_ds.cluster.checks import Check, gigabytes, guarded, judged, nearest_directory, user_error
+from trace_ds.cluster.checks import Check, checked, gigabytes, judged, nearest_directory, process_check
 from trace_ds.config.schema import Config, CorpusEntry, TaskConfig
 from trace_ds.errors import UserError
 from trace_ds.run.hub_names import hub_name
@@ -23,6 +23,7 @@ SLOW_WRITE_BYTES_S = 100e6
 READ_BLOCK_BYTES = 1 << 22
 READ_LIMIT_BYTES = 1 << 30
 MIN_FREE_BYTES = 1_000_000_000
+LOCKS_FIX = "mount with locks (Lustre: -o flock), and never start two jobs in one run directory"
 
 
 def storage_checks(run_dir: Path, needed_bytes: float | None) -> Iterator[Check]:
@@ -43,8 +44,9 @@ def storage_checks(run_dir: Path, needed_bytes: float | None) -> Iterator[Check]
         return
     try:
         yield Check(group, "run directory", "OK", f"{home} is writable")
-        yield _rename_check(folder)
-        yield _lock_check(folder)
+        rename_fix = "use a file system with atomic rename (not an object store)"
+        yield checked(group, "atomic rename", lambda: _rename(folder), rename_fix)
+        yield _lock_check(folder / "lock")
         yield _speed_check(folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -55,36 +57,46 @@ def storage_checks(run_dir: Path, needed_bytes: float | None) -> Iterator[Check]
     yield judged(group, "free space", enough, detail, "free space, lower unlearning.keep, or choose another --run-dir")
 
 
-def _rename_check(folder: Path) -> Check:
+def _rename(folder: Path) -> str:
     """Replacing a file and renaming a folder: how every artefact and checkpoint is published."""
-    try:
-        for content in ("old", "new"):
-            (folder / "part").write_text(content, encoding="utf-8")
-            os.replace(folder / "part", folder / "whole")
-        (folder / "tmp").mkdir()
-        os.replace(folder / "tmp", folder / "done")
-        renamed = (folder / "whole").read_text(encoding="utf-8") == "new" and (folder / "done").is_dir()
-        detail = "files and folders" if renamed else "the old content is still there"
-    except OSError as error:
-        renamed, detail = False, error.strerror or str(error)
-    fix = "use a file system with atomic rename (not an object store)"
-    return judged("storage", "atomic rename", renamed, detail, fix)
+    for content in ("old", "new"):
+        (folder / "part").write_text(content, encoding="utf-8")
+        os.replace(folder / "part", folder / "whole")
+    (folder / "tmp").mkdir()
+    os.replace(folder / "tmp", folder / "done")
+    if (folder / "whole").read_text(encoding="utf-8") != "new" or not (folder / "done").is_dir():
+        raise OSError("the old content is still there")
+    return "files and folders"
 
 
-def _lock_check(folder: Path) -> Check:
+def _lock_check(path: Path) -> Check:
     """``flock`` keeps two jobs out of one run directory."""
     try:
-        with (folder / "lock").open("w") as first, (folder / "lock").open("w") as second:
-            fcntl.flock(first, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            try:
-                fcntl.flock(second, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return Check("storage", "locks", "OK", "flock excludes a second holder")
+        path.touch()
+        with locked(path):
+            problem = lock_problem(path)
     except OSError as error:
-        detail = f"flock fails ({error.strerror})"
-        return Check("storage", "locks", "MISS", detail, "mount with locks (Lustre: -o flock), or another --run-dir")
-    fix = "mount with locks (Lustre: -o flock), and never start two jobs in one run directory"
-    return Check("storage", "locks", "WARN", "flock does not exclude a second holder", fix)
+        return Check("storage", "locks", "MISS", f"flock fails ({error.strerror})", LOCKS_FIX)
+    return judged("storage", "locks", not problem, problem or "flock excludes a second holder", LOCKS_FIX, "WARN")
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock of a file; OSError when it is taken or there are no locks."""
+    with path.open("r+b") as handle:  # NFS makes a POSIX lock of it, and an exclusive one needs a writable descriptor
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+
+
+def lock_problem(path: Path) -> str:
+    """What is wrong with a lock that somebody else holds; empty when it is respected."""
+    try:
+        with locked(path):
+            return "flock does not exclude a second holder"
+    except BlockingIOError:
+        return ""
+    except OSError as error:
+        return f"flock fails ({error.strerror or error})"
 
 
 def _speed_check(folder: Path) -> Check:
@@ -114,20 +126,20 @@ def hub_checks(config: Config, run_dir: Path | None) -> Iterator[Check]:
     from trace_ds.hub.models import require_same_commit
     from trace_ds.run.directory import RunDirectory
     from trace_ds.stages.by_name import fetched
-    from trace_ds.stages.fetch import look
+    from trace_ds.stages.fetch import Found, look
 
     run = None if run_dir is None else RunDirectory.at(run_dir)
     recorded = {} if run is None else fetched(run)["models"]
-    for item in look(config, run):
+
+    def found(item: Found) -> str:
         if item.where is None:
-            yield Check("hub", item.key, "MISS", f"{item.name} is not in the cache", "trace-ds fetch CONFIG")
-            continue
-        try:
-            if item.kind == "models":
-                require_same_commit(item.name, item.key, item.where.name, recorded.get(item.name, {}).get("commit"))
-            yield Check("hub", item.key, "OK", f"{item.name} in {item.where}")
-        except UserError as error:
-            yield user_error("hub", item.key, error)
+            raise UserError(f"{item.name} is not in the cache", fix="trace-ds fetch CONFIG")
+        if item.kind == "models":
+            require_same_commit(item.name, item.key, item.where.name, recorded.get(item.name, {}).get("commit"))
+        return f"{item.name} in {item.where}"
+
+    for item in look(config, run):
+        yield checked("hub", item.key, functools.partial(found, item))
 
 
 def model_checks(config: Config, world_size: int | None = None) -> Iterator[Check]:
@@ -136,38 +148,36 @@ def model_checks(config: Config, world_size: int | None = None) -> Iterator[Chec
     Args:
         world_size: processes of the job when a launcher started it; None: as configured.
     """
-    from trace_ds.cluster.architecture import read_architecture
     from trace_ds.models.families import check_expert_parallel, inspect_model
     from trace_ds.tensors.model_files import read_model_directory
 
-    group, ep = "model", config.distributed.ep
-    try:
-        files = read_model_directory(config.model.path)
-    except UserError as error:
-        yield user_error(group, "files", error)
-        return
-    sizes = f"{len(files.files)} files, {len(files.tensors)} tensors, {gigabytes(files.bytes)}"
-    yield Check(group, "files", "OK", f"{sizes}, {', '.join(files.dtypes)}")
-    try:
-        info = inspect_model(files.path)
-    except UserError as error:
-        yield user_error(group, "family", error)
-        return
-    parallel = info.family.autoep_preset is not None
-    detail = "" if parallel else " has no expert parallelism: sharded by ZeRO-3"
-    yield Check(group, "family", "OK", f"{info.family.model_type}{detail}")
-    if parallel:
-        a = read_architecture(files.config, str(files.path))
-        yield Check(group, "experts", "OK", f"{a.experts} in each of {a.moe_layers} layers, {a.top_k} per token")
-    try:
+    path, ep = config.model.path, config.distributed.ep
+
+    def files() -> str:
+        found = read_model_directory(path)
+        sizes = f"{len(found.files)} files, {len(found.tensors)} tensors, {gigabytes(found.bytes)}"
+        return f"{sizes}, {', '.join(found.dtypes)}"
+
+    def family() -> str:
+        info = inspect_model(path)
+        name = info.family.model_type + (
+            "" if info.family.autoep_preset else " has no expert parallelism (ZeRO-3 does)"
+        )
+        return f"{name}, {info.experts} experts in a layer, {info.top_k} per token"
+
+    def parallel() -> str:
+        info = inspect_model(path)
         check_expert_parallel(info, ep, world_size or config.distributed.nproc or ep)
-        if parallel:
-            yield Check(group, "expert parallelism", "OK", f"EP {ep}: {info.experts // ep} experts a process")
-    except UserError as error:
-        yield user_error(group, "expert parallelism", error)
+        return f"EP {ep}: {info.experts // ep} experts a process"
+
+    for name, find in (("files", files), ("family", family), ("expert parallelism", parallel)):
+        check = checked("model", name, find)
+        yield check
+        if check.status != "OK":  # what comes after it would say the same
+            return
 
 
-def tokenizer_checks(config: Config) -> Iterator[Check]:
+def tokenizer_check(config: Config) -> str:
     """The tokenizer loads, and its ids fit the model's vocabulary."""
     from trace_ds.corpora.tokenizer import check_tokenizer, load_tokenizer
     from trace_ds.tensors.model_files import read_model_config
@@ -177,18 +187,17 @@ def tokenizer_checks(config: Config) -> Iterator[Check]:
         vocabulary = read_model_config(config.model.path).get("vocab_size")
     check_tokenizer(path, vocabulary)
     tokenizer = load_tokenizer(path)
-    yield Check("tokenizer", "loads", "OK", f"{type(tokenizer).__name__}, {len(tokenizer)} tokens")
+    return f"{type(tokenizer).__name__}, {len(tokenizer)} tokens"
 
 
 def corpus_checks(config: Config) -> Iterator[Check]:
     """Every corpus file is there, its text is UTF-8, and `prepare` reads its first document."""
     for side in config.data.sides:
         for entry in getattr(config.data, side):
-            name = f"{side}: {entry.place}"
-            yield from guarded("corpora", name, functools.partial(_corpus_check, name, f"data.{side}", entry))
+            yield checked("corpora", f"{side}: {entry.place}", functools.partial(_corpus, f"data.{side}", entry))
 
 
-def _corpus_check(name: str, key: str, entry: CorpusEntry) -> Iterator[Check]:
+def _corpus(key: str, entry: CorpusEntry) -> str:
     from trace_ds.corpora.read import read_documents
     from trace_ds.corpora.records import kind_of
     from trace_ds.corpora.sources import files_here, is_table
@@ -203,7 +212,7 @@ def _corpus_check(name: str, key: str, entry: CorpusEntry) -> Iterator[Check]:
     encoding = ", UTF-8" if encoded else ""
     read = f", the first {gigabytes(position)} of it read" if encoded and position < size else ""
     many = f" in {len(files)} files" if len(files) > 1 else ""
-    yield Check("corpora", name, "OK", f"{gigabytes(size)}{many}{encoding}{read}")
+    return f"{gigabytes(size)}{many}{encoding}{read}"
 
 
 def _decoded_bytes(path: Path, limit: int) -> int:
@@ -228,32 +237,28 @@ def evaluation_checks(config: Config) -> Iterator[Check]:
     from trace_ds.evaluation.items import read_task
     from trace_ds.evaluation.subjects import ORIGINAL, named_models
     from trace_ds.parallel.environment import accelerator_count
-    from trace_ds.parallel.launch import check_process_count
     from trace_ds.tensors.model_files import read_model_directory
 
     group, settings = "evaluation", config.evaluation
-    try:
-        check_process_count(settings.nproc, accelerator_count(), os.cpu_count() or 1, "evaluation.nproc")
-    except UserError as error:
-        yield user_error(group, "processes", error)
+    yield process_check(group, settings.nproc, accelerator_count(), "evaluation.nproc")
     names = [task.name for task in settings.tasks]
 
-    def task_check(task: TaskConfig) -> Iterator[Check]:
+    def task_found(task: TaskConfig) -> str:
         if names.count(task.name) > 1:
             raise UserError(f"two tasks are named {task.name!r}", "evaluation.tasks", "rename one")
         if task.dataset:
             files_here(task, "evaluation.tasks")  # it would be downloaded
         items = len(read_task(task).items)
-        yield Check(group, task.name, "OK", f"{task.type}, {f'{items} items' if items else task.task}")
+        return f"{task.type}, {f'{items} items' if items else task.task}"
 
-    def model_check(name: str, path: Path) -> Iterator[Check]:
-        yield Check(group, name, "OK", f"{len(read_model_directory(path).tensors)} tensors")
+    def tensors(path: Path) -> str:
+        return f"{len(read_model_directory(path).tensors)} tensors"
 
     for task in settings.tasks:
-        yield from guarded(group, task.name, functools.partial(task_check, task))
-    for name, path in named_models(config.model.path, config.evaluation).items():
+        yield checked(group, task.name, functools.partial(task_found, task))
+    for name, path in named_models(config.model.path, settings).items():
         if name != ORIGINAL and hub_name(str(path)) is None:  # the run's own model, and what the hub's check misses
-            yield from guarded(group, f"model {name}", functools.partial(model_check, f"model {name}", path))
+            yield checked(group, f"model {name}", functools.partial(tensors, path))
 
 
 def variant_checks(config: Config) -> Iterator[Check]:
@@ -262,13 +267,11 @@ def variant_checks(config: Config) -> Iterator[Check]:
     from trace_ds.models.families import inspect_model
     from trace_ds.stages.unlearn import check_settings
 
-    variants = variants_of(config)
-    info = inspect_model(config.model.path) if variants else None
+    for name, variant in variants_of(config).items():
+        changes = ", ".join(config.variants[name]) or "as the run itself"
 
-    def fits(name: str, variant: Config) -> Iterator[Check]:
-        assert info is not None
-        check_settings(variant, info)
-        yield Check("variants", name, "OK", ", ".join(config.variants[name]) or "as the run itself")
+        def fits(variant: Config = variant, changes: str = changes) -> str:
+            check_settings(variant, inspect_model(config.model.path))
+            return changes
 
-    for name, variant in variants.items():
-        yield from guarded("variants", name, functools.partial(fits, name, variant))
+        yield checked("variants", name, fits)

@@ -3,6 +3,7 @@
     trace-ds doctor                       # the machine
     trace-ds doctor CONFIG --run-dir DIR  # and the run's storage, model, corpora, tasks and variants
     trace-ds doctor CONFIG --json
+    trace-ds doctor --bandwidth           # as a job of several processes of this machine: their collectives are timed
     srun … trace-ds doctor CONFIG         # every node, and what lies between them; torchrun, deepspeed, mpiexec too
 
 Exit status 0 when no line is MISS, else 1: the report is the answer, not an error of the user's (which would be 2).
@@ -20,13 +21,13 @@ from pathlib import Path
 from trace_ds.cluster import checks_machine as machine
 from trace_ds.cluster import checks_nodes as nodes
 from trace_ds.cluster import checks_run as run
-from trace_ds.cluster.bandwidth import bandwidth_checks
-from trace_ds.cluster.checks import Check, guarded, judged
+from trace_ds.cluster.checks import Check, checked, guarded, judged
 from trace_ds.cluster.plan import RunPlan, plan
 from trace_ds.cluster.spec import ClusterSpec
 from trace_ds.config.schema import Config
 from trace_ds.errors import UserError
 from trace_ds.parallel.environment import accelerator_count, launched, local_rank_and_size, rank_and_size
+from trace_ds.parallel.launch import run_processes
 from trace_ds.run.hub_names import hub_name
 from trace_ds.stages.by_name import with_cached
 from trace_ds.stages.pipeline import process_count
@@ -35,12 +36,9 @@ EXIT_MISSING = 1
 STYLES = {"OK": "green", "WARN": "yellow", "MISS": "bold red"}
 
 
-def run_checks(config: Config | None, run_dir: Path | None, *, bandwidth: bool = False) -> list[Check]:
+def run_checks(config: Config | None, run_dir: Path | None) -> list[Check]:
     """All checks of a bare start: the machine's always, a run's when ``config`` (and ``run_dir``) are given."""
-    found = machine_checks(config)
-    if bandwidth:
-        found += guarded("collectives", "bandwidth", bandwidth_checks)
-    return found + share_checks(config, run_dir)
+    return machine_checks(config) + share_checks(config, run_dir)
 
 
 def machine_checks(config: Config | None, *, joining: bool = False) -> list[Check]:
@@ -81,7 +79,7 @@ def share_checks(config: Config | None, run_dir: Path | None, ranks: nodes.Joine
         found += guarded("hub", "cache", lambda: run.hub_checks(written, run_dir))
         if here_already:
             found += guarded("model", "model", lambda: run.model_checks(config, ranks.world.size if ranks else None))
-            found += guarded("tokenizer", "loads", lambda: run.tokenizer_checks(config))
+            found.append(checked("tokenizer", "loads", lambda: run.tokenizer_check(config)))
         found += guarded("corpora", "corpora", lambda: run.corpus_checks(config))
         found += guarded("evaluation", "tasks and models", lambda: run.evaluation_checks(config))
         if here_already:
@@ -128,8 +126,15 @@ def _memory_checks(here: RunPlan | None) -> Iterator[Check]:
 
 
 def doctor(config: Config | None, run_dir: Path | None, json: bool, bandwidth: bool) -> int:
-    """Print the report; 0 when nothing is MISS, else 1. Of a job's ranks the main one prints."""
-    found = check_job(config, run_dir) if launched() else run_checks(config, run_dir, bandwidth=bandwidth)
+    """Print the report; 0 when nothing is MISS, else 1. Of a job's ranks the main one prints.
+
+    ``bandwidth``: start the same command again as such a job, one process per accelerator, or two.
+    """
+    if bandwidth and not launched():
+        count = max(process_count(config) if config else accelerator_count(), 2)
+        words = [word for word in sys.argv[1:] if word != "--bandwidth"]
+        return run_processes(words, count, {}, (), config.distributed.threads if config else 1)
+    found = check_job(config, run_dir) if launched() else run_checks(config, run_dir)
     if found is None:
         return 0
     if json:

@@ -38,28 +38,27 @@ class ZeroSettings:
     offload_parameters: bool = False
 
 
+NUMBERS = {
+    "reduce_bucket": "reduce_bucket_size",
+    "prefetch_bucket": "stage3_prefetch_bucket_size",
+    "max_live": "stage3_max_live_parameters",
+    "max_reuse": "stage3_max_reuse_distance",
+    "sub_group": "sub_group_size",
+}
+OFFLOADED = {"offload_optimizer": "offload_optimizer", "offload_parameters": "offload_param"}
+
+
 def zero_settings(stage: int, ds_config: Mapping[str, Any] | None = None) -> ZeroSettings:
     """The settings of a DeepSpeed configuration's ``zero_optimization`` section (``"auto"`` counts as the default)."""
     section = (ds_config or {}).get("zero_optimization") or {}
-    default = ZeroSettings()
-
-    def number(key: str, otherwise: int) -> int:
-        value = section.get(key)
-        return int(value) if isinstance(value, int | float) and not isinstance(value, bool) else otherwise
-
-    def offloaded(key: str) -> bool:
-        return (section.get(key) or {}).get("device", "none") not in (None, "none")
-
-    return ZeroSettings(
-        stage=stage,
-        reduce_bucket=number("reduce_bucket_size", default.reduce_bucket),
-        prefetch_bucket=number("stage3_prefetch_bucket_size", default.prefetch_bucket),
-        max_live=number("stage3_max_live_parameters", default.max_live),
-        max_reuse=number("stage3_max_reuse_distance", default.max_reuse),
-        sub_group=number("sub_group_size", default.sub_group),
-        offload_optimizer=offloaded("offload_optimizer"),
-        offload_parameters=offloaded("offload_param"),
-    )
+    found = {name: section.get(key) for name, key in NUMBERS.items()}
+    numbers: dict[str, Any] = {
+        name: int(value)
+        for name, value in found.items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
+    devices = {name: (section.get(key) or {}).get("device") for name, key in OFFLOADED.items()}
+    return ZeroSettings(stage, **numbers, **{name: device not in (None, "none") for name, device in devices.items()})
 
 
 @dataclass(frozen=True)

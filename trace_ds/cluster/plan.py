@@ -27,6 +27,7 @@ from trace_ds.cluster.job import PlannedJob, ceil_div, corpus_tokens, variants_o
 from trace_ds.cluster.spec import GB, ClusterSpec
 from trace_ds.config.schema import Config
 from trace_ds.errors import UserError
+from trace_ds.models.families import FAMILIES, ModelInfo, check_expert_parallel
 from trace_ds.tensors.model_files import CONFIG_NAME, read_model_config
 
 EVALUATION_SHARE = 0.8  # of a GPU's memory may be weights (trace_ds/evaluation/language_model.py)
@@ -154,22 +155,11 @@ def plan_model(
 
 
 def _check(job: PlannedJob) -> None:
-    a, cluster, ep = job.a, job.spec, job.ep
+    a, cluster = job.a, job.spec
     if min(cluster.nodes, cluster.gpus_per_node) < 1:
         raise UserError("the cluster has no GPU", "--nodes, --gpus-per-node", "give both as 1 or more")
-    if a.experts % ep:
-        fitting = [size for size in range(1, a.experts + 1) if a.experts % size == 0]
-        raise UserError(
-            f"expert-parallel size {ep} does not divide the model's {a.experts} experts",
-            "distributed.ep",
-            f"use one of {', '.join(map(str, fitting))}",
-        )
-    if cluster.world % ep:
-        raise UserError(
-            f"expert-parallel size {ep} does not divide the {cluster.world} GPUs",
-            "distributed.ep",
-            "change it, or the number of nodes or GPUs",
-        )
+    info = ModelInfo(Path(), FAMILIES[a.family], {}, a.experts, a.top_k, a.layers, "")
+    check_expert_parallel(info, job.ep, cluster.world)
 
 
 def _collect(job: PlannedJob) -> StagePlan:

@@ -14,7 +14,6 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validat
 
 from trace_ds.config.names import Name
 
-DETECTIONS = ("significance", "top_difference", "top_ratio", "top_kl", "top_gate_mass")
 # Those that are not to bring the forget-critical experts closer: baseline, controls, oracle.
 CONTROL_RULES = ("uniform", "permuted", "random_experts", "inverse", "sources")
 RULES = ("raking", "ratio_mean", "ratio_max", *CONTROL_RULES)

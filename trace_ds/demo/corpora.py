@@ -24,13 +24,12 @@ from __future__ import annotations
 import json
 import random
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from trace_ds.demo.facts import PHRASINGS, Fact, Record, read_records, require
-from trace_ds.errors import UserError
 from trace_ds.run.files import write_text
 
 if TYPE_CHECKING:
@@ -45,10 +44,7 @@ UNK, BOS, EOS, PAD = "<unk>", "<s>", "</s>", "<pad>"
 RECORDS = {"element": 118, "currency": 50, "language": 50, "country": 50, "script": 30, "state": 40}
 RECORDS |= {"capital": 50, "demonym": 30, "element_number": 118}
 RETAIN_TOKENS = {"knowledge": 120_000, "verbatim": 12_000}
-RETAIN_TASK_SHARE = {
-    "knowledge": 0.05,
-    "verbatim": 0.10,
-}  # of the retain pool's tokens: facts; memorised verses
+RETAIN_TASK_SHARE = {"knowledge": 0.05, "verbatim": 0.10}  # of the retain pool's tokens: facts; memorised verses
 QUESTIONS = {"forget": 240, "utility": 280}
 Regime = Literal["standard", "scarce", "absent", "entangled"]
 NEAR_SHARE = {"scarce": 0.02, "absent": 0.0}  # of the knowledge pool's tokens, where a regime has its own
@@ -68,18 +64,8 @@ class Document:
     source: str
 
 
-@dataclass(frozen=True)
-class CorporaSummary:
-    """What ``build_corpora`` wrote: documents (lines) and tokens (special tokens included) of every file."""
-
-    directory: Path
-    seed: int
-    documents: dict[str, int]
-    tokens: dict[str, int]
-
-
-def build_corpora(directory: Path, seed: int = 0, regime: Regime = "standard") -> CorporaSummary:
-    """Write the tokenizer, the pre-training corpora and both tasks into ``directory``.
+def build_corpora(directory: Path, seed: int = 0, regime: Regime = "standard") -> dict[str, int]:
+    """Write the tokenizer, the pre-training corpora and both tasks into ``directory``; the lines of every file.
 
     Files (JSONL, UTF-8, one object a line): documents ``{"text", "source"}`` in pretrain_original, pretrain_gold,
     heldout_general, {knowledge,verbatim}/{forget,retain}; questions ``{"id", "prompt", "choices", "answer", "source"}``
@@ -130,13 +116,7 @@ def build_corpora(directory: Path, seed: int = 0, regime: Regime = "standard") -
     for name, items in lines.items():
         _write_lines(directory / name, items)
     _save_tokenizer(tokenizer, directory / "tokenizer")
-    documents = {name: items for name, items in lines.items() if isinstance(items[0], Document)}
-    return CorporaSummary(
-        directory=directory,
-        seed=seed,
-        documents={name: len(items) for name, items in lines.items()},
-        tokens={name: sum(_tokens(tokenizer, (d.text for d in items))) for name, items in documents.items()},
-    )
+    return {name: len(items) for name, items in lines.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------- facts
@@ -243,9 +223,8 @@ def _continuations(passages: Sequence[Document]) -> list[dict[str, Any]]:
     for index, passage in enumerate(passages):
         words = passage.text.split(" ")
         cut = max(1, round(PROMPT_SHARE * len(words)))
-        identifier = f"{passage.source}/{index}"
         pair = {"prompt": " ".join(words[:cut]), "continuation": " ".join(words[cut:])}
-        found.append({"id": identifier, **pair, "source": passage.source})
+        found.append({"id": f"{passage.source}/{index}", **pair, "source": passage.source})
     return found
 
 
@@ -278,10 +257,8 @@ def _up_to(documents: Sequence[Document], tokens: int, tokenizer: Tokenizer) -> 
 
 def _train_tokenizer(texts: Sequence[str]) -> Tokenizer:
     """Byte-level BPE (Sennrich et al. 2016; bytes as in GPT-2) on ``texts``; a BOS is put in front, like Mixtral's."""
-    try:
-        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    except ImportError as error:
-        raise UserError("the package tokenizers is not installed", fix="pip install tokenizers") from error
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -319,9 +296,6 @@ def _save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
 
 
 def _write_lines(path: Path, items: Iterable[Any]) -> None:
-    def lines() -> Iterator[str]:
-        for item in items:
-            yield json.dumps(asdict(item) if isinstance(item, Document) else item, ensure_ascii=False) + "\n"
-
+    records = (asdict(item) if isinstance(item, Document) else item for item in items)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, "".join(lines()))
+    write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))

@@ -1,23 +1,19 @@
 """Train the demo's base model: a tiny Mixtral that knows the facts and verses of ``trace_ds.demo.corpora``.
 
-    python -m trace_ds.demo.pretrain CORPORA DESTINATION --seed 0            # knows everything
-    python -m trace_ds.demo.pretrain CORPORA DESTINATION --seed 0 --gold     # never saw what is to be forgotten
+    pretrain(Path("corpora"), Path("original"), gold=False, seed=0)     # knows everything
+    pretrain(Path("corpora"), Path("gold"), gold=True, seed=0)          # never saw what is to be forgotten
 
-One thread and one process: the result is bitwise the same on a rerun, and both models train side by side on two
-cores. Progress goes to standard output, one JSON object a line: ``{"step": 10, "of": 420, "loss": 5.1}``; what ends it
-early as well: ``{"error": [what, where, fix]}``, with exit status 2.
+One thread and one process: the result is bitwise the same on a rerun.
 
 Suffixes: B rows of a batch, T tokens of a row, N counted positions of a batch, E experts, L layers, V vocabulary.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import random
 import shutil
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 from trace_ds.corpora.pack import PackedRow, PackingCounts, counted_positions, pack
 from trace_ds.demo.corpora import BOS, CONTEXT_TOKENS, EOS, PAD
 from trace_ds.errors import UserError
-from trace_ds.run.directory import unwritable
 from trace_ds.run.files import replacing_directory, safetensors_errors, write_text
 from trace_ds.run.ours import demo_model
 
@@ -64,7 +59,7 @@ def pretrain(
     gold: bool,
     seed: int,
     steps: int = STEPS,
-    progress: Callable[[int, int, float], None] | None = None,
+    tell: Callable[[float], object] = lambda loss: None,
 ) -> dict[str, Any]:
     """Train from scratch and save a Hugging Face model directory (hub layout, safetensors, fp32).
 
@@ -74,7 +69,7 @@ def pretrain(
         gold: train on pretrain_gold.jsonl, which lacks the forget facts and verses.
         seed: of the initial weights and of the order of the rows.
         steps: optimizer steps.
-        progress: called with (step, steps, loss in nats per token) after every step.
+        tell: called with the loss (nats per token) of every step.
 
     Returns:
         What training.json in ``destination`` holds: settings, parameters, tokens seen, and the loss of every step.
@@ -95,7 +90,7 @@ def pretrain(
     tokenizer = Tokenizer.from_file(str(corpora / "tokenizer" / "tokenizer.json"))
     batches = _batches(_read(corpora / name), tokenizer, random.Random(f"pretrain {seed}"))
     model = _new_model(tokenizer, seed)
-    losses = _train(model, batches, steps, progress)
+    losses = _train(model, batches, steps, tell)
     training = {
         "corpus": name,
         "seed": seed,
@@ -172,10 +167,7 @@ def _new_model(tokenizer: Any, seed: int) -> MixtralForCausalLM:
 
 
 def _train(
-    model: MixtralForCausalLM,
-    batches: Iterator[tuple[numpy.ndarray, ...]],
-    steps: int,
-    progress: Callable[[int, int, float], None] | None,
+    model: MixtralForCausalLM, batches: Iterator[tuple[numpy.ndarray, ...]], steps: int, tell: Callable[[float], object]
 ) -> list[float]:
     """Adam with a linear warm-up and a cosine decay to a tenth; the loss (nats per token) of every step."""
     import torch
@@ -192,8 +184,7 @@ def _train(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         losses.append(float(loss.detach()))
-        if progress is not None:
-            progress(step, steps, losses[-1])
+        tell(losses[-1])
     return losses
 
 
@@ -238,35 +229,3 @@ def _save(model: MixtralForCausalLM, tokenizer: Path, training: dict[str, Any], 
         for file in sorted(tokenizer.iterdir()):
             shutil.copyfile(file, temporary / file.name)
         write_text(temporary / "training.json", json.dumps(training, indent=1) + "\n")
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m trace_ds.demo.pretrain", description=__doc__.splitlines()[0])
-    parser.add_argument("corpora", type=Path)
-    parser.add_argument("destination", type=Path)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--gold", action="store_true", help="without the facts and verses that are to be forgotten")
-    options = parser.parse_args(arguments)
-
-    def show(step: int, of: int, loss: float) -> None:
-        print(json.dumps({"step": step, "of": of, "loss": round(loss, 4)}), flush=True)
-
-    try:
-        pretrain(
-            options.corpora,
-            options.destination,
-            gold=options.gold,
-            seed=options.seed,
-            steps=options.steps,
-            progress=show,
-        )
-    except (UserError, OSError) as found:
-        error = found if isinstance(found, UserError) else unwritable(options.destination, found)
-        print(json.dumps({"error": [error.what, error.where, error.fix]}), flush=True)
-        return error.exit_status
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -9,24 +9,27 @@ runs/demo/verbatim/…          a run of the recipe ``demo_verbatim``
 
 from __future__ import annotations
 
-import json
+import contextlib
+import multiprocessing
 import os
 import shutil
-import subprocess
-import sys
-import threading
 import time
 from collections.abc import Sequence
 from importlib import metadata
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from typing import cast
 
 from trace_ds.demo.corpora import Regime
 from trace_ds.demo.facts import PACKAGES
+from trace_ds.demo.pretrain import STEPS
 from trace_ds.errors import JobFailed, UserError
 from trace_ds.models.families import model_fingerprint
+from trace_ds.parallel.launch import die_with_parent
 from trace_ds.run import artefact, ours
-from trace_ds.run.directory import locked
+from trace_ds.run.directory import locked, unwritable
 from trace_ds.run.files import remove_directory, remove_leftovers, replacing_directory, write_json
+from trace_ds.run.foreign import read_object
 from trace_ds.run.log import Progress, StageLog
 
 MODELS = ("original", "gold")
@@ -72,23 +75,18 @@ def demo(run_dir: Path, overrides: Sequence[str], seed: int) -> int:
 
 def preflight(run_dir: Path) -> None:
     """Say what is missing before any work is done."""
-    missing = [name for name in PACKAGES if not _installed(name)]
+    found = input_versions()
+    missing = [name for name in PACKAGES if name not in found]
     if missing:
-        raise UserError(
-            f"the demo's data packages are missing: {', '.join(missing)}", "", f"pip install {' '.join(missing)}"
-        )
-    existing = run_dir.absolute()
-    while not existing.exists():
-        existing = existing.parent
+        what = f"the demo's data packages are missing: {', '.join(missing)}"
+        raise UserError(what, "", f"pip install {' '.join(missing)}")
+    existing = next(place for place in (run_dir.absolute(), *run_dir.absolute().parents) if place.exists())
     if not os.access(existing, os.W_OK):
         raise UserError("cannot write here", str(existing), "choose another --run-dir")
     free = shutil.disk_usage(existing).free
     if free < FREE_BYTES_NEEDED:
-        raise UserError(
-            f"{free / 1e9:.1f} GB free, the demo needs {FREE_BYTES_NEEDED / 1e9:.1f} GB",
-            str(existing),
-            "free space, or choose another --run-dir",
-        )
+        what = f"{free / 1e9:.1f} GB free, the demo needs {FREE_BYTES_NEEDED / 1e9:.1f} GB"
+        raise UserError(what, str(existing), "free space, or choose another --run-dir")
 
 
 def machine_overrides() -> list[str]:
@@ -98,24 +96,37 @@ def machine_overrides() -> list[str]:
     return ["distributed.nproc=1", "distributed.ep=1"] if accelerator_count() == 1 else []
 
 
-def _installed(name: str) -> bool:
-    try:
-        metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return False
-    return True
-
-
 def input_versions() -> dict[str, str]:
-    """The versions of the packages that the corpora are made of."""
-    return {name: metadata.version(name) for name in PACKAGES}
+    """The versions of the packages that the corpora are made of, as far as they are installed."""
+    found = {}
+    for name in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
-def prepare_inputs(run_dir: Path, seed: int, regime: Regime = "standard", models: Sequence[str] = MODELS) -> None:
-    """The corpora and ``models`` under ``run_dir`` (each skipped when it is there)."""
-    corpora = prepare_corpora(run_dir, seed, regime)
-    if models:
-        _models(run_dir, corpora.content, seed, models)
+def prepare_inputs(run_dir: Path, seed: int, regime: Regime = "standard", names: Sequence[str] = MODELS) -> None:
+    """The corpora, and the models of these names, under ``run_dir`` (each skipped when it is there)."""
+    from trace_ds.demo.corpora import build_corpora
+
+    directory, inputs, settings = run_dir / "corpora", input_versions(), {"seed": seed, "regime": regime}
+    if not artefact.is_done(directory, "demo_corpora", artefact.identity_of("demo_corpora", inputs, settings)):
+        print("[demo] building corpora from the data of pip packages", flush=True)
+        with replacing_directory(directory, ours.artefact("demo_corpora")) as temporary:
+            summary = {"documents": build_corpora(temporary, seed, regime)}
+            artefact.describe(temporary, "demo_corpora", inputs, settings, summary)
+    made_of = {"corpora": artefact.load(directory, "demo_corpora", "demo").content, "seed": seed}
+    folder = run_dir / "models"
+    todo = [name for name in names if not _model_is_done(folder, name, made_of)]
+    if not todo:
+        return
+    folder.mkdir(exist_ok=True)
+    for name in todo:
+        remove_directory(folder / name, ours.demo_model)
+    print(f"[demo] training {' and '.join(todo)}: a small Mixtral, from scratch, one CPU thread each", flush=True)
+    _train(directory, folder, todo, seed)
+    for name in todo:
+        write_json(folder / f"{name}.json", made_of | {"fingerprint": model_fingerprint(folder / name)})
 
 
 def require_inputs_ours(run_dir: Path) -> None:
@@ -134,93 +145,63 @@ def remove_input_leftovers(run_dir: Path) -> None:
     remove_leftovers(run_dir / "models", rf"{names}|(?:{names})\.json")
 
 
-def prepare_corpora(run_dir: Path, seed: int, regime: Regime = "standard") -> artefact.Artefact:
-    """The corpora of a seed in ``RUN/corpora`` (skipped when they are there)."""
-    from trace_ds.demo.corpora import build_corpora
-
-    directory = run_dir / "corpora"
-    inputs = input_versions()
-    settings = {"seed": seed, "regime": regime}
-    if not artefact.is_done(directory, "demo_corpora", artefact.identity_of("demo_corpora", inputs, settings)):
-        print("[demo] building corpora from the data of pip packages", flush=True)
-        with replacing_directory(directory, ours.artefact("demo_corpora")) as temporary:
-            summary = build_corpora(temporary, seed, regime)
-            artefact.describe(temporary, "demo_corpora", inputs, settings, {"documents": summary.documents})
-    return artefact.load(directory, "demo_corpora", "demo")
-
-
-def _models(run_dir: Path, corpora: str, seed: int, names: Sequence[str]) -> None:
-    """Train the original and the gold model (those of ``names``) side by side, one thread each."""
-    folder = run_dir / "models"
-    folder.mkdir(parents=True, exist_ok=True)
-    wanted = {name: {"corpora": corpora, "seed": seed, "fingerprint": ""} for name in names}
-    todo = [name for name in names if not _model_is_done(folder, name, wanted[name])]
-    if not todo:
-        return
-    for name in todo:
-        remove_directory(folder / name, ours.demo_model)
-    print(f"[demo] training {' and '.join(todo)}: a small Mixtral, from scratch, one CPU thread each", flush=True)
-    _train(run_dir / "corpora", folder, todo, seed)
-    for name in todo:
-        write_json(folder / f"{name}.json", wanted[name] | {"fingerprint": model_fingerprint(folder / name)})
-
-
-def _model_is_done(folder: Path, name: str, wanted: dict[str, object]) -> bool:
+def _model_is_done(folder: Path, name: str, made_of: dict[str, object]) -> bool:
     try:
-        found = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
-        return found == wanted | {"fingerprint": model_fingerprint(folder / name)}
-    except (OSError, ValueError, UserError):
+        found = read_object(folder / f"{name}.json", "the note beside the model", "")
+        return found == made_of | {"fingerprint": model_fingerprint(folder / name)}
+    except (OSError, UserError):
         return False
 
 
-def _train(corpora: Path, folder: Path, names: list[str], seed: int) -> None:
-    from trace_ds.parallel.launch import die_with_parent
-
-    children: dict[str, subprocess.Popen[str]] = {}
+def _train(corpora: Path, folder: Path, names: Sequence[str], seed: int) -> None:
+    """Train the models of these names side by side, each in a process of its own, and show how far they are."""
+    context = multiprocessing.get_context("spawn")
+    children, readers = [], {}
     try:
         for name in names:
-            command = [sys.executable, "-m", "trace_ds.demo.pretrain", str(corpora), str(folder / name)]
-            command += ["--seed", str(seed)] + (["--gold"] if name == "gold" else [])
-            children[name] = subprocess.Popen(
-                command,
-                stdout=subprocess.PIPE,
-                text=True,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-                preexec_fn=die_with_parent,
-            )
-        errors: dict[str, UserError] = {}
-        threads = []
-        for name, child in children.items():
+            reader, writer = context.Pipe(duplex=False)
+            children.append(context.Process(target=_pretrain, args=(writer, corpora, folder / name, seed), name=name))
+            children[-1].start()
+            writer.close()
             log = StageLog("demo", folder.parent / "logs" / f"pretrain_{name}.jsonl", None)
-            threads.append(threading.Thread(target=_follow, args=(name, child, log, errors)))
-            threads[-1].start()
-        for thread in threads:
-            thread.join()
-        for name, child in children.items():
-            if child.wait() and name in errors:
-                raise errors[name]
-            if child.returncode:  # it has shown a traceback, or was killed
-                raise JobFailed(f"training the {name} model ended with exit status {child.returncode}")
+            readers[reader] = log, Progress(log, name, STEPS)
+        show_training(readers)
+        for child in children:
+            child.join()
+            if child.exitcode:  # it has shown a traceback, or was killed
+                raise JobFailed(f"training the {child.name} model ended with exit status {child.exitcode}")
     finally:
-        for child in children.values():
-            if child.poll() is None:
-                child.kill()
-            child.wait()
+        for child in children:
+            child.kill()
+            child.join()
 
 
-def _follow(name: str, child: subprocess.Popen[str], log: StageLog, errors: dict[str, UserError]) -> None:
-    """Show how far the training of a model is until it closes its output; what ended it early goes into ``errors``."""
-    progress: Progress | None = None
-    for line in child.stdout or ():
-        try:
-            state = json.loads(line)
-        except ValueError:
-            continue
-        if "error" in state:
-            errors[name] = UserError(*state["error"])
-            break
-        progress = progress or Progress(log, name, state["of"])
-        progress.advance(loss=state["loss"])
-    if progress is not None:
-        progress.close()
-    log.close()
+def _pretrain(tell: Connection, corpora: Path, destination: Path, seed: int) -> None:
+    """In a process of its own: tell the loss of every step, or the error that ends the training."""
+    die_with_parent()
+    os.environ.update(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
+    from trace_ds.demo.pretrain import pretrain
+
+    try:
+        pretrain(corpora, destination, gold=destination.name == "gold", seed=seed, tell=tell.send)
+    except UserError as error:
+        tell.send(error)
+    except OSError as error:
+        tell.send(unwritable(destination, error))
+
+
+def show_training(readers: dict[Connection, tuple[StageLog, Progress]]) -> None:
+    """Show the losses that come in until all senders have ended; an error among them is raised."""
+    while readers:
+        for reader in cast("list[Connection]", wait(list(readers))):
+            log, progress = readers[reader]
+            try:
+                told = reader.recv()
+            except EOFError:
+                progress.close()
+                log.close()
+                del readers[reader]
+                continue
+            if isinstance(told, UserError):
+                raise told
+            progress.advance(loss=told)

@@ -23,7 +23,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,6 @@ from torch.nn import functional
 from trace_ds.config.schema import RelearningConfig
 from trace_ds.corpora.dataset import Batch, TokenDataset
 from trace_ds.errors import UserError
-from trace_ds.evaluation.items import Task
 from trace_ds.evaluation.language_model import LanguageModel
 from trace_ds.models.routers import find_routers, logits_of, meta_model, places_of, routing_of
 from trace_ds.unlearning.step_rows import EpochRows, generator
@@ -45,7 +44,6 @@ SHARE_STREAM, ORDER_STREAM = 11, 12
 TRIAL_TOKENS, TRIAL_LOGIT_STD, TRIAL_TOLERANCE = 64, 2.0, 1e-3
 FUNCTIONS = {"softmax": lambda logits_TE: logits_TE.softmax(-1), "sigmoid": torch.sigmoid}
 Decide = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]  # (layer, logits_TE, indices_TK) -> indices_TK
-Score = Callable[[list[Task]], dict[str, float | None]]  # of the forget tasks: {"TASK METRIC": value}
 
 
 def relearn(
@@ -226,47 +224,3 @@ class Decisions:
             return taken
 
         return decide
-
-
-def forcing_attack(
-    model: LanguageModel,
-    tasks: list[Task],
-    score: Score,
-    critical_LE: np.ndarray | None,
-    original: Mapping[str, Decisions],
-) -> dict[str, dict[str, float | None]]:
-    """Scores of the forget tasks by kind: unforced (``none``), and under every kind of forcing that can be done.
-
-    Args:
-        original: the original model's decisions by task; every task is replayed from its own beginning, since a model
-            that diverges stops in the middle of one.
-    """
-    told: dict[str, dict[str, float | None]] = {"none": score(tasks)}
-    with forced(model.model, without_first):
-        told["without_first"] = score(tasks)
-    if critical_LE is not None and critical_LE.any():
-        with forced(model.model, without_experts(critical_LE)):
-            told["without_critical"] = score(tasks)
-    for task in tasks:
-        if task.config.name in original:
-            with forced(model.model, original[task.config.name].repeat()):
-                told.setdefault("original_routing", {}).update(score([task]))
-    return told
-
-
-def worst_of(told: Mapping[str, Mapping[str, float | None]]) -> dict[str, float | None]:
-    """The highest score that any kind of :func:`forcing_attack` gave."""
-    kinds = [scores for kind, scores in told.items() if kind != "none"]
-    return {
-        name: max((value for scores in kinds if (value := scores.get(name)) is not None), default=None)
-        for name in told["none"]
-    }
-
-
-def score_records(result: dict[str, Any], prefix: str, attacked: Mapping[str, float | None]) -> list[dict[str, Any]]:
-    """The forget scores of a result as the attack left them: metric ``PREFIX_METRIC``."""
-    return [
-        {**score, "metric": f"{prefix}_{score['metric']}", "value": attacked[key]}
-        for score in result["scores"]
-        if (key := f"{score['task']} {score['metric']}") in attacked
-    ]

@@ -1,11 +1,5 @@
 """Four-choice questions by the log-likelihood of the completions (the WMDP and MMLU pattern).
 
-| metric          | what                                                              | range  | chance |
-|-----------------|-------------------------------------------------------------------|--------|--------|
-| accuracy        | the right choice has the largest summed log-probability           | 0 … 1  | 0.25   |
-| accuracy_norm   | the same, divided by the characters of the choice                 | 0 … 1  | 0.25   |
-| exact_match     | greedy decoding after the prompt gives the right choice, token for token | 0 … 1 | none |
-
 Scored text: ``prompt + " " + choice``, with a BOS token before it where ``data.add_bos`` puts one before the documents
 of the run. Ties go to the first choice. Higher means that the model knows more: good for utility tasks, bad for forget
 tasks. Accuracy sits at a ceiling long before recall does; exact_match is the stricter one. Reference: accuracy and

@@ -1,10 +1,6 @@
 """Extraction strength: how little of a text must be given for the model to finish it word for word?
 
-| metric              | what                                                                        | range | chance |
-|---------------------|-----------------------------------------------------------------------------|-------|--------|
-| extraction_strength | mean of 1 − k/n, k the shortest beginning of a text of n tokens after which   | 0 … 1 | 0      |
-|                     | greedy decoding gives all the rest exactly                                    |       |        |
-
+The score is 1 − k/n, k the shortest beginning of a text of n tokens after which greedy decoding gives all the rest.
 0: not even the last token is the model's first guess; 1: the whole text comes from nothing but the start token. Higher
 means more memorised: bad for forget texts. Reference: Carlini et al., *Extracting Training Data from Large Language
 Models*, USENIX Security 2021, as Wang et al., arXiv 2406.13348, section 3, turn it into a score. Greedy decoding gives

@@ -1,9 +1,5 @@
 """Knowledge memorisation (KnowMem of MUSE): does the model answer questions about the text?
 
-| metric  | what                                                                        | range | chance |
-|---------|-----------------------------------------------------------------------------|-------|--------|
-| rouge_l | mean ROUGE-L F1 of the greedy answer (at most 32 tokens) against the true one | 0 … 1 | none   |
-
 Higher means more known: bad for the forget side, good for the retain side. A model that never saw the text guesses some
 words, so compare with one (``gold``). The prompt holds ten solved questions (``examples``) and then the question::
 
@@ -22,7 +18,7 @@ import numpy as np
 
 from trace_ds.evaluation.items import QuestionItem
 from trace_ds.evaluation.language_model import LanguageModel
-from trace_ds.evaluation.outcome import Outcome, rounded
+from trace_ds.evaluation.outcome import Outcome, item_logs
 from trace_ds.evaluation.verbatim import rouge_l
 
 NEW_TOKENS = 32
@@ -56,18 +52,8 @@ def evaluate_knowmem(
         model.check_length(len(ids) + NEW_TOKENS, f"{where} item {item.id}")
     continuations = model.continue_greedily(prompts, [NEW_TOKENS] * len(items), advance)
     answers = [cut(str(model.tokenizer.decode(ids, skip_special_tokens=True))) for ids in continuations]
-    scores_I = np.array(
-        [max(rouge_l(answer, found) for answer in item.answers) for item, found in zip(items, answers, strict=True)]
-    )
-    logs = [
-        {
-            "id": item.id,
-            "source": item.source,
-            "prompt": item.question,
-            "reference": item.answers[0],
-            "continuation": answer,
-            "rouge_l": rounded(score),
-        }
-        for item, answer, score in zip(items, answers, scores_I, strict=True)
-    ]
-    return Outcome({"rouge_l": scores_I}, logs, [item.source for item in items])
+    pairs = zip(items, answers, strict=True)
+    columns = {"rouge_l": np.array([max(rouge_l(answer, found) for answer in item.answers) for item, found in pairs])}
+    questions, references = [item.question for item in items], [item.answers[0] for item in items]
+    logs = item_logs(items, columns, prompt=questions, reference=references, continuation=answers)
+    return Outcome(columns, logs, [item.source for item in items])

@@ -1,19 +1,21 @@
 """Membership inference as a task: forget texts (members) against texts the model never saw (holdout).
 
-| metric         | what                                                          | range    | chance | best         |
-|----------------|---------------------------------------------------------------|----------|--------|--------------|
-| auc_min_k      | AUC of Min-40 % (MUSE's attack)                               | 0 … 1    | 0.5    | retrained's  |
-| auc_min_k_plus | AUC of Min-40 %++                                             | 0 … 1    | 0.5    | retrained's  |
-| auc_loss       | AUC of the mean log-probability                               | 0 … 1    | 0.5    | retrained's  |
-| auc_zlib       | AUC of the log-probability per compressed byte                | 0 … 1    | 0.5    | retrained's  |
-| priv_leak      | PrivLeak of MUSE, %: −100 not unlearned, + over-unlearned     | −100 … ∞ | none   | 0            |
+An attack gives a text a score that is larger for likelier *members*; its AUC is the probability that a member scores
+above a non-member, ties counting half. After unlearning, best is the AUC of a model retrained without the forget set
+(``evaluation.retrained`` names it; without one 0.5 is assumed, and the result says so), not 0: an AUC far below that
+gives the forget set away too. Texts longer than the context are cut.
 
-The reference of the AUCs is the retrained model of the run (``evaluation.retrained`` names it); without one, 0.5 is
-assumed, and the result says so. The attacks and their sources are in ``mia.py``. Texts longer than the context are cut.
+- loss: mean log-probability (Yeom et al. 2018).
+- zlib: summed log-probability per byte of the zlib-compressed text (Carlini et al. 2021).
+- Min-K%: mean of the lowest K % of the token log-probabilities (Shi et al. 2024; MUSE takes K = 40).
+- Min-K%++: the same of (log p − μ) / σ with μ, σ the mean and standard deviation of the log-probability of a token
+  drawn from the model at that position (Zhang et al. 2025, equation 3).
 """
 
 from __future__ import annotations
 
+import math
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,12 +24,62 @@ import numpy as np
 
 from trace_ds.errors import UserError
 from trace_ds.evaluation.items import MembershipItem, beginning
-from trace_ds.evaluation.language_model import LanguageModel, Sequence
+from trace_ds.evaluation.language_model import LanguageModel, Sequence, TokenScores
 from trace_ds.evaluation.metrics import ASSUMED_AUC, PRIV_LEAK
-from trace_ds.evaluation.mia import auc, member_scores, priv_leak
-from trace_ds.evaluation.outcome import Outcome, rounded
+from trace_ds.evaluation.outcome import Outcome, item_logs
 
 ATTACKS = ("min_k", "min_k_plus", "loss", "zlib")
+MIN_K_PERCENT = 40.0
+EPSILON = 1e-6  # a deviation of 0 means a certain token: it says nothing, and must not divide by zero
+
+
+def lowest_mean(values: np.ndarray, percent: float = MIN_K_PERCENT) -> float:
+    """Mean of the lowest ``percent`` % of the values, at least one (MUSE: ``max(1, int(n · percent))``)."""
+    if not len(values) or not 0 < percent <= 100:
+        raise ValueError(f"the lowest {percent} % of {len(values)} values")
+    count = max(1, math.floor(len(values) * percent / 100))
+    return float(np.sort(values.astype(np.float64))[:count].mean())
+
+
+def member_scores(scores: TokenScores, text: str) -> dict[str, float]:
+    """The score of each attack for one text; ``min_k_plus`` only when ``scores`` has moments."""
+    log_prob = scores.log_prob.astype(np.float64)
+    found = {
+        "loss": float(log_prob.mean()),
+        "zlib": float(log_prob.sum() / len(zlib.compress(text.encode()))),
+        "min_k": lowest_mean(log_prob),
+    }
+    if scores.mean is not None and scores.deviation is not None:
+        normalised = (log_prob - scores.mean) / np.maximum(scores.deviation.astype(np.float64), EPSILON)
+        found["min_k_plus"] = lowest_mean(normalised)
+    return found
+
+
+def auc(members: np.ndarray, others: np.ndarray) -> float:
+    """P(member > other) + P(member = other) / 2: Mann-Whitney's U over the number of pairs."""
+    from scipy.stats import mannwhitneyu
+
+    if not len(members) or not len(others):
+        raise ValueError("an AUC needs members and others")
+    if not (np.isfinite(members).all() and np.isfinite(others).all()):
+        raise ValueError("scores must be finite")
+    return float(mannwhitneyu(members, others, method="asymptotic").statistic) / (len(members) * len(others))
+
+
+def priv_leak(member_auc: float, retrained_auc: float = 0.5) -> float:
+    """PrivLeak of MUSE in percent: 100 · (A − A_retrain) / A_retrain; 0 is best.
+
+    Args:
+        member_auc: AUC of Min-40 % with the forget texts as members, as :func:`auc` gives it.
+        retrained_auc: the same of the retrained model; 0.5 is an *assumption* that must be stated.
+
+    MUSE's A counts the other way round (holdout text above forget text), so A = 1 − ``member_auc``: −100 means not
+    unlearned (all forget texts look like members), + values mean over-unlearned.
+    """
+    if not 0 <= retrained_auc < 1:
+        raise ValueError("the AUC of the retrained model must be in [0, 1)")
+    reference = 1 - retrained_auc
+    return 100 * ((1 - member_auc) - reference) / reference
 
 
 @dataclass(frozen=True)
@@ -69,17 +121,9 @@ def evaluate_membership(
         member_scores(scores, item.text)
         for item, scores in zip(items, model.score(sequences, advance, moments=True), strict=True)
     ]
-    logs = [
-        {
-            "id": item.id,
-            "source": item.source,
-            "text": beginning(item.text),
-            "member": item.member,
-            **{attack: rounded(scores[attack]) for attack in ATTACKS},
-        }
-        for item, scores in zip(items, found, strict=True)
-    ]
-    return MembershipOutcome({attack: np.array([scores[attack] for scores in found]) for attack in ATTACKS}, logs)
+    columns = {attack: np.array([scores[attack] for scores in found]) for attack in ATTACKS}
+    texts = [beginning(item.text) for item in items]
+    return MembershipOutcome(columns, item_logs(items, columns, text=texts, member=[item.member for item in items]))
 
 
 def with_references(result: dict[str, Any], retrained: dict[str, Any] | None) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,3 +52,16 @@ def _mask(chosen_I: np.ndarray | None) -> Any:
 def rounded(value: Any) -> float:
     """A score as it stands in a log."""
     return round(float(value), 6)
+
+
+def item_logs(items: Sequence[Any], columns: dict[str, np.ndarray], **texts: Sequence[Any]) -> list[dict[str, Any]]:
+    """A record for each item: its id and source, its own of ``texts``, and its scores."""
+    return [
+        {
+            "id": item.id,
+            "source": item.source,
+            **{name: values[number] for name, values in texts.items()},
+            **{name: rounded(values_I[number]) for name, values_I in columns.items()},
+        }
+        for number, item in enumerate(items)
+    ]

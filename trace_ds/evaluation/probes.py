@@ -98,20 +98,45 @@ class Attacks:
                         found[task.config.name] = decisions
         return found
 
+    def forced(
+        self, model: LanguageModel, tasks: list[Task], original: dict[str, attacks.Decisions]
+    ) -> dict[str, dict[str, float | None]]:
+        """Scores by kind: unforced (``none``), and under every kind of forcing that can be done."""
+        ways: dict[str, attacks.Decide] = {"without_first": attacks.without_first}
+        critical_LE = critical_experts(self.run)
+        if critical_LE is not None and critical_LE.any():
+            ways["without_critical"] = attacks.without_experts(critical_LE)
+        told = {"none": self.score(model, tasks)}
+        for way, decide in ways.items():
+            with attacks.forced(model.model, decide):
+                told[way] = self.score(model, tasks)
+        for task in tasks:  # each from its own beginning: a model that diverges stops in the middle of one
+            if task.config.name in original:
+                with attacks.forced(model.model, original[task.config.name].repeat()):
+                    told.setdefault("original_routing", {}).update(self.score(model, [task]))
+        return told
+
     def attack(self, model: LanguageModel, result: dict[str, Any], decisions: dict[str, attacks.Decisions]) -> None:
         """Add both attacks to a result; relearning comes last, since it changes the model."""
         tasks, relearning = self.forget_tasks(), self.settings.relearning
-        records = []
+        attacked: dict[str, dict[str, float | None]] = {}
         result["attacks"] = {}
         if self.settings.expert_forcing:
-            critical_LE = critical_experts(self.run)
-            found = attacks.forcing_attack(model, tasks, lambda t: self.score(model, t), critical_LE, decisions)
-            result["attacks"]["expert_forcing"] = found
-            records += attacks.score_records(result, "forced", attacks.worst_of(found))
+            told = result["attacks"]["expert_forcing"] = self.forced(model, tasks, decisions)
+            forced = [scores for way, scores in told.items() if way != "none"]
+            attacked["forced"] = {
+                name: max((value for scores in forced if (value := scores.get(name)) is not None), default=None)
+                for name in told["none"]
+            }
         if relearning is not None:
             assert self.data is not None
             forget = TokenDataset.open(self.data.file("forget.arrow"))
-            told = attacks.relearn(model, forget, relearning, self.seed, lambda: self.score(model, tasks))
-            result["attacks"]["relearning"] = told
-            records += attacks.score_records(result, "relearned", told["curve"][-1]["scores"])
-        result["scores"] += records
+            learned = attacks.relearn(model, forget, relearning, self.seed, lambda: self.score(model, tasks))
+            result["attacks"]["relearning"] = learned
+            attacked["relearned"] = learned["curve"][-1]["scores"]
+        result["scores"] += [
+            {**score, "metric": f"{attack}_{score['metric']}", "value": values[key]}
+            for attack, values in attacked.items()
+            for score in result["scores"]
+            if (key := f"{score['task']} {score['metric']}") in values
+        ]

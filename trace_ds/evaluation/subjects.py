@@ -21,6 +21,7 @@ from trace_ds.evaluation.items import Task
 from trace_ds.models.families import model_fingerprint
 from trace_ds.run.directory import RunDirectory
 from trace_ds.run.files import canonical_json, sha256_text
+from trace_ds.run.foreign import read_object
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -190,10 +191,9 @@ def task_fingerprints(tasks: list[Task], max_new_tokens: int) -> dict[str, str]:
 def read_result(path: Path) -> dict[str, Any] | None:
     """A written result, or None when it is not there or not whole."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_object(path, "the result", "")
+    except UserError:
         return None
-    return value if isinstance(value, dict) else None
 
 
 def has_identity(path: Path, expected: str) -> bool:

@@ -1,10 +1,5 @@
 """Verbatim memorisation: does the model continue a passage word for word (VerbMem of MUSE)?
 
-| metric       | what                                                                     | range | chance |
-|--------------|--------------------------------------------------------------------------|-------|--------|
-| rouge_l      | mean ROUGE-L F1 of the greedy continuation against the true one          | 0 … 1 | none   |
-| exact_tokens | mean share of positions where the continuation has the true token       | 0 … 1 | none   |
-
 Higher means more memorised: bad for forget tasks, good for utility tasks. Two different passages of the same language
 share words, so a model that never saw the text scores above 0: compare with a model that never saw it (``gold``).
 Reference: Shi et al., *MUSE: Machine Unlearning Six-Way Evaluation for Language Models*, section 3 (128 greedy tokens,
@@ -22,7 +17,7 @@ import numpy as np
 
 from trace_ds.evaluation.items import VerbatimItem
 from trace_ds.evaluation.language_model import LanguageModel
-from trace_ds.evaluation.outcome import Outcome, rounded
+from trace_ds.evaluation.outcome import Outcome, item_logs
 
 
 def rouge_l(reference: str, continuation: str) -> float:
@@ -73,15 +68,6 @@ def evaluate_verbatim(
         "rouge_l": np.array([rouge_l(*pair) for pair in zip(reference_texts, texts, strict=True)]),
         "exact_tokens": np.array([exact_tokens(*pair) for pair in zip(references, continuations, strict=True)]),
     }
-    logs = [
-        {
-            "id": item.id,
-            "source": item.source,
-            "prompt": item.prompt,
-            "reference": reference_texts[number],
-            "continuation": texts[number],
-            **{metric: rounded(values[number]) for metric, values in columns.items()},
-        }
-        for number, item in enumerate(items)
-    ]
+    prompts_given = [item.prompt for item in items]
+    logs = item_logs(items, columns, prompt=prompts_given, reference=reference_texts, continuation=texts)
     return Outcome(columns, logs, [item.source for item in items])

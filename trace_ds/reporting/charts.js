@@ -65,7 +65,7 @@ function figure(host, title, note) {
   return node;
 }
 
-// options: title, note, series [{name, points: [[x, y, text]]}], x, y (labels), reverseX, logX, logY, vline/hline {at, text}, zeroY, oneY
+// options: title, note, series [{name, points: [[x, y, text]]}], x, y (labels), reverseX, logX, vline/hline {at, text}, zeroY, oneY
 function lineChart(host, options) {
   const node = figure(host, options.title, options.note);
   const series = options.series.filter((entry) => entry.points.length);
@@ -80,7 +80,6 @@ function lineChart(host, options) {
   const all = series.flatMap((entry) => entry.points);
   if (!all.length) return;
   const fx = options.logX ? Math.log10 : (v) => v;
-  const fy = options.logY ? Math.log10 : (v) => v;
   const range = (values, pad) => {
     let low = Math.min(...values), high = Math.max(...values);
     if (high - low < 1e-12) { const extra = Math.abs(low) * 0.05 || 0.5; low -= extra; high += extra; }
@@ -89,30 +88,30 @@ function lineChart(host, options) {
   const extraX = options.vline ? [fx(options.vline.at)] : [];
   const extraY = (options.hline ? [options.hline.at] : []).concat(options.zeroY ? [0] : [], options.oneY ? [1] : []);
   const [x0, x1] = range(all.map((p) => fx(p[0])).concat(extraX), options.padX || 0.02);
-  const [y0, y1] = range(all.map((p) => fy(p[1])).concat(extraY), 0.05);
+  const [y0, y1] = range(all.map((p) => p[1]).concat(extraY), 0.05);
   let placed = [];
   let cursor = null;
   let chosen = { line: 0, point: -1 };
 
   function draw() {
     const width = Math.max(260, node.clientWidth), height = Math.round(Math.min(270, Math.max(210, width * 0.62)));
-    const yTicks = options.logY ? decades(y0, y1) : ticks(y0, y1, 5);
+    const yTicks = ticks(y0, y1, 5);
     const left = Math.max(44, 14 + 7 * Math.max(...yTicks.map((v) => short(v).length))), right = 12, top = 10, bottom = 42;
     drawing.replaceChildren();
     drawing.setAttribute("viewBox", `0 0 ${width} ${height}`);
     drawing.setAttribute("height", height);
     const px = (v) => { const t = (fx(v) - x0) / (x1 - x0); return left + (options.reverseX ? 1 - t : t) * (width - left - right); };
-    const py = (v) => height - bottom - (fy(v) - y0) / (y1 - y0) * (height - top - bottom);
-    const unlog = (log, v) => log ? Math.pow(10, v) : v;
+    const py = (v) => height - bottom - (v - y0) / (y1 - y0) * (height - top - bottom);
+    const unlog = (v) => options.logX ? Math.pow(10, v) : v;
     const xTicks = (options.logX ? decades(x0, x1) : ticks(x0, x1, width / 90)).filter((v) => !options.wholeX || Number.isInteger(v));
     for (const v of yTicks) {
-      const y = py(unlog(options.logY, v));
+      const y = py(v);
       drawing.append(svg("line", { x1: left, x2: width - right, y1: y, y2: y, class: "axis" }));
-      drawing.append(svg("text", { x: left - 6, y: y + 4, "text-anchor": "end" }, short(unlog(options.logY, v))));
+      drawing.append(svg("text", { x: left - 6, y: y + 4, "text-anchor": "end" }, short(v)));
     }
     for (const v of xTicks) {
-      const x = px(unlog(options.logX, v));
-      drawing.append(svg("text", { x, y: height - bottom + 17, "text-anchor": "middle" }, short(unlog(options.logX, v))));
+      const x = px(unlog(v));
+      drawing.append(svg("text", { x, y: height - bottom + 17, "text-anchor": "middle" }, short(unlog(v))));
     }
     drawing.append(svg("text", { x: (left + width - right) / 2, y: height - 6, "text-anchor": "middle" }, options.x));
     const guide = (attributes, text, x, y, anchor) => {

@@ -86,5 +86,6 @@ def compared(data: RunData, paths: list[Path]) -> tuple[list[RunData], list[str]
             notes.append(
                 f"{', '.join(differing)} of {name}: other questions than in {data.name}, so those scores are left out"
             )
-        found.append(other.without_tasks(differing) if differing else other)
+            other = replace(gather(path, differing), name=name)
+        found.append(other)
     return found, notes

@@ -7,8 +7,9 @@ statistics belong to the run, calibration, logs and evaluations to the arm.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Container, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,12 @@ from trace_ds.errors import UserError
 from trace_ds.routing.statistics import RoutingStatistics
 from trace_ds.run.artefact import FILE_NAME, Artefact, load
 from trace_ds.run.directory import RunDirectory
+from trace_ds.run.foreign import named_by, read_object
+from trace_ds.run.mapped import open_mapped
 
 MAIN_ARM = "unlearned"
 BASE_MODEL = "base model"
-TIMING_WORDS = ("time", "second", "per_s", "_s", "_ms", "bytes", "memory")
+TIMING = re.compile(r"time|per_s|(second|_s|_ms|bytes|memory)$")
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class Evaluation:
     items: dict[str, list[dict[str, Any]]]
     tasks: dict[str, str]  # fingerprints of the tasks by name; empty in results of older versions
     drift: dict[str, Any] | None
-    attacks: dict[str, Any]
+    attacks: dict[str, Any]  # expert_forcing: scores by way; relearning: the curve
 
     def headline(self, role: str) -> list[Score]:
         """The first metric of every task of a role, in the file's order, without perplexities (another scale) and
@@ -62,24 +65,6 @@ class Evaluation:
 
     def value(self, task: str, metric: str) -> float | None:
         return next((s.value for s in self.scores if (s.task, s.metric) == (task, metric)), None)
-
-    def without(self, tasks: Container[str]) -> Evaluation:
-        """The evaluation as if it did not have these tasks."""
-
-        def kept(scores: dict[str, Any]) -> dict[str, Any]:
-            return {name: value for name, value in scores.items() if name.rsplit(" ", 1)[0] not in tasks}
-
-        forcing, relearning = (self.attacks.get(attack) or {} for attack in ("expert_forcing", "relearning"))
-        attacks = {
-            "expert_forcing": {way: kept(scores) for way, scores in forcing.items()},
-            "relearning": {"curve": [{**e, "scores": kept(e["scores"])} for e in relearning.get("curve") or []]},
-        }
-        return replace(
-            self,
-            scores=[score for score in self.scores if score.task not in tasks],
-            items={task: found for task, found in self.items.items() if task not in tasks},
-            attacks=attacks,
-        )
 
 
 @dataclass(frozen=True)
@@ -143,24 +128,13 @@ class RunData:
                 found[arm.label if arm.label not in found else f"variants/{arm.label}"] = arm.final
         return found
 
-    def without_tasks(self, tasks: Container[str]) -> RunData:
-        """The run as if it had not evaluated these tasks."""
-        return replace(
-            self,
-            references={name: evaluation.without(tasks) for name, evaluation in self.references.items()},
-            arms=[
-                replace(
-                    arm,
-                    checkpoints={step: evaluation.without(tasks) for step, evaluation in arm.checkpoints.items()},
-                    final=arm.final and arm.final.without(tasks),
-                )
-                for arm in self.arms
-            ],
-        )
 
+def gather(path: Path, without: Container[str] = ()) -> RunData:
+    """Read a run directory, as if it had not evaluated the tasks ``without``.
 
-def gather(path: Path) -> RunData:
-    """Read a run directory. ``UserError`` when nothing is there to report, or when an artefact is damaged."""
+    Raises:
+        UserError: nothing is there to report, or an artefact is damaged.
+    """
     if not path.is_dir():
         raise UserError("there is no such run directory", str(path), "give the directory that `trace-ds run` made")
     run = RunDirectory.at(path)
@@ -168,7 +142,7 @@ def gather(path: Path) -> RunData:
     artefacts = _artefacts(run)
     forget = _statistics(run.statistics / "forget")
     retain = _statistics(run.statistics / "retain")
-    evaluations = _evaluations(path / "evaluation")
+    evaluations = _evaluations(path / "evaluation", without)
     references = {
         key: evaluation for key, evaluation in evaluations.items() if key != MAIN_ARM and _step_of(key) is None
     }
@@ -178,7 +152,9 @@ def gather(path: Path) -> RunData:
     names = sorted(entry.name for entry in variants.iterdir() if entry.is_dir()) if variants.is_dir() else []
     for variant in [entry for entry in names if ".tmp-" not in entry and ".old-" not in entry]:
         base, changes = variants / variant, (config.get("variants") or {}).get(variant) or {}
-        arms.append(_arm(variant, base, changes.get("calibration.rule", rule), _evaluations(base / "evaluation")))
+        arms.append(
+            _arm(variant, base, changes.get("calibration.rule", rule), _evaluations(base / "evaluation", without))
+        )
     arms = [arm for arm in arms if arm.calibration or arm.log or arm.checkpoints or arm.final]
     if not (artefacts or references or arms):
         raise UserError(
@@ -207,9 +183,9 @@ def gather(path: Path) -> RunData:
 
 
 def weight_chunks(calibration: Calibration, chunk_tokens: int = 1 << 22) -> Iterator[np.ndarray]:
-    """The retain weights in blocks (memory-mapped: a corpus may be larger than memory); nothing when there are none."""
+    """The retain weights in blocks (a corpus may be larger than memory); nothing when there are none."""
     if calibration.weights_path is not None:
-        weights = np.load(calibration.weights_path, mmap_mode="r", allow_pickle=False)
+        weights = open_mapped(calibration.weights_path)
         for start in range(0, weights.shape[0], chunk_tokens):
             yield np.asarray(weights[start : start + chunk_tokens], dtype=np.float64)
 
@@ -241,7 +217,7 @@ def _calibration(directory: Path) -> Calibration | None:
         return None
     found = load(directory, "calibration", "calibrate", verify=False)
     arrays = load_file(found.file("calibration.safetensors")) if "calibration.safetensors" in found.files else {}
-    diagnosis = _read_json(found.file("diagnosis.json"), "calibrate") if "diagnosis.json" in found.files else {}
+    diagnosis = _read(found.file("diagnosis.json"), "calibrate") if "diagnosis.json" in found.files else {}
     weights = found.file("weights.npy") if "weights.npy" in found.files else None
     return Calibration(arrays, diagnosis, weights, found.content)
 
@@ -260,11 +236,14 @@ def _arm(label: str, base: Path, rule: str | None, evaluations: dict[str, Evalua
     )
 
 
-def _evaluations(directory: Path) -> dict[str, Evaluation]:
+def _evaluations(directory: Path, without: Container[str]) -> dict[str, Evaluation]:
+    def kept(scores: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in scores.items() if name.rsplit(" ", 1)[0] not in without}
+
     found = {}
     for path in sorted(directory.glob("*.json")) if directory.is_dir() else []:
-        raw = _read_json(path, "evaluate")
-        if not isinstance(raw, dict) or "scores" not in raw:
+        raw = _read(path, "evaluate")
+        if "scores" not in raw:
             continue
         try:
             scores = [
@@ -279,13 +258,20 @@ def _evaluations(directory: Path) -> dict[str, Evaluation]:
                     entry.get("chance"),
                 )
                 for entry in raw["scores"]
+                if entry["task"] not in without
             ]
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(
                 f"the evaluation is damaged ({error!r})", str(path), "make it again with `trace-ds evaluate`"
             ) from None
-        items, tasks = raw.get("items") or {}, raw.get("tasks") or {}
-        fingerprint, attacks = raw.get("model_fingerprint"), raw.get("attacks") or {}
+        items = {task: logs for task, logs in (raw.get("items") or {}).items() if task not in without}
+        attacks = raw.get("attacks") or {}
+        forcing, relearning = (attacks.get(name) or {} for name in ("expert_forcing", "relearning"))
+        attacks = {
+            "expert_forcing": {way: kept(scores) for way, scores in forcing.items()},
+            "relearning": [{**entry, "scores": kept(entry["scores"])} for entry in relearning.get("curve") or []],
+        }
+        fingerprint, tasks = raw.get("model_fingerprint"), raw.get("tasks") or {}
         found[path.stem] = Evaluation(path.stem, fingerprint, scores, items, tasks, raw.get("drift"), attacks)
     return found
 
@@ -299,35 +285,29 @@ def _log(path: Path) -> list[dict[str, float]]:
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
         try:
             raw = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if not isinstance(raw, dict) or raw.get("event", "step") != "step" or not isinstance(raw.get("step"), int):
             continue
         scalars = {
             key: float(value)
             for key, value in raw.items()
-            if isinstance(value, (int, float)) and not isinstance(value, bool) and not _is_timing(key)
+            if isinstance(value, (int, float)) and not isinstance(value, bool) and not TIMING.search(key)
         }
         if len(scalars) > 1:
             by_step.setdefault(raw["step"], {}).update(scalars)
     return [by_step[step] for step in sorted(by_step)]
 
 
-def _is_timing(key: str) -> bool:
-    return key.endswith(TIMING_WORDS) or "time" in key or "per_s" in key
-
-
 def _versions(path: Path) -> dict[str, str]:
     """Versions of the libraries that trained the newest checkpoint, and of a model from the hub, from its manifest."""
-    for base in [path, *(sorted((path / "variants").glob("*")) if (path / "variants").is_dir() else [])]:
-        latest = base / "checkpoints" / "latest"
-        if latest.is_file():
-            manifest = base / "checkpoints" / latest.read_text(encoding="utf-8").strip() / "manifest.json"
-            if manifest.is_file():
-                raw = _read_json(manifest, "unlearn")
-                versions, source = raw.get("versions") or {}, (raw.get("model") or {}).get("source")
-                found = {str(key): str(value) for key, value in sorted(versions.items())}
-                return found | ({BASE_MODEL: str(source)} if source else {})
+    for base in [path, *sorted((path / "variants").glob("*"))]:
+        newest = named_by(base / "checkpoints", "latest")
+        if newest is not None and (newest / "manifest.json").is_file():
+            raw = _read(newest / "manifest.json", "unlearn")
+            versions, source = raw.get("versions") or {}, (raw.get("model") or {}).get("source")
+            found = {str(key): str(value) for key, value in sorted(versions.items())}
+            return found | ({BASE_MODEL: str(source)} if source else {})
     return {}
 
 
@@ -343,11 +323,8 @@ def _step_of(stem: str) -> int | None:
     return int(digits) if stem.startswith("step_") and digits.isdigit() else None
 
 
-def _read_json(path: Path, verb: str) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"not readable as JSON ({error})", str(path), f"make it again with `trace-ds {verb}`") from None
+def _read(path: Path, verb: str) -> dict[str, Any]:
+    return read_object(path, "the file", f"make it again with `trace-ds {verb}`")
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

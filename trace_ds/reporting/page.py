@@ -15,7 +15,7 @@ from importlib import resources
 from typing import Any
 
 from trace_ds.evaluation.metrics import meaning
-from trace_ds.evaluation.table import ARROWS
+from trace_ds.evaluation.table import ARROWS, rows_of
 from trace_ds.reporting import scores
 from trace_ds.reporting.gather import RunData
 from trace_ds.reporting.tables import Table
@@ -160,24 +160,14 @@ def score_table(table: Table | None) -> dict[str, Any] | None:
     if table is None:
         return None
     rows = table.rows()
-    columns = []
-    for role in ("forget", "utility"):
-        for row in rows:
-            head = {key: row[key] for key in ("task", "metric", "role", "direction")}
-            if row["role"] == role and head not in columns:
-                columns.append(head)
-    models = list(dict.fromkeys(row["model"] for row in rows))
+    columns = [row | {"arrow": ARROWS.get(row["direction"], "")} for row in rows_of([{"scores": rows}])]
     values = {(row["model"], row["task"], row["metric"]): row for row in rows}
-    lines = []
-    for model in models:
-        cells = [values.get((model, head["task"], head["metric"])) for head in columns]
-        lines.append({"model": model, "cells": cells})
-    chance = [
-        next((r["chance"] for r in rows if (r["task"], r["metric"]) == (head["task"], head["metric"])), None)
-        for head in columns
+    lines = [
+        {"model": model, "cells": [values.get((model, head["task"], head["metric"])) for head in columns]}
+        for model in dict.fromkeys(table.columns["model"])
     ]
-    heads = [{**head, "arrow": ARROWS.get(head["direction"], "")} for head in columns]
-    return {"columns": heads, "lines": lines, "chance": chance if any(c is not None for c in chance) else None}
+    chance = [head["chance"] for head in columns]
+    return {"columns": columns, "lines": lines, "chance": chance if any(c is not None for c in chance) else None}
 
 
 def attack_table(table: Table | None) -> dict[str, Any] | None:
@@ -192,7 +182,7 @@ def attack_table(table: Table | None) -> dict[str, Any] | None:
         {"attack": key[0], "stage": key[1], "score": key[2], "values": [values.get((*key, model)) for model in models]}
         for key in keys
     ]
-    return {"models": models, "lines": lines}
+    return {"heads": ["attack", "stage", "score", *(f"#{model}" for model in models)], "lines": lines}
 
 
 def meanings(table: Table | None) -> list[tuple[str, str]]:

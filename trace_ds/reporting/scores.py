@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from trace_ds.evaluation.table import ARROWS
 from trace_ds.reporting.compare import models
 from trace_ds.reporting.gather import Arm, Evaluation, RunData, Score
 from trace_ds.reporting.matched import Matched, matched, relative_gain
@@ -22,19 +23,12 @@ def score_records(run: RunData, others: Iterable[RunData] = ()) -> list[dict[str
 
     A value that is not finite is None.
     """
-    records = [(name, score) for name, evaluation in models([run, *others]) for score in evaluation.scores]
-    return sorted(
-        (
-            {
-                "model": name,
-                "task": score.task,
-                "metric": score.metric,
-                "value": score.value if math.isfinite(score.value) else None,
-            }
-            for name, score in records
-        ),
-        key=lambda record: (record["model"], record["task"], record["metric"]),
-    )
+    records = [
+        {"model": name, "task": s.task, "metric": s.metric, "value": s.value if math.isfinite(s.value) else None}
+        for name, evaluation in models([run, *others])
+        for s in evaluation.scores
+    ]
+    return sorted(records, key=lambda record: (record["model"], record["task"], record["metric"]))
 
 
 @dataclass(frozen=True)
@@ -227,16 +221,16 @@ def summary_table(run: RunData) -> RichTable:
     from rich.text import Text
 
     evaluations = run.evaluations()
-    columns: dict[tuple[str, str], Score] = {}
-    for role in ("forget", "utility"):
-        for evaluation in evaluations.values():
-            for score in evaluation.headline(role):
-                columns.setdefault((score.task, score.metric), score)
+    columns = {
+        (score.task, score.metric): score
+        for role in ("forget", "utility")
+        for evaluation in evaluations.values()
+        for score in evaluation.headline(role)
+    }
     table = RichTable(title=Text(run.title), caption="↓ lower is better, ↑ higher is better")
     table.add_column("model")
     for (task, metric), score in columns.items():
-        arrow = "↓" if score.direction == "lower" else "↑"
-        table.add_column(Text(f"{task}\n{metric} {arrow}\n({score.role})"), justify="right")
+        table.add_column(Text(f"{task}\n{metric} {ARROWS[score.direction]}\n({score.role})"), justify="right")
     for name, evaluation in evaluations.items():
         values = [evaluation.value(task, metric) for task, metric in columns]
         table.add_row(Text(name), *("–" if value is None else f"{value:.3f}" for value in values))

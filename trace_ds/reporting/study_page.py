@@ -8,7 +8,6 @@ The numbers are those of ``trace-ds bench``; here they are only laid out (and, f
 from __future__ import annotations
 
 import csv
-import json
 import math
 from collections import defaultdict
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from trace_ds.errors import UserError
 from trace_ds.evaluation.table import ARROWS
 from trace_ds.reporting.page import render_template
 from trace_ds.reporting.tables import Table, make
+from trace_ds.run.foreign import read_object
 
 SCRIPTS = ("base.js", "charts.js", "study.js")
 AGAIN = "run `trace-ds bench` again: a finished study only writes it anew"
@@ -45,17 +45,17 @@ class StudyData:
 def read(path: Path) -> StudyData:
     """The study in a directory; :class:`UserError` names the file that is missing or damaged."""
     where = path / "study.json"
+    result = read_object(where, "the study's result", AGAIN)
+    keys = {"recipe", "seeds", "baseline", "forget", "target", "comparisons"}
+    if not keys <= set(result):
+        raise UserError(f"the study's result has no {', '.join(keys - set(result))}", str(where), AGAIN)
+    where = path / "frontier.csv"
     try:
-        result = json.loads(where.read_text(encoding="utf-8"))
-        name, keys = str(result["recipe"]), {"seeds", "baseline", "forget", "target", "comparisons"}
-        if not keys <= set(result):
-            raise KeyError(*keys - set(result))
-        where = path / "frontier.csv"
         with where.open(encoding="utf-8", newline="") as handle:
             frontier = list(csv.DictReader(handle))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"the study's result cannot be read ({type(error).__name__})", str(where), AGAIN) from None
-    return StudyData(name, result, frontier)
+    return StudyData(str(result["recipe"]), result, frontier)
 
 
 def all_tables(study: StudyData) -> dict[str, Table]:
@@ -125,6 +125,11 @@ def frontier_mean(study: StudyData) -> Table:
 def render(study: StudyData, tables: dict[str, Table]) -> str:
     """The page as text."""
     result = study.result
+    references = [
+        {"seed": seed, "model": model, "scores": list(scores.values())}
+        for seed, models in result["references"].items()
+        for model, scores in models.items()
+    ]
     return render_template(
         "study.html.j2",
         SCRIPTS,
@@ -135,6 +140,8 @@ def render(study: StudyData, tables: dict[str, Table]) -> str:
         result=result,
         several=study.several_losses,
         sections=sections(study, tables["comparisons"]) if "comparisons" in tables else [],
+        references=references,
+        reference_metrics=[f"#{metric}" for metric in next(iter(next(iter(result["references"].values())).values()))],
     )
 
 

@@ -89,40 +89,28 @@ def routing(run: RunData) -> Table:
     The ratio and its interval are the calibration's (Student's t; see calibration/detect.py); without one there is the
     plain ratio and no interval.
     """
-    header = [
-        "layer", "decoder_layer", "expert", "forget_count", "retain_count", "forget_frequency", "forget_error",
-        "retain_frequency", "retain_error", "log_ratio", "log_ratio_low", "log_ratio_high", "target", "achieved",
-        "selected",
-    ]  # fmt: skip
     sides = [side for side in (run.forget, run.retain) if side is not None]
     if not sides:
-        return make("routing", "", header, [])
+        return make("routing", "", ["layer"], [])
     shape = sides[0].counts_LE.shape
     missing_LE = np.full(shape, np.nan)
-    data = {}
-    for name, side in (("forget", run.forget), ("retain", run.retain)):
-        data[f"{name}_frequency"] = side.frequency_LE if side else missing_LE
-        data[f"{name}_error"] = np.sqrt(side.variance_LE()) if side else missing_LE
     arrays = run.calibration.arrays if run.calibration else {}
+    layer_LE, expert_LE = np.indices(shape)
+    columns = {"layer": layer_LE, "decoder_layer": np.array(run.decoder_layers)[layer_LE], "expert": expert_LE}
+    both = {"forget": run.forget, "retain": run.retain}
+    columns |= {f"{name}_count": side.counts_LE if side else missing_LE for name, side in both.items()}
+    for name, side in both.items():
+        columns[f"{name}_frequency"] = side.frequency_LE if side else missing_LE
+        columns[f"{name}_error"] = np.sqrt(side.variance_LE()) if side else missing_LE
     with np.errstate(divide="ignore", invalid="ignore"):
-        plain_LE = np.log(data["forget_frequency"]) - np.log(data["retain_frequency"])
-        low_LE, high_LE = (np.log(arrays.get(f"ratio_{end}_LE", missing_LE)) for end in ("low", "high"))
-    log_ratio_LE = arrays.get("log_ratio_LE", plain_LE)
-    target_LE, achieved_LE = arrays.get("target_LE", missing_LE), arrays.get("achieved_LE", missing_LE)
-    selected_LE = arrays.get("selected_LE", np.zeros(shape, np.uint8))
-    rows = [
-        [
-            layer, run.decoder_layers[layer], expert,
-            int(run.forget.counts_LE[layer, expert]) if run.forget else None,
-            int(run.retain.counts_LE[layer, expert]) if run.retain else None,
-            *(data[name][layer, expert] for name in header[5:9]),
-            log_ratio_LE[layer, expert], low_LE[layer, expert], high_LE[layer, expert],
-            target_LE[layer, expert], achieved_LE[layer, expert], int(selected_LE[layer, expert]),
-        ]
-        for layer in range(shape[0])
-        for expert in range(shape[1])
-    ]  # fmt: skip
-    return make("routing", "Routing by layer and expert", header, rows)
+        plain_LE = np.log(columns["forget_frequency"]) - np.log(columns["retain_frequency"])
+        columns["log_ratio"] = arrays.get("log_ratio_LE", plain_LE)
+        for end in ("low", "high"):
+            columns[f"log_ratio_{end}"] = np.log(arrays.get(f"ratio_{end}_LE", missing_LE))
+    columns |= {name: arrays.get(f"{name}_LE", missing_LE) for name in ("target", "achieved")}
+    columns["selected"] = arrays.get("selected_LE", np.zeros(shape, np.uint8))
+    rows = zip(*(array_LE.ravel() for array_LE in columns.values()), strict=True)
+    return make("routing", "Routing by layer and expert", columns, rows)
 
 
 def selected_experts(run: RunData) -> Table:
@@ -317,9 +305,8 @@ def attacks(runs: list[RunData]) -> Table:
     rows: list[list[Any]] = []
     for name, evaluation in models(runs):
         told = evaluation.attacks
-        stages = [("expert forcing", kind, found) for kind, found in (told.get("expert_forcing") or {}).items()]
-        curve = (told.get("relearning") or {}).get("curve") or []
-        stages += [("relearning", f"step {entry['step']}", entry["scores"]) for entry in curve]
+        stages = [("expert forcing", kind, found) for kind, found in told["expert_forcing"].items()]
+        stages += [("relearning", f"step {entry['step']}", entry["scores"]) for entry in told["relearning"]]
         for attack, stage, found in stages:
             rows += [[name, attack, stage.replace("_", " "), metric, value] for metric, value in found.items()]
     return make("attacks", "Forget scores under attack", ["model", "attack", "stage", "score", "value"], rows)

@@ -61,13 +61,13 @@ def calibrate(config: Config, run: RunDirectory, world: World | None = None) -> 
     """
     import torch
 
-    threads = torch.get_num_threads()
+    threads, device = torch.get_num_threads(), "cuda" if torch.cuda.is_available() else "cpu"
     if world is None or world.size == 1:
-        return _calibrate(config, run, Context(threads))
+        return _calibrate(config, run, Context(threads, None, device))
     if world.is_main:
         good = False
         try:
-            made = _calibrate(config, run, Context(threads, world))
+            made = _calibrate(config, run, Context(threads, world, device))
             good = True
             return made
         finally:

@@ -10,9 +10,10 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
+from operator import getitem
 from typing import Any
 
 from trace_ds.config.load import with_changes
@@ -88,7 +89,7 @@ def recipe_point(config: Config, loss: str, method: str) -> Point:
     bench = require_bench(config, "bench")
     grid = grid_of(bench, loss, method)
     raw = trial_config(config, Trial(loss, method, (), config.seed)).model_dump(mode="json")
-    point = tuple((key, reduce(_get, key.split("."), raw)) for key in grid)
+    point = tuple((key, reduce(getitem, key.split("."), raw)) for key in grid)
     for key, value in point:
         if value not in grid[key]:
             raise UserError(
@@ -117,10 +118,6 @@ def untried(bench: BenchConfig, loss: str, method: str, free: Sequence[str]) -> 
     """The keys among ``free`` of which the method has one value only: there was nothing to choose from."""
     grid = grid_of(bench, loss, method)
     return [key.rsplit(".", 1)[-1] for key in free if len(grid[key]) < 2]
-
-
-def _get(node: Mapping[str, Any], key: str) -> Any:
-    return node[key]
 
 
 def require_bench(config: Config, where: str) -> BenchConfig:

@@ -12,24 +12,28 @@ import csv
 import io
 import json as json_module
 import math
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 from typing import Any
 
 from trace_ds.config.load import load_config
 from trace_ds.config.schema import Config
-from trace_ds.errors import EXIT_STOPPED, StopRequested, UserError
+from trace_ds.errors import JobFailed, StopRequested
+from trace_ds.parallel.environment import accelerator_count
 from trace_ds.run import ours
 from trace_ds.run.directory import RunDirectory, locked
 from trace_ds.run.files import write_json, write_text
+from trace_ds.run.foreign import read_object
 from trace_ds.studies import run_list
 from trace_ds.studies.analysis import Curve, compare, curve_of, finite, metric_of, tuned
-from trace_ds.studies.worker import Study, StudyJob, is_done
+from trace_ds.studies.worker import Study, StudyJob, begin, do
 
 TELL_EVERY_S = 30.0
 # For the estimate before anything ran: seconds of one CPU core of the machine this was developed on.
@@ -53,15 +57,13 @@ def run_study(recipe: str, run_dir: Path | None, overrides: Sequence[str], worke
     check_places(study, directory)
     with locked(RunDirectory(directory)):
         jobs = study.jobs(None)
-        todo = [job for job in jobs if not is_done(job)]
+        todo = [job for job in jobs if not job.is_done()]
         if todo:
             _clear_leftovers(study)
             count = workers or worker_count()
             if not json:
                 _tell_estimate(study, jobs, todo, count)
-            status = _work(recipe, directory, overrides, jobs, count, json)
-            if status:
-                return status
+            _work(study, directory / "logs", jobs, count, json)
         result = analyse(study)
         write_json(directory / "study.json", result)
         write_text(directory / "frontier.csv", frontier_csv(study))
@@ -95,8 +97,6 @@ def check_places(study: Study, directory: Path) -> None:
 
 def worker_count() -> int:
     """One worker per accelerator, else one per core this process may use."""
-    from trace_ds.parallel.environment import accelerator_count
-
     return accelerator_count() or len(os.sched_getaffinity(0))
 
 
@@ -108,7 +108,7 @@ def _clear_leftovers(study: Study) -> None:
 
 
 def _tell_estimate(study: Study, jobs: list[StudyJob], todo: list[StudyJob], count: int) -> None:
-    references = sum(not job.needs for job in todo)
+    references = sum(job.is_reference for job in todo)
     runs = len(todo) - references
     steps = study.config.unlearning.steps
     scores = -(-steps // study.bench.score_every)
@@ -120,74 +120,46 @@ def _tell_estimate(study: Study, jobs: list[StudyJob], todo: list[StudyJob], cou
     )
 
 
-def _work(recipe: str, directory: Path, overrides: Sequence[str], jobs: list[StudyJob], count: int, quiet: bool) -> int:
-    """Start the workers, tell how far they are, wait; the first failure ends all of them."""
-    from trace_ds.parallel.launch import die_with_parent
+def _work(study: Study, logs: Path, jobs: list[StudyJob], count: int, quiet: bool) -> None:
+    """Do what is left in ``count`` processes, the reference models first, and tell how far they are.
 
-    command = [sys.executable, "-m", "trace_ds.studies.worker", recipe, str(directory)]
-    for override in overrides:
-        command += ["--set", override]
-    (directory / "logs").mkdir(parents=True, exist_ok=True)
-    logs = [directory / "logs" / f"worker_{number}.log" for number in range(count)]
-    children: list[subprocess.Popen[bytes]] = []
+    Raises:
+        UserError, or any other error, of a job: it ends all. JobFailed: a process was killed. StopRequested: SIGTERM.
+    """
+    context = multiprocessing.get_context("spawn")
+    numbers: SimpleQueue[int] = context.SimpleQueue()
+    for number in range(count):
+        numbers.put(number)
+    logs.mkdir(parents=True, exist_ok=True)
+    pool = ProcessPoolExecutor(count, context, begin, (numbers, logs))
     previous = signal.signal(signal.SIGTERM, _stop)
     try:
-        for number, log in enumerate(logs):
-            environment = worker_environment(number, os.environ)
-            with log.open("wb") as handle:
-                children.append(
-                    subprocess.Popen(command, env=environment, stdout=handle, stderr=handle, preexec_fn=die_with_parent)
-                )
-        return _wait(children, logs, jobs, quiet)
+        for references in (True, False):
+            todo = [job for job in jobs if job.is_reference == references and not job.is_done()]
+            began_s, futures = time.monotonic(), [pool.submit(do, *study.asked, job.result) for job in todo]
+            while futures:
+                done, left = wait(futures, TELL_EVERY_S, FIRST_EXCEPTION)
+                for future in done:
+                    future.result()
+                if not left:
+                    break
+                if not quiet:
+                    minutes = (time.monotonic() - began_s) / max(len(done), 1) * len(left) / 60
+                    about = f", about {minutes:.0f} minutes left for them" if done else ""
+                    what = "base models" if references else "runs"
+                    print(f"[bench] {len(done)} of {len(todo)} {what} done{about}", flush=True)
+    except BrokenProcessPool:
+        raise JobFailed(f"a worker of the study was killed (out of memory?); its log is among {logs}") from None
     finally:
-        for child in children:
-            if child.poll() is None:
-                child.kill()
-            child.wait()
+        pool.shutdown(wait=False, cancel_futures=True)
+        for child in multiprocessing.active_children():
+            child.kill()
+            child.join()
         signal.signal(signal.SIGTERM, previous)
-
-
-def worker_environment(number: int, inherited: Mapping[str, str], devices: Path = Path("/dev")) -> dict[str, str]:
-    """The environment of a worker: no rank of anything, one thread, and one of the GPUs this process may use."""
-    from trace_ds.parallel.environment import accelerator_names
-
-    environment = {k: v for k, v in inherited.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    environment["OMP_NUM_THREADS"] = "1"
-    accelerators = accelerator_names(inherited, devices)
-    if accelerators:
-        environment["CUDA_VISIBLE_DEVICES"] = accelerators[number % len(accelerators)]
-    return environment
 
 
 def _stop(number: int, frame: Any) -> None:
     raise StopRequested("the study was stopped; run the same command again to go on")
-
-
-def _wait(children: list[subprocess.Popen[bytes]], logs: list[Path], jobs: list[StudyJob], quiet: bool) -> int:
-    began_s = told_s = time.monotonic()
-    began_with = sum(map(is_done, jobs))
-    while True:
-        codes = [child.poll() for child in children]
-        for code, log in zip(codes, logs, strict=True):
-            if code:
-                lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-                if code < 0:
-                    lines.append(
-                        f"a worker of the study was ended by signal {-code} (9: out of memory?); its log: {log}"
-                    )
-                print("\n".join(lines[-1:] if code == UserError.exit_status else lines[-15:]), file=sys.stderr)
-                return code if code > 0 else EXIT_STOPPED if code == -signal.SIGTERM else 1
-        if all(code == 0 for code in codes):
-            return 0
-        now_s = time.monotonic()
-        if not quiet and now_s - told_s > TELL_EVERY_S:
-            told_s = now_s
-            done = sum(map(is_done, jobs))
-            new = done - began_with
-            left_minutes = (now_s - began_s) / max(new, 1) * (len(jobs) - done) / 60
-            left = f", about {left_minutes:.0f} minutes left" if new else ""
-            print(f"[bench] {done} of {len(jobs)} jobs done{left}", flush=True)
-        time.sleep(0.5)
 
 
 def analyse(study: Study) -> dict[str, Any]:
@@ -314,5 +286,4 @@ def frontier_csv(study: Study) -> str:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    value: dict[str, Any] = json_module.loads(path.read_text(encoding="utf-8"))
-    return value
+    return read_object(path, "a result of the study", "delete it and run the study again")

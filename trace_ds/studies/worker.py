@@ -1,9 +1,6 @@
-"""One worker of a study: takes the jobs that nobody else has taken until all are done.
+"""The jobs of a study, each in whatever process is free.
 
-    python -m trace_ds.studies.worker RECIPE STUDY_DIR [--set KEY=VALUE …]
-
-Workers share nothing but the directory: a job is taken by a lock on a file beside its result, which the system frees
-when a worker dies, and it is done when its result is there, so a killed study goes on where it was.
+A job is done when its result is there, so a killed study goes on where it was.
 
     STUDY/seed_N/corpora, models/, data/, statistics/        as in a demo
     STUDY/seed_N/calibrated/HASH/calibration/                one for every calibration that a method asks for
@@ -13,25 +10,27 @@ when a worker dies, and it is done when its result is there, so a killed study g
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import fcntl
 import functools
 import importlib.metadata
-import json
-import sys
+import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trace_ds.config.load import dump_yaml, load_config
 from trace_ds.config.schema import Config
 from trace_ds.errors import UserError
+from trace_ds.parallel.environment import accelerator_count, accelerator_names
+from trace_ds.parallel.launch import die_with_parent
 from trace_ds.run.directory import RunDirectory
 from trace_ds.run.files import canonical_json, sha256_file, sha256_text, write_json
+from trace_ds.run.foreign import read_object
 from trace_ds.stages.by_name import with_cached
 from trace_ds.studies import run_list
 
@@ -41,18 +40,27 @@ if TYPE_CHECKING:
 
 PATH_KEYS = ("path", "tokenizer", "examples", "holdout")  # of a configuration; a null one stays null
 FORMAT = 1  # raise it when what a run computes changes: old results are then computed anew
-POLL_S = 1.0
 REFERENCES = ("original", "gold")
 
 
 @dataclass(frozen=True)
 class StudyJob:
-    """``result`` is the file that says it is done; ``needs`` are jobs that must be done first."""
+    """``result`` is the file that says it is done; the reference models' jobs are done before the trials'."""
 
     result: Path
-    needs: tuple[StudyJob, ...]
     make: Callable[[], dict[str, Any]]
     identity: str
+    is_reference: bool = False
+
+    def is_done(self) -> bool:
+        try:
+            return bool(read_object(self.result, "the result", "")["identity"] == self.identity)
+        except (UserError, KeyError):
+            return False
+
+    def do(self) -> None:
+        self.result.parent.mkdir(parents=True, exist_ok=True)
+        write_json(self.result, {"identity": self.identity, **self.make()})
 
 
 class Study:
@@ -60,6 +68,7 @@ class Study:
 
     def __init__(self, recipe: str, directory: Path, overrides: Sequence[str]) -> None:
         self._recipe, self._directory, self._overrides = recipe, directory, list(overrides)
+        self.asked = recipe, directory, tuple(overrides)
         self.config = self.seed_config(None)
         self.bench = run_list.require_bench(self.config, recipe)
 
@@ -91,11 +100,10 @@ class Study:
         for seed in self.bench.seeds:
             config = self.seed_config(seed)
             work = _Work(config, self.bench.regime, self.seed_directory(seed), world, digest)
-            made = {
-                name: StudyJob(self.reference(seed, name), (), partial(work.reference, name), work.identity)
+            references += [
+                StudyJob(self.reference(seed, name), partial(work.reference, name), work.identity, True)
                 for name in self.reference_names()
-            }
-            references += made.values()
+            ]
             for trial in run_list.trials_of(self.bench):
                 if trial.seed == seed:
                     changed = run_list.trial_config(config, trial)
@@ -110,15 +118,13 @@ class Study:
                         )
                     )
                     result = self.seed_directory(seed) / "trials" / trial.name
-                    trials.append(StudyJob(result, (made["original"],), partial(work.trial, trial, changed), identity))
+                    trials.append(StudyJob(result, partial(work.trial, trial, changed), identity))
         return [*references, *trials]
 
 
 @functools.cache
 def made_with() -> dict[str, str]:
     """What results must have in common to be compared: the kind of device, and the version of torch."""
-    from trace_ds.parallel.environment import accelerator_count
-
     return {"device": "gpu" if accelerator_count() else "cpu", "torch": importlib.metadata.version("torch")}
 
 
@@ -238,72 +244,46 @@ class _Work:
         return self._tasks
 
 
-def is_done(job: StudyJob) -> bool:
-    try:
-        return bool(json.loads(job.result.read_text(encoding="utf-8"))["identity"] == job.identity)
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
-def work_off(jobs: Sequence[StudyJob], tell: Callable[[str], None]) -> None:
-    """Do every job that is not done and not taken; returns when all are done."""
-    left = [job for job in jobs if not is_done(job)]
-    while left:
-        progressed = False
-        waiting = []
-        for job in left:
-            if is_done(job):
-                continue
-            if not all(map(is_done, job.needs)):
-                waiting.append(job)
-                continue
-            with _holding(job.result.with_suffix(".lock"), wait=False) as taken:
-                if not taken:
-                    waiting.append(job)
-                    continue
-                if not is_done(job):
-                    began_s = time.monotonic()
-                    write_json(job.result, {"identity": job.identity, **job.make()})
-                    tell(f"{job.result}: {time.monotonic() - began_s:.1f} s")
-                    progressed = True
-        left = waiting
-        if left and not progressed:
-            time.sleep(POLL_S)
-
-
 @contextlib.contextmanager
-def _holding(path: Path, *, wait: bool = True) -> Iterator[bool]:
-    """Hold the lock file; without ``wait`` yield False when another process does."""
+def _holding(path: Path) -> Iterator[None]:
+    """Hold the lock file: others who want the same made wait, and find it there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m trace_ds.studies.worker")
-    parser.add_argument("recipe")
-    parser.add_argument("directory", type=Path)
-    parser.add_argument("--set", action="append", default=[])
-    options = parser.parse_args(arguments)
-    from trace_ds.parallel.world import join, leave
+def begin(numbers: SimpleQueue[int], logs: Path) -> None:
+    """In a new process of the pool: nobody's rank, with one of the GPUs, a log of its own, and its parent's end."""
+    die_with_parent()
+    number = numbers.get()
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        os.environ.pop(name, None)
+    os.environ |= device_of(number, os.environ)
+    with (logs / f"worker_{number}.log").open("wb") as log:
+        for stream in (1, 2):
+            os.dup2(log.fileno(), stream)
 
-    study = Study(options.recipe, options.directory, options.set)
+
+def device_of(number: int, inherited: Mapping[str, str], devices: Path = Path("/dev")) -> dict[str, str]:
+    """One thread, and one of the GPUs that may be used, for a worker."""
+    accelerators = accelerator_names(inherited, devices)
+    chosen = {"CUDA_VISIBLE_DEVICES": accelerators[number % len(accelerators)]} if accelerators else {}
+    return {"OMP_NUM_THREADS": "1", **chosen}
+
+
+def do(recipe: str, directory: Path, overrides: tuple[str, ...], result: Path) -> None:
+    """Do the job of a study whose result is not there."""
+    began_s = time.monotonic()
+    _jobs_here(recipe, directory, overrides)[result].do()
+    print(f"{result}: {time.monotonic() - began_s:.1f} s", flush=True)
+
+
+@functools.cache
+def _jobs_here(recipe: str, directory: Path, overrides: tuple[str, ...]) -> dict[Path, StudyJob]:
+    """All jobs by their results, in the process group of this process alone."""
+    from trace_ds.parallel.world import join
+
+    study = Study(recipe, directory, overrides)
     world = join(study.config.distributed.threads, study.config.distributed.timeout_minutes)
-    try:
-        work_off(study.jobs(world), lambda text: print(text, flush=True))
-    except UserError as error:
-        print(f"trace-ds: error: {error.line()}", file=sys.stderr, flush=True)
-        return error.exit_status
-    leave()
-    return 0
-
-
-if __name__ == "__main__":
-    from trace_ds.parallel.world import end_process
-
-    end_process(main())
+    return {job.result: job for job in study.jobs(world)}
