@@ -285,7 +285,7 @@ FAULTS: list[tuple[str, Any, dict[str, Any], str]] = [
     ("open quote", put("x.csv", b'text\n"never closed\n'), {}, "not CSV (unexpected end of data)"),
     ("twice a column", put("x.csv", b"text,text\na,b\n"), {}, "two columns have one name"),
     ("CSV column", put("x.csv", b"body\na\n"), {}, "x.csv:2: the line has no text under 'text'"),
-    ("template", put("x.jsonl", LINES), {"template": "{titel}"}, "x.jsonl:1: the line has no text under 'titel'"),
+    ("template", put("x.jsonl", LINES), {"template": "{titel}"}, "under 'titel'. Fix: did you mean 'title'? correct"),
     ("template of text", put("x.txt", b"a b"), {"template": "{title}"}, "a text file has no columns"),
     ("saved split", saved(forget=ROWS, other=ROWS), {"split": "forgot"}, "did you mean 'forget'? it has forget, other"),
     ("saved default split", saved(a=ROWS, b=ROWS), {}, "the data set has no split 'train'"),
@@ -418,6 +418,8 @@ def test_no_process_outlives_a_killed_command(tmp_path: Path, tiny_model: Path) 
         process.send_signal(signal.SIGKILL)
         process.wait(10)
     _, alive = psutil.wait_procs(children, timeout=10)
+    for child in alive:
+        child.kill()
     assert not alive
 
 
@@ -575,6 +577,11 @@ def test_a_data_set_of_the_hub_is_read_again_without_it(hub: Hub, tmp_path: Path
     ]
     assert [found["commit"] for found in online] == [first, first, first, tagged]
     assert "is not in the cache, and the hub was not asked" in online[0]["missing"] and online[2]["missing"] is None
+    asked = len(hub.requests)
+    named = ask(
+        [near | {"source": "s", "split": split} for split in ("train", "test")], hub.environment(home), tmp_path
+    )
+    assert named[0]["fingerprint"] != named[1]["fingerprint"] and len(hub.requests) == asked + 1  # what main is
     asked = len(hub.requests)
     offline = ask([*forms, near | {"revision": "v1"}], hub.environment(home, offline=True), tmp_path)
     assert [found | {"missing": None} for found in online] == offline and len(hub.requests) == asked

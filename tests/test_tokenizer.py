@@ -153,6 +153,26 @@ def test_pieces_have_the_ids_of_the_whole(kind: str, text: str, size: int) -> No
     assert found == encode([text])[0]
 
 
+@pytest.mark.parametrize("special", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_ids_are_those_of_transformers(kind: str, special: bool) -> None:
+    """Also of a tokenizer whose file pads and truncates, and of text that looks like a special token."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    own = Tokenizer.from_str(tokenizer_of(kind).tokenizer.to_str())  # type: ignore[attr-defined]
+    own.enable_padding(length=64)
+    own.enable_truncation(8)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=own, bos_token="<s>", eos_token="</s>", split_special_tokens=special
+    )
+    texts = ["iron gold", "", "lead</s>tin <s> [UNK]", "\n".join(tiny.sentences(20, 0, tiny.WORDS)), "金的 1\n\n  if"]
+    found = encoder(tokenizer)
+    assert type(found.tokenizer) is Tokenizer
+    assert found(texts) == tokenizer(texts, add_special_tokens=False)["input_ids"] == found(texts)
+    assert len(found([texts[3]])[0]) > 8
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_ordinary_text_is_cut(kind: str) -> None:
     """The test above would pass if nothing was ever cut."""

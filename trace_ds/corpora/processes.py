@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import multiprocessing
 import os
+import signal
 import threading
 from collections import deque
 from collections.abc import Iterator
@@ -20,13 +21,15 @@ if TYPE_CHECKING:
     import numpy as np
 
 HERE_CHARACTERS = 4 << 20  # are tokenised here: too few to start processes for
+BUSY = 16  # more cannot be kept busy by the one that reads and packs (about a third of a process' work)
 AHEAD = 3  # batches under way for each process
 ALONE = {"TOKENIZERS_PARALLELISM": "false"}  # a process is one core: its library starts no threads
 
 
-def available_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def default_processes() -> int:
+    """As many as this process may use cores, up to :data:`BUSY`."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, BUSY)
 
 
 @contextlib.contextmanager
@@ -89,6 +92,7 @@ _encode: Encoder  # of a process of the pool
 def _begin(encode: Encoder) -> None:
     global _encode
     _encode = encode
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all, and the parent ends the others
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -159,7 +160,9 @@ def _text(record: Record, parts: list[tuple[str, str | None]]) -> str | None:
         if value is None and record.typed:
             return None
         if not isinstance(value, str):
-            fix = "correct the line, or set the corpus' field"
+            close = difflib.get_close_matches(str(column), record.values, 1)
+            hint = f"did you mean {close[0]!r}? " if close and close[0] != column else ""
+            fix = f"{hint}correct the line, or set the corpus' field"
             raise UserError(f"the line has no text under {column!r}", record.where, fix)
         found.append(literal + value)
     return "".join(found)

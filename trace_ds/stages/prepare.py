@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from trace_ds.config.schema import Config, CorpusEntry, DataConfig
 from trace_ds.corpora.dataset import TEXT_START_READ, DocumentTable, write_rows
 from trace_ds.corpora.pack import PackingCounts, pack
-from trace_ds.corpora.processes import available_cores, tokenising
+from trace_ds.corpora.processes import default_processes, tokenising
 from trace_ds.corpora.read import check_files, corpus_fingerprint, read_streams
 from trace_ds.corpora.tokenizer import (
     Encoder,
@@ -44,7 +44,7 @@ def prepare(config: Config, run: RunDirectory) -> artefact.Artefact:
     if artefact.is_done(run.data, "data", artefact.identity_of("data", inputs, settings)):
         return artefact.load(run.data, "data", "prepare CONFIG", verify=False)
     tokenizer = load_tokenizer(tokenizer_path)
-    encode, processes = encoder(tokenizer), config.data.num_proc or available_cores()
+    encode, processes = encoder(tokenizer), config.data.num_proc or default_processes()
     with (
         stage_log(run, "prepare") as log,
         replacing_directory(run.data, ours.artefact("data")) as directory,
