@@ -22,10 +22,16 @@ def environment() -> dict[str, str]:
     return kept | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "COLUMNS": "160"}
 
 
-def run(command: Sequence[str], cwd: Path | None = None, timeout_s: float = 300.0) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [str(item) for item in command], cwd=cwd, env=environment(), capture_output=True, text=True, timeout=timeout_s
-    )
+def run(
+    command: Sequence[str],
+    cwd: Path | None = None,
+    timeout_s: float = 300.0,
+    variables: dict[str, str] | None = None,
+) -> subprocess.CompletedProcess[str]:
+    """A command with the variables of :func:`environment`, or those given."""
+    arguments = [str(item) for item in command]
+    env = variables or environment()
+    return subprocess.run(arguments, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout_s)
 
 
 def trace_ds(

@@ -40,10 +40,11 @@ class Result:
 class Server:
     """Runs ``trace-ds`` in forks of one process that has imported it."""
 
-    def __init__(self) -> None:
+    def __init__(self, variables: dict[str, str] | None = None) -> None:
         command = [sys.executable, __file__]
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self._process = subprocess.Popen(command, env=environment() | {"HF_HUB_OFFLINE": "1"}, **pipes)
+        variables = variables or environment() | {"HF_HUB_OFFLINE": "1"}  # read when their libraries are imported
+        self._process = subprocess.Popen(command, env=variables, **pipes)
 
     def run(
         self, arguments: Sequence[str | Path], cwd: Path, variables: dict[str, str] | None = None, time_s: int = TIME_S
@@ -66,8 +67,8 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving() -> Iterator[Server]:
-    server = Server()
+def serving(variables: dict[str, str] | None = None) -> Iterator[Server]:
+    server = Server(variables)
     try:
         yield server
     finally:

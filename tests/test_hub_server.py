@@ -16,13 +16,16 @@ from hub_server import Hub, serving
 
 README = """---
 configs:
-- config_name: near
-  data_files: [{split: train, path: near/train-*.parquet}]
-- config_name: lines
-  data_files: [{split: train, path: lines.jsonl}, {split: test, path: lines_test.csv}]
+- config_name: {config}
+  data_files: [{{split: train, path: "{files}"}}]
 ---
 # A data set
 """
+DATA = {  # one format a data set: `datasets` reads all configurations as it reads the first
+    "org/data": ("near", "near/train-*.parquet", [f"row {number}" for number in range(4)]),
+    "org/lines": ("lines", "lines.jsonl", ["one", "two"]),
+    "org/cells": ("cells", "cells.csv", ["three"]),
+}
 
 
 def weights(folder: Path, content: bytes) -> Path:
@@ -35,15 +38,20 @@ def weights(folder: Path, content: bytes) -> Path:
     return folder
 
 
-def data_set(folder: Path) -> Path:
-    (folder / "near").mkdir(parents=True)
-    for shard in range(2):
-        table = pyarrow.table({"text": [f"row {2 * shard}", f"row {2 * shard + 1}"]})
-        pyarrow.parquet.write_table(table, folder / "near" / f"train-0000{shard}-of-00002.parquet")
-    (folder / "lines.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
-    (folder / "lines_test.csv").write_text("text\nthree\n")
-    (folder / "README.md").write_text(README)
-    return folder
+def data_sets(hub: Hub, folder: Path) -> None:
+    """Parquet in two shards, JSON Lines and CSV, each with the YAML of its page."""
+    for name, (config, files, rows) in DATA.items():
+        place = folder / name
+        (place / "near").mkdir(parents=True)
+        (place / "README.md").write_text(README.format(config=config, files=files))
+        for shard in range(2 if config == "near" else 0):
+            table = pyarrow.table({"text": rows[2 * shard : 2 * shard + 2]})
+            pyarrow.parquet.write_table(table, place / "near" / f"train-0000{shard}-of-00002.parquet")
+        if config == "lines":
+            (place / files).write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+        if config == "cells":
+            (place / files).write_text("\n".join(["text", *rows, ""]))
+        hub.add("datasets", name, place)
 
 
 @pytest.fixture
@@ -88,12 +96,11 @@ print(json.dumps(told))
 """
 
 LOAD = """
-import json
+import json, sys
 from datasets import load_dataset
-told = {name: {split: list(rows["text"]) for split, rows in load_dataset("org/data", name).items()}
-        for name in ("near", "lines")}
-if STREAM:
-    told["streamed"] = [row["text"] for row in load_dataset("org/data", "near", split="train", streaming=True)]
+streaming = sys.argv[1] == "stream"
+told = {name: [row["text"] for row in load_dataset(name, config, split="train", streaming=streaming)]
+        for name, config in zip(sys.argv[2::2], sys.argv[3::2])}
 print(json.dumps(told))
 """
 
@@ -116,7 +123,7 @@ def test_a_snapshot_follows_the_revision_and_stays_when_the_hub_is_gone(hub: Hub
 def test_the_rest_of_the_protocol(hub: Hub, tmp_path: Path) -> None:
     folder = weights(tmp_path / "model", b"w")
     commit = hub.add("models", "org/tiny", folder)
-    hub.add("datasets", "org/data", data_set(tmp_path / "data"))
+    data_sets(hub, tmp_path / "data")
     hub.add("models", "org/shut", folder, gated=True, readers=("friend",))
     hub.add("datasets", "org/own", folder, private=True, readers=("friend",))
     told = client(API, hub.environment(tmp_path / "home"))
@@ -139,12 +146,13 @@ def test_the_rest_of_the_protocol(hub: Hub, tmp_path: Path) -> None:
     assert stranger["org/shut None part-0.json"] == "GatedRepoError 403"
 
 
-def test_a_data_set_loads_streams_and_stays(hub: Hub, tmp_path: Path) -> None:
-    hub.add("datasets", "org/data", data_set(tmp_path / "data"))
-    rows = {"near": {"train": [f"row {number}" for number in range(4)]}}
-    rows["lines"] = {"train": ["one", "two"], "test": ["three"]}
-    code = f"STREAM = True\n{LOAD}"
-    assert client(code, hub.environment(tmp_path / "home")) == rows | {"streamed": rows["near"]["train"]}
+def test_data_sets_load_stream_and_stay(hub: Hub, tmp_path: Path) -> None:
+    data_sets(hub, tmp_path / "data")
+    names = [word for name, (config, _, _) in DATA.items() for word in (name, config)]
+    rows = {name: texts for name, (_, _, texts) in DATA.items()}
+    online = hub.environment(tmp_path / "home")
+    assert client(LOAD, online, "stream", *names) == rows
+    assert client(LOAD, online, "load", *names) == rows
     asked = len(hub.requests)
-    assert client(code.replace("True", "False"), hub.environment(tmp_path / "home", offline=True)) == rows
+    assert client(LOAD, hub.environment(tmp_path / "home", offline=True), "load", *names) == rows
     assert len(hub.requests) == asked

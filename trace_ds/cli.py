@@ -34,7 +34,7 @@ FIXES = {
     errno.ENOTDIR: "correct the path",
 }
 LAUNCHED = ("finetune", "collect", "calibrate", "unlearn", "evaluate")
-ONE_PROCESS = ("prepare", "convert", "report", "run", "submit", "demo", "bench")
+ONE_PROCESS = ("fetch", "prepare", "convert", "report", "run", "submit", "demo", "bench")
 
 app = typer.Typer(
     name="trace-ds",
@@ -160,6 +160,23 @@ def _verb(
     if options.get("variant") is not None:
         request = request.variant(str(options["variant"]))
     raise typer.Exit(run_verb(name, request, dry_run=bool(options.get("dry_run"))))
+
+
+@app.command()
+def fetch(
+    configs: Annotated[list[str], typer.Argument(help="YAML files, or names of recipes (`trace-ds recipes`).")],
+    run_dir: RunDirOption = None,
+    set_: SetOption = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what is here already; ask nobody.")] = False,
+) -> None:
+    """Bring the models and data that configurations name to this machine's caches (once, where there is a network)."""
+    from trace_ds.stages.fetch import fetch as run_fetch
+    from trace_ds.stages.pipeline import Request
+
+    if run_dir is not None and len(configs) > 1:
+        raise UserError("one run directory for several configurations", "--run-dir", "fetch them one by one")
+    requests = [Request.load(config, set_ or [], run_dir) for config in configs]
+    raise typer.Exit(run_fetch(requests, dry_run=dry_run))
 
 
 @app.command()
@@ -402,7 +419,8 @@ def plan(
         storage_gb_s=storage,
         host_memory_gb=host_memory,
     )
-    raise typer.Exit(plan_command(Request.load(config, list(set_ or []), run_dir).config, spec, json))
+    request = Request.load(config, list(set_ or []), run_dir).located("plan", download=False)
+    raise typer.Exit(plan_command(request.config, spec, json))
 
 
 @app.command()

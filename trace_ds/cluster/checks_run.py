@@ -16,6 +16,7 @@ from pathlib import Path
 from trace_ds.cluster.checks import Check, checked, gigabytes, judged, nearest_directory, process_check
 from trace_ds.config.schema import Config, CorpusEntry, TaskConfig
 from trace_ds.errors import UserError
+from trace_ds.run.hub_names import hub_name
 
 PROBE_BYTES = 64_000_000
 SLOW_WRITE_BYTES_S = 100e6
@@ -114,6 +115,31 @@ def _speed_check(folder: Path) -> Check:
     speed = PROBE_BYTES / (time.perf_counter() - start)
     detail, fix = f"{speed / 1e6:.0f} MB/s with fsync", "checkpoints will be slow; use the parallel file system"
     return judged("storage", "write speed", speed >= SLOW_WRITE_BYTES_S, f"{detail}, one process", fix, "WARN")
+
+
+def hub_checks(config: Config, run_dir: Path | None) -> Iterator[Check]:
+    """What the configuration names on the hub is in the caches, models at the commit that was fetched for this run.
+
+    Args:
+        config: as it was written, with names.
+    """
+    from trace_ds.hub.models import require_same_commit
+    from trace_ds.run.directory import RunDirectory
+    from trace_ds.stages.by_name import fetched
+    from trace_ds.stages.fetch import Found, look
+
+    run = None if run_dir is None else RunDirectory.at(run_dir)
+    recorded = {} if run is None else fetched(run)["models"]
+
+    def found(item: Found) -> str:
+        if item.where is None:
+            raise UserError(f"{item.name} is not in the cache", fix="trace-ds fetch CONFIG")
+        if item.kind == "models":
+            require_same_commit(item.name, item.key, item.where.name, recorded.get(item.name, {}).get("commit"))
+        return f"{item.name} in {item.where}"
+
+    for item in look(config, run):
+        yield checked("hub", item.key, functools.partial(found, item))
 
 
 def model_checks(config: Config, world_size: int | None = None) -> Iterator[Check]:
@@ -231,7 +257,7 @@ def evaluation_checks(config: Config) -> Iterator[Check]:
     for task in settings.tasks:
         yield checked(group, task.name, functools.partial(task_found, task))
     for name, path in named_models(config.model.path, settings).items():
-        if name != ORIGINAL:  # the run's own model
+        if name != ORIGINAL and hub_name(str(path)) is None:  # the run's own model, and what the hub's check misses
             yield checked(group, f"model {name}", functools.partial(tensors, path))
 
 

@@ -28,6 +28,8 @@ from trace_ds.config.schema import Config
 from trace_ds.errors import UserError
 from trace_ds.parallel.environment import accelerator_count, launched, local_rank_and_size, rank_and_size
 from trace_ds.parallel.launch import run_processes
+from trace_ds.run.hub_names import hub_name
+from trace_ds.stages.by_name import with_cached
 from trace_ds.stages.pipeline import process_count
 
 EXIT_MISSING = 1
@@ -61,6 +63,7 @@ def share_checks(config: Config | None, run_dir: Path | None, ranks: nodes.Joine
     Args:
         ranks: of the job that a launcher started, this process being its first on this node; None: a bare start.
     """
+    written, config = config, None if config is None else with_cached(config)
     processes = process_count(config) if config else accelerator_count() or 1
     if ranks:
         processes = ranks.nodes.count(ranks.node)
@@ -72,13 +75,17 @@ def share_checks(config: Config | None, run_dir: Path | None, ranks: nodes.Joine
         anywhere = here or (None if config is None else _plan_on(config, 1, config.distributed.ep))
         needed_storage = None if anywhere is None else anywhere.storage_bytes
         found += guarded("storage", "run directory", lambda: run.storage_checks(run_dir, needed_storage))
-    if config is not None:
-        found += guarded("model", "model", lambda: run.model_checks(config, ranks.world.size if ranks else None))
-        found.append(checked("tokenizer", "loads", lambda: run.tokenizer_check(config)))
+    if config is not None and written is not None:
+        here_already = hub_name(config.model.path) is None
+        found += guarded("hub", "cache", lambda: run.hub_checks(written, run_dir))
+        if here_already:
+            found += guarded("model", "model", lambda: run.model_checks(config, ranks.world.size if ranks else None))
+            found.append(checked("tokenizer", "loads", lambda: run.tokenizer_check(config)))
         found += guarded("corpora", "corpora", lambda: run.corpus_checks(config))
         found += guarded("evaluation", "tasks and models", lambda: run.evaluation_checks(config))
-        found += guarded("finetune", "models", lambda: run.finetune_checks(config))
-        found += guarded("variants", "variants", lambda: run.variant_checks(config))
+        if here_already:
+            found += guarded("finetune", "models", lambda: run.finetune_checks(config))
+            found += guarded("variants", "variants", lambda: run.variant_checks(config))
         found += guarded("plan", "memory", lambda: _memory_checks(here))
     return found
 
@@ -156,7 +163,7 @@ def check_job(config: Config | None, run_dir: Path | None) -> list[Check] | None
     if ranks.first_on_node:
         own += share_checks(config, run_dir, ranks)
     found = nodes.merged(ranks, own)
-    found += guarded("nodes", "same files", lambda: nodes.sameness_checks(ranks, config))
+    found += guarded("nodes", "same files", lambda: nodes.sameness_checks(ranks, config and with_cached(config)))
     if run_dir is not None:
         found += guarded("storage", "shared", lambda: nodes.shared_storage_checks(ranks, run_dir))
     found += guarded("collectives", "bandwidth", lambda: nodes.bandwidth_checks(ranks))

@@ -75,9 +75,10 @@ def submit_run(request: Request, cluster: Cluster, *, chain: bool, dry_run: bool
         UserError: the run's input is wrong; the expert-parallel size does not fit the cluster; jobs of this run are
             still queued; there is no ``sbatch``, or it refuses. Then nothing is left behind.
     """
+    request = request.located("run", download=False)
     if chain and cluster.array:
         raise UserError("--array and --chain cannot be combined", "the command line", "submit a chain per seed")
-    check_early("run", request, cluster.nodes * cluster.gpus_per_node)
+    check_early("run", request, cluster.nodes * cluster.gpus_per_node, download=False)
     for warning in plan_warnings(request.config, cluster):
         print(f"WARNING trace-ds plan: {warning}")
     whole = "" if chain else " ".join(request.stages)
@@ -134,7 +135,7 @@ def render(request: Request, folder: Path) -> None:
     """Everything the jobs need, in ``folder``: resolved configuration, scripts, site file."""
     scripts = scripts_folder()
     (folder / "slurm").mkdir(parents=True)
-    (folder / "config.yaml").write_text(dump_yaml(request.config), encoding="utf-8")
+    (folder / "config.yaml").write_text(dump_yaml(request.written), encoding="utf-8")
     for name in SCRIPTS:
         shutil.copy(scripts / name, folder / "slurm" / name)
     named = os.environ.get("TRACE_DS_SITE")

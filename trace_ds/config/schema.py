@@ -64,8 +64,11 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    path: PathText = Field(description="Hugging Face model directory (safetensors).")
-    tokenizer: PathText | None = Field(None, description="Tokenizer directory; default: the model's.")
+    path: PathText = Field(
+        description="Hugging Face model directory (safetensors), or its name on the hub, ORG/NAME or ORG/NAME@REVISION "
+        "(a directory that is there wins)."
+    )
+    tokenizer: PathText | None = Field(None, description="The tokenizer's, likewise; default: the model's.")
     dtype: Literal["bf16", "fp32"] = Field("bf16", description="Parameter type of the forward pass.")
 
 
@@ -644,7 +647,8 @@ class EvaluationConfig(Section):
     tasks: list[TaskConfig] = Field(default_factory=list)
     models: dict[Name, PathText] = Field(
         default_factory=dict,
-        description="Further models scored beside the original and the unlearned one, for example {gold: PATH}.",
+        description="Further models scored beside the original and the unlearned one, for example {gold: PATH}; "
+        "directories, or names on the hub.",
     )
     retrained: str = Field(
         "gold", description="Which of the models was trained without the forget set: PrivLeak is measured against it."

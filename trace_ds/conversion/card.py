@@ -15,6 +15,7 @@ from typing import Any
 
 from trace_ds.run.files import write_json
 from trace_ds.run.foreign import read_object
+from trace_ds.run.hub_names import hub_name, snapshot_name
 from trace_ds.tensors.checkpoint import origin
 
 COMPANIONS = (
@@ -58,12 +59,10 @@ def copy_companions(base_model: Path, destination: Path, dtype: str) -> None:
 
 
 def model_name(path: str | Path) -> str:
-    """What to call the model of a directory: its name, or in a hub cache (``models--A--B/snapshots/HASH``) ``A/B``."""
+    """What to call the model of a directory: its name, or that on the hub where it is known."""
     directory = Path(os.path.abspath(path))
-    cache = directory.parent.parent.name
-    if directory.parent.name == "snapshots" and cache.startswith("models--"):
-        return cache[len("models--") :].replace("--", "/")
-    return directory.name
+    name = snapshot_name(directory) or hub_name(str(path))
+    return name.id if name else directory.name
 
 
 def model_card(

@@ -140,6 +140,18 @@ def fetch_dataset(named: Named, key: str = "data") -> str | None:
     return open_table(named, key).commit if is_table(named) else None
 
 
+def on_hub(named: Named) -> bool:
+    """Whether an entry names a data set on the hub."""
+    return bool(named.dataset) and not Path(str(named.dataset)).is_dir()
+
+
+def commit_of(named: Named) -> str | None:
+    """The commit that a data set on the hub is: as the hub says, or without a network as when it was fetched; None: as
+    far as is known here, it is none."""
+    commit = None if _is_offline() else _asked(str(named.dataset), named.revision)[0]
+    return commit or _known(str(named.dataset), named.revision)
+
+
 def missing(named: Named, key: str = "data") -> str | None:
     """Why an entry cannot be read without a network, in one line, or None; nothing is asked of the hub."""
     try:

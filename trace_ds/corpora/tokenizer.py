@@ -15,6 +15,7 @@ import numpy as np
 
 from trace_ds.errors import UserError
 from trace_ds.run.files import canonical_json, sha256_file, sha256_text
+from trace_ds.run.hub_names import no_directory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -66,7 +67,7 @@ def tokenizer_fingerprint(path: str | Path) -> str:
     directory = Path(path)
     if not directory.is_dir():
         fix = "set model.path (or model.tokenizer) to a directory on this machine"
-        raise UserError("there is no directory with a tokenizer", str(path), fix)
+        raise no_directory(path, "there is no directory with a tokenizer", fix)
     names = (*TOKENIZER_FILES, *(item.name for item in sorted(directory.glob("*.tiktoken"))))
     found = {name: sha256_file(directory / name) for name in names if (directory / name).is_file()}
     if not any(name in VOCABULARY_FILES or name.endswith(".tiktoken") for name in found):

@@ -27,6 +27,7 @@ import difflib
 import functools
 import io
 import logging
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 
 INSTALL = "pip install 'trace-ds[lm-eval]'"
 NAMED_TASKS = 6  # of a group, in a message
+COMMIT = re.compile(r"[0-9a-f]{40}")  # the folder that `datasets` keeps a data set of the hub in
 
 
 @dataclass(frozen=True)
@@ -156,14 +158,7 @@ def _built(task: str, path: str, world: World | None) -> Any:
     made: list[Any] = []
 
     def build() -> None:
-        try:
-            with _quietly():
-                loaded = _task_manager().load([task_spec(task, path)])
-        except (OSError, ValueError, KeyError, ConnectionError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise UserError(
-                f"lm-eval cannot read {task} ({reason[:200]})", path or "the hub", "check the task's name and its data"
-            ) from error
+        loaded = _loaded(task, path)
         for name, single in loaded["tasks"].items():
             if single.OUTPUT_TYPE != "multiple_choice":
                 raise UserError(f"{name} is not multiple-choice", f"lm-eval task {task}", "choose a task that is")
@@ -175,6 +170,41 @@ def _built(task: str, path: str, world: World | None) -> Any:
         world.agree(build)
         world.agree_all(lambda: None if world.is_main else build())
     return made[0]
+
+
+def _loaded(task: str, path: str) -> Any:
+    """What lm-eval makes of a name: its ``tasks``, with their data, and ``groups``."""
+    try:
+        with _quietly():
+            return _task_manager().load([task_spec(task, path)])
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        fix = (
+            "check the file" if path else "`trace-ds fetch CONFIG` where there is a network (gated data: log in first)"
+        )
+        raise UserError(f"lm-eval cannot read {task} ({reason[:200]})", path or "the hub", fix) from error
+
+
+def fetch_task(task: str, where: str) -> dict[str, str]:
+    """Bring the data of a task, or of a group of tasks, to the cache of ``datasets``.
+
+    Args:
+        where: the key that names it.
+
+    Returns:
+        {data set on the hub: commit}.
+
+    Raises:
+        UserError: as :func:`check_task`, or the data cannot be had.
+    """
+    check_task(task, "", where)
+    commits: dict[str, str] = {}
+    for single in _loaded(task, "")["tasks"].values():
+        for split in single.dataset.values():
+            for file in split.cache_files:
+                if COMMIT.fullmatch(folder := Path(file["filename"]).parent.name):
+                    commits[str(single.DATASET_PATH)] = folder
+    return dict(sorted(commits.items()))
 
 
 def _result(found: dict[str, Any], task: str) -> HarnessResult:

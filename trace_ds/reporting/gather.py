@@ -26,6 +26,7 @@ from trace_ds.run.foreign import named_by, read_object
 from trace_ds.run.mapped import open_mapped
 
 MAIN_ARM = "unlearned"
+BASE_MODEL = "base model"
 TIMING = re.compile(r"time|per_s|(second|_s|_ms|bytes|memory)$")
 
 
@@ -306,12 +307,14 @@ def _log(path: Path) -> list[dict[str, float]]:
 
 
 def _versions(path: Path) -> dict[str, str]:
-    """Versions of the libraries that trained the newest checkpoint, from its manifest."""
+    """Versions of the libraries that trained the newest checkpoint, and of a model from the hub, from its manifest."""
     for base in [path, *sorted((path / "variants").glob("*"))]:
         newest = named_by(base / "checkpoints", "latest")
         if newest is not None and (newest / "manifest.json").is_file():
-            versions = _read(newest / "manifest.json", "unlearn").get("versions") or {}
-            return {str(key): str(value) for key, value in sorted(versions.items())}
+            raw = _read(newest / "manifest.json", "unlearn")
+            versions, source = raw.get("versions") or {}, (raw.get("model") or {}).get("source")
+            found = {str(key): str(value) for key, value in sorted(versions.items())}
+            return found | ({BASE_MODEL: str(source)} if source else {})
     return {}
 
 

@@ -26,8 +26,8 @@ STAGE_LOGS = ("prepare", "finetune", "collect", "calibrate", "unlearn", "convert
 STEP = re.compile(r"step_\d{6,}")
 # What may stand in a run directory before a stage has left anything with a mark.
 UNMARKED = re.compile(
-    r"\.lock|\.inputs\.lock|corpora\.lock|stop|logs|tb|variants|finetune|submitted|statistics|checkpoints|evaluation|config\.yaml|"
-    r"seed_\d+|scores|trials|calibrated"
+    r"\.lock|\.inputs\.lock|corpora\.lock|stop|logs|tb|variants|finetune|submitted|statistics|checkpoints|evaluation|"
+    r"config\.yaml|fetched\.json|seed_\d+|scores|trials|calibrated"
 )
 COMPARISONS = {  # of `trace-ds bench`
     "study.json": ours.is_described("recipe", "comparisons"),
@@ -35,7 +35,7 @@ COMPARISONS = {  # of `trace-ds bench`
 }
 # What stages make, by the folder they make it in ("" is the run directory).
 MADE_IN = {
-    "": r"config\.yaml|data|calibration|export|model|report|study\.json|frontier\.csv|bench\.json",
+    "": r"config\.yaml|fetched\.json|data|calibration|export|model|report|study\.json|frontier\.csv|bench\.json",
     "checkpoints": r"step_\d{6,}|latest|universal",
     "evaluation": r"step_\d{6,}|[A-Za-z0-9][A-Za-z0-9._-]*\.json",
     "statistics": "|".join(SIDES),
@@ -58,6 +58,10 @@ class RunDirectory:
     @property
     def config(self) -> Path:
         return self.path / "config.yaml"
+
+    @property
+    def fetched(self) -> Path:
+        return (self.parent or self.path) / "fetched.json"
 
     @property
     def data(self) -> Path:
@@ -125,7 +129,8 @@ class RunDirectory:
         """Everything that stages write."""
         names = ["calibration", "export", "checkpoints", "model", "evaluation", "report", "logs", "tb", "submitted"]
         names += [VARIANTS, "config.yaml", "stop", LOCK_NAME, INPUTS_LOCK_NAME]
-        return [self.path / name for name in names + (["data", "statistics", FINETUNE] if self.parent is None else [])]
+        shared = ["data", "statistics", FINETUNE, "fetched.json"] if self.parent is None else []
+        return [self.path / name for name in names + shared]
 
     def variant(self, name: str, config_text: str | None = None) -> RunDirectory:
         return RunDirectory(self.variants / name, self.path, config_text)
@@ -188,6 +193,7 @@ class RunDirectory:
         folders = (self.checkpoints, self.evaluation, self.logs, self.tb, self.variants, self.statistics)
         ours.require_folders(*folders, self.path / FINETUNE)
         ours.require_file(self.config, ours.is_stored_config)
+        ours.require_file(self.fetched, ours.is_described("models", "data", "tasks"))
         ours.require_file(self.checkpoints / "latest", ours.is_pointer)
         for stage in STAGE_LOGS:
             ours.require_file(self.logs / f"{stage}.jsonl", ours.is_log)

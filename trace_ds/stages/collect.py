@@ -21,6 +21,7 @@ from trace_ds.routing.token_files import Recording
 from trace_ds.run import artefact, ours
 from trace_ds.run.directory import RunDirectory
 from trace_ds.run.files import remove_directory, write_json
+from trace_ds.run.hub_names import provenance
 from trace_ds.stages.recorded import ROW_COUNTS, SAMPLE, TRACE, keys_needing
 from trace_ds.tensors.model_files import read_model_directory
 
@@ -261,6 +262,7 @@ def _pass(
         "tokens": statistics.tokens,
         "documents": statistics.documents,
         "rows": len(dataset),
+        **provenance(job.info.path, "model"),
     }
     world.agree(
         lambda: artefact.describe(directory, "statistics", job.inputs[side], job.settings[side], summary, files=files)

@@ -15,6 +15,7 @@ from trace_ds.errors import UserError
 from trace_ds.run.directory import RunDirectory, unwritable
 from trace_ds.run.files import sha256_file
 from trace_ds.run.foreign import read_object
+from trace_ds.run.hub_names import provenance
 from trace_ds.run.log import Progress, StageLog, stage_log
 
 if TYPE_CHECKING:
@@ -189,6 +190,7 @@ def _card(config: Config, run: RunDirectory) -> dict[str, Any]:
         "rows a step (forget, retain)": f"{settings.forget_rows}, {settings.retain_rows}",
         "learning rate": f"{settings.optimizer.lr:g}",
         "seed": config.seed,
+        **provenance(config.model.path, "base model"),
     }
     base = Path(config.model.path)
     base = base.parent if base.name == "model" else base  # made by `finetune`: RUN/finetune/target/model

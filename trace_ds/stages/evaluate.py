@@ -37,6 +37,7 @@ from trace_ds.models.families import ModelInfo, inspect_model
 from trace_ds.run import artefact, ours
 from trace_ds.run.directory import RunDirectory, unwritable
 from trace_ds.run.files import write_bytes, write_json
+from trace_ds.run.hub_names import provenance
 from trace_ds.run.log import Progress, StageLog, stage_log
 from trace_ds.tensors.model_files import read_model_directory
 
@@ -293,6 +294,7 @@ def _score(config: Config, job: EvaluateJob, subject: Subject, model: LanguageMo
         "identity": job.identities[subject.name],
         "model": subject.name,
         "model_fingerprint": subject.fingerprint,
+        **provenance(subject.path),
         "tasks": task_fingerprints(job.tasks, config.evaluation.max_new_tokens),
         "scores": [],
         "items": {},

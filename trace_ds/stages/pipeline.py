@@ -9,8 +9,8 @@ process when a launcher made it a rank, else in local processes that this one st
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from trace_ds.config.load import dump_yaml, load_config, with_changes
@@ -19,6 +19,7 @@ from trace_ds.errors import StopRequested, UserError
 from trace_ds.parallel.environment import accelerator_count, launched
 from trace_ds.run.directory import RunDirectory, lock_environment, locked
 from trace_ds.run.ours import require_apart
+from trace_ds.stages.by_name import find_models, require_data_unmoved, with_places
 
 STUDY_FILE = "study.json"
 STAGES = ("prepare", "finetune", "collect", "calibrate", "unlearn", "convert", "evaluate", "report")
@@ -30,24 +31,43 @@ LAUNCHABLE = (*DISTRIBUTED, "evaluate")  # evaluate is a job of its own only whe
 
 @dataclass(frozen=True)
 class Request:
-    """A configuration and the run directory it works in."""
+    """A configuration and the run directory it works in.
 
-    config: Config
+    Attributes:
+        written: the configuration as the user wrote it, which is what config.yaml holds.
+        places: directories of the models that it names on the hub (:meth:`located`), by their names.
+    """
+
+    written: Config
     run: RunDirectory
+    places: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def load(cls, config: str | Sequence[str], overrides: Sequence[str], run_dir: Path | None) -> Request:
         loaded, directory = load_config(config, overrides, run_dir)
         return cls(loaded, RunDirectory.at(directory, dump_yaml(loaded)))
 
+    @property
+    def config(self) -> Config:
+        """The configuration for stages: models are directories."""
+        return with_places(self.written, self.places)
+
+    def located(self, verb: str, *, download: bool) -> Request:
+        """With directories for the models that ``verb`` needs; what is named on the hub and not in its cache is brought
+        from there or, without ``download``, stays a name.
+
+        A job under a launcher, a dry run and a look at a run (doctor, plan, submit) never download.
+        """
+        return replace(self, places=find_models(self.written, self.run, verb, download=download))
+
     def variant(self, name: str) -> Request:
         """The same run with the keys of ``variants.NAME`` changed, in ``RUN/variants/NAME``."""
-        if name not in self.config.variants:
-            known = ", ".join(self.config.variants) or "none"
+        if name not in self.written.variants:
+            known = ", ".join(self.written.variants) or "none"
             raise UserError(f"the configuration has no variant {name!r}", "--variant", f"use one of its own: {known}")
-        changed = with_changes(self.config, self.config.variants[name], f"variants.{name}")
+        changed = with_changes(self.written, self.written.variants[name], f"variants.{name}")
         changed = changed.model_copy(update={"variants": {}, "name": name})
-        return Request(changed, self.run.variant(name, dump_yaml(changed)))
+        return Request(changed, self.run.variant(name, dump_yaml(changed)), self.places)
 
     def all(self) -> list[Request]:
         return [self, *(self.variant(name) for name in self.config.variants)]
@@ -91,17 +111,20 @@ def run_verb(verb: str, request: Request, *, dry_run: bool = False) -> int:
     """Run one verb (or ``run``: all stages); returns the exit status."""
     if dry_run:
         stages = request.stages if verb == "run" else [verb]
-        print(dump_yaml(request.config), end="")
+        print(dump_yaml(request.written), end="")
         print(f"# run directory: {request.run.path}; would run: {', '.join(stages)}")
         for item in request.all()[1:] if verb == "run" else ():
             print(f"# variant {item.config.name}: {request.config.variants[item.config.name]}")
         try:
-            check_early(verb, request, download=False)
+            check_early(verb, request.located(verb, download=False), download=False)
         except UserError as error:  # a recipe can be read before there is a model
             print(f"# not ready: {error.line()}")
         return 0
     if verb in (*LAUNCHABLE, "calibrate") and launched():
         return _run_as_rank(verb, request)
+    if verb != "report":  # it reads artefacts only
+        request = request.located(verb, download=True)
+        require_data_unmoved(request.written, request.run, verb)
     check_early(verb, request)
     with locked(request.run, replaces_inputs=verb in REPLACE_INPUTS) as lock:
         if verb == "run":
@@ -303,9 +326,10 @@ def _run_as_rank(verb: str, request: Request) -> int:
     world = join(distributed.threads, distributed.timeout_minutes)
     with contextlib.ExitStack() as stack:
         stack.push(_leave_together)
+        request = world.agree_each(lambda _: request.located(verb, download=False))
 
         def enter() -> None:
-            check_early(verb, request, world.size)
+            check_early(verb, request, world.size, download=False)
             stack.enter_context(locked(request.run, replaces_inputs=verb in REPLACE_INPUTS))
             request.run.clear_leftovers()
 

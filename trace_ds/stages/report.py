@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from trace_ds import __version__
 from trace_ds.conversion.card import LIMITS, model_card, model_name, plain, table
 from trace_ds.reporting.compare import compared
-from trace_ds.reporting.gather import gather
+from trace_ds.reporting.gather import BASE_MODEL, gather
 from trace_ds.run import artefact, ours
 from trace_ds.run.directory import RunDirectory, unwritable
 from trace_ds.run.files import replacing_directory
@@ -98,7 +98,7 @@ def model_card_of(run: RunData) -> str:
         "Versions": [f"- {plain(name)} {plain(version)}" for name, version in run.versions.items()],
     }
     path = (run.config.get("model") or {}).get("path")
-    base = model_name(str(path)) if path else ""
+    base = run.versions.get(BASE_MODEL, model_name(str(path)) if path else "").partition("@")[0]
     return model_card(run.title, base, ["unlearning"], [made, "", plain(scores.honest_sentence(run))], sections)
 
 

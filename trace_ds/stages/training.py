@@ -12,6 +12,7 @@ from trace_ds.checkpoints.manifest import Manifest, newest_complete, read_manife
 from trace_ds.config.schema import Config, TrainingConfig
 from trace_ds.models.families import ModelInfo
 from trace_ds.run.directory import RunDirectory
+from trace_ds.run.hub_names import provenance
 
 if TYPE_CHECKING:
     from trace_ds.parallel.world import World
@@ -122,7 +123,11 @@ class Training:
             zero_stage=self.settings.zero_stage,
             family=self.info.family.model_type,
             job=self.identity,
-            model={"path": str(self.config.model.path), "fingerprint": self.info.fingerprint},
+            model={
+                "path": str(self.config.model.path),
+                "fingerprint": self.info.fingerprint,
+                **provenance(self.info.path),
+            },
             calibration=self.calibration,
             dtype=self.config.model.dtype,
             cursor=cursor,

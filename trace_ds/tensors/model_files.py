@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 from trace_ds.errors import UserError
 from trace_ds.run.foreign import read_object
+from trace_ds.run.hub_names import no_directory
 
 CONFIG_NAME = "config.json"
 SINGLE_NAME = "model.safetensors"
@@ -129,7 +130,7 @@ def read_model_config(path: str | Path) -> dict[str, Any]:
     directory = Path(path)
     if not directory.is_dir():
         what = "the model path is a file, not a directory" if directory.is_file() else "there is no model directory"
-        raise UserError(what, str(directory), "set model.path to a Hugging Face model directory on this machine")
+        raise no_directory(path, what, "set model.path to a Hugging Face model directory on this machine")
     if not (directory / CONFIG_NAME).is_file():
         raise UserError(
             f"the directory has no {CONFIG_NAME}",

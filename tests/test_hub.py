@@ -1,0 +1,341 @@
+"""Models by their name on the hub: fetched once, used without a network, refused with a line that says what to do.
+
+The clients are the real ones, the hub is ``hub_server`` on loopback.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import command
+import pyarrow
+import pyarrow.parquet
+import pytest
+import tiny
+import yaml
+from forked import Server, refuse, serving
+from hub_server import Hub
+from hub_server import serving as serving_hub
+
+from trace_ds.errors import UserError
+from trace_ds.run.directory import RunDirectory
+from trace_ds.run.hub_names import HubName, hub_name, snapshot_name
+from trace_ds.stages.by_name import fetched
+
+OTHER_FILES = {
+    "pytorch_model.bin": b"pickle",
+    "modeling_tiny.py": b"raise SystemExit",
+    "original/model.safetensors": b"x",
+}
+WMDP = """---
+configs:
+- config_name: wmdp-cyber
+  data_files: [{split: test, path: wmdp-cyber/test-*.parquet}]
+---
+"""
+
+
+@dataclass
+class Place:
+    """A hub with replicas, the caches of one user in ``home``, and ``trace-ds`` with this hub as its own."""
+
+    hub: Hub
+    home: Path
+    server: Server
+    models: Path
+    commits: dict[str, str]
+
+    def offline(self, *arguments: str | Path, cwd: Path, told: str = "") -> None:
+        """``trace-ds ARGUMENTS``, a process of its own (it reads HF_HUB_OFFLINE once), must do without the hub, or say
+        why not."""
+        asked = len(self.hub.requests)
+        variables = self.hub.environment(self.home, offline=True)
+        done = command.run([sys.executable, "-m", "trace_ds", *map(str, arguments)], cwd, variables=variables)
+        assert done.returncode == (2 if told else 0), done.stdout[-2000:] + done.stderr[-3000:]
+        assert told in done.stderr
+        assert self.hub.requests[asked:] == []
+
+
+def replica(source: Path, folder: Path, *, shards: bool = False) -> Path:
+    """A model directory as its repository on the hub, with what must never be downloaded beside it."""
+    shutil.copytree(source, folder)
+    if shards:
+        from transformers import AutoModelForCausalLM
+
+        AutoModelForCausalLM.from_pretrained(source).save_pretrained(folder, max_shard_size="60KB")
+        (folder / "model.safetensors").unlink()
+    for name, content in OTHER_FILES.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def questions(folder: Path) -> Path:
+    """A few questions in the layout of the hub's ``cais/wmdp``."""
+    (folder / "wmdp-cyber").mkdir(parents=True)
+    rows = {"answer": [0, 1, 2], "question": ["what is iron", "what is gold", "what is tin"]}
+    table = pyarrow.table(rows | {"choices": [["acid", "base", "salt", "river"]] * 3})
+    pyarrow.parquet.write_table(table, folder / "wmdp-cyber" / "test-00000-of-00001.parquet")
+    (folder / "README.md").write_text(WMDP)
+    return folder
+
+
+def texts(folder: Path, words: list[str]) -> Path:
+    """A corpus as a data set of JSON Lines."""
+    folder.mkdir(parents=True)
+    lines = [json.dumps({"text": text}) for text in tiny.sentences(40, 3, words)]
+    (folder / "train.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def place(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    folder = tmp_path_factory.mktemp("hub")
+    model = replica(tiny_model, folder / "model")
+    gold = replica(tiny_model, folder / "gold", shards=True)
+    only_pickles = folder / "pickles"
+    only_pickles.mkdir()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "pytorch_model.bin"):
+        shutil.copy(model / name, only_pickles)
+    with serving_hub() as hub:
+        commits = {
+            name: hub.add(kind, name, source, **access)
+            for kind, name, source, access in (
+                ("models", "org/tiny", model, {}),
+                ("models", "org/gold", gold, {"ref": "v1"}),
+                ("models", "org/gated", model, {"gated": True, "readers": ("friend",)}),
+                ("models", "org/private", model, {"private": True, "readers": ("friend",)}),
+                ("models", "org/pickles", only_pickles, {}),
+                ("datasets", "cais/wmdp", questions(folder / "wmdp"), {}),
+                ("datasets", "org/texts", texts(folder / "texts", tiny.WORDS[:10]), {}),
+            )
+        }
+        home = folder / "home"
+        with serving(hub.environment(home)) as server:
+            yield Place(hub, home, server, folder, commits)
+
+
+def written(folder: Path, model: str, **changes: Any) -> Path:
+    return tiny.write_config(folder, Path(model), **changes)
+
+
+def artefact_summary(path: Path) -> dict[str, Any]:
+    summary: dict[str, Any] = json.loads((path / "artefact.json").read_text(encoding="utf-8"))["summary"]
+    return summary
+
+
+@pytest.mark.slow
+def test_fetched_once_a_whole_run_needs_no_network(place: Place, tmp_path: Path) -> None:
+    tasks = [*tiny.write_tasks(tmp_path), {"name": "cyber", "type": "lm_eval", "task": "wmdp_cyber", "role": "forget"}]
+    config = written(
+        tmp_path,
+        "org/tiny",
+        evaluation__models={"gold": "org/gold@v1"},
+        evaluation__tasks=tasks,
+        unlearning__steps=2,
+        data__forget=[{"dataset": "org/texts"}],
+    )
+    shutil.rmtree(place.home, ignore_errors=True)
+    run = tmp_path / "run"
+    fetched = place.server.run(["fetch", config, "--run-dir", run], tmp_path, time_s=120)
+    assert fetched.returncode == 0, fetched
+    names = ("org/tiny", "org/gold@v1", "wmdp_cyber", place.commits["org/gold"][:12], "HF_HUB_OFFLINE=1")
+    assert all(name in fetched.stdout for name in names), fetched.stdout
+    record = json.loads((run / "fetched.json").read_text())
+    assert record["models"]["org/tiny"]["commit"] == place.commits["org/tiny"]
+    assert record["models"]["org/gold@v1"]["commit"] == place.commits["org/gold"]
+    assert record["data"] == {"org/texts": {"commit": place.commits["org/texts"]}}
+    assert record["tasks"] == {"wmdp_cyber": {"commits": {"cais/wmdp": place.commits["cais/wmdp"]}}}
+    asked = [line for line in place.hub.requests if line.endswith(tuple(OTHER_FILES))]
+    assert asked == [], "a pickle, code or the weights of another format were asked for"
+
+    place.offline("run", config, "--run-dir", run, cwd=tmp_path)
+    assert yaml.safe_load((run / "config.yaml").read_text())["model"]["path"] == "org/tiny"
+    named = f"org/tiny@{place.commits['org/tiny']}"
+    assert artefact_summary(run / "statistics" / "retain")["model"] == named
+    manifest = next((run / "checkpoints").glob("step_*/manifest.json"))
+    assert json.loads(manifest.read_text())["model"]["source"] == named
+    results = {name: json.loads((run / "evaluation" / f"{name}.json").read_text()) for name in ("original", "gold")}
+    assert results["original"]["source"] == named
+    assert results["gold"]["source"] == f"org/gold@{place.commits['org/gold']}"
+    assert results["gold"]["scores"] == results["original"]["scores"], "the same weights in one file and in shards"
+    for card in (run / "model" / "README.md", run / "report" / "model_card.md"):
+        front = yaml.safe_load(card.read_text().split("---")[1])
+        assert front["base_model"] in ("org/tiny", ["org/tiny"]), card
+        assert named in card.read_text()
+    page = (run / "report" / "index.html").read_text()
+    assert named in page and str(place.home) not in page
+
+
+def test_prepare_brings_the_tokenizer_and_no_weights(place: Place, tmp_path: Path) -> None:
+    name = "org/only-prepared"
+    place.hub.add("models", name, place.models / "model")
+    config = written(tmp_path, name)
+    done = place.server.run(["prepare", config, "--run-dir", tmp_path / "run"], tmp_path)
+    assert done.returncode == 0, done
+    asked = [line for line in place.hub.requests if name in line and "resolve/" in line]
+    assert any("tokenizer.json" in line for line in asked)
+    assert not any(".safetensors" in line for line in asked)
+
+
+def test_a_directory_that_is_there_wins(place: Place, tmp_path: Path) -> None:
+    shutil.copytree(place.models / "model", tmp_path / "org" / "unknown")
+    asked = len(place.hub.requests)
+    done = place.server.run(["prepare", written(tmp_path, "org/unknown"), "--run-dir", "run"], tmp_path)
+    assert done.returncode == 0, done
+    assert place.hub.requests[asked:] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("org/none", ("there is no directory org/none", "the hub has no model org/none", "log in")),
+        ("org/private", ("has no model org/private (or it is private)", "HF_TOKEN")),
+        ("org/gated", ("org/gated is gated", "/org/gated, log in")),
+        ("org/tiny@v9", ("org/tiny has no revision v9",)),
+        ("org/pickles", ("no safetensors", "only pickles (pytorch_model.bin), which are never read")),
+    ],
+)
+@pytest.mark.parametrize("verb", ["fetch", "run"])
+def test_what_cannot_be_had_is_refused(
+    place: Place, tmp_path: Path, verb: str, name: str, told: tuple[str, ...]
+) -> None:
+    config = written(tmp_path, name)
+    line = refuse(place.server, tmp_path, verb, config, "--run-dir", tmp_path / "run")
+    assert "model.path: " in line and all(text in line for text in told), line
+
+
+def test_gated_models_are_brought_for_those_who_may(place: Place, tmp_path: Path) -> None:
+    config = written(tmp_path, "org/gated")
+    fetch = ["fetch", config, "--run-dir", tmp_path / "run"]
+    done = place.server.run(fetch, tmp_path, {"HF_TOKEN": "friend"})
+    assert done.returncode == 0 and place.commits["org/gated"][:12] in done.stdout, done
+
+
+def test_without_a_network_and_a_cache(place: Place, tmp_path: Path) -> None:
+    config = written(tmp_path, "org/tiny")
+    for variables in (
+        place.hub.environment(tmp_path / "home", offline=True),
+        place.hub.environment(tmp_path / "home") | {"HF_ENDPOINT": "http://127.0.0.1:9"},
+    ):
+        with serving(variables) as server:
+            line = refuse(server, tmp_path, "prepare", config, "--run-dir", tmp_path / "run")
+        assert "org/tiny is not whole in the hub's cache" in line and "trace-ds fetch CONFIG" in line
+        why = (
+            "HF_HUB_OFFLINE is set" if "HF_HUB_OFFLINE" in variables else "http://127.0.0.1:9 does not give it (Connect"
+        )
+        assert why in line, line
+
+
+def test_a_revision_that_moved_since_fetch_is_refused(place: Place, tmp_path: Path) -> None:
+    name = "org/moving"
+    first = place.hub.add("models", name, place.models / "model")
+    config, run = written(tmp_path, name), tmp_path / "run"
+    fetch = ["fetch", config, "--run-dir", run]
+    assert place.server.run(fetch, tmp_path).returncode == 0
+    record = (run / "fetched.json").read_bytes()
+    second = place.hub.add("models", name, place.models / "gold")
+    line = refuse(place.server, tmp_path, "prepare", config, "--run-dir", run)
+    assert f"{name} has moved since it was fetched, from {first} to {second}" in line
+    assert f"stay with {name}@{first}" in line and (run / "fetched.json").read_bytes() == record
+    place.offline("prepare", config, "--run-dir", run, cwd=tmp_path, told="has moved since it was fetched")
+    pinned = ["prepare", config, "--run-dir", run, "--set", f"model.path={name}@{first}"]
+    assert place.server.run(pinned, tmp_path).returncode == 0
+    assert place.server.run(fetch, tmp_path).returncode == 0
+    assert json.loads((run / "fetched.json").read_text())["models"][name]["commit"] == second
+    assert place.server.run(["prepare", config, "--run-dir", run], tmp_path).returncode == 0
+
+
+def test_data_that_moved_since_fetch_are_refused(place: Place, tmp_path: Path) -> None:
+    first = place.hub.add("datasets", "org/news", texts(tmp_path / "first", tiny.WORDS[:10]))
+    project = tmp_path / "project"
+    config, run = written(project, str(place.models / "model"), data__forget=[{"dataset": "org/news"}]), project / "run"
+    fetch, prepare = (["fetch", config, "--run-dir", run], ["prepare", config, "--run-dir", run])
+    assert place.server.run(fetch, project).returncode == 0
+    second = place.hub.add("datasets", "org/news", texts(tmp_path / "second", tiny.WORDS[5:]))
+    line = refuse(place.server, project, *prepare)
+    assert f"data.forget[0]: org/news has moved since it was fetched, from {first} to {second}" in line
+    place.offline(*prepare, cwd=project)  # as it was fetched
+    assert place.server.run(fetch, project).returncode == 0
+    assert place.server.run(prepare, project).returncode == 0
+
+
+def test_looking_never_downloads(place: Place, tmp_path: Path) -> None:
+    name = "org/looked-at"
+    place.hub.add("models", name, place.models / "model")
+    config, run = written(tmp_path, name), tmp_path / "run"
+    asked = len(place.hub.requests)
+    shown = place.server.run(["run", config, "--run-dir", run, "--dry-run"], tmp_path)
+    assert shown.returncode == 0 and f"path: {name}" in shown.stdout, shown
+    assert "not ready" in shown.stdout and "trace-ds fetch CONFIG" in shown.stdout
+    for verb in ("plan", "submit"):
+        assert "no model of this name is in the hub's cache" in refuse(place.server, tmp_path, verb, config)
+    looked = place.server.run(["fetch", config, "--run-dir", run, "--dry-run"], tmp_path)
+    assert looked.returncode == 0 and "not here" in looked.stdout
+    rank = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    line = refuse(place.server, tmp_path, "collect", config, "--run-dir", run, variables=rank)
+    assert name in line and "`trace-ds fetch CONFIG` brings it" in line
+    assert place.hub.requests[asked:] == []
+    assert not run.exists()
+
+
+def test_doctor_says_what_is_missing(place: Place, tmp_path: Path) -> None:
+    place.hub.add("models", "org/examined", place.models / "model")
+    tasks = [{"name": "cyber", "type": "lm_eval", "task": "wmdp_cyber", "role": "forget"}]
+    config, run = written(tmp_path, "org/examined", evaluation__tasks=tasks), tmp_path / "run"
+    doctor = ["doctor", config, "--run-dir", run, "--json"]
+    keys = ["model.path", "evaluation.tasks.cyber"]
+
+    def of_the_hub() -> tuple[list[dict[str, str]], set[str]]:
+        checks = json.loads(place.server.run(doctor, tmp_path, time_s=120).stdout)
+        return [check for check in checks if check["group"] == "hub"], {check["group"] for check in checks}
+
+    found, groups = of_the_hub()
+    assert [check["name"] for check in found] == keys
+    assert all((check["status"], check["fix"]) == ("MISS", "trace-ds fetch CONFIG") for check in found)
+    assert "model" not in groups, "said once"
+    assert place.server.run(["fetch", config, "--run-dir", run], tmp_path, time_s=120).returncode == 0
+    found, groups = of_the_hub()
+    assert [(check["name"], check["status"]) for check in found] == [(key, "OK") for key in keys]
+    assert "model" in groups
+    place.hub.add("models", "org/examined", place.models / "gold")
+    other = ["fetch", config, "--run-dir", tmp_path / "other"]
+    assert place.server.run(other, tmp_path, time_s=120).returncode == 0
+    assert "has moved" in next(check["detail"] for check in of_the_hub()[0] if check["status"] == "MISS")
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("org/name", HubName("org/name")),
+        ("Qwen/Qwen1.5-MoE-A2.7B@main", HubName("Qwen/Qwen1.5-MoE-A2.7B", "main")),
+        ("org/name@refs/pr/1", HubName("org/name", "refs/pr/1")),
+        *((text, None) for text in ("/org/name", "./name", "../name", "name", "a/b/c", "org/a b", "org/", "org/name@")),
+        *((text, None) for text in ("org/a..b", "org/a--b", "org/a.git", "org/name@../x", "~/name", "org/name@a@b")),
+    ],
+)
+def test_what_is_a_name_on_the_hub(text: str, name: HubName | None) -> None:
+    assert hub_name(text) == name
+    assert name is None or str(name) == text
+
+
+def test_a_folder_of_the_cache_says_whose_it_is() -> None:
+    commit = "0" * 40
+    folder = Path(f"/home/me/hub/models--org--a-name/snapshots/{commit}")
+    assert str(snapshot_name(folder)) == f"org/a-name@{commit}"
+    assert snapshot_name("/models/mixtral") is None
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"models": {}, "data": {}}', '{"models": {"org/a": {"commit": 3}}, "data": {}, "tasks": {}}']
+)
+def test_a_damaged_record_of_what_was_fetched_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "fetched.json").write_text(text)
+    with pytest.raises(UserError, match=r"fetched.json: the record of what was fetched is damaged"):
+        fetched(RunDirectory(tmp_path))

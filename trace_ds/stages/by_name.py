@@ -1,0 +1,132 @@
+"""What a configuration names on the hub. Models become directories of this machine, here and nowhere else; data sets
+are read by their names (:mod:`trace_ds.corpora.sources`).
+
+``RUN/fetched.json`` (``trace-ds fetch``) says which commits they were: a name that has moved since is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from trace_ds.config.schema import Config, CorpusEntry, TaskConfig
+from trace_ds.errors import UserError
+from trace_ds.run.directory import RunDirectory
+from trace_ds.run.foreign import read_object, typed
+from trace_ds.run.hub_names import HubName, hub_name
+
+KINDS = ("models", "data", "tasks")  # of RUN/fetched.json
+ALL_MODELS = ("run", "fetch", "evaluate")  # the verbs that read evaluation.models too
+
+
+def hub_names(config: Config, verb: str) -> dict[str, HubName]:
+    """The names on the hub that a verb needs, by the key that has them."""
+    found: dict[str, str | None] = {"model.path": config.model.path, "model.tokenizer": config.model.tokenizer}
+    if verb in ALL_MODELS:
+        found |= {f"evaluation.models.{name}": path for name, path in config.evaluation.models.items()}
+    names = {key: hub_name(text) for key, text in found.items() if text}
+    return {key: name for key, name in names.items() if name is not None}
+
+
+def with_weights(key: str, verb: str) -> bool:
+    """Whether a verb reads the weights of what a key names, not only its configuration and tokenizer."""
+    return key != "model.tokenizer" and verb != "prepare"
+
+
+def find_models(config: Config, run: RunDirectory | None, verb: str, *, download: bool) -> dict[str, str]:
+    """{name as written: directory} of the models that a verb needs and the hub's cache has.
+
+    Args:
+        run: whose record of what was fetched counts; None: no matter which commit it is.
+        download: bring what is missing; False: leave it out (what reads it says that it is not there).
+
+    Raises:
+        UserError: as :func:`trace_ds.hub.models.bring`, or a name has moved since ``trace-ds fetch``.
+    """
+    names = hub_names(config, verb)
+    if not names:
+        return {}
+    from trace_ds.hub.models import bring, cached, require_same_commit
+
+    recorded = {} if run is None else {name: entry["commit"] for name, entry in fetched(run)["models"].items()}
+    places: dict[str, str] = {}
+    for key, name in names.items():
+        expected = recorded.get(str(name))
+        if download:
+            folder: Path | None = bring(name, key, weights=with_weights(key, verb), expected=expected)
+        else:
+            folder = cached(name)
+        if folder is not None:
+            require_same_commit(name, key, folder.name, expected)
+            places[str(name)] = str(folder)
+    return places
+
+
+def with_cached(config: Config) -> Config:
+    """``config`` with directories for the models that the hub's cache has, whatever was fetched."""
+    return with_places(config, find_models(config, None, "run", download=False))
+
+
+def with_places(config: Config, places: Mapping[str, str]) -> Config:
+    """``config`` with the directories of ``places`` for the names that they are the directories of."""
+    if not places:
+        return config
+
+    def place(text: Any) -> Any:
+        return places.get(text, text)
+
+    model = {"path": place(config.model.path), "tokenizer": place(config.model.tokenizer)}
+    models = {name: place(path) for name, path in config.evaluation.models.items()}
+    return config.model_copy(
+        update={
+            "model": config.model.model_copy(update=model),
+            "evaluation": config.evaluation.model_copy(update={"models": models}),
+        }
+    )
+
+
+def hub_data(config: Config, verb: str) -> dict[str, CorpusEntry | TaskConfig]:
+    """The data sets on the hub that a verb reads, by the key that names them."""
+    from trace_ds.corpora.sources import on_hub
+
+    found: dict[str, CorpusEntry | TaskConfig] = {}
+    if verb in ("run", "fetch", "prepare"):
+        for side in config.data.sides:
+            found |= {f"data.{side}[{number}]": entry for number, entry in enumerate(getattr(config.data, side))}
+    if verb in ALL_MODELS:
+        found |= {f"evaluation.tasks.{task.name}": task for task in config.evaluation.tasks}
+    return {key: entry for key, entry in found.items() if on_hub(entry)}
+
+
+def data_name(entry: CorpusEntry | TaskConfig) -> str:
+    """What ``RUN/fetched.json`` calls a data set: its configurations and splits are of one commit."""
+    return str(HubName(str(entry.dataset), entry.revision))
+
+
+def require_data_unmoved(config: Config, run: RunDirectory, verb: str) -> None:
+    """Refuse a data set that is another commit now than when it was fetched for this run."""
+    recorded = fetched(run)["data"]
+    for key, entry in hub_data(config, verb).items() if recorded else ():
+        from trace_ds.corpora.sources import commit_of
+        from trace_ds.hub.models import require_same_commit
+
+        name = data_name(entry)
+        if name in recorded and (commit := commit_of(entry)) is not None:
+            require_same_commit(name, key, commit, recorded[name]["commit"])
+
+
+def fetched(run: RunDirectory) -> dict[str, dict[str, Any]]:
+    """What ``trace-ds fetch`` recorded, by kind (:data:`KINDS`) and name; empty before it ran."""
+    if not run.fetched.is_file():
+        return {kind: {} for kind in KINDS}
+    fix = "delete it, and run `trace-ds fetch CONFIG` again"
+    found = read_object(run.fetched, "the record of what was fetched", fix)
+    try:
+        for entries in typed(found, dict.fromkeys(KINDS, dict)).values():
+            for name in entries:
+                typed(entries, {name: dict})
+                typed(entries[name], {"commits": dict} if "commits" in entries[name] else {"commit": str})
+    except ValueError as error:
+        raise UserError(f"the record of what was fetched is damaged ({error})", str(run.fetched), fix) from None
+    return found
