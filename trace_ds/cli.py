@@ -164,19 +164,16 @@ def _verb(
 
 @app.command()
 def fetch(
-    configs: Annotated[list[str], typer.Argument(help="YAML files, or names of recipes (`trace-ds recipes`).")],
+    config: ConfigArgument,
     run_dir: RunDirOption = None,
     set_: SetOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what is here already; ask nobody.")] = False,
 ) -> None:
-    """Bring the models and data that configurations name to this machine's caches (once, where there is a network)."""
+    """Bring the models and data that a configuration names to this machine's caches (once, where there is a network)."""
     from trace_ds.stages.fetch import fetch as run_fetch
     from trace_ds.stages.pipeline import Request
 
-    if run_dir is not None and len(configs) > 1:
-        raise UserError("one run directory for several configurations", "--run-dir", "fetch them one by one")
-    requests = [Request.load(config, set_ or [], run_dir) for config in configs]
-    raise typer.Exit(run_fetch(requests, dry_run=dry_run))
+    raise typer.Exit(run_fetch(Request.load(config, set_ or [], run_dir), dry_run=dry_run))
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""``trace-ds fetch CONFIG…``: bring everything that configurations name to the local caches, once, on a login node.
+"""``trace-ds fetch CONFIG…``: bring everything that a configuration names to the local caches, once, on a login node.
 
     trace-ds fetch CONFIG --run-dir runs/mine     # models, data sets, and the data of lm-eval's tasks
     export HF_HUB_OFFLINE=1                       # from here on no stage needs a network
@@ -11,7 +11,7 @@ what has moved.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,32 +42,30 @@ class Found:
     where: Path | None
 
 
-def fetch(requests: Sequence[Request], *, dry_run: bool = False) -> int:
-    """Bring everything, record it in each run directory and show it; returns the exit status.
+def fetch(request: Request, *, dry_run: bool = False) -> int:
+    """Bring everything, record it in the run directory and show it; returns the exit status.
 
     With ``dry_run`` nothing is asked of the hub or written: the table says what is here.
 
     Raises:
         UserError: something does not exist, is not for this user, or cannot be reached; nothing is recorded then.
     """
-    found: dict[tuple[str, str], Found] = {}  # by key and name: once, however many configurations share it
-    for request in requests:
-        if dry_run:
-            found |= {(item.key, item.name): item for item in look(request.written, request.run)}
-            continue
-        request.check_places()
-        with locked(request.run):
-            request.run.clear_leftovers()
-            record: dict[str, dict[str, Any]] = {kind: {} for kind in KINDS}
-            for item in _bring(request.written):
-                found[item.key, item.name] = item
-                record[item.kind].setdefault(item.name, item.entry)
-            if record != fetched(request.run):
-                try:
-                    write_json(request.run.fetched, record)
-                except OSError as error:
-                    raise unwritable(request.run.path, error) from None
-    _show(list(found.values()))
+    if dry_run:
+        _show(list(look(request.written, request.run)))
+        return 0
+    request.check_places()
+    with locked(request.run):
+        request.run.clear_leftovers()
+        record: dict[str, dict[str, Any]] = {kind: {} for kind in KINDS}
+        found = list(_bring(request.written))
+        for item in found:
+            record[item.kind].setdefault(item.name, item.entry)
+        if record != fetched(request.run):
+            try:
+                write_json(request.run.fetched, record)
+            except OSError as error:
+                raise unwritable(request.run.path, error) from None
+    _show(found)
     return 0
 
 
