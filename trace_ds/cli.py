@@ -169,7 +169,7 @@ def fetch(
     set_: SetOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what is here already; ask nobody.")] = False,
 ) -> None:
-    """Bring the models and data that a configuration names to this machine's caches (once, where there is a network)."""
+    """Bring the models and data that a configuration names to the caches here (once, where there is a network)."""
     from trace_ds.stages.fetch import fetch as run_fetch
     from trace_ds.stages.pipeline import Request
 
