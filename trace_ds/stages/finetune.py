@@ -114,6 +114,9 @@ def check_finetune(config: Config, run: RunDirectory, world_size: int, *, verify
     }
     jobs = []
     for name, sides in settings.models.items():
+        if unprepared := [side for side in sides if f"{side}.arrow" not in data.files]:
+            what = f"the prepared data has no corpus {unprepared[0]!r}"
+            raise UserError(what, str(run.data), "make it again with `trace-ds prepare CONFIG`")
         seen = [data.files[f"{side}.arrow"]["sha256"] for side in sides]  # not the corpora that it does not see
         identity = sha256_text(canonical_json({"kind": "finetune", "data": seen, **shared}))
         steps = make_batches(config, sides, data).steps
