@@ -236,7 +236,8 @@ def test_resumes_on_another_number_of_ranks_and_expert_parallel_size(
         run_distributed(jobs.unlearn_job, world, str(config), str(moved), overrides)
         manifest = read_manifest(moved / "checkpoints" / f"step_{step:06d}")
         assert (manifest.world, manifest.ep, manifest.zero_stage) == (world, ep, stage)
-    np.testing.assert_allclose(losses_of(moved), losses_of(straight), rtol=1e-6)
+    # atol: the retain loss, 5e-8, is made of differences of hidden states that have hardly moved yet
+    np.testing.assert_allclose(losses_of(moved), losses_of(straight), rtol=1e-6, atol=2e-13)
     expected = weights_of(straight, len(shapes), tmp_path / "expected")
     for name, value in weights_of(moved, len(shapes), tmp_path / "found").items():
         np.testing.assert_allclose(value, expected[name], rtol=1e-6, atol=1e-7, err_msg=name)
