@@ -295,7 +295,9 @@ def test_the_kernel_of_gpus_takes_these_shapes(monkeypatch: pytest.MonkeyPatch) 
     device = torch.device("meta")
     for heads, widths in (((4, 2), (8, 8)), ((4, 4), (16, 8))):
         inputs = [tensor.detach().to(device).requires_grad_() for tensor in tensors(3, LENGTH, heads, widths)]
-        found, _ = attention.attend(None, *inputs, None, documents=Documents.of(positions(), device))
+        documents = Documents.of(positions(), torch.device("cpu"))
+        documents = Documents(documents.starts_N1.to(device), documents.lengths_N)
+        found, _ = attention.attend(None, *inputs, None, documents=documents)
         assert found.shape == (3, LENGTH, 4, 8)
         gradients = torch.autograd.grad(found.sum(), inputs)
         assert [one.shape for one in gradients] == [one.shape for one in inputs]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import types
 import typing
 from collections.abc import Sequence
@@ -146,7 +147,8 @@ def _shown(value: Any) -> str:
 
 def _explain(error: ValidationError, where: str) -> UserError:
     first = error.errors()[0]
-    location = ".".join(str(part) for part in first["loc"])
+    keys = [part for part in first["loc"] if not re.match(r"(list|literal|dict)\[", str(part))]  # else: one of a union
+    location = ".".join(map(str, keys))
     if first["type"] == "extra_forbidden":
         section = _section_at(first["loc"][:-1])
         close = difflib.get_close_matches(str(first["loc"][-1]), list(section), 1, cutoff=0.5)
