@@ -19,7 +19,7 @@ from trace_ds.unlearning.loss import ForgetRetain, Frozen
 from trace_ds.unlearning.needs import FrozenNeeds
 
 LAYER, ROWS, LENGTH, DOCUMENT = 1, 6, 18, 6
-ALONE = SimpleNamespace(rank=0, size=1, device="cpu", sum_float64=lambda x: x, gather=lambda x: [x])
+ALONE = SimpleNamespace(rank=0, size=1, device=torch.device("cpu"), sum_float64=lambda x: x, gather=lambda x: [x])
 
 
 class Plain:
