@@ -13,7 +13,9 @@ Hub ↔ fused is transformers' own weight mapping: the reverse conversion is run
 
 from __future__ import annotations
 
+import functools
 import itertools
+import json
 import math
 import re
 from collections.abc import Mapping
@@ -85,10 +87,15 @@ def read_layout(model_directory: Path) -> ModelLayout:
         UserError: no or unreadable ``config.json``, or an architecture that transformers does not know or maps in a
             way that is not a rearrangement of elements.
     """
+    config = read_model_config(model_directory)  # refuses what would run code from elsewhere
+    return _layout(model_directory, json.dumps(config))
+
+
+@functools.lru_cache(maxsize=2)  # a job asks for the model it trains and for the frozen one
+def _layout(model_directory: Path, config_text: str) -> ModelLayout:
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.core_model_loading import revert_weight_conversion
 
-    read_model_config(model_directory)  # refuses what would run code from elsewhere
     try:
         config = AutoConfig.from_pretrained(model_directory, local_files_only=True, trust_remote_code=False)
         with torch.device("meta"):

@@ -238,7 +238,8 @@ def read_safetensors_header(path: Path) -> dict[str, TensorEntry]:
     try:
         header = json.loads(raw)
         header.pop("__metadata__", None)
-        entries = {name: _entry(path.name, value, 8 + length) for name, value in header.items()}
+        file = path.name
+        entries = {name: _entry(file, value, 8 + length) for name, value in header.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"the header is no safetensors header ({error})", str(path), COPY_AGAIN) from None
     end = max((entry.end for entry in entries.values()), default=8 + length)
