@@ -440,7 +440,7 @@ def reference_training(config_path: str, run_dir: str, overrides: list[str], ste
         batch = batches.at(step, 0, 1).micro_batches[0]
         hidden = outputs(frozen, batch)[1][: batch.forget_rows]
         norms.append(hidden.norm(dim=-1)[batch.counted_BS[: batch.forget_rows]])
-    length = settings.rmu.coefficient * float(torch.cat(norms).double().mean())
+    length = settings.rmu.coefficient * float(torch.cat(norms).double().median())  # the lower one
     direction = torch.rand(model.config.hidden_size, generator=torch.Generator().manual_seed(config.seed))
     target = direction / direction.norm() * length
     losses, thetas = [], []
