@@ -571,7 +571,11 @@ def zero3_engine(model: Any) -> Any:
         "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": next(model.parameters()).dtype == torch.bfloat16},
         "gradient_clipping": 1.0,
-        "optimizer": {"type": "AdamW", "params": {"lr": 1e-6, "torch_adam": True, "weight_decay": 0.0}},
+        "optimizer": {
+            "type": "AdamW",
+            "params": {"lr": 1e-6, "torch_adam": True, "weight_decay": 0.0}
+            | ({"fused": True} if torch.cuda.is_available() else {}),
+        },
         "steps_per_print": 1 << 62,
     }
     engine = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=ds_config)[0]

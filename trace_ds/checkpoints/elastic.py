@@ -68,7 +68,8 @@ def _load(engine: Any, folder: Path, manifest: Manifest) -> None:
     """DeepSpeed's own loading, less two of its mistakes.
 
     It gives every parameter group the hyperparameters of the first (with AutoEP the groups of experts differ), and
-    every partition the same tensor as its step count, which the optimizer then advances once for each of them.
+    every partition the same tensor as its step count, which the optimizer then advances once for each of them; on the
+    host, where a fused optimizer does not look for it.
     """
     optimizer = engine.optimizer.optimizer
     kept = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
@@ -79,6 +80,7 @@ def _load(engine: Any, folder: Path, manifest: Manifest) -> None:
         engine._config.load_universal_checkpoint = False
     for group, values in zip(optimizer.param_groups, kept, strict=True):
         group.update(values)
-    for state in optimizer.state.values():
+    fused = any(group.get("fused") for group in optimizer.param_groups)
+    for parameter, state in optimizer.state.items():
         if "step" in state:
-            state["step"] = state["step"].clone()
+            state["step"] = state["step"].to(parameter.device if fused else "cpu", copy=True)

@@ -25,6 +25,7 @@ from trace_ds.cluster.checks import Check, checked, guarded, judged
 from trace_ds.cluster.plan import RunPlan, plan
 from trace_ds.cluster.spec import ClusterSpec
 from trace_ds.config.schema import Config
+from trace_ds.corpora.sources import only_looking
 from trace_ds.errors import UserError
 from trace_ds.parallel.environment import accelerator_count, launched, local_rank_and_size, rank_and_size
 from trace_ds.parallel.launch import run_processes
@@ -136,7 +137,8 @@ def doctor(config: Config | None, run_dir: Path | None, json: bool, bandwidth: b
         count = max(process_count(config) if config else accelerator_count(), 2)
         words = [word for word in sys.argv[1:] if word != "--bandwidth"]
         return run_processes(words, count, {}, (), config.distributed.threads if config else 1)
-    found = check_job(config, run_dir) if launched() else run_checks(config, run_dir)
+    with only_looking():
+        found = check_job(config, run_dir) if launched() else run_checks(config, run_dir)
     if found is None:
         return 0
     if json:

@@ -14,6 +14,7 @@ import glob
 import re
 import sys
 from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -277,18 +278,44 @@ def _gated(name: str) -> UserError:
 
 
 def _absent(named: Named, trouble: str) -> UserError:
+    from huggingface_hub import constants
+
     asked = {"configuration": named.config, "revision": named.revision}
     told = "".join(f" ({key} {value})" for key, value in asked.items() if value)
-    trouble = trouble or ("HF_HUB_OFFLINE is set" if _is_offline() else "the hub was not asked")
+    trouble = trouble or ("HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub was not asked")
     what = f"the data set{told} is not in the cache, and {trouble}"
     return UserError(what, str(named.dataset), "run `trace-ds fetch CONFIG` where there is a network")
+
+
+_looking: ContextVar[bool] = ContextVar("looking", default=False)
+
+
+@contextlib.contextmanager
+def only_looking() -> Iterator[None]:
+    """Inside, nothing is asked of the hub: data sets are what the cache has of them."""
+    token = _looking.set(True)
+    try:
+        yield
+    finally:
+        _looking.reset(token)
 
 
 def _is_offline() -> bool:
     import datasets
     from huggingface_hub import constants
 
-    return bool(constants.HF_HUB_OFFLINE or datasets.config.HF_HUB_OFFLINE)
+    return bool(_looking.get() or constants.HF_HUB_OFFLINE or datasets.config.HF_HUB_OFFLINE)
+
+
+def _one_meant(name: str, commit: str) -> str:
+    """The configuration that a data set's name alone means, by the page that was fetched with this commit."""
+    from huggingface_hub import metadata_load, try_to_load_from_cache
+
+    page = try_to_load_from_cache(name, README, revision=commit, repo_type="dataset")
+    listed = (metadata_load(page) or {}).get("configs") if isinstance(page, str) else None
+    names = [str(item.get("config_name", "default")) for item in listed or () if isinstance(item, dict)]
+    chosen = [str(item["config_name"]) for item in listed or () if isinstance(item, dict) and item.get("default")]
+    return names[0] if len(names) == 1 else (chosen or ["default"])[0]
 
 
 def _cached(named: Named, commit: str | None) -> Any:
@@ -309,8 +336,8 @@ def _cached(named: Named, commit: str | None) -> Any:
     root = Path(datasets.config.HF_DATASETS_CACHE) / folder
     found = sorted(root.glob("*/*/*/dataset_info.json"), key=lambda item: (item.stat().st_mtime, str(item)))
     found = [item for item in found if named.config in (None, item.parts[-4]) and commit in (None, item.parts[-2])]
-    if named.config is None and len({item.parts[-4] for item in found}) > 1:
-        found = [item for item in found if item.parts[-4] == "default"]
+    if named.config is None:
+        found = [item for item in found if item.parts[-4] == _one_meant(named.dataset, item.parts[-2])]
     if not found:
         return None
     config, version, digest = found[-1].parts[-4:-1]

@@ -53,6 +53,7 @@ def bring(name: HubName, key: str, *, weights: bool = True, expected: str | None
         UserError: the hub has no such model or revision, or not for this user; it cannot be reached and the cache
             lacks files; the revision is another than ``expected``; there are no safetensors.
     """
+    from huggingface_hub import constants
     from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError  # HTTPError: that of httpx
 
     try:
@@ -65,9 +66,16 @@ def bring(name: HubName, key: str, *, weights: bool = True, expected: str | None
             folder = _snapshot(name.id, folder.name, [*SMALL, *shards])
     except (HTTPError, LocalEntryNotFoundError, ConnectionError) as error:
         _refuse(error, name, key)
-    if not all((folder / shard).is_file() for shard in shards):
+    if not is_whole(folder):
+        if (folder / INDEX).is_file() or constants.HF_HUB_OFFLINE:
+            _refuse(LocalEntryNotFoundError("files are missing"), name, key)
         raise UserError(f"{name} has no safetensors weights{_only_pickles(name, folder)}", key, "choose another")
     return folder
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether every file with weights is there."""
+    return all((folder / shard).is_file() for shard in _weight_files(folder))
 
 
 def require_same_commit(name: HubName | str, key: str, commit: str, expected: str | None) -> None:

@@ -154,7 +154,7 @@ class World:
             raise AgreedError
 
     def _reduce(self, values: np.ndarray, dtype: type, operation: Any) -> np.ndarray:
-        tensor = to_device(torch.from_numpy(np.array(values, dtype=dtype)), self.device)
+        tensor = to_device(torch.from_numpy(np.array(values, dtype=dtype, order="C")), self.device)
         dist.all_reduce(tensor, op=operation)
         return tensor.cpu().numpy()
 

@@ -5,8 +5,8 @@
     trace-ds run CONFIG --run-dir runs/mine
 
 Everything goes to the caches of its own library, below HF_HOME. ``RUN/fetched.json`` records what was brought, with its
-commits: a name that stands for another commit later is refused. Running it again brings what is missing, and takes
-what has moved.
+commits: a model or data set whose name stands for another commit later is refused (of lm-eval's tasks they are only
+recorded). Running it again brings what is missing, and takes what has moved.
 """
 
 from __future__ import annotations
@@ -93,10 +93,12 @@ def look(config: Config, run: RunDirectory | None) -> Iterator[Found]:
         run: whose record says what the data of tasks are; None: there is none.
     """
     from trace_ds.corpora.sources import missing
-    from trace_ds.hub.models import cached, downloaded_bytes
+    from trace_ds.hub.models import cached, downloaded_bytes, is_whole
 
     for key, name in hub_names(config, "fetch").items():
         folder = cached(name)
+        if folder and with_weights(key, "fetch") and not is_whole(folder):
+            folder = None
         entry = {"commit": folder.name, "bytes": downloaded_bytes(folder)} if folder else {}
         yield Found("models", key, str(name), entry, folder)
     for key, data in hub_data(config, "fetch").items():

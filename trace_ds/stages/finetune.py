@@ -11,12 +11,14 @@ The stages after it see the target as the run's model, and the others among the 
 from __future__ import annotations
 
 import gc
+import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trace_ds.checkpoints.manifest import newest_complete, step_name
-from trace_ds.config.schema import RETRAINED, TARGET, Config, FinetuneConfig
+from trace_ds.config.schema import RETRAINED, TARGET, Config, ConversionConfig, FinetuneConfig
 from trace_ds.corpora.tokenizer import tokenizer_fingerprint
 from trace_ds.errors import UserError
 from trace_ds.models.families import ModelInfo, check_expert_parallel, inspect_model, require_plain_logits
@@ -30,6 +32,9 @@ from trace_ds.tensors.model_files import read_model_directory
 if TYPE_CHECKING:
     from trace_ds.parallel.world import World
     from trace_ds.unlearning.batches import CorpusBatches
+
+
+ASK_EVERY_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,7 @@ class FinetuneJob:
 
     def is_done(self, config: Config, run: RunDirectory) -> bool:
         place = run.finetuned(self.name)
-        return self.is_trained(config, run) and is_converted(config, place, _newest(place))
+        return self.is_trained(config, run) and is_converted(_plain(config), place, _newest(place))
 
 
 def settings_of(config: Config) -> FinetuneConfig:
@@ -141,7 +146,7 @@ def finetune(config: Config, run: RunDirectory, world: World) -> None:
     for job in world.broadcast(world.agree_each(lambda verify: _checked(config, run, world, verify=verify))):
         if not world.broadcast_agreed(lambda job=job: job.is_trained(config, run)):  # type: ignore[misc]
             _train(config, run, world, job)
-        world.agree(lambda job=job: _convert(config, run, job))  # type: ignore[misc]
+        _converted(config, run, world, job)
 
 
 def _checked(config: Config, run: RunDirectory, world: World, *, verify: bool) -> list[FinetuneJob]:
@@ -174,12 +179,36 @@ def _train(config: Config, run: RunDirectory, world: World, job: FinetuneJob) ->
         gc.collect()  # the next model takes its place
 
 
+def _converted(config: Config, run: RunDirectory, world: World, job: FinetuneJob) -> None:
+    """The main process converts, which can take hours; the others ask now and then, so that no collective waits longer
+    than its time limit allows."""
+    failed: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            _convert(config, run, job)
+        except BaseException as error:
+            failed.append(error)
+
+    def outcome() -> None:
+        if failed:
+            raise failed[0]
+
+    thread = threading.Thread(target=work)
+    if world.is_main:
+        thread.start()
+    while world.max_int(int(thread.is_alive())):
+        time.sleep(ASK_EVERY_S)
+    world.agree(outcome)
+
+
 def _convert(config: Config, run: RunDirectory, job: FinetuneJob) -> None:
     from trace_ds.conversion.card import model_name
     from trace_ds.run.log import stage_log
 
     place, settings = run.finetuned(job.name), settings_of(config)
     checkpoint = _newest(place)
+    config = _plain(config)
     if is_converted(config, place, checkpoint):
         return
     method = {
@@ -194,6 +223,11 @@ def _convert(config: Config, run: RunDirectory, job: FinetuneJob) -> None:
     with stage_log(place, "finetune") as log:
         card = {"name": f"{config.name}-{job.name}", "base_model": base, "method": method}
         write_model(config, place, checkpoint, card, log)
+
+
+def _plain(config: Config) -> Config:
+    """How these models are written, whatever ``conversion`` says of the unlearned one: later stages hang on them."""
+    return config.model_copy(update={"conversion": ConversionConfig()})
 
 
 def _newest(place: RunDirectory) -> Path:

@@ -8,6 +8,7 @@ process when a launcher made it a rank, else in local processes that this one st
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -139,6 +140,13 @@ def check_early(verb: str, request: Request, world_size: int | None = None, *, d
         world_size: processes of the job when it is to run elsewhere; None: it runs here, as configured.
         download: bring data sets that are named into their cache, to look at them; False: what is not there is missing.
     """
+    from trace_ds.corpora.sources import only_looking
+
+    with contextlib.nullcontext() if download else only_looking():
+        _check_early(verb, request, world_size, download=download)
+
+
+def _check_early(verb: str, request: Request, world_size: int | None, *, download: bool) -> None:
     from trace_ds.corpora.read import check_files
     from trace_ds.corpora.sources import files_here
     from trace_ds.corpora.tokenizer import check_tokenizer
@@ -318,18 +326,19 @@ def _leave_together(kind: type[BaseException] | None, *_: object) -> None:
 
 def _run_as_rank(verb: str, request: Request) -> int:
     """This process is one rank of a job: join it, and let the main process lock and prepare the run directory."""
-    import contextlib
-
+    from trace_ds.corpora.sources import only_looking
     from trace_ds.parallel.world import join
 
     distributed = request.config.distributed
     world = join(distributed.threads, distributed.timeout_minutes)
     with contextlib.ExitStack() as stack:
         stack.push(_leave_together)
+        stack.enter_context(only_looking())
         request = world.agree_each(lambda _: request.located(verb, download=False))
 
         def enter() -> None:
             check_early(verb, request, world.size, download=False)
+            require_data_unmoved(request.written, request.run, verb)
             stack.enter_context(locked(request.run, replaces_inputs=verb in REPLACE_INPUTS))
             request.run.clear_leftovers()
 

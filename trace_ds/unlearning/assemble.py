@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -63,6 +64,9 @@ def make_objective(
             cursor = {**cursor, "rmu_hidden_norm": unit, "hidden_sinks": list(norms.sinks) if left_out else []}
         if needs.stays:
             frozen = Frozen(engine, _whole_head(engine) if needs.logits else None)
+        del engine
+        if frozen is None:
+            gc.collect()  # an engine refers to itself: its memory is the trained model's
     target_D = None
     if settings.forget_loss == "rmu":
         unit = cursor["rmu_hidden_norm"] if settings.rmu.scale in UNITS else 1.0

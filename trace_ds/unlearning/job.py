@@ -214,8 +214,8 @@ def run_step(
     # DeepSpeed has seen it too, on all ranks alike, and has not taken the step
     if not np.isfinite(norm) or not engine.was_step_applied():
         raise NumericalFailure(
-            f"the gradient is not finite in step {step + 1} (the loss is); the step was not taken and the last "
-            "checkpoint stands; lower the weights of the losses"
+            f"the gradient is not finite in step {step + 1} (the loss is); nothing of the step is saved and the "
+            "last checkpoint stands; lower the weights of the losses"
         )
     followed = goal.follow(np.array(summed[len(factors) :]), data, losses)
     return {
