@@ -306,12 +306,25 @@ def test_uniform_weights_that_nobody_asked_for_are_an_error(job, monkeypatch, fl
 @pytest.mark.parametrize("shape", [(16, 64, 8), (48, 128, 8)], ids=lambda shape: f"{shape[0]}x{shape[1]}")
 def test_few_tokens_and_the_experts_of_a_real_model(job, shape: tuple[int, int, int]) -> None:
     """Up to 6,144 experts on the 2,915 tokens of the tiny corpora, which cannot tell most of them apart."""
-    config, run = job(calibration__ess_floor=0.5, calibration__detection__layers=None)
+    config, run = job(calibration__ess_floor=0.5)
     write_statistics(config, run, shape=shape)
     diagnosis = json.loads(calibrate(config, run).file("diagnosis.json").read_text())
     assert diagnosis["constraints"] == shape[0] * shape[1] and diagnosis["converged"]
     assert 0.5 <= diagnosis["ess_fraction"] < 0.505 and "below the floor" in diagnosis["lambda_limit"]
     assert 0.05 < diagnosis["lambda"] < 1 and diagnosis["gap_closed"] > 0.02
+
+
+@pytest.mark.parametrize(("loss", "layer", "trained"), [("rmu", 0, 1), ("rmu", None, 2), ("graddiff", 0, LAYERS)])
+def test_layers_that_the_losses_do_not_train_take_no_part(job, loss: str, layer: int | None, trained: int) -> None:
+    """Those above the layer where RMU's losses end; losses of logits train all."""
+    losses = {"unlearning__forget_loss": loss, "unlearning__rmu__layer": layer}
+    config, run = job(calibration__detection__layers="trained", **losses)
+    tensors = load_file(calibrate(config, run).file("calibration.safetensors"))
+    assert tensors["scope_LE"].all(axis=1).tolist() == [number < trained for number in range(LAYERS)]
+    assert not tensors["selected_LE"][trained:].any() and not tensors["theta_LE"][trained:].any()
+    named = job(calibration__detection__layers=list(range(trained)), **losses)[0]
+    again = calibrate(named, run).file("calibration.safetensors")
+    assert (load_file(again)["theta_LE"] == tensors["theta_LE"]).all()
 
 
 def test_level_row_by_what_collect_recorded_equals_that_by_the_trace(job) -> None:

@@ -208,7 +208,7 @@ def write_config(directory: Path, model: Path, **changes: Any) -> Path:
             "packing": "whole",
         },
         "statistics": {"batch_rows": 4},
-        "calibration": {"if_none_found": "continue"},
+        "calibration": {"if_none_found": "continue", "detection": {"layers": None}},
         "unlearning": {
             "steps": 4,
             "forget_rows": 4,
