@@ -317,7 +317,7 @@ class Curvature:
             return shift_S
         for _ in range(1 if self._kernel is not None else 2):  # once more, against rounding
             along_S = self._base(shift_S, np.zeros(len(shift_S), dtype=bool))
-            shift_S = shift_S - self._ridge_used * self._scale_S**2 * along_S
+            shift_S = np.where(self._constant_S, 0.0, shift_S - self._ridge_used * self._scale_S**2 * along_S)
         return shift_S
 
     def moved(self, old: Point, new: Point, aim: Aim) -> None:
