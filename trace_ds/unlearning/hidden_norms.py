@@ -22,7 +22,6 @@ from trace_ds.unlearning.forward import forward
 
 STEPS = 4
 OFFSETS, SINK_NORM = 4, 10.0
-LARGEST_BITS = 0x7F800000  # of fp32 infinity: non-negative floats are in the order of their bits
 
 
 @dataclass(frozen=True)
@@ -88,12 +87,15 @@ def measure(reference: Any, layer: int, world: World, batches: Batches) -> Hidde
 
 
 def _median(norm_N: np.ndarray, world: World) -> float:
-    """The lower median of all ranks' norms, exactly: bisection on the bits of the answer."""
-    bits_N = norm_N.astype(np.float32).view(np.int32)
-    total = float(world.sum_float64(np.array([len(bits_N)], np.float64))[0])
-    low, high = 0, LARGEST_BITS
-    while low < high:
-        middle = (low + high) // 2
-        below = float(world.sum_float64(np.array([(bits_N <= middle).sum()], np.float64))[0])
-        low, high = (low, middle) if 2 * below >= total else (middle + 1, high)
-    return float(np.array([low], np.int32).view(np.float32)[0])
+    """The lower median of all ranks' norms, exactly: by the upper, then the lower half of its bits (two sums)."""
+    bits_N = norm_N.astype(np.float32).view(np.int32)  # non-negative floats are in the order of their bits
+    below, median = 0.0, 0
+    for shift, digits in ((16, 1 << 15), (0, 1 << 16)):
+        counts = world.sum_float64(np.bincount(bits_N >> shift & (digits - 1), minlength=digits).astype(np.float64))
+        if shift:
+            half = counts.sum() / 2
+        reached = below + np.cumsum(counts)
+        digit = int(np.searchsorted(reached, half))
+        below = float(reached[digit] - counts[digit])
+        bits_N, median = bits_N[bits_N >> shift == digit], median | digit << shift
+    return float(np.array([median], np.int32).view(np.float32)[0])
