@@ -222,6 +222,7 @@ class Curvature:
         self._ridge, self.whole = aim.ridge, whole
         count, size = sample.number, len(self._scale_S)
         self._kernel = self._features() if count < size else None
+        self._matrix: Any = None
         self._single = False
         cheap = size <= EXACT_CONSTRAINTS and count * sample.values**2 <= EXACT_PRODUCTS
         self.exact = (cheap and whole) or self._kernel is not None
@@ -249,8 +250,10 @@ class Curvature:
                 features, products = self._kernel
                 root = torch.from_numpy(np.sqrt(weight_N))
                 cross = (features @ mean.float()).double()
-                matrix = products - cross[:, None] - cross[None, :] + (mean @ mean)
-                matrix *= root[:, None] * root[None, :]
+                matrix = self._matrix = torch.sub(products, cross[:, None], out=self._matrix)
+                matrix -= cross - (mean @ mean)
+                matrix *= root[:, None]
+                matrix *= root
                 self._ridge_used = max(self._ridge, 1e-6)
                 self._root, self._mean = root, mean
             else:

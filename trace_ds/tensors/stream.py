@@ -28,6 +28,7 @@ from trace_ds.tensors.torch_archive import COPY_AGAIN, bytes_of
 
 BLOCK_NUMEL = 1 << 17  # read and cast, a block lies in the second-level cache of a core
 FLUSH_BYTES = 1 << 27
+TOGETHER_BYTES = 1 << 20
 KEPT_OPEN = 64  # files beside those in use; a target may have one for every expert, and a process 1024
 Progress = Callable[[int, int], None]
 
@@ -134,9 +135,9 @@ class Streamer:
         if self._jobs == 1:
             return [self._do(task) for task in tasks]
         with ThreadPoolExecutor(self._jobs) as pool:
-            futures = [pool.submit(self._do, task) for task in tasks]
+            futures = [pool.submit(self._do_all, some) for some in together(tasks)]
             try:
-                return [future.result() for future in futures]
+                return [written for future in futures for written in future.result()]
             except BaseException:
                 self._stopped.set()
                 for future in futures:
@@ -149,6 +150,9 @@ class Streamer:
         if (use, dtype) not in buffers:
             buffers[use, dtype] = torch.empty(BLOCK_NUMEL, dtype=dtype)
         return buffers[use, dtype]
+
+    def _do_all(self, tasks: Sequence[CopyTask]) -> list[Written]:
+        return [self._do(task) for task in tasks]
 
     def _do(self, task: CopyTask) -> Written:
         if task.path is None:
@@ -203,6 +207,17 @@ class Streamer:
 
     def _flush(self, path: Path) -> None:
         os.fdatasync(self._file(path, os.O_RDWR | os.O_CREAT).descriptor)
+
+
+def together(tasks: Sequence[CopyTask]) -> Iterator[Sequence[CopyTask]]:
+    """The tasks in their order, as many at a time as make up :data:`TOGETHER_BYTES`: an expert of a small model is a few
+    kilobytes, and giving one to a thread takes longer than writing it."""
+    begin = nbytes = 0
+    for end, task in enumerate(tasks, 1):
+        nbytes += task.nbytes
+        if nbytes >= TOGETHER_BYTES or end == len(tasks):
+            yield tasks[begin:end]
+            begin, nbytes = end, 0
 
 
 def _not_finite(block: torch.Tensor, cast: torch.Tensor, overflow: bool) -> tuple[bool, bool]:
