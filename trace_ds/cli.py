@@ -294,11 +294,13 @@ def evaluate(
     run_dir: RunDirOption = None,
     set_: SetOption = None,
     nproc: NprocOption = None,
+    ep: EpOption = None,
     variant: VariantOption = None,
     dry_run: DryRunOption = False,
 ) -> None:
     """Models → scores: forgetting, utility, privacy, routing drift (on one process or many)."""
-    changes = [*(set_ or []), *([f"evaluation.nproc={nproc}"] if nproc is not None else [])]
+    given = {"evaluation.nproc": nproc, "evaluation.ep": ep}
+    changes = [*(set_ or []), *(f"{key}={value}" for key, value in given.items() if value is not None)]
     _verb("evaluate", config, run_dir, changes, variant=variant, dry_run=dry_run)
 
 

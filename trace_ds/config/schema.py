@@ -654,7 +654,11 @@ class EvaluationConfig(Section):
         "gold", description="Which of the models was trained without the forget set: PrivLeak is measured against it."
     )
     batch_rows: Integer = Field(64, ge=1)
-    nproc: Integer = Field(1, ge=1, description="Local processes when started bare; each holds a whole model.")
+    nproc: Integer = Field(1, ge=1, description="Local processes when started bare; they share out the batches.")
+    ep: Integer = Field(1, ge=1, description="So many processes share the experts of a model; 1: each holds them all.")
+    zero_stage: Literal[0, 3] = Field(
+        0, description="3: a process holds a part of every weight, 0: of the experts only, or (ep 1) a whole model."
+    )
     checkpoints: bool = Field(False, description="Also score every kept checkpoint: the forgetting-utility curve.")
     relearning: RelearningConfig | None = Field(
         None, description="Attack the unlearned (and the retrained) model so; the weights need their gradients too."

@@ -37,6 +37,7 @@ from trace_ds.config.schema import RelearningConfig
 from trace_ds.corpora.dataset import Batch, TokenDataset
 from trace_ds.errors import UserError
 from trace_ds.evaluation.language_model import LanguageModel
+from trace_ds.models import autoep
 from trace_ds.models.attention import packed
 from trace_ds.models.routers import find_routers, logits_of, meta_model, places_of, routing_of
 from trace_ds.parallel.device import to_device
@@ -54,7 +55,8 @@ def relearn(
     """Fine-tune the loaded model (which is changed) on a share of the forget rows.
 
     Of several processes the main one trains; the others get its weights before each scoring, so that all score one
-    model (copies trained apart would differ on GPUs, whose sums have no fixed order).
+    model (copies trained apart would differ on GPUs, whose sums have no fixed order). Where they share the experts all
+    train on the same rows: an expert is sent the tokens of all processes and gets the sum of their gradients.
 
     Args:
         forget: the run's forget dataset.
@@ -69,22 +71,29 @@ def relearn(
     rows = np.sort(generator(seed, SHARE_STREAM, 0).permutation(usable)[:count])
     order = EpochRows(rows, min(settings.rows, count), seed, ORDER_STREAM)
     model = language_model.model
-    trains = world is None or world.is_main
+    trains = world is None or world.is_main or language_model.lockstep
+    model.requires_grad_(True)
+    shared = autoep.shared_parameters(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=0.0) if trains else None
     curve: list[dict[str, Any]] = [{"step": 0, "loss": None, "scores": score()}]
     loss: torch.Tensor | None = None
     for step in range(settings.steps):
         if optimizer is not None:
-            loss = _relearning_step(language_model, optimizer, forget.batch(order.at(step).tolist(), 0))
+            loss = _relearning_step(language_model, optimizer, forget.batch(order.at(step).tolist(), 0), shared)
         if (step + 1) % settings.score_every == 0 or step + 1 == settings.steps:
             if world is not None and world.size > 1:
-                world.broadcast_tensors(parameter.data for parameter in model.parameters())
+                world.broadcast_tensors(whole.data for whole in model.parameters() if whole not in shared)
             told = None if loss is None else float(loss)
             curve.append({"step": step + 1, "loss": told, "scores": score()})
     return {"rows": count, "curve": curve}
 
 
-def _relearning_step(language_model: LanguageModel, optimizer: torch.optim.Optimizer, batch: Batch) -> torch.Tensor:
+def _relearning_step(
+    language_model: LanguageModel,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    shared: dict[nn.Parameter, int],
+) -> torch.Tensor:
     """One step of fine-tuning; returns its loss in nats per token, a scalar on the device."""
     model, device = language_model.model, language_model.device
     model.train()
@@ -95,6 +104,9 @@ def _relearning_step(language_model: LanguageModel, optimizer: torch.optim.Optim
     loss = functional.cross_entropy(logits_BSV[row_N, column_N].float(), target_N)
     optimizer.zero_grad()
     loss.backward()
+    for parameter, ranks in shared.items():  # all of which sent the same tokens
+        if parameter.grad is not None:
+            parameter.grad /= ranks
     optimizer.step()
     model.eval()
     return loss.detach()
@@ -148,6 +160,13 @@ def gate_rule(router: nn.Module) -> GateRule:
     )
 
 
+def _rule_of(router: Any) -> GateRule:
+    """The rule of a router in a model: AutoEP's says it."""
+    if autoep.is_router(router):
+        return GateRule(router.score_func, router.route_norm, router.route_scale)
+    return gate_rule(router)
+
+
 def check_forcing(path: str | Path) -> None:
     """:class:`UserError` when a router of the model in a directory follows no known :class:`GateRule`."""
     for router in {type(router): router for router in find_routers(meta_model(path))}.values():
@@ -162,17 +181,21 @@ def forced(model: nn.Module, decide: Decide) -> Iterator[None]:
         UserError: as in :func:`gate_rule`.
     """
     routers = find_routers(model)
-    rules = {kind: gate_rule(router) for kind, router in {type(router): router for router in routers}.items()}
+    rules = {kind: _rule_of(router) for kind, router in {type(router): router for router in routers}.items()}
 
     def hook_for(layer: int) -> Callable[..., Any]:
         def hook(router: Any, inputs: Any, output: Any) -> Any:
             scores, indices = places_of(router, output)
-            logits_TE = logits_of(router, output)
+            sharded = autoep.is_router(router)
+            logits_TE = router.gate(inputs[0]) if sharded else logits_of(router, output)
             taken_TK = decide(layer, logits_TE, output[indices])
             gates_TK = rules[type(router)].gates(logits_TE, taken_TK)
             changed = list(output)
             changed[scores] = gates_TK.to(output[scores].dtype)
             changed[indices] = taken_TK.to(output[indices].dtype)
+            if sharded:  # how many tokens each expert is sent
+                counts_E = torch.bincount(taken_TK.reshape(-1), minlength=logits_TE.shape[1])
+                changed[2] = counts_E.to(output[2].dtype)
             return tuple(changed)
 
         return hook

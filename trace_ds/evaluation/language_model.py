@@ -68,12 +68,29 @@ class ModelSettings:
     batch_rows: int
 
 
+@dataclass(frozen=True)
+class Sharding:
+    """How a model lies on the ranks of a job: ``ep`` of them share its experts; at ``zero_stage`` 3 each holds a part
+    of every weight that it would otherwise hold whole."""
+
+    ep: int = 1
+    zero_stage: int = 0
+
+    @property
+    def whole(self) -> bool:
+        """Every rank holds the whole model."""
+        return self.ep == 1 and self.zero_stage == 0
+
+
 class LanguageModel:
     """A causal language model with the tokenizer of the run; made by :func:`loaded`.
 
-    With a ``world`` of several processes each holds the whole model and takes every so many-th *batch*; all processes
-    call the same methods and get all results. The batches are those of a single process, so are the numbers, bit for
-    bit on the same kind of device.
+    With a ``world`` of several processes each takes every so many-th *batch*; all processes call the same methods and
+    get all results. The batches are those of a single process, and where each holds the whole model so are the numbers,
+    bit for bit on the same kind of device.
+
+    In ``lockstep`` a model is sharded: its ranks exchange tokens or weights in every layer, so all of them make a
+    forward pass or none. Numbers are then those of a single process up to rounding.
     """
 
     def __init__(
@@ -83,11 +100,17 @@ class LanguageModel:
         settings: ModelSettings,
         where: str,
         world: World | None = None,
+        *,
+        lockstep: bool = False,
     ) -> None:
         self.model, self.tokenizer, self.settings, self.where, self.world = model, tokenizer, settings, where, world
+        self.lockstep = lockstep
 
     def shared_out(self, batches: list[T], do: Callable[[T], R], advance: Callable[[T], None]) -> list[R]:
         """``do`` of every batch, in order, each done by one process and known to all.
+
+        In lockstep a process for which the last round leaves no batch does one again, and one that has diverged goes
+        on: ``do`` must make the same number of forward passes for every batch.
 
         Raises:
             Diverged: ``do`` raised it, on any process.
@@ -95,13 +118,20 @@ class LanguageModel:
         rank, size = (self.world.rank, self.world.size) if self.world is not None else (0, 1)
         mine: list[R] = []
         diverged = False
-        for batch in batches[rank::size]:
+        for first in range(0, len(batches), size):
+            number = first + rank
+            if number >= len(batches) and not self.lockstep:
+                break
             try:
-                mine.append(do(batch))
+                done = do(batches[min(number, len(batches) - 1)])
             except Diverged:
                 diverged = True
-                break
-            advance(batch)
+                if not self.lockstep:
+                    break
+                continue
+            if number < len(batches):
+                mine.append(done)
+                advance(batches[number])
         if self.world is None or size == 1:
             if diverged:
                 raise Diverged
@@ -267,6 +297,7 @@ class LanguageModel:
             generation_config=GenerationConfig(
                 do_sample=False, max_new_tokens=max(lengths), eos_token_id=eos, pad_token_id=self.pad_id
             ),
+            synced_gpus=self.lockstep,
         )
         new = [row[:length] for row, length in zip(output_BS[:, longest:].tolist(), lengths, strict=True)]
         return [row[: row.index(eos)] if eos in row else row for row in new]
@@ -274,16 +305,56 @@ class LanguageModel:
 
 @contextlib.contextmanager
 def loaded(
-    path: str, tokenizer: PreTrainedTokenizerBase, settings: ModelSettings, world: World | None = None
+    path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: ModelSettings,
+    world: World | None = None,
+    sharding: Sharding = Sharding(),
 ) -> Iterator[LanguageModel]:
     """Load a local model directory for inference and free it afterwards; never runs code that ships with it.
 
-    On the GPU if there is one (a single process spreads a model that does not fit into one over all of them).
+    Whole: plain transformers, on the GPU if there is one (a single process spreads a model that does not fit into one
+    over all of them). Sharded over the ranks of ``world`` (collective): a DeepSpeed engine, each reading its share.
 
     Raises:
         UserError: the directory is damaged or its weights do not fit its configuration.
     """
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers import GenerationConfig
+
+    lockstep = world is not None and world.size > 1 and not sharding.whole
+    opened = (
+        _sharded(path, settings, world, sharding) if world is not None and lockstep else _whole(path, settings, world)
+    )
+    with opened as model:
+        if model.config.vocab_size < len(tokenizer):
+            raise UserError(
+                f"the tokenizer has {len(tokenizer)} tokens and the model {model.config.vocab_size}",
+                path,
+                "give the model the run's tokenizer",
+            )
+        model.generation_config = GenerationConfig()  # the directory's may sample or penalise repetition
+        yield LanguageModel(model, tokenizer, settings, path, world, lockstep=lockstep)
+
+
+@contextlib.contextmanager
+def _sharded(path: str, settings: ModelSettings, world: World, sharding: Sharding) -> Iterator[Any]:
+    from trace_ds.models.engine import inference_engine
+    from trace_ds.models.families import check_expert_parallel, inspect_model
+
+    info = world.broadcast_agreed(lambda: inspect_model(path))
+    check_expert_parallel(info, sharding.ep, world.size, "evaluation.ep")
+    engine = inference_engine(info, world, dtype=settings.dtype, ep=sharding.ep, zero_stage=sharding.zero_stage)
+    try:
+        yield engine.module
+    finally:
+        engine.destroy()
+        del engine
+        _free()
+
+
+@contextlib.contextmanager
+def _whole(path: str, settings: ModelSettings, world: World | None) -> Iterator[Any]:
+    from transformers import AutoModelForCausalLM
     from transformers.utils import logging as hugging_face
 
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[settings.dtype]
@@ -312,24 +383,20 @@ def loaded(
                     path,
                     "the weights do not fit config.json: convert or copy the model again",
                 )
-        if model.config.vocab_size < len(tokenizer):
-            raise UserError(
-                f"the tokenizer has {len(tokenizer)} tokens and the model {model.config.vocab_size}",
-                path,
-                "give the model the run's tokenizer",
-            )
         for name, buffer in model.named_buffers():
             if name.endswith("inv_freq") and buffer.dtype != torch.float32:
                 raise RuntimeError(f"{name} is {buffer.dtype}: rotary frequencies must stay float32")
-        model.generation_config = GenerationConfig()  # the directory's may sample or penalise repetition
         adopt(model)
-        model.eval()
-        yield LanguageModel(model, tokenizer, settings, path, world)
+        yield model.eval()
     finally:
         del model
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        _free()
+
+
+def _free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _placement(path: str, dtype: torch.dtype, world: World | None) -> str | dict[str, int] | None:
@@ -348,5 +415,9 @@ def _placement(path: str, dtype: torch.dtype, world: World | None) -> str | dict
     if files.parameters * dtype.itemsize <= 0.8 * free_bytes:
         return {"": device}
     if world is not None and world.size > 1:
-        raise UserError("the model does not fit into one GPU", path, "evaluate in one process: --nproc 1")
+        raise UserError(
+            "the model does not fit into one GPU",
+            path,
+            "share it among the processes: evaluation.ep, or evaluation.zero_stage: 3",
+        )
     return "auto"

@@ -111,14 +111,21 @@ def import_muon() -> None:
 
 
 def inference_engine(
-    info: ModelInfo, world: World, *, dtype: str, ep: int, kernel: str = "auto", parts: ModelParts | None = None
+    info: ModelInfo,
+    world: World,
+    *,
+    dtype: str,
+    ep: int,
+    zero_stage: int = 0,
+    kernel: str = "auto",
+    parts: ModelParts | None = None,
 ) -> Any:
     """A forward-only DeepSpeed engine; ``kernel`` is ``statistics.expert_kernel``.
 
-    Families with expert parallelism: ZeRO stage 0, experts sharded over ``ep`` ranks by AutoEP. Others: ZeRO stage 3
-    when there is more than one process.
+    Experts are sharded over ``ep`` ranks by AutoEP; at ``zero_stage`` 3 (which families without expert parallelism
+    always have when there is more than one process) every rank keeps a part of each weight.
     """
-    stage = 3 if info.family.autoep_preset is None and world.size > 1 else 0
+    stage = 3 if info.family.autoep_preset is None and world.size > 1 else zero_stage
     ds_config = base_ds_config(ep=ep, info=info, zero_stage=stage)
     if stage == 3:
         ds_config["bf16"] = {"enabled": dtype == "bf16"}

@@ -102,26 +102,26 @@ def _unsupported(files: ModelFiles, what: str) -> UserError:
     return UserError(what, str(files.path), fix)
 
 
-def check_expert_parallel(info: ModelInfo, ep: int, world_size: int) -> None:
+def check_expert_parallel(info: ModelInfo, ep: int, world_size: int, key: str = "distributed.ep") -> None:
     """The family must have expert parallelism, and its size must divide the experts and the world size."""
     if ep > 1 and info.family.autoep_preset is None:
         raise UserError(
             f"the model family {info.family.model_type!r} has no expert parallelism (its experts are sharded by "
             "ZeRO-3 instead)",
-            "distributed.ep",
+            key,
             "use --ep 1",
         )
     if info.experts % ep:
         divisors = [size for size in range(1, info.experts + 1) if info.experts % size == 0]
         raise UserError(
             f"expert-parallel size {ep} does not divide the {info.experts} experts of the model",
-            "distributed.ep",
+            key,
             f"use one of {divisors}",
         )
     if world_size % ep:
         raise UserError(
             f"expert-parallel size {ep} does not divide the world size {world_size}",
-            "distributed.ep",
+            key,
             f"use a divisor of {world_size}, or start a multiple of {ep} processes (--nproc)",
         )
 

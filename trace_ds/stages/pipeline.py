@@ -172,6 +172,9 @@ def _check_early(verb: str, request: Request, world_size: int | None, *, downloa
         )
     if verb in ("run", "evaluate") and world_size is None:
         check_process_count(config.evaluation.nproc, accelerator_count(), os.cpu_count() or 1, "evaluation.nproc")
+    if verb in ("run", "evaluate"):
+        nproc = (world_size if verb == "evaluate" else None) or config.evaluation.nproc
+        check_expert_parallel(inspect_model(config.model.path), config.evaluation.ep, nproc, "evaluation.ep")
     if verb in ("run", *DISTRIBUTED):
         nproc = world_size or process_count(config)
         if world_size is None:

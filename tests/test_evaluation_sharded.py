@@ -1,0 +1,151 @@
+"""A model that is sharded over the ranks of a job has the scores of one that each of them holds whole."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+from distributed import run_distributed
+from test_evaluation_models import SETTINGS, random_sequences
+from test_evaluation_stage import Case, case, evaluate_on, write_lines  # noqa: F401 (case is a fixture)
+
+from trace_ds.corpora.dataset import TokenDataset
+from trace_ds.errors import UserError
+from trace_ds.evaluation.drift import sample_routing
+from trace_ds.evaluation.language_model import LanguageModel, Sharding, loaded
+from trace_ds.models.families import FAMILIES
+from trace_ds.stages.evaluate import evaluate
+from trace_ds.stages.pipeline import Request, check_early
+
+SHARDED = {2: [Sharding(1, 3), Sharding(2, 0), Sharding(2, 3)], 4: [Sharding(4, 0), Sharding(2, 3)]}
+FOUR = ("mixtral", "deepseek_v3")  # the families tried on four ranks
+
+
+def measured(model: LanguageModel, dataset: str) -> dict[str, Any]:
+    """Everything that metrics ask of a model, of more batches than ranks and not as many for each."""
+    sequences = random_sequences(21)
+    prompts = [list(sequence.ids[:8]) for sequence in sequences[:9]]
+    lengths = [3 + number % 5 for number in range(9)]
+    scores = model.score(sequences, moments=True)
+    return {
+        "log_prob": np.concatenate([score.log_prob for score in scores]),
+        "deviation": np.concatenate([score.deviation for score in scores]),  # type: ignore[misc]
+        "is_argmax": np.concatenate([score.is_argmax for score in scores]),
+        "greedy": model.continue_greedily(prompts, lengths),
+        "routing": np.sort(sample_routing(model, TokenDataset.open(Path(dataset)), 11, 2).indices_TLK),
+    }
+
+
+def sharded_measurements(world: Any, models: dict[str, str], dataset: str) -> dict[str, list[Any]]:
+    from transformers import AutoTokenizer
+
+    found: dict[str, list[Any]] = {}
+    for family, path in models.items():
+        for sharding in SHARDED[world.size]:
+            if family not in FAMILIES and sharding.ep > 1:
+                continue
+            with loaded(path, AutoTokenizer.from_pretrained(path), SETTINGS, world, sharding) as model:
+                held = sum(
+                    p.ds_tensor.numel() if hasattr(p, "ds_tensor") else p.numel() for p in model.model.parameters()
+                )
+                found.setdefault(family, []).append((sharding, held, measured(model, dataset)))
+    return found
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("families")
+    return {family: str(tiny.make_model(folder / family, family)) for family in [*sorted(FAMILIES), "gpt_oss"]}
+
+
+@pytest.fixture(scope="module")
+def dataset(models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> str:
+    from trace_ds.config.load import load_config
+    from trace_ds.run.directory import RunDirectory
+    from trace_ds.stages.prepare import prepare
+
+    folder = tmp_path_factory.mktemp("rows")
+    run = RunDirectory(folder / "run")
+    run.path.mkdir()
+    prepare(load_config(str(tiny.write_config(folder, Path(models["mixtral"]))))[0], run)
+    return str(run.data / "forget.arrow")
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_scores_are_those_of_a_whole_model(world: int, models: dict[str, str], dataset: str) -> None:
+    from transformers import AutoTokenizer
+
+    tried = models if world == 2 else {family: models[family] for family in FOUR}
+    ranks = run_distributed(sharded_measurements, world, tried, dataset)
+    for family, path in tried.items():
+        with loaded(path, AutoTokenizer.from_pretrained(path), SETTINGS) as model:
+            alone, whole = measured(model, dataset), sum(p.numel() for p in model.model.parameters())
+        for sharding, held, found in (entry for rank in ranks for entry in rank[family]):
+            told = f"{family} {sharding}"
+            assert held < whole / (world if sharding.zero_stage == 3 else 1) * 1.1, told
+            assert np.allclose(found["log_prob"], alone["log_prob"], atol=1e-5), told
+            assert np.allclose(found["deviation"], alone["deviation"], atol=1e-5), told
+            assert np.array_equal(found["is_argmax"], alone["is_argmax"]), told
+            assert found["greedy"] == alone["greedy"], told
+            assert np.array_equal(found["routing"], alone["routing"]), told
+
+
+def close(found: Any, expected: Any, where: str = "") -> None:
+    """Equal in everything but the last digits of numbers."""
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys(), where
+        for key in expected:
+            close(found[key], expected[key], f"{where}.{key}")
+    elif isinstance(expected, list):
+        assert len(found) == len(expected), where
+        for number, pair in enumerate(zip(found, expected, strict=True)):
+            close(*pair, f"{where}[{number}]")
+    elif isinstance(expected, float):
+        assert found == pytest.approx(expected, rel=2e-4, abs=1e-5), where
+    else:
+        assert found == expected, where
+
+
+@pytest.mark.parametrize(("ep", "zero_stage"), [(2, 0), (1, 3)])
+def test_a_whole_evaluation(case: Case, tmp_path: Path, ep: int, zero_stage: int) -> None:  # noqa: F811
+    """Every kind of task, the drift, both attacks (relearning where each process holds whole weights but experts)."""
+    forget, retain = (case.raw["data"][side][0]["path"] for side in ("forget", "retain"))
+    questions = [{"question": f"w{n} w3", "answer": f"w{n}"} for n in range(5)]
+    asked = write_lines(tmp_path / "asked.jsonl", questions)
+    case.raw["evaluation"]["tasks"] += [
+        {"name": "mia", "type": "membership", "path": forget, "holdout": retain, "role": "forget"},
+        {"name": "extract", "type": "extraction", "path": forget, "role": "forget"},
+        {"name": "know", "type": "knowmem", "path": asked, "examples": asked, "role": "utility"},
+    ]
+    for name in ("original", "gold", "unlearned"):  # room for the ten solved questions
+        path = tmp_path / name / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"max_position_embeddings": 128}))
+    shutil.copy(tmp_path / "unlearned" / "config.json", case.run.model)
+    relearning = {"steps": 2, "rows": 4, "lr": 1e-2} if zero_stage == 0 else None
+    case.raw["evaluation"] |= {"expert_forcing": True, "relearning": relearning}
+    evaluate(case.config(), case.run)
+    alone = {name: case.result(name) for name in ("original", "gold", "unlearned")}
+    shutil.rmtree(case.run.evaluation)
+    case.raw["evaluation"] |= {"ep": ep, "zero_stage": zero_stage}
+    assert run_distributed(evaluate_on, 2, case.raw, str(case.run.path)) == [True, False]
+    for name, expected in alone.items():
+        close(case.result(name), expected, name)
+    assert case.result("unlearned")["drift"] and case.result("gold")["attacks"]["expert_forcing"]
+
+
+def test_bad_shapes(case: Case) -> None:  # noqa: F811
+    def refused(world_size: int | None, **evaluation: Any) -> str:
+        with pytest.raises(UserError) as caught:
+            check_early("evaluate", Request(case.config(**evaluation), case.run), world_size)
+        return str(caught.value)
+
+    assert "evaluation.ep: expert-parallel size 2 does not divide the world size 1" in refused(None, ep=2)
+    assert "expert-parallel size 3 does not divide the 4 experts" in refused(3, ep=3)
+    with pytest.raises(UserError, match="each process would hold a part of every weight"):
+        evaluate(case.config(zero_stage=3, relearning={"steps": 1}), case.run)
+    assert not case.run.evaluation.exists()
