@@ -139,6 +139,8 @@ def test_a_whole_evaluation(case: Case, tmp_path: Path, ep: int, zero_stage: int
 
 
 def test_bad_shapes(case: Case) -> None:  # noqa: F811
+    shutil.rmtree(case.run.model)  # nothing marks it as ours
+
     def refused(world_size: int | None, **evaluation: Any) -> str:
         with pytest.raises(UserError) as caught:
             check_early("evaluate", Request(case.config(**evaluation), case.run), world_size)
@@ -146,6 +148,7 @@ def test_bad_shapes(case: Case) -> None:  # noqa: F811
 
     assert "evaluation.ep: expert-parallel size 2 does not divide the world size 1" in refused(None, ep=2)
     assert "expert-parallel size 3 does not divide the 4 experts" in refused(3, ep=3)
+    shutil.copytree(case.run.path.parent / "unlearned", case.run.model)
     with pytest.raises(UserError, match="each process would hold a part of every weight"):
         evaluate(case.config(zero_stage=3, relearning={"steps": 1}), case.run)
     assert not case.run.evaluation.exists()
