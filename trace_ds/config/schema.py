@@ -386,6 +386,11 @@ class EvaluateConfig(Section):
 
     every: Integer | None = Field(None, ge=1, description="Steps between evaluations; default: none.")
     rows: Integer = Field(32, ge=1, description="Rows of each corpus, evenly spaced; the same ones each time.")
+    tasks: list[str] = Field(
+        default_factory=list,
+        description="Names of evaluation.tasks that are scored as well, on the model as it is being trained: the job's "
+        "forgetting-utility curve, without a kept checkpoint. Each costs what it costs in evaluate, at every look.",
+    )
     target_forget_nll: Number | None = Field(
         None,
         gt=0,
@@ -775,12 +780,20 @@ class Config(Section):
         self._check_finetune()
         evaluate, guards = self.unlearning.evaluate, self.unlearning.guards
         for key, value in (
+            ("evaluate.tasks", evaluate.tasks or None),
             ("evaluate.target_forget_nll", evaluate.target_forget_nll),
             ("guards.max_retain_ratio", guards.max_retain_ratio),
             ("guards.min_retain_overlap", guards.min_retain_overlap),
         ):
             if value is not None and evaluate.every is None:
                 raise ValueError(f"unlearning.{key} needs unlearning.evaluate.every")
+        names = [task.name for task in self.evaluation.tasks]
+        for name in evaluate.tasks:
+            if name not in names:
+                raise ValueError(
+                    f"unlearning.evaluate.tasks names {name!r}, which is not among evaluation.tasks "
+                    f"({', '.join(names) or 'there are none'})"
+                )
         for name, changes in self.variants.items():
             for key in changes:
                 if key.split(".")[0] not in ("calibration", "unlearning", "conversion"):

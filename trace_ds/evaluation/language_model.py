@@ -159,6 +159,17 @@ class LanguageModel:
         }
         return [by_index[index] for index in range(len(by_index))]
 
+    @classmethod
+    def of_engine(
+        cls, engine: Any, tokenizer: PreTrainedTokenizerBase, settings: ModelSettings, world: World, sharding: Sharding
+    ) -> LanguageModel:
+        """The model in a DeepSpeed engine, as it stands."""
+        from transformers import GenerationConfig
+
+        engine.module.generation_config = GenerationConfig()
+        lockstep = world.size > 1 and not sharding.whole
+        return cls(engine.module, tokenizer, settings, "the engine", world, lockstep=lockstep)
+
     @property
     def device(self) -> torch.device:
         return self.model.get_input_embeddings().weight.device

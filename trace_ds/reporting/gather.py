@@ -154,13 +154,19 @@ def gather(path: Path, without: Container[str] = ()) -> RunData:
         key: evaluation for key, evaluation in evaluations.items() if key != MAIN_ARM and _step_of(key) is None
     }
     rule = (config.get("calibration") or {}).get("rule")
-    arms = [_arm(MAIN_ARM, path, rule, evaluations)]
+    arms = [_arm(MAIN_ARM, path, rule, evaluations, without)]
     variants = path / "variants"
     names = sorted(entry.name for entry in variants.iterdir() if entry.is_dir()) if variants.is_dir() else []
     for variant in [entry for entry in names if ".tmp-" not in entry and ".old-" not in entry]:
         base, changes = variants / variant, (config.get("variants") or {}).get(variant) or {}
         arms.append(
-            _arm(variant, base, changes.get("calibration.rule", rule), _evaluations(base / "evaluation", without))
+            _arm(
+                variant,
+                base,
+                changes.get("calibration.rule", rule),
+                _evaluations(base / "evaluation", without),
+                without,
+            )
         )
     arms = [arm for arm in arms if arm.calibration or arm.log or arm.checkpoints or arm.final]
     if not (artefacts or references or arms):
@@ -229,10 +235,13 @@ def _calibration(directory: Path) -> Calibration | None:
     return Calibration(arrays, diagnosis, weights, found.content)
 
 
-def _arm(label: str, base: Path, rule: str | None, evaluations: dict[str, Evaluation]) -> Arm:
+def _arm(
+    label: str, base: Path, rule: str | None, evaluations: dict[str, Evaluation], without: Container[str] = ()
+) -> Arm:
     """``rule``: what the configuration asks for, where nothing is calibrated yet."""
     calibration = _calibration(base / "calibration")
     checkpoints = {step: evaluation for key, evaluation in evaluations.items() if (step := _step_of(key)) is not None}
+    checkpoints = _curve(base, without) | checkpoints
     return Arm(
         label,
         (calibration and calibration.diagnosis.get("rule")) or rule,
@@ -252,25 +261,7 @@ def _evaluations(directory: Path, without: Container[str]) -> dict[str, Evaluati
         raw = _read(path, "evaluate")
         if "scores" not in raw:
             continue
-        try:
-            scores = [
-                Score(
-                    path.stem,
-                    str(entry["task"]),
-                    str(entry["metric"]),
-                    float(entry["value"]) if entry["value"] is not None else float("nan"),
-                    entry.get("n"),
-                    str(entry.get("role", "utility")),
-                    str(entry.get("direction", "higher")),
-                    entry.get("chance"),
-                )
-                for entry in raw["scores"]
-                if entry["task"] not in without
-            ]
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(
-                f"the evaluation is damaged ({error!r})", str(path), "make it again with `trace-ds evaluate`"
-            ) from None
+        scores = _scores(raw["scores"], path.stem, path, without)
         items = {task: logs for task, logs in (raw.get("items") or {}).items() if task not in without}
         attacks = raw.get("attacks") or {}
         forcing, relearning = (attacks.get(name) or {} for name in ("expert_forcing", "relearning"))
@@ -280,6 +271,43 @@ def _evaluations(directory: Path, without: Container[str]) -> dict[str, Evaluati
         }
         fingerprint, tasks = raw.get("model_fingerprint"), raw.get("tasks") or {}
         found[path.stem] = Evaluation(path.stem, fingerprint, scores, items, tasks, raw.get("drift"), attacks)
+    return found
+
+
+def _scores(entries: list[dict[str, Any]], model: str, path: Path, without: Container[str]) -> list[Score]:
+    """The scores in a file of ``evaluate``, or in a manifest of ``unlearn``."""
+    try:
+        return [
+            Score(
+                model,
+                str(entry["task"]),
+                str(entry["metric"]),
+                float(entry["value"]) if entry["value"] is not None else float("nan"),
+                entry.get("n"),
+                str(entry.get("role", "utility")),
+                str(entry.get("direction", "higher")),
+                entry.get("chance"),
+            )
+            for entry in entries
+            if entry["task"] not in without
+        ]
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"the evaluation is damaged ({error!r})", str(path), "make it again with `trace-ds evaluate`"
+        ) from None
+
+
+def _curve(base: Path, without: Container[str]) -> dict[int, Evaluation]:
+    """What an unlearning job scored of itself, by step, from its newest checkpoint."""
+    newest = named_by(base / "checkpoints", "latest")
+    if newest is None or not (newest / "manifest.json").is_file():
+        return {}
+    points = (_read(newest / "manifest.json", "unlearn").get("cursor") or {}).get("curve") or []
+    found = {}
+    for point in points:
+        step, model = int(point["step"]), f"step_{point['step']}"
+        if step:  # at step 0 it is the original
+            found[step] = Evaluation(model, None, _scores(point["scores"], model, newest, without), {}, {}, None, {})
     return found
 
 

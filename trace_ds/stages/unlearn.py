@@ -19,6 +19,7 @@ from trace_ds.stages.training import OPERATIONAL, Training
 from trace_ds.tensors.model_files import read_model_directory
 
 if TYPE_CHECKING:
+    from trace_ds.evaluation.items import Task
     from trace_ds.parallel.world import World
     from trace_ds.run.log import StageLog
     from trace_ds.unlearning.batches import Batches
@@ -87,6 +88,7 @@ def check_unlearn(config: Config, run: RunDirectory, world_size: int, *, verify:
         artefact.require_same(calibration, name, expected, what, "collect CONFIG and trace-ds calibrate CONFIG")
     ds_config = check_settings(config, info)
     settings = config.unlearning
+    curve_tasks(config)
     traces = {}
     if settings.evaluate.every:
         for side in ("forget", "retain"):
@@ -183,7 +185,8 @@ def unlearn(config: Config, run: RunDirectory, world: World) -> None:
             f"ZeRO stage {settings.zero_stage}, world size {world.size}, expert-parallel size {config.distributed.ep}"
         )
         [evaluator] = world.agree_each(lambda _: [make_evaluator(config, job, world)])
-        watch = Watch(evaluator, settings, log) if evaluator is not None else None
+        [score_tasks] = world.agree_each(lambda _: [make_scorer(config, engine, world)])
+        watch = Watch(evaluator, settings, log, score_tasks) if evaluator is not None else None
         start = replace(start, cursor=cursor)
         train(engine, world, batches, goal, settings, settings.steps, run, start, log, watch)
 
@@ -277,6 +280,38 @@ def make_batches(config: Config, job: UnlearnJob) -> Batches:
         datasets.get("alternative"),
         nll.get("alternative"),
     )
+
+
+def curve_tasks(config: Config) -> list[Task]:
+    """The tasks that are scored while the model is trained, with their items."""
+    from trace_ds.evaluation.items import read_tasks
+
+    return read_tasks([task for task in config.evaluation.tasks if task.name in config.unlearning.evaluate.tasks])
+
+
+def make_scorer(config: Config, engine: Any, world: World) -> Callable[[], list[dict[str, Any]]] | None:
+    """What scores the run's own tasks on the model in the engine; None when none is asked for."""
+    from trace_ds.corpora.tokenizer import load_tokenizer
+    from trace_ds.evaluation.language_model import Diverged, LanguageModel, ModelSettings, Sharding
+    from trace_ds.evaluation.tasks import run_task, score_records
+
+    tasks = curve_tasks(config)
+    if not tasks:
+        return None
+    settings = ModelSettings(config.model.dtype, config.data.add_bos, config.data.add_eos, config.evaluation.batch_rows)
+    sharding = Sharding(config.distributed.ep, 3 if config.unlearning.zero_stage == 3 else 0)
+    tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
+    model = LanguageModel.of_engine(engine, tokenizer, settings, world, sharding)
+    new, length = config.evaluation.max_new_tokens, config.data.context_length
+
+    def score() -> list[dict[str, Any]]:
+        try:
+            found = [run_task(model, task, max_new_tokens=new, context_length=length) for task in tasks]
+            return [record for result in found for record in result.scores]
+        except Diverged:
+            return [record for task in tasks for record in score_records(task, {}, len(task.items))]
+
+    return score
 
 
 def make_evaluator(config: Config, job: UnlearnJob, world: World) -> Evaluator | None:

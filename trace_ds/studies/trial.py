@@ -83,20 +83,17 @@ def run(config: Config, job: UnlearnJob, world: World, tasks: list[Task], bench:
 @contextmanager
 def _engine(config: Config, job: UnlearnJob, world: World) -> Iterator[Any]:
     """Engine, batches and goal of a job, and its model as evaluation sees it; freed at the end."""
-    from transformers import GenerationConfig
-
     from trace_ds.corpora.tokenizer import load_tokenizer
-    from trace_ds.evaluation.language_model import LanguageModel
+    from trace_ds.evaluation.language_model import LanguageModel, Sharding
     from trace_ds.stages.unlearn import make_batches, make_engine, make_goal
 
     batches = make_batches(config, job)
     engine, realignment = make_engine(config, job, world, batches)
     start = {"step": 0, "seed": config.seed}
     goal, _ = make_goal(config, job, world, engine, batches, start, realignment)
-    engine.module.generation_config = GenerationConfig()
     tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
     try:
-        model = LanguageModel(engine.module, tokenizer, _settings(config), "the engine")
+        model = LanguageModel.of_engine(engine, tokenizer, _settings(config), world, Sharding())
         yield engine, batches, goal, model
     finally:
         engine.destroy()

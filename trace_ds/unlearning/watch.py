@@ -12,7 +12,7 @@ Shape legend: B rows, S positions, N sampled tokens, L MoE layers, K top-k.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -165,18 +165,32 @@ def broken_bounds(settings: UnlearningConfig, start: Mapping[str, float], found:
 class Watch:
     """Looks at the model of an unlearning job while it trains (collective).
 
-    The job's ``cursor``, which its checkpoints keep, holds the frozen model's scores and what evaluations have led to.
+    The job's ``cursor``, which its checkpoints keep, holds the frozen model's scores, what evaluations have led to and
+    the curve: ``{"step", "scores"}`` of every look, where ``score_tasks`` scores tasks on the model as it is.
     """
 
     evaluator: Evaluator
     settings: UnlearningConfig
     log: StageLog
+    score_tasks: Callable[[], list[dict[str, Any]]] | None = None
 
     def begin(self, engine: Any, cursor: dict[str, Any], step: int) -> None:
         """Score the frozen model, unless an earlier start of the job has."""
         if "evaluation_start" not in cursor:
             start = cursor["evaluation_start"] = self.evaluator(engine)
             self.log.evaluation(step, **start)
+            self._score(engine, cursor, step)
+
+    def _score(self, engine: Any, cursor: dict[str, Any], step: int) -> None:
+        """Add a point to the curve."""
+        if self.score_tasks is None:
+            return
+        engine.eval()
+        scores = self.score_tasks()
+        engine.train()
+        cursor["curve"] = [*cursor.get("curve", []), {"step": step, "scores": scores}]
+        told = {f"{score['task']}_{score['metric']}": score["value"] for score in scores}
+        self.log.evaluation(step, **{name: value for name, value in told.items() if value is not None})
 
     def look(self, engine: Any, cursor: dict[str, Any], done: int, *, last: bool) -> Verdict | None:
         """Evaluate after step ``done``, if one is due, and act on it; what it means for the job.
@@ -189,6 +203,7 @@ class Watch:
             return None
         found = self.evaluator(engine)
         self.log.evaluation(done, **found)
+        self._score(engine, cursor, done)
         verdict = judge(self.settings, cursor["evaluation_start"], found, cursor.get("back_offs", 0), last=last)
         if verdict.action == "stop":
             raise JobFailed(

@@ -1,0 +1,85 @@
+"""The forgetting-utility curve that an unlearning job writes of itself, on the sharded model, while it trains."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jobs
+import pytest
+from distributed import run_distributed
+from test_unlearn import calibrated, copy_of  # noqa: F401 (calibrated is a fixture)
+
+from trace_ds.config.load import load_config
+from trace_ds.errors import UserError
+from trace_ds.reporting.gather import gather
+from trace_ds.run.directory import RunDirectory
+from trace_ds.stages.convert import convert
+from trace_ds.stages.evaluate import evaluate
+
+TASKS = ["questions_forget", "questions_utility"]
+CURVE = ["unlearning.evaluate.every=2", f"unlearning.evaluate.tasks={json.dumps(TASKS)}", "unlearning.save_every=2"]
+CHECKPOINTS = ["evaluation.checkpoints=true", "evaluation.drift=false", "unlearning.keep_every=2"]
+
+
+def shard_bytes(run: Path) -> dict[str, bytes]:
+    """What the last checkpoint holds beside its manifest, by file."""
+    newest = run / "checkpoints" / (run / "checkpoints" / "latest").read_text().strip()
+    return {
+        path.name: path.read_bytes()
+        for path in sorted(newest.rglob("*"))
+        if path.is_file() and "manifest" not in path.name
+    }
+
+
+def curve_of(run: Path, step: int) -> list[dict[str, Any]]:
+    return json.loads((run / "checkpoints" / f"step_{step:06d}" / "manifest.json").read_text())["cursor"]["curve"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("world", "ep", "stage", "loss"), [(1, 1, 3, "rmu"), (2, 2, 3, "npo"), (2, 1, 3, "npo"), (2, 2, 1, "rmu")]
+)
+def test_a_curve_is_the_scores_of_the_checkpoints_and_changes_nothing(
+    calibrated: tuple[Path, Path],  # noqa: F811
+    tmp_path: Path,
+    world: int,
+    ep: int,
+    stage: int,
+    loss: str,
+) -> None:
+    config, prepared = calibrated
+    shape = [f"distributed.ep={ep}", f"unlearning.zero_stage={stage}", f"unlearning.forget_loss={loss}"]
+    looked, unseen = copy_of(prepared, tmp_path / "looked"), copy_of(prepared, tmp_path / "unseen")
+    stopped = [*shape, *CURVE, *CHECKPOINTS]
+    run_distributed(jobs.unlearn_job, world, str(config), str(looked), [*stopped, "unlearning.steps=2"])
+    run_distributed(jobs.unlearn_job, world, str(config), str(looked), [*stopped, "unlearning.steps=5"])  # goes on
+    every = "unlearning.evaluate.every=2"  # as many layers are held
+    run_distributed(jobs.unlearn_job, world, str(config), str(unseen), [*shape, every, "unlearning.steps=5"])
+    assert shard_bytes(looked) == shard_bytes(unseen)
+    curve = curve_of(looked, 5)
+    assert [point["step"] for point in curve] == [0, 2, 4, 5]
+    loaded, _ = load_config(str(config), [*stopped, "unlearning.steps=5"], looked)
+    run = RunDirectory.at(looked)
+    convert(loaded, run)
+    evaluate(loaded, run)
+    for point, name in zip(curve, ("original", "step_2", "step_4", "unlearned"), strict=True):
+        scores = json.loads((looked / "evaluation" / f"{name}.json").read_text())["scores"]
+        assert [score["value"] for score in point["scores"]] == pytest.approx(
+            [score["value"] for score in scores], abs=1e-6
+        )
+        assert [score | {"value": 0} for score in point["scores"]] == [score | {"value": 0} for score in scores]
+    for path in (looked / "evaluation").glob("step_*.json"):
+        path.unlink()
+    drawn = gather(looked).arms[0].checkpoints  # the report has the curve without a checkpoint scored
+    assert list(drawn) == [2, 4, 5]
+    assert [score.value for score in drawn[4].scores] == [score["value"] for score in curve[2]["scores"]]
+
+
+def test_tasks_of_a_curve_are_named(calibrated: tuple[Path, Path]) -> None:  # noqa: F811
+    config, run = calibrated
+    with pytest.raises(UserError, match=r"names 'questions', which is not among evaluation.tasks .questions_forget, "):
+        load_config(str(config), ['unlearning.evaluate.tasks=["questions"]', "unlearning.evaluate.every=2"], run)
+    with pytest.raises(UserError, match=r"unlearning.evaluate.tasks needs unlearning.evaluate.every"):
+        load_config(str(config), [f"unlearning.evaluate.tasks={json.dumps(TASKS)}"], run)
