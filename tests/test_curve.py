@@ -64,7 +64,7 @@ def test_a_curve_is_the_scores_of_the_checkpoints_and_changes_nothing(
     run = RunDirectory.at(looked)
     convert(loaded, run)
     evaluate(loaded, run)
-    for point, name in zip(curve, ("original", "step_2", "step_4", "unlearned"), strict=True):
+    for point, name in zip(curve, ("original", "step_000002", "step_000004", "unlearned"), strict=True):
         scores = json.loads((looked / "evaluation" / f"{name}.json").read_text())["scores"]
         assert [score["value"] for score in point["scores"]] == pytest.approx(
             [score["value"] for score in scores], abs=1e-6
