@@ -127,7 +127,13 @@ def test_decisions_by_hand() -> None:
 
     result = choice.decide([item, item], [*scores(False), *scores(True)])
     assert [log["log_prob"] for log in result.logs] == [[-9, -2, -4, -7]] * 2
-    assert result.metrics() == {"accuracy": 0.0, "accuracy_norm": 1.0, "exact_match": 0.5}
+    right = np.exp(-4.0) / np.exp([-9.0, -2.0, -4.0, -7.0]).sum()
+    assert result.metrics() == {
+        "accuracy": 0.0,
+        "accuracy_norm": 1.0,
+        "exact_match": 0.5,
+        "choice_probability": pytest.approx(right, rel=1e-12),
+    }
     with pytest.raises(ValueError, match="no items"):
         result.metrics(np.zeros(2, dtype=bool))
     with pytest.raises(ValueError, match="8 scores for 1"):

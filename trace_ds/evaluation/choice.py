@@ -7,7 +7,8 @@ accuracy_norm are ``acc`` and ``acc_norm`` of lm-evaluation-harness (multiple_ch
 harness leaves the BOS token to the tokenizer: where that adds none by itself and ``data.add_bos`` does (or the other
 way round), its numbers are those of another text, which a model can find harder. Greedy decoding reproduces a text
 exactly if and only if every one of its tokens is the argmax given the tokens before it, so exact_match needs no
-generation.
+generation. choice_probability does not sit at a ceiling: softmax over the choices of their log-probabilities (our
+decision: summed over tokens, as accuracy compares them).
 
 Shape legend: I items, C choices.
 """
@@ -25,6 +26,8 @@ from trace_ds.evaluation.outcome import Outcome, rounded
 
 def decide(items: list[ChoiceItem], scores: list[TokenScores]) -> Outcome:
     """From the token scores of all completions (item by item, choice by choice) to decisions; pure."""
+    from scipy.special import softmax
+
     if len(scores) != len(items) * CHOICES:
         raise ValueError(f"{len(scores)} scores for {len(items)} items of {CHOICES} choices")
     log_prob_IC = np.array([score.log_prob.sum(dtype=np.float64) for score in scores]).reshape(-1, CHOICES)
@@ -48,8 +51,14 @@ def decide(items: list[ChoiceItem], scores: list[TokenScores]) -> Outcome:
         }
         for number, item in enumerate(items)
     ]
-    columns = {"accuracy": predicted_I == answer_I, "accuracy_norm": predicted_norm_I == answer_I}
-    return Outcome(columns | {"exact_match": exact_I}, logs, [item.source for item in items])
+    probability_IC = softmax(log_prob_IC, axis=1)
+    columns = {
+        "accuracy": predicted_I == answer_I,
+        "accuracy_norm": predicted_norm_I == answer_I,
+        "exact_match": exact_I,
+        "choice_probability": probability_IC[np.arange(len(items)), answer_I],
+    }
+    return Outcome(columns, logs, [item.source for item in items])
 
 
 def evaluate_choice(

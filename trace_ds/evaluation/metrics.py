@@ -27,6 +27,9 @@ METRICS = {
     ),
     "accuracy_norm": Metric("the same per character of the choice; 0 … 1, chance 0.25", CHOICE_CHANCE),
     "exact_match": Metric("share of questions answered word for word by greedy decoding; 0 … 1, chance 0"),
+    "choice_probability": Metric(
+        "mean probability of the right choice among the choices; 0 … 1, chance 0.25", CHOICE_CHANCE
+    ),
     "acc": Metric("lm-eval's accuracy, zero-shot by letter; 0 … 1, chance 0.25", CHOICE_CHANCE),
     "acc_norm": Metric("lm-eval's accuracy per character of the choice; 0 … 1, chance 0.25", CHOICE_CHANCE),
     "rouge_l": Metric(
@@ -67,7 +70,7 @@ METRICS = {
     },
 }
 TASK_METRICS = {
-    "choice": ("accuracy", "accuracy_norm", "exact_match"),
+    "choice": ("accuracy", "accuracy_norm", "exact_match", "choice_probability"),
     "verbatim": ("rouge_l", "exact_tokens"),
     "perplexity": ("perplexity",),
     "knowmem": ("rouge_l",),
