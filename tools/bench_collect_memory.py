@@ -1,6 +1,6 @@
-"""Peak host memory of loading a model and of token losses, ours and the plain way.
+"""Peak host memory of loading a model, of token losses and of scoring, ours and the plain way.
 
-    python tools/bench_collect_memory.py                # both; 2 GB of disk, 10 GB of memory
+    python tools/bench_collect_memory.py                # all; 4.4 GB of disk, 10 GB of memory
     python tools/bench_collect_memory.py --what nll --json
 
 * ``nll``: the losses of 4,096 tokens at vocabulary 150,000, hidden size 256, fp32: in pieces, and from the full logits.
@@ -8,6 +8,8 @@
   its ZeRO-3 partitions, or first the whole model as from_pretrained does. A small model is loaded first, so that
   imports are not counted. ``peak_less_largest_over_share`` is (peak - largest tensor) / what the rank holds at the end;
   above 1.3 for our ways the exit status is 1.
+* ``scoring``: what `evaluate` does with a model of 2.2 billion parameters (bf16, 4.4 GB) on one process that holds it
+  whole, and on two and four that share it: ``evaluation.ep``, and with it ``evaluation.zero_stage: 3``.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tools.bench_collect import build
+from trace_ds.parallel.environment import free_port
 
 SHAPE = {
     "num_hidden_layers": 24,
@@ -38,6 +41,8 @@ SHAPE = {
     "vocab_size": 32000,
 }
 LIMIT = 1.3
+SCORED_SHAPE = SHAPE | {"num_hidden_layers": 48}
+SCORED_TOKENS, SCORED_ROWS = 128, 8
 SMALL_SHAPE = SHAPE | {"hidden_size": 128, "intermediate_size": 64, "num_hidden_layers": 2}
 
 
@@ -77,34 +82,69 @@ def nll_memory(vocabulary: int = 150_000, tokens: int = 4096) -> dict[str, float
 
 def loading_memory(world: int = 2) -> dict[str, Any]:
     """Peak host memory of each of ``world`` ranks (one expert-parallel group), our way and by from_pretrained."""
-    from trace_ds.parallel.environment import free_port
-
     with tempfile.TemporaryDirectory() as folder:
         me = [sys.executable, __file__, "--folder", folder]
         subprocess.run([*me, "--what", "save-model"], check=True)
-        found: dict[str, Any] = {}
-        for way in ("share", "share-zero3", "from_pretrained"):
-            port = str(free_port())
-            ranks = [
-                subprocess.Popen(
-                    [*me, "--what", f"load-{way}"],
-                    env=os.environ
-                    | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
-                    | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"},
-                    stdout=subprocess.PIPE,
-                    text=True,
-                )
-                for rank in range(world)
-            ]
-            lines = [process.communicate()[0].strip().splitlines()[-1] for process in ranks]
-            found[way] = [json.loads(line) for line in lines]
-    return found
+        return {
+            way: run_ranks([*me, "--what", f"load-{way}"], world) for way in ("share", "share-zero3", "from_pretrained")
+        }
 
 
-def save_model(folder: Path) -> None:
+def run_ranks(command: list[str], world: int) -> list[Any]:
+    """What every rank of a job prints last."""
+    port = str(free_port())
+    ranks = [
+        subprocess.Popen(
+            command,
+            env=os.environ
+            | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+            | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(world)
+    ]
+    return [json.loads(process.communicate()[0].strip().splitlines()[-1]) for process in ranks]
+
+
+def scoring_memory() -> dict[str, Any]:
+    """Peak host memory of each rank that scores the same rows: whole, and shared by 2 and 4."""
+    with tempfile.TemporaryDirectory() as folder:
+        me = [sys.executable, __file__, "--folder", folder]
+        subprocess.run([*me, "--what", "save-scored"], check=True)
+        ways = {"whole": (1, 1, 0), "ep 2": (2, 2, 0), "ep 2, ZeRO-3": (2, 2, 3), "ep 4, ZeRO-3": (4, 4, 3)}
+        return {
+            name: run_ranks([*me, "--what", f"score-{ep}-{stage}"], world) for name, (world, ep, stage) in ways.items()
+        }
+
+
+def score_and_measure(folder: Path, ep: int, zero_stage: int) -> dict[str, float]:
+    """One rank: the peak while the model is loaded and rows are scored (a small model first, for the imports)."""
+    from transformers import PreTrainedTokenizerFast
+
+    from trace_ds.evaluation.language_model import ModelSettings, Sequence, Sharding, loaded
+    from trace_ds.models.weight_files import held
+    from trace_ds.parallel.world import join
+
+    world = join(threads=1, timeout_minutes=10)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    settings = ModelSettings("bf16", add_bos=False, add_eos=False, batch_rows=2)
+    rows = [Sequence(tuple(range(3 + row, 3 + row + SCORED_TOKENS)), 1) for row in range(SCORED_ROWS)]
+    for path in (folder / "small", folder):
+        before = reset_peak()
+        with loaded(str(path), tokenizer, settings, world, Sharding(ep, zero_stage)) as model:
+            model.score(rows)
+            parameters = list(model.model.parameters())
+            share = sum(held(parameter)[0].numel() * parameter.element_size() for parameter in parameters)
+            peak = peak_bytes() - before
+            del parameters
+    return {"share_gb": share / 1e9, "peak_gb": peak / 1e9, "peak_over_share": peak / share}
+
+
+def save_model(folder: Path, shape: dict[str, Any]) -> None:
     import torch
 
-    for path, chosen in ((folder, SHAPE), (folder / "small", SMALL_SHAPE)):
+    for path, chosen in ((folder, shape), (folder / "small", SMALL_SHAPE)):
         model = build("mixtral", chosen, torch.bfloat16, torch.device("cpu"))
         model.save_pretrained(path, max_shard_size="500MB")
 
@@ -161,23 +201,39 @@ def load_engine(folder: Path, way: str, world: Any) -> Any:
     return quiet_deepspeed().initialize(model=model.requires_grad_(False), config=ds_config)[0]
 
 
+def save_tokenizer(folder: Path) -> None:
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(WordLevel({"<s>": 0, "</s>": 1, "<unk>": 2}, unk_token="<unk>"))
+    PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+
+
+KINDS = {"nll": nll_memory, "loading": loading_memory, "scoring": scoring_memory}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print one JSON object on one line")
-    parser.add_argument("--what", default="all", help="all, nll or loading")
+    parser.add_argument("--what", default="all", help="all, nll, loading or scoring")
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.what == "save-model":
-        save_model(arguments.folder)
+        save_model(arguments.folder, SHAPE)
+    elif arguments.what == "save-scored":
+        save_model(arguments.folder, SCORED_SHAPE)
+        save_tokenizer(arguments.folder)
+    elif arguments.what.startswith("score-"):
+        ep, stage = map(int, arguments.what.removeprefix("score-").split("-"))
+        print(json.dumps(score_and_measure(arguments.folder, ep, stage)), flush=True)
+        os._exit(0)
     elif arguments.what.startswith("load-"):
         print(json.dumps(load_and_measure(arguments.folder, arguments.what.removeprefix("load-"))), flush=True)
         os._exit(0)
-    elif arguments.what in ("all", "nll", "loading"):
-        result: dict[str, Any] = {}
-        if arguments.what != "loading":
-            result["nll"] = nll_memory()
-        if arguments.what != "nll":
-            result["loading"] = loading_memory()
+    elif arguments.what in ("all", *KINDS):
+        chosen = KINDS if arguments.what == "all" else (arguments.what,)
+        result: dict[str, Any] = {name: KINDS[name]() for name in chosen}
         print(json.dumps(result, indent=None if arguments.json else 1))
         sys.exit(int(exceeds(result.get("loading", {}))))
     else:

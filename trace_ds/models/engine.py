@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -18,6 +19,7 @@ from trace_ds.models.loading import ModelParts, load_share
 from trace_ds.parallel.world import World, quiet_deepspeed
 
 WIDE_EXPERT = 8192
+M_MMAP_THRESHOLD, LARGE_BYTES, LARGEST_BYTES = -3, 1 << 20, 1 << 25  # glibc's malloc.h; its limit on 64 bits
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -48,7 +50,24 @@ def quick_collections() -> Iterator[None]:
         gc.unfreeze()
 
 
+@contextlib.contextmanager
+def large_tensors_apart() -> Iterator[None]:
+    """Inside, tensors of a megabyte and more have memory of their own, which is the system's again when they go.
+
+    After the first that goes, glibc would take those of up to 32 MB from its heap, and what is made between them would
+    keep the heap as large as it was: half as much again as a rank's share of a model was held so.
+    """
+    libc = ctypes.CDLL(None)
+    set_option = getattr(libc, "mallopt", lambda option, value: None)  # not everywhere
+    set_option(M_MMAP_THRESHOLD, LARGE_BYTES)
+    try:
+        yield
+    finally:
+        set_option(M_MMAP_THRESHOLD, LARGEST_BYTES)  # where it would have come to by itself
+
+
 @quick_collections()
+@large_tensors_apart()
 def initialize(
     info: ModelInfo,
     world: World,
