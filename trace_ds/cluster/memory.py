@@ -34,6 +34,7 @@ FROZEN_LOGIT_BYTES = (
     12  # beside the frozen model's logits: their log-softmax, its exponential and the difference in fp32
 )
 LOGITS_PER_CHUNK = 1 << 26  # elements, as in trace_ds/unlearning/forward.py and trace_ds/models/token_nll.py
+CHUNKS_PER_PRODUCT = 4  # as in trace_ds/unlearning/forward.py
 WORKING_SHARE = 0.25  # of what a layer saved, again in its backward pass: measured 0 to 0.1, the rest is our margin
 IMBALANCE = 1.5  # the busiest rank's share of the routed tokens over the mean; our margin, not measured
 
@@ -139,6 +140,7 @@ def unlearn_memory(job: PlannedJob, rows: int, *, recompute: bool | None = None)
     stage = zero.stage
     copy = frozen_parameters(job.a, passes, ep=ep, world=world, stage=stage) * b
     side = -(-tokens // 2)
+    together = min(passes.frozen_together, job.micro_batches()[0])
     resident = {
         "parameters": (shard if stage == 3 else whole) * b * (0 if zero.offload_parameters else 1),
         "gradients": (shard if stage >= 2 else whole) * b * (0 if zero.offload_optimizer else 1),
@@ -151,7 +153,7 @@ def unlearn_memory(job: PlannedJob, rows: int, *, recompute: bool | None = None)
     compute = {
         "gathered parameters": gathered_parameters(a, ep, zero) * b if stage == 3 else 0,
         "saved activations": tokens * (len(per_layer) * b * a.hidden if recompute else sum(per_layer)),
-        "frozen hidden states": tokens * passes.frozen_share * a.hidden * b,
+        "frozen hidden states": tokens * passes.frozen_share * a.hidden * b * together,
     }
     layer = {
         "gradients being reduced": largest_layer(a, ep) * b if stage >= 2 else 0,
@@ -160,7 +162,7 @@ def unlearn_memory(job: PlannedJob, rows: int, *, recompute: bool | None = None)
         "all-to-all buffers": _exchange_bytes(a, tokens, ep, b),
     }
     head = {
-        "logits": _head_bytes(a, side, b) if passes.head else 0,
+        "logits": _head_bytes(a, tokens, side, b) if passes.head else 0,
         "frozen logits": _chunk(a, side) * a.vocabulary * (b + FROZEN_LOGIT_BYTES) if passes.frozen_head else 0,
     }
     stepped = min(shard, zero.sub_group) if stage == 3 else shard
@@ -190,14 +192,13 @@ def host_bytes(job: PlannedJob) -> float:
     return job.spec.gpus_per_node * (share * job.b * LOADING_FACTOR + shard * offloaded)
 
 
-def _head_bytes(a: Architecture, tokens: int, b: int) -> float:
-    """The LM head's backward pass: logits of a chunk of the tokens at a time, the head's gradient summed in fp32.
-
-    ``tokens`` are those of one side: forget and retain rows go through the head one after the other.
-    """
-    chunk = _chunk(a, tokens)
-    gradient = a.vocabulary * a.hidden * (b if tokens <= chunk else 4 + b)
-    return chunk * a.vocabulary * (b + LOGIT_BYTES) + gradient
+def _head_bytes(a: Architecture, tokens: int, side: int, b: int) -> float:
+    """The LM head's backward pass: logits of a chunk of one ``side``'s tokens at a time; in bf16 their gradients, of
+    both sides, wait for a product with the head's weight; the sum of the products in fp32, if there are several."""
+    product = min(tokens, _chunk(a, tokens) * (CHUNKS_PER_PRODUCT if b < 4 else 1))
+    waiting = product if product > _chunk(a, side) else 0
+    gradient = a.vocabulary * a.hidden * (b if tokens <= product else 4 + b)
+    return (_chunk(a, side) * (b + LOGIT_BYTES) + waiting * b) * a.vocabulary + gradient
 
 
 def _chunk(a: Architecture, tokens: int) -> int:

@@ -179,8 +179,10 @@ def unlearn(config: Config, run: RunDirectory, world: World) -> None:
     job = world.broadcast(world.agree_each(lambda verify: _checked(config, run, world, verify=verify)))[0]
     if world.broadcast_agreed(lambda: job.settled(config, run)):
         return
-    settings, training = config.unlearning, job.training(config, run)
+    training = job.training(config, run)
     with training.begun(world, "unlearn") as (log, chosen):
+        config = config.model_copy(update={"unlearning": training.usable(world, log)})
+        settings = config.unlearning
         if chosen is not None:  # the checkpoint of a job that held the whole model goes on so
             job = replace(job, layers=chosen.layers)
             training = job.training(config, run)

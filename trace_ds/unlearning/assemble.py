@@ -54,6 +54,7 @@ def make_objective(
             ds_config_path=settings.ds_config,
             layers=needs.layers,
             head=needs.logits,
+            expert_kernel=settings.experts_implementation,
         )
         if measured:
             assert needs.layer is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -9,8 +10,9 @@ import torch
 from trace_ds.checkpoints import serialization
 from trace_ds.config.schema import TrainingConfig
 from trace_ds.models import engine
-from trace_ds.models.engine_config import merge, user_ds_config
+from trace_ds.models.engine_config import RANKS_SUMMED_IN_BF16, merge, user_ds_config
 from trace_ds.models.families import ModelInfo
+from trace_ds.parallel.environment import local_rank_and_size
 from trace_ds.parallel.world import World
 from trace_ds.unlearning import trainable
 
@@ -39,6 +41,7 @@ def training_engine(
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": optimizer.gradient_clipping,
         "bf16": {"enabled": dtype == "bf16"},
+        **({"communication_data_type": "fp32"} if world.size > RANKS_SUMMED_IN_BF16 else {}),
         "optimizer": {
             "type": "AdamW",
             "params": {
@@ -51,12 +54,13 @@ def training_engine(
             },
         },
     }
+    ds_config = merge(ds_config, user_ds_config(settings.ds_config))
     made = engine.initialize(
         info,
         world,
-        merge(ds_config, user_ds_config(settings.ds_config)),
+        ds_config,
         dtype=dtype,
-        parts=engine.ModelParts(layers=layers, head=layers is None),
+        parts=engine.ModelParts(layers=layers, head=layers is None, expert_kernel=settings.experts_implementation),
         # by the names of the model as it was loaded, before AutoEP renames any
         parameters=lambda model: trainable.parameter_groups(model, trained, optimizer.weight_decay),
         recompute=settings.recompute,
@@ -66,7 +70,28 @@ def training_engine(
     serialization.install(made)
     if settings.recompute and settings.zero_stage == 3:
         keep_recomputed(made)
+    if "offload_optimizer" in ds_config["zero_optimization"]:
+        update_with_all_cores(made.optimizer.optimizer)
     return made
+
+
+def update_with_all_cores(optimizer: Any) -> None:
+    """States in host memory are updated by this process's share of the cores, however many threads the rest has.
+
+    Each element is computed by itself, so their number changes no bit.
+    """
+    update = optimizer.step
+    cores = len(os.sched_getaffinity(0)) // local_rank_and_size()[1]
+
+    def step(*arguments: Any, **options: Any) -> Any:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(max(threads, cores))
+        try:
+            return update(*arguments, **options)
+        finally:
+            torch.set_num_threads(threads)
+
+    optimizer.step = step
 
 
 def keep_recomputed(engine: Any) -> None:
