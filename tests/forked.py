@@ -80,10 +80,16 @@ def serving(variables: dict[str, str] | None = None) -> Iterator[Server]:
         server.close()
 
 
-def refuse(server: Server, folder: Path, *arguments: str | Path, variables: dict[str, str] | None = None) -> str:
+def refuse(
+    server: Server,
+    folder: Path,
+    *arguments: str | Path,
+    variables: dict[str, str] | None = None,
+    time_s: int = TIME_S,
+) -> str:
     """Insist on exit status 2, one line on standard error and nothing written in ``folder``; return the line."""
     before = tree(folder)
-    result = server.run(arguments, folder, variables)
+    result = server.run(arguments, folder, variables, time_s)
     assert result.returncode == 2, result
     lines = [line for line in result.stderr.splitlines() if line.strip()]
     assert len(lines) == 1 and lines[0].startswith("trace-ds: error: "), result.stderr

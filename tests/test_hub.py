@@ -274,22 +274,28 @@ def test_a_task_whose_data_moved_since_fetch_is_refused(place: Place, tmp_path: 
     """lm-eval takes what the hub has, and without a network the newest in the cache: it must be what was fetched."""
     tasks = [{"name": "cyber", "type": "lm_eval", "task": "wmdp_cyber", "role": "forget"}]
     config = written(tmp_path, str(place.models / "model"), evaluation__tasks=tasks)
-    run = tmp_path / "run"
-    there = written(
-        tmp_path / "there", str(place.models / "model"), evaluation__tasks=[tasks[0] | {"task": "wmdp_bio"}]
-    )
-    place.offline("run", there, "--run-dir", run, cwd=tmp_path, told="lm-eval cannot read wmdp_bio")  # nowhere
-    assert "cais/wmdp (wmdp-bio), which lm-eval's" in refuse(place.server, tmp_path, "submit", there)
-    assert place.server.run(["fetch", config, "--run-dir", run], tmp_path, time_s=120).returncode == 0
-    first = place.commits["cais/wmdp"]
+    run, first = tmp_path / "run", place.commits["cais/wmdp"]
+    run.mkdir()
+    record = {"models": {}, "data": {}, "tasks": {"wmdp_cyber": {"commits": {"cais/wmdp": first}}}}
+    (run / "fetched.json").write_text(json.dumps(record))
     second = place.hub.add("datasets", "cais/wmdp", place.models / "wmdp")
     for verb in ("run", "evaluate"):
         line = refuse(place.server, tmp_path, verb, config, "--run-dir", run)
         assert f"evaluation.tasks.cyber: cais/wmdp has moved since it was fetched, from {first} to {second}" in line
-    other = ["fetch", config, "--run-dir", tmp_path / "other"]
-    assert place.server.run(other, tmp_path, time_s=120).returncode == 0
+    asked = [{"dataset": "cais/wmdp", "config": "wmdp-cyber", "field": "question"}]
+    other = written(tmp_path / "other", str(place.models / "model"), data__forget=asked)
+    assert place.server.run(["fetch", other, "--run-dir", tmp_path / "came"], tmp_path).returncode == 0
     place.offline("evaluate", config, "--run-dir", run, cwd=tmp_path, told="cais/wmdp has moved since it was fetched")
     place.hub.repositories["datasets", "cais/wmdp"].refs["main"] = first  # as the other tests know it
+
+
+def test_a_task_without_its_data_is_refused_before_the_first_stage(place: Place, tmp_path: Path) -> None:
+    tasks = [{"name": "bio", "type": "lm_eval", "task": "wmdp_bio", "role": "forget"}]
+    config = written(tmp_path, str(place.models / "model"), evaluation__tasks=tasks)
+    line = refuse(place.server, tmp_path, "run", config, time_s=120)  # lm-eval reads thousands of files
+    assert "lm-eval cannot read wmdp_bio" in line
+    line = refuse(place.server, tmp_path, "submit", config, time_s=120)
+    assert "cais/wmdp (wmdp-bio), which lm-eval's wmdp_bio asks, is not in the cache" in line
 
 
 @pytest.mark.parametrize(
@@ -353,10 +359,12 @@ def test_doctor_says_what_is_missing(place: Place, tmp_path: Path) -> None:
     found, groups = of_the_hub()
     assert [(check["name"], check["status"]) for check in found] == [(key, "OK") for key in keys]
     assert "model" in groups
-    place.hub.add("models", "org/examined", place.models / "gold")
-    other = ["fetch", config, "--run-dir", tmp_path / "other"]
-    assert place.server.run(other, tmp_path, time_s=120).returncode == 0
-    assert of_the_hub()[0] == found, "what was fetched for this run counts, not what came since"
+    moved = place.hub.add("models", "org/examined", place.models / "gold")
+    plain = written(tmp_path / "plain", "org/examined", evaluation__tasks=[])
+    came = place.server.run(["fetch", plain, "--run-dir", tmp_path / "other"], tmp_path)
+    assert came.returncode == 0 and moved[:12] in came.stdout
+    looked = place.server.run(["fetch", config, "--run-dir", run, "--dry-run"], tmp_path).stdout
+    assert moved[:12] not in looked and "not here" not in looked, "what was fetched for this run counts"
     record = json.loads((run / "fetched.json").read_text())
     record["models"]["org/examined"]["commit"] = "0" * 40
     (run / "fetched.json").write_text(json.dumps(record))
