@@ -135,6 +135,8 @@ def ds_config(case: Case) -> dict[str, Any]:
 def make_engine(case: Case, more: dict[str, Any] | None = None) -> Any:
     import deepspeed
 
+    from trace_ds.models.autoep import readable_recorders
+
     model = base_model(case.family)
     if case.dtype == "bf16":
         inv_freq = {n: b.clone() for n, b in model.named_buffers() if n.endswith("inv_freq")}
@@ -143,11 +145,12 @@ def make_engine(case: Case, more: dict[str, Any] | None = None) -> Any:
             model.get_submodule(name.rsplit(".", 1)[0]).inv_freq = buffer
     if case.freeze:
         model.get_input_embeddings().weight.requires_grad_(False)
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        config=ds_config(case) | (more or {}),
-        model_parameters=[p for p in model.parameters() if p.requires_grad],
-    )
+    with readable_recorders():
+        engine, *_ = deepspeed.initialize(
+            model=model,
+            config=ds_config(case) | (more or {}),
+            model_parameters=[p for p in model.parameters() if p.requires_grad],
+        )
     return engine
 
 
@@ -303,7 +306,9 @@ def test_checkpoint_becomes_the_model_the_engine_held(tmp_path: Path, world: int
     assert set(converted) == set(expected) == set(report["tensors"])
     for name, tensor in expected.items():
         assert converted[name].dtype == tensor.dtype, name
-        assert torch.equal(converted[name], tensor), name
+        # from transformers 5.24 on DeepSeek's gates stay fp32: ours is the master, what the engine held its rounding
+        found = converted[name].to(dtype) if name.endswith("gate.weight") else converted[name]
+        assert torch.equal(found, tensor.to(found.dtype)), name
 
     model, info = AutoModelForCausalLM.from_pretrained(
         tmp_path / "model", output_loading_info=True, experts_implementation="eager"

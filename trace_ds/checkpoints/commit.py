@@ -33,7 +33,7 @@ from trace_ds.checkpoints.manifest import (
 )
 from trace_ds.errors import JobFailed, StopRequested, UserError
 from trace_ds.parallel.environment import available_memory_bytes
-from trace_ds.run.files import fsync_directory
+from trace_ds.run.files import fsync_directory, write_bytes
 from trace_ds.run.ours import MANIFEST, checkpoint, require_directory
 
 if TYPE_CHECKING:
@@ -130,10 +130,9 @@ class Saver:
             checkpoints.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(temporary, ignore_errors=True)
         world.barrier()  # no rank makes copies before all have seen how much memory is free
-        # Its scripts refuse expert-parallel checkpoints (`trace-ds convert` reads all), and could replace a user's own.
-        self._engine._copy_recovery_script = lambda save_path: None
+        self._engine._copy_recovery_script = lambda folder: leave_script(Path(folder), manifest)
         self._engine.save_checkpoint(
-            str(checkpoints), tag=temporary.name, client_state={"trace_ds_step": manifest.step}, save_latest=False
+            str(checkpoints), tag=temporary.name, client_state=client_state(manifest), save_latest=False
         )
         written = yield from self._in_thread(files.write)
         root = os.path.abspath(temporary)
@@ -178,6 +177,27 @@ class Saver:
             kept = held.get("allocated_bytes.current", 0) - held.get("active_bytes.current", 0)
             free += self._ranks_here * kept
         return HOST_SHARE * free / self._ranks_here
+
+
+def client_state(manifest: Manifest) -> dict[str, Any]:
+    """What is kept beside DeepSpeed's own state: our step, and what its converter to a universal checkpoint asks for
+    (where experts are sharded DeepSpeed says that itself)."""
+    from deepspeed.checkpoint import constants as theirs
+
+    version = {theirs.UNIVERSAL_CHECKPOINT_VERSION_KEY: theirs.UNIVERSAL_CHECKPOINT_VERSION_VALUE}
+    universal = {theirs.UNIVERSAL_CHECKPOINT_INFO: version} if manifest.ep == 1 else {}
+    return {"trace_ds_step": manifest.step, **universal}
+
+
+def leave_script(checkpoints: Path, manifest: Manifest) -> None:
+    """Leave DeepSpeed's ``zero_to_fp32.py`` beside checkpoints that it can read (it joins no sharded experts and
+    knows no base model: `trace-ds convert` reads all), in the place of nothing that is there."""
+    from deepspeed.utils import zero_to_fp32
+
+    script = Path(zero_to_fp32.__file__)
+    if manifest.ep == 1 and manifest.layers is None and not (checkpoints / script.name).exists():
+        with contextlib.suppress(OSError):  # the checkpoint is what matters, and says so itself
+            write_bytes(checkpoints / script.name, script.read_bytes())
 
 
 def settle(checkpoints: Path, step: int, keep: int, keep_every: int | None) -> None:

@@ -19,6 +19,7 @@ import enum
 import hashlib
 import os
 import pickle
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -187,14 +188,14 @@ def _write(path: str | Path, fill: Callable[[Any], None]) -> dict[str, Any]:
 
 
 def plain(value: Any, strings: dict[str, str]) -> Any:
-    """The same state as plain data: objects become their fields, enums their values.
+    """The same state as plain data: objects become their fields (all but one kind), enums their values.
 
     Containers are built anew and equal strings are one object (what pickle's memo depends on); tensors are untouched.
     """
     if isinstance(value, enum.Enum):
         return plain(value.value, strings)
     if isinstance(value, str):
-        return strings.setdefault(str(value), str(value))
+        return strings.setdefault(str(value), sys.intern(str(value)))
     if type(value).__module__ == "numpy":
         return plain(value.tolist(), strings)
     if value is None or isinstance(value, (bool, int, float, torch.Tensor, torch.dtype, torch.Size)):
@@ -205,6 +206,8 @@ def plain(value: Any, strings: dict[str, str]) -> Any:
         return [plain(item, strings) for item in sorted(value)]
     if isinstance(value, dict):
         return {plain(key, strings): plain(item, strings) for key, item in value.items()}
+    if type(value).__name__ == "fragment_address":  # DeepSpeed's converter wants the object: two numbers
+        return type(value)(value.numel, value.start)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return plain({entry.name: getattr(value, entry.name) for entry in dataclasses.fields(value)}, strings)
     if type(value).__module__.split(".")[0] == "deepspeed":

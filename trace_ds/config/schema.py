@@ -194,11 +194,38 @@ class DataConfig(Section):
         return ("forget", "retain", *(["alternative"] if self.alternative else []))
 
 
+class AutoEPConfig(Section):
+    """How AutoEP does its work where ``distributed.ep`` is above 1, in its own words; by default as it chooses."""
+
+    comm_backend: Literal["comm", "deepep"] = Field(
+        "comm", description="deepep: tokens travel by DeepEP's kernels (bf16; package deep_ep, NCCL >= 2.30.4)."
+    )
+    comm_max_tokens_per_rank: Integer = Field(
+        0, ge=0, description="deepep: most tokens of a process in a forward pass: its rows times data.context_length."
+    )
+    comm_num_sm: Integer = Field(12, ge=1, description="deepep: the GPU's processors that move tokens.")
+    comm_qp_margin: Integer = Field(4, ge=0, description="deepep: queue pairs beyond one for each of them.")
+    row_weighting_impl: Literal["auto", "eager", "fused"] = Field("auto", description="deepep: fused: one kernel.")
+    combine_impl: Literal["auto", "weighted_sum", "fused_weighted_sum", "legacy_bmm"] = Field(
+        "auto", description="comm: how a token's experts are added up; fused_weighted_sum: one kernel."
+    )
+    gate_up_impl: Literal["separate", "fused"] = Field(
+        "separate", description="fused: gate and up in one product, their weights laid side by side at each call."
+    )
+    async_split_plan: bool = Field(False, description="comm: let the host learn the counts beside the GPU's work.")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What is not AutoEP's own default."""
+        return self.model_dump(exclude_defaults=True)
+
+
 class DistributedConfig(Section):
     nproc: Integer | None = Field(
         None, ge=1, description="Local processes when started bare; default: accelerators or 1."
     )
     ep: Integer = Field(1, ge=1, description="Expert-parallel size; divides the experts and the world size.")
+    autoep: AutoEPConfig = AutoEPConfig()
     threads: Integer = Field(
         1, ge=1, le=1024, description="CPU threads of each process (fixed: results depend on it bitwise)."
     )
@@ -224,6 +251,11 @@ class StatisticsConfig(Section):
         200_000,
         ge=1,
         description="Counted tokens of a corpus, spread over its documents, whose top-k experts are always recorded.",
+    )
+    recorded: dict[str, PathText] | None = Field(
+        None,
+        description="Corpus -> file of the experts that vLLM returned for it (docs/data.md): they are counted, and the "
+        "model is not run.",
     )
     nll: bool = Field(False, description="Record the frozen model's loss of every token (needed by NPO).")
     hidden: bool = Field(
@@ -621,6 +653,9 @@ class TaskConfig(Section):
         None, description="membership: file (with dataset: split) of texts like the members that no model ever saw."
     )
     task: str | None = Field(None, description="lm_eval: its name there, such as wmdp_bio or mmlu.")
+    include_path: PathText | None = Field(
+        None, description="lm_eval: folder with tasks of your own (its YAML files), as the command's --include_path."
+    )
     num_fewshot: Integer | None = Field(
         None, ge=0, description="lm_eval: solved examples in the prompt; default: the task's own number."
     )
@@ -648,8 +683,10 @@ class TaskConfig(Section):
 
     @model_validator(mode="after")
     def _prompt_keys(self) -> TaskConfig:
-        if (self.num_fewshot is not None or self.apply_chat_template) and self.type != "lm_eval":
-            raise ValueError(f"task {self.name}: num_fewshot and apply_chat_template are keys of lm_eval tasks")
+        asked = self.num_fewshot is not None or self.apply_chat_template or self.include_path is not None
+        if asked and self.type != "lm_eval":
+            keys = "include_path, num_fewshot and apply_chat_template"
+            raise ValueError(f"task {self.name}: {keys} are keys of lm_eval tasks")
         if self.num_fewshot and self.path:
             raise ValueError(f"task {self.name}: a file holds no solved examples: leave out num_fewshot, or path")
         return self
@@ -799,7 +836,12 @@ class Config(Section):
                 "unlearning.weights online moves towards the forget frequencies whatever the rule, so calibration.rule "
                 f"{self.calibration.rule} would not be what it says: use raking, or unlearning.weights reference"
             )
+        if self.distributed.autoep.comm_backend == "deepep" and self.model.dtype != "bf16":
+            raise ValueError(
+                f"distributed.autoep.comm_backend deepep carries bf16, and model.dtype is {self.model.dtype}"
+            )
         self._check_finetune()
+        self._check_recorded()
         evaluate, guards = self.unlearning.evaluate, self.unlearning.guards
         for key, value in (
             ("evaluate.tasks", evaluate.tasks or None),
@@ -821,6 +863,21 @@ class Config(Section):
                 if key.split(".")[0] not in ("calibration", "unlearning", "conversion"):
                     raise ValueError(f"variants.{name} may not change {key}: only calibration, unlearning, conversion")
         return self
+
+    def _check_recorded(self) -> None:
+        recorded = self.statistics.recorded
+        if recorded is None:
+            return
+        if set(recorded) != set(self.data.sides):
+            raise ValueError(f"statistics.recorded names a file for each of {', '.join(self.data.sides)}, and no other")
+        for key, needs in (
+            ("statistics.nll", self.statistics.nll),
+            ("statistics.hidden", self.statistics.hidden),
+            ("calibration.detection.method top_gate_mass", self.calibration.detection.method == "top_gate_mass"),
+            ("unlearning.seuf", self.unlearning.seuf is not None),
+        ):
+            if needs:
+                raise ValueError(f"{key} needs the model to be run: statistics.recorded has its experts only")
 
     def _check_finetune(self) -> None:
         if self.finetune is None:

@@ -353,7 +353,7 @@ def _sharded(path: str, settings: ModelSettings, world: World, sharding: Shardin
     from trace_ds.models.families import check_expert_parallel, inspect_model
 
     info = world.broadcast_agreed(lambda: inspect_model(path))
-    check_expert_parallel(info, sharding.ep, world.size, "evaluation.ep")
+    check_expert_parallel(info, sharding.ep, world.size, key="evaluation.ep")
     engine = inference_engine(info, world, dtype=settings.dtype, ep=sharding.ep, zero_stage=sharding.zero_stage)
     try:
         yield engine.module

@@ -99,8 +99,9 @@ def inputs_of(config: Config) -> dict[str, Path]:
         for i, entry in enumerate(getattr(config.data, side)):
             named |= {f"data.{side}[{i}].{key}": getattr(entry, key) for key in ("path", "dataset")}
     for task in config.evaluation.tasks:
-        keys = ("dataset",) if task.dataset else ("path", "examples", "holdout")
+        keys = ("dataset",) if task.dataset else ("path", "examples", "holdout", "include_path")
         named |= {f"evaluation.tasks {task.name} {key}": getattr(task, key) for key in keys}
+    named |= {f"statistics.recorded.{side}": path for side, path in (config.statistics.recorded or {}).items()}
     named |= {f"evaluation.models.{name}": path for name, path in config.evaluation.models.items()}
     named["unlearning.ds_config"] = config.unlearning.ds_config
     named["finetune.ds_config"] = config.finetune.ds_config if config.finetune is not None else None
@@ -173,12 +174,13 @@ def _check_early(verb: str, request: Request, world_size: int | None, *, downloa
         check_process_count(config.evaluation.nproc, accelerator_count(), os.cpu_count() or 1, "evaluation.nproc")
     if verb in ("run", "evaluate"):
         nproc = (world_size if verb == "evaluate" else None) or config.evaluation.nproc
-        check_expert_parallel(inspect_model(config.model.path), config.evaluation.ep, nproc, "evaluation.ep")
+        check_expert_parallel(inspect_model(config.model.path), config.evaluation.ep, nproc, key="evaluation.ep")
     if verb in ("run", *DISTRIBUTED):
         nproc = world_size or process_count(config)
         if world_size is None:
             check_process_count(nproc, accelerator_count(), os.cpu_count() or 1)
-        check_expert_parallel(inspect_model(config.model.path), config.distributed.ep, nproc)
+        sizes = config.distributed.ep, nproc, config.distributed.autoep.options
+        check_expert_parallel(inspect_model(config.model.path), *sizes)
     if verb in STAGES[1:-1] and (verb != "evaluate" or needs_data(config)):
         from trace_ds.run import artefact
 

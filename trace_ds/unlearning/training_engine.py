@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ def training_engine(
     *,
     dtype: str,
     ep: int,
+    options: Mapping[str, Any] | None = None,
     layers: int | None = None,
 ) -> Any:
     """The DeepSpeed training engine: AdamW, ZeRO as configured, experts sharded by AutoEP when ep > 1.
@@ -33,10 +35,11 @@ def training_engine(
     Args:
         trained: None: all that is loaded.
         dtype: ``model.dtype``.
+        options: ``distributed.autoep``.
         layers: load only the first so many decoder layers, without norm and LM head; None: the whole model.
     """
     optimizer = settings.optimizer
-    ds_config = engine.base_ds_config(ep=ep, info=info, zero_stage=settings.zero_stage)
+    ds_config = engine.base_ds_config(ep=ep, info=info, zero_stage=settings.zero_stage, options=options)
     ds_config |= {
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": optimizer.gradient_clipping,
