@@ -18,19 +18,18 @@ from typing import Any
 from trace_ds.parallel.environment import free_port
 
 TIMEOUT_S = 240.0
+PRELOADED = [
+    "torch.distributed",
+    "torch.utils.tensorboard",
+    "pandas",  # pyarrow looks for it
+    "transformers.models.mixtral.modeling_mixtral",  # and with it most of transformers
+    "deepspeed",
+    "deepspeed.module_inject.auto_ep_layer",
+    "deepspeed.runtime.superoffload.superoffload_stage3",
+    "torch._dynamo.backends.debugging",  # DeepSpeed's optimizers decorate functions for it
+]
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(
-    [
-        "torch.distributed",
-        "torch.utils.tensorboard",
-        "pandas",  # pyarrow looks for it
-        "transformers.models.mixtral.modeling_mixtral",  # and with it most of transformers
-        "deepspeed",
-        "deepspeed.module_inject.auto_ep_layer",
-        "deepspeed.runtime.superoffload.superoffload_stage3",
-        "torch._dynamo.backends.debugging",  # DeepSpeed's optimizers decorate functions for it
-    ]
-)
+CONTEXT.set_forkserver_preload(PRELOADED)
 
 
 def run_distributed(function: Callable[..., Any], world_size: int, *arguments: Any) -> list[Any]:

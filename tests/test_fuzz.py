@@ -24,8 +24,8 @@ from typing import Any
 import pytest
 import tiny
 import yaml
-from command import trace_ds, tree
-from forked import Result, Server
+from command import tree
+from forked import JOB, Result, Server
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -97,7 +97,7 @@ def dumped(value: Any) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def template(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def template(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory, server: Server) -> Path:
     """A folder with everything a case starts from: model/, corpora/, config.yaml, a prepared run, a step of a job with
     its manifest (step_000001/) and without (checkpoint/), and a model converted from it."""
     folder = tmp_path_factory.mktemp("template") / "work"
@@ -113,7 +113,7 @@ def template(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
         os.chdir(here)
 
     def command(words: str) -> None:
-        result = trace_ds(*words.split(), cwd=folder)
+        result = server.run(words.split(), folder, **JOB)
         assert result.returncode == 0, result
 
     command("prepare config.yaml --run-dir run")

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import tiny
-from command import trace_ds
+from forked import JOB, Server
 
 from trace_ds.config.compose import compose, recipe_names
 from trace_ds.config.load import load_config
@@ -163,13 +163,13 @@ SMALL = {
     ],
 )
 def test_from_the_data_to_the_report(
-    task: str, model: str, variants: tuple[str, ...], replicas: Path, tmp_path: Path
+    task: str, model: str, variants: tuple[str, ...], replicas: Path, tmp_path: Path, server: Server
 ) -> None:
     path = local(replicas, task, model, tmp_path)
     kept = {name: load_config([task, model])[0].variants[name] for name in variants}
     changes = SMALL | {"variants": kept} | ({"finetune.epochs": 1} if "wmdp" not in task else {})
     words = [word for key, value in changes.items() for word in ("--set", f"{key}={json.dumps(value)}")]
-    result = trace_ds("run", path, "--run-dir", tmp_path / "run", *words, cwd=tmp_path, timeout_s=800)
+    result = server.run(["run", path, "--run-dir", tmp_path / "run", *words], tmp_path, **JOB)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     scores = json.loads((tmp_path / "run" / "report" / "scores.json").read_text())
     models = {score["model"] for score in scores}
