@@ -30,7 +30,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
 def test_a_whole_run_meets_the_floor(shape: str, tmp_path: Path, server: Server) -> None:
     family, size = SHAPES[shape]
     model = tiny.make_model(tmp_path / "model", family, top_k=8, **size)
-    config = tiny.write_config(tmp_path, model, statistics__batch_rows=32)
+    config = tiny.write_config(tmp_path, model, statistics__batch_rows=32, unlearning__steps=2)
     run = tmp_path / "run"
     done = server.run(["run", config, "--run-dir", run], tmp_path, **JOB)
     assert done.returncode == 0, done.stderr[-2000:]
