@@ -7,6 +7,7 @@ forked from it in turn. ``python tests/forked.py`` is the server.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import importlib
@@ -196,6 +197,7 @@ def _be(arguments: Sequence[str], begin: Callable[[], None]) -> NoReturn:
         traceback.print_exc()
     finally:
         with contextlib.suppress(Exception):
+            atexit._run_exitfuncs()
             sys.stdout.flush()
             sys.stderr.flush()
         os._exit(status)

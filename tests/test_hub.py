@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ import pyarrow.parquet
 import pytest
 import tiny
 import yaml
+from command import run
 from forked import JOB, Server, refuse, serving
 from hub_server import Hub
 from hub_server import serving as serving_hub
@@ -222,8 +224,9 @@ def test_without_a_network_and_a_cache(place: Place, tmp_path: Path) -> None:
         place.hub.environment(tmp_path / "home", offline=True),
         place.hub.environment(tmp_path / "home") | {"HF_ENDPOINT": "http://127.0.0.1:9"},
     ):
-        with serving(variables) as server:
-            line = refuse(server, tmp_path, "prepare", config, "--run-dir", tmp_path / "run")
+        command = [sys.executable, "-m", "trace_ds", "prepare", str(config), "--run-dir", "run"]
+        line = run(command, tmp_path, variables=variables).stderr
+        assert line.count("\n") == 1 and not (tmp_path / "run").exists(), line
         assert "org/tiny is not whole in the hub's cache" in line and "trace-ds fetch CONFIG" in line
         why = (
             "HF_HUB_OFFLINE is set" if "HF_HUB_OFFLINE" in variables else "http://127.0.0.1:9 does not give it (Connect"

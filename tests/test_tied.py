@@ -60,7 +60,7 @@ def test_training_equals_the_single_process_reference(
         np.testing.assert_allclose(losses_of(Path(run_dir)), expected["losses"], rtol=1e-6, atol=1e-9)
         found = weights_of(Path(run_dir), 2, tmp_path / f"{Path(run_dir).name}_model")
         assert found.keys() == base.keys() and not np.array_equal(found[EMBEDDING], base[EMBEDDING])
-        assert relative(found, expected["weights"], base) < 1e-4
+        assert relative(found, expected["weights"], base) < 5e-4
 
 
 def save_engines(world: Any, folder: str, models: dict[str, str], stages: list[int]) -> None:
