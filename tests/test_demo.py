@@ -24,7 +24,7 @@ COMMAND = ["demo", "--run-dir", "runs/demo"]
 def demo(tmp_path_factory: pytest.TempPathFactory, server: Server) -> Path:
     """A demo that was killed when its models began to train, and run again."""
     folder, peak = tmp_path_factory.mktemp("demo"), 0
-    assert server.run(COMMAND, folder, **JOB, kill=("pretrain_gold", 1)).returncode == -signal.SIGKILL
+    assert server.run(COMMAND, folder, **JOB, kill=("logs/pretrain_gold", 1)).returncode == -signal.SIGKILL
     assert sorted(path.name for path in (folder / "runs" / "demo" / "models").iterdir()) == []
     command = server.start(COMMAND, folder, **JOB | {"time_s": 1500})
     while Path(f"/proc/{command}").exists():
