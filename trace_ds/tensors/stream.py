@@ -210,8 +210,8 @@ class Streamer:
 
 
 def together(tasks: Sequence[CopyTask]) -> Iterator[Sequence[CopyTask]]:
-    """The tasks in their order, as many at a time as make up :data:`TOGETHER_BYTES`: an expert of a small model is a few
-    kilobytes, and giving one to a thread takes longer than writing it."""
+    """The tasks in their order, as many at a time as make up :data:`TOGETHER_BYTES`: an expert of a small model is a
+    few kilobytes, and giving one to a thread takes longer than writing it."""
     begin = nbytes = 0
     for end, task in enumerate(tasks, 1):
         nbytes += task.nbytes
