@@ -129,7 +129,8 @@ def _serve() -> None:
     from distributed import PRELOADED
 
     for name in PRELOADED:
-        importlib.import_module(name)
+        with contextlib.suppress(ImportError):  # something optional
+            importlib.import_module(name)
     _ = pyarrow.parquet, transformers.AutoTokenizer, transformers.AutoConfig, transformers.AutoModelForCausalLM
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)  # what a command leaves behind becomes a child of this process
     for line in sys.stdin:
