@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -32,54 +31,6 @@ def run(
     arguments = [str(item) for item in command]
     env = variables or environment()
     return subprocess.run(arguments, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout_s)
-
-
-def trace_ds(
-    *arguments: str | Path, cwd: Path | None = None, timeout_s: float = 300.0
-) -> subprocess.CompletedProcess[str]:
-    """``trace-ds ARGUMENTS``."""
-    return run([sys.executable, "-m", "trace_ds", *map(str, arguments)], cwd, timeout_s)
-
-
-KILLER = """
-import os, signal, sys
-
-seen = 0
-
-def hook(event, arguments):
-    global seen
-    if event not in ("open", "os.mkdir", "os.rename", "os.remove"):
-        return
-    if not any(os.environ["KILL_IN"] in str(argument) for argument in arguments[:2]):
-        return
-    seen += 1
-    if seen == int(os.environ["KILL_AT"]):
-        os.kill(os.getpgid(0), signal.SIGKILL)  # the command itself, whose process group it is
-        signal.pause()  # in one of its children: they die with it
-
-sys.addaudithook(hook)
-"""
-
-
-def killed(arguments: Sequence[str | Path], cwd: Path, place: str, event: int) -> None:
-    """Run ``trace-ds ARGUMENTS`` until one of its processes touches a path with ``place`` in it for the ``event``-th
-    time; the command is killed (SIGKILL) then and there. It must come to that, and leave no process behind."""
-    hooks = cwd / "hooks"
-    hooks.mkdir(exist_ok=True)
-    (hooks / "sitecustomize.py").write_text(KILLER)
-    variables = environment()
-    variables["PYTHONPATH"] = os.pathsep.join([str(hooks), variables.get("PYTHONPATH", "")])
-    process = subprocess.Popen(
-        [sys.executable, "-m", "trace_ds", *map(str, arguments)],
-        cwd=cwd,
-        env=variables | {"KILL_IN": place, "KILL_AT": str(event)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    output = process.communicate(timeout=600)[0]  # ends when the last process that holds the pipe is gone
-    assert process.returncode == -signal.SIGKILL, (place, process.returncode, output[-3000:])
 
 
 def memory_of_tree(root: int) -> int:

@@ -1,13 +1,14 @@
 """Run a function in N real processes joined over gloo on this machine.
 
-The processes are forked from a server that has imported torch, transformers and DeepSpeed once: importing is most of
-what a small job costs.
+The processes are forked from a server that has imported torch, transformers, DeepSpeed and this package once: importing
+is most of what a small job costs.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import pkgutil
 import sys
 import time
 import traceback
@@ -15,22 +16,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import trace_ds
 from trace_ds.parallel.environment import free_port
 
 TIMEOUT_S = 240.0
+PRELOADED = [
+    "torch.distributed",
+    "torch.utils.tensorboard",
+    "pandas",  # pyarrow looks for it
+    "transformers.models.mixtral.modeling_mixtral",  # and with it most of transformers
+    "deepspeed",
+    "deepspeed.module_inject.auto_ep_layer",
+    "deepspeed.runtime.superoffload.superoffload_stage3",
+    "torch._dynamo.backends.debugging",  # DeepSpeed's optimizers decorate functions for it
+    "datasets",
+    "matplotlib.figure",
+    *(module.name for module in pkgutil.walk_packages(trace_ds.__path__, "trace_ds.") if "__" not in module.name),
+]
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(
-    [
-        "torch.distributed",
-        "torch.utils.tensorboard",
-        "pandas",  # pyarrow looks for it
-        "transformers.models.mixtral.modeling_mixtral",  # and with it most of transformers
-        "deepspeed",
-        "deepspeed.module_inject.auto_ep_layer",
-        "deepspeed.runtime.superoffload.superoffload_stage3",
-        "torch._dynamo.backends.debugging",  # DeepSpeed's optimizers decorate functions for it
-    ]
-)
+CONTEXT.set_forkserver_preload(PRELOADED)
 
 
 def run_distributed(function: Callable[..., Any], world_size: int, *arguments: Any) -> list[Any]:

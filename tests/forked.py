@@ -1,12 +1,16 @@
-"""The real command line without its four seconds of imports: a server has imported everything and forks for each call.
+"""The real command line without its seconds of imports: a server has imported everything and forks for each call.
 
-Each call is a process of its own with its own working directory, environment, files for standard output and error, a
-bound on memory (beyond what the server has mapped) and on time. ``python tests/forked.py`` is the server.
+Each call is a process of its own with its own working directory, environment, session, files for standard output and
+error, and bounds on memory (beyond what the server has mapped) and on time. The local ranks that a command starts are
+forked from it in turn. ``python tests/forked.py`` is the server.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import ctypes
+import importlib
 import json
 import os
 import resource
@@ -16,15 +20,19 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 from command import environment, tree
 
 MEMORY_BYTES = 1 << 30
 TIME_S = 20
+JOB: dict[str, Any] = {"time_s": 600, "memory_bytes": None}  # bounds of a command that trains
+GRACE_S = 10.0  # for what a command started, to end after it
+PR_SET_CHILD_SUBREAPER = 36
 
 
 @dataclass(frozen=True)
@@ -38,7 +46,7 @@ class Result:
 
 
 class Server:
-    """Runs ``trace-ds`` in forks of one process that has imported it."""
+    """Runs ``trace-ds`` in forks of one process that has imported it, one call at a time."""
 
     def __init__(self, variables: dict[str, str] | None = None) -> None:
         command = [sys.executable, __file__]
@@ -46,24 +54,47 @@ class Server:
         variables = variables or environment() | {"HF_HUB_OFFLINE": "1"}  # read when their libraries are imported
         self._process = subprocess.Popen(command, env=variables, **pipes)
 
-    def run(
+    def run(self, arguments: Sequence[str | Path], cwd: Path, *options: Any, **more: Any) -> Result:
+        """One call of ``trace-ds ARGUMENTS`` in ``cwd``, as :meth:`start` has it."""
+        self.start(arguments, cwd, *options, **more)
+        return self.wait()
+
+    def start(
         self,
         arguments: Sequence[str | Path],
         cwd: Path,
         variables: dict[str, str] | None = None,
+        *,
         time_s: int = TIME_S,
-        memory_bytes: int = MEMORY_BYTES,
-    ) -> Result:
-        """One call of ``trace-ds ARGUMENTS`` in ``cwd``; each of the processes that it starts has the same bounds."""
-        assert self._process.stdin is not None and self._process.stdout is not None
-        with tempfile.TemporaryDirectory() as folder:
-            request = {"arguments": [os.fsencode(str(item)).hex() for item in arguments], "cwd": str(cwd)}
-            request |= {"variables": variables or {}, "out": folder, "time_s": time_s, "memory": memory_bytes}
-            self._process.stdin.write(json.dumps(request) + "\n")
-            self._process.stdin.flush()
-            answer = json.loads(self._process.stdout.readline())
+        memory_bytes: int | None = MEMORY_BYTES,
+        kill: tuple[str, int] | None = None,
+    ) -> int:
+        """Start ``trace-ds ARGUMENTS`` in ``cwd``; returns its process id, which is also that of its group.
+
+        With ``kill=(place, number)`` the command is killed (SIGKILL) when it, or a rank of it, touches a path with
+        ``place`` in it for the ``number``-th time.
+        """
+        assert self._process.stdin is not None
+        self._folder = tempfile.TemporaryDirectory()
+        request = {"arguments": [os.fsencode(str(item)).hex() for item in arguments], "cwd": str(cwd)}
+        request |= {"variables": variables or {}, "out": self._folder.name, "time_s": time_s}
+        request |= {"memory_bytes": memory_bytes, "kill": kill}
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        return int(self._answer()["pid"])
+
+    def wait(self) -> Result:
+        """The end of what was started; nothing that it started may be left."""
+        answer = self._answer()
+        with self._folder as folder:
             streams = [(Path(folder) / name).read_text(errors="replace") for name in ("stdout", "stderr")]
-        return Result(answer["returncode"], *streams, answer["seconds"])
+        result = Result(answer["returncode"], *streams, answer["seconds"])
+        assert not answer["outlived"], result
+        return result
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        return json.loads(self._process.stdout.readline())
 
     def close(self) -> None:
         assert self._process.stdin is not None
@@ -101,26 +132,41 @@ def refuse(
 def _serve() -> None:
     import pyarrow.parquet
     import transformers
+    from distributed import PRELOADED
 
+    for name in PRELOADED:
+        with contextlib.suppress(ImportError):  # something optional
+            importlib.import_module(name)
     _ = pyarrow.parquet, transformers.AutoTokenizer, transformers.AutoConfig, transformers.AutoModelForCausalLM
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)  # what a command leaves behind becomes a child of this process
     for line in sys.stdin:
         request, began_s = json.loads(line), time.monotonic()
         child = os.fork()
         if child == 0:
             _run(request)
+        print(json.dumps({"pid": child}), flush=True)
         status = os.waitpid(child, 0)[1]
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child, signal.SIGKILL)  # what it started and left
         answer = {"returncode": os.waitstatus_to_exitcode(status), "seconds": time.monotonic() - began_s}
-        print(json.dumps(answer), flush=True)
+        print(json.dumps(answer | {"outlived": _outlived(child)}), flush=True)
+
+
+def _outlived(group: int) -> bool:
+    """Whether processes of this group are still there after :data:`GRACE_S`; they are killed then."""
+    deadline = time.monotonic() + GRACE_S
+    with contextlib.suppress(ChildProcessError):  # none is left
+        while time.monotonic() < deadline:
+            if os.waitpid(-group, os.WNOHANG)[0] == 0:
+                time.sleep(0.01)
+        os.killpg(group, signal.SIGKILL)
+        return True
+    return False
 
 
 def _run(request: dict[str, Any]) -> NoReturn:
     """In the child: be a process that was started as ``trace-ds ARGUMENTS``."""
-    import trace_ds.cli
+    from trace_ds.parallel import launch
 
-    status: Any = 1
-    try:
+    def begin() -> None:
         os.setsid()
         os.chdir(request["cwd"])
         os.environ.update(request["variables"])
@@ -130,11 +176,26 @@ def _run(request: dict[str, Any]) -> NoReturn:
             os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), number)
         errors = ("strict", "backslashreplace")
         sys.stdout, sys.stderr = (open(n, "w", encoding=encoding, errors=errors[n - 1], closefd=False) for n in (1, 2))  # noqa: SIM115
-        sys.argv = ["trace-ds", *(os.fsdecode(bytes.fromhex(item)) for item in request["arguments"])]
-        mapped_bytes = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-        resource.setrlimit(resource.RLIMIT_AS, (mapped_bytes + request["memory"], resource.RLIM_INFINITY))
+        if request["memory_bytes"] is not None:
+            mapped_bytes = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+            resource.setrlimit(resource.RLIMIT_AS, (mapped_bytes + request["memory_bytes"], resource.RLIM_INFINITY))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         signal.alarm(request["time_s"])
+        launch.subprocess = SimpleNamespace(Popen=Rank)  # type: ignore[attr-defined]
+        if request["kill"] is not None:
+            sys.addaudithook(_killer(*request["kill"]))
+
+    _be([os.fsdecode(bytes.fromhex(item)) for item in request["arguments"]], begin)
+
+
+def _be(arguments: Sequence[str], begin: Callable[[], None]) -> NoReturn:
+    """After ``begin``, be ``trace-ds ARGUMENTS`` to the end."""
+    import trace_ds.cli
+
+    status: Any = 1
+    try:
+        begin()
+        sys.argv = ["trace-ds", *arguments]
         trace_ds.cli.main()
         status = 0
     except SystemExit as end:
@@ -143,9 +204,64 @@ def _run(request: dict[str, Any]) -> NoReturn:
         traceback.print_exc()
     finally:
         with contextlib.suppress(Exception):
+            atexit._run_exitfuncs()
             sys.stdout.flush()
             sys.stderr.flush()
         os._exit(status)
+
+
+class Rank:
+    """A rank as ``subprocess.Popen`` would have started it, forked from the command that starts it."""
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        env: dict[str, str],
+        pass_fds: Sequence[int],
+        preexec_fn: Callable[[], None],
+    ) -> None:
+        assert command[:3] == [sys.executable, "-m", "trace_ds"]
+        self.returncode: int | None = None
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self._pid = os.fork()
+        if self._pid == 0:
+            os.environ.clear()
+            os.environ.update(env)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            _be(command[3:], preexec_fn)
+
+    def poll(self) -> int | None:
+        return self._end(os.WNOHANG)
+
+    def wait(self) -> int | None:
+        return self._end(0)
+
+    def _end(self, options: int) -> int | None:
+        if self.returncode is None:
+            pid, status = os.waitpid(self._pid, options)
+            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self._pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+def _killer(place: str, number: int) -> Callable[[str, tuple[Any, ...]], None]:
+    seen = 0
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal seen
+        if event in ("open", "os.mkdir", "os.rename", "os.remove") and any(place in str(one) for one in arguments[:2]):
+            seen += 1
+            if seen == number:
+                os.kill(os.getpgid(0), signal.SIGKILL)  # the command itself, whose process group it is
+                signal.pause()  # in one of its ranks: they die with it
+
+    return hook
 
 
 if __name__ == "__main__":

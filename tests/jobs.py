@@ -182,9 +182,10 @@ def collect_matrix(
     arguments: dict[str, Any] = {"recording": recording, "directory": Path(folder)}
     for family, path in models.items():
         info = inspect_model(path)
-        for dtype in ("fp32", "bf16"):
-            sizes = (1, 3) if world.size < 4 else (3,)
-            batches = [(rows, batch) for rows in opened for batch in sizes if (family, rows) != ("gpt_oss", "packed")]
+        for number, dtype in enumerate(("fp32", "bf16")):
+            # every two of type, kind of rows and rows per batch meet
+            batches = [(rows, (1, 3)[(number + place) % 2]) for place, rows in enumerate(opened)]
+            batches = [(rows, batch) for rows, batch in batches if (family, rows) != ("gpt_oss", "packed")]
             plain = {}
             if dtype == "bf16":
                 plain = {key: same_batches(world, path, opened[key[0]], key[1]) for key in batches}
@@ -421,108 +422,9 @@ def brute_force_routing(model_path: Path, arrow: Path) -> dict[str, np.ndarray]:
     }
 
 
-def reference_training(config_path: str, run_dir: str, overrides: list[str], steps: int) -> dict[str, Any]:
-    """The unlearning job again, in one process, with plain transformers and torch: no DeepSpeed, no code of ours but
-    the choice of rows.
-
-    Returns:
-        ``losses`` [(forget, retain)] by step and ``weights`` {name in the hub layout: float32 array} at the end.
-    """
-    import torch
-    from torch.nn import functional
-    from transformers import AutoModelForCausalLM
-
-    from trace_ds.stages.unlearn import check_unlearn, make_batches
-
-    config, directory = load_config(config_path, overrides, run_dir)
-    settings = config.unlearning
-    batches = make_batches(config, check_unlearn(config, RunDirectory.at(directory), config.distributed.ep))
-    model = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32)
-    frozen = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32).requires_grad_(False)
-    layer = model.config.num_hidden_layers // 2
-    optimizer = torch.optim.AdamW(
-        model.parameters(),
-        lr=settings.optimizer.lr,
-        betas=settings.optimizer.betas,
-        eps=settings.optimizer.eps,
-        weight_decay=settings.optimizer.weight_decay,
-    )
-
-    def outputs(net: Any, batch: Any) -> tuple[Any, Any]:
-        out = net(
-            input_ids=batch.input_ids_BS,
-            position_ids=batch.position_ids_BS,
-            use_cache=False,
-            output_hidden_states=True,
-            output_router_logits=True,
-        )
-        routing.append([logits.topk(model.config.num_experts_per_tok).indices for logits in out.router_logits])
-        return out.logits, out.hidden_states[layer + 1]
-
-    def sequence_nll(logits: Any, batch: Any) -> Any:
-        rows = []
-        for row in range(len(logits)):
-            where = batch.counted_BS[row].nonzero().squeeze(1)
-            loss = functional.cross_entropy(logits[row, where], batch.input_ids_BS[row, where + 1], reduction="none")
-            rows.append((where, loss))
-        return rows
-
-    routing: list[Any] = []
-    norms = []
-    for step in range(4):
-        batch = batches.at(step, 0, 1).micro_batches[0]
-        hidden = outputs(frozen, batch)[1][: batch.forget_rows]
-        norms.append(hidden.norm(dim=-1)[batch.counted_BS[: batch.forget_rows]])
-    length = settings.rmu.coefficient * float(torch.cat(norms).double().median())  # the lower one
-    direction = torch.rand(model.config.hidden_size, generator=torch.Generator().manual_seed(config.seed))
-    target = direction / direction.norm() * length
-    losses, thetas = [], []
-    weights = OnlineReference(config, directory)
-    for step in range(steps):
-        data = batches.at(step, 0, 1)
-        assert len(data.micro_batches) == 1
-        batch, split = data.micro_batches[0], data.micro_batches[0].forget_rows
-        logits, hidden = outputs(model, batch)
-        if settings.weights != "reference":
-            last = layer if settings.forget_loss == "rmu" else len(routing[-1]) - 1
-            weights.reweight(batch, routing[-1][: last + 1])
-            thetas.append(weights.theta.copy())
-        counted = batch.counted_BS
-        if settings.forget_loss == "rmu":
-            frozen_hidden = outputs(frozen, batch)[1]
-            forget = ((hidden[:split] - target) ** 2)[counted[:split]].mean()
-            errors = ((hidden[split:] - frozen_hidden[split:]) ** 2).mean(-1)
-            retain = (errors * batch.weights_BS[split:])[counted[split:]].mean()
-        else:
-            nll = sequence_nll(logits, batch)
-            reference = sequence_nll(outputs(frozen, batch)[0], batch)
-            sums = torch.stack([values.sum() for _, values in nll[:split]])
-            reference_sums = torch.stack([values.sum() for _, values in reference[:split]])
-            lengths = torch.tensor([len(values) for _, values in nll[:split]])
-            if settings.forget_loss == "graddiff":
-                forget = -sums.sum() / lengths.sum()
-            elif settings.forget_loss == "npo":
-                beta = settings.npo.beta
-                forget = (2 / beta * torch.log1p(torch.exp(-beta * (sums - reference_sums)))).mean()
-            else:
-                beta = settings.simnpo.beta
-                forget = (2 / beta * torch.log1p(torch.exp(-beta * (sums / lengths - settings.simnpo.delta)))).mean()
-            weighted = [
-                (values * batch.weights_BS[split + row, where]).sum() for row, (where, values) in enumerate(nll[split:])
-            ]
-            retain = torch.stack(weighted).sum() / counted[split:].sum()
-        optimizer.zero_grad()
-        (settings.gamma * forget + settings.alpha * retain).backward()
-        if settings.optimizer.gradient_clipping:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), settings.optimizer.gradient_clipping)
-        optimizer.step()
-        losses.append((float(forget.detach()), float(retain.detach())))
-    return {"losses": losses, "weights": saved_weights(model), "thetas": thetas}
-
-
 def reference_finetuning(config_path: str, run_dir: str, overrides: list[str], name: str) -> dict[str, Any]:
-    """The fine-tuning of a model again, in one process, with plain transformers and torch: no code of ours but the
-    choice of rows. As :func:`reference_training`; the losses are one number a step."""
+    """The fine-tuning of a model again, in one process, with plain transformers and torch, no code of ours but the
+    choice of rows: ``losses``, one number a step, and the ``weights`` at the end {name in the hub layout: float32}."""
     import torch
     from torch.nn import functional
     from transformers import AutoModelForCausalLM
@@ -561,41 +463,6 @@ def reference_finetuning(config_path: str, run_dir: str, overrides: list[str], n
         optimizer.step()
         losses.append(float(nll.detach()) / tokens)
     return {"losses": losses, "weights": saved_weights(model)}
-
-
-class OnlineReference:
-    """Online retain weights, one token after the other in Python floats."""
-
-    def __init__(self, config: Any, run: Path) -> None:
-        from safetensors.numpy import load_file
-
-        self.settings = config.unlearning.online
-        self.theta = np.zeros_like(load_file(Path(run) / "calibration" / "calibration.safetensors")["theta_LE"])
-        self.log_mean = 0.0
-
-    def reweight(self, batch: Any, layers: list[Any]) -> None:
-        """Multiply the batch's retain weights by those of the present θ; then its update."""
-        split, columns = batch.forget_rows, batch.counted_BS.shape[1]
-        p, q = np.zeros_like(self.theta), np.zeros_like(self.theta)
-        forget_tokens = retain_tokens = 0
-        total = 0.0
-        for row, column in batch.counted_BS.nonzero().tolist():
-            places = [(number, e) for number, k in enumerate(layers) for e in k[row * columns + column].tolist()]
-            if row < split:
-                forget_tokens += 1
-                for place in places:
-                    p[place] += 1.0
-                continue
-            weight = float(np.exp(sum(self.theta[place] for place in places) - self.log_mean))
-            batch.weights_BS[row, column] *= weight
-            retain_tokens += 1
-            total += weight
-            for place in places:
-                q[place] += weight
-        step_size = self.settings.step_size
-        change = step_size * (p / forget_tokens - q / total - self.settings.decay * self.theta)
-        self.log_mean += float((q / total * change).sum()) + step_size * float(np.log(total / retain_tokens))
-        self.theta = self.theta + change
 
 
 def saved_weights(model: Any) -> dict[str, np.ndarray]:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jobs
+import numpy as np
 import torch
+from safetensors.numpy import load_file
 
 from trace_ds.config.load import load_config
 from trace_ds.run.directory import RunDirectory
@@ -49,7 +52,8 @@ def token_values(name: str, z: torch.Tensor, y: torch.Tensor, z_ref: torch.Tenso
 
 
 def reference_run(config_path: str, run_dir: str, overrides: list[str], steps: int) -> dict[str, Any]:
-    """The job in one process and float64: losses [(forget, retain)] by step, and the weights in the hub layout."""
+    """The job in one process and float64, no code of ours but the choice of rows: losses [(forget, retain)] by step,
+    the weights in the hub layout, and with online retain weights their θ [L, E] after every step."""
     from transformers import AutoModelForCausalLM
 
     from trace_ds.stages.unlearn import check_unlearn, make_batches
@@ -76,21 +80,56 @@ def reference_run(config_path: str, run_dir: str, overrides: list[str], steps: i
     direction /= direction.norm()
     unit = median_norm(frozen, batches, layer) if settings.rmu.scale == "median_norm" else 1.0
     direction *= settings.rmu.coefficient * unit
-    alpha, bound, losses = settings.alpha, None, []
+    alpha, bound, losses, thetas = settings.alpha, None, [], []
+    online = OnlineReference(config, directory) if settings.weights == "online" else None
     for step in range(steps):
         data = batches.at(step, 0, 1)
         assert len(data.micro_batches) == 1
-        forget, retain = reference_losses(model, frozen, data.micro_batches[0], settings, layer, direction)
+        forget, retain = reference_losses(model, frozen, data.micro_batches[0], settings, layer, direction, online)
         optimizer.zero_grad()
         (settings.gamma * forget + alpha * retain).backward()
         if settings.optimizer.gradient_clipping:
             torch.nn.utils.clip_grad_norm_(model.parameters(), settings.optimizer.gradient_clipping)
         optimizer.step()
         losses.append((float(forget.detach()), float(retain.detach())))
+        thetas += [online.theta] if online else []
         if settings.forget_loss == "pdu":
             bound = 1.05 * losses[0][1]
             alpha = max(0.0, alpha + settings.pdu.dual_step * (losses[-1][1] - bound))
-    return {"losses": losses, "weights": jobs.saved_weights(model.float())}
+    return {"losses": losses, "weights": jobs.saved_weights(model.float()), "thetas": thetas}
+
+
+class OnlineReference:
+    """Online retain weights, one token after the other in Python floats."""
+
+    def __init__(self, config: Any, run: Path) -> None:
+        self.settings = config.unlearning.online
+        self.theta = np.zeros_like(load_file(Path(run) / "calibration" / "calibration.safetensors")["theta_LE"])
+        self.log_mean = 0.0
+
+    def reweight(self, batch: Any, layers: list[Any]) -> None:
+        """Multiply the batch's retain weights by those of the present θ; then its update."""
+        split, columns = batch.forget_rows, batch.counted_BS.shape[1]
+        p, q = np.zeros_like(self.theta), np.zeros_like(self.theta)
+        forget_tokens = retain_tokens = 0
+        total = 0.0
+        for row, column in batch.counted_BS.nonzero().tolist():
+            places = [(number, e) for number, k in enumerate(layers) for e in k[row * columns + column].tolist()]
+            if row < split:
+                forget_tokens += 1
+                for place in places:
+                    p[place] += 1.0
+                continue
+            weight = float(np.exp(sum(self.theta[place] for place in places) - self.log_mean))
+            batch.weights_BS[row, column] *= weight
+            retain_tokens += 1
+            total += weight
+            for place in places:
+                q[place] += weight
+        step_size = self.settings.step_size
+        change = step_size * (p / forget_tokens - q / total - self.settings.decay * self.theta)
+        self.log_mean += float((q / total * change).sum()) + step_size * float(np.log(total / retain_tokens))
+        self.theta = self.theta + change
 
 
 def median_norm(frozen: Any, batches: Any, layer: int) -> float:
@@ -107,7 +146,13 @@ def median_norm(frozen: Any, batches: Any, layer: int) -> float:
 
 
 def reference_losses(
-    model: Any, frozen: Any, batch: Any, settings: Any, layer: int, target: torch.Tensor
+    model: Any,
+    frozen: Any,
+    batch: Any,
+    settings: Any,
+    layer: int,
+    target: torch.Tensor,
+    online: OnlineReference | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(forget, retain) of one micro-batch that is the whole step, row by row."""
 
@@ -117,7 +162,11 @@ def reference_losses(
             position_ids=part.position_ids_BS,
             use_cache=False,
             output_hidden_states=True,
+            output_router_logits=online is not None,
         )
+        if online is not None and net is model:
+            routing = [logits.topk(net.config.num_experts_per_tok).indices for logits in out.router_logits]
+            online.reweight(part, routing[: layer + 1] if settings.forget_loss == "rmu" else routing)
         return out.logits, out.hidden_states[layer + 1]
 
     def row_values(name: str, logits: Any, reference: Any, part: Any, row: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -147,6 +196,11 @@ def reference_losses(
             if settings.rmu.scale == "adaptive":
                 length = (frozen_hidden[row, where] ** 2).sum(1, keepdim=True).sqrt()
             parts.append(((hidden[row, where] - length * target) ** 2).mean(1))
+        elif loss in ("npo", "simnpo"):
+            nll, before = (row_values("nll", z, reference, batch, row)[1].sum() for z in (logits, reference))
+            beta = getattr(settings, loss).beta
+            margin = nll - before if loss == "npo" else nll / len(where) - settings.simnpo.delta
+            parts.append((2 / beta * torch.log1p(torch.exp(-beta * margin)))[None])
         elif loss == "dpo":
             margin = sum(
                 row_values("nll", z, reference, batch, row)[1].sum() * sign

@@ -24,7 +24,7 @@ import pyarrow.parquet
 import pytest
 import tiny
 import yaml
-from command import environment, trace_ds
+from command import environment
 from distributed import run_distributed
 from forked import Server
 
@@ -621,11 +621,11 @@ def test_full_and_read_only_run_directory(server: Server, config: Path) -> None:
     folder.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", folder], check=True)
     try:
-        result = trace_ds("prepare", config, "--run-dir", folder / "run", cwd=config.parent)
+        result = server.run(["prepare", config, "--run-dir", folder / "run"], config.parent)
         assert result.returncode == 2 and "No space left" in result.stderr, result.stderr
         assert not list((folder / "run").glob("data*"))
         subprocess.run(["mount", "-o", "remount,ro", folder], check=True)
-        result = trace_ds("prepare", config, "--run-dir", folder / "other", cwd=config.parent)
+        result = server.run(["prepare", config, "--run-dir", folder / "other"], config.parent)
         assert result.returncode == 2 and "Read-only file system" in result.stderr, result.stderr
     finally:
         subprocess.run(["umount", folder], check=True)
@@ -633,7 +633,7 @@ def test_full_and_read_only_run_directory(server: Server, config: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a full file system needs root")
-def test_full_disk_while_collecting_and_calibrating(calibrated: Path) -> None:
+def test_full_disk_while_collecting_and_calibrating(calibrated: Path, server: Server) -> None:
     """Per-token files are written through memory maps, where a full disk would be a SIGBUS."""
     folder, run = calibrated.parent / "small", calibrated.parent / "small" / "run"
     folder.mkdir()
@@ -647,7 +647,7 @@ def test_full_disk_while_collecting_and_calibrating(calibrated: Path) -> None:
         try:
             for part in parts:
                 shutil.copytree(calibrated.parent / "run" / part, run / part)
-            result = trace_ds(verb, calibrated, "--run-dir", run, cwd=calibrated.parent)
+            result = server.run([verb, calibrated, "--run-dir", run], calibrated.parent, **forked.JOB)
             assert result.returncode == 2 and "No space left on device" in result.stderr, (verb, result.stderr)
             assert len(result.stderr.splitlines()) == 1
         finally:
@@ -672,9 +672,9 @@ def test_run_directory_in_use(server: Server, config: Path) -> None:
         assert "another process is using this run directory" in line
 
 
-def test_wrong_words_on_the_command_line(tmp_path: Path) -> None:
+def test_wrong_words_on_the_command_line(tmp_path: Path, server: Server) -> None:
     for words in (["colect", "x"], ["run"], ["run", "x", "--nprc", "2"], ["run", "x", "--nproc", "zero"]):
-        result = trace_ds(*words, cwd=tmp_path)
+        result = server.run(words, tmp_path)
         assert result.returncode == 2, words
         assert "Error" in result.stderr and not list(tmp_path.iterdir())
 

@@ -7,18 +7,16 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import command
 import pytest
 import tiny
 import yaml
 from distributed import run_distributed
+from forked import JOB, Server, refuse
 
 from trace_ds.config.load import load_config
 from trace_ds.errors import JobFailed, UserError
@@ -54,19 +52,16 @@ def recipe(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def study(recipe: Path) -> Path:
+def study(recipe: Path, server: Server) -> Path:
     """Killed (its workers too) after its first runs, then finished by two workers."""
     directory = recipe.parent / "out"
-    start = [sys.executable, "-m", "trace_ds", "bench", str(recipe), "--run-dir", str(directory), "--workers", "1"]
-    first = subprocess.Popen(start, env=command.environment(), stdout=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 240
-    while len(list(directory.glob("seed_*/trials/**/*.json"))) < 2 and first.poll() is None:
-        assert time.monotonic() < deadline
+    first = server.start(["bench", recipe, "--run-dir", directory, "--workers", "1"], recipe.parent, **JOB)
+    while len(list(directory.glob("seed_*/trials/**/*.json"))) < 2 and Path(f"/proc/{first}").exists():
         time.sleep(0.02)
-    os.kill(first.pid, signal.SIGKILL)
-    assert "left: 2 base models, 6 runs of 3 steps" in first.communicate()[0]
+    os.kill(first, signal.SIGKILL)
+    assert "left: 2 base models, 6 runs of 3 steps" in server.wait().stdout
     made = {path: path.read_bytes() for path in directory.glob("seed_*/trials/**/*.json")}
-    done = command.trace_ds("bench", recipe, "--run-dir", directory, "--workers", "2")
+    done = server.run(["bench", recipe, "--run-dir", directory, "--workers", "2"], recipe.parent, **JOB)
     assert done.returncode == 0, done.stderr
     assert all(path.read_bytes() == content for path, content in made.items())
     assert "same strength" in done.stdout and "own alpha" in done.stdout
@@ -111,10 +106,12 @@ def alone(recipe: Path) -> dict[str, Any]:
     return run_distributed(single_process, 1, str(recipe), str(recipe.parent / "alone"))[0]
 
 
-def test_a_killed_study_is_finished_and_a_second_one_writes_the_same_bytes(study: Path, recipe: Path) -> None:
+def test_a_killed_study_is_finished_and_a_second_one_writes_the_same_bytes(
+    study: Path, recipe: Path, server: Server
+) -> None:
     assert len(list(study.glob("seed_*/trials/**/*.json"))) == 2 * (2 + 1)
     before = {name: (study / name).read_bytes() for name in ("study.json", "frontier.csv")}
-    again = command.trace_ds("bench", recipe, "--run-dir", study, "--json")
+    again = server.run(["bench", recipe, "--run-dir", study, "--json"], recipe.parent)
     assert again.returncode == 0 and json.loads(again.stdout)["seeds"] == [0, 1]
     assert {name: (study / name).read_bytes() for name in before} == before
     assert before["frontier.csv"].count(b"\n") == 1 + 6 * 2  # steps 2 and 3
@@ -206,22 +203,18 @@ def test_a_study_without_a_target_is_refused(recipe: Path, forget: str, message:
     run_list.check(load_config(str(recipe), [])[0])
 
 
-def test_a_recipe_without_a_study_is_refused(tmp_path: Path) -> None:
-    done = command.trace_ds("bench", "demo", cwd=tmp_path)
+def test_a_recipe_without_a_study_is_refused(tmp_path: Path, server: Server) -> None:
     fix = "start from `trace-ds recipes --show bench_entangled`"
-    assert (done.returncode, done.stderr) == (
-        2,
-        f"trace-ds: error: demo: the recipe has no bench section. Fix: {fix}\n",
-    )
-    assert not list(tmp_path.iterdir())
+    line = f"trace-ds: error: demo: the recipe has no bench section. Fix: {fix}"
+    assert refuse(server, tmp_path, "bench", "demo") == line
 
 
-def test_a_failing_worker_ends_the_study_with_its_line(recipe: Path, tmp_path: Path) -> None:
+def test_a_failing_worker_ends_the_study_with_its_line(recipe: Path, tmp_path: Path, server: Server) -> None:
     raw = yaml.safe_load(recipe.read_text(encoding="utf-8"))
     raw["model"]["path"] = str(tmp_path / "absent")
     changed = tmp_path / "absent.yaml"
     changed.write_text(yaml.safe_dump(raw), encoding="utf-8")
-    done = command.trace_ds("bench", changed, "--run-dir", tmp_path / "out", "--workers", "1")
+    done = server.run(["bench", changed, "--run-dir", tmp_path / "out", "--workers", "1"], tmp_path, **JOB)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1 and "absent" in done.stderr
 

@@ -11,8 +11,9 @@ from typing import Any, cast
 import jobs
 import pytest
 import tiny
-from command import trace_ds, tree
+from command import tree
 from distributed import end_of_ranks, run_distributed
+from forked import JOB, Server
 from safetensors.numpy import load_file, save_file
 
 from trace_ds.config.load import load_config
@@ -102,11 +103,11 @@ def test_a_pass_never_continues_another_with_other_rounding(tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_nan_weights_stop_before_anything_is_computed(tiny_model: Path, tmp_path: Path) -> None:
+def test_nan_weights_stop_before_anything_is_computed(tiny_model: Path, tmp_path: Path, server: Server) -> None:
     model = damaged(tiny_model, tmp_path / "model", "model.layers.1.self_attn.k_proj.weight", float("nan"))
     config = prepared(tmp_path, model, tmp_path / "run")
     before = set(tree(tmp_path / "run"))
-    result = trace_ds("collect", config, "--run-dir", tmp_path / "run", "--nproc", "1")
+    result = server.run(["collect", config, "--run-dir", tmp_path / "run", "--nproc", "1"], tmp_path, **JOB)
     assert result.returncode == 2, result.stderr
     lines = [line for line in result.stderr.splitlines() if line.strip()]
     assert len(lines) == 1, result.stderr

@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from command import trace_ds, tree
+from command import tree
+from forked import Server
 from safetensors.torch import load_file
 from test_convert_engines import Case, checkpoints
 
@@ -25,10 +26,10 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_checkpoint_becomes_a_model(folder: Path) -> None:
+def test_a_checkpoint_becomes_a_model(folder: Path, server: Server) -> None:
     options = ["--tag", "step_000001", "--base-model", "base", "--dtype", "fp32", "--max-shard-size", "4KB"]
     before = tree(folder)
-    result = trace_ds("convert", "checkpoints", "model", *options, "--jobs", "2", "--verify", cwd=folder)
+    result = server.run(["convert", "checkpoints", "model", *options, "--jobs", "2", "--verify"], folder)
     assert result.returncode == 0, result.stderr
     assert "from zero3 (step 1, world 2, ep 2), verified" in result.stdout
     report = json.loads((folder / "model" / "conversion.json").read_text())

@@ -3,38 +3,38 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import signal
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from command import environment, killed, memory_of_tree, trace_ds
+from command import memory_of_tree
+from forked import JOB, Server
 from safetensors.numpy import load_file
 
 from trace_ds.config.load import load_config
 from trace_ds.run.directory import RunDirectory
 from trace_ds.stages.calibrate import calibrate
 
+COMMAND = ["demo", "--run-dir", "runs/demo"]
+
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def demo(tmp_path_factory: pytest.TempPathFactory, server: Server) -> Path:
     """A demo that was killed when its models began to train, and run again."""
-    folder = tmp_path_factory.mktemp("demo")
-    killed(["demo", "--run-dir", "runs/demo"], folder, "modeling_mixtral", 1)  # read by the processes that train
+    folder, peak = tmp_path_factory.mktemp("demo"), 0
+    assert server.run(COMMAND, folder, **JOB, kill=("logs/pretrain_gold", 1)).returncode == -signal.SIGKILL
     assert sorted(path.name for path in (folder / "runs" / "demo" / "models").iterdir()) == []
-    began_s, peak = time.monotonic(), 0
-    with (folder / "printed.txt").open("w") as printed, (folder / "errors.txt").open("w") as errors:
-        command = [sys.executable, "-m", "trace_ds", "demo", "--run-dir", "runs/demo"]
-        process = subprocess.Popen(command, cwd=folder, env=environment(), stdout=printed, stderr=errors)
-        while process.poll() is None:
-            peak = max(peak, memory_of_tree(process.pid))
-            time.sleep(0.5)
-    output = (folder / "printed.txt").read_text()
-    assert process.returncode == 0, output[-3000:] + (folder / "errors.txt").read_text()[-3000:]
-    assert "runs/demo/report/index.html" in output and "runs/demo/verbatim/report/index.html" in output
-    print(f"demo: {(time.monotonic() - began_s) / 60:.1f} minutes, peak memory {peak / 1e9:.2f} GB")
+    command = server.start(COMMAND, folder, **JOB | {"time_s": 1500})
+    while Path(f"/proc/{command}").exists():
+        peak = max(peak, memory_of_tree(command))
+        time.sleep(0.5)
+    done = server.wait()
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "runs/demo/report/index.html" in done.stdout and "runs/demo/verbatim/report/index.html" in done.stdout
+    assert "one seed" in done.stdout.lower()
+    print(f"demo: {done.seconds / 60:.1f} minutes, peak memory {peak / 1e9:.2f} GB")
     assert 0 < peak < 6e9
     return folder / "runs" / "demo"
 
@@ -68,8 +68,6 @@ def test_it_leaves_the_whole_run_directory(demo: Path) -> None:
     assert (manifest["world"], manifest["ep"], manifest["zero_stage"]) == (2, 2, 3)
     names = set().union(*(load_file(path) for path in (demo / "model").glob("*.safetensors")))
     assert "model.layers.0.block_sparse_moe.experts.7.w3.weight" in names
-    printed = (demo.parent.parent / "printed.txt").read_text()
-    assert "one seed is no proof" in printed.lower() or "one seed" in printed.lower()
 
 
 @pytest.mark.slow
@@ -104,10 +102,10 @@ def test_weights_bring_each_selected_expert_closer(
 
 
 @pytest.mark.slow
-def test_a_second_demo_has_nothing_to_do_and_changes_nothing(demo: Path) -> None:
+def test_a_second_demo_has_nothing_to_do_and_changes_nothing(demo: Path, server: Server) -> None:
     files = [path for path in demo.rglob("*") if path.is_file() and path.parts[-2] not in ("logs",)]
     before = {path: path.stat().st_mtime_ns for path in files if "/tb/" not in str(path) and "report" not in str(path)}
-    result = trace_ds("demo", "--run-dir", "runs/demo", cwd=demo.parent.parent)
+    result = server.run(COMMAND, demo.parent.parent, **JOB)
     assert result.returncode == 0, result.stderr
     after = {path: path.stat().st_mtime_ns for path in before}
     assert after == before

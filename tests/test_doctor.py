@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import tiny
-from command import trace_ds
+from forked import JOB, Server
 
 from trace_ds.cluster import checks_machine, checks_run
 from trace_ds.cluster.checks import Check, checked, guarded
@@ -202,8 +202,9 @@ def test_a_gpu_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.slow
-def test_collectives_really_run_and_are_right() -> None:
-    found = {check["name"]: check for check in json.loads(trace_ds("doctor", "--bandwidth", "--json").stdout)}
+def test_collectives_really_run_and_are_right(server: Server, tmp_path: Path) -> None:
+    done = server.run(["doctor", "--bandwidth", "--json"], tmp_path, **JOB)
+    found = {check["name"]: check for check in json.loads(done.stdout)}
     for name in ("gloo all-reduce", "gloo all-to-all"):
         assert found[name]["status"] == "OK" and "2 ranks on 1 nodes, 32 MiB, correct" in found[name]["detail"]
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tiny
 from distributed import run_distributed
+from objective_reference import reference_run
 from safetensors.numpy import load_file
 from test_unlearn import GRADIENT_LIKE, copy_of, losses_of, relative, weights_of
 
@@ -45,7 +46,7 @@ def test_unlearning_with_expert_parallelism_equals_the_reference(family: str, st
     run_distributed(jobs.collect_job, 2, str(config), str(run), overrides)
     calibrate(loaded, directory)
     run_distributed(jobs.unlearn_job, 2, str(config), str(run), overrides)
-    expected = jobs.reference_training(str(config), str(run), overrides, 2)
+    expected = reference_run(str(config), str(run), overrides, 2)
     np.testing.assert_allclose(losses_of(run), expected["losses"], rtol=1e-5)
     found = weights_of(run, 2, tmp_path / "converted")
     assert relative(found, expected["weights"], load_file(model / "model.safetensors")) < 2e-3

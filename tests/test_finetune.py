@@ -12,9 +12,9 @@ import jobs
 import numpy as np
 import pytest
 import tiny
-from command import trace_ds, tree
+from command import tree
 from distributed import end_of_ranks, run_distributed
-from forked import Server, refuse
+from forked import JOB, Result, Server, refuse
 from safetensors.numpy import load_file
 
 from trace_ds.checkpoints.manifest import complete_steps, read_manifest
@@ -122,7 +122,7 @@ def test_sigkill_and_a_stop_in_between_are_bitwise_nothing(tmp_path: Path) -> No
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_the_target_recites_and_the_retrained_does_not(tmp_path: Path) -> None:
+def test_the_target_recites_and_the_retrained_does_not(tmp_path: Path, server: Server) -> None:
     """The command line as a user has it: stopped, gone on, then the whole run on what was made, with a variant."""
     config = write_config(
         tmp_path,
@@ -152,13 +152,16 @@ def test_the_target_recites_and_the_retrained_does_not(tmp_path: Path) -> None:
     tasks.append({"name": "mia", "type": "membership", "role": "forget", **paths})
     tasks_set = ["--set", f"evaluation.tasks={json.dumps(tasks)}", "--set", "evaluation.drift=false"]
     run = tmp_path / "run"
-    command = (config, "--run-dir", run, *tasks_set)
-    assert trace_ds("prepare", *command).returncode == 0
+
+    def trace_ds(verb: str) -> Result:
+        return server.run([verb, config, "--run-dir", run, *tasks_set], tmp_path, **JOB)
+
+    assert trace_ds("prepare").returncode == 0
     (run / "stop").touch()
-    stopped = trace_ds("finetune", *command)
+    stopped = trace_ds("finetune")
     assert stopped.returncode == 75, stopped.stderr[-2000:]
     assert "stopped after step 1" in stopped.stderr and complete_steps(run / "finetune/target/checkpoints")[0] == [1]
-    done = trace_ds("run", *command, timeout_s=600)
+    done = trace_ds("run")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "resumed after step 1" in done.stdout
 
@@ -182,14 +185,14 @@ def test_the_target_recites_and_the_retrained_does_not(tmp_path: Path) -> None:
     statistics = json.loads((run / "statistics/forget/artefact.json").read_text())
     assert statistics["inputs"]["model"] == result("original")["model_fingerprint"]
     before = tree(run / "finetune")
-    again = trace_ds("run", *command, timeout_s=300)
+    again = trace_ds("run")
     assert again.returncode == 0 and "[finetune]" not in again.stdout
     assert tree(run / "finetune") == before
     # a stranger in what would be replaced
     (run / "finetune/target/model/notes.txt").write_text("mine")
-    refused = trace_ds("finetune", *command)
+    refused = trace_ds("finetune")
     assert refused.returncode == 2 and "did not make notes.txt" in refused.stderr
-    shown = trace_ds("inspect", run)
+    shown = server.run(["inspect", run], tmp_path)
     assert "finetune/retrained" in shown.stdout and shown.returncode == 0, shown.stdout
 
 

@@ -12,7 +12,6 @@ import copy
 import io
 import json
 import os
-import pickle
 import shutil
 import struct
 import tempfile
@@ -24,8 +23,8 @@ from typing import Any
 import pytest
 import tiny
 import yaml
-from command import trace_ds, tree
-from forked import Result, Server
+from command import tree
+from forked import JOB, Result, Server
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -97,7 +96,7 @@ def dumped(value: Any) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def template(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def template(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory, server: Server) -> Path:
     """A folder with everything a case starts from: model/, corpora/, config.yaml, a prepared run, a step of a job with
     its manifest (step_000001/) and without (checkpoint/), and a model converted from it."""
     folder = tmp_path_factory.mktemp("template") / "work"
@@ -113,7 +112,7 @@ def template(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
         os.chdir(here)
 
     def command(words: str) -> None:
-        result = trace_ds(*words.split(), cwd=folder)
+        result = server.run(words.split(), folder, **JOB)
         assert result.returncode == 0, result
 
     command("prepare config.yaml --run-dir run")
@@ -315,41 +314,9 @@ def test_safetensors(server: Server, template: Path, data: st.DataObject) -> Non
     ends_well(server, template, put("model/model.safetensors", struct.pack("<Q", said) + header + rest), *command)
 
 
-class _Reduced:
-    def __init__(self, *parts: Any) -> None:
-        self.parts = parts
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return self.parts
-
-
-def hostile() -> list[bytes]:
-    """Pickles that run code, refer to themselves, or stand for more than they are."""
-    itself: list[Any] = []
-    itself.append(itself)
-    mutual: dict[str, Any] = {"module": None}
-    mutual["module"] = mutual
-    bomb: Any = ["x"]
-    for _ in range(40):
-        bomb = [bomb, bomb]
-    made = [itself, mutual, bomb, {"module": bomb}, {"module": {"a": 1}}, None, b"x", _Reduced(os.system, ("touch x",))]
-    made += [
-        _Reduced(bytearray, (1 << 34,)),
-        {"module": _Reduced(list, (range(9),))},
-    ]
-    deep = b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b"."
-    return [
-        *(pickle.dumps(value, 2) for value in made),
-        deep,
-        b"",
-        b"\x80\x02.",
-        b"cos\nsystem\n(S'touch x'\ntR.",
-        b"cbuiltins\ngetattr\n(S'a'\nS'upper'\ntR.",
-    ]
-
-
 def archive_with(template: Path, pickled: bytes | None = None) -> tuple[bytes, bytes]:
-    """(the checkpoint's archive with its pickle replaced, the pickle that was there)."""
+    """(the checkpoint's archive with its pickle replaced, the pickle that was there). Pickles that are hostile on
+    purpose: tests/test_convert_faults.py."""
     with zipfile.ZipFile(template / "work" / STATES) as archive:
         parts = {name: archive.read(name) for name in archive.namelist()}
     (name,) = (name for name in parts if name.endswith("/data.pkl"))
@@ -359,13 +326,6 @@ def archive_with(template: Path, pickled: bytes | None = None) -> tuple[bytes, b
         for part, content in parts.items():
             archive.writestr(part, content)
     return whole.getvalue(), own
-
-
-@pytest.mark.parametrize("number", range(len(hostile())))
-def test_hostile_pickles(server: Server, template: Path, number: int) -> None:
-    content, _ = archive_with(template, hostile()[number])
-    for command in ("inspect --verify checkpoint", "convert checkpoint made --base-model model --dry-run"):
-        ends_well(server, template, put(STATES, content), *command.split())
 
 
 @pytest.mark.parametrize(

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import command
 import pyarrow
 import pyarrow.parquet
 import pytest
 import tiny
 import yaml
-from forked import Server, refuse, serving
+from command import run
+from forked import JOB, Server, refuse, serving
 from hub_server import Hub
 from hub_server import serving as serving_hub
 
@@ -43,20 +43,20 @@ configs:
 
 @dataclass
 class Place:
-    """A hub with replicas, the caches of one user in ``home``, and ``trace-ds`` with this hub as its own."""
+    """A hub with replicas, the caches of one user in ``home``, and ``trace-ds`` with this hub as its own; ``away``
+    started with HF_HUB_OFFLINE, which is read once."""
 
     hub: Hub
     home: Path
     server: Server
+    away: Server
     models: Path
     commits: dict[str, str]
 
     def offline(self, *arguments: str | Path, cwd: Path, told: str = "") -> None:
-        """``trace-ds ARGUMENTS``, a process of its own (it reads HF_HUB_OFFLINE once), must do without the hub, or say
-        why not."""
+        """``trace-ds ARGUMENTS`` must do without the hub, or say why not."""
         asked = len(self.hub.requests)
-        variables = self.hub.environment(self.home, offline=True)
-        done = command.run([sys.executable, "-m", "trace_ds", *map(str, arguments)], cwd, variables=variables)
+        done = self.away.run(arguments, cwd, **JOB)
         assert done.returncode == (2 if told else 0), done.stdout[-2000:] + done.stderr[-3000:]
         assert told in done.stderr
         assert self.hub.requests[asked:] == []
@@ -117,8 +117,8 @@ def place(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
             )
         }
         home = folder / "home"
-        with serving(hub.environment(home)) as server:
-            yield Place(hub, home, server, folder, commits)
+        with serving(hub.environment(home)) as server, serving(hub.environment(home, offline=True)) as away:
+            yield Place(hub, home, server, away, folder, commits)
 
 
 def written(folder: Path, model: str, **changes: Any) -> Path:
@@ -224,8 +224,9 @@ def test_without_a_network_and_a_cache(place: Place, tmp_path: Path) -> None:
         place.hub.environment(tmp_path / "home", offline=True),
         place.hub.environment(tmp_path / "home") | {"HF_ENDPOINT": "http://127.0.0.1:9"},
     ):
-        with serving(variables) as server:
-            line = refuse(server, tmp_path, "prepare", config, "--run-dir", tmp_path / "run")
+        command = [sys.executable, "-m", "trace_ds", "prepare", str(config), "--run-dir", "run"]
+        line = run(command, tmp_path, variables=variables).stderr
+        assert line.count("\n") == 1 and not (tmp_path / "run").exists(), line
         assert "org/tiny is not whole in the hub's cache" in line and "trace-ds fetch CONFIG" in line
         why = (
             "HF_HUB_OFFLINE is set" if "HF_HUB_OFFLINE" in variables else "http://127.0.0.1:9 does not give it (Connect"

@@ -6,16 +6,14 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import tiny
-from command import environment, killed, trace_ds, tree
+from command import tree
+from forked import JOB, Server
 from test_unlearn import calibrated_run
 
 STAGES = ("prepare", "collect", "calibrate", "unlearn", "convert", "evaluate", "report")
@@ -42,32 +40,21 @@ def final_artefacts(run: Path) -> dict[str, bytes]:
     return found
 
 
-def processes_with(text: str) -> list[int]:
-    """Process ids whose command line contains ``text``."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            if text.encode() in path.read_bytes():
-                found.append(int(path.parent.name))
-        except OSError:
-            continue
-    return found
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_killed_in_any_stage_ends_the_same(tiny_model: Path, tmp_path: Path) -> None:
+def test_killed_in_any_stage_ends_the_same(tiny_model: Path, tmp_path: Path, server: Server) -> None:
     config = tiny.write_config(
         tmp_path, tiny_model, distributed={"ep": 2, "nproc": 2}, variants={"uniform": {"calibration.rule": "uniform"}}
     )
     undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
-    result = trace_ds("run", config, "--run-dir", undisturbed, cwd=tmp_path, timeout_s=900)
+    result = server.run(["run", config, "--run-dir", undisturbed], tmp_path, **JOB)
     assert result.returncode == 0, result.stderr[-3000:]
     draw = random.Random(5)
+    command = ["run", config, "--run-dir", disturbed]
     for stage in STAGES:
-        killed(["run", config, "--run-dir", disturbed], tmp_path, f"{disturbed}/{WRITES[stage]}", draw.randint(1, 3))
-        assert not processes_with(str(disturbed)), stage
-    result = trace_ds("run", config, "--run-dir", disturbed, cwd=tmp_path, timeout_s=900)
+        result = server.run(command, tmp_path, **JOB, kill=(f"{disturbed}/{WRITES[stage]}", draw.randint(1, 3)))
+        assert result.returncode == -signal.SIGKILL, (stage, result)
+    result = server.run(command, tmp_path, **JOB)
     assert result.returncode == 0, result.stderr[-3000:]
     expected, found = final_artefacts(undisturbed), final_artefacts(disturbed)
     assert found.keys() == expected.keys(), sorted(found.keys() ^ expected.keys())
@@ -85,52 +72,51 @@ def calibrated(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tu
     return config, calibrated_run(config, folder / "run", world=2)
 
 
-def started(config: Path, run: Path, *options: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "trace_ds", "unlearn", str(config), "--run-dir", str(run), *options]
-    quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, env=environment(), start_new_session=True, **quiet)
+def ranks_of(pid: int) -> list[int]:
+    """The processes that a command has started."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def wait_for(process: subprocess.Popen[str], condition: Callable[[], bool]) -> None:
+def wait_for(pid: int, condition: Callable[[], bool]) -> None:
     while not condition():
-        assert process.poll() is None
+        assert Path(f"/proc/{pid}").exists()
         time.sleep(0.05)
 
 
 @pytest.mark.slow
-def test_a_rank_that_dies_ends_the_job(calibrated: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_rank_that_dies_ends_the_job(calibrated: tuple[Path, Path], tmp_path: Path, server: Server) -> None:
     """Killing one rank of a bare job ends it with a failure, soon, and leaves nothing running."""
     config, run = calibrated[0], tmp_path / "run"
     shutil.copytree(calibrated[1], run)
-    process = started(config, run, "--set", "unlearning.save_every=2")
-    wait_for(process, lambda: (run / "checkpoints" / "step_000002").exists())
-    ranks = [pid for pid in processes_with(str(run / "config.yaml")) if pid != process.pid]
+    command = server.start(["unlearn", config, "--run-dir", run, "--set", "unlearning.save_every=2"], tmp_path, **JOB)
+    wait_for(command, (run / "checkpoints" / "step_000002").exists)
+    ranks = ranks_of(command)
     assert len(ranks) == 2
     os.kill(ranks[1], signal.SIGKILL)
-    process.communicate(timeout=120)
-    assert process.returncode not in (0, 2, 75)
-    assert not processes_with(str(run / "config.yaml"))
+    assert server.wait().returncode not in (0, 2, 75)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["SIGTERM to the command", "Ctrl-C to all its processes"])
 def test_a_signal_saves_and_exits_75_and_the_rerun_goes_on(
-    calibrated: tuple[Path, Path], tmp_path: Path, how: str
+    calibrated: tuple[Path, Path], tmp_path: Path, how: str, server: Server
 ) -> None:
     config, run = calibrated[0], tmp_path / "run"
     shutil.copytree(calibrated[1], run)
-    process, log = started(config, run), run / "logs" / "unlearn.jsonl"
-    wait_for(process, lambda: log.exists() and '"step": 3,' in log.read_text())
+    log = run / "logs" / "unlearn.jsonl"
+    command = server.start(["unlearn", config, "--run-dir", run], tmp_path, **JOB)
+    wait_for(command, lambda: log.exists() and '"step": 3,' in log.read_text())
     if how.startswith("SIGTERM"):
-        process.send_signal(signal.SIGTERM)
+        os.kill(command, signal.SIGTERM)
     else:  # as a terminal does
-        os.killpg(process.pid, signal.SIGINT)
-    errors = process.communicate(timeout=120)[1]
-    assert process.returncode == 75, errors
-    assert "stopped after step" in errors
+        os.killpg(command, signal.SIGINT)
+    stopped = server.wait()
+    assert stopped.returncode == 75, stopped
+    assert "stopped after step" in stopped.stderr
     steps = sorted(path.name for path in (run / "checkpoints").glob("step_*"))
     assert len(steps) == 1
     done = int(steps[0].removeprefix("step_"))
-    result = trace_ds("unlearn", config, "--run-dir", run, "--set", f"unlearning.steps={done + 2}")
+    further = ["unlearn", config, "--run-dir", run, "--set", f"unlearning.steps={done + 2}"]
+    result = server.run(further, tmp_path, **JOB)
     assert result.returncode == 0, result.stderr
     assert f"resumed after step {done}" in result.stdout

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from distributed import run_distributed
+from objective_reference import reference_run
 from test_unlearn import GRADIENT_LIKE, calibrated, copy_of, losses_of  # noqa: F401 (a fixture)
 
 from trace_ds.checkpoints.manifest import read_manifest
@@ -69,7 +70,7 @@ def test_equals_a_token_by_token_reference(
         run = copy_of(prepared_run, tmp_path / "run")
         run_distributed(jobs.unlearn_job, world, str(config), str(run), overrides)
     overrides += ["unlearning.micro_batch_rows=null", "distributed.ep=1"]
-    expected = jobs.reference_training(str(config), str(run), overrides, 3)
+    expected = reference_run(str(config), str(run), overrides, 3)
     np.testing.assert_allclose(losses_of(run), expected["losses"], rtol=1e-6, atol=1e-9)
     np.testing.assert_allclose(theta_of(run, 3), expected["thetas"][-1], rtol=0, atol=1e-12)
     assert np.abs(theta_of(run, 3)).max() > 0.01

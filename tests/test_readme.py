@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import tiny
-from command import environment, run, trace_ds
+from command import environment, run
+from forked import JOB, Server
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = [
@@ -46,10 +47,10 @@ def test_the_readme_names_commands() -> None:
 
 
 @pytest.mark.slow
-def test_commands_of_the_readme(folder: Path) -> None:
+def test_commands_of_the_readme(folder: Path, server: Server) -> None:
     """In the README's order, in one folder, as a user would type them."""
     for command in HERE:
-        result = trace_ds(*command.split()[1:], cwd=folder)
+        result = server.run(command.split()[1:], folder, **JOB)
         allowed = (0, 1) if command == "trace-ds doctor" else (0,)  # 1: this machine lacks something, said with its fix
         assert result.returncode in allowed, (command, result.stdout[-2000:], result.stderr[-2000:])
         assert result.stdout.strip(), command

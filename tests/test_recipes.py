@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import tiny
 import yaml
-from command import run, trace_ds
+from command import run
+from forked import Server, refuse
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -239,13 +240,10 @@ def test_every_verb_takes_a_task_and_a_model(verb: str, capsys: pytest.CaptureFi
     assert not (tmp_path / "run").exists()
 
 
-def test_what_makes_no_run_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+def test_what_makes_no_run_is_refused_before_anything_is_written(tmp_path: Path, server: Server) -> None:
     for words in (("wmdp_cyber", "olmo_1b_7b"), ("wmdp_cyber",), ("muse_books", "muse_news", "olmoe_1b_7b")):
         for verb in ("run", "plan"):
-            result = trace_ds(verb, *words, cwd=tmp_path)
-            assert (result.returncode, result.stdout, len(result.stderr.splitlines())) == (2, "", 1), result.stderr
-            assert result.stderr.startswith("trace-ds: error: ") and "Fix: " in result.stderr
-    assert list(tmp_path.iterdir()) == []
+            assert "Fix: " in refuse(server, tmp_path, verb, *words)
 
 
 def test_slurm_names_the_run_as_the_command_does(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import tiny
+from forked import JOB, Server
 
 from trace_ds import cli
 from trace_ds.checkpoints.commit import discard_all
@@ -527,12 +528,10 @@ def test_errors_of_the_system_say_what_helps(
 
 
 @pytest.mark.slow
-def test_a_run_directory_whose_name_looks_like_an_option(project: Path, tiny_model: Path) -> None:
+def test_a_run_directory_whose_name_looks_like_an_option(project: Path, tiny_model: Path, server: Server) -> None:
     """Said so that it is clear, it works, also in the processes that a distributed verb starts."""
-    from command import trace_ds
-
     shutil.copytree(tiny_model, project / "base")
     for verb in ("prepare", "collect"):
-        result = trace_ds(verb, "mine.yaml", "--run-dir", "./-rf", cwd=project)
+        result = server.run([verb, "mine.yaml", "--run-dir", "./-rf"], project, **JOB)
         assert result.returncode == 0, result.stderr
     assert (project / "-rf" / "statistics" / "retain" / "artefact.json").is_file()

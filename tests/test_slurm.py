@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from forked import Result, Server
 from safetensors.numpy import load_file
 from slurm_cluster import SlurmCluster, find_daemon, slurm_cluster
 from tiny import make_model, write_config
@@ -64,7 +65,7 @@ fi
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[SlurmCluster]:
-    with slurm_cluster() as booted:
+    with slurm_cluster(cpus_per_node=80, gpus_per_node=10) as booted:  # a job of the scripts' own size, and others
         yield booted
 
 
@@ -118,6 +119,15 @@ def place(cluster: SlurmCluster, tmp_path: Path) -> Workplace:
     return Workplace(cluster, tmp_path)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def near_its_limit(cluster: SlurmCluster, tmp_path_factory: pytest.TempPathFactory) -> tuple[Workplace, int]:
+    """A job whose limit of five minutes is the 300 s of `--signal=B:USR1@300`. SLURM looks at limits twice a minute:
+    other tests run meanwhile."""
+    place = Workplace(cluster, tmp_path_factory.mktemp("limit"))
+    (place.fake / "unlearn.waits").touch()
+    return place, place.submit("books", options=(*SMALL, "--time=5"))
+
+
 def test_scripts_pass_shellcheck() -> None:
     beside_python = Path(sys.executable).with_name("shellcheck")
     shellcheck = str(beside_python) if beside_python.exists() else shutil.which("shellcheck")
@@ -148,19 +158,6 @@ def test_whole_pipeline_as_submitted_without_options(place: Workplace) -> None:
         assert {c[5] for c in calls} == {f"{verb} books --run-dir {place.run_dir} {same}"}
     log = place.folder / f"trace-ds-unlearn-{job}.log"
     assert "unlearn: exit status 0" in log.read_text()
-
-
-def test_stop_near_the_time_limit_saves_and_requeues(place: Workplace) -> None:
-    """USR1 -> stop file -> 75 on all ranks -> the same job again, which goes on and finishes."""
-    (place.fake / "unlearn.waits").touch()
-    job = place.submit("books")
-    place.signal_when_running(job, "unlearn")
-    assert place.cluster.wait(job) == "COMPLETED", place.cluster.output(job)
-    assert place.cluster.info(job)["Restarts"] == "1"
-    assert place.verbs(restart=0) == STAGES[:4]
-    assert place.verbs(restart=1) == STAGES
-    assert "unlearn: exit status 75" in place.cluster.output(job)
-    assert not (place.run_dir / "stop").exists()
 
 
 def test_stage_that_does_not_stop_is_finished_before_the_requeue(place: Workplace) -> None:
@@ -412,17 +409,16 @@ def test_a_stop_under_torchrun_is_told_from_a_failure(place: Workplace, last: st
     assert place.cluster.info(job)["Restarts"] == "0"
 
 
-def test_lost_node_ends_in_requeue_and_completion(place: Workplace) -> None:
-    """SLURM itself requeues when a node is lost while the ranks wait for ever."""
-    (place.fake / "unlearn.deaf").touch()
-    job = place.submit("books")
-    place.cluster.wait_until("both ranks run", lambda: [c[0] for c in place.calls()].count("unlearn") == 2, 60, job)
-    place.cluster.kill_node("n2")
-    place.cluster.wait_until("the job is requeued", lambda: place.cluster.info(job)["Restarts"] == "1", 90, job)
-    place.cluster.start_node("n2")
+def test_near_the_time_limit_it_saves_and_is_requeued(near_its_limit: tuple[Workplace, int]) -> None:
+    """SLURM's USR1 -> stop file -> 75 on all ranks -> the same job again, which goes on and finishes."""
+    place, job = near_its_limit
     assert place.cluster.wait(job) == "COMPLETED", place.cluster.output(job)
+    assert place.cluster.info(job)["Restarts"] == "1"
     assert place.verbs(restart=0) == STAGES[:4]
     assert place.verbs(restart=1) == STAGES
+    assert "USR1: asked the running stage to save and stop" in place.cluster.output(job)
+    assert "unlearn: exit status 75" in place.cluster.output(job)
+    assert not (place.run_dir / "stop").exists()
 
 
 def chain(place: Workplace) -> subprocess.CompletedProcess[str]:
@@ -475,24 +471,11 @@ def test_chain_is_submitted_whole_or_not_at_all(place: Workplace) -> None:
         assert place.cluster.wait(job) == "CANCELLED"
 
 
-@pytest.mark.slow
-def test_time_limit_signals_through_the_scripts_own_sbatch_line(place: Workplace) -> None:
-    """Five minutes of limit are the 300 s of `--signal=B:USR1@300`: SLURM itself signals soon after the start."""
-    (place.fake / "unlearn.waits").touch()
-    job = place.submit("books", options=(*SMALL, "--time=5"))
-    assert place.cluster.wait(job) == "COMPLETED", place.cluster.output(job)
-    assert place.cluster.info(job)["Restarts"] == "1"
-    assert "USR1: asked the running stage to save and stop" in place.cluster.output(job)
-
-
 def trace_ds(
-    cluster: SlurmCluster, folder: Path, *arguments: object, env: dict[str, str] | None = None
-) -> subprocess.CompletedProcess[str]:
-    """The real command on the login node of the cluster."""
-    return subprocess.run(
-        [sys.executable, "-m", "trace_ds", *map(str, arguments)],
-        env=cluster.environment(env or REAL), cwd=folder, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    server: Server, cluster: SlurmCluster, folder: Path, *arguments: object, env: dict[str, str] | None = None
+) -> Result:
+    """The command on the login node of the cluster."""
+    return server.run([str(item) for item in arguments], folder, cluster.environment(env or REAL), time_s=120)
 
 
 def submittable(place: Workplace) -> Path:
@@ -502,9 +485,7 @@ def submittable(place: Workplace) -> Path:
     return write_config(place.folder, make_model(place.folder / "model"))
 
 
-def test_a_submitted_chain_is_recorded_and_a_stop_between_its_jobs_holds(
-    place: Workplace,
-) -> None:
+def test_a_submitted_chain_is_recorded_and_a_stop_between_its_jobs_holds(place: Workplace, server: Server) -> None:
     """`trace-ds submit --chain`, its jobs played by the stand-in: a stop file touched while a stage runs that does not
     look at it ends the chain before the next one; a stale one from before the submission does not."""
     config = submittable(place)
@@ -513,7 +494,7 @@ def test_a_submitted_chain_is_recorded_and_a_stop_between_its_jobs_holds(
     (run_dir / "stop").touch()
     (place.fake / "calibrate.deaf").touch()
     options = ("submit", config, "--gpus-per-node", 1, "--sbatch", "--cpus-per-task=1")
-    result = trace_ds(place.cluster, place.folder, *options, "--chain", env=place.env)
+    result = trace_ds(server, place.cluster, place.folder, *options, "--chain", env=place.env)
     assert result.returncode == 0, result.stderr
     record = json.loads((run_dir / "submitted" / "1" / "jobs.json").read_text())
     stages = [*STAGES[:5], "evaluate report"]
@@ -531,12 +512,12 @@ def test_a_submitted_chain_is_recorded_and_a_stop_between_its_jobs_holds(
     assert "stopped on request before unlearn" in place.cluster.output(int(ids[3]))
 
 
-def test_a_submitted_array_runs_its_seeds_and_is_not_submitted_twice(place: Workplace) -> None:
+def test_a_submitted_array_runs_its_seeds_and_is_not_submitted_twice(place: Workplace, server: Server) -> None:
     config = submittable(place)
     run_dir = place.folder / "runs" / "tiny"
     (place.fake / "prepare.deaf").touch()
     options = ("submit", config, "--gpus-per-node", 1, "--sbatch", "--cpus-per-task=1", "--array", "0,3")
-    result = trace_ds(place.cluster, place.folder, *options, env=place.env)
+    result = trace_ds(server, place.cluster, place.folder, *options, env=place.env)
     assert result.returncode == 0, result.stderr
     assert f"touch {run_dir}-seedN/stop (task N)" in result.stdout
     ((stages, job),) = json.loads((run_dir / "submitted" / "1" / "jobs.json").read_text())["jobs"].items()
@@ -545,7 +526,7 @@ def test_a_submitted_array_runs_its_seeds_and_is_not_submitted_twice(place: Work
     # the last task alone has the array's id as its own: without it the array must still be known
     place.cluster.run("scancel", f"{job}_3")
     place.cluster.wait_until("one is left", lambda: place.cluster.run("squeue", "-h", "-o%K").split() == ["0"], 60)
-    again = trace_ds(place.cluster, place.folder, *options, env=place.env)
+    again = trace_ds(server, place.cluster, place.folder, *options, env=place.env)
     assert again.returncode == 2 and f"still queued or running: {job}" in again.stderr
     (place.fake / "prepare.release").touch()
     place.cluster.wait_until("the array is over", lambda: not place.cluster.run("squeue", "-h").strip(), 120)
@@ -554,12 +535,12 @@ def test_a_submitted_array_runs_its_seeds_and_is_not_submitted_twice(place: Work
     assert all(f"--set seed={seed}" in line for seed, lines in zip((0, 3), ran, strict=True) for line in lines)
 
 
-def test_a_submission_that_slurm_refuses_leaves_nothing(cluster: SlurmCluster, tmp_path: Path) -> None:
+def test_a_submission_that_slurm_refuses_leaves_nothing(cluster: SlurmCluster, tmp_path: Path, server: Server) -> None:
     config = write_config(tmp_path, make_model(tmp_path / "model"))
     before = sorted(tmp_path.rglob("*"))
     for form in ([], ["--chain"]):
         options = ["--gpus-per-node", 1, "--sbatch", "--partition=none", *form]
-        result = trace_ds(cluster, tmp_path, "submit", config, *options)
+        result = trace_ds(server, cluster, tmp_path, "submit", config, *options)
         assert result.returncode == 2
         assert "invalid partition specified: none" in result.stderr and len(result.stderr.splitlines()) == 1
         assert sorted(tmp_path.rglob("*")) == before
@@ -577,33 +558,42 @@ REAL = {
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_real_pipeline_over_two_nodes_with_stop_and_lost_node(cluster: SlurmCluster, tmp_path: Path) -> None:
-    """`trace-ds submit` of ZeRO-3 and expert-parallel size 4 over two nodes of two ranks on CPU: stopped in mid
-    training, requeued, a node lost, requeued, done. Counts are those of one process, weights those of an undisturbed
-    job, to the last bit. (What comes after training: tests/test_cluster_page.py.)"""
+def test_real_pipeline_over_two_nodes_with_stop_and_lost_node(
+    cluster: SlurmCluster, tmp_path: Path, server: Server
+) -> None:
+    """`trace-ds submit` of ZeRO-3 and expert-parallel size 4 over two nodes of two ranks on CPU, up to the calibration
+    and then the training: stopped in the middle, requeued, a node lost, requeued by SLURM, done. Counts are those
+    of one process, weights those of an undisturbed job, to the last bit. (What comes after training:
+    tests/test_cluster_page.py.)"""
     import jobs
     from distributed import run_distributed
 
     from trace_ds.checkpoints.manifest import read_manifest
 
-    steps, name = 60, "step_000060"
+    steps, name = 40, "step_000040"
     changes = {"unlearning__forget_loss": "graddiff", "unlearning__steps": steps, "unlearning__save_every": 1000}
     config = write_config(tmp_path, make_model(tmp_path / "model"), distributed__ep=4, **changes)
-    environment = REAL | {"TRACE_DS_STAGES": "prepare collect calibrate unlearn report"}
     run_dir = tmp_path / "runs" / "tiny"
-    command = ("submit", config, "--nodes", 2, "--gpus-per-node", 2, "--sbatch", "--cpus-per-task=1")
-    result = trace_ds(cluster, tmp_path, *command, env=environment)
-    assert result.returncode == 0, result.stderr
-    record = json.loads((run_dir / "submitted" / "1" / "jobs.json").read_text())
-    ((stages, number),) = record["jobs"].items()
-    assert stages.split() == STAGES and f"{number}: {stages}" in result.stdout
-    job = int(number)
-    again = trace_ds(cluster, tmp_path, *command, env=environment)
-    assert again.returncode == 2 and f"still queued or running: {job}" in again.stderr
 
+    def submit(number: int, stages: str) -> tuple[int, list[object]]:
+        """(the job, a command that submits it again)"""
+        command = ["submit", config, "--nodes", 2, "--gpus-per-node", 2, "--sbatch", "--cpus-per-task=1"]
+        result = trace_ds(server, cluster, tmp_path, *command, env=REAL | {"TRACE_DS_STAGES": stages})
+        assert result.returncode == 0, result.stderr
+        record = json.loads((run_dir / "submitted" / str(number) / "jobs.json").read_text())
+        ((recorded, job),) = record["jobs"].items()
+        assert recorded.split() == STAGES and f"{job}: {recorded}" in result.stdout
+        return int(job), command
+
+    job, command = submit(1, "prepare collect calibrate")
+    again = trace_ds(server, cluster, tmp_path, *command)
+    assert again.returncode == 2 and f"still queued or running: {job}" in again.stderr
+    assert cluster.wait(job, 600) == "COMPLETED", cluster.output(job)
+    assert "world size 4, expert-parallel size 4" in cluster.output(job)
+    job, _ = submit(2, "unlearn report")
     log = run_dir / "logs" / "unlearn.jsonl"
     cluster.wait_until("some steps", lambda: log.exists() and '"step": 5,' in log.read_text(), 600, job)
-    cluster.run("scancel", "--batch", "--signal=USR1", number)
+    cluster.run("scancel", "--batch", "--signal=USR1", str(job))
     second = "unlearn: exit status 75"
     cluster.wait_until("it goes on", lambda: " unlearn\n" in cluster.output(job).partition(second)[2], 600, job)
     stopped = re.search(rf"stopped on request after step (\d+) of {steps}", cluster.output(job))

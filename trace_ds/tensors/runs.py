@@ -12,7 +12,6 @@ import functools
 import itertools
 import math
 import threading
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import BinaryIO
@@ -21,6 +20,11 @@ import torch
 
 from trace_ds.errors import UserError
 from trace_ds.tensors.torch_archive import COPY_AGAIN, LazyTensor, Storage
+
+try:
+    from isal.isal_zlib import crc32
+except ImportError:  # tools/convert_checkpoint.py does without: the same sum in ten times the time
+    from zlib import crc32
 
 
 @dataclass(frozen=True)
@@ -165,7 +169,7 @@ class ChecksumLedger:
         """Report that bytes ``start_bytes …`` of ``storage`` were read and are ``data``."""
         if storage.crc32 is None:
             return
-        checksum = zlib.crc32(data)
+        checksum = crc32(data)
         with self._lock:
             self._pieces.setdefault(storage, {})[start_bytes] = (len(data), checksum)
 
@@ -200,7 +204,7 @@ def _crc_of_range(handle: BinaryIO, storage: Storage, start: int, nbytes: int) -
         data = handle.read(min(nbytes, 1 << 22))
         if not data:
             break
-        checksum = zlib.crc32(data, checksum)
+        checksum = crc32(data, checksum)
         nbytes -= len(data)
     return checksum
 

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import functools
 import hashlib
+import math
 import os
 import shutil
 import threading
@@ -222,13 +223,11 @@ def together(tasks: Sequence[CopyTask]) -> Iterator[Sequence[CopyTask]]:
 
 def _not_finite(block: torch.Tensor, cast: torch.Tensor, overflow: bool) -> tuple[bool, bool]:
     """(the block holds NaN, finite values became infinite in the cast). One pass when all is well."""
-    low, high = block.aminmax()  # NaN anywhere makes both NaN
-    if torch.isnan(low):
+    low, high = map(float, block.aminmax())  # NaN anywhere makes both NaN
+    if math.isnan(low):
         return True, overflow
-    if not overflow and cast.dtype != block.dtype:
-        limit = torch.finfo(cast.dtype).max
-        extreme = max(abs(float(low)), abs(float(high)))
-        overflow = bool(extreme > limit and torch.isinf(cast).any() and not torch.isinf(block).any())
+    if not overflow and cast.dtype != block.dtype and max(-low, high) > torch.finfo(cast.dtype).max:
+        overflow = bool(torch.isinf(cast).any() and not torch.isinf(block).any())
     return False, overflow
 
 
