@@ -13,6 +13,16 @@ SHOWN_SOURCES = 8
 SHOWN_LAYERS = 8
 
 
+def told(artefact: Artefact) -> str:
+    """The same in one line."""
+    d = json.loads(artefact.file("diagnosis.json").read_text(encoding="utf-8"))
+    experts = "NO forget-critical expert found" if d["none_found"] else f"{len(d['selected'])} forget-critical experts"
+    effect = f", {d['gap_closed']:.0%} of the gap closed, effective sample size {d['ess_fraction']:.2f}"
+    warnings = len(d["warnings"])
+    many = f", {warnings} warning{'s' * (warnings > 1)} in {artefact.path.name}/diagnosis.json" if warnings else ""
+    return f"{experts}, {d['rule']} weights{effect if d['constraints'] else ''}{many}"
+
+
 def print_table(artefact: Artefact, console: Any = None) -> None:
     """Print the diagnosis of a calibration artefact with rich (to ``console``, default: standard output)."""
     from rich.console import Console

@@ -11,9 +11,9 @@ from rich.table import Table
 
 from trace_ds.cluster.memory import PHASES
 from trace_ds.cluster.plan import ASSUMPTIONS, MAX_ROWS, RunPlan, StagePlan, plan
-from trace_ds.cluster.spec import GB, ClusterSpec
+from trace_ds.cluster.spec import ClusterSpec
 from trace_ds.config.schema import Config
-from trace_ds.terminal import wide_console
+from trace_ds.terminal import duration, size, wide_console
 
 SHOWN_CHOICES = 8
 
@@ -171,25 +171,6 @@ def _choices(result: RunPlan) -> Table:
             "fits" if choice.collect_fits else "does NOT fit",
         )
     return table
-
-
-def size(number: float) -> str:
-    """Bytes as a short text in decimal units."""
-    for unit, scale in (("TB", 1e12), ("GB", GB), ("MB", 1e6), ("kB", 1e3)):
-        if number >= scale:
-            return f"{number / scale:.3g} {unit}" if number < 999.5 * scale else f"{number / scale:.0f} {unit}"
-    return f"{number:.0f} B"
-
-
-def duration(seconds: float) -> str:
-    """Seconds as a short text."""
-    if seconds >= 5400:
-        return f"{seconds / 3600:.1f} h"
-    if seconds >= 90:
-        return f"{seconds / 60:.0f} min"
-    if seconds >= 0.1:
-        return f"{seconds:.2f} s"
-    return f"{seconds * 1000:.1f} ms" if seconds else ""
 
 
 def rows(number: int) -> str:

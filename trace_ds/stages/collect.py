@@ -125,17 +125,19 @@ def collect(config: Config, run: RunDirectory, world: World) -> None:
     from trace_ds.models.attention import refusal
     from trace_ds.models.engine import inference_engine
     from trace_ds.models.loading import ModelParts
-    from trace_ds.run.log import stage_log
+    from trace_ds.run.log import already_done, stage_log
 
     job = world.broadcast(world.agree_each(lambda verify: _checked(config, run, world, verify=verify)))[0]
     todo = [side for side in job.inputs if not _is_done(world, job, run, side)]
     if not todo:
+        if world.is_main:
+            already_done("collect", run)
         return
     with stage_log(run, "collect", enabled=world.is_main) as log:
-        log.line(f"world size {world.size}, expert-parallel size {config.distributed.ep}, {', '.join(todo)}")
+        log.detail(f"world size {world.size}, expert-parallel size {config.distributed.ep}, {', '.join(todo)}")
         if job.info.family.autoep_preset is None:
             sharding = "its weights are sharded by ZeRO-3" if world.size > 1 else "one process holds it whole"
-            log.line(f"the family {job.info.family.model_type} has no expert parallelism: {sharding}")
+            log.detail(f"the family {job.info.family.model_type} has no expert parallelism: {sharding}")
         asked = recording(config, job.info, "retain")
         parts = ModelParts(head=asked.nll, last_output=asked.nll, hidden_layer=asked.hidden_layer)
         engine = inference_engine(
@@ -147,7 +149,7 @@ def collect(config: Config, run: RunDirectory, world: World) -> None:
             parts=parts,
         )
         if why := refusal(engine.module):
-            log.line(f"attention stays inside documents by a mask: {why}")
+            log.detail(f"attention stays inside documents by a mask: {why}")
         if job.info.family.autoep_preset is None and config.data.documents_per_row != 1:
             from trace_ds.routing.collection import refused_packing
 
@@ -155,6 +157,15 @@ def collect(config: Config, run: RunDirectory, world: World) -> None:
             world.raise_together(refused_packing(engine, vocabulary, world.device))
         for side in todo:
             _collect_side(config, run, world, job, side, engine, log)
+        if world.is_main:
+            found = {
+                side: artefact.load(run.statistics / side, "statistics", "", verify=False).summary for side in todo
+            }
+            counted = " and ".join(f"{side} {each['tokens']:,}" for side, each in found.items())
+            of = found[todo[0]]
+            log.done(
+                f"{counted} tokens counted: {of['top_k']} of {of['experts']} experts in {len(of['layers'])} layers"
+            )
 
 
 def _checked(config: Config, run: RunDirectory, world: World, *, verify: bool) -> list[CollectJob]:
@@ -213,7 +224,7 @@ def _collect_side(
         (directory / SHAPE_NAME).unlink(missing_ok=True)
         commit_directory(directory, destination, ours.artefact("statistics"))
         found = artefact.load(destination, "statistics", "collect CONFIG", verify=False).summary
-        log.line(f"{side}: {found['tokens']:,} tokens of {found['documents']:,} documents counted")
+        log.detail(f"{side}: {found['tokens']:,} tokens of {found['documents']:,} documents counted")
 
     world.agree(commit)
 
@@ -245,7 +256,7 @@ def _pass(
         directory=directory,
     )
     trace_bytes, _ = bytes_per_token(len(collection.layers), job.info.experts, job.info.top_k, 1)
-    log.line(about_trace(config, side, round(dataset.tokens * trace_bytes)))
+    log.detail(about_trace(config, side, round(dataset.tokens * trace_bytes)))
     try:
         statistics = collection.run(log, side, config.statistics.save_every, stop_files)
     except UserError:  # the input is wrong, nothing of it can be used; after a full disk the pass can continue

@@ -80,7 +80,11 @@ class Training:
             for problem in problems:
                 log.line(f"WARNING {problem}")
             yield log, chosen
-            log.line(f"done: {checkpoints / step_name(newest_complete(checkpoints)[0] or 0)}")
+            name = step_name(newest_complete(checkpoints)[0] or 0)
+            losses = [
+                f"{key.removeprefix('loss_')} loss {value:.3g}" for key, value in log.last.items() if "loss_" in key
+            ]
+            log.done(", ".join([f"{checkpoints.name}/{name}", *losses]))
 
     def restored(self, world: World, engine: Any, chosen: Manifest | None, log: StageLog) -> Manifest:
         """Where training begins (collective): at ``chosen``, or the newest older checkpoint that can be loaded into the

@@ -166,11 +166,14 @@ def unlearn(config: Config, run: RunDirectory, world: World) -> None:
     Raises:
         StopRequested: stopped on request; a complete checkpoint was saved.
     """
+    from trace_ds.run.log import already_done
     from trace_ds.unlearning.job import train
     from trace_ds.unlearning.watch import Watch
 
     job = world.broadcast(world.agree_each(lambda verify: _checked(config, run, world, verify=verify)))[0]
     if world.broadcast_agreed(lambda: job.settled(config, run)):
+        if world.is_main:
+            already_done("unlearn", run)
         return
     settings, training = config.unlearning, job.training(config, run)
     with training.begun(world, "unlearn") as (log, chosen):
@@ -178,7 +181,7 @@ def unlearn(config: Config, run: RunDirectory, world: World) -> None:
         engine, realignment = make_engine(config, job, world, batches, log)
         start = training.restored(world, engine, chosen, log)
         goal, cursor = make_goal(config, job, world, engine, batches, start.cursor, realignment, log.line)
-        log.line(
+        log.detail(
             f"{settings.forget_loss}, {settings.weights} weights by {settings.apply}, alpha {settings.alpha:g}, "
             f"ZeRO stage {settings.zero_stage}, world size {world.size}, expert-parallel size {config.distributed.ep}"
         )
@@ -209,7 +212,7 @@ def make_engine(
     # before anything is restored: it looks at the frozen routers
     held_bytes = grip.install(engine, batches, world, settings.grip)
     if log is not None:
-        log.line(f"GRIP holds {held_bytes:,} bytes of router bases on this rank; fewer grip.tokens take less")
+        log.detail(f"GRIP holds {held_bytes:,} bytes of router bases on this rank; fewer grip.tokens take less")
     return engine, Realignment.asked(engine, batches, world, settings.grip)
 
 
