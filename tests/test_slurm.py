@@ -147,7 +147,7 @@ def test_whole_pipeline_as_submitted_without_options(place: Workplace) -> None:
         same = "--set a.b=x y --set distributed.ep=8 --set distributed.nproc=1"
         assert {c[5] for c in calls} == {f"{verb} books --run-dir {place.run_dir} {same}"}
     log = place.folder / f"trace-ds-unlearn-{job}.log"
-    assert "unlearn: exit status 0" in log.read_text()
+    assert log.readlink() == place.run_dir / "logs" / log.name and "unlearn: exit status 0" in log.read_text()
 
 
 def test_stop_near_the_time_limit_saves_and_requeues(place: Workplace) -> None:
@@ -159,19 +159,23 @@ def test_stop_near_the_time_limit_saves_and_requeues(place: Workplace) -> None:
     assert place.cluster.info(job)["Restarts"] == "1"
     assert place.verbs(restart=0) == STAGES[:4]
     assert place.verbs(restart=1) == STAGES
-    assert "unlearn: exit status 75" in place.cluster.output(job)
+    log = (place.run_dir / "logs" / f"trace-ds-unlearn-{job}.log").read_text()
+    assert log == place.cluster.output(job)
+    assert log.index("restart 0 ") < log.index("unlearn: exit status 75") < log.index("restart 1 ")
     assert not (place.run_dir / "stop").exists()
 
 
 def test_stage_that_does_not_stop_is_finished_before_the_requeue(place: Workplace) -> None:
     (place.fake / "calibrate.deaf").touch()
-    job = place.submit("books")
+    job = place.submit("books", options=(*SMALL, "--output=mine.log"))
     place.signal_when_running(job, "calibrate")
     place.cluster.wait_until("the trap fired at once", (place.run_dir / "stop").exists, 60, job)
     (place.fake / "calibrate.release").touch()
     assert place.cluster.wait(job) == "COMPLETED", place.cluster.output(job)
     assert place.verbs(restart=0) == STAGES[:3]
     assert place.verbs(restart=1) == STAGES
+    assert "calibrate: exit status 0" in (place.folder / "mine.log").read_text()
+    assert not (place.folder / "mine.log").is_symlink() and not (place.run_dir / "logs").exists()
 
 
 def test_restarts_are_capped(place: Workplace) -> None:
@@ -451,6 +455,8 @@ def test_chain_runs_the_stages_as_dependent_jobs_through_a_requeue(place: Workpl
     for before, after in itertools.pairwise(ordered[3:]):  # those before may be over already
         assert place.cluster.info(after)["Dependency"].startswith(f"afterok:{before}(")
     place.signal_when_running(jobs["unlearn"], "unlearn")
+    queued = place.cluster.run("squeue", "--noheader", "--format=%.8j").split()  # as wide as it is by default
+    assert {"unlearn-", "convert-", "evaluate"} <= set(queued)
     for job in ordered:
         assert place.cluster.wait(job) == "COMPLETED", place.cluster.output(job)
     assert place.cluster.info(jobs["unlearn"])["Restarts"] == "1"
@@ -585,7 +591,7 @@ def test_real_pipeline_over_two_nodes_with_stop_and_lost_node(cluster: SlurmClus
     steps, name = 60, "step_000060"
     changes = {"unlearning__forget_loss": "graddiff", "unlearning__steps": steps, "unlearning__save_every": 1000}
     config = write_config(tmp_path, make_model(tmp_path / "model"), distributed__ep=4, **changes)
-    environment = REAL | {"TRACE_DS_STAGES": "prepare collect calibrate unlearn report"}
+    environment = REAL | {"TRACE_DS_STAGES": "prepare collect calibrate unlearn report", "TRACE_DS_VERBOSE": "1"}
     run_dir = tmp_path / "runs" / "tiny"
     command = ("submit", config, "--nodes", 2, "--gpus-per-node", 2, "--sbatch", "--cpus-per-task=1")
     result = trace_ds(cluster, tmp_path, *command, env=environment)

@@ -425,9 +425,10 @@ def plan(
     host_memory: Annotated[float, typer.Option(min=0.001, help="GB of a node's own memory.")] = 1000.0,
     json: JsonOption = False,
 ) -> None:
-    """Memory, time and communication of a config on a cluster, without loading weights."""
+    """Memory, time and communication of a config on a cluster, without loading weights; of a MODEL alone, too."""
     from trace_ds.cluster.plan_view import plan_command
     from trace_ds.cluster.spec import ClusterSpec
+    from trace_ds.config.compose import recipe_names
     from trace_ds.stages.pipeline import Request
 
     spec = ClusterSpec(
@@ -440,7 +441,10 @@ def plan(
         storage_gb_s=storage,
         host_memory_gb=host_memory,
     )
-    request = Request.load(config, list(set_ or []), run_dir).located("plan", download=False)
+    changes = list(set_ or [])
+    if set(config) <= set(recipe_names("model")):  # corpora of unknown length
+        changes = [f"data.{side}=[{{path: no task}}]" for side in ("forget", "retain")] + changes
+    request = Request.load(config, changes, run_dir).located("plan", download=False)
     raise typer.Exit(plan_command(request.config, spec, json))
 
 

@@ -101,4 +101,4 @@ def duration(seconds: float) -> str:
         return f"{seconds:.0f} s"
     if seconds >= 0.1:
         return f"{seconds:.2f} s"
-    return f"{seconds * 1000:.1f} ms" if seconds else ""
+    return (f"{seconds * 1000:.1f} ms" if seconds >= 5e-5 else "< 0.1 ms") if seconds else ""

@@ -19,7 +19,7 @@ def told(artefact: Artefact) -> str:
     experts = "NO forget-critical expert found" if d["none_found"] else f"{len(d['selected'])} forget-critical experts"
     effect = f", {d['gap_closed']:.0%} of the gap closed, effective sample size {d['ess_fraction']:.2f}"
     warnings = len(d["warnings"])
-    many = f", {warnings} warning{'s' * (warnings > 1)} in {artefact.path.name}/diagnosis.json" if warnings else ""
+    many = f", {warnings} warning{'s' * (warnings > 1)} in diagnosis.json" if warnings else ""
     return f"{experts}, {d['rule']} weights{effect if d['constraints'] else ''}{many}"
 
 

@@ -74,8 +74,7 @@ def check_convert(config: Config, run: RunDirectory) -> None:
     step, settings = config.conversion.step, config.unlearning
     if step is None or (run.checkpoints / step_name(step)).is_dir() or settings.evaluate.target_forget_nll is not None:
         return  # a job with a target saves where it reaches it
-    saved = sorted({*range(settings.save_every, settings.steps + 1, settings.save_every), settings.steps})
-    kept = [n for n in saved if n in saved[-settings.keep :] or (settings.keep_every and n % settings.keep_every == 0)]
+    kept = settings.kept_steps(settings.steps)
     if step not in kept:
         raise UserError(
             f"there will be no checkpoint of step {step}: those of steps {', '.join(map(str, kept[-6:]))} are kept",
