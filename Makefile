@@ -1,13 +1,14 @@
 # make demo    the whole method on real text, in minutes, on this machine
 # make test    all tests
 # make check   style, types, shell scripts, tests
+# make docs    the pages as a site, in build/docs
 # make pythons a short run under every other Python of this machine, in environments made from nothing
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PYTEST_FLAGS ?= --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
-.PHONY: demo test check style types shell pythons clean
+.PHONY: demo test check style types shell docs pythons clean
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.installed
@@ -16,7 +17,7 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
-check: style types shell test
+check: style types shell docs test
 
 style: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
@@ -28,6 +29,9 @@ types: $(VENV)/.installed-dev
 shell: $(VENV)/.installed-dev
 	$(BIN)/shellcheck -x slurm/*.sh tools/*.sh .ci/run
 
+docs: $(VENV)/.installed-dev
+	$(BIN)/mkdocs build --strict --quiet
+
 pythons: $(VENV)/.installed-dev
 	$(BIN)/python tools/try_pythons.py
 
@@ -36,11 +40,11 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable .
+	@sh tools/pip_install.sh $(BIN)/python --editable .
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@sh tools/pip_install.sh $(BIN)/python --editable '.[dev,docs]'
 	@touch $@ $(VENV)/.installed
 
 clean:
