@@ -11,10 +11,12 @@ import logging
 import os
 import re
 import sys
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
 CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 # Tabs, line ends, and what rich and tqdm send to a terminal: colours, cursor up, erase line, hide and show the cursor.
@@ -67,6 +69,18 @@ def wide_console(log_width: int = 140) -> Console:
 
     console = Console()
     return console if console.is_terminal else Console(width=log_width)
+
+
+def narrow_table(title: str, *columns: str, left: Collection[str] = ()) -> Table:
+    """A table without lines between its columns, so that most fit 80 characters; numbers to the right."""
+    from rich import box
+    from rich.table import Table
+
+    style: dict[str, Any] = {"box": box.SIMPLE_HEAD, "show_edge": False, "padding": (0, 1, 0, 0)}
+    table = Table(title=f"\n{title}", title_justify="left", **style)
+    for column in columns:
+        table.add_column(column, justify="left" if column in left else "right")
+    return table
 
 
 def verbose() -> bool:

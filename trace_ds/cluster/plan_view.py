@@ -6,7 +6,6 @@ import json as json_module
 from dataclasses import asdict
 from typing import Any
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -14,7 +13,7 @@ from trace_ds.cluster.memory import PHASES
 from trace_ds.cluster.plan import ASSUMPTIONS, MAX_ROWS, RunPlan, StagePlan, plan
 from trace_ds.cluster.spec import ClusterSpec
 from trace_ds.config.schema import Config
-from trace_ds.terminal import duration, size, wide_console
+from trace_ds.terminal import duration, narrow_table, size, wide_console
 
 SHOWN_CHOICES = 8
 
@@ -78,11 +77,8 @@ def print_plan(result: RunPlan, console: Console | None = None) -> None:
         console.print(f"assumed: {assumption}", style="dim", highlight=False)
 
 
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=f"\n{title}", title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number == 0 else "right")
-    return table
+def _table(title: str, first: str, *columns: str) -> Table:
+    return narrow_table(title, first, *columns, left=[first])
 
 
 def _parameters(result: RunPlan) -> Table:

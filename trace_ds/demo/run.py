@@ -68,6 +68,7 @@ def tell(runs: Sequence[RunDirectory], took_s: float) -> None:
     from rich import box
     from rich.columns import Columns
     from rich.console import Console
+    from rich.text import Text
 
     from trace_ds.stages.report import summary
 
@@ -77,10 +78,10 @@ def tell(runs: Sequence[RunDirectory], took_s: float) -> None:
     for table in tables:
         table.title, table.caption, table.box = None, None, box.SIMPLE_HEAD
         table.show_edge, table.pad_edge = False, False
-    console.print("\n", Columns(tables, padding=(0, 2)), sep="")
+    console.print("", Columns(tables, padding=(0, 2)), "", sep="\n")
     for title, text in zip(titles, texts, strict=True):
-        console.print(f"\n{title}: {text.splitlines()[0]}")
-    console.print(f"\n{texts[-1].splitlines()[-1]}\n\nReports ({took_s / 60:.1f} minutes):")
+        console.print(Text.assemble((title, "bold"), f": {text.splitlines()[0]}"))
+    console.print(f"{texts[-1].splitlines()[-1]}\n\nReports ({took_s / 60:.1f} minutes):")
     for run in runs:
         console.print(f"  {run.report / 'index.html'}", soft_wrap=True)
 
