@@ -1,6 +1,6 @@
 # make demo    the whole method on real text, in minutes, on this machine
 # make test    all tests
-# make check   style, types, shell scripts, tests
+# make check   style, types, shell scripts, docs, tests
 # make docs    the pages as a site, in build/docs
 # make pythons a short run under every other Python of this machine, in environments made from nothing
 PYTHON ?= python3
@@ -30,7 +30,7 @@ shell: $(VENV)/.installed-dev
 	$(BIN)/shellcheck -x slurm/*.sh tools/*.sh .ci/run
 
 docs: $(VENV)/.installed-dev
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 pythons: $(VENV)/.installed-dev
 	$(BIN)/python tools/try_pythons.py
