@@ -30,7 +30,7 @@ shell: $(VENV)/.installed-dev
 	$(BIN)/shellcheck -x slurm/*.sh tools/*.sh .ci/run
 
 docs: $(VENV)/.installed-dev
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 pythons: $(VENV)/.installed-dev
 	$(BIN)/python tools/try_pythons.py
