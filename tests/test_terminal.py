@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import sys
@@ -67,6 +68,24 @@ def test_progress_in_a_file_is_ever_more_seldom(
             told_at.append(now_s)
             assert re.fullmatch(r"\[collect\] rows: [\d,]+/4,000 steps, 1\.0/s, about [\d,]+ s left\n", out)
     assert told_at[:5] == [20, 40, 80, 160, 320] and told_at[5:] == [620, 920, 1220, 1520, 1820]
+
+
+def test_a_bar_on_a_terminal_gives_way_to_lines_and_leaves_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    stage = log.StageLog("collect", tmp_path / "collect.jsonl", None)
+    progress = log.Progress(stage, "rows", 4)
+    stage.line("resumed")
+    assert "rows:   0%|" in terminal.getvalue() and "0/4" in terminal.getvalue()
+    progress.close()
+    assert terminal.getvalue().rpartition("\r")[0].rpartition("\r")[2].strip() == ""
+    assert capsys.readouterr().out == "[collect] resumed\n"
 
 
 @pytest.mark.parametrize("quiet", [True, False])
