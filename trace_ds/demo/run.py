@@ -31,6 +31,7 @@ from trace_ds.run.directory import RunDirectory, locked, unwritable
 from trace_ds.run.files import remove_directory, remove_leftovers, replacing_directory, write_json
 from trace_ds.run.foreign import read_object
 from trace_ds.run.log import Progress, StageLog
+from trace_ds.terminal import quiet_libraries
 
 MODELS = ("original", "gold")
 FREE_BYTES_NEEDED = 1_500_000_000
@@ -199,6 +200,7 @@ def _pretrain(tell: Connection, corpora: Path, destination: Path, seed: int) -> 
     """In a process of its own: tell the loss of every step, or the error that ends the training."""
     die_with_parent()
     os.environ.update(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
+    quiet_libraries()
     from trace_ds.demo.pretrain import pretrain
 
     try:
