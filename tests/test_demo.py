@@ -102,7 +102,7 @@ def test_the_terminal_tells_the_story(demo: Path) -> None:
     others = [line for line in lines[:-15] if line.startswith("[") and not progress.match(line)]
     assert all(re.search(r"\([\d.]+ (s|min)\)$", line) for line in others), others
     end = "\n".join(lines[-15:])
-    assert all(words in end.replace("\n", " ") for words in ENDS), end
+    assert all(words in " ".join(end.split()) for words in ENDS), end
     assert end.endswith("runs/demo/report/index.html\n  runs/demo/verbatim/report/index.html")
     kept = (demo / "logs" / "calibrate.jsonl").read_text() + (demo / "logs" / "evaluate.jsonl").read_text()
     assert "forget-critical experts; rule raking" in kept and "step_000050: elements accuracy" in kept
