@@ -1,6 +1,7 @@
 # make demo    the whole method on real text, in minutes, on this machine
 # make test    all tests
-# make check   style, types, shell scripts, tests
+# make check   style, types, shell scripts, docs, tests
+# make docs    the pages as a site, in build/docs
 # make matrix  every task with every model, as tiny replicas (half an hour)
 # make pythons a short run under every other Python of this machine, in environments made from nothing
 PYTHON ?= python3
@@ -8,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTEST_FLAGS ?= --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
-.PHONY: demo test matrix check style types shell pythons clean
+.PHONY: demo test matrix check style types shell docs pythons clean
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.installed
@@ -20,7 +21,7 @@ test: $(VENV)/.installed-dev
 matrix: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m matrix tests/test_recipe_runs.py
 
-check: style types shell test
+check: style types shell docs test
 
 style: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
@@ -32,6 +33,9 @@ types: $(VENV)/.installed-dev
 shell: $(VENV)/.installed-dev
 	$(BIN)/shellcheck -x slurm/*.sh tools/*.sh .ci/run
 
+docs: $(VENV)/.installed-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 pythons: $(VENV)/.installed-dev
 	$(BIN)/python tools/try_pythons.py
 
@@ -40,11 +44,11 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable .
+	@sh tools/pip_install.sh $(BIN)/python --editable .
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@sh tools/pip_install.sh $(BIN)/python --editable '.[dev,docs]'
 	@touch $@ $(VENV)/.installed
 
 clean:

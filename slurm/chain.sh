@@ -30,7 +30,8 @@ submit() {
   local command options id
   read -ra options <<<"$3 ${TRACE_DS_ALL_SBATCH:-}"
   ((${#jobs[@]} == 0)) || options=("--dependency=afterok:${jobs[-1]}" --kill-on-invalid-dep=yes "${options[@]}")
-  command=(sbatch --parsable --export=ALL --job-name="trace-ds-${1// /-}" "${options[@]}"
+  # squeue shows eight characters of a name
+  command=(sbatch --parsable --export=ALL --job-name="${1// /-}-$(basename "$run_dir")" "${options[@]}"
     "$TRACE_DS_HOME/slurm/$2" "$config" "${arguments[@]}")
   if [[ -n ${TRACE_DS_DRY_RUN:-} ]]; then
     jobs+=("JOB$((${#jobs[@]} + 1))")

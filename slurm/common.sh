@@ -264,6 +264,17 @@ run_stage() {
   esac
 }
 
+# sbatch opened the log where it was called, under the name of the #SBATCH line: move it into the run, and leave a link.
+# (A log that was sent elsewhere, by --output or SBATCH_OUTPUT, stays there.)
+keep_log() {
+  local log=$SLURM_SUBMIT_DIR/$SLURM_JOB_NAME-$SLURM_JOB_ID.log kept=$run_dir/logs/$SLURM_JOB_NAME-$SLURM_JOB_ID.log
+  [[ ! -L $log && $log -ef /proc/$$/fd/1 && ! $log -ef $kept ]] || return 0
+  mkdir -p "$run_dir/logs"
+  cat "$log" >>"$kept"
+  exec >>"$kept" 2>&1
+  ln -sf "$kept" "$log"
+}
+
 # Makes `variants`, the names of the config's variants, and `finetunes`, whether it has models fine-tuned: as its dry run
 # says, which is asked only where that matters to the stages.
 read_config() {
@@ -282,6 +293,7 @@ run_stages() {
   read -ra stages <<<"${TRACE_DS_STAGES:-$*}"
   prepare_command
   read_config "${stages[@]}" || finish $?
+  keep_log
   remove_stale_stop
   share_fetched
   say "job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, restart ${SLURM_RESTART_COUNT:-0} of at most $MAX_RESTARTS, $run_dir"

@@ -170,7 +170,8 @@ def test_artefact_and_its_files(job, capsys) -> None:
     assert diagnosis["top_documents"][0]["text_start"]
     assert made.summary["selected"] == len(diagnosis["selected"])
     shown = capsys.readouterr().out
-    assert "forget-critical experts" in shown and "effective sample" in shown
+    assert shown.startswith("[calibrate] ") and shown.count("\n") == 1
+    assert f"forget-critical experts, raking closes {diagnosis['gap_closed']:.0%} of the gap" in shown
 
 
 def test_running_again_does_nothing_and_from_scratch_gives_the_same_bytes(job, tmp_path) -> None:

@@ -245,18 +245,18 @@ def test_training_is_bitwise_repeatable_and_saved_in_hub_layout(built: Path, tmp
 def test_training_is_shown_and_its_error_is_the_demos(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(log, "LINE_EVERY_S", 0.0)
-    ours = log.StageLog("demo", tmp_path / "logs" / "pretrain_gold.jsonl", None)
+    monkeypatch.setattr(log, "FIRST_LINE_S", 0.0)
+    ours = log.StageLog("demo", tmp_path / "logs" / "demo.jsonl", None)
     for end in (None, UserError("disk full", "here", "free space")):
         reader, writer = Pipe(duplex=False)
         for told in (7.5, *([end] if end else [])):
             writer.send(told)
         writer.close()
         with pytest.raises(UserError, match=r"here: disk full\. Fix: free space") if end else contextlib.nullcontext():
-            run.show_training({reader: (ours, log.Progress(ours, "gold", 2))})
+            assert run.show_training({reader: "gold"}, log.Progress(ours, "training", 2)) == {"gold": 7.5}
     shown = capsys.readouterr().out
-    assert shown.startswith("[demo] gold: 1/2 steps") and shown.endswith("loss 7.5\n")
-    assert "gold: 1/2 steps" in (tmp_path / "logs" / "pretrain_gold.jsonl").read_text(encoding="utf-8")
+    assert shown.startswith("[demo] training: 1/2 steps") and shown.endswith("gold 7.5\n")
+    assert "training: 1/2 steps" in (tmp_path / "logs" / "demo.jsonl").read_text(encoding="utf-8")
 
 
 def test_a_training_that_fails_ends_the_demo_with_its_line(tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ from trace_ds.stages import evaluate as stage
 from trace_ds.stages.evaluate import evaluate
 from trace_ds.stages.pipeline import Request, check_early
 from trace_ds.stages.prepare import prepare
+from trace_ds.terminal import VERBOSE
 
 
 def write_lines(path: Path, records: list[dict[str, Any]]) -> str:
@@ -123,7 +124,10 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return paths
 
 
-def test_results_have_the_agreed_form(case: Case, capsys: pytest.CaptureFixture[str]) -> None:
+def test_results_have_the_agreed_form(
+    case: Case, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(VERBOSE, "1")
     threads = torch.get_num_threads()
     torch.set_num_threads(2)  # the run asks for 1: it must get it, and give the former number back
     try:
@@ -161,6 +165,8 @@ def test_results_have_the_agreed_form(case: Case, capsys: pytest.CaptureFixture[
     assert (drift["experts"], drift["top_k"]) == (4, 2)
     printed = capsys.readouterr().out
     assert "Scores" in printed and "unlearned" in printed and "gold" in printed
+    first = [case.result(name)["scores"][0]["value"] for name in ("original", "unlearned")]
+    assert f"[evaluate] 3 models: facts {first[0]:.3f} → {first[1]:.3f}, passages 0." in printed
 
 
 def test_nothing_written_depends_on_place_or_time(case: Case, tmp_path: Path) -> None:

@@ -186,7 +186,7 @@ def test_the_target_recites_and_the_retrained_does_not(tmp_path: Path, server: S
     assert statistics["inputs"]["model"] == result("original")["model_fingerprint"]
     before = tree(run / "finetune")
     again = trace_ds("run")
-    assert again.returncode == 0 and "[finetune]" not in again.stdout
+    assert again.returncode == 0 and "[finetune] already done" in again.stdout
     assert tree(run / "finetune") == before
     # a stranger in what would be replaced
     (run / "finetune/target/model/notes.txt").write_text("mine")

@@ -4,6 +4,7 @@ hand."""
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -481,6 +482,8 @@ def test_training_waits_for_what_the_steps_between_two_checkpoints_do_not_hide()
     assert each_s == pytest.approx(whole_s)
     each_s, whole_s, _ = saving_s(run_config(**sized, unlearning__save_in_background=False))
     assert each_s == pytest.approx(whole_s)
+
+
 def test_the_models_that_are_made_first_are_jobs_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A fine-tuning is what an unlearning job without a frozen model is, on as many rows; its length is in epochs."""
     corpora = {}
@@ -631,6 +634,50 @@ def test_the_command_prints_tables_and_json(tmp_path: Path, capsys: pytest.Captu
     printed = capsys.readouterr().out
     for word in ("6.919 B", "all-to-all of tokens", "resident", "bound by", "EP x ZeRO", "checkpoint 83 GB"):
         assert word in printed
+    text = (" on ", "checkpoint ", "evaluate: ", "WARN ", "assumed: ")  # wrapped by the terminal
+    assert max(len(line) for line in printed.splitlines() if not any(word in line for word in text)) <= 80
+
+
+def test_a_tiny_model_has_no_times_that_nobody_would_see(capsys: pytest.CaptureFixture[str]) -> None:
+    small = model_config("mixtral-8x7b") | {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
+    config = run_config().model_copy(update={"variants": {"even": {"calibration.rule": "uniform"}}})
+    print_plan(plan_model(small, config, ClusterSpec()))
+    printed = capsys.readouterr().out
+    assert re.search(r"^tokens/s .* – +– *$", printed, re.MULTILINE) and "launching its kernels takes longer" in printed
+    assert re.search(r"^whole stage, .* – *$", printed, re.MULTILINE)
+    print_plan(plan_model(model_config("mixtral-8x7b"), run_config(distributed__ep=8), ClusterSpec(4)))
+    assert "launching" not in capsys.readouterr().out
+
+
+def test_a_model_alone_is_planned(capsys: pytest.CaptureFixture[str]) -> None:
+    from trace_ds.cli import app
+
+    assert app(["plan", "mixtral_8x7b", "--nodes", "4"], standalone_mode=False) == 0
+    printed = capsys.readouterr().out
+    assert "mixtral, 46.7 B parameters" in printed and "corpora not found" in printed
+
+
+def test_what_is_scored_and_kept_is_counted() -> None:
+    """The models that all jobs score, the curve of kept checkpoints, and the looks while training."""
+    mixtral, spec = model_config("mixtral-8x7b"), ClusterSpec(nodes=4)
+    base = {"unlearning__steps": 100, "unlearning__save_every": 10, "distributed__ep": 8}
+    plain = plan_model(mixtral, run_config(**base), spec)
+    assert (plain.evaluated, plain.evaluated_checkpoints, plain.unlearn.looks_s) == (2, 0, 0.0)
+    curve = {"unlearning__keep_every": 20, "evaluation__checkpoints": True, "evaluation__models": {"gold": "gold"}}
+    config = run_config(**base, **curve).model_copy(update={"variants": {"even": {"calibration.rule": "uniform"}}})
+    found = plan_model(mixtral, config, spec)
+    kept = config.unlearning.kept_steps(100)
+    assert kept == [20, 40, 60, 80, 90, 100]
+    assert (found.evaluated, found.evaluated_checkpoints) == (2 + 2 + 2 * len(kept), 2 * len(kept))
+    assert found.evaluate_s > found.evaluated * plain.evaluate_s / 2
+    more = found.storage_bytes - 2 * plain.storage_bytes
+    assert more == pytest.approx(2 * (len(kept) - 2) * plain.checkpoint_bytes)
+    looked = [
+        plan_model(mixtral, run_config(**base, unlearning__evaluate={"every": every}), spec).unlearn
+        for every in (10, 50)
+    ]
+    assert looked[0].looks_s == pytest.approx(looked[1].looks_s * 11 / 3) and looked[1].looks_s > 0
+    assert looked[0].job_s == pytest.approx(plain.unlearn.job_s + looked[0].looks_s)
 
 
 def test_every_option_of_the_command_reaches_the_cluster(monkeypatch: pytest.MonkeyPatch) -> None:

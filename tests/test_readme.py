@@ -63,7 +63,7 @@ def test_make_targets() -> None:
         assert result.returncode == 0, result.stderr
         lines = result.stdout.splitlines()
         assert any("prerequisites.sh" in line for line in lines) and any("-m venv" in line for line in lines)
-        assert any("pip install" in line for line in lines) and last in lines[-1]
+        assert any("pip_install.sh" in line for line in lines) and last in lines[-1]
 
 
 def test_missing_prerequisites_are_named(tmp_path: Path) -> None:

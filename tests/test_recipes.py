@@ -236,7 +236,7 @@ def test_every_verb_takes_a_task_and_a_model(verb: str, capsys: pytest.CaptureFi
 
     app([verb, "olmoe_1b_7b", "wmdp_cyber", "--dry-run", "--run-dir", str(tmp_path / "run")], standalone_mode=False)
     said = capsys.readouterr().out
-    assert said.startswith("name: wmdp_cyber-olmoe_1b_7b\n") and "path: allenai/OLMoE-1B-7B-0924\n" in said
+    assert "\nname: wmdp_cyber-olmoe_1b_7b\n" in said and "path: allenai/OLMoE-1B-7B-0924\n" in said
     assert not (tmp_path / "run").exists()
 
 

@@ -157,18 +157,20 @@ def test_whole_pipeline_as_submitted_without_options(place: Workplace) -> None:
         same = "--set a.b=x y --set distributed.ep=8 --set distributed.nproc=1"
         assert {c[5] for c in calls} == {f"{verb} books --run-dir {place.run_dir} {same}"}
     log = place.folder / f"trace-ds-unlearn-{job}.log"
-    assert "unlearn: exit status 0" in log.read_text()
+    assert log.readlink() == place.run_dir / "logs" / log.name and "unlearn: exit status 0" in log.read_text()
 
 
 def test_stage_that_does_not_stop_is_finished_before_the_requeue(place: Workplace) -> None:
     (place.fake / "calibrate.deaf").touch()
-    job = place.submit("books")
+    job = place.submit("books", options=(*SMALL, "--output=mine.log"))
     place.signal_when_running(job, "calibrate")
     place.cluster.wait_until("the trap fired at once", (place.run_dir / "stop").exists, 60, job)
     (place.fake / "calibrate.release").touch()
     assert place.cluster.wait(job) == "COMPLETED", place.cluster.output(job)
     assert place.verbs(restart=0) == STAGES[:3]
     assert place.verbs(restart=1) == STAGES
+    assert "calibrate: exit status 0" in (place.folder / "mine.log").read_text()
+    assert not (place.folder / "mine.log").is_symlink() and not (place.run_dir / "logs").exists()
 
 
 def test_restarts_are_capped(place: Workplace) -> None:
@@ -451,6 +453,8 @@ def test_chain_runs_the_stages_as_dependent_jobs_through_a_requeue(place: Workpl
     for before, after in itertools.pairwise(ordered[3:]):  # those before may be over already
         assert place.cluster.info(after)["Dependency"].startswith(f"afterok:{before}(")
     place.signal_when_running(jobs["unlearn"], "unlearn")
+    queued = place.cluster.run("squeue", "--noheader", "--format=%.8j").split()  # as wide as it is by default
+    assert {"unlearn-", "convert-", "evaluate"} <= set(queued)
     for job in ordered:
         assert place.cluster.wait(job) == "COMPLETED", place.cluster.output(job)
     assert place.cluster.info(jobs["unlearn"])["Restarts"] == "1"
@@ -578,7 +582,9 @@ def test_real_pipeline_over_two_nodes_with_stop_and_lost_node(
     def submit(number: int, stages: str) -> tuple[int, list[object]]:
         """(the job, a command that submits it again)"""
         command = ["submit", config, "--nodes", 2, "--gpus-per-node", 2, "--sbatch", "--cpus-per-task=1"]
-        result = trace_ds(server, cluster, tmp_path, *command, env=REAL | {"TRACE_DS_STAGES": stages})
+        result = trace_ds(
+            server, cluster, tmp_path, *command, env=REAL | {"TRACE_DS_STAGES": stages, "TRACE_DS_VERBOSE": "1"}
+        )
         assert result.returncode == 0, result.stderr
         record = json.loads((run_dir / "submitted" / str(number) / "jobs.json").read_text())
         ((recorded, job),) = record["jobs"].items()

@@ -424,6 +424,8 @@ def test_a_file_that_is_held_is_the_file_that_was_to_be_written(tmp_path: Path) 
     assert files.write()[str(tmp_path / "later" / "shard.pt")] == expected
     assert (tmp_path / "later" / "shard.pt").read_bytes() == (tmp_path / "now" / "shard.pt").read_bytes()
     assert len(files.write()) == 2 and not files._held
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [3, 1])
 def test_deepspeeds_own_tools_read_our_checkpoints(stage: int, calibrated: tuple[Path, Path], tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ import typer
 
 from trace_ds import __version__
 from trace_ds.errors import EXIT_STOPPED, EXIT_USER_ERROR, JobFailed, StopRequested, UserError
-from trace_ds.terminal import guard_streams
+from trace_ds.terminal import VERBOSE, guard_streams, quiet_libraries
 
 _ROOM = "free space there, or choose another --run-dir"
 _ALLOW = "change the permissions there, or choose another --run-dir"
@@ -40,9 +40,13 @@ app = typer.Typer(
     name="trace-ds",
     help="Routing-aware unlearning for Mixture-of-Experts language models.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def _be_verbose(asked: bool) -> None:
+    if asked:
+        os.environ[VERBOSE] = "1"
 
 
 def _run_dir(text: str) -> Path:
@@ -63,12 +67,19 @@ DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the resolve
 NprocOption = Annotated[Optional[int], typer.Option("--nproc", min=1, help="Local processes (bare start).")]  # noqa: UP045
 EpOption = Annotated[Optional[int], typer.Option("--ep", min=1, help="Expert-parallel size.")]  # noqa: UP045
 VariantOption = Annotated[Optional[str], typer.Option("--variant", help="One of the config's variants instead.")]  # noqa: UP045
+VerboseOption = Annotated[
+    bool,
+    typer.Option(
+        "--verbose", "-v", callback=_be_verbose, help="All that goes into the logs; default: one line a stage."
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 
 
 def main() -> None:
     """Entry point of ``trace-ds`` and ``python -m trace_ds``."""
     guard_streams()
+    quiet_libraries()
     # The deepspeed launcher puts --local_rank=N before the script's own arguments; the environment says it too.
     arguments = [at_home(item) for item in sys.argv[1:] if not item.startswith(("--local_rank", "--local-rank"))]
     try:
@@ -184,7 +195,11 @@ def fetch(
 
 @app.command()
 def prepare(
-    config: ConfigArgument, run_dir: RunDirOption = None, set_: SetOption = None, dry_run: DryRunOption = False
+    config: ConfigArgument,
+    run_dir: RunDirOption = None,
+    set_: SetOption = None,
+    dry_run: DryRunOption = False,
+    verbose: VerboseOption = False,
 ) -> None:
     """Corpora → token datasets."""
     _verb("prepare", config, run_dir, set_, dry_run=dry_run)
@@ -198,6 +213,7 @@ def finetune(
     nproc: NprocOption = None,
     ep: EpOption = None,
     dry_run: DryRunOption = False,
+    verbose: VerboseOption = False,
 ) -> None:
     """Base model and datasets → the models that a benchmark needs: target, retrained (distributed)."""
     _verb("finetune", config, run_dir, set_, nproc=nproc, ep=ep, dry_run=dry_run)
@@ -211,6 +227,7 @@ def collect(
     nproc: NprocOption = None,
     ep: EpOption = None,
     dry_run: DryRunOption = False,
+    verbose: VerboseOption = False,
 ) -> None:
     """Model and datasets → routing statistics (distributed)."""
     _verb("collect", config, run_dir, set_, nproc=nproc, ep=ep, dry_run=dry_run)
@@ -223,6 +240,7 @@ def calibrate(
     set_: SetOption = None,
     variant: VariantOption = None,
     dry_run: DryRunOption = False,
+    verbose: VerboseOption = False,
 ) -> None:
     """Statistics → forget-critical experts and retain weights (on one process or, under a launcher, many)."""
     _verb("calibrate", config, run_dir, set_, variant=variant, dry_run=dry_run)
@@ -237,6 +255,7 @@ def unlearn(
     ep: EpOption = None,
     variant: VariantOption = None,
     dry_run: DryRunOption = False,
+    verbose: VerboseOption = False,
 ) -> None:
     """Model, datasets and calibration → sharded checkpoints (distributed)."""
     _verb("unlearn", config, run_dir, set_, nproc=nproc, ep=ep, variant=variant, dry_run=dry_run)
@@ -258,6 +277,7 @@ def convert(
     verify: Annotated[bool, typer.Option("--verify", help="Read everything again and compare.")] = False,
     variant: VariantOption = None,
     dry_run: DryRunOption = False,
+    verbose: VerboseOption = False,
 ) -> None:
     """Checkpoint → Hugging Face model directory (one process, no GPU): of a run, or SOURCE → DESTINATION."""
     if tag is not None:
@@ -303,6 +323,7 @@ def evaluate(
     ep: EpOption = None,
     variant: VariantOption = None,
     dry_run: DryRunOption = False,
+    verbose: VerboseOption = False,
 ) -> None:
     """Models → scores: forgetting, utility, privacy, routing drift (on one process or many)."""
     given = {"evaluation.nproc": nproc, "evaluation.ep": ep}
@@ -318,6 +339,7 @@ def report(
     run_dir: RunDirOption = None,
     set_: SetOption = None,
     dry_run: DryRunOption = False,
+    verbose: VerboseOption = False,
 ) -> None:
     """Run directory → one HTML page, PNGs, CSVs, a model card; a study's directory → its page and CSVs."""
     from trace_ds.stages.pipeline import report_command
@@ -335,6 +357,7 @@ def run(
     nproc: NprocOption = None,
     ep: EpOption = None,
     dry_run: DryRunOption = False,
+    verbose: VerboseOption = False,
 ) -> None:
     """All stages; skips what is done, goes on where it was killed."""
     _verb("run", config, run_dir, set_, nproc=nproc, ep=ep, dry_run=dry_run)
@@ -370,6 +393,7 @@ def demo(
     ),
     set_: SetOption = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
+    verbose: VerboseOption = False,
 ) -> None:
     """The whole method on real text, on this machine, in minutes."""
     from trace_ds.demo.run import demo as run_demo
@@ -409,9 +433,10 @@ def plan(
     host_memory: Annotated[float, typer.Option(min=0.001, help="GB of a node's own memory.")] = 1000.0,
     json: JsonOption = False,
 ) -> None:
-    """Memory, time and communication of a config on a cluster, without loading weights."""
+    """Memory, time and communication of a config on a cluster, without loading weights; of a MODEL alone, too."""
     from trace_ds.cluster.plan_view import plan_command
     from trace_ds.cluster.spec import ClusterSpec
+    from trace_ds.config.compose import recipe_names
     from trace_ds.stages.pipeline import Request
 
     spec = ClusterSpec(
@@ -424,7 +449,10 @@ def plan(
         storage_gb_s=storage,
         host_memory_gb=host_memory,
     )
-    request = Request.load(config, list(set_ or []), run_dir).located("plan", download=False)
+    changes = list(set_ or [])
+    if set(config) <= set(recipe_names("model")):  # corpora of unknown length
+        changes = [f"data.{side}=[{{path: no task}}]" for side in ("forget", "retain")] + changes
+    request = Request.load(config, changes, run_dir).located("plan", download=False)
     raise typer.Exit(plan_command(request.config, spec, json))
 
 

@@ -1,21 +1,26 @@
-"""What may reach a terminal or a log: text without control characters, in whatever encoding the stream has.
+"""What may reach a terminal or a log: text without control characters, in whatever encoding it has, and no library's.
 
 Names of sources, tasks and files are the users', and some come from files of others: an escape sequence in one of them
 could set the clipboard or rewrite what is on the screen. :func:`plain` is for one text; :func:`guard_streams` puts the
-same rule below everything that the command prints.
+same rule below everything that the command prints. A stage prints one line; with ``-v`` everything that its log holds.
 """
 
 from __future__ import annotations
 
+import logging
+import os
 import re
 import sys
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
 CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 # Tabs, line ends, and what rich and tqdm send to a terminal: colours, cursor up, erase line, hide and show the cursor.
+VERBOSE = "TRACE_DS_VERBOSE"  # a variable, so that the ranks of a job hear of it too
 OURS = re.compile("\x1b\\[[0-9;]*m|\x1b\\[[0-9]*[AK]|\x1b\\[\\?25[lh]|[\t\n\r]")
 
 
@@ -64,3 +69,50 @@ def wide_console(log_width: int = 140) -> Console:
 
     console = Console()
     return console if console.is_terminal else Console(width=log_width)
+
+
+def narrow_table(title: str, *columns: str, left: Collection[str] = ()) -> Table:
+    """A table without lines between its columns, so that most fit 80 characters; numbers to the right."""
+    from rich import box
+    from rich.table import Table
+
+    style: dict[str, Any] = {"box": box.SIMPLE_HEAD, "show_edge": False, "padding": (0, 1, 0, 0)}
+    table = Table(title=f"\n{title}", title_justify="left", **style)
+    for column in columns:
+        table.add_column(column, justify="left" if column in left else "right")
+    return table
+
+
+def verbose() -> bool:
+    """Whether details are asked for: ``-v``, or the variable in the environment."""
+    return bool(os.environ.get(VERBOSE))
+
+
+def quiet_libraries() -> None:
+    """Keep what libraries say of their own accord out of the terminal, here and in the processes started from here:
+    sequences longer than a tokenizer's maximum, a font cache, the accelerator that was found. Errors still show."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
+    # a filter: DeepSpeed sets its logger's level when it is imported, and the first warning comes then
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
+
+
+def size(number: float) -> str:
+    """Bytes as a short text in decimal units."""
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if number >= scale:
+            return f"{number / scale:.3g} {unit}" if number < 999.5 * scale else f"{number / scale:.0f} {unit}"
+    return f"{number:.0f} B"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a short text; nothing for none."""
+    if seconds >= 5400:
+        return f"{seconds / 3600:.1f} h"
+    if seconds >= 90:
+        return f"{seconds / 60:.0f} min"
+    if seconds >= 10:
+        return f"{seconds:.0f} s"
+    if seconds >= 0.1:
+        return f"{seconds:.2f} s"
+    return (f"{seconds * 1000:.1f} ms" if seconds >= 5e-5 else "< 0.1 ms") if seconds else ""

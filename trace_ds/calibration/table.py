@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from trace_ds.run.artefact import Artefact
+from trace_ds.terminal import narrow_table
 
 SHOWN_EXPERTS = 12
 SHOWN_DOCUMENTS = 5
@@ -13,18 +14,26 @@ SHOWN_SOURCES = 8
 SHOWN_LAYERS = 8
 
 
+def told(artefact: Artefact) -> str:
+    """The same in one line."""
+    d = json.loads(artefact.file("diagnosis.json").read_text(encoding="utf-8"))
+    experts = "NO forget-critical expert found" if d["none_found"] else f"{len(d['selected'])} forget-critical experts"
+    effect = f"{d['rule']} closes {d['gap_closed']:.0%} of the gap" if d["constraints"] else f"{d['rule']} weights"
+    warnings = len(d["warnings"])
+    many = f", {warnings} warning{'s' * (warnings > 1)} in diagnosis.json" if warnings else ""
+    return f"{experts}, {effect}{many}"
+
+
 def print_table(artefact: Artefact, console: Any = None) -> None:
     """Print the diagnosis of a calibration artefact with rich (to ``console``, default: standard output)."""
     from rich.console import Console
     from rich.markup import escape
-    from rich.table import Table
 
     console = console or Console()
     d = json.loads(artefact.file("diagnosis.json").read_text(encoding="utf-8"))
 
-    experts = Table(title=f"forget-critical experts ({d['detection']}): {len(d['selected'])}", title_justify="left")
-    for name in ("layer", "expert", "p forget", "p retain", "ratio [95 %]", "target", "achieved"):
-        experts.add_column(name, justify="right")
+    title = f"forget-critical experts ({d['detection']}): {len(d['selected'])}"
+    experts = narrow_table(title, "layer", "expert", "p forget", "p retain", "ratio [95 %]", "target", "achieved")
     ranked = sorted(d["selected"], key=lambda r: -(r["ratio"] or 0.0))
     for r in ranked[:SHOWN_EXPERTS]:
         interval = (
@@ -52,10 +61,9 @@ def print_table(artefact: Artefact, console: Any = None) -> None:
         "weights by quantile: " + ", ".join(f"{float(q):.0%} {w:.3g}" for q, w in d["weight_quantiles"].items()),
         highlight=False,
     )
-    layers = Table(title="selections by layer, in bits", title_justify="left")
     columns = ("entropy_forget_bits", "entropy_retain_bits", "entropy_weighted_bits", "js_bits", "js_weighted_bits")
-    for name in ("layer", "entropy forget", "retain", "weighted", "forget | retain: divergence", "weighted"):
-        layers.add_column(name, justify="right")
+    names = ["layer", "entropy forget", "retain", "weighted", "forget | retain: divergence", "weighted"]
+    layers = narrow_table("selections by layer, in bits", *names)
     for r in sorted(d["layers"], key=lambda r: -r["js_bits"])[:SHOWN_LAYERS]:
         layers.add_row(str(r["layer"]), *("-" if r[key] is None else f"{r[key]:.3f}" for key in columns))
     console.print(layers)
@@ -72,21 +80,17 @@ def print_table(artefact: Artefact, console: Any = None) -> None:
             f"retrieved {retrieval['rows']:,} of {retrieval['pool_rows']:,} rows by {retrieval['similarity']} "
             f"({retrieval['random_rows']:,} of them at random){gap}"
         )
-        kept = Table(title="what was retrieved", title_justify="left")
-        for name in ("source", "share of the pool", "share of the kept rows"):
-            kept.add_column(name, justify="left" if name == "source" else "right")
+        names = ["source", "share of the pool", "share of the kept rows"]
+        kept = narrow_table("what was retrieved", *names, left=["source"])
         for r in retrieval["share_by_source"][:SHOWN_SOURCES]:
             kept.add_row(escape(r["source"]), f"{r['pool_share']:.1%}", f"{r['kept_share']:.1%}")
         console.print(kept)
-    sources = Table(title="where the weight went", title_justify="left")
-    for name in ("source", "share of tokens", "share of weight"):
-        sources.add_column(name, justify="left" if name == "source" else "right")
+    sources = narrow_table("where the weight went", "source", "share of tokens", "share of weight", left=["source"])
     for r in d["share_by_source"][:SHOWN_SOURCES]:
         sources.add_row(escape(r["source"]), f"{r['token_share']:.1%}", f"{r['weight_share']:.1%}")
     console.print(sources)
-    documents = Table(title="retain documents with the highest mean weight", title_justify="left")
-    for name in ("weight", "tokens", "likeness", "source", "text"):
-        documents.add_column(name, justify="left" if name in ("source", "text") else "right")
+    names = ["weight", "tokens", "likeness", "source", "text"]
+    documents = narrow_table("retain documents with the highest mean weight", *names, left=["source", "text"])
     for r in d["top_documents"][:SHOWN_DOCUMENTS]:
         documents.add_row(
             f"{r['weight']:.2f}",

@@ -28,7 +28,7 @@ from trace_ds.cluster.architecture import (
 from trace_ds.cluster.job import PlannedJob, ceil_div, corpus_tokens, variants_of
 from trace_ds.cluster.spec import GB, ClusterSpec
 from trace_ds.config.published import fragment_of, published_config, published_config_path
-from trace_ds.config.schema import Config
+from trace_ds.config.schema import TARGET, Config
 from trace_ds.errors import UserError
 from trace_ds.models.families import FAMILIES, ModelInfo, check_expert_parallel
 from trace_ds.tensors.model_files import CONFIG_NAME, read_model_config
@@ -36,6 +36,7 @@ from trace_ds.tensors.model_files import CONFIG_NAME, read_model_config
 EVALUATION_SHARE = 0.8  # of a GPU's memory may be weights (trace_ds/evaluation/language_model.py)
 MAX_ROWS = 4096  # no search for a larger micro-batch than this
 HOST_COPY_GB_S = 10  # of each GPU of a node at the same time
+MIN_STEP_S = 1e-3  # a step launches hundreds of kernels, some microseconds each
 
 ASSUMPTIONS = (
     "every parameter that is loaded has a gradient and moments, also what unlearning.trainable holds still",
@@ -49,7 +50,8 @@ ASSUMPTIONS = (
 @dataclass(frozen=True)
 class StagePlan:
     """One distributed stage: memory of a GPU, the largest micro-batch that fits, bytes moved and time of one
-    step (``collect``: one batch); ``storage_s``: loading the model and saving checkpoints, in the whole stage."""
+    step (``collect``: one batch); in the whole stage ``storage_s`` for loading the model and saving checkpoints, and
+    ``looks_s`` for scoring the rows of ``unlearning.evaluate``."""
 
     rows: int
     memory: memory.Memory
@@ -60,11 +62,17 @@ class StagePlan:
     tokens_per_s: float
     steps: int | None
     storage_s: float
+    looks_s: float = 0.0
 
     @property
     def job_s(self) -> float | None:
         """Seconds of the whole stage, nothing overlapped; None when its length is not known."""
-        return None if self.steps is None else self.steps * self.time.serial_s + self.storage_s
+        return None if self.steps is None else self.steps * self.time.serial_s + self.storage_s + self.looks_s
+
+    @property
+    def told(self) -> bool:
+        """Whether its time is an estimate: what no model of bytes and FLOPs knows (launching kernels) bounds less."""
+        return self.time.serial_s >= MIN_STEP_S
 
 
 @dataclass(frozen=True)
@@ -84,7 +92,9 @@ class Choice:
 @dataclass(frozen=True)
 class RunPlan:
     """The answer; ``choices`` are ranked (what fits by step time, then the rest by memory); ``variants`` are the
-    ``unlearn`` of each, by name, ``finetune`` the job of each model that is made first; storage is that of all jobs."""
+    ``unlearn`` of each, by name, ``finetune`` the job of each model that is made first; storage is that of all jobs;
+    ``evaluated`` are the models that all jobs score, so many of them ``evaluated_checkpoints``, and ``evaluate_s`` is
+    how long reading them takes."""
 
     family: str
     parameters: Parameters
@@ -102,6 +112,9 @@ class RunPlan:
     storage_bytes: float
     host_bytes: float
     evaluation_gpus: int
+    evaluated: int
+    evaluated_checkpoints: int
+    evaluate_s: float
     choices: list[Choice]
     warnings: list[str]
 
@@ -138,7 +151,15 @@ def plan_model(
     making = {name: PlannedJob.of(a, cluster, config, config.finetune) for name in made}
     every = count_parameters(a)
     sizes = [size for size in range(1, a.experts + 1) if a.experts % size == 0 and cluster.world % size == 0]
-    saving = [(each, each.held, each.settings.keep) for each in (job, *others, *making.values())]
+    training = (job, *others)
+    kept = [len(each.settings.kept_steps(each.steps() or 1)) for each in training]
+    saving = [(each, each.held, number) for each, number in zip(training, kept, strict=True)]
+    saving += [(each, a, each.settings.keep) for each in making.values()]
+    # a run's variants take the scores of the models that they share from it; a checkpoint is converted first
+    curve = sum(kept) if config.evaluation.checkpoints else 0
+    references = {*config.evaluation.models, *made} - {TARGET}
+    evaluated, model_bytes = 1 + len(references) + len(kept) + curve, every.total * job.b
+    read_bytes = evaluated * model_bytes + curve * (every.total * memory.MASTER_BYTES / 3 + model_bytes)
     result = RunPlan(
         family=a.family,
         parameters=every,
@@ -157,7 +178,10 @@ def plan_model(
             (keep + 1) * checkpoint_bytes(each, saved) + every.total * each.b for each, saved, keep in saving
         ),
         host_bytes=memory.host_bytes(job),
-        evaluation_gpus=evaluation_gpus(config, every.total * job.b, cluster.gpu_memory_gb),
+        evaluation_gpus=evaluation_gpus(config, model_bytes, cluster.gpu_memory_gb),
+        evaluated=evaluated,
+        evaluated_checkpoints=curve,
+        evaluate_s=read_bytes / (cluster.storage_gb_s * GB),
         choices=sorted(
             (
                 _choice(replace(job, ep=size, zero=replace(job.zero, stage=stage)))
@@ -231,7 +255,19 @@ def _training(job: PlannedJob, corpora: list[str] | None = None) -> StagePlan:
         steps=steps,
         storage_s=_load_s(job, a, whole=job.zero.stage < 3) * (2 if run.frozen_layers else 1)
         + _saving_s(job, a, time.serial_s, steps or 1),
+        looks_s=_looks_s(job, time, 3 * flops * tokens),
     )
+
+
+def _looks_s(job: PlannedJob, step: cost.StepTime, step_flops: float) -> float:
+    """Seconds of all looks at the model while it is trained (``unlearning.evaluate``), each a forward pass of its rows
+    through the whole model, as fast as a step is by its model FLOPs."""
+    settings = job.settings
+    if isinstance(settings, FinetuneConfig) or settings.evaluate.every is None:
+        return 0.0
+    looks = 1 + ceil_div(settings.steps, settings.evaluate.every)
+    tokens = ceil_div(2 * settings.evaluate.rows, job.spec.world) * job.context
+    return looks * step.serial_s * cost.forward_flops_per_token(job.a, job.context) * tokens / step_flops
 
 
 def _saving_s(job: PlannedJob, saved: Architecture, step_s: float, steps: int) -> float:

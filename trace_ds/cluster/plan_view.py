@@ -11,9 +11,9 @@ from rich.table import Table
 
 from trace_ds.cluster.memory import PHASES
 from trace_ds.cluster.plan import ASSUMPTIONS, MAX_ROWS, RunPlan, StagePlan, plan
-from trace_ds.cluster.spec import GB, ClusterSpec
+from trace_ds.cluster.spec import ClusterSpec
 from trace_ds.config.schema import Config
-from trace_ds.terminal import wide_console
+from trace_ds.terminal import duration, narrow_table, size, wide_console
 
 SHOWN_CHOICES = 8
 
@@ -61,23 +61,25 @@ def print_plan(result: RunPlan, console: Console | None = None) -> None:
     if result.variants or result.finetune:
         console.print(_jobs(result))
     console.print(_choices(result))
-    console.print(
-        f"checkpoint {size(result.checkpoint_bytes)}, saved in {duration(result.save_s)} at "
-        f"{spec.storage_gb_s:g} GB/s; the run needs {size(result.storage_bytes)} of storage and "
-        f"{size(result.host_bytes)} of host memory a node; GPUs for evaluate, on one node: {result.evaluation_gpus}",
-        highlight=False,
-    )
+    curve = f", {result.evaluated_checkpoints} of them checkpoints" if result.evaluated_checkpoints else ""
+    for line in (
+        f"\ncheckpoint {size(result.checkpoint_bytes)}, saved in {duration(result.save_s)} at {spec.storage_gb_s:g} "
+        f"GB/s; the run needs {size(result.storage_bytes)} of storage and "
+        f"{size(result.host_bytes)} of host memory a node",
+        f"evaluate: {result.evaluated} models{curve}; reading them takes {duration(result.evaluate_s)} (scoring is "
+        f"not estimated); GPUs, on one node: {result.evaluation_gpus}",
+    ):
+        console.print(line, highlight=False)
+    if not (result.collect.told and result.unlearn.told):
+        console.print("times: the model is so small that launching its kernels takes longer than they do")
     for warning in result.warnings:
         console.print(f"WARN  {warning}", style="yellow", highlight=False)
     for assumption in ASSUMPTIONS:
         console.print(f"assumed: {assumption}", style="dim", highlight=False)
 
 
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left")
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number == 0 else "right")
-    return table
+def _table(title: str, first: str, *columns: str) -> Table:
+    return narrow_table(title, first, *columns, left=[first])
 
 
 def _parameters(result: RunPlan) -> Table:
@@ -93,7 +95,7 @@ def _parameters(result: RunPlan) -> Table:
 def _memory(result: RunPlan) -> Table:
     collect, unlearn = result.collect, result.unlearn
     table = _table(
-        "Memory of one GPU (peak: resident + the largest of compute with layer or head, step, start)",
+        "Memory of one GPU",
         "part",
         f"collect, {collect.rows} rows",
         f"unlearn, {unlearn.rows} rows",
@@ -105,6 +107,8 @@ def _memory(result: RunPlan) -> Table:
                 f"{phase}: {part}",
                 *(size(parts[part]) if part in parts else "" for parts in (of_collect, of_unlearn)),
             )
+    table.caption = "peak: resident + the largest of compute with layer or head, step, start"
+    table.caption_justify = "left"
     table.add_row("peak", size(collect.memory.peak_bytes), size(unlearn.memory.peak_bytes))
     table.add_row("peak if activations were recomputed", "", size(result.recomputed_peak_bytes))
     table.add_row("usable", *[size(result.cluster.usable_bytes)] * 2)
@@ -114,7 +118,7 @@ def _memory(result: RunPlan) -> Table:
 
 
 def _traffic(result: RunPlan) -> Table:
-    table = _table("Bytes one GPU receives", "collective", "GPUs", "a batch or step", "inside nodes", "between nodes")
+    table = _table("Bytes one GPU receives", "collective", "GPUs", "a step", "in nodes", "between")
     for name, stage in (("collect", result.collect), ("unlearn", result.unlearn)):
         for entry in stage.traffic:
             table.add_row(
@@ -137,12 +141,17 @@ def _time(result: RunPlan) -> Table:
     table.add_row("bound by", *(stage.time.bound for stage in stages))
     table.add_row("everything overlapped", *(duration(stage.time.overlapped_s) for stage in stages))
     table.add_row("nothing overlapped", *(duration(stage.time.serial_s) for stage in stages))
-    table.add_row("tokens/s (nothing overlapped)", *(f"{stage.tokens_per_s:,.0f}" for stage in stages))
     table.add_row(
-        "whole stage with loading and saving, at most",
-        *("corpora not found" if s.job_s is None else duration(s.job_s) for s in stages),
+        "tokens/s (nothing overlapped)", *(f"{stage.tokens_per_s:,.0f}" if stage.told else "–" for stage in stages)
     )
+    table.add_row("whole stage, loads and saves, at most", *(_job_time(stage) for stage in stages))
     return table
+
+
+def _job_time(stage: StagePlan) -> str:
+    if stage.job_s is None:
+        return "corpora not found"
+    return duration(stage.job_s) if stage.told else "–"
 
 
 def _jobs(result: RunPlan) -> Table:
@@ -151,18 +160,15 @@ def _jobs(result: RunPlan) -> Table:
     jobs = {f"finetune: {name}": job for name, job in result.finetune.items()}
     jobs |= {"the run": result.unlearn, **result.variants}
     for name, job in jobs.items():
-        length = "corpora not found" if job.job_s is None else duration(job.job_s)
         fits = "yes" if job.fits else "NO"
-        table.add_row(name, fits, size(job.memory.peak_bytes), duration(job.time.serial_s), length)
+        table.add_row(name, fits, size(job.memory.peak_bytes), duration(job.time.serial_s), _job_time(job))
     total_s = sum(job.job_s or 0 for job in jobs.values())
-    table.add_row(f"all {len(jobs)}", "", "", "", duration(total_s))
+    table.add_row(f"all {len(jobs)}", "", "", "", duration(total_s) if result.unlearn.told else "–")
     return table
 
 
 def _choices(result: RunPlan) -> Table:
-    table = _table(
-        "Choices, best first", "EP x ZeRO", "fits", "peak", "largest micro-batch", "step", "bound", "collect"
-    )
+    table = _table("Choices, best first", "EP x ZeRO", "fits", "peak", "micro-batch", "step", "bound", "collect")
     for choice in result.choices[:SHOWN_CHOICES]:
         table.add_row(
             f"{choice.ep} x {choice.zero_stage}",
@@ -171,28 +177,9 @@ def _choices(result: RunPlan) -> Table:
             rows(choice.largest_rows),
             duration(choice.step_s),
             choice.bound,
-            "fits" if choice.collect_fits else "does NOT fit",
+            "fits" if choice.collect_fits else "NO",
         )
     return table
-
-
-def size(number: float) -> str:
-    """Bytes as a short text in decimal units."""
-    for unit, scale in (("TB", 1e12), ("GB", GB), ("MB", 1e6), ("kB", 1e3)):
-        if number >= scale:
-            return f"{number / scale:.3g} {unit}" if number < 999.5 * scale else f"{number / scale:.0f} {unit}"
-    return f"{number:.0f} B"
-
-
-def duration(seconds: float) -> str:
-    """Seconds as a short text."""
-    if seconds >= 5400:
-        return f"{seconds / 3600:.1f} h"
-    if seconds >= 90:
-        return f"{seconds / 60:.0f} min"
-    if seconds >= 0.1:
-        return f"{seconds:.2f} s"
-    return f"{seconds * 1000:.1f} ms" if seconds else ""
 
 
 def rows(number: int) -> str:

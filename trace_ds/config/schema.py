@@ -525,6 +525,12 @@ class TrainingConfig(Section):
         """What is asked of transformers; None: its own choice."""
         return None if self.expert_kernel == "auto" else self.expert_kernel
 
+    def kept_steps(self, steps: int) -> list[int]:
+        """The steps whose checkpoints a job of ``steps`` steps leaves."""
+        saved = sorted({*range(self.save_every, steps + 1, self.save_every), steps})
+        curve = [step for step in saved[: -self.keep] if self.keep_every and step % self.keep_every == 0]
+        return [*curve, *saved[-self.keep :]]
+
 
 class FinetuneConfig(TrainingConfig):
     """Makes the run's model, and references for it, from ``model.path``: mean next-token loss, all parameters."""

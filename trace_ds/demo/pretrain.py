@@ -223,8 +223,11 @@ def _losses(
 
 
 def _save(model: MixtralForCausalLM, tokenizer: Path, training: dict[str, Any], destination: Path) -> None:
+    from transformers.utils import logging
+
     with replacing_directory(destination, demo_model) as temporary:
         with safetensors_errors(temporary):
+            logging.disable_progress_bar()  # of one shard
             model.save_pretrained(temporary)
         for file in sorted(tokenizer.iterdir()):
             shutil.copyfile(file, temporary / file.name)

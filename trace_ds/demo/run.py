@@ -26,11 +26,12 @@ from trace_ds.demo.pretrain import STEPS
 from trace_ds.errors import JobFailed, UserError
 from trace_ds.parallel.launch import die_with_parent
 from trace_ds.run import artefact, ours
-from trace_ds.run.directory import locked, unwritable
+from trace_ds.run.directory import RunDirectory, locked, unwritable
 from trace_ds.run.files import remove_directory, remove_leftovers, replacing_directory, write_json
 from trace_ds.run.foreign import read_object
 from trace_ds.run.log import Progress, StageLog
 from trace_ds.tensors.model_files import model_fingerprint
+from trace_ds.terminal import quiet_libraries
 
 MODELS = ("original", "gold")
 FREE_BYTES_NEEDED = 1_500_000_000
@@ -38,10 +39,7 @@ FREE_BYTES_NEEDED = 1_500_000_000
 
 def demo(run_dir: Path, overrides: Sequence[str], seed: int) -> int:
     """Run everything; returns the exit status. A rerun goes on where an earlier one ended."""
-    from rich.console import Console
-
     from trace_ds.stages.pipeline import Request, run_verb
-    from trace_ds.stages.report import summary
 
     began_s = time.monotonic()
     preflight(run_dir)
@@ -58,19 +56,35 @@ def demo(run_dir: Path, overrides: Sequence[str], seed: int) -> int:
         remove_input_leftovers(run_dir)
         prepare_inputs(run_dir, seed)
     for request in requests:
+        print(f"\n{request.config.report.title}, in {request.run.path}:", flush=True)
         status = run_verb("run", request)
         if status:
             return status
-    console = Console()
-    for request in requests:
-        console.print()
-        for part in summary(request.run):
-            console.print(part)
-    minutes = (time.monotonic() - began_s) / 60
-    console.print(f"\nReports ({minutes:.1f} minutes):")
-    for request in requests:
-        console.print(f"  {request.run.report / 'index.html'}", soft_wrap=True)
+    tell([request.run for request in requests], time.monotonic() - began_s)
     return 0
+
+
+def tell(runs: Sequence[RunDirectory], took_s: float) -> None:
+    """The end of the demo on the terminal: scores side by side, then what they show, and where there is more."""
+    from rich import box
+    from rich.columns import Columns
+    from rich.console import Console
+    from rich.text import Text
+
+    from trace_ds.stages.report import summary
+
+    console = Console(highlight=False, markup=False)
+    tables, texts = zip(*(summary(run) for run in runs), strict=True)
+    titles = [str(table.title) for table in tables]
+    for table in tables:
+        table.title, table.caption, table.box = None, None, box.SIMPLE_HEAD
+        table.show_edge, table.pad_edge = False, False
+    console.print("", Columns(tables, padding=(0, 2)), "", sep="\n")
+    for title, text in zip(titles, texts, strict=True):
+        console.print(Text.assemble((title, "bold"), f": {text.splitlines()[0]}"))
+    console.print(f"{texts[-1].splitlines()[-1]}\n\nReports ({took_s / 60:.1f} minutes):")
+    for run in runs:
+        console.print(f"  {run.report / 'index.html'}", soft_wrap=True)
 
 
 def preflight(run_dir: Path) -> None:
@@ -111,10 +125,11 @@ def prepare_inputs(run_dir: Path, seed: int, regime: Regime = "standard", names:
 
     directory, inputs, settings = run_dir / "corpora", input_versions(), {"seed": seed, "regime": regime}
     if not artefact.is_done(directory, "demo_corpora", artefact.identity_of("demo_corpora", inputs, settings)):
-        print("[demo] building corpora from the data of pip packages", flush=True)
-        with replacing_directory(directory, ours.artefact("demo_corpora")) as temporary:
+        log = StageLog("demo", run_dir / "logs" / "demo.jsonl", None)
+        with contextlib.closing(log), replacing_directory(directory, ours.artefact("demo_corpora")) as temporary:
             summary = {"documents": build_corpora(temporary, seed, regime)}
             artefact.describe(temporary, "demo_corpora", inputs, settings, summary)
+            log.done(f"corpora made of pip packages: {sum(summary['documents'].values()):,} documents and questions")
     made_of = {"corpora": artefact.load(directory, "demo_corpora", "demo").content, "seed": seed}
     folder = run_dir / "models"
     todo = [name for name in names if not _model_is_done(folder, name, made_of)]
@@ -123,7 +138,6 @@ def prepare_inputs(run_dir: Path, seed: int, regime: Regime = "standard", names:
     folder.mkdir(exist_ok=True)
     for name in todo:
         remove_directory(folder / name, ours.demo_model)
-    print(f"[demo] training {' and '.join(todo)}: a small Mixtral, from scratch, one CPU thread each", flush=True)
     _train(directory, folder, todo, seed)
     for name in todo:
         write_json(folder / f"{name}.json", made_of | {"fingerprint": model_fingerprint(folder / name)})
@@ -156,21 +170,27 @@ def _model_is_done(folder: Path, name: str, made_of: dict[str, object]) -> bool:
 def _train(corpora: Path, folder: Path, names: Sequence[str], seed: int) -> None:
     """Train the models of these names side by side, each in a process of its own, and show how far they are."""
     context = multiprocessing.get_context("spawn")
-    children, readers = [], {}
+    log = StageLog("demo", folder.parent / "logs" / "demo.jsonl", None)
+    progress = Progress(log, f"training {' and '.join(names)}", STEPS * len(names))
+    children: list[multiprocessing.process.BaseProcess] = []
+    readers: dict[Connection, str] = {}
     try:
         for name in names:
             reader, writer = context.Pipe(duplex=False)
             children.append(context.Process(target=_pretrain, args=(writer, corpora, folder / name, seed), name=name))
             children[-1].start()
             writer.close()
-            log = StageLog("demo", folder.parent / "logs" / f"pretrain_{name}.jsonl", None)
-            readers[reader] = log, Progress(log, name, STEPS)
-        show_training(readers)
+            readers[reader] = name
+        losses = show_training(readers, progress)
         for child in children:
             child.join()
             if child.exitcode:  # it has shown a traceback, or was killed
                 raise JobFailed(f"training the {child.name} model ended with exit status {child.exitcode}")
+        ends = ", ".join(f"{name} to a loss of {loss:.2f}" for name, loss in losses.items())
+        log.done(f"a small Mixtral trained from scratch, one CPU thread each: {ends}")
     finally:
+        progress.close()
+        log.close()
         for child in children:
             child.kill()
             child.join()
@@ -180,6 +200,7 @@ def _pretrain(tell: Connection, corpora: Path, destination: Path, seed: int) -> 
     """In a process of its own: tell the loss of every step, or the error that ends the training."""
     die_with_parent()
     os.environ.update(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
+    quiet_libraries()
     from trace_ds.demo.pretrain import pretrain
 
     try:
@@ -190,18 +211,19 @@ def _pretrain(tell: Connection, corpora: Path, destination: Path, seed: int) -> 
         tell.send(unwritable(destination, error))
 
 
-def show_training(readers: dict[Connection, tuple[StageLog, Progress]]) -> None:
-    """Show the losses that come in until all senders have ended; an error among them is raised."""
+def show_training(readers: dict[Connection, str], progress: Progress) -> dict[str, float]:
+    """Show the losses that come in, by their readers' names, until all senders have ended; the last ones are returned.
+    An error among them is raised."""
+    losses: dict[str, float] = {}
     while readers:
         for reader in cast("list[Connection]", wait(list(readers))):
-            log, progress = readers[reader]
             try:
                 told = reader.recv()
             except EOFError:
-                progress.close()
-                log.close()
                 del readers[reader]
                 continue
             if isinstance(told, UserError):
                 raise told
-            progress.advance(loss=told)
+            losses[readers[reader]] = told
+            progress.advance(1, **losses)
+    return losses

@@ -21,6 +21,18 @@ def rows_of(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(found.values(), key=lambda score: score["role"] != "forget")
 
 
+def change(results: list[dict[str, Any]], before: str, after: str) -> str:
+    """Each task's first score of two of the models, in one line."""
+    named = {result["model"]: result for result in results}
+    first = {score["task"]: score["metric"] for score in reversed(rows_of(results))}
+    told = [
+        f"{task} {' → '.join(_text(_value(named[name], task, first[task])) for name in (before, after))}"
+        for task in dict.fromkeys(score["task"] for score in rows_of(results))
+        if before in named and after in named
+    ]
+    return ", ".join(told)
+
+
 def score_tables(results: list[dict[str, Any]], width: int = 80) -> list[Table]:
     """(task, metric) × models, as many at a time as ``width`` characters hold; the arrow says which way is good.
 

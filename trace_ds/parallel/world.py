@@ -262,20 +262,21 @@ def end_process(status: int) -> NoReturn:
 
 
 def quiet_deepspeed() -> Any:
-    """Import DeepSpeed with its log at warnings, and without its shared-memory collective on CPU.
+    """Import DeepSpeed with its log at errors, and without its shared-memory collective on CPU.
 
     That collective is compiled at first use (25–45 s, and a C++ compiler); gloo does the same sums.
     """
-    import logging
     import warnings
 
+    from trace_ds.terminal import quiet_libraries
+
+    quiet_libraries()  # also where this is no command of ours
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message=".*c10d::allreduce_.*")
     if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # what it would find by itself, with a warning
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # what it would find by itself
     import deepspeed
 
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     if not torch.cuda.is_available():
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed

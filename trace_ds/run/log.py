@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -14,21 +15,27 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from trace_ds.run.directory import RunDirectory
+from trace_ds.terminal import duration, verbose
 
-LINE_EVERY_S = 20.0
+FIRST_LINE_S, LINE_EVERY_S = 20.0, 300.0  # of a log without a terminal: the time between lines doubles up to the second
+BEGAN = "TRACE_DS_STAGE_BEGAN_S"  # when a stage that is a job of its own began: before its processes were started
 
 
 class StageLog:
     """The log of one stage of one run: ``RUN/logs/STAGE.jsonl`` and, for scalars, ``RUN/tb/STAGE``.
 
-    Nothing is written before there is something to tell; ``begin`` is called then, once.
+    Nothing is written before there is something to tell; ``begin`` is called then, once. A stage that is done tells the
+    terminal one line, what it found and how long it took; before it what a person must hear (:meth:`line`), and, when
+    asked for, everything (:meth:`detail`).
     """
 
     def __init__(
         self, stage: str, path: Path | None, tb: Path | None, begin: Callable[[], None] = lambda: None
     ) -> None:
-        self.stage = stage
+        self.stage = stage  # with the name of the variant
         self.enabled = path is not None
+        self.last: dict[str, float] = {}  # the numbers of the last step
+        self._began_s = float(os.environ.pop(BEGAN, time.time()))
         self._path, self._tb, self._begin = path, tb, begin
         self._repeated_from: int | None = None  # the first step that a resumed job does again
         self._file: TextIO | None = None
@@ -37,8 +44,19 @@ class StageLog:
     def line(self, text: str) -> None:
         """One line for people, also kept in the JSONL log."""
         if self.enabled:
-            print(f"[{self.stage}] {text}", flush=True)
+            _show(self.stage, text)
             self.event("line", text=text)
+
+    def detail(self, text: str) -> None:
+        """One line that the terminal shows with ``-v`` only."""
+        if verbose():
+            self.line(text)
+        else:
+            self.event("line", text=text)
+
+    def done(self, text: str) -> None:
+        """The line of a stage that is done: what it found, and how long it took."""
+        self.line(f"{text} ({duration(max(time.time() - self._began_s, 0.1))})")
 
     def event(self, kind: str, **values: Any) -> None:
         """One JSONL record (``time_s`` is Unix time)."""
@@ -62,6 +80,7 @@ class StageLog:
     def _numbers(self, kind: str, step: int, values: dict[str, float]) -> None:
         if not self.enabled:
             return
+        self.last = values if kind == "step" else self.last
         self.event(kind, step=step, **values)
         if self._writer is None and self._tb is not None:
             from torch.utils.tensorboard import SummaryWriter
@@ -103,26 +122,46 @@ def stage_log(run: RunDirectory, stage: str, *, enabled: bool = True) -> Iterato
     """The log of ``stage``, whose first line stores the run's configuration too; with ``enabled=False`` (other ranks)
     one that says nothing."""
     path = run.logs / f"{stage}.jsonl" if enabled else None
-    log = StageLog(stage, path, run.tb / stage, run.store_config)
+    log = StageLog(_named(stage, run), path, run.tb / stage, run.store_config)
     try:
         yield log
     finally:
         log.close()
 
 
+def already_done(stage: str, run: RunDirectory) -> None:
+    """Say of a stage that there was nothing to do (the log of the run is left as it is)."""
+    _show(_named(stage, run), "already done")
+
+
+def _named(stage: str, run: RunDirectory) -> str:
+    return stage if run.parent is None else f"{stage} {run.path.name}"
+
+
+def _show(stage: str, text: str) -> None:
+    if sys.stderr.isatty():
+        from tqdm import tqdm
+
+        tqdm.write(f"[{stage}] {text}")  # above a progress bar
+    else:
+        print(f"[{stage}] {text}", flush=True)
+
+
 class Progress:
-    """A progress bar with an estimate on a terminal, a plain line every :data:`LINE_EVERY_S` elsewhere."""
+    """A progress bar with an estimate on a terminal; elsewhere plain lines, ever more seldom."""
 
     def __init__(self, log: StageLog, what: str, total: int, *, start: int = 0, unit: str = "step") -> None:
         self._log, self._what, self._total, self._unit = log, what, total, unit
         self._done = self._start = start
-        self._began_s = self._told_s = time.monotonic()
+        self._began_s = time.monotonic()
+        self._next_s = self._began_s + FIRST_LINE_S
         self._enabled = log.enabled
         self._bar: Any = None
         if self._enabled and sys.stderr.isatty():
             from tqdm import tqdm
 
-            self._bar = tqdm(total=total, initial=start, desc=what, unit=unit, dynamic_ncols=True)
+            shown = {"desc": what, "unit": unit, "unit_scale": unit == "byte", "dynamic_ncols": True, "leave": False}
+            self._bar = tqdm(total=total, initial=start, **shown)
 
     def advance(self, count: int = 1, **shown: float) -> None:
         self._done += count
@@ -133,8 +172,8 @@ class Progress:
             self._bar.update(count)
             return
         now_s = time.monotonic()
-        if now_s - self._told_s >= LINE_EVERY_S:
-            self._told_s = now_s
+        if now_s >= self._next_s:
+            self._next_s = now_s + min(now_s - self._began_s, LINE_EVERY_S)
             rate = (self._done - self._start) / max(now_s - self._began_s, 1e-9)
             left_s = (self._total - self._done) / max(rate, 1e-9)
             extra = "".join(f", {name} {value:.4g}" for name, value in shown.items())
@@ -146,3 +185,20 @@ class Progress:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+def byte_progress(log: StageLog, what: str = "weights") -> Callable[[int, int], None]:
+    """The progress of what calls back with (bytes done, bytes of all)."""
+    shown: list[Progress] = []
+    before = 0
+
+    def advance(done_bytes: int, total_bytes: int) -> None:
+        nonlocal before
+        if not shown:
+            shown.append(Progress(log, what, total_bytes, unit="byte"))
+        shown[0].advance(done_bytes - before)
+        before = done_bytes
+        if done_bytes >= total_bytes:
+            shown[0].close()
+
+    return advance

@@ -23,7 +23,7 @@ from trace_ds.calibration.raking import Context, RakeArguments, rake
 from trace_ds.calibration.retrieve import describe_retrieval, retrieve
 from trace_ds.calibration.rows import RowSelections
 from trace_ds.calibration.rules import LIMITS, Calibrated, apply_rule, scope_of, source_log_weights
-from trace_ds.calibration.table import print_table
+from trace_ds.calibration.table import print_table, told
 from trace_ds.calibration.tokens import (
     RowSpread,
     TokenMap,
@@ -42,7 +42,8 @@ from trace_ds.run import artefact as artefacts
 from trace_ds.run import ours
 from trace_ds.run.artefact import Artefact
 from trace_ds.run.files import new_array, replacing_directory, safetensors_errors, write_json
-from trace_ds.run.log import StageLog, stage_log
+from trace_ds.run.log import StageLog, already_done, stage_log
+from trace_ds.terminal import verbose
 
 if TYPE_CHECKING:
     from trace_ds.parallel.world import World
@@ -131,6 +132,7 @@ def _calibrate(config: Config, run: RunDirectory, context: Context) -> Artefact:
     if artefacts.is_done(run.calibration, "calibration", identity):
         made = artefacts.load(run.calibration, "calibration", "calibrate CONFIG", verify=False)
         export_weights(config, run, data, made)
+        already_done("calibrate", run)
         return made
 
     forget, retain = (load_statistics(a) for a in (forget_artefact, retain_artefact))
@@ -145,7 +147,7 @@ def _calibrate(config: Config, run: RunDirectory, context: Context) -> Artefact:
 
     with stage_log(run, "calibrate") as log:
         if config.calibration.detection.layers is not None:
-            log.line(
+            log.detail(
                 f"{int(detection.eligible_LE.any(axis=1).sum())} of {len(detection.eligible_LE)} MoE layers take part"
             )
         made = _make(
@@ -162,7 +164,9 @@ def _calibrate(config: Config, run: RunDirectory, context: Context) -> Artefact:
             log,
         )
         export_weights(config, run, data, made)
-        print_table(made)
+        if verbose():
+            print_table(made)
+        log.done(told(made))
     return made
 
 
@@ -228,7 +232,7 @@ def _make(
                 retain_LE = count_selections(trace, tokens, retain_LE.shape[1]) / retrieval["tokens"]
             elif selections is not None:
                 retain_LE = selections.sums(retrieved.kept_R.astype(np.float64)) / retrieval["tokens"]
-        log.line(
+        log.detail(
             f"{int(detection.selected_LE.sum())} forget-critical experts; rule {config.calibration.rule} over "
             f"{retrieval['tokens'] if retrieval else retain.tokens:,} retain tokens"
         )

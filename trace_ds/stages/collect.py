@@ -126,17 +126,28 @@ def middle_layer(info: ModelInfo) -> int:
 
 def collect(config: Config, run: RunDirectory, world: World) -> None:
     """Collect the statistics of both corpora (collectively, on every rank); skips a side that is already done."""
-    from trace_ds.run.log import stage_log
+    from trace_ds.run.log import already_done, stage_log
 
     job = world.broadcast(world.agree_each(lambda verify: _checked(config, run, world, verify=verify)))[0]
     todo = [side for side in job.inputs if not _is_done(world, job, run, side)]
     if not todo:
+        if world.is_main:
+            already_done("collect", run)
         return
     with stage_log(run, "collect", enabled=world.is_main) as log:
-        log.line(f"world size {world.size}, expert-parallel size {config.distributed.ep}, {', '.join(todo)}")
+        log.detail(f"world size {world.size}, expert-parallel size {config.distributed.ep}, {', '.join(todo)}")
         engine = _engine(config, world, job, log) if config.statistics.recorded is None else None
         for side in todo:
             _collect_side(config, run, world, job, side, engine, log)
+        if world.is_main:
+            found = {
+                side: artefact.load(run.statistics / side, "statistics", "", verify=False).summary for side in todo
+            }
+            counted = " and ".join(f"{side} {each['tokens']:,}" for side, each in found.items())
+            of = found[todo[0]]
+            log.done(
+                f"{counted} tokens counted: {of['top_k']} of {of['experts']} experts in {len(of['layers'])} layers"
+            )
 
 
 def _engine(config: Config, world: World, job: CollectJob, log: StageLog) -> Any:
@@ -147,7 +158,7 @@ def _engine(config: Config, world: World, job: CollectJob, log: StageLog) -> Any
 
     if job.info.family.autoep_preset is None:
         sharding = "its weights are sharded by ZeRO-3" if world.size > 1 else "one process holds it whole"
-        log.line(f"the family {job.info.family.model_type} has no expert parallelism: {sharding}")
+        log.detail(f"the family {job.info.family.model_type} has no expert parallelism: {sharding}")
     ep = config.distributed.ep
     kernel = usable_kernel(config.statistics.expert_kernel, world, config.model.dtype, ep, log.line)
     asked = recording(config, job.info, "retain")
@@ -162,7 +173,7 @@ def _engine(config: Config, world: World, job: CollectJob, log: StageLog) -> Any
         parts=parts,
     )
     if why := refusal(engine.module):
-        log.line(f"attention stays inside documents by a mask: {why}")
+        log.detail(f"attention stays inside documents by a mask: {why}")
     if job.info.family.autoep_preset is None and config.data.documents_per_row != 1:
         from trace_ds.routing.collection import refused_packing
 
@@ -227,7 +238,7 @@ def _collect_side(
         (directory / SHAPE_NAME).unlink(missing_ok=True)
         commit_directory(directory, destination, ours.artefact("statistics"))
         found = artefact.load(destination, "statistics", "collect CONFIG", verify=False).summary
-        log.line(f"{side}: {found['tokens']:,} tokens of {found['documents']:,} documents counted")
+        log.detail(f"{side}: {found['tokens']:,} tokens of {found['documents']:,} documents counted")
 
     world.agree(commit)
 
@@ -263,7 +274,7 @@ def _pass(
         path = Path(config.statistics.recorded[side])
         collection = CollectionElsewhere(path, meta_model(job.info.path), world, dataset, **arguments)
     trace_bytes, _ = bytes_per_token(len(collection.layers), job.info.experts, job.info.top_k, 1)
-    log.line(about_trace(config, side, round(dataset.tokens * trace_bytes)))
+    log.detail(about_trace(config, side, round(dataset.tokens * trace_bytes)))
     try:
         statistics = collection.run(log, side, config.statistics.save_every, stop_files)
     except UserError:  # the input is wrong, nothing of it can be used; after a full disk the pass can continue

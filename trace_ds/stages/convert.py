@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from trace_ds.config.schema import Config
 from trace_ds.errors import UserError
@@ -16,10 +16,8 @@ from trace_ds.run.directory import FINETUNE, RunDirectory, unwritable
 from trace_ds.run.files import sha256_file
 from trace_ds.run.foreign import read_object
 from trace_ds.run.hub_names import provenance
-from trace_ds.run.log import Progress, StageLog, stage_log
-
-if TYPE_CHECKING:
-    from trace_ds.tensors.stream import Progress as ProgressFunction
+from trace_ds.run.log import StageLog, already_done, byte_progress, stage_log
+from trace_ds.terminal import size
 
 MAX_JOBS = 4
 RETAIN_NAMES = {"nll": "NLL", "kl": "KL to the frozen model", "hidden_mse": "hidden-state MSE"}
@@ -32,17 +30,18 @@ def convert(config: Config, run: RunDirectory) -> None:
         UserError: there is no such complete checkpoint, or it is damaged or of another model.
     """
     checkpoint, problems = _choose(config, run)
-    if not is_converted(config, run, checkpoint):
-        with stage_log(run, "convert") as log:
-            for problem in problems:
-                log.line(f"warning: {problem}")
-            write_model(config, run, checkpoint, _card(config, run), log)
+    if is_converted(config, run, checkpoint):
+        already_done("convert", run)
+        return
+    with stage_log(run, "convert") as log:
+        for problem in problems:
+            log.line(f"warning: {problem}")
+        write_model(config, run, checkpoint, _card(config, run), log)
 
 
 def write_model(config: Config, run: RunDirectory, checkpoint: Path, card: dict[str, Any], log: StageLog) -> None:
     """A checkpoint of ``run`` as its model, in the type and with the files that the configuration asks for."""
     dtype = config.conversion_dtype
-    log.line(f"{checkpoint.name} → {run.model.name}/ ({dtype})")
     try:
         report = checkpoint_to_directory(
             checkpoint,
@@ -58,7 +57,8 @@ def write_model(config: Config, run: RunDirectory, checkpoint: Path, card: dict[
         raise unwritable(run.model, error) from error
     for warning in report["warnings"]:
         log.line(f"warning: {warning}")
-    log.line(f"{report['parameters']:,} parameters in {len(report['tensors'])} tensors")
+    made = f"{report['parameters']:,} parameters, {size(report['bytes'])} in {dtype}"
+    log.done(f"{checkpoint.name} → {run.model.name}/: {made}")
 
 
 def check_convert(config: Config, run: RunDirectory) -> None:
@@ -74,8 +74,7 @@ def check_convert(config: Config, run: RunDirectory) -> None:
     step, settings = config.conversion.step, config.unlearning
     if step is None or (run.checkpoints / step_name(step)).is_dir() or settings.evaluate.target_forget_nll is not None:
         return  # a job with a target saves where it reaches it
-    saved = sorted({*range(settings.save_every, settings.steps + 1, settings.save_every), settings.steps})
-    kept = [n for n in saved if n in saved[-settings.keep :] or (settings.keep_every and n % settings.keep_every == 0)]
+    kept = settings.kept_steps(settings.steps)
     if step not in kept:
         raise UserError(
             f"there will be no checkpoint of step {step}: those of steps {', '.join(map(str, kept[-6:]))} are kept",
@@ -101,7 +100,7 @@ def checkpoint_to_directory(
     """
     from trace_ds.conversion.convert import convert_checkpoint
 
-    progress = _progress(log) if log is not None else None
+    progress = byte_progress(log) if log is not None else None
     return convert_checkpoint(
         checkpoint,
         destination,
@@ -215,18 +214,3 @@ def _base_of(path: str) -> tuple[str, str]:
     step, _ = newest_complete(checkpoints)
     base = read_manifest(checkpoints / step_name(step)).model["path"] if step is not None else made
     return str(base), made.name
-
-
-def _progress(log: StageLog) -> ProgressFunction:
-    shown: list[Progress] = []
-    last = [0]
-
-    def advance(done_bytes: int, total_bytes: int) -> None:
-        if not shown:
-            shown.append(Progress(log, "weights", total_bytes, unit="byte"))
-        shown[0].advance(done_bytes - last[0])
-        last[0] = done_bytes
-        if done_bytes >= total_bytes:
-            shown[0].close()
-
-    return advance

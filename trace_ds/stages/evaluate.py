@@ -37,8 +37,9 @@ from trace_ds.run import artefact, ours
 from trace_ds.run.directory import RunDirectory, unwritable
 from trace_ds.run.files import write_bytes, write_json
 from trace_ds.run.hub_names import provenance
-from trace_ds.run.log import Progress, StageLog, stage_log
+from trace_ds.run.log import Progress, StageLog, already_done, stage_log
 from trace_ds.tensors.model_files import read_model_directory
+from trace_ds.terminal import verbose
 
 if TYPE_CHECKING:
     from trace_ds.evaluation.attacks import Decisions
@@ -175,12 +176,14 @@ def evaluate(config: Config, run: RunDirectory, world: World | None = None) -> N
                 log.line(f"warning: checkpoint left out: {problem}")
             _on_main(world, lambda: _drop_others(job, run, log))
             _on_main(world, lambda: _copy_from_parent(job, run, log))
-            _score_missing(config, job, run, log, world)
+            scored = _score_missing(config, job, run, log, world)
             _on_main(world, lambda: _refer_to_retrained(config, job, run, log))
+            if is_main and scored:
+                _tell(job, run, log)
+            elif is_main:
+                already_done("evaluate", run)
     except OSError as error:
         raise unwritable(run.evaluation, error) from error
-    if is_main:
-        _show_table(job, run)
 
 
 def _on_main(world: World | None, work: Callable[[], None]) -> None:
@@ -228,10 +231,11 @@ def _copy_from_parent(job: EvaluateJob, run: RunDirectory, log: StageLog) -> Non
         source = RunDirectory(run.parent).evaluation / f"{name}.json"
         if name not in done and has_identity(source, expected):
             write_bytes(run.evaluation / source.name, source.read_bytes())
-            log.line(f"{name}: taken from the parent run")
+            log.detail(f"{name}: taken from the parent run")
 
 
-def _score_missing(config: Config, job: EvaluateJob, run: RunDirectory, log: StageLog, world: World | None) -> None:
+def _score_missing(config: Config, job: EvaluateJob, run: RunDirectory, log: StageLog, world: World | None) -> bool:
+    """Whether there was anything to do."""
     from trace_ds.evaluation import probes
     from trace_ds.evaluation.language_model import ModelSettings, Sharding, loaded
 
@@ -241,8 +245,10 @@ def _score_missing(config: Config, job: EvaluateJob, run: RunDirectory, log: Sta
     tokenizer = load_tokenizer(place) if world is None else world.agree_each(lambda _: load_tokenizer(place))
     done = job.done(run) if world is None else world.broadcast_agreed(lambda: job.done(run))
     todo = [subject for subject in job.subjects if subject.name not in done]
+    if not todo:
+        return False
     if done:
-        log.line(f"already there: {', '.join(sorted(done))}")
+        log.detail(f"already there: {', '.join(sorted(done))}")
     drifts = config.evaluation.drift and any(subject.name == UNLEARNED for subject in todo)
     attacks = probes.Attacks(config.evaluation, config.data.context_length, config.seed, run, job.tasks, job.data)
     attacked = {subject.name for subject in todo} & set(attacked_names(config)) if _attacks(config) else set()
@@ -272,6 +278,7 @@ def _score_missing(config: Config, job: EvaluateJob, run: RunDirectory, log: Sta
                 attacks.attack(model, result, decisions)
         if result is not None:
             _on_main(world, lambda subject=subject, result=result: _write(run, subject, result, log))  # type: ignore[misc]
+    return True
 
 
 def _write(run: RunDirectory, subject: Subject, result: dict[str, Any], log: StageLog) -> None:
@@ -332,7 +339,7 @@ def _score(config: Config, job: EvaluateJob, subject: Subject, model: LanguageMo
     if not result["diverged"]:
         values = {f"{score['task']} {score['metric']}": score["value"] for score in result["scores"]}
         told = ", ".join(f"{name} {'–' if value is None else f'{value:.4g}'}" for name, value in values.items())
-        log.line(f"{subject.name}: {told or 'no tasks'}")
+        log.detail(f"{subject.name}: {told or 'no tasks'}")
     return result
 
 
@@ -350,7 +357,7 @@ def _directory(
         from trace_ds.stages.convert import checkpoint_to_directory
 
         shutil.rmtree(temporary, ignore_errors=True)
-        log.line(f"{subject.name}: converting the checkpoint")
+        log.detail(f"{subject.name}: converting the checkpoint")
         base, dtype = Path(config.model.path), config.conversion_dtype
         checkpoint_to_directory(subject.path, temporary, base_model=base, dtype=dtype, log=log)
         return str(temporary)
@@ -376,12 +383,16 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _show_table(job: EvaluateJob, run: RunDirectory) -> None:
+def _tell(job: EvaluateJob, run: RunDirectory, log: StageLog) -> None:
+    """The scores in one line; all of them as tables where details are asked for."""
     from rich.console import Console
 
-    from trace_ds.evaluation.table import score_tables
+    from trace_ds.evaluation.table import change, score_tables
 
     results = [read_result(run.evaluation / f"{subject.name}.json") for subject in job.subjects]
-    console = Console()
-    for table in score_tables([result for result in results if result is not None], console.width):
-        console.print(table)
+    found = [result for result in results if result is not None]
+    if verbose():
+        console = Console()
+        for table in score_tables(found, console.width):
+            console.print(table)
+    log.done(f"{len(found)} models: {change(found, ORIGINAL, UNLEARNED)}")

@@ -23,6 +23,7 @@ from trace_ds.models.families import ModelInfo, check_expert_parallel, inspect_m
 from trace_ds.run import artefact
 from trace_ds.run.directory import RunDirectory
 from trace_ds.run.files import canonical_json, sha256_text
+from trace_ds.run.log import already_done
 from trace_ds.stages.convert import is_converted, write_model
 from trace_ds.stages.training import OPERATIONAL, Training
 from trace_ds.tensors.model_files import read_model_directory
@@ -141,6 +142,8 @@ def finetune(config: Config, run: RunDirectory, world: World) -> None:
     for job in world.broadcast(world.agree_each(lambda verify: _checked(config, run, world, verify=verify))):
         if not world.broadcast_agreed(lambda job=job: job.is_trained(config, run)):  # type: ignore[misc]
             _train(config, run, world, job)
+        elif world.is_main:
+            already_done("finetune", run.finetuned(job.name))
         world.agree(lambda job=job: _convert(config, run, job))  # type: ignore[misc]
 
 
@@ -169,7 +172,7 @@ def _train(config: Config, run: RunDirectory, world: World, job: FinetuneJob) ->
         batches = world.agree_each(lambda _: make_batches(config, job.sides, job.data))
         engine = training_engine(settings, job.info, world, batches.micro_batches_per_step(world.size), **shape)
         start = training.restored(world, engine, chosen, log)
-        log.line(
+        log.detail(
             f"{job.name}: {job.steps} steps of {settings.batch_rows} rows of {' and '.join(job.sides)}, "
             f"ZeRO stage {settings.zero_stage}, world size {world.size}, expert-parallel size {config.distributed.ep}"
         )

@@ -31,7 +31,7 @@ from trace_ds.tensors.model_files import (
     read_model_directory,
     read_safetensors_header,
 )
-from trace_ds.terminal import wide_console
+from trace_ds.terminal import size, wide_console
 
 EXIT_DAMAGED = 1
 SIDES = ("forget", "retain")
@@ -407,14 +407,6 @@ def _shown(name: str, value: Any) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
     return value if isinstance(value, str) else json_module.dumps(value, ensure_ascii=False)
-
-
-def size(number: int) -> str:
-    """Bytes as a short text in decimal units."""
-    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if number >= scale:
-            return f"{number / scale:.1f} {unit}"
-    return f"{number} B"
 
 
 def _bytes_of(files: Any) -> int:

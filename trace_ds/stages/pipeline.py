@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from trace_ds.config.schema import Config
 from trace_ds.errors import StopRequested, UserError
 from trace_ds.parallel.environment import accelerator_count, launched
 from trace_ds.run.directory import RunDirectory, lock_environment, locked
+from trace_ds.run.log import BEGAN, already_done
 from trace_ds.run.ours import require_apart
 from trace_ds.stages.by_name import find_models, require_data_unmoved, with_places
 
@@ -112,7 +114,6 @@ def run_verb(verb: str, request: Request, *, dry_run: bool = False) -> int:
     """Run one verb (or ``run``: all stages); returns the exit status."""
     if dry_run:
         stages = request.stages if verb == "run" else [verb]
-        print(dump_yaml(request.written), end="")
         print(f"# run directory: {request.run.path}; would run: {', '.join(stages)}")
         for item in request.all()[1:] if verb == "run" else ():
             print(f"# variant {item.config.name}: {request.config.variants[item.config.name]}")
@@ -120,6 +121,7 @@ def run_verb(verb: str, request: Request, *, dry_run: bool = False) -> int:
             check_early(verb, request.located(verb, download=False), download=False)
         except UserError as error:  # a recipe can be read before there is a model
             print(f"# not ready: {error.line()}")
+        print(dump_yaml(request.written), end="")
         return 0
     if verb in (*LAUNCHABLE, "calibrate") and launched():
         return _run_as_rank(verb, request)
@@ -280,17 +282,19 @@ def _launch(stage: str, request: Request, lock: Sequence[int], lock_owner: RunDi
     """Check the job, skip it when it is done, else run it in local processes of its own."""
     from trace_ds.parallel.launch import run_processes
 
+    began = {BEGAN: f"{time.time():.3f}"}
     nproc = process_count(request.config, stage)
     done = _is_done(stage, request, nproc)
     request.run.store_config()
     if done:
+        already_done(stage, request.run)
         return 0
     directory = request.run.path  # whose name may begin with a hyphen
     where = str(directory) if directory.is_absolute() else f"./{directory}"
     return run_processes(
         [stage, f"{where}/{request.run.config.name}", "--run-dir", where],
         nproc,
-        lock_environment(lock_owner, lock),
+        lock_environment(lock_owner, lock) | began,
         lock,
         request.config.distributed.threads,
     )

@@ -25,7 +25,7 @@ from trace_ds.errors import UserError
 from trace_ds.run import artefact, ours
 from trace_ds.run.directory import RunDirectory
 from trace_ds.run.files import replacing_directory
-from trace_ds.run.log import stage_log
+from trace_ds.run.log import already_done, stage_log
 
 if TYPE_CHECKING:
     import numpy as np
@@ -42,6 +42,7 @@ def prepare(config: Config, run: RunDirectory) -> artefact.Artefact:
     inputs |= {side: corpus_fingerprint(getattr(config.data, side)) for side in sides}
     settings = config.data.model_dump(mode="json", exclude={"forget", "retain", "alternative", "num_proc"})
     if artefact.is_done(run.data, "data", artefact.identity_of("data", inputs, settings)):
+        already_done("prepare", run)
         return artefact.load(run.data, "data", "prepare CONFIG", verify=False)
     tokenizer = load_tokenizer(tokenizer_path)
     encode, processes = encoder(tokenizer), config.data.num_proc or default_processes()
@@ -52,13 +53,15 @@ def prepare(config: Config, run: RunDirectory) -> artefact.Artefact:
     ):
         found = {side: _prepare_side(config.data, side, directory, tokenizer, encode, work) for side in sides}
         for side, counts in found.items():
-            log.line(
+            log.detail(
                 f"{side}: {counts.documents:,} documents, {counts.rows:,} rows, {counts.tokens:,} tokens "
                 f"({counts.counted_tokens:,} loss-bearing), {counts.documents_split:,} documents split at "
                 f"{config.data.context_length} tokens, {counts.empty_documents:,} empty"
             )
         summary = {side: vars(counts) for side, counts in found.items()}
         artefact.describe(directory, "data", inputs, settings, summary)
+        each = (f"{side} {counts.documents:,} documents, {counts.tokens:,} tokens" for side, counts in found.items())
+        log.done("; ".join(each))
     return artefact.load(run.data, "data", "prepare CONFIG", verify=False)
 
 

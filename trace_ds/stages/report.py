@@ -76,8 +76,8 @@ def report(config: Config | None, run: RunDirectory, others: list[Path] | None =
         with stage_log(run, "report") as log:
             for note in notes:
                 log.line(f"WARNING {note}")
-            log.line(f"{len(found)} tables, {len(images)} pictures: {run.report / 'index.html'}")
-        _write(run, files)
+            _write(run, files)
+            log.done(f"{len(found)} tables, {len(images)} pictures: {run.report / 'index.html'}")
     except OSError as error:
         raise unwritable(run.report, error) from None
     return run.report / "index.html"

@@ -87,7 +87,11 @@ class Training:
             for problem in problems:
                 log.line(f"WARNING {problem}")
             yield log, chosen
-            log.line(f"done: {checkpoints / step_name(newest_complete(checkpoints)[0] or 0)}")
+            name = step_name(newest_complete(checkpoints)[0] or 0)
+            losses = [
+                f"{key.removeprefix('loss_')} loss {value:.3g}" for key, value in log.last.items() if "loss_" in key
+            ]
+            log.done(", ".join([f"{checkpoints.name}/{name}", *losses]))
 
     def usable(self, world: World, log: StageLog) -> Any:
         """The settings, with an ``expert_kernel`` that every process can use (collective)."""

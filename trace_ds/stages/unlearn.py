@@ -173,11 +173,14 @@ def unlearn(config: Config, run: RunDirectory, world: World) -> None:
     Raises:
         StopRequested: stopped on request; a complete checkpoint was saved.
     """
+    from trace_ds.run.log import already_done
     from trace_ds.unlearning.job import train
     from trace_ds.unlearning.watch import Watch
 
     job = world.broadcast(world.agree_each(lambda verify: _checked(config, run, world, verify=verify)))[0]
     if world.broadcast_agreed(lambda: job.settled(config, run)):
+        if world.is_main:
+            already_done("unlearn", run)
         return
     training = job.training(config, run)
     with training.begun(world, "unlearn") as (log, chosen):
@@ -191,7 +194,7 @@ def unlearn(config: Config, run: RunDirectory, world: World) -> None:
         engine, realignment = make_engine(config, job, world, batches, log)
         start = training.restored(world, engine, chosen, log)
         goal, cursor = make_goal(config, job, world, engine, batches, start.cursor, realignment, log.line)
-        log.line(
+        log.detail(
             f"{settings.forget_loss}, {settings.weights} weights by {settings.apply}, alpha {settings.alpha:g}, "
             f"ZeRO stage {settings.zero_stage}, world size {world.size}, expert-parallel size {config.distributed.ep}"
         )
@@ -214,6 +217,8 @@ def log_held(settings: UnlearningConfig, job: UnlearnJob, say: Callable[[str], N
     elif last is not None:
         why = "unlearning.evaluate looks at it" if settings.evaluate.every else "so does the checkpoint to go on from"
         say(f"the losses end at layer {last}, but the job holds the whole model: {why}")
+
+
 def _shape(config: Config) -> dict[str, Any]:
     """How the job holds a model, the one it trains and the frozen one alike."""
     distributed = config.distributed
@@ -240,7 +245,7 @@ def make_engine(
     # before anything is restored: it looks at the frozen routers
     held_bytes = grip.install(engine, batches, world, settings.grip)
     if log is not None:
-        log.line(f"GRIP holds {held_bytes:,} bytes of router bases on this rank; fewer grip.tokens take less")
+        log.detail(f"GRIP holds {held_bytes:,} bytes of router bases on this rank; fewer grip.tokens take less")
     return engine, Realignment.asked(engine, batches, world, settings.grip)
 
 

@@ -1,0 +1,130 @@
+"""What a person sees on the terminal: one line a stage, no library's own words, completion."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from command import environment, run
+from forked import Server
+from tiny import write_config
+
+from trace_ds.run import log
+from trace_ds.run.directory import RunDirectory
+from trace_ds.terminal import VERBOSE, duration, narrow_table, size
+
+
+def test_a_stage_tells_one_line_and_its_log_everything(server: Server, tiny_model: Path, tmp_path: Path) -> None:
+    write_config(tmp_path, tiny_model)
+    command = ["prepare", "config.yaml", "--run-dir", "run"]
+    first, second = (server.run(command, tmp_path) for _ in range(2))
+    assert (first.returncode, first.stderr, second.stderr) == (0, "", "")
+    found = r"\[prepare\] forget \d+ documents, [\d,]+ tokens; retain \d+ documents, [\d,]+ tokens \([\d.]+ s\)\n"
+    assert re.fullmatch(found, first.stdout), first.stdout
+    assert second.stdout == "[prepare] already done\n"
+    kept = [json.loads(line)["text"] for line in (tmp_path / "run/logs/prepare.jsonl").read_text().splitlines()]
+    assert len(kept) == 3 and "documents split at 24 tokens" in kept[0]  # a line a corpus, and the one that was shown
+    told = server.run([*command[:3], "other", "-v"], tmp_path).stdout.splitlines()
+    assert [line.partition("] ")[2] for line in told[:2]] == kept[:2] and len(told) == 3
+
+
+def test_variants_are_named_and_a_stage_of_its_own_counts_from_its_start(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(VERBOSE, raising=False)
+    monkeypatch.setenv(log.BEGAN, "1000.0")
+    monkeypatch.setattr(log.time, "time", lambda: 1042.0)
+    for run_directory in (
+        RunDirectory(tmp_path / "run" / "variants" / "even", tmp_path / "run"),
+        RunDirectory(tmp_path),
+    ):
+        with log.stage_log(run_directory, "unlearn") as stage:
+            stage.detail("world size 2")
+            stage.done("100 steps")
+        log.already_done("unlearn", run_directory)
+    assert capsys.readouterr().out.splitlines() == [
+        "[unlearn even] 100 steps (42 s)",
+        "[unlearn even] already done",
+        "[unlearn] 100 steps (0.10 s)",  # a second log in the same process
+        "[unlearn] already done",
+    ]
+
+
+def test_progress_in_a_file_is_ever_more_seldom(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now_s = 0.0
+    monkeypatch.setattr(log.time, "monotonic", lambda: now_s)
+    progress, told_at = log.Progress(log.StageLog("collect", tmp_path / "collect.jsonl", None), "rows", 4000), []
+    for _ in range(2000):
+        now_s += 1.0
+        progress.advance()
+        if out := capsys.readouterr().out:
+            told_at.append(now_s)
+            assert re.fullmatch(r"\[collect\] rows: [\d,]+/4,000 steps, 1\.0/s, about [\d,]+ s left\n", out)
+    assert told_at[:5] == [20, 40, 80, 160, 320] and told_at[5:] == [620, 920, 1220, 1520, 1820]
+
+
+def test_a_bar_on_a_terminal_gives_way_to_lines_and_leaves_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    stage = log.StageLog("collect", tmp_path / "collect.jsonl", None)
+    progress = log.Progress(stage, "rows", 4)
+    stage.line("resumed")
+    assert "rows:   0%|" in terminal.getvalue() and "0/4" in terminal.getvalue()
+    progress.close()
+    assert terminal.getvalue().rpartition("\r")[0].rpartition("\r")[2].strip() == ""
+    assert capsys.readouterr().out == "[collect] resumed\n"
+
+
+@pytest.mark.parametrize("quiet", [True, False])
+def test_what_libraries_say_of_their_own_accord(quiet: bool, tiny_model: Path) -> None:
+    """A sequence longer than the tokenizer's maximum, a font cache; in a process where they are new."""
+    code = (
+        "import logging, sys\nfrom trace_ds.terminal import quiet_libraries\n"
+        + "quiet_libraries()\n" * quiet
+        + "from transformers import AutoTokenizer\n"
+        "AutoTokenizer.from_pretrained(sys.argv[1], model_max_length=2)('one two three four')\n"
+        "logging.getLogger('matplotlib.font_manager').warning('Matplotlib is building the font cache')\n"
+        "logging.getLogger('DeepSpeed').warning('Setting accelerator to CPU')\n"
+    )
+    done = run([sys.executable, "-c", code, tiny_model])
+    assert done.returncode == 0, done.stderr
+    for said in ("Token indices sequence length", "font cache", "Setting accelerator"):
+        assert (said in done.stdout + done.stderr) != quiet
+    assert not quiet or done.stdout + done.stderr == ""
+
+
+def test_a_dry_run_says_first_what_would_run(server: Server, tiny_model: Path, tmp_path: Path) -> None:
+    write_config(tmp_path, tiny_model)
+    shown = server.run(["run", "config.yaml", "--dry-run"], tmp_path).stdout
+    assert shown.startswith("# run directory: runs/tiny; would run: prepare, collect,")
+    assert yaml.safe_load(shown)["name"] == "tiny"  # the whole is the configuration still
+
+
+def test_completion_can_be_installed_and_completes(tmp_path: Path) -> None:
+    program = Path(sys.executable).with_name("trace-ds")
+    variables = environment() | {"HOME": str(tmp_path)}
+    done = run([program, "--install-completion", "bash"], variables=variables)
+    assert done.returncode == 0, done.stderr
+    assert "_TRACE_DS_COMPLETE=complete_bash" in (tmp_path / ".bash_completions" / "trace-ds.sh").read_text()
+    asked = {"_TRACE_DS_COMPLETE": "complete_bash", "COMP_WORDS": "trace-ds co", "COMP_CWORD": "1"}
+    assert run([program], variables=variables | asked).stdout.split() == ["collect", "convert"]
+
+
+def test_numbers_and_tables_are_short() -> None:
+    assert [size(n) for n in (7, 1234, 7.6e6, 999_600_000, 2.8e12)] == ["7 B", "1.23 kB", "7.6 MB", "1000 MB", "2.8 TB"]
+    shown = [duration(s) for s in (0, 1e-6, 0.0023, 0.27, 4.06, 31.4, 240, 7200)]
+    assert shown == ["", "< 0.1 ms", "2.3 ms", "0.27 s", "4.06 s", "31 s", "4 min", "2.0 h"]
+    assert [column.justify for column in narrow_table("x", "a", "b", left=["a"]).columns] == ["left", "right"]
