@@ -581,7 +581,6 @@ def test_real_pipeline_over_two_nodes_with_stop_and_lost_node(
 
     def submit(number: int, stages: str) -> tuple[int, list[object]]:
         """(the job, a command that submits it again)"""
-        environment = REAL | {"TRACE_DS_STAGES": stages, "TRACE_DS_VERBOSE": "1"}
         command = ["submit", config, "--nodes", 2, "--gpus-per-node", 2, "--sbatch", "--cpus-per-task=1"]
         result = trace_ds(
             server, cluster, tmp_path, *command, env=REAL | {"TRACE_DS_STAGES": stages, "TRACE_DS_VERBOSE": "1"}
