@@ -39,49 +39,82 @@ def unlearn_job(world: Any, config: str, run_dir: str, overrides: list[str]) -> 
     unlearn(loaded, RunDirectory.at(directory), world)
 
 
-def unlearn_job_killed(world: Any, config: str, run_dir: str, overrides: list[str], step: int) -> None:
-    """The same, and rank 1 is killed in the middle of a step."""
-    import os
-    import signal
+def unlearn_job_disturbed(
+    world: Any, config: str, run_dir: str, overrides: list[str], how: str, in_pass: int, step: int
+) -> None:
+    """The same, disturbed while rank 1 writes the checkpoint of ``step`` and training has gone on to its pass number
+    ``in_pass``: killed there, failed there on all ranks, asked to stop before, or out of disk space."""
+    import resource
 
     from trace_ds.unlearning import online_weights
 
-    local_sums = online_weights.RetainWeights.local_sums
-    left = [step]
-
-    def counting(weights: Any) -> np.ndarray:  # called between the backward pass and the update, and when it saves
-        left[0] -= 1
-        if left[0] == 0 and world.rank == 1:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return local_sums(weights)
-
-    online_weights.RetainWeights.local_sums = counting  # type: ignore[method-assign]
+    if how == "full" and world.rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+    elif how != "full":
+        disturb(online_weights.RetainWeights, world, how, in_pass, step, Path(run_dir) / "stop")
     unlearn_job(world, config, run_dir, overrides)
 
 
-def finetune_job(
-    world: Any, config: str, run_dir: str, overrides: list[str], killed_in_pass: int | None = None
-) -> None:
-    """``finetune`` as one rank of a job; rank 1 is killed in the middle of a step, when it has made so many passes."""
+def disturb(goal: Any, world: Any, how: str, in_pass: int, step: int, stop: Path) -> None:
+    """Let rank 1 be slow to write its optimizer's shard of ``step``, and disturb training meanwhile.
+
+    ``goal``: the class whose ``local_sums`` is called in every pass: between the backward pass and the update, and
+    when a checkpoint is to be saved.
+    """
     import os
     import signal
+    import sys
+    import time
 
+    from trace_ds.errors import JobFailed
+
+    local_sums, passes = goal.local_sums, []
+
+    def counting(self: Any) -> Any:
+        passes.append(1)
+        if len(passes) == in_pass and how == "killed" and world.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if len(passes) == in_pass and how == "failed":
+            raise JobFailed("it went wrong on all ranks")
+        return local_sums(self)
+
+    def slow(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open" and f"step_{step:06d}.tmp-" in str(arguments[0]) and "optim" in str(arguments[0]):
+            if how == "stopped":
+                stop.touch()
+            time.sleep(60.0 if how == "killed" else 1.0)
+
+    goal.local_sums = counting
+    if world.rank == 1:
+        sys.addaudithook(slow)
+
+
+def finetune_job(world: Any, config: str, run_dir: str, overrides: list[str], killed_in_pass: int = 0) -> None:
+    """``finetune`` as one rank of a job; rank 1 is killed in that pass, while it writes the checkpoint of step 4."""
     from trace_ds.stages.finetune import finetune
     from trace_ds.unlearning import goals
 
     only_the_main_process_fingerprints(world)
-    local_sums = goals.NextToken.local_sums
-    passes = []
-
-    def counting(goal: Any) -> np.ndarray:  # called between the backward pass and the update
-        passes.append(1)
-        if len(passes) == killed_in_pass and world.rank == 1:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return local_sums(goal)
-
-    goals.NextToken.local_sums = counting  # type: ignore[method-assign]
+    if killed_in_pass:
+        disturb(goals.NextToken, world, "killed", killed_in_pass, 4, Path(run_dir) / "stop")
     loaded, directory = load_config(config, overrides, run_dir)
     finetune(loaded, RunDirectory.at(directory), world)
+
+
+def unlearn_jobs_written_late(world: Any, config: str, runs: list[tuple[str, list[str]]]) -> list[str]:
+    """Jobs whose checkpoints are written when training has changed the state."""
+    import time
+
+    from trace_ds.checkpoints.serialization import ShardFiles
+
+    write = ShardFiles.write
+
+    def late(files: ShardFiles) -> Any:
+        time.sleep(1.0 if files._held else 0.0)
+        return write(files)
+
+    ShardFiles.write = late  # type: ignore[method-assign]
+    return unlearn_jobs(world, config, runs)
 
 
 def unlearn_jobs(world: Any, config: str, runs: list[tuple[str, list[str]]]) -> list[str]:

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import psutil
 import pytest
 
 from trace_ds.errors import UserError
-from trace_ds.parallel.environment import complete_launch, local_rank_and_size, rank_and_size
+from trace_ds.parallel.environment import (
+    available_memory_bytes,
+    complete_launch,
+    local_rank_and_size,
+    rank_and_size,
+)
 
 JOB = {"RANK": "3", "WORLD_SIZE": "4", "MASTER_ADDR": "n1", "MASTER_PORT": "1"}
 TORCHRUN = JOB | {"LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "4"}
@@ -60,3 +68,23 @@ def test_ranks_as_each_launcher_says_them() -> None:
     assert local_rank_and_size(uneven) == (8, 10)
     with pytest.raises(UserError, match="SLURM_PROCID='x' is no rank of SLURM_STEP_NUM_TASKS='2'"):
         rank_and_size({"SLURM_PROCID": "x", "SLURM_STEP_NUM_TASKS": "2"})
+
+
+def test_the_memory_of_a_job_is_that_of_its_control_groups(tmp_path: Path) -> None:
+    """The tightest of the groups above the process; what caches files there is free."""
+
+    def group(folder: Path, maximum: str, current: int, *cached: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "memory.max").write_text(f"{maximum}\n")
+        (folder / "memory.current").write_text(f"{current}\n")
+        (folder / "memory.stat").write_text("anon 7\nfile 99\ninactive_file {}\nactive_file {}\n".format(*cached))
+
+    own = tmp_path / "cgroup"
+    own.write_text("0::/job/step\n")
+    assert available_memory_bytes(tmp_path / "none", own) == pytest.approx(psutil.virtual_memory().available, rel=0.2)
+    group(tmp_path / "job", "1000000", 900_000, 300_000, 50_000)
+    group(tmp_path / "job" / "step", "max", 800_000, 0, 0)
+    assert available_memory_bytes(tmp_path, own) == 450_000
+    group(tmp_path / "job" / "step", "810000", 800_000, 100, 20)
+    assert available_memory_bytes(tmp_path, own) == 10_120
+    assert available_memory_bytes(tmp_path, tmp_path / "missing") > 10_120

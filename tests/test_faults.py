@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -30,6 +31,7 @@ from trace_ds.parallel.world import AgreedError
 from trace_ds.run import artefact
 from trace_ds.run.directory import MADE_IN
 from trace_ds.run.files import remove_leftovers
+from trace_ds.run.log import StageLog
 
 JOB = "job"
 KILLS = 20
@@ -58,7 +60,9 @@ def manifest_of(step: int, world_size: int, job: str = JOB) -> Manifest:
     return Manifest(step, world_size, 1, 3, "mixtral", job, model, "c", "fp32", {"step": step, "seed": 0}, {})
 
 
-def save_next(world: Any, folder: str, prepare: Callable[[Any], None] | None = None, job: str = JOB) -> int:
+def save_next(
+    world: Any, folder: str, prepare: Callable[[Any], None] | None = None, job: str = JOB, background: bool = True
+) -> int:
     """Resume from the newest complete checkpoint and save the step after it; the step saved."""
     checkpoints = Path(folder)
     if world.is_main:
@@ -68,9 +72,9 @@ def save_next(world: Any, folder: str, prepare: Callable[[Any], None] | None = N
     step = (chosen.step if chosen else 0) + 1
     if prepare is not None:
         prepare(world)
-    commit.save(
-        StandIn(world.rank, step), world, checkpoints, manifest_of(step, world.size, job), keep=2, keep_every=None
-    )
+    log, options = StageLog("unlearn", None, None), {"keep": 2, "keep_every": None, "background": background}
+    with commit.Saver(StandIn(world.rank, step), world, checkpoints, log, **options) as saver:
+        saver.save(manifest_of(step, world.size, job))
     return step
 
 
@@ -153,9 +157,9 @@ def failing_save(world: Any, folder: str, how: str, victim: int) -> int:
     def prepare(world: Any) -> None:
         if world.rank != victim:
             return
-        if how == "full":  # a limit on the size of files is a full disk to the code, and needs no mount
+        if how.startswith("full"):  # a limit on the size of files is a full disk to the code, and needs no mount
             resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
-        elif how == "slow":
+        elif how.startswith("slow"):
             at_event(1, lambda: time.sleep(2.0))
         else:
             at_event(2, broken)
@@ -163,12 +167,12 @@ def failing_save(world: Any, folder: str, how: str, victim: int) -> int:
     def broken() -> None:
         raise RuntimeError("this rank is broken")
 
-    return save_next(world, folder, prepare)
+    return save_next(world, folder, prepare, background="waiting" not in how)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])  # rank 0 also writes the manifest
-@pytest.mark.parametrize("how", ["raises", "full", "slow"])
+@pytest.mark.parametrize("how", ["raises", "full", "slow", "full, all waiting"])
 def test_one_rank_raising_out_of_space_or_slow(tmp_path: Path, how: str, victim: int) -> None:
     folder = tmp_path / "checkpoints"
     run_distributed(save_next, 2, str(folder))
@@ -182,11 +186,33 @@ def test_one_rank_raising_out_of_space_or_slow(tmp_path: Path, how: str, victim:
         assert "this rank is broken" in ends[victim]
     else:
         assert "OSError" in ends[victim] and f"zero_pp_rank_{victim}_mp_rank_00_model_states.pt" in ends[victim]
+        assert ends[1 - victim].rstrip().endswith("AgreedError") == (how == "full")
     assert check_whole(folder) == 1
     assert all(path.read_bytes() == content for path, content in before.items())
     assert run_distributed(save_next, 2, str(folder)) == [2, 2]
     assert check_whole(folder) == 2
     assert not list(folder.glob("*.tmp-*"))
+
+
+def save_where_memory_is_short(world: Any, folder: str, free_bytes: float) -> str:
+    """Two saves of 320 kB a rank with so much free memory; the main process's log."""
+    commit.available_memory_bytes = lambda: free_bytes  # type: ignore[assignment]
+    engine, checkpoints, path = StandIn(world.rank, 1), Path(folder), Path(folder).parent / "log.jsonl"
+    log = StageLog("unlearn", path if world.is_main else None, None)
+    with commit.Saver(engine, world, checkpoints, log, keep=2, keep_every=None, background=True) as saver:
+        for engine.step in (1, 2):
+            saver.save(manifest_of(engine.step, world.size))
+    log.close()
+    return path.read_text() if world.is_main else ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("free_bytes", "told"), [(1_400_000, 0), (400_000, 1), (0, 1)])
+def test_without_room_for_a_copy_it_waits_and_says_so_once(tmp_path: Path, free_bytes: int, told: int) -> None:
+    """Half of what is free is shared by both ranks: 350, 100 and 0 kB for each."""
+    log = run_distributed(save_where_memory_is_short, 2, str(tmp_path / "checkpoints"), free_bytes)[0]
+    assert len(re.findall("training waits while checkpoints are written: for 0.000(24|32) GB of a rank", log)) == told
+    assert check_whole(tmp_path / "checkpoints") == 2
 
 
 def flip(path: Path) -> None:

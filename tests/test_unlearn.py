@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -203,11 +204,13 @@ def test_ten_steps_sigkill_and_ten_more_are_bitwise_twenty(tmp_path: Path) -> No
     config = tiny.write_config(tmp_path, model, statistics__nll=True)
     straight = calibrated_run(config, tmp_path / "straight")
     killed = copy_of(straight, tmp_path / "killed")
-    overrides = ["distributed.ep=2", "unlearning.apply=loss", "unlearning.steps=20", "unlearning.save_every=10"]
+    overrides = ["distributed.ep=2", "unlearning.apply=loss", "unlearning.steps=20", "unlearning.save_every=5"]
     run_distributed(jobs.unlearn_job, 2, str(config), str(straight), overrides)
-    ends = end_of_ranks(jobs.unlearn_job_killed, 2, str(config), str(killed), overrides, 13)
+    # in step 17, with a pass before each of three saves; the last of them is still being written
+    ends = end_of_ranks(jobs.unlearn_job_disturbed, 2, str(config), str(killed), overrides, "killed", 20, 15)
     assert ends[1] == -signal.SIGKILL and ends[0] != 0, ends
-    assert complete_steps(killed / "checkpoints") == ([10], [])
+    assert complete_steps(killed / "checkpoints") == ([5, 10], []) and len(losses_of(killed)) == 16
+    assert len(list((killed / "checkpoints").glob("step_000015.tmp-*/zero*model*"))) == 2
     (killed / "stop").touch()  # a stop on request in between changes nothing either
     with pytest.raises(AssertionError, match="StopRequested: stopped after step 11"):
         run_distributed(jobs.unlearn_job, 2, str(config), str(killed), overrides)
@@ -216,6 +219,60 @@ def test_ten_steps_sigkill_and_ten_more_are_bitwise_twenty(tmp_path: Path) -> No
     assert losses_of(killed) == losses_of(straight)
     manifests = [read_manifest(run / "checkpoints" / "step_000020") for run in (straight, killed)]
     assert manifests[0] == manifests[1]  # every file's hash: weights and optimizer states
+
+
+@pytest.mark.slow
+def test_what_is_saved_behind_training_is_what_waiting_saves(calibrated: tuple[Path, Path], tmp_path: Path) -> None:
+    """Bit for bit, although the files are written two steps later; and the steps go on as if nothing was saved."""
+    config, prepared_run = calibrated
+    shapes = [["unlearning.zero_stage=3", "distributed.ep=2", "model.dtype=bf16"]]
+    shapes += [[f"unlearning.zero_stage={stage}", f"distributed.ep={ep}"] for stage, ep in ((3, 1), (2, 2), (1, 1))]
+    work = []
+    for number, shape in enumerate(shapes):
+        for background in ("true", "false"):
+            run = copy_of(prepared_run, tmp_path / f"{number}-{background}")
+            saving = ["unlearning.forget_loss=graddiff", f"unlearning.save_in_background={background}"]
+            work.append((str(run), [*shape, *saving, "unlearning.steps=4", "unlearning.save_every=2"]))
+    assert run_distributed(jobs.unlearn_jobs_written_late, 2, str(config), work)[0] == [""] * len(work)
+    for number, shape in enumerate(shapes):
+        behind, waited = (tmp_path / f"{number}-{background}" for background in ("true", "false"))
+        for step in (2, 4):
+            found, expected = (read_manifest(run / "checkpoints" / f"step_{step:06d}") for run in (behind, waited))
+            assert found == expected and len(found.files) >= 3, shape
+        assert losses_of(behind) == losses_of(waited)
+        kept = [json.loads(line) for line in (behind / "logs" / "unlearn.jsonl").read_text().splitlines()]
+        seen = [(line["event"], line["step"]) for line in kept if "step" in line]
+        assert seen.index(("step", 3)) < seen.index(("checkpoint", 2)), shape  # the save held nothing up
+
+
+@pytest.mark.slow
+def test_what_happens_while_a_checkpoint_is_written_loses_nothing(
+    calibrated: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """A stop on request, a failure of all ranks, a full disk; in step 3, while rank 1 writes the state after step 2."""
+    config, prepared_run = calibrated
+    overrides = ["distributed.ep=2", "unlearning.steps=50", "unlearning.save_every=2"]
+    ends = {}
+    for how in ("stopped", "failed", "full"):
+        run = copy_of(prepared_run, tmp_path / how)
+        ends[how] = end_of_ranks(jobs.unlearn_job_disturbed, 2, str(config), str(run), overrides, how, 4, 2)
+    assert all("StopRequested: stopped after step" in end for end in ends["stopped"]), ends
+    stopped = newest_complete(tmp_path / "stopped/checkpoints")[0]
+    assert complete_steps(tmp_path / "stopped/checkpoints") == ([2, stopped], []) and stopped > 2
+    assert all("it went wrong on all ranks" in end for end in ends["failed"]), ends
+    assert complete_steps(tmp_path / "failed/checkpoints") == ([2], [])  # it was under way, and is complete
+    shard = "step_000002.tmp-[0-9]+/zero_pp_rank_1_mp_rank_00_(model|optim)_states.pt"
+    assert re.search(rf"OSError: \[Errno 27\] File too large: .*{shard}", ends["full"][1]), ends
+    assert ends["full"][0].rstrip().endswith("AgreedError"), ends
+    assert complete_steps(tmp_path / "full/checkpoints") == ([], [])
+    assert len(losses_of(tmp_path / "full")) >= 2
+    for run in ("stopped", "failed", "full"):
+        assert bool(list((tmp_path / run / "checkpoints").glob("*.tmp-*"))) == (run == "full")
+        run_distributed(jobs.unlearn_job, 2, str(config), str(tmp_path / run), [*overrides, "unlearning.steps=6"])
+        assert newest_complete(tmp_path / run / "checkpoints") == (6, [])
+        assert not list((tmp_path / run / "checkpoints").glob("*.tmp-*"))
+    manifests = [read_manifest(tmp_path / run / "checkpoints/step_000006") for run in ("stopped", "failed", "full")]
+    assert manifests[0] == manifests[1] == manifests[2]
 
 
 @pytest.mark.slow
@@ -409,6 +466,29 @@ def test_equal_states_give_equal_bytes(tmp_path: Path) -> None:
     save(state, first)
     save(load(str(first)), second)
     assert first.read_bytes() == second.read_bytes()
+
+
+def test_a_file_that_is_held_is_the_file_that_was_to_be_written(tmp_path: Path) -> None:
+    """Views of one storage, two names of one tensor, parameters; changed after it was held. What finds no room in host
+    memory is written at once."""
+    import torch
+
+    from trace_ds.checkpoints.serialization import ShardFiles, save
+
+    flat = torch.arange(1000.0)
+    parameter = torch.nn.Parameter(torch.ones(30))
+    state = {"views": [flat[:10], flat[500:].view(50, 10)], "tied": (parameter, parameter), "halves": flat.bfloat16()}
+    (tmp_path / "now").mkdir(), (tmp_path / "later").mkdir()
+    expected = save(state, tmp_path / "now" / "shard.pt")
+    files = ShardFiles(None)
+    files.begin(4 * 1000 + 4 * 30 + 2 * 1000 + 101)
+    files.save(state, tmp_path / "later" / "shard.pt")
+    files.save({"more": torch.zeros(100)}, tmp_path / "later" / "more.pt")
+    assert [path.name for path in (tmp_path / "later").iterdir()] == ["more.pt"] and files.uncopied_bytes == 400
+    flat.zero_(), parameter.data.zero_()
+    assert files.write()[str(tmp_path / "later" / "shard.pt")] == expected
+    assert (tmp_path / "later" / "shard.pt").read_bytes() == (tmp_path / "now" / "shard.pt").read_bytes()
+    assert len(files.write()) == 2 and not files._held
 
 
 def test_a_foreign_or_altered_calibration_is_refused(calibrated: tuple[Path, Path], tmp_path: Path) -> None:

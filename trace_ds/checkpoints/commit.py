@@ -1,20 +1,25 @@
 """Saving and loading a job's state through DeepSpeed, so that no crash leaves half a checkpoint.
 
-1. all ranks write into step_N.tmp-ID/ (DeepSpeed with save_latest=False)
-2. each rank hashes what it writes and fsyncs its files
-3. barrier; 4. the main process writes manifest.json, last
+1. all ranks copy their state to host memory, or write it at once, into step_N.tmp-ID/ (DeepSpeed, save_latest=False)
+2. each rank writes what it copied, hashes what it writes and fsyncs its files
+3. all ranks agree that all is written; 4. the main process writes manifest.json, last
 5. rename to step_N/ and fsync the directory; 6. replace ``latest``; 7. prune, never the newest two
+
+Training waits for 1 and 3. The rest is done by a thread of each rank, which takes part in no collective: after every
+step all ranks learn whether one of them is still writing, and go on together where none is (:meth:`Saver.poll`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import platform
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator
+from concurrent import futures
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from trace_ds.checkpoints.manifest import (
     STEP,
@@ -26,52 +31,153 @@ from trace_ds.checkpoints.manifest import (
     verify,
     wrong_latest,
 )
-from trace_ds.errors import JobFailed, UserError
+from trace_ds.errors import JobFailed, StopRequested, UserError
+from trace_ds.parallel.environment import available_memory_bytes
 from trace_ds.run.files import fsync_directory
 from trace_ds.run.ours import MANIFEST, checkpoint, require_directory
 
 if TYPE_CHECKING:
     from trace_ds.parallel.world import World
+    from trace_ds.run.log import StageLog
+
+T = TypeVar("T")
+ASK_EVERY_S = 0.2
+HOST_SHARE = 0.5  # of the free memory: torch rounds page-locked copies up to powers of two, and training goes on
 
 
-def save(
-    engine: Any, world: World, checkpoints: Path, manifest: Manifest, *, keep: int, keep_every: int | None
-) -> None:
-    """Write one checkpoint (collectively) by the protocol above and prune old ones.
+class Saver:
+    """Saves the states of a job's engine by the protocol above, one after the other. Every call is collective.
+
+    As a context, it comes back with nothing in flight, also when all ranks leave together (:class:`JobFailed`,
+    :class:`StopRequested`); any other error ends a rank in the middle, as a kill would.
 
     Args:
         engine: the DeepSpeed training engine.
         checkpoints: ``RUN/checkpoints``.
-        manifest: everything but ``files``.
+        log: told of every checkpoint that is complete, and, once, that host memory does not suffice for copies.
         keep: newest checkpoints kept, at least 2.
         keep_every: steps that are a multiple of it are never pruned.
+        background: whether training may go on while files are written.
     """
-    name = step_name(manifest.step)
-    temporary = Path(world.broadcast(str(checkpoints / f"{name}.tmp-{os.getpid()}")))
-    if world.is_main:
-        checkpoints.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
-    world.barrier()
-    # Its scripts refuse expert-parallel checkpoints (`trace-ds convert` reads all), and could overwrite a user's own.
-    engine._copy_recovery_script = lambda save_path: None
-    engine.save_checkpoint(
-        str(checkpoints), tag=temporary.name, client_state={"trace_ds_step": manifest.step}, save_latest=False
-    )
-    root = os.path.abspath(temporary)
-    mine = {os.path.relpath(path, root): facts for path, facts in engine.checkpoint_engine.take().items()}
-    files: dict[str, dict[str, Any]] = {}
-    for part in world.gather(mine):
-        files.update(part)
-    if world.is_main:  # every rank has reported, so every file is on the disk
-        replace(manifest, files=files).write(temporary)
-        fsync_directory(temporary)
-        destination = checkpoints / name
-        if destination.exists():  # left by a kill between two of these lines in an earlier attempt
-            set_aside(destination)
-        os.replace(temporary, destination)
-        fsync_directory(checkpoints)
-        settle(checkpoints, manifest.step, keep, keep_every)
-    world.barrier()
+
+    def __init__(
+        self,
+        engine: Any,
+        world: World,
+        checkpoints: Path,
+        log: StageLog,
+        *,
+        keep: int,
+        keep_every: int | None,
+        background: bool,
+    ) -> None:
+        self._engine, self._world, self._checkpoints = engine, world, checkpoints
+        self._keep, self._keep_every, self._background = keep, keep_every, background
+        self._log, self._said = log, False
+        self._ranks_here = world.gather(platform.node()).count(platform.node())
+        self._thread = futures.ThreadPoolExecutor(1, "checkpoint")
+        self._work: futures.Future[Any]  # of the save in flight
+        self._in_flight: Iterator[None] | None = None
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None or issubclass(kind, (JobFailed, StopRequested)):
+            self.finish()
+        self._thread.shutdown(wait=False)
+
+    def save(self, manifest: Manifest, *, wait: bool = False) -> None:
+        """Save the engine's state once the save before is through.
+
+        Args:
+            manifest: everything but ``files``.
+            wait: nothing is copied, and the checkpoint is complete on return.
+        """
+        self.finish()
+        self._in_flight = self._protocol(manifest, copied=self._background and not wait)
+        self._advance()
+        if wait:
+            self.finish()
+
+    def poll(self) -> None:
+        """Go on with the save in flight, if there is one and every rank has written what it had to.
+
+        Raises:
+            OSError: this rank could not write (AgreedError: another one could not); the save is given up.
+        """
+        if self._in_flight is not None and not self._world.max_int(int(not self._work.done())):
+            self._advance()
+
+    def finish(self) -> None:
+        """Come back when no save is in flight. Ranks ask each other now and then: none waits long in a collective."""
+        while self._in_flight is not None:
+            futures.wait([self._work], ASK_EVERY_S)
+            self.poll()
+
+    def _advance(self) -> None:
+        protocol, self._in_flight = self._in_flight, None
+        if protocol is not None and next(protocol, self) is None:
+            self._in_flight = protocol
+
+    def _protocol(self, manifest: Manifest, *, copied: bool) -> Iterator[None]:
+        """One save; it yields while threads are at work."""
+        world, checkpoints, files = self._world, self._checkpoints, self._engine.checkpoint_engine.files
+        name = step_name(manifest.step)
+        temporary = Path(world.broadcast(str(checkpoints / f"{name}.tmp-{os.getpid()}")))
+        files.begin(self._room_bytes() if copied else 0.0)
+        if world.is_main:
+            checkpoints.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(temporary, ignore_errors=True)
+        world.barrier()  # no rank makes copies before all have seen how much memory is free
+        # Its scripts refuse expert-parallel checkpoints (`trace-ds convert` reads all), and could replace a user's own.
+        self._engine._copy_recovery_script = lambda save_path: None
+        self._engine.save_checkpoint(
+            str(checkpoints), tag=temporary.name, client_state={"trace_ds_step": manifest.step}, save_latest=False
+        )
+        written = yield from self._in_thread(files.write)
+        root = os.path.abspath(temporary)
+        mine = {os.path.relpath(path, root): facts for path, facts in written.items()}
+        whole: dict[str, dict[str, Any]] = {}
+        uncopied_bytes = 0
+        for part, found_bytes in world.gather((mine, files.uncopied_bytes)):
+            whole.update(part)
+            uncopied_bytes = max(uncopied_bytes, found_bytes)
+        if copied and uncopied_bytes and not self._said:
+            self._said = True
+            self._log.line(
+                f"training waits while checkpoints are written: for {uncopied_bytes / 1e9:.2g} GB of a rank's state "
+                "there is no room in host memory"
+            )
+
+        def publish() -> None:  # every rank has reported, so every file is on the disk
+            replace(manifest, files=whole).write(temporary)
+            fsync_directory(temporary)
+            destination = checkpoints / name
+            if destination.exists():  # left by a kill between two of these lines in an earlier attempt
+                set_aside(destination)
+            os.replace(temporary, destination)
+            fsync_directory(checkpoints)
+            settle(checkpoints, manifest.step, self._keep, self._keep_every)
+
+        yield from self._in_thread(publish if world.is_main else lambda: None)
+        self._log.event("checkpoint", step=manifest.step)
+
+    def _in_thread(self, work: Callable[[], T]) -> Generator[None, None, T]:
+        self._work = work_there = self._thread.submit(work)
+        yield
+        return self._world.agree_all(work_there.result)
+
+    def _room_bytes(self) -> float:
+        """Host memory that the copies of this rank may take."""
+        free = available_memory_bytes()
+        if self._world.device.type == "cuda":  # what torch has kept page-locked since the save before
+            import torch
+
+            held = torch.cuda.host_memory_stats()
+            kept = held.get("allocated_bytes.current", 0) - held.get("active_bytes.current", 0)
+            free += self._ranks_here * kept
+        return HOST_SHARE * free / self._ranks_here
 
 
 def settle(checkpoints: Path, step: int, keep: int, keep_every: int | None) -> None:

@@ -6,6 +6,10 @@ tensors, containers, numbers and text, read back at once by the reader that will
 what that reader (:mod:`trace_ds.tensors.torch_archive`) makes of a file: nothing in it is rebuilt or called. And since
 equal states pickled before and after a resume differ in which equal strings are one object, states are rebuilt before
 they are written: equal states give equal files, so a resumed job's checkpoints can be compared by hash.
+
+A file is written at once, or held: pickled as it would be written and its storages copied to host memory, so that
+training may change the state while a thread writes the very same bytes. What torch does in between is private to it
+(``_save`` and ``_open_zipfile_writer`` of ``torch/serialization.py``) and known here only.
 """
 
 from __future__ import annotations
@@ -14,10 +18,14 @@ import dataclasses
 import enum
 import hashlib
 import os
+import pickle
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from torch import serialization as theirs
+from torch.utils.serialization import config as torch_saving
 
 from trace_ds.errors import JobFailed, UserError
 from trace_ds.tensors.torch_archive import LazyTensor, exchanged, read_archive
@@ -26,14 +34,38 @@ OPTIMIZER, LOSS_SCALER = "optimizer_state_dict", "loss_scaler"
 
 
 class ShardFiles:
-    """The file operations of a DeepSpeed engine, and what they have written since the last :meth:`take`."""
+    """The file operations of a DeepSpeed engine: what they hold to be written, and what they have written."""
 
     def __init__(self, engine: Any) -> None:
         self._engine = engine
+        self._room_bytes, self.uncopied_bytes = 0.0, 0
+        self._held: list[tuple[str | Path, _Copied]] = []
         self._written: dict[str, dict[str, Any]] = {}
 
+    def begin(self, room_bytes: float) -> None:
+        """Another checkpoint, whose files are held while copies of their tensors fit into so much host memory, and
+        written at once where they do not."""
+        self._room_bytes, self.uncopied_bytes = room_bytes, 0
+        self._held, self._written = [], {}
+
     def save(self, state_dict: Any, path: str | Path) -> None:
-        self._written[os.path.abspath(path)] = save(state_dict, path)
+        state = plain(state_dict, {})
+        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in _tensors(state)}
+        size = sum(storage.nbytes() for storage in storages.values())
+        if size >= self._room_bytes:
+            self.uncopied_bytes += size
+            self._written[os.path.abspath(path)] = save(state, path)
+            return
+        self._room_bytes -= size
+        self._held.append((path, _Copied(state, storages)))
+
+    def write(self) -> dict[str, dict[str, Any]]:
+        """Write what is held (any thread may); path -> {bytes, sha256} of every file of the checkpoint."""
+        while self._held:
+            path, copied = self._held.pop(0)
+            self._written[os.path.abspath(path)] = _write(path, copied.into)
+            del copied  # its memory
+        return self._written
 
     def load(self, path: str | Path, map_location: Any = None) -> Any:
         """As :func:`load` (DeepSpeed asks for the CPU); the loss scaler, which it wants back as an object, is the
@@ -44,16 +76,43 @@ class ShardFiles:
             optimizer[LOSS_SCALER] = self._engine.optimizer.loss_scaler
         return state
 
-    def take(self) -> dict[str, dict[str, Any]]:
-        """path -> {bytes, sha256} of every file written since the last call."""
-        written, self._written = self._written, {}
-        return written
-
 
 def install(engine: Any) -> None:
     """Make a DeepSpeed engine save and load its checkpoint files through this module."""
-    files, theirs = ShardFiles(engine), engine.checkpoint_engine
-    theirs.load, theirs.save, theirs.take = files.load, files.save, files.take
+    engine.checkpoint_engine.files = files = ShardFiles(engine)
+    engine.checkpoint_engine.load, engine.checkpoint_engine.save = files.load, files.save
+
+
+class _Copied:
+    """The records of a shard file, in host memory; takes the place of torch's archive while they are made.
+
+    torch itself copies what is on a device (into page-locked memory, which it keeps for the next time).
+    """
+
+    def __init__(self, state: Any, storages: dict[int, Any]) -> None:
+        self._live = {place for place, storage in storages.items() if storage.device.type == "cpu"}
+        self._records: list[tuple[str, Any, int]] = []
+        with torch_saving.patch("save.use_pinned_memory_for_d2h", True):  # type: ignore[attr-defined]
+            theirs._save(state, self, pickle, theirs.DEFAULT_PROTOCOL, False)
+
+    def write_record(self, name: str, data: Any, size: int) -> None:
+        live = isinstance(data, torch.UntypedStorage) and data.data_ptr() in self._live
+        self._records.append((name, data.clone() if live else data, size))
+
+    def into(self, out: Any) -> None:
+        """What ``torch.save`` of the state would write."""
+        with theirs._open_zipfile_writer(out) as archive:
+            for record in self._records:
+                archive.write_record(*record)
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    """Those in plain data."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (list, tuple, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(item)
 
 
 class _Hashing:
@@ -103,11 +162,17 @@ def save(state_dict: Any, path: str | Path) -> dict[str, Any]:
         OSError: it cannot be written (no space left, …); names the file.
         JobFailed: the state holds what is no plain data, or what was written cannot be read.
     """
+    state = plain(state_dict, {})
+    return _write(path, lambda out: torch.save(state, out))
+
+
+def _write(path: str | Path, fill: Callable[[Any], None]) -> dict[str, Any]:
+    """The same of a file that ``fill`` writes."""
     try:
         with Path(path).open("wb") as handle:
             out = _Hashing(handle)
             try:
-                torch.save(plain(state_dict, {}), out)  # type: ignore[arg-type]
+                fill(out)
             except RuntimeError as error:  # torch wraps what its output raises
                 raise (out.error or error) from None
             handle.flush()

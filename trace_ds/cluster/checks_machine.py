@@ -17,7 +17,6 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
@@ -34,6 +33,7 @@ from trace_ds.cluster.checks import (
     process_check,
 )
 from trace_ds.config.schema import Config
+from trace_ds.parallel.environment import available_memory_bytes
 
 PACKAGE = "trace-ds"
 MIN_OPEN_FILES = 4096
@@ -348,12 +348,3 @@ def cpu_checks(config: Config | None, processes: int, needed_bytes: float | None
         free = shutil.disk_usage(shared).free
         fix = "start the container with --shm-size=8g or --ipc=host (NCCL uses /dev/shm)"
         yield judged(group, "/dev/shm", free >= MIN_SHARED_MEMORY_BYTES, f"{gigabytes(free)} free", fix, "WARN")
-
-
-def available_memory_bytes() -> float:
-    """Memory this process may still take: the system's, or its control group's if that is less."""
-    limits = [psutil.virtual_memory().available]
-    with contextlib.suppress(OSError, ValueError):  # a limit of "max" is none
-        maximum = int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii"))
-        limits.append(maximum - int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="ascii")))
-    return float(min(limits))

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from trace_ds.checkpoints.commit import HOST_SHARE
 from trace_ds.cluster import cost, memory
 from trace_ds.cluster.architecture import (
     Parameters,
@@ -33,12 +34,14 @@ from trace_ds.tensors.model_files import CONFIG_NAME, read_model_config
 
 EVALUATION_SHARE = 0.8  # of a GPU's memory may be weights (trace_ds/evaluation/language_model.py)
 MAX_ROWS = 4096  # no search for a larger micro-batch than this
+HOST_COPY_GB_S = 10  # of each GPU of a node at the same time
 
 ASSUMPTIONS = (
     "every parameter has a gradient and moments, also what unlearning.trainable holds still",
     "RMU's passes and its frozen copy end at its layer",
     "routed tokens are spread evenly for time, 1.5 times the mean on the busiest GPU for memory",
     "compute utilisation: measured on one H100; links: rated speed x 0.7, not measured",
+    f"checkpoints are copied to host memory at {HOST_COPY_GB_S} GB/s a GPU, not measured",
 )
 
 
@@ -209,7 +212,6 @@ def _unlearn(job: PlannedJob) -> StagePlan:
         weights=weights * passes,
         optimized=count_parameters(a).total / spec.world,
     )
-    saves = ceil_div(settings.steps, settings.save_every)
     return StagePlan(
         rows=rows,
         memory=used,
@@ -220,8 +222,19 @@ def _unlearn(job: PlannedJob) -> StagePlan:
         tokens_per_s=(settings.forget_rows + settings.retain_rows) * job.context / time.serial_s,
         steps=settings.steps,
         storage_s=_load_s(job, whole=job.zero.stage < 3) * (2 if run.frozen_layers else 1)
-        + saves * checkpoint_bytes(job) / (spec.storage_gb_s * GB),
+        + _saving_s(job, time.serial_s),
     )
+
+
+def _saving_s(job: PlannedJob, step_s: float) -> float:
+    """How long training waits for checkpoints: for the last one whole, for another as it is copied to host memory and
+    for what the steps up to the next do not hide of its writing."""
+    settings, spec, saved_bytes = job.config.unlearning, job.spec, checkpoint_bytes(job)
+    whole_s = saved_bytes / (spec.storage_gb_s * GB)
+    waits_s = whole_s
+    if settings.save_in_background and saved_bytes / spec.nodes <= HOST_SHARE * spec.host_memory_gb * GB:
+        waits_s = max(whole_s - settings.save_every * step_s, 0) + saved_bytes / (spec.world * HOST_COPY_GB_S * GB)
+    return whole_s + (ceil_div(settings.steps, settings.save_every) - 1) * waits_s
 
 
 def checkpoint_bytes(job: PlannedJob) -> float:

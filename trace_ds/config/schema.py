@@ -461,6 +461,11 @@ class TrainingConfig(Section):
         "less memory for a third more compute (`trace-ds plan` shows both).",
     )
     save_every: Integer = Field(50, ge=1, description="Steps between checkpoints; the last step is always saved.")
+    save_in_background: bool = Field(
+        True,
+        description="Training waits only until the state is copied to host memory, not until the checkpoint is "
+        "written; all the same where there is no room for the copy, and for the last checkpoint.",
+    )
     keep: Integer = Field(2, ge=2, description="Checkpoints kept; never fewer than the newest two.")
     keep_every: Integer | None = Field(None, ge=1, description="Steps that are a multiple of this are never pruned.")
     resume: Literal["auto", "required", "never", "replace"] = Field(

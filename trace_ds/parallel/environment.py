@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import socket
 from collections.abc import Mapping, MutableMapping
 from pathlib import Path
@@ -115,6 +117,24 @@ def accelerator_names(environment: Mapping[str, str] = os.environ, devices: Path
 def machine_accelerators(devices: Path = Path("/dev")) -> int:
     """NVIDIA GPUs of the machine, whoever may use them."""
     return sum(path.name.removeprefix("nvidia").isdigit() for path in devices.glob("nvidia*"))
+
+
+def available_memory_bytes(groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float:
+    """Memory this process may still take: the system's, or what its control groups leave it if that is less.
+
+    Pages of files, which go when memory is asked for, count as free.
+    """
+    import psutil
+
+    limits = [psutil.virtual_memory().available]
+    with contextlib.suppress(OSError):
+        group = groups / own.read_text(encoding="ascii").rpartition("0::/")[2].strip()
+        for folder in [group, *group.parents]:
+            with contextlib.suppress(OSError, ValueError):  # no group, or a limit of "max", which is none
+                maximum, used = (int((folder / f"memory.{n}").read_text(encoding="ascii")) for n in ("max", "current"))
+                cached = re.findall(r"^(?:in)?active_file (\d+)$", (folder / "memory.stat").read_text(), re.MULTILINE)
+                limits.append(maximum - used + sum(map(int, cached)))
+    return float(min(limits))
 
 
 def free_port() -> int:

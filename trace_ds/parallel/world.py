@@ -125,16 +125,18 @@ class World:
         assert result is not None
         return result
 
-    def agree_all(self, work: Callable[[], None]) -> None:
-        """Run ``work`` on every rank; if any rank's user error or operating-system error (a full disk) ends it, every
-        rank leaves: that rank with its error, the others with the same exit status, silently."""
-        error: UserError | OSError | None = None
+    def agree_all(self, work: Callable[[], T]) -> T:
+        """Run ``work`` on every rank, and return what it did; if any rank's user error or operating-system error (a
+        full disk) ends it, every rank leaves: that rank with its error, the others with the same exit status,
+        silently."""
+        result, error = None, None
         try:
-            work()
+            result = work()
         except (UserError, OSError) as found:
             error = found
         if self.max_int(int(error is not None)):
             raise error if error is not None else AgreedError
+        return result  # type: ignore[return-value]
 
     def broadcast_agreed(self, make: Callable[[], T]) -> T:
         """Run ``make`` on the main process and return its plain-data result on every rank; errors as in agree."""

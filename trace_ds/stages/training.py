@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 OPERATIONAL = {
     "steps",
     "save_every",
+    "save_in_background",
     "keep",
     "keep_every",
     "resume",

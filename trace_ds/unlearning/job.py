@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from trace_ds.checkpoints.commit import save
+from trace_ds.checkpoints.commit import Saver
 from trace_ds.checkpoints.manifest import Manifest
 from trace_ds.config.schema import TrainingConfig
 from trace_ds.errors import JobFailed, StopRequested
@@ -80,7 +80,8 @@ def train(
 ) -> None:
     """Train from step ``manifest.step`` to ``steps`` or to what ``watch`` calls the end, saving as configured.
 
-    Only a sound state is saved: its weights, moments and next losses are finite, and it keeps within the guards.
+    Only a sound state is saved: its weights, moments and next losses are finite, and it keeps within the guards. Steps
+    go on while a checkpoint is written; on return, and when all ranks fail alike, it is complete.
 
     Raises:
         StopRequested: the stop file appeared, SIGTERM or SIGINT came; a complete checkpoint was saved, unless the state
@@ -92,7 +93,16 @@ def train(
     progress = Progress(log, "training", steps, start=manifest.step)
     if watch is not None:
         watch.begin(engine, cursor, manifest.step)
-    with termination_noted() as terminated:
+    saver = Saver(
+        engine,
+        world,
+        run.checkpoints,
+        log,
+        keep=settings.keep,
+        keep_every=settings.keep_every,
+        background=settings.save_in_background,
+    )
+    with termination_noted() as terminated, saver:
         for step in range(manifest.step, steps):
             done = step + 1
             data = rows.at(step, world.rank, world.size)
@@ -101,6 +111,7 @@ def train(
             values = run_step(engine, world, data, goal, settings, step, slower)
             stop = terminated() or (world.is_main and any(path.is_file() for path in run.stop_files))
             stop = bool(world.max_int(int(stop)))
+            saver.poll()
             if done % settings.log_every == 0 or done == steps:
                 log.scalars(done, **values)
             progress.advance(1, **{name: values[f"loss_{name}"] for name in goal.factors})
@@ -121,8 +132,7 @@ def train(
                     log.line(f"WARNING no checkpoint of step {done}: {broken}")
                 else:
                     current = replace(manifest, step=done, cursor={**cursor, **goal.state(), "step": done})
-                    save(engine, world, run.checkpoints, current, keep=settings.keep, keep_every=settings.keep_every)
-                    log.event("checkpoint", step=done)
+                    saver.save(current, wait=last or stop)
             if last:
                 break
             if stop:
