@@ -12,6 +12,7 @@ step all ranks learn whether one of them is still writing, and go on together wh
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import platform
 import shutil
@@ -95,7 +96,7 @@ class Saver:
             wait: nothing is copied, and the checkpoint is complete on return.
         """
         self.finish()
-        self._in_flight = self._protocol(manifest, copied=self._background and not wait)
+        self._in_flight = self._protocol(copy.deepcopy(manifest), copied=self._background and not wait)
         self._advance()
         if wait:
             self.finish()
