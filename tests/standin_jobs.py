@@ -19,7 +19,7 @@ from tools import gpu_acceptance
 from trace_ds.routing import collection
 
 Waits = Counter[tuple[str, str]]
-WAITS_PER_BATCH, WAITS_PER_STEP = 1, 2
+WAITS_PER_BATCH, WAITS_PER_STEP = 1, 1
 FAULTS = ("cpu_index", "item", "missing_event", "numpy", "cpu_sum")
 
 
@@ -125,7 +125,7 @@ def check_collect(kind: str, family: str, folder: Path, fault: str = "") -> None
 
 
 def check_unlearn(kind: str, job: str, family: str, folder: Path) -> None:
-    """Three steps give the losses and weights that they give on the CPU; a fourth waits at most twice."""
+    """Three steps give the losses and weights that they give on the CPU; a fourth waits at most once."""
     steps_here, model_here, _ = gpu_acceptance.unlearn(job, family, gpu_acceptance.lone_world("cpu"), folder)
     with device_of(kind) as (world, watch):
         steps_there, model_there, step = gpu_acceptance.unlearn(job, family, world, folder)

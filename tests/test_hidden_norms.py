@@ -109,7 +109,7 @@ def test_hidden_losses_leave_sinks_out(tiny_model: Path, sinks: tuple[int, ...])
         model.model.layers[0].self_attn.o_proj.weight += 0.1
     target, batch = torch.full((32,), 0.5), Steps().batch(0, [0, 1])
     objective = ForgetRetain(settings, FrozenNeeds.of(settings, 3), target, Frozen(Plain(frozen), None), None, sinks)
-    losses = objective(Plain(model), batch)
+    losses = objective(Plain(model), batch, *objective.frozen_states([batch]))
     states = [
         net(
             input_ids=batch.input_ids_BS, position_ids=batch.position_ids_BS, use_cache=False, output_hidden_states=True

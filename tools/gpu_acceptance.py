@@ -11,7 +11,7 @@ Nothing is downloaded; weights are random. With DeepSpeed, training steps are me
 Each part is a process of its own with a time limit, so what goes wrong in one is told and the others go on:
 
 * `correct_collect`, `correct_unlearn`: what the pass and the step compute on tiny models, against the CPU in fp32, and
-  how often the host waits for the device (at most once a batch and twice a step).
+  how often the host waits for the device (at most once a batch and once a step).
 * `collect_SHAPE`: tokens per second of collecting against plain transformers forward passes, four documents in a row.
 * `unlearn_SHAPE`: an NPO step of ours against the loop that people write (whole logits, the frozen model beside it,
   attention across documents), the same rows, weights in bf16 under fused AdamW and recomputation in both;
@@ -240,9 +240,7 @@ def unlearn(
 
     def step(number: int) -> dict[str, float]:
         data = rows.at(number, world.rank, world.size)
-        told = run_step(engine, world, data, goal, settings, number)
-        world.max_int(0)  # as the loop does, which asks whether to stop
-        return told
+        return run_step(engine, world, data, goal, settings, number)
 
     torch.manual_seed(0)
     return [step(number) for number in range(steps)], model, step
@@ -365,7 +363,7 @@ def correct_unlearn(options: argparse.Namespace, folder: Path) -> dict[str, Any]
             "worst": max(found.items(), key=lambda item: item[1]),
             "waits_per_step": sum(waits.values()),
             "waits": [[*key, number] for key, number in waits.items()],
-            "ok": max(found.values()) <= 1e-2 and sum(waits.values()) <= 2,
+            "ok": max(found.values()) <= 1e-2 and sum(waits.values()) <= 1,
         }
     return result | {"ok": all(held["ok"] for held in result.values())}
 

@@ -34,6 +34,7 @@ FROZEN_LOGIT_BYTES = (
     12  # beside the frozen model's logits: their log-softmax, its exponential and the difference in fp32
 )
 LOGITS_PER_CHUNK = 1 << 26  # elements, as in trace_ds/unlearning/forward.py and trace_ds/models/token_nll.py
+CHUNKS_PER_PRODUCT = 4  # as in trace_ds/unlearning/forward.py
 WORKING_SHARE = 0.25  # of what a layer saved, again in its backward pass: measured 0 to 0.1, the rest is our margin
 IMBALANCE = 1.5  # the busiest rank's share of the routed tokens over the mean; our margin, not measured
 
@@ -165,7 +166,7 @@ def unlearn_memory(job: PlannedJob, rows: int, *, recompute: bool | None = None)
         "all-to-all buffers": _exchange_bytes(a, tokens, ep, b),
     }
     head = {
-        "logits": _head_bytes(a, side, b) if passes.head else 0,
+        "logits": _head_bytes(a, tokens, side, b) if passes.head else 0,
         "frozen logits": _chunk(a, side) * a.vocabulary * (b + FROZEN_LOGIT_BYTES) if passes.frozen_head else 0,
     }
     stepped = min(shard, zero.sub_group) if stage == 3 else shard
@@ -197,14 +198,13 @@ def host_bytes(job: PlannedJob) -> float:
     return job.spec.gpus_per_node * (share * job.b * LOADING_FACTOR + shard * offloaded)
 
 
-def _head_bytes(a: Architecture, tokens: int, b: int) -> float:
-    """The LM head's backward pass: logits of a chunk of the tokens at a time, the head's gradient summed in fp32.
-
-    ``tokens`` are those of one side: forget and retain rows go through the head one after the other.
-    """
-    chunk = _chunk(a, tokens)
-    gradient = a.vocabulary * a.hidden * (b if tokens <= chunk else 4 + b)
-    return chunk * a.vocabulary * (b + LOGIT_BYTES) + gradient
+def _head_bytes(a: Architecture, tokens: int, side: int, b: int) -> float:
+    """The LM head's backward pass: logits of a chunk of one ``side``'s tokens at a time; in bf16 their gradients, of
+    both sides, wait for a product with the head's weight; the sum of the products in fp32, if there are several."""
+    product = min(tokens, _chunk(a, tokens) * (CHUNKS_PER_PRODUCT if b < 4 else 1))
+    waiting = product if product > _chunk(a, side) else 0
+    gradient = a.vocabulary * a.hidden * (b if tokens <= product else 4 + b)
+    return (_chunk(a, side) * (b + LOGIT_BYTES) + waiting * b) * a.vocabulary + gradient
 
 
 def _chunk(a: Architecture, tokens: int) -> int:

@@ -20,6 +20,7 @@ from torch.nn import functional
 from trace_ds.models.attention import packed
 
 LOGITS_PER_CHUNK = 1 << 26  # elements: 0.25 GB in fp32, of which a few copies exist at a time
+CHUNKS_PER_PRODUCT = 4  # of bf16: 0.5 GB of gradients of logits for one product with the head's weight
 
 # (logits [C, V] in the parameters' dtype, which of the request's tokens they are) -> one fp32 value a token, [C].
 TokenFunction = Callable[[torch.Tensor, slice], torch.Tensor]
@@ -82,39 +83,50 @@ def forward(
             ).last_hidden_state
         if not whole:
             return tuple(captured)
-        hidden = [last_BSD[request.rows_N, request.columns_N] for request in requests]
-        head = _head_values(model.lm_head, [request.function for request in requests])
-        with _replaced_forward(model.lm_head, head):
-            values = model.lm_head(*hidden) if requests else ()
-        return (*captured, *([last_BSD] if last else []), *values)
+        if not requests:
+            return (*captured, last_BSD)
+        chosen_2N = torch.cat([torch.stack([request.rows_N, request.columns_N]) for request in requests], dim=1)
+        parts = [(len(request.rows_N), request.function) for request in requests]
+        with _replaced_forward(model.lm_head, _head_forward(model.lm_head, parts)):
+            values_N = model.lm_head(last_BSD[chosen_2N[0], chosen_2N[1]])
+        return (*captured, *([last_BSD] if last else []), values_N)
 
     with _replaced_forward(model, body):
         outputs = list(engine())
     layer_BSD = outputs.pop(0) if layer is not None else None
     last_BSD = outputs.pop(0) if last else None
-    return PassOutputs(layer_BSD, last_BSD, outputs)
+    values = outputs[0].split([len(request.rows_N) for request in requests]) if requests else ()
+    return PassOutputs(layer_BSD, last_BSD, list(values))
 
 
-def head_values(hidden_ND: torch.Tensor, weight_VD: torch.Tensor, function: TokenFunction, chunk: int) -> torch.Tensor:
-    """``function`` of the logits ``hidden @ weightᵀ``, at most ``chunk`` tokens at a time; fp32 [N].
+def head_values(
+    hidden_ND: torch.Tensor, weight_VD: torch.Tensor, functions: Sequence[tuple[int, TokenFunction]], chunk: int
+) -> torch.Tensor:
+    """A function of the logits ``hidden @ weightᵀ``, at most ``chunk`` tokens at a time; fp32 [N].
 
-    The matrix products are in the dtype of the parameters. Gradients flow to ``hidden_ND`` and ``weight_VD``; nothing
-    of size N × V is kept: the backward pass makes each chunk's logits again. The gradient of the weight is summed over
-    the chunks in fp32.
+    ``functions``: the first so many tokens' function, the next ones', and so on to the last token; each numbers its own
+    from 0. The matrix products are in the dtype of the parameters. Gradients flow to ``hidden_ND`` and ``weight_VD``;
+    nothing of size N × V is kept: the backward pass makes each chunk's logits again. In bf16 the gradients of some
+    chunks' logits wait for one product, whoever's they are: each reads and writes a whole gradient of the weight, which
+    costs more than to multiply by one chunk. The products are summed in fp32.
     """
-    return _HeadValues.apply(hidden_ND, weight_VD, function, chunk)
+    return _HeadValues.apply(hidden_ND, weight_VD, functions, chunk)
 
 
 class _HeadValues(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_ND: torch.Tensor, weight_VD: torch.Tensor, function: TokenFunction, chunk: int
+        ctx: Any,
+        hidden_ND: torch.Tensor,
+        weight_VD: torch.Tensor,
+        functions: Sequence[tuple[int, TokenFunction]],
+        chunk: int,
     ) -> torch.Tensor:
         ctx.save_for_backward(hidden_ND, weight_VD)
-        ctx.function, ctx.chunk = function, chunk
+        ctx.chunks, ctx.chunk = _chunks(functions, chunk), chunk
         values_N = torch.zeros(len(hidden_ND), dtype=torch.float32, device=hidden_ND.device)
-        for part in _parts(len(hidden_ND), chunk):
-            values_N[part] = function(functional.linear(hidden_ND[part], weight_VD), part)
+        for tokens, own, function in ctx.chunks:
+            values_N[tokens] = function(functional.linear(hidden_ND[tokens], weight_VD), own)
         return values_N
 
     @staticmethod
@@ -122,39 +134,75 @@ class _HeadValues(torch.autograd.Function):
         (gradient_N,) = gradients
         hidden_ND, weight_VD = ctx.saved_tensors
         hidden_gradient_ND = torch.zeros_like(hidden_ND)
-        parts = _parts(len(hidden_ND), ctx.chunk)
-        dtype = torch.float32 if len(parts) > 1 else weight_VD.dtype
+        in_place = weight_VD.dtype == torch.float32
+        products = _products(ctx.chunks, ctx.chunk * (1 if in_place else CHUNKS_PER_PRODUCT))
+        dtype = torch.float32 if len(products) > 1 else weight_VD.dtype
         weight_gradient_VD = torch.zeros_like(weight_VD, dtype=dtype) if ctx.needs_input_grad[1] else None
-        for part in parts:
-            logits_CV = functional.linear(hidden_ND[part], weight_VD).requires_grad_()
-            with torch.enable_grad():
-                values_C = ctx.function(logits_CV, part)
-            (gradient_CV,) = torch.autograd.grad(values_C, logits_CV, gradient_N[part])
-            hidden_gradient_ND[part] = gradient_CV @ weight_VD
-            if weight_gradient_VD is not None:
-                if weight_gradient_VD.dtype == gradient_CV.dtype:
-                    weight_gradient_VD.addmm_(gradient_CV.T, hidden_ND[part])
-                else:
-                    weight_gradient_VD += gradient_CV.T @ hidden_ND[part]
+        for chunks in products:
+            begin, end = chunks[0][0].start, chunks[-1][0].stop
+            gradient_PV = _logit_gradients(hidden_ND, weight_VD, chunks, gradient_N)
+            hidden_gradient_ND[begin:end] = gradient_PV @ weight_VD
+            if weight_gradient_VD is not None and weight_gradient_VD.dtype == gradient_PV.dtype:
+                weight_gradient_VD.addmm_(gradient_PV.T, hidden_ND[begin:end])
+            elif weight_gradient_VD is not None:
+                weight_gradient_VD += gradient_PV.T @ hidden_ND[begin:end]
+            del gradient_PV  # before the next are made
         if weight_gradient_VD is not None:
             weight_gradient_VD = weight_gradient_VD.to(weight_VD.dtype)
         return hidden_gradient_ND, weight_gradient_VD, None, None
 
 
-def _parts(tokens: int, chunk: int) -> list[slice]:
-    return [slice(start, min(start + chunk, tokens)) for start in range(0, tokens, chunk)]
+# Tokens of one function: where they are among all, which of the function's they are, and the function.
+_Chunk = tuple[slice, slice, TokenFunction]
 
 
-def _head_values(head: Any, functions: Sequence[TokenFunction]) -> Callable[..., tuple[torch.Tensor, ...]]:
-    """A forward for the LM head's module: the values of every request from the request's hidden states."""
+def _logit_gradients(
+    hidden_ND: torch.Tensor, weight_VD: torch.Tensor, chunks: Sequence[_Chunk], gradient_N: torch.Tensor
+) -> torch.Tensor:
+    """The gradients of the logits of some chunks that follow each other, from those of the values."""
 
-    def run(*hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def of(tokens: slice, own: slice, function: TokenFunction) -> torch.Tensor:
+        logits_CV = functional.linear(hidden_ND[tokens], weight_VD).requires_grad_()
+        with torch.enable_grad():
+            values_C = function(logits_CV, own)
+        return torch.autograd.grad(values_C, logits_CV, gradient_N[tokens])[0]
+
+    if len(chunks) == 1:
+        return of(*chunks[0])
+    begin, end = chunks[0][0].start, chunks[-1][0].stop
+    gradient_PV = weight_VD.new_empty(end - begin, len(weight_VD))
+    for tokens, own, function in chunks:
+        gradient_PV[tokens.start - begin : tokens.stop - begin] = of(tokens, own, function)
+    return gradient_PV
+
+
+def _chunks(functions: Sequence[tuple[int, TokenFunction]], size: int) -> list[_Chunk]:
+    found, begin = [], 0
+    for count, function in functions:
+        for start in range(0, count, size):
+            own = slice(start, min(start + size, count))
+            found.append((slice(begin + own.start, begin + own.stop), own, function))
+        begin += count
+    return found
+
+
+def _products(chunks: Sequence[_Chunk], tokens: int) -> list[list[_Chunk]]:
+    """Chunks in their order, as many together as have no more than so many ``tokens``."""
+    found: list[list[_Chunk]] = []
+    for chunk in chunks:
+        if found and chunk[0].stop - found[-1][0][0].start <= tokens:
+            found[-1].append(chunk)
+        else:
+            found.append([chunk])
+    return found
+
+
+def _head_forward(head: Any, functions: Sequence[tuple[int, TokenFunction]]) -> Callable[..., torch.Tensor]:
+    """A forward for the LM head's module: the values of every request from all requests' hidden states."""
+
+    def run(hidden_ND: torch.Tensor) -> torch.Tensor:
         assert getattr(head, "bias", None) is None, "an LM head with a bias"
-        chunk = max(1, LOGITS_PER_CHUNK // head.weight.shape[0])
-        return tuple(
-            head_values(hidden_ND, head.weight, function, chunk)
-            for hidden_ND, function in zip(hidden, functions, strict=True)
-        )
+        return head_values(hidden_ND, head.weight, functions, max(1, LOGITS_PER_CHUNK // head.weight.shape[0]))
 
     return run
 

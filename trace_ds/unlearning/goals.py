@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,7 +19,7 @@ from trace_ds.models.token_nll import nll, weighted_sum
 from trace_ds.parallel.device import to_device
 from trace_ds.unlearning.batches import CorpusStep, MicroBatch, Step
 from trace_ds.unlearning.forward import HeadRequest, forward
-from trace_ds.unlearning.loss import Objective
+from trace_ds.unlearning.loss import Losses, Objective
 from trace_ds.unlearning.multiplier import Multiplier
 from trace_ds.unlearning.online_weights import RetainWeights
 from trace_ds.unlearning.realign import Realignment
@@ -32,9 +33,9 @@ class Goal(Protocol):
         """Weight of each term in the loss of the next step, by the term's name (in the log, ``loss_NAME``)."""
         ...
 
-    def terms(self, engine: Any, batch: Any, step: Any, device: torch.device) -> dict[str, torch.Tensor]:
-        """Scalars with gradient, by the names of :attr:`factors`: sums over this rank's micro-batch (which is on the
-        host), divided by the global counts of the step."""
+    def terms(self, engine: Any, step: Any, device: torch.device) -> Iterator[dict[str, torch.Tensor]]:
+        """Of each micro-batch of the step (they are on the host), one after the other: scalars with gradient, by the
+        names of :attr:`factors`, sums over this rank's rows divided by the global counts of the step."""
         ...
 
     def local_sums(self) -> torch.Tensor | None:
@@ -59,8 +60,9 @@ class NextToken:
 
     factors = {"nll": 1.0}  # noqa: RUF012 (a constant)
 
-    def terms(self, engine: Any, batch: Batch, step: CorpusStep, device: torch.device) -> dict[str, torch.Tensor]:
-        return {"nll": next_token_nll(engine, batch, device).sum() / max(step.tokens, 1)}
+    def terms(self, engine: Any, step: CorpusStep, device: torch.device) -> Iterator[dict[str, torch.Tensor]]:
+        for batch in step.micro_batches:
+            yield {"nll": next_token_nll(engine, batch, device).sum() / max(step.tokens, 1)}
 
     def local_sums(self) -> None:
         return None
@@ -104,10 +106,14 @@ class Unlearning:
         anchor = {"anchor": 1.0} if self.settings.seuf is not None else {}
         return {"forget": self.settings.gamma, "retain": self.multiplier.alpha} | anchor
 
-    def terms(self, engine: Any, batch: MicroBatch, step: Step, device: torch.device) -> dict[str, torch.Tensor]:
-        batch = batch.to(device)
-        with self.weights.recording():
-            losses = self.objective(engine, batch)
+    def terms(self, engine: Any, step: Step, device: torch.device) -> Iterator[dict[str, torch.Tensor]]:
+        batches = [batch.to(device) for batch in step.micro_batches]
+        for batch, frozen in zip(batches, self.objective.frozen_states(batches), strict=True):
+            with self.weights.recording():
+                losses = self.objective(engine, batch, frozen)
+            yield self._terms(losses, batch, step)
+
+    def _terms(self, losses: Losses, batch: MicroBatch, step: Step) -> dict[str, torch.Tensor]:
         counts = {"token": step.forget_tokens, "sequence": step.forget_sequences}
         terms = {
             "forget": losses.forget / max(counts[losses.forget_per], 1),

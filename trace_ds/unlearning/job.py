@@ -93,14 +93,17 @@ def train(
     if watch is not None:
         watch.begin(engine, cursor, manifest.step)
     with termination_noted() as terminated:
+
+        def asked() -> bool:
+            return terminated() or (world.is_main and any(path.is_file() for path in run.stop_files))
+
         for step in range(manifest.step, steps):
             done = step + 1
             data = rows.at(step, world.rank, world.size)
             seed_step(cursor["seed"], step, world.rank)
             slower = 0.5 ** cursor.get("back_offs", 0)
-            values = run_step(engine, world, data, goal, settings, step, slower)
-            stop = terminated() or (world.is_main and any(path.is_file() for path in run.stop_files))
-            stop = bool(world.max_int(int(stop)))
+            values = run_step(engine, world, data, goal, settings, step, slower, asked)
+            stop = bool(values.pop("stop"))
             if done % settings.log_every == 0 or done == steps:
                 log.scalars(done, **values)
             progress.advance(1, **{name: values[f"loss_{name}"] for name in goal.factors})
@@ -147,8 +150,8 @@ def require_finite(engine: Any, world: World, goal: Goal, rows: StepRows, done: 
     losses = 0.0
     data = rows.at(done, world.rank, world.size)
     with torch.no_grad():
-        for micro_batch in data.micro_batches[:1]:
-            losses += sum(float(term) for term in goal.terms(engine, micro_batch, data, world.device).values())
+        for terms in goal.terms(engine, replace(data, micro_batches=data.micro_batches[:1]), world.device):
+            losses += sum(float(term) for term in terms.values())
     goal.local_sums()  # this pass is no part of the next step
     engine.train()
     if world.max_int(int(not (math.isfinite(losses) and finite_state(engine)))):
@@ -169,9 +172,17 @@ def finite_state(engine: Any) -> bool:
 
 
 def run_step(
-    engine: Any, world: World, data: Any, goal: Goal, settings: TrainingConfig, step: int, slower: float = 1.0
+    engine: Any,
+    world: World,
+    data: Any,
+    goal: Goal,
+    settings: TrainingConfig,
+    step: int,
+    slower: float = 1.0,
+    asked: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
-    """One optimizer step; returns the losses (global), the gradient norm and the learning rate.
+    """One optimizer step; returns the losses (global), the gradient norm, the learning rate, and how many ranks ask to
+    ``stop``.
 
     The loss is a weighted sum of terms, each a sum over this rank divided by a global count. DeepSpeed averages
     gradients over the ranks and divides the loss by the number of micro-batches, so both factors are put back here.
@@ -179,6 +190,7 @@ def run_step(
     Args:
         data: of this rank, from :meth:`StepRows.at`.
         slower: factor of the learning rate.
+        asked: whether this rank asks to stop; looked at before the update.
 
     Raises:
         NumericalFailure: the loss or the gradient is not finite, on any rank; every rank raises.
@@ -190,21 +202,22 @@ def run_step(
     # Of this rank. They stay on the device until the step is made: whoever reads them waits for the backward pass.
     sums = torch.zeros(len(factors), dtype=torch.float64, device=world.device)
     accumulation = len(data.micro_batches)
-    for number, micro_batch in enumerate(data.micro_batches):
+    each = goal.terms(engine, data, world.device)
+    for number in range(accumulation):
         engine.set_gradient_accumulation_boundary(number == accumulation - 1)
-        terms = goal.terms(engine, micro_batch, data, world.device)
+        terms = next(each)
         sums += torch.stack([terms[name].detach().double() for name in factors])
         engine.backward(sum(factors[name] * term for name, term in terms.items()) * world.size * accumulation)
-    # One collective a step: the losses (and whether every rank's are finite), and what the goal needs to know.
+    # One collective a step: losses (and whether every rank's are finite), who asks to stop, what the goal must know.
     own = goal.local_sums()
-    totals = sums.clone() if own is None else torch.cat([sums, own])
+    totals = torch.cat([sums, sums.new_full((1,), asked()), *([] if own is None else [own])])
     world.sum_in_place(totals)
     engine.step()
     norm = engine.get_global_grad_norm()  # None: the user's DeepSpeed settings turn it off
     norm_1 = norm.reshape(1).to(sums) if isinstance(norm, torch.Tensor) else sums.new_full((1,), norm or 0.0)
-    read = torch.cat([norm_1, sums, totals]).tolist()  # the one wait for the device
-    norm, here, summed = read[0], read[1 : 1 + len(factors)], read[1 + len(factors) :]
-    losses = dict(zip(factors, summed, strict=False))
+    norm, *read = torch.cat([norm_1, sums, totals]).tolist()  # the one wait for the device
+    here, summed, (stop, *known) = read[: len(factors)], read[len(factors) : 2 * len(factors)], read[2 * len(factors) :]
+    losses = dict(zip(factors, summed, strict=True))
     if not np.isfinite(list(losses.values())).all():
         told = ", ".join(f"{name} {value}" for name, value in zip(factors, here, strict=True))
         raise NumericalFailure(
@@ -217,11 +230,12 @@ def run_step(
             f"the gradient is not finite in step {step + 1} (the loss is); nothing of the step is saved and the "
             "last checkpoint stands; lower the weights of the losses"
         )
-    followed = goal.follow(np.array(summed[len(factors) :]), data, losses)
+    followed = goal.follow(np.array(known), data, losses)
     return {
         **{f"loss_{name}": value for name, value in losses.items()},
         "loss": sum(factors[name] * value for name, value in losses.items()),
         "grad_norm": norm,
         "lr": lr,
+        "stop": stop,
         **followed,
     }

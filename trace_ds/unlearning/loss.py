@@ -1,4 +1,4 @@
-"""From a micro-batch to its losses: one pass of the trained model, at most one of the frozen one.
+"""From a micro-batch to its losses: one pass of the trained model, and at most one of the frozen one for several.
 
 Any forget loss goes with any retain loss. Three kinds exist: values of tokens from their logits, sums over sequences
 from token losses, and hidden states at a layer; ``docs/objectives.md`` is the table, and says how to add one.
@@ -9,7 +9,7 @@ D hidden size, V vocabulary, N tokens of a request, C of a chunk of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -61,8 +61,43 @@ class Losses:
     penalty: torch.Tensor | None = None
 
 
+# Rows of the frozen model's pass in units of a training pass's: without gradients a row takes half the memory or less.
+ROWS_WITHOUT_GRADIENT = 2
+
+
+@dataclass(frozen=True)
+class FrozenStates:
+    """Hidden states of the frozen model for a micro-batch's rows from ``begin`` on; None where they are not needed.
+
+    Attributes:
+        layer_BSD: at the layer that a loss is made of.
+        last_BSD: the final ones, and the LM head ``head_VD`` that makes logits of them.
+    """
+
+    begin: int = 0
+    layer_BSD: torch.Tensor | None = None
+    last_BSD: torch.Tensor | None = None
+    head_VD: torch.Tensor | None = None
+
+    def hidden(self, begin: int, end: int) -> torch.Tensor:
+        assert self.layer_BSD is not None
+        return self.layer_BSD[begin - self.begin : end - self.begin]
+
+    def last(self, rows_N: torch.Tensor, columns_N: torch.Tensor) -> torch.Tensor:
+        assert self.last_BSD is not None
+        return self.last_BSD[rows_N - self.begin, columns_N]
+
+    def head(self) -> torch.Tensor:
+        assert self.head_VD is not None
+        return self.head_VD
+
+
 class Objective(Protocol):
-    def __call__(self, engine: Any, batch: MicroBatch) -> Losses: ...
+    def frozen_states(self, batches: Sequence[MicroBatch]) -> Iterator[FrozenStates]:
+        """What the losses of each micro-batch of a step need of the frozen model, made when it is asked for."""
+        ...
+
+    def __call__(self, engine: Any, batch: MicroBatch, frozen: FrozenStates) -> Losses: ...
 
 
 @dataclass(frozen=True)
@@ -99,7 +134,7 @@ class ForgetRetain:
     anchor: Anchor | None = None
     sinks: tuple[int, ...] = ()
 
-    def __call__(self, engine: Any, batch: MicroBatch) -> Losses:
+    def __call__(self, engine: Any, batch: MicroBatch, frozen: FrozenStates) -> Losses:
         loss, first_retain, end_retain = self.settings.forget_loss, batch.forget_rows, len(batch.counted_BS)
         ids_BS, positions_BS, counted_BS = batch.input_ids_BS, batch.position_ids_BS, batch.counted_BS
         if batch.alternative is not None:
@@ -121,7 +156,6 @@ class ForgetRetain:
         if batch.alternative is not None:
             rows_N, columns_N = batch.alternative.places_2N
             sides["alternative"] = (slice(end_retain, None), torch.stack([rows_N + end_retain, columns_N]), "nll")
-        frozen = self._frozen_pass(ids_BS[:end_retain], positions_BS[:end_retain], first_retain)
         requests = [self._request(ids_BS, places_2N, name, frozen) for _, places_2N, name in sides.values()]
         with router_logits(engine.module, self.anchor.moe_layer if self.anchor else None) as logits:
             found = forward(engine, ids_BS, positions_BS, layer=self.needs.layer, requests=requests)
@@ -163,23 +197,45 @@ class ForgetRetain:
             nll_FS, reference_FS, counted_FS, preferred_FS, preferred_reference_FS, settings.dpo.beta
         )
 
-    def _frozen_pass(self, ids_BS: torch.Tensor, positions_BS: torch.Tensor, first_retain: int) -> _FrozenStates:
-        """The frozen model over the rows that need it: forget, retain or both."""
-        if self.frozen is None:
-            return _FrozenStates(0, None, None, None)
-        begin = 0 if self.needs.forget else first_retain
-        end = len(ids_BS) if self.needs.retain else first_retain
+    def frozen_states(self, batches: Sequence[MicroBatch]) -> Iterator[FrozenStates]:
+        """As few passes as memory allows: where ZeRO-3 cuts the frozen model up, each gathers all of it."""
+        if self.frozen is None or not batches:
+            yield from (FrozenStates() for _ in batches)
+            return
+        first = batches[0]  # as many rows as in all others, on every rank
+        begin = 0 if self.needs.forget else first.forget_rows
+        end = len(first.counted_BS) if self.needs.retain else first.forget_rows
+        trained = len(first.counted_BS) + (len(first.alternative.counted_BS) if first.alternative is not None else 0)
+        together = max(1, ROWS_WITHOUT_GRADIENT * trained // max(end - begin, 1))
+        for start in range(0, len(batches), together):
+            yield from self._frozen_pass(batches[start : start + together], begin, end)
+
+    def _frozen_pass(self, batches: Sequence[MicroBatch], begin: int, end: int) -> Iterator[FrozenStates]:
+        """The frozen model over the rows ``begin`` to ``end`` of some micro-batches."""
+        assert self.frozen is not None
+        longest = max(batch.counted_BS.shape[1] for batch in batches)
+        ids, positions = [], []
+        for batch in batches:
+            filling = torch.arange(longest - batch.counted_BS.shape[1]).expand(end - begin, -1)
+            ids.append(functional.pad(batch.input_ids_BS[begin:end], (0, filling.shape[1])))
+            positions.append(torch.cat([batch.position_ids_BS[begin:end], filling], dim=1))
         with torch.no_grad():
             found = forward(
                 self.frozen.engine,
-                ids_BS[begin:end],
-                positions_BS[begin:end],
+                torch.cat(ids),
+                torch.cat(positions),
                 layer=self.needs.layer if self.needs.hidden else None,
                 last=self.frozen.head_VD is not None,
             )
-        return _FrozenStates(begin, found.layer_BSD, found.last_BSD, self.frozen.head_VD)
+        for number, batch in enumerate(batches):
+            rows = slice(number * (end - begin), (number + 1) * (end - begin))
+            layer_BSD, last_BSD = (
+                None if states_BSD is None else states_BSD[rows, : batch.counted_BS.shape[1]]
+                for states_BSD in (found.layer_BSD, found.last_BSD)
+            )
+            yield FrozenStates(begin, layer_BSD, last_BSD, self.frozen.head_VD)
 
-    def _request(self, ids_BS: torch.Tensor, places_2N: torch.Tensor, name: str, frozen: _FrozenStates) -> HeadRequest:
+    def _request(self, ids_BS: torch.Tensor, places_2N: torch.Tensor, name: str, frozen: FrozenStates) -> HeadRequest:
         rows_N, columns_N = places_2N
         targets_N = ids_BS[rows_N, columns_N + 1]
         token_loss = TOKEN_LOSSES[name](self.settings)
@@ -190,28 +246,6 @@ class ForgetRetain:
             return token_loss(logits_CV, targets_N[part], frozen_CV)
 
         return HeadRequest(rows_N, columns_N, values)
-
-
-@dataclass(frozen=True)
-class _FrozenStates:
-    """Hidden states of the frozen model for rows from ``begin`` on."""
-
-    begin: int
-    layer_BSD: torch.Tensor | None
-    last_BSD: torch.Tensor | None
-    head_VD: torch.Tensor | None
-
-    def hidden(self, begin: int, end: int) -> torch.Tensor:
-        assert self.layer_BSD is not None
-        return self.layer_BSD[begin - self.begin : end - self.begin]
-
-    def last(self, rows_N: torch.Tensor, columns_N: torch.Tensor) -> torch.Tensor:
-        assert self.last_BSD is not None
-        return self.last_BSD[rows_N - self.begin, columns_N]
-
-    def head(self) -> torch.Tensor:
-        assert self.head_VD is not None
-        return self.head_VD
 
 
 def _in_place(counted_BS: torch.Tensor, request: HeadRequest, values_N: torch.Tensor) -> torch.Tensor:
