@@ -35,9 +35,13 @@ def head_inputs(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
     return hidden.requires_grad_(), weight.requires_grad_(), targets, upstream
 
 
-def chunked(dtype: torch.dtype, chunk: int) -> tuple[torch.Tensor, ...]:
+def chunked(dtype: torch.dtype, chunk: int, first: int = TOKENS) -> tuple[torch.Tensor, ...]:
+    """The losses and their gradients, the ``first`` tokens' by a function of their own, as the forget side's are."""
     hidden, weight, targets, upstream = head_inputs(dtype)
-    values = passes.head_values(hidden, weight, lambda logits, part: nll(logits, targets[part]), chunk)
+    functions = [
+        (len(own), lambda logits, part, own=own: nll(logits, own[part])) for own in (targets[:first], targets[first:])
+    ]
+    values = passes.head_values(hidden, weight, functions, chunk)
     return values.detach(), *torch.autograd.grad((values * upstream).sum(), (hidden, weight))
 
 
@@ -52,26 +56,45 @@ def exact(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
     return values, gradient @ weight.double(), gradient.T @ hidden.double()
 
 
+@pytest.mark.parametrize("first", [TOKENS, 4, 0])
 @pytest.mark.parametrize("chunk", [1, 3, TOKENS, 1000])
-def test_chunked_values_and_gradients_are_the_exact_ones(chunk: int) -> None:
-    for found, expected in zip(chunked(torch.float32, chunk), exact(torch.float32), strict=True):
+def test_chunked_values_and_gradients_are_the_exact_ones(chunk: int, first: int) -> None:
+    for found, expected in zip(chunked(torch.float32, chunk, first), exact(torch.float32), strict=True):
         assert float((found - expected).abs().max() / expected.abs().max()) < 1e-6
 
 
+@pytest.mark.parametrize("first", [TOKENS, 4])
 @pytest.mark.parametrize("chunk", [1, 3])
-def test_bf16_errs_no_more_than_without_chunks(chunk: int) -> None:
-    whole = chunked(torch.bfloat16, TOKENS)
-    assert torch.equal(chunked(torch.bfloat16, chunk)[0], whole[0])
-    for found, reference, expected in zip(chunked(torch.bfloat16, chunk), whole, exact(torch.bfloat16), strict=True):
+def test_bf16_errs_no_more_than_without_chunks(chunk: int, first: int) -> None:
+    whole, pieces = chunked(torch.bfloat16, TOKENS), chunked(torch.bfloat16, chunk, first)
+    assert torch.equal(pieces[0], whole[0])
+    for found, reference, expected in zip(pieces, whole, exact(torch.bfloat16), strict=True):
         error, allowed = ((value - expected).abs().max() for value in (found, reference))
-        assert float(error) <= 2 * float(
-            allowed
-        )  # the weight's gradient is rounded once per chunk, then summed in fp32
+        # the weight's gradient is rounded once per product, then summed in fp32
+        assert float(error) <= 2 * float(allowed)
+
+
+class Sums(TorchDispatchMode):
+    """How often something is added to an fp32 gradient of the whole weight."""
+
+    times = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        added = function in (torch.ops.aten.add_.Tensor, torch.ops.aten.addmm_.default)
+        self.times += added and result.dtype == torch.float32 and result.shape == (VOCABULARY, SIZE)
+        return result
+
+
+def test_the_gradient_of_the_weight_is_rewritten_once_for_several_chunks_of_both_sides() -> None:
+    with Sums() as sums:
+        chunked(torch.bfloat16, 1, 5)
+    assert passes.CHUNKS_PER_PRODUCT == 4 and sums.times == 3  # 11 tokens, of which 5 and 6 have a function
 
 
 def test_no_token_gives_no_value_and_zero_gradients() -> None:
     hidden, weight = torch.zeros(0, SIZE, requires_grad=True), torch.ones(VOCABULARY, SIZE, requires_grad=True)
-    values = passes.head_values(hidden, weight, lambda logits, part: logits.sum(1), 4)
+    values = passes.head_values(hidden, weight, [(0, lambda logits, part: logits.sum(1))], 4)
     assert values.shape == (0,)
     gradients = torch.autograd.grad(values.sum(), (hidden, weight))
     assert gradients[0].shape == (0, SIZE) and not gradients[1].any()

@@ -46,7 +46,9 @@ def measure(variant: str, arguments: argparse.Namespace, queue: Any) -> None:
         loss = functional.cross_entropy(logits.float(), targets, reduction="none").sum()
     else:
         chunk = max(1, LOGITS_PER_CHUNK // arguments.vocabulary)
-        loss = head_values(hidden, weight, lambda part_CV, part: nll(part_CV, targets[part]), chunk).sum()
+        sides = targets.chunk(2)  # forget and retain tokens, as in a step of unlearning
+        functions = [(len(own), lambda part_CV, part, own=own: nll(part_CV, own[part])) for own in sides]
+        loss = head_values(hidden, weight, functions, chunk).sum()
     loss.backward()
     if cuda:
         torch.cuda.synchronize()
