@@ -32,6 +32,9 @@ from trace_ds.parallel.environment import (
 
 T = TypeVar("T")
 
+# How long ranks wait for the work of the main process (a conversion, hashes of a large model) outside of collectives.
+PATIENCE = timedelta(days=7)
+
 _joined: list[bool] = []  # not empty once this process has joined a group
 
 
@@ -78,14 +81,31 @@ class World:
         dist.all_gather_object(found, value)
         return found
 
+    def wait_for_main(self) -> None:
+        """On the other ranks, wait until the main process comes here too, however long it works before.
+
+        A rank that waits in a collective is ended by the group's time-out, on a GPU by NCCL's watchdog. Here it asks
+        the store where the ranks met; a main process that dies takes the store along, or its launcher ends them all.
+        """
+        if self.size == 1:
+            return
+        store = dist.distributed_c10d._get_default_store()
+        turn = f"trace_ds/main/{store.add(f'trace_ds/turns/{self.rank}', 1)}"
+        if self.is_main:
+            store.set(turn, "")
+        else:
+            store.wait([turn], PATIENCE)
+
     def broadcast(self, value: T) -> T:
-        """The main process's ``value`` on every rank. Plain data only."""
+        """The main process's ``value`` on every rank, whenever it has it. Plain data only."""
+        self.wait_for_main()
         box = [value]
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
 
     def broadcast_tensors(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Overwrite each tensor (on this process's device) with the main process's, in place."""
+        """Overwrite each tensor (on this process's device) with the main process's, in place, whenever it comes."""
+        self.wait_for_main()
         for tensor in tensors:
             dist.broadcast(tensor, src=0)
 

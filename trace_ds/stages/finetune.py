@@ -11,8 +11,6 @@ The stages after it see the target as the run's model, and the others among the 
 from __future__ import annotations
 
 import gc
-import threading
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,9 +30,6 @@ from trace_ds.tensors.model_files import read_model_directory
 if TYPE_CHECKING:
     from trace_ds.parallel.world import World
     from trace_ds.unlearning.batches import CorpusBatches
-
-
-ASK_EVERY_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -146,7 +141,7 @@ def finetune(config: Config, run: RunDirectory, world: World) -> None:
     for job in world.broadcast(world.agree_each(lambda verify: _checked(config, run, world, verify=verify))):
         if not world.broadcast_agreed(lambda job=job: job.is_trained(config, run)):  # type: ignore[misc]
             _train(config, run, world, job)
-        _converted(config, run, world, job)
+        world.agree(lambda job=job: _convert(config, run, job))  # type: ignore[misc]
 
 
 def _checked(config: Config, run: RunDirectory, world: World, *, verify: bool) -> list[FinetuneJob]:
@@ -177,29 +172,6 @@ def _train(config: Config, run: RunDirectory, world: World, job: FinetuneJob) ->
         engine.destroy()
         del engine
         gc.collect()  # the next model takes its place
-
-
-def _converted(config: Config, run: RunDirectory, world: World, job: FinetuneJob) -> None:
-    """The main process converts, which can take hours; the others ask now and then, so that no collective waits longer
-    than its time limit allows."""
-    failed: list[BaseException] = []
-
-    def work() -> None:
-        try:
-            _convert(config, run, job)
-        except BaseException as error:
-            failed.append(error)
-
-    def outcome() -> None:
-        if failed:
-            raise failed[0]
-
-    thread = threading.Thread(target=work)
-    if world.is_main:
-        thread.start()
-    while world.max_int(int(thread.is_alive())):
-        time.sleep(ASK_EVERY_S)
-    world.agree(outcome)
 
 
 def _convert(config: Config, run: RunDirectory, job: FinetuneJob) -> None:
