@@ -207,10 +207,12 @@ class DistributedConfig(Section):
 
 class StatisticsConfig(Section):
     batch_rows: Integer = Field(8, ge=1, description="Rows per process and forward pass.")
-    expert_kernel: Literal["auto", "grouped_mm", "eager"] = Field(
+    expert_kernel: Literal["auto", "grouped_mm", "eager", "sonicmoe", "deepgemm"] = Field(
         "auto",
         description="How a process computes its experts when ep is 1 (with more, AutoEP decides). auto: on a GPU eager "
-        "for experts at least 8,192 wide, else the choice of transformers (grouped_mm where the family allows it).",
+        "for experts at least 8,192 wide, else the choice of transformers (grouped_mm where the family allows it). "
+        "sonicmoe, deepgemm: kernels for Hopper in bf16, which transformers takes from the hub (pip install "
+        "'trace-ds[hopper]'); auto where they cannot be used, and the log says why.",
     )
     save_every: Integer = Field(200, ge=0, description="Batches between saved states of a collection (0: none).")
     trace: bool | None = Field(
@@ -460,6 +462,16 @@ class TrainingConfig(Section):
         description="Keep only each decoder layer's input and compute its activations again in the backward pass: much "
         "less memory for a third more compute (`trace-ds plan` shows both).",
     )
+    expert_kernel: Literal["auto", "grouped_mm", "eager", "sonicmoe"] = Field(
+        "auto",
+        description="As statistics.expert_kernel, for the trained and the frozen model; auto: the choice of "
+        "transformers, also on a GPU (deepgemm has no backward pass).",
+    )
+    deterministic: bool = Field(
+        False,
+        description="On a GPU, only kernels that add in a fixed order: slower, and a job that is stopped and goes on "
+        "is bit for bit the undisturbed one (as it always is on the CPU).",
+    )
     save_every: Integer = Field(50, ge=1, description="Steps between checkpoints; the last step is always saved.")
     keep: Integer = Field(2, ge=2, description="Checkpoints kept; never fewer than the newest two.")
     keep_every: Integer | None = Field(None, ge=1, description="Steps that are a multiple of this are never pruned.")
@@ -470,6 +482,11 @@ class TrainingConfig(Section):
         "job (other data, settings or seed), which auto and required refuse.",
     )
     log_every: Integer = Field(1, ge=1)
+
+    @property
+    def experts_implementation(self) -> str | None:
+        """What is asked of transformers; None: its own choice."""
+        return None if self.expert_kernel == "auto" else self.expert_kernel
 
 
 class FinetuneConfig(TrainingConfig):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -20,6 +21,7 @@ from trace_ds.parallel.world import World, quiet_deepspeed
 
 WIDE_EXPERT = 8192
 M_MMAP_THRESHOLD, LARGE_BYTES, LARGEST_BYTES = -3, 1 << 20, 1 << 25  # glibc's malloc.h; its limit on 64 bits
+HUB_KERNELS = ("sonicmoe", "deepgemm")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -167,8 +169,35 @@ def expert_kernel(chosen: str, info: ModelInfo, device: torch.device) -> str | N
     return "eager" if int(width) >= WIDE_EXPERT else None
 
 
+def usable_kernel(chosen: str, world: World, dtype: str, ep: int, say: Callable[[str], None]) -> str:
+    """``chosen``, or auto where it is a kernel of the hub that some process cannot use; ``say`` hears why (collective).
+
+    Transformers takes such kernels from the hub, or from its cache, and knows what else they need.
+    """
+    if chosen not in HUB_KERNELS or ep > 1:
+        return chosen
+    why = "" if dtype == "bf16" else f"it computes in bf16, and model.dtype is {dtype}"
+    try:
+        integration = importlib.import_module(f"transformers.integrations.{chosen}")
+        why or getattr(integration, f"load_{chosen}_kernel")()
+    except Exception as error:  # of packages, of the driver, of the hub
+        why = f"{type(error).__name__}: {error}".splitlines()[0]
+    found = next((told for told in world.gather(why) if told), "")
+    if found:
+        say(f"WARNING expert_kernel: auto instead of {chosen} ({found})")
+    return "auto" if found else chosen
+
+
 def reference_engine(
-    info: ModelInfo, world: World, *, dtype: str, ep: int, zero_stage: int, ds_config_path: str | None, layers: int
+    info: ModelInfo,
+    world: World,
+    *,
+    dtype: str,
+    ep: int,
+    zero_stage: int,
+    ds_config_path: str | None,
+    layers: int,
+    expert_kernel: str | None = None,
 ) -> Any:
     """A frozen copy of the first ``layers`` decoder layers, sharded over the ranks (no optimizer).
 
@@ -182,7 +211,7 @@ def reference_engine(
     if stage == 3:
         ds_config["bf16"] = {"enabled": dtype == "bf16"}
         ds_config = merge(ds_config, parameter_offload(user_ds_config(ds_config_path)))
-    return initialize(info, world, ds_config, dtype=dtype, parts=ModelParts(layers=layers))
+    return initialize(info, world, ds_config, dtype=dtype, parts=ModelParts(layers=layers, expert_kernel=expert_kernel))
 
 
 def _has_experts(module: nn.Module) -> bool:

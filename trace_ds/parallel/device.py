@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -24,3 +27,33 @@ def event_now(device: torch.device) -> Any:
     event = torch.get_device_module(device).Event()
     event.record()
     return event
+
+
+@contextlib.contextmanager
+def deterministic(on: bool) -> Iterator[None]:
+    """Inside, where ``on``, the same work on a GPU gives the same bits each time (on the CPU it always does).
+
+    Sums by atomic additions (the backward passes of attention and of look-ups, among others) get a fixed order, and an
+    operation that has none raises a RuntimeError that names it. Memory that is allocated is not filled first: nothing
+    of ours reads it unwritten. To be entered before the process multiplies matrices on its GPU: cuBLAS reads its
+    variable then, once.
+    """
+    if not on:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    settings: list[tuple[Any, str, bool]] = [
+        (torch.backends.cudnn, "deterministic", True),
+        (torch.backends.cudnn, "benchmark", False),
+        (torch.utils.deterministic, "fill_uninitialized_memory", False),
+    ]
+    before = [getattr(place, name) for place, name, _ in settings]
+    for place, name, value in settings:
+        setattr(place, name, value)
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+        for (place, name, _), value in zip(settings, before, strict=True):
+            setattr(place, name, value)

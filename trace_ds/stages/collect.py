@@ -123,7 +123,7 @@ def middle_layer(info: ModelInfo) -> int:
 def collect(config: Config, run: RunDirectory, world: World) -> None:
     """Collect the statistics of both corpora (collectively, on every rank); skips a side that is already done."""
     from trace_ds.models.attention import refusal
-    from trace_ds.models.engine import inference_engine
+    from trace_ds.models.engine import inference_engine, usable_kernel
     from trace_ds.models.loading import ModelParts
     from trace_ds.run.log import stage_log
 
@@ -136,14 +136,18 @@ def collect(config: Config, run: RunDirectory, world: World) -> None:
         if job.info.family.autoep_preset is None:
             sharding = "its weights are sharded by ZeRO-3" if world.size > 1 else "one process holds it whole"
             log.line(f"the family {job.info.family.model_type} has no expert parallelism: {sharding}")
+        ep = config.distributed.ep
+        kernel = usable_kernel(config.statistics.expert_kernel, world, config.model.dtype, ep, log.line)
+        statistics = config.statistics.model_copy(update={"expert_kernel": kernel})
+        config = config.model_copy(update={"statistics": statistics})
         asked = recording(config, job.info, "retain")
         parts = ModelParts(head=asked.nll, last_output=asked.nll, hidden_layer=asked.hidden_layer)
         engine = inference_engine(
             job.info,
             world,
             dtype=config.model.dtype,
-            ep=config.distributed.ep,
-            kernel=config.statistics.expert_kernel,
+            ep=ep,
+            kernel=kernel,
             parts=parts,
         )
         if why := refusal(engine.module):

@@ -158,9 +158,10 @@ def _train(config: Config, run: RunDirectory, world: World, job: FinetuneJob) ->
     from trace_ds.unlearning.job import train
     from trace_ds.unlearning.training_engine import training_engine
 
-    training, settings = job.training(config, run), settings_of(config)
+    training = job.training(config, run)
     shape: dict[str, Any] = {"dtype": config.model.dtype, "ep": config.distributed.ep}
     with training.begun(world, "finetune") as (log, chosen):
+        settings = training.usable(world, log)
         batches = world.agree_each(lambda _: make_batches(config, job.sides, job.data))
         engine = training_engine(settings, job.info, world, batches.micro_batches_per_step(world.size), **shape)
         start = training.restored(world, engine, chosen, log)

@@ -30,6 +30,8 @@ OPERATIONAL = {
     "zero_stage",
     "recompute",
     "ds_config",
+    "expert_kernel",
+    "deterministic",
 }
 
 
@@ -70,17 +72,25 @@ class Training:
     def begun(self, world: World, stage: str) -> Iterator[tuple[StageLog, Manifest | None]]:
         """The job's log, and the checkpoint that it goes on from, if there is one (collective)."""
         from trace_ds.checkpoints import commit, elastic
+        from trace_ds.parallel.device import deterministic
         from trace_ds.run.log import stage_log
 
         settings, checkpoints = self.settings, self.run.checkpoints
         chosen, problems = commit.choose(world, checkpoints, self.identity, settings.resume, self.section)
         if chosen is not None:
             world.agree(lambda: elastic.check_stage(chosen, settings.zero_stage, checkpoints, self.section))
-        with stage_log(self.run, stage, enabled=world.is_main) as log:
+        with stage_log(self.run, stage, enabled=world.is_main) as log, deterministic(settings.deterministic):
             for problem in problems:
                 log.line(f"WARNING {problem}")
             yield log, chosen
             log.line(f"done: {checkpoints / step_name(newest_complete(checkpoints)[0] or 0)}")
+
+    def usable(self, world: World, log: StageLog) -> Any:
+        """The settings, with an ``expert_kernel`` that every process can use (collective)."""
+        from trace_ds.models.engine import usable_kernel
+
+        asked, shape = self.settings.expert_kernel, (self.config.model.dtype, self.config.distributed.ep)
+        return self.settings.model_copy(update={"expert_kernel": usable_kernel(asked, world, *shape, log.line)})
 
     def restored(self, world: World, engine: Any, chosen: Manifest | None, log: StageLog) -> Manifest:
         """Where training begins (collective): at ``chosen``, or the newest older checkpoint that can be loaded into the
@@ -109,6 +119,9 @@ class Training:
         shape = f"world size {world.size}, expert-parallel size {ep}"
         same = (loaded.world, loaded.ep) == (world.size, ep)
         log.line(f"resumed after step {loaded.step}" + ("" if same else f" on {shape}"))
+        if world.device.type == "cuda" and not self.settings.deterministic:
+            key = f"{self.section}.deterministic"
+            log.line(f"from here on it equals the undisturbed job up to rounding; bit for bit only with {key}: true")
         return loaded
 
     def _manifest(self, world: World, step: int, cursor: dict[str, Any]) -> Manifest:

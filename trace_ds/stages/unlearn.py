@@ -174,8 +174,10 @@ def unlearn(config: Config, run: RunDirectory, world: World) -> None:
     job = world.broadcast(world.agree_each(lambda verify: _checked(config, run, world, verify=verify)))[0]
     if world.broadcast_agreed(lambda: job.settled(config, run)):
         return
-    settings, training = config.unlearning, job.training(config, run)
+    training = job.training(config, run)
     with training.begun(world, "unlearn") as (log, chosen):
+        config = config.model_copy(update={"unlearning": training.usable(world, log)})
+        settings = config.unlearning
         batches = world.agree_each(lambda _: make_batches(config, job))
         engine, realignment = make_engine(config, job, world, batches, log)
         start = training.restored(world, engine, chosen, log)
