@@ -19,7 +19,7 @@ import math
 from dataclasses import dataclass
 
 from trace_ds.cluster.architecture import Architecture, count_parameters
-from trace_ds.cluster.job import PlannedJob
+from trace_ds.cluster.job import PlannedJob, ceil_div
 from trace_ds.cluster.memory import MASTER_BYTES, largest_layer, rank_parameters
 from trace_ds.cluster.spec import (
     GB,
@@ -31,6 +31,7 @@ from trace_ds.cluster.spec import (
     expert_parallel_group,
     ring_s,
 )
+from trace_ds.models.engine_config import RANKS_SUMMED_IN_BF16
 
 # (inner width of an expert, share of the peak): our measurements on one H100, see the module's docstring
 FORWARD_UTILISATION = ((768, 0.18), (1024, 0.20), (14336, 0.43))
@@ -131,14 +132,16 @@ def unlearn_traffic(job: PlannedJob) -> list[Traffic]:
 
     ZeRO-3 gathers every layer of the pass (RMU: up to its layer) for the forward and again for the backward pass, and
     once more for the recomputation when a layer is too large to be kept until its backward pass (more elements than
-    ``stage3_max_reuse_distance``); gradients are reduce-scattered in every pass. ZeRO-1 and -2 all-reduce gradients
-    (DeepSpeed's default at stage 2 is an all-reduce of which each rank keeps its part), stage 2 in every pass, stage 1
-    once per step, and all-gather the updated parameters once per step. An all-reduce is a reduce-scatter and an
-    all-gather. The frozen copy's layers are gathered once more in every pass and see their share of the tokens.
+    ``stage3_max_reuse_distance``); gradients are reduce-scattered in every pass, of many ranks in fp32. ZeRO-1 and -2
+    all-reduce gradients (DeepSpeed's default at stage 2 is an all-reduce of which each rank keeps its part), stage 2 in
+    every pass, stage 1 once per step, and all-gather the updated parameters once per step. An all-reduce is a
+    reduce-scatter and an all-gather. The frozen copy's layers are gathered once more, in every pass or for several, and
+    see their share of the tokens.
     """
     a, spec, ep, zero, b, run = job.a, job.spec, job.ep, job.zero, job.b, job.passes()
     passes, rows = job.micro_batches()
     dense, sparse = data_parallel_group(spec), expert_data_parallel_group(spec, ep)
+    wider = 4 / b if spec.world > RANKS_SUMMED_IN_BF16 else 1
     every = count_parameters(a)
     frozen_layers = run.frozen_layers if run.frozen_stays else 0
     moe_layers, frozen_moe = (sum(a.is_moe(layer) for layer in range(n)) for n in (run.layers, frozen_layers))
@@ -150,19 +153,20 @@ def unlearn_traffic(job: PlannedJob) -> list[Traffic]:
     frozen_dense = rank_parameters(a, ep, frozen_layers) * b - frozen_experts if frozen_layers else 0.0
     if zero.stage == 3:
         again = 2 if job.recompute and largest_layer(a, ep) > zero.max_reuse else 1
-        gathered_dense = (1 + again) * pass_dense + frozen_dense
-        gathered_experts = (1 + again) * pass_experts + frozen_experts
+        frozen_passes = ceil_div(passes, run.frozen_together) / passes
+        gathered_dense = (1 + again) * pass_dense + frozen_dense * frozen_passes
+        gathered_experts = (1 + again) * pass_experts + frozen_experts * frozen_passes
         parts = [
             _ring(spec, "all-gather of parameters", dense, gathered_dense, passes),
             _ring(spec, "all-gather of expert parameters", sparse, gathered_experts, passes),
-            _ring(spec, "reduce-scatter of gradients", dense, pass_dense, passes),
-            _ring(spec, "reduce-scatter of expert gradients", sparse, pass_experts, passes),
+            _ring(spec, "reduce-scatter of gradients", dense, pass_dense * wider, passes),
+            _ring(spec, "reduce-scatter of expert gradients", sparse, pass_experts * wider, passes),
         ]
     else:
         reductions = 2 * (passes if zero.stage == 2 else 1)
         parts = [
-            _ring(spec, "all-reduce of gradients", dense, all_dense, reductions),
-            _ring(spec, "all-reduce of expert gradients", sparse, all_experts, reductions),
+            _ring(spec, "all-reduce of gradients", dense, all_dense * wider, reductions),
+            _ring(spec, "all-reduce of expert gradients", sparse, all_experts * wider, reductions),
             _ring(spec, "all-gather of parameters", dense, all_dense, 1),
             _ring(spec, "all-gather of expert parameters", sparse, all_experts, 1),
         ]

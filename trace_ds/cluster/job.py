@@ -13,7 +13,7 @@ from trace_ds.config.load import with_changes
 from trace_ds.config.schema import Config
 from trace_ds.errors import UserError
 from trace_ds.tensors.model_files import read_json_object
-from trace_ds.unlearning.needs import FrozenNeeds
+from trace_ds.unlearning.needs import FrozenNeeds, micro_batches_together
 
 DTYPE_BYTES = {"bf16": 2, "fp32": 4}
 BYTES_PER_TOKEN = 4  # of English text; for the length of `collect` before the corpora are tokenised
@@ -72,6 +72,7 @@ class Passes:
         frozen_stays: False: it is gone before the first step (norms of hidden states are measured with it).
         frozen_head: whether every rank keeps the copy's LM head whole.
         frozen_share: share of the rows that also go through the copy.
+        frozen_together: micro-batches that do so in one pass.
     """
 
     layers: int
@@ -80,6 +81,7 @@ class Passes:
     frozen_stays: bool = False
     frozen_head: bool = False
     frozen_share: float = 0.0
+    frozen_together: int = 1
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,7 @@ class PlannedJob:
             frozen_stays=needs.stays,
             frozen_head=needs.logits,
             frozen_share=seen / (forget_rows + retain_rows) if needs.stays else 0.0,
+            frozen_together=micro_batches_together(forget_rows + retain_rows, seen) if needs.stays else 1,
         )
 
     def micro_batches(self) -> tuple[int, int]:

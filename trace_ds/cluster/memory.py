@@ -145,6 +145,7 @@ def unlearn_memory(job: PlannedJob, rows: int, *, recompute: bool | None = None)
     stage = zero.stage
     copy = frozen_parameters(a, passes.frozen_layers, ep=ep, world=world, stage=stage) * b
     side = -(-tokens // 2)
+    together = min(passes.frozen_together, job.micro_batches()[0])
     resident = {
         "parameters": (shard if stage == 3 else whole) * b * (0 if zero.offload_parameters else 1),
         "gradients": (shard if stage >= 2 else whole) * b * (0 if zero.offload_optimizer else 1),
@@ -157,7 +158,7 @@ def unlearn_memory(job: PlannedJob, rows: int, *, recompute: bool | None = None)
     compute = {
         "gathered parameters": gathered_parameters(a, ep, zero) * b if stage == 3 else 0,
         "saved activations": tokens * (len(per_layer) * b * a.hidden if recompute else sum(per_layer)),
-        "frozen hidden states": tokens * passes.frozen_share * a.hidden * b,
+        "frozen hidden states": tokens * passes.frozen_share * a.hidden * b * together,
     }
     layer = {
         "gradients being reduced": largest_layer(a, ep) * b if stage >= 2 else 0,

@@ -22,7 +22,7 @@ from trace_ds.parallel.device import to_device
 from trace_ds.unlearning import objectives
 from trace_ds.unlearning.batches import MicroBatch
 from trace_ds.unlearning.forward import HeadRequest, forward
-from trace_ds.unlearning.needs import FROZEN_LOGITS, FrozenNeeds
+from trace_ds.unlearning.needs import FROZEN_LOGITS, FrozenNeeds, micro_batches_together
 from trace_ds.unlearning.seuf import Anchor, router_logits
 
 # (logits [C, V], targets [C], the frozen model's logits [C, V] where the loss needs them) -> values [C]
@@ -59,10 +59,6 @@ class Losses:
     retain_RS: torch.Tensor
     forget_per: str
     penalty: torch.Tensor | None = None
-
-
-# Rows of the frozen model's pass in units of a training pass's: without gradients a row takes half the memory or less.
-ROWS_WITHOUT_GRADIENT = 2
 
 
 @dataclass(frozen=True)
@@ -206,7 +202,7 @@ class ForgetRetain:
         begin = 0 if self.needs.forget else first.forget_rows
         end = len(first.counted_BS) if self.needs.retain else first.forget_rows
         trained = len(first.counted_BS) + (len(first.alternative.counted_BS) if first.alternative is not None else 0)
-        together = max(1, ROWS_WITHOUT_GRADIENT * trained // max(end - begin, 1))
+        together = micro_batches_together(trained, end - begin)
         for start in range(0, len(batches), together):
             yield from self._frozen_pass(batches[start : start + together], begin, end)
 

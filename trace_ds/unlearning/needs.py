@@ -55,3 +55,11 @@ class FrozenNeeds:
     def layers(self) -> int:
         """Decoder layers of the copy, from the first one on."""
         return self.decoder_layers if self.logits or self.layer is None else min(self.layer + 1, self.decoder_layers)
+
+
+def micro_batches_together(trained_rows: int, frozen_rows: int) -> int:
+    """Micro-batches that share a pass of the frozen copy, given the rows of one that go through either model.
+
+    Without gradients a row takes half the memory or less: the copy has at most twice the rows of a training pass.
+    """
+    return max(1, 2 * trained_rows // max(frozen_rows, 1))

@@ -12,16 +12,11 @@ from torch import nn
 from trace_ds.checkpoints import serialization
 from trace_ds.config.schema import TrainingConfig
 from trace_ds.models import engine
-from trace_ds.models.engine_config import merge, user_ds_config
+from trace_ds.models.engine_config import RANKS_SUMMED_IN_BF16, merge, user_ds_config
 from trace_ds.models.families import ModelInfo
 from trace_ds.parallel.environment import local_rank_and_size
 from trace_ds.parallel.world import World
 from trace_ds.unlearning import trainable
-
-# More ranks than this sum their gradients in fp32. A ring adds one rank's after the other, and in bf16 that rounds each
-# time: off by .5 % of the gradient with 16 ranks, 1 % with 64, 2 % with 256; with 1,024 a third of it is lost, since
-# what the ranks agree on is by then too small to be added (simulated; bf16 gradients themselves are off by .2 %).
-RANKS_SUMMED_IN_BF16 = 64
 
 
 def training_engine(
