@@ -574,3 +574,21 @@ def saved_weights(model: Any) -> dict[str, np.ndarray]:
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         return {name: value for path in Path(folder).glob("*.safetensors") for name, value in load_file(path).items()}
+
+
+def prepared_steps(world: Any, config: str, run_dir: str, overrides: list[str]) -> tuple[Any, Any, Any]:
+    """(the engine of ``unlearn``, its goal, a function that makes the step of a number): no logs, no checkpoints."""
+    from trace_ds.stages import unlearn
+    from trace_ds.unlearning.job import run_step
+
+    loaded, directory = load_config(config, overrides, run_dir)
+    job = unlearn.check_unlearn(loaded, RunDirectory.at(directory), world.size)
+    batches = unlearn.make_batches(loaded, job)
+    engine, realignment = unlearn.make_engine(loaded, job, world, batches)
+    goal, _ = unlearn.make_goal(loaded, job, world, engine, batches, {"step": 0, "seed": 0}, realignment)
+
+    def step(number: int) -> dict[str, float]:
+        data = batches.at(number, world.rank, world.size)
+        return run_step(engine, world, data, goal, loaded.unlearning, number)
+
+    return engine, goal, step
