@@ -483,6 +483,7 @@ def test_the_models_that_are_made_first_are_jobs_too(tmp_path: Path, capsys: pyt
     assert all(getattr(target.memory, phase) == getattr(found.unlearn.memory, phase) for phase in same)
     assert target.memory.head["logits"] > found.unlearn.memory.head["logits"]
     assert (target.time, target.traffic) == (found.unlearn.time, found.unlearn.traffic)
+    assert target.largest_rows > 1.5 * found.unlearn.largest_rows  # of unlearning they are pairs
     without = plan_model(mixtral, run_config(**sized), spec)
     assert without.finetune == {} and found.storage_bytes == pytest.approx(3 * without.storage_bytes)
     print_plan(found)
