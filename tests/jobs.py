@@ -21,13 +21,13 @@ def collect_job(world: Any, config: str, run_dir: str, overrides: list[str]) -> 
 
 def only_the_main_process_fingerprints(world: Any) -> None:
     """From now on the other ranks fail when they read samples of a model's files."""
-    from trace_ds.models import families
+    from trace_ds.tensors import model_files
 
     def refuse(path: Path) -> str:
         raise AssertionError(f"rank {world.rank} reads {path} for a fingerprint")
 
     if not world.is_main:
-        families.sample_sha256 = refuse
+        model_files.sample_sha256 = refuse
 
 
 def unlearn_job(world: Any, config: str, run_dir: str, overrides: list[str]) -> None:

@@ -26,12 +26,12 @@ from trace_ds.config.schema import Config
 from trace_ds.corpora.dataset import TokenDataset
 from trace_ds.corpora.tokenizer import tokenizer_fingerprint
 from trace_ds.errors import UserError
-from trace_ds.models.families import model_fingerprint
 from trace_ds.parallel.world import AgreedError
 from trace_ds.run import artefact
 from trace_ds.run.directory import RunDirectory
 from trace_ds.stages.calibrate import Sparing, calibrate
 from trace_ds.stages.prepare import prepare
+from trace_ds.tensors.model_files import model_fingerprint
 
 LAYERS, EXPERTS, TOP_K = 3, 4, 2
 

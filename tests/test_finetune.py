@@ -19,13 +19,13 @@ from safetensors.numpy import load_file
 
 from trace_ds.checkpoints.manifest import complete_steps, read_manifest
 from trace_ds.config.load import load_config
-from trace_ds.models.families import model_fingerprint
 from trace_ds.reporting.gather import gather
 from trace_ds.reporting.scores import targets
 from trace_ds.run.directory import RunDirectory
 from trace_ds.stages.finetune import check_finetune
 from trace_ds.stages.pipeline import Request
 from trace_ds.stages.prepare import prepare
+from trace_ds.tensors.model_files import model_fingerprint
 
 BOTH = {"target": ["forget", "retain"], "retrained": ["retain"]}
 # As in test_unlearn: equal weights mean equal gradients.

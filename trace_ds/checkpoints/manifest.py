@@ -37,6 +37,8 @@ class Manifest:
         cursor: ``{"step", "seed", ...}``: with the seed, the position in the data; and job constants.
         versions: of trace_ds, deepspeed, torch, transformers.
         files: name -> {bytes, sha256}.
+        layers: decoder layers that it holds, from the first on, without norm and LM head: the rest is as in the model
+            that the job started from. None: it holds all.
     """
 
     step: int
@@ -51,6 +53,7 @@ class Manifest:
     cursor: dict[str, Any]
     versions: dict[str, str]
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    layers: int | None = None
 
     def write(self, directory: Path) -> None:
         write_json(directory / MANIFEST, {"format": FORMAT, **asdict(self)})
@@ -69,7 +72,8 @@ def read_manifest(directory: Path) -> Manifest:
     try:
         if raw.pop("format", None) != FORMAT:
             raise ValueError("unknown format")
-        kinds = {"step": int, "world": int, "ep": int, "zero_stage": int, **dict.fromkeys(_TEXTS, str)}
+        kinds = {**dict.fromkeys(("step", "world", "ep", "zero_stage"), int), **dict.fromkeys(_TEXTS, str)}
+        kinds |= {"layers": int} if raw.get("layers") is not None else {}  # older manifests are without
         typed(raw, {**kinds, **dict.fromkeys(("model", "cursor", "versions", "files"), dict)})
         text_values(raw, "model")
         text_values(raw, "versions")

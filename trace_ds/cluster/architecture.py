@@ -31,6 +31,7 @@ class Architecture:
         query_width, key_width, value_width: elements of all heads' queries, keys and values of a token, as
             the attention kernel sees them (keys and values repeated to the number of query heads are not
             counted here).
+        ends: whether it has the last norm and the LM head.
         dense_layers: decoder layers with an ordinary MLP; all other layers are MoE layers.
         expert_width: inner width of one routed expert; ``shared_width`` of all shared experts together.
     """
@@ -54,6 +55,12 @@ class Architecture:
     shared_width: int
     shared_gate: bool
     tied: bool
+    ends: bool
+
+    def first(self, layers: int) -> Architecture:
+        """The embedding and the first so many decoder layers, which is what a job holds whose losses end there."""
+        dense = tuple(layer for layer in self.dense_layers if layer < layers)
+        return replace(self, layers=layers, dense_layers=dense, ends=False)
 
     @property
     def moe_layers(self) -> int:
@@ -121,8 +128,8 @@ def count_parameters(a: Architecture) -> Parameters:
         experts=a.moe_layers * a.experts * a.expert_parameters,
         shared_experts=a.moe_layers * a.shared_parameters,
         dense_mlp=len(a.dense_layers) * 3 * a.hidden * a.dense_width,
-        norms=a.layers * a.layer_norms + a.hidden,
-        head=0 if a.tied else a.vocabulary * a.hidden,
+        norms=a.layers * a.layer_norms + (a.hidden if a.ends else 0),
+        head=a.vocabulary * a.hidden if a.ends and not a.tied else 0,
     )
 
 
@@ -180,6 +187,7 @@ def read_architecture(config: Mapping[str, Any], where: str = "config.json") -> 
         shared_width=shared_width,
         shared_gate=family == "qwen2_moe",
         tied=bool(config.get("tie_word_embeddings", False)),
+        ends=True,
         **attention,
     )
 

@@ -168,8 +168,9 @@ def _facts(config: Config | None) -> dict[str, str]:
     """{what: its value, or hash, on this node}; what cannot be read is left to the node's own checks."""
     from trace_ds.corpora.sources import files_here
     from trace_ds.corpora.tokenizer import tokenizer_fingerprint
-    from trace_ds.models.families import inspect_model, sample_sha256
+    from trace_ds.models.families import inspect_model
     from trace_ds.run.files import canonical_json, sha256_text
+    from trace_ds.tensors.model_files import sample_sha256
 
     versions = ", ".join(f"{name} {version}" for name, version in installed().items())
     facts = {"versions": f"python {platform.python_version()}, {versions}"}

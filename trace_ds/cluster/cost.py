@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 from trace_ds.cluster.architecture import Architecture, count_parameters
 from trace_ds.cluster.job import PlannedJob
-from trace_ds.cluster.memory import MASTER_BYTES, largest_layer, rank_parameters
+from trace_ds.cluster.memory import MASTER_BYTES, largest_layer
 from trace_ds.cluster.spec import (
     GB,
     ClusterSpec,
@@ -136,7 +136,7 @@ def unlearn_traffic(job: PlannedJob) -> list[Traffic]:
     once per step, and all-gather the updated parameters once per step. An all-reduce is a reduce-scatter and an
     all-gather. The frozen copy's layers are gathered once more in every pass and see their share of the tokens.
     """
-    a, spec, ep, zero, b, run = job.a, job.spec, job.ep, job.zero, job.b, job.passes()
+    a, spec, ep, zero, b, run = job.held, job.spec, job.ep, job.zero, job.b, job.passes()
     passes, rows = job.micro_batches()
     dense, sparse = data_parallel_group(spec), expert_data_parallel_group(spec, ep)
     every = count_parameters(a)
@@ -146,8 +146,8 @@ def unlearn_traffic(job: PlannedJob) -> list[Traffic]:
         n * a.experts * a.expert_parameters / ep * b for n in (a.moe_layers, moe_layers, frozen_moe)
     )
     all_dense = every.non_expert * b
-    pass_dense = all_dense if run.head else rank_parameters(a, ep, run.layers) * b - pass_experts
-    frozen_dense = rank_parameters(a, ep, frozen_layers) * b - frozen_experts if frozen_layers else 0.0
+    pass_dense = all_dense if run.head else count_parameters(a.first(run.layers)).non_expert * b
+    frozen_dense = count_parameters(a.first(frozen_layers)).non_expert * b if frozen_layers else 0.0
     if zero.stage == 3:
         again = 2 if job.recompute and largest_layer(a, ep) > zero.max_reuse else 1
         gathered_dense = (1 + again) * pass_dense + frozen_dense

@@ -13,7 +13,7 @@ from trace_ds.config.load import with_changes
 from trace_ds.config.schema import Config
 from trace_ds.errors import UserError
 from trace_ds.tensors.model_files import read_json_object
-from trace_ds.unlearning.needs import FrozenNeeds
+from trace_ds.unlearning.needs import FrozenNeeds, layers_held
 
 DTYPE_BYTES = {"bf16": 2, "fp32": 4}
 BYTES_PER_TOKEN = 4  # of English text; for the length of `collect` before the corpora are tokenised
@@ -105,6 +105,12 @@ class PlannedJob:
     @property
     def b(self) -> int:
         return DTYPE_BYTES[self.config.model.dtype]
+
+    @property
+    def held(self) -> Architecture:
+        """What ``unlearn`` loads, trains and saves of the model."""
+        layers = layers_held(self.config.unlearning, self.a.layers)
+        return self.a if layers is None else self.a.first(layers)
 
     @property
     def context(self) -> int:

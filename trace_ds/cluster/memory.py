@@ -25,7 +25,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 
 from trace_ds.cluster.architecture import MULTI_LATENT, Architecture, count_parameters
-from trace_ds.cluster.job import PlannedJob, ZeroSettings
+from trace_ds.cluster.job import Passes, PlannedJob, ZeroSettings
 
 MASTER_BYTES = 12  # fp32 copy and two Adam moments
 STEP_BYTES = 8  # fp32 gradient of the sub-group being stepped, and torch AdamW's temporary of the same size
@@ -71,15 +71,10 @@ class Memory:
 PHASES = tuple(entry.name for entry in fields(Memory))
 
 
-def rank_parameters(a: Architecture, ep: int, layers: int | None = None) -> float:
-    """Elements of parameters on a rank that shards nothing but experts (of the first ``layers`` layers, and
-    the embedding; default: the whole model)."""
-    if layers is None:
-        every = count_parameters(a)
-        return every.non_expert + every.experts / ep
-    routed = sum(a.is_moe(layer) for layer in range(layers)) * a.experts * a.expert_parameters
-    common = sum(a.layer_parameters(layer, experts=False) for layer in range(layers))
-    return a.vocabulary * a.hidden + common + routed / ep
+def rank_parameters(a: Architecture, ep: int) -> float:
+    """Elements of parameters on a rank that shards nothing but experts."""
+    every = count_parameters(a)
+    return every.non_expert + every.experts / ep
 
 
 def largest_layer(a: Architecture, ep: int) -> float:
@@ -137,12 +132,12 @@ def unlearn_memory(job: PlannedJob, rows: int, *, recompute: bool | None = None)
 
     ``recompute`` (None: as configured): keep only each layer's input and compute the layer again in the backward pass.
     """
-    a, b, ep, zero, world, passes = job.a, job.b, job.ep, job.zero, job.spec.world, job.passes()
+    a, b, ep, zero, world, passes = job.held, job.b, job.ep, job.zero, job.spec.world, job.passes()
     recompute = job.recompute if recompute is None else recompute
     every = count_parameters(a)
     whole, shard, tokens = rank_parameters(a, ep), every.total / world, rows * job.context
     stage = zero.stage
-    copy = frozen_parameters(a, passes.frozen_layers, ep=ep, world=world, stage=stage) * b
+    copy = frozen_parameters(job.a, passes, ep=ep, world=world, stage=stage) * b
     side = -(-tokens // 2)
     resident = {
         "parameters": (shard if stage == 3 else whole) * b * (0 if zero.offload_parameters else 1),
@@ -174,15 +169,13 @@ def unlearn_memory(job: PlannedJob, rows: int, *, recompute: bool | None = None)
     return Memory(*(_without_zeros(phase) for phase in (resident, compute, layer, head, step, start)))
 
 
-def frozen_parameters(a: Architecture, layers: int, *, ep: int, world: int, stage: int) -> float:
-    """Elements on a rank of a frozen copy of the first ``layers`` layers: with embedding, last norm and LM head
-    (models/engine.py reference_engine), partitioned with ZeRO-3, else whole but for the experts."""
-    if not layers:
+def frozen_parameters(a: Architecture, passes: Passes, *, ep: int, world: int, stage: int) -> float:
+    """Elements on a rank of the frozen copy (models/engine.py reference_engine): partitioned with ZeRO-3, else whole
+    but for the experts."""
+    if not passes.frozen_layers:
         return 0.0
-    ends = a.hidden + (0 if a.tied else a.vocabulary * a.hidden)
-    if stage == 3:
-        return (rank_parameters(a, 1, layers) + ends) / world
-    return rank_parameters(a, ep, layers) + ends
+    copied = a if passes.frozen_head else a.first(passes.frozen_layers)
+    return count_parameters(copied).total / world if stage == 3 else rank_parameters(copied, ep)
 
 
 def host_bytes(job: PlannedJob) -> float:
@@ -191,7 +184,7 @@ def host_bytes(job: PlannedJob) -> float:
     Every process reads its share: with X/P of the experts for `collect` (the larger one; ZeRO-3 reads less), and
     :data:`LOADING_FACTOR` of that while AutoEP cuts out the experts of a layer.
     """
-    zero, shard = job.zero, count_parameters(job.a).total / job.spec.world
+    zero, shard = job.zero, count_parameters(job.held).total / job.spec.world
     offloaded = (MASTER_BYTES + 4 if zero.offload_optimizer else 0) + (job.b if zero.offload_parameters else 0)
     share = rank_parameters(job.a, job.ep)
     return job.spec.gpus_per_node * (share * job.b * LOADING_FACTOR + shard * offloaded)

@@ -18,6 +18,7 @@ from typing import Any
 
 from trace_ds.cluster import cost, memory
 from trace_ds.cluster.architecture import (
+    Architecture,
     Parameters,
     active_parameters,
     count_parameters,
@@ -35,8 +36,8 @@ EVALUATION_SHARE = 0.8  # of a GPU's memory may be weights (trace_ds/evaluation/
 MAX_ROWS = 4096  # no search for a larger micro-batch than this
 
 ASSUMPTIONS = (
-    "every parameter has a gradient and moments, also what unlearning.trainable holds still",
-    "RMU's passes and its frozen copy end at its layer",
+    "every parameter that is loaded has a gradient and moments, also what unlearning.trainable holds still",
+    "what RMU runs, loads, copies and saves ends at its layer (unlearning.evaluate needs the whole model)",
     "routed tokens are spread evenly for time, 1.5 times the mean on the busiest GPU for memory",
     "compute utilisation: measured on one H100; links: rated speed x 0.7, not measured",
 )
@@ -131,8 +132,8 @@ def plan_model(
     unlearn = _unlearn(job)
     every = count_parameters(a)
     sizes = [size for size in range(1, a.experts + 1) if a.experts % size == 0 and cluster.world % size == 0]
-    saving = [(each, each.config.unlearning.keep) for each in (job, *others)]
-    saving += [(job, config.finetune.keep) for _ in config.finetune.models] if config.finetune is not None else []
+    saving = [(each, each.held, each.config.unlearning.keep) for each in (job, *others)]
+    saving += [(job, a, config.finetune.keep) for _ in config.finetune.models] if config.finetune is not None else []
     result = RunPlan(
         family=a.family,
         parameters=every,
@@ -144,9 +145,11 @@ def plan_model(
         unlearn=unlearn,
         variants={name: _unlearn(each) for name, each in zip(config.variants, others, strict=True)},
         recomputed_peak_bytes=memory.unlearn_memory(job, unlearn.rows, recompute=True).peak_bytes,
-        checkpoint_bytes=checkpoint_bytes(job),
-        save_s=checkpoint_bytes(job) / (cluster.storage_gb_s * GB),
-        storage_bytes=sum((keep + 1) * checkpoint_bytes(each) + every.total * each.b for each, keep in saving),
+        checkpoint_bytes=checkpoint_bytes(job, job.held),
+        save_s=checkpoint_bytes(job, job.held) / (cluster.storage_gb_s * GB),
+        storage_bytes=sum(
+            (keep + 1) * checkpoint_bytes(each, saved) + every.total * each.b for each, saved, keep in saving
+        ),
         host_bytes=memory.host_bytes(job),
         evaluation_gpus=evaluation_gpus(config, every.total * job.b, cluster.gpu_memory_gb),
         choices=sorted(
@@ -187,20 +190,20 @@ def _collect(job: PlannedJob) -> StagePlan:
         time=time,
         tokens_per_s=tokens * spec.world / time.serial_s,
         steps=None if corpus is None else max(ceil_div(corpus, tokens * spec.world), 1),
-        storage_s=_load_s(job, whole=True),
+        storage_s=_load_s(job, a, whole=True),
     )
 
 
 def _unlearn(job: PlannedJob) -> StagePlan:
-    a, spec, (passes, rows) = job.a, job.spec, job.micro_batches()
+    a, spec, (passes, rows) = job.held, job.spec, job.micro_batches()
     settings, run, tokens = job.config.unlearning, job.passes(), rows * job.context * passes
     used = memory.unlearn_memory(job, rows)
     traffic = cost.unlearn_traffic(job)
     flops = cost.forward_flops_per_token(a, job.context, layers=run.layers, head=run.head)
-    frozen_flops, weights = 0.0, 2 * memory.rank_parameters(a, job.ep, None if run.head else run.layers)
+    frozen_flops, weights = 0.0, 2 * memory.rank_parameters(a if run.head else a.first(run.layers), job.ep)
     if run.frozen_stays:
         frozen_flops = cost.forward_flops_per_token(a, job.context, layers=run.frozen_layers, head=run.frozen_head)
-        weights += memory.rank_parameters(a, job.ep, run.frozen_layers)
+        weights += memory.rank_parameters(a.first(run.frozen_layers), job.ep)
     time = cost.step_time(
         job,
         traffic,
@@ -219,20 +222,20 @@ def _unlearn(job: PlannedJob) -> StagePlan:
         time=time,
         tokens_per_s=(settings.forget_rows + settings.retain_rows) * job.context / time.serial_s,
         steps=settings.steps,
-        storage_s=_load_s(job, whole=job.zero.stage < 3) * (2 if run.frozen_layers else 1)
-        + saves * checkpoint_bytes(job) / (spec.storage_gb_s * GB),
+        storage_s=_load_s(job, a, whole=job.zero.stage < 3) * (2 if run.frozen_layers else 1)
+        + saves * checkpoint_bytes(job, a) / (spec.storage_gb_s * GB),
     )
 
 
-def checkpoint_bytes(job: PlannedJob) -> float:
+def checkpoint_bytes(job: PlannedJob, saved: Architecture) -> float:
     """fp32 parameters and two Adam moments; below ZeRO-3 the 16-bit parameters are saved beside them."""
-    return count_parameters(job.a).total * (memory.MASTER_BYTES + (job.b if job.zero.stage < 3 else 0))
+    return count_parameters(saved).total * (memory.MASTER_BYTES + (job.b if job.zero.stage < 3 else 0))
 
 
-def _load_s(job: PlannedJob, *, whole: bool) -> float:
+def _load_s(job: PlannedJob, loaded: Architecture, *, whole: bool) -> float:
     """Every process reads from the shared storage what it will hold: its partition, else (``whole``) its experts and
     all that is not an expert."""
-    elements = job.spec.world * memory.rank_parameters(job.a, job.ep) if whole else count_parameters(job.a).total
+    elements = job.spec.world * memory.rank_parameters(loaded, job.ep) if whole else count_parameters(loaded).total
     return elements * job.b / (job.spec.storage_gb_s * GB)
 
 

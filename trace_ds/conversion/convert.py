@@ -44,8 +44,8 @@ from trace_ds.tensors.layouts import (
     missing_and_unexpected,
     read_layout,
 )
-from trace_ds.tensors.model_files import read_json_object
-from trace_ds.tensors.opening import REPORT, family_of, open_huggingface, open_source, verify_manifest
+from trace_ds.tensors.model_files import model_fingerprint, read_json_object
+from trace_ds.tensors.opening import REPORT, family_of, open_huggingface, open_model, open_source, verify_manifest
 from trace_ds.tensors.partitions import reading
 from trace_ds.tensors.runs import TensorSource, from_lazy
 from trace_ds.tensors.stream import CopyTask, Progress, Streamer, naming_full_disk, run_tasks
@@ -111,7 +111,8 @@ def convert_checkpoint(
         dtype: bf16, fp16, fp32, or same (the type that the engine trained in; of a Hugging Face source, each tensor's).
         max_shard_size: largest safetensors file, like "5GB".
         jobs: threads; each takes a few megabytes.
-        base_model: directory with the model's ``config.json`` and tokenizer; default: what the manifest names.
+        base_model: directory with the model's ``config.json`` and tokenizer, and its weights where the job held only a
+            part of it; default: what the manifest names.
         verify: read the source's files against its manifest and the result against the checksums of what was written.
         progress: called with (bytes written, bytes in all).
         card: facts of the run for the model card (see :mod:`trace_ds.conversion.card`).
@@ -288,6 +289,13 @@ def make_plan(checkpoint: Checkpoint, dtype: str, base_model: Path | None) -> Pl
         tensors = {name: source for name, source in tensors.items() if name not in ignored}
         notes.append(f"transformers does not load {len(ignored)} of the tensors, left out: {ignored[0]}, …")
     fused, problems = _fused(checkpoint, layout, tensors)
+    if checkpoint.decoder_layers is not None:
+        rest = _rest_of_model(checkpoint, layout, directory)
+        fused |= rest
+        problems = missing_and_unexpected(layout.fused, fused)
+        notes.append(
+            f"the job held {checkpoint.decoder_layers} decoder layers: {len(rest)} tensors are the base model's"
+        )
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise UserError(
@@ -312,6 +320,23 @@ def _fused(
             return {}, problems
     fused = engine_to_fused(layout, tensors)
     return fused, missing_and_unexpected(layout.fused, fused)
+
+
+def _rest_of_model(checkpoint: Checkpoint, layout: ModelLayout, base: Path) -> dict[str, TensorSource]:
+    """What the job did not hold, since its losses end before it: as it is in the model that it started from.
+
+    Raises:
+        UserError: that model's weights are not at ``base``.
+    """
+    fix = "give the model that was trained, with its weights, with --base-model"
+    what = f"the checkpoint holds the first {checkpoint.decoder_layers} decoder layers, the rest is the base model's"
+    try:
+        tensors, found = open_model(base, layout), model_fingerprint(base)
+    except UserError as error:
+        raise UserError(f"{what}, which cannot be read ({error.what})", str(base), fix) from None
+    if checkpoint.base is not None and found != checkpoint.base:
+        raise UserError(f"{what}, and this is another model than the job started from", str(base), fix)
+    return {name: tensors[name] for name in layout.above(checkpoint.decoder_layers or 0)}
 
 
 def find_base_model(checkpoint: Checkpoint, base_model: Path | None) -> Path:

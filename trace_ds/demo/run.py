@@ -24,13 +24,13 @@ from trace_ds.demo.corpora import Regime
 from trace_ds.demo.facts import PACKAGES
 from trace_ds.demo.pretrain import STEPS
 from trace_ds.errors import JobFailed, UserError
-from trace_ds.models.families import model_fingerprint
 from trace_ds.parallel.launch import die_with_parent
 from trace_ds.run import artefact, ours
 from trace_ds.run.directory import locked, unwritable
 from trace_ds.run.files import remove_directory, remove_leftovers, replacing_directory, write_json
 from trace_ds.run.foreign import read_object
 from trace_ds.run.log import Progress, StageLog
+from trace_ds.tensors.model_files import model_fingerprint
 
 MODELS = ("original", "gold")
 FREE_BYTES_NEEDED = 1_500_000_000

@@ -18,10 +18,10 @@ from trace_ds.config.schema import DataConfig, EvaluationConfig
 from trace_ds.corpora.tokenizer import VOCABULARY_FILES, load_tokenizer, tokenizer_fingerprint
 from trace_ds.errors import UserError
 from trace_ds.evaluation.items import Task
-from trace_ds.models.families import model_fingerprint
 from trace_ds.run.directory import RunDirectory
 from trace_ds.run.files import canonical_json, sha256_text
 from trace_ds.run.foreign import read_object
+from trace_ds.tensors.model_files import model_fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -168,9 +168,18 @@ def expert_kernel(chosen: str, info: ModelInfo, device: torch.device) -> str | N
 
 
 def reference_engine(
-    info: ModelInfo, world: World, *, dtype: str, ep: int, zero_stage: int, ds_config_path: str | None, layers: int
+    info: ModelInfo,
+    world: World,
+    *,
+    dtype: str,
+    ep: int,
+    zero_stage: int,
+    ds_config_path: str | None,
+    layers: int,
+    head: bool,
 ) -> Any:
-    """A frozen copy of the first ``layers`` decoder layers, sharded over the ranks (no optimizer).
+    """A frozen copy of the first ``layers`` decoder layers, with norm and LM head if ``head``, sharded over the ranks
+    (no optimizer).
 
     The other arguments are the job's: of the trained model beside it.
 
@@ -182,7 +191,7 @@ def reference_engine(
     if stage == 3:
         ds_config["bf16"] = {"enabled": dtype == "bf16"}
         ds_config = merge(ds_config, parameter_offload(user_ds_config(ds_config_path)))
-    return initialize(info, world, ds_config, dtype=dtype, parts=ModelParts(layers=layers))
+    return initialize(info, world, ds_config, dtype=dtype, parts=ModelParts(layers=layers, head=head))
 
 
 def _has_experts(module: nn.Module) -> bool:

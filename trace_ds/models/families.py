@@ -11,11 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from trace_ds.errors import UserError
-from trace_ds.run.files import canonical_json, sha256_text
-from trace_ds.tensors.model_files import ModelFiles, read_model_directory
+from trace_ds.tensors.model_files import ModelFiles, model_fingerprint, read_model_directory
 
-FINGERPRINT_BLOCKS = 64
-FINGERPRINT_BLOCK_BYTES = 1 << 16
 # How the families spell the number of routed experts and top-k; the first name found counts (hub files and files that
 # transformers 5 saved may differ).
 EXPERTS_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
@@ -139,32 +136,3 @@ def require_plain_logits(info: ModelInfo, what: str) -> None:
                 what,
                 "use the forget loss rmu, and statistics.nll: false",
             )
-
-
-def model_fingerprint(model: ModelFiles | str | Path) -> str:
-    """SHA-256 that tells models apart without reading a hundred gigabytes.
-
-    Covers the configuration, every tensor's name, type and shape, and of each file :data:`FINGERPRINT_BLOCKS` evenly
-    spaced blocks of 64 KiB: whole small files, a sample of large ones (training changes every block).
-    """
-    files = model if isinstance(model, ModelFiles) else read_model_directory(Path(model))
-    config = {key: value for key, value in files.config.items() if key not in ("_name_or_path", "transformers_version")}
-    tensors = {name: [entry.dtype, list(entry.shape)] for name, entry in files.tensors.items()}
-    blocks = {name: sample_sha256(files.path / name) for name in sorted(files.files)}
-    return sha256_text(canonical_json({"config": config, "tensors": tensors, "blocks": blocks}))
-
-
-def sample_sha256(path: Path) -> str:
-    """SHA-256 of a file's size and of :data:`FINGERPRINT_BLOCKS` blocks of it (of the whole, when it is small)."""
-    import hashlib
-
-    size = path.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with path.open("rb") as handle:
-        if size <= FINGERPRINT_BLOCKS * FINGERPRINT_BLOCK_BYTES:
-            digest.update(handle.read())
-        else:
-            for number in range(FINGERPRINT_BLOCKS):
-                handle.seek((size - FINGERPRINT_BLOCK_BYTES) * number // (FINGERPRINT_BLOCKS - 1))
-                digest.update(handle.read(FINGERPRINT_BLOCK_BYTES))
-    return digest.hexdigest()

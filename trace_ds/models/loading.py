@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from trace_ds.models.attention import adopt
 from trace_ds.models.routers import find_routers, moe_decoder_layers
 from trace_ds.models.weight_files import WeightFiles, full_shape, held
 from trace_ds.parallel.world import World, quiet_deepspeed
-from trace_ds.tensors.layouts import read_layout
+from trace_ds.tensors.layouts import decoder_layer, moe_prefixes, read_layout
 
 
 class SkippedExperts(nn.Module):
@@ -42,8 +42,9 @@ class ModelParts:
     """What of a model is needed.
 
     Attributes:
-        layers: only the first so many decoder layers; None: all.
-        head: the language-model head.
+        layers: only the first so many decoder layers (at least up to the first MoE layer, which AutoEP insists on);
+            None: all.
+        head: the language-model head, and with ``layers`` the norm before it.
         last_output: the output of the last decoder layer; without it the layers after the last router, and the routed
             and shared experts beside it, are left out.
         hidden_layer: a decoder layer whose output is needed even so.
@@ -71,6 +72,9 @@ def load_share(
     with _quiet_transformers():
         # before zero.Init, which would undo the decorators of the model's classes if it saw them being defined
         layout = world.agree_each(lambda _: read_layout(path))
+        if parts.layers is not None:
+            first = min(map(decoder_layer, moe_prefixes(layout)), default=0)
+            parts = replace(parts, layers=max(parts.layers, first + 1))
         model: Any = _skeleton(path, dtype, parts, ds_config if partitioned else None)
     leave_out(model, parts, ep)
     files: WeightFiles | None = None
@@ -122,6 +126,8 @@ def leave_out(model: Any, parts: ModelParts, ep: int) -> None:
     """Take out of the model what ``parts`` does not need."""
     if not parts.head:
         model.lm_head = nn.Identity()
+        if parts.layers is not None:
+            model.model.norm = nn.Identity()
     last = moe_decoder_layers(model)[-1]
     if parts.last_output or (parts.hidden_layer is not None and parts.hidden_layer >= last):
         return

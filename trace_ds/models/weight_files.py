@@ -18,18 +18,14 @@ import torch
 from torch import nn
 
 from trace_ds.errors import UserError
-from trace_ds.tensors.layouts import (
-    ModelLayout,
-    engine_pieces,
-    hub_to_fused,
-    missing_and_unexpected,
-)
+from trace_ds.tensors.layouts import ModelLayout, engine_pieces
+from trace_ds.tensors.model_files import COPY_AGAIN
+from trace_ds.tensors.opening import open_model
 from trace_ds.tensors.runs import TensorSource, extract, merge_adjacent
 
 BLOCK_NUMEL = 1 << 22
 PROOF_SAMPLES = 32
 PROOF_NUMEL = 64
-COPY_AGAIN = "copy or download the model again"
 
 
 @dataclass(frozen=True)
@@ -52,27 +48,8 @@ class WeightFiles:
 
     @classmethod
     def open(cls, path: Path, layout: ModelLayout) -> WeightFiles:
-        """Headers and index only; the files may hold tensors that transformers ignores.
-
-        Raises:
-            UserError: a tensor of the model is missing, has another shape, or one is not part of the model.
-        """
-        from trace_ds.tensors.opening import open_huggingface
-
-        tensors = {
-            name: source
-            for name, source in open_huggingface(path).tensors.items()
-            if name not in layout.tied and not layout.ignores(name)
-        }
-        hub_shapes = {name: piece.shape for name, piece in layout.hub.items()}
-        problems = missing_and_unexpected(hub_shapes, tensors)
-        if not problems:
-            sources = hub_to_fused(layout, tensors)
-        elif not missing_and_unexpected(layout.fused, tensors):
-            sources = tensors
-        else:
-            what = f"{len(problems)} tensors do not fit the model, the first: {problems[0]}"
-            raise UserError(what, str(path), COPY_AGAIN)
+        """Headers and index only; errors are those of :func:`open_model`."""
+        sources = open_model(path, layout)
         merged = {name: merge_adjacent(source) for name, source in sources.items()}
         pieces = engine_pieces(layout).items()
         engine = {name: extract(name, piece.shape, piece.blocks, merged[piece.whole]) for name, piece in pieces}

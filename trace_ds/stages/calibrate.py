@@ -339,7 +339,7 @@ def none_found(detection: Detection) -> str:
 def load_inputs(config: Config, run: RunDirectory) -> tuple[Artefact, Artefact, Artefact]:
     """(data, forget statistics, retain statistics), whole and made for one another and for the config's model."""
     from trace_ds.corpora.tokenizer import tokenizer_fingerprint
-    from trace_ds.models.families import model_fingerprint
+    from trace_ds.tensors.model_files import model_fingerprint
 
     data = artefacts.load(run.data, "data", PREPARE)
     sides = [artefacts.load(run.statistics / name, "statistics", COLLECT) for name in ("forget", "retain")]

@@ -154,6 +154,8 @@ def _checkpoint(path: Path, verify: bool) -> Finding:
     values = asdict(manifest)
     facts = {key: values[key] for key in ("step", "world", "ep", "zero_stage", "family", "dtype", "job")}
     facts |= {key: values[key] for key in ("model", "calibration", "versions")}
+    if manifest.layers is not None:
+        facts["layers"] = f"the first {manifest.layers}, without norm and LM head; the rest is the base model's"
     facts["cursor"] = {key: value for key, value in manifest.cursor.items() if not isinstance(value, list)}  # no theta
     facts |= {
         "files": len(manifest.files),

@@ -42,6 +42,7 @@ class Training:
         run: where its checkpoints and logs are.
         identity: of the job; only the same one goes on from a checkpoint.
         calibration: content fingerprint of what it was calibrated with; empty: nothing was.
+        layers: decoder layers that it holds and saves, see :class:`Manifest`.
     """
 
     section: str
@@ -51,6 +52,7 @@ class Training:
     info: ModelInfo
     identity: str
     calibration: str = ""
+    layers: int | None = None
 
     def settled(self, is_enough: Callable[[Manifest], bool]) -> bool:
         """Whether the newest complete checkpoint is this job's and enough; if so, ``latest`` and the pruning, which a
@@ -75,7 +77,8 @@ class Training:
         settings, checkpoints = self.settings, self.run.checkpoints
         chosen, problems = commit.choose(world, checkpoints, self.identity, settings.resume, self.section)
         if chosen is not None:
-            world.agree(lambda: elastic.check_stage(chosen, settings.zero_stage, checkpoints, self.section))
+            shape = settings.zero_stage, self.layers
+            world.agree(lambda: elastic.check_shape(chosen, *shape, checkpoints, self.section))
         with stage_log(self.run, stage, enabled=world.is_main) as log:
             for problem in problems:
                 log.line(f"WARNING {problem}")
@@ -131,6 +134,7 @@ class Training:
             calibration=self.calibration,
             dtype=self.config.model.dtype,
             cursor=cursor,
+            layers=self.layers,
             versions={
                 "trace_ds": __version__,
                 "deepspeed": deepspeed.__version__,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from trace_ds.checkpoints.manifest import Manifest
-from trace_ds.config.schema import Config, TrainableConfig
+from trace_ds.config.schema import Config, TrainableConfig, UnlearningConfig
 from trace_ds.corpora.tokenizer import tokenizer_fingerprint
 from trace_ds.errors import UserError
 from trace_ds.models.families import ModelInfo, check_expert_parallel, inspect_model, require_plain_logits
@@ -17,6 +17,7 @@ from trace_ds.run.directory import RunDirectory
 from trace_ds.run.files import canonical_json, sha256_text
 from trace_ds.stages.training import OPERATIONAL, Training
 from trace_ds.tensors.model_files import read_model_directory
+from trace_ds.unlearning.needs import layers_held
 
 if TYPE_CHECKING:
     from trace_ds.evaluation.items import Task
@@ -39,12 +40,13 @@ class UnlearnJob:
     statistics: dict[str, artefact.Artefact]  # by side, where the frozen model's losses or gates are needed
     experts: dict[int, tuple[int, ...]] | None  # trained experts by decoder layer; None: all
     anchored: tuple[int, tuple[int, ...]] | None  # SEUF's MoE layer and its experts
+    layers: int | None  # decoder layers that it holds, see needs.py
     identity: str
 
     def training(self, config: Config, run: RunDirectory) -> Training:
         """As its checkpoints know it."""
         settings, calibration = config.unlearning, self.calibration.content
-        return Training("unlearning", settings, run, config, self.info, self.identity, calibration)
+        return Training("unlearning", settings, run, config, self.info, self.identity, calibration, self.layers)
 
     def settled(self, config: Config, run: RunDirectory) -> bool:
         """Whether the last step of this very job is there, complete, or one that reached the forgetting target."""
@@ -121,7 +123,8 @@ def check_unlearn(config: Config, run: RunDirectory, world_size: int, *, verify:
             }
         )
     )
-    return UnlearnJob(info, data, calibration, traces, statistics, experts, anchored, identity)
+    held = layers_held(settings, info.decoder_layers)
+    return UnlearnJob(info, data, calibration, traces, statistics, experts, anchored, held, identity)
 
 
 def choose_trained(
@@ -141,24 +144,26 @@ def choose_trained(
     from trace_ds.routing.statistics import RoutingStatistics
     from trace_ds.unlearning import seuf, trainable
 
-    model = meta_model(info.path)
-    trainable.choose(trainable.parameter_kinds(model), settings.trainable)
+    model, last = meta_model(info.path), settings.last_layer(info.decoder_layers)
+    trainable.choose(trainable.parameter_kinds(model), settings.trainable, last)
     layers = moe_decoder_layers(model)
     if settings.seuf is not None:
         assert statistics is not None
         mass_LE = RoutingStatistics.load(statistics.file("statistics.safetensors")).gate_mass_LE
-        number, chosen = seuf.choose_experts(mass_LE, layers, settings.last_layer(info.decoder_layers), settings.seuf)
+        number, chosen = seuf.choose_experts(mass_LE, layers, last, settings.seuf)
         return {layers[number]: chosen}, (number, chosen)
     if not settings.trainable.selected_experts:
         return None, None
     selected_LE = load_file(calibration.file("calibration.safetensors"))["selected_LE"]
-    if not selected_LE.any():
+    selected = {layer: tuple(int(e) for e in row.nonzero()[0]) for layer, row in zip(layers, selected_LE, strict=True)}
+    experts = {layer: chosen for layer, chosen in selected.items() if chosen and (last is None or layer <= last)}
+    if not experts:
         raise UserError(
-            "the calibration selected no expert",
+            "the calibration selected no expert"
+            + ("" if last is None else f" up to layer {last}, where the losses end"),
             "unlearning.trainable.selected_experts",
             "change calibration.detection",
         )
-    experts = {layers[n]: tuple(int(e) for e in row.nonzero()[0]) for n, row in enumerate(selected_LE) if row.any()}
     return experts, None
 
 
@@ -176,6 +181,10 @@ def unlearn(config: Config, run: RunDirectory, world: World) -> None:
         return
     settings, training = config.unlearning, job.training(config, run)
     with training.begun(world, "unlearn") as (log, chosen):
+        if chosen is not None:  # the checkpoint of a job that held the whole model goes on so
+            job = replace(job, layers=chosen.layers)
+            training = job.training(config, run)
+        log_held(settings, job, log.line)
         batches = world.agree_each(lambda _: make_batches(config, job))
         engine, realignment = make_engine(config, job, world, batches, log)
         start = training.restored(world, engine, chosen, log)
@@ -191,12 +200,25 @@ def unlearn(config: Config, run: RunDirectory, world: World) -> None:
         train(engine, world, batches, goal, settings, settings.steps, run, start, log, watch)
 
 
+def log_held(settings: UnlearningConfig, job: UnlearnJob, say: Callable[[str], None]) -> None:
+    """Say how much of the model the job holds, where its losses need only a part."""
+    layers = job.info.decoder_layers
+    last = settings.last_layer(layers)
+    if job.layers is not None:
+        say(
+            f"the losses end at layer {last}: {job.layers} of {layers} decoder layers are held and saved, without norm "
+            "and LM head; convert takes the rest from the base model"
+        )
+    elif last is not None:
+        why = "unlearning.evaluate looks at it" if settings.evaluate.every else "so does the checkpoint to go on from"
+        say(f"the losses end at layer {last}, but the job holds the whole model: {why}")
+
+
 def make_engine(
     config: Config, job: UnlearnJob, world: World, batches: Batches, log: StageLog | None = None
 ) -> tuple[Any, Realignment | None]:
     """The training engine with the base model's weights, GRIP installed where it is asked for, and its last word."""
-    from functools import partial
-
+    from trace_ds.models.routers import meta_model
     from trace_ds.unlearning import grip
     from trace_ds.unlearning.realign import Realignment
     from trace_ds.unlearning.trainable import trained_by
@@ -204,9 +226,10 @@ def make_engine(
 
     settings, dtype, ep = config.unlearning, config.model.dtype, config.distributed.ep
     last = settings.last_layer(job.info.decoder_layers)
-    choose = partial(trained_by, settings=settings, experts=job.experts, last_layer=last)
+    trained = trained_by(meta_model(job.info.path), settings, job.experts, last)
     accumulation = batches.micro_batches_per_step(world.size)
-    engine = training_engine(settings, job.info, world, accumulation, choose, dtype=dtype, ep=ep)
+    shape: dict[str, Any] = {"dtype": dtype, "ep": ep, "layers": job.layers}
+    engine = training_engine(settings, job.info, world, accumulation, trained, **shape)
     if settings.grip is None:
         return engine, None
     # before anything is restored: it looks at the frozen routers

@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,6 +88,7 @@ def _engine(config: Config, job: UnlearnJob, world: World) -> Iterator[Any]:
     from trace_ds.evaluation.language_model import LanguageModel, Sharding
     from trace_ds.stages.unlearn import make_batches, make_engine, make_goal
 
+    job = replace(job, layers=None)  # the scores need the whole model
     batches = make_batches(config, job)
     engine, realignment = make_engine(config, job, world, batches)
     start = {"step": 0, "seed": config.seed}

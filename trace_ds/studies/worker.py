@@ -139,7 +139,7 @@ def content_of(path: str) -> str:
     if not place.is_dir():
         return path
     from trace_ds.corpora.tokenizer import TOKENIZER_FILES
-    from trace_ds.models.families import model_fingerprint
+    from trace_ds.tensors.model_files import model_fingerprint
 
     tokenizer = [sha256_file(place / name) for name in TOKENIZER_FILES if (place / name).is_file()]
     weights = model_fingerprint(place) if (place / "config.json").is_file() else None

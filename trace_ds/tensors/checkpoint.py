@@ -31,6 +31,9 @@ class Checkpoint:
         dtype: bf16, fp16 or fp32, the type that the engine computes in (empty: each tensor's own).
         step, world, ep, zero_stage: of the job that wrote it, as far as its files say.
         family: transformers' ``model_type``; None where no manifest, configuration or report of a conversion says it.
+        decoder_layers: how many it holds, from the first on, without norm and LM head: the rest is as in the model that
+            the job started from. None: it holds all.
+        base: fingerprint of that model, where a manifest or report says it.
         layers: AutoEP's metadata of the MoE layers (of rank 0).
         files: the DeepSpeed files that belong to it, relative to ``path``.
         notes: what the user should know (masters missing, for example).
@@ -47,6 +50,8 @@ class Checkpoint:
     ep: int = 1
     zero_stage: int | None = None
     family: str | None = None
+    decoder_layers: int | None = None
+    base: str | None = None
     layers: list[dict[str, Any]] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -67,6 +72,8 @@ class Checkpoint:
             "ep": self.ep,
             "zero_stage": self.zero_stage,
             "family": self.family,
+            "decoder_layers": self.decoder_layers,
+            "base": self.base,
             "dtype": self.dtype,
             "tensors": len(self.distinct),
             "parameters": sum(source.numel for source in self.distinct.values()),

@@ -68,9 +68,21 @@ class ModelLayout:
     def keeps_fp32(self, name: str) -> bool:
         return any(re.search(rf"(^|\.){re.escape(pattern)}($|\.)", name) for pattern in self.keep_fp32)
 
+    def above(self, layers: int) -> set[str]:
+        """What a job whose losses end in the first ``layers`` decoder layers does not hold: the later ones, the last
+        norm and the LM head."""
+        ends = ("model.norm", "lm_head")
+        return {name for name in self.fused if decoder_layer(name) >= layers or name.startswith(ends)}
+
     def ignores(self, name: str) -> bool:
         """Whether transformers skips a tensor of this name when it loads the model."""
         return name not in self.hub and name not in self.fused and any(re.search(p, name) for p in self.ignored)
+
+
+def decoder_layer(name: str) -> int:
+    """The decoder layer of a parameter or module, -1 outside the layers."""
+    match = re.search(r"\.layers\.(\d+)", name)
+    return int(match[1]) if match else -1
 
 
 class _Tracked(torch.Tensor):

@@ -14,6 +14,7 @@ data.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from trace_ds.errors import UserError
+from trace_ds.run.files import canonical_json, sha256_text
 from trace_ds.run.foreign import read_object
 from trace_ds.run.hub_names import no_directory
 
@@ -31,6 +33,8 @@ CONFIG_NAME = "config.json"
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
+FINGERPRINT_BLOCKS = 64
+FINGERPRINT_BLOCK_BYTES = 1 << 16
 
 DTYPE_BYTES = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 1),
@@ -283,3 +287,30 @@ def _no_weights(directory: Path) -> tuple[str, str, str]:
             "get the safetensors version, or save it again with safe_serialization=True",
         )
     return f"the directory has no weights ({SINGLE_NAME} or {INDEX_NAME})", str(directory), COPY_AGAIN
+
+
+def model_fingerprint(model: ModelFiles | str | Path) -> str:
+    """SHA-256 that tells models apart without reading a hundred gigabytes.
+
+    Covers the configuration, every tensor's name, type and shape, and of each file :data:`FINGERPRINT_BLOCKS` evenly
+    spaced blocks of 64 KiB: whole small files, a sample of large ones (training changes every block).
+    """
+    files = model if isinstance(model, ModelFiles) else read_model_directory(Path(model))
+    config = {key: value for key, value in files.config.items() if key not in ("_name_or_path", "transformers_version")}
+    tensors = {name: [entry.dtype, list(entry.shape)] for name, entry in files.tensors.items()}
+    blocks = {name: sample_sha256(files.path / name) for name in sorted(files.files)}
+    return sha256_text(canonical_json({"config": config, "tensors": tensors, "blocks": blocks}))
+
+
+def sample_sha256(path: Path) -> str:
+    """SHA-256 of a file's size and of :data:`FINGERPRINT_BLOCKS` blocks of it (of the whole, when it is small)."""
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as handle:
+        if size <= FINGERPRINT_BLOCKS * FINGERPRINT_BLOCK_BYTES:
+            digest.update(handle.read())
+        else:
+            for number in range(FINGERPRINT_BLOCKS):
+                handle.seek((size - FINGERPRINT_BLOCK_BYTES) * number // (FINGERPRINT_BLOCKS - 1))
+                digest.update(handle.read(FINGERPRINT_BLOCK_BYTES))
+    return digest.hexdigest()

@@ -16,7 +16,8 @@ from trace_ds.run.ours import MANIFEST
 from trace_ds.tensors.checkpoint import MODEL_FILE, RANK_FILE, Checkpoint
 from trace_ds.tensors.deepspeed_source import open_deepspeed
 from trace_ds.tensors.dtypes import DTYPES
-from trace_ds.tensors.model_files import read_model_directory
+from trace_ds.tensors.layouts import ModelLayout, hub_to_fused, missing_and_unexpected
+from trace_ds.tensors.model_files import COPY_AGAIN, read_model_directory
 from trace_ds.tensors.runs import Run, TensorSource
 from trace_ds.tensors.torch_archive import Storage
 from trace_ds.tensors.universal import open_universal
@@ -121,7 +122,7 @@ def open_source(path: Path, tag: str | None = None) -> Checkpoint:
     else:
         checkpoint = open_deepspeed(directory)
     checkpoint.manifest = manifest
-    checkpoint.family = _family(directory, manifest)
+    _take_what_is_said(checkpoint, directory)
     check_manifest_matches(checkpoint)
     return checkpoint
 
@@ -140,12 +141,39 @@ def open_huggingface(directory: Path) -> Checkpoint:
     return Checkpoint(directory, "huggingface", tensors, files=list(files.files))
 
 
-def _family(directory: Path, manifest: dict[str, Any] | None) -> str | None:
-    """The model's family, by the first of the files that says it."""
+def open_model(directory: Path, layout: ModelLayout) -> dict[str, TensorSource]:
+    """The tensors of a model directory by their names in memory, from either layout; its files may hold tensors that
+    transformers ignores.
+
+    Raises:
+        UserError: the directory is not whole; a tensor is missing, has another shape, or is not part of the model.
+    """
+    tensors = {
+        name: source
+        for name, source in open_huggingface(directory).tensors.items()
+        if name not in layout.tied and not layout.ignores(name)
+    }
+    problems = missing_and_unexpected({name: piece.shape for name, piece in layout.hub.items()}, tensors)
+    if not problems:
+        return hub_to_fused(layout, tensors)
+    if not missing_and_unexpected(layout.fused, tensors):
+        return tensors
+    what = f"{len(problems)} tensors do not fit the model, the first: {problems[0]}"
+    raise UserError(what, str(directory), COPY_AGAIN)
+
+
+def _take_what_is_said(checkpoint: Checkpoint, directory: Path) -> None:
+    """Family and, of a job's state, what part of which model it holds: from the manifest, else from a conversion's
+    report."""
+    manifest = checkpoint.manifest or {}
     reports = [_told(place / REPORT).get("source") for place in (directory, directory.parent)]
-    said = [(manifest or {}).get("family"), family_of(directory)]
-    said += [report.get("family") for report in reports if isinstance(report, dict)]
-    return next((family for family in said if isinstance(family, str) and family), None)
+    report = next((report for report in reports if isinstance(report, dict)), {})
+    said = (manifest.get("family"), family_of(directory), report.get("family"))
+    checkpoint.family = next((family for family in said if isinstance(family, str) and family), None)
+    if checkpoint.kind != "huggingface":
+        held = manifest.get("layers") or report.get("decoder_layers")
+        checkpoint.decoder_layers = held if type(held) is int else None
+        checkpoint.base = (manifest.get("model") or {}).get("fingerprint") or report.get("base")
 
 
 def family_of(directory: Path) -> str | None:

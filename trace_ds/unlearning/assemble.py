@@ -53,6 +53,7 @@ def make_objective(
             zero_stage=settings.zero_stage,
             ds_config_path=settings.ds_config,
             layers=needs.layers,
+            head=needs.logits,
         )
         if measured:
             assert needs.layer is not None

@@ -1,4 +1,5 @@
-"""What the losses of a job compare with the frozen model; without torch, since ``trace-ds plan`` asks too."""
+"""What the losses of a job need of the model, and of the frozen one that they compare with; without torch, since
+``trace-ds plan`` asks too."""
 
 from __future__ import annotations
 
@@ -8,6 +9,13 @@ from trace_ds.config.schema import UnlearningConfig
 
 FROZEN_LOGITS = ("undial", "kl")  # losses that compare logits with the frozen model's
 UNITS = ("median_norm", "mean_norm")  # units of RMU's coefficient that are measured
+
+
+def layers_held(settings: UnlearningConfig, decoder_layers: int) -> int | None:
+    """How many decoder layers, from the first on, a job loads, trains and saves, without norm and LM head; None: the
+    whole model, since a loss or the looks at it while it trains need its logits."""
+    last = settings.last_layer(decoder_layers)
+    return None if last is None or settings.evaluate.every else min(last + 1, decoder_layers)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ Nothing is frozen by ``requires_grad``: DeepSpeed's ZeRO-3 refuses to save froze
 with holes resumes only on its own shape. Instead a held parameter (or row) gets a gradient of exactly 0 before
 DeepSpeed sees it, on every rank, so AdamW's moments stay 0 and so does its update; and where weight decay is on, held
 parameters are in a group without it. A tensor that is trained in part is in that group too: its trained rows are not
-decayed either (our decision). The price is the optimizer memory of what is held.
+decayed either (our decision). The price is the optimizer memory of what is held. (Layers above the one at which the
+losses end are not in the model at all: needs.py.)
 
 Names are those of the Hugging Face model, whether or not AutoEP has replaced its layers.
 """
@@ -73,16 +74,20 @@ def parameter_kinds(model: nn.Module) -> dict[str, str]:
     return kinds
 
 
-def choose(kinds: dict[str, str], settings: TrainableConfig) -> frozenset[str]:
-    """The names that ``include`` matches and ``exclude`` does not.
+def choose(kinds: dict[str, str], settings: TrainableConfig, last_layer: int | None) -> frozenset[str]:
+    """The names that ``include`` matches and ``exclude`` does not, up to the layer at which the losses end (None: they
+    need the logits).
 
     Raises:
         UserError: a pattern matches no parameter, or none is left.
     """
-    included = _matching(kinds, settings.include, "include")
-    left = included - _matching(kinds, settings.exclude, "exclude")
+    left = _matching(kinds, settings.include, "include") - _matching(kinds, settings.exclude, "exclude")
+    ends = ""
+    if last_layer is not None:  # what is above has no gradient, but would be decayed
+        left = {n for n in left if layer_of(n) <= last_layer and not n.startswith(("model.norm", "lm_head"))}
+        ends = f" (the losses end at layer {last_layer})"
     if not left:
-        raise UserError("no parameter is left to train", "unlearning.trainable", "include more or exclude less")
+        raise UserError(f"no parameter is left to train{ends}", "unlearning.trainable", "include more or exclude less")
     return frozenset(left)
 
 
@@ -103,43 +108,36 @@ def _matching(kinds: dict[str, str], patterns: Iterable[str], key: str) -> set[s
     return found
 
 
-def everything(model: nn.Module) -> Trained:
-    """All parameters of a model not yet converted."""
-    names = frozenset(name for name, _ in model.named_parameters())
-    return Trained(names, names)
-
-
 def trained_by(
     model: nn.Module, settings: UnlearningConfig, experts: dict[int, tuple[int, ...]] | None, last_layer: int | None
 ) -> Trained:
-    """What a job trains of a model not yet converted.
+    """What a job trains of a model not yet converted, which is the whole one: patterns of names may match what the job
+    does not hold.
 
     Args:
         experts: the experts selected by the calibration or by SEUF, by decoder layer; None: all.
-        last_layer: the layer at which the losses end; parameters above it are held (they have no gradient, but would
-            be decayed).
+        last_layer: the layer at which the losses end, see :func:`choose`.
     """
     kinds = parameter_kinds(model)
-    names = choose(kinds, settings.trainable)
+    names = choose(kinds, settings.trainable, last_layer)
     if settings.seuf is not None:
         assert experts is not None
         names = frozenset(n for n, kind in kinds.items() if kind in ("experts", "routers") and layer_of(n) in experts)
-    if last_layer is not None:
-        names = frozenset(n for n in names if layer_of(n) <= last_layer and not n.startswith(("model.norm", "lm_head")))
     return Trained(frozenset(kinds), names, experts)
 
 
-def parameter_groups(model: nn.Module, trained: Trained, weight_decay: float) -> list[Any]:
-    """The parameters for the optimizer: in two groups where weight decay must not reach some of them."""
+def parameter_groups(model: nn.Module, trained: Trained | None, weight_decay: float) -> list[Any]:
+    """The parameters for the optimizer: in two groups where weight decay must not reach some of them (``trained`` None:
+    it may reach all)."""
     named = list(model.named_parameters())
-    held = [parameter for name, parameter in named if not trained.wholly(name)]
-    if not weight_decay or not held:
+    if trained is None or not weight_decay or all(trained.wholly(name) for name, _ in named):
         return [parameter for _, parameter in named]
-    decayed = [parameter for name, parameter in named if trained.wholly(name)]
-    groups = [
-        {"params": decayed, "weight_decay": weight_decay, "name": "decayed"},
-        {"params": held, "weight_decay": 0.0, "name": "held"},
+    groups: list[dict[str, Any]] = [
+        {"params": [], "weight_decay": weight_decay, "name": "decayed"},
+        {"params": [], "weight_decay": 0.0, "name": "held"},
     ]
+    for name, parameter in named:
+        groups[not trained.wholly(name)]["params"].append(parameter)
     return [group for group in groups if group["params"]]
 
 

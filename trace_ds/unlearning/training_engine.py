@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 
 from trace_ds.checkpoints import serialization
 from trace_ds.config.schema import TrainingConfig
@@ -22,14 +20,18 @@ def training_engine(
     info: ModelInfo,
     world: World,
     accumulation: int,
-    choose: Callable[[nn.Module], trainable.Trained] = trainable.everything,
+    trained: trainable.Trained | None = None,
     *,
     dtype: str,
     ep: int,
+    layers: int | None = None,
 ) -> Any:
     """The DeepSpeed training engine: AdamW, ZeRO as configured, experts sharded by AutoEP when ep > 1.
 
-    ``choose``: what is trained, of the model as it was loaded. ``dtype``: ``model.dtype``.
+    Args:
+        trained: None: all that is loaded.
+        dtype: ``model.dtype``.
+        layers: load only the first so many decoder layers, without norm and LM head; None: the whole model.
     """
     optimizer = settings.optimizer
     ds_config = engine.base_ds_config(ep=ep, info=info, zero_stage=settings.zero_stage)
@@ -49,23 +51,18 @@ def training_engine(
             },
         },
     }
-    chosen: list[trainable.Trained] = []
-
-    def parameters(model: nn.Module) -> list[Any]:
-        """Chosen by the names of the model as it was loaded, before AutoEP renames any."""
-        chosen.append(choose(model))
-        return trainable.parameter_groups(model, chosen[0], optimizer.weight_decay)
-
     made = engine.initialize(
         info,
         world,
         merge(ds_config, user_ds_config(settings.ds_config)),
         dtype=dtype,
-        parts=engine.ModelParts(),
-        parameters=parameters,
+        parts=engine.ModelParts(layers=layers, head=layers is None),
+        # by the names of the model as it was loaded, before AutoEP renames any
+        parameters=lambda model: trainable.parameter_groups(model, trained, optimizer.weight_decay),
         recompute=settings.recompute,
     )
-    trainable.hold(made.module, chosen[0])
+    if trained is not None:
+        trainable.hold(made.module, trained)
     serialization.install(made)
     if settings.recompute and settings.zero_stage == 3:
         keep_recomputed(made)
