@@ -105,6 +105,7 @@ def peak_bytes(world: Any, config: str, run_dir: str, overrides: list[str]) -> d
     from trace_ds.unlearning.goals import Unlearning
     from trace_ds.unlearning.job import run_step
     from trace_ds.unlearning.multiplier import Multiplier
+    from trace_ds.unlearning.needs import layers_held
     from trace_ds.unlearning.online_weights import RetainWeights
     from trace_ds.unlearning.training_engine import training_engine
 
@@ -112,7 +113,8 @@ def peak_bytes(world: Any, config: str, run_dir: str, overrides: list[str]) -> d
     info = inspect_model(loaded.model.path)
     rows = loaded.unlearning.forget_rows // world.size * 2
     batches = OneBatch(rows, loaded.data.context_length, int(info.config["vocab_size"]))
-    engine = training_engine(loaded.unlearning, info, world, 1, **shape(loaded))
+    layers = layers_held(loaded.unlearning, info.decoder_layers)
+    engine = training_engine(loaded.unlearning, info, world, 1, **shape(loaded), layers=layers)
     objective, _ = make_objective(
         loaded.unlearning,
         info,

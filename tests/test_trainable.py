@@ -125,14 +125,18 @@ def test_names_and_kinds(tiny_model: Path) -> None:
         "attention": 12,
         "other": 9,
     }
-    everything = trainable.choose(kinds, TrainableConfig())
+    everything = trainable.choose(kinds, TrainableConfig(), None)
     assert everything == set(kinds)
-    without = trainable.choose(kinds, TrainableConfig(exclude=["routers", "*.layers.0.*"]))
+    without = trainable.choose(kinds, TrainableConfig(exclude=["routers", "*.layers.0.*"]), None)
     assert not any(".layers.0." in name or kinds[name] == "routers" for name in without) and len(without) == 20 - 1
     with pytest.raises(UserError, match=r"trainable\.include: '\*\.attention\.\*' matches no parameter"):
-        trainable.choose(kinds, TrainableConfig(include=["*.attention.*"]))
+        trainable.choose(kinds, TrainableConfig(include=["*.attention.*"]), None)
     with pytest.raises(UserError, match="no parameter is left to train"):
-        trainable.choose(kinds, TrainableConfig(include=["routers"], exclude=["*.mlp.*"]))
+        trainable.choose(kinds, TrainableConfig(include=["routers"], exclude=["*.mlp.*"]), None)
+    reached = trainable.choose(kinds, TrainableConfig(), 1)
+    assert reached == {n for n in kinds if ".layers.0." in n or ".layers.1." in n or "embed" in n}
+    with pytest.raises(UserError, match=r"no parameter is left to train \(the losses end at layer 1\)"):
+        trainable.choose(kinds, TrainableConfig(include=["*.layers.2.*", "lm_head.*"]), 1)
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3"])
@@ -153,6 +157,7 @@ def test_wrong_choices_are_refused_before_a_weight_is_loaded(
     config, run = calibrated
     for change, message in (
         ("unlearning.trainable.exclude=[attn]", "'attn' matches no parameter"),
+        ("unlearning.trainable.include=['*.layers.2.*']", "no parameter is left to train .the losses end at layer 1"),
         ("unlearning.seuf={layer: 2}", "layer 2 is no MoE layer that the losses reach"),  # RMU ends at layer 1
         ("unlearning.seuf={experts: 9}", "9 experts of 4"),
     ):
