@@ -291,7 +291,7 @@ def make_plan(checkpoint: Checkpoint, dtype: str, base_model: Path | None) -> Pl
     fused, problems = _fused(checkpoint, layout, tensors)
     if checkpoint.decoder_layers is not None:
         rest = _rest_of_model(checkpoint, layout, directory)
-        fused |= rest
+        fused = rest | fused
         problems = missing_and_unexpected(layout.fused, fused)
         notes.append(
             f"the job held {checkpoint.decoder_layers} decoder layers: {len(rest)} tensors are the base model's"
@@ -328,6 +328,7 @@ def _rest_of_model(checkpoint: Checkpoint, layout: ModelLayout, base: Path) -> d
     Raises:
         UserError: that model's weights are not at ``base``.
     """
+    assert checkpoint.decoder_layers is not None
     fix = "give the model that was trained, with its weights, with --base-model"
     what = f"the checkpoint holds the first {checkpoint.decoder_layers} decoder layers, the rest is the base model's"
     try:
@@ -336,7 +337,7 @@ def _rest_of_model(checkpoint: Checkpoint, layout: ModelLayout, base: Path) -> d
         raise UserError(f"{what}, which cannot be read ({error.what})", str(base), fix) from None
     if checkpoint.base is not None and found != checkpoint.base:
         raise UserError(f"{what}, and this is another model than the job started from", str(base), fix)
-    return {name: tensors[name] for name in layout.above(checkpoint.decoder_layers or 0)}
+    return {name: tensors[name] for name in layout.above(checkpoint.decoder_layers)}
 
 
 def find_base_model(checkpoint: Checkpoint, base_model: Path | None) -> Path:

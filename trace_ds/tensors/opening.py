@@ -172,7 +172,7 @@ def _take_what_is_said(checkpoint: Checkpoint, directory: Path) -> None:
     checkpoint.family = next((family for family in said if isinstance(family, str) and family), None)
     if checkpoint.kind != "huggingface":
         held = manifest.get("layers") or report.get("decoder_layers")
-        checkpoint.decoder_layers = held if type(held) is int else None
+        checkpoint.decoder_layers = held if type(held) is int and held > 0 else None
         checkpoint.base = (manifest.get("model") or {}).get("fingerprint") or report.get("base")
 
 
