@@ -285,6 +285,9 @@ def test_a_submission_fine_tunes_first(
     stages = [line.split()[0].split("=")[1] for line in lines]
     assert stages[:3] == ["prepare", "finetune", "collect"] and len(stages) == 7
     assert "--nodes=2 --ntasks-per-node=2" in lines[1] and "afterok:JOB1" in lines[1] and "afterok:JOB2" in lines[2]
-    without = Request.load(str(prepared[0]), ["finetune=null"], tmp_path / "run").config
-    one, other = (plan(config, ClusterSpec(1, 2)).storage_bytes for config in (without, request.config))
+    whole = "unlearning.forget_loss=graddiff"  # trains the whole model, as a fine-tuning does
+    configs = [
+        Request.load(str(prepared[0]), [whole, *more], tmp_path / "run").config for more in (["finetune=null"], [])
+    ]
+    one, other = (plan(config, ClusterSpec(1, 2)).storage_bytes for config in configs)
     assert other == pytest.approx(3 * one, rel=0.01)  # three training jobs instead of one
