@@ -101,19 +101,29 @@ def finetune_job(world: Any, config: str, run_dir: str, overrides: list[str], ki
     finetune(loaded, RunDirectory.at(directory), world)
 
 
-def unlearn_jobs_written_late(world: Any, config: str, runs: list[tuple[str, list[str]]]) -> list[str]:
-    """Jobs whose checkpoints are written when training has changed the state."""
+def unlearn_jobs_saving_twice(world: Any, config: str, runs: list[tuple[str, list[str]]]) -> list[str]:
+    """Jobs whose states are written at once, into ``RUN/waited``, and also when training has gone on."""
     import time
 
+    from trace_ds.checkpoints.commit import Saver
     from trace_ds.checkpoints.serialization import ShardFiles
+    from trace_ds.run.log import StageLog
 
-    write = ShardFiles.write
+    save, write = Saver.save, ShardFiles.write
+
+    def twice(saver: Saver, manifest: Any, *, wait: bool = False) -> None:
+        saver.finish()
+        if not wait:
+            options = {"keep": 2, "keep_every": None, "background": False}
+            folder = saver._checkpoints.parent / "waited"
+            save(Saver(saver._engine, world, folder, StageLog("unlearn", None, None), **options), manifest, wait=True)
+        save(saver, manifest, wait=wait)
 
     def late(files: ShardFiles) -> Any:
         time.sleep(1.0 if files._held else 0.0)
         return write(files)
 
-    ShardFiles.write = late  # type: ignore[method-assign]
+    Saver.save, ShardFiles.write = twice, late  # type: ignore[method-assign]
     return unlearn_jobs(world, config, runs)
 
 
