@@ -310,8 +310,6 @@ def test_bad_input_is_refused_before_anything_is_written(case: Case, tmp_path: P
     bad = write_lines(tmp_path / "bad.jsonl", [{"prompt": "w1", "choices": ["w1"] * 5, "answer": 0}])
     refused(case, case.config(tasks=[{**task, "path": bad}]), "bad.jsonl:1: the question has 5 choices")
     refused(case, case.config(models={"gold": str(tmp_path / "none")}), "there is no model directory")
-    for name in ("original", "unlearned", "step_000010"):
-        refused(case, case.config(models={name: str(tmp_path / "gold")}), "cannot be named")
     case.run.model.rename(tmp_path / "kept")
     refused(case, case.config(), "there is no unlearned model here.*trace-ds convert")
 

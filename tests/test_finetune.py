@@ -245,6 +245,8 @@ def test_epochs_are_passes_over_the_rows_that_count(prepared: tuple[Path, Path])
         ("finetune.models.target=[]", "no list of different corpora"),
         ("finetune.models={retrained: [retain]}", "has no target"),
         ("finetune.models={target: [forget], original: [retain]}", "cannot be named 'original'"),
+        ("finetune.models={target: [forget], step_5: [retain]}", "cannot be named 'step_5'"),
+        ("evaluation.models={unlearned: MODEL}", "cannot be named 'unlearned'"),
         ("finetune.models={target: [forget], a/b: [retain]}", "a name is made of letters"),
         ("evaluation.models={retrained: MODEL}", "both have a model 'retrained'"),
         ("finetune.epochs=2", "either steps or epochs"),

@@ -8,6 +8,8 @@ from typing import Annotated
 from pydantic import AfterValidator
 
 PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+ORIGINAL, UNLEARNED = "original", "unlearned"  # models that every run has
+CHECKPOINT = re.compile(r"step_\d+")
 MAX_LENGTH = 100  # with the endings that writers add, a file's name stays below the 255 bytes of file systems
 
 
@@ -25,4 +27,12 @@ def check_name(name: str) -> str:
     return name
 
 
+def check_model_name(name: str) -> str:
+    """``name``, when it can be that of a further model of a run; else ``ValueError``."""
+    if name in (ORIGINAL, UNLEARNED) or CHECKPOINT.fullmatch(name):
+        raise ValueError(f"a model cannot be named {name!r}, which every run has: use another name")
+    return check_name(name)
+
+
 Name = Annotated[str, AfterValidator(check_name)]
+ModelName = Annotated[str, AfterValidator(check_model_name)]

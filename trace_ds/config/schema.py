@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from trace_ds.config.names import Name
+from trace_ds.config.names import ModelName, Name
 
 # Those that are not to bring the forget-critical experts closer: baseline, controls, oracle.
 CONTROL_RULES = ("uniform", "permuted", "random_experts", "inverse", "sources")
@@ -475,7 +475,7 @@ class TrainingConfig(Section):
 class FinetuneConfig(TrainingConfig):
     """Makes the run's model, and references for it, from ``model.path``: mean next-token loss, all parameters."""
 
-    models: dict[Name, list[str]] = Field(
+    models: dict[ModelName, list[str]] = Field(
         description="Name -> the corpora (forget, retain, alternative) it is trained on. The target is the model of "
         "the later stages; the others are scored beside it, the one named retrained as the reference of PrivLeak.",
     )
@@ -650,7 +650,7 @@ class RelearningConfig(Section):
 
 class EvaluationConfig(Section):
     tasks: list[TaskConfig] = Field(default_factory=list)
-    models: dict[Name, PathText] = Field(
+    models: dict[ModelName, PathText] = Field(
         default_factory=dict,
         description="Further models scored beside the original and the unlearned one, for example {gold: PATH}; "
         "directories, or names on the hub.",

@@ -8,12 +8,12 @@ they change at most the last digits.
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trace_ds.checkpoints.manifest import complete_steps, read_manifest, step_name
+from trace_ds.config.names import ORIGINAL, UNLEARNED
 from trace_ds.config.schema import DataConfig, EvaluationConfig
 from trace_ds.corpora.tokenizer import VOCABULARY_FILES, load_tokenizer, tokenizer_fingerprint
 from trace_ds.errors import UserError
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FORMAT = 3  # raise it when a metric or the form of a result changes: old results are then computed anew
-ORIGINAL, UNLEARNED = "original", "unlearned"
-STEP = re.compile(r"step_\d+")
 
 
 @dataclass(frozen=True)
@@ -49,19 +47,8 @@ class Subject:
 
 
 def named_models(original: str, settings: EvaluationConfig) -> dict[str, Path]:
-    """The model directories that the configuration names, the original first.
-
-    Raises:
-        UserError: a reserved or unusable name.
-    """
-    named = {ORIGINAL: Path(original)}
-    for name, path in settings.models.items():
-        if name in (ORIGINAL, UNLEARNED) or STEP.fullmatch(name):
-            raise UserError(
-                f"a model cannot be named {name!r}", "evaluation.models", "use another name of letters, digits and -"
-            )
-        named[name] = Path(path)
-    return named
+    """The model directories that the configuration names, the original first."""
+    return {ORIGINAL: Path(original)} | {name: Path(path) for name, path in settings.models.items()}
 
 
 def find_subjects(
@@ -72,7 +59,7 @@ def find_subjects(
     ``dtype``: the type that checkpoints are converted to.
 
     Raises:
-        UserError: a model directory is missing or damaged; a reserved or unusable name.
+        UserError: a model directory is missing or damaged.
     """
     named = named_models(original, settings)
     if not run.model.is_dir():

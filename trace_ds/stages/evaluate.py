@@ -16,14 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trace_ds.config.names import ORIGINAL, UNLEARNED
 from trace_ds.config.schema import Config
 from trace_ds.corpora.tokenizer import load_tokenizer, tokenizer_fingerprint
 from trace_ds.errors import UserError
 from trace_ds.evaluation.items import Task, read_tasks
 from trace_ds.evaluation.subjects import (
     FORMAT,
-    ORIGINAL,
-    UNLEARNED,
     Subject,
     find_subjects,
     has_identity,
