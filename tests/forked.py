@@ -47,13 +47,18 @@ class Server:
         self._process = subprocess.Popen(command, env=variables, **pipes)
 
     def run(
-        self, arguments: Sequence[str | Path], cwd: Path, variables: dict[str, str] | None = None, time_s: int = TIME_S
+        self,
+        arguments: Sequence[str | Path],
+        cwd: Path,
+        variables: dict[str, str] | None = None,
+        time_s: int = TIME_S,
+        memory_bytes: int = MEMORY_BYTES,
     ) -> Result:
-        """One call of ``trace-ds ARGUMENTS`` in ``cwd``."""
+        """One call of ``trace-ds ARGUMENTS`` in ``cwd``; each of the processes that it starts has the same bounds."""
         assert self._process.stdin is not None and self._process.stdout is not None
         with tempfile.TemporaryDirectory() as folder:
             request = {"arguments": [os.fsencode(str(item)).hex() for item in arguments], "cwd": str(cwd)}
-            request |= {"variables": variables or {}, "out": folder, "time_s": time_s}
+            request |= {"variables": variables or {}, "out": folder, "time_s": time_s, "memory": memory_bytes}
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
             answer = json.loads(self._process.stdout.readline())
@@ -75,10 +80,16 @@ def serving(variables: dict[str, str] | None = None) -> Iterator[Server]:
         server.close()
 
 
-def refuse(server: Server, folder: Path, *arguments: str | Path, variables: dict[str, str] | None = None) -> str:
+def refuse(
+    server: Server,
+    folder: Path,
+    *arguments: str | Path,
+    variables: dict[str, str] | None = None,
+    time_s: int = TIME_S,
+) -> str:
     """Insist on exit status 2, one line on standard error and nothing written in ``folder``; return the line."""
     before = tree(folder)
-    result = server.run(arguments, folder, variables)
+    result = server.run(arguments, folder, variables, time_s)
     assert result.returncode == 2, result
     lines = [line for line in result.stderr.splitlines() if line.strip()]
     assert len(lines) == 1 and lines[0].startswith("trace-ds: error: "), result.stderr
@@ -121,7 +132,7 @@ def _run(request: dict[str, Any]) -> NoReturn:
         sys.stdout, sys.stderr = (open(n, "w", encoding=encoding, errors=errors[n - 1], closefd=False) for n in (1, 2))  # noqa: SIM115
         sys.argv = ["trace-ds", *(os.fsdecode(bytes.fromhex(item)) for item in request["arguments"])]
         mapped_bytes = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-        resource.setrlimit(resource.RLIMIT_AS, (mapped_bytes + MEMORY_BYTES, resource.RLIM_INFINITY))
+        resource.setrlimit(resource.RLIMIT_AS, (mapped_bytes + request["memory"], resource.RLIM_INFINITY))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         signal.alarm(request["time_s"])
         trace_ds.cli.main()

@@ -302,6 +302,16 @@ def test_a_file_is_for_one_task(place: Path, task: str, message: str) -> None:
     assert re.search(message, caught.value.line()) and "\n" not in caught.value.line()
 
 
+def test_data_that_are_not_here_are_brought_or_refused(place: Path) -> None:
+    task = TaskConfig(name="bio", type="lm_eval", task="wmdp_bio", role="forget")
+    with pytest.raises(
+        UserError, match=r"tasks.bio: cais/wmdp \(wmdp-bio\), which .* is not in the cache. Fix: .* fetch"
+    ):
+        harness.require_data(task, download=False)
+    with pytest.raises(UserError, match="lm-eval cannot read wmdp_bio"):  # the tests have no network
+        harness.require_data(task, download=True)
+
+
 def test_the_rows_of_every_kind_of_file_are_checked(place: Path, tmp_path: Path) -> None:
     import pyarrow
     from pyarrow import parquet

@@ -244,7 +244,11 @@ def test_a_revision_that_moved_since_fetch_is_refused(place: Place, tmp_path: Pa
     line = refuse(place.server, tmp_path, "prepare", config, "--run-dir", run)
     assert f"{name} has moved since it was fetched, from {first} to {second}" in line
     assert f"stay with {name}@{first}" in line and (run / "fetched.json").read_bytes() == record
-    place.offline("prepare", config, "--run-dir", run, cwd=tmp_path, told="has moved since it was fetched")
+    place.offline("prepare", config, "--run-dir", run, cwd=tmp_path)  # as it was fetched
+    other = ["fetch", config, "--run-dir", tmp_path / "other"]
+    assert place.server.run(other, tmp_path).returncode == 0  # main of the cache moves on
+    place.offline("collect", config, "--run-dir", run, "--nproc", "1", cwd=tmp_path)
+    assert artefact_summary(run / "statistics" / "retain")["model"] == f"{name}@{first}"
     pinned = ["prepare", config, "--run-dir", run, "--set", f"model.path={name}@{first}"]
     assert place.server.run(pinned, tmp_path).returncode == 0
     assert place.server.run(fetch, tmp_path).returncode == 0
@@ -264,6 +268,55 @@ def test_data_that_moved_since_fetch_are_refused(place: Place, tmp_path: Path) -
     place.offline(*prepare, cwd=project)  # as it was fetched
     assert place.server.run(fetch, project).returncode == 0
     assert place.server.run(prepare, project).returncode == 0
+
+
+def test_a_task_whose_data_moved_since_fetch_is_refused(place: Place, tmp_path: Path) -> None:
+    """lm-eval takes what the hub has, and without a network the newest in the cache: it must be what was fetched."""
+    tasks = [{"name": "cyber", "type": "lm_eval", "task": "wmdp_cyber", "role": "forget"}]
+    config = written(tmp_path, str(place.models / "model"), evaluation__tasks=tasks)
+    run, first = tmp_path / "run", place.commits["cais/wmdp"]
+    run.mkdir()
+    record = {"models": {}, "data": {}, "tasks": {"wmdp_cyber": {"commits": {"cais/wmdp": first}}}}
+    (run / "fetched.json").write_text(json.dumps(record))
+    second = place.hub.add("datasets", "cais/wmdp", place.models / "wmdp")
+    for verb in ("run", "evaluate"):
+        line = refuse(place.server, tmp_path, verb, config, "--run-dir", run)
+        assert f"evaluation.tasks.cyber: cais/wmdp has moved since it was fetched, from {first} to {second}" in line
+    asked = [{"dataset": "cais/wmdp", "config": "wmdp-cyber", "field": "question"}]
+    other = written(tmp_path / "other", str(place.models / "model"), data__forget=asked)
+    assert place.server.run(["fetch", other, "--run-dir", tmp_path / "came"], tmp_path).returncode == 0
+    place.offline("evaluate", config, "--run-dir", run, cwd=tmp_path, told="cais/wmdp has moved since it was fetched")
+    place.hub.repositories["datasets", "cais/wmdp"].refs["main"] = first  # as the other tests know it
+
+
+def test_a_task_without_its_data_is_refused_before_the_first_stage(place: Place, tmp_path: Path) -> None:
+    tasks = [{"name": "bio", "type": "lm_eval", "task": "wmdp_bio", "role": "forget"}]
+    config = written(tmp_path, str(place.models / "model"), evaluation__tasks=tasks)
+    line = refuse(place.server, tmp_path, "submit", config, time_s=120)  # lm-eval reads thousands of files
+    assert "cais/wmdp (wmdp-bio), which lm-eval's wmdp_bio asks, is not in the cache" in line
+
+
+@pytest.mark.parametrize(
+    ("data", "told"),
+    [
+        ({"dataset": "org/none"}, "org/none: the hub has no such data set, or it is private. Fix: correct the name"),
+        ({"dataset": "org/own"}, "org/own: the hub has no such data set, or it is private"),
+        ({"dataset": "org/shut"}, "org/shut: the data set is gated: its terms must be accepted first. Fix: accept"),
+        ({"dataset": "org/texts", "revision": "v9"}, "org/texts: the data set has no revision 'v9'"),
+        ({"dataset": "org/texts", "config": "raw"}, "the data set has no configuration 'raw'"),
+        ({"dataset": "org/texts", "split": "trian"}, "the data set has no split 'trian'. Fix: did you mean 'train'?"),
+        ({"dataset": "org/texts", "field": "txet"}, "there is no column 'txet'. Fix: did you mean 'text'?"),
+        ({"dataset": "org/texts", "template": "{txt}"}, "there is no column 'txt'. Fix: did you mean 'text'?"),
+    ],
+)
+def test_data_that_cannot_be_had_are_refused(place: Place, tmp_path: Path, data: dict[str, str], told: str) -> None:
+    for name in ("org/shut", "org/own"):
+        access = {"gated": name == "org/shut", "private": name == "org/own", "readers": ("friend",)}
+        place.hub.add("datasets", name, place.models / "texts", **access)
+    config = written(tmp_path, str(place.models / "model"), data__forget=[data])
+    verbs = ("run",) if {"field", "template"} & set(data) else ("fetch", "run")  # fetch reads no row
+    for verb in verbs:
+        assert told in refuse(place.server, tmp_path, verb, config, "--run-dir", tmp_path / "run")
 
 
 def test_looking_never_downloads(place: Place, tmp_path: Path) -> None:
@@ -304,10 +357,16 @@ def test_doctor_says_what_is_missing(place: Place, tmp_path: Path) -> None:
     found, groups = of_the_hub()
     assert [(check["name"], check["status"]) for check in found] == [(key, "OK") for key in keys]
     assert "model" in groups
-    place.hub.add("models", "org/examined", place.models / "gold")
-    other = ["fetch", config, "--run-dir", tmp_path / "other"]
-    assert place.server.run(other, tmp_path, time_s=120).returncode == 0
-    assert "has moved" in next(check["detail"] for check in of_the_hub()[0] if check["status"] == "MISS")
+    moved = place.hub.add("models", "org/examined", place.models / "gold")
+    plain = written(tmp_path / "plain", "org/examined", evaluation__tasks=[])
+    came = place.server.run(["fetch", plain, "--run-dir", tmp_path / "other"], tmp_path)
+    assert came.returncode == 0 and moved[:12] in came.stdout
+    looked = place.server.run(["fetch", config, "--run-dir", run, "--dry-run"], tmp_path).stdout
+    assert moved[:12] not in looked and "not here" not in looked, "what was fetched for this run counts"
+    record = json.loads((run / "fetched.json").read_text())
+    record["models"]["org/examined"]["commit"] = "0" * 40
+    (run / "fetched.json").write_text(json.dumps(record))
+    assert [check["status"] for check in of_the_hub()[0]] == ["MISS", "OK"]
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from trace_ds.cluster.checks import Check, checked, gigabytes, judged, nearest_directory, process_check
+from trace_ds.config.names import ORIGINAL
 from trace_ds.config.schema import Config, CorpusEntry, TaskConfig
 from trace_ds.errors import UserError
 from trace_ds.run.hub_names import hub_name
@@ -123,22 +124,15 @@ def hub_checks(config: Config, run_dir: Path | None) -> Iterator[Check]:
     Args:
         config: as it was written, with names.
     """
-    from trace_ds.hub.models import require_same_commit
     from trace_ds.run.directory import RunDirectory
-    from trace_ds.stages.by_name import fetched
     from trace_ds.stages.fetch import Found, look
-
-    run = None if run_dir is None else RunDirectory.at(run_dir)
-    recorded = {} if run is None else fetched(run)["models"]
 
     def found(item: Found) -> str:
         if item.where is None:
             raise UserError(f"{item.name} is not in the cache", fix="trace-ds fetch CONFIG")
-        if item.kind == "models":
-            require_same_commit(item.name, item.key, item.where.name, recorded.get(item.name, {}).get("commit"))
         return f"{item.name} in {item.where}"
 
-    for item in look(config, run):
+    for item in look(config, None if run_dir is None else RunDirectory.at(run_dir)):
         yield checked("hub", item.key, functools.partial(found, item))
 
 
@@ -235,7 +229,7 @@ def evaluation_checks(config: Config) -> Iterator[Check]:
     """Every task's files can be read (and lm-eval is there and knows the tasks asked of it), every model is whole."""
     from trace_ds.corpora.sources import files_here
     from trace_ds.evaluation.items import read_task
-    from trace_ds.evaluation.subjects import ORIGINAL, named_models
+    from trace_ds.evaluation.subjects import named_models
     from trace_ds.parallel.environment import accelerator_count
     from trace_ds.tensors.model_files import read_model_directory
 

@@ -147,10 +147,17 @@ def on_hub(named: Named) -> bool:
 
 
 def commit_of(named: Named) -> str | None:
-    """The commit that a data set on the hub is: as the hub says, or without a network as when it was fetched; None: as
-    far as is known here, it is none."""
-    commit = None if _is_offline() else _asked(str(named.dataset), named.revision)[0]
-    return commit or _known(str(named.dataset), named.revision)
+    """The commit that a data set on the hub is: as the hub says, or without a network as when it was fetched, by us or
+    (the newest that is there) by others; None: as far as is known here, it is none."""
+    name = str(named.dataset)
+    commit = None if _is_offline() else _asked(name, named.revision)[0]
+    commit = commit or _known(name, named.revision)
+    return commit or next((item.parts[-2] for item in reversed(_in_cache(name))), None)
+
+
+def in_cache(name: str, config: str | None) -> bool:
+    """Whether the cache has a data set of the hub, in one of its configurations (None: any)."""
+    return any(config in (None, item.parts[-4]) for item in _in_cache(name))
 
 
 def missing(named: Named, key: str = "data") -> str | None:
@@ -318,23 +325,29 @@ def _one_meant(name: str, commit: str) -> str:
     return names[0] if len(names) == 1 else (chosen or ["default"])[0]
 
 
+def _in_cache(name: str) -> list[Path]:
+    """What the cache of ``datasets`` says it has of a data set, the newest last: …/CONFIG/VERSION/COMMIT/FILE."""
+    import datasets
+    from datasets.naming import camelcase_to_snakecase
+
+    space, _, short = name.rpartition("/")
+    folder = f"{space}___{camelcase_to_snakecase(short)}" if space else camelcase_to_snakecase(short)
+    found = (Path(datasets.config.HF_DATASETS_CACHE) / folder).glob("*/*/*/dataset_info.json")
+    return sorted(found, key=lambda item: (item.stat().st_mtime, str(item)))
+
+
 def _cached(named: Named, commit: str | None) -> Any:
     """The builder of what lies in the cache of ``datasets``, or None.
 
     Args:
         commit: None: the newest that is there, unless a revision was asked for.
     """
-    import datasets
-    from datasets.naming import camelcase_to_snakecase
     from datasets.packaged_modules.cache.cache import Cache
 
     assert named.dataset is not None
     if commit is None and named.revision is not None:
         return None
-    space, _, name = named.dataset.rpartition("/")
-    folder = f"{space}___{camelcase_to_snakecase(name)}" if space else camelcase_to_snakecase(name)
-    root = Path(datasets.config.HF_DATASETS_CACHE) / folder
-    found = sorted(root.glob("*/*/*/dataset_info.json"), key=lambda item: (item.stat().st_mtime, str(item)))
+    found = _in_cache(named.dataset)
     found = [item for item in found if named.config in (None, item.parts[-4]) and commit in (None, item.parts[-2])]
     if named.config is None:
         found = [item for item in found if item.parts[-4] == _one_meant(named.dataset, item.parts[-2])]
@@ -342,6 +355,7 @@ def _cached(named: Named, commit: str | None) -> Any:
         return None
     config, version, digest = found[-1].parts[-4:-1]
     with _reading(named.dataset):
+        name = named.dataset.rpartition("/")[2]
         return Cache(dataset_name=name, repo_id=named.dataset, config_name=config, version=version, hash=digest)
 
 

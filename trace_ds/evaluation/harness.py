@@ -185,6 +185,28 @@ def _loaded(task: str, path: str) -> Any:
         raise UserError(f"lm-eval cannot read {task} ({reason[:200]})", path or "the hub", fix) from error
 
 
+def require_data(config: TaskConfig, *, download: bool) -> None:
+    """Find out before anything else is done that the data of a task are not in the cache: bring them, or (without
+    ``download``) refuse. Nothing is read of what is there.
+
+    Raises:
+        UserError: as :func:`fetch_task`.
+    """
+    from trace_ds.corpora.sources import in_cache
+
+    index, where = _task_manager().task_index, f"evaluation.tasks.{config.name}"
+    for leaf in _leaf_tasks([config.task], index):
+        of_leaf = getattr(index.get(leaf), "cfg", None) or {}
+        data, name = of_leaf.get("dataset_path"), of_leaf.get("dataset_name")
+        on_hub = isinstance(data, str) and "/" in data and not Path(data).is_dir()
+        if on_hub and not in_cache(str(data), name):
+            if not download:
+                what = f"{data} ({name}), which lm-eval's {leaf} asks, is not in the cache"
+                raise UserError(what, where, "where there is a network, `trace-ds fetch CONFIG` brings it")
+            fetch_task(str(config.task), where)
+            return
+
+
 def fetch_task(task: str, where: str) -> dict[str, str]:
     """Bring the data of a task, or of a group of tasks, to the cache of ``datasets``.
 

@@ -4,7 +4,8 @@
     cached(HubName("allenai/OLMoE-1B-7B-0924"))                 # the folder, or None; no network
 
 Configuration, tokenizer and the safetensors files of the index are all that is ever asked for: no pickle, no code. A
-name without a revision is what ``main`` is when the hub can be reached, else what it was when the cache last asked.
+name without a revision is what ``main`` is when the hub can be reached, else what it was when the cache last asked, or
+the commit that was fetched for a run. A model that has moved since is refused before anything of it comes.
 """
 
 from __future__ import annotations
@@ -24,18 +25,22 @@ CONFIG = "config.json"
 SMALL = ["*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja"]  # configuration, index, tokenizer
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 TELL_EVERY_S = 20.0
+ASK_TIMEOUT_S = 20
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
-def cached(name: HubName) -> Path | None:
+def cached(name: HubName, expected: str | None = None) -> Path | None:
     """The folder of ``name`` in the cache, without a look at the hub; None when nothing of it is there.
 
     Files may be missing in it: whoever reads them says which.
+
+    Args:
+        expected: as in :func:`bring`.
     """
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        return _snapshot(name.id, name.revision, [CONFIG], local_files_only=True)
+        return _snapshot(name.id, expected or name.revision, [CONFIG], local_files_only=True)
     except LocalEntryNotFoundError:
         return None
 
@@ -47,7 +52,7 @@ def bring(name: HubName, key: str, *, weights: bool = True, expected: str | None
     Args:
         key: where the configuration names it.
         weights: False: configuration and tokenizer are enough.
-        expected: the commit that ``trace-ds fetch`` recorded.
+        expected: the commit that ``trace-ds fetch`` recorded; without a network it is taken, whatever came since.
 
     Raises:
         UserError: the hub has no such model or revision, or not for this user; it cannot be reached and the cache
@@ -57,8 +62,9 @@ def bring(name: HubName, key: str, *, weights: bool = True, expected: str | None
     from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError  # HTTPError: that of httpx
 
     try:
-        folder = _snapshot(name.id, name.revision, SMALL)
-        require_same_commit(name, key, folder.name, expected)
+        if expected is not None and not constants.HF_HUB_OFFLINE:
+            require_same_commit(name, key, _commit_on_hub(name) or expected, expected)
+        folder = _snapshot(name.id, expected or name.revision, SMALL)
         if not weights:
             return folder
         shards = _weight_files(folder)
@@ -87,6 +93,19 @@ def require_same_commit(name: HubName | str, key: str, commit: str, expected: st
         key,
         f"stay with {str(name).partition('@')[0]}@{expected}, or take the new one with `trace-ds fetch CONFIG`",
     )
+
+
+def _commit_on_hub(name: HubName) -> str | None:
+    """What the hub says that ``name`` is now; None where it cannot be asked. Nothing changes in the cache."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HTTPError, RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        return HfApi().model_info(name.id, revision=name.revision, timeout=ASK_TIMEOUT_S).sha
+    except (RepositoryNotFoundError, RevisionNotFoundError):
+        raise
+    except (HTTPError, ConnectionError):
+        return None
 
 
 def downloaded_bytes(folder: Path) -> int:

@@ -47,7 +47,7 @@ def find_models(config: Config, run: RunDirectory | None, verb: str, *, download
     names = hub_names(config, verb)
     if not names:
         return {}
-    from trace_ds.hub.models import bring, cached, require_same_commit
+    from trace_ds.hub.models import bring, cached
 
     recorded = {} if run is None else {name: entry["commit"] for name, entry in fetched(run)["models"].items()}
     places: dict[str, str] = {}
@@ -56,9 +56,8 @@ def find_models(config: Config, run: RunDirectory | None, verb: str, *, download
         if download:
             folder: Path | None = bring(name, key, weights=with_weights(key, verb), expected=expected)
         else:
-            folder = cached(name)
+            folder = cached(name, expected)
         if folder is not None:
-            require_same_commit(name, key, folder.name, expected)
             places[str(name)] = str(folder)
     return places
 
@@ -99,21 +98,34 @@ def hub_data(config: Config, verb: str) -> dict[str, CorpusEntry | TaskConfig]:
     return {key: entry for key, entry in found.items() if on_hub(entry)}
 
 
+def hub_tasks(config: Config, verb: str) -> dict[str, str]:
+    """The tasks of lm-eval whose questions come from the hub, by the key that names them."""
+    tasks = [task for task in config.evaluation.tasks if task.type == "lm_eval" and not task.path]
+    return {f"evaluation.tasks.{task.name}": str(task.task) for task in tasks if verb in ALL_MODELS}
+
+
 def data_name(entry: CorpusEntry | TaskConfig) -> str:
     """What ``RUN/fetched.json`` calls a data set: its configurations and splits are of one commit."""
     return str(HubName(str(entry.dataset), entry.revision))
 
 
 def require_data_unmoved(config: Config, run: RunDirectory, verb: str) -> None:
-    """Refuse a data set that is another commit now than when it was fetched for this run."""
-    recorded = fetched(run)["data"]
-    for key, entry in hub_data(config, verb).items() if recorded else ():
+    """Refuse a data set (also of a task of lm-eval) that is another commit now than it was when it was fetched."""
+    recorded = fetched(run)
+    held = [
+        (key, entry, recorded["data"][name]["commit"])
+        for key, entry in hub_data(config, verb).items()
+        if (name := data_name(entry)) in recorded["data"]
+    ]
+    for key, task in hub_tasks(config, verb).items():
+        commits = recorded["tasks"].get(task, {}).get("commits", {})
+        held += [(key, CorpusEntry(dataset=name), commit) for name, commit in commits.items()]
+    for key, entry, expected in held:
         from trace_ds.corpora.sources import commit_of
         from trace_ds.hub.models import require_same_commit
 
-        name = data_name(entry)
-        if name in recorded and (commit := commit_of(entry)) is not None:
-            require_same_commit(name, key, commit, recorded[name]["commit"])
+        if (commit := commit_of(entry)) is not None:
+            require_same_commit(data_name(entry), key, commit, expected)
 
 
 def fetched(run: RunDirectory) -> dict[str, dict[str, Any]]:

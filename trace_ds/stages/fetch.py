@@ -5,8 +5,8 @@
     trace-ds run CONFIG --run-dir runs/mine
 
 Everything goes to the caches of its own library, below HF_HOME. ``RUN/fetched.json`` records what was brought, with its
-commits: a model or data set whose name stands for another commit later is refused (of lm-eval's tasks they are only
-recorded). Running it again brings what is missing, and takes what has moved.
+commits: a model or data set (also of a task) whose name stands for another commit later is refused; without a network
+a run goes on with the model that was fetched for it. Running it again brings what is missing, and takes what moved.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 from trace_ds.config.schema import Config
 from trace_ds.run.directory import RunDirectory, locked, unwritable
 from trace_ds.run.files import write_json
-from trace_ds.stages.by_name import KINDS, data_name, fetched, hub_data, hub_names, with_weights
+from trace_ds.stages.by_name import KINDS, data_name, fetched, hub_data, hub_names, hub_tasks, with_weights
 from trace_ds.stages.pipeline import Request
 
 
@@ -81,7 +81,7 @@ def _bring(config: Config) -> Iterator[Found]:
     for key, entry in hub_data(config, "fetch").items():
         print(f"[fetch] {key}: {data_name(entry)}", flush=True)
         yield Found("data", key, data_name(entry), {"commit": fetch_dataset(entry, key)}, _data_cache())
-    for key, task in hub_tasks(config).items():
+    for key, task in hub_tasks(config, "fetch").items():
         print(f"[fetch] {key}: the data of lm-eval's {task}", flush=True)
         yield Found("tasks", key, task, {"commits": fetch_task(task, key)}, _data_cache())
 
@@ -90,13 +90,14 @@ def look(config: Config, run: RunDirectory | None) -> Iterator[Found]:
     """The same from what is here, without a network.
 
     Args:
-        run: whose record says what the data of tasks are; None: there is none.
+        run: whose record says which commits count and what the data of tasks are; None: there is none.
     """
     from trace_ds.corpora.sources import missing
     from trace_ds.hub.models import cached, downloaded_bytes, is_whole
 
+    recorded = fetched(run) if run is not None else {kind: {} for kind in KINDS}
     for key, name in hub_names(config, "fetch").items():
-        folder = cached(name)
+        folder = cached(name, recorded["models"].get(str(name), {}).get("commit"))
         if folder and with_weights(key, "fetch") and not is_whole(folder):
             folder = None
         entry = {"commit": folder.name, "bytes": downloaded_bytes(folder)} if folder else {}
@@ -104,9 +105,8 @@ def look(config: Config, run: RunDirectory | None) -> Iterator[Found]:
     for key, data in hub_data(config, "fetch").items():
         where = None if missing(data, key) else _data_cache()
         yield Found("data", key, data_name(data), {}, where)
-    recorded = fetched(run)["tasks"] if run is not None else {}
-    for key, task in hub_tasks(config).items():
-        entry = recorded.get(task, {})
+    for key, task in hub_tasks(config, "fetch").items():
+        entry = recorded["tasks"].get(task, {})
         commits = entry.get("commits", {}).values()
         is_here = bool(entry) and all(any(_data_cache().glob(f"*/*/*/{commit}")) for commit in commits)
         yield Found("tasks", key, task, entry, _data_cache() if is_here else None)
@@ -116,12 +116,6 @@ def _data_cache() -> Path:
     from datasets import config
 
     return Path(config.HF_DATASETS_CACHE)
-
-
-def hub_tasks(config: Config) -> dict[str, str]:
-    """The tasks of lm-eval whose questions come from the hub, by their key."""
-    tasks = [task for task in config.evaluation.tasks if task.type == "lm_eval" and not task.path]
-    return {f"evaluation.tasks.{task.name}": str(task.task) for task in tasks}
 
 
 def _show(found: list[Found]) -> None:

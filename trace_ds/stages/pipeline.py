@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from trace_ds.config.load import dump_yaml, load_config, with_changes
+from trace_ds.config.names import ORIGINAL, UNLEARNED
 from trace_ds.config.schema import Config
 from trace_ds.errors import StopRequested, UserError
 from trace_ds.parallel.environment import accelerator_count, launched
@@ -86,8 +87,6 @@ class Request:
 
     def check_places(self) -> None:
         """Refuse a run directory that is not ours, or that lies in, on or around what the configuration reads."""
-        from trace_ds.evaluation.subjects import ORIGINAL, UNLEARNED
-
         for item in self.all():
             require_apart(self.run.outputs, inputs_of(item.config))
         self.run.require_ours((ORIGINAL, UNLEARNED, *self.seen_by("evaluate").config.evaluation.models))
@@ -191,12 +190,16 @@ def _check_early(verb: str, request: Request, world_size: int | None, *, downloa
         for side in config.data.sides:
             check_files(getattr(config.data, side), f"data.{side}", download=download)
     if verb in ("run", "evaluate"):
+        from trace_ds.evaluation.harness import require_data
         from trace_ds.evaluation.items import read_tasks
 
         for task in config.evaluation.tasks:
             if task.dataset and not download:
                 files_here(task, "evaluation.tasks")
         read_tasks(config.evaluation.tasks)
+        for task in config.evaluation.tasks:
+            if task.type == "lm_eval" and not task.path:
+                require_data(task, download=download)
     if verb == "run":
         _check_later_stages(request)
 
@@ -213,8 +216,6 @@ def _check_later_stages(request: Request) -> None:
     info = inspect_model(request.config.model.path)
     if request.config.finetune is not None:
         finetune.check_settings(request.config, info)
-        later = request.seen_by("evaluate").config
-        named_models(later.model.path, later.evaluation)  # their names; the models are not there yet
     for item in request.all():
         check_settings(item.config, info)
         check_convert(item.config, item.run)
