@@ -242,6 +242,7 @@ def raw_manifest(text: str) -> Callable[[Path], object]:
 
 
 ENTRY = {"bytes": 1, "sha256": ""}
+SNAPSHOT = "/old/hub/models--org--name/snapshots/1"
 # id: (what is done to a ZeRO-3 checkpoint, part of the line, options of the conversion)
 FAULTS: dict[str, tuple[Callable[[Path], object], str, dict[str, Any]]] = {
     "no optimizer file": (lambda step: (step / OPTIM).unlink(), OPTIM, {}),
@@ -264,6 +265,8 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str, dict[str, Any]]] = {
     "manifest absolute": (with_manifest(nothing, files={"/etc/passwd": ENTRY}), "no name of a file", {}),
     "manifest model": (with_manifest(nothing, model=[]), "say which model", {"base_model": None}),
     "manifest path": (with_manifest(nothing, model={"path": 3}), "manifest.json", {}),
+    "moved cache": (with_manifest(nothing, model={"path": SNAPSHOT}),
+                    "org/name@1, is no longer in this cache of the hub", {"base_model": None}),
     "manifest NaN": (raw_manifest('{"files": NaN}'), "NaN", {}),
     "manifest deep": (raw_manifest("[" * 100_000), "manifest.json", {}),
     "manifest number": (raw_manifest('{"step": ' + "9" * 5000 + "}"), "manifest.json", {}),

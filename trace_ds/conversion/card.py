@@ -15,7 +15,7 @@ from typing import Any
 
 from trace_ds.run.files import write_json
 from trace_ds.run.foreign import read_object
-from trace_ds.run.hub_names import snapshot_name
+from trace_ds.run.hub_names import hub_name, snapshot_name
 from trace_ds.tensors.checkpoint import origin
 
 COMPANIONS = (
@@ -59,9 +59,9 @@ def copy_companions(base_model: Path, destination: Path, dtype: str) -> None:
 
 
 def model_name(path: str | Path) -> str:
-    """What to call the model of a directory: its name, or that on the hub where it lies in its client's cache."""
+    """What to call a model: by its name on the hub, or in the cache of the hub's client; any other by its folder."""
     directory = Path(os.path.abspath(path))
-    name = snapshot_name(directory)
+    name = snapshot_name(directory) or hub_name(str(path))
     return name.id if name else directory.name
 
 

@@ -33,6 +33,7 @@ from trace_ds.run.files import (
     write_json,
     write_text,
 )
+from trace_ds.run.hub_names import snapshot_name
 from trace_ds.run.ours import MANIFEST, converted_model, require_apart, require_directory
 from trace_ds.tensors.checkpoint import Checkpoint
 from trace_ds.tensors.dtypes import DTYPE_NAMES
@@ -331,13 +332,18 @@ def find_base_model(checkpoint: Checkpoint, base_model: Path | None) -> Path:
                 "give the model that was trained with --base-model",
             )
         candidate = Path(recorded)
-    if not (candidate / "config.json").is_file():
-        raise UserError(
-            "there is no config.json here, so this is not the model that was trained",
-            str(candidate),
-            "give the directory of the model that was trained with --base-model",
-        )
-    return candidate
+    if (candidate / "config.json").is_file():
+        return candidate
+    name = snapshot_name(candidate) if base_model is None else None
+    raise UserError(
+        f"the model that was trained, {name}, is no longer in this cache of the hub"
+        if name
+        else "there is no config.json here, so this is not the model that was trained",
+        str(candidate),
+        f"bring it back (`hf download {name.id} --revision {name.revision}`) and name its folder with --base-model"
+        if name
+        else "give the directory of the model that was trained with --base-model",
+    )
 
 
 def write_weights(plan: Plan, work: Path, shard_bytes: int, jobs: int, progress: Progress | None) -> dict[str, Any]:

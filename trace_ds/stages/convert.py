@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from trace_ds.config.schema import Config
 from trace_ds.errors import UserError
-from trace_ds.run.directory import RunDirectory, unwritable
+from trace_ds.run.directory import FINETUNE, RunDirectory, unwritable
 from trace_ds.run.files import sha256_file
 from trace_ds.run.foreign import read_object
 from trace_ds.run.hub_names import provenance
@@ -190,10 +190,9 @@ def _card(config: Config, run: RunDirectory) -> dict[str, Any]:
         "rows a step (forget, retain)": f"{settings.forget_rows}, {settings.retain_rows}",
         "learning rate": f"{settings.optimizer.lr:g}",
         "seed": config.seed,
-        **provenance(config.model.path, "base model"),
     }
-    base = Path(config.model.path)
-    base = base.parent if base.name == "model" else base  # made by `finetune`: RUN/finetune/target/model
+    base, made = _base_of(config.model.path)
+    method |= ({"fine-tuned first": made} if made else {}) | provenance(base, "base model")
     facts: dict[str, Any] = {"name": config.name, "base_model": model_name(base), "method": method}
     try:
         summary = read_object(run.calibration / "artefact.json", "the calibration", "")["summary"]
@@ -203,6 +202,19 @@ def _card(config: Config, run: RunDirectory) -> dict[str, Any]:
     except (UserError, KeyError, AttributeError):
         pass  # converted without a calibration at hand: the card says nothing of it
     return facts
+
+
+def _base_of(path: str) -> tuple[str, str]:
+    """(model that the run began with, name of what `finetune` made of it or ""): RUN/finetune/NAME/model is made."""
+    from trace_ds.checkpoints.manifest import newest_complete, read_manifest, step_name
+
+    made = Path(path).parent
+    if Path(path).name != "model" or made.parent.name != FINETUNE:
+        return path, ""
+    checkpoints = RunDirectory.at(made).checkpoints
+    step, _ = newest_complete(checkpoints)
+    base = read_manifest(checkpoints / step_name(step)).model["path"] if step is not None else made
+    return str(base), made.name
 
 
 def _progress(log: StageLog) -> ProgressFunction:
