@@ -458,6 +458,45 @@ def test_variants_are_jobs_of_their_own(tmp_path: Path, capsys: pytest.CaptureFi
     assert as_dict(found)["variants"]["kept"]["job_s"] == found.variants["kept"].job_s
 
 
+def test_the_models_that_are_made_first_are_jobs_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A fine-tuning is what an unlearning job without a frozen model is, on as many rows; its length is in epochs."""
+    corpora = {}
+    for side, rows in (("forget", 64), ("retain", 192)):
+        (tmp_path / f"{side}.txt").write_bytes(b"x" * 4 * 512 * rows)
+        corpora[f"data__{side}"] = [{"path": str(tmp_path / f"{side}.txt")}]
+    both = {"micro_batch_rows": 2, "recompute": True, "zero_stage": 2}
+    sized = {"distributed__ep": 8, "unlearning__forget_loss": "graddiff", "unlearning__forget_rows": 64}
+    sized |= {
+        "unlearning__retain_rows": 64,
+        "data__context_length": 512,
+        **{f"unlearning__{key}": value for key, value in both.items()},
+        **corpora,
+    }
+    made = {"models": {"target": ["forget", "retain"], "retrained": ["retain"]}, "epochs": 2, "batch_rows": 128}
+    made = {f"finetune__{key}": value for key, value in (made | both | {"micro_batch_rows": 4}).items()}
+    mixtral, spec = model_config("mixtral-8x7b"), ClusterSpec(nodes=4)
+    found = plan_model(mixtral, run_config(**sized, **made), spec)
+    target, retrained = found.finetune["target"], found.finetune["retrained"]
+    assert (target.steps, retrained.steps) == (4, 3)
+    assert (target.rows, target.memory, target.traffic) == (4, retrained.memory, retrained.traffic)
+    same = ("resident", "compute", "layer", "step", "start")
+    assert all(getattr(target.memory, phase) == getattr(found.unlearn.memory, phase) for phase in same)
+    assert target.memory.head["logits"] > found.unlearn.memory.head["logits"]
+    assert (target.time, target.traffic) == (found.unlearn.time, found.unlearn.traffic)
+    assert target.largest_rows > 1.5 * found.unlearn.largest_rows  # of unlearning they are pairs
+    without = plan_model(mixtral, run_config(**sized), spec)
+    assert without.finetune == {} and found.storage_bytes == pytest.approx(3 * without.storage_bytes)
+    print_plan(found)
+    shown = capsys.readouterr().out
+    assert "finetune: retrained" in shown and "all 3" in shown
+    assert as_dict(found)["finetune"]["target"]["job_s"] == target.job_s
+    tight = plan_model(mixtral, run_config(**sized, **made), ClusterSpec(nodes=4, gpu_memory_gb=40))
+    assert "finetune of target needs" in " ".join(tight.warnings)
+    del corpora["data__forget"]
+    away = run_config(**sized | corpora | {"data__forget": [{"path": "nowhere.txt"}]}, **made)
+    assert plan_model(mixtral, away, spec).finetune["target"].job_s is None
+
+
 def test_every_corpus_counts_for_the_length_of_collect(tmp_path: Path) -> None:
     corpora = {}
     for side, size in (("forget", 40_000), ("retain", 60_000), ("alternative", 20_000)):

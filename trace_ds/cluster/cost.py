@@ -127,7 +127,7 @@ def collect_traffic(job: PlannedJob, tokens: float) -> list[Traffic]:
 
 
 def unlearn_traffic(job: PlannedJob) -> list[Traffic]:
-    """One step of ``unlearn`` on every GPU.
+    """One step of a training job on every GPU.
 
     ZeRO-3 gathers every layer of the pass (RMU: up to its layer) for the forward and again for the backward pass, and
     once more for the recomputation when a layer is too large to be kept until its backward pass (more elements than

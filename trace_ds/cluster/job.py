@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from trace_ds.cluster.architecture import Architecture
 from trace_ds.cluster.spec import ClusterSpec
 from trace_ds.config.load import with_changes
-from trace_ds.config.schema import Config
+from trace_ds.config.schema import Config, FinetuneConfig, UnlearningConfig
 from trace_ds.errors import UserError
 from trace_ds.tensors.model_files import read_json_object
 from trace_ds.unlearning.needs import FrozenNeeds
@@ -63,7 +64,7 @@ def zero_settings(stage: int, ds_config: Mapping[str, Any] | None = None) -> Zer
 
 @dataclass(frozen=True)
 class Passes:
-    """What one step of ``unlearn`` runs, in decoder layers from the first one on.
+    """What one step of ``unlearn`` or ``finetune`` runs, in decoder layers from the first one on.
 
     Attributes:
         layers: of the trained model.
@@ -86,21 +87,28 @@ class Passes:
 class PlannedJob:
     """A run, or a variant of it, on a cluster: what the cost model reads of the configuration, for one model.
 
-    ``ep`` and ``zero`` are the configuration's own, or those of another choice that is weighed against it.
+    ``settings`` is the section of its training job; ``ep`` and ``zero`` are the configuration's own, or those of
+    another choice that is weighed against it.
     """
 
     a: Architecture
     spec: ClusterSpec
     config: Config
+    settings: UnlearningConfig | FinetuneConfig
     ep: int
     zero: ZeroSettings
 
     @classmethod
-    def of(cls, a: Architecture, spec: ClusterSpec, config: Config) -> PlannedJob:
-        """The job as configured; UserError for a DeepSpeed file that cannot be read."""
-        path, stage = config.unlearning.ds_config, config.unlearning.zero_stage
-        ds_config = read_json_object(Path(path), "the DeepSpeed configuration") if path else {}
-        return cls(a, spec, config, config.distributed.ep, zero_settings(stage, ds_config))
+    def of(
+        cls, a: Architecture, spec: ClusterSpec, config: Config, settings: FinetuneConfig | None = None
+    ) -> PlannedJob:
+        """The job as configured (without ``settings``: of ``unlearn``); UserError for a DeepSpeed file that cannot be
+        read."""
+        section = settings or config.unlearning
+        ds_config = (
+            read_json_object(Path(section.ds_config), "the DeepSpeed configuration") if section.ds_config else {}
+        )
+        return cls(a, spec, config, section, config.distributed.ep, zero_settings(section.zero_stage, ds_config))
 
     @property
     def b(self) -> int:
@@ -112,11 +120,20 @@ class PlannedJob:
 
     @property
     def recompute(self) -> bool:
-        return self.config.unlearning.recompute
+        return self.settings.recompute
+
+    @property
+    def rows_per_step(self) -> tuple[int, ...]:
+        """Rows of a step over all GPUs, of each side: forget and retain, or those of a fine-tuning alone."""
+        if isinstance(self.settings, FinetuneConfig):
+            return (self.settings.batch_rows,)
+        return self.settings.forget_rows, self.settings.retain_rows
 
     def passes(self) -> Passes:
         """What a step runs, of the trained model and of the frozen copy."""
-        settings, layers = self.config.unlearning, self.a.layers
+        settings, layers = self.settings, self.a.layers
+        if isinstance(settings, FinetuneConfig):
+            return Passes(layers)
         needs = FrozenNeeds.of(settings, layers)
         last = settings.last_layer(layers)
         forget_rows, retain_rows = self._rows()
@@ -130,16 +147,25 @@ class PlannedJob:
             frozen_share=seen / (forget_rows + retain_rows) if needs.stays else 0.0,
         )
 
+    def steps(self, corpora: list[str] | None = None) -> int | None:
+        """Of the whole job; None: of epochs over corpora that are not on this machine."""
+        settings = self.settings
+        if settings.steps is not None or not isinstance(settings, FinetuneConfig):
+            return settings.steps
+        tokens = corpus_tokens(self.config, corpora)
+        if tokens is None or settings.epochs is None:
+            return None
+        return max(math.ceil(settings.epochs * tokens / self.context / settings.batch_rows), 1)
+
     def micro_batches(self) -> tuple[int, int]:
-        """(micro-batches of a step, rows of one: forget and retain rows together), as the training job cuts them."""
+        """(micro-batches of a step, rows of one: of all sides together), as the training job cuts them."""
         most = max(self._rows())
-        count = ceil_div(most, self.config.unlearning.micro_batch_rows or most)
+        count = ceil_div(most, self.settings.micro_batch_rows or most)
         return count, sum(ceil_div(side, count) for side in self._rows())
 
-    def _rows(self) -> tuple[int, int]:
-        """Forget and retain rows of a rank in a step."""
-        settings = self.config.unlearning
-        return ceil_div(settings.forget_rows, self.spec.world), ceil_div(settings.retain_rows, self.spec.world)
+    def _rows(self) -> tuple[int, ...]:
+        """The same of a rank."""
+        return tuple(ceil_div(rows, self.spec.world) for rows in self.rows_per_step)
 
 
 def variants_of(config: Config) -> dict[str, Config]:
@@ -147,11 +173,12 @@ def variants_of(config: Config) -> dict[str, Config]:
     return {name: with_changes(config, changes, f"variants.{name}") for name, changes in config.variants.items()}
 
 
-def corpus_tokens(config: Config) -> int | None:
-    """Tokens of all corpora, estimated from the sizes of their files; None when one is not on this machine."""
+def corpus_tokens(config: Config, sides: Iterable[str] | None = None) -> int | None:
+    """Tokens of all corpora, or of ``sides``, estimated from the sizes of their files; None when one is not on this
+    machine."""
     from trace_ds.corpora.sources import files_here
 
-    entries = [(entry, f"data.{side}") for side in config.data.sides for entry in getattr(config.data, side)]
+    entries = [(entry, f"data.{side}") for side in sides or config.data.sides for entry in getattr(config.data, side)]
     try:
         paths = [path for entry, key in entries for path in files_here(entry, key)]
     except UserError:

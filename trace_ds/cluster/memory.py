@@ -1,4 +1,5 @@
-"""Memory of one GPU, part by part, for the forward pass of ``collect`` and the training step of ``unlearn``.
+"""Memory of one GPU, part by part, for the forward pass of ``collect`` and the training step of ``unlearn`` and
+``finetune``.
 
 Notation: N parameters, of which X experts; W ranks, P = expert-parallel size, so W/P ranks hold the same
 experts; T tokens of a micro-batch; h hidden size, f expert width, K experts per token; b bytes per element
@@ -133,7 +134,7 @@ def collect_memory(job: PlannedJob, rows: int) -> Memory:
 
 
 def unlearn_memory(job: PlannedJob, rows: int, *, recompute: bool | None = None) -> Memory:
-    """``unlearn``: one micro-batch of ``rows`` rows (forget and retain together), and the optimizer step.
+    """A training job: one micro-batch of ``rows`` rows (of all sides together), and the optimizer step.
 
     ``recompute`` (None: as configured): keep only each layer's input and compute the layer again in the backward pass.
     """
@@ -143,7 +144,7 @@ def unlearn_memory(job: PlannedJob, rows: int, *, recompute: bool | None = None)
     whole, shard, tokens = rank_parameters(a, ep), every.total / world, rows * job.context
     stage = zero.stage
     copy = frozen_parameters(a, passes.frozen_layers, ep=ep, world=world, stage=stage) * b
-    side = -(-tokens // 2)
+    side = -(-tokens // len(job.rows_per_step))
     resident = {
         "parameters": (shard if stage == 3 else whole) * b * (0 if zero.offload_parameters else 1),
         "gradients": (shard if stage >= 2 else whole) * b * (0 if zero.offload_optimizer else 1),

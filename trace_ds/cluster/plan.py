@@ -80,7 +80,7 @@ class Choice:
 @dataclass(frozen=True)
 class RunPlan:
     """The answer; ``choices`` are ranked (what fits by step time, then the rest by memory); ``variants`` are the
-    ``unlearn`` of each, by name; storage is that of all jobs."""
+    ``unlearn`` of each, by name, ``finetune`` the job of each model that is made first; storage is that of all jobs."""
 
     family: str
     parameters: Parameters
@@ -90,6 +90,7 @@ class RunPlan:
     zero_stage: int
     collect: StagePlan
     unlearn: StagePlan
+    finetune: dict[str, StagePlan]
     variants: dict[str, StagePlan]
     recomputed_peak_bytes: float
     checkpoint_bytes: float
@@ -128,11 +129,12 @@ def plan_model(
     job, *others = (PlannedJob.of(a, cluster, each) for each in (config, *variants_of(config).values()))
     for each in (job, *others):
         _check(each)
-    unlearn = _unlearn(job)
+    unlearn = _training(job)
+    made = config.finetune.models if config.finetune is not None else {}
+    making = {name: PlannedJob.of(a, cluster, config, config.finetune) for name in made}
     every = count_parameters(a)
     sizes = [size for size in range(1, a.experts + 1) if a.experts % size == 0 and cluster.world % size == 0]
-    saving = [(each, each.config.unlearning.keep) for each in (job, *others)]
-    saving += [(job, config.finetune.keep) for _ in config.finetune.models] if config.finetune is not None else []
+    saving = [(each, each.settings.keep) for each in (job, *others, *making.values())]
     result = RunPlan(
         family=a.family,
         parameters=every,
@@ -142,7 +144,8 @@ def plan_model(
         zero_stage=job.zero.stage,
         collect=_collect(job),
         unlearn=unlearn,
-        variants={name: _unlearn(each) for name, each in zip(config.variants, others, strict=True)},
+        finetune={name: _training(making[name], corpora) for name, corpora in made.items()},
+        variants={name: _training(each) for name, each in zip(config.variants, others, strict=True)},
         recomputed_peak_bytes=memory.unlearn_memory(job, unlearn.rows, recompute=True).peak_bytes,
         checkpoint_bytes=checkpoint_bytes(job),
         save_s=checkpoint_bytes(job) / (cluster.storage_gb_s * GB),
@@ -191,9 +194,10 @@ def _collect(job: PlannedJob) -> StagePlan:
     )
 
 
-def _unlearn(job: PlannedJob) -> StagePlan:
+def _training(job: PlannedJob, corpora: list[str] | None = None) -> StagePlan:
+    """``unlearn``, or the fine-tuning of one model on ``corpora``."""
     a, spec, (passes, rows) = job.a, job.spec, job.micro_batches()
-    settings, run, tokens = job.config.unlearning, job.passes(), rows * job.context * passes
+    run, tokens, sides = job.passes(), rows * job.context * passes, len(job.rows_per_step)
     used = memory.unlearn_memory(job, rows)
     traffic = cost.unlearn_traffic(job)
     flops = cost.forward_flops_per_token(a, job.context, layers=run.layers, head=run.head)
@@ -209,16 +213,17 @@ def _unlearn(job: PlannedJob) -> StagePlan:
         weights=weights * passes,
         optimized=count_parameters(a).total / spec.world,
     )
-    saves = ceil_div(settings.steps, settings.save_every)
+    steps = job.steps(corpora)
+    saves = ceil_div(steps or 1, job.settings.save_every)
     return StagePlan(
         rows=rows,
         memory=used,
         fits=used.peak_bytes <= spec.usable_bytes,
-        largest_rows=_largest(lambda n: memory.unlearn_memory(job, 2 * n).peak_bytes, spec.usable_bytes),
+        largest_rows=_largest(lambda n: memory.unlearn_memory(job, sides * n).peak_bytes, spec.usable_bytes),
         traffic=traffic,
         time=time,
-        tokens_per_s=(settings.forget_rows + settings.retain_rows) * job.context / time.serial_s,
-        steps=settings.steps,
+        tokens_per_s=sum(job.rows_per_step) * job.context / time.serial_s,
+        steps=steps,
         storage_s=_load_s(job, whole=job.zero.stage < 3) * (2 if run.frozen_layers else 1)
         + saves * checkpoint_bytes(job) / (spec.storage_gb_s * GB),
     )
@@ -246,7 +251,7 @@ def evaluation_gpus(config: Config, weights_bytes: float, gpu_memory_gb: float) 
 
 
 def _choice(job: PlannedJob) -> Choice:
-    unlearn = _unlearn(job)
+    unlearn = _training(job)
     collect = memory.collect_memory(job, job.config.statistics.batch_rows)
     return Choice(
         ep=job.ep,
@@ -286,9 +291,11 @@ def _warnings(job: PlannedJob, result: RunPlan) -> list[str]:
                 warnings.append(f"{needs}: set {key} to {stage.largest_rows} or less")
             else:
                 warnings.append(f"{needs}, and even one row does not fit: {_way_out(result, name)}")
-    for name, stage in result.variants.items():
+    for name, stage in (result.finetune | {f"unlearn of variant {k}": v for k, v in result.variants.items()}).items():
         if not stage.fits:
-            warnings.append(f"unlearn of variant {name} needs {stage.memory.peak_bytes / GB:.0f} GB of {usable}")
+            what = f"finetune of {name}" if name in result.finetune else name
+            most = f": set finetune.micro_batch_rows to {stage.largest_rows} or less" if name in result.finetune else ""
+            warnings.append(f"{what} needs {stage.memory.peak_bytes / GB:.0f} GB of {usable}{most}")
     world_rows = min(settings.forget_rows, settings.retain_rows)
     if world_rows < spec.world:
         warnings.append(

@@ -33,7 +33,8 @@ def as_dict(result: RunPlan) -> dict[str, Any]:
     value = asdict(result)
     value["parameters"]["total"], value["active"]["total"] = result.parameters.total, result.active.total
     stages = [(value["collect"], result.collect), (value["unlearn"], result.unlearn)]
-    stages += [(value["variants"][name], stage) for name, stage in result.variants.items()]
+    for key in ("finetune", "variants"):
+        stages += [(value[key][name], stage) for name, stage in getattr(result, key).items()]
     for entry, stage in stages:
         entry["memory"]["peak_bytes"] = stage.memory.peak_bytes
         entry["time"].update(overlapped_s=stage.time.overlapped_s, serial_s=stage.time.serial_s, bound=stage.time.bound)
@@ -57,7 +58,7 @@ def print_plan(result: RunPlan, console: Console | None = None) -> None:
     console.print(_memory(result))
     console.print(_traffic(result))
     console.print(_time(result))
-    if result.variants:
+    if result.variants or result.finetune:
         console.print(_jobs(result))
     console.print(_choices(result))
     console.print(
@@ -145,12 +146,14 @@ def _time(result: RunPlan) -> Table:
 
 
 def _jobs(result: RunPlan) -> Table:
-    """The run's own ``unlearn`` and that of each variant, one after the other."""
-    table = _table("Unlearning jobs", "", "fits", "peak", "a step", "whole stage, at most")
-    jobs = {"the run": result.unlearn, **result.variants}
+    """The models that are made first, the run's own ``unlearn`` and that of each variant, one after the other."""
+    table = _table("Training jobs", "", "fits", "peak", "a step", "whole stage, at most")
+    jobs = {f"finetune: {name}": job for name, job in result.finetune.items()}
+    jobs |= {"the run": result.unlearn, **result.variants}
     for name, job in jobs.items():
+        length = "corpora not found" if job.job_s is None else duration(job.job_s)
         fits = "yes" if job.fits else "NO"
-        table.add_row(name, fits, size(job.memory.peak_bytes), duration(job.time.serial_s), duration(job.job_s or 0))
+        table.add_row(name, fits, size(job.memory.peak_bytes), duration(job.time.serial_s), length)
     total_s = sum(job.job_s or 0 for job in jobs.values())
     table.add_row(f"all {len(jobs)}", "", "", "", duration(total_s))
     return table
