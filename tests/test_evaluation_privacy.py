@@ -15,8 +15,8 @@ from test_evaluation_stage import Case, case, text, write_lines  # noqa: F401
 from trace_ds.config.schema import TaskConfig
 from trace_ds.corpora.read import Document
 from trace_ds.errors import UserError
-from trace_ds.evaluation import extraction, knowmem, membership
-from trace_ds.evaluation.items import QuestionItem, read_task
+from trace_ds.evaluation import extraction, knowmem, membership, verbatim
+from trace_ds.evaluation.items import QuestionItem, VerbatimItem, read_task
 from trace_ds.evaluation.language_model import LanguageModel
 from trace_ds.evaluation.tasks import run_task
 from trace_ds.stages.evaluate import evaluate
@@ -62,6 +62,23 @@ def test_knowmem_equals_brute_force(model: LanguageModel) -> None:
         assert log["continuation"] == theirs
         assert score == max(scorer.score(reference, theirs)["rougeL"].fmeasure for reference in item.answers)
     assert found.by_source()["s1"] == {"n": 2, "rouge_l": pytest.approx(found.columns["rouge_l"][1::2].mean())}
+
+
+def test_verbmem_equals_the_way_of_muse(model: LanguageModel) -> None:
+    """As its authors compute it: transformers' own greedy decoding against the true text cut to as many tokens."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    generator, new = np.random.default_rng(4), 6
+    items = [VerbatimItem(str(n), text(generator, 5), text(generator, 9), "s") for n in range(8)]
+    found = verbatim.evaluate_verbatim(model, items, new, "here")
+    scorer, settings = RougeScorer(["rougeL"], use_stemmer=False), {"do_sample": False, "pad_token_id": 0}
+    for item, score in zip(items, found.columns["rouge_l"], strict=True):
+        ids = torch.tensor([model.encode(item.prompt)])
+        answer = model.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, **settings)
+        said = model.tokenizer.decode(answer[0, ids.shape[1] :], skip_special_tokens=True)
+        true = model.tokenizer.decode(model.tokenizer.encode(item.continuation, add_special_tokens=False)[:new])
+        assert score == scorer.score(true, said)["rougeL"].fmeasure
+    assert len(set(found.columns["rouge_l"])) > 1
 
 
 @pytest.mark.parametrize(
