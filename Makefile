@@ -1,13 +1,14 @@
 # make demo    the whole method on real text, in minutes, on this machine
 # make test    all tests
 # make check   style, types, shell scripts, tests
+# make matrix  every task with every model, as tiny replicas (half an hour)
 # make pythons a short run under every other Python of this machine, in environments made from nothing
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PYTEST_FLAGS ?= --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
-.PHONY: demo test check style types shell pythons clean
+.PHONY: demo test matrix check style types shell pythons clean
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.installed
@@ -15,6 +16,9 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+matrix: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m matrix tests/test_recipe_runs.py
 
 check: style types shell test
 

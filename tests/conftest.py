@@ -43,9 +43,14 @@ LONG_FILES = (
 )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     place = {name: index for index, name in enumerate(LONG_FILES)}
     items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+    if "matrix" not in config.option.markexpr:
+        left_out = pytest.mark.skip(reason="the whole matrix takes half an hour: `make matrix`")
+        for item in items:
+            if item.get_closest_marker("matrix"):
+                item.add_marker(left_out)
 
 
 @pytest.fixture(scope="session")

@@ -135,6 +135,7 @@ def make_model(
     top_k: int = 2,
     seed: int = 0,
     tied: bool = False,
+    max_shard_size: str = "5GB",
     **changes: Any,
 ) -> Path:
     """A random model of ``family`` with its tokenizer, saved in the hub layout; ``changes`` are of its config."""
@@ -154,7 +155,7 @@ def make_model(
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
                 buffer.uniform_(-0.1, 0.1)
-    model.save_pretrained(directory)
+    model.save_pretrained(directory, max_shard_size=max_shard_size)
     make_tokenizer(directory)
     return directory
 
