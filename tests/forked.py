@@ -120,7 +120,7 @@ def refuse(
 ) -> str:
     """Insist on exit status 2, one line on standard error and nothing written in ``folder``; return the line."""
     before = tree(folder)
-    result = server.run(arguments, folder, variables, time_s)
+    result = server.run(arguments, folder, variables, time_s=time_s)
     assert result.returncode == 2, result
     lines = [line for line in result.stderr.splitlines() if line.strip()]
     assert len(lines) == 1 and lines[0].startswith("trace-ds: error: "), result.stderr
