@@ -8,8 +8,7 @@ const FIXED = {
   "retain text": { colour: "var(--s0)", dash: "7 4", marker: 0 },
   "before weighting": { colour: "var(--s7)", dash: "7 4", marker: 0 },
   "after weighting": { colour: "var(--s2)", dash: "", marker: 2 },
-  "share of weight": { colour: "var(--s1)", dash: "", marker: 1 },
-  "share of tokens": { colour: "var(--s7)", dash: "", marker: 1 },
+  "original": { colour: "var(--s7)", dash: "", marker: 0 },
 };
 
 // A model keeps its colour, dash and marker in all charts. After the eighth, colours come again with hollow markers of
@@ -42,15 +41,18 @@ function marker(x, y, style, size) {
   return node;
 }
 
-function legend(names, swatches) {
+// What people read instead of a model's label.
+function titleOf(names) { return names.split(", ").map((name) => (DATA.names || {})[name] || name).join(", "); }
+
+function legend(names) {
   const list = el("ul", { class: "legend" });
   for (const name of names) {
     const style = styleOf(name);
     const key = svg("svg", { viewBox: "0 0 30 12", height: 12, "aria-hidden": "true" });
-    if (!swatches) key.append(svg("line", { x1: 0, x2: 30, y1: 6, y2: 6, stroke: style.colour, "stroke-width": 2.5, "stroke-dasharray": style.dash }));
-    key.append(marker(15, 6, style, swatches ? 6 : 4));
+    key.append(svg("line", { x1: 0, x2: 30, y1: 6, y2: 6, stroke: style.colour, "stroke-width": 2.5, "stroke-dasharray": style.dash }));
+    key.append(marker(15, 6, style, 4));
     const item = el("li");
-    item.append(key, name);
+    item.append(key, titleOf(name));
     list.append(item);
   }
   return list;
@@ -65,18 +67,19 @@ function figure(host, title, note) {
   return node;
 }
 
-// options: title, note, series [{name, points: [[x, y, text]]}], x, y (labels), reverseX, logX, vline/hline {at, text}, zeroY, oneY
+// options: title, note, series [{name, points: [[x, y, text]]}], x, y (labels), reverseX, logX, vline/hline {at, text}, zeroY, oneY,
+// domain [[x0, x1], [y0, y1]] (what lies outside is cut), height, endLabels (each line's name at its last point instead of a legend)
 function lineChart(host, options) {
   const node = figure(host, options.title, options.note);
   const series = options.series.filter((entry) => entry.points.length);
   const summary = `${options.title}. ` + series.map((entry) => {
     const first = entry.points[0];
     const last = entry.points[entry.points.length - 1];
-    return `${entry.name}: ${short(first[1])} at ${short(first[0])}, ${short(last[1])} at ${short(last[0])}`;
+    return `${titleOf(entry.name)}: ${short(first[1])} at ${short(first[0])}, ${short(last[1])} at ${short(last[0])}`;
   }).join("; ") + ". Use the left and right arrow keys to read points, up and down to change the line.";
   const drawing = svg("svg", { role: "application", "aria-label": summary, tabindex: 0, "aria-roledescription": "chart" });
   node.append(drawing);
-  if (series.length > 1 || options.alwaysLegend) node.append(legend(series.map((entry) => entry.name)));
+  if (!options.endLabels && (series.length > 1 || options.alwaysLegend)) node.append(legend(series.map((entry) => entry.name)));
   const all = series.flatMap((entry) => entry.points);
   if (!all.length) return;
   const fx = options.logX ? Math.log10 : (v) => v;
@@ -87,14 +90,16 @@ function lineChart(host, options) {
   };
   const extraX = options.vline ? [fx(options.vline.at)] : [];
   const extraY = (options.hline ? [options.hline.at] : []).concat(options.zeroY ? [0] : [], options.oneY ? [1] : []);
-  const [x0, x1] = range(all.map((p) => fx(p[0])).concat(extraX), options.padX || 0.02);
-  const [y0, y1] = range(all.map((p) => p[1]).concat(extraY), 0.05);
+  const domain = options.domain || [all.map((p) => fx(p[0])).concat(extraX), all.map((p) => p[1]).concat(extraY)];
+  const [x0, x1] = range(domain[0], options.padX || 0.02);
+  const [y0, y1] = range(domain[1], 0.05);
+  const inside = (p) => fx(p[0]) >= x0 && fx(p[0]) <= x1 && p[1] >= y0 && p[1] <= y1;
   let placed = [];
   let cursor = null;
   let chosen = { line: 0, point: -1 };
 
   function draw() {
-    const width = Math.max(260, node.clientWidth), height = Math.round(Math.min(270, Math.max(210, width * 0.62)));
+    const width = Math.max(260, node.clientWidth), height = Math.round(Math.min(options.height || 270, Math.max(210, width * 0.7)));
     const yTicks = ticks(y0, y1, 5);
     const left = Math.max(44, 14 + 7 * Math.max(...yTicks.map((v) => short(v).length))), right = 12, top = 10, bottom = 42;
     drawing.replaceChildren();
@@ -118,8 +123,12 @@ function lineChart(host, options) {
       drawing.append(svg("line", Object.assign({ stroke: "var(--soft)", "stroke-width": 1.5, "stroke-dasharray": "3 3" }, attributes)));
       drawing.append(svg("text", { x, y, "text-anchor": anchor }, text));
     };
+    const room = svg("clipPath", { id: `clip-${redraws.indexOf(draw)}` });
+    room.append(svg("rect", { x: left, y: 0, width: width - left - right, height }));
+    drawing.append(room);
     if (options.vline) {
       const x = px(options.vline.at), end = x > width / 2;
+      if (options.reverseX) drawing.append(svg("rect", { x, y: top, width: Math.max(0, width - right - x), height: height - bottom - top, class: "reached" }));
       guide({ x1: x, x2: x, y1: top, y2: height - bottom }, options.vline.text, x + (end ? -5 : 5), height - bottom - 6, end ? "end" : "start");
     }
     if (options.hline) {
@@ -131,13 +140,23 @@ function lineChart(host, options) {
       const style = styleOf(entry.name);
       if (!entry.dots) {
         const path = placed[line].map((p, i) => (i ? "L" : "M") + p[0].toFixed(1) + " " + p[1].toFixed(1)).join("");
-        drawing.append(svg("path", { d: path, fill: "none", stroke: style.colour, "stroke-width": 2, "stroke-dasharray": style.dash, "stroke-linejoin": "round" }));
+        drawing.append(svg("path", { d: path, fill: "none", stroke: style.colour, "stroke-width": 2, "stroke-dasharray": style.dash, "stroke-linejoin": "round", "clip-path": `url(#clip-${redraws.indexOf(draw)})` }));
       }
       const stride = Math.max(1, Math.ceil(entry.points.length / 24));
-      placed[line].forEach((p, i) => { if (i % stride === 0 || i === placed[line].length - 1) drawing.append(marker(p[0], p[1], style, entry.points.length > 30 ? 2.6 : 4)); });
+      placed[line].forEach((p, i) => { if (inside(entry.points[i]) && (i % stride === 0 || i === placed[line].length - 1)) drawing.append(marker(p[0], p[1], style, entry.points.length > 30 ? 2.6 : 4)); });
     });
+    if (options.endLabels) labelEnds(width - right);
     cursor = svg("circle", { r: 8, fill: "none", stroke: "var(--ink)", "stroke-width": 2, visibility: "hidden" });
     drawing.append(cursor);
+  }
+  // Names beside the last points, pushed apart where they would cover each other.
+  function labelEnds(edge) {
+    const labels = series.map((entry, line) => {
+      const [x, y] = placed[line][placed[line].length - 1], text = entry.label || titleOf(entry.name), last = entry.points[entry.points.length - 1];
+      return { x, y: y + 4, text, name: entry.name, start: x + 12 + 6.8 * text.length < edge, shown: inside(last) };
+    }).filter((label) => label.shown).sort((a, b) => a.y - b.y);
+    labels.forEach((label, i) => { for (const other of labels.slice(0, i)) if (label.y - other.y < 15) label.y = other.y + 15; });
+    for (const label of labels) drawing.append(svg("text", { x: label.x + (label.start ? 9 : -9), y: label.y, "text-anchor": label.start ? "start" : "end", class: "name" }, label.text));
   }
   function say(line, point, where) {
     const entry = series[line], p = entry.points[point], place = placed[line][point];
@@ -145,7 +164,7 @@ function lineChart(host, options) {
     cursor.setAttribute("cx", place[0]);
     cursor.setAttribute("cy", place[1]);
     cursor.setAttribute("visibility", "visible");
-    const text = p[2] || `${entry.name}\n${options.x}: ${short(p[0])}\n${options.y}: ${short(p[1])}`;
+    const text = p[2] || `${titleOf(entry.name)}\n${options.x}: ${short(p[0])}\n${options.y}: ${short(p[1])}`;
     if (where) return showTip(text, ...where);
     keepTip(text, () => {
       const box = drawing.getBoundingClientRect();
@@ -179,36 +198,4 @@ function decades(low, high) {
   const found = [];
   for (let v = Math.ceil(low - 1e-9); v <= high + 1e-9; v++) found.push(v);
   return found.length > 1 ? found : ticks(low, high, 3);
-}
-
-// Paired horizontal bars. rows [{name, values: [a, b, …]}], labels of the values.
-function pairChart(host, options) {
-  const node = figure(host, options.title, options.note);
-  const rows = options.rows;
-  const list = options.labels.map((name, i) => `${name}: ` + rows.map((row) => `${row.name} ${percent(row.values[i])}`).join(", "));
-  const drawing = svg("svg", { role: "img", "aria-label": `${options.title}. ${list.join(". ")}` });
-  node.append(drawing, legend(options.labels, true));
-  const largest = Math.max(1e-9, ...rows.flatMap((row) => row.values.map((v) => v || 0)));
-  function draw() {
-    const width = Math.max(260, node.clientWidth), bar = 11, gap = 12, band = options.labels.length * (bar + 2);
-    const left = Math.min(150, width * 0.34), right = 56, height = rows.length * (band + gap) + 6;
-    drawing.replaceChildren();
-    drawing.setAttribute("viewBox", `0 0 ${width} ${height}`);
-    drawing.setAttribute("height", height);
-    rows.forEach((row, i) => {
-      const top = i * (band + gap) + 4;
-      const letters = Math.floor((left - 10) / 6.6);
-      const name = row.name.length > letters ? row.name.slice(0, letters - 1) + "…" : row.name;
-      const text = svg("text", { x: left - 8, y: top + band / 2 + 4, "text-anchor": "end" }, name);
-      text.append(svg("title", {}, row.name));
-      drawing.append(text);
-      row.values.forEach((value, j) => {
-        const length = (value || 0) / largest * (width - left - right), y = top + j * (bar + 2);
-        drawing.append(svg("rect", { x: left, y, width: Math.max(1, length), height: bar, rx: 2, fill: styleOf(options.labels[j]).colour }));
-        drawing.append(svg("text", { x: left + length + 5, y: y + bar - 1 }, percent(value)));
-      });
-    });
-  }
-  draw.host = node;
-  redraws.push(draw);
 }

@@ -1,10 +1,12 @@
-"""Whether the numbers of two runs may be put side by side."""
+"""Whether the numbers of two runs may be put side by side, or told as one: their means over seeds."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from trace_ds.reporting.gather import Evaluation, RunData, gather
 
@@ -14,13 +16,13 @@ def label(runs: Sequence[RunData], run: RunData, name: str) -> str:
     return name if run is runs[0] else f"{run.name}/{name}"
 
 
-def models(runs: Sequence[RunData]) -> Iterator[tuple[str, Evaluation]]:
-    """Every evaluated model of a comparison by label; a reference that the first run also has comes once."""
+def models(runs: Sequence[RunData]) -> Iterator[tuple[str, Evaluation, RunData]]:
+    """Every evaluated model of a comparison by label, with its run; references that the first has come once."""
     for run in runs:
         for name, evaluation in run.evaluations().items():
             known = runs[0].references.get(name) if name in run.references and run is not runs[0] else None
             if known is None or evaluation.fingerprint is None or known.fingerprint != evaluation.fingerprint:
-                yield label(runs, run, name), evaluation
+                yield label(runs, run, name), evaluation, run
 
 
 def why_not_comparable(run: RunData, other: RunData) -> list[str]:
@@ -64,13 +66,60 @@ def other_tasks(run: RunData, other: RunData) -> list[str]:
     return differing
 
 
-def compared(data: RunData, paths: list[Path]) -> tuple[list[RunData], list[str]]:
-    """The runs at ``paths`` that can be compared with ``data`` (named apart), and why the others cannot."""
+def averaged(runs: Sequence[RunData]) -> RunData:
+    """The first of several runs with the scores that all have as means over them; what else it holds is its own."""
+    if len(runs) == 1:
+        return runs[0]
+
+    def mean(found: Sequence[Evaluation | None]) -> Evaluation | None:
+        known = [evaluation for evaluation in found if evaluation is not None]
+        if len(known) < len(runs):
+            return None
+        scores = []
+        for score in known[0].scores:
+            values = [value for each in known if (value := each.value(score.task, score.metric)) is not None]
+            if len(values) == len(runs):
+                scores.append(replace(score, value=math.fsum(values) / len(values), by_seed=tuple(values)))
+        return replace(known[0], scores=scores)
+
+    def over(found: Sequence[dict[Any, Evaluation]]) -> dict[Any, Evaluation]:
+        means = {key: mean([each.get(key) for each in found]) for key in found[0]}
+        return {key: evaluation for key, evaluation in means.items() if evaluation is not None}
+
+    arms = []
+    for arm in runs[0].arms:
+        same = [other for run in runs for other in run.arms if other.label == arm.label]
+        final = mean([other.final for other in same])
+        arms.append(replace(arm, final=final, checkpoints=over([other.checkpoints for other in same])))
+    return replace(runs[0], references=over([run.references for run in runs]), arms=arms)
+
+
+def repeats(run: RunData, other: RunData) -> bool:
+    """Whether two runs differ only in their seed (and in the folders that hold what was made with it)."""
+
+    def settings(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: settings(each) for key, each in value.items()}
+        if isinstance(value, list):
+            return [settings(each) for each in value]
+        return Path(value).name if isinstance(value, str) else value
+
+    mine, theirs = (settings({**each.config, "seed": 0, "name": "", "report": None}) for each in (run, other))
+    return bool(run.config) and mine == theirs and run.config.get("seed") != other.config.get("seed")
+
+
+def compared(data: RunData, paths: list[Path]) -> tuple[list[RunData], list[RunData], list[str]]:
+    """Of the runs at ``paths``: those that repeat ``data`` with other seeds, those that can be compared with it (named
+    apart), and why the rest cannot."""
+    again: list[RunData] = []
     found: list[RunData] = []
     notes: list[str] = []
     names = {data.name}
     for path in paths:
         other = gather(path)
+        if repeats(data, other) and all(repeats(other, each) for each in again):
+            again.append(other)
+            continue
         name, number = other.name, 2
         while name in names:
             name, number = f"{other.name}-{number}", number + 1
@@ -88,4 +137,4 @@ def compared(data: RunData, paths: list[Path]) -> tuple[list[RunData], list[str]
             )
             other = replace(gather(path, differing), name=name)
         found.append(other)
-    return found, notes
+    return again, found, notes

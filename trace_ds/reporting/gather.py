@@ -32,7 +32,8 @@ TIMING = re.compile(r"time|per_s|(second|_s|_ms|bytes|memory)$")
 
 @dataclass(frozen=True)
 class Score:
-    """One number of one model; ``direction`` says which way is good, ``chance`` what guessing gives."""
+    """One number of one model; ``direction`` says which way is good, ``chance`` what guessing gives, ``by_seed`` the
+    values that it is the mean of, where several runs are told as one."""
 
     model: str
     task: str
@@ -42,6 +43,7 @@ class Score:
     role: str
     direction: str
     chance: float | None
+    by_seed: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ class Arm:
     rule: str | None
     calibration: Calibration | None
     log: list[dict[str, float]]
+    step_s: float | None  # median time of a step
     checkpoints: dict[int, Evaluation]
     final: Evaluation | None
 
@@ -88,6 +91,11 @@ class Arm:
     def is_trace(self) -> bool:
         """Weights made by the method; False for uniform weights and the controls (or when the rule is unknown)."""
         return self.rule is not None and self.rule not in CONTROL_RULES
+
+    @property
+    def title(self) -> str:
+        """What people read: the label, and that it is TRACE."""
+        return f"{self.label} (TRACE)" if self.is_trace else self.label
 
 
 @dataclass(frozen=True)
@@ -102,6 +110,7 @@ class RunData:
     references: dict[str, Evaluation]  # original, gold, ...
     arms: list[Arm]
     versions: dict[str, str]
+    job: dict[str, Any]  # world, ep, zero_stage, family, … of the newest checkpoint's manifest
     model_fingerprint: str | None
 
     @property
@@ -175,6 +184,7 @@ def gather(path: Path, without: Container[str] = ()) -> RunData:
             str(path),
             "run `trace-ds run CONFIG` first",
         )
+    manifest = _manifest(path)
     name = str(config.get("name") or path.resolve().name)
     report = config.get("report") or {}
     summary: dict[str, Any] = next((artefacts[k].summary for k in artefacts if k.startswith("statistics/")), {})
@@ -190,7 +200,8 @@ def gather(path: Path, without: Container[str] = ()) -> RunData:
         decoder_layers=[int(layer) for layer in layers],
         references=references,
         arms=arms,
-        versions=_versions(path),
+        versions=_versions(manifest),
+        job=manifest,
         model_fingerprint=_model_fingerprint(artefacts, references),
     )
 
@@ -246,7 +257,7 @@ def _arm(
         label,
         (calibration and calibration.diagnosis.get("rule")) or rule,
         calibration,
-        _log(base / "logs" / "unlearn.jsonl"),
+        *_log(base / "logs" / "unlearn.jsonl"),
         dict(sorted(checkpoints.items())),
         evaluations.get(MAIN_ARM),
     )
@@ -311,12 +322,14 @@ def _curve(base: Path, without: Container[str]) -> dict[int, Evaluation]:
     return found
 
 
-def _log(path: Path) -> list[dict[str, float]]:
-    """Numeric scalars by step, timings left out (they differ between reruns); a resumed step replaces the old one.
+def _log(path: Path) -> tuple[list[dict[str, float]], float | None]:
+    """Numeric scalars by step, and the median time between two steps that follow each other.
 
-    A half line at the end (a killed run) is skipped.
+    Timings are left out of the scalars (they differ between reruns); a resumed step replaces the old one. A half line
+    at the end (a killed run) is skipped.
     """
     by_step: dict[int, dict[str, float]] = {}
+    times_s: dict[int, float] = {}
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
         try:
             raw = json.loads(line)
@@ -331,19 +344,26 @@ def _log(path: Path) -> list[dict[str, float]]:
         }
         if len(scalars) > 1:
             by_step.setdefault(raw["step"], {}).update(scalars)
-    return [by_step[step] for step in sorted(by_step)]
+        if isinstance(raw.get("time_s"), (int, float)):
+            times_s[raw["step"]] = float(raw["time_s"])
+    gaps_s = [times_s[step + 1] - began_s for step, began_s in times_s.items() if step + 1 in times_s]
+    return [by_step[step] for step in sorted(by_step)], float(np.median(gaps_s)) if gaps_s else None
 
 
-def _versions(path: Path) -> dict[str, str]:
-    """Versions of the libraries that trained the newest checkpoint, and of a model from the hub, from its manifest."""
+def _manifest(path: Path) -> dict[str, Any]:
+    """Of the newest checkpoint: the run's own, else a variant's."""
     for base in [path, *sorted((path / "variants").glob("*"))]:
         newest = named_by(base / "checkpoints", "latest")
         if newest is not None and (newest / "manifest.json").is_file():
-            raw = _read(newest / "manifest.json", "unlearn")
-            versions, source = raw.get("versions") or {}, (raw.get("model") or {}).get("source")
-            found = {str(key): str(value) for key, value in sorted(versions.items())}
-            return found | ({BASE_MODEL: str(source)} if source else {})
+            return _read(newest / "manifest.json", "unlearn")
     return {}
+
+
+def _versions(manifest: dict[str, Any]) -> dict[str, str]:
+    """Of the libraries that trained the newest checkpoint, and of a model from the hub."""
+    versions, source = manifest.get("versions") or {}, (manifest.get("model") or {}).get("source")
+    found = {str(key): str(value) for key, value in sorted(versions.items())}
+    return found | ({BASE_MODEL: str(source)} if source else {})
 
 
 def _model_fingerprint(artefacts: dict[str, Artefact], references: dict[str, Evaluation]) -> str | None:

@@ -18,6 +18,15 @@ TOLERANCE = 1e-9  # of a score at the target
 
 
 @dataclass(frozen=True)
+class Reached:
+    """Where forget scores met the target: ``index`` of the first checkpoint there, and ``share`` of the way to it from
+    the checkpoint before at which the straight line between the two does (1: there is none before)."""
+
+    index: int
+    share: float
+
+
+@dataclass(frozen=True)
 class Matched:
     """One method at matched forgetting.
 
@@ -34,6 +43,16 @@ class Matched:
     end: float
 
 
+def reached(forget_S: Sequence[float], target: float) -> Reached | None:
+    """Where the forget scores first are at the target; None where they never are. NaN never is."""
+    index = next((number for number, score in enumerate(forget_S) if score <= target + TOLERANCE), None)
+    if index is None:
+        return None
+    before = forget_S[index - 1] if index else math.nan
+    share = (before - target) / (before - forget_S[index]) if math.isfinite(before) else 1.0
+    return Reached(index, min(share, 1.0))
+
+
 def matched(steps_S: Sequence[int], forget_S: Sequence[float], utility_S: Sequence[float], target: float) -> Matched:
     """Crossing step and utilities of one method; ``ValueError`` unless steps increase and all lengths agree.
 
@@ -44,11 +63,11 @@ def matched(steps_S: Sequence[int], forget_S: Sequence[float], utility_S: Sequen
     if any(later <= earlier for earlier, later in pairwise(steps_S)):
         raise ValueError(f"the steps do not increase: {list(steps_S)}")
     end = float(utility_S[-1])
-    index = next((number for number, score in enumerate(forget_S) if score <= target + TOLERANCE), None)
-    if index is None:
+    found = reached(forget_S, target)
+    if found is None:
         return Matched(None, None, None, end)
-    tail = [float(value) for value in utility_S[index:]]
-    return Matched(int(steps_S[index]), tail[0], math.fsum(tail) / len(tail), end)
+    tail = [float(value) for value in utility_S[found.index :]]
+    return Matched(int(steps_S[found.index]), tail[0], math.fsum(tail) / len(tail), end)
 
 
 def relative_gain(value: float, reference: float) -> float | None:

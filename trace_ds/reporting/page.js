@@ -18,19 +18,27 @@ function drawCurves() {
   const rows = rowsOf("curves"), arms = groups(rows, "arm"), select = byId("utility-metric");
   const metrics = Object.keys(table("curves")).filter((key) => key === "utility" || key.startsWith("utility_"));
   for (const key of metrics) select.append(el("option", { value: key }, key === "utility" ? "each task's first metric" : key.slice(8).replaceAll("_", " ")));
-  const tell = (row, key) => `${row.arm} (${row.rule || "?"}), step ${row.step}\nforget score ${short(row.forget)}\nutility ${short(row[key])}`;
-  const target = DATA.target === null ? null : { at: DATA.target, text: `target: ${DATA.target_origin}` };
+  const tell = (row, key) => `${titleOf(row.arm)}, step ${row.step}\nforget score ${short(row.forget)}\nutility ${short(row[key])}`;
+  const target = DATA.target === null ? null : { at: DATA.target, text: "forgotten →", origin: DATA.target_origin };
+  const wide = byId("chart-frontier");
   function draw() {
     const key = select.value;
     clearCharts(host);
+    clearCharts(wide);
     const along = (x, y) => Array.from(arms, ([name, own]) => ({ name, points: own.filter((r) => r[x] !== null && r[y] !== null).map((r) => [r[x], r[y], tell(r, key)]) }));
     const frontier = along("forget", key), gold = DATA.gold;
-    if (gold && gold.forget !== null && gold[key] !== null && gold[key] !== undefined) {
-      frontier.push({ name: "gold", dots: true, points: [[gold.forget, gold[key], `gold model (never saw the forget set)\nforget score ${short(gold.forget)}\nutility ${short(gold[key])}`]] });
-    }
-    lineChart(host, { title: "Utility against forgetting", note: "further right: more forgotten; higher: more kept", series: frontier, x: "forget score (lower → more forgotten)", y: "utility", reverseX: true, vline: target, alwaysLegend: true, padX: 0.04 });
+    const known = (p) => p && p.forget !== null && p[key] !== null && p[key] !== undefined;
+    if (known(gold)) frontier.push({ name: "gold", label: "gold: never saw it", dots: true, points: [[gold.forget, gold[key], `gold model (never saw the forget set)\nforget score ${short(gold.forget)}\nutility ${short(gold[key])}`]] });
+    const start = rows.find((row) => row.step === 0);
+    if (known(start)) frontier.push({ name: "original", dots: true, points: [[start.forget, start[key], `original model\nforget score ${short(start.forget)}\nutility ${short(start[key])}`]] });
+    const near = rows.filter((row) => row.step > 0 && row.forget !== null && row[key] !== null);
+    const zoom = near.length > arms.size && [near.map((r) => r.forget).concat(known(gold) ? gold.forget : [], target ? target.at : []), near.map((r) => r[key]).concat(known(gold) ? gold[key] : [])];
+    const chart = { series: frontier, x: "forget score (lower → more forgotten)", y: "utility", reverseX: true, vline: target, padX: 0.06, endLabels: true };
+    lineChart(wide, { ...chart, title: zoom ? "Where it happens" : "Utility against forgetting", note: `further right: more forgotten; higher: more kept${target ? `; dashed: ${target.origin}` : ""}`, domain: zoom || null, height: 440 });
+    if (zoom) lineChart(host, { ...chart, title: "The whole way", note: "from the original model on", endLabels: false, alwaysLegend: true });
     lineChart(host, { title: "Utility by step", series: along("step", key), x: "step", y: "utility" });
-    lineChart(host, { title: "Forget score by step", series: along("step", "forget"), x: "step", y: "forget score", hline: target });
+    lineChart(host, { title: "Forget score by step", series: along("step", "forget"), x: "step", y: "forget score", hline: target && { at: target.at, text: "target" } });
+    drawCharts(wide);
     drawCharts(host);
   }
   select.addEventListener("change", draw);
@@ -57,10 +65,6 @@ function drawWeights() {
     points: rows.map((r) => [Math.sqrt(r.low * r.high), r.share, `${name}\nweights ${short(r.low)} to ${short(r.high)}\n${percent(r.share)} of the tokens (${r.tokens.toLocaleString("en")})`]),
   }));
   if (series.length) lineChart(host, { title: "Distribution of the weights", note: "share of the retain tokens per quarter octave", series, x: "weight (log scale)", y: "share of tokens", logX: true, zeroY: true, vline: { at: 1, text: "uniform" }, alwaysLegend: true });
-  for (const [arm, rows] of groups(rowsOf("sources"), "arm")) {
-    const sorted = rows.slice().sort((a, b) => b.weight_share - a.weight_share).slice(0, 16);
-    pairChart(host, { title: `Where the weight went: ${arm}`, note: rows.length > 16 ? `the first 16 of ${rows.length} sources` : "by source of the retain text", labels: ["share of weight", "share of tokens"], rows: sorted.map((r) => ({ name: String(r.source), values: [r.weight_share, r.token_share] })) });
-  }
 }
 
 function drawTraining() {
@@ -88,41 +92,31 @@ function drawDrift() {
   }
 }
 
-// Forget questions: one row per question, one column per model.
+// One row per question, one column per model.
 function drawItems() {
   const host = byId("item-table");
   if (!host) return;
-  const rows = rowsOf("items"), models = unique(rows.map((row) => row.model)), tasks = unique(rows.map((row) => row.task));
-  const found = new Map();
-  for (const row of rows) {
-    const key = row.task + "\u0000" + row.id;
-    if (!found.has(key)) found.set(key, { task: row.task, id: row.id, text: row.text, by: new Map() });
-    found.get(key).by.set(row.model, row);
-  }
-  const questions = Array.from(found.values());
-  const task = byId("item-task"), search = byId("item-search"), more = byId("item-more");
-  for (const name of tasks) task.append(el("option", { value: name }, name));
+  const questions = rowsOf("items"), tasks = new Map(questions.map((row) => [row.task, row.role]));
+  const models = Object.keys(questions[0]).filter((key) => `${key} score` in questions[0]);
+  const task = byId("item-task"), search = byId("item-search"), differ = byId("item-differ"), more = byId("item-more");
+  for (const [name, role] of tasks) task.append(el("option", { value: name }, `${name} (${role})`));
+  const differs = (row) => models.some((name) => row[name] !== row[models[0]] || row[`${name} score`] !== row[`${models[0]} score`]);
   let shown = 12;
   function draw() {
     const words = search.value.toLowerCase();
-    const matching = questions.filter((q) => q.task === task.value && (!words || [q.text, q.id, ...Array.from(q.by.values(), (r) => r.outcome || "")].join(" ").toLowerCase().includes(words)));
-    const head = el("tr", {}, el("th", { scope: "col" }, "question"), ...models.map((name) => el("th", { scope: "col" }, name)));
-    const body = matching.slice(0, shown).map((q) => el("tr", {}, el("td", { class: "text" }, q.text || q.id), ...models.map((name) => {
-      const row = q.by.get(name);
-      const cell = el("td");
-      if (!row) { cell.append("–"); return cell; }
-      if (row.score === 1 || row.score === 0) cell.append(el("span", { title: row.score ? "still knows" : "does not know" }, row.score ? "✓ knows " : "✗ no "));
-      else if (row.score !== null) cell.append(short(row.score) + " ");
-      if (row.outcome) cell.append(el("small", {}, row.outcome));
-      return cell;
+    const matching = questions.filter((row) => row.task === task.value && (!differ.checked || differs(row)) && [row.text, row.id, ...models.map((name) => row[name] || "")].join(" ").toLowerCase().includes(words));
+    const head = el("tr", {}, ...["question", ...models.map(titleOf)].map((name) => el("th", { scope: "col" }, name)));
+    const body = matching.slice(0, shown).map((row) => el("tr", {}, el("td", { class: "text" }, row.text || row.id), ...models.map((name) => {
+      const score = row[`${name} score`], said = row[name];
+      const mark = score === null ? "" : said === null || !(score === 1 || score === 0) ? short(score) + " " : score ? "✓ right " : "✗ wrong ";
+      return said === null && score === null ? el("td", {}, "–") : el("td", {}, mark, el("small", {}, said || ""));
     })));
     host.replaceChildren(el("thead", {}, head), el("tbody", {}, ...body));
     const thinned = DATA.tables.items.thinned;
-    byId("item-count").textContent = `${matching.length} question${matching.length === 1 ? "" : "s"}` + (thinned ? ` (${thinned})` : "");
+    byId("item-count").textContent = `${matching.length} question${matching.length === 1 ? "" : "s"}` + (thinned ? ` (${thinned}; all are in the CSV file)` : "");
     more.hidden = matching.length <= shown;
   }
-  task.addEventListener("change", () => { shown = 12; draw(); });
-  search.addEventListener("input", () => { shown = 12; draw(); });
+  for (const control of [task, differ, search]) control.addEventListener("input", () => { shown = 12; draw(); });
   more.addEventListener("click", () => { shown += 50; draw(); });
   draw();
 }

@@ -17,46 +17,83 @@ from typing import Any
 from trace_ds.evaluation.metrics import meaning
 from trace_ds.evaluation.table import ARROWS, rows_of
 from trace_ds.reporting import scores
-from trace_ds.reporting.gather import RunData
+from trace_ds.reporting.compare import averaged, label
+from trace_ds.reporting.examples import broken_by_model, examples
+from trace_ds.reporting.gather import BASE_MODEL, Arm, RunData
 from trace_ds.reporting.tables import Table
+from trace_ds.reporting.verdict import Verdict
 
 SCRIPTS = ("base.js", "charts.js", "heatmap.js", "page.js")
 MAX_TRAINING_ROWS = 4000
-MAX_ITEM_ROWS = 1500
+MAX_QUESTIONS = 1500
 MAX_LIST_ROWS = 60
+MOST_GAINED, MOST_LOST = 10, 4  # sources of the retain text that the page names
 
 
-def render(run: RunData, tables: dict[str, Table], pictures: list[str], compared: list[str], notes: list[str]) -> str:
+def render(
+    runs: Sequence[RunData],
+    told: Verdict,
+    tables: dict[str, Table],
+    pictures: list[str],
+    compared: Sequence[RunData],
+    notes: list[str],
+) -> str:
     """The page as text.
 
     Args:
+        runs: the run, and those that repeat it with other seeds.
         pictures: the PNG files beside it.
-        compared: names of the other runs in the tables.
+        compared: the other runs in the tables.
         notes: why further runs are not.
     """
+    run = runs[0]
+    names = titles([run, *compared])
+    perplexity = next(
+        ((s.task, s.metric) for e in run.evaluations().values() for s in e.scores if s.metric == "perplexity"), None
+    )
+    models = list(run.evaluations())
+    fluency = broken_by_model(run)
     return render_template(
         "page.html.j2",
         SCRIPTS,
-        payload(run, tables),
+        payload(averaged(runs), tables, names),
+        names,
         title=run.title,
         run=run,
+        verdict=told,
         tables=tables,
         pictures=pictures,
         notes=notes,
-        compared=compared,
-        findings=scores.findings(run),
-        tiles=tiles(run, tables),
-        score_table=score_table(tables.get("scores")),
+        repeats=[each.name for each in runs] if len(runs) > 1 else [],
+        compared=[each.name for each in compared],
+        examples=[
+            (role, title, found)
+            for role, title in (("forget", "To be forgotten"), ("utility", "To be kept"))
+            if (found := examples(run, role))
+        ],
+        models=models,
+        fluency=fluency,
+        perplexity=perplexity
+        and (perplexity[0], {name: run.evaluations()[name].value(*perplexity) for name in models}),
+        facts=facts(runs),
+        score_table=score_table(tables.get("scores"), averaged(runs)),
         attack_table=attack_table(tables.get("attacks")),
         meanings=meanings(tables.get("scores")),
+        source_rows=source_rows(tables.get("sources")),
+        several_sources=len(set(tables["sources"].columns["arm"])) > 1 if "sources" in tables else False,
         warnings=_warnings(run),
         config_text=_config_text(run),
         limit=MAX_LIST_ROWS,
     )
 
 
-def render_template(template: str, scripts: Sequence[str], data: dict[str, Any], **values: Any) -> str:
-    """A page of a template that extends ``base.html.j2``, with the style, these scripts and their data in it."""
+def render_template(
+    template: str, scripts: Sequence[str], data: dict[str, Any], names: dict[str, str], **values: Any
+) -> str:
+    """A page of a template that extends ``base.html.j2``, with the style, these scripts and their data in it.
+
+    ``names``: what people read instead of a model's label.
+    """
     from jinja2 import Environment, FunctionLoader, StrictUndefined
 
     style = _asset("page.css")
@@ -71,6 +108,10 @@ def render_template(template: str, scripts: Sequence[str], data: dict[str, Any],
     )
     environment.filters["number"] = number
     environment.filters["percent"] = lambda value: "–" if value is None else f"{value:.1%}"
+    environment.filters["points"] = lambda value: "–" if value is None else f"{100 * value:.1f}"
+    environment.filters["gain"] = lambda value, low, high: change(100 * value, low and 100 * low, high and 100 * high, 1)
+    environment.filters["change"] = change
+    environment.filters["model"] = lambda label: ", ".join(names.get(each, each) for each in label.split(", "))
     return environment.get_template(template).render(
         **values,
         style=style,
@@ -81,22 +122,29 @@ def render_template(template: str, scripts: Sequence[str], data: dict[str, Any],
     )
 
 
-def payload(run: RunData, tables: dict[str, Table]) -> dict[str, Any]:
+def titles(runs: Sequence[RunData]) -> dict[str, str]:
+    """What people read instead of an arm's label: that it is TRACE is said."""
+    return {label(runs, run, arm.label): label(runs, run, arm.title) for run in runs for arm in run.arms}
+
+
+def payload(run: RunData, tables: dict[str, Table], names: dict[str, str]) -> dict[str, Any]:
     """What the script reads: the tables by column (long ones thinned, and said so) and a few facts."""
     side = run.retain or run.forget
     embedded: dict[str, Any] = {}
     for name, table in sorted(tables.items()):
-        columns, thinned = table.columns, None
-        if name == "training" and len(table) > MAX_TRAINING_ROWS:
-            stride = -(-len(table) // MAX_TRAINING_ROWS)
-            columns = {key: values[::stride] for key, values in columns.items()}
-            thinned = f"every {stride}th row of {len(table)}"
-        elif name == "items" and len(table) > MAX_ITEM_ROWS:
-            columns, thinned = thin_questions(table)
+        stride, what = 1, ""
+        if name == "training":
+            stride, what = -(-len(table) // MAX_TRAINING_ROWS), "rows"
+        elif name == "items":
+            stride, what = -(-len(table) // MAX_QUESTIONS), "questions"
+        columns = {key: values[::stride] for key, values in table.columns.items()}
+        kept = len(next(iter(columns.values())))
+        thinned = f"{kept} of {len(table)} {what}, evenly spaced" if stride > 1 else None
         embedded[name] = {"title": table.title, "columns": columns, "thinned": thinned}
     goal = scores.targets(run)
     return {
         "name": run.name,
+        "names": names,
         "tables": embedded,
         "layers": int(side.counts_LE.shape[0]) if side else 0,
         "experts": int(side.counts_LE.shape[1]) if side else 0,
@@ -108,16 +156,6 @@ def payload(run: RunData, tables: dict[str, Table]) -> dict[str, Any]:
     }
 
 
-def thin_questions(table: Table) -> tuple[dict[str, list[Any]], str]:
-    """The columns of the items, every so many-th question with all its models, and these words."""
-    keys = list(zip(table.columns["task"], table.columns["id"], strict=True))
-    questions = list(dict.fromkeys(keys))
-    kept = set(questions[:: -(-len(table) // MAX_ITEM_ROWS)])
-    chosen = [index for index, key in enumerate(keys) if key in kept]
-    columns = {name: [values[index] for index in chosen] for name, values in table.columns.items()}
-    return columns, f"{len(kept)} of {len(questions)} questions, evenly spaced; all are in the CSV file"
-
-
 def escape_json(value: Any) -> str:
     """JSON that is safe inside a ``<script>`` element: no character of markup and no line separator survives."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
@@ -126,48 +164,84 @@ def escape_json(value: Any) -> str:
     return text
 
 
-def tiles(run: RunData, tables: dict[str, Table]) -> list[dict[str, str]]:
-    """The few numbers at the top of the page."""
-    found = []
-    for role, title in (("forget", "Forget score ↓"), ("utility", "Utility ↑")):
-        values = {name: scores.mean_score(evaluation, role) for name, evaluation in run.evaluations().items()}
-        known = {name: value for name, value in values.items() if value is not None}
-        arms = [name for name in known if name not in run.references]
-        if arms:
-            trace = [arm.label for arm in run.arms if arm.is_trace and arm.label in known]
-            name = (trace or arms)[0]
-            note = ", ".join(f"{other} {value:.3f}" for other, value in known.items() if other != name)
-            found.append({"title": title, "value": f"{known[name]:.3f}", "note": f"{name}; {note}" if note else name})
-    if "weight_summary" in tables:
-        rows = tables["weight_summary"].rows()
-        row = next((row for row in rows if row["rule"] not in ("uniform", None)), rows[0])
-        found.append(
-            {
-                "title": "Effective sample size",
-                "value": f"{row['ess_fraction']:.0%}",
-                "note": f"{row['arm']} ({row['rule']}), largest weight {row['max_weight']:.3g}",
-            }
+def facts(runs: Sequence[RunData]) -> list[tuple[str, str]]:
+    """What was run: names and values, as far as they are known."""
+    run = runs[0]
+    job, config, side = run.job, run.config, run.retain or run.forget
+    settings = config.get("unlearning") or {}
+    path = (config.get("model") or {}).get("path")
+    model = [run.versions.get(BASE_MODEL, str(path).rpartition("/")[2] if path else ""), str(job.get("family") or "")]
+    if side is not None:
+        layers, experts = side.counts_LE.shape
+        model.append(f"{layers} layers of {experts} experts, {side.top_k} a token")
+    texts = [f"{each.tokens:,} to {name}" for name, each in (("forget", run.forget), ("keep", run.retain)) if each]
+    losses = [str(settings[key]) for key in ("forget_loss", "retain_loss") if settings.get(key)]
+    learning = (settings.get("optimizer") or {}).get("lr")
+    strengths = [
+        f"{name} {value:g}"
+        for name, value in (
+            ("forget γ", settings.get("gamma")), ("retain α", settings.get("alpha")), ("learning rate", learning),
         )
-    if run.calibration is not None and "selected_LE" in run.calibration.arrays:
-        chosen = run.calibration.arrays["selected_LE"]
-        note = f"of {chosen.size} in {chosen.shape[0]} layers"
-        found.append({"title": "Forget-critical experts", "value": str(int(chosen.sum())), "note": note})
-    return found
+        if isinstance(value, (int, float))
+    ]  # fmt: skip
+    steps = [f"{settings['steps']:,}"] if settings.get("steps") else []
+    if settings.get("forget_rows") and settings.get("retain_rows"):
+        steps.append(f"of {settings['forget_rows']} rows to forget and {settings['retain_rows']} to keep")
+    times = [
+        f"{arm.title} {arm.step_s * len(arm.log):,.0f} s ({arm.step_s:.2g} s a step)" for arm in run.arms if arm.step_s
+    ]
+    kind = "CPU processes" if "cpu" in run.versions.get("torch", "") else "GPUs"
+    machine = [f"{job['world']} {kind}"] if job.get("world") else []
+    machine += [f"expert-parallel {job['ep']}"] if job.get("ep") else []
+    machine += [f"ZeRO stage {job['zero_stage']}"] if job.get("zero_stage") is not None else []
+    found = {
+        "Model": model,
+        "Tokens": texts,
+        "Losses": losses,
+        "Strengths": strengths,
+        "Retain weights": [f"{arm.title}: {_weights_of(run, arm)}" for arm in run.arms if arm.rule],
+        "Steps": [" ".join(steps)],
+        "Training time": times,
+        "Machine": machine,
+        "Energy": [f"{each:,.0f} Wh" for each in [job.get("energy_wh")] if isinstance(each, (int, float))],
+        "Seeds" if len(runs) > 1 else "Seed": [str(each.config["seed"]) for each in runs if "seed" in each.config],
+    }
+    told = {name: ", ".join(part for part in parts if part) for name, parts in found.items()}
+    return [(name, text) for name, text in told.items() if text]
 
 
-def score_table(table: Table | None) -> dict[str, Any] | None:
-    """Models × (task, metric), the best unlearned model of each column marked, chance in the last row."""
+def _weights_of(run: RunData, arm: Arm) -> str:
+    """The rule of an arm, and whether its weights multiply losses or draw rows."""
+    changes = (run.config.get("variants") or {}).get(arm.label) or {}
+    way = changes.get("unlearning.apply", (run.config.get("unlearning") or {}).get("apply"))
+    return f"{arm.rule} by {way}" if way and arm.rule != "uniform" else str(arm.rule)
+
+
+def source_rows(table: Table | None) -> list[dict[str, Any]]:
+    """The sources that gained and lost the most weight, with the length of their bars (-50 … 50)."""
+    rows = table.rows() if table is not None else []
+    most = max((abs(row["gain"]) for row in rows), default=0.0) or 1.0
+    rows = [row | {"bar": 50 * row["gain"] / most} for row in rows]
+    return rows if len(rows) <= MOST_GAINED + MOST_LOST else rows[:MOST_GAINED] + rows[-MOST_LOST:]
+
+
+def score_table(table: Table | None, run: RunData) -> dict[str, Any] | None:
+    """(task, metric) × models, forget tasks first."""
     if table is None:
         return None
     rows = table.rows()
-    columns = [row | {"arrow": ARROWS.get(row["direction"], "")} for row in rows_of([{"scores": rows}])]
+    heads = rows_of([{"scores": rows}])
     values = {(row["model"], row["task"], row["metric"]): row for row in rows}
+    models = list(dict.fromkeys(table.columns["model"]))
     lines = [
-        {"model": model, "cells": [values.get((model, head["task"], head["metric"])) for head in columns]}
-        for model in dict.fromkeys(table.columns["model"])
+        row
+        | {"arrow": ARROWS.get(row["direction"], "")}
+        | {"cells": [(model, values.get((model, row["task"], row["metric"]))) for model in models]}
+        for row in heads
     ]
-    chance = [head["chance"] for head in columns]
-    return {"columns": columns, "lines": lines, "chance": chance if any(c is not None for c in chance) else None}
+    baseline = next((arm.label for arm in run.arms if arm.rule == "uniform" and arm.final is not None), None)
+    chance = any(row["chance"] is not None for row in heads)
+    return {"models": models, "lines": lines, "chance": chance, "baseline": baseline}
 
 
 def attack_table(table: Table | None) -> dict[str, Any] | None:
@@ -182,7 +256,7 @@ def attack_table(table: Table | None) -> dict[str, Any] | None:
         {"attack": key[0], "stage": key[1], "score": key[2], "values": [values.get((*key, model)) for model in models]}
         for key in keys
     ]
-    return {"heads": ["attack", "stage", "score", *(f"#{model}" for model in models)], "lines": lines}
+    return {"models": models, "lines": lines}
 
 
 def meanings(table: Table | None) -> list[tuple[str, str]]:
@@ -202,6 +276,12 @@ def number(value: Any) -> str:
     return f"{value:.3f}" if 0.001 <= abs(value) < 10 or value == 0 else f"{value:.4g}"
 
 
+def change(value: float, low: float | None = None, high: float | None = None, digits: int = 3) -> str:
+    """A difference with its sign and interval."""
+    band = "" if low is None or high is None else f" [{low:+.{digits}f}, {high:+.{digits}f}]"
+    return f"{value:+.{digits}f}{band}".replace("-", "−")
+
+
 def _point(run: RunData, name: str) -> dict[str, float | None] | None:
     if name not in run.references:
         return None
@@ -211,12 +291,13 @@ def _point(run: RunData, name: str) -> dict[str, float | None] | None:
     return {**found, **more}
 
 
-def _warnings(run: RunData) -> list[str]:
-    found = []
+def _warnings(run: RunData) -> list[tuple[str, str]]:
+    """Every warning of the calibrations once, with the arms that it is about."""
+    found: dict[str, list[str]] = {}
     for arm in run.arms:
         for warning in (arm.calibration.diagnosis.get("warnings") or []) if arm.calibration else []:
-            found.append(f"{arm.label}: {warning}")
-    return found
+            found.setdefault(str(warning), []).append(arm.title)
+    return [(text, ", ".join(arms)) for text, arms in found.items()]
 
 
 def _config_text(run: RunData) -> str:

@@ -1,20 +1,24 @@
-"""The table of scores, the comparison at matched forgetting, and the sentence that says what they show."""
+"""The table of scores, what counts as forgotten, and every arm at matched forgetting."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from trace_ds.evaluation.table import ARROWS
 from trace_ds.reporting.compare import models
 from trace_ds.reporting.gather import Arm, Evaluation, RunData, Score
-from trace_ds.reporting.matched import Matched, matched, relative_gain
+from trace_ds.reporting.intervals import Interval, item_values, of_paired_difference, t_interval
+from trace_ds.reporting.matched import Reached, reached
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
 
+MOMENTS = ("crossing", "after", "end")  # where the target is met; on average from there on; after the last step
 CHANCE_MARGIN = 0.02  # without a gold model: forgotten = at most two points above guessing
 
 
@@ -25,7 +29,7 @@ def score_records(run: RunData, others: Iterable[RunData] = ()) -> list[dict[str
     """
     records = [
         {"model": name, "task": s.task, "metric": s.metric, "value": s.value if math.isfinite(s.value) else None}
-        for name, evaluation in models([run, *others])
+        for name, evaluation, _ in models([run, *others])
         for s in evaluation.scores
     ]
     return sorted(records, key=lambda record: (record["model"], record["task"], record["metric"]))
@@ -37,7 +41,7 @@ class Targets:
 
     tasks: list[Score]  # the headline forget scores (of the model that defined them)
     values: list[float]
-    origin: str  # "the gold model" or "chance + 0.02"
+    origin: str  # in words
 
 
 def targets(run: RunData) -> Targets | None:
@@ -45,14 +49,14 @@ def targets(run: RunData) -> Targets | None:
     gold = run.references.get(run.gold)
     if gold is not None and gold.headline("forget"):
         tasks = gold.headline("forget")
-        return Targets(tasks, [task.value for task in tasks], "the gold model")
+        return Targets(tasks, [task.value for task in tasks], "what a model scores that never saw the text")
     some = next((e for e in run.evaluations().values() if e.headline("forget")), None)
     if some is None:
         return None
     tasks = some.headline("forget")
     if any(task.chance is None for task in tasks):
         return None
-    return Targets(tasks, [float(task.chance or 0.0) + CHANCE_MARGIN for task in tasks], f"chance + {CHANCE_MARGIN}")
+    return Targets(tasks, [float(task.chance or 0.0) + CHANCE_MARGIN for task in tasks], "2 points above guessing")
 
 
 def excess(evaluation: Evaluation, goal: Targets) -> float | None:
@@ -66,14 +70,19 @@ def excess(evaluation: Evaluation, goal: Targets) -> float | None:
     return max(left)
 
 
-def mean_score(evaluation: Evaluation, role: str, metric: str | None = None) -> float | None:
-    """Mean over the tasks of a role of ``metric`` (default: each task's headline); None when there is none.
+def role_scores(evaluation: Evaluation, role: str, metric: str | None = None) -> list[Score]:
+    """The scores of a role that ``metric`` (default: each task's headline) gives.
 
-    Only scores that point the role's usual way count: forget lower, utility higher is better.
+    Only those that point the role's usual way: forget lower, utility higher is better.
     """
     usual = "lower" if role == "forget" else "higher"
     found = evaluation.headline(role) if metric is None else [s for s in evaluation.scores if s.metric == metric]
-    values = [score.value for score in found if score.role == role and score.direction == usual]
+    return [score for score in found if score.role == role and score.direction == usual]
+
+
+def mean_score(evaluation: Evaluation, role: str, metric: str | None = None) -> float | None:
+    """The mean of :func:`role_scores`; None when there are none."""
+    values = [score.value for score in role_scores(evaluation, role, metric)]
     return math.fsum(values) / len(values) if values else None
 
 
@@ -100,119 +109,150 @@ def arm_points(run: RunData, arm: Arm) -> list[tuple[int, Evaluation]]:
     return sorted(points.items())
 
 
-def arm_matched(run: RunData, arm: Arm, metric: str | None = None) -> Matched | None:
-    """Matched-forgetting summary of an arm from its scored checkpoints; None without checkpoints or a target.
+@dataclass(frozen=True)
+class Way:
+    """The scored models of an arm by step, from the original on, and where its forget scores met the target."""
+
+    steps: list[int]
+    models: list[Evaluation]
+    met: Reached | None
+    on_the_way: bool  # whether checkpoints were scored: end points alone are not at matched forgetting
+
+    @property
+    def crossing(self) -> tuple[float, int] | None:
+        """The step at which the line between two scored steps meets the target, and how far these are apart."""
+        if self.met is None or not self.on_the_way:
+            return None
+        here = self.steps[self.met.index]
+        spacing = here - self.steps[self.met.index - 1] if self.met.index else 0
+        return here - (1 - self.met.share) * spacing, spacing
+
+    def mix(self, at: str) -> list[tuple[float, Evaluation]] | None:
+        """The models whose weighted mean is the arm at a moment of :data:`MOMENTS`; None where there was no such."""
+        if at == "end":
+            return [(1.0, self.models[-1])]
+        if self.met is None or not self.on_the_way:
+            return None
+        index, share = self.met.index, self.met.share
+        if at == "after":
+            return [(1 / len(self.models[index:]), model) for model in self.models[index:]]
+        before = [(1 - share, self.models[index - 1])] if share < 1 else []
+        return [*before, (share, self.models[index])]
+
+
+def way_of(run: RunData, label: str) -> Way | None:
+    """None where no model of the arm has been scored."""
+    arm, goal = next((arm for arm in run.arms if arm.label == label), None), targets(run)
+    if arm is None or (arm.final is None and not arm.checkpoints):
+        return None
+    points = arm_points(run, arm)
+    lefts = [excess(model, goal) if goal is not None else None for _, model in points]
+    met = reached([math.nan if left is None else left for left in lefts], 0.0)
+    return Way([step for step, _ in points], [model for _, model in points], met, bool(arm.checkpoints))
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Mean utility of an arm and of the baseline, and the interval of what lies between (None: nothing gives one)."""
+
+    mine: float
+    base: float
+    interval: Interval | None
+
+    @property
+    def value(self) -> float:
+        return self.mine - self.base
+
+    @property
+    def sign(self) -> int:
+        """1 better, -1 worse, 0 not shown: the interval holds 0, or the two are equal."""
+        clear = self.value != 0 and (self.interval is None or self.interval.excludes_zero)
+        return int(math.copysign(1, self.value)) if clear else 0
+
+
+@dataclass(frozen=True)
+class Standing:
+    """An arm at matched forgetting and at the end, mean over its runs.
+
+    Attributes:
+        step: at which it met the target, between two scored steps; None where it was not scored on the way, or (in one
+            of several runs) never met it.
+        spacing: how many steps these two are apart (the most, over the runs).
+        utility, against: by moment of :data:`MOMENTS`; the latter beside the baseline, paired by question within a run
+            and by seed over several.
+        late: whether it was scored on the way and never met the target.
+        better: in how many runs it is above the baseline on average after the crossing.
+    """
+
+    label: str
+    step: float | None
+    spacing: int
+    utility: dict[str, float | None]
+    against: dict[str, Difference | None]
+    late: bool
+    better: int
+
+
+def standing(runs: Sequence[RunData], label: str, baseline: str | None, metric: str | None = None) -> Standing | None:
+    """One arm of runs that repeat each other; None where a run has no scores of it.
 
     ``metric`` is what utility is averaged by (default: headlines); forgetting is always by the headlines.
     """
-    goal = targets(run)
-    if goal is None or not arm.checkpoints:
+    ways = [way for run in runs if (way := way_of(run, label)) is not None]
+    if len(ways) < len(runs):
         return None
-    rows = [
-        (step, excess(evaluation, goal), mean_score(evaluation, "utility", metric))
-        for step, evaluation in arm_points(run, arm)
-    ]
-    whole = [(step, left, utility) for step, left, utility in rows if left is not None and utility is not None]
-    if not whole:
+    others = [None if baseline in (None, label) else way_of(run, str(baseline)) for run in runs]
+    utility: dict[str, float | None] = {}
+    against: dict[str, Difference | None] = {}
+    better = 0
+    for at in MOMENTS:
+        mine = [way.mix(at) for way in ways]
+        base = [None if way is None else way.mix(at) for way in others]
+        utility[at] = _mean_of([None if each is None else _utility(each, metric) for each in mine])
+        pairs = [_difference(a, b, metric) for a, b in zip(mine, base, strict=True) if a is not None and b is not None]
+        known = [pair for pair in pairs if pair is not None]
+        against[at] = _over_runs(known) if len(known) == len(runs) else None
+        if at == "after":
+            better = sum(pair.value > 0 for pair in known)
+    met = [way.crossing for way in ways]
+    step = _mean_of([each and each[0] for each in met])
+    late = any(way.on_the_way and way.met is None for way in ways)
+    return Standing(label, step, max((each[1] for each in met if each), default=0), utility, against, late, better)
+
+
+Mix = Sequence[tuple[float, Evaluation]]
+
+
+def _utility(mix: Mix, metric: str | None) -> float | None:
+    values = [(weight, mean_score(model, "utility", metric)) for weight, model in mix]
+    known = [weight * value for weight, value in values if value is not None]
+    return math.fsum(known) if len(known) == len(values) else None
+
+
+def _difference(mine: Mix, base: Mix, metric: str | None) -> Difference | None:
+    """Of two mixes of models, with the interval from the questions that both were asked."""
+    values = [_utility(mix, metric) for mix in (mine, base)]
+    if values[0] is None or values[1] is None:
         return None
-    steps, lefts, utilities = zip(*whole, strict=True)
-    return matched(steps, lefts, utilities, 0.0)
+    by_task = []
+    for score in role_scores(mine[-1][1], "utility", metric):
+        sides = [[(w, item_values(model, score.task, score.metric)) for w, model in mix] for mix in (mine, base)]
+        asked = [name for name in sides[0][0][1] if all(name in known for side in sides for _, known in side)]
+        columns = [np.array([math.fsum(w * known[name] for w, known in side) for name in asked]) for side in sides]
+        by_task.append(columns[0] - columns[1])
+    return Difference(values[0], values[1], of_paired_difference(by_task))
 
 
-def honest_sentence(run: RunData) -> str:
-    """What the numbers show, in plain words computed from them; says so when the method does not win."""
-    return " ".join(findings(run))
+def _over_runs(found: Sequence[Difference]) -> Difference:
+    if len(found) == 1:
+        return found[0]
+    mine, base = (math.fsum(values) / len(found) for values in zip(*((d.mine, d.base) for d in found), strict=True))
+    return Difference(mine, base, t_interval([each.value for each in found]))
 
 
-def findings(run: RunData) -> list[str]:
-    """The sentences of :func:`honest_sentence`, one by one."""
-    original = run.references.get("original")
-    finals = [arm for arm in run.arms if arm.final is not None]
-    if original is None or not finals:
-        return ["Nothing to conclude yet: the original and at least one unlearned model must be evaluated first."]
-    parts = [_forgetting(run, original, finals)]
-    parts += _utility(run, original, finals)
-    parts.append("One seed is no proof: repeat with other seeds before you believe a difference.")
-    return [part for part in parts if part]
-
-
-def _forgetting(run: RunData, original: Evaluation, finals: list[Arm]) -> str:
-    goal = targets(run)
-    before = mean_score(original, "forget")
-    if goal is None or before is None:
-        return "Whether the forget set is forgotten cannot be said: no forget task has a gold model or a chance level."
-    told = []
-    for arm in finals:
-        assert arm.final is not None
-        left, score = excess(arm.final, goal), mean_score(arm.final, "forget")
-        if left is not None and score is not None:
-            told.append(f"{arm.label} {score:.3f} ({'reached' if left <= 1e-9 else 'NOT reached'})")
-    level = math.fsum(goal.values) / len(goal.values)
-    tasks = ", ".join(f"{task.task} {task.metric}" for task in goal.tasks)
-    start = excess(original, goal)
-    already = start is not None and start <= 1e-9
-    return f"Forget score ({tasks}): {before:.3f} before; target {level:.3f} ({goal.origin}); {'; '.join(told)}." + (
-        " The original model is already at the target: there was nothing to forget." if already else ""
-    )
-
-
-def _utility(run: RunData, original: Evaluation, finals: list[Arm]) -> list[str]:
-    values = {arm.label: mean_score(arm.final, "utility") for arm in finals if arm.final is not None}
-    before = mean_score(original, "utility")
-    known = [f"{label} {value:.3f}" for label, value in values.items() if value is not None]
-    if before is None or not known:
-        return ["No utility task was evaluated, so what the forgetting cost is unknown."]
-    parts = [f"Mean utility: {before:.3f} before; at the end {', '.join(known)}."]
-    baseline = next((arm for arm in finals if arm.rule == "uniform"), None)
-    methods = [arm for arm in finals if arm.is_trace]
-    if baseline is None or not methods:
-        return [*parts, "There is no pair of a TRACE-weighted and a uniform run to compare."]
-    base_matched = arm_matched(run, baseline)
-    for arm in methods:
-        parts.append(_against(run, arm, baseline, values.get(arm.label), values.get(baseline.label), base_matched))
-    return parts
-
-
-def _against(
-    run: RunData, arm: Arm, baseline: Arm, end: float | None, base_end: float | None, base: Matched | None
-) -> str:
-    """One sentence on one method against uniform weights: at matched forgetting when both reached it, else the end."""
-    mine = arm_matched(run, arm)
-    if mine is not None and base is not None:
-        if mine.post is not None and base.post is not None:
-            verdict = _verdict(mine.post, base.post, arm.label) + _by_exact_match(run, arm, baseline)
-            return (
-                f"At matched forgetting (from the first scored checkpoint at the target, step {mine.step} against "
-                f"{base.step}, to the end), {verdict}."
-            )
-        late = [a.label for a, m in ((arm, mine), (baseline, base)) if m.post is None]
-        fair = f"{arm.label} and uniform cannot be compared fairly."
-        return f"{' and '.join(late)} never reached the forgetting target, so {fair}"
-    if end is None or base_end is None:
-        return ""
-    return (
-        f"At the end {_verdict(end, base_end, arm.label)}; no checkpoints were scored, so this is not at matched "
-        "forgetting."
-    )
-
-
-def _by_exact_match(run: RunData, arm: Arm, baseline: Arm) -> str:
-    """The same by exact match, where it is measured: 4-choice accuracy can sit at a ceiling that hides a difference."""
-    pair = [arm_matched(run, each, "exact_match") for each in (arm, baseline)]
-    values = [found.post for found in pair if found is not None and found.post is not None]
-    return f" (by exact match {values[0]:.3f} against {values[1]:.3f})" if len(values) == 2 else ""
-
-
-def _verdict(value: float, reference: float, label: str) -> str:
-    gain = relative_gain(value, reference)
-    numbers = f"{label} keeps {value:.3f} mean utility, uniform {reference:.3f}"
-    if gain is None:
-        return numbers
-    if gain > 0.0005:
-        return f"{numbers}: {gain:+.1%} for TRACE"
-    if gain < -0.0005:
-        return f"{numbers}: TRACE is worse, {gain:+.1%}"
-    return f"{numbers}: TRACE is not better"
+def _mean_of(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return math.fsum(known) / len(known) if known and len(known) == len(values) else None
 
 
 def summary_table(run: RunData) -> RichTable:

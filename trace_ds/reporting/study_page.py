@@ -134,6 +134,7 @@ def render(study: StudyData, tables: dict[str, Table]) -> str:
         "study.html.j2",
         SCRIPTS,
         payload(study, tables),
+        {},
         title=f"Study: {study.name}",
         tables=tables,
         pictures=[],

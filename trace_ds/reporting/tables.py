@@ -17,9 +17,18 @@ from typing import Any
 
 import numpy as np
 
-from trace_ds.reporting.compare import label, models
+from trace_ds.reporting.compare import averaged, label, models
 from trace_ds.reporting.gather import Calibration, RunData, weight_chunks
-from trace_ds.reporting.scores import arm_matched, arm_points, excess, mean_score, targets, utility_metrics
+from trace_ds.reporting.intervals import Interval, of_difference, of_score
+from trace_ds.reporting.scores import (
+    MOMENTS,
+    arm_points,
+    excess,
+    mean_score,
+    standing,
+    targets,
+    utility_metrics,
+)
 
 BINS_PER_OCTAVE = 4
 OCTAVES = 10  # the weight histogram spans 2^-10 ... 2^10; what lies outside falls into the end bins
@@ -62,8 +71,14 @@ def make(name: str, title: str, header: Iterable[str], rows: Iterable[Sequence[A
     return Table(name, title, {key: [row[index] for row in plain] for index, key in enumerate(names)})
 
 
-def all_tables(run: RunData, others: list[RunData]) -> dict[str, Table]:
-    """Every table by name; one without data is left out."""
+def all_tables(runs: Sequence[RunData], others: list[RunData]) -> dict[str, Table]:
+    """Every table by name; one without data is left out.
+
+    Args:
+        runs: the run, and those that repeat it with other seeds: their scores are told as means.
+        others: what they are compared with.
+    """
+    run = averaged(runs)
     tables = [
         routing(run),
         selected_experts(run),
@@ -74,7 +89,7 @@ def all_tables(run: RunData, others: list[RunData]) -> dict[str, Table]:
         documents(run),
         training(run),
         curves([run, *others]),
-        matched_forgetting([run, *others]),
+        matched_forgetting([list(runs), *([other] for other in others)]),
         drift([run, *others]),
         attacks([run, *others]),
         scores([run, *others]),
@@ -220,9 +235,17 @@ def _from_diagnosis(run: RunData, name: str, title: str, header: list[str], *key
 
 
 def sources(run: RunData) -> tuple[Table, Table]:
-    """Where the weight went, and what was retrieved from the pool before."""
-    header = ["arm", "source", "token_share", "weight_share"]
-    weights = _from_diagnosis(run, "sources", "Share of the weight by source", header, "share_by_source")
+    """Where the weight went, what gained most first, and what was retrieved from the pool before."""
+    table = _from_diagnosis(run, "sources", "", ["arm", "source", "token_share", "weight_share"], "share_by_source")
+    rows = sorted(table.rows(), key=lambda row: row["token_share"] - row["weight_share"])
+    told = [
+        [*row.values(), row["weight_share"] - row["token_share"], row["weight_share"] / row["token_share"]]
+        if row["token_share"]
+        else [*row.values(), row["weight_share"], None]
+        for row in rows
+    ]
+    header = ["arm", "source", "token_share", "weight_share", "gain", "times"]
+    weights = make("sources", "Share of the weight by source", header, told)
     header = ["arm", "source", "pool_share", "kept_share"]
     name, keys = "Share of the retrieved retain rows by source", ("retrieval", "share_by_source")
     return weights, _from_diagnosis(run, "retrieved", name, header, *keys)
@@ -274,25 +297,33 @@ def curves(runs: list[RunData]) -> Table:
     return make("curves", "Forgetting against utility", header, rows)
 
 
-def matched_forgetting(runs: list[RunData]) -> Table:
-    """Utility at matched forgetting, by the headline metrics and by each metric alone."""
+def matched_forgetting(groups: list[list[RunData]]) -> Table:
+    """Utility at matched forgetting, by the headline metrics and by each metric alone, and the difference to uniform
+    weights; a group of runs that repeat each other is told by its mean."""
     rows: list[list[Any]] = []
-    for run in runs:
+    for group in groups:
+        run = group[0]
+        baseline = next((arm.label for arm in run.arms if arm.rule == "uniform" and arm.final is not None), None)
         for metric in (None, *utility_metrics(run)):
             for arm in run.arms:
-                found = arm_matched(run, arm, metric)
-                if found is not None:
-                    name = label(runs, run, arm.label)
-                    numbers = [found.step, found.at_crossing, found.post, found.end]
-                    rows.append([name, arm.rule, metric or "headline", *numbers])
-    header = ["arm", "rule", "utility", "crossing_step", "utility_at_crossing", "mean_utility_after", "utility_at_end"]
+                found = standing(group, arm.label, baseline, metric)
+                if found is not None and (found.step is not None or found.late):
+                    name = label([each[0] for each in groups], run, arm.label)
+                    numbers: list[Any] = []
+                    for at in MOMENTS:
+                        gap = found.against[at]
+                        numbers += [found.utility[at], gap and gap.value, *_ends(gap.interval if gap else None)]
+                    rows.append([name, arm.rule, metric or "headline", len(group), found.step, found.spacing, *numbers])
+    header = ["arm", "rule", "utility", "runs", "crossing_step", "steps_between_scores"]
+    for column in ("utility_at_crossing", "mean_utility_after", "utility_at_end"):
+        header += [column, f"{column}_gain", f"{column}_gain_low", f"{column}_gain_high"]
     return make("matched", "Utility at matched forgetting", header, rows)
 
 
 def drift(runs: list[RunData]) -> Table:
     """Routing drift by layer: overlap of the selected experts with the original's, and KL of their shares."""
     rows = []
-    for name, evaluation in models(runs):
+    for name, evaluation, _ in models(runs):
         for corpus in ("forget", "retain"):
             side = (evaluation.drift or {}).get(corpus) or {}
             by_layer = zip_longest(*(side.get(key) or [] for key in ("overlap", "kl")))
@@ -303,7 +334,7 @@ def drift(runs: list[RunData]) -> Table:
 def attacks(runs: list[RunData]) -> Table:
     """Forget scores under attack: by way of forcing experts, and by step of relearning."""
     rows: list[list[Any]] = []
-    for name, evaluation in models(runs):
+    for name, evaluation, _ in models(runs):
         told = evaluation.attacks
         stages = [("expert forcing", kind, found) for kind, found in told["expert_forcing"].items()]
         stages += [("relearning", f"step {entry['step']}", entry["scores"]) for entry in told["relearning"]]
@@ -313,24 +344,43 @@ def attacks(runs: list[RunData]) -> Table:
 
 
 def scores(runs: list[RunData]) -> Table:
-    rows = [
-        [name, s.task, s.metric, s.role, s.direction, s.value, s.n, s.chance]
-        for name, evaluation in models(runs)
-        for s in evaluation.scores
-    ]
-    header = ["model", "task", "metric", "role", "direction", "value", "n", "chance"]
-    return make("scores", "Scores", header, rows)
+    """Every score with its interval, and its difference to the run's uniform weights (``gain``) with that one's."""
+    rows = []
+    for name, evaluation, run in models(runs):
+        base = next((arm.final for arm in run.arms if arm.rule == "uniform" and arm.final is not None), None)
+        for s in evaluation.scores:
+            band = of_score(s, evaluation)
+            other = next((b for b in base.scores if (b.task, b.metric) == (s.task, s.metric)), None) if base else None
+            gain, near = None, None
+            if other is not None and base is not None and base is not evaluation:
+                gain, near = s.value - other.value, of_difference(s, evaluation, other, base)
+            numbers = [s.value, *_ends(band), gain, *_ends(near), s.n, s.chance, len(s.by_seed) or 1]
+            rows.append([name, s.task, s.metric, s.role, s.direction, *numbers])
+    header = ["model", "task", "metric", "role", "direction", "value", "low", "high", "gain", "gain_low", "gain_high"]
+    return make("scores", "Scores", [*header, "n", "chance", "runs"], rows)
+
+
+def _ends(band: Interval | None) -> list[float | None]:
+    return [None, None] if band is None else [band.low, band.high]
 
 
 def items(run: RunData) -> Table:
-    """Every item of every forget task, for every model: identity, outcome, and the rest as JSON."""
-    roles = {score.task: score.role for evaluation in run.evaluations().values() for score in evaluation.scores}
-    rows = []
-    for name, evaluation in run.evaluations().items():
+    """Every question that models answer: what it asks, and by model what was said (``MODEL``) and its score."""
+    evaluations = run.evaluations()
+    roles = {score.task: score.role for evaluation in evaluations.values() for score in evaluation.scores}
+    found: dict[tuple[str, str], list[Any]] = {}
+    for number, evaluation in enumerate(evaluations.values()):
         for task in sorted(evaluation.items):
-            if roles.get(task) == "forget":
-                rows += [[name, task, *item_cells(item)] for item in evaluation.items[task] if isinstance(item, dict)]
-    return make("items", "Forget questions, item by item", ["model", "task", "id", "text", "outcome", "score"], rows)
+            for item in evaluation.items[task]:
+                if isinstance(item, dict) and task in roles:
+                    name, asked, said, score = item_cells(item)
+                    row = found.setdefault((task, name), [asked, *[None] * (2 * len(evaluations))])
+                    row[2 * number + 1 : 2 * number + 3] = said, score
+    rows = [
+        [task, roles[task], name, *row] for (task, name), row in found.items() if any(row[1::2]) or task not in roles
+    ]
+    columns = [column for name in evaluations for column in (name, f"{name} score")]
+    return make("items", "Questions, one by one", ["task", "role", "id", "text", *columns], rows)
 
 
 def item_cells(item: dict[str, Any]) -> list[Any]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from trace_ds import __version__
 from trace_ds.conversion.card import LIMITS, model_card, model_name, plain, table
-from trace_ds.reporting.compare import compared
+from trace_ds.reporting.compare import averaged, compared
 from trace_ds.reporting.gather import BASE_MODEL, gather
 from trace_ds.run import artefact, ours
 from trace_ds.run.directory import RunDirectory, unwritable
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from trace_ds.config.schema import Config
     from trace_ds.reporting.gather import RunData
+    from trace_ds.reporting.verdict import Verdict
 
 ARROWS = {"lower": "↓", "higher": "↑", "reference": "→"}
 PAPER = (
@@ -41,27 +42,32 @@ def report(config: Config | None, run: RunDirectory, others: list[Path] | None =
 
     Args:
         config: only its title is used (the run's stored config.yaml is what the page shows); None is fine.
-        others: further run directories. One that cannot be compared is named, with the reasons, on the page and in a
-            warning line, and stays out of every chart.
+        others: further run directories. Those that differ from the run in their seed only are told with it as one, by
+            means; one that cannot be compared is named, with the reasons, on the page and in a warning line, and stays
+            out of every chart.
 
     Raises:
         UserError: a run directory is missing or holds nothing at all, an artefact is damaged, or the report cannot
             be written; an existing report is left as it was.
     """
     from trace_ds.reporting import page, pictures, scores, tables
+    from trace_ds.reporting.verdict import verdict
 
     ours.require_directory(run.report, ours.artefact("report"))
     ours.require_file(run.logs / "report.jsonl", ours.is_log)
     data = gather(run.path)
     if config is not None and config.report.title:
         data = replace(data, title=config.report.title)
-    others_read, notes = compared(data, list(others or []))
-    found = tables.all_tables(data, others_read)
-    images = pictures.draw_all(data, found)
+    again, others_read, notes = compared(data, list(others or []))
+    runs = [data, *again]
+    whole = averaged(runs)
+    found = tables.all_tables(runs, others_read)
+    images = pictures.draw_all(whole, found)
+    told = verdict(data, again)
     files: dict[str, str | bytes] = {
-        "index.html": page.render(data, found, sorted(images), [other.name for other in others_read], notes),
-        "scores.json": json.dumps(scores.score_records(data, others_read), indent=1, ensure_ascii=False) + "\n",
-        "model_card.md": model_card_of(data),
+        "index.html": page.render(runs, told, found, sorted(images), others_read, notes),
+        "scores.json": json.dumps(scores.score_records(whole, others_read), indent=1, ensure_ascii=False) + "\n",
+        "model_card.md": model_card_of(whole, told),
         **{f"{name}.csv": table.to_csv() for name, table in found.items()},
         **images,
     }
@@ -76,10 +82,8 @@ def report(config: Config | None, run: RunDirectory, others: list[Path] | None =
     return run.report / "index.html"
 
 
-def model_card_of(run: RunData) -> str:
+def model_card_of(run: RunData, told: Verdict) -> str:
     """The card of the unlearned model: what was done, how well, and what is not claimed."""
-    from trace_ds.reporting import scores
-
     settings = run.config.get("unlearning") or {}
     loss, steps = (plain(str(settings.get(key, "not recorded"))) for key in ("forget_loss", "steps"))
     rules = ", ".join(f"{arm.label}: {arm.rule}" for arm in run.arms if arm.rule) or "not recorded"
@@ -94,12 +98,12 @@ def model_card_of(run: RunData) -> str:
     head = ("model", "task", "metric", "value", "n", "chance")
     sections = {
         "Scores": table(rows, head) if rows else ["Not evaluated yet."],
-        "Limits": [f"- {line}" for line in ("Scores are of one seed.", PAPER, *LIMITS)],
+        "Limits": [f"- {line}" for line in (PAPER, *LIMITS)],
         "Versions": [f"- {plain(name)} {plain(version)}" for name, version in run.versions.items()],
     }
     path = (run.config.get("model") or {}).get("path")
     base = run.versions.get(BASE_MODEL, model_name(str(path)) if path else "").partition("@")[0]
-    return model_card(run.title, base, ["unlearning"], [made, "", plain(scores.honest_sentence(run))], sections)
+    return model_card(run.title, base, ["unlearning"], [made, *(f"\n{plain(line)}" for line in told.lines)], sections)
 
 
 def report_study(run: RunDirectory) -> Path:
@@ -129,9 +133,10 @@ def report_study(run: RunDirectory) -> Path:
 def summary(run: RunDirectory) -> tuple[Table, str]:
     """For the terminal: the table of scores, and what the run's numbers show, in plain words."""
     from trace_ds.reporting import scores
+    from trace_ds.reporting.verdict import verdict
 
     data = gather(run.path)
-    return scores.summary_table(data), scores.honest_sentence(data)
+    return scores.summary_table(data), "\n".join(verdict(data).lines)
 
 
 def _write(run: RunDirectory, files: dict[str, str | bytes]) -> None:

@@ -25,11 +25,11 @@ from typing import Any
 
 import numpy as np
 
+from trace_ds.reporting.intervals import LEVEL, Interval, t_interval
 from trace_ds.reporting.matched import Matched, matched, relative_gain
 from trace_ds.studies.run_list import Point, label
 
 BOOTSTRAP_DRAWS = 10_000
-LEVEL = 0.95
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,6 @@ class Curve:
     @property
     def step(self) -> int | None:
         return next(iter(self.found.values())).step if self.found else None
-
-
-@dataclass(frozen=True)
-class Interval:
-    low: float
-    high: float
 
 
 def metric_of(entry: Mapping[str, Any], name: str) -> float:
@@ -145,21 +139,6 @@ def bootstrap_ratio(
         return None
     low, high = np.quantile(means_D2[:, 0] / means_D2[:, 1] - 1, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Interval(float(low), float(high))
-
-
-def t_interval(differences: Sequence[float]) -> Interval:
-    """Student's t interval of the mean difference; ``ValueError`` for fewer than two.
-
-    Equal differences have an interval without width; scipy warns there, or gives NaN.
-    """
-    from scipy import stats
-
-    n = len(differences)
-    if n < 2:
-        raise ValueError("an interval needs two differences")
-    mean, deviation = float(np.mean(differences)), float(np.std(differences, ddof=1))
-    half = float(stats.t.ppf((1 + LEVEL) / 2, n - 1)) * deviation / math.sqrt(n)
-    return Interval(mean - half, mean + half)
 
 
 def compare(
