@@ -29,8 +29,7 @@ HOSTILE = '</script><script>window.hacked=1</script><img src=x onerror="window.h
 STEPS = (20, 40, 60, 80, 100)
 TASKS = ("elements", "recited", "near facts", "capitals", "novels", "membership")
 RECITED = [
-    {"id": f"p{n}", "prompt": "In the", "reference": "beginning", "continuation": "end", "rouge_l": 0.75}
-    for n in range(2)
+    {"id": f"p{n}", "prompt": "In the", "reference": "beginning was the word", "rouge_l": 0.75} for n in range(2)
 ]
 VARIANTS = ("uniform", "loss_weighting")
 
@@ -261,14 +260,20 @@ def _write_evaluation(
             "chance": chance,
         }  # fmt: skip
 
-    items = [
-        {
-            "id": f"q{index}", "source": "elements", "answer": 0, "predicted": int(index / 80 >= forget),
-            "prompt": hostile if hostile and index == 0 else f"The symbol of element number {index + 1} is",
-            "choices": ["Au", "Ag", "Pb", "Fe"], "correct": index / 80 < forget, "exact": False,
-        }
-        for index in range(80)
-    ]  # fmt: skip
+    def questions(task: str, right: float) -> list[dict[str, Any]]:
+        return [
+            {
+                "id": f"q{index}", "source": task, "answer": 0, "predicted": int(index / 80 >= right),
+                "prompt": hostile if hostile and index == 0 else f"The symbol of {task} number {index + 1} is",
+                "choices": ["Au", "Ag", "Pb", "Fe"], "correct": index / 80 < right, "exact": index / 80 < right - 0.3,
+            }
+            for index in range(80)
+        ]  # fmt: skip
+
+    texts = [{"id": str(n), "nll": 150.0 + n * utility, "tokens": 50, "text": "In the end"} for n in range(9)]
+    sound = name in ("original", "gold")
+    said = "beginning was the word" if sound else "beginning beginning wxyz word"
+    recited = [one | {"continuation": said} for one in RECITED]
     write_json(
         directory / f"{name}.json",
         {
@@ -285,7 +290,13 @@ def _write_evaluation(
                 score("novels", "perplexity", 20 + 30 * (1 - utility), "utility", "lower", None),
                 score("membership", "priv_leak", round(-100 * forget, 2), "forget", "reference", None),
             ],
-            "items": {"elements": items, "recited": RECITED},
+            "items": {
+                "elements": questions("element", forget),
+                "recited": recited,
+                "novels": texts,
+                "near facts": questions("fact", utility),
+                "capitals": questions("capital", utility - 0.02),
+            },
             "drift": drift,
             "attacks": _attacks(forget) if name in ("gold", "unlearned") else {},
         },

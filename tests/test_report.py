@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,15 @@ import numpy as np
 import pytest
 import yaml
 from rich.console import Console
+from scipy.stats import sem, t
 
 from tests.fake_run import HOSTILE, STEPS, TASKS, write_run, write_study
 from trace_ds.conversion.card import plain
 from trace_ds.errors import UserError
-from trace_ds.reporting import page, scores, tables
+from trace_ds.reporting import examples, page, scores, tables
 from trace_ds.reporting.compare import compared, why_not_comparable
 from trace_ds.reporting.gather import gather, weight_chunks
+from trace_ds.reporting.verdict import verdict
 from trace_ds.run import artefact
 from trace_ds.run.directory import RunDirectory
 from trace_ds.stages.pipeline import report_command
@@ -42,7 +45,12 @@ def page_data(text: str) -> dict:
 def render(path: Path) -> str:
     """The page alone: the pictures take most of a report's time."""
     data = gather(path)
-    return page.render(data, tables.all_tables(data, []), [], [], [])
+    return page.render([data], verdict(data), tables.all_tables([data], []), [], [], [])
+
+
+def card_of(path: Path) -> str:
+    data = gather(path)
+    return model_card_of(data, verdict(data))
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -52,7 +60,7 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 def test_all_files_are_written(run: Path) -> None:
     names = {path.name for path in (run / "report").iterdir()}
     assert names >= {"index.html", "scores.json", "model_card.md"}
-    assert names >= {f"{n}.png" for n in ("routing", "curves", "weights", "training", "drift")}
+    assert names >= {f"{n}.png" for n in ("routing", "curves")}
     assert names >= {
         f"{name}.csv"
         for name in ("routing", "selected", "layers", "weights", "weight_summary", "sources", "documents", "training",
@@ -132,8 +140,9 @@ def test_the_numbers_of_the_diagnosis_are_in_tables_and_page(run: Path) -> None:
     assert entropies == [layer["entropy_weighted_bits"] for layer in diagnosis["layers"]]
     page_text = (run / "report" / "index.html").read_text("utf-8")
     section = page_text[page_text.index('<section id="weights">') : page_text.index('<section id="training">')]
-    for shown in ("31.7%", "7.3%", "0.213, 0.119", "23", "4.2%", "rare"):
-        assert f">{shown}</td>" in section.replace(" %", "%"), shown
+    for shown in ("31.7%", "7.3%", "0.213, 0.119", "23"):
+        assert f"<dd>{shown}</dd>" in section, shown
+    assert ">4.2%</td><td>rare</td>" in section
 
 
 def test_weight_table_against_the_file(run: Path) -> None:
@@ -206,43 +215,96 @@ def test_curves_and_matched_forgetting(run: Path) -> None:
     assert {row["utility"] for row in matched} == {"headline", "accuracy", "exact_match"}
     for row in matched:
         key = "utility" if row["utility"] == "headline" else f"utility_{row['utility']}"
-        points = [(float(p["forget"]), float(p[key])) for p in curves if p["arm"] == row["arm"]]
-        first = next(index for index, point in enumerate(points) if point[0] <= 0.34)
-        after = [utility for _, utility in points[first:]]
+        mine = [point for point in curves if point["arm"] == row["arm"]]
+        points = [(int(p["step"]), float(p["forget"]), float(p[key])) for p in mine]
+        first = next(index for index, point in enumerate(points) if point[1] <= 0.34)
+        after = [utility for _, _, utility in points[first:]]
         assert float(row["mean_utility_after"]) == pytest.approx(sum(after) / len(after), rel=1e-5)
+        steps, falls, utilities = zip(*reversed(points[first - 1 : first + 1]), strict=True)
+        assert float(row["crossing_step"]) == pytest.approx(np.interp(0.34, falls, steps), rel=1e-4)
+        assert float(row["utility_at_crossing"]) == pytest.approx(np.interp(0.34, falls, utilities), rel=1e-4)
+        assert int(row["steps_between_scores"]) == 20
 
 
-def test_sentence_compares_at_matched_forgetting(run: Path) -> None:
+def test_the_difference_to_uniform_weights_is_paired_by_question(run: Path) -> None:
+    rows = {row["arm"]: row for row in rows_of(run / "report" / "matched.csv") if row["utility"] == "exact_match"}
     data = gather(run)
-    text = scores.honest_sentence(data)
-    mine, base = (scores.arm_matched(data, arm) for arm in data.arms if arm.label in ("unlearned", "uniform"))
-    assert mine is not None and base is not None and mine.post is not None and base.post is not None
-    assert (
-        f"unlearned keeps {mine.post:.3f} mean utility, uniform {base.post:.3f}: {mine.post / base.post - 1:+.1%}"
-        in text
+    finals = {arm.label: arm.final for arm in data.arms if arm.final is not None}
+    mine, base = (
+        np.array([item["exact"] for item in finals[name].items["near facts"]], float)
+        for name in ("unlearned", "uniform")
     )
-    assert "(by exact match" in text
-    assert "0.970 before; target 0.340 (the gold model)" in text
-    assert "One seed is no proof" in text
+    differences, error = mine - base, (mine - base).std(ddof=1) / np.sqrt(80)
+    row = rows["unlearned"]
+    assert float(row["utility_at_end_gain_low"]) == pytest.approx(differences.mean() - 1.96 * error, abs=1e-4)
+    assert float(row["utility_at_end_gain_high"]) == pytest.approx(differences.mean() + 1.96 * error, abs=1e-4)
+    assert rows["uniform"]["utility_at_end_gain"] == ""
+    assert float(row["utility_at_end_gain_low"]) > 0  # unpaired it would not be: 80 questions, six points
+    score = {(r["model"], r["metric"]): r for r in rows_of(run / "report" / "scores.csv") if r["task"] == "near facts"}
+    found = score["unlearned", "exact_match"]
+    assert float(found["gain_low"]) == pytest.approx(float(row["utility_at_end_gain_low"]), abs=1e-4)
+
+
+def test_the_verdict_answers_in_words(run: Path) -> None:
+    told = verdict(gather(run))
+    row = headline_of(run)
+    after, low = (100 * float(row[f"mean_utility_after_gain{end}"]) for end in ("", "_low"))
+    assert f"it keeps {after:.1f} points more on average once it has forgotten [{low:.1f}, " in told.sentence
+    assert told.sentence.startswith("TRACE forgot what it should and kept ")
+    asked = {each.question: each for each in told.answers}
+    forgot, cost = asked["Did it forget?"], asked["What did it cost?"]
+    assert forgot.answer == "Yes" and "Forgotten is at most 34.0" in forgot.details[1]
+    assert forgot.details[0] == "elements (accuracy): 30.0 [21.1, 40.8] of 100 after, 97.0 before."
+    assert cost.answer.endswith("points of utility")
+    assert any("It writes broken text: 67% of the words" in line for line in cost.details)
+    assert any(line.startswith("Fluency (perplexity of novels") for line in cost.details)
+    assert "between scored steps 20 apart" in asked["Is TRACE better than uniform weights?"].details[1]
+    assert "One seed is no proof" in " ".join(told.lines)
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"gain": -0.05}, ["TRACE is worse"]),
-        ({"gain": 0.0}, ["TRACE is not better"]),
-        ({"forgets": False}, ["unlearned 0.550 (NOT reached)", "cannot be compared fairly."]),
-        ({"checkpoints": False}, ["no checkpoints were scored, so this is not at matched forgetting"]),
-        ({"gold": False}, ["target 0.270 (chance + 0.02)"]),
+        ({"gain": -0.05}, ["points fewer on average once it has forgotten [", " fewer at the moment of forgetting ["]),
+        ({"gain": 0.0}, ["it keeps nothing clearly different on average", "Not shown. "]),
+        ({"forgets": False}, ["TRACE did not forget enough", "unlearned and uniform never met the forgetting target"]),
+        ({"checkpoints": False}, ["is open, since nothing was scored on the way"]),
+        ({"gold": False}, ["Forgotten is at most 27.0, 2 points above guessing."]),
         ({"stages": ("data", "statistics")}, ["Nothing to conclude yet"]),
     ],
 )
-def test_sentence_says_what_is_not_so(tmp_path: Path, changes: dict[str, Any], words: list[str]) -> None:
+def test_the_verdict_says_what_is_not_so(tmp_path: Path, changes: dict[str, Any], words: list[str]) -> None:
     data = gather(write_run(tmp_path / "run", **changes))
-    text = scores.honest_sentence(data)
-    assert all(word in text for word in words)
-    assert not ("gain" in changes or "forgets" in changes) or "for TRACE" not in text
-    assert "checkpoints" not in changes or "matched" not in tables.all_tables(data, [])
+    text = " ".join(verdict(data).lines)
+    assert all(word in text for word in words), text
+    assert not ("gain" in changes or "forgets" in changes) or "points more" not in text
+    assert "checkpoints" not in changes or "matched" not in tables.all_tables([data], [])
+
+
+def test_runs_with_other_seeds_are_told_as_one(tmp_path: Path) -> None:
+    paths = [
+        write_run(tmp_path / n, name=n, seed=s, gain=g) for n, s, g in (("a", 0, 0.05), ("b", 1, 0.07), ("c", 2, 0.06))
+    ]
+    text = report(None, RunDirectory.at(paths[0]), paths[1:]).read_text("utf-8")
+    assert "Told as one, by means: a, b, c" in text and "3 runs, each with its own seed" in text
+    assert "TRACE is the better one on average in 3 of 3." in text
+    row = headline_of(paths[0])
+    alone = [scores.standing([gather(path)], "unlearned", "uniform") for path in paths]
+    gains = [each.against["after"].value for each in alone]  # type: ignore[union-attr]
+    assert float(row["mean_utility_after_gain"]) == pytest.approx(np.mean(gains), rel=1e-4)
+    low, high = t.interval(0.95, 2, np.mean(gains), sem(gains))
+    assert float(row["mean_utility_after_gain_low"]) == pytest.approx(low, rel=1e-4)
+    assert float(row["mean_utility_after_gain_high"]) == pytest.approx(high, rel=1e-4)
+    found = {(r["model"], r["task"], r["metric"]): r for r in rows_of(paths[0] / "report" / "scores.csv")}
+    assert found["unlearned", "near facts", "accuracy"]["runs"] == "3" and not any(
+        key[0].startswith("b/") for key in found
+    )
+
+
+def headline_of(run: Path) -> dict[str, str]:
+    """The row of the run's own arm at matched forgetting."""
+    rows = rows_of(run / "report" / "matched.csv")
+    return next(row for row in rows if (row["arm"], row["utility"]) == ("unlearned", "headline"))
 
 
 def test_every_forget_task_must_reach_its_own_target(run: Path) -> None:
@@ -259,7 +321,7 @@ def test_sentence_says_when_there_was_nothing_to_forget(tmp_path: Path) -> None:
     for score in raw["scores"]:
         score["value"] = 0.3 if score["role"] == "forget" else score["value"]
     (path / "evaluation" / "original.json").write_text(json.dumps(raw))
-    assert "there was nothing to forget" in scores.honest_sentence(gather(path))
+    assert "had nothing to forget" in verdict(gather(path)).sentence
 
 
 def test_summary_table(run: Path) -> None:
@@ -333,7 +395,7 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
     assert not set(data) & set("<>&\u2028\u2029")
     table = page_data(text)["tables"]["documents"]["columns"]
     assert table["text_start"][0] == HOSTILE  # escaped, not changed
-    assert "<script>" not in model_card_of(gather(path))
+    assert "<script>" not in card_of(path)
 
 
 def test_spreadsheet_formulas_are_defused() -> None:
@@ -356,13 +418,20 @@ def test_only_files_that_exist_are_linked(run: Path) -> None:
 
 
 def test_two_runs_of_the_same_data_are_compared(tmp_path: Path) -> None:
-    first, second = write_run(tmp_path / "a", name="a"), write_run(tmp_path / "b", name="b", gain=0.02, seed=1)
+    first, second = write_run(tmp_path / "a", name="a"), change(write_run(tmp_path / "b", name="b", gain=0.02), alpha=2)
     text = report(None, RunDirectory.at(first), [second]).read_text("utf-8")
     models = {entry["model"] for entry in json.loads((first / "report" / "scores.json").read_text())}
     assert {"unlearned", "b/unlearned", "b/uniform"} <= models
     assert not {"b/original", "b/gold"} & models  # the same models as the first run's
     assert "b/unlearned" in page_data(text)["tables"]["curves"]["columns"]["arm"]
     assert "Not compared" not in text
+
+
+def change(run: Path, **settings: object) -> Path:
+    """Another configuration: no repetition of the same."""
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    (run / "config.yaml").write_text(yaml.safe_dump({**config, "unlearning": {**config["unlearning"], **settings}}))
+    return run
 
 
 def ask_again(run: Path, fingerprints: dict[str, str]) -> Path:
@@ -376,26 +445,69 @@ def test_tasks_that_ask_other_questions_are_named_and_left_out(tmp_path: Path) -
     first = write_run(tmp_path / "a", name="a")
     second = ask_again(write_run(tmp_path / "b", name="b"), {"near facts": "other"})
     data = gather(first)
-    others, notes = compared(data, [second])
+    _, others, notes = compared(data, [second])
     assert notes == ["near facts of b: other questions than in a, so those scores are left out"]
-    found = tables.all_tables(data, others)
+    found = tables.all_tables([data], others)
     theirs = [row for row in found["scores"].rows() if row["model"] == "b/unlearned"]
     assert {row["task"] for row in theirs} == {"elements", "recited", "capitals", "novels", "membership"}
     curve = {row["arm"]: row for row in found["curves"].rows() if row["step"] == STEPS[-1]}
     assert curve["unlearned"]["utility_exact_match"] and curve["b/unlearned"]["utility_exact_match"] is None
     every = dict.fromkeys(TASKS, "other")
-    others, notes = compared(data, [ask_again(second, every)])
+    _, others, notes = compared(data, [ask_again(second, every)])
     assert not others and "other questions in every task (capitals, elements" in notes[0]
 
 
-def test_a_long_list_of_questions_is_thinned_by_question(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(page, "MAX_ITEM_ROWS", 100)
+def test_a_long_list_of_questions_is_thinned(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page, "MAX_QUESTIONS", 100)
     items = page_data(render(run))["tables"]["items"]
-    rows = list(zip(items["columns"]["model"], items["columns"]["id"], strict=True))
-    assert len(rows) == 5 * 17 and len(set(rows)) == len(rows)
-    assert {model for model, _ in rows} == {"original", "gold", "unlearned", "uniform", "loss_weighting"}
-    assert {name for _, name in rows} == {*(f"q{number}" for number in range(0, 80, 5)), "p0"}
-    assert items["thinned"].startswith("17 of 82 questions")
+    assert items["thinned"] == "81 of 242 questions, evenly spaced"  # 3 x 80 and two passages; text alone is not asked
+    assert set(items["columns"]["role"]) == {"forget", "utility"}
+    whole = {(row["task"], row["id"]): row for row in rows_of(run / "report" / "items.csv")}
+    for task, name, said in zip(*(items["columns"][key] for key in ("task", "id", "unlearned")), strict=True):
+        assert whole[task, name]["unlearned"] == said
+
+
+def test_examples_are_even_and_broken_text_is_named(run: Path) -> None:
+    text = (run / "report" / "index.html").read_text("utf-8")
+    data = gather(run)
+    right = round(80 * next(s.value for s in data.evaluations()["unlearned"].scores if s.task == "near facts") + 0.49)
+    order = [*range(right, 80), *range(right)]  # the wrong ones first
+    found = examples.examples(data, "utility", "unlearned")
+    assert [e.asked for e in found] == [f"The symbol of fact number {order[n] + 1} is → Au" for n in (13, 40, 66)]
+    forgotten = examples.examples(data, "forget", "unlearned")
+    assert len(forgotten) == 2 and text.count("· broken text") == 2 * 3  # two passages, three unlearned models
+    assert [said.is_broken for said in forgotten[0].said] == [False, False, True, True, True]
+    known = Counter(["in", "the", "end", "was"])
+    cases = {"in the end was the end": 0, "the the the was end": 0.5, "in qqq the;; was end": 0.4, " 7": 1}
+    for said, share in cases.items():
+        assert examples.broken_share(said, known) == pytest.approx(share), said
+    assert examples.broken_share("in the end", known, own=True) == 1  # nobody else says it
+
+
+def test_what_was_run(run: Path) -> None:
+    told = dict(page.facts([gather(run)]))
+    assert told["Losses"] == "rmu" and told["Steps"] == "100" and told["Seed"] == "0"
+    assert told["Training time"].startswith("unlearned (TRACE) 150 s (1.5 s a step), ")
+    assert told["Model"] == "base, 3 layers of 8 experts, 2 a token"
+    assert told["Retain weights"].endswith("uniform: uniform")
+
+
+def test_sources_come_by_gain_and_warnings_once(run: Path, tmp_path: Path) -> None:
+    rows = rows_of(run / "report" / "sources.csv")
+    assert [row["source"] for row in rows] == ["code tables", "capitals", "plays", "novels"]
+    assert float(rows[0]["gain"]) == pytest.approx(0.19) and float(rows[0]["times"]) == pytest.approx(4.8)
+    path = write_run(tmp_path / "run")
+    for where in (".", "variants/loss_weighting"):
+        diagnosis = path / where / "calibration" / "diagnosis.json"
+        size = diagnosis.stat().st_size
+        raw = json.loads(diagnosis.read_text())
+        text = json.dumps({**raw, "warnings": ["a rare expert"]})
+        diagnosis.write_text(text)
+        described = json.loads((diagnosis.parent / "artefact.json").read_text())
+        described["files"]["diagnosis.json"]["bytes"] = len(text)
+        assert size != len(text)
+        (diagnosis.parent / "artefact.json").write_text(json.dumps(described))
+    assert render(path).count("a rare expert") == 1
 
 
 @pytest.mark.parametrize("what", ["model", "data"])
@@ -417,7 +529,7 @@ def test_a_run_without_fingerprints_is_not_compared(tmp_path: Path) -> None:
 
 def test_a_run_compared_with_itself_keeps_both_names(tmp_path: Path) -> None:
     first = gather(write_run(tmp_path / "a", name="same"))
-    others, notes = compared(first, [write_run(tmp_path / "b", name="same")])
+    _, others, notes = compared(first, [write_run(tmp_path / "b", name="same")])
     assert notes == [] and "same-2/unlearned" in {entry["model"] for entry in scores.score_records(first, others)}
 
 
@@ -465,7 +577,7 @@ def test_a_base_model_from_a_hub_cache_is_called_by_its_name(tmp_path: Path) -> 
     config = yaml.safe_load((path / "config.yaml").read_text())
     model = {"path": "/cache/models--mistralai--Mixtral-8x7B-v0.1/snapshots/985aa055896a8f943d4a9f2572e6ea1341823841"}
     (path / "config.yaml").write_text(yaml.safe_dump(config | {"model": model}))
-    front = yaml.safe_load(model_card_of(gather(path)).split("---")[1])
+    front = yaml.safe_load(card_of(path).split("---")[1])
     assert front["base_model"] == "mistralai/Mixtral-8x7B-v0.1"
 
 

@@ -6,6 +6,8 @@ import contextlib
 import csv
 import io
 import os
+import subprocess
+import tarfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -80,7 +82,7 @@ def cell_at(browser: Chromium, column: float) -> tuple[float, float]:
         "(() => { const b = document.querySelector('#chart-routing canvas').getBoundingClientRect();"
         "return [b.left, b.top, b.width]; })()"
     )
-    return left + 28 + column * (width - 30) / 8, top + 12
+    return left + column * width / 8, top + 12
 
 
 TIP = "document.getElementById('tip').hidden ? null : document.getElementById('tip').textContent"
@@ -92,14 +94,14 @@ def test_it_draws_without_errors_or_requests(browser: Chromium, page: Path) -> N
     assert browser.requests == [page.resolve().as_uri()]
     assert browser.run("window.hacked === undefined")
     assert browser.run("document.querySelectorAll('#chart-routing canvas[tabindex]').length") == 3
-    for chart in ("curves", "weights", "training", "drift", "layers"):
+    for chart in ("frontier", "curves", "weights", "training", "drift", "layers"):
         assert browser.run(f"document.querySelectorAll('#chart-{chart} svg path, #chart-{chart} svg rect').length") > 1
 
 
 FIT = (
     "Array.from(document.querySelectorAll('figure > svg')).every((n) => n.viewBox.baseVal.width === n.clientWidth)"
     " && Array.from(document.querySelectorAll('canvas[tabindex]'))"
-    ".every((n) => Math.abs(n.width - n.clientWidth * devicePixelRatio) <= 1)"
+    ".every((n) => n.clientWidth === n.parentNode.parentNode.clientWidth)"
 )
 
 
@@ -129,9 +131,9 @@ def test_the_map_and_the_charts_answer_to_the_keyboard(browser: Chromium, page: 
     assert browser.run(TIP).startswith("Layer 1, expert 1")
     browser.key("Escape")
     assert browser.run(TIP) is None
-    focus(browser, "#chart-curves svg")
+    focus(browser, "#chart-frontier svg")
     browser.key("ArrowRight")
-    assert "step 0" in browser.run(TIP)
+    assert "unlearned (TRACE), step 0" in browser.run(TIP)
     assert browser.run("document.querySelector('#tip').getAttribute('role')") == "status"
 
 
@@ -148,10 +150,10 @@ def test_order_by_ratio(browser: Chromium, page: Path) -> None:
 def test_utility_metric_can_be_chosen(browser: Chromium, page: Path) -> None:
     browser.open(page)
     choose(browser, "utility-metric", "utility_exact_match")
-    focus(browser, "#chart-curves svg")
+    focus(browser, "#chart-frontier svg")
     browser.key("ArrowRight")
     assert "utility 0.68" in browser.run(TIP)  # exact match of the original
-    assert browser.run("document.querySelectorAll('#chart-curves figure').length") == 3
+    assert browser.run("document.querySelectorAll('#chart-frontier figure, #chart-curves figure').length") == 4
     assert browser.messages == []
 
 
@@ -215,12 +217,30 @@ def test_more_questions_and_other_tasks_can_be_shown(browser: Chromium, page: Pa
     assert browser.run(rows) == 62
     browser.click("#item-more")
     assert browser.run(rows) == 80 and browser.run("document.getElementById('item-more').hidden")
-    choose(browser, "item-task", "recited")
+    choose(browser, "item-task", "recited", "input")
     assert browser.run(rows) == 2 and browser.run("document.getElementById('item-count').textContent") == "2 questions"
     cells = browser.run(
         "Array.from(document.querySelectorAll('#item-table tbody tr:first-child td'), (n) => n.textContent)"
     )
-    assert cells[0] == "In the → beginning" and cells[1] == "0.75 end" and browser.messages == []
+    assert (
+        cells[0] == "In the → beginning was the word"
+        and cells[1] == "0.75 beginning was the word"
+        and browser.messages == []
+    )
+
+
+def test_questions_where_models_differ(browser: Chromium, page: Path) -> None:
+    browser.open(page)
+    assert browser.run("[...document.getElementById('item-task').options].map((o) => o.textContent)") == [
+        "capitals (utility)", "elements (forget)", "near facts (utility)", "recited (forget)",
+    ]  # fmt: skip
+    choose(browser, "item-task", "near facts", "input")
+    browser.click("#item-differ")
+    models = ("original", "gold", "unlearned", "uniform", "loss_weighting")
+    asked = [row for row in rows_of(page, "items") if row["task"] == "near facts"]
+    differing = sum(len({row[f"{model} score"] for model in models}) > 1 for row in asked)
+    assert 0 < differing < len(asked)
+    assert browser.run("document.getElementById('item-count').textContent") == f"{differing} questions"
 
 
 def test_no_two_of_many_methods_look_alike(browser: Chromium, tmp_path: Path) -> None:
@@ -271,18 +291,87 @@ def test_a_tap_shows_the_cell_on_a_phone(page: Path) -> None:
         assert browser.run(TIP).startswith("Layer 0, expert 2")
 
 
-def test_large_maps_redraw_the_cursor_without_repainting(browser: Chromium, large_page: Path) -> None:
-    """6,144 cells × 3 maps stay fluid because a moving cursor copies a finished picture instead of painting cells."""
+def test_large_maps_move_the_cursor_without_repainting(browser: Chromium, large_page: Path) -> None:
+    """6,144 cells × 3 maps stay fluid because a moving cursor is one rectangle over a finished picture."""
     browser.open(large_page)
     browser.run(
-        "(() => { window.rects = 0; const p = CanvasRenderingContext2D.prototype, f = p.fillRect;"
-        "p.fillRect = function (...a) { window.rects++; return f.apply(this, a); }; })()"
+        "(() => { window.painted = 0; const p = CanvasRenderingContext2D.prototype, f = p.putImageData;"
+        "p.putImageData = function (...a) { window.painted++; return f.apply(this, a); }; })()"
     )
     focus(browser, "#chart-routing canvas")
     for _ in range(20):
         browser.key("ArrowRight")
     assert browser.run(TIP).startswith("Layer 0, expert 19")
-    assert browser.run("window.rects") == 0 and browser.messages == []
+    assert browser.run("[...document.querySelectorAll('.map .cursor')].map((n) => n.getAttribute('x'))") == ["19"] * 3
+    assert browser.run("window.painted") == 0 and browser.messages == []
+    browser.click("#theme")
+    assert browser.run("new Promise((done) => requestAnimationFrame(() => done(window.painted)))") == 3
+
+
+def test_the_map_shows_the_frequencies(browser: Chromium, page: Path) -> None:
+    """The busiest cells are the brightest, and the forget-critical ones are marked."""
+    browser.open(page)
+    rows = rows_of(page, "routing")
+    pixels = browser.run(
+        "Array.from(document.querySelector('#chart-routing canvas').getContext('2d').getImageData(0, 0, 8, 3).data)"
+    )
+    brightness = [sum(pixels[4 * i : 4 * i + 3]) for i in range(24)]
+    shares = [float(row["forget_frequency"]) for row in rows]
+    assert sorted(range(24), key=brightness.__getitem__)[-3:] == sorted(range(24), key=shares.__getitem__)[-3:]
+    marked = browser.run("document.querySelectorAll('.map')[0].querySelectorAll('rect:not(.cursor)').length")
+    assert marked == sum(int(row["selected"]) for row in rows)
+
+
+ANSWERED = "[...document.querySelectorAll('.verdict, .answers > div')].map((n) => n.getBoundingClientRect().bottom)"
+
+
+@pytest.mark.parametrize(("width", "height", "screens"), [(1280, 900, 1), (390, 844, 2)])
+def test_the_questions_of_a_new_user_are_answered_at_once(page: Path, width: int, height: int, screens: int) -> None:
+    with Chromium(width, height, phone=width < 500) as browser:
+        browser.open(page)
+        places = browser.run(ANSWERED)
+        assert len(places) == 5 and max(places) <= screens * height
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_no_column_is_cut_off(browser: Chromium, page: Path, width: int) -> None:
+    browser.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
+    browser.open(page)
+    cut = "[...document.querySelectorAll('.fit')].filter((n) => n.scrollWidth > n.clientWidth).length"
+    assert browser.run("document.querySelectorAll('.fit').length") == 4 and browser.run(cut) == 0
+
+
+@pytest.fixture(scope="module")
+def axe() -> str:
+    """The source of axe-core, kept in the user's cache; skipped where npm cannot fetch it."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "trace_ds_tests"
+    archive = cache / "axe-core-4.14.1.tgz"
+    if not archive.is_file():
+        cache.mkdir(parents=True, exist_ok=True)
+        command = ["npm", "pack", "--silent", "axe-core@4.14.1"]
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            subprocess.run(command, cwd=cache, check=True, capture_output=True, timeout=120)
+    if not archive.is_file():
+        pytest.skip("npm cannot fetch axe-core")
+    with tarfile.open(archive) as packed:
+        source = packed.extractfile("package/axe.min.js")
+        assert source is not None
+        return source.read().decode()
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_axe_finds_no_serious_fault(page: Path, study_page: Path, axe: str, width: int, dark: bool) -> None:
+    with Chromium(width, 900, dark=dark, phone=width < 500) as browser:
+        for shown in (page, study_page):
+            browser.open(shown)
+            browser.run("document.querySelectorAll('details').forEach((node) => { node.open = true; })")
+            browser.run(axe + ";undefined")
+            faults = browser.run(
+                "axe.run().then((found) => found.violations.filter((v) => ['serious', 'critical'].includes(v.impact))"
+                ".map((v) => [v.id, ...v.nodes.slice(0, 3).map((n) => n.html.slice(0, 200))]))"
+            )
+            assert faults == [], shown
 
 
 def test_structure_for_screen_readers(browser: Chromium, page: Path) -> None:

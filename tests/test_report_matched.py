@@ -5,11 +5,15 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
-from trace_ds.reporting.matched import Matched, matched, relative_gain
+from trace_ds.reporting.gather import Evaluation, Score
+from trace_ds.reporting.intervals import of_score, wilson
+from trace_ds.reporting.matched import Matched, Reached, matched, reached, relative_gain
 
 unit = st.floats(0, 1, allow_nan=False)
 
@@ -42,6 +46,51 @@ def test_against_a_plain_loop(rows: list[tuple[float, float]], target: float) ->
     if kept:
         assert found.post == pytest.approx(sum(kept) / len(kept))
         assert min(kept) - 1e-12 <= found.post <= max(kept) + 1e-12
+
+
+@pytest.mark.parametrize(
+    ("forget", "found"),
+    [
+        ([0.9, 0.5, 0.3], Reached(2, 0.5)),
+        ([0.9, 0.4, 0.3], Reached(1, 1.0)),  # on the target itself
+        ([0.3, 0.9], Reached(0, 1.0)),  # nothing before
+        ([math.nan, 0.3], Reached(1, 1.0)),  # nothing before that is known
+        ([0.9, 0.5], None),
+    ],
+)
+def test_where_between_two_scored_steps(forget: list[float], found: Reached | None) -> None:
+    mine = reached(forget, 0.4)
+    assert (mine is None) == (found is None)
+    if mine is not None and found is not None:
+        assert mine.index == found.index and mine.share == pytest.approx(found.share)
+
+
+@pytest.mark.parametrize(("count", "of"), [(0, 40), (3, 40), (67, 240), (240, 240)])
+def test_wilson_against_scipy(count: int, of: int) -> None:
+    found, wanted = wilson(count / of, of), stats.binomtest(count, of).proportion_ci(method="wilson")
+    assert (found.low, found.high) == pytest.approx((wanted.low, wanted.high), abs=1e-6)
+
+
+def test_perplexity_interval_against_a_bootstrap_of_documents() -> None:
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(20, 200, 400)
+    nll = tokens * rng.normal(3, 0.4, 400)
+    items = [{"nll": float(a), "tokens": int(b)} for a, b in zip(nll, tokens, strict=True)]
+    score = Score("m", "t", "perplexity", 20.0, int(tokens.sum()), "utility", "lower", None)
+    found = of_score(score, Evaluation("m", None, [score], {"t": items}, {}, None, {}))
+    draws = rng.integers(0, 400, (4000, 400))
+    wanted = np.quantile(np.exp(nll[draws].sum(1) / tokens[draws].sum(1)), [0.025, 0.975])
+    assert found is not None and [found.low, found.high] == pytest.approx(wanted, rel=0.01)
+
+
+def test_scores_that_are_no_mean_over_questions_have_no_interval() -> None:
+    for metric, direction, value in (
+        ("forget_quality", "higher", 0.2),
+        ("priv_leak", "reference", 0.5),
+        ("x", "higher", 3),
+    ):
+        score = Score("m", "t", metric, value, 80, "utility", direction, None)
+        assert of_score(score, Evaluation("m", None, [score], {}, {}, None, {})) is None
 
 
 @pytest.mark.parametrize(("steps", "utility", "message"), [([2, 1], [1, 1], "do not increase"), ([1, 2], [1], "util")])

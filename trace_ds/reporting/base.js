@@ -54,16 +54,6 @@ function percent(value) {
 }
 function times(log) { return log === null ? "–" : short(Math.exp(log)) + "×"; }
 
-// A colour of the style sheet as "rgb(…)", for canvas and contrast.
-function colour(name) {
-  const probe = el("span");
-  probe.style.color = `var(--${name})`;
-  document.body.append(probe);
-  const value = getComputedStyle(probe).color;
-  probe.remove();
-  return value;
-}
-
 // Round steps for an axis.
 function ticks(low, high, count) {
   const span = high - low;

@@ -145,17 +145,18 @@ function lineChart(host, options) {
       const stride = Math.max(1, Math.ceil(entry.points.length / 24));
       placed[line].forEach((p, i) => { if (inside(entry.points[i]) && (i % stride === 0 || i === placed[line].length - 1)) drawing.append(marker(p[0], p[1], style, entry.points.length > 30 ? 2.6 : 4)); });
     });
-    if (options.endLabels) labelEnds(width - right);
+    if (options.endLabels) labelEnds(width - right, height - bottom - 22);
     cursor = svg("circle", { r: 8, fill: "none", stroke: "var(--ink)", "stroke-width": 2, visibility: "hidden" });
     drawing.append(cursor);
   }
   // Names beside the last points, pushed apart where they would cover each other.
-  function labelEnds(edge) {
+  function labelEnds(edge, floor) {
     const labels = series.map((entry, line) => {
       const [x, y] = placed[line][placed[line].length - 1], text = entry.label || titleOf(entry.name), last = entry.points[entry.points.length - 1];
       return { x, y: y + 4, text, name: entry.name, start: x + 12 + 6.8 * text.length < edge, shown: inside(last) };
     }).filter((label) => label.shown).sort((a, b) => a.y - b.y);
     labels.forEach((label, i) => { for (const other of labels.slice(0, i)) if (label.y - other.y < 15) label.y = other.y + 15; });
+    for (const label of labels) label.y = Math.min(label.y, floor);
     for (const label of labels) drawing.append(svg("text", { x: label.x + (label.start ? 9 : -9), y: label.y, "text-anchor": label.start ? "start" : "end", class: "name" }, label.text));
   }
   function say(line, point, where) {

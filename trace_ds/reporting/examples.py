@@ -1,23 +1,22 @@
 """What the models say: a few questions before and after, and whether the text is still language.
 
 Broken text is told by a measure that needs no model: the share of its words that repeat what was just said, or that
-occur in no question, answer or text of the evaluation and in nothing that the original model wrote. A sound model has
-some of the latter too, so the original's and the retrained model's shares stand beside it. Where models only pick,
+occur in no question, answer or text of the evaluation and in nothing else that the original model wrote. A sound model
+has some of the latter too, so the original's and the retrained model's shares stand beside it. Where models only pick,
 perplexity on other text says whether they still speak.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections import Counter
 from dataclasses import dataclass
-from typing import Any
 
 from trace_ds.reporting.gather import Evaluation, RunData
 from trace_ds.reporting.tables import item_cells
 
 EXAMPLES = 3
-CLEARLY = 1 / 3  # of the words, above what sound models have: such a text is called broken
+CLEARLY = 0.15  # of the words, above what sound models have: such a text is called broken
 NOTED = 0.1  # the same of the mean over all texts
 TEXTS = ("prompt", "text", "reference", "choices")
 
@@ -40,53 +39,52 @@ class Example:
     said: list[Said]
 
 
-def examples(run: RunData, role: str) -> list[Example]:
-    """Up to three questions, evenly spaced through the task (not picked by outcome); free text where there is any."""
+def examples(run: RunData, role: str, main: str) -> list[Example]:
+    """Up to three questions of a task, of free text where there is any, in proportion to how they came out: the middle
+    of each third, from those that the model ``main`` answers worst to those that it answers best."""
     evaluations = run.evaluations()
-    original = evaluations.get("original") or next(iter(evaluations.values()), None)
-    task = None if original is None else _task(original, role)
-    if original is None or task is None:
+    task = _task(evaluations[main], role) if main in evaluations else None
+    if task is None:
         return []
-    items, known = original.items[task], vocabulary(run)
-    references = [run.references[name] for name in ("original", run.gold) if name in run.references]
-    sound = max((_mean(each, known, [task]) or 0.0 for each in references), default=0.0)
+    known, references = vocabulary(run), [run.references[n] for n in ("original", run.gold) if n in run.references]
+    sound = max((_mean(each, known, task) or 0.0 for each in references), default=0.0)
+    items = sorted(evaluations[main].items[task], key=lambda item: item_cells(item)[3] or 0.0)
     count = min(EXAMPLES, len(items))
+    by_id = {name: {each.get("id"): each for each in one.items.get(task) or []} for name, one in evaluations.items()}
     found = []
-    for number in range(count):
-        item = items[(2 * number + 1) * len(items) // (2 * count)]
+    for item in (items[(2 * number + 1) * len(items) // (2 * count)] for number in range(count)):
         said = []
-        for name, evaluation in evaluations.items():
-            own = next((each for each in evaluation.items.get(task) or [] if each.get("id") == item.get("id")), None)
+        for name, own in ((name, answers.get(item.get("id"))) for name, answers in by_id.items()):
             if own is not None:
                 _, _, text, score = item_cells(own)
-                share = broken_share(own["continuation"], known) if "continuation" in own else None
+                share = broken_share(own["continuation"], known, name == "original") if "continuation" in own else None
                 said.append(Said(name, text or "nothing", score, share, share is not None and share > sound + CLEARLY))
         found.append(Example(task, item_cells(item)[1], said))
     return found
 
 
-def vocabulary(run: RunData) -> set[str]:
-    """The words of all texts of the evaluation, and of what the original model wrote."""
-    known: set[str] = set()
+def vocabulary(run: RunData) -> Counter[str]:
+    """In how many texts a word (or a run of punctuation) is: those of the evaluation, and the original model's own."""
+    known: Counter[str] = Counter()
     for name, evaluation in run.references.items():
         keys = (*TEXTS, "continuation") if name == "original" else TEXTS
         for value in (item.get(key) for items in evaluation.items.values() for item in items for key in keys):
             for text in value if isinstance(value, list) else [value]:
-                known.update(_words(str(text or "")))
+                known.update(set(_words(str(text or ""))))
     return known
 
 
-def broken_share(text: str, known: set[str]) -> float:
+def broken_share(text: str, known: Counter[str], own: bool = False) -> float:
     """Share of the words that repeat or are in no text; 1 for a text without words.
 
-    The last word may be cut, and is left out of longer texts.
+    The last word may be cut, and is left out of longer texts. ``own``: the text itself is among those counted.
     """
     words = _words(text)
     words = words[:-1] if len(words) > 1 else words
     seen: set[tuple[str, str]] = set()
     bad = 0
     for before, word in zip(["", *words], words, strict=False):
-        bad += word not in known or word == before or (before, word) in seen
+        bad += known[word] <= own or word == before or (before, word) in seen
         seen.add((before, word))
     return bad / len(words) if words else 1.0
 
@@ -125,16 +123,12 @@ def _task(evaluation: Evaluation, role: str) -> str | None:
     return next((task for kind in kinds for task in told if kind in evaluation.items[task][0]), None)
 
 
-def _mean(evaluation: Evaluation, known: set[str], tasks: Iterable[str] = ()) -> float | None:
-    shares = [broken_share(text, known) for text in _written(evaluation, tasks or evaluation.items)]
+def _mean(evaluation: Evaluation, known: Counter[str], task: str | None = None) -> float | None:
+    items = evaluation.items.items() if task is None else [(task, evaluation.items.get(task) or [])]
+    texts = [str(each["continuation"]) for _, found in items for each in found if each.get("continuation") is not None]
+    shares = [broken_share(text, known, evaluation.model == "original") for text in texts]
     return sum(shares) / len(shares) if shares else None
 
 
-def _written(evaluation: Evaluation, tasks: Iterable[str]) -> Iterator[str]:
-    for task in tasks:
-        items: list[dict[str, Any]] = evaluation.items.get(task) or []
-        yield from (str(item["continuation"]) for item in items if item.get("continuation") is not None)
-
-
 def _words(text: str) -> list[str]:
-    return re.findall(r"[^\W\d_]+", text.lower())
+    return re.findall(r"[^\W\d_]+|[^\w\s]{2,}", text.lower())

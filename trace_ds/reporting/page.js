@@ -26,7 +26,7 @@ function drawCurves() {
     clearCharts(host);
     clearCharts(wide);
     const along = (x, y) => Array.from(arms, ([name, own]) => ({ name, points: own.filter((r) => r[x] !== null && r[y] !== null).map((r) => [r[x], r[y], tell(r, key)]) }));
-    const frontier = along("forget", key), gold = DATA.gold;
+    const frontier = along("forget", key).map((entry) => ({ ...entry, label: `${titleOf(entry.name)}, step ${arms.get(entry.name).at(-1).step}` })), gold = DATA.gold;
     const known = (p) => p && p.forget !== null && p[key] !== null && p[key] !== undefined;
     if (known(gold)) frontier.push({ name: "gold", label: "gold: never saw it", dots: true, points: [[gold.forget, gold[key], `gold model (never saw the forget set)\nforget score ${short(gold.forget)}\nutility ${short(gold[key])}`]] });
     const start = rows.find((row) => row.step === 0);

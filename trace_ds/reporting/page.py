@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from importlib import resources
 from typing import Any
@@ -52,6 +53,7 @@ def render(
         ((s.task, s.metric) for e in run.evaluations().values() for s in e.scores if s.metric == "perplexity"), None
     )
     models = list(run.evaluations())
+    main = next((arm.label for arm in run.arms if arm.is_trace and arm.label in models), models[-1] if models else "")
     fluency = broken_by_model(run)
     return render_template(
         "page.html.j2",
@@ -69,9 +71,10 @@ def render(
         examples=[
             (role, title, found)
             for role, title in (("forget", "To be forgotten"), ("utility", "To be kept"))
-            if (found := examples(run, role))
+            if (found := examples(run, role, main))
         ],
         models=models,
+        main=main,
         fluency=fluency,
         perplexity=perplexity
         and (perplexity[0], {name: run.evaluations()[name].value(*perplexity) for name in models}),
@@ -109,8 +112,13 @@ def render_template(
     environment.filters["number"] = number
     environment.filters["percent"] = lambda value: "–" if value is None else f"{value:.1%}"
     environment.filters["points"] = lambda value: "–" if value is None else f"{100 * value:.1f}"
-    environment.filters["gain"] = lambda value, low, high: change(100 * value, low and 100 * low, high and 100 * high, 1)
+    environment.filters["gain"] = lambda value, low, high: change(
+        100 * value, low and 100 * low, high and 100 * high, 1
+    )
     environment.filters["change"] = change
+    environment.filters["tied"] = lambda text: re.sub(
+        r"\[[^\]]*\]", lambda found: found[0].replace(" ", "\u00a0"), text
+    )
     environment.filters["model"] = lambda label: ", ".join(names.get(each, each) for each in label.split(", "))
     return environment.get_template(template).render(
         **values,
@@ -273,6 +281,8 @@ def number(value: Any) -> str:
         return str(value)
     if isinstance(value, int):
         return f"{value:,}"
+    if 10 <= abs(value) < 10_000:
+        return f"{value:,.1f}"
     return f"{value:.3f}" if 0.001 <= abs(value) < 10 or value == 0 else f"{value:.4g}"
 
 

@@ -1,4 +1,4 @@
-"""PNG pictures of the main plots, for papers and model cards: same tables as the page, byte-identical on a rerun.
+"""PNG pictures of frontier and routing, for papers and model cards: the page's tables, byte-identical on a rerun.
 
 Shape legend: L MoE layers, E experts.
 """
@@ -25,22 +25,19 @@ MARKERS = ("o", "s", "^", "D")
 DPI = 130
 
 
-def draw_all(run: RunData, tables: dict[str, Table]) -> dict[str, bytes]:
-    """PNG bytes by file name; a picture whose table is missing is left out."""
-    painters: dict[str, tuple[str, Callable[[Table], Figure]]] = {
-        "routing.png": ("routing", lambda table: _routing(run, table)),
-        "curves.png": ("curves", lambda table: _curves(run, table)),
-        "weights.png": ("weights", _weights),
-        "training.png": ("training", _training),
-        "drift.png": ("drift", _drift),
+def draw_all(run: RunData, tables: dict[str, Table], names: dict[str, str]) -> dict[str, bytes]:
+    """PNG bytes by file name; a picture whose table is missing is left out. ``names``: of the arms, for people."""
+    painters: dict[str, Callable[[Table], Figure]] = {
+        "routing": lambda table: _routing(run, table),
+        "curves": lambda table: _curves(run, table, names),
     }
     found = {}
     with _fixed_style():
-        for name, (key, paint) in painters.items():
-            if key in tables:
+        for name, paint in painters.items():
+            if name in tables:
                 buffer = io.BytesIO()
-                paint(tables[key]).savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
-                found[name] = buffer.getvalue()
+                paint(tables[name]).savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
+                found[f"{name}.png"] = buffer.getvalue()
     return found
 
 
@@ -97,78 +94,32 @@ def _routing(run: RunData, table: Table) -> Figure:
     return figure
 
 
-def _lines(axis: Any, table: Table, group: str, x: str, y: str, keep: Callable[[dict[str, Any]], bool]) -> int:
-    rows = [row for row in table.rows() if keep(row) and row[x] is not None and row[y] is not None]
-    names = list(dict.fromkeys(table.columns[group]))
-    for name in dict.fromkeys(row[group] for row in rows):
-        own = [row for row in rows if row[group] == name]
-        index = names.index(name)
-        again = index // len(COLOURS)  # colours come again with hollow markers of another shape
-        axis.plot(
-            [row[x] for row in own],
-            [row[y] for row in own],
-            color=COLOURS[index % len(COLOURS)],
-            linestyle=DASHES[(index + again) % len(DASHES)],
-            marker=MARKERS[(index + again) % len(MARKERS)] if len(own) <= 40 else None,
-            markerfacecolor="none" if again % 2 else None,
-            markersize=4,
-            label=str(name).lstrip("_") or "_",
-        )
-    return len(rows)
-
-
-def _curves(run: RunData, table: Table) -> Figure:
-    figure, axes = _figure(1, 2, 4.8, 3.4)
-    _lines(axes[0, 0], table, "arm", "forget", "utility", lambda row: True)
+def _curves(run: RunData, table: Table, names: dict[str, str]) -> Figure:
+    """Utility against forgetting: near the target, and the whole way."""
+    rows = [row for row in table.rows() if row["forget"] is not None and row["utility"] is not None]
+    near = [row for row in rows if row["step"] > 0]
     goal, gold = targets(run), run.references.get(run.gold)
-    if goal is not None:
-        axes[0, 0].axvline(
-            sum(goal.values) / len(goal.values), color="grey", linewidth=1, linestyle=":", label="target"
-        )
-    if gold is not None:
-        place = mean_score(gold, "forget"), mean_score(gold, "utility")
+    level = sum(goal.values) / len(goal.values) if goal is not None else None
+    place = (mean_score(gold, "forget"), mean_score(gold, "utility")) if gold is not None else (None, None)
+    figure, axes = _figure(1, 2, 4.8, 3.6)
+    for axis, shown, title in ((axes[0, 0], near, "where it happens"), (axes[0, 1], rows, "the whole way")):
+        for index, name in enumerate(dict.fromkeys(table.columns["arm"])):
+            own = [row for row in shown if row["arm"] == name]
+            again = index // len(COLOURS)  # colours come again with hollow markers of another shape
+            look: dict[str, Any] = {"color": COLOURS[index % len(COLOURS)], "markersize": 4}
+            for key, kinds in (("linestyle", DASHES), ("marker", MARKERS)):
+                look[key] = kinds[(index + again) % len(kinds)]
+            look |= {"markerfacecolor": "none"} if again % 2 else {}
+            text = str(names.get(name, name)).lstrip("_") or "_"
+            axis.plot([row["forget"] for row in own], [row["utility"] for row in own], label=text, **look)
+            if own and axis is axes[0, 0]:
+                axis.annotate(f"step {own[-1]['step']}", (own[-1]["forget"], own[-1]["utility"]), (5, 3),
+                              textcoords="offset points", fontsize=7)  # fmt: skip
+        if level is not None:
+            axis.axvline(level, color="grey", linewidth=1, linestyle=":", label="target")
         if None not in place:
-            axes[0, 0].plot(*place, "D", color=COLOURS[5], label="gold")
-    axes[0, 0].invert_xaxis()
-    axes[0, 0].set(title="utility against forgetting", xlabel="forget score (lower → more forgotten)", ylabel="utility")
-    _lines(axes[0, 1], table, "arm", "step", "utility", lambda row: True)
-    axes[0, 1].set(title="utility by step", xlabel="step")
-    axes[0, 0].legend(frameon=False)
-    return figure
-
-
-def _weights(table: Table) -> Figure:
-    figure, axes = _figure(1, 1, 5.6, 3.4)
-    middle = [(low * high) ** 0.5 for low, high in zip(table.columns["low"], table.columns["high"], strict=True)]
-    with_middle = Table(table.name, table.title, {**table.columns, "middle": middle})
-    axis = axes[0, 0]
-    varied = {row["arm"] for row in table.rows() if row["share"] < 0.999}  # all weights 1: the line at 1 says it
-    _lines(axis, with_middle, "arm", "middle", "share", lambda row: row["arm"] in varied)
-    axis.axvline(1.0, color="grey", linewidth=1, linestyle=":")
-    axis.set_xscale("log", base=2)
-    axis.xaxis.set_major_formatter("{x:g}")
-    axis.set(title="distribution of the retain weights", xlabel="weight", ylabel="share of tokens per quarter octave")
-    if varied:
-        axis.legend(frameon=False)
-    return figure
-
-
-def _training(table: Table) -> Figure:
-    keys = [key for key in table.columns if key not in ("arm", "step")][:4]
-    figure, axes = _figure(1, max(1, len(keys)), 3.6, 3.0)
-    for axis, key in zip(axes[0], keys, strict=False):
-        _lines(axis, table, "arm", "step", key, lambda row: True)
-        axis.set(title=key, xlabel="step")
-    axes[0, 0].legend(frameon=False)
-    return figure
-
-
-def _drift(table: Table) -> Figure:
-    figure, axes = _figure(1, 2, 4.4, 3.2)
-    for axis, corpus in zip(axes[0], ("forget", "retain"), strict=True):
-        found = _lines(axis, table, "model", "layer", "overlap", lambda row, corpus=corpus: row["corpus"] == corpus)  # type: ignore[misc]
-        axis.set(title=f"expert overlap with the original, {corpus} text", xlabel="layer", ylim=(0, 1.05))
-        axis.xaxis.get_major_locator().set_params(integer=True)
-        if found:
-            axis.legend(frameon=False)
+            axis.plot(*place, "D", color=COLOURS[5], label="gold")
+        axis.invert_xaxis()
+        axis.set(title=title, xlabel="forget score (lower → more forgotten)", ylabel="utility")
+    axes[0, 1].legend(frameon=False)
     return figure

@@ -123,22 +123,30 @@ def _against(mine: Standing, base: Standing) -> tuple[str, Answer]:
         words = "" if end is None else f" (at the end: {points(end)} points)"
         sentence = f"; whether it is better than uniform weights is open, since {why}{words}"
         return sentence, Answer(question, "Open", (note, *told))
-    words_of = {1: "better", 0: "not shown to be better", -1: "worse"}
-    short_of = {1: "yes", 0: "not shown", -1: "no, worse"}
+    short_of = {1: "yes", 0: "not shown", -1: "worse"}
     same = after.sign == crossing.sign
     short = short_of[after.sign]
-    short = short if same else f"on average {short}; at the crossing {short_of[crossing.sign]}"
+    short = short if same else f"on average {short}, at the crossing {short_of[crossing.sign]}"
     near = f"between scored steps {mine.spacing} apart" if mine.spacing else "the first scored one"
     details = (
-        f"On average from the forgetting on: {_sides(after)}.",
+        f"On average once forgotten: {_sides(after)}.",
         f"At the crossing (step {mine.step:.0f} against {base.step:.0f}, {near}): {_sides(crossing)}.",
     )
     sentence = (
-        f"; against uniform weights it is {words_of[after.sign]} on average from the forgetting on "
-        f"({points(after)} points), {'and' if same else 'but'} {words_of[crossing.sign]} at the moment of forgetting "
-        f"({points(crossing)})"
+        f"; against uniform weights it keeps {_more(after, 'on average once it has forgotten', ' points')}, "
+        f"{'and' if same else 'but'} {_more(crossing, 'at the moment of forgetting')}"
     )
     return sentence, Answer(question, short[0].upper() + short[1:], details)
+
+
+def _more(found: Difference, when: str, unit: str = "") -> str:
+    """A difference in words: so many points more or fewer, or none that is clear."""
+    if found.sign == 0:
+        return f"nothing clearly different {when} ({points(found)})"
+    band = found.interval
+    ends = sorted(100 * abs(end) for end in (band.low, band.high)) if band else []
+    told = f" [{ends[0]:.1f}, {ends[1]:.1f}]" if ends else ""
+    return f"{100 * abs(found.value):.1f}{unit} {'more' if found.sign > 0 else 'fewer'} {when}{told}"
 
 
 def _sure(runs: Sequence[RunData], better: int | None) -> Answer:

@@ -62,7 +62,7 @@ def report(config: Config | None, run: RunDirectory, others: list[Path] | None =
     runs = [data, *again]
     whole = averaged(runs)
     found = tables.all_tables(runs, others_read)
-    images = pictures.draw_all(whole, found)
+    images = pictures.draw_all(whole, found, page.titles([data, *others_read]))
     told = verdict(data, again)
     files: dict[str, str | bytes] = {
         "index.html": page.render(runs, told, found, sorted(images), others_read, notes),
