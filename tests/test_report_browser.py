@@ -137,16 +137,6 @@ def test_the_map_and_the_charts_answer_to_the_keyboard(browser: Chromium, page: 
     assert browser.run("document.querySelector('#tip').getAttribute('role')") == "status"
 
 
-def test_order_by_ratio(browser: Chromium, page: Path) -> None:
-    browser.open(page)
-    rows = [row for row in rows_of(page, "routing") if row["layer"] == "0"]
-    best = max(rows, key=lambda row: float(row["log_ratio"]))
-    choose(browser, "order", "ratio")
-    focus(browser, "#chart-routing canvas")
-    browser.key("ArrowRight")
-    assert browser.run(TIP).startswith(f"Layer 0, expert {best['expert']}")
-
-
 def test_utility_metric_can_be_chosen(browser: Chromium, page: Path) -> None:
     browser.open(page)
     choose(browser, "utility-metric", "utility_exact_match")

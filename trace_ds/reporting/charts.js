@@ -67,6 +67,8 @@ function figure(host, title, note) {
   return node;
 }
 
+let clips = 0;
+
 // options: title, note, series [{name, points: [[x, y, text]]}], x, y (labels), reverseX, logX, vline/hline {at, text}, zeroY, oneY,
 // domain [[x0, x1], [y0, y1]] (what lies outside is cut), height, endLabels (each line's name at its last point instead of a legend)
 function lineChart(host, options) {
@@ -94,6 +96,7 @@ function lineChart(host, options) {
   const [x0, x1] = range(domain[0], options.padX || 0.02);
   const [y0, y1] = range(domain[1], 0.05);
   const inside = (p) => fx(p[0]) >= x0 && fx(p[0]) <= x1 && p[1] >= y0 && p[1] <= y1;
+  const clip = `clip-${clips++}`;
   let placed = [];
   let cursor = null;
   let chosen = { line: 0, point: -1 };
@@ -123,7 +126,7 @@ function lineChart(host, options) {
       drawing.append(svg("line", Object.assign({ stroke: "var(--soft)", "stroke-width": 1.5, "stroke-dasharray": "3 3" }, attributes)));
       drawing.append(svg("text", { x, y, "text-anchor": anchor }, text));
     };
-    const room = svg("clipPath", { id: `clip-${redraws.indexOf(draw)}` });
+    const room = svg("clipPath", { id: clip });
     room.append(svg("rect", { x: left, y: 0, width: width - left - right, height }));
     drawing.append(room);
     if (options.vline) {
@@ -140,7 +143,7 @@ function lineChart(host, options) {
       const style = styleOf(entry.name);
       if (!entry.dots) {
         const path = placed[line].map((p, i) => (i ? "L" : "M") + p[0].toFixed(1) + " " + p[1].toFixed(1)).join("");
-        drawing.append(svg("path", { d: path, fill: "none", stroke: style.colour, "stroke-width": 2, "stroke-dasharray": style.dash, "stroke-linejoin": "round", "clip-path": `url(#clip-${redraws.indexOf(draw)})` }));
+        drawing.append(svg("path", { d: path, fill: "none", stroke: style.colour, "stroke-width": 2, "stroke-dasharray": style.dash, "stroke-linejoin": "round", "clip-path": `url(#${clip})` }));
       }
       const stride = Math.max(1, Math.ceil(entry.points.length / 24));
       placed[line].forEach((p, i) => { if (inside(entry.points[i]) && (i % stride === 0 || i === placed[line].length - 1)) drawing.append(marker(p[0], p[1], style, entry.points.length > 30 ? 2.6 : 4)); });
@@ -152,7 +155,7 @@ function lineChart(host, options) {
   // Names beside the last points, pushed apart where they would cover each other.
   function labelEnds(edge, floor) {
     const labels = series.map((entry, line) => {
-      const [x, y] = placed[line][placed[line].length - 1], text = entry.label || titleOf(entry.name), last = entry.points[entry.points.length - 1];
+      const [x, y] = placed[line][placed[line].length - 1], text = edge > 500 && entry.label || titleOf(entry.name), last = entry.points[entry.points.length - 1];
       return { x, y: y + 4, text, name: entry.name, start: x + 12 + 6.8 * text.length < edge, shown: inside(last) };
     }).filter((label) => label.shown).sort((a, b) => a.y - b.y);
     labels.forEach((label, i) => { for (const other of labels.slice(0, i)) if (label.y - other.y < 15) label.y = other.y + 15; });

@@ -29,13 +29,7 @@ function heatmaps(host) {
     { key: "log_ratio", title: "Ratio forget / retain", stops: diverging, place: (v) => (v / span + 1) / 2, text: times, ends: [times(-span), "1×", times(span)], note: "blue: retain uses it more; orange: forget uses it more" },
   ].filter((map) => finite(T[map.key]).length);
   if (wide && maps.length === 3) maps.unshift(maps.pop()); // the ratio first, over the whole width
-  const orders = { index: [], ratio: [] };
-  for (let l = 0; l < L; l++) {
-    orders.index.push(Array.from({ length: E }, (_, e) => e));
-    const value = (e) => T.log_ratio[l * E + e] === null ? -Infinity : T.log_ratio[l * E + e];
-    orders.ratio.push(orders.index[l].slice().sort((a, b) => value(b) - value(a) || a - b));
-  }
-  let order = orders.index, cursor = null; // cursor: {layer, column}
+  let cursor = null; // {layer, column}: a column is an expert
 
   function describe(layer, expert) {
     const i = layer * E + expert;
@@ -70,8 +64,7 @@ function heatmaps(host) {
     map.marks = svg("svg", { viewBox: `0 0 ${E} ${L}`, preserveAspectRatio: "none", "aria-hidden": "true" });
     const plot = el("div", { class: "map" }, map.canvas, map.marks);
     map.bar = el("div", { class: "ramp" }, ...map.ends.map((text) => el("span", {}, text)));
-    map.columns = el("div", { class: "ends" });
-    node.append(el("div", { class: "ends" }, `layer 0 … ${L - 1}, from top to bottom`), plot, map.columns, map.bar);
+    node.append(el("div", { class: "ends" }, `layer 0 … ${L - 1}, from top to bottom`), plot, el("div", { class: "ends" }, `expert 0 … ${E - 1}, from left to right`), map.bar);
     onPoint(map.canvas, (event) => {
       const box = map.canvas.getBoundingClientRect();
       const column = Math.floor((event.clientX - box.left) / box.width * E), layer = Math.floor((event.clientY - box.top) / box.height * L);
@@ -90,7 +83,7 @@ function heatmaps(host) {
   function move(layer, column, place) {
     cursor = { layer, column };
     for (const map of maps) for (const [name, value] of [["x", column], ["y", layer], ["visibility", "visible"]]) map.cursor.setAttribute(name, value);
-    const text = describe(layer, order[layer][column]);
+    const text = describe(layer, column);
     if (typeof place === "function") keepTip(text, place);
     else showTip(text, ...place);
   }
@@ -105,8 +98,8 @@ function heatmaps(host) {
       map.marks.replaceChildren();
       for (let l = 0; l < L; l++) {
         for (let c = 0; c < E; c++) {
-          const i = l * E + order[l][c], value = T[map.key][i], paint = value === null ? [128, 128, 128] : ramp(stops, map.place(value));
-          image.data.set([...paint, value === null ? 60 : 255], 4 * (l * E + c));
+          const i = l * E + c, value = T[map.key][i], paint = value === null ? [128, 128, 128] : ramp(stops, map.place(value));
+          image.data.set([...paint, value === null ? 60 : 255], 4 * i);
           if (T.selected[i] && (!wide || map.key === "log_ratio")) {
             const bright = 0.299 * paint[0] + 0.587 * paint[1] + 0.114 * paint[2] > 140;
             map.marks.append(svg("rect", { x: c + 0.14, y: l + 0.14, width: 0.72, height: 0.72, stroke: bright ? "#111" : "#fff" }));
@@ -116,12 +109,9 @@ function heatmaps(host) {
       ctx.putImageData(image, 0, 0);
       map.cursor = svg("rect", { width: 1, height: 1, class: "cursor", visibility: "hidden" });
       map.marks.append(map.cursor);
-      map.columns.textContent = order === orders.index ? `expert 0 … ${E - 1}, from left to right` : "experts, from the highest ratio to the lowest";
       map.bar.style.backgroundImage = `linear-gradient(to right, ${stops.map((stop) => `rgb(${stop})`).join(", ")})`;
     }
   }
-  const select = byId("order");
-  if (select) select.addEventListener("change", () => { order = orders[select.value] || orders.index; cursor = null; draw(); });
   draw.host = host;
   redraws.push(draw);
 }

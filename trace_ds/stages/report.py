@@ -1,6 +1,7 @@
 """``trace-ds report CONFIG [RUN ...]``: one self-contained page, its CSV files and pictures, scores and a model card.
 
     trace-ds report runs/mine runs/other      # a run, compared with another
+    trace-ds report runs/seed_0 runs/seed_1   # runs that differ in their seed only: one, by means with intervals
     trace-ds report runs/entangled            # a study of `trace-ds bench`
 
 Reads artefacts only, so it can be run at any time: what is not there yet is shown as not run yet. Writes
