@@ -328,7 +328,7 @@ def test_no_column_is_cut_off(browser: Chromium, page: Path, width: int) -> None
     browser.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
     browser.open(page)
     cut = "[...document.querySelectorAll('.fit')].filter((n) => n.scrollWidth > n.clientWidth).length"
-    assert browser.run("document.querySelectorAll('.fit').length") == 4 and browser.run(cut) == 0
+    assert browser.run("document.querySelectorAll('.fit').length") == 3 and browser.run(cut) == 0
 
 
 @pytest.fixture(scope="module")

@@ -104,12 +104,14 @@ function lineChart(host, options) {
   function draw() {
     const width = Math.max(260, node.clientWidth), height = Math.round(Math.min(options.height || 270, Math.max(210, width * 0.7)));
     const yTicks = ticks(y0, y1, 5);
-    const left = Math.max(44, 14 + 7 * Math.max(...yTicks.map((v) => short(v).length))), right = 12, top = 10, bottom = 42;
+    const left = Math.max(44, 14 + 7 * Math.max(...yTicks.map((v) => short(v).length))), top = 10, bottom = 42;
+    let right = 12;
     drawing.replaceChildren();
     drawing.setAttribute("viewBox", `0 0 ${width} ${height}`);
     drawing.setAttribute("height", height);
     const px = (v) => { const t = (fx(v) - x0) / (x1 - x0); return left + (options.reverseX ? 1 - t : t) * (width - left - right); };
     const py = (v) => height - bottom - (v - y0) / (y1 - y0) * (height - top - bottom);
+    if (options.endLabels && width > 700) right = Math.max(12, ...series.filter((e) => inside(e.points.at(-1))).map((e) => px(e.points.at(-1)[0]) + 24 + 6.8 * (e.label || e.name).length - width)); // room for the names
     const unlog = (v) => options.logX ? Math.pow(10, v) : v;
     const xTicks = (options.logX ? decades(x0, x1) : ticks(x0, x1, width / 90)).filter((v) => !options.wholeX || Number.isInteger(v));
     for (const v of yTicks) {
@@ -148,7 +150,7 @@ function lineChart(host, options) {
       const stride = Math.max(1, Math.ceil(entry.points.length / 24));
       placed[line].forEach((p, i) => { if (inside(entry.points[i]) && (i % stride === 0 || i === placed[line].length - 1)) drawing.append(marker(p[0], p[1], style, entry.points.length > 30 ? 2.6 : 4)); });
     });
-    if (options.endLabels) labelEnds(width - right, height - bottom - 22);
+    if (options.endLabels) labelEnds(width - 8, height - bottom - 22);
     cursor = svg("circle", { r: 8, fill: "none", stroke: "var(--ink)", "stroke-width": 2, visibility: "hidden" });
     drawing.append(cursor);
   }

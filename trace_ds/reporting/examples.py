@@ -117,10 +117,9 @@ def fluency(run: RunData, final: Evaluation) -> list[str]:
 
 def _task(evaluation: Evaluation, role: str) -> str | None:
     """The first task of a role with free text, else with anything said."""
-    roles = {score.task: score.role for score in evaluation.scores}
-    told = [task for task, items in evaluation.items.items() if roles.get(task) == role and items]
-    kinds = ("continuation", "predicted")
-    return next((task for kind in kinds for task in told if kind in evaluation.items[task][0]), None)
+    tasks = dict.fromkeys(score.task for score in evaluation.scores if score.role == role)
+    told = {task: items[0] for task in tasks if (items := evaluation.items.get(task))}
+    return next((task for kind in ("continuation", "predicted") for task in told if kind in told[task]), None)
 
 
 def _mean(evaluation: Evaluation, known: Counter[str], task: str | None = None) -> float | None:

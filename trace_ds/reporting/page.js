@@ -33,9 +33,9 @@ function drawCurves() {
     if (known(start)) frontier.push({ name: "original", dots: true, points: [[start.forget, start[key], `original model\nforget score ${short(start.forget)}\nutility ${short(start[key])}`]] });
     const near = rows.filter((row) => row.step > 0 && row.forget !== null && row[key] !== null);
     const zoom = near.length > arms.size && [near.map((r) => r.forget).concat(known(gold) ? gold.forget : [], target ? target.at : []), near.map((r) => r[key]).concat(known(gold) ? gold[key] : [])];
-    const chart = { series: frontier, x: "forget score (lower → more forgotten)", y: "utility", reverseX: true, vline: target, padX: 0.06, endLabels: true };
+    const chart = { series: frontier, x: "forget score (lower → more forgotten)", y: "utility", reverseX: true, vline: target, padX: 0.06, endLabels: arms.size < 5, alwaysLegend: true };
     lineChart(wide, { ...chart, title: zoom ? "Where it happens" : "Utility against forgetting", note: `further right: more forgotten; higher: more kept${target ? `; dashed: ${target.origin}` : ""}`, domain: zoom || null, height: 440 });
-    if (zoom) lineChart(host, { ...chart, title: "The whole way", note: "from the original model on", endLabels: false, alwaysLegend: true });
+    if (zoom) lineChart(host, { ...chart, title: "The whole way", note: "from the original model on", endLabels: false });
     lineChart(host, { title: "Utility by step", series: along("step", key), x: "step", y: "utility" });
     lineChart(host, { title: "Forget score by step", series: along("step", "forget"), x: "step", y: "forget score", hline: target && { at: target.at, text: "target" } });
     drawCharts(wide);

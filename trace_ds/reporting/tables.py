@@ -365,7 +365,7 @@ def _ends(band: Interval | None) -> list[float | None]:
 
 
 def items(run: RunData) -> Table:
-    """Every question that models answer: what it asks, and by model what was said (``MODEL``) and its score."""
+    """Every forget item, and every other that models answer: what it asks, and by model what was said and its score."""
     evaluations = run.evaluations()
     roles = {score.task: score.role for evaluation in evaluations.values() for score in evaluation.scores}
     found: dict[tuple[str, str], list[Any]] = {}
@@ -376,9 +376,8 @@ def items(run: RunData) -> Table:
                     name, asked, said, score = item_cells(item)
                     row = found.setdefault((task, name), [asked, *[None] * (2 * len(evaluations))])
                     row[2 * number + 1 : 2 * number + 3] = said, score
-    rows = [
-        [task, roles[task], name, *row] for (task, name), row in found.items() if any(row[1::2]) or task not in roles
-    ]
+    answered = {task for (task, _), row in found.items() if roles[task] == "forget" or any(row[1::2])}
+    rows = [[task, roles[task], name, *row] for (task, name), row in found.items() if task in answered]
     columns = [column for name in evaluations for column in (name, f"{name} score")]
     return make("items", "Questions, one by one", ["task", "role", "id", "text", *columns], rows)
 

@@ -103,12 +103,14 @@ def _cost(run: RunData, label: str, baseline: str | None) -> tuple[str, Answer]:
     beside = "" if other is None else f"; {100 * other:.1f} with uniform weights"
     shown = _mean(role_scores(final, "utility"), final)
     details = [f"What should stay: {shown} of 100 after, {100 * before:.1f} before{beside}."]
-    details += broken_text(run, final) + fluency(run, final)
+    broken = broken_text(run, final)
+    details += broken + fluency(run, final)
     lost = 100 * (before - after)
     answer = f"{lost:.1f} points of utility" if lost > 0.05 else "Nothing measured"
-    return f" and kept {100 * after:.1f} of {100 * before:.1f} points of utility", Answer(
-        question, answer, tuple(details)
+    words = f" and kept {100 * after:.1f} of {100 * before:.1f} points of utility" + ", but writes broken text" * bool(
+        broken
     )
+    return words, Answer(question, answer, tuple(details))
 
 
 def _against(mine: Standing, base: Standing) -> tuple[str, Answer]:
