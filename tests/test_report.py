@@ -21,8 +21,8 @@ from tests.fake_run import HOSTILE, STEPS, TASKS, write_run, write_study
 from trace_ds.conversion.card import plain
 from trace_ds.errors import UserError
 from trace_ds.reporting import examples, page, scores, tables
-from trace_ds.reporting.compare import compared, why_not_comparable
-from trace_ds.reporting.gather import gather, weight_chunks
+from trace_ds.reporting.compare import compared, repeats, why_not_comparable
+from trace_ds.reporting.gather import RunData, gather, weight_chunks
 from trace_ds.reporting.verdict import verdict
 from trace_ds.run import artefact
 from trace_ds.run.directory import RunDirectory
@@ -301,6 +301,19 @@ def test_runs_with_other_seeds_are_told_as_one(tmp_path: Path) -> None:
     assert found["unlearned", "near facts", "accuracy"]["runs"] == "3" and not any(
         key[0].startswith("b/") for key in found
     )
+
+
+def test_runs_of_other_files_or_of_the_same_seed_are_no_repetition(tmp_path: Path) -> None:
+    def made(name: str, seed: int, model: str) -> RunData:
+        path = write_run(tmp_path / name, name=name, seed=seed)
+        config = yaml.safe_load((path / "config.yaml").read_text())
+        (path / "config.yaml").write_text(yaml.safe_dump({**config, "model": {"path": model}}))
+        return gather(path)
+
+    first = made("a", 0, f"{tmp_path}/a/models/base")
+    assert repeats(first, made("b", 1, f"{tmp_path}/b/models/base"))  # each its own, made with its seed
+    assert not repeats(first, made("c", 2, f"{tmp_path}/a/models/other"))
+    assert not repeats(first, made("d", 0, f"{tmp_path}/d/models/base"))
 
 
 def headline_of(run: Path) -> dict[str, str]:

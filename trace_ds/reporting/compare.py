@@ -95,16 +95,22 @@ def averaged(runs: Sequence[RunData]) -> RunData:
 
 
 def repeats(run: RunData, other: RunData) -> bool:
-    """Whether two runs differ only in their seed (and in the folders that hold what was made with it)."""
+    """Whether two runs differ only in their seed, and in files of their own that were made with it."""
 
-    def settings(value: Any) -> Any:
+    def settings(value: Any, own: tuple[str, ...]) -> Any:
         if isinstance(value, dict):
-            return {key: settings(each) for key, each in value.items()}
+            return {key: settings(each, own) for key, each in value.items()}
         if isinstance(value, list):
-            return [settings(each) for each in value]
-        return Path(value).name if isinstance(value, str) else value
+            return [settings(each, own) for each in value]
+        if not isinstance(value, str):
+            return value
+        parts = value.split("/")  # a path: from the run's folder (or the one that it lies in) on
+        return parts[max((place + 1 for place, part in enumerate(parts[:-1]) if part in own), default=0) :]
 
-    mine, theirs = (settings({**each.config, "seed": 0, "name": "", "report": None}) for each in (run, other))
+    mine, theirs = (
+        settings({**each.config, "seed": 0, "name": "", "report": None}, each.path.resolve().parts[-2:])
+        for each in (run, other)
+    )
     return bool(run.config) and mine == theirs and run.config.get("seed") != other.config.get("seed")
 
 

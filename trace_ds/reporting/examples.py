@@ -57,7 +57,8 @@ def examples(run: RunData, role: str, main: str) -> list[Example]:
         for name, own in ((name, answers.get(item.get("id"))) for name, answers in by_id.items()):
             if own is not None:
                 _, _, text, score = item_cells(own)
-                share = broken_share(own["continuation"], known, name == "original") if "continuation" in own else None
+                wrote = own.get("continuation")
+                share = None if wrote is None else broken_share(str(wrote), known, name == "original")
                 said.append(Said(name, text or "nothing", score, share, share is not None and share > sound + CLEARLY))
         found.append(Example(task, item_cells(item)[1], said))
     return found
@@ -105,14 +106,20 @@ def broken_text(run: RunData, final: Evaluation) -> list[str]:
     return [f"It writes broken text: {mine:.0%} of the words repeat or are no words ({before:.0%} before)."]
 
 
+def perplexity_task(run: RunData) -> str | None:
+    """The first task of text to keep whose perplexity tells whether a model still speaks."""
+    found = (score for evaluation in run.evaluations().values() for score in evaluation.scores)
+    return next((s.task for s in found if (s.metric, s.role) == ("perplexity", "utility")), None)
+
+
 def fluency(run: RunData, final: Evaluation) -> list[str]:
     """A sentence with the perplexity on text to keep, before and after."""
-    for score in run.references["original"].scores:
-        after = final.value(score.task, score.metric)
-        if score.metric == "perplexity" and score.role == "utility" and after is not None:
-            name = score.task.replace("_", " ")
-            return [f"Fluency (perplexity of {name}, lower is better): {after:.1f} after, {score.value:.1f} before."]
-    return []
+    task = perplexity_task(run)
+    values = [model.value(task, "perplexity") for model in (final, run.references["original"])] if task else [None]
+    if task is None or None in values:
+        return []
+    told = "{:.1f} after, {:.1f} before".format(*values)
+    return [f"Fluency (perplexity of {task.replace('_', ' ')}, lower is better): {told}."]
 
 
 def _task(evaluation: Evaluation, role: str) -> str | None:

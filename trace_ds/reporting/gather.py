@@ -100,6 +100,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class RunData:
+    path: Path
     name: str
     title: str
     config: dict[str, Any]
@@ -191,6 +192,7 @@ def gather(path: Path, without: Container[str] = ()) -> RunData:
     some = retain or forget
     layers = summary.get("layers") or list(range(some.counts_LE.shape[0] if some else 0))
     return RunData(
+        path=path,
         name=name,
         title=str(report.get("title") or f"Unlearning report: {name}"),
         config=config,
@@ -273,7 +275,11 @@ def _evaluations(directory: Path, without: Container[str]) -> dict[str, Evaluati
         if "scores" not in raw:
             continue
         scores = _scores(raw["scores"], path.stem, path, without)
-        items = {task: logs for task, logs in (raw.get("items") or {}).items() if task not in without}
+        items = {
+            task: [item for item in logs if isinstance(item, dict)]
+            for task, logs in (raw.get("items") or {}).items()
+            if task not in without and isinstance(logs, list)
+        }
         attacks = raw.get("attacks") or {}
         forcing, relearning = (attacks.get(name) or {} for name in ("expert_forcing", "relearning"))
         attacks = {

@@ -90,7 +90,7 @@ def of_difference(score: Score, evaluation: Evaluation, other: Score, its: Evalu
 def item_values(evaluation: Evaluation, task: str, metric: str) -> dict[str, float]:
     """A metric by question, where the evaluation keeps it."""
     key = ITEM_KEYS.get(metric, metric)
-    items = [item for item in evaluation.items.get(task) or [] if isinstance(item, dict)]
+    items = evaluation.items.get(task) or []
     if metric == "accuracy_norm":
         items = [{**item, key: item["predicted_norm"] == item["answer"]} for item in items if "predicted_norm" in item]
     return {str(item.get("id")): float(item[key]) for item in items if isinstance(item.get(key), (bool, int, float))}

@@ -19,7 +19,7 @@ from trace_ds.evaluation.metrics import meaning
 from trace_ds.evaluation.table import ARROWS, rows_of
 from trace_ds.reporting import scores
 from trace_ds.reporting.compare import averaged, label
-from trace_ds.reporting.examples import broken_by_model, examples
+from trace_ds.reporting.examples import broken_by_model, examples, perplexity_task
 from trace_ds.reporting.gather import BASE_MODEL, Arm, RunData
 from trace_ds.reporting.tables import Table
 from trace_ds.reporting.verdict import Verdict
@@ -49,9 +49,7 @@ def render(
     """
     run = runs[0]
     names = titles([run, *compared])
-    perplexity = next(
-        ((s.task, s.metric) for e in run.evaluations().values() for s in e.scores if s.metric == "perplexity"), None
-    )
+    task = perplexity_task(run)
     models = list(run.evaluations())
     main = next((arm.label for arm in run.arms if arm.is_trace and arm.label in models), models[-1] if models else "")
     fluency = broken_by_model(run)
@@ -76,8 +74,7 @@ def render(
         models=models,
         main=main,
         fluency=fluency,
-        perplexity=perplexity
-        and (perplexity[0], {name: run.evaluations()[name].value(*perplexity) for name in models}),
+        perplexity=task and (task, {name: each.value(task, "perplexity") for name, each in run.evaluations().items()}),
         facts=facts(runs),
         score_table=score_table(tables.get("scores"), averaged(runs)),
         attack_table=attack_table(tables.get("attacks")),

@@ -372,7 +372,7 @@ def items(run: RunData) -> Table:
     for number, evaluation in enumerate(evaluations.values()):
         for task in sorted(evaluation.items):
             for item in evaluation.items[task]:
-                if isinstance(item, dict) and task in roles:
+                if task in roles:
                     name, asked, said, score = item_cells(item)
                     row = found.setdefault((task, name), [asked, *[None] * (2 * len(evaluations))])
                     row[2 * number + 1 : 2 * number + 3] = said, score
