@@ -7,6 +7,7 @@ import io
 import json
 import math
 import re
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -268,15 +269,23 @@ def test_the_verdict_answers_in_words(run: Path) -> None:
     ("changes", "words"),
     [
         ({"gain": -0.05}, ["points fewer on average once it has forgotten [", " fewer at the moment of forgetting ["]),
-        ({"gain": 0.0}, ["it keeps nothing clearly different on average", "Not shown. "]),
+        ({"gain": 0.0}, ["it is not clearly different on average", "Not shown. "]),
         ({"forgets": False}, ["TRACE did not forget enough", "unlearned and uniform never met the forgetting target"]),
         ({"checkpoints": False}, ["is open, since nothing was scored on the way"]),
         ({"gold": False}, ["Forgotten is at most 27.0, 2 points above guessing."]),
         ({"stages": ("data", "statistics")}, ["Nothing to conclude yet"]),
+        (
+            {"without": "variants/uniform"},
+            ["points of utility, but writes broken text; no uniform run stands beside it."],
+        ),
     ],
 )
 def test_the_verdict_says_what_is_not_so(tmp_path: Path, changes: dict[str, Any], words: list[str]) -> None:
-    data = gather(write_run(tmp_path / "run", **changes))
+    missing = changes.pop("without", None)
+    path = write_run(tmp_path / "run", **changes)
+    if missing:
+        shutil.rmtree(path / missing)
+    data = gather(path)
     text = " ".join(verdict(data).lines)
     assert all(word in text for word in words), text
     assert not ("gain" in changes or "forgets" in changes) or "points more" not in text

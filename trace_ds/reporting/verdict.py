@@ -55,12 +55,13 @@ def verdict(run: RunData, repeats: Sequence[RunData] = ()) -> Verdict:
     better = None
     if baseline is not None and main.is_trace:
         mine, base = (standing(runs, arm.label, baseline.label) for arm in (main, baseline))
-        if mine is not None and base is not None:
+        if mine is not None and base is not None and mine.utility["end"] is not None:
             parts.append(_against(mine, base))
             better = mine.better
-    words = ("TRACE" if main.is_trace else main.label) + "".join(part for part, _ in parts)
-    if better is None:
-        words += "; there is no pair of a TRACE-weighted and a uniform run to compare"
+    words = "TRACE" if main.is_trace else f"{main.label} ({main.rule or 'unknown'} weights)"
+    words += "".join(part for part, _ in parts)
+    if baseline is None or not main.is_trace:
+        words += f"; no {'uniform' if main.is_trace else 'TRACE-weighted'} run stands beside it"
     return Verdict(words + ".", (*(answer for _, answer in parts), _sure(runs, better)))
 
 
@@ -135,20 +136,20 @@ def _against(mine: Standing, base: Standing) -> tuple[str, Answer]:
         f"At the crossing (step {mine.step:.0f} against {base.step:.0f}, {near}): {_sides(crossing)}.",
     )
     sentence = (
-        f"; against uniform weights it keeps {_more(after, 'on average once it has forgotten', ' points')}, "
-        f"{'and' if same else 'but'} {_more(crossing, 'at the moment of forgetting')}"
+        f"; against uniform weights it {_more(after, 'on average once it has forgotten', 'keeps {} points')}, "
+        f"{'and' if same else 'but'} {_more(crossing, 'at the moment of forgetting', '{}' if after.sign else 'keeps {}')}"
     )
     return sentence, Answer(question, short[0].upper() + short[1:], details)
 
 
-def _more(found: Difference, when: str, unit: str = "") -> str:
+def _more(found: Difference, when: str, words: str) -> str:
     """A difference in words: so many points more or fewer, or none that is clear."""
     if found.sign == 0:
-        return f"nothing clearly different {when} ({points(found)})"
+        return f"is not clearly different {when} ({points(found)})"
     band = found.interval
     ends = sorted(100 * abs(end) for end in (band.low, band.high)) if band else []
     told = f" [{ends[0]:.1f}, {ends[1]:.1f}]" if ends else ""
-    return f"{100 * abs(found.value):.1f}{unit} {'more' if found.sign > 0 else 'fewer'} {when}{told}"
+    return f"{words.format(f'{100 * abs(found.value):.1f}')} {'more' if found.sign > 0 else 'fewer'} {when}{told}"
 
 
 def _sure(runs: Sequence[RunData], better: int | None) -> Answer:
