@@ -135,10 +135,9 @@ def _against(mine: Standing, base: Standing) -> tuple[str, Answer]:
         f"On average once forgotten: {_sides(after)}.",
         f"At the crossing (step {mine.step:.0f} against {base.step:.0f}, {near}): {_sides(crossing)}.",
     )
-    sentence = (
-        f"; against uniform weights it {_more(after, 'on average once it has forgotten', 'keeps {} points')}, "
-        f"{'and' if same else 'but'} {_more(crossing, 'at the moment of forgetting', '{}' if after.sign else 'keeps {}')}"
-    )
+    first = _more(after, "on average once it has forgotten", "keeps {} points")
+    second = _more(crossing, "at the moment of forgetting", "{}" if after.sign else "keeps {}")
+    sentence = f"; against uniform weights it {first}, {'and' if same else 'but'} {second}"
     return sentence, Answer(question, short[0].upper() + short[1:], details)
 
 
