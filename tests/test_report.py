@@ -292,6 +292,32 @@ def test_the_verdict_says_what_is_not_so(tmp_path: Path, changes: dict[str, Any]
     assert "checkpoints" not in changes or "matched" not in tables.all_tables([data], [])
 
 
+def test_the_curve_that_a_job_scores_of_itself(tmp_path: Path) -> None:
+    """It has fewer tasks and no answers: compared are the tasks that all have, as if the questions were others."""
+    path = write_run(tmp_path / "run")
+    whole = scores.standing([gather(path)], "unlearned", "uniform")
+    for place in (path, path / "variants" / "uniform", path / "variants" / "loss_weighting"):
+        points = []
+        for step in STEPS:
+            file = place / "evaluation" / f"step_{step:06d}.json"
+            found = [s for s in json.loads(file.read_text())["scores"] if s["task"] in ("elements", "near facts")]
+            points.append({"step": step, "scores": found})
+            file.unlink()
+        newest = place / "checkpoints" / "step_000100"
+        newest.mkdir(parents=True)
+        (newest / "manifest.json").write_text(json.dumps({"cursor": {"curve": points}}))
+        (newest.parent / "latest").write_text("step_000100")
+    data = gather(path)
+    part = scores.standing([data], "unlearned", "uniform")
+    assert whole is not None and part is not None and part.tasks == ("near facts",) and whole.tasks[1:] == ("capitals",)
+    assert part.step == pytest.approx(whole.step)
+    after = part.against["after"]
+    assert after is not None and after.interval is not None
+    variance = (after.mine * (1 - after.mine) + after.base * (1 - after.base)) / 80
+    assert after.interval.high - after.value == pytest.approx(1.96 * np.sqrt(variance), rel=1e-3)
+    assert "By the tasks that were scored on the way: near facts." in " ".join(verdict(data).lines)
+
+
 def test_runs_with_other_seeds_are_told_as_one(tmp_path: Path) -> None:
     paths = [
         write_run(tmp_path / n, name=n, seed=s, gain=g) for n, s, g in (("a", 0, 0.05), ("b", 1, 0.07), ("c", 2, 0.06))

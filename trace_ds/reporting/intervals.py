@@ -6,12 +6,14 @@ run: only several seeds do, by Student's t. Shape legend: I items.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from scipy.special import softmax
 
 from trace_ds.evaluation.metrics import FORGET_QUALITY, MODEL_UTILITY
 
@@ -21,7 +23,13 @@ if TYPE_CHECKING:
 LEVEL = 0.95
 Z = 1.959964  # standard normal quantile of (1 + LEVEL) / 2
 NO_MEANS = (FORGET_QUALITY, MODEL_UTILITY)  # in 0 … 1, and no mean over questions
-ITEM_KEYS = {"accuracy": "correct", "acc": "correct", "exact_match": "exact"}  # else an item's key is its metric's name
+ITEM_VALUES: dict[str, Callable[[dict[str, Any]], Any]] = {  # of others the item holds the metric by its name
+    "accuracy": lambda item: item["correct"],
+    "acc": lambda item: item["correct"],
+    "accuracy_norm": lambda item: item["predicted_norm"] == item["answer"],
+    "exact_match": lambda item: item["exact"],
+    "choice_probability": lambda item: softmax(item["log_prob"])[item["answer"]],
+}
 
 
 @dataclass(frozen=True)
@@ -83,26 +91,45 @@ def of_difference(score: Score, evaluation: Evaluation, other: Score, its: Evalu
     """Of a score less that of another model on the same task: paired by seed, else by question."""
     if len(score.by_seed) > 1:
         return t_interval([a - b for a, b in zip(score.by_seed, other.by_seed, strict=True)])
-    mine, theirs = (item_values(model, score.task, score.metric) for model in (evaluation, its))
-    return of_paired_difference([np.array([value - theirs[name] for name, value in mine.items() if name in theirs])])
+    return of_mixes([[(1.0, evaluation)], [(1.0, its)]], [score])
+
+
+def of_mixes(mixes: Sequence[Sequence[tuple[float, Evaluation]]], scores: Sequence[Score]) -> Interval | None:
+    """Of the mean over tasks (those of ``scores``) of the difference between two weighted means of models (normal).
+
+    Paired by question where the evaluations keep them. The curve of a job does not: then the variance is that of
+    independent questions, p (1 - p) at most.
+    """
+    parts = []
+    for score in scores:
+        sides = [[(w, item_values(model, score.task, score.metric)) for w, model in mix] for mix in mixes]
+        asked = [name for name in sides[0][0][1] if all(name in known for side in sides for _, known in side)]
+        if len(asked) > 1:
+            mine_I, base_I = (
+                np.array([math.fsum(w * known[name] for w, known in side) for name in asked]) for side in sides
+            )
+            parts.append((float((mine_I - base_I).mean()), float((mine_I - base_I).var(ddof=1)) / len(asked)))
+            continue
+        values = [[(w, model.value(score.task, score.metric)) for w, model in mix] for mix in mixes]
+        means = [math.fsum(w * (math.nan if value is None else value) for w, value in side) for side in values]
+        if not score.n or score.metric in NO_MEANS or not all(0 <= mean <= 1 for mean in means):
+            return None
+        parts.append((means[0] - means[1], math.fsum(mean * (1 - mean) for mean in means) / score.n))
+    if not parts:
+        return None
+    mean, variance = (math.fsum(column) for column in zip(*parts, strict=True))
+    half = Z * math.sqrt(variance) / len(parts)
+    return Interval(mean / len(parts) - half, mean / len(parts) + half)
 
 
 def item_values(evaluation: Evaluation, task: str, metric: str) -> dict[str, float]:
     """A metric by question, where the evaluation keeps it."""
-    key = ITEM_KEYS.get(metric, metric)
-    items = evaluation.items.get(task) or []
-    if metric == "accuracy_norm":
-        items = [{**item, key: item["predicted_norm"] == item["answer"]} for item in items if "predicted_norm" in item]
-    return {str(item.get("id")): float(item[key]) for item in items if isinstance(item.get(key), (bool, int, float))}
-
-
-def of_paired_difference(differences: Sequence[np.ndarray]) -> Interval | None:
-    """Of the mean over tasks of mean differences [I] between two models on the same questions (normal)."""
-    if not differences or any(len(found_I) < 2 for found_I in differences):
-        return None
-    mean = math.fsum(float(found_I.mean()) for found_I in differences) / len(differences)
-    variance = math.fsum(float(found_I.var(ddof=1)) / len(found_I) for found_I in differences) / len(differences) ** 2
-    return Interval(mean - Z * math.sqrt(variance), mean + Z * math.sqrt(variance))
+    read = ITEM_VALUES.get(metric, lambda item: item[metric])
+    found = {}
+    for item in evaluation.items.get(task) or []:
+        with contextlib.suppress(KeyError, TypeError, IndexError, ValueError):
+            found[str(item.get("id"))] = float(read(item))
+    return found
 
 
 def _of_perplexity(items: Sequence[dict[str, Any]]) -> Interval | None:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from trace_ds.evaluation.table import ARROWS
 from trace_ds.reporting.compare import models
 from trace_ds.reporting.gather import Arm, Evaluation, RunData, Score
-from trace_ds.reporting.intervals import Interval, item_values, of_paired_difference, t_interval
+from trace_ds.reporting.intervals import Interval, of_mixes, t_interval
 from trace_ds.reporting.matched import Reached, reached
 
 if TYPE_CHECKING:
@@ -96,7 +94,7 @@ def arm_points(run: RunData, arm: Arm) -> list[tuple[int, Evaluation]]:
     """The scored models of an arm by step: the original at 0, each checkpoint, and the final model at its step.
 
     The final model's step is the last one of its log, else of its checkpoints; a final model whose step is not known
-    comes one step after all others.
+    comes one step after all others. Only tasks that all of them were asked are kept: a job's own curve may have fewer.
     """
     points = dict(arm.checkpoints)
     if "original" in run.references:
@@ -105,8 +103,11 @@ def arm_points(run: RunData, arm: Arm) -> list[tuple[int, Evaluation]]:
         last = int(arm.log[-1]["step"]) if arm.log else None
         if last is None or last < max(points, default=0):
             last = max(arm.checkpoints, default=max(points, default=0) + 1)
-        points.setdefault(last, arm.final)
-    return sorted(points.items())
+        if last not in points or not points[last].items:
+            points[last] = arm.final
+    common = set.intersection(*({score.task for score in each.scores} for each in points.values())) if points else set()
+    kept = {s: replace(e, scores=[score for score in e.scores if score.task in common]) for s, e in points.items()}
+    return sorted(kept.items())
 
 
 @dataclass(frozen=True)
@@ -146,9 +147,13 @@ def way_of(run: RunData, label: str) -> Way | None:
     if arm is None or (arm.final is None and not arm.checkpoints):
         return None
     points = arm_points(run, arm)
+    if goal is not None:
+        asked = {score.task for score in points[-1][1].scores}
+        kept = [(task, level) for task, level in zip(goal.tasks, goal.values, strict=True) if task.task in asked]
+        goal = Targets([task for task, _ in kept], [level for _, level in kept], goal.origin) if kept else None
     lefts = [excess(model, goal) if goal is not None else None for _, model in points]
     met = reached([math.nan if left is None else left for left in lefts], 0.0)
-    return Way([step for step, _ in points], [model for _, model in points], met, bool(arm.checkpoints))
+    return Way([step for step, _ in points], [model for _, model in points], met, bool(arm.checkpoints and goal))
 
 
 @dataclass(frozen=True)
@@ -182,6 +187,7 @@ class Standing:
             and by seed over several.
         late: whether it was scored on the way and never met the target.
         better: in how many runs it is above the baseline on average after the crossing.
+        tasks: by which utility is compared.
     """
 
     label: str
@@ -191,6 +197,7 @@ class Standing:
     against: dict[str, Difference | None]
     late: bool
     better: int
+    tasks: tuple[str, ...]
 
 
 def standing(runs: Sequence[RunData], label: str, baseline: str | None, metric: str | None = None) -> Standing | None:
@@ -217,7 +224,10 @@ def standing(runs: Sequence[RunData], label: str, baseline: str | None, metric: 
     met = [way.crossing for way in ways]
     step = _mean_of([each and each[0] for each in met])
     late = any(way.on_the_way and way.met is None for way in ways)
-    return Standing(label, step, max((each[1] for each in met if each), default=0), utility, against, late, better)
+    tasks = tuple(score.task for score in role_scores(ways[0].models[-1], "utility", metric))
+    return Standing(
+        label, step, max((each[1] for each in met if each), default=0), utility, against, late, better, tasks
+    )
 
 
 Mix = Sequence[tuple[float, Evaluation]]
@@ -230,17 +240,11 @@ def _utility(mix: Mix, metric: str | None) -> float | None:
 
 
 def _difference(mine: Mix, base: Mix, metric: str | None) -> Difference | None:
-    """Of two mixes of models, with the interval from the questions that both were asked."""
+    """Of two mixes of models, with its interval."""
     values = [_utility(mix, metric) for mix in (mine, base)]
     if values[0] is None or values[1] is None:
         return None
-    by_task = []
-    for score in role_scores(mine[-1][1], "utility", metric):
-        sides = [[(w, item_values(model, score.task, score.metric)) for w, model in mix] for mix in (mine, base)]
-        asked = [name for name in sides[0][0][1] if all(name in known for side in sides for _, known in side)]
-        columns = [np.array([math.fsum(w * known[name] for w, known in side) for name in asked]) for side in sides]
-        by_task.append(columns[0] - columns[1])
-    return Difference(values[0], values[1], of_paired_difference(by_task))
+    return Difference(values[0], values[1], of_mixes([mine, base], role_scores(mine[-1][1], "utility", metric)))
 
 
 def _over_runs(found: Sequence[Difference]) -> Difference:

@@ -56,7 +56,7 @@ def verdict(run: RunData, repeats: Sequence[RunData] = ()) -> Verdict:
     if baseline is not None and main.is_trace:
         mine, base = (standing(runs, arm.label, baseline.label) for arm in (main, baseline))
         if mine is not None and base is not None and mine.utility["end"] is not None:
-            parts.append(_against(mine, base))
+            parts.append(_against(mine, base, len(role_scores(_final(whole, main.label), "utility"))))
             better = mine.better
     words = "TRACE" if main.is_trace else f"{main.label} ({main.rule or 'unknown'} weights)"
     words += "".join(part for part, _ in parts)
@@ -114,8 +114,8 @@ def _cost(run: RunData, label: str, baseline: str | None) -> tuple[str, Answer]:
     return words, Answer(question, answer, tuple(details))
 
 
-def _against(mine: Standing, base: Standing) -> tuple[str, Answer]:
-    """How the sentence ends, and the answer."""
+def _against(mine: Standing, base: Standing, tasks: int) -> tuple[str, Answer]:
+    """How the sentence ends, and the answer; ``tasks``: how many tell the utility after the last step."""
     question = "Is TRACE better than uniform weights?"
     after, crossing, end = (mine.against[at] for at in ("after", "crossing", "end"))
     if after is None or crossing is None or mine.step is None or base.step is None:
@@ -131,10 +131,12 @@ def _against(mine: Standing, base: Standing) -> tuple[str, Answer]:
     short = short_of[after.sign]
     short = short if same else f"on average {short}, at the crossing {short_of[crossing.sign]}"
     near = f"between scored steps {mine.spacing} apart" if mine.spacing else "the first scored one"
-    details = (
+    details: tuple[str, ...] = (
         f"On average once forgotten: {_sides(after)}.",
         f"At the crossing (step {mine.step:.0f} against {base.step:.0f}, {near}): {_sides(crossing)}.",
     )
+    if len(mine.tasks) < tasks:
+        details = (*details, f"By the tasks that were scored on the way: {', '.join(mine.tasks)}.")
     first = _more(after, "on average once it has forgotten", "keeps {} points")
     second = _more(crossing, "at the moment of forgetting", "{}" if after.sign else "keeps {}")
     sentence = f"; against uniform weights it {first}, {'and' if same else 'but'} {second}"
