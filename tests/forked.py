@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -63,7 +63,7 @@ class Server:
         self,
         arguments: Sequence[str | Path],
         cwd: Path,
-        variables: dict[str, str] | None = None,
+        variables: Mapping[str, str | None] | None = None,
         *,
         time_s: int = TIME_S,
         memory_bytes: int | None = MEMORY_BYTES,
@@ -71,8 +71,8 @@ class Server:
     ) -> int:
         """Start ``trace-ds ARGUMENTS`` in ``cwd``; returns its process id, which is also that of its group.
 
-        With ``kill=(place, number)`` the command is killed (SIGKILL) when it, or a rank of it, touches a path with
-        ``place`` in it for the ``number``-th time.
+        A variable that is None is taken out of the environment. With ``kill=(place, number)`` the command is killed
+        (SIGKILL) when it, or a rank of it, touches a path with ``place`` in it for the ``number``-th time.
         """
         assert self._process.stdin is not None
         self._folder = tempfile.TemporaryDirectory()
@@ -169,7 +169,9 @@ def _run(request: dict[str, Any]) -> NoReturn:
     def begin() -> None:
         os.setsid()
         os.chdir(request["cwd"])
-        os.environ.update(request["variables"])
+        kept = {**os.environ, **request["variables"]}
+        os.environ.clear()
+        os.environ.update({name: value for name, value in kept.items() if value is not None})
         encoding = request["variables"].get("PYTHONIOENCODING", "utf-8")
         for number, name in ((0, "stdin"), (1, "stdout"), (2, "stderr")):
             path = "/dev/null" if name == "stdin" else f"{request['out']}/{name}"

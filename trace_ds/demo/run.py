@@ -181,6 +181,7 @@ def _train(corpora: Path, folder: Path, names: Sequence[str], seed: int) -> None
             children[-1].start()
             writer.close()
             readers[reader] = name
+        log.detail(f"training {' and '.join(names)}, {STEPS} steps each")
         losses = show_training(readers, progress)
         for child in children:
             child.join()
