@@ -28,7 +28,7 @@ def missing(checks: list[Check]) -> dict[str, Check]:
 # Faults of the machine
 
 
-@pytest.mark.parametrize(("version", "problem"), [("5.16.2", "not <5.23,>=5.17"), ("5.23.0", "not <5.23,>=5.17")])
+@pytest.mark.parametrize(("version", "problem"), [("5.16.2", "not <5.25,>=5.17"), ("5.25.0", "not <5.25,>=5.17")])
 def test_an_old_and_a_new_transformers(
     version: str, problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -38,7 +38,7 @@ def test_an_old_and_a_new_transformers(
     monkeypatch.syspath_prepend(str(tmp_path))
     fault = missing(list(checks_machine.python_checks()))["transformers"]
     assert version in fault.detail and problem in fault.detail
-    assert fault.fix == 'pip install "transformers<5.23,>=5.17"'
+    assert fault.fix == 'pip install "transformers<5.25,>=5.17"'
 
 
 def test_a_missing_compiler_is_a_miss_for_offloading(

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from trace_ds.conversion.command import convert_command
 from trace_ds.errors import UserError
 
-NEEDED = {"torch": "torch>=2.11", "transformers": "transformers>=5.17,<5.23", "safetensors": "safetensors"}
+NEEDED = {"torch": "torch>=2.11", "transformers": "transformers>=5.17,<5.25", "safetensors": "safetensors"}
 
 
 def main() -> int:

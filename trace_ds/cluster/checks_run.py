@@ -167,7 +167,8 @@ def model_checks(config: Config, world_size: int | None = None) -> Iterator[Chec
 
     def parallel() -> str:
         info = inspect_model(path)
-        check_expert_parallel(info, ep, world_size or config.distributed.nproc or ep)
+        options = config.distributed.autoep.options
+        check_expert_parallel(info, ep, world_size or config.distributed.nproc or ep, options)
         return f"EP {ep}: {info.experts // ep} experts a process"
 
     for name, find in (("files", files), ("family", family), ("expert parallelism", parallel)):

@@ -6,11 +6,17 @@ linear layer of its own, and of the fused expert tensors the rows of this rank's
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import contextlib
+import importlib.util
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
+
+from trace_ds.errors import UserError
+from trace_ds.parallel.environment import accelerator_count
+from trace_ds.parallel.world import quiet_deepspeed
 
 LAYER = "AutoEPMoELayer"
 ROUTER = "TokenChoiceTopKRouter"
@@ -18,6 +24,8 @@ ROUTER = "TokenChoiceTopKRouter"
 SOURCES = ((".experts.w1", ".experts.gate_up_proj"), (".experts.w3", ".experts.gate_up_proj"),
            (".experts.w2", ".experts.down_proj"), (".router.gate.", ".gate."),
            (".shared_experts.", ".shared_expert."), (".shared_experts_gate.", ".shared_expert_gate."))  # fmt: skip
+# Options that run on GPUs alone.
+OF_GPUS = (("comm_backend", "deepep"), ("combine_impl", "fused_weighted_sum"), ("async_split_plan", True))
 
 
 class Fp32Linear(nn.Linear):
@@ -28,10 +36,66 @@ class Fp32Linear(nn.Linear):
         return nn.functional.linear(hidden.float(), self.weight.float(), bias)
 
 
-def settings(ep: int, preset: str | None) -> dict[str, Any]:
-    """The section of a DeepSpeed configuration that shards experts over ``ep`` ranks; none where ``ep`` is 1."""
-    section = {"enabled": True, "autoep_size": ep, "preset_model": preset}
+def settings(ep: int, preset: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The section of a DeepSpeed configuration that shards experts over ``ep`` ranks; none where ``ep`` is 1.
+
+    ``options``: ``distributed.autoep``, in AutoEP's own words.
+    """
+    section = {"enabled": True, "autoep_size": ep, "preset_model": preset, **options}
     return {"expert_parallel": section} if ep > 1 else {}
+
+
+def check_options(options: Mapping[str, Any], ep: int, world_size: int) -> None:
+    """Refuse options that AutoEP, or this machine, would refuse once the model is loaded.
+
+    Raises:
+        UserError: they do not go together, or need a GPU or a package that is not there.
+    """
+    quiet_deepspeed()
+    from deepspeed.module_inject.auto_ep_config import parse_autoep_config, validate_autoep_config
+
+    where = "distributed.autoep"
+    section = settings(ep, None, options)["expert_parallel"]
+    try:
+        validate_autoep_config(parse_autoep_config(section), world_size, pp_size=1, tp_size=1, sp_size=1)
+    except ValueError as error:
+        raise UserError(f"AutoEP refuses this ({error})", where, "change or leave out what it names") from None
+    if options.get("comm_backend") == "deepep" and importlib.util.find_spec("deep_ep") is None:
+        what = "comm_backend deepep needs the package deep_ep (DeepEP 2, NCCL 2.30.4 or newer), which is not installed"
+        raise UserError(what, where, "install it, or leave comm_backend out")
+    for key, value in OF_GPUS:
+        if options.get(key) == value and not accelerator_count():
+            raise UserError(f"{key} {value} needs a GPU, and there is none", where, f"leave {key} out")
+
+
+@contextlib.contextmanager
+def readable_recorders() -> Iterator[None]:
+    """Inside, transformers' table of what its models can record is read and written by name, as AutoEP does.
+
+    Since 5.23 it takes the model itself as the key of ``get`` and ``[]``, on which AutoEP of DeepSpeed 0.19.8 fails (or
+    leaves its own entries behind for every other model). To be deleted with the first DeepSpeed that knows it:
+    ``tests/test_autoep.py`` says when.
+    """
+    from transformers.utils import output_capturing
+
+    registry: Any = output_capturing._CAN_RECORD_REGISTRY
+    kind = type(registry)
+
+    class ByName(kind):  # type: ignore[misc, valid-type]
+        def get(self, key: Any, *default: Any) -> Any:
+            return dict.get(self, key, *default) if isinstance(key, str) else kind.get(self, key, *default)
+
+        def __setitem__(self, key: Any, value: Any) -> None:
+            (dict if isinstance(key, str) else kind).__setitem__(self, key, value)
+
+    if kind is dict:
+        yield
+        return
+    registry.__class__ = ByName
+    try:
+        yield
+    finally:
+        registry.__class__ = kind
 
 
 def size(ds_config: dict[str, Any]) -> int:

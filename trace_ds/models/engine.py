@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -23,8 +23,10 @@ M_MMAP_THRESHOLD, LARGE_BYTES, LARGEST_BYTES = -3, 1 << 20, 1 << 25  # glibc's m
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def base_ds_config(*, ep: int, info: ModelInfo, zero_stage: int) -> dict[str, Any]:
-    """The DeepSpeed configuration every job starts from (no optimizer)."""
+def base_ds_config(
+    *, ep: int, info: ModelInfo, zero_stage: int, options: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The DeepSpeed configuration every job starts from (no optimizer); ``options``: ``distributed.autoep``."""
     ds_config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "zero_optimization": {"stage": zero_stage},
@@ -33,7 +35,7 @@ def base_ds_config(*, ep: int, info: ModelInfo, zero_stage: int) -> dict[str, An
     }
     if zero_stage == 3:
         ds_config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = False
-    return ds_config | autoep.settings(ep, info.family.autoep_preset)
+    return ds_config | autoep.settings(ep, info.family.autoep_preset, options or {})
 
 
 @contextlib.contextmanager
@@ -102,7 +104,8 @@ def initialize(
         import_muon()
     else:
         model.requires_grad_(False)
-    engine, *_ = quiet_deepspeed().initialize(model=model, config=ds_config, **arguments)
+    with autoep.readable_recorders():
+        engine, *_ = quiet_deepspeed().initialize(model=model, config=ds_config, **arguments)
     autoep.require_converted(engine.module, layers, ep)
     if info.family.fp32_gate:
         autoep.make_gates_fp32(engine.module)
@@ -135,17 +138,18 @@ def inference_engine(
     *,
     dtype: str,
     ep: int,
+    options: Mapping[str, Any] | None = None,
     zero_stage: int = 0,
     kernel: str = "auto",
     parts: ModelParts | None = None,
 ) -> Any:
-    """A forward-only DeepSpeed engine; ``kernel`` is ``statistics.expert_kernel``.
+    """A forward-only DeepSpeed engine; ``kernel`` is ``statistics.expert_kernel``, ``options`` ``distributed.autoep``.
 
     Experts are sharded over ``ep`` ranks by AutoEP; at ``zero_stage`` 3 (which families without expert parallelism
     always have when there is more than one process) every rank keeps a part of each weight.
     """
     stage = 3 if info.family.autoep_preset is None and world.size > 1 else zero_stage
-    ds_config = base_ds_config(ep=ep, info=info, zero_stage=stage)
+    ds_config = base_ds_config(ep=ep, info=info, zero_stage=stage, options=options)
     if stage == 3:
         ds_config["bf16"] = {"enabled": dtype == "bf16"}
     parts = replace(parts or ModelParts(), expert_kernel=expert_kernel(kernel, info, world.device))
@@ -168,7 +172,15 @@ def expert_kernel(chosen: str, info: ModelInfo, device: torch.device) -> str | N
 
 
 def reference_engine(
-    info: ModelInfo, world: World, *, dtype: str, ep: int, zero_stage: int, ds_config_path: str | None, layers: int
+    info: ModelInfo,
+    world: World,
+    *,
+    dtype: str,
+    ep: int,
+    options: Mapping[str, Any] | None = None,
+    zero_stage: int,
+    ds_config_path: str | None,
+    layers: int,
 ) -> Any:
     """A frozen copy of the first ``layers`` decoder layers, sharded over the ranks (no optimizer).
 
@@ -178,7 +190,7 @@ def reference_engine(
     or on disk if the job's parameters are offloaded there. With AutoEP and a lower stage only the experts are sharded.
     """
     stage = 3 if zero_stage == 3 or (ep == 1 and world.size > 1) else 0
-    ds_config = base_ds_config(ep=ep, info=info, zero_stage=stage)
+    ds_config = base_ds_config(ep=ep, info=info, zero_stage=stage, options=options)
     if stage == 3:
         ds_config["bf16"] = {"enabled": dtype == "bf16"}
         ds_config = merge(ds_config, parameter_offload(user_ds_config(ds_config_path)))

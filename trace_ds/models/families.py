@@ -6,6 +6,7 @@ routers are recognisable (:mod:`trace_ds.models.routers`): without expert parall
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,8 +103,17 @@ def _unsupported(files: ModelFiles, what: str) -> UserError:
     return UserError(what, str(files.path), fix)
 
 
-def check_expert_parallel(info: ModelInfo, ep: int, world_size: int, key: str = "distributed.ep") -> None:
-    """The family must have expert parallelism, and its size must divide the experts and the world size."""
+def check_expert_parallel(
+    info: ModelInfo,
+    ep: int,
+    world_size: int,
+    options: Mapping[str, Any] | None = None,
+    key: str = "distributed.ep",
+) -> None:
+    """The family must have expert parallelism, and its size must divide the experts and the world size.
+
+    ``options``: ``distributed.autoep``, where the job will run on this machine. ``key``: of the configuration.
+    """
     if ep > 1 and info.family.autoep_preset is None:
         raise UserError(
             f"the model family {info.family.model_type!r} has no expert parallelism (its experts are sharded by "
@@ -124,6 +134,10 @@ def check_expert_parallel(info: ModelInfo, ep: int, world_size: int, key: str = 
             key,
             f"use a divisor of {world_size}, or start a multiple of {ep} processes (--nproc)",
         )
+    if ep > 1 and options:
+        from trace_ds.models.autoep import check_options
+
+        check_options(options, ep, world_size)
 
 
 def require_plain_logits(info: ModelInfo, what: str) -> None:

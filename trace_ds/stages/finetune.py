@@ -106,7 +106,7 @@ def check_finetune(config: Config, run: RunDirectory, world_size: int, *, verify
     """Everything that can be wrong before a weight is loaded; raises :class:`UserError`."""
     settings = settings_of(config)
     info = inspect_model(config.model.path)
-    check_expert_parallel(info, config.distributed.ep, world_size)
+    check_expert_parallel(info, config.distributed.ep, world_size, config.distributed.autoep.options)
     data = artefact.load(run.data, "data", "prepare CONFIG", verify=verify)
     tokenizer = tokenizer_fingerprint(config.model.tokenizer or config.model.path)
     artefact.require_same(data, "tokenizer", tokenizer, "tokenizer", "prepare CONFIG")
@@ -164,7 +164,11 @@ def _train(config: Config, run: RunDirectory, world: World, job: FinetuneJob) ->
     from trace_ds.unlearning.training_engine import training_engine
 
     training, settings = job.training(config, run), settings_of(config)
-    shape: dict[str, Any] = {"dtype": config.model.dtype, "ep": config.distributed.ep}
+    shape: dict[str, Any] = {
+        "dtype": config.model.dtype,
+        "ep": config.distributed.ep,
+        "options": config.distributed.autoep.options,
+    }
     with training.begun(world, "finetune") as (log, chosen):
         batches = world.agree_each(lambda _: make_batches(config, job.sides, job.data))
         engine = training_engine(settings, job.info, world, batches.micro_batches_per_step(world.size), **shape)

@@ -179,7 +179,8 @@ def _check_early(verb: str, request: Request, world_size: int | None, *, downloa
         nproc = world_size or process_count(config)
         if world_size is None:
             check_process_count(nproc, accelerator_count(), os.cpu_count() or 1)
-        check_expert_parallel(inspect_model(config.model.path), config.distributed.ep, nproc)
+        sizes = config.distributed.ep, nproc, config.distributed.autoep.options
+        check_expert_parallel(inspect_model(config.model.path), *sizes)
     if verb in STAGES[1:-1] and (verb != "evaluate" or needs_data(config)):
         from trace_ds.run import artefact
 

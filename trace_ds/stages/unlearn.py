@@ -75,7 +75,7 @@ def check_settings(config: Config, info: ModelInfo) -> dict[str, Any] | None:
 def check_unlearn(config: Config, run: RunDirectory, world_size: int, *, verify: bool = True) -> UnlearnJob:
     """Everything that can be wrong before a weight is loaded; raises :class:`UserError`."""
     info = inspect_model(config.model.path)
-    check_expert_parallel(info, config.distributed.ep, world_size)
+    check_expert_parallel(info, config.distributed.ep, world_size, config.distributed.autoep.options)
     data = artefact.load(run.data, "data", "prepare CONFIG", verify=verify)
     calibration = artefact.load(run.calibration, "calibration", "calibrate CONFIG", verify=verify)
     tokenizer = tokenizer_fingerprint(config.model.tokenizer or config.model.path)
@@ -191,6 +191,12 @@ def unlearn(config: Config, run: RunDirectory, world: World) -> None:
         train(engine, world, batches, goal, settings, settings.steps, run, start, log, watch)
 
 
+def _shape(config: Config) -> dict[str, Any]:
+    """How the job holds a model, the one it trains and the frozen one alike."""
+    distributed = config.distributed
+    return {"dtype": config.model.dtype, "ep": distributed.ep, "options": distributed.autoep.options}
+
+
 def make_engine(
     config: Config, job: UnlearnJob, world: World, batches: Batches, log: StageLog | None = None
 ) -> tuple[Any, Realignment | None]:
@@ -202,11 +208,11 @@ def make_engine(
     from trace_ds.unlearning.trainable import trained_by
     from trace_ds.unlearning.training_engine import training_engine
 
-    settings, dtype, ep = config.unlearning, config.model.dtype, config.distributed.ep
+    settings = config.unlearning
     last = settings.last_layer(job.info.decoder_layers)
     choose = partial(trained_by, settings=settings, experts=job.experts, last_layer=last)
     accumulation = batches.micro_batches_per_step(world.size)
-    engine = training_engine(settings, job.info, world, accumulation, choose, dtype=dtype, ep=ep)
+    engine = training_engine(settings, job.info, world, accumulation, choose, **_shape(config))
     if settings.grip is None:
         return engine, None
     # before anything is restored: it looks at the frozen routers
@@ -233,7 +239,7 @@ def make_goal(
     from trace_ds.unlearning.online_weights import make_weights
 
     settings = config.unlearning
-    shape: dict[str, Any] = {"dtype": config.model.dtype, "ep": config.distributed.ep, "seed": config.seed}
+    shape = {**_shape(config), "seed": config.seed}
     objective, cursor = make_objective(settings, job.info, world, batches, cursor, job.anchored, **shape, say=say)
     weights = world.agree_each(lambda _: make_weights(settings, job.calibration, engine.module, world.device, cursor))
     return Unlearning(settings, objective, weights, Multiplier.of(settings, cursor), realignment), cursor

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ def make_objective(
     *,
     dtype: str,
     ep: int,
+    options: Mapping[str, Any] | None = None,
     seed: int,
     say: Callable[[str], None] = lambda line: None,
 ) -> tuple[Objective, dict[str, Any]]:
@@ -39,7 +40,8 @@ def make_objective(
 
     Args:
         anchored: the MoE layer and the experts that SEUF anchors the router on.
-        dtype, ep, seed: ``model.dtype``, ``distributed.ep`` and ``seed`` of the job. say: hears warnings.
+        dtype, ep, options, seed: ``model.dtype``, ``distributed.ep``, ``distributed.autoep`` and ``seed`` of the job.
+        say: hears warnings.
     """
     needs = FrozenNeeds.of(settings, info.decoder_layers)
     measured = needs.norms and not cursor.get("step")  # a job that goes on keeps what it began with
@@ -50,6 +52,7 @@ def make_objective(
             world,
             dtype=dtype,
             ep=ep,
+            options=options,
             zero_stage=settings.zero_stage,
             ds_config_path=settings.ds_config,
             layers=needs.layers,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -26,13 +26,15 @@ def training_engine(
     *,
     dtype: str,
     ep: int,
+    options: Mapping[str, Any] | None = None,
 ) -> Any:
     """The DeepSpeed training engine: AdamW, ZeRO as configured, experts sharded by AutoEP when ep > 1.
 
-    ``choose``: what is trained, of the model as it was loaded. ``dtype``: ``model.dtype``.
+    ``choose``: what is trained, of the model as it was loaded. ``dtype``: ``model.dtype``; ``options``:
+    ``distributed.autoep``.
     """
     optimizer = settings.optimizer
-    ds_config = engine.base_ds_config(ep=ep, info=info, zero_stage=settings.zero_stage)
+    ds_config = engine.base_ds_config(ep=ep, info=info, zero_stage=settings.zero_stage, options=options)
     ds_config |= {
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": optimizer.gradient_clipping,
