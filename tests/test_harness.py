@@ -67,10 +67,12 @@ def few_tasks() -> None:
     import lm_eval.tasks
 
     folder = Path(lm_eval.tasks.__file__).parent
-    manager = lm_eval.tasks.TaskManager(
-        include_path=[folder / "wmdp", folder / "mmlu" / "default"], include_defaults=False
-    )
-    harness._task_manager = functools.cache(lambda: manager)
+
+    def manager(include: str | None = None) -> Any:
+        folders = [folder / "wmdp", folder / "mmlu" / "default", *([include] if include else [])]
+        return lm_eval.tasks.TaskManager(include_path=folders, include_defaults=False)
+
+    harness._task_manager = functools.cache(manager)
 
 
 @pytest.fixture(scope="module")
@@ -197,11 +199,8 @@ TEMPLATE = (
 )
 
 
-def test_solved_examples_and_the_chat_template_are_those_of_the_command(
-    place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A task with a split of solved examples, as MMLU has one, that nobody's index knows but ours here."""
-    from lm_eval.tasks import TaskManager
+def test_solved_examples_and_the_chat_template_are_those_of_the_command(place: Path) -> None:
+    """A task of one's own with a split of solved examples, as MMLU has one."""
     from transformers import AutoTokenizer
 
     shutil.copytree(place / "model", place / "chat")
@@ -216,19 +215,18 @@ def test_solved_examples_and_the_chat_template_are_those_of_the_command(
     task["dataset_kwargs"]["data_files"]["dev"] = str(write_questions(place / "solved.jsonl", 5))
     task |= {"fewshot_split": "dev", "fewshot_config": {"sampler": "first_n"}}
     (place / "shots" / "wmdp_bio.yaml").write_text(yaml.safe_dump(task))
-    manager = TaskManager(include_path=[place / "shots"], include_defaults=False)
-    monkeypatch.setattr(harness, "_task_manager", lambda: manager)
     done = command.run(
         [
             *(sys.executable, "-m", "lm_eval", "--model", "hf", "--device", "cpu", "--batch_size", "4"),
             *("--model_args", f"pretrained={place / 'chat'},dtype=float32", "--include_path", place / "shots"),
-            *("--tasks", "wmdp_bio_here", "--output_path", place / "shots", "--log_samples"),
+            *("--tasks", "wmdp_bio_here", "--output_path", place / "shots-out", "--log_samples"),
             *("--num_fewshot", "2", "--apply_chat_template"),
         ]
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    samples = read_lines(next((place / "shots").rglob("samples_*.jsonl")))
+    samples = read_lines(next((place / "shots-out").rglob("samples_*.jsonl")))
     raw = {"name": "shots", "type": "lm_eval", "task": "wmdp_bio_here", "role": "forget"}
+    raw |= {"include_path": str(place / "shots")}
     found = {}
     for keys in ({"num_fewshot": 2, "apply_chat_template": True}, {"num_fewshot": 2}, {}):
         read = read_task(TaskConfig.model_validate(raw | keys))
@@ -243,6 +241,20 @@ def test_solved_examples_and_the_chat_template_are_those_of_the_command(
     asking = TaskConfig.model_validate(raw | {"apply_chat_template": True})
     with pytest.raises(UserError, match="shots: the tokenizer has no chat template"):
         harness.check_template(asking, tokenizer)
+    before = read_task(asking).sha256
+    (place / "shots" / "wmdp_bio.yaml").write_text(yaml.safe_dump(task | {"description": "Choose.\n\n"}))
+    assert read_task(asking).sha256 != before == read.sha256
+
+
+@pytest.mark.parametrize(
+    ("folder", "message"),
+    [("", "lm-eval knows no task 'own_wmdp', and .* holds no readable one"), ("nowhere", "there is no directory")],
+)
+def test_a_task_that_is_not_in_its_folder(folder: str, message: str, place: Path, tmp_path: Path) -> None:
+    (tmp_path / "broken.yaml").write_text("task: [own_wmdp\n")
+    raw = {"name": "own", "type": "lm_eval", "task": "own_wmdp", "role": "forget"}
+    with pytest.raises(UserError, match=message):
+        read_task(TaskConfig.model_validate(raw | {"include_path": str(tmp_path / folder)}))
 
 
 @pytest.mark.parametrize(
@@ -250,6 +262,7 @@ def test_solved_examples_and_the_chat_template_are_those_of_the_command(
     [
         ({"type": "choice", "path": "a.jsonl", "num_fewshot": 0}, "are keys of lm_eval tasks"),
         ({"type": "choice", "path": "a.jsonl", "apply_chat_template": True}, "are keys of lm_eval tasks"),
+        ({"type": "choice", "path": "a.jsonl", "include_path": "tasks"}, "are keys of lm_eval tasks"),
         ({"type": "lm_eval", "task": "mmlu", "num_fewshot": -1}, "greater than or equal to 0"),
         (
             {"type": "lm_eval", "task": "wmdp_bio", "path": "a.jsonl", "num_fewshot": 5},

@@ -626,6 +626,9 @@ class TaskConfig(Section):
         None, description="membership: file (with dataset: split) of texts like the members that no model ever saw."
     )
     task: str | None = Field(None, description="lm_eval: its name there, such as wmdp_bio or mmlu.")
+    include_path: PathText | None = Field(
+        None, description="lm_eval: folder with tasks of your own (its YAML files), as the command's --include_path."
+    )
     num_fewshot: Integer | None = Field(
         None, ge=0, description="lm_eval: solved examples in the prompt; default: the task's own number."
     )
@@ -653,8 +656,10 @@ class TaskConfig(Section):
 
     @model_validator(mode="after")
     def _prompt_keys(self) -> TaskConfig:
-        if (self.num_fewshot is not None or self.apply_chat_template) and self.type != "lm_eval":
-            raise ValueError(f"task {self.name}: num_fewshot and apply_chat_template are keys of lm_eval tasks")
+        asked = self.num_fewshot is not None or self.apply_chat_template or self.include_path is not None
+        if asked and self.type != "lm_eval":
+            keys = "include_path, num_fewshot and apply_chat_template"
+            raise ValueError(f"task {self.name}: {keys} are keys of lm_eval tasks")
         if self.num_fewshot and self.path:
             raise ValueError(f"task {self.name}: a file holds no solved examples: leave out num_fewshot, or path")
         return self

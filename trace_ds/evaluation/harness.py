@@ -3,6 +3,7 @@
     {name: wmdp_bio, type: lm_eval, task: wmdp_bio, role: forget}                            # from the hub
     {name: wmdp_bio, type: lm_eval, task: wmdp_bio, path: wmdp-bio-test.jsonl, role: forget} # from a file
     {name: mmlu, type: lm_eval, task: mmlu, role: utility, num_fewshot: 5, apply_chat_template: true}
+    {name: chem, type: lm_eval, task: my_chem, include_path: my_tasks, role: forget}         # my_tasks/*.yaml
 
 | metric   | what                                                                          | range | chance |
 |----------|-------------------------------------------------------------------------------|-------|--------|
@@ -37,6 +38,7 @@ from trace_ds.config.schema import TaskConfig
 from trace_ds.errors import UserError
 from trace_ds.evaluation.language_model import LanguageModel
 from trace_ds.evaluation.metrics import TASK_METRICS
+from trace_ds.run.files import canonical_json, sha256_file, sha256_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -57,8 +59,8 @@ class HarnessResult:
     logs: list[dict[str, Any]]
 
 
-def check_task(task: str, path: str, where: str) -> None:
-    """Everything about a task that can be wrong before its data are read.
+def check_task(task: str, path: str, where: str, include: str | None = None) -> None:
+    """Everything about a task that can be wrong before its data are read (``include``: its ``include_path``).
 
     Raises:
         UserError: lm-eval is missing or knows no such task; the name stands for several tasks and there is one file,
@@ -68,11 +70,14 @@ def check_task(task: str, path: str, where: str) -> None:
 
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError("the package lm-eval is not installed", where, INSTALL)
-    index = _task_manager().task_index
+    if include is not None and not Path(include).is_dir():
+        raise UserError(f"there is no directory {include}", f"{where} include_path", "name the folder of your tasks")
+    index = _task_manager(include).task_index
     if task not in index:
         close = difflib.get_close_matches(task, index, 1)
         hint = f"did you mean {close[0]!r}?" if close else "`lm_eval ls tasks` lists them"
-        raise UserError(f"lm-eval knows no task {task!r}", where, hint)
+        beside = f", and {include} holds no readable one" if include is not None else ""
+        raise UserError(f"lm-eval knows no task {task!r}{beside}", where, hint)
     kind = index[task].kind.name
     if kind == "TAG" or (kind == "GROUP" and path):
         leaves = _leaf_tasks([task], index)
@@ -106,12 +111,18 @@ def _leaf_tasks(members: list[Any], index: Any) -> list[str]:
 
 
 @functools.cache
-def _task_manager() -> Any:
-    """The index of all tasks; made once, since it reads thousands of files."""
+def _task_manager(include: str | None = None) -> Any:
+    """The index of all tasks, and of those in a folder; made once, since it reads thousands of files."""
     from lm_eval.tasks import TaskManager
 
     with _quietly():
-        return TaskManager()
+        return TaskManager(include_path=include)
+
+
+def own_tasks_sha256(include: str) -> str:
+    """SHA-256 over the names and contents of all files in a folder of tasks."""
+    files = [path for path in sorted(Path(include).rglob("*")) if path.is_file() and "__pycache__" not in path.parts]
+    return sha256_text(canonical_json([[str(path.relative_to(include)), sha256_file(path)] for path in files]))
 
 
 def task_spec(task: str, path: str) -> str | dict[str, Any]:
@@ -137,12 +148,12 @@ def evaluate_harness(model: LanguageModel, config: TaskConfig) -> HarnessResult:
     from trace_ds.evaluation.harness_model import SharedLM
 
     world, task = model.world, str(config.task)
-    built = _built(task, config.path, world)
+    built = _built(task, config.path, config.include_path, world)
     with _quietly():
         found: Any = simple_evaluate(
             model=SharedLM(model),
             tasks=[built],
-            task_manager=_task_manager(),
+            task_manager=_task_manager(config.include_path),
             bootstrap_iters=0,
             num_fewshot=config.num_fewshot,
             apply_chat_template=config.apply_chat_template,
@@ -153,12 +164,12 @@ def evaluate_harness(model: LanguageModel, config: TaskConfig) -> HarnessResult:
     return HarnessResult(**told)
 
 
-def _built(task: str, path: str, world: World | None) -> Any:
+def _built(task: str, path: str, include: str | None, world: World | None) -> Any:
     """The task with its data; the main process gets them first, so a download happens once."""
     made: list[Any] = []
 
     def build() -> None:
-        loaded = _loaded(task, path)
+        loaded = _loaded(task, path, include)
         for name, single in loaded["tasks"].items():
             if single.OUTPUT_TYPE != "multiple_choice":
                 raise UserError(f"{name} is not multiple-choice", f"lm-eval task {task}", "choose a task that is")
@@ -172,11 +183,11 @@ def _built(task: str, path: str, world: World | None) -> Any:
     return made[0]
 
 
-def _loaded(task: str, path: str) -> Any:
+def _loaded(task: str, path: str, include: str | None) -> Any:
     """What lm-eval makes of a name: its ``tasks``, with their data, and ``groups``."""
     try:
         with _quietly():
-            return _task_manager().load([task_spec(task, path)])
+            return _task_manager(include).load([task_spec(task, path)])
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         fix = (
@@ -185,11 +196,11 @@ def _loaded(task: str, path: str) -> Any:
         raise UserError(f"lm-eval cannot read {task} ({reason[:200]})", path or "the hub", fix) from error
 
 
-def fetch_task(task: str, where: str) -> dict[str, str]:
+def fetch_task(task: str, where: str, include: str | None = None) -> dict[str, str]:
     """Bring the data of a task, or of a group of tasks, to the cache of ``datasets``.
 
     Args:
-        where: the key that names it.
+        where: the key that names it. include: its ``include_path``.
 
     Returns:
         {data set on the hub: commit}.
@@ -197,9 +208,9 @@ def fetch_task(task: str, where: str) -> dict[str, str]:
     Raises:
         UserError: as :func:`check_task`, or the data cannot be had.
     """
-    check_task(task, "", where)
+    check_task(task, "", where, include)
     commits: dict[str, str] = {}
-    for single in _loaded(task, "")["tasks"].values():
+    for single in _loaded(task, "", include)["tasks"].values():
         for split in single.dataset.values():
             for file in split.cache_files:
                 if COMMIT.fullmatch(folder := Path(file["filename"]).parent.name):

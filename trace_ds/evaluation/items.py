@@ -141,13 +141,15 @@ def read_task(config: TaskConfig) -> Task:
             for number, document in enumerate(documents)
         ]
     elif config.type == "lm_eval":
-        from trace_ds.evaluation.harness import check_task
+        from trace_ds.evaluation.harness import check_task, own_tasks_sha256
 
         items = read_choice_items(config, "question") if config.path else []
-        check_task(str(config.task), config.path, f"evaluation.tasks {config.name}")
+        check_task(str(config.task), config.path, f"evaluation.tasks {config.name}", config.include_path)
     else:
         items = _texts(config)
     digests = [content_fingerprint(named) for named in (config, *others) if named.place]
+    if config.include_path is not None:
+        digests.append(own_tasks_sha256(config.include_path))
     found: Any = digests[0] if len(digests) == 1 else digests
     if config.columns:
         found = [found, config.columns]

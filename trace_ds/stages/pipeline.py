@@ -100,7 +100,7 @@ def inputs_of(config: Config) -> dict[str, Path]:
         for i, entry in enumerate(getattr(config.data, side)):
             named |= {f"data.{side}[{i}].{key}": getattr(entry, key) for key in ("path", "dataset")}
     for task in config.evaluation.tasks:
-        keys = ("dataset",) if task.dataset else ("path", "examples", "holdout")
+        keys = ("dataset",) if task.dataset else ("path", "examples", "holdout", "include_path")
         named |= {f"evaluation.tasks {task.name} {key}": getattr(task, key) for key in keys}
     named |= {f"evaluation.models.{name}": path for name, path in config.evaluation.models.items()}
     named["unlearning.ds_config"] = config.unlearning.ds_config
