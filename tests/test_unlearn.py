@@ -16,11 +16,14 @@ import jobs
 import numpy as np
 import pytest
 import tiny
+import torch
 from distributed import end_of_ranks, run_distributed
 from safetensors.numpy import load_file
 
-from trace_ds.checkpoints.manifest import complete_steps, newest_complete, read_manifest
+from trace_ds.checkpoints.commit import leave_script
+from trace_ds.checkpoints.manifest import Manifest, complete_steps, newest_complete, read_manifest
 from trace_ds.config.load import load_config
+from trace_ds.conversion.convert import convert_checkpoint
 from trace_ds.errors import UserError
 from trace_ds.models.engine_config import parameter_offload, user_ds_config
 from trace_ds.run.directory import RunDirectory
@@ -331,8 +334,6 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(calibrated: tuple[Path,
 
 
 def test_weights_and_moments_that_no_token_reaches_are_looked_at() -> None:
-    import torch
-
     model = torch.nn.ModuleList([torch.nn.Linear(3, 2), torch.nn.Linear(2, 2)])
     optimizer = torch.optim.AdamW(model.parameters())
     engine = SimpleNamespace(module=model, optimizer=SimpleNamespace(optimizer=optimizer))
@@ -360,8 +361,6 @@ class Payload:
 
 def forge(shard: Path, mark: Path) -> None:
     """Replace a shard by one that runs code when unpickled, and make the manifest vouch for it."""
-    import torch
-
     torch.save({"optimizer_state_dict": Payload(mark)}, shard)
     path = shard.parent / "manifest.json"
     manifest = json.loads(path.read_text())
@@ -373,8 +372,6 @@ def forge(shard: Path, mark: Path) -> None:
 def test_what_is_no_shard_is_refused(tmp_path: Path) -> None:
     """Code that would run when unpickled does not run; whatever else a damaged file makes torch raise is one line."""
     import pickle
-
-    import torch
 
     from trace_ds.checkpoints.serialization import check, load
 
@@ -398,8 +395,6 @@ def test_what_is_no_shard_is_refused(tmp_path: Path) -> None:
 
 
 def test_equal_states_give_equal_bytes(tmp_path: Path) -> None:
-    import torch
-
     from trace_ds.checkpoints.serialization import load, save
 
     state = {"lr": 1e-3, "groups": [{"lr": 1e-3, "betas": [0.9, 0.99]}], "weight": torch.arange(5.0)}
@@ -409,6 +404,51 @@ def test_equal_states_give_equal_bytes(tmp_path: Path) -> None:
     save(state, first)
     save(load(str(first)), second)
     assert first.read_bytes() == second.read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [3, 1])
+def test_deepspeeds_own_tools_read_our_checkpoints(stage: int, calibrated: tuple[Path, Path], tmp_path: Path) -> None:
+    """``zero_to_fp32.py`` beside them gives the model that our converter gives; ``ds_to_universal``, asked for nothing
+    more than the folder, every state that ours writes."""
+    from safetensors.torch import load_file as load_tensors
+    from transformers import AutoModelForCausalLM
+
+    config, run = calibrated[0], copy_of(calibrated[1], tmp_path / "run")
+    overrides = [f"unlearning.zero_stage={stage}", "unlearning.steps=1"]
+    assert not any(run_distributed(jobs.unlearn_job, 2, str(config), str(run), overrides))
+    checkpoints = run / "checkpoints"
+    step = checkpoints / "step_000001"
+    script = [checkpoints / "zero_to_fp32.py", checkpoints, tmp_path / "fp32", "--safe_serialization"]
+    converter = ["-m", "deepspeed.checkpoint.ds_to_universal", "--input_folder", step]
+    converter += ["--output_folder", tmp_path / "theirs" / step.name]
+    for words in (script, converter):
+        result = command.run(["env", "DS_ACCELERATOR=cpu", sys.executable, *words])
+        assert result.returncode == 0, result.stderr[-2000:]
+    weights_of(run, 1, tmp_path / "model")
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path / "model").state_dict()
+    found = {
+        name: value for path in (tmp_path / "fp32").glob("*.safetensors") for name, value in load_tensors(path).items()
+    }
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+    convert_checkpoint(step, tmp_path / "ours", to="universal")
+    states = sorted((tmp_path / "ours" / step.name / "zero").glob("*/*.pt"))
+    assert len(states) > 3 * 20
+    for path in states:
+        if path.name != "step.pt":
+            theirs = torch.load(tmp_path / "theirs" / path.relative_to(tmp_path / "ours"), weights_only=True)
+            theirs = theirs["param"] if isinstance(theirs, dict) else theirs
+            assert torch.equal(torch.load(path, weights_only=True)["param"].flatten(), theirs.flatten()), path
+
+
+@pytest.mark.parametrize(("ep", "there", "kept"), [(1, None, "DeepSpeed Team"), (1, "mine", "mine"), (2, None, None)])
+def test_the_script_is_left_where_it_can_read(ep: int, there: str | None, kept: str | None, tmp_path: Path) -> None:
+    script = tmp_path / "zero_to_fp32.py"
+    if there is not None:
+        script.write_text(there)
+    leave_script(tmp_path, Manifest(1, 2, ep, 3, "mixtral", "job", {}, "calibration", "bf16", {}, {}))
+    assert script.exists() == (kept is not None)
+    assert kept is None or kept in script.read_text()
 
 
 def test_a_foreign_or_altered_calibration_is_refused(calibrated: tuple[Path, Path], tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from trace_ds.checkpoints.manifest import (
     wrong_latest,
 )
 from trace_ds.errors import JobFailed, UserError
-from trace_ds.run.files import fsync_directory
+from trace_ds.run.files import fsync_directory, write_bytes
 from trace_ds.run.ours import MANIFEST, checkpoint, require_directory
 
 if TYPE_CHECKING:
@@ -52,11 +52,8 @@ def save(
         checkpoints.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)
     world.barrier()
-    # Its scripts refuse expert-parallel checkpoints (`trace-ds convert` reads all), and could overwrite a user's own.
-    engine._copy_recovery_script = lambda save_path: None
-    engine.save_checkpoint(
-        str(checkpoints), tag=temporary.name, client_state={"trace_ds_step": manifest.step}, save_latest=False
-    )
+    engine._copy_recovery_script = lambda folder: leave_script(Path(folder), manifest)
+    engine.save_checkpoint(str(checkpoints), tag=temporary.name, client_state=client_state(manifest), save_latest=False)
     root = os.path.abspath(temporary)
     mine = {os.path.relpath(path, root): facts for path, facts in engine.checkpoint_engine.take().items()}
     files: dict[str, dict[str, Any]] = {}
@@ -72,6 +69,27 @@ def save(
         fsync_directory(checkpoints)
         settle(checkpoints, manifest.step, keep, keep_every)
     world.barrier()
+
+
+def client_state(manifest: Manifest) -> dict[str, Any]:
+    """What is kept beside DeepSpeed's own state: our step, and what its converter to a universal checkpoint asks for
+    (where experts are sharded DeepSpeed says that itself)."""
+    from deepspeed.checkpoint import constants as theirs
+
+    version = {theirs.UNIVERSAL_CHECKPOINT_VERSION_KEY: theirs.UNIVERSAL_CHECKPOINT_VERSION_VALUE}
+    universal = {theirs.UNIVERSAL_CHECKPOINT_INFO: version} if manifest.ep == 1 else {}
+    return {"trace_ds_step": manifest.step, **universal}
+
+
+def leave_script(checkpoints: Path, manifest: Manifest) -> None:
+    """Leave DeepSpeed's ``zero_to_fp32.py`` beside checkpoints that it can read (it joins no sharded experts:
+    `trace-ds convert` reads all), in the place of nothing that is there."""
+    from deepspeed.utils import zero_to_fp32
+
+    script = Path(zero_to_fp32.__file__)
+    if manifest.ep == 1 and not (checkpoints / script.name).exists():
+        with contextlib.suppress(OSError):  # the checkpoint is what matters, and says so itself
+            write_bytes(checkpoints / script.name, script.read_bytes())
 
 
 def settle(checkpoints: Path, step: int, keep: int, keep_every: int | None) -> None:

@@ -14,6 +14,7 @@ import dataclasses
 import enum
 import hashlib
 import os
+import sys
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -122,14 +123,14 @@ def save(state_dict: Any, path: str | Path) -> dict[str, Any]:
 
 
 def plain(value: Any, strings: dict[str, str]) -> Any:
-    """The same state as plain data: objects become their fields, enums their values.
+    """The same state as plain data: objects become their fields (all but one kind), enums their values.
 
     Containers are built anew and equal strings are one object (what pickle's memo depends on); tensors are untouched.
     """
     if isinstance(value, enum.Enum):
         return plain(value.value, strings)
     if isinstance(value, str):
-        return strings.setdefault(str(value), str(value))
+        return strings.setdefault(str(value), sys.intern(str(value)))
     if type(value).__module__ == "numpy":
         return plain(value.tolist(), strings)
     if value is None or isinstance(value, (bool, int, float, torch.Tensor, torch.dtype, torch.Size)):
@@ -140,6 +141,8 @@ def plain(value: Any, strings: dict[str, str]) -> Any:
         return [plain(item, strings) for item in sorted(value)]
     if isinstance(value, dict):
         return {plain(key, strings): plain(item, strings) for key, item in value.items()}
+    if type(value).__name__ == "fragment_address":  # DeepSpeed's converter wants the object: two numbers
+        return type(value)(value.numel, value.start)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return plain({entry.name: getattr(value, entry.name) for entry in dataclasses.fields(value)}, strings)
     if type(value).__module__.split(".")[0] == "deepspeed":
