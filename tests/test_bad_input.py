@@ -28,6 +28,7 @@ from command import environment, trace_ds
 from distributed import run_distributed
 from forked import Server
 
+from trace_ds.cli import at_home
 from trace_ds.config.load import dump_yaml, load_config
 from trace_ds.config.schema import Config, Section
 from trace_ds.corpora.dataset import open_stream
@@ -172,13 +173,32 @@ def test_every_number_is_bounded() -> None:
 def test_home_is_expanded_once_in_every_path_of_a_config(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/someone")
     task = "{name: k, type: knowmem, path: ~/k, examples: ~/e, role: forget}"
+    task += ", {name: l, type: lm_eval, task: t, include_path: ~/i, role: forget}"
     keys = ["model.path=~/m", "model.tokenizer=~/t", "data.forget=[{path: ~/f}]", "unlearning.ds_config=~/d"]
     keys += ["evaluation.models={gold: ~/g}", f"evaluation.tasks=[{task}]"]
     loaded, run = load_config(str(config), keys, "~/run")
     found = dump_yaml(loaded) + str(run)
     assert "~" not in found and all(
-        f"/home/someone/{name}" in found for name in ["m", "t", "f", "d", "g", "k", "e", "run"]
+        f"/home/someone/{name}" in found for name in ["m", "t", "f", "d", "g", "k", "e", "i", "run"]
     )
+
+
+def test_home_is_expanded_behind_an_option_where_no_shell_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/someone")
+    words = [
+        "inspect",
+        "~/run",
+        "--base-model=~/m",
+        "--set=model.path=~/m",
+        "--run-dir",
+        "~",
+        "a~/b",
+        "~nobody/x",
+        "--ep=2",
+    ]
+    kept = ["a~/b", "~nobody/x", "--ep=2"]
+    home = ["/home/someone/run", "--base-model=/home/someone/m", "--set=model.path=/home/someone/m", "--run-dir"]
+    assert list(map(at_home, words)) == ["inspect", *home, "/home/someone", *kept]
 
 
 def test_a_setting_of_another_loss_stays_readable_in_what_older_versions_wrote(config: Path) -> None:

@@ -23,9 +23,12 @@ from trace_ds.parallel.world import AgreedError, check_local_processes
 from trace_ds.run.directory import RunDirectory
 from trace_ds.stages.prepare import prepare
 
+PROCESSES = ("--num_machines", "1", "--num_processes", "2", "--main_process_port")
 LAUNCHERS = {
     "bare": [sys.executable, "-m", "trace_ds"],
     "deepspeed": ["deepspeed", "--num_accelerators", "2", "--master_port", "{port}", "--module", "trace_ds"],
+    # On GPUs it takes --multi_gpu for granted; on CPUs it would start one process without, whatever --num_processes.
+    "accelerate": ["accelerate", "launch", "--multi_gpu", *PROCESSES, "{port}", "-m", "trace_ds"],
     "torchrun": ["torchrun", "--nproc-per-node", "2", "--master-port", "{port}", "-m", "trace_ds"],
     "mpiexec": ["mpiexec", "--allow-run-as-root", "--oversubscribe", "-n", "2", sys.executable, "-m", "trace_ds"],
 }
@@ -62,6 +65,7 @@ def test_all_launchers_give_the_same_bytes(prepared: Path) -> None:
     verbs = {
         "bare": MAKES,
         "deepspeed": ["collect"],
+        "accelerate": ["unlearn"],
         "torchrun": ["calibrate", "unlearn"],
         "mpiexec": ["collect", "unlearn"],
     }

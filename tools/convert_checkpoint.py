@@ -13,6 +13,7 @@ process group, no compiler. (The model card then says nothing of the run; everyt
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -24,18 +25,24 @@ from trace_ds.errors import UserError
 NEEDED = {"torch": "torch>=2.11", "transformers": "transformers>=5.17,<5.25", "safetensors": "safetensors"}
 
 
+def place(text: str) -> Path:
+    return Path(os.path.expanduser(text))  # noqa: PTH111 (which would fail for ~nobody)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description="Convert a sharded checkpoint to a Hugging Face model, or back: streamed, exact, verified."
     )
-    parser.add_argument("source", type=Path, help="DeepSpeed checkpoint (any ZeRO stage, universal) or model directory")
-    parser.add_argument("destination", type=Path, help="new directory")
+    parser.add_argument(
+        "source", type=place, help="DeepSpeed checkpoint (any ZeRO stage, universal) or model directory"
+    )
+    parser.add_argument("destination", type=place, help="new directory")
     parser.add_argument("--to", default="hf", help="hf (default) or universal")
     parser.add_argument("--tag", help="step below SOURCE (default: what `latest` says)")
     parser.add_argument("--dtype", default="same", help="bf16, fp16, fp32 or same (default)")
     parser.add_argument("--max-shard-size", default="5GB", help="largest safetensors file (default 5GB)")
     parser.add_argument("--jobs", type=int, default=1, help="threads (default 1)")
-    parser.add_argument("--base-model", type=Path, help="directory with config.json and tokenizer")
+    parser.add_argument("--base-model", type=place, help="directory with config.json and tokenizer")
     parser.add_argument("--verify", action="store_true", help="read everything again and compare")
     parser.add_argument("--dry-run", action="store_true", help="check, say what would be written, write nothing")
     options = vars(parser.parse_args())

@@ -70,7 +70,7 @@ def main() -> None:
     """Entry point of ``trace-ds`` and ``python -m trace_ds``."""
     guard_streams()
     # The deepspeed launcher puts --local_rank=N before the script's own arguments; the environment says it too.
-    arguments = [item for item in sys.argv[1:] if not item.startswith(("--local_rank", "--local-rank"))]
+    arguments = [at_home(item) for item in sys.argv[1:] if not item.startswith(("--local_rank", "--local-rank"))]
     try:
         status = app(arguments, standalone_mode=False)
     except UserError as error:
@@ -103,6 +103,12 @@ def main() -> None:
             _end(2)
         raise
     _end(status if isinstance(status, int) else 0)
+
+
+def at_home(word: str) -> str:
+    """``~`` replaced where no shell does it: behind ``--option=``, or in the arguments that a launcher's file gives."""
+    option, equals, value = word.rpartition("=") if word.startswith("--") else ("", "", word)
+    return option + equals + os.path.expanduser(value)  # noqa: PTH111 (which would fail for ~nobody)
 
 
 def _end(status: int) -> NoReturn:

