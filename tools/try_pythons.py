@@ -1,12 +1,14 @@
-"""Try the package under every other Python of this machine that it promises, each in an environment made from nothing.
+"""Try the package under every other Python of this machine that it promises, each in an environment made from nothing;
+under the oldest of them (or this one, where there is no other) with the oldest transformers that it promises.
 
     python tools/try_pythons.py            # every interpreter found: on PATH, in /usr/bin, of pyenv
     python tools/try_pythons.py 3.10 3.13  # these only
 
 In each: install the package with its dependencies as a user would (newest versions that fit), run a tiny model through
-all stages, stop and resume its job (bit for bit the undisturbed one), verify its checkpoints and convert them: how
-objects are pickled differs even between patch releases. Says which versions were tried and which promised ones were not
-to be had; exit status 1 when one failed.
+all stages on two processes with expert parallelism, stop and resume its job (bit for bit the undisturbed one), verify
+its checkpoints and convert them: how objects are pickled differs even between patch releases. With the oldest
+transformers also the tests that compare us with it, family by family (the tests run on the newest). Says which versions
+were tried and which promised ones were not to be had; exit status 1 when one failed.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 MINORS = ("3.10", "3.11", "3.12", "3.13")  # requires-python of pyproject.toml
+TESTS = ("test_autoep.py", "test_families.py", "test_loading.py", "test_attention.py")  # of what transformers changes
 VERSIONS = """
 import importlib.metadata as found
 print(", ".join(f"{name} {found.version(name)}" for name in ("torch", "transformers", "deepspeed", "numpy")))
@@ -56,15 +59,29 @@ def call(folder: Path, *command: str | Path) -> str:
     return done.stdout
 
 
-def try_one(python: Path, folder: Path) -> str:
-    """Install and run under one interpreter; the versions that were installed."""
+def oldest_transformers() -> str:
+    """The requirement that only the oldest version of transformers meets that pyproject.toml allows."""
+    found = re.search(r'"transformers>=([\d.]+)', (ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert found is not None
+    return f"transformers=={found[1]}"
+
+
+def try_one(python: Path, folder: Path, *pinned: str) -> str:
+    """Install and run under one interpreter; the versions that were installed.
+
+    ``pinned``: requirements beside the package's own; with any, the tests that compare us with transformers run too.
+    """
     call(folder, sys.executable, "-m", "uv", "venv", "--quiet", "--python", python, "env")
     own = folder / "env" / "bin" / "python"
-    call(folder, sys.executable, "-m", "uv", "pip", "install", "--quiet", "--python", own, ROOT)
+    runner = ("pytest", "pytest-timeout") if pinned else ()
+    call(folder, sys.executable, "-m", "uv", "pip", "install", "--quiet", "--python", own, ROOT, *pinned, *runner)
+    if pinned:
+        call(folder, own, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(ROOT / "tests" / name for name in TESTS))
     call(folder, own, ROOT / "tests" / "tiny.py", folder)
 
     def trace_ds(verb: str, run: str, steps: int) -> str:
-        changes = ("--set", "unlearning.save_every=1", "--set", f"unlearning.steps={steps}")
+        changes = ["--set=unlearning.save_every=1", f"--set=unlearning.steps={steps}"]
+        changes += ["--set=distributed.nproc=2", "--set=distributed.ep=2"]
         return call(folder, own, "-m", "trace_ds", verb, "config.yaml", "--run-dir", run, *changes)
 
     trace_ds("run", "through", 2)
@@ -89,12 +106,13 @@ def main() -> int:
         version: path for version, path in interpreters().items() if version.startswith(tuple(f"{m}." for m in asked))
     }
     running = ".".join(map(str, sys.version_info[:3]))
+    trials = found or {running: Path(sys.executable)}
     failed = 0
-    for version, path in found.items():
+    for number, (version, path) in enumerate(trials.items()):
         began = time.monotonic()
         with tempfile.TemporaryDirectory() as folder:
             try:
-                told = try_one(path, Path(folder))
+                told = try_one(path, Path(folder), *([oldest_transformers()] if number == 0 else []))
             except SystemExit as error:
                 failed, told = 1, f"FAILED: {error}"
         print(f"Python {version}: {told} ({time.monotonic() - began:.0f} s)", flush=True)
