@@ -250,6 +250,11 @@ class StatisticsConfig(Section):
         ge=1,
         description="Counted tokens of a corpus, spread over its documents, whose top-k experts are always recorded.",
     )
+    recorded: dict[str, PathText] | None = Field(
+        None,
+        description="Corpus -> file of the experts that vLLM returned for it (docs/data.md): they are counted, and the "
+        "model is not run.",
+    )
     nll: bool = Field(False, description="Record the frozen model's loss of every token (needed by NPO).")
     hidden: bool = Field(
         False,
@@ -810,6 +815,7 @@ class Config(Section):
                 f"{self.calibration.rule} would not be what it says: use raking, or unlearning.weights reference"
             )
         self._check_finetune()
+        self._check_recorded()
         evaluate, guards = self.unlearning.evaluate, self.unlearning.guards
         for key, value in (
             ("evaluate.tasks", evaluate.tasks or None),
@@ -831,6 +837,21 @@ class Config(Section):
                 if key.split(".")[0] not in ("calibration", "unlearning", "conversion"):
                     raise ValueError(f"variants.{name} may not change {key}: only calibration, unlearning, conversion")
         return self
+
+    def _check_recorded(self) -> None:
+        recorded = self.statistics.recorded
+        if recorded is None:
+            return
+        if set(recorded) != set(self.data.sides):
+            raise ValueError(f"statistics.recorded names a file for each of {', '.join(self.data.sides)}, and no other")
+        for key, needs in (
+            ("statistics.nll", self.statistics.nll),
+            ("statistics.hidden", self.statistics.hidden),
+            ("calibration.detection.method top_gate_mass", self.calibration.detection.method == "top_gate_mass"),
+            ("unlearning.seuf", self.unlearning.seuf is not None),
+        ):
+            if needs:
+                raise ValueError(f"{key} needs the model to be run: statistics.recorded has its experts only")
 
     def _check_finetune(self) -> None:
         if self.finetune is None:

@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,17 @@ from trace_ds.run.log import Progress, StageLog
 
 CHECK_EVERY_BATCHES = 64
 STATE = re.compile(r"state-(\d+)-(\d+)\.safetensors$")
+
+
+@dataclass
+class Passed:
+    """What a forward pass leaves: the routers' decisions, the body's output and that of a layer in the middle (of one
+    item, where they were asked for), and the model's."""
+
+    recorder: RoutingRecorder
+    body: list[torch.Tensor] = field(default_factory=list)
+    middle: list[torch.Tensor] = field(default_factory=list)
+    output: Any = None
 
 
 class Collection:
@@ -108,17 +120,12 @@ class Collection:
     def _step(self, number: int, batch: Batch) -> int:
         """One forward pass; returns this rank's tokens in it."""
         model, device = self.engine.module, self.world.device
-        with ExitStack() as stack:
-            recorder = stack.enter_context(record_routing(model))
-            body = stack.enter_context(record_output(model.model))
-            middle: list[torch.Tensor] = []
-            if self.recording.hidden_layer is not None:
-                middle = stack.enter_context(record_output(model.model.layers[self.recording.hidden_layer]))
-            output = forward(self.engine, batch, device)
-        self._write_pending()  # of the batch before: its copies had this forward pass to finish
-        counts_BLE = self.counter.add(recorder, batch.counted_BS, batch.document_ids_BS)
         first_row = min(self.begin + number * self.batch_rows, self.end)
         last_row = min(first_row + self.batch_rows, self.end)
+        passed = self._pass(batch, first_row)
+        recorder, body, middle = passed.recorder, passed.body, passed.middle
+        self._write_pending()  # of the batch before: its copies had this forward pass to finish
+        counts_BLE = self.counter.add(recorder, batch.counted_BS, batch.document_ids_BS)
         tokens = slice(*(int(self.dataset.row_starts_R1[row]) - self.first_token for row in (first_row, last_row)))
         rows = slice(first_row - self.begin, last_row - self.begin)
         filled_T = (batch.document_ids_BS.reshape(-1) >= 0).nonzero().squeeze(1)
@@ -132,7 +139,7 @@ class Collection:
             drawn_T = to_device(filled_T[torch.from_numpy(self.sampled[drawn] - tokens.start)], device)
             self._keep("sample", drawn, self._trace(recorder, drawn_T))
         if self.recording.nll:
-            assert number or head_is_all(model.lm_head, body[0], output.logits)
+            assert number or head_is_all(model.lm_head, body[0], passed.output.logits)
             nll_BS = _batch_nll(model.lm_head, body[0], batch)
             if len(real_T):
                 self._keep("nll", tokens, nll_BS.reshape(-1)[real_T])
@@ -141,6 +148,16 @@ class Collection:
             self._keep("hidden", rows, means_BD[: last_row - first_row])
         self._copied = event_now(device)
         return tokens.stop - tokens.start
+
+    def _pass(self, batch: Batch, first_row: int) -> Passed:
+        """Run the model (collective); ``first_row``: the dataset's number of the batch's first row."""
+        model = self.engine.module
+        with ExitStack() as stack:
+            passed = Passed(stack.enter_context(record_routing(model)), stack.enter_context(record_output(model.model)))
+            if self.recording.hidden_layer is not None:
+                passed.middle = stack.enter_context(record_output(model.model.layers[self.recording.hidden_layer]))
+            passed.output = forward(self.engine, batch, self.world.device)
+        return passed
 
     def _trace(self, recorder: RoutingRecorder, where_T: torch.Tensor) -> torch.Tensor:
         """The experts of some tokens, ascending [T, L, K], in the smallest type torch can index into."""

@@ -20,7 +20,7 @@ from trace_ds.models.families import ModelInfo, check_expert_parallel, inspect_m
 from trace_ds.routing.token_files import Recording
 from trace_ds.run import artefact, ours
 from trace_ds.run.directory import RunDirectory
-from trace_ds.run.files import remove_directory, write_json
+from trace_ds.run.files import remove_directory, sha256_file, write_json
 from trace_ds.run.hub_names import provenance
 from trace_ds.stages.recorded import ROW_COUNTS, SAMPLE, TRACE, keys_needing
 from trace_ds.tensors.model_files import read_model_directory
@@ -83,6 +83,10 @@ def check_collect(config: Config, run: RunDirectory, world_size: int) -> Collect
         side: {"model": info.fingerprint, "tokenizer": tokenizer, "data": data.content, "side": side}
         for side in config.data.sides
     }
+    for side, path in (config.statistics.recorded or {}).items():
+        if not Path(path).is_file():
+            raise UserError(f"there is no file {path}", f"statistics.recorded.{side}", "name what vLLM answered")
+        inputs[side]["recorded"] = sha256_file(Path(path))
     settings, needed = {}, {}
     for side in inputs:
         always = {"dtype": config.model.dtype, "top_k": info.top_k}
@@ -122,9 +126,6 @@ def middle_layer(info: ModelInfo) -> int:
 
 def collect(config: Config, run: RunDirectory, world: World) -> None:
     """Collect the statistics of both corpora (collectively, on every rank); skips a side that is already done."""
-    from trace_ds.models.attention import refusal
-    from trace_ds.models.engine import inference_engine
-    from trace_ds.models.loading import ModelParts
     from trace_ds.run.log import stage_log
 
     job = world.broadcast(world.agree_each(lambda verify: _checked(config, run, world, verify=verify)))[0]
@@ -133,29 +134,39 @@ def collect(config: Config, run: RunDirectory, world: World) -> None:
         return
     with stage_log(run, "collect", enabled=world.is_main) as log:
         log.line(f"world size {world.size}, expert-parallel size {config.distributed.ep}, {', '.join(todo)}")
-        if job.info.family.autoep_preset is None:
-            sharding = "its weights are sharded by ZeRO-3" if world.size > 1 else "one process holds it whole"
-            log.line(f"the family {job.info.family.model_type} has no expert parallelism: {sharding}")
-        asked = recording(config, job.info, "retain")
-        parts = ModelParts(head=asked.nll, last_output=asked.nll, hidden_layer=asked.hidden_layer)
-        engine = inference_engine(
-            job.info,
-            world,
-            dtype=config.model.dtype,
-            ep=config.distributed.ep,
-            options=config.distributed.autoep.options,
-            kernel=config.statistics.expert_kernel,
-            parts=parts,
-        )
-        if why := refusal(engine.module):
-            log.line(f"attention stays inside documents by a mask: {why}")
-        if job.info.family.autoep_preset is None and config.data.documents_per_row != 1:
-            from trace_ds.routing.collection import refused_packing
-
-            vocabulary = int(job.info.config["vocab_size"])
-            world.raise_together(refused_packing(engine, vocabulary, world.device))
+        engine = _engine(config, world, job, log) if config.statistics.recorded is None else None
         for side in todo:
             _collect_side(config, run, world, job, side, engine, log)
+
+
+def _engine(config: Config, world: World, job: CollectJob, log: StageLog) -> Any:
+    """The frozen model, ready to be run over packed rows (collective)."""
+    from trace_ds.models.attention import refusal
+    from trace_ds.models.engine import inference_engine
+    from trace_ds.models.loading import ModelParts
+
+    if job.info.family.autoep_preset is None:
+        sharding = "its weights are sharded by ZeRO-3" if world.size > 1 else "one process holds it whole"
+        log.line(f"the family {job.info.family.model_type} has no expert parallelism: {sharding}")
+    asked = recording(config, job.info, "retain")
+    parts = ModelParts(head=asked.nll, last_output=asked.nll, hidden_layer=asked.hidden_layer)
+    engine = inference_engine(
+        job.info,
+        world,
+        dtype=config.model.dtype,
+        ep=config.distributed.ep,
+        options=config.distributed.autoep.options,
+        kernel=config.statistics.expert_kernel,
+        parts=parts,
+    )
+    if why := refusal(engine.module):
+        log.line(f"attention stays inside documents by a mask: {why}")
+    if job.info.family.autoep_preset is None and config.data.documents_per_row != 1:
+        from trace_ds.routing.collection import refused_packing
+
+        vocabulary = int(job.info.config["vocab_size"])
+        world.raise_together(refused_packing(engine, vocabulary, world.device))
+    return engine
 
 
 def _checked(config: Config, run: RunDirectory, world: World, *, verify: bool) -> list[CollectJob]:
@@ -231,20 +242,24 @@ def _pass(
 ) -> None:
     """The forward passes, and the description of what they left in ``directory`` (collective)."""
     from trace_ds.corpora.dataset import TokenDataset
+    from trace_ds.models.routers import meta_model
     from trace_ds.routing.collection import Collection
+    from trace_ds.routing.elsewhere import CollectionElsewhere
     from trace_ds.routing.token_files import bytes_per_token, part_name
 
     dataset = TokenDataset.open(job.data.file(f"{side}.arrow"))
-    collection = Collection(
-        engine,
-        world,
-        dataset,
-        experts=job.info.experts,
-        top_k=job.info.top_k,
-        recording=recording(config, job.info, side),
-        batch_rows=config.statistics.batch_rows,
-        directory=directory,
-    )
+    arguments: dict[str, Any] = {
+        "experts": job.info.experts,
+        "top_k": job.info.top_k,
+        "recording": recording(config, job.info, side),
+        "batch_rows": config.statistics.batch_rows,
+        "directory": directory,
+    }
+    if config.statistics.recorded is None:
+        collection = Collection(engine, world, dataset, **arguments)
+    else:
+        path = Path(config.statistics.recorded[side])
+        collection = CollectionElsewhere(path, meta_model(job.info.path), world, dataset, **arguments)
     trace_bytes, _ = bytes_per_token(len(collection.layers), job.info.experts, job.info.top_k, 1)
     log.line(about_trace(config, side, round(dataset.tokens * trace_bytes)))
     try:
