@@ -135,6 +135,8 @@ def ds_config(case: Case) -> dict[str, Any]:
 def make_engine(case: Case, more: dict[str, Any] | None = None) -> Any:
     import deepspeed
 
+    from trace_ds.models.autoep import readable_recorders
+
     model = base_model(case.family)
     if case.dtype == "bf16":
         inv_freq = {n: b.clone() for n, b in model.named_buffers() if n.endswith("inv_freq")}
@@ -143,11 +145,12 @@ def make_engine(case: Case, more: dict[str, Any] | None = None) -> Any:
             model.get_submodule(name.rsplit(".", 1)[0]).inv_freq = buffer
     if case.freeze:
         model.get_input_embeddings().weight.requires_grad_(False)
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        config=ds_config(case) | (more or {}),
-        model_parameters=[p for p in model.parameters() if p.requires_grad],
-    )
+    with readable_recorders():
+        engine, *_ = deepspeed.initialize(
+            model=model,
+            config=ds_config(case) | (more or {}),
+            model_parameters=[p for p in model.parameters() if p.requires_grad],
+        )
     return engine
 
 

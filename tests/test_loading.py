@@ -99,7 +99,7 @@ def load_and_count(world: Any, path: str, stage: int) -> dict[str, Any]:
     """Bytes this rank read from disk while loading, what a proof says of the weights, and of a damaged one."""
     import torch
 
-    from trace_ds.models.autoep import require_converted
+    from trace_ds.models.autoep import readable_recorders, require_converted
     from trace_ds.models.engine import DTYPES, base_ds_config
     from trace_ds.models.families import inspect_model
     from trace_ds.models.loading import ModelParts, load_share
@@ -114,7 +114,8 @@ def load_and_count(world: Any, path: str, stage: int) -> dict[str, Any]:
     before = read_bytes()
     model, files = load_share(info.path, DTYPES["fp32"], world, **arguments)
     counted = read_bytes() - before
-    engine, *_ = quiet_deepspeed().initialize(model=model.requires_grad_(False), config=ds_config)
+    with readable_recorders():
+        engine, *_ = quiet_deepspeed().initialize(model=model.requires_grad_(False), config=ds_config)
     proved = files.prove(engine.module, ep, world.rank % ep)
     wrong = None
     parameter = next(p for name, p in engine.module.named_parameters() if ".experts." in name)

@@ -185,6 +185,7 @@ def load_engine(folder: Path, way: str, world: Any) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
+    from trace_ds.models.autoep import readable_recorders
     from trace_ds.models.engine import base_ds_config
     from trace_ds.models.families import inspect_model
     from trace_ds.models.loading import ModelParts, load_share
@@ -198,7 +199,8 @@ def load_engine(folder: Path, way: str, world: Any) -> Any:
         model, _ = load_share(info.path, torch.bfloat16, world, ep=world.size, ds_config=ds_config, parts=ModelParts())
     else:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-    return quiet_deepspeed().initialize(model=model.requires_grad_(False), config=ds_config)[0]
+    with readable_recorders():
+        return quiet_deepspeed().initialize(model=model.requires_grad_(False), config=ds_config)[0]
 
 
 def save_tokenizer(folder: Path) -> None:

@@ -56,6 +56,8 @@ def make_checkpoint(rank: int, port: int, layers: int, directory: str) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
+    from trace_ds.models.autoep import readable_recorders
+
     torch.set_num_threads(1)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would need a C++ compiler
     deepspeed.logger.setLevel("ERROR")
@@ -74,7 +76,8 @@ def make_checkpoint(rank: int, port: int, layers: int, directory: str) -> None:
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
         "expert_parallel": {"enabled": True, "autoep_size": 2, "preset_model": "mixtral"},
     }
-    engine, *_ = deepspeed.initialize(model=model, config=config, model_parameters=model.parameters())
+    with readable_recorders():
+        engine, *_ = deepspeed.initialize(model=model, config=config, model_parameters=model.parameters())
     tokens = torch.randint(0, VOCABULARY, (1, 32), generator=torch.Generator().manual_seed(rank))
     engine.backward(engine(input_ids=tokens, labels=tokens, use_cache=False).loss)
     engine.step()
