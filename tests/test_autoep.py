@@ -86,6 +86,7 @@ def test_recorders_are_read_by_name_and_left_as_they_were(tiny_model: Path) -> N
         ("gate_up=fused", r"unknown key 'distributed\.autoep\.gate_up'.*did you mean 'gate_up_impl'"),
         ("gate_up_impl=both", r"distributed\.autoep\.gate_up_impl: Input should be 'separate' or 'fused'"),
         ("async_split_plan=1", r"distributed\.autoep\.async_split_plan: Input should be a valid boolean"),
+        ("comm_backend=deepep", "comm_backend deepep carries bf16, and model.dtype is fp32"),
         ("comm_num_sm=0", r"distributed\.autoep\.comm_num_sm: Input should be greater than or equal to 1"),
     ],
 )
@@ -111,7 +112,8 @@ DEEPEP = {"comm_backend": "deepep", "comm_max_tokens_per_rank": 192}
 def test_what_cannot_run_is_refused_before_a_weight_is_loaded(
     options: dict[str, Any], problem: str, tiny_model: Path, tmp_path: Path
 ) -> None:
-    changes = [f"distributed.autoep.{key}={str(value).lower()}" for key, value in options.items()]
+    changes = ["model.dtype=bf16"]
+    changes += [f"distributed.autoep.{key}={str(value).lower()}" for key, value in options.items()]
     config, _ = load_config(str(tiny.write_config(tmp_path, tiny_model)), changes)
     assert config.distributed.autoep.options == options
     info = inspect_model(tiny_model)

@@ -814,6 +814,10 @@ class Config(Section):
                 "unlearning.weights online moves towards the forget frequencies whatever the rule, so calibration.rule "
                 f"{self.calibration.rule} would not be what it says: use raking, or unlearning.weights reference"
             )
+        if self.distributed.autoep.comm_backend == "deepep" and self.model.dtype != "bf16":
+            raise ValueError(
+                f"distributed.autoep.comm_backend deepep carries bf16, and model.dtype is {self.model.dtype}"
+            )
         self._check_finetune()
         self._check_recorded()
         evaluate, guards = self.unlearning.evaluate, self.unlearning.guards
