@@ -118,8 +118,8 @@ def test_what_cannot_run_is_refused_before_a_weight_is_loaded(
     assert config.distributed.autoep.options == options
     info = inspect_model(tiny_model)
     with pytest.raises(UserError, match=problem):
-        check_expert_parallel(info, 2, 2, options)
-    check_expert_parallel(info, 1, 2, options)  # of no effect
+        check_expert_parallel(info, 2, 2, options=options)
+    check_expert_parallel(info, 1, 2, options=options)  # of no effect
 
 
 def test_where_there_are_gpus_and_the_package_options_pass_through(
@@ -133,7 +133,7 @@ def test_where_there_are_gpus_and_the_package_options_pass_through(
     monkeypatch.setattr(autoep, "accelerator_count", lambda: 8)
     options = {**DEEPEP, "row_weighting_impl": "fused", "async_split_plan": True, "comm_num_sm": 16}
     info = inspect_model(tiny_model)
-    check_expert_parallel(info, 4, 8, options)
+    check_expert_parallel(info, 4, 8, options=options)
     section = base_ds_config(ep=4, info=info, zero_stage=3, options=options)["expert_parallel"]
     assert section == {"enabled": True, "autoep_size": 4, "preset_model": "mixtral", **options}
     assert "expert_parallel" not in base_ds_config(ep=1, info=info, zero_stage=3, options=options)

@@ -168,7 +168,7 @@ def model_checks(config: Config, world_size: int | None = None) -> Iterator[Chec
     def parallel() -> str:
         info = inspect_model(path)
         options = config.distributed.autoep.options
-        check_expert_parallel(info, ep, world_size or config.distributed.nproc or ep, options)
+        check_expert_parallel(info, ep, world_size or config.distributed.nproc or ep, options=options)
         return f"EP {ep}: {info.experts // ep} experts a process"
 
     for name, find in (("files", files), ("family", family), ("expert parallelism", parallel)):

@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -75,6 +75,7 @@ class Sharding:
 
     ep: int = 1
     zero_stage: int = 0
+    options: Mapping[str, Any] = field(default_factory=dict, compare=False)  # ``distributed.autoep``
 
     @property
     def whole(self) -> bool:
@@ -353,8 +354,9 @@ def _sharded(path: str, settings: ModelSettings, world: World, sharding: Shardin
     from trace_ds.models.families import check_expert_parallel, inspect_model
 
     info = world.broadcast_agreed(lambda: inspect_model(path))
-    check_expert_parallel(info, sharding.ep, world.size, "evaluation.ep")
-    engine = inference_engine(info, world, dtype=settings.dtype, ep=sharding.ep, zero_stage=sharding.zero_stage)
+    check_expert_parallel(info, sharding.ep, world.size, "evaluation.ep", sharding.options)
+    shape: dict[str, Any] = {"ep": sharding.ep, "options": sharding.options, "zero_stage": sharding.zero_stage}
+    engine = inference_engine(info, world, dtype=settings.dtype, **shape)
     try:
         yield engine.module
     finally:

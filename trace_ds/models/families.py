@@ -107,12 +107,12 @@ def check_expert_parallel(
     info: ModelInfo,
     ep: int,
     world_size: int,
-    options: Mapping[str, Any] | None = None,
     key: str = "distributed.ep",
+    options: Mapping[str, Any] | None = None,
 ) -> None:
     """The family must have expert parallelism, and its size must divide the experts and the world size.
 
-    ``options``: ``distributed.autoep``, where the job will run on this machine. ``key``: of the configuration.
+    ``key``: what asks for it. ``options``: ``distributed.autoep``, where the job will run on this machine.
     """
     if ep > 1 and info.family.autoep_preset is None:
         raise UserError(

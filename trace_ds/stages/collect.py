@@ -73,7 +73,7 @@ def covers(recorded: Any, needed: Any) -> bool:
 def check_collect(config: Config, run: RunDirectory, world_size: int) -> CollectJob:
     """Everything that can be wrong before a weight is loaded; raises :class:`UserError`."""
     info = inspect_model(config.model.path)
-    check_expert_parallel(info, config.distributed.ep, world_size, config.distributed.autoep.options)
+    check_expert_parallel(info, config.distributed.ep, world_size, options=config.distributed.autoep.options)
     if config.statistics.nll:
         require_plain_logits(info, "statistics.nll")
     data = artefact.load(run.data, "data", "prepare CONFIG")

@@ -237,7 +237,7 @@ def _score_missing(config: Config, job: EvaluateJob, run: RunDirectory, log: Sta
     from trace_ds.evaluation.language_model import ModelSettings, Sharding, loaded
 
     settings = ModelSettings(config.model.dtype, config.data.add_bos, config.data.add_eos, config.evaluation.batch_rows)
-    sharding = Sharding(config.evaluation.ep, config.evaluation.zero_stage)
+    sharding = Sharding(config.evaluation.ep, config.evaluation.zero_stage, config.distributed.autoep.options)
     place = config.model.tokenizer or config.model.path
     tokenizer = load_tokenizer(place) if world is None else world.agree_each(lambda _: load_tokenizer(place))
     done = job.done(run) if world is None else world.broadcast_agreed(lambda: job.done(run))

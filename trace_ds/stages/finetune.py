@@ -106,7 +106,7 @@ def check_finetune(config: Config, run: RunDirectory, world_size: int, *, verify
     """Everything that can be wrong before a weight is loaded; raises :class:`UserError`."""
     settings = settings_of(config)
     info = inspect_model(config.model.path)
-    check_expert_parallel(info, config.distributed.ep, world_size, config.distributed.autoep.options)
+    check_expert_parallel(info, config.distributed.ep, world_size, options=config.distributed.autoep.options)
     data = artefact.load(run.data, "data", "prepare CONFIG", verify=verify)
     tokenizer = tokenizer_fingerprint(config.model.tokenizer or config.model.path)
     artefact.require_same(data, "tokenizer", tokenizer, "tokenizer", "prepare CONFIG")

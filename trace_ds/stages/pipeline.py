@@ -173,15 +173,15 @@ def _check_early(verb: str, request: Request, world_size: int | None, *, downloa
         )
     if verb in ("run", "evaluate") and world_size is None:
         check_process_count(config.evaluation.nproc, accelerator_count(), os.cpu_count() or 1, "evaluation.nproc")
+    options = config.distributed.autoep.options
     if verb in ("run", "evaluate"):
         nproc = (world_size if verb == "evaluate" else None) or config.evaluation.nproc
-        check_expert_parallel(inspect_model(config.model.path), config.evaluation.ep, nproc, "evaluation.ep")
+        check_expert_parallel(inspect_model(config.model.path), config.evaluation.ep, nproc, "evaluation.ep", options)
     if verb in ("run", *DISTRIBUTED):
         nproc = world_size or process_count(config)
         if world_size is None:
             check_process_count(nproc, accelerator_count(), os.cpu_count() or 1)
-        sizes = config.distributed.ep, nproc, config.distributed.autoep.options
-        check_expert_parallel(inspect_model(config.model.path), *sizes)
+        check_expert_parallel(inspect_model(config.model.path), config.distributed.ep, nproc, options=options)
     if verb in STAGES[1:-1] and (verb != "evaluate" or needs_data(config)):
         from trace_ds.run import artefact
 

@@ -75,7 +75,7 @@ def check_settings(config: Config, info: ModelInfo) -> dict[str, Any] | None:
 def check_unlearn(config: Config, run: RunDirectory, world_size: int, *, verify: bool = True) -> UnlearnJob:
     """Everything that can be wrong before a weight is loaded; raises :class:`UserError`."""
     info = inspect_model(config.model.path)
-    check_expert_parallel(info, config.distributed.ep, world_size, config.distributed.autoep.options)
+    check_expert_parallel(info, config.distributed.ep, world_size, options=config.distributed.autoep.options)
     data = artefact.load(run.data, "data", "prepare CONFIG", verify=verify)
     calibration = artefact.load(run.calibration, "calibration", "calibrate CONFIG", verify=verify)
     tokenizer = tokenizer_fingerprint(config.model.tokenizer or config.model.path)
