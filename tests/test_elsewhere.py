@@ -146,6 +146,7 @@ TOKENS, EXPERTS = [5, 6, 7], [[[0, 1], [2, 3]], [[1, 0], [0, 3]], [[3, 1], [0, 1
         ({"prompt_token_ids": TOKENS, "routed_experts": [[[0, 1]]] * 3}, r"shape \[3, 1, 2\], and \[3, 2, 2\]"),
         ({"prompt_token_ids": TOKENS, "routed_experts": [[[0.5, 1], [2, 3]]] * 3}, "is needed"),
         ({"prompt_token_ids": TOKENS, "routed_experts": [[[-1, -1], [2, 3]], *EXPERTS[1:]]}, "no 2 experts of 4"),
+        ({"prompt_token_ids": TOKENS, "routed_experts": [[[-1, 0], [2, 3]], *EXPERTS[1:]]}, "no 2 experts of 4"),
         ({"prompt_token_ids": TOKENS, "routed_experts": [[[0, 4], [2, 3]], *EXPERTS[1:]]}, "no 2 experts of 4"),
         ({"prompt_token_ids": TOKENS, "routed_experts": [[[1, 1], [2, 3]], *EXPERTS[1:]]}, "no 2 experts of 4"),
     ],
