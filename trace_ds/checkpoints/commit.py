@@ -171,7 +171,7 @@ class Saver:
 
     def _room_bytes(self) -> float:
         """Host memory that the copies of this rank may take."""
-        free = available_memory_bytes()
+        free = available_memory_bytes() + self._ranks_here * self._engine.checkpoint_engine.files.spare_bytes
         if self._world.device.type == "cuda":  # what torch has kept page-locked since the save before
             import torch
 

@@ -41,6 +41,12 @@ class ShardFiles:
         self._room_bytes, self.uncopied_bytes = 0.0, 0
         self._held: list[tuple[str | Path, _Copied]] = []
         self._written: dict[str, dict[str, Any]] = {}
+        self._spare: dict[int, list[torch.UntypedStorage]] = {}  # by size: memory in which copies were, for the next
+
+    @property
+    def spare_bytes(self) -> int:
+        """Host memory that is kept for the copies of the next checkpoint: pages in use copy five times as fast."""
+        return sum(size * len(storages) for size, storages in self._spare.items())
 
     def begin(self, room_bytes: float) -> None:
         """Another checkpoint, whose files are held while copies of their tensors fit into so much host memory, and
@@ -57,14 +63,16 @@ class ShardFiles:
             self._written[os.path.abspath(path)] = save(state, path)
             return
         self._room_bytes -= size
-        self._held.append((path, _Copied(state, storages)))
+        self._held.append((path, _Copied(state, storages, self._spare)))
 
     def write(self) -> dict[str, dict[str, Any]]:
         """Write what is held (any thread may); path -> {bytes, sha256} of every file of the checkpoint."""
+        self._spare = {}  # what no file has taken goes
         while self._held:
             path, copied = self._held.pop(0)
             self._written[os.path.abspath(path)] = _write(path, copied.into)
-            del copied  # its memory
+            for storage in copied.copies:
+                self._spare.setdefault(storage.nbytes(), []).append(storage)
         return self._written
 
     def load(self, path: str | Path, map_location: Any = None) -> Any:
@@ -89,15 +97,19 @@ class _Copied:
     torch itself copies what is on a device (into page-locked memory, which it keeps for the next time).
     """
 
-    def __init__(self, state: Any, storages: dict[int, Any]) -> None:
+    def __init__(self, state: Any, storages: dict[int, Any], spare: dict[int, list[torch.UntypedStorage]]) -> None:
+        self._spare, self.copies = spare, list[torch.UntypedStorage]()
         self._live = {place for place, storage in storages.items() if storage.device.type == "cpu"}
         self._records: list[tuple[str, Any, int]] = []
         with torch_saving.patch("save.use_pinned_memory_for_d2h", True):  # type: ignore[attr-defined]
             theirs._save(state, self, pickle, theirs.DEFAULT_PROTOCOL, False)
 
     def write_record(self, name: str, data: Any, size: int) -> None:
-        live = isinstance(data, torch.UntypedStorage) and data.data_ptr() in self._live
-        self._records.append((name, data.clone() if live else data, size))
+        if isinstance(data, torch.UntypedStorage) and data.data_ptr() in self._live:
+            spare = self._spare.get(size)
+            data = (spare.pop() if spare else torch.UntypedStorage(size)).copy_(data)
+            self.copies.append(data)
+        self._records.append((name, data, size))
 
     def into(self, out: Any) -> None:
         """What ``torch.save`` of the state would write."""
