@@ -66,7 +66,7 @@ def write_run(
     config = {
         "name": name,
         "seed": seed,
-        "model": {"path": "models/base"},
+        "model": {"path": "runs/models/base"},
         "data": {"forget": [{"path": "forget.jsonl"}], "retain": [{"path": "retain.jsonl"}]},
         "calibration": {"rule": "raking"},
         "unlearning": {"forget_loss": "rmu", "steps": STEPS[-1]},
