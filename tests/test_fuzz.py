@@ -117,7 +117,7 @@ def template(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory, server:
 
     command("prepare config.yaml --run-dir run")
     shutil.copytree(folder / "run", folder / "job")
-    for verb in ("collect", "calibrate", "unlearn --set unlearning.steps=1"):
+    for verb in ("collect", "calibrate", "unlearn --set unlearning.steps=1 --set unlearning.forget_loss=graddiff"):
         command(f"{verb} config.yaml --run-dir job")
     (folder / "job" / "checkpoints" / "step_000001").rename(folder / "step_000001")
     shutil.rmtree(folder / "job")
