@@ -24,6 +24,7 @@ ELSEWHERE = {
     "make test": "this very run",
     "deepspeed --num_accelerators 2 --module trace_ds collect": "tests/test_launchers.py",
     "torchrun --nproc-per-node 2 -m trace_ds unlearn": "tests/test_launchers.py",
+    "accelerate launch -m trace_ds unlearn": "tests/test_launchers.py",
     "mpiexec -n 2 python -m trace_ds collect": "tests/test_launchers.py",
     "sbatch --nodes=2 slurm/unlearn_mixtral.sh": "tests/test_slurm.py",
     "sbatch slurm/collect_stats.sh": "tests/test_slurm.py",
