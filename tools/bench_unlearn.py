@@ -15,8 +15,9 @@ calibrate. Then, with everything the same but the named thing:
 * memory: a fresh process for each of trace, uniform, npo, graddiff; the peak of three steps above what the process held
   before the model was loaded: resident set size on a CPU, ``torch.cuda.max_memory_allocated`` on a GPU.
 
-With ``--saves`` instead: how long a checkpoint every fifth step holds two processes up (the step after it, less a step
-of the same job without checkpoints), and what each adds to the job's length, waiting for it and in the background.
+With ``--saves`` instead: how long training stands still for a checkpoint every fifth step of two processes, and what
+each adds to the job's length (where no core is idle, steps are slower while files are hashed), waiting and in the
+background.
 
 With a GPU also, for a Mixtral (2 layers) and a Qwen3-MoE (4 layers) shape in bf16: tokens/s, peak memory and model
 FLOPs utilisation of our NPO step against what people write: transformers under ZeRO-3, NPO and retain loss from whole
@@ -379,16 +380,19 @@ def measure_saves(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     arms = {"none": ["save_every=1000000"], "waiting": ["save_in_background=false"], "background": []}
     steps, every = options.steps + 1, 5
     waits_s: dict[str, list[float]] = {}
+    stall_s: dict[str, float] = {}
     for arm, changes in arms.items():
         command("unlearn", "forget_loss=graddiff", f"steps={steps}", f"save_every={every}", "resume=never", *changes)
-        records = map(json.loads, (run / "logs" / "unlearn.jsonl").read_text(encoding="utf-8").splitlines())
+        lines = (run / "logs" / "unlearn.jsonl").read_text(encoding="utf-8").splitlines()
+        records = [json.loads(line) for line in lines]
+        saves = [record for record in records if record["event"] == "checkpoint"][-((steps - 1) // every) - 1 : -1]
+        stall_s[arm] = statistics.median([record["waited_s"] for record in saves] or [0.0])
         ends_s = [record["time_s"] for record in records if record["event"] == "step"]
         waits_s[arm] = [after - before for before, after in itertools.pairwise(ends_s)]
-    step_s, saves = statistics.median(waits_s["none"]), (steps - 1) // every
-    result: dict[str, Any] = {"step_s": step_s}
+    result: dict[str, Any] = {"step_s": statistics.median(waits_s["none"])}
     for arm in ("waiting", "background"):
-        result[f"{arm}_stall_s"] = statistics.median(waits_s[arm][every - 1 :: every]) - step_s
-        result[f"{arm}_longer_s"] = (sum(waits_s[arm]) - sum(waits_s["none"])) / saves
+        result[f"{arm}_stall_s"] = stall_s[arm]
+        result[f"{arm}_longer_s"] = (sum(waits_s[arm]) - sum(waits_s["none"])) / ((steps - 1) // every)
     files = (run / "checkpoints" / f"step_{steps:06d}").glob("*.pt")
     result["checkpoint_bytes"] = sum(path.stat().st_size for path in files)
     result["stall_ratio"] = result["background_stall_s"] / result["waiting_stall_s"]

@@ -16,6 +16,7 @@ import copy
 import os
 import platform
 import shutil
+import time
 from collections.abc import Callable, Generator, Iterator
 from concurrent import futures
 from dataclasses import replace
@@ -55,7 +56,8 @@ class Saver:
     Args:
         engine: the DeepSpeed training engine.
         checkpoints: ``RUN/checkpoints``.
-        log: told of every checkpoint that is complete, and, once, that host memory does not suffice for copies.
+        log: told of every checkpoint that is complete, and how long training stood still for it; once, that host memory
+            does not suffice for copies.
         keep: newest checkpoints kept, at least 2.
         keep_every: steps that are a multiple of it are never pruned.
         background: whether training may go on while files are written.
@@ -95,9 +97,11 @@ class Saver:
             manifest: everything but ``files``.
             wait: nothing is copied, and the checkpoint is complete on return.
         """
+        began_s = time.monotonic()
         self.finish()
         self._in_flight = self._protocol(copy.deepcopy(manifest), copied=self._background and not wait)
         self._advance()
+        self._waited_s = time.monotonic() - began_s
         if wait:
             self.finish()
 
@@ -162,7 +166,7 @@ class Saver:
             settle(checkpoints, manifest.step, self._keep, self._keep_every)
 
         yield from self._in_thread(publish if world.is_main else lambda: None)
-        self._log.event("checkpoint", step=manifest.step)
+        self._log.event("checkpoint", step=manifest.step, waited_s=round(self._waited_s, 3))
 
     def _in_thread(self, work: Callable[[], T]) -> Generator[None, None, T]:
         self._work = work_there = self._thread.submit(work)
