@@ -31,7 +31,7 @@ from command import environment, tree
 MEMORY_BYTES = 1 << 30
 TIME_S = 20
 JOB: dict[str, Any] = {"time_s": 600, "memory_bytes": None}  # bounds of a command that trains
-GRACE_S = 10.0  # for what a command started, to end after it
+GRACE_S = 30.0  # for what a command started, to end after it
 PR_SET_CHILD_SUBREAPER = 36
 
 

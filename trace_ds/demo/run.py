@@ -24,7 +24,7 @@ from trace_ds.demo.corpora import Regime
 from trace_ds.demo.facts import PACKAGES
 from trace_ds.demo.pretrain import STEPS
 from trace_ds.errors import JobFailed, UserError
-from trace_ds.parallel.launch import die_with_parent
+from trace_ds.parallel.launch import die_with_parent, parent_of_this
 from trace_ds.run import artefact, ours
 from trace_ds.run.directory import RunDirectory, locked, unwritable
 from trace_ds.run.files import remove_directory, remove_leftovers, replacing_directory, write_json
@@ -199,7 +199,7 @@ def _train(corpora: Path, folder: Path, names: Sequence[str], seed: int) -> None
 
 def _pretrain(tell: Connection, corpora: Path, destination: Path, seed: int) -> None:
     """In a process of its own: tell the loss of every step, or the error that ends the training."""
-    die_with_parent()
+    die_with_parent(parent_of_this())
     os.environ.update(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
     quiet_libraries()
     from trace_ds.demo.pretrain import pretrain

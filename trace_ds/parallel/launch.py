@@ -8,6 +8,7 @@ status is the parent's.
 from __future__ import annotations
 
 import ctypes
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -130,7 +131,19 @@ def _begin_rank() -> None:
     die_with_parent()
 
 
-def die_with_parent() -> None:
-    """In the child, before exec: be killed when the parent dies, so that nothing outlives a killed job."""
+def die_with_parent(parent: int | None = None) -> None:
+    """In the child, before exec: be killed when the parent dies, so that nothing outlives a killed job.
+
+    ``parent``: its process id, from a child that has imported for seconds before it comes to ask for this: one that was
+    killed in that time is gone.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if parent is not None and parent != os.getppid():
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def parent_of_this() -> int | None:
+    """The process that started this one through multiprocessing."""
+    parent = multiprocessing.parent_process()
+    return None if parent is None else parent.pid

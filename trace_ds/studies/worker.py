@@ -27,7 +27,7 @@ from trace_ds.config.load import dump_yaml, load_config
 from trace_ds.config.schema import Config
 from trace_ds.errors import UserError
 from trace_ds.parallel.environment import accelerator_count, accelerator_names
-from trace_ds.parallel.launch import die_with_parent
+from trace_ds.parallel.launch import die_with_parent, parent_of_this
 from trace_ds.run.directory import RunDirectory
 from trace_ds.run.files import canonical_json, sha256_file, sha256_text, write_json
 from trace_ds.run.foreign import read_object
@@ -259,7 +259,7 @@ def _holding(path: Path) -> Iterator[None]:
 
 def begin(numbers: SimpleQueue[int], logs: Path) -> None:
     """In a new process of the pool: nobody's rank, with one of the GPUs, a log of its own, and its parent's end."""
-    die_with_parent()
+    die_with_parent(parent_of_this())
     number = numbers.get()
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         os.environ.pop(name, None)
