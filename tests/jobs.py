@@ -120,7 +120,7 @@ def unlearn_jobs_saving_twice(world: Any, config: str, runs: list[tuple[str, lis
         save(saver, manifest, wait=wait)
 
     def late(files: ShardFiles) -> Any:
-        time.sleep(1.0 if files._held else 0.0)
+        time.sleep(2.0 if files._held else 0.0)
         return write(files)
 
     Saver.save, ShardFiles.write = twice, late  # type: ignore[method-assign]

@@ -228,16 +228,16 @@ def test_what_is_saved_behind_training_is_what_waiting_saves(calibrated: tuple[P
     config, prepared_run = calibrated
     shapes = [["unlearning.zero_stage=3", "distributed.ep=2", "model.dtype=bf16"]]
     shapes += [[f"unlearning.zero_stage={stage}", f"distributed.ep={ep}"] for stage, ep in ((3, 1), (2, 2), (1, 1))]
-    overrides = ["unlearning.forget_loss=graddiff", "unlearning.steps=4", "unlearning.save_every=2"]
+    overrides = ["unlearning.forget_loss=graddiff", "unlearning.steps=6", "unlearning.save_every=3"]
     runs = [copy_of(prepared_run, tmp_path / str(number)) for number in range(len(shapes))]
     work = [(str(run), [*shape, *overrides]) for run, shape in zip(runs, shapes, strict=True)]
     assert run_distributed(jobs.unlearn_jobs_saving_twice, 2, str(config), work)[0] == [""] * len(work)
     for run, shape in zip(runs, shapes, strict=True):
-        found, expected = (command.tree(run / folder / "step_000002") for folder in ("checkpoints", "waited"))
+        found, expected = (command.tree(run / folder / "step_000003") for folder in ("checkpoints", "waited"))
         assert found == expected and len(found) >= 4, shape
         records = map(json.loads, (run / "logs" / "unlearn.jsonl").read_text().splitlines())
         events = [(record["event"], record["step"]) for record in records if "step" in record]
-        assert events.index(("step", 3)) < events.index(("checkpoint", 2)), shape
+        assert events.index(("step", 5)) < events.index(("checkpoint", 3)), shape
 
 
 @pytest.mark.slow
