@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
+import re
 import shutil
 import signal
 import time
@@ -31,13 +33,17 @@ KEPT = ("data", "statistics", "calibration", "checkpoints", "model", "evaluation
 
 
 def final_artefacts(run: Path) -> dict[str, bytes]:
-    """Everything a run leaves but logs, TensorBoard files and locks (the only places where times are)."""
+    """Everything a run leaves but logs, TensorBoard files, locks, and what the page says of the time that training took
+    (the only places where times are)."""
     found = {}
     for part in KEPT:
         for name, content in tree(run / part).items():
             if "/logs/" not in f"/{name}" and "/tb/" not in f"/{name}" and not name.endswith(".lock"):
                 found[f"{part}/{name}"] = content
-    return found
+    page = re.sub(rb"[\d,]+ s \([\d.e+-]+ s a step\)", b"", found["report/index.html"])
+    described = json.loads(found["report/artefact.json"])
+    del described["files"]["index.html"], described["content"]
+    return found | {"report/index.html": page, "report/artefact.json": json.dumps(described).encode()}
 
 
 @pytest.mark.slow
