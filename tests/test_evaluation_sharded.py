@@ -16,6 +16,7 @@ from test_evaluation_stage import Case, case, evaluate_on, write_lines  # noqa: 
 
 from trace_ds.corpora.dataset import TokenDataset
 from trace_ds.errors import UserError
+from trace_ds.evaluation.attacks import forced, without_first
 from trace_ds.evaluation.drift import sample_routing
 from trace_ds.evaluation.language_model import LanguageModel, Sharding, loaded
 from trace_ds.models.families import FAMILIES
@@ -136,6 +137,37 @@ def test_a_whole_evaluation(case: Case, tmp_path: Path, ep: int, zero_stage: int
     for name, expected in alone.items():
         close(case.result(name), expected, name)
     assert case.result("unlearned")["drift"] and case.result("gold")["attacks"]["expert_forcing"]
+
+
+def forced_scores(world: Any, path: str, sharding: Sharding | None) -> list[float]:
+    """Log-probabilities of a model none of whose tokens may go to its first expert; no router is kept whole."""
+    from transformers import AutoTokenizer
+
+    from trace_ds.models import engine
+
+    settings = engine.base_ds_config
+
+    def all_partitioned(**asked: Any) -> dict[str, Any]:
+        found = settings(**asked)
+        if asked["zero_stage"] == 3:
+            found["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        return found
+
+    engine.base_ds_config = all_partitioned
+    shape = (world, sharding) if sharding is not None else ()
+    with (
+        loaded(path, AutoTokenizer.from_pretrained(path), SETTINGS, *shape) as model,
+        forced(model.model, without_first),
+    ):
+        return [float(value) for score in model.score(random_sequences(9)) for value in score.log_prob]
+
+
+@pytest.mark.parametrize("sharding", [Sharding(1, 3), Sharding(2, 3)])
+@pytest.mark.parametrize("family", ["mixtral", "olmoe", "deepseek_v3"])
+def test_forcing_where_no_rank_has_a_whole_router(family: str, sharding: Sharding, models: dict[str, str]) -> None:
+    alone = forced_scores(None, models[family], None)
+    for found in run_distributed(forced_scores, 2, models[family], sharding):
+        assert np.allclose(found, alone, atol=1e-5)
 
 
 def test_bad_shapes(case: Case) -> None:  # noqa: F811

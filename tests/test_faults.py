@@ -186,7 +186,7 @@ def test_one_rank_raising_out_of_space_or_slow(tmp_path: Path, how: str, victim:
         assert "this rank is broken" in ends[victim]
     else:
         assert "OSError" in ends[victim] and f"zero_pp_rank_{victim}_mp_rank_00_model_states.pt" in ends[victim]
-        assert ends[1 - victim].rstrip().endswith("AgreedError") == (how == "full")
+        assert ends[1 - victim].rstrip().endswith("AgreedError")
     assert check_whole(folder) == 1
     assert all(path.read_bytes() == content for path, content in before.items())
     assert run_distributed(save_next, 2, str(folder)) == [2, 2]

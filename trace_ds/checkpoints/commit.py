@@ -102,7 +102,7 @@ class Saver:
         self._in_flight = self._protocol(copy.deepcopy(manifest), copied=self._background and not wait)
         self._advance()
         self._waited_s = time.monotonic() - began_s
-        if wait:
+        if wait or not self._background:
             self.finish()
 
     def poll(self) -> None:

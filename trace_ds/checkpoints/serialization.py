@@ -41,6 +41,7 @@ class ShardFiles:
         self._engine = engine
         self._room_bytes, self.uncopied_bytes = 0.0, 0
         self._held: list[tuple[str | Path, _Copied]] = []
+        self._failed: OSError | None = None
         self._written: dict[str, dict[str, Any]] = {}
         self._spare: dict[int, list[torch.UntypedStorage]] = {}  # by size: memory in which copies were, for the next
 
@@ -53,22 +54,32 @@ class ShardFiles:
         """Another checkpoint, whose files are held while copies of their tensors fit into so much host memory, and
         written at once where they do not."""
         self._room_bytes, self.uncopied_bytes = room_bytes, 0
-        self._held, self._written = [], {}
+        self._held, self._written, self._failed = [], {}, None
 
     def save(self, state_dict: Any, path: str | Path) -> None:
         state = plain(state_dict, {})
         storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in _tensors(state)}
         size = sum(storage.nbytes() for storage in storages.values())
-        if size >= self._room_bytes:
-            self.uncopied_bytes += size
-            self._written[os.path.abspath(path)] = save(state, path)
-            return
-        self._room_bytes -= size
-        self._held.append((path, _Copied(state, storages, self._spare)))
+        taken = sum(map(_memory_of_copy, storages.values()))
+        if taken < self._room_bytes:
+            try:
+                self._held.append((path, _Copied(state, storages, self._spare)))
+                self._room_bytes -= taken
+                return
+            except (RuntimeError, MemoryError):  # there was less than there seemed to be
+                self._room_bytes = 0.0
+        self.uncopied_bytes += size
+        if self._failed is None:
+            try:
+                self._written[os.path.abspath(path)] = save(state, path)
+            except OSError as error:  # the other ranks wait for this one inside DeepSpeed: it is told in `write`
+                self._failed = error
 
     def write(self) -> dict[str, dict[str, Any]]:
         """Write what is held (any thread may); path -> {bytes, sha256} of every file of the checkpoint."""
         self._spare = {}  # what no file has taken goes
+        if self._failed is not None:
+            raise self._failed
         while self._held:
             path, copied = self._held.pop(0)
             self._written[os.path.abspath(path)] = _write(path, copied.into)
@@ -90,6 +101,12 @@ def install(engine: Any) -> None:
     """Make a DeepSpeed engine save and load its checkpoint files through this module."""
     engine.checkpoint_engine.files = files = ShardFiles(engine)
     engine.checkpoint_engine.load, engine.checkpoint_engine.save = files.load, files.save
+
+
+def _memory_of_copy(storage: torch.UntypedStorage) -> int:
+    """Host memory that a copy takes: torch gives page-locked memory by powers of two."""
+    size = storage.nbytes()
+    return size if storage.device.type == "cpu" else 1 << max(size - 1, 0).bit_length()
 
 
 class _Copied:

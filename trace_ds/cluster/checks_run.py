@@ -231,11 +231,20 @@ def evaluation_checks(config: Config) -> Iterator[Check]:
     from trace_ds.corpora.sources import files_here
     from trace_ds.evaluation.items import read_task
     from trace_ds.evaluation.subjects import named_models
+    from trace_ds.models.families import check_expert_parallel, inspect_model
     from trace_ds.parallel.environment import accelerator_count
     from trace_ds.tensors.model_files import read_model_directory
 
     group, settings = "evaluation", config.evaluation
     yield process_check(group, settings.nproc, accelerator_count(), "evaluation.nproc")
+
+    def shared() -> str:
+        info = inspect_model(config.model.path)
+        check_expert_parallel(info, settings.ep, settings.nproc, "evaluation.ep")
+        return f"expert-parallel size {settings.ep}, ZeRO stage {settings.zero_stage}"
+
+    if settings.ep > 1:
+        yield checked(group, "shape", shared)
     names = [task.name for task in settings.tasks]
 
     def task_found(task: TaskConfig) -> str:

@@ -365,9 +365,11 @@ def _warnings(job: PlannedJob, result: RunPlan) -> list[str]:
             f"evaluate holds a model on one node and needs {result.evaluation_gpus} GPUs, a node has "
             f"{spec.gpus_per_node}: its stage would run out of memory"
         )
-    if job.config.evaluation.nproc * result.evaluation_gpus > max(spec.gpus_per_node, result.evaluation_gpus):
+    scoring = job.config.evaluation
+    shared = scoring.nproc > 1 and (scoring.ep > 1 or scoring.zero_stage == 3)
+    if not shared and scoring.nproc * result.evaluation_gpus > max(spec.gpus_per_node, result.evaluation_gpus):
         warnings.append(
-            f"each of evaluation.nproc {job.config.evaluation.nproc} processes holds a whole model and needs "
+            f"each of evaluation.nproc {scoring.nproc} processes holds a whole model and needs "
             f"{result.evaluation_gpus} GPUs, a node has {spec.gpus_per_node}: lower it"
         )
     if result.ep > spec.gpus_per_node:

@@ -209,7 +209,8 @@ def _environment(folder: Path, run_dir: Path, cluster: Cluster, config: Config) 
         "TRACE_DS_FINETUNE": "1" if config.finetune is not None else "",
     }
     weights_bytes = read_model_directory(config.model.path).parameters * DTYPE_BYTES[config.model.dtype]
-    gpus = min(evaluation_gpus(config, weights_bytes, cluster.gpu_memory_gb), cluster.gpus_per_node)
+    needed = max(evaluation_gpus(config, weights_bytes, cluster.gpu_memory_gb), config.evaluation.nproc)
+    gpus = min(needed, cluster.gpus_per_node)
     defaults = {
         "SBATCH_OUTPUT": str(run_dir / "logs" / "%x-%j.log"),
         "TRACE_DS_EVALUATE_SBATCH": f"--gpus-per-node={gpus}",

@@ -157,7 +157,8 @@ def commit_of(named: Named) -> str | None:
 
 def in_cache(name: str, config: str | None) -> bool:
     """Whether the cache has a data set of the hub, in one of its configurations (None: any)."""
-    return any(config in (None, item.parts[-4]) for item in _in_cache(name))
+    folders = [item.parts[-4] for item in _in_cache(name)]  # with a suffix where the task chooses files
+    return any(config is None or folder == config or folder.startswith(f"{config}-") for folder in folders)
 
 
 def missing(named: Named, key: str = "data") -> str | None:

@@ -39,7 +39,7 @@ from trace_ds.errors import UserError
 from trace_ds.evaluation.language_model import LanguageModel
 from trace_ds.models import autoep
 from trace_ds.models.attention import packed
-from trace_ds.models.routers import find_routers, logits_of, meta_model, places_of, routing_of
+from trace_ds.models.routers import find_routers, logits_of, meta_model, places_of, routing_of, without_data
 from trace_ds.parallel.device import to_device
 from trace_ds.unlearning.step_rows import EpochRows, generator
 
@@ -181,7 +181,11 @@ def forced(model: nn.Module, decide: Decide) -> Iterator[None]:
         UserError: as in :func:`gate_rule`.
     """
     routers = find_routers(model)
-    rules = {kind: _rule_of(router) for kind, router in {type(router): router for router in routers}.items()}
+    plain = routers
+    if not autoep.is_router(routers[0]) and any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        # a copy of a router whose weights lie on other ranks computes nothing
+        plain = find_routers(without_data(model.config))
+    rules = {kind: _rule_of(router) for kind, router in {type(router): router for router in plain}.items()}
 
     def hook_for(layer: int) -> Callable[..., Any]:
         def hook(router: Any, inputs: Any, output: Any) -> Any:

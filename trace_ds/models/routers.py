@@ -68,9 +68,15 @@ def find_routers(model: nn.Module) -> list[nn.Module]:
 
 def meta_model(path: str | Path) -> nn.Module:
     """The model that a directory's ``config.json`` describes, without data; errors of transformers pass through."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+    return without_data(AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=False))
+
+
+def without_data(config: Any) -> nn.Module:
+    """The model that a configuration of transformers describes, on the meta device."""
+    from transformers import AutoModelForCausalLM
+
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
 

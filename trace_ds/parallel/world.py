@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from trace_ds.errors import UserError
+from trace_ds.errors import JobFailed, UserError
 from trace_ds.parallel.device import to_device
 from trace_ds.parallel.environment import (
     complete_launch,
@@ -152,7 +152,7 @@ class World:
         result, error = None, None
         try:
             result = work()
-        except (UserError, OSError) as found:
+        except (UserError, OSError, JobFailed) as found:
             error = found
         if self.max_int(int(error is not None)):
             raise error if error is not None else AgreedError

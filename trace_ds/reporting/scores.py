@@ -62,7 +62,7 @@ def excess(evaluation: Evaluation, goal: Targets) -> float | None:
     left = []
     for task, level in zip(goal.tasks, goal.values, strict=True):
         value = evaluation.value(task.task, task.metric)
-        if value is None:
+        if value is None or math.isnan(value):
             return None
         left.append(value - level if task.direction == "lower" else level - value)
     return max(left)
@@ -118,6 +118,7 @@ class Way:
     models: list[Evaluation]
     met: Reached | None
     on_the_way: bool  # whether checkpoints were scored: end points alone are not at matched forgetting
+    end: Evaluation  # the final model, by all that it was asked
 
     @property
     def crossing(self) -> tuple[float, int] | None:
@@ -131,7 +132,7 @@ class Way:
     def mix(self, at: str) -> list[tuple[float, Evaluation]] | None:
         """The models whose weighted mean is the arm at a moment of :data:`MOMENTS`; None where there was no such."""
         if at == "end":
-            return [(1.0, self.models[-1])]
+            return [(1.0, self.end)]
         if self.met is None or not self.on_the_way:
             return None
         index, share = self.met.index, self.met.share
@@ -153,7 +154,8 @@ def way_of(run: RunData, label: str) -> Way | None:
         goal = Targets([task for task, _ in kept], [level for _, level in kept], goal.origin) if kept else None
     lefts = [excess(model, goal) if goal is not None else None for _, model in points]
     met = reached([math.nan if left is None else left for left in lefts], 0.0)
-    return Way([step for step, _ in points], [model for _, model in points], met, bool(arm.checkpoints and goal))
+    models = [model for _, model in points]
+    return Way([step for step, _ in points], models, met, bool(arm.checkpoints and goal), arm.final or models[-1])
 
 
 @dataclass(frozen=True)
@@ -171,7 +173,7 @@ class Difference:
     @property
     def sign(self) -> int:
         """1 better, -1 worse, 0 not shown: the interval holds 0, or the two are equal."""
-        clear = self.value != 0 and (self.interval is None or self.interval.excludes_zero)
+        clear = math.isfinite(self.value) and self.value != 0 and (self.interval is None or self.interval.excludes_zero)
         return int(math.copysign(1, self.value)) if clear else 0
 
 
@@ -240,7 +242,16 @@ def _utility(mix: Mix, metric: str | None) -> float | None:
 
 
 def _difference(mine: Mix, base: Mix, metric: str | None) -> Difference | None:
-    """Of two mixes of models, with its interval."""
+    """Of two mixes of models, by the tasks that all of them were asked, with its interval."""
+    asked = [{score.task for score in model.scores} for mix in (mine, base) for _, model in mix]
+    common = set.intersection(*asked)
+    mine, base = (
+        [
+            (share, replace(model, scores=[score for score in model.scores if score.task in common]))
+            for share, model in mix
+        ]
+        for mix in (mine, base)
+    )
     values = [_utility(mix, metric) for mix in (mine, base)]
     if values[0] is None or values[1] is None:
         return None

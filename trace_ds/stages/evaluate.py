@@ -81,12 +81,6 @@ def check_evaluate(config: Config, run: RunDirectory) -> EvaluateJob:
         for each in settings.tasks:
             check_template(each, tokenizer)
     attacks = _attacks(config)
-    if settings.relearning is not None and settings.zero_stage == 3:
-        raise UserError(
-            "the relearning attack trains the model, of which each process would hold a part of every weight",
-            "evaluation.relearning",
-            "set evaluation.zero_stage to 0 (evaluation.ep shares the experts), or leave the attack out",
-        )
     data = artefact.load(run.data, "data", "prepare CONFIG", verify=False) if needs_data(config) else None
     if data is not None:
         artefact.require_same(data, "tokenizer", fingerprint, "tokenizer", "prepare CONFIG")
@@ -240,7 +234,9 @@ def _score_missing(config: Config, job: EvaluateJob, run: RunDirectory, log: Sta
     from trace_ds.evaluation.language_model import ModelSettings, Sharding, loaded
 
     settings = ModelSettings(config.model.dtype, config.data.add_bos, config.data.add_eos, config.evaluation.batch_rows)
-    sharding = Sharding(config.evaluation.ep, config.evaluation.zero_stage, config.distributed.autoep.options)
+    autoep = config.distributed.autoep  # DeepEP's buffers are as large as the batches of collect and unlearn
+    options = {} if autoep.comm_backend == "deepep" else autoep.options
+    sharding = Sharding(config.evaluation.ep, config.evaluation.zero_stage, options)
     place = config.model.tokenizer or config.model.path
     tokenizer = load_tokenizer(place) if world is None else world.agree_each(lambda _: load_tokenizer(place))
     done = job.done(run) if world is None else world.broadcast_agreed(lambda: job.done(run))

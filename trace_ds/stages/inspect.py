@@ -334,7 +334,7 @@ def _run_checkpoints(
     run: RunDirectory, calibration: str | None, add: Callable[[str, str, str], None], verify: bool
 ) -> None:
     name = "checkpoints"
-    if not run.checkpoints.is_dir() or not any(run.checkpoints.iterdir()):
+    if not run.checkpoints.is_dir() or not any(run.checkpoints.glob("step_*")):
         add(name, "missing", "")
         return
     found = _checkpoints(run.checkpoints, verify)

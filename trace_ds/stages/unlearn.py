@@ -189,7 +189,7 @@ def unlearn(config: Config, run: RunDirectory, world: World) -> None:
         if chosen is not None:  # the checkpoint of a job that held the whole model goes on so
             job = replace(job, layers=chosen.layers)
             training = job.training(config, run)
-        log_held(settings, job, log.line)
+        log_held(settings, job, log.detail)
         batches = world.agree_each(lambda _: make_batches(config, job))
         engine, realignment = make_engine(config, job, world, batches, log)
         start = training.restored(world, engine, chosen, log)
@@ -319,7 +319,15 @@ def curve_tasks(config: Config) -> list[Task]:
     """The tasks that are scored while the model is trained, with their items."""
     from trace_ds.evaluation.items import read_tasks
 
-    return read_tasks([task for task in config.evaluation.tasks if task.name in config.unlearning.evaluate.tasks])
+    tasks = read_tasks([task for task in config.evaluation.tasks if task.name in config.unlearning.evaluate.tasks])
+    if any(task.config.apply_chat_template for task in tasks):
+        from trace_ds.corpora.tokenizer import load_tokenizer
+        from trace_ds.evaluation.harness import check_template
+
+        tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
+        for task in tasks:
+            check_template(task.config, tokenizer)
+    return tasks
 
 
 def make_scorer(config: Config, engine: Any, world: World) -> Callable[[], list[dict[str, Any]]] | None:
