@@ -75,7 +75,7 @@ def test_storage_that_fails_on_one_rank_ends_all(tiny_model: Path, tmp_path: Pat
     assert main[1:] == ["AgreedError: "] * 3 + [""]
     assert other == ["AgreedError: "] + ["OSError: [Errno 5] Input/output error: 'the file'"] * 3 + [""]
     log = (tmp_path / "run" / "logs" / "collect.jsonl").read_text()
-    assert "forget: continues after batch" in log and log.count("counted") == 2
+    assert "forget: continues after batch" in log and log.count("documents counted") == 2
 
 
 def test_a_pass_never_continues_another_with_other_rounding(tmp_path: Path) -> None:
@@ -135,14 +135,13 @@ def damaged(source: Path, destination: Path, tensor: str, value: float) -> Path:
     return destination
 
 
-def test_a_corpus_of_one_token_and_documents_split_and_empty(
-    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_corpus_of_one_token_and_documents_split_and_empty(tiny_model: Path, tmp_path: Path) -> None:
     config = tiny.write_config(tmp_path, tiny_model, data__add_bos=False, data__add_eos=False)
     loaded, run = load_config(str(config), [], tmp_path / "run")
     RunDirectory.at(run).create("")
     prepare(loaded, RunDirectory.at(run))
-    assert "53 documents split at 24 tokens, 1 empty" in capsys.readouterr().out
+    told = (tmp_path / "run" / "logs" / "prepare.jsonl").read_text()
+    assert "53 documents split at 24 tokens, 1 empty" in told
     corpus = tmp_path / "corpora" / "retain.jsonl"
     corpus.write_text(json.dumps({"text": "a"}) + "\n")
     with pytest.raises(UserError, match=r"retain corpus has no usable token.*retain\.jsonl|retain\.jsonl.*no usable"):

@@ -479,7 +479,9 @@ def trace_ds(
     server: Server, cluster: SlurmCluster, folder: Path, *arguments: object, env: dict[str, str] | None = None
 ) -> Result:
     """The command on the login node of the cluster."""
-    return server.run([str(item) for item in arguments], folder, cluster.environment(env or REAL), time_s=120)
+    return server.run(
+        [str(item) for item in arguments], folder, cluster.environment(env or REAL), time_s=120, memory_bytes=None
+    )
 
 
 def submittable(place: Workplace) -> Path:

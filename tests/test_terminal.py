@@ -101,9 +101,10 @@ def test_what_libraries_say_of_their_own_accord(quiet: bool, tiny_model: Path) -
     )
     done = run([sys.executable, "-c", code, tiny_model])
     assert done.returncode == 0, done.stderr
-    for said in ("Token indices sequence length", "font cache", "Setting accelerator"):
-        assert (said in done.stdout + done.stderr) != quiet
-    assert not quiet or done.stdout + done.stderr == ""
+    if quiet:
+        assert done.stdout + done.stderr == ""
+    else:  # some versions of transformers say nothing of the sequence
+        assert all(said in done.stdout + done.stderr for said in ("font cache", "Setting accelerator"))
 
 
 def test_a_dry_run_says_first_what_would_run(server: Server, tiny_model: Path, tmp_path: Path) -> None:
