@@ -210,7 +210,7 @@ RETRIEVE = {"calibration__retrieve__rows": 20, "calibration__retrieve__random_sh
 
 
 @pytest.mark.parametrize("similarity", ["weight", "routing", "coverage", "tfidf", "hidden"])
-def test_calibrating_what_was_retrieved(job, similarity: str) -> None:  # noqa: F811
+def test_calibrating_what_was_retrieved(job, similarity: str, capsys, monkeypatch) -> None:  # noqa: F811
     config, run = job(**RETRIEVE, calibration__retrieve__similarity=similarity)
     data = artefact.load(run.data, "data", "x")
     dataset = TokenDataset.open(data.file("retain.arrow"))
@@ -220,7 +220,10 @@ def test_calibrating_what_was_retrieved(job, similarity: str) -> None:  # noqa: 
             rows = len(TokenDataset.open(data.file(f"{side}.arrow")))
             np.save(run.statistics / side / "hidden-00000-of-00001.npy", rng.normal(size=(rows, 6)).astype(np.float32))
             alter_summary(run.statistics / side)
-    made = calibrate(config, run)
+    with monkeypatch.context() as patch:
+        patch.setenv("TRACE_DS_VERBOSE", "1")
+        made = calibrate(config, run)
+    shown = capsys.readouterr().out
     weights, rows = np.load(made.file("weights.npy")), np.load(made.file("row_weights.npy"))
     assert (rows > 0).sum() == 20
     row_T = np.repeat(np.arange(len(dataset)), np.diff(dataset.row_starts_R1))
@@ -239,7 +242,7 @@ def test_calibrating_what_was_retrieved(job, similarity: str) -> None:  # noqa: 
     assert whole["retrieval"] is None
     for mine, theirs in zip(diagnosis["selected"], whole["selected"], strict=True):  # those of the pool
         assert (mine["forget"], mine["retain"], mine["ratio"]) == (theirs["forget"], theirs["retain"], theirs["ratio"])
-    assert "retrieved 20 of" in (run.logs / "calibrate.jsonl").read_text()
+    assert "retrieved 20 of" in shown
     if similarity in ("weight", "routing", "coverage"):
         assert told["gap_kept"] < told["gap_pool"]
 

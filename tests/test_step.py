@@ -59,7 +59,8 @@ def collectives_of_a_step(world: Any, config: str, run_dir: str, overrides: list
 @pytest.mark.parametrize(("loss", "gathers"), [("npo", 30), ("rmu", 19)])
 def test_collectives_of_a_step(calibrated: tuple[Path, Path], loss: str, gathers: int) -> None:
     """Two micro-batches on each of two ranks: our one all-reduce, DeepSpeed's of the gradient's norm, and ZeRO-3's
-    gathers of parameters (RMU's frozen model is gathered once, not for each micro-batch, and its layers end where the loss does) and sums of gradients."""
+    gathers of parameters (RMU: up to its layer, and the frozen model once, not for each micro-batch) and sums of
+    gradients."""
     config, run = calibrated
     overrides = [*SHAPE, f"unlearning.forget_loss={loss}"]
     found = run_distributed(collectives_of_a_step, 2, str(config), str(run), overrides)
