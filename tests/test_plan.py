@@ -209,7 +209,7 @@ def model_of_60m(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (1, 1, {"forget_loss": "graddiff", "sub_group": 10**9}),
         (1, 6, {"forget_loss": "rmu", "rmu": {"layer": 1}}),  # half of the layers are held
         (1, 3, {"forget_loss": "graddiff", "retain_loss": "kl"}),
-        (1, 3, {"forget_loss": "graddiff", "recompute": True}),
+        (1, 6, {"forget_loss": "graddiff", "recompute": True}),
         (1, 3, {"forget_loss": "graddiff", "zero_stage": 1}),
         (2, 3, {"forget_loss": "graddiff"}),
     ],
