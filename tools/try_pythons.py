@@ -53,6 +53,7 @@ def call(folder: Path, *command: str | Path) -> str:
     kept = {
         name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
     }
+    kept["TRACE_DS_VERBOSE"] = "1"  # what a command says is looked at
     done = subprocess.run(command, cwd=folder, env=kept, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     if done.returncode:
         raise SystemExit(f"{' '.join(map(str, command))}: exit status {done.returncode}\n{done.stdout[-6000:]}")
@@ -73,7 +74,7 @@ def try_one(python: Path, folder: Path, *pinned: str) -> str:
     """
     call(folder, sys.executable, "-m", "uv", "venv", "--quiet", "--python", python, "env")
     own = folder / "env" / "bin" / "python"
-    runner = ("pytest", "pytest-timeout") if pinned else ()
+    runner = ("pytest", "pytest-timeout", "hypothesis") if pinned else ()
     call(folder, sys.executable, "-m", "uv", "pip", "install", "--quiet", "--python", own, ROOT, *pinned, *runner)
     if pinned:
         call(folder, own, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(ROOT / "tests" / name for name in TESTS))
