@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import pytest
 import tiny
 from distributed import run_distributed
 from test_evaluation_models import SETTINGS, random_sequences
-from test_evaluation_stage import Case, case, evaluate_on, write_lines  # noqa: F401 (case is a fixture)
+from test_evaluation_stage import Case, case, evaluate_on, with_every_kind_of_task  # noqa: F401 (case is a fixture)
 
 from trace_ds.corpora.dataset import TokenDataset
 from trace_ds.errors import UserError
@@ -115,18 +114,7 @@ def close(found: Any, expected: Any, where: str = "") -> None:
 @pytest.mark.parametrize(("ep", "zero_stage"), [(2, 0), (1, 3)])
 def test_a_whole_evaluation(case: Case, tmp_path: Path, ep: int, zero_stage: int) -> None:  # noqa: F811
     """Every kind of task, the drift, both attacks (relearning where each process holds whole weights but experts)."""
-    forget, retain = (case.raw["data"][side][0]["path"] for side in ("forget", "retain"))
-    questions = [{"question": f"w{n} w3", "answer": f"w{n}"} for n in range(5)]
-    asked = write_lines(tmp_path / "asked.jsonl", questions)
-    case.raw["evaluation"]["tasks"] += [
-        {"name": "mia", "type": "membership", "path": forget, "holdout": retain, "role": "forget"},
-        {"name": "extract", "type": "extraction", "path": forget, "role": "forget"},
-        {"name": "know", "type": "knowmem", "path": asked, "examples": asked, "role": "utility"},
-    ]
-    for name in ("original", "gold", "unlearned"):  # room for the ten solved questions
-        path = tmp_path / name / "config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"max_position_embeddings": 128}))
-    shutil.copy(tmp_path / "unlearned" / "config.json", case.run.model)
+    with_every_kind_of_task(case, tmp_path)
     relearning = {"steps": 2, "rows": 4, "lr": 1e-2} if zero_stage == 0 else None
     case.raw["evaluation"] |= {"expert_forcing": True, "relearning": relearning}
     evaluate(case.config(), case.run)

@@ -369,23 +369,29 @@ def test_a_full_disk_ends_all_processes(case: Case) -> None:
     assert other == "AgreedError: "
 
 
-def test_many_processes_give_the_files_of_one(case: Case, tmp_path: Path) -> None:
-    """Every kind of task, the drift, both attacks and a checkpoint's worth of models: bytes, not digits."""
+def with_every_kind_of_task(case: Case, tmp_path: Path) -> list[dict[str, Any]]:
+    """The tasks of the case, now of every kind; its models have room for ten solved questions."""
     forget, retain = (case.raw["data"][side][0]["path"] for side in ("forget", "retain"))
     questions = [{"question": f"w{n} w3", "answer": f"w{n}"} for n in range(5)]
     asked = write_lines(tmp_path / "asked.jsonl", questions)
-    tasks = [
-        *case.raw["evaluation"]["tasks"],
+    case.raw["evaluation"]["tasks"] += [
         {"name": "mia", "type": "membership", "path": forget, "holdout": retain, "role": "forget"},
         {"name": "extract", "type": "extraction", "path": forget, "role": "forget"},
         {"name": "know", "type": "knowmem", "path": asked, "examples": asked, "role": "utility"},
     ]
-    for name in ("original", "gold", "unlearned"):  # room for the ten solved questions
+    for name in ("original", "gold", "unlearned"):
         path = tmp_path / name / "config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"max_position_embeddings": 128}))
     shutil.copy(tmp_path / "unlearned" / "config.json", case.run.model)
+    tasks: list[dict[str, Any]] = case.raw["evaluation"]["tasks"]
+    return tasks
+
+
+def test_many_processes_give_the_files_of_one(case: Case, tmp_path: Path) -> None:
+    """Every kind of task, the drift, both attacks and a checkpoint's worth of models: bytes, not digits."""
+    tasks = with_every_kind_of_task(case, tmp_path)
     attacks = {"relearning": {"steps": 2, "rows": 4, "lr": 1e-2}, "expert_forcing": True}
-    case.raw["evaluation"] |= {"tasks": tasks, **attacks}
+    case.raw["evaluation"] |= attacks
     evaluate(case.config(), case.run)
     alone = case.files()
     assert {score["task"] for score in case.result("gold")["scores"]} == {task["name"] for task in tasks}
