@@ -194,6 +194,23 @@ def test_one_rank_raising_out_of_space_or_slow(tmp_path: Path, how: str, victim:
     assert not list(folder.glob("*.tmp-*"))
 
 
+def failing_job(world: Any, folder: str) -> None:
+    """A job that fails while a checkpoint is written to a disk that is full on the other rank."""
+    if world.rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+    log, options = StageLog("unlearn", None, None), {"keep": 2, "keep_every": None, "background": True}
+    with commit.Saver(StandIn(world.rank, 1), world, Path(folder), log, **options) as saver:
+        saver.save(manifest_of(1, world.size))
+        raise JobFailed("the loss is not finite")
+
+
+@pytest.mark.slow
+def test_why_a_job_failed_is_not_hidden_by_a_full_disk(tmp_path: Path) -> None:
+    ends = end_of_ranks(failing_job, 2, str(tmp_path / "checkpoints"))
+    assert all(str(end).rstrip().endswith("the loss is not finite") for end in ends), ends
+    assert check_whole(tmp_path / "checkpoints") == 0
+
+
 def save_where_memory_is_short(world: Any, folder: str, free_bytes: float) -> str:
     """Two saves of 320 kB a rank with so much free memory; the main process's log."""
     commit.available_memory_bytes = lambda: free_bytes  # type: ignore[assignment]

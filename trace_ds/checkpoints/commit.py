@@ -87,7 +87,14 @@ class Saver:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None or issubclass(kind, (JobFailed, StopRequested)):
-            self.finish()
+            from trace_ds.parallel.world import AgreedError
+
+            try:
+                self.finish()
+            except (OSError, AgreedError) as error:
+                if kind is None or not issubclass(kind, JobFailed):
+                    raise
+                self._log.line(f"WARNING the last checkpoint was not written: {error}")  # why the job failed is told
         self._thread.shutdown(wait=False)
 
     def save(self, manifest: Manifest, *, wait: bool = False) -> None:
