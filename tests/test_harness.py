@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import random
 import re
@@ -62,19 +61,6 @@ def write_task(path: Path, name: str, file: Path) -> None:
     path.write_text(yaml.safe_dump(task), encoding="utf-8")
 
 
-def few_tasks() -> None:
-    """The index of lm-eval's tasks from two of its folders: reading all of them takes most of the time of a test."""
-    import lm_eval.tasks
-
-    folder = Path(lm_eval.tasks.__file__).parent
-
-    def manager(include: str | None = None) -> Any:
-        folders = [folder / "wmdp", folder / "mmlu" / "default", *([include] if include else [])]
-        return lm_eval.tasks.TaskManager(include_path=folders, include_defaults=False)
-
-    harness._task_manager = functools.cache(manager)
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Path]:
     """A folder with a model that has room for the prompts, and a file of questions for each task."""
@@ -86,8 +72,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterato
         write_questions(folder / f"{name}.jsonl", 20)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_DATASETS_CACHE", str(folder / "cache"))
-        patch.setattr(harness, "_task_manager", None)
-        few_tasks()
+        patch.setattr("lm_eval.tasks.manager.__file__", str(folder / "all" / "manager.py"))  # reading all takes seconds
         yield folder
 
 
@@ -99,8 +84,6 @@ def our_outcomes(world: Any, folder: str) -> list[tuple[Any, Any]]:
     """Scores and logs of both tasks on the processes of a world (None: on this one)."""
     from transformers import AutoTokenizer
 
-    if world is not None:
-        few_tasks()
     path = f"{folder}/model"
     settings = ModelSettings("fp32", add_bos=True, add_eos=True, batch_rows=4)
     with loaded(path, AutoTokenizer.from_pretrained(path), settings, world) as model:
@@ -244,6 +227,15 @@ def test_solved_examples_and_the_chat_template_are_those_of_the_command(place: P
     before = read_task(asking).sha256
     (place / "shots" / "wmdp_bio.yaml").write_text(yaml.safe_dump(task | {"description": "Choose.\n\n"}))
     assert read_task(asking).sha256 != before == read.sha256
+
+
+def test_a_group_of_ones_own_may_name_any_task(place: Path, tmp_path: Path) -> None:
+    """Beside the folder that a task is called after, all others are read where that is not enough."""
+    (place / "all").mkdir()
+    write_task(place / "all" / "far.yaml", "wmdp_bio", place / "wmdp_bio.jsonl")
+    (tmp_path / "group.yaml").write_text(yaml.safe_dump({"group": "mine", "task": ["wmdp_bio_here"]}))
+    assert list(harness._loaded("mine", "", str(tmp_path))["tasks"]) == ["wmdp_bio_here"]
+    assert "wmdp_bio_here" not in harness._task_manager("wmdp_bio").task_index
 
 
 @pytest.mark.parametrize(

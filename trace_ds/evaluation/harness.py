@@ -72,7 +72,7 @@ def check_task(task: str, path: str, where: str, include: str | None = None) -> 
         raise UserError("the package lm-eval is not installed", where, INSTALL)
     if include is not None and not Path(include).is_dir():
         raise UserError(f"there is no directory {include}", f"{where} include_path", "name the folder of your tasks")
-    index = _task_manager(include).task_index
+    index = _task_manager(task, include).task_index
     if task not in index:
         close = difflib.get_close_matches(task, index, 1)
         hint = f"did you mean {close[0]!r}?" if close else "`lm_eval ls tasks` lists them"
@@ -110,13 +110,26 @@ def _leaf_tasks(members: list[Any], index: Any) -> list[str]:
     return found
 
 
-@functools.cache
-def _task_manager(include: str | None = None) -> Any:
-    """The index of all tasks, and of those in a folder; made once, since it reads thousands of files."""
-    from lm_eval.tasks import TaskManager
+def _task_manager(task: str, include: str | None = None) -> Any:
+    """An index that has ``task`` and all that it stands for, and the tasks of a folder.
 
+    Of lm-eval's thousands of files it takes those of the folder that the task is called after (``wmdp`` of
+    ``wmdp_bio``), where nothing is missing then; else all, for several seconds.
+    """
+    few = _indexed(re.split(r"\W|_", task)[0], include)
+    known = few.task_index
+    return few if task in known and known.keys() >= {*_leaf_tasks([task], known)} else _indexed("", include)
+
+
+@functools.cache
+def _indexed(folder: str, include: str | None) -> Any:
+    """The tasks in one folder of lm-eval (empty: in all) and in a folder of the user's."""
+    import lm_eval.tasks
+
+    own = [include] if include is not None else []
+    some = [Path(lm_eval.tasks.__file__).parent / folder] if folder else []
     with _quietly():
-        return TaskManager(include_path=include)
+        return lm_eval.tasks.TaskManager(include_path=[*some, *own], include_defaults=not folder)
 
 
 def own_tasks_sha256(include: str) -> str:
@@ -153,7 +166,7 @@ def evaluate_harness(model: LanguageModel, config: TaskConfig) -> HarnessResult:
         found: Any = simple_evaluate(
             model=SharedLM(model),
             tasks=[built],
-            task_manager=_task_manager(config.include_path),
+            task_manager=_task_manager(task, config.include_path),
             bootstrap_iters=0,
             num_fewshot=config.num_fewshot,
             apply_chat_template=config.apply_chat_template,
@@ -187,7 +200,7 @@ def _loaded(task: str, path: str, include: str | None) -> Any:
     """What lm-eval makes of a name: its ``tasks``, with their data, and ``groups``."""
     try:
         with _quietly():
-            return _task_manager(include).load([task_spec(task, path)])
+            return _task_manager(task, include).load([task_spec(task, path)])
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         fix = (
@@ -206,8 +219,9 @@ def require_data(config: TaskConfig, *, download: bool) -> None:
     from trace_ds.corpora.sources import in_cache
 
     include = config.include_path
-    index, where = _task_manager(include).task_index, f"evaluation.tasks.{config.name}"
-    for leaf in _leaf_tasks([config.task], index):
+    task, where = str(config.task), f"evaluation.tasks.{config.name}"
+    index = _task_manager(task, include).task_index
+    for leaf in _leaf_tasks([task], index):
         of_leaf = getattr(index.get(leaf), "cfg", None) or {}
         data, name = of_leaf.get("dataset_path"), of_leaf.get("dataset_name")
         on_hub = isinstance(data, str) and "/" in data and not Path(data).is_dir()
@@ -215,7 +229,7 @@ def require_data(config: TaskConfig, *, download: bool) -> None:
             if not download:
                 what = f"{data} ({name}), which lm-eval's {leaf} asks, is not in the cache"
                 raise UserError(what, where, "where there is a network, `trace-ds fetch CONFIG` brings it")
-            fetch_task(str(config.task), where, include)
+            fetch_task(task, where, include)
             return
 
 
