@@ -32,6 +32,7 @@ from trace_ds.errors import UserError
 from trace_ds.run import artefact
 from trace_ds.stages.inspect import inspect
 from trace_ds.tensors import torch_archive
+from trace_ds.tensors.opening import open_source
 from trace_ds.tensors.torch_archive import read_archive
 
 CASE = Case("mixtral", 3, 2)
@@ -573,6 +574,11 @@ def test_the_trainers_folder_is_a_checkpoint_and_not_a_model(source: Path, tmp_p
     trainer = Path(shutil.copytree(base(), tmp_path / "trainer"))
     shutil.move(source, trainer / "global_step1")
     (trainer / "latest").write_text("global_step1")
+    said = {"family": "olmoe", "decoder_layers": 1, "base": "0" * 64, "name": "global_step1"}  # of the model beside it
+    for target, place in (("hf", trainer), ("universal", trainer), ("universal", trainer / "global_step1")):
+        (place / "conversion.json").write_text(json.dumps({"source": said, "target": target, "tensors": {}}))
+        opened = open_source(trainer)
+        assert (opened.family, opened.decoder_layers, opened.base) == (None, None, None)
     found = inspect(trainer)
     assert (found.kind, found.facts["optimizer_states"]) == ("deepspeed", ["exp_avg", "exp_avg_sq"])
     report = convert_checkpoint(trainer, tmp_path / "model", dtype="fp32")

@@ -163,17 +163,18 @@ def open_model(directory: Path, layout: ModelLayout) -> dict[str, TensorSource]:
 
 
 def _take_what_is_said(checkpoint: Checkpoint, directory: Path) -> None:
-    """Family and, of a job's state, what part of which model it holds: from the manifest, else from a conversion's
-    report."""
+    """Family and, of a job's state, what part of which model it holds: from the manifest, or, where a conversion made
+    this universal folder, from its report (other reports are of other files)."""
     manifest = checkpoint.manifest or {}
-    reports = [_told(place / REPORT).get("source") for place in (directory, directory.parent)]
-    report = next((report for report in reports if isinstance(report, dict)), {})
-    said = (manifest.get("family"), family_of(directory), report.get("family"))
+    report = _told(directory.parent / REPORT)
+    source = report.get("source") if checkpoint.kind == report.get("target") == "universal" else None
+    told = source if isinstance(source, dict) and source.get("name") == directory.name else {}
+    said = (manifest.get("family"), family_of(directory), told.get("family"))
     checkpoint.family = next((family for family in said if isinstance(family, str) and family), None)
     if checkpoint.kind != "huggingface":
-        held = manifest.get("layers") or report.get("decoder_layers")
+        held = manifest.get("layers") or told.get("decoder_layers")
         checkpoint.decoder_layers = held if type(held) is int and held > 0 else None
-        checkpoint.base = (manifest.get("model") or {}).get("fingerprint") or report.get("base")
+        checkpoint.base = (manifest.get("model") or {}).get("fingerprint") or told.get("base")
 
 
 def family_of(directory: Path) -> str | None:
