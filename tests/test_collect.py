@@ -47,7 +47,8 @@ def collected(config: Path, run: Path, world: int, ep: int, *overrides: str) -> 
     }
 
 
-EXPERT_PARALLEL = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3")
+EXPERT_PARALLEL = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3", "qwen3_5_moe_text")
+MIXING = ("qwen3_5_moe_text", "gpt_oss")  # documents of a packed row
 OTHERS = ("gpt_oss", "phimoe", "granitemoe")
 
 
@@ -108,8 +109,8 @@ def test_counts_equal_brute_force(
     models = {family: str(families[family]) for family in eps}
     datasets = {rows: str(config.parent / "run" / "data" / "forget.arrow") for rows, config in small_data.items()}
     found = run_distributed(jobs.collect_matrix, world, models, datasets, eps, str(tmp_path))[0]
-    padded_only = 2 if "gpt_oss" in eps else 0
-    assert len(found) == 4 * sum(map(len, eps.values())) - padded_only
+    padded_only = sum(len(eps.get(family, ())) for family in MIXING)
+    assert len(found) == 4 * sum(map(len, eps.values())) - 2 * padded_only
     for cell, sums in found.items():
         family, dtype, ep, _, rows = cell
         documents = brute[family, rows]["documents"]
@@ -131,10 +132,14 @@ def test_counts_equal_brute_force(
 
 
 @pytest.mark.slow
-def test_documents_that_mix_are_refused(families: dict[str, Path], small_data: dict[str, Path], tmp_path: Path) -> None:
-    """gpt_oss in transformers ignores restarting positions: attention would cross the documents of a row."""
+@pytest.mark.parametrize("family", MIXING)
+def test_documents_that_mix_are_refused(
+    family: str, families: dict[str, Path], small_data: dict[str, Path], tmp_path: Path
+) -> None:
+    """gpt_oss in transformers ignores restarting positions: attention would cross the documents of a row; in linear
+    attention a state does."""
     shutil.copytree(small_data["packed"].parent / "run" / "data", tmp_path / "run" / "data")
-    model = f"model.path={families['gpt_oss']}"
+    model = f"model.path={families[family]}"
     with pytest.raises(AssertionError, match=r"mixes the documents of a packed row.*documents_per_row: 1"):
         run_distributed(jobs.collect_job, 1, str(small_data["packed"]), str(tmp_path / "run"), [model])
     assert not (tmp_path / "run" / "statistics").exists()

@@ -26,11 +26,12 @@ from trace_ds.stages.prepare import prepare
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "stage"), [("qwen2_moe", 3), ("deepseek_v3", 1)])
+@pytest.mark.parametrize(("family", "stage"), [("qwen2_moe", 3), ("deepseek_v3", 1), ("qwen3_5_moe_text", 1)])
 def test_unlearning_with_expert_parallelism_equals_the_reference(family: str, stage: int, tmp_path: Path) -> None:
-    """Shared experts, a dense first layer, sigmoid and group-limited routing, at expert-parallel size 2."""
+    """Shared experts, a dense first layer, sigmoid and group-limited routing, linear attention, at expert-parallel size
+    2."""
     model = tiny.make_model(tmp_path / "model", family)
-    config = tiny.write_config(tmp_path, model)
+    config = tiny.write_config(tmp_path, model, data__documents_per_row=1 if family == "qwen3_5_moe_text" else None)
     loaded, run = load_config(str(config), [], tmp_path / "run")
     directory = RunDirectory.at(run)
     directory.create("")
@@ -120,6 +121,10 @@ def test_models_whose_routing_cannot_be_counted_are_refused(tiny_model: Path, tm
     config = AutoConfig.for_model("mixtral", num_hidden_layers=1, vocab_size=16, **sizes)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
     raw = json.loads((tmp_path / "model" / "config.json").read_text())
+    vision = {"model_type": "qwen3_5_moe", "text_config": tiny.shape("qwen3_5_moe_text")}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(vision))
+    with pytest.raises(UserError, match=r"a text model among others.*save it alone"):
+        inspect_model(tmp_path / "model")
     longcat = AutoConfig.for_model("longcat_flash", n_routed_experts=8, zero_expert_num=2, num_layers=1)
     for model_type, own, words in (
         ("llama4", {}, "no router that is known"),

@@ -24,7 +24,7 @@ LAYERS, LAST = 4, 1
 WHOLE = ["unlearning.evaluate.every=9", "unlearning.evaluate.rows=4"]  # looks at the model, which changes nothing
 GRIP = "unlearning.grip={tokens: 8, steps: 1, realign: true}"
 HELD_LINE = f"the losses end at layer {LAST}: {LAST + 1} of {LAYERS} decoder layers are held"
-FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3", "gpt_oss")
+FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3", "qwen3_5_moe_text", "gpt_oss")
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from distributed import run_distributed
 
 from trace_ds.errors import UserError
 
-FAMILIES = ("mixtral", "qwen2_moe", "deepseek_v3", "gpt_oss")
+FAMILIES = ("mixtral", "qwen2_moe", "deepseek_v3", "qwen3_5_moe_text", "gpt_oss")
 
 
 def compare_with_transformers(world: Any, paths: list[str]) -> list[str]:

@@ -66,6 +66,7 @@ TINY: dict[str, dict[str, Any]] = {
     "deepseek_v2": {},
     "deepseek_v2 lite": {"q_lora_rank": None, "attention_bias": True},
     "deepseek_v3": {"first_k_dense_replace": 2},
+    "qwen3_5_moe_text": {"attention_bias": True, "linear_conv_kernel_dim": 3},
 }
 
 
@@ -109,7 +110,7 @@ def by_kind(model: Any) -> dict[str, int]:
             kind = "head"
         elif "norm" in name:
             kind = "norms"
-        elif "self_attn" in name:
+        elif "self_attn" in name or "linear_attn" in name:
             kind = "attention"
         elif "shared_expert" in name:
             kind = "shared_experts"
@@ -162,10 +163,12 @@ def test_saved_activations_are_what_torch_saves(family: str) -> None:
     if family in ("deepseek_v2", "deepseek_v3"):  # equal head widths: else torch's CPU kernel keeps the scores too
         sized |= {"first_k_dense_replace": 0, "v_head_dim": 16}
     tokens = 128
-    measured = saved_bytes(family, sized | {"num_hidden_layers": 2}, tokens)
-    measured -= saved_bytes(family, sized | {"num_hidden_layers": 1}, tokens)
-    a = read_architecture({"model_type": family, **sized})
-    assert memory.saved_bytes_per_token(a, 0, 2) * tokens == pytest.approx(measured, rel=0.1)
+    for kind in sorted(set(sized.get("layer_types", ["full_attention"]))):
+        of = {n: sized | {"num_hidden_layers": n} | ({"layer_types": [kind] * n} if "layer_types" in sized else {})
+              for n in (1, 2)}  # fmt: skip
+        measured = saved_bytes(family, of[2], tokens) - saved_bytes(family, of[1], tokens)
+        a = read_architecture({"model_type": family, **of[1]})
+        assert memory.saved_bytes_per_token(a, 0, 2) * tokens == pytest.approx(measured, rel=0.1), kind
 
 
 def saved_bytes(family: str, values: dict[str, Any], tokens: int) -> int:

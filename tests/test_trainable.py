@@ -22,6 +22,7 @@ from trace_ds.config.load import load_config
 from trace_ds.config.schema import GRIPConfig, SEUFConfig, TrainableConfig
 from trace_ds.errors import UserError
 from trace_ds.models import autoep
+from trace_ds.models.families import FAMILIES
 from trace_ds.models.routers import find_routers, meta_model
 from trace_ds.parallel.world import World
 from trace_ds.routing.statistics import RoutingStatistics
@@ -139,7 +140,7 @@ def test_names_and_kinds(tiny_model: Path) -> None:
         trainable.choose(kinds, TrainableConfig(include=["*.layers.2.*", "lm_head.*"]), 1)
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3"])
+@pytest.mark.parametrize("family", [*sorted(FAMILIES)])
 def test_every_name_of_autoep_is_known(family: str, tmp_path: Path) -> None:
     """A parameter whose source is not found would be held; the names are the conversion's, which tests load."""
     path = tiny.make_model(tmp_path / "model", family, layers=2)

@@ -111,6 +111,18 @@ def shape(family: str, *, layers: int = 3, experts: int = 4, top_k: int = 2, tie
             "intermediate_size": 48,
             "mlp_only_layers": [0],
         },
+        "qwen3_5_moe_text": {
+            "num_experts": experts,
+            "moe_intermediate_size": 24,
+            "shared_expert_intermediate_size": 16,
+            "head_dim": 16,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_conv_kernel_dim": 4,
+            "layer_types": [("linear_attention", "full_attention")[number % 2] for number in range(layers)],
+        },
         "deepseek_v2": {
             **DEEPSEEK,
             "n_routed_experts": experts,

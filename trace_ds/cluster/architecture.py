@@ -19,6 +19,24 @@ from trace_ds.errors import UserError
 from trace_ds.models.families import EXPERTS_KEYS, FAMILIES
 
 MULTI_LATENT = ("deepseek_v2", "deepseek_v3")
+SHARED_GATE = ("qwen2_moe", "qwen3_5_moe_text")
+
+
+@dataclass(frozen=True)
+class LinearAttention:
+    """The gated delta rule in the place of attention (Qwen3.5): in which layers, heads and their widths, parameters."""
+
+    layers: tuple[int, ...] = ()
+    key_heads: int = 0
+    value_heads: int = 0
+    key_width: int = 0
+    value_width: int = 0
+    parameters: int = 0
+
+    @property
+    def mixed(self) -> int:
+        """Elements of all heads' queries, keys and values of a token, which the convolution goes over."""
+        return 2 * self.key_heads * self.key_width + self.value_heads * self.value_width
 
 
 @dataclass(frozen=True)
@@ -31,6 +49,7 @@ class Architecture:
         query_width, key_width, value_width: elements of all heads' queries, keys and values of a token, as
             the attention kernel sees them (keys and values repeated to the number of query heads are not
             counted here).
+        linear: layers without attention, and what they have instead.
         ends: whether it has the last norm and the LM head.
         dense_layers: decoder layers with an ordinary MLP; all other layers are MoE layers.
         expert_width: inner width of one routed expert; ``shared_width`` of all shared experts together.
@@ -47,6 +66,7 @@ class Architecture:
     value_width: int
     attention: int
     attention_norms: int
+    linear: LinearAttention
     dense_layers: tuple[int, ...]
     dense_width: int
     experts: int
@@ -77,19 +97,22 @@ class Architecture:
 
     @property
     def shared_parameters(self) -> int:
-        """Parameters of one layer's shared experts and of the gate in front of them (Qwen2-MoE)."""
+        """Parameters of one layer's shared experts and of the gate in front of them (Qwen)."""
         return 3 * self.hidden * self.shared_width + (self.hidden if self.shared_gate else 0)
 
-    @property
-    def layer_norms(self) -> int:
-        return 2 * self.hidden + self.attention_norms
+    def attention_of(self, layer: int) -> int:
+        return self.linear.parameters if layer in self.linear.layers else self.attention
+
+    def norms_of(self, layer: int) -> int:
+        inner = self.linear.value_width if layer in self.linear.layers else self.attention_norms
+        return 2 * self.hidden + inner
 
     def is_moe(self, layer: int) -> bool:
         return layer not in self.dense_layers
 
     def layer_parameters(self, layer: int, *, experts: bool = True) -> int:
         """Parameters of decoder layer ``layer``, with or without its routed experts."""
-        common = self.attention + self.layer_norms
+        common = self.attention_of(layer) + self.norms_of(layer)
         if not self.is_moe(layer):
             return common + 3 * self.hidden * self.dense_width
         routed = self.experts * self.expert_parameters if experts else 0
@@ -123,12 +146,12 @@ def count_parameters(a: Architecture) -> Parameters:
     """All parameters of the model by kind (a tied head counts once, as the embedding)."""
     return Parameters(
         embedding=a.vocabulary * a.hidden,
-        attention=a.layers * a.attention,
+        attention=sum(map(a.attention_of, range(a.layers))),
         router=a.moe_layers * a.router_parameters,
         experts=a.moe_layers * a.experts * a.expert_parameters,
         shared_experts=a.moe_layers * a.shared_parameters,
         dense_mlp=len(a.dense_layers) * 3 * a.hidden * a.dense_width,
-        norms=a.layers * a.layer_norms + (a.hidden if a.ends else 0),
+        norms=sum(map(a.norms_of, range(a.layers))) + (a.hidden if a.ends else 0),
         head=a.vocabulary * a.hidden if a.ends and not a.tied else 0,
     )
 
@@ -166,7 +189,7 @@ def read_architecture(config: Mapping[str, Any], where: str = "config.json") -> 
         )
     dense_layers = _dense_layers(family, read, layers)
     expert_width = read("intermediate_size") if family in ("mixtral", "olmoe") else read("moe_intermediate_size")
-    if family == "qwen2_moe":
+    if family in SHARED_GATE:
         shared_width = read("shared_expert_intermediate_size")
     elif family in MULTI_LATENT:
         shared_width = read("moe_intermediate_size") * read("n_shared_experts", default=0)
@@ -180,14 +203,15 @@ def read_architecture(config: Mapping[str, Any], where: str = "config.json") -> 
         vocabulary=read("vocab_size"),
         heads=heads,
         dense_layers=dense_layers,
-        dense_width=read("intermediate_size"),
+        dense_width=read("intermediate_size") if dense_layers else 0,
         experts=experts,
         top_k=top_k,
         expert_width=expert_width,
         shared_width=shared_width,
-        shared_gate=family == "qwen2_moe",
+        shared_gate=family in SHARED_GATE,
         tied=bool(config.get("tie_word_embeddings", False)),
         ends=True,
+        linear=_linear(read, hidden),
         **attention,
     )
 
@@ -230,18 +254,35 @@ def _grouped(family: str, read: _Reader, hidden: int, heads: int) -> dict[str, i
     head = read("head_dim", default=hidden // heads)
     query, key = heads * head, kv_heads * head
     biased = bool(read.config.get("qkv_bias", True)) if family == "qwen2_moe" else False
-    all_biased = family in ("olmoe", "qwen3_moe") and bool(read.config.get("attention_bias", False))
-    biases = (query + 2 * key if biased or all_biased else 0) + (hidden if all_biased else 0)
+    all_biased = family in ("olmoe", "qwen3_moe", "qwen3_5_moe_text") and bool(read.config.get("attention_bias", False))
+    gate = query if family == "qwen3_5_moe_text" else 0  # of the output, made with the queries
+    biases = (query + gate + 2 * key if biased or all_biased else 0) + (hidden if all_biased else 0)
     # OLMoE normalises all heads together, Qwen3 each head with shared weights
-    norms = {"olmoe": hidden + (hidden // heads) * kv_heads, "qwen3_moe": 2 * head}.get(family, 0)
+    each = {"qwen3_moe": 2 * head, "qwen3_5_moe_text": 2 * head}
+    norms = {"olmoe": hidden + (hidden // heads) * kv_heads, **each}.get(family, 0)
     return {
         "kv_heads": kv_heads,
         "query_width": query,
         "key_width": key,
         "value_width": key,
-        "attention": hidden * (query + 2 * key) + query * hidden + biases,
+        "attention": hidden * (query + gate + 2 * key) + query * hidden + biases,
         "attention_norms": norms,
     }
+
+
+def _linear(read: _Reader, hidden: int) -> LinearAttention:
+    """The layers with a gated delta rule, if there are any."""
+    kinds = read.config.get("layer_types") or ()
+    layers = tuple(layer for layer, kind in enumerate(kinds) if kind == "linear_attention")
+    if not layers:
+        return LinearAttention()
+    heads = read("linear_num_key_heads"), read("linear_num_value_heads")
+    widths = read("linear_key_head_dim"), read("linear_value_head_dim")
+    found = LinearAttention(layers, *heads, *widths)
+    values = heads[1] * widths[1]
+    # queries, keys, values; their gate; two numbers a head (and what they start from); the way out
+    projections = hidden * (found.mixed + values + 2 * heads[1] + values) + 2 * heads[1]
+    return replace(found, parameters=projections + found.mixed * read("linear_conv_kernel_dim"))
 
 
 def _multi_latent(read: _Reader, hidden: int, heads: int) -> dict[str, int]:

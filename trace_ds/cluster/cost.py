@@ -102,6 +102,8 @@ def forward_flops_per_token(a: Architecture, context: int, *, layers: int | None
         if a.is_moe(layer):
             weights += a.top_k * a.expert_parameters
         attended = context * (a.query_width + a.value_width // a.kv_heads * a.heads)
+        if layer in a.linear.layers:  # a head's state is read twice and written once
+            attended = 3 * a.linear.value_heads * a.linear.key_width * a.linear.value_width
         total += 2 * (weights + attended)
     return total + (2 * a.hidden * a.vocabulary if head else 0)
 

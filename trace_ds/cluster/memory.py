@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 
-from trace_ds.cluster.architecture import MULTI_LATENT, Architecture, count_parameters
+from trace_ds.cluster.architecture import MULTI_LATENT, Architecture, LinearAttention, count_parameters
 from trace_ds.cluster.job import Passes, PlannedJob, ZeroSettings
 
 MASTER_BYTES = 12  # fp32 copy and two Adam moments
@@ -101,14 +101,27 @@ def saved_bytes_per_token(a: Architecture, layer: int, b: int, ep: int = 1) -> f
     """
     norms = 2 * (4 + 2 * b) * a.hidden if b < 4 else 2 * 3 * b * a.hidden
     norms += (4 + b) * (a.query_width + a.key_width) if a.family in ("olmoe", "qwen3_moe") else 0
+    norms += 2 * (4 - b) * a.hidden if a.family == "qwen3_5_moe_text" else 0  # scaled before the cast back
     if a.family in MULTI_LATENT:  # the norms of the latents, and the router's fp32 copy of its input
         norms += (4 + 2 * b) * a.attention_norms + (4 * a.hidden if b < 4 and a.is_moe(layer) else 0)
-    attention = b * (a.query_width + a.key_width + a.value_width + _output_width(a)) + 4 * a.heads
+    attention: float = b * (a.query_width + a.key_width + a.value_width + _output_width(a)) + 4 * a.heads
+    if layer in a.linear.layers:
+        attention = _linear_attention_bytes(a.linear, b)
+    elif a.family == "qwen3_5_moe_text":  # the output's gate, and the norms of queries and keys
+        attention += 3 * b * a.query_width + 8 * (a.query_width + a.key_width)
     if not a.is_moe(layer):
         return norms + attention + 4 * b * a.dense_width
     routed = a.top_k * b * (2 * a.hidden + 4 * a.expert_width)
     exchanged = a.top_k * b * 2 * a.hidden if ep > 1 else 0  # tokens before and after the two exchanges
-    return norms + attention + routed + exchanged + b * 4 * a.shared_width + 8 * a.experts
+    shared = b * (4 * a.shared_width + (a.hidden if a.shared_gate else 0))
+    return norms + attention + routed + exchanged + shared + 8 * a.experts
+
+
+def _linear_attention_bytes(linear: LinearAttention, b: int) -> float:
+    """What transformers' own gated delta rule keeps per token (its chunks are of 64 tokens; kernels keep less)."""
+    key, value = linear.key_width, linear.value_width
+    per_head = 5 * 64 + 8 * key + 7.5 * value + key * value / 64 + 18
+    return 4 * linear.value_heads * per_head + 2 * b * linear.mixed
 
 
 def _output_width(a: Architecture) -> int:

@@ -103,8 +103,10 @@ def refusal(model: Any) -> str | None:
         return f"the attention of the family {config.model_type} is not known"
     if config._attn_implementation not in ("sdpa", NAME):
         return f"it is run with {config._attn_implementation} attention"
-    kinds = getattr(config, "layer_types", None)
-    if (set(kinds) != {"full_attention"}) if kinds else getattr(config, "sliding_window", None):
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if "linear_attention" in kinds:
+        return "its layers have linear attention"
+    if kinds != {"full_attention"} if kinds else getattr(config, "sliding_window", None):
         return "its layers have a sliding window"
     return None
 

@@ -48,6 +48,8 @@ FAMILIES = {
         Family("olmoe", autoep_preset="qwen3_moe"),
         Family("deepseek_v2", autoep_preset="deepseek_v2", fp32_gate=True),
         Family("deepseek_v3", autoep_preset="deepseek_v3", fp32_gate=True),
+        # The text model alone; three of its four layers carry a state from token to token.
+        Family("qwen3_5_moe_text", autoep_preset="qwen3_5_moe"),
     )
 }
 
@@ -73,6 +75,9 @@ def inspect_model(path: str | Path) -> ModelInfo:
     experts_key = next((key for key in EXPERTS_KEYS if key in config), None)
     family = FAMILIES.get(model_type)
     if family is None:
+        if experts_key is None and "text_config" in config:
+            what, fix = f"{model_type!r} is a text model among others", "save it alone: AutoModelForCausalLM."
+            raise UserError(what, str(files.path), f"{fix}from_pretrained(MODEL).save_pretrained(DIRECTORY)")
         if experts_key is None:
             raise _unsupported(files, f"the model (family {model_type!r}) is not a Mixture-of-Experts model")
         from trace_ds.models.routers import refusal

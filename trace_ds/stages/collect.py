@@ -173,12 +173,12 @@ def _engine(config: Config, world: World, job: CollectJob, log: StageLog) -> Any
         parts=parts,
     )
     if why := refusal(engine.module):
-        log.detail(f"attention stays inside documents by a mask: {why}")
-    if job.info.family.autoep_preset is None and config.data.documents_per_row != 1:
-        from trace_ds.routing.collection import refused_packing
+        log.detail(f"attention is transformers' own: {why}")
+        if config.data.documents_per_row != 1:
+            from trace_ds.routing.collection import refused_packing
 
-        vocabulary = int(job.info.config["vocab_size"])
-        world.raise_together(refused_packing(engine, vocabulary, world.device))
+            vocabulary = int(job.info.config["vocab_size"])
+            world.raise_together(refused_packing(engine, vocabulary, world.device))
     return engine
 
 

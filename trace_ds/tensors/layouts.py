@@ -31,7 +31,7 @@ from trace_ds.tensors.model_files import read_model_config
 from trace_ds.tensors.runs import Block, TensorSource, assemble, extract
 
 MAX_BLOCKS = 1 << 20
-FAMILIES = "use one of the families mixtral, qwen2_moe, qwen3_moe, olmoe, deepseek_v2, deepseek_v3"
+FAMILIES = "use one of the families mixtral, qwen2_moe, qwen3_moe, olmoe, deepseek_v2, deepseek_v3, qwen3_5_moe_text"
 
 
 @dataclass(frozen=True)
