@@ -2,7 +2,7 @@
 # make test    all tests
 # make check   style, types, shell scripts, docs, tests
 # make docs    the pages as a site, in build/docs
-# make matrix  every task with every model, as tiny replicas (half an hour)
+# make matrix  every task with every model, as tiny replicas (a quarter of an hour)
 # make pythons a short run under every other Python of this machine, in environments made from nothing
 PYTHON ?= python3
 VENV := .venv

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tiny
 
 from trace_ds.config.load import load_config
 from trace_ds.run.directory import RunDirectory
@@ -186,7 +187,6 @@ def collect_matrix(
     from trace_ds.routing.token_files import Recording
     from trace_ds.run.log import StageLog
 
-    mixing = ("qwen3_5_moe_text", "gpt_oss")
     found: dict[Cell, dict[str, Any]] = {}
     opened = {rows: TokenDataset.open(Path(path)) for rows, path in datasets.items()}
     recording = Recording(trace=False, nll=False, hidden_layer=None, rows=True, sample_tokens=70)
@@ -196,7 +196,7 @@ def collect_matrix(
         for number, dtype in enumerate(("fp32", "bf16")):
             # every two of type, kind of rows and rows per batch meet
             batches = [(rows, (1, 3)[(number + place) % 2]) for place, rows in enumerate(opened)]
-            batches = [(rows, batch) for rows, batch in batches if rows == "padded" or family not in mixing]
+            batches = [(rows, batch) for rows, batch in batches if rows == "padded" or family not in tiny.MIXING]
             plain = {}
             if dtype == "bf16":
                 plain = {key: same_batches(world, path, opened[key[0]], key[1]) for key in batches}

@@ -26,7 +26,7 @@ from trace_ds.models.families import FAMILIES
 # Rows of 151 positions: no size of a model, so that a mask or scores would be seen. What ends a row may be filling.
 ROWS = [[7, 61, 83], [31, 17, 83, 5, 15], [151]]
 LENGTH = 151
-TAKEN = sorted(family for family in FAMILIES if family != "qwen3_5_moe_text")  # which has linear attention
+TAKEN = sorted(FAMILIES.keys() - tiny.MIXING)
 WINDOW = {"use_sliding_window": True, "sliding_window": 8}
 
 

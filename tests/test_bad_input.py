@@ -315,7 +315,7 @@ CASES: list[tuple[str, str, Change, str]] = [
     ("no tokenizer", f"{PREPARE} --set model.tokenizer=missing", nothing, "there is no directory with a tokenizer"),
     ("dense", RUN, model_is({"model_type": "llama", "num_hidden_layers": 3}), "is not a Mixture-of-Experts model"),
     ("unknown", RUN, model_config(model_type="nllb-moe"), "'nllb-moe' is not supported"),
-    ("unknown, families", RUN, model_config(model_type="nllb-moe"), "mixtral, olmoe, qwen2_moe, qwen3_moe"),
+    ("unknown, families", RUN, model_config(model_type="nllb-moe"), "mixtral, olmoe, qwen2_moe, qwen3_5_moe_text"),
     (
         "top k",
         RUN,

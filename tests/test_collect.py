@@ -48,7 +48,6 @@ def collected(config: Path, run: Path, world: int, ep: int, *overrides: str) -> 
 
 
 EXPERT_PARALLEL = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3", "qwen3_5_moe_text")
-MIXING = ("qwen3_5_moe_text", "gpt_oss")  # documents of a packed row
 OTHERS = ("gpt_oss", "phimoe", "granitemoe")
 
 
@@ -109,7 +108,7 @@ def test_counts_equal_brute_force(
     models = {family: str(families[family]) for family in eps}
     datasets = {rows: str(config.parent / "run" / "data" / "forget.arrow") for rows, config in small_data.items()}
     found = run_distributed(jobs.collect_matrix, world, models, datasets, eps, str(tmp_path))[0]
-    padded_only = sum(len(eps.get(family, ())) for family in MIXING)
+    padded_only = sum(len(eps.get(family, ())) for family in tiny.MIXING)
     assert len(found) == 4 * sum(map(len, eps.values())) - 2 * padded_only
     for cell, sums in found.items():
         family, dtype, ep, _, rows = cell
@@ -132,7 +131,7 @@ def test_counts_equal_brute_force(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", MIXING)
+@pytest.mark.parametrize("family", tiny.MIXING)
 def test_documents_that_mix_are_refused(
     family: str, families: dict[str, Path], small_data: dict[str, Path], tmp_path: Path
 ) -> None:

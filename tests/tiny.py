@@ -47,6 +47,8 @@ WORDS = [
 ]
 
 
+MIXING = ("qwen3_5_moe_text", "gpt_oss")  # the families that mix the documents of a packed row
+
 # DeepSeek's shape: latent attention, one dense layer, shared experts, two groups of experts of which one is used.
 DEEPSEEK: dict[str, Any] = {
     "intermediate_size": 48,
@@ -112,6 +114,7 @@ def shape(family: str, *, layers: int = 3, experts: int = 4, top_k: int = 2, tie
             "mlp_only_layers": [0],
         },
         "qwen3_5_moe_text": {
+            "vocab_size": 301,  # its class of tokenizers brings a token of its own
             "num_experts": experts,
             "moe_intermediate_size": 24,
             "shared_expert_intermediate_size": 16,
