@@ -14,7 +14,7 @@ from trace_ds.config.load import load_config
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = [*ROOT.glob("trace_ds/**/*.py"), *ROOT.glob("slurm/*.sh")]
 LIBRARIES = ("_CanRecordRegistry", "CUDA out of memory", "Watchdog caught")  # said by others
-PAGES = sorted((ROOT / "docs").rglob("*.md"))
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def test_every_message_of_the_troubleshooting_table_exists() -> None:
@@ -35,7 +35,7 @@ def test_links_and_commands(page: Path) -> None:
     from trace_ds.cli import app
 
     text = page.read_text(encoding="utf-8")
-    for link in re.findall(r"\]\(([^)#:]+)\)", text):
+    for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
         assert (page.parent / link).exists(), link
     for name in re.findall(r"`((?:trace_ds|tests|slurm|tools|ds_configs|docs)/[\w./-]+)`", text):
         assert (ROOT / name).exists() or name == "slurm/site.env", name
@@ -59,7 +59,6 @@ PUBLISHED = [
     ("entangled", 0.302, ENTANGLED, "weighting", "TRACE, weighting the loss"),
     ("entangled", 0.302, ENTANGLED, "permuted", "control: weights permuted over rows"),
     ("entangled", 0.302, ENTANGLED, "grip", "GRIP, uniform weights"),
-    ("entangled", 0.302, README, "sampling", "TRACE, sampling retain rows (the default)"),
     ("ablations", 0.302, ABLATIONS, "sampling", "sampling by raking weight, all experts, floor .3 (as above)"),
     ("ablations", 0.302, ABLATIONS, "sampling_selected", "… matching the detected experts only"),
     ("ablations", 0.302, ABLATIONS, "sampling_ess_50", "… floor .5"),
@@ -143,6 +142,13 @@ def assert_told(row: dict[str, Any], cell: str) -> None:
     assert told in cell, (told, cell)
     seeds = len(row["seeds"])
     assert seeds == 5 or f"{seeds} seeds" in cell or f"{seeds} of 5" in cell
+
+
+def test_the_readme_tells_what_the_studies_found() -> None:
+    told = re.findall(r"[+−][\d.]+ %\s\[[^]]+\]", README)
+    assert len(told) >= 4
+    for result in told:
+        assert " ".join(result.split()) in STUDIES, result
 
 
 def test_every_metric_is_explained() -> None:

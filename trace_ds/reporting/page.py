@@ -208,7 +208,6 @@ def facts(runs: Sequence[RunData]) -> list[tuple[str, str]]:
         "Steps": [" ".join(steps)],
         "Training time": times,
         "Machine": machine,
-        "Energy": [f"{each:,.0f} Wh" for each in [job.get("energy_wh")] if isinstance(each, (int, float))],
         "Seeds" if len(runs) > 1 else "Seed": [str(each.config["seed"]) for each in runs if "seed" in each.config],
     }
     told = {name: ", ".join(part for part in parts if part) for name, parts in found.items()}
