@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from trace_ds.config.load import load_config
 
@@ -42,6 +45,37 @@ def test_links_and_commands(page: Path) -> None:
     verbs = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
     for verb in re.findall(r"trace-ds ([a-z]+)\b", text):
         assert verb in verbs, verb
+
+
+def commands_in_blocks() -> list[list[str]]:
+    """The words of every ``trace-ds`` line of a code block under docs/ that names recipes; quotes may span lines.
+
+    Those with placeholders need a run; the lines of cluster.md (``$ …``) are typed by tests/test_cluster_page.py.
+    """
+    found = []
+    for page in PAGES[1:]:
+        text = page.read_text(encoding="utf-8")
+        for language, block in re.findall(r"^```(\w*)\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+            if language in ("", "bash"):
+                lines = re.findall(r"^trace-ds (?:[^'\n]|'[^']*')*", block, re.MULTILINE)
+                found += [shlex.split(line, comments=True)[1:] for line in lines]
+    return [words for words in found if "CONFIG" not in words]
+
+
+@pytest.mark.parametrize("words", commands_in_blocks(), ids=" ".join)
+def test_commands_in_blocks_are_accepted(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What they say is understood, up to the work itself."""
+    from trace_ds.cli import app
+
+    if words[0] == "bench":
+        config, _ = load_config(
+            words[1], [value for flag, value in itertools.pairwise(words) if flag == "--set"], "out"
+        )
+        assert config.bench is not None
+        return
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, [*words, *([] if words[0] == "plan" else ["--dry-run"])])
+    assert done.exit_code == 0 and done.output, (done.output, done.exception)
 
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
