@@ -129,11 +129,11 @@ def _against(mine: Standing, base: Standing, tasks: int) -> tuple[str, Answer]:
     short_of = {1: "yes", 0: "not shown", -1: "worse"}
     same = after.sign == crossing.sign
     short = short_of[after.sign]
-    short = short if same else f"on average {short}, at the crossing {short_of[crossing.sign]}"
+    short = short if same else f"on average {short}, at the moment of forgetting {short_of[crossing.sign]}"
     near = f"between scored steps {mine.spacing} apart" if mine.spacing else "the first scored one"
     details: tuple[str, ...] = (
         f"On average once forgotten: {_sides(after)}.",
-        f"At the crossing (step {mine.step:.0f} against {base.step:.0f}, {near}): {_sides(crossing)}.",
+        f"At the moment of forgetting (step {mine.step:.0f} against {base.step:.0f}, {near}): {_sides(crossing)}.",
     )
     if len(mine.tasks) < tasks:
         details = (*details, f"By the tasks that were scored on the way: {', '.join(mine.tasks)}.")
