@@ -218,7 +218,7 @@ def _weights_of(run: RunData, arm: Arm) -> str:
     """The rule of an arm, and whether its weights multiply losses or draw rows."""
     changes = (run.config.get("variants") or {}).get(arm.label) or {}
     way = changes.get("unlearning.apply", (run.config.get("unlearning") or {}).get("apply"))
-    told = {"sampling": "rows drawn by weight", "loss": "losses times weight"}.get(way, "")
+    told = {"sampling": "rows drawn by weight", "loss": "losses times weight"}.get(str(way), "")
     return f"{arm.rule} ({told})" if told and arm.rule != "uniform" else str(arm.rule)
 
 
