@@ -92,7 +92,7 @@ PUBLISHED = [
     ("entangled", 0.302, ENTANGLED, "sampling", "**TRACE, sampling retain rows**"),
     ("entangled", 0.302, ENTANGLED, "weighting", "TRACE, weighting the loss"),
     ("entangled", 0.302, ENTANGLED, "permuted", "control: weights permuted over rows"),
-    ("entangled", 0.302, ENTANGLED, "grip", "GRIP, uniform weights"),
+    ("entangled", 0.302, ENTANGLED, "grip", "GRIP (an earlier reading), uniform weights"),
     ("ablations", 0.302, ABLATIONS, "sampling", "sampling by raking weight, all experts, floor .3 (as above)"),
     ("ablations", 0.302, ABLATIONS, "sampling_selected", "… matching the detected experts only"),
     ("ablations", 0.302, ABLATIONS, "sampling_ess_50", "… floor .5"),
