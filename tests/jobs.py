@@ -385,8 +385,8 @@ def brute_force_routing(model_path: Path, arrow: Path) -> dict[str, np.ndarray]:
     the rows.
 
     Returns:
-        counts [L, E], gate mass [L, E], documents: counts [D, L, E], rows: counts [R, L, E], and of the counted tokens
-        their flat positions [N] and experts, ascending, trace [N, L, K].
+        counts [L, E], gate mass [L, E], the sum of the rows' mean gates [L, E], documents: counts [D, L, E], rows:
+        counts [R, L, E], and of the counted tokens their flat positions [N] and experts, ascending, trace [N, L, K].
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -397,12 +397,12 @@ def brute_force_routing(model_path: Path, arrow: Path) -> dict[str, np.ndarray]:
     outputs = record_plainly(model)
     dataset = TokenDataset.open(arrow)
     shape = (len(outputs), outputs_width(model))
-    counts, mass = np.zeros(shape, dtype=np.int64), np.zeros(shape)
+    counts, mass, row_gate = np.zeros(shape, dtype=np.int64), np.zeros(shape), np.zeros(shape)
     documents: dict[int, np.ndarray] = {}
     rows = np.zeros((len(dataset), *shape), dtype=np.int64)
     positions, trace, first = [np.zeros(0, np.int64)], [], 0
     for number in range(len(dataset)):
-        row = dataset.row(number)
+        row, before = dataset.row(number), mass.copy()
         for document in np.unique(row.document_ids):
             where = np.flatnonzero(row.document_ids == document)
             ids = row.input_ids[where]
@@ -422,9 +422,11 @@ def brute_force_routing(model_path: Path, arrow: Path) -> dict[str, np.ndarray]:
             positions.append(first + where[:-1])
             trace.append(np.stack([outputs[layer][2][:-1].sort().values.numpy() for layer in range(len(outputs))], 1))
         first += len(row.input_ids)
+        row_gate += (mass - before) / max(rows[number, 0].sum() // model.config.num_experts_per_tok, 1)
     return {
         "counts": counts,
         "mass": mass,
+        "row_gate": row_gate,
         "documents": np.stack(list(documents.values())),
         "rows": rows,
         "positions": np.concatenate(positions),

@@ -82,6 +82,7 @@ def reference_run(config_path: str, run_dir: str, overrides: list[str], steps: i
     direction *= settings.rmu.coefficient * unit
     alpha, bound, losses, thetas = settings.alpha, None, [], []
     online = OnlineReference(config, directory) if settings.weights == "online" else None
+    grip = GripReference(model, batches, settings.grip, config.seed) if settings.grip is not None else None
     for step in range(steps):
         data = batches.at(step, 0, 1)
         assert len(data.micro_batches) == 1
@@ -91,12 +92,127 @@ def reference_run(config_path: str, run_dir: str, overrides: list[str], steps: i
         if settings.optimizer.gradient_clipping:
             torch.nn.utils.clip_grad_norm_(model.parameters(), settings.optimizer.gradient_clipping)
         optimizer.step()
+        if grip is not None:
+            grip.after_update(step, last=step == steps - 1)
         losses.append((float(forget.detach()), float(retain.detach())))
         thetas += [online.theta] if online else []
         if settings.forget_loss == "pdu":
             bound = 1.05 * losses[0][1]
             alpha = max(0.0, alpha + settings.pdu.dual_step * (losses[-1][1] - bound))
-    return {"losses": losses, "weights": jobs.saved_weights(model.float()), "thetas": thetas}
+    told = {"broken": grip.broken, "cosines": grip.cosines} if grip is not None else {}
+    return {"losses": losses, "weights": jobs.saved_weights(model.float()), "thetas": thetas, **told}
+
+
+class GripReference:
+    """GRIP as published (2601.16905v3): both methods on the model that is trained, one expert and one input after the
+    other in numpy. ``broken``: inputs whose margins Kaczmarz' iterations found broken; ``cosines``: of method B."""
+
+    def __init__(self, model: Any, batches: Any, settings: Any, seed: int) -> None:
+        self.model, self.batches, self.settings, self.seed = model, batches, settings, seed
+        self.routers = [m for m in model.modules() if type(m).__name__.lower().endswith("topkrouter")]
+        self.before = self.weights()
+        self.frozen = self.look()
+        self.broken: list[int] = []
+        self.cosines: list[float] = []
+        if settings.method == "project":
+            quota = -(-settings.tokens // settings.steps)
+            self.layers = [self.constraints(passes, quota) for passes in self.frozen]
+
+    def weights(self) -> list[np.ndarray]:
+        return [router.weight.detach().numpy().copy() for router in self.routers]
+
+    def look(self) -> list[list[tuple[np.ndarray, np.ndarray, np.ndarray]]]:
+        """By layer and pass: inputs [T, D], logits [T, E] and experts [T, K] of the counted retain tokens."""
+        inputs: dict[int, Any] = {}
+        hooks = [
+            router.register_forward_pre_hook(lambda _m, given, number=number: inputs.__setitem__(number, given[0]))
+            for number, router in enumerate(self.routers)
+        ]
+        found: list[list[Any]] = [[] for _ in self.routers]
+        for step in range(self.settings.steps):
+            batch = self.batches.at(step, 0, 1).micro_batches[0]
+            rows = slice(batch.forget_rows, None)
+            where = batch.counted_BS[rows].flatten().numpy()
+            with torch.no_grad():
+                self.model(
+                    input_ids=batch.input_ids_BS[rows], position_ids=batch.position_ids_BS[rows], use_cache=False
+                )
+            for number, router in enumerate(self.routers):
+                x = inputs[number].flatten(0, -2).numpy()[where]
+                logits = x @ router.weight.detach().numpy().T
+                found[number].append((x, logits, np.argsort(-logits)[:, : self.model.config.num_experts_per_tok]))
+        for hook in hooks:
+            hook.remove()
+        return found
+
+    def constraints(self, passes: list[Any], quota: int) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        spread = [[each[:: max(1, len(each) // quota)][:quota] for each in looked] for looked in passes]
+        return self.constraints_of(
+            *(np.concatenate(each)[: self.settings.tokens] for each in zip(*spread, strict=True))
+        )
+
+    @staticmethod
+    def constraints_of(
+        x: np.ndarray, logits: np.ndarray, chosen: np.ndarray
+    ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Of each expert: the projection [D, D] off what selected it, the inputs that did not, their margins."""
+        found = []
+        for expert in range(logits.shape[1]):
+            its = np.array([expert in k for k in chosen])
+            values, vectors = np.linalg.eigh(x[its].T @ x[its])
+            kept = vectors[:, values > 1e-2]
+            margins = [min(z[e] for e in k) - z[expert] for z, k in zip(logits[~its], chosen[~its], strict=True)]
+            found.append((np.eye(x.shape[1]) - kept @ kept.T, x[~its], np.array(margins)))
+        return found
+
+    def after_update(self, step: int, last: bool) -> None:
+        trained = self.weights()
+        if self.settings.method == "realign":
+            if last:
+                self.realign(trained)
+            return
+        for number, (before, after) in enumerate(zip(self.before, trained, strict=True)):
+            draws = np.random.Generator(
+                np.random.Philox(key=[self.seed, 4], counter=[0, 0, 0, step * len(trained) + number])
+            ).random((len(before), 100))
+            rows = [
+                self.projected(after[e] - before[e], *self.layers[number][e], draws[e], self.broken)
+                for e in range(len(before))
+            ]
+            self.set(number, before + rows)
+        self.before = self.weights()
+
+    @staticmethod
+    def projected(
+        update: np.ndarray, off: np.ndarray, x: np.ndarray, margins: np.ndarray, draws: np.ndarray, broken: list[int]
+    ) -> np.ndarray:
+        update = off @ update
+        if all(update @ one <= margin - 1e-2 for one, margin in zip(x, margins, strict=True)):
+            return update
+        shares = np.cumsum([one @ one for one in x])
+        for draw in draws:
+            place = next(t for t, share in enumerate(shares) if share > draw * shares[-1])
+            over = update @ x[place] - (margins[place] - 1e-2)
+            if over > 0:
+                update = update - over / (x[place] @ x[place]) * x[place]
+                broken.append(place)
+        return update
+
+    def realign(self, trained: list[np.ndarray]) -> None:
+        """By least squares with one more input √λ for each direction, whose scores shall be 0."""
+        for number, (old, new) in enumerate(zip(self.frozen, self.look(), strict=True)):
+            scores = np.concatenate([logits for _, logits, _ in old])
+            x = np.concatenate([inputs for inputs, _, _ in new])
+            more = np.vstack([x, 1e-3 * np.eye(x.shape[1])])
+            wanted = np.vstack([scores, np.zeros((x.shape[1], scores.shape[1]))])
+            weights = np.linalg.lstsq(more, wanted, rcond=None)[0].T
+            made = (x @ weights.T).ravel()
+            cosine = made @ scores.ravel() / np.linalg.norm(made) / np.linalg.norm(scores)
+            self.cosines.append(cosine)
+            self.set(number, weights if cosine >= 0.95 else trained[number])
+
+    def set(self, number: int, value: np.ndarray) -> None:
+        self.routers[number].weight.data.copy_(torch.from_numpy(np.asarray(value)))
 
 
 class OnlineReference:

@@ -124,6 +124,7 @@ def test_counts_equal_brute_force(
         assert (sums["square_LE"] == (documents**2).sum(0)).all(), cell
         assert (sums["cross_LE"] == (documents * sizes[:, None, None]).sum(0)).all(), cell
         np.testing.assert_allclose(sums["gate_mass_LE"], brute[family, rows]["mass"], rtol=5e-6, err_msg=str(cell))
+        np.testing.assert_allclose(sums["row_gate_LE"], brute[family, rows]["row_gate"], rtol=5e-6, err_msg=str(cell))
         assert sums["row_counts"].dtype == np.uint8 and (sums["row_counts"] == brute[family, rows]["rows"]).all(), cell
         drawn = sample_places(len(brute[family, rows]["trace"]), 70)
         assert (sums["sample_positions"] == brute[family, rows]["positions"][drawn]).all(), cell
@@ -311,6 +312,7 @@ def reduce_large_sums(world: Any) -> RoutingStatistics:
         {
             "counts_LE": torch.tensor([[big, 5]]),
             "gate_mass_LE": torch.tensor([[0.5, 2.0**-40]], dtype=torch.float64),
+            "row_gate_LE": torch.tensor([[0.25, 0.0]], dtype=torch.float64),
             "square_LE": torch.tensor([[2**40 + 1, 1]]),
             "cross_LE": torch.tensor([[2**41 + 1, 1]]),
             "scalars": torch.tensor([2**42 + 1, big + 5, 3]),

@@ -58,7 +58,7 @@ PUBLISHED = [
     ("entangled", 0.302, ENTANGLED, "sampling", "**TRACE, sampling retain rows**"),
     ("entangled", 0.302, ENTANGLED, "weighting", "TRACE, weighting the loss"),
     ("entangled", 0.302, ENTANGLED, "permuted", "control: weights permuted over rows"),
-    ("entangled", 0.302, ENTANGLED, "grip", "GRIP, uniform weights"),
+    ("entangled", 0.302, ENTANGLED, "grip", "GRIP (an earlier reading), uniform weights"),
     ("entangled", 0.302, README, "sampling", "TRACE, sampling retain rows (the default)"),
     ("ablations", 0.302, ABLATIONS, "sampling", "sampling by raking weight, all experts, floor .3 (as above)"),
     ("ablations", 0.302, ABLATIONS, "sampling_selected", "… matching the detected experts only"),

@@ -42,12 +42,17 @@ OTHERS = {
     "simnpo_sampled": ["forget_loss=simnpo", "apply=sampling"],
     "absolute_rmu": ["forget_loss=rmu", "rmu.scale=absolute", "rmu.coefficient=7"],
 }
+# What is done to the routers after clipped updates with weight decay: both methods of GRIP.
+ROUTERS = {
+    "grip": ["forget_loss=graddiff", "grip={tokens: 25, steps: 2}", "optimizer.weight_decay=0.5"],
+    "grip_realign": ["forget_loss=graddiff", "grip={method: realign, steps: 3}", "optimizer.weight_decay=0.5"],
+}
 SHAPES = [
     (1, 1, 3, OBJECTIVES),
     (1, 1, 1, OTHERS),
-    (2, 1, 1, OBJECTIVES),
-    (2, 2, 3, OBJECTIVES),
-    (2, 2, 2, OTHERS),
+    (2, 1, 1, OBJECTIVES | ROUTERS),
+    (2, 2, 3, OBJECTIVES | ROUTERS),
+    (2, 2, 2, OTHERS | ROUTERS),
     (4, 2, 1, OBJECTIVES),
 ]
 
@@ -73,7 +78,7 @@ def calibrated(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tu
 
 
 def overrides_of(name: str, ep: int = 1, stage: int = 3) -> list[str]:
-    own = [f"unlearning.{key}" for key in (OBJECTIVES | OTHERS)[name]]
+    own = [f"unlearning.{key}" for key in (OBJECTIVES | OTHERS | ROUTERS)[name]]
     shape = [f"distributed.ep={ep}", f"unlearning.zero_stage={stage}"]
     return [*GRADIENT_LIKE, "unlearning.apply=loss", *own, *shape, f"unlearning.steps={STEPS}"]
 
@@ -81,7 +86,9 @@ def overrides_of(name: str, ep: int = 1, stage: int = 3) -> list[str]:
 @pytest.fixture(scope="module")
 def references(calibrated: tuple[Path, Path]) -> dict[str, dict[str, Any]]:
     config, run = calibrated
-    return {name: reference_run(str(config), str(run), overrides_of(name), STEPS) for name in OBJECTIVES | OTHERS}
+    return {
+        name: reference_run(str(config), str(run), overrides_of(name), STEPS) for name in OBJECTIVES | OTHERS | ROUTERS
+    }
 
 
 @pytest.mark.slow

@@ -2,8 +2,7 @@
 
 Each test runs on a stand-in device (``standin_device.py``), and on a GPU where there is one, in a process of its own.
 Not under it: DeepSpeed's engines, and with them ZeRO and AutoEP; experts that run one after the other (transformers'
-``eager`` looks up the tokens of each expert, for which the host waits); GRIP's realignment, which writes into
-DeepSpeed's optimizer.
+``eager`` looks up the tokens of each expert, for which the host waits); GRIP, which writes into DeepSpeed's optimizer.
 """
 
 from __future__ import annotations

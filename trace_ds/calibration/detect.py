@@ -155,7 +155,8 @@ def _ranking(forget: RoutingStatistics, retain: RoutingStatistics, config: Detec
         floored_LE = np.maximum(q_LE, 1e-3 * even)
         with np.errstate(divide="ignore", invalid="ignore"):
             return np.where(p_LE > 0, p_LE / top_k * np.log(p_LE / floored_LE), 0.0), 0.0
-    # top_gate_mass: the mean gate over forget tokens, the affinity of SEUF (arXiv 2411.18797); it ignores retain data.
+    # top_gate_mass: the mean gate over forget tokens, which is SEUF's affinity but for the rows' lengths; it ignores
+    # retain data.
     return forget.gate_mass_LE / max(forget.tokens, 1), 0.0
 
 

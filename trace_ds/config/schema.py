@@ -392,22 +392,19 @@ class SEUFConfig(Section):
         None, ge=0, description="Decoder layer; default: that of the expert of highest affinity."
     )
     experts: Integer = Field(1, ge=1, description="M, experts trained.")
-    anchor: Number = Field(1.0, ge=0, description="Weight of the router's anchor.")
+    anchor: Number = Field(1.0, ge=0, description="Weight of the router's anchor, a mean over forget tokens.")
 
 
 class GRIPConfig(Section):
-    """Baseline GRIP: routers do not move along the retain inputs that selected the expert, or are moved back."""
+    """Baseline GRIP: routers keep to what retain tokens selected."""
 
-    tokens: Integer = Field(128, ge=1, description="Retain inputs per layer and expert whose span is protected.")
-    steps: Integer = Field(8, ge=1, description="Steps whose retain rows are looked at for them, before training.")
-    realign: bool = Field(
-        False,
-        description="After the last step, move each router by ridge regression so that its logits on those rows are "
-        "the frozen router's again (a job that is given more steps later goes on from there).",
+    method: Literal["project", "realign"] = Field(
+        "project",
+        description="project (A): every update of a router is projected; realign (B): routers are fitted to the frozen "
+        "ones' scores after the last step (a job that is given more steps later goes on from there).",
     )
-    ridge: Number = Field(
-        1e-3, gt=0, description="Ridge of realign, in units of the mean eigenvalue of the inputs' second moments."
-    )
+    tokens: Integer = Field(1024, ge=1, description="project: retain inputs of each layer's router that it looks at.")
+    steps: Integer = Field(8, ge=1, description="Steps whose retain rows are looked at, before training.")
 
 
 class OnlineWeightsConfig(Section):

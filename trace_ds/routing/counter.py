@@ -28,6 +28,7 @@ GATE_UNIT = 2.0**-40
 SUMS = (
     ("counts_LE", torch.int64),
     ("gate_mass_LE", torch.float64),
+    ("row_gate_LE", torch.float64),
     ("square_LE", torch.int64),
     ("cross_LE", torch.int64),
 )
@@ -56,6 +57,7 @@ class RoutingCounter:
     device: torch.device
     counts_LE: torch.Tensor = field(init=False)
     gate_mass_LE: torch.Tensor = field(init=False)
+    row_gate_LE: torch.Tensor = field(init=False)
     square_LE: torch.Tensor = field(init=False)
     cross_LE: torch.Tensor = field(init=False)
     not_finite_L: torch.Tensor = field(init=False)
@@ -97,18 +99,23 @@ class RoutingCounter:
         indices_LNK = torch.stack([indices_TK for _, indices_TK in decisions])[:, flat_N].long()
         indices_LNK += torch.arange(self.layers, device=self.device)[:, None, None] * self.experts
         self.not_finite_L |= ~scores_LNK.sum((1, 2)).isfinite()
-        mass_LE = torch.zeros(self.layers * self.experts, dtype=torch.int64, device=self.device)
-        units = (scores_LNK / GATE_UNIT).round_().long().reshape(-1)
-        mass_LE.scatter_add_(0, indices_LNK.reshape(-1), units)
-        self.gate_mass_LE += mass_LE.view_as(self.gate_mass_LE).double() * GATE_UNIT
+        tokens_N = to_device(counted_BS.sum(1)[rows_N], self.device)  # of the token's row
+        self.gate_mass_LE += self._gates(scores_LNK, indices_LNK)
+        self.row_gate_LE += self._gates(scores_LNK / tokens_N[:, None], indices_LNK)
         cells = indices_LNK + local_N[None, :, None] * (self.layers * self.experts)
         counts = torch.zeros(len(pieces_P) * self.layers * self.experts, dtype=torch.int64, device=self.device)
-        counts.scatter_add_(0, cells.reshape(-1), torch.ones_like(units))
+        counts.scatter_add_(0, cells.reshape(-1), torch.ones_like(cells).reshape(-1))
         counts_PLE = counts.view(len(pieces_P), self.layers, self.experts)
         self.counts_LE += counts_PLE.sum(0)
         self.tokens += len(flat_N)
         self._add_documents(documents.tolist(), _summed(counts_PLE, document_of_P, len(documents)), sizes.tolist())
         return _summed(counts_PLE, row_of_P, len(counted_BS)).int()
+
+    def _gates(self, values_LNK: torch.Tensor, cells_LNK: torch.Tensor) -> torch.Tensor:
+        """The sum of the values of each expert, float64 [L, E], in whole units."""
+        mass_LE = torch.zeros(self.layers * self.experts, dtype=torch.int64, device=self.device)
+        mass_LE.scatter_add_(0, cells_LNK.reshape(-1), (values_LNK / GATE_UNIT).round_().long().reshape(-1))
+        return mass_LE.view(self.layers, self.experts).double() * GATE_UNIT
 
     def _add_documents(self, documents: list[int], counts_DLE: torch.Tensor, sizes: list[int]) -> None:
         if self._open is not None and self._open.document == documents[0]:
@@ -181,6 +188,7 @@ class RoutingCounter:
         statistics = RoutingStatistics(
             counts_LE=world.sum_int64(self.counts_LE.cpu().numpy()),
             gate_mass_LE=world.sum_float64(self.gate_mass_LE.cpu().numpy()),
+            row_gate_LE=world.sum_float64(self.row_gate_LE.cpu().numpy()),
             square_LE=square_LE,
             cross_LE=cross_LE,
             square_tokens=int(scalars[0]),

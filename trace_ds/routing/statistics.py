@@ -18,7 +18,7 @@ identical whatever the world size, expert-parallel size, batch size or order.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,8 @@ class RoutingStatistics:
         tokens: int, n = counted (loss-bearing) tokens.
         documents: int, D = documents with at least one counted token.
         top_k: int, K.
+        row_gate_LE: float64, sum over the rows of the mean gate weight of a row's counted tokens; None in what an older
+            version collected.
     """
 
     counts_LE: np.ndarray
@@ -51,6 +53,7 @@ class RoutingStatistics:
     tokens: int
     documents: int
     top_k: int
+    row_gate_LE: np.ndarray | None = None
 
     @property
     def frequency_LE(self) -> np.ndarray:
@@ -76,6 +79,8 @@ class RoutingStatistics:
         tensors = {}
         for item in fields(self):
             value = getattr(self, item.name)
+            if value is None:
+                continue
             tensors[item.name] = value if isinstance(value, np.ndarray) else np.array([value], dtype=np.int64)
         with safetensors_errors(path):
             save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, path)
@@ -86,5 +91,6 @@ class RoutingStatistics:
         values: dict[str, Any] = {
             item.name: tensors[item.name] if item.name.endswith("_LE") else int(tensors[item.name][0])
             for item in fields(cls)
+            if item.name in tensors or item.default is MISSING
         }
         return cls(**values)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from trace_ds.run.log import StageLog
     from trace_ds.unlearning.batches import Batches
     from trace_ds.unlearning.goals import Unlearning
-    from trace_ds.unlearning.realign import Realignment
+    from trace_ds.unlearning.grip import RouterConstraint
     from trace_ds.unlearning.watch import Evaluator
 
 
@@ -149,8 +149,8 @@ def choose_trained(
     layers = moe_decoder_layers(model)
     if settings.seuf is not None:
         assert statistics is not None
-        mass_LE = RoutingStatistics.load(statistics.file("statistics.safetensors")).gate_mass_LE
-        number, chosen = seuf.choose_experts(mass_LE, layers, last, settings.seuf)
+        affinity_LE = RoutingStatistics.load(statistics.file("statistics.safetensors")).row_gate_LE
+        number, chosen = seuf.choose_experts(affinity_LE, layers, last, settings.seuf)
         return {layers[number]: chosen}, (number, chosen)
     if not settings.trainable.selected_experts:
         return None, None
@@ -191,9 +191,9 @@ def unlearn(config: Config, run: RunDirectory, world: World) -> None:
             training = job.training(config, run)
         log_held(settings, job, log.detail)
         batches = world.agree_each(lambda _: make_batches(config, job))
-        engine, realignment = make_engine(config, job, world, batches, log)
+        engine, routers = make_engine(config, job, world, batches, log)
         start = training.restored(world, engine, chosen, log)
-        goal, cursor = make_goal(config, job, world, engine, batches, start.cursor, realignment, log.line)
+        goal, cursor = make_goal(config, job, world, engine, batches, start.cursor, routers, log.line)
         log.detail(
             f"{settings.forget_loss}, {settings.weights} weights by {settings.apply}, alpha {settings.alpha:g}, "
             f"ZeRO stage {settings.zero_stage}, world size {world.size}, expert-parallel size {config.distributed.ep}"
@@ -227,10 +227,10 @@ def _shape(config: Config) -> dict[str, Any]:
 
 def make_engine(
     config: Config, job: UnlearnJob, world: World, batches: Batches, log: StageLog | None = None
-) -> tuple[Any, Realignment | None]:
-    """The training engine with the base model's weights, GRIP installed where it is asked for, and its last word."""
+) -> tuple[Any, RouterConstraint]:
+    """The training engine with the base model's weights, and what GRIP does about its routers (without it, nothing)."""
     from trace_ds.models.routers import meta_model
-    from trace_ds.unlearning import grip
+    from trace_ds.unlearning.grip import Projection, RouterConstraint
     from trace_ds.unlearning.realign import Realignment
     from trace_ds.unlearning.trainable import trained_by
     from trace_ds.unlearning.training_engine import training_engine
@@ -241,12 +241,12 @@ def make_engine(
     accumulation = batches.micro_batches_per_step(world.size)
     engine = training_engine(settings, job.info, world, accumulation, trained, **_shape(config), layers=job.layers)
     if settings.grip is None:
-        return engine, None
+        return engine, RouterConstraint()
     # before anything is restored: it looks at the frozen routers
-    held_bytes = grip.install(engine, batches, world, settings.grip)
-    if log is not None:
-        log.detail(f"GRIP holds {held_bytes:,} bytes of router bases on this rank; fewer grip.tokens take less")
-    return engine, Realignment.asked(engine, batches, world, settings.grip)
+    say = log.detail if log is not None else lambda line: None
+    if settings.grip.method == "realign":
+        return engine, Realignment(engine, batches, world, settings.grip, say)
+    return engine, Projection(engine, batches, world, settings.grip, config.seed, say)
 
 
 def make_goal(
@@ -256,7 +256,7 @@ def make_goal(
     engine: Any,
     batches: Batches,
     cursor: dict[str, Any],
-    realignment: Realignment | None,
+    routers: RouterConstraint,
     say: Callable[[str], None] = lambda line: None,
 ) -> tuple[Unlearning, dict[str, Any]]:
     """What the job trains for, where a checkpoint's ``cursor`` left it, and the cursor with the job's constants."""
@@ -269,7 +269,8 @@ def make_goal(
     shape = {**_shape(config), "seed": config.seed}
     objective, cursor = make_objective(settings, job.info, world, batches, cursor, job.anchored, **shape, say=say)
     weights = world.agree_each(lambda _: make_weights(settings, job.calibration, engine.module, world.device, cursor))
-    return Unlearning(settings, objective, weights, Multiplier.of(settings, cursor), realignment), cursor
+    routers.begin(engine)
+    return Unlearning(settings, objective, weights, Multiplier.of(settings, cursor), routers), cursor
 
 
 def _checked(config: Config, run: RunDirectory, world: World, *, verify: bool) -> list[UnlearnJob]:

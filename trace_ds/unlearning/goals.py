@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,10 +19,10 @@ from trace_ds.models.token_nll import nll, weighted_sum
 from trace_ds.parallel.device import to_device
 from trace_ds.unlearning.batches import CorpusStep, MicroBatch, Step
 from trace_ds.unlearning.forward import HeadRequest, forward
+from trace_ds.unlearning.grip import RouterConstraint
 from trace_ds.unlearning.loss import Losses, Objective
 from trace_ds.unlearning.multiplier import Multiplier
 from trace_ds.unlearning.online_weights import RetainWeights
-from trace_ds.unlearning.realign import Realignment
 
 
 class Goal(Protocol):
@@ -44,6 +44,10 @@ class Goal(Protocol):
 
     def follow(self, sums: np.ndarray, step: Any, losses: dict[str, float]) -> dict[str, float]:
         """Take in the global sums and losses of the step that was just made; returns numbers for the log."""
+        ...
+
+    def after_update(self, engine: Any, step: int) -> None:
+        """After the optimizer step of the 0-based ``step`` (collective)."""
         ...
 
     def finish(self, engine: Any) -> bool:
@@ -70,6 +74,9 @@ class NextToken:
     def follow(self, sums: np.ndarray, step: CorpusStep, losses: dict[str, float]) -> dict[str, float]:
         return {}
 
+    def after_update(self, engine: Any, step: int) -> None:
+        pass
+
     def finish(self, engine: Any) -> bool:
         return False
 
@@ -92,14 +99,14 @@ class Unlearning:
 
     Attributes:
         multiplier: α of the next step.
-        realignment: GRIP's last word on the routers, or None.
+        routers: GRIP, or what does nothing.
     """
 
     settings: UnlearningConfig
     objective: Objective
     weights: RetainWeights
     multiplier: Multiplier
-    realignment: Realignment | None = None
+    routers: RouterConstraint = field(default_factory=RouterConstraint)
 
     @property
     def factors(self) -> dict[str, float]:
@@ -131,10 +138,11 @@ class Unlearning:
         self.multiplier = self.multiplier.after(losses["retain"])
         return told | self.weights.follow(sums, step.forget_tokens, step.retain_tokens)
 
+    def after_update(self, engine: Any, step: int) -> None:
+        self.routers.after_update(engine, step)
+
     def finish(self, engine: Any) -> bool:
-        if self.realignment is not None:
-            self.realignment.apply(engine)
-        return self.realignment is not None
+        return self.routers.finish(engine)
 
     def state(self) -> dict[str, Any]:
         return {**self.multiplier.cursor(), **self.weights.state()}

@@ -1,93 +1,208 @@
-"""GRIP (Zhu et al., arXiv 2601.16905): a router's row may not move along the retain inputs that selected its expert.
+"""GRIP (Zhu et al., arXiv 2601.16905), its method A: each update of a router is projected onto what retain text allows.
 
-Our reading of the router-update projection: for each MoE layer and expert e, U_e is an orthonormal basis of the span of
-up to ``tokens`` inputs of the frozen router, from retain tokens that selected e; the gradient of the row becomes
+What we could read: the abstract, notes on version 1, and a public port of version 3 to another kind of model, which has
+the order of steps and the constants; neither version 3 nor the authors' code. For each MoE layer, x_t are inputs of the
+frozen router at retain tokens, s_t its logits, and of each expert e
 
-    g_e ← g_e − (g_e U_e) U_eᵀ
+    U_e   the right singular vectors with S² > 1e-2 of the inputs that selected e
+    τ_et  the least logit of a selected expert minus e's, of each input that did not select e
 
-It acts on the gradient (so the abstract says); AdamW's scaling by coordinate does not keep the null space exactly.
-Weight decay of the routers is left as configured. The other variant, realigning the routers after training, is
-:mod:`trace_ds.unlearning.realign`.
+After every optimizer step (clipping, moments and weight decay are in it) the update δ of row e becomes
 
-The bases take up to L·E·tokens·D·4 bytes, so the ranks share the experts: a router's gradient is summed over the ranks
-(E × D numbers), and each rank gives back the projected rows of its experts and zeros for the others, which DeepSpeed's
-own sum puts together. The projection is linear, so this is exact.
+    1.  δ ← δ − U_e U_eᵀ δ
+    2.  unless δ·x_t ≤ τ_et − 1e-2 for all t, by randomised Kaczmarz: 100 times draw one of them in proportion to ‖x_t‖²
+        and, where it does not hold, δ ← δ − (δ·x_t − τ_et + 1e-2) x_t / ‖x_t‖²
 
-Shape legend: L MoE layers, E experts, D hidden size, N directions kept, T tokens of a pass, K = top-k.
+and the row is what it was before the step plus δ. So read, the margins are the frozen model's at every step, however
+far the router has come; 2. may leave the null space of 1.; and inputs nearer to a tie than 1e-2 are pushed off it each
+time.
+
+Ours: the inputs (``tokens`` a layer, spread evenly over the retain rows of the first ``steps`` steps); what a token
+selected is what its router said, also where a correction bias or groups had a say, and an expert that was left out
+with a higher logit has no margin to keep; a router that did not move at all stays; a bias that is added to the logits
+is not constrained. The other method is :mod:`trace_ds.unlearning.realign`.
+
+Every rank runs those rows; the layers are shared among the ranks, L·(1 + K)·tokens·D·4 bytes over all of them, and a
+step puts the projected updates together in one all-reduce. Random numbers are a function of seed, step and layer.
+
+Shape legend: L MoE layers, E experts, D hidden size, T inputs, K = top-k, N protected directions, I iterations.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from trace_ds.config.schema import GRIPConfig
+from trace_ds.models import autoep
 from trace_ds.models.routers import find_routers, record_routing, router_weight
-from trace_ds.parallel.world import World
-from trace_ds.unlearning.batches import Batches, MicroBatch
+from trace_ds.parallel.device import to_device
+from trace_ds.parallel.world import World, quiet_deepspeed
+from trace_ds.unlearning.batches import Batches
 from trace_ds.unlearning.forward import forward
+from trace_ds.unlearning.step_rows import GRIP_STREAM, generator
 
-# The inputs, in parts, of each of this rank's experts of a layer.
-Inputs = dict[int, list[torch.Tensor]]
+PROTECTED_SQUARE = 1e-2  # of a singular value
+MARGIN = 1e-2
+ITERATIONS = 100
 
 
-def install(engine: Any, batches: Batches, world: World, settings: GRIPConfig) -> int:
-    """Project the routers' gradients of a training engine that still holds the frozen weights (collective).
+class RouterConstraint:
+    """What the training loop does about the routers; collective, all of it. Made while the engine holds the frozen
+    weights."""
 
-    Every rank runs the same retain rows, those of the first steps, and keeps the inputs of its experts.
+    def begin(self, engine: Any) -> None:
+        """Before the first step of this process, with the weights that it starts from."""
 
-    Returns:
-        Bytes of the bases on this rank.
+    def after_update(self, engine: Any, step: int) -> None:
+        """After the optimizer step of the 0-based ``step``."""
+
+    def finish(self, engine: Any) -> bool:
+        """After the last step; whether that changed the model."""
+        return False
+
+
+@dataclass(frozen=True)
+class LayerConstraints:
+    """What the updates of one router must keep to; see the module's docstring.
+
+    Attributes:
+        inputs_TD: fp32.
+        bases: of each expert its protected directions, fp32 [D, N].
+        limits_ET: float64, τ − 1e-2; infinite where there is no margin to keep.
+        chances_ET: float64, cumulative ‖x‖² of the inputs with a margin.
     """
+
+    inputs_TD: torch.Tensor
+    bases: list[torch.Tensor]
+    limits_ET: torch.Tensor
+    chances_ET: torch.Tensor
+
+    @classmethod
+    def of(cls, inputs_TD: torch.Tensor, logits_TE: torch.Tensor, experts_TK: torch.Tensor) -> LayerConstraints:
+        """From inputs of the frozen router, its logits and the experts that were selected."""
+        selected_TE = torch.zeros_like(logits_TE, dtype=torch.bool).scatter_(1, experts_TK.long(), True)
+        margins_TE = logits_TE.masked_fill(~selected_TE, torch.inf).amin(1, keepdim=True).double() - logits_TE
+        kept_ET = (~selected_TE & (margins_TE >= 0)).T
+        squares_T = inputs_TD.double().square().sum(1)
+        return cls(
+            inputs_TD.float(),
+            [protected(inputs_TD[selected_T]) for selected_T in selected_TE.T],
+            (margins_TE.T - MARGIN).masked_fill(~kept_ET, torch.inf),
+            (kept_ET * squares_T).cumsum(1),
+        )
+
+    @property
+    def held_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in (self.inputs_TD, *self.bases, self.limits_ET, self.chances_ET))
+
+    def project(self, update_ED: torch.Tensor, uniform_EI: torch.Tensor) -> torch.Tensor:
+        """The update that is made instead, float64 [E, D].
+
+        Args:
+            uniform_EI: float64 in [0, 1), which input each iteration draws.
+        """
+        rows = [row - basis @ (basis.T @ row) for row, basis in zip(update_ED.double(), self._bases(), strict=True)]
+        update_ED, inputs_TD = torch.stack(rows), self.inputs_TD.double()
+        broken_E = (update_ED @ inputs_TD.T > self.limits_ET).any(1)
+        if not broken_E.any():
+            return update_ED
+        squares_T = inputs_TD.square().sum(1)
+        places_EI = torch.searchsorted(self.chances_ET, uniform_EI * self.chances_ET[:, -1:], right=True)
+        for place_E in places_EI.clamp(max=len(inputs_TD) - 1).T:
+            drawn_ED = inputs_TD[place_E]
+            over_E = (update_ED * drawn_ED).sum(1) - self.limits_ET.gather(1, place_E[:, None]).squeeze(1)
+            step_E = torch.where(broken_E & (over_E > 0), over_E / squares_T[place_E], 0.0)
+            update_ED = update_ED - step_E[:, None] * drawn_ED
+        return update_ED
+
+    def _bases(self) -> Iterator[torch.Tensor]:
+        return (basis.double() for basis in self.bases)
+
+
+def protected(inputs_TD: torch.Tensor) -> torch.Tensor:
+    """Orthonormal directions that the inputs reach into, fp32 [D, N]."""
+    _, values_N, directions_ND = torch.linalg.svd(inputs_TD.double(), full_matrices=False)
+    return directions_ND[values_N.square() > PROTECTED_SQUARE].T.float().contiguous()
+
+
+class Projection(RouterConstraint):
+    """Method A; ``say`` hears how many bytes this rank holds for it."""
+
+    def __init__(
+        self,
+        engine: Any,
+        batches: Batches,
+        world: World,
+        settings: GRIPConfig,
+        seed: int,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        self._world, self._seed = world, seed
+        logits_of = [_logits(router) for router in find_routers(engine.module)]
+        of_a_pass = -(-settings.tokens // (settings.steps * batches.micro_batches_per_step(1)))
+        parts: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {n: [] for n in own_layers(world, len(logits_of))}
+        for found in retain_inputs(engine, batches, world, settings.steps):
+            for layer in parts:
+                inputs_TD, experts_TK = found[layer]
+                spread = slice(None, None, max(1, len(inputs_TD) // of_a_pass))
+                parts[layer].append((inputs_TD[spread][:of_a_pass].float(), experts_TK[spread][:of_a_pass]))
+        self._layers = {}
+        for layer in list(parts):
+            inputs_TD, experts_TK = (torch.cat(each)[: settings.tokens] for each in zip(*parts.pop(layer), strict=True))
+            self._layers[layer] = LayerConstraints.of(inputs_TD, logits_of[layer](inputs_TD), experts_TK)
+        held_bytes = sum(layer.held_bytes for layer in self._layers.values())
+        say(f"GRIP holds {held_bytes:,} bytes of router inputs on this rank; fewer grip.tokens take less")
+
+    def begin(self, engine: Any) -> None:
+        self._before_LED = masters(engine)
+
+    def after_update(self, engine: Any, step: int) -> None:
+        before_LED, after_LED = self._before_LED, masters(engine)
+        moved_L = (after_LED != before_LED).flatten(1).any(1).tolist()
+        updates_LED = torch.zeros_like(after_LED)
+        for layer, constraints in self._layers.items():
+            if moved_L[layer]:
+                random = generator(self._seed, GRIP_STREAM, step * len(moved_L) + layer)
+                uniform_EI = torch.from_numpy(random.random((after_LED.shape[1], ITERATIONS)))
+                update_ED = after_LED[layer] - before_LED[layer]
+                updates_LED[layer] = constraints.project(update_ED, to_device(uniform_EI, self._world.device))
+        self._world.sum_in_place(updates_LED)
+        self._before_LED = before_LED + updates_LED
+        replace(engine, {layer: self._before_LED[layer] for layer, moved in enumerate(moved_L) if moved}, self._world)
+
+
+def own_layers(world: World, layers: int) -> range:
+    """The MoE layers that this rank works on."""
+    return range(world.rank, layers, world.size)
+
+
+def retain_inputs(
+    engine: Any, batches: Batches, world: World, steps: int
+) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
+    """Of each micro-batch of the first ``steps`` steps, the same on every rank: by layer, the router's inputs [T, D] at
+    the counted retain tokens and the experts [T, K] that it selected (collective)."""
     routers = find_routers(engine.module)
-    inputs_L: list[Inputs] = [{} for _ in routers]
-    for step in range(settings.steps):
-        for micro_batch in batches.at(step, 0, 1).micro_batches:
-            _collect(engine, micro_batch.to(world.device), inputs_L, settings.tokens, world)
-    held_bytes = 0
-    for router, inputs in zip(routers, inputs_L, strict=True):
-        bases = {expert: basis(torch.cat(parts)[: settings.tokens]) for expert, parts in inputs.items()}
-        inputs.clear()
-        held_bytes += sum(basis_DN.numel() * basis_DN.element_size() for basis_DN in bases.values())
-        router_weight(router).register_hook(_projection(bases, world))
-    return held_bytes
-
-
-def basis(inputs_TD: torch.Tensor) -> torch.Tensor:
-    """Orthonormal basis of the span of the inputs, fp32 [D, N], N the numerical rank."""
-    if not len(inputs_TD):
-        return torch.zeros(inputs_TD.shape[1], 0, device=inputs_TD.device)
-    _, values_N, directions_ND = torch.linalg.svd(inputs_TD.float(), full_matrices=False)
-    kept = values_N > values_N[0] * max(inputs_TD.shape) * torch.finfo(torch.float32).eps
-    return directions_ND[kept].T.contiguous()
-
-
-def project(gradient_D: torch.Tensor, basis_DN: torch.Tensor) -> torch.Tensor:
-    """``gradient_D`` without its part in the span of the basis, in its own dtype."""
-    gradient = gradient_D.float()
-    return (gradient - basis_DN @ (basis_DN.T @ gradient)).to(gradient_D.dtype)
-
-
-def _projection(bases: dict[int, torch.Tensor], world: World) -> Any:
-    def hook(gradient_ED: torch.Tensor) -> torch.Tensor:
-        total_ED = gradient_ED
-        if world.size > 1:
-            total_ED = gradient_ED.float().clone()
-            world.sum_in_place(total_ED)
-        mine_ED = torch.zeros_like(total_ED)
-        for expert, basis_DN in bases.items():
-            mine_ED[expert] = project(total_ED[expert], basis_DN)
-        return mine_ED.to(gradient_ED.dtype)
-
-    return hook
+    engine.eval()
+    for step in range(steps):
+        for batch in batches.at(step, 0, 1).micro_batches:
+            retain = slice(batch.forget_rows, None)
+            counted_T = to_device(batch.counted_BS[retain].reshape(-1).nonzero().squeeze(1), world.device)
+            ids_BS = to_device(batch.input_ids_BS[retain], world.device)
+            with _router_inputs(routers) as seen, torch.no_grad(), record_routing(engine.module) as recorder:
+                forward(engine, ids_BS, batch.position_ids_BS[retain], last=True)
+            yield [(inputs_TD[counted_T], recorder.layer(n)[1][counted_T]) for n, inputs_TD in enumerate(seen)]
+    engine.train()
 
 
 @contextlib.contextmanager
-def router_inputs(routers: list[nn.Module]) -> Iterator[list[torch.Tensor]]:
+def _router_inputs(routers: list[nn.Module]) -> Iterator[list[torch.Tensor]]:
     """Collect the inputs [T, D] (detached) of the routers, in the order in which they run, inside the block."""
     seen: list[torch.Tensor] = []
 
@@ -102,19 +217,39 @@ def router_inputs(routers: list[nn.Module]) -> Iterator[list[torch.Tensor]]:
             handle.remove()
 
 
-def _collect(engine: Any, batch: MicroBatch, inputs_L: list[Inputs], tokens: int, world: World) -> None:
-    """Add the inputs of each router to this rank's experts that its retain tokens selected, up to ``tokens`` each."""
-    counted_T = batch.counted_BS[batch.forget_rows :].reshape(-1)
-    routers = find_routers(engine.module)
-    retain = slice(batch.forget_rows, None)
-    with router_inputs(routers) as seen, torch.no_grad(), record_routing(engine.module) as recorder:
-        forward(engine, batch.input_ids_BS[retain], batch.position_ids_BS[retain], last=True)
-    for layer, (inputs_TD, inputs) in enumerate(zip(seen, inputs_L, strict=True)):
-        scores, indices_TK = recorder.layer(layer)
-        experts = getattr(routers[layer], "num_experts", scores.shape[-1])
-        for expert in range(world.rank, experts, world.size):
-            parts = inputs.setdefault(expert, [inputs_TD[:0]])
-            have = sum(len(part) for part in parts)
-            if have < tokens:
-                chosen_T = (indices_TK == expert).any(dim=1) & counted_T
-                parts.append(inputs_TD[chosen_T][: tokens - have])
+def _logits(router: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The logits [T, E] of inputs [T, D] in fp32, as the router's weights are now (collective)."""
+    layer: Any = router.gate if autoep.is_router(router) else router
+    parameters = [layer.weight, *([layer.bias] if getattr(layer, "bias", None) is not None else [])]
+    with quiet_deepspeed().zero.GatheredParameters(parameters, enabled=hasattr(parameters[0], "ds_id")):
+        copies = [parameter.detach().float().clone() for parameter in parameters]
+    return lambda inputs_TD: functional.linear(inputs_TD.float(), *copies)
+
+
+def router_weights(engine: Any) -> list[Any]:
+    return [router_weight(router) for router in find_routers(engine.module)]
+
+
+def masters(engine: Any) -> torch.Tensor:
+    """The optimizer's fp32 weights of all routers [L, E, D], whole on every rank (collective)."""
+    read = quiet_deepspeed().utils.safe_get_full_fp32_param
+    return torch.stack([read(weight).detach().clone() for weight in router_weights(engine)])
+
+
+def replace(engine: Any, values: dict[int, torch.Tensor], world: World) -> None:
+    """Set routers, in the model and in the optimizer, to fp32 ``values`` [E, D] by layer, the same on all ranks
+    (collective)."""
+    zero, utils = quiet_deepspeed().zero, quiet_deepspeed().utils
+    weights = {layer: router_weights(engine)[layer] for layer in values}
+    partitioned = any(hasattr(weight, "ds_id") for weight in weights.values())
+    with torch.no_grad(), zero.GatheredParameters(list(weights.values()), modifier_rank=0, enabled=partitioned):
+        for layer, weight in weights.items():
+            weight.data.copy_(values[layer])
+    for layer, weight in weights.items():
+        if partitioned:
+            size = weight.ds_tensor.numel()  # a rank's share; the last one is padded
+            flat = values[layer].flatten()
+            shares = functional.pad(flat, (0, size * world.size - len(flat))).view(world.size, size)
+            utils.safe_set_local_fp32_param(weight, shares[world.rank])
+        else:
+            utils.safe_set_full_fp32_param(weight, values[layer])

@@ -240,6 +240,7 @@ def run_step(
             f"the gradient is not finite in step {step + 1} (the loss is); nothing of the step is saved and the "
             "last checkpoint stands; lower the weights of the losses"
         )
+    goal.after_update(engine, step)
     followed = goal.follow(np.array(known), data, losses)
     return {
         **{f"loss_{name}": value for name, value in losses.items()},

@@ -1,120 +1,93 @@
-"""GRIP's other variant (Zhu et al., arXiv 2601.16905): realign the routers after training.
+"""GRIP's method B (Zhu et al., arXiv 2601.16905): realign the routers once, after training.
 
-Only the idea is public ("ridge-realign the routers afterwards"); the rest is our reading. On the retain tokens of the
-first ``steps`` steps, z_t are the logits of the frozen router and x_t the inputs of the router in the trained model.
-Layer by layer from below, since each realigned router changes the inputs of those above, the trained weights W become
+Sources as for :mod:`trace_ds.unlearning.grip`. On retain tokens, Z are the scores of the frozen router on its own
+inputs and X̃ the inputs of the router in the trained model, of all layers from one pass, before any is corrected. A
+layer's weights become
 
-    W + argmin_Δ Σ_t ‖(W + Δ) x_t − z_t‖² + λ m ‖Δ‖² = W + (Σ r_t x_tᵀ)(Σ x_t x_tᵀ + λ m I)⁻¹,    r_t = z_t − W x_t
+    W = Z X̃ᵀ (X̃ X̃ᵀ + λ I)⁻¹,    λ = 1e-6
 
-with m the mean eigenvalue of Σ x_t x_tᵀ: where retain tokens say nothing, the trained router stays. The sums are
-streamed in float64 and taken over all ranks, so every rank solves the same equations. A router that training did not
-move (one that is held) is left alone. It costs a pass over those rows for each MoE layer, up to that layer, after the
-last step; the rows' frozen logits (L·T·E·4 bytes over all ranks) wait in host memory.
+where the cosine between Z and W X̃, over all tokens and experts at once, is at least .95; elsewhere the layer stays as
+it was trained. Nothing pulls W to the trained weights: where the tokens say nothing it is 0, so there have to be many
+more of them than D.
+
+Ours: the tokens are all counted retain tokens of the first ``steps`` steps; scores are without a bias that is added to
+them; a router that training did not move stays. Only sums over tokens are kept, in float64, from which the cosine
+follows too. Every rank runs the rows; the layers are shared among the ranks: over all of them the frozen scores
+(L·T·E·4 bytes) wait in host memory, and the sums take L·D·(D + E)·8 on the devices at the end.
 
 Shape legend: L MoE layers, E experts, D hidden size, T counted retain tokens of a micro-batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from trace_ds.config.schema import GRIPConfig
-from trace_ds.models.routers import find_routers, moe_decoder_layers, router_weight
-from trace_ds.parallel.world import World, quiet_deepspeed
-from trace_ds.unlearning.batches import Batches, MicroBatch
-from trace_ds.unlearning.forward import forward
-from trace_ds.unlearning.grip import router_inputs
+from trace_ds.parallel.world import World
+from trace_ds.unlearning.batches import Batches
+from trace_ds.unlearning.grip import RouterConstraint, masters, own_layers, replace, retain_inputs
+
+RIDGE = 1e-6
+ACCEPTED_COSINE = 0.95
 
 
-class Realignment:
-    """The frozen routers' logits and weights, recorded from a training engine that still holds them (collective)."""
+class Sums:
+    """What a layer's new weights follow from: X̃ X̃ᵀ [D, D], Z X̃ᵀ [E, D] and ‖Z‖², float64."""
 
-    def __init__(self, engine: Any, batches: Batches, world: World, settings: GRIPConfig) -> None:
-        self._batches, self._world, self._settings = batches, world, settings
-        routers = find_routers(engine.module)
-        self._frozen_L = [_whole(router_weight(router)).cpu() for router in routers]
-        self._logits: list[list[torch.Tensor]] = []  # by micro-batch and layer, fp32 [T, E] on the CPU
-        for batch in self._micro_batches():
-            with router_inputs(routers) as seen, torch.no_grad():
-                _run(engine, batch, last=True)
-            counted_T = _counted(batch)
-            self._logits.append(
-                [
-                    (inputs_TD[counted_T].float() @ frozen_ED.to(inputs_TD.device).float().T).cpu()
-                    for inputs_TD, frozen_ED in zip(seen, self._frozen_L, strict=True)
-                ]
-            )
+    def __init__(self, experts: int, hidden: int, device: torch.device) -> None:
+        self.gram_DD = torch.zeros(hidden, hidden, dtype=torch.float64, device=device)
+        self.cross_ED = torch.zeros(experts, hidden, dtype=torch.float64, device=device)
+        self.square = torch.zeros((), dtype=torch.float64, device=device)
 
-    @classmethod
-    def asked(cls, engine: Any, batches: Batches, world: World, settings: GRIPConfig) -> Realignment | None:
-        """The realignment where the settings ask for it."""
-        return cls(engine, batches, world, settings) if settings.realign else None
+    def add(self, inputs_TD: torch.Tensor, scores_TE: torch.Tensor) -> None:
+        inputs_TD, scores_TE = inputs_TD.double(), scores_TE.double()
+        self.gram_DD += inputs_TD.T @ inputs_TD
+        self.cross_ED += scores_TE.T @ inputs_TD
+        self.square += scores_TE.square().sum()
 
-    def apply(self, engine: Any) -> int:
-        """Realign the routers of the trained engine (collective); how many there were to realign."""
-        engine.eval()
-        done = 0
-        routers, layers = find_routers(engine.module), moe_decoder_layers(engine.module)
-        for number, (router, decoder_layer) in enumerate(zip(routers, layers, strict=True)):
-            weight = router_weight(router)
-            trained_ED = _whole(weight)
-            if torch.equal(trained_ED.cpu(), self._frozen_L[number]):
-                continue
-            gram_DD, cross_ED = self._sums(engine, number, decoder_layer, trained_ED.double())
-            gram_DD.diagonal().add_(self._settings.ridge * gram_DD.trace() / len(gram_DD))
-            _replace(weight, trained_ED.double() + torch.linalg.solve(gram_DD, cross_ED.T).T)
-            done += 1
-        engine.train()
-        return done
-
-    def _sums(
-        self, engine: Any, number: int, decoder_layer: int, trained_ED: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(Σ x xᵀ [D, D], Σ r xᵀ [E, D]) of a layer over the tokens of all ranks, float64."""
-        experts, hidden = trained_ED.shape
-        sums = torch.zeros(hidden + experts, hidden, dtype=torch.float64, device=trained_ED.device)
-        router = find_routers(engine.module)[number]
-        for batch, logits_L in zip(self._micro_batches(), self._logits, strict=True):
-            with router_inputs([router]) as seen, torch.no_grad():
-                _run(engine, batch, layer=decoder_layer)
-            inputs_TD = seen[0][_counted(batch)].double()
-            rest_TE = logits_L[number].to(inputs_TD) - inputs_TD @ trained_ED.T
-            sums[:hidden] += inputs_TD.T @ inputs_TD
-            sums[hidden:] += rest_TE.T @ inputs_TD
-        self._world.sum_in_place(sums)
-        return sums[:hidden], sums[hidden:]
-
-    def _micro_batches(self) -> Iterator[MicroBatch]:
-        for step in range(self._settings.steps):
-            for batch in self._batches.at(step, self._world.rank, self._world.size).micro_batches:
-                yield batch.to(self._world.device)
+    def solve(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(weights [E, D], cosine between the scores that they give and the frozen ones)."""
+        ridged_DD = self.gram_DD + RIDGE * torch.eye(len(self.gram_DD), dtype=torch.float64, device=self.square.device)
+        weights_ED = torch.linalg.solve(ridged_DD, self.cross_ED.T).T
+        length = (weights_ED @ self.gram_DD * weights_ED).sum().sqrt()
+        return weights_ED, (weights_ED * self.cross_ED).sum() / (length * self.square.sqrt())
 
 
-def _run(engine: Any, batch: MicroBatch, **wanted: Any) -> None:
-    retain = slice(batch.forget_rows, None)
-    forward(engine, batch.input_ids_BS[retain], batch.position_ids_BS[retain], **wanted)
+class Realignment(RouterConstraint):
+    """Method B; ``say`` hears which routers were accepted."""
 
+    def __init__(
+        self, engine: Any, batches: Batches, world: World, settings: GRIPConfig, say: Callable[[str], None]
+    ) -> None:
+        self._batches, self._world, self._steps, self._say = batches, world, settings.steps, say
+        self._frozen_LED = masters(engine)
+        self._own = own_layers(world, len(self._frozen_LED))
+        self._scores = [  # by micro-batch and own layer, fp32 [T, E] on the CPU
+            {layer: (found[layer][0].float() @ self._frozen_LED[layer].T).cpu() for layer in self._own}
+            for found in retain_inputs(engine, batches, world, self._steps)
+        ]
 
-def _counted(batch: MicroBatch) -> torch.Tensor:
-    return batch.counted_BS[batch.forget_rows :].reshape(-1)
-
-
-def _whole(weight: Any) -> torch.Tensor:
-    """A copy of a router's weight, gathered where ZeRO partitions it (collective)."""
-    with quiet_deepspeed().zero.GatheredParameters([weight], enabled=hasattr(weight, "ds_id")):
-        return weight.detach().clone()
-
-
-def _replace(weight: Any, value_ED: torch.Tensor) -> None:
-    """Set a trained parameter and its fp32 copy in the optimizer (collective); the value is the same on all ranks."""
-    zero, utils = quiet_deepspeed().zero, quiet_deepspeed().utils
-    partitioned = hasattr(weight, "ds_id")
-    with torch.no_grad(), zero.GatheredParameters([weight], modifier_rank=0, enabled=partitioned):
-        weight.data.copy_(value_ED)
-    if partitioned:
-        utils.safe_set_local_fp32_param(weight, weight.ds_tensor.data.float())
-    else:
-        utils.safe_set_full_fp32_param(weight, weight.data.float())
+    def finish(self, engine: Any) -> bool:
+        trained_LED = masters(engine)
+        layers, experts, hidden = trained_LED.shape
+        moved_L = (trained_LED != self._frozen_LED).flatten(1).any(1).tolist()
+        sums = {n: Sums(experts, hidden, trained_LED.device) for n in self._own if moved_L[n]}
+        found_of_all = retain_inputs(engine, self._batches, self._world, self._steps)
+        for found, scores in zip(found_of_all, self._scores, strict=True):
+            for layer, of_layer in sums.items():
+                of_layer.add(found[layer][0], scores[layer].to(trained_LED.device))
+        realigned_LED, cosine_L = torch.zeros_like(trained_LED), trained_LED.new_zeros(layers)
+        for layer, of_layer in sums.items():
+            realigned_LED[layer], cosine_L[layer] = of_layer.solve()
+        self._world.sum_in_place(realigned_LED)
+        self._world.sum_in_place(cosine_L)
+        accepted = [n for n, cosine in enumerate(cosine_L.tolist()) if moved_L[n] and cosine >= ACCEPTED_COSINE]
+        replace(engine, {layer: realigned_LED[layer] for layer in accepted}, self._world)
+        told = ", ".join(f"{cosine:.3f}" for cosine, moved in zip(cosine_L.tolist(), moved_L, strict=True) if moved)
+        self._say(
+            f"GRIP realigned {len(accepted)} of {sum(moved_L)} routers that moved; cosines of their scores: {told}"
+        )
+        return bool(accepted)

@@ -1,11 +1,14 @@
 """SEUF (Zhuang et al., *Is Unlearning One Expert Enough for Mixture-of-Experts LLMs?*, arXiv 2411.18797): train one
 expert and its router, and anchor the router on that expert. It goes with any forget and retain loss.
 
-Our reading. Affinity of an expert: its mean gate weight over the counted forget tokens of the frozen model (0 where it
-is not selected), from ``collect``'s statistics. The layer is the one that holds the expert of the highest affinity,
-unless it is given; its M experts of highest affinity are trained, with the layer's router. The anchor
-‖g_t − a‖², with g the router's softmax over all E experts and a 1 for the chosen experts and 0 elsewhere, is averaged
-over the counted forget tokens and added to the loss with weight ``anchor``.
+As published, as far as we could read (abstract, reviews and what others say of it; the authors' code is not public):
+the affinity of an expert is its mean gate weight over the tokens of a forget sequence, averaged over the sequences; the
+M = 1 expert of the highest affinity is trained with its layer's router, and nothing else; the anchor ‖g − a‖², with a 1
+for that expert and 0 elsewhere, is added with weight 1; learning rate 1e-4.
+
+Ours: a sequence is a row, its tokens are the counted ones, a gate weight is 0 where the expert was not selected (all
+from ``collect``'s statistics of the frozen model); the layer is the one that holds the expert of the highest affinity,
+unless it is given; g is the router's softmax over all E experts, and the anchor is the mean over counted forget tokens.
 """
 
 from __future__ import annotations
@@ -41,15 +44,21 @@ class Anchor:
 
 
 def choose_experts(
-    gate_mass_LE: np.ndarray, decoder_layers: list[int], last_layer: int | None, settings: SEUFConfig
+    affinity_LE: np.ndarray | None, decoder_layers: list[int], last_layer: int | None, settings: SEUFConfig
 ) -> tuple[int, tuple[int, ...]]:
     """(MoE layer, its experts of highest affinity), ties to the lower number.
 
     Args:
-        gate_mass_LE: gate weight of each expert summed over the counted forget tokens.
+        affinity_LE: of each expert, up to a factor; None where the statistics do not have it.
         decoder_layers: the decoder layer of each MoE layer.
         last_layer: decoder layer at which the losses end, None when all run.
     """
+    if affinity_LE is None:
+        what, where = (
+            "an older version collected the statistics, without the gate weights of each row",
+            "unlearning.seuf",
+        )
+        raise UserError(what, where, "delete them and make them again with `trace-ds collect CONFIG`")
     usable = [
         number
         for number, layer in enumerate(decoder_layers)
@@ -59,12 +68,12 @@ def choose_experts(
         raise UserError(
             f"layer {settings.layer} is no MoE layer that the losses reach", "unlearning.seuf.layer", "choose another"
         )
-    if settings.experts > gate_mass_LE.shape[1]:
+    if settings.experts > affinity_LE.shape[1]:
         raise UserError(
-            f"{settings.experts} experts of {gate_mass_LE.shape[1]}", "unlearning.seuf.experts", "ask for fewer"
+            f"{settings.experts} experts of {affinity_LE.shape[1]}", "unlearning.seuf.experts", "ask for fewer"
         )
-    layer = max(usable, key=lambda number: (gate_mass_LE[number].max(), -number))
-    order = np.argsort(-gate_mass_LE[layer], kind="stable")[: settings.experts]
+    layer = max(usable, key=lambda number: (affinity_LE[number].max(), -number))
+    order = np.argsort(-affinity_LE[layer], kind="stable")[: settings.experts]
     return layer, tuple(sorted(int(expert) for expert in order))
 
 

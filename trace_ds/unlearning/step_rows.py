@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-FORGET_STREAM, RETAIN_STREAM, CORPUS_STREAM = 1, 2, 3
+FORGET_STREAM, RETAIN_STREAM, CORPUS_STREAM, GRIP_STREAM = 1, 2, 3, 4
 
 
 def generator(seed: int, stream: int, counter: int) -> np.random.Generator:
