@@ -158,7 +158,12 @@ class Projection(RouterConstraint):
             inputs_TD, experts_TK = (torch.cat(each)[: settings.tokens] for each in zip(*parts.pop(layer), strict=True))
             self._layers[layer] = LayerConstraints.of(inputs_TD, logits_of[layer](inputs_TD), experts_TK)
         held_bytes = sum(layer.held_bytes for layer in self._layers.values())
-        say(f"GRIP holds {held_bytes:,} bytes of router inputs on this rank; fewer grip.tokens take less")
+        bases = [basis for layer in self._layers.values() for basis in layer.bases]
+        fixed = sum(basis.shape[0] == basis.shape[1] for basis in bases)
+        say(
+            f"GRIP holds {held_bytes:,} bytes of router inputs here; for {fixed} of its {len(bases)} router rows "
+            "what selected them spans everything, so that only margins can move them; fewer grip.tokens change both"
+        )
 
     def begin(self, engine: Any) -> None:
         self._before_LED = masters(engine)
