@@ -47,7 +47,7 @@ OTHERS = {
 AFTER = ["forget_loss=graddiff", "optimizer.weight_decay=0.5"]
 ROUTERS = {
     "grip": [*AFTER, "grip={tokens: 25, steps: 2}", "optimizer.lr=0.3"],
-    "grip_realign": [*AFTER, "grip={method: realign, steps: 3}", "optimizer.lr=0.065"],
+    "grip_realign": [*AFTER, "grip={method: realign, steps: 3}", "optimizer.lr=0.05"],
 }
 SHAPES = [
     (1, 1, 3, OBJECTIVES),

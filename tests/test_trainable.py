@@ -257,8 +257,8 @@ def test_grip_goes_on_bitwise_and_realigns_at_an_early_end(
 ) -> None:
     """What it computes is compared with a reference in test_objective_jobs."""
     config, prepared = calibrated
-    base = ["unlearning.forget_loss=graddiff", DECAY, "unlearning.optimizer.lr=0.03", "distributed.ep=2"]
-    project = [*base, "unlearning.grip={tokens: 24, steps: 2}", "unlearning.zero_stage=1"]
+    base = [*GRADIENT_LIKE, "unlearning.forget_loss=graddiff", "unlearning.optimizer.lr=0.03", "distributed.ep=2"]
+    project = [*base, DECAY, "unlearning.grip={tokens: 24, steps: 2}", "unlearning.zero_stage=1"]
     looked = ["unlearning.evaluate.every=3", "unlearning.evaluate.rows=16"]
     realign = [*base, "unlearning.grip={method: realign, steps: 2}", *looked, "unlearning.steps=3"]
     early = [*realign, "unlearning.steps=9", "unlearning.evaluate.target_forget_nll=0.01"]
@@ -279,9 +279,9 @@ def test_grip_goes_on_bitwise_and_realigns_at_an_early_end(
     weights = {
         name: weights_of(tmp_path / name, 3, tmp_path / f"{name}-model") for name in ("plain", "realigned", "early")
     }
-    for name, value in weights["plain"].items():
-        assert np.array_equal(value, weights["realigned"][name]) != name.endswith("gate.weight"), name
-        assert np.array_equal(weights["early"][name], weights["realigned"][name]), name
+    assert all(np.array_equal(weights["early"][name], value) for name, value in weights["realigned"].items())
+    moved = {name for name, value in weights["plain"].items() if not np.array_equal(value, weights["realigned"][name])}
+    assert moved == {name for name in weights["plain"] if name.endswith("gate.weight")}  # all three were accepted
     overlap = {}
     for name in weights:
         lines = [json.loads(line) for line in (tmp_path / name / "logs" / "unlearn.jsonl").read_text().splitlines()]
