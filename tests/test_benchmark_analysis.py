@@ -15,9 +15,8 @@ from trace_ds.config.schema import Config
 from trace_ds.errors import UserError
 from trace_ds.reporting.matched import matched
 from trace_ds.studies import analysis, run_list
-from trace_ds.studies.analysis import Curve
+from trace_ds.studies.analysis import Curve, choices
 from trace_ds.studies.result_table import show
-from trace_ds.studies.study import choices
 
 ALPHA, LR = "unlearning.alpha", "unlearning.optimizer.lr"
 

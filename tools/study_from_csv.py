@@ -26,14 +26,16 @@ from trace_ds.config.load import load_config
 from trace_ds.config.schema import Config
 from trace_ds.reporting.matched import matched
 from trace_ds.studies import run_list
-from trace_ds.studies.analysis import Curve, compare
-from trace_ds.studies.study import choices
+from trace_ds.studies.analysis import Curve, choices, compare
 
 
 def read_curves(config: Config, path: Path, target: float) -> list[Curve]:
     """The curves in a ``frontier.csv`` of the recipe's runs."""
     bench = run_list.require_bench(config, "bench")
-    trials = {(str(t.seed), t.loss, t.method, run_list.label(t.point)): t for t in run_list.trials_of(bench)}
+    trials = {
+        (str(t.seed), t.loss, t.method, run_list.label(t.point)): t
+        for t in run_list.grid_trials(bench, [*(bench.screening or []), *bench.seeds])
+    }
     lines: dict[tuple[str, ...], list[dict[str, str]]] = defaultdict(list)
     with path.open(encoding="utf-8", newline="") as handle:
         for line in csv.DictReader(handle):

@@ -36,9 +36,17 @@ class UserError(Exception):
 
 
 class JobFailed(RuntimeError):
-    """The computation itself went wrong (a loss that is not finite, a collapsing model): one line; exit status 1."""
+    """The computation itself went wrong (a loss that is not finite, a collapsing model): one line; exit status 1.
+
+    Args:
+        step: the training step after which the model was of no use, when that is what went wrong.
+    """
 
     exit_status = 1
+
+    def __init__(self, what: str, step: int | None = None) -> None:
+        self.step = step
+        super().__init__(what)
 
 
 class StopRequested(Exception):

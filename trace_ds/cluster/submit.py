@@ -36,7 +36,7 @@ from trace_ds.run.files import write_json
 from trace_ds.stages.pipeline import Request, check_early
 from trace_ds.tensors.model_files import read_model_directory
 
-SCRIPTS = ("chain.sh", "collect_stats.sh", "common.sh", "single_stage.sh", "unlearn_mixtral.sh")
+SCRIPTS = ("chain.sh", "collect_stats.sh", "common.sh", "single_stage.sh", "study.sh", "unlearn_mixtral.sh")
 WHOLE_RUN, CHAIN = "unlearn_mixtral.sh", "chain.sh"
 
 
@@ -87,7 +87,7 @@ def submit_run(request: Request, cluster: Cluster, *, chain: bool, dry_run: bool
     with tempfile.TemporaryDirectory() as temporary:
         draft = Path(temporary) / "submission"
         render(request, draft)
-        variables = _environment(draft, run_dir, cluster, request.config)
+        variables = _run_environment(draft, run_dir, cluster, request.config)
         lines = {
             stages: line.replace(str(draft), shlex.quote(str(folder)))
             for stages, line in command_lines(draft, run_dir, cluster, variables, whole).items()
@@ -105,7 +105,7 @@ def submit_run(request: Request, cluster: Cluster, *, chain: bool, dry_run: bool
         except OSError as error:
             raise unwritable(run_dir, error) from None
     try:
-        jobs = start(folder, run_dir, cluster, _environment(folder, run_dir, cluster, request.config), whole)
+        jobs = start(folder, run_dir, cluster, _run_environment(folder, run_dir, cluster, request.config), whole)
     except UserError:
         with contextlib.suppress(OSError):
             (run_dir / "logs").rmdir()
@@ -161,18 +161,18 @@ def command_lines(
     """
     if whole:
         return {whole: shlex.join(_sbatch(folder, run_dir, cluster))}
-    found = _run(_chain(folder, run_dir), variables | {"TRACE_DS_DRY_RUN": "1"}, folder.parent)
+    found = run_command(_chain(folder, run_dir), variables | {"TRACE_DS_DRY_RUN": "1"}, folder.parent)
     return dict(line.split(": ", 1) for line in found.splitlines())
 
 
 def start(folder: Path, run_dir: Path, cluster: Cluster, variables: dict[str, str], whole: str) -> dict[str, str]:
     """Submit what :func:`render` wrote; {stages: job id}."""
     if not whole:
-        found = _run(_chain(folder, run_dir), variables, Path.cwd())
+        found = run_command(_chain(folder, run_dir), variables, Path.cwd())
         return dict(line.split(": ", 1) for line in found.splitlines())
     # sbatch reads SBATCH_* from its environment: the site file's, which only a shell can read
     with_site = ["bash", "-c", '[[ ! -e $0 ]] || source "$0"; exec "$@"', str(folder / "slurm" / "site.env")]
-    found = _run([*with_site, *_sbatch(folder, run_dir, cluster)], variables, Path.cwd())
+    found = run_command([*with_site, *_sbatch(folder, run_dir, cluster)], variables, Path.cwd())
     return {whole: found.strip().split(";")[0]}
 
 
@@ -200,28 +200,30 @@ def _chain(folder: Path, run_dir: Path) -> list[str]:
     return ["bash", str(folder / "slurm" / CHAIN), str(folder / "config.yaml"), "--run-dir", str(run_dir)]
 
 
-def _environment(folder: Path, run_dir: Path, cluster: Cluster, config: Config) -> dict[str, str]:
-    """What the scripts read; the site file's own exports win where both say something."""
+def _run_environment(folder: Path, run_dir: Path, cluster: Cluster, config: Config) -> dict[str, str]:
+    """What the scripts of a run read."""
+    weights_bytes = read_model_directory(config.model.path).parameters * DTYPE_BYTES[config.model.dtype]
+    needed = max(evaluation_gpus(config, weights_bytes, cluster.gpu_memory_gb), config.evaluation.nproc)
+    gpus = min(needed, cluster.gpus_per_node)
+    found = {"TRACE_DS_EVALUATE_SBATCH": f"--gpus-per-node={gpus}"} | environment(folder, run_dir, cluster)
+    return found | {"TRACE_DS_FINETUNE": "1" if config.finetune is not None else ""}
+
+
+def environment(folder: Path, run_dir: Path, cluster: Cluster) -> dict[str, str]:
+    """What every script reads; the site file's own exports win where both say something."""
     ours = {
         "TRACE_DS_HOME": str(folder),
         "TRACE_DS_GPU_SBATCH": " ".join(cluster.shape),
         "TRACE_DS_ALL_SBATCH": cluster.options,
-        "TRACE_DS_FINETUNE": "1" if config.finetune is not None else "",
     }
-    weights_bytes = read_model_directory(config.model.path).parameters * DTYPE_BYTES[config.model.dtype]
-    needed = max(evaluation_gpus(config, weights_bytes, cluster.gpu_memory_gb), config.evaluation.nproc)
-    gpus = min(needed, cluster.gpus_per_node)
-    defaults = {
-        "SBATCH_OUTPUT": str(run_dir / "logs" / "%x-%j.log"),
-        "TRACE_DS_EVALUATE_SBATCH": f"--gpus-per-node={gpus}",
-    }
+    defaults = {"SBATCH_OUTPUT": str(run_dir / "logs" / "%x-%j.log")}
     if sys.prefix != sys.base_prefix:
         defaults["TRACE_DS_VENV"] = sys.prefix  # the jobs use the environment that submits them
     kept = {name: value for name, value in os.environ.items() if name not in ("TRACE_DS_SITE", "RUN_DIR")}
     return defaults | kept | ours
 
 
-def _run(command: list[str], environment: dict[str, str], folder: Path) -> str:
+def run_command(command: list[str], environment: dict[str, str], folder: Path) -> str:
     done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode:
         said = " ".join(line.removeprefix("sbatch: error: ") for line in done.stderr.strip().splitlines())

@@ -425,6 +425,12 @@ class EvaluateConfig(Section):
         description="Names of evaluation.tasks that are scored as well, on the model as it is being trained: the job's "
         "forgetting-utility curve, without a kept checkpoint. Each costs what it costs in evaluate, at every look.",
     )
+    at_end: list[str] = Field(default_factory=list, description="Those of the tasks that the last look alone scores.")
+    curve_only: bool = Field(
+        False,
+        description="The curve is all that is wanted, as in a study: RUN/curve.json, without step 0, is what the job "
+        "leaves, also of a model that breaks down on the way; its checkpoints, which are there to go on from, go.",
+    )
     target_forget_nll: Number | None = Field(
         None,
         gt=0,
@@ -720,6 +726,9 @@ class EvaluationConfig(Section):
         description="Further models scored beside the original and the unlearned one, for example {gold: PATH}; "
         "directories, or names on the hub.",
     )
+    references_only: bool = Field(
+        False, description="Score the original and these models alone, which needs no unlearned one."
+    )
     retrained: str = Field(
         "gold", description="Which of the models was trained without the forget set: PrivLeak is measured against it."
     )
@@ -748,13 +757,19 @@ class ReportConfig(Section):
 class BenchConfig(Section):
     """A study: forget losses x methods x a grid of strengths x seeds, compared at matched forgetting.
 
-    Every run is one process; the recipe's own values of the grid's keys are the point all methods share.
+    Every run is a job of `trace-ds unlearn`; the recipe's own values of the grid's keys are the point that all share.
     """
 
     regime: Literal["standard", "scarce", "absent", "entangled"] | None = Field(
         None, description="Make the demo's inputs of this regime for every seed; null: the recipe names its own."
     )
     seeds: list[Seed] = Field(default_factory=lambda: [0, 1, 2, 3, 4, 5], min_length=2)
+    screening: list[Seed] | None = Field(
+        None,
+        min_length=1,
+        description="Seeds on which the grid is tried; on `seeds`, which are others, only what was best there (and the "
+        "recipe's own point) is run and told. null: the grid is tried on `seeds`, each fold choosing for the other.",
+    )
     baseline: str = Field("uniform", description="The method all others are compared with.")
     methods: dict[Name, dict[str, Any]] = Field(description="Name -> {dotted.key: value}.", min_length=2)
     losses: dict[Name, dict[str, Any]] = Field(
@@ -784,6 +799,8 @@ class BenchConfig(Section):
             raise ValueError(f"the baseline {self.baseline!r} is not among the methods {', '.join(self.methods)}")
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError("seeds holds one number twice")
+        if both := sorted(set(self.seeds) & set(self.screening or ())):
+            raise ValueError(f"seed {both[0]} is among screening and seeds: strengths are confirmed on other seeds")
         known = {*self.methods, *self.losses, *(f"{a} {b}" for a in self.losses for b in self.methods)}
         for name in self.grids:
             if name not in known:
@@ -851,6 +868,7 @@ class Config(Section):
         evaluate, guards = self.unlearning.evaluate, self.unlearning.guards
         for key, value in (
             ("evaluate.tasks", evaluate.tasks or None),
+            ("evaluate.curve_only", evaluate.curve_only or None),
             ("evaluate.target_forget_nll", evaluate.target_forget_nll),
             ("guards.max_retain_ratio", guards.max_retain_ratio),
             ("guards.min_retain_overlap", guards.min_retain_overlap),
@@ -864,6 +882,9 @@ class Config(Section):
                     f"unlearning.evaluate.tasks names {name!r}, which is not among evaluation.tasks "
                     f"({', '.join(names) or 'there are none'})"
                 )
+        for name in evaluate.at_end:
+            if name not in evaluate.tasks:
+                raise ValueError(f"unlearning.evaluate.at_end names {name!r}, which is not among its tasks")
         if self.evaluation.relearning is not None and self.evaluation.zero_stage == 3:
             raise ValueError(
                 "evaluation.relearning trains the model, of which each process would hold a part of every weight: set "

@@ -62,11 +62,13 @@ def find_subjects(
         UserError: a model directory is missing or damaged.
     """
     named = named_models(original, settings)
+    subjects = [Subject(name, path, model_fingerprint(path)) for name, path in named.items()]
+    if settings.references_only:
+        return subjects, []
     if not run.model.is_dir():
         raise UserError(
             "there is no unlearned model here", str(run.model), "make it with `trace-ds unlearn` and `trace-ds convert`"
         )
-    subjects = [Subject(name, path, model_fingerprint(path)) for name, path in named.items()]
     problems: list[str] = []
     if settings.checkpoints:
         steps, problems = complete_steps(run.checkpoints)

@@ -216,6 +216,11 @@ def join(threads: int, timeout_minutes: float, *, on_cpu: bool = False) -> World
     return World(dist.get_rank(), dist.get_world_size(), device)
 
 
+def is_joined() -> bool:
+    """Whether this process is in a group."""
+    return dist.is_initialized()
+
+
 def check_local_processes(accelerators: int, environment: Mapping[str, str] = os.environ) -> None:
     """Refuse more processes on this machine than each of them sees accelerators, one line a machine."""
     rank, size = local_rank_and_size(environment)

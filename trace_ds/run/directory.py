@@ -20,6 +20,11 @@ LOCK_RETRY_S = 3.0
 LOCK_NAME = ".lock"
 INPUTS_LOCK_NAME = ".inputs.lock"  # of data and statistics: the jobs of variants share it
 VARIANTS = "variants"
+TRIALS, CALIBRATED = (
+    "trials",
+    "calibrated",
+)  # of a study's base model: RUN/trials/LOSS/METHOD/POINT, RUN/calibrated/NAME
+SHARING = {VARIANTS: 0, CALIBRATED: 0, TRIALS: 2}  # folders of a run whose runs share its data, and how deep these lie
 FINETUNE = "finetune"
 SIDES = ("forget", "retain", "alternative")
 STAGE_LOGS = ("prepare", "finetune", "collect", "calibrate", "unlearn", "convert", "evaluate", "report")
@@ -27,7 +32,7 @@ STEP = re.compile(r"step_\d{6,}")
 # What may stand in a run directory before a stage has left anything with a mark.
 UNMARKED = re.compile(
     r"\.lock|\.inputs\.lock|corpora\.lock|stop|logs|tb|variants|finetune|submitted|statistics|checkpoints|evaluation|"
-    r"config\.yaml|fetched\.json|seed_\d+|scores|trials|calibrated"
+    r"config\.yaml|fetched\.json|plan\.json|seed_\d+|scores|trials|calibrated"
 )
 COMPARISONS = {  # of `trace-ds bench`
     "study.json": ours.is_described("recipe", "comparisons"),
@@ -35,7 +40,8 @@ COMPARISONS = {  # of `trace-ds bench`
 }
 # What stages make, by the folder they make it in ("" is the run directory).
 MADE_IN = {
-    "": r"config\.yaml|fetched\.json|data|calibration|export|model|report|study\.json|frontier\.csv|bench\.json",
+    "": r"config\.yaml|fetched\.json|data|calibration|export|model|report|curve\.json|"
+    r"plan\.json|study\.json|frontier\.csv|bench\.json",
     "checkpoints": r"step_\d{6,}|latest|universal",
     "evaluation": r"step_\d{6,}|[A-Za-z0-9][A-Za-z0-9._-]*\.json",
     "statistics": "|".join(SIDES),
@@ -84,6 +90,10 @@ class RunDirectory:
         return self.path / "checkpoints"
 
     @property
+    def curve(self) -> Path:
+        return self.path / "curve.json"
+
+    @property
     def model(self) -> Path:
         return self.path / "model"
 
@@ -127,7 +137,18 @@ class RunDirectory:
     @property
     def outputs(self) -> list[Path]:
         """Everything that stages write."""
-        names = ["calibration", "export", "checkpoints", "model", "evaluation", "report", "logs", "tb", "submitted"]
+        names = [
+            "calibration",
+            "export",
+            "checkpoints",
+            "curve.json",
+            "model",
+            "evaluation",
+            "report",
+            "logs",
+            "tb",
+            "submitted",
+        ]
         names += [VARIANTS, "config.yaml", "stop", LOCK_NAME, INPUTS_LOCK_NAME]
         shared = ["data", "statistics", FINETUNE, "fetched.json"] if self.parent is None else []
         return [self.path / name for name in names + shared]
@@ -137,10 +158,13 @@ class RunDirectory:
 
     @classmethod
     def at(cls, path: Path, config_text: str | None = None) -> RunDirectory:
-        """The run directory at ``path``; a variant's is ``RUN/variants/NAME`` where ``RUN`` is a run."""
+        """The run directory at ``path``; a variant's is ``RUN/variants/NAME`` where ``RUN`` is a run, and so on
+        (:data:`SHARING`)."""
         for place in (path, Path(os.path.abspath(path)), Path(os.path.realpath(path))):
-            if place.parent.name == VARIANTS and cls(place.parent.parent).is_marked():
-                return cls(path, place.parent.parent, config_text)
+            for folder, depth in SHARING.items():
+                above = place.parents[depth : depth + 2]
+                if len(above) == 2 and above[0].name == folder and cls(above[1]).is_marked():
+                    return cls(path, above[1], config_text)
         return cls(path, None, config_text)
 
     def create(self, config_text: str) -> None:
@@ -193,6 +217,7 @@ class RunDirectory:
         folders = (self.checkpoints, self.evaluation, self.logs, self.tb, self.variants, self.statistics)
         ours.require_folders(*folders, self.path / FINETUNE)
         ours.require_file(self.config, ours.is_stored_config)
+        ours.require_file(self.curve, ours.is_curve)
         ours.require_file(self.fetched, ours.is_described("models", "data", "tasks"))
         ours.require_file(self.checkpoints / "latest", ours.is_pointer)
         for stage in STAGE_LOGS:

@@ -92,6 +92,11 @@ def is_result(path: Path) -> bool:
     return isinstance(_json_object(path).get("scores"), list)
 
 
+def is_curve(path: Path) -> bool:
+    """What a job leaves of which the curve is all that is wanted, ``RUN/curve.json``."""
+    return is_described("identity", "curve", "diverged")(path)
+
+
 def is_pointer(path: Path) -> bool:
     """``checkpoints/latest``, which names a step of ours or (damaged) nothing."""
     return re.fullmatch(r"(step_\d{6,})?\s*", _text(path)) is not None

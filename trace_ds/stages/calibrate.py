@@ -118,16 +118,8 @@ def _calibrate(config: Config, run: RunDirectory, context: Context) -> Artefact:
         UserError: missing, damaged or mismatched inputs; no forget-critical expert while
             ``calibration.if_none_found`` is ``stop``.
     """
-    data, forget_artefact, retain_artefact = load_inputs(config, run)
-    config = with_trained_layers(config, retain_artefact.summary["layers"])
-    settings = {**config.calibration.model_dump(mode="json", exclude={"export"}), "seed": config.seed}
-    inputs = {
-        "data": data.content,
-        "forget": forget_artefact.content,
-        "retain": retain_artefact.content,
-        "model": retain_artefact.inputs["model"],
-        "tokenizer": retain_artefact.inputs["tokenizer"],
-    }
+    found, config, inputs, settings = asked(config, run)
+    data, forget_artefact, retain_artefact = found
     identity = artefacts.identity_of("calibration", inputs, settings)
     if artefacts.is_done(run.calibration, "calibration", identity):
         made = artefacts.load(run.calibration, "calibration", "calibrate CONFIG", verify=False)
@@ -168,6 +160,23 @@ def _calibrate(config: Config, run: RunDirectory, context: Context) -> Artefact:
             print_table(made)
         log.done(told(made))
     return made
+
+
+def asked(
+    config: Config, run: RunDirectory
+) -> tuple[tuple[Artefact, Artefact, Artefact], Config, dict[str, str], dict[str, Any]]:
+    """(:func:`load_inputs`, the configuration :func:`with_trained_layers`, inputs and settings of the artefact)."""
+    data, forget, retain = load_inputs(config, run)
+    config = with_trained_layers(config, retain.summary["layers"])
+    settings = {**config.calibration.model_dump(mode="json", exclude={"export"}), "seed": config.seed}
+    inputs = {
+        "data": data.content,
+        "forget": forget.content,
+        "retain": retain.content,
+        "model": retain.inputs["model"],
+        "tokenizer": retain.inputs["tokenizer"],
+    }
+    return (data, forget, retain), config, inputs, settings
 
 
 def with_trained_layers(config: Config, layers: Sequence[int]) -> Config:

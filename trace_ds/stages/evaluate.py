@@ -127,7 +127,8 @@ def _checked(config: Config, run: RunDirectory, *, verify: bool) -> list[Evaluat
     """
     if verify:
         return [check_evaluate(config, run)]
-    for path in (*named_models(config.model.path, config.evaluation).values(), run.model):
+    unlearned = [] if config.evaluation.references_only else [run.model]
+    for path in (*named_models(config.model.path, config.evaluation).values(), *unlearned):
         read_model_directory(path)
     if needs_data(config):
         artefact.load(run.data, "data", "prepare CONFIG", verify=False)

@@ -284,7 +284,7 @@ def _launch(stage: str, request: Request, lock: Sequence[int], lock_owner: RunDi
 
     began = {BEGAN: f"{time.time():.3f}"}
     nproc = process_count(request.config, stage)
-    done = _is_done(stage, request, nproc)
+    done = is_done(stage, request, nproc)
     request.run.store_config()
     if done:
         already_done(stage, request.run)
@@ -300,7 +300,20 @@ def _launch(stage: str, request: Request, lock: Sequence[int], lock_owner: RunDi
     )
 
 
-def _is_done(stage: str, request: Request, nproc: int) -> bool:
+def is_done(stage: str, request: Request, nproc: int, *, verify: bool = True) -> bool:
+    """Whether a stage (all but convert and report) has nothing to do; raises :class:`UserError` where it would.
+
+    ``verify``: whether ``unlearn`` proves what it is made from by its hashes.
+    """
+    if stage in ("prepare", "calibrate"):
+        from trace_ds.run import artefact
+        from trace_ds.stages import calibrate, prepare
+
+        kind, place = ("data", request.run.data) if stage == "prepare" else ("calibration", request.run.calibration)
+        *_, inputs, settings = (
+            prepare.asked(request.config) if stage == "prepare" else calibrate.asked(request.config, request.run)
+        )
+        return artefact.is_done(place, kind, artefact.identity_of(kind, inputs, settings))
     if stage == "finetune":
         from trace_ds.stages.finetune import check_finetune
 
@@ -319,7 +332,7 @@ def _is_done(stage: str, request: Request, nproc: int) -> bool:
         return len(job.done(request.run)) == len(job.identities)
     from trace_ds.stages.unlearn import check_unlearn
 
-    return check_unlearn(request.config, request.run, nproc).settled(request.config, request.run)
+    return check_unlearn(request.config, request.run, nproc, verify=verify).settled(request.config, request.run)
 
 
 def _leave_together(kind: type[BaseException] | None, *_: object) -> None:
@@ -335,14 +348,18 @@ def _leave_together(kind: type[BaseException] | None, *_: object) -> None:
 
 
 def _run_as_rank(verb: str, request: Request) -> int:
-    """This process is one rank of a job: join it, and let the main process lock and prepare the run directory."""
-    from trace_ds.corpora.sources import only_looking
-    from trace_ds.parallel.world import join
+    """This process is one rank of a job: join it, and let the main process lock and prepare the run directory.
 
-    distributed = request.config.distributed
+    A process that was in a group before, as one of a study that runs many jobs of one process, stays in it.
+    """
+    from trace_ds.corpora.sources import only_looking
+    from trace_ds.parallel.world import is_joined, join
+
+    distributed, stays = request.config.distributed, is_joined()
     world = join(distributed.threads, distributed.timeout_minutes)
     with contextlib.ExitStack() as stack:
-        stack.push(_leave_together)
+        if not stays:
+            stack.push(_leave_together)
         stack.enter_context(only_looking())
         request = world.agree_each(lambda _: request.located(verb, download=False))
 

@@ -6,7 +6,7 @@ import itertools
 from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trace_ds.config.schema import Config, CorpusEntry, DataConfig
 from trace_ds.corpora.dataset import TEXT_START_READ, DocumentTable, write_rows
@@ -35,16 +35,11 @@ if TYPE_CHECKING:
 def prepare(config: Config, run: RunDirectory) -> artefact.Artefact:
     """Tokenise and pack the corpora (forget, retain, and the alternative one if there is one) into ``RUN/data``."""
     sides = config.data.sides
-    tokenizer_path = config.model.tokenizer or config.model.path
-    for side in sides:
-        check_files(getattr(config.data, side), f"data.{side}")
-    inputs = {"tokenizer": tokenizer_fingerprint(tokenizer_path)}
-    inputs |= {side: corpus_fingerprint(getattr(config.data, side)) for side in sides}
-    settings = config.data.model_dump(mode="json", exclude={"forget", "retain", "alternative", "num_proc"})
+    inputs, settings = asked(config)
     if artefact.is_done(run.data, "data", artefact.identity_of("data", inputs, settings)):
         already_done("prepare", run)
         return artefact.load(run.data, "data", "prepare CONFIG", verify=False)
-    tokenizer = load_tokenizer(tokenizer_path)
+    tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
     encode, processes = encoder(tokenizer), config.data.num_proc or default_processes()
     with (
         stage_log(run, "prepare") as log,
@@ -63,6 +58,15 @@ def prepare(config: Config, run: RunDirectory) -> artefact.Artefact:
         each = (f"{side} {counts.documents:,} documents, {counts.tokens:,} tokens" for side, counts in found.items())
         log.done("; ".join(each))
     return artefact.load(run.data, "data", "prepare CONFIG", verify=False)
+
+
+def asked(config: Config) -> tuple[dict[str, str], dict[str, Any]]:
+    """Inputs and settings of the artefact to make; :class:`UserError` when a file is missing."""
+    for side in config.data.sides:
+        check_files(getattr(config.data, side), f"data.{side}")
+    inputs = {"tokenizer": tokenizer_fingerprint(config.model.tokenizer or config.model.path)}
+    inputs |= {side: corpus_fingerprint(getattr(config.data, side)) for side in config.data.sides}
+    return inputs, config.data.model_dump(mode="json", exclude={"forget", "retain", "alternative", "num_proc"})
 
 
 def _prepare_side(

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from trace_ds.checkpoints.manifest import Manifest
 from trace_ds.config.schema import Config, TrainableConfig, UnlearningConfig
 from trace_ds.corpora.tokenizer import tokenizer_fingerprint
-from trace_ds.errors import UserError
+from trace_ds.errors import JobFailed, UserError
+from trace_ds.evaluation.subjects import task_fingerprints
 from trace_ds.models.families import ModelInfo, check_expert_parallel, inspect_model, require_plain_logits
+from trace_ds.parallel.environment import accelerator_count
 from trace_ds.routing.token_files import require_parts
-from trace_ds.run import artefact
+from trace_ds.run import artefact, ours
 from trace_ds.run.directory import RunDirectory
-from trace_ds.run.files import canonical_json, sha256_text
+from trace_ds.run.files import canonical_json, sha256_text, write_json
+from trace_ds.run.foreign import read_object
 from trace_ds.stages.training import OPERATIONAL, Training
 from trace_ds.tensors.model_files import read_model_directory
 from trace_ds.unlearning.needs import layers_held
@@ -27,6 +31,9 @@ if TYPE_CHECKING:
     from trace_ds.unlearning.goals import Unlearning
     from trace_ds.unlearning.realign import Realignment
     from trace_ds.unlearning.watch import Evaluator
+
+
+CURVE_FORMAT = 1  # raise it when what a step computes changes: the curves of studies are then made anew
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,7 @@ class UnlearnJob:
     anchored: tuple[int, tuple[int, ...]] | None  # SEUF's MoE layer and its experts
     layers: int | None  # decoder layers that it holds, see needs.py
     identity: str
+    curve: str  # identity of its curve; empty where a checkpoint is what it leaves
 
     def training(self, config: Config, run: RunDirectory) -> Training:
         """As its checkpoints know it."""
@@ -49,7 +57,10 @@ class UnlearnJob:
         return Training("unlearning", settings, run, config, self.info, self.identity, calibration, self.layers)
 
     def settled(self, config: Config, run: RunDirectory) -> bool:
-        """Whether the last step of this very job is there, complete, or one that reached the forgetting target."""
+        """Whether the last step of this very job is there, complete, or one that reached the forgetting target; or its
+        curve, where that is all that is wanted."""
+        if self.curve:
+            return ours.is_curve(run.curve) and read_object(run.curve, "the curve", "")["identity"] == self.curve
         target = config.unlearning.evaluate.target_forget_nll
 
         def is_enough(manifest: Manifest) -> bool:
@@ -90,7 +101,7 @@ def check_unlearn(config: Config, run: RunDirectory, world_size: int, *, verify:
         artefact.require_same(calibration, name, expected, what, "collect CONFIG and trace-ds calibrate CONFIG")
     ds_config = check_settings(config, info)
     settings = config.unlearning
-    curve_tasks(config)
+    tasks = curve_tasks(config)
     traces = {}
     if settings.evaluate.every:
         for side in ("forget", "retain"):
@@ -124,7 +135,24 @@ def check_unlearn(config: Config, run: RunDirectory, world_size: int, *, verify:
         )
     )
     held = layers_held(settings, info.decoder_layers)
-    return UnlearnJob(info, data, calibration, traces, statistics, experts, anchored, held, identity)
+    curve = _curve_identity(config, identity, tasks) if settings.evaluate.curve_only else ""
+    return UnlearnJob(info, data, calibration, traces, statistics, experts, anchored, held, identity, curve)
+
+
+def _curve_identity(config: Config, job: str, tasks: list[Task]) -> str:
+    settings = config.unlearning
+    return sha256_text(
+        canonical_json(
+            {
+                "format": CURVE_FORMAT,
+                "job": job,
+                "steps": settings.steps,
+                "looks": settings.evaluate.model_dump(mode="json"),
+                "tasks": task_fingerprints(tasks, config.evaluation.max_new_tokens),
+                "batch_rows": config.evaluation.batch_rows,
+            }
+        )
+    )
 
 
 def choose_trained(
@@ -201,8 +229,33 @@ def unlearn(config: Config, run: RunDirectory, world: World) -> None:
         [evaluator] = world.agree_each(lambda _: [make_evaluator(config, job, world)])
         [score_tasks] = world.agree_each(lambda _: [make_scorer(config, engine, world)])
         watch = Watch(evaluator, settings, log, score_tasks) if evaluator is not None else None
-        start = replace(start, cursor=cursor)
-        train(engine, world, batches, goal, settings, settings.steps, run, start, log, watch)
+        start, failed = replace(start, cursor=cursor), None
+        try:
+            train(engine, world, batches, goal, settings, settings.steps, run, start, log, watch)
+        except JobFailed as error:
+            if not job.curve or error.step is None:
+                raise
+            failed = error.step
+            log.line(str(error))
+        if job.curve:
+            world.agree(lambda: leave_curve(job, run, cursor.get("curve", []), failed))
+            engine.destroy()  # a process may run many such jobs
+
+
+def leave_curve(job: UnlearnJob, run: RunDirectory, points: list[dict[str, Any]], failed: int | None) -> None:
+    """Write RUN/curve.json, which says that the job is done, and delete its checkpoints.
+
+    Args:
+        points: of every look: ``step``, ``scores`` (as in the evaluation artefact), ``by_source``.
+        failed: the step after which the model was of no use (a loss is not finite, a guard is broken), or None.
+    """
+    from trace_ds.checkpoints.commit import discard_all
+
+    made_with = {"device": "gpu" if accelerator_count() else "cpu", "torch": version("torch")}
+    found = {"identity": job.curve, "job": job.identity, "made_with": made_with, "curve": points, "diverged": failed}
+    write_json(run.curve, found)
+    if run.checkpoints.is_dir():
+        discard_all(run.checkpoints)
 
 
 def log_held(settings: UnlearningConfig, job: UnlearnJob, say: Callable[[str], None]) -> None:
@@ -330,11 +383,11 @@ def curve_tasks(config: Config) -> list[Task]:
     return tasks
 
 
-def make_scorer(config: Config, engine: Any, world: World) -> Callable[[], list[dict[str, Any]]] | None:
-    """What scores the run's own tasks on the model in the engine; None when none is asked for."""
+def make_scorer(config: Config, engine: Any, world: World) -> Callable[[bool], dict[str, Any] | None] | None:
+    """What scores the run's own tasks on the model in the engine (see :class:`Watch`); None when none is asked for."""
     from trace_ds.corpora.tokenizer import load_tokenizer
     from trace_ds.evaluation.language_model import Diverged, LanguageModel, ModelSettings, Sharding
-    from trace_ds.evaluation.tasks import run_task, score_records
+    from trace_ds.evaluation.tasks import run_task
 
     tasks = curve_tasks(config)
     if not tasks:
@@ -345,12 +398,18 @@ def make_scorer(config: Config, engine: Any, world: World) -> Callable[[], list[
     model = LanguageModel.of_engine(engine, tokenizer, settings, world, sharding)
     new, length = config.evaluation.max_new_tokens, config.data.context_length
 
-    def score() -> list[dict[str, Any]]:
+    at_end = config.unlearning.evaluate.at_end
+
+    def score(last: bool) -> dict[str, Any] | None:
+        due = [task for task in tasks if last or task.config.name not in at_end]
         try:
-            found = [run_task(model, task, max_new_tokens=new, context_length=length) for task in tasks]
-            return [record for result in found for record in result.scores]
+            found = [run_task(model, task, max_new_tokens=new, context_length=length) for task in due]
         except Diverged:
-            return [record for task in tasks for record in score_records(task, {}, len(task.items))]
+            return None
+        return {
+            "scores": [record for result in found for record in result.scores],
+            "by_source": {task.config.name: result.by_source for task, result in zip(due, found, strict=True)},
+        }
 
     return score
 

@@ -9,7 +9,8 @@ compared the forget score after the last step is told too: a run that had forgot
 **Tuning without peeking** (our decision): the seeds are dealt to two folds in turn. For each fold the point (alpha,
 learning rate) of a method is the one with the best mean ``post`` over the *other* fold's seeds, among those that
 reached the target on most of them; ties go to the fewer steps. So every reported number was made at a strength
-chosen on other base models, for the baseline in exactly the same way.
+chosen on other base models, for the baseline in exactly the same way. With ``bench.screening`` the point is chosen in
+this way on the screening's seeds, and told on all others.
 
 Intervals: 95 % of a paired bootstrap over seeds (percentile, the ratio of the two means; Efron & Tibshirani 1993,
 chapter 13) and, beside it, Student's t of the paired differences. Few seeds make the bootstrap optimistic: read both.
@@ -18,16 +19,19 @@ chapter 13) and, beside it, Student's t of the paired differences. Few seeds mak
 from __future__ import annotations
 
 import fnmatch
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from trace_ds.config.schema import Config
 from trace_ds.reporting.intervals import LEVEL, Interval, t_interval
 from trace_ds.reporting.matched import Matched, matched, relative_gain
-from trace_ds.studies.run_list import Point, label
+from trace_ds.studies import run_list
+from trace_ds.studies.run_list import Point, Trial, label
 
 BOOTSTRAP_DRAWS = 10_000
 
@@ -65,8 +69,8 @@ def metric_of(entry: Mapping[str, Any], name: str) -> float:
     return math.fsum(v["n"] * v[metric] for v in chosen) / count
 
 
-def curve_of(result: Mapping[str, Any], forget: str, utilities: Sequence[str], target: float) -> Curve:
-    """The result file of a trial at matched forgetting."""
+def curve_of(trial: Trial, result: Mapping[str, Any], forget: str, utilities: Sequence[str], target: float) -> Curve:
+    """The result of a trial at matched forgetting."""
     entries = result["curve"]
     steps = [int(entry["step"]) for entry in entries]
     forget_S = [metric_of(entry, forget) for entry in entries]
@@ -75,10 +79,9 @@ def curve_of(result: Mapping[str, Any], forget: str, utilities: Sequence[str], t
         for name in utilities
         if entries
     }
-    point = tuple((key, value) for key, value in result["point"])
     diverged = result["diverged"] is not None
     last = forget_S[-1] if entries and not diverged else math.nan
-    return Curve(result["seed"], result["loss"], result["method"], point, {} if diverged else found, diverged, last)
+    return Curve(trial.seed, trial.loss, trial.method, trial.point, {} if diverged else found, diverged, last)
 
 
 def folds(seeds: Sequence[int]) -> tuple[list[int], list[int]]:
@@ -105,19 +108,69 @@ def choose_point(curves: Sequence[Curve], seeds: Sequence[int], metric: str) -> 
 
 
 def tuned(
-    curves: Sequence[Curve], seeds: Sequence[int], metric: str, free: Sequence[str], fixed: Mapping[str, Any]
+    curves: Sequence[Curve],
+    seeds: Sequence[int],
+    metric: str,
+    free: Sequence[str],
+    fixed: Mapping[str, Any],
+    screening: Sequence[int] | None = None,
 ) -> dict[int, Curve | None]:
-    """For each seed the curve at the point chosen on the other fold; keys not in ``free`` stay at ``fixed``.
+    """For each seed the curve at the point chosen on the other fold, or by a screening; keys not in ``free`` stay at
+    ``fixed``.
 
     None for a seed whose other fold gives no choice.
     """
-    allowed = [c for c in curves if all(value == fixed[key] for key, value in c.point if key not in free)]
     chosen: dict[int, Curve | None] = {}
-    for mine, other in (folds(seeds), folds(seeds)[::-1]):
-        point = choose_point(allowed, other, metric) if free else next((c.point for c in allowed), None)
+    for mine, other in ((seeds, screening),) if screening else (folds(seeds), folds(seeds)[::-1]):
+        point = best_point(curves, other, metric, free, fixed)
         for seed in mine:
-            chosen[seed] = next((c for c in allowed if c.seed == seed and c.point == point), None)
+            chosen[seed] = next((c for c in curves if c.seed == seed and c.point == point), None)
     return {seed: chosen[seed] for seed in seeds}
+
+
+def best_point(
+    curves: Sequence[Curve], seeds: Sequence[int], metric: str, free: Sequence[str], fixed: Mapping[str, Any]
+) -> Point | None:
+    """:func:`choose_point` among the points whose keys are at ``fixed`` unless they are ``free``."""
+    allowed = [c for c in curves if all(value == fixed[key] for key, value in c.point if key not in free)]
+    return choose_point(allowed, seeds, metric) if free else next((c.point for c in allowed), None)
+
+
+def choices(
+    config: Config, curves: Sequence[Curve]
+) -> Iterator[tuple[str, str, list[str], dict[str, dict[int, Curve | None]]]]:
+    """By loss, then by :func:`told_kinds`: (loss, kind, free keys, method -> the curve it is told by for each seed)."""
+    bench = run_list.require_bench(config, "bench")
+    for loss in bench.losses:
+        for kind, free in run_list.told_kinds(bench, loss):
+            chosen = {
+                method: tuned(
+                    [curve for curve in curves if (curve.loss, curve.method) == (loss, method)],
+                    bench.seeds,
+                    bench.utility[0],
+                    free,
+                    dict(run_list.recipe_point(config, loss, method)),
+                    bench.screening,
+                )
+                for method in bench.methods
+            }
+            yield loss, kind, free, chosen
+
+
+def chosen_points(config: Config, screened: Sequence[Curve]) -> dict[tuple[str, str], list[Point]]:
+    """By loss and method, the points that are run on the seeds that are told: the recipe's own, and what a screening
+    chose."""
+    bench = run_list.require_bench(config, "bench")
+    found: dict[tuple[str, str], list[Point]] = {}
+    for loss, method in itertools.product(bench.losses, bench.methods):
+        mine = [curve for curve in screened if (curve.loss, curve.method) == (loss, method)]
+        fixed = dict(run_list.recipe_point(config, loss, method))
+        points = [
+            best_point(mine, bench.screening or [], bench.utility[0], free, fixed)
+            for _, free in run_list.told_kinds(bench, loss)
+        ]
+        found[loss, method] = list(dict.fromkeys(point for point in points if point is not None))
+    return found
 
 
 def bootstrap_ratio(

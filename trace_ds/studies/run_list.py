@@ -10,17 +10,22 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from operator import getitem
+from pathlib import Path
 from typing import Any
 
 from trace_ds.config.load import with_changes
-from trace_ds.config.schema import BenchConfig, Config
+from trace_ds.config.schema import BenchConfig, Config, TaskConfig
 from trace_ds.errors import UserError
 
 FILE_NAME = re.compile(r"[^/\0]{1,200}", re.ASCII)
+SAME = "same strength"
+DEAR = 10  # times the training between two looks, in tokens
+BACKWARD = 3  # forward passes that a training step of a token costs
+BYTES_PER_TOKEN = 4
 Point = tuple[tuple[str, Any], ...]
 
 
@@ -35,11 +40,11 @@ class Trial:
 
     @property
     def name(self) -> str:
-        """Of its result below ``seed_N/trials/``: ``rmu/uniform/alpha=16,lr=0.0005.json``."""
+        """Of its run directory below ``seed_N/trials/``: ``rmu/uniform/alpha=16,lr=0.0005``."""
         point = label(self.point) or "recipe"
         if not FILE_NAME.fullmatch(point):  # a value with a slash in it, or a point of many keys
             point = hashlib.sha256(point.encode()).hexdigest()[:16]
-        return f"{self.loss}/{self.method}/{point}.json"
+        return f"{self.loss}/{self.method}/{point}"
 
 
 def label(point: Point) -> str:
@@ -61,23 +66,56 @@ def points_of(bench: BenchConfig, loss: str, method: str) -> list[Point]:
     return [tuple(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
 
 
-def trials_of(bench: BenchConfig) -> list[Trial]:
-    """All trials, seed by seed."""
+def grid_trials(bench: BenchConfig, seeds: Sequence[int]) -> list[Trial]:
+    """Every point of the grid on each seed, seed by seed."""
+    pairs = itertools.product(bench.losses, bench.methods)
+    return trials_at(bench, {pair: points_of(bench, *pair) for pair in pairs}, seeds)
+
+
+def trials_at(
+    bench: BenchConfig, points: Mapping[tuple[str, str], Sequence[Point]], seeds: Sequence[int] | None = None
+) -> list[Trial]:
+    """The points of each loss and method on each seed (default: those that are told), seed by seed."""
     return [
-        Trial(loss, method, point, seed)
-        for seed in bench.seeds
-        for loss in bench.losses
-        for method in bench.methods
-        for point in points_of(bench, loss, method)
+        Trial(*pair, point, seed)
+        for seed in (bench.seeds if seeds is None else seeds)
+        for pair, chosen in points.items()
+        for point in chosen
     ]
 
 
 def trial_config(config: Config, trial: Trial) -> Config:
     """The configuration of one trial, from that of its seed: changes of the loss, the method, then the point."""
     bench = require_bench(config, "bench")
+    looks = {
+        "every": bench.score_every,
+        "tasks": [task.name for task in config.evaluation.tasks],
+        "at_end": bench.score_at_end,
+        "curve_only": True,
+    }
     changes = {**bench.losses[trial.loss], **bench.methods[trial.method], **dict(trial.point)}
-    changed = with_changes(config, changes, f"bench: {trial.name}")
-    return changed.model_copy(update={"bench": None, "variants": {}})
+    changes |= {"unlearning.resume": "replace", "bench": None, "variants": {}}
+    changes |= {f"unlearning.evaluate.{key}": value for key, value in looks.items()}
+    return with_changes(config, changes, f"bench: {trial.name}")
+
+
+def kinds(keys: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """What is tuned: nothing, then the first key of the grid, then the first two, …"""
+    found: list[tuple[str, list[str]]] = [(SAME, [])]
+    for count in range(1, len(keys) + 1):
+        free = list(keys[:count])
+        found.append(("own " + ", ".join(key.rsplit(".", 1)[-1] for key in free), free))
+    return found
+
+
+def told_kinds(bench: BenchConfig, loss: str) -> list[tuple[str, list[str]]]:
+    """:func:`kinds`, but for one where no method has a second value of the key that it frees: it would repeat the one
+    before."""
+    return [
+        (kind, free)
+        for kind, free in kinds(list(bench.grid))
+        if not free or not all(untried(bench, loss, method, free[-1:]) for method in bench.methods)
+    ]
 
 
 def recipe_point(config: Config, loss: str, method: str) -> Point:
@@ -142,17 +180,41 @@ def _check_forget(config: Config, metric: str) -> None:
         )
 
 
+def _check_looks(config: Config) -> None:
+    """Refuse a task that would cost much more at every look than the training in between."""
+    bench, settings = require_bench(config, "bench"), config.unlearning
+    rows = (settings.forget_rows + settings.retain_rows) * bench.score_every
+    trained_tokens = BACKWARD * rows * config.data.context_length
+    for task in config.evaluation.tasks:
+        if task.name in bench.score_at_end:
+            continue
+        if task.type == "lm_eval" and not task.path:
+            problem = "all questions that lm-eval has of it"
+        elif (read := _read_tokens(task)) > DEAR * trained_tokens:
+            problem = f"about {read:,.0f} tokens, {read / trained_tokens:,.0f} times the training between two looks"
+        else:
+            continue
+        raise UserError(
+            f"the task {task.name} is too dear to be scored every {bench.score_every} steps: {problem}",
+            "bench.score_at_end",
+            "name it there, raise bench.score_every, or give the task a file with fewer items",
+        )
+
+
+def _read_tokens(task: TaskConfig) -> float:
+    """Roughly what scoring a task reads: a question once with each choice. 0: nobody knows yet."""
+    from trace_ds.evaluation.items import CHOICES
+
+    path = Path(task.path) if task.path else None
+    times = CHOICES if task.type in ("choice", "lm_eval") else 1
+    return path.stat().st_size * times / BYTES_PER_TOKEN if path is not None and path.is_file() else 0
+
+
 def check(config: Config) -> None:
     """Find what is wrong with a study before its first run; raises :class:`UserError`."""
     from trace_ds.evaluation.metrics import TASK_METRICS, direction
 
     bench = require_bench(config, "bench")
-    if config.distributed.ep != 1 or (config.distributed.nproc or 1) != 1 or config.unlearning.zero_stage == 3:
-        raise UserError(
-            "the runs of a study are one process each",
-            "distributed",
-            "set distributed.nproc and ep to 1 and unlearning.zero_stage to 1",
-        )
     tasks = {task.name: TASK_METRICS[task.type] for task in config.evaluation.tasks}
     for metric in (bench.forget, *bench.utility):
         words = metric.split()
@@ -173,6 +235,7 @@ def check(config: Config) -> None:
             "bench.utility",
             "put another one first",
         )
+    _check_looks(config)
     for loss in bench.losses:
         for method in bench.methods:
             recipe_point(config, loss, method)

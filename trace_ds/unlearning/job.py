@@ -81,7 +81,8 @@ def train(
     """Train from step ``manifest.step`` to ``steps`` or to what ``watch`` calls the end, saving as configured.
 
     Only a sound state is saved: its weights, moments and next losses are finite, and it keeps within the guards. Steps
-    go on while a checkpoint is written; on return, and when all ranks fail alike, it is complete.
+    go on while a checkpoint is written; on return, and when all ranks fail alike, it is complete. Where the curve is
+    all that is wanted (``watch.curve_only``) the last state is not saved. ``manifest.cursor``, with it, is kept up.
 
     Raises:
         StopRequested: the stop file appeared, SIGTERM or SIGINT came; a complete checkpoint was saved, unless the state
@@ -89,7 +90,7 @@ def train(
         JobFailed: a loss, gradient or weight is not finite (NumericalFailure), or an evaluation broke a guard. Nothing
             is saved then: the last checkpoint, from before, stands.
     """
-    cursor = dict(manifest.cursor)
+    cursor = manifest.cursor
     progress = Progress(log, "training", steps, start=manifest.step)
     if watch is not None:
         watch.begin(engine, cursor, manifest.step)
@@ -126,11 +127,13 @@ def train(
                 last = True
                 if goal.finish(engine):
                     verdict = None  # it was about the model before
+            if last and watch is not None and watch.curve_only:
+                break
             if done % settings.save_every == 0 or last or stop:
                 require_finite(engine, world, goal, rows, done)
                 broken = watch.broken(engine, cursor, verdict) if watch is not None else ""
                 if broken and last:
-                    raise JobFailed(f"stopped after step {done}: {broken}; the last checkpoint stands")
+                    raise JobFailed(f"stopped after step {done}: {broken}; the last checkpoint stands", done)
                 if broken:
                     log.line(f"WARNING no checkpoint of step {done}: {broken}")
                 else:
@@ -168,7 +171,8 @@ def require_finite(engine: Any, world: World, goal: Goal, rows: StepRows, done: 
         raise NumericalFailure(
             f"the model is not finite after step {done}: its weights, their moments or the losses of the next step are "
             "NaN or infinite; nothing was saved and the last checkpoint stands; lower the learning rate or the weights "
-            "of the losses"
+            "of the losses",
+            done,
         )
 
 
@@ -232,13 +236,15 @@ def run_step(
         told = ", ".join(f"{name} {value}" for name, value in zip(factors, here, strict=True))
         raise NumericalFailure(
             f"the loss is not finite in step {step + 1} ({told} on this rank); nothing of the step is saved and the "
-            "last checkpoint stands; lower the learning rate or the weights of the losses"
+            "last checkpoint stands; lower the learning rate or the weights of the losses",
+            step + 1,
         )
     # DeepSpeed has seen it too, on all ranks alike, and has not taken the step
     if not np.isfinite(norm) or not engine.was_step_applied():
         raise NumericalFailure(
             f"the gradient is not finite in step {step + 1} (the loss is); nothing of the step is saved and the "
-            "last checkpoint stands; lower the weights of the losses"
+            "last checkpoint stands; lower the weights of the losses",
+            step + 1,
         )
     followed = goal.follow(np.array(known), data, losses)
     return {

@@ -166,31 +166,40 @@ class Watch:
     """Looks at the model of an unlearning job while it trains (collective).
 
     The job's ``cursor``, which its checkpoints keep, holds the frozen model's scores, what evaluations have led to and
-    the curve: ``{"step", "scores"}`` of every look, where ``score_tasks`` scores tasks on the model as it is.
+    the curve: ``{"step", "scores", "by_source"}`` of every look, where ``score_tasks`` scores tasks on the model as it
+    is (all of them when told that the look is the last one); None: their log-probabilities are not finite.
     """
 
     evaluator: Evaluator
     settings: UnlearningConfig
     log: StageLog
-    score_tasks: Callable[[], list[dict[str, Any]]] | None = None
+    score_tasks: Callable[[bool], dict[str, Any] | None] | None = None
+
+    @property
+    def curve_only(self) -> bool:
+        return self.settings.evaluate.curve_only
 
     def begin(self, engine: Any, cursor: dict[str, Any], step: int) -> None:
         """Score the frozen model, unless an earlier start of the job has."""
         if "evaluation_start" not in cursor:
             start = cursor["evaluation_start"] = self.evaluator(engine)
             self.log.evaluation(step, **start)
-            self._score(engine, cursor, step)
+            if not self.curve_only:  # its study has the scores of the original
+                self._score(engine, cursor, step, last=False)
 
-    def _score(self, engine: Any, cursor: dict[str, Any], step: int) -> None:
-        """Add a point to the curve."""
+    def _score(self, engine: Any, cursor: dict[str, Any], step: int, *, last: bool) -> bool:
+        """Add a point to the curve; whether it could be scored."""
         if self.score_tasks is None:
-            return
+            return True
         engine.eval()
-        scores = self.score_tasks()
+        found = self.score_tasks(last)
         engine.train()
-        cursor["curve"] = [*cursor.get("curve", []), {"step": step, "scores": scores}]
-        told = {f"{score['task']}_{score['metric']}": score["value"] for score in scores}
+        if found is None:
+            return False
+        cursor["curve"] = [*cursor.get("curve", []), {"step": step, **found}]
+        told = {f"{score['task']}_{score['metric']}": score["value"] for score in found["scores"]}
         self.log.evaluation(step, **{name: value for name, value in told.items() if value is not None})
+        return True
 
     def look(self, engine: Any, cursor: dict[str, Any], done: int, *, last: bool) -> Verdict | None:
         """Evaluate after step ``done``, if one is due, and act on it; what it means for the job.
@@ -203,12 +212,14 @@ class Watch:
             return None
         found = self.evaluator(engine)
         self.log.evaluation(done, **found)
-        self._score(engine, cursor, done)
         verdict = judge(self.settings, cursor["evaluation_start"], found, cursor.get("back_offs", 0), last=last)
+        if not self._score(engine, cursor, done, last=last or verdict.action == "finish"):
+            verdict = Verdict("stop", "log-probabilities of a task are not finite")
         if verdict.action == "stop":
             raise JobFailed(
                 f"stopped after step {done}: {verdict.reason}; the last checkpoint stands. "
-                "Lower the learning rate, gamma or the number of steps, or raise alpha"
+                "Lower the learning rate, gamma or the number of steps, or raise alpha",
+                done,
             )
         if verdict.action == "back_off":
             cursor["back_offs"] = cursor.get("back_offs", 0) + 1
