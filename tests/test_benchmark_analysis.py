@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from trace_ds.studies.analysis import Curve, choices
 from trace_ds.studies.result_table import show
 
 ALPHA, LR = "unlearning.alpha", "unlearning.optimizer.lr"
+TRIAL = run_list.Trial("recipe", "sampling", (), 0)
 
 
 def config(**bench: Any) -> Config:
@@ -61,13 +63,15 @@ def test_a_study_has_every_combination_and_the_narrowest_grid_wins() -> None:
     bench = made.bench
     assert bench is not None
     run_list.check(made)
-    trials = run_list.trials_of(bench)
+    trials = run_list.grid_trials(bench, bench.seeds)
     assert len(trials) == len(set(trials)) == 4 * ((4 + 2) + (2 + 2))
-    assert trials[0].name == "rmu/uniform/alpha=1.0,lr=0.001.json"
+    assert trials[0].name == "rmu/uniform/alpha=1.0,lr=0.001"
     assert run_list.recipe_point(made, "graddiff", "sampling") == ((ALPHA, 9.0), (LR, 1e-3))
     last = next(t for t in trials if t.loss == "graddiff" and dict(t.point)[ALPHA] == 18.0)
     asked = run_list.trial_config(made, last)
     assert (asked.unlearning.forget_loss, asked.unlearning.alpha, asked.bench) == ("graddiff", 18.0, None)
+    looks = asked.unlearning.evaluate
+    assert (looks.every, looks.tasks, looks.at_end, looks.curve_only) == (10, ["bad", "good", "text"], [], True)
 
 
 @pytest.mark.parametrize(
@@ -85,6 +89,7 @@ def test_a_study_has_every_combination_and_the_narrowest_grid_wins() -> None:
         ({"forget": "worse accuracy"}, r"'worse accuracy' is not 'TASK METRIC' of a task of the recipe"),
         ({"utility": ["text perplexity"]}, r"text perplexity does not grow with what is kept"),
         ({"seeds": [1, 1]}, r"seeds holds one number twice"),
+        ({"screening": [7, 3]}, r"seed 3 is among screening and seeds"),
         ({"methods": {"uniform": {}, "b": {"calibration.rul": "x"}}}, r"unknown key 'calibration.rul'"),
     ],
 )
@@ -93,9 +98,18 @@ def test_a_study_that_cannot_be_run_says_why(changes: dict[str, Any], message: s
         run_list.check(config(**changes))
 
 
-def test_runs_of_a_study_are_one_process_each() -> None:
-    with pytest.raises(UserError, match="one process each"):
-        run_list.check(with_changes(config(), {"unlearning.zero_stage": 3}, "test"))
+def test_a_task_that_costs_more_than_the_training_is_refused(tmp_path: Path) -> None:
+    """Ten times what is trained between two looks: 16 rows of 256 tokens, three passes, ten steps."""
+    path, limit_bytes = tmp_path / "text.txt", 10 * 4 * 3 * 16 * 256 * 10
+    changes: dict[str, Any] = {"evaluation.tasks": config().model_dump(mode="json")["evaluation"]["tasks"]}
+    changes["evaluation.tasks"][2]["path"] = str(path)
+    asked = with_changes(config(), changes | {"data.context_length": 256}, "test")
+    path.write_bytes(b"x" * limit_bytes)
+    run_list.check(asked)
+    path.write_bytes(b"x" * (2 * limit_bytes))
+    with pytest.raises(UserError, match=r"task text is too dear .* every 10 steps: about 2,457,600 tokens, 20 times"):
+        run_list.check(asked)
+    run_list.check(with_changes(asked, {"bench.score_at_end": ["text"]}, "test"))
 
 
 def test_a_metric_may_be_restricted_to_sources() -> None:
@@ -126,6 +140,32 @@ def test_strengths_are_chosen_on_the_other_fold_only() -> None:
     assert [dict(found[seed].point)[ALPHA] for seed in range(4)] == [1.0, 4.0, 1.0, 4.0]  # type: ignore[union-attr]
     fixed = analysis.tuned(curves, [0, 1, 2, 3], "good exact_match", [], {ALPHA: 4.0, LR: 1e-3})
     assert {dict(c.point)[ALPHA] for c in fixed.values() if c is not None} == {4.0}
+
+
+def test_a_screening_chooses_and_other_seeds_are_told() -> None:
+    asked = config(screening=[7, 8], seeds=[0, 1])
+    bench = asked.bench
+    assert bench is not None
+    # on the screening's seeds alpha 1 is best at 1e-3 and (4, 2e-3) of all; on the others alpha 4 would be
+    utilities = {(1.0, 1e-3): 0.6, (4.0, 1e-3): 0.5, (1.0, 2e-3): 0.4, (4.0, 2e-3): 0.7}
+    screened = [
+        curve(trial.seed, trial.method, *(value for _, value in trial.point), [utility] * 2, 10)
+        for trial in run_list.grid_trials(bench, [7, 8])
+        for utility in [utilities[tuple(value for _, value in trial.point)]]
+    ]
+    points = analysis.chosen_points(asked, screened)
+    wanted = [(4.0, 1e-3), (1.0, 1e-3), (4.0, 2e-3)]  # the recipe's own, own alpha, own alpha and learning rate
+    assert [tuple(value for _, value in point) for point in points["recipe", "uniform"]] == wanted
+    trials = run_list.trials_at(bench, points)
+    assert len(trials) == 2 * 2 * 3 and {trial.seed for trial in trials} == {0, 1}
+    told = [
+        curve(t.seed, t.method, *(value for _, value in t.point), [0.9 if dict(t.point)[ALPHA] == 4.0 else 0.1], 10)
+        for t in trials
+    ]
+    for (_, kind, _, chosen), point in zip(choices(asked, [*screened, *told]), wanted, strict=True):
+        for method in bench.methods:
+            found = {seed: tuple(v for _, v in c.point) for seed, c in chosen[method].items() if c is not None}
+            assert found == dict.fromkeys([0, 1], point), kind
 
 
 def test_a_chosen_value_at_an_end_of_what_was_tried_is_told() -> None:
@@ -169,8 +209,8 @@ def test_what_cannot_be_compared_is_said_not_dropped() -> None:
         {"step": e["step"], "scores": {"bad accuracy": e["forget"], "good exact_match": 0.5}, "by_source": {}}
         for e in forgets
     ]
-    result = {"seed": 0, "loss": "recipe", "method": "m", "point": [], "curve": entries, "diverged": None}
-    back = analysis.curve_of(result, "bad accuracy", ["good exact_match"], 0.2)
+    result = {"curve": entries, "diverged": None}
+    back = analysis.curve_of(TRIAL, result, "bad accuracy", ["good exact_match"], 0.2)
     assert (back.step, back.forget_end) == (10, 0.4)  # above the target again
     base = curve(0, "uniform", 1.0, 1e-3, [math.inf], 10)
     row = analysis.compare({0: back}, {0: base}, "good exact_match", "end")
@@ -234,12 +274,12 @@ def test_intervals_agree_with_scipy() -> None:
 
 def test_a_diverged_run_is_never_compared(capsys: pytest.CaptureFixture[str]) -> None:
     entry = {"scores": {"bad accuracy": 0.1, "good exact_match": 0.9}, "by_source": {}}
-    result = {"seed": 0, "loss": "recipe", "method": "sampling", "point": [], "curve": [{"step": 10, **entry}]}
+    result: dict[str, Any] = {"curve": [{"step": 10, **entry}]}
     names = ("bad accuracy", ["good exact_match"], 0.5)
-    assert analysis.curve_of(result | {"diverged": None}, *names).step == 10
-    diverged = analysis.curve_of(result | {"diverged": 12}, *names)
+    assert analysis.curve_of(TRIAL, result | {"diverged": None}, *names).step == 10
+    diverged = analysis.curve_of(TRIAL, result | {"diverged": 12}, *names)
     assert diverged.diverged and diverged.step is None
-    base = {0: analysis.curve_of(result | {"diverged": None}, *names)}
+    base = {0: analysis.curve_of(TRIAL, result | {"diverged": None}, *names)}
     rows = [
         {"loss": "recipe", "strength": "same strength", "method": "sampling", "metric": "good exact_match", "at": at}
         | analysis.compare({0: diverged}, base, "good exact_match", at)
@@ -256,6 +296,5 @@ def test_shipped_studies_can_be_run(name: str) -> None:
     made, _ = load_config(name, [], "out")
     if made.bench is not None:
         run_list.check(made)
-        assert len({trial.name for trial in run_list.trials_of(made.bench)}) * len(made.bench.seeds) == len(
-            run_list.trials_of(made.bench)
-        )
+        trials = run_list.grid_trials(made.bench, [0])
+        assert len({trial.name for trial in trials}) == len(trials)

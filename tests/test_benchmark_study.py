@@ -1,15 +1,16 @@
-"""A whole study on a tiny random model: killed, finished, run again; its runs are those of the pipeline."""
+"""A whole study on a tiny random model: killed, finished, run again; its runs are those of the pipeline.
+
+(Many ranks, and a study on a cluster: tests/test_slurm.py.)
+"""
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import shutil
 import signal
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,15 +23,15 @@ from trace_ds.config.load import load_config
 from trace_ds.errors import JobFailed, UserError
 from trace_ds.run.directory import RunDirectory
 from trace_ds.stages.report import report_study
-from trace_ds.studies import run_list, worker
+from trace_ds.studies import jobs, run_list
 from trace_ds.studies import study as study_module
-from trace_ds.studies.worker import Study
+from trace_ds.studies.jobs import Study
 
 BENCH: dict[str, Any] = {
     "seeds": [0, 1],
     "methods": {"uniform": {"calibration.rule": "uniform"}, "sampling": {}},
     "grid": {"unlearning.alpha": [1.0, 4.0]},
-    "grids": {"sampling": {"unlearning.alpha": [4.0]}},
+    "grids": {"uniform": {"unlearning.alpha": [1.0, 4.0, 1e38]}, "sampling": {"unlearning.alpha": [4.0]}},
     "score_every": 2,
     "score_at_end": ["questions_utility"],
     "margin": 1.0,
@@ -56,16 +57,20 @@ def study(recipe: Path, server: Server) -> Path:
     """Killed (its workers too) after its first runs, then finished by two workers."""
     directory = recipe.parent / "out"
     first = server.start(["bench", recipe, "--run-dir", directory, "--workers", "1"], recipe.parent, **JOB)
-    while len(list(directory.glob("seed_*/trials/**/*.json"))) < 2 and Path(f"/proc/{first}").exists():
+    while len(curves(directory)) < 2 and Path(f"/proc/{first}").exists():
         time.sleep(0.02)
     os.kill(first, signal.SIGKILL)
-    assert "left: 2 base models, 6 runs of 3 steps" in server.wait().stdout
-    made = {path: path.read_bytes() for path in directory.glob("seed_*/trials/**/*.json")}
+    assert "[bench] runs: 8 of 3 steps, 2 times scored, on base models 0, 1" in server.wait().stdout
+    made = {path: path.read_bytes() for path in curves(directory)}
     done = server.run(["bench", recipe, "--run-dir", directory, "--workers", "2"], recipe.parent, **JOB)
     assert done.returncode == 0, done.stderr
     assert all(path.read_bytes() == content for path, content in made.items())
     assert "same strength" in done.stdout and "own alpha" in done.stdout
     return directory
+
+
+def curves(study: Path) -> list[Path]:
+    return sorted(study.glob("seed_*/trials/*/*/*/curve.json"))
 
 
 def single_process(world: Any, recipe: str, folder: str) -> dict[str, Any]:
@@ -83,11 +88,13 @@ def single_process(world: Any, recipe: str, folder: str) -> dict[str, Any]:
     changes = ["bench.methods.sampling={calibration.ess_floor: 0.9}"]
     made: list[list[str]] = []
     for overrides in ([], changes):
-        todo = [job for job in Study(recipe, directory / "again", overrides).jobs(world) if not job.is_done()]
-        for job in todo:
-            job.do()
-            assert job.is_done()
-        made.append(sorted(str(job.result) for job in todo))
+        study = Study([recipe], directory / "again", overrides)
+        made.append([])
+        for phase in study.phases:
+            for job in [job for job in study.jobs(phase) if not job.is_done()]:
+                job.do()
+                assert job.is_done()
+                made[-1].append(str(job.request.run.path.relative_to(directory / "again")))
     changes = ["seed=1", "bench=null", "calibration.rule=uniform", "statistics.trace=true"]  # as the study records
     asked, _ = load_config(recipe, changes, directory / "run")
     run = RunDirectory(directory / "run")
@@ -98,7 +105,7 @@ def single_process(world: Any, recipe: str, folder: str) -> dict[str, Any]:
     unlearn(asked, run, world)
     convert(asked, run)
     evaluate(asked, run)
-    return {"first": len(made[0]), "redone": made[1]}
+    return {"first": made[0], "redone": made[1]}
 
 
 @pytest.fixture(scope="module")
@@ -109,12 +116,15 @@ def alone(recipe: Path) -> dict[str, Any]:
 def test_a_killed_study_is_finished_and_a_second_one_writes_the_same_bytes(
     study: Path, recipe: Path, server: Server
 ) -> None:
-    assert len(list(study.glob("seed_*/trials/**/*.json"))) == 2 * (2 + 1)
+    assert len(curves(study)) == 2 * (3 + 1)
+    assert not list(study.glob("seed_*/trials/**/step_*"))  # no weights are kept
     before = {name: (study / name).read_bytes() for name in ("study.json", "frontier.csv")}
     again = server.run(["bench", recipe, "--run-dir", study, "--json"], recipe.parent)
     assert again.returncode == 0 and json.loads(again.stdout)["seeds"] == [0, 1]
     assert {name: (study / name).read_bytes() for name in before} == before
-    assert before["frontier.csv"].count(b"\n") == 1 + 6 * 2  # steps 2 and 3
+    assert before["frontier.csv"].count(b"\n") == 1 + 6 * 2  # steps 2 and 3 of those that do not diverge
+    diverged = json.loads(before["study.json"])["diverged"]
+    assert diverged == [f"seed {seed}, recipe, uniform, alpha=1e+38" for seed in (0, 1)]
     text = report_study(RunDirectory.at(study)).read_text(encoding="utf-8")
     assert "questions_forget exact_match ↑" in text and "own alpha" in text
     row = next(r for r in json.loads(before["study.json"])["comparisons"] if r["strength"] == "own alpha")
@@ -135,33 +145,39 @@ def test_the_csv_alone_gives_the_comparisons_again(study: Path, recipe: Path) ->
 
 
 def test_neither_kills_nor_workers_change_a_result(study: Path, recipe: Path, alone: dict[str, Any]) -> None:
-    assert alone["first"] == 2 + 6
-    for path in sorted(study.glob("seed_*/trials/recipe/uniform/*.json")):
-        assert path.read_bytes() == (recipe.parent / "alone/again" / path.relative_to(study)).read_bytes()
+    assert len(alone["first"]) == 2 + 4 + 8
+    for path in curves(study):
+        if path.parts[-3] != "sampling":  # made again, differently
+            assert path.read_bytes() == (recipe.parent / "alone/again" / path.relative_to(study)).read_bytes()
 
 
 def test_a_changed_method_is_all_that_is_run_again(alone: dict[str, Any]) -> None:
-    assert [path.split("/")[-5:] for path in alone["redone"]] == [
-        [f"seed_{seed}", "trials", "recipe", "sampling", "alpha=4.0.json"] for seed in (0, 1)
-    ]
+    calibrations = [path for path in alone["redone"] if "calibrated" in path]
+    assert len(calibrations) == 2 and not set(calibrations) & set(alone["first"])
+    runs = [f"seed_{seed}/trials/recipe/sampling/alpha=4.0" for seed in (0, 1)]
+    assert alone["redone"] == [*calibrations, *runs] and set(runs) <= set(alone["first"])
 
 
 def test_a_run_of_a_study_is_the_run_of_the_pipeline(study: Path, recipe: Path, alone: dict[str, Any]) -> None:
     run = recipe.parent / "alone" / "run"
     scored = json.loads((run / "evaluation" / "unlearned.json").read_text(encoding="utf-8"))["scores"]
     theirs = {f"{score['task']} {score['metric']}": score["value"] for score in scored}
-    result = json.loads((study / "seed_1/trials/recipe/uniform/alpha=4.0.json").read_text(encoding="utf-8"))
-    assert result["curve"][-1]["scores"] == theirs and result["curve"][-1]["step"] == 3
+    result = json.loads((study / "seed_1/trials/recipe/uniform/alpha=4.0/curve.json").read_text(encoding="utf-8"))
+    assert [point["step"] for point in result["curve"]] == [2, 3]
+    assert jobs.scores_of(result["curve"][-1])["scores"] == theirs
     manifest = json.loads((run / "checkpoints" / "step_000003" / "manifest.json").read_text(encoding="utf-8"))
     assert result["job"] == manifest["job"]
 
 
-def identities(recipe: str | Path, directory: Path) -> list[str]:
-    return [job.identity for job in Study(str(recipe), directory, []).jobs(None)]
+def undone(recipe: Path, directory: Path) -> list[str]:
+    """The phases of a study in which there is something to do."""
+    study = Study([str(recipe)], directory, [])
+    return [phase for phase in study.phases if not all(job.is_done() for job in study.jobs(phase))]
 
 
-def test_results_belong_to_what_the_files_hold_not_to_where_they_are(recipe: Path, tmp_path: Path) -> None:
-    assert identities("bench_entangled", tmp_path / "here") == identities("bench_entangled", tmp_path / "moved")
+def test_results_belong_to_what_the_files_hold_not_to_where_they_are(study: Path, recipe: Path, tmp_path: Path) -> None:
+    assert undone(recipe, tmp_path / "none") == ["bases", "calibrations", "runs"]
+    moved = Path(shutil.copytree(study, tmp_path / "moved", symlinks=True))
     raw = yaml.safe_load(recipe.read_text(encoding="utf-8"))
     shutil.copytree(raw["model"]["path"], tmp_path / "model")
     task = raw["evaluation"]["tasks"][0]
@@ -169,24 +185,58 @@ def test_results_belong_to_what_the_files_hold_not_to_where_they_are(recipe: Pat
     raw["model"]["path"], task["path"] = str(tmp_path / "model"), str(tmp_path / Path(task["path"]).name)
     changed = tmp_path / "recipe.yaml"
     changed.write_text(yaml.safe_dump(raw, sort_keys=False), encoding="utf-8")
-    seen = [identities(recipe, tmp_path), identities(changed, tmp_path)]
-    assert seen[0] == seen[1]
+    assert undone(recipe, study) == undone(changed, moved) == []
     with Path(task["path"]).open("a") as handle:
         handle.write("\n")
-    seen.append(identities(changed, tmp_path))
+    assert undone(changed, moved) == ["bases", "runs"]  # what is scored with it
     weights = tmp_path / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4] + b"abcd")
-    seen.append(identities(changed, tmp_path))
-    assert all(a != b for one, other in itertools.pairwise(seen[1:]) for a, b in zip(one, other, strict=True))
+    assert undone(changed, moved) == ["bases", "calibrations", "runs"]
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ("bench.margin=2", "bench.margin"),
+        ("bench.seeds=[0,1,2]", "bench.seeds"),
+        ("unlearning.steps=4", "unlearning.steps"),
+    ],
+)
+def test_a_directory_of_another_plan_is_refused(
+    study: Path, recipe: Path, server: Server, change: str, key: str
+) -> None:
+    line = refuse(server, study, "bench", recipe, "--run-dir", study, "--set", change)
+    assert f"a study with another plan was begun here ({key} differs)" in line
+    done = server.run(["bench", recipe, "--run-dir", study, "--dry-run", "--set", "distributed.threads=2"], study)
+    assert done.returncode == 0 and "[bench] runs: 8 of 3 steps" in done.stdout  # how it is computed is no plan
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["distributed.ep=2"], "expert-parallel size 2 does not divide the world size 1"),
+        (["distributed.nproc=999"], "999 processes on this machine"),
+        (["bench.grids={sampling: {unlearning.steps: [3]}}"], "would be run and never tuned"),
+    ],
+)
+def test_jobs_that_cannot_be_run_are_refused(
+    recipe: Path, tmp_path: Path, server: Server, changes: list[str], message: str
+) -> None:
+    options = [word for change in changes for word in ("--set", change)]
+    assert message in refuse(server, tmp_path, "bench", recipe, "--run-dir", tmp_path / "out", *options)
 
 
 def test_workers_take_turns_on_the_gpus_that_are_given(tmp_path: Path) -> None:
     for number in range(8):
         (tmp_path / f"nvidia{number}").touch()
-    for inherited, wanted in (({}, list("01234567")), ({"CUDA_VISIBLE_DEVICES": "4,5"}, ["4", "5", "4"])):
-        given = [worker.device_of(number, inherited, tmp_path) for number in range(len(wanted))]
+    for ranks, inherited, wanted in (
+        (1, {}, list("01234567")),
+        (1, {"CUDA_VISIBLE_DEVICES": "4,5"}, ["4", "5", "4"]),
+        (4, {}, ["0,1,2,3", "4,5,6,7", "0,1,2,3"]),
+    ):
+        given = [jobs.devices_of(number, ranks, inherited, tmp_path) for number in range(len(wanted))]
         assert [environment["CUDA_VISIBLE_DEVICES"] for environment in given] == wanted
-    assert "CUDA_VISIBLE_DEVICES" not in worker.device_of(0, {}, tmp_path / "none")
+    assert "CUDA_VISIBLE_DEVICES" not in jobs.devices_of(0, 1, {}, tmp_path / "none")
 
 
 @pytest.mark.parametrize(
@@ -223,8 +273,8 @@ def dies(*asked: Any) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_killed_worker_ends_the_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_worker_ends_the_study(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(study_module, "do", dies)
-    job = worker.StudyJob(tmp_path / "result.json", dict, "identity")
-    with pytest.raises(JobFailed, match="was killed"):
-        study_module._work(SimpleNamespace(asked=()), tmp_path / "logs", [job], 1, quiet=True)  # type: ignore[arg-type]
+    study = Study([str(recipe)], tmp_path, [])
+    with pytest.raises(JobFailed, match="was killed"), study_module.Workers(study, 1, 1, quiet=True) as pool:
+        pool.finish("bases")

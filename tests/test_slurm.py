@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from forked import Result, Server
+from forked import JOB, Result, Server
 from safetensors.numpy import load_file
 from slurm_cluster import SlurmCluster, find_daemon, slurm_cluster
 from tiny import make_model, write_config
@@ -629,3 +629,62 @@ def test_real_pipeline_over_two_nodes_with_stop_and_lost_node(
     run_distributed(jobs.unlearn_job, 4, str(config), str(undisturbed), [])
     expected, found = (read_manifest(run / "checkpoints" / name).files for run in (undisturbed, run_dir))
     assert found == expected  # hashes of the files that hold weights and optimizer states
+
+
+STUDY = {
+    "seeds": [0, 1, 2],
+    "methods": {"uniform": {"calibration.rule": "uniform"}, "sampling": {}},
+    "grid": {"unlearning.alpha": [1.0, 4.0, 16.0]},
+    "score_every": 3,
+    "margin": 1.0,
+    "forget": "questions_forget accuracy",
+    "utility": ["questions_utility accuracy"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_study_over_two_nodes_of_which_one_is_lost(cluster: SlurmCluster, tmp_path: Path, server: Server) -> None:
+    """`trace-ds submit --study`, every run two ranks on two nodes with expert-parallel size 2; a node is killed under
+    the runs and comes back. What the study finds is, to the byte, what `trace-ds bench` finds on one machine."""
+    shape = {"distributed": {"nproc": 2, "ep": 2}, "unlearning__steps": 6}
+    config = write_config(tmp_path, make_model(tmp_path / "model"), bench=STUDY, **shape)
+    env = REAL | {"PYTHONPYCACHEPREFIX": str(tmp_path / "pycache"), "PYTHONDONTWRITEBYTECODE": ""}
+    study = tmp_path / "study"
+    options = [
+        "--nodes",
+        2,
+        "--gpus-per-node",
+        1,
+        "--sbatch",
+        "--cpus-per-task=40",
+        "--run-dir",
+        study,
+    ]  # two at a time
+    refused = trace_ds(server, cluster, tmp_path, "submit", config, "--study", "--nodes", 1, "--gpus-per-node", 1)
+    assert refused.returncode == 2 and "does not divide the world size 1" in refused.stderr
+    result = trace_ds(server, cluster, tmp_path, "submit", config, "--study", *options, env=env)
+    assert result.returncode == 0, result.stderr
+    assert "[bench] runs: 18 of 6 steps, 2 times scored, on base models 0, 1, 2" in result.stdout
+    jobs = [int(job) for job in json.loads((study / "submitted/1/jobs.json").read_text())["jobs"].values()]
+    assert len(jobs) == 4
+
+    def curves() -> list[Path]:
+        return list(study.glob("seed_*/trials/*/*/*/curve.json"))
+
+    cluster.wait_until("some runs are done", lambda: len(curves()) > 3, 900, jobs[2])
+    cluster.wait_until("ranks run on n2", lambda: cluster.runs_on("n2", b"unlearn"), 120)
+    cluster.kill_node("n2")
+    lost = "restart 1 of at most"
+    again = trace_ds(server, cluster, tmp_path, "submit", config, "--study", *options, env=env)
+    assert again.returncode == 2 and "still queued or running" in again.stderr
+    cluster.wait_until("SLURM misses the node", lambda: "n2" in cluster.run("sinfo", "-h", "-t", "down", "-o%N"), 120)
+    cluster.start_node("n2")
+    assert cluster.wait(jobs[-1], 900) == "COMPLETED", cluster.output(jobs[-1])
+    assert any(lost in log.read_text() for log in (study / "logs").glob("runs-*.log"))
+    assert len(curves()) == 18 and not list(study.glob("**/step_*"))
+
+    alone = server.run(["bench", str(config), "--run-dir", str(tmp_path / "alone")], tmp_path, **JOB)
+    assert alone.returncode == 0, alone.stderr
+    for name in ("study.json", "frontier.csv", "plan.json"):
+        assert (study / name).read_bytes() == (tmp_path / "alone" / name).read_bytes(), name

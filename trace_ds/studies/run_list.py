@@ -188,21 +188,18 @@ def _check_looks(config: Config) -> None:
     for task in config.evaluation.tasks:
         if task.name in bench.score_at_end:
             continue
-        if task.type == "lm_eval" and not task.path:
-            problem = "all questions that lm-eval has of it"
-        elif (read := _read_tokens(task)) > DEAR * trained_tokens:
-            problem = f"about {read:,.0f} tokens, {read / trained_tokens:,.0f} times the training between two looks"
-        else:
-            continue
-        raise UserError(
-            f"the task {task.name} is too dear to be scored every {bench.score_every} steps: {problem}",
-            "bench.score_at_end",
-            "name it there, raise bench.score_every, or give the task a file with fewer items",
-        )
+        read = _read_tokens(task)
+        if read > DEAR * trained_tokens:
+            raise UserError(
+                f"the task {task.name} is too dear to be scored every {bench.score_every} steps: about {read:,.0f} "
+                f"tokens, {read / trained_tokens:,.0f} times the training between two looks",
+                "bench.score_at_end",
+                "name it there, raise bench.score_every, or give the task a file with fewer items",
+            )
 
 
 def _read_tokens(task: TaskConfig) -> float:
-    """Roughly what scoring a task reads: a question once with each choice. 0: nobody knows yet."""
+    """Roughly what scoring a task reads: a question once with each choice. 0: it is no file, or not there yet."""
     from trace_ds.evaluation.items import CHOICES
 
     path = Path(task.path) if task.path else None

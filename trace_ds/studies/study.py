@@ -38,6 +38,7 @@ from trace_ds.studies.analysis import Curve, choices, compare, finite, metric_of
 from trace_ds.studies.jobs import Study, begin, do
 
 TELL_EVERY_S = 30.0
+START = "spawn"  # how workers are started
 # For the estimate before anything ran: seconds of one CPU core of the machine this was developed on.
 REFERENCE_S, STEP_S, SCORE_S = 220.0, 0.12, 0.9
 
@@ -256,7 +257,7 @@ class Workers:
 
     def _started(self) -> ProcessPoolExecutor:
         if self._pool is None:
-            context = multiprocessing.get_context("spawn")
+            context = multiprocessing.get_context(START)
             numbers: SimpleQueue[int] = context.SimpleQueue()
             for number in range(self._count):
                 numbers.put(number)
