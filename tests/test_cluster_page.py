@@ -15,7 +15,11 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 PAGE = (REPOSITORY / "docs" / "cluster.md").read_text(encoding="utf-8")
 # An environment and a site file of one's own: `make test` has made the one, the other is this machine's business.
 SETTING_UP = ("python3 -m venv", "source ", "pip install .", "cp slurm/site.env.example")
-MANY_RUNS = ("trace-ds submit CONFIG", "sbatch --array=1-3")  # tests/test_slurm.py submits arrays
+MANY_RUNS = (
+    "trace-ds submit CONFIG",
+    "trace-ds submit study.yaml",
+    "sbatch --array=1-3",
+)  # tests/test_slurm.py submits arrays
 STATUS = {"TRACE_DS_STAGES=doctor": 1, "trace-ds submit try/config.yaml --nodes 3": 2}  # any other: 0
 
 

@@ -649,7 +649,6 @@ def test_a_study_over_two_nodes_of_which_one_is_lost(cluster: SlurmCluster, tmp_
     the runs and comes back. What the study finds is, to the byte, what `trace-ds bench` finds on one machine."""
     shape = {"distributed": {"nproc": 2, "ep": 2}, "unlearning__steps": 6}
     config = write_config(tmp_path, make_model(tmp_path / "model"), bench=STUDY, **shape)
-    env = REAL | {"PYTHONPYCACHEPREFIX": str(tmp_path / "pycache"), "PYTHONDONTWRITEBYTECODE": ""}
     study = tmp_path / "study"
     options = [
         "--nodes",
@@ -663,7 +662,7 @@ def test_a_study_over_two_nodes_of_which_one_is_lost(cluster: SlurmCluster, tmp_
     ]  # two at a time
     refused = trace_ds(server, cluster, tmp_path, "submit", config, "--study", "--nodes", 1, "--gpus-per-node", 1)
     assert refused.returncode == 2 and "does not divide the world size 1" in refused.stderr
-    result = trace_ds(server, cluster, tmp_path, "submit", config, "--study", *options, env=env)
+    result = trace_ds(server, cluster, tmp_path, "submit", config, "--study", *options)
     assert result.returncode == 0, result.stderr
     assert "[bench] runs: 18 of 6 steps, 2 times scored, on base models 0, 1, 2" in result.stdout
     jobs = [int(job) for job in json.loads((study / "submitted/1/jobs.json").read_text())["jobs"].values()]
@@ -676,7 +675,7 @@ def test_a_study_over_two_nodes_of_which_one_is_lost(cluster: SlurmCluster, tmp_
     cluster.wait_until("ranks run on n2", lambda: cluster.runs_on("n2", b"unlearn"), 120)
     cluster.kill_node("n2")
     lost = "restart 1 of at most"
-    again = trace_ds(server, cluster, tmp_path, "submit", config, "--study", *options, env=env)
+    again = trace_ds(server, cluster, tmp_path, "submit", config, "--study", *options)
     assert again.returncode == 2 and "still queued or running" in again.stderr
     cluster.wait_until("SLURM misses the node", lambda: "n2" in cluster.run("sinfo", "-h", "-t", "down", "-o%N"), 120)
     cluster.start_node("n2")

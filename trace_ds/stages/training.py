@@ -87,11 +87,12 @@ class Training:
             for problem in problems:
                 log.line(f"WARNING {problem}")
             yield log, chosen
-            name = step_name(newest_complete(checkpoints)[0] or 0)
+            newest = newest_complete(checkpoints)[0]  # none where a curve is all that was wanted
+            left = self.run.curve if newest is None else checkpoints / step_name(newest)
             losses = [
                 f"{key.removeprefix('loss_')} loss {value:.3g}" for key, value in log.last.items() if "loss_" in key
             ]
-            log.done(", ".join([f"{checkpoints.name}/{name}", *losses]))
+            log.done(", ".join([str(left.relative_to(self.run.path)), *losses]))
 
     def usable(self, world: World, log: StageLog) -> Any:
         """The settings, with an ``expert_kernel`` that every process can use (collective)."""

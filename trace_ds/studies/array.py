@@ -28,15 +28,16 @@ from trace_ds.stages.pipeline import Request
 from trace_ds.studies import run_list
 from trace_ds.studies.jobs import Study
 from trace_ds.studies.study import check_ranks, checked, keep_plan, show, tell_plan, write_result
+from trace_ds.terminal import duration
 
 SCRIPT = "study.sh"
 ANALYSIS = "analysis"
 TASKS = 1000  # of one array: what SLURM allows unless its MaxArraySize says more
 ONE_PROCESS = ("--nodes=1", "--ntasks-per-node=1", "--gpus-per-node=0")
-# Runs sbatch with the options that the site file has under a name ($1) between the first so many ($2) and the rest.
+# Runs sbatch with what the site file exports and, in the place of {}, the options that it has under the name $1.
 WITH_SITE = (
-    '[[ ! -e $0 ]] || source "$0"; read -ra site <<<"${!1:-}"; n=$2; shift 2; '
-    'exec sbatch "${@:1:n}" "${site[@]}" "${@:n+1}"'
+    '[[ ! -e $0 ]] || source "$0"; read -ra site <<<"${!1:-}"; words=(); '
+    'for word in "${@:2}"; do [[ $word != {} ]] && words+=("$word") || words+=("${site[@]}"); done; exec "${words[@]}"'
 )
 
 
@@ -48,18 +49,25 @@ class Array:
     tasks: list[int]
     first: int
 
+    @property
+    def is_one_process(self) -> bool:
+        return self.phase in ("calibrations", ANALYSIS)
+
+    @property
+    def site(self) -> str:
+        """The name of the site's options."""
+        return "TRACE_DS_CPU_SBATCH" if self.is_one_process else "TRACE_DS_UNLEARN_SBATCH"
+
     def command(self, folder: Path, study: Path, cluster: Cluster, before: Sequence[str]) -> list[str]:
-        """For :data:`WITH_SITE`, beginning with the name of the site's options and the number of ours before them."""
-        one_process = self.phase in ("calibrations", ANALYSIS)
+        """sbatch with {} where the site's options go, and the user's after them."""
         # the analysis looks at runs that failed too
         kind = "afterany" if self.phase == ANALYSIS else "afterok"
         waits = [f"--dependency={kind}:{':'.join(before)}", "--kill-on-invalid-dep=yes"] if before else []
         ours = ["--parsable", "--export=ALL", f"--job-name={self.phase}-{study.name}", *waits]
         ours += [f"--array={','.join(str(number - self.first) for number in self.tasks)}"]
-        ours += ONE_PROCESS if one_process else cluster.shape
         script = [str(folder / "slurm" / SCRIPT), str(folder / "config.yaml"), "--run-dir", str(study)]
-        site = "TRACE_DS_CPU_SBATCH" if one_process else "TRACE_DS_UNLEARN_SBATCH"
-        return [site, str(len(ours)), *ours, *shlex.split(cluster.options), *script]
+        shape = ([*ONE_PROCESS], []) if self.is_one_process else ([], cluster.shape)  # which wins over the site's
+        return ["sbatch", *ours, *shape[0], "{}", *shape[1], *shlex.split(cluster.options), *script]
 
 
 def arrays(study: Study) -> Iterator[Array]:
@@ -98,7 +106,7 @@ def submit_study(
     todo = list(arrays(study))
     if dry_run:
         for array in todo:
-            print(shlex.join(array.command(folder, directory, cluster, [])))
+            print(shlex.join(array.command(folder, directory, cluster, [])).replace("'{}'", f"${array.site}"))
         print(f"# dry run: nothing submitted; the files would be in {folder}")
         return 0
     check_queue(directory)
@@ -114,10 +122,10 @@ def submit_study(
         for array in todo:
             waits = [ids for phase, ids in before.items() if phase != array.phase][-1:]
             command = array.command(folder, directory, cluster, waits[0] if waits else [])
+            command = ["bash", "-c", WITH_SITE, str(folder / "slurm" / "site.env"), array.site, *command]
             variables = environment(folder, directory, cluster)
             variables |= {"TRACE_DS_PHASE": array.phase, "TRACE_DS_FIRST": str(array.first)}
-            bash = ["bash", "-c", WITH_SITE, str(folder / "slurm" / "site.env"), *command]
-            job = run_command(bash, variables, Path.cwd()).strip().split(";")[0]
+            job = run_command(command, variables, Path.cwd()).strip().split(";")[0]
             before.setdefault(array.phase, []).append(job)
             jobs[f"{array.phase} ({len(array.tasks)} from {array.tasks[0]})"] = job
     except (UserError, OSError) as error:
@@ -152,8 +160,8 @@ def tell_cost(study: Study, cluster: Cluster) -> None:
     for warning in planned.warnings:
         print(f"WARNING trace-ds plan: {warning}")
     if planned.unlearn.job_s is not None:
-        hours = planned.unlearn.job_s / 3600
-        print(f"[bench] a run: about {hours:.2f} hours on {spec.world} GPUs, the scoring of tasks left out")
+        about = duration(planned.unlearn.job_s)
+        print(f"[bench] a run: about {about} on {spec.world} GPUs, without the scoring of its tasks")
 
 
 def begin_task(recipe: Sequence[str], run_dir: Path | None, overrides: Sequence[str], phase: str, number: int) -> int:
