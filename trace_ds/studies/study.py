@@ -59,7 +59,7 @@ def run_study(
     """
     study = checked(recipe, run_dir, overrides)
     ranks = study.config.distributed.nproc or 1
-    check_ranks(study, ranks, local=True)
+    check_ranks(study, ranks, local=True, download=not dry_run)
     count = workers or worker_count(ranks)
     if not json:
         tell_plan(study, count)
@@ -107,16 +107,20 @@ def check_places(study: Study) -> None:
             require_inputs_ours(base.run.path)
 
 
-def check_ranks(study: Study, ranks: int, *, local: bool) -> None:
-    """Refuse a job that so many processes (``local``: of this machine) cannot be."""
+def check_ranks(study: Study, ranks: int, *, local: bool, download: bool = False) -> None:
+    """Refuse a job that so many processes (``local``: of this machine) cannot be.
+
+    ``download``: bring a model that is named on the hub, to look at it.
+    """
     from trace_ds.models.families import FAMILIES, ModelInfo, check_expert_parallel, inspect_model
     from trace_ds.parallel.launch import check_process_count
 
-    settings = study.config.distributed
+    settings, scoring = study.config.distributed, study.config.evaluation
     if local:
-        check_process_count(ranks, accelerator_count(), os.cpu_count() or 1)
+        for count, key in ((ranks, "distributed.nproc"), (scoring.nproc, "evaluation.nproc")):
+            check_process_count(count, accelerator_count(), os.cpu_count() or 1, key)
     if study.bench.regime is None:
-        base = study.bases[study.seeds[0]].located("unlearn", download=local)
+        base = study.bases[study.seeds[0]].located("unlearn", download=download)
         info = inspect_model(base.config.model.path)
     else:
         from trace_ds.demo.pretrain import MODEL
@@ -124,6 +128,7 @@ def check_ranks(study: Study, ranks: int, *, local: bool) -> None:
         experts, top_k, layers = (MODEL[f"num_{key}"] for key in ("local_experts", "experts_per_tok", "hidden_layers"))
         info = ModelInfo(Path(), FAMILIES["mixtral"], {}, experts, top_k, layers, "")
     check_expert_parallel(info, settings.ep, ranks, options=settings.autoep.options if local else None)
+    check_expert_parallel(info, scoring.ep, scoring.nproc, "evaluation.ep")
 
 
 # ---------------------------------------------------------------------------------------------------------- the plan
