@@ -48,11 +48,12 @@ BASE = {
 
 @dataclass(frozen=True)
 class Job:
-    """Stages to run, one after the other; ``begin`` makes what they need of the study first."""
+    """Stages to run, one after the other; ``begin`` makes what they need of the study first, unless ``has_begun``."""
 
     request: Request
     verbs: tuple[str, ...]
-    begin: Callable[[], None]
+    begin: Callable[[], None] = lambda: None
+    has_begun: Callable[[], bool] = lambda: True
 
     def is_done(self) -> bool:
         from trace_ds.corpora.sources import only_looking
@@ -61,7 +62,7 @@ class Job:
         try:
             with only_looking():
                 located = self.request.located("evaluate", download=False)
-                return all(is_done(verb, located, ep, verify=False) for verb in self.verbs)
+                return self.has_begun() and all(is_done(verb, located, ep, verify=False) for verb in self.verbs)
         except UserError:
             return False
 
@@ -131,9 +132,11 @@ class Study:
         if phase == "calibrations":  # of the confirmation too: whatever is chosen is a point of the grid
             wanted = run_list.grid_trials(self.bench, self.seeds)
             requests = {found.run.path: found for found in map(self._calibration, wanted)}
-            return [Job(request, ("calibrate",), lambda: None) for request in requests.values()]
-        trials = self.trials(phase)
-        return [Job(self._trial(trial), ("unlearn",), partial(self._link_calibration, trial)) for trial in trials]
+            return [Job(request, ("calibrate",)) for request in requests.values()]
+        return [
+            Job(self._trial(trial), ("unlearn",), partial(self._link, trial), partial(self._is_linked, trial))
+            for trial in self.trials(phase)
+        ]
 
     def trials(self, phase: str) -> list[run_list.Trial]:
         """Those of a phase; :class:`UserError` as :meth:`jobs`."""
@@ -162,12 +165,19 @@ class Study:
             request.written, RunDirectory(base.run.path / CALIBRATED / name, base.run.path, request.run.config_text)
         )
 
-    def _link_calibration(self, trial: run_list.Trial) -> None:
-        link, made = self._trial(trial).run.calibration, self._calibration(trial).run.calibration
-        target = os.path.relpath(made, link.parent)  # a study can be moved
-        if link.is_symlink() and str(link.readlink()) != target:
-            link.unlink()
-        if not link.is_symlink():
+    def _calibration_link(self, trial: run_list.Trial) -> tuple[Path, str]:
+        """Where a trial's calibration is looked for, and where it lies, from there: a study can be moved."""
+        link = self._trial(trial).run.calibration
+        return link, os.path.relpath(self._calibration(trial).run.calibration, link.parent)
+
+    def _is_linked(self, trial: run_list.Trial) -> bool:
+        link, target = self._calibration_link(trial)
+        return link.is_symlink() and str(link.readlink()) == target
+
+    def _link(self, trial: run_list.Trial) -> None:
+        link, target = self._calibration_link(trial)
+        if not self._is_linked(trial):
+            link.unlink(missing_ok=True)
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(target)
 
