@@ -177,9 +177,7 @@ def begin_task(recipe: Sequence[str], run_dir: Path | None, overrides: Sequence[
     jobs = study.jobs(phase)
     if number >= len(jobs) or jobs[number].is_done():
         return 0
-    job = jobs[number]
-    job.begin()
-    run = job.request.run
+    run = jobs[number].begun().run
     run.create(str(run.config_text))
-    print(f"# stages: {' '.join(job.verbs)}\n# config: {run.config}\n# run directory: {run.path}")
+    print(f"# stages: {' '.join(jobs[number].verbs)}\n# config: {run.config}\n# run directory: {run.path}")
     return 0

@@ -16,7 +16,7 @@ import gc
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing.queues import SimpleQueue
 from pathlib import Path
@@ -48,7 +48,10 @@ BASE = {
 
 @dataclass(frozen=True)
 class Job:
-    """Stages to run, one after the other; ``begin`` makes what they need of the study first, unless ``has_begun``."""
+    """Stages to run, one after the other; ``begin`` makes what they need of the study first, unless ``has_begun``.
+
+    The run of its ``request`` does not store the configuration (to write so many out takes seconds): :meth:`begun` does.
+    """
 
     request: Request
     verbs: tuple[str, ...]
@@ -66,11 +69,16 @@ class Job:
         except UserError:
             return False
 
+    def begun(self) -> Request:
+        """What to run, when all that it needs of the study is there."""
+        self.begin()
+        return replace(self.request, run=replace(self.request.run, config_text=dump_yaml(self.request.written)))
+
     def do(self) -> None:
         """Raises: UserError, JobFailed, StopRequested."""
-        self.begin()
+        request = self.begun()
         for verb in self.verbs:
-            status = run_verb(verb, self.request)
+            status = run_verb(verb, request)
             if status == StopRequested.exit_status:
                 raise StopRequested(f"{self.request.run.path}: stopped on request; run the same command again to go on")
             if status:
@@ -121,7 +129,7 @@ class Study:
             config = self._seed_config(seed)
             models = {name: path for name, path in config.evaluation.models.items() if name == GOLD}
             config = with_changes(config, BASE | {"evaluation.models": models}, "bench")
-            found[seed] = Request(config, RunDirectory(self.seed_directory(seed), None, dump_yaml(config)))
+            found[seed] = Request(config, RunDirectory(self.seed_directory(seed)))
         return found
 
     def jobs(self, phase: str) -> list[Job]:
@@ -151,7 +159,7 @@ class Study:
     def _trial(self, trial: run_list.Trial) -> Request:
         base = self.bases[trial.seed]
         config = run_list.trial_config(base.written, trial)
-        return Request(config, RunDirectory(self.trial_directory(trial), base.run.path, dump_yaml(config)))
+        return Request(config, RunDirectory(self.trial_directory(trial), base.run.path))
 
     def _calibration(self, trial: run_list.Trial) -> Request:
         """The run that makes a trial's calibration, which others may share."""
@@ -161,9 +169,7 @@ class Study:
             unlearning = request.written.unlearning
             settings.append([unlearning.forget_loss, unlearning.retain_term, unlearning.rmu.layer])
         name = sha256_text(canonical_json(settings))[:12]
-        return Request(
-            request.written, RunDirectory(base.run.path / CALIBRATED / name, base.run.path, request.run.config_text)
-        )
+        return Request(request.written, RunDirectory(base.run.path / CALIBRATED / name, base.run.path))
 
     def _calibration_link(self, trial: run_list.Trial) -> tuple[Path, str]:
         """Where a trial's calibration is looked for, and where it lies, from there: a study can be moved."""
