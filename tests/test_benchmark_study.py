@@ -165,6 +165,7 @@ def test_a_run_of_a_study_is_the_run_of_the_pipeline(study: Path, recipe: Path, 
     result = json.loads((study / "seed_1/trials/recipe/uniform/alpha=4.0/curve.json").read_text(encoding="utf-8"))
     assert [point["step"] for point in result["curve"]] == [2, 3]
     assert jobs.scores_of(result["curve"][-1])["scores"] == theirs
+    assert {score["task"] for score in result["curve"][0]["scores"]} == {"questions_forget"}  # the other one at the end
     manifest = json.loads((run / "checkpoints" / "step_000003" / "manifest.json").read_text(encoding="utf-8"))
     assert result["job"] == manifest["job"]
 

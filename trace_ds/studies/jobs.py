@@ -50,7 +50,7 @@ BASE = {
 class Job:
     """Stages to run, one after the other; ``begin`` makes what they need of the study first, unless ``has_begun``.
 
-    The run of its ``request`` does not store the configuration (to write so many out takes seconds): :meth:`begun` does.
+    The run of its ``request`` does not store the configuration (to write many out takes seconds): :meth:`begun` does.
     """
 
     request: Request
