@@ -60,7 +60,10 @@ class UnlearnJob:
         """Whether the last step of this very job is there, complete, or one that reached the forgetting target; or its
         curve, where that is all that is wanted."""
         if self.curve:
-            return ours.is_curve(run.curve) and read_object(run.curve, "the curve", "")["identity"] == self.curve
+            if not ours.is_curve(run.curve) or read_object(run.curve, "the curve", "")["identity"] != self.curve:
+                return False
+            discard_checkpoints(run)  # which a kill may have cut off
+            return True
         target = config.unlearning.evaluate.target_forget_nll
 
         def is_enough(manifest: Manifest) -> bool:
@@ -249,12 +252,17 @@ def leave_curve(job: UnlearnJob, run: RunDirectory, points: list[dict[str, Any]]
         points: of every look: ``step``, ``scores`` (as in the evaluation artefact), ``by_source``.
         failed: the step after which the model was of no use (a loss is not finite, a guard is broken), or None.
     """
-    from trace_ds.checkpoints.commit import discard_all
-
     made_with = {"device": "gpu" if accelerator_count() else "cpu", "torch": version("torch")}
     found = {"identity": job.curve, "job": job.identity, "made_with": made_with, "curve": points, "diverged": failed}
     write_json(run.curve, found)
+    discard_checkpoints(run)
+
+
+def discard_checkpoints(run: RunDirectory) -> None:
+    from trace_ds.checkpoints.commit import discard_all
+
     if run.checkpoints.is_dir():
+        run.clear_leftovers()
         discard_all(run.checkpoints)
 
 
