@@ -1,8 +1,7 @@
 """TRACE's retain weights in a transformers Trainer: the 20 lines between the markers are all it takes.
 
-    trace-ds run CONFIG --run-dir RUN           # or prepare, collect, calibrate
-    python -m trace_ds.calibration.export RUN weights
-    python docs/trainer_example.py MODEL weights/retain_rows.parquet OUT
+    trace-ds run CONFIG --run-dir RUN --set calibration.export=parquet     # or prepare, collect, calibrate
+    python docs/trainer_example.py MODEL RUN/export/retain_rows.parquet OUT
 
 Only the retain side is shown; add your own forget loss where the comment says so.
 """

@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 import torch
 from test_calibration_stage import prepared  # noqa: F401 (a fixture)
-from tiny import make_model
 
-from trace_ds.calibration.export import export, main
-from trace_ds.calibration.pytorch import collate_rows, live_log_weights, record_routing, weighted_retain_loss
+from trace_ds.calibration.export import export
+from trace_ds.calibration.pytorch import collate_rows, weighted_retain_loss
 from trace_ds.config.load import load_config
 from trace_ds.corpora.dataset import TokenDataset
 from trace_ds.errors import UserError
@@ -33,12 +32,16 @@ def calibrated(prepared, tmp_path_factory):  # noqa: F811
     return config_path, run
 
 
-def test_parquet_holds_the_weights_of_every_row_and_document(calibrated, tmp_path, capsys) -> None:
+def written(calibrated, directory: Path) -> None:
+    _, run = calibrated
+    export(artefact.load(run.data, "data", "x"), artefact.load(run.calibration, "calibration", "x"), directory)
+
+
+def test_parquet_holds_the_weights_of_every_row_and_document(calibrated, tmp_path) -> None:
     from datasets import Dataset
 
     _, run = calibrated
-    for _ in range(2):  # its own may be replaced
-        assert main([str(run.path), str(tmp_path / "out")]) == 0
+    written(calibrated, tmp_path / "out")
     rows = Dataset.from_parquet(str(tmp_path / "out" / "retain_rows.parquet"), cache_dir=str(tmp_path))
     documents = Dataset.from_parquet(str(tmp_path / "out" / "retain_documents.parquet"), cache_dir=str(tmp_path))
     data = artefact.load(run.data, "data", "x")
@@ -60,21 +63,13 @@ def test_parquet_holds_the_weights_of_every_row_and_document(calibrated, tmp_pat
     assert documents[top["document"]]["weight"] == pytest.approx(top["weight"], rel=1e-5)
 
 
-def test_export_refuses_other_data_and_missing_artefacts(calibrated, tmp_path, capsys) -> None:
+def test_export_refuses_other_data(calibrated, tmp_path) -> None:
     _, run = calibrated
     data = artefact.load(run.data, "data", "x")
     made = artefact.load(run.calibration, "calibration", "x")
     other = artefact.Artefact("calibration", {**made.inputs, "data": "0"}, made.settings, made.files, {}, made.path)
     with pytest.raises(UserError, match="made from other data"):
         export(data, other, tmp_path)
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "retain_rows.parquet").write_text("the user's")
-    assert main([str(run.path), str(tmp_path / "out")]) == 2
-    assert "trace_ds did not make this" in capsys.readouterr().err
-    assert (tmp_path / "out" / "retain_rows.parquet").read_text() == "the user's"
-    assert main([str(tmp_path / "nowhere"), str(tmp_path)]) == 2
-    assert "no data artefact here" in capsys.readouterr().err
-    assert main([]) == 2
 
 
 def test_calibrate_writes_the_dataset_when_asked(prepared, tmp_path) -> None:  # noqa: F811
@@ -139,30 +134,14 @@ def test_loss_against_the_slow_way_and_its_divisor(calibrated) -> None:
     assert float(weighted_retain_loss(logits, batch["labels"], batch["weights"], 7)) == pytest.approx(wanted / 7)
 
 
-def test_live_log_weights_use_the_routing_just_recorded(calibrated, tmp_path) -> None:
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(make_model(tmp_path / "m"))
-    batch = collate_rows(rows_of(calibrated))
-    theta = torch.randn(3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    with record_routing(model) as recorder, torch.no_grad():
-        model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
-        found = live_log_weights(recorder, theta)
-    wanted = torch.zeros(batch["input_ids"].numel(), dtype=torch.float64)
-    for layer in range(3):
-        for t, experts in enumerate(recorder.layer(layer)[1]):
-            wanted[t] += sum(theta[layer, e] for e in experts.tolist())
-    torch.testing.assert_close(found, wanted)
-
-
 @pytest.mark.parametrize("sampling", [False, True])
 def test_trainer_example_runs_and_its_first_loss_is_the_weighted_one(calibrated, tmp_path, sampling: bool) -> None:
     """Accumulation over two micro-batches: the logged loss is Σ wℓ / n over both, n the tokens of both."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM
 
-    config_path, run = calibrated
-    main([str(run.path), str(tmp_path)])
+    config_path, _ = calibrated
+    written(calibrated, tmp_path)
     example = runpy.run_path(str(EXAMPLE))
     trainer_class = example["RetainTrainer"]
     trainer_class.compute_loss.__globals__["SAMPLING"] = sampling

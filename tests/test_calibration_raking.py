@@ -15,13 +15,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import optimize
 
-from trace_ds.calibration import raking, rows
+from trace_ds.calibration import raking
 from trace_ds.calibration import units as units_module
 from trace_ds.calibration.raking import Context, Remaining, rake
-from trace_ds.calibration.rows import RowStore
 from trace_ds.calibration.targets import offer
 from trace_ds.calibration.tokens import TokenMap
-from trace_ds.calibration.units import TokenUnits, evaluate
+from trace_ds.calibration.units import Units, evaluate
 
 sys.path.append(str(Path(__file__).parents[1] / "tools"))
 import bench_calibrate
@@ -37,10 +36,10 @@ def ess(w: np.ndarray) -> float:
     return float(w.sum() ** 2 / (len(w) * (w**2).sum()))
 
 
-def units_of(active_TS: np.ndarray, multiplicity_T: np.ndarray | None = None) -> TokenUnits:
+def units_of(active_TS: np.ndarray, multiplicity_T: np.ndarray | None = None) -> Units:
     """Units with the columns of a 0/1 matrix as constraints: each in a layer of its own, as one of two experts."""
     selected = np.where(active_TS, 0, 1).astype(np.uint8)[:, :, None]
-    return TokenUnits.of(selected, np.array([[True, False]] * active_TS.shape[1]), multiplicity_T)
+    return Units.of(selected, np.array([[True, False]] * active_TS.shape[1]), multiplicity_T)
 
 
 def correlated(rng: np.random.Generator, count: int, constraints: int) -> np.ndarray:
@@ -85,38 +84,6 @@ def test_agrees_with_a_brute_force_convex_solver(seed: int) -> None:
     assert (ours * np.log(ours)).mean() <= (brute.x * np.log(brute.x)).mean() + 1e-9
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_rows_agree_with_a_brute_force_convex_solver(seed: int, monkeypatch) -> None:
-    """One weight per row, rows of different length: scipy again minimises over the weights themselves."""
-    rng = np.random.default_rng(seed)
-    sizes = rng.integers(5, 40, 40).astype(float)
-    counts = rng.binomial(sizes.astype(int)[:, None], np.clip(rng.normal(0.4, 0.2, (40, 3)), 0.02, 0.98))
-    store = RowStore(np.arange(4)[None] < 3, counts, sizes)
-    share, base = counts / sizes[:, None], sizes / sizes.sum()
-    target = 0.7 * base @ share + 0.3 * np.clip(base @ share + 0.2, 0, 0.9)
-    made = rake(store, target, base @ share, 1e9, 1e-9)
-    assert made.converged
-    ours = np.exp(share @ made.theta_S - made.point.log_mean)
-    brute = optimize.minimize(
-        lambda w: float(base @ (w * np.log(w))),
-        np.ones(40),
-        jac=lambda w: base * (np.log(w) + 1),
-        bounds=[(1e-9, None)] * 40,
-        constraints=[
-            {"type": "eq", "fun": lambda w: base @ w - 1.0, "jac": lambda w: base},
-            {"type": "eq", "fun": lambda w: (base * w) @ share - target, "jac": lambda w: share.T * base},
-        ],
-        method="SLSQP",
-        options={"maxiter": 2000, "ftol": 1e-14},
-    )
-    assert brute.success
-    np.testing.assert_allclose(ours, brute.x, atol=5e-4)
-    np.testing.assert_allclose((base * ours) @ share, target, atol=1e-7)
-    assert base @ ours == pytest.approx(1, abs=1e-12)
-    monkeypatch.setattr(rows, "BLOCK_VALUES", 9)  # blocks of three rows
-    np.testing.assert_allclose(rake(store, target, base @ share, 1e9, 1e-9).theta_S, made.theta_S, atol=1e-7)
-
-
 def reference(active_TS: np.ndarray, target_S: np.ndarray) -> np.ndarray:
     """Weights from scipy's trust-region Newton on the plain dual, float64, run until it cannot go on."""
 
@@ -159,7 +126,7 @@ def test_weights_are_those_of_a_plain_long_running_solver(monkeypatch, path: str
     forget, retain = make_world(seed=3, layers=4, experts=10, top_k=3, documents=400)
     active = retain.dense(10).astype(float)
     p, q = active.mean(axis=0), forget.dense(10).mean(axis=0)
-    made = rake(TokenUnits(retain.as_trace(), np.ones((4, 10), dtype=bool), retain.tokens), q, p, 20.0, floor)
+    made = rake(Units(retain.as_trace(), np.ones((4, 10), dtype=bool), retain.tokens), q, p, 20.0, floor)
     assert made.converged and made.limit == "floor" and not any(made.reason_S)
     np.testing.assert_allclose(made.target_S, p + made.strength * (q - p), atol=1e-12)
     w, wanted = weights(active, made.theta_S), reference(active, made.target_S)
@@ -190,7 +157,7 @@ def test_thousands_of_experts_meet_the_floor_and_their_targets(tmp_path) -> None
     retain = sides[1]
     q, p = (corpus.dense(64).mean(axis=0) for corpus in sides)
     everything = np.ones((26, 64), dtype=bool)
-    made = rake(TokenUnits(retain.as_trace(), everything, retain.tokens), q, p, 20.0, 0.5, errors(retain, 64))
+    made = rake(Units(retain.as_trace(), everything, retain.tokens), q, p, 20.0, 0.5, errors(retain, 64))
     assert made.converged and made.limit == "floor" and 0.5 <= made.point.ess < 0.505
     assert made.strength > 0.05 and made.point.max_weight > 5
     w = weights(retain.dense(64), made.theta_S)
@@ -205,7 +172,7 @@ def test_more_experts_than_tokens_meet_the_floor_within_the_errors() -> None:
     forget, retain = make_world(seed=0, layers=32, experts=64, top_k=8, documents=60)
     q, p, error = forget.dense(64).mean(axis=0), retain.dense(64).mean(axis=0), errors(retain, 64)
     everything = np.ones((32, 64), dtype=bool)
-    made = rake(TokenUnits(retain.as_trace(), everything, retain.tokens), q, p, 20.0, 0.5, error)
+    made = rake(Units(retain.as_trace(), everything, retain.tokens), q, p, 20.0, 0.5, error)
     assert made.converged and made.limit == "floor" and 0.5 <= made.point.ess < 0.505
     assert made.strength > 0.05 and np.isfinite(made.theta_S).all()
     miss = np.abs(made.point.frequency_S - made.target_S)
@@ -217,7 +184,7 @@ def test_the_floor_is_respected_and_reached(floor: float) -> None:
     forget, retain = make_world(seed=1)
     active = retain.dense(8)
     p, q = active.mean(axis=0), forget.dense(8).mean(axis=0)
-    made = rake(TokenUnits(retain.as_trace(), np.ones((3, 8), dtype=bool), retain.tokens), q, p, 20.0, floor)
+    made = rake(Units(retain.as_trace(), np.ones((3, 8), dtype=bool), retain.tokens), q, p, 20.0, floor)
     w = weights(active, made.theta_S)
     assert floor - 1e-12 <= ess(w) < floor * 1.001 or made.strength == 1
     assert made.limit == ("floor" if made.strength < 1 else "")
@@ -227,7 +194,7 @@ def test_the_floor_is_respected_and_reached(floor: float) -> None:
 def test_a_solver_that_is_stopped_says_so_and_keeps_its_strength(monkeypatch) -> None:
     forget, retain = make_world(seed=1)
     p, q = retain.dense(8).mean(axis=0), forget.dense(8).mean(axis=0)
-    units = TokenUnits(retain.as_trace(), np.ones((3, 8), dtype=bool), retain.tokens)
+    units = Units(retain.as_trace(), np.ones((3, 8), dtype=bool), retain.tokens)
     whole = rake(units, q, p, 20.0, 0.5)
     monkeypatch.setattr(raking, "MAX_SAMPLE_PASSES", 2)
     made = rake(units, q, p, 20.0, 0.5)
@@ -274,7 +241,7 @@ def test_progress_says_of_each_solve_about_how_long_it_still_takes(monkeypatch, 
     p = retain.dense(16).mean(axis=0)
     q = p + share * (forget.dense(16).mean(axis=0) - p)
     context = Context(say=lambda line: lines.append((now_s[0], line)), clock=lambda: now_s[0])
-    rake(TokenUnits(retain.as_trace(), np.ones((6, 16), dtype=bool), retain.tokens), q, p, 20.0, floor, None, context)
+    rake(Units(retain.as_trace(), np.ones((6, 16), dtype=bool), retain.tokens), q, p, 20.0, floor, None, context)
     first = [
         (at, line)
         for at, line in lines
@@ -296,10 +263,10 @@ def test_threads_and_order_of_the_tokens(monkeypatch) -> None:
     forget, retain = make_world(seed=2)
     p, q = retain.dense(8).mean(axis=0), forget.dense(8).mean(axis=0)
     selected, scope = retain.trace_TLK[retain.counted_T], np.ones((3, 8), dtype=bool)
-    made = [rake(TokenUnits.of(selected, scope), q, p, 20.0, 0.5, None, Context(threads)) for threads in (1, 2, 3)]
+    made = [rake(Units.of(selected, scope), q, p, 20.0, 0.5, None, Context(threads)) for threads in (1, 2, 3)]
     for other in made[1:]:
         np.testing.assert_array_equal(other.theta_S, made[0].theta_S)
-    backward = rake(TokenUnits.of(selected[::-1], scope), q, p, 20.0, 0.5)
+    backward = rake(Units.of(selected[::-1], scope), q, p, 20.0, 0.5)
     active = retain.dense(8)
     np.testing.assert_allclose(weights(active, backward.theta_S), weights(active, made[0].theta_S), rtol=1e-6)
 
@@ -356,7 +323,7 @@ def test_a_layer_whose_fixed_experts_leave_a_rest_still_sums_to_top_k() -> None:
     assert target[8 + 3] == 0 and reason[8 + 3] == "never"
     assert target[8:16].sum() == pytest.approx(2.0, abs=1e-9)
     np.testing.assert_allclose(target[:8], q[:8], atol=1e-9)
-    made = rake(TokenUnits(retain.as_trace(), scope, retain.tokens), q, p, 20.0, 0.5)
+    made = rake(Units(retain.as_trace(), scope, retain.tokens), q, p, 20.0, 0.5)
     assert made.converged and made.strength > 0.05 and made.reason_S[8 + 3] == "never"
 
 
@@ -410,17 +377,17 @@ def test_targets_that_no_weights_meet_are_named_and_not_called_met() -> None:
 
 def test_empty_scope_and_no_tokens() -> None:
     selected = np.zeros((3, 2, 2), np.uint8)
-    made = rake(TokenUnits.of(selected, np.zeros((2, 4), dtype=bool)), np.zeros(0), np.zeros(0), 20.0, 0.5)
+    made = rake(Units.of(selected, np.zeros((2, 4), dtype=bool)), np.zeros(0), np.zeros(0), 20.0, 0.5)
     assert made.strength == 1.0 and made.point.ess == 1.0
     with pytest.raises(ValueError, match="no counted tokens"):
-        evaluate(TokenUnits.of(selected[:0], np.zeros((2, 4), dtype=bool)), np.zeros(0))
+        evaluate(Units.of(selected[:0], np.zeros((2, 4), dtype=bool)), np.zeros(0))
 
 
 def rake_together(world: Any, sample_units: int) -> np.ndarray:
     raking.SAMPLE_UNITS = raking.WHOLE_UNITS = sample_units
     units_module.CHUNK_TOKENS = 500
     forget, retain = make_world(seed=3, layers=4, experts=10, top_k=3, documents=400)
-    units = TokenUnits(retain.as_trace(), np.ones((4, 10), dtype=bool), retain.tokens)
+    units = Units(retain.as_trace(), np.ones((4, 10), dtype=bool), retain.tokens)
     p, q = retain.dense(10).mean(axis=0), forget.dense(10).mean(axis=0)
     made = rake(units, q, p, 20.0, 0.5, None, Context(1, world))
     assert made.converged and made.limit == "floor"

@@ -17,9 +17,8 @@ from test_calibration_stage import alter_summary, job, prepared, write_statistic
 
 from trace_ds.calibration import rows as rows_module
 from trace_ds.calibration.retrieve import choose_rows
-from trace_ds.calibration.rows import RowStore, build_row_store, row_sizes
 from trace_ds.calibration.rules import apply_rule
-from trace_ds.calibration.similarity import coverage_gain, hidden_similarity, routing_similarity, tfidf_similarity
+from trace_ds.calibration.similarity import hidden_similarity, routing_similarity, tfidf_similarity
 from trace_ds.calibration.tokens import TokenMap, count_selections
 from trace_ds.config.load import load_config
 from trace_ds.config.schema import CalibrationConfig
@@ -56,7 +55,7 @@ def test_routing_similarity_against_dense_arrays_and_it_finds_the_near_rows(monk
     found = routing_similarity(retain.as_trace(3), retain.tokens, everything, q.reshape(shape), p.reshape(shape))
     spread = np.sqrt(p * (1 - p))
     z, target = (shares(retain) - p) / spread, (q - p) / spread
-    noise = len(p) / row_sizes(retain.tokens)
+    noise = len(p) / retain.tokens.counted_per_row()
     wanted = z @ target / np.sqrt((z**2).sum(axis=1) + noise) / np.sqrt((target**2).sum())
     np.testing.assert_allclose(found, wanted, atol=1e-12)
     near = near_rows(retain)
@@ -93,24 +92,6 @@ def test_tfidf_against_dense_arrays(tmp_path) -> None:
     np.testing.assert_allclose(found, vectors[1] @ centroid, atol=1e-12)
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_coverage_comes_close_to_the_best_of_all_sets(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    counts, sizes, importance = rng.integers(0, 20, (14, 4)), np.full(14, 40.0), rng.dirichlet(np.ones(4))
-    counts[:, 0] = 0
-    counts[:3, 0] = 15  # few rows use this expert
-    store = RowStore(np.arange(5)[None] < 4, counts, sizes)
-
-    def value(chosen: np.ndarray) -> float:
-        with np.errstate(divide="ignore"):
-            return float(importance @ np.log((counts[chosen] / 40.0).mean(axis=0)))
-
-    best = max(value(np.array(chosen)) for chosen in itertools.combinations(range(14), 5))
-    chosen = np.argsort(-coverage_gain(store, importance, 5), kind="stable")[:5]
-    assert value(chosen) > best - 0.05
-    assert np.mean([value(rng.permutation(14)[:5]) for _ in range(50)]) < best - 0.1
-
-
 def test_what_is_kept() -> None:
     rng = np.random.default_rng(0)
     score, sizes = rng.normal(size=200), rng.integers(1, 9, 200)
@@ -138,9 +119,8 @@ def test_equally_near_rows_are_drawn_at_random_and_counted() -> None:
     assert choose_rows(score, sizes, 103, 0.0, 0).tied == choose_rows(score, sizes, 1000, 0.0, 0).tied == 0
 
 
-@pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("rule", ["raking", "ratio_mean", "permuted", "uniform"])
-def test_rules_on_kept_rows_equal_rules_on_a_corpus_of_these_rows(tmp_path, rule: str, level: str) -> None:
+def test_rules_on_kept_rows_equal_rules_on_a_corpus_of_these_rows(tmp_path, rule: str) -> None:
     forget, retain = make_world(seed=4)
     tokens = retain.tokens
     kept_R = np.random.default_rng(0).random(tokens.rows) < 0.5
@@ -151,7 +131,7 @@ def test_rules_on_kept_rows_equal_rules_on_a_corpus_of_these_rows(tmp_path, rule
         TokenMap(np.concatenate([[0], np.cumsum(lengths)]), tokens.document_ids_T[kept_T], tokens.documents),
         retain.topic_D,
     )
-    config, everything = CalibrationConfig(rule=rule, level=level), np.ones((3, EXPERTS), dtype=bool)
+    config, everything = CalibrationConfig(rule=rule), np.ones((3, EXPERTS), dtype=bool)
     scope = everything if rule != "uniform" else ~everything
     q = forget.statistics(EXPERTS).frequency_LE
     made = []
@@ -168,17 +148,6 @@ def test_rules_on_kept_rows_equal_rules_on_a_corpus_of_these_rows(tmp_path, rule
     assert inside[counted].mean() == pytest.approx(1, abs=1e-9)
 
 
-def test_row_store_whatever_the_chunks(tmp_path, monkeypatch) -> None:
-    _, retain = make_world(seed=2)
-    wanted = shares(retain)[:, ::2]
-    mask = np.zeros((3, EXPERTS), dtype=bool)
-    mask.ravel()[::2] = True
-    for chunk in (50, 1000, 1 << 16):  # a row is longer than the first
-        monkeypatch.setattr(rows_module, "CHUNK_TOKENS", chunk)
-        store = build_row_store(retain.as_trace(2), retain.tokens, mask, tmp_path)
-        np.testing.assert_allclose(store.counts_RS / store.sizes_R[:, None], wanted)
-
-
 @settings(max_examples=40, deadline=None)
 @given(
     seed=st.integers(0, 2**32 - 1),
@@ -186,7 +155,7 @@ def test_row_store_whatever_the_chunks(tmp_path, monkeypatch) -> None:
     same=st.booleans(),
     keep=st.integers(1, 9),
 )
-def test_tiny_and_odd_pools_have_finite_scores(tmp_path_factory, seed: int, lengths: list[int], same: bool, keep: int):
+def test_tiny_and_odd_pools_have_finite_scores(seed: int, lengths: list[int], same: bool, keep: int):
     """Rows of one token or without counted ones, experts that all or no tokens select, forget text like the pool."""
     rng = np.random.default_rng(seed)
     starts = np.concatenate([[0], np.cumsum([2, *lengths])]).astype(np.int64)
@@ -196,12 +165,9 @@ def test_tiny_and_odd_pools_have_finite_scores(tmp_path_factory, seed: int, leng
     corpus = Corpus(trace, TokenMap(starts, documents, 3), np.zeros(3))
     p = corpus.dense(4).mean(axis=0).reshape(2, 4)
     q = p if same else np.minimum(rng.dirichlet(np.ones(4), 2) * 2, 1.0)
-    everything, sizes = np.ones((2, 4), dtype=bool), row_sizes(corpus.tokens)
+    everything, sizes = np.ones((2, 4), dtype=bool), corpus.tokens.counted_per_row()
     routing = routing_similarity(corpus.as_trace(), corpus.tokens, everything, q, p)
     assert np.isfinite(routing).all() and (np.abs(routing) <= 1 + 1e-9).all() and not routing[sizes == 0].any()
-    store = build_row_store(corpus.as_trace(), corpus.tokens, everything, tmp_path_factory.mktemp("spool"))
-    gain = coverage_gain(store, q.ravel(), min(keep, len(store.sizes_R)))
-    assert np.isfinite(gain).all() and len(gain) == (sizes > 0).sum()
     kept = choose_rows(routing, sizes, min(keep, int((sizes > 0).sum())), 0.5, seed=0)
     assert kept.kept_R.sum() == min(keep, int((sizes > 0).sum())) and not kept.kept_R[sizes == 0].any()
 
@@ -209,8 +175,8 @@ def test_tiny_and_odd_pools_have_finite_scores(tmp_path_factory, seed: int, leng
 RETRIEVE = {"calibration__retrieve__rows": 20, "calibration__retrieve__random_share": 0.25}
 
 
-@pytest.mark.parametrize("similarity", ["weight", "routing", "coverage", "tfidf", "hidden"])
-def test_calibrating_what_was_retrieved(job, similarity: str, capsys, monkeypatch) -> None:  # noqa: F811
+@pytest.mark.parametrize("similarity", ["weight", "routing", "tfidf", "hidden"])
+def test_calibrating_what_was_retrieved(job, similarity: str) -> None:  # noqa: F811
     config, run = job(**RETRIEVE, calibration__retrieve__similarity=similarity)
     data = artefact.load(run.data, "data", "x")
     dataset = TokenDataset.open(data.file("retain.arrow"))
@@ -220,10 +186,7 @@ def test_calibrating_what_was_retrieved(job, similarity: str, capsys, monkeypatc
             rows = len(TokenDataset.open(data.file(f"{side}.arrow")))
             np.save(run.statistics / side / "hidden-00000-of-00001.npy", rng.normal(size=(rows, 6)).astype(np.float32))
             alter_summary(run.statistics / side)
-    with monkeypatch.context() as patch:
-        patch.setenv("TRACE_DS_VERBOSE", "1")
-        made = calibrate(config, run)
-    shown = capsys.readouterr().out
+    made = calibrate(config, run)
     weights, rows = np.load(made.file("weights.npy")), np.load(made.file("row_weights.npy"))
     assert (rows > 0).sum() == 20
     row_T = np.repeat(np.arange(len(dataset)), np.diff(dataset.row_starts_R1))
@@ -242,8 +205,7 @@ def test_calibrating_what_was_retrieved(job, similarity: str, capsys, monkeypatc
     assert whole["retrieval"] is None
     for mine, theirs in zip(diagnosis["selected"], whole["selected"], strict=True):  # those of the pool
         assert (mine["forget"], mine["retain"], mine["ratio"]) == (theirs["forget"], theirs["retain"], theirs["ratio"])
-    assert "retrieved 20 of" in shown
-    if similarity in ("weight", "routing", "coverage"):
+    if similarity in ("weight", "routing"):
         assert told["gap_kept"] < told["gap_pool"]
 
 

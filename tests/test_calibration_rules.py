@@ -54,11 +54,10 @@ def run(world, folder, parts: int = 1, seed: int = 0, **options) -> tuple[Calibr
     return made, w, (w @ retain.dense(EXPERTS) / w.sum()).reshape(detection.forget_LE.shape)
 
 
-@pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("experts", ["all", "selected"])
 @pytest.mark.parametrize("rule", RULES)
-def test_mean_weight_floor_and_rows(world, tmp_path, rule: str, experts: str, level: str) -> None:
-    made, w, _ = run(world, tmp_path, rule=rule, experts=experts, level=level)
+def test_mean_weight_floor_and_rows(world, tmp_path, rule: str, experts: str) -> None:
+    made, w, _ = run(world, tmp_path, rule=rule, experts=experts)
     tokens = world[1].tokens
     assert abs(w.mean() - 1) < 1e-9 and (w > 0).all()
     ess = w.sum() ** 2 / (len(w) * (w**2).sum())
@@ -69,26 +68,22 @@ def test_mean_weight_floor_and_rows(world, tmp_path, rule: str, experts: str, le
         at = slice(*(int(x) for x in tokens.row_starts_R1[row : row + 2]))
         mine = weight_T[at][counted_T[at]]
         assert made.row_weight_R[row] == pytest.approx(mine.mean() if len(mine) else 0.0, rel=1e-12)
-        if level == "sequence" and len(mine):
-            np.testing.assert_allclose(mine, mine[0], rtol=1e-12)
 
 
-@pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("experts", ["all", "selected"])
 @pytest.mark.parametrize("rule", RULES_THAT_CALIBRATE)
-def test_each_selected_expert_comes_closer_to_its_forget_frequency(world, tmp_path, rule, experts, level) -> None:
+def test_each_selected_expert_comes_closer_to_its_forget_frequency(world, tmp_path, rule, experts) -> None:
     """The sentence of the abstract."""
     detection = world[2]
-    _, _, achieved_LE = run(world, tmp_path, rule=rule, experts=experts, level=level)
+    _, _, achieved_LE = run(world, tmp_path, rule=rule, experts=experts)
     before = np.abs(detection.retain_LE - detection.forget_LE)[detection.selected_LE]
     after = np.abs(achieved_LE - detection.forget_LE)[detection.selected_LE]
     assert (after < before).all()
 
 
-@pytest.mark.parametrize("level", ["token", "sequence"])
-def test_raking_meets_its_targets_at_its_level(world, tmp_path, level: str) -> None:
+def test_raking_meets_its_targets(world, tmp_path) -> None:
     detection = world[2]
-    made, _, achieved_LE = run(world, tmp_path, level=level)
+    made, _, achieved_LE = run(world, tmp_path)
     np.testing.assert_allclose(achieved_LE, made.target_LE, atol=1e-6)
     wanted = detection.retain_LE + made.strength * (detection.forget_LE - detection.retain_LE)
     np.testing.assert_allclose(made.target_LE, wanted, atol=1e-9)
@@ -222,17 +217,16 @@ def test_level_row_takes_the_near_rows_where_row_means_of_token_weights_take_hal
     near_T = (retain.topic_D == 1)[np.asarray(retain.tokens.document_ids_T)][retain.counted_T]
     row_T = np.concatenate([retain.tokens.row_of(*span) for span in retain.tokens.spans()])[retain.counted_T]
     share = {}
-    for level in ("token", "sequence", "row"):
+    for level in ("token", "row"):
         (tmp_path / level).mkdir()
         made, _, _ = run(world, tmp_path / level, level=level, ess_floor=0.3)
         drawn_T = made.row_weight_R[row_T]
         share[level] = float(drawn_T[near_T].sum() / drawn_T.sum() / near_T.mean())
-    assert share["row"] > share["sequence"] > share["token"] > 1.2
+    assert share["row"] > share["token"] > 1.2
 
 
-@pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("rule", [rule for rule in RULES if rule != "permuted"])  # that one depends on places by intent
-def test_the_order_of_the_rows_does_not_matter(world, tmp_path, rule: str, level: str) -> None:
+def test_the_order_of_the_rows_does_not_matter(world, tmp_path, rule: str) -> None:
     forget, retain, detection = world
     starts = retain.tokens.row_starts_R1
     order = np.random.default_rng(0).permutation(retain.tokens.rows)
@@ -247,20 +241,19 @@ def test_the_order_of_the_rows_does_not_matter(world, tmp_path, rule: str, level
     for number, corpus in enumerate((retain, Corpus(retain.trace_TLK[place_T], moved, topics))):
         folder = tmp_path / str(number)
         folder.mkdir()
-        made.append(run((forget, corpus, detection), folder, rule=rule, level=level)[0])
+        made.append(run((forget, corpus, detection), folder, rule=rule)[0])
     np.testing.assert_allclose(made[1].weight_T, made[0].weight_T[place_T], rtol=1e-9)
     np.testing.assert_allclose(made[1].row_weight_R, made[0].row_weight_R[order], rtol=1e-9)
 
 
-@pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("rule", RULES)
-def test_sharding_changes_no_bit_and_neither_does_running_again(world, tmp_path, monkeypatch, rule, level) -> None:
+def test_sharding_changes_no_bit_and_neither_does_running_again(world, tmp_path, monkeypatch, rule) -> None:
     monkeypatch.setattr("trace_ds.corpora.dataset.CHUNK_TOKENS", 1000)
     weights = []
     for number, parts in enumerate((1, 1, 5)):
         folder = tmp_path / str(number)
         folder.mkdir()
-        weights.append(run(world, folder, parts=parts, rule=rule, level=level)[1])
+        weights.append(run(world, folder, parts=parts, rule=rule)[1])
     np.testing.assert_array_equal(weights[0], weights[1])
     np.testing.assert_array_equal(weights[0], weights[2])
 
@@ -311,10 +304,9 @@ def test_theta_gives_the_weights_and_is_centred_in_fully_constrained_layers(worl
 @given(
     seed=st.integers(0, 2**32 - 1),
     rule=st.sampled_from(RULES),
-    level=st.sampled_from(["token", "sequence"]),
     lengths=st.lists(st.integers(1, 6), min_size=1, max_size=8),
 )
-def test_tiny_and_odd_corpora(tmp_path_factory, seed: int, rule: str, level: str, lengths: list[int]) -> None:
+def test_tiny_and_odd_corpora(tmp_path_factory, seed: int, rule: str, lengths: list[int]) -> None:
     """Rows of one token, rows without any counted token, one counted token in all: finite weights of mean 1."""
     rng = np.random.default_rng(seed)
     starts = np.concatenate([[0], np.cumsum([2, *lengths])]).astype(np.int64)
@@ -327,7 +319,7 @@ def test_tiny_and_odd_corpora(tmp_path_factory, seed: int, rule: str, level: str
     q = rng.dirichlet(np.ones(4), 2) * 2
     q = np.minimum(q, 1.0)
     weights = {"a": 7.0, "b*": 0.5} if rule == "sources" else {}
-    config = CalibrationConfig(rule=rule, level=level, source_weights=weights)
+    config = CalibrationConfig(rule=rule, source_weights=weights)
     scope_LE = scope_of(config, q > p, np.ones((2, 4), dtype=bool), 0)
     folder = tmp_path_factory.mktemp("spool")
     log_weight_D = source_log_weights(weights, ["a", "b", "c"], rng.integers(0, 3, 3))

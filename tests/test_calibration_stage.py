@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
 import subprocess
@@ -20,7 +19,6 @@ from safetensors.numpy import load_file
 from tiny import make_model, write_config
 
 from trace_ds.calibration import raking, units
-from trace_ds.calibration.table import print_table
 from trace_ds.config.load import load_config
 from trace_ds.config.schema import Config
 from trace_ds.corpora.dataset import TokenDataset
@@ -438,26 +436,3 @@ def test_a_line_of_progress_every_so_often_by_a_clock_that_the_test_sets() -> No
         "pass 16: about 18 s left (32 s so far)",
         "pass 24: about 2 s left (48 s so far)",
     ]
-
-
-def test_table_names_what_matters(job) -> None:
-    from rich.console import Console
-
-    config, run = job()
-    made = calibrate(config, run)
-    console = Console(file=io.StringIO(), width=160)
-    print_table(made, console)
-    shown = console.file.getvalue()
-    for words in ("p forget", "ratio [95 %]", "where the weight went", "retain-0", "lambda", "within documents"):
-        assert words in shown, words
-    diagnosis = json.loads(made.file("diagnosis.json").read_text())
-    assert f"5% {diagnosis['weight_quantiles']['0.05']:.3g}" in shown
-    for layer in diagnosis["layers"]:
-        for key in (
-            "entropy_forget_bits",
-            "entropy_retain_bits",
-            "entropy_weighted_bits",
-            "js_bits",
-            "js_weighted_bits",
-        ):
-            assert f"{layer[key]:.3f}" in shown, (layer["layer"], key)

@@ -9,10 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trace_ds.calibration import tokens
-from trace_ds.calibration.rows import RowStore
 from trace_ds.calibration.selections import Packing
 from trace_ds.calibration.tokens import TokenMap, count_selections, open_trace
-from trace_ds.calibration.units import TokenUnits, evaluate
+from trace_ds.calibration.units import Units, evaluate
 from trace_ds.errors import UserError
 
 
@@ -51,11 +50,11 @@ def test_expert_numbers_up_to_a_byte_and_beyond(experts: int, dtype: type) -> No
     np.testing.assert_array_equal(counts.ravel(), corpus.dense(experts).sum(axis=0))
 
 
-def world_of_units(parts: int = 1) -> tuple[TokenUnits, np.ndarray, np.ndarray]:
+def world_of_units(parts: int = 1) -> tuple[Units, np.ndarray, np.ndarray]:
     """(units of some experts, dense activations of these, θ)."""
     _, retain = make_world()
     scope = np.random.default_rng(1).random((3, 8)) < 0.7
-    units = TokenUnits(retain.as_trace(parts), scope, retain.tokens)
+    units = Units(retain.as_trace(parts), scope, retain.tokens)
     return units, retain.dense(8)[:, scope.ravel()].astype(float), np.linspace(-1, 1, int(scope.sum()))
 
 
@@ -87,25 +86,18 @@ def test_parts_of_the_trace_and_threads_change_no_bit(monkeypatch) -> None:
         np.testing.assert_array_equal(moment, moments[0])
 
 
-def test_second_moments_of_tokens_and_rows_against_numpy() -> None:
+def test_second_moments_against_numpy() -> None:
     units, dense, _ = world_of_units()
     weight = np.random.default_rng(0).random(len(dense))
     sample = units.sample(1 << 20)
     assert sample.number == units.number == len(dense)
     np.testing.assert_allclose(sample.moments(weight, 1).numpy(), (dense.T * weight) @ dense, rtol=1e-12)
-    np.testing.assert_array_equal(sample.dense(3, 9).numpy(), dense[3:9])
-    rng = np.random.default_rng(0)
-    sizes = rng.integers(5, 40, 6000).astype(float)
-    counts = rng.binomial(sizes.astype(int)[:, None], 0.3, (6000, 700)).astype(np.uint16)
-    rows, weight = RowStore(np.ones((1, 700), dtype=bool), counts, sizes), rng.random(6000)
-    share = counts / sizes[:, None]
-    np.testing.assert_allclose(rows.moments(weight, 2).numpy(), (share.T * weight) @ share, rtol=1e-6)
 
 
 def test_a_sample_is_spread_over_all_documents_and_stands_for_the_corpus(monkeypatch) -> None:
     monkeypatch.setattr("trace_ds.calibration.units.CHUNK_TOKENS", 700)
     _, retain = make_world(documents=600)
-    units = TokenUnits(retain.as_trace(3), np.ones((3, 8), dtype=bool), retain.tokens)
+    units = Units(retain.as_trace(3), np.ones((3, 8), dtype=bool), retain.tokens)
     sample = units.sample(units.number // 4)
     assert 0.24 * units.number < sample.number < 0.26 * units.number
     assert sample.multiplicity_N.sum() == pytest.approx(units.number)

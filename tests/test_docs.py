@@ -52,7 +52,7 @@ ABLATIONS = next(text for title, text in SECTIONS.items() if "bench_ablations" i
 BUDGET = next(text for title, text in SECTIONS.items() if "bench_budget" in title)
 NEAR = next(text for title, text in SECTIONS.items() if "no near text" in title)
 VERBATIM = next(text for title, text in SECTIONS.items() if "bench_verbatim" in title)
-ROWS = ("sequence", "row_30", "row_40", "row_50")
+ROWS = ("row_30", "row_40", "row_50")
 BUDGET_TARGET = 0.28833333333333333
 PUBLISHED = [
     ("entangled", 0.302, ENTANGLED, "sampling", "**TRACE, sampling retain rows**"),
@@ -63,7 +63,6 @@ PUBLISHED = [
     ("ablations", 0.302, ABLATIONS, "sampling", "sampling by raking weight, all experts, floor .3 (as above)"),
     ("ablations", 0.302, ABLATIONS, "sampling_selected", "… matching the detected experts only"),
     ("ablations", 0.302, ABLATIONS, "sampling_ess_50", "… floor .5"),
-    ("ablations", 0.302, ABLATIONS, "sampling_rows", "… weights made by row instead of by token"),
     ("ablations", 0.302, ABLATIONS, "sampling_ratio", "… ratios of frequencies instead of raking"),
     ("ablations", 0.302, ABLATIONS, "weighting", "weighting the loss instead of sampling"),
     ("ablations", 0.302, ABLATIONS, "weighting_online", "weighting the loss, online weights"),
@@ -76,9 +75,7 @@ PUBLISHED = [
     ("rows", 0.302, ABLATIONS, "row_30", "`level: row`, floor .3"),
     ("rows", 0.302, ABLATIONS, "row_40", "`level: row`, floor .4"),
     ("rows", 0.302, ABLATIONS, "row_50", "`level: row`, floor .5"),
-    ("rows", 0.302, ABLATIONS, "sequence", "`level: sequence`, floor .3"),
     ("budget", BUDGET_TARGET, BUDGET, "weight", "rows of the highest raking weight"),
-    ("budget", BUDGET_TARGET, BUDGET, "coverage", "rows that cover the forget-critical experts"),
     ("budget", BUDGET_TARGET, BUDGET, "hidden", "nearest rows by hidden states"),
     ("budget", BUDGET_TARGET, BUDGET, "tfidf", "nearest rows by tf-idf"),
     ("verbatim", 0.0653, VERBATIM, "sampling", "TRACE, sampling retain rows"),

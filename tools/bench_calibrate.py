@@ -2,8 +2,7 @@
 
     python tools/bench_calibrate.py                          # 10 M tokens, 16 layers x 64 experts, top-8, 200 selected
     python tools/bench_calibrate.py --experts-in-scope all   # the same trace, all 1,024 experts
-    python tools/bench_calibrate.py --level sequence         # one weight per row of 2,048 tokens
-    python tools/bench_calibrate.py --retrieve --row-tokens 16   # 625,000 rows, scored by routing and by coverage
+    python tools/bench_calibrate.py --retrieve --row-tokens 16   # 625,000 rows, scored by routing
     python tools/bench_calibrate.py --shape qwen3_30b_a3b --tokens 2000000   # all experts of that model's shape
     python tools/bench_calibrate.py --shape mixtral_8x7b --skewed --processes 2   # hard routing; two ranks over gloo
     python tools/bench_calibrate.py --shape qwen3_30b_a3b --rows 200000        # level row: selections of rows, no trace
@@ -212,11 +211,10 @@ def _rank(arguments: argparse.Namespace, folder: Path, rank: int, port: int) -> 
 def measure(arguments: argparse.Namespace, folder: Path, world: Any = None) -> dict[str, Any]:
     from trace_ds.calibration.diagnose import document_sums, likeness_tables, quantiles
     from trace_ds.calibration.raking import Context, rake
-    from trace_ds.calibration.rows import build_row_store
     from trace_ds.calibration.rules import apply_rule
-    from trace_ds.calibration.similarity import coverage_gain, routing_similarity
+    from trace_ds.calibration.similarity import routing_similarity
     from trace_ds.calibration.tokens import TokenMap, Trace, count_selections
-    from trace_ds.calibration.units import TokenUnits
+    from trace_ds.calibration.units import Units
     from trace_ds.config.schema import CalibrationConfig
     from trace_ds.run.mapped import open_mapped
 
@@ -247,9 +245,9 @@ def measure(arguments: argparse.Namespace, folder: Path, world: Any = None) -> d
         scope_LE[:] = False
         difference = (forget_LE - retain_LE).ravel()
         scope_LE.flat[np.argsort(-difference, kind="stable")[: int(arguments.experts_in_scope)]] = True
-    config = CalibrationConfig(ess_floor=arguments.ess_floor, level=arguments.level)
+    config = CalibrationConfig(ess_floor=arguments.ess_floor)
     if rank:  # takes its share of the solve
-        units = TokenUnits(retain_trace, scope_LE, retain_tokens)
+        units = Units(retain_trace, scope_LE, retain_tokens)
         rake(units, forget_LE[scope_LE], retain_LE[scope_LE], 20.0, arguments.ess_floor, None, Context(1, world))
         return {}
     say = (lambda line: print(line, file=sys.stderr)) if arguments.progress else (lambda line: None)
@@ -266,10 +264,7 @@ def measure(arguments: argparse.Namespace, folder: Path, world: Any = None) -> d
         now_s = time.perf_counter()
         everything_LE = np.ones(retain_LE.shape, dtype=bool)
         routing_similarity(retain_trace, retain_tokens, everything_LE, forget_LE, retain_LE)
-        now_s = timed("retrieve_routing_s", now_s)
-        rows = build_row_store(retain_trace, retain_tokens, scope_LE, folder)
-        coverage_gain(rows, forget_LE[scope_LE], max(len(rows.sizes_R) // 10, 1))
-        timed("retrieve_coverage_s", now_s)
+        timed("retrieve_routing_s", now_s)
     return {
         "tokens": counted,
         "constraints": int(scope_LE.sum()),
@@ -295,9 +290,8 @@ def main() -> None:
     parser.add_argument("--top-k", type=int, default=8)
     parser.add_argument("--experts-in-scope", default="200", help="a number (those of largest difference) or 'all'")
     parser.add_argument("--ess-floor", type=float, default=0.5)
-    parser.add_argument("--level", choices=("token", "sequence"), default="token")
     parser.add_argument("--row-tokens", type=int, default=ROW_TOKENS)
-    parser.add_argument("--retrieve", action="store_true", help="also time two similarities (not in total_s)")
+    parser.add_argument("--retrieve", action="store_true", help="also time the similarity routing (not in total_s)")
     parser.add_argument("--shape", choices=SHAPES, help="layers, experts and top-k of a model; all experts in scope")
     parser.add_argument(
         "--skewed", action="store_true", help="experts that are selected always, never, hardly, together"

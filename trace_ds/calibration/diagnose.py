@@ -311,7 +311,7 @@ def find_warnings(
             f"up to {calibrated.solve_error:.1e}"
         )
     if not control:
-        drawn = "would end farther if rows are drawn by mean weight (calibration.level: sequence aims at rows)"
+        drawn = "would end farther if rows are drawn by mean weight"
         for q_LE, how in ((achieved_LE, "ended farther from their forget frequency than before"), (drawn_LE, drawn)):
             found += _farther(detection, calibrated, q_LE, how)
     if calibrated.exponent < 1.0 and not control:

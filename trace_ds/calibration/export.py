@@ -1,26 +1,20 @@
 """Weights for use elsewhere: parquet files that ``datasets.Dataset.from_parquet`` (or pandas) reads.
 
-``calibration.export: parquet`` (into ``RUN/export/``), or for a finished calibration
-
-    python -m trace_ds.calibration.export RUN_DIR OUT_DIR
-
-writes ``retain_rows.parquet`` (one line per packed row: input_ids, document_ids, weights, row_weight) and
+``calibration.export: parquet`` (also set for a calibration that is done) writes into ``RUN/export/``
+``retain_rows.parquet`` (one line per packed row: input_ids, document_ids, weights, row_weight) and
 ``retain_documents.parquet`` (one line per document: document, source, text_start, tokens, weight). Rows that were not
 retrieved have weight 0.
 """
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import numpy as np
 
 from trace_ds.calibration.tokens import open_stream
 from trace_ds.errors import UserError
-from trace_ds.run import ours
-from trace_ds.run.artefact import Artefact, describe, load
-from trace_ds.run.files import replacing_directory
+from trace_ds.run.artefact import Artefact
 from trace_ds.run.mapped import open_mapped
 
 
@@ -82,30 +76,3 @@ def export(data: Artefact, calibration: Artefact, directory: Path) -> list[Path]
     )
     parquet.write_table(documents, documents_path)
     return [rows_path, documents_path]
-
-
-def main(arguments: list[str]) -> int:
-    """The command line of the module's docstring; 0, or 2 with one line about what is wrong."""
-    if len(arguments) != 2:
-        print("usage: python -m trace_ds.calibration.export RUN_DIR OUT_DIR", file=sys.stderr)
-        return 2
-    from trace_ds.run.directory import RunDirectory
-
-    run = RunDirectory.at(Path(arguments[0]))
-    try:
-        data = load(run.data, "data", "prepare CONFIG")
-        calibration = load(run.calibration, "calibration", "calibrate CONFIG")
-        out = Path(arguments[1])
-        with replacing_directory(out, ours.artefact("export")) as directory:
-            written = export(data, calibration, directory)
-            describe(directory, "export", {"data": data.content, "calibration": calibration.content}, {}, {})
-        for path in written:
-            print(out / path.name)
-    except UserError as error:
-        print(error.line(), file=sys.stderr)
-        return error.exit_status
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

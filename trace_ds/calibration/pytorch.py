@@ -1,13 +1,12 @@
-"""TRACE for people who keep their own training loop: three plain PyTorch pieces and nothing else.
+"""TRACE for people who keep their own training loop: plain PyTorch pieces and nothing else.
 
 * :func:`collate_rows` makes a batch of exported rows (``calibration/export.py``), weights and labels included;
 * :func:`weighted_retain_loss` is the retain loss with those weights;
-* :func:`record_routing` (from :mod:`trace_ds.models.routers`) records the top-k experts of every forward pass, and
-  :func:`live_log_weights` turns them into log-weights under the model's present routing.
+* :func:`record_routing` (from :mod:`trace_ds.models.routers`) records the top-k experts of every forward pass.
 
 ``docs/trainer_example.py`` uses them with a transformers ``Trainer``.
 
-Shape legend: B rows, S positions, V vocabulary, T = B·S tokens, L MoE layers, E experts, K = top-k.
+Shape legend: B rows, S positions, V vocabulary.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from trace_ds.corpora.pack import counted_positions
 from trace_ds.models.routers import RoutingRecorder, record_routing
 from trace_ds.models.token_nll import token_nll, weighted_sum
 
-__all__ = ["RoutingRecorder", "collate_rows", "live_log_weights", "record_routing", "weighted_retain_loss"]
+__all__ = ["RoutingRecorder", "collate_rows", "record_routing", "weighted_retain_loss"]
 
 IGNORED = -100
 
@@ -75,14 +74,3 @@ def weighted_retain_loss(
     losses_BS = token_nll(logits_BSV, labels_BS, counted_BS)
     total = weighted_sum(losses_BS, weights_BS.to(losses_BS.device))
     return total / (counted_BS.sum().clamp(min=1) if tokens is None else tokens)
-
-
-def live_log_weights(recorder: RoutingRecorder, theta_LE: torch.Tensor) -> torch.Tensor:
-    """Σ θ a under the routing just recorded, [T]: log of the unnormalised weights of each token.
-
-    The weights of the artefact use the frozen model's routing instead. Subtract ``log_mean`` (both are in
-    ``calibration.safetensors``) before use; see docs/method.md for why frozen routing is the default.
-    """
-    layers = [recorder.layer(number)[1] for number in range(len(theta_LE))]
-    theta = theta_LE.to(layers[0].device)
-    return torch.stack([theta[number][indices_TK].sum(dim=-1) for number, indices_TK in enumerate(layers)]).sum(dim=0)

@@ -1,6 +1,6 @@
 """Raking (entropy balancing): the least change of the weights that moves expert frequencies towards their targets.
 
-Shape legend: N units (tokens or rows), S constraints (layer, expert).
+Shape legend: N units (tokens), S constraints (layer, expert).
 
 Among all weights w ≥ 0 with mean 1, take the one closest to uniform in KL whose frequencies ``q_s(w) = Σ w a_s / Σ w``
 are the targets ``t(λ) = p^R + λ d``, d = what is asked for less p^R. The dual is convex, with one unknown a constraint:
@@ -209,7 +209,7 @@ class Curvature:
     """(H + e v)⁻¹ from a sample, with L-BFGS pairs on top; kept from one θ and λ to the next.
 
     H is scaled to unit variances, so that rare experts count like frequent ones; the sampled variances are replaced by
-    the exact ones. With fewer units than constraints (Woodbury) the matrix that is factorised is N × N.
+    the exact ones.
 
     Attributes:
         whole: the sample is all there is. exact: it is made anew at each step, which costs less than a pass or so.
@@ -220,22 +220,9 @@ class Curvature:
         self._scale_S = np.sqrt(np.where(aim.variance_S > 0, aim.variance_S, 1.0))
         self._constant_S, self._scope_LE = aim.variance_S == 0, aim.scope_LE
         self._ridge, self.whole = aim.ridge, whole
-        count, size = sample.number, len(self._scale_S)
-        self._kernel = self._features() if count < size else None
-        self._matrix: Any = None
-        self._single = False
-        cheap = size <= EXACT_CONSTRAINTS and count * sample.values**2 <= EXACT_PRODUCTS
-        self.exact = (cheap and whole) or self._kernel is not None
+        cheap = len(self._scale_S) <= EXACT_CONSTRAINTS and sample.number * sample.values**2 <= EXACT_PRODUCTS
+        self.exact = cheap and whole
         self.rebuild(origin)
-
-    def _features(self) -> tuple[Any, Any]:
-        """(scaled features float32 [N, S], their products [N, N]) for the form with fewer units than constraints."""
-        import torch
-
-        with single_thread():
-            scaled = self._sample.dense(0, self._sample.number) / torch.from_numpy(self._scale_S).float()
-            there = scaled.to(self._device)
-            return scaled, (there @ there.T).cpu().double()
 
     def rebuild(self, point: Point) -> None:
         """The Hessian at a point, factorised."""
@@ -246,30 +233,19 @@ class Curvature:
         weight_N, mean_S = unit_weights(self._sample, point.theta_S)
         mean = torch.from_numpy(mean_S / self._scale_S)
         with single_thread():
-            if self._kernel is not None:
-                features, products = self._kernel
-                root = torch.from_numpy(np.sqrt(weight_N))
-                cross = (features @ mean.float()).double()
-                matrix = self._matrix = torch.sub(products, cross[:, None], out=self._matrix)
-                matrix -= cross - (mean @ mean)
-                matrix *= root[:, None]
-                matrix *= root
-                self._ridge_used = max(self._ridge, 1e-6)
-                self._root, self._mean = root, mean
-            else:
-                matrix = self._sample.moments(weight_N, self._threads, self._device)
-                self._single = matrix.dtype == torch.float32
-                scale = torch.from_numpy(1.0 / self._scale_S).to(matrix.dtype)
-                matrix *= scale[:, None]
-                matrix *= scale[None, :]
-                matrix.addr_(mean.to(matrix.dtype), mean.to(matrix.dtype), alpha=-1.0)
-                self._ridge_used = max(self._ridge, 1e-6 if self._single else 1e-10)
-                shrunk_S = np.ones(len(mean_S)) if self.whole else self._correct(matrix, point.frequency_S)
-                self._lift(matrix, shrunk_S)
-                # The inverse of a sampled covariance is too large by n / (n − S) on average (Wishart).
-                fewer = 0.0 if self.whole else min(len(mean_S) * float((weight_N**2).sum()), 0.9)
-                self._shrunk = 1.0 - fewer
-                matrix.diagonal()[torch.from_numpy(self._constant_S)] = 1.0
+            matrix = self._sample.moments(weight_N, self._threads)
+            self._single = matrix.dtype == torch.float32
+            scale = torch.from_numpy(1.0 / self._scale_S).to(matrix.dtype)
+            matrix *= scale[:, None]
+            matrix *= scale[None, :]
+            matrix.addr_(mean.to(matrix.dtype), mean.to(matrix.dtype), alpha=-1.0)
+            self._ridge_used = max(self._ridge, 1e-6 if self._single else 1e-10)
+            shrunk_S = np.ones(len(mean_S)) if self.whole else self._correct(matrix, point.frequency_S)
+            self._lift(matrix, shrunk_S)
+            # The inverse of a sampled covariance is too large by n / (n − S) on average (Wishart).
+            fewer = 0.0 if self.whole else min(len(mean_S) * float((weight_N**2).sum()), 0.9)
+            self._shrunk = 1.0 - fewer
+            matrix.diagonal()[torch.from_numpy(self._constant_S)] = 1.0
             diagonal = matrix.diagonal()
             diagonal += self._ridge_used
             while True:
@@ -287,9 +263,7 @@ class Curvature:
 
         found_S = matrix.diagonal().double().numpy().copy()
         seen_S = found_S > 1e-12
-        wanted_S = np.where(seen_S, found_S, 1.0)
-        if self._sample.binary:
-            wanted_S = np.maximum(frequency_S * (1.0 - frequency_S) / self._scale_S**2, 1e-3)
+        wanted_S = np.maximum(frequency_S * (1.0 - frequency_S) / self._scale_S**2, 1e-3)
         grown_S = np.sqrt(np.where(seen_S, wanted_S / np.where(seen_S, found_S, 1.0), 0.0))
         grown = torch.from_numpy(grown_S).to(matrix.dtype)
         matrix *= grown[:, None]
@@ -318,7 +292,7 @@ class Curvature:
         all units and double precision can tell."""
         if not self.whole or self._single:
             return shift_S
-        for _ in range(1 if self._kernel is not None else 2):  # once more, against rounding
+        for _ in range(2):  # once more, against rounding
             along_S = self._base(shift_S, np.zeros(len(shift_S), dtype=bool))
             shift_S = np.where(self._constant_S, 0.0, shift_S - self._ridge_used * self._scale_S**2 * along_S)
         return shift_S
@@ -349,12 +323,6 @@ class Curvature:
 
         with single_thread():
             g = torch.from_numpy(gradient_S / self._scale_S)
-            if self._kernel is not None:
-                features = self._kernel[0]
-                spread = self._root * ((features @ g.float()).double() - self._mean @ g)
-                inner = self._solve(spread[:, None])[:, 0] * self._root
-                back = (inner.float() @ features).double() - inner.sum() * self._mean
-                return ((g - back) / self._ridge_used).numpy() / self._scale_S
             found = self._solve(g[:, None]) * self._shrunk
             if fixed_S.any():
                 if self._fixed is None or not np.array_equal(self._fixed[0], fixed_S):

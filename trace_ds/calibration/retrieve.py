@@ -19,9 +19,8 @@ import numpy as np
 
 from trace_ds.calibration.detect import Detection
 from trace_ds.calibration.diagnose import Documents
-from trace_ds.calibration.rows import build_row_store, row_sizes
 from trace_ds.calibration.rules import apply_rule
-from trace_ds.calibration.similarity import coverage_gain, hidden_similarity, routing_similarity, tfidf_similarity
+from trace_ds.calibration.similarity import hidden_similarity, routing_similarity, tfidf_similarity
 from trace_ds.calibration.tokens import TokenMap, Trace, count_selections, read_token_map
 from trace_ds.config.schema import Config
 from trace_ds.errors import UserError
@@ -80,7 +79,7 @@ def retrieve(
     settings = config.calibration.retrieve
     if settings.rows is None:
         return None
-    sizes_R = row_sizes(tokens)
+    sizes_R = tokens.counted_per_row()
     usable = int((sizes_R > 0).sum())
     keep = max(round(settings.rows * usable), 1) if settings.rows < 1 else int(settings.rows)
     if keep > usable:
@@ -91,8 +90,7 @@ def retrieve(
         )
     spool = spool / "pool"
     spool.mkdir()
-    nearest = max(keep - round(keep * settings.random_share), 1)
-    score_R = _similarity(config, data, statistics, detection, tokens, trace, sizes_R, nearest, spool)
+    score_R = _similarity(config, data, statistics, detection, tokens, trace, sizes_R, spool)
     found = choose_rows(score_R, sizes_R, keep, settings.random_share, config.seed)
     notes = []
     if _uses_selected(config) and not detection.selected_LE.any():
@@ -107,8 +105,7 @@ def retrieve(
 
 def _uses_selected(config: Config) -> bool:
     """Whether the similarity looks at the forget-critical experts only."""
-    kind = config.calibration.retrieve.similarity
-    return kind == "coverage" or (kind == "weight" and config.calibration.experts == "selected")
+    return config.calibration.retrieve.similarity == "weight" and config.calibration.experts == "selected"
 
 
 def _similarity(
@@ -119,7 +116,6 @@ def _similarity(
     tokens: TokenMap,
     trace: Trace | None,
     sizes_R: np.ndarray,
-    nearest: int,
     spool: Path,
 ) -> np.ndarray:
     """float64 [rows]: the score of ``calibration.retrieve.similarity``."""
@@ -131,23 +127,17 @@ def _similarity(
         if not all(sides):
             fix = f"set statistics.hidden: true {COLLECT_AGAIN}"
             raise UserError("the similarity hidden needs the rows' hidden states, which were not recorded", where, fix)
-        forget_sizes_R = row_sizes(read_token_map(data.file("forget.arrow"), 0))
+        forget_sizes_R = read_token_map(data.file("forget.arrow"), 0).counted_per_row()
         return hidden_similarity(sides[0], forget_sizes_R, sides[1], sizes_R)
     if trace is None:
         fix = f"set statistics.trace: true {COLLECT_AGAIN}"
         raise UserError(f"the similarity {kind} needs the routing trace, which was not recorded", where, fix)
+    frequencies = detection.forget_LE, detection.retain_LE
     if kind == "routing":
-        frequencies = detection.forget_LE, detection.retain_LE
         return routing_similarity(trace, tokens, detection.eligible_LE, *frequencies)
     selected = _uses_selected(config) and detection.selected_LE.any()
     covered_LE = detection.selected_LE if selected else detection.eligible_LE
-    if kind == "coverage":
-        score_R = np.full(tokens.rows, -np.inf)
-        store = build_row_store(trace, tokens, covered_LE, spool)
-        score_R[sizes_R > 0] = coverage_gain(store, detection.forget_LE[covered_LE], nearest)
-        return score_R
     raking = config.calibration.model_copy(update={"rule": "raking", "level": "token"})
-    frequencies = detection.forget_LE, detection.retain_LE
     return apply_rule(raking, tokens, trace, covered_LE, *frequencies, config.seed, spool).row_weight_R
 
 

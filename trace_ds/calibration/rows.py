@@ -1,131 +1,20 @@
-"""Raking of whole rows: the same dual (raking.py) with one weight per row, so that the targets hold for row weights.
+"""The expert selections of whole rows: what weights for drawing rows are made of.
 
-Shape legend: R rows with counted tokens, S constraints (layer, expert), T tokens, L MoE layers, E experts, K = top-k.
-
-With w constant in each row, q_s(w) = Σ_r n_r w_r p_rs / Σ_r n_r w_r, where n_r are the row's counted tokens and p_rs
-the share of them that selects expert s. Among all such weights those closest to uniform (a row counting n_r times) are
-w_r ∝ exp(Σ_s θ_s p_rs): a row's features are shares in place of a token's zeros and ones. Taking the row means of
-token weights instead loses much of the effect and can even turn its sign for some expert (our decision).
+Shape legend: R rows, S constraints (layer, expert), T tokens, L MoE layers, E experts, K = top-k.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from trace_ds.calibration.selections import in_order
 from trace_ds.calibration.tokens import CHUNK_TOKENS, TokenMap, Trace
-from trace_ds.calibration.units import DOUBLE_CONSTRAINTS
 from trace_ds.run.files import new_spool
 
-if TYPE_CHECKING:
-    import torch
-
-    from trace_ds.parallel.world import World
-
 BLOCK_VALUES = 1 << 22
-MOMENT_ROWS = 4096
-
-
-@dataclass(frozen=True)
-class Shares:
-    """Features of a block of rows, float64 [N, S]."""
-
-    share_NS: np.ndarray
-
-    def score(self, tables: np.ndarray) -> np.ndarray:
-        return np.einsum("ns,s->n", self.share_NS, tables)
-
-    def fold(self, weight_N: np.ndarray) -> np.ndarray:
-        return np.einsum("n,ns->s", weight_N, self.share_NS)
-
-
-@dataclass(frozen=True)
-class RowStore:
-    """:class:`~trace_ds.calibration.units.Units` of rows.
-
-    Attributes:
-        scope_LE: bool, the constrained experts.
-        counts_RS: unsigned counts of the row's counted tokens that select the expert (may be a memory map).
-        sizes_R: float64, n_r > 0; the multiplicities (times ``scale_R``, when rows stand for more or less than one).
-    """
-
-    scope_LE: np.ndarray
-    counts_RS: np.ndarray
-    sizes_R: np.ndarray
-    scale_R: np.ndarray | None = None
-
-    @property
-    def number(self) -> int:
-        return len(self.sizes_R)
-
-    @property
-    def values(self) -> int:
-        return max(self.counts_RS.shape[1], 1)
-
-    @property
-    def binary(self) -> bool:
-        return False
-
-    @property
-    def blocks(self) -> list[tuple[int, int]]:
-        step = max(1, BLOCK_VALUES // self.values)
-        return [(at, min(at + step, self.number)) for at in range(0, self.number, step)]
-
-    def tables(self, theta_S: np.ndarray) -> np.ndarray:
-        return np.ascontiguousarray(theta_S)
-
-    def read(self, block: tuple[int, int]) -> tuple[Shares, np.ndarray]:
-        at = slice(*block)
-        multiplicity_R = self.sizes_R[at] if self.scale_R is None else self.sizes_R[at] * self.scale_R[at]
-        return Shares(self.counts_RS[at] / self.sizes_R[at, None]), multiplicity_R
-
-    def sample(self, limit: int, world: World | None = None) -> RowStore:
-        if self.number <= limit:
-            return self
-        place_R = ((np.arange(limit) + 0.5) * self.number / limit).astype(int)
-        scale_R = np.full(limit, self.number / limit) * (1.0 if self.scale_R is None else self.scale_R[place_R])
-        return replace(self, counts_RS=self.counts_RS[place_R], sizes_R=self.sizes_R[place_R], scale_R=scale_R)
-
-    def dense(self, start: int, stop: int) -> torch.Tensor:
-        import torch
-
-        share_RS = self.counts_RS[start:stop].astype(np.float32)
-        share_RS /= self.sizes_R[start:stop, None].astype(np.float32)
-        return torch.from_numpy(share_RS)
-
-    def moments(self, weight_N: np.ndarray, threads: int, device: str = "cpu") -> torch.Tensor:
-        """Products of blocks of rows, tile by tile."""
-        import torch
-
-        size = self.values
-        dtype = torch.float64 if size <= DOUBLE_CONSTRAINTS else torch.float32
-        result = torch.zeros(size, size, dtype=dtype, device=device)
-        tile = max(512, -(-size // 16))
-        starts = range(0, size, tile)
-        tiles = [(i, j) for i in starts for j in starts if j <= i]
-        for at in range(0, len(weight_N), MOMENT_ROWS):
-            stop = min(at + MOMENT_ROWS, len(weight_N))
-            root_N = torch.from_numpy(np.sqrt(weight_N[at:stop]))
-            scaled = (self.dense(at, stop).to(dtype) * root_N[:, None].to(dtype)).to(device)
-
-            def product(place: tuple[int, int], scaled: torch.Tensor = scaled) -> None:
-                i, j = place
-                result[i : i + tile, j : j + tile] += scaled[:, i : i + tile].T @ scaled[:, j : j + tile]
-
-            for _ in in_order(product, tiles, threads):
-                pass
-        for i, j in (place for place in tiles if place[0] != place[1]):
-            result[j : j + tile, i : i + tile] = result[i : i + tile, j : j + tile].T
-        return result.cpu()
-
-    def scores(self, theta_S: np.ndarray) -> np.ndarray:
-        """Σ_s θ_s share_s of every row, float64 [R]."""
-        return np.concatenate([np.zeros(0), *(self.read(block)[0].score(theta_S) for block in self.blocks)])
 
 
 @dataclass(frozen=True)
@@ -209,26 +98,6 @@ def row_counts(trace: Trace, tokens: TokenMap, scope_LE: np.ndarray) -> Iterator
             counts_RS = count_by_row(scope_LE, trace.read(start, stop)[counted_T], local_T, last - row)
             yield row, counts_RS, np.bincount(local_T, minlength=last - row)
         row = last
-
-
-def row_sizes(tokens: TokenMap) -> np.ndarray:
-    """Counted tokens of every row, int64 [rows]."""
-    return tokens.counted_per_row()
-
-
-def build_row_store(trace: Trace, tokens: TokenMap, scope_LE: np.ndarray, spool: Path) -> RowStore:
-    """One pass over the trace; the counts (2 bytes × rows × experts) in a file of ``spool``: memory is O(rows)."""
-    sizes_R = row_sizes(tokens)
-    sizes_R = sizes_R[sizes_R > 0]
-    dtype = np.uint16 if sizes_R.max(initial=0) < 1 << 16 else np.uint32
-    shape = (len(sizes_R), int(scope_LE.sum()))
-    counts_RS = new_spool(spool / "row_counts.bin", dtype, shape)
-    at = 0
-    for _, found_RS, found_R in row_counts(trace, tokens, scope_LE):
-        found_RS = found_RS[found_R > 0]
-        counts_RS[at : at + len(found_RS)] = found_RS
-        at += len(found_RS)
-    return RowStore(scope_LE, counts_RS, sizes_R.astype(np.float64))
 
 
 def count_by_row(scope_LE: np.ndarray, selected_TLK: np.ndarray, row_T: np.ndarray, rows: int) -> np.ndarray:

@@ -8,8 +8,7 @@ cumulant function of u is convex). Raking meets the floor by tempering its targe
 
 Level ``row``: what drawing rows needs. Raking is solved on a sample of the tokens; a row's log-weight is τ times the
 mean of Σ θ a over its counted tokens, which follows from its selections alone, so no trace is needed; τ is the largest
-that keeps the effective sample size of the *rows* at the floor. Level ``sequence``: one weight per row, raking solved
-over rows (rows.py), the ratio rules take row means.
+that keeps the effective sample size of the *rows* at the floor.
 
 =================  ==================================================================================================
 ``raking``         u = Σ θ a: least change of the weights that meets the (tempered) targets (raking.py)
@@ -39,10 +38,10 @@ from pathlib import Path
 import numpy as np
 
 from trace_ds.calibration.raking import Context, RakeArguments, Raked, rake, rake_sample
-from trace_ds.calibration.rows import RowSelections, build_row_store, row_sizes
+from trace_ds.calibration.rows import RowSelections
 from trace_ds.calibration.selections import Packing, in_order
 from trace_ds.calibration.tokens import RowSpread, TokenMap, Trace, count_selections
-from trace_ds.calibration.units import TokenUnits, Units
+from trace_ds.calibration.units import Units
 from trace_ds.calibration.weights import (
     exponentiate,
     flattening,
@@ -50,7 +49,6 @@ from trace_ds.calibration.weights import (
     row_means,
     size_and_maximum,
     spooled,
-    spread_rows,
 )
 from trace_ds.config.schema import WITHOUT_TRACE, CalibrationConfig
 
@@ -166,15 +164,16 @@ def apply_rule(
             raise ValueError(f"the rule {config.rule} needs the routing trace")
         if config.rule in RATIOS:
             wanted_LE = scope_LE if selected_LE is None else scope_LE & selected_LE
-            _apply_ratios(config, tokens, trace, wanted_LE, forget_LE, retain_LE, u_T, spool, result)
+            _apply_ratios(config, tokens, trace, wanted_LE, forget_LE, retain_LE, u_T, result)
             result.ess, result.max_weight = size_and_maximum(result.weight_T, tokens)
             return result
-        units, write = _scorer(config, tokens, trace, scope_LE, u_T, spool, context.threads)
-        theta_S = _rake(config, units, forget_LE, retain_LE, error_LE, context, result)
-        if config.rule == "inverse":
-            theta_S = -theta_S
-        result.theta_LE[scope_LE] = theta_S
-        write(theta_S)
+        error_S = None if error_LE is None else error_LE[scope_LE]
+        arguments: RakeArguments = (forget_LE[scope_LE], retain_LE[scope_LE], config.clip, config.ess_floor, error_S)
+        context.begin(scope_LE, arguments)
+        raked = rake(Units(trace, scope_LE, tokens), *arguments, context)
+        result.theta_LE[scope_LE] = _taken_in(result, raked, retain_LE) * (-1.0 if config.rule == "inverse" else 1.0)
+        experts, theta_LE = scope_LE.shape[1], result.theta_LE
+        _write_scores(u_T, tokens, trace, experts, lambda packing: _sum_of(packing, theta_LE), context.threads)
     _finish(config, tokens, u_T, result)
     if config.rule == "permuted":
         permute_rows(result, tokens, seed, scratch_T=u_T)
@@ -237,9 +236,9 @@ def _apply_rows(
     arguments = forget_LE[scope_LE], retain_LE[scope_LE], config.clip, config.ess_floor
     error_S = None if error_LE is None else error_LE[scope_LE]
     alone = replace(context, world=None)
-    raked = rake_sample(TokenUnits.of(selected_NLK, scope_LE), *arguments, error_S, alone)
+    raked = rake_sample(Units.of(selected_NLK, scope_LE), *arguments, error_S, alone)
     result.theta_LE[scope_LE] = _taken_in(result, raked, retain_LE) * (-1.0 if config.rule == "inverse" else 1.0)
-    sizes_R = row_sizes(tokens)
+    sizes_R = tokens.counted_per_row()
     filled_R = sizes_R > 0
     u_R = selections.scores(result.theta_LE)
     result.exponent = row_exponent(u_R[filled_R], config.ess_floor)
@@ -258,8 +257,6 @@ def _apply_sources(
         of_document_T = log_weight_D[np.asarray(tokens.document_ids_T[start:stop])]
         u_T[start:stop] = np.where(tokens.counted(start, stop), of_document_T, 0.0)
     _finish(config, tokens, u_T, result)
-    if config.level == "sequence":
-        spread_rows(result, tokens)
 
 
 def _finish(config: CalibrationConfig, tokens: TokenMap, u_T: np.ndarray, result: Calibrated) -> None:
@@ -270,36 +267,6 @@ def _finish(config: CalibrationConfig, tokens: TokenMap, u_T: np.ndarray, result
     result.row_weight_R = row_means(result.weight_T, tokens)
 
 
-def _scorer(
-    config: CalibrationConfig,
-    tokens: TokenMap,
-    trace: Trace,
-    scope_LE: np.ndarray,
-    u_T: np.ndarray,
-    spool: Path,
-    threads: int,
-) -> tuple[Units, Callable[[np.ndarray], None]]:
-    """(what to solve the dual on, how θ becomes the log-weights of all tokens), by token or by row."""
-    if config.level == "token":
-
-        def write_tokens(theta_S: np.ndarray) -> None:
-            value_LE = np.zeros(scope_LE.shape)
-            value_LE[scope_LE] = theta_S
-            _write_scores(u_T, tokens, trace, scope_LE.shape[1], lambda packing: _sum_of(packing, value_LE), threads)
-
-        return TokenUnits(trace, scope_LE, tokens), write_tokens
-    rows = build_row_store(trace, tokens, scope_LE, spool)
-    filled = row_sizes(tokens) > 0
-
-    def write_rows(theta_S: np.ndarray) -> None:
-        u_R = np.zeros(tokens.rows)
-        u_R[filled] = rows.scores(theta_S)
-        for start, stop in tokens.spans():
-            u_T[start:stop] = np.where(tokens.counted(start, stop), u_R[tokens.row_of(start, stop)], 0.0)
-
-    return rows, write_rows
-
-
 def _apply_ratios(
     config: CalibrationConfig,
     tokens: TokenMap,
@@ -308,7 +275,6 @@ def _apply_ratios(
     forget_LE: np.ndarray,
     retain_LE: np.ndarray,
     u_T: np.ndarray,
-    spool: Path,
     result: Calibrated,
 ) -> None:
     """The ratio rules, with the ratios of experts that ended no closer corrected (see the module's docstring)."""
@@ -325,8 +291,6 @@ def _apply_ratios(
         scoring = functools.partial(RATIOS[config.rule], ratio_LE=ratio_LE, scope_LE=scope_LE)
         _write_scores(u_T, tokens, trace, scope_LE.shape[1], scoring)
         _finish(config, tokens, u_T, result)
-        if config.level == "sequence":
-            spread_rows(result, tokens)
         weighted_LE = count_selections(trace, tokens, scope_LE.shape[1], result.weight_T)
         reached_S = weighted_LE[scope_LE] / (weighted_LE[0].sum() / trace.top_k)
         away_S = wanted_S & (np.abs(reached_S - forget_S) >= np.abs(retain_S - forget_S))
@@ -341,27 +305,6 @@ def _apply_ratios(
             f"the plain ratios moved {int(corrected_S.sum())} selected expert(s) away from their forget frequency; "
             f"their ratios were corrected in {result.iterations} round(s)"
         )
-
-
-def _rake(
-    config: CalibrationConfig,
-    units: Units,
-    forget_LE: np.ndarray,
-    retain_LE: np.ndarray,
-    error_LE: np.ndarray | None,
-    context: Context,
-    result: Calibrated,
-) -> np.ndarray:
-    """θ of the tokens, or of the rows of level ``sequence``."""
-    scope_LE = result.scope_LE
-    error_S = None if error_LE is None else error_LE[scope_LE]
-    frequencies = forget_LE[scope_LE], retain_LE[scope_LE]
-    arguments: RakeArguments = (*frequencies, config.clip, config.ess_floor, error_S)
-    if isinstance(units, TokenUnits):
-        context.begin(scope_LE, arguments)
-    else:
-        context = replace(context, world=None)
-    return _taken_in(result, rake(units, *arguments, context), retain_LE)
 
 
 def _taken_in(result: Calibrated, raked: Raked, retain_LE: np.ndarray) -> np.ndarray:

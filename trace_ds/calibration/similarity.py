@@ -14,8 +14,7 @@ Shape legend: R rows, T tokens, S constraints (layer, expert), L MoE layers, E e
 
 The fourth, ``weight``, is a row's mean raking weight (rules.py). Routing costs nothing extra, since ``collect`` records
 the trace; hidden states and tf-idf are the baselines it has to beat. All are our decisions. Every pass is in chunks of
-rows: memory is O(R), whatever the number of tokens and experts. Coverage, which looks at a set of rows and not at one
-row after the other, is here as well.
+rows: memory is O(R), whatever the number of tokens and experts.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from trace_ds.calibration.rows import RowStore, row_counts
+from trace_ds.calibration.rows import row_counts
 from trace_ds.calibration.tokens import TokenMap, Trace, open_stream
 
 HIDDEN_ROWS = 4096
@@ -141,40 +140,3 @@ def _terms(ids: np.ndarray, row: np.ndarray) -> tuple[Any, Any, Any]:
     width = int(ids.max(initial=0)) + 1
     keys, count = np.unique(row * width + ids, return_counts=True)
     return keys // width, keys % width, count
-
-
-def coverage_gain(rows: RowStore, importance_S: np.ndarray, keep: int, *, rounds: int = 60) -> np.ndarray:
-    """Gain of each row for the set of ``keep`` rows that best covers the experts, float64 [rows of the store].
-
-    Objective (our decision): among sampling probabilities π of at most 1/keep per row (the relaxation of a set of
-    ``keep`` rows), maximise Σ_s p^F_s log q_s(π) with q_s = Σ_r π_r p_rs: the log-likelihood of what forget text
-    selects among the experts in question, under the frequencies of the chosen rows. Concave, so an expert that no
-    chosen row uses weighs without bound, and one that is well covered adds little.
-
-    Solved by Frank–Wolfe: a step goes towards the ``keep`` rows of largest gradient g_r = Σ_s p^F_s p_rs / q_s, until
-    they promise less than 0.1 % more. At the optimum a row belongs to the set exactly when its gradient is above a
-    threshold, so the gradient is the score. One pass over the store's file per round.
-
-    Args:
-        rows: counts for the experts to cover. importance_S: p^F of them, some positive.
-    """
-    mean_S = _mean_share(rows, np.arange(len(rows.sizes_R)))
-    importance_S = np.where(mean_S > 0, importance_S, 0.0)  # an expert of no row cannot be covered
-    q_S = np.maximum(mean_S, 1e-300)
-    gain_R = np.zeros(len(rows.sizes_R))
-    for number in range(rounds):
-        gain_R = rows.scores(importance_S / q_S)
-        best = np.sort(np.argpartition(-gain_R, min(keep, len(gain_R)) - 1)[:keep])
-        if float(gain_R[best].mean()) <= 1.001 * float(importance_S.sum()):
-            break
-        towards_S = _mean_share(rows, best)
-        q_S = np.maximum(q_S + 2.0 / (number + 3.0) * (towards_S - q_S), 1e-300)
-    return gain_R
-
-
-def _mean_share(rows: RowStore, chosen: np.ndarray) -> np.ndarray:
-    total_S = np.zeros(rows.counts_RS.shape[1])
-    for start, stop in rows.blocks:
-        mine = chosen[(chosen >= start) & (chosen < stop)]
-        total_S += (rows.counts_RS[mine] / rows.sizes_R[mine, None]).sum(axis=0)
-    return total_S / max(len(chosen), 1)

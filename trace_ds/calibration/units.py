@@ -1,4 +1,4 @@
-"""What a dual is solved on: units (tokens, or rows.py's rows) with features in [0, 1], one per constraint.
+"""What a dual is solved on: units (tokens) with features 0 or 1, one per constraint.
 
 Shape legend: T tokens of a chunk, N units, S constraints = experts of ``scope_LE`` in order, L MoE layers, E experts,
 K = top-k, G columns of a chunk.
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -25,69 +25,27 @@ if TYPE_CHECKING:
 A = TypeVar("A")
 
 
-class Features(Protocol):
-    """The features of the units of one block."""
-
-    def score(self, tables: np.ndarray) -> np.ndarray:
-        """Σ_s θ_s feature_s of each unit, float64 [N], from what :meth:`Units.tables` made of θ."""
-
-    def fold(self, weight_N: np.ndarray) -> np.ndarray:
-        """Σ_n w_n feature_s, float64 [S]."""
-
-
-class Units(Protocol):
-    """Blocks of units, always the same ones in the same order, and what the solver needs to know of the whole."""
-
-    @property
-    def scope_LE(self) -> np.ndarray: ...
-    @property
-    def blocks(self) -> list[tuple[int, int]]: ...
-    def tables(self, theta_S: np.ndarray) -> np.ndarray:
-        """θ in the form that a block's :meth:`Features.score` looks things up in."""
-
-    def read(self, block: tuple[int, int]) -> tuple[Features, np.ndarray]:
-        """(features, multiplicities float64 [N] ≥ 0: how many units each stands for; 0: it does not count)."""
-
-    def sample(self, limit: int, world: World | None = None) -> Units:
-        """About ``limit`` units at most, in memory: spread evenly over the corpus, so over its documents; always the
-        same ones; each stands for as many as were left out around it. All units where there are no more than that."""
-
-    @property
-    def number(self) -> int:
-        """How many units there are (that count)."""
-
-    @property
-    def values(self) -> int:
-        """How many numbers a unit is described by."""
-
-    @property
-    def binary(self) -> bool:
-        """Whether features are zeros and ones."""
-
-    def dense(self, start: int, stop: int) -> torch.Tensor:
-        """Features of units ``start … stop`` of a sample, float32 [N, S]."""
-
-    def moments(self, weight_N: np.ndarray, threads: int, device: str = "cpu") -> torch.Tensor:
-        """Σ_n w_n feature_s feature_s', [S, S] (in main memory), over the units of a sample; in double precision if S
-        is moderate."""
-
-
 @dataclass(frozen=True)
-class TokenFeatures:
+class Features:
+    """Those of the units of one block."""
+
     packing: Packing
     columns_GN: np.ndarray
     scope_LE: np.ndarray
 
     def score(self, tables: np.ndarray) -> np.ndarray:
+        """Σ_s θ_s feature_s of each unit, float64 [N], from what :meth:`Units.tables` made of θ."""
         return self.packing.score(self.columns_GN, tables)
 
     def fold(self, weight_N: np.ndarray) -> np.ndarray:
+        """Σ_n w_n feature_s, float64 [S]."""
         return self.packing.sums(self.columns_GN, weight_N)[self.scope_LE]
 
 
 @dataclass(frozen=True)
-class TokenUnits:
-    """:class:`Units` of the counted tokens of a trace, or of selections in memory (``tokens`` None: all count).
+class Units:
+    """The counted tokens of a trace, or selections in memory (``tokens`` None: all count), in blocks: always the same
+    ones in the same order.
 
     Attributes:
         trace: expert indices; scope_LE: bool, the constrained experts.
@@ -100,7 +58,7 @@ class TokenUnits:
     multiplicity_N: np.ndarray | None = None
 
     @classmethod
-    def of(cls, selected_NLK: np.ndarray, scope_LE: np.ndarray, multiplicity_N: np.ndarray | None = None) -> TokenUnits:
+    def of(cls, selected_NLK: np.ndarray, scope_LE: np.ndarray, multiplicity_N: np.ndarray | None = None) -> Units:
         return cls(Trace((selected_NLK,)), scope_LE, None, multiplicity_N)
 
     @property
@@ -109,15 +67,13 @@ class TokenUnits:
 
     @property
     def number(self) -> int:
+        """How many units there are (that count)."""
         return self.trace.tokens if self.tokens is None else self.tokens.counted_total()
 
     @property
     def values(self) -> int:
+        """How many numbers a unit is described by."""
         return self.trace.layers * self.trace.top_k
-
-    @property
-    def binary(self) -> bool:
-        return True
 
     @property
     def blocks(self) -> list[tuple[int, int]]:
@@ -125,13 +81,15 @@ class TokenUnits:
         return [(at, min(at + CHUNK_TOKENS, total)) for at in range(0, total, CHUNK_TOKENS)]
 
     def tables(self, theta_S: np.ndarray) -> np.ndarray:
+        """θ in the form that a block's :meth:`Features.score` looks things up in."""
         value_LE = np.zeros(self.scope_LE.shape)
         value_LE[self.scope_LE] = theta_S
         return self.packing.tables(value_LE)
 
-    def read(self, block: tuple[int, int]) -> tuple[TokenFeatures, np.ndarray]:
+    def read(self, block: tuple[int, int]) -> tuple[Features, np.ndarray]:
+        """(features, multiplicities float64 [N] ≥ 0: how many units each stands for; 0: it does not count)."""
         selected_NLK, multiplicity_N = self._counted(block)
-        return TokenFeatures(self.packing, self.packing.columns(selected_NLK), self.scope_LE), multiplicity_N
+        return Features(self.packing, self.packing.columns(selected_NLK), self.scope_LE), multiplicity_N
 
     def _counted(self, block: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
         """(selections of the counted tokens, their multiplicities)."""
@@ -142,13 +100,15 @@ class TokenUnits:
             return selected_NLK, np.ones(len(selected_NLK))
         return selected_NLK, self.multiplicity_N[slice(*block)]
 
-    def sample(self, limit: int, world: World | None = None) -> TokenUnits:
+    def sample(self, limit: int, world: World | None = None) -> Units:
+        """About ``limit`` units at most, in memory: spread evenly over the corpus, so over its documents; always the
+        same ones; each stands for as many as were left out around it. All units where there are no more than that."""
         if self.tokens is None:
             return self if self.number <= limit else self._thinned(limit)
         counted = self.number
         if counted <= limit:
             found = [self._counted(block)[0] for block in self.blocks]
-            return TokenUnits.of(np.concatenate(found), self.scope_LE)
+            return Units.of(np.concatenate(found), self.scope_LE)
         selected, multiplicity = [], []
         for block in _share(self.blocks, world):
             place_N = np.flatnonzero(self.tokens.counted(*block))
@@ -161,27 +121,22 @@ class TokenUnits:
         empty = self.trace.read(0, 0)
         mine = np.concatenate([empty, *selected]), np.concatenate([np.zeros(0), *multiplicity])
         parts = [mine] if world is None else world.gather(mine)
-        return TokenUnits.of(
+        return Units.of(
             np.concatenate([part[0] for part in parts]), self.scope_LE, np.concatenate([part[1] for part in parts])
         )
 
-    def _thinned(self, limit: int) -> TokenUnits:
+    def _thinned(self, limit: int) -> Units:
         """Of selections in memory, ``limit`` evenly spread ones."""
         place_N = ((np.arange(limit) + 0.5) * self.number / limit).astype(int)
         multiplicity_N = np.ones(limit) if self.multiplicity_N is None else self.multiplicity_N[place_N]
         selected_NLK = self.trace.read(0, self.number)[place_N]
-        return TokenUnits.of(selected_NLK, self.scope_LE, multiplicity_N * (self.number / limit))
+        return Units.of(selected_NLK, self.scope_LE, multiplicity_N * (self.number / limit))
 
-    def dense(self, start: int, stop: int) -> torch.Tensor:
-        import torch
+    def moments(self, weight_N: np.ndarray, threads: int) -> torch.Tensor:
+        """Σ_n w_n feature_s feature_s', [S, S], over the units of a sample, in double precision if S is moderate.
 
-        selected = torch.from_numpy(self.trace.read(start, stop).astype(np.int64))
-        layers, experts = self.scope_LE.shape
-        active = torch.zeros(stop - start, layers, experts, dtype=torch.float32).scatter_(2, selected, 1.0)
-        return active.reshape(stop - start, -1)[:, torch.from_numpy(self.scope_LE.ravel())]
-
-    def moments(self, weight_N: np.ndarray, threads: int, device: str = "cpu") -> torch.Tensor:
-        """Joint histograms of all pairs of layers: L² K² / 2 additions a token; a dense product takes L² E² / 2."""
+        Joint histograms of all pairs of layers: L² K² / 2 additions a token; a dense product takes L² E² / 2.
+        """
         import torch
 
         experts = self.scope_LE.shape[1]

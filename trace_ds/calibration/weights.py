@@ -91,13 +91,6 @@ def row_means(weight_T: np.ndarray, tokens: TokenMap) -> np.ndarray:
     return np.where(counts_R > 0, sums_R / np.maximum(counts_R, 1), 0.0)
 
 
-def spread_rows(result: Weighted, tokens: TokenMap) -> None:
-    """Level ``sequence``: every counted token takes its row's mean weight (the corpus mean stays 1)."""
-    for start, stop in tokens.spans():
-        spread = result.row_weight_R[tokens.row_of(start, stop)]
-        result.weight_T[start:stop] = np.where(tokens.counted(start, stop), spread, 0.0)
-
-
 def permute_rows(result: Weighted, tokens: TokenMap, seed: int, scratch_T: np.ndarray) -> None:
     """Give row r the weights of row π(r), repeated or cut to its length with their mean kept; then mean 1 again.
 

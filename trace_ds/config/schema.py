@@ -286,10 +286,10 @@ class RetrievalConfig(Section):
     rows: Number | None = Field(
         None, gt=0, description="Rows to keep: a whole number, or a fraction below 1 of the pool; default: all."
     )
-    similarity: Literal["weight", "routing", "coverage", "hidden", "tfidf"] = Field(
+    similarity: Literal["weight", "routing", "hidden", "tfidf"] = Field(
         "weight",
-        description="weight: mean raking weight of the row; routing: cosine of expert profiles; coverage: the set that "
-        "best covers the forget-critical experts; hidden (needs statistics.hidden) and tfidf: cosines, the baselines.",
+        description="weight: mean raking weight of the row; routing: cosine of expert profiles; hidden (needs "
+        "statistics.hidden) and tfidf: cosines, the baselines.",
     )
     random_share: Number = Field(0.5, ge=0, le=1, description="Share of the kept rows that is drawn at random.")
 
@@ -311,10 +311,10 @@ class CalibrationConfig(Section):
         description="sources: weight of the documents whose source matches a pattern ('near/*': 8.0) against 1 for all "
         "others, before the floor; where several patterns match, their product.",
     )
-    level: Literal["token", "row", "sequence"] = Field(
+    level: Literal["token", "row"] = Field(
         "token",
         description="row: one weight a row, from its selections and a sample of tokens (no trace), the floor being "
-        "about rows; sequence: one weight a row, targets matched over rows.",
+        "about rows.",
     )
     ess_floor: Number = Field(0.5, gt=0, le=1, description="Least effective sample size (sum w)^2 / (n sum w^2).")
     clip: Number = Field(20.0, gt=1, description="Largest ratio of frequencies asked of an expert.")

@@ -23,7 +23,6 @@ from trace_ds.calibration.raking import Context, RakeArguments, rake
 from trace_ds.calibration.retrieve import describe_retrieval, retrieve
 from trace_ds.calibration.rows import RowSelections
 from trace_ds.calibration.rules import LIMITS, Calibrated, apply_rule, scope_of, source_log_weights
-from trace_ds.calibration.table import print_table, told
 from trace_ds.calibration.tokens import (
     RowSpread,
     TokenMap,
@@ -33,7 +32,7 @@ from trace_ds.calibration.tokens import (
     open_trace,
     read_token_map,
 )
-from trace_ds.calibration.units import TokenUnits
+from trace_ds.calibration.units import Units
 from trace_ds.config.schema import WITHOUT_TRACE, Config
 from trace_ds.errors import UserError
 from trace_ds.routing.statistics import RoutingStatistics
@@ -42,8 +41,8 @@ from trace_ds.run import artefact as artefacts
 from trace_ds.run import ours
 from trace_ds.run.artefact import Artefact
 from trace_ds.run.files import new_array, replacing_directory, safetensors_errors, write_json
+from trace_ds.run.foreign import read_object
 from trace_ds.run.log import StageLog, already_done, stage_log
-from trace_ds.terminal import verbose
 
 if TYPE_CHECKING:
     from trace_ds.parallel.world import World
@@ -102,7 +101,7 @@ def _help(world: World, threads: int, job: _Job) -> None:
     tokens = read_token_map(job.data, job.documents)
     trace = open_trace(list(job.trace), len(job.scope_LE), job.top_k, tokens.tokens, "")
     tokens = tokens if job.kept_R is None else tokens.restricted(job.kept_R)
-    rake(TokenUnits(trace, job.scope_LE, tokens), *job.rake, Context(threads, world))
+    rake(Units(trace, job.scope_LE, tokens), *job.rake, Context(threads, world))
 
 
 def _calibrate(config: Config, run: RunDirectory, context: Context) -> Artefact:
@@ -164,8 +163,6 @@ def _calibrate(config: Config, run: RunDirectory, context: Context) -> Artefact:
             log,
         )
         export_weights(config, run, data, made)
-        if verbose():
-            print_table(made)
         log.done(told(made))
     return made
 
@@ -338,6 +335,16 @@ def none_found(detection: Detection) -> str:
         f"{detection.p_value_LE[layer, expert]:.2g})"
     )
     return "; ".join([text, *detection.warnings])
+
+
+def told(made: Artefact) -> str:
+    """What was made, in one line."""
+    d = read_object(made.file("diagnosis.json"), "the diagnosis", "make it again with `trace-ds calibrate CONFIG`")
+    experts = "NO forget-critical expert found" if d["none_found"] else f"{len(d['selected'])} forget-critical experts"
+    effect = f"{d['rule']} closes {d['gap_closed']:.0%} of the gap" if d["constraints"] else f"{d['rule']} weights"
+    warnings = len(d["warnings"])
+    many = f", {warnings} warning{'s' * (warnings > 1)} in diagnosis.json" if warnings else ""
+    return f"{experts}, {effect}{many}"
 
 
 def load_inputs(config: Config, run: RunDirectory) -> tuple[Artefact, Artefact, Artefact]:

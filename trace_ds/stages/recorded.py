@@ -42,7 +42,7 @@ def _needs(config: Config, side: str) -> Iterator[tuple[str, str]]:
         elif calibration.rule not in WITHOUT_TRACE:
             yield TRACE, f"calibration.rule: {calibration.rule}"
         similarity = calibration.retrieve.similarity
-        if calibration.retrieve.rows is not None and similarity in ("weight", "routing", "coverage"):
+        if calibration.retrieve.rows is not None and similarity in ("weight", "routing"):
             yield TRACE, f"calibration.retrieve.similarity: {similarity}"
         if config.bench is not None:  # its methods may have any rule
             yield TRACE, "bench"

@@ -72,7 +72,7 @@ class OnlineWeights(RetainWeights):
     Args:
         model: the engine's module.
         theta_LE: float64. log_mean: log Z.
-        per_row: levels row and sequence: a row's tokens share exp(mean of Σ θ a − log Z).
+        per_row: level row: a row's tokens share exp(mean of Σ θ a − log Z).
         scope_LE: bool, experts whose θ moves.
     """
 
