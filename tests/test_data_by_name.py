@@ -195,23 +195,22 @@ ARRAYS = {
     b" [ ] \n": [],
     b'[{"text": "a"}]': ["a"],
     b'[{"text": "]"} ,\n{"text": "[{\\"x\\": 1}, "}\n]\n': ["]", '[{"x": 1}, '],
-    b'[{"text": "a"},]': "the item is not a JSON object",
-    b'[{"text": "a"}': "the array does not end",
-    b'[{"text": "a"} {"text": "b"}]': "the array does not end",
+    b'[{"text": "a"},]': "the file is not a JSON array",
+    b'[{"text": "a"}': "the file is not a JSON array",
+    b'[{"text": "a"} {"text": "b"}]': "line 1 column 16",
     b'[{"text": "a"}, 1]': ":2: the item is not a JSON object",
-    b'[{"text": "a"}] x': "there is more behind the array",
+    b'[{"text": "a"}] x': "the file is not a JSON array",
     b'[{"text": "\\ud83d"}]': "is half of a surrogate pair",
     b'[{"text": "\xff"}]': "not UTF-8",
-    b"[" * 5_000: "the item is not a JSON object",
+    b"[" * 5_000: "the file is not a JSON array",
+    b'[{"text": "' + b"a" * 100 + b'"}]': "write JSON Lines",
 }
 
 
-@pytest.mark.parametrize("block", [7, 1 << 20])
 @pytest.mark.parametrize("content", ARRAYS, ids=lambda content: str(content[:30]))
-def test_an_array_is_read_item_by_item(
-    content: bytes, block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("trace_ds.corpora.records.ARRAY_BLOCK", block)
+def test_an_array_of_objects(content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if len(content) > 100 and content[1:2] == b"{":
+        monkeypatch.setattr("trace_ds.corpora.records.MAX_ARRAY_CHARACTERS", 100)
     path = tmp_path / "x.json"
     path.write_bytes(content)
     expected = ARRAYS[content]

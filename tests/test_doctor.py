@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import resource
 import shutil
 import signal
@@ -21,8 +20,6 @@ from trace_ds.cluster.checks import Check, checked, guarded
 from trace_ds.cluster.doctor import doctor, run_checks, share_checks
 from trace_ds.config.load import load_config
 from trace_ds.config.schema import Config
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def loaded(tmp_path: Path, model: Path, **changes: Any) -> Config:
@@ -52,7 +49,7 @@ def only_fault(found: list[Check], *words: str) -> Check:
 def test_a_healthy_run_has_no_miss(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MASTER_PORT", raising=False)
     found = run_checks(loaded(tmp_path, tiny_model), tmp_path / "run")
-    ours = [check for check in found if check.group not in ("slurm", "accelerators", "launchers")]
+    ours = [check for check in found if check.group not in ("accelerators", "launchers")]
     assert [check for check in ours if check.status == "MISS"] == []
     groups = {check.group for check in found}
     assert groups >= {"python", "collectives", "compiler", "cpu", "storage", "model", "tokenizer", "corpora"}
@@ -88,12 +85,6 @@ def test_every_dependency_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     assert missing["no-such-package"].detail == "not installed"
 
 
-def test_no_compiler_is_a_warning_with_the_apt_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    found = {check.name: check for check in checks_machine.toolchain_checks()}
-    assert found["C++ compiler"].status == "WARN" and "apt-get install g++" in found["C++ compiler"].fix
-
-
 @pytest.mark.parametrize("variable", ["TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR"])
 def test_a_kernel_cache_that_cannot_be_written(variable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR"):
@@ -118,55 +109,6 @@ def test_launchers_are_found_beside_python(monkeypatch: pytest.MonkeyPatch, tmp_
 def program(folder: Path, name: str, body: str) -> None:
     (folder / name).write_text(f"#!/bin/sh\n{body}\n", encoding="utf-8")
     (folder / name).chmod(0o755)
-
-
-def slurm(folder: Path, monkeypatch: pytest.MonkeyPatch, **programs: str) -> list[Check]:
-    """The SLURM checks on a PATH that holds nothing but stand-ins for SLURM's programs."""
-    good = {
-        "scontrol": "echo 'Slurmctld(primary) at login is UP'",
-        "sinfo": "echo 'gpu* up 2-00:00:00 4 nodes idle'",
-        "munge": "echo MUNGE:abc:",
-    }
-    for name, body in (good | programs).items():
-        program(folder, name, body)
-    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
-    return [check for check in checks_machine.slurm_checks() if check.name != "open files"]
-
-
-def test_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert {check.status for check in slurm(tmp_path, monkeypatch)} == {"OK"}
-    only_fault(slurm(tmp_path, monkeypatch, munge="echo 'Error: no socket' >&2; exit 1"), "munge", "munged")
-    (tmp_path / "slurm.conf").write_text("ClusterName=test\nAuthInfo=socket=/run/other,ttl=60\n")
-    with monkeypatch.context() as patch:
-        patch.setenv("SLURM_CONF", str(tmp_path / "slurm.conf"))
-        assert {check.status for check in slurm(tmp_path, patch, munge="[ $2 = --socket=/run/other ]")} == {"OK"}
-    down = "echo 'Slurmctld(primary) at login is DOWN'; exit 1"
-    only_fault(slurm(tmp_path, monkeypatch, scontrol=down), "controller", "DOWN")
-    only_fault(slurm(tmp_path, monkeypatch, sinfo="echo 'gpu* up 1:00 4 nodes down'"), "no node is up", "resume")
-    unset = "echo 'scontrol: error: resolve_ctls_from_dns_srv: res_nsearch error' >&2; exit 1"
-    assert {check.status for check in slurm(tmp_path, monkeypatch, scontrol=unset)} == {"WARN"}
-
-
-@pytest.mark.parametrize(
-    ("limit", "status"),
-    [("UNLIMITED", "OK"), ("2-00:00:00", "OK"), ("1-00:00:00", "OK"), ("08:00:00", "WARN"), ("00:05:00", "MISS")],
-)
-def test_the_partitions_time_limit_is_compared_with_the_scripts(
-    limit: str, status: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    scripts = [path.read_text(encoding="utf-8") for path in (ROOT / "slurm").glob("*.sh")]
-    asked = [slurm for text in scripts for slurm in re.findall(r"^#SBATCH --time=(\S+)", text, re.MULTILINE)]
-    assert max(checks_machine.slurm_seconds(time) or 0 for time in asked) == checks_machine.SCRIPTS_TIME_S
-    partition = f"PartitionName=gpu Default=YES MaxNodes=4 MaxTime={limit}"
-    body = f"[ $1 = ping ] && echo 'Slurmctld(primary) at login is UP' || echo '{partition}'"
-    found = {check.name: check for check in slurm(tmp_path, monkeypatch, scontrol=body)}["limits"]
-    assert found.status == status and f"MaxTime {limit}" in found.detail
-    assert bool(found.fix) == (status != "OK")
-
-
-def test_no_slurm_is_no_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert {check.status for check in checks_machine.slurm_checks()} == {"OK"}
 
 
 def test_a_taken_port() -> None:
@@ -302,9 +244,7 @@ def test_tokenizer_faults(tmp_path: Path, model: Path) -> None:
     [
         (None, ("does not exist",)),
         (b"", ("empty",)),
-        ('{"text": "caf\u00e9"}\n'.encode("latin-1"), ("not UTF-8", "iconv")),
-        (b'{"text": "ok"}\n' * 400_000 + b'{"text": "\xff"}\n', ("not UTF-8", "near byte 6000010")),
-        (b'{"text": "ok"}\n{"text": "\xe2\x82', ("not UTF-8",)),
+        ('{"text": "caf\u00e9"}\n'.encode("latin-1"), ("not UTF-8",)),
         (b"plain text\n", ("not a JSON object",)),
         (b'{"body": "x"}\n', ("no text under 'text'",)),
         (b"\n\n", ("empty",)),

@@ -1,4 +1,4 @@
-"""Checks of the machine: Python and packages, accelerators, collectives, compiler, launchers, SLURM, CPUs, memory."""
+"""Checks of the machine: Python and packages, accelerators, collectives, compilers, launchers, CPUs, memory, limits."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import importlib.util
 import json
 import os
 import platform
-import re
+import resource
 import shutil
 import socket
 import sys
@@ -39,10 +39,7 @@ PACKAGE = "trace-ds"
 MIN_OPEN_FILES = 4096
 MIN_SHARED_MEMORY_BYTES = 1_000_000_000
 MIN_BF16_CAPABILITY = (8, 0)
-SCRIPTS_TIME_S = 24 * 3600  # the longest `#SBATCH --time` of slurm/*.sh
-SIGNAL_BEFORE_END_S = 300  # `#SBATCH --signal=B:USR1@300`
 DEFAULT_MASTER_PORT = "29500"
-UNCONFIGURED = "resolve_ctls_from_dns_srv"  # SLURM found no slurm.conf and asked the network for one
 
 
 def requirements() -> list[Requirement]:
@@ -166,9 +163,9 @@ def port_checks(port: str | None) -> Iterator[Check]:
         yield Check(group, name, status, reason, fix if port is None else "set MASTER_PORT to a free port")
 
 
-def toolchain_checks(config: Config | None = None) -> Iterator[Check]:
-    """Compilers and ninja: required only to offload the optimizer (on CPUs we switch the compiled collective off), and
-    for expert parallelism on GPUs, whose Triton kernels AutoEP launches."""
+def toolchain_checks(config: Config | None) -> Iterator[Check]:
+    """Compilers, where something is compiled: an offloaded optimizer, and on GPUs the Triton kernels of expert
+    parallelism."""
     import torch
 
     group = "compiler"
@@ -183,18 +180,11 @@ def toolchain_checks(config: Config | None = None) -> Iterator[Check]:
         )
         fix = "apt-get install gcc python3-dev, module load gcc in slurm/site.env, or distributed.ep: 1"
         yield judged(group, "C compiler for Triton", not absent, detail, fix)
-    compiler = next((found for name in ("c++", "g++", "clang++") if (found := find_program(name))), None)
-    if compiler:
-        yield Check(group, "C++ compiler", "OK", compiler)
-    elif config is not None and offloads_optimizer(config):
-        detail = f"none, and {config.unlearning.ds_config} offloads the optimizer: DeepSpeed compiles its CPU Adam"
-        yield Check(group, "C++ compiler", "MISS", detail, "apt-get install g++, or module load gcc in slurm/site.env")
-    else:
-        detail = "none: needed only for DeepSpeed's fused optimizers and CPU Adam (offloading)"
-        yield Check(group, "C++ compiler", "WARN", detail, "apt-get install g++")
-    ninja = find_program("ninja")
-    detail = ninja or "none: needed with the compiler only"
-    yield judged(group, "ninja", ninja is not None, detail, "pip install ninja", "WARN")
+    if config is not None and offloads_optimizer(config):
+        compiler = next(filter(None, map(find_program, ("c++", "g++", "clang++"))), None)
+        without = f"none, and {config.unlearning.ds_config} offloads the optimizer: DeepSpeed compiles its CPU Adam"
+        fix = "apt-get install g++, or module load gcc in slurm/site.env"
+        yield judged(group, "C++ compiler", compiler is not None, compiler or without, fix)
 
 
 def offloads_optimizer(config: Config) -> bool:
@@ -238,95 +228,6 @@ def launcher_checks() -> Iterator[Check]:
         yield judged(group, name, found is not None or name == "srun", detail, fix, "WARN")
 
 
-def slurm_checks() -> Iterator[Check]:
-    """Controller, partitions and munge, when this is a SLURM machine; limits of this process always."""
-    import resource
-
-    group = "slurm"
-    if find_program("sinfo") is None:
-        yield Check(group, "sinfo", "OK", "not a SLURM machine; only needed for the scripts in slurm/")
-    else:
-        yield from _slurm_services()
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    fix = f"ulimit -n {MIN_OPEN_FILES} (hard limit {hard})"
-    yield judged(group, "open files", soft >= MIN_OPEN_FILES, f"at most {soft}", fix, "WARN")
-    locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    if Path("/sys/class/infiniband").is_dir() and any(Path("/sys/class/infiniband").iterdir()):
-        unlimited = locked == resource.RLIM_INFINITY
-        detail = "unlimited" if unlimited else f"at most {gigabytes(locked)}"
-        fix = "ulimit -l unlimited (InfiniBand registers its buffers)"
-        yield judged(group, "locked memory", unlimited, detail, fix, "WARN")
-
-
-def _slurm_services() -> Iterator[Check]:
-    """Controller, nodes and credentials of the cluster this machine belongs to."""
-    group = "slurm"
-    status, text = output_of("scontrol", "ping")
-    if status == 0 and "DOWN" not in text:
-        yield Check(group, "controller", "OK", first_line(text))
-    elif UNCONFIGURED in text:
-        fix = "none needed without a cluster; on one, set SLURM_CONF"
-        yield Check(group, "controller", "WARN", "SLURM's programs are installed but not configured", fix)
-        return
-    else:
-        yield Check(group, "controller", "MISS", first_line(text), "start slurmctld, or ask the cluster's admins")
-    status, text = output_of("sinfo", "--noheader", "--format=%P %a %l %D nodes %t")
-    usable = [line for line in text.splitlines() if re.search(r"\b(idle|mix|alloc)", line)]
-    up = status == 0 and bool(usable)
-    detail = "; ".join(" ".join(line.split()) for line in usable) if up else f"no node is up ({first_line(text)})"
-    fix = "scontrol update nodename=NAME state=resume, or ask the cluster's admins"
-    yield judged(group, "partitions", up, detail, fix)
-    yield from _slurm_limits()
-    yield from munge_checks()
-
-
-def munge_checks() -> Iterator[Check]:
-    """Whether munged makes credentials, at the socket that SLURM uses."""
-    socket_path = munge_socket()
-    status, text = output_of("munge", "--no-input", *([f"--socket={socket_path}"] if socket_path else []))
-    detail = "makes credentials" if status == 0 else first_line(text)
-    yield judged("slurm", "munge", status == 0, detail, "start munged (systemctl start munge)")
-
-
-def munge_socket() -> str | None:
-    """The socket of munged that slurm.conf names (``AuthInfo=socket=…``); None: munge's own default."""
-    with contextlib.suppress(OSError):
-        text = Path(os.environ.get("SLURM_CONF", "/etc/slurm/slurm.conf")).read_text(encoding="utf-8")
-        if found := re.search(r"^AuthInfo=.*\bsocket=([^,\s]+)", text, re.MULTILINE | re.IGNORECASE):
-            return found[1]
-    return None
-
-
-def _slurm_limits() -> Iterator[Check]:
-    """What the default partition allows a job. What a run asks for is known only where it is submitted."""
-    status, text = output_of("scontrol", "--oneliner", "show", "partition")
-    default = next((line for line in text.splitlines() if "Default=YES" in line), "")
-    fields = dict(re.findall(r"(\w+)=(\S+)", default))
-    if status or not fields:
-        return
-    names = ("MaxTime", "DefaultTime", "MaxNodes", "MaxMemPerNode")
-    limits = ", ".join(f"{name} {fields[name]}" for name in names if name in fields)
-    detail = f"partition {fields['PartitionName']}: {limits}"
-    longest_s = slurm_seconds(fields.get("MaxTime", ""))
-    if longest_s is not None and longest_s <= SIGNAL_BEFORE_END_S:
-        fix = "another partition (--sbatch --partition=NAME): the scripts are asked to save 300 s before their limit"
-        yield Check("slurm", "limits", "MISS", detail, fix)
-    elif longest_s is not None and longest_s < SCRIPTS_TIME_S:
-        fix = f"submit with --sbatch --time={fields['MaxTime']} (the scripts ask for 24 hours), or another partition"
-        yield Check("slurm", "limits", "WARN", detail, fix)
-    else:
-        yield Check("slurm", "limits", "OK", detail)
-
-
-def slurm_seconds(text: str) -> int | None:
-    """Seconds of a SLURM time (``days-hours:minutes:seconds``); None for UNLIMITED and what is no time."""
-    match = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+):(\d+)", text)
-    if match is None:
-        return None
-    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
-    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
-
-
 def cpu_checks(config: Config | None, processes: int, needed_bytes: float | None) -> Iterator[Check]:
     """CPUs against processes x threads, memory against what loading needs, shared memory.
 
@@ -349,3 +250,16 @@ def cpu_checks(config: Config | None, processes: int, needed_bytes: float | None
         free = shutil.disk_usage(shared).free
         fix = "start the container with --shm-size=8g or --ipc=host (NCCL uses /dev/shm)"
         yield judged(group, "/dev/shm", free >= MIN_SHARED_MEMORY_BYTES, f"{gigabytes(free)} free", fix, "WARN")
+
+
+def limit_checks() -> Iterator[Check]:
+    """What the system allows this process: open files, and memory that InfiniBand may lock."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    fix = f"ulimit -n {MIN_OPEN_FILES} (hard limit {hard})"
+    yield judged("limits", "open files", soft >= MIN_OPEN_FILES, f"at most {soft}", fix, "WARN")
+    locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    if Path("/sys/class/infiniband").is_dir() and any(Path("/sys/class/infiniband").iterdir()):
+        unlimited = locked == resource.RLIM_INFINITY
+        detail = "unlimited" if unlimited else f"at most {gigabytes(locked)}"
+        fix = "ulimit -l unlimited (InfiniBand registers its buffers)"
+        yield judged("limits", "locked memory", unlimited, detail, fix, "WARN")

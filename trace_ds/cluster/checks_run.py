@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import contextlib
 import fcntl
 import functools
@@ -21,8 +20,6 @@ from trace_ds.run.hub_names import hub_name
 
 PROBE_BYTES = 64_000_000
 SLOW_WRITE_BYTES_S = 100e6
-READ_BLOCK_BYTES = 1 << 22
-READ_LIMIT_BYTES = 1 << 30
 MIN_FREE_BYTES = 1_000_000_000
 LOCKS_FIX = "mount with locks (Lustre: -o flock), and never start two jobs in one run directory"
 
@@ -186,7 +183,7 @@ def tokenizer_check(config: Config) -> str:
 
 
 def corpus_checks(config: Config) -> Iterator[Check]:
-    """Every corpus file is there, its text is UTF-8, and `prepare` reads its first document."""
+    """Every corpus file is there, and `prepare` reads its first document."""
     for side in config.data.sides:
         for entry in getattr(config.data, side):
             yield checked("corpora", f"{side}: {entry.place}", functools.partial(_corpus, f"data.{side}", entry))
@@ -194,36 +191,13 @@ def corpus_checks(config: Config) -> Iterator[Check]:
 
 def _corpus(key: str, entry: CorpusEntry) -> str:
     from trace_ds.corpora.read import read_documents
-    from trace_ds.corpora.records import kind_of
-    from trace_ds.corpora.sources import files_here, is_table
+    from trace_ds.corpora.sources import files_here
 
     files = files_here(entry, key)
-    size, position = sum(path.stat().st_size for path in files), 0
-    encoded = [] if is_table(entry) else [path for path in files if path.suffix == kind_of(path) != ".parquet"]
-    for path in encoded:
-        position += _decoded_bytes(path, READ_LIMIT_BYTES - position)
+    size = sum(path.stat().st_size for path in files)
     if size == 0 or next(read_documents([entry], key), None) is None:
         raise UserError("the file is empty", fix="write it again")
-    encoding = ", UTF-8" if encoded else ""
-    read = f", the first {gigabytes(position)} of it read" if encoded and position < size else ""
-    many = f" in {len(files)} files" if len(files) > 1 else ""
-    return f"{gigabytes(size)}{many}{encoding}{read}"
-
-
-def _decoded_bytes(path: Path, limit: int) -> int:
-    """How much of a file was found to be UTF-8: the whole, or ``limit`` bytes; :class:`UserError` when it is not."""
-    position, decoder = 0, codecs.getincrementaldecoder("utf-8")()
-    with path.open("rb") as handle:
-        try:
-            while position < limit and (block := handle.read(READ_BLOCK_BYTES)):
-                decoder.decode(block)
-                position += len(block)
-            if position >= path.stat().st_size:
-                decoder.decode(b"", final=True)
-        except UnicodeDecodeError as error:
-            what = f"not UTF-8 (near byte {position + error.start})"
-            raise UserError(what, fix="convert it: iconv -f ENCODING -t UTF-8") from None
-    return position
+    return gigabytes(size) + (f" in {len(files)} files" if len(files) > 1 else "")
 
 
 def evaluation_checks(config: Config) -> Iterator[Check]:

@@ -43,7 +43,7 @@ def run_checks(config: Config | None, run_dir: Path | None) -> list[Check]:
 
 
 def machine_checks(config: Config | None, *, joining: bool = False) -> list[Check]:
-    """Software, accelerators, launchers and SLURM of this machine: what may keep it out of a job.
+    """Software, accelerators, launchers and limits of this machine: what may keep it out of a job.
 
     Args:
         joining: the rendezvous port is the job's own, and whoever joins it looks at it.
@@ -54,7 +54,7 @@ def machine_checks(config: Config | None, *, joining: bool = False) -> list[Chec
     found += guarded("compiler", "toolchain", lambda: machine.toolchain_checks(config))
     found += guarded("compiler", "kernel cache", machine.cache_checks)
     found += guarded("launchers", "launchers", machine.launcher_checks)
-    return found + guarded("slurm", "slurm", machine.slurm_checks)
+    return found + guarded("limits", "limits", machine.limit_checks)
 
 
 def share_checks(config: Config | None, run_dir: Path | None, ranks: nodes.JoinedRanks | None = None) -> list[Check]:

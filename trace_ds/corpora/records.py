@@ -12,7 +12,6 @@ import gzip
 import io
 import itertools
 import json
-import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,9 +23,9 @@ TABLES = (".jsonl", ".json", ".csv", ".parquet")
 KINDS = (*TABLES, ".txt")
 COMPRESSED = (".gz", ".zst")
 MAX_LINE_BYTES = 1 << 30
-ARRAY_BLOCK = 1 << 20  # characters of a JSON array, read at a time
+MAX_ARRAY_CHARACTERS = 1 << 28  # of a JSON array, which is parsed whole
+FIRST_BYTES = 1 << 20  # that may be white space before it
 PARQUET_ROWS = 64  # read at a time: a row can be a book
-SPACE = re.compile(r"[ \t\r\n]*")
 
 
 def kind_of(path: Path) -> str:
@@ -140,63 +139,38 @@ def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             record = json.loads(line)
         except (ValueError, RecursionError):
             raise UserError("the line is not a JSON object", where, "one JSON object per line") from None
-        yield number, _object(record, line, "the line is not a JSON object", where, "one JSON object per line")
+        escaped = _may_hold_surrogates(line)
+        yield number, _object(record, escaped, "the line is not a JSON object", where, "one JSON object per line")
 
 
 def _is_array(path: Path) -> bool:
     with opened(path) as handle:
-        return handle.read(ARRAY_BLOCK).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
+        return handle.read(FIRST_BYTES).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
 
 
 def _array_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The objects of an array, one in memory at a time (and a block of the file)."""
-    decoder, blocks, fix = json.JSONDecoder(), text_blocks(path, ARRAY_BLOCK), "an array of objects"
-    text, at, wanted = "", 0, 1
-
-    def more() -> bool:
-        """Read on, twice as much as the last time: an object of any size is parsed in a few tries."""
-        nonlocal text, at, wanted
-        read = list(itertools.islice(blocks, wanted))
-        text, at, wanted = text[at:] + "".join(read), 0, 2 * wanted
-        return bool(read)
-
-    def character() -> str:
-        """The next one that is no white space; "" at the end of the file."""
-        nonlocal at
-        while True:
-            at = SPACE.match(text, at).end()  # type: ignore[union-attr]
-            if at < len(text) or not more():
-                return text[at : at + 1]
-
-    mark = character()
-    for number in itertools.count(1):
-        at, where = at + 1, f"{path}:{number}"  # behind the bracket, or the comma
-        if character() == "]" and number == 1:
-            break
-        while True:
-            try:
-                record, end = decoder.raw_decode(text, at)
-                break
-            except (ValueError, RecursionError) as error:
-                if isinstance(error, RecursionError) or len(text) - at > MAX_LINE_BYTES or not more():
-                    raise UserError("the item is not a JSON object", where, fix) from None
-        row = _object(record, text[at:end], "the item is not a JSON object", where, fix)
-        at, wanted = end, 1
-        yield number, row
-        mark = character()
-        if mark != ",":
-            break
-    if character() != "]":
-        raise UserError("the array does not end", str(path), "copy the file again")
-    at += 1
-    if character():
-        raise UserError("there is more behind the array", str(path), "one array of objects a file")
+    """The objects of an array, which is read whole."""
+    text, fix = "".join(itertools.islice(text_blocks(path, MAX_ARRAY_CHARACTERS), 2)), "an array of objects"
+    if len(text) > MAX_ARRAY_CHARACTERS:
+        what = f"the array has over {MAX_ARRAY_CHARACTERS:,} characters"
+        raise UserError(what, str(path), "write JSON Lines (one object a line), which is read as a stream")
+    try:
+        records = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"the file is not a JSON array ({str(error)[:100]})", str(path), fix) from None
+    escaped = _may_hold_surrogates(text)
+    for number, record in enumerate(records, 1):
+        yield number, _object(record, escaped, "the item is not a JSON object", f"{path}:{number}", fix)
 
 
-def _object(record: Any, text: str, what: str, where: str, fix: str) -> dict[str, Any]:
+def _may_hold_surrogates(text: str) -> bool:
+    return "\\ud" in text or "\\uD" in text
+
+
+def _object(record: Any, escaped: bool, what: str, where: str, fix: str) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise UserError(what, where, fix)
-    if "\\ud" in text.lower():  # an escaped surrogate
+    if escaped:
         refuse_surrogates(record, where)
     return record
 

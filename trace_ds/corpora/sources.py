@@ -17,8 +17,9 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+from trace_ds.config.schema import CorpusEntry, TaskConfig
 from trace_ds.corpora.records import KINDS, PARQUET_ROWS, can_read, kind_of, require_text
 from trace_ds.errors import UserError
 
@@ -29,20 +30,7 @@ DEFAULT_SPLIT = "train"
 README = "README.md"
 TIMEOUT_S = 20  # for the hub to say what a revision is
 
-
-class Named(Protocol):
-    """What names data: a corpus or an evaluation task of the configuration."""
-
-    @property
-    def path(self) -> str: ...
-    @property
-    def dataset(self) -> str | None: ...
-    @property
-    def config(self) -> str | None: ...
-    @property
-    def split(self) -> str | None: ...
-    @property
-    def revision(self) -> str | None: ...
+Named = CorpusEntry | TaskConfig  # what names data
 
 
 @dataclass(frozen=True)

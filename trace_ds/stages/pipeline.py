@@ -9,6 +9,7 @@ process when a launcher made it a rank, else in local processes that this one st
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -251,31 +252,14 @@ def _run_stage(stage: str, request: Request, lock: Sequence[int], *, top: RunDir
         return _launch(stage, request, lock, top or request.run)
     if stage == "report":  # it shows the configuration
         request.run.store_config()
-    _single_process_stage(stage)(request.config, request.run)
+    _function(stage)(request.config, request.run)
     request.run.store_config()
     return 0
 
 
-def _single_process_stage(stage: str) -> Callable[[Config, RunDirectory], object]:
-    if stage == "prepare":
-        from trace_ds.stages.prepare import prepare
-
-        return prepare
-    if stage == "calibrate":
-        from trace_ds.stages.calibrate import calibrate
-
-        return calibrate
-    if stage == "convert":
-        from trace_ds.stages.convert import convert
-
-        return convert
-    if stage == "evaluate":
-        from trace_ds.stages.evaluate import evaluate
-
-        return evaluate
-    from trace_ds.stages.report import report
-
-    return lambda config, run: report(config, run, [])
+def _function(stage: str) -> Callable[..., object]:
+    """What carries out a stage: the function of the module of its name."""
+    return getattr(importlib.import_module(f"trace_ds.stages.{stage}"), stage)  # type: ignore[no-any-return]
 
 
 def _launch(stage: str, request: Request, lock: Sequence[int], lock_owner: RunDirectory) -> int:
@@ -354,26 +338,7 @@ def _run_as_rank(verb: str, request: Request) -> int:
 
         world.agree(enter)
         request = request.seen_by(verb)
-        if verb == "finetune":
-            from trace_ds.stages.finetune import finetune
-
-            finetune(request.config, request.run, world)
-        elif verb == "collect":
-            from trace_ds.stages.collect import collect
-
-            collect(request.config, request.run, world)
-        elif verb == "evaluate":
-            from trace_ds.stages.evaluate import evaluate
-
-            evaluate(request.config, request.run, world)
-        elif verb == "calibrate":
-            from trace_ds.stages.calibrate import calibrate
-
-            calibrate(request.config, request.run, world)
-        else:
-            from trace_ds.stages.unlearn import unlearn
-
-            unlearn(request.config, request.run, world)
+        _function(verb)(request.config, request.run, world)
         if world.is_main:
             request.run.store_config()
         world.barrier()
