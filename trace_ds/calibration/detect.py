@@ -41,7 +41,6 @@ class Detection:
         log_ratio_LE, error_LE: log(p^F/p^R) and its standard error (infinite with fewer than two documents a side).
         low_LE, high_LE: 95 % interval of the ratio p^F/p^R.
         p_value_LE: one-sided, of the hypothesis p^F/p^R ≤ ρ.
-        score_LE: what a ``top_*`` method ranks by (the t statistic for ``significance``).
         warnings: for people.
     """
 
@@ -54,7 +53,6 @@ class Detection:
     low_LE: np.ndarray
     high_LE: np.ndarray
     p_value_LE: np.ndarray
-    score_LE: np.ndarray
     warnings: tuple[str, ...]
 
 
@@ -117,7 +115,6 @@ def detect(forget: RoutingStatistics, retain: RoutingStatistics, config: Detecti
         if s.documents < 2
     ]
     if config.method == "significance":
-        score_LE = t_LE
         found_LE = np.zeros_like(eligible_LE)
         adjusted = stats.false_discovery_control(value_LE[eligible_LE])
         found_LE[eligible_LE] = adjusted <= config.false_discovery_rate
@@ -138,7 +135,6 @@ def detect(forget: RoutingStatistics, retain: RoutingStatistics, config: Detecti
         low_LE,
         high_LE,
         value_LE,
-        score_LE,
         tuple(warnings),
     )
 

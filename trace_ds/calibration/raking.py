@@ -38,7 +38,6 @@ rounding.
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -78,7 +77,7 @@ class Context:
     Attributes:
         threads: of this process. world: the ranks that take their shares of the passes (None: this process alone).
         device: of the main process's dense linear algebra; passes over the units are the processors'.
-        say: hears lines of progress, on the main process; clock: seconds, for what they say of the time.
+        say: hears lines of progress, on the main process.
         begin: called before the ranks' common solve, on the main process, with the scope and the arguments that the
             others must call :func:`rake` with.
     """
@@ -88,36 +87,10 @@ class Context:
     device: str = "cpu"
     say: Callable[[str], None] = field(default=lambda line: None)
     begin: Callable[[np.ndarray, RakeArguments], None] = field(default=lambda scope_LE, arguments: None)
-    clock: Callable[[], float] = field(default=time.monotonic)
 
     def shared(self, make: Callable[[], A]) -> A:
         """What ``make`` gives on the main process, on every rank."""
         return make() if self.world is None else self.world.broadcast_agreed(make)
-
-
-class Remaining:
-    """What is left of a solve, in words, from the time its passes took and how fast it came closer.
-
-    ``distance`` is the log of how many times too large the worst of what has to settle is. Over the later half of the
-    passes it fell by so much a pass, and is taken to go on falling so. Where it did not fall there is only the limit of
-    the passes to tell.
-    """
-
-    def __init__(self, most_passes: int, distance: float, clock: Callable[[], float]) -> None:
-        self._most, self._clock, self._begun_s = most_passes, clock, clock()
-        self._seen = [(0, distance)]  # after so many passes
-
-    def __call__(self, passes: int, distance: float) -> str:
-        if distance <= 0.0:
-            return "settled"
-        self._seen.append((passes, distance))
-        then, distance_then = self._seen[(len(self._seen) - 1) // 2]
-        pass_s, most = (self._clock() - self._begun_s) / max(passes, 1), max(self._most - passes, 0)
-        if distance < distance_then:
-            left = max(math.ceil(distance * (passes - then) / (distance_then - distance)), 1)
-            if left < most:
-                return f"about {left * pass_s:.0f} s left"
-        return f"at most {most} passes of {pass_s:.1f} s left"
 
 
 @dataclass(frozen=True)
@@ -209,7 +182,7 @@ class Curvature:
     """(H + e v)⁻¹ from a sample, with L-BFGS pairs on top; kept from one θ and λ to the next.
 
     H is scaled to unit variances, so that rare experts count like frequent ones; the sampled variances are replaced by
-    the exact ones.
+    the exact ones. With fewer units than constraints (Woodbury) the matrix that is factorised is N × N.
 
     Attributes:
         whole: the sample is all there is. exact: it is made anew at each step, which costs less than a pass or so.
@@ -220,9 +193,22 @@ class Curvature:
         self._scale_S = np.sqrt(np.where(aim.variance_S > 0, aim.variance_S, 1.0))
         self._constant_S, self._scope_LE = aim.variance_S == 0, aim.scope_LE
         self._ridge, self.whole = aim.ridge, whole
-        cheap = len(self._scale_S) <= EXACT_CONSTRAINTS and sample.number * sample.values**2 <= EXACT_PRODUCTS
-        self.exact = cheap and whole
+        count, size = sample.number, len(self._scale_S)
+        self._kernel = self._features() if count < size else None
+        self._matrix: Any = None
+        self._single = False
+        cheap = size <= EXACT_CONSTRAINTS and count * sample.values**2 <= EXACT_PRODUCTS
+        self.exact = (cheap and whole) or self._kernel is not None
         self.rebuild(origin)
+
+    def _features(self) -> tuple[Any, Any]:
+        """(scaled features float32 [N, S], their products [N, N]) for the form with fewer units than constraints."""
+        import torch
+
+        with single_thread():
+            scaled = self._sample.dense(0, self._sample.number) / torch.from_numpy(self._scale_S).float()
+            there = scaled.to(self._device)
+            return scaled, (there @ there.T).cpu().double()
 
     def rebuild(self, point: Point) -> None:
         """The Hessian at a point, factorised."""
@@ -233,19 +219,30 @@ class Curvature:
         weight_N, mean_S = unit_weights(self._sample, point.theta_S)
         mean = torch.from_numpy(mean_S / self._scale_S)
         with single_thread():
-            matrix = self._sample.moments(weight_N, self._threads)
-            self._single = matrix.dtype == torch.float32
-            scale = torch.from_numpy(1.0 / self._scale_S).to(matrix.dtype)
-            matrix *= scale[:, None]
-            matrix *= scale[None, :]
-            matrix.addr_(mean.to(matrix.dtype), mean.to(matrix.dtype), alpha=-1.0)
-            self._ridge_used = max(self._ridge, 1e-6 if self._single else 1e-10)
-            shrunk_S = np.ones(len(mean_S)) if self.whole else self._correct(matrix, point.frequency_S)
-            self._lift(matrix, shrunk_S)
-            # The inverse of a sampled covariance is too large by n / (n − S) on average (Wishart).
-            fewer = 0.0 if self.whole else min(len(mean_S) * float((weight_N**2).sum()), 0.9)
-            self._shrunk = 1.0 - fewer
-            matrix.diagonal()[torch.from_numpy(self._constant_S)] = 1.0
+            if self._kernel is not None:
+                features, products = self._kernel
+                root = torch.from_numpy(np.sqrt(weight_N))
+                cross = (features @ mean.float()).double()
+                matrix = self._matrix = torch.sub(products, cross[:, None], out=self._matrix)
+                matrix -= cross - (mean @ mean)
+                matrix *= root[:, None]
+                matrix *= root
+                self._ridge_used = max(self._ridge, 1e-6)
+                self._root, self._mean = root, mean
+            else:
+                matrix = self._sample.moments(weight_N, self._threads)
+                self._single = matrix.dtype == torch.float32
+                scale = torch.from_numpy(1.0 / self._scale_S).to(matrix.dtype)
+                matrix *= scale[:, None]
+                matrix *= scale[None, :]
+                matrix.addr_(mean.to(matrix.dtype), mean.to(matrix.dtype), alpha=-1.0)
+                self._ridge_used = max(self._ridge, 1e-6 if self._single else 1e-10)
+                shrunk_S = np.ones(len(mean_S)) if self.whole else self._correct(matrix, point.frequency_S)
+                self._lift(matrix, shrunk_S)
+                # The inverse of a sampled covariance is too large by n / (n − S) on average (Wishart).
+                fewer = 0.0 if self.whole else min(len(mean_S) * float((weight_N**2).sum()), 0.9)
+                self._shrunk = 1.0 - fewer
+                matrix.diagonal()[torch.from_numpy(self._constant_S)] = 1.0
             diagonal = matrix.diagonal()
             diagonal += self._ridge_used
             while True:
@@ -292,7 +289,7 @@ class Curvature:
         all units and double precision can tell."""
         if not self.whole or self._single:
             return shift_S
-        for _ in range(2):  # once more, against rounding
+        for _ in range(1 if self._kernel is not None else 2):  # once more, against rounding
             along_S = self._base(shift_S, np.zeros(len(shift_S), dtype=bool))
             shift_S = np.where(self._constant_S, 0.0, shift_S - self._ridge_used * self._scale_S**2 * along_S)
         return shift_S
@@ -323,6 +320,12 @@ class Curvature:
 
         with single_thread():
             g = torch.from_numpy(gradient_S / self._scale_S)
+            if self._kernel is not None:
+                features = self._kernel[0]
+                spread = self._root * ((features @ g.float()).double() - self._mean @ g)
+                inner = self._solve(spread[:, None])[:, 0] * self._root
+                back = (inner.float() @ features).double() - inner.sum() * self._mean
+                return ((g - back) / self._ridge_used).numpy() / self._scale_S
             found = self._solve(g[:, None]) * self._shrunk
             if fixed_S.any():
                 if self._fixed is None or not np.array_equal(self._fixed[0], fixed_S):
@@ -388,13 +391,8 @@ def solve(
         free_S = np.where(fixed_S, 0.0, gradient_S)
         return free_S, fixed_S, direction_S, float(np.sqrt(max((free_S * direction_S).sum(), 0.0)))
 
-    def distance() -> float:
-        floor_off = 0.0 if floor_met() else abs(point.ess / aim.floor - 1.0) / window
-        error = float(np.abs(free_S).max(initial=0.0))
-        return math.log(max(error / tolerance, decrement / weight_tolerance, floor_off, 1.0))
-
+    began_s = time.monotonic()
     free_S, fixed_S, direction_S, decrement = look()
-    remaining = Remaining(max_passes, distance(), context.clock)
     while True:
         error = float(np.abs(free_S).max(initial=0.0))
         solved = exhausted or (error <= tolerance and decrement <= weight_tolerance)
@@ -445,9 +443,9 @@ def solve(
                 curvature.moved(before, point, aim)
         free_S, fixed_S, direction_S, decrement = look()
         context.say(
-            f"pass {passes}: lambda {reached:.4f}, effective sample size {point.ess:.4f}, "
-            f"largest miss {float(np.abs(free_S).max(initial=0.0)):.1e}, weights off by {decrement:.1e}; "
-            f"{remaining(passes, distance())}"
+            f"pass {passes} of at most {max_passes}, {(time.monotonic() - began_s) / max(passes, 1):.1f} s each: "
+            f"lambda {reached:.4f}, effective sample size {point.ess:.4f}, "
+            f"largest miss {float(np.abs(free_S).max(initial=0.0)):.1e}, weights off by {decrement:.1e}"
         )
 
 

@@ -6,7 +6,6 @@ L MoE layers, K = top-k.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,12 +41,6 @@ class Trace(FlatArray):
     def read(self, start: int, stop: int) -> np.ndarray:
         """Expert indices [stop - start, L, K] of flat positions ``start … stop``, across the borders of parts."""
         return self[start:stop]
-
-    def chunks(self, tokens: TokenMap) -> Iterator[tuple[int, int, np.ndarray, np.ndarray]]:
-        """Yield (start, stop, counted_T bool, selected_TLK of the counted tokens only)."""
-        for start, stop in tokens.spans():
-            counted_T = tokens.counted(start, stop)
-            yield start, stop, counted_T, self.read(start, stop)[counted_T]
 
 
 def open_trace(paths: list[Path], layers: int, top_k: int, tokens: int, fix: str) -> Trace:

@@ -132,6 +132,15 @@ class Units:
         selected_NLK = self.trace.read(0, self.number)[place_N]
         return Units.of(selected_NLK, self.scope_LE, multiplicity_N * (self.number / limit))
 
+    def dense(self, start: int, stop: int) -> torch.Tensor:
+        """Features of units ``start … stop`` of a sample, float32 [N, S]."""
+        import torch
+
+        selected = torch.from_numpy(self.trace.read(start, stop).astype(np.int64))
+        layers, experts = self.scope_LE.shape
+        active = torch.zeros(stop - start, layers, experts, dtype=torch.float32).scatter_(2, selected, 1.0)
+        return active.reshape(stop - start, -1)[:, torch.from_numpy(self.scope_LE.ravel())]
+
     def moments(self, weight_N: np.ndarray, threads: int) -> torch.Tensor:
         """Σ_n w_n feature_s feature_s', [S, S], over the units of a sample, in double precision if S is moderate.
 

@@ -10,6 +10,7 @@ Exit status 0 when it is whole, 1 when something is missing, damaged or stale, 2
 
 from __future__ import annotations
 
+import contextlib
 import json as json_module
 import re
 from collections.abc import Callable
@@ -22,7 +23,6 @@ from trace_ds.checkpoints.manifest import verify as verify_files
 from trace_ds.errors import UserError
 from trace_ds.run import artefact
 from trace_ds.run.directory import RunDirectory
-from trace_ds.run.foreign import named_by
 from trace_ds.tensors.model_files import (
     CONFIG_NAME,
     INDEX_NAME,
@@ -31,11 +31,12 @@ from trace_ds.tensors.model_files import (
     read_model_directory,
     read_safetensors_header,
 )
+from trace_ds.tensors.opening import locate, open_source
 from trace_ds.terminal import size, wide_console
 
 EXIT_DAMAGED = 1
 SIDES = ("forget", "retain")
-UNIVERSAL_FOLDER, UNIVERSAL_WEIGHT = "zero", "fp32.pt"
+UNIVERSAL_FOLDER = "zero"
 CONVERSION = "conversion.json"
 SUPPORTED = "an artefact, a run directory, checkpoints, a model directory or a safetensors file"
 
@@ -71,54 +72,43 @@ def inspect(path: Path, *, verify: bool = False) -> Finding:
             return inspect(path.parent, verify=verify)
         if path.suffix == ".safetensors":
             return _safetensors(path)
-    else:
-        for recognised, look in _KINDS:
-            if recognised(path):
-                return look(path, verify)
+    elif (path / artefact.FILE_NAME).is_file():
+        return _artefact(path, verify)
+    elif (path / MANIFEST).is_file() or _is_unfinished_step(path):
+        return _checkpoint(path, verify)
+    elif _is_checkpoints(path):
+        return _checkpoints(path, verify)
+    elif _is_run(path):
+        return _run(path, verify)
+    elif (place := _located(path)) is not None:
+        return _source(place, verify)
     raise UserError("this is nothing trace_ds makes or reads", str(path), f"give the path of {SUPPORTED}")
+
+
+def _is_unfinished_step(path: Path) -> bool:
+    name = re.split(r"\.(?:tmp|unreadable)-", path.name)[0]
+    return STEP.fullmatch(name) is not None and not (path / UNIVERSAL_FOLDER).is_dir()
+
+
+def _is_checkpoints(path: Path) -> bool:
+    """A folder of our steps; a universal folder may hold one of that name."""
+    others = (path / CONFIG_NAME, path / "latest_universal")
+    return not any(other.is_file() for other in others) and any(
+        STEP.fullmatch(child.name) and child.is_dir() for child in path.iterdir()
+    )
 
 
 def _is_run(path: Path) -> bool:
     run = RunDirectory(path)
-    return run.config.is_file() or any(part.is_dir() for part in (run.data, run.statistics, run.calibration))
+    has_any = run.config.is_file() or any(part.is_dir() for part in (run.data, run.statistics, run.calibration))
+    return has_any and not (path / CONFIG_NAME).is_file()  # a model may lie beside anything
 
 
-def _is_step(path: Path) -> bool:
-    return (path / MANIFEST).is_file() or _is_unfinished_step(path)
-
-
-def _is_unfinished_step(path: Path) -> bool:
-    return (
-        STEP.fullmatch(re.split(r"\.(?:tmp|unreadable)-", path.name)[0]) is not None
-        and not (path / UNIVERSAL_FOLDER).is_dir()
-    )
-
-
-def _named_by(pointer: str) -> Callable[[Path], bool]:
-    return lambda path: named_by(path, pointer) is not None
-
-
-def _follow(pointer: str) -> Callable[[Path, bool], Finding]:
-    return lambda path, verify: inspect(named_by(path, pointer) or path, verify=verify)
-
-
-def _is_trainers(path: Path) -> bool:
-    """transformers' Trainer with DeepSpeed: a model's configuration beside the checkpoint, which holds the weights."""
-    named = named_by(path, "latest") if (path / CONFIG_NAME).is_file() else None
-    return named is not None and _is_deepspeed(named)
-
-
-def _is_checkpoints(path: Path) -> bool:
-    return any(STEP.fullmatch(child.name) and child.is_dir() for child in path.iterdir())
-
-
-def _is_universal(path: Path) -> bool:
-    folder = path / UNIVERSAL_FOLDER
-    return folder.is_dir() and any((child / UNIVERSAL_WEIGHT).is_file() for child in folder.iterdir())
-
-
-def _is_deepspeed(path: Path) -> bool:
-    return any(path.glob("*_optim_states.pt")) or any(path.glob("*model_states.pt"))
+def _located(path: Path) -> Path | None:
+    """The folder of a model or of DeepSpeed's files: this one, or the one that it points to."""
+    with contextlib.suppress(UserError):
+        return locate(path, None)
+    return None
 
 
 def _artefact(path: Path, verify: bool) -> Finding:
@@ -173,7 +163,8 @@ def _checkpoint(path: Path, verify: bool) -> Finding:
 
 def _checkpoints(path: Path, verify: bool) -> Finding:
     """``RUN/checkpoints``: every step, and what ``latest`` points at."""
-    steps = sorted(child for child in path.iterdir() if child.is_dir() and _is_step(child))
+    folders = sorted(child for child in path.iterdir() if child.is_dir())
+    steps = [child for child in folders if (child / MANIFEST).is_file() or _is_unfinished_step(child)]
     parts, problems, complete = [], [], []
     for step in steps:
         found = _checkpoint(step, verify)
@@ -249,23 +240,23 @@ def layout_of(files: ModelFiles) -> str:
     return "dense"
 
 
-def _engine(kind: str) -> Callable[[Path, bool], Finding]:
-    """A folder of DeepSpeed's or of the conversion, without a manifest: its files themselves say what belongs to it."""
+def _source(path: Path, verify: bool) -> Finding:
+    """A model, or a folder of DeepSpeed's or of the conversion, whose files themselves say what belongs to it."""
+    from trace_ds.conversion.convert import verify_archives
 
-    def look(path: Path, verify: bool) -> Finding:
-        from trace_ds.conversion.convert import verify_archives
-        from trace_ds.tensors.opening import open_source
-
-        size = _bytes_of(file for file in path.rglob("*.pt") if file.is_file())
-        try:
-            facts = open_source(path).summary()
-            if verify:
-                verify_archives(path)
-        except UserError as error:
-            return Finding(path, kind, {"bytes": size}, [error.line()])
-        return Finding(path, kind, {**facts, "format": facts["kind"], "kind": None, "bytes": size})
-
-    return look
+    if (path / MANIFEST).is_file():
+        return _checkpoint(path, verify)
+    if (path / CONFIG_NAME).is_file():
+        return _model(path, verify)
+    kind = "universal" if (path / UNIVERSAL_FOLDER).is_dir() else "deepspeed"
+    size = _bytes_of(file for file in path.rglob("*.pt") if file.is_file())
+    try:
+        facts = open_source(path).summary()
+        if verify:
+            verify_archives(path)
+    except UserError as error:
+        return Finding(path, kind, {"bytes": size}, [error.line()])
+    return Finding(path, kind, {**facts, "format": facts["kind"], "kind": None, "bytes": size})
 
 
 def _safetensors(path: Path) -> Finding:
@@ -349,19 +340,6 @@ def _run_checkpoints(
 
 
 _MADE_BY = {"data": "prepare CONFIG", "statistics": "collect CONFIG", "calibration": "calibrate CONFIG"}
-# Most specific first: a converted model may lie beside anything, a run directory holds all the others.
-_KINDS: tuple[tuple[Callable[[Path], bool], Callable[[Path, bool], Finding]], ...] = (
-    (lambda path: (path / artefact.FILE_NAME).is_file(), _artefact),
-    (_is_step, _checkpoint),
-    (_is_trainers, _follow("latest")),
-    (lambda path: (path / CONFIG_NAME).is_file(), _model),
-    (_named_by("latest_universal"), _follow("latest_universal")),
-    (_is_checkpoints, _checkpoints),
-    (_is_universal, _engine("universal")),
-    (_is_deepspeed, _engine("deepspeed")),
-    (_named_by("latest"), _follow("latest")),
-    (_is_run, _run),
-)
 
 
 def inspect_path(path: Path, json: bool, verify: bool = False) -> int:
