@@ -262,6 +262,7 @@ WRONG_VALUES: dict[str, tuple[str, Any]] = {
     "versions": ("versions", {"torch": None}),
     "cursor": ("cursor", 4),
     "unknown": ("more", 1),
+    "another format": ("format", 2),
 }
 
 
@@ -281,6 +282,7 @@ def test_wrong_values_are_one_line(run: Path, file: str, name: str) -> None:
     for verify in (False, True):
         problems = inspect(path.parent, verify=verify).problems
         assert len(problems) == 1 and "\n" not in problems[0] and path.name in problems[0]
+        assert key != "format" or "the version that wrote it" in problems[0]
     assert inspect_path(run, json=False) == 1
 
 

@@ -399,6 +399,10 @@ def test_plans_of_published_models(name: str) -> None:
     a = read_architecture(model_config(name))  # RMU at the middle layer: it and those below are held
     held = a.vocabulary * a.hidden + sum(a.layer_parameters(layer) for layer in range(a.layers // 2 + 1))
     assert planned.checkpoint_bytes == 12 * held < 0.57 * 12 * planned.parameters.total
+    low = plan_model(model_config(name), run_config(unlearning__rmu={"layer": 0}), ClusterSpec())
+    first = a.dense_layers[-1] + 1 if a.dense_layers else 0  # the first MoE layer is held in any case
+    held = a.vocabulary * a.hidden + sum(a.layer_parameters(layer) for layer in range(first + 1))
+    assert low.checkpoint_bytes == 12 * held
     watched = plan_model(model_config(name), run_config(unlearning__evaluate={"every": 5}), ClusterSpec())
     assert watched.checkpoint_bytes == 12 * planned.parameters.total
     assert {(choice.ep, choice.zero_stage) for choice in planned.choices} >= {(1, 1), (8, 3)}

@@ -245,6 +245,7 @@ LEFTOVERS: list[tuple[str, str, bool]] = [  # folder of a run, name, whether a k
     ("checkpoints", "step_000004.tmp-9", True),
     ("checkpoints", "step_000002.tmp-old-9", True),
     ("checkpoints", "universal.tmp-9", True),
+    ("checkpoints", ".zero_to_fp32.py.tmp-9", True),
     ("evaluation", ".gold.json.tmp-9", True),
     ("evaluation", "step_000002.tmp-9.tmp-a.host-9-0123abcd", True),
     ("statistics", "retain.tmp-replaced-9", True),

@@ -15,8 +15,9 @@ import errno
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from inspect import Parameter, Signature
 from pathlib import Path
-from typing import Annotated, NoReturn, Optional
+from typing import Annotated, Any, NoReturn, Optional
 
 import typer
 
@@ -164,19 +165,55 @@ def _root(
 
 
 def _verb(
-    name: str, config: Sequence[str], run_dir: Path | None, overrides: list[str] | None, **options: object
+    name: str,
+    config: Sequence[str],
+    run_dir: Path | None,
+    set_: Sequence[str] | None,
+    dry_run: bool,
+    variant: str | None = None,
+    nproc: int | None = None,
+    ep: int | None = None,
 ) -> None:
-    """Run one stage of a run (or, with ``dry_run``, say what it would be)."""
+    """Run one stage of a run, or all (or, with ``dry_run``, say what it would be)."""
     from trace_ds.stages.pipeline import Request, run_verb
 
-    changes = list(overrides or [])
-    for key in ("nproc", "ep"):
-        if options.get(key) is not None:
-            changes.append(f"distributed.{key}={options[key]}")
+    section = "evaluation" if name == "evaluate" else "distributed"
+    given = {"nproc": nproc, "ep": ep}
+    changes = [*(set_ or []), *(f"{section}.{key}={value}" for key, value in given.items() if value is not None)]
     request = Request.load(config, changes, run_dir)
-    if options.get("variant") is not None:
-        request = request.variant(str(options["variant"]))
-    raise typer.Exit(run_verb(name, request, dry_run=bool(options.get("dry_run"))))
+    if variant is not None:
+        request = request.variant(variant)
+    raise typer.Exit(run_verb(name, request, dry_run=dry_run))
+
+
+OPTIONS = {
+    "config": (ConfigArgument, Parameter.empty),
+    "run_dir": (RunDirOption, None),
+    "set_": (SetOption, None),
+    "nproc": (NprocOption, None),
+    "ep": (EpOption, None),
+    "variant": (VariantOption, None),
+    "dry_run": (DryRunOption, False),
+    "verbose": (VerboseOption, False),
+}
+ALL_TAKE = ("config", "run_dir", "set_", "dry_run", "verbose")
+
+
+def _add_verb(name: str, says: str, *takes: str) -> None:
+    """A verb that runs a stage, or all; ``takes``: the options that not every one has."""
+
+    def verb(**options: Any) -> None:
+        del options["verbose"]  # heard by its callback
+        _verb(name, **options)
+
+    verb.__signature__ = Signature(  # type: ignore[attr-defined]
+        [
+            Parameter(key, Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+            for key, (kind, default) in OPTIONS.items()
+            if key in (*ALL_TAKE, *takes)
+        ]
+    )
+    app.command(name, help=says)(verb)
 
 
 @app.command()
@@ -193,72 +230,20 @@ def fetch(
     raise typer.Exit(run_fetch(Request.load(config, set_ or [], run_dir), dry_run=dry_run))
 
 
-@app.command()
-def prepare(
-    config: ConfigArgument,
-    run_dir: RunDirOption = None,
-    set_: SetOption = None,
-    dry_run: DryRunOption = False,
-    verbose: VerboseOption = False,
-) -> None:
-    """Corpora → token datasets."""
-    _verb("prepare", config, run_dir, set_, dry_run=dry_run)
-
-
-@app.command()
-def finetune(
-    config: ConfigArgument,
-    run_dir: RunDirOption = None,
-    set_: SetOption = None,
-    nproc: NprocOption = None,
-    ep: EpOption = None,
-    dry_run: DryRunOption = False,
-    verbose: VerboseOption = False,
-) -> None:
-    """Base model and datasets → the models that a benchmark needs: target, retrained (distributed)."""
-    _verb("finetune", config, run_dir, set_, nproc=nproc, ep=ep, dry_run=dry_run)
-
-
-@app.command()
-def collect(
-    config: ConfigArgument,
-    run_dir: RunDirOption = None,
-    set_: SetOption = None,
-    nproc: NprocOption = None,
-    ep: EpOption = None,
-    dry_run: DryRunOption = False,
-    verbose: VerboseOption = False,
-) -> None:
-    """Model and datasets → routing statistics (distributed)."""
-    _verb("collect", config, run_dir, set_, nproc=nproc, ep=ep, dry_run=dry_run)
-
-
-@app.command()
-def calibrate(
-    config: ConfigArgument,
-    run_dir: RunDirOption = None,
-    set_: SetOption = None,
-    variant: VariantOption = None,
-    dry_run: DryRunOption = False,
-    verbose: VerboseOption = False,
-) -> None:
-    """Statistics → forget-critical experts and retain weights (on one process or, under a launcher, many)."""
-    _verb("calibrate", config, run_dir, set_, variant=variant, dry_run=dry_run)
-
-
-@app.command()
-def unlearn(
-    config: ConfigArgument,
-    run_dir: RunDirOption = None,
-    set_: SetOption = None,
-    nproc: NprocOption = None,
-    ep: EpOption = None,
-    variant: VariantOption = None,
-    dry_run: DryRunOption = False,
-    verbose: VerboseOption = False,
-) -> None:
-    """Model, datasets and calibration → sharded checkpoints (distributed)."""
-    _verb("unlearn", config, run_dir, set_, nproc=nproc, ep=ep, variant=variant, dry_run=dry_run)
+_add_verb("prepare", "Corpora → token datasets.")
+_add_verb(
+    "finetune",
+    "Base model and datasets → the models that a benchmark needs: target, retrained (distributed).",
+    "nproc",
+    "ep",
+)
+_add_verb("collect", "Model and datasets → routing statistics (distributed).", "nproc", "ep")
+_add_verb(
+    "calibrate",
+    "Statistics → forget-critical experts and retain weights (on one process or, under a launcher, many).",
+    "variant",
+)
+_add_verb("unlearn", "Model, datasets and calibration → sharded checkpoints (distributed).", "nproc", "ep", "variant")
 
 
 @app.command()
@@ -296,7 +281,7 @@ def convert(
     if len(source) != 2 or is_config(source[0]):
         fix = "give SOURCE DESTINATION, or --set conversion.KEY=VALUE"
         _refuse({f"--{name.replace('_', '-')}": value for name, value in given.items()}, "with a CONFIG", fix)
-        return _verb("convert", source, run_dir, set_, variant=variant, dry_run=dry_run)
+        return _verb("convert", source, run_dir, set_, dry_run, variant)
     _refuse(of_run, "with SOURCE DESTINATION", "leave it out, or give a CONFIG alone")
     from trace_ds.conversion.command import convert_command
     from trace_ds.stages.convert import card_of
@@ -314,21 +299,13 @@ def _refuse(options: Mapping[str, object], where: str, fix: str) -> None:
         raise UserError(f"{', '.join(given)} means nothing {where}", "convert", fix)
 
 
-@app.command()
-def evaluate(
-    config: ConfigArgument,
-    run_dir: RunDirOption = None,
-    set_: SetOption = None,
-    nproc: NprocOption = None,
-    ep: EpOption = None,
-    variant: VariantOption = None,
-    dry_run: DryRunOption = False,
-    verbose: VerboseOption = False,
-) -> None:
-    """Models → scores: forgetting, utility, privacy, routing drift (on one process or many)."""
-    given = {"evaluation.nproc": nproc, "evaluation.ep": ep}
-    changes = [*(set_ or []), *(f"{key}={value}" for key, value in given.items() if value is not None)]
-    _verb("evaluate", config, run_dir, changes, variant=variant, dry_run=dry_run)
+_add_verb(
+    "evaluate",
+    "Models → scores: forgetting, utility, privacy, routing drift (on one process or many).",
+    "nproc",
+    "ep",
+    "variant",
+)
 
 
 @app.command()
@@ -345,22 +322,11 @@ def report(
     from trace_ds.stages.pipeline import report_command
 
     if not Path(configs[0]).is_dir():
-        return _verb("report", configs, run_dir, set_, dry_run=dry_run)
+        return _verb("report", configs, run_dir, set_, dry_run)
     raise typer.Exit(report_command([Path(item) for item in configs]))
 
 
-@app.command()
-def run(
-    config: ConfigArgument,
-    run_dir: RunDirOption = None,
-    set_: SetOption = None,
-    nproc: NprocOption = None,
-    ep: EpOption = None,
-    dry_run: DryRunOption = False,
-    verbose: VerboseOption = False,
-) -> None:
-    """All stages; skips what is done, goes on where it was killed."""
-    _verb("run", config, run_dir, set_, nproc=nproc, ep=ep, dry_run=dry_run)
+_add_verb("run", "All stages; skips what is done, goes on where it was killed.", "nproc", "ep")
 
 
 @app.command()

@@ -64,14 +64,16 @@ def step_name(step: int) -> str:
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """The manifest of a checkpoint directory; :class:`UserError` when missing or damaged."""
+    """The manifest of a checkpoint directory; :class:`UserError` when missing, damaged, or another version's."""
     path = directory / MANIFEST
     if not path.is_file():
         raise UserError("there is no manifest: the checkpoint is incomplete", str(directory), "use another step")
     raw = read_object(path, "the manifest", "use another step")
+    if (found := raw.pop("format", None)) != FORMAT:
+        what = f"the manifest is of format {str(found)[:20]}, and this version of trace_ds reads {FORMAT}"
+        fix = "go on with the version that wrote it (`versions` in the manifest), or use another step"
+        raise UserError(what, str(path), fix)
     try:
-        if raw.pop("format", None) != FORMAT:
-            raise ValueError("unknown format")
         kinds = {**dict.fromkeys(("step", "world", "ep", "zero_stage"), int), **dict.fromkeys(_TEXTS, str)}
         kinds |= {"layers": int} if raw.get("layers") is not None else {}  # older manifests are without
         typed(raw, {**kinds, **dict.fromkeys(("model", "cursor", "versions", "files"), dict)})

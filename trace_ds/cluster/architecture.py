@@ -58,9 +58,13 @@ class Architecture:
     ends: bool
 
     def first(self, layers: int) -> Architecture:
-        """The embedding and the first so many decoder layers, which is what a job holds whose losses end there."""
+        """The embedding and the first so many decoder layers, which is what a pass runs whose losses end there."""
         dense = tuple(layer for layer in self.dense_layers if layer < layers)
         return replace(self, layers=layers, dense_layers=dense, ends=False)
+
+    def loaded(self, layers: int) -> Architecture:
+        """:meth:`first`, and at least up to the first MoE layer, which is what is loaded (models/loading.py)."""
+        return self.first(max(layers, next(filter(self.is_moe, range(self.layers)), 0) + 1))
 
     @property
     def moe_layers(self) -> int:

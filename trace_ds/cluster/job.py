@@ -122,7 +122,7 @@ class PlannedJob:
         if isinstance(self.settings, FinetuneConfig):
             return self.a
         layers = layers_held(self.settings, self.a.layers)
-        return self.a if layers is None else self.a.first(layers)
+        return self.a if layers is None else self.a.loaded(layers)
 
     @property
     def context(self) -> int:

@@ -177,7 +177,7 @@ def frozen_parameters(a: Architecture, passes: Passes, *, ep: int, world: int, s
     but for the experts."""
     if not passes.frozen_layers:
         return 0.0
-    copied = a if passes.frozen_head else a.first(passes.frozen_layers)
+    copied = a if passes.frozen_head else a.loaded(passes.frozen_layers)
     return count_parameters(copied).total / world if stage == 3 else rank_parameters(copied, ep)
 
 

@@ -36,7 +36,7 @@ COMPARISONS = {  # of `trace-ds bench`
 # What stages make, by the folder they make it in ("" is the run directory).
 MADE_IN = {
     "": r"config\.yaml|fetched\.json|data|calibration|export|model|report|study\.json|frontier\.csv|bench\.json",
-    "checkpoints": r"step_\d{6,}|latest|universal",
+    "checkpoints": r"step_\d{6,}|latest|universal|zero_to_fp32\.py",
     "evaluation": r"step_\d{6,}|[A-Za-z0-9][A-Za-z0-9._-]*\.json",
     "statistics": "|".join(SIDES),
     "logs": r"[a-z]+\.jsonl",
