@@ -28,7 +28,7 @@ from trace_ds.cluster.architecture import (
 from trace_ds.cluster.job import PlannedJob, ceil_div, corpus_tokens, variants_of
 from trace_ds.cluster.spec import GB, ClusterSpec
 from trace_ds.config.published import fragment_of, published_config, published_config_path
-from trace_ds.config.schema import TARGET, Config, FinetuneConfig
+from trace_ds.config.schema import Config, FinetuneConfig
 from trace_ds.errors import UserError
 from trace_ds.models.families import FAMILIES, ModelInfo, check_expert_parallel
 from trace_ds.tensors.model_files import CONFIG_NAME, read_model_config
@@ -92,9 +92,7 @@ class Choice:
 @dataclass(frozen=True)
 class RunPlan:
     """The answer; ``choices`` are ranked (what fits by step time, then the rest by memory); ``variants`` are the
-    ``unlearn`` of each, by name, ``finetune`` the job of each model that is made first; storage is that of all jobs;
-    ``evaluated`` are the models that all jobs score, so many of them ``evaluated_checkpoints``, and ``evaluate_s`` is
-    how long reading them takes."""
+    ``unlearn`` of each, by name, ``finetune`` the job of each model that is made first; storage is that of all jobs."""
 
     family: str
     parameters: Parameters
@@ -112,9 +110,6 @@ class RunPlan:
     storage_bytes: float
     host_bytes: float
     evaluation_gpus: int
-    evaluated: int
-    evaluated_checkpoints: int
-    evaluate_s: float
     choices: list[Choice]
     warnings: list[str]
 
@@ -151,15 +146,8 @@ def plan_model(
     making = {name: PlannedJob.of(a, cluster, config, config.finetune) for name in made}
     every = count_parameters(a)
     sizes = [size for size in range(1, a.experts + 1) if a.experts % size == 0 and cluster.world % size == 0]
-    training = (job, *others)
-    kept = [len(each.settings.kept_steps(each.steps() or 1)) for each in training]
-    saving = [(each, each.held, number) for each, number in zip(training, kept, strict=True)]
+    saving = [(each, each.held, len(each.settings.kept_steps(each.steps() or 1))) for each in (job, *others)]
     saving += [(each, a, each.settings.keep) for each in making.values()]
-    # a run's variants take the scores of the models that they share from it; a checkpoint is converted first
-    curve = sum(kept) if config.evaluation.checkpoints else 0
-    references = {*config.evaluation.models, *made} - {TARGET}
-    evaluated, model_bytes = 1 + len(references) + len(kept) + curve, every.total * job.b
-    read_bytes = evaluated * model_bytes + curve * (every.total * memory.MASTER_BYTES / 3 + model_bytes)
     result = RunPlan(
         family=a.family,
         parameters=every,
@@ -178,10 +166,7 @@ def plan_model(
             (keep + 1) * checkpoint_bytes(each, saved) + every.total * each.b for each, saved, keep in saving
         ),
         host_bytes=memory.host_bytes(job),
-        evaluation_gpus=evaluation_gpus(config, model_bytes, cluster.gpu_memory_gb),
-        evaluated=evaluated,
-        evaluated_checkpoints=curve,
-        evaluate_s=read_bytes / (cluster.storage_gb_s * GB),
+        evaluation_gpus=evaluation_gpus(config, every.total * job.b, cluster.gpu_memory_gb),
         choices=sorted(
             (
                 _choice(replace(job, ep=size, zero=replace(job.zero, stage=stage)))

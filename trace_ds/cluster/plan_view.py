@@ -61,15 +61,12 @@ def print_plan(result: RunPlan, console: Console | None = None) -> None:
     if result.variants or result.finetune:
         console.print(_jobs(result))
     console.print(_choices(result))
-    curve = f", {result.evaluated_checkpoints} of them checkpoints" if result.evaluated_checkpoints else ""
-    for line in (
+    console.print(
         f"\ncheckpoint {size(result.checkpoint_bytes)}, saved in {duration(result.save_s)} at {spec.storage_gb_s:g} "
-        f"GB/s; the run needs {size(result.storage_bytes)} of storage and "
-        f"{size(result.host_bytes)} of host memory a node",
-        f"evaluate: {result.evaluated} models{curve}; reading them takes {duration(result.evaluate_s)} (scoring is "
-        f"not estimated); GPUs, on one node: {result.evaluation_gpus}",
-    ):
-        console.print(line, highlight=False)
+        f"GB/s; the run needs {size(result.storage_bytes)} of storage and {size(result.host_bytes)} of host memory a "
+        f"node, evaluate {result.evaluation_gpus} GPUs of one node",
+        highlight=False,
+    )
     if not (result.collect.told and result.unlearn.told):
         console.print("times: the model is so small that launching its kernels takes longer than they do")
     for warning in result.warnings:
