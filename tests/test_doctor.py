@@ -266,13 +266,13 @@ TASK = {"name": "facts", "type": "choice", "role": "forget"}
     ("changes", "words"),
     [
         ({"data__alternative": [{"path": "nowhere.jsonl"}]}, ("alternative: nowhere.jsonl", "does not exist")),
-        ({"evaluation__tasks": [TASK | {"path": "bad.jsonl"}]}, ("facts", "bad.jsonl:1", "'prompt'")),
-        ({"evaluation__tasks": [TASK | {"path": "nowhere.jsonl"}]}, ("facts", "nowhere.jsonl")),
+        ({"evaluation__tasks": [TASK | {"path": "bad.jsonl"}]}, ("bad.jsonl:1", "'prompt'")),
+        ({"evaluation__tasks": [TASK | {"path": "nowhere.jsonl"}]}, ("nowhere.jsonl",)),
         ({"evaluation__tasks": [TASK | {"type": "lm_eval", "task": "wmdp_bio"}]}, ("pip install 'trace-ds[lm-eval]'",)),
-        ({"evaluation__models": {"gold": "nowhere"}}, ("model gold", "no model directory")),
+        ({"evaluation__models": {"gold": "nowhere"}}, ("no model directory",)),
         ({"evaluation__nproc": 9999}, ("evaluation.nproc: 9999 processes",)),
-        ({"variants": {"steered": {"unlearning.rmu.layer": 9}}}, ("steered", "layer 9 of a model with")),
-        ({"variants": {"big": {"unlearning.ds_config": "nowhere.json"}}}, ("big", "nowhere.json")),
+        ({"variants": {"steered": {"unlearning.rmu.layer": 9}}}, ("layer 9 of a model with",)),
+        ({"variants": {"big": {"unlearning.ds_config": "nowhere.json"}}}, ("nowhere.json",)),
     ],
 )
 def test_what_late_stages_and_variants_would_stumble_on(

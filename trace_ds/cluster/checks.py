@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Literal
 
 from trace_ds.errors import UserError
-from trace_ds.parallel.launch import check_process_count
 
 Status = Literal["OK", "WARN", "MISS"]
 COMMAND_TIMEOUT_S = 15
@@ -55,16 +54,6 @@ def checked(group: str, name: str, find: Callable[[], object], fix: str = "", ot
             return Check(group, name, otherwise, error.strerror or str(error), fix)
         detail = f"the check itself failed: {type(error).__name__}: {first_line(str(error))}"
         return Check(group, name, "MISS", detail, "report it with the output of trace-ds doctor --json")
-
-
-def process_check(group: str, count: int, accelerators: int, key: str) -> Check:
-    """Whether this machine can hold so many processes, which ``key`` of the configuration asks for."""
-
-    def find() -> str:
-        check_process_count(count, accelerators, os.cpu_count() or 1, key)
-        return f"{count} here"
-
-    return checked(group, "processes", find)
 
 
 def guarded(group: str, name: str, function: Callable[[], Iterable[Check]]) -> list[Check]:

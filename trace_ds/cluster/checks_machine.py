@@ -30,7 +30,6 @@ from trace_ds.cluster.checks import (
     judged,
     nearest_directory,
     output_of,
-    process_check,
 )
 from trace_ds.config.schema import Config
 from trace_ds.parallel.environment import available_memory_bytes
@@ -117,8 +116,6 @@ def accelerator_checks(config: Config | None) -> Iterator[Check]:
         cuda = torch.version.cuda or "no CUDA"
         nccl = f", NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}" if count else ""
         yield Check(group, "driver", "OK", f"{first_line(driver)}; torch {torch.__version__} ({cuda}){nccl}")
-    if config is not None and (processes := config.distributed.nproc) is not None:
-        yield process_check(group, processes, count, "distributed.nproc")
 
 
 def backend_checks(*, joined: bool = False) -> Iterator[Check]:

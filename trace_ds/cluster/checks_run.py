@@ -1,4 +1,4 @@
-"""Checks of a run: shared storage, model directory, tokenizer, corpora, tasks and variants."""
+"""Checks of a run: shared storage, model directory, tokenizer, corpora, and those of the run itself."""
 
 from __future__ import annotations
 
@@ -12,11 +12,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from trace_ds.cluster.checks import Check, checked, gigabytes, judged, nearest_directory, process_check
-from trace_ds.config.names import ORIGINAL
-from trace_ds.config.schema import Config, CorpusEntry, TaskConfig
+from trace_ds.cluster.checks import Check, checked, gigabytes, judged, nearest_directory
+from trace_ds.config.schema import Config, CorpusEntry
 from trace_ds.errors import UserError
-from trace_ds.run.hub_names import hub_name
 
 PROBE_BYTES = 64_000_000
 SLOW_WRITE_BYTES_S = 100e6
@@ -200,67 +198,12 @@ def _corpus(key: str, entry: CorpusEntry) -> str:
     return gigabytes(size) + (f" in {len(files)} files" if len(files) > 1 else "")
 
 
-def evaluation_checks(config: Config) -> Iterator[Check]:
-    """Every task's files can be read (and lm-eval is there and knows the tasks asked of it), every model is whole."""
-    from trace_ds.corpora.sources import files_here
-    from trace_ds.evaluation.items import read_task
-    from trace_ds.evaluation.subjects import named_models
-    from trace_ds.models.families import check_expert_parallel, inspect_model
-    from trace_ds.parallel.environment import accelerator_count
-    from trace_ds.tensors.model_files import read_model_directory
+def own_checks(config: Config, run_dir: Path, world_size: int | None) -> str:
+    """What `run` itself looks at before it writes anything: shapes, tasks, models that are scored, fine-tuning,
+    variants."""
+    from trace_ds.run.directory import RunDirectory
+    from trace_ds.stages.pipeline import Request, check_early
 
-    group, settings = "evaluation", config.evaluation
-    yield process_check(group, settings.nproc, accelerator_count(), "evaluation.nproc")
-
-    def shared() -> str:
-        info = inspect_model(config.model.path)
-        check_expert_parallel(info, settings.ep, settings.nproc, "evaluation.ep")
-        return f"expert-parallel size {settings.ep}, ZeRO stage {settings.zero_stage}"
-
-    if settings.ep > 1:
-        yield checked(group, "shape", shared)
-    names = [task.name for task in settings.tasks]
-
-    def task_found(task: TaskConfig) -> str:
-        if names.count(task.name) > 1:
-            raise UserError(f"two tasks are named {task.name!r}", "evaluation.tasks", "rename one")
-        if task.dataset:
-            files_here(task, "evaluation.tasks")  # it would be downloaded
-        items = len(read_task(task).items)
-        return f"{task.type}, {f'{items} items' if items else task.task}"
-
-    def tensors(path: Path) -> str:
-        return f"{len(read_model_directory(path).tensors)} tensors"
-
-    for task in settings.tasks:
-        yield checked(group, task.name, functools.partial(task_found, task))
-    for name, path in named_models(config.model.path, settings).items():
-        if name != ORIGINAL and hub_name(str(path)) is None:  # the run's own model, and what the hub's check misses
-            yield checked(group, f"model {name}", functools.partial(tensors, path))
-
-
-def finetune_checks(config: Config) -> Iterator[Check]:
-    """The settings of the models to be made fit the base model; nothing where none is made."""
-    from trace_ds.models.families import inspect_model
-    from trace_ds.stages.finetune import check_settings
-
-    if config.finetune is not None:
-        check_settings(config, inspect_model(config.model.path))
-        made = "; ".join(f"{name} of {', '.join(sides)}" for name, sides in config.finetune.models.items())
-        yield Check("finetune", "models", "OK", made)
-
-
-def variant_checks(config: Config) -> Iterator[Check]:
-    """Every variant is a job of its own: its settings fit the model, and its DeepSpeed file can be read."""
-    from trace_ds.cluster.job import variants_of
-    from trace_ds.models.families import inspect_model
-    from trace_ds.stages.unlearn import check_settings
-
-    for name, variant in variants_of(config).items():
-        changes = ", ".join(config.variants[name]) or "as the run itself"
-
-        def fits(variant: Config = variant, changes: str = changes) -> str:
-            check_settings(variant, inspect_model(config.model.path))
-            return changes
-
-        yield checked("variants", name, fits)
+    check_early("run", Request(config, RunDirectory.at(run_dir)), world_size, download=False)
+    parts = [f"{len(config.evaluation.tasks)} tasks", f"{len(config.variants)} variants"]
+    return ", ".join([*parts, *(["fine-tuning"] if config.finetune is not None else [])])

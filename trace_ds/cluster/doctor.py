@@ -58,8 +58,7 @@ def machine_checks(config: Config | None, *, joining: bool = False) -> list[Chec
 
 
 def share_checks(config: Config | None, run_dir: Path | None, ranks: nodes.JoinedRanks | None = None) -> list[Check]:
-    """What this machine's share of a run needs: CPUs, memory, storage, model, corpora, evaluation,
-    fine-tuning, variants.
+    """What this machine's share of a run needs: CPUs, memory, storage, model, corpora, and what `run` itself checks.
 
     Args:
         ranks: of the job that a launcher started, this process being its first on this node; None: a bare start.
@@ -83,10 +82,10 @@ def share_checks(config: Config | None, run_dir: Path | None, ranks: nodes.Joine
             found += guarded("model", "model", lambda: run.model_checks(config, ranks.world.size if ranks else None))
             found.append(checked("tokenizer", "loads", lambda: run.tokenizer_check(config)))
         found += guarded("corpora", "corpora", lambda: run.corpus_checks(config))
-        found += guarded("evaluation", "tasks and models", lambda: run.evaluation_checks(config))
-        if here_already:
-            found += guarded("finetune", "models", lambda: run.finetune_checks(config))
-            found += guarded("variants", "variants", lambda: run.variant_checks(config))
+        if run_dir is not None and not any(check.status == "MISS" for check in found):  # it would say the same again
+            elsewhere = None if processes % config.distributed.ep == 0 else config.distributed.ep  # from a login node
+            size = ranks.world.size if ranks else elsewhere
+            found.append(checked("run", "its own checks", lambda: run.own_checks(config, run_dir, size)))
         found += guarded("plan", "memory", lambda: _memory_checks(here))
     return found
 
