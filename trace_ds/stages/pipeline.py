@@ -259,7 +259,7 @@ def _run_stage(stage: str, request: Request, lock: Sequence[int], *, top: RunDir
 
 def _function(stage: str) -> Callable[..., object]:
     """What carries out a stage: the function of the module of its name."""
-    return getattr(importlib.import_module(f"trace_ds.stages.{stage}"), stage)  # type: ignore[no-any-return]
+    return getattr(importlib.import_module(f"trace_ds.stages.{stage}"), stage)
 
 
 def _launch(stage: str, request: Request, lock: Sequence[int], lock_owner: RunDirectory) -> int:
