@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from trace_ds.corpora.pack import counted_positions
+from trace_ds.corpora.dataset import batch_of
+from trace_ds.corpora.pack import PackedRow
 from trace_ds.models.routers import RoutingRecorder, record_routing
 from trace_ds.models.token_nll import token_nll, weighted_sum
 
@@ -34,23 +35,13 @@ def collate_rows(rows: Sequence[Mapping[str, Any]], pad_id: int = 0) -> dict[str
         t + 1 at position t, 0 where nothing is counted; ``labels`` int64, the token itself where predicting it is
         counted and -100 elsewhere (for frameworks that count labels; they are shifted as usual).
     """
-    size = max(len(row["input_ids"]) for row in rows)
-    ids = torch.full((len(rows), size), pad_id, dtype=torch.int64)
-    documents = torch.full((len(rows), size), -1, dtype=torch.int64)
-    weights = torch.zeros(len(rows), size)
+    batch = batch_of([PackedRow(row["input_ids"], row["document_ids"]) for row in rows], pad_id)
+    ids, weights = batch.input_ids_BS, torch.zeros(batch.input_ids_BS.shape)
     for number, row in enumerate(rows):
-        length = len(row["input_ids"])
-        ids[number, :length] = torch.tensor(row["input_ids"])
-        documents[number, :length] = torch.tensor(row["document_ids"])
-        weights[number, :length] = torch.tensor(row["weights"], dtype=torch.float32)
-    same = documents[:, 1:] == documents[:, :-1]
-    places = torch.arange(size).expand(len(rows), size)
-    starts = torch.cat([torch.ones(len(rows), 1, dtype=torch.bool), ~same], dim=1)
-    begins = torch.where(starts, places, 0).cummax(dim=1).values
-    counted = torch.from_numpy(counted_positions(documents.numpy()))
+        weights[number, : len(row["weights"])] = torch.tensor(row["weights"], dtype=torch.float32)
     labels = torch.full_like(ids, IGNORED)
-    labels[:, 1:] = torch.where(counted[:, :-1], ids[:, 1:], IGNORED)
-    return {"input_ids": ids, "position_ids": places - begins, "weights": weights, "labels": labels}
+    labels[:, 1:] = torch.where(batch.counted_BS[:, :-1], ids[:, 1:], IGNORED)
+    return {"input_ids": ids, "position_ids": batch.position_ids_BS, "weights": weights, "labels": labels}
 
 
 def weighted_retain_loss(

@@ -177,26 +177,26 @@ class TokenDataset(TokenMap):
             pad_id: token id of the filling.
             length: S; default: the longest of the rows (at least 1).
         """
-        import torch
+        return batch_of([self.row(index) if index >= 0 else None for index in indices], pad_id, length)
 
-        rows = [self.row(index) if index >= 0 else None for index in indices]
-        longest = max([len(row.input_ids) for row in rows if row is not None], default=1)
-        length = length or longest
-        ids = np.full((len(rows), length), pad_id, dtype=np.int64)
-        documents = np.full((len(rows), length), -1, dtype=np.int64)
-        counted = np.zeros((len(rows), length), dtype=bool)
-        for number, row in enumerate(rows):
-            if row is not None:
-                size = len(row.input_ids)
-                ids[number, :size] = row.input_ids
-                documents[number, :size] = row.document_ids
-                counted[number, :size] = counted_positions(row.document_ids)
-        return Batch(
-            torch.from_numpy(ids),
-            torch.from_numpy(_restarting_positions(documents)),
-            torch.from_numpy(counted),
-            torch.from_numpy(documents),
-        )
+
+def batch_of(rows: Sequence[PackedRow | None], pad_id: int, length: int | None = None) -> Batch:
+    """Rows as one :class:`Batch`; see :meth:`TokenDataset.batch`."""
+    import torch
+
+    length = length or max([len(row.input_ids) for row in rows if row is not None], default=1)
+    ids = np.full((len(rows), length), pad_id, dtype=np.int64)
+    documents = np.full((len(rows), length), -1, dtype=np.int64)
+    for number, row in enumerate(rows):
+        if row is not None:
+            ids[number, : len(row.input_ids)] = row.input_ids
+            documents[number, : len(row.input_ids)] = row.document_ids
+    return Batch(
+        torch.from_numpy(ids),
+        torch.from_numpy(_restarting_positions(documents)),
+        torch.from_numpy(counted_positions(documents)),
+        torch.from_numpy(documents),
+    )
 
 
 def write_rows(path: Path, rows: Iterable[PackedRow]) -> None:

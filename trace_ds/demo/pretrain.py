@@ -18,14 +18,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trace_ds.corpora.pack import PackedRow, PackingCounts, counted_positions, pack
+from trace_ds.corpora.dataset import Batch, batch_of
+from trace_ds.corpora.pack import PackedRow, PackingCounts, pack
 from trace_ds.demo.corpora import BOS, CONTEXT_TOKENS, EOS, PAD
 from trace_ds.errors import UserError
 from trace_ds.run.files import replacing_directory, safetensors_errors, write_text
 from trace_ds.run.ours import demo_model
 
 if TYPE_CHECKING:
-    import numpy
     import torch
     from transformers import MixtralForCausalLM
 
@@ -129,22 +129,12 @@ def _endless(texts: Sequence[str], tokenizer: Any, rng: random.Random) -> Iterat
         yield from rows
 
 
-def _batches(texts: dict[str, list[str]], tokenizer: Any, rng: random.Random) -> Iterator[tuple[numpy.ndarray, ...]]:
-    """Endless (tokens_BT, document_BT, position_BT), int64; document is -1 at padding."""
-    import numpy as np
-
+def _batches(texts: dict[str, list[str]], tokenizer: Any, rng: random.Random) -> Iterator[Batch]:
+    """Endless."""
     streams = {kind: _endless(texts[kind], tokenizer, rng) for kind in ROWS}
-    pad = tokenizer.token_to_id(PAD)
-    shape = (sum(ROWS.values()), CONTEXT_TOKENS)
     while True:
-        tokens_BT = np.full(shape, pad, dtype=np.int64)
-        document_BT, position_BT = np.full(shape, -1, dtype=np.int64), np.zeros(shape, dtype=np.int64)
         rows = [next(streams[kind]) for kind, count in ROWS.items() for _ in range(count)]
-        for index, row in enumerate(rows):
-            length = len(row.input_ids)
-            tokens_BT[index, :length], document_BT[index, :length] = row.input_ids, row.document_ids
-            position_BT[index, :length] = np.arange(length) - np.searchsorted(row.document_ids, row.document_ids)
-        yield tokens_BT, document_BT, position_BT
+        yield batch_of(rows, tokenizer.token_to_id(PAD), CONTEXT_TOKENS)
 
 
 # ---------------------------------------------------------------------------------------------------------- training
@@ -167,7 +157,7 @@ def _new_model(tokenizer: Any, seed: int) -> MixtralForCausalLM:
 
 
 def _train(
-    model: MixtralForCausalLM, batches: Iterator[tuple[numpy.ndarray, ...]], steps: int, tell: Callable[[float], object]
+    model: MixtralForCausalLM, batches: Iterator[Batch], steps: int, tell: Callable[[float], object]
 ) -> list[float]:
     """Adam with a linear warm-up and a cosine decay to a tenth; the loss (nats per token) of every step."""
     import torch
@@ -177,8 +167,7 @@ def _train(
     for step in range(1, steps + 1):
         warm, done = min(1.0, step / WARMUP_STEPS), step / steps
         optimizer.param_groups[0]["lr"] = LEARNING_RATE * warm * (0.55 + 0.45 * math.cos(math.pi * done))
-        tokens_BT, document_BT, position_BT = (torch.from_numpy(array) for array in next(batches))
-        loss, balance = _losses(model, tokens_BT, document_BT, position_BT)
+        loss, balance = _losses(model, next(batches))
         optimizer.zero_grad()
         (loss + BALANCE_LOSS * balance).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -188,27 +177,25 @@ def _train(
     return losses
 
 
-def _losses(
-    model: MixtralForCausalLM, tokens_BT: torch.Tensor, document_BT: torch.Tensor, position_BT: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _losses(model: MixtralForCausalLM, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean next-token loss and load-balancing loss over the counted positions (the next token is of the same document).
 
     Attention stays within a document: the model sees each as if it stood alone in a row.
     """
     import torch
 
+    document_BT, counted_BT = batch.document_ids_BS, batch.counted_BS
     same_BTT = document_BT[:, :, None] == document_BT[:, None, :]
     mask_B1TT = same_BTT.tril()[:, None]
-    counted_BT = torch.from_numpy(counted_positions(document_BT.numpy()))
     outputs = model.model(
-        tokens_BT,
+        batch.input_ids_BS,
         attention_mask=mask_B1TT,
-        position_ids=position_BT,
+        position_ids=batch.position_ids_BS,
         use_cache=False,
         output_router_logits=True,
     )
     hidden_ND = outputs.last_hidden_state[counted_BT]
-    target_N = tokens_BT.roll(-1, dims=1)[counted_BT]
+    target_N = batch.input_ids_BS.roll(-1, dims=1)[counted_BT]
     loss = torch.nn.functional.cross_entropy(model.lm_head(hidden_ND), target_N)
     balance = torch.zeros(())
     for logits_NE in (logits[counted_BT.flatten()] for logits in outputs.router_logits):
