@@ -40,6 +40,8 @@ def read_curves(config: Config, path: Path, target: float) -> list[Curve]:
             lines[line["seed"], line["loss"], line["method"], line["point"]].append(line)
     curves = []
     for key, run in lines.items():
+        if key[2] not in bench.methods:
+            continue  # a method that has gone from the recipe
         trial, steps = trials[key], [int(line["step"]) for line in run]
         columns = {m: [float(line[m]) if line[m] else math.nan for line in run] for m in (bench.forget, *bench.utility)}
         forget = columns.pop(bench.forget)
