@@ -49,9 +49,10 @@ ROUTERS = {
 }
 SHAPES = [
     (1, 1, 3, OBJECTIVES),
-    (2, 1, 1, ROUTERS),
-    (2, 1, 2, OTHERS | ROUTERS),
+    (1, 1, 1, OTHERS),
+    (2, 1, 1, OBJECTIVES | ROUTERS),
     (2, 2, 3, OBJECTIVES | ROUTERS),
+    (2, 2, 2, OTHERS | ROUTERS),
     (4, 2, 1, OBJECTIVES),
 ]
 
