@@ -74,6 +74,24 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def calibrated(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(configuration, run directory) with data, statistics (with losses) and a calibration with unequal weights. Tests
+    work on copies of it."""
+    from test_unlearn import calibrated_run
+
+    folder = tmp_path_factory.mktemp("calibrated")
+    config = tiny.write_config(folder, tiny_model, statistics__nll=True)
+    return config, calibrated_run(config, folder / "run")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """SHARED_FOLDER: what several workers of this run use is made there once."""
+    base = tmp_path_factory.getbasetemp()
+    os.environ["SHARED_FOLDER"] = str(base.parent if "PYTEST_XDIST_WORKER" in os.environ else base)
+
+
+@pytest.fixture(scope="session")
 def server() -> Iterator[Server]:
     """The command line in forks of a process that has imported it."""
     with serving() as found:

@@ -3,6 +3,10 @@
 Each call is a process of its own with its own working directory, environment, session, files for standard output and
 error, and bounds on memory (beyond what the server has mapped) and on time. The local ranks that a command starts are
 forked from it in turn. ``python tests/forked.py`` is the server.
+
+``python tests/forked.py SOCKET`` serves programs that start commands themselves, as ``srun`` does: what they start is
+the small process of tests/warm.py, which gives its words, environment, folder and files to a fork of this server,
+dies with it and takes it along.
 """
 
 from __future__ import annotations
@@ -14,7 +18,9 @@ import importlib
 import json
 import os
 import resource
+import select
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -48,8 +54,9 @@ class Result:
 class Server:
     """Runs ``trace-ds`` in forks of one process that has imported it, one call at a time."""
 
-    def __init__(self, variables: dict[str, str] | None = None) -> None:
-        command = [sys.executable, __file__]
+    def __init__(self, variables: dict[str, str] | None = None, *, tasks: bool = False) -> None:
+        """``tasks``: with lm-eval's index, which every command that asks for one would make of thousands of files."""
+        command = [sys.executable, __file__, *(["tasks"] if tasks else [])]
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         variables = variables or environment() | {"HF_HUB_OFFLINE": "1"}  # read when their libraries are imported
         self._process = subprocess.Popen(command, env=variables, **pipes)
@@ -103,12 +110,23 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(variables: dict[str, str] | None = None) -> Iterator[Server]:
-    server = Server(variables)
+def serving(variables: dict[str, str] | None = None, *, tasks: bool = False) -> Iterator[Server]:
+    server = Server(variables, tasks=tasks)
     try:
         yield server
     finally:
         server.close()
+
+
+@contextlib.contextmanager
+def warm_command(folder: Path) -> Iterator[str]:
+    """What stands for ``trace-ds`` in the programs that start it, while the block runs; its socket is in ``folder``."""
+    place = folder / "socket"
+    command = [sys.executable, __file__, str(place)]
+    with subprocess.Popen(command, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None and process.stdout is not None and process.stdout.readline() == b"ready\n"
+        yield f"{sys.executable} -SE {Path(__file__).with_name('warm.py')} {place}"
+        process.stdin.close()
 
 
 def refuse(
@@ -129,7 +147,7 @@ def refuse(
     return lines[0]
 
 
-def _serve() -> None:
+def _import_all() -> None:
     import pyarrow.parquet
     import transformers
     from distributed import PRELOADED
@@ -138,6 +156,9 @@ def _serve() -> None:
         with contextlib.suppress(ImportError):  # something optional
             importlib.import_module(name)
     _ = pyarrow.parquet, transformers.AutoTokenizer, transformers.AutoConfig, transformers.AutoModelForCausalLM
+
+
+def _serve() -> None:
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)  # what a command leaves behind becomes a child of this process
     for line in sys.stdin:
         request, began_s = json.loads(line), time.monotonic()
@@ -148,6 +169,49 @@ def _serve() -> None:
         status = os.waitpid(child, 0)[1]
         answer = {"returncode": os.waitstatus_to_exitcode(status), "seconds": time.monotonic() - began_s}
         print(json.dumps(answer | {"outlived": _outlived(child)}), flush=True)
+
+
+def _listen(place: str) -> None:
+    """Serve tests/warm.py on a Unix socket until standard input ends."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as server:
+        server.bind(place)
+        server.listen(64)
+        print("ready", flush=True)
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the keepers
+        while server in select.select([server, sys.stdin], [], [])[0]:
+            connection = server.accept()[0]
+            if os.fork() == 0:
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                _keep(connection)
+            connection.close()
+
+
+def _keep(connection: socket.socket) -> NoReturn:
+    """Run what a connection asks for and tell its status; kill it when the other side is gone."""
+    asked, files, _, _ = socket.recv_fds(connection, 1 << 20, 3)
+    arguments, folder, variables = json.loads(asked)
+
+    def begin() -> None:
+        os.setsid()
+        os.chdir(folder)
+        os.environ.clear()
+        os.environ.update(variables)
+        for number, file in enumerate(files):
+            os.dup2(file, number)
+        sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))  # noqa: SIM115
+
+    child = os.fork()
+    if child == 0:
+        connection.close()
+        _be(arguments, begin)
+    ended, status = 0, 0
+    while not ended and not select.select([connection], [], [], 0.02)[0]:
+        ended, status = os.waitpid(child, os.WNOHANG)
+    if ended:
+        connection.sendall(str(os.waitstatus_to_exitcode(status)).encode())
+    else:
+        os.kill(child, signal.SIGKILL)
+    os._exit(0)
 
 
 def _outlived(group: int) -> bool:
@@ -267,4 +331,12 @@ def _killer(place: str, number: int) -> Callable[[str, tuple[Any, ...]], None]:
 
 
 if __name__ == "__main__":
-    _serve()
+    _import_all()
+    if sys.argv[1:] == ["tasks"]:
+        from trace_ds.evaluation.harness import _task_manager
+
+        _task_manager()
+    if len(sys.argv) == 1 or sys.argv[1] == "tasks":
+        _serve()
+    else:
+        _listen(sys.argv[1])

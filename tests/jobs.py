@@ -11,6 +11,16 @@ from trace_ds.config.load import load_config
 from trace_ds.run.directory import RunDirectory
 
 
+def prepared_run(config: Path, run: Path) -> Path:
+    """The run directory ``run`` of a configuration, with its data."""
+    from trace_ds.stages.prepare import prepare
+
+    loaded, run = load_config(str(config), [], run)
+    RunDirectory.at(run).create("")
+    prepare(loaded, RunDirectory.at(run))
+    return run
+
+
 def collect_job(world: Any, config: str, run_dir: str, overrides: list[str]) -> None:
     """``collect`` as one rank of a job."""
     from trace_ds.stages.collect import collect
@@ -120,7 +130,7 @@ def unlearn_jobs_saving_twice(world: Any, config: str, runs: list[tuple[str, lis
         save(saver, manifest, wait=wait)
 
     def late(files: ShardFiles) -> Any:
-        time.sleep(2.0 if files._held else 0.0)
+        time.sleep(1.0 if files._held else 0.0)
         return write(files)
 
     Saver.save, ShardFiles.write = twice, late  # type: ignore[method-assign]

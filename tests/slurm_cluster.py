@@ -255,7 +255,7 @@ PartitionName=debug Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
         while not condition():
             if time.monotonic() > deadline:
                 raise TimeoutError(f"SLURM: not within {limit_s:.0f} s: {what}\n{self.logs()}")
-            time.sleep(0.1)
+            time.sleep(0.25)  # most conditions start a client of SLURM's
 
     # ------------------------------------------------------------------ use
 

@@ -37,7 +37,6 @@ from trace_ds.parallel.world import AgreedError
 from trace_ds.run.directory import RunDirectory
 from trace_ds.stages.calibrate import calibrate
 from trace_ds.stages.pipeline import Request, run_verb
-from trace_ds.stages.prepare import prepare
 
 Change = Callable[[Path], object]  # of the folder with config.yaml, corpora/ and (after `own_model`) model/
 
@@ -515,8 +514,7 @@ def calibrated(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     """A configuration with a run directory beside it that has been prepared, collected and calibrated."""
     folder = tmp_path_factory.mktemp("calibrated")
     config = tiny.write_config(folder, tiny_model)
-    loaded, run = load_config(str(config), [], folder / "run")
-    prepare(loaded, RunDirectory(run))
+    loaded, run = load_config(str(config))[0], jobs.prepared_run(config, folder / "run")
     run_distributed(jobs.collect_job, 1, str(config), str(run), [])
     calibrate(loaded, RunDirectory(run))
     RunDirectory(run, config_text=dump_yaml(loaded)).store_config()

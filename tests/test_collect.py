@@ -22,18 +22,13 @@ from trace_ds.routing.token_files import bytes_per_token, count_dtype, open_part
 from trace_ds.run import artefact
 from trace_ds.run.directory import RunDirectory
 from trace_ds.stages.calibrate import calibrate
-from trace_ds.stages.prepare import prepare
 from trace_ds.stages.recorded import TRACE, keys_needing
 
 
 def prepared(folder: Path, model: Path, **changes: object) -> Path:
     """A configuration in ``folder`` whose data is prepared in ``folder/run``."""
-    folder.mkdir(parents=True, exist_ok=True)
     config = tiny.write_config(folder, model, **changes)
-    loaded, run = load_config(str(config), [], folder / "run")
-    directory = RunDirectory.at(run)
-    directory.create("")
-    prepare(loaded, directory)
+    jobs.prepared_run(config, folder / "run")
     return config
 
 
@@ -68,9 +63,7 @@ def small_data(families: dict[str, Path], tmp_path_factory: pytest.TempPathFacto
         for side in ("forget", "retain"):
             path = folder / "corpora" / f"{side}.jsonl"
             path.write_text("".join(path.read_text().splitlines(keepends=True)[:9]))
-        loaded, run = load_config(str(config), [], folder / "run")
-        RunDirectory.at(run).create("")
-        prepare(loaded, RunDirectory.at(run))
+        jobs.prepared_run(config, folder / "run")
         configs[name] = config
     return configs
 
@@ -96,14 +89,15 @@ def test_counts_equal_brute_force(
     tmp_path: Path,
 ) -> None:
     """Every family, type, expert-parallel size, rows per batch, rows packed and padded, in one job per world size; at
-    four ranks what only they have: the larger sizes of expert parallelism.
+    several ranks what only they have: expert parallelism, and its smaller sizes for two families.
 
     fp32: every sum, of all tokens and of each row, and the experts of the sampled tokens equal those over documents
     alone. bf16: equal to plain transformers in the same batches; with
     experts on several ranks their outputs are added in another order, so near ties may fall the other way: seen are one
     of 1,056 selections of a layer, in qwen3_moe and olmoe, and none in the others.
     """
-    eps = {family: {1: [1], 2: [1, 2], 4: [2, 4]}[world] for family in EXPERT_PARALLEL}
+    smaller = {1: [], 2: [1], 4: [2]}[world]
+    eps = {family: [*(smaller if family in ("mixtral", "deepseek_v3") else []), world] for family in EXPERT_PARALLEL}
     eps |= {family: [1] for family in OTHERS if world < 4}
     models = {family: str(families[family]) for family in eps}
     datasets = {rows: str(config.parent / "run" / "data" / "forget.arrow") for rows, config in small_data.items()}
@@ -238,8 +232,7 @@ def test_clustered_errors_of_routed_text_agree_with_a_bootstrap_over_documents(
     words = tiny.WORDS
     texts = [tiny.sentences(1, seed, words[seed % 24 : seed % 24 + 8])[0] for seed in range(400)]
     (tmp_path / "corpora" / "retain.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    loaded, run = load_config(str(config), [], tmp_path / "run")
-    prepare(loaded, RunDirectory.at(run))
+    run = jobs.prepared_run(config, tmp_path / "run")
     statistics = collected(config, run, 1, 1, "statistics.batch_rows=32")["retain"]
     dataset = TokenDataset.open(run / "data" / "retain.arrow")
     counted = dataset.counted(0, dataset.tokens)
@@ -328,17 +321,6 @@ def test_sums_over_ranks_beyond_2_31_are_exact() -> None:
     assert found.cross_LE.tolist() == [[2 * (2**41 + 1) + 2**36, 2]]
     assert (found.square_tokens, found.documents) == (2 * (2**42 + 1) + 2**36, 7)
     assert found.gate_mass_LE.tolist() == [[1.0, 2.0**-39]]
-
-
-def test_statistics_of_another_model_are_refused(tiny_model: Path, tmp_path: Path) -> None:
-    from trace_ds.stages.collect import check_collect
-
-    config = prepared(tmp_path, tiny_model)
-    other = tiny.make_model(tmp_path / "other", seed=1)
-    (other / "tokenizer.json").write_text((other / "tokenizer.json").read_text().replace('"id": 2', '"id":  2'))
-    loaded, run = load_config(str(config), [f"model.path={other}"], tmp_path / "run")
-    with pytest.raises(UserError, match=r"data artefact was made with another tokenizer"):
-        check_collect(loaded, RunDirectory.at(run), 1)
 
 
 def test_damaged_data_is_named(tiny_model: Path, tmp_path: Path) -> None:

@@ -25,9 +25,7 @@ from trace_ds.stages.prepare import prepare
 
 def prepared(folder: Path, model: Path, run: Path, **changes: object) -> Path:
     config = tiny.write_config(folder, model, **changes)
-    loaded, directory = load_config(str(config), [], run)
-    RunDirectory.at(directory).create("")
-    prepare(loaded, RunDirectory.at(directory))
+    jobs.prepared_run(config, run)
     return config
 
 

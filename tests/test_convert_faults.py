@@ -494,11 +494,17 @@ def test_moments_are_no_weights(source: Path, tmp_path: Path) -> None:
     assert convert_checkpoint(source, tmp_path / "model", base_model=base())["parameters"]
 
 
-def test_nan_is_a_warning_that_names_the_tensors(source: Path, tmp_path: Path) -> None:
-    rewrite(source / OPTIM, lambda state: state[OPTIMIZER]["fp32_flat_groups"][0].data.__setitem__(3, float("nan")))
-    report = convert_checkpoint(source, tmp_path / "model", base_model=base())
-    assert report["warnings"] == ["model.embed_tokens.weight holds NaN"]
-    assert "holds NaN" in (tmp_path / "model" / "README.md").read_text()
+@pytest.mark.parametrize(
+    ("value", "dtype", "warning"),
+    [("nan", "same", "holds NaN"), ("1e30", "fp16", "overflows in the target type"), ("inf", "same", "")],
+)
+def test_what_is_not_finite_is_a_warning_that_names_the_tensors(
+    source: Path, tmp_path: Path, value: str, dtype: str, warning: str
+) -> None:
+    rewrite(source / OPTIM, lambda state: state[OPTIMIZER]["fp32_flat_groups"][0].data.__setitem__(3, float(value)))
+    report = convert_checkpoint(source, tmp_path / "model", base_model=base(), dtype=dtype)
+    assert report["warnings"] == ([f"model.embed_tokens.weight {warning}"] if warning else [])
+    assert warning in (tmp_path / "model" / "README.md").read_text()
 
 
 def test_a_mount_point_is_refused_at_once(source: Path) -> None:

@@ -93,10 +93,8 @@ def test_reruns_and_jobs_give_the_same_bytes(tmp_path: Path) -> None:
         assert one.read_bytes() == two.read_bytes(), name
 
 
-@pytest.mark.parametrize(
-    "case",
-    [TRAINED, Case("mixtral", 3, 0), Case("mixtral", 1, 2), Case("deepseek_v3", 3, 2)],
-    ids=lambda case: case.name,
+@pytest.mark.parametrize(  # of ZeRO-3 and ZeRO-1 without expert parallelism: tests/test_unlearn.py
+    "case", [TRAINED, Case("mixtral", 1, 2), Case("deepseek_v3", 3, 2)], ids=lambda case: case.name
 )
 def test_universal_folder_equals_deepspeeds_own(tmp_path: Path, case: Case) -> None:
     """Every state of every parameter is bit for bit what ds_to_universal writes, and both lead to the same model."""

@@ -20,8 +20,6 @@ import pyarrow.parquet
 import pytest
 import tiny
 import yaml
-from command import tree
-from forked import Server, refuse
 from hub_server import Hub, serving
 
 from trace_ds.config.load import load_config
@@ -302,6 +300,7 @@ FAULTS: list[tuple[str, Any, dict[str, Any], str]] = [
     ("media", media, {}, "cannot read data sets of the kind WebDataset"),
     ("no such directory", lambda folder: {"dataset": str(folder / "x")}, {}, "there is no such directory"),
     ("offline", lambda folder: {"dataset": "nobody/nothing"}, {}, "is not in the cache"),
+    ("no id", lambda folder: {"dataset": "org/a/b"}, {}, "there is no such directory, and it is no id of the hub"),
 ]
 
 
@@ -332,17 +331,6 @@ def test_entries_that_say_too_little_or_too_much(raw: dict[str, Any], message: s
 
 
 # ---------------------------------------------------------------------------------------------------- prepare
-
-
-@pytest.mark.parametrize(("name", "change", "keys", "message"), FAULTS[::4], ids=[fault[0] for fault in FAULTS[::4]])
-def test_a_bad_corpus_ends_the_command_and_writes_nothing(
-    name: str, change: Any, keys: dict[str, Any], message: str, tmp_path: Path, tiny_model: Path, server: Server
-) -> None:
-    (tmp_path / "in").mkdir()
-    raw = yaml.safe_load(tiny.write_config(tmp_path, tiny_model).read_text())
-    raw["data"]["forget"] = [change(tmp_path / "in") | keys]
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(raw))
-    assert message in refuse(server, tmp_path, "prepare", "config.yaml", "--run-dir", "run")
 
 
 @pytest.fixture
@@ -595,65 +583,6 @@ def test_a_data_set_of_the_hub_is_read_again_without_it(hub: Hub, tmp_path: Path
     gone = ask([near, near | {"revision": first}, near | {"config": "none"}], hub.environment(home), tmp_path)
     assert [gone[0]["commit"], gone[1]["commit"]] == [second, first]
     assert "(configuration none) is not in the cache, and the hub cannot be reached" in gone[2]
-
-
-def test_faults_of_the_hub(hub: Hub, tmp_path: Path) -> None:
-    folder = data_set(tmp_path / "data")
-    hub.add("datasets", "org/data", folder)
-    hub.add("datasets", "org/shut", folder, gated=True, readers=("friend",))
-    hub.add("datasets", "org/own", folder, private=True, readers=("friend",))
-    write_parquet(tmp_path / "plain" / "train.parquet", NUMBERS)
-    hub.add("datasets", "org/numbers", tmp_path / "plain")
-    near = {"dataset": "org/data", "config": "near"}
-    faults = [
-        ({"dataset": "org/none"}, "org/none: the hub has no such data set, or it is private. Fix: correct the name"),
-        ({"dataset": "org/own"}, "org/own: the hub has no such data set, or it is private"),
-        ({"dataset": "org/shut"}, "org/shut: the data set is gated: its terms must be accepted first"),
-        (near | {"revision": "v9"}, "org/data: the data set has no revision 'v9'"),
-        ({"dataset": "org/data"}, "the configuration is missing. Fix: it has near, far"),
-        (near | {"config": "neer"}, "did you mean 'near'?"),
-        (near | {"split": "tset"}, "did you mean 'test'?"),
-        (near | {"field": "txet"}, "there is no column 'txet'"),
-        ({"dataset": "org/numbers"}, "the column 'text' holds int64, no text"),
-        ({"dataset": "org/a/b"}, "there is no such directory, and it is no id of the hub"),
-    ]  # fmt: skip
-    raw = [keys for keys, _ in faults]
-    for found, (keys, message) in zip(ask(raw, hub.environment(tmp_path / "home"), tmp_path), faults, strict=True):
-        assert message in found, (keys, found)
-    assert f"accept its terms on {hub.endpoint}/datasets/org/shut, then `hf auth login`" in ask(
-        [{"dataset": "org/shut", "config": "near"}], hub.environment(tmp_path / "home", token="stranger"), tmp_path
-    )[0]  # fmt: skip
-    friend = [{"dataset": name, "config": "near"} for name in ("org/shut", "org/own")]
-    read = ask(friend, hub.environment(tmp_path / "friend", token="friend"), tmp_path)
-    assert [found["texts"] for found in read] == [TEXTS, TEXTS]
-    empty = ask([near], hub.environment(tmp_path / "nobody", offline=True), tmp_path)
-    assert "is not in the cache, and HF_HUB_OFFLINE is set. Fix: run `trace-ds fetch" in empty[0]
-
-
-def test_prepare_from_the_hub_and_again_without_it(hub: Hub, tmp_path: Path, tiny_model: Path) -> None:
-    hub.add("datasets", "org/data", data_set(tmp_path / "data"))
-    path = tiny.write_config(tmp_path, tiny_model)
-    raw = yaml.safe_load(path.read_text())
-    raw["data"]["forget"] = [{"dataset": "org/data", "config": "near", "template": "{title} {text}"}]
-    path.write_text(yaml.safe_dump(raw))
-
-    def run(name: str, **options: Any) -> dict[str, bytes]:
-        command = [sys.executable, "-m", "trace_ds", "prepare", str(path), "--run-dir", str(tmp_path / name)]
-        variables = hub.environment(tmp_path / "home", **options) | {"PYTHONPATH": str(ROOT)}
-        done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120)
-        if done.returncode == 2:
-            assert done.stderr.count("\n") == 1
-            return {}
-        assert done.returncode == 0, done.stderr
-        return {item.name: item.read_bytes() for item in (tmp_path / name / "data").iterdir()}
-
-    before = tree(tmp_path)
-    assert run("none", offline=True) == {} and set(tree(tmp_path)) - set(before) <= {"home"} | {
-        name for name in tree(tmp_path) if name.startswith("home/")
-    }
-    online = run("online")
-    asked = len(hub.requests)
-    assert run("offline", offline=True) == online and online["artefact.json"] and len(hub.requests) == asked
 
 
 # ---------------------------------------------------------------------------------------------------- the page

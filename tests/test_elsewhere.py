@@ -24,7 +24,6 @@ from trace_ds.routing.statistics import RoutingStatistics
 from trace_ds.run import artefact
 from trace_ds.run.directory import RunDirectory
 from trace_ds.stages.calibrate import calibrate
-from trace_ds.stages.prepare import prepare
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +31,7 @@ def collected(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tup
     """(configuration, run directory) with data, rows cut wherever they end, and the statistics of a collection."""
     folder = tmp_path_factory.mktemp("collected")
     config = tiny.write_config(folder, tiny_model, data__packing="dense", statistics__trace=True)
-    loaded, run = load_config(str(config), [], folder / "run")
-    RunDirectory.at(run).create("")
-    prepare(loaded, RunDirectory.at(run))
+    run = jobs.prepared_run(config, folder / "run")
     run_distributed(jobs.collect_job, 1, str(config), str(run), [])
     return config, run
 

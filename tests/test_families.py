@@ -22,7 +22,6 @@ from trace_ds.models.families import check_expert_parallel, inspect_model, requi
 from trace_ds.models.routers import find_routers, logits_of, record_routing
 from trace_ds.run.directory import RunDirectory
 from trace_ds.stages.calibrate import calibrate
-from trace_ds.stages.prepare import prepare
 
 
 @pytest.mark.slow
@@ -31,10 +30,7 @@ def test_unlearning_with_expert_parallelism_equals_the_reference(family: str, st
     """Shared experts, a dense first layer, sigmoid and group-limited routing, at expert-parallel size 2."""
     model = tiny.make_model(tmp_path / "model", family)
     config = tiny.write_config(tmp_path, model)
-    loaded, run = load_config(str(config), [], tmp_path / "run")
-    directory = RunDirectory.at(run)
-    directory.create("")
-    prepare(loaded, directory)
+    run = jobs.prepared_run(config, tmp_path / "run")
     overrides = [
         *GRADIENT_LIKE,
         "unlearning.forget_loss=graddiff",
@@ -44,7 +40,7 @@ def test_unlearning_with_expert_parallelism_equals_the_reference(family: str, st
         "distributed.autoep.gate_up_impl=fused",
     ]
     run_distributed(jobs.collect_job, 2, str(config), str(run), overrides)
-    calibrate(loaded, directory)
+    calibrate(load_config(str(config), [])[0], RunDirectory.at(run))
     run_distributed(jobs.unlearn_job, 2, str(config), str(run), overrides)
     expected = reference_run(str(config), str(run), overrides, 2)
     np.testing.assert_allclose(losses_of(run), expected["losses"], rtol=1e-5)

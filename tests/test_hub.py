@@ -117,7 +117,8 @@ def place(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
             )
         }
         home = folder / "home"
-        with serving(hub.environment(home)) as server, serving(hub.environment(home, offline=True)) as away:
+        online, offline = hub.environment(home), hub.environment(home, offline=True)
+        with serving(online, tasks=True) as server, serving(offline, tasks=True) as away:
             yield Place(hub, home, server, away, folder, commits)
 
 

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import jobs
 import numpy as np
 import pytest
 import tiny
@@ -342,13 +343,6 @@ def test_anything_else_is_refused(tmp_path: Path, make: Any) -> None:
 
 def test_a_real_run_is_recognised(tiny_model: Path, tmp_path: Path) -> None:
     """The stages' own artefacts, not ours: `prepare` on the tiny corpora."""
-    from trace_ds.config.load import load_config
-    from trace_ds.run.directory import RunDirectory
-    from trace_ds.stages.prepare import prepare
-
-    config, directory = load_config(str(tiny.write_config(tmp_path, tiny_model)), [], tmp_path / "run")
-    made = RunDirectory.at(directory)
-    made.create("name: tiny\n")
-    prepare(config, made)
+    directory = jobs.prepared_run(tiny.write_config(tmp_path, tiny_model), tmp_path / "run")
     assert states(directory)["data"] == "done"
     assert inspect(directory / "data", verify=True).facts["artefact"] == "data"

@@ -16,7 +16,6 @@ from forked import JOB, Server
 
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "olmoe_1b_7b": ("olmoe", {"layers": 16, "experts": 64}),
-    "qwen3_30b_a3b": ("qwen3_moe", {"layers": 48, "experts": 128, "moe_intermediate_size": 8}),
     "deepseek_v3": (
         "deepseek_v3",
         {"layers": 61, "experts": 256, "moe_intermediate_size": 8, "first_k_dense_replace": 3, "n_group": 8}

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from forked import Result, Server
+from forked import Result, Server, warm_command
 from safetensors.numpy import load_file
 from slurm_cluster import SlurmCluster, find_daemon, slurm_cluster
 from tiny import make_model, write_config
@@ -552,6 +552,12 @@ def test_a_submission_that_slurm_refuses_leaves_nothing(cluster: SlurmCluster, t
         assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.fixture
+def warm(cluster: SlurmCluster) -> Iterator[str]:
+    with warm_command(cluster.base) as command:
+        yield command
+
+
 REAL = {
     "TRACE_DS_HOME": str(REPOSITORY),
     "TRACE_DS_SITE": os.devnull,
@@ -565,12 +571,12 @@ REAL = {
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_real_pipeline_over_two_nodes_with_stop_and_lost_node(
-    cluster: SlurmCluster, tmp_path: Path, server: Server
+    cluster: SlurmCluster, warm: str, tmp_path: Path, server: Server
 ) -> None:
     """`trace-ds submit` of ZeRO-3 and expert-parallel size 4 over two nodes of two ranks on CPU, up to the calibration
     and then the training: stopped in the middle, requeued, a node lost, requeued by SLURM, done. Counts are those
-    of one process, weights those of an undisturbed job, to the last bit. (What comes after training:
-    tests/test_cluster_page.py.)"""
+    of one process, weights those of an undisturbed job, to the last bit. What srun starts are forks of a warm process;
+    tests/test_cluster_page.py starts it as it is, and what comes after training too."""
     import jobs
     from distributed import run_distributed
 
@@ -584,9 +590,8 @@ def test_real_pipeline_over_two_nodes_with_stop_and_lost_node(
     def submit(number: int, stages: str) -> tuple[int, list[object]]:
         """(the job, a command that submits it again)"""
         command = ["submit", config, "--nodes", 2, "--gpus-per-node", 2, "--sbatch", "--cpus-per-task=1"]
-        result = trace_ds(
-            server, cluster, tmp_path, *command, env=REAL | {"TRACE_DS_STAGES": stages, "TRACE_DS_VERBOSE": "1"}
-        )
+        wanted = {"TRACE_DS_COMMAND": warm, "TRACE_DS_STAGES": stages, "TRACE_DS_VERBOSE": "1"}
+        result = trace_ds(server, cluster, tmp_path, *command, env=REAL | wanted)
         assert result.returncode == 0, result.stderr
         record = json.loads((run_dir / "submitted" / str(number) / "jobs.json").read_text())
         ((recorded, job),) = record["jobs"].items()

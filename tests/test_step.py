@@ -10,10 +10,9 @@ from typing import Any
 
 import jobs
 import pytest
-import tiny
 import torch
 from distributed import run_distributed
-from test_unlearn import calibrated_run, copy_of, losses_of
+from test_unlearn import copy_of, losses_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trace_ds.checkpoints.manifest import Manifest, read_manifest
@@ -24,13 +23,6 @@ from trace_ds.run.directory import RunDirectory
 from trace_ds.stages.training import Training
 
 SHAPE = ["distributed.ep=1", "unlearning.zero_stage=3", "unlearning.micro_batch_rows=1"]
-
-
-@pytest.fixture(scope="module")
-def calibrated(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    folder = tmp_path_factory.mktemp("steps")
-    config = tiny.write_config(folder, tiny_model, statistics__nll=True)
-    return config, calibrated_run(config, folder / "run")
 
 
 class Collectives(TorchDispatchMode):

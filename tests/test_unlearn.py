@@ -32,7 +32,6 @@ from trace_ds.run.directory import MADE_IN, RunDirectory
 from trace_ds.run.files import remove_leftovers
 from trace_ds.stages.calibrate import calibrate
 from trace_ds.stages.convert import checkpoint_to_directory
-from trace_ds.stages.prepare import prepare
 from trace_ds.stages.unlearn import check_unlearn
 from trace_ds.unlearning.job import finite_state
 
@@ -41,21 +40,10 @@ from trace_ds.unlearning.job import finite_state
 GRADIENT_LIKE = ["unlearning.optimizer.eps=0.1", "unlearning.optimizer.lr=0.01", "unlearning.micro_batch_rows=null"]
 
 
-@pytest.fixture(scope="module")
-def calibrated(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """(configuration, run directory) with data, statistics (with losses) and a calibration with unequal weights."""
-    folder = tmp_path_factory.mktemp("calibrated")
-    config = tiny.write_config(folder, tiny_model, statistics__nll=True)
-    return config, calibrated_run(config, folder / "run")
-
-
 def calibrated_run(config: Path, run: Path, world: int = 1) -> Path:
-    loaded, run = load_config(str(config), [], run)
-    directory = RunDirectory.at(run)
-    directory.create("")
-    prepare(loaded, directory)
+    run = jobs.prepared_run(config, run)
     run_distributed(jobs.collect_job, world, str(config), str(run), [])
-    calibrate(loaded, directory)
+    calibrate(load_config(str(config), [])[0], RunDirectory.at(run))
     weights = np.load(run / "calibration" / "weights.npy")
     assert weights.std() > 0.1  # a test with uniform weights would prove little
     return run
@@ -388,18 +376,6 @@ def test_what_is_no_shard_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-def test_equal_states_give_equal_bytes(tmp_path: Path) -> None:
-    from trace_ds.checkpoints.serialization import load, save
-
-    state = {"lr": 1e-3, "groups": [{"lr": 1e-3, "betas": [0.9, 0.99]}], "weight": torch.arange(5.0)}
-    first, second = tmp_path / "a" / "shard.pt", tmp_path / "b" / "shard.pt"  # the archive holds the file's name
-    for path in (first, second):
-        path.parent.mkdir()
-    save(state, first)
-    save(load(str(first)), second)
-    assert first.read_bytes() == second.read_bytes()
-
-
 def test_a_file_that_is_held_is_the_file_that_was_to_be_written(tmp_path: Path) -> None:
     """Views of one storage, two names of one tensor, parameters; changed after it was held. What finds no room in host
     memory is written at once."""
@@ -466,28 +442,6 @@ def test_the_script_is_left_where_it_can_read(ep: int, there: str | None, kept: 
     leave_script(tmp_path, Manifest(1, 2, ep, 3, "mixtral", "job", {}, "calibration", "bf16", {}, {}))
     assert script.exists() == (kept is not None)
     assert kept is None or kept in script.read_text()
-
-
-def test_a_foreign_or_altered_calibration_is_refused(calibrated: tuple[Path, Path], tmp_path: Path) -> None:
-    config, prepared_run = calibrated
-    run = copy_of(prepared_run, tmp_path / "run")
-    loaded, path = load_config(str(config), [], run)
-    directory = RunDirectory.at(path)
-    weights = run / "calibration" / "weights.npy"
-    content = bytearray(weights.read_bytes())
-    content[-5] ^= 1
-    weights.write_bytes(content)
-    with pytest.raises(UserError, match=r"weights\.npy: the file was altered"):
-        check_unlearn(loaded, directory, 1)
-    weights.write_bytes(content[:-4])
-    with pytest.raises(UserError, match=r"weights\.npy: the file has .* bytes instead"):
-        check_unlearn(loaded, directory, 1)
-    other = tiny.make_model(tmp_path / "other", seed=5)
-    changed, _ = load_config(str(config), [f"model.path={other}"], run)
-    shutil.copy(prepared_run / "calibration" / "weights.npy", weights)
-    with pytest.raises(UserError, match="calibration artefact was made with another model"):
-        check_unlearn(changed, directory, 1)
-    assert not (run / "checkpoints").exists()
 
 
 DS_CONFIGS = sorted((Path(__file__).parent.parent / "ds_configs").glob("*.json"))

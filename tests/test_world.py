@@ -9,7 +9,7 @@ from typing import Any
 
 from distributed import end_of_ranks, run_distributed
 
-LIMIT_S, WORK_S = 1.0, 3.0
+LIMIT_S, WORK_S = 1.0, 1.6
 
 
 def slow_main(world: Any) -> list[Any]:

@@ -222,7 +222,10 @@ def together(tasks: Sequence[CopyTask]) -> Iterator[Sequence[CopyTask]]:
 
 
 def _not_finite(block: torch.Tensor, cast: torch.Tensor, overflow: bool) -> tuple[bool, bool]:
-    """(the block holds NaN, finite values became infinite in the cast). One pass when all is well."""
+    """(the block holds NaN, finite values became infinite in the cast). One pass over what is written when all is well:
+    a sum is finite only if every element is."""
+    if math.isfinite(float(cast.sum())):
+        return False, overflow
     low, high = map(float, block.aminmax())  # NaN anywhere makes both NaN
     if math.isnan(low):
         return True, overflow
