@@ -2,11 +2,11 @@
 
 Each call is a process of its own with its own working directory, environment, session, files for standard output and
 error, and bounds on memory (beyond what the server has mapped) and on time. The local ranks that a command starts are
-forked from it in turn. ``python tests/forked.py`` is the server.
+forked from it in turn. The server itself is forked from that of :mod:`distributed`; one that shall import its libraries
+under other variables is ``python tests/forked.py``.
 
-``python tests/forked.py SOCKET`` serves programs that start commands themselves, as ``srun`` does: what they start is
-the small process of tests/warm.py, which gives its words, environment, folder and files to a fork of this server,
-dies with it and takes it along.
+A program that starts commands itself, as ``srun`` does, is given :func:`warm_command`: what it starts is the small
+process of tests/warm.py, which gives its words, environment, folder and files to a fork; neither outlives the other.
 """
 
 from __future__ import annotations
@@ -28,11 +28,14 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
 from command import environment, tree
+from distributed import CONTEXT, PRELOADED
 
 MEMORY_BYTES = 1 << 30
 TIME_S = 20
@@ -56,10 +59,17 @@ class Server:
 
     def __init__(self, variables: dict[str, str] | None = None, *, tasks: bool = False) -> None:
         """``tasks``: with lm-eval's index, which every command that asks for one would make of thousands of files."""
-        command = [sys.executable, __file__, *(["tasks"] if tasks else [])]
-        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        variables = variables or environment() | {"HF_HUB_OFFLINE": "1"}  # read when their libraries are imported
-        self._process = subprocess.Popen(command, env=variables, **pipes)
+        asked, self._asking = Pipe(duplex=False)
+        self._answers, answer = Pipe(duplex=False)
+        if variables is None:
+            process = CONTEXT.Process(target=_serve, args=(asked, answer))
+            process.start()
+            self._wait: Callable[[int], object] = process.join
+        else:
+            ends = (asked.fileno(), answer.fileno())
+            command = [sys.executable, __file__, *map(str, ends), *(["tasks"] if tasks else [])]
+            self._wait = subprocess.Popen(command, env=variables, pass_fds=ends).wait
+        asked.close(), answer.close()
 
     def run(self, arguments: Sequence[str | Path], cwd: Path, *options: Any, **more: Any) -> Result:
         """One call of ``trace-ds ARGUMENTS`` in ``cwd``, as :meth:`start` has it."""
@@ -81,32 +91,24 @@ class Server:
         A variable that is None is taken out of the environment. With ``kill=(place, number)`` the command is killed
         (SIGKILL) when it, or a rank of it, touches a path with ``place`` in it for the ``number``-th time.
         """
-        assert self._process.stdin is not None
         self._folder = tempfile.TemporaryDirectory()
-        request = {"arguments": [os.fsencode(str(item)).hex() for item in arguments], "cwd": str(cwd)}
+        request: dict[str, Any] = {"arguments": list(map(str, arguments)), "cwd": str(cwd)}
         request |= {"variables": variables or {}, "out": self._folder.name, "time_s": time_s}
-        request |= {"memory_bytes": memory_bytes, "kill": kill}
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        return int(self._answer()["pid"])
+        self._asking.send(request | {"memory_bytes": memory_bytes, "kill": kill})
+        return int(self._answers.recv())
 
     def wait(self) -> Result:
         """The end of what was started; nothing that it started may be left."""
-        answer = self._answer()
+        answer = self._answers.recv()
         with self._folder as folder:
             streams = [(Path(folder) / name).read_text(errors="replace") for name in ("stdout", "stderr")]
         result = Result(answer["returncode"], *streams, answer["seconds"])
         assert not answer["outlived"], result
         return result
 
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        return json.loads(self._process.stdout.readline())
-
     def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait(60)
+        self._asking.close()
+        self._wait(60)
 
 
 @contextlib.contextmanager
@@ -122,11 +124,14 @@ def serving(variables: dict[str, str] | None = None, *, tasks: bool = False) -> 
 def warm_command(folder: Path) -> Iterator[str]:
     """What stands for ``trace-ds`` in the programs that start it, while the block runs; its socket is in ``folder``."""
     place = folder / "socket"
-    command = [sys.executable, __file__, str(place)]
-    with subprocess.Popen(command, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        assert process.stdin is not None and process.stdout is not None and process.stdout.readline() == b"ready\n"
-        yield f"{sys.executable} -SE {Path(__file__).with_name('warm.py')} {place}"
-        process.stdin.close()
+    process = CONTEXT.Process(target=_listen, args=(str(place),))
+    process.start()
+    while not place.exists():
+        assert process.is_alive()
+        time.sleep(0.05)
+    yield f"{sys.executable} -SE {Path(__file__).with_name('warm.py')} {place}"
+    process.terminate()
+    process.join()
 
 
 def refuse(
@@ -150,7 +155,6 @@ def refuse(
 def _import_all() -> None:
     import pyarrow.parquet
     import transformers
-    from distributed import PRELOADED
 
     for name in PRELOADED:
         with contextlib.suppress(ImportError):  # something optional
@@ -158,27 +162,36 @@ def _import_all() -> None:
     _ = pyarrow.parquet, transformers.AutoTokenizer, transformers.AutoConfig, transformers.AutoModelForCausalLM
 
 
-def _serve() -> None:
+def _serve(asked: Connection, answer: Connection, tasks: bool = False) -> None:
+    _import_all()
+    if tasks:
+        from trace_ds.evaluation.harness import _task_manager
+
+        _task_manager(None)
+    own = environment()
+    os.environ.clear()
+    os.environ.update(own)
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)  # what a command leaves behind becomes a child of this process
-    for line in sys.stdin:
-        request, began_s = json.loads(line), time.monotonic()
-        child = os.fork()
-        if child == 0:
-            _run(request)
-        print(json.dumps({"pid": child}), flush=True)
-        status = os.waitpid(child, 0)[1]
-        answer = {"returncode": os.waitstatus_to_exitcode(status), "seconds": time.monotonic() - began_s}
-        print(json.dumps(answer | {"outlived": _outlived(child)}), flush=True)
+    with contextlib.suppress(EOFError):
+        while True:
+            request, began_s = asked.recv(), time.monotonic()
+            child = os.fork()
+            if child == 0:
+                _run(request)
+            answer.send(child)
+            status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            ended = {"returncode": status, "seconds": time.monotonic() - began_s}
+            answer.send(ended | {"outlived": _outlived(child)})
 
 
 def _listen(place: str) -> None:
-    """Serve tests/warm.py on a Unix socket until standard input ends."""
+    """Serve tests/warm.py on a Unix socket."""
+    _import_all()
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as server:
         server.bind(place)
         server.listen(64)
-        print("ready", flush=True)
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the keepers
-        while server in select.select([server, sys.stdin], [], [])[0]:
+        while True:
             connection = server.accept()[0]
             if os.fork() == 0:
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -251,7 +264,7 @@ def _run(request: dict[str, Any]) -> NoReturn:
         if request["kill"] is not None:
             sys.addaudithook(_killer(*request["kill"]))
 
-    _be([os.fsdecode(bytes.fromhex(item)) for item in request["arguments"]], begin)
+    _be(request["arguments"], begin)
 
 
 def _be(arguments: Sequence[str], begin: Callable[[], None]) -> NoReturn:
@@ -331,12 +344,4 @@ def _killer(place: str, number: int) -> Callable[[str, tuple[Any, ...]], None]:
 
 
 if __name__ == "__main__":
-    _import_all()
-    if sys.argv[1:] == ["tasks"]:
-        from trace_ds.evaluation.harness import _task_manager
-
-        _task_manager()
-    if len(sys.argv) == 1 or sys.argv[1] == "tasks":
-        _serve()
-    else:
-        _listen(sys.argv[1])
+    _serve(*(Connection(int(end)) for end in sys.argv[1:3]), tasks=len(sys.argv) > 3)

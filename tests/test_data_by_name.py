@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import gzip
 import json
@@ -10,7 +11,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -507,7 +508,7 @@ def test_an_lm_eval_task_brings_its_own_data_set() -> None:
 # ---------------------------------------------------------------------------------------------------- the hub
 
 READ = """
-import json, sys
+import json, os, sys
 from trace_ds.config.schema import CorpusEntry, TaskConfig
 from trace_ds.corpora import sources
 from trace_ds.corpora.read import check_files, corpus_fingerprint, read_documents
@@ -524,24 +525,43 @@ def told(raw):
     return {"texts": [one.text for one in documents], "sources": sorted({one.source for one in documents}),
             "fingerprint": corpus_fingerprint([entry]), "commit": sources.fetch_dataset(entry), "missing": missing}
 
-found = []
-for raw in json.loads(sys.argv[1]):
-    try:
-        found.append(told(raw))
-    except UserError as error:
-        found.append(error.line())
-print(json.dumps(found))
+for line in sys.stdin:
+    if os.fork():
+        assert os.wait()[1] == 0
+        continue
+    found = []
+    for raw in json.loads(line):
+        try:
+            found.append(told(raw))
+        except UserError as error:
+            found.append(error.line())
+    print(json.dumps(found), flush=True)
+    os._exit(0)
 """
+Ask = Callable[[list[dict[str, Any]]], list[Any]]
 
 
-def ask(raw: list[dict[str, Any]], variables: dict[str, str], folder: Path) -> list[Any]:
-    """What each entry (or task) gives in a process with these variables: what was read, or the line of the error."""
-    command = [sys.executable, "-c", READ, json.dumps(raw)]
-    variables = variables | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=variables, cwd=folder, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "Traceback" not in done.stderr
-    return list(json.loads(done.stdout.splitlines()[-1]))
+@pytest.fixture
+def asking(tmp_path: Path) -> Iterator[Callable[[dict[str, str]], Ask]]:
+    """For a user's variables: what each entry (or task) gives, what was read or the line of the error. Every call is a
+    fork of one process."""
+    with contextlib.ExitStack() as stack:
+
+        def start(variables: dict[str, str]) -> Ask:
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+            variables = variables | {"PYTHONPATH": str(ROOT)}
+            process = stack.enter_context(
+                subprocess.Popen([sys.executable, "-c", READ], env=variables, cwd=tmp_path, **pipes)
+            )
+
+            def ask(raw: list[dict[str, Any]]) -> list[Any]:
+                process.stdin.write(json.dumps(raw) + "\n")
+                process.stdin.flush()
+                return list(json.loads(process.stdout.readline()))
+
+            return ask
+
+        yield start
 
 
 @pytest.fixture
@@ -550,13 +570,16 @@ def hub() -> Iterator[Hub]:
         yield found
 
 
-def test_a_data_set_of_the_hub_is_read_again_without_it(hub: Hub, tmp_path: Path) -> None:
+def test_a_data_set_of_the_hub_is_read_again_without_it(
+    hub: Hub, asking: Callable[[dict[str, str]], Ask], tmp_path: Path
+) -> None:
     first = hub.add("datasets", "org/Data-Set", data_set(tmp_path / "first"))
     tagged = hub.add("datasets", "org/Data-Set", tmp_path / "first", ref="v1")
     near = {"dataset": "org/Data-Set", "config": "near"}
     forms = [near, {"dataset": "org/Data-Set", "config": "far", "rows": 1}, near | {"split": "test"}]
     home = tmp_path / "home"
-    online = ask([*forms, near | {"revision": "v1"}], hub.environment(home), tmp_path)
+    ask, ask_offline = (asking(hub.environment(home, offline=offline)) for offline in (False, True))
+    online = ask([*forms, near | {"revision": "v1"}])
     assert [found["texts"] for found in online] == [TEXTS, TEXTS[3:4], TEXTS[:1], TEXTS]
     assert [found["sources"] for found in online[:3]] == [
         ["Data-Set/near"],
@@ -566,21 +589,19 @@ def test_a_data_set_of_the_hub_is_read_again_without_it(hub: Hub, tmp_path: Path
     assert [found["commit"] for found in online] == [first, first, first, tagged]
     assert "is not in the cache, and the hub was not asked" in online[0]["missing"] and online[2]["missing"] is None
     asked = len(hub.requests)
-    named = ask(
-        [near | {"source": "s", "split": split} for split in ("train", "test")], hub.environment(home), tmp_path
-    )
+    named = ask([near | {"source": "s", "split": split} for split in ("train", "test")])
     assert named[0]["fingerprint"] != named[1]["fingerprint"] and len(hub.requests) == asked + 1  # what main is
     asked = len(hub.requests)
-    offline = ask([*forms, near | {"revision": "v1"}], hub.environment(home, offline=True), tmp_path)
+    offline = ask_offline([*forms, near | {"revision": "v1"}])
     assert [found | {"missing": None} for found in online] == offline and len(hub.requests) == asked
     # the hub's main moves on: what is pinned stays, and what is not is another corpus
     second = hub.add("datasets", "org/Data-Set", data_set(tmp_path / "second", [*ROWS[1:], ROWS[0]]))
-    moved = ask([near, near | {"revision": first}, near | {"revision": "v1"}], hub.environment(home), tmp_path)
+    moved = ask([near, near | {"revision": first}, near | {"revision": "v1"}])
     assert [found["commit"] for found in moved] == [second, first, tagged]
     assert moved[0]["texts"] == TEXTS[1:] + TEXTS[:1] and moved[0]["fingerprint"] != online[0]["fingerprint"]
     assert [found["fingerprint"] for found in moved[1:]] == [online[0]["fingerprint"], online[3]["fingerprint"]]
     hub.shutdown()  # no network, and nobody said so
-    gone = ask([near, near | {"revision": first}, near | {"config": "none"}], hub.environment(home), tmp_path)
+    gone = ask([near, near | {"revision": first}, near | {"config": "none"}])
     assert [gone[0]["commit"], gone[1]["commit"]] == [second, first]
     assert "(configuration none) is not in the cache, and the hub cannot be reached" in gone[2]
 
@@ -620,7 +641,7 @@ def replicas(hub: Hub, folder: Path) -> None:
         hub.add("datasets", name, folder / name)
 
 
-def test_every_example_of_the_page_is_read(hub: Hub, tmp_path: Path) -> None:
+def test_every_example_of_the_page_is_read(hub: Hub, asking: Callable[[dict[str, str]], Ask], tmp_path: Path) -> None:
     from datasets import Dataset
 
     replicas(hub, tmp_path / "sets")
@@ -651,7 +672,6 @@ def test_every_example_of_the_page_is_read(hub: Hub, tmp_path: Path) -> None:
         elif raw["dataset"].startswith("./"):
             write_parquet(tmp_path / raw["dataset"] / "data" / "train-00000-of-00001.parquet", rows)
     kinds = [{key: value for key, value in one.items() if key not in ("name", "role")} for one in tasks]
-    for raw, found in zip(
-        [*entries, *kinds], ask([*entries, *kinds], hub.environment(tmp_path / "home"), tmp_path), strict=True
-    ):
+    ask = asking(hub.environment(tmp_path / "home"))
+    for raw, found in zip([*entries, *kinds], ask([*entries, *kinds]), strict=True):
         assert isinstance(found, int) or (isinstance(found, dict) and found["texts"]), (raw, found)

@@ -199,8 +199,10 @@ TEMPLATE = (
 )
 
 
-def test_solved_examples_and_the_chat_template_are_those_of_the_command(place: Path) -> None:
-    """A task of one's own with a split of solved examples, as MMLU has one."""
+def test_solved_examples_and_the_chat_template_are_lm_evals(place: Path) -> None:
+    """A task of one's own with a split of solved examples, as MMLU has one; on a model of lm-eval's own class."""
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
     from transformers import AutoTokenizer
 
     shutil.copytree(place / "model", place / "chat")
@@ -215,16 +217,17 @@ def test_solved_examples_and_the_chat_template_are_those_of_the_command(place: P
     task["dataset_kwargs"]["data_files"]["dev"] = str(write_questions(place / "solved.jsonl", 5))
     task |= {"fewshot_split": "dev", "fewshot_config": {"sampler": "first_n"}}
     (place / "shots" / "wmdp_bio.yaml").write_text(yaml.safe_dump(task))
-    done = command.run(
-        [
-            *(sys.executable, "-m", "lm_eval", "--model", "hf", "--device", "cpu", "--batch_size", "4"),
-            *("--model_args", f"pretrained={place / 'chat'},dtype=float32", "--include_path", place / "shots"),
-            *("--tasks", "wmdp_bio_here", "--output_path", place / "shots-out", "--log_samples"),
-            *("--num_fewshot", "2", "--apply_chat_template"),
-        ]
+    reference = simple_evaluate(
+        model="hf",
+        model_args=f"pretrained={place / 'chat'},dtype=float32",
+        device="cpu",
+        batch_size=4,
+        tasks=["wmdp_bio_here"],
+        task_manager=TaskManager(include_path=str(place / "shots"), include_defaults=False),
+        num_fewshot=2,
+        apply_chat_template=True,
+        bootstrap_iters=0,
     )
-    assert done.returncode == 0, done.stderr[-2000:]
-    samples = read_lines(next((place / "shots-out").rglob("samples_*.jsonl")))
     raw = {"name": "shots", "type": "lm_eval", "task": "wmdp_bio_here", "role": "forget"}
     raw |= {"include_path": str(place / "shots")}
     found = {}
@@ -233,7 +236,7 @@ def test_solved_examples_and_the_chat_template_are_those_of_the_command(place: P
         with loaded(str(place / "chat"), tokenizer, ModelSettings("fp32", True, True, 4)) as model:
             outcome = run_task(model, read, max_new_tokens=4, context_length=64)
         found[tuple(keys)] = [item["log_prob"] for item in outcome.items]
-    theirs = [[float(pair[0]) for pair in sample["filtered_resps"]] for sample in samples]
+    theirs = [[float(pair[0]) for pair in one["filtered_resps"]] for one in reference["samples"]["wmdp_bio_here"]]
     ours, without, zero_shot = found.values()
     assert ours == [pytest.approx(each, abs=1e-5) for each in theirs] and len(ours) == 20
     assert ours != without != zero_shot
