@@ -67,28 +67,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(left_out)
 
 
-@pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random 3-layer, 4-expert, top-2 Mixtral in fp32 with its tokenizer."""
-    return tiny.make_model(tmp_path_factory.mktemp("mixtral"))
-
-
-@pytest.fixture(scope="session")
-def calibrated(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """(configuration, run directory) with data, statistics (with losses) and a calibration with unequal weights. Tests
-    work on copies of it."""
-    from test_unlearn import calibrated_run
-
-    folder = tmp_path_factory.mktemp("calibrated")
-    config = tiny.write_config(folder, tiny_model, statistics__nll=True)
-    return config, calibrated_run(config, folder / "run")
-
-
 @pytest.fixture(scope="session", autouse=True)
 def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """SHARED_FOLDER: what several workers of this run use is made there once."""
+    """SHARED_FOLDER: where several workers of this run keep what they all use (:func:`jobs.made_once`)."""
     base = tmp_path_factory.getbasetemp()
     os.environ["SHARED_FOLDER"] = str(base.parent if "PYTEST_XDIST_WORKER" in os.environ else base)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(shared_folder: None) -> Path:
+    """A random 3-layer, 4-expert, top-2 Mixtral in fp32 with its tokenizer."""
+    from jobs import made_once
+
+    return made_once("mixtral", tiny.make_model)
 
 
 @pytest.fixture(scope="session")

@@ -57,8 +57,7 @@ class Result:
 class Server:
     """Runs ``trace-ds`` in forks of one process that has imported it, one call at a time."""
 
-    def __init__(self, variables: dict[str, str] | None = None, *, tasks: bool = False) -> None:
-        """``tasks``: with lm-eval's index, which every command that asks for one would make of thousands of files."""
+    def __init__(self, variables: dict[str, str] | None = None) -> None:
         asked, self._asking = Pipe(duplex=False)
         self._answers, answer = Pipe(duplex=False)
         if variables is None:
@@ -67,7 +66,7 @@ class Server:
             self._wait: Callable[[int], object] = process.join
         else:
             ends = (asked.fileno(), answer.fileno())
-            command = [sys.executable, __file__, *map(str, ends), *(["tasks"] if tasks else [])]
+            command = [sys.executable, __file__, *map(str, ends)]
             self._wait = subprocess.Popen(command, env=variables, pass_fds=ends).wait
         asked.close(), answer.close()
 
@@ -112,8 +111,8 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(variables: dict[str, str] | None = None, *, tasks: bool = False) -> Iterator[Server]:
-    server = Server(variables, tasks=tasks)
+def serving(variables: dict[str, str] | None = None) -> Iterator[Server]:
+    server = Server(variables)
     try:
         yield server
     finally:
@@ -162,12 +161,8 @@ def _import_all() -> None:
     _ = pyarrow.parquet, transformers.AutoTokenizer, transformers.AutoConfig, transformers.AutoModelForCausalLM
 
 
-def _serve(asked: Connection, answer: Connection, tasks: bool = False) -> None:
+def _serve(asked: Connection, answer: Connection) -> None:
     _import_all()
-    if tasks:
-        from trace_ds.evaluation.harness import _task_manager
-
-        _task_manager(None)
     own = environment()
     os.environ.clear()
     os.environ.update(own)
@@ -344,4 +339,4 @@ def _killer(place: str, number: int) -> Callable[[str, tuple[Any, ...]], None]:
 
 
 if __name__ == "__main__":
-    _serve(*(Connection(int(end)) for end in sys.argv[1:3]), tasks=len(sys.argv) > 3)
+    _serve(*(Connection(int(end)) for end in sys.argv[1:]))

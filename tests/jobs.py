@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +13,18 @@ import numpy as np
 
 from trace_ds.config.load import load_config
 from trace_ds.run.directory import RunDirectory
+
+
+def made_once(name: str, make: Callable[[Path], object]) -> Path:
+    """A folder that ``make`` fills, for the first worker of a test run that asks; the others wait and use it."""
+    folder = Path(os.environ["SHARED_FOLDER"]) / name
+    with folder.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.with_suffix(".made").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            make(folder)
+            folder.with_suffix(".made").touch()
+    return folder
 
 
 def prepared_run(config: Path, run: Path) -> Path:
@@ -71,7 +87,6 @@ def disturb(goal: Any, world: Any, how: str, in_pass: int, step: int, stop: Path
     ``goal``: the class whose ``local_sums`` is called in every pass: between the backward pass and the update, and
     when a checkpoint is to be saved.
     """
-    import os
     import signal
     import sys
     import time
@@ -315,7 +330,6 @@ def outputs_width(model: Any) -> int:
 
 def collect_job_killed_while_hashing(world: Any, config: str, run_dir: str) -> None:
     """``collect`` whose last rank is killed when it hashes its parts of the retain side."""
-    import os
     import signal
 
     from trace_ds.run import artefact
@@ -334,7 +348,6 @@ def collect_job_killed_while_hashing(world: Any, config: str, run_dir: str) -> N
 def collect_with_failing_storage(world: Any, config: str, run_dir: str) -> list[str]:
     """``collect`` again and again, the storage of the last rank failing at one place after the other, then not at all;
     the errors of this rank."""
-    import os
     from unittest import mock
 
     from trace_ds.routing import collection
@@ -363,7 +376,6 @@ def collect_with_failing_storage(world: Any, config: str, run_dir: str) -> list[
 
 def killed_collect_job(world: Any, config: str, run_dir: str, overrides: list[str]) -> None:
     """``collect`` whose last rank is killed as soon as it has saved a state of the retain side."""
-    import os
     import signal
     import threading
     import time

@@ -6,10 +6,7 @@ what the engine holds in memory: its gathered parameters, put together here inde
 
 from __future__ import annotations
 
-import fcntl
-import functools
 import json
-import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from distributed import run_distributed
+from jobs import made_once
 
 from trace_ds.parallel.world import World
 
@@ -245,15 +243,10 @@ SLOW = {
 }
 
 
-@functools.cache
 def checkpoints(world: int, slow: bool = False) -> Path:
     """Directory with the checkpoints of that world's cases, built once in a test run by the worker that asks first."""
-    root = Path(os.environ["SHARED_FOLDER"]) / f"world{world}{'_slow' * slow}"
-    with root.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not root.exists():
-            run_world(world, (SLOW if slow else QUICK)[world], root.with_suffix(".part")).rename(root)
-    return root
+    cases = (SLOW if slow else QUICK)[world]
+    return made_once(f"world{world}{'_slow' * slow}", lambda root: run_world(world, cases, root))
 
 
 def _parameters() -> Iterator[Any]:

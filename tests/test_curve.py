@@ -9,7 +9,7 @@ from typing import Any
 import jobs
 import pytest
 from distributed import run_distributed
-from test_unlearn import copy_of
+from test_unlearn import calibrated, copy_of  # noqa: F401 (calibrated is a fixture)
 
 from trace_ds.config.load import load_config
 from trace_ds.errors import UserError
@@ -40,7 +40,7 @@ def curve_of(run: Path, step: int) -> list[dict[str, Any]]:
 @pytest.mark.slow
 @pytest.mark.parametrize(("world", "ep", "stage", "loss"), [(1, 1, 3, "rmu"), (2, 2, 3, "npo"), (2, 1, 1, "rmu")])
 def test_a_curve_is_the_scores_of_the_checkpoints_and_changes_nothing(
-    calibrated: tuple[Path, Path],
+    calibrated: tuple[Path, Path],  # noqa: F811
     tmp_path: Path,
     world: int,
     ep: int,
@@ -75,7 +75,7 @@ def test_a_curve_is_the_scores_of_the_checkpoints_and_changes_nothing(
     assert [score.value for score in drawn[4].scores] == [score["value"] for score in curve[2]["scores"]]
 
 
-def test_tasks_of_a_curve_are_named(calibrated: tuple[Path, Path]) -> None:
+def test_tasks_of_a_curve_are_named(calibrated: tuple[Path, Path]) -> None:  # noqa: F811
     config, run = calibrated
     with pytest.raises(UserError, match=r"names 'questions', which is not among evaluation.tasks .questions_forget, "):
         load_config(str(config), ['unlearning.evaluate.tasks=["questions"]', "unlearning.evaluate.every=2"], run)

@@ -117,8 +117,7 @@ def place(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
             )
         }
         home = folder / "home"
-        online, offline = hub.environment(home), hub.environment(home, offline=True)
-        with serving(online, tasks=True) as server, serving(offline, tasks=True) as away:
+        with serving(hub.environment(home)) as server, serving(hub.environment(home, offline=True)) as away:
             yield Place(hub, home, server, away, folder, commits)
 
 

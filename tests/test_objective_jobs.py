@@ -42,8 +42,10 @@ OTHERS = {
 }
 SHAPES = [
     (1, 1, 3, OBJECTIVES),
-    (2, 1, 2, OTHERS),
+    (1, 1, 1, OTHERS),
+    (2, 1, 1, OBJECTIVES),
     (2, 2, 3, OBJECTIVES),
+    (2, 2, 2, OTHERS),
     (4, 2, 1, OBJECTIVES),
 ]
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from distributed import run_distributed
 from objective_reference import reference_run
-from test_unlearn import GRADIENT_LIKE, copy_of, losses_of
+from test_unlearn import GRADIENT_LIKE, calibrated, copy_of, losses_of  # noqa: F401 (a fixture)
 
 from trace_ds.checkpoints.manifest import read_manifest
 from trace_ds.config.load import load_config
@@ -36,7 +36,7 @@ def theta_of(run: Path, step: int) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def straight(calibrated: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def straight(calibrated: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
     """Three steps with online weights on two ranks, experts sharded."""
     config, prepared_run = calibrated
     run = copy_of(prepared_run, tmp_path_factory.mktemp("straight") / "run")
@@ -56,7 +56,7 @@ def straight(calibrated: tuple[Path, Path], tmp_path_factory: pytest.TempPathFac
     ],
 )
 def test_equals_a_token_by_token_reference(
-    calibrated: tuple[Path, Path],
+    calibrated: tuple[Path, Path],  # noqa: F811
     straight: Path,
     tmp_path: Path,
     world: int,
@@ -80,7 +80,7 @@ def test_equals_a_token_by_token_reference(
 
 @pytest.mark.slow
 def test_online_weights_resume_bitwise(
-    calibrated: tuple[Path, Path],
+    calibrated: tuple[Path, Path],  # noqa: F811
     straight: Path,
     tmp_path: Path,
 ) -> None:
@@ -97,7 +97,7 @@ def test_online_weights_resume_bitwise(
     assert "theta_LE" not in str(inspect(stopped / "checkpoints" / "step_000003").facts)
 
 
-def test_live_weights_are_refused_with_what_to_use(calibrated: tuple[Path, Path]) -> None:
+def test_live_weights_are_refused_with_what_to_use(calibrated: tuple[Path, Path]) -> None:  # noqa: F811
     """They were taken out. What a version that had them wrote beside other weights is still read."""
     config, run = calibrated
     with pytest.raises(UserError, match=r"unlearning\.weights: was taken out.* use reference or online"):
@@ -107,7 +107,7 @@ def test_live_weights_are_refused_with_what_to_use(calibrated: tuple[Path, Path]
         load_config(str(config), ["unlearning.live={refresh_steps: 2}"], run)
 
 
-def test_online_weights_are_refused_where_the_rule_would_not_show(calibrated: tuple[Path, Path]) -> None:
+def test_online_weights_are_refused_where_the_rule_would_not_show(calibrated: tuple[Path, Path]) -> None:  # noqa: F811
     """They know the forget frequencies and nothing of the rule: a control would be TRACE under another name."""
     config, run = calibrated
 

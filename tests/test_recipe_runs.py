@@ -83,8 +83,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     with serving_hub() as hub:
         commits = publish(hub, folder / "hub")
         home = folder / "home"
-        online, offline = hub.environment(home), hub.environment(home, offline=True)
-        with serving(online, tasks=True) as server, serving(offline, tasks=True) as without:
+        with serving(hub.environment(home)) as server, serving(hub.environment(home, offline=True)) as without:
             yield Place(hub, home, server, without, commits)
 
 

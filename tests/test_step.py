@@ -12,7 +12,7 @@ import jobs
 import pytest
 import torch
 from distributed import run_distributed
-from test_unlearn import copy_of, losses_of
+from test_unlearn import calibrated_once, copy_of, losses_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trace_ds.checkpoints.manifest import Manifest, read_manifest
@@ -23,6 +23,11 @@ from trace_ds.run.directory import RunDirectory
 from trace_ds.stages.training import Training
 
 SHAPE = ["distributed.ep=1", "unlearning.zero_stage=3", "unlearning.micro_batch_rows=1"]
+
+
+@pytest.fixture(scope="module")
+def calibrated(tiny_model: Path) -> tuple[Path, Path]:
+    return calibrated_once(tiny_model)
 
 
 class Collectives(TorchDispatchMode):

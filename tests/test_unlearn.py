@@ -40,6 +40,22 @@ from trace_ds.unlearning.job import finite_state
 GRADIENT_LIKE = ["unlearning.optimizer.eps=0.1", "unlearning.optimizer.lr=0.01", "unlearning.micro_batch_rows=null"]
 
 
+@pytest.fixture(scope="module")
+def calibrated(tiny_model: Path) -> tuple[Path, Path]:
+    return calibrated_once(tiny_model)
+
+
+def calibrated_once(tiny_model: Path) -> tuple[Path, Path]:
+    """(configuration, run directory) with data, statistics (with losses) and a calibration with unequal weights; to be
+    copied before anything is changed."""
+
+    def make(folder: Path) -> None:
+        calibrated_run(tiny.write_config(folder, tiny_model, statistics__nll=True), folder / "run")
+
+    folder = jobs.made_once("calibrated", make)
+    return folder / "config.yaml", folder / "run"
+
+
 def calibrated_run(config: Path, run: Path, world: int = 1) -> Path:
     run = jobs.prepared_run(config, run)
     run_distributed(jobs.collect_job, world, str(config), str(run), [])

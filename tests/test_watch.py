@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from distributed import run_distributed
-from test_unlearn import copy_of, losses_of, weights_of
+from test_unlearn import calibrated, copy_of, losses_of, weights_of  # noqa: F401  (a fixture)
 
 from trace_ds.checkpoints.manifest import complete_steps, read_manifest
 from trace_ds.config.load import load_config
@@ -91,7 +91,7 @@ JOBS: dict[str, tuple[list[str], str]] = {
 
 
 @pytest.fixture(scope="module")
-def finished(calibrated: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def finished(calibrated: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:  # noqa: F811
     """The run directory of each of :data:`JOBS`, all in one group of two processes."""
     config, prepared = calibrated
     folder = tmp_path_factory.mktemp("watched")
@@ -130,7 +130,7 @@ def test_recomputed_activations_change_nothing(finished: dict[str, Path], tmp_pa
 @pytest.mark.slow
 def test_evaluations_equal_brute_force_and_do_not_depend_on_the_world(
     finished: dict[str, Path],
-    calibrated: tuple[Path, Path],
+    calibrated: tuple[Path, Path],  # noqa: F811
     tiny_model: Path,
     tmp_path: Path,
 ) -> None:
@@ -156,7 +156,7 @@ def test_evaluations_equal_brute_force_and_do_not_depend_on_the_world(
 
 
 @pytest.mark.slow
-def test_a_job_that_reached_its_target_is_done(finished: dict[str, Path], calibrated: tuple[Path, Path]) -> None:
+def test_a_job_that_reached_its_target_is_done(finished: dict[str, Path], calibrated: tuple[Path, Path]) -> None:  # noqa: F811
     run = finished["early"]
     last = max(evaluations(run))
     assert 0 < last < 9 and evaluations(run)[last]["forget_nll"] >= 6 > evaluations(run)[last - 2]["forget_nll"]
@@ -188,7 +188,7 @@ def test_backing_off_halves_the_learning_rate_and_saves_good_states_only(finishe
     assert found == [0, 1, 1]  # what a resumed job goes on with
 
 
-def test_guards_need_evaluations(calibrated: tuple[Path, Path], tmp_path: Path) -> None:
+def test_guards_need_evaluations(calibrated: tuple[Path, Path], tmp_path: Path) -> None:  # noqa: F811
     config, run = calibrated
     with pytest.raises(UserError, match=r"guards\.max_retain_ratio needs unlearning\.evaluate\.every"):
         load_config(str(config), ["unlearning.guards.max_retain_ratio=2"], run)
@@ -246,7 +246,7 @@ def test_verdicts(changes: dict[str, Any], found: dict[str, float], back_offs: i
     assert judge(settings, START, START | found, back_offs, last=changes.get("last", False)).action == action
 
 
-def test_held_rows_are_evenly_spaced_and_counted(calibrated: tuple[Path, Path]) -> None:
+def test_held_rows_are_evenly_spaced_and_counted(calibrated: tuple[Path, Path]) -> None:  # noqa: F811
     dataset = TokenDataset.open(calibrated[1] / "data" / "retain.arrow")
     rows = HeldRows.of(dataset, 4, None).rows
     assert rows[0] <= 1 and rows[-1] >= len(dataset) - 2 and (np.diff(rows) > 0).all()
@@ -254,7 +254,7 @@ def test_held_rows_are_evenly_spaced_and_counted(calibrated: tuple[Path, Path]) 
 
 
 def test_recomputation_without_expert_parallelism(
-    calibrated: tuple[Path, Path],
+    calibrated: tuple[Path, Path],  # noqa: F811
     tmp_path: Path,
 ) -> None:
     """Every parameter, the experts' too, sharded by ZeRO-3 and gathered only while its module runs."""
