@@ -300,8 +300,6 @@ CASES: list[tuple[str, str, Change, str]] = [
     # the configuration and the command line
     ("wrong key", f"{RUN} --set unlearning.learning_rte=1", nothing, "unknown key 'unlearning.learning_rte'"),
     ("no config", "run nothere.yaml", nothing, "no such configuration file or recipe"),
-    ("long config", f"run {'c' * 300}", nothing, "no such configuration file or recipe"),
-    ("long run dir", f"{RUN} --run-dir {'c' * 300}", nothing, "no file can have a name over 255"),
     ("ep 3", "collect config.yaml --nproc 3 --ep 3", nothing, "does not divide the 4 experts"),
     ("ep 4", f"{RUN} --nproc 2 --ep 4", nothing, "does not divide the world size 2"),
     *(
@@ -315,19 +313,9 @@ CASES: list[tuple[str, str, Change, str]] = [
     ("dense", RUN, model_is({"model_type": "llama", "num_hidden_layers": 3}), "is not a Mixture-of-Experts model"),
     ("unknown", RUN, model_config(model_type="nllb-moe"), "'nllb-moe' is not supported"),
     ("unknown, families", RUN, model_config(model_type="nllb-moe"), "mixtral, olmoe, qwen2_moe, qwen3_moe"),
-    (
-        "top k",
-        RUN,
-        model_config(num_experts_per_tok=9),
-        "num_experts_per_tok 9 is larger than the number of experts (4)",
-    ),
+    ("top k", RUN, model_config(num_experts_per_tok=9), "9 is larger than the number of experts (4)"),
     ("shard missing", RUN, sharded, "weight shard model-00002-of-"),
-    (
-        "layers",
-        RUN,
-        model_config(num_hidden_layers=1e9),
-        "num_hidden_layers is 1000000000.0, no whole number from 1 to",
-    ),
+    ("layers", RUN, model_config(num_hidden_layers=1e9), "num_hidden_layers is 1000000000.0, no whole number"),
     ("layers, plan", PLAN, model_config(num_hidden_layers=10**9), "num_hidden_layers is 1000000000, no whole number"),
     ("no layers", RUN, model_config(num_hidden_layers=None), "num_hidden_layers is None"),
     ("negative", PLAN, model_config(hidden_size=-1), "hidden_size is -1, no whole number from 1 to"),
@@ -335,18 +323,8 @@ CASES: list[tuple[str, str, Change, str]] = [
     ("experts", PLAN, model_config(num_local_experts=10**12), "num_local_experts is 1000000000000, no whole number"),
     ("vocabulary", PLAN, model_config(vocab_size=True), "vocab_size is True, no whole number"),
     ("any number", PLAN, model_config(rope_theta=1e300), "rope_theta is 1e+300, beyond 64 bits"),
-    (
-        "not JSON",
-        RUN,
-        in_model("config.json", '{"a": 9' + "9" * 5000),
-        "the model's configuration is damaged (Exceeds the limit",
-    ),
-    (
-        "deep JSON",
-        RUN,
-        in_model("config.json", '{"a": ' + "[" * 100_000),
-        "the model's configuration is damaged (maximum recursion depth",
-    ),
+    ("not JSON", RUN, in_model("config.json", '{"a": ' + "9" * 5000), "configuration is damaged (Exceeds the limit"),
+    ("deep JSON", RUN, in_model("config.json", "[" * 100_000), "configuration is damaged (maximum recursion depth"),
     ("kernel", RUN, model_config(attn_implementation="owner/name"), ATTENTION),
     ("kernel 2", PLAN, model_config(_attn_implementation="owner/name"), f"_{ATTENTION}"),
     ("kernel 3", RUN, model_config(text_config={"attn_implementation": "owner/name"}), ATTENTION),
@@ -359,12 +337,6 @@ CASES: list[tuple[str, str, Change, str]] = [
     ("vocabulary 2", PREPARE, model_config(vocab_size=299), "ids up to 299, the model embeddings for 299 only"),
     # corpora
     ("no corpus", PREPARE, lambda f: (f / "corpora" / "retain.jsonl").unlink(), "the corpus file does not exist"),
-    (
-        "folder",
-        f"{PREPARE} --set 'data.forget=[{{path: empty}}]'",
-        lambda f: (f / "empty").mkdir(),
-        "the folder holds no file that can be read",
-    ),
     ("empty", PREPARE, forget(b""), "the forget corpus is empty"),
     ("no text", PREPARE, forget(b'{"text": ""}\n{"text": ""}\n'), "no usable token"),
     ("latin-1", PREPARE, forget(b'{"text": "caf\xe9"}\n'), "forget.jsonl:1: not UTF-8 (byte 13 of the line)"),
@@ -379,12 +351,6 @@ CASES: list[tuple[str, str, Change, str]] = [
     ("bytes", f"{PREPARE} --set {FORGET}", parquet([b"a", b"\xff"]), "the column 'text' holds binary, no text"),
     ("lists", f"{PREPARE} --set {FORGET}", parquet([["a"], ["b"]]), "the column 'text' holds list<"),
     ("column", f"{PREPARE} --set {FORGET}", parquet(["a"], "body"), "set the corpus' field to one of ['body']"),
-    (
-        "no Parquet",
-        f"{PREPARE} --set {FORGET}",
-        lambda f: (f / "corpora/forget.parquet").write_text("x"),
-        "not a whole",
-    ),
     ("torn pages", f"{PREPARE} --set {FORGET}", torn_parquet, "not a whole Parquet file ("),
     # tasks
     ("task", RUN, question(prompt="\ud800"), "is half of a surrogate pair"),
@@ -393,28 +359,13 @@ CASES: list[tuple[str, str, Change, str]] = [
     # what only a late stage, or a variant, would stumble on
     (
         "variant",
-        f"{RUN} --set 'variants={{even: {{calibration.rul: uniform}}}}'",
+        f"{RUN} --set 'variants={{a: {{calibration.rul: uniform}}}}'",
         nothing,
         "unknown key 'calibration.rul'",
     ),
-    (
-        "layer",
-        f"{RUN} --set 'variants={{deep: {{unlearning.rmu.layer: 99}}}}'",
-        nothing,
-        "layer 99 of a model with 3",
-    ),
-    (
-        "gold",
-        f"{RUN} --set 'evaluation.models={{gold: no/such/model}}'",
-        nothing,
-        "no/such/model: there is no model",
-    ),
-    (
-        "ds_config",
-        f"{RUN} --set unlearning.ds_config=no/such/file.json",
-        nothing,
-        "the DeepSpeed configuration cannot be read",
-    ),
+    ("layer", f"{RUN} --set 'variants={{a: {{unlearning.rmu.layer: 99}}}}'", nothing, "layer 99 of a model with 3"),
+    ("gold", f"{RUN} --set 'evaluation.models={{gold: no/such/model}}'", nothing, "no/such/model: there is no model"),
+    ("ds_config", f"{RUN} --set unlearning.ds_config=no/file.json", nothing, "DeepSpeed configuration cannot be read"),
 ]
 
 

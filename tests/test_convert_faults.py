@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from test_convert_engines import Case, base_model, checkpoints
 
 from trace_ds.checkpoints import serialization
-from trace_ds.conversion.convert import convert_checkpoint, verify_huggingface
+from trace_ds.conversion.convert import convert_checkpoint
 from trace_ds.errors import UserError
 from trace_ds.run import artefact
 from trace_ds.stages.inspect import inspect
@@ -691,10 +691,3 @@ def test_two_conversions_to_the_same_place(source: Path, tmp_path: Path) -> None
         convert_checkpoint(source, tmp_path / "model", base_model=base(), progress=other)
     assert tree(tmp_path / "model") == first[0]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", source.name]
-
-
-def test_verify_finds_a_result_that_differs(source: Path, tmp_path: Path) -> None:
-    report = convert_checkpoint(source, tmp_path / "model", base_model=base(), verify=True)
-    flip(tmp_path / "model" / "model.safetensors", -3)
-    with pytest.raises(UserError, match=r"model\.safetensors"):
-        verify_huggingface(tmp_path / "model", report)
