@@ -204,21 +204,20 @@ class Study:
         return {name: scores_of(read_result(folder / f"{name}.json")) for name in ("original", *models)}
 
     def target(self) -> float:
-        """The mean of the gold models of all seeds plus the margin; without gold models chance plus two points.
+        """The mean of the gold models of all seeds, without gold models chance, plus the margin.
 
         The mean (our decision): no gold model ever saw what is to be forgotten, so they differ by the luck of a few
         hundred questions only, and a seed whose gold model was unlucky would ask for less than chance.
         :func:`run_list.check` has seen that the metric has a chance level where there is no gold model.
         """
         from trace_ds.evaluation.metrics import METRICS
-        from trace_ds.reporting.scores import CHANCE_MARGIN
 
         golds = [models[GOLD] for models in map(self.references, self.seeds) if GOLD in models]
         if golds:
             return math.fsum(metric_of(gold, self.bench.forget) for gold in golds) / len(golds) + self.bench.margin
         chance = METRICS[self.bench.forget.split()[1]].chance
         assert chance is not None
-        return chance + CHANCE_MARGIN
+        return chance + self.bench.margin
 
     def results(self, phase: str) -> Iterator[tuple[run_list.Trial, dict[str, Any]]]:
         """The curve.json of each trial of a phase, its points as :func:`metric_of` reads them."""
