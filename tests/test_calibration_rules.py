@@ -40,7 +40,7 @@ def run(world, folder, parts: int = 1, seed: int = 0, **options) -> tuple[Calibr
         config,
         retain.tokens,
         trace,
-        scope_of(config, detection.selected_LE, detection.eligible_LE, seed),
+        scope_of(config, detection.selected_LE, detection.eligible_LE, seed, detection.log_ratio_LE),
         detection.forget_LE,
         detection.retain_LE,
         seed,
@@ -160,11 +160,17 @@ def test_permuting_rows_of_equal_length_keeps_both_multisets_exactly(tmp_path) -
     assert not np.allclose(a.row_weight_R, b.row_weight_R)
 
 
-def test_random_experts_are_as_many_and_meet_their_true_targets(world, tmp_path) -> None:
+@pytest.mark.parametrize("rule", ["random_experts", "lowest_experts"])
+def test_other_experts_are_as_many_and_meet_their_true_targets(world, tmp_path, rule: str) -> None:
     detection = world[2]
-    made, _, achieved_LE = run(world, tmp_path, rule="random_experts")
-    assert made.scope_LE.sum() == detection.selected_LE.sum()
-    assert not np.array_equal(made.scope_LE, detection.selected_LE)
+    made, _, achieved_LE = run(world, tmp_path, rule=rule)
+    count = int(detection.selected_LE.sum())
+    assert made.scope_LE.sum() == count
+    if rule == "lowest_experts":
+        assert set(np.flatnonzero(made.scope_LE)) == set(np.argsort(detection.log_ratio_LE, axis=None)[:count])
+    else:
+        draws = {run(world, tmp_path, rule=rule, draw=draw)[0].scope_LE.tobytes() for draw in range(4)}
+        assert len(draws) > 2 and detection.selected_LE.tobytes() not in draws
     wanted = detection.retain_LE + made.strength * (detection.forget_LE - detection.retain_LE)
     np.testing.assert_allclose(achieved_LE[made.scope_LE], wanted[made.scope_LE], atol=1e-6)
 

@@ -20,6 +20,7 @@ over rows (rows.py), the ratio rules take row means.
 ``uniform``        u = 0: no trace needed. Control: the unweighted baseline
 ``permuted``       raking's weights on the wrong rows: row r gets those of row π(r). Control: same weights, no meaning
 ``random_experts`` raking on as many experts as were detected, drawn at random, with their true targets. Control
+``lowest_experts`` the same on as many of the lowest p^F/p^R, those that forget text uses least. Control
 ``inverse``        −u of raking: θ negated, which is the same as 1/w renormalised. Control: the opposite direction
 ``sources``        u = log of the weight the configuration gives to the source of the token's document; no routing.
                    Control: what somebody who knows which text is near would do (the oracle of docs/studies.md)
@@ -101,15 +102,25 @@ class Calibrated:
     notes: list[str] = field(default_factory=list)
 
 
-def scope_of(config: CalibrationConfig, selected_LE: np.ndarray, eligible_LE: np.ndarray, seed: int) -> np.ndarray:
-    """bool [L, E]: the experts whose frequencies the rule is asked to move."""
+def scope_of(
+    config: CalibrationConfig,
+    selected_LE: np.ndarray,
+    eligible_LE: np.ndarray,
+    seed: int,
+    log_ratio_LE: np.ndarray | None = None,
+) -> np.ndarray:
+    """bool [L, E]: the experts whose frequencies the rule is asked to move; ``lowest_experts`` needs their ratios."""
     if config.rule in WITHOUT_TRACE or (config.if_none_found == "uniform" and not selected_LE.any()):
         return np.zeros_like(selected_LE)
-    if config.rule == "random_experts":
+    if config.rule in ("random_experts", "lowest_experts"):
         candidates = np.flatnonzero(eligible_LE)
-        drawn = np.random.default_rng([seed, 1]).permutation(candidates)[: int(selected_LE.sum())]
+        if config.rule == "random_experts":
+            order = np.random.default_rng([seed, 1, config.draw]).permutation(candidates)
+        else:
+            assert log_ratio_LE is not None
+            order = candidates[np.argsort(log_ratio_LE.flat[candidates], kind="stable")]
         scope_LE = np.zeros_like(selected_LE)
-        scope_LE.flat[drawn] = True
+        scope_LE.flat[order[: int(selected_LE.sum())]] = True
         return scope_LE
     return eligible_LE.copy() if config.experts == "all" else selected_LE.copy()
 

