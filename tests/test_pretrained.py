@@ -15,7 +15,7 @@ from tools import make_pretrained
 from trace_ds.demo import dense_to_moe, pretrained
 from trace_ds.demo.dense_to_moe import Shape, SplitFeedForward
 
-SHAPE = Shape(layers=2, shared=24, experts=4, neurons=6, top_k=2)
+SHAPE = Shape(layers=2, shared=24, experts=4, neurons=8, top_k=2)
 SETTINGS = pretrained.Settings(SHAPE, 32, 1024, 512, steps=12, step_sentences=8, files=4)
 TOKENS_RT = torch.arange(600).view(8, 75)[:, :60] % 300
 
@@ -26,7 +26,7 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     folder = tmp_path_factory.mktemp("pretrained") / "dense"
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+    sizes = {"hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 3, "num_attention_heads": 4}
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=300, num_key_value_heads=2, eos_token_id=1, initializer_range=0.2, **sizes)
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
@@ -84,13 +84,13 @@ def test_repair_and_distillation_bring_it_back_to_the_dense_model(dense: Path) -
 
 
 def test_every_neuron_is_shared_or_in_one_expert() -> None:
-    size_TF = torch.rand(200, 48, generator=torch.Generator().manual_seed(0))
+    size_TF = torch.rand(200, 56, generator=torch.Generator().manual_seed(0))
     size_TF[:, 5] = 4.0  # large and even
-    pairs = torch.rand(200, 4, generator=torch.Generator().manual_seed(1)).round().repeat_interleave(6, 1)
-    size_TF[:, 24:] = pairs[:, torch.arange(24).view(6, 4).T.flatten()] + 1e-3 * size_TF[:, 24:]
+    pairs = torch.rand(200, 4, generator=torch.Generator().manual_seed(1)).round().repeat_interleave(8, 1)
+    size_TF[:, 24:] = pairs[:, torch.arange(32).view(4, 8).T.flatten()] + 1e-3 * size_TF[:, 24:]
     shared_S, groups_EM = dense_to_moe.shared_and_experts(size_TF, SHAPE, seed=0)
-    assert sorted([*shared_S.tolist(), *groups_EM.flatten().tolist()]) == list(range(48))
-    assert groups_EM.shape == (4, 6) and 5 in shared_S.tolist()
+    assert sorted([*shared_S.tolist(), *groups_EM.flatten().tolist()]) == list(range(56))
+    assert groups_EM.shape == (4, 8) and 5 in shared_S.tolist()
 
 
 def test_groups_are_of_what_is_active_together() -> None:
@@ -108,7 +108,7 @@ def test_what_transformers_loads_is_what_was_split(dense: Path, tmp_path: Path, 
 
     moe, original = dense_to_moe.load_dense(dense), dense_to_moe.load_dense(dense)
     for layer in moe.model.layers[:2]:
-        order = torch.randperm(48, generator=torch.Generator().manual_seed(0))
+        order = torch.randperm(56, generator=torch.Generator().manual_seed(0))
         router_ED = torch.randn(4, 32).bfloat16().float() * (top_k < 4)
         layer.mlp = SplitFeedForward(layer.mlp, order, router_ED, replace(SHAPE, top_k=top_k))
     dense_to_moe.export(moe, tmp_path)

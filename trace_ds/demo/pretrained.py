@@ -366,7 +366,7 @@ def write_task(
     seed: int,
 ) -> None:
     """One base split: what is forgotten and kept as documents, and what is asked of it."""
-    general = texts.documents(random.Random(f"general {seed}"))
+    general = texts.documents(random.Random(f"general {seed}"))[:2000]
     rng = random.Random(f"retain pretrained {seed}")
     pool = split["pool"].documents
     lines: dict[str, Sequence[Any]] = {
