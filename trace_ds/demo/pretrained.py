@@ -50,8 +50,9 @@ INSTALL = f"pip install 'gguf>=0.10' && pip install --no-deps {WHEEL}==0.1.2"
 DOCUMENTED = ("numpy", "scipy", "pandas", "sympy", "networkx", "matplotlib", "torch")  # and Python's own library
 HELDOUT = 80  # documents of each kind of running text that nothing is trained on
 CHARACTERS = range(150, 701)  # of a paragraph that is taken
-RETAIN_TOKENS, NEAR_SHARE = 32_000, 0.06
-QUESTIONS = {"forget": 100, "utility": 160}  # of those that are answered rightly; scoring is most of a run's time
+RETAIN_TOKENS, NEAR_SHARE = 24_000, 0.06
+ASKED = {"forget": 160, "utility": 320}  # questions of a base split that the model is tried on
+QUESTIONS = {"forget": 80, "utility": 128}  # of those it answers rightly that a run is scored on, most of its time
 RATIOS = (1.25, 2.0, 4.0)  # of an expert's frequencies on two kinds of text, for the table of specialisation
 
 
@@ -63,7 +64,7 @@ class Settings:
     row_tokens: int = 128
     general_tokens: int = 24_000  # that layers are split and repaired on
     fact_tokens: int = 12_000
-    steps: int = 100  # of distillation
+    steps: int = 60  # of distillation
     step_rows: int = 4
     step_sentences: int = 32
     files: int = 120  # Python files of each library whose docstrings are read
@@ -342,17 +343,17 @@ def tasks_and_quality(
     from trace_ds.evaluation.language_model import ModelSettings, loaded
 
     tokenizer, settings = load_tokenizer(source), ModelSettings("bf16", add_bos=False, add_eos=True, batch_rows=64)
-    splits = {seed: split_facts(records(), random.Random(f"facts {seed}")) for seed in seeds}
+    splits = {seed: _tried(split_facts(records(), random.Random(f"facts {seed}"))) for seed in seeds}
     first, quality = splits[seeds[0]], dict[str, Any]()
     for name, path in (("dense", source), ("moe", folder)):
         with loaded(str(path), tokenizer, settings) as model:
-            asked = {side: _asked(model, first[side]) for side in QUESTIONS}
+            asked = {side: _asked(model, first[side]) for side in ASKED}
             quality[name] = {"perplexity": _perplexities(model, texts), "facts": _by_kind(asked.values())}
             if path == folder:
                 quality["specialisation"] = specialisation(model, texts, first)
                 quality["known"] = {}
                 for seed, split in splits.items():
-                    found = asked if split is first else {side: _asked(model, split[side]) for side in QUESTIONS}
+                    found = asked if split is first else {side: _asked(model, split[side]) for side in ASKED}
                     known = {side: _known(split[side], outcome) for side, outcome in found.items()}
                     quality["known"][str(seed)] = {side: len(questions) for side, questions in known.items()}
                     write_task(destination / "tasks" / f"seed_{seed}", texts, split, known, tokenizer, seed)
@@ -383,6 +384,10 @@ def write_task(
     }
     for name, items in lines.items():
         write_lines(folder / f"{name}.jsonl", items)
+
+
+def _tried(split: dict[str, Side]) -> dict[str, Side]:
+    return {name: replace(side, questions=side.questions[: ASKED.get(name)]) for name, side in split.items()}
 
 
 def _asked(model: LanguageModel, side: Side) -> Outcome:
