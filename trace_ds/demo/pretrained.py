@@ -51,8 +51,8 @@ DOCUMENTED = ("numpy", "scipy", "pandas", "sympy", "networkx", "matplotlib", "to
 HELDOUT = 80  # documents of each kind of running text that nothing is trained on
 CHARACTERS = range(150, 701)  # of a paragraph that is taken
 RETAIN_TOKENS, NEAR_SHARE = 24_000, 0.06
-ASKED = {"forget": 160, "utility": 320}  # questions of a base split that the model is tried on
-QUESTIONS = {"forget": 80, "utility": 128}  # of those it answers rightly that a run is scored on, most of its time
+ASKED = {"forget": 140, "utility": 280}  # questions of a base split that the model is tried on
+QUESTIONS = {"forget": 64, "utility": 112}  # of those it answers rightly that a run is scored on, most of its time
 RATIOS = (1.25, 2.0, 4.0)  # of an expert's frequencies on two kinds of text, for the table of specialisation
 
 
@@ -62,8 +62,8 @@ class Settings:
 
     shape: Shape = SMOLLM2
     row_tokens: int = 128
-    general_tokens: int = 24_000  # that layers are split and repaired on
-    fact_tokens: int = 12_000
+    general_tokens: int = 20_000  # that layers are split and repaired on
+    fact_tokens: int = 10_000
     steps: int = 60  # of distillation
     step_rows: int = 4
     step_sentences: int = 32
