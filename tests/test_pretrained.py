@@ -16,7 +16,7 @@ from trace_ds.demo import dense_to_moe, pretrained
 from trace_ds.demo.dense_to_moe import Shape, SplitFeedForward
 
 SHAPE = Shape(layers=2, shared=24, experts=4, neurons=8, top_k=2)
-SETTINGS = pretrained.Settings(SHAPE, 32, 1024, 512, steps=12, step_sentences=8, files=4)
+SETTINGS = pretrained.Settings(SHAPE, 32, 1024, 512, steps=4, step_sentences=8, documents=200, files=2)
 TOKENS_RT = torch.arange(600).view(8, 75)[:, :60] % 300
 
 

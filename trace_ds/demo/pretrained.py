@@ -67,6 +67,7 @@ class Settings:
     steps: int = 60  # of distillation
     step_rows: int = 4
     step_sentences: int = 32
+    documents: int = 4000  # of running text, to draw from
     files: int = 120  # Python files of each library whose docstrings are read
 
 
@@ -302,7 +303,10 @@ def make_moe(source: Path, folder: Path, texts: Texts, settings: Settings, made_
     from trace_ds.demo import dense_to_moe
 
     tokenizer = load_tokenizer(source)
-    end, general = tokenizer.eos_token_id, [d.text for d in texts.documents(random.Random("general"))]
+    end, general = (
+        tokenizer.eos_token_id,
+        [d.text for d in texts.documents(random.Random("general"))[: settings.documents]],
+    )
     text_ids = tokenizer(general, add_special_tokens=False).input_ids
     fact_ids = tokenizer(sentences(), add_special_tokens=False).input_ids
     shuffled = random.Random("sentences").sample(fact_ids, len(fact_ids))
