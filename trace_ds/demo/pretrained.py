@@ -303,24 +303,14 @@ def make_moe(source: Path, folder: Path, texts: Texts, settings: Settings, made_
     from trace_ds.demo import dense_to_moe
 
     tokenizer = load_tokenizer(source)
-    end, general = (
-        tokenizer.eos_token_id,
-        [d.text for d in texts.documents(random.Random("general"))[: settings.documents]],
-    )
-    text_ids = tokenizer(general, add_special_tokens=False).input_ids
-    fact_ids = tokenizer(sentences(), add_special_tokens=False).input_ids
-    shuffled = random.Random("sentences").sample(fact_ids, len(fact_ids))
-    rows_RT = dense_to_moe.packed_rows(text_ids, settings.row_tokens, end)
-    facts_RT = dense_to_moe.packed_rows(shuffled, settings.row_tokens, end)
-    first = [
-        part[: n // settings.row_tokens]
-        for part, n in ((rows_RT, settings.general_tokens), (facts_RT, settings.fact_tokens))
-    ]
-    moe = dense_to_moe.split(dense_to_moe.load_dense(source), torch.cat(first), settings.shape, tell)
-    dense = dense_to_moe.load_dense(source, dense_to_moe.MODEL_DTYPE)
-    batches = dense_to_moe.mixed_batches(
-        rows_RT, fact_ids, settings.step_rows, settings.step_sentences, pad_token_id(tokenizer), seed=0
-    )
+    general = [d.text for d in texts.documents(random.Random("general"))[: settings.documents]]
+    text_ids, fact_ids = (tokenizer(found, add_special_tokens=False).input_ids for found in (general, sentences()))
+    shuffled, length = random.Random("sentences").sample(fact_ids, len(fact_ids)), settings.row_tokens
+    rows_RT, facts_RT = (dense_to_moe.packed_rows(ids, length, tokenizer.eos_token_id) for ids in (text_ids, shuffled))
+    first_RT = torch.cat([rows_RT[: settings.general_tokens // length], facts_RT[: settings.fact_tokens // length]])
+    moe = dense_to_moe.split(dense_to_moe.load_dense(source), first_RT, settings.shape, tell)
+    dense, pad = dense_to_moe.load_dense(source, dense_to_moe.MODEL_DTYPE), pad_token_id(tokenizer)
+    batches = dense_to_moe.mixed_batches(rows_RT, fact_ids, settings.step_rows, settings.step_sentences, pad, seed=0)
     losses = dense_to_moe.distil(moe, dense, batches, settings.steps, tell)
     with replacing_directory(folder, ours.demo_model) as temporary:
         dense_to_moe.export(moe, temporary)
