@@ -260,3 +260,14 @@ def test_shipped_studies_can_be_run(name: str) -> None:
         assert len({trial.name for trial in run_list.trials_of(made.bench)}) * len(made.bench.seeds) == len(
             run_list.trials_of(made.bench)
         )
+
+
+def test_utility_over_levels_is_read_off_the_lines_between_steps() -> None:
+    from tools.study_from_csv import LEVELS, over_levels
+
+    forget, utility = [0.8, 0.6, 0.3, 0.35, 0.2], [1.0, 0.9, 0.6, 0.4, 0.3]
+    levels = np.linspace(0.35, 0.65, LEVELS)  # the first time that a level is reached counts
+    wanted = np.interp(levels, [0.3, 0.6, 0.8], [0.6, 0.9, 1.0]).mean()
+    assert over_levels(forget, utility, 0.35, 0.65) == pytest.approx(wanted)
+    assert over_levels(forget, utility, 0.1, 0.65) is None  # never that low
+    assert over_levels(forget[2:], utility[2:], 0.35, 0.65) is None  # it was lower when first looked at
