@@ -52,7 +52,7 @@ HELDOUT = 80  # documents of each kind of running text that nothing is trained o
 MOST = 2500  # documents of a kind that something is trained on
 CHARACTERS = range(150, 701)  # of a paragraph that is taken
 RETAIN_TOKENS, NEAR_SHARE = 24_000, 0.06
-ASKED = {"forget": 140, "utility": 280}  # questions of a base split that the model is tried on
+ASKED = {"forget": 110, "utility": 220}  # questions of a base split that the model is tried on
 QUESTIONS = {"forget": 56, "utility": 96}  # of those it answers rightly that a run is scored on, most of its time
 RATIOS = (1.25, 2.0, 4.0)  # of an expert's frequencies on two kinds of text, for the table of specialisation
 
