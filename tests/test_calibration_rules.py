@@ -334,7 +334,7 @@ def test_tiny_and_odd_corpora(tmp_path_factory, seed: int, rule: str, level: str
     q = np.minimum(q, 1.0)
     weights = {"a": 7.0, "b*": 0.5} if rule == "sources" else {}
     config = CalibrationConfig(rule=rule, level=level, source_weights=weights)
-    scope_LE = scope_of(config, q > p, np.ones((2, 4), dtype=bool), 0)
+    scope_LE = scope_of(config, q > p, np.ones((2, 4), dtype=bool), 0, q - p)
     folder = tmp_path_factory.mktemp("spool")
     log_weight_D = source_log_weights(weights, ["a", "b", "c"], rng.integers(0, 3, 3))
     made = apply_rule(config, corpus.tokens, corpus.as_trace(), scope_LE, q, p, 0, folder, log_weight_D=log_weight_D)
