@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import functools
 import re
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import pytest
@@ -135,6 +137,37 @@ def test_the_comparisons_by_near_share_follow_from_the_published_scores(method: 
     for study, cell in zip(SHARES, cells, strict=True):
         metric, rows = published(study, 0.30833333333333335)
         assert_told(next(r for r in rows if (r["method"], r["metric"], r["at"]) == (method, metric, "post")), cell)
+
+
+MATCHED = {
+    "selected": "the detected ones (`selected`)",
+    "random_experts": "control: as many at random (ten draws a split)",
+    "lowest_experts": "control: as many of the lowest ratio",
+    "all": "all of the layers that are trained",
+    "permuted": "control: detected, weights permuted over rows",
+    "inverse": "control: detected, the opposite weights",
+    "oracle": "oracle: facts by their label",
+}
+
+
+def test_the_weights_of_the_pretrained_model_are_those_of_the_csv() -> None:
+    section = next(text for title, text in SECTIONS.items() if "bench_pretrained" in title)
+    with (ROOT / "docs/studies/pretrained_weights.csv").open(encoding="utf-8", newline="") as handle:
+        rows = list(csv.DictReader(handle))
+    found: dict[str, dict[str, list[float]]] = {}
+    for method, name in MATCHED.items():
+        mine = [row for row in rows if row["method"] == method]
+        gains = {
+            k: [float(row[f"{k}_weight"]) / float(row[f"{k}_tokens"]) for row in mine] for k in ("facts", "numbers")
+        }
+        cells = [f"{mean(v):.2f} [{min(v):.2f}, {max(v):.2f}]" for v in gains.values()]
+        size = f"{mean(float(row['ess_rows']) for row in mine):.2f}".lstrip("0")
+        assert f"| {name} | {' | '.join(cells)} | {size} |" in section
+        found[method] = gains
+    for kind in ("facts", "numbers"):  # in every split above all of its ten draws
+        draws = found["random_experts"][kind]
+        assert len(draws) == 50
+        assert all(x > max(draws[10 * i : 10 * i + 10]) for i, x in enumerate(found["selected"][kind]))
 
 
 def assert_told(row: dict[str, Any], cell: str) -> None:
