@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import functools
+import json
 import re
 from pathlib import Path
 from statistics import mean
@@ -150,8 +151,23 @@ MATCHED = {
 }
 
 
+PRETRAINED = next(text for title, text in SECTIONS.items() if "bench_pretrained" in title)
+
+
+def test_the_quality_of_the_pretrained_model_is_that_of_the_file() -> None:
+    quality = json.loads((ROOT / "docs/studies/pretrained_quality.json").read_text(encoding="utf-8"))
+    dense, moe = quality["dense"], quality["moe"]
+    pairs = [(f"{dense['perplexity'][kind]:.1f}", f"{found:.1f}") for kind, found in moe["perplexity"].items()]
+    for kind, found in moe["facts"].items():
+        pairs.append(tuple(f"{of['accuracy']:.3f}".lstrip("0") for of in (dense["facts"][kind], found)))
+    told = re.findall(r"^\| (?:perplexity, .*|.*accuracy .*) \| (\S+) \| (\S+) \|$", PRETRAINED, re.MULTILINE)
+    assert sorted(told) == sorted(pairs) and len(told) == 6
+    counts = [(f"{v['above 1.25']}", f"{v['above 2']}") for k, v in quality["specialisation"].items() if k != "experts"]
+    sentence = PRETRAINED.partition("Of its 240 experts")[2].partition("\n\n")[0]
+    assert all({*pair} <= {*re.findall(r"\d+", sentence)} for pair in counts)
+
+
 def test_the_weights_of_the_pretrained_model_are_those_of_the_csv() -> None:
-    section = next(text for title, text in SECTIONS.items() if "bench_pretrained" in title)
     with (ROOT / "docs/studies/pretrained_weights.csv").open(encoding="utf-8", newline="") as handle:
         rows = list(csv.DictReader(handle))
     found: dict[str, dict[str, list[float]]] = {}
@@ -162,7 +178,7 @@ def test_the_weights_of_the_pretrained_model_are_those_of_the_csv() -> None:
         }
         cells = [f"{mean(v):.2f} [{min(v):.2f}, {max(v):.2f}]" for v in gains.values()]
         size = f"{mean(float(row['ess_rows']) for row in mine):.2f}".lstrip("0")
-        assert f"| {name} | {' | '.join(cells)} | {size} |" in section
+        assert f"| {name} | {' | '.join(cells)} | {size} |" in PRETRAINED
         found[method] = gains
     for kind in ("facts", "numbers"):  # in every split above all of its ten draws
         draws = found["random_experts"][kind]
