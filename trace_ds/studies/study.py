@@ -34,7 +34,7 @@ from trace_ds.run.files import write_json, write_text
 from trace_ds.run.foreign import read_object
 from trace_ds.stages.training import OPERATIONAL
 from trace_ds.studies import run_list
-from trace_ds.studies.analysis import Curve, choices, compare, finite, metric_of
+from trace_ds.studies.analysis import Curve, choices, compare, finite, metric_of, questions_of
 from trace_ds.studies.jobs import Study, begin, do
 
 TELL_EVERY_S = 30.0
@@ -311,6 +311,13 @@ def analyse(study: Study) -> dict[str, Any]:
         }
         for seed in study.seeds
     }
+    questions = {
+        str(seed): {
+            m: next((questions_of(entry, m) for entry in study.references(seed).values()), None)
+            for m in (bench.forget, *bench.utility)
+        }
+        for seed in study.seeds
+    }
     target = study.target()
     curves = [curve for phase in study.phases[2:] for curve in study.curves(phase, target)]
     rows: list[dict[str, Any]] = []
@@ -333,6 +340,7 @@ def analyse(study: Study) -> dict[str, Any]:
         "forget": bench.forget,
         "target": target,
         "references": references,
+        "questions": questions,
         "diverged": [_where(curve) for curve in curves if curve.diverged],
         "never_reached": [_where(curve) for curve in curves if curve.step is None and not curve.diverged],
         "comparisons": rows,
