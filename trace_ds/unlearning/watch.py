@@ -188,7 +188,8 @@ class Watch:
                 self._score(engine, cursor, step, last=False)
 
     def _score(self, engine: Any, cursor: dict[str, Any], step: int, *, last: bool) -> bool:
-        """Add a point to the curve; whether it could be scored."""
+        """Add a point to the curve, in the place of one of this step (of the model before its last change); whether it
+        could be scored."""
         if self.score_tasks is None:
             return True
         engine.eval()
@@ -196,7 +197,8 @@ class Watch:
         engine.train()
         if found is None:
             return False
-        cursor["curve"] = [*cursor.get("curve", []), {"step": step, **found}]
+        before = [point for point in cursor.get("curve", []) if point["step"] < step]
+        cursor["curve"] = [*before, {"step": step, **found}]
         told = {f"{score['task']}_{score['metric']}": score["value"] for score in found["scores"]}
         self.log.evaluation(step, **{name: value for name, value in told.items() if value is not None})
         return True
@@ -226,7 +228,8 @@ class Watch:
             self.log.line(f"WARNING after step {done}: {verdict.reason}; halving the learning rate")
         if verdict.action == "finish":
             cursor["reached_forget_nll"] = found["forget_nll"]
-            self.log.line(f"finished early, after step {done} of {self.settings.steps}: {verdict.reason}")
+            if not last:
+                self.log.line(f"finished early, after step {done} of {self.settings.steps}: {verdict.reason}")
         return verdict
 
     def broken(self, engine: Any, cursor: dict[str, Any], verdict: Verdict | None) -> str:
