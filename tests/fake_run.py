@@ -352,6 +352,7 @@ def write_study(path: Path, *, seeds: int = 6, losses: Sequence[str] = ("rmu", "
         "recipe": "fake_study", "seeds": list(range(seeds)), "baseline": "uniform", "forget": forget,
         "target": 0.37, "comparisons": rows, "diverged": [],
         "never_reached": [f"seed 0, {loss}, permuted, alpha=256,lr=0.002" for loss in losses],
+        "questions": {str(seed): {forget: 80, metrics[0]: 40, metrics[1]: None} for seed in range(seeds)},
         "references": {
             str(seed): {
                 "original": {forget: 0.95, metrics[0]: 0.8, metrics[1]: 0.9},

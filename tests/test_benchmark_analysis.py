@@ -108,6 +108,9 @@ def test_a_metric_may_be_restricted_to_sources() -> None:
     entry = {"scores": {"good exact_match": 0.6, "t perplexity": None}, "by_source": {"good": sources}}
     assert analysis.metric_of(entry, "good exact_match") == 0.6
     assert analysis.metric_of(entry, "good exact_match near/*") == 0.75
+    assert analysis.questions_of(entry, "good exact_match") == 10
+    assert analysis.questions_of(entry, "good exact_match near/*") == 4
+    assert analysis.questions_of(entry, "t perplexity") is analysis.questions_of(entry, "good far/*") is None
     assert math.isnan(analysis.metric_of(entry, "t perplexity"))
     assert math.isnan(analysis.metric_of(entry, "good exact_match far/*"))
     text = {"a": {"n": 3, "perplexity": 2.0}, "b": {"n": 1, "perplexity": 32.0}, "c": {"n": 9}}
@@ -154,12 +157,12 @@ def test_a_point_that_forgets_on_more_seeds_is_chosen_before_a_better_one() -> N
 def test_pairs_are_of_the_same_seed_and_missing_ones_are_named() -> None:
     mine = {0: curve(0, "sampling", 4.0, 1e-3, [0.0, 0.6, 0.8], 20), 1: curve(1, "sampling", 4.0, 1e-3, [0.9], None)}
     base = {0: curve(0, "uniform", 1.0, 1e-3, [0.1, 0.5], 10), 1: curve(1, "uniform", 1.0, 1e-3, [0.4], 10)}
-    for value, expected in (("post", (0.7, 0.3)), ("cross", (0.6, 0.1)), ("end", (0.8, 0.5))):
+    for value, expected in (("post", (0.7, 0.3)), ("cross", (0.3, 0.1)), ("end", (0.8, 0.5))):
         row = analysis.compare(mine, base, "good exact_match", value)
         assert (row["value"], row["baseline"]) == pytest.approx(expected)
         assert row["relative"] == pytest.approx(expected[0] / expected[1] - 1)
         assert row["seeds"] == [0] and row["not_reached"] == {"method": [1], "baseline": []}
-        assert (row["steps"], row["baseline_steps"]) == ([20], [10])
+        assert (row["steps"], row["baseline_steps"], row["steps_between_scores"]) == ([20], [10], 10)
         assert row["relative_interval"] is None
     assert row["points"]["0"] == "alpha=4.0,lr=0.001"
 

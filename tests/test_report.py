@@ -599,6 +599,11 @@ def test_a_study_has_its_page(tmp_path: Path) -> None:
         assert (int(row["reached"]), row["grid_ends"]) == (len(wanted["seeds"]), ", ".join(wanted["edges"]))
         assert float(row["forget_end"]) == pytest.approx(np.mean(wanted["forget_end"]), rel=1e-5)
         assert row["not_tuned"] == ", ".join(wanted["untried"])
+        band = t.interval(0.95, 2, np.mean(wanted["by_seed"]), sem(wanted["by_seed"]))
+        if len(wanted["by_seed"]) == 3:
+            assert (float(row["value_low"]), float(row["value_high"])) == pytest.approx(band, rel=1e-5)
+    assert "0.340 <small>[0.246, 0.449]</small>" in text and ">0.900</td>" in text  # of 80 questions, of unknown ones
+    assert "<small>scores 20 steps apart</small>" in text
     assert "not tuned: lr" in text and ('<th scope="col">loss</th>' in text) == (len({r["loss"] for r in rows}) > 1)
     assert "at the grid’s end: alpha=256" in text and "2 runs never reached the target" in text
     lines = rows_of(path / "frontier.csv")

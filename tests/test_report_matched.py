@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import astuple
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from scipy import stats
 
 from trace_ds.reporting.gather import Evaluation, Score
 from trace_ds.reporting.intervals import of_score, wilson
-from trace_ds.reporting.matched import Matched, Reached, matched, reached, relative_gain
+from trace_ds.reporting.matched import Reached, matched, reached, relative_gain
 
 unit = st.floats(0, 1, allow_nan=False)
 
@@ -21,14 +22,14 @@ unit = st.floats(0, 1, allow_nan=False)
 @pytest.mark.parametrize(
     ("steps", "forget", "utility", "target", "found"),
     [
-        ([0, 20, 40, 60], [0.9, 0.5, 0.3, 0.4], [1.0, 0.9, 0.75, 0.5], 0.34, (40, 0.75, 0.625, 0.5)),  # rises again
-        ([1, 2], [0.5, 0.1 + 0.2], [0.7, 0.5], 0.3, (2, 0.5, 0.5, 0.5)),  # equal to the target counts as reached
-        ([1, 2], [0.9, 0.8], [0.7, 0.6], 0.3, (None, None, None, 0.6)),
-        ([1, 2], [math.nan, 0.9], [0.7, 0.6], 0.3, (None, None, None, 0.6)),
+        ([0, 20, 40, 60], [0.9, 0.5, 0.3, 0.4], [1.0, 0.9, 0.75, 0.5], 0.34, (40, 20, 0.78, 0.625, 0.5)),  # rises again
+        ([1, 2], [0.5, 0.1 + 0.2], [0.7, 0.5], 0.3, (2, 1, 0.5, 0.5, 0.5)),  # equal to the target counts as reached
+        ([1, 2], [0.9, 0.8], [0.7, 0.6], 0.3, (None, None, None, None, 0.6)),
+        ([1, 2], [math.nan, 0.9], [0.7, 0.6], 0.3, (None, None, None, None, 0.6)),
     ],
 )
 def test_crossing_and_mean_after_it(steps: Any, forget: Any, utility: Any, target: float, found: Any) -> None:
-    assert matched(steps, forget, utility, target) == Matched(*found)
+    assert astuple(matched(steps, forget, utility, target)) == pytest.approx(found)
 
 
 @given(st.lists(st.tuples(unit, unit), min_size=1, max_size=20), unit)
@@ -39,7 +40,10 @@ def test_against_a_plain_loop(rows: list[tuple[float, float]], target: float) ->
     for step, (forget, utility) in enumerate(rows):
         if kept is None and forget <= target + 1e-9:
             kept = []
-            assert (found.step, found.at_crossing) == (step, utility)
+            before, there = rows[max(step - 1, 0)]
+            share = min((before - target) / (before - forget), 1) if step else 1
+            assert (found.step, found.spacing) == (step, int(step > 0))
+            assert found.at_crossing == pytest.approx(there + share * (utility - there))
         if kept is not None:
             kept.append(utility)
     assert (found.post is None) == (kept is None)

@@ -3,8 +3,11 @@
 Stopping earlier always looks better on utility, so two methods are compared from the point where each has forgotten
 enough: the first checkpoint whose forget score is at the level of a model that never saw the forget set (``gold``).
 
-Shape legend: S checkpoints in order of step. Our decision; ``post`` is the quantity to trust, the
-value at the crossing alone is noisy.
+Two numbers are told of a method, here as everywhere: at the crossing, where the straight line between two scored steps
+meets the target, and on average from the first scored step there on. Our decision; the latter (``post``) is the one to
+trust, the value at the crossing alone is noisy.
+
+Shape legend: S checkpoints in order of step.
 """
 
 from __future__ import annotations
@@ -31,13 +34,15 @@ class Matched:
     """One method at matched forgetting.
 
     Attributes:
-        step: first step at the target, or None when the target was never reached (then the next two are None too).
-        at_crossing: utility at that step.
-        post: mean utility over the checkpoints from that step to the last one.
+        step: first step at the target, or None when the target was never reached (then the next three are None too).
+        spacing: how many steps the scored step before it is away (0: there is none), so how coarse the next one is.
+        at_crossing: utility where the line between the two meets the target.
+        post: mean utility over the checkpoints from ``step`` to the last one.
         end: utility at the last checkpoint, whatever was forgotten.
     """
 
     step: int | None
+    spacing: int | None
     at_crossing: float | None
     post: float | None
     end: float
@@ -65,9 +70,13 @@ def matched(steps_S: Sequence[int], forget_S: Sequence[float], utility_S: Sequen
     end = float(utility_S[-1])
     found = reached(forget_S, target)
     if found is None:
-        return Matched(None, None, None, end)
+        return Matched(None, None, None, None, end)
     tail = [float(value) for value in utility_S[found.index :]]
-    return Matched(int(steps_S[found.index]), tail[0], math.fsum(tail) / len(tail), end)
+    step, spacing, crossing = int(steps_S[found.index]), 0, tail[0]
+    if found.index:
+        spacing, before = step - int(steps_S[found.index - 1]), float(utility_S[found.index - 1])
+        crossing = before + found.share * (tail[0] - before) if found.share < 1 else tail[0]
+    return Matched(step, spacing, crossing, math.fsum(tail) / len(tail), end)
 
 
 def relative_gain(value: float, reference: float) -> float | None:

@@ -17,6 +17,7 @@ from typing import Any
 
 from trace_ds.errors import UserError
 from trace_ds.evaluation.table import ARROWS
+from trace_ds.reporting.intervals import Interval, wilson
 from trace_ds.reporting.page import render_template
 from trace_ds.reporting.tables import Table, make
 from trace_ds.run.foreign import read_object
@@ -67,17 +68,18 @@ def comparisons(study: StudyData) -> Table:
     """One row per loss, strength, method, metric and moment, as in study.json."""
     header = [
         "loss", "strength", "method", "metric", "at", "value", "baseline", "relative", "relative_low", "relative_high",
-        "difference", "steps", "baseline_steps", "forget_end", "baseline_forget_end", "reached", "seeds", "points",
-        "grid_ends", "not_tuned",
+        "value_low", "value_high", "difference", "steps", "baseline_steps", "steps_between_scores", "forget_end",
+        "baseline_forget_end", "reached", "seeds", "points", "grid_ends", "not_tuned",
     ]  # fmt: skip
     rows = []
     for row in study.result["comparisons"]:
-        interval = row["relative_interval"] or {"low": None, "high": None}
+        intervals = [row.get(key) or {} for key in ("relative_interval", "value_t_interval")]
         points = "; ".join(dict.fromkeys(str(point) for point in row["points"].values()))
         rows.append(
             [
-                *(row[key] for key in (*header[:8],)), interval["low"], interval["high"], row["difference"],
-                _mean(row["steps"]), _mean(row["baseline_steps"]), _mean(row.get("forget_end", [])),
+                *(row[key] for key in header[:8]), *(band.get(end) for band in intervals for end in ("low", "high")),
+                row["difference"], _mean(row["steps"]), _mean(row["baseline_steps"]), row.get("steps_between_scores"),
+                _mean(row.get("forget_end", [])),
                 _mean(row.get("baseline_forget_end", [])), len(row["seeds"]), len(study.result["seeds"]),
                 points, ", ".join(row.get("edges") or {}), ", ".join(row.get("untried") or []),
             ]
@@ -125,8 +127,13 @@ def frontier_mean(study: StudyData) -> Table:
 def render(study: StudyData, tables: dict[str, Table]) -> str:
     """The page as text."""
     result = study.result
+    asked = result.get("questions") or {}
     references = [
-        {"seed": seed, "model": model, "scores": list(scores.values())}
+        {
+            "seed": seed,
+            "model": model,
+            "scores": [(v, _of_questions(v, asked.get(seed, {}).get(metric))) for metric, v in scores.items()],
+        }
         for seed, models in result["references"].items()
         for model, scores in models.items()
     ]
@@ -177,6 +184,11 @@ def sections(study: StudyData, table: Table) -> list[dict[str, Any]]:
         at_end = all(line["cross"] is None for line in lines)
         found.append({"metric": metric, "arrow": ARROWS[ways[metric]], "lines": lines, "at_end": at_end})
     return found
+
+
+def _of_questions(value: float | None, count: int | None) -> Interval | None:
+    """Wilson's interval of a score, from its number of questions."""
+    return wilson(value, count) if value is not None and count and 0 <= value <= 1 else None
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -1,10 +1,11 @@
 """What a study shows: every method against the baseline at matched forgetting, tuned on other seeds; pure functions.
 
 A trial has *forgotten* from the first scored step at which its forget score is at most the target (the mean score of
-the gold models plus a margin). Three numbers are told of a trial that has: ``cross``, the utility at that step,
-``post``, the mean utility from that step to the last (less noisy, so it is what tuning looks at), and ``end``, the
-utility after the last step. A trial that never gets there counts as not reached; it is never compared. Of those
-compared the forget score after the last step is told too: a run that had forgotten may be above the target again.
+the gold models plus a margin). Three numbers are told of a trial that has: ``cross``, the utility where the line to
+that step from the one before meets the target, ``post``, the mean utility from that step to the last (less noisy, so
+it is what tuning looks at), and ``end``, the utility after the last step. A trial that never gets there counts as not
+reached; it is never compared. Of those compared the forget score after the last step is told too: a run that had
+forgotten may be above the target again.
 
 **Tuning without peeking** (our decision): the seeds are dealt to two folds in turn. For each fold the point (alpha,
 learning rate) of a method is the one with the best mean ``post`` over the *other* fold's seeds, among those that
@@ -25,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from trace_ds.reporting.intervals import LEVEL, Interval, t_interval
+from trace_ds.reporting.intervals import LEVEL, NO_MEANS, Interval, t_interval
 from trace_ds.reporting.matched import Matched, matched, relative_gain
 from trace_ds.studies.run_list import Point, label
 
@@ -63,6 +64,14 @@ def metric_of(entry: Mapping[str, Any], name: str) -> float:
     if metric == "perplexity":  # of the tokens of all sources together
         return math.exp(math.fsum(v["n"] * math.log(v[metric]) for v in chosen) / count)
     return math.fsum(v["n"] * v[metric] for v in chosen) / count
+
+
+def questions_of(entry: Mapping[str, Any], name: str) -> int | None:
+    """How many questions a score of :func:`metric_of` is the mean of; None: not known, or no mean."""
+    task, metric, *pattern = name.split()
+    sources = {source: v for source, v in entry["by_source"].get(task, {}).items() if metric in v}
+    count = sum(v["n"] for source, v in sources.items() if fnmatch.fnmatch(source, pattern[0] if pattern else "*"))
+    return count if count and metric not in (*NO_MEANS, "perplexity") else None
 
 
 def curve_of(result: Mapping[str, Any], forget: str, utilities: Sequence[str], target: float) -> Curve:
@@ -163,10 +172,12 @@ def compare(
     differences = [x - y for x, y in zip(mine, theirs, strict=True)]
     mean, mean_base = (math.fsum(v) / len(v) if v else None for v in (mine, theirs))
     enough = len(pairs) > 1
+    spacings = [c.found[metric].spacing or 0 for _, a, b in pairs for c in (a, b)]
     ratio = bootstrap_ratio(mine, theirs) if enough else None
     return {
         "seeds": [s for s, _, _ in pairs],
         "value": mean,
+        "value_t_interval": vars(t_interval(mine)) if enough else None,
         "baseline": mean_base,
         "relative": None if mean is None or mean_base is None else relative_gain(mean, mean_base),
         "relative_interval": vars(ratio) if ratio is not None else None,
@@ -176,6 +187,7 @@ def compare(
         "baseline_by_seed": theirs,
         "steps": [a for a, _ in steps],
         "baseline_steps": [b for _, b in steps],
+        "steps_between_scores": max(spacings, default=None),
         "forget_end": [finite(a.forget_end) for _, a, _ in pairs],
         "baseline_forget_end": [finite(b.forget_end) for _, _, b in pairs],
         "not_a_number": [s for s, a, b in reached if not (math.isfinite(at(a)) and math.isfinite(at(b)))],

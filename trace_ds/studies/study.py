@@ -32,7 +32,7 @@ from trace_ds.run.directory import RunDirectory, locked
 from trace_ds.run.files import write_json, write_text
 from trace_ds.run.foreign import read_object
 from trace_ds.studies import run_list
-from trace_ds.studies.analysis import Curve, compare, curve_of, finite, metric_of, tuned
+from trace_ds.studies.analysis import Curve, compare, curve_of, finite, metric_of, questions_of, tuned
 from trace_ds.studies.worker import Study, StudyJob, begin, do
 
 TELL_EVERY_S = 30.0
@@ -179,6 +179,12 @@ def analyse(study: Study) -> dict[str, Any]:
         }
         for seed, models in scored.items()
     }
+    questions = {
+        str(seed): {
+            m: next((questions_of(entry, m) for entry in models.values()), None) for m in (bench.forget, *bench.utility)
+        }
+        for seed, models in scored.items()
+    }
     target = _target(study, [models["gold"] for models in scored.values() if "gold" in models])
     curves = [curve_of(_read(path), bench.forget, bench.utility, target) for trial, path in study.results().items()]
     rows: list[dict[str, Any]] = []
@@ -200,6 +206,7 @@ def analyse(study: Study) -> dict[str, Any]:
         "forget": bench.forget,
         "target": target,
         "references": references,
+        "questions": questions,
         "diverged": [_where(curve) for curve in curves if curve.diverged],
         "never_reached": [_where(curve) for curve in curves if curve.step is None and not curve.diverged],
         "comparisons": rows,
