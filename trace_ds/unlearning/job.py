@@ -122,10 +122,10 @@ def train(
             if last:
                 goal.finish(engine)
             verdict = watch.look(engine, cursor, done, last=last) if watch is not None else None
-            if verdict is not None and verdict.action == "finish" and not last:
+            if watch is not None and verdict is not None and verdict.action == "finish" and not last:
                 last = True
-                if goal.finish(engine):
-                    verdict = None  # it was about the model before
+                if goal.finish(engine):  # what was seen is the model before
+                    verdict = watch.look(engine, cursor, done, last=last)
             if done % settings.save_every == 0 or last or stop:
                 require_finite(engine, world, goal, rows, done)
                 broken = watch.broken(engine, cursor, verdict) if watch is not None else ""

@@ -182,13 +182,14 @@ class Watch:
             self._score(engine, cursor, step)
 
     def _score(self, engine: Any, cursor: dict[str, Any], step: int) -> None:
-        """Add a point to the curve."""
+        """Add a point to the curve, in the place of one of this step (of the model before its last change)."""
         if self.score_tasks is None:
             return
         engine.eval()
         scores = self.score_tasks()
         engine.train()
-        cursor["curve"] = [*cursor.get("curve", []), {"step": step, "scores": scores}]
+        before = [point for point in cursor.get("curve", []) if point["step"] < step]
+        cursor["curve"] = [*before, {"step": step, "scores": scores}]
         told = {f"{score['task']}_{score['metric']}": score["value"] for score in scores}
         self.log.evaluation(step, **{name: value for name, value in told.items() if value is not None})
 
@@ -215,7 +216,8 @@ class Watch:
             self.log.line(f"WARNING after step {done}: {verdict.reason}; halving the learning rate")
         if verdict.action == "finish":
             cursor["reached_forget_nll"] = found["forget_nll"]
-            self.log.line(f"finished early, after step {done} of {self.settings.steps}: {verdict.reason}")
+            if not last:
+                self.log.line(f"finished early, after step {done} of {self.settings.steps}: {verdict.reason}")
         return verdict
 
     def broken(self, engine: Any, cursor: dict[str, Any], verdict: Verdict | None) -> str:
