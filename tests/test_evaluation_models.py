@@ -257,7 +257,10 @@ def test_missing_tensors_are_refused(tmp_path: Path) -> None:
     path = save_model(tmp_path / "model")
     change_weights(path, lambda weights: weights.pop("model.layers.1.input_layernorm.weight"))
     with (
-        pytest.raises(UserError, match=r"missing keys: 1, for example model.layers.1.input_layernorm.weight"),
+        pytest.raises(
+            UserError,
+            match=r"1 tensors do not fit the model, the first: model.layers.1.input_layernorm.weight is missing",
+        ),
         opened(path),
     ):
         pass

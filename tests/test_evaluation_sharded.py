@@ -13,9 +13,10 @@ from distributed import run_distributed
 from test_evaluation_models import SETTINGS, random_sequences
 from test_evaluation_stage import Case, case, evaluate_on, with_every_kind_of_task  # noqa: F401 (case is a fixture)
 
+from trace_ds.config.schema import RelearningConfig
 from trace_ds.corpora.dataset import TokenDataset
 from trace_ds.errors import UserError
-from trace_ds.evaluation.attacks import forced, without_first
+from trace_ds.evaluation.attacks import forced, relearn, training_settings, without_first
 from trace_ds.evaluation.drift import sample_routing
 from trace_ds.evaluation.language_model import LanguageModel, Sharding, loaded
 from trace_ds.models.families import FAMILIES
@@ -113,10 +114,9 @@ def close(found: Any, expected: Any, where: str = "") -> None:
 
 @pytest.mark.parametrize(("ep", "zero_stage"), [(2, 0), (1, 3)])
 def test_a_whole_evaluation(case: Case, tmp_path: Path, ep: int, zero_stage: int) -> None:  # noqa: F811
-    """Every kind of task, the drift, both attacks (relearning where each process holds whole weights but experts)."""
+    """Every kind of task, the drift, both attacks."""
     with_every_kind_of_task(case, tmp_path)
-    relearning = {"steps": 2, "rows": 4, "lr": 1e-2} if zero_stage == 0 else None
-    case.raw["evaluation"] |= {"expert_forcing": True, "relearning": relearning}
+    case.raw["evaluation"] |= {"expert_forcing": True, "relearning": {"steps": 2, "rows": 4, "lr": 1e-2}}
     evaluate(case.config(), case.run)
     alone = {name: case.result(name) for name in ("original", "gold", "unlearned")}
     shutil.rmtree(case.run.evaluation)
@@ -125,6 +125,33 @@ def test_a_whole_evaluation(case: Case, tmp_path: Path, ep: int, zero_stage: int
     for name, expected in alone.items():
         close(case.result(name), expected, name)
     assert case.result("unlearned")["drift"] and case.result("gold")["attacks"]["expert_forcing"]
+
+
+def relearned(world: Any, path: str, dataset: str, asked: RelearningConfig) -> tuple[list[Any], dict[str, np.ndarray]]:
+    """The scores on the way and the experts of this rank, whose gradients come out a little different on each rank."""
+    from transformers import AutoTokenizer
+
+    tokenizer, shape = AutoTokenizer.from_pretrained(path), (world, Sharding(2, 0)) if world is not None else ()
+    with loaded(path, tokenizer, SETTINGS, *shape, trained=training_settings(asked)) as model:
+        if world is not None:
+            for parameter in model.model.parameters():
+                parameter.register_hook(lambda gradient: gradient * (1 + 1e-6 * world.rank))
+        score = lambda: [float(value) for found in model.score(random_sequences(9)) for value in found.log_prob]  # noqa: E731
+        curve = relearn(model, TokenDataset.open(Path(dataset)), asked, 3, score)["curve"]
+        experts = {name: value.detach().numpy() for name, value in model.model.named_parameters() if "experts" in name}
+        return [(point["loss"], point["scores"]) for point in curve], {n: v.copy() for n, v in experts.items()}
+
+
+def test_replicas_of_experts_learn_together(models: dict[str, str], dataset: str) -> None:
+    asked = RelearningConfig(share=1.0, steps=3, rows=7, lr=1e-3, score_every=2)
+    alone, _ = relearned(None, models["mixtral"], dataset, asked)
+    assert abs(np.subtract(alone[-1][1], alone[0][1])).max() > 1e-2
+    ranks = run_distributed(relearned, 4, models["mixtral"], dataset, asked)
+    for rank, (curve, experts) in enumerate(ranks):
+        for (loss, scores), (expected_loss, expected) in zip(curve, alone, strict=True):
+            assert (loss or 0) == pytest.approx(expected_loss or 0, rel=1e-4)
+            assert np.allclose(scores, expected, atol=1e-3)
+        assert experts.keys() and all(np.array_equal(v, ranks[rank % 2][1][n]) for n, v in experts.items())
 
 
 def forced_scores(world: Any, path: str, sharding: Sharding | None) -> list[float]:
@@ -168,7 +195,3 @@ def test_bad_shapes(case: Case) -> None:  # noqa: F811
 
     assert "evaluation.ep: expert-parallel size 2 does not divide the world size 1" in refused(None, ep=2)
     assert "expert-parallel size 3 does not divide the 4 experts" in refused(3, ep=3)
-    shutil.copytree(case.run.path.parent / "unlearned", case.run.model)
-    with pytest.raises(UserError, match="each process would hold a part of every weight"):
-        evaluate(case.config(zero_stage=3, relearning={"steps": 1}), case.run)
-    assert not case.run.evaluation.exists()

@@ -26,7 +26,7 @@ from trace_ds.errors import UserError
 from trace_ds.evaluation import harness
 from trace_ds.evaluation.choice import evaluate_choice
 from trace_ds.evaluation.items import ChoiceItem, read_task
-from trace_ds.evaluation.language_model import ModelSettings, loaded
+from trace_ds.evaluation.language_model import ModelSettings, Sharding, loaded
 from trace_ds.evaluation.tasks import run_task
 from trace_ds.reporting.tables import item_cells
 
@@ -95,16 +95,19 @@ def task_of(name: str, file: Path | str) -> TaskConfig:
     return TaskConfig(name=name, type="lm_eval", task=name, path=str(file), role="forget")
 
 
-def our_outcomes(world: Any, folder: str) -> list[tuple[Any, Any]]:
-    """Scores and logs of both tasks on the processes of a world (None: on this one)."""
+def our_outcomes(world: Any, folder: str, sharding: Sharding | None = None) -> list[tuple[Any, Any]]:
+    """Scores and logs of both tasks, and of one of the user's own, on the processes of a world (None: on this one)."""
     from transformers import AutoTokenizer
 
     if world is not None:
         few_tasks()
     path = f"{folder}/model"
     settings = ModelSettings("fp32", add_bos=True, add_eos=True, batch_rows=4)
-    with loaded(path, AutoTokenizer.from_pretrained(path), settings, world) as model:
+    own = {"name": "own", "type": "lm_eval", "task": f"{next(iter(SUBJECTS))}_here", "role": "forget"}
+    own["include_path"] = f"{folder}/tasks"
+    with loaded(path, AutoTokenizer.from_pretrained(path), settings, world, sharding or Sharding()) as model:
         tasks = [read_task(task_of(name, f"{folder}/{name}.jsonl")) for name in SUBJECTS]
+        tasks.append(read_task(TaskConfig.model_validate(own)))
         found = [run_task(model, task, max_new_tokens=4, context_length=64) for task in tasks]
     return [(outcome.scores, outcome.items) for outcome in found]
 
@@ -173,6 +176,13 @@ def test_our_numbers_are_those_of_the_command_on_one_process_and_on_two(place: P
         running = beside.submit(command.run, asked)
         outcomes = our_outcomes(None, str(place))
         assert run_distributed(our_outcomes, 2, str(place)) == [outcomes, outcomes]
+        for sharded in run_distributed(our_outcomes, 2, str(place), Sharding(2)):  # in lockstep
+            for (scores, items), (expected, alone) in zip(sharded, outcomes, strict=True):
+                assert scores == expected
+                for item, other in zip(items, alone, strict=True):
+                    assert item == other | {"log_prob": pytest.approx(other["log_prob"], abs=1e-5)}
+        *outcomes, (own, _) = outcomes
+        assert own == [outcomes[0][0][0] | {"task": "own"}]
         done = running.result()
     assert done.returncode == 0, done.stderr[-2000:]
     theirs = json.loads(next((place / "out").rglob("results_*.json")).read_text(encoding="utf-8"))["results"]

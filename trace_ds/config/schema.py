@@ -864,11 +864,6 @@ class Config(Section):
                     f"unlearning.evaluate.tasks names {name!r}, which is not among evaluation.tasks "
                     f"({', '.join(names) or 'there are none'})"
                 )
-        if self.evaluation.relearning is not None and self.evaluation.zero_stage == 3:
-            raise ValueError(
-                "evaluation.relearning trains the model, of which each process would hold a part of every weight: set "
-                "evaluation.zero_stage to 0 (evaluation.ep shares the experts), or leave the attack out"
-            )
         for name, changes in self.variants.items():
             for key in changes:
                 if key.split(".")[0] not in ("calibration", "unlearning", "conversion"):

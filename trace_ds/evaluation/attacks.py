@@ -26,14 +26,14 @@ import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
 
-from trace_ds.config.schema import RelearningConfig
+from trace_ds.config.schema import OptimizerConfig, RelearningConfig, TrainingConfig
 from trace_ds.corpora.dataset import Batch, TokenDataset
 from trace_ds.errors import UserError
 from trace_ds.evaluation.language_model import LanguageModel
@@ -41,7 +41,10 @@ from trace_ds.models import autoep
 from trace_ds.models.attention import packed
 from trace_ds.models.routers import find_routers, logits_of, meta_model, places_of, routing_of, without_data
 from trace_ds.parallel.device import to_device
-from trace_ds.unlearning.step_rows import EpochRows, generator
+from trace_ds.unlearning.batches import CorpusStep
+from trace_ds.unlearning.goals import NextToken
+from trace_ds.unlearning.job import run_step
+from trace_ds.unlearning.step_rows import EpochRows, generator, share_of_rank
 
 SHARE_STREAM, ORDER_STREAM = 11, 12
 TRIAL_TOKENS, TRIAL_LOGIT_STD, TRIAL_TOLERANCE = 64, 2.0, 1e-3
@@ -54,9 +57,9 @@ def relearn(
 ) -> dict[str, Any]:
     """Fine-tune the loaded model (which is changed) on a share of the forget rows.
 
-    Of several processes the main one trains; the others get its weights before each scoring, so that all score one
-    model (copies trained apart would differ on GPUs, whose sums have no fixed order). Where they share the experts all
-    train on the same rows: an expert is sent the tokens of all processes and gets the sum of their gradients.
+    A model that is sharded was loaded to be trained (``engine``), and the processes share out the rows of a step. Of
+    several that each hold all of it the main one trains; the others get its weights before each scoring, so that all
+    score one model (copies trained apart would differ on GPUs, whose sums have no fixed order).
 
     Args:
         forget: the run's forget dataset.
@@ -70,30 +73,41 @@ def relearn(
     count = max(1, round(settings.share * len(usable)))
     rows = np.sort(generator(seed, SHARE_STREAM, 0).permutation(usable)[:count])
     order = EpochRows(rows, min(settings.rows, count), seed, ORDER_STREAM)
-    model = language_model.model
-    trains = world is None or world.is_main or language_model.lockstep
-    model.requires_grad_(True)
-    shared = autoep.shared_parameters(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=0.0) if trains else None
+    model, engine = language_model.model, language_model.engine
+    optimizer = None
+    if engine is None:
+        model.requires_grad_(True)
+        if world is None or world.is_main:
+            optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=0.0)
     curve: list[dict[str, Any]] = [{"step": 0, "loss": None, "scores": score()}]
-    loss: torch.Tensor | None = None
+    loss: torch.Tensor | float | None = None
     for step in range(settings.steps):
-        if optimizer is not None:
-            loss = _relearning_step(language_model, optimizer, forget.batch(order.at(step).tolist(), 0), shared)
+        chosen = order.at(step)
+        if engine is not None:
+            assert world is not None
+            share = share_of_rank(chosen, world.rank, world.size, 1, -(-len(chosen) // world.size))[0].tolist()
+            tokens = int(forget.counted_per_row()[chosen].sum())
+            data = CorpusStep([forget.batch(share, 0)], tokens)
+            engine.train()
+            loss = run_step(engine, world, data, NextToken(), training_settings(settings), step)["loss"]
+            engine.eval()
+        elif optimizer is not None:
+            loss = _relearning_step(language_model, optimizer, forget.batch(chosen.tolist(), 0))
         if (step + 1) % settings.score_every == 0 or step + 1 == settings.steps:
-            if world is not None and world.size > 1:
-                world.broadcast_tensors(whole.data for whole in model.parameters() if whole not in shared)
+            if engine is None and world is not None and world.size > 1:
+                world.broadcast_tensors(whole.data for whole in model.parameters())
             told = None if loss is None else float(loss)
             curve.append({"step": step + 1, "loss": told, "scores": score()})
     return {"rows": count, "curve": curve}
 
 
-def _relearning_step(
-    language_model: LanguageModel,
-    optimizer: torch.optim.Optimizer,
-    batch: Batch,
-    shared: dict[nn.Parameter, int],
-) -> torch.Tensor:
+def training_settings(settings: RelearningConfig, zero_stage: Literal[1, 3] = 1) -> TrainingConfig:
+    """The attack as a training job: torch's AdamW without decay or clipping."""
+    optimizer = OptimizerConfig(lr=settings.lr, betas=(0.9, 0.999), gradient_clipping=0)
+    return TrainingConfig(zero_stage=zero_stage, optimizer=optimizer)
+
+
+def _relearning_step(language_model: LanguageModel, optimizer: torch.optim.Optimizer, batch: Batch) -> torch.Tensor:
     """One step of fine-tuning; returns its loss in nats per token, a scalar on the device."""
     model, device = language_model.model, language_model.device
     model.train()
@@ -104,9 +118,6 @@ def _relearning_step(
     loss = functional.cross_entropy(logits_BSV[row_N, column_N].float(), target_N)
     optimizer.zero_grad()
     loss.backward()
-    for parameter, ranks in shared.items():  # all of which sent the same tokens
-        if parameter.grad is not None:
-            parameter.grad /= ranks
     optimizer.step()
     model.eval()
     return loss.detach()

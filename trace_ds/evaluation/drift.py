@@ -87,7 +87,7 @@ def compare(before: RoutingSample, after: RoutingSample, experts: int) -> dict[s
     }
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def sample_routing(
     language_model: LanguageModel,
     dataset: TokenDataset,

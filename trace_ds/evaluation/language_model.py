@@ -18,6 +18,7 @@ import contextlib
 import gc
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -25,12 +26,13 @@ import torch
 
 from trace_ds.errors import UserError
 from trace_ds.evaluation.batching import Sequence, plan_batches
-from trace_ds.models.attention import adopt, packed
+from trace_ds.models.attention import packed
 from trace_ds.parallel.device import to_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from trace_ds.config.schema import TrainingConfig
     from trace_ds.parallel.world import World
 
 T = TypeVar("T")
@@ -91,7 +93,9 @@ class LanguageModel:
     bit for bit on the same kind of device.
 
     In ``lockstep`` a model is sharded: its ranks exchange tokens or weights in every layer, so all of them make a
-    forward pass or none. Numbers are then those of a single process up to rounding.
+    forward pass or none. Numbers are then those of a single process up to rounding. ``engine``: the training engine of
+    such a model, where it was loaded to be trained; nothing runs in inference mode, since ZeRO-3 trains on what a score
+    has gathered.
     """
 
     def __init__(
@@ -103,9 +107,10 @@ class LanguageModel:
         world: World | None = None,
         *,
         lockstep: bool = False,
+        engine: Any = None,
     ) -> None:
         self.model, self.tokenizer, self.settings, self.where, self.world = model, tokenizer, settings, where, world
-        self.lockstep = lockstep
+        self.lockstep, self.engine = lockstep, engine
 
     def shared_out(self, batches: list[T], do: Callable[[T], R], advance: Callable[[T], None]) -> list[R]:
         """``do`` of every batch, in order, each done by one process and known to all.
@@ -215,7 +220,7 @@ class LanguageModel:
         if limit is not None and tokens > limit:
             raise UserError(f"the item needs {tokens} tokens and the model reads {limit}", where, "shorten the item")
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def score(
         self,
         sequences: list[Sequence],
@@ -269,7 +274,7 @@ class LanguageModel:
         arrays = [np.split(column, cuts) for column in (log_prob, is_argmax.astype(bool), *rest)]
         return [TokenScores(*values) for values in zip(*arrays, strict=True)]
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def continue_greedily(
         self, prompts: list[list[int]], lengths: list[int], advance: Callable[[int], None] | None = None
     ) -> list[list[int]]:
@@ -322,22 +327,24 @@ def loaded(
     settings: ModelSettings,
     world: World | None = None,
     sharding: Sharding = Sharding(),
+    trained: TrainingConfig | None = None,
 ) -> Iterator[LanguageModel]:
     """Load a local model directory for inference and free it afterwards; never runs code that ships with it.
 
-    Whole: plain transformers, on the GPU if there is one (a single process spreads a model that does not fit into one
-    over all of them). Sharded over the ranks of ``world`` (collective): a DeepSpeed engine, each reading its share.
+    Whole: on the GPU if there is one (a single process spreads a model that does not fit into one over all of them).
+    Sharded over the ranks of ``world`` (collective): a DeepSpeed engine, each reading its share, and where it is to be
+    ``trained`` with an optimizer.
 
     Raises:
         UserError: the directory is damaged or its weights do not fit its configuration.
     """
     from transformers import GenerationConfig
 
-    lockstep = world is not None and world.size > 1 and not sharding.whole
-    opened = (
-        _sharded(path, settings, world, sharding) if world is not None and lockstep else _whole(path, settings, world)
-    )
-    with opened as model:
+    if world is not None and world.size > 1 and not sharding.whole:
+        opened = _sharded(path, settings, world, sharding, trained)
+    else:
+        opened = _whole(path, settings, world)
+    with opened as (model, engine):
         if model.config.vocab_size < len(tokenizer):
             raise UserError(
                 f"the tokenizer has {len(tokenizer)} tokens and the model {model.config.vocab_size}",
@@ -345,20 +352,29 @@ def loaded(
                 "give the model the run's tokenizer",
             )
         model.generation_config = GenerationConfig()  # the directory's may sample or penalise repetition
-        yield LanguageModel(model, tokenizer, settings, path, world, lockstep=lockstep)
+        lockstep = engine is not None
+        trainable = engine if trained is not None else None
+        yield LanguageModel(model, tokenizer, settings, path, world, lockstep=lockstep, engine=trainable)
 
 
 @contextlib.contextmanager
-def _sharded(path: str, settings: ModelSettings, world: World, sharding: Sharding) -> Iterator[Any]:
+def _sharded(
+    path: str, settings: ModelSettings, world: World, sharding: Sharding, trained: TrainingConfig | None
+) -> Iterator[Any]:
     from trace_ds.models.engine import inference_engine
     from trace_ds.models.families import check_expert_parallel, inspect_model
+    from trace_ds.unlearning.training_engine import training_engine
 
     info = world.broadcast_agreed(lambda: inspect_model(path))
     check_expert_parallel(info, sharding.ep, world.size, "evaluation.ep", sharding.options)
-    shape: dict[str, Any] = {"ep": sharding.ep, "options": sharding.options, "zero_stage": sharding.zero_stage}
-    engine = inference_engine(info, world, dtype=settings.dtype, **shape)
+    shape: dict[str, Any] = {"dtype": settings.dtype, "ep": sharding.ep, "options": sharding.options}
+    if trained is None:
+        engine = inference_engine(info, world, **shape, zero_stage=sharding.zero_stage)
+    else:
+        engine = training_engine(trained, info, world, 1, **shape)
+        engine.eval()
     try:
-        yield engine.module
+        yield engine.module, engine
     finally:
         engine.destroy()
         del engine
@@ -367,40 +383,21 @@ def _sharded(path: str, settings: ModelSettings, world: World, sharding: Shardin
 
 @contextlib.contextmanager
 def _whole(path: str, settings: ModelSettings, world: World | None) -> Iterator[Any]:
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging as hugging_face
+    from trace_ds.models.engine import DTYPES
+    from trace_ds.models.loading import load_whole
 
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[settings.dtype]
-    hugging_face.set_verbosity_error()
-    hugging_face.disable_progress_bar()
-    load: Any = AutoModelForCausalLM.from_pretrained  # its stub hides that output_loading_info makes it a pair
+    dtype = DTYPES[settings.dtype]
+    device = _device_for(path, dtype, world)
+    model: Any = load_whole(Path(path), dtype, device or torch.device("cpu"))
+    if device is None:
+        from accelerate import dispatch_model, infer_auto_device_map
+        from accelerate.utils import get_balanced_memory
+
+        together = list(model._no_split_modules)
+        room = get_balanced_memory(model, no_split_module_classes=together)
+        dispatch_model(model, infer_auto_device_map(model, room, no_split_module_classes=together))
     try:
-        model, info = load(
-            path,
-            dtype=dtype,
-            local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            device_map=_placement(path, dtype, world),
-        )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"the model cannot be loaded ({reason})", path, "convert or copy it again") from None
-    try:
-        for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
-            if info.get(kind):
-                raise UserError(
-                    f"{kind.replace('_', ' ')}: {len(info[kind])}, for example {sorted(map(str, info[kind]))[0]}",
-                    path,
-                    "the weights do not fit config.json: convert or copy the model again",
-                )
-        for name, buffer in model.named_buffers():
-            if name.endswith("inv_freq") and buffer.dtype != torch.float32:
-                raise RuntimeError(f"{name} is {buffer.dtype}: rotary frequencies must stay float32")
-        adopt(model)
-        yield model.eval()
+        yield model, None
     finally:
         del model
         _free()
@@ -412,25 +409,24 @@ def _free() -> None:
         torch.cuda.empty_cache()
 
 
-def _placement(path: str, dtype: torch.dtype, world: World | None) -> str | dict[str, int] | None:
-    """``device_map`` for a model: None on CPU, this process's GPU when the weights fit in 80 % of it, else spread.
+def _device_for(path: str, dtype: torch.dtype, world: World | None) -> torch.device | None:
+    """The CPU, this process's GPU when the weights fit in 80 % of it, or None: spread over all GPUs.
 
     Raises:
         UserError: the model must be spread, but several processes share the GPUs.
     """
     from trace_ds.tensors.model_files import read_model_directory
 
-    files = read_model_directory(path)
     if not torch.cuda.is_available():
-        return None
-    device = torch.cuda.current_device()
+        return torch.device("cpu")
+    device = torch.device("cuda", torch.cuda.current_device())
     free_bytes, _ = torch.cuda.mem_get_info(device)
-    if files.parameters * dtype.itemsize <= 0.8 * free_bytes:
-        return {"": device}
+    if read_model_directory(path).parameters * dtype.itemsize <= 0.8 * free_bytes:
+        return device
     if world is not None and world.size > 1:
         raise UserError(
             "the model does not fit into one GPU",
             path,
             "share it among the processes: evaluation.ep, or evaluation.zero_stage: 3",
         )
-    return "auto"
+    return None

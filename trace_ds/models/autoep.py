@@ -108,12 +108,6 @@ def is_router(module: nn.Module) -> bool:
     return type(module).__name__ == ROUTER
 
 
-def shared_parameters(model: nn.Module) -> dict[nn.Parameter, int]:
-    """The weights of sharded experts -> over how many ranks: each of them sends its tokens there."""
-    layers: list[Any] = [module for module in model.modules() if type(module).__name__ == LAYER]
-    return {p: layer.ep_size for layer in layers for p in layer.parameters() if not getattr(p, "allreduce", True)}
-
-
 def require_converted(model: nn.Module, layers: int, ep: int) -> None:
     """Every one of the ``layers`` MoE layers must have been converted when experts are sharded: AutoEP skips unknown
     families silently."""

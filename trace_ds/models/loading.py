@@ -83,18 +83,43 @@ def load_share(
         files = WeightFiles.open(path, layout)
         if not partitioned:
             model.to_empty(device="cpu")
-        _tie(model, files)
-        _restore_rotary(model, world.device if partitioned else torch.device("cpu"))
-        _fill(model, files, dtype, ep, world.rank % ep)
+        _read(model, files, world.device if partitioned else torch.device("cpu"), dtype, ep, world.rank % ep)
     except UserError as found:
         error = found
-    except OSError as found:
-        what = f"the weights cannot be read ({found.strerror})"
-        error = UserError(what, str(found.filename or path), "check the storage they lie on")
     world.raise_together(error)
     assert files is not None
     model.config.use_cache = False
     return model.eval(), files
+
+
+def load_whole(path: Path, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """The model of a directory in evaluation mode, on this process alone; its weights may hold NaN.
+
+    Never executes code that ships with the model.
+
+    Raises:
+        UserError: the files are damaged or not of this model.
+    """
+    with _quiet_transformers():
+        files = replace(WeightFiles.open(path, read_layout(path)), refuses_nan=False)
+        model = _skeleton(path, dtype, ModelParts(), None)
+    model.to_empty(device=device)
+    _read(model, files, device, dtype, 1, 0)
+    files.close()
+    return model.eval()
+
+
+def _read(
+    model: nn.Module, files: WeightFiles, device: torch.device, dtype: torch.dtype, ep: int, ep_rank: int
+) -> None:
+    """Everything that a model without data holds, on this rank."""
+    try:
+        _tie(model, files)
+        _restore_rotary(model, device)
+        _fill(model, files, dtype, ep, ep_rank)
+    except OSError as found:
+        what = f"the weights cannot be read ({found.strerror})"
+        raise UserError(what, str(found.filename or files.path), "check the storage they lie on") from None
 
 
 def _skeleton(path: Path, dtype: torch.dtype, parts: ModelParts, zero3: dict[str, Any] | None) -> nn.Module:
@@ -167,7 +192,7 @@ def _fill(model: nn.Module, files: WeightFiles, dtype: torch.dtype, ep: int, ep_
         if source.shape != full_shape(parameter):
             raise UserError(f"{name} has shape {list(source.shape)}", str(files.path), "copy the model again")
         if not hasattr(parameter, "ds_tensor") and fp32.search(name):
-            parameter.data = torch.empty(parameter.shape, dtype=torch.float32)
+            parameter.data = torch.empty(parameter.shape, dtype=torch.float32, device=parameter.device)
         values, first, last = held(parameter)
         if ep > 1 and ".experts." in name and parameter.dim() == 3 and not hasattr(parameter, "ds_tensor"):
             share = parameter.numel() // ep

@@ -38,6 +38,7 @@ class WeightFiles:
         sources: every tensor by its in-memory name.
         engine: those that AutoEP renames or cuts, by its names.
         handles: the files opened so far; see :meth:`close`.
+        refuses_nan: whether :meth:`read` does.
     """
 
     path: Path
@@ -45,6 +46,7 @@ class WeightFiles:
     sources: dict[str, TensorSource]
     engine: dict[str, TensorSource]
     handles: dict[Path, BinaryIO] = field(default_factory=dict)
+    refuses_nan: bool = True
 
     @classmethod
     def open(cls, path: Path, layout: ModelLayout) -> WeightFiles:
@@ -76,7 +78,7 @@ class WeightFiles:
                 block = torch.empty(count, dtype=storage.dtype)
                 offset = storage.offset_bytes + (run.start + begin) * storage.dtype.itemsize
                 _read_exactly(handle.fileno(), _bytes_of(block), offset, storage.path)
-                if block.is_floating_point() and bool(block.isnan().any()):
+                if self.refuses_nan and block.is_floating_point() and bool(block.isnan().any()):
                     raise UserError(f"the weights {storage.record} hold NaN", str(storage.path), COPY_AGAIN)
                 flat[position : position + count].copy_(block)
                 position += count

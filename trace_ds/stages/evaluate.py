@@ -231,6 +231,7 @@ def _copy_from_parent(job: EvaluateJob, run: RunDirectory, log: StageLog) -> Non
 def _score_missing(config: Config, job: EvaluateJob, run: RunDirectory, log: StageLog, world: World | None) -> bool:
     """Whether there was anything to do."""
     from trace_ds.evaluation import probes
+    from trace_ds.evaluation.attacks import training_settings
     from trace_ds.evaluation.language_model import ModelSettings, Sharding, loaded
 
     settings = ModelSettings(config.model.dtype, config.data.add_bos, config.data.add_eos, config.evaluation.batch_rows)
@@ -252,12 +253,14 @@ def _score_missing(config: Config, job: EvaluateJob, run: RunDirectory, log: Sta
     before: dict[str, RoutingSample] = {}
     decisions: dict[str, Decisions] = {}
     for subject in job.subjects:
-        wanted = subject in todo
+        wanted, trained = subject in todo, None
+        if config.evaluation.relearning is not None and subject.name in attacked:
+            trained = training_settings(config.evaluation.relearning, 3 if sharding.zero_stage == 3 else 1)
         if not wanted and not (subject.name == ORIGINAL and (drifts or forcing)):
             continue
         with (
             _directory(subject, config, run, log, world) as path,
-            loaded(str(path), tokenizer, settings, world, sharding) as model,
+            loaded(str(path), tokenizer, settings, world, sharding, trained) as model,
         ):
             result = _score(config, job, subject, model, log) if wanted else None
             diverged = result is not None and result["diverged"]

@@ -19,7 +19,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from trace_ds.tensors.model_files import read_model_config
 from trace_ds.tensors.runs import Block, TensorSource, assemble, extract
 
 MAX_BLOCKS = 1 << 20
+NO_SHAPE = ("dtype", "torch_dtype", "_name_or_path", "transformers_version")  # keys that change no tensor's place
 FAMILIES = "use one of the families mixtral, qwen2_moe, qwen3_moe, olmoe, deepseek_v2, deepseek_v3"
 
 
@@ -49,7 +50,6 @@ class ModelLayout:
     """Names and shapes of a model in the fused and the hub layout.
 
     Attributes:
-        config: the model's ``config.json`` as read by transformers.
         fused: name -> shape of every parameter and persistent buffer in memory; tied weights once.
         tied: name that is not stored -> name of the tensor it is tied to.
         hub: name -> Piece of every tensor on disk, in transformers' order.
@@ -58,7 +58,6 @@ class ModelLayout:
             multi-token prediction).
     """
 
-    config: Any
     fused: dict[str, tuple[int, ...]]
     tied: dict[str, str]
     hub: dict[str, Piece]
@@ -100,14 +99,24 @@ def read_layout(model_directory: Path) -> ModelLayout:
             way that is not a rearrangement of elements.
     """
     config = read_model_config(model_directory)  # refuses what would run code from elsewhere
-    return _layout(model_directory, json.dumps(config))
+    shape = {key: value for key, value in config.items() if key not in NO_SHAPE}
+    return _layout(_Described(json.dumps(shape, sort_keys=True), model_directory))
 
 
-@functools.lru_cache(maxsize=2)  # a job asks for the model it trains and for the frozen one
-def _layout(model_directory: Path, config_text: str) -> ModelLayout:
+@dataclass(frozen=True)
+class _Described:
+    """A model by what its configuration says of its tensors; those of a run are all the same to :func:`_layout`."""
+
+    shape: str
+    directory: Path = field(compare=False)
+
+
+@functools.lru_cache(maxsize=2)  # the models of a run have one, unless some other is compared with them
+def _layout(described: _Described) -> ModelLayout:
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.core_model_loading import revert_weight_conversion
 
+    model_directory = described.directory
     try:
         config = AutoConfig.from_pretrained(model_directory, local_files_only=True, trust_remote_code=False)
         with torch.device("meta"):
@@ -153,7 +162,7 @@ def _layout(model_directory: Path, config_text: str) -> ModelLayout:
     keep = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
     keep |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
     ignored = tuple(sorted(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()))
-    return ModelLayout(config, fused, tied, hub, tuple(sorted(keep)), ignored)
+    return ModelLayout(fused, tied, hub, tuple(sorted(keep)), ignored)
 
 
 def _tracked(shape: tuple[int, ...]) -> torch.Tensor:

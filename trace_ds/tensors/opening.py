@@ -131,8 +131,9 @@ def open_huggingface(directory: Path) -> Checkpoint:
     """Every tensor of a model directory under its name on disk (its header and index are checked, nothing is read)."""
     files = read_model_directory(directory)
     tensors: dict[str, TensorSource] = {}
+    paths = {file: directory / file for file in files.files}  # fewer than there are tensors
     for name, entry in files.tensors.items():
-        path = directory / entry.file
+        path = paths[entry.file]
         if entry.dtype not in DTYPES:
             what = f"{name} is stored as {entry.dtype}, which cannot be converted"
             raise UserError(what, str(path), "use a model in bf16, fp16 or fp32")
