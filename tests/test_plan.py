@@ -671,6 +671,7 @@ def test_what_is_scored_and_kept_is_counted() -> None:
     plain = plan_model(mixtral, run_config(**base), spec)
     assert (plain.evaluated, plain.evaluated_checkpoints, plain.unlearn.looks_s) == (2, 0, 0.0)
     curve = {"unlearning__keep_every": 20, "evaluation__checkpoints": True, "evaluation__models": {"gold": "gold"}}
+    curve["unlearning__snapshot_every"] = 30
     config = run_config(**base, **curve).model_copy(update={"variants": {"even": {"calibration.rule": "uniform"}}})
     found = plan_model(mixtral, config, spec)
     kept = config.unlearning.kept_steps(100)
@@ -678,7 +679,7 @@ def test_what_is_scored_and_kept_is_counted() -> None:
     assert (found.evaluated, found.evaluated_checkpoints) == (2 + 2 + 2 * len(kept), 2 * len(kept))
     assert found.evaluate_s > found.evaluated * plain.evaluate_s / 2
     more = found.storage_bytes - 2 * plain.storage_bytes
-    assert more == pytest.approx(2 * (len(kept) - 2) * plain.checkpoint_bytes)
+    assert more == pytest.approx(2 * ((len(kept) - 2) * plain.checkpoint_bytes + 3 * plain.parameters.total * 2))
     looked = [
         plan_model(mixtral, run_config(**base, unlearning__evaluate={"every": every}), spec).unlearn
         for every in (10, 50)

@@ -153,8 +153,9 @@ def plan_model(
     sizes = [size for size in range(1, a.experts + 1) if a.experts % size == 0 and cluster.world % size == 0]
     training = (job, *others)
     kept = [len(each.settings.kept_steps(each.steps() or 1)) for each in training]
-    saving = [(each, each.held, number) for each, number in zip(training, kept, strict=True)]
-    saving += [(each, a, each.settings.keep) for each in making.values()]
+    models = [1 + each.config.unlearning.snapshots for each in training]
+    saving = [(each, each.held, number, left) for each, number, left in zip(training, kept, models, strict=True)]
+    saving += [(each, a, each.settings.keep, 1) for each in making.values()]
     # a run's variants take the scores of the models that they share from it; a checkpoint is converted first
     curve = sum(kept) if config.evaluation.checkpoints else 0
     references = {*config.evaluation.models, *made} - {TARGET}
@@ -175,7 +176,8 @@ def plan_model(
         checkpoint_bytes=checkpoint_bytes(job, job.held),
         save_s=checkpoint_bytes(job, job.held) / (cluster.storage_gb_s * GB),
         storage_bytes=sum(
-            (keep + 1) * checkpoint_bytes(each, saved) + every.total * each.b for each, saved, keep in saving
+            (keep + 1) * checkpoint_bytes(each, saved) + left * every.total * each.b
+            for each, saved, keep, left in saving
         ),
         host_bytes=memory.host_bytes(job),
         evaluation_gpus=evaluation_gpus(config, model_bytes, cluster.gpu_memory_gb),

@@ -83,8 +83,26 @@ class WeightFiles:
                 flat[position : position + count].copy_(block)
                 position += count
 
+    def write(self, source: TensorSource, start: int, values: torch.Tensor) -> None:
+        """Put the contiguous ``values`` in the place of the elements of ``source`` from ``start`` on, in its type."""
+        flat, position = values.view(-1), 0
+        for run in source.slice_runs(start, flat.numel()):
+            storage = run.storage
+            handle = self.handles.get(storage.path) or self.handles.setdefault(storage.path, storage.path.open("r+b"))
+            for begin in range(0, run.numel, BLOCK_NUMEL):
+                count = min(BLOCK_NUMEL, run.numel - begin)
+                data = _bytes_of(flat[position : position + count].to("cpu", storage.dtype))
+                offset = storage.offset_bytes + (run.start + begin) * storage.dtype.itemsize
+                while data:
+                    done = os.pwrite(handle.fileno(), data, offset)
+                    data, offset = data[done:], offset + done
+                position += count
+
     def close(self) -> None:
+        """Close the files; what was written is on the disk then."""
         for handle in self.handles.values():
+            if handle.writable():
+                os.fsync(handle.fileno())
             handle.close()
         self.handles.clear()
 

@@ -27,7 +27,7 @@ STEP = re.compile(r"step_\d{6,}")
 # What may stand in a run directory before a stage has left anything with a mark.
 UNMARKED = re.compile(
     r"\.lock|\.inputs\.lock|corpora\.lock|stop|logs|tb|variants|finetune|submitted|statistics|checkpoints|evaluation|"
-    r"config\.yaml|fetched\.json|seed_\d+|scores|trials|calibrated"
+    r"snapshots|config\.yaml|fetched\.json|seed_\d+|scores|trials|calibrated"
 )
 COMPARISONS = {  # of `trace-ds bench`
     "study.json": ours.is_described("recipe", "comparisons"),
@@ -37,6 +37,7 @@ COMPARISONS = {  # of `trace-ds bench`
 MADE_IN = {
     "": r"config\.yaml|fetched\.json|data|calibration|export|model|report|study\.json|frontier\.csv|bench\.json",
     "checkpoints": r"step_\d{6,}|latest|universal",
+    "snapshots": r"step_\d{6,}",
     "evaluation": r"step_\d{6,}|[A-Za-z0-9][A-Za-z0-9._-]*\.json",
     "statistics": "|".join(SIDES),
     "logs": r"[a-z]+\.jsonl",
@@ -84,6 +85,10 @@ class RunDirectory:
         return self.path / "checkpoints"
 
     @property
+    def snapshots(self) -> Path:
+        return self.path / "snapshots"
+
+    @property
     def model(self) -> Path:
         return self.path / "model"
 
@@ -128,7 +133,7 @@ class RunDirectory:
     def outputs(self) -> list[Path]:
         """Everything that stages write."""
         names = ["calibration", "export", "checkpoints", "model", "evaluation", "report", "logs", "tb", "submitted"]
-        names += [VARIANTS, "config.yaml", "stop", LOCK_NAME, INPUTS_LOCK_NAME]
+        names += ["snapshots", VARIANTS, "config.yaml", "stop", LOCK_NAME, INPUTS_LOCK_NAME]
         shared = ["data", "statistics", FINETUNE, "fetched.json"] if self.parent is None else []
         return [self.path / name for name in names + shared]
 
@@ -162,8 +167,10 @@ class RunDirectory:
             for side in SIDES:
                 found[self.statistics / side] = ours.artefact("statistics")
                 found[self.statistics / f"{side}.partial"] = ours.partial_statistics
-        steps = sorted(self.checkpoints.iterdir()) if self.checkpoints.is_dir() else []
-        return found | {step: ours.checkpoint for step in steps if STEP.fullmatch(step.name)}
+        for folder, owner in ((self.checkpoints, ours.checkpoint), (self.snapshots, ours.converted_model)):
+            steps = sorted(folder.iterdir()) if folder.is_dir() else []
+            found |= {step: owner for step in steps if STEP.fullmatch(step.name)}
+        return found
 
     def is_marked(self) -> bool:
         """Whether a stage of ours has left something here that only a stage of ours leaves."""
@@ -190,7 +197,15 @@ class RunDirectory:
             if owner is ours.checkpoint and marked and not (path / ours.MANIFEST).is_file():
                 continue  # damaged: a job names it and sets it aside
             ours.require_directory(path, owner)
-        folders = (self.checkpoints, self.evaluation, self.logs, self.tb, self.variants, self.statistics)
+        folders = (
+            self.checkpoints,
+            self.snapshots,
+            self.evaluation,
+            self.logs,
+            self.tb,
+            self.variants,
+            self.statistics,
+        )
         ours.require_folders(*folders, self.path / FINETUNE)
         ours.require_file(self.config, ours.is_stored_config)
         ours.require_file(self.fetched, ours.is_described("models", "data", "tasks"))

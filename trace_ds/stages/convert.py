@@ -36,7 +36,7 @@ def convert(config: Config, run: RunDirectory) -> None:
     with stage_log(run, "convert") as log:
         for problem in problems:
             log.line(f"warning: {problem}")
-        write_model(config, run, checkpoint, _card(config, run), log)
+        write_model(config, run, checkpoint, card_facts(config, run), log)
 
 
 def write_model(config: Config, run: RunDirectory, checkpoint: Path, card: dict[str, Any], log: StageLog) -> None:
@@ -168,13 +168,13 @@ def card_of(source: Path) -> dict[str, Any] | None:
             source == path and run.checkpoints.is_dir()
         ):
             try:
-                return _card(load_config(str(run.config), [], path)[0], run)
+                return card_facts(load_config(str(run.config), [], path)[0], run)
             except UserError:
                 return None  # not a configuration of ours
     return None
 
 
-def _card(config: Config, run: RunDirectory) -> dict[str, Any]:
+def card_facts(config: Config, run: RunDirectory) -> dict[str, Any]:
     """The facts of the model card, from the configuration and, if it is there, the calibration artefact."""
     from trace_ds.conversion.card import model_name
 

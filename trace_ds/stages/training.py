@@ -25,6 +25,7 @@ OPERATIONAL = {
     "save_in_background",
     "keep",
     "keep_every",
+    "snapshot_every",
     "resume",
     "log_every",
     "micro_batch_rows",

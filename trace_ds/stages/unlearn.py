@@ -174,6 +174,7 @@ def unlearn(config: Config, run: RunDirectory, world: World) -> None:
         StopRequested: stopped on request; a complete checkpoint was saved.
     """
     from trace_ds.run.log import already_done
+    from trace_ds.stages.snapshots import Snapshots
     from trace_ds.unlearning.job import train
     from trace_ds.unlearning.watch import Watch
 
@@ -202,7 +203,8 @@ def unlearn(config: Config, run: RunDirectory, world: World) -> None:
         [score_tasks] = world.agree_each(lambda _: [make_scorer(config, engine, world)])
         watch = Watch(evaluator, settings, log, score_tasks) if evaluator is not None else None
         start = replace(start, cursor=cursor)
-        train(engine, world, batches, goal, settings, settings.steps, run, start, log, watch)
+        snapshots = Snapshots.asked(config, run, world, start, log.line)
+        train(engine, world, batches, goal, settings, settings.steps, run, start, log, watch, snapshots)
 
 
 def log_held(settings: UnlearningConfig, job: UnlearnJob, say: Callable[[str], None]) -> None:

@@ -31,6 +31,16 @@ class StepRows(Protocol):
         ...
 
 
+class Snapshots(Protocol):
+    """Models that are left on the way (:mod:`trace_ds.stages.snapshots`)."""
+
+    def due(self, done: int) -> bool: ...
+
+    def write(self, engine: Any, step: int) -> None:
+        """The model as it is (collective)."""
+        ...
+
+
 class NumericalFailure(JobFailed):
     """A loss or gradient is NaN or infinite: nothing of the step is saved, the last checkpoint stands."""
 
@@ -77,6 +87,7 @@ def train(
     manifest: Manifest,
     log: StageLog,
     watch: Watch | None = None,
+    snapshots: Snapshots | None = None,
 ) -> None:
     """Train from step ``manifest.step`` to ``steps`` or to what ``watch`` calls the end, saving as configured.
 
@@ -126,14 +137,18 @@ def train(
                 last = True
                 if goal.finish(engine):  # what was seen is the model before
                     verdict = watch.look(engine, cursor, done, last=last)
-            if done % settings.save_every == 0 or last or stop:
+            save = done % settings.save_every == 0 or last or stop
+            snapshot = snapshots if snapshots is not None and snapshots.due(done) else None
+            if save or snapshot is not None:
                 require_finite(engine, world, goal, rows, done)
                 broken = watch.broken(engine, cursor, verdict) if watch is not None else ""
                 if broken and last:
                     raise JobFailed(f"stopped after step {done}: {broken}; the last checkpoint stands")
                 if broken:
                     log.line(f"WARNING no checkpoint of step {done}: {broken}")
-                else:
+                elif snapshot is not None:  # before the checkpoint that a job would go on from
+                    snapshot.write(engine, done)
+                if save and not broken:
                     current = replace(manifest, step=done, cursor={**cursor, **goal.state(), "step": done})
                     saver.save(current, wait=last or stop)
             if last:
