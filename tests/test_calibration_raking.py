@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from scipy import optimize
 
 from trace_ds.calibration import raking
 from trace_ds.calibration import units as units_module
-from trace_ds.calibration.raking import Context, rake
+from trace_ds.calibration.raking import Context, Remaining, rake
 from trace_ds.calibration.targets import offer
 from trace_ds.calibration.tokens import TokenMap
 from trace_ds.calibration.units import Units, evaluate
@@ -201,22 +202,59 @@ def test_a_solver_that_is_stopped_says_so_and_keeps_its_strength(monkeypatch) ->
     assert made.strength > 0.8 * whole.strength
 
 
-def test_progress_says_which_solve_it_is_and_how_far(monkeypatch) -> None:
-    lines: list[str] = []
+@pytest.mark.parametrize(
+    ("distances", "said"),
+    [
+        ([8.0, 6.0], "about 9 s left"),  # 2 a pass, so 3 passes more
+        ([8.0, 6.0, 4.0, 2.0], "about 3 s left"),
+        ([8.0, 2.0, 1.5, 1.0], "about 6 s left"),  # by how it goes now: the first pass counts no more
+        ([8.0, 6.0, 4.0, 3.9], "about 12 s left"),
+        ([8.0, 0.01], "about 3 s left"),  # a pass, at least
+        ([8.0, 0.0], "settled"),
+        ([8.0, 8.0], "at most 19 passes of 3.0 s left"),
+        ([8.0, 4.0, 6.0, 9.0], "at most 17 passes of 3.0 s left"),
+        ([8.0, 7.9], "at most 19 passes of 3.0 s left"),  # 79 at this rate, but it will not be let go on for so long
+    ],
+)
+def test_what_is_left_by_a_clock_that_the_test_sets(distances: list[float], said: str) -> None:
+    now_s = 100.0
+    remaining, found = Remaining(20, distances[0], lambda: now_s), ""
+    for passes, distance in enumerate(distances[1:], start=1):
+        now_s += 3.0
+        found = remaining(passes, distance)
+    assert found == said
+
+
+@pytest.mark.parametrize(("share", "floor"), [(1.0, 0.5), (0.2, 0.1)])
+def test_progress_says_of_each_solve_about_how_long_it_still_takes(monkeypatch, share: float, floor: float) -> None:
+    """Each pass takes two seconds of a clock of ours. In the second case lambda is 1 and only the weights settle."""
+    now_s, lines = [0.0], []
+
+    def pass_of_two_seconds(*arguments: Any) -> Any:
+        now_s[0] += 2.0
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(raking, "evaluate", pass_of_two_seconds)
     for name in ("SAMPLE_UNITS", "WHOLE_UNITS", "CURVATURE_UNITS", "LEAST_CURVATURE_UNITS"):
         monkeypatch.setattr(raking, name, 1000)
     forget, retain = make_world(seed=1, layers=6, experts=16)
-    p, q = retain.dense(16).mean(axis=0), forget.dense(16).mean(axis=0)
-    units = Units(retain.as_trace(), np.ones((6, 16), dtype=bool), retain.tokens)
-    made = rake(units, q, p, 20.0, 0.5, None, Context(say=lines.append))
+    p = retain.dense(16).mean(axis=0)
+    q = p + share * (forget.dense(16).mean(axis=0) - p)
+    context = Context(say=lambda line: lines.append((now_s[0], line)), clock=lambda: now_s[0])
+    rake(Units(retain.as_trace(), np.ones((6, 16), dtype=bool), retain.tokens), q, p, 20.0, floor, None, context)
     first = [
-        line for line in lines if line.startswith(f"first on a sample of 1,000 of {len(retain.dense(16)):,}, pass ")
+        (at, line)
+        for at, line in lines
+        if line.startswith(f"first on a sample of 1,000 of {len(retain.dense(16)):,}, ")
     ]
-    assert len(first) >= 2 and lines[: len(first)] == first
-    passes = [int(line.removeprefix("pass ").split()[0]) for line in lines[len(first) :]]
-    assert passes == sorted(passes) and passes[-1] == made.passes
-    assert f"pass {made.passes} of at most {raking.MAX_PASSES}, " in lines[-1]
-    assert f"lambda {made.strength:.4f}, effective sample size {made.point.ess:.4f}" in lines[-1]
+    second = lines[len(first) :]
+    assert len(first) >= 2 and len(second) >= 6 and second[-1][1].endswith("; settled")
+    assert not any("settled" in line for _, line in [*first[:-1], *second[:-1]])
+    for solve in (first, second):
+        late = [(line, solve[-1][0] - at) for at, line in solve[len(solve) // 2 : -1]]
+        for line, left_s in late:
+            said = re.search(r"; about (\d+) s left$", line)
+            assert said is not None and abs(int(said[1]) - left_s) <= 6.0, (line, left_s)
 
 
 def test_threads_and_order_of_the_tokens(monkeypatch) -> None:

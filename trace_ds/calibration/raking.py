@@ -38,6 +38,7 @@ rounding.
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -77,7 +78,7 @@ class Context:
     Attributes:
         threads: of this process. world: the ranks that take their shares of the passes (None: this process alone).
         device: of the main process's dense linear algebra; passes over the units are the processors'.
-        say: hears lines of progress, on the main process.
+        say: hears lines of progress, on the main process; clock: seconds, for what they say of the time.
         begin: called before the ranks' common solve, on the main process, with the scope and the arguments that the
             others must call :func:`rake` with.
     """
@@ -87,10 +88,36 @@ class Context:
     device: str = "cpu"
     say: Callable[[str], None] = field(default=lambda line: None)
     begin: Callable[[np.ndarray, RakeArguments], None] = field(default=lambda scope_LE, arguments: None)
+    clock: Callable[[], float] = field(default=time.monotonic)
 
     def shared(self, make: Callable[[], A]) -> A:
         """What ``make`` gives on the main process, on every rank."""
         return make() if self.world is None else self.world.broadcast_agreed(make)
+
+
+class Remaining:
+    """What is left of a solve, in words, from the time its passes took and how fast it came closer.
+
+    ``distance`` is the log of how many times too large the worst of what has to settle is. Over the later half of the
+    passes it fell by so much a pass, and is taken to go on falling so. Where it did not fall there is only the limit of
+    the passes to tell.
+    """
+
+    def __init__(self, most_passes: int, distance: float, clock: Callable[[], float]) -> None:
+        self._most, self._clock, self._begun_s = most_passes, clock, clock()
+        self._seen = [(0, distance)]  # after so many passes
+
+    def __call__(self, passes: int, distance: float) -> str:
+        if distance <= 0.0:
+            return "settled"
+        self._seen.append((passes, distance))
+        then, distance_then = self._seen[(len(self._seen) - 1) // 2]
+        pass_s, most = (self._clock() - self._begun_s) / max(passes, 1), max(self._most - passes, 0)
+        if distance < distance_then:
+            left = max(math.ceil(distance * (passes - then) / (distance_then - distance)), 1)
+            if left < most:
+                return f"about {left * pass_s:.0f} s left"
+        return f"at most {most} passes of {pass_s:.1f} s left"
 
 
 @dataclass(frozen=True)
@@ -391,8 +418,13 @@ def solve(
         free_S = np.where(fixed_S, 0.0, gradient_S)
         return free_S, fixed_S, direction_S, float(np.sqrt(max((free_S * direction_S).sum(), 0.0)))
 
-    began_s = time.monotonic()
+    def distance() -> float:
+        floor_off = 0.0 if floor_met() else abs(point.ess / aim.floor - 1.0) / window
+        error = float(np.abs(free_S).max(initial=0.0))
+        return math.log(max(error / tolerance, decrement / weight_tolerance, floor_off, 1.0))
+
     free_S, fixed_S, direction_S, decrement = look()
+    remaining = Remaining(max_passes, distance(), context.clock)
     while True:
         error = float(np.abs(free_S).max(initial=0.0))
         solved = exhausted or (error <= tolerance and decrement <= weight_tolerance)
@@ -443,9 +475,9 @@ def solve(
                 curvature.moved(before, point, aim)
         free_S, fixed_S, direction_S, decrement = look()
         context.say(
-            f"pass {passes} of at most {max_passes}, {(time.monotonic() - began_s) / max(passes, 1):.1f} s each: "
-            f"lambda {reached:.4f}, effective sample size {point.ess:.4f}, "
-            f"largest miss {float(np.abs(free_S).max(initial=0.0)):.1e}, weights off by {decrement:.1e}"
+            f"pass {passes}: lambda {reached:.4f}, effective sample size {point.ess:.4f}, "
+            f"largest miss {float(np.abs(free_S).max(initial=0.0)):.1e}, weights off by {decrement:.1e}; "
+            f"{remaining(passes, distance())}"
         )
 
 
