@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,6 +33,13 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     tiny.make_tokenizer(folder)
     return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_questions() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrained, "ASKED", {"forget": 60, "utility": 90})
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +78,7 @@ def test_the_quality_table(built: Path) -> None:
     for seed in (0, 1):
         for side, most in pretrained.QUESTIONS.items():
             lines = (built / f"tasks/seed_{seed}/questions_{side}.jsonl").read_text(encoding="utf-8").splitlines()
-            assert len(lines) == min(most, quality["known"][str(seed)][side]) > 20
+            assert len(lines) == min(most, quality["known"][str(seed)][side]) > 5
 
 
 def test_repair_and_distillation_bring_it_back_to_the_dense_model(dense: Path) -> None:
