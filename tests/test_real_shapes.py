@@ -30,8 +30,9 @@ def test_a_whole_run_meets_the_floor(shape: str, tmp_path: Path, server: Server)
     family, size = SHAPES[shape]
     model = tiny.make_model(tmp_path / "model", family, top_k=8, **size)
     config = tiny.write_config(tmp_path, model, statistics__batch_rows=32, unlearning__steps=2)
-    retain = tmp_path / "corpora" / "retain.jsonl"  # raking factorises a matrix with a row for every token
-    retain.write_text("".join(retain.read_text().splitlines(keepends=True)[:45]))
+    if shape == "deepseek_v3":  # raking factorises a matrix with a row for every token
+        retain = tmp_path / "corpora" / "retain.jsonl"
+        retain.write_text("".join(retain.read_text().splitlines(keepends=True)[:45]))
     run = tmp_path / "run"
     done = server.run(["run", config, "--run-dir", run], tmp_path, **JOB)
     assert done.returncode == 0, done.stderr[-2000:]
