@@ -68,7 +68,6 @@ JOBS: dict[str, dict[str, Any]] = {
     "sampled": {"forget_loss": "npo", "apply": "sampling"},
     "online": {"forget_loss": "npo", "weights": "online"},
     "seuf": {"forget_loss": "npo", "seuf": {"experts": 1}},
-    "grip": {"forget_loss": "npo", "grip": {"tokens": 8, "steps": 1}},
     "recompute": {"forget_loss": "npo", "recompute": True},
     "micro_batches": {"forget_loss": "graddiff", "micro_batch_rows": 2},
     "finetune": {},
@@ -195,7 +194,7 @@ def unlearn(
     from trace_ds.config.schema import FinetuneConfig, UnlearningConfig
     from trace_ds.corpora.dataset import FlatArray
     from trace_ds.models.routers import moe_decoder_layers
-    from trace_ds.unlearning import grip, trainable
+    from trace_ds.unlearning import trainable
     from trace_ds.unlearning.batches import Batches, CorpusBatches
     from trace_ds.unlearning.goals import NextToken, Unlearning
     from trace_ds.unlearning.job import run_step
@@ -223,8 +222,6 @@ def unlearn(
     chosen = {1: (2,)} if settings.seuf is not None else None
     trained = trainable.trained_by(model, settings, chosen, settings.last_layer(COMMON["num_hidden_layers"]))
     trainable.hold(model, trained)
-    if settings.grip is not None:
-        grip.install(engine, batches, world, settings.grip)
     objective = objective_of(settings, frozen, world.device)
     weights = RetainWeights()
     if settings.weights == "online":
