@@ -319,6 +319,7 @@ run_study_task() {
   printf '%s\n' "$resolved"
   stages=$(sed -n 's/^# stages: //p' <<<"$resolved")
   [[ -n $stages ]] || finish 0
+  ((!stop_requested)) || requeue "before $TRACE_DS_PHASE $task" # while run_dir, whose stop file goes, is the study's
   config=$(sed -n 's/^# config: //p' <<<"$resolved")
   run_dir=$(sed -n 's/^# run directory: //p' <<<"$resolved")
   arguments=()

@@ -136,7 +136,7 @@ def test_the_last_point_of_a_job_that_ends_early_is_of_the_model_that_it_saves(
     run = RunDirectory(copy_of(prepared, tmp_path / "run"))
     settings = [*CURVE, "unlearning.forget_loss=graddiff", "unlearning.optimizer.lr=0.03", "unlearning.steps=9"]
     settings += ["unlearning.evaluate.target_forget_nll=0.01", "evaluation.drift=false"]
-    settings += ["unlearning.grip={tokens: 8, steps: 2, realign: true}"]
+    settings += ["unlearning.grip={method: realign, tokens: 8, steps: 2}"]
     run_distributed(jobs.unlearn_job, 1, str(config), str(run.path), settings)
     curve = curve_of(run.path, 2)
     assert [point["step"] for point in curve] == [0, 2]

@@ -3,7 +3,7 @@
 
     python tools/study_from_csv.py bench_entangled docs/studies/entangled.csv --target 0.302
     python tools/study_from_csv.py bench_entangled docs/studies/entangled.csv --target 0.28 0.29 0.31 --method sampling
-    python tools/study_from_csv.py bench_pretrained docs/studies/pretrained.csv --levels 0.35 0.65
+    python tools/study_from_csv.py bench_pretrained STUDY/frontier.csv --levels 0.35 0.65
 
 The CSV is a study's ``frontier.csv``; the recipe says which runs it holds. For each target the strengths are chosen
 anew, on other seeds, by the code of ``trace-ds bench``. One line per method: utility against the baseline on the seeds
@@ -53,7 +53,9 @@ def read_curves(config: Config, path: Path, target: float) -> list[Curve]:
         columns = {m: [float(line[m]) if line[m] else math.nan for line in run] for m in (bench.forget, *bench.utility)}
         forget = columns.pop(bench.forget)
         found = {metric: matched(steps, forget, column, target) for metric, column in columns.items()}
-        curves.append(Curve(trial.seed, trial.loss, trial.method, trial.point, found, False, forget[-1]))
+        # a run that ended early diverged, unless its recipe lets it finish
+        cut = steps[-1] < config.unlearning.steps and config.unlearning.evaluate.target_forget_nll is None
+        curves.append(Curve(trial.seed, trial.loss, trial.method, trial.point, {} if cut else found, cut, forget[-1]))
     return curves
 
 

@@ -94,7 +94,9 @@ class Saver:
             except (OSError, AgreedError) as error:
                 if kind is None or not issubclass(kind, JobFailed):
                     raise
-                self._log.line(f"WARNING the last checkpoint was not written: {error}")  # why the job failed is told
+                self._log.line(
+                    f"WARNING the last checkpoint was not written: {error or 'another process could not'}"
+                )  # why the job failed is told
         self._thread.shutdown(wait=False)
 
     def save(self, manifest: Manifest, *, wait: bool = False) -> None:

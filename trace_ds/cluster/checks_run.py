@@ -204,6 +204,8 @@ def own_checks(config: Config, run_dir: Path, world_size: int | None) -> str:
     from trace_ds.run.directory import RunDirectory
     from trace_ds.stages.pipeline import Request, check_early
 
-    check_early("run", Request(config, RunDirectory.at(run_dir)), world_size, download=False)
+    run = RunDirectory.at(run_dir)
+    for verb in ("run",) if run.parent is None else ("calibrate", "unlearn", "evaluate"):  # in a variant's directory
+        check_early(verb, Request(config, run), world_size, download=False)
     parts = [f"{len(config.evaluation.tasks)} tasks", f"{len(config.variants)} variants"]
     return ", ".join([*parts, *(["fine-tuning"] if config.finetune is not None else [])])

@@ -298,9 +298,12 @@ def _load_s(job: PlannedJob, loaded: Architecture, *, whole: bool) -> float:
 def evaluation_gpus(config: Config, weights_bytes: float, gpu_memory_gb: float) -> int:
     """GPUs that ``evaluate`` needs to hold one model of ``weights_bytes``, in one process.
 
-    The relearning attack trains it with AdamW: gradients and two moments beside the weights.
+    The relearning attack trains it with AdamW: gradients and two moments beside the weights, in fp32 with fp32 masters
+    where the model is sharded.
     """
-    held = weights_bytes * (4 if config.evaluation.relearning is not None else 1)
+    sharded = config.evaluation.ep > 1 or config.evaluation.zero_stage == 3
+    states = 8 if sharded and config.model.dtype == "bf16" else 4
+    held = weights_bytes * (states if config.evaluation.relearning is not None else 1)
     return max(math.ceil(held / (EVALUATION_SHARE * gpu_memory_gb * GB)), 1)
 
 

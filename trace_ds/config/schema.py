@@ -901,6 +901,10 @@ class Config(Section):
                     f"unlearning.evaluate.tasks names {name!r}, which is not among evaluation.tasks "
                     f"({', '.join(names) or 'there are none'})"
                 )
+        if evaluate.curve_only and not evaluate.tasks:
+            raise ValueError(
+                "unlearning.evaluate.curve_only needs evaluate.tasks: the curve is all that the job leaves"
+            )
         for name in evaluate.at_end:
             if name not in evaluate.tasks:
                 raise ValueError(f"unlearning.evaluate.at_end names {name!r}, which is not among its tasks")

@@ -119,12 +119,18 @@ def input_versions() -> dict[str, str]:
     return found
 
 
+def has_corpora(run_dir: Path, seed: int, regime: Regime) -> bool:
+    """Whether the corpora under ``run_dir`` are those of this seed, of the packages that are installed."""
+    identity = artefact.identity_of("demo_corpora", input_versions(), {"seed": seed, "regime": regime})
+    return artefact.is_done(run_dir / "corpora", "demo_corpora", identity)
+
+
 def prepare_inputs(run_dir: Path, seed: int, regime: Regime = "standard", names: Sequence[str] = MODELS) -> None:
     """The corpora, and the models of these names, under ``run_dir`` (each skipped when it is there)."""
     from trace_ds.demo.corpora import build_corpora
 
     directory, inputs, settings = run_dir / "corpora", input_versions(), {"seed": seed, "regime": regime}
-    if not artefact.is_done(directory, "demo_corpora", artefact.identity_of("demo_corpora", inputs, settings)):
+    if not has_corpora(run_dir, seed, regime):
         log = StageLog("demo", run_dir / "logs" / "demo.jsonl", None)
         with contextlib.closing(log), replacing_directory(directory, ours.artefact("demo_corpora")) as temporary:
             summary = {"documents": build_corpora(temporary, seed, regime)}

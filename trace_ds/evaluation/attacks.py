@@ -43,7 +43,7 @@ from trace_ds.models.routers import find_routers, logits_of, meta_model, places_
 from trace_ds.parallel.device import to_device
 from trace_ds.unlearning.batches import CorpusStep
 from trace_ds.unlearning.goals import NextToken
-from trace_ds.unlearning.job import run_step
+from trace_ds.unlearning.job import NumericalFailure, run_step
 from trace_ds.unlearning.step_rows import EpochRows, generator, share_of_rank
 
 SHARE_STREAM, ORDER_STREAM = 11, 12
@@ -89,8 +89,13 @@ def relearn(
             tokens = int(forget.counted_per_row()[chosen].sum())
             data = CorpusStep([forget.batch(share, 0)], tokens)
             engine.train()
-            loss = run_step(engine, world, data, NextToken(), training_settings(settings), step)["loss"]
-            engine.eval()
+            try:
+                loss = run_step(engine, world, data, NextToken(), training_settings(settings), step)["loss"]
+            except NumericalFailure:  # on all processes
+                curve.append({"step": step + 1, "loss": None, "scores": {}})  # as of a whole model that diverged
+                break
+            finally:
+                engine.eval()
         elif optimizer is not None:
             loss = _relearning_step(language_model, optimizer, forget.batch(chosen.tolist(), 0))
         if (step + 1) % settings.score_every == 0 or step + 1 == settings.steps:

@@ -179,7 +179,11 @@ def _restore_rotary(model: Any, device: torch.device) -> None:
     for name, module in list(model.named_modules()):
         if module._non_persistent_buffers_set:
             if not type(module).__name__.endswith("RotaryEmbedding"):
-                raise AssertionError(f"{name} ({type(module).__name__}) has buffers that no file holds")
+                raise UserError(
+                    f"{name} ({type(module).__name__}) has buffers that no file holds",
+                    str(model.config.model_type),
+                    "use a model of another family",
+                )
             model.set_submodule(name, type(module)(config=model.config).to(device))
 
 

@@ -301,9 +301,11 @@ def _pass(
 def _shape(config: Config, world: World, job: CollectJob, side: str) -> dict[str, Any]:
     """What must be the same for a pass to continue another: beside the job, all that decides how sums are rounded."""
     from trace_ds.models.engine import expert_kernel
+    from trace_ds.routing.counter import SUMS
 
     return {
         "identity": job.identity(side),
+        "sums": [name for name, _ in SUMS],  # a state of an older version lacks some
         "world": world.size,
         "ep": config.distributed.ep,
         "batch_rows": config.statistics.batch_rows,

@@ -71,6 +71,12 @@ def check_convert(config: Config, run: RunDirectory) -> None:
     from trace_ds.conversion.safetensors_target import parse_size
 
     parse_size(config.conversion.max_shard_size, "conversion.max_shard_size")
+    if config.unlearning.evaluate.curve_only:
+        raise UserError(
+            "the job leaves a curve and no weights",
+            "unlearning.evaluate.curve_only",
+            "run `trace-ds unlearn` alone, or set it to false",
+        )
     step, settings = config.conversion.step, config.unlearning
     if step is None or (run.checkpoints / step_name(step)).is_dir() or settings.evaluate.target_forget_nll is not None:
         return  # a job with a target saves where it reaches it

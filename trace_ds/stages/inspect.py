@@ -87,14 +87,16 @@ def inspect(path: Path, *, verify: bool = False) -> Finding:
 
 def _is_unfinished_step(path: Path) -> bool:
     name = re.split(r"\.(?:tmp|unreadable)-", path.name)[0]
-    return STEP.fullmatch(name) is not None and not (path / UNIVERSAL_FOLDER).is_dir()
+    others = (path / UNIVERSAL_FOLDER).is_dir() or (path / CONFIG_NAME).is_file()  # a snapshot is a model
+    return STEP.fullmatch(name) is not None and not others
 
 
 def _is_checkpoints(path: Path) -> bool:
     """A folder of our steps; a universal folder may hold one of that name."""
     others = (path / CONFIG_NAME, path / "latest_universal")
     return not any(other.is_file() for other in others) and any(
-        STEP.fullmatch(child.name) and child.is_dir() for child in path.iterdir()
+        STEP.fullmatch(child.name) and child.is_dir() and not (child / CONFIG_NAME).is_file()
+        for child in path.iterdir()
     )
 
 

@@ -54,7 +54,8 @@ class UnlearnJob:
     def training(self, config: Config, run: RunDirectory) -> Training:
         """As its checkpoints know it."""
         settings, calibration = config.unlearning, self.calibration.content
-        return Training("unlearning", settings, run, config, self.info, self.identity, calibration, self.layers)
+        identity = self.curve or self.identity  # a curve goes on only from checkpoints of that very curve
+        return Training("unlearning", settings, run, config, self.info, identity, calibration, self.layers)
 
     def settled(self, config: Config, run: RunDirectory) -> bool:
         """Whether the last step of this very job is there, complete, or one that reached the forgetting target; or its
@@ -62,7 +63,7 @@ class UnlearnJob:
         if self.curve:
             if not ours.is_curve(run.curve) or read_object(run.curve, "the curve", "")["identity"] != self.curve:
                 return False
-            discard_checkpoints(run)  # which a kill may have cut off
+            discard_checkpoints(run, self.curve)  # which a kill may have cut off
             return True
         target = config.unlearning.evaluate.target_forget_nll
 
@@ -241,7 +242,7 @@ def unlearn(config: Config, run: RunDirectory, world: World) -> None:
             if not job.curve or error.step is None:
                 raise
             failed = error.step
-            log.line(str(error))
+            log.line(str(error).replace("the last checkpoint stands", "the curve ends here"))
         if job.curve:
             world.agree(lambda: leave_curve(job, run, cursor.get("curve", []), failed))
             engine.destroy()  # a process may run many such jobs
@@ -257,13 +258,16 @@ def leave_curve(job: UnlearnJob, run: RunDirectory, points: list[dict[str, Any]]
     made_with = {"device": "gpu" if accelerator_count() else "cpu", "torch": version("torch")}
     found = {"identity": job.curve, "job": job.identity, "made_with": made_with, "curve": points, "diverged": failed}
     write_json(run.curve, found)
-    discard_checkpoints(run)
+    discard_checkpoints(run, job.curve)
 
 
-def discard_checkpoints(run: RunDirectory) -> None:
+def discard_checkpoints(run: RunDirectory, curve: str) -> None:
+    """Those of this very curve; others in the directory are somebody's."""
     from trace_ds.checkpoints.commit import discard_all
+    from trace_ds.checkpoints.manifest import newest_complete, read_manifest, step_name
 
-    if run.checkpoints.is_dir():
+    step = newest_complete(run.checkpoints)[0] if run.checkpoints.is_dir() else None
+    if run.checkpoints.is_dir() and (step is None or read_manifest(run.checkpoints / step_name(step)).job == curve):
         run.clear_leftovers()
         discard_all(run.checkpoints)
 

@@ -136,7 +136,10 @@ class Study:
         """Raises: UserError: the runs are chosen by a screening that has not ended."""
         if phase == "bases":
             verbs = ("prepare", "collect", "evaluate")
-            return [Job(base, verbs, partial(self._make_inputs, seed)) for seed, base in self.bases.items()]
+            return [
+                Job(base, verbs, partial(self._make_inputs, seed), partial(self._has_inputs, seed))
+                for seed, base in self.bases.items()
+            ]
         if phase == "calibrations":  # of the confirmation too: whatever is chosen is a point of the grid
             wanted = run_list.grid_trials(self.bench, self.seeds)
             requests = {found.run.path: found for found in map(self._calibration, wanted)}
@@ -195,6 +198,11 @@ class Study:
             directory.mkdir(parents=True, exist_ok=True)
             remove_input_leftovers(directory)
             prepare_inputs(directory, seed, self.bench.regime)
+
+    def _has_inputs(self, seed: int) -> bool:
+        from trace_ds.demo.run import has_corpora
+
+        return self.bench.regime is None or has_corpora(self.seed_directory(seed), seed, self.bench.regime)
 
     # ------------------------------------------------------------------ results
 

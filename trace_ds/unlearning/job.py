@@ -138,9 +138,8 @@ def train(
                 last = True
                 if goal.finish(engine):  # what was seen is the model before
                     verdict = watch.look(engine, cursor, done, last=last)
-            if last and watch is not None and watch.curve_only:
-                break
-            save = done % settings.save_every == 0 or last or stop
+            curve_is_all = last and watch is not None and watch.curve_only
+            save = not curve_is_all and (done % settings.save_every == 0 or last or stop)
             snapshot = snapshots if snapshots is not None and snapshots.due(done) else None
             if save or snapshot is not None:
                 require_finite(engine, world, goal, rows, done)
