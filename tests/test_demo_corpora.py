@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 import torch
 
+from trace_ds.corpora.dataset import batch_of
+from trace_ds.corpora.pack import PackedRow
 from trace_ds.demo import corpora, facts, pretrain, run
 from trace_ds.errors import UserError
 from trace_ds.run import log
@@ -184,13 +186,15 @@ def test_a_missing_package_is_named_with_its_pip_line(
 
 def test_positions_of_a_batch_restart_with_every_document(built: Path) -> None:
     texts, tokenizer = pretrain._read(built / "pretrain_gold.jsonl"), tokenizer_of(built)
-    tokens_BT, document_BT, position_BT = next(pretrain._batches(texts, tokenizer, random.Random(0)))
+    batch = next(pretrain._batches(texts, tokenizer, random.Random(0)))
+    tokens_BT, document_BT, position_BT = batch.input_ids_BS, batch.document_ids_BS, batch.position_ids_BS
     assert tokens_BT.shape == document_BT.shape == (sum(pretrain.ROWS.values()), corpora.CONTEXT_TOKENS)
     filled_BT = document_BT >= 0
     assert ((tokens_BT != tokenizer.token_to_id(corpora.PAD)) == filled_BT).all() and not filled_BT.all()
-    begins_BT = filled_BT[:, 1:] & (document_BT[:, 1:] != document_BT[:, :-1])
+    changes_BT = document_BT[:, 1:] != document_BT[:, :-1]
+    begins_BT = filled_BT[:, 1:] & changes_BT
     assert begins_BT.any() and (position_BT[:, 0] == 0).all()
-    expected_BT = np.where(begins_BT | ~filled_BT[:, 1:], 0, position_BT[:, :-1] + 1)
+    expected_BT = torch.where(changes_BT, 0, position_BT[:, :-1] + 1)
     assert (position_BT[:, 1:] == expected_BT).all()
     assert (tokens_BT[:, :-1][begins_BT] == tokenizer.token_to_id(corpora.EOS)).all()  # what ends before another begins
 
@@ -202,22 +206,17 @@ def test_packing_changes_no_loss(built: Path) -> None:
         torch.randint(4, 2000, (length,), generator=torch.Generator().manual_seed(length)) for length in (9, 7, 12)
     ]
     length = sum(map(len, documents))
-    packed = (torch.full((1, length), 3), torch.full((1, length), -1), torch.zeros(1, length, dtype=torch.long))
-    apart = (torch.full((3, length), 3), torch.full((3, length), -1), torch.zeros(3, length, dtype=torch.long))
-    start = 0
-    for number, document in enumerate(documents):
-        for arrays, row, first in ((packed, 0, start), (apart, number, 0)):
-            span = slice(first, first + len(document))
-            arrays[0][row, span], arrays[1][row, span] = document, number
-            arrays[2][row, span] = torch.arange(len(document))
-        start += len(document)
+    numbers = [np.full(len(document), number) for number, document in enumerate(documents)]
+    whole = PackedRow(torch.cat(documents).numpy(), np.concatenate(numbers))
+    each = [PackedRow(document.numpy(), number) for document, number in zip(documents, numbers, strict=True)]
+    packed, apart = batch_of([whole], 3), batch_of(each, 3)
     with torch.no_grad():
-        for one, other in zip(pretrain._losses(model, *packed), pretrain._losses(model, *apart), strict=True):
+        for one, other in zip(pretrain._losses(model, packed), pretrain._losses(model, apart), strict=True):
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
     # and it is the plain Hugging Face loss of each document, weighted by its number of predictions
     with torch.no_grad():
         sums = [model(d[None], labels=d[None], output_router_logits=False).loss * (len(d) - 1) for d in documents]
-        torch.testing.assert_close(pretrain._losses(model, *packed)[0], sum(sums) / (length - 3), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(pretrain._losses(model, packed)[0], sum(sums) / (length - 3), rtol=1e-5, atol=1e-6)
 
 
 def test_training_is_bitwise_repeatable_and_saved_in_hub_layout(built: Path, tmp_path: Path) -> None:
