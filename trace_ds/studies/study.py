@@ -222,13 +222,13 @@ class Workers:
         self._pool: ProcessPoolExecutor | None = None
 
     def __enter__(self) -> Workers:
-        self._previous = signal.signal(signal.SIGTERM, _stop)
+        self._previous, self._others = signal.signal(signal.SIGTERM, _stop), multiprocessing.active_children()
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
-        for child in multiprocessing.active_children():
+        for child in set(multiprocessing.active_children()).difference(self._others):
             child.kill()
             child.join()
         signal.signal(signal.SIGTERM, self._previous)
