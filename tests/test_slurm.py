@@ -649,17 +649,21 @@ STUDY = {
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_a_study_over_two_nodes_of_which_one_is_lost(cluster: SlurmCluster, tmp_path: Path, server: Server) -> None:
+def test_a_study_over_two_nodes_of_which_one_is_lost(
+    cluster: SlurmCluster, warm: str, tmp_path: Path, server: Server
+) -> None:
     """`trace-ds submit --study`, every run two ranks on two nodes with expert-parallel size 2; a node is killed under
     the runs and comes back. What the study finds is, to the byte, what `trace-ds bench` finds on one machine."""
     shape = {"distributed": {"nproc": 2, "ep": 2}, "unlearning__steps": 6}
     config = write_config(tmp_path, make_model(tmp_path / "model"), bench=STUDY, **shape)
-    study = tmp_path / "study"
+    study, env = tmp_path / "study", REAL | {"TRACE_DS_COMMAND": warm}
     two_at_a_time = "--cpus-per-task=40"
     options = ["--nodes", 2, "--gpus-per-node", 1, "--sbatch", two_at_a_time, "--run-dir", study]
-    refused = trace_ds(server, cluster, tmp_path, "submit", config, "--study", "--nodes", 1, "--gpus-per-node", 1)
+    refused = trace_ds(
+        server, cluster, tmp_path, "submit", config, "--study", "--nodes", 1, "--gpus-per-node", 1, env=env
+    )
     assert refused.returncode == 2 and "does not divide the world size 1" in refused.stderr
-    result = trace_ds(server, cluster, tmp_path, "submit", config, "--study", *options)
+    result = trace_ds(server, cluster, tmp_path, "submit", config, "--study", *options, env=env)
     assert result.returncode == 0, result.stderr
     assert "[bench] runs: 18 of 6 steps, 2 times scored, on base models 0, 1, 2" in result.stdout
     submitted = json.loads((study / "submitted/1/jobs.json").read_text())["jobs"]
@@ -672,7 +676,7 @@ def test_a_study_over_two_nodes_of_which_one_is_lost(cluster: SlurmCluster, tmp_
     cluster.wait_until("some runs are done", lambda: len(curves()) > 3, 900, jobs["runs"])
     cluster.wait_until("ranks run on n2", lambda: cluster.runs_on("n2", b"unlearn"), 120)
     cluster.kill_node("n2")
-    again = trace_ds(server, cluster, tmp_path, "submit", config, "--study", *options)
+    again = trace_ds(server, cluster, tmp_path, "submit", config, "--study", *options, env=env)
     assert again.returncode == 2 and "still queued or running" in again.stderr
     cluster.wait_until("SLURM misses the node", lambda: "n2" in cluster.run("sinfo", "-h", "-t", "down", "-o%N"), 120)
     cluster.start_node("n2")
