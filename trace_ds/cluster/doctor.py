@@ -82,8 +82,10 @@ def share_checks(config: Config | None, run_dir: Path | None, ranks: nodes.Joine
             found += guarded("model", "model", lambda: run.model_checks(config, ranks.world.size if ranks else None))
             found.append(checked("tokenizer", "loads", lambda: run.tokenizer_check(config)))
         found += guarded("corpora", "corpora", lambda: run.corpus_checks(config))
+        told = ("model", "tokenizer", "corpora")
         same = any(
-            check.status == "MISS" and check.group in ("hub", "model", "tokenizer", "corpora") for check in found
+            check.status == "MISS" and (check.group in told or check.name.startswith("evaluation.models"))
+            for check in found
         )
         if run_dir is not None and here_already and not same:  # it would say the same again
             elsewhere = None if processes % config.distributed.ep == 0 else config.distributed.ep  # from a login node
