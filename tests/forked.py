@@ -131,6 +131,7 @@ def warm_command(folder: Path) -> Iterator[str]:
     yield f"{sys.executable} -SE {Path(__file__).with_name('warm.py')} {place}"
     process.terminate()
     process.join()
+    place.unlink()
 
 
 def refuse(
