@@ -19,7 +19,9 @@ from trace_ds.reporting.gather import gather
 from trace_ds.run.directory import RunDirectory
 from trace_ds.stages.convert import checkpoint_to_directory, convert
 from trace_ds.stages.evaluate import evaluate
+from trace_ds.stages.inspect import inspect
 from trace_ds.stages.snapshots import Snapshots
+from trace_ds.stages.unlearn import discard_checkpoints
 from trace_ds.tensors.opening import REPORT
 
 TASKS = ["questions_forget", "questions_utility"]
@@ -121,6 +123,11 @@ def test_a_snapshot_is_whole_or_not_there(calibrated: tuple[Path, Path], tmp_pat
     assert [path.name for path in run.snapshots.iterdir()] == ["step_000002"]
     run_distributed(jobs.unlearn_job, 4, str(config), str(run.path), settings)
     is_as_converted(run, 4, tmp_path / "fourth")
+    found = inspect(run.snapshots / "step_000004", verify=True)
+    assert found.kind == "model" and not found.problems
+    kept = sorted(run.checkpoints.iterdir())
+    discard_checkpoints(run, "a curve's identity")  # those of a job that was no curve's stay
+    assert sorted(run.checkpoints.iterdir()) == kept and kept
     other = [*settings, "unlearning.resume=replace", "unlearning.alpha=2", "unlearning.steps=1"]
     run_distributed(jobs.unlearn_job, 4, str(config), str(run.path), other)
     assert not list(run.snapshots.iterdir())
