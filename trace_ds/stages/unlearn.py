@@ -266,8 +266,10 @@ def discard_checkpoints(run: RunDirectory, curve: str) -> None:
     from trace_ds.checkpoints.commit import discard_all
     from trace_ds.checkpoints.manifest import newest_complete, read_manifest, step_name
 
-    step = newest_complete(run.checkpoints)[0] if run.checkpoints.is_dir() else None
-    if run.checkpoints.is_dir() and (step is None or read_manifest(run.checkpoints / step_name(step)).job == curve):
+    if not run.checkpoints.is_dir():
+        return
+    step, _ = newest_complete(run.checkpoints)
+    if step is None or read_manifest(run.checkpoints / step_name(step)).job == curve:
         run.clear_leftovers()
         discard_all(run.checkpoints)
 
