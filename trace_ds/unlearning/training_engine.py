@@ -53,7 +53,7 @@ def training_engine(
                 "eps": optimizer.eps,
                 "weight_decay": optimizer.weight_decay,
                 "torch_adam": True,  # no JIT compilation of DeepSpeed's own
-                **({"fused": True} if world.device.type == "cuda" else {}),  # 28 bytes moved a parameter, not 72
+                "fused": True,  # 28 bytes moved a parameter, not 72; no temporary of its size
             },
         },
     }
