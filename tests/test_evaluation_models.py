@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trace_ds.errors import UserError
-from trace_ds.evaluation.batching import LOGITS_PER_FORWARD, plan_batches
+from trace_ds.evaluation.batching import LOGITS_PER_FORWARD, plan_batches, sharing
 from trace_ds.evaluation.language_model import (
     Diverged,
     LanguageModel,
@@ -169,6 +169,37 @@ def test_batches_hold_every_sequence_once_within_the_limits(
         kept = longest - min(sequences[index].first for index in batch) + 1
         assert len(batch) <= rows
         assert len(batch) == 1 or len(batch) * kept * vocabulary <= LOGITS_PER_FORWARD
+
+
+@given(st.lists(st.lists(st.integers(0, 2), min_size=2, max_size=6), min_size=1, max_size=40))
+@settings(deadline=None, max_examples=60)
+def test_a_row_serves_what_begins_it(texts: list[list[int]]) -> None:
+    """As few rows as can be: contexts that no other begins with."""
+    sequences = [Sequence(tuple(ids), 1) for ids in texts]
+    groups = sharing(sequences)
+    assert sorted(index for group in groups for index in group) == list(range(len(sequences)))
+    for group in groups:
+        row = sequences[group[0]].ids
+        assert all(row[: len(sequences[index].ids) - 1] == sequences[index].ids[:-1] for index in group)
+    contexts = {sequence.ids[:-1] for sequence in sequences}
+    assert len(groups) == sum(all(a == b or b[: len(a)] != a for b in contexts) for a in contexts)
+
+
+def test_choices_of_one_question_share_its_row(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one, three and two tokens: one row, and the scores of each alone."""
+    question = (0, 9, 8, 7)
+    choices = [(10,), (11,), (12, 13, 14), (12, 15)]
+    sequences = [Sequence(question + choice, len(question)) for choice in choices]
+    rows: list[int] = []
+    forward = model.model.forward
+    monkeypatch.setattr(model.model, "forward", lambda **inputs: rows.append(len(inputs["input_ids"])) or forward(**inputs))
+    together = model.score(sequences, moments=True)
+    assert rows == [1]
+    for sequence, ours in zip(sequences, together, strict=True):
+        alone = model.score([sequence], moments=True)[0]
+        assert ours.is_argmax.tolist() == alone.is_argmax.tolist()
+        for name in ("log_prob", "mean", "deviation"):
+            np.testing.assert_allclose(getattr(ours, name), getattr(alone, name), atol=1e-5)
 
 
 def test_greedy_continuation_equals_one_by_one_without_a_cache(model: LanguageModel) -> None:

@@ -1,4 +1,5 @@
-"""Which sequences share a forward pass: of similar length, longest first, within bounds of memory; pure."""
+"""Which sequences share a row, and which rows a forward pass: of similar length, longest first, within bounds of
+memory; pure."""
 
 from __future__ import annotations
 
@@ -14,6 +15,20 @@ class Sequence:
 
     ids: tuple[int, ...]
     first: int
+
+
+def sharing(sequences: list[Sequence]) -> list[list[int]]:
+    """Indices of ``sequences`` in groups that one row serves, that of the first: what the others' last tokens are
+    predicted from begins it. Choices of one token after the same question are one row, not four."""
+    order = sorted(range(len(sequences)), key=lambda index: (sequences[index].ids[:-1], index), reverse=True)
+    groups: list[list[int]] = []
+    for index in order:  # what begins like a row stands behind it, before all rows that begin otherwise
+        context = sequences[index].ids[:-1]
+        if groups and sequences[groups[-1][0]].ids[: len(context)] == context:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    return groups
 
 
 def plan_batches(sequences: list[Sequence], batch_rows: int, vocabulary: int) -> list[list[int]]:

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from trace_ds.errors import UserError
-from trace_ds.evaluation.batching import Sequence, plan_batches
+from trace_ds.evaluation.batching import Sequence, plan_batches, sharing
 from trace_ds.models.attention import packed
 from trace_ds.parallel.device import to_device
 
@@ -238,26 +238,39 @@ class LanguageModel:
         Raises:
             Diverged: a log-probability is not finite.
         """
-        batches = plan_batches(sequences, self.settings.batch_rows, self.model.config.vocab_size)
+        groups = sharing(sequences)
+        rows = [Sequence(sequences[group[0]].ids, min(sequences[i].first for i in group)) for group in groups]
+        batches = [
+            [index for row in batch for index in groups[row]]
+            for batch in plan_batches(rows, self.settings.batch_rows, self.model.config.vocab_size)
+        ]
         return self.in_order(batches, lambda batch: self._score_batch([sequences[i] for i in batch], moments), advance)
 
-    def _score_batch(self, rows: list[Sequence], moments: bool) -> list[TokenScores]:
+    def _score_batch(self, sequences: list[Sequence], moments: bool) -> list[TokenScores]:
+        """Of sequences that stand behind the one whose row they share (:func:`sharing`)."""
+        rows: list[Sequence] = []
+        row_of = []
+        for sequence in sequences:
+            context = sequence.ids[:-1]
+            if not rows or rows[-1].ids[: len(context)] != context:
+                rows.append(sequence)
+            row_of.append(len(rows) - 1)
         length = max(len(row.ids) for row in rows)
         ids_BS = torch.full((len(rows), length), self.pad_id, dtype=torch.int64)
         for number, row in enumerate(rows):
             ids_BS[number, : len(row.ids)] = torch.tensor(row.ids)
-        start = min(row.first for row in rows) - 1  # the logits at position t predict token t + 1
+        start = min(sequence.first for sequence in sequences) - 1  # the logits at position t predict token t + 1
         output = self.model(
             input_ids=to_device(ids_BS, self.device),
             logits_to_keep=length - start,
             **packed(self.model, torch.arange(length).expand(len(rows), -1), self.device),
         )
         logits_BSV = output.logits
-        sizes = [len(row.ids) - row.first for row in rows]
-        row_N = torch.tensor([n for n, size in enumerate(sizes) for _ in range(size)])
-        token_N = torch.tensor([t for row in rows for t in range(row.first, len(row.ids))])
+        sizes = [len(sequence.ids) - sequence.first for sequence in sequences]
+        row_N = torch.tensor([row for row, size in zip(row_of, sizes, strict=True) for _ in range(size)])
+        token_N = torch.tensor([t for sequence in sequences for t in range(sequence.first, len(sequence.ids))])
         device = logits_BSV.device
-        target_N = to_device(ids_BS[row_N, token_N], device)
+        target_N = to_device(torch.tensor([t for s in sequences for t in s.ids[s.first :]]), device)
         logits_NV = logits_BSV[to_device(row_N, device), to_device(token_N - 1 - start, device)].float()
         log_normaliser_N = torch.logsumexp(logits_NV, -1)
         log_prob_N = logits_NV.gather(-1, target_N[:, None])[:, 0] - log_normaliser_N
