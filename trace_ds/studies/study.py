@@ -363,15 +363,20 @@ def _where(curve: Curve) -> str:
 
 
 def frontier_csv(study: Study) -> str:
-    """One line per scored step of every run."""
+    """One line per scored step of every run, and of each seed's model before the first (method ``original``)."""
     bench = study.bench
+    metrics = (bench.forget, *bench.utility)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["seed", "loss", "method", "point", "step", bench.forget, *bench.utility])
+    writer.writerow(["seed", "loss", "method", "point", "step", *metrics])
+
+    def line(head: Sequence[Any], entry: Mapping[str, Any]) -> None:
+        values = (metric_of(entry, name) for name in metrics)
+        writer.writerow([*head, *("" if math.isnan(value) else f"{value:.6g}" for value in values)])
+
+    for seed in study.seeds:
+        line([seed, "", "original", "", 0], study.references(seed)["original"])
     for trial, result in (found for phase in study.phases[2:] for found in study.results(phase)):
         for entry in result["curve"]:
-            values = [metric_of(entry, name) for name in (bench.forget, *bench.utility)]
-            numbers = ["" if math.isnan(value) else f"{value:.6g}" for value in values]
-            point = run_list.label(trial.point)
-            writer.writerow([trial.seed, trial.loss, trial.method, point, entry["step"], *numbers])
+            line([trial.seed, trial.loss, trial.method, run_list.label(trial.point), entry["step"]], entry)
     return text.getvalue()
