@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +21,9 @@ from trace_ds.evaluation.language_model import LanguageModel
 from trace_ds.models.attention import NAME
 from trace_ds.models.families import FAMILIES
 from trace_ds.models.routers import find_routers, meta_model, record_routing
+from trace_ds.parallel.world import World
 from trace_ds.stages.evaluate import evaluate
+from trace_ds.unlearning.job import NumericalFailure
 
 IDS = torch.tensor([[0, 5, 9, 13, 20, 41, 8, 7], [0, 3, 4, 5, 6, 7, 8, 9]])
 
@@ -151,6 +155,27 @@ def test_relearning_is_plain_fine_tuning_on_a_share_of_the_rows(tmp_path: Path) 
             optimizer.step()
         for name, value in model.model.state_dict().items():
             assert torch.allclose(value, trained[name], atol=2e-4), name
+
+
+def test_a_sharded_attack_that_diverges_ends_its_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that is not finite ends the training on all processes, as it does in a job, but not the evaluation."""
+    dataset = packed(tmp_path / "rows.arrow", [list(range(3, 18))] * 4, 16)
+    modes: list[str] = []
+    engine = SimpleNamespace(train=lambda: modes.append("train"), eval=lambda: modes.append("eval"))
+    model: Any = SimpleNamespace(world=World(0, 1, torch.device("cpu")), model=None, engine=engine)
+
+    def run_step(*arguments: Any) -> dict[str, float]:
+        if arguments[-1] == 2:
+            raise NumericalFailure("the loss is not finite")
+        return {"loss": 1.0}
+
+    monkeypatch.setattr(attacks, "run_step", run_step)
+    asked = RelearningConfig(share=1.0, steps=6, rows=2, lr=1e-3, score_every=1)
+    curve = attacks.relearn(model, dataset, asked, 5, lambda: {"facts accuracy": 0.5})["curve"]
+    assert [(entry["step"], entry["loss"], len(entry["scores"])) for entry in curve] == [
+        (0, None, 1), (1, 1.0, 1), (2, 1.0, 1), (3, None, 0),
+    ]  # fmt: skip
+    assert modes == ["train", "eval"] * 3
 
 
 def test_attacks_are_part_of_the_result_of_the_unlearned_and_the_retrained_model(case: Case) -> None:  # noqa: F811

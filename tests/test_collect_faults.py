@@ -76,11 +76,14 @@ def test_storage_that_fails_on_one_rank_ends_all(tiny_model: Path, tmp_path: Pat
     assert "forget: continues after batch" in log and log.count("documents counted") == 2
 
 
-def test_a_pass_never_continues_another_with_other_rounding(tmp_path: Path) -> None:
+def test_a_pass_never_continues_another_with_other_rounding_or_sums(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import torch
 
     from trace_ds.config.schema import Config
     from trace_ds.parallel.world import World
+    from trace_ds.routing import counter
     from trace_ds.stages.collect import CollectJob, _prepare_directory, _shape
 
     job = cast(CollectJob, SimpleNamespace(info=None, identity=lambda side: side))
@@ -93,6 +96,8 @@ def test_a_pass_never_continues_another_with_other_rounding(tmp_path: Path) -> N
     for size, statistics in ((2, {}), (4, {}), (2, {"batch_rows": 5}), (2, {"expert_kernel": "eager"})):
         world = World(0, size, torch.device("cpu"))
         shapes.append(_shape(Config.model_validate(base | {"statistics": statistics}), world, job, "forget"))
+    monkeypatch.setattr(counter, "SUMS", counter.SUMS[:-1])  # of another version, whose states lack one
+    shapes.append(_shape(Config.model_validate(base), World(0, 2, torch.device("cpu")), job, "forget"))
     for other in shapes[1:]:
         for shape, kept in ((shapes[0], False), (shapes[0], True), (other, False)):
             assert _prepare_directory(tmp_path / "partial", shape) is False

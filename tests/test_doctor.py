@@ -20,6 +20,7 @@ from trace_ds.cluster.checks import Check, checked, guarded
 from trace_ds.cluster.doctor import doctor, run_checks, share_checks
 from trace_ds.config.load import load_config
 from trace_ds.config.schema import Config
+from trace_ds.run.directory import RunDirectory
 
 
 def loaded(tmp_path: Path, model: Path, **changes: Any) -> Config:
@@ -288,6 +289,16 @@ def test_what_late_stages_and_variants_would_stumble_on(
     (tmp_path / "bad.jsonl").write_text('{"text": "salt", "choices": ["a", "b", "c", "d"], "answer": 0}\n')
     found = share_checks(loaded(tmp_path, tiny_model, **changes), tmp_path / "run")
     only_fault([check for check in found if check.group != "hub"], *words)  # there: what was not fetched
+
+
+def test_in_a_variants_directory_it_looks_at_what_a_variant_runs(tmp_path: Path, tiny_model: Path) -> None:
+    """Which takes data and statistics from its run; what is wrong with the variant itself is found."""
+    variant = RunDirectory.at(tmp_path / "run").variant("steered")
+    variant.create("")
+    for layer, faults in ((1, 0), (9, 1)):
+        found = share_checks(loaded(tmp_path, tiny_model, unlearning__rmu={"layer": layer}), variant.path)
+        own = of(found, "run")["its own checks"]
+        assert (own.status == "MISS", "layer 9 of a model with" in own.detail) == (bool(faults), bool(faults)), own
 
 
 def test_a_check_that_fails_does_not_hide_the_others() -> None:
