@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import resource
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from trace_ds.checkpoints.manifest import Manifest, read_manifest
 from trace_ds.config.load import load_config
+from trace_ds.models.engine import M_TRIM_THRESHOLD, large_tensors_apart
 from trace_ds.models.families import inspect_model
 from trace_ds.parallel.world import World
 from trace_ds.run.directory import RunDirectory
@@ -81,6 +84,24 @@ def test_offloaded_states_are_updated_by_all_cores_and_many_ranks_sum_in_fp32(ca
     overrides = ["model.dtype=bf16", f"unlearning.ds_config={offload}", "unlearning.forget_loss=graddiff"]
     (found,) = run_distributed(states_of_the_host, 1, str(config), str(run), overrides)
     assert found == {"update": {len(os.sched_getaffinity(0))}, "after": 1, "sums": torch.float32}
+
+
+def faults_of_a_tensor(world: Any) -> list[int]:
+    """Pages of 16 MB that the system hands out again, each time such a tensor is made, after a model was loaded."""
+    ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, 1 << 17)  # glibc's default, whatever this process did before
+    with large_tensors_apart():
+        pass
+    found = []
+    for _ in range(4):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(1 << 22)
+        found.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    return found
+
+
+def test_memory_of_a_step_stays_with_the_process() -> None:
+    (found,) = run_distributed(faults_of_a_tensor, 1)
+    assert max(found[1:]) < 100, found  # of 4,096
 
 
 @pytest.mark.parametrize("fused", [True, False])
