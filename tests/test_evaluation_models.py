@@ -192,7 +192,12 @@ def test_choices_of_one_question_share_its_row(model: LanguageModel, monkeypatch
     sequences = [Sequence(question + choice, len(question)) for choice in choices]
     rows: list[int] = []
     forward = model.model.forward
-    monkeypatch.setattr(model.model, "forward", lambda **inputs: rows.append(len(inputs["input_ids"])) or forward(**inputs))
+
+    def counted(**inputs: Any) -> Any:
+        rows.append(len(inputs["input_ids"]))
+        return forward(**inputs)
+
+    monkeypatch.setattr(model.model, "forward", counted)
     together = model.score(sequences, moments=True)
     assert rows == [1]
     for sequence, ours in zip(sequences, together, strict=True):

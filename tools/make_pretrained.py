@@ -18,12 +18,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from trace_ds.demo.pretrained import build
 from trace_ds.errors import UserError
+from trace_ds.models.host_memory import keep_freed_memory
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4, 5], help="Base splits to write tasks of.")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[*range(6)], help="Base splits to write tasks of.")
     arguments = parser.parse_args()
     try:
         quality = build(arguments.out, arguments.seeds)
@@ -37,4 +38,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     sys.exit(main())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import importlib
 from collections.abc import Callable, Iterator, Mapping
@@ -16,12 +15,11 @@ from torch import nn
 from trace_ds.models import autoep
 from trace_ds.models.engine_config import merge, parameter_offload, user_ds_config
 from trace_ds.models.families import ModelInfo
+from trace_ds.models.host_memory import large_tensors_apart
 from trace_ds.models.loading import ModelParts, load_share
 from trace_ds.parallel.world import World, quiet_deepspeed
 
 WIDE_EXPERT = 8192
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
-LARGE_BYTES, LARGEST_BYTES = 1 << 20, 1 << 25  # the second: its limit on 64 bits
 HUB_KERNELS = ("sonicmoe", "deepgemm")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -53,27 +51,6 @@ def quick_collections() -> Iterator[None]:
         yield
     finally:
         gc.unfreeze()
-
-
-@contextlib.contextmanager
-def large_tensors_apart() -> Iterator[None]:
-    """Inside, tensors of a megabyte and more have memory of their own, which is the system's again when they go.
-
-    After the first that goes, glibc would take those of up to 32 MB from its heap, and what is made between them would
-    keep the heap as large as it was: half as much again as a rank's share of a model was held so. Afterwards they do
-    come from the heap, and what a step lets go of stays there for the next: what is free at the heap's end beyond a
-    threshold, 128 kB unless it is set, would return to the system, which fills it with zeros page by page when it is
-    wanted again.
-    """
-    libc = ctypes.CDLL(None)
-    set_option = getattr(libc, "mallopt", lambda option, value: None)  # not everywhere
-    set_option(M_MMAP_THRESHOLD, LARGE_BYTES)
-    set_option(M_TRIM_THRESHOLD, 2 * LARGE_BYTES)
-    try:
-        yield
-    finally:
-        set_option(M_MMAP_THRESHOLD, LARGEST_BYTES)  # where it would have come to by itself
-        set_option(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 @quick_collections()

@@ -11,7 +11,6 @@ its stages say so; a killed study goes on where it was.
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import gc
 import math
@@ -26,6 +25,7 @@ from typing import Any
 from trace_ds.config.load import dump_yaml, load_config, with_changes
 from trace_ds.config.schema import Config
 from trace_ds.errors import JobFailed, StopRequested, UserError
+from trace_ds.models.host_memory import keep_freed_memory
 from trace_ds.parallel.environment import accelerator_names
 from trace_ds.parallel.launch import die_with_parent, parent_of_this
 from trace_ds.run.directory import CALIBRATED, TRIALS, RunDirectory
@@ -36,7 +36,6 @@ from trace_ds.studies import run_list
 from trace_ds.studies.analysis import Curve, chosen_points, curve_of, metric_of
 
 GOLD = "gold"
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 Asked = tuple[tuple[str, ...], Path, tuple[str, ...]]  # of a study: recipe, directory, overrides
 # Of the configuration of a base model's run: what has scores there is the original and the gold model.
 BASE = {
@@ -261,18 +260,6 @@ def begin(numbers: SimpleQueue[int], ranks: int, logs: Path) -> None:
     with (logs / f"worker_{number}.log").open("wb") as log:
         for stream in (1, 2):
             os.dup2(log.fileno(), stream)
-
-
-def keep_freed_memory() -> None:
-    """What tensors let go of stays with this process, for those of the next step.
-
-    glibc would give what is above 32 MB back to the system each time, which fills it with zeros page by page when it is
-    wanted again: more than half the processor time of a run on a model of 135 M parameters.
-    """
-    set_option = getattr(ctypes.CDLL(None), "mallopt", None)  # not everywhere
-    if set_option is not None:
-        set_option(M_MMAP_MAX, 0)
-        set_option(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def devices_of(number: int, ranks: int, inherited: Mapping[str, str], devices: Path = Path("/dev")) -> dict[str, str]:
