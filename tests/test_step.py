@@ -19,8 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from trace_ds.checkpoints.manifest import Manifest, read_manifest
 from trace_ds.config.load import load_config
-from trace_ds.models.host_memory import M_TRIM_THRESHOLD, large_tensors_apart
 from trace_ds.models.families import inspect_model
+from trace_ds.models.host_memory import M_TRIM_THRESHOLD, large_tensors_apart
 from trace_ds.parallel.world import World
 from trace_ds.run.directory import RunDirectory
 from trace_ds.stages.training import Training
