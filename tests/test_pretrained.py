@@ -87,7 +87,7 @@ def test_repair_and_distillation_bring_it_back_to_the_dense_model(dense: Path) -
     errors = [[float(part.split()[-1]) for part in line.split(";")[0].split(",")] for line in told]
     assert len(errors) == SHAPE.layers and all(after < 0.9 * before for before, after in errors)
     batches = dense_to_moe.mixed_batches(TOKENS_RT, TOKENS_RT[:, :9].tolist(), 4, 8, pad=2, seed=0)
-    divergences = dense_to_moe.distil(moe, dense_to_moe.load_dense(dense, torch.bfloat16), batches, 40, told.append)
+    divergences = dense_to_moe.distil(moe, dense_to_moe.load_dense(dense), batches, 40, told.append)
     assert sum(divergences[-1]) < 0.8 * sum(divergences[0])
 
 

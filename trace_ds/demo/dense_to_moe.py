@@ -88,11 +88,11 @@ class SplitFeedForward(nn.Module):
         return F.linear(self.neurons(x), self.down)
 
 
-def load_dense(path: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """A Llama-shaped model for inference (its rotary frequencies stay float32)."""
+def load_dense(path: Path) -> Any:
+    """A Llama-shaped model for inference, in float32."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True).eval()
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True).eval()
 
 
 # ------------------------------------------------------------------------------------------------------- splitting
