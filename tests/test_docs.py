@@ -216,6 +216,45 @@ def test_the_weights_of_the_pretrained_model_are_those_of_the_csv() -> None:
         assert all(x > max(draws[10 * i : 10 * i + 10]) for i, x in enumerate(found["selected"][kind]))
 
 
+KEPT = {
+    "selected": "TRACE, the detected experts (`selected`)",
+    "all": "TRACE, all experts of the layers that are trained",
+    "random_experts": "control: as many at random",
+    "lowest_experts": "control: as many of the lowest ratio",
+    "permuted": "control: detected, weights permuted over rows",
+    "oracle": "oracle: facts by their label",
+}
+LEVELS = (0.50, 0.65)
+
+
+@functools.cache
+def pretrained_rows() -> list[dict[str, Any]]:
+    from tools.study_from_csv import level_rows
+
+    config, _ = load_config("bench_pretrained", [], "out")
+    return level_rows(config, ROOT / "docs/studies/pretrained.csv", *LEVELS)
+
+
+@pytest.mark.parametrize(("method", "name"), [("uniform", "uniform weights"), *KEPT.items()])
+def test_the_runs_on_the_pretrained_model_are_those_of_the_csv(method: str, name: str) -> None:
+    cells = [name]
+    for metric in ("choice_probability", "choice_probability near/*element*", "accuracy"):
+        row = next(r for r in pretrained_rows() if (r["method"], r["metric"]) == (method, f"kept_facts {metric}"))
+        cells.append(f"{row['value']:.3f}".lstrip("0"))
+        if method != "uniform":
+            cells[-1] += f", {row['difference']:+.3f} [{row['t'].low:+.3f}, {row['t'].high:+.3f}]".replace("-", "−")
+        cells[-1] += "" if len(row["seeds"]) == 5 else f", {len(row['seeds'])} seeds"
+    assert f"| {' | '.join(cells)} |" in PRETRAINED
+
+
+def test_the_plan_of_the_pretrained_study_is_the_recipe_s() -> None:
+    from trace_ds.studies.jobs import Study
+    from trace_ds.studies.study import plan
+
+    stored = json.loads((ROOT / "docs/studies/pretrained_plan.json").read_text(encoding="utf-8"))
+    assert stored == json.loads(json.dumps(plan(Study(["bench_pretrained"], Path("out"), []))))
+
+
 def assert_told(row: dict[str, Any], cell: str) -> None:
     low, high = (100 * row["relative_interval"][end] for end in ("low", "high"))
     told = f"{100 * row['relative']:+.1f} % [{low:.1f}, {high:.1f}]".replace("-", "−")

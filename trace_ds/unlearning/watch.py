@@ -179,9 +179,14 @@ class Watch:
     def curve_only(self) -> bool:
         return self.settings.evaluate.curve_only
 
+    @property
+    def _judges(self) -> bool:
+        """Whether a verdict can be another than to go on; of a curve alone nothing else is asked."""
+        return not self.curve_only or self.settings.guards.on or self.settings.evaluate.target_forget_nll is not None
+
     def begin(self, engine: Any, cursor: dict[str, Any], step: int) -> None:
         """Score the frozen model, unless an earlier start of the job has."""
-        if "evaluation_start" not in cursor:
+        if "evaluation_start" not in cursor and self._judges:
             start = cursor["evaluation_start"] = self.evaluator(engine)
             self.log.evaluation(step, **start)
             if not self.curve_only:  # its study has the scores of the original
@@ -212,9 +217,11 @@ class Watch:
         every = self.settings.evaluate.every
         if not every or not (last or done % every == 0):
             return None
-        found = self.evaluator(engine)
-        self.log.evaluation(done, **found)
-        verdict = judge(self.settings, cursor["evaluation_start"], found, cursor.get("back_offs", 0), last=last)
+        verdict, found = Verdict("go_on"), dict[str, float]()
+        if self._judges:
+            found = self.evaluator(engine)
+            self.log.evaluation(done, **found)
+            verdict = judge(self.settings, cursor["evaluation_start"], found, cursor.get("back_offs", 0), last=last)
         if not self._score(engine, cursor, done, last=last or verdict.action == "finish"):
             verdict = Verdict("stop", "log-probabilities of a task are not finite")
         if verdict.action == "stop":
