@@ -7,7 +7,7 @@ import fcntl
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -19,35 +19,46 @@ LOCK_VARIABLE = "TRACE_DS_RUN_LOCK_FD"
 LOCK_RETRY_S = 3.0
 LOCK_NAME = ".lock"
 INPUTS_LOCK_NAME = ".inputs.lock"  # of data and statistics: the jobs of variants share it
-VARIANTS = "variants"
-TRIALS, CALIBRATED = (
-    "trials",
-    "calibrated",
-)  # of a study's base model: RUN/trials/LOSS/METHOD/POINT, RUN/calibrated/NAME
+FINETUNE, VARIANTS = "finetune", "variants"
+TRIALS, CALIBRATED = "trials", "calibrated"  # of a study's base model: trials/LOSS/METHOD/POINT, calibrated/NAME
 SHARING = {VARIANTS: 0, CALIBRATED: 0, TRIALS: 2}  # folders of a run whose runs share its data, and how deep these lie
-FINETUNE = "finetune"
 SIDES = ("forget", "retain", "alternative")
 STAGE_LOGS = ("prepare", "finetune", "collect", "calibrate", "unlearn", "convert", "evaluate", "report")
 STEP = re.compile(r"step_\d{6,}")
-# What may stand in a run directory before a stage has left anything with a mark.
-UNMARKED = re.compile(
-    r"\.lock|\.inputs\.lock|corpora\.lock|stop|logs|tb|variants|finetune|submitted|statistics|checkpoints|evaluation|"
-    r"snapshots|config\.yaml|fetched\.json|plan\.json|seed_\d+|scores|trials|calibrated"
-)
 COMPARISONS = {  # of `trace-ds bench`
     "study.json": ours.is_described("recipe", "comparisons"),
     "bench.json": ours.is_described("recipe", "outcomes"),
 }
-# What stages make, by the folder they make it in ("" is the run directory).
-MADE_IN = {
-    "": r"config\.yaml|fetched\.json|data|calibration|export|model|report|curve\.json|"
-    r"plan\.json|study\.json|frontier\.csv|bench\.json",
-    "checkpoints": r"step_\d{6,}|latest|universal|zero_to_fp32\.py",
-    "snapshots": r"step_\d{6,}",
-    "evaluation": r"step_\d{6,}|[A-Za-z0-9][A-Za-z0-9._-]*\.json",
-    "statistics": "|".join(SIDES),
-    "logs": r"[a-z]+\.jsonl",
-}
+# What may stand in a run directory, beside its folders, before a stage has left anything with a mark.
+UNMARKED = (
+    r"\.lock|\.inputs\.lock|corpora\.lock|stop|submitted|config\.yaml|fetched\.json|plan\.json|seed_\d+|scores|"
+    r"trials|calibrated"
+)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Something that stages make in a run directory; of a run, its path.
+
+    Attributes:
+        shared: a variant has that of its run.
+        owner: of a directory that is replaced as a whole: the mark that it must carry.
+        is_ours: of a file that is replaced: whether we wrote it.
+        makes: of a folder to which things are added (all others): their names.
+    """
+
+    name: str
+    shared: bool = False
+    owner: ours.Owner | None = None
+    is_ours: Callable[[Path], bool] | None = None
+    makes: str = ""
+
+    def __get__(self, run: RunDirectory, kind: type[RunDirectory]) -> Path:
+        return ((self.shared and run.parent) or run.path) / self.name
+
+    @property
+    def is_folder(self) -> bool:
+        return self.owner is None and self.is_ours is None
 
 
 @dataclass(frozen=True)
@@ -62,75 +73,30 @@ class RunDirectory:
     parent: Path | None = None
     config_text: str | None = field(default=None, repr=False, compare=False)
 
-    @property
-    def config(self) -> Path:
-        return self.path / "config.yaml"
-
-    @property
-    def fetched(self) -> Path:
-        return (self.parent or self.path) / "fetched.json"
-
-    @property
-    def data(self) -> Path:
-        return (self.parent or self.path) / "data"
-
-    @property
-    def statistics(self) -> Path:
-        return (self.parent or self.path) / "statistics"
-
-    @property
-    def calibration(self) -> Path:
-        return self.path / "calibration"
-
-    @property
-    def export(self) -> Path:
-        return self.path / "export"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def curve(self) -> Path:
-        return self.path / "curve.json"
-
-    @property
-    def snapshots(self) -> Path:
-        return self.path / "snapshots"
-
-    @property
-    def model(self) -> Path:
-        return self.path / "model"
-
-    @property
-    def evaluation(self) -> Path:
-        return self.path / "evaluation"
-
-    @property
-    def report(self) -> Path:
-        return self.path / "report"
-
-    @property
-    def logs(self) -> Path:
-        return self.path / "logs"
-
-    @property
-    def tb(self) -> Path:
-        return self.path / "tb"
-
-    @property
-    def variants(self) -> Path:
-        return self.path / "variants"
+    config = Place("config.yaml", is_ours=ours.is_stored_config)
+    fetched = Place("fetched.json", shared=True, is_ours=ours.is_described("models", "data", "tasks"))
+    curve = Place("curve.json", is_ours=ours.is_curve)
+    data = Place("data", shared=True, owner=ours.artefact("data"))
+    calibration = Place("calibration", owner=ours.artefact("calibration"))
+    export = Place("export", owner=ours.artefact("export"))
+    model = Place("model", owner=ours.converted_model)
+    report = Place("report", owner=ours.artefact("report"))
+    statistics = Place("statistics", shared=True, makes="|".join(SIDES))
+    checkpoints = Place("checkpoints", makes=rf"{STEP.pattern}|latest|universal|zero_to_fp32\.py")
+    snapshots = Place("snapshots", makes=STEP.pattern)
+    evaluation = Place("evaluation", makes=rf"{STEP.pattern}|[A-Za-z0-9][A-Za-z0-9._-]*\.json")
+    logs = Place("logs", makes=r"[a-z]+\.jsonl")
+    tb = Place("tb")
+    variants = Place(VARIANTS)
+    finetune = Place(FINETUNE, shared=True)
 
     def finetuned(self, name: str) -> RunDirectory:
         """Where `finetune` makes a model: a directory of its own, with the data and the stop file of the run."""
-        root = self.parent or self.path
-        return RunDirectory(root / FINETUNE / name, root)
+        return RunDirectory(self.finetune / name, self.parent or self.path)
 
     def finetuned_here(self) -> list[RunDirectory]:
         """Those that there are, of a run (a variant shares its run's)."""
-        folder = self.path / FINETUNE
-        places = sorted(folder.iterdir()) if self.parent is None and folder.is_dir() else []
+        places = sorted(self.finetune.iterdir()) if self.parent is None and self.finetune.is_dir() else []
         return [self.finetuned(place.name) for place in places if place.is_dir()]
 
     @property
@@ -142,22 +108,11 @@ class RunDirectory:
     @property
     def outputs(self) -> list[Path]:
         """Everything that stages write."""
-        names = [
-            "calibration",
-            "export",
-            "checkpoints",
-            "snapshots",
-            "curve.json",
-            "model",
-            "evaluation",
-            "report",
-            "logs",
-            "tb",
-            "submitted",
-        ]
-        names += [VARIANTS, "config.yaml", "stop", LOCK_NAME, INPUTS_LOCK_NAME]
-        shared = ["data", "statistics", FINETUNE, "fetched.json"] if self.parent is None else []
-        return [self.path / name for name in names + shared]
+        return [self.path / name for name in (*self._own(), "submitted", "stop", LOCK_NAME, INPUTS_LOCK_NAME)]
+
+    def _own(self) -> dict[str, Place]:
+        """The places that a run has, or a variant by itself."""
+        return {name: place for name, place in PLACES.items() if self.parent is None or not place.shared}
 
     def variant(self, name: str, config_text: str | None = None) -> RunDirectory:
         return RunDirectory(self.variants / name, self.path, config_text)
@@ -181,17 +136,10 @@ class RunDirectory:
 
     def owners(self) -> dict[Path, ours.Owner]:
         """What stages replace or delete as a whole, with the mark that it must carry."""
-        found = {
-            self.calibration: ours.artefact("calibration"),
-            self.export: ours.artefact("export"),
-            self.model: ours.converted_model,
-            self.report: ours.artefact("report"),
-        }
-        if self.parent is None:
-            found[self.data] = ours.artefact("data")
-            for side in SIDES:
-                found[self.statistics / side] = ours.artefact("statistics")
-                found[self.statistics / f"{side}.partial"] = ours.partial_statistics
+        found = {self.path / name: place.owner for name, place in self._own().items() if place.owner is not None}
+        for side in SIDES if self.parent is None else ():
+            found[self.statistics / side] = ours.artefact("statistics")
+            found[self.statistics / f"{side}.partial"] = ours.partial_statistics
         for folder, owner in ((self.checkpoints, ours.checkpoint), (self.snapshots, ours.converted_model)):
             steps = sorted(folder.iterdir()) if folder.is_dir() else []
             found |= {step: owner for step in steps if STEP.fullmatch(step.name)}
@@ -222,32 +170,25 @@ class RunDirectory:
             if owner is ours.checkpoint and marked and not (path / ours.MANIFEST).is_file():
                 continue  # damaged: a job names it and sets it aside
             ours.require_directory(path, owner)
-        folders = (
-            self.checkpoints,
-            self.snapshots,
-            self.evaluation,
-            self.logs,
-            self.tb,
-            self.variants,
-            self.statistics,
-        )
-        ours.require_folders(*folders, self.path / FINETUNE)
-        ours.require_file(self.config, ours.is_stored_config)
-        ours.require_file(self.curve, ours.is_curve)
-        ours.require_file(self.fetched, ours.is_described("models", "data", "tasks"))
+        for place in PLACES.values():
+            path = place.__get__(self, RunDirectory)
+            if place.is_ours is not None:
+                ours.require_file(path, place.is_ours)
+            elif place.is_folder:
+                ours.require_folders(path)
         ours.require_file(self.checkpoints / "latest", ours.is_pointer)
         for stage in STAGE_LOGS:
             ours.require_file(self.logs / f"{stage}.jsonl", ours.is_log)
         for name in results:
             ours.require_file(self.evaluation / f"{name}.json", ours.is_result)
-        for place in self.finetuned_here():
-            place.require_ours()
+        for made in self.finetuned_here():
+            made.require_ours()
         for path in self.stop_files:
             if os.path.lexists(path) and not path.is_file():
                 raise UserError("this is no file, and a file of that name stops a job", str(path), ours.FIX)
         names = sorted(path.name for path in self.path.iterdir())
-        made = rf"{MADE_IN['']}|corpora"
-        strangers = [name for name in names if not UNMARKED.fullmatch(name) and not ours.leftover(name, made)]
+        usual = re.compile("|".join([UNMARKED, *(name for name, place in PLACES.items() if place.is_folder)]))
+        strangers = [n for n in names if not usual.fullmatch(n) and not ours.leftover(n, f"{MADE_IN['']}|corpora")]
         if strangers and not marked:
             raise UserError(
                 f"this directory is not a run's: it holds {strangers[0]!r}, and nothing that trace_ds made",
@@ -277,6 +218,13 @@ class RunDirectory:
                 write_text(self.config, self.config_text)
         except OSError as error:
             raise unwritable(self.path, error) from None
+
+
+PLACES = {place.name: place for place in vars(RunDirectory).values() if isinstance(place, Place)}
+# What stages make and killed writers leave halves of, by the folder they make it in ("" is the run directory).
+MADE_IN = {name: place.makes for name, place in PLACES.items() if place.makes}
+_WHOLE = [name for name, place in PLACES.items() if not place.is_folder]
+MADE_IN[""] = "|".join(map(re.escape, [*_WHOLE, *COMPARISONS, "plan.json", "frontier.csv"]))
 
 
 def run_path(text: str) -> Path:
