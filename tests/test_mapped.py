@@ -16,7 +16,7 @@ import pytest
 from trace_ds.calibration.rows import RowSelections
 from trace_ds.corpora.dataset import ROW_SCHEMA, FlatArray, TokenDataset
 from trace_ds.run import mapped
-from trace_ds.run.files import new_array, new_spool
+from trace_ds.run.files import new_array
 from trace_ds.run.mapped import Mapped, open_mapped
 
 FILE_BYTES, RESIDENT_BYTES = 1 << 26, 1 << 22
@@ -96,7 +96,7 @@ def write_npy(path: Path, check: Callable[[], None]) -> None:
 
 
 def write_spool(path: Path, check: Callable[[], None]) -> None:
-    array = new_spool(path, np.int32, (FILE_BYTES // 4096, 1024))
+    array = new_array(path, np.int32, (FILE_BYTES // 4096, 1024))
     for start in range(0, len(array), 64):
         array[start : start + 64] = start  # one value for all of them
         check()
@@ -155,7 +155,7 @@ from trace_ds.calibration.rules import apply_rule
 from trace_ds.config.schema import CalibrationConfig
 from trace_ds.corpora.dataset import TokenMap
 from trace_ds.run import mapped
-from trace_ds.run.files import new_array, new_spool
+from trace_ds.run.files import new_array, new_array
 
 def kib(key):
     return int(Path("/proc/self/status").read_text().split(key + ":")[1].split()[0])
@@ -168,7 +168,7 @@ counts = new_array(folder / "rows.npy", np.uint16, (rows, layers, experts))
 kinds = draw.multinomial(1023, [1 / experts] * experts, (64, layers)).astype(np.uint16) * 2
 for start in range(0, rows, 50):
     counts[start : start + 50] = kinds[draw.integers(0, 64, 50)]
-documents = new_spool(folder / "documents", np.int32, (rows * 1024,))
+documents = new_array(folder / "documents", np.int32, (rows * 1024,))
 for start in range(0, rows, 50):
     documents[start * 1024 : (start + 50) * 1024] = np.arange(start, start + 50).repeat(1024)
 tokens = TokenMap(np.arange(rows + 1) * 1024, documents, rows)

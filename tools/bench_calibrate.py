@@ -125,7 +125,7 @@ def measure_rows(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from trace_ds.calibration.rules import apply_rule
     from trace_ds.calibration.tokens import TokenMap
     from trace_ds.config.schema import CalibrationConfig
-    from trace_ds.run.files import new_spool
+    from trace_ds.run.files import new_array
     from trace_ds.run.mapped import open_mapped
 
     parts = (open_mapped(folder / "rows.npy"),)
@@ -134,7 +134,7 @@ def measure_rows(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     shape = arguments.layers, arguments.experts
     forget_LE = np.array([np.bincount(forget[:, layer].ravel(), minlength=shape[1]) for layer in range(shape[0])])
     starts = np.arange(arguments.rows + 1, dtype=np.int64) * 1025
-    documents = new_spool(folder / "documents.i32", np.int32, (int(starts[-1]),))
+    documents = new_array(folder / "documents.i32", np.int32, (int(starts[-1]),))
     for start in range(0, arguments.rows, 1000):
         documents[start * 1025 : (start + 1000) * 1025] = np.arange(start, min(start + 1000, arguments.rows)).repeat(
             1025

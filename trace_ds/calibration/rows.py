@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from trace_ds.calibration.tokens import CHUNK_TOKENS, TokenMap, Trace
-from trace_ds.run.files import new_spool
+from trace_ds.run.files import new_array
 
 BLOCK_VALUES = 1 << 22
 
@@ -37,7 +37,7 @@ class RowSelections:
     def of_trace(cls, trace: Trace, tokens: TokenMap, experts: int, spool: Path, sample_tokens: int) -> RowSelections:
         """One pass over the trace; the counts in a file of ``spool``."""
         everything_LE = np.ones((trace.layers, experts), dtype=bool)
-        counts_RLE = new_spool(spool / "row_selections.bin", np.uint32, (tokens.rows, *everything_LE.shape))
+        counts_RLE = new_array(spool / "row_selections.bin", np.uint32, (tokens.rows, *everything_LE.shape))
         for first, found_RS, sizes_R in row_counts(trace, tokens, everything_LE):
             counts_RLE[first : first + len(sizes_R)] = found_RS.reshape(len(sizes_R), *everything_LE.shape)
         total, before = tokens.counted_total(), 0

@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 
 from trace_ds.calibration.tokens import RowSpread, TokenMap
-from trace_ds.run.files import new_spool
+from trace_ds.run.files import new_array
 
 
 class Weighted(Protocol):
@@ -133,4 +133,4 @@ def size_and_maximum(weight_T: np.ndarray, tokens: TokenMap) -> tuple[float, flo
 
 def spooled(path: Path, size: int) -> np.ndarray:
     """A zeroed float64 array [size] backed by a file (the page cache decides what stays in memory)."""
-    return new_spool(path, np.float64, (size,))
+    return new_array(path, np.float64, (size,))

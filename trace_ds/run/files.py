@@ -75,11 +75,6 @@ def fsync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def fsync_file(path: Path) -> None:
-    with path.open("rb") as handle:
-        os.fsync(handle.fileno())
-
-
 def write_bytes(path: Path, data: bytes) -> None:
     """Write a whole file atomically: a sibling temporary file, fsync, rename, fsync of the directory."""
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
@@ -126,19 +121,6 @@ def new_array(path: Path, dtype: np.dtype | type, shape: Sequence[int]) -> np.nd
         np.save(path, np.zeros(shape, dtype))
         return np.zeros(shape, dtype)
     array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=tuple(shape))
-    reserve(path)
-    return array.view(Mapped)
-
-
-def new_spool(path: Path, dtype: np.dtype | type, shape: Sequence[int]) -> np.ndarray:
-    """The same without a header: scratch space that nobody opens by its name."""
-    import numpy as np
-
-    from trace_ds.run.mapped import Mapped
-
-    if 0 in shape:
-        return np.zeros(shape, dtype)
-    array = np.memmap(path, dtype, "w+", shape=tuple(shape))
     reserve(path)
     return array.view(Mapped)
 
@@ -213,7 +195,8 @@ def _remove(path: Path) -> None:
 def fsync_tree(path: Path) -> None:
     for directory, _, names in os.walk(path):
         for name in names:
-            fsync_file(Path(directory) / name)
+            with (Path(directory) / name).open("rb") as handle:
+                os.fsync(handle.fileno())
         fsync_directory(Path(directory))
 
 
