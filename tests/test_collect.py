@@ -459,7 +459,7 @@ MODELS = ("mixtral-8x7b", "mixtral-8x22b", "olmoe-1b-7b", "qwen3-30b-a3b", "qwen
 
 def test_the_documented_sizes_are_those_of_the_published_models() -> None:
     from trace_ds.cluster.architecture import read_architecture
-    from trace_ds.config.published import published_config
+    from trace_ds.config.compose import published_config
 
     root = Path(__file__).resolve().parents[1]
     lines = [

@@ -33,8 +33,8 @@ from trace_ds.cluster.spec import (
     expert_parallel_group,
     ring_s,
 )
+from trace_ds.config.compose import published_config
 from trace_ds.config.load import load_config
-from trace_ds.config.published import published_config
 from trace_ds.config.schema import Config
 from trace_ds.errors import UserError
 from trace_ds.models.families import FAMILIES
@@ -357,8 +357,8 @@ def test_ds_config_changes_what_it_changes(tmp_path: Path) -> None:
     (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": section}))
     plain, offloading = job_of("olmoe-1b-7b"), job_of("olmoe-1b-7b", unlearning__ds_config=str(tmp_path / "ds.json"))
     zero = offloading.zero
-    assert (zero.reduce_bucket, zero.max_live) == (1000, 1_000_000_000)
-    assert zero.offload_optimizer and not zero.offload_parameters
+    assert (zero.reduce_bucket_size, zero.stage3_max_live_parameters) == (1000, 1_000_000_000)
+    assert zero.offload_optimizer and not zero.offload_param
     assert "master and Adam moments" in memory.unlearn_memory(plain, 2).resident
     offloaded = memory.unlearn_memory(offloading, 2)
     assert "master and Adam moments" not in offloaded.resident and not offloaded.step

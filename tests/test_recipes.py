@@ -18,9 +18,8 @@ from hypothesis import strategies as st
 
 from trace_ds.cluster.plan import plan
 from trace_ds.cluster.spec import ClusterSpec
-from trace_ds.config.compose import GROUPS, compose, merge, recipe_names, recipes
+from trace_ds.config.compose import GROUPS, compose, fragment_of, merge, published_config, recipe_names, recipes
 from trace_ds.config.load import dump_yaml, load_config
-from trace_ds.config.published import fragment_of, published_config
 from trace_ds.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]

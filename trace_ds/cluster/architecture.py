@@ -1,5 +1,4 @@
-"""The shape of a Mixture-of-Experts model and its parameters by kind, from a Hugging Face ``config.json``
-alone.
+"""The shape of a Mixture-of-Experts model and its parameters by kind, from a Hugging Face ``config.json`` alone.
 
     architecture = read_architecture(read_model_config("/models/Mixtral-8x7B-v0.1"))
     count_parameters(architecture).total          # 46702792704
@@ -161,11 +160,8 @@ def count_parameters(a: Architecture) -> Parameters:
 
 
 def active_parameters(a: Architecture) -> Parameters:
-    """The parameters that take part in one token's forward pass: ``top_k`` of the experts, everything else
-    whole.
-
-    The embedding counts whole, as in the published "active" figures, although a token reads one row of it.
-    """
+    """The parameters that take part in one token's forward pass: ``top_k`` of the experts, everything else whole (the
+    embedding too, as in the published "active" figures, although a token reads one row of it)."""
     return replace(count_parameters(a), experts=a.moe_layers * a.top_k * a.expert_parameters)
 
 
@@ -173,9 +169,8 @@ def read_architecture(config: Mapping[str, Any], where: str = "config.json") -> 
     """The architecture a ``config.json`` describes.
 
     Raises:
-        UserError: not a supported MoE family (the message lists the supported ones); a key is missing or not
-        a
-            number; more experts per token than experts.
+        UserError: not a supported MoE family (the message lists the supported ones); a key is missing or not a number;
+            more experts per token than experts.
     """
     family = str(config.get("model_type", ""))
     if family not in FAMILIES:
@@ -221,9 +216,7 @@ def read_architecture(config: Mapping[str, Any], where: str = "config.json") -> 
 
 
 class _Reader:
-    """Integer keys of a config, under any of their names; UserError for one that is missing or no whole
-    number.
-    """
+    """Integer keys of a config, under any of their names; UserError for one that is missing or no whole number."""
 
     def __init__(self, config: Mapping[str, Any], where: str) -> None:
         self.config, self.where = config, where

@@ -75,14 +75,14 @@ def nearest_directory(path: Path) -> Path | None:
     return found if found.is_dir() else None
 
 
-def output_of(*command: str, timeout_s: float = COMMAND_TIMEOUT_S) -> tuple[int, str]:
+def output_of(*command: str) -> tuple[int, str]:
     """Exit status and combined output of a short command; (-1, reason) when it cannot run or does not end."""
     try:
         done = subprocess.run(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout_s, check=False
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=COMMAND_TIMEOUT_S, check=False
         )
     except subprocess.TimeoutExpired:
-        return -1, f"no answer in {timeout_s:g} s"
+        return -1, f"no answer in {COMMAND_TIMEOUT_S} s"
     except OSError as error:
         return -1, error.strerror or str(error)
     return done.returncode, done.stdout.strip()

@@ -22,9 +22,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from trace_ds.cluster.bandwidth import bandwidth_lines, time_collectives
 from trace_ds.cluster.checks import Check, Status, first_line, nearest_directory
 from trace_ds.cluster.checks_machine import installed, port_checks
 from trace_ds.cluster.checks_run import LOCKS_FIX, lock_problem, locked
@@ -40,6 +39,7 @@ CHECK_TIMEOUT_MINUTES = 30.0  # for the slowest node's storage, model and corpor
 NCCL_TIMEOUT_MINUTES = 2.0
 SEEN_WITHIN_S = 10.0  # network file systems cache directory entries for a few seconds
 TOKEN_BYTES = 1 << 20
+SIZE_BYTES, REPEATS = 1 << 25, 5  # of a timed collective
 ORDER = ("OK", "WARN", "MISS")
 
 
@@ -118,6 +118,51 @@ def _worst(found: dict[str, Check], nodes: int) -> Check:
     return replace(check, detail=f"on {', '.join(affected)}: {check.detail}")
 
 
+def time_collectives(device: Any, group: Any = None) -> dict[str, float]:
+    """Bus bandwidth (bytes/s, as in NVIDIA's nccl-tests: ``2 (n-1)/n`` times the size over the time for an all-reduce,
+    ``(n-1)/n`` for an all-to-all) over a process group of all ranks, by default the default one; the best of several.
+
+    Raises:
+        RuntimeError: a collective gave a wrong result.
+    """
+    import torch
+    from torch import distributed
+
+    rank, world = distributed.get_rank(), distributed.get_world_size()
+    elements = SIZE_BYTES // 4 // world * world
+    result = {}
+    for name, factor in (("all-reduce", 2.0), ("all-to-all", 1.0)):
+        best_s = float("inf")
+        for _ in range(REPEATS):
+            sent = torch.full((elements,), float(rank + 1), device=device)
+            received = torch.empty_like(sent)
+            distributed.barrier(group)
+            start = time.perf_counter()
+            if name == "all-reduce":
+                distributed.all_reduce(sent, group=group)
+            else:
+                distributed.all_to_all_single(received, sent, group=group)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            best_s = min(best_s, time.perf_counter() - start)
+        if name == "all-reduce":
+            correct = bool((sent == world * (world + 1) / 2).all())
+        else:
+            blocks = received.view(world, -1)
+            correct = all(bool((blocks[peer] == peer + 1).all()) for peer in range(world))
+        if not correct:
+            raise RuntimeError(f"the {name} gave a wrong result")
+        result[name] = factor * (world - 1) / world * elements * 4 / best_s
+    return result
+
+
+def bandwidth_lines(result: dict[str, float], backend: str, where: str) -> Iterator[Check]:
+    """A check per collective of :func:`time_collectives`; ``where`` says between what."""
+    for name in ("all-reduce", "all-to-all"):
+        detail = f"{result[name] / 1e9:.2f} GB/s bus bandwidth, {where}, {SIZE_BYTES >> 20} MiB, correct"
+        yield Check("collectives", f"{backend} {name}", "OK", detail)
+
+
 def bandwidth_checks(ranks: JoinedRanks) -> Iterator[Check]:
     """All-reduce and all-to-all between all ranks: over NCCL when every rank has a GPU of its own, else over gloo."""
     import torch
@@ -179,7 +224,7 @@ def _facts(config: Config | None) -> dict[str, str]:
     with contextlib.suppress(Exception):
         facts[f"model: {config.model.path}"] = inspect_model(config.model.path).fingerprint
     with contextlib.suppress(Exception):
-        facts["tokenizer"] = tokenizer_fingerprint(config.model.tokenizer or config.model.path)
+        facts["tokenizer"] = tokenizer_fingerprint(config.model.tokenizer_path)
     for side in config.data.sides:
         for entry in getattr(config.data, side):
             with contextlib.suppress(Exception):

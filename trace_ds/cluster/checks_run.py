@@ -172,7 +172,7 @@ def tokenizer_check(config: Config) -> str:
     from trace_ds.corpora.tokenizer import check_tokenizer, load_tokenizer
     from trace_ds.tensors.model_files import read_model_config
 
-    path, vocabulary = config.model.tokenizer or config.model.path, None
+    path, vocabulary = config.model.tokenizer_path, None
     with contextlib.suppress(UserError):  # reported by the model's own check
         vocabulary = read_model_config(config.model.path).get("vocab_size")
     check_tokenizer(path, vocabulary)

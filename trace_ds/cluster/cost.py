@@ -1,15 +1,9 @@
 """Bytes moved and time of a step: what each collective carries, and the resource that bounds the step.
 
 A step of ``unlearn`` is ``passes`` forward-and-backward passes on every GPU (micro-batches of forget rows, then
-of retain rows) and one optimizer step. Model FLOPs per token and forward pass are 2 per active weight plus
-attention over the whole context (as if each row were one document); a backward pass costs twice a
-forward pass.
-
-Compute time is model FLOPs over peak times a *utilisation* we measured on one H100 (80 GB, bf16, random weights,
-rows of 2,048 tokens, torch 2.11, transformers 5.17): forward 18 % for experts 768 wide, 20 % for 1,024, 43 % for
-14,336; a ZeRO-3 training step with recomputation 9 % and 15.5 %. In between we interpolate in log width.
-Utilisation is of model FLOPs, so recomputation is inside it. Everything about links is the hardware's rated
-speed times an assumed efficiency (:mod:`trace_ds.cluster.spec`): we have not measured on more than one GPU.
+of retain rows) and one optimizer step. ``docs/plan.md`` says what is counted, measured and assumed; in short: compute
+time is model FLOPs (recomputation is not among them) over peak times a *utilisation*, log-linear in the width of an
+expert between our measurements on one H100; links are the hardware's rated speed times an assumed efficiency.
 """
 
 from __future__ import annotations
@@ -40,9 +34,7 @@ TRAINING_UTILISATION = ((768, 0.09), (14336, 0.155))
 
 @dataclass(frozen=True)
 class Traffic:
-    """One kind of collective in one step: bytes that one GPU receives, and its time inside and between
-    nodes.
-    """
+    """One kind of collective in one step: bytes that one GPU receives, and its time inside and between nodes."""
 
     name: str
     group: int
@@ -62,8 +54,17 @@ class StepTime:
     inter_s: float
 
     @property
+    def resources(self) -> dict[str, float]:
+        return {
+            "compute": self.compute_s,
+            "GPU memory": self.hbm_s,
+            "links inside a node": self.intra_s,
+            "links between nodes": self.inter_s,
+        }
+
+    @property
     def overlapped_s(self) -> float:
-        return max(self.compute_s, self.hbm_s, self.intra_s, self.inter_s)
+        return max(self.resources.values())
 
     @property
     def serial_s(self) -> float:
@@ -73,13 +74,7 @@ class StepTime:
     @property
     def bound(self) -> str:
         """The resource that dominates."""
-        times = {
-            "compute": self.compute_s,
-            "GPU memory": self.hbm_s,
-            "links inside a node": self.intra_s,
-            "links between nodes": self.inter_s,
-        }
-        return max(times, key=lambda name: times[name])
+        return max(self.resources, key=self.resources.__getitem__)
 
 
 def utilisation(anchors: tuple[tuple[int, float], ...], width: int) -> float:
@@ -93,9 +88,7 @@ def utilisation(anchors: tuple[tuple[int, float], ...], width: int) -> float:
 
 
 def forward_flops_per_token(a: Architecture, context: int, *, layers: int | None = None, head: bool = True) -> float:
-    """Model FLOPs of one token's forward pass through the first ``layers`` layers (default all) and the
-    head.
-    """
+    """Model FLOPs of one token's forward pass through the first ``layers`` layers (default all) and the head."""
     total = 0.0
     for layer in range(a.layers if layers is None else layers):
         weights = a.layer_parameters(layer, experts=False)
@@ -132,13 +125,11 @@ def collect_traffic(job: PlannedJob, tokens: float) -> list[Traffic]:
 def unlearn_traffic(job: PlannedJob) -> list[Traffic]:
     """One step of a training job on every GPU.
 
-    ZeRO-3 gathers every layer of the pass (RMU: up to its layer) for the forward and again for the backward pass, and
-    once more for the recomputation when a layer is too large to be kept until its backward pass (more elements than
-    ``stage3_max_reuse_distance``); gradients are reduce-scattered in every pass, of many ranks in fp32. ZeRO-1 and -2
-    all-reduce gradients (DeepSpeed's default at stage 2 is an all-reduce of which each rank keeps its part), stage 2 in
-    every pass, stage 1 once per step, and all-gather the updated parameters once per step. An all-reduce is a
-    reduce-scatter and an all-gather. The frozen copy's layers are gathered once more, in every pass or for several, and
-    see their share of the tokens.
+    ZeRO-3 gathers every layer of the pass for the forward and again for the backward pass, and once more for the
+    recomputation when a layer is too large to be kept until its backward pass (more elements than
+    ``stage3_max_reuse_distance``); gradients are reduce-scattered in every pass. ZeRO-1 and -2 all-reduce gradients
+    (DeepSpeed's default at stage 2 too, each rank keeping its part), stage 2 in every pass, and all-gather the updated
+    parameters once per step. An all-reduce is a reduce-scatter and an all-gather.
     """
     a, spec, ep, zero, b, run = job.held, job.spec, job.ep, job.zero, job.b, job.passes()
     passes, rows = job.micro_batches()
@@ -154,7 +145,7 @@ def unlearn_traffic(job: PlannedJob) -> list[Traffic]:
     pass_dense = all_dense if run.head else count_parameters(a.first(run.layers)).non_expert * b
     frozen_dense = count_parameters(a.first(frozen_layers)).non_expert * b if frozen_layers else 0.0
     if zero.stage == 3:
-        again = 2 if job.recompute and largest_layer(a, ep) > zero.max_reuse else 1
+        again = 2 if job.recompute and largest_layer(a, ep) > zero.stage3_max_reuse_distance else 1
         frozen_passes = ceil_div(passes, run.frozen_together) / passes
         gathered_dense = (1 + again) * pass_dense + frozen_dense * frozen_passes
         gathered_experts = (1 + again) * pass_experts + frozen_experts * frozen_passes

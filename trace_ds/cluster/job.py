@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -30,36 +30,25 @@ class ZeroSettings:
     """The keys of a DeepSpeed configuration that decide memory, with DeepSpeed 0.19.8's defaults."""
 
     stage: int = 3
-    reduce_bucket: int = 500_000_000
-    prefetch_bucket: int = 50_000_000
-    max_live: int = 1_000_000_000
-    max_reuse: int = 1_000_000_000
-    sub_group: int = 1_000_000_000
+    reduce_bucket_size: int = 500_000_000
+    stage3_prefetch_bucket_size: int = 50_000_000
+    stage3_max_live_parameters: int = 1_000_000_000
+    stage3_max_reuse_distance: int = 1_000_000_000
+    sub_group_size: int = 1_000_000_000
     offload_optimizer: bool = False
-    offload_parameters: bool = False
+    offload_param: bool = False
 
-
-NUMBERS = {
-    "reduce_bucket": "reduce_bucket_size",
-    "prefetch_bucket": "stage3_prefetch_bucket_size",
-    "max_live": "stage3_max_live_parameters",
-    "max_reuse": "stage3_max_reuse_distance",
-    "sub_group": "sub_group_size",
-}
-OFFLOADED = {"offload_optimizer": "offload_optimizer", "offload_parameters": "offload_param"}
-
-
-def zero_settings(stage: int, ds_config: Mapping[str, Any] | None = None) -> ZeroSettings:
-    """The settings of a DeepSpeed configuration's ``zero_optimization`` section (``"auto"`` counts as the default)."""
-    section = (ds_config or {}).get("zero_optimization") or {}
-    found = {name: section.get(key) for name, key in NUMBERS.items()}
-    numbers: dict[str, Any] = {
-        name: int(value)
-        for name, value in found.items()
-        if isinstance(value, int | float) and not isinstance(value, bool)
-    }
-    devices = {name: (section.get(key) or {}).get("device") for name, key in OFFLOADED.items()}
-    return ZeroSettings(stage, **numbers, **{name: device not in (None, "none") for name, device in devices.items()})
+    @classmethod
+    def of(cls, stage: int, section: Mapping[str, Any]) -> ZeroSettings:
+        """Those of a ``zero_optimization`` section (``"auto"`` counts as the default)."""
+        found: dict[str, Any] = {}
+        for name, value in section.items():
+            if name.startswith("offload_"):
+                found[name] = (value or {}).get("device") not in (None, "none")
+            elif isinstance(value, int | float) and not isinstance(value, bool):
+                found[name] = int(value)
+        known = {entry.name for entry in fields(cls)} - {"stage"}
+        return cls(stage, **{name: value for name, value in found.items() if name in known})
 
 
 @dataclass(frozen=True)
@@ -110,7 +99,8 @@ class PlannedJob:
         ds_config = (
             read_json_object(Path(section.ds_config), "the DeepSpeed configuration") if section.ds_config else {}
         )
-        return cls(a, spec, config, section, config.distributed.ep, zero_settings(section.zero_stage, ds_config))
+        zero = ZeroSettings.of(section.zero_stage, ds_config.get("zero_optimization") or {})
+        return cls(a, spec, config, section, config.distributed.ep, zero)
 
     @property
     def b(self) -> int:

@@ -8,17 +8,10 @@ experts; T tokens of a micro-batch; h hidden size, f expert width, K experts per
     rank(stage 0-2) = N - X + X/P        elements of parameters on a rank
     shard           = N/W                elements of a rank's share (experts: X/P over W/P ranks, the same)
 
-What DeepSpeed 0.19.8 keeps, read in its source: ZeRO-1 shards the optimizer, ZeRO-2 the gradients too, ZeRO-3
-the parameters too. The optimizer holds an fp32 master copy and two fp32 Adam moments (12 bytes). The step casts
-the gradients of a sub-group to fp32 and needs as much again for torch's AdamW (8 bytes; with ZeRO-3 at most
-``sub_group_size`` elements at a time). ZeRO-3 gathers a layer's parameters for its computation and keeps up to
-``stage3_max_live_parameters`` gathered; it also owns a reduce bucket of ``reduce_bucket_size`` elements.
-
-What torch keeps for the backward pass of one decoder layer, per token (Hugging Face modules, SDPA attention;
-compared with the tensors torch really saves in tests/test_plan.py): two RMSNorms with their fp32 copies (each
-4 h + 2 b h), the attention's queries, keys, values and output (OLMoE and Qwen3 also normalise queries and keys),
-and for each of the K experts its input and output (b h each), the gate-and-up product (2 b f), the activation
-and its product (2 b f).
+``docs/plan.md`` has the table of the parts. What DeepSpeed 0.19.8 keeps was read in its source: ZeRO-1 shards the
+optimizer, ZeRO-2 the gradients too, ZeRO-3 the parameters too, of which it gathers a layer's for its computation and
+keeps up to ``stage3_max_live_parameters``. What torch keeps for the backward pass of a decoder layer (Hugging Face
+modules, SDPA attention) is compared with the tensors torch really saves in tests/test_plan.py.
 """
 
 from __future__ import annotations
@@ -90,15 +83,15 @@ def largest_layer(a: Architecture, ep: int) -> float:
 def gathered_parameters(a: Architecture, ep: int, zero: ZeroSettings) -> float:
     """Elements of whole parameters that ZeRO-3 holds at a time: the layer at work and the prefetched ones, or
     what is kept for its next use near the turn from forward to backward."""
-    working = largest_layer(a, ep) + zero.prefetch_bucket
-    kept = min(zero.max_live, zero.max_reuse)
+    working = largest_layer(a, ep) + zero.stage3_prefetch_bucket_size
+    kept = min(zero.stage3_max_live_parameters, zero.stage3_max_reuse_distance)
     return min(rank_parameters(a, ep), max(working, kept))
 
 
 def saved_bytes_per_token(a: Architecture, layer: int, b: int, ep: int = 1) -> float:
-    """Bytes per token that decoder layer ``layer`` keeps for its backward pass (see the module's
-    docstring).
-    """
+    """Bytes per token that decoder layer ``layer`` keeps for its backward pass: two RMSNorms with their fp32 copies,
+    the attention's queries, keys, values and output (OLMoE and Qwen3 also normalise queries and keys), and for each of
+    the K experts its input and output, the gate-and-up product, the activation and its product."""
     norms = 2 * (4 + 2 * b) * a.hidden if b < 4 else 2 * 3 * b * a.hidden
     norms += (4 + b) * (a.query_width + a.key_width) if a.family in ("olmoe", "qwen3_moe") else 0
     norms += 2 * (4 - b) * a.hidden if a.family == "qwen3_5_moe_text" else 0  # scaled before the cast back
@@ -156,10 +149,10 @@ def unlearn_memory(job: PlannedJob, rows: int, *, recompute: bool | None = None)
     side = -(-tokens // len(job.rows_per_step))
     together = min(passes.frozen_together, job.micro_batches()[0])
     resident = {
-        "parameters": (shard if stage == 3 else whole) * b * (0 if zero.offload_parameters else 1),
+        "parameters": (shard if stage == 3 else whole) * b * (0 if zero.offload_param else 1),
         "gradients": (shard if stage >= 2 else whole) * b * (0 if zero.offload_optimizer else 1),
         "master and Adam moments": 0 if zero.offload_optimizer else shard * MASTER_BYTES,
-        "reduce bucket": zero.reduce_bucket * b * (1 if stage == 3 else 2),
+        "reduce bucket": zero.reduce_bucket_size * b * (1 if stage == 3 else 2),
         "frozen copy": copy if passes.frozen_stays else 0,
         "frozen LM head": a.vocabulary * a.hidden * b if passes.frozen_head else 0,
     }
@@ -179,7 +172,7 @@ def unlearn_memory(job: PlannedJob, rows: int, *, recompute: bool | None = None)
         "logits": _head_bytes(a, tokens, side, b) if passes.head else 0,
         "frozen logits": _chunk(a, side) * a.vocabulary * (b + FROZEN_LOGIT_BYTES) if passes.frozen_head else 0,
     }
-    stepped = min(shard, zero.sub_group) if stage == 3 else shard
+    stepped = min(shard, zero.sub_group_size) if stage == 3 else shard
     step = {"optimizer step": 0 if zero.offload_optimizer else stepped * STEP_BYTES}
     start = {"frozen copy": 0 if passes.frozen_stays else copy}
     return Memory(*(_without_zeros(phase) for phase in (resident, compute, layer, head, step, start)))
@@ -201,7 +194,7 @@ def host_bytes(job: PlannedJob) -> float:
     :data:`LOADING_FACTOR` of that while AutoEP cuts out the experts of a layer.
     """
     zero, shard = job.zero, count_parameters(job.held).total / job.spec.world
-    offloaded = (MASTER_BYTES + 4 if zero.offload_optimizer else 0) + (job.b if zero.offload_parameters else 0)
+    offloaded = (MASTER_BYTES + 4 if zero.offload_optimizer else 0) + (job.b if zero.offload_param else 0)
     share = rank_parameters(job.a, job.ep)
     return job.spec.gpus_per_node * (share * job.b * LOADING_FACTOR + shard * offloaded)
 

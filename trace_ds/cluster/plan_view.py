@@ -6,7 +6,6 @@ import json as json_module
 from dataclasses import asdict
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from trace_ds.cluster.memory import PHASES
@@ -43,10 +42,9 @@ def as_dict(result: RunPlan) -> dict[str, Any]:
     return value
 
 
-def print_plan(result: RunPlan, console: Console | None = None) -> None:
+def print_plan(result: RunPlan) -> None:
     """All tables of a result."""
-    console = console or wide_console()
-    spec = result.cluster
+    console, spec = wide_console(), result.cluster
     console.print(
         f"{result.family}, {billions(result.parameters.total)} parameters "
         f"({billions(result.active.total)} active a token) "
@@ -134,10 +132,8 @@ def _traffic(result: RunPlan) -> Table:
 def _time(result: RunPlan) -> Table:
     table = _table("Time", "", "collect, a batch", "unlearn, a step")
     stages: tuple[StagePlan, StagePlan] = (result.collect, result.unlearn)
-    table.add_row("compute", *(duration(stage.time.compute_s) for stage in stages))
-    table.add_row("GPU memory", *(duration(stage.time.hbm_s) for stage in stages))
-    table.add_row("links inside a node", *(duration(stage.time.intra_s) for stage in stages))
-    table.add_row("links between nodes", *(duration(stage.time.inter_s) for stage in stages))
+    for name in result.collect.time.resources:
+        table.add_row(name, *(duration(stage.time.resources[name]) for stage in stages))
     table.add_row("bound by", *(stage.time.bound for stage in stages))
     table.add_row("everything overlapped", *(duration(stage.time.overlapped_s) for stage in stages))
     table.add_row("nothing overlapped", *(duration(stage.time.serial_s) for stage in stages))

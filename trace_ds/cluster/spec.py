@@ -10,9 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 GB = 1e9
-# Share of a link's rated bandwidth that a collective reaches. Assumed: we have no multi-GPU machine to
-# measure it on.
-LINK_EFFICIENCY = 0.7
+LINK_EFFICIENCY = 0.7  # share of its rated bandwidth that a collective reaches: assumed, no machine to measure it on
 
 
 @dataclass(frozen=True)
@@ -93,9 +91,7 @@ def ring_s(spec: ClusterSpec, group: Group, size_bytes: float) -> tuple[float, f
 
 
 def all_to_all_s(spec: ClusterSpec, group: Group, size_bytes: float) -> tuple[float, float]:
-    """Seconds of one all-to-all in which each GPU holds ``size_bytes``, spread evenly over the group's
-    members.
-    """
+    """Seconds of one all-to-all in which each GPU holds ``size_bytes``, spread evenly over the group's members."""
     to_local = size_bytes * (group.local - 1) / group.size
     to_remote = size_bytes * (group.size - group.local) / group.size
     return (

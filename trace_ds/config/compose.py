@@ -14,6 +14,7 @@ Merging: sections are merged key by key, everything else (lists too) is replaced
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -256,3 +257,25 @@ def substitute(value: Any, values: dict[str, str]) -> Any:
     if isinstance(value, list):
         return [substitute(item, values) for item in value]
     return value
+
+
+# What a model's shapes are before it is downloaded: the config.json that was published of each model fragment.
+
+
+def published_config_path(fragment: str) -> Path:
+    """Of a model fragment by name."""
+    return GROUPS["model"] / "configs" / f"{fragment}.json"
+
+
+def published_config(fragment: str) -> dict[str, Any]:
+    """The values of the hub's file that say how large the model is and how it computes (no token ids)."""
+    return dict(json.loads(published_config_path(fragment).read_text(encoding="utf-8")))
+
+
+def fragment_of(model_path: str) -> str | None:
+    """The model fragment whose ``model.path`` is this hub id (with or without ``@REVISION``), if there is one."""
+    hub_id = model_path.partition("@")[0]
+    for name in recipe_names("model"):
+        if parse_file(GROUPS["model"] / f"{name}.yaml")["model"]["path"] == hub_id:
+            return name
+    return None

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import re
-import types
-import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from trace_ds.config.compose import compose, require_whole, substitute
 from trace_ds.config.plain_yaml import SHOWN_CHARACTERS, dump_text, parse_yaml
@@ -150,11 +147,9 @@ def _explain(error: ValidationError, where: str) -> UserError:
     first = error.errors()[0]
     keys = [part for part in first["loc"] if not re.match(r"(list|literal|dict)\[", str(part))]  # else: one of a union
     location = ".".join(map(str, keys))
-    if first["type"] == "extra_forbidden":
-        section = _section_at(first["loc"][:-1])
-        close = difflib.get_close_matches(str(first["loc"][-1]), list(section), 1, cutoff=0.5)
-        nearest = f"did you mean {close[0]!r}?" if close else f"valid keys here: {', '.join(section)}"
-        return UserError(f"unknown key {_shown(location)}", where, nearest)
+    if first["type"] == "unknown_key":
+        key = ".".join(map(str, [*keys, first["ctx"]["key"]]))
+        return UserError(f"unknown key {_shown(key)}", where, first["ctx"]["hint"])
     if first["type"] == "missing":
         return UserError(f"the key {location!r} is missing", where, f"add {location}: …")
     message = str(first["msg"]).removeprefix("Value error, ")
@@ -162,25 +157,3 @@ def _explain(error: ValidationError, where: str) -> UserError:
     if not location:
         return UserError(message, where, "change one of the two keys")
     return UserError(f"{location}: {message}{found}", where, f"correct the value of {location}")
-
-
-def _section_at(location: Sequence[int | str]) -> Sequence[str]:
-    """The valid keys of the section at a pydantic error location."""
-    section: type[BaseModel] = Config
-    for part in location:
-        if isinstance(part, int) or part not in section.model_fields:
-            continue
-        found = _model_in(section.model_fields[str(part)].annotation)
-        if found is not None:
-            section = found
-    return list(section.model_fields)
-
-
-def _model_in(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    if typing.get_origin(annotation) in (list, dict, typing.Union, types.UnionType):
-        for argument in typing.get_args(annotation):
-            if (found := _model_in(argument)) is not None:
-                return found
-    return None

@@ -6,13 +6,15 @@ is its documentation; ``trace-ds run CONFIG --dry-run`` prints the resolved valu
 
 from __future__ import annotations
 
+import difflib
 import os
 import string
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
-from trace_ds.config.names import ModelName, Name
+from trace_ds.config.names import UNLEARNED, ModelName, Name
 
 # Those that are not to bring the forget-critical experts closer: baseline, controls, oracle.
 CONTROL_RULES = ("uniform", "permuted", "random_experts", "lowest_experts", "inverse", "sources")
@@ -62,6 +64,16 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, validate_default=True)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _known_keys(cls, found: Any) -> Any:
+        unknown = [str(key) for key in found if key not in cls.model_fields] if isinstance(found, dict) else []
+        if unknown:
+            close = difflib.get_close_matches(unknown[0], cls.model_fields, 1, cutoff=0.5)
+            hint = f"did you mean {close[0]!r}?" if close else f"valid keys here: {', '.join(cls.model_fields)}"
+            raise PydanticCustomError("unknown_key", "unknown key", {"key": unknown[0], "hint": hint})
+        return found
+
 
 class ModelConfig(Section):
     path: PathText = Field(
@@ -70,6 +82,11 @@ class ModelConfig(Section):
     )
     tokenizer: PathText | None = Field(None, description="The tokenizer's, likewise; default: the model's.")
     dtype: Literal["bf16", "fp32"] = Field("bf16", description="Parameter type of the forward pass.")
+
+    @property
+    def tokenizer_path(self) -> str:
+        """The directory (or name) of the tokenizer that is used."""
+        return self.tokenizer or self.path
 
 
 DatasetText = Annotated[
@@ -765,6 +782,16 @@ class EvaluationConfig(Section):
     drift: bool = Field(True, description="Routing drift of the unlearned model on both corpora.")
     drift_rows: Integer = Field(256, ge=1, description="Rows of each corpus used for the drift.")
     max_new_tokens: Integer = Field(128, ge=1, description="verbatim, tofu: tokens generated.")
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether the run's token datasets are read: for the drift, and by the attacker who learns again."""
+        return self.drift or self.relearning is not None
+
+    @property
+    def attacked(self) -> tuple[str, ...]:
+        """The models that are attacked: the unlearned one, and the retrained one as the reference."""
+        return (UNLEARNED, self.retrained) if self.relearning is not None or self.expert_forcing else ()
 
 
 class ReportConfig(Section):
