@@ -34,7 +34,7 @@ def calibrated(prepared, tmp_path_factory):  # noqa: F811
 
 def written(calibrated, directory: Path) -> None:
     _, run = calibrated
-    export(artefact.load(run.data, "data", "x"), artefact.load(run.calibration, "calibration", "x"), directory)
+    export(artefact.load(run.data, "data"), artefact.load(run.calibration, "calibration"), directory)
 
 
 def test_parquet_holds_the_weights_of_every_row_and_document(calibrated, tmp_path) -> None:
@@ -44,8 +44,8 @@ def test_parquet_holds_the_weights_of_every_row_and_document(calibrated, tmp_pat
     written(calibrated, tmp_path / "out")
     rows = Dataset.from_parquet(str(tmp_path / "out" / "retain_rows.parquet"), cache_dir=str(tmp_path))
     documents = Dataset.from_parquet(str(tmp_path / "out" / "retain_documents.parquet"), cache_dir=str(tmp_path))
-    data = artefact.load(run.data, "data", "x")
-    made = artefact.load(run.calibration, "calibration", "x")
+    data = artefact.load(run.data, "data")
+    made = artefact.load(run.calibration, "calibration")
     dataset = TokenDataset.open(data.file("retain.arrow"))
     weights, row_weights = np.load(made.file("weights.npy")), np.load(made.file("row_weights.npy"))
     assert len(rows) == len(dataset)
@@ -65,8 +65,8 @@ def test_parquet_holds_the_weights_of_every_row_and_document(calibrated, tmp_pat
 
 def test_export_refuses_other_data(calibrated, tmp_path) -> None:
     _, run = calibrated
-    data = artefact.load(run.data, "data", "x")
-    made = artefact.load(run.calibration, "calibration", "x")
+    data = artefact.load(run.data, "data")
+    made = artefact.load(run.calibration, "calibration")
     other = artefact.Artefact("calibration", {**made.inputs, "data": "0"}, made.settings, made.files, {}, made.path)
     with pytest.raises(UserError, match="made from other data"):
         export(data, other, tmp_path)
@@ -94,7 +94,7 @@ def test_calibrate_writes_the_dataset_when_asked(prepared, tmp_path) -> None:  #
 
 def rows_of(calibrated) -> list[dict]:
     _, run = calibrated
-    dataset = TokenDataset.open(artefact.load(run.data, "data", "x").file("retain.arrow"))
+    dataset = TokenDataset.open(artefact.load(run.data, "data").file("retain.arrow"))
     weights = np.load(run.calibration / "weights.npy")
     return [
         {
@@ -108,7 +108,7 @@ def rows_of(calibrated) -> list[dict]:
 
 def test_collated_rows_equal_the_jobs_own_batches(calibrated) -> None:
     _, run = calibrated
-    dataset = TokenDataset.open(artefact.load(run.data, "data", "x").file("retain.arrow"))
+    dataset = TokenDataset.open(artefact.load(run.data, "data").file("retain.arrow"))
     mine, theirs = collate_rows(rows_of(calibrated), pad_id=2), dataset.batch(range(6), pad_id=2)
     assert torch.equal(mine["input_ids"], theirs.input_ids_BS)
     counted = theirs.counted_BS

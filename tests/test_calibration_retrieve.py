@@ -178,7 +178,7 @@ RETRIEVE = {"calibration__retrieve__rows": 20, "calibration__retrieve__random_sh
 @pytest.mark.parametrize("similarity", ["weight", "routing", "tfidf", "hidden"])
 def test_calibrating_what_was_retrieved(job, similarity: str) -> None:  # noqa: F811
     config, run = job(**RETRIEVE, calibration__retrieve__similarity=similarity)
-    data = artefact.load(run.data, "data", "x")
+    data = artefact.load(run.data, "data")
     dataset = TokenDataset.open(data.file("retain.arrow"))
     if similarity == "hidden":
         rng = np.random.default_rng(0)
@@ -225,7 +225,7 @@ def test_unlearning_sees_the_retrieved_rows_only(job) -> None:  # noqa: F811
     for apply in ("loss", "sampling"):
         config, run = job(**RETRIEVE, unlearning__apply=apply)
         rows = np.load(calibrate(config, run).file("row_weights.npy"))
-        dataset = TokenDataset.open(artefact.load(run.data, "data", "x").file("retain.arrow"))
+        dataset = TokenDataset.open(artefact.load(run.data, "data").file("retain.arrow"))
         kept = {tuple(dataset.row(int(row)).input_ids.tolist()) for row in np.flatnonzero(rows > 0)}
         batches = make_batches(config, check_unlearn(config, run, 1))
         seen = set()

@@ -43,7 +43,7 @@ def write_statistics(
     rows: bool = False,
 ) -> None:
     """Statistics artefacts as ``collect`` writes them, from synthetic routing over the prepared tokens."""
-    data = artefact.load(run.data, "data", "prepare CONFIG")
+    data = artefact.load(run.data, "data")
     rng = np.random.default_rng(0)
     layers, experts, top_k = LAYERS, EXPERTS, TOP_K
     logits = rng.normal(scale=0.8, size=(3, layers, experts))
@@ -127,7 +127,7 @@ def files(directory: Path) -> dict[str, bytes]:
 def test_artefact_and_its_files(job, capsys) -> None:
     config, run = job()
     made = calibrate(config, run)
-    data = artefact.load(run.data, "data", "prepare CONFIG")
+    data = artefact.load(run.data, "data")
     dataset = TokenDataset.open(data.file("retain.arrow"))
     counted = dataset.counted(0, dataset.tokens)
     weights = np.load(made.file("weights.npy"), allow_pickle=False)
@@ -339,12 +339,12 @@ def test_level_row_by_what_collect_recorded_equals_that_by_the_trace(job) -> Non
 
 
 def alter_summary(directory: Path, **changes: object) -> None:
-    old = artefact.load(directory, "statistics", "x", verify=False)
+    old = artefact.load(directory, "statistics", verify=False)
     artefact.describe(directory, "statistics", old.inputs, old.settings, {**old.summary, **changes})
 
 
 def alter_inputs(directory: Path, **changes: str) -> None:
-    old = artefact.load(directory, "statistics", "x", verify=False)
+    old = artefact.load(directory, "statistics", verify=False)
     artefact.describe(directory, "statistics", {**old.inputs, **changes}, old.settings, old.summary)
 
 
@@ -403,7 +403,7 @@ def test_a_damaged_calibration_is_made_again(job) -> None:
     content = calibrate(config, run).content
     flip(run.calibration / "weights.npy")
     assert calibrate(config, run).content == content
-    artefact.load(run.calibration, "calibration", "calibrate CONFIG")
+    artefact.load(run.calibration, "calibration")
 
 
 def test_layers_that_do_not_exist(job) -> None:

@@ -151,7 +151,7 @@ def test_trace_and_nll_belong_to_every_token(family: str, experts: int, ep: int,
     config = prepared(tmp_path, model_path, statistics__nll=True, data__context_length=context, data__packing="dense")
     found = collected(config, tmp_path / "two", 2, ep)
     folder = tmp_path / "two" / "statistics" / "retain"
-    description = artefact.load(folder, "statistics", "")
+    description = artefact.load(folder, "statistics")
     dataset = TokenDataset.open(tmp_path / "run" / "data" / "retain.arrow")
     trace = np.concatenate(open_parts(description, "trace"))
     nll = FlatArray(open_parts(description, "nll"))
@@ -193,7 +193,7 @@ def test_mean_hidden_state_of_every_row(tiny_model: Path, tmp_path: Path) -> Non
     for world, ep, batch in ((1, 1, 4), (2, 2, 3)):
         run = tmp_path / f"hidden-{world}"
         collected(config, run, world, ep, f"statistics.batch_rows={batch}")
-        description = artefact.load(run / "statistics" / "retain", "statistics", "")
+        description = artefact.load(run / "statistics" / "retain", "statistics")
         assert description.settings["hidden_layer"] == 1
         found[world] = np.concatenate(open_parts(description, "hidden"))
         made = calibrate(load_config(str(config), [], run)[0], RunDirectory.at(run))
@@ -242,7 +242,7 @@ def test_clustered_errors_of_routed_text_agree_with_a_bootstrap_over_documents(
     dataset = TokenDataset.open(run / "data" / "retain.arrow")
     counted = dataset.counted(0, dataset.tokens)
     documents = dataset.document_ids_T[:][counted]
-    description = artefact.load(run / "statistics" / "retain", "statistics", "")
+    description = artefact.load(run / "statistics" / "retain", "statistics")
     trace = np.concatenate(open_parts(description, "trace"))[counted]
     sizes = np.bincount(documents)
     draws = np.random.default_rng(0).multinomial(len(sizes), np.full(len(sizes), 1 / len(sizes)), 4000)
@@ -448,7 +448,7 @@ def test_a_collection_is_repeated_only_for_what_it_lacks(tiny_model: Path, tmp_p
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(recorded, "_needs", lambda config, side: iter([(recorded.ROW_COUNTS, "some.key")]))
         assert not done(old) and done(old | {"rows": True})
-    retain = artefact.load(run.statistics / "retain", "statistics", "")
+    retain = artefact.load(run.statistics / "retain", "statistics")
     with pytest.raises(UserError, match=r": the rule x needs the selections of each row, not recorded") as told:
         require_parts(retain, "row_counts", "the rule x")
     assert told.value.fix == "run `trace-ds collect CONFIG` again"

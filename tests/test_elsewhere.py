@@ -89,7 +89,7 @@ def test_what_vllm_returned_gives_the_statistics_of_the_model(
     overrides = [f"statistics.recorded={json.dumps(files)}", "statistics.batch_rows=3", "statistics.save_every=2"]
     run_distributed(jobs.collect_job, world, str(config), str(run), overrides)
     for side in written:
-        found, expected = (artefact.load(place / "statistics" / side, "statistics", "") for place in (run, here))
+        found, expected = (artefact.load(place / "statistics" / side, "statistics") for place in (run, here))
         one, other = (RoutingStatistics.load(each.file("statistics.safetensors")) for each in (found, expected))
         for name in ("counts_LE", "square_LE", "cross_LE"):
             assert (getattr(one, name) == getattr(other, name)).all(), (side, name)

@@ -193,7 +193,7 @@ def test_guards_need_evaluations(calibrated: tuple[Path, Path], tmp_path: Path) 
     with pytest.raises(UserError, match=r"guards\.max_retain_ratio needs unlearning\.evaluate\.every"):
         load_config(str(config), ["unlearning.guards.max_retain_ratio=2"], run)
     changed, _ = load_config(str(config), [*EVALUATE, "unlearning.guards.min_retain_overlap=.5"], run)
-    found = artefact.load(run / "statistics" / "retain", "statistics", "")
+    found = artefact.load(run / "statistics" / "retain", "statistics")
     old = copy_of(run, tmp_path / "old")
     for path in (old / "statistics" / "retain").glob("sample*"):
         path.unlink()

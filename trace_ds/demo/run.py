@@ -136,7 +136,7 @@ def prepare_inputs(run_dir: Path, seed: int, regime: Regime = "standard", names:
             summary = {"documents": build_corpora(temporary, seed, regime)}
             artefact.describe(temporary, "demo_corpora", inputs, settings, summary)
             log.done(f"corpora made of pip packages: {sum(summary['documents'].values()):,} documents and questions")
-    made_of = {"corpora": artefact.load(directory, "demo_corpora", "demo").content, "seed": seed}
+    made_of = {"corpora": artefact.load(directory, "demo_corpora").content, "seed": seed}
     folder = run_dir / "models"
     todo = [name for name in names if not _model_is_done(folder, name, made_of)]
     if not todo:

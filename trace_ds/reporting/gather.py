@@ -219,15 +219,15 @@ def weight_chunks(calibration: Calibration, chunk_tokens: int = 1 << 22) -> Iter
 def _artefacts(run: RunDirectory) -> dict[str, Artefact]:
     """The artefacts of a run by name, verified by size and identity."""
     found = {}
-    for name, kind, verb in (
-        ("data", "data", "prepare"),
-        ("statistics/forget", "statistics", "collect"),
-        ("statistics/retain", "statistics", "collect"),
-        ("calibration", "calibration", "calibrate"),
+    for name, kind in (
+        ("data", "data"),
+        ("statistics/forget", "statistics"),
+        ("statistics/retain", "statistics"),
+        ("calibration", "calibration"),
     ):
         directory = (run.path if kind == "calibration" else run.data.parent) / name
         if (directory / FILE_NAME).is_file():
-            found[name] = load(directory, kind, verb, verify=False)
+            found[name] = load(directory, kind, verify=False)
     return found
 
 
@@ -241,7 +241,7 @@ def _statistics(directory: Path) -> RoutingStatistics | None:
 def _calibration(directory: Path) -> Calibration | None:
     if not (directory / FILE_NAME).is_file():
         return None
-    found = load(directory, "calibration", "calibrate", verify=False)
+    found = load(directory, "calibration", verify=False)
     arrays = load_file(found.file("calibration.safetensors")) if "calibration.safetensors" in found.files else {}
     diagnosis = _read(found.file("diagnosis.json"), "calibrate") if "diagnosis.json" in found.files else {}
     weights = found.file("weights.npy") if "weights.npy" in found.files else None

@@ -20,6 +20,13 @@ from trace_ds.run.foreign import file_entries, read_object, text_values, typed
 
 FILE_NAME = "artefact.json"
 FORMAT = 1
+# By kind: the command that makes it.
+MADE_BY = {
+    "data": "prepare CONFIG",
+    "statistics": "collect CONFIG",
+    "calibration": "calibrate CONFIG",
+    "demo_corpora": "demo",
+}
 
 
 @dataclass(frozen=True)
@@ -41,11 +48,32 @@ class Artefact:
     def content(self) -> str:
         return sha256_text(canonical_json({"kind": self.kind, "files": self.files}))
 
+    @property
+    def fix(self) -> str:
+        """What to do about one that is of no use."""
+        return fix_of(self.kind)
+
     def file(self, name: str) -> Path:
         """The path of one of the artefact's files; ``ValueError`` for a name it does not list."""
         if self.path is None or name not in self.files:
             raise ValueError(f"artefact {self.kind} has no file {name!r}; it has {sorted(self.files)}")
         return self.path / name
+
+    def require_same(self, **expected: str) -> None:
+        """Refuse an artefact made from other inputs (``model``, ``tokenizer``, ``data``) than these fingerprints."""
+        for name, value in expected.items():
+            found = self.inputs.get(name)
+            if found != value:
+                raise UserError(
+                    f"this {self.kind} artefact was made with another {name} "
+                    f"({str(found)[:12]}, this job has {value[:12]})",
+                    str(self.path),
+                    f"{self.fix}, or point the job at the {name} it was made with",
+                )
+
+
+def fix_of(kind: str) -> str:
+    return f"make it again with `trace-ds {MADE_BY.get(kind, 'run CONFIG')}`"
 
 
 def identity_of(kind: str, inputs: Mapping[str, str], settings: Mapping[str, Any]) -> str:
@@ -95,14 +123,13 @@ def describe(
     return artefact
 
 
-def load(directory: Path, kind: str, made_by: str, *, verify: bool = True) -> Artefact:
+def load(directory: Path, kind: str, *, verify: bool = True) -> Artefact:
     """Read an artefact and prove that it is whole.
 
     Sizes are always compared with the description, hashes when ``verify``. Any damage is a :class:`UserError` that
-    names the file and the verb (``made_by``) that makes it anew.
+    names the file and the verb that makes it anew.
     """
-    description = directory / FILE_NAME
-    fix = f"make it again with `trace-ds {made_by}`"
+    description, fix = directory / FILE_NAME, fix_of(kind)
     if not description.is_file():
         raise UserError(f"there is no {kind} artefact here", str(directory), fix)
     raw = read_object(description, "the description of the artefact", fix)
@@ -128,7 +155,7 @@ def load(directory: Path, kind: str, made_by: str, *, verify: bool = True) -> Ar
 def find(directory: Path, kind: str, identity: str, *, verify: bool = True) -> Artefact | None:
     """The artefact of that identity in ``directory``, or None when there is no whole one (see :func:`load`)."""
     try:
-        found = load(directory, kind, "run", verify=verify)
+        found = load(directory, kind, verify=verify)
     except UserError:
         return None
     return found if found.identity == identity else None
@@ -137,15 +164,3 @@ def find(directory: Path, kind: str, identity: str, *, verify: bool = True) -> A
 def is_done(directory: Path, kind: str, identity: str) -> bool:
     """Whether ``directory`` already holds a whole artefact of that identity (damage counts as not done)."""
     return find(directory, kind, identity) is not None
-
-
-def require_same(artefact: Artefact, name: str, expected: str, what: str, made_by: str) -> None:
-    """Refuse an artefact made from another input: ``inputs[name]`` must be ``expected``."""
-    found = artefact.inputs.get(name)
-    if found != expected:
-        raise UserError(
-            f"this {artefact.kind} artefact was made with another {what} "
-            f"({name} {str(found)[:12]}, this job has {expected[:12]})",
-            str(artefact.path),
-            f"make it again with `trace-ds {made_by}`, or point the job at the {what} it was made with",
-        )

@@ -187,7 +187,7 @@ class Progress:
             self._bar.close()
 
 
-def byte_progress(log: StageLog, what: str = "weights") -> Callable[[int, int], None]:
+def byte_progress(log: StageLog) -> Callable[[int, int], None]:
     """The progress of what calls back with (bytes done, bytes of all)."""
     shown: list[Progress] = []
     before = 0
@@ -195,7 +195,7 @@ def byte_progress(log: StageLog, what: str = "weights") -> Callable[[int, int], 
     def advance(done_bytes: int, total_bytes: int) -> None:
         nonlocal before
         if not shown:
-            shown.append(Progress(log, what, total_bytes, unit="byte"))
+            shown.append(Progress(log, "weights", total_bytes, unit="byte"))
         shown[0].advance(done_bytes - before)
         before = done_bytes
         if done_bytes >= total_bytes:

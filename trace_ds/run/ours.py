@@ -8,6 +8,7 @@ here first, before its first byte.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from trace_ds.errors import UserError
+from trace_ds.run.foreign import read_object
 
 # Of a directory: which of the (relative) names in it are of our making; None: the directory is not.
 Owner = Callable[[Path], Callable[[str], bool] | None]
@@ -128,11 +130,9 @@ def is_described(*keys: str) -> Callable[[Path], bool]:
 
 def _json_object(path: Path) -> dict[str, Any]:
     """Empty when it is not there, cannot be read or is no object."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
+    with contextlib.suppress(UserError):
+        return read_object(path, "", "", infinite=True)
+    return {}
 
 
 def _text(path: Path) -> str:

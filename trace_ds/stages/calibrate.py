@@ -43,13 +43,11 @@ from trace_ds.run.artefact import Artefact
 from trace_ds.run.files import new_array, replacing_directory, safetensors_errors, write_json
 from trace_ds.run.foreign import read_object
 from trace_ds.run.log import StageLog, already_done, stage_log
+from trace_ds.stages.inputs import Inputs
 
 if TYPE_CHECKING:
     from trace_ds.parallel.world import World
     from trace_ds.run.directory import RunDirectory
-
-COLLECT = "collect CONFIG"
-PREPARE = "prepare CONFIG"
 
 
 def calibrate(config: Config, run: RunDirectory, world: World | None = None) -> Artefact | None:
@@ -117,18 +115,16 @@ def _calibrate(config: Config, run: RunDirectory, context: Context) -> Artefact:
         UserError: missing, damaged or mismatched inputs; no forget-critical expert while
             ``calibration.if_none_found`` is ``stop``.
     """
-    found, config, inputs, settings = asked(config, run)
-    data, forget_artefact, retain_artefact = found
-    identity = artefacts.identity_of("calibration", inputs, settings)
-    if artefacts.is_done(run.calibration, "calibration", identity):
-        made = artefacts.load(run.calibration, "calibration", "calibrate CONFIG", verify=False)
-        export_weights(config, run, data, made)
+    asked = Asked.of(config, run)
+    if artefacts.is_done(run.calibration, "calibration", asked.identity):
+        made = artefacts.load(run.calibration, "calibration", verify=False)
+        export_weights(config, run, asked.data, made)
         already_done("calibrate", run)
         return made
 
-    forget, retain = (load_statistics(a) for a in (forget_artefact, retain_artefact))
+    forget, retain = (load_statistics(side) for side in asked.sides)
     try:
-        detection = detect(forget, retain, config.calibration.detection)
+        detection = detect(forget, retain, asked.config.calibration.detection)
     except ValueError as error:
         raise UserError(
             str(error), "calibration.detection", "let MoE layers take part that the model has (0-based numbers)"
@@ -137,43 +133,71 @@ def _calibrate(config: Config, run: RunDirectory, context: Context) -> Artefact:
         raise UserError(none_found(detection), "calibration.detection", NONE_FOUND_FIX)
 
     with stage_log(run, "calibrate") as log:
-        if config.calibration.detection.layers is not None:
+        if asked.config.calibration.detection.layers is not None:
             log.detail(
                 f"{int(detection.eligible_LE.any(axis=1).sum())} of {len(detection.eligible_LE)} MoE layers take part"
             )
-        made = _make(
-            config,
-            run,
-            data,
-            (forget_artefact, retain_artefact),
-            forget,
-            retain,
-            detection,
-            inputs,
-            settings,
-            replace(context, say=Sparing(log.line)),
-            log,
-        )
-        export_weights(config, run, data, made)
+        made = _make(asked, run, Routing(forget, retain, detection), replace(context, say=Sparing(log.line)), log)
+        export_weights(config, run, asked.data, made)
         log.done(told(made))
     return made
 
 
-def asked(
-    config: Config, run: RunDirectory
-) -> tuple[tuple[Artefact, Artefact, Artefact], Config, dict[str, str], dict[str, Any]]:
-    """(:func:`load_inputs`, the configuration :func:`with_trained_layers`, inputs and settings of the artefact)."""
-    data, forget, retain = load_inputs(config, run)
-    config = with_trained_layers(config, retain.summary["layers"])
-    settings = {**config.calibration.model_dump(mode="json", exclude={"export"}), "seed": config.seed}
-    inputs = {
-        "data": data.content,
-        "forget": forget.content,
-        "retain": retain.content,
-        "model": retain.inputs["model"],
-        "tokenizer": retain.inputs["tokenizer"],
-    }
-    return (data, forget, retain), config, inputs, settings
+@dataclass(frozen=True)
+class Asked:
+    """What a calibration is made from and how: data, (forget, retain) statistics, whole and made for one another and
+    for the model of the configuration, which is that :func:`with_trained_layers`."""
+
+    config: Config
+    data: Artefact
+    sides: tuple[Artefact, Artefact]
+
+    @classmethod
+    def of(cls, config: Config, run: RunDirectory) -> Asked:
+        from trace_ds.tensors.model_files import model_fingerprint
+
+        found = Inputs.read(config, run, model_fingerprint(Path(config.model.path)))
+        sides = found.statistics("forget"), found.statistics("retain")
+        for key in ("top_k", "experts", "layers"):
+            values = [side.summary.get(key) for side in sides]
+            if values[0] is None or values[0] != values[1]:
+                what = f"the forget statistics have {key} {values[0]}, the retain statistics {values[1]}"
+                raise UserError(what, str(run.statistics), sides[0].fix)
+        return cls(with_trained_layers(config, sides[1].summary["layers"]), found.data, sides)
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        forget, retain = self.sides
+        made_of = {name: retain.inputs[name] for name in ("model", "tokenizer")}
+        return {"data": self.data.content, "forget": forget.content, "retain": retain.content, **made_of}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {**self.config.calibration.model_dump(mode="json", exclude={"export"}), "seed": self.config.seed}
+
+    @property
+    def identity(self) -> str:
+        return artefacts.identity_of("calibration", self.inputs, self.settings)
+
+
+@dataclass(frozen=True)
+class Routing:
+    """How both corpora are routed, and where they differ."""
+
+    forget: RoutingStatistics
+    retain: RoutingStatistics
+    detection: Detection
+
+
+@dataclass(frozen=True)
+class Retained:
+    """The retain tokens that are weighted, and what is known of each; ``retrieval``: how they were chosen, if so."""
+
+    documents: Documents
+    tokens: TokenMap
+    trace: Trace | None
+    selections: RowSelections | None
+    retrieval: dict[str, Any] | None = None
 
 
 def with_trained_layers(config: Config, layers: Sequence[int]) -> Config:
@@ -204,62 +228,49 @@ def export_weights(config: Config, run: RunDirectory, data: Artefact, calibratio
             artefacts.describe(directory, "export", inputs, {}, {"rows": calibration.summary["rows"]})
 
 
-def _make(
-    config: Config,
-    run: RunDirectory,
-    data: Artefact,
-    statistics: tuple[Artefact, Artefact],
-    forget: RoutingStatistics,
-    retain: RoutingStatistics,
-    detection: Detection,
-    inputs: dict[str, str],
-    settings: dict[str, Any],
-    context: Context,
-    log: StageLog,
-) -> Artefact:
+def _make(asked: Asked, run: RunDirectory, routing: Routing, context: Context, log: StageLog) -> Artefact:
     """Weights by the rule, diagnosis, artefact. Large arrays live in a spool directory that is deleted at the end."""
+    config, settings, statistics = asked.config, asked.config.calibration, asked.sides[1]
+    retain, detection = routing.retain, routing.detection
     run.calibration.parent.mkdir(parents=True, exist_ok=True)
     spool = run.calibration.with_name(f"{run.calibration.name}.tmp-spool")
     shutil.rmtree(spool, ignore_errors=True)
     spool.mkdir()
     try:
-        documents = read_documents(data.file("retain_documents.arrow"))
+        documents = read_documents(asked.data.file("retain_documents.arrow"))
         log_weight_D = document_weights(config, documents)
-        tokens = pool = read_token_map(data.file("retain.arrow"), len(documents.source_D))
-        trace = load_trace(config, statistics[1], retain, pool)
-        selections = load_selections(config, statistics[1], retain, pool, trace, spool)
-        retrieval, retain_LE = None, retain.frequency_LE  # of the tokens that are weighted
-        retrieved = retrieve(config, data, statistics, detection, pool, trace, spool)
+        pool = read_token_map(asked.data.file("retain.arrow"), len(documents.source_D))
+        trace = load_trace(config, statistics, retain, pool)
+        selections = load_selections(config, statistics, retain, pool, trace, spool)
+        held, retain_LE = Retained(documents, pool, trace, selections), retain.frequency_LE  # of what is weighted
+        retrieved = retrieve(config, asked.data, asked.sides, detection, pool, trace, spool)
         if retrieved is not None:
-            retrieval = describe_retrieval(config, retrieved, detection, pool, trace, documents)
-            tokens = pool.restricted(retrieved.kept_R)
+            facts = describe_retrieval(config, retrieved, detection, pool, trace, documents)
+            held = replace(held, tokens=pool.restricted(retrieved.kept_R), retrieval=facts)
             retain_LE = np.full_like(retain_LE, np.nan)
             if trace is not None:
-                retain_LE = count_selections(trace, tokens, retain_LE.shape[1]) / retrieval["tokens"]
+                retain_LE = count_selections(trace, held.tokens, retain_LE.shape[1]) / facts["tokens"]
             elif selections is not None:
-                retain_LE = selections.sums(retrieved.kept_R.astype(np.float64)) / retrieval["tokens"]
+                retain_LE = selections.sums(retrieved.kept_R.astype(np.float64)) / facts["tokens"]
         log.detail(
-            f"{int(detection.selected_LE.sum())} forget-critical experts; rule {config.calibration.rule} over "
-            f"{retrieval['tokens'] if retrieval else retain.tokens:,} retain tokens"
+            f"{int(detection.selected_LE.sum())} forget-critical experts; rule {settings.rule} over "
+            f"{held.retrieval['tokens'] if held.retrieval else retain.tokens:,} retain tokens"
         )
-        world = context.world
+        world, tokens = context.world, held.tokens
         if world is not None and trace is not None:
-            parts = tuple(statistics[1].file(name) for name in sorted(statistics[1].files) if name.startswith("trace-"))
+            parts = tuple(statistics.file(name) for name in sorted(statistics.files) if name.startswith("trace-"))
 
             def begin(scope_LE: np.ndarray, arguments: RakeArguments) -> None:
-                told = data.file("retain.arrow"), parts, tokens.documents, tokens.kept_R, scope_LE, trace.top_k
+                told = asked.data.file("retain.arrow"), parts, tokens.documents, tokens.kept_R, scope_LE, trace.top_k
                 world.broadcast(("rake", _Job(*told, arguments)))
 
             context = replace(context, begin=begin)
-        scope_LE = scope_of(
-            config.calibration, detection.selected_LE, detection.eligible_LE, config.seed, detection.log_ratio_LE
-        )
         calibrated = apply_rule(
-            config.calibration,
+            settings,
             tokens,
             trace,
-            scope_LE,
-            forget.frequency_LE,
+            scope_of(settings, detection.selected_LE, detection.eligible_LE, config.seed, detection.log_ratio_LE),
+            routing.forget.frequency_LE,
             retain_LE,
             config.seed,
             spool,
@@ -273,24 +284,12 @@ def _make(
         if retrieved is not None:
             calibrated.notes.extend(retrieved.notes)
         with replacing_directory(run.calibration, ours.artefact("calibration")) as directory:
-            summary = write(
-                directory,
-                config,
-                detection,
-                calibrated,
-                forget,
-                retain,
-                tokens,
-                trace,
-                selections,
-                documents,
-                retrieval,
-            )
-            summary["layers"] = statistics[1].summary["layers"]
-            artefacts.describe(directory, "calibration", inputs, settings, summary)
+            summary = write(directory, config, routing, calibrated, held)
+            summary["layers"] = statistics.summary["layers"]
+            artefacts.describe(directory, "calibration", asked.inputs, asked.settings, summary)
     finally:
         shutil.rmtree(spool, ignore_errors=True)
-    return artefacts.load(run.calibration, "calibration", "calibrate CONFIG", verify=False)
+    return artefacts.load(run.calibration, "calibration", verify=False)
 
 
 class Sparing:
@@ -350,7 +349,7 @@ def none_found(detection: Detection) -> str:
 
 def told(made: Artefact) -> str:
     """What was made, in one line."""
-    d = read_object(made.file("diagnosis.json"), "the diagnosis", "make it again with `trace-ds calibrate CONFIG`")
+    d = read_object(made.file("diagnosis.json"), "the diagnosis", made.fix)
     experts = "NO forget-critical expert found" if d["none_found"] else f"{len(d['selected'])} forget-critical experts"
     effect = f"{d['rule']} closes {d['gap_closed']:.0%} of the gap" if d["constraints"] else f"{d['rule']} weights"
     warnings = len(d["warnings"])
@@ -358,33 +357,9 @@ def told(made: Artefact) -> str:
     return f"{experts}, {effect}{many}"
 
 
-def load_inputs(config: Config, run: RunDirectory) -> tuple[Artefact, Artefact, Artefact]:
-    """(data, forget statistics, retain statistics), whole and made for one another and for the config's model."""
-    from trace_ds.corpora.tokenizer import tokenizer_fingerprint
-    from trace_ds.tensors.model_files import model_fingerprint
-
-    data = artefacts.load(run.data, "data", PREPARE)
-    sides = [artefacts.load(run.statistics / name, "statistics", COLLECT) for name in ("forget", "retain")]
-    model = model_fingerprint(Path(config.model.path))
-    tokenizer = tokenizer_fingerprint(Path(config.model.tokenizer or config.model.path))
-    for side in sides:
-        artefacts.require_same(side, "model", model, "model", COLLECT)
-        artefacts.require_same(side, "tokenizer", tokenizer, "tokenizer", COLLECT)
-        artefacts.require_same(side, "data", data.content, "data", COLLECT)
-    for key in ("top_k", "experts", "layers"):
-        values = [side.summary.get(key) for side in sides]
-        if values[0] is None or values[0] != values[1]:
-            raise UserError(
-                f"the forget statistics have {key} {values[0]}, the retain statistics {values[1]}",
-                str(run.statistics),
-                f"make both again with `trace-ds {COLLECT}`",
-            )
-    return data, sides[0], sides[1]
-
-
 def load_statistics(side: Artefact) -> RoutingStatistics:
     """The numbers of a statistics artefact, checked against its summary and for having any tokens."""
-    path, fix = side.file("statistics.safetensors"), f"make it again with `trace-ds {COLLECT}`"
+    path, fix = side.file("statistics.safetensors"), side.fix
     try:
         statistics = RoutingStatistics.load(path)
     except (KeyError, OSError, ValueError) as error:
@@ -400,25 +375,20 @@ def load_statistics(side: Artefact) -> RoutingStatistics:
 def load_trace(config: Config, side: Artefact, statistics: RoutingStatistics, tokens: TokenMap) -> Trace | None:
     """The retain trace, proven to be of these tokens: its counts equal the statistics. None if there is none
     and the rule needs none."""
-    fix = f"set statistics.trace: true and run `trace-ds {COLLECT}` again"
     paths = [side.file(name) for name in sorted(side.files) if name.startswith("trace-")]
     if not paths:
         if config.calibration.rule in WITHOUT_TRACE or config.calibration.level == "row":
             return None
-        raise UserError(
-            f"the rule {config.calibration.rule} needs the routing trace, which was not recorded",
-            str(side.path),
-            fix,
-        )
-    again = f"make it again with `trace-ds {COLLECT}`"
+        what = f"the rule {config.calibration.rule} needs the routing trace, which was not recorded"
+        raise UserError(what, str(side.path), "set statistics.trace: true and run `trace-ds collect CONFIG` again")
     layers, experts = statistics.counts_LE.shape
-    trace = open_trace(paths, layers, statistics.top_k, tokens.tokens, again)
+    trace = open_trace(paths, layers, statistics.top_k, tokens.tokens, side.fix)
     try:
         agrees = np.array_equal(count_selections(trace, tokens, experts), statistics.counts_LE)
     except ValueError as error:
-        raise UserError(str(error), str(side.path), again) from None
+        raise UserError(str(error), str(side.path), side.fix) from None
     if not agrees:
-        raise UserError("the routing trace does not add up to the statistics beside it", str(side.path), again)
+        raise UserError("the routing trace does not add up to the statistics beside it", str(side.path), side.fix)
     return trace
 
 
@@ -438,12 +408,12 @@ def load_selections(
         raise UserError(
             "calibration.level: row needs the selections of each row and a sample of tokens, which were not recorded",
             str(side.path),
-            f"run `trace-ds {COLLECT}` again",
+            "run `trace-ds collect CONFIG` again",
         )
     fits = found.rows == tokens.rows and found.selected_NLK.shape[1:] == (len(retain.counts_LE), retain.top_k)
     if not fits or not np.array_equal(found.sums(np.ones(found.rows)), retain.counts_LE):
-        again = f"make it again with `trace-ds {COLLECT}`"
-        raise UserError("the selections of the rows do not add up to the statistics beside them", str(side.path), again)
+        what = "the selections of the rows do not add up to the statistics beside them"
+        raise UserError(what, str(side.path), side.fix)
     return found
 
 
@@ -470,22 +440,12 @@ def read_documents(path: Path) -> Documents:
     )
 
 
-def write(
-    directory: Path,
-    config: Config,
-    detection: Detection,
-    calibrated: Calibrated,
-    forget: RoutingStatistics,
-    retain: RoutingStatistics,
-    tokens: TokenMap,
-    trace: Trace | None,
-    selections: RowSelections | None,
-    documents: Documents,
-    retrieval: dict[str, Any] | None,
-) -> dict[str, Any]:
+def write(directory: Path, config: Config, routing: Routing, calibrated: Calibrated, held: Retained) -> dict[str, Any]:
     """Write the artefact's files; returns its summary."""
     from safetensors.numpy import save_file
 
+    detection, forget, retain = routing.detection, routing.forget, routing.retain
+    tokens, trace, selections = held.tokens, held.trace, held.selections
     weights = new_array(directory / "weights.npy", np.float32, (tokens.tokens,))
     for start, stop in tokens.spans():
         weights[start:stop] = calibrated.weight_T[start:stop]
@@ -523,20 +483,9 @@ def write(
     score_LE, retain_mean, forget_mean = likeness_tables(forget.frequency_LE, retain.frequency_LE, retain.tokens)
     sums = document_sums(tokens, trace, calibrated.weight_T, score_LE)
     likeness_D = likeness(sums, retain_mean, forget_mean)
-    diagnosis = diagnose(
-        config.calibration,
-        detection,
-        calibrated,
-        achieved_LE,
-        drawn_LE,
-        sums,
-        likeness_D,
-        tokens,
-        documents,
-        retain.top_k,
-        trace is not None,
-    )
-    diagnosis["retrieval"] = retrieval
+    made = (config.calibration, detection, calibrated, achieved_LE, drawn_LE, sums, likeness_D)
+    diagnosis = diagnose(*made, tokens, held.documents, retain.top_k, trace is not None)
+    diagnosis["retrieval"] = held.retrieval
     write_json(directory / "diagnosis.json", diagnosis)
     return {
         key: diagnosis[key] for key in ("rule", "lambda", "ess_fraction", "max_weight", "none_found", "warnings")

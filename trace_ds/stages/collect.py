@@ -14,16 +14,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trace_ds.config.schema import Config
-from trace_ds.corpora.tokenizer import tokenizer_fingerprint
 from trace_ds.errors import UserError
-from trace_ds.models.families import ModelInfo, check_expert_parallel, inspect_model, require_plain_logits
+from trace_ds.models.families import ModelInfo, require_plain_logits
 from trace_ds.routing.token_files import Recording
 from trace_ds.run import artefact, ours
 from trace_ds.run.directory import RunDirectory
 from trace_ds.run.files import remove_directory, sha256_file, write_json
 from trace_ds.run.hub_names import provenance
+from trace_ds.stages.inputs import Inputs, agreed, checked_model, look_at
 from trace_ds.stages.recorded import ROW_COUNTS, SAMPLE, TRACE, keys_needing
-from trace_ds.tensors.model_files import read_model_directory
 
 if TYPE_CHECKING:
     from trace_ds.parallel.world import World
@@ -54,7 +53,7 @@ class CollectJob:
     def found(self, run: RunDirectory, side: str, *, verify: bool = True) -> artefact.Artefact | None:
         """The artefact that is already there, whole, from the same inputs, with all that is needed (or more)."""
         try:
-            found = artefact.load(run.statistics / side, "statistics", "collect CONFIG", verify=verify)
+            found = artefact.load(run.statistics / side, "statistics", verify=verify)
         except UserError:
             return None
         recorded = all(covers(found.settings.get(key), value) for key, value in self.needed[side].items())
@@ -72,17 +71,11 @@ def covers(recorded: Any, needed: Any) -> bool:
 
 def check_collect(config: Config, run: RunDirectory, world_size: int) -> CollectJob:
     """Everything that can be wrong before a weight is loaded; raises :class:`UserError`."""
-    info = inspect_model(config.model.path)
-    check_expert_parallel(info, config.distributed.ep, world_size, options=config.distributed.autoep.options)
+    info = checked_model(config, world_size)
     if config.statistics.nll:
         require_plain_logits(info, "statistics.nll")
-    data = artefact.load(run.data, "data", "prepare CONFIG")
-    tokenizer = tokenizer_fingerprint(config.model.tokenizer or config.model.path)
-    artefact.require_same(data, "tokenizer", tokenizer, "tokenizer", "prepare CONFIG")
-    inputs = {
-        side: {"model": info.fingerprint, "tokenizer": tokenizer, "data": data.content, "side": side}
-        for side in config.data.sides
-    }
+    found = Inputs.read(config, run, info.fingerprint)
+    inputs = {side: found.fingerprints | {"side": side} for side in config.data.sides}
     for side, path in (config.statistics.recorded or {}).items():
         if not Path(path).is_file():
             raise UserError(f"there is no file {path}", f"statistics.recorded.{side}", "name what vLLM answered")
@@ -94,7 +87,7 @@ def check_collect(config: Config, run: RunDirectory, world_size: int) -> Collect
         for key, what in (("rows", ROW_COUNTS), ("sample_tokens", SAMPLE)):
             if not keys_needing(what, config, side):
                 needed[side] = needed[side] | {key: None}
-    return CollectJob(info, data, inputs, settings, needed)
+    return CollectJob(info, found.data, inputs, settings, needed)
 
 
 def recording(config: Config, info: ModelInfo, side: str) -> Recording:
@@ -128,7 +121,7 @@ def collect(config: Config, run: RunDirectory, world: World) -> None:
     """Collect the statistics of both corpora (collectively, on every rank); skips a side that is already done."""
     from trace_ds.run.log import already_done, stage_log
 
-    job = world.broadcast(world.agree_each(lambda verify: _checked(config, run, world, verify=verify)))[0]
+    job = agreed(world, lambda: check_collect(config, run, world.size), lambda: look_at(config, run, "data"))
     todo = [side for side in job.inputs if not _is_done(world, job, run, side)]
     if not todo:
         if world.is_main:
@@ -140,9 +133,7 @@ def collect(config: Config, run: RunDirectory, world: World) -> None:
         for side in todo:
             _collect_side(config, run, world, job, side, engine, log)
         if world.is_main:
-            found = {
-                side: artefact.load(run.statistics / side, "statistics", "", verify=False).summary for side in todo
-            }
+            found = {side: artefact.load(run.statistics / side, "statistics", verify=False).summary for side in todo}
             counted = " and ".join(f"{side} {each['tokens']:,}" for side, each in found.items())
             of = found[todo[0]]
             log.done(
@@ -180,18 +171,6 @@ def _engine(config: Config, world: World, job: CollectJob, log: StageLog) -> Any
             vocabulary = int(job.info.config["vocab_size"])
             world.raise_together(refused_packing(engine, vocabulary, world.device))
     return engine
-
-
-def _checked(config: Config, run: RunDirectory, world: World, *, verify: bool) -> list[CollectJob]:
-    """The job, on the main process; elsewhere nothing, but whether model and data are there.
-
-    A thousand processes would read hundreds of gigabytes for the fingerprint of a large model.
-    """
-    if verify:
-        return [check_collect(config, run, world.size)]
-    read_model_directory(config.model.path)
-    artefact.load(run.data, "data", "prepare CONFIG", verify=False)
-    return []
 
 
 def _is_done(world: World, job: CollectJob, run: RunDirectory, side: str) -> bool:
@@ -237,7 +216,7 @@ def _collect_side(
         remove_states(directory)
         (directory / SHAPE_NAME).unlink(missing_ok=True)
         commit_directory(directory, destination, ours.artefact("statistics"))
-        found = artefact.load(destination, "statistics", "collect CONFIG", verify=False).summary
+        found = artefact.load(destination, "statistics", verify=False).summary
         log.detail(f"{side}: {found['tokens']:,} tokens of {found['documents']:,} documents counted")
 
     world.agree(commit)

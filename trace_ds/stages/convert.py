@@ -90,34 +90,18 @@ def check_convert(config: Config, run: RunDirectory) -> None:
 
 
 def checkpoint_to_directory(
-    checkpoint: Path,
-    destination: Path,
-    *,
-    base_model: Path | None = None,
-    dtype: str = "same",
-    max_shard_size: str = "5GB",
-    card: dict[str, Any] | None = None,
-    overwrite: bool = False,
-    log: StageLog | None = None,
+    checkpoint: Path, destination: Path, *, log: StageLog | None = None, **options: Any
 ) -> dict[str, Any]:
-    """One checkpoint step → a new Hugging Face directory; returns the report (see ``convert_checkpoint``).
+    """One checkpoint step → a new Hugging Face directory; ``options`` and returned report are those of
+    :func:`convert_checkpoint`.
 
-    Without ``base_model`` the model that the checkpoint's manifest names is used.
+    Without a ``base_model`` the model that the checkpoint's manifest names is used.
     """
     from trace_ds.conversion.convert import convert_checkpoint
 
     progress = byte_progress(log) if log is not None else None
-    return convert_checkpoint(
-        checkpoint,
-        destination,
-        dtype=dtype,
-        max_shard_size=max_shard_size,
-        jobs=min(MAX_JOBS, os.cpu_count() or 1),
-        base_model=base_model,
-        card=card,
-        overwrite=overwrite,
-        progress=progress,
-    )
+    jobs = min(MAX_JOBS, os.cpu_count() or 1)
+    return convert_checkpoint(checkpoint, destination, jobs=jobs, progress=progress, **options)
 
 
 def _choose(config: Config, run: RunDirectory) -> tuple[Path, list[str]]:

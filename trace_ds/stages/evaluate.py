@@ -38,6 +38,7 @@ from trace_ds.run.directory import RunDirectory, unwritable
 from trace_ds.run.files import write_bytes, write_json
 from trace_ds.run.hub_names import provenance
 from trace_ds.run.log import Progress, StageLog, already_done, stage_log
+from trace_ds.stages.inputs import agreed, checked_tasks
 from trace_ds.tensors.model_files import read_model_directory
 from trace_ds.terminal import verbose
 
@@ -70,20 +71,13 @@ def check_evaluate(config: Config, run: RunDirectory) -> EvaluateJob:
     settings = config.evaluation
     if not settings.tasks and not settings.drift:
         raise UserError("there is nothing to evaluate", "evaluation.tasks", "add a task, or set evaluation.drift")
-    tasks = read_tasks(settings.tasks)
     info = inspect_model(config.model.path)
-    reference = Path(config.model.tokenizer or config.model.path)
+    reference = Path(config.model.tokenizer_path)
     fingerprint = tokenizer_fingerprint(reference)
-    tokenizer = load_tokenizer(reference)
-    if any(task.apply_chat_template for task in settings.tasks):
-        from trace_ds.evaluation.harness import check_template
-
-        for each in settings.tasks:
-            check_template(each, tokenizer)
-    attacks = _attacks(config)
-    data = artefact.load(run.data, "data", "prepare CONFIG", verify=False) if needs_data(config) else None
+    tasks, tokenizer = checked_tasks(settings.tasks, config), load_tokenizer(reference)
+    data = artefact.load(run.data, "data", verify=False) if settings.needs_data else None
     if data is not None:
-        artefact.require_same(data, "tokenizer", fingerprint, "tokenizer", "prepare CONFIG")
+        data.require_same(tokenizer=fingerprint)
     if settings.expert_forcing:
         from trace_ds.evaluation.attacks import check_forcing
 
@@ -94,9 +88,7 @@ def check_evaluate(config: Config, run: RunDirectory) -> EvaluateJob:
             require_same_tokenizer(subject.path, reference, tokenizer)
     against = {"original": info.fingerprint} | ({"data": data.content} if data is not None else {})
     calibrated = settings.expert_forcing and (run.calibration / artefact.FILE_NAME).is_file()
-    calibration = (
-        artefact.load(run.calibration, "calibration", "calibrate CONFIG", verify=False) if calibrated else None
-    )
+    calibration = artefact.load(run.calibration, "calibration", verify=False) if calibrated else None
     attacked = {
         **against,
         "relearning": settings.relearning and settings.relearning.model_dump(mode="json"),
@@ -113,41 +105,21 @@ def check_evaluate(config: Config, run: RunDirectory) -> EvaluateJob:
             tasks,
             fingerprint,
             against if settings.drift and subject.name == UNLEARNED else None,
-            attacked if attacks and subject.name in attacked_names(config) else None,
+            attacked if subject.name in settings.attacked else None,
         )
         for subject in subjects
     }
     return EvaluateJob(info, tasks, subjects, identities, data, problems)
 
 
-def _checked(config: Config, run: RunDirectory, *, verify: bool) -> list[EvaluateJob]:
-    """The job, on the main process; elsewhere nothing, but whether models, data and tasks are there.
-
-    Every process would read a share of every model for the fingerprints.
-    """
-    if verify:
-        return [check_evaluate(config, run)]
+def _look(config: Config, run: RunDirectory) -> None:
+    """On the other ranks: whether models, data and tasks are there."""
     unlearned = [] if config.evaluation.references_only else [run.model]
     for path in (*named_models(config.model.path, config.evaluation).values(), *unlearned):
         read_model_directory(path)
-    if needs_data(config):
-        artefact.load(run.data, "data", "prepare CONFIG", verify=False)
+    if config.evaluation.needs_data:
+        artefact.load(run.data, "data", verify=False)
     read_tasks(config.evaluation.tasks)
-    return []
-
-
-def needs_data(config: Config) -> bool:
-    """Whether the run's token datasets are read: for the drift, and by the attacker who learns again."""
-    return config.evaluation.drift or config.evaluation.relearning is not None
-
-
-def _attacks(config: Config) -> bool:
-    return config.evaluation.relearning is not None or config.evaluation.expert_forcing
-
-
-def attacked_names(config: Config) -> tuple[str, str]:
-    """The models that are attacked: the unlearned one, and the retrained one as the reference."""
-    return UNLEARNED, config.evaluation.retrained
 
 
 def evaluate(config: Config, run: RunDirectory, world: World | None = None) -> None:
@@ -163,7 +135,7 @@ def evaluate(config: Config, run: RunDirectory, world: World | None = None) -> N
     if world is None:
         job = check_evaluate(config, run)
     else:
-        job = world.broadcast(world.agree_each(lambda verify: _checked(config, run, verify=verify)))[0]
+        job = agreed(world, lambda: check_evaluate(config, run), lambda: _look(config, run))
     try:
         _on_main(world, lambda: run.evaluation.mkdir(parents=True, exist_ok=True))
         with _threads(config.distributed.threads), stage_log(run, "evaluate", enabled=is_main) as log:
@@ -239,7 +211,7 @@ def _score_missing(config: Config, job: EvaluateJob, run: RunDirectory, log: Sta
     autoep = config.distributed.autoep  # DeepEP's buffers are as large as the batches of collect and unlearn
     options = {} if autoep.comm_backend == "deepep" else autoep.options
     sharding = Sharding(config.evaluation.ep, config.evaluation.zero_stage, options)
-    place = config.model.tokenizer or config.model.path
+    place = config.model.tokenizer_path
     tokenizer = load_tokenizer(place) if world is None else world.agree_each(lambda _: load_tokenizer(place))
     done = job.done(run) if world is None else world.broadcast_agreed(lambda: job.done(run))
     todo = [subject for subject in job.subjects if subject.name not in done]
@@ -249,7 +221,7 @@ def _score_missing(config: Config, job: EvaluateJob, run: RunDirectory, log: Sta
         log.detail(f"already there: {', '.join(sorted(done))}")
     drifts = config.evaluation.drift and any(subject.name == UNLEARNED for subject in todo)
     attacks = probes.Attacks(config.evaluation, config.data.context_length, config.seed, run, job.tasks, job.data)
-    attacked = {subject.name for subject in todo} & set(attacked_names(config)) if _attacks(config) else set()
+    attacked = {subject.name for subject in todo} & set(config.evaluation.attacked)
     forcing = config.evaluation.expert_forcing and bool(attacked)
     before: dict[str, RoutingSample] = {}
     decisions: dict[str, Decisions] = {}

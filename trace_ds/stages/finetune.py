@@ -17,16 +17,15 @@ from typing import TYPE_CHECKING, Any
 
 from trace_ds.checkpoints.manifest import newest_complete, step_name
 from trace_ds.config.schema import RETRAINED, TARGET, Config, ConversionConfig, FinetuneConfig
-from trace_ds.corpora.tokenizer import tokenizer_fingerprint
 from trace_ds.errors import UserError
-from trace_ds.models.families import ModelInfo, check_expert_parallel, inspect_model, require_plain_logits
+from trace_ds.models.families import ModelInfo, require_plain_logits
 from trace_ds.run import artefact
 from trace_ds.run.directory import RunDirectory
 from trace_ds.run.files import canonical_json, sha256_text
 from trace_ds.run.log import already_done
 from trace_ds.stages.convert import is_converted, write_model
-from trace_ds.stages.training import OPERATIONAL, Training
-from trace_ds.tensors.model_files import read_model_directory
+from trace_ds.stages.inputs import Inputs, agreed, checked_model, look_at
+from trace_ds.stages.training import OPERATIONAL, Training, ds_config_of, held_as
 
 if TYPE_CHECKING:
     from trace_ds.parallel.world import World
@@ -69,7 +68,7 @@ def after_finetune(config: Config, run: RunDirectory) -> Config:
     if config.finetune is None:
         return config
     made = {name: str(run.finetuned(name).model) for name in config.finetune.models}
-    model = {"path": made.pop(TARGET), "tokenizer": config.model.tokenizer or config.model.path}
+    model = {"path": made.pop(TARGET), "tokenizer": config.model.tokenizer_path}
     evaluation: dict[str, Any] = {"models": config.evaluation.models | made}
     if RETRAINED in made and config.evaluation.retrained not in evaluation["models"]:
         evaluation["retrained"] = RETRAINED
@@ -91,21 +90,15 @@ def require_models(config: Config, run: RunDirectory) -> None:
 
 def check_settings(config: Config, info: ModelInfo) -> dict[str, Any] | None:
     """What can be wrong with the settings and this model alone; returns the user's DeepSpeed keys, if there are any."""
-    from trace_ds.models.engine_config import user_ds_config
-
-    settings = settings_of(config)
     require_plain_logits(info, "finetune")
-    return user_ds_config(settings.ds_config) if settings.ds_config is not None else None
+    return ds_config_of(settings_of(config))
 
 
-def check_finetune(config: Config, run: RunDirectory, world_size: int, *, verify: bool = True) -> list[FinetuneJob]:
+def check_finetune(config: Config, run: RunDirectory, world_size: int) -> list[FinetuneJob]:
     """Everything that can be wrong before a weight is loaded; raises :class:`UserError`."""
     settings = settings_of(config)
-    info = inspect_model(config.model.path)
-    check_expert_parallel(info, config.distributed.ep, world_size, options=config.distributed.autoep.options)
-    data = artefact.load(run.data, "data", "prepare CONFIG", verify=verify)
-    tokenizer = tokenizer_fingerprint(config.model.tokenizer or config.model.path)
-    artefact.require_same(data, "tokenizer", tokenizer, "tokenizer", "prepare CONFIG")
+    info = checked_model(config, world_size)
+    data = Inputs.read(config, run, info.fingerprint).data
     shared = {
         "model": info.fingerprint,
         "settings": settings.model_dump(mode="json", exclude={*OPERATIONAL, "models", "epochs"}),
@@ -117,7 +110,7 @@ def check_finetune(config: Config, run: RunDirectory, world_size: int, *, verify
     for name, sides in settings.models.items():
         if unprepared := [side for side in sides if f"{side}.arrow" not in data.files]:
             what = f"the prepared data has no corpus {unprepared[0]!r}"
-            raise UserError(what, str(run.data), "make it again with `trace-ds prepare CONFIG`")
+            raise UserError(what, str(run.data), data.fix)
         seen = [data.files[f"{side}.arrow"]["sha256"] for side in sides]  # not the corpora that it does not see
         identity = sha256_text(canonical_json({"kind": "finetune", "data": seen, **shared}))
         steps = make_batches(config, sides, data).steps
@@ -139,21 +132,13 @@ def finetune(config: Config, run: RunDirectory, world: World) -> None:
     Raises:
         StopRequested: stopped on request; a complete checkpoint was saved.
     """
-    for job in world.broadcast(world.agree_each(lambda verify: _checked(config, run, world, verify=verify))):
+    jobs = agreed(world, lambda: check_finetune(config, run, world.size), lambda: look_at(config, run, "data"))
+    for job in jobs:
         if not world.broadcast_agreed(lambda job=job: job.is_trained(config, run)):  # type: ignore[misc]
             _train(config, run, world, job)
         elif world.is_main:
             already_done("finetune", run.finetuned(job.name))
         world.agree(lambda job=job: _convert(config, run, job))  # type: ignore[misc]
-
-
-def _checked(config: Config, run: RunDirectory, world: World, *, verify: bool) -> list[FinetuneJob]:
-    """The jobs, on the main process; elsewhere nothing, but whether model and data are there."""
-    if verify:
-        return check_finetune(config, run, world.size)
-    read_model_directory(config.model.path)
-    artefact.load(run.data, "data", "prepare CONFIG", verify=False)
-    return []
 
 
 def _train(config: Config, run: RunDirectory, world: World, job: FinetuneJob) -> None:
@@ -162,15 +147,11 @@ def _train(config: Config, run: RunDirectory, world: World, job: FinetuneJob) ->
     from trace_ds.unlearning.training_engine import training_engine
 
     training = job.training(config, run)
-    shape: dict[str, Any] = {
-        "dtype": config.model.dtype,
-        "ep": config.distributed.ep,
-        "options": config.distributed.autoep.options,
-    }
     with training.begun(world, "finetune") as (log, chosen):
         settings = training.usable(world, log)
         batches = world.agree_each(lambda _: make_batches(config, job.sides, job.data))
-        engine = training_engine(settings, job.info, world, batches.micro_batches_per_step(world.size), **shape)
+        accumulation = batches.micro_batches_per_step(world.size)
+        engine = training_engine(settings, job.info, world, accumulation, **held_as(config))
         start = training.restored(world, engine, chosen, log)
         log.detail(
             f"{job.name}: {job.steps} steps of {settings.batch_rows} rows of {' and '.join(job.sides)}, "

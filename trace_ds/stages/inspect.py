@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import json as json_module
 import re
-from collections.abc import Callable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -113,25 +113,23 @@ def _located(path: Path) -> Path | None:
     return None
 
 
-def _artefact(path: Path, verify: bool) -> Finding:
-    """An artefact: its description, and whether every file is there with its size (and hash)."""
-    raw = read_json_object(path / artefact.FILE_NAME, "the description of the artefact")
-    kind = str(raw.get("kind", "unknown"))
+def _artefact(path: Path, verify: bool, kind: str = "") -> Finding:
+    """An artefact (of a ``kind``, or of any): its description, and whether every file is there with its size (and
+    hash)."""
+    if not kind:
+        raw = read_json_object(path / artefact.FILE_NAME, "the description of the artefact")
+        kind = str(raw.get("kind", "unknown"))
     try:
-        found = artefact.load(path, kind, _MADE_BY.get(kind, "run CONFIG"), verify=verify)
+        found = artefact.load(path, kind, verify=verify)
     except UserError as error:
         return Finding(path, "artefact", {"artefact": kind}, [error.line()])
-    facts = {
-        "artefact": kind,
-        "identity": found.identity,
-        "content": found.content,
-        "inputs": found.inputs,
-        "settings": found.settings,
-        "summary": found.summary,
-        "files": len(found.files),
-        "bytes": sum(int(entry["bytes"]) for entry in found.files.values()),
-    }
-    return Finding(path, "artefact", facts)
+    facts = {key: getattr(found, key) for key in ("identity", "content", "inputs", "settings", "summary")}
+    return Finding(path, "artefact", {"artefact": kind, **facts, **_sizes(found.files)})
+
+
+def _sizes(files: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
+    """How many files a description lists, and their bytes."""
+    return {"files": len(files), "bytes": sum(int(entry["bytes"]) for entry in files.values())}
 
 
 def _checkpoint(path: Path, verify: bool) -> Finding:
@@ -143,16 +141,12 @@ def _checkpoint(path: Path, verify: bool) -> Finding:
     except UserError as error:
         files = [file for file in path.rglob("*") if file.is_file()]
         return Finding(path, "checkpoint", {"files": len(files), "bytes": _bytes_of(files)}, [error.line()])
-    values = asdict(manifest)
-    facts = {key: values[key] for key in ("step", "world", "ep", "zero_stage", "family", "dtype", "job")}
-    facts |= {key: values[key] for key in ("model", "calibration", "versions")}
+    told = ("step", "world", "ep", "zero_stage", "family", "dtype", "job", "model", "calibration", "versions")
+    facts: dict[str, Any] = {key: getattr(manifest, key) for key in told}
     if manifest.layers is not None:
         facts["layers"] = f"the first {manifest.layers}, without norm and LM head; the rest is the base model's"
     facts["cursor"] = {key: value for key, value in manifest.cursor.items() if not isinstance(value, list)}  # no theta
-    facts |= {
-        "files": len(manifest.files),
-        "bytes": sum(int(entry["bytes"]) for entry in manifest.files.values()),
-    }
+    facts |= _sizes(manifest.files)
     shards = sorted(name for name in manifest.files if name.endswith(".pt"))
     try:
         verify_files(path, manifest, hashes=verify)
@@ -171,14 +165,13 @@ def _checkpoints(path: Path, verify: bool) -> Finding:
     for step in steps:
         found = _checkpoint(step, verify)
         complete += [] if found.problems or STEP.fullmatch(step.name) is None else [step.name]
-        state = "damaged" if found.problems else "complete"
+        part = _part(step.name, found, _tally(found), "complete")
         if ".tmp-" in step.name:
-            state = "left by a killed job"
+            part["state"] = "left by a killed job"
         elif ".unreadable-" in step.name:
-            state = "set aside"
-        detail = found.problems[0] if found.problems else f"{found.facts['files']} files, {size(found.facts['bytes'])}"
-        parts.append({"name": step.name, "state": state, "detail": detail})
-        problems += found.problems if state == "damaged" else []
+            part["state"] = "set aside"
+        parts.append(part)
+        problems += found.problems if part["state"] == "damaged" else []
     latest = path / "latest"
     named = latest.read_text(encoding="utf-8", errors="replace").strip() if latest.is_file() else None
     if named not in complete:
@@ -273,75 +266,69 @@ def _safetensors(path: Path) -> Finding:
     return Finding(path, "safetensors", facts)
 
 
+def _part(name: str, found: Finding | None, detail: str, good: str = "done") -> dict[str, str]:
+    """What there is to say of a part; ``found``: None where it is not there."""
+    if found is None:
+        return {"name": name, "state": "missing", "detail": ""}
+    if found.problems:
+        return {"name": name, "state": "damaged", "detail": found.problems[0]}
+    return {"name": name, "state": good, "detail": detail}
+
+
+def _tally(found: Finding | None) -> str:
+    return "" if found is None or found.problems else f"{found.facts['files']} files, {size(found.facts['bytes'])}"
+
+
 def _run(path: Path, verify: bool) -> Finding:
     """A run directory, stage by stage: done, missing, damaged, or stale (made from other inputs than are there now)."""
     run = RunDirectory.at(path)
+    data, sides = {"data": "data"}, {side: f"statistics/{side}" for side in SIDES}
+    places = {"data": run.data, **{name: run.statistics / side for side, name in sides.items()}}
+    made_from: dict[str, dict[str, str]] = {
+        "data": {},
+        **dict.fromkeys(sides.values(), data),
+        "calibration": data | sides,
+    }
     parts: list[dict[str, str]] = []
-    content: dict[str, str] = {}
-
-    def add(name: str, state: str, detail: str) -> None:
-        parts.append({"name": name, "state": state, "detail": detail})
-
-    stages: list[tuple[str, Path, str, dict[str, str]]] = [("data", run.data, "data", {})]
-    stages += [(f"statistics/{s}", run.statistics / s, "statistics", {"data": "data"}) for s in SIDES]
-    stages += [
-        ("calibration", run.calibration, "calibration", {"data": "data", **{s: f"statistics/{s}" for s in SIDES}})
-    ]
-    for name, directory, kind, made_from in stages:
-        try:
-            found = artefact.load(directory, kind, _MADE_BY[kind], verify=verify)
-        except UserError as error:
-            add(name, "damaged" if directory.exists() else "missing", error.line() if directory.exists() else "")
-            continue
-        content[name] = found.content
-        stale = [key for key, of in made_from.items() if key in found.inputs and found.inputs[key] != content.get(of)]
-        detail = f"{len(found.files)} files, {size(sum(int(entry['bytes']) for entry in found.files.values()))}"
-        add(name, "stale" if stale else "done", f"made from another {' and '.join(stale)}" if stale else detail)
-    _run_checkpoints(run, content.get("calibration"), add, verify)
-    if run.model.is_dir():
-        model = _model(run.model, verify)
-        detail = model.problems[0] if model.problems else f"{model.facts['family']}, {size(model.facts['bytes'])}"
-        add("model", "damaged" if model.problems else "done", detail)
-    else:
-        add("model", "missing", "")
-    results = sorted(run.evaluation.glob("*.json")) if run.evaluation.is_dir() else []
-    add("evaluation", "done" if results else "missing", ", ".join(result.stem for result in results))
-    add("report", "done" if (run.report / "index.html").is_file() else "missing", "")
-    for place in run.finetuned_here():
-        made = _model(place.model, verify) if place.model.is_dir() else None
-        state = "missing" if made is None else "damaged" if made.problems else "done"
-        detail = "" if made is None else made.problems[0] if made.problems else f"{made.facts['family']}"
-        add(f"finetune/{place.path.name}", state, detail)
+    content: dict[str, str | None] = {}
+    for name, place in (places | {"calibration": run.calibration}).items():
+        found = _artefact(place, verify, name.split("/")[0]) if place.exists() else None
+        facts = {} if found is None else found.facts
+        content[name] = facts.get("content")
+        parts.append(_part(name, found, _tally(found)))
+        made_of = facts.get("inputs", {})
+        if stale := [key for key, of in made_from[name].items() if made_of.get(key, content[of]) != content[of]]:
+            parts[-1] |= {"state": "stale", "detail": f"made from another {' and '.join(stale)}"}
+    parts += [_run_checkpoints(run, content["calibration"], verify), _model_part("model", run.model, verify)]
+    results = ", ".join(path.stem for path in sorted(run.evaluation.glob("*.json")))
+    parts.append({"name": "evaluation", "state": "done" if results else "missing", "detail": results})
+    written = (run.report / "index.html").is_file()
+    parts.append({"name": "report", "state": "done" if written else "missing", "detail": ""})
+    parts += [_model_part(f"finetune/{made.path.name}", made.model, verify) for made in run.finetuned_here()]
     for variant in sorted(run.variants.iterdir()) if run.variants.is_dir() else []:
         if variant.is_dir():
-            below = _run(variant, verify)
-            states = {part["name"]: part["state"] for part in below.parts}
+            states = {part["name"]: part["state"] for part in _run(variant, verify).parts}
             detail = ", ".join(f"{name} {states[name]}" for name in ("calibration", "checkpoints", "model"))
             worst = next((state for state in ("damaged", "stale") if state in states.values()), states["model"])
-            add(f"variants/{variant.name}", worst, detail)
+            parts.append({"name": f"variants/{variant.name}", "state": worst, "detail": detail})
     problems = [f"{part['name']}: {part['detail']}" for part in parts if part["state"] in ("damaged", "stale")]
     return Finding(path, "run", {"variant of": str(run.parent) if run.parent else None}, problems, parts)
 
 
-def _run_checkpoints(
-    run: RunDirectory, calibration: str | None, add: Callable[[str, str, str], None], verify: bool
-) -> None:
-    name = "checkpoints"
-    if not run.checkpoints.is_dir() or not any(run.checkpoints.glob("step_*")):
-        add(name, "missing", "")
-        return
-    found = _checkpoints(run.checkpoints, verify)
-    if found.problems:
-        add(name, "damaged", found.problems[0])
-        return
+def _model_part(name: str, path: Path, verify: bool) -> dict[str, str]:
+    found = _model(path, verify) if path.is_dir() else None
+    return _part(name, found, f"{found.facts['family']}, {size(found.facts['bytes'])}" if found and found.facts else "")
+
+
+def _run_checkpoints(run: RunDirectory, calibration: str | None, verify: bool) -> dict[str, str]:
+    there = any(run.checkpoints.glob("step_*"))
+    found = _checkpoints(run.checkpoints, verify) if there else None
+    if found is None or found.problems:
+        return _part("checkpoints", found, "")
     newest = found.facts["complete"][-1]
     if read_manifest(run.checkpoints / newest).calibration != calibration:
-        add(name, "stale", "trained with another calibration")
-    else:
-        add(name, "done", f"newest {newest}")
-
-
-_MADE_BY = {"data": "prepare CONFIG", "statistics": "collect CONFIG", "calibration": "calibrate CONFIG"}
+        return _part("checkpoints", found, "trained with another calibration", "stale")
+    return _part("checkpoints", found, f"newest {newest}")
 
 
 def inspect_path(path: Path, json: bool, verify: bool = False) -> int:
@@ -389,5 +376,5 @@ def _shown(name: str, value: Any) -> str:
     return value if isinstance(value, str) else json_module.dumps(value, ensure_ascii=False)
 
 
-def _bytes_of(files: Any) -> int:
+def _bytes_of(files: Iterable[Path]) -> int:
     return sum(file.stat().st_size for file in files)

@@ -155,16 +155,17 @@ def _check_early(verb: str, request: Request, world_size: int | None, *, downloa
     from trace_ds.corpora.tokenizer import check_tokenizer
     from trace_ds.models.families import check_expert_parallel, inspect_model
     from trace_ds.parallel.launch import check_process_count
-    from trace_ds.stages.evaluate import needs_data
-    from trace_ds.stages.finetune import require_models, settings_of
-    from trace_ds.tensors.model_files import read_model_config
+    from trace_ds.run import artefact
+    from trace_ds.stages import finetune
+    from trace_ds.stages.inputs import checked_model
+    from trace_ds.tensors.model_files import read_model_config, read_model_directory
 
     if verb == "finetune":
-        settings_of(request.config)
+        finetune.settings_of(request.config)
     for item in request.all() if verb == "run" else [request]:
         item.check_places()
     if verb in STAGES[2:-1]:
-        require_models(request.config, request.run)
+        finetune.require_models(request.config, request.run)
     request = request.seen_by(verb)
     config, run = request.config, request.run
     if run.parent is not None and verb in REPLACE_INPUTS:
@@ -173,24 +174,23 @@ def _check_early(verb: str, request: Request, world_size: int | None, *, downloa
             str(run.path),
             f"use --run-dir {run.parent}, or another directory",
         )
-    if verb in ("run", "evaluate") and world_size is None:
-        check_process_count(config.evaluation.nproc, accelerator_count(), os.cpu_count() or 1, "evaluation.nproc")
-    options = config.distributed.autoep.options
+    cores = accelerator_count(), os.cpu_count() or 1
     if verb in ("run", "evaluate"):
         nproc = (world_size if verb == "evaluate" else None) or config.evaluation.nproc
-        check_expert_parallel(inspect_model(config.model.path), config.evaluation.ep, nproc, "evaluation.ep", options)
+        if world_size is None:
+            check_process_count(nproc, *cores, "evaluation.nproc")
+        options, info = config.distributed.autoep.options, inspect_model(config.model.path)
+        check_expert_parallel(info, config.evaluation.ep, nproc, "evaluation.ep", options)
     if verb in ("run", *DISTRIBUTED):
         nproc = world_size or process_count(config)
         if world_size is None:
-            check_process_count(nproc, accelerator_count(), os.cpu_count() or 1)
-        check_expert_parallel(inspect_model(config.model.path), config.distributed.ep, nproc, options=options)
-    if verb in STAGES[1:-1] and (verb != "evaluate" or needs_data(config)):
-        from trace_ds.run import artefact
-
-        artefact.load(run.data, "data", "prepare CONFIG", verify=False)
+            check_process_count(nproc, *cores)
+        checked_model(config, nproc)
+    if verb in STAGES[1:-1] and (verb != "evaluate" or config.evaluation.needs_data):
+        artefact.load(run.data, "data", verify=False)
     if verb in ("run", "prepare", *LAUNCHABLE):
         vocabulary = read_model_config(config.model.path).get("vocab_size")
-        check_tokenizer(config.model.tokenizer or config.model.path, vocabulary)
+        check_tokenizer(config.model.tokenizer_path, vocabulary)
     if verb in ("run", "prepare"):
         for side in config.data.sides:
             check_files(getattr(config.data, side), f"data.{side}", download=download)
@@ -205,27 +205,19 @@ def _check_early(verb: str, request: Request, world_size: int | None, *, downloa
         for task in config.evaluation.tasks:
             if task.type == "lm_eval" and not task.path:
                 require_data(task, download=download)
-    if verb == "run":
-        _check_later_stages(request)
+    if verb == "run":  # and what only a late stage, or a variant, would stumble on
+        from trace_ds.evaluation.subjects import named_models
+        from trace_ds.stages.convert import check_convert
+        from trace_ds.stages.unlearn import check_settings
 
-
-def _check_later_stages(request: Request) -> None:
-    """What only a late stage, or a variant, would stumble on."""
-    from trace_ds.evaluation.subjects import named_models
-    from trace_ds.models.families import inspect_model
-    from trace_ds.stages import finetune
-    from trace_ds.stages.convert import check_convert
-    from trace_ds.stages.unlearn import check_settings
-    from trace_ds.tensors.model_files import read_model_directory
-
-    info = inspect_model(request.config.model.path)
-    if request.config.finetune is not None:
-        finetune.check_settings(request.config, info)
-    for item in request.all():
-        check_settings(item.config, info)
-        check_convert(item.config, item.run)
-    for path in named_models(request.config.model.path, request.config.evaluation).values():
-        read_model_directory(path)
+        info = inspect_model(config.model.path)
+        if config.finetune is not None:
+            finetune.check_settings(config, info)
+        for item in request.all():
+            check_settings(item.config, info)
+            check_convert(item.config, item.run)
+        for path in named_models(config.model.path, config.evaluation).values():
+            read_model_directory(path)
 
 
 def process_count(config: Config, stage: str = "unlearn") -> int:
@@ -294,10 +286,11 @@ def is_done(stage: str, request: Request, nproc: int, *, verify: bool = True) ->
         from trace_ds.stages import calibrate, prepare
 
         kind, place = ("data", request.run.data) if stage == "prepare" else ("calibration", request.run.calibration)
-        *_, inputs, settings = (
-            prepare.asked(request.config) if stage == "prepare" else calibrate.asked(request.config, request.run)
-        )
-        return artefact.is_done(place, kind, artefact.identity_of(kind, inputs, settings))
+        if stage == "prepare":
+            identity = artefact.identity_of("data", *prepare.asked(request.config))
+        else:
+            identity = calibrate.Asked.of(request.config, request.run).identity
+        return artefact.is_done(place, kind, identity)
     if stage == "finetune":
         from trace_ds.stages.finetune import check_finetune
 

@@ -38,8 +38,8 @@ def prepare(config: Config, run: RunDirectory) -> artefact.Artefact:
     inputs, settings = asked(config)
     if artefact.is_done(run.data, "data", artefact.identity_of("data", inputs, settings)):
         already_done("prepare", run)
-        return artefact.load(run.data, "data", "prepare CONFIG", verify=False)
-    tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
+        return artefact.load(run.data, "data", verify=False)
+    tokenizer = load_tokenizer(config.model.tokenizer_path)
     encode, processes = encoder(tokenizer), config.data.num_proc or default_processes()
     with (
         stage_log(run, "prepare") as log,
@@ -57,14 +57,14 @@ def prepare(config: Config, run: RunDirectory) -> artefact.Artefact:
         artefact.describe(directory, "data", inputs, settings, summary)
         each = (f"{side} {counts.documents:,} documents, {counts.tokens:,} tokens" for side, counts in found.items())
         log.done("; ".join(each))
-    return artefact.load(run.data, "data", "prepare CONFIG", verify=False)
+    return artefact.load(run.data, "data", verify=False)
 
 
 def asked(config: Config) -> tuple[dict[str, str], dict[str, Any]]:
     """Inputs and settings of the artefact to make; :class:`UserError` when a file is missing."""
     for side in config.data.sides:
         check_files(getattr(config.data, side), f"data.{side}")
-    inputs = {"tokenizer": tokenizer_fingerprint(config.model.tokenizer or config.model.path)}
+    inputs = {"tokenizer": tokenizer_fingerprint(config.model.tokenizer_path)}
     inputs |= {side: corpus_fingerprint(getattr(config.data, side)) for side in config.data.sides}
     return inputs, config.data.model_dump(mode="json", exclude={"forget", "retain", "alternative", "num_proc"})
 

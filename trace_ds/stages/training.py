@@ -37,6 +37,19 @@ OPERATIONAL = {
 }
 
 
+def held_as(config: Config) -> dict[str, Any]:
+    """How a job holds a model, the one it trains and the frozen one alike."""
+    distributed = config.distributed
+    return {"dtype": config.model.dtype, "ep": distributed.ep, "options": distributed.autoep.options}
+
+
+def ds_config_of(settings: TrainingConfig) -> dict[str, Any] | None:
+    """The user's DeepSpeed keys, checked, if there are any."""
+    from trace_ds.models.engine_config import user_ds_config
+
+    return user_ds_config(settings.ds_config) if settings.ds_config is not None else None
+
+
 @dataclass(frozen=True)
 class Training:
     """A training job as its checkpoints know it.

@@ -9,18 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 from trace_ds.checkpoints.manifest import Manifest
 from trace_ds.config.schema import Config, TrainableConfig, UnlearningConfig
-from trace_ds.corpora.tokenizer import tokenizer_fingerprint
 from trace_ds.errors import JobFailed, UserError
 from trace_ds.evaluation.subjects import task_fingerprints
-from trace_ds.models.families import ModelInfo, check_expert_parallel, inspect_model, require_plain_logits
+from trace_ds.models.families import ModelInfo, require_plain_logits
 from trace_ds.parallel.environment import accelerator_count
 from trace_ds.routing.token_files import require_parts
 from trace_ds.run import artefact, ours
 from trace_ds.run.directory import RunDirectory
 from trace_ds.run.files import canonical_json, sha256_text, write_json
 from trace_ds.run.foreign import read_object
-from trace_ds.stages.training import OPERATIONAL, Training
-from trace_ds.tensors.model_files import read_model_directory
+from trace_ds.stages.inputs import Inputs, agreed, checked_model, checked_tasks, look_at
+from trace_ds.stages.training import OPERATIONAL, Training, ds_config_of, held_as
 from trace_ds.unlearning.needs import layers_held
 
 if TYPE_CHECKING:
@@ -76,8 +75,6 @@ class UnlearnJob:
 
 def check_settings(config: Config, info: ModelInfo) -> dict[str, Any] | None:
     """What can be wrong with the settings and this model alone; returns the user's DeepSpeed keys, if there are any."""
-    from trace_ds.models.engine_config import user_ds_config
-
     settings = config.unlearning
     if settings.forget_loss != "rmu":
         require_plain_logits(info, "unlearning.forget_loss")
@@ -86,41 +83,24 @@ def check_settings(config: Config, info: ModelInfo) -> dict[str, Any] | None:
         raise UserError(
             f"layer {layer} of a model with {info.decoder_layers} decoder layers", "unlearning.rmu.layer", "lower it"
         )
-    return user_ds_config(settings.ds_config) if settings.ds_config is not None else None
+    return ds_config_of(settings)
 
 
 def check_unlearn(config: Config, run: RunDirectory, world_size: int, *, verify: bool = True) -> UnlearnJob:
     """Everything that can be wrong before a weight is loaded; raises :class:`UserError`."""
-    info = inspect_model(config.model.path)
-    check_expert_parallel(info, config.distributed.ep, world_size, options=config.distributed.autoep.options)
-    data = artefact.load(run.data, "data", "prepare CONFIG", verify=verify)
-    calibration = artefact.load(run.calibration, "calibration", "calibrate CONFIG", verify=verify)
-    tokenizer = tokenizer_fingerprint(config.model.tokenizer or config.model.path)
-    artefact.require_same(data, "tokenizer", tokenizer, "tokenizer", "prepare CONFIG")
-    for name, expected, what in (
-        ("model", info.fingerprint, "model"),
-        ("tokenizer", tokenizer, "tokenizer"),
-        ("data", data.content, "data"),
-    ):
-        artefact.require_same(calibration, name, expected, what, "collect CONFIG and trace-ds calibrate CONFIG")
+    info = checked_model(config, world_size)
+    found = Inputs.read(config, run, info.fingerprint, verify=verify)
+    data, calibration = found.data, found.made(run.calibration, "calibration", verify=verify)
     ds_config = check_settings(config, info)
     settings = config.unlearning
     tasks = curve_tasks(config)
-    traces = {}
-    if settings.evaluate.every:
-        for side in ("forget", "retain"):
-            traces[side] = artefact.load(run.statistics / side, "statistics", "collect CONFIG", verify=verify)
-            artefact.require_same(traces[side], "model", info.fingerprint, "model", "collect CONFIG")
-            artefact.require_same(traces[side], "data", data.content, "data", "collect CONFIG")
-        if settings.guards.min_retain_overlap is not None:
-            require_parts(traces["retain"], "sample", "unlearning.guards.min_retain_overlap")
-    statistics: dict[str, artefact.Artefact] = {}
-    if settings.forget_loss in ("npo", "dpo") or settings.seuf is not None:
-        for side in ("forget", *(["alternative"] if settings.forget_loss == "dpo" else [])):
-            found = artefact.load(run.statistics / side, "statistics", "collect CONFIG", verify=verify)
-            artefact.require_same(found, "model", info.fingerprint, "model", "collect CONFIG")
-            artefact.require_same(found, "data", data.content, "data", "collect CONFIG")
-            statistics[side] = found
+    looked_at = ("forget", "retain") if settings.evaluate.every else ()
+    traces = {side: found.statistics(side, verify=verify) for side in looked_at}
+    if traces and settings.guards.min_retain_overlap is not None:
+        require_parts(traces["retain"], "sample", "unlearning.guards.min_retain_overlap")
+    paired = ("alternative",) if settings.forget_loss == "dpo" else ()
+    asks = settings.forget_loss in ("npo", "dpo") or settings.seuf is not None
+    statistics = {side: found.statistics(side, verify=verify) for side in (("forget", *paired) if asks else ())}
     experts, anchored = choose_trained(config, info, calibration, statistics.get("forget"))
     guards = settings.guards
     identity = sha256_text(
@@ -210,7 +190,8 @@ def unlearn(config: Config, run: RunDirectory, world: World) -> None:
     from trace_ds.unlearning.job import train
     from trace_ds.unlearning.watch import Watch
 
-    job = world.broadcast(world.agree_each(lambda verify: _checked(config, run, world, verify=verify)))[0]
+    there = ("data", "calibration")
+    job = agreed(world, lambda: check_unlearn(config, run, world.size), lambda: look_at(config, run, *there))
     if world.broadcast_agreed(lambda: job.settled(config, run)):
         if world.is_main:
             already_done("unlearn", run)
@@ -288,12 +269,6 @@ def log_held(settings: UnlearningConfig, job: UnlearnJob, say: Callable[[str], N
         say(f"the losses end at layer {last}, but the job holds the whole model: {why}")
 
 
-def _shape(config: Config) -> dict[str, Any]:
-    """How the job holds a model, the one it trains and the frozen one alike."""
-    distributed = config.distributed
-    return {"dtype": config.model.dtype, "ep": distributed.ep, "options": distributed.autoep.options}
-
-
 def make_engine(
     config: Config, job: UnlearnJob, world: World, batches: Batches, log: StageLog | None = None
 ) -> tuple[Any, RouterConstraint]:
@@ -308,7 +283,7 @@ def make_engine(
     last = settings.last_layer(job.info.decoder_layers)
     trained = trained_by(meta_model(job.info.path), settings, job.experts, last)
     accumulation = batches.micro_batches_per_step(world.size)
-    engine = training_engine(settings, job.info, world, accumulation, trained, **_shape(config), layers=job.layers)
+    engine = training_engine(settings, job.info, world, accumulation, trained, **held_as(config), layers=job.layers)
     if settings.grip is None:
         return engine, RouterConstraint()
     # before anything is restored: it looks at the frozen routers
@@ -335,24 +310,11 @@ def make_goal(
     from trace_ds.unlearning.online_weights import make_weights
 
     settings = config.unlearning
-    shape = {**_shape(config), "seed": config.seed}
+    shape = {**held_as(config), "seed": config.seed}
     objective, cursor = make_objective(settings, job.info, world, batches, cursor, job.anchored, **shape, say=say)
     weights = world.agree_each(lambda _: make_weights(settings, job.calibration, engine.module, world.device, cursor))
     routers.begin(engine)
     return Unlearning(settings, objective, weights, Multiplier.of(settings, cursor), routers), cursor
-
-
-def _checked(config: Config, run: RunDirectory, world: World, *, verify: bool) -> list[UnlearnJob]:
-    """The job, on the main process; elsewhere nothing, but whether model, data and calibration are there.
-
-    A thousand processes would read hundreds of gigabytes for the fingerprint of a large model.
-    """
-    if verify:
-        return [check_unlearn(config, run, world.size)]
-    read_model_directory(config.model.path)
-    for path, kind, verb in ((run.data, "data", "prepare"), (run.calibration, "calibration", "calibrate")):
-        artefact.load(path, kind, f"{verb} CONFIG", verify=False)
-    return []
 
 
 def make_batches(config: Config, job: UnlearnJob) -> Batches:
@@ -387,17 +349,8 @@ def make_batches(config: Config, job: UnlearnJob) -> Batches:
 
 def curve_tasks(config: Config) -> list[Task]:
     """The tasks that are scored while the model is trained, with their items."""
-    from trace_ds.evaluation.items import read_tasks
-
-    tasks = read_tasks([task for task in config.evaluation.tasks if task.name in config.unlearning.evaluate.tasks])
-    if any(task.config.apply_chat_template for task in tasks):
-        from trace_ds.corpora.tokenizer import load_tokenizer
-        from trace_ds.evaluation.harness import check_template
-
-        tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
-        for task in tasks:
-            check_template(task.config, tokenizer)
-    return tasks
+    asked = [task for task in config.evaluation.tasks if task.name in config.unlearning.evaluate.tasks]
+    return checked_tasks(asked, config)
 
 
 def make_scorer(config: Config, engine: Any, world: World) -> Callable[[bool], dict[str, Any] | None] | None:
@@ -411,7 +364,7 @@ def make_scorer(config: Config, engine: Any, world: World) -> Callable[[bool], d
         return None
     settings = ModelSettings(config.model.dtype, config.data.add_bos, config.data.add_eos, config.evaluation.batch_rows)
     sharding = Sharding(config.distributed.ep, 3 if config.unlearning.zero_stage == 3 else 0)
-    tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
+    tokenizer = load_tokenizer(config.model.tokenizer_path)
     model = LanguageModel.of_engine(engine, tokenizer, settings, world, sharding)
     new, length = config.evaluation.max_new_tokens, config.data.context_length
 

@@ -1,0 +1,99 @@
+"""What the stages after ``prepare`` are made from, and how the ranks of a job agree that it is there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from trace_ds.config.schema import Config, TaskConfig
+from trace_ds.corpora.tokenizer import load_tokenizer, tokenizer_fingerprint
+from trace_ds.models.families import ModelInfo, check_expert_parallel, inspect_model
+from trace_ds.run import artefact
+from trace_ds.run.artefact import Artefact
+from trace_ds.run.directory import RunDirectory
+from trace_ds.tensors.model_files import read_model_directory
+
+if TYPE_CHECKING:
+    from trace_ds.evaluation.items import Task
+    from trace_ds.parallel.world import World
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The prepared data of a run, whole and made with the configuration's tokenizer, and what its artefacts must be of.
+
+    Attributes:
+        model, tokenizer: their fingerprints.
+    """
+
+    run: RunDirectory
+    data: Artefact
+    model: str
+    tokenizer: str
+
+    @classmethod
+    def read(cls, config: Config, run: RunDirectory, model: str, *, verify: bool = True) -> Inputs:
+        data = artefact.load(run.data, "data", verify=verify)
+        tokenizer = tokenizer_fingerprint(config.model.tokenizer_path)
+        data.require_same(tokenizer=tokenizer)
+        return cls(run, data, model, tokenizer)
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        return {"model": self.model, "tokenizer": self.tokenizer, "data": self.data.content}
+
+    def made(self, path: Path, kind: str, *, verify: bool = True) -> Artefact:
+        """An artefact that was made from these."""
+        found = artefact.load(path, kind, verify=verify)
+        found.require_same(**self.fingerprints)
+        return found
+
+    def statistics(self, side: str, *, verify: bool = True) -> Artefact:
+        return self.made(self.run.statistics / side, "statistics", verify=verify)
+
+
+def checked_model(config: Config, world_size: int) -> ModelInfo:
+    """The model of the configuration, of a shape that so many processes can run."""
+    info = inspect_model(config.model.path)
+    check_expert_parallel(info, config.distributed.ep, world_size, options=config.distributed.autoep.options)
+    return info
+
+
+def checked_tasks(asked: list[TaskConfig], config: Config) -> list[Task]:
+    """Evaluation tasks with their items, whose chat template the tokenizer has."""
+    from trace_ds.evaluation.harness import check_template
+    from trace_ds.evaluation.items import read_tasks
+
+    tasks = read_tasks(asked)
+    if any(task.apply_chat_template for task in asked):
+        tokenizer = load_tokenizer(config.model.tokenizer_path)
+        for task in asked:
+            check_template(task, tokenizer)
+    return tasks
+
+
+def agreed(world: World, check: Callable[[], T], look: Callable[[], object]) -> T:
+    """What the main process finds when it checks a job, on every rank (collective).
+
+    The others only ``look`` whether what it reads is there for them too: a thousand processes would read hundreds of
+    gigabytes for the fingerprint of a large model.
+    """
+
+    def each(verify: bool) -> list[T]:
+        if verify:
+            return [check()]
+        look()
+        return []
+
+    return world.broadcast(world.agree_each(each))[0]
+
+
+def look_at(config: Config, run: RunDirectory, *kinds: str) -> None:
+    """Whether the model and artefacts of a run are there, without hashing anything; UserError where one is not."""
+    read_model_directory(config.model.path)
+    for kind in kinds:
+        artefact.load(getattr(run, kind), kind, verify=False)
