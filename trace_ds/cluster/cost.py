@@ -145,7 +145,7 @@ def unlearn_traffic(job: PlannedJob) -> list[Traffic]:
     pass_dense = all_dense if run.head else count_parameters(a.first(run.layers)).non_expert * b
     frozen_dense = count_parameters(a.first(frozen_layers)).non_expert * b if frozen_layers else 0.0
     if zero.stage == 3:
-        again = 2 if job.recompute and largest_layer(a, ep) > zero.stage3_max_reuse_distance else 1
+        again = 2 if job.settings.recompute and largest_layer(a, ep) > zero.stage3_max_reuse_distance else 1
         frozen_passes = ceil_div(passes, run.frozen_together) / passes
         gathered_dense = (1 + again) * pass_dense + frozen_dense * frozen_passes
         gathered_experts = (1 + again) * pass_experts + frozen_experts * frozen_passes
@@ -164,7 +164,7 @@ def unlearn_traffic(job: PlannedJob) -> list[Traffic]:
             _ring(spec, "all-gather of expert parameters", sparse, all_experts, 1),
         ]
     # dispatch and combine: forward and backward (and recomputation, and the frozen copy)
-    through = moe_layers * (3 if job.recompute else 2) + frozen_moe * run.frozen_share
+    through = moe_layers * (3 if job.settings.recompute else 2) + frozen_moe * run.frozen_share
     parts.append(_exchange(job, rows * job.context, through * 2 * passes))
     return [part for part in parts if part.received_bytes]
 

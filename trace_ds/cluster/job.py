@@ -10,7 +10,6 @@ from typing import Any
 
 from trace_ds.cluster.architecture import Architecture
 from trace_ds.cluster.spec import ClusterSpec
-from trace_ds.config.load import with_changes
 from trace_ds.config.schema import Config, FinetuneConfig, UnlearningConfig
 from trace_ds.errors import UserError
 from trace_ds.tensors.model_files import read_json_object
@@ -119,10 +118,6 @@ class PlannedJob:
         return self.config.data.context_length
 
     @property
-    def recompute(self) -> bool:
-        return self.settings.recompute
-
-    @property
     def rows_per_step(self) -> tuple[int, ...]:
         """Rows of a step over all GPUs, of each side: forget and retain, or those of a fine-tuning alone."""
         if isinstance(self.settings, FinetuneConfig):
@@ -167,11 +162,6 @@ class PlannedJob:
     def _rows(self) -> tuple[int, ...]:
         """The same of a rank."""
         return tuple(ceil_div(rows, self.spec.world) for rows in self.rows_per_step)
-
-
-def variants_of(config: Config) -> dict[str, Config]:
-    """The configuration of each variant: jobs of their own, beside the run's."""
-    return {name: with_changes(config, changes, f"variants.{name}") for name, changes in config.variants.items()}
 
 
 def corpus_tokens(config: Config, sides: Iterable[str] | None = None) -> int | None:

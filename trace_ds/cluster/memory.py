@@ -141,7 +141,7 @@ def unlearn_memory(job: PlannedJob, rows: int, *, recompute: bool | None = None)
     ``recompute`` (None: as configured): keep only each layer's input and compute the layer again in the backward pass.
     """
     a, b, ep, zero, world, passes = job.held, job.b, job.ep, job.zero, job.spec.world, job.passes()
-    recompute = job.recompute if recompute is None else recompute
+    recompute = job.settings.recompute if recompute is None else recompute
     every = count_parameters(a)
     whole, shard, tokens = rank_parameters(a, ep), every.total / world, rows * job.context
     stage = zero.stage

@@ -25,9 +25,10 @@ from trace_ds.cluster.architecture import (
     count_parameters,
     read_architecture,
 )
-from trace_ds.cluster.job import PlannedJob, ceil_div, corpus_tokens, variants_of
+from trace_ds.cluster.job import PlannedJob, ceil_div, corpus_tokens
 from trace_ds.cluster.spec import GB, ClusterSpec
 from trace_ds.config.compose import fragment_of, published_config, published_config_path
+from trace_ds.config.load import variants_of
 from trace_ds.config.schema import TARGET, Config, FinetuneConfig
 from trace_ds.errors import UserError
 from trace_ds.models.families import FAMILIES, ModelInfo, check_expert_parallel

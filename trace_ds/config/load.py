@@ -97,6 +97,11 @@ def with_changes(config: Config, changes: dict[str, Any], where: str) -> Config:
     return validate(raw, where)
 
 
+def variants_of(config: Config) -> dict[str, Config]:
+    """The configuration of each variant, a run of its own beside the run's."""
+    return {name: with_changes(config, changes, f"variants.{name}") for name, changes in config.variants.items()}
+
+
 def dump_yaml(config: Config) -> str:
     """The resolved configuration as YAML, every default written out."""
     return dump_text(config.model_dump(mode="json"))

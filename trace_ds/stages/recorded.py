@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from trace_ds.config.load import with_changes
+from trace_ds.config.load import variants_of
 from trace_ds.config.schema import WITHOUT_TRACE, Config
 
 TRACE, ROW_COUNTS, SAMPLE = "trace", "row_counts", "sample"
@@ -25,8 +25,7 @@ def keys_needing(what: str, config: Config, side: str) -> list[str]:
             experts of sampled tokens.
     """
     keys = [key for needed, key in _needs(config, side) if needed == what]
-    for name, changes in config.variants.items():
-        changed = with_changes(config, changes, f"variants.{name}")
+    for name, changed in variants_of(config).items():
         of_variant = [key for needed, key in _needs(changed, side) if needed == what]
         keys += [f"variants.{name} ({key})" for key in of_variant if key not in keys]
     return keys
