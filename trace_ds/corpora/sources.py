@@ -120,15 +120,6 @@ def files_here(named: Named, key: str) -> list[Path]:
     return open_table(named, key, offline=True).files if is_table(named) else files_of(named, key)
 
 
-def fetch_dataset(named: Named, key: str = "data") -> str | None:
-    """Bring what an entry names into the cache of ``datasets``; the commit, or None for what is on this machine.
-
-    Raises:
-        UserError: as :func:`open_table`.
-    """
-    return open_table(named, key).commit if is_table(named) else None
-
-
 def on_hub(named: Named) -> bool:
     """Whether an entry names a data set on the hub."""
     return bool(named.dataset) and not Path(str(named.dataset)).is_dir()
@@ -147,15 +138,6 @@ def in_cache(name: str, config: str | None) -> bool:
     """Whether the cache has a data set of the hub, in one of its configurations (None: any)."""
     folders = [item.parts[-4] for item in _in_cache(name)]  # with a suffix where the task chooses files
     return any(config is None or folder == config or folder.startswith(f"{config}-") for folder in folders)
-
-
-def missing(named: Named, key: str = "data") -> str | None:
-    """Why an entry cannot be read without a network, in one line, or None; nothing is asked of the hub."""
-    try:
-        files_here(named, key)
-    except UserError as error:
-        return error.line()
-    return None
 
 
 # --------------------------------------------------------------------------------------------- on this machine

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,9 +51,10 @@ CUTS = (
 ANYWHERE = re.compile(r"(?<=\S)(?=\S)")
 TRIES = 8
 
+BUSY = 16  # more threads cannot be kept busy by the one that reads and packs
+AHEAD = 3  # batches under way for each thread
+
 Encode = Callable[[list[str]], list[list[int]]]
-Batch = list[tuple[str, tuple[int, ...]]]  # texts, each with the ids of the context that it begins with
-Work = Callable[[Iterator[Batch]], Iterable[tuple[np.ndarray, list[int]]]]
 
 
 @dataclass(frozen=True)
@@ -122,87 +126,93 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return 0
 
 
-@dataclass(frozen=True)
-class Encoder:
-    """Texts → ids, without special tokens and without anything else that takes memory; it can be sent to a process.
-
-    Attributes:
-        name: of the tokenizer, to be shown.
-        tokenizer: the tokenizers library's own, which needs no transformers; else one of transformers'.
-    """
-
-    name: str
-    tokenizer: Any
-
-    def __call__(self, texts: list[str]) -> list[list[int]]:
-        options: dict[str, Any] = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
-        try:
-            if hasattr(self.tokenizer, "encode_batch_fast"):
-                return [found.ids for found in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
-            return self.tokenizer(texts, add_special_tokens=False, **options)["input_ids"]
-        except Exception as error:  # a bare one: [UNK] is needed and missing
-            fix = "repair it, or set model.tokenizer"
-            raise UserError(f"the tokenizer fails ({str(error)[:200]})", self.name, fix) from None
-
-
-def encoder(tokenizer: PreTrainedTokenizerBase) -> Encoder:
-    """The encoder of a tokenizer: the library's own where transformers would do no more than call it."""
+def library_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Any:
+    """A copy of the tokenizers library's own, where transformers would do no more than call it; else None."""
     from transformers import PreTrainedTokenizerFast
 
-    own: Any = tokenizer
+    own: Any = None
     if getattr(type(tokenizer), "_encode_plus", None) is getattr(PreTrainedTokenizerFast, "_encode_plus", ""):
         with contextlib.suppress(Exception):  # a part written in Python cannot be copied
             own = type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str())
             own.no_padding()
             own.no_truncation()
             own.encode_special_tokens = bool(tokenizer.split_special_tokens)
-    return Encoder(str(tokenizer.name_or_path), own)
+    return own
+
+
+def encoder(tokenizer: PreTrainedTokenizerBase) -> Encode:
+    """Texts → ids, without special tokens and without anything else that takes memory, for any number of threads."""
+    own = library_tokenizer(tokenizer)
+    options: dict[str, Any] = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
+    alone = threading.Lock()  # transformers sets padding and truncation at each call
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        try:
+            if own is not None:
+                return [found.ids for found in own.encode_batch_fast(texts, add_special_tokens=False)]
+            with alone:
+                return tokenizer(texts, add_special_tokens=False, **options)["input_ids"]
+        except Exception as error:  # a bare one: [UNK] is needed and missing
+            fix = "repair it, or set model.tokenizer"
+            raise UserError(f"the tokenizer fails ({str(error)[:200]})", str(tokenizer.name_or_path), fix) from None
+
+    return encode
 
 
 def encode_documents(
-    documents: Iterable[Iterable[str]], encode: Encode, work: Work | None = None
+    documents: Iterable[Iterable[str]], encode: Encode, threads: int = 1
 ) -> Iterator[tuple[int, np.ndarray]]:
     """(document number, int32 ids of its next part): together those of the whole document, which is never in memory.
 
     A long document is cut where the tokens before and behind do not depend on each other (:func:`cut`). Every document
-    comes at least once.
+    comes at least once. The threads encode while this one reads and packs: the tokenizers library runs beside Python.
 
     Args:
         documents: each as blocks of text, which are used up one document after the other.
         encode: texts → ids, as :func:`encoder` gives.
-        work: batches of pieces → what :func:`encode_batch` makes of each, in order; None: here, one after the other.
     """
-    numbers: deque[list[int]] = deque()  # of the documents of the batches under way
-
-    def batches() -> Iterator[Batch]:
-        batch: list[Piece] = []
-        characters = 0
-        for piece in (piece for number, blocks in enumerate(documents) for piece in cut(number, blocks, encode)):
-            batch.append(piece)
-            characters += len(piece.text)
-            if characters >= BATCH_CHARACTERS or len(batch) == BATCH_PIECES:
-                yield told(batch)
-                batch, characters = [], 0
-        if batch:
-            yield told(batch)
-
-    def told(batch: list[Piece]) -> Batch:
-        numbers.append([piece.document for piece in batch])
-        return [(piece.text, piece.before) for piece in batch]
-
-    for ids, lengths in work(batches()) if work is not None else (encode_batch(batch, encode) for batch in batches()):
-        yield from zip(numbers.popleft(), np.split(ids, np.cumsum(lengths)[:-1]), strict=True)
+    under_way: deque[Future[list[tuple[int, np.ndarray]]]] = deque()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # of a batch by the library's own threads
+    with ThreadPoolExecutor(threads) as pool:
+        for batch in _batches(
+            piece for number, blocks in enumerate(documents) for piece in cut(number, blocks, encode)
+        ):
+            under_way.append(pool.submit(_encode_batch, batch, encode))
+            if len(under_way) == AHEAD * threads:
+                yield from under_way.popleft().result()
+        while under_way:
+            yield from under_way.popleft().result()
 
 
-def encode_batch(batch: Batch, encode: Encode) -> tuple[np.ndarray, list[int]]:
-    """(int32 ids of all pieces, one after the other; how many of each), without those of the context before it."""
-    parts = []
-    for (text, before), ids in zip(batch, encode([text for text, _ in batch]), strict=True):
-        if tuple(ids[: len(before)]) != before:
+def default_threads() -> int:
+    """As many as this process may use cores, up to :data:`BUSY`."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, BUSY)
+
+
+def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    batch: list[Piece] = []
+    characters = 0
+    for piece in pieces:
+        batch.append(piece)
+        characters += len(piece.text)
+        if characters >= BATCH_CHARACTERS or len(batch) == BATCH_PIECES:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _encode_batch(batch: list[Piece], encode: Encode) -> list[tuple[int, np.ndarray]]:
+    """(document, int32 ids) of each piece, without those of the context before it."""
+    found = []
+    for piece, ids in zip(batch, encode([piece.text for piece in batch]), strict=True):
+        size = len(piece.before)
+        if tuple(ids[:size]) != piece.before:
             what = "this tokenizer does not tokenise a long document in pieces as it does the whole"
-            raise UserError(what, f"{text[:40]!r}…", "cut it into documents of fewer than 65,536 characters")
-        parts.append(np.array(ids[len(before) :], dtype=np.int32))
-    return np.concatenate(parts), [len(part) for part in parts]
+            raise UserError(what, f"{piece.text[:40]!r}…", "cut it into documents of fewer than 65,536 characters")
+        found.append((piece.document, np.array(ids[size:], dtype=np.int32)))
+    return found
 
 
 def cut(number: int, blocks: Iterable[str], encode: Encode, size: int = PIECE_CHARACTERS) -> Iterator[Piece]:

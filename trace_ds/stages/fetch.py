@@ -11,12 +11,14 @@ a run goes on with the model that was fetched for it. Running it again brings wh
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from trace_ds.config.schema import Config
+from trace_ds.errors import UserError
 from trace_ds.run.directory import RunDirectory, locked, unwritable
 from trace_ds.run.files import write_json
 from trace_ds.stages.by_name import KINDS, data_name, fetched, hub_data, hub_names, hub_tasks, with_weights
@@ -70,7 +72,7 @@ def fetch(request: Request, *, dry_run: bool = False) -> int:
 
 
 def _bring(config: Config) -> Iterator[Found]:
-    from trace_ds.corpora.sources import fetch_dataset
+    from trace_ds.corpora.sources import open_table
     from trace_ds.evaluation.harness import fetch_task
     from trace_ds.hub.models import bring, downloaded_bytes
 
@@ -80,7 +82,7 @@ def _bring(config: Config) -> Iterator[Found]:
         yield Found("models", key, str(name), {"commit": folder.name, "bytes": downloaded_bytes(folder)}, folder)
     for key, entry in hub_data(config, "fetch").items():
         print(f"[fetch] {key}: {data_name(entry)}", flush=True)
-        yield Found("data", key, data_name(entry), {"commit": fetch_dataset(entry, key)}, _data_cache())
+        yield Found("data", key, data_name(entry), {"commit": open_table(entry, key).commit}, _data_cache())
     includes = {f"evaluation.tasks.{task.name}": task.include_path for task in config.evaluation.tasks}
     for key, task in hub_tasks(config, "fetch").items():
         print(f"[fetch] {key}: the data of lm-eval's {task}", flush=True)
@@ -93,7 +95,7 @@ def look(config: Config, run: RunDirectory | None) -> Iterator[Found]:
     Args:
         run: whose record says which commits count and what the data of tasks are; None: there is none.
     """
-    from trace_ds.corpora.sources import missing
+    from trace_ds.corpora.sources import files_here
     from trace_ds.hub.models import cached, downloaded_bytes, is_whole
 
     recorded = fetched(run) if run is not None else {kind: {} for kind in KINDS}
@@ -104,7 +106,10 @@ def look(config: Config, run: RunDirectory | None) -> Iterator[Found]:
         entry = {"commit": folder.name, "bytes": downloaded_bytes(folder)} if folder else {}
         yield Found("models", key, str(name), entry, folder)
     for key, data in hub_data(config, "fetch").items():
-        where = None if missing(data, key) else _data_cache()
+        where = None
+        with contextlib.suppress(UserError):
+            files_here(data, key)
+            where = _data_cache()
         yield Found("data", key, data_name(data), {}, where)
     for key, task in hub_tasks(config, "fetch").items():
         entry = recorded["tasks"].get(task, {})

@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trace_ds.config.schema import Config, CorpusEntry, DataConfig
-from trace_ds.corpora.dataset import TEXT_START_READ, DocumentTable, write_rows
+from trace_ds.corpora.dataset import DOCUMENT_SCHEMA, TEXT_START_READ, ArrowWriter, text_start, write_rows
 from trace_ds.corpora.pack import PackingCounts, pack
-from trace_ds.corpora.processes import default_processes, tokenising
 from trace_ds.corpora.read import check_files, corpus_fingerprint, read_streams
 from trace_ds.corpora.tokenizer import (
-    Encoder,
-    Work,
+    default_threads,
     encode_documents,
     encoder,
     load_tokenizer,
@@ -40,13 +38,8 @@ def prepare(config: Config, run: RunDirectory) -> artefact.Artefact:
         already_done("prepare", run)
         return artefact.load(run.data, "data", verify=False)
     tokenizer = load_tokenizer(config.model.tokenizer_path)
-    encode, processes = encoder(tokenizer), config.data.num_proc or default_processes()
-    with (
-        stage_log(run, "prepare") as log,
-        replacing_directory(run.data, ours.artefact("data")) as directory,
-        tokenising(encode, processes) as work,
-    ):
-        found = {side: _prepare_side(config.data, side, directory, tokenizer, encode, work) for side in sides}
+    with stage_log(run, "prepare") as log, replacing_directory(run.data, ours.artefact("data")) as directory:
+        found = {side: _prepare_side(config.data, side, directory, tokenizer) for side in sides}
         for side, counts in found.items():
             log.detail(
                 f"{side}: {counts.documents:,} documents, {counts.rows:,} rows, {counts.tokens:,} tokens "
@@ -69,13 +62,11 @@ def asked(config: Config) -> tuple[dict[str, str], dict[str, Any]]:
     return inputs, config.data.model_dump(mode="json", exclude={"forget", "retain", "alternative", "num_proc"})
 
 
-def _prepare_side(
-    data: DataConfig, side: str, directory: Path, tokenizer: PreTrainedTokenizerBase, encode: Encoder, work: Work
-) -> PackingCounts:
+def _prepare_side(data: DataConfig, side: str, directory: Path, tokenizer: PreTrainedTokenizerBase) -> PackingCounts:
     entries: list[CorpusEntry] = getattr(data, side)
     bos = [tokenizer.bos_token_id] if data.add_bos and tokenizer.bos_token_id is not None else []
     eos = [tokenizer.eos_token_id] if data.add_eos and tokenizer.eos_token_id is not None else []
-    table = DocumentTable(directory / f"{side}_documents.arrow")
+    table = ArrowWriter(directory / f"{side}_documents.arrow", DOCUMENT_SCHEMA)
 
     known: deque[tuple[str, str]] = deque()  # source and beginning of the documents read and not yet written
 
@@ -87,7 +78,7 @@ def _prepare_side(
             yield itertools.chain([first], blocks)
 
     def tokenised() -> Iterator[Iterator[Sequence[int] | np.ndarray]]:
-        parts = encode_documents(texts(), encode, work)
+        parts = encode_documents(texts(), encoder(tokenizer), data.num_proc or default_threads())
         for _, group in itertools.groupby(parts, key=lambda part: part[0]):
             yield document(ids for _, ids in group)
 
@@ -102,7 +93,7 @@ def _prepare_side(
         if tokens:
             yield eos
         source, start = known.popleft()
-        table.add(source, tokens + len(eos) if tokens else 0, start)
+        table.add(source, tokens + len(eos) if tokens else 0, text_start(start))
 
     counts = PackingCounts()
     try:
