@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from trace_ds.calibration.rows import RowSelections
 from trace_ds.calibration.tokens import TokenMap, Trace
 from trace_ds.routing.statistics import RoutingStatistics
 
@@ -58,6 +59,20 @@ class Corpus:
             filled,
             self.trace_TLK.shape[2],
         )
+
+    def row_counts(self, experts: int) -> np.ndarray:
+        """The selections of each row, uint16 [rows, L, E]."""
+        row_T = self.tokens.row_of(0, self.tokens.tokens)[self.counted_T]
+        counts = np.zeros((self.tokens.rows, self.trace_TLK.shape[1], experts), np.uint16)
+        for layer in range(counts.shape[1]):
+            np.add.at(counts[:, layer], (row_T[:, None], self.trace_TLK[self.counted_T][:, layer]), 1)
+        return counts
+
+    def selections(self, experts: int, parts: int = 1) -> RowSelections:
+        """What ``collect`` records of rows, all counted tokens sampled."""
+        counts = tuple(np.array_split(self.row_counts(experts), parts))
+        sampled = self.trace_TLK[self.counted_T], np.flatnonzero(self.counted_T)
+        return RowSelections(counts, self.trace_TLK.shape[2], *sampled)
 
     def as_trace(self, parts: int = 1) -> Trace:
         return Trace(tuple(np.array_split(self.trace_TLK, parts)))

@@ -47,12 +47,12 @@ def near_rows(corpus: Corpus) -> np.ndarray:
 
 
 def test_routing_similarity_against_dense_arrays_and_it_finds_the_near_rows(monkeypatch) -> None:
-    monkeypatch.setattr(rows_module, "CHUNK_TOKENS", 500)
+    monkeypatch.setattr(rows_module, "BLOCK_VALUES", 500)
     forget, retain = make_world(seed=1)
     p, q = retain.dense(EXPERTS).mean(axis=0), forget.dense(EXPERTS).mean(axis=0)
     everything = np.ones((3, EXPERTS), dtype=bool)
     shape = everything.shape
-    found = routing_similarity(retain.as_trace(3), retain.tokens, everything, q.reshape(shape), p.reshape(shape))
+    found = routing_similarity(retain.selections(EXPERTS, 3), everything, q.reshape(shape), p.reshape(shape))
     spread = np.sqrt(p * (1 - p))
     z, target = (shares(retain) - p) / spread, (q - p) / spread
     noise = len(p) / retain.tokens.counted_per_row()
@@ -166,7 +166,7 @@ def test_tiny_and_odd_pools_have_finite_scores(seed: int, lengths: list[int], sa
     p = corpus.dense(4).mean(axis=0).reshape(2, 4)
     q = p if same else np.minimum(rng.dirichlet(np.ones(4), 2) * 2, 1.0)
     everything, sizes = np.ones((2, 4), dtype=bool), corpus.tokens.counted_per_row()
-    routing = routing_similarity(corpus.as_trace(), corpus.tokens, everything, q, p)
+    routing = routing_similarity(corpus.selections(4), everything, q, p)
     assert np.isfinite(routing).all() and (np.abs(routing) <= 1 + 1e-9).all() and not routing[sizes == 0].any()
     kept = choose_rows(routing, sizes, min(keep, int((sizes > 0).sum())), 0.5, seed=0)
     assert kept.kept_R.sum() == min(keep, int((sizes > 0).sum())) and not kept.kept_R[sizes == 0].any()
@@ -271,7 +271,11 @@ def test_requests_that_make_no_sense_and_a_missing_trace(job, prepared: tuple[Pa
         (None, None)
     }
     assert np.isnan(load_file(made.file("calibration.safetensors"))["achieved_LE"]).all()
-    config, run = job(**RETRIEVE, calibration__rule="uniform", calibration__retrieve__similarity="routing")
+    config, run = job(**RETRIEVE, calibration__rule="uniform", calibration__retrieve__similarity="weight")
     shutil.rmtree(run.calibration)
-    with pytest.raises(UserError, match=r"routing needs the routing trace.*statistics\.trace: true"):
+    with pytest.raises(UserError, match=r"weight needs the routing trace.*statistics\.trace: true"):
+        calibrate(config, run)
+    config, run = job(**RETRIEVE, calibration__rule="uniform", calibration__retrieve__similarity="routing")
+    write_statistics(config, run, rows=False)
+    with pytest.raises(UserError, match=r"similarity: routing needs the selections of each row.*collect CONFIG"):
         calibrate(config, run)

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from trace_ds.calibration import tokens as token_module
 from trace_ds.calibration.detect import Detection, detect
-from trace_ds.calibration.rows import RowSelections
 from trace_ds.calibration.rules import Calibrated, apply_rule, scope_of, source_log_weights
 from trace_ds.config.schema import CONTROL_RULES, RULES, CalibrationConfig, DetectionConfig
 
@@ -35,7 +34,7 @@ def run(world, folder, parts: int = 1, seed: int = 0, **options) -> tuple[Calibr
     config = CalibrationConfig(**options)
     trace, by_row = retain.as_trace(parts), None
     if config.level == "row":
-        by_row, trace = RowSelections.of_trace(trace, retain.tokens, EXPERTS, folder, 5000), None
+        by_row, trace = retain.selections(EXPERTS, parts), None
     made = apply_rule(
         config,
         retain.tokens,

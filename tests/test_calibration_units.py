@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trace_ds.calibration import tokens
-from trace_ds.calibration.selections import Packing
-from trace_ds.calibration.tokens import TokenMap, count_selections, open_trace
+from trace_ds.calibration.tokens import TokenMap, Trace, count_selections, open_trace
 from trace_ds.calibration.units import Units, evaluate
 from trace_ds.errors import UserError
 
@@ -29,7 +28,7 @@ def test_scores_and_sums_are_those_of_the_dense_matrix(seed: int, layers: int, e
     selected = np.argsort(rng.random((count, layers, experts)), axis=2)[:, :, :top_k].astype(dtype)
     dense = np.zeros((count, layers, experts))
     np.put_along_axis(dense, selected.astype(np.int64), 1.0, axis=2)
-    packing = Packing.of(selected, experts)
+    packing = Trace((selected,)).packing(experts)
     assert packing.pairs == (dtype is np.uint8 and top_k % 2 == 0)
     value, w = rng.normal(size=(layers, experts)), rng.random(count)
     columns = packing.columns(selected)

@@ -2,7 +2,6 @@
 
     python tools/bench_calibrate.py                          # 10 M tokens, 16 layers x 64 experts, top-8, 200 selected
     python tools/bench_calibrate.py --experts-in-scope all   # the same trace, all 1,024 experts
-    python tools/bench_calibrate.py --retrieve --row-tokens 16   # 625,000 rows, scored by routing
     python tools/bench_calibrate.py --shape qwen3_30b_a3b --tokens 2000000   # all experts of that model's shape
     python tools/bench_calibrate.py --shape mixtral_8x7b --skewed --processes 2   # hard routing; two ranks over gloo
     python tools/bench_calibrate.py --shape qwen3_30b_a3b --rows 200000        # level row: selections of rows, no trace
@@ -212,7 +211,6 @@ def measure(arguments: argparse.Namespace, folder: Path, world: Any = None) -> d
     from trace_ds.calibration.diagnose import document_sums, likeness_tables, quantiles
     from trace_ds.calibration.raking import Context, rake
     from trace_ds.calibration.rules import apply_rule
-    from trace_ds.calibration.similarity import routing_similarity
     from trace_ds.calibration.tokens import TokenMap, Trace, count_selections
     from trace_ds.calibration.units import Units
     from trace_ds.config.schema import CalibrationConfig
@@ -260,11 +258,6 @@ def measure(arguments: argparse.Namespace, folder: Path, world: Any = None) -> d
     quantiles(made.weight_T, retain_tokens)
     timed("diagnosis_s", now_s)
     times["total_s"] = round(time.perf_counter() - began_s, 2)
-    if arguments.retrieve:
-        now_s = time.perf_counter()
-        everything_LE = np.ones(retain_LE.shape, dtype=bool)
-        routing_similarity(retain_trace, retain_tokens, everything_LE, forget_LE, retain_LE)
-        timed("retrieve_routing_s", now_s)
     return {
         "tokens": counted,
         "constraints": int(scope_LE.sum()),
@@ -291,7 +284,6 @@ def main() -> None:
     parser.add_argument("--experts-in-scope", default="200", help="a number (those of largest difference) or 'all'")
     parser.add_argument("--ess-floor", type=float, default=0.5)
     parser.add_argument("--row-tokens", type=int, default=ROW_TOKENS)
-    parser.add_argument("--retrieve", action="store_true", help="also time the similarity routing (not in total_s)")
     parser.add_argument("--shape", choices=SHAPES, help="layers, experts and top-k of a model; all experts in scope")
     parser.add_argument(
         "--skewed", action="store_true", help="experts that are selected always, never, hardly, together"

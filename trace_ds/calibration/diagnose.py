@@ -13,7 +13,6 @@ import numpy as np
 
 from trace_ds.calibration.detect import Detection
 from trace_ds.calibration.rules import LIMITS, Calibrated
-from trace_ds.calibration.selections import Packing
 from trace_ds.calibration.targets import REASONS
 from trace_ds.calibration.tokens import TokenMap, Trace
 from trace_ds.config.schema import CONTROL_RULES, CalibrationConfig
@@ -98,7 +97,7 @@ def document_sums(
         w = np.asarray(weight_T[start:stop])[counted_T]
         s = np.zeros(len(w))
         if trace is not None and score_LE is not None:
-            packing = Packing.of(trace.read(0, 1), score_LE.shape[1])
+            packing = trace.packing(score_LE.shape[1])
             s = packing.score(packing.columns(trace.read(start, stop)[counted_T]), packing.tables(score_LE))
         first, size = int(document[0]), int(document[-1] - document[0]) + 1
         for row, values in zip(sums, (None, w, w * w, s, s * s), strict=True):

@@ -153,18 +153,13 @@ class Aim:
 
 @dataclass(frozen=True)
 class Solution:
-    """The dual solved: ``strength`` is λ; ``gradient_S`` what is left at the experts off the box; ``passes`` over the
-    units; ``settled``: it went as far as the solver aims, not only as far as it got."""
+    """The dual solved: ``strength`` is λ; ``passes`` over the units; ``settled``: it went as far as the solver aims,
+    not only as far as it got."""
 
     point: Point
     strength: float
-    gradient_S: np.ndarray
     passes: int
     settled: bool
-
-    @property
-    def error(self) -> float:
-        return float(np.abs(self.gradient_S).max(initial=0.0))
 
 
 def balanced(scope_LE: np.ndarray, change_S: np.ndarray, variance_S: np.ndarray) -> np.ndarray:
@@ -193,15 +188,16 @@ def single_thread() -> Iterator[None]:
 
 def unit_weights(units: Units, theta_S: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(w float64 [N] with sum 1 over the units of a sample, Σ w a [S])."""
-    tables = units.tables(theta_S)
-    parts = [(*units.read(block), block) for block in units.blocks]
-    score_N = np.concatenate([features.score(tables) for features, _, _ in parts])
-    multiplicity_N = np.concatenate([counts_N for _, counts_N, _ in parts])
+    tables, packing = units.tables(theta_S), units.packing
+    read = [units.read(block) for block in units.blocks]
+    columns = [packing.columns(selected_NLK) for selected_NLK, _ in read]
+    score_N = np.concatenate([packing.score(columns_GN, tables) for columns_GN in columns])
+    multiplicity_N = np.concatenate([counts_N for _, counts_N in read])
     weight_N = multiplicity_N * np.exp(score_N - score_N[multiplicity_N > 0].max())
     weight_N /= weight_N.sum()
     mean_S = np.zeros(len(theta_S))
-    for features, _, block in parts:
-        mean_S += features.fold(weight_N[slice(*block)])
+    for columns_GN, block in zip(columns, units.blocks, strict=True):
+        mean_S += units.fold(columns_GN, weight_N[slice(*block)])
     return weight_N, mean_S
 
 
@@ -429,7 +425,7 @@ def solve(
         error = float(np.abs(free_S).max(initial=0.0))
         solved = exhausted or (error <= tolerance and decrement <= weight_tolerance)
         if solved and floor_met():
-            return Solution(point, reached, free_S, passes, not exhausted or error <= TOLERANCE)
+            return Solution(point, reached, passes, not exhausted or error <= TOLERANCE)
         u = float(np.sqrt(max(-np.log(min(point.ess, 1.0)), 0.0)))
         if not floor_met() and u > 0 and (solved or decrement <= 0.5 * abs(u - goal)):
             power = 1.0
@@ -442,7 +438,7 @@ def solve(
                 reached, exhausted, slow, last = moved, False, 0, np.inf
                 free_S, fixed_S, direction_S, decrement = look()
         if passes >= max_passes or (exhausted and solved):
-            return Solution(point, reached, free_S, passes, False)
+            return Solution(point, reached, passes, False)
         slow, last = (slow + 1 if decrement > 0.5 * last else 0), decrement
         if slow >= 3 and not exact and rebuilds < MAX_REBUILDS:
             rebuild()

@@ -19,6 +19,7 @@ import numpy as np
 
 from trace_ds.calibration.detect import Detection
 from trace_ds.calibration.diagnose import Documents
+from trace_ds.calibration.rows import RowSelections
 from trace_ds.calibration.rules import apply_rule
 from trace_ds.calibration.similarity import hidden_similarity, routing_similarity, tfidf_similarity
 from trace_ds.calibration.tokens import TokenMap, Trace, count_selections, read_token_map
@@ -65,13 +66,14 @@ def retrieve(
     detection: Detection,
     tokens: TokenMap,
     trace: Trace | None,
+    selections: RowSelections | None,
     spool: Path,
 ) -> Retrieved | None:
     """The rows that ``calibration.retrieve`` keeps; None when it is off.
 
     Args:
         statistics: the artefacts of the forget and of the retain side.
-        tokens, trace: of the pool.
+        tokens, trace, selections: of the pool.
 
     Raises:
         UserError: more rows asked for than there are, or the similarity needs what was not recorded.
@@ -90,8 +92,33 @@ def retrieve(
         )
     spool = spool / "pool"
     spool.mkdir()
-    score_R = _similarity(config, data, statistics, detection, tokens, trace, sizes_R, spool)
-    found = choose_rows(score_R, sizes_R, keep, settings.random_share, config.seed)
+
+    def similarity() -> np.ndarray:
+        kind, where = settings.similarity, "calibration.retrieve.similarity"
+        if kind == "tfidf":
+            return tfidf_similarity(data.file("forget.arrow"), data.file("retain.arrow"))
+        if kind == "hidden":
+            sides = [open_parts(side, "hidden") for side in statistics]
+            if not all(sides):
+                fix = f"set statistics.hidden: true {COLLECT_AGAIN}"
+                raise UserError(
+                    "the similarity hidden needs the rows' hidden states, which were not recorded", where, fix
+                )
+            forget_sizes_R = read_token_map(data.file("forget.arrow"), 0).counted_per_row()
+            return hidden_similarity(sides[0], forget_sizes_R, sides[1], sizes_R)
+        frequencies = detection.forget_LE, detection.retain_LE
+        if kind == "routing":
+            assert selections is not None
+            return routing_similarity(selections, detection.eligible_LE, *frequencies)
+        if trace is None:
+            fix = f"set statistics.trace: true {COLLECT_AGAIN}"
+            raise UserError(f"the similarity {kind} needs the routing trace, which was not recorded", where, fix)
+        selected = _uses_selected(config) and detection.selected_LE.any()
+        covered_LE = detection.selected_LE if selected else detection.eligible_LE
+        raking = config.calibration.model_copy(update={"rule": "raking", "level": "token"})
+        return apply_rule(raking, tokens, trace, covered_LE, *frequencies, config.seed, spool).row_weight_R
+
+    found = choose_rows(similarity(), sizes_R, keep, settings.random_share, config.seed)
     notes = []
     if _uses_selected(config) and not detection.selected_LE.any():
         notes.append("no forget-critical expert was found: the rows were retrieved by all experts that take part")
@@ -106,39 +133,6 @@ def retrieve(
 def _uses_selected(config: Config) -> bool:
     """Whether the similarity looks at the forget-critical experts only."""
     return config.calibration.retrieve.similarity == "weight" and config.calibration.experts == "selected"
-
-
-def _similarity(
-    config: Config,
-    data: Artefact,
-    statistics: tuple[Artefact, Artefact],
-    detection: Detection,
-    tokens: TokenMap,
-    trace: Trace | None,
-    sizes_R: np.ndarray,
-    spool: Path,
-) -> np.ndarray:
-    """float64 [rows]: the score of ``calibration.retrieve.similarity``."""
-    kind, where = config.calibration.retrieve.similarity, "calibration.retrieve.similarity"
-    if kind == "tfidf":
-        return tfidf_similarity(data.file("forget.arrow"), data.file("retain.arrow"))
-    if kind == "hidden":
-        sides = [open_parts(side, "hidden") for side in statistics]
-        if not all(sides):
-            fix = f"set statistics.hidden: true {COLLECT_AGAIN}"
-            raise UserError("the similarity hidden needs the rows' hidden states, which were not recorded", where, fix)
-        forget_sizes_R = read_token_map(data.file("forget.arrow"), 0).counted_per_row()
-        return hidden_similarity(sides[0], forget_sizes_R, sides[1], sizes_R)
-    if trace is None:
-        fix = f"set statistics.trace: true {COLLECT_AGAIN}"
-        raise UserError(f"the similarity {kind} needs the routing trace, which was not recorded", where, fix)
-    frequencies = detection.forget_LE, detection.retain_LE
-    if kind == "routing":
-        return routing_similarity(trace, tokens, detection.eligible_LE, *frequencies)
-    selected = _uses_selected(config) and detection.selected_LE.any()
-    covered_LE = detection.selected_LE if selected else detection.eligible_LE
-    raking = config.calibration.model_copy(update={"rule": "raking", "level": "token"})
-    return apply_rule(raking, tokens, trace, covered_LE, *frequencies, config.seed, spool).row_weight_R
 
 
 def describe_retrieval(

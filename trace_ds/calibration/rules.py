@@ -40,14 +40,13 @@ import numpy as np
 
 from trace_ds.calibration.raking import Context, RakeArguments, Raked, rake, rake_sample
 from trace_ds.calibration.rows import RowSelections
-from trace_ds.calibration.selections import Packing, in_order
-from trace_ds.calibration.tokens import RowSpread, TokenMap, Trace, count_selections
+from trace_ds.calibration.tokens import Packing, RowSpread, TokenMap, Trace, count_selections, in_order
 from trace_ds.calibration.units import Units
 from trace_ds.calibration.weights import (
     exponentiate,
     flattening,
-    permute_rows,
     row_means,
+    row_sums,
     size_and_maximum,
     spooled,
 )
@@ -157,35 +156,35 @@ def apply_rule(
         scope_LE,
         retain_LE.copy(),
     )
-    if config.level == "row" and config.rule != "sources" and scope_LE.any():
+    by_row = config.level == "row" and config.rule not in WITHOUT_TRACE and bool(scope_LE.any())
+    # log-weights of the tokens, or (permuted) a copy of their weights: level row has those of rows
+    u_T = spooled(spool / "log_weight.f64", 0 if by_row and config.rule != "permuted" else tokens.tokens)
+    error_S = None if error_LE is None else error_LE[scope_LE]
+    asked: RakeArguments = (forget_LE[scope_LE], retain_LE[scope_LE], config.clip, config.ess_floor, error_S)
+    if config.rule == "sources":
+        if log_weight_D is None:
+            raise ValueError("the rule sources needs the weights of the documents")
+        for start, stop in tokens.spans():
+            of_document_T = log_weight_D[np.asarray(tokens.document_ids_T[start:stop])]
+            u_T[start:stop] = np.where(tokens.counted(start, stop), of_document_T, 0.0)
+        _finish(config, tokens, u_T, result)
+    elif config.rule == "uniform" or not scope_LE.any():
+        _finish(config, tokens, u_T, result)
+    elif by_row:
         if selections is None:
             raise ValueError("level row needs the selections of each row")
-        _apply_rows(config, tokens, selections, forget_LE, retain_LE, error_LE, context, result)
-        if config.rule == "permuted":
-            permute_rows(result, tokens, seed, scratch_T=spooled(spool / "scratch.f64", tokens.tokens))
-        result.ess, result.max_weight = size_and_maximum(result.weight_T, tokens)
-        return result
-    u_T = spooled(spool / "log_weight.f64", tokens.tokens)
-    if config.rule == "sources":
-        _apply_sources(config, tokens, log_weight_D, u_T, result)
-        result.ess, result.max_weight = size_and_maximum(result.weight_T, tokens)
-        return result
-    if config.rule != "uniform" and scope_LE.any():
-        if trace is None:
-            raise ValueError(f"the rule {config.rule} needs the routing trace")
-        if config.rule in RATIOS:
-            wanted_LE = scope_LE if selected_LE is None else scope_LE & selected_LE
-            _apply_ratios(config, tokens, trace, wanted_LE, forget_LE, retain_LE, u_T, result)
-            result.ess, result.max_weight = size_and_maximum(result.weight_T, tokens)
-            return result
-        error_S = None if error_LE is None else error_LE[scope_LE]
-        arguments: RakeArguments = (forget_LE[scope_LE], retain_LE[scope_LE], config.clip, config.ess_floor, error_S)
-        context.begin(scope_LE, arguments)
-        raked = rake(Units(trace, scope_LE, tokens), *arguments, context)
-        result.theta_LE[scope_LE] = _taken_in(result, raked, retain_LE) * (-1.0 if config.rule == "inverse" else 1.0)
+        _apply_rows(config, tokens, selections, asked, retain_LE, context, result)
+    elif trace is None:
+        raise ValueError(f"the rule {config.rule} needs the routing trace")
+    elif config.rule in RATIOS:
+        wanted_LE = scope_LE if selected_LE is None else scope_LE & selected_LE
+        _apply_ratios(config, tokens, trace, wanted_LE, forget_LE, retain_LE, u_T, result)
+    else:
+        context.begin(scope_LE, asked)
+        _take_in(config, rake(Units(trace, scope_LE, tokens), *asked, context), retain_LE, result)
         experts, theta_LE = scope_LE.shape[1], result.theta_LE
         _write_scores(u_T, tokens, trace, experts, lambda packing: _sum_of(packing, theta_LE), context.threads)
-    _finish(config, tokens, u_T, result)
+        _finish(config, tokens, u_T, result)
     if config.rule == "permuted":
         permute_rows(result, tokens, seed, scratch_T=u_T)
     result.ess, result.max_weight = size_and_maximum(result.weight_T, tokens)
@@ -208,14 +207,12 @@ def source_log_weights(weights: Mapping[str, float], names: Sequence[str], sourc
     return log_S[source_D]
 
 
-def row_exponent(u_R: np.ndarray, floor: float, multiplicity_R: np.ndarray | None = None) -> float:
-    """The largest τ (to 1e-6 of it, at most 1,024) at which weights exp(τ u) keep the effective sample size of the rows
-    (each of which stands for ``multiplicity_R``, default 1)."""
-    m_R = np.ones(len(u_R)) if multiplicity_R is None else multiplicity_R
+def row_exponent(u_R: np.ndarray, floor: float) -> float:
+    """The largest τ (to 1e-6 of it, at most 1,024) at which weights exp(τ u) keep the effective sample size of rows."""
 
     def ess(exponent: float) -> float:
         w = np.exp(exponent * (u_R - u_R.max()))
-        return float((m_R * w).sum() ** 2 / (m_R.sum() * (m_R * w * w).sum()))
+        return float(w.sum() ** 2 / (len(w) * (w * w).sum()))
 
     high = 1.0
     while ess(high) >= floor:
@@ -233,22 +230,18 @@ def _apply_rows(
     config: CalibrationConfig,
     tokens: TokenMap,
     selections: RowSelections,
-    forget_LE: np.ndarray,
+    asked: RakeArguments,
     retain_LE: np.ndarray,
-    error_LE: np.ndarray | None,
     context: Context,
     result: Calibrated,
 ) -> None:
     """Level ``row`` (see the module's docstring)."""
-    scope_LE, selected_NLK = result.scope_LE, selections.selected_NLK
+    selected_NLK = selections.selected_NLK
     if tokens.kept_R is not None:
         row_N = np.searchsorted(tokens.row_starts_R1, selections.position_N, side="right") - 1
         selected_NLK = selected_NLK[tokens.kept_R[row_N]]
-    arguments = forget_LE[scope_LE], retain_LE[scope_LE], config.clip, config.ess_floor
-    error_S = None if error_LE is None else error_LE[scope_LE]
-    alone = replace(context, world=None)
-    raked = rake_sample(Units.of(selected_NLK, scope_LE), *arguments, error_S, alone)
-    result.theta_LE[scope_LE] = _taken_in(result, raked, retain_LE) * (-1.0 if config.rule == "inverse" else 1.0)
+    raked = rake_sample(Units.of(selected_NLK, result.scope_LE), *asked, replace(context, world=None))
+    _take_in(config, raked, retain_LE, result)
     sizes_R = tokens.counted_per_row()
     filled_R = sizes_R > 0
     u_R = selections.scores(result.theta_LE)
@@ -257,17 +250,6 @@ def _apply_rows(
     result.log_mean = exponentiate(RowSpread(tokens, u_R), result.weight_T, tokens, result.exponent)
     result.row_weight_R = np.where(filled_R, np.exp(result.exponent * u_R - result.log_mean), 0.0)
     result.target_LE[:] = selections.sums(result.row_weight_R) / max(int(sizes_R.sum()), 1)
-
-
-def _apply_sources(
-    config: CalibrationConfig, tokens: TokenMap, log_weight_D: np.ndarray | None, u_T: np.ndarray, result: Calibrated
-) -> None:
-    if log_weight_D is None:
-        raise ValueError("the rule sources needs the weights of the documents")
-    for start, stop in tokens.spans():
-        of_document_T = log_weight_D[np.asarray(tokens.document_ids_T[start:stop])]
-        u_T[start:stop] = np.where(tokens.counted(start, stop), of_document_T, 0.0)
-    _finish(config, tokens, u_T, result)
 
 
 def _finish(config: CalibrationConfig, tokens: TokenMap, u_T: np.ndarray, result: Calibrated) -> None:
@@ -318,8 +300,8 @@ def _apply_ratios(
         )
 
 
-def _taken_in(result: Calibrated, raked: Raked, retain_LE: np.ndarray) -> np.ndarray:
-    """θ, and in ``result`` what the solver says about it."""
+def _take_in(config: CalibrationConfig, raked: Raked, retain_LE: np.ndarray, result: Calibrated) -> None:
+    """Into ``result``: θ, and what the solver says about it."""
     scope_LE = result.scope_LE
     result.target_LE[scope_LE] = raked.target_S
     result.strength, result.limit, result.iterations = raked.strength, raked.limit, raked.passes
@@ -329,7 +311,38 @@ def _taken_in(result: Calibrated, raked: Raked, retain_LE: np.ndarray) -> np.nda
         for layer, expert, offered, reason in zip(*np.nonzero(scope_LE), raked.offered_S, raked.reason_S, strict=True)
         if reason
     ]
-    return _fix_gauge(scope_LE, raked.theta_S, retain_LE[scope_LE])
+    theta_S = _fix_gauge(scope_LE, raked.theta_S, retain_LE[scope_LE])
+    result.theta_LE[scope_LE] = theta_S * (-1.0 if config.rule == "inverse" else 1.0)
+
+
+def permute_rows(result: Calibrated, tokens: TokenMap, seed: int, scratch_T: np.ndarray) -> None:
+    """Give row r the weights of row π(r), repeated or cut to its length with their mean kept; then mean 1 again.
+
+    Whole rows move, so that the control holds for row sampling as for token weighting: shuffling single tokens would
+    leave all row means near 1. Rows of equal length keep both multisets (tokens and rows) exactly, and with them the
+    effective sample size; others only nearly, so it can end a little below the floor.
+    """
+    source = scratch_T
+    for start, stop in tokens.spans():
+        source[start:stop] = result.weight_T[start:stop]
+    _, counts_R = row_sums(source, tokens)
+    filled = np.flatnonzero(counts_R > 0)
+    permuted = np.random.default_rng([seed, 2]).permutation(filled)
+    for row, other in zip(filled, permuted, strict=True):
+        start, stop = (int(x) for x in tokens.row_starts_R1[row : row + 2])
+        low, high = (int(x) for x in tokens.row_starts_R1[other : other + 2])
+        block = np.resize(source[low:high][tokens.counted(low, high)], int(counts_R[row]))
+        if counts_R[row] != counts_R[other] and block.sum() > 0:
+            block = block * (result.row_weight_R[other] / block.mean())
+        piece = np.zeros(stop - start)
+        piece[tokens.counted(start, stop)] = block
+        result.weight_T[start:stop] = piece
+    sums_R, _ = row_sums(result.weight_T, tokens)
+    scale = float(counts_R.sum()) / float(sums_R.sum())
+    for start, stop in tokens.spans():
+        result.weight_T[start:stop] *= scale
+    result.row_weight_R = row_means(result.weight_T, tokens)
+    result.theta_LE[:] = 0.0
 
 
 def _fix_gauge(scope_LE: np.ndarray, theta_S: np.ndarray, retain_S: np.ndarray) -> np.ndarray:
@@ -381,7 +394,7 @@ def _write_scores(
     threads: int = 1,
 ) -> None:
     """Log-weights of all counted tokens, 0 elsewhere."""
-    packing = Packing.of(trace.read(0, 1), experts)
+    packing = trace.packing(experts)
     score = scoring(packing)
 
     def write(span: tuple[int, int]) -> None:

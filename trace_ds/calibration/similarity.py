@@ -13,8 +13,8 @@ Shape legend: R rows, T tokens, S constraints (layer, expert), L MoE layers, E e
 ============  =======================================================================================================
 
 The fourth, ``weight``, is a row's mean raking weight (rules.py). Routing costs nothing extra, since ``collect`` records
-the trace; hidden states and tf-idf are the baselines it has to beat. All are our decisions. Every pass is in chunks of
-rows: memory is O(R), whatever the number of tokens and experts.
+each row's selections; hidden states and tf-idf are the baselines it has to beat. All are our decisions. Every pass is
+in chunks of rows: memory is O(R), whatever the number of tokens and experts.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from typing import Any
 
 import numpy as np
 
-from trace_ds.calibration.rows import row_counts
-from trace_ds.calibration.tokens import TokenMap, Trace, open_stream
+from trace_ds.calibration.rows import RowSelections
+from trace_ds.calibration.tokens import open_stream
 
 HIDDEN_ROWS = 4096
 
 
 def routing_similarity(
-    trace: Trace, tokens: TokenMap, experts_LE: np.ndarray, forget_LE: np.ndarray, pool_LE: np.ndarray
+    selections: RowSelections, experts_LE: np.ndarray, forget_LE: np.ndarray, pool_LE: np.ndarray
 ) -> np.ndarray:
-    """Cosine of the standardised profiles (see the module's docstring), float64 [rows]; one pass over the trace.
+    """Cosine of the standardised profiles (see the module's docstring), float64 [rows].
 
     Args:
         experts_LE: bool, the experts that take part. forget_LE, pool_LE: frequencies on forget text and on the pool.
@@ -45,13 +45,14 @@ def routing_similarity(
     scale_S = np.where(used_S, 1.0 / np.maximum(spread_S, 1e-9), 0.0)
     forget_S = (forget_S - pool_S) * scale_S
     length = float(np.sqrt((forget_S**2).sum()))
-    found_R = np.zeros(tokens.rows)
-    for first, counts_RS, sizes_R in row_counts(trace, tokens, experts_LE):
+    found_R = np.zeros(selections.rows)
+    for rows, counts in selections.blocks():
+        sizes_R = selections.sizes(counts, experts_LE.shape[1])
         size_R1 = np.maximum(sizes_R, 1)[:, None]
-        profile_RS = (counts_RS / size_R1 - pool_S) * scale_S
+        profile_RS = (counts[:, experts_LE.ravel()] / size_R1 - pool_S) * scale_S
         norm_R = np.sqrt((profile_RS**2).sum(axis=1) + float(used_S.sum()) / size_R1[:, 0])
         cosine_R = np.einsum("rs,s->r", profile_RS, forget_S) / np.maximum(norm_R * length, 1e-300)
-        found_R[first : first + len(sizes_R)] = np.where(sizes_R > 0, cosine_R, 0.0)
+        found_R[rows] = np.where(sizes_R > 0, cosine_R, 0.0)
     return found_R
 
 

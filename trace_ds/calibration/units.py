@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from trace_ds.calibration.selections import Packing, in_order
-from trace_ds.calibration.tokens import CHUNK_TOKENS, TokenMap, Trace
+from trace_ds.calibration.tokens import CHUNK_TOKENS, Packing, TokenMap, Trace, in_order
 
 if TYPE_CHECKING:
     import torch
@@ -23,23 +22,6 @@ if TYPE_CHECKING:
     from trace_ds.parallel.world import World
 
 A = TypeVar("A")
-
-
-@dataclass(frozen=True)
-class Features:
-    """Those of the units of one block."""
-
-    packing: Packing
-    columns_GN: np.ndarray
-    scope_LE: np.ndarray
-
-    def score(self, tables: np.ndarray) -> np.ndarray:
-        """Σ_s θ_s feature_s of each unit, float64 [N], from what :meth:`Units.tables` made of θ."""
-        return self.packing.score(self.columns_GN, tables)
-
-    def fold(self, weight_N: np.ndarray) -> np.ndarray:
-        """Σ_n w_n feature_s, float64 [S]."""
-        return self.packing.sums(self.columns_GN, weight_N)[self.scope_LE]
 
 
 @dataclass(frozen=True)
@@ -63,7 +45,7 @@ class Units:
 
     @property
     def packing(self) -> Packing:
-        return Packing.of(self.trace.read(0, 1), self.scope_LE.shape[1])
+        return self.trace.packing(self.scope_LE.shape[1])
 
     @property
     def number(self) -> int:
@@ -81,18 +63,17 @@ class Units:
         return [(at, min(at + CHUNK_TOKENS, total)) for at in range(0, total, CHUNK_TOKENS)]
 
     def tables(self, theta_S: np.ndarray) -> np.ndarray:
-        """θ in the form that a block's :meth:`Features.score` looks things up in."""
+        """θ in the form that :meth:`Packing.score` looks things up in."""
         value_LE = np.zeros(self.scope_LE.shape)
         value_LE[self.scope_LE] = theta_S
         return self.packing.tables(value_LE)
 
-    def read(self, block: tuple[int, int]) -> tuple[Features, np.ndarray]:
-        """(features, multiplicities float64 [N] ≥ 0: how many units each stands for; 0: it does not count)."""
-        selected_NLK, multiplicity_N = self._counted(block)
-        return Features(self.packing, self.packing.columns(selected_NLK), self.scope_LE), multiplicity_N
+    def fold(self, columns_GN: np.ndarray, weight_N: np.ndarray) -> np.ndarray:
+        """Σ_n w_n feature_s, float64 [S]."""
+        return self.packing.sums(columns_GN, weight_N)[self.scope_LE]
 
-    def _counted(self, block: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-        """(selections of the counted tokens, their multiplicities)."""
+    def read(self, block: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+        """(selections of the counted tokens, their multiplicities float64 [N] ≥ 0: how many units each stands for)."""
         selected_NLK = self.trace.read(*block)
         if self.tokens is not None:
             selected_NLK = selected_NLK[self.tokens.counted(*block)]
@@ -107,7 +88,7 @@ class Units:
             return self if self.number <= limit else self._thinned(limit)
         counted = self.number
         if counted <= limit:
-            found = [self._counted(block)[0] for block in self.blocks]
+            found = [self.read(block)[0] for block in self.blocks]
             return Units.of(np.concatenate(found), self.scope_LE)
         selected, multiplicity = [], []
         for block in _share(self.blocks, world):
@@ -227,16 +208,17 @@ def evaluate(units: Units, theta_S: np.ndarray, threads: int = 1, world: World |
     tables = units.tables(theta_S)
 
     def part(block: tuple[int, int]) -> _Sums:
-        features, multiplicity_N = units.read(block)
+        selected_NLK, multiplicity_N = units.read(block)
         counts = multiplicity_N > 0
         if not counts.any():
             return _Sums(-np.inf, np.zeros(3 + len(theta_S)))
-        score_N = features.score(tables)
+        columns_GN = units.packing.columns(selected_NLK)
+        score_N = units.packing.score(columns_GN, tables)
         top = float(score_N[counts].max())
         weight_N = np.exp(np.minimum(score_N - top, 0.0))
         counted_N = weight_N * multiplicity_N
         three = [multiplicity_N.sum(), counted_N.sum(), (counted_N * weight_N).sum()]
-        return _Sums(top, np.concatenate([three, features.fold(counted_N)]))
+        return _Sums(top, np.concatenate([three, units.fold(columns_GN, counted_N)]))
 
     total = _Sums(-np.inf, np.zeros(3 + len(theta_S)))
     for sums in in_order(part, _share(units.blocks, world), threads):

@@ -7,20 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
 from trace_ds.calibration.tokens import RowSpread, TokenMap
 from trace_ds.run.files import new_array
-
-
-class Weighted(Protocol):
-    """What the functions here change of a rule's outcome (see :class:`trace_ds.calibration.rules.Calibrated`)."""
-
-    weight_T: np.ndarray
-    row_weight_R: np.ndarray
-    theta_LE: np.ndarray
 
 
 def _moments(u_T: np.ndarray | RowSpread, tokens: TokenMap, exponent: float, top: float) -> tuple[float, float, int]:
@@ -74,7 +65,7 @@ def exponentiate(u_T: np.ndarray | RowSpread, weight_T: np.ndarray, tokens: Toke
     return exponent * top + float(np.log(total / count))
 
 
-def _row_sums(weight_T: np.ndarray, tokens: TokenMap) -> tuple[np.ndarray, np.ndarray]:
+def row_sums(weight_T: np.ndarray, tokens: TokenMap) -> tuple[np.ndarray, np.ndarray]:
     """Σ of the weights and number of counted tokens of every row, float64 and int64 [R]."""
     sums_R, counts_R = np.zeros(tokens.rows), np.zeros(tokens.rows, np.int64)
     for start, stop in tokens.spans():
@@ -87,38 +78,8 @@ def _row_sums(weight_T: np.ndarray, tokens: TokenMap) -> tuple[np.ndarray, np.nd
 
 
 def row_means(weight_T: np.ndarray, tokens: TokenMap) -> np.ndarray:
-    sums_R, counts_R = _row_sums(weight_T, tokens)
+    sums_R, counts_R = row_sums(weight_T, tokens)
     return np.where(counts_R > 0, sums_R / np.maximum(counts_R, 1), 0.0)
-
-
-def permute_rows(result: Weighted, tokens: TokenMap, seed: int, scratch_T: np.ndarray) -> None:
-    """Give row r the weights of row π(r), repeated or cut to its length with their mean kept; then mean 1 again.
-
-    Whole rows move, so that the control holds for row sampling as for token weighting: shuffling single tokens would
-    leave all row means near 1. Rows of equal length keep both multisets (tokens and rows) exactly, and with them the
-    effective sample size; others only nearly, so it can end a little below the floor.
-    """
-    source = scratch_T
-    for start, stop in tokens.spans():
-        source[start:stop] = result.weight_T[start:stop]
-    _, counts_R = _row_sums(source, tokens)
-    filled = np.flatnonzero(counts_R > 0)
-    permuted = np.random.default_rng([seed, 2]).permutation(filled)
-    for row, other in zip(filled, permuted, strict=True):
-        start, stop = (int(x) for x in tokens.row_starts_R1[row : row + 2])
-        low, high = (int(x) for x in tokens.row_starts_R1[other : other + 2])
-        block = np.resize(source[low:high][tokens.counted(low, high)], int(counts_R[row]))
-        if counts_R[row] != counts_R[other] and block.sum() > 0:
-            block = block * (result.row_weight_R[other] / block.mean())
-        piece = np.zeros(stop - start)
-        piece[tokens.counted(start, stop)] = block
-        result.weight_T[start:stop] = piece
-    sums_R, _ = _row_sums(result.weight_T, tokens)
-    scale = float(counts_R.sum()) / float(sums_R.sum())
-    for start, stop in tokens.spans():
-        result.weight_T[start:stop] *= scale
-    result.row_weight_R = row_means(result.weight_T, tokens)
-    result.theta_LE[:] = 0.0
 
 
 def size_and_maximum(weight_T: np.ndarray, tokens: TokenMap) -> tuple[float, float]:

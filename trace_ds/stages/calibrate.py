@@ -241,9 +241,9 @@ def _make(asked: Asked, run: RunDirectory, routing: Routing, context: Context, l
         log_weight_D = document_weights(config, documents)
         pool = read_token_map(asked.data.file("retain.arrow"), len(documents.source_D))
         trace = load_trace(config, statistics, retain, pool)
-        selections = load_selections(config, statistics, retain, pool, trace, spool)
+        selections = load_selections(config, statistics, retain, pool)
         held, retain_LE = Retained(documents, pool, trace, selections), retain.frequency_LE  # of what is weighted
-        retrieved = retrieve(config, asked.data, asked.sides, detection, pool, trace, spool)
+        retrieved = retrieve(config, asked.data, asked.sides, detection, pool, trace, selections, spool)
         if retrieved is not None:
             facts = describe_retrieval(config, retrieved, detection, pool, trace, documents)
             held = replace(held, tokens=pool.restricted(retrieved.kept_R), retrieval=facts)
@@ -328,7 +328,6 @@ def refuse_uniform(config: Config, calibrated: Calibrated, run: RunDirectory) ->
 
 
 UNIFORM_ESS = 0.999
-SAMPLE_TOKENS = 200_000
 NONE_FOUND_FIX = (
     "lower calibration.detection.min_ratio or min_load, choose a top_* method, or set calibration.if_none_found: "
     "uniform (go on with uniform weights) or continue (with the rule, over all experts if calibration.experts is all)"
@@ -393,23 +392,20 @@ def load_trace(config: Config, side: Artefact, statistics: RoutingStatistics, to
 
 
 def load_selections(
-    config: Config, side: Artefact, retain: RoutingStatistics, tokens: TokenMap, trace: Trace | None, spool: Path
+    config: Config, side: Artefact, retain: RoutingStatistics, tokens: TokenMap
 ) -> RowSelections | None:
-    """What level ``row`` goes by, proven to be of these tokens; None where nothing does."""
-    if config.calibration.level != "row" or config.calibration.rule in WITHOUT_TRACE:
+    """What level ``row`` and retrieval by routing go by, proven to be of these tokens; None where nothing does."""
+    settings = config.calibration
+    by_row = settings.level == "row" and settings.rule not in WITHOUT_TRACE
+    if not by_row and (settings.retrieve.rows is None or settings.retrieve.similarity != "routing"):
         return None
     parts = tuple(open_parts(side, "row_counts"))
     sampled = [open_parts(side, name) for name in ("sample", "sample_positions")]
-    if parts and all(sampled):
-        found = RowSelections(parts, retain.top_k, *(np.concatenate(arrays) for arrays in sampled))
-    elif trace is not None:
-        found = RowSelections.of_trace(trace, tokens, retain.counts_LE.shape[1], spool, SAMPLE_TOKENS)
-    else:
-        raise UserError(
-            "calibration.level: row needs the selections of each row and a sample of tokens, which were not recorded",
-            str(side.path),
-            "run `trace-ds collect CONFIG` again",
-        )
+    if not parts or not all(sampled):
+        needing = "calibration.level: row" if by_row else "calibration.retrieve.similarity: routing"
+        what = f"{needing} needs the selections of each row and a sample of tokens, which were not recorded"
+        raise UserError(what, str(side.path), "run `trace-ds collect CONFIG` again")
+    found = RowSelections(parts, retain.top_k, *(np.concatenate(arrays) for arrays in sampled))
     fits = found.rows == tokens.rows and found.selected_NLK.shape[1:] == (len(retain.counts_LE), retain.top_k)
     if not fits or not np.array_equal(found.sums(np.ones(found.rows)), retain.counts_LE):
         what = "the selections of the rows do not add up to the statistics beside them"
