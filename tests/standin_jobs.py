@@ -155,9 +155,8 @@ def scores(family: str, device: torch.device, folder: Path, watch: Any) -> dict[
     from trace_ds.config.schema import RelearningConfig
     from trace_ds.corpora.tokenizer import load_tokenizer
     from trace_ds.evaluation import attacks
-    from trace_ds.evaluation.batching import Sequence
     from trace_ds.evaluation.drift import sample_routing
-    from trace_ds.evaluation.language_model import LanguageModel, ModelSettings
+    from trace_ds.evaluation.language_model import LanguageModel, ModelSettings, Sequence
 
     tiny.make_tokenizer(folder)
     model = gpu_acceptance.tiny_model(family, device)

@@ -22,7 +22,7 @@ from trace_ds.corpora.dataset import TokenDataset, write_rows
 from trace_ds.corpora.pack import PackingCounts, pack
 from trace_ds.corpora.read import Document
 from trace_ds.errors import UserError
-from trace_ds.evaluation import choice, drift, membership, metrics, perplexity, verbatim
+from trace_ds.evaluation import drift, kinds, membership, metrics
 from trace_ds.evaluation.items import ChoiceItem, VerbatimItem, read_choice_items, read_task, read_verbatim_items
 from trace_ds.evaluation.language_model import LanguageModel, Sequence, TokenScores
 from trace_ds.models.families import FAMILIES
@@ -125,7 +125,7 @@ def test_decisions_by_hand() -> None:
         rows = [([-9.0], [False]), ([-1.0, -1.0], [True, True]), ([-2.0, -2.0], [True, exact]), ([-7.0], [False])]
         return [TokenScores(np.array(a, dtype=np.float32), np.array(b)) for a, b in rows]
 
-    result = choice.decide([item, item], [*scores(False), *scores(True)])
+    result = kinds.decide([item, item], [*scores(False), *scores(True)])
     assert [log["log_prob"] for log in result.logs] == [[-9, -2, -4, -7]] * 2
     right = np.exp(-4.0) / np.exp([-9.0, -2.0, -4.0, -7.0]).sum()
     assert result.metrics() == {
@@ -137,7 +137,7 @@ def test_decisions_by_hand() -> None:
     with pytest.raises(ValueError, match="no items"):
         result.metrics(np.zeros(2, dtype=bool))
     with pytest.raises(ValueError, match="8 scores for 1"):
-        choice.decide([item], [*scores(False), *scores(True)])
+        kinds.decide([item], [*scores(False), *scores(True)])
 
 
 def random_questions(count: int) -> list[ChoiceItem]:
@@ -154,7 +154,7 @@ def random_questions(count: int) -> list[ChoiceItem]:
 
 def test_choice_equals_brute_force(model: LanguageModel) -> None:
     items = random_questions(30)
-    result = choice.evaluate_choice(model, items, "here")
+    result = kinds.evaluate_choice(model, items, "here")
     for number, item in enumerate(items):
         sums = []
         for text in item.choices:
@@ -181,7 +181,7 @@ def test_exact_match_is_greedy_decoding(model: LanguageModel) -> None:
         if number % 2 and len(greedy) == 3:
             texts[item.answer] = str(model.tokenizer.decode(greedy))
         items.append(ChoiceItem(item.id, item.prompt, tuple(texts), item.answer, item.source))
-    result = choice.evaluate_choice(model, items, "here")
+    result = kinds.evaluate_choice(model, items, "here")
     for number, item in enumerate(items):
         wanted = model.tokenizer.encode(item.choices[item.answer], add_special_tokens=False)
         greedy = model.continue_greedily([model.encode(item.prompt)], [len(wanted)])[0]
@@ -194,13 +194,13 @@ def test_exact_match_is_greedy_decoding(model: LanguageModel) -> None:
 
 def test_rouge_l_by_hand() -> None:
     """The longest common subsequence of "a b c d" and "a x c d e" is "a c d": P 3/5, R 3/4."""
-    assert math.isclose(verbatim.rouge_l("a b c d", "a x c d e"), 2 * 0.6 * 0.75 / 1.35)
-    assert verbatim.rouge_l("The Cats, sat!", "the cats sat") == 1.0
-    assert verbatim.rouge_l("running", "run") == 0.0  # no stemming
-    assert verbatim.rouge_l("a b", "") == 0.0
-    assert verbatim.exact_tokens([1, 2, 3, 4], [1, 9, 3]) == 0.5
+    assert math.isclose(kinds.rouge_l("a b c d", "a x c d e"), 2 * 0.6 * 0.75 / 1.35)
+    assert kinds.rouge_l("The Cats, sat!", "the cats sat") == 1.0
+    assert kinds.rouge_l("running", "run") == 0.0  # no stemming
+    assert kinds.rouge_l("a b", "") == 0.0
+    assert kinds.exact_tokens([1, 2, 3, 4], [1, 9, 3]) == 0.5
     with pytest.raises(ValueError, match="empty"):
-        verbatim.exact_tokens([], [1])
+        kinds.exact_tokens([], [1])
 
 
 @pytest.mark.parametrize(
@@ -213,7 +213,7 @@ def test_rouge_l_by_hand() -> None:
     ],
 )
 def test_white_space_goes_to_the_continuation(pair: tuple[str, str], expected: tuple[str, str]) -> None:
-    assert verbatim.boundary(*pair) == expected
+    assert kinds.boundary(*pair) == expected
 
 
 def test_perfect_recall_scores_one_and_other_text_does_not(model: LanguageModel) -> None:
@@ -221,15 +221,15 @@ def test_perfect_recall_scores_one_and_other_text_does_not(model: LanguageModel)
     greedy = model.continue_greedily([model.encode(prompt) for prompt in prompts], [10] * 12)
     kept = [(prompt, ids) for prompt, ids in zip(prompts, greedy, strict=True) if len(ids) == 10]
     known = [VerbatimItem(str(n), p, str(model.tokenizer.decode(ids)), "k") for n, (p, ids) in enumerate(kept)]
-    result = verbatim.evaluate_verbatim(model, known, 6, "here")
+    result = kinds.evaluate_verbatim(model, known, 6, "here")
     assert result.metrics() == {"rouge_l": 1.0, "exact_tokens": 1.0}
     assert [log["reference"] for log in result.logs] == [
         " ".join(item.continuation.split()[:6]) for item in known
     ]  # cut to max_new_tokens
     short = [VerbatimItem("s", kept[0][0], str(model.tokenizer.decode(kept[0][1][:3])), "k")]
-    assert verbatim.evaluate_verbatim(model, short, 6, "here").metrics()["rouge_l"] == 1.0  # cut to the passage
+    assert kinds.evaluate_verbatim(model, short, 6, "here").metrics()["rouge_l"] == 1.0  # cut to the passage
     other = [VerbatimItem(i.id, i.prompt, "w0 w1 w2 w3 w4 w5", "o") for i in known]
-    mixed = verbatim.evaluate_verbatim(model, [*known, *other], 6, "here")
+    mixed = kinds.evaluate_verbatim(model, [*known, *other], 6, "here")
     assert mixed.metrics()["exact_tokens"] < 0.75
     assert mixed.by_source()["k"] == {"n": len(known), "rouge_l": 1.0, "exact_tokens": 1.0}
 
@@ -237,7 +237,7 @@ def test_perfect_recall_scores_one_and_other_text_does_not(model: LanguageModel)
 def test_too_long_a_passage_is_refused(model: LanguageModel) -> None:
     items = [VerbatimItem("long", "w1 " * 40, "w2 " * 40, "s")]
     with pytest.raises(UserError, match="here item long"):
-        verbatim.evaluate_verbatim(model, items, 40, "here")
+        kinds.evaluate_verbatim(model, items, 40, "here")
 
 
 # ----------------------------------------------------------------------------------------------- perplexity
@@ -245,14 +245,14 @@ def test_too_long_a_passage_is_refused(model: LanguageModel) -> None:
 
 @given(st.lists(st.integers(0, 9), max_size=50), st.integers(2, 12))
 def test_windows_predict_every_token_but_the_first_once(ids: list[int], context: int) -> None:
-    cut = perplexity.windows(ids, context)
+    cut = kinds.windows(ids, context)
     assert all(2 <= len(window.ids) <= context and window.first == 1 for window in cut)
     assert [token for window in cut for token in window.ids[1:]] == ids[1:]
 
 
 def test_perplexity_equals_brute_force(model: LanguageModel) -> None:
     documents = [Document(item.prompt + " " + " ".join(item.choices), item.source) for item in random_questions(9)]
-    result = perplexity.evaluate_perplexity(model, documents, 7)
+    result = kinds.evaluate_perplexity(model, documents, 7)
     total, count = 0.0, 0
     for document in documents:
         ids = model.encode_document(document.text)
@@ -272,7 +272,7 @@ def test_perplexity_equals_brute_force(model: LanguageModel) -> None:
 def test_perplexity_is_the_mean_over_tokens_not_documents() -> None:
     def perplexity_of(nll: list[float], tokens: list[int], chosen: list[bool] | None = None) -> float:
         columns = {"nll": np.array(nll), "tokens": np.array(tokens)}
-        outcome = perplexity.PerplexityOutcome(columns, [], ["a", "b"])
+        outcome = kinds.PerplexityOutcome(columns, [], ["a", "b"])
         return outcome.metrics(None if chosen is None else np.array(chosen))["perplexity"]
 
     assert math.isclose(perplexity_of([2.0, 12.0], [1, 3]), math.exp(14 / 4))

@@ -16,13 +16,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trace_ds.errors import UserError
-from trace_ds.evaluation.batching import LOGITS_PER_FORWARD, plan_batches, sharing
 from trace_ds.evaluation.language_model import (
+    LOGITS_PER_FORWARD,
     Diverged,
     LanguageModel,
     ModelSettings,
     Sequence,
     loaded,
+    plan_batches,
+    sharing,
 )
 
 WORDS = [f"w{number}" for number in range(60)]

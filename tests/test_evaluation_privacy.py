@@ -15,7 +15,7 @@ from test_evaluation_stage import Case, case, text, write_lines  # noqa: F401
 from trace_ds.config.schema import TaskConfig
 from trace_ds.corpora.read import Document
 from trace_ds.errors import UserError
-from trace_ds.evaluation import extraction, knowmem, membership, verbatim
+from trace_ds.evaluation import kinds, membership
 from trace_ds.evaluation.items import QuestionItem, VerbatimItem, read_task
 from trace_ds.evaluation.language_model import LanguageModel
 from trace_ds.evaluation.tasks import run_task
@@ -38,9 +38,9 @@ def question(number: int, generator: np.random.Generator) -> QuestionItem:
 def test_the_prompt_and_the_end_of_an_answer_are_those_of_muse() -> None:
     examples = [QuestionItem(str(n), f"q{n}?", (f"a{n}", "other"), "s") for n in range(12)]
     expected = "".join(f"Question: q{n}?\nAnswer: a{n}\n\n" for n in range(10)) + "Question: why?\nAnswer: "
-    assert knowmem.prompt_of("why?", examples) == expected
-    assert knowmem.cut("because\nof it\n\nand more") == "because\nof it"
-    assert knowmem.cut("because\nQuestion: x") == "because" and knowmem.cut("Question: x") == ""
+    assert kinds.prompt_of("why?", examples) == expected
+    assert kinds.cut("because\nof it\n\nand more") == "because\nof it"
+    assert kinds.cut("because\nQuestion: x") == "because" and kinds.cut("Question: x") == ""
 
 
 def test_knowmem_equals_brute_force(model: LanguageModel) -> None:
@@ -48,16 +48,16 @@ def test_knowmem_equals_brute_force(model: LanguageModel) -> None:
 
     generator = np.random.default_rng(1)
     examples, items = ([question(n, generator) for n in range(count)] for count in (10, 5))
-    found = knowmem.evaluate_knowmem(model, items, examples, "here")
+    found = kinds.evaluate_knowmem(model, items, examples, "here")
     scorer = RougeScorer(["rougeL"], use_stemmer=False)
     for item, score, log in zip(items, found.columns["rouge_l"], found.logs, strict=True):
-        ids = torch.tensor([model.encode(knowmem.prompt_of(item.question, examples))])
+        ids = torch.tensor([model.encode(kinds.prompt_of(item.question, examples))])
         for _ in range(32):
             token = model.model(ids, use_cache=False).logits[0, -1].argmax()
             if token == model.tokenizer.eos_token_id:
                 break
             ids = torch.cat([ids, token[None, None]], 1)
-        prompt_length = len(model.encode(knowmem.prompt_of(item.question, examples)))
+        prompt_length = len(model.encode(kinds.prompt_of(item.question, examples)))
         theirs = model.tokenizer.decode(ids[0, prompt_length:], skip_special_tokens=True)
         assert log["continuation"] == theirs
         assert score == max(scorer.score(reference, theirs)["rougeL"].fmeasure for reference in item.answers)
@@ -70,7 +70,7 @@ def test_verbmem_equals_the_way_of_muse(model: LanguageModel) -> None:
 
     generator, new = np.random.default_rng(4), 6
     items = [VerbatimItem(str(n), text(generator, 5), text(generator, 9), "s") for n in range(8)]
-    found = verbatim.evaluate_verbatim(model, items, new, "here")
+    found = kinds.evaluate_verbatim(model, items, new, "here")
     scorer, settings = RougeScorer(["rougeL"], use_stemmer=False), {"do_sample": False, "pad_token_id": 0}
     for item, score in zip(items, found.columns["rouge_l"], strict=True):
         ids = torch.tensor([model.encode(item.prompt)])
@@ -86,7 +86,7 @@ def test_verbmem_equals_the_way_of_muse(model: LanguageModel) -> None:
     [([1, 1, 1, 1], 1.0), ([0, 1, 1, 1], 0.75), ([1, 0, 0, 1], 0.25), ([1, 1, 1, 0], 0.0), ([0], 0.0)],
 )
 def test_extraction_strength_by_hand(guessed: list[int], expected: float) -> None:
-    assert extraction.strength(np.array(guessed, dtype=bool)) == expected
+    assert kinds.strength(np.array(guessed, dtype=bool)) == expected
 
 
 def test_extraction_strength_is_what_greedy_decoding_extracts(model: LanguageModel) -> None:
@@ -96,7 +96,7 @@ def test_extraction_strength_is_what_greedy_decoding_extracts(model: LanguageMod
     texts = [model.tokenizer.decode(ids[1:]) for ids in start]
     texts = [f"{a} {model.tokenizer.decode(b)}".strip() for a, b in zip(texts, rest, strict=True)]
     documents = [Document(text, "s") for text in [*texts, text(generator, 9)]]
-    found = extraction.evaluate_extraction(model, documents, 64, "here")
+    found = kinds.evaluate_extraction(model, documents, 64, "here")
     strength = found.columns["extraction_strength"]
     for document, value in zip(documents, strength, strict=True):
         ids = model.encode(document.text)

@@ -23,8 +23,8 @@ from test_evaluation_models import save_model
 from trace_ds.config.schema import TaskConfig
 from trace_ds.errors import UserError
 from trace_ds.evaluation import harness
-from trace_ds.evaluation.choice import evaluate_choice
 from trace_ds.evaluation.items import ChoiceItem, read_task
+from trace_ds.evaluation.kinds import evaluate_choice
 from trace_ds.evaluation.language_model import ModelSettings, Sharding, loaded
 from trace_ds.evaluation.tasks import run_task
 from trace_ds.reporting.tables import item_cells

@@ -29,6 +29,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from trace_ds.corpora.read import Document
 from trace_ds.demo.facts import PHRASINGS, Fact, Record, read_records, require
 from trace_ds.run.files import write_text
 
@@ -56,12 +57,6 @@ PASSAGES = 40  # memorised verses of each side: forget, retain pool, utility
 PROMPT_SHARE = 0.4  # of a verse's words
 GENERAL_DOCUMENTS = 6000
 HELDOUT_DOCUMENTS = 300
-
-
-@dataclass(frozen=True)
-class Document:
-    text: str
-    source: str
 
 
 def build_corpora(directory: Path, seed: int = 0, regime: Regime = "standard") -> dict[str, int]:

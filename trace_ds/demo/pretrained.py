@@ -390,8 +390,8 @@ def _tried(split: dict[str, Side]) -> dict[str, Side]:
 
 
 def _asked(model: LanguageModel, side: Side) -> Outcome:
-    from trace_ds.evaluation.choice import evaluate_choice
     from trace_ds.evaluation.items import ChoiceItem
+    from trace_ds.evaluation.kinds import evaluate_choice
 
     items = [ChoiceItem(**(question | {"choices": tuple(question["choices"])})) for question in side.questions]
     return evaluate_choice(model, items, "a fact's")
@@ -415,7 +415,7 @@ def _by_kind(outcomes: Iterable[Outcome]) -> dict[str, dict[str, float]]:
 
 def _perplexities(model: LanguageModel, texts: Texts) -> dict[str, float]:
     from trace_ds.corpora.read import Document as Read
-    from trace_ds.evaluation.perplexity import evaluate_perplexity
+    from trace_ds.evaluation.kinds import evaluate_perplexity
 
     outcomes = {k: evaluate_perplexity(model, [Read(text, k) for text in v], 128) for k, v in texts.heldout.items()}
     return {kind: round(outcome.metrics()["perplexity"], 3) for kind, outcome in outcomes.items()}

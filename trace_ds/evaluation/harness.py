@@ -30,7 +30,6 @@ import io
 import logging
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,13 +49,7 @@ NAMED_TASKS = 6  # of a group, in a message
 COMMIT = re.compile(r"[0-9a-f]{40}")  # the folder that `datasets` keeps a data set of the hub in
 
 
-@dataclass(frozen=True)
-class HarnessResult:
-    """``metrics`` by name, ``items`` asked, and one record per item for the log."""
-
-    metrics: dict[str, float]
-    items: int
-    logs: list[dict[str, Any]]
+Result = tuple[dict[str, float], list[dict[str, Any]]]  # metrics by name, and one record per item for the log
 
 
 def check_task(task: str, path: str, where: str, include: str | None = None) -> None:
@@ -149,7 +142,7 @@ def task_spec(task: str, path: str) -> str | dict[str, Any]:
     return {"group": "local_files", "task": [changed]}  # a member of a group is the known task with keys changed
 
 
-def evaluate_harness(model: LanguageModel, config: TaskConfig) -> HarnessResult:
+def evaluate_harness(model: LanguageModel, config: TaskConfig) -> Result:
     """Run one task (or group of tasks) on a loaded model, the forward passes shared out between the processes.
 
     Raises:
@@ -173,8 +166,8 @@ def evaluate_harness(model: LanguageModel, config: TaskConfig) -> HarnessResult:
         )
     if world is None or world.size == 1:
         return _result(found, task)
-    told: dict[str, Any] = world.broadcast_agreed(lambda: vars(_result(found, task)))
-    return HarnessResult(**told)
+    told: Result = world.broadcast_agreed(lambda: _result(found, task))
+    return told
 
 
 def _built(task: str, path: str, include: str | None, world: World | None) -> Any:
@@ -255,7 +248,7 @@ def fetch_task(task: str, where: str, include: str | None = None) -> dict[str, s
     return dict(sorted(commits.items()))
 
 
-def _result(found: dict[str, Any], task: str) -> HarnessResult:
+def _result(found: dict[str, Any], task: str) -> Result:
     numbers = found["groups"].get(task) if found.get("groups") else None
     numbers = numbers or found["results"][task]
     metrics = {name: float(numbers[f"{name},none"]) for name in TASK_METRICS["lm_eval"] if f"{name},none" in numbers}
@@ -264,7 +257,7 @@ def _result(found: dict[str, Any], task: str) -> HarnessResult:
             f"the task has none of {', '.join(TASK_METRICS['lm_eval'])}", task, "choose another multiple-choice task"
         )
     logs = [_log(name, sample) for name, samples in sorted(found["samples"].items()) for sample in samples]
-    return HarnessResult(metrics, len(logs), logs)
+    return metrics, logs
 
 
 def _log(name: str, sample: dict[str, Any]) -> dict[str, Any]:

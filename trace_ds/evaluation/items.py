@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,20 +88,13 @@ class MembershipItem:
 
 @dataclass(frozen=True)
 class Task:
-    """A checked task: its configuration, its items in memory and the SHA-256 of its files.
+    """A checked task: its configuration, its items (of the kind that its type has) and the SHA-256 of its files.
 
     ``examples`` are the solved questions of a knowmem task. An lm_eval task from the hub has no items here.
     """
 
     config: TaskConfig
-    items: (
-        list[ChoiceItem]
-        | list[VerbatimItem]
-        | list[QuestionItem]
-        | list[TofuItem]
-        | list[MembershipItem]
-        | list[Document]
-    )
+    items: list[Any]
     sha256: str
     examples: tuple[QuestionItem, ...] = ()
 
@@ -122,43 +115,31 @@ def read_tasks(configs: list[TaskConfig]) -> list[Task]:
 
 def read_task(config: TaskConfig) -> Task:
     """Read and check what one task asks."""
-    items: Any
-    examples: tuple[QuestionItem, ...] = ()
-    others = [_other(config, name) for name in (config.examples, config.holdout) if name]
-    if config.type == "choice":
-        items = read_choice_items(config)
-    elif config.type == "verbatim":
-        items = read_verbatim_items(config)
-    elif config.type == "knowmem":
-        items, examples = read_question_items(config), tuple(read_question_items(others[0]))
-    elif config.type == "tofu":
-        items = read_tofu_items(config)
-    elif config.type == "membership":
-        sides = ((_texts(config), True), (_texts(others[0]), False))
-        items = [
-            MembershipItem(f"{'member' if member else 'holdout'}/{number}", document.text, document.source, member)
-            for documents, member in sides
-            for number, document in enumerate(documents)
-        ]
-    elif config.type == "lm_eval":
+    # the task's other texts: another file, or another split of its data set
+    keys = [{"split": name} if config.dataset else {"path": name} for name in (config.examples, config.holdout) if name]
+    others = [config.model_copy(update=key) for key in keys]
+    own: list[str] = []
+    if config.type != "lm_eval":
+        items: list[Any] = READERS.get(config.type, _texts)(config)
+    else:
         from trace_ds.evaluation.harness import check_task, own_tasks_sha256
 
         items = read_choice_items(config, "question") if config.path else []
         check_task(str(config.task), config.path, f"evaluation.tasks {config.name}", config.include_path)
-    else:
-        items = _texts(config)
-    digests = [content_fingerprint(named) for named in (config, *others) if named.place]
-    if config.include_path is not None:
-        digests.append(own_tasks_sha256(config.include_path))
+        if config.include_path is not None:
+            own.append(own_tasks_sha256(config.include_path))
+    examples = tuple(read_question_items(others[0])) if config.type == "knowmem" else ()
+    if config.type == "membership":
+        items = [
+            MembershipItem(f"{name}/{number}", document.text, document.source, name == "member")
+            for name, documents in (("member", items), ("holdout", _texts(others[0])))
+            for number, document in enumerate(documents)
+        ]
+    digests = [content_fingerprint(named) for named in (config, *others) if named.place] + own
     found: Any = digests[0] if len(digests) == 1 else digests
     if config.columns:
         found = [found, config.columns]
     return Task(config, items, found if isinstance(found, str) else sha256_text(canonical_json(found)), examples)
-
-
-def _other(config: TaskConfig, name: str) -> TaskConfig:
-    """The task's other texts: another file, or another split of its data set."""
-    return config.model_copy(update={"split": name} if config.dataset else {"path": name})
 
 
 def beginning(text: str) -> str:
@@ -241,6 +222,14 @@ def read_tofu_items(config: TaskConfig) -> list[TofuItem]:
         texts = _text(found, "question"), _text(found, "answer"), paraphrase
         items.append(TofuItem(_id(found), *texts, tuple(false), found.source))
     return items
+
+
+READERS: dict[str, Callable[[TaskConfig], list[Any]]] = {  # the others read texts
+    "choice": read_choice_items,
+    "verbatim": read_verbatim_items,
+    "knowmem": read_question_items,
+    "tofu": read_tofu_items,
+}
 
 
 def _records(config: TaskConfig) -> Iterator[Record]:

@@ -25,7 +25,6 @@ import numpy as np
 import torch
 
 from trace_ds.errors import UserError
-from trace_ds.evaluation.batching import Sequence, plan_batches, sharing
 from trace_ds.models.attention import packed
 from trace_ds.parallel.device import to_device
 
@@ -35,12 +34,22 @@ if TYPE_CHECKING:
     from trace_ds.config.schema import TrainingConfig
     from trace_ds.parallel.world import World
 
+LOGITS_PER_FORWARD = 1 << 28  # one GiB of float32 logits
+TOKENS_PER_FORWARD = 1 << 16
 T = TypeVar("T")
 R = TypeVar("R")
 
 
 class Diverged(ArithmeticError):
     """The model gives log-probabilities that are not finite: no score of it means anything."""
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """Token ids, of which those from index ``first`` on are scored (``first`` >= 1: the first has no context)."""
+
+    ids: tuple[int, ...]
+    first: int
 
 
 @dataclass(frozen=True)
@@ -85,6 +94,7 @@ class Sharding:
         return self.ep == 1 and self.zero_stage == 0
 
 
+@dataclass(eq=False)
 class LanguageModel:
     """A causal language model with the tokenizer of the run; made by :func:`loaded`.
 
@@ -98,19 +108,13 @@ class LanguageModel:
     has gathered.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        tokenizer: PreTrainedTokenizerBase,
-        settings: ModelSettings,
-        where: str,
-        world: World | None = None,
-        *,
-        lockstep: bool = False,
-        engine: Any = None,
-    ) -> None:
-        self.model, self.tokenizer, self.settings, self.where, self.world = model, tokenizer, settings, where, world
-        self.lockstep, self.engine = lockstep, engine
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    settings: ModelSettings
+    where: str
+    world: World | None = None
+    lockstep: bool = False
+    engine: Any = None
 
     def shared_out(self, batches: list[T], do: Callable[[T], R], advance: Callable[[T], None]) -> list[R]:
         """``do`` of every batch, in order, each done by one process and known to all.
@@ -198,6 +202,10 @@ class LanguageModel:
         eos = self.tokenizer.eos_token_id
         return [*ids, eos] if self.settings.add_eos and eos is not None else ids
 
+    def decode(self, texts: list[list[int]]) -> list[str]:
+        """Token ids as text, without special tokens."""
+        return [str(self.tokenizer.decode(ids, skip_special_tokens=True)) for ids in texts]
+
     def encode_completion(self, prompt: str, completion: str, where: str) -> Sequence:
         """``prompt + completion`` as tokens; scored are those after the longest start shared with the prompt alone.
 
@@ -214,6 +222,10 @@ class LanguageModel:
             first += 1
         self.check_length(len(ids), where)
         return Sequence(tuple(ids), max(1, min(first, len(ids) - 1)))
+
+    def most_tokens(self, context_length: int) -> int:
+        """As many as the model reads, up to the context of the run."""
+        return min(context_length, getattr(self.model.config, "max_position_embeddings", None) or context_length)
 
     def check_length(self, tokens: int, where: str) -> None:
         limit = getattr(self.model.config, "max_position_embeddings", None)
@@ -331,6 +343,41 @@ class LanguageModel:
         )
         new = [row[:length] for row, length in zip(output_BS[:, longest:].tolist(), lengths, strict=True)]
         return [row[: row.index(eos)] if eos in row else row for row in new]
+
+
+def sharing(sequences: list[Sequence]) -> list[list[int]]:
+    """Indices of ``sequences`` in groups that one row serves, that of the first: what the others' last tokens are
+    predicted from begins it. Choices of one token after the same question are one row, not four."""
+    order = sorted(range(len(sequences)), key=lambda index: (sequences[index].ids[:-1], index), reverse=True)
+    groups: list[list[int]] = []
+    for index in order:  # what begins like a row stands behind it, before all rows that begin otherwise
+        context = sequences[index].ids[:-1]
+        if groups and sequences[groups[-1][0]].ids[: len(context)] == context:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    return groups
+
+
+def plan_batches(sequences: list[Sequence], batch_rows: int, vocabulary: int) -> list[list[int]]:
+    """Indices of ``sequences`` in batches: of similar length, longest first, at most ``batch_rows``, bounded tokens and
+    logits; pure."""
+    order = sorted(range(len(sequences)), key=lambda index: (-len(sequences[index].ids), index))
+    batches: list[list[int]] = []
+    length = first = 0
+    for index in order:
+        sequence = sequences[index]
+        if batches:
+            rows = len(batches[-1]) + 1
+            kept = length - min(first, sequence.first) + 1
+            fits = rows <= batch_rows and rows * length <= TOKENS_PER_FORWARD
+            if fits and rows * kept * vocabulary <= LOGITS_PER_FORWARD:
+                batches[-1].append(index)
+                first = min(first, sequence.first)
+                continue
+        batches.append([index])
+        length, first = len(sequence.ids), sequence.first
+    return batches
 
 
 @contextlib.contextmanager

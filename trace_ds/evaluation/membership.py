@@ -110,7 +110,7 @@ def evaluate_membership(
     Raises:
         UserError: a text has no token to predict.
     """
-    limit = min(context_length, getattr(model.model.config, "max_position_embeddings", None) or context_length)
+    limit = model.most_tokens(context_length)
     sequences = []
     for item in items:
         ids = model.encode(item.text)[:limit]

@@ -28,11 +28,15 @@ class Outcome:
         """Over all items, or over those of a bool mask [I]; ``ValueError`` when there is nothing to measure."""
         if not self.count(chosen_I):
             raise ValueError("a metric over no items")
-        return {name: float(np.mean(values_I[_mask(chosen_I)])) for name, values_I in self.columns.items()}
+        return {name: float(np.mean(self.chosen(name, chosen_I))) for name in self.columns}
 
     def count(self, chosen_I: np.ndarray | None = None) -> int:
         """What the metrics are made of: items."""
-        return len(next(iter(self.columns.values()))[_mask(chosen_I)])
+        return len(self.chosen(next(iter(self.columns)), chosen_I))
+
+    def chosen(self, name: str, chosen_I: np.ndarray | None) -> np.ndarray:
+        """A column at the items of a mask (None: all)."""
+        return self.columns[name] if chosen_I is None else self.columns[name][chosen_I]
 
     def by_source(self) -> dict[str, dict[str, float]]:
         """The finite metrics, and the number of what they are made of, of each source that has any, sorted by name."""
@@ -45,10 +49,6 @@ class Outcome:
         return found
 
 
-def _mask(chosen_I: np.ndarray | None) -> Any:
-    return slice(None) if chosen_I is None else chosen_I
-
-
 def rounded(value: Any) -> float:
     """A score as it stands in a log."""
     return round(float(value), 6)
@@ -56,12 +56,6 @@ def rounded(value: Any) -> float:
 
 def item_logs(items: Sequence[Any], columns: dict[str, np.ndarray], **texts: Sequence[Any]) -> list[dict[str, Any]]:
     """A record for each item: its id and source, its own of ``texts``, and its scores."""
-    return [
-        {
-            "id": item.id,
-            "source": item.source,
-            **{name: values[number] for name, values in texts.items()},
-            **{name: rounded(values_I[number]) for name, values_I in columns.items()},
-        }
-        for number, item in enumerate(items)
-    ]
+    scores = {name: list(map(rounded, values_I)) for name, values_I in columns.items()}
+    keys = {"id": [item.id for item in items], "source": [item.source for item in items], **texts, **scores}
+    return [dict(zip(keys, row, strict=True)) for row in zip(*keys.values(), strict=True)]

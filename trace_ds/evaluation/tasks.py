@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trace_ds.errors import UserError
-from trace_ds.evaluation import choice, extraction, harness, knowmem, membership, perplexity, tofu, verbatim
+from trace_ds.evaluation import harness, kinds, membership, tofu
 from trace_ds.evaluation.items import Task
 from trace_ds.evaluation.language_model import LanguageModel
 from trace_ds.evaluation.metrics import METRICS, ROLE_OF, TASK_METRICS, direction
@@ -35,22 +35,22 @@ def run_task(
     items: Any = task.items
     where, kind = task.config.place, task.config.type
     if kind == "lm_eval":
-        found = harness.evaluate_harness(model, task.config)
-        return TaskResult(score_records(task, found.metrics, found.items), found.logs, {})
+        metrics, logs = harness.evaluate_harness(model, task.config)
+        return TaskResult(score_records(task, metrics, len(logs)), logs, {})
     if kind == "choice":
-        outcome = choice.evaluate_choice(model, items, where, advance)
+        outcome = kinds.evaluate_choice(model, items, where, advance)
     elif kind == "verbatim":
-        outcome = verbatim.evaluate_verbatim(model, items, max_new_tokens, where, advance)
+        outcome = kinds.evaluate_verbatim(model, items, max_new_tokens, where, advance)
     elif kind == "knowmem":
-        outcome = knowmem.evaluate_knowmem(model, items, list(task.examples), where, advance)
+        outcome = kinds.evaluate_knowmem(model, items, list(task.examples), where, advance)
     elif kind == "tofu":
         outcome = tofu.evaluate_tofu(model, items, max_new_tokens, where, advance)
     elif kind == "membership":
         outcome = membership.evaluate_membership(model, items, context_length, where, advance)
     elif kind == "extraction":
-        outcome = extraction.evaluate_extraction(model, items, context_length, where, advance)
+        outcome = kinds.evaluate_extraction(model, items, context_length, where, advance)
     else:
-        outcome = perplexity.evaluate_perplexity(model, items, context_length, advance)
+        outcome = kinds.evaluate_perplexity(model, items, context_length, advance)
         if not outcome.count():
             raise UserError("no document has two tokens", where, "a perplexity of nothing: add text")
     return TaskResult(score_records(task, outcome.metrics(), outcome.count()), outcome.logs, outcome.by_source())

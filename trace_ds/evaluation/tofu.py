@@ -28,10 +28,10 @@ from typing import Any
 import numpy as np
 
 from trace_ds.evaluation.items import TofuItem
-from trace_ds.evaluation.knowmem import cut
+from trace_ds.evaluation.kinds import cut
 from trace_ds.evaluation.language_model import LanguageModel
 from trace_ds.evaluation.metrics import FORGET_QUALITY, MODEL_UTILITY
-from trace_ds.evaluation.outcome import Outcome, rounded
+from trace_ds.evaluation.outcome import Outcome, item_logs
 
 KNOWN = ("probability", "rouge_l_recall", "truth")
 PROMPT = "Question: {}\nAnswer:"
@@ -88,7 +88,8 @@ def evaluate_tofu(
     for item, prompt_ids in zip(items, ids, strict=True):
         model.check_length(len(prompt_ids) + max_new_tokens, f"{where} item {item.id}")
     continuations = model.continue_greedily(ids, [max_new_tokens] * len(items), advance)
-    answers = [cut(str(model.tokenizer.decode(new, skip_special_tokens=True))).strip() for new in continuations]
+    answers = [cut(text).strip() for text in model.decode(continuations)]
+    references = [item.answer for item in items]
     ratios_I = np.array([truth_ratio(each[1], np.array(each[2:])) for each in likely])
     columns = {
         "probability": np.array(
@@ -97,23 +98,12 @@ def evaluate_tofu(
                 for item, each in zip(items, likely, strict=True)
             ]
         ),
-        "rouge_l_recall": np.array(
-            [rouge_l_recall(*pair) for pair in zip([i.answer for i in items], answers, strict=True)]
-        ),
+        "rouge_l_recall": np.array([rouge_l_recall(*pair) for pair in zip(references, answers, strict=True)]),
         "truth": np.maximum(0, 1 - ratios_I),
     }
-    logs = [
-        {
-            "id": item.id,
-            "source": item.source,
-            "prompt": item.question,
-            "reference": item.answer,
-            "continuation": answers[number],
-            "truth_ratio": float(ratios_I[number]),
-            **{name: rounded(values[number]) for name, values in columns.items()},
-        }
-        for number, item in enumerate(items)
-    ]
+    questions = [item.question for item in items]
+    told = {"prompt": questions, "reference": references, "continuation": answers, "truth_ratio": ratios_I.tolist()}
+    logs = item_logs(items, columns, **told)
     return Outcome(columns, logs, [item.source for item in items])
 
 

@@ -1,0 +1,278 @@
+"""The kinds of tasks that are scored item by item; those of TOFU and membership have modules of their own.
+
+| type       | asks                                                                        | more of it means |
+|------------|-----------------------------------------------------------------------------|------------------|
+| choice     | four-choice questions by the log-likelihood of the completions (WMDP, MMLU) | more known       |
+| verbatim   | does the model continue a passage word for word (VerbMem of MUSE)?          | more memorised   |
+| knowmem    | does it answer questions about the text (KnowMem of MUSE)?                  | more known       |
+| extraction | how little of a text must it be given to finish it word for word?           | more memorised   |
+| perplexity | how surprised is it by running text?                                        | less known       |
+
+More known is bad for forget tasks and good for utility tasks. A model that never saw a text guesses some of its words,
+so compare with one (``gold``). Greedy decoding gives a text exactly if and only if every one of its tokens is the
+argmax given the true tokens before it, so exact_match and extraction need one forward pass and no generation. MUSE: Shi
+et al., arXiv 2407.06460, section 3, and its authors' code: greedy, ``rouge-score`` without stemming, F-measure.
+
+Shape legend: I items, C choices.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from trace_ds.corpora.read import Document
+from trace_ds.errors import UserError
+from trace_ds.evaluation.items import CHOICES, ChoiceItem, QuestionItem, VerbatimItem, beginning
+from trace_ds.evaluation.language_model import LanguageModel, Sequence, TokenScores
+from trace_ds.evaluation.outcome import Outcome, item_logs, rounded
+
+NEW_TOKENS, EXAMPLES = 32, 10  # of knowmem: tokens of an answer, solved questions in the prompt
+ENDS = ("\n\n", "\nQuestion", "Question:")
+Advance = Callable[[int], None]  # hears how many more of what is counted are done
+
+
+def decide(items: list[ChoiceItem], scores: list[TokenScores]) -> Outcome:
+    """From the token scores of all completions (item by item, choice by choice) to decisions; pure. Ties go to the
+    first choice.
+
+    accuracy and accuracy_norm are ``acc`` and ``acc_norm`` of lm-evaluation-harness (multiple_choice) of texts that
+    begin alike. accuracy sits at a ceiling long before exact_match does, the stricter one; choice_probability does not:
+    softmax over the choices of their log-probabilities (our decision: summed over tokens, as accuracy compares them).
+    """
+    from scipy.special import softmax
+
+    if len(scores) != len(items) * CHOICES:
+        raise ValueError(f"{len(scores)} scores for {len(items)} items of {CHOICES} choices")
+    log_prob_IC = np.array([score.log_prob.sum(dtype=np.float64) for score in scores]).reshape(-1, CHOICES)
+    characters_IC = np.array([[len(choice) for choice in item.choices] for item in items], dtype=np.float64)
+    exact_IC = np.array([bool(score.is_argmax.all()) for score in scores]).reshape(-1, CHOICES)
+    answer_I = np.array([item.answer for item in items])
+    predicted_I, predicted_norm_I = log_prob_IC.argmax(1), (log_prob_IC / characters_IC).argmax(1)
+    exact_I = exact_IC[np.arange(len(items)), answer_I]
+    logs = item_logs(
+        items,
+        {},
+        prompt=[item.prompt for item in items],
+        choices=[list(item.choices) for item in items],
+        answer=answer_I.tolist(),
+        predicted=predicted_I.tolist(),
+        predicted_norm=predicted_norm_I.tolist(),
+        correct=(predicted_I == answer_I).tolist(),
+        exact=exact_I.tolist(),
+        log_prob=[[rounded(value) for value in row_C] for row_C in log_prob_IC],
+    )
+    columns = {
+        "accuracy": predicted_I == answer_I,
+        "accuracy_norm": predicted_norm_I == answer_I,
+        "exact_match": exact_I,
+        "choice_probability": softmax(log_prob_IC, axis=1)[np.arange(len(items)), answer_I],
+    }
+    return Outcome(columns, logs, [item.source for item in items])
+
+
+def evaluate_choice(
+    model: LanguageModel, items: list[ChoiceItem], where: str, advance: Advance | None = None
+) -> Outcome:
+    """Score all choices of all items; ``advance`` counts completions.
+
+    Scored is ``prompt + " " + choice``, with a BOS token before it where ``data.add_bos`` puts one before the documents
+    of the run. The harness leaves that to the tokenizer: where the two differ, its numbers are those of another text,
+    which a model can find harder.
+    """
+    sequences = [
+        model.encode_completion(item.prompt, " " + choice, f"{where} item {item.id}")
+        for item in items
+        for choice in item.choices
+    ]
+    return decide(items, model.score(sequences, advance))
+
+
+def rouge_l(reference: str, continuation: str) -> float:
+    """ROUGE-L F1 of the ``rouge-score`` package without stemming (longest common subsequence of words). It keeps only
+    the letters a-z and digits: a passage without any scores 0."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return float(RougeScorer(["rougeL"], use_stemmer=False).score(reference, continuation)["rougeL"].fmeasure)
+
+
+def exact_tokens(reference: list[int], continuation: list[int]) -> float:
+    """Share of the reference's positions at which ``continuation`` has the same token."""
+    if not reference:
+        raise ValueError("an empty reference")
+    return sum(a == b for a, b in zip(reference, continuation, strict=False)) / len(reference)
+
+
+def boundary(prompt: str, continuation: str) -> tuple[str, str]:
+    """The passage cut where tokens do not straddle: white space between the two belongs to the continuation."""
+    joined = prompt if prompt[-1:].isspace() or continuation[:1].isspace() else prompt + " "
+    stripped = joined.rstrip()
+    return stripped, joined[len(stripped) :] + continuation
+
+
+def evaluate_verbatim(
+    model: LanguageModel,
+    items: list[VerbatimItem],
+    max_new_tokens: int,
+    where: str,
+    advance: Advance | None = None,
+) -> Outcome:
+    """Continue every prompt greedily and compare; ``advance`` counts items.
+
+    MUSE cuts the true continuation to 128 tokens. Our decision: the model's is also cut to the length of a true one
+    that is *shorter* than ``max_new_tokens``, so that perfect recall scores 1; with longer ones nothing differs.
+    """
+    prompts, references = [], []
+    for item in items:
+        prompt, continuation = boundary(item.prompt, item.continuation)
+        ids = model.encode(prompt)
+        passage = model.encode(prompt + continuation)
+        shared = 0  # as in encode_completion; a token that spans the boundary belongs to the reference
+        while shared < min(len(ids), len(passage) - 1) and ids[shared] == passage[shared]:
+            shared += 1
+        prompts.append(passage[:shared] if shared else ids)
+        references.append(passage[shared : shared + max_new_tokens])
+        model.check_length(len(prompts[-1]) + len(references[-1]), f"{where} item {item.id}")
+    continuations = model.continue_greedily(prompts, [len(reference) for reference in references], advance)
+    reference_texts, texts = model.decode(references), model.decode(continuations)
+    columns = {
+        "rouge_l": np.array([rouge_l(*pair) for pair in zip(reference_texts, texts, strict=True)]),
+        "exact_tokens": np.array([exact_tokens(*pair) for pair in zip(references, continuations, strict=True)]),
+    }
+    prompts_given = [item.prompt for item in items]
+    logs = item_logs(items, columns, prompt=prompts_given, reference=reference_texts, continuation=texts)
+    return Outcome(columns, logs, [item.source for item in items])
+
+
+def prompt_of(question: str, examples: list[QuestionItem]) -> str:
+    """The few-shot prompt of one question; a model's tokenizer sees it with its own special tokens."""
+    shots = "".join(f"Question: {item.question}\nAnswer: {item.answers[0]}\n\n" for item in examples[:EXAMPLES])
+    return f"{shots}Question: {question}\nAnswer: "
+
+
+def cut(text: str) -> str:
+    """The answer proper: what comes before the model goes on to another question."""
+    for end in ENDS:
+        text = text.split(end)[0]
+    return text
+
+
+def evaluate_knowmem(
+    model: LanguageModel,
+    items: list[QuestionItem],
+    examples: list[QuestionItem],
+    where: str,
+    advance: Advance | None = None,
+) -> Outcome:
+    """Answer every question greedily; ``advance`` counts items. Of a list of accepted answers the best one counts."""
+    prompts = [model.encode(prompt_of(item.question, examples)) for item in items]
+    for item, ids in zip(items, prompts, strict=True):
+        model.check_length(len(ids) + NEW_TOKENS, f"{where} item {item.id}")
+    answers = list(map(cut, model.decode(model.continue_greedily(prompts, [NEW_TOKENS] * len(items), advance))))
+    pairs = zip(items, answers, strict=True)
+    columns = {"rouge_l": np.array([max(rouge_l(answer, found) for answer in item.answers) for item, found in pairs])}
+    questions, references = [item.question for item in items], [item.answers[0] for item in items]
+    logs = item_logs(items, columns, prompt=questions, reference=references, continuation=answers)
+    return Outcome(columns, logs, [item.source for item in items])
+
+
+def strength(is_argmax: np.ndarray) -> float:
+    """1 − k/n, k the shortest beginning of a text of n tokens after which greedy decoding gives all the rest, from
+    whether each token is the model's first guess (bool [n], n >= 1). 0: not even the last one is; 1: the whole text
+    comes from nothing but the start token. Reference: Carlini et al., *Extracting Training Data from Large Language
+    Models*, USENIX Security 2021, as Wang et al., arXiv 2406.13348, section 3, turn it into a score.
+    """
+    if not len(is_argmax):
+        raise ValueError("a text without tokens")
+    misses = np.flatnonzero(~is_argmax)
+    needed = int(misses[-1]) + 1 if len(misses) else 0
+    return 1 - needed / len(is_argmax)
+
+
+def evaluate_extraction(
+    model: LanguageModel, documents: list[Document], context_length: int, where: str, advance: Advance | None = None
+) -> Outcome:
+    """Score every text, cut to the context; ``advance`` counts texts.
+
+    Raises:
+        UserError: no text has two tokens.
+    """
+    limit = model.most_tokens(context_length)
+    encoded = [(document.text, model.encode(document.text)[:limit]) for document in documents]
+    usable = [(text, Sequence(tuple(ids), 1)) for text, ids in encoded if len(ids) > 1]
+    if not usable:
+        raise UserError("no text has two tokens", where, "an extraction of nothing: add text")
+    scores = model.score([sequence for _, sequence in usable], advance)
+    strength_I = np.array([strength(score.is_argmax) for score in scores])
+    logs = [
+        {
+            "id": str(number),
+            "text": beginning(text),
+            "tokens": len(sequence.ids) - 1,
+            "extraction_strength": rounded(strength_I[number]),
+        }
+        for number, (text, sequence) in enumerate(usable)
+    ]
+    return Outcome({"extraction_strength": strength_I}, logs)
+
+
+@dataclass(frozen=True)
+class PerplexityOutcome(Outcome):
+    """Its columns, by document: ``nll``, summed (float64, nats), and ``tokens``, counted."""
+
+    def metrics(self, chosen_I: np.ndarray | None = None) -> dict[str, float]:
+        """exp(Σ NLL / counted tokens) over all documents or those of a mask (never a mean of means), infinite on
+        overflow; a uniform guess scores the vocabulary's size. Comparable only between models with one tokenizer."""
+        tokens = self.count(chosen_I)
+        if not tokens:
+            raise ValueError("a perplexity of no tokens")
+        try:
+            return {"perplexity": math.exp(float(self.chosen("nll", chosen_I).sum()) / tokens)}
+        except OverflowError:
+            return {"perplexity": math.inf}
+
+    def count(self, chosen_I: np.ndarray | None = None) -> int:
+        """Counted tokens."""
+        return int(self.chosen("tokens", chosen_I).sum())
+
+
+def windows(ids: list[int], context_length: int) -> list[Sequence]:
+    """Cut a document into windows that share one token: every token but the first is scored exactly once. The "disjoint
+    windows" of ``loglikelihood_rolling`` in lm-evaluation-harness, which counts all tokens after a prefix token
+    likewise.
+    """
+    if context_length < 2:
+        raise ValueError("a window needs two tokens")
+    return [
+        Sequence(tuple(ids[start : start + context_length]), 1) for start in range(0, len(ids) - 1, context_length - 1)
+    ]
+
+
+def evaluate_perplexity(
+    model: LanguageModel, documents: list[Document], context_length: int, advance: Advance | None = None
+) -> Outcome:
+    """Score every document, with BOS and EOS as the run adds them; ``advance`` counts documents (in proportion to the
+    windows done)."""
+    limit = model.most_tokens(context_length)
+    cuts = [windows(model.encode_document(document.text), limit) for document in documents]
+    share = len(documents) / max(sum(map(len, cuts)), 1)
+    told = [0.0]
+
+    def counted(sequences: int) -> None:
+        before, told[0] = round(told[0]), told[0] + sequences * share
+        if advance is not None:
+            advance(round(told[0]) - before)
+
+    scores = iter(model.score([window for group in cuts for window in group], counted))
+    logs, nll, tokens = [], [], []
+    for number, (document, group) in enumerate(zip(documents, cuts, strict=True)):
+        mine = [next(scores) for _ in group]
+        nll.append(-math.fsum(float(score.log_prob.sum(dtype=np.float64)) for score in mine))
+        tokens.append(sum(len(score.log_prob) for score in mine))
+        log = {"id": str(number), "source": document.source, "text": beginning(document.text)}
+        logs.append(log | {"nll": rounded(nll[-1]), "tokens": tokens[-1]})
+    columns = {"nll": np.array(nll, dtype=np.float64), "tokens": np.array(tokens, dtype=np.int64)}
+    return PerplexityOutcome(columns, logs, [document.source for document in documents])
