@@ -44,26 +44,19 @@ def why_not_comparable(run: RunData, other: RunData) -> list[str]:
     return reasons
 
 
-def asked(run: RunData) -> dict[str, tuple[str | None, set[int | None]]]:
-    """By task of a run: the fingerprint of its questions (None in results of older versions) and its item counts."""
-    found: dict[str, tuple[str | None, set[int | None]]] = {}
+def asked(run: RunData) -> dict[str, str | None]:
+    """By task of a run: the fingerprint of its questions."""
+    found: dict[str, str | None] = {}
     for evaluation in run.evaluations().values():
         for score in evaluation.scores:
-            fingerprint, counts = found.get(score.task, (evaluation.tasks.get(score.task), set()))
-            found[score.task] = (fingerprint, {*counts, score.n})
+            found.setdefault(score.task, evaluation.tasks.get(score.task))
     return found
 
 
 def other_tasks(run: RunData, other: RunData) -> list[str]:
-    """Tasks of both runs that go by one name and ask different questions; without fingerprints, another number."""
+    """Tasks of both runs that go by one name and ask different questions."""
     mine, theirs = asked(run), asked(other)
-    differing = []
-    for task in sorted(set(mine) & set(theirs)):
-        (left, left_counts), (right, right_counts) = mine[task], theirs[task]
-        same = left == right if left is not None and right is not None else left_counts & right_counts
-        if not same:
-            differing.append(task)
-    return differing
+    return sorted(task for task in set(mine) & set(theirs) if mine[task] != theirs[task])
 
 
 def averaged(runs: Sequence[RunData]) -> RunData:

@@ -52,7 +52,7 @@ class Evaluation:
     fingerprint: str | None
     scores: list[Score]
     items: dict[str, list[dict[str, Any]]]
-    tasks: dict[str, str]  # fingerprints of the tasks by name; empty in results of older versions
+    tasks: dict[str, str]  # fingerprints of the tasks by name
     drift: dict[str, Any] | None
     attacks: dict[str, Any]  # expert_forcing: scores by way; relearning: the curve
 
@@ -118,6 +118,11 @@ class RunData:
     def calibration(self) -> Calibration | None:
         """The run's calibration: its own, else the first variant's."""
         return next((arm.calibration for arm in self.arms if arm.calibration is not None), None)
+
+    @property
+    def baseline(self) -> Arm | None:
+        """The arm with uniform weights, where its model has been scored."""
+        return next((arm for arm in self.arms if arm.rule == "uniform" and arm.final is not None), None)
 
     def calibrations(self) -> list[tuple[str, Calibration]]:
         """The different calibrations with the labels of the arms that use them (``unlearned, other``)."""

@@ -244,9 +244,8 @@ def score_table(table: Table | None, run: RunData) -> dict[str, Any] | None:
         | {"cells": [(model, values.get((model, row["task"], row["metric"]))) for model in models]}
         for row in heads
     ]
-    baseline = next((arm.label for arm in run.arms if arm.rule == "uniform" and arm.final is not None), None)
     chance = any(row["chance"] is not None for row in heads)
-    return {"models": models, "lines": lines, "chance": chance, "baseline": baseline}
+    return {"models": models, "lines": lines, "chance": chance, "baseline": run.baseline and run.baseline.label}
 
 
 def attack_table(table: Table | None) -> dict[str, Any] | None:

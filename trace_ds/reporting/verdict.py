@@ -49,8 +49,7 @@ def verdict(run: RunData, repeats: Sequence[RunData] = ()) -> Verdict:
             "Nothing to conclude yet: the original and at least one unlearned model must be evaluated first."
         )
     main = next((arm for arm in finals if arm.is_trace), finals[0])
-    baseline = next((arm for arm in finals if arm.rule == "uniform"), None)
-    whole = averaged(runs)
+    baseline, whole = run.baseline, averaged(runs)
     parts = [_forgot(whole, main.label), _cost(whole, main.label, baseline.label if baseline else None)]
     better = None
     if baseline is not None and main.is_trace:
