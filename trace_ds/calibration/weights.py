@@ -5,7 +5,6 @@ Shape legend: T tokens (flat order), R rows. Arrays over T are files in a spool 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -33,26 +32,21 @@ def _top(u_T: np.ndarray | RowSpread, tokens: TokenMap) -> float:
     return max(tops, default=0.0)
 
 
-def largest_exponent(ess: Callable[[float], float], ess_floor: float) -> float:
-    """The largest c in [0, 1] with an effective sample size ``ess(c)`` of at least the floor (bisection to 1e-4)."""
-    if ess(1.0) >= ess_floor:
+def flattening(u_T: np.ndarray, tokens: TokenMap, ess_floor: float) -> float:
+    """The largest c in [0, 1] at which weights exp(c u) keep the effective sample size (bisection to 1e-4)."""
+    top = _top(u_T, tokens)
+
+    def enough(exponent: float) -> bool:
+        total, square, count = _moments(u_T, tokens, exponent, top)
+        return total * total / (count * square) >= ess_floor
+
+    if enough(1.0):
         return 1.0
     low, high = 0.0, 1.0
     while high - low > 1e-4:
         middle = (low + high) / 2
-        low, high = (middle, high) if ess(middle) >= ess_floor else (low, middle)
+        low, high = (middle, high) if enough(middle) else (low, middle)
     return low
-
-
-def flattening(u_T: np.ndarray, tokens: TokenMap, ess_floor: float) -> float:
-    """:func:`largest_exponent` of weights exp(c u)."""
-    top = _top(u_T, tokens)
-
-    def ess(exponent: float) -> float:
-        total, square, count = _moments(u_T, tokens, exponent, top)
-        return total * total / (count * square)
-
-    return largest_exponent(ess, ess_floor)
 
 
 def exponentiate(u_T: np.ndarray | RowSpread, weight_T: np.ndarray, tokens: TokenMap, exponent: float) -> float:

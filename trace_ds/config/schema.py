@@ -201,8 +201,8 @@ class DataConfig(Section):
         None,
         ge=1,
         le=1024,
-        description="Processes that tokenise (1: this one alone); default: the cores it may use, up to 16. The data "
-        "are the same whatever their number.",
+        description="Threads that tokenise; default: the cores it may use, up to 16. The data are the same whatever "
+        "their number.",
     )
 
     @property

@@ -18,14 +18,12 @@ import math
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from trace_ds.errors import UserError
 from trace_ds.evaluation.items import MembershipItem, beginning
 from trace_ds.evaluation.language_model import LanguageModel, Sequence, TokenScores
-from trace_ds.evaluation.metrics import ASSUMED_AUC, PRIV_LEAK
 from trace_ds.evaluation.outcome import Outcome, item_logs
 
 ATTACKS = ("min_k", "min_k_plus", "loss", "zlib")
@@ -124,31 +122,3 @@ def evaluate_membership(
     columns = {attack: np.array([scores[attack] for scores in found]) for attack in ATTACKS}
     texts = [beginning(item.text) for item in items]
     return MembershipOutcome(columns, item_logs(items, columns, text=texts, member=[item.member for item in items]))
-
-
-def with_references(result: dict[str, Any], retrained: dict[str, Any] | None) -> dict[str, Any]:
-    """A result whose membership scores say what is best: the retrained model's AUC (else 0.5, assumed), and PrivLeak.
-
-    Args:
-        result: of one model, as in ``RUN/evaluation/NAME.json``.
-        retrained: the result of the model trained without the forget set, or None.
-    """
-    theirs = {(s["task"], s["metric"]): s["value"] for s in retrained["scores"]} if retrained is not None else {}
-    by_key = {(s["task"], s["metric"]): s["value"] for s in result["scores"]}
-    scores = []
-    for score in result["scores"]:
-        task, metric = score["task"], score["metric"]
-        if metric.startswith("auc_"):
-            score = {**score, "reference": theirs.get((task, metric), ASSUMED_AUC)}
-        elif metric == PRIV_LEAK:
-            mine, reference = by_key[task, "auc_min_k"], theirs.get((task, "auc_min_k"))
-            used = ASSUMED_AUC if reference is None else reference
-            value = None if mine is None or used == 1 else priv_leak(mine, used)
-            note = (
-                f"AUC of the retrained model {retrained['model']}: {used:.4f}"
-                if retrained is not None and reference is not None
-                else "no retrained model was evaluated: its AUC is assumed to be 0.5"
-            )
-            score = {**score, "value": value, "reference": 0.0, "note": note}
-        scores.append(score)
-    return {**result, "scores": scores}

@@ -23,14 +23,12 @@ Shape legend: I items, F false answers of an item.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import numpy as np
 
 from trace_ds.evaluation.items import TofuItem
 from trace_ds.evaluation.kinds import cut
 from trace_ds.evaluation.language_model import LanguageModel
-from trace_ds.evaluation.metrics import FORGET_QUALITY, MODEL_UTILITY
 from trace_ds.evaluation.outcome import Outcome, item_logs
 
 KNOWN = ("probability", "rouge_l_recall", "truth")
@@ -105,37 +103,3 @@ def evaluate_tofu(
     told = {"prompt": questions, "reference": references, "continuation": answers, "truth_ratio": ratios_I.tolist()}
     logs = item_logs(items, columns, **told)
     return Outcome(columns, logs, [item.source for item in items])
-
-
-def with_tofu(result: dict[str, Any], retrained: dict[str, Any] | None) -> dict[str, Any]:
-    """A result whose TOFU tasks have forget quality (None without a retrained model) and model utility.
-
-    Args:
-        result: of one model, as in ``RUN/evaluation/NAME.json``.
-        retrained: the result of the model trained without the forget set, or None.
-    """
-    tasks = {score["task"] for score in result["scores"] if score["metric"] in (FORGET_QUALITY, MODEL_UTILITY)}
-    known = [
-        score["value"]
-        for score in result["scores"]
-        if score["task"] in tasks and score["role"] == "utility" and score["metric"] in KNOWN
-    ]
-    scores = []
-    for score in result["scores"]:
-        if score["metric"] == MODEL_UTILITY:
-            score = {**score, "value": None if None in known else model_utility(known)}
-        elif score["metric"] == FORGET_QUALITY:
-            mine, theirs = (_ratios(each, score["task"]) for each in (result, retrained))
-            note = (
-                f"against the truth ratios of {retrained['model']}"
-                if retrained is not None and theirs
-                else "no retrained model was evaluated"
-            )
-            score = {**score, "value": forget_quality(mine, theirs) if mine and theirs else None, "note": note}
-        scores.append(score)
-    return {**result, "scores": scores}
-
-
-def _ratios(result: dict[str, Any] | None, task: str) -> list[float]:
-    items = result["items"].get(task, []) if result is not None else []
-    return [item["truth_ratio"] for item in items]

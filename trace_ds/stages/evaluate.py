@@ -163,8 +163,7 @@ def _on_main(world: World | None, work: Callable[[], None]) -> None:
 
 def _refer_to_retrained(config: Config, job: EvaluateJob, run: RunDirectory, log: StageLog) -> None:
     """Scores that are about the retrained model's (of membership and TOFU tasks), once all models are scored."""
-    from trace_ds.evaluation.membership import with_references
-    from trace_ds.evaluation.tofu import with_tofu
+    from trace_ds.evaluation.retrained import with_retrained
 
     kinds = {task.config.type for task in job.tasks}
     if kinds.isdisjoint(("membership", "tofu")):
@@ -178,7 +177,7 @@ def _refer_to_retrained(config: Config, job: EvaluateJob, run: RunDirectory, log
     for subject in job.subjects:
         path = run.evaluation / f"{subject.name}.json"
         result = read_result(path)
-        if result is not None and (changed := with_tofu(with_references(result, retrained), retrained)) != result:
+        if result is not None and (changed := with_retrained(result, retrained)) != result:
             write_json(path, changed)
 
 
