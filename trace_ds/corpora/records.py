@@ -43,12 +43,12 @@ def can_read(path: Path) -> bool:
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[IO[bytes]]:
     """The bytes of a file, decompressed; :class:`UserError` when the compression is damaged."""
-    import pyarrow as pa
-
     if path.suffix not in COMPRESSED:
         with path.open("rb") as handle:
             yield handle
         return
+    import pyarrow as pa
+
     try:
         with pa.CompressedInputStream(pa.OSFile(str(path)), COMPRESSED[path.suffix]) as stream:
             yield io.BufferedReader(stream)

@@ -162,27 +162,18 @@ def gather(path: Path, without: Container[str] = ()) -> RunData:
     run = RunDirectory.at(path)
     config = _read_yaml(run.config)
     artefacts = _artefacts(run)
-    forget = _statistics(run.statistics / "forget")
-    retain = _statistics(run.statistics / "retain")
+    forget, retain = (_statistics(artefacts.get(f"statistics/{side}")) for side in ("forget", "retain"))
     evaluations = _evaluations(path / "evaluation", without)
     references = {
         key: evaluation for key, evaluation in evaluations.items() if key != MAIN_ARM and _step_of(key) is None
     }
     rule = (config.get("calibration") or {}).get("rule")
     arms = [_arm(MAIN_ARM, path, rule, evaluations, without)]
-    variants = path / "variants"
-    names = sorted(entry.name for entry in variants.iterdir() if entry.is_dir()) if variants.is_dir() else []
-    for variant in [entry for entry in names if ".tmp-" not in entry and ".old-" not in entry]:
-        base, changes = variants / variant, (config.get("variants") or {}).get(variant) or {}
-        arms.append(
-            _arm(
-                variant,
-                base,
-                changes.get("calibration.rule", rule),
-                _evaluations(base / "evaluation", without),
-                without,
-            )
-        )
+    for base in sorted((path / "variants").glob("*")):
+        if base.is_dir() and ".tmp-" not in base.name and ".old-" not in base.name:
+            changes = (config.get("variants") or {}).get(base.name) or {}
+            found = _evaluations(base / "evaluation", without)
+            arms.append(_arm(base.name, base, changes.get("calibration.rule", rule), found, without))
     arms = [arm for arm in arms if arm.calibration or arm.log or arm.checkpoints or arm.final]
     if not (artefacts or references or arms):
         raise UserError(
@@ -236,11 +227,8 @@ def _artefacts(run: RunDirectory) -> dict[str, Artefact]:
     return found
 
 
-def _statistics(directory: Path) -> RoutingStatistics | None:
-    path = directory / "statistics.safetensors"
-    if not (directory / FILE_NAME).is_file() or not path.is_file():
-        return None
-    return RoutingStatistics.load(path)
+def _statistics(made: Artefact | None) -> RoutingStatistics | None:
+    return RoutingStatistics.load(made.file("statistics.safetensors")) if made is not None else None
 
 
 def _calibration(directory: Path) -> Calibration | None:
@@ -253,9 +241,7 @@ def _calibration(directory: Path) -> Calibration | None:
     return Calibration(arrays, diagnosis, weights, found.content)
 
 
-def _arm(
-    label: str, base: Path, rule: str | None, evaluations: dict[str, Evaluation], without: Container[str] = ()
-) -> Arm:
+def _arm(label: str, base: Path, rule: str | None, evaluations: dict[str, Evaluation], without: Container[str]) -> Arm:
     """``rule``: what the configuration asks for, where nothing is calibrated yet."""
     calibration = _calibration(base / "calibration")
     checkpoints = {step: evaluation for key, evaluation in evaluations.items() if (step := _step_of(key)) is not None}
