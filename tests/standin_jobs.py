@@ -161,7 +161,7 @@ def scores(family: str, device: torch.device, folder: Path, watch: Any) -> dict[
     tiny.make_tokenizer(folder)
     model = gpu_acceptance.tiny_model(family, device)
     settings = ModelSettings("fp32", add_bos=False, add_eos=False, batch_rows=4)
-    tested = LanguageModel(model, load_tokenizer(str(folder)), settings, "tiny")
+    tested = LanguageModel(model, load_tokenizer(str(folder)), settings)
     draw = np.random.default_rng(0)
     sequences = [Sequence(tuple(draw.integers(3, 300, 6 + n).tolist()), 2 + n % 3) for n in range(12)]
     found: dict[str, Any] = {}

@@ -467,11 +467,16 @@ def told(raw):
     if "type" in raw:
         return len(read_task(TaskConfig.model_validate({"name": "t", "role": "forget"} | raw)).items)
     entry = CorpusEntry.model_validate(raw)
-    missing = sources.missing(entry)
+    missing = None
+    try:
+        sources.files_here(entry, "data")
+    except UserError as error:
+        missing = error.line()
     check_files([entry], "data.forget")
     documents = list(read_documents([entry]))
     return {"texts": [one.text for one in documents], "sources": sorted({one.source for one in documents}),
-            "fingerprint": corpus_fingerprint([entry]), "commit": sources.fetch_dataset(entry), "missing": missing}
+            "fingerprint": corpus_fingerprint([entry]), "missing": missing,
+            "commit": sources.open_table(entry, "data").commit if sources.is_table(entry) else None}
 
 for line in sys.stdin:
     if os.fork():

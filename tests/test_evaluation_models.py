@@ -105,9 +105,7 @@ def random_sequences(count: int, seed: int = 0) -> list[Sequence]:
 
 
 def with_batch_rows(model: LanguageModel, rows: int) -> LanguageModel:
-    return LanguageModel(
-        model.model, model.tokenizer, dataclasses.replace(model.settings, batch_rows=rows), model.where
-    )
+    return LanguageModel(model.model, model.tokenizer, dataclasses.replace(model.settings, batch_rows=rows))
 
 
 def test_scores_equal_a_float64_reference(model: LanguageModel) -> None:
@@ -232,7 +230,7 @@ def test_a_continuation_ends_before_eos(model: LanguageModel) -> None:
     free = model.continue_greedily([[0, 5, 6, 7], [0, 9]], [8, 8])
     tokenizer = copy.deepcopy(model.tokenizer)
     tokenizer.eos_token = f"w{free[0][2] - 3}"
-    stopping = LanguageModel(model.model, tokenizer, model.settings, model.where)
+    stopping = LanguageModel(model.model, tokenizer, model.settings)
     assert free[0].index(free[0][2]) == 2
     expected = [ids[: ids.index(free[0][2])] if free[0][2] in ids else ids for ids in free]
     assert stopping.continue_greedily([[0, 5, 6, 7], [0, 9]], [8, 8]) == expected
@@ -272,7 +270,7 @@ def test_a_token_across_the_boundary_is_scored() -> None:
         class config:
             max_position_embeddings = 10
 
-    model = LanguageModel(Stub(), tokenizer, SETTINGS, "here")
+    model = LanguageModel(Stub(), tokenizer, SETTINGS)
     assert model.encode_completion("ca", "bc", "here") == Sequence((0, 4, 3, 4), 2)
 
 

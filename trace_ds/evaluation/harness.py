@@ -172,21 +172,15 @@ def evaluate_harness(model: LanguageModel, config: TaskConfig) -> Result:
 
 def _built(task: str, path: str, include: str | None, world: World | None) -> Any:
     """The task with its data; the main process gets them first, so a download happens once."""
-    made: list[Any] = []
 
-    def build() -> None:
+    def build() -> Any:
         loaded = _loaded(task, path, include)
         for name, single in loaded["tasks"].items():
             if single.OUTPUT_TYPE != "multiple_choice":
                 raise UserError(f"{name} is not multiple-choice", f"lm-eval task {task}", "choose a task that is")
-        made.extend(list(loaded["groups"].values())[:1] or loaded["tasks"].values())
+        return next(iter([*loaded["groups"].values(), *loaded["tasks"].values()]))
 
-    if world is None or world.size == 1:
-        build()
-    else:
-        world.agree(build)
-        world.agree_all(lambda: None if world.is_main else build())
-    return made[0]
+    return build() if world is None or world.size == 1 else world.agree_each(lambda _: build())
 
 
 def _loaded(task: str, path: str, include: str | None) -> Any:

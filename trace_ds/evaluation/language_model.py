@@ -111,7 +111,6 @@ class LanguageModel:
     model: Any
     tokenizer: PreTrainedTokenizerBase
     settings: ModelSettings
-    where: str
     world: World | None = None
     lockstep: bool = False
     engine: Any = None
@@ -178,7 +177,7 @@ class LanguageModel:
 
         engine.module.generation_config = GenerationConfig()
         lockstep = world.size > 1 and not sharding.whole
-        return cls(engine.module, tokenizer, settings, "the engine", world, lockstep=lockstep)
+        return cls(engine.module, tokenizer, settings, world, lockstep=lockstep)
 
     @property
     def device(self) -> torch.device:
@@ -414,7 +413,7 @@ def loaded(
         model.generation_config = GenerationConfig()  # the directory's may sample or penalise repetition
         lockstep = engine is not None
         trainable = engine if trained is not None else None
-        yield LanguageModel(model, tokenizer, settings, path, world, lockstep=lockstep, engine=trainable)
+        yield LanguageModel(model, tokenizer, settings, world, lockstep=lockstep, engine=trainable)
 
 
 @contextlib.contextmanager

@@ -134,30 +134,20 @@ def identity(
         drift: fingerprints of what a drift is measured against, or None when none is measured.
         attacks: settings and inputs of the attacks, or None when there are none.
     """
-    return sha256_text(
-        canonical_json(
-            {
-                "format": FORMAT,
-                "name": subject.name,
-                "model": subject.fingerprint,
-                "tokenizer": tokenizer,
-                "tasks": [
-                    [task.config.name, task.config.role, Path(task.config.path).stem, fingerprint]
-                    for task, fingerprint in zip(
-                        tasks, task_fingerprints(tasks, settings.max_new_tokens).values(), strict=True
-                    )
-                ],
-                "settings": {
-                    "dtype": dtype,
-                    "add_bos": data.add_bos,
-                    "add_eos": data.add_eos,
-                    "context_length": data.context_length,
-                },
-                "drift": drift and {**drift, "rows": settings.drift_rows},
-                "attacks": attacks,
-            }
-        )
-    )
+    asked = task_fingerprints(tasks, settings.max_new_tokens)
+    content = {
+        "format": FORMAT,
+        "name": subject.name,
+        "model": subject.fingerprint,
+        "tokenizer": tokenizer,
+        "tasks": [
+            [task.config.name, task.config.role, Path(task.config.path).stem, asked[task.config.name]] for task in tasks
+        ],
+        "settings": {"dtype": dtype, **data.model_dump(include={"add_bos", "add_eos", "context_length"})},
+        "drift": drift and {**drift, "rows": settings.drift_rows},
+        "attacks": attacks,
+    }
+    return sha256_text(canonical_json(content))
 
 
 def task_fingerprints(tasks: list[Task], max_new_tokens: int) -> dict[str, str]:

@@ -135,22 +135,15 @@ def titles(runs: Sequence[RunData]) -> dict[str, str]:
 def payload(run: RunData, tables: dict[str, Table], names: dict[str, str]) -> dict[str, Any]:
     """What the script reads: the tables by column (long ones thinned, and said so) and a few facts."""
     side = run.retain or run.forget
-    embedded: dict[str, Any] = {}
-    for name, table in sorted(tables.items()):
-        stride, what = 1, ""
-        if name == "training":
-            stride, what = -(-len(table) // MAX_TRAINING_ROWS), "rows"
-        elif name == "items":
-            stride, what = -(-len(table) // MAX_QUESTIONS), "questions"
-        columns = {key: values[::stride] for key, values in table.columns.items()}
-        kept = len(next(iter(columns.values())))
-        thinned = f"{kept} of {len(table)} {what}, evenly spaced" if stride > 1 else None
-        embedded[name] = {"title": table.title, "columns": columns, "thinned": thinned}
+    most: dict[str, tuple[int | None, str]] = {
+        "training": (MAX_TRAINING_ROWS, "rows"),
+        "items": (MAX_QUESTIONS, "questions"),
+    }
     goal = scores.targets(run)
     return {
         "name": run.name,
         "names": names,
-        "tables": embedded,
+        "tables": {name: embedded(table, *most.get(name, (None, ""))) for name, table in sorted(tables.items())},
         "layers": int(side.counts_LE.shape[0]) if side else 0,
         "experts": int(side.counts_LE.shape[1]) if side else 0,
         "top_k": side.top_k if side else 0,
@@ -159,6 +152,14 @@ def payload(run: RunData, tables: dict[str, Table], names: dict[str, str]) -> di
         "target_origin": goal.origin if goal else None,
         "gold": _point(run, run.gold),
     }
+
+
+def embedded(table: Table, most: int | None = None, what: str = "") -> dict[str, Any]:
+    """A table as the script reads it: by column, at most so many rows (``what`` they are)."""
+    stride = max(1, -(-len(table) // most)) if most else 1
+    thinned = f"{len(range(0, len(table), stride))} of {len(table)} {what}, evenly spaced" if stride > 1 else None
+    columns = {key: values[::stride] for key, values in table.columns.items()}
+    return {"title": table.title, "columns": columns, "thinned": thinned}
 
 
 def escape_json(value: Any) -> str:

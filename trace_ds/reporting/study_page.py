@@ -18,7 +18,7 @@ from typing import Any
 from trace_ds.errors import UserError
 from trace_ds.evaluation.table import ARROWS
 from trace_ds.reporting.intervals import Interval, wilson
-from trace_ds.reporting.page import render_template
+from trace_ds.reporting.page import embedded, render_template
 from trace_ds.reporting.tables import Table, make
 from trace_ds.run.foreign import read_object
 
@@ -155,11 +155,8 @@ def render(study: StudyData, tables: dict[str, Table]) -> str:
 
 def payload(study: StudyData, tables: dict[str, Table]) -> dict[str, Any]:
     """What the script reads."""
-    embedded = {
-        name: {"title": table.title, "columns": table.columns, "thinned": None} for name, table in tables.items()
-    }
     return {
-        "tables": embedded,
+        "tables": {name: embedded(table) for name, table in tables.items()},
         "target": study.result["target"],
         "forget": study.result["forget"],
         "baseline": study.result["baseline"],

@@ -303,7 +303,7 @@ def matched_forgetting(groups: list[list[RunData]]) -> Table:
     rows: list[list[Any]] = []
     for group in groups:
         run = group[0]
-        baseline = run.baseline and run.baseline.label
+        baseline = run.baseline.label if run.baseline else None
         for metric in (None, *utility_metrics(run)):
             for arm in run.arms:
                 found = standing(group, arm.label, baseline, metric)
@@ -347,7 +347,7 @@ def scores(runs: list[RunData]) -> Table:
     """Every score with its interval, and its difference to the run's uniform weights (``gain``) with that one's."""
     rows = []
     for name, evaluation, run in models(runs):
-        base = run.baseline and run.baseline.final
+        base = run.baseline.final if run.baseline else None
         for s in evaluation.scores:
             band = of_score(s, evaluation)
             other = next((b for b in base.scores if (b.task, b.metric) == (s.task, s.metric)), None) if base else None
