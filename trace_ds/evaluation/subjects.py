@@ -135,7 +135,7 @@ def identity(
         attacks: settings and inputs of the attacks, or None when there are none.
     """
     asked = task_fingerprints(tasks, settings.max_new_tokens)
-    content = {
+    content: dict[str, Any] = {
         "format": FORMAT,
         "name": subject.name,
         "model": subject.fingerprint,
