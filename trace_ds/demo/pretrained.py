@@ -89,7 +89,7 @@ def build(
 
     torch.set_num_threads(THREADS)
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing of it is read
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # nothing of it is read
     source = dense or make_dense(destination / "dense")
     texts = Texts.read(settings.files)
     made_of = {
