@@ -102,9 +102,8 @@ def peak_bytes(world: Any, config: str, run_dir: str, overrides: list[str]) -> d
     import torch
 
     from trace_ds.unlearning.assemble import make_objective
-    from trace_ds.unlearning.goals import Unlearning
+    from trace_ds.unlearning.goals import Multiplier, Unlearning
     from trace_ds.unlearning.job import run_step
-    from trace_ds.unlearning.multiplier import Multiplier
     from trace_ds.unlearning.needs import layers_held
     from trace_ds.unlearning.online_weights import RetainWeights
     from trace_ds.unlearning.training_engine import training_engine

@@ -12,7 +12,7 @@ from objective_reference import FORMULAS, token_values
 from trace_ds.config.schema import UnlearningConfig
 from trace_ds.models.token_nll import token_nll, weighted_sum
 from trace_ds.unlearning import loss, objectives
-from trace_ds.unlearning.multiplier import Multiplier
+from trace_ds.unlearning.goals import Multiplier
 
 COUNTED = torch.tensor([[True, True, True, False], [True, False, False, False], [False] * 4])
 

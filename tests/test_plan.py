@@ -583,7 +583,7 @@ def test_the_frozen_copy_is_planned_as_the_job_makes_it(
     job = job_of("olmoe-1b-7b", **losses, unlearning__rmu={"scale": scale, "sinks": sinks, "layer": 5})
     a, config = job.a, job.config
     made: list[int] = []
-    monkeypatch.setattr(assemble, "reference_engine", lambda *job, layers, **settings: made.append(layers))
+    monkeypatch.setattr(assemble, "reference_engine", lambda _, info, world, parts, *job: made.append(parts.layers))
     monkeypatch.setattr(assemble, "_whole_head", lambda engine: "head")
     monkeypatch.setattr(assemble, "measure", lambda *arguments: HiddenNorms(1.0, 1.0, (), 0.0, 0.0))
     info = SimpleNamespace(decoder_layers=a.layers, config={"hidden_size": 8}, experts=a.experts)

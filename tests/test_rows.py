@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trace_ds.unlearning import step_rows as rows_module
-from trace_ds.unlearning.step_rows import EpochRows, SampledRows, share_of_rank
+from trace_ds.unlearning import batches as rows_module
+from trace_ds.unlearning.batches import EpochRows, SampledRows, share_of_rank
 
 
 def test_every_row_once_per_epoch_and_reshuffled() -> None:

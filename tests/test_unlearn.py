@@ -397,14 +397,15 @@ def test_a_file_that_is_held_is_the_file_that_was_to_be_written(tmp_path: Path) 
     memory is written at once."""
     import torch
 
-    from trace_ds.checkpoints.serialization import ShardFiles, save
+    from trace_ds.checkpoints.serialization import ShardFiles
 
     flat = torch.arange(1000.0)
     parameter = torch.nn.Parameter(torch.ones(30))
     state = {"views": [flat[:10], flat[500:].view(50, 10)], "tied": (parameter, parameter), "halves": flat.bfloat16()}
     (tmp_path / "now").mkdir(), (tmp_path / "later").mkdir()
-    expected = save(state, tmp_path / "now" / "shard.pt")
-    files = ShardFiles(None)
+    at_once, files = ShardFiles(None), ShardFiles(None)
+    at_once.save(state, tmp_path / "now" / "shard.pt")
+    expected = at_once.write()[str(tmp_path / "now" / "shard.pt")]
     files.begin(4 * 1000 + 4 * 30 + 2 * 1000 + 101)
     files.save(state, tmp_path / "later" / "shard.pt")
     files.save({"more": torch.zeros(100)}, tmp_path / "later" / "more.pt")

@@ -196,9 +196,8 @@ def unlearn(
     from trace_ds.models.routers import moe_decoder_layers
     from trace_ds.unlearning import trainable
     from trace_ds.unlearning.batches import Batches, CorpusBatches
-    from trace_ds.unlearning.goals import NextToken, Unlearning
+    from trace_ds.unlearning.goals import Multiplier, NextToken, Unlearning
     from trace_ds.unlearning.job import run_step
-    from trace_ds.unlearning.multiplier import Multiplier
     from trace_ds.unlearning.online_weights import OnlineWeights, RetainWeights
 
     settings = UnlearningConfig(**{"forget_rows": 4, "retain_rows": 4, "apply": "loss", **JOBS[job]})
@@ -457,9 +456,8 @@ def bench_of_unlearn(name: str, options: argparse.Namespace, folder: Path, *, ze
     from trace_ds.corpora.dataset import FlatArray
     from trace_ds.models.attention import adopt
     from trace_ds.unlearning.batches import Batches
-    from trace_ds.unlearning.goals import Unlearning
+    from trace_ds.unlearning.goals import Multiplier, Unlearning
     from trace_ds.unlearning.job import run_step
-    from trace_ds.unlearning.multiplier import Multiplier
     from trace_ds.unlearning.online_weights import RetainWeights
 
     if zero3:

@@ -54,8 +54,6 @@ class Saver:
     :class:`StopRequested`); any other error ends a rank in the middle, as a kill would.
 
     Args:
-        engine: the DeepSpeed training engine.
-        checkpoints: ``RUN/checkpoints``.
         log: told of every checkpoint that is complete, and how long training stood still for it; once, that host memory
             does not suffice for copies.
         keep: newest checkpoints kept, at least 2.
@@ -280,15 +278,7 @@ def choose(
             discard_all(checkpoints)
         return None, []
     steps, problems = world.broadcast(complete_steps(checkpoints) if world.is_main else ([], []))
-    chosen = None
-    while steps and chosen is None:
-        manifest = _manifest_of(world, checkpoints, steps[-1])
-        damage = [line for line in world.gather(_damage(checkpoints, manifest, world)) if line]
-        if damage:
-            problems.append(damage[0])
-            steps.pop()
-        else:
-            chosen = manifest
+    chosen = next(_undamaged(world, checkpoints, steps, problems), None)
     unreadable = list(problems)
     problems += world.broadcast(wrong_latest(checkpoints, steps) if world.is_main else [])
     if chosen is not None and chosen.job != job and resume == "replace":
@@ -332,16 +322,23 @@ def _check_job(
         )
 
 
-def _manifest_of(world: World, checkpoints: Path, step: int) -> Manifest:
-    """The manifest of a complete step, read once and sent to every rank."""
-    return world.broadcast_agreed(lambda: read_manifest(checkpoints / step_name(step)))
+def _undamaged(world: World, checkpoints: Path, steps: list[int], problems: list[str]) -> Iterator[Manifest]:
+    """Those of the complete ``steps`` in which nothing is damaged, the newest first (collective); the newer ones, of
+    which ``problems`` gets a line each, are taken off ``steps``."""
+    while steps:
+        directory = checkpoints / step_name(steps[-1])
+        manifest = world.broadcast_agreed(lambda directory=directory: read_manifest(directory))
+        damage = [line for line in world.gather(_damage(directory, manifest, world)) if line]
+        problems += damage[:1]
+        if not damage:
+            yield manifest
+        steps.pop()
 
 
-def _damage(checkpoints: Path, manifest: Manifest, world: World) -> str:
+def _damage(directory: Path, manifest: Manifest, world: World) -> str:
     """What is wrong with this rank's share of the files (empty: nothing)."""
     from trace_ds.checkpoints import serialization
 
-    directory = checkpoints / step_name(manifest.step)
     try:
         verify(directory, manifest, hashes=True, part=world.rank, parts=world.size)
         for name in sorted(manifest.files)[world.rank :: world.size]:
@@ -364,13 +361,8 @@ def load_newest(
 ) -> Manifest:
     """Load ``chosen``, or else the newest older checkpoint that can be loaded, into the engine (collective).
 
-    Every rank learns that one of them could not load, so none waits for it; each failure is told before the next try.
-
-    Args:
-        load_one: loads a verified checkpoint, on every rank.
-
-    Returns:
-        The manifest of the one that was loaded.
+    ``load_one`` loads a verified one, on every rank. All learn that one of them could not, so none waits for it; each
+    failure is told before the next try. Returns the manifest of the one that was loaded.
 
     Raises:
         JobFailed: none could be loaded.
@@ -384,7 +376,9 @@ def load_newest(
                 tell(f"WARNING {line}")
             return manifest
         tell(f"WARNING {checkpoints / step_name(manifest.step)} could not be loaded: {problem}")
-        manifest = _next_older(world, checkpoints, manifest)
+        complete = world.broadcast(complete_steps(checkpoints)[0] if world.is_main else [])
+        older = _undamaged(world, checkpoints, [step for step in complete if step < manifest.step], [])
+        manifest = next((found for found in older if found.job == chosen.job), None)
     raise JobFailed(
         f"no checkpoint in {checkpoints} could be loaded (the reasons are above); "
         f"start over with --set {section}.resume=never"
@@ -398,17 +392,6 @@ def _failure(load_one: Callable[[Manifest], None], manifest: Manifest) -> str:
     except Exception as error:  # DeepSpeed raises anything on a state that is not what it expects
         return " ".join(f"{type(error).__name__}: {error}".split())
     return ""
-
-
-def _next_older(world: World, checkpoints: Path, manifest: Manifest) -> Manifest | None:
-    """The newest whole checkpoint of the same job before ``manifest``."""
-    for step in reversed(world.broadcast(complete_steps(checkpoints)[0] if world.is_main else [])):
-        if step >= manifest.step:
-            continue
-        older = _manifest_of(world, checkpoints, step)
-        if older.job == manifest.job and not any(world.gather(_damage(checkpoints, older, world))):
-            return older
-    return None
 
 
 def load(engine: Any, folder: Path, tag: str, step: int) -> None:

@@ -56,23 +56,23 @@ def load_reshaped(
     Raises:
         UserError: a file is damaged; OSError: the folder (12 bytes a parameter) does not fit on the disk.
     """
+    from trace_ds.tensors.opening import open_source
+    from trace_ds.tensors.universal import renamed, write_universal
+
     folder = Path(world.broadcast(str(checkpoints / f"universal.tmp-{os.getpid()}")))
+
+    def convert() -> None:
+        checkpoint = renamed(open_source(checkpoints / step_name(manifest.step)), base_model, autoep=autoep)
+        folder.mkdir(exist_ok=True)
+        write_universal(checkpoint, folder, jobs=THREADS, progress=None, part=world.rank, parts=world.size)
+
     try:
-        world.agree_all(lambda: _convert(world, checkpoints / step_name(manifest.step), folder, autoep, base_model))
+        world.agree_all(convert)
         _load(engine, folder, manifest)
         world.barrier()
     finally:
         if world.is_main:
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def _convert(world: World, source: Path, folder: Path, autoep: bool, base_model: Path) -> None:
-    from trace_ds.tensors.opening import open_source
-    from trace_ds.tensors.universal import renamed, write_universal
-
-    checkpoint = renamed(open_source(source), base_model, autoep=autoep)
-    folder.mkdir(exist_ok=True)
-    write_universal(checkpoint, folder, jobs=THREADS, progress=None, part=world.rank, parts=world.size)
 
 
 def _load(engine: Any, folder: Path, manifest: Manifest) -> None:

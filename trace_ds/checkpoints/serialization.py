@@ -71,7 +71,7 @@ class ShardFiles:
         self.uncopied_bytes += size
         if self._failed is None:
             try:
-                self._written[os.path.abspath(path)] = save(state, path)
+                self._written[os.path.abspath(path)] = _write(path, lambda out: torch.save(state, out))
             except OSError as error:  # the other ranks wait for this one inside DeepSpeed: it is told in `write`
                 self._failed = error
 
@@ -185,19 +185,13 @@ def check(path: Path) -> Any:
         raise UserError(f"the shard cannot be loaded safely ({error.what})", str(path), fix) from None
 
 
-def save(state_dict: Any, path: str | Path) -> dict[str, Any]:
-    """Write a shard file whose bytes depend on the state's values only, onto the disk; its ``bytes`` and ``sha256``.
+def _write(path: str | Path, fill: Callable[[Any], None]) -> dict[str, Any]:
+    """Write a shard file, which ``fill`` fills, onto the disk; its ``bytes`` and ``sha256``.
 
     Raises:
         OSError: it cannot be written (no space left, …); names the file.
-        JobFailed: the state holds what is no plain data, or what was written cannot be read.
+        JobFailed: what was written cannot be read.
     """
-    state = plain(state_dict, {})
-    return _write(path, lambda out: torch.save(state, out))
-
-
-def _write(path: str | Path, fill: Callable[[Any], None]) -> dict[str, Any]:
-    """The same of a file that ``fill`` writes."""
     try:
         with Path(path).open("wb") as handle:
             out = _Hashing(handle)

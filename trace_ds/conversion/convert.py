@@ -22,13 +22,14 @@ from typing import Any
 import torch
 
 from trace_ds.conversion.card import card_of_conversion, copy_companions
-from trace_ds.conversion.safetensors_target import parse_size, place, write_headers
+from trace_ds.conversion.safetensors_target import parse_size, place
 from trace_ds.errors import UserError
 from trace_ds.run.files import (
     commit_directory,
     fsync_directory,
     fsync_tree,
     removed_on_error,
+    require_files,
     sha256_file,
     write_json,
     write_text,
@@ -36,35 +37,28 @@ from trace_ds.run.files import (
 from trace_ds.run.hub_names import snapshot_name
 from trace_ds.run.ours import MANIFEST, converted_model, require_apart, require_directory
 from trace_ds.tensors.checkpoint import Checkpoint
-from trace_ds.tensors.dtypes import DTYPE_NAMES
+from trace_ds.tensors.dtypes import WORDS
 from trace_ds.tensors.layouts import (
     ModelLayout,
+    disk_to_fused,
     engine_to_fused,
     fused_to_hub,
-    hub_to_fused,
     missing_and_unexpected,
     read_layout,
 )
 from trace_ds.tensors.model_files import model_fingerprint, read_json_object
-from trace_ds.tensors.opening import REPORT, family_of, open_huggingface, open_model, open_source, verify_manifest
-from trace_ds.tensors.partitions import reading
+from trace_ds.tensors.opening import ANOTHER, REPORT, family_of, open_huggingface, open_model, open_source
 from trace_ds.tensors.runs import TensorSource, from_lazy
-from trace_ds.tensors.stream import CopyTask, Progress, Streamer, naming_full_disk, run_tasks
-from trace_ds.tensors.torch_archive import read_archive, tensors_of
+from trace_ds.tensors.stream import CopyTask, Progress, naming_full_disk, read_back, run_tasks
+from trace_ds.tensors.torch_archive import read_archive, reading, tensors_of
 from trace_ds.tensors.universal import check_optimizer_states, write_universal
 
 TARGETS = ("hf", "universal")
 FORMAT = 1
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DTYPE_WORDS = {
-    "bfloat16": "bf16",
-    "bf16": "bf16",
-    "float16": "fp16",
-    "fp16": "fp16",
+    **{word: word for word in (*WORDS, "same")},
+    **{str(dtype).removeprefix("torch."): word for word, dtype in WORDS.items()},
     "half": "fp16",
-    "float32": "fp32",
-    "fp32": "fp32",
-    "same": "same",
 }
 
 
@@ -83,23 +77,41 @@ class Plan:
         """Type of a tensor of the result: integers as they are, what transformers keeps in fp32 stays fp32."""
         if not source.dtype.is_floating_point or self.dtype == "same":
             return source.dtype
-        return torch.float32 if self.layout.keeps_fp32(name) else DTYPES[self.dtype]
+        return torch.float32 if self.layout.keeps_fp32(name) else WORDS[self.dtype]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is asked of a conversion.
+
+    Attributes:
+        to: hf (hub layout) or universal (a DeepSpeed folder that any number of ranks can resume from).
+        tag: name of the step below the source; default: what ``latest`` says.
+        dtype: bf16, fp16, fp32, or same (the type that the engine trained in; of a Hugging Face source, each tensor's).
+        max_shard_size: largest safetensors file, like "5GB".
+        jobs: threads; each takes a few megabytes.
+        base_model: directory with the model's ``config.json`` and tokenizer, and its weights where the job held only a
+            part of it; default: what the manifest names.
+        overwrite: replace what is at the destination (it stays until the new directory is complete).
+    """
+
+    to: str = "hf"
+    tag: str | None = None
+    dtype: str = "same"
+    max_shard_size: str = "5GB"
+    jobs: int = 1
+    base_model: Path | None = None
+    overwrite: bool = False
 
 
 def convert_checkpoint(
     source: Path,
     destination: Path,
     *,
-    to: str = "hf",
-    tag: str | None = None,
-    dtype: str = "same",
-    max_shard_size: str = "5GB",
-    jobs: int = 1,
-    base_model: Path | None = None,
     verify: bool = False,
     progress: Progress | None = None,
     card: Mapping[str, Any] | None = None,
-    overwrite: bool = False,
+    **options: Any,
 ) -> dict[str, Any]:
     """Convert ``source`` to a new directory ``destination``.
 
@@ -107,17 +119,10 @@ def convert_checkpoint(
         source: a DeepSpeed checkpoint (ZeRO 0-3, AutoEP or not, universal), the directory above it, or a Hugging Face
             model directory; recognised, not declared.
         destination: must not exist or be empty; it appears complete or not at all.
-        to: hf (hub layout) or universal (a DeepSpeed folder that any number of ranks can resume from).
-        tag: name of the step below ``source``; default: what ``latest`` says.
-        dtype: bf16, fp16, fp32, or same (the type that the engine trained in; of a Hugging Face source, each tensor's).
-        max_shard_size: largest safetensors file, like "5GB".
-        jobs: threads; each takes a few megabytes.
-        base_model: directory with the model's ``config.json`` and tokenizer, and its weights where the job held only a
-            part of it; default: what the manifest names.
         verify: read the source's files against its manifest and the result against the checksums of what was written.
         progress: called with (bytes written, bytes in all).
         card: facts of the run for the model card (see :mod:`trace_ds.conversion.card`).
-        overwrite: replace what is at ``destination`` (it stays until the new directory is complete).
+        options: see :class:`Options`.
 
     Returns:
         The report, which is also ``destination/conversion.json``: source, target, notes, warnings (tensors with NaN),
@@ -128,65 +133,47 @@ def convert_checkpoint(
             is left at ``destination`` then.
     """
     destination = Path(os.path.realpath(destination))
-    checkpoint, plan = check_conversion(
-        source,
-        destination,
-        to=to,
-        tag=tag,
-        dtype=dtype,
-        max_shard_size=max_shard_size,
-        jobs=jobs,
-        base_model=base_model,
-        overwrite=overwrite,
-    )
+    asked = Options(**options)
+    checkpoint, plan = check_conversion(source, destination, asked)
     if verify:
-        verify_source(checkpoint, jobs)
+        verify_source(checkpoint, asked.jobs)
     remove_abandoned(destination)
-    with _new_directory(destination, overwrite) as work:
-        report = {"format": FORMAT, "source": source_facts(checkpoint), "target": to}
+    with _new_directory(destination, asked.overwrite) as work:
+        report = {"format": FORMAT, "source": source_facts(checkpoint), "target": asked.to}
         if plan is None:
-            report |= write_universal(checkpoint, work, jobs=jobs, progress=progress)
+            report |= write_universal(checkpoint, work, jobs=asked.jobs, progress=progress)
         else:
-            report["max_shard_size"] = max_shard_size
-            report |= write_weights(plan, work, parse_size(max_shard_size), jobs, progress)
-            copy_companions(plan.base_model, work, plan.dtype)
+            report["max_shard_size"] = asked.max_shard_size
+            tasks = lay_out(plan, work, asked.max_shard_size)
+            report |= run_tasks(tasks, work, asked.jobs, progress)
+            report |= {"dtype": plan.dtype, "parameters": sum(task.source.numel for task in tasks), "notes": plan.notes}
             write_text(work / "README.md", card_of_conversion(destination.name, plan.base_model, report, card or {}))
         write_json(work / REPORT, report)
         if verify:
             if plan is None:
-                verify_archives(work, jobs)
+                verify_archives(work, asked.jobs)
             else:
-                verify_huggingface(work, report, jobs)
+                verify_huggingface(work, report, asked.jobs)
             report["verified"] = True
             write_json(work / REPORT, report)
     return report
 
 
-def check_conversion(
-    source: Path,
-    destination: Path,
-    *,
-    to: str = "hf",
-    tag: str | None = None,
-    dtype: str = "same",
-    max_shard_size: str = "5GB",
-    jobs: int = 1,
-    base_model: Path | None = None,
-    overwrite: bool = False,
-) -> tuple[Checkpoint, Plan | None]:
+def check_conversion(source: Path, destination: Path, asked: Options) -> tuple[Checkpoint, Plan | None]:
     """Everything that can be found wrong before a weight is read; writes nothing. The plan is None for universal.
 
-    Arguments and errors are those of :func:`convert_checkpoint`.
+    Errors are those of :func:`convert_checkpoint`.
     """
+    to, dtype, jobs, base_model = asked.to, asked.dtype, asked.jobs, asked.base_model
     if to not in TARGETS:
         raise UserError(f"there is no target {to!r}", "--to", f"use one of {', '.join(TARGETS)}")
     if DTYPE_WORDS.get(dtype) is None:
         raise UserError(f"there is no type {dtype!r}", "--dtype", "use bf16, fp16, fp32 or same")
     if jobs < 1:
         raise UserError(f"jobs is {jobs}", "--jobs", "use 1 or more")
-    parse_size(max_shard_size)
-    check_destination(destination, overwrite)
-    checkpoint = open_source(Path(source), tag)
+    parse_size(asked.max_shard_size)
+    check_destination(destination, asked.overwrite)
+    checkpoint = open_source(Path(source), asked.tag)
     read = {"SOURCE": checkpoint.path} | ({"--base-model": base_model} if base_model is not None else {})
     require_apart([destination], read)
     if to == "universal":
@@ -202,7 +189,8 @@ def preview(source: Path, destination: Path, *, verify: bool = False, **options:
 
     Arguments and errors are those of :func:`convert_checkpoint`; ``verify`` changes nothing here.
     """
-    checkpoint, plan = check_conversion(source, Path(os.path.realpath(destination)), **options)
+    asked = Options(**options)
+    checkpoint, plan = check_conversion(source, Path(os.path.realpath(destination)), asked)
     if plan is None:  # weights and two moments, each in fp32
         parameters = sum(checkpoint.tensors[name].numel for name in checkpoint.trained)
         size, notes = parameters * 3 * 4, checkpoint.notes
@@ -210,7 +198,7 @@ def preview(source: Path, destination: Path, *, verify: bool = False, **options:
         parameters = sum(source.numel for source in plan.fused.values())
         size = sum(source.numel * plan.dtype_of(name, source).itemsize for name, source in plan.fused.items())
         notes = plan.notes
-    facts = {"source": source_facts(checkpoint), "target": options.get("to", "hf"), "notes": notes}
+    facts = {"source": source_facts(checkpoint), "target": asked.to, "notes": notes}
     return {**facts, "parameters": parameters, "bytes": size}
 
 
@@ -289,14 +277,17 @@ def make_plan(checkpoint: Checkpoint, dtype: str, base_model: Path | None) -> Pl
     if ignored:
         tensors = {name: source for name, source in tensors.items() if name not in ignored}
         notes.append(f"transformers does not load {len(ignored)} of the tensors, left out: {ignored[0]}, …")
-    fused, problems = _fused(checkpoint, layout, tensors)
+    if checkpoint.kind == "huggingface":
+        fused, problems = disk_to_fused(layout, tensors)
+    else:
+        fused = engine_to_fused(layout, tensors)
+        problems = missing_and_unexpected(layout.fused, fused)
     if checkpoint.decoder_layers is not None:
         rest = _rest_of_model(checkpoint, layout, directory)
         fused = rest | fused
         problems = missing_and_unexpected(layout.fused, fused)
-        notes.append(
-            f"the job held {checkpoint.decoder_layers} decoder layers: {len(rest)} tensors are the base model's"
-        )
+        held = f"the job held {checkpoint.decoder_layers} decoder layers"
+        notes.append(f"{held}: {len(rest)} tensors are the base model's")
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise UserError(
@@ -307,20 +298,6 @@ def make_plan(checkpoint: Checkpoint, dtype: str, base_model: Path | None) -> Pl
     if dtype == "same":
         dtype = checkpoint.dtype or "same"
     return Plan(checkpoint, layout, fused, dtype, directory, notes)
-
-
-def _fused(
-    checkpoint: Checkpoint, layout: ModelLayout, tensors: dict[str, TensorSource]
-) -> tuple[dict[str, TensorSource], list[str]]:
-    """(the tensors under transformers' in-memory names, what does not fit the model), by the layout they are in."""
-    if checkpoint.kind == "huggingface":
-        problems = missing_and_unexpected({name: piece.shape for name, piece in layout.hub.items()}, tensors)
-        if not problems:
-            return hub_to_fused(layout, tensors), []
-        if any(name in layout.hub and name not in layout.fused for name in tensors):
-            return {}, problems
-    fused = engine_to_fused(layout, tensors)
-    return fused, missing_and_unexpected(layout.fused, fused)
 
 
 def _rest_of_model(checkpoint: Checkpoint, layout: ModelLayout, base: Path) -> dict[str, TensorSource]:
@@ -343,14 +320,13 @@ def _rest_of_model(checkpoint: Checkpoint, layout: ModelLayout, base: Path) -> d
 
 def find_base_model(checkpoint: Checkpoint, base_model: Path | None) -> Path:
     """The directory with the model's configuration: given, the source itself, or what the manifest names."""
-    if base_model is not None:
-        candidate = Path(base_model)
-    elif (checkpoint.path / "config.json").is_file():
-        return checkpoint.path
-    else:
+    candidate, name = base_model, None
+    if candidate is None:
         recorded = ((checkpoint.manifest or {}).get("model") or {}).get("path")
-        if not recorded and (checkpoint.path.parent / "config.json").is_file():  # as transformers' Trainer saves
-            return checkpoint.path.parent
+        # Transformers' Trainer saves into a folder below the model.
+        for place in [checkpoint.path] if recorded else [checkpoint.path, checkpoint.path.parent]:
+            if (place / "config.json").is_file():
+                return place
         if not recorded:
             raise UserError(
                 "a DeepSpeed checkpoint does not say which model it is of",
@@ -358,29 +334,24 @@ def find_base_model(checkpoint: Checkpoint, base_model: Path | None) -> Path:
                 "give the model that was trained with --base-model",
             )
         candidate = Path(recorded)
+        name = snapshot_name(candidate)
     if (candidate / "config.json").is_file():
         return candidate
-    name = snapshot_name(candidate) if base_model is None else None
-    raise UserError(
-        f"the model that was trained, {name}, is no longer in this cache of the hub"
-        if name
-        else "there is no config.json here, so this is not the model that was trained",
-        str(candidate),
-        f"bring it back (`hf download {name.id} --revision {name.revision}`) and name its folder with --base-model"
-        if name
-        else "give the directory of the model that was trained with --base-model",
-    )
+    what = "there is no config.json here, so this is not the model that was trained"
+    fix = "give the directory of the model that was trained with --base-model"
+    if name:
+        what = f"the model that was trained, {name}, is no longer in this cache of the hub"
+        again = f"hf download {name.id} --revision {name.revision}"
+        fix = f"bring it back (`{again}`) and name its folder with --base-model"
+    raise UserError(what, str(candidate), fix)
 
 
-def write_weights(plan: Plan, work: Path, shard_bytes: int, jobs: int, progress: Progress | None) -> dict[str, Any]:
-    """Weights and index into ``work``; the tensors' part of the report."""
+def lay_out(plan: Plan, work: Path, max_shard_size: str) -> list[CopyTask]:
+    """A model directory that is complete but for its weights, which are the tasks, its model card and its report."""
     tensors = fused_to_hub(plan.layout, plan.fused)
     dtypes = {name: plan.dtype_of(name, source) for name, source in tensors.items()}
-    tasks, headers = place(tensors, dtypes, shard_bytes, work)
-    write_headers(work, tasks, headers)
-    report = run_tasks(tasks, work, jobs, progress)
-    parameters = sum(source.numel for source in tensors.values())
-    return {**report, "dtype": plan.dtype, "parameters": parameters, "notes": plan.notes}
+    copy_companions(plan.base_model, work, plan.dtype)
+    return place(tensors, dtypes, parse_size(max_shard_size), work)
 
 
 def verify_huggingface(directory: Path, report: Mapping[str, Any], jobs: int = 1) -> None:
@@ -390,11 +361,8 @@ def verify_huggingface(directory: Path, report: Mapping[str, Any], jobs: int = 1
     strange = sorted(set(found) ^ set(expected))
     if strange:
         raise UserError(f"the written model and the report differ in {strange[0]}", str(directory), "convert again")
-    names = sorted(found)
-    read = Streamer(jobs).run([CopyTask(found[name], found[name].dtype, None, 0) for name in names])
-    for name, result in zip(names, read, strict=True):
-        facts = (DTYPE_NAMES[found[name].dtype], list(found[name].shape), result.sha256)
-        if facts != tuple(expected[name][key] for key in ("dtype", "shape", "sha256")):
+    for name, facts in zip(found, read_back(list(found.values()), jobs), strict=True):
+        if any(facts[key] != expected[name][key] for key in ("dtype", "shape", "sha256")):
             raise UserError(
                 f"{name} was read back differently than it was written",
                 str(directory / expected[name]["file"]),
@@ -417,19 +385,15 @@ def verify_archives(directory: Path, jobs: int = 1) -> None:
             expected = {root / entry["file"]: entry["sha256"] for entry in report["tensors"].values()}
     files = [path for path in sorted(checkpoint.path.rglob("*.pt")) if path.is_file()]
     held = [(path, tensor) for path in files for tensor in tensors_of(read_archive(path)) if tensor.numel()]
-    streamer = Streamer(jobs)
-    read = streamer.run(
-        [CopyTask(from_lazy(tensor.storage.record, tensor), tensor.dtype, None, 0) for _, tensor in held]
-    )
-    streamer.ledger.check()
-    for (path, _), result in zip(held, read, strict=True):
-        if expected.get(path, result.sha256) != result.sha256:
+    read = read_back([from_lazy(tensor.storage.record, tensor) for _, tensor in held], jobs)
+    for (path, _), facts in zip(held, read, strict=True):
+        if expected.get(path, facts["sha256"]) != facts["sha256"]:
             raise UserError("the file was altered after it was written (SHA-256 differs)", str(path), "convert again")
 
 
 def verify_source(checkpoint: Checkpoint, jobs: int) -> None:
-    """Compare the source's files with its manifest, or what a conversion wrote with its report."""
-    verify_manifest(checkpoint)
+    """Compare all of the source's files with its manifest, or what a conversion wrote with its report."""
+    require_files(checkpoint.path, (checkpoint.manifest or {}).get("files", {}), ANOTHER, hashes=True)
     if checkpoint.kind == "universal":
         verify_archives(checkpoint.path, jobs)
     if checkpoint.kind == "huggingface" and (checkpoint.path / REPORT).is_file():

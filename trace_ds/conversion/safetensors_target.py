@@ -38,8 +38,9 @@ def parse_size(text: str, where: str = "max_shard_size") -> int:
 
 def place(
     tensors: Mapping[str, TensorSource], dtypes: Mapping[str, torch.dtype], max_shard_bytes: int, directory: Path
-) -> tuple[list[CopyTask], dict[Path, bytes]]:
-    """Decide file and offset of every tensor, in order; also the header of each file."""
+) -> list[CopyTask]:
+    """The shards at their full length (sparse) with their headers, and the index if there are several; what is still to
+    be written into them, in the order of the files."""
     shards: list[list[str]] = [[]]
     filled = 0
     for name, source in tensors.items():
@@ -50,7 +51,7 @@ def place(
         shards[-1].append(name)
         filled += nbytes
     tasks: list[CopyTask] = []
-    headers: dict[Path, bytes] = {}
+    placed: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
         file = SINGLE_NAME if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -64,27 +65,18 @@ def place(
             entries[task.source.name] = {**facts, "data_offsets": span}
         text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)
-        header = headers[directory / file] = struct.pack("<Q", len(text)) + text
+        header = struct.pack("<Q", len(text)) + text
         for task in ordered:
             start = entries[task.source.name]["data_offsets"][0]
             tasks.append(replace(task, offset_bytes=len(header) + start))
-    return tasks, headers
-
-
-def write_headers(directory: Path, tasks: list[CopyTask], headers: Mapping[Path, bytes]) -> None:
-    """Create the shards at their full length (sparse) with their headers, and the index if there are several."""
-    ends = {path: len(header) for path, header in headers.items()}
-    placed = {}
-    for task in sorted(tasks, key=lambda task: task.source.name):
-        assert task.path is not None
-        ends[task.path] = max(ends[task.path], task.offset_bytes + task.nbytes)
-        placed[task.source.name] = task.path.name
-    for path, header in headers.items():
-        with naming_full_disk(path), path.open("wb") as handle:
+            placed[task.source.name] = file
+        with naming_full_disk(directory / file), (directory / file).open("wb") as handle:
             handle.write(header)
-            handle.truncate(ends[path])
-    if len(headers) > 1:
-        total = sum(task.nbytes for task in tasks)
-        parameters = sum(task.source.numel for task in tasks)
-        metadata = {"total_size": total, "total_parameters": parameters}
-        write_json(directory / INDEX_NAME, {"metadata": metadata, "weight_map": placed})
+            handle.truncate(len(header) + begin)
+    if len(shards) > 1:
+        metadata = {
+            "total_size": sum(task.nbytes for task in tasks),
+            "total_parameters": sum(task.source.numel for task in tasks),
+        }
+        write_json(directory / INDEX_NAME, {"metadata": metadata, "weight_map": dict(sorted(placed.items()))})
+    return tasks

@@ -41,10 +41,9 @@ from trace_ds.models import autoep
 from trace_ds.models.attention import packed
 from trace_ds.models.routers import find_routers, logits_of, meta_model, places_of, routing_of, without_data
 from trace_ds.parallel.device import to_device
-from trace_ds.unlearning.batches import CorpusStep
+from trace_ds.unlearning.batches import CorpusStep, EpochRows, generator, share_of_rank
 from trace_ds.unlearning.goals import NextToken
 from trace_ds.unlearning.job import NumericalFailure, run_step
-from trace_ds.unlearning.step_rows import EpochRows, generator, share_of_rank
 
 SHARE_STREAM, ORDER_STREAM = 11, 12
 TRIAL_TOKENS, TRIAL_LOGIT_STD, TRIAL_TOLERANCE = 64, 2.0, 1e-3

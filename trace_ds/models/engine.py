@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from trace_ds.models import autoep
-from trace_ds.models.engine_config import merge, parameter_offload, user_ds_config
 from trace_ds.models.families import ModelInfo
 from trace_ds.models.host_memory import large_tensors_apart
 from trace_ds.models.loading import ModelParts, load_share
@@ -173,36 +172,6 @@ def usable_kernel(chosen: str, world: World, dtype: str, ep: int, say: Callable[
     if found:
         say(f"WARNING expert_kernel: auto instead of {chosen} ({found})")
     return "auto" if found else chosen
-
-
-def reference_engine(
-    info: ModelInfo,
-    world: World,
-    *,
-    dtype: str,
-    ep: int,
-    options: Mapping[str, Any] | None = None,
-    zero_stage: int,
-    ds_config_path: str | None,
-    layers: int,
-    head: bool,
-    expert_kernel: str | None = None,
-) -> Any:
-    """A frozen copy of the first ``layers`` decoder layers, with norm and LM head if ``head``, sharded over the ranks
-    (no optimizer).
-
-    The other arguments are the job's: of the trained model beside it.
-
-    With ZeRO stage 3, and whenever AutoEP does not shard the experts, every rank keeps its partition only, on the CPU
-    or on disk if the job's parameters are offloaded there. With AutoEP and a lower stage only the experts are sharded.
-    """
-    stage = 3 if zero_stage == 3 or (ep == 1 and world.size > 1) else 0
-    ds_config = base_ds_config(ep=ep, info=info, zero_stage=stage, options=options)
-    if stage == 3:
-        ds_config["bf16"] = {"enabled": dtype == "bf16"}
-        ds_config = merge(ds_config, parameter_offload(user_ds_config(ds_config_path)))
-    parts = ModelParts(layers=layers, head=head, expert_kernel=expert_kernel)
-    return initialize(info, world, ds_config, dtype=dtype, parts=parts)
 
 
 def _has_experts(module: nn.Module) -> bool:

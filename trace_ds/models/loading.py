@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -66,28 +65,26 @@ def load_share(
     Collective. Never executes code that ships with the model.
 
     Raises:
-        UserError, AgreedError: the files are damaged or not of this model (see :meth:`World.raise_together`).
+        UserError, AgreedError: the files are damaged or not of this model (see :meth:`World.tell_together`).
     """
     partitioned = ds_config["zero_optimization"]["stage"] == 3
-    with _quiet_transformers():
-        # before zero.Init, which would undo the decorators of the model's classes if it saw them being defined
-        layout = world.agree_each(lambda _: read_layout(path))
-        if parts.layers is not None:
-            first = min(map(decoder_layer, moe_prefixes(layout)), default=0)
-            parts = replace(parts, layers=max(parts.layers, first + 1))
-        model: Any = _skeleton(path, dtype, parts, ds_config if partitioned else None)
+    _quiet_transformers()
+    # before zero.Init, which would undo the decorators of the model's classes if it saw them being defined
+    layout = world.agree_each(lambda _: read_layout(path))
+    if parts.layers is not None:
+        first = min(map(decoder_layer, moe_prefixes(layout)), default=0)
+        parts = replace(parts, layers=max(parts.layers, first + 1))
+    model: Any = _skeleton(path, dtype, parts, ds_config if partitioned else None)
     leave_out(model, parts, ep)
-    files: WeightFiles | None = None
-    error: UserError | None = None
-    try:
+
+    def read() -> WeightFiles:
         files = WeightFiles.open(path, layout)
         if not partitioned:
             model.to_empty(device="cpu")
         _read(model, files, world.device if partitioned else torch.device("cpu"), dtype, ep, world.rank % ep)
-    except UserError as found:
-        error = found
-    world.raise_together(error)
-    assert files is not None
+        return files
+
+    files = world.tell_together(read)
     model.config.use_cache = False
     return model.eval(), files
 
@@ -100,9 +97,9 @@ def load_whole(path: Path, dtype: torch.dtype, device: torch.device) -> nn.Modul
     Raises:
         UserError: the files are damaged or not of this model.
     """
-    with _quiet_transformers():
-        files = replace(WeightFiles.open(path, read_layout(path)), refuses_nan=False)
-        model = _skeleton(path, dtype, ModelParts(), None)
+    _quiet_transformers()
+    files = replace(WeightFiles.open(path, read_layout(path)), refuses_nan=False)
+    model = _skeleton(path, dtype, ModelParts(), None)
     model.to_empty(device=device)
     _read(model, files, device, dtype, 1, 0)
     files.close()
@@ -217,10 +214,8 @@ def _fill(model: nn.Module, files: WeightFiles, dtype: torch.dtype, ep: int, ep_
             model.get_submodule(owner)._buffers[leaf] = values.to(buffer.device)
 
 
-@contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def _quiet_transformers() -> None:
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    yield

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from trace_ds.models import autoep
+from trace_ds.tensors.layouts import decoder_layer
 
 TRANSFORMERS_ROUTER = re.compile(r"Top[Kk]Router$")
 
@@ -98,13 +99,11 @@ def try_router(model: nn.Module, router: nn.Module, hidden: int) -> None:
         routing_of(module, output)
         raise _Tried
 
-    handle = router.register_forward_hook(read)
     try:
-        model.get_submodule(name.rpartition(".")[0])(torch.empty(1, 2, hidden, device="meta"))
+        with router.register_forward_hook(read):
+            model.get_submodule(name.rpartition(".")[0])(torch.empty(1, 2, hidden, device="meta"))
     except _Tried:
         return
-    finally:
-        handle.remove()
     raise ValueError(f"{type(router).__name__} is not asked by the layer it is in")
 
 
@@ -170,12 +169,10 @@ def record_routing(model: nn.Module) -> Iterator[RoutingRecorder]:
 
         return hook
 
-    handles = [router.register_forward_hook(hook_for(number)) for number, router in enumerate(routers)]
-    try:
+    with contextlib.ExitStack() as stack:
+        for number, router in enumerate(routers):
+            stack.enter_context(router.register_forward_hook(hook_for(number)))
         yield recorder
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextlib.contextmanager
@@ -187,18 +184,10 @@ def record_output(module: nn.Module) -> Iterator[list[torch.Tensor]]:
         tensor = output if isinstance(output, torch.Tensor) else output[0]
         outputs[:] = [tensor.detach()]
 
-    handle = module.register_forward_hook(hook)
-    try:
+    with module.register_forward_hook(hook):
         yield outputs
-    finally:
-        handle.remove()
 
 
 def moe_decoder_layers(model: nn.Module) -> list[int]:
     """The decoder layer index of each MoE layer, in order."""
-    layers = []
-    for name, module in model.named_modules():
-        if is_router(module):
-            numbers = [int(part) for part in name.split(".") if part.isdigit()]
-            layers.append(numbers[0])
-    return layers
+    return [decoder_layer(name) for name, module in model.named_modules() if is_router(module)]

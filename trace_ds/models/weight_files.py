@@ -21,7 +21,9 @@ from trace_ds.errors import UserError
 from trace_ds.tensors.layouts import ModelLayout, engine_pieces
 from trace_ds.tensors.model_files import COPY_AGAIN
 from trace_ds.tensors.opening import open_model
-from trace_ds.tensors.runs import TensorSource, extract, merge_adjacent
+from trace_ds.tensors.runs import Run, TensorSource, extract, merge_adjacent, pieces_of
+from trace_ds.tensors.stream import read_all, write_all
+from trace_ds.tensors.torch_archive import bytes_of
 
 BLOCK_NUMEL = 1 << 22
 PROOF_SAMPLES = 32
@@ -33,8 +35,6 @@ class WeightFiles:
     """The tensors of a model directory, on disk.
 
     Attributes:
-        path: the directory.
-        layout: names and shapes by transformers' own weight mapping.
         sources: every tensor by its in-memory name.
         engine: those that AutoEP renames or cuts, by its names.
         handles: the files opened so far; see :meth:`close`.
@@ -69,34 +69,26 @@ class WeightFiles:
             UserError: a file ends too early, or holds NaN there (the tensor and the file are named).
         """
         flat = out.view(-1)
-        position = 0
-        for run in source.slice_runs(start, flat.numel()):
-            storage = run.storage
-            handle = self.handles.get(storage.path) or self.handles.setdefault(storage.path, storage.path.open("rb"))
-            for begin in range(0, run.numel, BLOCK_NUMEL):
-                count = min(BLOCK_NUMEL, run.numel - begin)
-                block = torch.empty(count, dtype=storage.dtype)
-                offset = storage.offset_bytes + (run.start + begin) * storage.dtype.itemsize
-                _read_exactly(handle.fileno(), _bytes_of(block), offset, storage.path)
-                if self.refuses_nan and block.is_floating_point() and bool(block.isnan().any()):
-                    raise UserError(f"the weights {storage.record} hold NaN", str(storage.path), COPY_AGAIN)
-                flat[position : position + count].copy_(block)
-                position += count
+        for where, descriptor, run in self._parts(source, start, flat.numel(), "rb"):
+            block = torch.empty(run.numel, dtype=run.storage.dtype)
+            read_all(descriptor, bytes_of(block), run.offset_bytes, run.storage.path)
+            if self.refuses_nan and block.is_floating_point() and bool(block.isnan().any()):
+                raise UserError(f"the weights {run.storage.record} hold NaN", str(run.storage.path), COPY_AGAIN)
+            flat[where].copy_(block)
 
     def write(self, source: TensorSource, start: int, values: torch.Tensor) -> None:
         """Put the contiguous ``values`` in the place of the elements of ``source`` from ``start`` on, in its type."""
-        flat, position = values.view(-1), 0
-        for run in source.slice_runs(start, flat.numel()):
-            storage = run.storage
-            handle = self.handles.get(storage.path) or self.handles.setdefault(storage.path, storage.path.open("r+b"))
-            for begin in range(0, run.numel, BLOCK_NUMEL):
-                count = min(BLOCK_NUMEL, run.numel - begin)
-                data = _bytes_of(flat[position : position + count].to("cpu", storage.dtype))
-                offset = storage.offset_bytes + (run.start + begin) * storage.dtype.itemsize
-                while data:
-                    done = os.pwrite(handle.fileno(), data, offset)
-                    data, offset = data[done:], offset + done
-                position += count
+        for where, descriptor, run in self._parts(source, start, values.numel(), "r+b"):
+            write_all(descriptor, bytes_of(values.view(-1)[where].to("cpu", run.storage.dtype)), run.offset_bytes)
+
+    def _parts(self, source: TensorSource, start: int, numel: int, mode: str) -> Iterator[tuple[slice, int, Run]]:
+        """``numel`` elements from ``start`` on, block by block: their places among them, the open file, where it is."""
+        done = 0
+        for run in chain.from_iterable(pieces_of(source.slice_runs(start, numel), BLOCK_NUMEL)):
+            path = run.storage.path
+            handle = self.handles.get(path) or self.handles.setdefault(path, path.open(mode))
+            yield slice(done, done + run.numel), handle.fileno(), run
+            done += run.numel
 
     def close(self) -> None:
         """Close the files; what was written is on the disk then."""
@@ -113,7 +105,7 @@ class WeightFiles:
         (ZeRO-3) within this rank's partition, at least one in every expert that has elements there.
 
         Returns:
-            How many parameters and buffers were compared.
+            How many were compared.
 
         Raises:
             AssertionError: one differs from the files, or has no counterpart in them.
@@ -125,8 +117,8 @@ class WeightFiles:
             except KeyError:
                 raise AssertionError(f"{name} is not in the files of {self.path}") from None
             values, first, last = held(parameter)
-            shift = source.numel // ep * ep_rank if source.numel != _numel(parameter) else 0
             shape = full_shape(parameter)
+            shift = source.numel // ep * ep_rank if source.numel != math.prod(shape) else 0
             experts = math.ceil(shape[0] * (last - first) / math.prod(shape)) if len(shape) == 3 else 0
             samples = max(PROOF_SAMPLES, experts + 1)
             size = min(PROOF_NUMEL, last - first)
@@ -166,15 +158,3 @@ def held(parameter: Any) -> tuple[torch.Tensor, int, int]:
 
 def _bytes_of(block: torch.Tensor) -> memoryview:
     return memoryview(block.view(torch.uint8).numpy())  # type: ignore[arg-type]
-
-
-def _numel(parameter: torch.Tensor) -> int:
-    return int(getattr(parameter, "ds_numel", parameter.numel()))
-
-
-def _read_exactly(descriptor: int, buffer: memoryview, offset: int, path: Path) -> None:
-    while buffer:
-        done = os.preadv(descriptor, [buffer], offset)
-        if not done:
-            raise UserError("the file ends inside a tensor (truncated?)", str(path), COPY_AGAIN)
-        buffer, offset = buffer[done:], offset + done

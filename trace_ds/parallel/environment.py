@@ -11,6 +11,13 @@ from pathlib import Path
 
 from trace_ds.errors import UserError
 
+LAUNCHERS = (  # the variables in which each says a process's rank, and of how many
+    ("RANK", "WORLD_SIZE"),
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+    ("PMI_RANK", "PMI_SIZE"),
+    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
+)
+
 
 def launched(environment: Mapping[str, str] = os.environ) -> bool:
     """Whether a launcher started this process as one rank of a job.
@@ -18,12 +25,8 @@ def launched(environment: Mapping[str, str] = os.environ) -> bool:
     Inside ``srun`` SLURM_STEP_NUM_TASKS is set; the batch script itself has SLURM_PROCID and SLURM_NTASKS too, so
     those do not count. MASTER_ADDR alone does not either.
     """
-    return (
-        ("RANK" in environment and "WORLD_SIZE" in environment)
-        or "OMPI_COMM_WORLD_SIZE" in environment
-        or "PMI_SIZE" in environment
-        or "SLURM_STEP_NUM_TASKS" in environment
-    )
+    of_their_own = any(size in environment for _, size in LAUNCHERS[1:])
+    return of_their_own or ("RANK" in environment and "WORLD_SIZE" in environment)
 
 
 def rank_and_size(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
@@ -32,12 +35,7 @@ def rank_and_size(environment: Mapping[str, str] = os.environ) -> tuple[int, int
     Raises:
         UserError: that is no number, or the rank is none of so many.
     """
-    for rank, size in (
-        ("RANK", "WORLD_SIZE"),
-        ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
-        ("PMI_RANK", "PMI_SIZE"),
-        ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
-    ):
+    for rank, size in LAUNCHERS:
         if rank in environment and size in environment:
             return _place(rank, environment[rank], size, environment[size])
     return 0, 1
@@ -81,7 +79,7 @@ def complete_launch(environment: MutableMapping[str, str], accelerators: int, on
     if "RANK" not in environment or "WORLD_SIZE" not in environment:
         return
     _, size = rank_and_size(environment)
-    fix = "start through torchrun, deepspeed, srun or mpirun, or export what is missing"
+    fix = "start through torchrun, deepspeed, srun or mpirun, or export what is missing (as slurm/common.sh does)"
     if "LOCAL_RANK" not in environment:
         if size > 1 and accelerators > 1:
             what = f"RANK and WORLD_SIZE are set, LOCAL_RANK is not, and {accelerators} devices are visible"

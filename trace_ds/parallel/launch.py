@@ -31,19 +31,12 @@ def check_process_count(nproc: int, accelerators: int, cores: int, key: str = "d
     On a machine with accelerators each process needs its own; on a CPU-only one, more than
     ``CORES_OVERSUBSCRIPTION`` processes per core is taken for a mistake.
     """
-    if accelerators and nproc > accelerators:
-        raise UserError(
-            f"{nproc} processes on this machine, which has {accelerators} accelerators",
-            key,
-            f"set {key} to {accelerators} at most, or use more nodes",
-        )
-    limit = CORES_OVERSUBSCRIPTION * cores
-    if not accelerators and nproc > limit:
-        raise UserError(
-            f"{nproc} processes on this machine, which has no accelerator and {cores} CPU cores",
-            key,
-            f"set {key} to {limit} at most",
-        )
+    limit = accelerators or CORES_OVERSUBSCRIPTION * cores
+    if nproc <= limit:
+        return
+    has = f"{accelerators} accelerators" if accelerators else f"no accelerator and {cores} CPU cores"
+    more = ", or use more nodes" if accelerators else ""
+    raise UserError(f"{nproc} processes on this machine, which has {has}", key, f"set {key} to {limit} at most{more}")
 
 
 def run_processes(

@@ -110,11 +110,8 @@ class World:
             dist.broadcast(tensor, src=0)
 
     def agree(self, check: Callable[[], T]) -> T | None:
-        """Run ``check`` on the main process; its :class:`UserError` or OSError ends every rank with the same status.
-
-        Returns:
-            What ``check`` returned, on the main process; None elsewhere.
-        """
+        """What ``check`` returns on the main process, which alone runs it (None elsewhere); its :class:`UserError` or
+        OSError ends every rank with the same status."""
         result: T | None = None
         error: UserError | OSError | None = None
         if self.is_main:
@@ -132,18 +129,26 @@ class World:
         """Run ``check(True)`` on the main process, then ``check(False)`` on the others, who may skip what costs time
         (reading whole files); a :class:`UserError` or OSError on any rank, which may see other files than the main
         process, ends every rank and is said once."""
-        result, error = self.agree(lambda: check(True)), None
-        if not self.is_main:
-            try:
-                result = check(False)
-            except UserError as found:
-                error = UserError(f"on rank {self.rank}: {found.what}", found.where, found.fix)
-            except OSError as found:
-                what = f"on rank {self.rank}: it cannot be read ({found.strerror or found})"
-                error = UserError(what, str(found.filename or "a file"), "check the storage that it lies on")
+        result = self.agree(lambda: check(True))
+        found = self.tell_together(lambda: result if self.is_main else check(False))
+        assert found is not None
+        return found
+
+    def tell_together(self, work: Callable[[], T]) -> T:
+        """Run ``work`` on every rank; a :class:`UserError` or OSError on any of them ends every rank and is said once,
+        by the main process."""
+        result, error = None, None
+        try:
+            result = work()
+        except UserError as found:
+            error = found
+        except OSError as found:
+            what = f"it cannot be read ({found.strerror or found})"
+            error = UserError(what, str(found.filename or "a file"), "check the storage that it lies on")
+        if error is not None and not self.is_main:
+            error = UserError(f"on rank {self.rank}: {error.what}", error.where, error.fix)
         self.raise_together(error)
-        assert result is not None
-        return result
+        return result  # type: ignore[return-value]
 
     def agree_all(self, work: Callable[[], T]) -> T:
         """Run ``work`` on every rank, and return what it did; if any rank's user error or operating-system error (a
@@ -291,13 +296,5 @@ def _adopt_slurm_step() -> None:
     """Under ``srun``, the step's variables become the usual ones (MASTER_* come from the batch script)."""
     if "SLURM_STEP_NUM_TASKS" not in os.environ or "RANK" in os.environ or "OMPI_COMM_WORLD_SIZE" in os.environ:
         return
-    size = os.environ["SLURM_STEP_NUM_TASKS"]
-    os.environ.update(RANK=os.environ["SLURM_PROCID"], WORLD_SIZE=size, LOCAL_RANK=os.environ.get("SLURM_LOCALID", "0"))
-    if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
-        if int(size) > 1:
-            raise UserError(
-                "MASTER_ADDR and MASTER_PORT are not set for this srun step",
-                "the environment",
-                "export them in the batch script (slurm/common.sh does)",
-            )
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    rank, size = os.environ["SLURM_PROCID"], os.environ["SLURM_STEP_NUM_TASKS"]
+    os.environ.update(RANK=rank, WORLD_SIZE=size, LOCAL_RANK=os.environ.get("SLURM_LOCALID", "0"))

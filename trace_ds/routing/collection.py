@@ -11,10 +11,9 @@ every rank has is a point to continue from, and what follows is the same bytes a
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +37,9 @@ CHECK_EVERY_BATCHES = 64
 STATE = re.compile(r"state-(\d+)-(\d+)\.safetensors$")
 
 
-@dataclass
-class Passed:
-    """What a forward pass leaves: the routers' decisions, the body's output and that of a layer in the middle (of one
-    item, where they were asked for), and the model's."""
-
-    recorder: RoutingRecorder
-    body: list[torch.Tensor] = field(default_factory=list)
-    middle: list[torch.Tensor] = field(default_factory=list)
-    output: Any = None
+# What a forward pass leaves: the routers' decisions; the body's output and that of a layer in the middle, one item each
+# where they were asked for; the model's output.
+Passed = tuple[RoutingRecorder, list[torch.Tensor], list[torch.Tensor], Any]
 
 
 class Collection:
@@ -96,7 +89,7 @@ class Collection:
         total = self.dataset.tokens
         at = int(self.dataset.row_starts_R1[min(self.begin + done * self.batch_rows, self.end)]) - self.first_token
         progress = Progress(log, side, total, start=min(at * self.world.size, total), unit="token")
-        with self._prefetched(done) as batches:
+        with closing(self._prefetched(done)) as batches:
             for number, batch in enumerate(batches, start=done):
                 size = self._step(number, batch)
                 if number % CHECK_EVERY_BATCHES == 0 or number == self.batches - 1:
@@ -122,8 +115,7 @@ class Collection:
         model, device = self.engine.module, self.world.device
         first_row = min(self.begin + number * self.batch_rows, self.end)
         last_row = min(first_row + self.batch_rows, self.end)
-        passed = self._pass(batch, first_row)
-        recorder, body, middle = passed.recorder, passed.body, passed.middle
+        recorder, body, middle, output = self._pass(batch, first_row)
         self._write_pending()  # of the batch before: its copies had this forward pass to finish
         counts_BLE = self.counter.add(recorder, batch.counted_BS, batch.document_ids_BS)
         tokens = slice(*(int(self.dataset.row_starts_R1[row]) - self.first_token for row in (first_row, last_row)))
@@ -139,7 +131,7 @@ class Collection:
             drawn_T = to_device(filled_T[torch.from_numpy(self.sampled[drawn] - tokens.start)], device)
             self._keep("sample", drawn, self._trace(recorder, drawn_T))
         if self.recording.nll:
-            assert number or head_is_all(model.lm_head, body[0], passed.output.logits)
+            assert number or head_is_all(model.lm_head, body[0], output.logits)
             nll_BS = _batch_nll(model.lm_head, body[0], batch)
             if len(real_T):
                 self._keep("nll", tokens, nll_BS.reshape(-1)[real_T])
@@ -151,13 +143,11 @@ class Collection:
 
     def _pass(self, batch: Batch, first_row: int) -> Passed:
         """Run the model (collective); ``first_row``: the dataset's number of the batch's first row."""
-        model = self.engine.module
-        with ExitStack() as stack:
-            passed = Passed(stack.enter_context(record_routing(model)), stack.enter_context(record_output(model.model)))
-            if self.recording.hidden_layer is not None:
-                passed.middle = stack.enter_context(record_output(model.model.layers[self.recording.hidden_layer]))
-            passed.output = forward(self.engine, batch, self.world.device)
-        return passed
+        model, layer = self.engine.module, self.recording.hidden_layer
+        noted: AbstractContextManager[list[torch.Tensor]]
+        noted = nullcontext([]) if layer is None else record_output(model.model.layers[layer])
+        with record_routing(model) as recorder, record_output(model.model) as body, noted as middle:
+            return recorder, body, middle, forward(self.engine, batch, self.world.device)
 
     def _trace(self, recorder: RoutingRecorder, where_T: torch.Tensor) -> torch.Tensor:
         """The experts of some tokens, ascending [T, L, K], in the smallest type torch can index into."""
@@ -189,8 +179,7 @@ class Collection:
             error = UserError(what, str(self.engine.module.config.name_or_path or "model"), "check the model's weights")
         self.world.raise_together(error)
 
-    @contextmanager
-    def _prefetched(self, done: int) -> Iterator[Iterator[Batch]]:
+    def _prefetched(self, done: int) -> Generator[Batch, None, None]:
         """The batches from ``done`` on, each read while the one before is computed."""
 
         def read(number: int) -> Batch:
@@ -198,16 +187,11 @@ class Collection:
             rows = [row if row < self.end else -1 for row in range(first, first + self.batch_rows)]
             return self.dataset.batch(rows, pad_id=0)
 
-        def batches(pool: ThreadPoolExecutor) -> Iterator[Batch]:
+        with ThreadPoolExecutor(1) as pool:
             coming = pool.submit(read, done)
             for number in range(done, self.batches):
-                batch = coming.result()
-                if number + 1 < self.batches:
-                    coming = pool.submit(read, number + 1)
+                batch, coming = coming.result(), pool.submit(read, number + 1)
                 yield batch
-
-        with ThreadPoolExecutor(1) as pool:
-            yield batches(pool) if done < self.batches else iter(())
 
     def _open_parts(self, *, fresh: bool) -> None:
         shapes: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
@@ -254,8 +238,7 @@ class Collection:
         """Restore the newest state that every rank has; returns its batches (0: none)."""
         from safetensors.torch import load_file
 
-        states: dict[int, Path] = {}
-        self.world.agree_all(lambda: states.update(self._states()))
+        states = self.world.agree_all(self._states)
         common = set.intersection(*(set(numbers) for numbers in self.world.gather(sorted(states))))
         done = max(common, default=0)
         if done:

@@ -122,7 +122,10 @@ class RoutingCounter:
             counts_DLE[0] += self._open.counts_LE
             sizes[0] += self._open.tokens
         elif self._open is not None:
-            self._close(self._open)
+            if self._first is None:
+                self._first = self._open
+            else:
+                self._finish(self._open.counts_LE[None], [self._open.tokens])
         closed = len(documents) - 1  # all but the last are complete
         begin = 0
         if closed and self._first is None:
@@ -131,12 +134,6 @@ class RoutingCounter:
         if closed > begin:
             self._finish(counts_DLE[begin:closed], sizes[begin:closed])
         self._open = DocumentCounts(documents[-1], counts_DLE[-1].clone(), sizes[-1])
-
-    def _close(self, counts: DocumentCounts) -> None:
-        if self._first is None:
-            self._first = counts
-        else:
-            self._finish(counts.counts_LE[None], [counts.tokens])
 
     def _finish(self, counts_DLE: torch.Tensor, sizes: list[int]) -> None:
         sizes_D = to_device(torch.tensor(sizes, dtype=torch.int64), self.device)
@@ -178,24 +175,16 @@ class RoutingCounter:
             for document, counts_LE, tokens in rank_items:
                 old_LE, old_tokens = merged.get(document, (0, 0))
                 merged[document] = (old_LE + counts_LE, old_tokens + tokens)
-        square_LE = world.sum_int64(self.square_LE.cpu().numpy())
-        cross_LE = world.sum_int64(self.cross_LE.cpu().numpy())
-        scalars = world.sum_int64(np.array([self.square_tokens, self.tokens, self.documents]))
+        sums = {
+            name: (world.sum_int64 if dtype == torch.int64 else world.sum_float64)(getattr(self, name).cpu().numpy())
+            for name, dtype in SUMS
+        }
+        scalars = world.sum_int64(np.array([getattr(self, name) for name in SCALARS]))
         for counts_LE, tokens in merged.values():
-            square_LE = square_LE + counts_LE * counts_LE
-            cross_LE = cross_LE + counts_LE * tokens
-            scalars = scalars + np.array([tokens * tokens, 0, 1])
-        statistics = RoutingStatistics(
-            counts_LE=world.sum_int64(self.counts_LE.cpu().numpy()),
-            gate_mass_LE=world.sum_float64(self.gate_mass_LE.cpu().numpy()),
-            row_gate_LE=world.sum_float64(self.row_gate_LE.cpu().numpy()),
-            square_LE=square_LE,
-            cross_LE=cross_LE,
-            square_tokens=int(scalars[0]),
-            tokens=int(scalars[1]),
-            documents=int(scalars[2]),
-            top_k=self.top_k,
-        )
+            sums["square_LE"] += counts_LE * counts_LE
+            sums["cross_LE"] += counts_LE * tokens
+            scalars += np.array([tokens * tokens, 0, 1])
+        statistics = RoutingStatistics(**sums, **dict(zip(SCALARS, scalars.tolist(), strict=True)), top_k=self.top_k)
         assert (statistics.counts_LE.sum(1) == statistics.top_k * statistics.tokens).all()
         return statistics
 

@@ -43,12 +43,8 @@ AGAIN = "ask again for the data of this run, a line for each document of each ro
 
 
 class CollectionElsewhere(Collection):
-    """This rank's part of a pass over ``dataset`` whose routing a file holds.
-
-    Args:
-        path: of the file.
-        model: without data; says which decoder layers have routers.
-    """
+    """This rank's part of a pass over ``dataset`` whose routing the file ``path`` holds; ``model``, without data, says
+    which decoder layers have routers."""
 
     def __init__(self, path: Path, model: nn.Module, world: World, dataset: TokenDataset, **arguments: Any) -> None:
         super().__init__(SimpleNamespace(module=model), world, dataset, **arguments)
@@ -57,20 +53,13 @@ class CollectionElsewhere(Collection):
 
     def _pass(self, batch: Batch, first_row: int) -> Passed:
         experts_BSLK = np.zeros((*batch.input_ids_BS.shape, len(self.layers), self.counter.top_k), dtype=np.int64)
-        error: UserError | None = None
-        try:
-            self._read(experts_BSLK, first_row)
-        except UserError as found:
-            error = found
-        except OSError as found:
-            error = UserError(f"it cannot be read ({found.strerror})", str(self._path), "check the storage it lies on")
-        self.world.raise_together(error)
+        self.world.tell_together(lambda: self._read(experts_BSLK, first_row))
         recorder = RoutingRecorder(len(self.layers))
         for layer in range(len(self.layers)):
             experts_TK = to_device(torch.from_numpy(experts_BSLK[:, :, layer].copy()), self.world.device).flatten(0, 1)
             recorder.indices_TK[layer] = experts_TK
             recorder.scores_TK[layer] = torch.full(experts_TK.shape, 1 / self.counter.top_k, device=self.world.device)
-        return Passed(recorder)
+        return recorder, [], [], None
 
     def _read(self, experts_BSLK: np.ndarray, first_row: int) -> None:
         """The experts of the rows from ``first_row`` on, as many as this rank has of them."""

@@ -76,14 +76,14 @@ class RoutingStatistics:
 
     def save(self, path: Path) -> None:
         """Write as safetensors (scalars as one-element int64 tensors)."""
-        tensors = {}
-        for item in fields(self):
-            value = getattr(self, item.name)
-            if value is None:
-                continue
-            tensors[item.name] = value if isinstance(value, np.ndarray) else np.array([value], dtype=np.int64)
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        tensors = {
+            name: np.array([value], dtype=np.int64) if isinstance(value, int) else np.ascontiguousarray(value)
+            for name, value in values.items()
+            if value is not None
+        }
         with safetensors_errors(path):
-            save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, path)
+            save_file(tensors, path)
 
     @classmethod
     def load(cls, path: Path) -> RoutingStatistics:

@@ -73,14 +73,9 @@ def create_part(
     return found
 
 
-def part_paths(artefact: Artefact, name: str) -> list[Path]:
-    """The parts of ``name`` in order; empty when the artefact has none."""
-    return [artefact.file(file) for file in sorted(artefact.files) if file.startswith(f"{name}-")]
-
-
 def open_parts(artefact: Artefact, name: str) -> list[np.ndarray]:
-    """The parts as read-only memory maps."""
-    return [open_mapped(path) for path in part_paths(artefact, name)]
+    """The parts of ``name`` in order, as read-only memory maps; empty when the artefact has none."""
+    return [open_mapped(artefact.file(file)) for file in sorted(artefact.files) if file.startswith(f"{name}-")]
 
 
 def require_parts(artefact: Artefact, name: str, needed_by: str) -> list[np.ndarray]:

@@ -210,7 +210,7 @@ def _converted(path: Path, verify: bool) -> str:
     report = read_json_object(path / CONVERSION, "the report of the conversion")
     if verify:
         from trace_ds.conversion.convert import verify_huggingface
-        from trace_ds.tensors.partitions import reading
+        from trace_ds.tensors.torch_archive import reading
 
         with reading(path / CONVERSION):
             verify_huggingface(path, report)

@@ -25,9 +25,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trace_ds.checkpoints.manifest import STEP, Manifest, step_name
-from trace_ds.conversion.card import card_of_conversion, copy_companions
-from trace_ds.conversion.convert import FORMAT, Plan, make_plan
-from trace_ds.conversion.safetensors_target import parse_size, place, write_headers
+from trace_ds.conversion.card import card_of_conversion
+from trace_ds.conversion.convert import FORMAT, Plan, lay_out, make_plan
 from trace_ds.models.weight_files import BLOCK_NUMEL, WeightFiles, full_shape, held, persistent_buffers
 from trace_ds.parallel.world import World, quiet_deepspeed
 from trace_ds.run.directory import RunDirectory
@@ -35,10 +34,8 @@ from trace_ds.run.files import commit_directory, remove_directory, removed_on_er
 from trace_ds.run.foreign import read_object
 from trace_ds.run.ours import converted_model
 from trace_ds.stages.convert import card_facts
-from trace_ds.tensors.dtypes import DTYPE_NAMES
-from trace_ds.tensors.layouts import fused_to_hub
 from trace_ds.tensors.opening import REPORT, open_huggingface, open_source
-from trace_ds.tensors.stream import CopyTask, Streamer
+from trace_ds.tensors.stream import read_back
 
 if TYPE_CHECKING:
     from trace_ds.config.schema import Config
@@ -94,11 +91,7 @@ class Snapshots:
     def _make(self, directory: Path) -> None:
         shutil.rmtree(directory, ignore_errors=True)
         directory.mkdir(parents=True)
-        copy_companions(self.plan.base_model, directory, self.plan.dtype)
-        tensors = fused_to_hub(self.plan.layout, self.plan.fused)
-        dtypes = {name: self.plan.dtype_of(name, source) for name, source in tensors.items()}
-        size = parse_size(self.config.conversion.max_shard_size)
-        write_headers(directory, *place(tensors, dtypes, size, directory))
+        lay_out(self.plan, directory, self.config.conversion.max_shard_size)
 
     def _masters(self, engine: Any) -> dict[str, torch.Tensor]:
         """The optimizer's own of what is written in fp32 and not held so (gpt_oss's norms; collective)."""
@@ -140,16 +133,7 @@ class Snapshots:
         """Facts of this rank's share of the tensors, by name, for the report."""
         found = open_huggingface(directory).tensors
         mine = [found[name] for name in sorted(found)[self.world.rank :: self.world.size]]
-        written = Streamer(1).run([CopyTask(source, source.dtype, None, 0) for source in mine])
-        return {
-            source.name: {
-                "file": source.runs[0].storage.path.name,
-                "dtype": DTYPE_NAMES[source.dtype],
-                "shape": list(source.shape),
-                "sha256": result.sha256,
-            }
-            for source, result in zip(mine, written, strict=True)
-        }
+        return {source.name: facts for source, facts in zip(mine, read_back(mine, 1), strict=True)}
 
     def _publish(self, work: Path, destination: Path, step: int, tensors: dict[str, dict[str, Any]]) -> None:
         start, held_layers = self.start, self.start.layers

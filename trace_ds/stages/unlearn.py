@@ -305,8 +305,7 @@ def make_goal(
 ) -> tuple[Unlearning, dict[str, Any]]:
     """What the job trains for, where a checkpoint's ``cursor`` left it, and the cursor with the job's constants."""
     from trace_ds.unlearning.assemble import make_objective
-    from trace_ds.unlearning.goals import Unlearning
-    from trace_ds.unlearning.multiplier import Multiplier
+    from trace_ds.unlearning.goals import Multiplier, Unlearning
     from trace_ds.unlearning.online_weights import make_weights
 
     settings = config.unlearning

@@ -65,19 +65,13 @@ class Checkpoint:
 
     def summary(self) -> dict[str, Any]:
         """Facts for reports and ``trace-ds inspect``; JSON-compatible and without paths."""
+        named = ("kind", "step", "world", "ep", "zero_stage", "family", "decoder_layers", "base", "dtype")
+        sources = self.distinct.values()
         return {
-            "kind": self.kind,
-            "step": self.step,
-            "world": self.world,
-            "ep": self.ep,
-            "zero_stage": self.zero_stage,
-            "family": self.family,
-            "decoder_layers": self.decoder_layers,
-            "base": self.base,
-            "dtype": self.dtype,
-            "tensors": len(self.distinct),
-            "parameters": sum(source.numel for source in self.distinct.values()),
-            "bytes": sum(source.numel * source.dtype.itemsize for source in self.distinct.values()),
+            **{name: getattr(self, name) for name in named},
+            "tensors": len(sources),
+            "parameters": sum(source.numel for source in sources),
+            "bytes": sum(source.numel * source.dtype.itemsize for source in sources),
             "optimizer_states": sorted(self.moments),
             "files": len(self.files),
             "notes": self.notes,

@@ -30,10 +30,9 @@ from trace_ds.tensors.partitions import (
     damaged,
     expert_weights,
     job_facts,
-    reading,
 )
 from trace_ds.tensors.runs import Run, TensorSource, from_lazy, make_source
-from trace_ds.tensors.torch_archive import LazyTensor, plain_shape, read_archive, scalar
+from trace_ds.tensors.torch_archive import LazyTensor, plain_shape, read_archive, reading, scalar
 
 MASTER, FROZEN = "fp32", "frozen"
 MODEL_NAME = "mp_rank_00_model_states.pt"
@@ -81,12 +80,6 @@ def _read_optimizer(path: Path, stages: str, key: str) -> dict[str, Any]:
     return optim
 
 
-def _check_optimizer_files(directory: Path, files: dict[int, str], world: int, like: str) -> None:
-    like = next(iter(files.values()), like)
-    like = RANK_FILE.sub(lambda match: match[0].replace(f"rank_{match[1]}_", "rank_0_", 1), like)
-    check_ranks(directory, files, world, "optimizer", like)
-
-
 def _flat(masters: LazyTensor, state: dict[str, Any]) -> tuple[dict[str, LazyTensor], Any]:
     """The flat vectors of a group on a rank, masters and moments, and the optimizer's step (None: it made none)."""
     step = state.get("step")
@@ -115,8 +108,8 @@ def _open_zero3(directory: Path, model_files: dict[int, str], optim_files: dict[
     head = _read_state(head_path, needed)
     with reading(head_path):
         world = int(head["dp_world_size"])
-    check_ranks(directory, model_files, world, "model", "zero_pp_rank_0_mp_rank_00_model_states.pt")
-    _check_optimizer_files(directory, optim_files, world, "zero_pp_rank_0_mp_rank_00_optim_states.pt")
+    check_ranks(directory, model_files, world, "model")
+    check_ranks(directory, optim_files, world, "optim")
 
     pieces, said = Pieces(), _Said(dict)
     for rank in range(world):
@@ -206,7 +199,7 @@ def _open_replicated(directory: Path, model_file: str, optim_files: dict[int, st
         data_first = bool((model.get("ds_config") or {}).get("use_data_before_expert_parallelism", False))
         groups = model.get("param_shapes") or []
         shapes = {name: plain_shape(shape) for group in groups for name, shape in group.items()}
-    _check_optimizer_files(directory, optim_files, checkpoint.world, "")
+    check_ranks(directory, optim_files, checkpoint.world, "optim")
     joined, adam_step = _zero12_masters(directory, optim_files, shapes, data_first, checkpoint)
     with reading(model_path):
         check_adam_step(adam_step, model, checkpoint.notes, directory / optim_files[0])
@@ -269,7 +262,9 @@ def _zero12_masters(
                 if adam_step is not None:
                     said["optimizer step"].setdefault(path.name, adam_step)
                 for name, address in mapping.items():
-                    numel, start = _fragment(address)
+                    numel, start = address["numel"], address["start"]
+                    if not all(type(number) is int and number >= 0 for number in (numel, start)):
+                        raise ValueError(f"a fragment of {numel} elements from {start} on")
                     for key, tensor in flat.items():
                         if start + numel > tensor.numel():
                             raise damaged(f"{name} reaches beyond its group in this file", path)
@@ -281,11 +276,3 @@ def _zero12_masters(
     if without:
         checkpoint.notes.append(f"no fp32 master of {', '.join(without)}: the engine's own parameter was used")
     return joined, said.one("optimizer step", directory)
-
-
-def _fragment(address: Any) -> tuple[int, int]:
-    """(numel, start) of DeepSpeed's ``fragment_address``."""
-    numel, start = address["numel"], address["start"]
-    if not all(type(number) is int and number >= 0 for number in (numel, start)):
-        raise ValueError(f"a fragment of {numel} elements from {start} on")
-    return numel, start

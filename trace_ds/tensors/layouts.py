@@ -18,7 +18,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -141,7 +141,7 @@ def _layout(described: _Described) -> ModelLayout:
             first_name[id(tensor)] = name
         fused[name] = tuple((tensor if tensor is not None else model.get_buffer(name)).shape)
 
-    tracked = {name: _tracked(shape) for name, shape in fused.items()}
+    tracked = {name: torch.empty(shape, device="meta").as_subclass(_Tracked) for name, shape in fused.items()}
     owners = {tensor.untyped_storage()._cdata: name for name, tensor in tracked.items()}
     hub: dict[str, Piece] = {}
     for name, view in revert_weight_conversion(model, dict(tracked)).items():
@@ -165,10 +165,6 @@ def _layout(described: _Described) -> ModelLayout:
     return ModelLayout(fused, tied, hub, tuple(sorted(keep)), ignored)
 
 
-def _tracked(shape: tuple[int, ...]) -> torch.Tensor:
-    return torch.empty(shape, device="meta").as_subclass(_Tracked)
-
-
 def blocks_of_view(shape: tuple[int, ...], stride: tuple[int, ...], offset: int) -> list[Block]:
     """The contiguous blocks of a strided view: ``inner`` counts in the view, ``outer`` in its storage."""
     inner_numel = 1
@@ -185,20 +181,33 @@ def blocks_of_view(shape: tuple[int, ...], stride: tuple[int, ...], offset: int)
     return blocks
 
 
-def hub_to_fused(layout: ModelLayout, tensors: Mapping[str, TensorSource]) -> dict[str, TensorSource]:
-    """Fused tensors from hub tensors (all of them, see :func:`missing_and_unexpected`)."""
-    parts: dict[str, list[tuple[TensorSource, tuple[Block, ...]]]] = {}
-    for piece in layout.hub.values():
-        parts.setdefault(piece.whole, []).append((tensors[piece.name], piece.blocks))
-    return {name: _assembled(layout, name, parts[name]) for name in layout.fused}
+def disk_to_fused(
+    layout: ModelLayout, tensors: Mapping[str, TensorSource]
+) -> tuple[dict[str, TensorSource], list[str]]:
+    """(the tensors of a model directory by their names in memory, what does not fit the model), by the layout, hub or
+    fused, that their names are of."""
+    problems = missing_and_unexpected({name: piece.shape for name, piece in layout.hub.items()}, tensors)
+    if not problems:
+        found = _assembled(layout, [(piece, tensors[piece.name]) for piece in layout.hub.values()])
+        return {name: found[name] for name in layout.fused}, []
+    if any(name in layout.hub and name not in layout.fused for name in tensors):
+        return {}, problems
+    return dict(tensors), missing_and_unexpected(layout.fused, tensors)
 
 
-def _assembled(layout: ModelLayout, whole: str, held: list[tuple[TensorSource, tuple[Block, ...]]]) -> TensorSource:
-    try:
-        return assemble(whole, layout.fused[whole], held)
-    except ValueError as error:
-        names = " … ".join(held[number][0].name for number in (0, -1))
-        raise UserError(f"{whole} cannot be made from {names} ({error})", "checkpoint") from None
+def _assembled(layout: ModelLayout, parts: Iterable[tuple[Piece, TensorSource]]) -> dict[str, TensorSource]:
+    """The fused tensors that the pieces are of, from their sources."""
+    held: dict[str, list[tuple[TensorSource, tuple[Block, ...]]]] = {}
+    for piece, source in parts:
+        held.setdefault(piece.whole, []).append((source, piece.blocks))
+    found = {}
+    for whole, sources in held.items():
+        try:
+            found[whole] = assemble(whole, layout.fused[whole], sources)
+        except ValueError as error:
+            names = " … ".join(sources[number][0].name for number in (0, -1))
+            raise UserError(f"{whole} cannot be made from {names} ({error})", "checkpoint") from None
+    return found
 
 
 def fused_to_hub(layout: ModelLayout, tensors: Mapping[str, TensorSource]) -> dict[str, TensorSource]:
@@ -250,17 +259,15 @@ def engine_to_fused(layout: ModelLayout, tensors: Mapping[str, TensorSource]) ->
     fused name is returned under its own, for the caller to report.
     """
     pieces = {name: piece for name, piece in engine_pieces(layout).items() if name in tensors}
-    parts: dict[str, list[tuple[TensorSource, tuple[Block, ...]]]] = {}
+    parts: list[tuple[Piece, TensorSource]] = []
     fused: dict[str, TensorSource] = {}
     for name, source in tensors.items():
         piece = pieces.get(name)
         if piece is not None and source.shape == piece.shape:
-            parts.setdefault(piece.whole, []).append((source, piece.blocks))
+            parts.append((piece, source))
         elif not is_alias(name, tensors) and name not in layout.tied:
             fused[name] = source
-    for whole, held in parts.items():
-        fused[whole] = _assembled(layout, whole, held)
-    return fused
+    return fused | _assembled(layout, parts)
 
 
 def fused_to_engine(layout: ModelLayout, tensors: Mapping[str, TensorSource]) -> dict[str, TensorSource]:

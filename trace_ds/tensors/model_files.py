@@ -84,8 +84,6 @@ class ModelFiles:
     """A whole model directory.
 
     Attributes:
-        path: the directory.
-        config: the parsed ``config.json``.
         tensors: every tensor of the model by its name on disk, in sorted order.
         files: the names of the safetensors files that hold them, sorted.
     """
@@ -181,12 +179,10 @@ def _check_key(key: str, value: Any) -> None:
 
 
 def read_model_directory(path: str | Path) -> ModelFiles:
-    """Read and check a model directory (every tensor the index names is there, every file has its full
-    length).
+    """Read and check a model directory.
 
     Raises:
-        UserError: the directory is missing; no or damaged ``config.json``; no safetensors weights; a shard is
-        missing
+        UserError: the directory is missing; no or damaged ``config.json``; no safetensors weights; a shard is missing
             or truncated (named); the index names a tensor that its shard does not hold.
     """
     directory = Path(path)
@@ -198,7 +194,7 @@ def read_model_directory(path: str | Path) -> ModelFiles:
     elif (directory / SINGLE_NAME).is_file():
         placed, files = {}, (SINGLE_NAME,)
     else:
-        raise UserError(*_no_weights(directory))
+        raise _no_weights(directory)
     missing = [name for name in files if not (directory / name).is_file()]
     if missing:
         more = f" (and {len(missing) - 1} more of {len(files)})" if len(missing) > 1 else f" (1 of {len(files)})"
@@ -223,8 +219,7 @@ def read_safetensors_header(path: Path) -> dict[str, TensorEntry]:
     """The tensors of one safetensors file, offsets checked against the file's length.
 
     Raises:
-        UserError: the file is truncated, longer than its header says, or its header is not a safetensors
-        header.
+        UserError: the file is truncated, longer than its header says, or its header is not a safetensors header.
     """
     try:
         with path.open("rb") as handle:
@@ -277,16 +272,13 @@ def _read_index(path: Path) -> dict[str, str]:
     return placed
 
 
-def _no_weights(directory: Path) -> tuple[str, str, str]:
+def _no_weights(directory: Path) -> UserError:
     pickled = sorted(directory.glob("pytorch_model*.bin")) + sorted(directory.glob("*.pth"))
     if pickled:
         what = f"the model has pickled weights only ({pickled[0].name}), which are never loaded"
-        return (
-            what,
-            str(directory),
-            "get the safetensors version, or save it again with safe_serialization=True",
-        )
-    return f"the directory has no weights ({SINGLE_NAME} or {INDEX_NAME})", str(directory), COPY_AGAIN
+        fix = "get the safetensors version, or save it again with safe_serialization=True"
+        return UserError(what, str(directory), fix)
+    return UserError(f"the directory has no weights ({SINGLE_NAME} or {INDEX_NAME})", str(directory), COPY_AGAIN)
 
 
 def model_fingerprint(model: ModelFiles | str | Path) -> str:

@@ -16,7 +16,7 @@ from trace_ds.run.ours import MANIFEST
 from trace_ds.tensors.checkpoint import MODEL_FILE, RANK_FILE, Checkpoint
 from trace_ds.tensors.deepspeed_source import open_deepspeed
 from trace_ds.tensors.dtypes import DTYPES
-from trace_ds.tensors.layouts import ModelLayout, hub_to_fused, missing_and_unexpected
+from trace_ds.tensors.layouts import ModelLayout, disk_to_fused
 from trace_ds.tensors.model_files import COPY_AGAIN, read_model_directory
 from trace_ds.tensors.runs import Run, TensorSource
 from trace_ds.tensors.torch_archive import Storage
@@ -89,24 +89,6 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
     return manifest
 
 
-def verify_manifest(checkpoint: Checkpoint) -> None:
-    """Compare the SHA-256 of every file with the manifest (reads the whole checkpoint, optimizer states too)."""
-    require_files(checkpoint.path, (checkpoint.manifest or {}).get("files", {}), ANOTHER, hashes=True)
-
-
-def check_manifest_matches(checkpoint: Checkpoint) -> None:
-    """The manifest and the files must tell the same story (step, world, expert-parallel size)."""
-    manifest = checkpoint.manifest or {}
-    for key, found in (("step", checkpoint.step), ("world", checkpoint.world), ("ep", checkpoint.ep)):
-        said = manifest.get(key)
-        if said is not None and found is not None and said != found:
-            raise UserError(
-                f"the manifest says {key} {said}, the files say {found}: they are of different checkpoints",
-                str(checkpoint.path / MANIFEST),
-                "copy the checkpoint again, or convert another step",
-            )
-
-
 def open_source(path: Path, tag: str | None = None) -> Checkpoint:
     """Recognise and open a source.
 
@@ -123,7 +105,14 @@ def open_source(path: Path, tag: str | None = None) -> Checkpoint:
         checkpoint = open_deepspeed(directory)
     checkpoint.manifest = manifest
     _take_what_is_said(checkpoint, directory)
-    check_manifest_matches(checkpoint)
+    for key in ("step", "world", "ep"):
+        said, found = (manifest or {}).get(key), getattr(checkpoint, key)
+        if said is not None and found is not None and said != found:
+            raise UserError(
+                f"the manifest says {key} {said}, the files say {found}: they are of different checkpoints",
+                str(directory / MANIFEST),
+                "copy the checkpoint again, or convert another step",
+            )
     return checkpoint
 
 
@@ -154,13 +143,11 @@ def open_model(directory: Path, layout: ModelLayout) -> dict[str, TensorSource]:
         for name, source in open_huggingface(directory).tensors.items()
         if name not in layout.tied and not layout.ignores(name)
     }
-    problems = missing_and_unexpected({name: piece.shape for name, piece in layout.hub.items()}, tensors)
-    if not problems:
-        return hub_to_fused(layout, tensors)
-    if not missing_and_unexpected(layout.fused, tensors):
-        return tensors
-    what = f"{len(problems)} tensors do not fit the model, the first: {problems[0]}"
-    raise UserError(what, str(directory), COPY_AGAIN)
+    fused, problems = disk_to_fused(layout, tensors)
+    if problems:
+        what = f"{len(problems)} tensors do not fit the model, the first: {problems[0]}"
+        raise UserError(what, str(directory), COPY_AGAIN)
+    return fused
 
 
 def _take_what_is_said(checkpoint: Checkpoint, directory: Path) -> None:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Collection, Iterator, Sequence
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from trace_ds.errors import UserError
+from trace_ds.tensors.dtypes import WORDS
 from trace_ds.tensors.runs import Run, TensorSource, make_source
 from trace_ds.tensors.torch_archive import COPY_AGAIN, LazyTensor
 
@@ -19,16 +18,6 @@ MAX_EXPERTS = 1 << 16  # of a layer; what files claim beyond it is not believed
 
 def damaged(what: str, path: Path) -> UserError:
     return UserError(what, str(path), COPY_AGAIN)
-
-
-@contextlib.contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """Metadata of another type or size than DeepSpeed writes, wherever they stop the reader, as damage of ``path``."""
-    try:
-        yield
-    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError, MemoryError) as error:
-        what = f"{type(error).__name__}: {error}"
-        raise damaged(f"the metadata in this file are damaged ({what})", path) from None
 
 
 def check_adam_step(adam_step: Any, model: dict[str, Any], notes: list[str], where: Path) -> None:
@@ -49,20 +38,13 @@ def check_adam_step(adam_step: Any, model: dict[str, Any], notes: list[str], whe
     )
 
 
-def engine_dtype(model: dict[str, Any]) -> str:
-    """bf16, fp16 or fp32: the type of the engine's own parameters (the first one decides)."""
-    names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-    for tensor in model["module"].values():
-        if isinstance(tensor, LazyTensor) and tensor.dtype in names:
-            return names[tensor.dtype]
-    return ""
-
-
 def job_facts(model: dict[str, Any], path: Path) -> dict[str, Any]:
     """What a model-states file says of the job that wrote it, under the names of a ``Checkpoint``'s fields."""
     layers = autoep_layers(model, path)
+    words = {dtype: word for word, dtype in WORDS.items()}
+    held = (tensor.dtype for tensor in model["module"].values() if isinstance(tensor, LazyTensor))
     return {
-        "dtype": engine_dtype(model),
+        "dtype": next((words[dtype] for dtype in held if dtype in words), ""),  # the first parameter decides
         "step": int(model["global_steps"]),
         "world": int(model["dp_world_size"]),
         "ep": layers[0]["ep_size"] if layers else 1,
@@ -102,13 +84,16 @@ def expert_weights(layers: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return {f"{layer['expert_key_prefix']}.{weight}": layer for layer in layers for weight in ("w1", "w2", "w3")}
 
 
-def check_ranks(directory: Path, found: dict[int, str], world: int, kind: str, like: str) -> None:
-    """Refuse a set of files, one for each rank, that is not that of ``world`` ranks (``like``: rank 0's name)."""
-    missing = first_gap(found, world)
+def check_ranks(directory: Path, found: dict[int, str], world: int, kind: str) -> None:
+    """Refuse a set of files of a ``kind`` (model or optim), one for each rank, that is not that of ``world`` ranks."""
+    # A claimed size costs nothing, however large.
+    missing = next((rank for rank in range(min(world, len(found) + 1)) if rank not in found), None)
     if missing is not None:
-        name = like.replace("rank_0_", f"rank_{missing}_", 1)
+        like = next(iter(found.values()), f"zero_pp_rank_0_mp_rank_00_{kind}_states.pt")
+        name = re.sub(r"_pp_rank_\d+_", f"_pp_rank_{missing}_", like, count=1)
         count = world - sum(rank < world for rank in found)
         more = f" ({count} of {world} ranks)" if count > 1 else ""
+        kind = "optimizer" if kind == "optim" else kind
         raise UserError(f"the {kind} file of rank {missing} is missing{more}", str(directory / name), COPY_AGAIN)
     extra = sorted(rank for rank in found if rank >= world)
     if extra:
@@ -142,11 +127,6 @@ class Pieces:
             runs = {ep_rank: [held[part] for part in sorted(held)] for ep_rank, held in by_ep.items()}
             joined[state][name] = join_experts(name, self._shapes[name], runs, experts.get(name), where)
         return joined
-
-
-def first_gap(held: Collection[int], count: int) -> int | None:
-    """The first of 0 … count - 1 that is not held (a claimed count costs nothing, however large)."""
-    return next((number for number in range(min(count, len(held) + 1)) if number not in held), None)
 
 
 def join_experts(

@@ -35,6 +35,11 @@ class Run:
     start: int
     numel: int
 
+    @property
+    def offset_bytes(self) -> int:
+        """Where it begins in the file."""
+        return self.storage.offset_bytes + self.start * self.storage.dtype.itemsize
+
 
 @dataclass(frozen=True)
 class Block:

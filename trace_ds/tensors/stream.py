@@ -90,13 +90,13 @@ def naming_full_disk(path: Path) -> Iterator[None]:
         raise
 
 
-def _write_all(descriptor: int, data: memoryview, offset: int) -> None:
+def write_all(descriptor: int, data: memoryview, offset: int) -> None:
     while data:
         done = os.pwrite(descriptor, data, offset)
         data, offset = data[done:], offset + done
 
 
-def _read_all(descriptor: int, buffer: memoryview, offset: int, path: Path) -> None:
+def read_all(descriptor: int, buffer: memoryview, offset: int, path: Path) -> None:
     while buffer:
         done = os.preadv(descriptor, [buffer], offset)
         if not done:
@@ -136,7 +136,7 @@ class Streamer:
         if self._jobs == 1:
             return [self._do(task) for task in tasks]
         with ThreadPoolExecutor(self._jobs) as pool:
-            futures = [pool.submit(self._do_all, some) for some in together(tasks)]
+            futures = [pool.submit(list[Written], map(self._do, some)) for some in together(tasks)]
             try:
                 return [written for future in futures for written in future.result()]
             except BaseException:
@@ -151,9 +151,6 @@ class Streamer:
         if (use, dtype) not in buffers:
             buffers[use, dtype] = torch.empty(BLOCK_NUMEL, dtype=dtype)
         return buffers[use, dtype]
-
-    def _do_all(self, tasks: Sequence[CopyTask]) -> list[Written]:
-        return [self._do(task) for task in tasks]
 
     def _do(self, task: CopyTask) -> Written:
         if task.path is None:
@@ -176,7 +173,7 @@ class Streamer:
             data = bytes_of(cast)
             digest.update(data)
             if out is not None:
-                _write_all(out.descriptor, data, position)
+                write_all(out.descriptor, data, position)
             position += len(data)
             self._advance(len(data), task.path)
         return Written(digest.hexdigest(), nan, overflow)
@@ -185,12 +182,10 @@ class Streamer:
         """The elements of the runs, one after the other, at the beginning of ``staging``."""
         filled = 0
         for run in piece:
-            storage = run.storage
             view = bytes_of(staging[filled : filled + run.numel])
-            start = run.start * storage.dtype.itemsize
-            file = self._file(storage.path, os.O_RDONLY)
-            _read_all(file.descriptor, view, storage.offset_bytes + start, storage.path)
-            self.ledger.add(storage, start, view)
+            file = self._file(run.storage.path, os.O_RDONLY)
+            read_all(file.descriptor, view, run.offset_bytes, run.storage.path)
+            self.ledger.add(run.storage, run.offset_bytes - run.storage.offset_bytes, view)
             filled += run.numel
         return staging[:filled]
 
@@ -234,6 +229,22 @@ def _not_finite(block: torch.Tensor, cast: torch.Tensor, overflow: bool) -> tupl
     return False, overflow
 
 
+def read_back(sources: Sequence[TensorSource], jobs: int) -> list[dict[str, Any]]:
+    """What a report says of each tensor, from its bytes on the disk, which are proven undamaged."""
+    streamer = Streamer(jobs)
+    written = streamer.run([CopyTask(source, source.dtype, None, 0) for source in sources])
+    streamer.ledger.check()
+    files = [source.runs[0].storage.path.name if source.runs else "" for source in sources]
+    return [
+        tensor_facts(source, source.dtype, file, result.sha256)
+        for source, file, result in zip(sources, files, written, strict=True)
+    ]
+
+
+def tensor_facts(source: TensorSource, dtype: torch.dtype, file: str, sha256: str) -> dict[str, Any]:
+    return {"file": file, "dtype": DTYPE_NAMES[dtype], "shape": list(source.shape), "sha256": sha256}
+
+
 def run_tasks(tasks: list[CopyTask], directory: Path, jobs: int, progress: Progress | None) -> dict[str, Any]:
     """Stream the tasks after checking that the disk can hold them; sources are proven undamaged at the end.
 
@@ -255,8 +266,7 @@ def run_tasks(tasks: list[CopyTask], directory: Path, jobs: int, progress: Progr
     tensors, nan, overflow = {}, [], []
     for task, result in sorted(zip(tasks, written, strict=True), key=lambda pair: pair[0].source.name):
         source, file = task.source, str(task.path.relative_to(directory)) if task.path else ""
-        facts = {"file": file, "dtype": DTYPE_NAMES[task.dtype], "shape": list(source.shape)}
-        tensors[source.name] = {**facts, "sha256": result.sha256}
+        tensors[source.name] = tensor_facts(source, task.dtype, file, result.sha256)
         nan += [f"{source.name} holds NaN"] if result.nan else []
         overflow += [f"{source.name} overflows in the target type"] if result.overflow else []
     return {"tensors": tensors, "bytes": total, "warnings": nan + overflow}

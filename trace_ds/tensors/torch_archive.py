@@ -30,19 +30,8 @@ from typing import Any, NamedTuple
 import torch
 
 from trace_ds.errors import UserError
+from trace_ds.tensors.dtypes import STORAGE_DTYPES
 
-STORAGE_DTYPES = {
-    "FloatStorage": torch.float32,
-    "DoubleStorage": torch.float64,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ShortStorage": torch.int16,
-    "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
-}
 LOCAL_HEADER_BYTES = 30
 MAX_PICKLE_BYTES = 1 << 28
 MAX_OPCODES = 1 << 22
@@ -380,15 +369,13 @@ def _contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
 
 
 @contextlib.contextmanager
-def _naming(path: Path) -> Iterator[None]:
+def reading(path: Path, what: str = "the metadata in this file are damaged") -> Iterator[None]:
     """Whatever a file that somebody else, or a broken disk, wrote makes a reader stumble over: one line."""
     try:
         yield
-    except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError) as error:  # the last: of another zip version
-        raise UserError(f"not a whole torch checkpoint file ({error})", str(path), COPY_AGAIN) from None
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError, MemoryError) as error:
-        what = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        raise UserError(f"the pickle in this file is damaged or hostile ({what})", str(path), COPY_AGAIN) from None
+        found = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise UserError(f"{what} ({found})", str(path), COPY_AGAIN) from None
 
 
 def read_archive(path: Path) -> Any:
@@ -399,8 +386,11 @@ def read_archive(path: Path) -> Any:
     """
     if not path.is_file():
         raise UserError("a file of the checkpoint is missing", str(path), COPY_AGAIN)
-    with _naming(path):
-        return _Pickle(_Archive(path)).read()
+    try:
+        with reading(path, "the pickle in this file is damaged or hostile"):
+            return _Pickle(_Archive(path)).read()
+    except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError) as error:  # the last: of another zip version
+        raise UserError(f"not a whole torch checkpoint file ({error})", str(path), COPY_AGAIN) from None
 
 
 def exchanged(value: Any, kind: type, change: Callable[[Any], Any]) -> Any:

@@ -20,10 +20,10 @@ import torch
 from trace_ds.errors import UserError
 from trace_ds.tensors.checkpoint import EXPERT_FILE, MODEL_FILE, MOMENTS, RANK_FILE, Checkpoint
 from trace_ds.tensors.layouts import engine_to_fused, fused_to_engine, moe_prefixes, read_layout
-from trace_ds.tensors.partitions import check_ranks, damaged, expert_weights, job_facts, reading
+from trace_ds.tensors.partitions import check_ranks, damaged, expert_weights, job_facts
 from trace_ds.tensors.runs import Run, TensorSource, from_lazy, make_source
 from trace_ds.tensors.stream import CopyTask, Progress, naming_full_disk, run_tasks
-from trace_ds.tensors.torch_archive import LazyTensor, exchanged, plain_shape, read_archive, scalar, tensors_of
+from trace_ds.tensors.torch_archive import LazyTensor, exchanged, plain_shape, read_archive, reading, scalar, tensors_of
 
 
 def open_universal(directory: Path) -> Checkpoint:
@@ -43,7 +43,7 @@ def open_universal(directory: Path) -> Checkpoint:
     with reading(path):
         facts = job_facts(model, path)
         if by_rank:
-            check_ranks(directory, by_rank, facts["world"], "model", "zero_pp_rank_0_mp_rank_00_model_states.pt")
+            check_ranks(directory, by_rank, facts["world"], "model")
         experts = expert_weights(facts["layers"])
         shapes = {name: plain_shape(shape) for group in model["param_shapes"] or [] for name, shape in group.items()}
         tensors: dict[str, TensorSource] = {}
@@ -210,10 +210,8 @@ def write_universal(
 def _optimizer_file(checkpoint: Checkpoint) -> Path:
     if checkpoint.kind == "universal":
         return checkpoint.path / "zero" / "optimizer_state.pt"
-    ranks = {
-        int(match[1]): match[0] for match in map(RANK_FILE.match, checkpoint.files) if match and match[3] == "optim"
-    }
-    return checkpoint.path / ranks[0]
+    ranked = (match for match in map(RANK_FILE.match, checkpoint.files) if match and match[3] == "optim")
+    return checkpoint.path / next(match[0] for match in ranked if not int(match[1]))
 
 
 def _optimizer_state(checkpoint: Checkpoint) -> tuple[dict[str, Any], torch.Tensor]:

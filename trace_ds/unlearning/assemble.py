@@ -9,12 +9,13 @@ from typing import Any
 import torch
 
 from trace_ds.config.schema import UnlearningConfig
-from trace_ds.models.engine import reference_engine
+from trace_ds.models.engine import ModelParts, base_ds_config, initialize
+from trace_ds.models.engine_config import merge, parameter_offload, user_ds_config
 from trace_ds.models.families import ModelInfo
 from trace_ds.parallel.world import World, quiet_deepspeed
 from trace_ds.unlearning.batches import Batches
 from trace_ds.unlearning.hidden_norms import measure
-from trace_ds.unlearning.loss import ForgetRetain, Frozen, Objective
+from trace_ds.unlearning.loss import ForgetRetain, Frozen
 from trace_ds.unlearning.needs import UNITS, FrozenNeeds
 from trace_ds.unlearning.objectives import rmu_target
 from trace_ds.unlearning.seuf import Anchor
@@ -33,7 +34,7 @@ def make_objective(
     options: Mapping[str, Any] | None = None,
     seed: int,
     say: Callable[[str], None] = lambda line: None,
-) -> tuple[Objective, dict[str, Any]]:
+) -> tuple[ForgetRetain, dict[str, Any]]:
     """The objective, and the cursor with the job constants it needs (kept in checkpoints for exact resumption).
 
     The frozen copy holds the layers that are needed and no others; without need for one there is none.
@@ -47,18 +48,8 @@ def make_objective(
     measured = needs.norms and not cursor.get("step")  # a job that goes on keeps what it began with
     frozen = None
     if needs.stays or measured:
-        engine = reference_engine(
-            info,
-            world,
-            dtype=dtype,
-            ep=ep,
-            options=options,
-            zero_stage=settings.zero_stage,
-            ds_config_path=settings.ds_config,
-            layers=needs.layers,
-            head=needs.logits,
-            expert_kernel=settings.experts_implementation,
-        )
+        parts = ModelParts(needs.layers, needs.logits, expert_kernel=settings.experts_implementation)
+        engine = reference_engine(settings, info, world, parts, dtype, ep, options)
         if measured:
             assert needs.layer is not None
             norms = measure(engine, needs.layer, world, batches)
@@ -84,6 +75,28 @@ def make_objective(
         target_E[list(experts)] = 1.0
         anchor = Anchor(moe_layer, target_E, settings.seuf.anchor)
     return ForgetRetain(settings, needs, target_D, frozen, anchor, tuple(cursor.get("hidden_sinks", ()))), cursor
+
+
+def reference_engine(
+    settings: UnlearningConfig,
+    info: ModelInfo,
+    world: World,
+    parts: ModelParts,
+    dtype: str,
+    ep: int,
+    options: Mapping[str, Any] | None,
+) -> Any:
+    """A frozen copy of some parts of the model, sharded over the ranks (no optimizer).
+
+    With ZeRO stage 3, and whenever AutoEP does not shard the experts, every rank keeps its partition only, on the CPU
+    or on disk if the job's parameters are offloaded there. With AutoEP and a lower stage only the experts are sharded.
+    """
+    stage = 3 if settings.zero_stage == 3 or (ep == 1 and world.size > 1) else 0
+    ds_config = base_ds_config(ep=ep, info=info, zero_stage=stage, options=options)
+    if stage == 3:
+        ds_config["bf16"] = {"enabled": dtype == "bf16"}
+        ds_config = merge(ds_config, parameter_offload(user_ds_config(settings.ds_config)))
+    return initialize(info, world, ds_config, dtype=dtype, parts=parts)
 
 
 def _whole_head(engine: Any) -> torch.Tensor:

@@ -235,10 +235,7 @@ def _captured(model: Any, layer: int | None, found: list[torch.Tensor]) -> Itera
     if layer is None:
         yield
         return
-    handle = model.model.layers[layer].register_forward_hook(
+    with model.model.layers[layer].register_forward_hook(
         lambda _module, _inputs, output: found.append(output[0] if isinstance(output, tuple) else output)
-    )
-    try:
+    ):
         yield
-    finally:
-        handle.remove()

@@ -7,59 +7,61 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
 
-from trace_ds.config.schema import UnlearningConfig
+from trace_ds.config.schema import PDUConfig, UnlearningConfig
 from trace_ds.corpora.dataset import Batch
 from trace_ds.models.token_nll import nll, weighted_sum
 from trace_ds.parallel.device import to_device
 from trace_ds.unlearning.batches import CorpusStep, MicroBatch, Step
 from trace_ds.unlearning.forward import HeadRequest, forward
 from trace_ds.unlearning.grip import RouterConstraint
-from trace_ds.unlearning.loss import Losses, Objective
-from trace_ds.unlearning.multiplier import Multiplier
+from trace_ds.unlearning.loss import ForgetRetain, Losses
+from trace_ds.unlearning.objectives import dual_update
 from trace_ds.unlearning.online_weights import RetainWeights
 
+FIRST_STEP_FACTOR = 1.05  # the default bound over the retain loss of the first step (our decision)
 
-class Goal(Protocol):
-    """All that the training loop knows of what is trained for."""
+
+class Goal:
+    """All that the training loop knows of what is trained for. A goal keeps nothing between the steps, unless it says
+    so."""
 
     @property
     def factors(self) -> dict[str, float]:
         """Weight of each term in the loss of the next step, by the term's name (in the log, ``loss_NAME``)."""
-        ...
+        raise NotImplementedError
 
     def terms(self, engine: Any, step: Any, device: torch.device) -> Iterator[dict[str, torch.Tensor]]:
         """Of each micro-batch of the step (they are on the host), one after the other: scalars with gradient, by the
         names of :attr:`factors`, sums over this rank's rows divided by the global counts of the step."""
-        ...
+        raise NotImplementedError
 
     def local_sums(self) -> torch.Tensor | None:
         """What this rank adds to the step's all-reduce, float64 on its device, or None; starts anew then."""
-        ...
+        return None
 
     def follow(self, sums: np.ndarray, step: Any, losses: dict[str, float]) -> dict[str, float]:
         """Take in the global sums and losses of the step that was just made; returns numbers for the log."""
-        ...
+        return {}
 
     def after_update(self, engine: Any, step: int) -> None:
         """After the optimizer step of the 0-based ``step`` (collective)."""
-        ...
 
     def finish(self, engine: Any) -> bool:
         """After the last step, before the model is looked at and saved; whether that changed the model."""
-        ...
+        return False
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint must carry (JSON)."""
-        ...
+        return {}
 
 
-class NextToken:
+class NextToken(Goal):
     """The mean next-token loss over the counted tokens of a step."""
 
     factors = {"nll": 1.0}  # noqa: RUF012 (a constant)
@@ -67,21 +69,6 @@ class NextToken:
     def terms(self, engine: Any, step: CorpusStep, device: torch.device) -> Iterator[dict[str, torch.Tensor]]:
         for batch in step.micro_batches:
             yield {"nll": next_token_nll(engine, batch, device).sum() / max(step.tokens, 1)}
-
-    def local_sums(self) -> None:
-        return None
-
-    def follow(self, sums: np.ndarray, step: CorpusStep, losses: dict[str, float]) -> dict[str, float]:
-        return {}
-
-    def after_update(self, engine: Any, step: int) -> None:
-        pass
-
-    def finish(self, engine: Any) -> bool:
-        return False
-
-    def state(self) -> dict[str, Any]:
-        return {}
 
 
 def next_token_nll(engine: Any, batch: Batch, device: torch.device) -> torch.Tensor:
@@ -93,8 +80,43 @@ def next_token_nll(engine: Any, batch: Batch, device: torch.device) -> torch.Ten
     return forward(engine, ids_BS, batch.position_ids_BS, requests=[request]).values[0]
 
 
+@dataclass(frozen=True)
+class Multiplier:
+    """The weight of the retain loss over the steps, α or PDU's, which a checkpoint keeps: ``alpha`` is the next step's.
+
+    Attributes:
+        pdu: settings of the dual step; None keeps α constant.
+        bound: PDU's ε; None until the first step has shown the retain loss it derives from.
+    """
+
+    alpha: float
+    pdu: PDUConfig | None = None
+    bound: float | None = None
+
+    @classmethod
+    def of(cls, settings: UnlearningConfig, cursor: dict[str, Any]) -> Multiplier:
+        """As a checkpoint's cursor left it, or as configured."""
+        if settings.forget_loss != "pdu":
+            return cls(settings.alpha)
+        alpha, bound = cursor.get("pdu_multiplier", settings.alpha), cursor.get("pdu_bound", settings.pdu.retain_bound)
+        return cls(alpha, settings.pdu, bound)
+
+    def after(self, retain_loss: float) -> Multiplier:
+        """The weight of the next step, given this step's (global) retain loss."""
+        if self.pdu is None:
+            return self
+        bound = self.bound if self.bound is not None else FIRST_STEP_FACTOR * retain_loss
+        return replace(self, alpha=dual_update(self.alpha, retain_loss, bound, self.pdu.dual_step), bound=bound)
+
+    def cursor(self) -> dict[str, float]:
+        """What a checkpoint must hold to go on exactly."""
+        if self.pdu is None or self.bound is None:
+            return {}
+        return {"pdu_multiplier": self.alpha, "pdu_bound": self.bound}
+
+
 @dataclass
-class Unlearning:
+class Unlearning(Goal):
     """γ·L_forget + α·L_retain, and SEUF's anchor where there is one.
 
     Attributes:
@@ -103,7 +125,7 @@ class Unlearning:
     """
 
     settings: UnlearningConfig
-    objective: Objective
+    objective: ForgetRetain
     weights: RetainWeights
     multiplier: Multiplier
     routers: RouterConstraint = field(default_factory=RouterConstraint)

@@ -44,9 +44,8 @@ from trace_ds.models import autoep
 from trace_ds.models.routers import find_routers, record_routing, router_weight
 from trace_ds.parallel.device import to_device
 from trace_ds.parallel.world import World, quiet_deepspeed
-from trace_ds.unlearning.batches import Batches
+from trace_ds.unlearning.batches import GRIP_STREAM, Batches, generator
 from trace_ds.unlearning.forward import forward
-from trace_ds.unlearning.step_rows import GRIP_STREAM, generator
 
 PROTECTED_SQUARE = 1e-2  # of a singular value
 MARGIN = 1e-2
@@ -108,7 +107,8 @@ class LayerConstraints:
         Args:
             uniform_EI: float64 in [0, 1), which input each iteration draws.
         """
-        rows = [row - basis @ (basis.T @ row) for row, basis in zip(update_ED.double(), self._bases(), strict=True)]
+        bases = (basis.double() for basis in self.bases)
+        rows = [row - basis @ (basis.T @ row) for row, basis in zip(update_ED.double(), bases, strict=True)]
         update_ED, inputs_TD = torch.stack(rows), self.inputs_TD.double()
         broken_E = (update_ED @ inputs_TD.T > self.limits_ET).any(1)
         if not broken_E.any():
@@ -121,9 +121,6 @@ class LayerConstraints:
             step_E = torch.where(broken_E & (over_E > 0), over_E / squares_T[place_E], 0.0)
             update_ED = update_ED - step_E[:, None] * drawn_ED
         return update_ED
-
-    def _bases(self) -> Iterator[torch.Tensor]:
-        return (basis.double() for basis in self.bases)
 
 
 def protected(inputs_TD: torch.Tensor) -> torch.Tensor:
@@ -214,12 +211,10 @@ def _router_inputs(routers: list[nn.Module]) -> Iterator[list[torch.Tensor]]:
     def keep(module: nn.Module, inputs: Any) -> None:
         seen.append(inputs[0].detach().reshape(-1, inputs[0].shape[-1]))
 
-    handles = [router.register_forward_pre_hook(keep) for router in routers]
-    try:
+    with contextlib.ExitStack() as stack:
+        for router in routers:
+            stack.enter_context(router.register_forward_pre_hook(keep))
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _logits(router: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -19,16 +19,9 @@ from trace_ds.errors import JobFailed, StopRequested
 from trace_ds.parallel.world import World
 from trace_ds.run.directory import RunDirectory
 from trace_ds.run.log import Progress, StageLog
+from trace_ds.unlearning.batches import Batches, CorpusBatches
 from trace_ds.unlearning.goals import Goal
 from trace_ds.unlearning.watch import Watch
-
-
-class StepRows(Protocol):
-    """The data of a job: any step on any rank, as a pure function of the seed and the step."""
-
-    def at(self, step: int, rank: int, world_size: int) -> Any:
-        """``micro_batches`` of the rank (as many on every one) and the global counts of the 0-based ``step``."""
-        ...
 
 
 class Snapshots(Protocol):
@@ -79,7 +72,7 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 def train(
     engine: Any,
     world: World,
-    rows: StepRows,
+    rows: Batches | CorpusBatches,
     goal: Goal,
     settings: TrainingConfig,
     steps: int,
@@ -164,7 +157,7 @@ def train(
     progress.close()
 
 
-def require_finite(engine: Any, world: World, goal: Goal, rows: StepRows, done: int) -> None:
+def require_finite(engine: Any, world: World, goal: Goal, rows: Batches | CorpusBatches, done: int) -> None:
     """Refuse to save a state that no job could go on from (collective): one forward pass on the rows of the next step.
 
     An update can leave weights that are finite and useless, which only a loss shows; and weights that no token of a
@@ -216,7 +209,7 @@ def run_step(
     gradients over the ranks and divides the loss by the number of micro-batches, so both factors are put back here.
 
     Args:
-        data: of this rank, from :meth:`StepRows.at`.
+        data: of this rank: ``rows.at(step, …)``.
         slower: factor of the learning rate.
         asked: whether this rank asks to stop; looked at before the update.
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch.nn import functional
@@ -86,14 +86,6 @@ class FrozenStates:
     def head(self) -> torch.Tensor:
         assert self.head_VD is not None
         return self.head_VD
-
-
-class Objective(Protocol):
-    def frozen_states(self, batches: Sequence[MicroBatch]) -> Iterator[FrozenStates]:
-        """What the losses of each micro-batch of a step need of the frozen model, made when it is asked for."""
-        ...
-
-    def __call__(self, engine: Any, batch: MicroBatch, frozen: FrozenStates) -> Losses: ...
 
 
 @dataclass(frozen=True)
@@ -194,7 +186,8 @@ class ForgetRetain:
         )
 
     def frozen_states(self, batches: Sequence[MicroBatch]) -> Iterator[FrozenStates]:
-        """As few passes as memory allows: where ZeRO-3 cuts the frozen model up, each gathers all of it."""
+        """What the losses of each micro-batch of a step need of the frozen model, made when it is asked for, in as few
+        passes as memory allows: where ZeRO-3 cuts the frozen model up, each gathers all of it."""
         if self.frozen is None or not batches:
             yield from (FrozenStates() for _ in batches)
             return

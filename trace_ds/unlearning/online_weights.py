@@ -41,7 +41,8 @@ from trace_ds.unlearning.batches import MicroBatch
 
 
 class RetainWeights:
-    """The interface of the training loop, and the reference weights: those that the batch brings along."""
+    """The reference weights, those that the batch brings along. What the others keep between the steps is asked and
+    told as in :class:`~trace_ds.unlearning.goals.Goal`."""
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
@@ -53,16 +54,12 @@ class RetainWeights:
         return batch.weights_BS[batch.forget_rows :]
 
     def local_sums(self) -> torch.Tensor | None:
-        """What this rank adds to the step's all-reduce, float64 on its device (None: nothing); starts anew for the next
-        step."""
         return None
 
     def follow(self, sums: np.ndarray, forget_tokens: int, retain_tokens: int) -> dict[str, float]:
-        """Take in the global sums of the step that was just made; returns numbers for the log."""
         return {}
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint must carry (JSON)."""
         return {}
 
 

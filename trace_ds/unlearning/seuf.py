@@ -54,24 +54,20 @@ def choose_experts(
         last_layer: decoder layer at which the losses end, None when all run.
     """
     if affinity_LE is None:
-        what, where = (
-            "an older version collected the statistics, without the gate weights of each row",
-            "unlearning.seuf",
-        )
-        raise UserError(what, where, "delete them and make them again with `trace-ds collect CONFIG`")
+        what = "an older version collected the statistics, without the gate weights of each row"
+        fix = "delete them and make them again with `trace-ds collect CONFIG`"
+        raise UserError(what, "unlearning.seuf", fix)
     usable = [
         number
         for number, layer in enumerate(decoder_layers)
         if (last_layer is None or layer <= last_layer) and settings.layer in (None, layer)
     ]
     if not usable:
-        raise UserError(
-            f"layer {settings.layer} is no MoE layer that the losses reach", "unlearning.seuf.layer", "choose another"
-        )
+        what = f"layer {settings.layer} is no MoE layer that the losses reach"
+        raise UserError(what, "unlearning.seuf.layer", "choose another")
     if settings.experts > affinity_LE.shape[1]:
-        raise UserError(
-            f"{settings.experts} experts of {affinity_LE.shape[1]}", "unlearning.seuf.experts", "ask for fewer"
-        )
+        what = f"{settings.experts} experts of {affinity_LE.shape[1]}"
+        raise UserError(what, "unlearning.seuf.experts", "ask for fewer")
     layer = max(usable, key=lambda number: (affinity_LE[number].max(), -number))
     order = np.argsort(-affinity_LE[layer], kind="stable")[: settings.experts]
     return layer, tuple(sorted(int(expert) for expert in order))
@@ -86,10 +82,8 @@ def router_logits(model: nn.Module, moe_layer: int | None) -> Iterator[list[torc
         return
     router: Any = find_routers(model)[moe_layer]
     if autoep.is_router(router):  # the logits are its gate's output
-        handle = router.gate.register_forward_hook(lambda gate, inputs, output: found.append(output))
+        hook = router.gate.register_forward_hook(lambda gate, inputs, output: found.append(output))
     else:
-        handle = router.register_forward_hook(lambda router, inputs, output: found.append(logits_of(router, output)))
-    try:
+        hook = router.register_forward_hook(lambda router, inputs, output: found.append(logits_of(router, output)))
+    with hook:
         yield found
-    finally:
-        handle.remove()

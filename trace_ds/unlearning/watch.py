@@ -131,7 +131,8 @@ def judge(
         last: no step follows in which a smaller learning rate could help.
     """
     guards = settings.guards
-    ruined, broken = not_finite(found), broken_bounds(settings, start, found)
+    ruined = [f"{name} is {value}" for name, value in found.items() if not math.isfinite(value)]
+    broken = broken_bounds(settings, start, found)
     if ruined or broken:
         can_back_off = guards.action == "back_off" and back_offs < guards.max_back_offs and not (ruined or last)
         return Verdict("back_off" if can_back_off else "stop", "; ".join(ruined + broken))
@@ -139,11 +140,6 @@ def judge(
     if target is not None and found["forget_nll"] >= target:
         return Verdict("finish", f"the forget NLL is {found['forget_nll']:.4g} (target {target:g})")
     return Verdict("go_on")
-
-
-def not_finite(found: Mapping[str, float]) -> list[str]:
-    """A line for each score that is NaN or infinite."""
-    return [f"{name} is {value}" for name, value in found.items() if not math.isfinite(value)]
 
 
 def broken_bounds(settings: UnlearningConfig, start: Mapping[str, float], found: Mapping[str, float]) -> list[str]:
