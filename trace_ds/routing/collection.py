@@ -311,12 +311,13 @@ def mean_over(hidden_BSD: torch.Tensor, counted_BS: torch.Tensor) -> torch.Tenso
 
 @contextmanager
 def whole_head(head: nn.Module) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
-    """(weight, bias) of the language-model head, gathered when ZeRO-3 partitioned it (collective then)."""
+    """(weight, bias) of a linear layer (the language-model head), gathered when ZeRO-3 partitioned it (collective
+    then)."""
     from trace_ds.parallel.world import quiet_deepspeed
 
     parameters = [parameter for parameter in head.parameters() if hasattr(parameter, "ds_tensor")]
     with quiet_deepspeed().zero.GatheredParameters(parameters) if parameters else nullcontext():
-        yield head.weight, head.bias  # type: ignore[misc]
+        yield head.weight, getattr(head, "bias", None)  # type: ignore[misc]
 
 
 def _batch_nll(head: nn.Module, hidden_BSD: torch.Tensor, batch: Batch) -> torch.Tensor:

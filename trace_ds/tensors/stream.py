@@ -40,8 +40,8 @@ class CopyTask:
 
     source: TensorSource
     dtype: torch.dtype
-    path: Path | None
-    offset_bytes: int
+    path: Path | None = None
+    offset_bytes: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -197,12 +197,10 @@ class Streamer:
             self._unflushed_bytes += nbytes
             if path is not None and self._unflushed_bytes >= FLUSH_BYTES:
                 self._unflushed_bytes = 0
-                self._flushes.append(self._flusher.submit(self._flush, path))
+                out = self._file(path, os.O_RDWR | os.O_CREAT)
+                self._flushes.append(self._flusher.submit(lambda: os.fdatasync(out.descriptor)))
             if self._progress is not None:
                 self._progress(self._done_bytes, self._total_bytes)
-
-    def _flush(self, path: Path) -> None:
-        os.fdatasync(self._file(path, os.O_RDWR | os.O_CREAT).descriptor)
 
 
 def together(tasks: Sequence[CopyTask]) -> Iterator[Sequence[CopyTask]]:
@@ -232,7 +230,7 @@ def _not_finite(block: torch.Tensor, cast: torch.Tensor, overflow: bool) -> tupl
 def read_back(sources: Sequence[TensorSource], jobs: int) -> list[dict[str, Any]]:
     """What a report says of each tensor, from its bytes on the disk, which are proven undamaged."""
     streamer = Streamer(jobs)
-    written = streamer.run([CopyTask(source, source.dtype, None, 0) for source in sources])
+    written = streamer.run([CopyTask(source, source.dtype) for source in sources])
     streamer.ledger.check()
     files = [source.runs[0].storage.path.name if source.runs else "" for source in sources]
     return [

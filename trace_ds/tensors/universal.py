@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -131,25 +131,17 @@ def check_optimizer_states(checkpoint: Checkpoint) -> None:
                           checkpoint.path)  # fmt: skip
 
 
-@dataclass(frozen=True, eq=False)
-class Streamed:
-    """A tensor in a value to be saved: its bytes come from ``source``, cast to ``dtype``."""
-
-    source: TensorSource
-    dtype: torch.dtype
-
-
 def write_archive(path: Path, value: Any) -> list[CopyTask]:
-    """Write a ``torch.save`` file of plain data and tensors, with room for every :class:`Streamed` in it (a hole,
-    without a checksum); what fills the room, by any thread and in any order."""
-    held: list[Streamed] = []
+    """Write a ``torch.save`` file of plain data and tensors, with room (a hole, without a checksum) for every task in
+    it, none of which has a place yet; the tasks with their places, for any thread and in any order."""
+    held: list[CopyTask] = []
 
-    def room(streamed: Streamed) -> torch.Tensor:
-        held.append(streamed)
-        return torch.empty(streamed.source.shape, dtype=streamed.dtype)  # of which no page is ever touched
+    def room(task: CopyTask) -> torch.Tensor:
+        held.append(task)
+        return torch.empty(task.source.shape, dtype=task.dtype)  # of which no page is ever touched
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    with_room = exchanged(value, Streamed, room)
+    with_room = exchanged(value, CopyTask, room)
     skipping = torch.serialization.skip_data() if held else contextlib.nullcontext()
     with naming_full_disk(path), path.open("wb") as handle, skipping:
         try:
@@ -157,7 +149,7 @@ def write_archive(path: Path, value: Any) -> list[CopyTask]:
         except RuntimeError as error:  # torch wraps what its output raises
             raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
     offsets = [tensor.storage.offset_bytes for tensor in tensors_of(read_archive(path))] if held else []
-    return [CopyTask(one.source, one.dtype, path, offset) for one, offset in zip(held, offsets, strict=True)]
+    return [replace(task, path=path, offset_bytes=offset) for task, offset in zip(held, offsets, strict=True)]
 
 
 def write_universal(
@@ -190,7 +182,7 @@ def write_universal(
         states = {"fp32": checkpoint.tensors, **checkpoint.moments}
         for key, sources in states.items():
             source = replace(sources[name], name=f"{name}/{key}")
-            state: dict[str, Any] = {"param": Streamed(source, torch.float32), "cat_dim": 0}
+            state: dict[str, Any] = {"param": CopyTask(source, torch.float32), "cat_dim": 0}
             if name in experts:
                 state |= {"is_expert_param": True, "ep_num_experts": experts[name]["num_experts"]}
             tasks += write_archive(folder / "zero" / name / f"{key}.pt", state)

@@ -12,7 +12,8 @@ from trace_ds.config.schema import UnlearningConfig
 from trace_ds.models.engine import ModelParts, base_ds_config, initialize
 from trace_ds.models.engine_config import merge, parameter_offload, user_ds_config
 from trace_ds.models.families import ModelInfo
-from trace_ds.parallel.world import World, quiet_deepspeed
+from trace_ds.parallel.world import World
+from trace_ds.routing.collection import whole_head
 from trace_ds.unlearning.batches import Batches
 from trace_ds.unlearning.hidden_norms import measure
 from trace_ds.unlearning.loss import ForgetRetain, Frozen
@@ -101,7 +102,5 @@ def reference_engine(
 
 def _whole_head(engine: Any) -> torch.Tensor:
     """The frozen LM head [V, D] on this rank, gathered where ZeRO partitions it."""
-    weight = engine.module.lm_head.weight
-    partitioned = hasattr(weight, "ds_id")
-    with quiet_deepspeed().zero.GatheredParameters([weight], enabled=partitioned):
-        return weight.detach().clone()
+    with whole_head(engine.module.lm_head) as (weight_VD, _):
+        return weight_VD.detach().clone()

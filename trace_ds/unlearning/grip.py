@@ -44,6 +44,7 @@ from trace_ds.models import autoep
 from trace_ds.models.routers import find_routers, record_routing, router_weight
 from trace_ds.parallel.device import to_device
 from trace_ds.parallel.world import World, quiet_deepspeed
+from trace_ds.routing.collection import whole_head
 from trace_ds.unlearning.batches import GRIP_STREAM, Batches, generator
 from trace_ds.unlearning.forward import forward
 
@@ -220,9 +221,8 @@ def _router_inputs(routers: list[nn.Module]) -> Iterator[list[torch.Tensor]]:
 def _logits(router: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
     """The logits [T, E] of inputs [T, D] in fp32, as the router's weights are now (collective)."""
     layer: Any = router.gate if autoep.is_router(router) else router
-    parameters = [layer.weight, *([layer.bias] if getattr(layer, "bias", None) is not None else [])]
-    with quiet_deepspeed().zero.GatheredParameters(parameters, enabled=hasattr(parameters[0], "ds_id")):
-        copies = [parameter.detach().float().clone() for parameter in parameters]
+    with whole_head(layer) as parameters:
+        copies = [parameter.detach().float().clone() for parameter in parameters if parameter is not None]
     return lambda inputs_TD: functional.linear(inputs_TD.float(), *copies)
 
 
