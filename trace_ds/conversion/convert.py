@@ -350,8 +350,9 @@ def lay_out(plan: Plan, work: Path, max_shard_size: str) -> list[CopyTask]:
     """A model directory that is complete but for its weights, which are the tasks, its model card and its report."""
     tensors = fused_to_hub(plan.layout, plan.fused)
     dtypes = {name: plan.dtype_of(name, source) for name, source in tensors.items()}
+    tasks = place(tensors, dtypes, parse_size(max_shard_size), work)
     copy_companions(plan.base_model, work, plan.dtype)
-    return place(tensors, dtypes, parse_size(max_shard_size), work)
+    return tasks
 
 
 def verify_huggingface(directory: Path, report: Mapping[str, Any], jobs: int = 1) -> None:

@@ -196,8 +196,8 @@ def join(threads: int, timeout_minutes: float, *, on_cpu: bool = False) -> World
     """
     _adopt_slurm_step()
     if not launched():
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-        os.environ["MASTER_PORT"] = str(free_port())
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        os.environ.update(alone, MASTER_PORT=str(free_port()))
     torch.set_num_threads(threads)
     deepspeed = quiet_deepspeed()
     cuda = torch.cuda.is_available() and not on_cpu
