@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import os
 import platform
 import shutil
@@ -327,7 +328,7 @@ def _undamaged(world: World, checkpoints: Path, steps: list[int], problems: list
     which ``problems`` gets a line each, are taken off ``steps``."""
     while steps:
         directory = checkpoints / step_name(steps[-1])
-        manifest = world.broadcast_agreed(lambda directory=directory: read_manifest(directory))
+        manifest = world.broadcast_agreed(functools.partial(read_manifest, directory))
         damage = [line for line in world.gather(_damage(directory, manifest, world)) if line]
         problems += damage[:1]
         if not damage:

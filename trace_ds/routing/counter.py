@@ -15,6 +15,7 @@ gate weights are summed in units of 2^-40 for the same reason: exact for fp32 we
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -175,7 +176,7 @@ class RoutingCounter:
             for document, counts_LE, tokens in rank_items:
                 old_LE, old_tokens = merged.get(document, (0, 0))
                 merged[document] = (old_LE + counts_LE, old_tokens + tokens)
-        sums = {
+        sums: dict[str, Any] = {
             name: (world.sum_int64 if dtype == torch.int64 else world.sum_float64)(getattr(self, name).cpu().numpy())
             for name, dtype in SUMS
         }

@@ -136,7 +136,7 @@ class Streamer:
         if self._jobs == 1:
             return [self._do(task) for task in tasks]
         with ThreadPoolExecutor(self._jobs) as pool:
-            futures = [pool.submit(list[Written], map(self._do, some)) for some in together(tasks)]
+            futures = [pool.submit(self._do_all, some) for some in together(tasks)]
             try:
                 return [written for future in futures for written in future.result()]
             except BaseException:
@@ -151,6 +151,9 @@ class Streamer:
         if (use, dtype) not in buffers:
             buffers[use, dtype] = torch.empty(BLOCK_NUMEL, dtype=dtype)
         return buffers[use, dtype]
+
+    def _do_all(self, tasks: Sequence[CopyTask]) -> list[Written]:
+        return [self._do(task) for task in tasks]
 
     def _do(self, task: CopyTask) -> Written:
         if task.path is None:

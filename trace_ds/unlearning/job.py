@@ -168,7 +168,7 @@ def require_finite(engine: Any, world: World, goal: Goal, rows: Batches | Corpus
     """
     engine.eval()
     losses = 0.0
-    data = rows.at(done, world.rank, world.size)
+    data: Any = rows.at(done, world.rank, world.size)
     with torch.no_grad():
         for terms in goal.terms(engine, replace(data, micro_batches=data.micro_batches[:1]), world.device):
             losses += sum(float(term) for term in terms.values())
