@@ -7,53 +7,40 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import tiny
 from forked import Server, serving
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-# The files that take longest, longest first: several run at a time, and a long one that began last would run alone.
+# The files that take longest, about in this order: several run at a time; a long one that began last would run alone.
 LONG_FILES = (
     "test_demo",
     "test_slurm",
+    "test_cluster_page",
     "test_recipe_runs",
     "test_real_shapes",
-    "test_evaluation_sharded",
-    "test_cluster_page",
     "test_kill",
-    "test_plan",
-    "test_data_by_name",
     "test_unlearn",
+    "test_plan",
     "test_convert_engines",
     "test_hub",
-    "test_gpu_acceptance",
-    "test_collect",
-    "test_harness",
-    "test_curve",
-    "test_families",
-    "test_finetune",
+    "test_data_by_name",
     "test_objective_jobs",
+    "test_collect",
     "test_launchers",
-    "test_fuzz",
+    "test_harness",
+    "test_finetune",
+    "test_curve",
+    "test_evaluation_sharded",
+    "test_families",
     "test_benchmark_study",
+    "test_layers_held",
+    "test_trainable",
     "test_watch",
     "test_faults",
     "test_standin",
-    "test_convert_faults",
-    "test_evaluation_stage",
-    "test_trainable",
-    "test_readme",
-    "test_mapped",
-    "test_bad_input",
-    "test_convert_targets",
-    "test_online_weights",
-    "test_calibration_raking",
-    "test_wheel",
-    "test_doctor_nodes",
-    "test_report_browser",
-    "test_calibration_stage",
+    "test_gpu_acceptance",
 )
 
 
@@ -77,9 +64,9 @@ def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
 @pytest.fixture(scope="session")
 def tiny_model(shared_folder: None) -> Path:
     """A random 3-layer, 4-expert, top-2 Mixtral in fp32 with its tokenizer."""
-    from jobs import made_once
+    from jobs import family_model
 
-    return made_once("mixtral", tiny.make_model)
+    return family_model("mixtral")
 
 
 @pytest.fixture(scope="session")

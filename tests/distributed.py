@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pkgutil
+import runpy
 import sys
 import time
 import traceback
@@ -105,6 +106,23 @@ def end_of_ranks(function: Callable[..., Any], world_size: int, *arguments: Any,
         rank, _, text = queue.get()
         ends[rank] = text
     return ends
+
+
+def run_as_main(place: str | Path, *words: object) -> None:
+    """``python PLACE WORDS`` in a fork of the server: a script, or a module by its dotted name. It must end well."""
+    process = CONTEXT.Process(target=_main, args=(str(place), list(map(str, words))))
+    process.start()
+    process.join()
+    assert process.exitcode == 0, f"{place} {words} ended with {process.exitcode}"
+
+
+def _main(place: str, words: list[str]) -> None:
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    sys.argv = [place, *words]
+    if place.endswith(".py"):
+        runpy.run_path(place, run_name="__main__")
+    else:
+        runpy.run_module(place, run_name="__main__", alter_sys=True)
 
 
 def _rank(

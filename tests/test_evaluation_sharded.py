@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny
 from distributed import run_distributed
+from jobs import family_model, prepared_run
 from test_evaluation_models import SETTINGS, random_sequences
 from test_evaluation_stage import Case, case, evaluate_on, with_every_kind_of_task  # noqa: F401 (case is a fixture)
 
@@ -24,7 +25,7 @@ from trace_ds.stages.evaluate import evaluate
 from trace_ds.stages.pipeline import Request, check_early
 
 SHARDED = {2: [Sharding(1, 3), Sharding(2, 0), Sharding(2, 3)], 4: [Sharding(4, 0), Sharding(2, 3)]}
-FOUR = ("mixtral", "deepseek_v3")  # the families tried on four ranks
+ALL_WAYS = ("mixtral", "deepseek_v3")  # the others in one, with both kinds of shares where they have both
 
 
 def measured(model: LanguageModel, dataset: str) -> dict[str, Any]:
@@ -47,9 +48,10 @@ def sharded_measurements(world: Any, models: dict[str, str], dataset: str) -> di
 
     found: dict[str, list[Any]] = {}
     for family, path in models.items():
-        for sharding in SHARDED[world.size]:
-            if family not in FAMILIES and sharding.ep > 1:
-                continue
+        ways = SHARDED[world.size]
+        if family not in ALL_WAYS:
+            ways = [Sharding(2, 3) if family in FAMILIES else Sharding(1, 3)]
+        for sharding in ways:
             with loaded(path, AutoTokenizer.from_pretrained(path), SETTINGS, world, sharding) as model:
                 held = sum(
                     p.ds_tensor.numel() if hasattr(p, "ds_tensor") else p.numel() for p in model.model.parameters()
@@ -59,29 +61,21 @@ def sharded_measurements(world: Any, models: dict[str, str], dataset: str) -> di
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    folder = tmp_path_factory.mktemp("families")
-    return {family: str(tiny.make_model(folder / family, family)) for family in [*sorted(FAMILIES), "gpt_oss"]}
+def models(shared_folder: None) -> dict[str, str]:
+    return {family: str(family_model(family)) for family in [*sorted(FAMILIES), "gpt_oss"]}
 
 
 @pytest.fixture(scope="module")
 def dataset(models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> str:
-    from trace_ds.config.load import load_config
-    from trace_ds.run.directory import RunDirectory
-    from trace_ds.stages.prepare import prepare
-
     folder = tmp_path_factory.mktemp("rows")
-    run = RunDirectory(folder / "run")
-    run.path.mkdir()
-    prepare(load_config(str(tiny.write_config(folder, Path(models["mixtral"]))))[0], run)
-    return str(run.data / "forget.arrow")
+    return str(prepared_run(tiny.write_config(folder, Path(models["mixtral"])), folder / "run") / "data/forget.arrow")
 
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_scores_are_those_of_a_whole_model(world: int, models: dict[str, str], dataset: str) -> None:
     from transformers import AutoTokenizer
 
-    tried = models if world == 2 else {family: models[family] for family in FOUR}
+    tried = models if world == 2 else {family: models[family] for family in ALL_WAYS}
     ranks = run_distributed(sharded_measurements, world, tried, dataset)
     for family, path in tried.items():
         with loaded(path, AutoTokenizer.from_pretrained(path), SETTINGS) as model:
@@ -112,15 +106,14 @@ def close(found: Any, expected: Any, where: str = "") -> None:
         assert found == expected, where
 
 
-@pytest.mark.parametrize(("ep", "zero_stage"), [(2, 0), (1, 3)])
-def test_a_whole_evaluation(case: Case, tmp_path: Path, ep: int, zero_stage: int) -> None:  # noqa: F811
+def test_a_whole_evaluation(case: Case, tmp_path: Path) -> None:  # noqa: F811
     """Every kind of task, the drift, both attacks."""
     with_every_kind_of_task(case, tmp_path)
     case.raw["evaluation"] |= {"expert_forcing": True, "relearning": {"steps": 2, "rows": 4, "lr": 1e-2}}
     evaluate(case.config(), case.run)
     alone = {name: case.result(name) for name in ("original", "gold", "unlearned")}
     shutil.rmtree(case.run.evaluation)
-    case.raw["evaluation"] |= {"ep": ep, "zero_stage": zero_stage}
+    case.raw["evaluation"] |= {"ep": 2, "zero_stage": 3}
     assert run_distributed(evaluate_on, 2, case.raw, str(case.run.path)) == [True, False]
     for name, expected in alone.items():
         close(case.result(name), expected, name)
@@ -154,7 +147,7 @@ def test_replicas_of_experts_learn_together(models: dict[str, str], dataset: str
         assert experts.keys() and all(np.array_equal(v, ranks[rank % 2][1][n]) for n, v in experts.items())
 
 
-def forced_scores(world: Any, path: str, sharding: Sharding | None) -> list[float]:
+def forced_scores(world: Any, path: str, shardings: list[Sharding | None]) -> list[list[float]]:
     """Log-probabilities of a model none of whose tokens may go to its first expert; no router is kept whole."""
     from transformers import AutoTokenizer
 
@@ -169,20 +162,21 @@ def forced_scores(world: Any, path: str, sharding: Sharding | None) -> list[floa
         return found
 
     engine.base_ds_config = all_partitioned
-    shape = (world, sharding) if sharding is not None else ()
-    with (
-        loaded(path, AutoTokenizer.from_pretrained(path), SETTINGS, *shape) as model,
-        forced(model.model, without_first),
-    ):
-        return [float(value) for score in model.score(random_sequences(9)) for value in score.log_prob]
+    tokenizer, found = AutoTokenizer.from_pretrained(path), []
+    for sharding in shardings:
+        shape = (world, sharding) if sharding is not None else ()
+        with loaded(path, tokenizer, SETTINGS, *shape) as model, forced(model.model, without_first):
+            scores = model.score(random_sequences(9))
+        found.append([float(value) for score in scores for value in score.log_prob])
+    engine.base_ds_config = settings
+    return found
 
 
-@pytest.mark.parametrize("sharding", [Sharding(1, 3), Sharding(2, 3)])
-@pytest.mark.parametrize("family", ["mixtral", "olmoe", "deepseek_v3"])
-def test_forcing_where_no_rank_has_a_whole_router(family: str, sharding: Sharding, models: dict[str, str]) -> None:
-    alone = forced_scores(None, models[family], None)
-    for found in run_distributed(forced_scores, 2, models[family], sharding):
-        assert np.allclose(found, alone, atol=1e-5)
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
+def test_forcing_where_no_rank_has_a_whole_router(family: str, models: dict[str, str]) -> None:
+    (alone,) = forced_scores(None, models[family], [None])
+    for ways in run_distributed(forced_scores, 2, models[family], [Sharding(1, 3), Sharding(2, 3)]):
+        assert all(np.allclose(found, alone, atol=1e-5) for found in ways)
 
 
 def test_bad_shapes(case: Case) -> None:  # noqa: F811

@@ -357,10 +357,3 @@ def test_damage_is_named_and_the_newest_complete_checkpoint_is_used(tmp_path: Pa
     assert run_distributed(save_next, 2, str(tmp_path / "flipped")) == [3, 3]
     assert check_whole(tmp_path / "flipped") == 3 and (tmp_path / "flipped" / f"{LAST}.unreadable-1" / SHARD).is_file()
     assert [path.name for path in (tmp_path / "both").glob("step_*.*")] == []
-
-
-@pytest.mark.slow
-def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
-    run_distributed(save_next, 1, str(tmp_path / "checkpoints"))
-    with pytest.raises(AssertionError, match="this checkpoint belongs to another job"):
-        run_distributed(save_next, 1, str(tmp_path / "checkpoints"), None, "another job")

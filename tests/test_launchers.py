@@ -5,22 +5,23 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import jobs
 import pytest
 import tiny
 from command import run, tree
+from distributed import end_of_ranks
 from forked import JOB, Server
 
 from trace_ds.errors import StopRequested, UserError
 from trace_ds.parallel.environment import free_port, launched
 from trace_ds.parallel.launch import run_processes
-from trace_ds.parallel.world import AgreedError, check_local_processes
+from trace_ds.parallel.world import AgreedError, check_local_processes, end_process
 
 PROCESSES = ("--num_machines", "1", "--num_processes", "2", "--main_process_port")
 LAUNCHERS = {
@@ -84,12 +85,11 @@ def test_all_launchers_give_the_same_bytes(prepared: Path, server: Server) -> No
         assert not different, (name, different)
 
 
-def test_verbs_of_one_process_refuse_to_be_ranks(tmp_path: Path) -> None:
+def test_verbs_of_one_process_refuse_to_be_ranks(server: Server, tmp_path: Path) -> None:
     """Rank 0 says it in one line, all ranks end with status 2, and nothing is written."""
     for rank, expected in (("0", "run is one process, and a launcher started 2"), ("1", "")):
         launcher = {"OMPI_COMM_WORLD_RANK": rank, "OMPI_COMM_WORLD_SIZE": "2"}
-        command = [sys.executable, "-m", "trace_ds", "run", "demo", "--run-dir", "made"]
-        result = run(["env", *(f"{name}={value}" for name, value in launcher.items()), *command], cwd=tmp_path)
+        result = server.run(["run", "demo", "--run-dir", "made"], tmp_path, launcher)
         assert result.returncode == 2 and expected in result.stderr, result.stderr
         assert len(result.stderr.splitlines()) == bool(expected) and not list(tmp_path.iterdir())
 
@@ -114,34 +114,23 @@ def test_what_counts_as_launched() -> None:
     assert not launched(batch_script)
 
 
-LEAVING = """
-import sys
-import torch
-import torch.distributed as dist
-from trace_ds.parallel.world import end_process, join
+def leaves_with_groups_open(world: Any, folder: str) -> None:
+    import torch
+    import torch.distributed as dist
 
-world = join(threads=1, timeout_minutes=2)
-kept = [dist.new_group(list(range(world.size))) for _ in range(2)]  # as DeepSpeed keeps its groups
-for _ in range(20):
-    for group in kept:
-        dist.all_reduce(torch.ones(1000), group=group)
-sys.stdout.write("written")  # and not flushed
-end_process(int(sys.argv[1]))
-"""
+    kept = [dist.new_group(list(range(world.size))) for _ in range(2)]  # as DeepSpeed keeps its groups
+    for _ in range(20):
+        for group in kept:
+            dist.all_reduce(torch.ones(1000), group=group)
+    sys.stdout = (Path(folder) / str(world.rank)).open("w")
+    sys.stdout.write("written")  # and not flushed
+    end_process(75)
 
 
 def test_a_rank_that_ends_with_groups_open_does_not_abort(tmp_path: Path) -> None:
     """With ``sys.exit`` instead, one of these processes in a few dies of SIGABRT in gloo's threads."""
-    ranks = []
-    for rank in range(4):
-        job = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 4, "MASTER_ADDR": "127.0.0.1"}
-        job |= {"MASTER_PORT": free_port() if rank == 0 else ranks[0].args[-1], "DS_ACCELERATOR": "cpu"}
-        environment = os.environ | {name: str(value) for name, value in job.items()}
-        command = [sys.executable, "-c", LEAVING, "75", environment["MASTER_PORT"]]
-        ranks.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
-    ends = [(*rank.communicate(timeout=240), rank.returncode) for rank in ranks]
-    assert [end[2] for end in ends] == [75] * 4, ends
-    assert all(end[0] == b"written" for end in ends)
+    assert end_of_ranks(leaves_with_groups_open, 4, str(tmp_path)) == [75] * 4
+    assert [(tmp_path / str(rank)).read_text() for rank in range(4)] == ["written"] * 4
 
 
 # A stand-in for the package, as what run_processes starts: says that it runs, and that it was asked to stop.

@@ -13,6 +13,7 @@ import pytest
 import tiny
 from command import run
 from distributed import run_distributed
+from jobs import family_model
 
 from trace_ds.errors import UserError
 
@@ -59,7 +60,7 @@ def test_the_share_of_one_process_is_what_transformers_loads(tmp_path: Path) -> 
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    paths = [str(tiny.make_model(tmp_path / family, family)) for family in FAMILIES]
+    paths = [str(family_model(family)) for family in FAMILIES]
     config = AutoConfig.from_pretrained(paths[0])
     config.tie_word_embeddings = True
     torch.manual_seed(3)

@@ -47,27 +47,32 @@ ROUTERS = {
     "grip": [*AFTER, "grip={tokens: 25, steps: 2}", "optimizer.lr=0.3"],
     "grip_realign": [*AFTER, "grip={method: realign, steps: 3}", "optimizer.lr=0.05"],
 }
+# What a loss is does not depend on the shape: each in one with everything, and of the others what asks for different
+# tensors (token losses, hidden states and logits of the frozen model, sequences with alternatives, routers).
+SOME = {name: OBJECTIVES[name] for name in ("graddiff", "undial_hidden", "dpo")}
 SHAPES = [
-    (1, 1, 3, OBJECTIVES),
-    (1, 1, 1, OTHERS),
-    (2, 1, 1, OBJECTIVES | ROUTERS),
     (2, 2, 3, OBJECTIVES | ROUTERS),
-    (2, 2, 2, OTHERS | ROUTERS),
-    (4, 2, 1, OBJECTIVES),
+    (2, 2, 2, OTHERS),
+    (1, 1, 3, SOME),
+    (2, 1, 1, SOME | ROUTERS),
+    (4, 2, 1, SOME),
 ]
 
 
 @pytest.fixture(scope="module")
-def calibrated(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def calibrated(tiny_model: Path) -> tuple[Path, Path]:
     """(configuration, run directory) with three corpora, their statistics and a calibration with unequal weights."""
-    folder = tmp_path_factory.mktemp("objectives")
-    refusals = folder / "refusals.jsonl"
-    texts = ["the window is a garden", "no letter of the king", "a winter street"]
-    refusals.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    config = tiny.write_config(
-        folder, tiny_model, statistics__nll=True, data__alternative=[{"path": str(refusals)}], data__documents_per_row=1
-    )
-    return config, calibrated_run(config, folder / "run", world=2)
+
+    def make(folder: Path) -> None:
+        folder.mkdir()
+        refusals = folder / "refusals.jsonl"
+        texts = ["the window is a garden", "no letter of the king", "a winter street"]
+        refusals.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        changes = {"data__alternative": [{"path": str(refusals)}], "data__documents_per_row": 1}
+        calibrated_run(tiny.write_config(folder, tiny_model, statistics__nll=True, **changes), folder / "run", world=2)
+
+    folder = jobs.made_once("objectives", make)
+    return folder / "config.yaml", folder / "run"
 
 
 def overrides_of(name: str, ep: int = 1, stage: int = 3) -> list[str]:
@@ -121,25 +126,18 @@ def test_losses_and_weights_equal_the_reference(
 def test_micro_batches_do_not_matter(calibrated: tuple[Path, Path], tmp_path: Path) -> None:
     """4 rows as 1×4, 2×2 and 4×1, where a micro-batch also carries alternatives and asks the frozen model."""
     config, prepared = calibrated
-    for name in ("graddiff", "dpo", "undial_hidden"):
-        found = []
-        sizes = (4, 2, 1)
-        runs = [
-            (
-                str(copy_of(prepared, tmp_path / f"{name}-{rows}")),
-                [*overrides_of(name), f"unlearning.micro_batch_rows={rows}"],
-            )
-            for rows in sizes
-        ]
-        assert not any(map(any, run_distributed(jobs.unlearn_jobs, 1, str(config), runs)))
-        for (run, _), rows in zip(runs, sizes, strict=True):
-            weights = weights_of(Path(run), STEPS, tmp_path / f"{name}-{rows}-model")
-            found.append((losses_of(Path(run)), weights))
-        for losses, weights in found[1:]:
-            np.testing.assert_allclose(losses, found[0][0], rtol=1e-6, err_msg=name)
-            for tensor, value in weights.items():
-                atol = 1e-6 * float(np.abs(value).max())
-                np.testing.assert_allclose(value, found[0][1][tensor], rtol=1e-6, atol=atol, err_msg=tensor)
+    places = {(name, rows): tmp_path / f"{name}-{rows}" for name in SOME for rows in (4, 2, 1)}
+    runs = [
+        (str(copy_of(prepared, place)), [*overrides_of(name), f"unlearning.micro_batch_rows={rows}"])
+        for (name, rows), place in places.items()
+    ]
+    assert not any(map(any, run_distributed(jobs.unlearn_jobs, 1, str(config), runs)))
+    weights = {key: weights_of(place, STEPS, tmp_path / f"{place.name}-model") for key, place in places.items()}
+    for (name, rows), place in places.items():
+        np.testing.assert_allclose(losses_of(place), losses_of(places[name, 4]), rtol=1e-6, err_msg=name)
+        for tensor, value in weights[name, rows].items():
+            atol = 1e-6 * float(np.abs(value).max())
+            np.testing.assert_allclose(value, weights[name, 4][tensor], rtol=1e-6, atol=atol, err_msg=tensor)
 
 
 def test_what_a_loss_needs_is_asked_for(calibrated: tuple[Path, Path], tmp_path: Path) -> None:

@@ -49,7 +49,6 @@ def straight(calibrated: tuple[Path, Path], tmp_path_factory: pytest.TempPathFac
     ("world", "ep", "overrides"),
     [
         (2, 2, []),
-        (1, 1, []),
         (2, 1, ["unlearning.micro_batch_rows=1"]),
         (1, 1, RMU_LOSS),
         (2, 1, ["unlearning.forget_loss=simnpo", "unlearning.recompute=true"]),

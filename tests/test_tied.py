@@ -17,17 +17,7 @@ from test_unlearn import GRADIENT_LIKE, calibrated_run, copy_of, losses_of, rela
 
 from trace_ds.conversion.convert import convert_checkpoint
 
-FAMILIES = (
-    "mixtral",
-    "qwen2_moe",
-    "qwen3_moe",
-    "olmoe",
-    "deepseek_v2",
-    "deepseek_v3",
-    "phimoe",
-    "granitemoe",
-    "gpt_oss",
-)
+FAMILIES = ("mixtral", "deepseek_v3", "phimoe", "granitemoe", "gpt_oss")  # others: tests/test_convert_engines.py
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
@@ -40,20 +30,17 @@ def calibrated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("world", "shapes"), [(1, [(2, 1), (3, 1)]), (2, [(2, 2), (3, 1), (3, 2)])])
-def test_training_equals_the_single_process_reference(
-    calibrated: tuple[Path, Path], tmp_path: Path, world: int, shapes: list[tuple[int, int]]
-) -> None:
-    """NPO's gradient reaches the matrix from both of its ends; ``shapes`` are (ZeRO stage, expert-parallel size)."""
+def test_training_equals_the_single_process_reference(calibrated: tuple[Path, Path], tmp_path: Path) -> None:
+    """NPO's gradient reaches the matrix from both of its ends."""
     config, prepared = calibrated
     base = load_file(config.parent / "model" / "model.safetensors")
     assert HEAD not in base
     common = [*GRADIENT_LIKE, "unlearning.forget_loss=npo", "unlearning.apply=loss", "unlearning.steps=2"]
     runs = []
-    for stage, ep in shapes:
+    for stage, ep in ((2, 2), (3, 1), (3, 2)):
         run = copy_of(prepared, tmp_path / f"zero{stage}_ep{ep}")
         runs.append((str(run), [*common, f"unlearning.zero_stage={stage}", f"distributed.ep={ep}"]))
-    assert run_distributed(jobs.unlearn_jobs, world, str(config), runs) == [[""] * len(runs)] * world
+    assert not any(map(any, run_distributed(jobs.unlearn_jobs, 2, str(config), runs)))
     expected = reference_run(str(config), runs[0][0], common, 2)
     for run_dir, _ in runs:
         np.testing.assert_allclose(losses_of(Path(run_dir)), expected["losses"], rtol=1e-6, atol=1e-9)
@@ -86,7 +73,7 @@ def save_engines(world: Any, folder: str, models: dict[str, str]) -> None:
 
 
 @pytest.mark.slow
-def test_every_family_goes_through_an_engine_and_back_exactly(tmp_path: Path) -> None:
+def test_tied_and_untied_go_through_an_engine_and_back_exactly(tmp_path: Path) -> None:
     models = {family: str(tiny.make_model(tmp_path / family, family, tied=True)) for family in FAMILIES}
     models["untied"] = str(tiny.make_model(tmp_path / "untied"))
     run_distributed(save_engines, 2, str(tmp_path), models)

@@ -79,19 +79,18 @@ def expected_changes(case: str, names: list[str], prepared: Path) -> set[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("world", "ep", "stage"), [(2, 1, 3), (2, 2, 3), (2, 2, 1)])
+@pytest.mark.parametrize(("ep", "stage"), [(2, 3), (1, 1)])
 def test_the_rest_stays_bitwise(
     calibrated: tuple[Path, Path],  # noqa: F811
     tiny_model: Path,
     tmp_path: Path,
-    world: int,
     ep: int,
     stage: int,
 ) -> None:
     config, prepared = calibrated
     start = {name: value for path in tiny_model.glob("*.safetensors") for name, value in load_file(path).items()}
     runs = [(str(copy_of(prepared, tmp_path / name)), overrides_of(name, ep, stage)) for name in CASES]
-    assert not any(map(any, run_distributed(jobs.unlearn_jobs, world, str(config), runs)))
+    assert not any(map(any, run_distributed(jobs.unlearn_jobs, 2, str(config), runs)))
     for name, (run, _) in zip(CASES, runs, strict=True):
         found = weights_of(Path(run), STEPS, tmp_path / f"{name}-model")
         moved = {tensor for tensor, value in start.items() if not np.array_equal(value, found[tensor])}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -18,7 +19,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from distributed import end_of_ranks, run_distributed
+from distributed import end_of_ranks, run_as_main, run_distributed
 from objective_reference import reference_run
 from safetensors.numpy import load_file
 
@@ -221,20 +222,21 @@ def test_what_happens_while_a_checkpoint_is_written_loses_nothing(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("stage", "shapes"), [(3, [(2, 2), (1, 1), (2, 2), (2, 1), (4, 2)]), (1, [(2, 2), (1, 1), (2, 2), (2, 1)])]
+    ("stage", "shapes"), [(3, [(2, 2), (1, 1), (2, 2), (2, 1), (4, 2)]), (1, [(2, 2), (1, 1), (2, 2)])]
 )
 def test_resumes_on_another_number_of_ranks_and_expert_parallel_size(
     calibrated: tuple[Path, Path], tmp_path: Path, stage: int, shapes: list[tuple[int, int]]
 ) -> None:
     """Ranks 2 -> 1 -> 2, EP 2 -> 1 -> 2, both at once and one alone: losses and weights of an undisturbed job."""
     config, prepared_run = calibrated
-    common = [*GRADIENT_LIKE, "unlearning.apply=loss", f"unlearning.zero_stage={stage}"]
-    straight = copy_of(prepared_run, tmp_path / "straight")
-    run_distributed(jobs.unlearn_job, 2, str(config), str(straight), [*common, f"unlearning.steps={len(shapes)}"])
-    moved = copy_of(prepared_run, tmp_path / "moved")
+    common = [*GRADIENT_LIKE, "unlearning.apply=loss", "unlearning.keep=9", f"unlearning.zero_stage={stage}"]
+    straight, moved = (copy_of(prepared_run, tmp_path / name) for name in ("straight", "moved"))
+    work = [(2, str(straight), [*common, f"unlearning.steps={len(shapes)}"])]
     for step, (world, ep) in enumerate(shapes, 1):
-        overrides = [*common, f"distributed.ep={ep}", f"unlearning.steps={step}"]
-        run_distributed(jobs.unlearn_job, world, str(config), str(moved), overrides)
+        work.append((world, str(moved), [*common, f"distributed.ep={ep}", f"unlearning.steps={step}"]))
+    for world, runs in itertools.groupby(work, lambda one: one[0]):
+        assert not any(map(any, run_distributed(jobs.unlearn_jobs, world, str(config), [one[1:] for one in runs])))
+    for step, (world, ep) in enumerate(shapes, 1):
         manifest = read_manifest(moved / "checkpoints" / f"step_{step:06d}")
         assert (manifest.world, manifest.ep, manifest.zero_stage) == (world, ep, stage)
     # atol: the retain loss, 5e-8, is made of differences of hidden states that have hardly moved yet
@@ -288,25 +290,27 @@ def test_damaged_checkpoints_are_named_and_survived(calibrated: tuple[Path, Path
 def test_wrong_resumes_are_refused(calibrated: tuple[Path, Path], tmp_path: Path) -> None:
     config, prepared_run = calibrated
     run = copy_of(prepared_run, tmp_path / "run")
-    with pytest.raises(AssertionError, match="there is no complete checkpoint to resume from"):
-        run_distributed(jobs.unlearn_job, 1, str(config), str(run), ["unlearning.resume=required"])
-    run_distributed(jobs.unlearn_job, 1, str(config), str(run), ["unlearning.steps=2"])
-    with pytest.raises(AssertionError, match="belongs to another job"):
-        run_distributed(jobs.unlearn_job, 1, str(config), str(run), ["unlearning.alpha=2"])
-    with pytest.raises(AssertionError, match="written with ZeRO stage 3, and this job has 1: a job can change its"):
-        run_distributed(jobs.unlearn_job, 1, str(config), str(run), ["unlearning.zero_stage=1"])
-    run_distributed(jobs.unlearn_job, 1, str(config), str(run), [])  # more steps of the same job
-    assert complete_steps(run / "checkpoints") == ([2, 4], [])
-    run_distributed(jobs.unlearn_job, 1, str(config), str(run), ["unlearning.alpha=2", "unlearning.resume=never"])
+
+    def errors(*jobs_changes: list[str]) -> list[str]:
+        return run_distributed(jobs.unlearn_jobs, 1, str(config), [(str(run), change) for change in jobs_changes])[0]
+
+    other = "unlearning.alpha=2"
+    found = errors(
+        ["unlearning.resume=required"], ["unlearning.steps=2"], [other], ["unlearning.zero_stage=1"], []
+    )  # the last: more steps of the same job
+    assert "there is no complete checkpoint to resume from" in found[0] and "belongs to another job" in found[2]
+    assert "written with ZeRO stage 3, and this job has 1: a job can change its" in found[3]
+    assert found[1] == found[4] == "" and complete_steps(run / "checkpoints") == ([2, 4], [])
+    assert errors([other, "unlearning.resume=never"]) == [""]
     assert complete_steps(run / "checkpoints") == ([2, 4], [])
     # killed between the rename of the last checkpoint and what follows it: the rerun makes up for it
     shutil.copytree(run / "checkpoints" / "step_000002", run / "checkpoints" / "step_000001")
     (run / "checkpoints" / "latest").write_text("step_000002\n")
-    run_distributed(jobs.unlearn_job, 1, str(config), str(run), ["unlearning.alpha=2"])
+    assert errors([other]) == [""]
     assert complete_steps(run / "checkpoints") == ([2, 4], [])
     assert (run / "checkpoints" / "latest").read_text() == "step_000004\n"
     # another job where its predecessor's checkpoints may go
-    run_distributed(jobs.unlearn_job, 1, str(config), str(run), ["unlearning.resume=replace", "unlearning.steps=1"])
+    assert errors(["unlearning.resume=replace", "unlearning.steps=1"]) == [""]
     assert complete_steps(run / "checkpoints") == ([1], [])
     assert "step_000004 belongs to another job and was deleted" in (run / "logs" / "unlearn.jsonl").read_text()
 
@@ -429,12 +433,9 @@ def test_deepspeeds_own_tools_read_our_checkpoints(stage: int, calibrated: tuple
     assert not any(run_distributed(jobs.unlearn_job, 2, str(config), str(run), overrides))
     checkpoints = run / "checkpoints"
     step = checkpoints / "step_000001"
-    script = [checkpoints / "zero_to_fp32.py", checkpoints, tmp_path / "fp32", "--safe_serialization"]
-    converter = ["-m", "deepspeed.checkpoint.ds_to_universal", "--input_folder", step]
-    converter += ["--output_folder", tmp_path / "theirs" / step.name]
-    for words in (script, converter):
-        result = command.run(["env", "DS_ACCELERATOR=cpu", sys.executable, *words])
-        assert result.returncode == 0, result.stderr[-2000:]
+    run_as_main(checkpoints / "zero_to_fp32.py", checkpoints, tmp_path / "fp32", "--safe_serialization")
+    folders = ["--input_folder", step, "--output_folder", tmp_path / "theirs" / step.name]
+    run_as_main("deepspeed.checkpoint.ds_to_universal", *folders)
     weights_of(run, 1, tmp_path / "model")
     expected = AutoModelForCausalLM.from_pretrained(tmp_path / "model").state_dict()
     found = {
