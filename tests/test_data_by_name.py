@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hub_replicas
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
@@ -567,37 +568,13 @@ def page_blocks() -> list[dict[str, Any]]:
     return [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)]
 
 
-def replicas(hub: Hub, folder: Path) -> None:
-    """What the page names on the hub, in the layout it has there, with rows of ours."""
-    qa = [{"question": "Who?", "answer": "Jane"}]
-    text, held = [{"text": "seen words"}], [{"text": "unseen words"}]
-    sets: dict[str, dict[str, dict[str, list[dict[str, Any]]]]] = {
-        "cais/wmdp-corpora": {"cyber-forget-corpus": {"train": text}, "cyber-retain-corpus": {"train": held}},
-        "cais/wmdp": {"wmdp-cyber": {"test": [{"question": "q", "choices": CHOICES, "answer": 1}]}},
-        "locuslab/TOFU": {"forget10": {"train": qa}, "retain90": {"train": qa}},
-        "muse-bench/MUSE-Books": {
-            "raw": {"forget": text, "retain1": held, "retain2": held, "holdout": held},
-            "verbmem": {"forget": [{"prompt": "It is a", "gt": "truth"}]},
-            "knowmem": {"forget_qa": qa, "forget_qa_icl": qa, "retain_qa": qa, "retain_qa_icl": qa},
-            "privleak": {"forget": text, "holdout": held, "retain": held},
-        },
-        "Salesforce/wikitext": {"wikitext-2-raw-v1": {"train": text, "test": text}},
-    }
-    for name, configs in sets.items():
-        page = []
-        for config, splits in configs.items():
-            for split, rows in splits.items():
-                write_parquet(folder / name / config / f"{split}-00000-of-00001.parquet", rows)
-            files = [{"split": split, "path": f"{config}/{split}-*"} for split in splits]
-            page.append({"config_name": config, "data_files": files})
-        (folder / name / "README.md").write_text(f"---\n{yaml.safe_dump({'configs': page})}---\n")
-        hub.add("datasets", name, folder / name)
-
-
 def test_every_example_of_the_page_is_read(hub: Hub, asking: Callable[[dict[str, str]], Ask], tmp_path: Path) -> None:
     from datasets import Dataset
 
-    replicas(hub, tmp_path / "sets")
+    for name, configs in hub_replicas.data_sets().items():  # in the layout that they have on the hub, with rows of ours
+        if name not in (hub_replicas.GATED, "cais/mmlu"):
+            hub_replicas.write_data_set(tmp_path / "sets" / name, name, configs)
+            hub.add("datasets", name, tmp_path / "sets" / name)
     rows = [row | {"question": "q", "answer": "a", "body": "b"} for row in ROWS]
     blocks = page_blocks()
     entries = [one for block in blocks for side in block.get("data", {}).values() for one in side]

@@ -13,13 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow
-import pyarrow.parquet
 import pytest
 import tiny
 import yaml
 from command import run
 from forked import JOB, Server, refuse, serving
+from hub_replicas import questions, write_data_set
 from hub_server import Hub
 from hub_server import serving as serving_hub
 
@@ -33,12 +32,6 @@ OTHER_FILES = {
     "modeling_tiny.py": b"raise SystemExit",
     "original/model.safetensors": b"x",
 }
-WMDP = """---
-configs:
-- config_name: wmdp-cyber
-  data_files: [{split: test, path: wmdp-cyber/test-*.parquet}]
----
-"""
 
 
 @dataclass
@@ -76,13 +69,8 @@ def replica(source: Path, folder: Path, *, shards: bool = False) -> Path:
     return folder
 
 
-def questions(folder: Path) -> Path:
-    """A few questions in the layout of the hub's ``cais/wmdp``."""
-    (folder / "wmdp-cyber").mkdir(parents=True)
-    rows = {"answer": [0, 1, 2], "question": ["what is iron", "what is gold", "what is tin"]}
-    table = pyarrow.table(rows | {"choices": [["acid", "base", "salt", "river"]] * 3})
-    pyarrow.parquet.write_table(table, folder / "wmdp-cyber" / "test-00000-of-00001.parquet")
-    (folder / "README.md").write_text(WMDP)
+def wmdp(folder: Path) -> Path:
+    write_data_set(folder, "cais/wmdp", {"wmdp-cyber": {"test": questions(3, 0)}})
     return folder
 
 
@@ -112,7 +100,7 @@ def place(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
                 ("models", "org/gated", model, {"gated": True, "readers": ("friend",)}),
                 ("models", "org/private", model, {"private": True, "readers": ("friend",)}),
                 ("models", "org/pickles", only_pickles, {}),
-                ("datasets", "cais/wmdp", questions(folder / "wmdp"), {}),
+                ("datasets", "cais/wmdp", wmdp(folder / "wmdp"), {}),
                 ("datasets", "org/texts", texts(folder / "texts", tiny.WORDS[:10]), {}),
             )
         }
@@ -202,13 +190,11 @@ def test_a_directory_that_is_there_wins(place: Place, tmp_path: Path) -> None:
         ("org/pickles", ("no safetensors", "only pickles (pytorch_model.bin), which are never read")),
     ],
 )
-@pytest.mark.parametrize("verb", ["fetch", "run"])
-def test_what_cannot_be_had_is_refused(
-    place: Place, tmp_path: Path, verb: str, name: str, told: tuple[str, ...]
-) -> None:
+def test_what_cannot_be_had_is_refused(place: Place, tmp_path: Path, name: str, told: tuple[str, ...]) -> None:
     config = written(tmp_path, name)
-    line = refuse(place.server, tmp_path, verb, config, "--run-dir", tmp_path / "run")
-    assert "model.path: " in line and all(text in line for text in told), line
+    for verb in ("fetch", "run") if name == "org/none" else ("fetch",):  # they ask alike
+        line = refuse(place.server, tmp_path, verb, config, "--run-dir", tmp_path / "run")
+        assert "model.path: " in line and all(text in line for text in told), line
 
 
 def test_gated_models_are_brought_for_those_who_may(place: Place, tmp_path: Path) -> None:
@@ -219,19 +205,15 @@ def test_gated_models_are_brought_for_those_who_may(place: Place, tmp_path: Path
 
 
 def test_without_a_network_and_a_cache(place: Place, tmp_path: Path) -> None:
-    config = written(tmp_path, "org/tiny")
-    for variables in (
-        place.hub.environment(tmp_path / "home", offline=True),
-        place.hub.environment(tmp_path / "home") | {"HF_ENDPOINT": "http://127.0.0.1:9"},
-    ):
-        command = [sys.executable, "-m", "trace_ds", "prepare", str(config), "--run-dir", "run"]
-        line = run(command, tmp_path, variables=variables).stderr
-        assert line.count("\n") == 1 and not (tmp_path / "run").exists(), line
-        assert "org/tiny is not whole in the hub's cache" in line and "trace-ds fetch CONFIG" in line
-        why = (
-            "HF_HUB_OFFLINE is set" if "HF_HUB_OFFLINE" in variables else "http://127.0.0.1:9 does not give it (Connect"
-        )
-        assert why in line, line
+    place.hub.add("models", "org/never-fetched", place.models / "model")
+    prepare = ["prepare", written(tmp_path, "org/never-fetched"), "--run-dir", "run"]
+    line = refuse(place.away, tmp_path, *prepare)
+    assert "HF_HUB_OFFLINE is set" in line and "trace-ds fetch CONFIG" in line
+    variables = place.hub.environment(tmp_path / "home") | {"HF_ENDPOINT": "http://127.0.0.1:9"}
+    line = run([sys.executable, "-m", "trace_ds", *prepare], tmp_path, variables=variables).stderr
+    assert line.count("\n") == 1 and not (tmp_path / "run").exists(), line
+    assert "org/never-fetched is not whole in the hub's cache" in line
+    assert "http://127.0.0.1:9 does not give it (Connect" in line, line
 
 
 def test_a_revision_that_moved_since_fetch_is_refused(place: Place, tmp_path: Path) -> None:
@@ -280,9 +262,8 @@ def test_a_task_whose_data_moved_since_fetch_is_refused(place: Place, tmp_path: 
     record = {"models": {}, "data": {}, "tasks": {"wmdp_cyber": {"commits": {"cais/wmdp": first}}}}
     (run / "fetched.json").write_text(json.dumps(record))
     second = place.hub.add("datasets", "cais/wmdp", place.models / "wmdp")
-    for verb in ("run", "evaluate"):
-        line = refuse(place.server, tmp_path, verb, config, "--run-dir", run)
-        assert f"evaluation.tasks.cyber: cais/wmdp has moved since it was fetched, from {first} to {second}" in line
+    line = refuse(place.server, tmp_path, "run", config, "--run-dir", run)
+    assert f"evaluation.tasks.cyber: cais/wmdp has moved since it was fetched, from {first} to {second}" in line
     asked = [{"dataset": "cais/wmdp", "config": "wmdp-cyber", "field": "question"}]
     other = written(tmp_path / "other", str(place.models / "model"), data__forget=asked)
     assert place.server.run(["fetch", other, "--run-dir", tmp_path / "came"], tmp_path).returncode == 0
@@ -317,9 +298,8 @@ def test_data_that_cannot_be_had_are_refused(place: Place, tmp_path: Path, data:
         access = {"gated": name == "org/shut", "private": name == "org/own", "readers": ("friend",)}
         place.hub.add("datasets", name, place.models / "texts", **access)
     config = written(tmp_path, str(place.models / "model"), data__forget=[data])
-    verbs = ("run",) if {"field", "template"} & set(data) else ("fetch", "run")  # fetch reads no row
-    for verb in verbs:
-        assert told in refuse(place.server, tmp_path, verb, config, "--run-dir", tmp_path / "run")
+    verb = "run" if {"field", "template", "split"} & set(data) else "fetch"  # fetch reads no row
+    assert told in refuse(place.server, tmp_path, verb, config, "--run-dir", tmp_path / "run")
 
 
 def test_looking_never_downloads(place: Place, tmp_path: Path) -> None:
