@@ -31,17 +31,7 @@ from pathlib import Path
 
 DAEMONS = ("slurmctld", "slurmd", "munged")
 ACTIVE_STATES = frozenset(
-    {
-        "PENDING",
-        "CONFIGURING",
-        "RUNNING",
-        "COMPLETING",
-        "SUSPENDED",
-        "REQUEUED",
-        "RESIZING",
-        "STAGE_OUT",
-        "SIGNALING",
-    }
+    ["PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "RESIZING", "STAGE_OUT", "SIGNALING"]
 )
 
 

