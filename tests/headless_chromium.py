@@ -1,20 +1,13 @@
-"""Drives a real headless Chromium over its debugging pipe (no extra packages): open a file, run script, take pictures.
-
-    python -m tests.headless_chromium PAGE.html OUT_DIRECTORY
-
-takes pictures of a page (desktop, phone, dark) and prints what the console said.
-"""
+"""Drives a real headless Chromium over its debugging pipe (no extra packages): open a file, run script."""
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import json
 import os
 import select
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -135,10 +128,6 @@ class Chromium:
     def mouse(self, x: float, y: float) -> None:
         self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
 
-    def picture(self, path: Path, *, whole: bool = True) -> None:
-        shot = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
-        path.write_bytes(base64.b64decode(shot["data"]))
-
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
         return self._call(method, session=self._session, **parameters)
 
@@ -175,28 +164,3 @@ class Chromium:
             self.messages.append("log: " + values["entry"]["text"][:400])
         elif method == "Network.requestWillBeSent":
             self.requests.append(values["request"]["url"])
-
-
-def main() -> None:
-    page, out = Path(sys.argv[1]), Path(sys.argv[2])
-    out.mkdir(parents=True, exist_ok=True)
-    for name, width, dark, phone in (
-        ("desktop", 1280, False, False),
-        ("phone", 390, False, True),
-        ("dark", 1280, True, False),
-    ):
-        with Chromium(width, 900, dark=dark, phone=phone) as browser:
-            browser.open(page)
-            height = browser.run("document.documentElement.scrollHeight")
-            browser.call(
-                "Emulation.setDeviceMetricsOverride",
-                width=width, height=min(height, 16000), deviceScaleFactor=1, mobile=phone,
-            )  # fmt: skip
-            time.sleep(0.3)
-            browser.picture(out / f"{name}.png")
-            overflow = browser.run("document.documentElement.scrollWidth - innerWidth")
-            print(name, f"{width}x{height}", "overflow", overflow, browser.messages, len(browser.requests), "requests")
-
-
-if __name__ == "__main__":
-    main()

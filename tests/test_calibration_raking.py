@@ -179,18 +179,6 @@ def test_more_experts_than_tokens_meet_the_floor_within_the_errors() -> None:
     assert (miss <= np.maximum(error, 1e-3)).mean() > 0.99 and miss.max() < 0.3 * np.abs(made.target_S - p).max()
 
 
-@pytest.mark.parametrize("floor", [0.2, 0.5, 0.9, 1.0])
-def test_the_floor_is_respected_and_reached(floor: float) -> None:
-    forget, retain = make_world(seed=1)
-    active = retain.dense(8)
-    p, q = active.mean(axis=0), forget.dense(8).mean(axis=0)
-    made = rake(Units(retain.as_trace(), np.ones((3, 8), dtype=bool), retain.tokens), q, p, 20.0, floor)
-    w = weights(active, made.theta_S)
-    assert floor - 1e-12 <= ess(w) < floor * 1.001 or made.strength == 1
-    assert made.limit == ("floor" if made.strength < 1 else "")
-    np.testing.assert_allclose(w @ active / w.sum(), p + made.strength * (q - p), atol=1e-6)
-
-
 def test_a_solver_that_is_stopped_says_so_and_keeps_its_strength(monkeypatch) -> None:
     forget, retain = make_world(seed=1)
     p, q = retain.dense(8).mean(axis=0), forget.dense(8).mean(axis=0)
@@ -255,20 +243,6 @@ def test_progress_says_of_each_solve_about_how_long_it_still_takes(monkeypatch, 
         for line, left_s in late:
             said = re.search(r"; about (\d+) s left$", line)
             assert said is not None and abs(int(said[1]) - left_s) <= 6.0, (line, left_s)
-
-
-def test_threads_and_order_of_the_tokens(monkeypatch) -> None:
-    """Threads change no bit; another order of the tokens only what sums in another order do."""
-    monkeypatch.setattr("trace_ds.calibration.units.CHUNK_TOKENS", 700)
-    forget, retain = make_world(seed=2)
-    p, q = retain.dense(8).mean(axis=0), forget.dense(8).mean(axis=0)
-    selected, scope = retain.trace_TLK[retain.counted_T], np.ones((3, 8), dtype=bool)
-    made = [rake(Units.of(selected, scope), q, p, 20.0, 0.5, None, Context(threads)) for threads in (1, 2, 3)]
-    for other in made[1:]:
-        np.testing.assert_array_equal(other.theta_S, made[0].theta_S)
-    backward = rake(Units.of(selected[::-1], scope), q, p, 20.0, 0.5)
-    active = retain.dense(8)
-    np.testing.assert_allclose(weights(active, backward.theta_S), weights(active, made[0].theta_S), rtol=1e-6)
 
 
 @settings(max_examples=80, deadline=None)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trace_ds.calibration import tokens
-from trace_ds.calibration.tokens import TokenMap, Trace, count_selections, open_trace
+from trace_ds.calibration.tokens import Trace, count_selections, open_trace
 from trace_ds.calibration.units import Units, evaluate
 from trace_ds.errors import UserError
 
@@ -106,26 +106,6 @@ def test_a_sample_is_spread_over_all_documents_and_stands_for_the_corpus(monkeyp
     np.testing.assert_array_equal(again.trace.parts[0], sample.trace.parts[0])
     fewer = sample.sample(500)
     assert fewer.number == 500 and fewer.multiplicity_N.sum() == pytest.approx(units.number, rel=0.01)
-
-
-@settings(max_examples=100, deadline=None)
-@given(seed=st.integers(0, 2**32 - 1), start=st.integers(0, 60), size=st.integers(1, 70))
-def test_counted_positions_are_those_whose_next_token_is_of_the_same_row_and_document(
-    seed: int, start: int, size: int
-) -> None:
-    rng = np.random.default_rng(seed)
-    lengths = rng.integers(0, 9, 15)
-    starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    total = int(starts[-1])
-    documents = np.sort(rng.integers(0, 8, total)).astype(np.int32)
-    stop = min(start + size, total)
-    if start >= stop:
-        return
-    row = np.repeat(np.arange(15), lengths)
-    wanted = [t + 1 < total and row[t + 1] == row[t] and documents[t + 1] == documents[t] for t in range(start, stop)]
-    token_map = TokenMap(starts, documents, 8)
-    assert token_map.counted(start, stop).tolist() == wanted
-    assert token_map.row_of(start, stop).tolist() == row[start:stop].tolist()
 
 
 def test_counting_the_trace_gives_the_statistics(monkeypatch) -> None:

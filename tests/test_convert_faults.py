@@ -246,13 +246,11 @@ ENTRY = {"bytes": 1, "sha256": ""}
 SNAPSHOT = "/old/hub/models--org--name/snapshots/1"
 # id: (what is done to a ZeRO-3 checkpoint, part of the line, options of the conversion)
 FAULTS: dict[str, tuple[Callable[[Path], object], str, dict[str, Any]]] = {
-    "no optimizer file": (lambda step: (step / OPTIM).unlink(), OPTIM, {}),
-    "no model file": (lambda step: (step / MODEL).unlink(), MODEL, {}),
     "no optimizer file, manifest": (with_manifest(lambda step: (step / OPTIM).unlink()), OPTIM, {}),
     "no model file, manifest": (with_manifest(lambda step: (step / MODEL).unlink()), MODEL, {}),
     **{
         f"master {group} {element} {jobs}": (flip_master(group, element), OPTIM, {"jobs": jobs})
-        for group in (0, 1) for element in (0, 5, -1) for jobs in (1, 3)
+        for group, element, jobs in ((0, 0, 1), (0, 5, 3), (1, -1, 1), (1, 5, 3))
     },
     "pickle": (lambda step: flip(step / MODEL, (step / MODEL).read_bytes().index(b"0.19.8") + 2), MODEL, {}),
     "moment": (flip_moment, OPTIM, {"verify": True}),
@@ -630,20 +628,6 @@ def test_no_space_left_at_the_last_fsync(source: Path, tmp_path: Path, monkeypat
     fsync = os.fsync
     monkeypatch.setattr(os, "fsync", full)
     refused(source, tmp_path / "model", "cannot hold the result")
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
-def test_no_space_left_on_a_small_file_system(source: Path, tmp_path: Path) -> None:
-    small = tmp_path / "small"
-    small.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8k", "tmpfs", str(small)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("this container may not mount")
-    try:
-        refused(source, small / "model", str(small))
-        assert list(small.iterdir()) == []
-    finally:
-        subprocess.run(["umount", str(small)], check=True)
 
 
 def test_the_tool_needs_no_deepspeed_no_gpu_and_no_compiler(source: Path, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from trace_ds.errors import UserError
 from trace_ds.run import artefact
 from trace_ds.run.directory import RunDirectory
 from trace_ds.run.files import sha256_file
-from trace_ds.stages.convert import card_of, check_convert, checkpoint_to_directory, convert
+from trace_ds.stages.convert import card_of, check_convert, convert
 
 CASE = Case("mixtral", 3, 2)
 MANIFEST = Manifest(1, 2, 2, 3, "mixtral", "job", {}, "calibration", "bf16", {}, {})
@@ -132,12 +132,6 @@ def test_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="trace-ds unlearn"):
         convert(make_config(), RunDirectory.at(tmp_path / "empty"))
     assert not (tmp_path / "empty" / "model").exists()
-
-
-def test_a_checkpoint_alone_knows_its_model(run: RunDirectory, tmp_path: Path) -> None:
-    """What the evaluation of intermediate checkpoints calls: no configuration, only the step's directory."""
-    report = checkpoint_to_directory(run.checkpoints / "step_000001", tmp_path / "model")
-    assert report["dtype"] == "bf16" and (tmp_path / "model" / "config.json").is_file()
 
 
 def test_what_lies_in_a_run_gets_the_runs_card(run: RunDirectory, tmp_path: Path) -> None:

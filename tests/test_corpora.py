@@ -105,19 +105,3 @@ def test_batches_restart_positions_and_fill_at_the_right(tmp_path: Path) -> None
     assert batch.input_ids_BS.tolist() == [[5, 6, 7, 8, 9], [3] * 5, [1, 3, 3, 3, 3]]
     assert batch.position_ids_BS.tolist() == [[0, 1, 2, 0, 1], [0, 1, 2, 3, 4], [0, 0, 1, 2, 3]]
     assert batch.counted_BS.tolist() == [[True, True, False, True, False], [False] * 5, [False] * 5]
-
-
-@pytest.mark.slow
-def test_attention_never_crosses_documents(tiny_model: Path, tmp_path: Path) -> None:
-    """A packed row gives each document the hidden states it has alone."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    documents = [[5, 6, 7, 8], [9, 10, 11], [12, 13, 14, 15, 16]]
-    write_rows(tmp_path / "rows.arrow", pack(parts(documents), 12, "whole", None, PackingCounts()))
-    batch = TokenDataset.open(tmp_path / "rows.arrow").batch([0], pad_id=0)
-    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
-    with torch.no_grad():
-        packed = model(input_ids=batch.input_ids_BS, position_ids=batch.position_ids_BS, use_cache=False).logits[0]
-        alone = torch.cat([model(input_ids=torch.tensor([ids])).logits[0] for ids in documents])
-    torch.testing.assert_close(packed, alone, atol=1e-5, rtol=1e-5)

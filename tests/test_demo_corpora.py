@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from command import tree
 
 from trace_ds.corpora.dataset import batch_of
 from trace_ds.corpora.pack import PackedRow
@@ -30,15 +31,11 @@ def texts(path: Path) -> set[str]:
     return {document["text"] for document in lines(path)}
 
 
-def contents(directory: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
-
-
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("corpora")
     documents = corpora.build_corpora(directory, seed=0)
-    assert documents.keys() == {name for name in contents(directory) if name.endswith(".jsonl")}
+    assert documents.keys() == {name for name in tree(directory) if name.endswith(".jsonl")}
     return directory
 
 
@@ -46,7 +43,7 @@ def test_same_seed_same_bytes_whatever_the_hash_seed(built: Path, tmp_path: Path
     code = "import sys, pathlib, trace_ds.demo.corpora as c; c.build_corpora(pathlib.Path(sys.argv[1]), seed=0)"
     environment = os.environ | {"PYTHONHASHSEED": "12345", "PYTHONPATH": str(Path(corpora.__file__).parents[2])}
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, env=environment)
-    assert contents(tmp_path) == contents(built)
+    assert tree(tmp_path) == tree(built)
 
 
 def test_seed_changes_split_and_phrasing(built: Path, tmp_path: Path) -> None:
@@ -226,7 +223,7 @@ def test_training_is_bitwise_repeatable_and_saved_in_hub_layout(built: Path, tmp
     seen: list[float] = []
     report = pretrain.pretrain(built, tmp_path / "a", gold=False, seed=5, steps=3, tell=seen.append)
     pretrain.pretrain(built, tmp_path / "b", gold=False, seed=5, steps=3)
-    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    assert tree(tmp_path / "a") == tree(tmp_path / "b")
     assert report["losses"] == [round(loss, 6) for loss in seen] and len(seen) == 3
     assert 7.0 < seen[0] < 8.5  # about log(2048) before any learning
     assert json.loads((tmp_path / "a/training.json").read_text()) == report

@@ -76,7 +76,6 @@ def test_exit_status_and_json(tmp_path: Path, model: Path, capsys: pytest.Captur
 
 
 def test_every_dependency_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A planted version: tests/test_doctor_nodes.py."""
     (found,) = (check for check in checks_machine.python_checks() if check.name == "packages")
     assert found.status == "OK" and found.detail.count(", ") > 20
     assert all(f"{name} " in found.detail for name in ("deepspeed", "torch", "transformers", "mpi4py"))
@@ -204,24 +203,10 @@ def test_model_faults(tmp_path: Path, model: Path) -> None:
     weights = (model / "model.safetensors").read_bytes()
     (model / "model.safetensors").write_bytes(weights[:-10])
     only_fault(model_faults(tmp_path, model), "truncated", "model.safetensors")
-    (model / "model.safetensors").unlink()
-    index = {"weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}
-    (model / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
-    only_fault(model_faults(tmp_path, model), "model-00001-of-00002.safetensors is missing")
     only_fault(model_faults(tmp_path, tmp_path / "nowhere"), "no model directory")
     other = tiny.make_model(tmp_path / "granite", "granitemoe")
     assert "no expert parallelism" in of(model_faults(tmp_path, other), "model")["family"].detail
     only_fault(model_faults(tmp_path, other, distributed__ep=2), "expert parallelism", "distributed.ep", "--ep 1")
-
-
-@pytest.mark.parametrize(
-    ("family", "words"),
-    [("llama", ("not supported", "no router", "mixtral")), ("nllb-moe", ("causal language model",))],
-)
-def test_an_unsupported_family(tmp_path: Path, model: Path, family: str, words: tuple[str, ...]) -> None:
-    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
-    (model / "config.json").write_text(json.dumps(config | {"model_type": family}), encoding="utf-8")
-    only_fault(model_faults(tmp_path, model), *words)
 
 
 def test_tokenizer_faults(tmp_path: Path, model: Path) -> None:
@@ -240,24 +225,15 @@ def test_tokenizer_faults(tmp_path: Path, model: Path) -> None:
     only_fault(faults(), "no tokenizer")
 
 
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        (None, ("does not exist",)),
-        (b"", ("empty",)),
-        ('{"text": "caf\u00e9"}\n'.encode("latin-1"), ("not UTF-8",)),
-        (b"plain text\n", ("not a JSON object",)),
-        (b'{"body": "x"}\n', ("no text under 'text'",)),
-        (b"\n\n", ("empty",)),
-    ],
-)
-def test_corpus_faults(tmp_path: Path, tiny_model: Path, content: bytes | None, words: tuple[str, ...]) -> None:
+def test_corpus_faults(tmp_path: Path, tiny_model: Path) -> None:
     config = loaded(tmp_path, tiny_model)
     assert {check.status for check in checks_run.corpus_checks(config)} == {"OK"}
     path = Path(config.data.forget[0].path)
-    path.unlink() if content is None else path.write_bytes(content)
-    fault = only_fault(list(checks_run.corpus_checks(config)), *words)
-    assert fault.name == f"forget: {path}"
+    for content, words in ((b"", "empty"), (b'{"body": "x"}\n', "no text under 'text'")):
+        path.write_bytes(content)
+        assert only_fault(list(checks_run.corpus_checks(config)), words).name == f"forget: {path}"
+    path.unlink()
+    only_fault(list(checks_run.corpus_checks(config)), "does not exist")
 
 
 TASK = {"name": "facts", "type": "choice", "role": "forget"}

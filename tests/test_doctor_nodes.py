@@ -28,19 +28,6 @@ def missing(checks: list[Check]) -> dict[str, Check]:
 # Faults of the machine
 
 
-@pytest.mark.parametrize(("version", "problem"), [("5.16.2", "not <5.25,>=5.17"), ("5.25.0", "not <5.25,>=5.17")])
-def test_an_old_and_a_new_transformers(
-    version: str, problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    planted = tmp_path / f"transformers-{version}.dist-info"
-    planted.mkdir()
-    (planted / "METADATA").write_text(f"Metadata-Version: 2.1\nName: transformers\nVersion: {version}\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    fault = missing(list(checks_machine.python_checks()))["transformers"]
-    assert version in fault.detail and problem in fault.detail
-    assert fault.fix == 'pip install "transformers<5.25,>=5.17"'
-
-
 def test_a_missing_compiler_is_a_miss_for_offloading(
     tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -24,8 +23,7 @@ from trace_ds.corpora.read import Document
 from trace_ds.errors import UserError
 from trace_ds.evaluation import drift, kinds, membership, metrics
 from trace_ds.evaluation.items import ChoiceItem, VerbatimItem, read_choice_items, read_task, read_verbatim_items
-from trace_ds.evaluation.language_model import LanguageModel, Sequence, TokenScores
-from trace_ds.models.families import FAMILIES
+from trace_ds.evaluation.language_model import LanguageModel, TokenScores
 
 GOOD = {"id": "a", "prompt": "w1 w2", "choices": ["w3", "w4", "w5 w6", "w7"], "answer": 2, "source": "s"}
 
@@ -336,28 +334,6 @@ def test_routing_of_packed_rows_is_that_of_the_documents_alone(model: LanguageMo
             layers = [recorder.layer(layer)[1].numpy()[:-1] for layer in range(2)]  # the last position predicts nothing
             expected.append(np.stack(layers, axis=1))
     assert np.array_equal(np.sort(sample.indices_TLK, -1), np.sort(np.concatenate(expected), -1))
-
-
-@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - tiny.MIXING))
-def test_attention_stays_inside_documents(family: str, tmp_path: Path) -> None:
-    """What the packed forward passes rely on; with a cache transformers drops the mask, hence ``use_cache=False``."""
-    from trace_ds.models.routers import find_routers
-
-    path = tiny.make_model(tmp_path / family, family)
-    first, second = [0, 5, 9, 13, 20], [0, 33, 41, 8]
-    positions = torch.tensor([[*range(5), *range(4)]])
-    with opened(path) as model, torch.no_grad():
-        row = model.model(torch.tensor([first + second]), position_ids=positions, use_cache=False).logits[0]
-        alone = model.model(torch.tensor([second]), use_cache=False).logits[0]
-        mixed = model.model(torch.tensor([first + second]), use_cache=False).logits[0]
-        scores = model.score([Sequence(tuple(second), 1), Sequence(tuple(first), 2)])
-        sample = drift.sample_routing(model, packed(tmp_path / "rows.arrow", [first, second], 9), 1, 1)
-        moe_layers = len(find_routers(model.model))  # the first layer of some families is dense
-    assert torch.allclose(row[5:], alone, atol=1e-5)
-    assert not torch.allclose(mixed[5:], alone, atol=1e-3)
-    expected = torch.log_softmax(alone, -1)[[0, 1, 2], second[1:]]
-    assert np.allclose(scores[0].log_prob, expected, atol=1e-5)
-    assert moe_layers >= 2 and sample.indices_TLK.shape == (7, moe_layers, 2)
 
 
 def test_no_drift_without_a_change_and_drift_with_one(model: LanguageModel, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import distributed
 import numpy as np
 import pytest
 import torch
+from test_forward import Plain
 from transformers import AutoModelForCausalLM
 
 from trace_ds.config.schema import UnlearningConfig
@@ -20,16 +21,6 @@ from trace_ds.unlearning.needs import FrozenNeeds
 
 LAYER, ROWS, LENGTH, DOCUMENT = 1, 6, 18, 6
 ALONE = SimpleNamespace(rank=0, size=1, device=torch.device("cpu"), sum_float64=lambda x: x, gather=lambda x: [x])
-
-
-class Plain:
-    """What the pass needs of an engine: a module, and calling it."""
-
-    def __init__(self, module: Any) -> None:
-        self.module = module
-
-    def __call__(self) -> Any:
-        return self.module()
 
 
 class Steps:

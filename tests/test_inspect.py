@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import jobs
 import numpy as np
 import pytest
 import tiny
@@ -341,10 +340,3 @@ def test_anything_else_is_refused(tmp_path: Path, make: Any) -> None:
     with pytest.raises(UserError) as caught:
         inspect(path)
     assert "artefact" in caught.value.fix and str(path) in caught.value.line()
-
-
-def test_a_real_run_is_recognised(tiny_model: Path, tmp_path: Path) -> None:
-    """The stages' own artefacts, not ours: `prepare` on the tiny corpora."""
-    directory = jobs.prepared_run(tiny.write_config(tmp_path, tiny_model), tmp_path / "run")
-    assert states(directory)["data"] == "done"
-    assert inspect(directory / "data", verify=True).facts["artefact"] == "data"

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from command import tree
 
 from tools import make_pretrained
 from trace_ds.demo import dense_to_moe, pretrained
@@ -49,10 +50,6 @@ def built(dense: Path) -> Path:
     return dense.parent / "out"
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
 def logits(model: torch.nn.Module) -> torch.Tensor:
     with torch.no_grad():
         return model(TOKENS_RT).logits
@@ -60,7 +57,7 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 
 def test_the_same_bytes_twice_and_nothing_made_again(built: Path, dense: Path, tmp_path: Path) -> None:
     pretrained.build(tmp_path, [0, 1], SETTINGS, dense)
-    assert contents(tmp_path) == contents(built)
+    assert tree(tmp_path) == tree(built)
     weights = tmp_path / "model/model.safetensors"
     before = weights.stat().st_mtime_ns
     pretrained.build(tmp_path, [0], SETTINGS, dense)

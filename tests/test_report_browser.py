@@ -59,6 +59,18 @@ def browser(chromium: Chromium) -> Chromium:
     return chromium
 
 
+@pytest.fixture(scope="module")
+def telephone() -> Iterator[Chromium]:
+    with Chromium(390, 844, phone=True) as found:
+        yield found
+
+
+@pytest.fixture
+def phone(telephone: Chromium) -> Chromium:
+    telephone.open_nothing()
+    return telephone
+
+
 def rows_of(page: Path, name: str) -> list[dict[str, str]]:
     return list(csv.DictReader(io.StringIO((page.parent / f"{name}.csv").read_text())))
 
@@ -144,18 +156,6 @@ def test_utility_metric_can_be_chosen(browser: Chromium, page: Path) -> None:
     browser.key("ArrowRight")
     assert "utility 0.68" in browser.run(TIP)  # exact match of the original
     assert browser.run("document.querySelectorAll('#chart-frontier figure, #chart-curves figure').length") == 4
-    assert browser.messages == []
-
-
-def test_theme_button(browser: Chromium, page: Path) -> None:
-    browser.open(page)
-    colour = "getComputedStyle(document.body).backgroundColor"
-    light = browser.run(colour)
-    browser.click("#theme")
-    assert browser.run(colour) != light
-    assert browser.run("document.getElementById('theme').getAttribute('aria-pressed')") == "true"
-    browser.click("#theme")
-    assert browser.run(colour) == light
     assert browser.messages == []
 
 
@@ -261,24 +261,24 @@ def test_a_study_is_drawn_for_the_loss_and_metric_chosen(browser: Chromium, stud
 
 
 @pytest.mark.parametrize("size", ["small", "large", "study"])
-def test_phone_has_no_sideways_scrolling(page: Path, large_page: Path, study_page: Path, size: str) -> None:
-    with Chromium(390, 844, phone=True) as browser:
-        browser.open({"small": page, "large": large_page, "study": study_page}[size])
-        if size == "study":  # the browser sizes the box by its longest option
-            name = "kept_facts exact_match of the entangled relation, near/*element*"
-            browser.run(f"document.getElementById('metric').options[0].textContent = '{name}'")
-        assert browser.run("document.documentElement.scrollWidth") <= 390
-        assert browser.messages == []
+def test_phone_has_no_sideways_scrolling(
+    phone: Chromium, page: Path, large_page: Path, study_page: Path, size: str
+) -> None:
+    phone.open({"small": page, "large": large_page, "study": study_page}[size])
+    if size == "study":  # the browser sizes the box by its longest option
+        name = "kept_facts exact_match of the entangled relation, near/*element*"
+        phone.run(f"document.getElementById('metric').options[0].textContent = '{name}'")
+    assert phone.run("document.documentElement.scrollWidth") <= 390
+    assert phone.messages == []
 
 
-def test_a_tap_shows_the_cell_on_a_phone(page: Path) -> None:
-    with Chromium(390, 844, phone=True) as browser:
-        browser.call("Emulation.setTouchEmulationEnabled", enabled=True)
-        browser.open(page)
-        x, y = cell_at(browser, 2.5)
-        browser.call("Input.dispatchTouchEvent", type="touchStart", touchPoints=[{"x": x, "y": y}])
-        browser.call("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
-        assert browser.run(TIP).startswith("Layer 0, expert 2")
+def test_a_tap_shows_the_cell_on_a_phone(phone: Chromium, page: Path) -> None:
+    phone.call("Emulation.setTouchEmulationEnabled", enabled=True)
+    phone.open(page)
+    x, y = cell_at(phone, 2.5)
+    phone.call("Input.dispatchTouchEvent", type="touchStart", touchPoints=[{"x": x, "y": y}])
+    phone.call("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
+    assert phone.run(TIP).startswith("Layer 0, expert 2")
 
 
 def test_large_maps_move_the_cursor_without_repainting(browser: Chromium, large_page: Path) -> None:
@@ -315,12 +315,12 @@ def test_the_map_shows_the_frequencies(browser: Chromium, page: Path) -> None:
 ANSWERED = "[...document.querySelectorAll('.verdict, .answers > div')].map((n) => n.getBoundingClientRect().bottom)"
 
 
-@pytest.mark.parametrize(("width", "height", "screens"), [(1280, 900, 1), (390, 844, 2)])
-def test_the_questions_of_a_new_user_are_answered_at_once(page: Path, width: int, height: int, screens: int) -> None:
-    with Chromium(width, height, phone=width < 500) as browser:
-        browser.open(page)
-        places = browser.run(ANSWERED)
-        assert len(places) == 5 and max(places) <= screens * height
+def test_the_questions_of_a_new_user_are_answered_at_once(browser: Chromium, phone: Chromium, page: Path) -> None:
+    """On one screen of a desk, on two of a telephone."""
+    for each, most in ((browser, 900), (phone, 2 * 844)):
+        each.open(page)
+        places = each.run(ANSWERED)
+        assert len(places) == 5 and max(places) <= most
 
 
 @pytest.mark.parametrize("width", [1280, 390])

@@ -88,23 +88,18 @@ def test_a_bar_on_a_terminal_gives_way_to_lines_and_leaves_nothing(
     assert capsys.readouterr().out == "[collect] resumed\n"
 
 
-@pytest.mark.parametrize("quiet", [True, False])
-def test_what_libraries_say_of_their_own_accord(quiet: bool, tiny_model: Path) -> None:
+def test_what_libraries_say_of_their_own_accord_is_not_heard(tiny_model: Path) -> None:
     """A sequence longer than the tokenizer's maximum, a font cache; in a process where they are new."""
     code = (
         "import logging, sys\nfrom trace_ds.terminal import quiet_libraries\n"
-        + "quiet_libraries()\n" * quiet
-        + "from transformers import AutoTokenizer\n"
+        "quiet_libraries()\n"
+        "from transformers import AutoTokenizer\n"
         "AutoTokenizer.from_pretrained(sys.argv[1], model_max_length=2)('one two three four')\n"
         "logging.getLogger('matplotlib.font_manager').warning('Matplotlib is building the font cache')\n"
         "logging.getLogger('DeepSpeed').warning('Setting accelerator to CPU')\n"
     )
     done = run([sys.executable, "-c", code, tiny_model])
-    assert done.returncode == 0, done.stderr
-    if quiet:
-        assert done.stdout + done.stderr == ""
-    else:  # some versions of transformers say nothing of the sequence
-        assert all(said in done.stdout + done.stderr for said in ("font cache", "Setting accelerator"))
+    assert done.returncode == 0 and done.stdout + done.stderr == "", done
 
 
 def test_a_dry_run_says_first_what_would_run(server: Server, tiny_model: Path, tmp_path: Path) -> None:
