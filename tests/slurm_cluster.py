@@ -29,15 +29,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-DAEMONS = ("slurmctld", "slurmd", "munged")
 ACTIVE_STATES = frozenset(
     ["PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "RESIZING", "STAGE_OUT", "SIGNALING"]
 )
-
-
-def missing_programs() -> list[str]:
-    """Names of the daemons that are not installed here (empty: a cluster can be booted)."""
-    return [name for name in DAEMONS if find_daemon(name) is None]
 
 
 def find_daemon(name: str) -> str | None:
@@ -76,7 +70,6 @@ class SlurmCluster:
         self.cpus_per_node = cpus_per_node
         self.gpus_per_node = gpus_per_node
         self.cred_expire_s = cred_expire_s
-        self.boot_s = 0.0
         self._stack = contextlib.ExitStack()
         self._folders: dict[int, Path] = {}  # job id -> directory it was submitted from
 
@@ -84,15 +77,6 @@ class SlurmCluster:
 
     def boot(self) -> None:
         """Starts everything and waits until both nodes take jobs; raises TimeoutError with the daemons' logs."""
-        started = time.monotonic()
-        self._boot()
-        self.boot_s = time.monotonic() - started
-
-    def shut_down(self) -> None:
-        """Cancels all jobs, stops what was started, last started first, and removes the files."""
-        self._stack.close()
-
-    def _boot(self) -> None:
         # Directly under /tmp: the path of a Unix socket may have no more than 107 characters.
         self.base = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))
         self._stack.callback(shutil.rmtree, self.base, ignore_errors=True)
@@ -108,6 +92,10 @@ class SlurmCluster:
             self.start_node(node)
         self._stack.callback(self._cancel_all)  # the last callback runs first: the daemons are still there
         self._wait_until("both nodes are idle", self._nodes_idle)
+
+    def shut_down(self) -> None:
+        """Cancels all jobs, stops what was started, last started first, and removes the files."""
+        self._stack.close()
 
     def _start_munged(self) -> Path:
         folder = self.base / "munge"
