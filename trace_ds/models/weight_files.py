@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import torch
 from torch import nn
@@ -45,7 +45,7 @@ class WeightFiles:
     layout: ModelLayout
     sources: dict[str, TensorSource]
     engine: dict[str, TensorSource]
-    handles: dict[Path, BinaryIO] = field(default_factory=dict)
+    handles: dict[Path, IO[bytes]] = field(default_factory=dict)
     refuses_nan: bool = True
 
     @classmethod
