@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
-"""Where the methods of a study put the weight, without training: a CSV of shares by seed, method and random draw.
+r"""Where the methods of a study put the weight, without training: a CSV of shares by seed, method and random draw.
 
-    python tools/study_weights.py bench_pretrained runs/bench/bench_pretrained docs/studies/pretrained_weights.csv
+    python tools/study_weights.py bench_pretrained runs/bench/bench_pretrained docs/studies/pretrained_weights.csv \
+        --set 'bench.methods.inverse={calibration.rule: inverse}'
 
 The statistics are those of the study's base models, which must be there; each method is calibrated anew in a temporary
 folder. Columns: experts matched, effective sample size of the rows, and the shares of tokens and of weight of the facts
@@ -44,12 +45,14 @@ def main() -> None:
     parser.add_argument("study", type=Path)
     parser.add_argument("csv", type=Path)
     parser.add_argument("--draws", type=int, default=10, help="Of random experts.")
+    parser.add_argument("--set", action="append", default=[], dest="changes", metavar="KEY=VALUE")
     arguments = parser.parse_args()
     rows: list[list[object]] = [COLUMNS]
-    bench = require_bench(load_config(arguments.recipe)[0], arguments.recipe)
+    bench = require_bench(load_config(arguments.recipe, arguments.changes)[0], arguments.recipe)
     for seed in bench.seeds:
         place = arguments.study / f"seed_{seed}"
-        config = load_config(arguments.recipe, [f"seed={seed}"], place)[0].model_copy(update={"bench": None})
+        config, _ = load_config(arguments.recipe, [*arguments.changes, f"seed={seed}"], place)
+        config = config.model_copy(update={"bench": None})
         for method, changes in bench.methods.items():
             changed = with_changes(config, changes, method)
             random = changed.calibration.rule == "random_experts"
