@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -15,9 +16,11 @@ import torch
 from standin_device import DEVICE, Standin
 
 from tools import gpu_acceptance
+from trace_ds.routing import collection
 
 Waits = Counter[tuple[str, str]]
 WAITS_PER_BATCH, WAITS_PER_STEP = 1, 1
+FAULTS = ("cpu_index", "item", "missing_event", "numpy", "cpu_sum")
 
 
 @contextlib.contextmanager
@@ -109,12 +112,12 @@ def rules() -> None:
 # --- what the package does on it -------------------------------------------------------------------------------------
 
 
-def check_collect(kind: str, family: str, folder: Path) -> None:
+def check_collect(kind: str, family: str, folder: Path, fault: str = "") -> None:
     """A pass that records everything gives what it gives on the CPU, and waits at most once a batch."""
     dataset = gpu_acceptance.ragged_rows(folder, "rows")
     cpu = gpu_acceptance.lone_world("cpu")
     here = gpu_acceptance.collect(gpu_acceptance.tiny_model(family, cpu.device), cpu, dataset, folder)
-    with device_of(kind) as (world, watch):
+    with device_of(kind) as (world, watch), planted(fault):
         there = gpu_acceptance.collect(gpu_acceptance.tiny_model(family, world.device), world, dataset, folder)
         waits = gpu_acceptance.waits_of_collect(family, world, folder, watch)
     alike(there, here)
@@ -187,3 +190,42 @@ def scores(family: str, device: torch.device, folder: Path, watch: Any) -> dict[
     with attacks.forced(model, decisions.repeat()):
         score("repeated")
     return found | {"waits": waits}
+
+
+# --- faults ----------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def planted(fault: str) -> Iterator[None]:
+    """One of :data:`FAULTS` in the code that collects, inside the block."""
+    forward, keep, trace = collection.forward, collection.Collection._keep, collection.Collection._trace
+
+    def hooked(engine: Any, *rest: Any) -> Any:
+        def spoilt(layer: Any, inputs: Any, output: Any) -> Any:
+            if fault == "item":
+                output.sum().item()
+            return output + torch.zeros(output.shape[-1]) if fault == "cpu_sum" else output
+
+        hooks = [layer.register_forward_hook(spoilt) for layer in engine.module.model.layers]
+        try:
+            return forward(engine, *rest)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def traced(own: Any, recorder: Any, where_T: torch.Tensor) -> torch.Tensor:
+        return trace(own, recorder, where_T.cpu())
+
+    def kept(own: Any, name: str, where: slice, values: torch.Tensor) -> None:
+        keep(own, name, where, torch.from_numpy(values.numpy()))
+
+    faults = {
+        "": mock.patch.object(collection, "forward", forward),
+        "item": mock.patch.object(collection, "forward", hooked),
+        "cpu_sum": mock.patch.object(collection, "forward", hooked),
+        "cpu_index": mock.patch.object(collection.Collection, "_trace", traced),
+        "missing_event": mock.patch.object(collection, "event_now", mock.Mock()),
+        "numpy": mock.patch.object(collection.Collection, "_keep", kept),
+    }
+    with faults[fault]:
+        yield

@@ -265,12 +265,28 @@ def torn_parquet(folder: Path) -> None:
     path.write_bytes(whole)
 
 
+def sharded(folder: Path) -> None:
+    """Without its second shard."""
+    from transformers import AutoModelForCausalLM
+
+    model = own_model(folder)
+    loaded = AutoModelForCausalLM.from_pretrained(model)
+    (model / "model.safetensors").unlink()
+    loaded.save_pretrained(model, max_shard_size="100KB")
+    next(iter(sorted(model.glob("model-00002-of-*.safetensors")))).unlink()
+
+
 def question(**changes: Any) -> Change:
     def change(folder: Path) -> None:
         item = {"prompt": "iron is", "choices": ["a", "b", "c", "d"], "answer": 0} | changes
         (folder / "corpora" / "questions_forget.jsonl").write_text(json.dumps(item))
 
     return change
+
+
+def a_run(folder: Path) -> None:
+    config, _ = load_config(str(folder / "config.yaml"))
+    RunDirectory(folder / "run").create(dump_yaml(config))
 
 
 def nothing(folder: Path) -> None:
@@ -290,17 +306,25 @@ CASES: list[tuple[str, str, Change, str]] = [
         (f"{verb} too early", f"{verb} config.yaml", nothing, "there is no data artefact here")
         for verb in ("collect", "calibrate", "unlearn", "convert", "evaluate")
     ),
+    ("a variant's data", f"{PREPARE} --run-dir run/variants/even", a_run, "use --run-dir "),
     # the model
     ("no model", f"{RUN} --set model.path=missing", nothing, "there is no model directory"),
     ("no tokenizer", f"{PREPARE} --set model.tokenizer=missing", nothing, "there is no directory with a tokenizer"),
     ("dense", RUN, model_is({"model_type": "llama", "num_hidden_layers": 3}), "is not a Mixture-of-Experts model"),
     ("unknown", RUN, model_config(model_type="nllb-moe"), "'nllb-moe' is not supported"),
+    ("unknown, families", RUN, model_config(model_type="nllb-moe"), "mixtral, olmoe, qwen2_moe, qwen3_5_moe_text"),
     ("top k", RUN, model_config(num_experts_per_tok=9), "9 is larger than the number of experts (4)"),
+    ("shard missing", RUN, sharded, "weight shard model-00002-of-"),
     ("layers", RUN, model_config(num_hidden_layers=1e9), "num_hidden_layers is 1000000000.0, no whole number"),
     ("layers, plan", PLAN, model_config(num_hidden_layers=10**9), "num_hidden_layers is 1000000000, no whole number"),
+    ("no layers", RUN, model_config(num_hidden_layers=None), "num_hidden_layers is None"),
+    ("negative", PLAN, model_config(hidden_size=-1), "hidden_size is -1, no whole number from 1 to"),
+    ("no heads", PLAN, model_config(num_attention_heads=0), "num_attention_heads is 0, no whole number from 1 to"),
+    ("experts", PLAN, model_config(num_local_experts=10**12), "num_local_experts is 1000000000000, no whole number"),
     ("vocabulary", PLAN, model_config(vocab_size=True), "vocab_size is True, no whole number"),
     ("any number", PLAN, model_config(rope_theta=1e300), "rope_theta is 1e+300, beyond 64 bits"),
     ("not JSON", RUN, in_model("config.json", '{"a": ' + "9" * 5000), "configuration is damaged (Exceeds the limit"),
+    ("deep JSON", RUN, in_model("config.json", "[" * 100_000), "configuration is damaged (maximum recursion depth"),
     ("kernel", RUN, model_config(attn_implementation="owner/name"), ATTENTION),
     ("kernel 2", PLAN, model_config(_attn_implementation="owner/name"), f"_{ATTENTION}"),
     ("kernel 3", RUN, model_config(text_config={"attn_implementation": "owner/name"}), ATTENTION),
@@ -309,13 +333,17 @@ CASES: list[tuple[str, str, Change, str]] = [
     ("kernel 6", RUN, model_config(experts_implementation="sonicmoe"), "would make transformers run code"),
     ("other weights", RUN, model_config(transformers_weights="a.bin"), "transformers_weights names other weights"),
     ("tokenizer", RUN, in_model("tokenizer.json", "{"), "the tokenizer is damaged (JSONDecodeError"),
+    ("tokenizer 2", PREPARE, in_model("tokenizer.json", '{"model": {"vocab": {}}}'), "the tokenizer cannot be loaded"),
+    ("vocabulary 2", PREPARE, model_config(vocab_size=299), "ids up to 299, the model embeddings for 299 only"),
     # corpora
+    ("no corpus", PREPARE, lambda f: (f / "corpora" / "retain.jsonl").unlink(), "the corpus file does not exist"),
     ("empty", PREPARE, forget(b""), "the forget corpus is empty"),
     ("no text", PREPARE, forget(b'{"text": ""}\n{"text": ""}\n'), "no usable token"),
     ("latin-1", PREPARE, forget(b'{"text": "caf\xe9"}\n'), "forget.jsonl:1: not UTF-8 (byte 13 of the line)"),
     ("other key", PREPARE, forget(b'{"txt": "iron"}\n'), "no text under 'text'"),
     ("no JSON", PREPARE, forget(b"iron\n"), "not a JSON object"),
     ("deep", PREPARE, forget(b"[" * 100_000), "not a JSON object"),
+    ("array", PREPARE, forget(b"[1]"), "not a JSON object"),
     ("surrogate", PREPARE, forget(b'{"text": "a \\ud83d b"}'), r"forget.jsonl:1: \ud83d is half of a surrogate pair"),
     ("surrogate 2", PREPARE, forget(b'{"text": "a b", "source": "\\uDC00"}'), "is half of a surrogate pair"),
     ("source", PREPARE, forget(b'{"text": "a b", "source": ["x"]}'), "forget.jsonl:1: 'source' is no text"),
@@ -326,6 +354,7 @@ CASES: list[tuple[str, str, Change, str]] = [
     ("torn pages", f"{PREPARE} --set {FORGET}", torn_parquet, "not a whole Parquet file ("),
     # tasks
     ("task", RUN, question(prompt="\ud800"), "is half of a surrogate pair"),
+    ("task answer", RUN, question(answer=4), "questions_forget.jsonl:1: the answer 4 is out of range"),
     ("task source", RUN, question(source={"a": 1}), "questions_forget.jsonl:1: 'source' is no text"),
     # what only a late stage, or a variant, would stumble on
     (
@@ -335,6 +364,8 @@ CASES: list[tuple[str, str, Change, str]] = [
         "unknown key 'calibration.rul'",
     ),
     ("layer", f"{RUN} --set 'variants={{a: {{unlearning.rmu.layer: 99}}}}'", nothing, "layer 99 of a model with 3"),
+    ("gold", f"{RUN} --set 'evaluation.models={{gold: no/such/model}}'", nothing, "no/such/model: there is no model"),
+    ("ds_config", f"{RUN} --set unlearning.ds_config=no/file.json", nothing, "DeepSpeed configuration cannot be read"),
 ]
 
 

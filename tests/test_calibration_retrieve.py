@@ -276,6 +276,9 @@ def test_requests_that_make_no_sense_and_a_missing_trace(job, prepared: tuple[Pa
     with pytest.raises(UserError, match=r"weight needs the routing trace.*statistics\.trace: true"):
         calibrate(config, run)
     config, run = job(**RETRIEVE, calibration__rule="uniform", calibration__retrieve__similarity="routing")
+    write_statistics(config, run, trace=False)
+    assert (np.load(calibrate(config, run).file("row_weights.npy")) > 0).sum() == 20
+    shutil.rmtree(run.calibration)
     write_statistics(config, run, rows=False)
     with pytest.raises(UserError, match=r"similarity: routing needs the selections of each row.*collect CONFIG"):
         calibrate(config, run)

@@ -348,10 +348,11 @@ def test_tokens_are_drawn_equally_often(monkeypatch: pytest.MonkeyPatch) -> None
         ({"calibration__rule": "ratio_max"}, [], ["calibration.rule: ratio_max"]),
         ({"calibration__rule": "uniform", "calibration__retrieve": {"rows": 5, "similarity": "tfidf"}}, [], []),
         (
-            {"calibration__rule": "uniform", "calibration__retrieve": {"rows": 5, "similarity": "routing"}},
+            {"calibration__rule": "uniform", "calibration__retrieve": {"rows": 5, "similarity": "weight"}},
             [],
-            ["calibration.retrieve.similarity: routing"],
+            ["calibration.retrieve.similarity: weight"],
         ),
+        ({"calibration__rule": "uniform", "calibration__retrieve": {"rows": 5, "similarity": "routing"}}, [], []),
         (
             {"calibration__rule": "uniform", "variants": {"v": {"calibration.rule": "raking"}}},
             [],
@@ -402,6 +403,10 @@ def test_a_collection_is_repeated_only_for_what_it_lacks(tiny_model: Path, tmp_p
     assert done(old | {"trace": False}, "calibration.rule=uniform") and not done(old | {"trace": False})
     assert not done(old | {"trace": False}, "calibration.rule=uniform", "statistics.trace=true")
     assert not done(old, "statistics.nll=true") and not done(old, "statistics.hidden=true")
+    by_routing = "calibration.retrieve={rows: 5, similarity: routing}"  # needs them, and no trace
+    assert not done(old, "calibration.rule=uniform", by_routing)
+    recorded_now = old | {"trace": False, "rows": True, "sample_tokens": loaded.statistics.sample_tokens}
+    assert done(recorded_now, "calibration.rule=uniform", by_routing)
     assert not done(old | {"dtype": "bf16"}) and not done(old | {"top_k": 1})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(recorded, "_needs", lambda config, side: iter([(recorded.ROW_COUNTS, "some.key")]))

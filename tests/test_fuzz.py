@@ -9,22 +9,27 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import io
 import json
 import os
 import shutil
+import struct
 import tempfile
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
+import yaml
 from command import tree
 from forked import JOB, Result, Server
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 EXAMPLES = 2  # to see that a search works; the faults that searches found are in the tables
+STATES = "checkpoint/zero_pp_rank_0_mp_rank_00_model_states.pt"
 WANTED = int(os.environ.get("TRACE_DS_FUZZ", "0"))
 fuzz = settings(
     max_examples=WANTED or EXAMPLES,
@@ -148,6 +153,17 @@ def put(path: str, content: bytes) -> Callable[[Path], object]:
     return lambda folder: (folder / path).write_bytes(content)
 
 
+SECTIONS = [
+    "data",
+    "model",
+    "unlearning",
+    "calibration",
+    "evaluation",
+    "statistics",
+    "variants",
+    "bench",
+    "distributed",
+]
 KEYS = [
     "seed", "name", "model.path", "model.tokenizer", "data.forget", "data.context_length", "data.packing",
     "variants.a", "unlearning.steps", "unlearning.optimizer.lr", "unlearning.optimizer.betas",
@@ -188,6 +204,48 @@ YAML_SCRAPS += [
     "...",
     "\x85",
 ]
+
+
+@fuzz
+@given(data=st.data())
+def test_yaml(server: Server, template: Path, data: st.DataObject) -> None:
+    whole = (template / "work" / "config.yaml").read_bytes()
+    raw = yaml.safe_load(whole)
+    text = data.draw(
+        st.one_of(
+            changed_bytes(whole),
+            changed_json(raw).map(dumped),
+            st.lists(st.sampled_from(YAML_SCRAPS) | st.text(max_size=4), max_size=30).map("".join).map(str.encode),
+            st.tuples(st.sampled_from(whole.decode().splitlines()), st.sampled_from(YAML_SCRAPS)).map(
+                lambda pair: whole.decode().replace(pair[0], pair[0] + pair[1], 1).encode()
+            ),
+        )
+    )
+    verb = data.draw(st.sampled_from([["run", "--dry-run"], ["plan"], ["prepare"]]))
+    ends_well(server, template, put("config.yaml", text), *verb, "config.yaml", "--run-dir", "run")
+
+
+@fuzz
+@given(
+    key=st.sampled_from([*SECTIONS, *KEYS]) | st.text(max_size=12),
+    value=values.map(json.dumps)
+    | st.lists(st.sampled_from(YAML_SCRAPS), max_size=6).map("".join)
+    | st.text(max_size=40),
+    verb=st.sampled_from([["run", "--dry-run"], ["plan"], ["prepare"], ["submit", "--dry-run"]]),
+)
+def test_set(server: Server, template: Path, key: str, value: str, verb: list[str]) -> None:
+    option = f"--set={key}={value}".replace("\0", "").encode(errors="ignore").decode()
+    ends_well(server, template, lambda folder: None, *verb, "config.yaml", "--run-dir", "run", option)
+
+
+@fuzz
+@given(data=st.data())
+def test_jsonl(server: Server, template: Path, data: st.DataObject) -> None:
+    path = data.draw(st.sampled_from(["corpora/forget.jsonl", "corpora/questions_forget.jsonl"]))
+    whole = (template / "work" / path).read_bytes().splitlines()[0]
+    lines = data.draw(st.lists(changed_json(json.loads(whole)).map(dumped) | changed_bytes(whole), max_size=4))
+    verb = ["prepare"] if "questions" not in path else ["run", "--dry-run"]
+    ends_well(server, template, put(path, b"\n".join(lines)), *verb, "config.yaml", "--run-dir", "run")
 
 
 MODEL_JSON = [
@@ -242,6 +300,45 @@ def test_json_of_runs_and_checkpoints(
     whole = (template / "work" / path).read_bytes()
     content = data.draw(changed_json(json.loads(whole)).map(dumped) | changed_bytes(whole))
     ends_well(server, template, put(path, content), *command)
+
+
+@fuzz
+@given(data=st.data())
+def test_safetensors(server: Server, template: Path, data: st.DataObject) -> None:
+    whole = (template / "work" / "model" / "model.safetensors").read_bytes()
+    (length,) = struct.unpack("<Q", whole[:8])
+    header, rest = whole[8 : 8 + length], whole[8 + length :]
+    header = data.draw(changed_json(json.loads(header)).map(dumped) | changed_bytes(header))
+    said = data.draw(st.sampled_from([len(header), len(header), len(header), 0, 1, 2**63, 2**64 - 1, len(whole)]))
+    command = data.draw(st.sampled_from([["inspect", "model"], ["run", "config.yaml", "--dry-run"]]))
+    ends_well(server, template, put("model/model.safetensors", struct.pack("<Q", said) + header + rest), *command)
+
+
+def archive_with(template: Path, pickled: bytes | None = None) -> tuple[bytes, bytes]:
+    """(the checkpoint's archive with its pickle replaced, the pickle that was there). Pickles that are hostile on
+    purpose: tests/test_convert_faults.py."""
+    with zipfile.ZipFile(template / "work" / STATES) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    (name,) = (name for name in parts if name.endswith("/data.pkl"))
+    own, parts[name] = parts[name], parts[name] if pickled is None else pickled
+    whole = io.BytesIO()
+    with zipfile.ZipFile(whole, "w", zipfile.ZIP_STORED) as archive:
+        for part, content in parts.items():
+            archive.writestr(part, content)
+    return whole.getvalue(), own
+
+
+@pytest.mark.parametrize(
+    "command", ["inspect --verify checkpoint", "convert checkpoint made --base-model model --dry-run"]
+)
+@fuzz
+@given(data=st.data())
+def test_pickles(server: Server, template: Path, command: str, data: st.DataObject) -> None:
+    whole, pickled = archive_with(template)
+    content = data.draw(
+        changed_bytes(pickled).map(lambda found: archive_with(template, found)[0]) | changed_bytes(whole)
+    )
+    ends_well(server, template, put(STATES, content), *command.split())
 
 
 many = settings(fuzz, max_examples=WANTED * 20 or 100)

@@ -22,6 +22,13 @@ KINDS = [
     "standin",
     pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")),
 ]
+EXPECTED = {
+    "cpu_index": (AssertionError, "copies an index"),
+    "item": (AssertionError, "reads a value"),
+    "missing_event": (AssertionError, "part"),
+    "numpy": (TypeError, "can't convert standin:0 device type tensor to numpy"),
+    "cpu_sum": (RuntimeError, "Expected all tensors to be on the same device"),
+}
 Ask = Callable[..., Any]
 
 
@@ -57,3 +64,10 @@ def test_unlearn(ask: Ask, kind: str, job: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_scorer_and_attacks(ask: Ask, kind: str, tmp_path: Path) -> None:
     ask("check_scorer", kind, tmp_path)
+
+
+@pytest.mark.parametrize("fault", EXPECTED)
+def test_a_fault_fails(ask: Ask, fault: str, tmp_path: Path) -> None:
+    error, words = EXPECTED[fault]
+    with pytest.raises(error, match=words):
+        ask("check_collect", "standin", "mixtral", tmp_path, fault)

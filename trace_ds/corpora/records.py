@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import gzip
 import io
 import itertools
 import json
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -19,7 +21,7 @@ from trace_ds.errors import UserError
 
 TABLES = (".jsonl", ".json", ".csv", ".parquet")
 KINDS = (*TABLES, ".txt")
-COMPRESSED = {".gz": "gzip", ".zst": "zstd"}  # as pyarrow calls them
+COMPRESSED = (".gz", ".zst")
 MAX_LINE_BYTES = 1 << 30
 MAX_ARRAY_CHARACTERS = 1 << 28  # of a JSON array, which is parsed whole
 FIRST_BYTES = 1 << 20  # that may be white space before it
@@ -43,17 +45,20 @@ def can_read(path: Path) -> bool:
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[IO[bytes]]:
     """The bytes of a file, decompressed; :class:`UserError` when the compression is damaged."""
-    if path.suffix not in COMPRESSED:
-        with path.open("rb") as handle:
-            yield handle
-        return
-    import pyarrow as pa
-
     try:
-        with pa.CompressedInputStream(pa.OSFile(str(path)), COMPRESSED[path.suffix]) as stream:
-            yield io.BufferedReader(stream)
-    except OSError as error:
-        if error.errno is not None:
+        if path.suffix == ".gz":
+            with gzip.open(path, "rb") as handle:
+                yield handle  # type: ignore[misc]
+        elif path.suffix == ".zst":
+            import pyarrow as pa
+
+            with pa.CompressedInputStream(pa.OSFile(str(path)), "zstd") as stream:
+                yield io.BufferedReader(stream)
+        else:
+            with path.open("rb") as handle:
+                yield handle
+    except (OSError, EOFError, zlib.error) as error:
+        if path.suffix not in COMPRESSED or getattr(error, "errno", None) is not None:
             raise
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise UserError(f"not a whole {path.suffix} file ({reason})", str(path), "copy it again") from None

@@ -53,6 +53,7 @@ TRIES = 8
 
 BUSY = 16  # more threads cannot be kept busy by the one that reads and packs
 AHEAD = 3  # batches under way for each thread
+OWN_THREADS = "TOKENIZERS_PARALLELISM"
 
 Encode = Callable[[list[str]], list[list[int]]]
 
@@ -172,8 +173,9 @@ def encode_documents(
         encode: texts → ids, as :func:`encoder` gives.
     """
     under_way: deque[Future[list[tuple[int, np.ndarray]]]] = deque()
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # of a batch by the library's own threads
-    with ThreadPoolExecutor(threads) as pool:
+    before, os.environ[OWN_THREADS] = os.environ.get(OWN_THREADS), "false"  # of the library, for each batch
+    pool = ThreadPoolExecutor(threads)
+    try:
         for batch in _batches(
             piece for number, blocks in enumerate(documents) for piece in cut(number, blocks, encode)
         ):
@@ -182,6 +184,10 @@ def encode_documents(
                 yield from under_way.popleft().result()
         while under_way:
             yield from under_way.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+        del os.environ[OWN_THREADS]
+        os.environ |= {} if before is None else {OWN_THREADS: before}
 
 
 def default_threads() -> int:

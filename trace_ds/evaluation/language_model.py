@@ -3,7 +3,7 @@
     with loaded(path, tokenizer, settings) as model:
         scores = model.score([Sequence((1, 5, 9, 2), first=2)])
 
-Shape legend: B rows of a batch, S positions, V vocabulary, N scored positions of a batch.
+Shape legend: B rows of a batch, S positions, V vocabulary, N scored tokens of a batch, P places that predict them.
 
 Batches are made of sequences of similar length, filled at the *right* and run without an attention mask: attention is
 causal and experts drop no token, so a filled position can influence no real one (tested in fp32: the same as one by
@@ -278,19 +278,24 @@ class LanguageModel:
         )
         logits_BSV = output.logits
         sizes = [len(sequence.ids) - sequence.first for sequence in sequences]
-        row_N = torch.tensor([row for row, size in zip(row_of, sizes, strict=True) for _ in range(size)])
-        token_N = torch.tensor([t for sequence in sequences for t in range(sequence.first, len(sequence.ids))])
+        row_N = [row for row, size in zip(row_of, sizes, strict=True) for _ in range(size)]
+        token_N = [t for sequence in sequences for t in range(sequence.first, len(sequence.ids))]
+        place_P, which = np.unique(np.array(row_N) * length + token_N, return_inverse=True)  # which[N]: of the places
         device = logits_BSV.device
+        row_P, token_P, which_N = (
+            to_device(torch.from_numpy(found), device) for found in (*np.divmod(place_P, length), which)
+        )
         target_N = to_device(torch.tensor([t for s in sequences for t in s.ids[s.first :]]), device)
-        logits_NV = logits_BSV[to_device(row_N, device), to_device(token_N - 1 - start, device)].float()
-        log_normaliser_N = torch.logsumexp(logits_NV, -1)
-        log_prob_N = logits_NV.gather(-1, target_N[:, None])[:, 0] - log_normaliser_N
-        columns = [log_prob_N, (logits_NV.argmax(-1) == target_N).float()]
+        logits_PV = logits_BSV[row_P, token_P - 1 - start].float()
+        log_normaliser_P = torch.logsumexp(logits_PV, -1)
+        log_prob_N = logits_PV[which_N, target_N] - log_normaliser_P[which_N]
+        columns = [log_prob_N, (logits_PV.argmax(-1)[which_N] == target_N).float()]
         if moments:
-            log_prob_NV = logits_NV - log_normaliser_N[:, None]
-            prob_NV = log_prob_NV.exp()
-            mean_N = (prob_NV * log_prob_NV).sum(-1)
-            columns += [mean_N, (prob_NV * (log_prob_NV - mean_N[:, None]) ** 2).sum(-1).sqrt()]
+            log_prob_PV = logits_PV - log_normaliser_P[:, None]
+            prob_PV = log_prob_PV.exp()
+            mean_P = (prob_PV * log_prob_PV).sum(-1)
+            deviation_P = (prob_PV * (log_prob_PV - mean_P[:, None]) ** 2).sum(-1).sqrt()
+            columns += [mean_P[which_N], deviation_P[which_N]]
         log_prob, is_argmax, *rest = torch.stack(columns).cpu().numpy()  # the one wait for the device
         if not np.isfinite(log_prob).all():
             raise Diverged

@@ -44,19 +44,26 @@ def why_not_comparable(run: RunData, other: RunData) -> list[str]:
     return reasons
 
 
-def asked(run: RunData) -> dict[str, str | None]:
-    """By task of a run: the fingerprint of its questions."""
-    found: dict[str, str | None] = {}
+def asked(run: RunData) -> dict[str, tuple[str | None, set[int | None]]]:
+    """By task of a run: the fingerprint of its questions (None in results of older versions) and its item counts."""
+    found: dict[str, tuple[str | None, set[int | None]]] = {}
     for evaluation in run.evaluations().values():
         for score in evaluation.scores:
-            found.setdefault(score.task, evaluation.tasks.get(score.task))
+            fingerprint, counts = found.get(score.task, (evaluation.tasks.get(score.task), set()))
+            found[score.task] = (fingerprint, {*counts, score.n})
     return found
 
 
 def other_tasks(run: RunData, other: RunData) -> list[str]:
-    """Tasks of both runs that go by one name and ask different questions."""
+    """Tasks of both runs that go by one name and ask different questions; without fingerprints, another number."""
     mine, theirs = asked(run), asked(other)
-    return sorted(task for task in set(mine) & set(theirs) if mine[task] != theirs[task])
+    differing = []
+    for task in sorted(set(mine) & set(theirs)):
+        (left, left_counts), (right, right_counts) = mine[task], theirs[task]
+        same = left == right if left is not None and right is not None else left_counts & right_counts
+        if not same:
+            differing.append(task)
+    return differing
 
 
 def averaged(runs: Sequence[RunData]) -> RunData:

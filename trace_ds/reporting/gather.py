@@ -52,7 +52,7 @@ class Evaluation:
     fingerprint: str | None
     scores: list[Score]
     items: dict[str, list[dict[str, Any]]]
-    tasks: dict[str, str]  # fingerprints of the tasks by name
+    tasks: dict[str, str]  # fingerprints of the tasks by name; empty in results of older versions
     drift: dict[str, Any] | None
     attacks: dict[str, Any]  # expert_forcing: scores by way; relearning: the curve
 
@@ -228,7 +228,8 @@ def _artefacts(run: RunDirectory) -> dict[str, Artefact]:
 
 
 def _statistics(made: Artefact | None) -> RoutingStatistics | None:
-    return RoutingStatistics.load(made.file("statistics.safetensors")) if made is not None else None
+    name = "statistics.safetensors"
+    return RoutingStatistics.load(made.file(name)) if made is not None and name in made.files else None
 
 
 def _calibration(directory: Path) -> Calibration | None:

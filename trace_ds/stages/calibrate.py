@@ -453,10 +453,10 @@ def write(directory: Path, config: Config, routing: Routing, calibrated: Calibra
         experts, counted = retain.counts_LE.shape[1], tokens.counted_total()
         achieved_LE = count_selections(trace, tokens, experts, calibrated.weight_T) / counted
         drawn_LE = count_selections(trace, tokens, experts, RowSpread(tokens, calibrated.row_weight_R))
-    elif selections is not None:
+    elif selections is not None and (config.calibration.level == "row" or config.calibration.rule == "uniform"):
         drawn_LE = selections.sums(calibrated.row_weight_R)
         achieved_LE = drawn_LE / tokens.counted_total()
-    if trace is not None or selections is not None:
+    if drawn_LE is not calibrated.target_LE:
         drawn_LE = drawn_LE * (retain.top_k / drawn_LE.sum(axis=1, keepdims=True))
     tensors = {
         "theta_LE": calibrated.theta_LE,

@@ -65,11 +65,12 @@ def checked_model(config: Config, world_size: int) -> ModelInfo:
 
 def checked_tasks(asked: list[TaskConfig], config: Config) -> list[Task]:
     """Evaluation tasks with their items, whose chat template the tokenizer has."""
-    from trace_ds.evaluation.harness import check_template
     from trace_ds.evaluation.items import read_tasks
 
     tasks = read_tasks(asked)
     if any(task.apply_chat_template for task in asked):
+        from trace_ds.evaluation.harness import check_template
+
         tokenizer = load_tokenizer(config.model.tokenizer_path)
         for task in asked:
             check_template(task, tokenizer)

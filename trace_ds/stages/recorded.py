@@ -40,10 +40,16 @@ def _needs(config: Config, side: str) -> Iterator[tuple[str, str]]:
             yield SAMPLE, "calibration.level: row"
         elif calibration.rule not in WITHOUT_TRACE:
             yield TRACE, f"calibration.rule: {calibration.rule}"
-        similarity = calibration.retrieve.similarity
-        if calibration.retrieve.rows is not None and similarity in ("weight", "routing"):
-            yield TRACE, f"calibration.retrieve.similarity: {similarity}"
+        if calibration.retrieve.rows is not None and calibration.retrieve.similarity == "weight":
+            yield TRACE, "calibration.retrieve.similarity: weight"
+        if calibration.retrieve.rows is not None and calibration.retrieve.similarity == "routing":
+            yield ROW_COUNTS, "calibration.retrieve.similarity: routing"
+            yield SAMPLE, "calibration.retrieve.similarity: routing"
         if config.bench is not None:  # its methods may have any rule
             yield TRACE, "bench"
+            changes = [*config.bench.methods.values(), *config.bench.losses.values()]
+            if any(changed.get("calibration.level") == "row" for changed in changes):
+                yield ROW_COUNTS, "bench"
+                yield SAMPLE, "bench"
         if config.unlearning.guards.min_retain_overlap is not None:
             yield SAMPLE, "unlearning.guards.min_retain_overlap"

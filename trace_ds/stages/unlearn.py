@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from trace_ds.unlearning.watch import Evaluator
 
 
-CURVE_FORMAT = 1  # raise it when what a step computes changes: the curves of studies are then made anew
+CURVE_FORMAT = 2  # raise it when what a step computes changes: the curves of studies are then made anew
 
 
 @dataclass(frozen=True)
