@@ -122,7 +122,9 @@ def test_a_killed_study_is_finished_and_a_second_one_writes_the_same_bytes(
     again = server.run(["bench", recipe, "--run-dir", study, "--json"], recipe.parent)
     assert again.returncode == 0 and json.loads(again.stdout)["seeds"] == [0, 1]
     assert {name: (study / name).read_bytes() for name in before} == before
-    assert before["frontier.csv"].count(b"\n") == 1 + 6 * 2  # steps 2 and 3 of those that do not diverge
+    assert (
+        before["frontier.csv"].count(b"\n") == 1 + 2 + 6 * 2
+    )  # the originals; steps 2 and 3 of those that do not diverge
     diverged = json.loads(before["study.json"])["diverged"]
     assert diverged == [f"seed {seed}, recipe, uniform, alpha=1e+38" for seed in (0, 1)]
     text = report_study(RunDirectory.at(study)).read_text(encoding="utf-8")

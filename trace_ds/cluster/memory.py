@@ -22,7 +22,7 @@ from trace_ds.cluster.architecture import MULTI_LATENT, Architecture, LinearAtte
 from trace_ds.cluster.job import Passes, PlannedJob, ZeroSettings
 
 MASTER_BYTES = 12  # fp32 copy and two Adam moments
-STEP_BYTES = 8  # fp32 gradient of the sub-group being stepped, and torch AdamW's temporary of the same size
+STEP_BYTES = 4  # fp32 gradient of the sub-group being stepped; fused AdamW has no temporary
 LOGIT_BYTES = 10  # beside the logits: log-softmax in fp32 (4), its gradient (4), the logits' gradient (b, 2 in bf16)
 FROZEN_LOGIT_BYTES = (
     12  # beside the frozen model's logits: their log-softmax, its exponential and the difference in fp32

@@ -279,7 +279,7 @@ def make_plan(checkpoint: Checkpoint, dtype: str, base_model: Path | None) -> Pl
         notes.append(f"transformers does not load {len(ignored)} of the tensors, left out: {ignored[0]}, …")
     if checkpoint.kind == "huggingface":
         fused, problems = disk_to_fused(layout, tensors)
-    else:
+    if checkpoint.kind != "huggingface" or (problems and fused):  # an engine's names
         fused = engine_to_fused(layout, tensors)
         problems = missing_and_unexpected(layout.fused, fused)
     if checkpoint.decoder_layers is not None:

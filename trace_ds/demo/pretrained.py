@@ -94,6 +94,7 @@ def build(
     texts = Texts.read(settings.files)
     made_of = {
         "settings": asdict(settings),
+        "arithmetic": ["float32", THREADS],
         "text": sha256_text(canonical_json([sorted(kind.items()) for kind in (texts.general, texts.heldout)])),
         "packages": {name: metadata.version(name) for name in (*PACKAGES, "torch", "transformers")},
     }

@@ -119,13 +119,13 @@ def check_expert_parallel(
     if ep > 1 and info.family.autoep_preset is None:
         what = f"the model family {info.family.model_type!r} has no expert parallelism"
         raise UserError(f"{what} (its experts are sharded by ZeRO-3 instead)", key, "use --ep 1")
-    refused = f"expert-parallel size {ep} does not divide the"
     if info.experts % ep:
         divisors = [size for size in range(1, info.experts + 1) if info.experts % size == 0]
-        raise UserError(f"{refused} {info.experts} experts of the model", key, f"use one of {divisors}")
+        what = f"expert-parallel size {ep} does not divide the {info.experts} experts of the model"
+        raise UserError(what, key, f"use one of {divisors}")
     if world_size % ep:
         fix = f"use a divisor of {world_size}, or start a multiple of {ep} processes (--nproc)"
-        raise UserError(f"{refused} world size {world_size}", key, fix)
+        raise UserError(f"expert-parallel size {ep} does not divide the world size {world_size}", key, fix)
     if ep > 1 and options:
         from trace_ds.models.autoep import check_options
 

@@ -154,7 +154,3 @@ def held(parameter: Any) -> tuple[torch.Tensor, int, int]:
     first = dist.get_rank(parameter.ds_process_group) * parameter.ds_tensor.ds_numel
     last = min(first + parameter.ds_tensor.ds_numel, parameter.ds_numel)
     return parameter.ds_tensor.detach().reshape(-1), min(first, last), last
-
-
-def _bytes_of(block: torch.Tensor) -> memoryview:
-    return memoryview(block.view(torch.uint8).numpy())  # type: ignore[arg-type]

@@ -134,9 +134,9 @@ class World:
         assert found is not None
         return found
 
-    def tell_together(self, work: Callable[[], T]) -> T:
+    def tell_together(self, work: Callable[[], T], where: str = "a file") -> T:
         """Run ``work`` on every rank; a :class:`UserError` or OSError on any of them ends every rank and is said once,
-        by the main process."""
+        by the main process. ``where``: the file, where the operating system does not say which."""
         result, error = None, None
         try:
             result = work()
@@ -144,7 +144,7 @@ class World:
             error = found
         except OSError as found:
             what = f"it cannot be read ({found.strerror or found})"
-            error = UserError(what, str(found.filename or "a file"), "check the storage that it lies on")
+            error = UserError(what, str(found.filename or where), "check the storage that it lies on")
         if error is not None and not self.is_main:
             error = UserError(f"on rank {self.rank}: {error.what}", error.where, error.fix)
         self.raise_together(error)

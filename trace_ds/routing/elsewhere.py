@@ -53,7 +53,7 @@ class CollectionElsewhere(Collection):
 
     def _pass(self, batch: Batch, first_row: int) -> Passed:
         experts_BSLK = np.zeros((*batch.input_ids_BS.shape, len(self.layers), self.counter.top_k), dtype=np.int64)
-        self.world.tell_together(lambda: self._read(experts_BSLK, first_row))
+        self.world.tell_together(lambda: self._read(experts_BSLK, first_row), str(self._path))
         recorder = RoutingRecorder(len(self.layers))
         for layer in range(len(self.layers)):
             experts_TK = to_device(torch.from_numpy(experts_BSLK[:, :, layer].copy()), self.world.device).flatten(0, 1)
