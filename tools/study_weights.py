@@ -1,12 +1,11 @@
 #!/usr/bin/env python3
-r"""Where the methods of a study put the weight, without training: a CSV of shares by seed, method and random draw.
+"""Where the methods of a study put the weight, without training: a CSV of shares by seed, method and random draw.
 
-    python tools/study_weights.py bench_pretrained runs/bench/bench_pretrained docs/studies/pretrained_weights.csv \
-        --set 'bench.methods.inverse={calibration.rule: inverse}'
+    python tools/study_weights.py bench_pretrained runs/bench/bench_pretrained docs/studies/pretrained_weights.csv
 
 The statistics are those of the study's base models, which must be there; each method is calibrated anew in a temporary
-folder. Columns: experts matched, effective sample size of the rows, and the shares of tokens and of weight of the facts
-and, among them, of the atomic numbers.
+folder, and so are controls that no run of the study is made with. Columns: experts matched, effective sample size of
+the rows, and the shares of tokens and of weight of the facts and, among them, of the atomic numbers.
 """
 
 from __future__ import annotations
@@ -28,6 +27,11 @@ from trace_ds.run.directory import RunDirectory
 from trace_ds.stages.calibrate import calibrate
 from trace_ds.studies.run_list import require_bench
 
+CONTROLS: dict[str, dict[str, object]] = {
+    "lowest_experts": {"calibration.rule": "lowest_experts"},
+    "inverse": {"calibration.rule": "inverse"},
+    "oracle": {"calibration.rule": "sources", "calibration.source_weights": {"near/*": 1000, "mid/*": 1000}},
+}
 KINDS = {"facts": ("near/*", "mid/*"), "numbers": ("near/*element*",)}
 COLUMNS = [
     "seed",
@@ -45,15 +49,14 @@ def main() -> None:
     parser.add_argument("study", type=Path)
     parser.add_argument("csv", type=Path)
     parser.add_argument("--draws", type=int, default=10, help="Of random experts.")
-    parser.add_argument("--set", action="append", default=[], dest="changes", metavar="KEY=VALUE")
     arguments = parser.parse_args()
     rows: list[list[object]] = [COLUMNS]
-    bench = require_bench(load_config(arguments.recipe, arguments.changes)[0], arguments.recipe)
+    bench = require_bench(load_config(arguments.recipe)[0], arguments.recipe)
     for seed in bench.seeds:
         place = arguments.study / f"seed_{seed}"
-        config, _ = load_config(arguments.recipe, [*arguments.changes, f"seed={seed}"], place)
+        config, _ = load_config(arguments.recipe, [f"seed={seed}"], place)
         config = config.model_copy(update={"bench": None})
-        for method, changes in bench.methods.items():
+        for method, changes in (bench.methods | CONTROLS).items():
             changed = with_changes(config, changes, method)
             random = changed.calibration.rule == "random_experts"
             if changed.calibration.rule == "uniform" or changed.calibration.draw:
