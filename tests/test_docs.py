@@ -220,7 +220,9 @@ KEPT = {
     "selected": "TRACE, the detected experts (`selected`)",
     "all": "TRACE, all experts of the layers that are trained",
     "random_experts": "control: as many at random",
+    "lowest_experts": "control: as many of the lowest ratio",
     "permuted": "control: detected, weights permuted over rows",
+    "oracle": "oracle: facts by their label",
 }
 TOLD = [  # metric of kept_facts, and the forget levels that it is averaged over
     ("choice_probability", (0.50, 0.65)),
@@ -248,16 +250,8 @@ def kept_told(method: str, metric: str, levels: tuple[float, float]) -> str:
     if method != "uniform":
         told += f", {row['difference']:+.3f}"
         told += f" [{row['t'].low:+.3f}, {row['t'].high:+.3f}]" if row["t"] is not None else ""
-    told += "" if len(row["seeds"]) == 5 else f", {len(row['seeds'])} splits"
+    told += "" if len(row["seeds"]) == 2 else ", 1 split"
     return re.sub(r"(?<!\d)0\.", ".", told).replace("-", "−") if row["seeds"] else "no split"
-
-
-def test_the_plan_of_the_pretrained_study_is_the_recipe_s() -> None:
-    from trace_ds.studies.jobs import Study
-    from trace_ds.studies.study import plan
-
-    stored = json.loads((ROOT / "docs/studies/pretrained_plan.json").read_text(encoding="utf-8"))
-    assert stored == json.loads(json.dumps(plan(Study(["bench_pretrained"], Path("out"), []))))
 
 
 def assert_told(row: dict[str, Any], cell: str) -> None:
