@@ -95,14 +95,6 @@ def write_npy(path: Path, check: Callable[[], None]) -> None:
     assert (np.load(path) == 2.0 * np.arange(len(array))).all()
 
 
-def write_spool(path: Path, check: Callable[[], None]) -> None:
-    array = new_array(path, np.int32, (FILE_BYTES // 4096, 1024))
-    for start in range(0, len(array), 64):
-        array[start : start + 64] = start  # one value for all of them
-        check()
-    assert (np.fromfile(path, np.int32).reshape(array.shape)[:, 5] == np.arange(len(array)) // 64 * 64).all()
-
-
 def read_dataset(path: Path, check: Callable[[], None]) -> None:
     """Token ids at random, document ids in order: both lie in one file."""
     dataset = write_dataset(path)
@@ -112,9 +104,7 @@ def read_dataset(path: Path, check: Callable[[], None]) -> None:
         check()
 
 
-@pytest.mark.parametrize(
-    "work", [read_npy, read_flat_parts, read_rows, read_one_by_one, write_npy, write_spool, read_dataset]
-)
+@pytest.mark.parametrize("work", [read_npy, read_flat_parts, read_rows, read_one_by_one, write_npy, read_dataset])
 def test_a_pass_over_a_file_leaves_little_of_it_in_memory(tmp_path: Path, monkeypatch, work) -> None:
     monkeypatch.setattr(mapped, "RESIDENT_BYTES", RESIDENT_BYTES)
     monkeypatch.setattr("trace_ds.calibration.rows.BLOCK_VALUES", 1 << 19)
@@ -155,7 +145,7 @@ from trace_ds.calibration.rules import apply_rule
 from trace_ds.config.schema import CalibrationConfig
 from trace_ds.corpora.dataset import TokenMap
 from trace_ds.run import mapped
-from trace_ds.run.files import new_array, new_array
+from trace_ds.run.files import new_array
 
 def kib(key):
     return int(Path("/proc/self/status").read_text().split(key + ":")[1].split()[0])
