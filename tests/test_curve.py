@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from trace_ds.stages.convert import checkpoint_to_directory, convert
 from trace_ds.stages.evaluate import evaluate
 from trace_ds.stages.inspect import inspect
 from trace_ds.stages.snapshots import Snapshots
-from trace_ds.stages.unlearn import discard_checkpoints
+from trace_ds.stages.unlearn import check_unlearn, discard_checkpoints
 from trace_ds.tensors.opening import REPORT
 
 TASKS = ["questions_forget", "questions_utility"]
@@ -152,6 +153,44 @@ def test_the_last_point_of_a_job_that_ends_early_is_of_the_model_that_it_saves(
     scores = json.loads((run.evaluation / "unlearned.json").read_text())["scores"]
     values = [score["value"] for score in scores]
     assert [score["value"] for score in curve[-1]["scores"]] == pytest.approx(values, abs=1e-6)
+
+
+@pytest.mark.slow
+def test_a_job_ends_where_a_score_is_low_enough(
+    calibrated: tuple[Path, Path],  # noqa: F811
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """With a checkpoint, and with the tasks that the last look alone scores; it is done, but not for a lower score."""
+    config, prepared = calibrated
+    run = RunDirectory(copy_of(prepared, tmp_path / "run"))
+    score = "questions_forget choice_probability"
+    settings = [*CURVE, 'unlearning.evaluate.at_end=["questions_utility"]', "unlearning.optimizer.lr=0.03"]
+    settings += ["unlearning.forget_loss=graddiff", "unlearning.steps=6", "evaluation.drift=false"]
+    met, unmet = ([*settings, "unlearning.evaluate.until=" + json.dumps({score: most})] for most in (0.99, 0.0))
+    run_distributed(jobs.unlearn_job, 1, str(config), str(run.path), met)
+    [_, last] = curve = curve_of(run.path, 2)
+    assert [point["step"] for point in curve] == [0, 2]
+    assert [*last["by_source"]] == [*dict.fromkeys(found["task"] for found in last["scores"])] == TASKS
+    for asked, settled in ((met, True), (unmet, False), (settings, False)):
+        loaded, _ = load_config(str(config), asked, run.path)
+        assert check_unlearn(loaded, run, 1).settled(loaded, run) == settled
+    convert(load_config(str(config), met, run.path)[0], run)
+    assert "newest complete checkpoint" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "score", ["questions_forget", "questions_utility accuracy", "other accuracy", "questions_forget bleu"]
+)
+def test_scores_that_end_a_job_are_of_tasks_that_every_look_scores(
+    calibrated: tuple[Path, Path],  # noqa: F811
+    score: str,
+) -> None:
+    config, run = calibrated
+    settings = [*CURVE, 'unlearning.evaluate.at_end=["questions_utility"]']
+    with pytest.raises(UserError, match=re.escape(repr(score))):
+        loaded, _ = load_config(str(config), [*settings, "unlearning.evaluate.until=" + json.dumps({score: 0.5})], run)
+        check_unlearn(loaded, RunDirectory(run), 1)
 
 
 def test_tasks_of_a_curve_are_named(calibrated: tuple[Path, Path]) -> None:  # noqa: F811

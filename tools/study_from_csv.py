@@ -10,9 +10,13 @@ anew, on other seeds, by the code of ``trace-ds bench``. One line per method: ut
 on which both forgot, with the paired bootstrap interval, Student's t interval of the difference, and the forget score
 after the last step.
 
-``--levels``: instead, the utility at matched forgetting, averaged over forget levels between the two (31 of them, read
-off the straight lines between scored steps), at the recipe's strength; a run that did not get down to the lower level
-is left out. Lines of the method ``original`` are the models before the first step, step 0 of all runs of their seed.
+``--levels``: instead, in the place of the mean from the first step at a target on, the utility at matched forgetting
+averaged over forget levels between the two (31 of them, read off the straight lines between scored steps); a run that
+did not get down to the lower level has not forgotten. Lines of the method ``original`` are the models before the first
+step, step 0 of all runs of their seed.
+
+Behind each line, what as many seeds with as much spread could tell: the smallest difference that a t test at 5 % finds
+with probability .8 (from the noncentral t distribution).
 """
 
 from __future__ import annotations
@@ -20,9 +24,11 @@ from __future__ import annotations
 import argparse
 import csv
 import math
+import statistics
 import sys
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,93 +36,56 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from trace_ds.config.load import load_config
 from trace_ds.config.schema import Config
-from trace_ds.reporting.intervals import t_interval
-from trace_ds.reporting.matched import matched, reached
+from trace_ds.reporting.matched import Matched, matched, reached
 from trace_ds.studies import run_list
 from trace_ds.studies.analysis import Curve, choices, compare
 
 LEVELS = 31
+Measure = Callable[[list[int], list[float], list[float]], Matched]  # of steps, forget scores and utilities
 
 
-def read_curves(config: Config, path: Path, target: float) -> list[Curve]:
-    """The curves in a ``frontier.csv`` of the recipe's runs."""
+def read_curves(config: Config, path: Path, measure: Measure, *, originals: bool = False) -> list[Curve]:
+    """The curves in a ``frontier.csv`` of the recipe's runs; with ``originals`` they begin at step 0."""
     bench = run_list.require_bench(config, "bench")
     trials = {
         (str(t.seed), t.loss, t.method, run_list.label(t.point)): t
         for t in run_list.grid_trials(bench, [*(bench.screening or []), *bench.seeds])
     }
-    curves = []
-    for key, run in read_lines(path).items():
-        if key not in trials:
-            continue  # the model before the first step, or a method that has gone from the recipe
-        trial, steps = trials[key], [int(line["step"]) for line in run]
-        columns = {m: [float(line[m]) if line[m] else math.nan for line in run] for m in (bench.forget, *bench.utility)}
-        forget = columns.pop(bench.forget)
-        found = {metric: matched(steps, forget, column, target) for metric, column in columns.items()}
-        # a run that ended early diverged, unless its recipe lets it finish
-        cut = steps[-1] < config.unlearning.steps and config.unlearning.evaluate.target_forget_nll is None
-        curves.append(Curve(trial.seed, trial.loss, trial.method, trial.point, {} if cut else found, cut, forget[-1]))
-    return curves
-
-
-def read_lines(path: Path) -> dict[tuple[str, ...], list[dict[str, str]]]:
-    """The lines of a ``frontier.csv`` by seed, loss, method and point."""
     lines: dict[tuple[str, ...], list[dict[str, str]]] = defaultdict(list)
     with path.open(encoding="utf-8", newline="") as handle:
         for line in csv.DictReader(handle):
             lines[line["seed"], line["loss"], line["method"], line["point"]].append(line)
-    return lines
-
-
-def over_levels(forget_S: list[float], utility_S: list[float], low: float, high: float) -> float | None:
-    """Mean utility where the forget score first is at each of LEVELS levels; None: it does not reach the lower one."""
-    found = []
-    for number in range(LEVELS):
-        at = reached(forget_S, low + (high - low) * number / (LEVELS - 1))
-        if at is None or not at.index:
-            return None
-        before, after = utility_S[at.index - 1 : at.index + 1]
-        found.append(before + at.share * (after - before))
-    return math.fsum(found) / LEVELS
-
-
-def level_rows(config: Config, path: Path, low: float, high: float) -> list[dict[str, Any]]:
-    """Every method at every point against the baseline at that point, paired by seed; by utility metric."""
-    bench = run_list.require_bench(config, "bench")
-    lines = read_lines(path)
-    originals = {key[0]: run for key, run in lines.items() if key[2] == "original"}
-    found: dict[tuple[str, ...], float | None] = {}
-    for (seed, loss, method, point), run in lines.items():
-        whole = [*originals.get(seed, []), *run]
-        forget_S = [float(line[bench.forget]) for line in whole]
-        for metric in bench.utility if method != "original" else ():
-            if metric.split()[0] not in bench.score_at_end:
-                utility_S = [float(line[metric]) for line in whole]
-                found[loss, metric, point, method, seed] = over_levels(forget_S, utility_S, low, high)
-    rows = []
-    for loss, metric, point, method in dict.fromkeys(key[:4] for key in found):
-        pairs = {
-            seed: (found[loss, metric, point, method, seed], found.get((loss, metric, point, bench.baseline, seed)))
-            for seed in map(str, bench.seeds)
-            if (loss, metric, point, method, seed) in found
+    before = {key[0]: run for key, run in lines.items() if key[2] == "original"} if originals else {}
+    ends_early = bench.until is not None or config.unlearning.evaluate.target_forget_nll is not None
+    curves = []
+    for key, run in lines.items():
+        if key not in trials:
+            continue  # the model before the first step, or a method that has gone from the recipe
+        trial, whole = trials[key], [*before.get(key[0], []), *run]
+        steps = [int(line["step"]) for line in whole]
+        columns = {
+            m: [float(line[m]) if line[m] else math.nan for line in whole] for m in (bench.forget, *bench.utility)
         }
-        kept = {seed: (mine, base) for seed, (mine, base) in pairs.items() if mine is not None and base is not None}
-        differences = [mine - base for mine, base in kept.values()]
-        row = {"loss": loss, "metric": metric, "point": point, "method": method, "seeds": [*kept]}
-        row |= {"value": mean(mine for mine, _ in kept.values()), "difference": mean(differences)}
-        rows.append(row | {"by_seed": differences, "t": t_interval(differences) if len(kept) > 1 else None})
-    return rows
+        forget = columns.pop(bench.forget)
+        found = {metric: measure(steps, forget, column) for metric, column in columns.items()}
+        cut = steps[-1] < config.unlearning.steps and not ends_early  # it diverged
+        curves.append(Curve(trial.seed, trial.loss, trial.method, trial.point, {} if cut else found, cut, forget[-1]))
+    return curves
 
 
-def mean(values: Iterable[float]) -> float:
-    listed = list(values)
-    return math.fsum(listed) / len(listed) if listed else math.nan
-
-
-def level_told(row: dict[str, Any]) -> str:
-    interval = f" t [{row['t'].low:+.3f}, {row['t'].high:+.3f}]" if row["t"] is not None else ""
-    each = ", ".join(f"{seed}: {value:+.3f}" for seed, value in zip(row["seeds"], row["by_seed"], strict=True))
-    return f"{row['value']:.3f}, against the baseline {row['difference']:+.3f}{interval}  by seed {each}"
+def over_levels(steps_S: list[int], forget_S: list[float], utility_S: list[float], low: float, high: float) -> Matched:
+    """As ``post`` the mean utility where the forget score first is at each of LEVELS levels; not reached unless it is
+    at the lower one, after the first step."""
+    found, last = [], None
+    for number in range(LEVELS):
+        last = reached(forget_S, high + (low - high) * number / (LEVELS - 1))
+        if last is None or not last.index:
+            return Matched(None, None, None, None, utility_S[-1])
+        before, after = utility_S[last.index - 1 : last.index + 1]
+        found.append(before + last.share * (after - before))
+    assert last is not None
+    step, spacing = steps_S[last.index], steps_S[last.index] - steps_S[last.index - 1]
+    return Matched(step, spacing, found[-1], math.fsum(found) / LEVELS, utility_S[-1])
 
 
 def comparisons(config: Config, curves: list[Curve]) -> list[dict[str, Any]]:
@@ -132,6 +101,22 @@ def comparisons(config: Config, curves: list[Curve]) -> list[dict[str, Any]]:
     return rows
 
 
+def detectable(row: dict[str, Any], power: float = 0.8, level: float = 0.05) -> float | None:
+    """The smallest true difference that a paired t test finds with this power, at the seeds' number and spread."""
+    from scipy import optimize, stats
+
+    differences = [a - b for a, b in zip(row["by_seed"], row["baseline_by_seed"], strict=True)]
+    n, spread = len(differences), statistics.stdev(differences) if len(differences) > 1 else 0.0
+    if not spread:
+        return None
+    edge = stats.t.ppf(1 - level / 2, n - 1)
+
+    def missed(shift: float) -> float:  # shift: the difference in standard errors
+        return float(stats.nct.cdf(edge, n - 1, shift) - stats.nct.cdf(-edge, n - 1, shift)) - (1 - power)
+
+    return float(optimize.brentq(missed, 0.0, 50.0)) * spread / math.sqrt(n)
+
+
 def told(row: dict[str, Any]) -> str:
     if row["value"] is None:
         return "never on the same seed as the baseline"
@@ -141,6 +126,9 @@ def told(row: dict[str, Any]) -> str:
     for key, name, form in (("relative_interval", "", "+.1%"), ("difference_t_interval", "t ", "+.3f")):
         if row[key]:
             text += f" {name}[{row[key]['low']:{form}}, {row[key]['high']:{form}}]"
+    found = detectable(row)
+    if found is not None:
+        text += f"  tells {found:.3f}"
     ends = [sum(row[key]) / len(row[key]) for key in ("forget_end", "baseline_forget_end")]
     steps = [sum(row[key]) / len(row[key]) for key in ("steps", "baseline_steps")]
     return (
@@ -160,12 +148,14 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], dest="changes", metavar="KEY=VALUE")
     arguments = parser.parse_args()
     config, _ = load_config(arguments.recipe, arguments.changes, "out")
-    for row in level_rows(config, arguments.csv, *arguments.levels) if arguments.levels else ():
-        if arguments.method in (None, row["method"]):
-            print(f"{', '.join(str(row[key]) for key in ('loss', 'point', 'method', 'metric'))}: {level_told(row)}")
-    for target in arguments.target:
-        print(f"forgotten: at most {target}")
-        for row in comparisons(config, read_curves(config, arguments.csv, target)):
+    measures: dict[str, Measure] = {f"forgotten: at most {t}": partial(matched, target=t) for t in arguments.target}
+    if arguments.levels:
+        low, high = sorted(arguments.levels)
+        measures = {f"forget scores from {high} to {low}": partial(over_levels, low=low, high=high)}
+    for told_first, measure in measures.items():
+        print(told_first)
+        curves = read_curves(config, arguments.csv, measure, originals=bool(arguments.levels))
+        for row in comparisons(config, curves):
             if arguments.method in (None, row["method"]):
                 head = (row[key] for key in ("loss", "strength", "method", "metric", "at"))
                 print(f"  {', '.join(head)}: {told(row)}")

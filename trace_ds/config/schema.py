@@ -459,6 +459,11 @@ class EvaluateConfig(Section):
         gt=0,
         description="End the job, with a checkpoint, when the forget rows' mean NLL (nats a token) is at least this.",
     )
+    until: dict[str, Number] = Field(
+        default_factory=dict,
+        description="End the job, with a checkpoint, when each score here is at most so much: 'TASK METRIC' of one of "
+        "the tasks -> value.",
+    )
 
 
 class GuardsConfig(Section):
@@ -832,6 +837,9 @@ class BenchConfig(Section):
     margin: Number = Field(
         0.03, ge=0, description="Forgotten: a forget score of at most the gold model's, or chance, plus this."
     )
+    until: Number | None = Field(
+        None, description="A run ends at the first look whose forget score is at most this; default: at its last step."
+    )
     forget: str = Field(description="'TASK METRIC' that says what is forgotten (lower is more).")
     utility: list[str] = Field(
         min_length=1,
@@ -916,6 +924,7 @@ class Config(Section):
             ("evaluate.tasks", evaluate.tasks or None),
             ("evaluate.curve_only", evaluate.curve_only or None),
             ("evaluate.target_forget_nll", evaluate.target_forget_nll),
+            ("evaluate.until", evaluate.until or None),
             ("guards.max_retain_ratio", guards.max_retain_ratio),
             ("guards.min_retain_overlap", guards.min_retain_overlap),
         ):
@@ -935,6 +944,9 @@ class Config(Section):
         for name in evaluate.at_end:
             if name not in evaluate.tasks:
                 raise ValueError(f"unlearning.evaluate.at_end names {name!r}, which is not among its tasks")
+        for score in evaluate.until:
+            if score.split()[:1] not in [[name] for name in evaluate.tasks if name not in evaluate.at_end]:
+                raise ValueError(f"unlearning.evaluate.until names {score!r}, of no task that every look scores")
         for name, changes in self.variants.items():
             for key in changes:
                 if key.split(".")[0] not in ("calibration", "unlearning", "conversion"):

@@ -78,7 +78,8 @@ def check_convert(config: Config, run: RunDirectory) -> None:
             "run `trace-ds unlearn` alone, or set it to false",
         )
     step, settings = config.conversion.step, config.unlearning
-    if step is None or (run.checkpoints / step_name(step)).is_dir() or settings.evaluate.target_forget_nll is not None:
+    has_target = settings.evaluate.target_forget_nll is not None or settings.evaluate.until
+    if step is None or (run.checkpoints / step_name(step)).is_dir() or has_target:
         return  # a job with a target saves where it reaches it
     kept = settings.kept_steps(settings.steps)
     if step not in kept:
@@ -124,8 +125,8 @@ def _choose(config: Config, run: RunDirectory) -> tuple[Path, list[str]]:
     if step is None:
         found = f" ({problems[0]})" if problems else ""
         raise UserError(f"there is no complete checkpoint{found}", str(run.checkpoints), fix)
-    reached = read_manifest(run.checkpoints / step_name(step)).cursor.get("reached_forget_nll")
-    if step < config.unlearning.steps and reached is None:
+    reached = read_manifest(run.checkpoints / step_name(step)).cursor
+    if step < config.unlearning.steps and not {"reached_forget_nll", "reached_scores"} & {*reached}:
         problems.append(f"the newest complete checkpoint is of step {step} of {config.unlearning.steps}")
     return run.checkpoints / step_name(step), problems
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -64,11 +65,13 @@ class UnlearnJob:
                 return False
             discard_checkpoints(run, self.curve)  # which a kill may have cut off
             return True
-        target = config.unlearning.evaluate.target_forget_nll
+        ends = config.unlearning.evaluate
 
         def is_enough(manifest: Manifest) -> bool:
-            reached = target is not None and manifest.cursor.get("reached_forget_nll", 0.0) >= target
-            return reached or manifest.step >= config.unlearning.steps
+            nll, scores = (manifest.cursor.get(key) for key in ("reached_forget_nll", "reached_scores"))
+            reached = ends.target_forget_nll is not None and nll is not None and nll >= ends.target_forget_nll
+            low = bool(ends.until) and all((scores or {}).get(n, math.inf) <= most for n, most in ends.until.items())
+            return reached or low or manifest.step >= config.unlearning.steps
 
         return self.training(config, run).settled(is_enough)
 
@@ -131,7 +134,9 @@ def _curve_identity(config: Config, job: str, tasks: list[Task]) -> str:
                 "format": CURVE_FORMAT,
                 "job": job,
                 "steps": settings.steps,
-                "looks": settings.evaluate.model_dump(mode="json"),
+                "looks": settings.evaluate.model_dump(
+                    mode="json", exclude=set() if settings.evaluate.until else {"until"}
+                ),
                 "tasks": task_fingerprints(tasks, config.evaluation.max_new_tokens),
                 "batch_rows": config.evaluation.batch_rows,
             }
@@ -348,7 +353,15 @@ def make_batches(config: Config, job: UnlearnJob) -> Batches:
 
 def curve_tasks(config: Config) -> list[Task]:
     """The tasks that are scored while the model is trained, with their items."""
-    asked = [task for task in config.evaluation.tasks if task.name in config.unlearning.evaluate.tasks]
+    from trace_ds.evaluation.metrics import TASK_METRICS
+
+    looks = config.unlearning.evaluate
+    asked = [task for task in config.evaluation.tasks if task.name in looks.tasks]
+    known = [f"{task.name} {metric}" for task in asked for metric in TASK_METRICS[task.type]]
+    for score in looks.until:
+        if score not in known:
+            what = f"{score!r} is not 'TASK METRIC' of a task of the curve"
+            raise UserError(what, "unlearning.evaluate.until", f"use one of: {', '.join(known)}")
     return checked_tasks(asked, config)
 
 
@@ -357,6 +370,7 @@ def make_scorer(config: Config, engine: Any, world: World) -> Callable[[bool], d
     from trace_ds.corpora.tokenizer import load_tokenizer
     from trace_ds.evaluation.language_model import Diverged, LanguageModel, ModelSettings, Sharding
     from trace_ds.evaluation.tasks import run_task
+    from trace_ds.unlearning.watch import has_reached
 
     tasks = curve_tasks(config)
     if not tasks:
@@ -367,17 +381,22 @@ def make_scorer(config: Config, engine: Any, world: World) -> Callable[[bool], d
     model = LanguageModel.of_engine(engine, tokenizer, settings, world, sharding)
     new, length = config.evaluation.max_new_tokens, config.data.context_length
 
-    at_end = config.unlearning.evaluate.at_end
+    looks = config.unlearning.evaluate
+
+    def results_of(wanted: Iterable[Task]) -> dict[str, Any]:
+        return {task.config.name: run_task(model, task, max_new_tokens=new, context_length=length) for task in wanted}
 
     def score(last: bool) -> dict[str, Any] | None:
-        due = [task for task in tasks if last or task.config.name not in at_end]
         try:
-            found = [run_task(model, task, max_new_tokens=new, context_length=length) for task in due]
+            found = results_of(task for task in tasks if task.config.name not in looks.at_end)
+            if last or has_reached(looks.until, [record for result in found.values() for record in result.scores]):
+                found |= results_of(task for task in tasks if task.config.name in looks.at_end)
         except Diverged:
             return None
+        found = {task.config.name: found[task.config.name] for task in tasks if task.config.name in found}
         return {
-            "scores": [record for result in found for record in result.scores],
-            "by_source": {task.config.name: result.by_source for task, result in zip(due, found, strict=True)},
+            "scores": [record for result in found.values() for record in result.scores],
+            "by_source": {name: result.by_source for name, result in found.items()},
         }
 
     return score

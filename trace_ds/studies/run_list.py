@@ -92,6 +92,7 @@ def trial_config(config: Config, trial: Trial) -> Config:
         "tasks": [task.name for task in config.evaluation.tasks],
         "at_end": bench.score_at_end,
         "curve_only": True,
+        "until": {} if bench.until is None else {bench.forget: bench.until},
     }
     changes = {**bench.losses[trial.loss], **bench.methods[trial.method], **dict(trial.point)}
     changes |= {"unlearning.resume": "replace", "bench": None, "variants": {}}

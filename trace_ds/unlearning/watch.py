@@ -12,7 +12,7 @@ Shape legend: B rows, S positions, N sampled tokens, L MoE layers, K top-k.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -142,6 +142,12 @@ def judge(
     return Verdict("go_on")
 
 
+def has_reached(until: Mapping[str, float], scores: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether each score that ends a job (``unlearning.evaluate.until``) is there and low enough; False: none does."""
+    found = {f"{score['task']} {score['metric']}": score["value"] for score in scores}
+    return bool(until) and all(found.get(name) is not None and found[name] <= most for name, most in until.items())
+
+
 def broken_bounds(settings: UnlearningConfig, start: Mapping[str, float], found: Mapping[str, float]) -> list[str]:
     """A line for each guard that an evaluation breaks."""
     guards, broken = settings.guards, []
@@ -220,6 +226,10 @@ class Watch:
             verdict = judge(self.settings, cursor["evaluation_start"], found, cursor.get("back_offs", 0), last=last)
         if not self._score(engine, cursor, done, last=last or verdict.action == "finish"):
             verdict = Verdict("stop", "log-probabilities of a task are not finite")
+        until = self.settings.evaluate.until
+        if verdict.action == "go_on" and until and has_reached(until, cursor["curve"][-1]["scores"]):
+            told = ", ".join(f"{name} is at most {most:g}" for name, most in until.items())
+            verdict, cursor["reached_scores"] = Verdict("finish", told), dict(until)
         if verdict.action == "stop":
             raise JobFailed(
                 f"stopped after step {done}: {verdict.reason}; the last checkpoint stands. "
@@ -230,7 +240,8 @@ class Watch:
             cursor["back_offs"] = cursor.get("back_offs", 0) + 1
             self.log.line(f"WARNING after step {done}: {verdict.reason}; halving the learning rate")
         if verdict.action == "finish":
-            cursor["reached_forget_nll"] = found["forget_nll"]
+            if "forget_nll" in found:
+                cursor["reached_forget_nll"] = found["forget_nll"]
             if not last:
                 self.log.line(f"finished early, after step {done} of {self.settings.steps}: {verdict.reason}")
         return verdict
