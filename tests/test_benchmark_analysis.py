@@ -309,6 +309,22 @@ def test_utility_over_levels_is_read_off_the_lines_between_steps() -> None:
     forget, utility = [0.8, 0.6, 0.3, 0.35, 0.2], [1.0, 0.9, 0.6, 0.4, 0.3]
     levels = np.linspace(0.35, 0.65, LEVELS)  # the first time that a level is reached counts
     wanted = np.interp(levels, [0.3, 0.6, 0.8], [0.6, 0.9, 1.0]).mean()
-    assert over_levels(forget, utility, 0.35, 0.65) == pytest.approx(wanted)
-    assert over_levels(forget, utility, 0.1, 0.65) is None  # never that low
-    assert over_levels(forget[2:], utility[2:], 0.35, 0.65) is None  # it was lower when first looked at
+    steps = [0, 3, 6, 9, 12]
+    found = over_levels(steps, forget, utility, 0.35, 0.65)
+    assert found.post == pytest.approx(wanted) and (found.step, found.spacing, found.end) == (6, 3, 0.3)
+    assert found.at_crossing == matched(steps, forget, utility, 0.35).at_crossing
+    assert over_levels(steps, forget, utility, 0.1, 0.65).step is None  # never that low
+    assert over_levels(steps[2:], forget[2:], utility[2:], 0.35, 0.65).step is None  # lower when first looked at
+
+
+@pytest.mark.parametrize("seeds", [2, 5, 12])
+def test_the_smallest_difference_that_is_told_is_found_four_times_in_five(seeds: int) -> None:
+    from tools.study_from_csv import detectable
+
+    rng = np.random.default_rng(seeds)
+    differences = rng.normal(size=seeds)
+    found = detectable({"by_seed": list(0.5 + differences), "baseline_by_seed": [0.5] * seeds})
+    assert found is not None
+    draws_DN = rng.normal(found / differences.std(ddof=1), 1, (40_000, seeds))
+    shares = (stats.ttest_1samp(draws_DN, 0, axis=1).pvalue < 0.05).mean()
+    assert shares == pytest.approx(0.8, abs=0.01)

@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from forked import JOB, Server, refuse
 
 from trace_ds.config.load import load_config
 from trace_ds.errors import JobFailed, UserError
+from trace_ds.reporting.matched import matched
 from trace_ds.run.directory import RunDirectory
 from trace_ds.stages.report import report_study
 from trace_ds.studies import jobs, run_list
@@ -138,7 +140,7 @@ def test_the_csv_alone_gives_the_comparisons_again(study: Path, recipe: Path) ->
 
     told = json.loads((study / "study.json").read_text())
     config, _ = load_config(str(recipe), [], "out")
-    found = comparisons(config, read_curves(config, study / "frontier.csv", told["target"]))
+    found = comparisons(config, read_curves(config, study / "frontier.csv", partial(matched, target=told["target"])))
     wanted = [row for row in told["comparisons"] if row["at"] != "cross"]
     assert len(found) == len(wanted) > 0
     for row, expected in zip(found, wanted, strict=True):

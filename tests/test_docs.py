@@ -16,6 +16,7 @@ import pytest
 from typer.testing import CliRunner
 
 from trace_ds.config.load import load_config
+from trace_ds.reporting.matched import matched
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = [*ROOT.glob("trace_ds/**/*.py"), *ROOT.glob("slurm/*.sh")]
@@ -141,7 +142,8 @@ def published(study: str, target: float) -> tuple[str, list[dict[str, Any]]]:
         "bench_ablations" if study in (*SHARES, "rows") else f"bench_{study}", CHANGES.get(study, []), "out"
     )
     assert config.bench is not None
-    curves = read_curves(config, ROOT / "docs" / "studies" / f"{study}.csv", target)
+    at_target = functools.partial(matched, target=target)
+    curves = read_curves(config, ROOT / "docs" / "studies" / f"{study}.csv", at_target)
     return config.bench.utility[0], comparisons(config, curves)
 
 
@@ -224,19 +226,23 @@ KEPT = {
     "permuted": "control: detected, weights permuted over rows",
     "oracle": "oracle: facts by their label",
 }
-TOLD = [  # metric of kept_facts, and the forget levels that it is averaged over
-    ("choice_probability", (0.50, 0.65)),
-    ("choice_probability", (0.60, 0.65)),
-    ("choice_probability near/*element*", (0.60, 0.65)),
+FACTS, NUMBERS = "kept_facts choice_probability", "kept_facts choice_probability near/*element*"
+TOLD = [  # strength, metric and place of each column
+    ("same strength", FACTS, "post"),
+    ("own alpha", FACTS, "post"),
+    ("same strength", "kept_facts accuracy", "post"),
+    ("same strength", NUMBERS, "post"),
+    ("same strength", "general_text perplexity", "end"),
 ]
 
 
 @functools.cache
-def pretrained_rows(low: float, high: float) -> list[dict[str, Any]]:
-    from tools.study_from_csv import level_rows
+def pretrained_rows() -> list[dict[str, Any]]:
+    from tools.study_from_csv import comparisons, over_levels, read_curves
 
     config, _ = load_config("bench_pretrained", [], "out")
-    return level_rows(config, ROOT / "docs/studies/pretrained.csv", low, high)
+    over = functools.partial(over_levels, low=0.50, high=0.65)
+    return comparisons(config, read_curves(config, ROOT / "docs/studies/pretrained.csv", over, originals=True))
 
 
 @pytest.mark.parametrize(("method", "name"), [("uniform", "uniform weights"), *KEPT.items()])
@@ -244,14 +250,18 @@ def test_the_runs_on_the_pretrained_model_are_those_of_the_csv(method: str, name
     assert f"| {' | '.join([name, *(kept_told(method, *column) for column in TOLD)])} |" in PRETRAINED
 
 
-def kept_told(method: str, metric: str, levels: tuple[float, float]) -> str:
-    row = next(r for r in pretrained_rows(*levels) if (r["method"], r["metric"]) == (method, f"kept_facts {metric}"))
-    told = f"{row['value']:.3f}"
+def kept_told(method: str, strength: str, metric: str, at: str) -> str:
+    wanted = (method, strength, metric, at)
+    row = next(r for r in pretrained_rows() if (r["method"], r["strength"], r["metric"], r["at"]) == wanted)
+    if strength != "same strength" and len({*row["points"].values()}) == 1 and method not in ("uniform", "selected"):
+        return "not tried"
+    digits = 1 if "perplexity" in metric else 3
+    told = f"{row['value']:.{digits}f}"
     if method != "uniform":
-        told += f", {row['difference']:+.3f}"
-        told += f" [{row['t'].low:+.3f}, {row['t'].high:+.3f}]" if row["t"] is not None else ""
-    told += "" if len(row["seeds"]) == 2 else ", 1 split"
-    return re.sub(r"(?<!\d)0\.", ".", told).replace("-", "−") if row["seeds"] else "no split"
+        low, high = (row["difference_t_interval"][end] for end in ("low", "high"))
+        told += f", {row['difference']:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+    told += "" if len(row["seeds"]) == 5 else f", {len(row['seeds'])} splits"
+    return re.sub(r"(?<!\d)0\.", ".", told).replace("-", "−")
 
 
 def assert_told(row: dict[str, Any], cell: str) -> None:
