@@ -111,10 +111,10 @@ def detectable(row: dict[str, Any], power: float = 0.8, level: float = 0.05) -> 
         return None
     edge = stats.t.ppf(1 - level / 2, n - 1)
 
-    def missed(shift: float) -> float:  # shift: the difference in standard errors
-        return float(stats.nct.cdf(edge, n - 1, shift) - stats.nct.cdf(-edge, n - 1, shift)) - (1 - power)
+    def missed(shift: float) -> float:  # shift: the difference in standard errors; the other side has no chance
+        return float(stats.nct.cdf(edge, n - 1, shift)) - (1 - power)
 
-    return float(optimize.brentq(missed, 0.0, 50.0)) * spread / math.sqrt(n)
+    return float(optimize.brentq(missed, 0.0, 20.0)) * spread / math.sqrt(n)
 
 
 def told(row: dict[str, Any]) -> str:
