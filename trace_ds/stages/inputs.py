@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from trace_ds.config.schema import Config, TaskConfig
+from trace_ds.config.schema import Config
+from trace_ds.config.sections.evaluation import TaskConfig
 from trace_ds.corpora.tokenizer import load_tokenizer, tokenizer_fingerprint
 from trace_ds.models.families import ModelInfo, check_expert_parallel, inspect_model
 from trace_ds.run import artefact

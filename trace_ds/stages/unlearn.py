@@ -8,7 +8,8 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from trace_ds.checkpoints.manifest import Manifest
-from trace_ds.config.schema import Config, TrainableConfig, UnlearningConfig
+from trace_ds.config.schema import Config
+from trace_ds.config.sections.unlearning import TrainableConfig, UnlearningConfig
 from trace_ds.errors import JobFailed, UserError
 from trace_ds.evaluation.subjects import task_fingerprints
 from trace_ds.models.families import ModelInfo, require_plain_logits
