@@ -91,7 +91,7 @@ def check_unlearn(config: Config, run: RunDirectory, world_size: int, *, verify:
     """Everything that can be wrong before a weight is loaded; raises :class:`UserError`."""
     info = checked_model(config, world_size)
     found = Inputs.read(config, run, info.fingerprint, verify=verify)
-    data, calibration = found.data, found.made(run.calibration, "calibration", verify=verify)
+    data, calibration = found.data, found.calibration(verify=verify)
     ds_config = check_settings(config, info)
     settings = config.unlearning
     tasks = curve_tasks(config)
