@@ -152,7 +152,7 @@ def check_scorer(kind: str, folder: Path) -> None:
 
 
 def scores(family: str, device: torch.device, folder: Path, watch: Any) -> dict[str, Any]:
-    from trace_ds.config.schema import RelearningConfig
+    from trace_ds.config.sections.evaluation import RelearningConfig
     from trace_ds.corpora.tokenizer import load_tokenizer
     from trace_ds.evaluation import attacks
     from trace_ds.evaluation.drift import sample_routing

@@ -14,7 +14,7 @@ from test_evaluation_metrics import packed
 from test_evaluation_models import opened, save_model
 from test_evaluation_stage import Case, case  # noqa: F401
 
-from trace_ds.config.schema import RelearningConfig
+from trace_ds.config.sections.evaluation import RelearningConfig
 from trace_ds.errors import UserError
 from trace_ds.evaluation import attacks
 from trace_ds.evaluation.language_model import LanguageModel

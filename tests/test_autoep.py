@@ -24,7 +24,7 @@ def passes(world: Any, path: str, options: dict[str, Any]) -> list[tuple[set[str
     logits, and whether the router's logits are asked of transformers as before."""
     import torch
 
-    from trace_ds.config.schema import TrainingConfig
+    from trace_ds.config.sections.training import TrainingConfig
     from trace_ds.models.engine import inference_engine
     from trace_ds.unlearning.training_engine import training_engine
 

@@ -30,7 +30,8 @@ from forked import Server
 
 from trace_ds.cli import at_home
 from trace_ds.config.load import dump_yaml, load_config
-from trace_ds.config.schema import Config, Section
+from trace_ds.config.schema import Config
+from trace_ds.config.sections.base import Section
 from trace_ds.corpora.dataset import open_stream
 from trace_ds.errors import UserError
 from trace_ds.parallel.world import AgreedError

@@ -8,7 +8,7 @@ from calibration_world import make_world
 from scipy import stats
 
 from trace_ds.calibration.detect import detect, log_ratio
-from trace_ds.config.schema import DetectionConfig
+from trace_ds.config.sections.calibration import DetectionConfig
 from trace_ds.routing.statistics import RoutingStatistics
 
 LAYERS, EXPERTS, TOP_K = 4, 16, 2

@@ -23,7 +23,7 @@ from trace_ds.calibration.diagnose import (
     weight_variance,
 )
 from trace_ds.calibration.rules import apply_rule, scope_of
-from trace_ds.config.schema import CalibrationConfig, DetectionConfig
+from trace_ds.config.sections.calibration import CalibrationConfig, DetectionConfig
 
 EXPERTS = 8
 

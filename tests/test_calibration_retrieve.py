@@ -21,7 +21,7 @@ from trace_ds.calibration.rules import apply_rule
 from trace_ds.calibration.similarity import hidden_similarity, routing_similarity, tfidf_similarity
 from trace_ds.calibration.tokens import TokenMap, count_selections
 from trace_ds.config.load import load_config
-from trace_ds.config.schema import CalibrationConfig
+from trace_ds.config.sections.calibration import CalibrationConfig
 from trace_ds.corpora.dataset import TokenDataset, write_rows
 from trace_ds.corpora.pack import PackedRow
 from trace_ds.errors import UserError

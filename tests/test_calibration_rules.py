@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from trace_ds.calibration import tokens as token_module
 from trace_ds.calibration.detect import Detection, detect
 from trace_ds.calibration.rules import Calibrated, apply_rule, scope_of, source_log_weights
-from trace_ds.config.schema import CONTROL_RULES, RULES, CalibrationConfig, DetectionConfig
+from trace_ds.config.sections.calibration import CONTROL_RULES, RULES, CalibrationConfig, DetectionConfig
 
 EXPERTS = 8
 RULES_THAT_CALIBRATE = [rule for rule in RULES if rule not in CONTROL_RULES]

@@ -30,6 +30,7 @@ from trace_ds.run import artefact
 from trace_ds.run.directory import RunDirectory
 from trace_ds.stages.calibrate import Sparing, calibrate
 from trace_ds.stages.prepare import prepare
+from trace_ds.stages.unlearn import check_unlearn
 from trace_ds.tensors.model_files import model_fingerprint
 
 LAYERS, EXPERTS, TOP_K = 3, 4, 2
@@ -371,6 +372,20 @@ def test_damaged_or_mismatched_inputs_are_refused_by_name(job, damage: str) -> N
     line = refused.value.line()
     assert "\n" not in line and "Fix: " in line and str(run.path) in line
     assert not run.calibration.exists()
+
+
+def test_after_another_model_the_first_stage_to_run_again_is_named(job, tmp_path) -> None:
+    calibrate(*job())
+    other = make_model(tmp_path / "other", layers=LAYERS, experts=EXPERTS, top_k=TOP_K, seed=1)
+    config, run = job(model__path=str(other))
+    for stage in (lambda: calibrate(config, run), lambda: check_unlearn(config, run, 1)):
+        with pytest.raises(UserError, match="this statistics artefact was made with another model") as refused:
+            stage()
+        assert refused.value.fix.startswith("make it again with `trace-ds collect CONFIG`")
+    write_statistics(config, run)
+    with pytest.raises(UserError, match="this calibration artefact was made with another model") as refused:
+        check_unlearn(config, run, 1)
+    assert refused.value.fix.startswith("make it again with `trace-ds calibrate CONFIG`")
 
 
 def test_a_trace_of_other_tokens_is_refused(job) -> None:

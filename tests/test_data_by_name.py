@@ -22,7 +22,8 @@ import yaml
 from hub_server import Hub, serving
 
 from trace_ds.config.load import load_config
-from trace_ds.config.schema import CorpusEntry, TaskConfig
+from trace_ds.config.sections.data import CorpusEntry
+from trace_ds.config.sections.evaluation import TaskConfig
 from trace_ds.corpora import tokenizer
 from trace_ds.corpora.read import check_files, corpus_fingerprint, read_documents
 from trace_ds.corpora.records import rows_of
@@ -458,7 +459,8 @@ def test_an_lm_eval_task_brings_its_own_data_set() -> None:
 
 READ = """
 import json, os, sys
-from trace_ds.config.schema import CorpusEntry, TaskConfig
+from trace_ds.config.sections.data import CorpusEntry
+from trace_ds.config.sections.evaluation import TaskConfig
 from trace_ds.corpora import sources
 from trace_ds.corpora.read import check_files, corpus_fingerprint, read_documents
 from trace_ds.errors import UserError

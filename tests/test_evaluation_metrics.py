@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_evaluation_models import opened, save_model
 
-from trace_ds.config.schema import TaskConfig
+from trace_ds.config.sections.evaluation import TaskConfig
 from trace_ds.corpora.dataset import TokenDataset, write_rows
 from trace_ds.corpora.pack import PackingCounts, pack
 from trace_ds.corpora.read import Document

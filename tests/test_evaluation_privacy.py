@@ -12,7 +12,7 @@ import torch
 from test_evaluation_models import opened, save_model
 from test_evaluation_stage import Case, case, text, write_lines  # noqa: F401
 
-from trace_ds.config.schema import TaskConfig
+from trace_ds.config.sections.evaluation import TaskConfig
 from trace_ds.corpora.read import Document
 from trace_ds.errors import UserError
 from trace_ds.evaluation import kinds, membership

@@ -14,7 +14,7 @@ from jobs import family_model, prepared_run
 from test_evaluation_models import SETTINGS, random_sequences
 from test_evaluation_stage import Case, case, evaluate_on, with_every_kind_of_task  # noqa: F401 (case is a fixture)
 
-from trace_ds.config.schema import RelearningConfig
+from trace_ds.config.sections.evaluation import RelearningConfig
 from trace_ds.corpora.dataset import TokenDataset
 from trace_ds.errors import UserError
 from trace_ds.evaluation.attacks import forced, relearn, training_settings, without_first

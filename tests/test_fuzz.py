@@ -351,7 +351,7 @@ scraps = one | st.tuples(one, one).map("".join) | st.lists(one, max_size=6).map(
 def test_readers_in_this_process(tmp_path_factory: pytest.TempPathFactory, text: str, name: str) -> None:
     """The same of the readers alone, many more times: anything but :class:`UserError` is a fault."""
     from trace_ds.config.load import load_config
-    from trace_ds.config.schema import CorpusEntry
+    from trace_ds.config.sections.data import CorpusEntry
     from trace_ds.corpora.read import read_documents
     from trace_ds.errors import UserError
 

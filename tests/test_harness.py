@@ -20,7 +20,7 @@ import yaml
 from distributed import run_distributed
 from test_evaluation_models import save_model
 
-from trace_ds.config.schema import TaskConfig
+from trace_ds.config.sections.evaluation import TaskConfig
 from trace_ds.errors import UserError
 from trace_ds.evaluation import harness
 from trace_ds.evaluation.items import ChoiceItem, read_task

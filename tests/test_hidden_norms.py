@@ -13,7 +13,7 @@ import torch
 from test_forward import Plain
 from transformers import AutoModelForCausalLM
 
-from trace_ds.config.schema import UnlearningConfig
+from trace_ds.config.sections.unlearning import UnlearningConfig
 from trace_ds.unlearning import hidden_norms
 from trace_ds.unlearning.batches import MicroBatch
 from trace_ds.unlearning.loss import ForgetRetain, Frozen

@@ -142,7 +142,7 @@ import trace_ds.calibration.rows as rows_module
 from trace_ds.calibration.diagnose import document_sums, quantiles
 from trace_ds.calibration.rows import RowSelections
 from trace_ds.calibration.rules import apply_rule
-from trace_ds.config.schema import CalibrationConfig
+from trace_ds.config.sections.calibration import CalibrationConfig
 from trace_ds.corpora.dataset import TokenMap
 from trace_ds.run import mapped
 from trace_ds.run.files import new_array

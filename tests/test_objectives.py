@@ -9,7 +9,7 @@ import pytest
 import torch
 from objective_reference import FORMULAS, token_values
 
-from trace_ds.config.schema import UnlearningConfig
+from trace_ds.config.sections.unlearning import UnlearningConfig
 from trace_ds.models.token_nll import token_nll, weighted_sum
 from trace_ds.unlearning import loss, objectives
 from trace_ds.unlearning.goals import Multiplier

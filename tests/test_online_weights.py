@@ -14,7 +14,7 @@ from test_unlearn import GRADIENT_LIKE, calibrated, copy_of, losses_of  # noqa: 
 
 from trace_ds.checkpoints.manifest import read_manifest
 from trace_ds.config.load import load_config
-from trace_ds.config.schema import RULES
+from trace_ds.config.sections.calibration import RULES
 from trace_ds.errors import UserError
 from trace_ds.stages.inspect import inspect
 from trace_ds.unlearning.batches import MicroBatch

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from trace_ds.checkpoints.manifest import read_manifest
 from trace_ds.config.load import load_config
-from trace_ds.config.schema import SEUFConfig, TrainableConfig
+from trace_ds.config.sections.unlearning import SEUFConfig, TrainableConfig
 from trace_ds.errors import UserError
 from trace_ds.models import autoep
 from trace_ds.models.families import FAMILIES

@@ -16,7 +16,7 @@ from test_unlearn import calibrated, copy_of, losses_of, weights_of  # noqa: F40
 
 from trace_ds.checkpoints.manifest import complete_steps, read_manifest
 from trace_ds.config.load import load_config
-from trace_ds.config.schema import UnlearningConfig
+from trace_ds.config.sections.unlearning import UnlearningConfig
 from trace_ds.corpora.dataset import FlatArray, TokenDataset
 from trace_ds.errors import UserError
 from trace_ds.parallel.world import World

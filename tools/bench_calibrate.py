@@ -123,7 +123,7 @@ def measure_rows(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from trace_ds.calibration.rows import RowSelections
     from trace_ds.calibration.rules import apply_rule
     from trace_ds.calibration.tokens import TokenMap
-    from trace_ds.config.schema import CalibrationConfig
+    from trace_ds.config.sections.calibration import CalibrationConfig
     from trace_ds.run.files import new_array
     from trace_ds.run.mapped import open_mapped
 
@@ -213,7 +213,7 @@ def measure(arguments: argparse.Namespace, folder: Path, world: Any = None) -> d
     from trace_ds.calibration.rules import apply_rule
     from trace_ds.calibration.tokens import TokenMap, Trace, count_selections
     from trace_ds.calibration.units import Units
-    from trace_ds.config.schema import CalibrationConfig
+    from trace_ds.config.sections.calibration import CalibrationConfig
     from trace_ds.run.mapped import open_mapped
 
     def corpus(name: str) -> tuple[TokenMap, Trace]:

@@ -191,7 +191,8 @@ def unlearn(
     import numpy as np
     import torch
 
-    from trace_ds.config.schema import FinetuneConfig, UnlearningConfig
+    from trace_ds.config.sections.finetune import FinetuneConfig
+    from trace_ds.config.sections.unlearning import UnlearningConfig
     from trace_ds.corpora.dataset import FlatArray
     from trace_ds.models.routers import moe_decoder_layers
     from trace_ds.unlearning import trainable
@@ -452,7 +453,7 @@ def bench_of_unlearn(name: str, options: argparse.Namespace, folder: Path, *, ze
     import torch
     from torch.nn import functional
 
-    from trace_ds.config.schema import UnlearningConfig
+    from trace_ds.config.sections.unlearning import UnlearningConfig
     from trace_ds.corpora.dataset import FlatArray
     from trace_ds.models.attention import adopt
     from trace_ds.unlearning.batches import Batches

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trace_ds.config.schema import DetectionConfig
+from trace_ds.config.sections.calibration import DetectionConfig
 from trace_ds.routing.statistics import RoutingStatistics
 
 INTERVAL = 0.95

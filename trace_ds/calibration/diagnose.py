@@ -15,7 +15,7 @@ from trace_ds.calibration.detect import Detection
 from trace_ds.calibration.rules import LIMITS, Calibrated
 from trace_ds.calibration.targets import REASONS
 from trace_ds.calibration.tokens import TokenMap, Trace
-from trace_ds.config.schema import CONTROL_RULES, CalibrationConfig
+from trace_ds.config.sections.calibration import CONTROL_RULES, CalibrationConfig
 
 QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
 QUANTILE_SAMPLE = 1 << 20

@@ -50,7 +50,7 @@ from trace_ds.calibration.weights import (
     size_and_maximum,
     spooled,
 )
-from trace_ds.config.schema import WITHOUT_TRACE, CalibrationConfig
+from trace_ds.config.sections.calibration import WITHOUT_TRACE, CalibrationConfig
 
 MAX_CORRECTIONS = 30
 LIMITS = {

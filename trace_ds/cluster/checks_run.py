@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from trace_ds.cluster.checks import Check, checked, gigabytes, judged, nearest_directory
-from trace_ds.config.schema import Config, CorpusEntry
+from trace_ds.config.schema import Config
+from trace_ds.config.sections.data import CorpusEntry
 from trace_ds.errors import UserError
 
 PROBE_BYTES = 64_000_000

@@ -10,7 +10,9 @@ from typing import Any
 
 from trace_ds.cluster.architecture import Architecture
 from trace_ds.cluster.spec import ClusterSpec
-from trace_ds.config.schema import Config, FinetuneConfig, UnlearningConfig
+from trace_ds.config.schema import Config
+from trace_ds.config.sections.finetune import FinetuneConfig
+from trace_ds.config.sections.unlearning import UnlearningConfig
 from trace_ds.errors import UserError
 from trace_ds.tensors.model_files import read_json_object
 from trace_ds.unlearning.needs import FrozenNeeds, layers_held, micro_batches_together

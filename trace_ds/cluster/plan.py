@@ -29,7 +29,8 @@ from trace_ds.cluster.job import PlannedJob, ceil_div, corpus_tokens
 from trace_ds.cluster.spec import GB, ClusterSpec
 from trace_ds.config.compose import fragment_of, published_config, published_config_path
 from trace_ds.config.load import variants_of
-from trace_ds.config.schema import TARGET, Config, FinetuneConfig
+from trace_ds.config.schema import Config
+from trace_ds.config.sections.finetune import TARGET, FinetuneConfig
 from trace_ds.errors import UserError
 from trace_ds.models.families import FAMILIES, ModelInfo, check_expert_parallel
 from trace_ds.tensors.model_files import CONFIG_NAME, read_model_config

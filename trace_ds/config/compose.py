@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from trace_ds.config.plain_yaml import MAX_CHARACTERS, parse_yaml
-from trace_ds.config.schema import expanded
+from trace_ds.config.sections.base import expanded
 from trace_ds.errors import UserError
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"

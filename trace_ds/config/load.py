@@ -11,7 +11,8 @@ from pydantic import ValidationError
 
 from trace_ds.config.compose import compose, require_whole, substitute
 from trace_ds.config.plain_yaml import SHOWN_CHARACTERS, dump_text, parse_yaml
-from trace_ds.config.schema import Config, expanded
+from trace_ds.config.schema import Config
+from trace_ds.config.sections.base import expanded
 from trace_ds.errors import UserError
 
 LOSS_KEY = "unlearning.forget_loss"

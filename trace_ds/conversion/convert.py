@@ -153,7 +153,7 @@ def convert_checkpoint(
             if plan is None:
                 verify_archives(work, asked.jobs)
             else:
-                verify_huggingface(work, report, asked.jobs)
+                verify_huggingface(work, asked.jobs)
             report["verified"] = True
             write_json(work / REPORT, report)
     return report
@@ -355,20 +355,21 @@ def lay_out(plan: Plan, work: Path, max_shard_size: str) -> list[CopyTask]:
     return tasks
 
 
-def verify_huggingface(directory: Path, report: Mapping[str, Any], jobs: int = 1) -> None:
-    """Re-read a written model and compare every tensor's name, type, shape and SHA-256 with the report."""
-    found = open_huggingface(directory).tensors
-    expected = report["tensors"]
-    strange = sorted(set(found) ^ set(expected))
-    if strange:
-        raise UserError(f"the written model and the report differ in {strange[0]}", str(directory), "convert again")
-    for name, facts in zip(found, read_back(list(found.values()), jobs), strict=True):
-        if any(facts[key] != expected[name][key] for key in ("dtype", "shape", "sha256")):
-            raise UserError(
-                f"{name} was read back differently than it was written",
-                str(directory / expected[name]["file"]),
-                "convert again; check the disk if it happens twice",
-            )
+def verify_huggingface(directory: Path, jobs: int = 1) -> None:
+    """Re-read a written model and compare every tensor's name, type, shape and SHA-256 with the report beside it."""
+    report = read_json_object(directory / REPORT, "the report of the conversion")
+    with reading(directory / REPORT):
+        found, expected = open_huggingface(directory).tensors, report["tensors"]
+        strange = sorted(set(found) ^ set(expected))
+        if strange:
+            raise UserError(f"the written model and the report differ in {strange[0]}", str(directory), "convert again")
+        for name, facts in zip(found, read_back(list(found.values()), jobs), strict=True):
+            if any(facts[key] != expected[name][key] for key in ("dtype", "shape", "sha256")):
+                raise UserError(
+                    f"{name} was read back differently than it was written",
+                    str(directory / expected[name]["file"]),
+                    "convert again; check the disk if it happens twice",
+                )
 
 
 def verify_archives(directory: Path, jobs: int = 1) -> None:
@@ -398,6 +399,4 @@ def verify_source(checkpoint: Checkpoint, jobs: int) -> None:
     if checkpoint.kind == "universal":
         verify_archives(checkpoint.path, jobs)
     if checkpoint.kind == "huggingface" and (checkpoint.path / REPORT).is_file():
-        report = read_json_object(checkpoint.path / REPORT, "the report of the conversion")
-        with reading(checkpoint.path / REPORT):
-            verify_huggingface(checkpoint.path, report, jobs)
+        verify_huggingface(checkpoint.path, jobs)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trace_ds.config.schema import CorpusEntry
+from trace_ds.config.sections.data import CorpusEntry
 from trace_ds.corpora.records import kind_of, rows_of, stem_of, text_blocks
 from trace_ds.corpora.sources import Named, files_of, is_table, open_table, shared_stem
 from trace_ds.errors import UserError

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trace_ds.config.schema import CorpusEntry, TaskConfig
+from trace_ds.config.sections.data import CorpusEntry
+from trace_ds.config.sections.evaluation import TaskConfig
 from trace_ds.corpora.records import KINDS, PARQUET_ROWS, can_read, kind_of, require_text
 from trace_ds.errors import UserError
 

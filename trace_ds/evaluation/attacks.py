@@ -33,7 +33,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from trace_ds.config.schema import OptimizerConfig, RelearningConfig, TrainingConfig
+from trace_ds.config.sections.evaluation import RelearningConfig
+from trace_ds.config.sections.training import OptimizerConfig, TrainingConfig
 from trace_ds.corpora.dataset import Batch, TokenDataset
 from trace_ds.errors import UserError
 from trace_ds.evaluation.language_model import LanguageModel

@@ -33,7 +33,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trace_ds.config.schema import TaskConfig
+from trace_ds.config.sections.evaluation import TaskConfig
 from trace_ds.errors import UserError
 from trace_ds.evaluation.language_model import LanguageModel
 from trace_ds.evaluation.metrics import TASK_METRICS

@@ -22,7 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trace_ds.config.schema import CorpusEntry, TaskConfig
+from trace_ds.config.sections.data import CorpusEntry
+from trace_ds.config.sections.evaluation import TaskConfig
 from trace_ds.corpora.read import Document, Record, content_fingerprint, read_documents, records
 from trace_ds.errors import UserError
 from trace_ds.run.files import canonical_json, sha256_text

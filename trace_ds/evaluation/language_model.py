@@ -31,7 +31,7 @@ from trace_ds.parallel.device import to_device
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from trace_ds.config.schema import TrainingConfig
+    from trace_ds.config.sections.training import TrainingConfig
     from trace_ds.parallel.world import World
 
 LOGITS_PER_FORWARD = 1 << 28  # one GiB of float32 logits

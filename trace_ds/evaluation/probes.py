@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from trace_ds.config.schema import EvaluationConfig
+from trace_ds.config.sections.evaluation import EvaluationConfig
 from trace_ds.corpora.dataset import TokenDataset
 from trace_ds.evaluation import attacks, drift
 from trace_ds.evaluation.items import Task

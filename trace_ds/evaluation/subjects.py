@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from trace_ds.checkpoints.manifest import complete_steps, read_manifest, step_name
 from trace_ds.config.names import ORIGINAL, UNLEARNED
-from trace_ds.config.schema import DataConfig, EvaluationConfig
+from trace_ds.config.sections.data import DataConfig
+from trace_ds.config.sections.evaluation import EvaluationConfig
 from trace_ds.corpora.tokenizer import VOCABULARY_FILES, load_tokenizer, tokenizer_fingerprint
 from trace_ds.errors import UserError
 from trace_ds.evaluation.items import Task

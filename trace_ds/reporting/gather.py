@@ -17,7 +17,8 @@ import numpy as np
 import yaml
 from safetensors.numpy import load_file
 
-from trace_ds.config.schema import CONTROL_RULES, RETRAINED
+from trace_ds.config.sections.calibration import CONTROL_RULES
+from trace_ds.config.sections.finetune import RETRAINED
 from trace_ds.errors import UserError
 from trace_ds.routing.statistics import RoutingStatistics
 from trace_ds.run.artefact import FILE_NAME, Artefact, load

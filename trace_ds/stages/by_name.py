@@ -10,7 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from trace_ds.config.schema import Config, CorpusEntry, TaskConfig
+from trace_ds.config.schema import Config
+from trace_ds.config.sections.data import CorpusEntry
+from trace_ds.config.sections.evaluation import TaskConfig
 from trace_ds.errors import UserError
 from trace_ds.run.directory import RunDirectory
 from trace_ds.run.foreign import read_object, typed

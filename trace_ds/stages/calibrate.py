@@ -33,7 +33,8 @@ from trace_ds.calibration.tokens import (
     read_token_map,
 )
 from trace_ds.calibration.units import Units
-from trace_ds.config.schema import WITHOUT_TRACE, Config
+from trace_ds.config.schema import Config
+from trace_ds.config.sections.calibration import WITHOUT_TRACE
 from trace_ds.errors import UserError
 from trace_ds.routing.statistics import RoutingStatistics
 from trace_ds.routing.token_files import open_parts

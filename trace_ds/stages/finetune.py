@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trace_ds.checkpoints.manifest import newest_complete, step_name
-from trace_ds.config.schema import RETRAINED, TARGET, Config, ConversionConfig, FinetuneConfig
+from trace_ds.config.schema import Config, ConversionConfig
+from trace_ds.config.sections.finetune import RETRAINED, TARGET, FinetuneConfig
 from trace_ds.errors import UserError
 from trace_ds.models.families import ModelInfo, require_plain_logits
 from trace_ds.run import artefact

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from trace_ds.config.schema import Config, TaskConfig
+from trace_ds.config.schema import Config
+from trace_ds.config.sections.evaluation import TaskConfig
 from trace_ds.corpora.tokenizer import load_tokenizer, tokenizer_fingerprint
+from trace_ds.errors import UserError
 from trace_ds.models.families import ModelInfo, check_expert_parallel, inspect_model
 from trace_ds.run import artefact
 from trace_ds.run.artefact import Artefact
@@ -46,14 +48,24 @@ class Inputs:
     def fingerprints(self) -> dict[str, str]:
         return {"model": self.model, "tokenizer": self.tokenizer, "data": self.data.content}
 
-    def made(self, path: Path, kind: str, *, verify: bool = True) -> Artefact:
+    def statistics(self, side: str, *, verify: bool = True) -> Artefact:
+        return self._made(self.run.statistics / side, "statistics", verify)
+
+    def calibration(self, *, verify: bool = True) -> Artefact:
+        """UserError names the first stage to run again: where there is no calibration of these, it may be that the
+        statistics, which one would be made from, are not of these either."""
+        try:
+            return self._made(self.run.calibration, "calibration", verify)
+        except UserError:
+            for side in ("forget", "retain"):
+                self.statistics(side, verify=False)
+            raise
+
+    def _made(self, path: Path, kind: str, verify: bool) -> Artefact:
         """An artefact that was made from these."""
         found = artefact.load(path, kind, verify=verify)
         found.require_same(**self.fingerprints)
         return found
-
-    def statistics(self, side: str, *, verify: bool = True) -> Artefact:
-        return self.made(self.run.statistics / side, "statistics", verify=verify)
 
 
 def checked_model(config: Config, world_size: int) -> ModelInfo:

@@ -31,13 +31,12 @@ from trace_ds.tensors.model_files import (
     read_model_directory,
     read_safetensors_header,
 )
-from trace_ds.tensors.opening import locate, open_source
+from trace_ds.tensors.opening import REPORT, locate, open_source
 from trace_ds.terminal import size, wide_console
 
 EXIT_DAMAGED = 1
 SIDES = ("forget", "retain")
 UNIVERSAL_FOLDER = "zero"
-CONVERSION = "conversion.json"
 SUPPORTED = "an artefact, a run directory, checkpoints, a model directory or a safetensors file"
 
 
@@ -195,7 +194,7 @@ def _model(path: Path, verify: bool) -> Finding:
         "bytes": files.bytes,
     }
     problems: list[str] = []
-    if (path / CONVERSION).is_file():
+    if (path / REPORT).is_file():
         try:
             facts["converted from"] = _converted(path, verify)
         except UserError as error:
@@ -207,13 +206,11 @@ def _converted(path: Path, verify: bool) -> str:
     """Where a model's weights came from, by the report of the conversion; ``verify`` compares every tensor's hash."""
     from trace_ds.tensors.checkpoint import origin
 
-    report = read_json_object(path / CONVERSION, "the report of the conversion")
+    report = read_json_object(path / REPORT, "the report of the conversion")
     if verify:
         from trace_ds.conversion.convert import verify_huggingface
-        from trace_ds.tensors.torch_archive import reading
 
-        with reading(path / CONVERSION):
-            verify_huggingface(path, report)
+        verify_huggingface(path)
     source = report.get("source")
     return origin(source) if isinstance(source, dict) else "not said"
 

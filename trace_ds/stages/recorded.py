@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from trace_ds.config.load import variants_of
-from trace_ds.config.schema import WITHOUT_TRACE, Config
+from trace_ds.config.schema import Config
+from trace_ds.config.sections.calibration import WITHOUT_TRACE
 
 TRACE, ROW_COUNTS, SAMPLE = "trace", "row_counts", "sample"
 

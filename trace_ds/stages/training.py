@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from trace_ds import __version__
 from trace_ds.checkpoints.manifest import Manifest, newest_complete, read_manifest, step_name
-from trace_ds.config.schema import Config, TrainingConfig
+from trace_ds.config.schema import Config
+from trace_ds.config.sections.training import TrainingConfig
 from trace_ds.models.families import ModelInfo
 from trace_ds.run.directory import RunDirectory
 from trace_ds.run.hub_names import provenance

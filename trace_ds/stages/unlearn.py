@@ -9,7 +9,8 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from trace_ds.checkpoints.manifest import Manifest
-from trace_ds.config.schema import Config, TrainableConfig, UnlearningConfig
+from trace_ds.config.schema import Config
+from trace_ds.config.sections.unlearning import TrainableConfig, UnlearningConfig
 from trace_ds.errors import JobFailed, UserError
 from trace_ds.evaluation.subjects import task_fingerprints
 from trace_ds.models.families import ModelInfo, require_plain_logits
@@ -93,7 +94,7 @@ def check_unlearn(config: Config, run: RunDirectory, world_size: int, *, verify:
     """Everything that can be wrong before a weight is loaded; raises :class:`UserError`."""
     info = checked_model(config, world_size)
     found = Inputs.read(config, run, info.fingerprint, verify=verify)
-    data, calibration = found.data, found.made(run.calibration, "calibration", verify=verify)
+    data, calibration = found.data, found.calibration(verify=verify)
     ds_config = check_settings(config, info)
     settings = config.unlearning
     tasks = curve_tasks(config)

@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from trace_ds.config.load import with_changes
-from trace_ds.config.schema import BenchConfig, Config, TaskConfig
+from trace_ds.config.schema import Config
+from trace_ds.config.sections.bench import BenchConfig
+from trace_ds.config.sections.evaluation import TaskConfig
 from trace_ds.errors import UserError
 
 FILE_NAME = re.compile(r"[^/\0]{1,200}", re.ASCII)

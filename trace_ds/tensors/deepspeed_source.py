@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from trace_ds.tensors.partitions import (
     damaged,
     expert_weights,
     job_facts,
+    read_state,
 )
 from trace_ds.tensors.runs import Run, TensorSource, from_lazy, make_source
 from trace_ds.tensors.torch_archive import LazyTensor, plain_shape, read_archive, reading, scalar
@@ -62,19 +62,9 @@ def open_deepspeed(directory: Path) -> Checkpoint:
     return _open_replicated(directory, models[0], ranked["optim"], names)
 
 
-def _read_state(path: Path, keys: Sequence[str]) -> dict[str, Any]:
-    state = read_archive(path)
-    if not isinstance(state, dict):
-        raise damaged("this is not a DeepSpeed checkpoint file", path)
-    missing = [key for key in keys if key not in state]
-    if missing:
-        raise damaged(f"this is not a DeepSpeed checkpoint file (no {missing[0]} in it)", path)
-    return state
-
-
 def _read_optimizer(path: Path, stages: str, key: str) -> dict[str, Any]:
     """ZeRO's part of an optimizer file, in which ``stages`` always have ``key``."""
-    optim = _read_state(path, ("optimizer_state_dict",))["optimizer_state_dict"]
+    optim = read_state(path, ("optimizer_state_dict",))["optimizer_state_dict"]
     if not isinstance(optim, dict) or key not in optim:
         raise damaged(f"this is not a {stages} optimizer file (no {key} in it)", path)
     return optim
@@ -105,7 +95,7 @@ class _Said(defaultdict[str, dict[str, Any]]):
 def _open_zero3(directory: Path, model_files: dict[int, str], optim_files: dict[int, str]) -> Checkpoint:
     needed = ("module", "param_shapes", "dp_world_size", "global_steps")
     head_path = directory / model_files[min(model_files)]
-    head = _read_state(head_path, needed)
+    head = read_state(head_path, needed)
     with reading(head_path):
         world = int(head["dp_world_size"])
     check_ranks(directory, model_files, world, "model")
@@ -114,7 +104,7 @@ def _open_zero3(directory: Path, model_files: dict[int, str], optim_files: dict[
     pieces, said = Pieces(), _Said(dict)
     for rank in range(world):
         model_path, optim_path = directory / model_files[rank], directory / optim_files[rank]
-        model = head if model_path == head_path else _read_state(model_path, needed)
+        model = head if model_path == head_path else read_state(model_path, needed)
         with reading(model_path):
             said["step"][model_path.name] = int(model["global_steps"])
             said["world size"][model_path.name] = model["dp_world_size"]
@@ -185,7 +175,7 @@ def _add_group(
 def _open_replicated(directory: Path, model_file: str, optim_files: dict[int, str], names: list[str]) -> Checkpoint:
     """Stages 0, 1 and 2: one file of shared parameters, a file per expert, and optimizer files per rank."""
     model_path = directory / model_file
-    model = _read_state(model_path, ("module", "global_steps", "dp_world_size"))
+    model = read_state(model_path, ("module", "global_steps", "dp_world_size"))
     with reading(model_path):
         facts = job_facts(model, model_path)
         tensors = {name: from_lazy(name, t) for name, t in model["module"].items() if isinstance(t, LazyTensor)}

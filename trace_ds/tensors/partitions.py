@@ -11,13 +11,24 @@ from typing import Any
 from trace_ds.errors import UserError
 from trace_ds.tensors.dtypes import WORDS
 from trace_ds.tensors.runs import Run, TensorSource, make_source
-from trace_ds.tensors.torch_archive import COPY_AGAIN, LazyTensor
+from trace_ds.tensors.torch_archive import COPY_AGAIN, LazyTensor, read_archive
 
 MAX_EXPERTS = 1 << 16  # of a layer; what files claim beyond it is not believed
 
 
 def damaged(what: str, path: Path) -> UserError:
     return UserError(what, str(path), COPY_AGAIN)
+
+
+def read_state(path: Path, keys: Sequence[str]) -> dict[str, Any]:
+    """What a file that DeepSpeed wrote holds, ``keys`` among it."""
+    state = read_archive(path)
+    if not isinstance(state, dict):
+        raise damaged("this is not a DeepSpeed checkpoint file", path)
+    missing = [key for key in keys if key not in state]
+    if missing:
+        raise damaged(f"this is not a DeepSpeed checkpoint file (no {missing[0]} in it)", path)
+    return state
 
 
 def check_adam_step(adam_step: Any, model: dict[str, Any], notes: list[str], where: Path) -> None:

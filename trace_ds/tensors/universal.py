@@ -20,7 +20,7 @@ import torch
 from trace_ds.errors import UserError
 from trace_ds.tensors.checkpoint import EXPERT_FILE, MODEL_FILE, MOMENTS, RANK_FILE, Checkpoint
 from trace_ds.tensors.layouts import engine_to_fused, fused_to_engine, moe_prefixes, read_layout
-from trace_ds.tensors.partitions import check_ranks, damaged, expert_weights, job_facts
+from trace_ds.tensors.partitions import check_ranks, damaged, expert_weights, job_facts, read_state
 from trace_ds.tensors.runs import Run, TensorSource, from_lazy, make_source
 from trace_ds.tensors.stream import CopyTask, Progress, naming_full_disk, run_tasks
 from trace_ds.tensors.torch_archive import LazyTensor, exchanged, plain_shape, read_archive, reading, scalar, tensors_of
@@ -36,9 +36,7 @@ def open_universal(directory: Path) -> Checkpoint:
     if not model_files:
         raise damaged("a universal folder without a model-states file", directory)
     path = directory / model_files[0]
-    model = read_archive(path)
-    if not isinstance(model, dict) or "module" not in model or "param_shapes" not in model:
-        raise damaged("this is not a DeepSpeed checkpoint file", path)
+    model = read_state(path, ("module", "param_shapes"))
     by_rank = {int(match[1]): match[0] for match in map(RANK_FILE.match, model_files) if match}
     with reading(path):
         facts = job_facts(model, path)

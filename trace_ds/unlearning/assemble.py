@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from trace_ds.config.schema import UnlearningConfig
+from trace_ds.config.sections.unlearning import UnlearningConfig
 from trace_ds.models.engine import ModelParts, base_ds_config, initialize
 from trace_ds.models.engine_config import merge, parameter_offload, user_ds_config
 from trace_ds.models.families import ModelInfo

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from trace_ds.config.schema import PDUConfig, UnlearningConfig
+from trace_ds.config.sections.unlearning import PDUConfig, UnlearningConfig
 from trace_ds.corpora.dataset import Batch
 from trace_ds.models.token_nll import nll, weighted_sum
 from trace_ds.parallel.device import to_device

@@ -39,7 +39,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from trace_ds.config.schema import GRIPConfig
+from trace_ds.config.sections.unlearning import GRIPConfig
 from trace_ds.models import autoep
 from trace_ds.models.routers import find_routers, record_routing, router_weight
 from trace_ds.parallel.device import to_device

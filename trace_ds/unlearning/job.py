@@ -14,7 +14,7 @@ import torch
 
 from trace_ds.checkpoints.commit import Saver
 from trace_ds.checkpoints.manifest import Manifest
-from trace_ds.config.schema import TrainingConfig
+from trace_ds.config.sections.training import TrainingConfig
 from trace_ds.errors import JobFailed, StopRequested
 from trace_ds.parallel.world import World
 from trace_ds.run.directory import RunDirectory

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from trace_ds.config.schema import UnlearningConfig
+from trace_ds.config.sections.unlearning import UnlearningConfig
 from trace_ds.models.token_nll import nll
 from trace_ds.parallel.device import to_device
 from trace_ds.unlearning import objectives

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from trace_ds.config.schema import UnlearningConfig
+from trace_ds.config.sections.unlearning import UnlearningConfig
 
 FROZEN_LOGITS = ("undial", "kl")  # losses that compare logits with the frozen model's
 UNITS = ("median_norm", "mean_norm")  # units of RMU's coefficient that are measured

@@ -33,7 +33,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from trace_ds.config.schema import UnlearningConfig
+from trace_ds.config.sections.unlearning import UnlearningConfig
 from trace_ds.models.routers import RoutingRecorder, record_routing
 from trace_ds.parallel.device import to_device
 from trace_ds.run.artefact import Artefact

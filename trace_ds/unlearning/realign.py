@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from trace_ds.config.schema import GRIPConfig
+from trace_ds.config.sections.unlearning import GRIPConfig
 from trace_ds.parallel.world import World
 from trace_ds.unlearning.batches import Batches
 from trace_ds.unlearning.grip import RouterConstraint, masters, own_layers, replace, retain_inputs

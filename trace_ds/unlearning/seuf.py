@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from trace_ds.config.schema import SEUFConfig
+from trace_ds.config.sections.unlearning import SEUFConfig
 from trace_ds.errors import UserError
 from trace_ds.models import autoep
 from trace_ds.models.routers import find_routers, logits_of

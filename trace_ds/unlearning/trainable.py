@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from trace_ds.config.schema import TrainableConfig, UnlearningConfig
+from trace_ds.config.sections.unlearning import TrainableConfig, UnlearningConfig
 from trace_ds.errors import UserError
 from trace_ds.models import autoep
 from trace_ds.models.routers import find_routers

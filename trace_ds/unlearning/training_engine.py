@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from trace_ds.checkpoints import serialization
-from trace_ds.config.schema import TrainingConfig
+from trace_ds.config.sections.training import TrainingConfig
 from trace_ds.models import engine
 from trace_ds.models.engine_config import RANKS_SUMMED_IN_BF16, merge, user_ds_config
 from trace_ds.models.families import ModelInfo

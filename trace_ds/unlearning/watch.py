@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from trace_ds.config.schema import UnlearningConfig
+from trace_ds.config.sections.unlearning import UnlearningConfig
 from trace_ds.corpora.dataset import TokenDataset
 from trace_ds.errors import JobFailed
 from trace_ds.models.routers import find_routers, record_routing

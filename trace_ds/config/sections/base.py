@@ -1,0 +1,60 @@
+"""What every section of the configuration is made of: its base class, paths, and numbers with bounds."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from typing import Annotated, Any, TypeVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+T = TypeVar("T", int, float)
+LARGEST, FP32_LARGEST = 10**9, 3.4e38
+MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 4095
+
+
+def expanded(path: str) -> str:
+    """``~`` in place of the home directory, here and nowhere else; no name that a file cannot have."""
+    path = os.path.expanduser(path)  # noqa: PTH111 (which would fail for ~nobody)
+    try:
+        encoded = path.encode()
+    except UnicodeEncodeError:
+        raise ValueError("a path cannot hold lone surrogates") from None
+    if b"\0" in encoded:
+        raise ValueError("a path cannot hold the character NUL")
+    if len(encoded) > MAX_PATH_BYTES or max(map(len, encoded.split(b"/"))) > MAX_NAME_BYTES:
+        raise ValueError(f"no file can have a name over {MAX_NAME_BYTES} or a path over {MAX_PATH_BYTES} bytes")
+    return path
+
+
+PathText = Annotated[str, AfterValidator(expanded)]
+
+
+def _bounded(value: T) -> T:
+    limit = LARGEST if isinstance(value, int) else FP32_LARGEST
+    if abs(value) > limit:
+        raise ValueError(f"no number here can be above {limit:,}")
+    return value
+
+
+# Every number is bounded (a validator, since a second `le` would take the place of a field's own).
+Integer = Annotated[int, AfterValidator(_bounded)]
+Number = Annotated[float, AfterValidator(_bounded)]
+Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys are refused, values are not coerced between kinds, numbers are finite."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, validate_default=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_keys(cls, found: Any) -> Any:
+        unknown = [str(key) for key in found if key not in cls.model_fields] if isinstance(found, dict) else []
+        if unknown:
+            close = difflib.get_close_matches(unknown[0], cls.model_fields, 1, cutoff=0.5)
+            hint = f"did you mean {close[0]!r}?" if close else f"valid keys here: {', '.join(cls.model_fields)}"
+            raise PydanticCustomError("unknown_key", "unknown key", {"key": unknown[0], "hint": hint})
+        return found

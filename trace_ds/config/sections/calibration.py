@@ -1,0 +1,89 @@
+"""``calibration``: which experts are forget-critical, which rule weights the retain tokens, which rows are kept."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, get_args
+
+from pydantic import Field, model_validator
+
+from trace_ds.config.sections.base import Integer, Number, Section
+
+# Those that are not to bring the forget-critical experts closer: baseline, controls, oracle.
+ControlRule = Literal["uniform", "permuted", "random_experts", "lowest_experts", "inverse", "sources"]
+Rule = Literal["raking", "ratio_mean", "ratio_max", ControlRule]
+CONTROL_RULES, RULES = get_args(ControlRule), get_args(Rule)
+WITHOUT_TRACE = ("uniform", "sources")  # no routing is needed for their weights
+
+Layer = Annotated[Integer, Field(ge=0)]
+
+
+class DetectionConfig(Section):
+    method: Literal["significance", "top_difference", "top_ratio", "top_kl", "top_gate_mass"] = "significance"
+    min_load: Number = Field(1.0, ge=0, description="significance: p_forget must be >= min_load * K / E.")
+    min_ratio: Number = Field(1.25, gt=0, description="significance: rho, the ratio the forget side must exceed.")
+    false_discovery_rate: Number = Field(0.05, gt=0, lt=1, description="significance: Benjamini-Hochberg level.")
+    top_n: Integer = Field(4, ge=1, description="top_*: experts selected (per layer or in all, see per_layer).")
+    per_layer: bool = True
+    ratio_floor: Number = Field(0.25, ge=0, description="top_ratio: retain frequencies are floored at this * K / E.")
+    layers: list[Layer] | Literal["trained"] | None = Field(
+        "trained",
+        description="Only these MoE layers (0-based); trained: those that the losses of unlearning train, which end at "
+        "RMU's layer where no loss is made of logits; null: all.",
+    )
+    exclude_layers: list[Layer] = Field(default_factory=list)
+
+
+class RetrievalConfig(Section):
+    """Which rows of the retain data (the pool) are used at all; the rule weights those."""
+
+    rows: Number | None = Field(
+        None, gt=0, description="Rows to keep: a whole number, or a fraction below 1 of the pool; default: all."
+    )
+    similarity: Literal["weight", "routing", "hidden", "tfidf"] = Field(
+        "weight",
+        description="weight: mean raking weight of the row; routing: cosine of expert profiles; hidden (needs "
+        "statistics.hidden) and tfidf: cosines, the baselines.",
+    )
+    random_share: Number = Field(0.5, ge=0, le=1, description="Share of the kept rows that is drawn at random.")
+
+    @model_validator(mode="after")
+    def _whole(self) -> RetrievalConfig:
+        if self.rows is not None and self.rows >= 1 and self.rows != int(self.rows):
+            raise ValueError("a whole number of rows, or a fraction below 1")
+        return self
+
+
+class CalibrationConfig(Section):
+    detection: DetectionConfig = DetectionConfig()
+    experts: Literal["all", "selected"] = Field("all", description="Experts whose frequencies the weights match.")
+    rule: Rule = "raking"
+    draw: Integer = Field(0, ge=0, description="random_experts: which of several draws (of one seed).")
+    source_weights: dict[str, Annotated[Number, Field(gt=0)]] = Field(
+        default_factory=dict,
+        description="sources: weight of the documents whose source matches a pattern ('near/*': 8.0) against 1 for all "
+        "others, before the floor; where several patterns match, their product.",
+    )
+    level: Literal["token", "row"] = Field(
+        "token",
+        description="row: one weight a row, from its selections and a sample of tokens (no trace), the floor being "
+        "about rows.",
+    )
+    ess_floor: Number = Field(0.5, gt=0, le=1, description="Least effective sample size (sum w)^2 / (n sum w^2).")
+    clip: Number = Field(20.0, gt=1, description="Largest ratio of frequencies asked of an expert.")
+    if_none_found: Literal["stop", "uniform", "continue"] = Field(
+        "stop",
+        description="No forget-critical expert found: stop with exit status 2; go on with uniform weights; or continue "
+        "with the rule over what experts says (all: every expert is matched; selected: nothing is, uniform weights).",
+    )
+    retrieve: RetrievalConfig = RetrievalConfig()
+    export: Literal["none", "parquet"] = Field(
+        "none", description="parquet: also write the weights as a Hugging Face dataset, RUN/export/*.parquet."
+    )
+
+    @model_validator(mode="after")
+    def _sources(self) -> CalibrationConfig:
+        if (self.rule == "sources") != bool(self.source_weights):
+            raise ValueError("rule: sources and source_weights belong together: give both, or neither")
+        if self.level == "row" and self.rule in ("ratio_mean", "ratio_max"):
+            raise ValueError(f"level: row is for raking and its controls, not for rule: {self.rule}")
+        return self

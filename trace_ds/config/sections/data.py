@@ -1,0 +1,131 @@
+"""``data``: the corpora and how they become rows; how a data set is named, which tasks do as well."""
+
+from __future__ import annotations
+
+import string
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from trace_ds.config.sections.base import Integer, PathText, Section
+
+DatasetText = Annotated[
+    PathText | None,
+    Field(
+        description="Instead of a path: a data set's id on the Hugging Face hub (taken from the cache of datasets, or "
+        "downloaded into it), or a directory in the hub's layout."
+    ),
+]
+ConfigText = Annotated[str | None, Field(description="dataset: which of its configurations; default: the only one.")]
+SplitText = Annotated[
+    str | None, Field(description="dataset, and a path to what save_to_disk left: its split; default: train.")
+]
+RevisionText = Annotated[str | None, Field(description="dataset on the hub: a commit, tag or branch; default: main.")]
+
+
+def require_place(what: str, path: str, dataset: str | None, **of_dataset: str | None) -> None:
+    """ValueError unless a path or a data set is named, and what goes with it."""
+    if not path and not dataset:
+        raise ValueError(f"{what} has no path and no dataset")
+    if path and dataset:
+        raise ValueError(f"{what} has a path and a dataset: give one")
+    for key, value in of_dataset.items():
+        if value is not None and not dataset:
+            raise ValueError(f"{what} has a {key}, which goes with dataset, not with path")
+
+
+class CorpusEntry(Section):
+    """Documents: files, or a data set by name (docs/data.md shows every form)."""
+
+    path: PathText = Field(
+        "",
+        description="A file (.jsonl, .json, .csv, .parquet, .txt; all but Parquet also .gz or .zst), a pattern with *, "
+        "a folder of such files, or what datasets' save_to_disk left.",
+    )
+    dataset: DatasetText = None
+    config: ConfigText = None
+    split: SplitText = None
+    revision: RevisionText = None
+    field: str = Field("text", description="Column (key of a JSON object) with the text of a document.")
+    template: str | None = Field(
+        None,
+        description="Makes a document of several columns, instead of field: 'Question: {question}\\nAnswer: {answer}'; "
+        "{{ and }} stand for braces.",
+    )
+    rows: Integer | None = Field(None, ge=1, description="Only the first so many rows (documents of a text file).")
+    source: str | None = Field(
+        None,
+        description="Name shown in reports; default: the row's own 'source', else the name of the file or data set.",
+    )
+    separator: str | None = Field(None, description="Splits a text file into documents; default: the file is one.")
+
+    @property
+    def place(self) -> str:
+        """What is read."""
+        return self.path or self.dataset or ""
+
+    @property
+    def parts(self) -> list[tuple[str, str | None]]:
+        """The text of a document: pieces of it as they stand, each followed by the value of a column (or by none)."""
+        if self.template is None:
+            return [("", self.field)]
+        found = []
+        for text, column, style, conversion in string.Formatter().parse(self.template):
+            if column == "" or style or conversion:
+                raise ValueError(
+                    "a template holds names of columns in braces, such as {question}, and nothing else there"
+                )
+            found.append((text, column))
+        return found
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns that make the text of a document."""
+        return list(dict.fromkeys(column for _, column in self.parts if column is not None))
+
+    @model_validator(mode="after")
+    def _says_where(self) -> CorpusEntry:
+        require_place("a corpus", self.path, self.dataset, config=self.config, revision=self.revision)
+        if self.template is not None and self.field != "text":
+            raise ValueError("field and template exclude each other: give one")
+        try:
+            if not self.columns:
+                raise ValueError("the template names no column: write for example {question}")
+        except ValueError as error:  # str.format's own are terse: expected '}' before end of string
+            raise ValueError(f"template: {error}") from None
+        return self
+
+
+class DataConfig(Section):
+    forget: list[CorpusEntry] = Field(min_length=1)
+    retain: list[CorpusEntry] = Field(min_length=1)
+    alternative: list[CorpusEntry] = Field(
+        default_factory=list,
+        description="dpo: texts preferred to the forget ones (refusals, for IdkDPO); row i of the forget corpus is "
+        "paired with row i modulo their number. Pack 'whole', one document per row, to pair documents.",
+    )
+    context_length: Integer = Field(
+        2048, ge=2, le=1 << 24, description="Tokens of a row (and the longest piece of a document)."
+    )
+    packing: Literal["dense", "whole"] = Field(
+        "dense",
+        description="dense: rows are cut from the stream of documents, no padding; whole: a document that fits into a "
+        "row is never cut. Attention never crosses documents in either.",
+    )
+    documents_per_row: Integer | None = Field(
+        None, ge=1, description="Upper bound of documents in a row; default: none."
+    )
+    add_bos: bool = True
+    add_eos: bool = True
+    num_proc: Integer | None = Field(
+        None,
+        ge=1,
+        le=1024,
+        description="Threads that tokenise; default: the cores it may use, up to 16. The data are the same whatever "
+        "their number.",
+    )
+
+    @property
+    def sides(self) -> tuple[str, ...]:
+        """The corpora there are: the fields of that name, the datasets and the statistics made of them."""
+        return ("forget", "retain", *(["alternative"] if self.alternative else []))

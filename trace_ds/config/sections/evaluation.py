@@ -1,0 +1,134 @@
+"""``evaluation``: tasks, models that are scored beside the run's own, attacks."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from trace_ds.config.names import UNLEARNED, ModelName, Name
+from trace_ds.config.sections.base import Integer, Number, PathText, Section
+from trace_ds.config.sections.data import ConfigText, DatasetText, RevisionText, SplitText, require_place
+
+TaskColumn = Literal[
+    "prompt",
+    "choices",
+    "answer",
+    "continuation",
+    "question",
+    "text",
+    "paraphrased_answer",
+    "perturbed_answer",
+    "id",
+    "source",
+]
+
+
+class TaskConfig(Section):
+    """One evaluation task; ``role`` says which way is good: forget (lower), utility (higher)."""
+
+    name: Name
+    type: Literal["choice", "verbatim", "perplexity", "knowmem", "membership", "extraction", "tofu", "lm_eval"]
+    path: PathText = Field("", description="The task's file; an lm_eval task without one is read from the hub.")
+    role: Literal["forget", "utility"]
+    examples: PathText | None = Field(
+        None,
+        description="knowmem: file (with dataset: split) of the solved questions in the prompt (MUSE: ten).",
+    )
+    holdout: PathText | None = Field(
+        None, description="membership: file (with dataset: split) of texts like the members that no model ever saw."
+    )
+    task: str | None = Field(None, description="lm_eval: its name there, such as wmdp_bio or mmlu.")
+    include_path: PathText | None = Field(
+        None, description="lm_eval: folder with tasks of your own (its YAML files), as the command's --include_path."
+    )
+    num_fewshot: Integer | None = Field(
+        None, ge=0, description="lm_eval: solved examples in the prompt; default: the task's own number."
+    )
+    apply_chat_template: bool = Field(False, description="lm_eval: ask through the tokenizer's chat template.")
+    dataset: DatasetText = None
+    config: ConfigText = None
+    split: SplitText = None
+    revision: RevisionText = None
+    columns: dict[TaskColumn, str] = Field(
+        default_factory=dict, description="Our names of the columns -> theirs, where they differ: {answer: gt}."
+    )
+
+    @model_validator(mode="after")
+    def _files_fit_the_type(self) -> TaskConfig:
+        for key, kind in (("examples", "knowmem"), ("holdout", "membership"), ("task", "lm_eval")):
+            if (getattr(self, key) is not None) != (self.type == kind):
+                raise ValueError(f"task {self.name}: a {kind} task needs {key}, and no other has one")
+        if self.type == "lm_eval":
+            for key in ("dataset", "config", "split", "revision", "columns"):
+                if getattr(self, key):
+                    raise ValueError(f"task {self.name}: lm_eval brings its own data set; {key} is for other types")
+        else:
+            require_place(f"task {self.name}", self.path, self.dataset, config=self.config, revision=self.revision)
+        return self
+
+    @model_validator(mode="after")
+    def _prompt_keys(self) -> TaskConfig:
+        asked = self.num_fewshot is not None or self.apply_chat_template or self.include_path is not None
+        if asked and self.type != "lm_eval":
+            keys = "include_path, num_fewshot and apply_chat_template"
+            raise ValueError(f"task {self.name}: {keys} are keys of lm_eval tasks")
+        if self.num_fewshot and self.path:
+            raise ValueError(f"task {self.name}: a file holds no solved examples: leave out num_fewshot, or path")
+        return self
+
+    @property
+    def place(self) -> str:
+        """What its questions are read from."""
+        return self.path or self.dataset or ""
+
+
+class RelearningConfig(Section):
+    """The relearning attack: fine-tune on a share of the forget corpus and score in between."""
+
+    share: Number = Field(0.1, gt=0, le=1, description="Share of the forget rows that the attacker has.")
+    steps: Integer = Field(20, ge=1)
+    rows: Integer = Field(8, ge=1, description="Rows a step.")
+    lr: Number = Field(1e-4, gt=0, le=100)
+    score_every: Integer = Field(5, ge=1)
+
+
+class EvaluationConfig(Section):
+    tasks: list[TaskConfig] = Field(default_factory=list)
+    models: dict[ModelName, PathText] = Field(
+        default_factory=dict,
+        description="Further models scored beside the original and the unlearned one, for example {gold: PATH}; "
+        "directories, or names on the hub.",
+    )
+    references_only: bool = Field(
+        False, description="Score the original and these models alone, which needs no unlearned one."
+    )
+    retrained: str = Field(
+        "gold", description="Which of the models was trained without the forget set: PrivLeak is measured against it."
+    )
+    batch_rows: Integer = Field(64, ge=1)
+    nproc: Integer = Field(1, ge=1, description="Local processes when started bare; they share out the batches.")
+    ep: Integer = Field(1, ge=1, description="So many processes share the experts of a model; 1: each holds them all.")
+    zero_stage: Literal[0, 3] = Field(
+        0, description="3: a process holds a part of every weight, 0: of the experts only, or (ep 1) a whole model."
+    )
+    checkpoints: bool = Field(False, description="Also score every kept checkpoint: the forgetting-utility curve.")
+    relearning: RelearningConfig | None = Field(
+        None, description="Attack the unlearned (and the retrained) model so; the weights need their gradients too."
+    )
+    expert_forcing: bool = Field(
+        False, description="Attack them by sending forget queries through other experts than the router's."
+    )
+    drift: bool = Field(True, description="Routing drift of the unlearned model on both corpora.")
+    drift_rows: Integer = Field(256, ge=1, description="Rows of each corpus used for the drift.")
+    max_new_tokens: Integer = Field(128, ge=1, description="verbatim, tofu: tokens generated.")
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether the run's token datasets are read: for the drift, and by the attacker who learns again."""
+        return self.drift or self.relearning is not None
+
+    @property
+    def attacked(self) -> tuple[str, ...]:
+        """The models that are attacked: the unlearned one, and the retrained one as the reference."""
+        return (UNLEARNED, self.retrained) if self.relearning is not None or self.expert_forcing else ()
