@@ -220,7 +220,8 @@ def test_perfect_recall_scores_one_and_other_text_does_not(model: LanguageModel)
     kept = [(prompt, ids) for prompt, ids in zip(prompts, greedy, strict=True) if len(ids) == 10]
     known = [VerbatimItem(str(n), p, str(model.tokenizer.decode(ids)), "k") for n, (p, ids) in enumerate(kept)]
     result = kinds.evaluate_verbatim(model, known, 6, "here")
-    assert result.metrics() == {"rouge_l": 1.0, "exact_tokens": 1.0}
+    told = result.metrics()
+    assert told["rouge_l"] == told["exact_tokens"] == 1.0
     assert [log["reference"] for log in result.logs] == [
         " ".join(item.continuation.split()[:6]) for item in known
     ]  # cut to max_new_tokens
@@ -229,7 +230,20 @@ def test_perfect_recall_scores_one_and_other_text_does_not(model: LanguageModel)
     other = [VerbatimItem(i.id, i.prompt, "w0 w1 w2 w3 w4 w5", "o") for i in known]
     mixed = kinds.evaluate_verbatim(model, [*known, *other], 6, "here")
     assert mixed.metrics()["exact_tokens"] < 0.75
-    assert mixed.by_source()["k"] == {"n": len(known), "rouge_l": 1.0, "exact_tokens": 1.0}
+    assert mixed.by_source()["k"] == pytest.approx({"n": len(known), **told})
+
+
+def test_the_probability_of_the_true_tokens(model: LanguageModel) -> None:
+    """Against logits of the whole passage; cut to max_new_tokens."""
+    import torch
+
+    prompt, continuation = "w1 w2 w3", "w4 w5 w0 w6"
+    result = kinds.evaluate_verbatim(model, [VerbatimItem("a", prompt, continuation, "s")], 3, "here")
+    given, ids = (model.encode(text) for text in (prompt, f"{prompt} {continuation}"))
+    with torch.no_grad():
+        probability_TV = model.model(torch.tensor([ids])).logits[0].double().softmax(-1)
+    expected = [float(probability_TV[place - 1, ids[place]]) for place in range(len(given), len(given) + 3)]
+    assert math.isclose(result.metrics()["token_probability"], sum(expected) / 3, rel_tol=1e-4)
 
 
 def test_too_long_a_passage_is_refused(model: LanguageModel) -> None:

@@ -146,12 +146,13 @@ def test_results_have_the_agreed_form(
             ("facts", "choice_probability"),
             ("passages", "rouge_l"),
             ("passages", "exact_tokens"),
+            ("passages", "token_probability"),
             ("general", "perplexity"),
         ]
         assert set(result["scores"][0]) == {"task", "metric", "value", "n", "role", "direction", "chance"}
-        assert [score["direction"] for score in result["scores"]] == ["lower"] * 7
-        assert [score["chance"] for score in result["scores"]] == [0.25, 0.25, None, 0.25, None, None, None]
-        assert [score["n"] for score in result["scores"]] == [12, 12, 12, 12, 5, 5, 20 * 16]
+        assert [score["direction"] for score in result["scores"]] == ["lower"] * 8
+        assert [score["chance"] for score in result["scores"]] == [0.25, 0.25, None, 0.25, None, None, None, None]
+        assert [score["n"] for score in result["scores"]] == [12, 12, 12, 12, 5, 5, 5, 20 * 16]
         assert [len(result["items"][task]) for task in ("facts", "passages", "general")] == [12, 5, 20]
         correct = [item["correct"] for item in result["items"]["facts"]]
         assert result["scores"][0]["value"] == sum(correct) / 12

@@ -136,11 +136,14 @@ def evaluate_verbatim(
         prompts.append(passage[:shared] if shared else ids)
         references.append(passage[shared : shared + max_new_tokens])
         model.check_length(len(prompts[-1]) + len(references[-1]), f"{where} item {item.id}")
+    pairs = zip(prompts, references, strict=True)
+    scores = model.score([Sequence((*prompt, *reference), len(prompt)) for prompt, reference in pairs])
     continuations = model.continue_greedily(prompts, [len(reference) for reference in references], advance)
     reference_texts, texts = model.decode(references), model.decode(continuations)
     columns = {
         "rouge_l": np.array([rouge_l(*pair) for pair in zip(reference_texts, texts, strict=True)]),
         "exact_tokens": np.array([exact_tokens(*pair) for pair in zip(references, continuations, strict=True)]),
+        "token_probability": np.array([np.exp(score.log_prob).mean(dtype=np.float64) for score in scores]),
     }
     prompts_given = [item.prompt for item in items]
     logs = item_logs(items, columns, prompt=prompts_given, reference=reference_texts, continuation=texts)

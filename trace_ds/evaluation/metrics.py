@@ -36,6 +36,10 @@ METRICS = {
         "ROUGE-L F1 of the greedy text against the true one; 0 … 1, compare with a model that never saw it"
     ),
     "exact_tokens": Metric("share of tokens of the true continuation that greedy decoding gives; 0 … 1"),
+    "token_probability": Metric(
+        "mean probability of the tokens of the true continuation, each after the true ones before it; 0 … 1, compare "
+        "with a model that never saw it"
+    ),
     "perplexity": Metric(
         "exp of the mean loss per token; 1 … ∞, lower is better on text to keep, compare with the original",
         shows="surprise",
@@ -71,7 +75,7 @@ METRICS = {
 }
 TASK_METRICS = {
     "choice": ("accuracy", "accuracy_norm", "exact_match", "choice_probability"),
-    "verbatim": ("rouge_l", "exact_tokens"),
+    "verbatim": ("rouge_l", "exact_tokens", "token_probability"),
     "perplexity": ("perplexity",),
     "knowmem": ("rouge_l",),
     "membership": tuple(name for name, metric in METRICS.items() if metric.shows == "reference"),

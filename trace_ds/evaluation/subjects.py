@@ -161,6 +161,7 @@ def task_fingerprints(tasks: list[Task], max_new_tokens: int) -> dict[str, str]:
                     "files": task.sha256,
                     "task": task.config.task,
                     "max_new_tokens": max_new_tokens if task.config.type in ("verbatim", "tofu") else None,
+                    **({"scored": "token by token too"} if task.config.type == "verbatim" else {}),
                     # only where they are set: results of earlier versions keep their identity
                     **task.config.model_dump(include={"num_fewshot", "apply_chat_template"}, exclude_defaults=True),
                 }
