@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import tiny
@@ -16,10 +14,8 @@ import torch
 from command import tree
 
 from tools import make_pretrained
-from trace_ds.config.load import load_config
-from trace_ds.demo import corpora, dense_to_moe, pretrained
+from trace_ds.demo import dense_to_moe, pretrained
 from trace_ds.demo.dense_to_moe import Shape, SplitFeedForward
-from trace_ds.stages.pipeline import inputs_of
 
 SHAPE = Shape(layers=2, shared=24, experts=4, neurons=8, top_k=2)
 SETTINGS = pretrained.Settings(SHAPE, 32, 1024, 512, steps=4, step_sentences=8, documents=200, files=2)
@@ -41,11 +37,8 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def small() -> Iterator[None]:
-    """Few questions, and room for a verse where a byte is a token."""
+def few_questions() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(corpora, "CONTEXT_TOKENS", 200)
-        patch.setattr(pretrained, "PASSAGES_RETAIN_TOKENS", 60_000)
         patch.setattr(pretrained, "ASKED", {"forget": 60, "utility": 90})
         yield
 
@@ -55,10 +48,6 @@ def built(dense: Path) -> Path:
     quality = pretrained.build(dense.parent / "out", [0, 1], SETTINGS, dense)
     assert quality == json.loads((dense.parent / "out/quality.json").read_text(encoding="utf-8"))
     return dense.parent / "out"
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def logits(model: torch.nn.Module) -> torch.Tensor:
@@ -87,46 +76,6 @@ def test_the_quality_table(built: Path) -> None:
         for side, most in pretrained.QUESTIONS.items():
             lines = (built / f"tasks/seed_{seed}/questions_{side}.jsonl").read_text(encoding="utf-8").splitlines()
             assert len(lines) == min(most, quality["known"][str(seed)][side]) > 5
-
-
-@pytest.mark.parametrize("seed", [0, 1])
-def test_passages_lie_on_one_side_and_are_new_to_the_model(built: Path, seed: int) -> None:
-    folder = built / f"tasks/passages_{seed}"
-    taught, forget, retain, heldout = (
-        [line["text"] for line in lines(folder / f"{name}.jsonl")] for name in ("taught", "forget", "retain", "heldout")
-    )
-    asked = {
-        side: [f"{line['prompt']} {line['continuation']}" for line in lines(folder / f"passages_{side}.jsonl")]
-        for side in ("forget", "utility")
-    }
-    pool = [text for text in retain if text in taught]
-    assert asked["forget"] == forget
-    assert sorted(taught) == sorted({*forget, *pool, *asked["utility"]})
-    assert len(taught) == 3 * pretrained.VERSES == 3 * len(forget) == 3 * len(pool)
-    read = pretrained.Texts.read(SETTINGS.files)
-    others = [text for kinds in (read.general, read.heldout) for found in kinds.values() for text in found]
-    assert {*retain} - {*taught} <= {*others} and {*heldout} <= {*others}
-    assert not [verse for verse in taught if any(verse in text for text in others)]
-
-
-def test_base_splits_have_passages_of_their_own(built: Path) -> None:
-    first, second = ({line["text"] for line in lines(built / f"tasks/passages_{n}/forget.jsonl")} for n in (0, 1))
-    assert len(first & second) < len(first) / 2
-
-
-def test_passages_can_be_made_alone(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shutil.copytree(built / "model", tmp_path / "model")
-    monkeypatch.setattr(make_pretrained, "Settings", lambda: SETTINGS)
-    monkeypatch.setattr("sys.argv", ["make_pretrained.py", str(tmp_path), "--passages", "--seeds", "1"])
-    assert make_pretrained.main() == 0
-    assert [path.name for path in (tmp_path / "tasks").iterdir()] == ["passages_1"]
-    assert tree(tmp_path / "tasks/passages_1") == tree(built / "tasks/passages_1")
-
-
-@pytest.mark.parametrize("recipe", ["bench_pretrained", "bench_pretrained_passages"])
-def test_what_a_recipe_names_is_built(built: Path, recipe: str) -> None:
-    named = inputs_of(load_config(recipe, ["seed=1"])[0])
-    assert named and all((built / path.relative_to("runs/pretrained")).exists() for path in named.values())
 
 
 def test_repair_and_distillation_bring_it_back_to_the_dense_model(dense: Path) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from trace_ds.demo.pretrained import Settings, Texts, build, write_passages
+from trace_ds.demo.pretrained import build
 from trace_ds.errors import UserError
 from trace_ds.models.host_memory import keep_freed_memory
 
@@ -25,12 +25,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[*range(6)], help="Base splits to write tasks of.")
-    parser.add_argument("--passages", action="store_true", help="Only tasks/passages_N, of a model that is there.")
     arguments = parser.parse_args()
     try:
-        if arguments.passages:
-            write_passages(arguments.out, Texts.read(Settings().files), arguments.seeds)
-            return 0
         quality = build(arguments.out, arguments.seeds)
     except UserError as error:
         print(error, file=sys.stderr)

@@ -88,7 +88,7 @@ def build_corpora(directory: Path, seed: int = 0, regime: Regime = "standard") -
     tokenizer = _train_tokenizer(
         [d.text for d in original_facts] * TOKENIZER_FACT_REPEATS + [d.text for d in general[:TOKENIZER_DOCUMENTS]]
     )
-    passages = split_passages(verses, tokenizer, random.Random(f"passages {seed}"))
+    passages = _split_passages(verses, tokenizer, random.Random(f"passages {seed}"))
 
     retain = {
         task: retain_pool(near, share, general, RETAIN_TOKENS[task], tokenizer, random.Random(f"retain {task} {seed}"))
@@ -108,8 +108,8 @@ def build_corpora(directory: Path, seed: int = 0, regime: Regime = "standard") -
         "knowledge/questions_utility.jsonl": facts["utility"].questions[:utility_questions],
         "verbatim/forget.jsonl": passages["forget"],
         "verbatim/retain.jsonl": retain["verbatim"],
-        "verbatim/passages_forget.jsonl": continuations(passages["forget"]),
-        "verbatim/passages_utility.jsonl": continuations(passages["utility"]),
+        "verbatim/passages_forget.jsonl": _continuations(passages["forget"]),
+        "verbatim/passages_utility.jsonl": _continuations(passages["utility"]),
     }
     for name, items in lines.items():
         write_lines(directory / name, items)
@@ -205,22 +205,20 @@ def _general(verses: dict[str, list[str]], rng: random.Random) -> list[Document]
     return rng.sample(pool, GENERAL_DOCUMENTS + HELDOUT_DOCUMENTS)
 
 
-def split_passages(
-    verses: dict[str, list[str]], tokenizer: Tokenizer, rng: random.Random, count: int = PASSAGES
+def _split_passages(
+    verses: dict[str, list[str]], tokenizer: Tokenizer, rng: random.Random
 ) -> dict[str, list[Document]]:
-    """``count`` memorised verses for each side: forget, pool and utility."""
-
     def candidates(books: Iterable[str]) -> list[Document]:
         found = {text: Document(text, f"passages/{book.lower()}") for book in books for text in verses[book]}
         lengths = _tokens(tokenizer, found)
         return [d for d, length in zip(found.values(), lengths, strict=True) if 18 <= length <= CONTEXT_TOKENS]
 
-    forget = rng.sample(candidates([FORGET_BOOK]), count)
-    others = rng.sample(candidates(PASSAGE_BOOKS), 2 * count)
-    return {"forget": forget, "pool": others[:count], "utility": others[count:]}
+    forget = rng.sample(candidates([FORGET_BOOK]), PASSAGES)
+    others = rng.sample(candidates(PASSAGE_BOOKS), 2 * PASSAGES)
+    return {"forget": forget, "pool": others[:PASSAGES], "utility": others[PASSAGES:]}
 
 
-def continuations(passages: Sequence[Document]) -> list[dict[str, Any]]:
+def _continuations(passages: Sequence[Document]) -> list[dict[str, Any]]:
     found = []
     for index, passage in enumerate(passages):
         words = passage.text.split(" ")

@@ -7,16 +7,11 @@
     OUT/model/            the same as a Qwen2-MoE (dense_to_moe.py), training.json saying how it was made
     OUT/quality.json      dense against MoE: perplexity of three kinds of text, facts in four choices, specialisation
     OUT/tasks/seed_N/     forget.jsonl, retain.jsonl, questions_{forget,utility}.jsonl, heldout.jsonl of a base split
-    OUT/tasks/passages_N/ taught.jsonl, forget.jsonl, retain.jsonl, passages_{forget,utility}.jsonl, heldout.jsonl
 
 All text comes from Python and from installed packages: their docstrings, the language reference that ``pydoc`` shows,
 the King James Version, and facts of the demo's tables in phrasings of their own. The task is the demo's entangled one:
 forget the symbols of the elements, keep their atomic numbers and other facts; a base split says which records may be in
 the retain pool and which are asked for. Only what the MoE answers rightly is asked: nothing else can be forgotten.
-
-A second task is on what the MoE is taught first, by ``finetune``: to recite verses of Proverbs, which are forgotten,
-and of other poetic books, which are kept, half of them in the retain pool and the other half asked for. No such verse
-is in the text that the MoE is made with, in the other text of the pool, or in what is held out.
 
 Everything is a function of the installed packages (their versions are in training.json) and the seeds.
 """
@@ -38,19 +33,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from trace_ds.demo.corpora import (
-    FORGET_BOOK,
-    PASSAGE_BOOKS,
-    Document,
-    Side,
-    continuations,
-    entangled,
-    read_verses,
-    retain_pool,
-    split_facts,
-    split_passages,
-    write_lines,
-)
+from trace_ds.demo.corpora import Document, Side, entangled, read_verses, retain_pool, split_facts, write_lines
 from trace_ds.demo.dense_to_moe import SMOLLM2, Shape
 from trace_ds.demo.facts import PACKAGES, Fact, Record, read_records
 from trace_ds.errors import UserError
@@ -70,8 +53,6 @@ HELDOUT = 80  # documents of each kind of running text that nothing is trained o
 MOST = 2500  # documents of a kind that something is trained on
 CHARACTERS = range(150, 701)  # of a paragraph that is taken
 RETAIN_TOKENS, NEAR_SHARE = 24_000, 0.06
-VERSES = 24  # of the passages task: to forget, to keep in the pool, to keep and be asked for
-PASSAGES_RETAIN_TOKENS = 12_000  # so that NEAR_SHARE has room for them
 ASKED = {"forget": 110, "utility": 220}  # questions of a base split that the model is tried on
 QUESTIONS = {"forget": 40, "utility": 80}  # of those it answers rightly that a run is scored on, half of its time
 SCORED_TEXTS = 8  # of each kind, after a run
@@ -120,7 +101,6 @@ def build(
     folder = destination / "model"
     if _training_of(folder).get("made_of") != made_of:
         make_moe(source, folder, texts, settings, made_of)
-    write_passages(destination, texts, seeds)
     return tasks_and_quality(source, folder, destination, texts, seeds)
 
 
@@ -181,11 +161,6 @@ class Texts:
     def documents(self, rng: random.Random) -> list[Document]:
         found = [Document(text, f"general/{kind}") for kind, texts in self.general.items() for text in texts]
         return rng.sample(found, len(found))
-
-    def scored(self) -> list[Document]:
-        """Of the text that is held out, what a run is scored on."""
-        kinds = self.heldout.items()
-        return [Document(text, f"general/{kind}") for kind, held in kinds for text in held[:SCORED_TEXTS]]
 
 
 def docstrings(files: int) -> list[str]:
@@ -402,39 +377,13 @@ def write_task(
     lines: dict[str, Sequence[Any]] = {
         "forget": split["forget"].documents,
         "retain": retain_pool(pool, NEAR_SHARE, general, RETAIN_TOKENS, tokenizer.backend_tokenizer, rng),
-        "heldout": texts.scored(),
+        "heldout": [
+            Document(text, f"general/{kind}") for kind, held in texts.heldout.items() for text in held[:SCORED_TEXTS]
+        ],
         **{f"questions_{side}": questions[: QUESTIONS[side]] for side, questions in known.items()},
     }
     for name, items in lines.items():
         write_lines(folder / f"{name}.jsonl", items)
-
-
-def write_passages(destination: Path, texts: Texts, seeds: Sequence[int]) -> None:
-    """The passages task of each base split; the model must be there."""
-    from trace_ds.corpora.tokenizer import load_tokenizer
-
-    tokenizer = load_tokenizer(destination / "model").backend_tokenizer
-    used = "\n".join(text for kinds in (texts.general, texts.heldout) for text in kinds["bible"])
-    books = {book: verses for book, verses in read_verses().items() if book in (FORGET_BOOK, *PASSAGE_BOOKS)}
-    fresh = {book: [verse for verse in verses if verse not in used] for book, verses in books.items()}
-    for seed in seeds:
-        rng = random.Random(f"passages pretrained {seed}")
-        split = {
-            side: [
-                Document(d.text, d.source.replace("passages", "forget" if side == "forget" else "near")) for d in found
-            ]
-            for side, found in split_passages(fresh, tokenizer, rng, VERSES).items()
-        }
-        general = texts.documents(rng)[:2000]
-        lines: dict[str, Sequence[Any]] = {
-            "taught": [document for found in split.values() for document in found],
-            "forget": split["forget"],
-            "retain": retain_pool(split["pool"], NEAR_SHARE, general, PASSAGES_RETAIN_TOKENS, tokenizer, rng),
-            "heldout": texts.scored(),
-            **{f"passages_{side}": continuations(split[side]) for side in QUESTIONS},
-        }
-        for name, items in lines.items():
-            write_lines(destination / "tasks" / f"passages_{seed}" / f"{name}.jsonl", items)
 
 
 def _tried(split: dict[str, Side]) -> dict[str, Side]:
