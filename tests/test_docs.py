@@ -16,7 +16,9 @@ import pytest
 from typer.testing import CliRunner
 
 from trace_ds.config.load import load_config
+from trace_ds.config.sections.bench import BenchConfig
 from trace_ds.reporting.matched import matched
+from trace_ds.studies.run_list import untried
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = [*ROOT.glob("trace_ds/**/*.py"), *ROOT.glob("slurm/*.sh")]
@@ -221,46 +223,89 @@ def test_the_weights_of_the_pretrained_model_are_those_of_the_csv() -> None:
 KEPT = {
     "selected": "TRACE, the detected experts (`selected`)",
     "all": "TRACE, all experts of the layers that are trained",
+    "weighting": "TRACE, the detected experts, weighting the loss",
     "random_experts": "control: as many at random",
     "lowest_experts": "control: as many of the lowest ratio",
     "permuted": "control: detected, weights permuted over rows",
     "oracle": "oracle: facts by their label",
 }
 FACTS, NUMBERS = "kept_facts choice_probability", "kept_facts choice_probability near/*element*"
-TOLD = [  # strength, metric and place of each column
-    ("same strength", FACTS, "post"),
-    ("own alpha", FACTS, "post"),
-    ("same strength", "kept_facts accuracy", "post"),
-    ("same strength", NUMBERS, "post"),
-    ("same strength", "general_text perplexity", "end"),
+TOLD = [  # strength and metric of each column
+    ("same strength", FACTS),
+    ("own alpha", FACTS),
+    ("own alpha", "kept_facts accuracy"),
+    ("own alpha", NUMBERS),
+]
+CHECKS = {  # other settings, of two base splits
+    "pretrained_edge": [
+        *("bench.seeds=[1,2]", "bench.grids={}", "bench.grid={unlearning.alpha: [256]}", "unlearning.alpha=256"),
+        *("unlearning.steps=60", "bench.score_every=6"),
+    ],
+    "pretrained_losses": [
+        *("bench.seeds=[1,2]", "bench.grids={}", "bench.grid={unlearning.alpha: [1]}", "unlearning.alpha=1"),
+        "bench.losses={graddiff: {unlearning.forget_loss: graddiff, unlearning.optimizer.lr: 1.0e-4}}",
+    ],
+}
+CHECKED = [
+    ("pretrained_edge", "recipe", "uniform"),
+    ("pretrained_edge", "recipe", "selected"),
+    ("pretrained_losses", "graddiff", "uniform"),
+    ("pretrained_losses", "graddiff", "selected"),
+    ("pretrained_losses", "graddiff", "random_experts"),
 ]
 
 
 @functools.cache
-def pretrained_rows() -> list[dict[str, Any]]:
+def pretrained_rows(study: str, *changes: str) -> tuple[BenchConfig, list[dict[str, Any]]]:
     from tools.study_from_csv import comparisons, over_levels, read_curves
 
-    config, _ = load_config("bench_pretrained", [], "out")
+    config, _ = load_config("bench_pretrained", [*CHECKS.get(study, []), *changes], "out")
+    assert config.bench is not None
     over = functools.partial(over_levels, low=0.50, high=0.65)
-    return comparisons(config, read_curves(config, ROOT / "docs/studies/pretrained.csv", over, originals=True))
+    curves = read_curves(config, ROOT / f"docs/studies/{study}.csv", over, originals=True)
+    return config.bench, comparisons(config, curves)
 
 
 @pytest.mark.parametrize(("method", "name"), [("uniform", "uniform weights"), *KEPT.items()])
 def test_the_runs_on_the_pretrained_model_are_those_of_the_csv(method: str, name: str) -> None:
-    assert f"| {' | '.join([name, *(kept_told(method, *column) for column in TOLD)])} |" in PRETRAINED
+    cells = [kept_told("pretrained", "recipe", method, *column) for column in TOLD]
+    assert f"| {' | '.join([name, *cells])} |" in PRETRAINED
 
 
-def kept_told(method: str, strength: str, metric: str, at: str) -> str:
-    wanted = (method, strength, metric, at)
-    row = next(r for r in pretrained_rows() if (r["method"], r["strength"], r["metric"], r["at"]) == wanted)
-    if strength != "same strength" and len({*row["points"].values()}) == 1 and method not in ("uniform", "selected"):
+@pytest.mark.parametrize(("study", "loss", "method"), CHECKED)
+def test_the_checks_on_two_splits_are_those_of_the_csv(study: str, loss: str, method: str) -> None:
+    cells = [kept_told(study, loss, method, "same strength", metric) for metric in (FACTS, NUMBERS)]
+    assert f"| {' | '.join(cells)} |" in PRETRAINED
+
+
+def test_the_gains_on_the_pretrained_model_are_those_of_the_csv() -> None:
+
+    _, rows = pretrained_rows("pretrained")
+    found = {tuple(row[key] for key in ("method", "strength", "metric", "at")): row for row in rows}
+    for method, metric in (
+        ("selected", FACTS),
+        ("selected", "kept_facts accuracy"),
+        ("selected", NUMBERS),
+        ("oracle", FACTS),
+    ):
+        assert_told(found[method, "own alpha", metric, "post"], PRETRAINED)
+    values = [
+        row["value"] for key, row in found.items() if key[1:] == ("same strength", "general_text perplexity", "end")
+    ]
+    assert f"{min(values):.1f} to {max(values):.1f}" in PRETRAINED
+
+
+def kept_told(study: str, loss: str, method: str, strength: str, metric: str) -> str:
+    bench, rows = pretrained_rows(study)
+    if strength != "same strength" and untried(bench, loss, method, ["unlearning.alpha"]):
         return "not tried"
-    digits = 1 if "perplexity" in metric else 3
-    told = f"{row['value']:.{digits}f}"
-    if method != "uniform":
+    wanted = (loss, method, strength, metric, "post")
+    row = next(r for r in rows if tuple(r[key] for key in ("loss", "method", "strength", "metric", "at")) == wanted)
+    told = f"{row['value']:.3f}"
+    if method != bench.baseline:
         low, high = (row["difference_t_interval"][end] for end in ("low", "high"))
-        told += f", {row['difference']:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
-    told += "" if len(row["seeds"]) == 5 else f", {len(row['seeds'])} splits"
+        told += f", {row['difference']:+.3f} [{low:+.3f}, {high:+.3f}]"
+    told += "" if len(row["seeds"]) == len(bench.seeds) else f", {len(row['seeds'])} splits"
     return re.sub(r"(?<!\d)0\.", ".", told).replace("-", "−")
 
 
