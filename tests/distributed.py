@@ -37,6 +37,7 @@ PRELOADED = [
     "pytest",  # a function of a test module brings what that imports
     "hypothesis",
     *(module.name for module in pkgutil.walk_packages(trace_ds.__path__, "trace_ds.") if "__" not in module.name),
+    "tests.warmed",  # found where the working directory is the repository
 ]
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(PRELOADED)
