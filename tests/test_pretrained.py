@@ -40,6 +40,8 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def few_questions() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pretrained, "ASKED", {"forget": 60, "utility": 90})
+        patch.setattr(pretrained, "HELDOUT", 16)
+        patch.setattr(pretrained, "THREADS", 1)  # two of them wait for each other on cores that others use too
         yield
 
 
