@@ -16,7 +16,7 @@ demo: $(VENV)/.installed
 	$(BIN)/trace-ds demo
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest --durations=40 $(PYTEST_FLAGS)
 
 matrix: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m matrix tests/test_recipe_runs.py

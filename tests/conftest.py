@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,25 +23,27 @@ LONG_FILES = (
     "test_real_shapes",
     "test_kill",
     "test_unlearn",
-    "test_plan",
     "test_convert_engines",
     "test_hub",
-    "test_data_by_name",
     "test_objective_jobs",
     "test_collect",
+    "test_evaluation_sharded",
     "test_launchers",
     "test_harness",
     "test_finetune",
     "test_curve",
-    "test_evaluation_sharded",
+    "test_plan",
+    "test_pretrained",
+    "test_gpu_acceptance",
     "test_families",
-    "test_benchmark_study",
     "test_layers_held",
-    "test_trainable",
     "test_watch",
+    "test_evaluation_stage",
+    "test_benchmark_study",
+    "test_trainable",
+    "test_data_by_name",
     "test_faults",
     "test_standin",
-    "test_gpu_acceptance",
 )
 
 
@@ -59,6 +62,14 @@ def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
     """SHARED_FOLDER: where several workers of this run keep what they all use (:func:`jobs.made_once`)."""
     base = tmp_path_factory.getbasetemp()
     os.environ["SHARED_FOLDER"] = str(base.parent if "PYTEST_XDIST_WORKER" in os.environ else base)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_collections() -> None:
+    """What is there already takes no part in garbage collections: a model that has been scored asks for one, and to
+    look at all of torch, transformers and the tests takes longer than to score a tiny model."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -10,10 +10,12 @@ import multiprocessing
 import os
 import pkgutil
 import runpy
+import subprocess
 import sys
+import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,7 @@ PRELOADED = [
     "pytest",  # a function of a test module brings what that imports
     "hypothesis",
     *(module.name for module in pkgutil.walk_packages(trace_ds.__path__, "trace_ds.") if "__" not in module.name),
+    "tests.warmed",  # found where the working directory is the repository
 ]
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(PRELOADED)
@@ -116,8 +119,25 @@ def run_as_main(place: str | Path, *words: object) -> None:
     assert process.exitcode == 0, f"{place} {words} ended with {process.exitcode}"
 
 
-def _main(place: str, words: list[str]) -> None:
+def output_of_main(place: str | Path, *words: object, limit_s: float) -> subprocess.CompletedProcess[str]:
+    """The same, and what it printed and how it ended; it is killed after ``limit_s``."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder) / name for name in ("stdout", "stderr")]
+        process = CONTEXT.Process(target=_main, args=(str(place), list(map(str, words)), list(map(str, files))))
+        process.start()
+        process.join(limit_s)
+        if process.is_alive():
+            process.kill()
+            process.join()
+            raise subprocess.TimeoutExpired([str(place)], limit_s)
+        printed = [file.read_text(encoding="utf-8") for file in files]
+    return subprocess.CompletedProcess([str(place), *map(str, words)], process.exitcode or 0, *printed)
+
+
+def _main(place: str, words: list[str], files: Sequence[str] = ()) -> None:
     os.environ["DS_ACCELERATOR"] = "cpu"
+    for number, file in enumerate(files, 1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
     sys.argv = [place, *words]
     if place.endswith(".py"):
         runpy.run_path(place, run_name="__main__")

@@ -160,6 +160,7 @@ def _import_all() -> None:
         with contextlib.suppress(ImportError):  # something optional
             importlib.import_module(name)
     _ = pyarrow.parquet, transformers.AutoTokenizer, transformers.AutoConfig, transformers.AutoModelForCausalLM
+    importlib.import_module("warmed")
 
 
 def _serve(asked: Connection, answer: Connection) -> None:

@@ -459,6 +459,7 @@ def test_an_lm_eval_task_brings_its_own_data_set() -> None:
 
 READ = """
 import json, os, sys
+import datasets  # once, not in every fork
 from trace_ds.config.sections.data import CorpusEntry
 from trace_ds.config.sections.evaluation import TaskConfig
 from trace_ds.corpora import sources

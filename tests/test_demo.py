@@ -33,7 +33,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory, server: Server) -> Path:
     command = server.start(COMMAND, folder, variables, **JOB | {"time_s": 2700})
     while Path(f"/proc/{command}").exists():
         peak = max(peak, memory_of_tree(command))
-        time.sleep(2.0)  # to look takes a while itself
+        time.sleep(6.0)  # to look takes a while itself
     done = server.wait()
     (folder / "printed.txt").write_text(done.stdout)
     (folder / "errors.txt").write_text(done.stderr)

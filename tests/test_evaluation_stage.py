@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from distributed import run_distributed
-from jobs import only_the_main_process_fingerprints
+from jobs import made_once, only_the_main_process_fingerprints
 from test_evaluation_models import WORDS, change_weights, save_model, save_tokenizer
 
 from trace_ds.checkpoints.manifest import Manifest
@@ -64,11 +64,19 @@ class Case:
 
 @pytest.fixture
 def case(tmp_path: Path) -> Case:
+    """Models, corpora, tasks and a run directory in ``tmp_path``: a copy of what a test run makes once."""
+    made = made_once("evaluation-case", make_case)
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+    raw = (tmp_path / "case.json").read_text(encoding="utf-8").replace(str(made), str(tmp_path))
+    return Case(json.loads(raw), RunDirectory(tmp_path / "run"))
+
+
+def make_case(folder: Path) -> None:
     generator = np.random.default_rng(0)
     for seed, name in enumerate(("original", "gold", "unlearned")):
-        save_model(tmp_path / name, seed)
+        save_model(folder / name, seed)
     corpora = {
-        side: write_lines(tmp_path / f"{side}.jsonl", [{"text": text(generator, 15)} for _ in range(20)])
+        side: write_lines(folder / f"{side}.jsonl", [{"text": text(generator, 15)} for _ in range(20)])
         for side in ("forget", "retain")
     }
     questions = [
@@ -85,29 +93,29 @@ def case(tmp_path: Path) -> Case:
         {"id": f"p{number}", "prompt": text(generator, 5), "continuation": text(generator, 7)} for number in range(5)
     ]
     files = {
-        "facts": ("choice", write_lines(tmp_path / "facts.jsonl", questions), "forget"),
-        "passages": ("verbatim", write_lines(tmp_path / "passages.jsonl", passages), "forget"),
+        "facts": ("choice", write_lines(folder / "facts.jsonl", questions), "forget"),
+        "passages": ("verbatim", write_lines(folder / "passages.jsonl", passages), "forget"),
         "general": ("perplexity", corpora["retain"], "utility"),
     }
     raw = {
         "name": "case",
-        "model": {"path": str(tmp_path / "original"), "dtype": "fp32"},
+        "model": {"path": str(folder / "original"), "dtype": "fp32"},
         "data": {side: [{"path": path}] for side, path in corpora.items()} | {"context_length": 24},
         "evaluation": {
             "tasks": [
                 {"name": name, "type": kind, "path": path, "role": role} for name, (kind, path, role) in files.items()
             ],
-            "models": {"gold": str(tmp_path / "gold")},
+            "models": {"gold": str(folder / "gold")},
             "batch_rows": 8,
             "drift_rows": 5,
             "max_new_tokens": 6,
         },
     }
-    run = RunDirectory(tmp_path / "run")
+    run = RunDirectory(folder / "run")
     run.path.mkdir()
-    shutil.copytree(tmp_path / "unlearned", run.model)
+    shutil.copytree(folder / "unlearned", run.model)
     prepare(validate(raw, "test"), run)
-    return Case(raw, run)
+    write_json(folder / "case.json", raw)
 
 
 @pytest.fixture

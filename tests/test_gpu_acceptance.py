@@ -3,32 +3,50 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from distributed import output_of_main
 
 from tools import gpu_acceptance
 
-TOOL = Path(gpu_acceptance.__file__)
 
+@pytest.fixture
+def accept(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, Any]]:
+    """The tool with these words: its status and what it tells. The parts are processes of their own."""
+    monkeypatch.setattr(sys, "path", [*sys.path])  # the tool adds to both
+    monkeypatch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", ""))
 
-def accept(*arguments: str) -> tuple[int, dict[str, Any]]:
-    command = [sys.executable, str(TOOL), "--device", "cpu", "--tiny", *arguments]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
-    assert ended.stdout, ended.stderr
-    return ended.returncode, json.loads(ended.stdout)
+    def run(*words: str) -> tuple[int, Any]:
+        status = gpu_acceptance.main(["--device", "cpu", "--tiny", *words])
+        return status, json.loads(capsys.readouterr().out)
+
+    return run
 
 
 KINDS = ("correct_collect", "correct_unlearn", "collect_qwen3_moe", "zero3_mixtral")
 ALONE = "unlearn_mixtral"  # the part that goes on where another fails
 
 
+def forked(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+    """A part in a fork of a process that has imported torch."""
+    assert command[0] == sys.executable
+    return output_of_main(*command[1:], limit_s=options["timeout"])
+
+
 @pytest.mark.slow
-def test_every_kind_of_part_goes_through() -> None:
+def test_every_kind_of_part_goes_through(
+    accept: Callable[..., tuple[int, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    processes = SimpleNamespace(run=forked, TimeoutExpired=subprocess.TimeoutExpired)
+    monkeypatch.setattr(gpu_acceptance, "subprocess", processes)
     status, found = accept("--only", *KINDS)
     parts = found["parts"]
     assert status == 0 and found["ok"], {name: part for name, part in parts.items() if not part["ok"]}
@@ -48,8 +66,9 @@ def check_speed(part: dict[str, Any]) -> None:
     assert any(key.startswith("speedup") and value > 0 for key, value in part.items())
 
 
-def test_a_part_that_fails_leaves_the_others(tmp_path: Path) -> None:
-    """Of a DeepSpeed that cannot be imported (out of a wheel that lies beside) only the part that needs it is told."""
+def test_a_part_that_fails_leaves_the_others(accept: Callable[..., tuple[int, Any]], tmp_path: Path) -> None:
+    """Of a DeepSpeed that cannot be imported (out of a wheel that lies beside) only the part that needs it is told; the
+    parts are started as the tool does it."""
     with zipfile.ZipFile(tmp_path / "deepspeed-0-py3-none-any.whl", "w") as wheel:
         wheel.writestr("deepspeed/__init__.py", "raise ImportError('this DeepSpeed is broken')")
     status, found = accept("--wheels", str(tmp_path), "--only", "zero3_mixtral", ALONE)

@@ -40,6 +40,22 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built
 
 
+MARK = "=== a command ==="
+# Each start of Python costs seconds; that the program starts is shown by one of them.
+IN_ONE_PROCESS = f"""
+from trace_ds.cli import app
+for words in (
+    "plan wmdp_cyber olmoe_1b_7b",
+    "run demo --dry-run",
+    "prepare config.yaml",
+    "report config.yaml",
+    "submit config.yaml --gpus-per-node 1 --chain --dry-run",
+):
+    print("{MARK}", flush=True)
+    assert app(words.split(), standalone_mode=False) in (0, None), words
+"""
+
+
 def normal(distribution: str) -> str:
     """A distribution's name as the package index compares it."""
     return re.sub(r"[-_.]+", "-", distribution).lower()
@@ -82,11 +98,9 @@ def test_commands_of_the_installed_wheel(wheel: Path, tiny_model: Path, tmp_path
     assert where.startswith(str(tmp_path / "new"))
     trace_ds = python.with_name("trace-ds")
     assert "olmoe_1b_7b" in run(trace_ds, "recipes", cwd=tmp_path)
-    assert "6,919,161,856" in run(trace_ds, "plan", "wmdp_cyber", "olmoe_1b_7b", cwd=tmp_path)
-    assert "would run: prepare, collect" in run(trace_ds, "run", "demo", "--dry-run", cwd=tmp_path)
     tiny.write_config(tmp_path, tiny_model)
-    run(trace_ds, "prepare", "config.yaml", cwd=tmp_path)
-    run(trace_ds, "report", "config.yaml", cwd=tmp_path)
+    plan, would, *_, submitted = run(python, "-c", IN_ONE_PROCESS, cwd=tmp_path).split(MARK)[1:]
+    assert "6,919,161,856" in plan
+    assert "would run: prepare, collect" in would
     assert (tmp_path / "runs" / "tiny" / "report" / "index.html").is_file()
-    submitted = run(trace_ds, "submit", "config.yaml", "--gpus-per-node", "1", "--chain", "--dry-run", cwd=tmp_path)
     assert submitted.count("sbatch --parsable") == 6
