@@ -272,6 +272,14 @@ def test_the_runs_on_the_pretrained_model_are_those_of_the_csv(method: str, name
     assert f"| {' | '.join([name, *cells])} |" in PRETRAINED
 
 
+def test_the_published_plan_is_that_of_the_recipe(tmp_path: Path) -> None:
+    from trace_ds.studies.jobs import Study
+    from trace_ds.studies.study import plan
+
+    published = json.loads((ROOT / "docs/studies/pretrained_plan.json").read_text(encoding="utf-8"))
+    assert json.loads(json.dumps(plan(Study(("bench_pretrained",), tmp_path, [])))) == published
+
+
 @pytest.mark.parametrize(("study", "loss", "method"), CHECKED)
 def test_the_checks_on_two_splits_are_those_of_the_csv(study: str, loss: str, method: str) -> None:
     cells = [kept_told(study, loss, method, "same strength", metric) for metric in (FACTS, NUMBERS)]
