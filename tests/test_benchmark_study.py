@@ -97,11 +97,6 @@ def single_process(world: Any, recipe: str, folder: str) -> dict[str, Any]:
                 job.do()
                 assert job.is_done()
                 made[-1].append(str(job.request.run.path.relative_to(directory / "again")))
-    finetune = "finetune={models: {target: [retain]}, steps: 2, zero_stage: 1, optimizer: {lr: 0.1}}"
-    study = Study([recipe], directory / "taught", [finetune])
-    for job in [study.jobs(phase)[0] for phase in study.phases]:
-        job.do()
-        assert job.is_done()
     changes = ["seed=1", "bench=null", "calibration.rule=uniform", "statistics.trace=true"]  # as the study records
     asked, _ = load_config(recipe, changes, directory / "run")
     run = RunDirectory(directory / "run")
@@ -158,21 +153,6 @@ def test_neither_kills_nor_workers_change_a_result(study: Path, recipe: Path, al
     for path in curves(study):
         if path.parts[-3] != "sampling":  # made again, differently
             assert path.read_bytes() == (recipe.parent / "alone/again" / path.relative_to(study)).read_bytes()
-
-
-def test_a_study_can_have_its_base_models_taught(recipe: Path, alone: dict[str, Any]) -> None:
-    folder = recipe.parent / "alone"
-    taught, plain = (
-        json.loads((folder / name / "seed_0/evaluation/original.json").read_text()) for name in ("taught", "again")
-    )
-    assert (folder / "taught/seed_0/finetune/target/model").is_dir()
-    assert taught["scores"] != plain["scores"]
-    curves_of = [
-        next((folder / name).glob("seed_0/trials/*/uniform/alpha=1.0/curve.json")) for name in ("taught", "again")
-    ]
-    one, other = (json.loads(path.read_text())["curve"] for path in curves_of)
-    assert [point["step"] for point in one] == [point["step"] for point in other]
-    assert one != other
 
 
 def test_a_changed_method_is_all_that_is_run_again(alone: dict[str, Any]) -> None:

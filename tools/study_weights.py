@@ -25,7 +25,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from trace_ds.config.load import dump_yaml, load_config, with_changes
 from trace_ds.run.directory import RunDirectory
 from trace_ds.stages.calibrate import calibrate
-from trace_ds.stages.finetune import after_finetune
 from trace_ds.studies.run_list import require_bench
 
 CONTROLS: dict[str, dict[str, object]] = {
@@ -56,7 +55,7 @@ def main() -> None:
     for seed in bench.seeds:
         place = arguments.study / f"seed_{seed}"
         config, _ = load_config(arguments.recipe, [f"seed={seed}"], place)
-        config = after_finetune(config.model_copy(update={"bench": None}), RunDirectory(place))
+        config = config.model_copy(update={"bench": None})
         for method, changes in (bench.methods | CONTROLS).items():
             changed = with_changes(config, changes, method)
             random = changed.calibration.rule == "random_experts"

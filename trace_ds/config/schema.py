@@ -149,6 +149,8 @@ class Config(Section):
     def _check_finetune(self) -> None:
         if self.finetune is None:
             return
+        if self.bench is not None:
+            raise ValueError("a study trains no model of its own: name one in model.path, and leave finetune out")
         for name, sides in self.finetune.models.items():
             for side in sides:
                 if side not in self.data.sides:

@@ -1,7 +1,6 @@
 """The jobs of a study: ordinary stages in ordinary run directories, each in whatever process is free.
 
     STUDY/seed_N/                              the base model's run: data/, statistics/, evaluation/{original,gold}.json
-    STUDY/seed_N/finetune/target/              the base model, where the recipe has it made (``finetune``)
     STUDY/seed_N/corpora, models/              its inputs, as in a demo (``bench.regime``)
     STUDY/seed_N/calibrated/HASH/calibration/  one for every calibration that a method asks for
     STUDY/seed_N/trials/LOSS/METHOD/POINT/     a job of ``unlearn``, which leaves curve.json
@@ -37,7 +36,6 @@ from trace_ds.studies import run_list
 from trace_ds.studies.analysis import Curve, chosen_points, curve_of, metric_of
 
 GOLD = "gold"
-BASE_STAGES = ("prepare", "finetune", "collect", "evaluate")
 Asked = tuple[tuple[str, ...], Path, tuple[str, ...]]  # of a study: recipe, directory, overrides
 # Of the configuration of a base model's run: what has scores there is the original and the gold model.
 BASE = {
@@ -68,7 +66,7 @@ class Job:
         try:
             with only_looking():
                 located = self.request.located("evaluate", download=False)
-                return self.has_begun() and all(is_done(v, located.seen_by(v), ep, verify=False) for v in self.verbs)
+                return self.has_begun() and all(is_done(verb, located, ep, verify=False) for verb in self.verbs)
         except UserError:
             return False
 
@@ -138,13 +136,9 @@ class Study:
     def jobs(self, phase: str) -> list[Job]:
         """Raises: UserError: the runs are chosen by a screening that has not ended."""
         if phase == "bases":
+            verbs = ("prepare", "collect", "evaluate")
             return [
-                Job(
-                    base,
-                    tuple(verb for verb in base.stages if verb in BASE_STAGES),
-                    partial(self._make_inputs, seed),
-                    partial(self._has_inputs, seed),
-                )
+                Job(base, verbs, partial(self._make_inputs, seed), partial(self._has_inputs, seed))
                 for seed, base in self.bases.items()
             ]
         if phase == "calibrations":  # of the confirmation too: whatever is chosen is a point of the grid

@@ -156,7 +156,6 @@ def plan(study: Study) -> dict[str, Any]:
         "calibration": study.config.calibration.model_dump(mode="json"),
         "unlearning": kept,
         "stages": [{**stage, "steps": settings.steps, "looks": looks} for stage in stages],
-        **({"finetune": study.config.finetune.model_dump(mode="json")} if study.config.finetune is not None else {}),
     }
 
 
