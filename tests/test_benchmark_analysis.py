@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,10 @@ def test_a_study_has_every_combination_and_the_narrowest_grid_wins() -> None:
         ({"score_at_end": ["good"]}, r"score_at_end: 'good' is scored at every look: it decides"),
         ({"grid": {"data.add_bos": [True]}}, r"a study may not change data.add_bos"),
         ({"forget": "worse accuracy"}, r"'worse accuracy' is not 'TASK METRIC' of a task of the recipe"),
+        (
+            {"forget": "bad accuracy near/*", "until": 0.3},
+            r"a run cannot end by 'bad accuracy near/\*', which is of some",
+        ),
         ({"utility": ["text perplexity"]}, r"text perplexity does not grow with what is kept"),
         ({"seeds": [1, 1]}, r"seeds holds one number twice"),
         ({"screening": [7, 3]}, r"seed 3 is among screening and seeds"),
@@ -96,6 +101,12 @@ def test_a_study_has_every_combination_and_the_narrowest_grid_wins() -> None:
 def test_a_study_that_cannot_be_run_says_why(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         run_list.check(config(**changes))
+
+
+def test_runs_do_not_end_before_they_have_forgotten() -> None:
+    pretrained, _ = load_config("bench_pretrained", [], "out")
+    with pytest.raises(UserError, match=r"runs end at 0.5, and have forgotten at 0.45 .chance plus bench.margin"):
+        run_list.check(with_changes(pretrained, {"bench.margin": 0.2}, "test"))
 
 
 def test_a_task_that_costs_more_than_the_training_is_refused(tmp_path: Path) -> None:
@@ -315,6 +326,24 @@ def test_utility_over_levels_is_read_off_the_lines_between_steps() -> None:
     assert found.at_crossing == matched(steps, forget, utility, 0.35).at_crossing
     assert over_levels(steps, forget, utility, 0.1, 0.65).step is None  # never that low
     assert over_levels(steps[2:], forget[2:], utility[2:], 0.35, 0.65).step is None  # lower when first looked at
+
+
+def test_a_run_that_ended_above_its_end_diverged(tmp_path: Path) -> None:
+    from tools.study_from_csv import read_curves
+
+    path = tmp_path / "frontier.csv"
+    lines = [
+        "seed,loss,method,point,step,symbols choice_probability,kept_facts choice_probability,kept_facts accuracy,"
+    ]
+    lines[0] += "kept_facts choice_probability near/*element*,general_text perplexity"
+    ends = {1: 0.55, 2: 0.45}
+    lines += [
+        f"{s},recipe,uniform,alpha=16,{t},{f},.8,.8,.8," for s, end in ends.items() for t, f in ((3, 0.7), (6, end))
+    ]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    pretrained, _ = load_config("bench_pretrained", [], "out")
+    found = read_curves(pretrained, path, partial(matched, target=0.6))
+    assert {curve.seed: curve.diverged for curve in found} == {1: True, 2: False}
 
 
 @pytest.mark.parametrize("seeds", [2, 5, 12])

@@ -287,6 +287,7 @@ def test_the_checks_on_two_splits_are_those_of_the_csv(study: str, loss: str, me
 
 
 def test_the_gains_on_the_pretrained_model_are_those_of_the_csv() -> None:
+    from tools.study_from_csv import detectable
 
     _, rows = pretrained_rows("pretrained")
     found = {tuple(row[key] for key in ("method", "strength", "metric", "at")): row for row in rows}
@@ -294,6 +295,7 @@ def test_the_gains_on_the_pretrained_model_are_those_of_the_csv() -> None:
         ("selected", FACTS),
         ("selected", "kept_facts accuracy"),
         ("selected", NUMBERS),
+        ("random_experts", FACTS),
         ("oracle", FACTS),
     ):
         assert_told(found[method, "own alpha", metric, "post"], PRETRAINED)
@@ -301,6 +303,17 @@ def test_the_gains_on_the_pretrained_model_are_those_of_the_csv() -> None:
         row["value"] for key, row in found.items() if key[1:] == ("same strength", "general_text perplexity", "end")
     ]
     assert f"{min(values):.1f} to {max(values):.1f}" in PRETRAINED
+    same = {key[0]: row["value"] for key, row in found.items() if key[1:] == ("same strength", FACTS, "post")}
+    matched_ones = [same[name] for name in ("selected", "all", "random_experts", "lowest_experts")]
+    text = " ".join(PRETRAINED.split())
+    assert re.sub(r"0\.", ".", f"keep the same to {max(matched_ones) - min(matched_ones):.3f}") in text
+    _, rows = pretrained_rows("pretrained", "bench.baseline=random_experts")
+    row = next(r for r in rows if (r["method"], r["strength"], r["metric"]) == ("selected", "own alpha", FACTS))
+    low, high = (row["difference_t_interval"][end] for end in ("low", "high"))
+    told = (
+        f"{row['difference']:.3f} ahead of the random ones [{low:+.3f}, {high:+.3f}]; {detectable(row):.3f} would have"
+    )
+    assert re.sub(r"0\.", ".", told).replace("-", "−") in text
 
 
 def kept_told(study: str, loss: str, method: str, strength: str, metric: str) -> str:

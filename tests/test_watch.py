@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jobs
@@ -25,7 +26,7 @@ from trace_ds.run import artefact
 from trace_ds.run.directory import RunDirectory
 from trace_ds.stages.convert import checkpoint_to_directory
 from trace_ds.stages.unlearn import check_unlearn, make_evaluator
-from trace_ds.unlearning.watch import HeldRows, judge
+from trace_ds.unlearning.watch import HeldRows, Watch, judge
 
 EVALUATE = ["unlearning.evaluate.every=2", "unlearning.evaluate.rows=5", "statistics.batch_rows=2"]
 STRONG = ["unlearning.forget_loss=graddiff", "unlearning.optimizer.lr=0.01", "unlearning.alpha=0"]
@@ -244,6 +245,30 @@ def test_verdicts(changes: dict[str, Any], found: dict[str, float], back_offs: i
         }
     )
     assert judge(settings, START, START | found, back_offs, last=changes.get("last", False)).action == action
+
+
+def test_a_curve_ends_at_the_first_look_that_is_low_enough() -> None:
+    """Both scores must be low, and they are what is kept; a job that goes on has reached nothing."""
+    evaluate = {"every": 2, "tasks": ["a", "b"], "curve_only": True, "until": {"a accuracy": 0.5, "b accuracy": 0.4}}
+    settings = UnlearningConfig.model_validate({"steps": 10, "evaluate": evaluate})
+    looks = iter([(0.6, 0.3), (0.4, 0.5), (0.5, None), (0.45, 0.35)])
+
+    def score(last: bool) -> dict[str, Any]:
+        scores = [{"task": t, "metric": "accuracy", "value": v} for t, v in zip("ab", next(looks), strict=True)]
+        return {"scores": scores, "by_source": {}}
+
+    engine, log = SimpleNamespace(eval=lambda: None, train=lambda: None), SimpleNamespace()
+    log.line = log.evaluation = lambda *told, **values: None
+    watch, cursor = Watch(None, settings, log, score), {"reached_scores": {"a accuracy": 0.1}}  # type: ignore[arg-type]
+    watch.begin(engine, cursor, 0)
+    actions = []
+    for step in range(1, 9):
+        verdict = watch.look(engine, cursor, step, last=False)
+        if verdict is not None:
+            actions.append(verdict.action)
+            assert ("reached_scores" in cursor) == (verdict.action == "finish")
+    assert actions == ["go_on"] * 3 + ["finish"]
+    assert cursor["reached_scores"] == {"a accuracy": 0.45, "b accuracy": 0.35}
 
 
 def test_held_rows_are_evenly_spaced_and_counted(calibrated: tuple[Path, Path]) -> None:  # noqa: F811

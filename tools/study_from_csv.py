@@ -15,7 +15,7 @@ averaged over forget levels between the two (31 of them, read off the straight l
 did not get down to the lower level has not forgotten. Lines of the method ``original`` are the models before the first
 step, step 0 of all runs of their seed.
 
-Behind each line, what as many seeds with as much spread could tell: the smallest difference that a t test at 5 % finds
+Each line tells what as many seeds with as much spread could tell: the smallest difference that a t test at 5 % finds
 with probability .8 (from the noncentral t distribution).
 """
 
@@ -56,7 +56,6 @@ def read_curves(config: Config, path: Path, measure: Measure, *, originals: bool
         for line in csv.DictReader(handle):
             lines[line["seed"], line["loss"], line["method"], line["point"]].append(line)
     before = {key[0]: run for key, run in lines.items() if key[2] == "original"} if originals else {}
-    ends_early = bench.until is not None or config.unlearning.evaluate.target_forget_nll is not None
     curves = []
     for key, run in lines.items():
         if key not in trials:
@@ -68,7 +67,9 @@ def read_curves(config: Config, path: Path, measure: Measure, *, originals: bool
         }
         forget = columns.pop(bench.forget)
         found = {metric: measure(steps, forget, column) for metric, column in columns.items()}
-        cut = steps[-1] < config.unlearning.steps and not ends_early  # it diverged
+        ended = bench.until is not None and forget[-1] <= bench.until
+        ended = ended or config.unlearning.evaluate.target_forget_nll is not None
+        cut = steps[-1] < config.unlearning.steps and not ended  # it diverged
         curves.append(Curve(trial.seed, trial.loss, trial.method, trial.point, {} if cut else found, cut, forget[-1]))
     return curves
 

@@ -107,7 +107,7 @@ def checkpoint_to_directory(
 
 def _choose(config: Config, run: RunDirectory) -> tuple[Path, list[str]]:
     """The checkpoint to convert, its sizes checked, and what the user should hear about the others."""
-    from trace_ds.checkpoints.manifest import newest_complete, read_manifest, step_name, verify
+    from trace_ds.checkpoints.manifest import REACHED, newest_complete, read_manifest, step_name, verify
 
     fix = "make one with `trace-ds unlearn CONFIG`"
     if config.conversion.step is not None:
@@ -126,7 +126,7 @@ def _choose(config: Config, run: RunDirectory) -> tuple[Path, list[str]]:
         found = f" ({problems[0]})" if problems else ""
         raise UserError(f"there is no complete checkpoint{found}", str(run.checkpoints), fix)
     reached = read_manifest(run.checkpoints / step_name(step)).cursor
-    if step < config.unlearning.steps and not {"reached_forget_nll", "reached_scores"} & {*reached}:
+    if step < config.unlearning.steps and not {*REACHED} & {*reached}:
         problems.append(f"the newest complete checkpoint is of step {step} of {config.unlearning.steps}")
     return run.checkpoints / step_name(step), problems
 

@@ -12,6 +12,7 @@ from trace_ds.checkpoints.manifest import Manifest
 from trace_ds.config.schema import Config
 from trace_ds.config.sections.unlearning import TrainableConfig, UnlearningConfig
 from trace_ds.errors import JobFailed, UserError
+from trace_ds.evaluation.metrics import ROLE_OF, TASK_METRICS
 from trace_ds.evaluation.subjects import task_fingerprints
 from trace_ds.models.families import ModelInfo, require_plain_logits
 from trace_ds.parallel.environment import accelerator_count
@@ -87,6 +88,16 @@ def check_settings(config: Config, info: ModelInfo) -> dict[str, Any] | None:
         raise UserError(
             f"layer {layer} of a model with {info.decoder_layers} decoder layers", "unlearning.rmu.layer", "lower it"
         )
+    known = [
+        f"{task.name} {metric}"
+        for task in config.evaluation.tasks
+        for metric in TASK_METRICS[task.type]
+        if task.name in settings.evaluate.tasks and ROLE_OF.get(metric, task.role) == task.role
+    ]
+    for score in settings.evaluate.until:
+        if score not in known:
+            what = f"{score!r} is not 'TASK METRIC' of a task of the curve"
+            raise UserError(what, "unlearning.evaluate.until", f"use one of: {', '.join(known)}")
     return ds_config_of(settings)
 
 
@@ -354,15 +365,7 @@ def make_batches(config: Config, job: UnlearnJob) -> Batches:
 
 def curve_tasks(config: Config) -> list[Task]:
     """The tasks that are scored while the model is trained, with their items."""
-    from trace_ds.evaluation.metrics import TASK_METRICS
-
-    looks = config.unlearning.evaluate
-    asked = [task for task in config.evaluation.tasks if task.name in looks.tasks]
-    known = [f"{task.name} {metric}" for task in asked for metric in TASK_METRICS[task.type]]
-    for score in looks.until:
-        if score not in known:
-            what = f"{score!r} is not 'TASK METRIC' of a task of the curve"
-            raise UserError(what, "unlearning.evaluate.until", f"use one of: {', '.join(known)}")
+    asked = [task for task in config.evaluation.tasks if task.name in config.unlearning.evaluate.tasks]
     return checked_tasks(asked, config)
 
 
@@ -371,7 +374,7 @@ def make_scorer(config: Config, engine: Any, world: World) -> Callable[[bool], d
     from trace_ds.corpora.tokenizer import load_tokenizer
     from trace_ds.evaluation.language_model import Diverged, LanguageModel, ModelSettings, Sharding
     from trace_ds.evaluation.tasks import run_task
-    from trace_ds.unlearning.watch import has_reached
+    from trace_ds.unlearning.watch import low_enough
 
     tasks = curve_tasks(config)
     if not tasks:
@@ -390,7 +393,7 @@ def make_scorer(config: Config, engine: Any, world: World) -> Callable[[bool], d
     def score(last: bool) -> dict[str, Any] | None:
         try:
             found = results_of(task for task in tasks if task.config.name not in looks.at_end)
-            if last or has_reached(looks.until, [record for result in found.values() for record in result.scores]):
+            if last or low_enough(looks.until, [record for result in found.values() for record in result.scores]):
                 found |= results_of(task for task in tasks if task.config.name in looks.at_end)
         except Diverged:
             return None

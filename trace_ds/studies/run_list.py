@@ -175,7 +175,19 @@ def _check_forget(config: Config, metric: str) -> None:
 
     if direction(metric, "forget") != "lower":
         raise UserError(f"{metric} does not fall as more is forgotten", "bench.forget", "choose another metric")
-    if "gold" not in config.evaluation.models and METRICS[metric].chance is None:
+    bench, chance = require_bench(config, "bench"), METRICS[metric].chance
+    if bench.until is not None and len(bench.forget.split()) > 2:
+        raise UserError(
+            f"a run cannot end by {bench.forget!r}, which is of some sources only", "bench.until", "leave it out"
+        )
+    has_gold = "gold" in config.evaluation.models
+    if not has_gold and bench.until is not None and chance is not None and bench.until > chance + bench.margin:
+        raise UserError(
+            f"runs end at {bench.until:g}, and have forgotten at {chance + bench.margin:g} (chance plus bench.margin)",
+            "bench.until",
+            "lower it, or raise bench.margin",
+        )
+    if not has_gold and chance is None:
         raise UserError(
             f"there is no gold model, and {metric} has no chance level, so there is no forgetting target",
             "bench.forget",

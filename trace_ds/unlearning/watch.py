@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from trace_ds.checkpoints.manifest import REACHED
 from trace_ds.config.sections.unlearning import UnlearningConfig
 from trace_ds.corpora.dataset import TokenDataset
 from trace_ds.errors import JobFailed
@@ -142,10 +143,11 @@ def judge(
     return Verdict("go_on")
 
 
-def has_reached(until: Mapping[str, float], scores: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether each score that ends a job (``unlearning.evaluate.until``) is there and low enough; False: none does."""
+def low_enough(until: Mapping[str, float], scores: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The scores that end a job (``unlearning.evaluate.until``); empty unless each is there and low enough."""
     found = {f"{score['task']} {score['metric']}": score["value"] for score in scores}
-    return bool(until) and all(found.get(name) is not None and found[name] <= most for name, most in until.items())
+    low = all(found.get(name) is not None and found[name] <= most for name, most in until.items())
+    return {name: found[name] for name in until} if low else {}
 
 
 def broken_bounds(settings: UnlearningConfig, start: Mapping[str, float], found: Mapping[str, float]) -> list[str]:
@@ -187,7 +189,9 @@ class Watch:
         return not self.curve_only or self.settings.guards.on or self.settings.evaluate.target_forget_nll is not None
 
     def begin(self, engine: Any, cursor: dict[str, Any], step: int) -> None:
-        """Score the frozen model, unless an earlier start of the job has."""
+        """Score the frozen model, unless an earlier start of the job has; it goes on, so no target is reached."""
+        for reached in REACHED:
+            cursor.pop(reached, None)
         if "evaluation_start" not in cursor and self._judges:
             start = cursor["evaluation_start"] = self.evaluator(engine)
             self.log.evaluation(step, **start)
@@ -227,9 +231,9 @@ class Watch:
         if not self._score(engine, cursor, done, last=last or verdict.action == "finish"):
             verdict = Verdict("stop", "log-probabilities of a task are not finite")
         until = self.settings.evaluate.until
-        if verdict.action == "go_on" and until and has_reached(until, cursor["curve"][-1]["scores"]):
-            told = ", ".join(f"{name} is at most {most:g}" for name, most in until.items())
-            verdict, cursor["reached_scores"] = Verdict("finish", told), dict(until)
+        if verdict.action == "go_on" and until and (low := low_enough(until, cursor["curve"][-1]["scores"])):
+            told = ", ".join(f"{name} is {value:.4g} (target {until[name]:g})" for name, value in low.items())
+            verdict, cursor["reached_scores"] = Verdict("finish", told), low
         if verdict.action == "stop":
             raise JobFailed(
                 f"stopped after step {done}: {verdict.reason}; the last checkpoint stands. "
