@@ -125,8 +125,8 @@ def _choose(config: Config, run: RunDirectory) -> tuple[Path, list[str]]:
     if step is None:
         found = f" ({problems[0]})" if problems else ""
         raise UserError(f"there is no complete checkpoint{found}", str(run.checkpoints), fix)
-    reached = read_manifest(run.checkpoints / step_name(step)).cursor
-    if step < config.unlearning.steps and not {*REACHED} & {*reached}:
+    cursor = read_manifest(run.checkpoints / step_name(step)).cursor
+    if step < config.unlearning.steps and not any(key in cursor for key in REACHED):
         problems.append(f"the newest complete checkpoint is of step {step} of {config.unlearning.steps}")
     return run.checkpoints / step_name(step), problems
 
