@@ -44,11 +44,11 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: pyproject.toml | $(BIN)/python
-	@sh tools/pip_install.sh $(BIN)/python --editable .
+	@sh tools/pip_install.sh $(BIN)/python --editable '.[demo]'
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
-	@sh tools/pip_install.sh $(BIN)/python --editable '.[dev,docs]'
+	@sh tools/pip_install.sh $(BIN)/python --editable '.[demo,dev,docs]'
 	@touch $@ $(VENV)/.installed
 
 clean:

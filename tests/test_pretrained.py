@@ -1,4 +1,4 @@
-"""A dense model as a Mixture of Experts (demo/dense_to_moe.py) and the tasks made of it (demo/pretrained.py)."""
+"""A dense model converted to a Mixture of Experts, and the tasks made of it (tools/make_pretrained.py)."""
 
 from __future__ import annotations
 
@@ -14,11 +14,9 @@ import torch
 from command import tree
 
 from tools import make_pretrained
-from trace_ds.demo import dense_to_moe, pretrained
-from trace_ds.demo.dense_to_moe import Shape, SplitFeedForward
 
-SHAPE = Shape(layers=2, shared=24, experts=4, neurons=8, top_k=2)
-SETTINGS = pretrained.Settings(SHAPE, 32, 1024, 512, steps=4, step_sentences=8, documents=200, files=2)
+SHAPE = make_pretrained.Shape(layers=2, shared=24, experts=4, neurons=8, top_k=2)
+SETTINGS = make_pretrained.Settings(SHAPE, 32, 1024, 512, steps=4, step_sentences=8, documents=200, files=2)
 TOKENS_RT = torch.arange(600).view(8, 75)[:, :60] % 300
 
 
@@ -39,15 +37,15 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module", autouse=True)
 def few_questions() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pretrained, "ASKED", {"forget": 60, "utility": 90})
-        patch.setattr(pretrained, "HELDOUT", 16)
-        patch.setattr(pretrained, "THREADS", 1)  # two of them wait for each other on cores that others use too
+        patch.setattr(make_pretrained, "ASKED", {"forget": 60, "utility": 90})
+        patch.setattr(make_pretrained, "HELDOUT", 16)
+        patch.setattr(make_pretrained, "THREADS", 1)  # two of them wait for each other on cores that others use too
         yield
 
 
 @pytest.fixture(scope="module")
 def built(dense: Path) -> Path:
-    quality = pretrained.build(dense.parent / "out", [0, 1], SETTINGS, dense)
+    quality = make_pretrained.build(dense.parent / "out", [0, 1], SETTINGS, dense)
     assert quality == json.loads((dense.parent / "out/quality.json").read_text(encoding="utf-8"))
     return dense.parent / "out"
 
@@ -60,14 +58,14 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 def test_the_same_bytes_twice_and_nothing_made_again(
     built: Path, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pretrained.build(tmp_path, [0, 1], SETTINGS, dense)
+    make_pretrained.build(tmp_path, [0, 1], SETTINGS, dense)
     assert tree(tmp_path) == tree(built)
-    monkeypatch.setattr(pretrained, "tasks_and_quality", lambda *_: {})  # made every time
+    monkeypatch.setattr(make_pretrained, "tasks_and_quality", lambda *_: {})  # made every time
     weights = tmp_path / "model/model.safetensors"
     before = weights.stat().st_mtime_ns
-    pretrained.build(tmp_path, [0], SETTINGS, dense)
+    make_pretrained.build(tmp_path, [0], SETTINGS, dense)
     assert weights.stat().st_mtime_ns == before
-    pretrained.build(tmp_path, [0], replace(SETTINGS, steps=1), dense)
+    make_pretrained.build(tmp_path, [0], replace(SETTINGS, steps=1), dense)
     assert weights.stat().st_mtime_ns != before
 
 
@@ -75,21 +73,21 @@ def test_the_quality_table(built: Path) -> None:
     quality = json.loads((built / "quality.json").read_text(encoding="utf-8"))
     for name in ("dense", "moe"):
         assert quality[name]["perplexity"].keys() == {"docstring", "manual", "bible"}
-        assert quality[name]["facts"].keys() == {*pretrained.KINDS}
+        assert quality[name]["facts"].keys() == {*make_pretrained.KINDS}
     assert quality["specialisation"]["experts"] == SHAPE.layers * SHAPE.experts
     for seed in (0, 1):
-        for side, most in pretrained.QUESTIONS.items():
+        for side, most in make_pretrained.QUESTIONS.items():
             lines = (built / f"tasks/seed_{seed}/questions_{side}.jsonl").read_text(encoding="utf-8").splitlines()
             assert len(lines) == min(most, quality["known"][str(seed)][side]) > 5
 
 
 def test_repair_and_distillation_bring_it_back_to_the_dense_model(dense: Path) -> None:
     told: list[str] = []
-    moe = dense_to_moe.split(dense_to_moe.load_dense(dense), TOKENS_RT, SHAPE, told.append)
+    moe = make_pretrained.split(make_pretrained.load_dense(dense), TOKENS_RT, SHAPE, told.append)
     errors = [[float(part.split()[-1]) for part in line.split(";")[0].split(",")] for line in told]
     assert len(errors) == SHAPE.layers and all(after < 0.9 * before for before, after in errors)
-    batches = dense_to_moe.mixed_batches(TOKENS_RT, TOKENS_RT[:, :9].tolist(), 4, 8, pad=2, seed=0)
-    divergences = dense_to_moe.distil(moe, dense_to_moe.load_dense(dense), batches, 40, told.append)
+    batches = make_pretrained.mixed_batches(TOKENS_RT, TOKENS_RT[:, :9].tolist(), 4, 8, pad=2, seed=0)
+    divergences = make_pretrained.distil(moe, make_pretrained.load_dense(dense), batches, 40, told.append)
     assert sum(divergences[-1]) < 0.8 * sum(divergences[0])
 
 
@@ -98,7 +96,7 @@ def test_every_neuron_is_shared_or_in_one_expert() -> None:
     size_TF[:, 5] = 4.0  # large and even
     pairs = torch.rand(200, 4, generator=torch.Generator().manual_seed(1)).round().repeat_interleave(8, 1)
     size_TF[:, 24:] = pairs[:, torch.arange(32).view(4, 8).T.flatten()] + 1e-3 * size_TF[:, 24:]
-    shared_S, groups_EM = dense_to_moe.shared_and_experts(size_TF, SHAPE, seed=0)
+    shared_S, groups_EM = make_pretrained.shared_and_experts(size_TF, SHAPE, seed=0)
     assert sorted([*shared_S.tolist(), *groups_EM.flatten().tolist()]) == list(range(56))
     assert groups_EM.shape == (4, 8) and 5 in shared_S.tolist()
 
@@ -107,7 +105,7 @@ def test_groups_are_of_what_is_active_together() -> None:
     centres = torch.nn.functional.normalize(torch.randn(4, 16, generator=torch.Generator().manual_seed(0)), dim=1)
     noise = torch.randn(24, 16, generator=torch.Generator().manual_seed(1)) * 0.05
     unit = torch.nn.functional.normalize(centres.repeat(6, 1) + noise, dim=1)
-    groups = dense_to_moe.balanced_kmeans(unit.numpy(), 4, seed=0)
+    groups = make_pretrained.balanced_kmeans(unit.numpy(), 4, seed=0)
     assert sorted({*(group % 4)} == {group[0] % 4} for group in groups) == [True] * 4
 
 
@@ -116,12 +114,12 @@ def test_what_transformers_loads_is_what_was_split(dense: Path, tmp_path: Path, 
     """And with all experts on and a router that prefers none, it is the dense model."""
     from transformers import AutoModelForCausalLM
 
-    moe, original = dense_to_moe.load_dense(dense), dense_to_moe.load_dense(dense)
+    moe, original = make_pretrained.load_dense(dense), make_pretrained.load_dense(dense)
     for layer in moe.model.layers[:2]:
         order = torch.randperm(56, generator=torch.Generator().manual_seed(0))
         router_ED = torch.randn(4, 32).bfloat16().float() * (top_k < 4)
-        layer.mlp = SplitFeedForward(layer.mlp, order, router_ED, replace(SHAPE, top_k=top_k))
-    dense_to_moe.export(moe, tmp_path)
+        layer.mlp = make_pretrained.SplitFeedForward(layer.mlp, order, router_ED, replace(SHAPE, top_k=top_k))
+    make_pretrained.export(moe, tmp_path)
     exported = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     assert type(exported).__name__ == "Qwen2MoeForCausalLM"
     torch.testing.assert_close(logits(exported), logits(moe), atol=1e-4, rtol=1e-4)

@@ -65,7 +65,10 @@ def test_every_import_is_of_a_declared_dependency() -> None:
     """Not of one that another dependency happens to bring: an environment made from pyproject.toml alone is enough."""
     tomllib = pytest.importorskip("tomllib")  # Python 3.11
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    requirements = [*project["dependencies"], *project["optional-dependencies"]["lm-eval"]]
+    requirements = [
+        *project["dependencies"],
+        *(r for e in ("demo", "lm-eval") for r in project["optional-dependencies"][e]),
+    ]
     declared = {normal(re.split(r"[ <>=!~;\[]", requirement)[0]) for requirement in requirements}
     owners = importlib.metadata.packages_distributions()
     strangers = {}

