@@ -78,20 +78,19 @@ def unlearn_job_disturbed(
     ``in_pass``: killed there, failed there on all ranks, asked to stop before, or out of disk space."""
     import resource
 
-    from trace_ds.unlearning import online_weights
+    from trace_ds.unlearning import goals
 
     if how == "full" and world.rank == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
     elif how != "full":
-        disturb(online_weights.RetainWeights, world, how, in_pass, step, Path(run_dir) / "stop")
+        disturb(goals.Unlearning, world, how, in_pass, step, Path(run_dir) / "stop")
     unlearn_job(world, config, run_dir, overrides)
 
 
 def disturb(goal: Any, world: Any, how: str, in_pass: int, step: int, stop: Path) -> None:
     """Let rank 1 be slow to write its optimizer's shard of ``step``, and disturb training meanwhile.
 
-    ``goal``: the class whose ``local_sums`` is called in every pass: between the backward pass and the update, and
-    when a checkpoint is to be saved.
+    ``goal``: the class whose ``terms`` is called in every pass: of a step, and when a checkpoint is to be saved.
     """
     import signal
     import sys
@@ -99,15 +98,15 @@ def disturb(goal: Any, world: Any, how: str, in_pass: int, step: int, stop: Path
 
     from trace_ds.errors import JobFailed
 
-    local_sums, passes = goal.local_sums, []
+    terms, passes = goal.terms, []
 
-    def counting(self: Any) -> Any:
+    def counting(self: Any, *arguments: Any) -> Any:
         passes.append(1)
         if len(passes) == in_pass and how == "killed" and world.rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         if len(passes) == in_pass and how == "failed":
             raise JobFailed("it went wrong on all ranks")
-        return local_sums(self)
+        return terms(self, *arguments)
 
     def slow(event: str, arguments: tuple[Any, ...]) -> None:
         if event == "open" and f"step_{step:06d}.tmp-" in str(arguments[0]) and "optim" in str(arguments[0]):
@@ -115,7 +114,7 @@ def disturb(goal: Any, world: Any, how: str, in_pass: int, step: int, stop: Path
                 stop.touch()
             time.sleep(60.0 if how == "killed" else 1.0)
 
-    goal.local_sums = counting
+    goal.terms = counting
     if world.rank == 1:
         sys.addaudithook(slow)
 
@@ -524,8 +523,8 @@ def prepared_steps(world: Any, config: str, run_dir: str, overrides: list[str]) 
     loaded, directory = load_config(config, overrides, run_dir)
     job = unlearn.check_unlearn(loaded, RunDirectory.at(directory), world.size)
     batches = unlearn.make_batches(loaded, job)
-    engine, realignment = unlearn.make_engine(loaded, job, world, batches)
-    goal, _ = unlearn.make_goal(loaded, job, world, engine, batches, {"step": 0, "seed": 0}, realignment)
+    engine, routers = unlearn.make_engine(loaded, job, world, batches)
+    goal, _ = unlearn.make_goal(loaded, job, world, engine, batches, {"step": 0, "seed": 0}, routers)
 
     def step(number: int) -> dict[str, float]:
         data = batches.at(number, world.rank, world.size)

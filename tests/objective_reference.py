@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jobs
 import numpy as np
 import torch
-from safetensors.numpy import load_file
 
 from trace_ds.config.load import load_config
 from trace_ds.run.directory import RunDirectory
@@ -52,8 +50,8 @@ def token_values(name: str, z: torch.Tensor, y: torch.Tensor, z_ref: torch.Tenso
 
 
 def reference_run(config_path: str, run_dir: str, overrides: list[str], steps: int) -> dict[str, Any]:
-    """The job in one process and float64, no code of ours but the choice of rows: losses [(forget, retain)] by step,
-    the weights in the hub layout, and with online retain weights their θ [L, E] after every step."""
+    """The job in one process and float64, no code of ours but the choice of rows: losses [(forget, retain)] by step
+    and the weights in the hub layout."""
     from transformers import AutoModelForCausalLM
 
     from trace_ds.stages.unlearn import check_unlearn, make_batches
@@ -80,43 +78,38 @@ def reference_run(config_path: str, run_dir: str, overrides: list[str], steps: i
     direction /= direction.norm()
     unit = median_norm(frozen, batches, layer) if settings.rmu.scale == "median_norm" else 1.0
     direction *= settings.rmu.coefficient * unit
-    alpha, bound, losses, thetas = settings.alpha, None, [], []
-    online = OnlineReference(config, directory) if settings.weights == "online" else None
+    alpha, bound, losses = settings.alpha, None, []
     grip = GripReference(model, batches, settings.grip, config.seed) if settings.grip is not None else None
     for step in range(steps):
         data = batches.at(step, 0, 1)
         assert len(data.micro_batches) == 1
-        forget, retain = reference_losses(model, frozen, data.micro_batches[0], settings, layer, direction, online)
+        forget, retain = reference_losses(model, frozen, data.micro_batches[0], settings, layer, direction)
         optimizer.zero_grad()
         (settings.gamma * forget + alpha * retain).backward()
         if settings.optimizer.gradient_clipping:
             torch.nn.utils.clip_grad_norm_(model.parameters(), settings.optimizer.gradient_clipping)
         optimizer.step()
         if grip is not None:
-            grip.after_update(step, last=step == steps - 1)
+            grip.after_update(step)
         losses.append((float(forget.detach()), float(retain.detach())))
-        thetas += [online.theta] if online else []
         if settings.forget_loss == "pdu":
             bound = 1.05 * losses[0][1]
             alpha = max(0.0, alpha + settings.pdu.dual_step * (losses[-1][1] - bound))
-    told = {"broken": grip.broken, "cosines": grip.cosines} if grip is not None else {}
-    return {"losses": losses, "weights": jobs.saved_weights(model.float()), "thetas": thetas, **told}
+    broken = {"broken": grip.broken} if grip is not None else {}
+    return {"losses": losses, "weights": jobs.saved_weights(model.float()), **broken}
 
 
 class GripReference:
-    """GRIP as published (2601.16905v3): both methods on the model that is trained, one expert and one input after the
-    other in numpy. ``broken``: inputs whose margins Kaczmarz' iterations found broken; ``cosines``: of method B."""
+    """GRIP's projection as published (2601.16905v3) on the model that is trained, one expert and one input after the
+    other in numpy. ``broken``: inputs whose margins Kaczmarz' iterations found broken."""
 
     def __init__(self, model: Any, batches: Any, settings: Any, seed: int) -> None:
         self.model, self.batches, self.settings, self.seed = model, batches, settings, seed
         self.routers = [m for m in model.modules() if type(m).__name__.lower().endswith("topkrouter")]
         self.before = self.weights()
-        self.frozen = self.look()
         self.broken: list[int] = []
-        self.cosines: list[float] = []
-        if settings.method == "project":
-            quota = -(-settings.tokens // settings.steps)
-            self.layers = [self.constraints(passes, quota) for passes in self.frozen]
+        quota = -(-settings.tokens // settings.steps)
+        self.layers = [self.constraints(passes, quota) for passes in self.look()]
 
     def weights(self) -> list[np.ndarray]:
         return [router.weight.detach().numpy().copy() for router in self.routers]
@@ -165,12 +158,8 @@ class GripReference:
             found.append((np.eye(x.shape[1]) - kept @ kept.T, x[~its], np.array(margins)))
         return found
 
-    def after_update(self, step: int, last: bool) -> None:
+    def after_update(self, step: int) -> None:
         trained = self.weights()
-        if self.settings.method == "realign":
-            if last:
-                self.realign(trained)
-            return
         for number, (before, after) in enumerate(zip(self.before, trained, strict=True)):
             draws = np.random.Generator(
                 np.random.Philox(key=[self.seed, 4], counter=[0, 0, 0, step * len(trained) + number])
@@ -198,54 +187,8 @@ class GripReference:
                 broken.append(place)
         return update
 
-    def realign(self, trained: list[np.ndarray]) -> None:
-        """By least squares with one more input √λ for each direction, whose scores shall be 0."""
-        for number, (old, new) in enumerate(zip(self.frozen, self.look(), strict=True)):
-            scores = np.concatenate([logits for _, logits, _ in old])
-            x = np.concatenate([inputs for inputs, _, _ in new])
-            more = np.vstack([x, 1e-3 * np.eye(x.shape[1])])
-            wanted = np.vstack([scores, np.zeros((x.shape[1], scores.shape[1]))])
-            weights = np.linalg.lstsq(more, wanted, rcond=None)[0].T
-            made = (x @ weights.T).ravel()
-            cosine = made @ scores.ravel() / np.linalg.norm(made) / np.linalg.norm(scores)
-            self.cosines.append(cosine)
-            self.set(number, weights if cosine >= 0.95 else trained[number])
-
     def set(self, number: int, value: np.ndarray) -> None:
         self.routers[number].weight.data.copy_(torch.from_numpy(np.asarray(value)))
-
-
-class OnlineReference:
-    """Online retain weights, one token after the other in Python floats."""
-
-    def __init__(self, config: Any, run: Path) -> None:
-        self.settings = config.unlearning.online
-        self.theta = np.zeros_like(load_file(Path(run) / "calibration" / "calibration.safetensors")["theta_LE"])
-        self.log_mean = 0.0
-
-    def reweight(self, batch: Any, layers: list[Any]) -> None:
-        """Multiply the batch's retain weights by those of the present θ; then its update."""
-        split, columns = batch.forget_rows, batch.counted_BS.shape[1]
-        p, q = np.zeros_like(self.theta), np.zeros_like(self.theta)
-        forget_tokens = retain_tokens = 0
-        total = 0.0
-        for row, column in batch.counted_BS.nonzero().tolist():
-            places = [(number, e) for number, k in enumerate(layers) for e in k[row * columns + column].tolist()]
-            if row < split:
-                forget_tokens += 1
-                for place in places:
-                    p[place] += 1.0
-                continue
-            weight = float(np.exp(sum(self.theta[place] for place in places) - self.log_mean))
-            batch.weights_BS[row, column] *= weight
-            retain_tokens += 1
-            total += weight
-            for place in places:
-                q[place] += weight
-        step_size = self.settings.step_size
-        change = step_size * (p / forget_tokens - q / total - self.settings.decay * self.theta)
-        self.log_mean += float((q / total * change).sum()) + step_size * float(np.log(total / retain_tokens))
-        self.theta = self.theta + change
 
 
 def median_norm(frozen: Any, batches: Any, layer: int) -> float:
@@ -268,7 +211,6 @@ def reference_losses(
     settings: Any,
     layer: int,
     target: torch.Tensor,
-    online: OnlineReference | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(forget, retain) of one micro-batch that is the whole step, row by row."""
 
@@ -278,11 +220,7 @@ def reference_losses(
             position_ids=part.position_ids_BS,
             use_cache=False,
             output_hidden_states=True,
-            output_router_logits=online is not None,
         )
-        if online is not None and net is model:
-            routing = [logits.topk(net.config.num_experts_per_tok).indices for logits in out.router_logits]
-            online.reweight(part, routing[: layer + 1] if settings.forget_loss == "rmu" else routing)
         return out.logits, out.hidden_states[layer + 1]
 
     def row_values(name: str, logits: Any, reference: Any, part: Any, row: int) -> tuple[torch.Tensor, torch.Tensor]:

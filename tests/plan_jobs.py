@@ -105,7 +105,6 @@ def peak_bytes(world: Any, config: str, run_dir: str, overrides: list[str]) -> d
     from trace_ds.unlearning.goals import Multiplier, Unlearning
     from trace_ds.unlearning.job import run_step
     from trace_ds.unlearning.needs import layers_held
-    from trace_ds.unlearning.online_weights import RetainWeights
     from trace_ds.unlearning.training_engine import training_engine
 
     loaded, _ = load_config(config, overrides, run_dir)
@@ -124,7 +123,7 @@ def peak_bytes(world: Any, config: str, run_dir: str, overrides: list[str]) -> d
         ep=loaded.distributed.ep,
         seed=loaded.seed,
     )
-    goal = Unlearning(loaded.unlearning, objective, RetainWeights(), Multiplier.of(loaded.unlearning, {}))
+    goal = Unlearning(loaded.unlearning, objective, Multiplier.of(loaded.unlearning, {}))
 
     def step(number: int, batch: OneBatch) -> None:
         run_step(engine, world, batch.step, goal, loaded.unlearning, number)

@@ -134,28 +134,6 @@ def test_a_snapshot_is_whole_or_not_there(calibrated: tuple[Path, Path], tmp_pat
 
 
 @pytest.mark.slow
-def test_the_last_point_of_a_job_that_ends_early_is_of_the_model_that_it_saves(
-    calibrated: tuple[Path, Path],  # noqa: F811
-    tmp_path: Path,
-) -> None:
-    """GRIP realigns the routers once the target is reached."""
-    config, prepared = calibrated
-    run = RunDirectory(copy_of(prepared, tmp_path / "run"))
-    settings = [*CURVE, "unlearning.forget_loss=graddiff", "unlearning.optimizer.lr=0.03", "unlearning.steps=9"]
-    settings += ["unlearning.evaluate.target_forget_nll=0.01", "evaluation.drift=false"]
-    settings += ["unlearning.grip={method: realign, tokens: 8, steps: 2}"]
-    run_distributed(jobs.unlearn_job, 1, str(config), str(run.path), settings)
-    curve = curve_of(run.path, 2)
-    assert [point["step"] for point in curve] == [0, 2]
-    loaded, _ = load_config(str(config), settings, run.path)
-    convert(loaded, run)
-    evaluate(loaded, run)
-    scores = json.loads((run.evaluation / "unlearned.json").read_text())["scores"]
-    values = [score["value"] for score in scores]
-    assert [score["value"] for score in curve[-1]["scores"]] == pytest.approx(values, abs=1e-6)
-
-
-@pytest.mark.slow
 def test_a_job_ends_where_a_score_is_low_enough(
     calibrated: tuple[Path, Path],  # noqa: F811
     tmp_path: Path,

@@ -22,7 +22,7 @@ from trace_ds.tensors.opening import open_source
 
 LAYERS, LAST = 4, 1
 WHOLE = ["unlearning.evaluate.every=9", "unlearning.evaluate.rows=4"]  # looks at the model, which changes nothing
-GRIP = "unlearning.grip={method: realign, steps: 1}"
+GRIP = "unlearning.grip={steps: 1}"
 HELD_LINE = f"the losses end at layer {LAST}: {LAST + 1} of {LAYERS} decoder layers are held"
 FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3", "qwen3_5_moe_text", "gpt_oss")
 

@@ -40,13 +40,12 @@ OTHERS = {
     "simnpo_sampled": ["forget_loss=simnpo", "apply=sampling"],
     "absolute_rmu": ["forget_loss=rmu", "rmu.scale=absolute", "rmu.coefficient=7"],
 }
-# What GRIP does to the routers after clipped updates with weight decay: margins that break, and routers of which some
-# are accepted.
-AFTER = ["forget_loss=graddiff", "optimizer.weight_decay=0.5"]
+# What GRIP does to the routers after clipped updates with weight decay: margins that break.
 ROUTERS = {
-    "grip": [*AFTER, "grip={tokens: 25, steps: 2}", "optimizer.lr=0.3"],
-    "grip_realign": [*AFTER, "grip={method: realign, steps: 3}", "optimizer.lr=0.05"],
-}
+    "grip": [
+        "forget_loss=graddiff", "optimizer.weight_decay=0.5", "grip={tokens: 25, steps: 2}", "optimizer.lr=0.3",
+    ],
+}  # fmt: skip
 # What a loss is does not depend on the shape: each in one with everything, and of the others what asks for different
 # tensors (token losses, hidden states and logits of the frozen model, sequences with alternatives, routers).
 SOME = {name: OBJECTIVES[name] for name in ("graddiff", "undial_hidden", "dpo")}
@@ -86,8 +85,7 @@ def references(calibrated: tuple[Path, Path]) -> dict[str, dict[str, Any]]:
     config, run = calibrated
     names = OBJECTIVES | OTHERS | ROUTERS
     found = {name: reference_run(str(config), str(run), overrides_of(name), STEPS) for name in names}
-    accepted = [cosine >= 0.95 for cosine in found["grip_realign"]["cosines"]]
-    assert found["grip"]["broken"] and any(accepted) and not all(accepted), found["grip_realign"]["cosines"]
+    assert found["grip"]["broken"]
     return found
 
 

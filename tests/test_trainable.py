@@ -251,39 +251,15 @@ def test_an_update_is_projected_as_one_expert_and_one_input_after_the_other() ->
 
 
 @pytest.mark.slow
-def test_grip_goes_on_bitwise_and_realigns_at_an_early_end(
-    calibrated: tuple[Path, Path],  # noqa: F811
-    tmp_path: Path,
-) -> None:
+def test_grip_goes_on_bitwise(calibrated: tuple[Path, Path], tmp_path: Path) -> None:  # noqa: F811
     """What it computes is compared with a reference in test_objective_jobs."""
     config, prepared = calibrated
-    base = [*GRADIENT_LIKE, "unlearning.forget_loss=graddiff", "unlearning.optimizer.lr=0.03", "distributed.ep=2"]
-    project = [*base, DECAY, "unlearning.grip={tokens: 24, steps: 2}", "unlearning.zero_stage=1"]
-    looked = ["unlearning.evaluate.every=3", "unlearning.evaluate.rows=16"]
-    realign = [*base, "unlearning.grip={method: realign, steps: 2}", *looked, "unlearning.steps=3"]
-    early = [*realign, "unlearning.steps=9", "unlearning.evaluate.target_forget_nll=0.01"]
-    work = [
-        ("straight", [*project, "unlearning.steps=3"]),
-        ("broken", [*project, "unlearning.steps=2"]),
-        ("broken", [*project, "unlearning.steps=3"]),
-        ("plain", [*base, *looked, "unlearning.steps=3"]),
-        ("realigned", realign),
-        ("early", early),
-    ]
+    project = [*GRADIENT_LIKE, "unlearning.forget_loss=graddiff", "unlearning.optimizer.lr=0.03", "distributed.ep=2"]
+    project += [DECAY, "unlearning.grip={tokens: 24, steps: 2}", "unlearning.zero_stage=1"]
+    work = [("straight", 3), ("broken", 2), ("broken", 3)]
     for name in dict(work):
         copy_of(prepared, tmp_path / name)
-    runs = [(str(tmp_path / name), overrides) for name, overrides in work]
+    runs = [(str(tmp_path / name), [*project, f"unlearning.steps={steps}"]) for name, steps in work]
     assert not any(map(any, run_distributed(jobs.unlearn_jobs, 2, str(config), runs)))
-    steps = {name: tmp_path / name / "checkpoints" / "step_000003" for name, _ in work}
-    assert read_manifest(steps["broken"]) == read_manifest(steps["straight"])  # every file's hash
-    weights = {
-        name: weights_of(tmp_path / name, 3, tmp_path / f"{name}-model") for name in ("plain", "realigned", "early")
-    }
-    assert all(np.array_equal(weights["early"][name], value) for name, value in weights["realigned"].items())
-    moved = {name for name, value in weights["plain"].items() if not np.array_equal(value, weights["realigned"][name])}
-    assert moved == {name for name in weights["plain"] if name.endswith("gate.weight")}  # all three were accepted
-    overlap = {}
-    for name in weights:
-        lines = [json.loads(line) for line in (tmp_path / name / "logs" / "unlearn.jsonl").read_text().splitlines()]
-        overlap[name] = next(x for x in lines if x["event"] == "evaluation" and x["step"] == 3)["retain_overlap"]
-    assert overlap["realigned"] > overlap["plain"] + 0.03, overlap
+    manifests = [read_manifest(tmp_path / name / "checkpoints" / "step_000003") for name in ("broken", "straight")]
+    assert manifests[0] == manifests[1]  # every file's hash

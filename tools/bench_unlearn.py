@@ -166,9 +166,9 @@ class Job:
             self.batches[arm] = unlearn.make_batches(own, unlearn.check_unlearn(own, directory, 1))
         job = unlearn.check_unlearn(config, run, 1)
         batches = self.batches[arms[0]]
-        self.engine, realignment = unlearn.make_engine(config, job, self.world, batches)
+        self.engine, routers = unlearn.make_engine(config, job, self.world, batches)
         cursor: dict[str, Any] = {"step": 0, "seed": 0}
-        self.goal, _ = unlearn.make_goal(config, job, self.world, self.engine, batches, cursor, realignment)
+        self.goal, _ = unlearn.make_goal(config, job, self.world, self.engine, batches, cursor, routers)
 
     def step(self, arm: str, number: int) -> float:
         """Seconds of one step."""

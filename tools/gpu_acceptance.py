@@ -66,7 +66,6 @@ JOBS: dict[str, dict[str, Any]] = {
     "kl": {"forget_loss": "npo", "retain_loss": "kl"},
     "hidden_mse": {"forget_loss": "graddiff", "retain_loss": "hidden_mse"},
     "sampled": {"forget_loss": "npo", "apply": "sampling"},
-    "online": {"forget_loss": "npo", "weights": "online"},
     "seuf": {"forget_loss": "npo", "seuf": {"experts": 1}},
     "recompute": {"forget_loss": "npo", "recompute": True},
     "micro_batches": {"forget_loss": "graddiff", "micro_batch_rows": 2},
@@ -194,12 +193,10 @@ def unlearn(
     from trace_ds.config.sections.finetune import FinetuneConfig
     from trace_ds.config.sections.unlearning import UnlearningConfig
     from trace_ds.corpora.dataset import FlatArray
-    from trace_ds.models.routers import moe_decoder_layers
     from trace_ds.unlearning import trainable
     from trace_ds.unlearning.batches import Batches, CorpusBatches
     from trace_ds.unlearning.goals import Multiplier, NextToken, Unlearning
     from trace_ds.unlearning.job import run_step
-    from trace_ds.unlearning.online_weights import OnlineWeights, RetainWeights
 
     settings = UnlearningConfig(**{"forget_rows": 4, "retain_rows": 4, "apply": "loss", **JOBS[job]})
     sides = {side: ragged_rows(folder, side) for side in ("forget", "retain", "alternative")}
@@ -223,13 +220,7 @@ def unlearn(
     trained = trainable.trained_by(model, settings, chosen, settings.last_layer(COMMON["num_hidden_layers"]))
     trainable.hold(model, trained)
     objective = objective_of(settings, frozen, world.device)
-    weights = RetainWeights()
-    if settings.weights == "online":
-        scope = np.ones((len(moe_decoder_layers(model)), 4), dtype=bool)
-        theta, pace = np.zeros(scope.shape), {"step_size": 0.3, "decay": 0.1}
-        weights = OnlineWeights(model, theta, 0.0, 20.0, False, world.device, **pace, scope_LE=scope)
-
-    goal: Any = Unlearning(settings, objective, weights, Multiplier.of(settings, {}))
+    goal: Any = Unlearning(settings, objective, Multiplier.of(settings, {}))
     rows: Any = batches
     if job == "finetune":
         tuning = FinetuneConfig(models={"target": ["forget", "retain"]}, steps=4, batch_rows=4)
@@ -459,7 +450,6 @@ def bench_of_unlearn(name: str, options: argparse.Namespace, folder: Path, *, ze
     from trace_ds.unlearning.batches import Batches
     from trace_ds.unlearning.goals import Multiplier, Unlearning
     from trace_ds.unlearning.job import run_step
-    from trace_ds.unlearning.online_weights import RetainWeights
 
     if zero3:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
@@ -492,7 +482,7 @@ def bench_of_unlearn(name: str, options: argparse.Namespace, folder: Path, *, ze
         trained = engine()
         adopt(trained.module)
         objective = objective_of(settings, trained.module, device)
-        goal = Unlearning(settings, objective, RetainWeights(), Multiplier.of(settings, {}))
+        goal = Unlearning(settings, objective, Multiplier.of(settings, {}))
 
         def step(number: int) -> None:
             run_step(trained, world, batches.at(number, 0, 1), goal, settings, number)

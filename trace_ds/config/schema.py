@@ -85,12 +85,6 @@ class Config(Section):
             raise ValueError(f"unlearning.forget_loss {loss} needs statistics.nll: true (the frozen model's losses)")
         if loss == "dpo" and not self.data.alternative:
             raise ValueError("unlearning.forget_loss dpo needs data.alternative: the texts to prefer")
-        drawn = ("ratio_mean", "ratio_max") if self.unlearning.apply == "sampling" else ()
-        if self.unlearning.weights == "online" and self.calibration.rule not in ("raking", "random_experts", *drawn):
-            raise ValueError(
-                "unlearning.weights online moves towards the forget frequencies whatever the rule, so calibration.rule "
-                f"{self.calibration.rule} would not be what it says: use raking, or unlearning.weights reference"
-            )
         if self.distributed.autoep.comm_backend == "deepep" and self.model.dtype != "bf16":
             raise ValueError(
                 f"distributed.autoep.comm_backend deepep carries bf16, and model.dtype is {self.model.dtype}"

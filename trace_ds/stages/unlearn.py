@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from trace_ds.run.log import StageLog
     from trace_ds.unlearning.batches import Batches
     from trace_ds.unlearning.goals import Unlearning
-    from trace_ds.unlearning.grip import RouterConstraint
+    from trace_ds.unlearning.grip import Projection
     from trace_ds.unlearning.watch import Evaluator
 
 
@@ -226,7 +226,7 @@ def unlearn(config: Config, run: RunDirectory, world: World) -> None:
         start = training.restored(world, engine, chosen, log)
         goal, cursor = make_goal(config, job, world, engine, batches, start.cursor, routers, log.line)
         log.detail(
-            f"{settings.forget_loss}, {settings.weights} weights by {settings.apply}, alpha {settings.alpha:g}, "
+            f"{settings.forget_loss}, weights by {settings.apply}, alpha {settings.alpha:g}, "
             f"ZeRO stage {settings.zero_stage}, world size {world.size}, expert-parallel size {config.distributed.ep}"
         )
         [evaluator] = world.agree_each(lambda _: [make_evaluator(config, job, world)])
@@ -288,11 +288,10 @@ def log_held(settings: UnlearningConfig, job: UnlearnJob, say: Callable[[str], N
 
 def make_engine(
     config: Config, job: UnlearnJob, world: World, batches: Batches, log: StageLog | None = None
-) -> tuple[Any, RouterConstraint]:
-    """The training engine with the base model's weights, and what GRIP does about its routers (without it, nothing)."""
+) -> tuple[Any, Projection | None]:
+    """The training engine with the base model's weights, and GRIP's projection of its routers, where configured."""
     from trace_ds.models.routers import meta_model
-    from trace_ds.unlearning.grip import Projection, RouterConstraint
-    from trace_ds.unlearning.realign import Realignment
+    from trace_ds.unlearning.grip import Projection
     from trace_ds.unlearning.trainable import trained_by
     from trace_ds.unlearning.training_engine import training_engine
 
@@ -302,11 +301,9 @@ def make_engine(
     accumulation = batches.micro_batches_per_step(world.size)
     engine = training_engine(settings, job.info, world, accumulation, trained, **held_as(config), layers=job.layers)
     if settings.grip is None:
-        return engine, RouterConstraint()
+        return engine, None
     # before anything is restored: it looks at the frozen routers
     say = log.detail if log is not None else lambda line: None
-    if settings.grip.method == "realign":
-        return engine, Realignment(engine, batches, world, settings.grip, say)
     return engine, Projection(engine, batches, world, settings.grip, config.seed, say)
 
 
@@ -317,20 +314,19 @@ def make_goal(
     engine: Any,
     batches: Batches,
     cursor: dict[str, Any],
-    routers: RouterConstraint,
+    routers: Projection | None,
     say: Callable[[str], None] = lambda line: None,
 ) -> tuple[Unlearning, dict[str, Any]]:
     """What the job trains for, where a checkpoint's ``cursor`` left it, and the cursor with the job's constants."""
     from trace_ds.unlearning.assemble import make_objective
     from trace_ds.unlearning.goals import Multiplier, Unlearning
-    from trace_ds.unlearning.online_weights import make_weights
 
     settings = config.unlearning
     shape = {**held_as(config), "seed": config.seed}
     objective, cursor = make_objective(settings, job.info, world, batches, cursor, job.anchored, **shape, say=say)
-    weights = world.agree_each(lambda _: make_weights(settings, job.calibration, engine.module, world.device, cursor))
-    routers.begin(engine)
-    return Unlearning(settings, objective, weights, Multiplier.of(settings, cursor), routers), cursor
+    if routers is not None:
+        routers.begin(engine)
+    return Unlearning(settings, objective, Multiplier.of(settings, cursor), routers), cursor
 
 
 def make_batches(config: Config, job: UnlearnJob) -> Batches:
@@ -343,7 +339,7 @@ def make_batches(config: Config, job: UnlearnJob) -> Batches:
     from trace_ds.unlearning.batches import Batches
 
     token_weights = None
-    if config.unlearning.apply == "loss" and config.unlearning.weights == "reference":
+    if config.unlearning.apply == "loss":
         token_weights = FlatArray([open_mapped(job.calibration.file("weights.npy"))])
     row_weights_R = np.load(job.calibration.file("row_weights.npy"), mmap_mode="r", allow_pickle=False)
     reference = config.unlearning.forget_loss in ("npo", "dpo")

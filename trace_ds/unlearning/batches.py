@@ -89,7 +89,7 @@ class MicroBatch:
         input_ids_BS, position_ids_BS: int64, as in :class:`trace_ds.corpora.dataset.Batch`; the positions stay on the
             host, where a pass looks for the documents.
         counted_BS: bool, loss-bearing positions.
-        weights_BS: fp32, retain weight of each position (1 where the weights act by sampling, or follow the router);
+        weights_BS: fp32, retain weight of each position (1 where the weights act by sampling);
             0 in forget rows.
         reference_nll_BS: fp32, the frozen model's losses of the forget rows (zeros when not recorded).
         forget_rows: F.

@@ -7,10 +7,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 
 from trace_ds.config.sections.unlearning import PDUConfig, UnlearningConfig
@@ -19,10 +18,9 @@ from trace_ds.models.token_nll import nll, weighted_sum
 from trace_ds.parallel.device import to_device
 from trace_ds.unlearning.batches import CorpusStep, MicroBatch, Step
 from trace_ds.unlearning.forward import HeadRequest, forward
-from trace_ds.unlearning.grip import RouterConstraint
+from trace_ds.unlearning.grip import Projection
 from trace_ds.unlearning.loss import ForgetRetain, Losses
 from trace_ds.unlearning.objectives import dual_update
-from trace_ds.unlearning.online_weights import RetainWeights
 
 FIRST_STEP_FACTOR = 1.05  # the default bound over the retain loss of the first step (our decision)
 
@@ -41,20 +39,12 @@ class Goal:
         names of :attr:`factors`, sums over this rank's rows divided by the global counts of the step."""
         raise NotImplementedError
 
-    def local_sums(self) -> torch.Tensor | None:
-        """What this rank adds to the step's all-reduce, float64 on its device, or None; starts anew then."""
-        return None
-
-    def follow(self, sums: np.ndarray, step: Any, losses: dict[str, float]) -> dict[str, float]:
-        """Take in the global sums and losses of the step that was just made; returns numbers for the log."""
+    def follow(self, losses: dict[str, float]) -> dict[str, float]:
+        """Take in the global losses of the step that was just made; returns numbers for the log."""
         return {}
 
     def after_update(self, engine: Any, step: int) -> None:
         """After the optimizer step of the 0-based ``step`` (collective)."""
-
-    def finish(self, engine: Any) -> bool:
-        """After the last step, before the model is looked at and saved; whether that changed the model."""
-        return False
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint must carry (JSON)."""
@@ -121,14 +111,13 @@ class Unlearning(Goal):
 
     Attributes:
         multiplier: α of the next step.
-        routers: GRIP, or what does nothing.
+        routers: GRIP's projection, or None.
     """
 
     settings: UnlearningConfig
     objective: ForgetRetain
-    weights: RetainWeights
     multiplier: Multiplier
-    routers: RouterConstraint = field(default_factory=RouterConstraint)
+    routers: Projection | None = None
 
     @property
     def factors(self) -> dict[str, float]:
@@ -138,33 +127,27 @@ class Unlearning(Goal):
     def terms(self, engine: Any, step: Step, device: torch.device) -> Iterator[dict[str, torch.Tensor]]:
         batches = [batch.to(device) for batch in step.micro_batches]
         for batch, frozen in zip(batches, self.objective.frozen_states(batches), strict=True):
-            with self.weights.recording():
-                losses = self.objective(engine, batch, frozen)
-            yield self._terms(losses, batch, step)
+            yield self._terms(self.objective(engine, batch, frozen), batch, step)
 
     def _terms(self, losses: Losses, batch: MicroBatch, step: Step) -> dict[str, torch.Tensor]:
         counts = {"token": step.forget_tokens, "sequence": step.forget_sequences}
+        weights_RS = batch.weights_BS[batch.forget_rows :]
         terms = {
             "forget": losses.forget / max(counts[losses.forget_per], 1),
-            "retain": weighted_sum(losses.retain_RS, self.weights.of(batch)) / max(step.retain_tokens, 1),
+            "retain": weighted_sum(losses.retain_RS, weights_RS) / max(step.retain_tokens, 1),
         }
         if losses.penalty is not None:
             terms["anchor"] = losses.penalty / max(step.forget_tokens, 1)
         return terms
 
-    def local_sums(self) -> torch.Tensor | None:
-        return self.weights.local_sums()
-
-    def follow(self, sums: np.ndarray, step: Step, losses: dict[str, float]) -> dict[str, float]:
-        told = {"alpha": self.multiplier.alpha} if self.settings.forget_loss == "pdu" else {}
+    def follow(self, losses: dict[str, float]) -> dict[str, float]:
+        alpha = {"alpha": self.multiplier.alpha} if self.settings.forget_loss == "pdu" else {}
         self.multiplier = self.multiplier.after(losses["retain"])
-        return told | self.weights.follow(sums, step.forget_tokens, step.retain_tokens)
+        return alpha
 
     def after_update(self, engine: Any, step: int) -> None:
-        self.routers.after_update(engine, step)
-
-    def finish(self, engine: Any) -> bool:
-        return self.routers.finish(engine)
+        if self.routers is not None:
+            self.routers.after_update(engine, step)
 
     def state(self) -> dict[str, Any]:
-        return {**self.multiplier.cursor(), **self.weights.state()}
+        return self.multiplier.cursor()

@@ -20,7 +20,7 @@ time.
 Ours: the inputs (``tokens`` a layer, spread evenly over the retain rows of the first ``steps`` steps); what a token
 selected is what its router said, also where a correction bias or groups had a say, and an expert that was left out
 with a higher logit has no margin to keep; a router that did not move at all stays; a bias that is added to the logits
-is not constrained. The other method is :mod:`trace_ds.unlearning.realign`.
+is not constrained.
 
 Every rank runs those rows; the layers are shared among the ranks, L·(1 + K)·tokens·D·4 bytes over all of them, and a
 step puts the projected updates together in one all-reduce. Random numbers are a function of seed, step and layer.
@@ -51,21 +51,6 @@ from trace_ds.unlearning.forward import forward
 PROTECTED_SQUARE = 1e-2  # of a singular value
 MARGIN = 1e-2
 ITERATIONS = 100
-
-
-class RouterConstraint:
-    """What the training loop does about the routers; collective, all of it. Made while the engine holds the frozen
-    weights."""
-
-    def begin(self, engine: Any) -> None:
-        """Before the first step of this process, with the weights that it starts from."""
-
-    def after_update(self, engine: Any, step: int) -> None:
-        """After the optimizer step of the 0-based ``step``."""
-
-    def finish(self, engine: Any) -> bool:
-        """After the last step; whether that changed the model."""
-        return False
 
 
 @dataclass(frozen=True)
@@ -130,8 +115,14 @@ def protected(inputs_TD: torch.Tensor) -> torch.Tensor:
     return directions_ND[values_N.square() > PROTECTED_SQUARE].T.float().contiguous()
 
 
-class Projection(RouterConstraint):
-    """Method A; ``say`` hears how many bytes this rank holds for it."""
+class Projection:
+    """Keeps the updates of all routers to their constraints (collective, all of it).
+
+    It is made while the engine holds the frozen weights.
+
+    Args:
+        say: logs how many bytes this rank holds.
+    """
 
     def __init__(
         self,
@@ -145,7 +136,8 @@ class Projection(RouterConstraint):
         self._world, self._seed = world, seed
         logits_of = [_logits(router) for router in find_routers(engine.module)]
         of_a_pass = -(-settings.tokens // (settings.steps * batches.micro_batches_per_step(1)))
-        parts: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {n: [] for n in own_layers(world, len(logits_of))}
+        own_layers = range(world.rank, len(logits_of), world.size)
+        parts: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {layer: [] for layer in own_layers}
         for found in retain_inputs(engine, batches, world, settings.steps):
             for layer in parts:
                 inputs_TD, experts_TK = found[layer]
@@ -164,9 +156,11 @@ class Projection(RouterConstraint):
         )
 
     def begin(self, engine: Any) -> None:
+        """Before the first step of this process, with the weights that it starts from."""
         self._before_LED = masters(engine)
 
     def after_update(self, engine: Any, step: int) -> None:
+        """After the optimizer step of the 0-based ``step``."""
         before_LED, after_LED = self._before_LED, masters(engine)
         moved_L = (after_LED != before_LED).flatten(1).any(1).tolist()
         updates_LED = torch.zeros_like(after_LED)
@@ -179,11 +173,6 @@ class Projection(RouterConstraint):
         self._world.sum_in_place(updates_LED)
         self._before_LED = before_LED + updates_LED
         replace(engine, {layer: self._before_LED[layer] for layer, moved in enumerate(moved_L) if moved}, self._world)
-
-
-def own_layers(world: World, layers: int) -> range:
-    """The MoE layers that this rank works on."""
-    return range(world.rank, layers, world.size)
 
 
 def retain_inputs(

@@ -124,13 +124,9 @@ def train(
                 log.scalars(done, **values)
             progress.advance(1, **{name: values[f"loss_{name}"] for name in goal.factors})
             last = done == steps
-            if last:
-                goal.finish(engine)
             verdict = watch.look(engine, cursor, done, last=last) if watch is not None else None
             if watch is not None and verdict is not None and verdict.action == "finish" and not last:
                 last = True
-                if goal.finish(engine):  # what was seen is the model before
-                    verdict = watch.look(engine, cursor, done, last=last)
             curve_is_all = last and watch is not None and watch.curve_only
             save = not curve_is_all and (done % settings.save_every == 0 or last or stop)
             snapshot = snapshots if snapshots is not None and snapshots.due(done) else None
@@ -172,7 +168,6 @@ def require_finite(engine: Any, world: World, goal: Goal, rows: Batches | Corpus
     with torch.no_grad():
         for terms in goal.terms(engine, replace(data, micro_batches=data.micro_batches[:1]), world.device):
             losses += sum(float(term) for term in terms.values())
-    goal.local_sums()  # this pass is no part of the next step
     engine.train()
     if world.max_int(int(not (math.isfinite(losses) and finite_state(engine)))):
         raise NumericalFailure(
@@ -229,15 +224,14 @@ def run_step(
         terms = next(each)
         sums += torch.stack([terms[name].detach().double() for name in factors])
         engine.backward(sum(factors[name] * term for name, term in terms.items()) * world.size * accumulation)
-    # One collective a step: losses (and whether every rank's are finite), who asks to stop, what the goal must know.
-    own = goal.local_sums()
-    totals = torch.cat([sums, sums.new_full((1,), asked()), *([] if own is None else [own])])
+    # One collective a step: losses (and whether every rank's are finite) and who asks to stop.
+    totals = torch.cat([sums, sums.new_full((1,), asked())])
     world.sum_in_place(totals)
     engine.step()
     norm = engine.get_global_grad_norm()  # None: the user's DeepSpeed settings turn it off
     norm_1 = norm.reshape(1).to(sums) if isinstance(norm, torch.Tensor) else sums.new_full((1,), norm or 0.0)
     norm, *read = torch.cat([norm_1, sums, totals]).tolist()  # the one wait for the device
-    here, summed, (stop, *known) = read[: len(factors)], read[len(factors) : 2 * len(factors)], read[2 * len(factors) :]
+    here, summed, stop = read[: len(factors)], read[len(factors) : 2 * len(factors)], read[-1]
     losses = dict(zip(factors, summed, strict=True))
     if not np.isfinite(list(losses.values())).all():
         told = ", ".join(f"{name} {value}" for name, value in zip(factors, here, strict=True))
@@ -254,12 +248,11 @@ def run_step(
             step + 1,
         )
     goal.after_update(engine, step)
-    followed = goal.follow(np.array(known), data, losses)
     return {
         **{f"loss_{name}": value for name, value in losses.items()},
         "loss": sum(factors[name] * value for name, value in losses.items()),
         "grad_norm": norm,
         "lr": lr,
         "stop": stop,
-        **followed,
+        **goal.follow(losses),
     }

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field
 
 from trace_ds.config.sections.base import Integer, Number, Section
 from trace_ds.config.sections.training import TrainingConfig
@@ -84,20 +84,10 @@ class SEUFConfig(Section):
 
 
 class GRIPConfig(Section):
-    """Baseline GRIP: routers keep to what retain tokens selected."""
+    """Baseline GRIP: every update of a router is projected, so that it keeps to what retain tokens selected."""
 
-    method: Literal["project", "realign"] = Field(
-        "project",
-        description="project (A): every update of a router is projected; realign (B): routers are fitted to the frozen "
-        "ones' scores after the last step (a job that is given more steps later goes on from there).",
-    )
-    tokens: Integer = Field(1024, ge=1, description="project: retain inputs of each layer's router that it looks at.")
+    tokens: Integer = Field(1024, ge=1, description="Retain inputs of each layer's router that it looks at.")
     steps: Integer = Field(8, ge=1, description="Steps whose retain rows are looked at, before training.")
-
-
-class OnlineWeightsConfig(Section):
-    step_size: Number = Field(0.3, gt=0, description="eta of theta <- theta + eta (p_forget - q_retain - decay theta).")
-    decay: Number = Field(0.1, ge=0, description="Pulls theta back to 0 (uniform weights).")
 
 
 class EvaluateConfig(Section):
@@ -168,13 +158,6 @@ class UnlearningConfig(TrainingConfig):
         description="How the retain weights act: sampling draws retain rows in proportion to their mean weight; loss "
         "multiplies the token losses (the literal reading of the abstract).",
     )
-    weights: Literal["reference", "online"] = Field(
-        "reference",
-        description="Routing that decides a token's weight: reference (the frozen model's, as calibrated), online "
-        "(theta follows, from 0, the live mismatch of the batches by dual ascent; with sampling, on top of rows drawn "
-        "by reference weights).",
-    )
-    online: OnlineWeightsConfig = OnlineWeightsConfig()
     steps: Integer = Field(100, ge=1)
     forget_rows: Integer = Field(8, ge=1, description="Forget rows per step, over all processes.")
     retain_rows: Integer = Field(8, ge=1, description="Retain rows per step, over all processes.")
@@ -197,21 +180,6 @@ class UnlearningConfig(TrainingConfig):
     trainable: TrainableConfig = TrainableConfig()
     seuf: SEUFConfig | None = Field(None, description="The baseline SEUF, with any losses; default: off.")
     grip: GRIPConfig | None = Field(None, description="The baseline GRIP, with any losses; default: off.")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _older_default(cls, found: Any) -> Any:
-        """A configuration written out by a version that had ``weights: live`` names its unused setting."""
-        if isinstance(found, dict) and found.get("live") == {"refresh_steps": None}:
-            return {key: value for key, value in found.items() if key != "live"}
-        return found
-
-    @field_validator("weights", mode="before")
-    @classmethod
-    def _no_live_weights(cls, found: Any) -> Any:
-        if found == "live":
-            raise ValueError("was taken out, it added nothing to reference (docs/method.md); use reference or online")
-        return found
 
     def last_layer(self, decoder_layers: int) -> int | None:
         """The decoder layer at which both losses end; None when one of them needs the logits."""
