@@ -218,7 +218,7 @@ def collect_matrix(
 
     found: dict[Cell, dict[str, Any]] = {}
     opened = {rows: TokenDataset.open(Path(path)) for rows, path in datasets.items()}
-    recording = Recording(trace=False, nll=False, hidden_layer=None, rows=True, sample_tokens=70)
+    recording = Recording(trace=False, nll=False, rows=True, sample_tokens=70)
     arguments: dict[str, Any] = {"recording": recording, "directory": Path(folder)}
     for family, path in models.items():
         info = inspect_model(path)

@@ -21,7 +21,6 @@ from trace_ds.routing.statistics import RoutingStatistics
 from trace_ds.routing.token_files import bytes_per_token, count_dtype, open_parts, require_parts, sample_places
 from trace_ds.run import artefact
 from trace_ds.run.directory import RunDirectory
-from trace_ds.stages.calibrate import calibrate
 from trace_ds.stages.recorded import TRACE, keys_needing
 
 
@@ -180,37 +179,6 @@ def test_trace_and_nll_belong_to_every_token(family: str, experts: int, ep: int,
             assert values[-1] == 0
 
 
-@pytest.mark.slow
-def test_mean_hidden_state_of_every_row(tiny_model: Path, tmp_path: Path) -> None:
-    """Against plain transformers by document, and the same on another cluster shape; so are the weights made of it."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    config = prepared(tmp_path, tiny_model, statistics__hidden=True)
-    found, weights = {}, {}
-    for world, ep, batch in ((1, 1, 4), (2, 2, 3)):
-        run = tmp_path / f"hidden-{world}"
-        collected(config, run, world, ep, f"statistics.batch_rows={batch}")
-        description = artefact.load(run / "statistics" / "retain", "statistics")
-        assert description.settings["hidden_layer"] == 1
-        found[world] = np.concatenate(open_parts(description, "hidden"))
-        made = calibrate(load_config(str(config), [], run)[0], RunDirectory.at(run))
-        weights[world] = np.load(made.file("weights.npy"))
-    np.testing.assert_array_equal(weights[2], weights[1])
-    assert weights[1].std() > 0.1
-    dataset = TokenDataset.open(tmp_path / "run" / "data" / "retain.arrow")
-    assert found[1].shape == (len(dataset), 32) and found[1].dtype == np.float32
-    np.testing.assert_allclose(found[2], found[1], atol=1e-5)
-    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
-    for number in (0, 5, len(dataset) - 1):
-        row, parts = dataset.row(number), []
-        for document in np.unique(row.document_ids):
-            ids = torch.tensor(row.input_ids[row.document_ids == document].astype(np.int64))
-            with torch.no_grad():
-                parts.append(model(input_ids=ids[None], output_hidden_states=True).hidden_states[2][0, :-1])
-        np.testing.assert_allclose(found[1][number], torch.cat(parts).mean(0).numpy(), atol=1e-5)
-
-
 def test_recomputed_activations_are_not_counted_twice(tiny_model: Path) -> None:
     """Activation checkpointing runs the routers again in the backward pass; what was counted stays."""
     import torch
@@ -346,13 +314,6 @@ def test_tokens_are_drawn_equally_often(monkeypatch: pytest.MonkeyPatch) -> None
     [
         ({"calibration__rule": "uniform"}, [], []),
         ({"calibration__rule": "ratio_max"}, [], ["calibration.rule: ratio_max"]),
-        ({"calibration__rule": "uniform", "calibration__retrieve": {"rows": 5, "similarity": "tfidf"}}, [], []),
-        (
-            {"calibration__rule": "uniform", "calibration__retrieve": {"rows": 5, "similarity": "weight"}},
-            [],
-            ["calibration.retrieve.similarity: weight"],
-        ),
-        ({"calibration__rule": "uniform", "calibration__retrieve": {"rows": 5, "similarity": "routing"}}, [], []),
         (
             {"calibration__rule": "uniform", "variants": {"v": {"calibration.rule": "raking"}}},
             [],
@@ -364,20 +325,18 @@ def test_tokens_are_drawn_equally_often(monkeypatch: pytest.MonkeyPatch) -> None
 def test_the_trace_is_recorded_for_keys_that_need_it(
     changes: dict[str, Any], forget: list[str], retain: list[str], tiny_model: Path, tmp_path: Path
 ) -> None:
-    from trace_ds.models.families import inspect_model
     from trace_ds.stages.collect import about_trace, recording
 
     config, _ = load_config(str(tiny.write_config(tmp_path, tiny_model, **changes)), [], tmp_path / "run")
-    info = inspect_model(config.model.path)
     for side, keys in (("forget", forget), ("retain", retain)):
         assert keys_needing(TRACE, config, side) == keys
         line = about_trace(config, side, 1234)
-        assert recording(config, info, side).trace == bool(keys) == ("1,234 bytes" in line)
+        assert recording(config, side).trace == bool(keys) == ("1,234 bytes" in line)
         assert all(key in line for key in keys)
     off = config.model_copy(update={"statistics": config.statistics.model_copy(update={"trace": False})})
-    assert not recording(off, info, "retain").trace
+    assert not recording(off, "retain").trace
     on = config.model_copy(update={"statistics": config.statistics.model_copy(update={"trace": True})})
-    assert recording(on, info, "forget").trace and "statistics.trace: true" in about_trace(on, "forget", 1)
+    assert recording(on, "forget").trace and "statistics.trace: true" in about_trace(on, "forget", 1)
 
 
 def test_a_collection_is_repeated_only_for_what_it_lacks(tiny_model: Path, tmp_path: Path) -> None:
@@ -389,7 +348,7 @@ def test_a_collection_is_repeated_only_for_what_it_lacks(tiny_model: Path, tmp_p
     loaded, path = load_config(str(config), [], tmp_path / "run")
     run = RunDirectory.at(path)
     job = check_collect(loaded, run, 1)
-    old = {"dtype": "fp32", "trace": True, "nll": False, "hidden_layer": None, "top_k": 2}
+    old = {"dtype": "fp32", "trace": True, "nll": False, "top_k": 2}
 
     def done(settings: dict[str, Any], *overrides: str) -> bool:
         for side in ("forget", "retain"):
@@ -402,11 +361,11 @@ def test_a_collection_is_repeated_only_for_what_it_lacks(tiny_model: Path, tmp_p
     assert done(old) and done(old, "calibration.rule=uniform") and done(old | {"nll": True})
     assert done(old | {"trace": False}, "calibration.rule=uniform") and not done(old | {"trace": False})
     assert not done(old | {"trace": False}, "calibration.rule=uniform", "statistics.trace=true")
-    assert not done(old, "statistics.nll=true") and not done(old, "statistics.hidden=true")
-    by_routing = "calibration.retrieve={rows: 5, similarity: routing}"  # needs them, and no trace
-    assert not done(old, "calibration.rule=uniform", by_routing)
+    assert not done(old, "statistics.nll=true")
+    by_row = "calibration.level=row"  # needs them, and no trace
+    assert not done(old, by_row)
     recorded_now = old | {"trace": False, "rows": True, "sample_tokens": loaded.statistics.sample_tokens}
-    assert done(recorded_now, "calibration.rule=uniform", by_routing)
+    assert done(recorded_now, by_row)
     assert not done(old | {"dtype": "bf16"}) and not done(old | {"top_k": 1})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(recorded, "_needs", lambda config, side: iter([(recorded.ROW_COUNTS, "some.key")]))

@@ -31,7 +31,7 @@ def prepared(folder: Path, model: Path, run: Path, **changes: object) -> Path:
 
 @pytest.mark.slow
 def test_a_stopped_and_killed_collection_continues_and_ends_byte_identical(tiny_model: Path, tmp_path: Path) -> None:
-    everything = {"statistics__nll": True, "statistics__hidden": True, "statistics__batch_rows": 2}
+    everything = {"statistics__nll": True, "statistics__batch_rows": 2}
     config = prepared(tmp_path, tiny_model, tmp_path / "killed", **everything, statistics__save_every=3)
     prepared(tmp_path, tiny_model, tmp_path / "straight", **everything, statistics__save_every=3)
     (tmp_path / "killed" / "stop").touch()

@@ -89,11 +89,9 @@ STUDIES = (ROOT / "docs" / "studies.md").read_text(encoding="utf-8")
 SECTIONS = {part.partition("\n")[0]: part for part in STUDIES.split("\n## ")}
 ENTANGLED = next(text for title, text in SECTIONS.items() if "bench_entangled" in title)
 ABLATIONS = next(text for title, text in SECTIONS.items() if "bench_ablations" in title)
-BUDGET = next(text for title, text in SECTIONS.items() if "bench_budget" in title)
 NEAR = next(text for title, text in SECTIONS.items() if "no near text" in title)
 VERBATIM = next(text for title, text in SECTIONS.items() if "bench_verbatim" in title)
 ROWS = ("row_30", "row_40", "row_50")
-BUDGET_TARGET = 0.28833333333333333
 PUBLISHED = [
     ("entangled", 0.302, ENTANGLED, "sampling", "**TRACE, sampling retain rows**"),
     ("entangled", 0.302, ENTANGLED, "weighting", "TRACE, weighting the loss"),
@@ -113,9 +111,6 @@ PUBLISHED = [
     ("rows", 0.302, ABLATIONS, "row_30", "`level: row`, floor .3"),
     ("rows", 0.302, ABLATIONS, "row_40", "`level: row`, floor .4"),
     ("rows", 0.302, ABLATIONS, "row_50", "`level: row`, floor .5"),
-    ("budget", BUDGET_TARGET, BUDGET, "weight", "rows of the highest raking weight"),
-    ("budget", BUDGET_TARGET, BUDGET, "hidden", "nearest rows by hidden states"),
-    ("budget", BUDGET_TARGET, BUDGET, "tfidf", "nearest rows by tf-idf"),
     ("verbatim", 0.0653, VERBATIM, "sampling", "TRACE, sampling retain rows"),
     ("verbatim", 0.0653, VERBATIM, "weighting", "TRACE, weighting the loss"),
     ("verbatim", 0.0653, VERBATIM, "permuted", "control: weights permuted over rows"),
@@ -123,7 +118,6 @@ PUBLISHED = [
 
 
 CHANGES = {
-    "budget": ["bench.seeds=[0,1,2,3,4]", "bench.grid={unlearning.alpha: [64, 256, 1024]}"],
     "rows": ["bench.methods={" + ", ".join(f"{name}: {{}}" for name in ("uniform", "sampling", *ROWS)) + "}"],
 }
 SHARES = ["scarce", "absent"]  # the recipe bench_ablations in other regimes, one column each

@@ -105,7 +105,7 @@ def test_no_circle_of_files() -> None:
 
 
 def test_the_stages_open_the_configuration() -> None:
-    """A room below them gets a section or values, never all of it (calibration/retrieve.py still does)."""
+    """A room below them gets a section or values, never all of it."""
     rooms = list(table())
     below = {*rooms[: rooms.index("stages")], ""}.difference({"config"})
     found = {
@@ -117,7 +117,7 @@ def test_the_stages_open_the_configuration() -> None:
         and node.module == "trace_ds.config.schema"
         and "Config" in [alias.name for alias in node.names]
     }
-    assert found <= {"trace_ds.calibration.retrieve"}
+    assert not found
 
 
 def test_what_the_page_names_is_there() -> None:

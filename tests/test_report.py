@@ -173,18 +173,6 @@ def test_counted_tokens_of_weight_zero_lower_the_effective_sample_size(run: Path
     assert more[2]["zero_tokens"] == 100_000 - plain[2]["tokens"]
 
 
-def test_what_was_retrieved_is_told_and_the_other_rows_do_not_count(run: Path) -> None:
-    data = gather(run)
-    assert data.calibration is not None and not len(tables.sources(data)[1])
-    sources = [{"source": "novels", "pool_share": 0.9, "kept_share": 0.4}]
-    tokens = tables.weight_histogram(data.calibration, None)[2]["tokens"]  # type: ignore[index]
-    data.calibration.diagnosis["retrieval"] = {"tokens": tokens, "share_by_source": sources}
-    (row,) = tables.sources(data)[1].rows()
-    assert (row["source"], row["pool_share"], row["kept_share"]) == ("novels", 0.9, 0.4)
-    data.calibration.diagnosis["retrieval"]["tokens"] = tokens + 100  # kept tokens of weight 0
-    assert tables.weight_tables(data)[1].rows()[0]["zero_tokens"] == 100
-
-
 def test_weights_are_read_in_blocks(run: Path) -> None:
     calibration = gather(run).calibration
     assert calibration is not None

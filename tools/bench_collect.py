@@ -155,7 +155,7 @@ def collecting(
     from trace_ds.run.log import StageLog
 
     everything, rows = wanted == "everything", wanted != "sums"
-    recorded = Recording(everything, everything, None, rows=rows, sample_tokens=SAMPLE_TOKENS if rows else 0)
+    recorded = Recording(everything, everything, rows=rows, sample_tokens=SAMPLE_TOKENS if rows else 0)
 
     def run() -> None:
         collection = Collection(

@@ -128,7 +128,7 @@ def collect(model: Any, world: Any, dataset: Any, folder: Path) -> dict[str, Any
         dataset,
         experts=4,
         top_k=2,
-        recording=Recording(trace=True, nll=True, hidden_layer=1, rows=True, sample_tokens=70),
+        recording=Recording(trace=True, nll=True, rows=True, sample_tokens=70),
         batch_rows=2,
         directory=folder,
     )

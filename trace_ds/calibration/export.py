@@ -2,8 +2,7 @@
 
 ``calibration.export: parquet`` (also set for a calibration that is done) writes into ``RUN/export/``
 ``retain_rows.parquet`` (one line per packed row: input_ids, document_ids, weights, row_weight) and
-``retain_documents.parquet`` (one line per document: document, source, text_start, tokens, weight). Rows that were not
-retrieved have weight 0.
+``retain_documents.parquet`` (one line per document: document, source, text_start, tokens, weight).
 """
 
 from __future__ import annotations

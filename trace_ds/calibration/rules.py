@@ -236,11 +236,7 @@ def _apply_rows(
     result: Calibrated,
 ) -> None:
     """Level ``row`` (see the module's docstring)."""
-    selected_NLK = selections.selected_NLK
-    if tokens.kept_R is not None:
-        row_N = np.searchsorted(tokens.row_starts_R1, selections.position_N, side="right") - 1
-        selected_NLK = selected_NLK[tokens.kept_R[row_N]]
-    raked = rake_sample(Units.of(selected_NLK, result.scope_LE), *asked, replace(context, world=None))
+    raked = rake_sample(Units.of(selections.selected_NLK, result.scope_LE), *asked, replace(context, world=None))
     _take_in(config, raked, retain_LE, result)
     sizes_R = tokens.counted_per_row()
     filled_R = sizes_R > 0

@@ -90,7 +90,6 @@ class Config(Section):
                 f"distributed.autoep.comm_backend deepep carries bf16, and model.dtype is {self.model.dtype}"
             )
         self._check_finetune()
-        self._check_recorded()
         evaluate, guards = self.unlearning.evaluate, self.unlearning.guards
         for key, value in (
             ("evaluate.tasks", evaluate.tasks or None),
@@ -124,21 +123,6 @@ class Config(Section):
                 if key.split(".")[0] not in ("calibration", "unlearning", "conversion"):
                     raise ValueError(f"variants.{name} may not change {key}: only calibration, unlearning, conversion")
         return self
-
-    def _check_recorded(self) -> None:
-        recorded = self.statistics.recorded
-        if recorded is None:
-            return
-        if set(recorded) != set(self.data.sides):
-            raise ValueError(f"statistics.recorded names a file for each of {', '.join(self.data.sides)}, and no other")
-        for key, needs in (
-            ("statistics.nll", self.statistics.nll),
-            ("statistics.hidden", self.statistics.hidden),
-            ("calibration.detection.method top_gate_mass", self.calibration.detection.method == "top_gate_mass"),
-            ("unlearning.seuf", self.unlearning.seuf is not None),
-        ):
-            if needs:
-                raise ValueError(f"{key} needs the model to be run: statistics.recorded has its experts only")
 
     def _check_finetune(self) -> None:
         if self.finetune is None:

@@ -84,13 +84,11 @@ class TokenMap:
         row_starts_R1: int64 [rows + 1], flat position of each row's first token; the last entry is the token total.
         document_ids_T: int32, document index of every token, non-decreasing (an array, a memory map or FlatArray).
         documents: number of documents.
-        kept_R: bool [rows], rows whose tokens count at all (None: every row); see :meth:`restricted`.
     """
 
     row_starts_R1: np.ndarray
     document_ids_T: np.ndarray | FlatArray
     documents: int
-    kept_R: np.ndarray | None = None
 
     @property
     def tokens(self) -> int:
@@ -107,20 +105,14 @@ class TokenMap:
         return [(at, min(at + CHUNK_TOKENS, stop)) for at in range(start, stop, CHUNK_TOKENS)]
 
     def counted(self, start: int, stop: int) -> np.ndarray:
-        """bool [stop - start]: the next token exists in the same (kept) row and belongs to the same document."""
+        """bool [stop - start]: the next token exists in the same row and belongs to the same document."""
         result_T = counted_positions(self.document_ids_T[start : min(stop + 1, self.tokens)])
         if stop < self.tokens:  # one token more was read
             result_T = result_T[:-1]
         first = int(np.searchsorted(self.row_starts_R1, start + 1, side="left"))
         last = int(np.searchsorted(self.row_starts_R1, stop, side="right"))
         result_T[self.row_starts_R1[first:last] - 1 - start] = False
-        if self.kept_R is not None:
-            result_T &= self.kept_R[self.row_of(start, stop)]
         return result_T
-
-    def restricted(self, kept_R: np.ndarray) -> TokenMap:
-        """The same tokens, of which only those of the kept rows count."""
-        return TokenMap(self.row_starts_R1, self.document_ids_T, self.documents, kept_R)
 
     def row_of(self, start: int, stop: int) -> np.ndarray:
         """int64 [stop - start]: the row of each token (rows without tokens are never returned)."""

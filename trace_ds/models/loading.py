@@ -46,14 +46,12 @@ class ModelParts:
         head: the language-model head, and with ``layers`` the norm before it.
         last_output: the output of the last decoder layer; without it the layers after the last router, and the routed
             and shared experts beside it, are left out.
-        hidden_layer: a decoder layer whose output is needed even so.
         expert_kernel: transformers' experts implementation; None: its own choice.
     """
 
     layers: int | None = None
     head: bool = True
     last_output: bool = True
-    hidden_layer: int | None = None
     expert_kernel: str | None = None
 
 
@@ -151,7 +149,7 @@ def leave_out(model: Any, parts: ModelParts, ep: int) -> None:
         if parts.layers is not None:
             model.model.norm = nn.Identity()
     last = moe_decoder_layers(model)[-1]
-    if parts.last_output or (parts.hidden_layer is not None and parts.hidden_layer >= last):
+    if parts.last_output:
         return
     del model.model.layers[last + 1 :]
     if ep > 1 and len(find_routers(model)) == 1:

@@ -84,7 +84,7 @@ def all_tables(runs: Sequence[RunData], others: list[RunData]) -> dict[str, Tabl
         selected_experts(run),
         layers(run),
         *weight_tables(run),
-        *sources(run),
+        sources(run),
         moved_targets(run),
         documents(run),
         training(run),
@@ -203,8 +203,7 @@ def weight_tables(run: RunData) -> tuple[Table, Table]:
         *(f"quantile_{q}" for q in QUANTILES),
     ]
     for arm, calibration in run.calibrations():
-        retrieved = calibration.diagnosis.get("retrieval") or {}
-        found = weight_histogram(calibration, retrieved.get("tokens") or (run.retain.tokens if run.retain else None))
+        found = weight_histogram(calibration, run.retain.tokens if run.retain else None)
         if found is not None:
             edges, tokens, summary = found
             bins += [
@@ -222,20 +221,18 @@ def weight_tables(run: RunData) -> tuple[Table, Table]:
     )
 
 
-def _from_diagnosis(run: RunData, name: str, title: str, header: list[str], *keys: str) -> Table:
+def _from_diagnosis(run: RunData, name: str, title: str, header: list[str], key: str) -> Table:
     """Rows of a list in the diagnoses; weights that are uniform say nothing, so those are left out."""
     rows = []
     for arm, calibration in run.calibrations():
-        entries: Any = calibration.diagnosis
-        for key in keys:
-            entries = (entries or {}).get(key) or []
-        if len(keys) > 1 or calibration.diagnosis.get("rule") != "uniform":
+        entries: Any = calibration.diagnosis.get(key) or []
+        if calibration.diagnosis.get("rule") != "uniform":
             rows += [[arm, *map(entry.get, header[1:])] for entry in entries if isinstance(entry, dict)]
     return make(name, title, header, rows)
 
 
-def sources(run: RunData) -> tuple[Table, Table]:
-    """Where the weight went, what gained most first, and what was retrieved from the pool before."""
+def sources(run: RunData) -> Table:
+    """Where the weight went, what gained most first."""
     table = _from_diagnosis(run, "sources", "", ["arm", "source", "token_share", "weight_share"], "share_by_source")
     rows = sorted(table.rows(), key=lambda row: row["token_share"] - row["weight_share"])
     told = [
@@ -245,10 +242,7 @@ def sources(run: RunData) -> tuple[Table, Table]:
         for row in rows
     ]
     header = ["arm", "source", "token_share", "weight_share", "gain", "times"]
-    weights = make("sources", "Share of the weight by source", header, told)
-    header = ["arm", "source", "pool_share", "kept_share"]
-    name, keys = "Share of the retrieved retain rows by source", ("retrieval", "share_by_source")
-    return weights, _from_diagnosis(run, "retrieved", name, header, *keys)
+    return make("sources", "Share of the weight by source", header, told)
 
 
 def moved_targets(run: RunData) -> Table:

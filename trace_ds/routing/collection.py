@@ -1,6 +1,6 @@
 """One rank's pass over its rows: forward, count, record; saved now and then, continued after a kill.
 
-Shape legend: B rows of a batch, S positions, T tokens, L MoE layers, E experts, K = top-k, D hidden size, R rows.
+Shape legend: B rows of a batch, S positions, T tokens, L MoE layers, E experts, K = top-k, R rows.
 
 The device is never waited for inside a batch: what a batch leaves is copied to the host while the next one runs, and
 the next one's rows are read meanwhile by a thread. ``state-RANK-BATCH.safetensors`` holds the sums after that many
@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +35,6 @@ from trace_ds.run.log import Progress, StageLog
 
 CHECK_EVERY_BATCHES = 64
 STATE = re.compile(r"state-(\d+)-(\d+)\.safetensors$")
-
-
-# What a forward pass leaves: the routers' decisions; the body's output and that of a layer in the middle, one item each
-# where they were asked for; the model's output.
-Passed = tuple[RoutingRecorder, list[torch.Tensor], list[torch.Tensor], Any]
 
 
 class Collection:
@@ -115,7 +110,8 @@ class Collection:
         model, device = self.engine.module, self.world.device
         first_row = min(self.begin + number * self.batch_rows, self.end)
         last_row = min(first_row + self.batch_rows, self.end)
-        recorder, body, middle, output = self._pass(batch, first_row)
+        with record_routing(model) as recorder, record_output(model.model) as body:
+            output = forward(self.engine, batch, device)
         self._write_pending()  # of the batch before: its copies had this forward pass to finish
         counts_BLE = self.counter.add(recorder, batch.counted_BS, batch.document_ids_BS)
         tokens = slice(*(int(self.dataset.row_starts_R1[row]) - self.first_token for row in (first_row, last_row)))
@@ -135,19 +131,8 @@ class Collection:
             nll_BS = _batch_nll(model.lm_head, body[0], batch)
             if len(real_T):
                 self._keep("nll", tokens, nll_BS.reshape(-1)[real_T])
-        if self.recording.hidden_layer is not None and last_row > first_row:
-            means_BD = mean_over(middle[0], to_device(batch.counted_BS, device))
-            self._keep("hidden", rows, means_BD[: last_row - first_row])
         self._copied = event_now(device)
         return tokens.stop - tokens.start
-
-    def _pass(self, batch: Batch, first_row: int) -> Passed:
-        """Run the model (collective); ``first_row``: the dataset's number of the batch's first row."""
-        model, layer = self.engine.module, self.recording.hidden_layer
-        noted: AbstractContextManager[list[torch.Tensor]]
-        noted = nullcontext([]) if layer is None else record_output(model.model.layers[layer])
-        with record_routing(model) as recorder, record_output(model.model) as body, noted as middle:
-            return recorder, body, middle, forward(self.engine, batch, self.world.device)
 
     def _trace(self, recorder: RoutingRecorder, where_T: torch.Tensor) -> torch.Tensor:
         """The experts of some tokens, ascending [T, L, K], in the smallest type torch can index into."""
@@ -200,9 +185,6 @@ class Collection:
             shapes["trace"] = ((self.tokens, layers, self.counter.top_k), trace_dtype(self.experts))
         if self.recording.nll:
             shapes["nll"] = ((self.tokens,), np.dtype(np.float32))
-        if self.recording.hidden_layer is not None:
-            width = int(self.engine.module.config.hidden_size)
-            shapes["hidden"] = ((rows, width), np.dtype(np.float32))
         if self.recording.rows:
             longest = int(np.diff(self.dataset.row_starts_R1).max(initial=1))
             shapes["row_counts"] = ((rows, layers, self.experts), count_dtype(longest - 1))
@@ -301,12 +283,6 @@ def refused_packing(engine: Any, vocabulary: int, device: torch.device) -> UserE
         "data.documents_per_row",
         "set data.documents_per_row: 1 and run `trace-ds prepare` again",
     )
-
-
-def mean_over(hidden_BSD: torch.Tensor, counted_BS: torch.Tensor) -> torch.Tensor:
-    """Mean hidden state of each row over its counted positions [B, D], fp32; zeros where there is none."""
-    counted_BS1 = counted_BS[..., None].float()
-    return (hidden_BSD.float() * counted_BS1).sum(1) / counted_BS1.sum(1).clamp(min=1.0)
 
 
 @contextmanager

@@ -2,12 +2,11 @@
 
 A part ``NAME-00001-of-00004.npy`` holds what belongs to one rank's rows, in order; the parts follow each other, so
 together they are one array, the same whatever the number of ranks. Shape legend: T tokens in flat order (rows in order,
-positions in order), R rows, N sampled tokens, L MoE layers, E experts, K = top-k, D hidden size.
+positions in order), R rows, N sampled tokens, L MoE layers, E experts, K = top-k.
 
 ====================  ===============  ======================================================================
 ``trace``             uint8 | 16       [T, L, K] the experts of every token, ascending (``trace_dtype``)
 ``nll``               float32          [T] the frozen model's loss, 0 at positions that are not counted
-``hidden``            float32          [R, D] mean hidden state over the row's counted positions
 ``row_counts``        uint8 | 16 | 32  [R, L, E] counted tokens of the row that select the expert (``count_dtype``)
 ``sample``            uint8 | 16       [N, L, K] ``trace`` of the sampled tokens, all of them counted
 ``sample_positions``  int64            [N] their flat positions, ascending (see :func:`sample_places`)
@@ -33,21 +32,19 @@ WHAT = {  # what a part holds, and the key that has it recorded (none: every col
     "row_counts": ("the selections of each row", ""),
     "sample": ("the routing of a sample of tokens", ""),
     "nll": ("the frozen model's losses", "set statistics.nll: true and "),
-    "hidden": ("the rows' hidden states", "set statistics.hidden: true and "),
 }
 SAMPLE_SEED = 0x7ACE  # a constant: another seed of a run is no reason to go through its corpora again
 
 
 @dataclass(frozen=True)
 class Recording:
-    """What to record of every token or row besides the counts; ``hidden_layer``: a decoder layer, or None.
+    """What to record of every token or row besides the counts.
 
     ``rows``: the selections of each row; ``sample_tokens``: of how many counted tokens the top-k experts.
     """
 
     trace: bool
     nll: bool
-    hidden_layer: int | None
     rows: bool = False
     sample_tokens: int = 0
 

@@ -20,7 +20,6 @@ import numpy as np
 from trace_ds.calibration.detect import Detection, detect
 from trace_ds.calibration.diagnose import Documents, diagnose, document_sums, likeness, likeness_tables
 from trace_ds.calibration.raking import Context, RakeArguments, rake
-from trace_ds.calibration.retrieve import describe_retrieval, retrieve
 from trace_ds.calibration.rows import RowSelections
 from trace_ds.calibration.rules import LIMITS, Calibrated, apply_rule, scope_of, source_log_weights
 from trace_ds.calibration.tokens import (
@@ -90,7 +89,6 @@ class _Job:
     data: Path
     trace: tuple[Path, ...]
     documents: int
-    kept_R: np.ndarray | None
     scope_LE: np.ndarray
     top_k: int
     rake: RakeArguments
@@ -99,7 +97,6 @@ class _Job:
 def _help(world: World, threads: int, job: _Job) -> None:
     tokens = read_token_map(job.data, job.documents)
     trace = open_trace(list(job.trace), len(job.scope_LE), job.top_k, tokens.tokens, "")
-    tokens = tokens if job.kept_R is None else tokens.restricted(job.kept_R)
     rake(Units(trace, job.scope_LE, tokens), *job.rake, Context(threads, world))
 
 
@@ -192,13 +189,12 @@ class Routing:
 
 @dataclass(frozen=True)
 class Retained:
-    """The retain tokens that are weighted, and what is known of each; ``retrieval``: how they were chosen, if so."""
+    """The retain tokens that are weighted, and what is known of each."""
 
     documents: Documents
     tokens: TokenMap
     trace: Trace | None
     selections: RowSelections | None
-    retrieval: dict[str, Any] | None = None
 
 
 def with_trained_layers(config: Config, layers: Sequence[int]) -> Config:
@@ -240,29 +236,20 @@ def _make(asked: Asked, run: RunDirectory, routing: Routing, context: Context, l
     try:
         documents = read_documents(asked.data.file("retain_documents.arrow"))
         log_weight_D = document_weights(config, documents)
-        pool = read_token_map(asked.data.file("retain.arrow"), len(documents.source_D))
-        trace = load_trace(config, statistics, retain, pool)
-        selections = load_selections(config, statistics, retain, pool)
-        held, retain_LE = Retained(documents, pool, trace, selections), retain.frequency_LE  # of what is weighted
-        retrieved = retrieve(config, asked.data, asked.sides, detection, pool, trace, selections, spool)
-        if retrieved is not None:
-            facts = describe_retrieval(config, retrieved, detection, pool, trace, documents)
-            held = replace(held, tokens=pool.restricted(retrieved.kept_R), retrieval=facts)
-            retain_LE = np.full_like(retain_LE, np.nan)
-            if trace is not None:
-                retain_LE = count_selections(trace, held.tokens, retain_LE.shape[1]) / facts["tokens"]
-            elif selections is not None:
-                retain_LE = selections.sums(retrieved.kept_R.astype(np.float64)) / facts["tokens"]
+        tokens = read_token_map(asked.data.file("retain.arrow"), len(documents.source_D))
+        trace = load_trace(config, statistics, retain, tokens)
+        selections = load_selections(config, statistics, retain, tokens)
+        held = Retained(documents, tokens, trace, selections)
         log.detail(
             f"{int(detection.selected_LE.sum())} forget-critical experts; rule {settings.rule} over "
-            f"{held.retrieval['tokens'] if held.retrieval else retain.tokens:,} retain tokens"
+            f"{retain.tokens:,} retain tokens"
         )
-        world, tokens = context.world, held.tokens
+        world = context.world
         if world is not None and trace is not None:
             parts = tuple(statistics.file(name) for name in sorted(statistics.files) if name.startswith("trace-"))
 
             def begin(scope_LE: np.ndarray, arguments: RakeArguments) -> None:
-                told = asked.data.file("retain.arrow"), parts, tokens.documents, tokens.kept_R, scope_LE, trace.top_k
+                told = asked.data.file("retain.arrow"), parts, tokens.documents, scope_LE, trace.top_k
                 world.broadcast(("rake", _Job(*told, arguments)))
 
             context = replace(context, begin=begin)
@@ -272,7 +259,7 @@ def _make(asked: Asked, run: RunDirectory, routing: Routing, context: Context, l
             trace,
             scope_of(settings, detection.selected_LE, detection.eligible_LE, config.seed, detection.log_ratio_LE),
             routing.forget.frequency_LE,
-            retain_LE,
+            retain.frequency_LE,
             config.seed,
             spool,
             detection.selected_LE,
@@ -282,8 +269,6 @@ def _make(asked: Asked, run: RunDirectory, routing: Routing, context: Context, l
             selections,
         )
         refuse_uniform(config, calibrated, run)
-        if retrieved is not None:
-            calibrated.notes.extend(retrieved.notes)
         with replacing_directory(run.calibration, ours.artefact("calibration")) as directory:
             summary = write(directory, config, routing, calibrated, held)
             summary["layers"] = statistics.summary["layers"]
@@ -395,16 +380,14 @@ def load_trace(config: Config, side: Artefact, statistics: RoutingStatistics, to
 def load_selections(
     config: Config, side: Artefact, retain: RoutingStatistics, tokens: TokenMap
 ) -> RowSelections | None:
-    """What level ``row`` and retrieval by routing go by, proven to be of these tokens; None where nothing does."""
+    """What level ``row`` goes by, proven to be of these tokens; None at the other level."""
     settings = config.calibration
-    by_row = settings.level == "row" and settings.rule not in WITHOUT_TRACE
-    if not by_row and (settings.retrieve.rows is None or settings.retrieve.similarity != "routing"):
+    if settings.level != "row" or settings.rule in WITHOUT_TRACE:
         return None
     parts = tuple(open_parts(side, "row_counts"))
     sampled = [open_parts(side, name) for name in ("sample", "sample_positions")]
     if not parts or not all(sampled):
-        needing = "calibration.level: row" if by_row else "calibration.retrieve.similarity: routing"
-        what = f"{needing} needs the selections of each row and a sample of tokens, which were not recorded"
+        what = "calibration.level: row needs the selections of each row and a sample of tokens, which were not recorded"
         raise UserError(what, str(side.path), "run `trace-ds collect CONFIG` again")
     found = RowSelections(parts, retain.top_k, *(np.concatenate(arrays) for arrays in sampled))
     fits = found.rows == tokens.rows and found.selected_NLK.shape[1:] == (len(retain.counts_LE), retain.top_k)
@@ -482,7 +465,6 @@ def write(directory: Path, config: Config, routing: Routing, calibrated: Calibra
     likeness_D = likeness(sums, retain_mean, forget_mean)
     made = (config.calibration, detection, calibrated, achieved_LE, drawn_LE, sums, likeness_D)
     diagnosis = diagnose(*made, tokens, held.documents, retain.top_k, trace is not None)
-    diagnosis["retrieval"] = held.retrieval
     write_json(directory / "diagnosis.json", diagnosis)
     return {
         key: diagnosis[key] for key in ("rule", "lambda", "ess_fraction", "max_weight", "none_found", "warnings")

@@ -19,7 +19,7 @@ from trace_ds.models.families import ModelInfo, require_plain_logits
 from trace_ds.routing.token_files import Recording
 from trace_ds.run import artefact, ours
 from trace_ds.run.directory import RunDirectory
-from trace_ds.run.files import remove_directory, sha256_file, write_json
+from trace_ds.run.files import remove_directory, write_json
 from trace_ds.run.hub_names import provenance
 from trace_ds.stages.inputs import Inputs, agreed, checked_model, look_at
 from trace_ds.stages.recorded import ROW_COUNTS, SAMPLE, TRACE, keys_needing
@@ -76,27 +76,22 @@ def check_collect(config: Config, run: RunDirectory, world_size: int) -> Collect
         require_plain_logits(info, "statistics.nll")
     found = Inputs.read(config, run, info.fingerprint)
     inputs = {side: found.fingerprints | {"side": side} for side in config.data.sides}
-    for side, path in (config.statistics.recorded or {}).items():
-        if not Path(path).is_file():
-            raise UserError(f"there is no file {path}", f"statistics.recorded.{side}", "name what vLLM answered")
-        inputs[side]["recorded"] = sha256_file(Path(path))
     settings, needed = {}, {}
     for side in inputs:
         always = {"dtype": config.model.dtype, "top_k": info.top_k}
-        settings[side] = needed[side] = always | asdict(recording(config, info, side))
+        settings[side] = needed[side] = always | asdict(recording(config, side))
         for key, what in (("rows", ROW_COUNTS), ("sample_tokens", SAMPLE)):
             if not keys_needing(what, config, side):
                 needed[side] = needed[side] | {key: None}
     return CollectJob(info, found.data, inputs, settings, needed)
 
 
-def recording(config: Config, info: ModelInfo, side: str) -> Recording:
+def recording(config: Config, side: str) -> Recording:
     """What the configuration asks to be recorded of one side."""
     settings = config.statistics
     return Recording(
         trace=bool(keys_needing(TRACE, config, side)) if settings.trace is None else settings.trace,
         nll=settings.nll,
-        hidden_layer=middle_layer(info) if settings.hidden else None,
         rows=side == "retain",
         sample_tokens=settings.sample_tokens if side in ("forget", "retain") else 0,
     )
@@ -113,7 +108,7 @@ def about_trace(config: Config, side: str, trace_bytes: int) -> str:
 
 
 def middle_layer(info: ModelInfo) -> int:
-    """The decoder layer (0-based) whose output ``statistics.hidden`` averages, RMU's default layer as well."""
+    """RMU's default decoder layer (0-based)."""
     return info.decoder_layers // 2
 
 
@@ -129,7 +124,7 @@ def collect(config: Config, run: RunDirectory, world: World) -> None:
         return
     with stage_log(run, "collect", enabled=world.is_main) as log:
         log.detail(f"world size {world.size}, expert-parallel size {config.distributed.ep}, {', '.join(todo)}")
-        engine = _engine(config, world, job, log) if config.statistics.recorded is None else None
+        engine = _engine(config, world, job, log)
         for side in todo:
             _collect_side(config, run, world, job, side, engine, log)
         if world.is_main:
@@ -152,8 +147,8 @@ def _engine(config: Config, world: World, job: CollectJob, log: StageLog) -> Any
         log.detail(f"the family {job.info.family.model_type} has no expert parallelism: {sharding}")
     ep = config.distributed.ep
     kernel = usable_kernel(config.statistics.expert_kernel, world, config.model.dtype, ep, log.line)
-    asked = recording(config, job.info, "retain")
-    parts = ModelParts(head=asked.nll, last_output=asked.nll, hidden_layer=asked.hidden_layer)
+    asked = recording(config, "retain")
+    parts = ModelParts(head=asked.nll, last_output=asked.nll)
     engine = inference_engine(
         job.info,
         world,
@@ -234,24 +229,20 @@ def _pass(
 ) -> None:
     """The forward passes, and the description of what they left in ``directory`` (collective)."""
     from trace_ds.corpora.dataset import TokenDataset
-    from trace_ds.models.routers import meta_model
     from trace_ds.routing.collection import Collection
-    from trace_ds.routing.elsewhere import CollectionElsewhere
     from trace_ds.routing.token_files import bytes_per_token, part_name
 
     dataset = TokenDataset.open(job.data.file(f"{side}.arrow"))
-    arguments: dict[str, Any] = {
-        "experts": job.info.experts,
-        "top_k": job.info.top_k,
-        "recording": recording(config, job.info, side),
-        "batch_rows": config.statistics.batch_rows,
-        "directory": directory,
-    }
-    if config.statistics.recorded is None:
-        collection = Collection(engine, world, dataset, **arguments)
-    else:
-        path = Path(config.statistics.recorded[side])
-        collection = CollectionElsewhere(path, meta_model(job.info.path), world, dataset, **arguments)
+    collection = Collection(
+        engine,
+        world,
+        dataset,
+        experts=job.info.experts,
+        top_k=job.info.top_k,
+        recording=recording(config, side),
+        batch_rows=config.statistics.batch_rows,
+        directory=directory,
+    )
     trace_bytes, _ = bytes_per_token(len(collection.layers), job.info.experts, job.info.top_k, 1)
     log.detail(about_trace(config, side, round(dataset.tokens * trace_bytes)))
     try:

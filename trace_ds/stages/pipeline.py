@@ -104,7 +104,6 @@ def inputs_of(config: Config) -> dict[str, Path]:
     for task in config.evaluation.tasks:
         keys = ("dataset",) if task.dataset else ("path", "examples", "holdout", "include_path")
         named |= {f"evaluation.tasks {task.name} {key}": getattr(task, key) for key in keys}
-    named |= {f"statistics.recorded.{side}": path for side, path in (config.statistics.recorded or {}).items()}
     named |= {f"evaluation.models.{name}": path for name, path in config.evaluation.models.items()}
     named["unlearning.ds_config"] = config.unlearning.ds_config
     named["finetune.ds_config"] = config.finetune.ds_config if config.finetune is not None else None

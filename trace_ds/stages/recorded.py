@@ -1,7 +1,7 @@
 """Which keys of a configuration need what ``collect`` records besides the counts of a corpus.
 
 The routing trace of 200,000 rows of 1,024 tokens takes 79 GB on Qwen3-30B-A3B, the selections of its rows 2.4 GB
-(docs/method.md, section 10), so the trace is written only where something here asks for it. The row selections of the
+(docs/method.md, section 8), so the trace is written only where something here asks for it. The row selections of the
 retain side and the samples are written in any case; asking for them says who cannot do without.
 """
 
@@ -41,11 +41,6 @@ def _needs(config: Config, side: str) -> Iterator[tuple[str, str]]:
             yield SAMPLE, "calibration.level: row"
         elif calibration.rule not in WITHOUT_TRACE:
             yield TRACE, f"calibration.rule: {calibration.rule}"
-        if calibration.retrieve.rows is not None and calibration.retrieve.similarity == "weight":
-            yield TRACE, "calibration.retrieve.similarity: weight"
-        if calibration.retrieve.rows is not None and calibration.retrieve.similarity == "routing":
-            yield ROW_COUNTS, "calibration.retrieve.similarity: routing"
-            yield SAMPLE, "calibration.retrieve.similarity: routing"
         if config.bench is not None:  # its methods may have any rule
             yield TRACE, "bench"
             changes = [*config.bench.methods.values(), *config.bench.losses.values()]

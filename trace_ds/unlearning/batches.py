@@ -142,7 +142,7 @@ class Batches:
         seed: of the run.
         forget, retain: token datasets.
         token_weights: fp32 weights of all retain tokens in flat order; None: 1 each.
-        row_weights_R: mean weights of the retain rows; rows of weight 0 (not retrieved) are never seen. With ``apply:
+        row_weights_R: mean weights of the retain rows; rows of weight 0 are never seen. With ``apply:
             sampling`` rows are drawn in proportion, else each comes once per epoch.
         reference_nll: the frozen model's losses of the forget tokens, or None.
         alternative, alternative_nll: dpo: the corpus preferred to the forget rows and the frozen model's losses of it.

@@ -1,4 +1,4 @@
-"""``calibration``: which experts are forget-critical, which rule weights the retain tokens, which rows are kept."""
+"""``calibration``: which experts are forget-critical, and which rule weights the retain tokens."""
 
 from __future__ import annotations
 
@@ -33,26 +33,6 @@ class DetectionConfig(Section):
     exclude_layers: list[Layer] = Field(default_factory=list)
 
 
-class RetrievalConfig(Section):
-    """Which rows of the retain data (the pool) are used at all; the rule weights those."""
-
-    rows: Number | None = Field(
-        None, gt=0, description="Rows to keep: a whole number, or a fraction below 1 of the pool; default: all."
-    )
-    similarity: Literal["weight", "routing", "hidden", "tfidf"] = Field(
-        "weight",
-        description="weight: mean raking weight of the row; routing: cosine of expert profiles; hidden (needs "
-        "statistics.hidden) and tfidf: cosines, the baselines.",
-    )
-    random_share: Number = Field(0.5, ge=0, le=1, description="Share of the kept rows that is drawn at random.")
-
-    @model_validator(mode="after")
-    def _whole(self) -> RetrievalConfig:
-        if self.rows is not None and self.rows >= 1 and self.rows != int(self.rows):
-            raise ValueError("a whole number of rows, or a fraction below 1")
-        return self
-
-
 class CalibrationConfig(Section):
     detection: DetectionConfig = DetectionConfig()
     experts: Literal["all", "selected"] = Field("all", description="Experts whose frequencies the weights match.")
@@ -75,7 +55,6 @@ class CalibrationConfig(Section):
         description="No forget-critical expert found: stop with exit status 2; go on with uniform weights; or continue "
         "with the rule over what experts says (all: every expert is matched; selected: nothing is, uniform weights).",
     )
-    retrieve: RetrievalConfig = RetrievalConfig()
     export: Literal["none", "parquet"] = Field(
         "none", description="parquet: also write the weights as a Hugging Face dataset, RUN/export/*.parquet."
     )

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from trace_ds.config.sections.base import Integer, PathText, Section
+from trace_ds.config.sections.base import Integer, Section
 
 
 class StatisticsConfig(Section):
@@ -22,20 +22,11 @@ class StatisticsConfig(Section):
     trace: bool | None = Field(
         None,
         description="Record the top-k experts of every token; default: where another key needs them (the log says "
-        "which; docs/method.md, section 10, what they take).",
+        "which; docs/method.md, section 8, what they take).",
     )
     sample_tokens: Integer = Field(
         200_000,
         ge=1,
         description="Counted tokens of a corpus, spread over its documents, whose top-k experts are always recorded.",
     )
-    recorded: dict[str, PathText] | None = Field(
-        None,
-        description="Corpus -> file of the experts that vLLM returned for it (docs/data.md): they are counted, and the "
-        "model is not run.",
-    )
     nll: bool = Field(False, description="Record the frozen model's loss of every token (needed by NPO).")
-    hidden: bool = Field(
-        False,
-        description="Record the mean hidden state of every row (output of decoder layer num_hidden_layers // 2).",
-    )
