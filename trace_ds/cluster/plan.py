@@ -32,8 +32,9 @@ from trace_ds.config.load import variants_of
 from trace_ds.config.schema import Config
 from trace_ds.config.sections.finetune import TARGET, FinetuneConfig
 from trace_ds.errors import UserError
+from trace_ds.hub.models import is_whole
 from trace_ds.models.families import FAMILIES, ModelInfo, check_expert_parallel
-from trace_ds.tensors.model_files import CONFIG_NAME, read_model_config
+from trace_ds.tensors.model_files import CONFIG_NAME, read_model_config, read_model_directory
 
 EVALUATION_SHARE = 0.8  # of a GPU's memory may be weights (trace_ds/evaluation/language_model.py)
 MAX_ROWS = 4096  # no search for a larger micro-batch than this
@@ -136,6 +137,8 @@ def model_config_of(model_path: str) -> tuple[dict[str, Any], str]:
     """A model's ``config.json`` and where it is: in its directory, else with the model fragment of that hub id."""
     fragment = None if Path(model_path).is_dir() else fragment_of(model_path)
     if fragment is None:
+        if is_whole(Path(model_path)):
+            read_model_directory(model_path)  # of weights that are there, what the job would stumble on
         return read_model_config(model_path), str(Path(model_path) / CONFIG_NAME)
     return published_config(fragment), str(published_config_path(fragment))
 

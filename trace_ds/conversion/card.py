@@ -13,10 +13,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from trace_ds.errors import UserError
 from trace_ds.run.files import write_json
 from trace_ds.run.foreign import read_object
 from trace_ds.run.hub_names import hub_name, snapshot_name
 from trace_ds.tensors.checkpoint import origin
+from trace_ds.tensors.model_files import CONFIG_NAME
 
 COMPANIONS = (
     "generation_config.json",
@@ -40,18 +42,34 @@ LIMITS = (
 DTYPE_CONFIG = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
+def companions(model: Path) -> list[Path]:
+    """The files beside a model's weights that belong to it.
+
+    Raises:
+        UserError: one is a link that leaves the directory (and, in the hub's cache, the model's blobs).
+    """
+    found = [model / name for name in (CONFIG_NAME, *COMPANIONS) if (model / name).is_file()]
+    directory = model.resolve()
+    places = [directory, *([directory.parents[1] / "blobs"] if snapshot_name(directory) else [])]
+    for path in found:
+        if not any(path.resolve().is_relative_to(place.resolve()) for place in places):
+            what = f"{path.name} is a link that leaves the model's directory, to {path.resolve()}"
+            raise UserError(what, str(path), "put the file itself there")
+    return found
+
+
 def copy_companions(base_model: Path, destination: Path, dtype: str) -> None:
     """``config.json`` with the new type, generation configuration and tokenizer of the base model."""
-    config = read_object(base_model / "config.json", "the model's configuration", "copy the model again")
+    config = read_object(base_model / CONFIG_NAME, "the model's configuration", "copy the model again")
     if dtype in DTYPE_CONFIG:
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = DTYPE_CONFIG[dtype]
     # quantization_config: what is written here is never quantised; auto_map: code of the base model, which stays there.
     for key in ("_name_or_path", "quantization_config", "auto_map"):
         config.pop(key, None)
-    write_json(destination / "config.json", config)
-    for name in COMPANIONS:
-        if (base_model / name).is_file():
-            shutil.copyfile(base_model / name, destination / name)
+    write_json(destination / CONFIG_NAME, config)
+    for path in companions(base_model):
+        if path.name != CONFIG_NAME:
+            shutil.copyfile(path, destination / path.name)
     tokenizer = destination / "tokenizer_config.json"
     if tokenizer.is_file() and b'"auto_map"' in tokenizer.read_bytes():
         settings = read_object(tokenizer, "the tokenizer's configuration", "copy the model again")

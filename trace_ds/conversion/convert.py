@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from trace_ds.conversion.card import card_of_conversion, copy_companions
+from trace_ds.conversion.card import card_of_conversion, companions, copy_companions
 from trace_ds.conversion.safetensors_target import parse_size, place
 from trace_ds.errors import UserError
 from trace_ds.run.files import (
@@ -47,6 +47,7 @@ from trace_ds.tensors.layouts import (
     read_layout,
 )
 from trace_ds.tensors.model_files import model_fingerprint, read_json_object
+from trace_ds.tensors.model_kinds import refuse_other_kinds
 from trace_ds.tensors.opening import ANOTHER, REPORT, family_of, open_huggingface, open_model, open_source
 from trace_ds.tensors.runs import TensorSource, from_lazy
 from trace_ds.tensors.stream import CopyTask, Progress, naming_full_disk, read_back, run_tasks
@@ -269,6 +270,7 @@ def source_facts(checkpoint: Checkpoint) -> dict[str, Any]:
 def make_plan(checkpoint: Checkpoint, dtype: str, base_model: Path | None) -> Plan:
     """Bring the source's tensors to transformers' in-memory names and prove that they are the model, all of it."""
     directory = find_base_model(checkpoint, base_model)
+    companions(directory)  # refuses links that leave it
     checkpoint.family = checkpoint.family or family_of(directory)
     layout = read_layout(directory)
     notes = list(checkpoint.notes)
@@ -337,6 +339,7 @@ def find_base_model(checkpoint: Checkpoint, base_model: Path | None) -> Path:
         name = snapshot_name(candidate)
     if (candidate / "config.json").is_file():
         return candidate
+    refuse_other_kinds(candidate)
     what = "there is no config.json here, so this is not the model that was trained"
     fix = "give the directory of the model that was trained with --base-model"
     if name:

@@ -31,6 +31,7 @@ from trace_ds.tensors.model_files import (
     read_model_directory,
     read_safetensors_header,
 )
+from trace_ds.tensors.model_kinds import refuse_other_kinds
 from trace_ds.tensors.opening import REPORT, locate, open_source
 from trace_ds.terminal import size, wide_console
 
@@ -81,6 +82,7 @@ def inspect(path: Path, *, verify: bool = False) -> Finding:
         return _run(path, verify)
     elif (place := _located(path)) is not None:
         return _source(place, verify)
+    refuse_other_kinds(path)
     raise UserError("this is nothing trace_ds makes or reads", str(path), f"give the path of {SUPPORTED}")
 
 

@@ -3,9 +3,9 @@
     files = read_model_directory("/models/Mixtral-8x7B-v0.1")
     files.tensors["lm_head.weight"].shape, files.parameters, files.bytes
 
-Pure Python: no torch, and no weight is read, so a 700 B model takes seconds. Files from elsewhere are hostile
-until proven otherwise: sizes and offsets are checked against the file before anything is believed, shard
-names may not leave the directory, and pickled weights are refused.
+No torch, and no weight is read, so a 700 B model takes seconds. Files from elsewhere are hostile until proven
+otherwise: the safetensors library validates every header, shard names may not leave the directory, pickled weights are
+refused, and so is what is no whole model in bf16, fp16 or fp32 (:mod:`trace_ds.tensors.model_kinds`).
 
 The safetensors layout (huggingface.co/docs/safetensors): 8 bytes little-endian header length N, N bytes of
 JSON ``{name: {"dtype", "shape", "data_offsets": [begin, end]}}`` with offsets relative to byte 8 + N, then the
@@ -15,6 +15,7 @@ data.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -24,10 +25,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from safetensors import SafetensorError, safe_open
+
 from trace_ds.errors import UserError
 from trace_ds.run.files import canonical_json, sha256_text
 from trace_ds.run.foreign import read_object
 from trace_ds.run.hub_names import no_directory
+from trace_ds.tensors.model_kinds import FLOATS, is_packed, quantisation, quantised, refuse_other_kinds
 
 CONFIG_NAME = "config.json"
 SINGLE_NAME = "model.safetensors"
@@ -35,13 +39,8 @@ INDEX_NAME = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 FINGERPRINT_BLOCKS = 64
 FINGERPRINT_BLOCK_BYTES = 1 << 16
+FINGERPRINT_WHOLE_BYTES = 1 << 29  # of the smallest tensors: routers and norms of every model there is
 
-DTYPE_BYTES = {
-    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 1),
-    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
-    **dict.fromkeys(("U32", "I32", "F32"), 4),
-    **dict.fromkeys(("U64", "I64", "F64", "C64"), 8),
-}
 # What a model's configuration may count, by key: from 1 (0 where marked) to far above any model there is.
 LARGEST = {
     "num_hidden_layers": 1 << 10,
@@ -130,6 +129,7 @@ def read_model_config(path: str | Path) -> dict[str, Any]:
             make transformers fetch and run code (``auto_map`` is only ignored: nothing here trusts remote code).
     """
     directory = Path(path)
+    refuse_other_kinds(directory)
     if not directory.is_dir():
         what = "the model path is a file, not a directory" if directory.is_file() else "there is no model directory"
         raise no_directory(path, what, "set model.path to a Hugging Face model directory on this machine")
@@ -147,6 +147,11 @@ def read_model_config(path: str | Path) -> dict[str, Any]:
         raise UserError(str(error), str(directory / CONFIG_NAME), "correct it, or copy the model again") from None
     except RecursionError:
         raise UserError("the model's configuration is nested too deep", str(directory), COPY_AGAIN) from None
+    if scheme := quantisation(config):
+        files = [path for path in directory.glob("*.safetensors") if path.is_file()]
+        entries = [entry for file in files for entry in read_safetensors_header(file).values()]
+        if not entries or any(len(entry.shape) > 1 and entry.dtype not in FLOATS for entry in entries):
+            raise quantised(directory, scheme)  # else it was dequantised since, as DeepSeek's own script does it
     return config
 
 
@@ -212,53 +217,47 @@ def read_model_directory(path: str | Path) -> ModelFiles:
     for tensor, name in placed.items():
         if tensor not in tensors or tensors[tensor].file != name:
             raise UserError(f"the index names tensor {tensor}, which {name} does not hold", str(index_path), COPY_AGAIN)
+    for tensor, entry in tensors.items():
+        if is_packed(tensor, entry.dtype, entry.shape):
+            raise quantised(directory, f"{tensor} is stored as {entry.dtype}")
     return ModelFiles(directory, config, dict(sorted(tensors.items())), files)
 
 
 def read_safetensors_header(path: Path) -> dict[str, TensorEntry]:
-    """The tensors of one safetensors file, offsets checked against the file's length.
+    """The tensors of one safetensors file.
 
     Raises:
-        UserError: the file is truncated, longer than its header says, or its header is not a safetensors header.
+        UserError: the file is truncated, longer than its header says, or anything that the safetensors library refuses
+            (tensors that overlap or leave holes, sizes that do not fit, unknown types).
     """
     try:
         with path.open("rb") as handle:
             size = path.stat().st_size
             prefix = handle.read(8)
-            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-            if len(prefix) < 8 or 8 + length > size:
+            start = 8 + (struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0)
+            if len(prefix) < 8 or start > size:
                 # an 8-byte prefix that exceeds the file is either truncation or no safetensors file at all
                 raise UserError(f"the weight file is truncated ({size} bytes)", str(path), COPY_AGAIN)
-            if length > MAX_HEADER_BYTES:
-                raise UserError(f"the header claims {length} bytes: no safetensors file", str(path), COPY_AGAIN)
-            raw = handle.read(length)
+            if start > MAX_HEADER_BYTES:
+                raise UserError(f"the header claims {start} bytes: no safetensors file", str(path), COPY_AGAIN)
+            header = json.loads(handle.read(start - 8))
+        header.pop("__metadata__", None)
+        end = start + max((value["data_offsets"][1] for value in header.values()), default=0)
+        if size != end:
+            state = "truncated" if size < end else "longer than its header says"
+            raise UserError(f"the weight file is {state} ({size} bytes instead of {end})", str(path), COPY_AGAIN)
+        with safe_open(path, framework="np"):
+            pass
+        return {
+            name: TensorEntry(
+                path.name, value["dtype"], tuple(value["shape"]), *(start + at for at in value["data_offsets"])
+            )
+            for name, value in header.items()
+        }
     except OSError as error:
         raise UserError(f"the weight file cannot be read ({error.strerror})", str(path), COPY_AGAIN) from None
-    try:
-        header = json.loads(raw)
-        header.pop("__metadata__", None)
-        file = path.name
-        entries = {name: _entry(file, value, 8 + length) for name, value in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"the header is no safetensors header ({error})", str(path), COPY_AGAIN) from None
-    end = max((entry.end for entry in entries.values()), default=8 + length)
-    if size != end:
-        state = "truncated" if size < end else "longer than its header says"
-        raise UserError(f"the weight file is {state} ({size} bytes instead of {end})", str(path), COPY_AGAIN)
-    return entries
-
-
-def _entry(file: str, value: dict[str, Any], data_start: int) -> TensorEntry:
-    """One tensor of a header; ``ValueError`` when its offsets do not fit its shape and type."""
-    dtype, shape = value["dtype"], tuple(value["shape"])
-    begin, end = value["data_offsets"]
-    if dtype not in DTYPE_BYTES:
-        raise ValueError(f"unknown type {dtype!r}")
-    if not all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end)):
-        raise ValueError("a negative or fractional size")
-    if end - begin != math.prod(shape) * DTYPE_BYTES[dtype]:
-        raise ValueError(f"{end - begin} bytes for shape {list(shape)} of {dtype}")
-    return TensorEntry(file, dtype, shape, data_start + begin, data_start + end)
+    except (SafetensorError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"the header is no safetensors header ({str(error)[:200]})", str(path), COPY_AGAIN) from None
 
 
 def _read_index(path: Path) -> dict[str, str]:
@@ -284,14 +283,35 @@ def _no_weights(directory: Path) -> UserError:
 def model_fingerprint(model: ModelFiles | str | Path) -> str:
     """SHA-256 that tells models apart without reading a hundred gigabytes.
 
-    Covers the configuration, every tensor's name, type and shape, and of each file :data:`FINGERPRINT_BLOCKS` evenly
-    spaced blocks of 64 KiB: whole small files, a sample of large ones (training changes every block).
+    Covers the configuration, every tensor's name, type and shape, the smallest tensors whole (routers, norms and
+    whatever else fits into :data:`FINGERPRINT_WHOLE_BYTES`), and of each file :data:`FINGERPRINT_BLOCKS` evenly spaced
+    blocks of 64 KiB: a sample of the large tensors (training changes every block).
     """
     files = model if isinstance(model, ModelFiles) else read_model_directory(Path(model))
     config = {key: value for key, value in files.config.items() if key not in ("_name_or_path", "transformers_version")}
     tensors = {name: [entry.dtype, list(entry.shape)] for name, entry in files.tensors.items()}
     blocks = {name: sample_sha256(files.path / name) for name in sorted(files.files)}
-    return sha256_text(canonical_json({"config": config, "tensors": tensors, "blocks": blocks}))
+    known = {"config": config, "tensors": tensors, "blocks": blocks, "small": _small_sha256(files)}
+    return sha256_text(canonical_json(known))
+
+
+def _small_sha256(files: ModelFiles) -> str:
+    """SHA-256 of the smallest tensors, in the order of the files."""
+    small, left = [], FINGERPRINT_WHOLE_BYTES
+    for entry in sorted(files.tensors.values(), key=lambda entry: (entry.end - entry.begin, entry.file, entry.begin)):
+        left -= entry.end - entry.begin
+        if left < 0:
+            break
+        small.append(entry)
+    digest = hashlib.sha256()
+    for file, entries in itertools.groupby(
+        sorted(small, key=lambda entry: (entry.file, entry.begin)), lambda e: e.file
+    ):
+        with (files.path / file).open("rb") as handle:
+            for entry in entries:
+                handle.seek(entry.begin)
+                digest.update(handle.read(entry.end - entry.begin))
+    return digest.hexdigest()
 
 
 def sample_sha256(path: Path) -> str:

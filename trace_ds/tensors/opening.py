@@ -18,6 +18,7 @@ from trace_ds.tensors.deepspeed_source import open_deepspeed
 from trace_ds.tensors.dtypes import DTYPES
 from trace_ds.tensors.layouts import ModelLayout, disk_to_fused
 from trace_ds.tensors.model_files import COPY_AGAIN, read_model_directory
+from trace_ds.tensors.model_kinds import refuse_other_kinds
 from trace_ds.tensors.runs import Run, TensorSource
 from trace_ds.tensors.torch_archive import Storage
 from trace_ds.tensors.universal import open_universal
@@ -30,6 +31,7 @@ def locate(path: Path, tag: str | None) -> Path:
     """The directory that holds the files: ``path``, ``path/tag``, or the step that ``path/latest`` names."""
     if not path.is_dir():
         raise UserError("there is no such directory", str(path), "give the directory of a checkpoint or model")
+    refuse_other_kinds(path)
     roots = [path, path / "checkpoints"]
     named = named_by(path, "latest")
     if tag is None and named is not None and _holds_deepspeed(named):
