@@ -46,6 +46,8 @@ def write_run(
     gold: bool = True,
     gain: float = 0.06,
     forgets: bool = True,
+    knew: float = 0.97,
+    ends: float | None = None,
     hostile: str = "",
     model: str = "model",
     data: str = "data",
@@ -56,6 +58,7 @@ def write_run(
     Args:
         gain: utility the sampled raking keeps above uniform weights at matched forgetting.
         forgets: whether the forget score reaches the gold model's.
+        knew, ends: the forget score before, and after the last step (default: .30, or .55 where nothing is forgotten).
         hostile: put into a document, an item and a source name.
         model, data: what the fingerprints are made of.
     """
@@ -91,14 +94,15 @@ def write_run(
         _write_calibration(path / "calibration", sides, "raking", hostile)
         _write_calibration(path / "variants" / "uniform" / "calibration", sides, "uniform", hostile)
         _write_calibration(path / "variants" / "loss_weighting" / "calibration", sides, "raking", hostile)
+    floor = ends if ends is not None else 0.30 if forgets else 0.55
     arms = {"": gain, "variants/uniform": 0.0, "variants/loss_weighting": gain / 3}
     for place, bonus in arms.items():
         if "logs" in stages:
             _write_log(path / place / "logs" / "unlearn.jsonl", rng, bonus)
         if "evaluation" in stages:
-            _write_arm(path / place / "evaluation", rng, bonus, layers, checkpoints, forgets, hostile, fingerprints)
+            _write_arm(path / place / "evaluation", rng, bonus, layers, checkpoints, knew, floor, hostile, fingerprints)
     if "evaluation" in stages:
-        _write_evaluation(path / "evaluation", rng, "original", 0.97, 0.98, layers, 1.0, hostile, fingerprints)
+        _write_evaluation(path / "evaluation", rng, "original", knew, 0.98, layers, 1.0, hostile, fingerprints)
         if gold:
             _write_evaluation(path / "evaluation", rng, "gold", 0.34, 0.98, layers, None, hostile, fingerprints)
     return path
@@ -224,13 +228,12 @@ def _write_log(path: Path, rng: np.random.Generator, bonus: float) -> None:
 
 
 def _write_arm(
-    directory: Path, rng: np.random.Generator, bonus: float, layers: int, checkpoints: bool, forgets: bool,
+    directory: Path, rng: np.random.Generator, bonus: float, layers: int, checkpoints: bool, knew: float, floor: float,
     hostile: str, fingerprints: dict[str, str],
 ) -> None:  # fmt: skip
-    floor = 0.30 if forgets else 0.55
     for step in (*STEPS, None):
         done = 1 - float(np.exp(-(step or STEPS[-1]) / 22))
-        forget = 0.97 - (0.97 - floor) * done / (1 - float(np.exp(-STEPS[-1] / 22)))
+        forget = knew - (knew - floor) * done / (1 - float(np.exp(-STEPS[-1] / 22)))
         utility = 0.98 - (0.09 - bonus) * done
         name = "unlearned" if step is None else f"step_{step:06d}"
         if step is None or checkpoints:

@@ -21,6 +21,7 @@ from trace_ds.cluster.spec import ClusterSpec
 from trace_ds.config.compose import GROUPS, compose, fragment_of, merge, published_config, recipe_names, recipes
 from trace_ds.config.load import dump_yaml, load_config
 from trace_ds.errors import UserError
+from trace_ds.evaluation.metrics import TASK_METRICS
 
 ROOT = Path(__file__).resolve().parents[1]
 TASKS, MODELS = recipe_names("task"), recipe_names("model")
@@ -249,3 +250,30 @@ def test_slurm_names_the_run_as_the_command_does(tmp_path: Path) -> None:
         body = f'set -euo pipefail; TRACE_DS_HOME=$1; config=$2; arguments=("${{@:3}}")\n{function}config_name'
         found = run(["bash", "-c", body, "bash", str(ROOT), *words], cwd=tmp_path)
         assert (found.returncode, found.stdout.strip()) == (0, name), found.stderr
+
+
+HEADLINES = {
+    "tofu_forget10": ["tofu_forget forget_quality", "tofu_retain model_utility"],
+    "wmdp_bio": ["wmdp_bio acc", "mmlu acc"],
+    "wmdp_cyber": ["wmdp_cyber acc", "mmlu acc"],
+    **{
+        name: ["verbmem rouge_l", "knowmem rouge_l", "privleak priv_leak", "knowmem_retain rouge_l"]
+        for name in ("muse_books", "muse_news")
+    },
+}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_benchmark_is_headed_by_its_authors_metrics(task: str, tmp_path: Path) -> None:
+    """No score twice: MMLU's average holds its subjects."""
+    config, _ = load_config(task, ["model.path=x"], tmp_path)
+    assert config.report.headline == HEADLINES[task]
+    kinds = {each.name: each.type for each in config.evaluation.tasks}
+    for name in config.report.headline:
+        of, metric = name.split()
+        assert metric in TASK_METRICS[kinds[of]]
+
+
+def test_a_headline_of_an_unknown_task_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"report.headline names 'mmlu acc'.*task of evaluation.tasks"):
+        load_config("demo", ["report.headline=[mmlu acc]"], tmp_path)

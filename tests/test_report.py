@@ -23,7 +23,7 @@ from trace_ds.conversion.card import plain
 from trace_ds.errors import UserError
 from trace_ds.reporting import examples, page, scores, tables
 from trace_ds.reporting.compare import compared, repeats, why_not_comparable
-from trace_ds.reporting.gather import RunData, gather, weight_chunks
+from trace_ds.reporting.gather import Arm, Evaluation, RunData, Score, gather, weight_chunks
 from trace_ds.reporting.verdict import verdict
 from trace_ds.run import artefact
 from trace_ds.run.directory import RunDirectory
@@ -78,7 +78,7 @@ def test_rerun_gives_the_same_bytes(run: Path) -> None:
 
 def test_scores_json_is_sorted_and_complete(run: Path) -> None:
     found = json.loads((run / "report" / "scores.json").read_text())
-    assert all(set(entry) == {"model", "task", "metric", "value"} for entry in found)
+    assert all(set(entry) == {"model", "task", "metric", "value", "headline"} for entry in found)
     keys = [(entry["model"], entry["task"], entry["metric"]) for entry in found]
     assert keys == sorted(set(keys))
     assert {key[0] for key in keys} == {"original", "gold", "unlearned", "uniform", "loss_weighting"}
@@ -210,9 +210,7 @@ def test_curves_and_matched_forgetting(run: Path) -> None:
         first = next(index for index, point in enumerate(points) if point[1] <= 0.34)
         after = [utility for _, _, utility in points[first:]]
         assert float(row["mean_utility_after"]) == pytest.approx(sum(after) / len(after), rel=1e-5)
-        steps, falls, utilities = zip(*reversed(points[first - 1 : first + 1]), strict=True)
-        assert float(row["crossing_step"]) == pytest.approx(np.interp(0.34, falls, steps), rel=1e-4)
-        assert float(row["utility_at_crossing"]) == pytest.approx(np.interp(0.34, falls, utilities), rel=1e-4)
+        assert (float(row["first_step"]), float(row["utility_at_first"])) == (points[first][0], points[first][2])
         assert int(row["steps_between_scores"]) == 20
 
 
@@ -244,23 +242,29 @@ def test_the_verdict_answers_in_words(run: Path) -> None:
     assert " of 97.0 points of utility, but writes broken text; against uniform weights" in told.sentence
     asked = {each.question: each for each in told.answers}
     forgot, cost = asked["Did it forget?"], asked["What did it cost?"]
-    assert forgot.answer == "Yes" and "Forgotten is at most 34.0" in forgot.details[1]
-    assert forgot.details[0] == "elements (accuracy): 30.0 [21.1, 40.8] of 100 after, 97.0 before."
+    assert forgot.answer == "Yes" and forgot.details == (
+        "elements (accuracy): 30.0 [21.1, 40.8] of 100 after, 97.0 before; forgotten is at most 34.0, what a model "
+        "scores that never saw the text.",
+    )
     assert cost.answer.endswith("points of utility")
     assert any("It writes broken text: 67% of the words" in line for line in cost.details)
     assert any(line.startswith("Fluency (perplexity of novels") for line in cost.details)
-    assert "between scored steps 20 apart" in asked["Is TRACE better than uniform weights?"].details[1]
+    first = asked["Is TRACE better than uniform weights?"].details[1]
+    assert first.startswith(
+        "At the first scored step that had forgotten (60 against 60; 20 steps after the score before"
+    )
+    assert "moment of forgetting" not in " ".join(told.lines)  # nobody scored the model there
     assert "One seed is no proof" in " ".join(told.lines)
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"gain": -0.05}, ["points fewer on average once it has forgotten [", " fewer at the moment of forgetting ["]),
+        ({"gain": -0.05}, ["points fewer on average once it has forgotten ["]),
         ({"gain": 0.0}, ["it is not clearly different on average", "Not shown. "]),
         ({"forgets": False}, ["TRACE did not forget enough", "unlearned and uniform never met the forgetting target"]),
         ({"checkpoints": False}, ["is open, since nothing was scored on the way"]),
-        ({"gold": False}, ["Forgotten is at most 27.0, 2 points above guessing."]),
+        ({"gold": False}, ["forgotten is at most 27.0, 2 points above guessing."]),
         ({"stages": ("data", "statistics")}, ["Nothing to conclude yet"]),
         (
             {"without": "variants/uniform"},
@@ -349,17 +353,78 @@ def test_every_forget_task_must_reach_its_own_target(run: Path) -> None:
     data = gather(run)
     evaluation = data.evaluations()["unlearned"]  # elements accuracy .3, falls; capitals accuracy, grows
     goal = [s for s in evaluation.scores if (s.task, s.metric) in (("elements", "accuracy"), ("capitals", "accuracy"))]
-    for targets, left in (([0.25, 0.9], 0.05), ([0.35, 0.99], 0.99 - goal[1].value), ([0.35, goal[1].value], 0.0)):
-        assert scores.excess(evaluation, scores.Targets(goal, targets, "")) == pytest.approx(left)
+    for levels, left in (
+        ([0.25, 0.1], 0.05), ([0.35, 0.01], 0.99 - goal[1].value), ([0.35, 1 - goal[1].value], 0.0)
+    ):  # fmt: skip
+        targets = [scores.Target(score, level, "") for score, level in zip(goal, levels, strict=True)]
+        assert scores.excess(evaluation, targets) == pytest.approx(left)
 
 
-def test_sentence_says_when_there_was_nothing_to_forget(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("forget", "after", "answer", "words"),
+    [  # forget scores of original and unlearned model; the retrained one's is .34, of 80 questions
+        (0.34, 0.34, "Nothing to forget", "had nothing to forget"),  # it never knew
+        (0.37, 0.30, "Nothing to forget", "had nothing to forget"),  # two questions more: not clear
+        (0.3405, 0.3, "Nothing to forget", "had nothing to forget"),
+        (0.97, 0.97, "No", "forgot nothing"),
+        (0.97, 0.94, "No", "forgot nothing"),  # two questions less: not clear
+        (0.97, 0.60, "Not enough", "did not forget enough"),
+        (0.97, 0.34, "Yes", "forgot what it should"),
+    ],
+)
+def test_forgetting_is_told_by_the_interval_of_the_paired_difference(
+    tmp_path: Path, forget: float, after: float, answer: str, words: str
+) -> None:
+    path = write_run(tmp_path / "run", knew=forget, ends=after)
+    told = verdict(gather(path))
+    assert told.answers[0].answer == answer and words in told.sentence
+    assert ("uniform weights" in told.sentence) == (answer in ("Yes", "Not enough"))
+    assert words in card_of(path)
+
+
+def test_what_did_not_change_is_said_to_be_unchanged(tmp_path: Path) -> None:
     path = write_run(tmp_path / "run")
-    raw = json.loads((path / "evaluation" / "original.json").read_text())
-    for score in raw["scores"]:
-        score["value"] = 0.3 if score["role"] == "forget" else score["value"]
-    (path / "evaluation" / "original.json").write_text(json.dumps(raw))
-    assert "had nothing to forget" in verdict(gather(path)).sentence
+    shutil.copy(path / "evaluation" / "original.json", path / "evaluation" / "unlearned.json")
+    told = verdict(gather(path))
+    assert told.sentence.startswith("TRACE forgot nothing, and its utility did not change (97.0 points)")
+    assert told.answers[1].answer == "Nothing" and "kept" not in told.sentence
+
+
+def test_the_headline_of_the_configuration_is_everywhere(tmp_path: Path) -> None:
+    names = ["elements exact_match", "near facts exact_match", "membership priv_leak"]
+    path = write_run(tmp_path / "run")
+    config = yaml.safe_load((path / "config.yaml").read_text())
+    (path / "config.yaml").write_text(yaml.safe_dump(config | {"report": {"headline": names}}))
+    report(None, RunDirectory.at(path), [])
+    records = json.loads((path / "report" / "scores.json").read_text())
+    assert {f"{r['task']} {r['metric']}" for r in records if r["headline"]} == set(names)
+    data = gather(path)
+    final = data.evaluations()["unlearned"]
+    assert scores.mean_score(final, "utility") == final.value("near facts", "exact_match")
+    text = " ".join(verdict(data).lines)
+    assert "elements (exact match): " in text and "membership (priv leak): -30 after, -97 before" in text
+    assert "near facts (exact match): " in text and "capitals" not in text.partition("Is TRACE")[0]
+    card = card_of(path).partition("## All scores")[0]
+    assert "| model | elements exact\\_match ↓ | membership priv\\_leak → | near facts exact\\_match ↑ |" in card
+    page_text = (path / "report" / "index.html").read_text("utf-8")
+    assert page_text.count(' headline"><th scope="row">') == 3
+
+
+def test_forget_quality_is_compared_with_its_own_level() -> None:
+    def score(value: float, task: str = "tofu", **changes: Any) -> Score:
+        return Score("m", task, "forget_quality", value, 400, "forget", "higher", None, True, **changes)
+
+    def told(before: float, after: float) -> scores.Outcome:
+        original, final, gold = (Evaluation("m", None, [score(v)], {}, {}, None, {}) for v in (before, after, 1.0))
+        arm = Arm("unlearned", "raking", None, [], None, {}, final)
+        data = RunData(
+            Path(), "", "", {}, {}, None, None, [], {"original": original, "gold": gold}, [arm], {}, {}, None
+        )
+        (found,) = scores.forgotten(data, final)
+        return found.outcome
+
+    cases = {(1e-9, 0.3): "forgotten", (1e-9, 0.01): "partly", (1e-9, 1e-9): "kept", (0.4, 0.4): "nothing"}
+    assert {case: told(*case) for case in cases} == cases
 
 
 def test_summary_table(run: Path) -> None:

@@ -45,6 +45,11 @@ class ConversionConfig(Section):
 
 class ReportConfig(Section):
     title: str | None = None
+    headline: list[str] = Field(
+        default_factory=list,
+        description="'TASK METRIC' of evaluation.tasks: the scores that the page begins with, and that forgetting and "
+        "utility are averaged over. Default: the first metric of every task, without perplexities.",
+    )
 
 
 class Config(Section):
@@ -118,6 +123,12 @@ class Config(Section):
         for score in evaluate.until:
             if score.split()[:1] not in [[name] for name in evaluate.tasks if name not in evaluate.at_end]:
                 raise ValueError(f"unlearning.evaluate.until names {score!r}, of no task that every look scores")
+        for score in self.report.headline:
+            if score.rpartition(" ")[0] not in names:
+                raise ValueError(
+                    f"report.headline names {score!r}: give 'TASK METRIC' with a task of evaluation.tasks "
+                    f"({', '.join(names) or 'there are none'})"
+                )
         for name, changes in self.variants.items():
             for key in changes:
                 if key.split(".")[0] not in ("calibration", "unlearning", "conversion"):

@@ -66,6 +66,23 @@ def other_tasks(run: RunData, other: RunData) -> list[str]:
     return differing
 
 
+def without_tasks(run: RunData, tasks: Sequence[str]) -> RunData:
+    """The run as if these tasks had not been evaluated."""
+
+    def kept(evaluation: Evaluation | None) -> Evaluation | None:
+        if evaluation is None:
+            return None
+        scores = [score for score in evaluation.scores if score.task not in tasks]
+        items = {task: items for task, items in evaluation.items.items() if task not in tasks}
+        return replace(evaluation, scores=scores, items=items, attacks={"expert_forcing": {}, "relearning": []})
+
+    def each(found: dict[Any, Evaluation]) -> dict[Any, Evaluation]:
+        return {key: evaluation for key, value in found.items() if (evaluation := kept(value)) is not None}
+
+    arms = [replace(arm, final=kept(arm.final), checkpoints=each(arm.checkpoints)) for arm in run.arms]
+    return replace(run, references=each(run.references), arms=arms)
+
+
 def averaged(runs: Sequence[RunData]) -> RunData:
     """The first of several runs with the scores that all have as means over them; what else it holds is its own."""
     if len(runs) == 1:
@@ -141,6 +158,6 @@ def compared(data: RunData, paths: list[Path]) -> tuple[list[RunData], list[RunD
             notes.append(
                 f"{', '.join(differing)} of {name}: other questions than in {data.name}, so those scores are left out"
             )
-            other = replace(gather(path, differing), name=name)
+            other = without_tasks(other, differing)
         found.append(other)
     return again, found, notes

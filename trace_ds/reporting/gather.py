@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Container, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,15 @@ TIMING = re.compile(r"time|per_s|(second|_s|_ms|bytes|memory)$")
 
 @dataclass(frozen=True)
 class Score:
-    """One number of one model; ``direction`` says which way is good, ``chance`` what guessing gives, ``by_seed`` the
-    values that it is the mean of, where several runs are told as one."""
+    """One number of one model.
+
+    Attributes:
+        direction: which way is good.
+        chance: what guessing gives.
+        headline: whether it is one of ``report.headline`` (without that key: the first metric of its task, perplexities
+            and scores that are best at a reference left out).
+        by_seed: the values that it is the mean of, where several runs are told as one.
+    """
 
     model: str
     task: str
@@ -44,6 +51,7 @@ class Score:
     role: str
     direction: str
     chance: float | None
+    headline: bool = False
     by_seed: tuple[float, ...] = ()
 
 
@@ -58,13 +66,8 @@ class Evaluation:
     attacks: dict[str, Any]  # expert_forcing: scores by way; relearning: the curve
 
     def headline(self, role: str) -> list[Score]:
-        """The first metric of every task of a role, in the file's order, without perplexities (another scale) and
-        without scores that are best at a reference (neither lower nor higher is better)."""
-        first: dict[str, Score] = {}
-        for score in self.scores:
-            if score.role == role and "perplexity" not in score.metric and score.direction != "reference":
-                first.setdefault(score.task, score)
-        return list(first.values())
+        """The headline scores of a role, in the file's order."""
+        return [score for score in self.scores if score.headline and score.role == role]
 
     def value(self, task: str, metric: str) -> float | None:
         return next((s.value for s in self.scores if (s.task, s.metric) == (task, metric)), None)
@@ -152,8 +155,8 @@ class RunData:
         return found
 
 
-def gather(path: Path, without: Container[str] = ()) -> RunData:
-    """Read a run directory, as if it had not evaluated the tasks ``without``.
+def gather(path: Path) -> RunData:
+    """Read a run directory.
 
     Raises:
         UserError: nothing is there to report, or an artefact is damaged.
@@ -164,17 +167,19 @@ def gather(path: Path, without: Container[str] = ()) -> RunData:
     config = _read_yaml(run.config)
     artefacts = _artefacts(run)
     forget, retain = (_statistics(artefacts.get(f"statistics/{side}")) for side in ("forget", "retain"))
-    evaluations = _evaluations(path / "evaluation", without)
+    report = config.get("report") or {}
+    headline = [str(name) for name in report.get("headline") or []]
+    evaluations = _evaluations(path / "evaluation", headline)
     references = {
         key: evaluation for key, evaluation in evaluations.items() if key != MAIN_ARM and _step_of(key) is None
     }
     rule = (config.get("calibration") or {}).get("rule")
-    arms = [_arm(MAIN_ARM, path, rule, evaluations, without)]
+    arms = [_arm(MAIN_ARM, path, rule, evaluations, headline)]
     for base in sorted((path / "variants").glob("*")):
         if base.is_dir() and ".tmp-" not in base.name and ".old-" not in base.name:
             changes = (config.get("variants") or {}).get(base.name) or {}
-            found = _evaluations(base / "evaluation", without)
-            arms.append(_arm(base.name, base, changes.get("calibration.rule", rule), found, without))
+            found = _evaluations(base / "evaluation", headline)
+            arms.append(_arm(base.name, base, changes.get("calibration.rule", rule), found, headline))
     arms = [arm for arm in arms if arm.calibration or arm.log or arm.checkpoints or arm.final]
     if not (artefacts or references or arms):
         raise UserError(
@@ -184,7 +189,6 @@ def gather(path: Path, without: Container[str] = ()) -> RunData:
         )
     manifest = _manifest(path)
     name = str(config.get("name") or path.resolve().name)
-    report = config.get("report") or {}
     summary: dict[str, Any] = next((artefacts[k].summary for k in artefacts if k.startswith("statistics/")), {})
     some = retain or forget
     layers = summary.get("layers") or list(range(some.counts_LE.shape[0] if some else 0))
@@ -243,11 +247,11 @@ def _calibration(directory: Path) -> Calibration | None:
     return Calibration(arrays, diagnosis, weights, found.content)
 
 
-def _arm(label: str, base: Path, rule: str | None, evaluations: dict[str, Evaluation], without: Container[str]) -> Arm:
+def _arm(label: str, base: Path, rule: str | None, evaluations: dict[str, Evaluation], headline: list[str]) -> Arm:
     """``rule``: what the configuration asks for, where nothing is calibrated yet."""
     calibration = _calibration(base / "calibration")
     checkpoints = {step: evaluation for key, evaluation in evaluations.items() if (step := _step_of(key)) is not None}
-    checkpoints = _curve(base, without) | checkpoints
+    checkpoints = _curve(base, headline) | checkpoints
     return Arm(
         label,
         (calibration and calibration.diagnosis.get("rule")) or rule,
@@ -258,36 +262,32 @@ def _arm(label: str, base: Path, rule: str | None, evaluations: dict[str, Evalua
     )
 
 
-def _evaluations(directory: Path, without: Container[str]) -> dict[str, Evaluation]:
-    def kept(scores: dict[str, Any]) -> dict[str, Any]:
-        return {name: value for name, value in scores.items() if name.rsplit(" ", 1)[0] not in without}
-
+def _evaluations(directory: Path, headline: list[str]) -> dict[str, Evaluation]:
     found = {}
     for path in sorted(directory.glob("*.json")) if directory.is_dir() else []:
         raw = _read(path, "evaluate")
         if "scores" not in raw:
             continue
-        scores = _scores(raw["scores"], path.stem, path, without)
+        scores = _scores(raw["scores"], path.stem, path, headline)
         items = {
             task: [item for item in logs if isinstance(item, dict)]
             for task, logs in (raw.get("items") or {}).items()
-            if task not in without and isinstance(logs, list)
+            if isinstance(logs, list)
         }
         attacks = raw.get("attacks") or {}
-        forcing, relearning = (attacks.get(name) or {} for name in ("expert_forcing", "relearning"))
         attacks = {
-            "expert_forcing": {way: kept(scores) for way, scores in forcing.items()},
-            "relearning": [{**entry, "scores": kept(entry["scores"])} for entry in relearning.get("curve") or []],
+            "expert_forcing": attacks.get("expert_forcing") or {},
+            "relearning": (attacks.get("relearning") or {}).get("curve") or [],
         }
         fingerprint, tasks = raw.get("model_fingerprint"), raw.get("tasks") or {}
         found[path.stem] = Evaluation(path.stem, fingerprint, scores, items, tasks, raw.get("drift"), attacks)
     return found
 
 
-def _scores(entries: list[dict[str, Any]], model: str, path: Path, without: Container[str]) -> list[Score]:
+def _scores(entries: list[dict[str, Any]], model: str, path: Path, headline: list[str]) -> list[Score]:
     """The scores in a file of ``evaluate``, or in a manifest of ``unlearn``."""
     try:
-        return [
+        scores = [
             Score(
                 model,
                 str(entry["task"]),
@@ -299,15 +299,23 @@ def _scores(entries: list[dict[str, Any]], model: str, path: Path, without: Cont
                 entry.get("chance"),
             )
             for entry in entries
-            if entry["task"] not in without
         ]
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"the evaluation is damaged ({error!r})", str(path), "make it again with `trace-ds evaluate`"
         ) from None
+    chosen = set(headline) or {f"{task} {metric}" for task, metric in _first_metrics(scores).items()}
+    return [replace(score, headline=f"{score.task} {score.metric}" in chosen) for score in scores]
 
 
-def _curve(base: Path, without: Container[str]) -> dict[int, Evaluation]:
+def _first_metrics(scores: list[Score]) -> dict[str, str]:
+    """The headline of each task where ``report.headline`` names none: perplexities have another scale, and scores that
+    are best at a reference no good direction."""
+    usual = [score for score in scores if "perplexity" not in score.metric and score.direction != "reference"]
+    return {score.task: score.metric for score in reversed(usual)}
+
+
+def _curve(base: Path, headline: list[str]) -> dict[int, Evaluation]:
     """What an unlearning job scored of itself, by step, from its newest checkpoint."""
     newest = named_by(base / "checkpoints", "latest")
     if newest is None or not (newest / "manifest.json").is_file():
@@ -317,7 +325,7 @@ def _curve(base: Path, without: Container[str]) -> dict[int, Evaluation]:
     for point in points:
         step, model = int(point["step"]), f"step_{point['step']}"
         if step:  # at step 0 it is the original
-            found[step] = Evaluation(model, None, _scores(point["scores"], model, newest, without), {}, {}, None, {})
+            found[step] = Evaluation(model, None, _scores(point["scores"], model, newest, headline), {}, {}, None, {})
     return found
 
 

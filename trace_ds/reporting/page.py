@@ -148,8 +148,8 @@ def payload(run: RunData, tables: dict[str, Table], names: dict[str, str]) -> di
         "experts": int(side.counts_LE.shape[1]) if side else 0,
         "top_k": side.top_k if side else 0,
         "tokens": {"forget": run.forget.tokens if run.forget else 0, "retain": run.retain.tokens if run.retain else 0},
-        "target": sum(goal.values) / len(goal.values) if goal else None,
-        "target_origin": goal.origin if goal else None,
+        "target": sum(target.level for target in goal) / len(goal) if goal else None,
+        "target_origin": ", ".join(dict.fromkeys(target.origin for target in goal)),
         "gold": _point(run, run.gold),
     }
 
@@ -236,7 +236,7 @@ def score_table(table: Table | None, run: RunData) -> dict[str, Any] | None:
     if table is None:
         return None
     rows = table.rows()
-    heads = rows_of([{"scores": rows}])
+    heads = sorted(rows_of([{"scores": rows}]), key=lambda row: not row["headline"])
     values = {(row["model"], row["task"], row["metric"]): row for row in rows}
     models = list(dict.fromkeys(table.columns["model"]))
     lines = [

@@ -99,7 +99,7 @@ def _curves(run: RunData, table: Table, names: dict[str, str]) -> Figure:
     rows = [row for row in table.rows() if row["forget"] is not None and row["utility"] is not None]
     near = [row for row in rows if row["step"] > 0]
     goal, gold = targets(run), run.references.get(run.gold)
-    level = sum(goal.values) / len(goal.values) if goal is not None else None
+    level = sum(target.level for target in goal) / len(goal) if goal else None
     place = (mean_score(gold, "forget"), mean_score(gold, "utility")) if gold is not None else (None, None)
     figure, axes = _figure(1, 2, 4.8, 3.6)
     for axis, shown, title in ((axes[0, 0], near, "where it happens"), (axes[0, 1], rows, "the whole way")):

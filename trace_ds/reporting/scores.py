@@ -1,86 +1,104 @@
-"""The table of scores, what counts as forgotten, and every arm at matched forgetting."""
+"""What counts as forgotten, whether a model has, and every arm at matched forgetting. Only scored models count: nothing
+between two scored steps is guessed."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from trace_ds.evaluation.metrics import FORGET_QUALITY
 from trace_ds.evaluation.table import ARROWS
 from trace_ds.reporting.compare import models
 from trace_ds.reporting.gather import Arm, Evaluation, RunData, Score
-from trace_ds.reporting.intervals import Interval, of_mixes, t_interval
-from trace_ds.reporting.matched import Reached, reached
+from trace_ds.reporting.intervals import Interval, of_difference, of_mixes, of_score, t_interval
+from trace_ds.reporting.matched import TOLERANCE, reached
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
 
-MOMENTS = ("crossing", "after", "end")  # where the target is met; on average from there on; after the last step
+MOMENTS = ("first", "after", "end")  # the first scored step at the target; on average from there on; the last step
 CHANCE_MARGIN = 0.02  # without a gold model: forgotten = at most two points above guessing
+NEGLIGIBLE = 0.01  # less above the target is nothing to forget, however sure
+FORGOTTEN_P = 0.05  # TOFU: truth ratios that a test cannot tell from the retrained model's
 
 
 def score_records(run: RunData, others: Iterable[RunData] = ()) -> list[dict[str, Any]]:
-    """``scores.json``: a sorted list of ``{model, task, metric, value}``; other runs' models are ``RUN/MODEL``.
+    """``scores.json``: a sorted list of ``{model, task, metric, value, headline}``.
 
-    A value that is not finite is None.
+    Other runs' models are ``RUN/MODEL``. A value that is not finite is None.
     """
     records = [
-        {"model": name, "task": s.task, "metric": s.metric, "value": s.value if math.isfinite(s.value) else None}
+        {
+            "model": name,
+            "task": s.task,
+            "metric": s.metric,
+            "value": s.value if math.isfinite(s.value) else None,
+            "headline": s.headline,
+        }
         for name, evaluation, _ in models([run, *others])
         for s in evaluation.scores
     ]
     return sorted(records, key=lambda record: (record["model"], record["task"], record["metric"]))
 
 
+def remaining(score: Score) -> float:
+    """What a score says about the knowledge that is left: itself, or 1 less it where more means forgotten."""
+    return score.value if score.direction == "lower" else 1 - score.value
+
+
 @dataclass(frozen=True)
-class Targets:
-    """What counts as forgotten: one target per forget task, and where it comes from."""
+class Target:
+    """A forget score and the level (of :func:`remaining`) at or below which its task is forgotten."""
 
-    tasks: list[Score]  # the headline forget scores (of the model that defined them)
-    values: list[float]
-    origin: str  # in words
+    score: Score  # of the model that defined it
+    level: float
+    origin: str
 
 
-def targets(run: RunData) -> Targets | None:
-    """The gold model's forget scores; else chance + 2 points; None when there is neither."""
+def targets(run: RunData) -> list[Target]:
+    """Of every headline forget task; empty when one has neither a retrained model's score nor a chance level."""
     gold = run.references.get(run.gold)
-    if gold is not None and gold.headline("forget"):
-        tasks = gold.headline("forget")
-        return Targets(tasks, [task.value for task in tasks], "what a model scores that never saw the text")
-    some = next((e for e in run.evaluations().values() if e.headline("forget")), None)
-    if some is None:
-        return None
-    tasks = some.headline("forget")
-    if any(task.chance is None for task in tasks):
-        return None
-    return Targets(tasks, [float(task.chance or 0.0) + CHANCE_MARGIN for task in tasks], "2 points above guessing")
+    some = next((e for e in [gold, *run.evaluations().values()] if e is not None and role_scores(e, "forget")), None)
+    found = []
+    for score in role_scores(some, "forget") if some is not None else []:
+        if score.metric == FORGET_QUALITY:
+            found.append(Target(score, 1 - FORGOTTEN_P, f"TOFU's level, a p-value above {FORGOTTEN_P:g}"))
+        elif some is gold:
+            found.append(Target(score, score.value, "what a model scores that never saw the text"))
+        elif score.chance is None:
+            return []
+        else:
+            found.append(Target(score, score.chance + CHANCE_MARGIN, "2 points above guessing"))
+    return found
 
 
-def excess(evaluation: Evaluation, goal: Targets) -> float | None:
+def excess(evaluation: Evaluation, goal: Sequence[Target]) -> float | None:
     """Largest distance of a model's forget scores above their targets (<= 0: forgotten); None if one is missing."""
-    left = []
-    for task, level in zip(goal.tasks, goal.values, strict=True):
-        value = evaluation.value(task.task, task.metric)
-        if value is None or math.isnan(value):
-            return None
-        left.append(value - level if task.direction == "lower" else level - value)
-    return max(left)
+    scores = [find(evaluation, target.score) for target in goal]
+    left = [remaining(s) - target.level for s, target in zip(scores, goal, strict=True) if s is not None]
+    return max(left) if len(left) == len(goal) > 0 and not any(map(math.isnan, left)) else None
+
+
+def find(evaluation: Evaluation, like: Score) -> Score | None:
+    """The evaluation's own score of the same task and metric."""
+    return next((s for s in evaluation.scores if (s.task, s.metric) == (like.task, like.metric)), None)
 
 
 def role_scores(evaluation: Evaluation, role: str, metric: str | None = None) -> list[Score]:
-    """The scores of a role that ``metric`` (default: each task's headline) gives.
+    """The scores of a role that ``metric`` (default: the headline) gives.
 
-    Only those that point the role's usual way: forget lower, utility higher is better.
+    Only those that point the role's usual way: forget lower (or TOFU's forget quality), utility higher is better.
     """
+    scores = evaluation.headline(role) if metric is None else [s for s in evaluation.scores if s.metric == metric]
     usual = "lower" if role == "forget" else "higher"
-    found = evaluation.headline(role) if metric is None else [s for s in evaluation.scores if s.metric == metric]
-    return [score for score in found if score.role == role and score.direction == usual]
+    return [s for s in scores if s.role == role and (s.direction == usual or s.metric == FORGET_QUALITY)]
 
 
 def mean_score(evaluation: Evaluation, role: str, metric: str | None = None) -> float | None:
-    """The mean of :func:`role_scores`; None when there are none."""
-    values = [score.value for score in role_scores(evaluation, role, metric)]
+    """The mean of :func:`role_scores` (of what remains, for forget tasks); None when there are none."""
+    values = [remaining(s) if role == "forget" else s.value for s in role_scores(evaluation, role, metric)]
     return math.fsum(values) / len(values) if values else None
 
 
@@ -88,6 +106,77 @@ def utility_metrics(run: RunData) -> list[str]:
     """The metrics utility can be averaged by, besides the headline, in order of appearance."""
     found = [score for e in run.evaluations().values() for score in e.scores if score.role == "utility"]
     return list(dict.fromkeys(score.metric for score in found if score.direction == "higher"))
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Two numbers to compare, and the interval of what lies between them (None: nothing gives one)."""
+
+    mine: float
+    base: float
+    interval: Interval | None
+
+    @property
+    def value(self) -> float:
+        return self.mine - self.base
+
+    @property
+    def sign(self) -> int:
+        """1 more, -1 less, 0 not shown: the interval holds 0, or the two are equal."""
+        clear = math.isfinite(self.value) and self.value != 0 and (self.interval is None or self.interval.excludes_zero)
+        return int(math.copysign(1, self.value)) if clear else 0
+
+
+Outcome = Literal["nothing", "kept", "partly", "forgotten"]
+
+
+@dataclass(frozen=True)
+class Forgotten:
+    """One forget task before and after, and what became of it.
+
+    ``nothing``: the model never clearly knew more than the target; ``kept``: its score did not clearly fall;
+    ``partly``: it fell, and is above the target; ``forgotten``: it fell to the target. Clear is what the 95 % interval
+    of the difference (paired by question or seed) says.
+    """
+
+    target: Target
+    before: Score
+    after: Score
+    outcome: Outcome
+
+
+def forgotten(run: RunData, final: Evaluation) -> list[Forgotten]:
+    """Of every forget task; empty when a target or a score is missing."""
+    original, gold, found = run.references["original"], run.references.get(run.gold), []
+    for target in targets(run):
+        before, after = find(original, target.score), find(final, target.score)
+        if before is None or after is None or not math.isfinite(before.value + after.value):
+            return []
+        reference = find(gold, target.score) if gold is not None else None
+        if target.score.metric == FORGET_QUALITY or reference is None or gold is None:
+            band = None if target.score.metric == FORGET_QUALITY else of_score(before, original)
+            band = band and Interval(band.low - target.level, band.high - target.level)
+        else:
+            band = of_difference(before, original, reference, gold)
+        gap = Difference(remaining(before), target.level, band)
+        fall = Difference(remaining(before), remaining(after), of_difference(before, original, after, final))
+        outcome: Outcome = "forgotten"
+        if gap.sign <= 0 or gap.value < NEGLIGIBLE:
+            outcome = "nothing"
+        elif fall.sign <= 0:
+            outcome = "kept"
+        elif remaining(after) > target.level + TOLERANCE:
+            outcome = "partly"
+        found.append(Forgotten(target, before, after, outcome))
+    return found
+
+
+def outcome_of(tasks: Sequence[Forgotten]) -> Outcome | None:
+    """Of all tasks that there was something to forget of; None when that is not known."""
+    found = {task.outcome for task in tasks} - {"nothing"}
+    if not tasks:
+        return None
+    return "nothing" if not found else found.pop() if len(found) == 1 else "partly"
 
 
 def arm_points(run: RunData, arm: Arm) -> list[tuple[int, Evaluation]]:
@@ -111,70 +200,46 @@ def arm_points(run: RunData, arm: Arm) -> list[tuple[int, Evaluation]]:
 
 
 @dataclass(frozen=True)
-class Way:
-    """The scored models of an arm by step, from the original on, and where its forget scores met the target."""
+class Trajectory:
+    """The scored models of an arm by step, from the original on.
+
+    Attributes:
+        first: index of the first model at the target; None where none is, or only end points were scored.
+        on_the_way: whether checkpoints were scored: end points alone are not at matched forgetting.
+        final: the final model, by all that it was asked.
+    """
 
     steps: list[int]
     models: list[Evaluation]
-    met: Reached | None
-    on_the_way: bool  # whether checkpoints were scored: end points alone are not at matched forgetting
-    end: Evaluation  # the final model, by all that it was asked
+    first: int | None
+    on_the_way: bool
+    final: Evaluation
 
     @property
-    def crossing(self) -> tuple[float, int] | None:
-        """The step at which the line between two scored steps meets the target, and how far these are apart."""
-        if self.met is None or not self.on_the_way:
-            return None
-        here = self.steps[self.met.index]
-        spacing = here - self.steps[self.met.index - 1] if self.met.index else 0
-        return here - (1 - self.met.share) * spacing, spacing
+    def spacing(self) -> int:
+        """How many steps before the first step at the target the one before was scored; 0: there is none."""
+        return self.steps[self.first] - self.steps[self.first - 1] if self.first else 0
 
-    def mix(self, at: str) -> list[tuple[float, Evaluation]] | None:
-        """The models whose weighted mean is the arm at a moment of :data:`MOMENTS`; None where there was no such."""
-        if at == "end":
-            return [(1.0, self.end)]
-        if self.met is None or not self.on_the_way:
-            return None
-        index, share = self.met.index, self.met.share
-        if at == "after":
-            return [(1 / len(self.models[index:]), model) for model in self.models[index:]]
-        before = [(1 - share, self.models[index - 1])] if share < 1 else []
-        return [*before, (share, self.models[index])]
+    def at(self, moment: str) -> list[Evaluation] | None:
+        """The models whose mean is the arm at one of :data:`MOMENTS`; None where there was no such."""
+        if moment == "end":
+            return [self.final]
+        return None if self.first is None else self.models[self.first :][: 1 if moment == "first" else None]
 
 
-def way_of(run: RunData, label: str) -> Way | None:
+def trajectory(run: RunData, label: str) -> Trajectory | None:
     """None where no model of the arm has been scored."""
-    arm, goal = next((arm for arm in run.arms if arm.label == label), None), targets(run)
+    arm = next((arm for arm in run.arms if arm.label == label), None)
     if arm is None or (arm.final is None and not arm.checkpoints):
         return None
     points = arm_points(run, arm)
-    if goal is not None:
-        asked = {score.task for score in points[-1][1].scores}
-        kept = [(task, level) for task, level in zip(goal.tasks, goal.values, strict=True) if task.task in asked]
-        goal = Targets([task for task, _ in kept], [level for _, level in kept], goal.origin) if kept else None
-    lefts = [excess(model, goal) if goal is not None else None for _, model in points]
-    met = reached([math.nan if left is None else left for left in lefts], 0.0)
+    asked = {score.task for score in points[-1][1].scores}
+    goal = [target for target in targets(run) if target.score.task in asked]
+    left = [excess(model, goal) for _, model in points]
+    on_the_way = bool(arm.checkpoints and goal)
+    met = reached([math.nan if value is None else value for value in left], 0.0) if on_the_way else None
     models = [model for _, model in points]
-    return Way([step for step, _ in points], models, met, bool(arm.checkpoints and goal), arm.final or models[-1])
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Mean utility of an arm and of the baseline, and the interval of what lies between (None: nothing gives one)."""
-
-    mine: float
-    base: float
-    interval: Interval | None
-
-    @property
-    def value(self) -> float:
-        return self.mine - self.base
-
-    @property
-    def sign(self) -> int:
-        """1 better, -1 worse, 0 not shown: the interval holds 0, or the two are equal."""
-        clear = math.isfinite(self.value) and self.value != 0 and (self.interval is None or self.interval.excludes_zero)
-        return int(math.copysign(1, self.value)) if clear else 0
+    return Trajectory([s for s, _ in points], models, met.index if met else None, on_the_way, arm.final or models[-1])
 
 
 @dataclass(frozen=True)
@@ -182,13 +247,13 @@ class Standing:
     """An arm at matched forgetting and at the end, mean over its runs.
 
     Attributes:
-        step: at which it met the target, between two scored steps; None where it was not scored on the way, or (in one
-            of several runs) never met it.
-        spacing: how many steps these two are apart (the most, over the runs).
+        step: the first scored one at the target; None where it was not scored on the way, or (in one of several runs)
+            never met it.
+        spacing: how many steps before it the one before was scored (the most, over the runs).
         utility, against: by moment of :data:`MOMENTS`; the latter beside the baseline, paired by question within a run
             and by seed over several.
         late: whether it was scored on the way and never met the target.
-        better: in how many runs it is above the baseline on average after the crossing.
+        better: in how many runs it is above the baseline on average after the first step at the target.
         tasks: by which utility is compared.
     """
 
@@ -207,62 +272,52 @@ def standing(runs: Sequence[RunData], label: str, baseline: str | None, metric: 
 
     ``metric`` is what utility is averaged by (default: headlines); forgetting is always by the headlines.
     """
-    ways = [way for run in runs if (way := way_of(run, label)) is not None]
+    ways = [way for run in runs if (way := trajectory(run, label)) is not None]
     if len(ways) < len(runs):
         return None
-    others = [None if baseline in (None, label) else way_of(run, str(baseline)) for run in runs]
+    others = [None if baseline in (None, label) else trajectory(run, str(baseline)) for run in runs]
     utility: dict[str, float | None] = {}
     against: dict[str, Difference | None] = {}
     better = 0
-    for at in MOMENTS:
-        mine = [way.mix(at) for way in ways]
-        base = [None if way is None else way.mix(at) for way in others]
-        utility[at] = _mean_of([None if each is None else _utility(each, metric) for each in mine])
-        pairs = [_difference(a, b, metric) for a, b in zip(mine, base, strict=True) if a is not None and b is not None]
-        known = [pair for pair in pairs if pair is not None]
-        against[at] = _over_runs(known) if len(known) == len(runs) else None
-        if at == "after":
-            better = sum(pair.value > 0 for pair in known)
-    met = [way.crossing for way in ways]
-    step = _mean_of([each and each[0] for each in met])
-    late = any(way.on_the_way and way.met is None for way in ways)
+    for moment in MOMENTS:
+        mine = [way.at(moment) for way in ways]
+        base = [None if way is None else way.at(moment) for way in others]
+        utility[moment] = _mean_of([None if each is None else _utility(each, metric) for each in mine])
+        pairs = [difference(a, b, metric) for a, b in zip(mine, base, strict=True) if a is not None and b is not None]
+        against[moment] = over_runs(pairs, len(runs))
+        if moment == "after":
+            better = sum(pair is not None and pair.value > 0 for pair in pairs)
+    step = _mean_of([None if way.first is None else way.steps[way.first] for way in ways])
+    late = any(way.on_the_way and way.first is None for way in ways)
     tasks = tuple(score.task for score in role_scores(ways[0].models[-1], "utility", metric))
-    return Standing(
-        label, step, max((each[1] for each in met if each), default=0), utility, against, late, better, tasks
-    )
+    return Standing(label, step, max(way.spacing for way in ways), utility, against, late, better, tasks)
 
 
-Mix = Sequence[tuple[float, Evaluation]]
-
-
-def _utility(mix: Mix, metric: str | None) -> float | None:
-    values = [(weight, mean_score(model, "utility", metric)) for weight, model in mix]
-    known = [weight * value for weight, value in values if value is not None]
-    return math.fsum(known) if len(known) == len(values) else None
-
-
-def _difference(mine: Mix, base: Mix, metric: str | None) -> Difference | None:
-    """Of two mixes of models, by the tasks that all of them were asked, with its interval."""
-    asked = [{score.task for score in model.scores} for mix in (mine, base) for _, model in mix]
-    common = set.intersection(*asked)
+def difference(mine: Sequence[Evaluation], base: Sequence[Evaluation], metric: str | None = None) -> Difference | None:
+    """Of the mean utility of some models and of others, by the tasks that all of them were asked, with its interval."""
+    common = set.intersection(*({score.task for score in model.scores} for model in (*mine, *base)))
     mine, base = (
-        [
-            (share, replace(model, scores=[score for score in model.scores if score.task in common]))
-            for share, model in mix
-        ]
-        for mix in (mine, base)
+        [replace(model, scores=[score for score in model.scores if score.task in common]) for model in side]
+        for side in (mine, base)
     )
-    values = [_utility(mix, metric) for mix in (mine, base)]
+    values = [_utility(side, metric) for side in (mine, base)]
     if values[0] is None or values[1] is None:
         return None
-    return Difference(values[0], values[1], of_mixes([mine, base], role_scores(mine[-1][1], "utility", metric)))
+    mixes = [[(1 / len(side), model) for model in side] for side in (mine, base)]
+    return Difference(values[0], values[1], of_mixes(mixes, role_scores(mine[-1], "utility", metric)))
 
 
-def _over_runs(found: Sequence[Difference]) -> Difference:
-    if len(found) == 1:
-        return found[0]
-    mine, base = (math.fsum(values) / len(found) for values in zip(*((d.mine, d.base) for d in found), strict=True))
-    return Difference(mine, base, t_interval([each.value for each in found]))
+def over_runs(found: Sequence[Difference | None], runs: int) -> Difference | None:
+    """The mean difference of ``runs`` runs, of several with Student's t interval; None unless all have one."""
+    known = [each for each in found if each is not None]
+    if len(known) < runs or len(known) == 1:
+        return known[0] if len(known) == runs else None
+    mine, base = (math.fsum(values) / runs for values in zip(*((d.mine, d.base) for d in known), strict=True))
+    return Difference(mine, base, t_interval([each.value for each in known]))
+
+
+def _utility(models: Sequence[Evaluation], metric: str | None) -> float | None:
+    return _mean_of([mean_score(model, "utility", metric) for model in models])
 
 
 def _mean_of(values: Sequence[float | None]) -> float | None:
@@ -270,11 +325,8 @@ def _mean_of(values: Sequence[float | None]) -> float | None:
     return math.fsum(known) / len(known) if known and len(known) == len(values) else None
 
 
-def summary_table(run: RunData) -> RichTable:
-    """Models × headline scores for the terminal, with arrows for the good direction and a row for chance."""
-    from rich.table import Table as RichTable
-    from rich.text import Text
-
+def headline_table(run: RunData) -> tuple[list[Score], dict[str, list[float | None]]]:
+    """The headline scores, forget tasks first, and each model's values of them."""
     evaluations = run.evaluations()
     columns = {
         (score.task, score.metric): score
@@ -282,14 +334,24 @@ def summary_table(run: RunData) -> RichTable:
         for evaluation in evaluations.values()
         for score in evaluation.headline(role)
     }
+    scores = list(columns.values())
+    return scores, {name: [one.value(s.task, s.metric) for s in scores] for name, one in evaluations.items()}
+
+
+def summary_table(run: RunData) -> RichTable:
+    """Models × headline scores for the terminal, with arrows for the good direction and a row for chance."""
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    scores, rows = headline_table(run)
     table = RichTable(title=Text(run.title), caption="↓ lower is better, ↑ higher is better")
     table.add_column("model")
-    for (task, metric), score in columns.items():
-        table.add_column(Text(f"{task}\n{metric} {ARROWS[score.direction]}\n({score.role})"), justify="right")
-    for name, evaluation in evaluations.items():
-        values = [evaluation.value(task, metric) for task, metric in columns]
-        table.add_row(Text(name), *("–" if value is None else f"{value:.3f}" for value in values))
-    chances = [score.chance for score in columns.values()]
-    if any(chance is not None for chance in chances):
-        table.add_row("chance", *("–" if chance is None else f"{chance:.3f}" for chance in chances), style="dim")
+    for score in scores:
+        name = f"{score.task}\n{score.metric} {ARROWS[score.direction]}\n({score.role})"
+        table.add_column(Text(name), justify="right")
+    if any(score.chance is not None for score in scores):
+        rows = {**rows, "chance": [score.chance for score in scores]}
+    for name, values in rows.items():
+        style = "dim" if name == "chance" else None
+        table.add_row(Text(name), *("–" if value is None else f"{value:.3f}" for value in values), style=style)
     return table

@@ -270,7 +270,8 @@ def _training_order(key: str) -> tuple[int, str]:
 def curves(runs: list[RunData]) -> Table:
     """Mean scores along every arm: the forgetting-utility curve (only end points without checkpoints).
 
-    ``forget`` and ``utility`` are means of the tasks' headline metrics; ``utility_METRIC`` of that metric alone.
+    ``forget`` and ``utility`` are means of the headline metrics (forget quality: 1 less it); ``utility_METRIC`` of that
+    metric alone.
     """
     metrics = list(dict.fromkeys(metric for run in runs for metric in utility_metrics(run)))
     rows = []
@@ -308,8 +309,8 @@ def matched_forgetting(groups: list[list[RunData]]) -> Table:
                         gap = found.against[at]
                         numbers += [found.utility[at], gap and gap.value, *_ends(gap.interval if gap else None)]
                     rows.append([name, arm.rule, metric or "headline", len(group), found.step, found.spacing, *numbers])
-    header = ["arm", "rule", "utility", "runs", "crossing_step", "steps_between_scores"]
-    for column in ("utility_at_crossing", "mean_utility_after", "utility_at_end"):
+    header = ["arm", "rule", "utility", "runs", "first_step", "steps_between_scores"]
+    for column in ("utility_at_first", "mean_utility_after", "utility_at_end"):
         header += [column, f"{column}_gain", f"{column}_gain_low", f"{column}_gain_high"]
     return make("matched", "Utility at matched forgetting", header, rows)
 
@@ -348,10 +349,10 @@ def scores(runs: list[RunData]) -> Table:
             gain, near = None, None
             if other is not None and base is not None and base is not evaluation:
                 gain, near = s.value - other.value, of_difference(s, evaluation, other, base)
-            numbers = [s.value, *_ends(band), gain, *_ends(near), s.n, s.chance, len(s.by_seed) or 1]
+            numbers = [s.value, *_ends(band), gain, *_ends(near), s.n, s.chance, len(s.by_seed) or 1, s.headline]
             rows.append([name, s.task, s.metric, s.role, s.direction, *numbers])
     header = ["model", "task", "metric", "role", "direction", "value", "low", "high", "gain", "gain_low", "gain_high"]
-    return make("scores", "Scores", [*header, "n", "chance", "runs"], rows)
+    return make("scores", "Scores", [*header, "n", "chance", "runs", "headline"], rows)
 
 
 def _ends(band: Interval | None) -> list[float | None]:

@@ -1,9 +1,10 @@
-"""What a run shows, in words: one sentence and the answers to four questions, for the page and for the terminal.
+"""What a run shows, in words: one sentence and the answers to four questions, for page, model card and terminal.
 
     verdict(gather(Path("runs/mine"))).sentence
 
-Scores are told in points, 0 to 100. Every number is computed here from the artefacts, and a method that does not win is
-said not to. Runs that differ only in their seed are told as one: means, Student's t, differences paired by seed.
+Scores are given in points, 0 to 100. Every number is computed from the artefacts, of models that were scored; a method
+that does not win is said not to. Runs that differ only in their seed are one: means, Student's t, differences paired by
+seed.
 """
 
 from __future__ import annotations
@@ -12,12 +13,40 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from trace_ds.evaluation.metrics import FORGET_QUALITY
 from trace_ds.reporting.compare import averaged
 from trace_ds.reporting.examples import broken_text, fluency
 from trace_ds.reporting.gather import Evaluation, RunData, Score
-from trace_ds.reporting.intervals import of_mean
-from trace_ds.reporting.matched import TOLERANCE
-from trace_ds.reporting.scores import Difference, Standing, excess, mean_score, role_scores, standing, targets
+from trace_ds.reporting.intervals import of_mean, of_score
+from trace_ds.reporting.scores import (
+    Difference,
+    Outcome,
+    Standing,
+    difference,
+    find,
+    forgotten,
+    mean_score,
+    outcome_of,
+    over_runs,
+    role_scores,
+    standing,
+)
+
+FORGOT: dict[Outcome | None, tuple[str, str, str]] = {  # the sentence's words, the answer, and a note
+    None: (
+        " cannot be said to have forgotten",
+        "Not known",
+        "No forget task has a model that never saw the text, or a chance level, to compare with.",
+    ),
+    "nothing": (
+        " had nothing to forget",
+        "Nothing to forget",
+        "The original model does not clearly know more than the target.",
+    ),
+    "kept": (" forgot nothing", "No", "The change is not clear: its 95 % interval holds 0, or the score rose."),
+    "partly": (" did not forget enough", "Not enough", "It fell, and is still above the target."),
+    "forgotten": (" forgot what it should", "Yes", ""),
+}
 
 
 @dataclass(frozen=True)
@@ -50,9 +79,10 @@ def verdict(run: RunData, repeats: Sequence[RunData] = ()) -> Verdict:
         )
     main = next((arm for arm in finals if arm.is_trace), finals[0])
     baseline, whole = run.baseline, averaged(runs)
-    parts = [_forgot(whole, main.label), _cost(whole, main.label, baseline.label if baseline else None)]
+    outcome, words, answer = _forgot(whole, main.label)
+    parts = [(words, answer), _cost(runs, whole, main.label, baseline.label if baseline else None)]
     better = None
-    if baseline is not None and main.is_trace:
+    if baseline is not None and main.is_trace and outcome not in ("nothing", "kept"):
         mine, base = (standing(runs, arm.label, baseline.label) for arm in (main, baseline))
         if mine is not None and base is not None and mine.utility["end"] is not None:
             parts.append(_against(mine, base, len(role_scores(_final(whole, main.label), "utility"))))
@@ -64,92 +94,97 @@ def verdict(run: RunData, repeats: Sequence[RunData] = ()) -> Verdict:
     return Verdict(words + ".", (*(answer for _, answer in parts), _sure(runs, better)))
 
 
-def points(found: Difference) -> str:
+def points(gap: Difference) -> str:
     """A difference in points, with its interval."""
-    band = found.interval
-    told = "" if band is None else f" [{100 * band.low:+.1f}, {100 * band.high:+.1f}]"
-    return f"{100 * found.value:+.1f}{told}".replace("-", "−")
+    band = gap.interval
+    text = "" if band is None else f" [{100 * band.low:+.1f}, {100 * band.high:+.1f}]"
+    return f"{100 * gap.value:+.1f}{text}".replace("-", "−")
 
 
-def _forgot(run: RunData, label: str) -> tuple[str, Answer]:
-    """How the sentence begins, and the answer."""
-    question, goal, original = "Did it forget?", targets(run), run.references["original"]
-    final = _final(run, label)
-    left = excess(final, goal) if goal is not None else None
-    before, start = mean_score(original, "forget"), excess(original, goal) if goal is not None else None
-    if goal is None or left is None or before is None:
-        note = "No forget task has a model that never saw the text, or a chance level, to compare with."
-        return " cannot be said to have forgotten", Answer(question, "Not known", (note,))
-    tasks = ", ".join(f"{task.task} ({task.metric.replace('_', ' ')})" for task in goal.tasks).replace("_", " ")
-    numbers = (
-        f"{tasks}: {_mean(role_scores(final, 'forget'), final)} of 100 after, {100 * before:.1f} before.",
-        f"Forgotten is at most {100 * math.fsum(goal.values) / len(goal.values):.1f}, {goal.origin}.",
-    )
-    if start is not None and start <= TOLERANCE:
-        note = "The original model is already at the target: there was nothing to forget."
-        return " had nothing to forget", Answer(question, "Nothing to forget", (*numbers, note))
-    if left <= TOLERANCE:
-        return " forgot what it should", Answer(question, "Yes", numbers)
-    return " did not forget enough", Answer(question, "Not enough", numbers)
+def _forgot(run: RunData, label: str) -> tuple[Outcome | None, str, Answer]:
+    """What became of the knowledge, how the sentence begins, and the answer."""
+    final, original = _final(run, label), run.references["original"]
+    tasks = forgotten(run, final)
+    outcome = outcome_of(tasks)
+    words, answer, note = FORGOT[outcome]
+    details = []
+    for each in tasks:
+        quality = each.after.metric == FORGET_QUALITY
+        level = f"is at most {100 * each.target.level:.1f}, " * (not quality) + each.target.origin
+        before = _value(each.before, original, alone=True)
+        details.append(
+            f"{_name(each.after)}: {_value(each.after, final)} after, {before} before; "
+            f"forgotten {'is ' * quality}{level}."
+        )
+    for score in final.headline("forget"):  # best at a reference: shown, and in no mean
+        earlier = find(original, score)
+        if score.direction == "reference" and earlier is not None:
+            details.append(
+                f"{_name(score)}: {score.value:.3g} after, {earlier.value:.3g} before; best is the reference."
+            )
+    return outcome, words, Answer("Did it forget?", answer, (*details, *([note] if note else [])))
 
 
-def _cost(run: RunData, label: str, baseline: str | None) -> tuple[str, Answer]:
+def _cost(runs: Sequence[RunData], run: RunData, label: str, baseline: str | None) -> tuple[str, Answer]:
     question, final = "What did it cost?", _final(run, label)
     before, after = (mean_score(model, "utility") for model in (run.references["original"], final))
-    if before is None or after is None:
+    change = over_runs([difference([_final(r, label)], [r.references["original"]]) for r in runs], len(runs))
+    if before is None or after is None or change is None:
         note = "No utility task was evaluated, so what the forgetting cost is unknown."
         return ", at a cost that was not measured", Answer(question, "Not measured", (note,))
     other = mean_score(_final(run, baseline), "utility") if baseline not in (None, label) else None
     beside = "" if other is None else f"; {100 * other:.1f} with uniform weights"
     shown = _mean(role_scores(final, "utility"), final)
-    details = [f"What should stay: {shown} of 100 after, {100 * before:.1f} before{beside}."]
+    names = " and ".join(map(_name, role_scores(final, "utility")))
+    details = [f"{names}: {shown} of 100 after, {100 * before:.1f} before{beside}; change {points(change)}."]
     broken = broken_text(run, final)
     details += broken + fluency(run, final)
-    lost = 100 * (before - after)
-    answer = f"{lost:.1f} points of utility" if lost > 0.05 else "Nothing measured"
-    words = f" and kept {100 * after:.1f} of {100 * before:.1f} points of utility" + ", but writes broken text" * bool(
-        broken
-    )
-    return words, Answer(question, answer, tuple(details))
+    if change.value == 0:
+        words, answer = f", and its utility did not change ({100 * after:.1f} points)", "Nothing"
+    elif change.sign == 0:
+        words = f", with no clear change of utility ({100 * after:.1f} points after, {100 * before:.1f} before)"
+        answer = "Nothing clear"
+    else:
+        words = f" and kept {100 * after:.1f} of {100 * before:.1f} points of utility"
+        answer = f"{100 * (before - after):.1f} points of utility"
+        if change.sign > 0:
+            words, answer = f" and gained {100 * change.value:.1f} points of utility", "Nothing: utility rose"
+    return words + ", but writes broken text" * bool(broken), Answer(question, answer, tuple(details))
 
 
 def _against(mine: Standing, base: Standing, tasks: int) -> tuple[str, Answer]:
-    """How the sentence ends, and the answer; ``tasks``: how many tell the utility after the last step."""
+    """How the sentence ends, and the answer; ``tasks``: how many give the utility after the last step."""
     question = "Is TRACE better than uniform weights?"
-    after, crossing, end = (mine.against[at] for at in ("after", "crossing", "end"))
-    if after is None or crossing is None or mine.step is None or base.step is None:
-        late = " and ".join(found.label for found in (mine, base) if found.late)
+    after, first, end = (mine.against[moment] for moment in ("after", "first", "end"))
+    if after is None or first is None or mine.step is None or base.step is None:
+        late = " and ".join(each.label for each in (mine, base) if each.late)
         why = f"{late} never met the forgetting target" if late else "nothing was scored on the way"
         note = f"{why[0].upper()}{why[1:]}, so the two cannot be compared at the same forgetting."
-        told = () if end is None else (f"At the end: {_sides(end)}.",)
+        at_end = () if end is None else (f"At the end: {_sides(end)}.",)
         words = "" if end is None else f" (at the end: {points(end)} points)"
-        sentence = f"; whether it is better than uniform weights is open, since {why}{words}"
-        return sentence, Answer(question, "Open", (note, *told))
+        return f"; whether it is better than uniform weights is open, since {why}{words}", Answer(
+            question, "Open", (note, *at_end)
+        )
     short_of = {1: "yes", 0: "not shown", -1: "worse"}
-    same = after.sign == crossing.sign
     short = short_of[after.sign]
-    short = short if same else f"on average {short}, at the moment of forgetting {short_of[crossing.sign]}"
-    near = f"between scored steps {mine.spacing} apart" if mine.spacing else "the first scored one"
+    if after.sign != first.sign:
+        short = f"on average {short}, at first {short_of[first.sign]}"
+    near = f"{mine.spacing} steps after the score before it" if mine.spacing else "the first one scored"
     details: tuple[str, ...] = (
         f"On average once forgotten: {_sides(after)}.",
-        f"At the moment of forgetting (step {mine.step:.0f} against {base.step:.0f}, {near}): {_sides(crossing)}.",
+        f"At the first scored step that had forgotten ({mine.step:.0f} against {base.step:.0f}; {near}): "
+        f"{_sides(first)}.",
     )
     if len(mine.tasks) < tasks:
         details = (*details, f"By the tasks that were scored on the way: {', '.join(mine.tasks)}.")
-    first = _more(after, "on average once it has forgotten", "keeps {} points")
-    second = _more(crossing, "at the moment of forgetting", "{}" if after.sign else "keeps {}")
-    sentence = f"; against uniform weights it {first}, {'and' if same else 'but'} {second}"
-    return sentence, Answer(question, short[0].upper() + short[1:], details)
-
-
-def _more(found: Difference, when: str, words: str) -> str:
-    """A difference in words: so many points more or fewer, or none that is clear."""
-    if found.sign == 0:
-        return f"is not clearly different {when} ({points(found)})"
-    band = found.interval
-    ends = sorted(100 * abs(end) for end in (band.low, band.high)) if band else []
-    told = f" [{ends[0]:.1f}, {ends[1]:.1f}]" if ends else ""
-    return f"{words.format(f'{100 * abs(found.value):.1f}')} {'more' if found.sign > 0 else 'fewer'} {when}{told}"
+    words = f"is not clearly different on average once it has forgotten ({points(after)})"
+    if after.sign:
+        band = after.interval
+        ends = sorted(100 * abs(end) for end in (band.low, band.high)) if band else []
+        text = f" [{ends[0]:.1f}, {ends[1]:.1f}]" if ends else ""
+        more = "more" if after.sign > 0 else "fewer"
+        words = f"keeps {100 * abs(after.value):.1f} points {more} on average once it has forgotten{text}"
+    return f"; against uniform weights it {words}", Answer(question, short[0].upper() + short[1:], details)
 
 
 def _sure(runs: Sequence[RunData], better: int | None) -> Answer:
@@ -161,16 +196,29 @@ def _sure(runs: Sequence[RunData], better: int | None) -> Answer:
         )
         return Answer(question, "One run: not very", details)
     won = "" if better is None else f" TRACE is the better one on average in {better} of {len(runs)}."
-    told = f"Means over runs; brackets: 95 % intervals (Student's t), differences paired by seed.{won}"
-    return Answer(question, f"{len(runs)} runs, each with its own seed", (told,))
+    text = f"Means over runs; brackets: 95 % intervals (Student's t), differences paired by seed.{won}"
+    return Answer(question, f"{len(runs)} runs, each with its own seed", (text,))
 
 
 def _final(run: RunData, label: str | None) -> Evaluation:
     return next(arm.final for arm in run.arms if arm.label == label and arm.final is not None)
 
 
-def _sides(found: Difference) -> str:
-    return f"{100 * found.mine:.1f} against {100 * found.base:.1f}, {points(found)} points"
+def _sides(gap: Difference) -> str:
+    return f"{100 * gap.mine:.1f} against {100 * gap.base:.1f}, {points(gap)} points"
+
+
+def _name(score: Score) -> str:
+    return f"{score.task} ({score.metric})".replace("_", " ")
+
+
+def _value(score: Score, evaluation: Evaluation, alone: bool = False) -> str:
+    """A score in points with its interval (``alone``: without, nor what it is of); a p-value as it is."""
+    if score.metric == FORGET_QUALITY:
+        return f"{score.value:.3g}"
+    band = None if alone else of_score(score, evaluation)
+    text = "" if band is None else f" [{100 * band.low:.1f}, {100 * band.high:.1f}]"
+    return f"{100 * score.value:.1f}{text}{'' if alone else ' of 100'}"
 
 
 def _mean(scores: Sequence[Score], evaluation: Evaluation) -> str:

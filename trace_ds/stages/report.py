@@ -19,6 +19,7 @@ from trace_ds import __version__
 from trace_ds.conversion.card import LIMITS, model_card, model_name, plain, table
 from trace_ds.reporting.compare import averaged, compared
 from trace_ds.reporting.gather import BASE_MODEL, gather
+from trace_ds.reporting.scores import headline_table
 from trace_ds.run import artefact, ours
 from trace_ds.run.directory import RunDirectory, unwritable
 from trace_ds.run.files import replacing_directory
@@ -91,6 +92,9 @@ def model_card_of(run: RunData, told: Verdict) -> str:
     made = (
         f"Unlearned with trace_ds {__version__}. Forget loss: {loss}; steps: {steps}; retain weights: {plain(rules)}."
     )
+    names, values = headline_table(run)
+    first = [[model, *row] for model, row in values.items()]
+    titles = ("model", *(plain(f"{score.task} {score.metric} {ARROWS[score.direction]}") for score in names))
     rows = []
     for name, evaluation in run.evaluations().items():
         for one in evaluation.scores:
@@ -98,7 +102,8 @@ def model_card_of(run: RunData, told: Verdict) -> str:
             rows.append([name, one.task, f"{one.metric} {ARROWS.get(one.direction, '')}", one.value, count, chance])
     head = ("model", "task", "metric", "value", "n", "chance")
     sections = {
-        "Scores": table(rows, head) if rows else ["Not evaluated yet."],
+        "Headline scores": table(first, titles) if first else ["Not evaluated yet."],
+        "All scores": table(rows, head) if rows else ["Not evaluated yet."],
         "Limits": [f"- {line}" for line in (PAPER, *LIMITS)],
         "Versions": [f"- {plain(name)} {plain(version)}" for name, version in run.versions.items()],
     }
