@@ -69,6 +69,7 @@ def zero3_job(world: Any, config: str, run_dir: str, overrides: list[str]) -> di
         "parameters": bytes_of([parameter.ds_tensor for parameter in engine.module.parameters()]),
         "gradients": optimizer.grad_partitions_flat_buffer.numel() * 2,
         "master and Adam moments": bytes_of([*moments, *optimizer.fp32_partitioned_groups_flat]),
+        "files": len([*(Path(directory) / "raw").rglob("*.pt")]),
         "checkpoint": sum(file.stat().st_size for file in (Path(directory) / "raw").rglob("*.pt")),
     }
     return {"traffic": traffic, "kept": kept}

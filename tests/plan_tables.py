@@ -33,8 +33,10 @@ def models_markdown(configs: Mapping[str, Mapping[str, Any]]) -> str:
 def clusters_markdown(configs: Mapping[str, Mapping[str, Any]], config: Config) -> str:
     """For each model the smallest cluster of 8-GPU nodes (a power of two, up to 128) and expert-parallel size on which
     ``config`` fits, in Markdown; rows per step are set to one of each side per GPU. Stored in ``docs/plan.md``."""
-    header = "| model | GPUs | EP | collect | unlearn | if recomputed | step | bound | checkpoint | host, a node |"
-    lines = [header, "| --- |" + " ---: |" * 9]
+    columns = (
+        "GPUs | EP | collect | unlearn | if recomputed | step, at least | bound | checkpoint | files | host, a node"
+    )
+    lines = [f"| model | {columns} |", "| --- |" + " ---: |" * 10]
     for name, model_config in configs.items():
         plan = _smallest(model_config, config, name)
         if plan is None:
@@ -48,9 +50,10 @@ def clusters_markdown(configs: Mapping[str, Mapping[str, Any]], config: Config) 
             size(plan.collect.memory.peak_bytes),
             size(plan.unlearn.memory.peak_bytes),
             size(plan.recomputed_peak_bytes),
-            f"{duration(time.overlapped_s)} to {duration(time.serial_s)}",
+            duration(time.at_least_s),
             time.bound,
             size(plan.checkpoint_bytes),
+            str(plan.checkpoint_files),
             size(plan.host_bytes),
         ]
         lines.append("| " + " | ".join(cells) + " |")

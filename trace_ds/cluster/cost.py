@@ -1,15 +1,12 @@
-"""Bytes moved and time of a step: what each collective carries, and the resource that bounds the step.
+"""Bytes that each collective of a step moves, and a lower bound of the step's time.
 
-A step of ``unlearn`` is ``passes`` forward-and-backward passes on every GPU (micro-batches of forget rows, then
-of retain rows) and one optimizer step. ``docs/plan.md`` says what is counted, measured and assumed; in short: compute
-time is model FLOPs (recomputation is not among them) over peak times a *utilisation*, log-linear in the width of an
-expert between our measurements on one H100; links are the hardware's rated speed times an assumed efficiency.
+A step of ``unlearn`` is ``passes`` forward-and-backward passes on every GPU (micro-batches of forget rows, then of
+retain rows) and one optimizer step. The bound takes the rated peak of every resource and lets all of them work at the
+same time: no real step is faster, and none was measured on a GPU. ``docs/plan.md`` says what is counted.
 """
 
 from __future__ import annotations
 
-import itertools
-import math
 from dataclasses import dataclass
 
 from trace_ds.cluster.architecture import Architecture, count_parameters
@@ -27,14 +24,11 @@ from trace_ds.cluster.spec import (
 )
 from trace_ds.models.engine_config import RANKS_SUMMED_IN_BF16
 
-# (inner width of an expert, share of the peak): our measurements on one H100, see the module's docstring
-FORWARD_UTILISATION = ((768, 0.18), (1024, 0.20), (14336, 0.43))
-TRAINING_UTILISATION = ((768, 0.09), (14336, 0.155))
-
 
 @dataclass(frozen=True)
 class Traffic:
-    """One kind of collective in one step: bytes that one GPU receives, and its time inside and between nodes."""
+    """One kind of collective in one step: bytes that one GPU receives, and seconds at rated speed inside and between
+    nodes."""
 
     name: str
     group: int
@@ -45,8 +39,7 @@ class Traffic:
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of a step by resource. ``overlapped_s`` hides everything behind the slowest resource (a lower
-    bound); ``serial_s`` hides nothing."""
+    """Least seconds of a step by resource; everything else hides behind the slowest one at best."""
 
     compute_s: float
     hbm_s: float
@@ -63,28 +56,13 @@ class StepTime:
         }
 
     @property
-    def overlapped_s(self) -> float:
+    def at_least_s(self) -> float:
         return max(self.resources.values())
-
-    @property
-    def serial_s(self) -> float:
-        # memory traffic is part of the measured utilisation, so it is not added to the compute time
-        return max(self.compute_s, self.hbm_s) + self.intra_s + self.inter_s
 
     @property
     def bound(self) -> str:
         """The resource that dominates."""
         return max(self.resources, key=self.resources.__getitem__)
-
-
-def utilisation(anchors: tuple[tuple[int, float], ...], width: int) -> float:
-    """Share of the peak for experts ``width`` wide: log-linear between the anchors, constant outside them."""
-    width = min(max(width, anchors[0][0]), anchors[-1][0])
-    for (low, at_low), (high, at_high) in itertools.pairwise(anchors):
-        if width <= high:
-            position = math.log(width / low) / math.log(high / low)
-            return at_low + position * (at_high - at_low)
-    raise ValueError("anchors must not be empty")
 
 
 def forward_flops_per_token(a: Architecture, context: int, *, layers: int | None = None, head: bool = True) -> float:
@@ -170,24 +148,16 @@ def unlearn_traffic(job: PlannedJob) -> list[Traffic]:
 
 
 def step_time(
-    job: PlannedJob,
-    traffic: list[Traffic],
-    *,
-    forward_flops: float = 0,
-    training_flops: float = 0,
-    weights: float = 0,
-    optimized: float = 0,
+    job: PlannedJob, traffic: list[Traffic], *, flops: float = 0, weights: float = 0, optimized: float = 0
 ) -> StepTime:
-    """Time by resource of one step.
+    """Lower bound of one step.
 
     Args:
-        forward_flops, training_flops: model FLOPs of one GPU in passes without and with a backward pass.
+        flops: model FLOPs of one GPU (a backward pass counts twice its forward pass; recomputation is not counted).
         weights: elements of weights read from GPU memory by all passes.
         optimized: elements the optimizer updates on one GPU: it reads and writes 12 bytes of state, reads the gradient
             and writes the parameter.
     """
-    peak, width = job.spec.tflops * 1e12, job.a.expert_width
-    compute = forward_flops / (peak * utilisation(FORWARD_UTILISATION, width))
-    compute += training_flops / (peak * utilisation(TRAINING_UTILISATION, width))
     hbm = (weights * job.b + optimized * (2 * MASTER_BYTES + 4)) / (job.spec.hbm_gb_s * GB)
-    return StepTime(compute, hbm, sum(t.intra_s for t in traffic), sum(t.inter_s for t in traffic))
+    links = sum(t.intra_s for t in traffic), sum(t.inter_s for t in traffic)
+    return StepTime(flops / (job.spec.tflops * 1e12), hbm, *links)

@@ -4,8 +4,8 @@
 
 Everything follows from the model's ``config.json``, the run's configuration and the cluster's numbers:
 parameters by kind (:mod:`trace_ds.cluster.architecture`), memory by part (:mod:`~trace_ds.cluster.memory`),
-bytes moved and time (:mod:`~trace_ds.cluster.cost`). No torch, no weights, no GPU: it answers in well under a
-second. The cost model and what of it was checked against measurements is written down in ``docs/plan.md``.
+bytes moved and a lower bound of time (:mod:`~trace_ds.cluster.cost`). No torch, no weights, no GPU: it answers in well
+under a second. The cost model and what of it was checked against measurements is written down in ``docs/plan.md``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from trace_ds.checkpoints.commit import HOST_SHARE
 from trace_ds.cluster import cost, memory
 from trace_ds.cluster.architecture import (
     Architecture,
@@ -30,7 +29,7 @@ from trace_ds.cluster.spec import GB, ClusterSpec
 from trace_ds.config.compose import fragment_of, published_config, published_config_path
 from trace_ds.config.load import variants_of
 from trace_ds.config.schema import Config
-from trace_ds.config.sections.finetune import TARGET, FinetuneConfig
+from trace_ds.config.sections.finetune import TARGET
 from trace_ds.errors import UserError
 from trace_ds.hub.models import is_whole
 from trace_ds.models.families import FAMILIES, ModelInfo, check_expert_parallel
@@ -38,23 +37,23 @@ from trace_ds.tensors.model_files import CONFIG_NAME, read_model_config, read_mo
 
 EVALUATION_SHARE = 0.8  # of a GPU's memory may be weights (trace_ds/evaluation/language_model.py)
 MAX_ROWS = 4096  # no search for a larger micro-batch than this
-HOST_COPY_GB_S = 10  # of each GPU of a node at the same time
-MIN_STEP_S = 1e-3  # a step launches hundreds of kernels, some microseconds each
+MANY_FILES = 5000  # of a checkpoint; parallel file systems take seconds to minutes to create more
 
 ASSUMPTIONS = (
-    "every parameter that is loaded has a gradient and moments, also what unlearning.trainable holds still",
-    "what RMU runs, loads, copies and saves ends at its layer (unlearning.evaluate needs the whole model)",
+    "every parameter that is loaded has a gradient and moments, also what unlearning.trainable freezes",
+    "RMU runs, loads, copies and saves the layers up to its own (unlearning.evaluate needs the whole model)",
     "routed tokens are spread evenly for time, 1.5 times the mean on the busiest GPU for memory",
-    "compute utilisation: measured on one H100; links: rated speed x 0.7, not measured",
-    f"checkpoints are copied to host memory at {HOST_COPY_GB_S} GB/s a GPU, not measured",
+    "times are lower bounds from rated FLOPs and bandwidth, all at work at once; real steps take several times as long",
 )
 
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One distributed stage: memory of a GPU, the largest micro-batch that fits, bytes moved and time of one
-    step (``collect``: one batch); in the whole stage ``storage_s`` for loading the model and saving checkpoints, and
-    ``looks_s`` for scoring the rows of ``unlearning.evaluate``."""
+    """One distributed stage: memory of a GPU, the largest micro-batch that fits, bytes moved and a lower bound of the
+    time of one step (``collect``: one batch); ``loaded_bytes`` are what all ranks read of the model.
+
+    ``steps`` is None when the length of the stage is not known.
+    """
 
     rows: int
     memory: memory.Memory
@@ -62,20 +61,13 @@ class StagePlan:
     largest_rows: int
     traffic: list[cost.Traffic]
     time: cost.StepTime
-    tokens_per_s: float
     steps: int | None
-    storage_s: float
-    looks_s: float = 0.0
+    loaded_bytes: float
 
     @property
-    def job_s(self) -> float | None:
-        """Seconds of the whole stage, nothing overlapped; None when its length is not known."""
-        return None if self.steps is None else self.steps * self.time.serial_s + self.storage_s + self.looks_s
-
-    @property
-    def told(self) -> bool:
-        """Whether its time is an estimate: what no model of bytes and FLOPs knows (launching kernels) bounds less."""
-        return self.time.serial_s >= MIN_STEP_S
+    def at_least_s(self) -> float | None:
+        """Lower bound of the stage's steps; None when its length is not known."""
+        return None if self.steps is None else self.steps * self.time.at_least_s
 
 
 @dataclass(frozen=True)
@@ -87,17 +79,17 @@ class Choice:
     fits: bool
     peak_bytes: float
     largest_rows: int
-    step_s: float
-    bound: str
+    received_bytes: float
+    checkpoint_files: int
     collect_fits: bool
 
 
 @dataclass(frozen=True)
 class RunPlan:
-    """The answer; ``choices`` are ranked (what fits by step time, then the rest by memory); ``variants`` are the
-    ``unlearn`` of each, by name, ``finetune`` the job of each model that is made first; storage is that of all jobs;
-    ``evaluated`` are the models that all jobs score, so many of them ``evaluated_checkpoints``, and ``evaluate_s`` is
-    how long reading them takes."""
+    """The answer; ``choices`` are ranked (what fits by the bytes that a GPU receives in a step, then by files of a
+    checkpoint; the rest by memory); ``variants`` are the ``unlearn`` of each, by name, ``finetune`` the job of each
+    model that is made first; storage is that of all jobs; ``evaluated`` are the models that all jobs score, of which
+    ``evaluated_checkpoints`` are checkpoints, and ``evaluate_bytes`` is what is read for it."""
 
     family: str
     parameters: Parameters
@@ -111,13 +103,13 @@ class RunPlan:
     variants: dict[str, StagePlan]
     recomputed_peak_bytes: float
     checkpoint_bytes: float
-    save_s: float
+    checkpoint_files: int
     storage_bytes: float
     host_bytes: float
     evaluation_gpus: int
     evaluated: int
     evaluated_checkpoints: int
-    evaluate_s: float
+    evaluate_bytes: float
     choices: list[Choice]
     warnings: list[str]
 
@@ -158,9 +150,8 @@ def plan_model(
     sizes = [size for size in range(1, a.experts + 1) if a.experts % size == 0 and cluster.world % size == 0]
     training = (job, *others)
     kept = [len(each.settings.kept_steps(each.steps() or 1)) for each in training]
-    models = [1 + each.config.unlearning.snapshots for each in training]
-    saving = [(each, each.held, number, left) for each, number, left in zip(training, kept, models, strict=True)]
-    saving += [(each, a, each.settings.keep, 1) for each in making.values()]
+    saving = [(each, each.held, number) for each, number in zip(training, kept, strict=True)]
+    saving += [(each, a, each.settings.keep) for each in making.values()]
     # a run's variants take the scores of the models that they share from it; a checkpoint is converted first
     curve = sum(kept) if config.evaluation.checkpoints else 0
     references = {*config.evaluation.models, *made} - {TARGET}
@@ -179,23 +170,25 @@ def plan_model(
         variants={name: _training(each) for name, each in zip(config.variants, others, strict=True)},
         recomputed_peak_bytes=memory.unlearn_memory(job, unlearn.rows, recompute=True).peak_bytes,
         checkpoint_bytes=checkpoint_bytes(job, job.held),
-        save_s=checkpoint_bytes(job, job.held) / (cluster.storage_gb_s * GB),
+        checkpoint_files=checkpoint_files(job, job.held),
         storage_bytes=sum(
-            (keep + 1) * checkpoint_bytes(each, saved) + left * every.total * each.b
-            for each, saved, keep, left in saving
+            (keep + 1) * checkpoint_bytes(each, saved) + every.total * each.b for each, saved, keep in saving
         ),
         host_bytes=memory.host_bytes(job),
         evaluation_gpus=evaluation_gpus(config, model_bytes, cluster.gpu_memory_gb),
         evaluated=evaluated,
         evaluated_checkpoints=curve,
-        evaluate_s=read_bytes / (cluster.storage_gb_s * GB),
+        evaluate_bytes=read_bytes,
         choices=sorted(
             (
                 _choice(replace(job, ep=size, zero=replace(job.zero, stage=stage)))
                 for size in sizes
                 for stage in (1, 2, 3)
             ),
-            key=lambda choice: (not choice.fits, choice.step_s if choice.fits else choice.peak_bytes),
+            key=lambda choice: (
+                not choice.fits,
+                *((choice.received_bytes, choice.checkpoint_files) if choice.fits else (choice.peak_bytes, 0)),
+            ),
         ),
         warnings=[],
     )
@@ -217,7 +210,7 @@ def _collect(job: PlannedJob) -> StagePlan:
     used = memory.collect_memory(job, rows)
     traffic = cost.collect_traffic(job, tokens)
     flops = cost.forward_flops_per_token(a, job.context, head=job.config.statistics.nll)
-    time = cost.step_time(job, traffic, forward_flops=flops * tokens, weights=memory.rank_parameters(a, job.ep))
+    time = cost.step_time(job, traffic, flops=flops * tokens, weights=memory.rank_parameters(a, job.ep))
     return StagePlan(
         rows=rows,
         memory=used,
@@ -225,9 +218,8 @@ def _collect(job: PlannedJob) -> StagePlan:
         largest_rows=_largest(lambda n: memory.collect_memory(job, n).peak_bytes, spec.usable_bytes),
         traffic=traffic,
         time=time,
-        tokens_per_s=tokens * spec.world / time.serial_s,
         steps=None if corpus is None else max(ceil_div(corpus, tokens * spec.world), 1),
-        storage_s=_load_s(job, a, whole=True),
+        loaded_bytes=_loaded_bytes(job, a, whole=True),
     )
 
 
@@ -245,12 +237,10 @@ def _training(job: PlannedJob, corpora: list[str] | None = None) -> StagePlan:
     time = cost.step_time(
         job,
         traffic,
-        forward_flops=frozen_flops * run.frozen_share * tokens,
-        training_flops=3 * flops * tokens,
+        flops=(frozen_flops * run.frozen_share + 3 * flops) * tokens,
         weights=weights * passes,
         optimized=count_parameters(a).total / spec.world,
     )
-    steps = job.steps(corpora)
     return StagePlan(
         rows=rows,
         memory=used,
@@ -258,34 +248,9 @@ def _training(job: PlannedJob, corpora: list[str] | None = None) -> StagePlan:
         largest_rows=_largest(lambda n: memory.unlearn_memory(job, sides * n).peak_bytes, spec.usable_bytes),
         traffic=traffic,
         time=time,
-        tokens_per_s=sum(job.rows_per_step) * job.context / time.serial_s,
-        steps=steps,
-        storage_s=_load_s(job, a, whole=job.zero.stage < 3) * (2 if run.frozen_layers else 1)
-        + _saving_s(job, a, time.serial_s, steps or 1),
-        looks_s=_looks_s(job, time, 3 * flops * tokens),
+        steps=job.steps(corpora),
+        loaded_bytes=_loaded_bytes(job, a, whole=job.zero.stage < 3) * (2 if run.frozen_layers else 1),
     )
-
-
-def _looks_s(job: PlannedJob, step: cost.StepTime, step_flops: float) -> float:
-    """Seconds of all looks at the model while it is trained (``unlearning.evaluate``), each a forward pass of its rows
-    through the whole model, as fast as a step is by its model FLOPs."""
-    settings = job.settings
-    if isinstance(settings, FinetuneConfig) or settings.evaluate.every is None:
-        return 0.0
-    looks = 1 + ceil_div(settings.steps, settings.evaluate.every)
-    tokens = ceil_div(2 * settings.evaluate.rows, job.spec.world) * job.context
-    return looks * step.serial_s * cost.forward_flops_per_token(job.a, job.context) * tokens / step_flops
-
-
-def _saving_s(job: PlannedJob, saved: Architecture, step_s: float, steps: int) -> float:
-    """How long training waits for checkpoints: for the last one whole, for another as it is copied to host memory and
-    for what the steps up to the next do not hide of its writing."""
-    settings, spec, saved_bytes = job.settings, job.spec, checkpoint_bytes(job, saved)
-    whole_s = saved_bytes / (spec.storage_gb_s * GB)
-    waits_s = whole_s
-    if settings.save_in_background and saved_bytes / spec.nodes <= HOST_SHARE * spec.host_memory_gb * GB:
-        waits_s = max(whole_s - settings.save_every * step_s, 0) + saved_bytes / (spec.world * HOST_COPY_GB_S * GB)
-    return whole_s + (ceil_div(steps, settings.save_every) - 1) * waits_s
 
 
 def checkpoint_bytes(job: PlannedJob, saved: Architecture) -> float:
@@ -293,11 +258,19 @@ def checkpoint_bytes(job: PlannedJob, saved: Architecture) -> float:
     return count_parameters(saved).total * (memory.MASTER_BYTES + (job.b if job.zero.stage < 3 else 0))
 
 
-def _load_s(job: PlannedJob, loaded: Architecture, *, whole: bool) -> float:
-    """Every process reads from the shared storage what it will hold: its partition, else (``whole``) its experts and
-    all that is not an expert."""
+def checkpoint_files(job: PlannedJob, saved: Architecture) -> int:
+    """Files of one checkpoint: with ZeRO-3 two a rank; below, one optimizer state a rank, one file of the module, and
+    with expert parallelism one file of every expert of every MoE layer."""
+    if job.zero.stage == 3:
+        return 2 * job.spec.world
+    return job.spec.world + 1 + (saved.moe_layers * saved.experts if job.ep > 1 else 0)
+
+
+def _loaded_bytes(job: PlannedJob, loaded: Architecture, *, whole: bool) -> float:
+    """What all ranks read from the shared storage: each its partition, else (``whole``) its experts and all that is not
+    an expert."""
     elements = job.spec.world * memory.rank_parameters(loaded, job.ep) if whole else count_parameters(loaded).total
-    return elements * job.b / (job.spec.storage_gb_s * GB)
+    return elements * job.b
 
 
 def evaluation_gpus(config: Config, weights_bytes: float, gpu_memory_gb: float) -> int:
@@ -321,8 +294,8 @@ def _choice(job: PlannedJob) -> Choice:
         fits=unlearn.fits,
         peak_bytes=unlearn.memory.peak_bytes,
         largest_rows=unlearn.largest_rows,
-        step_s=unlearn.time.serial_s,
-        bound=unlearn.time.bound,
+        received_bytes=sum(entry.received_bytes for entry in unlearn.traffic),
+        checkpoint_files=checkpoint_files(job, job.held),
         collect_fits=collect.peak_bytes <= job.spec.usable_bytes,
     )
 
@@ -386,11 +359,10 @@ def _warnings(job: PlannedJob, result: RunPlan) -> list[str]:
         warnings.append(
             f"expert-parallel size {result.ep} is larger than a node: tokens cross between nodes in every layer"
         )
-    best = result.choices[0]
-    if best.fits and best.step_s < 0.8 * result.unlearn.time.serial_s:
+    if result.checkpoint_files > MANY_FILES:
         warnings.append(
-            f"distributed.ep {best.ep} with ZeRO-{best.zero_stage} would take "
-            f"{best.step_s / result.unlearn.time.serial_s:.0%} of the step time"
+            f"a checkpoint has {result.checkpoint_files:,} files (one an expert and layer below ZeRO-3): "
+            "unlearning.zero_stage=3 writes two a process"
         )
     return warnings
 
@@ -399,7 +371,7 @@ def _way_out(result: RunPlan, name: str) -> str:
     """What would fit, for a stage that does not."""
     for choice in result.choices:
         if name == "unlearn" and choice.fits:
-            return f"distributed.ep {choice.ep} with unlearning.zero_stage {choice.zero_stage} fits"
+            return f"--set distributed.ep={choice.ep} --set unlearning.zero_stage={choice.zero_stage} fits"
         if name == "collect" and choice.collect_fits:
-            return f"distributed.ep {choice.ep} fits"
+            return f"--set distributed.ep={choice.ep} fits"
     return "nothing fits on this cluster: use shorter rows (data.context_length), more nodes, or GPUs with more memory"

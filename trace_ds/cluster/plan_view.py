@@ -10,7 +10,7 @@ from rich.table import Table
 
 from trace_ds.cluster.memory import PHASES
 from trace_ds.cluster.plan import ASSUMPTIONS, MAX_ROWS, RunPlan, StagePlan, plan
-from trace_ds.cluster.spec import ClusterSpec
+from trace_ds.cluster.spec import GB, ClusterSpec
 from trace_ds.config.schema import Config
 from trace_ds.terminal import duration, narrow_table, size, wide_console
 
@@ -36,8 +36,8 @@ def as_dict(result: RunPlan) -> dict[str, Any]:
         stages += [(value[key][name], stage) for name, stage in getattr(result, key).items()]
     for entry, stage in stages:
         entry["memory"]["peak_bytes"] = stage.memory.peak_bytes
-        entry["time"].update(overlapped_s=stage.time.overlapped_s, serial_s=stage.time.serial_s, bound=stage.time.bound)
-        entry["job_s"] = stage.job_s
+        entry["time"].update(at_least_s=stage.time.at_least_s, bound=stage.time.bound)
+        entry["at_least_s"] = stage.at_least_s
     value["assumptions"] = list(ASSUMPTIONS)
     return value
 
@@ -61,15 +61,13 @@ def print_plan(result: RunPlan) -> None:
     console.print(_choices(result))
     curve = f", {result.evaluated_checkpoints} of them checkpoints" if result.evaluated_checkpoints else ""
     for line in (
-        f"\ncheckpoint {size(result.checkpoint_bytes)}, saved in {duration(result.save_s)} at {spec.storage_gb_s:g} "
-        f"GB/s; the run needs {size(result.storage_bytes)} of storage and "
-        f"{size(result.host_bytes)} of host memory a node",
-        f"evaluate: {result.evaluated} models{curve}; reading them takes {duration(result.evaluate_s)} (scoring is "
-        f"not estimated); GPUs, on one node: {result.evaluation_gpus}",
+        f"\ncheckpoint {size(result.checkpoint_bytes)} in {result.checkpoint_files:,} files (at "
+        f"{spec.storage_gb_s:g} GB/s {_storage_time(result, result.checkpoint_bytes)} at least); the run needs "
+        f"{size(result.storage_bytes)} of storage and {size(result.host_bytes)} of host memory a node",
+        f"evaluate: {result.evaluated} models{curve}, {size(result.evaluate_bytes)} to read "
+        f"({_storage_time(result, result.evaluate_bytes)} at least); GPUs, on one node: {result.evaluation_gpus}",
     ):
         console.print(line, highlight=False)
-    if not (result.collect.told and result.unlearn.told):
-        console.print("times: the model is so small that launching its kernels takes longer than they do")
     for warning in result.warnings:
         console.print(f"WARN  {warning}", style="yellow", highlight=False)
     for assumption in ASSUMPTIONS:
@@ -130,51 +128,52 @@ def _traffic(result: RunPlan) -> Table:
 
 
 def _time(result: RunPlan) -> Table:
-    table = _table("Time", "", "collect, a batch", "unlearn, a step")
+    table = _table("Time at least (rated peaks, everything overlapped)", "", "collect, a batch", "unlearn, a step")
     stages: tuple[StagePlan, StagePlan] = (result.collect, result.unlearn)
     for name in result.collect.time.resources:
         table.add_row(name, *(duration(stage.time.resources[name]) for stage in stages))
     table.add_row("bound by", *(stage.time.bound for stage in stages))
-    table.add_row("everything overlapped", *(duration(stage.time.overlapped_s) for stage in stages))
-    table.add_row("nothing overlapped", *(duration(stage.time.serial_s) for stage in stages))
-    table.add_row(
-        "tokens/s (nothing overlapped)", *(f"{stage.tokens_per_s:,.0f}" if stage.told else "–" for stage in stages)
-    )
-    table.add_row("whole stage, loads and saves, at most", *(_job_time(stage) for stage in stages))
+    table.add_row("a step", *(duration(stage.time.at_least_s) for stage in stages))
+    table.add_row("all steps", *(_stage_time(stage) for stage in stages))
     return table
 
 
-def _job_time(stage: StagePlan) -> str:
-    if stage.job_s is None:
-        return "corpora not found"
-    return duration(stage.job_s) if stage.told else "–"
+def _storage_time(result: RunPlan, number: float) -> str:
+    return duration(number / (result.cluster.storage_gb_s * GB))
+
+
+def _stage_time(stage: StagePlan) -> str:
+    return "corpora not found" if stage.at_least_s is None else duration(stage.at_least_s)
 
 
 def _jobs(result: RunPlan) -> Table:
-    """The models that are made first, the run's own ``unlearn`` and that of each variant, one after the other."""
-    table = _table("Training jobs", "", "fits", "peak", "a step", "whole stage, at most")
+    """The models that are made first, the run's own ``unlearn`` and that of each variant."""
+    table = _table("Training jobs", "", "fits", "peak", "all steps, at least")
     jobs = {f"finetune: {name}": job for name, job in result.finetune.items()}
     jobs |= {"the run": result.unlearn, **result.variants}
     for name, job in jobs.items():
-        fits = "yes" if job.fits else "NO"
-        table.add_row(name, fits, size(job.memory.peak_bytes), duration(job.time.serial_s), _job_time(job))
-    total_s = sum(job.job_s or 0 for job in jobs.values())
-    table.add_row(f"all {len(jobs)}", "", "", "", duration(total_s) if result.unlearn.told else "–")
+        table.add_row(name, "yes" if job.fits else "NO", size(job.memory.peak_bytes), _stage_time(job))
+    table.add_row(f"all {len(jobs)}", "", "", duration(sum(job.at_least_s or 0 for job in jobs.values())))
     return table
 
 
 def _choices(result: RunPlan) -> Table:
-    table = _table("Choices, best first", "EP x ZeRO", "fits", "peak", "micro-batch", "step", "bound", "collect")
+    table = _table(
+        "Choices, fewest bytes moved first", "EP x ZeRO", "fits", "peak", "micro-batch", "moved", "files", "collect"
+    )
     for choice in result.choices[:SHOWN_CHOICES]:
         table.add_row(
             f"{choice.ep} x {choice.zero_stage}",
             "yes" if choice.fits else "NO",
             size(choice.peak_bytes),
             rows(choice.largest_rows),
-            duration(choice.step_s),
-            choice.bound,
+            size(choice.received_bytes),
+            f"{choice.checkpoint_files:,}",
             "fits" if choice.collect_fits else "NO",
         )
+    best = result.choices[0]
+    table.caption = f"first: --set distributed.ep={best.ep} --set unlearning.zero_stage={best.zero_stage}"
+    table.caption_justify = "left"
     return table
 
 

@@ -1,6 +1,6 @@
-"""The cluster a plan is made for, and how long a collective takes on it at best.
+"""The cluster a plan is made for, and a lower bound of the time of a collective on it.
 
-Units: GB = 1e9 bytes, bandwidths in GB/s per GPU and direction. The defaults describe nodes of eight H100 SXM
+Units: GB = 1e9 bytes, bandwidths in GB/s per GPU and direction, as rated. The defaults describe nodes of eight H100 SXM
 GPUs (NVIDIA H100 datasheet: 80 GB, 989 TFLOP/s dense bf16, 3.35 TB/s HBM3, NVLink 450 GB/s each way) with one
 400 Gb/s network port per GPU (50 GB/s); storage and host memory are placeholders to be replaced by the site's.
 """
@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 GB = 1e9
-LINK_EFFICIENCY = 0.7  # share of its rated bandwidth that a collective reaches: assumed, no machine to measure it on
 
 
 @dataclass(frozen=True)
@@ -83,10 +82,10 @@ def ring_s(spec: ClusterSpec, group: Group, size_bytes: float) -> tuple[float, f
     """
     intra = inter = 0.0
     if group.local > 1:
-        intra = size_bytes * (group.size - 1) / group.size / (spec.intra_gb_s * GB * LINK_EFFICIENCY)
+        intra = size_bytes * (group.size - 1) / group.size / (spec.intra_gb_s * GB)
     if group.nodes > 1:
         share = size_bytes * (group.nodes - 1) / group.nodes / group.local
-        inter = share / (spec.inter_gb_s * GB * LINK_EFFICIENCY)
+        inter = share / (spec.inter_gb_s * GB)
     return intra, inter
 
 
@@ -95,6 +94,6 @@ def all_to_all_s(spec: ClusterSpec, group: Group, size_bytes: float) -> tuple[fl
     to_local = size_bytes * (group.local - 1) / group.size
     to_remote = size_bytes * (group.size - group.local) / group.size
     return (
-        to_local / (spec.intra_gb_s * GB * LINK_EFFICIENCY),
-        to_remote / (spec.inter_gb_s * GB * LINK_EFFICIENCY),
+        to_local / (spec.intra_gb_s * GB),
+        to_remote / (spec.inter_gb_s * GB),
     )

@@ -159,8 +159,8 @@ def tell_cost(study: Study, cluster: Cluster) -> None:
         return
     for warning in planned.warnings:
         print(f"WARNING trace-ds plan: {warning}")
-    if planned.unlearn.job_s is not None:
-        about = duration(planned.unlearn.job_s)
+    if planned.unlearn.at_least_s is not None:
+        about = duration(planned.unlearn.at_least_s)
         print(f"[bench] a run: about {about} on {spec.world} GPUs, without the scoring of its tasks")
 
 
