@@ -8,10 +8,9 @@ have mean 1, and scores fall and rise as in a real run. Seeded: the same argumen
 
 from __future__ import annotations
 
-import itertools
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -311,62 +310,6 @@ def _attacks(forget: float) -> dict[str, Any]:
     ways = {"none": 0.0, "original_routing": 0.05, "without_first": -0.02}
     forcing = {way: {"elements accuracy": round(forget + more, 4)} for way, more in ways.items()}
     return {"expert_forcing": forcing, "relearning": {"rows": 12, "curve": curve}}
-
-
-def write_study(path: Path, *, seeds: int = 6, losses: Sequence[str] = ("rmu", "npo"), more_methods: int = 0) -> Path:
-    """``study.json`` and ``frontier.csv`` of a study of invented runs, compared by the real analysis."""
-    from trace_ds.reporting.matched import matched
-    from trace_ds.studies.analysis import Curve, compare
-
-    path.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(5)
-    forget, metrics = "symbols accuracy", ("kept facts exact_match", "kept facts accuracy")
-    gains = {"uniform": 0.0, "sampling": 0.07, "weighting": 0.03, "permuted": -0.01}
-    gains |= {f"another {number}": 0.01 for number in range(more_methods)}
-    lines = [",".join(["seed", "loss", "method", "point", "step", forget, *metrics])]
-    curves: dict[tuple[str, str], dict[int, Curve | None]] = {}
-    for loss, (method, gain), seed in itertools.product(losses, gains.items(), range(seeds)):
-        point = (("unlearning.alpha", 256), ("unlearning.optimizer.lr", 0.002))
-        lift, slow = gain + rng.normal(0, 0.02), rng.uniform(15, 25)
-        done_S = 1 - np.exp(-np.array(STEPS) / slow)
-        scores = {forget: 0.95 - 0.65 * done_S, metrics[0]: 0.8 - (0.35 - lift) * done_S}
-        scores[metrics[1]] = 0.9 - (0.2 - lift) * done_S
-        if method == "permuted" and seed == 0:
-            scores[forget] = scores[forget] + 0.2  # never reaches the target
-        found = {m: matched(STEPS, scores[forget].tolist(), scores[m].tolist(), 0.37) for m in metrics}
-        last = float(scores[forget][-1])
-        curves.setdefault((loss, method), {})[seed] = Curve(seed, loss, method, point, found, False, last)
-        lines += [
-            f'{seed},{loss},{method},"alpha=256,lr=0.002",{step},' + ",".join(f"{v[i]:.6g}" for v in scores.values())
-            for i, step in enumerate(STEPS)
-        ]
-    rows = [
-        {"loss": loss, "strength": strength, "method": method, "metric": metric, "at": at, "direction": "higher"}
-        | {"edges": {"alpha=256": [0, 2]} if method == "sampling" and strength != "same strength" else {}}
-        | {"untried": ["lr"] if method == "permuted" and strength == "own alpha, lr" else []}
-        | compare(curves[loss, method], curves[loss, "uniform"], metric, at)
-        for loss in losses
-        for strength in ("same strength", "own alpha", "own alpha, lr")
-        for method in gains
-        for metric in metrics
-        for at in ("post", "cross", "end")
-    ]
-    result = {
-        "recipe": "fake_study", "seeds": list(range(seeds)), "baseline": "uniform", "forget": forget,
-        "target": 0.37, "comparisons": rows, "diverged": [],
-        "never_reached": [f"seed 0, {loss}, permuted, alpha=256,lr=0.002" for loss in losses],
-        "questions": {str(seed): {forget: 80, metrics[0]: 40, metrics[1]: None} for seed in range(seeds)},
-        "references": {
-            str(seed): {
-                "original": {forget: 0.95, metrics[0]: 0.8, metrics[1]: 0.9},
-                "gold": {forget: 0.34, metrics[0]: 0.79, metrics[1]: 0.9},
-            }
-            for seed in range(seeds)
-        },
-    }  # fmt: skip
-    write_json(path / "study.json", result)
-    (path / "frontier.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import yaml
 from rich.console import Console
 from scipy.stats import sem, t
 
-from tests.fake_run import HOSTILE, STEPS, TASKS, write_run, write_study
+from tests.fake_run import HOSTILE, STEPS, TASKS, write_run
 from trace_ds.conversion.card import plain
 from trace_ds.errors import UserError
 from trace_ds.reporting import examples, page, scores, tables
@@ -27,7 +27,6 @@ from trace_ds.reporting.gather import Arm, Evaluation, RunData, Score, gather, w
 from trace_ds.reporting.verdict import verdict
 from trace_ds.run import artefact
 from trace_ds.run.directory import RunDirectory
-from trace_ds.stages.pipeline import report_command
 from trace_ds.stages.report import model_card_of, report, summary
 
 
@@ -637,37 +636,6 @@ def test_a_run_compared_with_itself_keeps_both_names(tmp_path: Path) -> None:
 def test_a_variant_can_be_reported_alone(run: Path) -> None:
     data = gather(run / "variants" / "uniform")
     assert data.retain is not None and data.arms[0].rule == "uniform"
-
-
-def test_a_study_has_its_page(tmp_path: Path) -> None:
-    path = write_study(tmp_path / "study", seeds=3)
-    assert report_command([path]) == 0
-    text = (path / "report" / "index.html").read_text(encoding="utf-8")
-    raw = json.loads((path / "study.json").read_text())
-    rows = rows_of(path / "report" / "comparisons.csv")
-    assert len(rows) == len(raw["comparisons"])
-    for row, wanted in zip(rows, raw["comparisons"], strict=True):
-        assert float(row["value"]) == pytest.approx(wanted["value"], rel=1e-5)
-        assert float(row["relative_low"]) == pytest.approx(wanted["relative_interval"]["low"], rel=1e-4, abs=1e-6)
-        assert (int(row["reached"]), row["grid_ends"]) == (len(wanted["seeds"]), ", ".join(wanted["edges"]))
-        assert float(row["forget_end"]) == pytest.approx(np.mean(wanted["forget_end"]), rel=1e-5)
-        assert row["not_tuned"] == ", ".join(wanted["untried"])
-        band = t.interval(0.95, 2, np.mean(wanted["by_seed"]), sem(wanted["by_seed"]))
-        if len(wanted["by_seed"]) == 3:
-            assert (float(row["value_low"]), float(row["value_high"])) == pytest.approx(band, rel=1e-5)
-    assert "0.340 <small>[0.246, 0.449]</small>" in text and ">0.900</td>" in text  # of 80 questions, of unknown ones
-    assert "<small>scores 20 steps apart</small>" in text
-    assert "not tuned: lr" in text and ('<th scope="col">loss</th>' in text) == (len({r["loss"] for r in rows}) > 1)
-    assert "at the grid’s end: alpha=256" in text and "2 runs never reached the target" in text
-    lines = rows_of(path / "frontier.csv")
-    mean = next(row for row in rows_of(path / "report" / "frontier_mean.csv") if row["method"] == "sampling")
-    same = [r for r in lines if (r["loss"], r["method"], r["step"]) == (mean["loss"], "sampling", mean["step"])]
-    assert float(mean["utility"]) == pytest.approx(sum(float(r[mean["metric"]]) for r in same) / 3, rel=1e-5)
-    with pytest.raises(UserError, match="a study is reported alone"):
-        report_command([path, path])
-    (path / "frontier.csv").unlink()
-    with pytest.raises(UserError, match=r"frontier\.csv: the study's result cannot be read"):
-        report_command([path])
 
 
 def test_model_card(run: Path) -> None:

@@ -15,10 +15,10 @@ from urllib.parse import unquote
 
 import pytest
 
-from tests.fake_run import HOSTILE, write_run, write_study
+from tests.fake_run import HOSTILE, write_run
 from tests.headless_chromium import Chromium, find_chromium
 from trace_ds.run.directory import RunDirectory
-from trace_ds.stages.report import report, report_study
+from trace_ds.stages.report import report
 
 pytestmark = [
     pytest.mark.slow,
@@ -39,11 +39,6 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def large_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = write_run(tmp_path_factory.mktemp("large") / "run", layers=48, experts=128, top_k=8)
     return report(None, RunDirectory.at(path), [])
-
-
-@pytest.fixture(scope="module")
-def study_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return report_study(RunDirectory.at(write_study(tmp_path_factory.mktemp("study"))))
 
 
 @pytest.fixture(scope="module")
@@ -233,41 +228,9 @@ def test_questions_where_models_differ(browser: Chromium, page: Path) -> None:
     assert browser.run("document.getElementById('item-count').textContent") == f"{differing} questions"
 
 
-def test_no_two_of_many_methods_look_alike(browser: Chromium, tmp_path: Path) -> None:
-    study = write_study(tmp_path / "study", seeds=2, losses=["rmu"], more_methods=12)
-    browser.open(report_study(RunDirectory.at(study)))
-    legend = "document.querySelector('.legend')"
-    assert browser.run(f"{legend}.children.length") == 16
-    lines = browser.run(f"[...{legend}.querySelectorAll('svg')].map(key => key.outerHTML)")
-    markers = browser.run(f"[...{legend}.querySelectorAll('svg')].map(key => key.lastChild.outerHTML)")
-    assert len(set(lines)) == len(set(markers)) == 16
-
-
-def test_a_study_is_drawn_for_the_loss_and_metric_chosen(browser: Chromium, study_page: Path) -> None:
-    browser.open(study_page)
-    assert browser.messages == [] and browser.requests == [study_page.resolve().as_uri()]
-    assert browser.run("document.querySelectorAll('#chart-study figure').length") == 2
-    rows = rows_of(study_page, "frontier_mean")
-    for loss, metric in (("rmu", "kept facts exact_match"), ("npo", "kept facts accuracy")):
-        choose(browser, "loss", loss)
-        choose(browser, "metric", metric)
-        focus(browser, "#chart-study svg")
-        browser.key("ArrowRight")
-        wanted = next(r for r in rows if (r["loss"], r["metric"], r["method"]) == (loss, metric, "uniform"))
-        text = browser.run(TIP)
-        assert f"uniform, step {wanted['step']} (6 seeds)" in text
-        assert f"{metric}: {float(wanted['utility']):.3g}" in text
-    assert browser.run("document.documentElement.scrollWidth") <= 1280
-
-
-@pytest.mark.parametrize("size", ["small", "large", "study"])
-def test_phone_has_no_sideways_scrolling(
-    phone: Chromium, page: Path, large_page: Path, study_page: Path, size: str
-) -> None:
-    phone.open({"small": page, "large": large_page, "study": study_page}[size])
-    if size == "study":  # the browser sizes the box by its longest option
-        name = "kept_facts exact_match of the entangled relation, near/*element*"
-        phone.run(f"document.getElementById('metric').options[0].textContent = '{name}'")
+@pytest.mark.parametrize("size", ["small", "large"])
+def test_phone_has_no_sideways_scrolling(phone: Chromium, page: Path, large_page: Path, size: str) -> None:
+    phone.open({"small": page, "large": large_page}[size])
     assert phone.run("document.documentElement.scrollWidth") <= 390
     assert phone.messages == []
 
@@ -351,17 +314,16 @@ def axe() -> str:
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 390])
-def test_axe_finds_no_serious_fault(page: Path, study_page: Path, axe: str, width: int, dark: bool) -> None:
+def test_axe_finds_no_serious_fault(page: Path, axe: str, width: int, dark: bool) -> None:
     with Chromium(width, 900, dark=dark, phone=width < 500) as browser:
-        for shown in (page, study_page):
-            browser.open(shown)
-            browser.run("document.querySelectorAll('details').forEach((node) => { node.open = true; })")
-            browser.run(axe + ";undefined")
-            faults = browser.run(
-                "axe.run().then((found) => found.violations.filter((v) => ['serious', 'critical'].includes(v.impact))"
-                ".map((v) => [v.id, ...v.nodes.slice(0, 3).map((n) => n.html.slice(0, 200))]))"
-            )
-            assert faults == [], shown
+        browser.open(page)
+        browser.run("document.querySelectorAll('details').forEach((node) => { node.open = true; })")
+        browser.run(axe + ";undefined")
+        faults = browser.run(
+            "axe.run().then((found) => found.violations.filter((v) => ['serious', 'critical'].includes(v.impact))"
+            ".map((v) => [v.id, ...v.nodes.slice(0, 3).map((n) => n.html.slice(0, 200))]))"
+        )
+        assert faults == []
 
 
 def test_structure_for_screen_readers(browser: Chromium, page: Path) -> None:

@@ -310,15 +310,13 @@ _add_verb(
 
 @app.command()
 def report(
-    configs: Annotated[
-        list[str], typer.Argument(help="CONFIG…, run directories (the first one is the run), or a study's.")
-    ],
+    configs: Annotated[list[str], typer.Argument(help="CONFIG…, or run directories (the first one is the run).")],
     run_dir: RunDirOption = None,
     set_: SetOption = None,
     dry_run: DryRunOption = False,
     verbose: VerboseOption = False,
 ) -> None:
-    """Run directory → one HTML page, PNGs, CSVs, a model card; a study's directory → its page and CSVs."""
+    """Run directory → one HTML page, PNGs, CSVs, a model card."""
     from trace_ds.stages.pipeline import report_command
 
     if not Path(configs[0]).is_dir():

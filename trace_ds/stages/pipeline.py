@@ -26,7 +26,6 @@ from trace_ds.run.log import BEGAN, already_done
 from trace_ds.run.ours import require_apart
 from trace_ds.stages.by_name import find_models, require_data_unmoved, with_places
 
-STUDY_FILE = "study.json"
 STAGES = ("prepare", "finetune", "collect", "calibrate", "unlearn", "convert", "evaluate", "report")
 DISTRIBUTED = ("finetune", "collect", "unlearn")
 SHARED = ("prepare", "finetune", "collect")  # by a run and its variants: done by the run alone
@@ -355,16 +354,10 @@ def _run_as_rank(verb: str, request: Request) -> int:
 
 
 def report_command(paths: list[Path]) -> int:
-    """``trace-ds report RUN [RUN …]`` (the first run, compared with the others), or ``trace-ds report STUDY``."""
-    from trace_ds.stages.report import report, report_study
+    """``trace-ds report RUN [RUN …]`` (the first run, compared with the others)."""
+    from trace_ds.stages.report import report
 
     run = RunDirectory.at(paths[0])
-    if (paths[0] / STUDY_FILE).is_file():
-        if paths[1:]:
-            raise UserError("a study is reported alone", str(paths[1]), "give one directory")
-        with locked(run):
-            report_study(run)
-        return 0
     for path in paths:
         if not (path / "config.yaml").is_file():
             raise UserError("this is not a run directory (no config.yaml)", str(path), "give run directories")

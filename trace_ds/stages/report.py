@@ -2,7 +2,6 @@
 
     trace-ds report runs/mine runs/other      # a run, compared with another
     trace-ds report runs/seed_0 runs/seed_1   # runs that differ in their seed only: one, by means with intervals
-    trace-ds report runs/entangled            # a study of `trace-ds bench`
 
 Reads artefacts only, so it can be run at any time: what is not there yet is shown as not run yet. Writes
 ``RUN/report/{index.html, scores.json, model_card.md, *.csv, *.png, artefact.json}``, replaced as a whole.
@@ -110,30 +109,6 @@ def model_card_of(run: RunData, told: Verdict) -> str:
     path = (run.config.get("model") or {}).get("path")
     base = run.versions.get(BASE_MODEL, model_name(str(path)) if path else "").partition("@")[0]
     return model_card(run.title, base, ["unlearning"], [made, *(f"\n{plain(line)}" for line in told.lines)], sections)
-
-
-def report_study(run: RunDirectory) -> Path:
-    """Write the report of a study (a directory of ``trace-ds bench``); returns the page's path.
-
-    Raises:
-        UserError: ``study.json`` or ``frontier.csv`` is missing or damaged, or the report cannot be written.
-    """
-    from trace_ds.reporting import study_page
-
-    data = study_page.read(run.path)
-    found = study_page.all_tables(data)
-    try:
-        _write(
-            run,
-            {
-                "index.html": study_page.render(data, found),
-                **{f"{name}.csv": table.to_csv() for name, table in found.items()},
-            },
-        )
-    except OSError as error:
-        raise unwritable(run.report, error) from None
-    print(f"{len(found)} tables: {run.report / 'index.html'}")
-    return run.report / "index.html"
 
 
 def summary(run: RunDirectory) -> tuple[Table, str]:

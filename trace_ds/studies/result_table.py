@@ -2,54 +2,62 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from rich.table import Table
 
-from trace_ds.reporting.study_page import StudyData, comparisons, sections
+from trace_ds.evaluation.table import ARROWS
 from trace_ds.terminal import wide_console
 
 
 def show(result: dict[str, Any]) -> None:
-    """Print a table per utility metric, methods against the baseline, ``post`` and ``cross`` side by side."""
+    """Print a table per utility metric of study.json: methods against the baseline, ``post`` beside ``cross``."""
     console = wide_console(log_width=180)  # of a file: nobody's window cuts it
-    study = StudyData(result["recipe"], result, [])
-    loss = ("loss",) if study.several_losses else ()
-    for section in sections(study, comparisons(study)):
+    comparisons = result["comparisons"]
+    rows = {tuple(row[key] for key in ("metric", "at", "loss", "strength", "method")): row for row in comparisons}
+    loss = ("loss",) if len({row["loss"] for row in comparisons}) > 1 else ()
+    for metric in dict.fromkeys(row["metric"] for row in comparisons):
+        keys = [key[2:] for key in rows if key[:2] == (metric, "end")]
+        arrow = ARROWS[rows[(metric, "end", *keys[0])].get("direction", "higher")]
         against = f"against {result['baseline']} at matched forgetting ({result['forget']})"
-        table = Table(title=f"{section['metric']} {section['arrow']}, {against}")
+        table = Table(title=f"{metric} {arrow}, {against}")
         columns = ("strength", "method", "mean", "post [95 %]", "at the crossing", "steps")
         for column in (*loss, *columns, "forget score at the end", "seeds", "point"):
             table.add_column(column, overflow="fold", no_wrap=column in ("loss", "method", "mean"))
-        for line in section["lines"]:
-            row = line["main"]
+        for key in keys:
+            row = rows.get((metric, "post", *key)) or rows[(metric, "end", *key)]
+            edges, untried = (", ".join(row.get(name) or ()) for name in ("edges", "untried"))
             table.add_row(
-                *(row[key] for key in loss),
+                *(row[name] for name in loss),
                 row["strength"],
                 row["method"],
                 "never" if row["value"] is None else f"{row['value']:.4g}",
                 _relative(row),
-                _relative(line["cross"] or row),
+                _relative(rows.get((metric, "cross", *key), row)),
                 _pair(row["steps"], row["baseline_steps"], ".0f"),
-                _pair(row["forget_end"], row["baseline_forget_end"], ".3f"),
-                f"{row['reached']}/{row['seeds']}",
-                row["points"]
-                + (f" (at the grid's end: {row['grid_ends']})" if row["grid_ends"] else "")
-                + (f" ({row['not_tuned']} not tuned)" if row["not_tuned"] else ""),
+                _pair(row.get("forget_end", []), row.get("baseline_forget_end", []), ".3f"),
+                f"{len(row['seeds'])}/{len(result['seeds'])}",
+                "; ".join(dict.fromkeys(map(str, row["points"].values())))
+                + (f" (at the grid's end: {edges})" if edges else "")
+                + (f" ({untried} not tuned)" if untried else ""),
             )
         console.print(table)
-    for key in ("never_reached", "diverged"):
-        if result[key]:
-            console.print(f"{key.replace('_', ' ')}: {len(result[key])} runs (listed in study.json)")
+    for name in ("never_reached", "diverged"):
+        if result[name]:
+            console.print(f"{name.replace('_', ' ')}: {len(result[name])} runs (listed in study.json)")
 
 
 def _relative(row: dict[str, Any]) -> str:
     if row["relative"] is None:
         return "–"
-    low, high = row["relative_low"], row["relative_high"]
-    return f"{row['relative']:+.1%}" + ("" if low is None else f" [{low:+.1%}, {high:+.1%}]")
+    band = row.get("relative_interval")
+    return f"{row['relative']:+.1%}" + (f" [{band['low']:+.1%}, {band['high']:+.1%}]" if band else "")
 
 
-def _pair(mine: float | None, theirs: float | None, form: str) -> str:
+def _pair(mine: Sequence[float | None], theirs: Sequence[float | None], form: str) -> str:
     """The means of both sides."""
-    return "–" if mine is None or theirs is None else f"{mine:{form}} against {theirs:{form}}"
+    means = [[value for value in side if value is not None] for side in (mine, theirs)]
+    if not all(means):
+        return "–"
+    return " against ".join(f"{sum(side) / len(side):{form}}" for side in means)
