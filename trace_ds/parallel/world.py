@@ -32,8 +32,9 @@ from trace_ds.parallel.environment import (
 
 T = TypeVar("T")
 
-# How long ranks wait for the work of the main process (a conversion, hashes of a large model) outside of collectives.
-PATIENCE = timedelta(days=7)
+# How long ranks wait for the main process outside of collectives: hashing or converting a model of a terabyte takes it
+# an hour or two. A main process that hangs for longer should not hold the whole job until its time limit.
+PATIENCE = timedelta(hours=6)
 
 _joined: list[bool] = []  # not empty once this process has joined a group
 
@@ -94,7 +95,11 @@ class World:
         if self.is_main:
             store.set(turn, "")
         else:
-            store.wait([turn], PATIENCE)
+            try:
+                store.wait([turn], PATIENCE)
+            except dist.DistStoreError as error:  # the time-out, or a main process that ended and its store with it
+                text = f"rank {self.rank}: the main process has ended, or has not come back for {PATIENCE}: {error}"
+                raise JobFailed(text) from error
 
     def broadcast(self, value: T) -> T:
         """The main process's ``value`` on every rank, whenever it has it. Plain data only."""

@@ -11,6 +11,7 @@ every rank has is a point to continue from, and what follows is the same bytes a
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext
@@ -34,6 +35,7 @@ from trace_ds.routing.token_files import Recording, count_dtype, create_part, sa
 from trace_ds.run.log import Progress, StageLog
 
 CHECK_EVERY_BATCHES = 64
+KEPT_STATES = 2
 STATE = re.compile(r"state-(\d+)-(\d+)\.safetensors$")
 
 
@@ -62,6 +64,7 @@ class Collection:
         self.counter = RoutingCounter(len(self.layers), experts, top_k, world.device)
         self.sampled = self._sampled() if recording.sample_tokens else np.zeros(0, dtype=np.int64)
         self.parts: dict[str, np.ndarray] = {}
+        self.saved: list[int] = []  # batches of this rank's states on the disk, ascending
         self._pending: list[tuple[np.ndarray, slice, torch.Tensor]] = []
         self._copied: Any = None
 
@@ -211,21 +214,27 @@ class Collection:
             before += len(counted_N)
         return np.concatenate(found)
 
-    def _states(self) -> dict[int, Path]:
-        """This rank's saved states by the number of batches done."""
-        found = ((STATE.fullmatch(path.name), path) for path in self.directory.iterdir())
-        return {int(match[2]): path for match, path in found if match and int(match[1]) == self.world.rank}
-
     def _resume(self) -> int:
-        """Restore the newest state that every rank has; returns its batches (0: none)."""
+        """Restore the newest state that every rank has; returns its batches (0: none).
+
+        The main process alone lists the directory: with thousands of ranks each would read thousands of entries.
+        """
         from safetensors.torch import load_file
 
-        states = self.world.agree_all(self._states)
-        common = set.intersection(*(set(numbers) for numbers in self.world.gather(sorted(states))))
-        done = max(common, default=0)
+        self.saved = self.world.broadcast_agreed(self._common_states)
+        done = max(self.saved, default=0)
         if done:
-            self.world.agree_all(lambda: self.counter.restore(load_file(states[done])))
+            self.world.agree_all(lambda: self.counter.restore(load_file(self._state(done))))
         return done
+
+    def _common_states(self) -> list[int]:
+        """Batches after which every rank has saved its state, ascending."""
+        names = (path.name for path in self.directory.iterdir())
+        ranks = Counter(int(match[2]) for match in map(STATE.fullmatch, names) if match)
+        return sorted(done for done, number in ranks.items() if number == self.world.size)
+
+    def _state(self, done: int) -> Path:
+        return self.directory / f"state-{self.world.rank:05d}-{done:09d}.safetensors"
 
     def _save(self, done: int) -> None:
         """Make the first ``done`` batches safe against a kill; the newest two states are kept (collective)."""
@@ -238,9 +247,10 @@ class Collection:
         from trace_ds.run.files import write_bytes
 
         self._flush_parts()
-        write_bytes(self.directory / f"state-{self.world.rank:05d}-{done:09d}.safetensors", save(self.counter.state()))
-        for path in [path for _, path in sorted(self._states().items())][:-2]:
-            path.unlink()
+        write_bytes(self._state(done), save(self.counter.state()))
+        self.saved.append(done)
+        while len(self.saved) > KEPT_STATES:
+            self._state(self.saved.pop(0)).unlink(missing_ok=True)
 
 
 def remove_states(directory: Path) -> None:

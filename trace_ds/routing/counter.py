@@ -26,6 +26,7 @@ from trace_ds.parallel.world import World
 from trace_ds.routing.statistics import RoutingStatistics
 
 GATE_UNIT = 2.0**-40
+SPLIT_DOCUMENTS_AT_ONCE = 32  # of the documents that several ranks hold: int64 [L, E] each
 SUMS = (
     ("counts_LE", torch.int64),
     ("gate_mass_LE", torch.float64),
@@ -166,28 +167,41 @@ class RoutingCounter:
 
     def reduce(self, world: World) -> RoutingStatistics:
         """All-reduce over the whole data-parallel world (not the expert-parallel group) and merge split documents."""
-        boundary = [
-            (item.document, item.counts_LE.cpu().numpy(), item.tokens)
-            for item in (self._first, self._open)
-            if item is not None
-        ]
-        merged: dict[int, tuple[np.ndarray, int]] = {}
-        for rank_items in world.gather(boundary):
-            for document, counts_LE, tokens in rank_items:
-                old_LE, old_tokens = merged.get(document, (0, 0))
-                merged[document] = (old_LE + counts_LE, old_tokens + tokens)
+        self._merge_boundaries(world)
         sums: dict[str, Any] = {
             name: (world.sum_int64 if dtype == torch.int64 else world.sum_float64)(getattr(self, name).cpu().numpy())
             for name, dtype in SUMS
         }
         scalars = world.sum_int64(np.array([getattr(self, name) for name in SCALARS]))
-        for counts_LE, tokens in merged.values():
-            sums["square_LE"] += counts_LE * counts_LE
-            sums["cross_LE"] += counts_LE * tokens
-            scalars += np.array([tokens * tokens, 0, 1])
         statistics = RoutingStatistics(**sums, **dict(zip(SCALARS, scalars.tolist(), strict=True)), top_k=self.top_k)
         assert (statistics.counts_LE.sum(1) == statistics.top_k * statistics.tokens).all()
         return statistics
+
+    def _merge_boundaries(self, world: World) -> None:
+        """Complete the first and the last document of every rank, whose other tokens other ranks may hold (collective).
+
+        Only documents of two ranks or more are exchanged, a few at a time: no rank ever holds the counts of all ranks.
+        """
+        own = [item for item in (self._first, self._open) if item is not None]
+        self._first = self._open = None
+        ids_R2 = np.zeros((world.size, 2), dtype=np.int64)  # 0: none
+        ids_R2[world.rank, : len(own)] = [item.document + 1 for item in own]
+        ids_R2 = world.sum_int64(ids_R2)
+        documents, holders = np.unique(ids_R2[ids_R2 > 0] - 1, return_counts=True)
+        split = documents[holders > 1]
+        for item in own:
+            if item.document not in split:
+                self._finish(item.counts_LE[None], [item.tokens])
+        for start in range(0, len(split), SPLIT_DOCUMENTS_AT_ONCE):
+            part = split[start : start + SPLIT_DOCUMENTS_AT_ONCE]
+            counts_DLE = np.zeros((len(part), self.layers, self.experts), dtype=np.int64)
+            tokens_D = np.zeros(len(part), dtype=np.int64)
+            for item in own:
+                for place in np.flatnonzero(part == item.document):
+                    counts_DLE[place], tokens_D[place] = item.counts_LE.cpu().numpy(), item.tokens
+            counts_DLE, tokens_D = world.sum_int64(counts_DLE), world.sum_int64(tokens_D)
+            if world.is_main:
+                self._finish(torch.from_numpy(counts_DLE).to(self.device), tokens_D.tolist())
 
 
 def _summed(counts_PLE: torch.Tensor, place_P: torch.Tensor, places: int) -> torch.Tensor:
