@@ -21,11 +21,12 @@ from distributed import run_distributed
 from test_evaluation_models import save_model
 
 from trace_ds.config.sections.evaluation import TaskConfig
+from trace_ds.corpora.read import Document
 from trace_ds.errors import UserError
 from trace_ds.evaluation import harness
 from trace_ds.evaluation.items import ChoiceItem, read_task
-from trace_ds.evaluation.kinds import evaluate_choice
-from trace_ds.evaluation.language_model import ModelSettings, Sharding, loaded
+from trace_ds.evaluation.kinds import evaluate_choice, evaluate_perplexity
+from trace_ds.evaluation.language_model import ModelSettings, Sequence, Sharding, loaded
 from trace_ds.evaluation.tasks import run_task
 from trace_ds.reporting.tables import item_cells
 
@@ -145,6 +146,30 @@ def test_choices_are_scored_as_the_harness_does_where_texts_begin_alike(
         assert np.abs(found_IC - expected_IC).max() > 0.01
 
 
+def test_perplexity_differs_from_the_harness_by_the_end_of_each_document(tmp_path: Path) -> None:
+    """Ours counts EOS where ``data.add_eos`` puts one after the documents; without it the sums are the same."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+    from transformers import AutoTokenizer
+
+    path = save_model(tmp_path / "model")
+    tokenizer: Any = AutoTokenizer.from_pretrained(path)
+    draw = random.Random(3)
+    texts = [" ".join(draw.choices([f"w{n}" for n in range(60)], k=draw.randint(3, 20))) for _ in range(20)]
+    nll = {}
+    for add_eos in (True, False):
+        with loaded(str(path), tokenizer, ModelSettings("fp32", True, add_eos, 4)) as model:
+            outcome = evaluate_perplexity(model, [Document(text, "") for text in texts], 64)
+            nll[add_eos] = float(outcome.columns["nll"].sum())
+            ended = [(*model.encode(text), tokenizer.eos_token_id) for text in texts]
+            ends = model.score([Sequence(ids, len(ids) - 1) for ids in ended])
+            theirs = HFLM(pretrained=model.model, tokenizer=tokenizer, batch_size=4, backend="causal")
+            requests = [Instance("loglikelihood_rolling", {}, (text,), n) for n, text in enumerate(texts)]
+            expected = -sum(theirs.loglikelihood_rolling(requests, disable_tqdm=True))
+    assert nll[False] == pytest.approx(expected, abs=1e-2)
+    assert nll[True] - nll[False] == pytest.approx(-sum(float(end.log_prob[0]) for end in ends), abs=1e-2)
+
+
 def test_our_numbers_are_those_of_the_command_on_one_process_and_on_two(place: Path) -> None:
     (place / "tasks").mkdir()
     for name in SUBJECTS:
@@ -247,19 +272,124 @@ def test_a_group_of_ones_own_may_name_any_task(place: Path, tmp_path: Path) -> N
     (place / "all").mkdir()
     write_task(place / "all" / "far.yaml", "wmdp_bio", place / "wmdp_bio.jsonl")
     (tmp_path / "group.yaml").write_text(yaml.safe_dump({"group": "mine", "task": ["wmdp_bio_here"]}))
-    assert list(harness._loaded("mine", "", str(tmp_path))["tasks"]) == ["wmdp_bio_here"]
+    raw = {"name": "mine", "type": "lm_eval", "task": "mine", "role": "forget", "include_path": str(tmp_path)}
+    assert list(harness._load(TaskConfig.model_validate(raw))["tasks"]) == ["wmdp_bio_here"]
     assert "wmdp_bio_here" not in harness._task_manager("wmdp_bio").task_index
 
 
+FUNCTIONS = """
+def raises(docs):
+    return docs[0]["nothing"]
+
+def leaves(doc):
+    raise SystemExit(0)
+
+def none(doc):
+    return None
+
+def endless(doc):
+    return endless(doc)
+
+def aggregate(values):
+    return values[10_000]
+"""
+ACC = {"metric": "acc", "aggregation": "mean", "higher_is_better": True}
+MISTAKES: dict[str, tuple[dict[str, Any] | str, str]] = {  # keys changed in a task that is right, or its file; message
+    "target 9": ({"doc_to_target": 9}, "own.yaml: .*IndexError: list index out of range"),
+    "target -1": ({"doc_to_target": "{{ -1 }}"}, "question 0 .* has the target '-1', which names none"),
+    "target letter": ({"doc_to_target": "Z"}, "has the target 'Z', which names none"),
+    "target text": ({"doc_to_target": "question"}, "which names none of its 4 choices"),
+    "target of the second": ({"doc_to_target": "{{ [0, 7][answer > 0] }}"}, "question 1 .* target 7, which names none"),
+    "target none": ({"doc_to_target": "!function f.none"}, "own.yaml: .*TypeError"),
+    "targets": ({"doc_to_target": [8, 9]}, r"the target \[8, 9\], which names none"),
+    "leaves": ({"doc_to_text": "!function f.leaves"}, r"f.py line 5: .*\(SystemExit: 0\). Fix: correct the task"),
+    "raises": ({"process_docs": "!function f.raises"}, r"f.py line 2: .*\(KeyError: .*nothing.*\)"),
+    "endless": ({"doc_to_text": "!function f.endless"}, "a function never ends"),
+    "aggregate": ({"metric_list": [ACC | {"aggregation": "!function f.aggregate"}]}, "f.py line 14: .*IndexError"),
+    "no function": ({"doc_to_text": "!function f.nothing"}, "own.yaml: .*has no function 'nothing'"),
+    "no module": ({"doc_to_text": "!function g.nothing"}, "own.yaml: .*Cannot import module 'g'"),
+    "no dot": ({"doc_to_text": "!function nothing"}, "own.yaml: .*Invalid function reference"),
+    "jinja syntax": ({"doc_to_text": "{{question"}, "own.yaml: .*TemplateSyntaxError"),
+    "jinja name": ({"doc_to_text": "{{quetsion}}"}, "own.yaml: .*'quetsion' is undefined"),
+    "index": ({"doc_to_text": "{{choices[7]}}"}, "own.yaml: .*UndefinedError"),
+    "choices": ({"doc_to_choice": "{{question}}"}, "own.yaml: lm-eval cannot run the task own"),
+    "no choice": ({"doc_to_choice": "{{[]}}"}, "own.yaml: lm-eval cannot run the task own"),
+    "empty choice": ({"doc_to_choice": ["A", "B", "", "D"]}, "own.yaml: lm-eval cannot run the task own"),
+    "metric": ({"metric_list": [{"metric": "accc"}]}, "own.yaml: lm-eval cannot run the task own"),
+    "no accuracy": ({"metric_list": [{"metric": "brier_score", "aggregation": "brier_score"}]}, "has none of acc"),
+    "split": ({"test_split": "tset"}, "own.yaml: .*KeyError: 'tset'"),
+    "file": ({"dataset_kwargs": {"data_files": {"test": "/nowhere.jsonl"}}}, "own.yaml: .*/nowhere.jsonl"),
+    "output": ({"output_type": "generate_until"}, "own is not multiple-choice"),
+    "output type": ({"output_type": "multiple"}, "own.yaml: lm-eval cannot run the task own"),
+    "key": ({"doc_to_txt": "a"}, "own.yaml: .*doc_to_txt"),
+    "include": ({"include": "nowhere.yaml"}, "own.yaml line .*: there is no file nowhere.yaml to include"),
+    "class": ({"class": "!function f.none"}, "own.yaml: lm-eval cannot run the task own"),
+    "number": ("task: 5\n", "own.yaml line 1: the task name 5 is not text. Fix: put it in quotes"),
+    "tag": ("task: own\ntag: 5\n", "own.yaml line 2: the tag name 5 is not text"),
+    "itself": ("group: own\ntask: [own]\n", "own.yaml: .*contains itself"),
+    "list": ("- task: own\n", "lm-eval knows no task 'own', and no file in .* defines it"),
+    "syntax": ("task: own\nnum_fewshot: [0\n", r"own.yaml line 3: the file is not valid YAML .expected"),
+    "tab": ("task: own\n\tnum_fewshot: 0\n", r"own.yaml line 2: the file is not valid YAML"),
+    "bytes": ("task: \udcff\n", "own.yaml: the file is not text"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_in_a_task_of_ones_own_is_one_line(mistake: str, place: Path, tmp_path: Path) -> None:
+    """Known before a model is loaded; never a score, a traceback or a silent end."""
+    change, message = MISTAKES[mistake]
+    config = own_task(tmp_path, place, change)
+    with pytest.raises(UserError, match=message) as caught:
+        read_task(config)
+        harness.rehearse(config)
+    assert "\n" not in caught.value.line() and caught.value.fix
+
+
+def own_task(folder: Path, place: Path, change: dict[str, Any] | str) -> TaskConfig:
+    """A task named ``own`` in a folder: a right one with keys changed, or the text of a file."""
+    (folder / "f.py").write_text(FUNCTIONS.lstrip(), encoding="utf-8")
+    text = change
+    if isinstance(change, dict):
+        write_task(folder / "own.yaml", "wmdp_bio", place / "wmdp_bio.jsonl")
+        task = yaml.safe_load((folder / "own.yaml").read_text()) | {"task": "own"} | change
+        text = re.sub(r"'?(!function [\w.]+)'?", r"\1", yaml.safe_dump(task))
+    (folder / "own.yaml").write_bytes(str(text).encode(errors="surrogateescape"))
+    raw = {"name": "own", "type": "lm_eval", "task": "own", "role": "forget", "include_path": str(folder)}
+    return TaskConfig.model_validate(raw)
+
+
 @pytest.mark.parametrize(
-    ("folder", "message"),
-    [("", "lm-eval knows no task 'own_wmdp', and .* holds no readable one"), ("nowhere", "there is no directory")],
+    "change",
+    [
+        {},
+        {"doc_to_target": "{{ choices[answer] }}", "doc_to_choice": "choices"},
+        {"doc_to_target": "{{ [answer, 0] }}"},
+        {"metric_list": [ACC, ACC | {"metric": "acc_norm"}]},
+        {"doc_to_target": "{{ 'ABCD'[answer] }}"},
+        {"doc_to_text": "answer", "doc_to_target": "{{ question }}", "doc_to_choice": "choices"},  # as winogrande
+    ],
 )
-def test_a_task_that_is_not_in_its_folder(folder: str, message: str, place: Path, tmp_path: Path) -> None:
-    (tmp_path / "broken.yaml").write_text("task: [own_wmdp\n")
-    raw = {"name": "own", "type": "lm_eval", "task": "own_wmdp", "role": "forget"}
-    with pytest.raises(UserError, match=message):
-        read_task(TaskConfig.model_validate(raw | {"include_path": str(tmp_path / folder)}))
+def test_a_right_task_of_ones_own_passes_its_rehearsal(change: dict[str, Any], place: Path, tmp_path: Path) -> None:
+    config = own_task(tmp_path, place, change)
+    read_task(config)
+    harness.rehearse(config)
+
+
+def test_what_a_model_raises_is_no_mistake_of_the_task(place: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    path = str(place / "model")
+    config = own_task(tmp_path, place, {})
+    with loaded(path, AutoTokenizer.from_pretrained(path), ModelSettings("fp32", True, True, 4)) as model:
+        model.model.register_forward_pre_hook(lambda *_: 1 // 0)
+        with pytest.raises(ZeroDivisionError):
+            run_task(model, read_task(config), max_new_tokens=4, context_length=64)
+
+
+def test_a_folder_of_tasks_that_is_not_there(tmp_path: Path) -> None:
+    raw = {"name": "own", "type": "lm_eval", "task": "own_wmdp", "role": "forget", "include_path": str(tmp_path / "no")}
+    with pytest.raises(UserError, match="there is no directory"):
+        read_task(TaskConfig.model_validate(raw))
 
 
 @pytest.mark.parametrize(
@@ -282,66 +412,3 @@ def test_prompt_keys_that_mean_nothing(keys: dict[str, Any], message: str) -> No
 
 def read_lines(path: Path) -> list[Any]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def test_requests_are_batched_as_the_harness_does(place: Path) -> None:
-    from lm_eval.models.utils import Collator
-
-    from trace_ds.evaluation.harness_model import plan_requests
-
-    draw = random.Random(3)
-    contexts = [draw.choices(range(9), k=draw.randint(1, 12)) for _ in range(30)]
-    requests = [(("", ""), context, [letter]) for context in contexts for letter in range(4)]
-    requests += [(("", ""), context, [1, 2, 3]) for context in contexts]
-    collator = Collator(
-        requests,
-        sort_fn=lambda r: (-len(r[1] + r[2]), tuple(r[1] + r[2])),
-        group_by="contexts",
-        group_fn=lambda r: r[1] + r[2][:-1],
-    )
-    theirs = [[tuple(r[1] + r[2][:-1]) for r in chunk] for chunk in collator.get_batched(n=4)]
-    ours = [[tuple(requests[i][1] + requests[i][2][:-1]) for i in batch] for batch in plan_requests(requests, 4)]
-    assert [list(dict.fromkeys(batch)) for batch in ours] == theirs
-    assert sorted(i for batch in plan_requests(requests, 4) for i in batch) == list(range(len(requests)))
-
-
-@pytest.mark.parametrize(
-    ("task", "message"),
-    [
-        ("no_such_task", "lm-eval knows no task 'no_such_task'"),
-        ("wmdp", "'wmdp' stands for several tasks of lm-eval, .*: name each one: wmdp_bio, wmdp_chem, wmdp_cyber$"),
-        ("mmlu", r"mmlu_abstract_algebra, mmlu_anatomy, .*, … \(57 tasks\)$"),
-        ("mmlu_stem_tasks", "name each one: mmlu_abstract_algebra"),
-    ],
-)
-def test_a_file_is_for_one_task(place: Path, task: str, message: str) -> None:
-    with pytest.raises(UserError) as caught:
-        read_task(task_of(task, place / "wmdp_bio.jsonl"))
-    assert re.search(message, caught.value.line()) and "\n" not in caught.value.line()
-
-
-def test_the_rows_of_every_kind_of_file_are_checked(place: Path, tmp_path: Path) -> None:
-    import pyarrow
-    from pyarrow import parquet
-
-    good = read_lines(place / "wmdp_bio.jsonl")
-    bad = {
-        "the question has 5 choices": {"question": "q", "choices": list("abcde"), "answer": 0},
-        "the answer is missing": {"question": "q", "choices": list("abcd"), "answer": None},
-    }
-    for rows, message in [(good, None), *(([good[0], row], what) for what, row in bad.items())]:
-        files = [tmp_path / f"questions.{kind}" for kind in ("jsonl", "json", "parquet")]
-        files[0].write_text("".join(json.dumps(row) + "\n" for row in rows))
-        files[1].write_text(json.dumps(rows))
-        parquet.write_table(pyarrow.Table.from_pylist(rows), files[2])
-        for file in files:
-            if message is None:
-                assert len(read_task(task_of("wmdp_bio", file)).items) == len(good)
-            else:
-                with pytest.raises(UserError, match=f"{message}") as caught:
-                    read_task(task_of("wmdp_bio", file))
-                assert f"{file}:2" in caught.value.line()
-    for name, message in (("broken.parquet", "not a whole Parquet file"), ("list.csv", "a CSV cell holds no list")):
-        (tmp_path / name).write_text("question,choices,answer\n")
-        with pytest.raises(UserError, match=message):
-            read_task(task_of("wmdp_bio", tmp_path / name))

@@ -5,7 +5,7 @@
     {name: mmlu, type: lm_eval, task: mmlu, role: utility, num_fewshot: 5, apply_chat_template: true}
     {name: chem, type: lm_eval, task: my_chem, include_path: my_tasks, role: forget}         # my_tasks/*.yaml
 
-| metric   | what                                                                          | range | chance |
+| metric   | meaning                                                                       | range | chance |
 |----------|-------------------------------------------------------------------------------|-------|--------|
 | acc      | the letter of the right choice has the largest log-probability, zero-shot*     | 0 … 1 | 0.25   |
 | acc_norm | the same per character of the choice, where the task has it                     | 0 … 1 | 0.25   |
@@ -19,6 +19,10 @@ data set holds: ``question``, four ``choices`` and the index of the right one as
 of one task (not of a group: every task has its own prompt), and no solved examples are shown. Without a file the
 harness downloads the data (set HF_HUB_OFFLINE for its cache only).
 References: Li et al., arXiv 2403.03218 (WMDP); Hendrycks et al., arXiv 2009.03300 (MMLU).
+
+A task is code of others, also where it is only a template. All calls into lm-eval go through :func:`_task_code`, which
+makes a :class:`UserError` of whatever is raised there. Of a job of several processes only the main one runs lm-eval;
+the others take part in the forward passes that it asks for.
 """
 
 from __future__ import annotations
@@ -27,56 +31,64 @@ import contextlib
 import difflib
 import functools
 import io
+import itertools
 import logging
+import random
 import re
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from trace_ds.config.sections.evaluation import TaskConfig
 from trace_ds.errors import UserError
-from trace_ds.evaluation.language_model import LanguageModel
+from trace_ds.evaluation.language_model import Diverged, LanguageModel, Sequence
 from trace_ds.evaluation.metrics import TASK_METRICS
 from trace_ds.run.files import canonical_json, sha256_file, sha256_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from trace_ds.parallel.world import World
-
 INSTALL = "pip install 'trace-ds[lm-eval]'"
 NAMED_TASKS = 6  # of a group, in a message
 COMMIT = re.compile(r"[0-9a-f]{40}")  # the folder that `datasets` keeps a data set of the hub in
-
+FETCH = "`trace-ds fetch CONFIG` where there is a network (gated data: log in first)"
 
 Result = tuple[dict[str, float], list[dict[str, Any]]]  # metrics by name, and one record per item for the log
 
 
-def check_task(task: str, path: str, where: str, include: str | None = None) -> None:
-    """Everything about a task that can be wrong before its data are read (``include``: its ``include_path``).
+def check_task(config: TaskConfig) -> None:
+    """Everything about a task that can be wrong before its data are read.
 
     Raises:
-        UserError: lm-eval is missing or knows no such task; the name stands for several tasks and there is one file,
-            or no score of all of them.
+        UserError: lm-eval is missing or knows no such task; a file of ``include_path`` is no YAML; the name stands for
+            several tasks and there is one file, or no score of all of them.
     """
     import importlib.util
 
+    where, task, include = f"evaluation.tasks {config.name}", str(config.task), config.include_path
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError("the package lm-eval is not installed", where, INSTALL)
-    if include is not None and not Path(include).is_dir():
-        raise UserError(f"there is no directory {include}", f"{where} include_path", "name the folder of your tasks")
-    index = _task_manager(task, include).task_index
+    if include is not None:
+        if not Path(include).is_dir():
+            raise UserError(f"there is no directory {include}", f"{where} include_path", "name a folder of tasks")
+        for path in _yaml_files(include):
+            _check_yaml(path)
+    with _task_code(config):
+        index = _task_manager(task, include).task_index
+        leaves = _leaf_tasks([task], index) if task in index else []
     if task not in index:
         close = difflib.get_close_matches(task, index, 1)
         hint = f"did you mean {close[0]!r}?" if close else "`lm_eval ls tasks` lists them"
-        beside = f", and {include} holds no readable one" if include is not None else ""
+        beside = f", and no file in {include} defines it" if include is not None else ""
         raise UserError(f"lm-eval knows no task {task!r}{beside}", where, hint)
     kind = index[task].kind.name
-    if kind == "TAG" or (kind == "GROUP" and path):
-        leaves = _leaf_tasks([task], index)
+    if kind == "TAG" or (kind == "GROUP" and config.path):
         names = ", ".join(leaves[:NAMED_TASKS]) + (f", … ({len(leaves)} tasks)" if leaves[NAMED_TASKS:] else "")
-        what = "and one file can hold only one" if kind == "GROUP" else "without a common score"
-        raise UserError(f"{task!r} stands for several tasks of lm-eval, {what}", where, f"name each one: {names}")
+        reason = "and one file can hold only one" if kind == "GROUP" else "without a common score"
+        raise UserError(f"{task!r} stands for several tasks of lm-eval, {reason}", where, f"name each one: {names}")
 
 
 def check_template(config: TaskConfig, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -86,21 +98,92 @@ def check_template(config: TaskConfig, tokenizer: PreTrainedTokenizerBase) -> No
         raise UserError("the tokenizer has no chat template", where, "leave out apply_chat_template")
 
 
+def _yaml_files(include: str) -> list[Path]:
+    return [path for path in sorted(Path(include).rglob("*.yaml")) if path.is_file()]
+
+
+def _check_yaml(path: Path) -> None:
+    """UserError for a file that lm-eval would skip silently, or that makes it fail for all files: a syntax error, an
+    ``include`` of a missing file, a name that is a number."""
+    import yaml
+
+    try:
+        node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except UnicodeDecodeError as error:
+        raise UserError(f"the file is not text ({error.reason})", str(path), "save it as UTF-8") from None
+    except yaml.YAMLError as error:
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or str(error)
+        line = f" line {mark.line + 1}" if mark is not None else ""
+        raise UserError(f"the file is not valid YAML ({problem})", f"{path}{line}", "correct the file") from None
+    for key, value in node.value if isinstance(node, yaml.MappingNode) else []:
+        if not isinstance(value, yaml.ScalarNode):
+            continue
+        where = f"{path} line {value.start_mark.line + 1}"
+        if key.value in ("task", "group", "tag") and value.tag != "tag:yaml.org,2002:str":
+            raise UserError(
+                f"the {key.value} name {value.value} is not text", where, f'put it in quotes: "{value.value}"'
+            )
+        if key.value == "include" and not (path.parent / value.value).is_file():
+            raise UserError(f"there is no file {value.value} to include", where, "correct the name, or add the file")
+
+
+@contextlib.contextmanager
+def _task_code(config: TaskConfig, model: _ModelState | None = None) -> Iterator[None]:
+    """The boundary around lm-eval and the code of tasks: an error there, of any kind, becomes a :class:`UserError`.
+
+    ``model``: errors of its forward passes are passed on as they are. lm-eval's own logs and progress bars (at length,
+    on stderr) are not shown.
+    """
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    except (UserError, Diverged, KeyboardInterrupt, MemoryError):
+        raise
+    except (Exception, SystemExit) as error:
+        if model is not None and model.error is error:
+            raise
+        text = str(error).strip()
+        reason = f"{type(error).__name__}: {text.splitlines()[0][:200]}" if text else type(error).__name__
+        if isinstance(error, RecursionError):
+            reason = "a group of tasks contains itself, or a function never ends"
+        where = _place(error, config) or config.path or "the hub"
+        fix = "check the file" if config.path else "correct the task" if config.include_path else FETCH
+        raise UserError(f"lm-eval cannot run the task {config.task} ({reason})", where, fix) from error
+    finally:
+        logger.setLevel(level)
+
+
+def _place(error: BaseException, config: TaskConfig) -> str:
+    """Where in the user's folder of tasks an error arose: the line of a function, else the file of the task."""
+    if config.include_path is None:
+        return ""
+    folder = Path(config.include_path).resolve()
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if folder in Path(f.filename).resolve().parents]
+    if frames:
+        return f"{frames[-1].filename} line {frames[-1].lineno}"
+    names = re.compile(rf"(?m)^(task|group):\s*['\"]?{re.escape(str(config.task))}['\"]?\s*$")
+    files = [path for path in _yaml_files(config.include_path) if names.search(path.read_text(encoding="utf-8"))]
+    return str(files[0]) if files else config.include_path
+
+
 def _leaf_tasks(members: list[Any], index: Any) -> list[str]:
     """The single tasks that names of tasks, groups and tags (as in the YAML file of a group) stand for."""
-    found: list[str] = []
+    leaves: list[str] = []
     for member in members:
         name = member if isinstance(member, str) else member.get("group") or member["task"]
         entry = index.get(name)
         kind = entry.kind.name if entry is not None else ""
         if kind == "TAG":
-            found += sorted(entry.tags)
+            leaves += sorted(entry.tags)
         elif kind == "GROUP" or not isinstance(member, str):
             inside = entry.cfg["task"] if kind == "GROUP" else member["task"]
-            found += _leaf_tasks(inside, index) if isinstance(inside, list) else [name]
+            leaves += _leaf_tasks(inside, index) if isinstance(inside, list) else [name]
         else:
-            found.append(name)
-    return found
+            leaves.append(name)
+    return leaves
 
 
 def _task_manager(task: str, include: str | None = None) -> Any:
@@ -109,20 +192,20 @@ def _task_manager(task: str, include: str | None = None) -> Any:
     Of lm-eval's thousands of files it takes those of the folder that the task is called after (``wmdp`` of
     ``wmdp_bio``), where nothing is missing then; else all, for several seconds.
     """
-    few = _indexed(re.split(r"\W|_", task)[0], include)
+    own = include and own_tasks_sha256(include)
+    few = _indexed(re.split(r"\W|_", task)[0], include, own)
     known = few.task_index
-    return few if task in known and known.keys() >= {*_leaf_tasks([task], known)} else _indexed("", include)
+    return few if task in known and known.keys() >= {*_leaf_tasks([task], known)} else _indexed("", include, own)
 
 
-@functools.cache
-def _indexed(folder: str, include: str | None) -> Any:
-    """The tasks in one folder of lm-eval (empty: in all) and in a folder of the user's."""
+@functools.lru_cache(8)
+def _indexed(folder: str, include: str | None, own: str | None) -> Any:
+    """The tasks in one folder of lm-eval (empty: in all) and in a folder of the user's (``own``: its hash)."""
     import lm_eval.tasks
 
-    own = [include] if include is not None else []
     some = [Path(lm_eval.tasks.__file__).parent / folder] if folder else []
-    with _quietly():
-        return lm_eval.tasks.TaskManager(include_path=[*some, *own], include_defaults=not folder)
+    paths = [*some, *([include] if include is not None else [])]
+    return lm_eval.tasks.TaskManager(include_path=paths, include_defaults=not folder)
 
 
 def own_tasks_sha256(include: str) -> str:
@@ -142,89 +225,189 @@ def task_spec(task: str, path: str) -> str | dict[str, Any]:
     return {"group": "local_files", "task": [changed]}  # a member of a group is the known task with keys changed
 
 
+def _load(config: TaskConfig) -> Any:
+    """What lm-eval makes of a name: its ``tasks``, with their data, and ``groups``."""
+    task = str(config.task)
+    return _task_manager(task, config.include_path).load([task_spec(task, config.path)])
+
+
 def evaluate_harness(model: LanguageModel, config: TaskConfig) -> Result:
     """Run one task (or group of tasks) on a loaded model, the forward passes shared out between the processes.
 
     Raises:
-        UserError: lm-eval cannot get the data, or the task is not multiple-choice.
+        UserError: lm-eval cannot get the data, the task is not multiple-choice, or its code fails.
         Diverged: a log-probability is not finite.
     """
-    from lm_eval import simple_evaluate
-
-    from trace_ds.evaluation.harness_model import SharedLM
-
-    world, task = model.world, str(config.task)
-    built = _built(task, config.path, config.include_path, world)
-    with _quietly():
-        found: Any = simple_evaluate(
-            model=SharedLM(model),
-            tasks=[built],
-            task_manager=_task_manager(task, config.include_path),
-            bootstrap_iters=0,
-            num_fewshot=config.num_fewshot,
-            apply_chat_template=config.apply_chat_template,
-        )
+    world = model.world
     if world is None or world.size == 1:
-        return _result(found, task)
-    told: Result = world.broadcast_agreed(lambda: _result(found, task))
-    return told
+        return _evaluate(config, model)
+    if not world.is_main:
+        while (sequences := world.broadcast(None)) is not None:
+            model.score(sequences)
+
+    def run_and_release() -> Result:
+        try:
+            result = _evaluate(config, model)
+        except UserError:
+            world.broadcast(None)
+            raise
+        world.broadcast(None)
+        return result
+
+    return world.broadcast_agreed(run_and_release)
 
 
-def _built(task: str, path: str, include: str | None, world: World | None) -> Any:
-    """The task with its data; the main process gets them first, so a download happens once."""
-
-    def build() -> Any:
-        loaded = _loaded(task, path, include)
-        for name, single in loaded["tasks"].items():
-            if single.OUTPUT_TYPE != "multiple_choice":
-                raise UserError(f"{name} is not multiple-choice", f"lm-eval task {task}", "choose a task that is")
-        return next(iter([*loaded["groups"].values(), *loaded["tasks"].values()]))
-
-    return build() if world is None or world.size == 1 else world.agree_each(lambda _: build())
+def _evaluate(config: TaskConfig, model: LanguageModel) -> Result:
+    rehearse(config)
+    state = _ModelState()
+    with _task_code(config, state):
+        return _result(_run(_harness_model(model, state), config, config.apply_chat_template), str(config.task))
 
 
-def _loaded(task: str, path: str, include: str | None) -> Any:
-    """What lm-eval makes of a name: its ``tasks``, with their data, and ``groups``."""
+def rehearse(config: TaskConfig) -> None:
+    """Run a task of the user's own once without a model, so that what is wrong with it is known before one is loaded.
+
+    Raises:
+        UserError: as :func:`evaluate_harness`; a question has no right choice (its accuracy would be 0 for any model).
+    """
+    if config.include_path is not None:
+        _rehearse(config.model_dump_json(), own_tasks_sha256(config.include_path))
+
+
+@functools.lru_cache(64)
+def _rehearse(config_json: str, own: str) -> None:
+    from lm_eval.models.dummy import DummyLM
+
+    config = TaskConfig.model_validate_json(config_json)
+    with _task_code(config):
+        _result(_run(DummyLM(), config, False), str(config.task))
+
+
+def _run(lm: Any, config: TaskConfig, apply_chat_template: bool) -> dict[str, Any]:
+    """lm-eval's results of a task; random states are those of its command, and the job's own are put back."""
+    import torch
+    from lm_eval import simple_evaluate
+    from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
+
+    states = random.getstate(), np.random.get_state()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     try:
-        with _quietly():
-            return _task_manager(task, include).load([task_spec(task, path)])
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        fix = (
-            "check the file" if path else "`trace-ds fetch CONFIG` where there is a network (gated data: log in first)"
-        )
-        raise UserError(f"lm-eval cannot read {task} ({reason[:200]})", path or "the hub", fix) from error
+        with torch.random.fork_rng(devices):
+            random.seed(DEFAULT_RANDOM_SEED)  # before tasks are read, which some shuffle
+            np.random.seed(DEFAULT_OTHER_SEED)
+            torch.manual_seed(DEFAULT_OTHER_SEED)
+            loaded = _load(config)
+            for name, single in loaded["tasks"].items():
+                if single.OUTPUT_TYPE != "multiple_choice":
+                    raise UserError(
+                        f"{name} is not multiple-choice", f"lm-eval task {config.task}", "choose a task that is"
+                    )
+            results: Any = simple_evaluate(
+                model=lm,
+                tasks=[next(iter([*loaded["groups"].values(), *loaded["tasks"].values()]))],
+                task_manager=_task_manager(str(config.task), config.include_path),
+                bootstrap_iters=0,
+                num_fewshot=config.num_fewshot,
+                apply_chat_template=apply_chat_template,
+                random_seed=None,
+                numpy_random_seed=None,
+                torch_random_seed=None,
+            )
+            if config.include_path is not None:
+                for single in loaded["tasks"].values():
+                    _require_right_choices(single, config)
+            return dict(results)
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+
+
+def _require_right_choices(task: Any, config: TaskConfig) -> None:
+    """Refuse a task with a question that stays wrong whichever choice a model prefers: its target names no choice.
+
+    Raises:
+        UserError: with the number of the first such question, and its target.
+    """
+    for number, group in itertools.groupby(task.instances, key=lambda instance: instance.doc_id):
+        requests = list(group)
+        for best in range(len(requests)):
+            answers = [(0.0, True) if place == best else (-1.0, False) for place in range(len(requests))]
+            metrics = task.process_results(requests[0].doc, answers)
+            scores = [metrics[name] for name in TASK_METRICS["lm_eval"] if name in metrics]
+            if not scores or any(scores):
+                break
+        else:
+            target = repr(task.doc_to_target(requests[0].doc))
+            raise UserError(
+                f"question {number} of lm-eval's task {task.task_name} has the target {target[:80]}, which names none "
+                f"of its {len(requests)} choices",
+                _place(ValueError(), config),
+                "doc_to_target must give the index or the text of a choice",
+            )
+
+
+class _ModelState:
+    """The error that a forward pass raised within lm-eval, if any."""
+
+    error: BaseException | None = None
+
+
+def _harness_model(model: LanguageModel, state: _ModelState) -> Any:
+    """The harness's own Hugging Face model cuts text into tokens; ``model`` computes the log-probabilities."""
+    from types import SimpleNamespace
+
+    from lm_eval.models.huggingface import HFLM
+
+    class SharedLM(HFLM):
+        def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: Any = None) -> Any:
+            sequences = []
+            for (_, text), context, continuation in requests:
+                if not continuation:
+                    raise ValueError(f"the choice {text!r} has no token of its own")
+                ids = tuple(context + continuation)[-(self.max_length + 1) :]
+                sequences.append(Sequence(ids, max(1, len(ids) - len(continuation))))
+            try:
+                if model.world is not None and model.world.size > 1:
+                    model.world.broadcast(sequences)
+                scores = model.score(sequences)
+            except BaseException as error:
+                state.error = error
+                raise
+            return [(float(each.log_prob.sum(dtype=np.float64)), bool(each.is_argmax.all())) for each in scores]
+
+    # not the model itself: of a sharded one nothing may be done on the main process alone
+    described: Any = SimpleNamespace(config=model.model.config, device=model.device)
+    return SharedLM(described, backend="causal", tokenizer=model.tokenizer, batch_size=model.settings.batch_rows)
 
 
 def require_data(config: TaskConfig, *, download: bool) -> None:
-    """Find out before anything else is done that the data of a task are not in the cache: bring them, or (without
-    ``download``) refuse. Nothing is read of what is there.
+    """Check before anything else is done that the data of a task are in the cache, and that a task of the user's own
+    runs: bring missing data, or (without ``download``) refuse.
 
     Raises:
-        UserError: as :func:`fetch_task`.
+        UserError: as :func:`fetch_task` and :func:`rehearse`.
     """
     from trace_ds.corpora.sources import in_cache
 
-    include = config.include_path
     task, where = str(config.task), f"evaluation.tasks.{config.name}"
-    index = _task_manager(task, include).task_index
-    for leaf in _leaf_tasks([task], index):
+    with _task_code(config):
+        index = _task_manager(task, config.include_path).task_index
+        leaves = _leaf_tasks([task], index)
+    for leaf in leaves:
         of_leaf = getattr(index.get(leaf), "cfg", None) or {}
         data, name = of_leaf.get("dataset_path"), of_leaf.get("dataset_name")
         on_hub = isinstance(data, str) and "/" in data and not Path(data).is_dir()
         if on_hub and not in_cache(str(data), name):
             if not download:
-                what = f"{data} ({name}), which lm-eval's {leaf} asks, is not in the cache"
-                raise UserError(what, where, "where there is a network, `trace-ds fetch CONFIG` brings it")
-            fetch_task(task, where, include)
-            return
+                problem = f"{data} ({name}), which lm-eval's {leaf} needs, is not in the cache"
+                raise UserError(problem, where, "where there is a network, `trace-ds fetch CONFIG` brings it")
+            fetch_task(config)
+            break
+    rehearse(config)
 
 
-def fetch_task(task: str, where: str, include: str | None = None) -> dict[str, str]:
+def fetch_task(config: TaskConfig) -> dict[str, str]:
     """Bring the data of a task, or of a group of tasks, to the cache of ``datasets``.
-
-    Args:
-        where: the key that names it. include: its ``include_path``.
 
     Returns:
         {data set on the hub: commit}.
@@ -232,9 +415,11 @@ def fetch_task(task: str, where: str, include: str | None = None) -> dict[str, s
     Raises:
         UserError: as :func:`check_task`, or the data cannot be had.
     """
-    check_task(task, "", where, include)
+    check_task(config)
     commits: dict[str, str] = {}
-    for single in _loaded(task, "", include)["tasks"].values():
+    with _task_code(config):
+        loaded = _load(config)
+    for single in loaded["tasks"].values():
         for split in single.dataset.values():
             for file in split.cache_files:
                 if COMMIT.fullmatch(folder := Path(file["filename"]).parent.name):
@@ -242,15 +427,14 @@ def fetch_task(task: str, where: str, include: str | None = None) -> dict[str, s
     return dict(sorted(commits.items()))
 
 
-def _result(found: dict[str, Any], task: str) -> Result:
-    numbers = found["groups"].get(task) if found.get("groups") else None
-    numbers = numbers or found["results"][task]
+def _result(results: dict[str, Any], task: str) -> Result:
+    numbers = results["groups"].get(task) if results.get("groups") else None
+    numbers = numbers or results["results"][task]
     metrics = {name: float(numbers[f"{name},none"]) for name in TASK_METRICS["lm_eval"] if f"{name},none" in numbers}
     if not metrics:
-        raise UserError(
-            f"the task has none of {', '.join(TASK_METRICS['lm_eval'])}", task, "choose another multiple-choice task"
-        )
-    logs = [_log(name, sample) for name, samples in sorted(found["samples"].items()) for sample in samples]
+        names = ", ".join(TASK_METRICS["lm_eval"])
+        raise UserError(f"the task has none of {names}", f"lm-eval task {task}", "choose another multiple-choice task")
+    logs = [_log(name, sample) for name, samples in sorted(results["samples"].items()) for sample in samples]
     return metrics, logs
 
 
@@ -269,16 +453,3 @@ def _log(name: str, sample: dict[str, Any]) -> dict[str, Any]:
         "correct": bool(sample["acc"]) if "acc" in sample else None,
         "log_prob": [round(value, 6) for value in log_prob],
     }
-
-
-@contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """The harness logs at length and draws progress bars (on stderr); neither belongs into a run's log."""
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logger.setLevel(level)

@@ -126,7 +126,7 @@ def read_task(config: TaskConfig) -> Task:
         from trace_ds.evaluation.harness import check_task, own_tasks_sha256
 
         items = read_choice_items(config, "question") if config.path else []
-        check_task(str(config.task), config.path, f"evaluation.tasks {config.name}", config.include_path)
+        check_task(config)
         if config.include_path is not None:
             own.append(own_tasks_sha256(config.include_path))
     examples = tuple(read_question_items(others[0])) if config.type == "knowmem" else ()

@@ -263,13 +263,13 @@ class LanguageModel:
         row_of = []
         for sequence in sequences:
             context = sequence.ids[:-1]
-            if not rows or rows[-1].ids[: len(context)] != context:
+            if not rows or rows[-1].ids[:-1][: len(context)] != context:
                 rows.append(sequence)
             row_of.append(len(rows) - 1)
-        length = max(len(row.ids) for row in rows)
+        length = max(len(row.ids) for row in rows) - 1  # nothing is predicted from the last token
         ids_BS = torch.full((len(rows), length), self.pad_id, dtype=torch.int64)
         for number, row in enumerate(rows):
-            ids_BS[number, : len(row.ids)] = torch.tensor(row.ids)
+            ids_BS[number, : len(row.ids) - 1] = torch.tensor(row.ids[:-1])
         start = min(sequence.first for sequence in sequences) - 1  # the logits at position t predict token t + 1
         output = self.model(
             input_ids=to_device(ids_BS, self.device),
@@ -280,10 +280,11 @@ class LanguageModel:
         sizes = [len(sequence.ids) - sequence.first for sequence in sequences]
         row_N = [row for row, size in zip(row_of, sizes, strict=True) for _ in range(size)]
         token_N = [t for sequence in sequences for t in range(sequence.first, len(sequence.ids))]
-        place_P, which = np.unique(np.array(row_N) * length + token_N, return_inverse=True)  # which[N]: of the places
+        # which[N]: of the places, each a row and a token that is predicted (from 1 on: "length" itself is one)
+        place_P, which = np.unique(np.array(row_N) * (length + 1) + token_N, return_inverse=True)
         device = logits_BSV.device
         row_P, token_P, which_N = (
-            to_device(torch.from_numpy(found), device) for found in (*np.divmod(place_P, length), which)
+            to_device(torch.from_numpy(found), device) for found in (*np.divmod(place_P, length + 1), which)
         )
         target_N = to_device(torch.tensor([t for s in sequences for t in s.ids[s.first :]]), device)
         logits_PV = logits_BSV[row_P, token_P - 1 - start].float()

@@ -75,6 +75,11 @@ def check_evaluate(config: Config, run: RunDirectory) -> EvaluateJob:
     reference = Path(config.model.tokenizer_path)
     fingerprint = tokenizer_fingerprint(reference)
     tasks, tokenizer = checked_tasks(settings.tasks, config), load_tokenizer(reference)
+    for task in settings.tasks:
+        if task.include_path is not None:
+            from trace_ds.evaluation.harness import rehearse
+
+            rehearse(task)
     data = artefact.load(run.data, "data", verify=False) if settings.needs_data else None
     if data is not None:
         data.require_same(tokenizer=fingerprint)

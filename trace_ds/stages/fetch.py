@@ -83,10 +83,10 @@ def _bring(config: Config) -> Iterator[Found]:
     for key, entry in hub_data(config, "fetch").items():
         print(f"[fetch] {key}: {data_name(entry)}", flush=True)
         yield Found("data", key, data_name(entry), {"commit": open_table(entry, key).commit}, _data_cache())
-    includes = {f"evaluation.tasks.{task.name}": task.include_path for task in config.evaluation.tasks}
+    configs = {f"evaluation.tasks.{task.name}": task for task in config.evaluation.tasks}
     for key, task in hub_tasks(config, "fetch").items():
         print(f"[fetch] {key}: the data of lm-eval's {task}", flush=True)
-        yield Found("tasks", key, task, {"commits": fetch_task(task, key, includes[key])}, _data_cache())
+        yield Found("tasks", key, task, {"commits": fetch_task(configs[key])}, _data_cache())
 
 
 def look(config: Config, run: RunDirectory | None) -> Iterator[Found]:
