@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import signal
 from pathlib import Path
 from typing import Any
 
 import jobs
 import pytest
-from distributed import end_of_ranks, run_distributed
+from distributed import run_distributed
 from test_unlearn import calibrated, copy_of  # noqa: F401 (calibrated is a fixture)
 
 from trace_ds.config.load import load_config
 from trace_ds.errors import UserError
 from trace_ds.reporting.gather import gather
 from trace_ds.run.directory import RunDirectory
-from trace_ds.stages.convert import checkpoint_to_directory, convert
+from trace_ds.stages.convert import convert
 from trace_ds.stages.evaluate import evaluate
-from trace_ds.stages.inspect import inspect
-from trace_ds.stages.snapshots import Snapshots
-from trace_ds.stages.unlearn import check_unlearn, discard_checkpoints
-from trace_ds.tensors.opening import REPORT
+from trace_ds.stages.unlearn import check_unlearn
 
 TASKS = ["questions_forget", "questions_utility"]
 CURVE = ["unlearning.evaluate.every=2", f"unlearning.evaluate.tasks={json.dumps(TASKS)}", "unlearning.save_every=2"]
@@ -44,19 +39,6 @@ def curve_of(run: Path, step: int) -> list[dict[str, Any]]:
     return json.loads((run / "checkpoints" / f"step_{step:06d}" / "manifest.json").read_text())["cursor"]["curve"]
 
 
-def is_as_converted(run: RunDirectory, step: int, folder: Path) -> None:
-    """The snapshot of a step, byte for byte but for what its report says it was made of."""
-    name = f"step_{step:06d}"
-    report = checkpoint_to_directory(run.checkpoints / name, folder)
-    found, expected = (
-        {path.name: path.read_bytes() for path in place.iterdir() if path.name not in ("README.md", REPORT)}
-        for place in (run.snapshots / name, folder)
-    )
-    assert found == expected
-    said = json.loads((run.snapshots / name / REPORT).read_text())
-    assert said["tensors"] == report["tensors"] and said["parameters"] == report["parameters"]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("ep", "stage", "loss"), [(2, 3, "npo"), (1, 1, "rmu")])
 def test_a_curve_is_the_scores_of_the_checkpoints_and_changes_nothing(
@@ -69,7 +51,7 @@ def test_a_curve_is_the_scores_of_the_checkpoints_and_changes_nothing(
     config, prepared = calibrated
     shape = [f"distributed.ep={ep}", f"unlearning.zero_stage={stage}", f"unlearning.forget_loss={loss}"]
     looked, unseen = copy_of(prepared, tmp_path / "looked"), copy_of(prepared, tmp_path / "unseen")
-    stopped = [*shape, *CURVE, *CHECKPOINTS, "unlearning.snapshot_every=2"]
+    stopped = [*shape, *CURVE, *CHECKPOINTS]
     for steps in (2, 5):  # goes on
         run_distributed(jobs.unlearn_job, 2, str(config), str(looked), [*stopped, f"unlearning.steps={steps}"])
     every = "unlearning.evaluate.every=2"  # as many layers are held
@@ -79,8 +61,6 @@ def test_a_curve_is_the_scores_of_the_checkpoints_and_changes_nothing(
     assert [point["step"] for point in curve] == [0, 2, 4, 5]
     loaded, _ = load_config(str(config), [*stopped, "unlearning.steps=5"], looked)
     run = RunDirectory.at(looked)
-    for step in (2, 4):
-        is_as_converted(run, step, tmp_path / f"converted{step}")
     convert(loaded, run)
     evaluate(loaded, run)
     for point, name in zip(curve, ("original", "step_000002", "step_000004", "unlearned"), strict=True):
@@ -94,43 +74,6 @@ def test_a_curve_is_the_scores_of_the_checkpoints_and_changes_nothing(
     drawn = gather(looked).arms[0].checkpoints  # the report has the curve without a checkpoint scored
     assert list(drawn) == [2, 4, 5]
     assert [score.value for score in drawn[4].scores] == [score["value"] for score in curve[2]["scores"]]
-
-
-def unlearn_killed(world: Any, config: str, run: str, settings: list[str]) -> None:
-    """The main process dies while it writes its share of the snapshot of step 4."""
-    fill = Snapshots._fill
-
-    def dying(self: Snapshots, *arguments: Any) -> None:
-        if world.is_main and "step_000004" in str(arguments[-1]):
-            os.kill(os.getpid(), signal.SIGKILL)
-        fill(self, *arguments)
-
-    Snapshots._fill = dying  # type: ignore[method-assign]
-    jobs.unlearn_job(world, config, run, settings)
-
-
-@pytest.mark.slow
-def test_a_snapshot_is_whole_or_not_there(calibrated: tuple[Path, Path], tmp_path: Path) -> None:  # noqa: F811
-    """In bf16, its experts held by two of four ranks each; killed on the way, and the next start goes on."""
-    config, prepared = calibrated
-    run = RunDirectory(copy_of(prepared, tmp_path / "run"))
-    settings = ["distributed.ep=2", "unlearning.zero_stage=1", "model.dtype=bf16", "unlearning.steps=4"]
-    settings += ["unlearning.forget_loss=npo", "unlearning.save_every=2", "unlearning.snapshot_every=2"]
-    end_of_ranks(unlearn_killed, 4, str(config), str(run.path), settings)
-    assert [path.suffix[:5] for path in sorted(run.snapshots.iterdir())] == ["", ".tmp-"]
-    is_as_converted(run, 2, tmp_path / "second")
-    run.clear_leftovers()
-    assert [path.name for path in run.snapshots.iterdir()] == ["step_000002"]
-    run_distributed(jobs.unlearn_job, 4, str(config), str(run.path), settings)
-    is_as_converted(run, 4, tmp_path / "fourth")
-    found = inspect(run.snapshots / "step_000004", verify=True)
-    assert found.kind == "model" and not found.problems
-    kept = sorted(run.checkpoints.iterdir())
-    discard_checkpoints(run, "a curve's identity")  # those of a job that was no curve's stay
-    assert sorted(run.checkpoints.iterdir()) == kept and kept
-    other = [*settings, "unlearning.resume=replace", "unlearning.alpha=2", "unlearning.steps=1"]
-    run_distributed(jobs.unlearn_job, 4, str(config), str(run.path), other)
-    assert not list(run.snapshots.iterdir())
 
 
 @pytest.mark.slow

@@ -68,7 +68,7 @@ def test_half_of_the_model_and_the_same_weights(
     base = load_file(config.parent / "model" / "model.safetensors")
     work = {}
     for ep, stage, setting in shapes:
-        for kind, more in (("part", ["unlearning.snapshot_every=4"]), ("whole", WHOLE)):
+        for kind, more in (("part", []), ("whole", WHOLE)):
             shape = [f"distributed.ep={ep}", f"unlearning.zero_stage={stage}", "unlearning.optimizer.weight_decay=0.1"]
             shape += [setting] if setting else []
             work[ep, stage, kind] = copy_of(prepared, tmp_path / f"{kind}{ep}{stage}"), [*shape, *more]
@@ -86,8 +86,6 @@ def test_half_of_the_model_and_the_same_weights(
         assert losses_of(part) == losses_of(whole)
         found, other = (weights_of(run, 4, tmp_path / f"{run.name}-model") for run in (part, whole))
         assert found.keys() == other.keys() == base.keys()
-        left = (part / "snapshots" / "step_000004" / "model.safetensors").read_bytes()  # with the rest of the base
-        assert left == (tmp_path / f"{part.name}-model" / "model.safetensors").read_bytes()
         for name, value in found.items():
             assert np.array_equal(value, other[name]), (ep, stage, name)
             assert np.array_equal(value, base[name]) == is_above(name), (ep, stage, name)

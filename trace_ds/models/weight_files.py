@@ -7,7 +7,6 @@ their place in the safetensors files, so a process that holds an eighth of a ten
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import chain
@@ -22,7 +21,7 @@ from trace_ds.tensors.layouts import ModelLayout, engine_pieces
 from trace_ds.tensors.model_files import COPY_AGAIN
 from trace_ds.tensors.opening import open_model
 from trace_ds.tensors.runs import Run, TensorSource, extract, merge_adjacent, pieces_of
-from trace_ds.tensors.stream import read_all, write_all
+from trace_ds.tensors.stream import read_all
 from trace_ds.tensors.torch_archive import bytes_of
 
 BLOCK_NUMEL = 1 << 22
@@ -69,32 +68,25 @@ class WeightFiles:
             UserError: a file ends too early, or holds NaN there (the tensor and the file are named).
         """
         flat = out.view(-1)
-        for where, descriptor, run in self._parts(source, start, flat.numel(), "rb"):
+        for where, descriptor, run in self._parts(source, start, flat.numel()):
             block = torch.empty(run.numel, dtype=run.storage.dtype)
             read_all(descriptor, bytes_of(block), run.offset_bytes, run.storage.path)
             if self.refuses_nan and block.is_floating_point() and bool(block.isnan().any()):
                 raise UserError(f"the weights {run.storage.record} hold NaN", str(run.storage.path), COPY_AGAIN)
             flat[where].copy_(block)
 
-    def write(self, source: TensorSource, start: int, values: torch.Tensor) -> None:
-        """Put the contiguous ``values`` in the place of the elements of ``source`` from ``start`` on, in its type."""
-        for where, descriptor, run in self._parts(source, start, values.numel(), "r+b"):
-            write_all(descriptor, bytes_of(values.view(-1)[where].to("cpu", run.storage.dtype)), run.offset_bytes)
-
-    def _parts(self, source: TensorSource, start: int, numel: int, mode: str) -> Iterator[tuple[slice, int, Run]]:
+    def _parts(self, source: TensorSource, start: int, numel: int) -> Iterator[tuple[slice, int, Run]]:
         """``numel`` elements from ``start`` on, block by block: their places among them, the open file, where it is."""
         done = 0
         for run in chain.from_iterable(pieces_of(source.slice_runs(start, numel), BLOCK_NUMEL)):
             path = run.storage.path
-            handle = self.handles.get(path) or self.handles.setdefault(path, path.open(mode))
+            handle = self.handles.get(path) or self.handles.setdefault(path, path.open("rb"))
             yield slice(done, done + run.numel), handle.fileno(), run
             done += run.numel
 
     def close(self) -> None:
-        """Close the files; what was written is on the disk then."""
+        """Close the files."""
         for handle in self.handles.values():
-            if handle.writable():
-                os.fsync(handle.fileno())
             handle.close()
         self.handles.clear()
 

@@ -83,7 +83,6 @@ class RunDirectory:
     report = Place("report", owner=ours.artefact("report"))
     statistics = Place("statistics", shared=True, makes="|".join(SIDES))
     checkpoints = Place("checkpoints", makes=rf"{STEP.pattern}|latest|universal|zero_to_fp32\.py")
-    snapshots = Place("snapshots", makes=STEP.pattern)
     evaluation = Place("evaluation", makes=rf"{STEP.pattern}|[A-Za-z0-9][A-Za-z0-9._-]*\.json")
     logs = Place("logs", makes=r"[a-z]+\.jsonl")
     tb = Place("tb")
@@ -140,9 +139,8 @@ class RunDirectory:
         for side in SIDES if self.parent is None else ():
             found[self.statistics / side] = ours.artefact("statistics")
             found[self.statistics / f"{side}.partial"] = ours.partial_statistics
-        for folder, owner in ((self.checkpoints, ours.checkpoint), (self.snapshots, ours.converted_model)):
-            steps = sorted(folder.iterdir()) if folder.is_dir() else []
-            found |= {step: owner for step in steps if STEP.fullmatch(step.name)}
+        steps = sorted(self.checkpoints.iterdir()) if self.checkpoints.is_dir() else []
+        found |= {step: ours.checkpoint for step in steps if STEP.fullmatch(step.name)}
         return found
 
     def is_marked(self) -> bool:

@@ -88,7 +88,7 @@ def inspect(path: Path, *, verify: bool = False) -> Finding:
 
 def _is_unfinished_step(path: Path) -> bool:
     name = re.split(r"\.(?:tmp|unreadable)-", path.name)[0]
-    others = (path / UNIVERSAL_FOLDER).is_dir() or (path / CONFIG_NAME).is_file()  # a snapshot is a model
+    others = (path / UNIVERSAL_FOLDER).is_dir() or (path / CONFIG_NAME).is_file()
     return STEP.fullmatch(name) is not None and not others
 
 

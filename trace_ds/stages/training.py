@@ -26,7 +26,6 @@ OPERATIONAL = {
     "save_in_background",
     "keep",
     "keep_every",
-    "snapshot_every",
     "resume",
     "log_every",
     "micro_batch_rows",

@@ -203,7 +203,6 @@ def unlearn(config: Config, run: RunDirectory, world: World) -> None:
         StopRequested: stopped on request; a complete checkpoint was saved.
     """
     from trace_ds.run.log import already_done
-    from trace_ds.stages.snapshots import Snapshots
     from trace_ds.unlearning.job import train
     from trace_ds.unlearning.watch import Watch
 
@@ -234,8 +233,7 @@ def unlearn(config: Config, run: RunDirectory, world: World) -> None:
         watch = Watch(evaluator, settings, log, score_tasks) if evaluator is not None else None
         start, failed = replace(start, cursor=cursor), None
         try:
-            snapshots = Snapshots.asked(config, run, world, start, log.line)
-            train(engine, world, batches, goal, settings, settings.steps, run, start, log, watch, snapshots)
+            train(engine, world, batches, goal, settings, settings.steps, run, start, log, watch)
         except JobFailed as error:
             if not job.curve or error.step is None:
                 raise

@@ -7,7 +7,7 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,16 +22,6 @@ from trace_ds.run.log import Progress, StageLog
 from trace_ds.unlearning.batches import Batches, CorpusBatches
 from trace_ds.unlearning.goals import Goal
 from trace_ds.unlearning.watch import Watch
-
-
-class Snapshots(Protocol):
-    """Models that are left on the way (:mod:`trace_ds.stages.snapshots`)."""
-
-    def due(self, done: int) -> bool: ...
-
-    def write(self, engine: Any, step: int) -> None:
-        """The model as it is (collective)."""
-        ...
 
 
 class NumericalFailure(JobFailed):
@@ -80,7 +70,6 @@ def train(
     manifest: Manifest,
     log: StageLog,
     watch: Watch | None = None,
-    snapshots: Snapshots | None = None,
 ) -> None:
     """Train from step ``manifest.step`` to ``steps`` or to what ``watch`` calls the end, saving as configured.
 
@@ -129,17 +118,14 @@ def train(
                 last = True
             curve_is_all = last and watch is not None and watch.curve_only
             save = not curve_is_all and (done % settings.save_every == 0 or last or stop)
-            snapshot = snapshots if snapshots is not None and snapshots.due(done) else None
-            if save or snapshot is not None:
+            if save:
                 require_finite(engine, world, goal, rows, done)
                 broken = watch.broken(engine, cursor, verdict) if watch is not None else ""
                 if broken and last:
                     raise JobFailed(f"stopped after step {done}: {broken}; the last checkpoint stands", done)
                 if broken:
                     log.line(f"WARNING no checkpoint of step {done}: {broken}")
-                elif snapshot is not None:  # before the checkpoint that a job would go on from
-                    snapshot.write(engine, done)
-                if save and not broken:
+                else:
                     current = replace(manifest, step=done, cursor={**cursor, **goal.state(), "step": done})
                     saver.save(current, wait=last or stop)
             if last:

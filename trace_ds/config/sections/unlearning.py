@@ -161,12 +161,6 @@ class UnlearningConfig(TrainingConfig):
     steps: Integer = Field(100, ge=1)
     forget_rows: Integer = Field(8, ge=1, description="Forget rows per step, over all processes.")
     retain_rows: Integer = Field(8, ge=1, description="Retain rows per step, over all processes.")
-    snapshot_every: Integer | None = Field(
-        None,
-        ge=1,
-        description="Steps between snapshots: the model's weights alone, as `convert` would write them, in "
-        "RUN/snapshots/step_N. Training waits for them; all are kept. Default: none.",
-    )
     rmu: RMUConfig = RMUConfig()
     npo: NPOConfig = NPOConfig()
     simnpo: SimNPOConfig = SimNPOConfig()
@@ -186,11 +180,6 @@ class UnlearningConfig(TrainingConfig):
         if self.forget_loss != "rmu" or self.retain_term != "hidden_mse":
             return None
         return self.rmu.layer if self.rmu.layer is not None else decoder_layers // 2
-
-    @property
-    def snapshots(self) -> int:
-        """How many a job leaves."""
-        return self.steps // self.snapshot_every if self.snapshot_every else 0
 
     @property
     def retain_term(self) -> str:
