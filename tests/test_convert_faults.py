@@ -193,7 +193,7 @@ WRONG_METADATA: dict[str, tuple[str, str, Change, str]] = {
     "optimizer step": ("zero3", OPTIM, put(*STEP_OF, torch.zeros(3)), ""),
     "mixed optimizer steps": ("zero3", OPTIM, put(*STEP_OF, torch.tensor(4.0)), ""),
     "optimizer ahead": ("zero3", "*_optim_states.pt", put(*STEP_OF, torch.tensor(7.0)), "7 steps, the job 1"),
-    "mappings": ("zero1", OPTIM, put(OPTIMIZER, "param_slice_mappings", 0, "model.norm.weight", None), ""),
+    "paddings": ("zero1", OPTIM, put(OPTIMIZER, "param_alignment_paddings", 0, [4]), ""),
     "stage": ("zero1", OPTIM, put(OPTIMIZER, "zero_stage", "three"), ""),
     "parts": ("zero1", OPTIM, put(OPTIMIZER, "partition_count", "x"), ""),
 }
@@ -590,6 +590,8 @@ def test_the_trainers_folder_is_a_checkpoint_and_not_a_model(source: Path, tmp_p
     original, made = (load_file(folder / "model.safetensors") for folder in (base(), tmp_path / "model"))
     assert any(not torch.equal(made[name], made[name].to(torch.bfloat16).float()) for name in made)
     assert made.keys() == original.keys()
+    for place in (tmp_path, trainer):  # the folder by its name is the same source
+        assert open_source(place, trainer.name).path == open_source(trainer).path == trainer / "global_step1"
 
 
 def run_tool(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:

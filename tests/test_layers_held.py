@@ -137,7 +137,7 @@ def test_the_rest_comes_from_the_base_model_or_is_asked_for(calibrated: tuple[Pa
     expected = weights_of(run, 1, tmp_path / "expected")
     convert_checkpoint(step, tmp_path / "folder", to="universal")
     report = convert_checkpoint(tmp_path / "folder", tmp_path / "model", base_model=base, verify=True)
-    assert any(note.startswith("the job held 2 decoder layers: ") for note in report["notes"])
+    assert any(note.startswith("the checkpoint holds the first 2 decoder layers: ") for note in report["notes"])
     found = load_file(tmp_path / "model" / "model.safetensors")
     assert found.keys() == expected.keys() and all(np.array_equal(found[n], v) for n, v in expected.items())
     convert_checkpoint(tmp_path / "model", tmp_path / "again", verify=True)  # what was made is a whole model

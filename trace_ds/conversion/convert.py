@@ -284,12 +284,16 @@ def make_plan(checkpoint: Checkpoint, dtype: str, base_model: Path | None) -> Pl
     if checkpoint.kind != "huggingface" or (problems and fused):  # an engine's names
         fused = engine_to_fused(layout, tensors)
         problems = missing_and_unexpected(layout.fused, fused)
+    absent, why = {name for name in layout.fused if name not in fused}, ""
     if checkpoint.decoder_layers is not None:
-        rest = _rest_of_model(checkpoint, layout, directory)
-        fused = rest | fused
+        absent = layout.above(checkpoint.decoder_layers)
+        why = f"the checkpoint holds the first {checkpoint.decoder_layers} decoder layers"
+    elif checkpoint.lacks_frozen and checkpoint.manifest is None and fused.keys() <= layout.fused.keys():
+        why = "the checkpoint holds no frozen parameters (exclude_frozen_parameters)"
+    if absent and why:
+        fused = _from_base(checkpoint, layout, directory, absent, why) | fused
         problems = missing_and_unexpected(layout.fused, fused)
-        held = f"the job held {checkpoint.decoder_layers} decoder layers"
-        notes.append(f"{held}: {len(rest)} tensors are the base model's")
+        notes.append(f"{why}: {len(absent)} tensors are the base model's, the first: {min(absent)}")
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise UserError(
@@ -302,22 +306,24 @@ def make_plan(checkpoint: Checkpoint, dtype: str, base_model: Path | None) -> Pl
     return Plan(checkpoint, layout, fused, dtype, directory, notes)
 
 
-def _rest_of_model(checkpoint: Checkpoint, layout: ModelLayout, base: Path) -> dict[str, TensorSource]:
-    """What the job did not hold, since its losses end before it: as it is in the model that it started from.
+def _from_base(
+    checkpoint: Checkpoint, layout: ModelLayout, base: Path, names: set[str], why: str
+) -> dict[str, TensorSource]:
+    """The tensors ``names``, which the checkpoint does not hold, as they are in the model that the job started from.
 
     Raises:
         UserError: that model's weights are not at ``base``.
     """
-    assert checkpoint.decoder_layers is not None
     fix = "give the model that was trained, with its weights, with --base-model"
-    what = f"the checkpoint holds the first {checkpoint.decoder_layers} decoder layers, the rest is the base model's"
+    what = f"{why}, so {len(names)} tensors are the base model's, the first: {min(names)}"
     try:
-        tensors, found = open_model(base, layout), model_fingerprint(base)
+        tensors = open_model(base, layout)
+        fingerprint = model_fingerprint(base) if checkpoint.base is not None else None
     except UserError as error:
-        raise UserError(f"{what}, which cannot be read ({error.what})", str(base), fix) from None
-    if checkpoint.base is not None and found != checkpoint.base:
-        raise UserError(f"{what}, and this is another model than the job started from", str(base), fix)
-    return {name: tensors[name] for name in layout.above(checkpoint.decoder_layers)}
+        raise UserError(f"{what}. That model cannot be read ({error.what})", str(base), fix) from None
+    if fingerprint != checkpoint.base:
+        raise UserError(f"{what}. This is another model than the job started from", str(base), fix)
+    return {name: tensors[name] for name in names}
 
 
 def find_base_model(checkpoint: Checkpoint, base_model: Path | None) -> Path:

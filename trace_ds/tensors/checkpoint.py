@@ -33,6 +33,7 @@ class Checkpoint:
         family: transformers' ``model_type``; None where no manifest, configuration or report of a conversion says it.
         decoder_layers: how many it holds, from the first on, without norm and LM head: the rest is as in the model that
             the job started from. None: it holds all.
+        lacks_frozen: whether frozen parameters may have been left out (``exclude_frozen_parameters``).
         base: fingerprint of that model, where a manifest or report says it.
         layers: AutoEP's metadata of the MoE layers (of rank 0).
         files: the DeepSpeed files that belong to it, relative to ``path``.
@@ -51,6 +52,7 @@ class Checkpoint:
     zero_stage: int | None = None
     family: str | None = None
     decoder_layers: int | None = None
+    lacks_frozen: bool = False
     base: str | None = None
     layers: list[dict[str, Any]] = field(default_factory=list)
     files: list[str] = field(default_factory=list)

@@ -6,9 +6,9 @@ How DeepSpeed lays a parameter out (``runtime/zero/stage3.py``, ``stage_1_and_2.
   partition group holds ``ceil(numel / ranks)`` elements of every parameter, the last ranks' padded. The group is the
   data-parallel world, or for AutoEP experts the ranks that hold the same experts (``ds_zero_partition_groups``); there
   the parameter is the rank's own experts only.
-* Stages 1 and 2: all parameters of a group are flattened into one vector that is cut over the ranks;
-  ``param_slice_mappings`` says which piece of which parameter lies where on this rank. Experts are again cut over the
-  ranks that share them.
+* Stages 1 and 2: all parameters of a group are flattened, in the order of ``param_shapes`` (that of the model, or
+  another one with ``round_robin_gradients``), into one vector that is cut over the ranks. Experts are again cut over
+  the ranks that share them. (``param_slice_mappings`` has the model's order always, which is then wrong.)
 * Stage 0: whole tensors, each expert in a file of its own; no fp32 masters.
 """
 
@@ -18,6 +18,8 @@ import math
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from trace_ds.errors import UserError
 from trace_ds.tensors.checkpoint import EXPERT_FILE, MODEL_FILE, MOMENTS, RANK_FILE, Checkpoint
@@ -77,19 +79,19 @@ def _flat(masters: LazyTensor, state: dict[str, Any]) -> tuple[dict[str, LazyTen
     return {MASTER: masters, **moments}, scalar(step) if isinstance(step, LazyTensor) else step
 
 
-class _Said(defaultdict[str, dict[str, Any]]):
-    """What all files must say alike: ``said[what][name of the file]``."""
+class _SharedValues(defaultdict[str, dict[str, Any]]):
+    """Values that must be equal in all files: ``values[label][name of the file]``."""
 
-    def one(self, what: str, directory: Path) -> Any:
-        """The value that they share (None: nobody says it); the error names a file of each."""
-        first = next(iter(self[what]), "")
-        for name, value in self[what].items():
-            if value != self[what][first]:
+    def one(self, label: str, directory: Path) -> Any:
+        """The common value (None: no file has it); the error names a file of each."""
+        first = next(iter(self[label]), "")
+        for name, value in self[label].items():
+            if value != self[label][first]:
                 raise damaged(
-                    f"{what} {value} here, but {self[what][first]} in {first}: files of different steps are mixed",
+                    f"{label} {value} here, but {self[label][first]} in {first}: files of different steps are mixed",
                     directory / name,
                 )
-        return self[what].get(first)
+        return self[label].get(first)
 
 
 def _open_zero3(directory: Path, model_files: dict[int, str], optim_files: dict[int, str]) -> Checkpoint:
@@ -101,13 +103,13 @@ def _open_zero3(directory: Path, model_files: dict[int, str], optim_files: dict[
     check_ranks(directory, model_files, world, "model")
     check_ranks(directory, optim_files, world, "optim")
 
-    pieces, said = Pieces(), _Said(dict)
+    pieces, values = Pieces(), _SharedValues(dict)
     for rank in range(world):
         model_path, optim_path = directory / model_files[rank], directory / optim_files[rank]
         model = head if model_path == head_path else read_state(model_path, needed)
         with reading(model_path):
-            said["step"][model_path.name] = int(model["global_steps"])
-            said["world size"][model_path.name] = model["dp_world_size"]
+            values["step"][model_path.name] = int(model["global_steps"])
+            values["world size"][model_path.name] = model["dp_world_size"]
             experts = expert_weights(autoep_layers(model, model_path))  # their ep_rank is this rank's
             groups = [{name: plain_shape(shape) for name, shape in group.items()} for group in model["param_shapes"]]
             for name, tensor in (model.get("frozen_param_fragments") or {}).items():
@@ -116,21 +118,21 @@ def _open_zero3(directory: Path, model_files: dict[int, str], optim_files: dict[
                 pieces.add(name, FROZEN, shape, 0, rank, Run(tensor.storage, tensor.start, held))
         optim = _read_optimizer(optim_path, "ZeRO-3", "fp32_flat_groups")
         with reading(optim_path):
-            said["world size"][optim_path.name] = optim.get("partition_count", world)
+            values["world size"][optim_path.name] = optim.get("partition_count", world)
             states = (optim.get("optimizer_state_dict") or {}).get("state") or {}
             partitions = optim.get("ds_zero_partition_groups") or []
             for index, (shapes, masters) in enumerate(zip(groups, optim["fp32_flat_groups"], strict=True)):
                 state = states.get(index, {})
                 flat, adam_step = _flat(masters, state)
                 if state:
-                    said["optimizer step"].setdefault(optim_path.name, adam_step)
+                    values["optimizer step"].setdefault(optim_path.name, adam_step)
                 partition = partitions[index] if index < len(partitions) else {}
                 parts = int(partition.get("partition_count", world))
                 part = int(partition.get("partition_rank", rank))
                 _add_group(pieces, shapes, flat, part, parts, experts)
-    for what in ("world size", "step"):
-        said.one(what, directory)
-    adam_step = said.one("optimizer step", directory)
+    for label in ("world size", "step"):
+        values.one(label, directory)
+    adam_step = values.one("optimizer step", directory)
     notes: list[str] = []
     with reading(head_path):
         check_adam_step(adam_step, head, notes, directory / optim_files[min(model_files)])
@@ -184,19 +186,46 @@ def _open_replicated(directory: Path, model_file: str, optim_files: dict[int, st
         kind = "zero12" if optim_files else "expert_parallel"
         checkpoint = Checkpoint(directory, kind, tensors, zero_stage=0, files=kept, **facts)
         if not optim_files:
-            checkpoint.notes.append("no fp32 master weights here (ZeRO stage 0): the engine's own parameters were used")
+            if checkpoint.dtype != "fp32":
+                checkpoint.notes.append(
+                    f"ZeRO stage 0 stores fp32 masters without their names: the {checkpoint.dtype} parameters were used"
+                )
             return checkpoint
         data_first = bool((model.get("ds_config") or {}).get("use_data_before_expert_parallelism", False))
-        groups = model.get("param_shapes") or []
-        shapes = {name: plain_shape(shape) for group in groups for name, shape in group.items()}
+        groups = [
+            {name: plain_shape(shape) for name, shape in group.items()} for group in model.get("param_shapes") or []
+        ]
     check_ranks(directory, optim_files, checkpoint.world, "optim")
-    joined, adam_step = _zero12_masters(directory, optim_files, shapes, data_first, checkpoint)
+    joined, adam_step = _zero12_masters(directory, optim_files, groups, data_first, checkpoint)
     with reading(model_path):
         check_adam_step(adam_step, model, checkpoint.notes, directory / optim_files[0])
-    checkpoint.trained = tuple(joined[MASTER])
-    checkpoint.tensors |= joined.pop(MASTER)
+    masters = joined.pop(MASTER)
+    _check_masters(masters, tensors, model_path)
+    checkpoint.trained = tuple(masters)
+    checkpoint.tensors |= masters
     checkpoint.moments = {key: held for key, held in joined.items() if held}
     return checkpoint
+
+
+def _check_masters(masters: dict[str, TensorSource], weights: dict[str, TensorSource], model_path: Path) -> None:
+    """Compare a sample of every master, rounded as the engine rounds it, with the module's own weight.
+
+    Raises:
+        UserError: they differ: files of different steps, or a layout that is not known here.
+    """
+    for name, master in masters.items():
+        weight = weights.get(name)
+        if weight is None or weight.numel != master.numel:
+            raise damaged(
+                f"the optimizer files have {name} of shape {list(master.shape)}, this file does not", model_path
+            )
+        expected, sample = weight.sample(), master.sample().to(weight.dtype)
+        if not torch.equal(sample.nan_to_num(), expected.nan_to_num()):
+            raise damaged(
+                f"the optimizer's fp32 master of {name} is not the weight in this file: the files are of different "
+                "steps, or DeepSpeed laid them out in a way that is not known here",
+                model_path,
+            )
 
 
 def _expert_files(directory: Path, names: list[str], layers: list[dict[str, Any]]) -> dict[str, TensorSource]:
@@ -227,42 +256,74 @@ def _expert_files(directory: Path, names: list[str], layers: list[dict[str, Any]
 def _zero12_masters(
     directory: Path,
     optim_files: dict[int, str],
-    shapes: dict[str, tuple[int, ...]],
+    groups: list[dict[str, tuple[int, ...]]],
     data_first: bool,
     checkpoint: Checkpoint,
 ) -> tuple[dict[str, dict[str, TensorSource]], Any]:
-    """Masters and moments of stages 1 and 2, joined over the ranks, and the optimizer's step; parameters without
-    masters are noted."""
+    """Masters and moments of stages 1 and 2, joined over the ranks, and the optimizer's step.
+
+    Args:
+      groups: names and shapes of every parameter group, in the order in which its vector holds them.
+      data_first: ``use_data_before_expert_parallelism`` of the job.
+    """
     world, ep = checkpoint.world, checkpoint.ep
     experts = expert_weights(checkpoint.layers)
-    pieces, said = Pieces(), _Said(dict)
+    values = _SharedValues(dict)
+    flats: list[list[dict[str, LazyTensor]]] = []  # of each rank, of each group
     for rank in range(world):
         path = directory / optim_files[rank]
-        optim = _read_optimizer(path, "ZeRO-1/2", "param_slice_mappings")
+        optim = _read_optimizer(path, "ZeRO-1/2", "single_partition_of_fp32_groups")
         with reading(path):
             counts = optim.get("partition_count", world)
             largest = max(counts) if isinstance(counts, list) and counts else counts
             if largest != world:
                 raise damaged(f"world size {largest} here, but {world} in {MODEL_NAME}", path)
-            said["ZeRO stage"][path.name] = int(optim.get("zero_stage", 1))
-            ep_rank = rank // (world // ep) if data_first else rank % ep
-            states = (optim.get("base_optimizer_state") or {}).get("state") or {}
-            for group, mapping in enumerate(optim["param_slice_mappings"]):
-                flat, adam_step = _flat(optim["single_partition_of_fp32_groups"][group], states.get(group, {}))
+            values["ZeRO stage"][path.name] = int(optim.get("zero_stage", 1))
+            states = optim.get("base_optimizer_state") or {}
+            states = dict(enumerate(states)) if isinstance(states, list) else states.get("state") or {}  # list: elastic
+            values["paddings"][path.name] = optim.get("param_alignment_paddings") or [[0] * len(g) for g in groups]
+            flats.append([])
+            for group, (masters, _) in enumerate(zip(optim["single_partition_of_fp32_groups"], groups, strict=True)):
+                flat, adam_step = _flat(masters, states.get(group, {}))
                 if adam_step is not None:
-                    said["optimizer step"].setdefault(path.name, adam_step)
-                for name, address in mapping.items():
-                    numel, start = address["numel"], address["start"]
-                    if not all(type(number) is int and number >= 0 for number in (numel, start)):
-                        raise ValueError(f"a fragment of {numel} elements from {start} on")
-                    for key, tensor in flat.items():
-                        if start + numel > tensor.numel():
-                            raise damaged(f"{name} reaches beyond its group in this file", path)
-                        run = Run(tensor.storage, tensor.start + start, numel)
-                        pieces.add(name, key, shapes[name], ep_rank if name in experts else 0, rank, run)
-    checkpoint.zero_stage = said.one("ZeRO stage", directory)
-    joined = pieces.join(directory, checkpoint.layers, (MASTER, *MOMENTS))
-    without = sorted(set(shapes) - set(joined[MASTER]))
-    if without:
-        checkpoint.notes.append(f"no fp32 master of {', '.join(without)}: the engine's own parameter was used")
-    return joined, said.one("optimizer step", directory)
+                    values["optimizer step"].setdefault(path.name, adam_step)
+                flats[-1].append(flat)
+    pieces, paddings = Pieces(), values.one("paddings", directory)
+    with reading(directory / optim_files[0]):
+        for group, shapes in enumerate(groups):
+            ranks_of: dict[int, list[int]] = defaultdict(list)
+            for rank in range(world):
+                ep_rank = rank // (world // ep) if data_first else rank % ep
+                ranks_of[ep_rank if any(name in experts for name in shapes) else 0].append(rank)
+            for ep_rank, ranks in ranks_of.items():
+                parts = [flats[rank][group] for rank in ranks]
+                _cut_group(pieces, shapes, parts, paddings[group], ep_rank)
+    checkpoint.zero_stage = values.one("ZeRO stage", directory)
+    return pieces.join(directory, checkpoint.layers, (MASTER, *MOMENTS)), values.one("optimizer step", directory)
+
+
+def _cut_group(
+    pieces: Pieces,
+    shapes: dict[str, tuple[int, ...]],
+    parts: list[dict[str, LazyTensor]],
+    paddings: list[int],
+    ep_rank: int,
+) -> None:
+    """One group of stages 1 and 2: its parameters, each with padding behind it, lie in one vector, of which each rank
+    has a part. Padding at the end of the vector is in the moments and may be in the masters."""
+    begin = 0  # of the parameter
+    for (name, shape), padding in zip(shapes.items(), paddings, strict=True):
+        end, part_begin = begin + math.prod(shape), 0
+        for number, part in enumerate(parts):
+            part_end = part_begin + part[MASTER].numel()
+            low, high = max(begin, part_begin), min(end, part_end)
+            if low < high:
+                for key, tensor in part.items():
+                    if high - part_begin > tensor.numel():
+                        raise ValueError(f"{name} reaches beyond {key}")
+                    run = Run(tensor.storage, tensor.start + low - part_begin, high - low)
+                    pieces.add(name, key, shape, ep_rank, number, run)
+            part_begin = part_end
+        if end > part_begin:
+            raise ValueError(f"{name} reaches beyond its group")
+        begin = end + padding

@@ -39,9 +39,9 @@ def locate(path: Path, tag: str | None) -> Path:
     if tag is not None:
         for root in roots:
             if (root / tag).is_dir():
-                return root / tag
+                return locate(root / tag, None)  # a folder of transformers' Trainer has its own `latest`
         if path.name == tag and _holds_checkpoint(path):
-            return path
+            return locate(path, None)
         raise UserError(f"there is no checkpoint {tag!r} here", str(path), f"use one of {_tags(roots)}")
     if _holds_checkpoint(path):
         return path

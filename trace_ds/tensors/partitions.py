@@ -61,6 +61,7 @@ def job_facts(model: dict[str, Any], path: Path) -> dict[str, Any]:
         "ep": layers[0]["ep_size"] if layers else 1,
         "layers": layers,
         "shared": dict(model.get("shared_params") or {}),
+        "lacks_frozen": model.get("frozen_param_shapes") is None,  # stages 0 and 1 never list them
     }
 
 

@@ -27,6 +27,9 @@ except ImportError:  # tools/convert_checkpoint.py does without: the same sum in
     from zlib import crc32
 
 
+SAMPLES, SAMPLE_NUMEL = 16, 256  # blocks of a tensor that a sample has, and elements of a block
+
+
 @dataclass(frozen=True)
 class Run:
     """``numel`` elements of ``storage`` from element ``start`` on."""
@@ -80,6 +83,15 @@ class TensorSource:
                 break
             found.append(Run(run.storage, run.start + low - position, high - low))
         return found
+
+    def sample(self) -> torch.Tensor:
+        """Its elements, or :data:`SAMPLES` evenly spaced blocks of a large one, read from the files."""
+        runs: Iterable[Run] = self.runs
+        if self.numel > SAMPLES * SAMPLE_NUMEL:
+            starts = (index * (self.numel - SAMPLE_NUMEL) // (SAMPLES - 1) for index in range(SAMPLES))
+            runs = [run for start in starts for run in self.slice_runs(start, SAMPLE_NUMEL)]
+        read = [LazyTensor(run.storage, run.start, (run.numel,)).load() for run in runs]
+        return torch.cat(read) if read else torch.empty(0, dtype=self.dtype)
 
 
 def make_source(name: str, shape: Sequence[int], runs: Iterable[Run]) -> TensorSource:
