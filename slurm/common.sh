@@ -3,20 +3,21 @@
 #
 # What a job script does: source this file, call `trace_ds_begin "$@"`, call `run_stages VERB...`.
 #
-#   trace_ds_begin CONFIG [ARGUMENTS...]   reads slurm/site.env, settles run directory and command
+#   trace_ds_begin CONFIG [ARGUMENTS...]   reads the site file, settles run directory and command
 #   run_stages VERB...                     runs the verbs in order, stops and requeues on USR1
 #
 # Exit status of a job: 0 all verbs done; 2 the input is wrong (never requeued); 75 stopped on request with a complete
 # checkpoint and not requeued: submit the same line again to go on; anything else is the failing verb's own status.
 #
-# Variables (set them in slurm/site.env, or in front of sbatch):
+# Variables (set them in the site file, or in front of sbatch):
 #   RUN_DIR             run directory on shared storage; default runs/NAME (NAME: the config's key `name`)
 #   MAX_RESTARTS        how often a job may have been restarted before it stops requeueing itself; default 20
 #   TRACE_DS_HOME       this repository; default: the folder sbatch was called in
 #   TRACE_DS_STAGES     verbs to run instead of the script's own list, e.g. "unlearn convert"
 #   TRACE_DS_VARIANTS   names of the config's `variants` to run beside it; default: all; empty: none
 #   TRACE_DS_NODE_WAIT_S  how long a failed job waits for SLURM to miss a node before the failure is its own; default 300
-#   TRACE_DS_SITE       the site file; default TRACE_DS_HOME/slurm/site.env
+#   TRACE_DS_SITE_ENV   the site file (empty: none); default slurm/site.env of the folder sbatch was called in, else
+#                       ~/.config/trace_ds/site.env
 # and those explained in slurm/site.env.example. Needs bash 4.4 or newer.
 #
 # Job arrays, with every script:
@@ -87,18 +88,34 @@ pick_array_task() {
   fi
 }
 
+# The site file, looked for where trace_ds/cluster/submit.py looks for it; its path, or "none", goes to the log.
 read_site() {
-  local site=${TRACE_DS_SITE:-$TRACE_DS_HOME/slurm/site.env}
-  if [[ -e $site ]]; then
-    # shellcheck source=slurm/site.env.example
-    source "$site"
-  elif [[ -n ${TRACE_DS_SITE:-} ]]; then
-    die "TRACE_DS_SITE=$site: no such file"
+  local site=${TRACE_DS_SITE_ENV-}
+  if [[ -z ${TRACE_DS_SITE_ENV+set} ]]; then
+    for site in "${SLURM_SUBMIT_DIR:-$PWD}/slurm/site.env" ~/.config/trace_ds/site.env ''; do
+      [[ ! -e $site ]] || break
+    done
   fi
+  printf 'site settings: %s\n' "${site:-none}" >&2
+  [[ -n $site ]] || return 0
+  [[ -f $site && -r $site ]] || die "the site file $site is not a file that can be read: correct TRACE_DS_SITE_ENV, or make it one"
+  bash -n "$site" 2>/dev/null || die "the site file $site is not valid bash: see bash -n $site"
+  set +eu # a site's own code
+  # shellcheck source=slurm/site.env.example
+  source "$site"
+  set -eu
+}
+
+# Makes `words` of a text as a shell would: quotes group, nothing is expanded.
+split_words() {
+  local lines
+  words=()
+  lines=$(xargs -r printf '%s\n' <<<"$1" 2>/dev/null) || die "a quote is not closed in these options for sbatch: $1"
+  [[ -z $lines ]] || mapfile -t words <<<"$lines"
 }
 
 # Sorts the arguments: --run-dir is taken out and settles `run_dir` (absolute; else RUN_DIR, else runs/NAME); --ep and
-# --nproc, which only the distributed verbs know, become the --set that means the same to every verb.
+# --nproc, which not every verb knows, become the --set that means the same to every verb.
 sort_arguments() {
   local sorted=() value=${RUN_DIR:-} option
   while ((${#arguments[@]})); do
@@ -145,13 +162,15 @@ config_name() {
 }
 
 # Makes `container`, what runs a command in the image (empty without one), `step`, the srun options that do so (pyxis), and
-# `trace_ds`, the command line's first words. Modules and virtual environment are those of slurm/site.env.
+# `trace_ds`, the command line's first words. Modules and virtual environment are those of the site file.
 prepare_command() {
   if [[ -n ${TRACE_DS_MODULES:-} ]]; then
+    [[ -n $(type -t module) ]] ||
+      die "TRACE_DS_MODULES is set, but there is no command module on $HOSTNAME: source its start script in the site file"
     # `module` is a shell function of the site and is not written for `set -u`.
     set +u
     # shellcheck disable=SC2086  # a list of module names
-    module load $TRACE_DS_MODULES
+    module load $TRACE_DS_MODULES || die "module load $TRACE_DS_MODULES failed on $HOSTNAME: correct TRACE_DS_MODULES"
     set -u
   fi
   [[ -z ${TRACE_DS_VENV:-} ]] || export PATH=$TRACE_DS_VENV/bin:$PATH
@@ -159,7 +178,7 @@ prepare_command() {
   container=() step=()
   [[ -z ${TRACE_DS_CONTAINER:-} ]] || prepare_container
   ((${#container[@]} + ${#step[@]})) || command -v "${trace_ds[0]}" >/dev/null ||
-    die "no command ${trace_ds[0]} on $HOSTNAME: set TRACE_DS_VENV in slurm/site.env (see slurm/site.env.example)"
+    die "no command ${trace_ds[0]} on $HOSTNAME: set TRACE_DS_VENV in the site file (see slurm/site.env.example)"
 }
 
 prepare_container() {
@@ -203,7 +222,7 @@ run_interruptibly() {
   done
 }
 
-# finetune, collect, unlearn and doctor, on all nodes: srun starts one task per GPU, or one torchrun or deepspeed per node that does.
+# The distributed verbs, on all nodes: srun starts one task per GPU, or one torchrun or deepspeed per node that does.
 # --export=ALL: after `sbatch --export=NONE`, which some sites make the default, srun would pass nothing on either.
 # --cpus-per-task: srun does not take it over from sbatch (SLURM >= 22.05).
 # --kill-on-bad-exit=0: many clusters kill the step when one rank's status is not 0, which would turn the orderly 75 of all
@@ -259,7 +278,7 @@ run_stage() {
   local command=("$1" "$config" --run-dir "$run_dir" "${arguments[@]}")
   [[ -z ${2:-} ]] || command+=(--variant "$2")
   case $1 in
-    finetune | collect | unlearn | doctor) run_on_all_ranks "${command[@]}" ;;
+    finetune | collect | unlearn | evaluate | doctor) run_on_all_ranks "${command[@]}" ;;
     *) run_interruptibly run_single "${command[@]}" ;;
   esac
 }
@@ -358,7 +377,7 @@ run_and_check() {
     say "stopped on request; submit the same line again to go on"
   fi
   ((status == 0)) && return
-  [[ $1 =~ ^(finetune|collect|unlearn)$ && ! $status =~ ^(2|75)$ ]] && ! every_node_answers &&
+  [[ $1 =~ ^(finetune|collect|unlearn|evaluate)$ && ! $status =~ ^(2|75)$ ]] && ! every_node_answers &&
     requeue "during $what (a node does not answer)" "$status"
   finish "$status"
 }

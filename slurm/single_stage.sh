@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Stages that are one process each, on one node: prepare, calibrate, convert, evaluate, report.
+# Stages of one process each, on one node: prepare, calibrate, convert, report; evaluate too, where one process holds a model.
 #
 #   TRACE_DS_STAGES="convert" sbatch slurm/single_stage.sh CONFIG [ARGUMENTS...]
 #

@@ -159,6 +159,7 @@ ReturnToService=2
 NodeName=n1 Port={port_1} {node}
 NodeName=n2 Port={port_2} {node}
 PartitionName=debug Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
+PartitionName=short Nodes=n1,n2 MaxTime=10 State=UP
 """
         )
         (self.base / "plugstack.conf").touch()

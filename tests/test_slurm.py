@@ -30,6 +30,7 @@ pytestmark = pytest.mark.skipif(
 REPOSITORY = Path(__file__).resolve().parents[1]
 SMALL = ("--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1")
 STAGES = ["prepare", "collect", "calibrate", "unlearn", "convert", "evaluate", "report"]
+ON_ALL_RANKS = ("collect", "unlearn", "evaluate")
 
 # One line per process in RUN_DIR/calls. Per verb: FAKE/VERB.waits makes it run until the stop file appears and then
 # exit 75, in the first run of the job only, rank 0 first and the others a second later each, as after an orderly stop;
@@ -85,7 +86,7 @@ class Workplace:
             "PATH": f"{command.parent}:{os.environ['PATH']}",
             "FAKE": str(self.fake),
             "TRACE_DS_HOME": str(REPOSITORY),
-            "TRACE_DS_SITE": str(folder / "site.env"),  # not the developer's own
+            "TRACE_DS_SITE_ENV": str(folder / "site.env"),  # not the developer's own
             "RUN_DIR": str(self.run_dir),
         }
 
@@ -135,7 +136,7 @@ def test_whole_pipeline_as_submitted_without_options(place: Workplace) -> None:
     assert place.verbs() == STAGES
     for verb in STAGES:
         calls = [c for c in place.calls() if c[0] == verb]
-        if verb in ("collect", "unlearn"):
+        if verb in ON_ALL_RANKS:
             assert sorted(int(c[1]) for c in calls) == list(range(16))
             assert {c[2] for c in calls} == {"16"}
             assert {c[3] for c in calls} == {f"127.0.0.1:{10000 + job}"}
@@ -255,6 +256,8 @@ def test_mistakes_are_one_line_and_status_2(place: Workplace) -> None:
         (("books",), {"TRACE_DS_HOME": "/nowhere"}, "/nowhere is not the repository"),
         (("books",), {"TRACE_DS_COMMAND": "no-such-command"}, "no command no-such-command"),
         (("books",), {"MAX_RESTARTS": "many"}, "MAX_RESTARTS=many is not a number"),
+        (("books",), {"TRACE_DS_MODULES": "cuda"}, "there is no command module"),
+        (("books",), {"TRACE_DS_MODULES": "cuda", "BASH_FUNC_module%%": "() { return 1; }"}, "module load cuda failed"),
     ):
         before = dict(place.env)
         place.env |= changes
@@ -263,8 +266,8 @@ def test_mistakes_are_one_line_and_status_2(place: Workplace) -> None:
     for job, message in mistakes.items():
         assert place.cluster.wait(job) == "FAILED"
         assert place.cluster.exit_code(job) == 2
-        (line,) = place.cluster.output(job).splitlines()
-        assert message in line
+        *site, line = place.cluster.output(job).splitlines()
+        assert message in line and all(each.startswith("site settings: ") for each in site) and len(site) < 2
     assert not place.run_dir.exists()
 
 
@@ -424,6 +427,7 @@ def job_ids(printed: str) -> dict[str, int]:
 CHAIN_SITE = """
 export TRACE_DS_COLLECT_SBATCH="--ntasks-per-node=2 --gpus-per-node=2 --cpus-per-task=1"
 export TRACE_DS_UNLEARN_SBATCH="--ntasks-per-node=1 --gpus-per-node=1 --cpus-per-task=1"
+export TRACE_DS_EVALUATE_SBATCH="--ntasks-per-node=1 --gpus-per-node=1 --cpus-per-task=1"
 """
 
 
@@ -446,19 +450,28 @@ def test_chain_runs_the_stages_as_dependent_jobs_through_a_requeue(place: Workpl
     assert place.cluster.info(jobs["unlearn"])["Restarts"] == "1"
     assert place.verbs() == STAGES
     ranks = {verb: {c[2] for c in place.calls() if c[0] == verb} for verb in STAGES}
-    assert ranks["collect"] == ranks["unlearn"] == {"2"}
-    assert all(ranks[verb] == {""} for verb in STAGES if verb not in ("collect", "unlearn"))
+    assert {verb for verb in STAGES if ranks[verb] == {"2"}} == set(ON_ALL_RANKS)
+    assert all(ranks[verb] == {""} for verb in STAGES if verb not in ON_ALL_RANKS)
     assert {c[5] for c in place.calls() if c[0] == "report"} == {f"report books --run-dir {place.run_dir} --set a=b c"}
 
 
-def test_chain_is_submitted_whole_or_not_at_all(place: Workplace) -> None:
-    (place.folder / "site.env").write_text(CHAIN_SITE + 'export TRACE_DS_EVALUATE_SBATCH="--partition=none"\n')
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--partition=none", "invalid partition"),
+        ("--partition=short --time=1:00:00", "the time limit 1:00:00 is beyond that of partition short"),
+        ("--comment='a", "a quote is not closed"),
+    ],
+)
+def test_chain_is_submitted_whole_or_not_at_all(place: Workplace, options: str, message: str) -> None:
+    (place.folder / "site.env").write_text(CHAIN_SITE + f'export TRACE_DS_EVALUATE_SBATCH="{options}"\n')
     (place.fake / "prepare.deaf").touch()
     result = chain(place)
     assert result.returncode != 0
-    assert "invalid partition" in result.stderr
+    assert message in result.stderr
     for job in job_ids(result.stdout).values():
         assert place.cluster.wait(job) == "CANCELLED"
+    assert not place.cluster.run("squeue", "-h").strip()
 
 
 def trace_ds(
@@ -485,12 +498,16 @@ def test_a_submitted_chain_is_recorded_and_a_stop_between_its_jobs_holds(place: 
     run_dir.mkdir(parents=True)
     (run_dir / "stop").touch()
     (place.fake / "calibrate.deaf").touch()
-    options = ("submit", config, "--gpus-per-node", 1, "--sbatch", "--cpus-per-task=1")
+    (place.folder / "site.env").write_text("export SBATCH_PARTITION=short\n")
+    options = ("submit", config, "--gpus-per-node", 1, "--sbatch", "--cpus-per-task=1 --time=9 --comment='a b'")
     result = trace_ds(server, place.cluster, place.folder, *options, "--chain", env=place.env)
     assert result.returncode == 0, result.stderr
+    assert f"site settings: {place.folder}/site.env\n" in result.stdout
     record = json.loads((run_dir / "submitted" / "1" / "jobs.json").read_text())
     stages = [*STAGES[:5], "evaluate report"]
     ids = [record["jobs"][stage] for stage in stages]
+    jobs = place.cluster.run("squeue", "-h", f"--jobs={','.join(ids[2:])}", "--format=%P|%l|%k").splitlines()
+    assert jobs == ["short|9:00|a b"] * 4
     assert result.stdout.splitlines()[-8:-2] == [f"{job}: {stage}" for job, stage in zip(ids, stages, strict=True)]
     waits = [f"--dependency=afterok:{before} " for before in ids[:-1]]
     assert all(wait in command for wait, command in zip(waits, record["commands"][1:], strict=True))
@@ -508,9 +525,11 @@ def test_a_submitted_array_runs_its_seeds_and_is_not_submitted_twice(place: Work
     config = submittable(place)
     run_dir = place.folder / "runs" / "tiny"
     (place.fake / "prepare.deaf").touch()
-    options = ("submit", config, "--gpus-per-node", 1, "--sbatch", "--cpus-per-task=1", "--array", "0,3")
+    sbatch = "--cpus-per-task=1 --comment='a b'"
+    options = ("submit", config, "--gpus-per-node", 1, "--sbatch", sbatch, "--array", "0,3")
     result = trace_ds(server, place.cluster, place.folder, *options, env=place.env)
     assert result.returncode == 0, result.stderr
+    assert set(place.cluster.run("squeue", "-h", "--format=%k").splitlines()) == {"a b"}
     assert f"touch {run_dir}-seedN/stop (task N)" in result.stdout
     ((stages, job),) = json.loads((run_dir / "submitted" / "1" / "jobs.json").read_text())["jobs"].items()
     calls = [Path(f"{run_dir}-seed{seed}") / "calls" for seed in (0, 3)]
@@ -530,11 +549,15 @@ def test_a_submitted_array_runs_its_seeds_and_is_not_submitted_twice(place: Work
 def test_a_submission_that_slurm_refuses_leaves_nothing(cluster: SlurmCluster, tmp_path: Path, server: Server) -> None:
     config = write_config(tmp_path, make_model(tmp_path / "model"))
     before = sorted(tmp_path.rglob("*"))
-    for form in ([], ["--chain"]):
-        options = ["--gpus-per-node", 1, "--sbatch", "--partition=none", *form]
+    refused = {
+        "--partition=none": "invalid partition specified: none",
+        "--partition=short --time=1-00:00:00": "the time limit 1-00:00:00 is beyond that of partition short",
+    }
+    for (sbatch, message), form in itertools.product(refused.items(), ([], ["--chain"])):
+        options = ["--gpus-per-node", 1, "--sbatch", sbatch, *form]
         result = trace_ds(server, cluster, tmp_path, "submit", config, *options)
         assert result.returncode == 2
-        assert "invalid partition specified: none" in result.stderr and len(result.stderr.splitlines()) == 1
+        assert message in result.stderr and len(result.stderr.splitlines()) == 1
         assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -546,7 +569,7 @@ def warm(cluster: SlurmCluster) -> Iterator[str]:
 
 REAL = {
     "TRACE_DS_HOME": str(REPOSITORY),
-    "TRACE_DS_SITE": os.devnull,
+    "TRACE_DS_SITE_ENV": "",
     "TRACE_DS_COMMAND": f"{sys.executable} -m trace_ds",
     "PYTHONPATH": str(REPOSITORY),
     "CUDA_VISIBLE_DEVICES": "",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import subprocess
 from pathlib import Path
 
@@ -13,9 +14,9 @@ from command import tree
 
 from trace_ds.cluster import submit
 from trace_ds.cluster.submit import Cluster, submit_run
+from trace_ds.config.load import with_changes
 from trace_ds.errors import UserError
 from trace_ds.stages.pipeline import Request
-from trace_ds.tensors.model_files import read_model_directory
 
 ROOT = Path(__file__).resolve().parents[1]
 ONE_NODE = Cluster(1, 2)
@@ -46,11 +47,11 @@ def test_dry_run_prints_the_exact_lines_and_writes_nothing(
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
     before = tree(tmp_path)
     assert submit_run(request_, Cluster(2, 1, "--time=4:00:00", "0-4"), chain=False, dry_run=True) == 0
-    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("sbatch"))
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "sbatch" in line)
     folder = f"'{tmp_path}/runs/a run/submitted/1'"
     assert line == (
-        "sbatch --parsable --export=ALL --nodes=2 --ntasks-per-node=1 --gpus-per-node=1 --array=0-4 --time=4:00:00 "
-        f"{folder}/slurm/unlearn_mixtral.sh {folder}/config.yaml --run-dir '{tmp_path}/runs/a run'"
+        rf"RUN_DIR={tmp_path}/runs/a\ run sbatch --parsable --export=ALL --nodes=2 --ntasks-per-node=1 --gpus-per-node=1 "
+        f"--array=0-4 --time=4:00:00 {folder}/slurm/unlearn_mixtral.sh {folder}/config.yaml"
     )
     assert submit_run(request_, Cluster(2, 4, "--qos=x"), chain=True, dry_run=True) == 0
     jobs = [line for line in capsys.readouterr().out.splitlines() if line.startswith("TRACE_DS_STAGES")]
@@ -64,24 +65,8 @@ def test_dry_run_prints_the_exact_lines_and_writes_nothing(
     ]
     assert all(f"--dependency=afterok:JOB{number} " in job for number, job in enumerate(jobs) if number)
     shape = "--nodes=2 --ntasks-per-node=4 --gpus-per-node=4"
-    assert [shape in job for job in jobs] == [False, True, False, True, False, False]
-    assert "--gpus-per-node=1 " in jobs[5]  # this model needs no more for its evaluation
+    assert [shape in job for job in jobs] == [False, True, False, True, False, True]
     assert tree(tmp_path) == before
-
-
-def test_evaluation_gets_the_gpus_its_model_needs(
-    request_: Request, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from trace_ds.cluster.plan import evaluation_gpus
-    from trace_ds.config.load import with_changes
-
-    assert [evaluation_gpus(request_.config, size, 80.0) for size in (1e6, 64e9, 65e9, 94e9, 282e9)] == [1, 1, 2, 2, 5]
-    attacked = with_changes(request_.config, {"evaluation.relearning": {}}, "test")
-    assert evaluation_gpus(attacked, 94e9, 80.0) == 6
-    monkeypatch.setattr(submit, "evaluation_gpus", lambda config, weights_bytes, memory: weights_bytes * memory)
-    parameters = read_model_directory(request_.config.model.path).parameters
-    submit_run(request_, Cluster(1, 10**9, gpu_memory_gb=40), chain=True, dry_run=True)
-    assert f"--gpus-per-node={parameters * 4 * 40} " in capsys.readouterr().out
 
 
 def test_a_family_that_the_cost_model_does_not_know(
@@ -98,22 +83,72 @@ def test_a_family_that_the_cost_model_does_not_know(
 
 def test_mistakes(request_: Request, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "does not divide the world size 3" in failing(request_, Cluster(3, 1))
+    sharded = with_changes(request_.config, {"evaluation.ep": 4, "evaluation.nproc": 4}, "test")
+    assert failing(Request(sharded, request_.run), Cluster(2, 1)) == (
+        "evaluation.ep: expert-parallel size 4 does not divide the world size 2. "
+        "Fix: use a divisor of 2, or start a multiple of 4 processes (--nproc)"
+    )
+    assert "--sbatch: a quote is not closed: --comment='a" in failing(request_, Cluster(1, 2, "--comment='a"))
     assert "cannot be combined" in failing(request_, Cluster(1, 2, array="0-1"), chain=True)
-    monkeypatch.setenv("TRACE_DS_SITE", "nowhere.env")
-    assert "TRACE_DS_SITE=nowhere.env: no such file" in failing(request_, ONE_NODE)
-    monkeypatch.delenv("TRACE_DS_SITE")
-    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("TRACE_DS_SITE_ENV", "nowhere.env")
+    assert "TRACE_DS_SITE_ENV=nowhere.env: no such file" in failing(request_, ONE_NODE)
+    monkeypatch.delenv("TRACE_DS_SITE_ENV")
+    (tmp_path / "slurm").mkdir()
+    with socket.socket(socket.AF_UNIX) as site:
+        site.bind("slurm/site.env")
+    assert "slurm/site.env: the site file is not a file that can be read" in failing(request_, ONE_NODE)
+    (tmp_path / "slurm/site.env").unlink()
+    (tmp_path / "slurm/site.env").write_text("if true\n")
+    assert "is not valid bash" in failing(request_, ONE_NODE)
+    (tmp_path / "slurm/site.env").unlink()
+    record = request_.run.path / "submitted" / "1" / "jobs.json"
+    record.parent.mkdir(parents=True)
+    (tmp_path / "sbatch").touch(mode=0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    for damaged in ("{", "[]", '{"jobs": [1]}', '{"jobs": {"run": "-1"}}'):
+        record.write_text(damaged)
+        assert str(record) in failing(request_, ONE_NODE)
+    shutil.rmtree(request_.run.path)
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    (tmp_path / "sbatch").unlink()
+    monkeypatch.setattr(submit.shutil, "which", lambda name: None)
     assert "there is no sbatch on this machine" in failing(request_, ONE_NODE)
     Path("corpora/forget.jsonl").unlink()
     assert "forget.jsonl" in failing(request_, ONE_NODE)
 
 
+def test_python_and_the_scripts_read_the_same_site_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of the environment, else of the folder, else of the user; an empty variable means none."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("SLURM_SUBMIT_DIR", raising=False)
+    monkeypatch.delenv("TRACE_DS_SITE_ENV", raising=False)
+    places = [tmp_path / "home/.config/trace_ds/site.env", tmp_path / "slurm/site.env", tmp_path / "my.env"]
+    script = f'TRACE_DS_HOME={ROOT}; source {ROOT}/slurm/common.sh; read_site; echo "${{CHOSEN:-}}"'
+
+    def found() -> list[str]:
+        read = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+        said = read.stderr.removeprefix("site settings: ").strip()
+        assert said == str(submit.site_file() or "none")
+        return [said, read.stdout.strip()]
+
+    assert found() == ["none", ""]
+    for path in places:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"false; export CHOSEN={path} $UNSET\n")
+        if path.name == "my.env":
+            monkeypatch.setenv("TRACE_DS_SITE_ENV", str(path))
+        assert found() == [str(path), str(path)]
+    monkeypatch.setenv("TRACE_DS_SITE_ENV", "")
+    assert found() == ["none", ""]
+
+
 def test_a_submission_holds_all_that_its_jobs_need(
     request_: Request, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The scripts as they are now, the resolved configuration, the site file named by TRACE_DS_SITE."""
+    """The scripts as they are now, the resolved configuration, the site file."""
     (tmp_path / "my.env").write_text("export SBATCH_QOS=long\n")
-    monkeypatch.setenv("TRACE_DS_SITE", "my.env")
+    monkeypatch.setenv("TRACE_DS_SITE_ENV", "my.env")
     submit.render(request_, tmp_path / "draft")
     scripts = tmp_path / "draft" / "slurm"
     assert {path.name for path in scripts.iterdir()} == {*submit.SCRIPTS, "site.env"}
@@ -124,7 +159,6 @@ def test_a_submission_holds_all_that_its_jobs_need(
 
 def test_one_variant_of_a_run(request_: Request, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """`--variant NAME`, as the scripts call the stages."""
-    from trace_ds.config.load import with_changes
     from trace_ds.stages.pipeline import run_verb
 
     changes = {"variants": {"even": {"calibration.rule": "uniform"}}}
@@ -155,7 +189,7 @@ def test_a_task_of_a_study_that_slurm_stops_while_it_makes_ready(tmp_path: Path)
     environment = {
         "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
         "TRACE_DS_HOME": str(ROOT),
-        "TRACE_DS_SITE": os.devnull,
+        "TRACE_DS_SITE_ENV": "",
         "TRACE_DS_PHASE": "runs",
         "TRACE_DS_FIRST": "0",
         "SLURM_ARRAY_TASK_ID": "3",

@@ -5,14 +5,13 @@
     trace-ds submit CONFIG --nodes 4 --gpus-per-node 8 --dry-run    # print the command lines, write nothing
 
 Each submission gets a folder ``RUN/submitted/N`` with the resolved configuration, the scripts, the site file and
-``jobs.json`` (command lines and job ids). The jobs take configuration and scripts from that folder, so a job that
-requeues itself next week does what was submitted today; the package itself is the installed one of that moment.
+``jobs.json`` (command lines and job ids). The jobs take configuration, scripts and site settings from that folder, so a
+job that requeues itself next week does what was submitted today; the package itself is the one installed then.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import shlex
@@ -25,19 +24,20 @@ from pathlib import Path
 
 import trace_ds
 from trace_ds.cluster import architecture
-from trace_ds.cluster.job import DTYPE_BYTES
-from trace_ds.cluster.plan import evaluation_gpus, model_config_of, plan
+from trace_ds.cluster.plan import model_config_of, plan
 from trace_ds.cluster.spec import ClusterSpec
 from trace_ds.config.load import dump_yaml
 from trace_ds.config.schema import Config
 from trace_ds.errors import UserError
 from trace_ds.run.directory import unwritable
 from trace_ds.run.files import write_json
+from trace_ds.run.foreign import read_object
 from trace_ds.stages.pipeline import Request, check_early
-from trace_ds.tensors.model_files import read_model_directory
 
+SITE_VARIABLE = "TRACE_DS_SITE_ENV"
+SITE_PLACES = ("slurm/site.env", "~/.config/trace_ds/site.env")  # slurm/common.sh looks there too
+MAX_SITE_BYTES = 1 << 20
 SCRIPTS = ("chain.sh", "collect_stats.sh", "common.sh", "single_stage.sh", "study.sh", "unlearn_mixtral.sh")
-WHOLE_RUN, CHAIN = "unlearn_mixtral.sh", "chain.sh"
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,10 @@ class Cluster:
     """What is asked of SLURM.
 
     Attributes:
-        nodes, gpus_per_node: the shape of finetune, collect and unlearn; one process per GPU.
+        nodes, gpus_per_node: the shape of finetune, collect, unlearn and evaluate; one process per GPU.
         options: more options of sbatch, as on its command line; they win over the scripts' own.
         array: seeds of a job array, in sbatch's notation (``0-4``); None: no array.
-        gpu_memory_gb: of one GPU, for the plan and for the number of GPUs that evaluate asks for.
+        gpu_memory_gb: of one GPU, for the plan.
     """
 
     nodes: int
@@ -65,6 +65,14 @@ class Cluster:
             f"--gpus-per-node={self.gpus_per_node}",
         ]
 
+    @property
+    def words(self) -> list[str]:
+        """``options`` as a shell splits them."""
+        try:
+            return shlex.split(self.options)
+        except ValueError:
+            raise UserError(f"a quote is not closed: {self.options}", "--sbatch", "close it") from None
+
 
 def submit_run(request: Request, cluster: Cluster, *, chain: bool, dry_run: bool) -> int:
     """Check the run, write ``RUN/submitted/N``, submit it and print job ids and what to do with them; returns 0.
@@ -75,22 +83,24 @@ def submit_run(request: Request, cluster: Cluster, *, chain: bool, dry_run: bool
         UserError: the run's input is wrong; the expert-parallel size does not fit the cluster; jobs of this run are
             still queued; there is no ``sbatch``, or it refuses. Then nothing is left behind.
     """
-    request = request.located("run", download=False)
     if chain and cluster.array:
         raise UserError("--array and --chain cannot be combined", "the command line", "submit a chain per seed")
+    site = site_file()
+    request = request.located("run", download=False)
     check_early("run", request, cluster.nodes * cluster.gpus_per_node, download=False)
+    print(f"site settings: {site or 'none'}")
     for warning in plan_warnings(request.config, cluster):
         print(f"WARNING trace-ds plan: {warning}")
-    whole = "" if chain else " ".join(request.stages)
     run_dir = Path(os.path.abspath(request.run.path))
     folder = run_dir / "submitted" / str(1 + len(list(run_dir.glob("submitted/[0-9]*"))))
+    one_job = "" if chain else " ".join(request.stages)
+    variables = {"TRACE_DS_ONE_JOB": one_job, "TRACE_DS_FINETUNE": "1" if request.config.finetune is not None else ""}
     with tempfile.TemporaryDirectory() as temporary:
         draft = Path(temporary) / "submission"
         render(request, draft)
-        variables = _run_environment(draft, run_dir, cluster, request.config)
         lines = {
             stages: line.replace(str(draft), shlex.quote(str(folder)))
-            for stages, line in command_lines(draft, run_dir, cluster, variables, whole).items()
+            for stages, line in run_chain(draft, run_dir, cluster, variables | {"TRACE_DS_DRY_RUN": "1"}).items()
         }
         if dry_run:
             for line in lines.values():
@@ -105,7 +115,7 @@ def submit_run(request: Request, cluster: Cluster, *, chain: bool, dry_run: bool
         except OSError as error:
             raise unwritable(run_dir, error) from None
     try:
-        jobs = start(folder, run_dir, cluster, _run_environment(folder, run_dir, cluster, request.config), whole)
+        jobs = run_chain(folder, run_dir, cluster, variables)
     except UserError:
         with contextlib.suppress(OSError):
             (run_dir / "logs").rmdir()
@@ -138,12 +148,28 @@ def render(request: Request, folder: Path) -> None:
     (folder / "config.yaml").write_text(dump_yaml(request.written), encoding="utf-8")
     for name in SCRIPTS:
         shutil.copy(scripts / name, folder / "slurm" / name)
-    named = os.environ.get("TRACE_DS_SITE")
-    site = Path(named) if named else scripts / "site.env"
-    if site.exists():
-        (folder / "slurm" / "site.env").write_text(site.read_text(encoding="utf-8"), encoding="utf-8")
-    elif named:
-        raise UserError("no such file", f"TRACE_DS_SITE={named}", "copy slurm/site.env.example there and fill it in")
+    site = site_file()
+    (folder / "slurm" / "site.env").write_bytes(b"" if site is None else site.read_bytes())
+
+
+def site_file() -> Path | None:
+    """The site's settings: the file that TRACE_DS_SITE_ENV names (empty: none), else the first of ``SITE_PLACES`` that
+    is there.
+
+    Raises:
+        UserError: it is not there, or not a file that can be read.
+    """
+    named = os.environ.get(SITE_VARIABLE)
+    places = SITE_PLACES if named is None else (named,)
+    found = next((path for path in map(Path, map(os.path.expanduser, filter(None, places))) if path.exists()), None)
+    where = str(found) if named is None else f"{SITE_VARIABLE}={named}"
+    if found is None and named:
+        raise UserError("no such file", where, "copy slurm/site.env.example there and fill it in")
+    if found is not None and not (found.is_file() and os.access(found, os.R_OK)):
+        raise UserError("the site file is not a file that can be read", where, "correct the path, or make it one")
+    if found is not None and found.stat().st_size > MAX_SITE_BYTES:
+        raise UserError("the site file is above 1 MiB", where, "correct the path")
+    return found and found.absolute()
 
 
 def scripts_folder() -> Path:
@@ -152,28 +178,13 @@ def scripts_folder() -> Path:
     return next(folder for folder in (package / "slurm", package.parent / "slurm") if folder.is_dir())
 
 
-def command_lines(
-    folder: Path, run_dir: Path, cluster: Cluster, variables: dict[str, str], whole: str
-) -> dict[str, str]:
-    """{stages: the command line that submits them}; jobs that do not exist yet are JOB1, JOB2, …
-
-    ``whole``: the stages of the one job that does all; empty: a chain of jobs.
-    """
-    if whole:
-        return {whole: shlex.join(_sbatch(folder, run_dir, cluster))}
-    found = run_command(_chain(folder, run_dir), variables | {"TRACE_DS_DRY_RUN": "1"}, folder.parent)
-    return dict(line.split(": ", 1) for line in found.splitlines())
-
-
-def start(folder: Path, run_dir: Path, cluster: Cluster, variables: dict[str, str], whole: str) -> dict[str, str]:
-    """Submit what :func:`render` wrote; {stages: job id}."""
-    if not whole:
-        found = run_command(_chain(folder, run_dir), variables, Path.cwd())
-        return dict(line.split(": ", 1) for line in found.splitlines())
-    # sbatch reads SBATCH_* from its environment: the site file's, which only a shell can read
-    with_site = ["bash", "-c", '[[ ! -e $0 ]] || source "$0"; exec "$@"', str(folder / "slurm" / "site.env")]
-    found = run_command([*with_site, *_sbatch(folder, run_dir, cluster)], variables, Path.cwd())
-    return {whole: found.strip().split(";")[0]}
+def run_chain(folder: Path, run_dir: Path, cluster: Cluster, variables: dict[str, str]) -> dict[str, str]:
+    """Run ``slurm/chain.sh`` of what :func:`render` wrote: {stages: job id, or the command line of a dry run}."""
+    command = ["bash", str(folder / "slurm" / "chain.sh"), str(folder / "config.yaml"), "--run-dir", str(run_dir)]
+    shape = [*cluster.shape, *([f"--array={cluster.array}"] if cluster.array else [])]
+    variables = environment(folder, run_dir, cluster) | variables | {"TRACE_DS_GPU_SBATCH": shlex.join(shape)}
+    printed = run_command(command, variables, Path.cwd())
+    return dict(line.split(": ", 1) for line in printed.splitlines())
 
 
 def check_queue(run_dir: Path) -> None:
@@ -181,8 +192,7 @@ def check_queue(run_dir: Path) -> None:
     if shutil.which("sbatch") is None:
         fix = "run this on a login node of the cluster (--dry-run and trace-ds run work without SLURM)"
         raise UserError("there is no sbatch on this machine", "PATH", fix)
-    earlier = [json.loads(path.read_text(encoding="utf-8")) for path in run_dir.glob("submitted/*/jobs.json")]
-    ids = {job for record in earlier for job in record["jobs"].values()}
+    ids = {job for path in run_dir.glob("submitted/*/jobs.json") for job in submitted_jobs(path)}
     # %F: an array's own id for each of its tasks, which is what sbatch printed
     queued = subprocess.run(["squeue", "--noheader", "--format=%F"], capture_output=True, text=True, check=False)
     if active := sorted(ids & set(queued.stdout.split()), key=int):
@@ -190,42 +200,34 @@ def check_queue(run_dir: Path) -> None:
         raise UserError(what, str(run_dir), f"wait for them, or scancel {' '.join(active)}")
 
 
-def _sbatch(folder: Path, run_dir: Path, cluster: Cluster) -> list[str]:
-    array = [f"--array={cluster.array}"] if cluster.array else []
-    script = [str(folder / "slurm" / WHOLE_RUN), str(folder / "config.yaml"), "--run-dir", str(run_dir)]
-    return ["sbatch", "--parsable", "--export=ALL", *cluster.shape, *array, *shlex.split(cluster.options), *script]
-
-
-def _chain(folder: Path, run_dir: Path) -> list[str]:
-    return ["bash", str(folder / "slurm" / CHAIN), str(folder / "config.yaml"), "--run-dir", str(run_dir)]
-
-
-def _run_environment(folder: Path, run_dir: Path, cluster: Cluster, config: Config) -> dict[str, str]:
-    """What the scripts of a run read."""
-    weights_bytes = read_model_directory(config.model.path).parameters * DTYPE_BYTES[config.model.dtype]
-    needed = max(evaluation_gpus(config, weights_bytes, cluster.gpu_memory_gb), config.evaluation.nproc)
-    gpus = min(needed, cluster.gpus_per_node)
-    found = {"TRACE_DS_EVALUATE_SBATCH": f"--gpus-per-node={gpus}"} | environment(folder, run_dir, cluster)
-    return found | {"TRACE_DS_FINETUNE": "1" if config.finetune is not None else ""}
+def submitted_jobs(record: Path) -> list[str]:
+    """The job ids in a ``jobs.json``."""
+    fix = "see that none of its jobs is queued (squeue --me), and delete the file"
+    jobs = read_object(record, "the record of a submission", fix).get("jobs")
+    if not isinstance(jobs, dict) or not all(isinstance(job, str) and job.isdigit() for job in jobs.values()):
+        raise UserError("the record of a submission is damaged", str(record), fix)
+    return list(jobs.values())
 
 
 def environment(folder: Path, run_dir: Path, cluster: Cluster) -> dict[str, str]:
     """What every script reads; the site file's own exports win where both say something."""
     ours = {
         "TRACE_DS_HOME": str(folder),
+        SITE_VARIABLE: str(folder / "slurm" / "site.env"),
         "TRACE_DS_GPU_SBATCH": " ".join(cluster.shape),
-        "TRACE_DS_ALL_SBATCH": cluster.options,
+        "TRACE_DS_ALL_SBATCH": shlex.join(cluster.words),
     }
     defaults = {"SBATCH_OUTPUT": str(run_dir / "logs" / "%x-%j.log")}
     if sys.prefix != sys.base_prefix:
         defaults["TRACE_DS_VENV"] = sys.prefix  # the jobs use the environment that submits them
-    kept = {name: value for name, value in os.environ.items() if name not in ("TRACE_DS_SITE", "RUN_DIR")}
+    kept = {name: value for name, value in os.environ.items() if name not in ("RUN_DIR", "TRACE_DS_CHAIN")}
     return defaults | kept | ours
 
 
 def run_command(command: list[str], environment: dict[str, str], folder: Path) -> str:
     done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode:
-        said = " ".join(line.removeprefix("sbatch: error: ") for line in done.stderr.strip().splitlines())
-        raise UserError(f"the submission failed: {said}", "sbatch", "correct --sbatch, --nodes or slurm/site.env")
+        lines = [re.sub(r"^(sbatch: error|trace_ds): ", "", line) for line in done.stderr.strip().splitlines()]
+        reason = " ".join(line for line in lines if not line.startswith("site settings: "))
+        raise UserError(f"the submission failed: {reason}", "sbatch", "correct --sbatch, --nodes or the site file")
     return done.stdout

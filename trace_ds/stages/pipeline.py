@@ -174,7 +174,7 @@ def _check_early(verb: str, request: Request, world_size: int | None, *, downloa
         )
     cores = accelerator_count(), os.cpu_count() or 1
     if verb in ("run", "evaluate"):
-        nproc = (world_size if verb == "evaluate" else None) or config.evaluation.nproc
+        nproc = world_size or config.evaluation.nproc
         if world_size is None:
             check_process_count(nproc, *cores, "evaluation.nproc")
         options, info = config.distributed.autoep.options, inspect_model(config.model.path)
