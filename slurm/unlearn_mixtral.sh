@@ -16,8 +16,8 @@
 # PreemptParameters=send_user_signal in the cluster's slurm.conf makes a preemption do the former.
 #
 # #SBATCH lines are comments to the shell: they cannot read variables. What belongs to your site (account, partition)
-# therefore comes from SBATCH_ACCOUNT, SBATCH_PARTITION, ... in the environment (`source slurm/site.env` before sbatch)
-# or from sbatch's command line. Order of precedence: command line, environment, the lines below.
+# therefore comes from SBATCH_ACCOUNT, SBATCH_PARTITION, ... in the environment (`source slurm/site.env` before sbatch;
+# trace-ds submit and chain.sh do so) or from sbatch's command line. Order of precedence: command line, environment, the lines below.
 #
 #SBATCH --job-name=trace-ds-unlearn
 #SBATCH --nodes=2

@@ -227,7 +227,7 @@ PartitionName=short Nodes=n1,n2 MaxTime=10 State=UP
                     os.kill(int(process.name), signal.SIGKILL)
 
     def _nodes_idle(self) -> bool:
-        return self._call("sinfo", "-h", "-N", "-o", "%t").stdout.split() == ["idle", "idle"]
+        return self._call("sinfo", "-h", "-N", "-p", "debug", "-o", "%t").stdout.split() == ["idle", "idle"]
 
     def _wait_until(self, what: str, condition: Callable[[], bool], limit_s: float = 60) -> None:
         deadline = time.monotonic() + limit_s

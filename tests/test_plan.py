@@ -500,11 +500,34 @@ def test_every_corpus_counts_for_the_length_of_collect(tmp_path: Path) -> None:
     assert corpus_tokens(run_config(**corpora)) == 25_000
 
 
-def test_what_evaluate_needs_of_a_node_is_warned_of() -> None:
-    config = run_config(distributed__ep=8, evaluation__nproc=4)
-    assert "evaluation.nproc 4" not in " ".join(plan_model(model_config("olmoe-1b-7b"), config, ClusterSpec()).warnings)
-    text = " ".join(plan_model(model_config("qwen3-235b-a22b"), config, ClusterSpec(nodes=4)).warnings)
-    assert "each of evaluation.nproc 4 processes holds a whole model" in text
+@pytest.mark.parametrize(
+    ("model", "nodes", "changes", "cure"),
+    [
+        ("olmoe-1b-7b", 1, {}, None),
+        ("mixtral-8x7b", 2, {}, "set evaluation.ep to 2"),
+        ("mixtral-8x7b", 2, {"evaluation__ep": 8}, None),
+        ("qwen3-235b-a22b", 4, {"evaluation__zero_stage": 3}, None),
+        (
+            "qwen3-235b-a22b",
+            16,
+            {"evaluation__relearning": {}},
+            "set evaluation.ep to 1 and evaluation.zero_stage to 3",
+        ),
+    ],
+)
+def test_how_ranks_can_share_a_model_that_evaluate_cannot_hold(
+    model: str, nodes: int, changes: dict[str, Any], cure: str | None
+) -> None:
+    config = run_config(distributed__ep=8, **changes)
+    warnings = plan_model(model_config(model), config, ClusterSpec(nodes=nodes)).warnings
+    said = [text for text in warnings if text.startswith("evaluate needs ")]
+    assert len(said) == (cure is not None) and all(text.endswith(f" GB: {cure}") for text in said), said
+
+
+def test_the_expert_parallel_size_of_evaluate_divides_the_cluster() -> None:
+    config = run_config(evaluation__ep=4, evaluation__nproc=4)
+    with pytest.raises(UserError, match=r"evaluation.ep: expert-parallel size 4 does not divide the world size 2"):
+        plan_model(model_config("olmoe-1b-7b"), config, ClusterSpec(nodes=2, gpus_per_node=1))
 
 
 def test_micro_batches_are_cut_as_the_job_cuts_them() -> None:

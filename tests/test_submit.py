@@ -50,8 +50,8 @@ def test_dry_run_prints_the_exact_lines_and_writes_nothing(
     (line,) = (line for line in capsys.readouterr().out.splitlines() if "sbatch" in line)
     folder = f"'{tmp_path}/runs/a run/submitted/1'"
     assert line == (
-        rf"RUN_DIR={tmp_path}/runs/a\ run sbatch --parsable --export=ALL --nodes=2 --ntasks-per-node=1 --gpus-per-node=1 "
-        f"--array=0-4 --time=4:00:00 {folder}/slurm/unlearn_mixtral.sh {folder}/config.yaml"
+        rf"RUN_DIR={tmp_path}/runs/a\ run sbatch --parsable --export=ALL --nodes=2 --ntasks-per-node=1 "
+        f"--gpus-per-node=1 --array=0-4 --time=4:00:00 {folder}/slurm/unlearn_mixtral.sh {folder}/config.yaml"
     )
     assert submit_run(request_, Cluster(2, 4, "--qos=x"), chain=True, dry_run=True) == 0
     jobs = [line for line in capsys.readouterr().out.splitlines() if line.startswith("TRACE_DS_STAGES")]

@@ -10,7 +10,6 @@ under a second. The cost model and what of it was checked against measurements i
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -89,7 +88,8 @@ class RunPlan:
     """The answer; ``choices`` are ranked (what fits by the bytes that a GPU receives in a step, then by files of a
     checkpoint; the rest by memory); ``variants`` are the ``unlearn`` of each, by name, ``finetune`` the job of each
     model that is made first; storage is that of all jobs; ``evaluated`` are the models that all jobs score, of which
-    ``evaluated_checkpoints`` are checkpoints, and ``evaluate_bytes`` is what is read for it."""
+    ``evaluated_checkpoints`` are checkpoints, ``evaluate_bytes`` is what is read for it, and ``evaluation_peak_bytes``
+    what a model takes of each GPU."""
 
     family: str
     parameters: Parameters
@@ -106,7 +106,7 @@ class RunPlan:
     checkpoint_files: int
     storage_bytes: float
     host_bytes: float
-    evaluation_gpus: int
+    evaluation_peak_bytes: float
     evaluated: int
     evaluated_checkpoints: int
     evaluate_bytes: float
@@ -175,7 +175,7 @@ def plan_model(
             (keep + 1) * checkpoint_bytes(each, saved) + every.total * each.b for each, saved, keep in saving
         ),
         host_bytes=memory.host_bytes(job),
-        evaluation_gpus=evaluation_gpus(config, model_bytes, cluster.gpu_memory_gb),
+        evaluation_peak_bytes=evaluation_peak_bytes(job, config.evaluation.ep, config.evaluation.zero_stage),
         evaluated=evaluated,
         evaluated_checkpoints=curve,
         evaluate_bytes=read_bytes,
@@ -192,7 +192,7 @@ def plan_model(
         ),
         warnings=[],
     )
-    result.warnings.extend(_warnings(job, result))
+    result.warnings.extend(_warnings(job, result, sizes))
     return result
 
 
@@ -202,6 +202,7 @@ def _check(job: PlannedJob) -> None:
         raise UserError("the cluster has no GPU", "--nodes, --gpus-per-node", "give both as 1 or more")
     info = ModelInfo(Path(), FAMILIES[a.family], {}, a.experts, a.top_k, a.layers, "")
     check_expert_parallel(info, job.ep, cluster.world)
+    check_expert_parallel(info, job.config.evaluation.ep, cluster.world, "evaluation.ep")
 
 
 def _collect(job: PlannedJob) -> StagePlan:
@@ -273,16 +274,26 @@ def _loaded_bytes(job: PlannedJob, loaded: Architecture, *, whole: bool) -> floa
     return elements * job.b
 
 
-def evaluation_gpus(config: Config, weights_bytes: float, gpu_memory_gb: float) -> int:
-    """GPUs that ``evaluate`` needs to hold one model of ``weights_bytes``, in one process.
+def evaluation_peak_bytes(job: PlannedJob, ep: int, zero_stage: int) -> float:
+    """What ``evaluate`` holds of a model on each GPU, all ranks of the job sharing it so.
 
     The relearning attack trains it with AdamW: gradients and two moments beside the weights, in fp32 with fp32 masters
     where the model is sharded.
     """
-    sharded = config.evaluation.ep > 1 or config.evaluation.zero_stage == 3
-    states = 8 if sharded and config.model.dtype == "bf16" else 4
-    held = weights_bytes * (states if config.evaluation.relearning is not None else 1)
-    return max(math.ceil(held / (EVALUATION_SHARE * gpu_memory_gb * GB)), 1)
+    elements, gathered = memory.rank_parameters(job.a, ep), 0.0
+    if zero_stage == 3:
+        elements, gathered = count_parameters(job.a).total / job.spec.world, memory.largest_layer(job.a, ep)
+    states = 8 if (ep > 1 or zero_stage == 3) and job.config.model.dtype == "bf16" else 4
+    return (elements * (states if job.config.evaluation.relearning is not None else 1) + gathered) * job.b
+
+
+def _evaluation_cure(job: PlannedJob, sizes: list[int], limit_bytes: float) -> str:
+    """How the ranks of the job can share a model that is too large for ``evaluate`` as configured."""
+    for zero_stage in (0, 3):
+        for size in sizes:
+            if evaluation_peak_bytes(job, size, zero_stage) <= limit_bytes:
+                return f"set evaluation.ep to {size}" + (" and evaluation.zero_stage to 3" if zero_stage else "")
+    return "use more nodes, or GPUs with more memory"
 
 
 def _choice(job: PlannedJob) -> Choice:
@@ -312,7 +323,7 @@ def _largest(peak_bytes: Any, limit_bytes: float) -> int:
     return low
 
 
-def _warnings(job: PlannedJob, result: RunPlan) -> list[str]:
+def _warnings(job: PlannedJob, result: RunPlan, sizes: list[int]) -> list[str]:
     """What the user should know before pressing enter."""
     spec, settings, warnings = job.spec, job.config.unlearning, []
     usable = f"{spec.usable_bytes / GB:.0f} GB usable on a GPU"
@@ -343,17 +354,11 @@ def _warnings(job: PlannedJob, result: RunPlan) -> list[str]:
             f"{result.host_bytes / GB:.0f} GB of {spec.host_memory_gb:.0f} GB of host memory; "
             "raise distributed.ep, start fewer processes per node, or use nodes with more memory"
         )
-    if result.evaluation_gpus > spec.gpus_per_node:
+    limit_bytes = EVALUATION_SHARE * spec.gpu_memory_gb * GB
+    if result.evaluation_peak_bytes > limit_bytes:
         warnings.append(
-            f"evaluate holds a model on one node and needs {result.evaluation_gpus} GPUs, a node has "
-            f"{spec.gpus_per_node}: its stage would run out of memory"
-        )
-    scoring = job.config.evaluation
-    shared = scoring.nproc > 1 and (scoring.ep > 1 or scoring.zero_stage == 3)
-    if not shared and scoring.nproc * result.evaluation_gpus > max(spec.gpus_per_node, result.evaluation_gpus):
-        warnings.append(
-            f"each of evaluation.nproc {scoring.nproc} processes holds a whole model and needs "
-            f"{result.evaluation_gpus} GPUs, a node has {spec.gpus_per_node}: lower it"
+            f"evaluate needs {result.evaluation_peak_bytes / GB:.0f} GB for a model on each GPU, of "
+            f"{limit_bytes / GB:.0f} GB: {_evaluation_cure(job, sizes, limit_bytes)}"
         )
     if result.ep > spec.gpus_per_node:
         warnings.append(

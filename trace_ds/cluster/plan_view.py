@@ -65,7 +65,7 @@ def print_plan(result: RunPlan) -> None:
         f"{spec.storage_gb_s:g} GB/s {_storage_time(result, result.checkpoint_bytes)} at least); the run needs "
         f"{size(result.storage_bytes)} of storage and {size(result.host_bytes)} of host memory a node",
         f"evaluate: {result.evaluated} models{curve}, {size(result.evaluate_bytes)} to read "
-        f"({_storage_time(result, result.evaluate_bytes)} at least); GPUs, on one node: {result.evaluation_gpus}",
+        f"({_storage_time(result, result.evaluate_bytes)} at least), {size(result.evaluation_peak_bytes)} a GPU",
     ):
         console.print(line, highlight=False)
     for warning in result.warnings:
