@@ -33,7 +33,6 @@ PRELOADED = [
     "deepspeed.runtime.superoffload.superoffload_stage3",
     "torch._dynamo.backends.debugging",  # DeepSpeed's optimizers decorate functions for it
     "datasets",
-    "matplotlib.figure",
     "pytest",  # a function of a test module brings what that imports
     "hypothesis",
     *(module.name for module in pkgutil.walk_packages(trace_ds.__path__, "trace_ds.") if "__" not in module.name),

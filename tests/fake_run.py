@@ -18,7 +18,6 @@ import numpy as np
 import yaml
 from safetensors.numpy import save_file
 
-from trace_ds.reporting.tables import QUANTILES
 from trace_ds.routing.statistics import RoutingStatistics
 from trace_ds.run.artefact import describe
 from trace_ds.run.files import sha256_text, write_json
@@ -176,7 +175,9 @@ def _write_calibration(directory: Path, sides: dict[str, RoutingStatistics], rul
         "iterations": 0 if rule == "uniform" else 23,
         "alike_share": 0.0731,
         "variance": {"between": 0.213, "within": 0.119, "between_share": 0.64},
-        "weight_quantiles": {q: float(np.quantile(positive / positive.mean(), float(q))) for q in QUANTILES},
+        "weight_quantiles": {
+            q: float(np.quantile(positive / positive.mean(), float(q))) for q in ("0.05", "0.5", "0.95")
+        },
         "moved_targets": [] if rule == "uniform" else [{"layer": 0, "expert": 1, "offered": 0.0417, "reason": "rare"}],
         "max_weight": float(positive.max() / positive.mean()),
         "none_found": False,

@@ -1,13 +1,19 @@
-"""Drives a real headless Chromium over its debugging pipe (no extra packages): open a file, run script."""
+"""Drives a real headless Chromium over its debugging pipe (no extra packages): open a file, run script.
+
+python -m tests.headless_chromium runs/demo/report/index.html '#chart-frontier' docs/images/frontier.png
+python -m tests.headless_chromium runs/demo/report/index.html '#chart-routing' docs/images/heatmap.png
+"""
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import os
 import select
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -164,3 +170,17 @@ class Chromium:
             self.messages.append("log: " + values["entry"]["text"][:400])
         elif method == "Network.requestWillBeSent":
             self.requests.append(values["request"]["url"])
+
+    def picture(self, selector: str) -> bytes:
+        """A PNG of an element of the page."""
+        script = f"(() => {{ const b = document.querySelector({json.dumps(selector)}).getBoundingClientRect();"
+        x, y, width, height = self.run(script + "return [b.left, b.top + scrollY, b.width, b.height]; })()")
+        clip = {"x": x, "y": y, "width": width, "height": height, "scale": 1}
+        shot = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=True, clip=clip)
+        return base64.b64decode(shot["data"])
+
+
+if __name__ == "__main__":
+    with Chromium() as browser:
+        browser.open(Path(sys.argv[1]))
+        Path(sys.argv[3]).write_bytes(browser.picture(sys.argv[2]))

@@ -19,8 +19,6 @@ from trace_ds.run.directory import RunDirectory
 from trace_ds.stages.calibrate import calibrate
 
 COMMAND = ["demo", "--run-dir", "runs/demo"]
-IMAGES = Path(__file__).resolve().parents[1] / "docs" / "images"
-PICTURED = [0.279, 0.896]  # forget and utility score of the model in docs/images
 
 
 @pytest.fixture(scope="module")
@@ -103,20 +101,8 @@ def test_the_terminal_tells_the_story(demo: Path) -> None:
     end = "\n".join(lines[-15:])
     assert all(words in " ".join(end.split()) for words in ENDS), end
     assert end.endswith("runs/demo/report/index.html\n  runs/demo/verbatim/report/index.html")
-    kept = (demo / "logs" / "calibrate.jsonl").read_text() + (demo / "logs" / "evaluate.jsonl").read_text()
-    assert "forget-critical experts; rule raking" in kept and "step_000050: elements accuracy" in kept
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("name", "made"), [("frontier", "curves"), ("heatmap", "routing")])
-def test_the_pictures_of_the_docs_are_the_demos(demo: Path, name: str, made: str) -> None:
-    """Another kind of CPU trains other models from the same seed; where the scores are those pictured, so is all."""
-    from matplotlib.image import imread
-
-    shown, drawn = (imread(path) for path in (IMAGES / f"{name}.png", demo / "report" / f"{made}.png"))
-    assert shown.shape == drawn.shape, f"the picture has changed: cp runs/demo/report/{made}.png docs/images/{name}.png"
-    if [round(scores(demo, "unlearned")[f"{task} accuracy"], 3) for task in ("elements", "other_facts")] == PICTURED:
-        assert (np.abs(shown - drawn).max(axis=-1) > 0.1).mean() < 0.01
+    kept = (demo / "logs" / "calibrate.jsonl").read_text() + (demo / "logs" / "unlearn.jsonl").read_text()
+    assert "forget-critical experts; rule raking" in kept and "elements_accuracy" in kept
 
 
 @pytest.mark.slow

@@ -18,12 +18,12 @@ import yaml
 from rich.console import Console
 from scipy.stats import sem, t
 
-from tests.fake_run import HOSTILE, STEPS, TASKS, write_run
+from tests.fake_run import HOSTILE, STEPS, write_run
 from trace_ds.conversion.card import plain
 from trace_ds.errors import UserError
 from trace_ds.reporting import examples, page, scores, tables
 from trace_ds.reporting.compare import compared, repeats, why_not_comparable
-from trace_ds.reporting.gather import Arm, Evaluation, RunData, Score, gather, weight_chunks
+from trace_ds.reporting.gather import Arm, Evaluation, RunData, Score, gather
 from trace_ds.reporting.verdict import verdict
 from trace_ds.run import artefact
 from trace_ds.run.directory import RunDirectory
@@ -44,9 +44,8 @@ def page_data(text: str) -> dict:
 
 
 def render(path: Path) -> str:
-    """The page alone: the pictures take most of a report's time."""
     data = gather(path)
-    return page.render([data], verdict(data), tables.all_tables([data], []), [], [], [])
+    return page.render([data], verdict(data), tables.all_tables([data], []))
 
 
 def card_of(path: Path) -> str:
@@ -61,11 +60,10 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 def test_all_files_are_written(run: Path) -> None:
     names = {path.name for path in (run / "report").iterdir()}
     assert names >= {"index.html", "scores.json", "model_card.md"}
-    assert names >= {f"{n}.png" for n in ("routing", "curves")}
     assert names >= {
         f"{name}.csv"
-        for name in ("routing", "selected", "layers", "weights", "weight_summary", "sources", "documents", "training",
-                     "curves", "matched", "drift", "scores", "items")
+        for name in ("routing", "selected", "weights", "sources", "moved_targets", "documents", "curves", "matched",
+                     "drift", "attacks", "scores", "items")
     }  # fmt: skip
 
 
@@ -117,82 +115,30 @@ def test_routing_table_without_a_calibration(tmp_path: Path) -> None:
     assert set(table.columns["target"]) == set(table.columns["log_ratio_low"]) == {None}
 
 
-def test_layer_divergence_against_scipy(run: Path) -> None:
-    from scipy.spatial.distance import jensenshannon
-
-    data = gather(run)
-    assert data.forget is not None and data.retain is not None
-    table = tables.layers(data)
-    for layer, found in enumerate(table.columns["js_bits"]):
-        sides = [side.frequency_LE[layer] / side.top_k for side in (data.forget, data.retain)]
-        assert found == pytest.approx(jensenshannon(*sides, base=2) ** 2, rel=1e-4)
-
-
 def test_the_numbers_of_the_diagnosis_are_in_tables_and_page(run: Path) -> None:
     diagnosis = json.loads((run / "calibration" / "diagnosis.json").read_text())
-    row = rows_of(run / "report" / "weight_summary.csv")[0]
+    row = rows_of(run / "report" / "weights.csv")[0]
     wanted = {key: diagnosis[key] for key in ("lambda", "gap_closed_by_rows", "iterations", "alike_share")}
     wanted |= {f"variance_{part}": diagnosis["variance"][part] for part in ("between", "within")}
-    wanted |= {f"quantile_{q}": value for q, value in diagnosis["weight_quantiles"].items()}
+    wanted |= {f"quantile_{q}": diagnosis["weight_quantiles"][q] for q in tables.QUANTILES}
     assert {key: float(row[key]) for key in wanted} == pytest.approx(wanted, rel=1e-4)
     moved = rows_of(run / "report" / "moved_targets.csv")
     assert [(m["layer"], m["expert"], float(m["offered"]), m["reason"]) for m in moved] == [("0", "1", 0.0417, "rare")]
-    entropies = [float(layer["weighted_entropy_bits"]) for layer in rows_of(run / "report" / "layers.csv")]
-    assert entropies == [layer["entropy_weighted_bits"] for layer in diagnosis["layers"]]
     page_text = (run / "report" / "index.html").read_text("utf-8")
-    section = page_text[page_text.index('<section id="weights">') : page_text.index('<section id="training">')]
+    section = page_text[page_text.index('<section id="weights">') : page_text.index('<section id="drift">')]
     for shown in ("31.7%", "7.3%", "0.213, 0.119", "23"):
         assert f"<dd>{shown}</dd>" in section, shown
     assert ">4.2%</td><td>rare</td>" in section
 
 
-def test_weight_table_against_the_file(run: Path) -> None:
-    data = gather(run)
-    weights = np.load(run / "calibration" / "weights.npy").astype(np.float64)
-    counted = weights[weights > 0]
-    summary = tables.weight_tables(data)[1].rows()[0]
-    assert summary["arm"] == "unlearned, loss_weighting"  # calibrated alike
-    assert summary["tokens"] == len(counted)
-    assert summary["ess_fraction"] == pytest.approx(counted.sum() ** 2 / (len(counted) * (counted**2).sum()), rel=1e-5)
-    assert summary["max_weight"] == pytest.approx(counted.max(), rel=1e-5)
-    rows = [row for row in tables.weight_tables(data)[0].rows() if row["arm"] == summary["arm"]]
-    assert sum(row["tokens"] for row in rows) == len(counted)
-    for row in rows:
-        inside = (counted >= row["low"] * (1 - 1e-6)) & (counted < row["high"] * (1 + 1e-6))
-        assert abs(int(inside.sum()) - row["tokens"]) <= 1
-
-
-def test_counted_tokens_of_weight_zero_lower_the_effective_sample_size(run: Path) -> None:
-    calibration = gather(run).calibration
-    assert calibration is not None
-    plain, more = tables.weight_histogram(calibration, None), tables.weight_histogram(calibration, 100_000)
-    assert plain is not None and more is not None
-    share = plain[2]["tokens"] / 100_000
-    assert more[2]["ess_fraction"] == pytest.approx(plain[2]["ess_fraction"] * share)
-    assert more[2]["zero_tokens"] == 100_000 - plain[2]["tokens"]
-
-
-def test_weights_are_read_in_blocks(run: Path) -> None:
-    calibration = gather(run).calibration
-    assert calibration is not None
-    blocks = list(weight_chunks(calibration, chunk_tokens=1000))
-    assert max(map(len, blocks)) == 1000 and len(blocks) > 5
-    np.testing.assert_array_equal(np.concatenate(blocks), np.load(run / "calibration" / "weights.npy"))
-
-
-def test_training_table_has_no_times_and_skips_a_half_line(run: Path) -> None:
-    rows = rows_of(run / "report" / "training.csv")
-    assert list(rows[0]) == ["arm", "step", "loss_forget", "loss_retain", "grad_norm", "lr"]
-    assert [int(row["step"]) for row in rows if row["arm"] == "unlearned"] == list(range(1, STEPS[-1] + 1))
-
-
 def test_a_resumed_step_replaces_the_old_one(tmp_path: Path) -> None:
     path = tmp_path / "run"
     (path / "logs").mkdir(parents=True)
-    records = [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 9.0}, {"event": "checkpoint", "step": 2, "x": 1},
-               {"event": "step", "step": 2, "loss": 2.0}]  # fmt: skip
-    (path / "logs" / "unlearn.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    assert gather(path).arms[0].log == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 2.0}]
+    records = [{"step": 1, "time_s": 1.0}, {"step": 2, "time_s": 9.0}, {"event": "checkpoint", "step": 2, "time_s": 3}]
+    records.append({"event": "step", "step": 2, "time_s": 2.5})
+    text = "".join(json.dumps(record) + "\n" for record in records)
+    (path / "logs" / "unlearn.jsonl").write_text(text + '{"event": "step", "step": 3, "los')
+    assert (gather(path).arms[0].steps, gather(path).arms[0].step_s) == (2, 1.5)
 
 
 def test_curves_and_matched_forgetting(run: Path) -> None:
@@ -201,11 +147,9 @@ def test_curves_and_matched_forgetting(run: Path) -> None:
     assert [int(row["step"]) for row in own] == [0, *STEPS]
     assert own[0]["model"] == "original" and float(own[0]["forget"]) == 0.97
     matched = rows_of(run / "report" / "matched.csv")
-    assert {row["utility"] for row in matched} == {"headline", "accuracy", "exact_match"}
     for row in matched:
-        key = "utility" if row["utility"] == "headline" else f"utility_{row['utility']}"
         mine = [point for point in curves if point["arm"] == row["arm"]]
-        points = [(int(p["step"]), float(p["forget"]), float(p[key])) for p in mine]
+        points = [(int(p["step"]), float(p["forget"]), float(p["utility"])) for p in mine]
         first = next(index for index, point in enumerate(points) if point[1] <= 0.34)
         after = [utility for _, _, utility in points[first:]]
         assert float(row["mean_utility_after"]) == pytest.approx(sum(after) / len(after), rel=1e-5)
@@ -214,7 +158,6 @@ def test_curves_and_matched_forgetting(run: Path) -> None:
 
 
 def test_the_difference_to_uniform_weights_is_paired_by_question(run: Path) -> None:
-    rows = {row["arm"]: row for row in rows_of(run / "report" / "matched.csv") if row["utility"] == "exact_match"}
     data = gather(run)
     finals = {arm.label: arm.final for arm in data.arms if arm.final is not None}
     mine, base = (
@@ -222,14 +165,12 @@ def test_the_difference_to_uniform_weights_is_paired_by_question(run: Path) -> N
         for name in ("unlearned", "uniform")
     )
     differences, error = mine - base, (mine - base).std(ddof=1) / np.sqrt(80)
-    row = rows["unlearned"]
-    assert float(row["utility_at_end_gain_low"]) == pytest.approx(differences.mean() - 1.96 * error, abs=1e-4)
-    assert float(row["utility_at_end_gain_high"]) == pytest.approx(differences.mean() + 1.96 * error, abs=1e-4)
-    assert rows["uniform"]["utility_at_end_gain"] == ""
-    assert float(row["utility_at_end_gain_low"]) > 0  # unpaired it would not be: 80 questions, six points
     score = {(r["model"], r["metric"]): r for r in rows_of(run / "report" / "scores.csv") if r["task"] == "near facts"}
     found = score["unlearned", "exact_match"]
-    assert float(found["gain_low"]) == pytest.approx(float(row["utility_at_end_gain_low"]), abs=1e-4)
+    assert float(found["gain_low"]) == pytest.approx(differences.mean() - 1.96 * error, abs=1e-4)
+    assert float(found["gain_high"]) == pytest.approx(differences.mean() + 1.96 * error, abs=1e-4)
+    assert score["uniform", "exact_match"]["gain"] == ""
+    assert float(found["gain_low"]) > 0  # unpaired it would not be: 80 questions, six points
 
 
 def test_the_verdict_answers_in_words(run: Path) -> None:
@@ -344,8 +285,7 @@ def test_runs_of_other_files_or_of_the_same_seed_are_no_repetition(tmp_path: Pat
 
 def headline_of(run: Path) -> dict[str, str]:
     """The row of the run's own arm at matched forgetting."""
-    rows = rows_of(run / "report" / "matched.csv")
-    return next(row for row in rows if (row["arm"], row["utility"]) == ("unlearned", "headline"))
+    return next(row for row in rows_of(run / "report" / "matched.csv") if row["arm"] == "unlearned")
 
 
 def test_every_forget_task_must_reach_its_own_target(run: Path) -> None:
@@ -415,10 +355,8 @@ def test_forget_quality_is_compared_with_its_own_level() -> None:
 
     def told(before: float, after: float) -> scores.Outcome:
         original, final, gold = (Evaluation("m", None, [score(v)], {}, {}, None, {}) for v in (before, after, 1.0))
-        arm = Arm("unlearned", "raking", None, [], None, {}, final)
-        data = RunData(
-            Path(), "", "", {}, {}, None, None, [], {"original": original, "gold": gold}, [arm], {}, {}, None
-        )
+        arm = Arm("unlearned", "raking", None, None, None, {}, final)
+        data = RunData(Path(), "", "", {}, {}, None, None, [], {"original": original, "gold": gold}, [arm], {})
         (found,) = scores.forgotten(data, final)
         return found.outcome
 
@@ -440,7 +378,7 @@ def test_summary_table(run: Path) -> None:
 def test_missing_stages_are_shown_as_not_run_yet(tmp_path: Path, stages: tuple[str, ...]) -> None:
     path = write_run(tmp_path / "run", stages=stages)
     text = render(path)
-    verbs = {"statistics": "collect", "calibration": "calibrate", "logs": "unlearn", "evaluation": "evaluate"}
+    verbs = {"statistics": "collect", "calibration": "calibrate", "evaluation": "evaluate"}
     for stage, verb in verbs.items():
         assert (f"<code>trace-ds {verb}</code>" in text) == (stage not in stages), stage
 
@@ -468,7 +406,7 @@ def damage(path: Path, kind: str) -> None:
     [
         ("calibration/calibration.safetensors", "truncated"),
         ("calibration/artefact.json", "not json"),
-        ("variants/uniform/calibration/weights.npy", "missing"),
+        ("variants/uniform/calibration/diagnosis.json", "missing"),
         ("statistics/forget/statistics.safetensors", "truncated"),
         ("evaluation/original.json", "not json"),
         ("config.yaml", "not json"),
@@ -495,13 +433,13 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
     assert "<img" not in text
     data = re.search(r'id="data">(.*?)</script>', text, re.S)[1]  # type: ignore[index]
     assert not set(data) & set("<>&\u2028\u2029")
-    table = page_data(text)["tables"]["documents"]["columns"]
-    assert table["text_start"][0] == HOSTILE  # escaped, not changed
+    table = page_data(text)["tables"]["items"]
+    assert HOSTILE in table["text"][0]  # escaped, not changed
     assert "<script>" not in card_of(path)
 
 
 def test_spreadsheet_formulas_are_defused() -> None:
-    table = tables.make("t", "", ["text", "value"], [["=HYPERLINK(1)", -1.5], ["@x", 2], ["plain, text", None]])
+    table = tables.make(["text", "value"], [["=HYPERLINK(1)", -1.5], ["@x", 2], ["plain, text", None]])
     assert table.to_csv() == "text,value\n'=HYPERLINK(1),-1.5\n'@x,2\n\"plain, text\",\n"
 
 
@@ -517,7 +455,7 @@ def test_only_files_that_exist_are_linked(run: Path) -> None:
     text = (run / "report" / "index.html").read_text("utf-8")
     linked = set(re.findall(r'href="([^"#:]+)"', text))
     assert linked and all((run / "report" / name).is_file() for name in linked)
-    assert linked >= {path.name for path in (run / "report").iterdir() if path.suffix in (".csv", ".png")}
+    assert linked >= {path.name for path in (run / "report").iterdir() if path.suffix == ".csv"}
 
 
 def test_two_runs_of_the_same_data_are_compared(tmp_path: Path) -> None:
@@ -526,7 +464,7 @@ def test_two_runs_of_the_same_data_are_compared(tmp_path: Path) -> None:
     models = {entry["model"] for entry in json.loads((first / "report" / "scores.json").read_text())}
     assert {"unlearned", "b/unlearned", "b/uniform"} <= models
     assert not {"b/original", "b/gold"} & models  # the same models as the first run's
-    assert "b/unlearned" in page_data(text)["tables"]["curves"]["columns"]["arm"]
+    assert "b/unlearned" in page_data(text)["tables"]["curves"]["arm"]
     assert "Not compared" not in text
 
 
@@ -544,29 +482,21 @@ def ask_again(run: Path, fingerprints: dict[str, str]) -> Path:
     return run
 
 
-def test_tasks_that_ask_other_questions_are_named_and_left_out(tmp_path: Path) -> None:
+def test_a_run_that_asks_other_questions_is_not_compared(tmp_path: Path) -> None:
     first = write_run(tmp_path / "a", name="a")
     second = ask_again(write_run(tmp_path / "b", name="b"), {"near facts": "other"})
-    data = gather(first)
-    _, others, notes = compared(data, [second])
-    assert notes == ["near facts of b: other questions than in a, so those scores are left out"]
-    found = tables.all_tables([data], others)
-    theirs = [row for row in found["scores"].rows() if row["model"] == "b/unlearned"]
-    assert {row["task"] for row in theirs} == {"elements", "recited", "capitals", "novels", "membership"}
-    curve = {row["arm"]: row for row in found["curves"].rows() if row["step"] == STEPS[-1]}
-    assert curve["unlearned"]["utility_exact_match"] and curve["b/unlearned"]["utility_exact_match"] is None
-    every = dict.fromkeys(TASKS, "other")
-    _, others, notes = compared(data, [ask_again(second, every)])
-    assert not others and "other questions in every task (capitals, elements" in notes[0]
+    _, others, notes = compared(gather(first), [second])
+    assert not others and notes == ["b is not compared with a: other questions in near facts"]
 
 
 def test_a_long_list_of_questions_is_thinned(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(page, "MAX_QUESTIONS", 100)
-    items = page_data(render(run))["tables"]["items"]
-    assert items["thinned"] == "81 of 242 questions, evenly spaced"  # 3 x 80 and two passages; text alone is not asked
-    assert set(items["columns"]["role"]) == {"forget", "utility"}
+    data = page_data(render(run))
+    items = data["tables"]["items"]
+    assert data["thinned"] == "1 in 3 questions; all are in the CSV file"
+    assert len(items["id"]) == 81 and set(items["role"]) == {"forget", "utility"}  # of 3 x 80 and two passages
     whole = {(row["task"], row["id"]): row for row in rows_of(run / "report" / "items.csv")}
-    for task, name, said in zip(*(items["columns"][key] for key in ("task", "id", "unlearned")), strict=True):
+    for task, name, said in zip(*(items[key] for key in ("task", "id", "unlearned")), strict=True):
         assert whole[task, name]["unlearned"] == said
 
 
@@ -576,10 +506,10 @@ def test_examples_are_even_and_broken_text_is_named(run: Path) -> None:
     right = math.ceil(80 * (data.evaluations()["unlearned"].value("near facts", "accuracy") or 0))
     order = [*range(right, 80), *range(right)]  # the wrong ones first
     found = examples.examples(data, "utility", "unlearned")
-    assert [e.asked for e in found] == [f"The symbol of fact number {order[n] + 1} is → Au" for n in (13, 40, 66)]
+    assert [e.question for e in found] == [f"The symbol of fact number {order[n] + 1} is → Au" for n in (13, 40, 66)]
     forgotten = examples.examples(data, "forget", "unlearned")
     assert len(forgotten) == 2 and text.count("· broken text") == 2 * 3  # two passages, three unlearned models
-    assert [said.is_broken for said in forgotten[0].said] == [False, False, True, True, True]
+    assert [each.is_broken for each in forgotten[0].answers] == [False, False, True, True, True]
     known = Counter(["in", "the", "end", "was"])
     cases = {"in the end was the end": 0, "the the the was end": 0.5, "in qqq the;; was end": 0.4, " 7": 1}
     for said, share in cases.items():

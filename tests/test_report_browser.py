@@ -11,7 +11,6 @@ import tarfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from urllib.parse import unquote
 
 import pytest
 
@@ -101,7 +100,7 @@ def test_it_draws_without_errors_or_requests(browser: Chromium, page: Path) -> N
     assert browser.requests == [page.resolve().as_uri()]
     assert browser.run("window.hacked === undefined")
     assert browser.run("document.querySelectorAll('#chart-routing canvas[tabindex]').length") == 3
-    for chart in ("frontier", "curves", "weights", "training", "drift", "layers"):
+    for chart in ("frontier", "curves", "drift"):
         assert browser.run(f"document.querySelectorAll('#chart-{chart} svg path, #chart-{chart} svg rect').length") > 1
 
 
@@ -144,46 +143,11 @@ def test_the_map_and_the_charts_answer_to_the_keyboard(browser: Chromium, page: 
     assert browser.run("document.querySelector('#tip').getAttribute('role')") == "status"
 
 
-def test_utility_metric_can_be_chosen(browser: Chromium, page: Path) -> None:
-    browser.open(page)
-    choose(browser, "utility-metric", "utility_exact_match")
-    focus(browser, "#chart-frontier svg")
-    browser.key("ArrowRight")
-    assert "utility 0.68" in browser.run(TIP)  # exact match of the original
-    assert browser.run("document.querySelectorAll('#chart-frontier figure, #chart-curves figure').length") == 4
-    assert browser.messages == []
-
-
 def test_the_systems_dark_mode_is_followed(page: Path) -> None:
     with Chromium(dark=True) as browser:
         browser.open(page)
         red = int(browser.run("getComputedStyle(document.body).backgroundColor").split("(")[1].split(",")[0])
         assert red < 60 and browser.messages == []
-
-
-def test_downloads_hold_the_csv_files(browser: Chromium, page: Path) -> None:
-    browser.open(page)
-    names = browser.run("Array.from(document.querySelectorAll('a[data-csv]'), (a) => a.dataset.csv)")
-    assert len(names) >= 12
-    for name in names:
-        # The listener replaces the address when clicked; without the default nothing is downloaded here.
-        link = browser.run(
-            f"(() => {{ const a = document.querySelector('a[data-csv={name}]');"
-            "a.addEventListener('click', (e) => e.preventDefault()); a.click(); return a.href; })()"
-        )
-        head, _, body = link.partition(",")
-        assert head == "data:text/csv;charset=utf-8"
-        found = list(csv.reader(io.StringIO(unquote(body), newline="")))
-        wanted = list(csv.reader(io.StringIO((page.parent / f"{name}.csv").read_bytes().decode(), newline="")))
-        assert [list(map(same, row)) for row in found] == [list(map(same, row)) for row in wanted], name
-
-
-def same(cell: str) -> float | str:
-    """Python and JavaScript write some numbers differently (1.0 and 1)."""
-    try:
-        return float(cell)
-    except ValueError:
-        return cell
 
 
 def test_questions_can_be_searched(browser: Chromium, page: Path) -> None:

@@ -89,13 +89,12 @@ def test_a_bar_on_a_terminal_gives_way_to_lines_and_leaves_nothing(
 
 
 def test_what_libraries_say_of_their_own_accord_is_not_heard(tiny_model: Path) -> None:
-    """A sequence longer than the tokenizer's maximum, a font cache; in a process where they are new."""
+    """A sequence longer than the tokenizer's maximum; in a process where they are new."""
     code = (
         "import logging, sys\nfrom trace_ds.terminal import quiet_libraries\n"
         "quiet_libraries()\n"
         "from transformers import AutoTokenizer\n"
         "AutoTokenizer.from_pretrained(sys.argv[1], model_max_length=2)('one two three four')\n"
-        "logging.getLogger('matplotlib.font_manager').warning('Matplotlib is building the font cache')\n"
         "logging.getLogger('DeepSpeed').warning('Setting accelerator to CPU')\n"
     )
     done = run([sys.executable, "-c", code, tiny_model])

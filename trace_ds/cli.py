@@ -316,7 +316,7 @@ def report(
     dry_run: DryRunOption = False,
     verbose: VerboseOption = False,
 ) -> None:
-    """Run directory → one HTML page, PNGs, CSVs, a model card."""
+    """Run directory → one HTML page, CSVs, a model card."""
     from trace_ds.stages.pipeline import report_command
 
     if not Path(configs[0]).is_dir():

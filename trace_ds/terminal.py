@@ -90,9 +90,8 @@ def verbose() -> bool:
 
 def quiet_libraries() -> None:
     """Keep what libraries say of their own accord out of the terminal, here and in the processes started from here:
-    sequences longer than a tokenizer's maximum, a font cache, the accelerator that was found. Errors still show."""
+    sequences longer than a tokenizer's maximum, the accelerator that was found. Errors still show."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)
     # a filter: DeepSpeed sets its logger's level when it is imported, and the first warning comes then
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
 

@@ -1,4 +1,4 @@
-"""Whether the numbers of two runs may be put side by side, or told as one: their means over seeds."""
+"""Whether the numbers of two runs may be put side by side, and the mean of runs that differ in their seed only."""
 
 from __future__ import annotations
 
@@ -25,62 +25,48 @@ def models(runs: Sequence[RunData]) -> Iterator[tuple[str, Evaluation, RunData]]
                 yield label(runs, run, name), evaluation, run
 
 
+def compared(data: RunData, paths: list[Path]) -> tuple[list[RunData], list[RunData], list[str]]:
+    """Of the runs at ``paths``: those that repeat ``data`` with other seeds, those that can be compared with it (named
+    apart), and why the rest cannot."""
+    again: list[RunData] = []
+    found: list[RunData] = []
+    notes: list[str] = []
+    names = {data.name}
+    for path in paths:
+        other = gather(path)
+        if repeats(data, other) and all(repeats(other, each) for each in again):
+            again.append(other)
+            continue
+        name, number = other.name, 2
+        while name in names:
+            name, number = f"{other.name}-{number}", number + 1
+        names.add(name)
+        if reasons := why_not_comparable(data, other):
+            notes.append(f"{name} is not compared with {data.name}: {'; '.join(reasons)}")
+        else:
+            found.append(replace(other, name=name))
+    return again, found, notes
+
+
 def why_not_comparable(run: RunData, other: RunData) -> list[str]:
     """Reasons, in words, why numbers of two runs must not be put side by side; empty when they may be."""
     reasons = []
-    mine, theirs = (data.artefacts["data"].content if "data" in data.artefacts else None for data in (run, other))
-    for what, left, right in (("model", run.model_fingerprint, other.model_fingerprint), ("data", mine, theirs)):
+    data = [each.artefacts["data"].content if "data" in each.artefacts else None for each in (run, other)]
+    for what, (left, right) in {"model": (run.model_fingerprint, other.model_fingerprint), "data": data}.items():
         if left is None or right is None:
             missing = run.name if left is None else other.name
             reasons.append(f"the {what} fingerprint of {missing} is not known (that stage has not run)")
         elif left != right:
             reasons.append(f"another {what} ({what} fingerprint {right[:12]} instead of {left[:12]})")
-    mine_asked, theirs_asked = asked(run), asked(other)
-    if not reasons and mine_asked and theirs_asked:
-        if not set(mine_asked) & set(theirs_asked):
-            reasons.append("no evaluation task in common")
-        elif not set(mine_asked) & set(theirs_asked) - set(other_tasks(run, other)):
-            reasons.append(f"other questions in every task ({', '.join(other_tasks(run, other))})")
+    mine, theirs = (
+        {s.task: each.tasks.get(s.task) for each in one.evaluations().values() for s in each.scores}
+        for one in (run, other)
+    )
+    if differing := sorted(task for task in set(mine) & set(theirs) if mine[task] != theirs[task]):
+        reasons.append(f"other questions in {', '.join(differing)}")
+    elif mine and theirs and not set(mine) & set(theirs):
+        reasons.append("no evaluation task in common")
     return reasons
-
-
-def asked(run: RunData) -> dict[str, tuple[str | None, set[int | None]]]:
-    """By task of a run: the fingerprint of its questions (None in results of older versions) and its item counts."""
-    found: dict[str, tuple[str | None, set[int | None]]] = {}
-    for evaluation in run.evaluations().values():
-        for score in evaluation.scores:
-            fingerprint, counts = found.get(score.task, (evaluation.tasks.get(score.task), set()))
-            found[score.task] = (fingerprint, {*counts, score.n})
-    return found
-
-
-def other_tasks(run: RunData, other: RunData) -> list[str]:
-    """Tasks of both runs that go by one name and ask different questions; without fingerprints, another number."""
-    mine, theirs = asked(run), asked(other)
-    differing = []
-    for task in sorted(set(mine) & set(theirs)):
-        (left, left_counts), (right, right_counts) = mine[task], theirs[task]
-        same = left == right if left is not None and right is not None else left_counts & right_counts
-        if not same:
-            differing.append(task)
-    return differing
-
-
-def without_tasks(run: RunData, tasks: Sequence[str]) -> RunData:
-    """The run as if these tasks had not been evaluated."""
-
-    def kept(evaluation: Evaluation | None) -> Evaluation | None:
-        if evaluation is None:
-            return None
-        scores = [score for score in evaluation.scores if score.task not in tasks]
-        items = {task: items for task, items in evaluation.items.items() if task not in tasks}
-        return replace(evaluation, scores=scores, items=items, attacks={"expert_forcing": {}, "relearning": []})
-
-    def each(found: dict[Any, Evaluation]) -> dict[Any, Evaluation]:
-        return {key: evaluation for key, value in found.items() if (evaluation := kept(value)) is not None}
-
-    arms = [replace(arm, final=kept(arm.final), checkpoints=each(arm.checkpoints)) for arm in run.arms]
-    return replace(run, references=each(run.references), arms=arms)
 
 
 def averaged(runs: Sequence[RunData]) -> RunData:
@@ -129,35 +115,3 @@ def repeats(run: RunData, other: RunData) -> bool:
         for each in (run, other)
     )
     return bool(run.config) and mine == theirs and run.config.get("seed") != other.config.get("seed")
-
-
-def compared(data: RunData, paths: list[Path]) -> tuple[list[RunData], list[RunData], list[str]]:
-    """Of the runs at ``paths``: those that repeat ``data`` with other seeds, those that can be compared with it (named
-    apart), and why the rest cannot."""
-    again: list[RunData] = []
-    found: list[RunData] = []
-    notes: list[str] = []
-    names = {data.name}
-    for path in paths:
-        other = gather(path)
-        if repeats(data, other) and all(repeats(other, each) for each in again):
-            again.append(other)
-            continue
-        name, number = other.name, 2
-        while name in names:
-            name, number = f"{other.name}-{number}", number + 1
-        names.add(name)
-        if name != other.name:
-            other = replace(other, name=name)
-        reasons = why_not_comparable(data, other)
-        if reasons:
-            notes.append(f"{name} is not compared with {data.name}: {'; '.join(reasons)}")
-            continue
-        differing = other_tasks(data, other)
-        if differing:
-            notes.append(
-                f"{', '.join(differing)} of {name}: other questions than in {data.name}, so those scores are left out"
-            )
-            other = without_tasks(other, differing)
-        found.append(other)
-    return again, found, notes

@@ -1,9 +1,9 @@
 """What the models say: a few questions before and after, and whether the text is still language.
 
-Broken text is told by a measure that needs no model: the share of its words that repeat what was just said, or that
-occur in no question, answer or text of the evaluation and in nothing else that the original model wrote. A sound model
-has some of the latter too, so the original's and the retrained model's shares stand beside it. Where models only pick,
-perplexity on other text says whether they still speak.
+Broken text is measured without a model: the share of its words that repeat what was just said, or that occur in no
+question, answer or text of the evaluation and in nothing else that the original model wrote. A sound model has some of
+the latter too, so the original's and the retrained model's shares stand beside it. Where models only pick, perplexity
+on other text says whether they still speak.
 """
 
 from __future__ import annotations
@@ -22,21 +22,18 @@ TEXTS = ("prompt", "text", "reference", "choices")
 
 
 @dataclass(frozen=True)
-class Said:
-    """What one model answered; ``broken``: share of its words, None where it only picked a choice."""
-
+class Answered:
     model: str
     text: str
     score: float | None
-    broken: float | None
+    wrote: bool  # free text, no choice
     is_broken: bool
 
 
 @dataclass(frozen=True)
 class Example:
-    task: str
-    asked: str
-    said: list[Said]
+    question: str
+    answers: list[Answered]
 
 
 def examples(run: RunData, role: str, main: str) -> list[Example]:
@@ -53,14 +50,13 @@ def examples(run: RunData, role: str, main: str) -> list[Example]:
     by_id = {name: {each.get("id"): each for each in one.items.get(task) or []} for name, one in evaluations.items()}
     found = []
     for item in (items[(2 * number + 1) * len(items) // (2 * count)] for number in range(count)):
-        said = []
-        for name, own in ((name, answers.get(item.get("id"))) for name, answers in by_id.items()):
-            if own is not None:
-                _, _, text, score = item_cells(own)
-                wrote = own.get("continuation")
-                share = None if wrote is None else broken_share(str(wrote), known, name == "original")
-                said.append(Said(name, text or "nothing", score, share, share is not None and share > sound + CLEARLY))
-        found.append(Example(task, item_cells(item)[1], said))
+        answers = []
+        for name, own in ((name, logs[item.get("id")]) for name, logs in by_id.items() if item.get("id") in logs):
+            _, _, text, score = item_cells(own)
+            wrote = own.get("continuation")
+            bad = wrote is not None and broken_share(str(wrote), known, name == "original") > sound + CLEARLY
+            answers.append(Answered(name, text or "nothing", score, wrote is not None, bad))
+        found.append(Example(item_cells(item)[1], answers))
     return found
 
 
@@ -97,11 +93,11 @@ def broken_by_model(run: RunData) -> dict[str, float]:
     return {name: share for name, share in found.items() if share is not None}
 
 
-def broken_text(run: RunData, final: Evaluation) -> list[str]:
+def broken_text(run: RunData, label: str) -> list[str]:
     """A sentence, where a model's texts are clearly more broken than the original's."""
-    known = vocabulary(run)
-    mine, before = (_mean(evaluation, known) for evaluation in (final, run.references["original"]))
-    if mine is None or before is None or mine <= before + NOTED:
+    shares = broken_by_model(run)
+    mine, before = shares.get(label, 0.0), shares.get("original", 1.0)
+    if mine <= before + NOTED:
         return []
     return [f"It writes broken text: {mine:.0%} of the words repeat or are no words ({before:.0%} before)."]
 
@@ -118,20 +114,20 @@ def fluency(run: RunData, final: Evaluation) -> list[str]:
     values = [model.value(task, "perplexity") for model in (final, run.references["original"])] if task else [None]
     if task is None or None in values:
         return []
-    told = "{:.1f} after, {:.1f} before".format(*values)
-    return [f"Fluency (perplexity of {task.replace('_', ' ')}, lower is better): {told}."]
+    text = "{:.1f} after, {:.1f} before".format(*values)
+    return [f"Fluency (perplexity of {task.replace('_', ' ')}, lower is better): {text}."]
 
 
 def _task(evaluation: Evaluation, role: str) -> str | None:
-    """The first task of a role with free text, else with anything said."""
+    """The first task of a role with free text, else with any answers."""
     tasks = dict.fromkeys(score.task for score in evaluation.scores if score.role == role)
-    told = {task: items[0] for task in tasks if (items := evaluation.items.get(task))}
-    return next((task for kind in ("continuation", "predicted") for task in told if kind in told[task]), None)
+    first = {task: items[0] for task in tasks if (items := evaluation.items.get(task))}
+    return next((task for kind in ("continuation", "predicted") for task in first if kind in first[task]), None)
 
 
 def _mean(evaluation: Evaluation, known: Counter[str], task: str | None = None) -> float | None:
-    items = evaluation.items.items() if task is None else [(task, evaluation.items.get(task) or [])]
-    texts = [str(each["continuation"]) for _, found in items for each in found if each.get("continuation") is not None]
+    items = [item for name, logs in evaluation.items.items() if task in (None, name) for item in logs]
+    texts = [str(item["continuation"]) for item in items if item.get("continuation") is not None]
     shares = [broken_share(text, known, evaluation.model == "original") for text in texts]
     return sum(shares) / len(shares) if shares else None
 

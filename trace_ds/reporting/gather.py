@@ -7,8 +7,6 @@ statistics belong to the run, calibration, logs and evaluations to the arm.
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,11 +22,9 @@ from trace_ds.routing.statistics import RoutingStatistics
 from trace_ds.run.artefact import FILE_NAME, Artefact, load
 from trace_ds.run.directory import RunDirectory
 from trace_ds.run.foreign import named_by, read_object
-from trace_ds.run.mapped import open_mapped
 
 MAIN_ARM = "unlearned"
 BASE_MODEL = "base model"
-TIMING = re.compile(r"time|per_s|(second|_s|_ms|bytes|memory)$")
 
 
 @dataclass(frozen=True)
@@ -40,7 +36,7 @@ class Score:
         chance: what guessing gives.
         headline: whether it is one of ``report.headline`` (without that key: the first metric of its task, perplexities
             and scores that are best at a reference left out).
-        by_seed: the values that it is the mean of, where several runs are told as one.
+        by_seed: the values that it is the mean of, where several runs are averaged.
     """
 
     model: str
@@ -61,23 +57,26 @@ class Evaluation:
     fingerprint: str | None
     scores: list[Score]
     items: dict[str, list[dict[str, Any]]]
-    tasks: dict[str, str]  # fingerprints of the tasks by name; empty in results of older versions
+    tasks: dict[str, str]  # fingerprints of the tasks by name
     drift: dict[str, Any] | None
-    attacks: dict[str, Any]  # expert_forcing: scores by way; relearning: the curve
+    attacks: dict[str, Any]  # as in the file: expert_forcing, relearning
 
     def headline(self, role: str) -> list[Score]:
         """The headline scores of a role, in the file's order."""
         return [score for score in self.scores if score.headline and score.role == role]
 
+    def find(self, task: str, metric: str) -> Score | None:
+        return next((s for s in self.scores if (s.task, s.metric) == (task, metric)), None)
+
     def value(self, task: str, metric: str) -> float | None:
-        return next((s.value for s in self.scores if (s.task, s.metric) == (task, metric)), None)
+        score = self.find(task, metric)
+        return None if score is None else score.value
 
 
 @dataclass(frozen=True)
 class Calibration:
     arrays: dict[str, np.ndarray]  # names end in _LE
     diagnosis: dict[str, Any]
-    weights_path: Path | None  # float32, one per retain token, 0 where no loss is counted
     content: str  # fingerprint: equal for arms that were calibrated alike
 
 
@@ -86,7 +85,7 @@ class Arm:
     label: str
     rule: str | None
     calibration: Calibration | None
-    log: list[dict[str, float]]
+    steps: int | None  # the last one in the log
     step_s: float | None  # median time of a step
     checkpoints: dict[int, Evaluation]
     final: Evaluation | None
@@ -114,29 +113,26 @@ class RunData:
     decoder_layers: list[int]
     references: dict[str, Evaluation]  # original, gold, ...
     arms: list[Arm]
-    versions: dict[str, str]
     job: dict[str, Any]  # world, ep, zero_stage, family, … of the newest checkpoint's manifest
-    model_fingerprint: str | None
+
+    @property
+    def calibrations(self) -> dict[str, Calibration]:
+        """The different calibrations by the labels of the arms that use them (``unlearned, other``)."""
+        made = {arm.calibration.content: arm.calibration for arm in self.arms if arm.calibration is not None}
+        users = {
+            key: [arm.label for arm in self.arms if arm.calibration and arm.calibration.content == key] for key in made
+        }
+        return {", ".join(users[key]): calibration for key, calibration in made.items()}
 
     @property
     def calibration(self) -> Calibration | None:
         """The run's calibration: its own, else the first variant's."""
-        return next((arm.calibration for arm in self.arms if arm.calibration is not None), None)
+        return next(iter(self.calibrations.values()), None)
 
     @property
     def baseline(self) -> Arm | None:
         """The arm with uniform weights, where its model has been scored."""
         return next((arm for arm in self.arms if arm.rule == "uniform" and arm.final is not None), None)
-
-    def calibrations(self) -> list[tuple[str, Calibration]]:
-        """The different calibrations with the labels of the arms that use them (``unlearned, other``)."""
-        labels: dict[str, list[str]] = {}
-        found: dict[str, Calibration] = {}
-        for arm in self.arms:
-            if arm.calibration is not None:
-                found.setdefault(arm.calibration.content, arm.calibration)
-                labels.setdefault(arm.calibration.content, []).append(arm.label)
-        return [(", ".join(labels[content]), calibration) for content, calibration in found.items()]
 
     @property
     def gold(self) -> str:
@@ -144,6 +140,20 @@ class RunData:
         calls it, else what ``finetune`` does."""
         named = (self.config.get("evaluation") or {}).get("retrained", "gold")
         return named if named in self.references else RETRAINED if RETRAINED in self.references else "gold"
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """Of the libraries that trained the newest checkpoint, and of a model from the hub."""
+        source = (self.job.get("model") or {}).get("source")
+        known = {str(key): str(value) for key, value in sorted((self.job.get("versions") or {}).items())}
+        return known | ({BASE_MODEL: str(source)} if source else {})
+
+    @property
+    def model_fingerprint(self) -> str | None:
+        """Of the model before unlearning: what the statistics were made with, else what was scored."""
+        made = [self.artefacts[name].inputs.get("model") for name in self.artefacts if name.startswith("statistics/")]
+        scored = [each.fingerprint for name, each in self.references.items() if name == "original"]
+        return next(filter(None, [*made, *scored]), None)
 
     def evaluations(self) -> dict[str, Evaluation]:
         """Every model to compare, in the order of tables: references first (original, gold, ...), then the arms."""
@@ -170,24 +180,19 @@ def gather(path: Path) -> RunData:
     report = config.get("report") or {}
     headline = [str(name) for name in report.get("headline") or []]
     evaluations = _evaluations(path / "evaluation", headline)
-    references = {
-        key: evaluation for key, evaluation in evaluations.items() if key != MAIN_ARM and _step_of(key) is None
-    }
+    references = {name: each for name, each in evaluations.items() if name != MAIN_ARM and _step_of(name) is None}
     rule = (config.get("calibration") or {}).get("rule")
-    arms = [_arm(MAIN_ARM, path, rule, evaluations, headline)]
+    arms = [_arm(MAIN_ARM, path, rule, headline)]
     for base in sorted((path / "variants").glob("*")):
         if base.is_dir() and ".tmp-" not in base.name and ".old-" not in base.name:
             changes = (config.get("variants") or {}).get(base.name) or {}
-            found = _evaluations(base / "evaluation", headline)
-            arms.append(_arm(base.name, base, changes.get("calibration.rule", rule), found, headline))
-    arms = [arm for arm in arms if arm.calibration or arm.log or arm.checkpoints or arm.final]
+            arms.append(_arm(base.name, base, changes.get("calibration.rule", rule), headline))
+    arms = [arm for arm in arms if arm.calibration or arm.steps or arm.checkpoints or arm.final]
     if not (artefacts or references or arms):
         raise UserError(
-            "nothing to report: no stage has written anything here",
-            str(path),
-            "run `trace-ds run CONFIG` first",
+            "nothing to report: no stage has written anything here", str(path), "run `trace-ds run CONFIG` first"
         )
-    manifest = _manifest(path)
+    jobs = (_manifest(base) for base in [path, *sorted((path / "variants").glob("*"))])
     name = str(config.get("name") or path.resolve().name)
     summary: dict[str, Any] = next((artefacts[k].summary for k in artefacts if k.startswith("statistics/")), {})
     some = retain or forget
@@ -203,33 +208,20 @@ def gather(path: Path) -> RunData:
         decoder_layers=[int(layer) for layer in layers],
         references=references,
         arms=arms,
-        versions=_versions(manifest),
-        job=manifest,
-        model_fingerprint=_model_fingerprint(artefacts, references),
+        job=next(filter(None, jobs), {}),
     )
-
-
-def weight_chunks(calibration: Calibration, chunk_tokens: int = 1 << 22) -> Iterator[np.ndarray]:
-    """The retain weights in blocks (a corpus may be larger than memory); nothing when there are none."""
-    if calibration.weights_path is not None:
-        weights = open_mapped(calibration.weights_path)
-        for start in range(0, weights.shape[0], chunk_tokens):
-            yield np.asarray(weights[start : start + chunk_tokens], dtype=np.float64)
 
 
 def _artefacts(run: RunDirectory) -> dict[str, Artefact]:
     """The artefacts of a run by name, verified by size and identity."""
-    found = {}
-    for name, kind in (
-        ("data", "data"),
-        ("statistics/forget", "statistics"),
-        ("statistics/retain", "statistics"),
-        ("calibration", "calibration"),
-    ):
-        directory = (run.path if kind == "calibration" else run.data.parent) / name
-        if (directory / FILE_NAME).is_file():
-            found[name] = load(directory, kind, verify=False)
-    return found
+    shared = run.data.parent
+    places = {name: shared / name for name in ("data", "statistics/forget", "statistics/retain")}
+    places["calibration"] = run.path / "calibration"
+    return {
+        name: load(directory, name.partition("/")[0], verify=False)
+        for name, directory in places.items()
+        if (directory / FILE_NAME).is_file()
+    }
 
 
 def _statistics(made: Artefact | None) -> RoutingStatistics | None:
@@ -237,29 +229,19 @@ def _statistics(made: Artefact | None) -> RoutingStatistics | None:
     return RoutingStatistics.load(made.file(name)) if made is not None and name in made.files else None
 
 
-def _calibration(directory: Path) -> Calibration | None:
-    if not (directory / FILE_NAME).is_file():
-        return None
-    found = load(directory, "calibration", verify=False)
-    arrays = load_file(found.file("calibration.safetensors")) if "calibration.safetensors" in found.files else {}
-    diagnosis = _read(found.file("diagnosis.json"), "calibrate") if "diagnosis.json" in found.files else {}
-    weights = found.file("weights.npy") if "weights.npy" in found.files else None
-    return Calibration(arrays, diagnosis, weights, found.content)
-
-
-def _arm(label: str, base: Path, rule: str | None, evaluations: dict[str, Evaluation], headline: list[str]) -> Arm:
+def _arm(label: str, base: Path, rule: str | None, headline: list[str]) -> Arm:
     """``rule``: what the configuration asks for, where nothing is calibrated yet."""
-    calibration = _calibration(base / "calibration")
-    checkpoints = {step: evaluation for key, evaluation in evaluations.items() if (step := _step_of(key)) is not None}
-    checkpoints = _curve(base, headline) | checkpoints
-    return Arm(
-        label,
-        (calibration and calibration.diagnosis.get("rule")) or rule,
-        calibration,
-        *_log(base / "logs" / "unlearn.jsonl"),
-        dict(sorted(checkpoints.items())),
-        evaluations.get(MAIN_ARM),
-    )
+    calibration = None
+    if (base / "calibration" / FILE_NAME).is_file():
+        made = load(base / "calibration", "calibration", verify=False)
+        arrays = load_file(made.file("calibration.safetensors")) if "calibration.safetensors" in made.files else {}
+        diagnosis = _read(made.file("diagnosis.json"), "calibrate") if "diagnosis.json" in made.files else {}
+        calibration = Calibration(arrays, diagnosis, made.content)
+        rule = diagnosis.get("rule") or rule
+    evaluations = _evaluations(base / "evaluation", headline)
+    checkpoints = {step: each for name, each in evaluations.items() if (step := _step_of(name)) is not None}
+    checkpoints = dict(sorted((_curve(base, headline) | checkpoints).items()))
+    return Arm(label, rule, calibration, *_log(base / "logs" / "unlearn.jsonl"), checkpoints, evaluations.get(MAIN_ARM))
 
 
 def _evaluations(directory: Path, headline: list[str]) -> dict[str, Evaluation]:
@@ -268,19 +250,19 @@ def _evaluations(directory: Path, headline: list[str]) -> dict[str, Evaluation]:
         raw = _read(path, "evaluate")
         if "scores" not in raw:
             continue
-        scores = _scores(raw["scores"], path.stem, path, headline)
-        items = {
-            task: [item for item in logs if isinstance(item, dict)]
-            for task, logs in (raw.get("items") or {}).items()
-            if isinstance(logs, list)
-        }
-        attacks = raw.get("attacks") or {}
-        attacks = {
-            "expert_forcing": attacks.get("expert_forcing") or {},
-            "relearning": (attacks.get("relearning") or {}).get("curve") or [],
-        }
-        fingerprint, tasks = raw.get("model_fingerprint"), raw.get("tasks") or {}
-        found[path.stem] = Evaluation(path.stem, fingerprint, scores, items, tasks, raw.get("drift"), attacks)
+        found[path.stem] = Evaluation(
+            path.stem,
+            raw.get("model_fingerprint"),
+            _scores(raw["scores"], path.stem, path, headline),
+            {
+                task: [item for item in logs if isinstance(item, dict)]
+                for task, logs in (raw.get("items") or {}).items()
+                if isinstance(logs, list)
+            },
+            raw.get("tasks") or {},
+            raw.get("drift"),
+            raw.get("attacks") or {},
+        )
     return found
 
 
@@ -304,80 +286,50 @@ def _scores(entries: list[dict[str, Any]], model: str, path: Path, headline: lis
         raise UserError(
             f"the evaluation is damaged ({error!r})", str(path), "make it again with `trace-ds evaluate`"
         ) from None
-    chosen = set(headline) or {f"{task} {metric}" for task, metric in _first_metrics(scores).items()}
-    return [replace(score, headline=f"{score.task} {score.metric}" in chosen) for score in scores]
-
-
-def _first_metrics(scores: list[Score]) -> dict[str, str]:
-    """The headline of each task where ``report.headline`` names none: perplexities have another scale, and scores that
-    are best at a reference no good direction."""
+    # Without report.headline: perplexities have another scale, scores that are best at a reference no good direction.
     usual = [score for score in scores if "perplexity" not in score.metric and score.direction != "reference"]
-    return {score.task: score.metric for score in reversed(usual)}
+    chosen = set(headline) or {
+        f"{task} {metric}" for task, metric in {s.task: s.metric for s in reversed(usual)}.items()
+    }
+    return [replace(score, headline=f"{score.task} {score.metric}" in chosen) for score in scores]
 
 
 def _curve(base: Path, headline: list[str]) -> dict[int, Evaluation]:
     """What an unlearning job scored of itself, by step, from its newest checkpoint."""
-    newest = named_by(base / "checkpoints", "latest")
-    if newest is None or not (newest / "manifest.json").is_file():
-        return {}
-    points = (_read(newest / "manifest.json", "unlearn").get("cursor") or {}).get("curve") or []
     found = {}
-    for point in points:
+    for point in (_manifest(base).get("cursor") or {}).get("curve") or []:
         step, model = int(point["step"]), f"step_{point['step']}"
         if step:  # at step 0 it is the original
-            found[step] = Evaluation(model, None, _scores(point["scores"], model, newest, headline), {}, {}, None, {})
+            scores = _scores(point["scores"], model, base / "checkpoints", headline)
+            found[step] = Evaluation(model, None, scores, {}, {}, None, {})
     return found
 
 
-def _log(path: Path) -> tuple[list[dict[str, float]], float | None]:
-    """Numeric scalars by step, and the median time between two steps that follow each other.
+def _log(path: Path) -> tuple[int | None, float | None]:
+    """The last step in the log of ``unlearn``, and the median time between two steps that follow each other.
 
-    Timings are left out of the scalars (they differ between reruns); a resumed step replaces the old one. A half line
-    at the end (a killed run) is skipped.
+    A resumed step replaces the old one; a half line at the end (a killed run) is skipped.
     """
-    by_step: dict[int, dict[str, float]] = {}
-    times_s: dict[int, float] = {}
+    times_s: dict[int, float | None] = {}
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
         try:
             raw = json.loads(line)
         except (ValueError, RecursionError):
             continue
-        if not isinstance(raw, dict) or raw.get("event", "step") != "step" or not isinstance(raw.get("step"), int):
-            continue
-        scalars = {
-            key: float(value)
-            for key, value in raw.items()
-            if isinstance(value, (int, float)) and not isinstance(value, bool) and not TIMING.search(key)
-        }
-        if len(scalars) > 1:
-            by_step.setdefault(raw["step"], {}).update(scalars)
-        if isinstance(raw.get("time_s"), (int, float)):
-            times_s[raw["step"]] = float(raw["time_s"])
-    gaps_s = [times_s[step + 1] - began_s for step, began_s in times_s.items() if step + 1 in times_s]
-    return [by_step[step] for step in sorted(by_step)], float(np.median(gaps_s)) if gaps_s else None
+        if isinstance(raw, dict) and raw.get("event", "step") == "step" and isinstance(raw.get("step"), int):
+            time_s = raw.get("time_s")
+            times_s[raw["step"]] = float(time_s) if isinstance(time_s, (int, float)) else None
+    pairs = [(time_s, times_s.get(step + 1)) for step, time_s in times_s.items()]
+    gaps_s = [after_s - before_s for before_s, after_s in pairs if before_s is not None and after_s is not None]
+    return max(times_s, default=None), float(np.median(gaps_s)) if gaps_s else None
 
 
-def _manifest(path: Path) -> dict[str, Any]:
-    """Of the newest checkpoint: the run's own, else a variant's."""
-    for base in [path, *sorted((path / "variants").glob("*"))]:
-        newest = named_by(base / "checkpoints", "latest")
-        if newest is not None and (newest / "manifest.json").is_file():
-            return _read(newest / "manifest.json", "unlearn")
-    return {}
-
-
-def _versions(manifest: dict[str, Any]) -> dict[str, str]:
-    """Of the libraries that trained the newest checkpoint, and of a model from the hub."""
-    versions, source = manifest.get("versions") or {}, (manifest.get("model") or {}).get("source")
-    found = {str(key): str(value) for key, value in sorted(versions.items())}
-    return found | ({BASE_MODEL: str(source)} if source else {})
-
-
-def _model_fingerprint(artefacts: dict[str, Artefact], references: dict[str, Evaluation]) -> str | None:
-    for name in ("statistics/retain", "statistics/forget"):
-        if name in artefacts and "model" in artefacts[name].inputs:
-            return artefacts[name].inputs["model"]
-    return references["original"].fingerprint if "original" in references else None
+def _manifest(base: Path) -> dict[str, Any]:
+    """Of the newest checkpoint; empty where there is none."""
+    newest = named_by(base / "checkpoints", "latest")
+    if newest is None or not (newest / "manifest.json").is_file():
+        return {}
+    return _read(newest / "manifest.json", "unlearn")
 
 
 def _step_of(stem: str) -> int | None:

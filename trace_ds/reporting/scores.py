@@ -76,36 +76,23 @@ def targets(run: RunData) -> list[Target]:
 
 def excess(evaluation: Evaluation, goal: Sequence[Target]) -> float | None:
     """Largest distance of a model's forget scores above their targets (<= 0: forgotten); None if one is missing."""
-    scores = [find(evaluation, target.score) for target in goal]
+    scores = [evaluation.find(target.score.task, target.score.metric) for target in goal]
     left = [remaining(s) - target.level for s, target in zip(scores, goal, strict=True) if s is not None]
     return max(left) if len(left) == len(goal) > 0 and not any(map(math.isnan, left)) else None
 
 
-def find(evaluation: Evaluation, like: Score) -> Score | None:
-    """The evaluation's own score of the same task and metric."""
-    return next((s for s in evaluation.scores if (s.task, s.metric) == (like.task, like.metric)), None)
+def role_scores(evaluation: Evaluation, role: str) -> list[Score]:
+    """The headline scores of a role that can be averaged.
 
-
-def role_scores(evaluation: Evaluation, role: str, metric: str | None = None) -> list[Score]:
-    """The scores of a role that ``metric`` (default: the headline) gives.
-
-    Only those that point the role's usual way: forget lower (or TOFU's forget quality), utility higher is better.
+    Those that point the role's usual way: forget lower (or TOFU's forget quality), utility higher is better.
     """
-    scores = evaluation.headline(role) if metric is None else [s for s in evaluation.scores if s.metric == metric]
     usual = "lower" if role == "forget" else "higher"
-    return [s for s in scores if s.role == role and (s.direction == usual or s.metric == FORGET_QUALITY)]
+    return [s for s in evaluation.headline(role) if s.direction == usual or s.metric == FORGET_QUALITY]
 
 
-def mean_score(evaluation: Evaluation, role: str, metric: str | None = None) -> float | None:
+def mean_score(evaluation: Evaluation, role: str) -> float | None:
     """The mean of :func:`role_scores` (of what remains, for forget tasks); None when there are none."""
-    values = [remaining(s) if role == "forget" else s.value for s in role_scores(evaluation, role, metric)]
-    return math.fsum(values) / len(values) if values else None
-
-
-def utility_metrics(run: RunData) -> list[str]:
-    """The metrics utility can be averaged by, besides the headline, in order of appearance."""
-    found = [score for e in run.evaluations().values() for score in e.scores if score.role == "utility"]
-    return list(dict.fromkeys(score.metric for score in found if score.direction == "higher"))
+    return _mean_of([remaining(s) if role == "forget" else s.value for s in role_scores(evaluation, role)])
 
 
 @dataclass(frozen=True)
@@ -149,10 +136,10 @@ def forgotten(run: RunData, final: Evaluation) -> list[Forgotten]:
     """Of every forget task; empty when a target or a score is missing."""
     original, gold, found = run.references["original"], run.references.get(run.gold), []
     for target in targets(run):
-        before, after = find(original, target.score), find(final, target.score)
+        before, after = (e.find(target.score.task, target.score.metric) for e in (original, final))
         if before is None or after is None or not math.isfinite(before.value + after.value):
             return []
-        reference = find(gold, target.score) if gold is not None else None
+        reference = gold.find(target.score.task, target.score.metric) if gold is not None else None
         if target.score.metric == FORGET_QUALITY or reference is None or gold is None:
             band = None if target.score.metric == FORGET_QUALITY else of_score(before, original)
             band = band and Interval(band.low - target.level, band.high - target.level)
@@ -189,7 +176,7 @@ def arm_points(run: RunData, arm: Arm) -> list[tuple[int, Evaluation]]:
     if "original" in run.references:
         points.setdefault(0, run.references["original"])
     if arm.final is not None:
-        last = int(arm.log[-1]["step"]) if arm.log else None
+        last = arm.steps
         if last is None or last < max(points, default=0):
             last = max(arm.checkpoints, default=max(points, default=0) + 1)
         if last not in points or not points[last].items:
@@ -267,11 +254,8 @@ class Standing:
     tasks: tuple[str, ...]
 
 
-def standing(runs: Sequence[RunData], label: str, baseline: str | None, metric: str | None = None) -> Standing | None:
-    """One arm of runs that repeat each other; None where a run has no scores of it.
-
-    ``metric`` is what utility is averaged by (default: headlines); forgetting is always by the headlines.
-    """
+def standing(runs: Sequence[RunData], label: str, baseline: str | None) -> Standing | None:
+    """One arm of runs that repeat each other; None where a run has no scores of it."""
     ways = [way for run in runs if (way := trajectory(run, label)) is not None]
     if len(ways) < len(runs):
         return None
@@ -282,29 +266,29 @@ def standing(runs: Sequence[RunData], label: str, baseline: str | None, metric: 
     for moment in MOMENTS:
         mine = [way.at(moment) for way in ways]
         base = [None if way is None else way.at(moment) for way in others]
-        utility[moment] = _mean_of([None if each is None else _utility(each, metric) for each in mine])
-        pairs = [difference(a, b, metric) for a, b in zip(mine, base, strict=True) if a is not None and b is not None]
+        utility[moment] = _mean_of([None if each is None else _utility(each) for each in mine])
+        pairs = [difference(a, b) for a, b in zip(mine, base, strict=True) if a is not None and b is not None]
         against[moment] = over_runs(pairs, len(runs))
         if moment == "after":
             better = sum(pair is not None and pair.value > 0 for pair in pairs)
     step = _mean_of([None if way.first is None else way.steps[way.first] for way in ways])
     late = any(way.on_the_way and way.first is None for way in ways)
-    tasks = tuple(score.task for score in role_scores(ways[0].models[-1], "utility", metric))
+    tasks = tuple(score.task for score in role_scores(ways[0].models[-1], "utility"))
     return Standing(label, step, max(way.spacing for way in ways), utility, against, late, better, tasks)
 
 
-def difference(mine: Sequence[Evaluation], base: Sequence[Evaluation], metric: str | None = None) -> Difference | None:
+def difference(mine: Sequence[Evaluation], base: Sequence[Evaluation]) -> Difference | None:
     """Of the mean utility of some models and of others, by the tasks that all of them were asked, with its interval."""
     common = set.intersection(*({score.task for score in model.scores} for model in (*mine, *base)))
     mine, base = (
         [replace(model, scores=[score for score in model.scores if score.task in common]) for model in side]
         for side in (mine, base)
     )
-    values = [_utility(side, metric) for side in (mine, base)]
+    values = [_utility(side) for side in (mine, base)]
     if values[0] is None or values[1] is None:
         return None
     mixes = [[(1 / len(side), model) for model in side] for side in (mine, base)]
-    return Difference(values[0], values[1], of_mixes(mixes, role_scores(mine[-1], "utility", metric)))
+    return Difference(values[0], values[1], of_mixes(mixes, role_scores(mine[-1], "utility")))
 
 
 def over_runs(found: Sequence[Difference | None], runs: int) -> Difference | None:
@@ -316,8 +300,8 @@ def over_runs(found: Sequence[Difference | None], runs: int) -> Difference | Non
     return Difference(mine, base, t_interval([each.value for each in known]))
 
 
-def _utility(models: Sequence[Evaluation], metric: str | None) -> float | None:
-    return _mean_of([mean_score(model, "utility", metric) for model in models])
+def _utility(models: Sequence[Evaluation]) -> float | None:
+    return _mean_of([mean_score(model, "utility") for model in models])
 
 
 def _mean_of(values: Sequence[float | None]) -> float | None:

@@ -23,7 +23,6 @@ from trace_ds.reporting.scores import (
     Outcome,
     Standing,
     difference,
-    find,
     forgotten,
     mean_score,
     outcome_of,
@@ -117,7 +116,7 @@ def _forgot(run: RunData, label: str) -> tuple[Outcome | None, str, Answer]:
             f"forgotten {'is ' * quality}{level}."
         )
     for score in final.headline("forget"):  # best at a reference: shown, and in no mean
-        earlier = find(original, score)
+        earlier = original.find(score.task, score.metric)
         if score.direction == "reference" and earlier is not None:
             details.append(
                 f"{_name(score)}: {score.value:.3g} after, {earlier.value:.3g} before; best is the reference."
@@ -137,7 +136,7 @@ def _cost(runs: Sequence[RunData], run: RunData, label: str, baseline: str | Non
     shown = _mean(role_scores(final, "utility"), final)
     names = " and ".join(map(_name, role_scores(final, "utility")))
     details = [f"{names}: {shown} of 100 after, {100 * before:.1f} before{beside}; change {points(change)}."]
-    broken = broken_text(run, final)
+    broken = broken_text(run, label)
     details += broken + fluency(run, final)
     if change.value == 0:
         words, answer = f", and its utility did not change ({100 * after:.1f} points)", "Nothing"

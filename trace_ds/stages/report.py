@@ -1,10 +1,10 @@
-"""``trace-ds report CONFIG [RUN ...]``: one self-contained page, its CSV files and pictures, scores and a model card.
+"""``trace-ds report CONFIG [RUN ...]``: one self-contained page, its CSV files, scores and a model card.
 
     trace-ds report runs/mine runs/other      # a run, compared with another
     trace-ds report runs/seed_0 runs/seed_1   # runs that differ in their seed only: one, by means with intervals
 
 Reads artefacts only, so it can be run at any time: what is not there yet is shown as not run yet. Writes
-``RUN/report/{index.html, scores.json, model_card.md, *.csv, *.png, artefact.json}``, replaced as a whole.
+``RUN/report/{index.html, scores.json, model_card.md, *.csv, artefact.json}``, replaced as a whole.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def report(config: Config | None, run: RunDirectory, others: list[Path] | None =
         UserError: a run directory is missing or holds nothing at all, an artefact is damaged, or the report cannot
             be written; an existing report is left as it was.
     """
-    from trace_ds.reporting import page, pictures, scores, tables
+    from trace_ds.reporting import page, scores, tables
     from trace_ds.reporting.verdict import verdict
 
     ours.require_directory(run.report, ours.artefact("report"))
@@ -63,21 +63,19 @@ def report(config: Config | None, run: RunDirectory, others: list[Path] | None =
     runs = [data, *again]
     whole = averaged(runs)
     found = tables.all_tables(runs, others_read)
-    images = pictures.draw_all(whole, found, page.titles([data, *others_read]))
     told = verdict(data, again)
-    files: dict[str, str | bytes] = {
-        "index.html": page.render(runs, told, found, sorted(images), others_read, notes),
+    files: dict[str, str] = {
+        "index.html": page.render(runs, told, found, others_read, notes),
         "scores.json": json.dumps(scores.score_records(whole, others_read), indent=1, ensure_ascii=False) + "\n",
         "model_card.md": model_card_of(whole, told),
         **{f"{name}.csv": table.to_csv() for name, table in found.items()},
-        **images,
     }
     try:
         with stage_log(run, "report") as log:
             for note in notes:
                 log.line(f"WARNING {note}")
             _write(run, files)
-            log.done(f"{len(found)} tables, {len(images)} pictures: {run.report / 'index.html'}")
+            log.done(f"{len(found)} tables: {run.report / 'index.html'}")
     except OSError as error:
         raise unwritable(run.report, error) from None
     return run.report / "index.html"
@@ -120,10 +118,10 @@ def summary(run: RunDirectory) -> tuple[Table, str]:
     return scores.summary_table(data), "\n".join(verdict(data).lines)
 
 
-def _write(run: RunDirectory, files: dict[str, str | bytes]) -> None:
+def _write(run: RunDirectory, files: dict[str, str]) -> None:
     """Replace the report as a whole."""
     run.clear_leftovers()
     with replacing_directory(run.report, ours.artefact("report")) as directory:
         for name, content in files.items():
-            (directory / name).write_bytes(content.encode() if isinstance(content, str) else content)
+            (directory / name).write_text(content, encoding="utf-8", newline="")
         artefact.describe(directory, "report", {}, {}, {})
