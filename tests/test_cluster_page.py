@@ -1,7 +1,11 @@
-"""docs/cluster.md followed to the letter: every `$` line typed on a real two-node cluster, its output compared."""
+"""docs/cluster.md followed to the letter: every `$` line typed on a real two-node cluster, its output compared.
+
+The site file sets the partition of the chain, and the models are scored on both nodes as on one process.
+"""
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -47,6 +51,7 @@ def test_the_page_can_be_followed(tmp_path: Path) -> None:
     shutil.copytree(REPOSITORY / "slurm", tmp_path / "slurm", ignore=shutil.ignore_patterns("site.env"))
     (tmp_path / "tests").mkdir()
     shutil.copy(REPOSITORY / "tests" / "tiny.py", tmp_path / "tests")
+    (tmp_path / "slurm" / "site.env").write_text("export SBATCH_PARTITION=short SBATCH_TIMELIMIT=10\n")
     steps = [step for step in commands() if not step[0].startswith((*SETTING_UP, *MANY_RUNS))]
     assert len(steps) >= 8
     ids: dict[str, str] = {}  # job ids of the page -> those of this cluster
@@ -71,5 +76,15 @@ def test_the_page_can_be_followed(tmp_path: Path) -> None:
                 for piece in re.split("…|│", comparable(line)):  # … left out, │ the cells of a table
                     assert piece.strip() in text, (command, line, printed)
             if "--chain" in command:
+                assert cluster.run("squeue", "-h", "--format=%P|%l").split() == ["short|10:00"] * 6
                 cluster.wait_until("the chain is over", lambda: not cluster.run("squeue", "-h").strip(), 400)
-    assert (tmp_path / "runs" / "try" / "report" / "index.html").is_file()
+    run, alone = tmp_path / "runs" / "try", tmp_path / "runs" / "alone"
+    assert (run / "report" / "index.html").is_file()
+    shutil.copytree(run, alone, ignore=shutil.ignore_patterns("evaluation", "submitted"))
+    command = [sys.executable, "-m", "trace_ds", "evaluate", "try/config.yaml", "--run-dir", str(alone)]
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True)
+    for name in ("original.json", "unlearned.json"):
+        shared, whole = (json.loads((folder / "evaluation" / name).read_text())["scores"] for folder in (run, alone))
+        assert len(shared) == len(whole) > 0
+        for score, reference in zip(shared, whole, strict=True):
+            assert score == reference | {"value": pytest.approx(reference["value"], abs=1e-5)}
