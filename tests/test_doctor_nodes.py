@@ -14,15 +14,16 @@ import pytest
 import tiny
 from distributed import CONTEXT, run_distributed
 
-from trace_ds.cluster import checks_machine, checks_nodes
+from trace_ds.cluster import checks
+from trace_ds.cluster import doctor as nodes
 from trace_ds.cluster.checks import Check
 from trace_ds.config.load import load_config
 from trace_ds.parallel.environment import free_port
 
 
-def missing(checks: list[Check]) -> dict[str, Check]:
-    assert all(check.fix for check in checks if check.status != "OK")
-    return {check.name: check for check in checks if check.status == "MISS"}
+def missing(found: list[Check]) -> dict[str, Check]:
+    assert all(check.fix for check in found if check.status != "OK")
+    return {check.name: check for check in found if check.status == "MISS"}
 
 
 # Faults of the machine
@@ -35,7 +36,7 @@ def test_a_missing_compiler_is_a_miss_for_offloading(
     offload.write_text('{"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}')
     config, _ = load_config(str(tiny.write_config(tmp_path, tiny_model, unlearning__ds_config=str(offload))))
     monkeypatch.setenv("PATH", str(tmp_path))
-    fault = missing(list(checks_machine.toolchain_checks(config)))["C++ compiler"]
+    fault = missing(list(checks.compiler_checks(config)))["C++ compiler"]
     assert "offload.json" in fault.detail and "apt-get install g++" in fault.fix
 
 
@@ -46,18 +47,18 @@ def test_expert_parallelism_on_a_gpu_needs_a_c_compiler(
 
     config, _ = load_config(str(tiny.write_config(tmp_path, tiny_model, distributed__ep=2)))
     name = "C compiler for Triton"
-    assert name not in {check.name for check in checks_machine.toolchain_checks(config)}  # no GPU here
+    assert name not in {check.name for check in checks.compiler_checks(config)}  # no GPU here
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.delenv("CC", raising=False)
-    monkeypatch.setattr(checks_machine.sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr(checks.sysconfig, "get_path", lambda name: str(tmp_path))
     (tmp_path / "Python.h").touch()
     for program in ("gcc", "c++"):
         (tmp_path / program).touch(mode=0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert name not in missing(list(checks_machine.toolchain_checks(config)))
+    assert name not in missing(list(checks.compiler_checks(config)))
     (tmp_path / "gcc").unlink()
     (tmp_path / "Python.h").unlink()
-    fault = missing(list(checks_machine.toolchain_checks(config)))[name]
+    fault = missing(list(checks.compiler_checks(config)))[name]
     assert "no C compiler and no " in fault.detail and "apt-get install gcc python3-dev" in fault.fix
 
 
@@ -69,7 +70,7 @@ def test_a_blocked_port_is_named_before_anybody_waits_for_it(tmp_path: Path, mon
         for name, value in {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "MASTER_PORT": port}.items():
             monkeypatch.setenv(name, str(value))
         monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-        found = checks_nodes.join_job()
+        found = nodes.join_job()
     assert isinstance(found, Check)
     fault = missing([found])["rendezvous port"]
     assert f"{port} cannot be bound" in fault.detail and "MASTER_PORT" in fault.fix
@@ -81,10 +82,10 @@ def lonely_rank(rank: int, port: int, output: str) -> None:
 
     os.environ.update(RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     os.environ.update(DS_ACCELERATOR="cpu", SLURM_GPUS_ON_NODE="8", CUDA_VISIBLE_DEVICES="", SLURMD_NODENAME="n7")
-    checks_nodes.JOIN_TIMEOUT_MINUTES = 0.02
+    nodes.JOIN_TIMEOUT_MINUTES = 0.02
     with Path(output).open("w", encoding="utf-8") as file:
         sys.stdout = sys.stderr = file
-        status = doctor(None, None, json=False, bandwidth=False)
+        status = doctor(None, None, json=False)
         print(f"status {status}")
 
 
@@ -116,28 +117,28 @@ def faulty_storage(world: Any, run_dir: str) -> dict[str, list[Check]]:
     import resource
     import signal
 
-    job = checks_nodes.JoinedRanks(world, [f"n{rank + 1}" for rank in range(world.size)])
+    job = nodes.JoinedRanks(world, [f"n{rank + 1}" for rank in range(world.size)])
     path, flock = Path(run_dir), fcntl.flock
 
     def no_locks(*arguments: object) -> None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
-    def found(rank: int, fault: Callable[[], object], repair: Callable[[], object]) -> list[Check]:
+    def checked(rank: int, fault: Callable[[], object], repair: Callable[[], object]) -> list[Check]:
         if world.rank == rank:
             fault()
-        checks = list(checks_nodes.shared_storage_checks(job, path))
+        found = list(nodes.shared_storage_checks(job, path))
         if world.rank == rank:
             repair()
-        return checks
+        return found
 
     def limit(size: int) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     return {
-        "write": found(0, lambda: limit(1000), lambda: limit(resource.RLIM_INFINITY)),
-        "first": found(0, lambda: setattr(fcntl, "flock", no_locks), lambda: setattr(fcntl, "flock", flock)),
-        "second": found(1, lambda: setattr(fcntl, "flock", no_locks), lambda: setattr(fcntl, "flock", flock)),
+        "write": checked(0, lambda: limit(1000), lambda: limit(resource.RLIM_INFINITY)),
+        "first": checked(0, lambda: setattr(fcntl, "flock", no_locks), lambda: setattr(fcntl, "flock", flock)),
+        "second": checked(1, lambda: setattr(fcntl, "flock", no_locks), lambda: setattr(fcntl, "flock", flock)),
     }
 
 
@@ -145,7 +146,7 @@ def test_storage_faults_of_one_node_are_reported_by_all(tmp_path: Path) -> None:
     """No rank is left waiting for one whose system call failed: the collectives stay in step."""
     ranks = run_distributed(faulty_storage, 2, str(tmp_path / "run"))
     assert ranks[0] == ranks[1]
-    faults = {fault: checks[-1] for fault, checks in ranks[0].items()}
+    faults = {fault: found[-1] for fault, found in ranks[0].items()}
     assert faults["write"].status == "MISS" and "n1 cannot write 1 MiB (File too large)" in faults["write"].detail
     for fault, node, status in (("first", "n1", "MISS"), ("second", "n2", "WARN")):
         check = faults[fault]
@@ -157,14 +158,14 @@ def test_storage_faults_of_one_node_are_reported_by_all(tmp_path: Path) -> None:
 def doctor_on_nodes(world: Any, folder: str) -> list[list[Check] | None]:
     """The doctor as one rank of a job, in two worlds; rank r is on node n(r + 1), which has a working directory of its
     own. In the second world the nodes have different files and each a run directory of its own."""
-    from trace_ds.cluster import checks_nodes, doctor
+    from trace_ds.cluster import doctor
 
     node = f"n{world.rank + 1}"
     os.environ |= {"SLURMD_NODENAME": node, "LOCAL_RANK": "0"}
     os.environ["PYTHONPATH"] = ""
-    checks_nodes.join_job = lambda: checks_nodes.JoinedRanks(world, world.gather(node))
-    checks_nodes.leave_job = lambda ranks: None
-    checks_nodes.SEEN_WITHIN_S = 1.0
+    nodes.join_job = lambda: nodes.JoinedRanks(world, world.gather(node))
+    nodes.leave_job = lambda ranks: None
+    nodes.SEEN_WITHIN_S = 1.0
     found = []
     for name, run_dir in (("healthy", f"{folder}/healthy/run"), ("faulty", "run")):
         os.chdir(Path(folder) / name / node)
@@ -202,11 +203,11 @@ def test_two_nodes(tmp_path: Path, tiny_model: Path) -> None:
 
     faults = missing(found)
     assert set(faults) == {
-        "model: model", "forget: corpora/forget.jsonl", "same bytes on all nodes", "expert parallelism"
+        "model: model", "forget: corpora/forget.jsonl", "same bytes on all nodes", "its own checks"
     }  # fmt: skip
     assert "n1: " in faults["model: model"].detail and "n2: " in faults["model: model"].detail
     assert "copy it to the nodes again" in faults["model: model"].fix
     assert "n2 cannot read what n1 wrote" in faults["same bytes on all nodes"].detail
-    assert "4 does not divide the world size 2" in faults["expert parallelism"].detail
+    assert "4 does not divide the world size 2" in faults["its own checks"].detail
     missing_corpus = [c for c in found if c.group == "corpora" and c.status == "MISS"]
     assert [c.detail for c in missing_corpus] == ["on n2: corpora/forget.jsonl: the corpus file does not exist"]

@@ -335,11 +335,11 @@ def test_doctor_says_what_is_missing(place: Place, tmp_path: Path) -> None:
     found, groups = of_the_hub()
     assert [check["name"] for check in found] == keys
     assert all((check["status"], check["fix"]) == ("MISS", "trace-ds fetch CONFIG") for check in found)
-    assert "model" not in groups, "said once"
+    assert "run" not in groups, "said once"
     assert place.server.run(["fetch", config, "--run-dir", run], tmp_path, time_s=120).returncode == 0
     found, groups = of_the_hub()
     assert [(check["name"], check["status"]) for check in found] == [(key, "OK") for key in keys]
-    assert "model" in groups
+    assert "run" in groups
     moved = place.hub.add("models", "org/examined", place.models / "gold")
     plain = written(tmp_path / "plain", "org/examined", evaluation__tasks=[])
     came = place.server.run(["fetch", plain, "--run-dir", tmp_path / "other"], tmp_path)

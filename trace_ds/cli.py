@@ -378,7 +378,6 @@ def doctor(
     run_dir: RunDirOption = None,
     set_: SetOption = None,
     json: JsonOption = False,
-    bandwidth: Annotated[bool, typer.Option("--bandwidth", help="Measure collectives too.")] = False,
 ) -> None:
     """Preflight of machine, launchers, storage, model and data: OK, WARN or MISS, each with its fix."""
     from trace_ds.cluster.doctor import doctor as run_doctor
@@ -386,7 +385,7 @@ def doctor(
 
     request = Request.load(config, list(set_ or []), run_dir) if config else None
     directory = request.run.path if request is not None else run_dir
-    raise typer.Exit(run_doctor(request.config if request else None, directory, json, bandwidth))
+    raise typer.Exit(run_doctor(request.config if request else None, directory, json))
 
 
 @app.command()

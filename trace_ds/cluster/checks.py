@@ -1,20 +1,45 @@
-"""What a check of ``trace-ds doctor`` says, and the small helpers all checks share."""
+"""What ``trace-ds doctor`` looks at on one machine: software, accelerators, limits, the run's storage and input."""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import functools
+import importlib.metadata
+import json
 import os
+import platform
+import resource
 import shutil
+import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+import sysconfig
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+from trace_ds.config.schema import Config
+from trace_ds.config.sections.data import CorpusEntry
 from trace_ds.errors import UserError
+from trace_ds.parallel.environment import available_memory_bytes
 
 Status = Literal["OK", "WARN", "MISS"]
+PACKAGE = "trace-ds"
 COMMAND_TIMEOUT_S = 15
+MIN_OPEN_FILES = 4096
+MIN_SHARED_MEMORY_BYTES = MIN_FREE_BYTES = 1_000_000_000
+MIN_BF16_CAPABILITY = (8, 0)
+DEFAULT_MASTER_PORT = "29500"
+PROBE_BYTES = 64_000_000
+SLOW_WRITE_BYTES_S = 100e6
+LOCKS_FIX = "mount with locks (Lustre: -o flock), and never start two jobs in one run directory"
 
 
 @dataclass(frozen=True)
@@ -41,17 +66,17 @@ def judged(group: str, name: str, good: bool, detail: str, fix: str, otherwise: 
     return Check(group, name, "OK", detail) if good else Check(group, name, otherwise, detail, fix)
 
 
-def checked(group: str, name: str, find: Callable[[], object], fix: str = "", otherwise: Status = "MISS") -> Check:
-    """OK with what ``find`` returns as its detail; an error of the user's, of the system (when there is a ``fix`` for
-    one) or of the check itself makes it another status."""
+def checked(group: str, name: str, find: Callable[[], object], fix: str = "") -> Check:
+    """OK with what ``find`` returns as its detail, or a MISS: an error of the user's, of the system (when there is a
+    ``fix`` for one) or of the check itself."""
     try:
         return Check(group, name, "OK", str(find() or "in order"))
     except UserError as error:
         where = f"{error.where}: " if error.where else ""
-        return Check(group, name, otherwise, f"{where}{error.what}", error.fix)
+        return Check(group, name, "MISS", f"{where}{error.what}", error.fix)
     except Exception as error:
         if fix and isinstance(error, OSError):
-            return Check(group, name, otherwise, error.strerror or str(error), fix)
+            return Check(group, name, "MISS", error.strerror or str(error), fix)
         detail = f"the check itself failed: {type(error).__name__}: {first_line(str(error))}"
         return Check(group, name, "MISS", detail, "report it with the output of trace-ds doctor --json")
 
@@ -63,31 +88,6 @@ def guarded(group: str, name: str, function: Callable[[], Iterable[Check]]) -> l
     return found if end.status == "OK" else [*found, end]
 
 
-def find_program(name: str) -> str | None:
-    """Path of a program, looking beside this Python first (an environment that is not activated still counts)."""
-    return shutil.which(name, path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
-
-
-def nearest_directory(path: Path) -> Path | None:
-    """``path`` or its nearest parent that exists; None when that is not a directory."""
-    absolute = Path(os.path.abspath(path))
-    found = next(place for place in (absolute, *absolute.parents) if place.exists())
-    return found if found.is_dir() else None
-
-
-def output_of(*command: str) -> tuple[int, str]:
-    """Exit status and combined output of a short command; (-1, reason) when it cannot run or does not end."""
-    try:
-        done = subprocess.run(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=COMMAND_TIMEOUT_S, check=False
-        )
-    except subprocess.TimeoutExpired:
-        return -1, f"no answer in {COMMAND_TIMEOUT_S} s"
-    except OSError as error:
-        return -1, error.strerror or str(error)
-    return done.returncode, done.stdout.strip()
-
-
 def first_line(text: str) -> str:
     """The first non-empty line, shortened."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
@@ -97,3 +97,286 @@ def first_line(text: str) -> str:
 def gigabytes(number: float) -> str:
     """Bytes as GB with one digit after the point, MB below one."""
     return f"{number / 1e9:.1f} GB" if number >= 1e9 else f"{number / 1e6:.0f} MB"
+
+
+def nearest_directory(path: Path) -> Path | None:
+    """``path`` or its nearest parent that exists; None when that is not a directory."""
+    absolute = Path(os.path.abspath(path))
+    found = next(place for place in (absolute, *absolute.parents) if place.exists())
+    return found if found.is_dir() else None
+
+
+def requirements() -> list[Requirement]:
+    """What this package needs on this Python, without its extras; nothing when it is not installed."""
+    found: list[Requirement] = []
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        found = [Requirement(text) for text in importlib.metadata.requires(PACKAGE) or []]
+    return [need for need in found if need.marker is None or need.marker.evaluate({"extra": ""})]
+
+
+def installed_versions() -> dict[str, str]:
+    """The versions of the packages that this one needs, as far as they are there."""
+    found = {}
+    for need in requirements():
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[need.name] = importlib.metadata.version(need.name)
+    return found
+
+
+def python_checks() -> Iterator[Check]:
+    """Python, and the packages with their versions."""
+    needed = importlib.metadata.metadata(PACKAGE)["Requires-Python"] if requirements() else ""
+    good = SpecifierSet(needed).contains(platform.python_version(), prereleases=True)
+    yield judged("python", "python", good, f"{platform.python_version()} at {sys.executable}", f"use Python {needed}")
+    versions = installed_versions()
+    for need in requirements():
+        version = versions.get(need.name)
+        if version is None or not need.specifier.contains(version, True):
+            detail = "not installed" if version is None else f"{version}, which is not {need.specifier}"
+            yield Check("python", need.name, "MISS", detail, f'pip install "{need.name}{need.specifier}"')
+    packages = ", ".join(f"{name} {versions[name]}" for name in sorted(versions))
+    fix = "pip install it: imported from a folder, what it needs is not known"
+    yield judged("python", "packages", bool(packages), packages or f"{PACKAGE} is not installed", fix, "WARN")
+
+
+def accelerator_checks(config: Config | None) -> Iterator[Check]:
+    """GPUs as torch sees them, SLURM's and the driver's word beside it, and whether they do for the configuration."""
+    import torch
+
+    group, count = "accelerators", torch.cuda.device_count() if torch.cuda.is_available() else 0
+    driver = None
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        driver = first_line(subprocess.run(command, capture_output=True, text=True, timeout=15, check=True).stdout)
+    promised = os.environ.get("SLURM_GPUS_ON_NODE", "0")
+    if promised.isdigit() and int(promised) > count:
+        fix = "run nvidia-smi on the node, install the CUDA build of torch, and look at CUDA_VISIBLE_DEVICES"
+        yield Check(group, "GPUs", "MISS", f"SLURM promises {promised} on this node, torch sees {count}", fix)
+    elif count == 0 and (driver or Path("/dev/nvidiactl").exists()):
+        fix = "install the CUDA build of torch that this driver supports (see pytorch.org), or free the GPUs"
+        yield Check(group, "GPUs", "MISS", f"a driver ({driver}) but torch sees no GPU", fix)
+    elif count == 0:
+        fix = "none needed for the demo; for a real model use a GPU node (sbatch slurm/unlearn_mixtral.sh)"
+        yield Check(group, "GPUs", "WARN", "none: jobs run on the CPU with gloo", fix)
+    for index in range(count):
+        gpu = torch.cuda.get_device_properties(index)
+        bf16 = config is None or config.model.dtype == "bf16"
+        good = not bf16 or (gpu.major, gpu.minor) >= MIN_BF16_CAPABILITY
+        detail = f"{gpu.name}, {gigabytes(gpu.total_memory)}, compute {gpu.major}.{gpu.minor}, driver {driver}"
+        fix = "use Ampere or newer, or model.dtype fp32: this one has no bf16"
+        yield judged(group, f"GPU {index}", good, f"{detail}, torch {torch.__version__}", fix, "WARN")
+
+
+def network_checks(*, joining: bool) -> Iterator[Check]:
+    """The host's name and, unless the job is ``joining`` at it itself, the rendezvous port."""
+    try:
+        yield Check("network", "host name", "OK", f"resolves to {socket.gethostbyname(socket.gethostname())}")
+    except OSError as error:
+        fix = "add this host's name to /etc/hosts (gloo and NCCL connect by it)"
+        yield Check("network", "host name", "MISS", f"does not resolve ({error.strerror or error})", fix)
+    if not joining:
+        yield port_check(os.environ.get("MASTER_PORT"))
+
+
+def port_check(port: str | None) -> Check:
+    """Whether the rendezvous port can be bound: the job's own (a MISS when taken), else the launchers' default."""
+    name, text = "rendezvous port", port or DEFAULT_MASTER_PORT
+    if not (text.isascii() and text.isdigit() and 0 < int(text) < 65536):
+        return Check("network", name, "MISS", f"MASTER_PORT is {text!r}", "set it to a free port from 1024 to 65535")
+    try:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("", int(text)))
+    except OSError as error:
+        fix = "set MASTER_PORT to a free port" if port else "give the launcher another --master_port"
+        detail = f"{text} cannot be bound ({error.strerror or error})"
+        return Check("network", name, "MISS" if port else "WARN", detail, fix)
+    return Check("network", name, "OK", f"{text} is free")
+
+
+def compiler_checks(config: Config) -> Iterator[Check]:
+    """Compilers, where something is compiled: an offloaded optimizer, and on GPUs the Triton kernels of expert
+    parallelism."""
+    import torch
+
+    if config.distributed.ep != 1 and torch.cuda.is_available():
+        header = Path(sysconfig.get_path("include")) / "Python.h"
+        compiler = os.environ.get("CC") or _program("clang", "gcc")
+        absent = [f"no {what}" for what, there in (("C compiler", compiler), (header, header.is_file())) if not there]
+        detail = f"{' and '.join(absent)}: Triton compiles AutoEP's kernels on the GPU node" if absent else compiler
+        fix = "apt-get install gcc python3-dev, TRACE_DS_MODULES=gcc in the site file, or distributed.ep: 1"
+        yield judged("compiler", "C compiler for Triton", not absent, str(detail), fix)
+    if offloads_optimizer(config):
+        found = _program("c++", "g++", "clang++")
+        missing = f"none, and {config.unlearning.ds_config} offloads the optimizer: DeepSpeed compiles its CPU Adam"
+        fix = "apt-get install g++, or TRACE_DS_MODULES=gcc in the site file"
+        yield judged("compiler", "C++ compiler", found is not None, found or missing, fix)
+
+
+def _program(*names: str) -> str | None:
+    return next(filter(None, map(shutil.which, names)), None)
+
+
+def offloads_optimizer(config: Config) -> bool:
+    """Whether the configured DeepSpeed file keeps the optimizer on the CPU (a damaged file: no; others report it)."""
+    path = Path(config.unlearning.ds_config or "")
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        return path.is_file() and "offload_optimizer" in json.loads(path.read_text())["zero_optimization"]
+    return False
+
+
+def capacity_checks(config: Config | None, processes: int, needed_bytes: float | None) -> Iterator[Check]:
+    """CPUs against processes x threads, memory against what loading needs, shared memory, open files.
+
+    Args:
+        processes: processes of the job on this machine.
+        needed_bytes: memory that loading the model in all of them takes; None when no model is known.
+    """
+    group, cores = "capacity", len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = 1 if config is None else config.distributed.threads
+    detail = f"{cores} cores for {processes} processes x {threads} threads"
+    fix = "fewer processes (--nproc), or distributed.threads 1: too many threads are several times slower"
+    yield judged(group, "cores", processes * threads <= cores, detail, fix, "WARN")
+    available = available_memory_bytes()
+    detail = f"{gigabytes(available)} available"
+    detail += "" if needed_bytes is None else f", loading needs {gigabytes(needed_bytes)}"
+    fix = "fewer processes (--nproc), model.dtype bf16, or a machine with more memory"
+    yield judged(group, "memory", (needed_bytes or 0) <= available, detail, fix)
+    if Path("/dev/shm").is_dir():
+        free = shutil.disk_usage("/dev/shm").free
+        fix = "start the container with --shm-size=8g or --ipc=host (NCCL uses /dev/shm)"
+        yield judged(group, "/dev/shm", free >= MIN_SHARED_MEMORY_BYTES, f"{gigabytes(free)} free", fix, "WARN")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    fix = f"ulimit -n {MIN_OPEN_FILES} (hard limit {hard})"
+    yield judged(group, "open files", soft >= MIN_OPEN_FILES, f"at most {soft}", fix, "WARN")
+
+
+def storage_checks(run_dir: Path, needed_bytes: float | None) -> Iterator[Check]:
+    """The run directory's file system: writable, atomic rename, locks, speed, free space.
+
+    Tested in a temporary folder inside the run directory, or inside its nearest existing parent (which the run
+    would make it in); everything is removed again.
+    """
+    group, home = "storage", nearest_directory(run_dir)
+    fix = "choose another --run-dir, or ask for write access"
+    if home is None:
+        yield Check(group, "run directory", "MISS", f"{run_dir}: a part of the path is a file", fix)
+        return
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=".trace-ds-doctor-", dir=home))
+    except OSError as error:
+        yield Check(group, "run directory", "MISS", f"{home} cannot be written ({error.strerror})", fix)
+        return
+    try:
+        yield checked(group, "run directory", lambda: _rename(folder), "use a file system with atomic rename")
+        yield _lock_check(folder / "lock")
+        yield _speed_check(folder / "speed")
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    free, needed = shutil.disk_usage(home).free, max(needed_bytes or 0, MIN_FREE_BYTES)
+    detail = f"{gigabytes(free)} free, the run needs about {gigabytes(needed)}"
+    fix = "free space, lower unlearning.keep, or choose another --run-dir"
+    yield judged(group, "free space", free >= needed, detail, fix)
+
+
+def _rename(folder: Path) -> str:
+    """Replacing a file and renaming a folder: how every artefact and checkpoint is published."""
+    for content in ("old", "new"):
+        (folder / "part").write_text(content, encoding="utf-8")
+        os.replace(folder / "part", folder / "whole")
+    (folder / "tmp").mkdir()
+    os.replace(folder / "tmp", folder / "done")
+    if (folder / "whole").read_text(encoding="utf-8") != "new" or not (folder / "done").is_dir():
+        raise OSError("a rename left the old content there")
+    return f"{folder.parent} is writable, renames are atomic"
+
+
+def _lock_check(path: Path) -> Check:
+    """``flock`` keeps two jobs out of one run directory."""
+    try:
+        path.touch()
+        with locked(path):
+            problem = lock_problem(path)
+    except OSError as error:
+        return Check("storage", "locks", "MISS", f"flock fails ({error.strerror})", LOCKS_FIX)
+    return judged("storage", "locks", not problem, problem or "flock excludes a second holder", LOCKS_FIX, "WARN")
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock of a file; OSError when it is taken or there are no locks."""
+    with path.open("r+b") as handle:  # NFS makes a POSIX lock of it, and an exclusive one needs a writable descriptor
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+
+
+def lock_problem(path: Path) -> str:
+    """What is wrong with a lock that somebody else holds; empty when it is respected."""
+    try:
+        with locked(path):
+            return "flock does not exclude a second holder"
+    except BlockingIOError:
+        return ""
+    except OSError as error:
+        return f"flock fails ({error.strerror or error})"
+
+
+def _speed_check(path: Path) -> Check:
+    """Write speed of one process, fsync included."""
+    block, start = os.urandom(1 << 20), time.perf_counter()
+    try:
+        with path.open("wb") as handle:
+            for _ in range(PROBE_BYTES // len(block)):
+                handle.write(block)
+            handle.flush()
+            os.fsync(handle.fileno())
+    except OSError as error:
+        detail = f"cannot write {gigabytes(PROBE_BYTES)} ({error.strerror})"
+        return Check("storage", "write speed", "MISS", detail, "free space")
+    speed = PROBE_BYTES / (time.perf_counter() - start)
+    detail, fix = f"{speed / 1e6:.0f} MB/s with fsync", "checkpoints will be slow; use the parallel file system"
+    return judged("storage", "write speed", speed >= SLOW_WRITE_BYTES_S, f"{detail}, one process", fix, "WARN")
+
+
+def hub_checks(written: Config, run_dir: Path | None) -> Iterator[Check]:
+    """What the configuration as ``written`` names on the hub is in the caches, models at the commit fetched for this
+    run."""
+    from trace_ds.run.directory import RunDirectory
+    from trace_ds.stages.fetch import look
+
+    for item in look(written, None if run_dir is None else RunDirectory.at(run_dir)):
+        detail = f"{item.name} " + (f"in {item.where}" if item.where else "is not in the cache")
+        yield judged("hub", item.key, item.where is not None, detail, "trace-ds fetch CONFIG")
+
+
+def corpus_checks(config: Config) -> Iterator[Check]:
+    """`prepare` can read the first document of every corpus."""
+    for side in config.data.sides:
+        for entry in getattr(config.data, side):
+            yield checked("corpora", f"{side}: {entry.place}", functools.partial(_corpus, f"data.{side}", entry))
+
+
+def _corpus(key: str, entry: CorpusEntry) -> str:
+    from trace_ds.corpora.read import read_documents
+    from trace_ds.corpora.sources import files_here
+
+    files = files_here(entry, key)
+    size = sum(path.stat().st_size for path in files)
+    if size == 0 or next(read_documents([entry], key), None) is None:
+        raise UserError("the file is empty", fix="write it again")
+    return gigabytes(size) + (f" in {len(files)} files" if len(files) > 1 else "")
+
+
+def run_check(config: Config, run_dir: Path, world_size: int | None) -> str:
+    """What `run` itself checks before it writes anything: model, shapes, tasks, models that are scored, variants.
+
+    Args:
+        world_size: processes of the job when a launcher started it; None: `run` would start them here.
+    """
+    from trace_ds.run.directory import RunDirectory
+    from trace_ds.stages.pipeline import Request, check_early
+
+    run = RunDirectory.at(run_dir)
+    for verb in ("run",) if run.parent is None else ("calibrate", "unlearn", "evaluate"):  # in a variant's directory
+        check_early(verb, Request(config, run), world_size, download=False)
+    return f"{len(config.evaluation.tasks)} tasks, {len(config.variants)} variants"

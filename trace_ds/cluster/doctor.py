@@ -3,144 +3,63 @@
     trace-ds doctor                       # the machine
     trace-ds doctor CONFIG --run-dir DIR  # and the run's storage, model, corpora, tasks and variants
     trace-ds doctor CONFIG --json
-    trace-ds doctor --bandwidth           # as a job of several processes of this machine: their collectives are timed
     srun … trace-ds doctor CONFIG         # every node, and what lies between them; torchrun, deepspeed, mpiexec too
 
 Exit status 0 when no line is MISS, else 1: the report is the answer, not an error of the user's (which would be 2).
 Nothing is changed: what the storage checks write they remove, and the run directory is not made.
+
+In a job the first rank of each node checks the node and its share of the run; these are merged into one report, and
+what only several nodes can show is added: that they reach each other, how fast, that they hold the same versions and
+files, and that what one writes into the run directory is what the others read. A function that takes
+:class:`JoinedRanks` is a collective: all ranks call it, the main rank's checks are the answer.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json as json_module
+import os
+import platform
+import secrets
+import shutil
+import socket
 import sys
-from collections.abc import Iterator
-from dataclasses import asdict
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from trace_ds.cluster import checks_machine as machine
-from trace_ds.cluster import checks_nodes as nodes
-from trace_ds.cluster import checks_run as run
-from trace_ds.cluster.checks import Check, checked, guarded, judged
+from trace_ds.cluster import checks
+from trace_ds.cluster.checks import Check, Status, checked, guarded, judged
 from trace_ds.cluster.plan import RunPlan, plan
 from trace_ds.cluster.spec import ClusterSpec
+from trace_ds.cluster.submit import site_file
 from trace_ds.config.schema import Config
 from trace_ds.corpora.sources import only_looking
 from trace_ds.errors import UserError
 from trace_ds.parallel.environment import accelerator_count, launched, local_rank_and_size, rank_and_size
-from trace_ds.parallel.launch import run_processes
-from trace_ds.run.hub_names import hub_name
 from trace_ds.stages.by_name import with_cached
 from trace_ds.stages.pipeline import process_count
 
+if TYPE_CHECKING:
+    from trace_ds.parallel.world import World
+
 EXIT_MISSING = 1
-STYLES = {"OK": "green", "WARN": "yellow", "MISS": "bold red"}
+STYLES = {"OK": "green", "WARN": "yellow", "MISS": "bold red"}  # from good to bad
+JOIN_TIMEOUT_MINUTES = 2.0  # for nodes that start a little later than the first
+CHECK_TIMEOUT_MINUTES = 30.0  # for the slowest node's storage, model and corpora
+NCCL_TIMEOUT_MINUTES = 2.0
+SEEN_WITHIN_S = 10.0  # network file systems cache directory entries for a few seconds
+TOKEN_BYTES = 1 << 20
+SIZE_BYTES, REPEATS = 1 << 25, 5  # of a timed collective
 
 
-def run_checks(config: Config | None, run_dir: Path | None) -> list[Check]:
-    """All checks of a bare start: the machine's always, a run's when ``config`` (and ``run_dir``) are given."""
-    return machine_checks(config) + share_checks(config, run_dir)
-
-
-def machine_checks(config: Config | None, *, joining: bool = False) -> list[Check]:
-    """Software, accelerators, launchers and limits of this machine: what may keep it out of a job.
-
-    Args:
-        joining: the rendezvous port is the job's own, and whoever joins it looks at it.
-    """
-    found = guarded("python", "packages", machine.python_checks)
-    found += guarded("accelerators", "torch", lambda: machine.accelerator_checks(config))
-    found += guarded("collectives", "backend", lambda: machine.backend_checks(joined=joining))
-    found += guarded("compiler", "toolchain", lambda: machine.toolchain_checks(config))
-    found += guarded("compiler", "kernel cache", machine.cache_checks)
-    found += guarded("launchers", "launchers", machine.launcher_checks)
-    return found + guarded("limits", "limits", machine.limit_checks)
-
-
-def share_checks(config: Config | None, run_dir: Path | None, ranks: nodes.JoinedRanks | None = None) -> list[Check]:
-    """What this machine's share of a run needs: CPUs, memory, storage, model, corpora, and what `run` itself checks.
-
-    Args:
-        ranks: of the job that a launcher started, this process being its first on this node; None: a bare start.
-    """
-    written, config = config, None if config is None else with_cached(config)
-    processes = process_count(config) if config else accelerator_count() or 1
-    if ranks:
-        processes = ranks.nodes.count(ranks.node)
-    here = _plan_on(config, len(set(ranks.nodes)) if ranks else 1, processes)
-    needed = None if here is None else here.host_bytes
-    found = guarded("cpu", "cpu", lambda: machine.cpu_checks(config, processes, needed))
-    if run_dir is not None:
-        # the storage does not depend on the machine, which may be a login node that the job would not fit
-        anywhere = here or (None if config is None else _plan_on(config, 1, config.distributed.ep))
-        needed_storage = None if anywhere is None else anywhere.storage_bytes
-        found += guarded("storage", "run directory", lambda: run.storage_checks(run_dir, needed_storage))
-    if config is not None and written is not None:
-        here_already = hub_name(config.model.path) is None
-        found += guarded("hub", "cache", lambda: run.hub_checks(written, run_dir))
-        if here_already:
-            found += guarded("model", "model", lambda: run.model_checks(config, ranks.world.size if ranks else None))
-            found.append(checked("tokenizer", "loads", lambda: run.tokenizer_check(config)))
-        found += guarded("corpora", "corpora", lambda: run.corpus_checks(config))
-        told = ("model", "tokenizer", "corpora")
-        same = any(
-            check.status == "MISS" and (check.group in told or check.name.startswith("evaluation.models"))
-            for check in found
-        )
-        if run_dir is not None and here_already and not same:  # it would say the same again
-            elsewhere = None if processes % config.distributed.ep == 0 else config.distributed.ep  # from a login node
-            size = ranks.world.size if ranks else elsewhere
-            found.append(checked("run", "its own checks", lambda: run.own_checks(config, run_dir, size)))
-        found += guarded("plan", "memory", lambda: _memory_checks(here))
-    return found
-
-
-def _gpus() -> tuple[int, float]:
-    """Number of GPUs here and the smallest one's bytes; (0, 0) without torch or GPU."""
-    try:
-        import torch
-
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        sizes = [torch.cuda.get_device_properties(index).total_memory for index in range(count)]
-    except ImportError:
-        return 0, 0.0
-    return count, float(min(sizes, default=0))
-
-
-def _plan_on(config: Config | None, nodes: int, processes: int) -> RunPlan | None:
-    """The cost model's answer for machines like this one, so many processes on each; None: nothing to plan for."""
-    if config is None:
-        return None
-    count, memory_bytes = _gpus()
-    memory_gb = memory_bytes / 1e9 if count else 80.0
-    try:
-        return plan(config, ClusterSpec(nodes=nodes, gpus_per_node=processes, gpu_memory_gb=memory_gb))
-    except UserError:
-        return None  # the model's own checks say why
-
-
-def _memory_checks(here: RunPlan | None) -> Iterator[Check]:
-    """Whether the stages fit into this machine's GPUs, by the cost model."""
-    if here is None or not _gpus()[0]:
-        return
-    variants = {f"unlearn, variant {name}": stage for name, stage in here.variants.items()}
-    for name, stage in {"collect": here.collect, "unlearn": here.unlearn, **variants}.items():
-        detail = (
-            f"about {stage.memory.peak_bytes / 1e9:.0f} of {here.cluster.usable_bytes / 1e9:.0f} GB usable on a GPU"
-        )
-        fix = "see trace-ds plan CONFIG --nodes N for what would fit"
-        yield judged("plan", f"{name} fits", stage.fits, detail, fix, "WARN")
-
-
-def doctor(config: Config | None, run_dir: Path | None, json: bool, bandwidth: bool) -> int:
-    """Print the report; 0 when nothing is MISS, else 1. Of a job's ranks the main one prints.
-
-    ``bandwidth``: start the same command again as such a job, one process per accelerator, or two.
-    """
-    if bandwidth and not launched():
-        count = max(process_count(config) if config else accelerator_count(), 2)
-        words = [word for word in sys.argv[1:] if word != "--bandwidth"]
-        return run_processes(words, count, {}, (), config.distributed.threads if config else 1)
+def doctor(config: Config | None, run_dir: Path | None, json: bool) -> int:
+    """Print the report; 0 when nothing is MISS, else 1. Of a job's ranks the main one prints."""
     with only_looking():
         found = check_job(config, run_dir) if launched() else run_checks(config, run_dir)
     if found is None:
@@ -150,38 +69,6 @@ def doctor(config: Config | None, run_dir: Path | None, json: bool, bandwidth: b
     else:
         print_report(found)
     return EXIT_MISSING if any(check.status == "MISS" for check in found) else 0
-
-
-def check_job(config: Config | None, run_dir: Path | None) -> list[Check] | None:
-    """The checks of every node of a job that a launcher started, merged, and those between nodes; None: not the main
-    rank. Timings of collectives are always part of it.
-
-    The machines are looked at before they join: when the ranks do not meet, what is wrong with a machine is mostly why,
-    and then each node says it for itself.
-    """
-    own = machine_checks(config, joining=True) if local_rank_and_size()[0] == 0 else []
-    ranks = nodes.join_job()
-    if isinstance(ranks, Check):
-        if rank_and_size()[0] == 0:
-            return [*own, ranks]
-        _print_faults(nodes.node_name(), own)
-        return None
-    if ranks.first_on_node:
-        own += share_checks(config, run_dir, ranks)
-    found = nodes.merged(ranks, own)
-    found += guarded("nodes", "same files", lambda: nodes.sameness_checks(ranks, config and with_cached(config)))
-    if run_dir is not None:
-        found += guarded("storage", "shared", lambda: nodes.shared_storage_checks(ranks, run_dir))
-    found += guarded("collectives", "bandwidth", lambda: nodes.bandwidth_checks(ranks))
-    nodes.leave_job(ranks)
-    return found if ranks.world.is_main else None
-
-
-def _print_faults(node: str, found: list[Check]) -> None:
-    """One line on standard error for each MISS of a node that cannot join the others."""
-    for check in found:
-        if check.status == "MISS":
-            print(f"trace-ds doctor on {node}: {check.name}: {check.detail}. Fix: {check.fix}", file=sys.stderr)
 
 
 def print_report(found: list[Check]) -> None:
@@ -204,3 +91,357 @@ def print_report(found: list[Check]) -> None:
     console.print(table)
     counts = {status: sum(check.status == status for check in found) for status in STYLES}
     console.print(", ".join(f"{number} {status}" for status, number in counts.items()), highlight=False)
+
+
+def run_checks(config: Config | None, run_dir: Path | None) -> list[Check]:
+    """All checks of a bare start: the machine's always, a run's when ``config`` (and ``run_dir``) are given."""
+    return machine_checks(config) + share_checks(config, run_dir)
+
+
+def machine_checks(config: Config | None, *, joining: bool = False) -> list[Check]:
+    """Software, accelerators and network of this machine: what may keep it out of a job.
+
+    Args:
+        joining: the rendezvous port is the job's own, and whoever joins it looks at it.
+    """
+    found = guarded("python", "packages", checks.python_checks)
+    found += guarded("accelerators", "torch", lambda: checks.accelerator_checks(config))
+    found += guarded("network", "network", lambda: checks.network_checks(joining=joining))
+    found.append(checked("SLURM", "site settings", lambda: site_file() or "none"))
+    return found if config is None else found + guarded("compiler", "compiler", lambda: checks.compiler_checks(config))
+
+
+def share_checks(config: Config | None, run_dir: Path | None, ranks: JoinedRanks | None = None) -> list[Check]:
+    """What this machine's share of a run needs: CPUs, memory, storage, models and data, and what `run` itself checks.
+
+    Args:
+        ranks: of the job that a launcher started, this process being its first on this node; None: a bare start.
+    """
+    written, config = config, None if config is None else with_cached(config)
+    processes = process_count(config) if config else accelerator_count() or 1
+    if ranks:
+        processes = ranks.nodes.count(ranks.node)
+    planned = None if config is None else _plan(config, len(set(ranks.nodes)) if ranks else 1, processes)
+    needed, stored = (planned.host_bytes, planned.storage_bytes) if planned else (None, None)
+    found = guarded("capacity", "capacity", lambda: checks.capacity_checks(config, processes, needed))
+    found += _gpu_memory_checks(planned) if planned else []
+    if run_dir is not None:
+        found += guarded("storage", "run directory", lambda: checks.storage_checks(run_dir, stored))
+    if config is not None and written is not None:
+        inputs = guarded("hub", "cache", lambda: checks.hub_checks(written, run_dir))
+        inputs += guarded("corpora", "corpora", lambda: checks.corpus_checks(config))
+        found += inputs
+        missing = [check for check in inputs if check.status == "MISS" and "evaluation.tasks" not in check.name]
+        if run_dir is not None and not missing:  # else it would say that again
+            size = ranks.world.size if ranks else None
+            found.append(checked("run", "its own checks", lambda: checks.run_check(config, run_dir, size)))
+    return found
+
+
+def _gpus() -> tuple[int, float]:
+    """Number of GPUs here and the smallest one's GB."""
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return count, min((torch.cuda.get_device_properties(i).total_memory / 1e9 for i in range(count)), default=80.0)
+
+
+def _plan(config: Config, nodes: int, processes: int) -> RunPlan | None:
+    """The cost model's answer for machines like this one, so many processes on each; None: `run` says why not."""
+    try:
+        return plan(config, ClusterSpec(nodes=nodes, gpus_per_node=processes, gpu_memory_gb=_gpus()[1]))
+    except UserError:
+        return None
+
+
+def _gpu_memory_checks(planned: RunPlan) -> list[Check]:
+    """Whether the stages fit into this machine's GPUs, by the cost model."""
+    stages = {"collect": planned.collect, "unlearn": planned.unlearn}
+    stages |= {f"unlearn, variant {name}": stage for name, stage in planned.variants.items()}
+    usable, fix = planned.cluster.usable_bytes / 1e9, "see trace-ds plan CONFIG --nodes N for what would fit"
+    return [
+        judged("memory", name, stage.fits, f"{stage.memory.peak_bytes / 1e9:.0f} of {usable:.0f} GB", fix, "WARN")
+        for name, stage in (stages.items() if _gpus()[0] else ())
+    ]
+
+
+# The nodes of a job
+
+
+@dataclass(frozen=True)
+class JoinedRanks:
+    """The joined process group; ``nodes`` holds each rank's node by name, ``node`` is this rank's."""
+
+    world: World
+    nodes: list[str]
+
+    @property
+    def node(self) -> str:
+        return self.nodes[self.world.rank]
+
+    @property
+    def first_on_node(self) -> bool:
+        return self.nodes.index(self.node) == self.world.rank
+
+
+def check_job(config: Config | None, run_dir: Path | None) -> list[Check] | None:
+    """The checks of every node of a job that a launcher started, merged, and those between nodes; None: not the main
+    rank.
+
+    The machines are looked at before they join: when the ranks do not meet, what is wrong with a machine is mostly why,
+    and then each node says it for itself.
+    """
+    own = machine_checks(config, joining=True) if local_rank_and_size()[0] == 0 else []
+    ranks = join_job()
+    if isinstance(ranks, Check):
+        if rank_and_size()[0] == 0:
+            return [*own, ranks]
+        for check in own:
+            if check.status == "MISS":
+                where = f"trace-ds doctor on {node_name()}"
+                print(f"{where}: {check.name}: {check.detail}. Fix: {check.fix}", file=sys.stderr)
+        return None
+    if ranks.first_on_node:
+        own += share_checks(config, run_dir, ranks)
+    found = merged(ranks, own)
+    found += guarded("nodes", "same files", lambda: sameness_checks(ranks, config and with_cached(config)))
+    if run_dir is not None:
+        found += guarded("storage", "shared", lambda: shared_storage_checks(ranks, run_dir))
+    found += guarded("collectives", "bandwidth", lambda: bandwidth_checks(ranks))
+    leave_job(ranks)
+    return found if ranks.world.is_main else None
+
+
+def node_name() -> str:
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def join_job() -> JoinedRanks | Check:
+    """Join the launcher's process group over gloo, GPUs or not; when that fails, the check that says why."""
+    from trace_ds.parallel.world import join, wait_longer
+
+    port = os.environ.get("MASTER_PORT")
+    # torchrun's agent holds the port already and serves its ranks there
+    if rank_and_size()[0] == 0 and port and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        check = checks.port_check(port)
+        if check.status == "MISS":
+            return check
+    try:
+        world = join(threads=1, timeout_minutes=JOIN_TIMEOUT_MINUTES, on_cpu=True)
+        nodes = world.gather(node_name())
+    except UserError:
+        raise
+    except Exception as error:
+        where = f"{os.environ.get('MASTER_ADDR')}:{port}"
+        fix = "open the port between the nodes, and name the network: NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME"
+        detail = f"the ranks do not meet at {where} ({type(error).__name__}: {checks.first_line(str(error))})"
+        return Check("network", "process group", "MISS", detail, fix)
+    wait_longer(CHECK_TIMEOUT_MINUTES)
+    return JoinedRanks(world, nodes)
+
+
+def leave_job(ranks: JoinedRanks) -> None:
+    from trace_ds.parallel.world import leave
+
+    ranks.world.barrier()
+    leave()
+
+
+def merged(ranks: JoinedRanks, own: list[Check]) -> list[Check]:
+    """One line per check for all nodes: the worst status, with the nodes that have it when not all do."""
+    every = {node: found for node, found in zip(ranks.nodes, ranks.world.gather(own), strict=True) if found}
+    lines: dict[tuple[str, str], dict[str, Check]] = {}
+    for node, found in every.items():
+        for check in found:
+            lines.setdefault((check.group, check.name), {})[node] = check
+    return [_worst(by_node, len(every)) for by_node in lines.values()]
+
+
+def _worst(by_node: dict[str, Check], nodes: int) -> Check:
+    status = max((check.status for check in by_node.values()), key=list(STYLES).index)
+    affected = [node for node, check in by_node.items() if check.status == status]
+    check = by_node[affected[0]]
+    if len(affected) < nodes:
+        return replace(check, detail=f"on {', '.join(affected)}: {check.detail}")
+    if len({each.detail for each in by_node.values()}) > 1:
+        return replace(check, detail=f"{check.detail} ({affected[0]}; {status} on all {nodes} nodes)")
+    return check
+
+
+def bandwidth_checks(ranks: JoinedRanks) -> Iterator[Check]:
+    """All-reduce and all-to-all between all ranks: over NCCL when every rank has a GPU of its own, else over gloo."""
+    import torch
+
+    local_rank, backend = int(os.environ.get("LOCAL_RANK", "0")), "gloo"
+    result: dict[str, float] = {}
+    reason = ""
+    if not all(ranks.world.gather(local_rank < torch.cuda.device_count())):
+        result = time_collectives(torch.device("cpu"))
+    else:
+        os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")  # one that hangs raises; else it kills the process
+        backend = f"NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}"
+        torch.cuda.set_device(local_rank)
+        try:
+            timeout = timedelta(minutes=NCCL_TIMEOUT_MINUTES)
+            group = torch.distributed.new_group(backend="nccl", timeout=timeout)
+            result = time_collectives(torch.device("cuda", local_rank), group)
+        except Exception as error:
+            reason = checks.first_line(str(error)) or type(error).__name__
+    for rank, text in enumerate(ranks.world.gather(reason)):
+        if text:
+            fix = "NCCL_DEBUG=WARN shows NCCL's own reason; name the network: NCCL_SOCKET_IFNAME, NCCL_IB_HCA"
+            yield Check("collectives", backend, "MISS", f"rank {rank} on {ranks.nodes[rank]}: {text}", fix)
+            return
+    where = f"{ranks.world.size} ranks on {len(set(ranks.nodes))} nodes, {SIZE_BYTES >> 20} MiB, correct"
+    for name, speed in result.items():
+        yield Check("collectives", f"{backend} {name}", "OK", f"{speed / 1e9:.2f} GB/s bus bandwidth, {where}")
+
+
+def time_collectives(device: Any, group: Any = None) -> dict[str, float]:
+    """Bus bandwidth (bytes/s, as in NVIDIA's nccl-tests: ``2 (n-1)/n`` times the size over the time for an all-reduce,
+    ``(n-1)/n`` for an all-to-all) over a process group of all ranks, by default the default one; the best of several.
+
+    Raises:
+        RuntimeError: a collective gave a wrong result.
+    """
+    import torch
+    from torch import distributed
+
+    rank, world = distributed.get_rank(), distributed.get_world_size()
+    elements = SIZE_BYTES // 4 // world * world
+    result = {}
+    for name, factor in (("all-reduce", 2.0), ("all-to-all", 1.0)):
+        best_s = float("inf")
+        for _ in range(REPEATS):
+            sent = torch.full((elements,), float(rank + 1), device=device)
+            received = torch.empty_like(sent)
+            distributed.barrier(group)
+            start = time.perf_counter()
+            if name == "all-reduce":
+                distributed.all_reduce(sent, group=group)
+            else:
+                distributed.all_to_all_single(received, sent, group=group)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            best_s = min(best_s, time.perf_counter() - start)
+        if name == "all-reduce":
+            correct = bool((sent == world * (world + 1) / 2).all())
+        else:
+            blocks = received.view(world, -1)
+            correct = all(bool((blocks[peer] == peer + 1).all()) for peer in range(world))
+        if not correct:
+            raise RuntimeError(f"the {name} gave a wrong result")
+        result[name] = factor * (world - 1) / world * elements * 4 / best_s
+    return result
+
+
+def sameness_checks(ranks: JoinedRanks, config: Config | None) -> Iterator[Check]:
+    """Versions, model, tokenizer and corpora are the same on every node, compared by content."""
+    facts = _facts(config) if ranks.first_on_node else {}
+    every = {node: found for node, found in zip(ranks.nodes, ranks.world.gather(facts), strict=True) if found}
+    for name in dict.fromkeys(name for found in every.values() for name in found):
+        values: dict[str, list[str]] = {}
+        for node, found in every.items():
+            values.setdefault(found.get(name, "not there"), []).append(node)
+        same = f"the same on {len(every)} nodes ({next(iter(values))[:40]})"
+        differs = "differs: " + "; ".join(f"{', '.join(nodes)}: {value[:40]}" for value, nodes in values.items())
+        fix = "keep it on storage that all nodes share, or copy it to the nodes again"
+        if name == "versions":
+            fix = "start every node from one environment on shared storage (TRACE_DS_VENV or TRACE_DS_CONTAINER)"
+        yield judged("nodes", name, len(values) == 1, same if len(values) == 1 else differs, fix)
+
+
+def _facts(config: Config | None) -> dict[str, str]:
+    """{what: its value, or hash, on this node}; what cannot be read is left to the node's own checks."""
+    from trace_ds.corpora.sources import files_here
+    from trace_ds.corpora.tokenizer import tokenizer_fingerprint
+    from trace_ds.models.families import inspect_model
+    from trace_ds.run.files import canonical_json, sha256_text
+    from trace_ds.tensors.model_files import sample_sha256
+
+    versions = ", ".join(f"{name} {version}" for name, version in checks.installed_versions().items())
+    facts = {"versions": f"python {platform.python_version()}, {versions}"}
+    if config is None:
+        return facts
+    with contextlib.suppress(Exception):
+        facts[f"model: {config.model.path}"] = inspect_model(config.model.path).fingerprint
+    with contextlib.suppress(Exception):
+        facts["tokenizer"] = tokenizer_fingerprint(config.model.tokenizer_path)
+    for side in config.data.sides:
+        for entry in getattr(config.data, side):
+            with contextlib.suppress(Exception):
+                found = [sample_sha256(path) for path in files_here(entry, f"data.{side}")]
+                facts[f"{side}: {entry.place}"] = found[0] if len(found) == 1 else sha256_text(canonical_json(found))
+    return facts
+
+
+def shared_storage_checks(ranks: JoinedRanks, run_dir: Path) -> Iterator[Check]:
+    """What the first node writes, renames and locks in the run directory is so for all nodes."""
+    name = None
+    if ranks.world.is_main and (home := checks.nearest_directory(run_dir)) is not None:
+        with contextlib.suppress(OSError):  # reported by the node's own checks
+            name = os.path.relpath(tempfile.mkdtemp(prefix=".trace-ds-doctor-", dir=home), run_dir)
+    name = ranks.world.broadcast(name)
+    if name is None:
+        return
+    folder = Path(os.path.abspath(run_dir / name))  # the same words may be another place on another node
+    try:
+        yield from _between_nodes(ranks, folder / "token")
+    finally:
+        ranks.world.barrier()
+        if ranks.world.is_main:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _between_nodes(ranks: JoinedRanks, path: Path) -> Iterator[Check]:
+    tokens = ranks.world.broadcast([secrets.token_hex(TOKEN_BYTES // 2) for _ in range(2)])
+    for name, token in zip(("same bytes on all nodes", "rename seen by all nodes"), tokens, strict=True):
+        if failure := _on_main(ranks, functools.partial(_publish, path, token)):
+            detail = f"{ranks.nodes[0]} cannot write {len(token) >> 20} MiB ({failure})"
+            yield Check("storage", name, "MISS", detail, "free space there, or choose another --run-dir")
+            return
+        seen = zip(ranks.nodes, ranks.world.gather(_reads(path, token)), strict=True)
+        if blind := dict.fromkeys(node for node, reads in seen if not reads):
+            fix = "put the run directory on storage that all nodes mount under the same path"
+            yield Check("storage", name, "MISS", f"{', '.join(blind)} cannot read what {ranks.nodes[0]} wrote", fix)
+            return
+        yield Check("storage", name, "OK", f"{len(token) >> 20} MiB written by {ranks.nodes[0]}")
+    with contextlib.ExitStack() as stack:
+        failure = _on_main(ranks, lambda: stack.enter_context(checks.locked(path)))
+        problem = "" if failure or ranks.world.is_main else checks.lock_problem(path)
+        problems = ranks.world.gather(problem)  # the lock is held until all have tried
+    problems[0] = failure and f"flock fails ({failure})"
+    broken = next((f"{node}: {text}" for node, text in zip(ranks.nodes, problems, strict=True) if text), "")
+    # without locks a run is refused by the main rank, the only one that takes them
+    status: Status = "MISS" if failure else "WARN"
+    detail = broken or "flock excludes the other ranks"
+    yield judged("storage", "locks between nodes", not broken, detail, checks.LOCKS_FIX, status)
+
+
+def _on_main(ranks: JoinedRanks, action: Callable[[], object]) -> str:
+    """Run ``action`` on the main rank; on every rank why it failed, or an empty text (collective, and a barrier)."""
+    failure = ""
+    if ranks.world.is_main:
+        try:
+            action()
+        except OSError as error:
+            failure = error.strerror or str(error)
+    return ranks.world.broadcast(failure)
+
+
+def _publish(path: Path, content: str) -> None:
+    """Write a file under another name and rename it, as every artefact is published."""
+    part = path.with_name("part")
+    part.write_text(content, encoding="ascii")
+    os.replace(part, path)
+
+
+def _reads(path: Path, content: str) -> bool:
+    deadline = time.monotonic() + SEEN_WITHIN_S
+    while True:
+        with contextlib.suppress(OSError):
+            if path.read_bytes() == content.encode("ascii"):
+                return True
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.2)
