@@ -518,7 +518,7 @@ def saved_weights(model: Any) -> dict[str, np.ndarray]:
 def prepared_steps(world: Any, config: str, run_dir: str, overrides: list[str]) -> tuple[Any, Any, Any]:
     """(the engine of ``unlearn``, its goal, a function that makes the step of a number): no logs, no checkpoints."""
     from trace_ds.stages import unlearn
-    from trace_ds.unlearning.job import run_step
+    from trace_ds.unlearning.trainer import run_step
 
     loaded, directory = load_config(config, overrides, run_dir)
     job = unlearn.check_unlearn(loaded, RunDirectory.at(directory), world.size)

@@ -104,8 +104,8 @@ def peak_bytes(world: Any, config: str, run_dir: str, overrides: list[str]) -> d
 
     from trace_ds.unlearning.assemble import make_objective
     from trace_ds.unlearning.goals import Multiplier, Unlearning
-    from trace_ds.unlearning.job import run_step
     from trace_ds.unlearning.needs import layers_held
+    from trace_ds.unlearning.trainer import run_step
     from trace_ds.unlearning.training_engine import training_engine
 
     loaded, _ = load_config(config, overrides, run_dir)

@@ -2,7 +2,7 @@
 
     with Standin() as standin:
         model.to(DEVICE)(ids.pin_memory().to(DEVICE, non_blocking=True))
-    standin.waits                      # Counter({("reads a value", "trace_ds/unlearning/job.py:254"): 6, ...})
+    standin.waits                      # Counter({("reads a value", "trace_ds/unlearning/trainer.py:254"): 6, ...})
 
 * A tensor on the device is not on the host: ``.numpy()`` is refused.
 * An operation takes tensors of one side only; CUDA's two exceptions hold (a scalar, and an index, which is copied).

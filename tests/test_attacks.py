@@ -23,7 +23,7 @@ from trace_ds.models.families import FAMILIES
 from trace_ds.models.routers import find_routers, meta_model, record_routing
 from trace_ds.parallel.world import World
 from trace_ds.stages.evaluate import evaluate
-from trace_ds.unlearning.job import NumericalFailure
+from trace_ds.unlearning.trainer import NumericalFailure
 
 IDS = torch.tensor([[0, 5, 9, 13, 20, 41, 8, 7], [0, 3, 4, 5, 6, 7, 8, 9]])
 

@@ -115,7 +115,7 @@ EARLY = {
     "kept": ({"step": 50}, {"steps": 100, "save_every": 10, "keep_every": 50}, ""),
     "the last": ({"step": 95}, {"steps": 95, "save_every": 10}, ""),
     "there already": ({"step": 1}, {"steps": 95, "save_every": 10}, ""),
-    "anywhere": ({"step": 7}, {"steps": 95, "evaluate": {"every": 5, "target_forget_nll": 3.0}}, ""),  # of a target
+    "anywhere": ({"step": 7}, {"steps": 95, "evaluate": {"every": 5, "until": ["forget_nll >= 3"]}}, ""),  # of a target
 }
 
 

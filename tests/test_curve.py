@@ -15,10 +15,11 @@ from test_unlearn import calibrated, copy_of  # noqa: F401 (calibrated is a fixt
 from trace_ds.config.load import load_config
 from trace_ds.errors import UserError
 from trace_ds.reporting.gather import gather
+from trace_ds.run.curve import read_curve
 from trace_ds.run.directory import RunDirectory
 from trace_ds.stages.convert import convert
 from trace_ds.stages.evaluate import evaluate
-from trace_ds.stages.unlearn import check_unlearn
+from trace_ds.stages.unlearn import check_unlearn, discard_checkpoints
 
 TASKS = ["questions_forget", "questions_utility"]
 CURVE = ["unlearning.evaluate.every=2", f"unlearning.evaluate.tasks={json.dumps(TASKS)}", "unlearning.save_every=2"]
@@ -77,18 +78,65 @@ def test_a_curve_is_the_scores_of_the_checkpoints_and_changes_nothing(
 
 
 @pytest.mark.slow
+def test_a_job_that_keeps_nothing_leaves_its_curve(calibrated: tuple[Path, Path], tmp_path: Path) -> None:  # noqa: F811
+    """Also of a model that breaks down; stopped on the way it goes on; a damaged curve is refused in one line."""
+    config, prepared = calibrated
+    run = RunDirectory(copy_of(prepared, tmp_path / "run"))
+    settings = [*CURVE, "unlearning.forget_loss=graddiff", "unlearning.steps=5", "unlearning.optimizer.lr=0.03"]
+    run_distributed(jobs.unlearn_job, 1, str(config), str(run.path), settings)
+    expected = json.loads(run.curve.read_text())
+    assert [point["step"] for point in expected["curve"]] == [0, 2, 4, 5] and expected["diverged"] is None
+    assert curve_of(run.path, 5) == expected["curve"]
+    alone = RunDirectory(copy_of(prepared, tmp_path / "alone"))
+    (alone.path / "stop").touch()
+    nothing = [*settings, "unlearning.keep=0"]
+    with pytest.raises(AssertionError, match="StopRequested"):
+        run_distributed(jobs.unlearn_job, 1, str(config), str(alone.path), nothing)
+    run_distributed(jobs.unlearn_job, 1, str(config), str(alone.path), nothing)
+    found = json.loads(alone.curve.read_text())
+    assert found["curve"] == expected["curve"] and not list(alone.checkpoints.glob("step_*"))
+    guarded = [*nothing, 'unlearning.evaluate.guards=["forget_nll <= 0.1"]']
+    loaded, _ = load_config(str(config), guarded, alone.path)
+    assert not check_unlearn(loaded, alone, 1).settled(loaded, alone)
+    run_distributed(jobs.unlearn_job, 1, str(config), str(alone.path), guarded)
+    assert check_unlearn(loaded, alone, 1).settled(loaded, alone)
+    found = json.loads(alone.curve.read_text())
+    assert found["diverged"] == 2 and [point["step"] for point in found["curve"]] == [0, 2]
+    for damage in (
+        {"curve": []},
+        {"curve": [{"step": 0}]},
+        {"curve": [*found["curve"][::-1]]},
+        {"curve": [found["curve"][0] | {"scores": [{"task": "a", "metric": "b", "value": "c"}]}]},
+        {"diverged": "soon"},
+    ):
+        alone.curve.write_text(json.dumps(found | damage))
+        with pytest.raises(UserError, match=r"curve\.json: the curve is damaged"):
+            read_curve(alone.curve)
+    kept = sorted(run.checkpoints.iterdir())
+    discard_checkpoints(run, "a curve's identity")  # those of another job stay
+    assert sorted(run.checkpoints.iterdir()) == kept and kept
+
+
+@pytest.mark.slow
 def test_a_job_ends_where_a_score_is_low_enough(
     calibrated: tuple[Path, Path],  # noqa: F811
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """With a checkpoint, and with the tasks that the last look alone scores; it is done, but not for a lower score."""
+    """With a checkpoint; it is done, but not for a lower score."""
     config, prepared = calibrated
     run = RunDirectory(copy_of(prepared, tmp_path / "run"))
     score = "questions_forget choice_probability"
-    settings = [*CURVE, 'unlearning.evaluate.at_end=["questions_utility"]', "unlearning.optimizer.lr=0.03"]
-    settings += ["unlearning.forget_loss=graddiff", "unlearning.steps=6", "evaluation.drift=false"]
-    met, unmet = ([*settings, "unlearning.evaluate.until=" + json.dumps({score: most})] for most in (0.99, 0.0))
+    settings = [
+        *CURVE,
+        "unlearning.optimizer.lr=0.03",
+        "unlearning.forget_loss=graddiff",
+        "unlearning.steps=6",
+        "evaluation.drift=false",
+    ]
+    met, unmet = (
+        [*settings, "unlearning.evaluate.until=" + json.dumps([f"{score} <= {most}"])] for most in (0.99, 0.0)
+    )
     run_distributed(jobs.unlearn_job, 1, str(config), str(run.path), met)
     [_, last] = curve = curve_of(run.path, 2)
     assert [point["step"] for point in curve] == [0, 2]
@@ -100,17 +148,15 @@ def test_a_job_ends_where_a_score_is_low_enough(
     assert "newest complete checkpoint" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "score", ["questions_forget", "questions_utility accuracy", "other accuracy", "questions_forget bleu"]
-)
-def test_scores_that_end_a_job_are_of_tasks_that_every_look_scores(
+@pytest.mark.parametrize("score", ["questions_forget", "other accuracy", "questions_forget bleu"])
+def test_scores_that_end_a_job_are_those_that_it_makes(
     calibrated: tuple[Path, Path],  # noqa: F811
     score: str,
 ) -> None:
     config, run = calibrated
-    settings = [*CURVE, 'unlearning.evaluate.at_end=["questions_utility"]']
+    until = "unlearning.evaluate.until=" + json.dumps([f"{score} <= 0.5"])
     with pytest.raises(UserError, match=re.escape(repr(score))):
-        loaded, _ = load_config(str(config), [*settings, "unlearning.evaluate.until=" + json.dumps({score: 0.5})], run)
+        loaded, _ = load_config(str(config), [*CURVE, until], run)
         check_unlearn(loaded, RunDirectory(run), 1)
 
 

@@ -134,7 +134,7 @@ def test_what_the_page_names_is_there() -> None:
     [
         ("trace_ds.run.files", "from trace_ds.stages.inspect import inspect"),
         ("trace_ds.run.files", "def lazy():\n    from trace_ds.models import loading"),
-        ("trace_ds.models.engine", "if TYPE_CHECKING:\n    from trace_ds.unlearning.job import train"),
+        ("trace_ds.models.engine", "if TYPE_CHECKING:\n    from trace_ds.unlearning.trainer import train"),
         ("trace_ds.terminal", "import trace_ds.errors"),
         ("trace_ds.tensors.runs", "from trace_ds.parallel.world import World"),  # above, and not allowed
     ],

@@ -34,7 +34,7 @@ from trace_ds.run.files import remove_leftovers
 from trace_ds.stages.calibrate import calibrate
 from trace_ds.stages.convert import checkpoint_to_directory
 from trace_ds.stages.unlearn import check_unlearn
-from trace_ds.unlearning.job import finite_state
+from trace_ds.unlearning.trainer import finite_state
 
 # AdamW with a large eps moves each weight nearly in proportion to its gradient, so equal weights mean equal gradients;
 # with the usual eps the sign of a gradient that is zero up to rounding would move a weight by the learning rate.

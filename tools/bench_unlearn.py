@@ -172,7 +172,7 @@ class Job:
 
     def step(self, arm: str, number: int) -> float:
         """Seconds of one step."""
-        from trace_ds.unlearning.job import run_step
+        from trace_ds.unlearning.trainer import run_step
 
         began_s = time.perf_counter()
         run_step(self.engine, self.world, self.batches[arm].at(number, 0, 1), self.goal, self.settings, number)

@@ -196,7 +196,7 @@ def unlearn(
     from trace_ds.unlearning import trainable
     from trace_ds.unlearning.batches import Batches, CorpusBatches
     from trace_ds.unlearning.goals import Multiplier, NextToken, Unlearning
-    from trace_ds.unlearning.job import run_step
+    from trace_ds.unlearning.trainer import run_step
 
     settings = UnlearningConfig(**{"forget_rows": 4, "retain_rows": 4, "apply": "loss", **JOBS[job]})
     sides = {side: ragged_rows(folder, side) for side in ("forget", "retain", "alternative")}
@@ -449,7 +449,7 @@ def bench_of_unlearn(name: str, options: argparse.Namespace, folder: Path, *, ze
     from trace_ds.models.attention import adopt
     from trace_ds.unlearning.batches import Batches
     from trace_ds.unlearning.goals import Multiplier, Unlearning
-    from trace_ds.unlearning.job import run_step
+    from trace_ds.unlearning.trainer import run_step
 
     if zero3:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")

@@ -19,7 +19,6 @@ from trace_ds.run.ours import MANIFEST
 LATEST = "latest"
 FORMAT = 1
 _TEXTS = ("family", "job", "calibration", "dtype")
-REACHED = ("reached_forget_nll", "reached_scores")  # of a cursor: what met the target that ended the job
 STEP = re.compile(r"step_(\d{6,})")
 
 

@@ -20,7 +20,7 @@ from trace_ds.config.sections.distributed import DistributedConfig
 from trace_ds.config.sections.evaluation import EvaluationConfig
 from trace_ds.config.sections.finetune import FinetuneConfig
 from trace_ds.config.sections.statistics import StatisticsConfig
-from trace_ds.config.sections.unlearning import TrainableConfig, UnlearningConfig
+from trace_ds.config.sections.unlearning import ROW_SCORES, TrainableConfig, UnlearningConfig
 
 
 class ModelConfig(Section):
@@ -95,17 +95,20 @@ class Config(Section):
                 f"distributed.autoep.comm_backend deepep carries bf16, and model.dtype is {self.model.dtype}"
             )
         self._check_finetune()
-        evaluate, guards = self.unlearning.evaluate, self.unlearning.guards
-        for key, value in (
-            ("evaluate.tasks", evaluate.tasks or None),
-            ("evaluate.curve_only", evaluate.curve_only or None),
-            ("evaluate.target_forget_nll", evaluate.target_forget_nll),
-            ("evaluate.until", evaluate.until or None),
-            ("guards.max_retain_ratio", guards.max_retain_ratio),
-            ("guards.min_retain_overlap", guards.min_retain_overlap),
-        ):
-            if value is not None and evaluate.every is None:
-                raise ValueError(f"unlearning.{key} needs unlearning.evaluate.every")
+        self._check_scores()
+        for name, changes in self.variants.items():
+            for key in changes:
+                if key.split(".")[0] not in ("calibration", "unlearning", "conversion"):
+                    raise ValueError(f"variants.{name} may not change {key}: only calibration, unlearning, conversion")
+        return self
+
+    def _check_scores(self) -> None:
+        evaluate = self.unlearning.evaluate
+        for key in ("tasks", "until", "guards"):
+            if getattr(evaluate, key) and evaluate.every is None:
+                raise ValueError(f"unlearning.evaluate.{key} needs unlearning.evaluate.every")
+        if self.unlearning.keep == 0 and not evaluate.tasks:
+            raise ValueError("unlearning.keep 0 needs unlearning.evaluate.tasks: the curve is all that the job leaves")
         names = [task.name for task in self.evaluation.tasks]
         for name in evaluate.tasks:
             if name not in names:
@@ -113,27 +116,19 @@ class Config(Section):
                     f"unlearning.evaluate.tasks names {name!r}, which is not among evaluation.tasks "
                     f"({', '.join(names) or 'there are none'})"
                 )
-        if evaluate.curve_only and not evaluate.tasks:
-            raise ValueError(
-                "unlearning.evaluate.curve_only needs evaluate.tasks: the curve is all that the job leaves"
-            )
-        for name in evaluate.at_end:
-            if name not in evaluate.tasks:
-                raise ValueError(f"unlearning.evaluate.at_end names {name!r}, which is not among its tasks")
-        for score in evaluate.until:
-            if score.split()[:1] not in [[name] for name in evaluate.tasks if name not in evaluate.at_end]:
-                raise ValueError(f"unlearning.evaluate.until names {score!r}, of no task that every look scores")
+        for bound in [*evaluate.bounds("until"), *evaluate.bounds("guards")]:
+            task, _, metric = bound.score.partition(" ")
+            if not (task in evaluate.tasks if metric else evaluate.rows and task in ROW_SCORES):
+                raise ValueError(
+                    f"unlearning.evaluate: {bound.score!r} is not scored while the job trains: use "
+                    f"{', '.join(ROW_SCORES)} or 'TASK METRIC' of one of its tasks"
+                )
         for score in self.report.headline:
             if score.rpartition(" ")[0] not in names:
                 raise ValueError(
                     f"report.headline names {score!r}: give 'TASK METRIC' with a task of evaluation.tasks "
                     f"({', '.join(names) or 'there are none'})"
                 )
-        for name, changes in self.variants.items():
-            for key in changes:
-                if key.split(".")[0] not in ("calibration", "unlearning", "conversion"):
-                    raise ValueError(f"variants.{name} may not change {key}: only calibration, unlearning, conversion")
-        return self
 
     def _check_finetune(self) -> None:
         if self.finetune is None:

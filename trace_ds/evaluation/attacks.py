@@ -44,7 +44,7 @@ from trace_ds.models.routers import find_routers, logits_of, meta_model, places_
 from trace_ds.parallel.device import to_device
 from trace_ds.unlearning.batches import CorpusStep, EpochRows, generator, share_of_rank
 from trace_ds.unlearning.goals import NextToken
-from trace_ds.unlearning.job import NumericalFailure, run_step
+from trace_ds.unlearning.trainer import NumericalFailure, run_step
 
 SHARE_STREAM, ORDER_STREAM = 11, 12
 TRIAL_TOKENS, TRIAL_LOGIT_STD, TRIAL_TOLERANCE = 64, 2.0, 1e-3

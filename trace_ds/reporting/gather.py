@@ -20,6 +20,7 @@ from trace_ds.config.sections.finetune import RETRAINED
 from trace_ds.errors import UserError
 from trace_ds.routing.statistics import RoutingStatistics
 from trace_ds.run.artefact import FILE_NAME, Artefact, load
+from trace_ds.run.curve import read_curve
 from trace_ds.run.directory import RunDirectory
 from trace_ds.run.foreign import named_by, read_object
 
@@ -295,11 +296,14 @@ def _scores(entries: list[dict[str, Any]], model: str, path: Path, headline: lis
 
 
 def _curve(base: Path, headline: list[str]) -> dict[int, Evaluation]:
-    """What an unlearning job scored of itself, by step, from its newest checkpoint."""
+    """What an unlearning job scored of itself, by step, from its newest checkpoint, or RUN/curve.json."""
+    points = (_manifest(base).get("cursor") or {}).get("curve") or []
+    if not points and (base / "curve.json").is_file():
+        points = read_curve(base / "curve.json")["curve"]
     found = {}
-    for point in (_manifest(base).get("cursor") or {}).get("curve") or []:
+    for point in points:
         step, model = int(point["step"]), f"step_{point['step']}"
-        if step:  # at step 0 it is the original
+        if step and point["scores"]:  # at step 0 it is the original
             scores = _scores(point["scores"], model, base / "checkpoints", headline)
             found[step] = Evaluation(model, None, scores, {}, {}, None, {})
     return found

@@ -140,8 +140,7 @@ class RunDirectory:
             found[self.statistics / side] = ours.artefact("statistics")
             found[self.statistics / f"{side}.partial"] = ours.partial_statistics
         steps = sorted(self.checkpoints.iterdir()) if self.checkpoints.is_dir() else []
-        found |= {step: ours.checkpoint for step in steps if STEP.fullmatch(step.name)}
-        return found
+        return found | {step: ours.checkpoint for step in steps if STEP.fullmatch(step.name)}
 
     def is_marked(self) -> bool:
         """Whether a stage of ours has left something here that only a stage of ours leaves."""

@@ -71,15 +71,10 @@ def check_convert(config: Config, run: RunDirectory) -> None:
     from trace_ds.conversion.safetensors_target import parse_size
 
     parse_size(config.conversion.max_shard_size, "conversion.max_shard_size")
-    if config.unlearning.evaluate.curve_only:
-        raise UserError(
-            "the job leaves a curve and no weights",
-            "unlearning.evaluate.curve_only",
-            "run `trace-ds unlearn` alone, or set it to false",
-        )
+    if config.unlearning.keep == 0:
+        raise UserError("the job leaves a curve and no weights", "unlearning.keep 0", "set it to 2 or more")
     step, settings = config.conversion.step, config.unlearning
-    has_target = settings.evaluate.target_forget_nll is not None or settings.evaluate.until
-    if step is None or (run.checkpoints / step_name(step)).is_dir() or has_target:
+    if step is None or (run.checkpoints / step_name(step)).is_dir() or settings.evaluate.until:
         return  # a job with a target saves where it reaches it
     kept = settings.kept_steps(settings.steps)
     if step not in kept:
@@ -107,7 +102,8 @@ def checkpoint_to_directory(
 
 def _choose(config: Config, run: RunDirectory) -> tuple[Path, list[str]]:
     """The checkpoint to convert, its sizes checked, and what the user should hear about the others."""
-    from trace_ds.checkpoints.manifest import REACHED, newest_complete, read_manifest, step_name, verify
+    from trace_ds.checkpoints.manifest import newest_complete, read_manifest, step_name, verify
+    from trace_ds.run.curve import has_ended
 
     fix = "make one with `trace-ds unlearn CONFIG`"
     if config.conversion.step is not None:
@@ -125,8 +121,9 @@ def _choose(config: Config, run: RunDirectory) -> tuple[Path, list[str]]:
     if step is None:
         found = f" ({problems[0]})" if problems else ""
         raise UserError(f"there is no complete checkpoint{found}", str(run.checkpoints), fix)
-    cursor = read_manifest(run.checkpoints / step_name(step)).cursor
-    if step < config.unlearning.steps and not any(key in cursor for key in REACHED):
+    points = read_manifest(run.checkpoints / step_name(step)).cursor.get("curve", [])
+    ended = bool(points) and points[-1]["step"] == step and has_ended(config.unlearning.evaluate, points[-1])
+    if step < config.unlearning.steps and not ended:
         problems.append(f"the newest complete checkpoint is of step {step} of {config.unlearning.steps}")
     return run.checkpoints / step_name(step), problems
 

@@ -144,7 +144,7 @@ def finetune(config: Config, run: RunDirectory, world: World) -> None:
 
 def _train(config: Config, run: RunDirectory, world: World, job: FinetuneJob) -> None:
     from trace_ds.unlearning.goals import NextToken
-    from trace_ds.unlearning.job import train
+    from trace_ds.unlearning.trainer import train
     from trace_ds.unlearning.training_engine import training_engine
 
     training = job.training(config, run)

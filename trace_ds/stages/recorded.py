@@ -35,6 +35,8 @@ def keys_needing(what: str, config: Config, side: str) -> list[str]:
 def _needs(config: Config, side: str) -> Iterator[tuple[str, str]]:
     """(what, key) of the configuration itself."""
     calibration = config.calibration
+    if config.unlearning.evaluate.compares_routing:
+        yield SAMPLE, "unlearning.evaluate"
     if side == "retain":
         if calibration.rule not in WITHOUT_TRACE and calibration.level == "row":
             yield ROW_COUNTS, "calibration.level: row"
@@ -47,5 +49,3 @@ def _needs(config: Config, side: str) -> Iterator[tuple[str, str]]:
             if any(changed.get("calibration.level") == "row" for changed in changes):
                 yield ROW_COUNTS, "bench"
                 yield SAMPLE, "bench"
-        if config.unlearning.guards.min_retain_overlap is not None:
-            yield SAMPLE, "unlearning.guards.min_retain_overlap"

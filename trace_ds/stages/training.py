@@ -82,7 +82,7 @@ class Training:
         manifest = read_manifest(self.run.checkpoints / step_name(step))
         if manifest.job != self.identity or not is_enough(manifest):
             return False
-        settle(self.run.checkpoints, step, self.settings.keep, self.settings.keep_every)
+        settle(self.run.checkpoints, step, max(self.settings.keep, 2), self.settings.keep_every)
         return True
 
     @contextmanager

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -18,9 +17,9 @@ from trace_ds.models.families import ModelInfo, require_plain_logits
 from trace_ds.parallel.environment import accelerator_count
 from trace_ds.routing.token_files import require_parts
 from trace_ds.run import artefact, ours
+from trace_ds.run.curve import has_ended, read_curve
 from trace_ds.run.directory import RunDirectory
 from trace_ds.run.files import canonical_json, sha256_text, write_json
-from trace_ds.run.foreign import read_object
 from trace_ds.stages.inputs import Inputs, agreed, checked_model, checked_tasks, look_at
 from trace_ds.stages.training import OPERATIONAL, Training, ds_config_of, held_as
 from trace_ds.unlearning.needs import layers_held
@@ -30,12 +29,12 @@ if TYPE_CHECKING:
     from trace_ds.parallel.world import World
     from trace_ds.run.log import StageLog
     from trace_ds.unlearning.batches import Batches
+    from trace_ds.unlearning.evaluator import Evaluator, FixedRows
     from trace_ds.unlearning.goals import Unlearning
     from trace_ds.unlearning.grip import Projection
-    from trace_ds.unlearning.watch import Evaluator
 
 
-CURVE_FORMAT = 2  # raise it when what a step computes changes: the curves of studies are then made anew
+CURVE_FORMAT = 3  # raise it when what a step computes changes: the curves of studies are then made anew
 
 
 @dataclass(frozen=True)
@@ -45,35 +44,34 @@ class UnlearnJob:
     info: ModelInfo
     data: artefact.Artefact
     calibration: artefact.Artefact
-    traces: dict[str, artefact.Artefact]
+    routing: dict[str, artefact.Artefact]  # statistics by side, where the routing of fixed rows is compared
     statistics: dict[str, artefact.Artefact]  # by side, where the frozen model's losses or gates are needed
     experts: dict[int, tuple[int, ...]] | None  # trained experts by decoder layer; None: all
     anchored: tuple[int, tuple[int, ...]] | None  # SEUF's MoE layer and its experts
     layers: int | None  # decoder layers that it holds, see needs.py
     identity: str
-    curve: str  # identity of its curve; empty where a checkpoint is what it leaves
+    curve: str  # identity of its curve; empty where it has none
 
     def training(self, config: Config, run: RunDirectory) -> Training:
         """As its checkpoints know it."""
         settings, calibration = config.unlearning, self.calibration.content
-        identity = self.curve or self.identity  # a curve goes on only from checkpoints of that very curve
+        # where the curve is all that is left, it goes on only from checkpoints of that very curve
+        identity = self.curve if settings.keep == 0 else self.identity
         return Training("unlearning", settings, run, config, self.info, identity, calibration, self.layers)
 
     def settled(self, config: Config, run: RunDirectory) -> bool:
-        """Whether the last step of this very job is there, complete, or one that reached the forgetting target; or its
-        curve, where that is all that is wanted."""
-        if self.curve:
-            if not ours.is_curve(run.curve) or read_object(run.curve, "the curve", "")["identity"] != self.curve:
+        """Whether the last step of this very job is there, complete, or one that met the bounds that end it; or its
+        curve, where that is all that it leaves."""
+        if config.unlearning.keep == 0:
+            if not ours.is_curve(run.curve) or read_curve(run.curve)["identity"] != self.curve:
                 return False
             discard_checkpoints(run, self.curve)  # which a kill may have cut off
             return True
-        ends = config.unlearning.evaluate
 
         def is_enough(manifest: Manifest) -> bool:
-            nll, scores = (manifest.cursor.get(key) for key in ("reached_forget_nll", "reached_scores"))
-            reached = ends.target_forget_nll is not None and nll is not None and nll >= ends.target_forget_nll
-            low = bool(ends.until) and all((scores or {}).get(n, math.inf) <= most for n, most in ends.until.items())
-            return reached or low or manifest.step >= config.unlearning.steps
+            points = [point for point in manifest.cursor.get("curve", []) if point["step"] == manifest.step]
+            ended = any(has_ended(config.unlearning.evaluate, point) for point in points)
+            return ended or manifest.step >= config.unlearning.steps
 
         return self.training(config, run).settled(is_enough)
 
@@ -94,10 +92,11 @@ def check_settings(config: Config, info: ModelInfo) -> dict[str, Any] | None:
         for metric in TASK_METRICS[task.type]
         if task.name in settings.evaluate.tasks and ROLE_OF.get(metric, task.role) == task.role
     ]
-    for score in settings.evaluate.until:
-        if score not in known:
-            what = f"{score!r} is not 'TASK METRIC' of a task of the curve"
-            raise UserError(what, "unlearning.evaluate.until", f"use one of: {', '.join(known)}")
+    for kind in ("until", "guards"):
+        for bound in settings.evaluate.bounds(kind):
+            if " " in bound.score and bound.score not in known:
+                what = f"{bound.score!r} is not 'TASK METRIC' of a task that is scored while the job trains"
+                raise UserError(what, f"unlearning.evaluate.{kind}", f"use one of: {', '.join(known)}")
     return ds_config_of(settings)
 
 
@@ -109,24 +108,22 @@ def check_unlearn(config: Config, run: RunDirectory, world_size: int, *, verify:
     ds_config = check_settings(config, info)
     settings = config.unlearning
     tasks = curve_tasks(config)
-    looked_at = ("forget", "retain") if settings.evaluate.every else ()
-    traces = {side: found.statistics(side, verify=verify) for side in looked_at}
-    if traces and settings.guards.min_retain_overlap is not None:
-        require_parts(traces["retain"], "sample", "unlearning.guards.min_retain_overlap")
+    compared = ("forget", "retain") if settings.evaluate.every and settings.evaluate.rows else ()
+    routing = {side: found.statistics(side, verify=verify) for side in compared}
+    if settings.evaluate.compares_routing:
+        for side in routing:
+            require_parts(routing[side], "sample", "unlearning.evaluate")
     paired = ("alternative",) if settings.forget_loss == "dpo" else ()
     asks = settings.forget_loss in ("npo", "dpo") or settings.seuf is not None
     statistics = {side: found.statistics(side, verify=verify) for side in (("forget", *paired) if asks else ())}
     experts, anchored = choose_trained(config, info, calibration, statistics.get("forget"))
-    guards = settings.guards
     identity = sha256_text(
         canonical_json(
             {
                 "model": info.fingerprint,
                 "data": data.content,
                 "calibration": calibration.content,
-                "settings": settings.model_dump(mode="json", exclude={*OPERATIONAL, "evaluate", "guards"}),
-                "guards": guards.model_dump(mode="json") if guards.on else None,
-                "evaluated": settings.evaluate.model_dump(include={"every", "rows"}) if guards.on else None,
+                "settings": settings.model_dump(mode="json", exclude={*OPERATIONAL, "evaluate"}),
                 "ds_config": ds_config,
                 "dtype": config.model.dtype,
                 "seed": config.seed,
@@ -134,8 +131,8 @@ def check_unlearn(config: Config, run: RunDirectory, world_size: int, *, verify:
         )
     )
     held = layers_held(settings, info.decoder_layers)
-    curve = _curve_identity(config, identity, tasks) if settings.evaluate.curve_only else ""
-    return UnlearnJob(info, data, calibration, traces, statistics, experts, anchored, held, identity, curve)
+    curve = _curve_identity(config, identity, tasks) if settings.evaluate.every else ""
+    return UnlearnJob(info, data, calibration, routing, statistics, experts, anchored, held, identity, curve)
 
 
 def _curve_identity(config: Config, job: str, tasks: list[Task]) -> str:
@@ -146,9 +143,7 @@ def _curve_identity(config: Config, job: str, tasks: list[Task]) -> str:
                 "format": CURVE_FORMAT,
                 "job": job,
                 "steps": settings.steps,
-                "looks": settings.evaluate.model_dump(
-                    mode="json", exclude=set() if settings.evaluate.until else {"until"}
-                ),
+                "evaluate": settings.evaluate.model_dump(mode="json"),
                 "tasks": task_fingerprints(tasks, config.evaluation.max_new_tokens),
                 "batch_rows": config.evaluation.batch_rows,
             }
@@ -203,8 +198,7 @@ def unlearn(config: Config, run: RunDirectory, world: World) -> None:
         StopRequested: stopped on request; a complete checkpoint was saved.
     """
     from trace_ds.run.log import already_done
-    from trace_ds.unlearning.job import train
-    from trace_ds.unlearning.watch import Watch
+    from trace_ds.unlearning.trainer import train
 
     there = ("data", "calibration")
     job = agreed(world, lambda: check_unlearn(config, run, world.size), lambda: look_at(config, run, *there))
@@ -228,33 +222,31 @@ def unlearn(config: Config, run: RunDirectory, world: World) -> None:
             f"{settings.forget_loss}, weights by {settings.apply}, alpha {settings.alpha:g}, "
             f"ZeRO stage {settings.zero_stage}, world size {world.size}, expert-parallel size {config.distributed.ep}"
         )
-        [evaluator] = world.agree_each(lambda _: [make_evaluator(config, job, world)])
-        [score_tasks] = world.agree_each(lambda _: [make_scorer(config, engine, world)])
-        watch = Watch(evaluator, settings, log, score_tasks) if evaluator is not None else None
-        start, failed = replace(start, cursor=cursor), None
+        [evaluator] = world.agree_each(lambda _: [make_evaluator(config, job, engine, world, log)])
+        start, diverged = replace(start, cursor=cursor), None
         try:
-            train(engine, world, batches, goal, settings, settings.steps, run, start, log, watch)
+            train(engine, world, batches, goal, settings, settings.steps, run, start, log, evaluator)
         except JobFailed as error:
-            if not job.curve or error.step is None:
+            if settings.keep or not error.step:
                 raise
-            failed = error.step
+            diverged = error.step
             log.line(str(error).replace("the last checkpoint stands", "the curve ends here"))
         if job.curve:
-            world.agree(lambda: leave_curve(job, run, cursor.get("curve", []), failed))
-            engine.destroy()  # a process may run many such jobs
+            world.agree(lambda: write_curve(job, run, cursor["curve"], diverged))
+        if settings.keep == 0:
+            world.agree(lambda: discard_checkpoints(run, job.curve))
+        engine.destroy()  # a process may run many jobs
 
 
-def leave_curve(job: UnlearnJob, run: RunDirectory, points: list[dict[str, Any]], failed: int | None) -> None:
-    """Write RUN/curve.json, which says that the job is done, and delete its checkpoints.
+def write_curve(job: UnlearnJob, run: RunDirectory, points: list[dict[str, Any]], diverged: int | None) -> None:
+    """Write RUN/curve.json.
 
     Args:
-        points: of every look: ``step``, ``scores`` (as in the evaluation artefact), ``by_source``.
-        failed: the step after which the model was of no use (a loss is not finite, a guard is broken), or None.
+        diverged: the step after which the model was of no use (a loss is not finite, a score past a guard), or None.
     """
     made_with = {"device": "gpu" if accelerator_count() else "cpu", "torch": version("torch")}
-    found = {"identity": job.curve, "job": job.identity, "made_with": made_with, "curve": points, "diverged": failed}
-    write_json(run.curve, found)
-    discard_checkpoints(run, job.curve)
+    curve = {"identity": job.curve, "job": job.identity, "made_with": made_with, "curve": points, "diverged": diverged}
+    write_json(run.curve, curve)
 
 
 def discard_checkpoints(run: RunDirectory, curve: str) -> None:
@@ -363,12 +355,40 @@ def curve_tasks(config: Config) -> list[Task]:
     return checked_tasks(asked, config)
 
 
-def make_scorer(config: Config, engine: Any, world: World) -> Callable[[bool], dict[str, Any] | None] | None:
-    """What scores the run's own tasks on the model in the engine (see :class:`Watch`); None when none is asked for."""
+def make_evaluator(config: Config, job: UnlearnJob, engine: Any, world: World, log: StageLog) -> Evaluator | None:
+    """What scores the model in the engine while it is trained; None when ``unlearning.evaluate.every`` is not set."""
+    from trace_ds.unlearning.evaluator import Evaluator, score_rows
+
+    settings, rows = config.unlearning.evaluate, None
+    if settings.every is None:
+        return None
+    if settings.rows:
+        sides, batch_rows = fixed_rows(config, job), config.statistics.batch_rows
+        rows = lambda engine: score_rows(engine, sides, world, batch_rows)  # noqa: E731
+    return Evaluator(settings, log, rows, make_scorer(config, engine, world))
+
+
+def fixed_rows(config: Config, job: UnlearnJob) -> dict[str, FixedRows]:
+    """The rows of each corpus that are scored while the model is trained."""
+    from trace_ds.corpora.dataset import TokenDataset
+    from trace_ds.routing.token_files import SampledRouting
+    from trace_ds.unlearning.evaluator import FixedRows
+
+    settings, sides = config.unlearning.evaluate, {}
+    for side, statistics in job.routing.items():
+        dataset = TokenDataset.open(job.data.file(f"{side}.arrow"))
+        sides[side] = fixed = FixedRows.of(dataset, settings.rows, SampledRouting.of(statistics))
+        if settings.compares_routing and fixed.sampled(fixed.rows, 0) is None:
+            what = f"none of the {settings.rows} {side} rows has a token in the sample of the routing"
+            raise UserError(what, "unlearning.evaluate.rows", "raise it, or statistics.sample_tokens and collect again")
+    return sides
+
+
+def make_scorer(config: Config, engine: Any, world: World) -> Callable[[], dict[str, Any] | None] | None:
+    """What scores the run's own tasks on the model in the engine (see :class:`Evaluator`); None without tasks."""
     from trace_ds.corpora.tokenizer import load_tokenizer
     from trace_ds.evaluation.language_model import Diverged, LanguageModel, ModelSettings, Sharding
     from trace_ds.evaluation.tasks import run_task
-    from trace_ds.unlearning.watch import low_enough
 
     tasks = curve_tasks(config)
     if not tasks:
@@ -379,42 +399,16 @@ def make_scorer(config: Config, engine: Any, world: World) -> Callable[[bool], d
     model = LanguageModel.of_engine(engine, tokenizer, settings, world, sharding)
     new, length = config.evaluation.max_new_tokens, config.data.context_length
 
-    looks = config.unlearning.evaluate
-
-    def results_of(wanted: Iterable[Task]) -> dict[str, Any]:
-        return {task.config.name: run_task(model, task, max_new_tokens=new, context_length=length) for task in wanted}
-
-    def score(last: bool) -> dict[str, Any] | None:
+    def score() -> dict[str, Any] | None:
         try:
-            found = results_of(task for task in tasks if task.config.name not in looks.at_end)
-            if last or low_enough(looks.until, [record for result in found.values() for record in result.scores]):
-                found |= results_of(task for task in tasks if task.config.name in looks.at_end)
+            results = {
+                task.config.name: run_task(model, task, max_new_tokens=new, context_length=length) for task in tasks
+            }
         except Diverged:
             return None
-        found = {task.config.name: found[task.config.name] for task in tasks if task.config.name in found}
         return {
-            "scores": [record for result in found.values() for record in result.scores],
-            "by_source": {name: result.by_source for name, result in found.items()},
+            "scores": [record for result in results.values() for record in result.scores],
+            "by_source": {name: result.by_source for name, result in results.items()},
         }
 
     return score
-
-
-def make_evaluator(config: Config, job: UnlearnJob, world: World) -> Evaluator | None:
-    """What looks at the model while it is trained; None when ``unlearning.evaluate.every`` is not set."""
-    from trace_ds.corpora.dataset import TokenDataset
-    from trace_ds.routing.token_files import SampledRouting
-    from trace_ds.unlearning.watch import Evaluator, HeldRows
-
-    settings = config.unlearning.evaluate
-    if settings.every is None:
-        return None
-    sides = {}
-    for side in ("forget", "retain"):
-        dataset = TokenDataset.open(job.data.file(f"{side}.arrow"))
-        sides[side] = HeldRows.of(dataset, settings.rows, SampledRouting.of(job.traces[side]))
-    guarded = config.unlearning.guards.min_retain_overlap is not None
-    if guarded and sides["retain"].before(sides["retain"].rows, 0) is None:
-        what = f"none of the {settings.rows} retain rows that are looked at has a token in the sample of the routing"
-        raise UserError(what, "unlearning.evaluate.rows", "raise it, or statistics.sample_tokens and collect again")
-    return Evaluator(sides, world, config.statistics.batch_rows)

@@ -92,12 +92,10 @@ def trial_config(config: Config, trial: Trial) -> Config:
     looks = {
         "every": bench.score_every,
         "tasks": [task.name for task in config.evaluation.tasks],
-        "at_end": bench.score_at_end,
-        "curve_only": True,
-        "until": {} if bench.until is None else {bench.forget: bench.until},
+        "until": [] if bench.until is None else [f"{bench.forget} <= {bench.until}"],
     }
     changes = {**bench.losses[trial.loss], **bench.methods[trial.method], **dict(trial.point)}
-    changes |= {"unlearning.resume": "replace", "bench": None, "variants": {}}
+    changes |= {"unlearning.resume": "replace", "unlearning.keep": 0, "bench": None, "variants": {}}
     changes |= {f"unlearning.evaluate.{key}": value for key, value in looks.items()}
     return with_changes(config, changes, f"bench: {trial.name}")
 

@@ -1,7 +1,7 @@
 """What a job trains for: the terms of its loss over a micro-batch, and what it keeps between the steps.
 
 ``NextToken`` is fine-tuning, ``Unlearning`` the forget and retain losses under the weights of TRACE. The training loop
-(:mod:`trace_ds.unlearning.job`) is one for both.
+(:mod:`trace_ds.unlearning.trainer`) is one for both.
 """
 
 from __future__ import annotations

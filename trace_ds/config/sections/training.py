@@ -67,6 +67,8 @@ class TrainingConfig(Section):
 
     def kept_steps(self, steps: int) -> list[int]:
         """The steps whose checkpoints a job of ``steps`` steps leaves."""
+        if self.keep == 0:
+            return []
         saved = sorted({*range(self.save_every, steps + 1, self.save_every), steps})
         curve = [step for step in saved[: -self.keep] if self.keep_every and step % self.keep_every == 0]
         return [*curve, *saved[-self.keep :]]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import re
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from trace_ds.config.sections.base import Integer, Number, Section
 from trace_ds.config.sections.training import TrainingConfig
@@ -90,56 +92,77 @@ class GRIPConfig(Section):
     steps: Integer = Field(8, ge=1, description="Steps whose retain rows are looked at, before training.")
 
 
+BOUND = re.compile(r"(\S+(?: \S+)?) (<=|>=) ([-+]?[0-9]*\.?[0-9]+(?:e[-+]?[0-9]+)?)")
+ROW_SCORES = ("forget_nll", "retain_nll", "forget_overlap", "retain_overlap")  # those of fixed rows of the corpora
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A bound on a score, ``"retain_nll <= 3.2"``."""
+
+    score: str
+    is_upper: bool
+    value: float
+
+    @classmethod
+    def parse(cls, text: str) -> Bound:
+        """``ValueError`` when it is none."""
+        parts = BOUND.fullmatch(text)
+        if parts is None:
+            raise ValueError(
+                f"{text!r} is no bound on a score, such as 'retain_nll <= 3.2' or 'questions accuracy >= 0.4'"
+            )
+        return cls(parts[1], parts[2] == "<=", float(parts[3]))
+
+    def holds(self, value: float | None) -> bool:
+        """A score that is not known or not a number meets no bound."""
+        return value is not None and (value <= self.value if self.is_upper else value >= self.value)
+
+    def __str__(self) -> str:
+        return f"{self.score} {'<=' if self.is_upper else '>='} {self.value:g}"
+
+
 class EvaluateConfig(Section):
-    """Scores while training, on the sharded model: NLL and routing of fixed rows of both corpora."""
+    """Scores while training, on the sharded model, and what ends the job.
+
+    Bounds are on ``forget_nll`` and ``retain_nll`` (mean NLL of the rows, nats a token), ``forget_overlap`` and
+    ``retain_overlap`` (share of the top-k experts that are still the frozen model's), and 'TASK METRIC' of the tasks.
+    """
 
     every: Integer | None = Field(None, ge=1, description="Steps between evaluations; default: none.")
-    rows: Integer = Field(32, ge=1, description="Rows of each corpus, evenly spaced; the same ones each time.")
+    rows: Integer = Field(
+        32, ge=0, description="Rows of each corpus, evenly spaced, whose NLL and routing are looked at; 0: none."
+    )
     tasks: list[str] = Field(
         default_factory=list,
-        description="Names of evaluation.tasks that are scored as well, on the model as it is being trained: the job's "
-        "forgetting-utility curve, without a kept checkpoint. Each costs what it costs in evaluate, at every look.",
+        description="Names of evaluation.tasks that are scored on the model as it is being trained: the job's "
+        "forgetting-utility curve, RUN/curve.json. Each costs what it costs in evaluate, every time.",
     )
-    at_end: list[str] = Field(default_factory=list, description="Those of the tasks that the last look alone scores.")
-    curve_only: bool = Field(
-        False,
-        description="The curve is all that is wanted, as in a study: RUN/curve.json, without step 0, is what the job "
-        "leaves, also of a model that breaks down on the way; its checkpoints, which are there to go on from, go.",
+    until: list[str] = Field(
+        default_factory=list,
+        description="Bounds such as 'questions accuracy <= 0.3' or 'forget_nll >= 6'. The job ends, with a checkpoint, "
+        "at the first evaluation at which all of them hold.",
     )
-    target_forget_nll: Number | None = Field(
-        None,
-        gt=0,
-        description="End the job, with a checkpoint, when the forget rows' mean NLL (nats a token) is at least this.",
-    )
-    until: dict[str, Number] = Field(
-        default_factory=dict,
-        description="End the job, with a checkpoint, when each score here is at most so much: 'TASK METRIC' of one of "
-        "the tasks -> value.",
+    guards: list[str] = Field(
+        default_factory=list,
+        description="Bounds such as 'retain_nll <= 3.2' or 'retain_overlap >= 0.7'. The job fails, saving nothing, at "
+        "the first evaluation at which one of them does not hold: the last checkpoint stands.",
     )
 
+    @field_validator("until", "guards")
+    @classmethod
+    def _are_bounds(cls, texts: list[str]) -> list[str]:
+        for text in texts:
+            Bound.parse(text)
+        return texts
 
-class GuardsConfig(Section):
-    """What to do when an evaluation finds that the model is breaking down."""
-
-    max_retain_ratio: Number | None = Field(
-        None, gt=1, description="Bound on the retain rows' NLL, in units of the frozen model's; default: none."
-    )
-    min_retain_overlap: Number | None = Field(
-        None,
-        gt=0,
-        lt=1,
-        description="Least share of the retain tokens' top-k experts that are still the frozen model's; default: none.",
-    )
-    action: Literal["stop", "back_off"] = Field(
-        "stop",
-        description="stop: end as a failure, the last checkpoint stands; back_off: halve the learning rate, and stop "
-        "when max_back_offs halvings did not help. A state that breaks a bound is never saved.",
-    )
-    max_back_offs: Integer = Field(3, ge=1)
+    def bounds(self, kind: Literal["until", "guards"]) -> list[Bound]:
+        return [Bound.parse(text) for text in (self.until if kind == "until" else self.guards)]
 
     @property
-    def on(self) -> bool:
-        return self.max_retain_ratio is not None or self.min_retain_overlap is not None
+    def compares_routing(self) -> bool:
+        """Whether a bound is on the routing."""
+        return any(bound.score.endswith("_overlap") for bound in [*self.bounds("until"), *self.bounds("guards")])
 
 
 class UnlearningConfig(TrainingConfig):
@@ -161,11 +184,15 @@ class UnlearningConfig(TrainingConfig):
     steps: Integer = Field(100, ge=1)
     forget_rows: Integer = Field(8, ge=1, description="Forget rows per step, over all processes.")
     retain_rows: Integer = Field(8, ge=1, description="Retain rows per step, over all processes.")
+    keep: Literal[0] | Annotated[int, Field(ge=2)] = Field(
+        2,
+        description="Checkpoints kept; never fewer than the newest two. 0: none once the job is done, also where the "
+        "model breaks down on the way: RUN/curve.json is what it leaves, as in a study.",
+    )
     rmu: RMUConfig = RMUConfig()
     npo: NPOConfig = NPOConfig()
     simnpo: SimNPOConfig = SimNPOConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
-    guards: GuardsConfig = GuardsConfig()
     dpo: DPOConfig = DPOConfig()
     wga: WGAConfig = WGAConfig()
     satimp: SatImpConfig = SatImpConfig()

@@ -1,4 +1,4 @@
-"""The training loop: steps, guards, checkpoints, stopping. Collective: every rank runs it in the same way."""
+"""The training loop: steps, evaluations, checkpoints, stopping. Collective: every rank runs it in the same way."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from trace_ds.parallel.world import World
 from trace_ds.run.directory import RunDirectory
 from trace_ds.run.log import Progress, StageLog
 from trace_ds.unlearning.batches import Batches, CorpusBatches
+from trace_ds.unlearning.evaluator import Evaluator
 from trace_ds.unlearning.goals import Goal
-from trace_ds.unlearning.watch import Watch
 
 
 class NumericalFailure(JobFailed):
@@ -69,30 +69,28 @@ def train(
     run: RunDirectory,
     manifest: Manifest,
     log: StageLog,
-    watch: Watch | None = None,
+    evaluator: Evaluator | None = None,
 ) -> None:
-    """Train from step ``manifest.step`` to ``steps`` or to what ``watch`` calls the end, saving as configured.
+    """Train from step ``manifest.step`` to ``steps``, or to where ``evaluator`` ends the job, saving as configured.
 
-    Only a sound state is saved: its weights, moments and next losses are finite, and it keeps within the guards. Steps
-    go on while a checkpoint is written; on return, and when all ranks fail alike, it is complete. Where the curve is
-    all that is wanted (``watch.curve_only``) the last state is not saved. ``manifest.cursor``, with it, is kept up.
+    Only a state whose weights, moments and next losses are finite is saved. Steps go on while a checkpoint is written;
+    on return, and when all ranks fail alike, it is complete. ``manifest.cursor`` is updated in place.
 
     Raises:
-        StopRequested: the stop file appeared, SIGTERM or SIGINT came; a complete checkpoint was saved, unless the state
-            broke a guard (the job goes on from the checkpoint before, to the same result).
-        JobFailed: a loss, gradient or weight is not finite (NumericalFailure), or an evaluation broke a guard. Nothing
-            is saved then: the last checkpoint, from before, stands.
+        StopRequested: the stop file appeared, SIGTERM or SIGINT came; a complete checkpoint was saved.
+        JobFailed: a loss, gradient or weight is not finite (NumericalFailure), or a score is past a guard. Nothing is
+            saved then: the last checkpoint, from before, stands.
     """
     cursor = manifest.cursor
     progress = Progress(log, "training", steps, start=manifest.step)
-    if watch is not None:
-        watch.begin(engine, cursor, manifest.step)
+    if evaluator is not None:
+        evaluator.begin(engine, cursor, manifest.step)
     saver = Saver(
         engine,
         world,
         run.checkpoints,
         log,
-        keep=settings.keep,
+        keep=max(settings.keep, 2),  # while it trains
         keep_every=settings.keep_every,
         background=settings.save_in_background,
     )
@@ -105,29 +103,21 @@ def train(
             done = step + 1
             data = rows.at(step, world.rank, world.size)
             seed_step(cursor["seed"], step, world.rank)
-            slower = 0.5 ** cursor.get("back_offs", 0)
-            values = run_step(engine, world, data, goal, settings, step, slower, asked)
+            values = run_step(engine, world, data, goal, settings, step, asked)
             stop = bool(values.pop("stop"))
             saver.poll()
             if done % settings.log_every == 0 or done == steps:
                 log.scalars(done, **values)
             progress.advance(1, **{name: values[f"loss_{name}"] for name in goal.factors})
             last = done == steps
-            verdict = watch.look(engine, cursor, done, last=last) if watch is not None else None
-            if watch is not None and verdict is not None and verdict.action == "finish" and not last:
+            reason = evaluator.evaluate(engine, cursor, done, last=last) if evaluator is not None else ""
+            if reason and not last:
+                log.line(f"finished early, after step {done} of {steps}: {reason}")
                 last = True
-            curve_is_all = last and watch is not None and watch.curve_only
-            save = not curve_is_all and (done % settings.save_every == 0 or last or stop)
-            if save:
+            if (done % settings.save_every == 0 or last or stop) and not (last and settings.keep == 0):
                 require_finite(engine, world, goal, rows, done)
-                broken = watch.broken(engine, cursor, verdict) if watch is not None else ""
-                if broken and last:
-                    raise JobFailed(f"stopped after step {done}: {broken}; the last checkpoint stands", done)
-                if broken:
-                    log.line(f"WARNING no checkpoint of step {done}: {broken}")
-                else:
-                    current = replace(manifest, step=done, cursor={**cursor, **goal.state(), "step": done})
-                    saver.save(current, wait=last or stop)
+                current = replace(manifest, step=done, cursor={**cursor, **goal.state(), "step": done})
+                saver.save(current, wait=last or stop)
             if last:
                 break
             if stop:
@@ -180,7 +170,6 @@ def run_step(
     goal: Goal,
     settings: TrainingConfig,
     step: int,
-    slower: float = 1.0,
     asked: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
     """One optimizer step; returns the losses (global), the gradient norm, the learning rate, and how many ranks ask to
@@ -191,13 +180,12 @@ def run_step(
 
     Args:
         data: of this rank: ``rows.at(step, …)``.
-        slower: factor of the learning rate.
         asked: whether this rank asks to stop; looked at before the update.
 
     Raises:
         NumericalFailure: the loss or the gradient is not finite, on any rank; every rank raises.
     """
-    lr = learning_rate(settings, step) * slower
+    lr = learning_rate(settings, step)
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
     factors = goal.factors

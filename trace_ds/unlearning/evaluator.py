@@ -1,0 +1,176 @@
+"""Scores of the model while it is trained, and what ends the job: ``unlearning.evaluate``.
+
+The training losses cannot tell: RMU's retain loss starts at 0, and one batch is noise. So every few steps the same rows
+of both corpora (evenly spaced, seen in training too) and some of the run's tasks are scored on the sharded model:
+
+    forget_nll, retain_nll          mean NLL of the rows, nats a token
+    forget_overlap, retain_overlap  share of the top-k experts that are still the frozen model's, 0 to 1, of a sample of
+                                    tokens whose experts ``collect`` recorded
+    TASK METRIC                     as ``evaluate`` computes it
+
+Sums are global, so any world size gives the same numbers up to rounding.
+
+Shape legend: B rows, S positions, N sampled tokens, L MoE layers, K top-k.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from trace_ds.config.sections.unlearning import EvaluateConfig
+from trace_ds.corpora.dataset import TokenDataset
+from trace_ds.errors import JobFailed
+from trace_ds.models.routers import find_routers, record_routing
+from trace_ds.parallel.world import World
+from trace_ds.routing.token_files import SampledRouting
+from trace_ds.run.curve import has_ended, scores_of
+from trace_ds.run.log import StageLog
+from trace_ds.unlearning.goals import next_token_nll
+
+
+@dataclass(frozen=True)
+class FixedRows:
+    """The rows of one corpus that are scored; ``frozen``: the frozen model's routing of sampled tokens, or None."""
+
+    dataset: TokenDataset
+    rows: np.ndarray
+    frozen: SampledRouting | None
+
+    @classmethod
+    def of(cls, dataset: TokenDataset, count: int, frozen: SampledRouting | None) -> FixedRows:
+        """``count`` evenly spaced rows among those with a counted token."""
+        usable = np.flatnonzero(dataset.counted_per_row())
+        places = np.linspace(0, len(usable) - 1, min(count, len(usable))).round().astype(np.int64)
+        return cls(dataset, usable[places], frozen)
+
+    def sampled(self, rows: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray] | None:
+        """(places in a batch of ``rows`` of ``length`` positions, frozen experts [N, L, K]) of their sampled tokens;
+        None when there is none. Rows of -1 are filling."""
+        starts = self.dataset.row_starts_R1
+        parts = [
+            (number * length + positions_N, experts_NLK)
+            for number, row in enumerate(rows)
+            if row >= 0 and self.frozen is not None
+            for positions_N, experts_NLK in [self.frozen.within(*starts[row : row + 2])]
+            if len(positions_N)
+        ]
+        if not parts:
+            return None
+        return np.concatenate([places_N for places_N, _ in parts]), np.concatenate([experts for _, experts in parts])
+
+
+def score_rows(engine: Any, sides: Mapping[str, FixedRows], world: World, batch_rows: int) -> dict[str, float]:
+    """``{side}_nll`` and, of the sampled tokens, ``{side}_overlap`` (collective); ``batch_rows`` a process and pass."""
+    with torch.no_grad():
+        sums = np.stack([_row_sums(engine, fixed, world, batch_rows) for fixed in sides.values()])
+    scores = {}
+    for side, (nll_sum, tokens, common, slots) in zip(sides, world.sum_float64(sums), strict=True):
+        scores[f"{side}_nll"] = float(nll_sum / tokens)
+        if slots:
+            scores[f"{side}_overlap"] = float(common / slots)
+    return scores
+
+
+def _row_sums(engine: Any, fixed: FixedRows, world: World, batch_rows: int) -> np.ndarray:
+    """This rank's [Σ NLL, counted tokens, experts in common, experts chosen] as float64."""
+    mine = fixed.rows[world.rank :: world.size]
+    passes = math.ceil(len(fixed.rows) / (world.size * batch_rows))  # the same on every rank
+    filled = np.full(passes * batch_rows, -1, dtype=np.int64)
+    filled[: len(mine)] = mine
+    sums = np.zeros(4)
+    layers = len(find_routers(engine.module))
+    for rows in filled.reshape(passes, batch_rows):
+        batch = fixed.dataset.batch(rows.tolist(), pad_id=0)
+        with record_routing(engine.module) as recorder:
+            nll_N = next_token_nll(engine, batch, world.device)
+        sums[:2] += [float(nll_N.double().sum()), int(batch.counted_BS.sum())]
+        sampled = fixed.sampled(rows, batch.counted_BS.shape[1])
+        if sampled is None:
+            continue
+        places_N, frozen_NLK = sampled
+        now_LTK = torch.stack([recorder.layer(layer)[1] for layer in range(layers)]).cpu().numpy()
+        for layer in range(layers):
+            now_NK = now_LTK[layer, places_N]
+            common_N = (frozen_NLK[:, layer, :, None] == now_NK[:, None, :]).any(2).sum(1)
+            sums[2:] += [common_N.sum(), now_NK.size]
+    return sums
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Scores an unlearning job while it trains (collective).
+
+    ``cursor["curve"]``, which checkpoints keep, holds a point for each evaluation: ``{"step", "rows", "scores",
+    "by_source"}``.
+
+    Attributes:
+        rows: scores fixed rows, see :func:`score_rows`; None: none.
+        tasks: scores tasks, ``{"scores", "by_source"}`` as in the evaluation artefact; None where log-probabilities are
+            not finite.
+    """
+
+    settings: EvaluateConfig
+    log: StageLog
+    rows: Callable[[Any], dict[str, float]] | None
+    tasks: Callable[[], dict[str, Any] | None] | None
+
+    def begin(self, engine: Any, cursor: dict[str, Any], step: int) -> None:
+        """Score the frozen model, step 0 of the curve, unless an earlier start of the job has."""
+        if step == 0 and not cursor.get("curve") and self._add_point(engine, cursor, 0) is None:
+            raise stopped(0, ["log-probabilities of a task are not finite"])
+
+    def evaluate(self, engine: Any, cursor: dict[str, Any], step: int, *, last: bool) -> str:
+        """Evaluate after ``step``, if it is time; returns why the job ends here, or nothing.
+
+        Raises:
+            JobFailed: a score is not finite, or past a guard.
+        """
+        if not (last or step % (self.settings.every or 1) == 0):
+            return ""
+        point = self._add_point(engine, cursor, step)
+        if point is None:
+            raise stopped(step, ["log-probabilities of a task are not finite"])
+        scores = scores_of(point)
+        broken = [f"{name} is {value}" for name, value in point["rows"].items() if not math.isfinite(value)]
+        for bound in self.settings.bounds("guards"):
+            if not bound.holds(scores.get(bound.score)):
+                broken.append(f"{told(scores, bound.score)} (guard: {bound})")
+        if broken:
+            raise stopped(step, broken)
+        if not has_ended(self.settings, point):
+            return ""
+        return "; ".join(f"{told(scores, bound.score)} (until {bound})" for bound in self.settings.bounds("until"))
+
+    def _add_point(self, engine: Any, cursor: dict[str, Any], step: int) -> dict[str, Any] | None:
+        """Add a point to the curve and to the log; None where the model cannot be scored."""
+        engine.eval()
+        rows = self.rows(engine) if self.rows is not None else {}
+        tasks = self.tasks() if self.tasks is not None else {"scores": [], "by_source": {}}
+        engine.train()
+        if tasks is None:
+            return None
+        point = {"step": step, "rows": rows, **tasks}
+        earlier = [point for point in cursor.get("curve", []) if point["step"] < step]
+        cursor["curve"] = [*earlier, point]
+        values = {name.replace(" ", "_"): value for name, value in scores_of(point).items() if value is not None}
+        self.log.evaluation(step, **values)
+        return point
+
+
+def told(scores: Mapping[str, float | None], name: str) -> str:
+    value = scores.get(name)
+    return f"{name} is {'not known' if value is None else f'{value:.4g}'}"
+
+
+def stopped(step: int, reasons: Sequence[str]) -> JobFailed:
+    return JobFailed(
+        f"stopped after step {step}: {'; '.join(reasons)}; the last checkpoint stands. "
+        "Lower the learning rate, gamma or the number of steps, or raise alpha",
+        step,
+    )
