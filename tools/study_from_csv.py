@@ -68,7 +68,7 @@ def read_curves(config: Config, path: Path, measure: Measure, *, originals: bool
         forget = columns.pop(bench.forget)
         found = {metric: measure(steps, forget, column) for metric, column in columns.items()}
         ended = bench.until is not None and forget[-1] <= bench.until
-        ended = ended or config.unlearning.evaluate.target_forget_nll is not None
+        ended = ended or bool(config.unlearning.evaluate.until)
         cut = steps[-1] < config.unlearning.steps and not ended  # it diverged
         curves.append(Curve(trial.seed, trial.loss, trial.method, trial.point, {} if cut else found, cut, forget[-1]))
     return curves
