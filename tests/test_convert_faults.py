@@ -6,16 +6,12 @@ import contextlib
 import errno
 import json
 import os
-import pickletools
-import random
 import resource
 import shutil
 import socket
 import subprocess
 import sys
 import zipfile
-import zlib
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -31,13 +27,11 @@ from trace_ds.conversion.convert import convert_checkpoint
 from trace_ds.errors import UserError
 from trace_ds.run import artefact
 from trace_ds.stages.inspect import inspect
-from trace_ds.tensors import torch_archive
 from trace_ds.tensors.opening import open_source
 from trace_ds.tensors.torch_archive import read_archive
 
 CASE = Case("mixtral", 3, 2)
 TOOL = Path(__file__).parent.parent / "tools" / "convert_checkpoint.py"
-FUZZ_ROUNDS = 60
 OPTIM = "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"
 MODEL = "zero_pp_rank_1_mp_rank_00_model_states.pt"
 OPTIMIZER = "optimizer_state_dict"
@@ -322,61 +316,26 @@ def text(value: str) -> bytes:
     return b"X" + len(value.encode()).to_bytes(4, "little") + value.encode()
 
 
-def storage(key: str = "0", numel: bytes = b"K\x06") -> bytes:
-    """A reference to a storage."""
-    return b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text(key) + text("cpu") + numel + b"tQ"
+def tensor(
+    key: str = "0", numel: int = 6, start: bytes = b"K\x00", shape: bytes = b"K\x06\x85", stride: bytes = b"K\x01\x85"
+) -> bytes:
+    storage = b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text(key) + text("cpu") + bytes([75, numel]) + b"tQ"
+    return b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + start + shape + stride + b"\x89}tR"
 
 
-def tensor(start: bytes = b"K\x00", shape: bytes = b"K\x06\x85", stride: bytes = b"K\x01\x85", **held: Any) -> bytes:
-    return b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage(**held) + start + shape + stride + b"\x89}tR"
-
-
-DEEP = 100_000
-STATE = b"}" + text("path") + text("/etc/passwd") + b"s" + text("offset_bytes") + b"K\x00s"
-NUMBER = b"\x8a\xff" + b"\x7f" * 255
-LAUGHS = b"]q\x00" + b"".join(b"](h" + bytes([n]) + b"h" + bytes([n]) + b"eq" + bytes([n + 1]) for n in range(60))
 HOSTILE: dict[str, bytes] = {  # pickles that no writer leaves
-    "a storage rebuilt": storage() + STATE[:1] + b"b",
-    "a storage's path": storage() + b"}" + text("path") + text("/etc/passwd") + b"sb",
-    "a storage's slots": storage() + b"N}" + text("path") + text("/etc/passwd") + b"s\x86b",
-    "a tensor's path": tensor() + b"}" + text("storage") + storage() + b"sb",
+    "os.system": b"cposix\nsystem\n" + text("touch payload_ran") + b"\x85R",
+    "eval": b"c__builtin__\neval\n" + text("open('payload_ran', 'w')") + b"\x85R",
+    "getattr": b"c__builtin__\ngetattr\n" + b"ctorch\nTensor\n" + text("__init__") + b"\x86R",
+    "a function of ours": b"ctrace_ds.run.files\nwrite_text\n" + text("payload_ran") + text("x") + b"\x86R",
     "a record outside": tensor(key="../../../../etc/passwd"),
     "a negative start": tensor(start=b"J\xff\xff\xff\xff"),
     "a tensor beyond its record": tensor(shape=b"K\x60\x85"),
+    "a storage of another size": tensor(numel=96),
     "not contiguous": tensor(shape=b"K\x02K\x02\x86", stride=b"K\x01K\x02\x86"),
-    "strides of another rank": tensor(stride=b"K\x01K\x01\x86"),
-    "a storage of another size": tensor(numel=b"K\x60"),
-    "another kind of reference": b"(" + text("stolage") + storage()[len(b"(" + text("storage")) :],
-    "huge dimensions": tensor(shape=b"(" + NUMBER * 1000 + b"t", stride=b"(" + NUMBER * 1000 + b"t"),
-    "os.system": b"cposix\nsystem\n" + text("touch payload_ran") + b"\x85R",
-    "eval": b"c__builtin__\neval\n" + text("open('payload_ran', 'w')") + b"\x85R",
-    "getattr": b"c__builtin__\ngetattr\ncposix\n" + b"x\n" + text("system") + b"\x86R",
-    "getattr of a string": b"c__builtin__\ngetattr\n" + text("x") + text("format") + b"\x86R",
-    "a class of ours": b"ctrace_ds.run.files\nwrite_text\n" + text("payload_ran") + text("x") + b"\x86R",
-    "numpy": b"cnumpy.f2py.diagnose\nrun_command\n" + text("touch payload_ran") + b"\x85R",
-    "itself in a list": b"]q\x00h\x00a",
-    "itself in a dict": b"}q\x00" + text("x") + b"h\x00s",
-    "shared lists": LAUGHS,
-    "shared tuples": b")q\x00" + b"h\x00h\x00\x86q\x00"[2:] * 60,
-    "deep lists": b"]" * DEEP + b"a" * (DEEP - 1),
-    "deep tuples": b")" + b"\x85" * DEEP,
-    "a deep key": b"})" + b"\x85" * DEEP + b"K\x01s",
-    "a deep key, overwritten": b"}K\x01c__builtin__\nset\n(]q\x00)" + b"\x85" * DEEP + b"atRsK\x01K\x02s",
-    "a deep member of a set": b"c__builtin__\nset\n](" + b")" + b"\x85" * DEEP + b"e\x85R",
-    "items of an OrderedDict": b"ccollections\nOrderedDict\n](" + b")" + b"\x85" * DEEP + b"K\x01\x86e\x85R",
-    "beside the result": b"c__builtin__\nset\n](" + b")" + b"\x85" * DEEP + b"e\x85R}",
-    "doubling": b"c_codecs\nencode\nq\x00" + text("a" * 99) + text("latin1") + b"\x86R"
-    + b"".join(b"q\x01" + b"c_codecs\nencode\nh\x01" + text("hex") + b"\x86R" for _ in range(40)),
-    "bytearray": b"c__builtin__\nbytearray\n\x8a\x06\x00\x00\x00\x00\x10\x00\x85R",
-    "a string of 4 GB": b"X\xff\xff\xff\xffabc",
-    "a number of 2 GB": b"\x8b\xff\xff\xff\x7fabc",
     "an empty stack": b"a",
-    "marks": b"t",
-    "an unknown memo": b"h\x07",
     "no end": b"]" * 10,
-    "another opcode": b"\x82\x01",
-    "opcodes without end": b"N" + b"q\x00" * 3000,
-}  # fmt: skip
+}
 
 
 def forge(path: Path, pickle: bytes) -> None:
@@ -390,37 +349,18 @@ def forge(path: Path, pickle: bytes) -> None:
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_pickle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """Every reader refuses it, with a gigabyte at most, and nothing in it runs."""
+    """Every reader refuses it in one line, and nothing in it runs."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(torch_archive, "MAX_OPCODES", 1000 if name == "opcodes without end" else 1 << 22)
-    monkeypatch.setattr(torch_archive, "MAX_VALUES", 10_000)
     step = tmp_path / "checkpoint"
     step.mkdir()
     torch.save({"weight": torch.arange(6.0)}, step / ZERO3)
     forge(step / ZERO3, b"\x80\x02" + HOSTILE[name] + b"." * (name != "no end"))
-    with a_gigabyte_more():
-        for read in (read_archive, serialization.load):
-            refusal = pytest.raises(UserError, match=r"refused|damaged or hostile")
-            with contextlib.nullcontext() if name in ("numpy", "a class of ours") else refusal:  # these are data to it
-                read(step / ZERO3)
-        refused(step, tmp_path / "model", ZERO3, base_model=None)
-        for verify in (False, True):
-            assert ZERO3 in inspect(step, verify=verify).problems[0]
+    for read in (read_archive, serialization.load):
+        with pytest.raises(UserError, match=r"refused|not a whole torch checkpoint file"):
+            read(step / ZERO3)
+    refused(step, tmp_path / "model", ZERO3, base_model=None)
+    assert ZERO3 in inspect(step).problems[0]
     assert not (tmp_path / "payload_ran").exists()
-
-
-def test_no_file_of_the_machine_gets_into_a_model(source: Path, tmp_path: Path) -> None:
-    """In a checkpoint that is whole otherwise, a state for each storage that says it lies in another file."""
-    secret = tmp_path / "id_ed25519"
-    secret.write_bytes(b"SECRET" * 100_000)
-    state = b"}(" + text("path") + text(str(secret)) + text("crc32") + b"N" + text("offset_bytes") + b"K\x00ub"
-    with zipfile.ZipFile(source / OPTIM) as archive:
-        pickle = archive.read(next(name for name in archive.namelist() if name.endswith("data.pkl")))
-    places = [place + 1 for opcode, _, place in pickletools.genops(pickle) if opcode.name == "BINPERSID" and place]
-    for place in reversed([place for place in places if place is not None]):
-        pickle = pickle[:place] + state + pickle[place:]
-    forge(source / OPTIM, pickle)
-    refused(source, tmp_path / "model", OPTIM, verify=True)
 
 
 def test_states_pickled_by_name_are_read(tmp_path: Path) -> None:
@@ -435,49 +375,14 @@ def test_states_pickled_by_name_are_read(tmp_path: Path) -> None:
         assert serialization.load(path)["zero_stage"] == 3
 
 
-def restored(path: Path, data: bytes) -> bytes:
-    """The zip archive ``data`` with the checksums that its own pickle now has (as a forger would leave it)."""
-    with zipfile.ZipFile(path) as archive:
-        info = next(info for info in archive.infolist() if info.filename.endswith("/data.pkl"))
-    name = len(info.filename)
-    extra = int.from_bytes(data[info.header_offset + 28 : info.header_offset + 30], "little")
-    begin = info.header_offset + 30 + name + extra
-    checksum = zlib.crc32(data[begin : begin + info.file_size]).to_bytes(4, "little")
-    return data.replace(info.CRC.to_bytes(4, "little"), checksum)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_random_damage_is_refused_or_harmless(source: Path, tmp_path: Path, kind: str) -> None:
-    """One changed byte anywhere, or in a pickle whose checksum was made to fit: an error of one line, or a conversion
-    as if nothing had happened (padding, states that no weight needs, names that nobody reads)."""
-    good = convert_checkpoint(source, tmp_path / "good", base_model=base())["tensors"]
-    written_here = kind == "universal"  # the tensors of these have no checksum but that of the report
-    files = sorted(path for path in source.rglob("*.pt") if "exp_avg" not in path.name and path.name != "step.pt")
-    draw = random.Random(kind)
-    ended = Counter[str]()
-    with a_gigabyte_more():  # a damaged pickle may ask for any amount
-        for number in range(FUZZ_ROUNDS):
-            path = draw.choice(files)
-            data = path.read_bytes()
-            forged = number % 2 == 1 or (written_here and path.name == "fp32.pt")
-            position = draw.randrange(len(data))
-            if forged:
-                begin = data.index(b"\x80\x02")
-                position = begin + draw.randrange(data.index(b"PK", begin) - begin)
-            changed = bytearray(data)
-            changed[position] ^= draw.randrange(1, 256)
-            path.write_bytes(restored(path, bytes(changed)) if forged else changed)
-            try:
-                report = convert_checkpoint(source, tmp_path / f"model{number}", base_model=base())
-                ended["converted"] += 1
-                assert forged or report["tensors"] == good, (path.name, position)
-            except UserError as error:
-                ended["refused"] += 1
-                assert "\n" not in error.line()
-                assert not (tmp_path / f"model{number}").exists()
-            path.write_bytes(data)
-    assert not list(tmp_path.glob("*.tmp-*"))
-    assert ended["refused"] > FUZZ_ROUNDS // 4, ended
+def test_reading_allocates_no_tensor(tmp_path: Path) -> None:
+    """A file of a gigabyte (of which nothing is on the disk) is opened in less memory than it would take."""
+    path = tmp_path / "large.pt"
+    with torch.serialization.skip_data():
+        torch.save({"weight": torch.empty(1 << 28)}, path)
+    with a_gigabyte_more():
+        (weight,) = read_archive(path).values()
+    assert (weight.shape, weight.storage.nbytes) == ((1 << 28,), 1 << 30)
 
 
 def test_an_optimizer_behind_the_job_is_a_note(source: Path, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 DeepSpeed saves objects of its own classes and loads with ``weights_only=False``, which executes whatever a pickle says;
 how Python pickles an enum differs even between patch releases. We replace its two file operations: what is written is
 tensors, containers, numbers and text, read back at once by the reader that will have to read it; and what is loaded is
-what that reader (:mod:`trace_ds.tensors.torch_archive`) makes of a file: nothing in it is rebuilt or called. And since
+what that reader (:mod:`trace_ds.tensors.torch_archive`) makes of a file: no class in it is imported or called. Since
 equal states pickled before and after a resume differ in which equal strings are one object, states are rebuilt before
 they are written: equal states give equal files, so a resumed job's checkpoints can be compared by hash.
 
