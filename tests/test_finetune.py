@@ -170,9 +170,7 @@ def test_the_target_recites_and_the_retrained_does_not(tmp_path: Path, server: S
         assert result(name)["model_fingerprint"] == model_fingerprint(run / "finetune" / made / "model")
     assert "PrivLeak: no retrained model" not in done.stdout
     goal = targets(gather(run))
-    assert goal is not None and {score.model for score in goal.tasks} == {
-        "retrained"
-    }  # what the report calls forgotten
+    assert {target.score.model for target in goal} == {"retrained"}  # what the report calls forgotten
     assert result("retrained", run / "variants/uniform") == result("retrained")
     statistics = json.loads((run / "statistics/forget/artefact.json").read_text())
     assert statistics["inputs"]["model"] == result("original")["model_fingerprint"]

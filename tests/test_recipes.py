@@ -20,7 +20,9 @@ from trace_ds.cluster.plan import plan
 from trace_ds.cluster.spec import ClusterSpec
 from trace_ds.config.compose import GROUPS, compose, fragment_of, merge, published_config, recipe_names, recipes
 from trace_ds.config.load import dump_yaml, load_config
+from trace_ds.config.sections.evaluation import TaskConfig
 from trace_ds.errors import UserError
+from trace_ds.evaluation.items import read_task
 from trace_ds.evaluation.metrics import TASK_METRICS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -267,13 +269,12 @@ HEADLINES = {
 def test_a_benchmark_is_headed_by_its_authors_metrics(task: str, tmp_path: Path) -> None:
     """No score twice: MMLU's average holds its subjects."""
     config, _ = load_config(task, ["model.path=x"], tmp_path)
-    assert config.report.headline == HEADLINES[task]
-    kinds = {each.name: each.type for each in config.evaluation.tasks}
-    for name in config.report.headline:
-        of, metric = name.split()
-        assert metric in TASK_METRICS[kinds[of]]
+    named = [(one.name, one.headline) for one in config.evaluation.tasks if one.headline]
+    assert [" ".join(pair) for pair in named] == HEADLINES[task]
+    assert all(one.headline in (None, *TASK_METRICS[one.type]) for one in config.evaluation.tasks)
 
 
-def test_a_headline_of_an_unknown_task_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"report.headline names 'mmlu acc'.*task of evaluation.tasks"):
-        load_config("demo", ["report.headline=[mmlu acc]"], tmp_path)
+def test_a_headline_that_the_task_does_not_have_is_refused() -> None:
+    task = TaskConfig(name="a", type="tofu", path="a", role="forget", headline="acc")
+    with pytest.raises(UserError, match="task a: a tofu task has no metric 'acc'"):
+        read_task(task)

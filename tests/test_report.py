@@ -333,7 +333,8 @@ def test_the_headline_of_the_configuration_is_everywhere(tmp_path: Path) -> None
     names = ["elements exact_match", "near facts exact_match", "membership priv_leak"]
     path = write_run(tmp_path / "run")
     config = yaml.safe_load((path / "config.yaml").read_text())
-    (path / "config.yaml").write_text(yaml.safe_dump(config | {"report": {"headline": names}}))
+    config["evaluation"]["tasks"] = [dict(zip(("name", "headline"), n.rsplit(" ", 1), strict=True)) for n in names]
+    (path / "config.yaml").write_text(yaml.safe_dump(config))
     report(None, RunDirectory.at(path), [])
     records = json.loads((path / "report" / "scores.json").read_text())
     assert {f"{r['task']} {r['metric']}" for r in records if r["headline"]} == set(names)

@@ -45,11 +45,6 @@ class ConversionConfig(Section):
 
 class ReportConfig(Section):
     title: str | None = None
-    headline: list[str] = Field(
-        default_factory=list,
-        description="'TASK METRIC' of evaluation.tasks: the scores that the page begins with, and that forgetting and "
-        "utility are averaged over. Default: the first metric of every task, without perplexities.",
-    )
 
 
 class Config(Section):
@@ -122,12 +117,6 @@ class Config(Section):
                 raise ValueError(
                     f"unlearning.evaluate: {bound.score!r} is not scored while the job trains: use "
                     f"{', '.join(ROW_SCORES)} or 'TASK METRIC' of one of its tasks"
-                )
-        for score in self.report.headline:
-            if score.rpartition(" ")[0] not in names:
-                raise ValueError(
-                    f"report.headline names {score!r}: give 'TASK METRIC' with a task of evaluation.tasks "
-                    f"({', '.join(names) or 'there are none'})"
                 )
 
     def _check_finetune(self) -> None:

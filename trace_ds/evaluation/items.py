@@ -26,6 +26,7 @@ from trace_ds.config.sections.data import CorpusEntry
 from trace_ds.config.sections.evaluation import TaskConfig
 from trace_ds.corpora.read import Document, Record, content_fingerprint, read_documents, records
 from trace_ds.errors import UserError
+from trace_ds.evaluation.metrics import TASK_METRICS
 from trace_ds.run.files import canonical_json, sha256_text
 from trace_ds.terminal import plain
 
@@ -116,6 +117,10 @@ def read_tasks(configs: list[TaskConfig]) -> list[Task]:
 
 def read_task(config: TaskConfig) -> Task:
     """Read and check what one task asks."""
+    metrics = TASK_METRICS[config.type]
+    if config.headline not in (None, *metrics):
+        fix = f"headline: one of {', '.join(metrics)}"
+        raise UserError(f"task {config.name}: a {config.type} task has no metric {config.headline!r}", "", fix)
     # the task's other texts: another file, or another split of its data set
     keys = [{"split": name} if config.dataset else {"path": name} for name in (config.examples, config.holdout) if name]
     others = [config.model_copy(update=key) for key in keys]

@@ -35,7 +35,7 @@ class Score:
     Attributes:
         direction: which way is good.
         chance: what guessing gives.
-        headline: whether it is one of ``report.headline`` (without that key: the first metric of its task, perplexities
+        headline: whether it is its task's ``headline`` (where no task names one: the first metric of each, perplexities
             and scores that are best at a reference left out).
         by_seed: the values that it is the mean of, where several runs are averaged.
     """
@@ -179,7 +179,8 @@ def gather(path: Path) -> RunData:
     artefacts = _artefacts(run)
     forget, retain = (_statistics(artefacts.get(f"statistics/{side}")) for side in ("forget", "retain"))
     report = config.get("report") or {}
-    headline = [str(name) for name in report.get("headline") or []]
+    tasks = (config.get("evaluation") or {}).get("tasks") or []
+    headline = [f"{task['name']} {task['headline']}" for task in tasks if task.get("headline")]
     evaluations = _evaluations(path / "evaluation", headline)
     references = {name: each for name, each in evaluations.items() if name != MAIN_ARM and _step_of(name) is None}
     rule = (config.get("calibration") or {}).get("rule")
@@ -287,7 +288,7 @@ def _scores(entries: list[dict[str, Any]], model: str, path: Path, headline: lis
         raise UserError(
             f"the evaluation is damaged ({error!r})", str(path), "make it again with `trace-ds evaluate`"
         ) from None
-    # Without report.headline: perplexities have another scale, scores that are best at a reference no good direction.
+    # Where no task names one: perplexities have another scale, scores that are best at a reference no good direction.
     usual = [score for score in scores if "perplexity" not in score.metric and score.direction != "reference"]
     chosen = set(headline) or {
         f"{task} {metric}" for task, metric in {s.task: s.metric for s in reversed(usual)}.items()

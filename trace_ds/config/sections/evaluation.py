@@ -29,6 +29,11 @@ class TaskConfig(Section):
 
     name: Name
     type: Literal["choice", "verbatim", "perplexity", "knowmem", "membership", "extraction", "tofu", "lm_eval"]
+    headline: str | None = Field(
+        None,
+        description="The metric that the report begins with and averages over. Where any task has one, those without "
+        "are left out; where none has, it is the first metric of every task, perplexities aside.",
+    )
     path: PathText = Field("", description="The task's file; an lm_eval task without one is read from the hub.")
     role: Literal["forget", "utility"]
     examples: PathText | None = Field(
