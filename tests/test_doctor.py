@@ -179,6 +179,21 @@ def test_it_refuses_what_run_refuses(
     assert fault.detail == f"{refused.value.where}: {refused.value.what}"
 
 
+def test_automatic_sizes_fit_the_machine(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a recipe has them: 1 for one process, 4 of 8 processes for 4 experts; the written configuration keeps them."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    sizes = {"distributed__ep": "auto", "evaluation__ep": "auto"}
+    config = loaded(tmp_path, tiny_model, **sizes)
+    assert not [check for check in run_checks(config, tmp_path / "run") if check.status == "MISS"]
+    assert dump_yaml(config).count("ep: auto\n") == 2
+    for changes, expected in (({}, (1, 1)), ({"distributed__nproc": 8, "evaluation__nproc": 2}, (4, 2))):
+        request = Request(loaded(tmp_path, tiny_model, **sizes, **changes), RunDirectory(tmp_path / "run"))
+        assert (request.config.distributed.ep, request.config.evaluation.ep) == expected
+    for name, value in {"RANK": 0, "WORLD_SIZE": 8, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    assert (request.config.distributed.ep, request.config.evaluation.ep) == (2, 2)  # not larger than a node
+
+
 def test_a_damaged_model_and_tokenizer(tmp_path: Path, model: Path) -> None:
     config = loaded(tmp_path, model)
     (model / "tokenizer.json").write_text("{", encoding="utf-8")

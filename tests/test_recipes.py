@@ -138,13 +138,14 @@ def test_a_task_and_a_model_make_a_run_that_can_be_planned(task: str, model: str
     assert (loaded, run) == swapped
     assert load_config(write(tmp_path / "mine.yaml", extends=[model, task])) == swapped
     planned = plan(loaded, ClusterSpec(nodes=NODES.get(model, 1)))
+    assert not [text for text in planned.warnings if text.startswith("evaluate needs ")]
     assert planned.unlearn.fits and (planned.collect.fits or model in PLANNING), planned.warnings
     assert all(stage.fits for stage in planned.variants.values()), planned.warnings
 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_the_published_configuration_of_a_model(model: str) -> None:
-    """What it says is trained exists, its layer too, and its expert-parallel size divides the experts."""
+    """What it says is trained exists, and its layer."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -152,8 +153,6 @@ def test_the_published_configuration_of_a_model(model: str) -> None:
     raw = compose([model]).raw
     assert fragment_of(raw["model"]["path"]) == fragment_of(raw["model"]["path"] + "@main") == model
     assert values["num_hidden_layers"] > raw["unlearning"]["rmu"]["layer"] == 7
-    experts = next(values[key] for key in ("num_local_experts", "num_experts", "n_routed_experts") if key in values)
-    assert experts % raw["distributed"]["ep"] == 0
     short = AutoConfig.for_model(**values | {"num_hidden_layers": 8})
     with torch.device("meta"):
         names = [name for name, _ in AutoModelForCausalLM.from_config(short).named_parameters()]

@@ -14,7 +14,7 @@ from command import tree
 
 from trace_ds.cluster import submit
 from trace_ds.cluster.submit import Cluster, submit_run
-from trace_ds.config.load import with_changes
+from trace_ds.config.load import dump_yaml, with_changes
 from trace_ds.errors import UserError
 from trace_ds.stages.pipeline import Request
 
@@ -79,6 +79,19 @@ def test_a_family_that_the_cost_model_does_not_know(
     printed = capsys.readouterr().out
     assert "WARNING trace-ds plan: the cost model does not know the family 'granitemoe'" in printed
     assert printed.count("sbatch --parsable") == 6
+
+
+def test_automatic_sizes_are_those_of_the_cluster(
+    request_: Request, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the configuration that the jobs read."""
+    request = Request(with_changes(request_.config, {"distributed.ep": "auto"}, "test"), request_.run)
+    configs: list[str] = []
+    monkeypatch.setattr(submit, "render", lambda request, folder: configs.append(dump_yaml(request.written)))
+    monkeypatch.setattr(submit, "run_chain", lambda *arguments: {})
+    for cluster, size in ((Cluster(2, 1), 1), (Cluster(2, 2), 2), (Cluster(3, 8), 4)):
+        assert submit_run(request, cluster, chain=False, dry_run=True) == 0
+        assert f"\n  ep: {size}\n" in configs[-1]
 
 
 def test_mistakes(request_: Request, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

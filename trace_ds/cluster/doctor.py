@@ -42,7 +42,7 @@ from trace_ds.config.schema import Config
 from trace_ds.corpora.sources import only_looking
 from trace_ds.errors import UserError
 from trace_ds.parallel.environment import accelerator_count, launched, local_rank_and_size, rank_and_size
-from trace_ds.stages.by_name import with_cached
+from trace_ds.stages.by_name import with_cached, with_sizes_here
 from trace_ds.stages.pipeline import process_count
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def share_checks(config: Config | None, run_dir: Path | None, ranks: JoinedRanks
     Args:
         ranks: of the job that a launcher started, this process being its first on this node; None: a bare start.
     """
-    written, config = config, None if config is None else with_cached(config)
+    written, config = config, None if config is None else with_sizes_here(with_cached(config))
     processes = process_count(config) if config else accelerator_count() or 1
     if ranks:
         processes = ranks.nodes.count(ranks.node)

@@ -32,6 +32,7 @@ from trace_ds.config.sections.finetune import TARGET
 from trace_ds.errors import UserError
 from trace_ds.hub.models import is_whole
 from trace_ds.models.families import FAMILIES, ModelInfo, check_expert_parallel
+from trace_ds.stages.by_name import with_expert_parallel_sizes
 from trace_ds.tensors.model_files import CONFIG_NAME, read_model_config, read_model_directory
 
 EVALUATION_SHARE = 0.8  # of a GPU's memory may be weights (trace_ds/evaluation/language_model.py)
@@ -140,7 +141,11 @@ def plan_model(
 ) -> RunPlan:
     """:func:`plan` for a model that is known only by its configuration."""
     a = read_architecture(model_config, where)
-    job, *others = (PlannedJob.of(a, cluster, each) for each in (config, *variants_of(config).values()))
+    config, *variants = (
+        with_expert_parallel_sizes(each, model_config, cluster.world, cluster.gpus_per_node)
+        for each in (config, *variants_of(config).values())
+    )
+    job, *others = (PlannedJob.of(a, cluster, each) for each in (config, *variants))
     for each in (job, *others):
         _check(each)
     unlearn = _training(job)

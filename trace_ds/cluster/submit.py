@@ -19,7 +19,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import trace_ds
@@ -32,6 +32,7 @@ from trace_ds.errors import UserError
 from trace_ds.run.directory import unwritable
 from trace_ds.run.files import write_json
 from trace_ds.run.foreign import read_object
+from trace_ds.stages.by_name import with_expert_parallel_sizes
 from trace_ds.stages.pipeline import Request, check_early
 
 SITE_VARIABLE = "TRACE_DS_SITE_ENV"
@@ -87,6 +88,9 @@ def submit_run(request: Request, cluster: Cluster, *, chain: bool, dry_run: bool
         raise UserError("--array and --chain cannot be combined", "the command line", "submit a chain per seed")
     site = site_file()
     request = request.located("run", download=False)
+    model, _ = model_config_of(request.config.model.path)
+    sizes = (cluster.nodes * cluster.gpus_per_node, cluster.gpus_per_node)
+    request = replace(request, written=with_expert_parallel_sizes(request.written, model, *sizes))
     check_early("run", request, cluster.nodes * cluster.gpus_per_node, download=False)
     print(f"site settings: {site or 'none'}")
     for warning in plan_warnings(request.config, cluster):

@@ -105,6 +105,20 @@ def _unsupported(files: ModelFiles, what: str) -> UserError:
     return UserError(what, str(files.path), fix)
 
 
+def largest_expert_parallel_size(model: Mapping[str, Any], ranks: int, ranks_per_node: int) -> int:
+    """The largest size that divides a model's experts and the ranks of a job and is not larger than a node, between
+    which tokens would travel in every layer; 1 for a family without expert parallelism.
+
+    Args:
+        model: its ``config.json``.
+    """
+    family = FAMILIES.get(str(model.get("model_type")))
+    experts = next((model[key] for key in EXPERTS_KEYS if isinstance(model.get(key), int)), 1)
+    if family is None or family.autoep_preset is None:
+        return 1
+    return max(size for size in range(1, ranks_per_node + 1) if ranks % size == 0 and experts % size == 0)
+
+
 def check_expert_parallel(
     info: ModelInfo,
     ep: int,

@@ -11,12 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from trace_ds.config.schema import Config
+from trace_ds.config.sections.base import AUTO
 from trace_ds.config.sections.data import CorpusEntry
 from trace_ds.config.sections.evaluation import TaskConfig
 from trace_ds.errors import UserError
+from trace_ds.models.families import largest_expert_parallel_size
+from trace_ds.parallel.environment import accelerator_count, launched, local_rank_and_size, rank_and_size
 from trace_ds.run.directory import RunDirectory
 from trace_ds.run.foreign import read_object, typed
 from trace_ds.run.hub_names import HubName, hub_name
+from trace_ds.tensors.model_files import CONFIG_NAME, read_model_config
 
 KINDS = ("models", "data", "tasks")  # of RUN/fetched.json
 ALL_MODELS = ("run", "fetch", "evaluate")  # the verbs that read evaluation.models too
@@ -128,6 +132,38 @@ def require_data_unmoved(config: Config, run: RunDirectory, verb: str) -> None:
 
         if (commit := commit_of(entry)) is not None:
             require_same_commit(data_name(entry), key, commit, expected)
+
+
+def with_expert_parallel_sizes(
+    config: Config, model: Mapping[str, Any], ranks: int, ranks_per_node: int, scoring_ranks: int | None = None
+) -> Config:
+    """``config`` with numbers where its expert-parallel sizes are ``auto``.
+
+    Args:
+        model: the ``config.json`` of its model.
+        ranks, scoring_ranks: processes of the distributed stages, and of ``evaluate`` where these are others.
+    """
+    updates = {}
+    scoring = (scoring_ranks or ranks, scoring_ranks or ranks_per_node)
+    for name, counts in (("distributed", (ranks, ranks_per_node)), ("evaluation", scoring)):
+        section = getattr(config, name)
+        if section.ep == AUTO:
+            size = largest_expert_parallel_size(model, *counts)
+            updates[name] = section.model_copy(update={"ep": size})
+    return config.model_copy(update=updates) if updates else config
+
+
+def with_sizes_here(config: Config) -> Config:
+    """The same for the job that this process is a rank of, or that it would start here; a model that is not here leaves
+    them open."""
+    sizes = (config.distributed.ep, config.evaluation.ep)
+    if AUTO not in sizes or not (Path(config.model.path) / CONFIG_NAME).is_file():
+        return config
+    model = read_model_config(config.model.path)
+    if launched():
+        return with_expert_parallel_sizes(config, model, rank_and_size()[1], local_rank_and_size()[1])
+    ranks = config.distributed.nproc or accelerator_count() or 1
+    return with_expert_parallel_sizes(config, model, ranks, ranks, config.evaluation.nproc)
 
 
 def fetched(run: RunDirectory) -> dict[str, dict[str, Any]]:

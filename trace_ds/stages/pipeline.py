@@ -24,7 +24,7 @@ from trace_ds.parallel.environment import accelerator_count, launched
 from trace_ds.run.directory import RunDirectory, lock_environment, locked
 from trace_ds.run.log import BEGAN, already_done
 from trace_ds.run.ours import require_apart
-from trace_ds.stages.by_name import find_models, require_data_unmoved, with_places
+from trace_ds.stages.by_name import find_models, require_data_unmoved, with_places, with_sizes_here
 
 STAGES = ("prepare", "finetune", "collect", "calibrate", "unlearn", "convert", "evaluate", "report")
 DISTRIBUTED = ("finetune", "collect", "unlearn")
@@ -53,8 +53,8 @@ class Request:
 
     @property
     def config(self) -> Config:
-        """The configuration for stages: models are directories."""
-        return with_places(self.written, self.places)
+        """The configuration for stages: models are directories, expert-parallel sizes numbers."""
+        return with_sizes_here(with_places(self.written, self.places))
 
     def located(self, verb: str, *, download: bool) -> Request:
         """With directories for the models that ``verb`` needs; what is named on the hub and not in its cache is brought

@@ -6,7 +6,7 @@ import difflib
 import os
 from typing import Annotated, Any, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
 from pydantic_core import PydanticCustomError
 
 T = TypeVar("T", int, float)
@@ -42,6 +42,19 @@ def _bounded(value: T) -> T:
 Integer = Annotated[int, AfterValidator(_bounded)]
 Number = Annotated[float, AfterValidator(_bounded)]
 Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
+
+AUTO = 0  # an expert-parallel size of `auto`, until the job's ranks and the model are known
+
+
+def _expert_parallel_size(value: Any) -> Any:
+    if value == "auto":
+        return AUTO
+    if isinstance(value, int) and value < 1:
+        raise ValueError("must be 1 or more, or auto")
+    return value
+
+
+ExpertParallelSize = Annotated[Integer, BeforeValidator(_expert_parallel_size), PlainSerializer(lambda n: n or "auto")]
 
 
 class Section(BaseModel):

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from trace_ds.config.sections.base import Integer, Section
+from trace_ds.config.sections.base import ExpertParallelSize, Integer, Section
 
 
 class AutoEPConfig(Section):
@@ -39,7 +39,11 @@ class DistributedConfig(Section):
     nproc: Integer | None = Field(
         None, ge=1, description="Local processes when started bare; default: accelerators or 1."
     )
-    ep: Integer = Field(1, ge=1, description="Expert-parallel size; divides the experts and the world size.")
+    ep: ExpertParallelSize = Field(
+        1,
+        description="Expert-parallel size; divides the experts and the world size. auto: the largest that does, and is "
+        "not larger than a node.",
+    )
     autoep: AutoEPConfig = AutoEPConfig()
     threads: Integer = Field(
         1, ge=1, le=1024, description="CPU threads of each process (fixed: results depend on it bitwise)."

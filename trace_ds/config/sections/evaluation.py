@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from trace_ds.config.names import UNLEARNED, ModelName, Name
-from trace_ds.config.sections.base import Integer, Number, PathText, Section
+from trace_ds.config.sections.base import ExpertParallelSize, Integer, Number, PathText, Section
 from trace_ds.config.sections.data import ConfigText, DatasetText, RevisionText, SplitText, require_place
 
 TaskColumn = Literal[
@@ -113,7 +113,10 @@ class EvaluationConfig(Section):
     )
     batch_rows: Integer = Field(64, ge=1)
     nproc: Integer = Field(1, ge=1, description="Local processes when started bare; they share out the batches.")
-    ep: Integer = Field(1, ge=1, description="So many processes share the experts of a model; 1: each holds them all.")
+    ep: ExpertParallelSize = Field(
+        1,
+        description="So many processes share the experts of a model; 1: each holds them all; auto: as distributed.ep.",
+    )
     zero_stage: Literal[0, 3] = Field(
         0, description="3: a process holds a part of every weight, 0: of the experts only, or (ep 1) a whole model."
     )
