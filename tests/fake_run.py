@@ -8,7 +8,6 @@ have mean 1, and scores fall and rise as in a real run. Seeded: the same argumen
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -22,7 +21,7 @@ from trace_ds.routing.statistics import RoutingStatistics
 from trace_ds.run.artefact import describe
 from trace_ds.run.files import sha256_text, write_json
 
-STAGES = ("data", "statistics", "calibration", "logs", "evaluation")
+STAGES = ("data", "statistics", "calibration", "evaluation")
 HOSTILE = '</script><script>window.hacked=1</script><img src=x onerror="window.hacked=1">\u2028 & "quoted"'
 STEPS = (20, 40, 60, 80, 100)
 TASKS = ("elements", "recited", "near facts", "capitals", "novels", "membership")
@@ -95,8 +94,6 @@ def write_run(
     floor = ends if ends is not None else 0.30 if forgets else 0.55
     arms = {"": gain, "variants/uniform": 0.0, "variants/loss_weighting": gain / 3}
     for place, bonus in arms.items():
-        if "logs" in stages:
-            _write_log(path / place / "logs" / "unlearn.jsonl", rng, bonus)
         if "evaluation" in stages:
             _write_arm(path / place / "evaluation", rng, bonus, layers, checkpoints, knew, floor, hostile, fingerprints)
     if "evaluation" in stages:
@@ -209,22 +206,6 @@ def _write_calibration(directory: Path, sides: dict[str, RoutingStatistics], rul
     }  # fmt: skip
     write_json(directory / "diagnosis.json", diagnosis)
     describe(directory, "calibration", {"statistics": "0" * 64}, {"rule": rule}, {"rule": rule})
-
-
-def _write_log(path: Path, rng: np.random.Generator, bonus: float) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [{"event": "line", "time_s": 1.0, "text": "starting"}]
-    for step in range(1, STEPS[-1] + 1):
-        fall = float(np.exp(-step / 30))
-        lines.append(
-            {
-                "event": "step", "time_s": 1.5 * step, "step": step, "loss_forget": 9 * fall + rng.uniform(0, 0.3),
-                "loss_retain": 0.2 * (1 - fall) * (1 - 3 * bonus) + rng.uniform(0, 0.02), "lr": 2e-4,
-                "grad_norm": 1 + fall + rng.uniform(0, 0.2), "step_s": rng.uniform(),
-            }
-        )  # fmt: skip
-    text = "".join(json.dumps(line) + "\n" for line in lines)
-    path.write_text(text + '{"event": "step", "step": 101, "loss_for', encoding="utf-8")
 
 
 def _write_arm(

@@ -15,9 +15,9 @@ from trace_ds.config.compose import recipe_names
 from trace_ds.config.load import load_config, validate, with_changes
 from trace_ds.config.schema import Config
 from trace_ds.errors import UserError
-from trace_ds.reporting.matched import matched
 from trace_ds.studies import analysis, run_list
 from trace_ds.studies.analysis import Curve, choices
+from trace_ds.studies.matched import matched
 from trace_ds.studies.result_table import show
 
 ALPHA, LR = "unlearning.alpha", "unlearning.optimizer.lr"

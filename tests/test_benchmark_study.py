@@ -22,11 +22,11 @@ from forked import JOB, Server, refuse
 
 from trace_ds.config.load import load_config
 from trace_ds.errors import JobFailed, UserError
-from trace_ds.reporting.matched import matched
 from trace_ds.run.directory import RunDirectory
 from trace_ds.studies import jobs, run_list
 from trace_ds.studies import study as study_module
 from trace_ds.studies.jobs import Study
+from trace_ds.studies.matched import matched
 
 BENCH: dict[str, Any] = {
     "seeds": [0, 1],

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from trace_ds.config.load import load_config
 from trace_ds.config.sections.bench import BenchConfig
-from trace_ds.reporting.matched import matched
+from trace_ds.studies.matched import matched
 from trace_ds.studies.run_list import untried
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -22,7 +22,7 @@ from tests.fake_run import HOSTILE, STEPS, write_run
 from trace_ds.conversion.card import plain
 from trace_ds.errors import UserError
 from trace_ds.reporting import examples, page, scores, tables
-from trace_ds.reporting.compare import compared, repeats, why_not_comparable
+from trace_ds.reporting.compare import repeats
 from trace_ds.reporting.gather import Arm, Evaluation, RunData, Score, gather
 from trace_ds.reporting.verdict import verdict
 from trace_ds.run import artefact
@@ -33,7 +33,7 @@ from trace_ds.stages.report import model_card_of, report, summary
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = write_run(tmp_path_factory.mktemp("report") / "run")
-    report(None, RunDirectory.at(path), [])
+    report(None, RunDirectory.at(path))
     return path
 
 
@@ -45,12 +45,12 @@ def page_data(text: str) -> dict:
 
 def render(path: Path) -> str:
     data = gather(path)
-    return page.render([data], verdict(data), tables.all_tables([data], []))
+    return page.render([data], verdict([data]), tables.all_tables([data]))
 
 
 def card_of(path: Path) -> str:
     data = gather(path)
-    return model_card_of(data, verdict(data))
+    return model_card_of(data, verdict([data]))
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -62,14 +62,14 @@ def test_all_files_are_written(run: Path) -> None:
     assert names >= {"index.html", "scores.json", "model_card.md"}
     assert names >= {
         f"{name}.csv"
-        for name in ("routing", "selected", "weights", "sources", "moved_targets", "documents", "curves", "matched",
+        for name in ("routing", "selected", "sources", "moved_targets", "documents", "curves", "matched",
                      "drift", "attacks", "scores", "items")
     }  # fmt: skip
 
 
 def test_rerun_gives_the_same_bytes(run: Path) -> None:
     before = {path.name: path.read_bytes() for path in (run / "report").iterdir()}
-    report(None, RunDirectory.at(run), [])
+    report(None, RunDirectory.at(run))
     assert {path.name: path.read_bytes() for path in (run / "report").iterdir()} == before
 
 
@@ -116,29 +116,13 @@ def test_routing_table_without_a_calibration(tmp_path: Path) -> None:
 
 
 def test_the_numbers_of_the_diagnosis_are_in_tables_and_page(run: Path) -> None:
-    diagnosis = json.loads((run / "calibration" / "diagnosis.json").read_text())
-    row = rows_of(run / "report" / "weights.csv")[0]
-    wanted = {key: diagnosis[key] for key in ("lambda", "gap_closed_by_rows", "iterations", "alike_share")}
-    wanted |= {f"variance_{part}": diagnosis["variance"][part] for part in ("between", "within")}
-    wanted |= {f"quantile_{q}": diagnosis["weight_quantiles"][q] for q in tables.QUANTILES}
-    assert {key: float(row[key]) for key in wanted} == pytest.approx(wanted, rel=1e-4)
     moved = rows_of(run / "report" / "moved_targets.csv")
     assert [(m["layer"], m["expert"], float(m["offered"]), m["reason"]) for m in moved] == [("0", "1", 0.0417, "rare")]
     page_text = (run / "report" / "index.html").read_text("utf-8")
     section = page_text[page_text.index('<section id="weights">') : page_text.index('<section id="drift">')]
-    for shown in ("31.7%", "7.3%", "0.213, 0.119", "23"):
+    for shown in ("31.7%", "7.3%", "45.0%", "23"):
         assert f"<dd>{shown}</dd>" in section, shown
     assert ">4.2%</td><td>rare</td>" in section
-
-
-def test_a_resumed_step_replaces_the_old_one(tmp_path: Path) -> None:
-    path = tmp_path / "run"
-    (path / "logs").mkdir(parents=True)
-    records = [{"step": 1, "time_s": 1.0}, {"step": 2, "time_s": 9.0}, {"event": "checkpoint", "step": 2, "time_s": 3}]
-    records.append({"event": "step", "step": 2, "time_s": 2.5})
-    text = "".join(json.dumps(record) + "\n" for record in records)
-    (path / "logs" / "unlearn.jsonl").write_text(text + '{"event": "step", "step": 3, "los')
-    assert (gather(path).arms[0].steps, gather(path).arms[0].step_s) == (2, 1.5)
 
 
 def test_curves_and_matched_forgetting(run: Path) -> None:
@@ -174,7 +158,7 @@ def test_the_difference_to_uniform_weights_is_paired_by_question(run: Path) -> N
 
 
 def test_the_verdict_answers_in_words(run: Path) -> None:
-    told = verdict(gather(run))
+    told = verdict([gather(run)])
     row = headline_of(run)
     after, low = (100 * float(row[f"mean_utility_after_gain{end}"]) for end in ("", "_low"))
     assert f"it keeps {after:.1f} points more on average once it has forgotten [{low:.1f}, " in told.sentence
@@ -218,10 +202,10 @@ def test_the_verdict_says_what_is_not_so(tmp_path: Path, changes: dict[str, Any]
     if missing:
         shutil.rmtree(path / missing)
     data = gather(path)
-    text = " ".join(verdict(data).lines)
+    text = " ".join(verdict([data]).lines)
     assert all(word in text for word in words), text
     assert not ("gain" in changes or "forgets" in changes) or "points more" not in text
-    assert "checkpoints" not in changes or "matched" not in tables.all_tables([data], [])
+    assert "checkpoints" not in changes or "matched" not in tables.all_tables([data])
 
 
 def test_the_curve_that_a_job_scores_of_itself(tmp_path: Path) -> None:
@@ -247,7 +231,7 @@ def test_the_curve_that_a_job_scores_of_itself(tmp_path: Path) -> None:
     assert after is not None and after.interval is not None
     variance = (after.mine * (1 - after.mine) + after.base * (1 - after.base)) / 80
     assert after.interval.high - after.value == pytest.approx(1.96 * np.sqrt(variance), rel=1e-3)
-    assert "By the tasks that were scored on the way: near facts." in " ".join(verdict(data).lines)
+    assert "By the tasks that were scored on the way: near facts." in " ".join(verdict([data]).lines)
 
 
 def test_runs_with_other_seeds_are_told_as_one(tmp_path: Path) -> None:
@@ -255,7 +239,7 @@ def test_runs_with_other_seeds_are_told_as_one(tmp_path: Path) -> None:
         write_run(tmp_path / n, name=n, seed=s, gain=g) for n, s, g in (("a", 0, 0.05), ("b", 1, 0.07), ("c", 2, 0.06))
     ]
     text = report(None, RunDirectory.at(paths[0]), paths[1:]).read_text("utf-8")
-    assert "Told as one, by means: a, b, c" in text and "3 runs, each with its own seed" in text
+    assert "Means over a, b, c" in text and "3 runs, each with its own seed" in text
     assert "TRACE is the better one on average in 3 of 3." in text
     row = headline_of(paths[0])
     alone = [scores.standing([gather(path)], "unlearned", "uniform") for path in paths]
@@ -281,6 +265,8 @@ def test_runs_of_other_files_or_of_the_same_seed_are_no_repetition(tmp_path: Pat
     assert repeats(first, made("b", 1, f"{tmp_path}/b/models/base"))  # each its own, made with its seed
     assert not repeats(first, made("c", 2, f"{tmp_path}/a/models/other"))
     assert not repeats(first, made("d", 0, f"{tmp_path}/d/models/base"))
+    with pytest.raises(UserError, match=r"no repetition of .* with another seed"):
+        report(None, RunDirectory.at(tmp_path / "a"), [tmp_path / "c"])
 
 
 def headline_of(run: Path) -> dict[str, str]:
@@ -315,7 +301,7 @@ def test_forgetting_is_told_by_the_interval_of_the_paired_difference(
     tmp_path: Path, forget: float, after: float, answer: str, words: str
 ) -> None:
     path = write_run(tmp_path / "run", knew=forget, ends=after)
-    told = verdict(gather(path))
+    told = verdict([gather(path)])
     assert told.answers[0].answer == answer and words in told.sentence
     assert ("uniform weights" in told.sentence) == (answer in ("Yes", "Not enough"))
     assert words in card_of(path)
@@ -324,7 +310,7 @@ def test_forgetting_is_told_by_the_interval_of_the_paired_difference(
 def test_what_did_not_change_is_said_to_be_unchanged(tmp_path: Path) -> None:
     path = write_run(tmp_path / "run")
     shutil.copy(path / "evaluation" / "original.json", path / "evaluation" / "unlearned.json")
-    told = verdict(gather(path))
+    told = verdict([gather(path)])
     assert told.sentence.startswith("TRACE forgot nothing, and its utility did not change (97.0 points)")
     assert told.answers[1].answer == "Nothing" and "kept" not in told.sentence
 
@@ -335,13 +321,13 @@ def test_the_headline_of_the_configuration_is_everywhere(tmp_path: Path) -> None
     config = yaml.safe_load((path / "config.yaml").read_text())
     config["evaluation"]["tasks"] = [dict(zip(("name", "headline"), n.rsplit(" ", 1), strict=True)) for n in names]
     (path / "config.yaml").write_text(yaml.safe_dump(config))
-    report(None, RunDirectory.at(path), [])
+    report(None, RunDirectory.at(path))
     records = json.loads((path / "report" / "scores.json").read_text())
     assert {f"{r['task']} {r['metric']}" for r in records if r["headline"]} == set(names)
     data = gather(path)
     final = data.evaluations()["unlearned"]
     assert scores.mean_score(final, "utility") == final.value("near facts", "exact_match")
-    text = " ".join(verdict(data).lines)
+    text = " ".join(verdict([data]).lines)
     assert "elements (exact match): " in text and "membership (priv leak): -30 after, -97 before" in text
     assert "near facts (exact match): " in text and "capitals" not in text.partition("Is TRACE")[0]
     card = card_of(path).partition("## All scores")[0]
@@ -356,7 +342,7 @@ def test_forget_quality_is_compared_with_its_own_level() -> None:
 
     def told(before: float, after: float) -> scores.Outcome:
         original, final, gold = (Evaluation("m", None, [score(v)], {}, {}, None, {}) for v in (before, after, 1.0))
-        arm = Arm("unlearned", "raking", None, None, None, {}, final)
+        arm = Arm("unlearned", "raking", None, None, {}, final)
         data = RunData(Path(), "", "", {}, {}, None, None, [], {"original": original, "gold": gold}, [arm], {})
         (found,) = scores.forgotten(data, final)
         return found.outcome
@@ -375,7 +361,7 @@ def test_summary_table(run: Path) -> None:
     assert "One seed is no proof" in " ".join(text.split())
 
 
-@pytest.mark.parametrize("stages", [("data",), ("data", "statistics"), ("calibration",), ("logs",), ("evaluation",)])
+@pytest.mark.parametrize("stages", [("data",), ("data", "statistics"), ("calibration",), ("evaluation",)])
 def test_missing_stages_are_shown_as_not_run_yet(tmp_path: Path, stages: tuple[str, ...]) -> None:
     path = write_run(tmp_path / "run", stages=stages)
     text = render(path)
@@ -420,7 +406,7 @@ def test_damaged_artefacts_are_named_and_the_old_report_stays(tmp_path: Path, na
     artefact.describe(path / "report", "report", {}, {}, {})
     damage(path / name, kind)
     with pytest.raises(UserError, match=Path(name).name) as error:
-        report(None, RunDirectory.at(path), [])
+        report(None, RunDirectory.at(path))
     assert "Fix:" in error.value.line()
     assert (path / "report" / "index.html").read_text() == "old"
 
@@ -459,37 +445,6 @@ def test_only_files_that_exist_are_linked(run: Path) -> None:
     assert linked >= {path.name for path in (run / "report").iterdir() if path.suffix == ".csv"}
 
 
-def test_two_runs_of_the_same_data_are_compared(tmp_path: Path) -> None:
-    first, second = write_run(tmp_path / "a", name="a"), change(write_run(tmp_path / "b", name="b", gain=0.02), alpha=2)
-    text = report(None, RunDirectory.at(first), [second]).read_text("utf-8")
-    models = {entry["model"] for entry in json.loads((first / "report" / "scores.json").read_text())}
-    assert {"unlearned", "b/unlearned", "b/uniform"} <= models
-    assert not {"b/original", "b/gold"} & models  # the same models as the first run's
-    assert "b/unlearned" in page_data(text)["tables"]["curves"]["arm"]
-    assert "Not compared" not in text
-
-
-def change(run: Path, **settings: object) -> Path:
-    """Another configuration: no repetition of the same."""
-    config = yaml.safe_load((run / "config.yaml").read_text())
-    (run / "config.yaml").write_text(yaml.safe_dump({**config, "unlearning": {**config["unlearning"], **settings}}))
-    return run
-
-
-def ask_again(run: Path, fingerprints: dict[str, str]) -> Path:
-    for path in run.rglob("evaluation/*.json"):
-        raw = json.loads(path.read_text())
-        path.write_text(json.dumps({**raw, "tasks": {**raw["tasks"], **fingerprints}}))
-    return run
-
-
-def test_a_run_that_asks_other_questions_is_not_compared(tmp_path: Path) -> None:
-    first = write_run(tmp_path / "a", name="a")
-    second = ask_again(write_run(tmp_path / "b", name="b"), {"near facts": "other"})
-    _, others, notes = compared(gather(first), [second])
-    assert not others and notes == ["b is not compared with a: other questions in near facts"]
-
-
 def test_a_long_list_of_questions_is_thinned(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(page, "MAX_QUESTIONS", 100)
     data = page_data(render(run))
@@ -519,11 +474,10 @@ def test_examples_are_even_and_broken_text_is_named(run: Path) -> None:
 
 
 def test_what_was_run(run: Path) -> None:
-    told = dict(page.facts([gather(run)]))
-    assert told["Losses"] == "rmu" and told["Steps"] == "100" and told["Seed"] == "0"
-    assert told["Training time"].startswith("unlearned (TRACE) 150 s (1.5 s a step), ")
-    assert told["Model"] == "base, 3 layers of 8 experts, 2 a token"
-    assert told["Retain weights"].endswith("uniform: uniform")
+    found = dict(page.facts([gather(run)]))
+    assert found["Unlearning"] == "rmu, 100 steps" and found["Seed"] == "0"
+    assert found["Model"] == "base, 3 layers of 8 experts, 2 a token"
+    assert found["Retain weights"].endswith("uniform: uniform")
 
 
 def test_sources_come_by_gain_and_warnings_once(run: Path, tmp_path: Path) -> None:
@@ -539,29 +493,6 @@ def test_sources_come_by_gain_and_warnings_once(run: Path, tmp_path: Path) -> No
     text = render(path)
     assert text.count("a rare expert") == 1
     assert "a rare expert <small>(unlearned (TRACE), loss_weighting (TRACE))" in text
-
-
-@pytest.mark.parametrize("what", ["model", "data"])
-def test_runs_that_cannot_be_compared_say_why(tmp_path: Path, what: str, capsys: pytest.CaptureFixture[str]) -> None:
-    first = write_run(tmp_path / "a", name="a", stages=("data", "statistics", "evaluation"))
-    second = write_run(tmp_path / "b", name="b", **{what: "another"})  # type: ignore[arg-type]
-    text = report(None, RunDirectory.at(first), [second]).read_text("utf-8")
-    assert f"b is not compared with a: another {what}" in text
-    assert f"WARNING b is not compared with a: another {what}" in capsys.readouterr().out
-    models = {entry["model"] for entry in json.loads((first / "report" / "scores.json").read_text())}
-    assert not any(model.startswith("b/") for model in models)
-
-
-def test_a_run_without_fingerprints_is_not_compared(tmp_path: Path) -> None:
-    whole = gather(write_run(tmp_path / "a", name="a"))
-    bare = gather(write_run(tmp_path / "b", name="b", stages=("evaluation",)))
-    assert any("data fingerprint of b is not known" in reason for reason in why_not_comparable(whole, bare))
-
-
-def test_a_run_compared_with_itself_keeps_both_names(tmp_path: Path) -> None:
-    first = gather(write_run(tmp_path / "a", name="same"))
-    _, others, notes = compared(first, [write_run(tmp_path / "b", name="same")])
-    assert notes == [] and "same-2/unlearned" in {entry["model"] for entry in scores.score_records(first, others)}
 
 
 def test_a_variant_can_be_reported_alone(run: Path) -> None:
@@ -592,7 +523,7 @@ def test_title_of_the_configuration_wins(tmp_path: Path) -> None:
     path = write_run(tmp_path / "run")
     raw = yaml.safe_load((path / "config.yaml").read_text())
     config = Config.model_validate({**raw, "report": {"title": "Forget the elements"}})
-    assert "<h1>Forget the elements</h1>" in report(config, RunDirectory.at(path), []).read_text("utf-8")
+    assert "<h1>Forget the elements</h1>" in report(config, RunDirectory.at(path)).read_text("utf-8")
 
 
 def test_attacks_and_meanings_are_shown(run: Path) -> None:

@@ -14,7 +14,7 @@ from scipy import stats
 
 from trace_ds.reporting.gather import Evaluation, Score
 from trace_ds.reporting.intervals import of_score, wilson
-from trace_ds.reporting.matched import Reached, matched, reached, relative_gain
+from trace_ds.studies.matched import Reached, matched, reached, relative_gain
 
 unit = st.floats(0, 1, allow_nan=False)
 

@@ -36,9 +36,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from trace_ds.config.load import load_config
 from trace_ds.config.schema import Config
-from trace_ds.reporting.matched import Matched, matched, reached
 from trace_ds.studies import run_list
 from trace_ds.studies.analysis import Curve, choices, compare
+from trace_ds.studies.matched import Matched, matched, reached
 
 LEVELS = 31
 Measure = Callable[[list[int], list[float], list[float]], Matched]  # of steps, forget scores and utilities

@@ -310,7 +310,10 @@ _add_verb(
 
 @app.command()
 def report(
-    configs: Annotated[list[str], typer.Argument(help="CONFIG…, or run directories (the first one is the run).")],
+    configs: Annotated[
+        list[str],
+        typer.Argument(help="CONFIG…, or run directories that differ in their seed."),
+    ],
     run_dir: RunDirOption = None,
     set_: SetOption = None,
     dry_run: DryRunOption = False,

@@ -6,7 +6,6 @@ statistics belong to the run, calibration, logs and evaluations to the arm.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -86,8 +85,7 @@ class Arm:
     label: str
     rule: str | None
     calibration: Calibration | None
-    steps: int | None  # the last one in the log
-    step_s: float | None  # median time of a step
+    steps: int | None  # of the newest checkpoint
     checkpoints: dict[int, Evaluation]
     final: Evaluation | None
 
@@ -148,13 +146,6 @@ class RunData:
         source = (self.job.get("model") or {}).get("source")
         known = {str(key): str(value) for key, value in sorted((self.job.get("versions") or {}).items())}
         return known | ({BASE_MODEL: str(source)} if source else {})
-
-    @property
-    def model_fingerprint(self) -> str | None:
-        """Of the model before unlearning: what the statistics were made with, else what was scored."""
-        made = [self.artefacts[name].inputs.get("model") for name in self.artefacts if name.startswith("statistics/")]
-        scored = [each.fingerprint for name, each in self.references.items() if name == "original"]
-        return next(filter(None, [*made, *scored]), None)
 
     def evaluations(self) -> dict[str, Evaluation]:
         """Every model to compare, in the order of tables: references first (original, gold, ...), then the arms."""
@@ -243,7 +234,7 @@ def _arm(label: str, base: Path, rule: str | None, headline: list[str]) -> Arm:
     evaluations = _evaluations(base / "evaluation", headline)
     checkpoints = {step: each for name, each in evaluations.items() if (step := _step_of(name)) is not None}
     checkpoints = dict(sorted((_curve(base, headline) | checkpoints).items()))
-    return Arm(label, rule, calibration, *_log(base / "logs" / "unlearn.jsonl"), checkpoints, evaluations.get(MAIN_ARM))
+    return Arm(label, rule, calibration, _manifest(base).get("step"), checkpoints, evaluations.get(MAIN_ARM))
 
 
 def _evaluations(directory: Path, headline: list[str]) -> dict[str, Evaluation]:
@@ -308,25 +299,6 @@ def _curve(base: Path, headline: list[str]) -> dict[int, Evaluation]:
             scores = _scores(point["scores"], model, base / "checkpoints", headline)
             found[step] = Evaluation(model, None, scores, {}, {}, None, {})
     return found
-
-
-def _log(path: Path) -> tuple[int | None, float | None]:
-    """The last step in the log of ``unlearn``, and the median time between two steps that follow each other.
-
-    A resumed step replaces the old one; a half line at the end (a killed run) is skipped.
-    """
-    times_s: dict[int, float | None] = {}
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
-        try:
-            raw = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(raw, dict) and raw.get("event", "step") == "step" and isinstance(raw.get("step"), int):
-            time_s = raw.get("time_s")
-            times_s[raw["step"]] = float(time_s) if isinstance(time_s, (int, float)) else None
-    pairs = [(time_s, times_s.get(step + 1)) for step, time_s in times_s.items()]
-    gaps_s = [after_s - before_s for before_s, after_s in pairs if before_s is not None and after_s is not None]
-    return max(times_s, default=None), float(np.median(gaps_s)) if gaps_s else None
 
 
 def _manifest(base: Path) -> dict[str, Any]:

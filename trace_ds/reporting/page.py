@@ -20,7 +20,7 @@ import yaml
 from trace_ds.evaluation.metrics import meaning
 from trace_ds.evaluation.table import ARROWS, rows_of
 from trace_ds.reporting import scores
-from trace_ds.reporting.compare import averaged, label
+from trace_ds.reporting.compare import averaged
 from trace_ds.reporting.examples import broken_by_model, examples, perplexity_task
 from trace_ds.reporting.gather import BASE_MODEL, Arm, RunData
 from trace_ds.reporting.tables import Table
@@ -32,25 +32,12 @@ MAX_LIST_ROWS = 60
 MOST_GAINED, MOST_LOST = 10, 4  # sources of the retain text that the page names
 
 
-def render(
-    runs: Sequence[RunData],
-    verdict: Verdict,
-    tables: dict[str, Table],
-    compared: Sequence[RunData] = (),
-    notes: Sequence[str] = (),
-) -> str:
-    """The page as text.
-
-    Args:
-        runs: the run, and those that repeat it with other seeds.
-        compared: the other runs in the tables.
-        notes: why further runs are not.
-    """
+def render(runs: Sequence[RunData], verdict: Verdict, tables: dict[str, Table]) -> str:
+    """The page as text. ``runs``: the run, and those that repeat it with other seeds."""
     from jinja2 import Environment, FunctionLoader, StrictUndefined
 
     run, whole = runs[0], averaged(runs)
-    everyone = [run, *compared]
-    names = {label(everyone, r, arm.label): label(everyone, r, arm.title) for r in everyone for arm in r.arms}
+    names = {arm.label: arm.title for arm in run.arms}
     models, task = list(run.evaluations()), perplexity_task(run)
     main = next((arm.label for arm in run.arms if arm.is_trace and arm.label in models), models[-1] if models else "")
     style = _asset("page.css")
@@ -76,9 +63,7 @@ def render(
         verdict=verdict,
         tables=tables,
         rows=rows,
-        notes=notes,
         repeats=[each.name for each in runs] if len(runs) > 1 else [],
-        compared=[each.name for each in compared],
         examples=[
             (title, found)
             for role, title in (("forget", "To be forgotten"), ("utility", "To be kept"))
@@ -129,43 +114,26 @@ def escape_json(value: Any) -> str:
 
 
 def facts(runs: Sequence[RunData]) -> list[tuple[str, str]]:
-    """The model, data, settings and machine: names and values, as far as they are known."""
+    """The model, data and machine: names and values, as far as they are known (settings: the configuration)."""
     run = runs[0]
-    job, side, settings = run.job, run.retain or run.forget, run.config.get("unlearning") or {}
-    path = (run.config.get("model") or {}).get("path")
+    job, side, path = run.job, run.retain or run.forget, str((run.config.get("model") or {}).get("path") or "")
     layers, experts = side.counts_LE.shape if side else (0, 0)
-    strengths = {
-        "forget γ": settings.get("gamma"),
-        "retain α": settings.get("alpha"),
-        "learning rate": (settings.get("optimizer") or {}).get("lr"),
-    }
     kind = "CPU processes" if "cpu" in run.versions.get("torch", "") else "GPUs"
-    rows = [settings.get(key) for key in ("forget_rows", "retain_rows")]
-    timed = [arm for arm in run.arms if arm.step_s and arm.steps]
+    settings = run.config.get("unlearning") or {}
+    steps = job.get("step") or settings.get("steps")
+    machine = {"world": f"{{}} {kind}", "ep": "expert-parallel {}", "zero_stage": "ZeRO stage {}"}
     found = {
         "Model": [
-            run.versions.get(BASE_MODEL, str(path).rpartition("/")[2] if path else ""), str(job.get("family") or ""),
+            run.versions.get(BASE_MODEL, path.rpartition("/")[2]),
+            str(job.get("family") or ""),
             f"{layers} layers of {experts} experts, {side.top_k} a token" if side else "",
         ],
         "Tokens": [f"{s.tokens:,} to {name}" for name, s in (("forget", run.forget), ("keep", run.retain)) if s],
-        "Losses": [str(settings[key]) for key in ("forget_loss", "retain_loss") if settings.get(key)],
-        "Strengths": [f"{name} {v:g}" for name, v in strengths.items() if isinstance(v, (int, float))],
+        "Unlearning": [str(settings.get("forget_loss") or ""), f"{steps} steps" if steps else ""],
         "Retain weights": [f"{arm.title}: {_weights_of(run, arm)}" for arm in run.arms if arm.rule],
-        "Steps": [
-            f"{settings.get('steps') or '':,}" if isinstance(settings.get("steps"), int) else "",
-            f"{rows[0]} rows to forget and {rows[1]} to keep a step" if all(rows) else "",
-        ],
-        "Training time": [
-            f"{arm.title} {arm.step_s * arm.steps:,.0f} s ({arm.step_s:.2g} s a step)"  # type: ignore[operator]
-            for arm in timed
-        ],
-        "Machine": [
-            f"{job['world']} {kind}" if job.get("world") else "",
-            f"expert-parallel {job['ep']}" if job.get("ep") else "",
-            f"ZeRO stage {job['zero_stage']}" if job.get("zero_stage") is not None else "",
-        ],
+        "Machine": [text.format(job[key]) for key, text in machine.items() if job.get(key) is not None],
         "Seeds" if len(runs) > 1 else "Seed": [str(each.config["seed"]) for each in runs if "seed" in each.config],
-    }  # fmt: skip
+    }
     texts = {name: ", ".join(part for part in parts if part) for name, parts in found.items()}
     return [(name, text) for name, text in texts.items() if text]
 

@@ -4,40 +4,31 @@ between two scored steps is guessed."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from trace_ds.evaluation.metrics import FORGET_QUALITY
 from trace_ds.evaluation.table import ARROWS
-from trace_ds.reporting.compare import models
 from trace_ds.reporting.gather import Arm, Evaluation, RunData, Score
 from trace_ds.reporting.intervals import Interval, of_difference, of_mixes, of_score, t_interval
-from trace_ds.reporting.matched import TOLERANCE, reached
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
 
 MOMENTS = ("first", "after", "end")  # the first scored step at the target; on average from there on; the last step
 CHANCE_MARGIN = 0.02  # without a gold model: forgotten = at most two points above guessing
+TOLERANCE = 1e-9  # of a score at the target
 NEGLIGIBLE = 0.01  # less above the target is nothing to forget, however sure
 FORGOTTEN_P = 0.05  # TOFU: truth ratios that a test cannot tell from the retrained model's
 
 
-def score_records(run: RunData, others: Iterable[RunData] = ()) -> list[dict[str, Any]]:
-    """``scores.json``: a sorted list of ``{model, task, metric, value, headline}``.
-
-    Other runs' models are ``RUN/MODEL``. A value that is not finite is None.
-    """
+def score_records(run: RunData) -> list[dict[str, Any]]:
+    """``scores.json``: sorted ``{model, task, metric, value, headline}``; a value that is not finite is None."""
     records = [
-        {
-            "model": name,
-            "task": s.task,
-            "metric": s.metric,
-            "value": s.value if math.isfinite(s.value) else None,
-            "headline": s.headline,
-        }
-        for name, evaluation, _ in models([run, *others])
+        {"model": name, "task": s.task, "metric": s.metric, "headline": s.headline}
+        | {"value": s.value if math.isfinite(s.value) else None}
+        for name, evaluation in run.evaluations().items()
         for s in evaluation.scores
     ]
     return sorted(records, key=lambda record: (record["model"], record["task"], record["metric"]))
@@ -224,9 +215,9 @@ def trajectory(run: RunData, label: str) -> Trajectory | None:
     goal = [target for target in targets(run) if target.score.task in asked]
     left = [excess(model, goal) for _, model in points]
     on_the_way = bool(arm.checkpoints and goal)
-    met = reached([math.nan if value is None else value for value in left], 0.0) if on_the_way else None
+    met = [number for number, value in enumerate(left) if on_the_way and value is not None and value <= TOLERANCE]
     models = [model for _, model in points]
-    return Trajectory([s for s, _ in points], models, met.index if met else None, on_the_way, arm.final or models[-1])
+    return Trajectory([s for s, _ in points], models, met[0] if met else None, on_the_way, arm.final or models[-1])
 
 
 @dataclass(frozen=True)

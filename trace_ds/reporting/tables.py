@@ -15,13 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from trace_ds.reporting.compare import averaged, label, models
+from trace_ds.reporting.compare import averaged
 from trace_ds.reporting.gather import RunData
 from trace_ds.reporting.intervals import Interval, of_difference, of_score
 from trace_ds.reporting.scores import MOMENTS, arm_points, excess, mean_score, standing, targets
 
 MAX_TEXT = 300
-QUANTILES = ("0.05", "0.5", "0.95")
 # An item's score is the first of these in its log; of all but nll more means that more is known.
 ITEM_SCORES = ("correct", "rouge_l", "rouge_l_recall", "extraction_strength", "min_k", "nll")
 
@@ -57,26 +56,20 @@ def make(header: Iterable[str], rows: Iterable[Sequence[Any]]) -> Table:
     return Table({key: [row[index] for row in plain] for index, key in enumerate(names)})
 
 
-def all_tables(runs: Sequence[RunData], others: list[RunData]) -> dict[str, Table]:
-    """Every table by name; one without data is left out.
-
-    Args:
-        runs: the run, and those that repeat it with other seeds: their scores are averaged.
-        others: what they are compared with.
-    """
+def all_tables(runs: Sequence[RunData]) -> dict[str, Table]:
+    """Every table by name, of a run and those that repeat it with other seeds; one without data is left out."""
     run = averaged(runs)
     tables = {
         "routing": routing(run),
         "selected": selected_experts(run),
-        "weights": weights(run),
         "sources": sources(run),
         "moved_targets": _from_diagnosis(run, "moved_targets", ["layer", "expert", "offered", "reason"]),
         "documents": _from_diagnosis(run, "top_documents", ["document", "source", "weight", "tokens", "text_start"]),
-        "curves": curves([run, *others]),
-        "matched": matched_forgetting([list(runs), *([other] for other in others)]),
-        "drift": drift([run, *others]),
-        "attacks": attacks([run, *others]),
-        "scores": scores([run, *others]),
+        "curves": curves(run),
+        "matched": matched_forgetting(runs),
+        "drift": drift(run),
+        "attacks": attacks(run),
+        "scores": scores(run),
         "items": items(run),
     }
     return {name: table for name, table in tables.items() if len(table)}
@@ -118,20 +111,6 @@ def selected_experts(run: RunData) -> Table:
     return make(header, sorted(rows, key=lambda row: (-(row[4] or 0), row[:2])))
 
 
-def weights(run: RunData) -> Table:
-    """What each calibration says of its weights; uniform ones say nothing, and are left out."""
-    keys = ["rule", "lambda", "ess_fraction", "row_ess_fraction", "gap_closed", "gap_closed_by_rows", "max_weight"]
-    keys += ["iterations", "alike_share"]
-    rows = []
-    for arm, calibration in run.calibrations.items():
-        known = calibration.diagnosis
-        spread, quantiles = known.get("variance") or {}, known.get("weight_quantiles") or {}
-        if known and known.get("rule") != "uniform":
-            parts = [spread.get("between"), spread.get("within"), *map(quantiles.get, QUANTILES)]
-            rows.append([arm, *map(known.get, keys), *parts])
-    return make(["arm", *keys, "variance_between", "variance_within", *(f"quantile_{q}" for q in QUANTILES)], rows)
-
-
 def _from_diagnosis(run: RunData, key: str, header: list[str]) -> Table:
     """Rows of a list in the diagnoses; weights that are uniform say nothing, so those are left out."""
     made = {arm: c.diagnosis for arm, c in run.calibrations.items() if c.diagnosis.get("rule") != "uniform"}
@@ -151,48 +130,42 @@ def sources(run: RunData) -> Table:
     return make(header, sorted(rows, key=lambda row: -row[4]))
 
 
-def curves(runs: list[RunData]) -> Table:
+def curves(run: RunData) -> Table:
     """Mean headline scores along every arm: the forgetting-utility curve (only end points without checkpoints).
 
     ``forget`` is what remains of the knowledge: of TOFU's forget quality 1 less it.
     """
-    rows = []
-    for run in runs:
-        goal = targets(run)
-        for arm in (arm for arm in run.arms if arm.final is not None or arm.checkpoints):
-            for step, evaluation in arm_points(run, arm):
-                forget, utility = mean_score(evaluation, "forget"), mean_score(evaluation, "utility")
-                if forget is not None or utility is not None:
-                    left = excess(evaluation, goal)
-                    rows.append([label(runs, run, arm.label), arm.rule, step, evaluation.model, forget, left, utility])
+    rows, goal = [], targets(run)
+    for arm in (arm for arm in run.arms if arm.final is not None or arm.checkpoints):
+        for step, evaluation in arm_points(run, arm):
+            forget, utility = mean_score(evaluation, "forget"), mean_score(evaluation, "utility")
+            if forget is not None or utility is not None:
+                left = excess(evaluation, goal)
+                rows.append([arm.label, arm.rule, step, evaluation.model, forget, left, utility])
     return make(["arm", "rule", "step", "model", "forget", "forget_excess", "utility"], rows)
 
 
-def matched_forgetting(groups: list[list[RunData]]) -> Table:
-    """Utility at matched forgetting, and the difference to uniform weights; a group of runs that repeat each other is
-    averaged."""
+def matched_forgetting(runs: Sequence[RunData]) -> Table:
+    """Utility at matched forgetting, mean over the runs, and the difference to uniform weights."""
     rows: list[list[Any]] = []
-    for group in groups:
-        run = group[0]
-        for arm in run.arms:
-            found = standing(group, arm.label, run.baseline.label if run.baseline else None)
-            if found is not None and (found.step is not None or found.late):
-                numbers: list[Any] = []
-                for at in MOMENTS:
-                    gap = found.against[at]
-                    numbers += [found.utility[at], gap and gap.value, *_ends(gap.interval if gap else None)]
-                name = label([each[0] for each in groups], run, arm.label)
-                rows.append([name, arm.rule, len(group), found.step, found.spacing, *numbers])
+    for arm in runs[0].arms:
+        found = standing(runs, arm.label, runs[0].baseline.label if runs[0].baseline else None)
+        if found is not None and (found.step is not None or found.late):
+            numbers: list[Any] = []
+            for at in MOMENTS:
+                gap = found.against[at]
+                numbers += [found.utility[at], gap and gap.value, *_ends(gap.interval if gap else None)]
+            rows.append([arm.label, arm.rule, len(runs), found.step, found.spacing, *numbers])
     header = ["arm", "rule", "runs", "first_step", "steps_between_scores"]
     for column in ("utility_at_first", "mean_utility_after", "utility_at_end"):
         header += [column, f"{column}_gain", f"{column}_gain_low", f"{column}_gain_high"]
     return make(header, rows)
 
 
-def drift(runs: list[RunData]) -> Table:
+def drift(run: RunData) -> Table:
     """Routing drift by layer: overlap of the selected experts with the original's, and KL of their shares."""
     rows = []
-    for name, evaluation, _ in models(runs):
+    for name, evaluation in run.evaluations().items():
         for corpus in ("forget", "retain"):
             side = (evaluation.drift or {}).get(corpus) or {}
             by_layer = zip_longest(*(side.get(key) or [] for key in ("overlap", "kl")))
@@ -200,10 +173,10 @@ def drift(runs: list[RunData]) -> Table:
     return make(["model", "corpus", "layer", "overlap", "kl"], rows)
 
 
-def attacks(runs: list[RunData]) -> Table:
+def attacks(run: RunData) -> Table:
     """Forget scores under attack: by way of forcing experts, and by step of relearning."""
     rows: list[list[Any]] = []
-    for name, evaluation, _ in models(runs):
+    for name, evaluation in run.evaluations().items():
         forcing, relearning = (evaluation.attacks.get(key) or {} for key in ("expert_forcing", "relearning"))
         stages = [("expert forcing", kind, found) for kind, found in forcing.items()]
         stages += [("relearning", f"step {e['step']}", e["scores"]) for e in relearning.get("curve") or []]
@@ -212,11 +185,11 @@ def attacks(runs: list[RunData]) -> Table:
     return make(["model", "attack", "stage", "score", "value"], rows)
 
 
-def scores(runs: list[RunData]) -> Table:
-    """Every score with its interval, and its difference to the run's uniform weights (``gain``) with that one's."""
+def scores(run: RunData) -> Table:
+    """Every score with its interval, and its difference to uniform weights (``gain``) with that one's."""
     rows = []
-    for name, evaluation, run in models(runs):
-        base = run.baseline.final if run.baseline else None
+    base = run.baseline.final if run.baseline else None
+    for name, evaluation in run.evaluations().items():
         for s in evaluation.scores:
             other = base.find(s.task, s.metric) if base and base is not evaluation else None
             gain, near = None, None

@@ -1,6 +1,6 @@
 """What a run shows, in words: one sentence and the answers to four questions, for page, model card and terminal.
 
-    verdict(gather(Path("runs/mine"))).sentence
+    verdict([gather(Path("runs/mine"))]).sentence
 
 Scores are given in points, 0 to 100. Every number is computed from the artefacts, of models that were scored; a method
 that does not win is said not to. Runs that differ only in their seed are one: means, Student's t, differences paired by
@@ -68,9 +68,9 @@ class Verdict:
         return [self.sentence, *(f"{a.question} {a.answer}. {' '.join(a.details)}" for a in self.answers)]
 
 
-def verdict(run: RunData, repeats: Sequence[RunData] = ()) -> Verdict:
-    """What ``run`` shows, together with the runs that repeat it with other seeds."""
-    runs = [run, *repeats]
+def verdict(runs: Sequence[RunData]) -> Verdict:
+    """What a run shows, together with those that repeat it with other seeds."""
+    run = runs[0]
     finals = [arm for arm in run.arms if arm.final is not None]
     if "original" not in run.references or not finals:
         return Verdict(

@@ -354,7 +354,7 @@ def _run_as_rank(verb: str, request: Request) -> int:
 
 
 def report_command(paths: list[Path]) -> int:
-    """``trace-ds report RUN [RUN …]`` (the first run, compared with the others)."""
+    """``trace-ds report RUN [RUN …]``: a run, with those that repeat it with other seeds."""
     from trace_ds.stages.report import report
 
     run = RunDirectory.at(paths[0])

@@ -1,7 +1,7 @@
 """``trace-ds report CONFIG [RUN ...]``: one self-contained page, its CSV files, scores and a model card.
 
-    trace-ds report runs/mine runs/other      # a run, compared with another
-    trace-ds report runs/seed_0 runs/seed_1   # runs that differ in their seed only: one, by means with intervals
+    trace-ds report runs/mine
+    trace-ds report runs/seed_0 runs/seed_1   # runs that differ in their seed only: their means, with intervals
 
 Reads artefacts only, so it can be run at any time: what is not there yet is shown as not run yet. Writes
 ``RUN/report/{index.html, scores.json, model_card.md, *.csv, artefact.json}``, replaced as a whole.
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from trace_ds import __version__
 from trace_ds.conversion.card import LIMITS, model_card, model_name, plain, table
-from trace_ds.reporting.compare import averaged, compared
+from trace_ds.reporting.compare import averaged, gather_repeats
 from trace_ds.reporting.gather import BASE_MODEL, gather
 from trace_ds.reporting.scores import headline_table
 from trace_ds.run import artefact, ours
@@ -39,17 +39,15 @@ PAPER = (
 
 
 def report(config: Config | None, run: RunDirectory, others: list[Path] | None = None) -> Path:
-    """Write the report of a run, compared with ``others`` where that is meaningful; returns the page's path.
+    """Write the report of a run; returns the page's path.
 
     Args:
         config: only its title is used (the run's stored config.yaml is what the page shows); None is fine.
-        others: further run directories. Those that differ from the run in their seed only are told with it as one, by
-            means; one that cannot be compared is named, with the reasons, on the page and in a warning line, and stays
-            out of every chart.
+        others: runs that differ from it in their seed only.
 
     Raises:
-        UserError: a run directory is missing or holds nothing at all, an artefact is damaged, or the report cannot
-            be written; an existing report is left as it was.
+        UserError: a run directory is missing, holds nothing at all or differs in more than its seed, an artefact is
+            damaged, or the report cannot be written; an existing report is left as it was.
     """
     from trace_ds.reporting import page, scores, tables
     from trace_ds.reporting.verdict import verdict
@@ -59,21 +57,17 @@ def report(config: Config | None, run: RunDirectory, others: list[Path] | None =
     data = gather(run.path)
     if config is not None and config.report.title:
         data = replace(data, title=config.report.title)
-    again, others_read, notes = compared(data, list(others or []))
-    runs = [data, *again]
-    whole = averaged(runs)
-    found = tables.all_tables(runs, others_read)
-    told = verdict(data, again)
+    runs = [data, *gather_repeats(data, others or [])]
+    whole, found = averaged(runs), tables.all_tables(runs)
+    summary = verdict(runs)
     files: dict[str, str] = {
-        "index.html": page.render(runs, told, found, others_read, notes),
-        "scores.json": json.dumps(scores.score_records(whole, others_read), indent=1, ensure_ascii=False) + "\n",
-        "model_card.md": model_card_of(whole, told),
+        "index.html": page.render(runs, summary, found),
+        "scores.json": json.dumps(scores.score_records(whole), indent=1, ensure_ascii=False) + "\n",
+        "model_card.md": model_card_of(whole, summary),
         **{f"{name}.csv": table.to_csv() for name, table in found.items()},
     }
     try:
         with stage_log(run, "report") as log:
-            for note in notes:
-                log.line(f"WARNING {note}")
             _write(run, files)
             log.done(f"{len(found)} tables: {run.report / 'index.html'}")
     except OSError as error:
@@ -81,7 +75,7 @@ def report(config: Config | None, run: RunDirectory, others: list[Path] | None =
     return run.report / "index.html"
 
 
-def model_card_of(run: RunData, told: Verdict) -> str:
+def model_card_of(run: RunData, verdict: Verdict) -> str:
     """The card of the unlearned model: what was done, how well, and what is not claimed."""
     settings = run.config.get("unlearning") or {}
     loss, steps = (plain(str(settings.get(key, "not recorded"))) for key in ("forget_loss", "steps"))
@@ -106,7 +100,9 @@ def model_card_of(run: RunData, told: Verdict) -> str:
     }
     path = (run.config.get("model") or {}).get("path")
     base = run.versions.get(BASE_MODEL, model_name(str(path)) if path else "").partition("@")[0]
-    return model_card(run.title, base, ["unlearning"], [made, *(f"\n{plain(line)}" for line in told.lines)], sections)
+    return model_card(
+        run.title, base, ["unlearning"], [made, *(f"\n{plain(line)}" for line in verdict.lines)], sections
+    )
 
 
 def summary(run: RunDirectory) -> tuple[Table, str]:
@@ -115,7 +111,7 @@ def summary(run: RunDirectory) -> tuple[Table, str]:
     from trace_ds.reporting.verdict import verdict
 
     data = gather(run.path)
-    return scores.summary_table(data), "\n".join(verdict(data).lines)
+    return scores.summary_table(data), "\n".join(verdict([data]).lines)
 
 
 def _write(run: RunDirectory, files: dict[str, str]) -> None:

@@ -30,8 +30,8 @@ import numpy as np
 
 from trace_ds.config.schema import Config
 from trace_ds.reporting.intervals import LEVEL, NO_MEANS, Interval, t_interval
-from trace_ds.reporting.matched import Matched, matched, relative_gain
 from trace_ds.studies import run_list
+from trace_ds.studies.matched import Matched, matched, relative_gain
 from trace_ds.studies.run_list import Point, Trial, label
 
 BOOTSTRAP_DRAWS = 10_000
