@@ -184,7 +184,7 @@ class UnlearningConfig(TrainingConfig):
     steps: Integer = Field(100, ge=1)
     forget_rows: Integer = Field(8, ge=1, description="Forget rows per step, over all processes.")
     retain_rows: Integer = Field(8, ge=1, description="Retain rows per step, over all processes.")
-    keep: Literal[0] | Annotated[int, Field(ge=2)] = Field(
+    keep: Literal[0] | Annotated[Integer, Field(ge=2)] = Field(
         2,
         description="Checkpoints kept; never fewer than the newest two. 0: none once the job is done, also where the "
         "model breaks down on the way: RUN/curve.json is what it leaves, as in a study.",
