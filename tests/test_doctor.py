@@ -144,7 +144,7 @@ def test_storage_that_is_full(tmp_path: Path) -> None:
     size, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 21, size[1]))
     try:
-        only_fault(list(checks.storage_checks(tmp_path / "run", None)), "write speed", "File too large")
+        only_fault(list(checks.storage_checks(tmp_path / "run", None)), "cannot be written (File too large)")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, size)
         signal.signal(signal.SIGXFSZ, handler)

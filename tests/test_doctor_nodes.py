@@ -29,17 +29,6 @@ def missing(found: list[Check]) -> dict[str, Check]:
 # Faults of the machine
 
 
-def test_a_missing_compiler_is_a_miss_for_offloading(
-    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    offload = tmp_path / "offload.json"
-    offload.write_text('{"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}')
-    config, _ = load_config(str(tiny.write_config(tmp_path, tiny_model, unlearning__ds_config=str(offload))))
-    monkeypatch.setenv("PATH", str(tmp_path))
-    fault = missing(list(checks.compiler_checks(config)))["C++ compiler"]
-    assert "offload.json" in fault.detail and "apt-get install g++" in fault.fix
-
-
 def test_expert_parallelism_on_a_gpu_needs_a_c_compiler(
     tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -52,8 +41,7 @@ def test_expert_parallelism_on_a_gpu_needs_a_c_compiler(
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr(checks.sysconfig, "get_path", lambda name: str(tmp_path))
     (tmp_path / "Python.h").touch()
-    for program in ("gcc", "c++"):
-        (tmp_path / program).touch(mode=0o755)
+    (tmp_path / "gcc").touch(mode=0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert name not in missing(list(checks.compiler_checks(config)))
     (tmp_path / "gcc").unlink()

@@ -183,7 +183,7 @@ def test_stop_file_of_a_person_is_final(place: Workplace) -> None:
     assert place.cluster.info(job)["Restarts"] == "0"
 
 
-@pytest.mark.parametrize(("verb", "status"), [("collect", 2), ("convert", 2), ("unlearn", 7)])
+@pytest.mark.parametrize(("verb", "status"), [("convert", 2), ("unlearn", 7)])
 def test_failure_keeps_its_status_and_is_not_requeued(place: Workplace, verb: str, status: int) -> None:
     (place.fake / f"{verb}.status").write_text(str(status))
     place.run_dir.mkdir()
@@ -458,7 +458,6 @@ def test_chain_runs_the_stages_as_dependent_jobs_through_a_requeue(place: Workpl
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--partition=none", "invalid partition"),
         ("--partition=short --time=1:00:00", "the time limit 1:00:00 is beyond that of partition short"),
         ("--comment='a", "a quote is not closed"),
     ],

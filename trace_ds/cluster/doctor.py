@@ -124,7 +124,6 @@ def share_checks(config: Config | None, run_dir: Path | None, ranks: JoinedRanks
     planned = None if config is None else _plan(config, len(set(ranks.nodes)) if ranks else 1, processes)
     needed, stored = (planned.host_bytes, planned.storage_bytes) if planned else (None, None)
     found = guarded("capacity", "capacity", lambda: checks.capacity_checks(config, processes, needed))
-    found += _gpu_memory_checks(planned) if planned else []
     if run_dir is not None:
         found += guarded("storage", "run directory", lambda: checks.storage_checks(run_dir, stored))
     if config is not None and written is not None:
@@ -138,31 +137,12 @@ def share_checks(config: Config | None, run_dir: Path | None, ranks: JoinedRanks
     return found
 
 
-def _gpus() -> tuple[int, float]:
-    """Number of GPUs here and the smallest one's GB."""
-    import torch
-
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    return count, min((torch.cuda.get_device_properties(i).total_memory / 1e9 for i in range(count)), default=80.0)
-
-
 def _plan(config: Config, nodes: int, processes: int) -> RunPlan | None:
     """The cost model's answer for machines like this one, so many processes on each; None: `run` says why not."""
     try:
-        return plan(config, ClusterSpec(nodes=nodes, gpus_per_node=processes, gpu_memory_gb=_gpus()[1]))
+        return plan(config, ClusterSpec(nodes=nodes, gpus_per_node=processes))
     except UserError:
         return None
-
-
-def _gpu_memory_checks(planned: RunPlan) -> list[Check]:
-    """Whether the stages fit into this machine's GPUs, by the cost model."""
-    stages = {"collect": planned.collect, "unlearn": planned.unlearn}
-    stages |= {f"unlearn, variant {name}": stage for name, stage in planned.variants.items()}
-    usable, fix = planned.cluster.usable_bytes / 1e9, "see trace-ds plan CONFIG --nodes N for what would fit"
-    return [
-        judged("memory", name, stage.fits, f"{stage.memory.peak_bytes / 1e9:.0f} of {usable:.0f} GB", fix, "WARN")
-        for name, stage in (stages.items() if _gpus()[0] else ())
-    ]
 
 
 # The nodes of a job
@@ -394,9 +374,9 @@ def shared_storage_checks(ranks: JoinedRanks, run_dir: Path) -> Iterator[Check]:
 
 
 def _between_nodes(ranks: JoinedRanks, path: Path) -> Iterator[Check]:
-    tokens = ranks.world.broadcast([secrets.token_hex(TOKEN_BYTES // 2) for _ in range(2)])
+    tokens = ranks.world.broadcast([secrets.token_bytes(TOKEN_BYTES) for _ in range(2)])
     for name, token in zip(("same bytes on all nodes", "rename seen by all nodes"), tokens, strict=True):
-        if failure := _on_main(ranks, functools.partial(_publish, path, token)):
+        if failure := _on_main(ranks, functools.partial(checks.publish, path, token)):
             detail = f"{ranks.nodes[0]} cannot write {len(token) >> 20} MiB ({failure})"
             yield Check("storage", name, "MISS", detail, "free space there, or choose another --run-dir")
             return
@@ -429,18 +409,11 @@ def _on_main(ranks: JoinedRanks, action: Callable[[], object]) -> str:
     return ranks.world.broadcast(failure)
 
 
-def _publish(path: Path, content: str) -> None:
-    """Write a file under another name and rename it, as every artefact is published."""
-    part = path.with_name("part")
-    part.write_text(content, encoding="ascii")
-    os.replace(part, path)
-
-
-def _reads(path: Path, content: str) -> bool:
+def _reads(path: Path, content: bytes) -> bool:
     deadline = time.monotonic() + SEEN_WITHIN_S
     while True:
         with contextlib.suppress(OSError):
-            if path.read_bytes() == content.encode("ascii"):
+            if path.read_bytes() == content:
                 return True
         if time.monotonic() > deadline:
             return False
