@@ -19,6 +19,7 @@ from safetensors.numpy import save_file
 
 from trace_ds.routing.statistics import RoutingStatistics
 from trace_ds.run.artefact import describe
+from trace_ds.run.directory import RunDirectory
 from trace_ds.run.files import sha256_text, write_json
 
 STAGES = ("data", "statistics", "calibration", "evaluation")
@@ -59,7 +60,7 @@ def write_run(
         hostile: put into a document, an item and a source name.
         model, data: what the fingerprints are made of.
     """
-    path.mkdir(parents=True, exist_ok=True)
+    RunDirectory(path).mark()
     stages = set(stages)
     rng = np.random.default_rng(seed)
     tasks = [{"name": "elements", "type": "choice", "path": "elements.jsonl", "role": "forget"}]

@@ -87,6 +87,8 @@ class Hub(ThreadingHTTPServer):
         self.endpoint = f"http://127.0.0.1:{self.server_port}"
         self.repositories: dict[tuple[str, str], Repository] = {}
         self.requests: list[str] = []
+        self.answers: dict[str, bytes | None] = {}  # by repository: what is said of it instead; None: nothing, ever
+        self.closing = threading.Event()
 
     def add(self, kind: str, name: str, folder: Path, *, ref: str = "main", **access: Any) -> str:
         """A commit of all files of ``folder`` (which must stay as it is), to which ``ref`` now points.
@@ -121,6 +123,7 @@ def serving() -> Iterator[Hub]:
     try:
         yield hub
     finally:
+        hub.closing.set()
         hub.shutdown()
         hub.server_close()
         thread.join()
@@ -195,6 +198,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _api(
         self, kind: str, name: str, verb: str | None, revision: str, path: str | None, query: Any, body: Any
     ) -> None:
+        if name in self.server.answers:
+            answer = self.server.answers[name]
+            return self._send(200, answer, {}) if answer is not None else self.server.closing.wait() and None
         repository = self._repository(kind, name)
         commit = self._commit(repository, revision or "main")
         files = repository.commits[commit]

@@ -216,6 +216,26 @@ def test_without_a_network_and_a_cache(place: Place, tmp_path: Path) -> None:
     assert "http://127.0.0.1:9 does not give it (Connect" in line, line
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"<html>log in to the network</html>",
+        b"[]",
+        b'{"id": "org/odd"}',
+        b'{"id": "org/odd", "sha": 3}',
+        b"",
+        pytest.param(None, marks=pytest.mark.slow),  # asked once, for 20 s
+    ],
+)
+def test_a_hub_that_does_not_answer_as_one(place: Place, tmp_path: Path, answer: bytes | None) -> None:
+    place.hub.add("models", "org/odd", place.models / "model")
+    place.hub.answers["org/odd"] = answer
+    asked = len(place.hub.requests)
+    line = refuse(place.server, tmp_path, "prepare", written(tmp_path, "org/odd"), "--run-dir", "run", time_s=60)
+    assert "org/odd is not whole in the hub's cache" in line and "does not give it (" in line, line
+    assert len(place.hub.requests) == asked + 1
+
+
 def test_a_revision_that_moved_since_fetch_is_refused(place: Place, tmp_path: Path) -> None:
     name = "org/moving"
     first = place.hub.add("models", name, place.models / "model")

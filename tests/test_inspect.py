@@ -18,6 +18,7 @@ from trace_ds.checkpoints.manifest import Manifest, point_latest, read_manifest,
 from trace_ds.conversion.convert import convert_checkpoint
 from trace_ds.errors import UserError
 from trace_ds.run import artefact
+from trace_ds.run.directory import RunDirectory
 from trace_ds.stages.inspect import inspect, inspect_path, layout_of
 from trace_ds.tensors.model_files import SINGLE_NAME, read_model_directory
 from trace_ds.tensors.torch_archive import read_archive, tensors_of
@@ -47,6 +48,7 @@ def make_checkpoint(checkpoints: Path, step: int, calibration: str = "c") -> Pat
 def run(tmp_path: Path, tiny_model: Path) -> Path:
     """A run directory whose stages are all done."""
     path = tmp_path / "run"
+    RunDirectory(path).mark()
     data = make_artefact(path / "data", "data", {"tokenizer": "t"})
     sides = {
         side: make_artefact(path / "statistics" / side, "statistics", {"data": data.content, "side": side}, side)

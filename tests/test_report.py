@@ -373,10 +373,11 @@ def test_missing_stages_are_shown_as_not_run_yet(tmp_path: Path, stages: tuple[s
 def test_nothing_at_all_is_the_users_mistake(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such run directory"):
         report(None, RunDirectory.at(tmp_path / "missing"), [])
+    RunDirectory(tmp_path).mark()
     (tmp_path / "config.yaml").write_text("name: x\n")
     with pytest.raises(UserError, match="nothing to report"):
         report(None, RunDirectory.at(tmp_path), [])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".trace_ds.json", "config.yaml"]
 
 
 def damage(path: Path, kind: str) -> None:

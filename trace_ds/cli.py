@@ -33,6 +33,7 @@ FIXES = {
     errno.ENAMETOOLONG: "use a shorter path: a file's name has at most 255 bytes",
     errno.ELOOP: "correct the links, which lead around in a circle",
     errno.ENOTDIR: "correct the path",
+    errno.EINVAL: "name a regular file",
 }
 LAUNCHED = ("finetune", "collect", "calibrate", "unlearn", "evaluate")
 ONE_PROCESS = ("fetch", "prepare", "convert", "report", "run", "submit", "demo", "bench")
@@ -104,7 +105,8 @@ def main() -> None:
         _fail("there is not enough memory for this. Fix: smaller input or batches, or a machine with more", 2)
     except typer.Exit as end:
         _end(end.exit_code)
-    except typer.Abort:
+    except (typer.Abort, KeyboardInterrupt):
+        print("trace-ds: interrupted", file=sys.stderr)
         _end(130)
     except Exception as error:
         show = getattr(error, "show", None)  # a usage error (typer carries its own copy of click's exceptions)

@@ -37,7 +37,7 @@ from trace_ds.checkpoints.manifest import (
 from trace_ds.errors import JobFailed, StopRequested, UserError
 from trace_ds.parallel.environment import available_memory_bytes
 from trace_ds.run.files import fsync_directory, write_bytes
-from trace_ds.run.ours import MANIFEST, checkpoint, require_directory
+from trace_ds.run.ours import MANIFEST, require_directory
 
 if TYPE_CHECKING:
     from trace_ds.parallel.world import World
@@ -224,8 +224,7 @@ def prune(checkpoints: Path, keep: int, keep_every: int | None) -> list[int]:
     steps, _ = complete_steps(checkpoints)
     doomed = [step for step in steps[: -max(keep, 2)] if not (keep_every and step % keep_every == 0)]
     for step in doomed:
-        with contextlib.suppress(UserError):  # it holds something of the user's: it stays
-            discard(checkpoints / step_name(step))
+        discard(checkpoints / step_name(step))
     return doomed
 
 
@@ -233,9 +232,9 @@ def discard(path: Path) -> None:
     """Delete a checkpoint; a kill in the middle leaves what the next start removes, not a damaged checkpoint.
 
     Raises:
-        UserError: it is not ours, or holds something that is not.
+        UserError: it has no manifest, so it may be somebody else's.
     """
-    require_directory(path, checkpoint)
+    require_directory(path, MANIFEST)
     doomed = path.with_name(f"{path.name}.tmp-old-{os.getpid()}")  # the new one of the step is .tmp-PID
     os.replace(path, doomed)
     shutil.rmtree(doomed)

@@ -113,6 +113,7 @@ def submit_run(request: Request, cluster: Cluster, *, chain: bool, dry_run: bool
             return 0
         check_queue(run_dir)
         made = next(path for path in reversed([folder, *folder.parents]) if not path.exists())
+        request.run.mark()
         try:
             shutil.copytree(draft, folder)
             (run_dir / "logs").mkdir(exist_ok=True)

@@ -35,7 +35,7 @@ from trace_ds.run.files import (
     write_text,
 )
 from trace_ds.run.hub_names import snapshot_name
-from trace_ds.run.ours import MANIFEST, converted_model, require_apart, require_directory
+from trace_ds.run.ours import MANIFEST, MODEL, require_apart, require_directory
 from trace_ds.tensors.checkpoint import Checkpoint
 from trace_ds.tensors.dtypes import WORDS
 from trace_ds.tensors.layouts import (
@@ -208,7 +208,7 @@ def check_destination(destination: Path, overwrite: bool) -> None:
     if os.path.ismount(destination):
         raise UserError("the destination is a mount point", str(destination), "choose a new directory below it")
     if overwrite:
-        require_directory(destination, converted_model)
+        require_directory(destination, MODEL)
     elif destination.exists() and not (destination.is_dir() and not any(destination.iterdir())):
         raise _not_empty(destination)
     parent = destination.parent
@@ -245,7 +245,7 @@ def _new_directory(destination: Path, overwrite: bool) -> Iterator[Path]:
         work.mkdir(parents=True)
         yield work
         if overwrite:
-            commit_directory(work, destination, converted_model)
+            commit_directory(work, destination, MODEL)
             return
         fsync_tree(work)
         try:

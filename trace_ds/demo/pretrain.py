@@ -23,7 +23,7 @@ from trace_ds.corpora.pack import PackedRow, PackingCounts, pack
 from trace_ds.demo.corpora import BOS, CONTEXT_TOKENS, EOS, PAD
 from trace_ds.errors import UserError
 from trace_ds.run.files import replacing_directory, safetensors_errors, write_text
-from trace_ds.run.ours import demo_model
+from trace_ds.run.ours import DEMO_MODEL
 
 if TYPE_CHECKING:
     import torch
@@ -212,7 +212,7 @@ def _losses(model: MixtralForCausalLM, batch: Batch) -> tuple[torch.Tensor, torc
 def _save(model: MixtralForCausalLM, tokenizer: Path, training: dict[str, Any], destination: Path) -> None:
     from transformers.utils import logging
 
-    with replacing_directory(destination, demo_model) as temporary:
+    with replacing_directory(destination, DEMO_MODEL) as temporary:
         with safetensors_errors(temporary):
             logging.disable_progress_bar()  # of one shard
             model.save_pretrained(temporary)

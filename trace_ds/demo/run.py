@@ -132,7 +132,7 @@ def prepare_inputs(run_dir: Path, seed: int, regime: Regime = "standard", names:
     directory, inputs, settings = run_dir / "corpora", input_versions(), {"seed": seed, "regime": regime}
     if not has_corpora(run_dir, seed, regime):
         log = StageLog("demo", run_dir / "logs" / "demo.jsonl", None)
-        with contextlib.closing(log), replacing_directory(directory, ours.artefact("demo_corpora")) as temporary:
+        with contextlib.closing(log), replacing_directory(directory) as temporary:
             summary = {"documents": build_corpora(temporary, seed, regime)}
             artefact.describe(temporary, "demo_corpora", inputs, settings, summary)
             log.done(f"corpora made of pip packages: {sum(summary['documents'].values()):,} documents and questions")
@@ -143,7 +143,7 @@ def prepare_inputs(run_dir: Path, seed: int, regime: Regime = "standard", names:
         return
     folder.mkdir(exist_ok=True)
     for name in todo:
-        remove_directory(folder / name, ours.demo_model)
+        remove_directory(folder / name, ours.DEMO_MODEL)
     _train(directory, folder, todo, seed)
     for name in todo:
         write_json(folder / f"{name}.json", made_of | {"fingerprint": model_fingerprint(folder / name)})
@@ -151,11 +151,11 @@ def prepare_inputs(run_dir: Path, seed: int, regime: Regime = "standard", names:
 
 def require_inputs_ours(run_dir: Path) -> None:
     """Refuse corpora and models under ``run_dir`` that no :func:`prepare_inputs` made."""
-    ours.require_directory(run_dir / "corpora", ours.artefact("demo_corpora"))
+    ours.require_directory(run_dir / "corpora", ours.ARTEFACT)
     ours.require_folders(run_dir / "models")
     for name in MODELS:
-        ours.require_directory(run_dir / "models" / name, ours.demo_model)
-        ours.require_file(run_dir / "models" / f"{name}.json", ours.is_described("corpora", "seed"))
+        ours.require_directory(run_dir / "models" / name, ours.DEMO_MODEL)
+        ours.require_file(run_dir / "models" / f"{name}.json")
 
 
 def remove_input_leftovers(run_dir: Path) -> None:

@@ -61,20 +61,27 @@ def bring(name: HubName, key: str, *, weights: bool = True, expected: str | None
     from huggingface_hub import constants
     from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError  # HTTPError: that of httpx
 
+    commit, trouble = None, ""
     try:
-        if expected is not None and not constants.HF_HUB_OFFLINE:
-            require_same_commit(name, key, _commit_on_hub(name) or expected, expected)
-        folder = _snapshot(name.id, expected or name.revision, SMALL)
+        if not constants.HF_HUB_OFFLINE:
+            commit, trouble = _commit_on_hub(name)
+        if commit is not None:
+            require_same_commit(name, key, commit, expected)
+        # The client asks a hub that does not answer, or not as one, for minutes: then only its cache is looked at.
+        local = commit is None
+        folder = _snapshot(name.id, expected or name.revision, SMALL, local_files_only=local)
         if not weights:
             return folder
         shards = _weight_files(folder)
         with _telling(name, folder):
-            folder = _snapshot(name.id, folder.name, [*SMALL, *shards])
+            folder = _snapshot(name.id, folder.name, [*SMALL, *shards], local_files_only=local)
     except (HTTPError, LocalEntryNotFoundError, ConnectionError) as error:
-        _refuse(error, name, key)
+        _refuse(error, name, key, trouble)
+    except (ValueError, TypeError, AttributeError, LookupError) as error:  # an answer that is none
+        _refuse(error, name, key, f"the answer is none ({type(error).__name__})")
     if not is_whole(folder):
-        if (folder / INDEX).is_file() or constants.HF_HUB_OFFLINE:
-            _refuse(LocalEntryNotFoundError("files are missing"), name, key)
+        if (folder / INDEX).is_file() or commit is None:
+            _refuse(LocalEntryNotFoundError("files are missing"), name, key, trouble)
         raise UserError(f"{name} has no safetensors weights{_only_pickles(name, folder)}", key, "choose another")
     return folder
 
@@ -95,17 +102,18 @@ def require_same_commit(name: HubName | str, key: str, commit: str, expected: st
     )
 
 
-def _commit_on_hub(name: HubName) -> str | None:
-    """What the hub says that ``name`` is now; None where it cannot be asked. Nothing changes in the cache."""
+def _commit_on_hub(name: HubName) -> tuple[str | None, str]:
+    """(commit that ``name`` is now, "") or (None, why the hub does not say). Nothing changes in the cache."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HTTPError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
     try:
-        return HfApi().model_info(name.id, revision=name.revision, timeout=ASK_TIMEOUT_S).sha
+        commit = HfApi().model_info(name.id, revision=name.revision, timeout=ASK_TIMEOUT_S).sha
     except (RepositoryNotFoundError, RevisionNotFoundError):
         raise
-    except (HTTPError, ConnectionError):
-        return None
+    except Exception as error:  # no network (httpx has many words for it), or an answer that is none
+        return None, type(error).__name__
+    return (commit, "") if isinstance(commit, str) and commit else (None, "its answer names no commit")
 
 
 def downloaded_bytes(folder: Path) -> int:
@@ -172,8 +180,12 @@ def _only_pickles(name: HubName, folder: Path) -> str:
     return f", only pickles ({pickles[0]}), which are never read" if pickles else ""
 
 
-def _refuse(error: Exception, name: HubName, key: str) -> NoReturn:
-    """What went wrong between the hub and us, as an error of the user's."""
+def _refuse(error: Exception, name: HubName, key: str, trouble: str) -> NoReturn:
+    """What went wrong between the hub and us, as an error of the user's.
+
+    Args:
+        trouble: why the hub did not say what commit the name is.
+    """
     from huggingface_hub import constants
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
@@ -191,6 +203,7 @@ def _refuse(error: Exception, name: HubName, key: str) -> NoReturn:
     cause = error.__cause__ or error
     status = getattr(getattr(cause, "response", None), "status_code", "")
     why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{constants.ENDPOINT} does not give it"
-    why += "" if constants.HF_HUB_OFFLINE else f" ({type(cause).__name__} {status})".replace(" )", ")")
+    if not constants.HF_HUB_OFFLINE:
+        why += f" ({trouble or f'{type(cause).__name__} {status}'.strip()})"
     fix = "where there is a network, `trace-ds fetch CONFIG` brings it into HF_HOME; or name a directory"
     raise UserError(f"{name} is not whole in the hub's cache, and {why}", key, fix) from None

@@ -33,9 +33,11 @@ def rank_and_size(environment: Mapping[str, str] = os.environ) -> tuple[int, int
     """What the launcher says of this process's rank and of the number of ranks; (0, 1) without one.
 
     Raises:
-        UserError: that is no number, or the rank is none of so many.
+        UserError: that is no number, or the rank is none of so many; a launcher's number of ranks stands alone.
     """
     for rank, size in LAUNCHERS:
+        if size in environment and rank not in environment and size != "WORLD_SIZE":
+            raise UserError(f"{size} is set and {rank} is not", "the environment", f"unset {size}, or set both")
         if rank in environment and size in environment:
             return _place(rank, environment[rank], size, environment[size])
     return 0, 1
@@ -96,6 +98,9 @@ def complete_launch(environment: MutableMapping[str, str], accelerators: int, on
             if size > 1:
                 raise UserError(f"RANK and WORLD_SIZE are set, {name} is not", "the environment", fix)
             environment[name] = "127.0.0.1" if name == "MASTER_ADDR" else str(free_port())
+    port = environment["MASTER_PORT"]
+    if not (port.isascii() and port.isdigit() and 0 < int(port) < 1 << 16):
+        raise UserError(f"MASTER_PORT={port[:40]!r} is no port (1 to 65535)", "the environment", fix)
 
 
 def accelerator_count(environment: Mapping[str, str] = os.environ, devices: Path = Path("/dev")) -> int:

@@ -28,6 +28,7 @@ from trace_ds.parallel.environment import (
     launched,
     local_rank_and_size,
     machine_accelerators,
+    rank_and_size,
 )
 
 T = TypeVar("T")
@@ -301,5 +302,5 @@ def _adopt_slurm_step() -> None:
     """Under ``srun``, the step's variables become the usual ones (MASTER_* come from the batch script)."""
     if "SLURM_STEP_NUM_TASKS" not in os.environ or "RANK" in os.environ or "OMPI_COMM_WORLD_SIZE" in os.environ:
         return
-    rank, size = os.environ["SLURM_PROCID"], os.environ["SLURM_STEP_NUM_TASKS"]
-    os.environ.update(RANK=rank, WORLD_SIZE=size, LOCAL_RANK=os.environ.get("SLURM_LOCALID", "0"))
+    rank, size = rank_and_size()
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=os.environ.get("SLURM_LOCALID", "0"))

@@ -7,13 +7,13 @@ import fcntl
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from trace_ds.errors import UserError
 from trace_ds.run import ours
-from trace_ds.run.files import remove_leftovers, write_text
+from trace_ds.run.files import remove_leftovers, write_json, write_text
 
 LOCK_VARIABLE = "TRACE_DS_RUN_LOCK_FD"
 LOCK_RETRY_S = 3.0
@@ -23,17 +23,9 @@ FINETUNE, VARIANTS = "finetune", "variants"
 TRIALS, CALIBRATED = "trials", "calibrated"  # of a study's base model: trials/LOSS/METHOD/POINT, calibrated/NAME
 SHARING = {VARIANTS: 0, CALIBRATED: 0, TRIALS: 2}  # folders of a run whose runs share its data, and how deep these lie
 SIDES = ("forget", "retain", "alternative")
-STAGE_LOGS = ("prepare", "finetune", "collect", "calibrate", "unlearn", "convert", "evaluate", "report")
 STEP = re.compile(r"step_\d{6,}")
-COMPARISONS = {  # of `trace-ds bench`
-    "study.json": ours.is_described("recipe", "comparisons"),
-    "bench.json": ours.is_described("recipe", "outcomes"),
-}
-# What may stand in a run directory, beside its folders, before a stage has left anything with a mark.
-UNMARKED = (
-    r"\.lock|\.inputs\.lock|corpora\.lock|stop|submitted|config\.yaml|fetched\.json|plan\.json|seed_\d+|scores|"
-    r"trials|calibrated"
-)
+COMPARISONS = ("study.json", "bench.json", "frontier.csv")  # of `trace-ds bench`
+UNMARKED = ("stop", LOCK_NAME, INPUTS_LOCK_NAME)  # what may stand in a directory before it is marked as a run's
 
 
 @dataclass(frozen=True)
@@ -42,23 +34,19 @@ class Place:
 
     Attributes:
         shared: a variant has that of its run.
-        owner: of a directory that is replaced as a whole: the mark that it must carry.
-        is_ours: of a file that is replaced: whether we wrote it.
-        makes: of a folder to which things are added (all others): their names.
+        marker: of a directory that is replaced as a whole: the file that shows it to be ours.
+        makes: of a folder to which things are added: their names.
+        is_file: of a file, which is replaced.
     """
 
     name: str
     shared: bool = False
-    owner: ours.Owner | None = None
-    is_ours: Callable[[Path], bool] | None = None
+    marker: str = ""
     makes: str = ""
+    is_file: bool = False
 
     def __get__(self, run: RunDirectory, kind: type[RunDirectory]) -> Path:
         return ((self.shared and run.parent) or run.path) / self.name
-
-    @property
-    def is_folder(self) -> bool:
-        return self.owner is None and self.is_ours is None
 
 
 @dataclass(frozen=True)
@@ -73,14 +61,14 @@ class RunDirectory:
     parent: Path | None = None
     config_text: str | None = field(default=None, repr=False, compare=False)
 
-    config = Place("config.yaml", is_ours=ours.is_stored_config)
-    fetched = Place("fetched.json", shared=True, is_ours=ours.is_described("models", "data", "tasks"))
-    curve = Place("curve.json", is_ours=ours.is_curve)
-    data = Place("data", shared=True, owner=ours.artefact("data"))
-    calibration = Place("calibration", owner=ours.artefact("calibration"))
-    export = Place("export", owner=ours.artefact("export"))
-    model = Place("model", owner=ours.converted_model)
-    report = Place("report", owner=ours.artefact("report"))
+    config = Place("config.yaml", is_file=True)
+    fetched = Place("fetched.json", shared=True, is_file=True)
+    curve = Place("curve.json", is_file=True)
+    data = Place("data", shared=True, marker=ours.ARTEFACT)
+    calibration = Place("calibration", marker=ours.ARTEFACT)
+    export = Place("export", marker=ours.ARTEFACT)
+    model = Place("model", marker=ours.MODEL)
+    report = Place("report", marker=ours.ARTEFACT)
     statistics = Place("statistics", shared=True, makes="|".join(SIDES))
     checkpoints = Place("checkpoints", makes=rf"{STEP.pattern}|latest|universal|zero_to_fp32\.py")
     evaluation = Place("evaluation", makes=rf"{STEP.pattern}|[A-Za-z0-9][A-Za-z0-9._-]*\.json")
@@ -107,11 +95,8 @@ class RunDirectory:
     @property
     def outputs(self) -> list[Path]:
         """Everything that stages write."""
-        return [self.path / name for name in (*self._own(), "submitted", "stop", LOCK_NAME, INPUTS_LOCK_NAME)]
-
-    def _own(self) -> dict[str, Place]:
-        """The places that a run has, or a variant by itself."""
-        return {name: place for name, place in PLACES.items() if self.parent is None or not place.shared}
+        own = [name for name, place in PLACES.items() if self.parent is None or not place.shared]
+        return [self.path / name for name in (*own, "submitted", *UNMARKED)]
 
     def variant(self, name: str, config_text: str | None = None) -> RunDirectory:
         return RunDirectory(self.variants / name, self.path, config_text)
@@ -133,68 +118,56 @@ class RunDirectory:
         self.clear_leftovers()
         replace(self, config_text=config_text).store_config()
 
-    def owners(self) -> dict[Path, ours.Owner]:
-        """What stages replace or delete as a whole, with the mark that it must carry."""
-        found = {self.path / name: place.owner for name, place in self._own().items() if place.owner is not None}
-        for side in SIDES if self.parent is None else ():
-            found[self.statistics / side] = ours.artefact("statistics")
-            found[self.statistics / f"{side}.partial"] = ours.partial_statistics
-        steps = sorted(self.checkpoints.iterdir()) if self.checkpoints.is_dir() else []
-        return found | {step: ours.checkpoint for step in steps if STEP.fullmatch(step.name)}
-
     def is_marked(self) -> bool:
-        """Whether a stage of ours has left something here that only a stage of ours leaves."""
-        if self.config.is_file() and self.config.stat().st_size and ours.is_stored_config(self.config):
-            return True
-        owners = self.owners() | {self.path / "corpora": ours.artefact("demo_corpora")}
-        if any(path.is_dir() and owner(path) is not None and ours.names_below(path) for path, owner in owners.items()):
-            return True
-        return any(is_ours(self.path / name) for name, is_ours in COMPARISONS.items())
+        """Whether this directory is a run's (or a study's) of ours."""
+        return (self.path / ours.MARKER).is_file()
 
-    def require_ours(self, results: Iterable[str] = ()) -> None:
+    def mark(self) -> bool:
+        """Make the directory where it is missing and mark it as a run's (which :meth:`require_ours` has allowed);
+        whether it had no marker before."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            fresh = not self.is_marked()
+            if fresh:
+                write_json(self.path / ours.MARKER, {"kind": "run", "version": 1})
+        except OSError as error:
+            raise unwritable(self.path, error) from None
+        return fresh
+
+    def require_ours(self) -> None:
         """Refuse a directory that is not a run's, and one in which a stage would replace what is not ours.
-
-        Args:
-            results: names of models, whose scores are about to be written.
 
         Raises:
             UserError: names the place. Nothing was written.
         """
         if not self.path.is_dir():
             return
-        marked = self.is_marked()
-        for path, owner in self.owners().items():
-            if owner is ours.checkpoint and marked and not (path / ours.MANIFEST).is_file():
-                continue  # damaged: a job names it and sets it aside
-            ours.require_directory(path, owner)
-        for place in PLACES.values():
-            path = place.__get__(self, RunDirectory)
-            if place.is_ours is not None:
-                ours.require_file(path, place.is_ours)
-            elif place.is_folder:
-                ours.require_folders(path)
-        ours.require_file(self.checkpoints / "latest", ours.is_pointer)
-        for stage in STAGE_LOGS:
-            ours.require_file(self.logs / f"{stage}.jsonl", ours.is_log)
-        for name in results:
-            ours.require_file(self.evaluation / f"{name}.json", ours.is_result)
-        for made in self.finetuned_here():
-            made.require_ours()
-        for path in self.stop_files:
-            if os.path.lexists(path) and not path.is_file():
-                raise UserError("this is no file, and a file of that name stops a job", str(path), ours.FIX)
-        names = sorted(path.name for path in self.path.iterdir())
-        usual = re.compile("|".join([UNMARKED, *(name for name, place in PLACES.items() if place.is_folder)]))
-        strangers = [n for n in names if not usual.fullmatch(n) and not ours.leftover(n, f"{MADE_IN['']}|corpora")]
-        if strangers and not marked:
+        strangers = sorted({path.name for path in self.path.iterdir()}.difference(UNMARKED))
+        if strangers and not self.is_marked():
             raise UserError(
-                f"this directory is not a run's: it holds {strangers[0]!r}, and nothing that trace_ds made",
+                f"this directory is not a run's: it holds {strangers[0]!r}, and no {ours.MARKER}",
                 str(self.path),
                 "choose a --run-dir that is new, empty, or an earlier run's",
             )
+        for name, place in PLACES.items():
+            if place.marker:
+                ours.require_directory(self.path / name, place.marker)
+            elif place.is_file:
+                ours.require_file(self.path / name)
+            else:
+                ours.require_folders(self.path / name)
+        for side in SIDES if self.parent is None else ():
+            ours.require_directory(self.path / "statistics" / side, ours.ARTEFACT)
+            ours.require_directory(self.path / "statistics" / f"{side}.partial", ours.PARTIAL, ours.ARTEFACT)
+        for made in self.finetuned_here():
+            made.require_ours()
+        for path in self.stop_files:
+            ours.require_file(path)
 
     def clear_leftovers(self) -> None:
         """Delete what killed writers left in folders of this run; a parent's belong to whoever holds its lock."""
+        if not self.is_marked():
+            return
         try:
             for folder, made in MADE_IN.items():
                 if folder != "statistics" or self.parent is None:
@@ -206,12 +179,11 @@ class RunDirectory:
 
     def store_config(self) -> None:
         """Write config.yaml. A stage does it when its input has proved right, so that a refused one changes nothing."""
+        self.mark()
         if self.config_text is None:
             return
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
             if not self.config.is_file() or self.config.read_text(encoding="utf-8") != self.config_text:
-                ours.require_file(self.config, ours.is_stored_config)
                 write_text(self.config, self.config_text)
         except OSError as error:
             raise unwritable(self.path, error) from None
@@ -220,8 +192,8 @@ class RunDirectory:
 PLACES = {place.name: place for place in vars(RunDirectory).values() if isinstance(place, Place)}
 # What stages make and killed writers leave halves of, by the folder they make it in ("" is the run directory).
 MADE_IN = {name: place.makes for name, place in PLACES.items() if place.makes}
-_WHOLE = [name for name, place in PLACES.items() if not place.is_folder]
-MADE_IN[""] = "|".join(map(re.escape, [*_WHOLE, *COMPARISONS, "plan.json", "frontier.csv"]))
+_WHOLE = [name for name, place in PLACES.items() if place.marker or place.is_file]
+MADE_IN[""] = "|".join(map(re.escape, [*_WHOLE, *COMPARISONS, "plan.json", ours.MARKER]))
 
 
 def run_path(text: str) -> Path:
@@ -266,7 +238,9 @@ def locked(run: RunDirectory, *, replaces_inputs: bool = False) -> Iterator[list
         UserError: another process uses the run directory, or it cannot be written.
     """
     numbers, _, path = os.environ.get(LOCK_VARIABLE, "").partition(":")
-    inherited = [int(number) for number in numbers.split(",") if number]
+    inherited = [int(number) for number in numbers.split(",") if number.isdecimal()]
+    if not any(_is_at(descriptor, Path(path) / LOCK_NAME) for descriptor in inherited):
+        inherited = []  # a variable that was set by hand, or outlived the job that set it
     if inherited and path == os.path.realpath(run.path):
         yield inherited
         return
@@ -277,12 +251,17 @@ def locked(run: RunDirectory, *, replaces_inputs: bool = False) -> Iterator[list
     elif replaces_inputs:
         wanted.append((run.path / INPUTS_LOCK_NAME, fcntl.LOCK_EX))
     made = [folder for folder in (run.path, *run.path.parents) if not folder.exists()]
+    run.require_ours()
     held: list[tuple[Path, int, bool]] = []
+    marked = False
     try:
         for lock, operation in wanted:
             held.append((lock, *_lock(lock, operation)))
+        marked = run.mark()
         yield [descriptor for _, descriptor, _ in held]
     except UserError:  # the input was wrong: leave what was there before, which may be nothing at all
+        if marked and {path.name for path in run.path.iterdir()} <= {ours.MARKER, *UNMARKED}:
+            (run.path / ours.MARKER).unlink()
         for lock, descriptor, fresh in held:
             if fresh and _flock(descriptor, lock, fcntl.LOCK_EX):  # nobody shares it
                 lock.unlink(missing_ok=True)
@@ -340,7 +319,7 @@ def _flock(descriptor: int, path: Path, operation: int) -> bool:
 def _is_at(descriptor: int, path: Path) -> bool:
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
+    except (OSError, OverflowError):  # no such file, or no such descriptor
         return False
 
 

@@ -9,17 +9,21 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trace_ds.errors import UserError
-from trace_ds.run.ours import Owner, leftover, require_directory
+from trace_ds.run.foreign import open_regular
+from trace_ds.run.ours import ARTEFACT, leftover, require_directory
 
 if TYPE_CHECKING:
     import numpy as np
 
 HASH_BLOCK_BYTES = 1 << 22
+CLOCK_TICK_S = 0.02  # file times are as coarse as the kernel's timer, 1 to 10 ms
+_hashes: dict[tuple[int, ...], str] = {}  # of the files that this process has read, by device, inode, size and times
 
 
 def canonical_json(value: Any) -> str:
@@ -32,12 +36,19 @@ def sha256_text(text: str) -> str:
 
 
 def sha256_file(path: Path) -> str:
-    """SHA-256 of a file, read in blocks (constant memory)."""
-    digest = hashlib.sha256()
-    with path.open("rb") as handle:
-        while block := handle.read(HASH_BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
+    """SHA-256 of a regular file, read in blocks (constant memory), and once a process while the file stays the same."""
+    status = path.stat()
+    stamp = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    if stamp not in _hashes:
+        # A later change within the clock tick of this one would leave the same times: wait until it is over.
+        if 0 <= time.time() - status.st_ctime < CLOCK_TICK_S:
+            time.sleep(CLOCK_TICK_S)
+        digest = hashlib.sha256()
+        with open_regular(path) as handle:
+            while block := handle.read(HASH_BLOCK_BYTES):
+                digest.update(block)
+        _hashes[stamp] = digest.hexdigest()
+    return _hashes[stamp]
 
 
 def require_files(directory: Path, files: Mapping[str, Mapping[str, Any]], fix: str, *, hashes: bool) -> None:
@@ -140,22 +151,22 @@ def safetensors_errors(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def replacing_directory(path: Path, owner: Owner) -> Iterator[Path]:
+def replacing_directory(path: Path, marker: str = ARTEFACT) -> Iterator[Path]:
     """Yield a temporary sibling directory that becomes ``path`` when the block ends without an error.
 
     A reader sees the old directory or the new one, never a mixture; an error or a kill leaves at most a
     ``path.tmp-PID`` (or ``path.tmp-replaced-PID``) sibling, which :func:`remove_leftovers` deletes at the next start.
 
     Raises:
-        UserError: what is at ``path`` is not ours by ``owner``; nothing is written then.
+        UserError: what is at ``path`` has no ``marker`` of ours; nothing is written then.
     """
-    require_directory(path, owner)
+    require_directory(path, marker)
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     with removed_on_error(temporary):
         yield temporary
-        commit_directory(temporary, path, owner)
+        commit_directory(temporary, path, marker)
 
 
 @contextlib.contextmanager
@@ -167,10 +178,10 @@ def removed_on_error(directory: Path) -> Iterator[None]:
         raise
 
 
-def commit_directory(temporary: Path, path: Path, owner: Owner) -> None:
+def commit_directory(temporary: Path, path: Path, marker: str = ARTEFACT) -> None:
     """Fsync everything below ``temporary`` and rename it to ``path``, replacing what was there if that is ours."""
     fsync_tree(temporary)
-    require_directory(path, owner)
+    require_directory(path, marker)
     old = path.with_name(f"{path.name}.tmp-replaced-{os.getpid()}")
     if os.path.lexists(path):
         os.replace(path, old)
@@ -179,9 +190,9 @@ def commit_directory(temporary: Path, path: Path, owner: Owner) -> None:
     _remove(old)
 
 
-def remove_directory(path: Path, owner: Owner) -> None:
-    """Delete a directory of ours, or what is not there."""
-    require_directory(path, owner)
+def remove_directory(path: Path, *markers: str) -> None:
+    """Delete a directory that has one of these markers of ours, or what is not there."""
+    require_directory(path, *markers)
     _remove(path)
 
 

@@ -1,15 +1,19 @@
-"""Small files that somebody else, a broken disk or a hostile hand wrote: plain values, or one line that says why.
+"""Reading small files that a user, another program, a broken disk or an attacker wrote.
 
-Artefacts, manifests, reports, configurations and ``latest`` are read through here. What they call a file is a name
-inside their own folder.
+Only regular files are read (a device may have no end, a pipe never answer), and only so many bytes, whatever the file
+system says their size is. Damage of any kind is one line that names the file, with exit status 2: :func:`reading`.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
-from collections.abc import Mapping
+import os
+import stat
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO
 
 from trace_ds.errors import UserError
 
@@ -17,23 +21,60 @@ MAX_BYTES = 1 << 28  # an index of a million tensors has half of this
 NAME_LENGTH = 255  # of a directory
 
 
+@contextlib.contextmanager
+def reading(path: Path, what: str, fix: str) -> Iterator[None]:
+    """Turn any error of reading one file, or of using a value in it, into a :class:`UserError` that names the file."""
+    try:
+        yield
+    except UserError:
+        raise
+    except OSError as error:
+        reason = error.strerror or " ".join(str(error).split())
+        raise UserError(f"{what} cannot be read ({reason})", str(path), fix) from None
+    except Exception as error:  # each library has errors of its own, and a damaged file can cause any of them
+        reason = " ".join(str(error).split())[:200]
+        reason = f"{type(error).__name__} {reason}" if isinstance(error, (LookupError, TypeError)) else reason
+        raise UserError(f"{what} is damaged ({reason or type(error).__name__})", str(path), fix) from None
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file to read its bytes; OSError for a device, a pipe, a socket or a directory."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe without a writer would block
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return os.fdopen(descriptor, "rb")
+
+
+def read_bytes(path: Path, limit: int = MAX_BYTES) -> bytes:
+    """All bytes of a regular file (OSError for anything else); ``ValueError`` for more than ``limit`` bytes."""
+    with open_regular(path) as handle:
+        data = handle.read(limit + 1)
+    if len(data) > limit:
+        raise ValueError(f"more than {limit:,} bytes")
+    return data
+
+
+def read_text(path: Path, what: str, fix: str, limit: int = MAX_BYTES) -> str:
+    """The text of a UTF-8 file, without a byte order mark; :class:`UserError` as by :func:`reading`."""
+    with reading(path, what, fix):
+        return read_bytes(path, limit).decode("utf-8-sig")
+
+
 def read_object(path: Path, what: str, fix: str, *, infinite: bool = False) -> dict[str, Any]:
     """The JSON object in a file; with ``infinite`` it may hold NaN and infinities, as models' configurations do.
 
     Raises:
-        UserError: it cannot be read, is no JSON object, or holds NaN, an infinity or what is nested or long beyond
-            anything that we write; names the file, with ``fix``.
+        UserError: it cannot be read, is no JSON object, or holds NaN, an infinity, half of a surrogate pair, or what is
+            nested or long beyond anything that we write; names the file, with ``fix``.
     """
-    try:
-        if path.stat().st_size > MAX_BYTES:
-            raise ValueError(f"more than {MAX_BYTES >> 20} MiB")
-        value = json.loads(path.read_text(encoding="utf-8-sig"), parse_constant=None if infinite else _refuse)
+    text = read_text(path, what, fix)
+    with reading(path, what, fix):
+        value = json.loads(text, parse_constant=None if infinite else _refuse)
         if not isinstance(value, dict):
             raise ValueError("not a JSON object")
-    except OSError as error:
-        raise UserError(f"{what} cannot be read ({error.strerror})", str(path), fix) from None
-    except (ValueError, RecursionError, MemoryError) as error:
-        raise UserError(f"{what} is damaged ({str(error)[:200] or type(error).__name__})", str(path), fix) from None
+        if "\\ud" in text or "\\uD" in text:
+            json.dumps(value, ensure_ascii=False).encode()  # fails on half of a surrogate pair
     return value
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -35,7 +36,8 @@ class StageLog:
         self.stage = stage  # with the name of the variant
         self.enabled = path is not None
         self.last: dict[str, float] = {}  # the numbers of the last step
-        self._began_s = float(os.environ.pop(BEGAN, time.time()))
+        began = os.environ.pop(BEGAN, "")
+        self._began_s = float(began) if re.fullmatch(r"\d+\.\d+", began) else time.time()
         self._path, self._tb, self._begin = path, tb, begin
         self._repeated_from: int | None = None  # the first step that a resumed job does again
         self._file: TextIO | None = None

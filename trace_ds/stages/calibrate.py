@@ -38,7 +38,6 @@ from trace_ds.errors import UserError
 from trace_ds.routing.statistics import RoutingStatistics
 from trace_ds.routing.token_files import open_parts
 from trace_ds.run import artefact as artefacts
-from trace_ds.run import ours
 from trace_ds.run.artefact import Artefact
 from trace_ds.run.files import new_array, replacing_directory, safetensors_errors, write_json
 from trace_ds.run.foreign import read_object
@@ -220,7 +219,7 @@ def export_weights(config: Config, run: RunDirectory, data: Artefact, calibratio
 
     inputs = {"data": data.content, "calibration": calibration.content}
     if not artefacts.is_done(run.export, "export", artefacts.identity_of("export", inputs, {})):
-        with replacing_directory(run.export, ours.artefact("export")) as directory:
+        with replacing_directory(run.export) as directory:
             export(data, calibration, directory)
             artefacts.describe(directory, "export", inputs, {}, {"rows": calibration.summary["rows"]})
 
@@ -269,7 +268,7 @@ def _make(asked: Asked, run: RunDirectory, routing: Routing, context: Context, l
             selections,
         )
         refuse_uniform(config, calibrated, run)
-        with replacing_directory(run.calibration, ours.artefact("calibration")) as directory:
+        with replacing_directory(run.calibration) as directory:
             summary = write(directory, config, routing, calibrated, held)
             summary["layers"] = statistics.summary["layers"]
             artefacts.describe(directory, "calibration", asked.inputs, asked.settings, summary)

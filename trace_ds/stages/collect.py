@@ -210,7 +210,7 @@ def _collect_side(
     def commit() -> None:
         remove_states(directory)
         (directory / SHAPE_NAME).unlink(missing_ok=True)
-        commit_directory(directory, destination, ours.artefact("statistics"))
+        commit_directory(directory, destination)
         found = artefact.load(destination, "statistics", verify=False).summary
         log.detail(f"{side}: {found['tokens']:,} tokens of {found['documents']:,} documents counted")
 
@@ -296,7 +296,7 @@ def _prepare_directory(path: Path, shape: dict[str, Any]) -> bool:
     except (OSError, ValueError):
         same = False
     if not same:
-        remove_directory(path, ours.partial_statistics)
+        remove_directory(path, ours.PARTIAL, ours.ARTEFACT)
         path.mkdir(parents=True)
         write_json(path / SHAPE_NAME, shape)
     return False

@@ -33,7 +33,7 @@ from trace_ds.evaluation.subjects import (
     task_fingerprints,
 )
 from trace_ds.models.families import ModelInfo, inspect_model
-from trace_ds.run import artefact, ours
+from trace_ds.run import artefact
 from trace_ds.run.directory import RunDirectory, unwritable
 from trace_ds.run.files import write_bytes, write_json
 from trace_ds.run.hub_names import provenance
@@ -189,7 +189,7 @@ def _refer_to_retrained(config: Config, job: EvaluateJob, run: RunDirectory, log
 def _drop_others(job: EvaluateJob, run: RunDirectory, log: StageLog) -> None:
     """Delete results of models that this configuration does not name: the report must not mix evaluations."""
     for path in sorted(run.evaluation.glob("*.json")):
-        if path.stem not in job.identities and ours.is_result(path):
+        if path.stem not in job.identities and "scores" in (read_result(path) or {}):
             log.line(f"removed {path.name}: no model of this run has that name")
             path.unlink()
 

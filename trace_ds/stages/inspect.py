@@ -117,13 +117,13 @@ def _located(path: Path) -> Path | None:
 def _artefact(path: Path, verify: bool, kind: str = "") -> Finding:
     """An artefact (of a ``kind``, or of any): its description, and whether every file is there with its size (and
     hash)."""
-    if not kind:
-        raw = read_json_object(path / artefact.FILE_NAME, "the description of the artefact")
-        kind = str(raw.get("kind", "unknown"))
     try:
+        if not kind:
+            raw = read_json_object(path / artefact.FILE_NAME, "the description of the artefact")
+            kind = str(raw.get("kind", "unknown"))
         found = artefact.load(path, kind, verify=verify)
     except UserError as error:
-        return Finding(path, "artefact", {"artefact": kind}, [error.line()])
+        return Finding(path, "artefact", {"artefact": kind or "unknown"}, [error.line()])
     facts = {key: getattr(found, key) for key in ("identity", "content", "inputs", "settings", "summary")}
     return Finding(path, "artefact", {"artefact": kind, **facts, **_sizes(found.files)})
 

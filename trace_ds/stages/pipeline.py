@@ -17,7 +17,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from trace_ds.config.load import dump_yaml, load_config, with_changes
-from trace_ds.config.names import ORIGINAL, UNLEARNED
 from trace_ds.config.schema import Config
 from trace_ds.errors import StopRequested, UserError
 from trace_ds.parallel.environment import accelerator_count, launched
@@ -91,7 +90,7 @@ class Request:
         """Refuse a run directory that is not ours, or that lies in, on or around what the configuration reads."""
         for item in self.all():
             require_apart(self.run.outputs, inputs_of(item.config))
-        self.run.require_ours((ORIGINAL, UNLEARNED, *self.seen_by("evaluate").config.evaluation.models))
+        self.run.require_ours()
 
 
 def inputs_of(config: Config) -> dict[str, Path]:

@@ -21,7 +21,7 @@ from trace_ds.corpora.tokenizer import (
     tokenizer_fingerprint,
 )
 from trace_ds.errors import UserError
-from trace_ds.run import artefact, ours
+from trace_ds.run import artefact
 from trace_ds.run.directory import RunDirectory
 from trace_ds.run.files import replacing_directory
 from trace_ds.run.log import already_done, stage_log
@@ -39,7 +39,7 @@ def prepare(config: Config, run: RunDirectory) -> artefact.Artefact:
         already_done("prepare", run)
         return artefact.load(run.data, "data", verify=False)
     tokenizer = load_tokenizer(config.model.tokenizer_path)
-    with stage_log(run, "prepare") as log, replacing_directory(run.data, ours.artefact("data")) as directory:
+    with stage_log(run, "prepare") as log, replacing_directory(run.data) as directory:
         found = {side: _prepare_side(config.data, side, directory, tokenizer) for side in sides}
         for side, counts in found.items():
             log.detail(

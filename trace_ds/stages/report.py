@@ -19,7 +19,7 @@ from trace_ds.conversion.card import LIMITS, model_card, model_name, plain, tabl
 from trace_ds.reporting.compare import averaged, gather_repeats
 from trace_ds.reporting.gather import BASE_MODEL, gather
 from trace_ds.reporting.scores import headline_table
-from trace_ds.run import artefact, ours
+from trace_ds.run import artefact
 from trace_ds.run.directory import RunDirectory, unwritable
 from trace_ds.run.files import replacing_directory
 from trace_ds.run.log import stage_log
@@ -52,8 +52,7 @@ def report(config: Config | None, run: RunDirectory, others: list[Path] | None =
     from trace_ds.reporting import page, scores, tables
     from trace_ds.reporting.verdict import verdict
 
-    ours.require_directory(run.report, ours.artefact("report"))
-    ours.require_file(run.logs / "report.jsonl", ours.is_log)
+    run.require_ours()
     data = gather(run.path)
     if config is not None and config.report.title:
         data = replace(data, title=config.report.title)
@@ -117,7 +116,7 @@ def summary(run: RunDirectory) -> tuple[Table, str]:
 def _write(run: RunDirectory, files: dict[str, str]) -> None:
     """Replace the report as a whole."""
     run.clear_leftovers()
-    with replacing_directory(run.report, ours.artefact("report")) as directory:
+    with replacing_directory(run.report) as directory:
         for name, content in files.items():
             (directory / name).write_text(content, encoding="utf-8", newline="")
         artefact.describe(directory, "report", {}, {}, {})

@@ -12,12 +12,12 @@ from trace_ds.config.schema import Config
 from trace_ds.config.sections.unlearning import TrainableConfig, UnlearningConfig
 from trace_ds.errors import JobFailed, UserError
 from trace_ds.evaluation.metrics import ROLE_OF, TASK_METRICS
-from trace_ds.evaluation.subjects import task_fingerprints
+from trace_ds.evaluation.subjects import has_identity, task_fingerprints
 from trace_ds.models.families import ModelInfo, require_plain_logits
 from trace_ds.parallel.environment import accelerator_count
 from trace_ds.routing.token_files import require_parts
-from trace_ds.run import artefact, ours
-from trace_ds.run.curve import has_ended, read_curve
+from trace_ds.run import artefact
+from trace_ds.run.curve import has_ended
 from trace_ds.run.directory import RunDirectory
 from trace_ds.run.files import canonical_json, sha256_text, write_json
 from trace_ds.stages.inputs import Inputs, agreed, checked_model, checked_tasks, look_at
@@ -63,7 +63,7 @@ class UnlearnJob:
         """Whether the last step of this very job is there, complete, or one that met the bounds that end it; or its
         curve, where that is all that it leaves."""
         if config.unlearning.keep == 0:
-            if not ours.is_curve(run.curve) or read_curve(run.curve)["identity"] != self.curve:
+            if not has_identity(run.curve, self.curve):
                 return False
             discard_checkpoints(run, self.curve)  # which a kill may have cut off
             return True

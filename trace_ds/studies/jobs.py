@@ -188,7 +188,7 @@ class Study:
         link, target = self._calibration_link(trial)
         if not self._is_linked(trial):
             link.unlink(missing_ok=True)
-            link.parent.mkdir(parents=True, exist_ok=True)
+            self._trial(trial).run.mark()
             link.symlink_to(target)
 
     def _make_inputs(self, seed: int) -> None:
@@ -196,7 +196,7 @@ class Study:
             from trace_ds.demo.run import prepare_inputs, remove_input_leftovers
 
             directory = self.seed_directory(seed)
-            directory.mkdir(parents=True, exist_ok=True)
+            RunDirectory(directory).mark()
             remove_input_leftovers(directory)
             prepare_inputs(directory, seed, self.bench.regime)
 

@@ -96,9 +96,6 @@ def check_places(study: Study) -> None:
 
     directory = study.directory
     RunDirectory(directory).require_ours()
-    ours.require_file(directory / "study.json", ours.is_described("recipe", "comparisons"))
-    ours.require_file(directory / "plan.json", ours.is_described("recipe", "stages"))
-    ours.require_file(directory / "frontier.csv", lambda path: path.read_bytes().startswith(b"seed,loss,method,point,"))
     for base in study.bases.values():
         made = [*base.run.outputs, *(base.run.path / name for name in (TRIALS, CALIBRATED))]
         ours.require_apart([*made, directory / "report", directory / "logs"], inputs_of(base.config))
