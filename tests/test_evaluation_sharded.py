@@ -179,6 +179,46 @@ def test_forcing_where_no_rank_has_a_whole_router(family: str, models: dict[str,
         assert all(np.allclose(found, alone, atol=1e-5) for found in ways)
 
 
+def most_gathered(world: Any, path: str) -> tuple[int, int, int]:
+    """The most elements of whole parameters that ZeRO-3 has gathered during two forward passes; those of the largest
+    layer and of the model."""
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+    from transformers import AutoTokenizer
+
+    from trace_ds.models import engine
+
+    settings = engine.base_ds_config
+
+    def all_partitioned(**asked: Any) -> dict[str, Any]:
+        found = settings(**asked)
+        found["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        return found
+
+    engine.base_ds_config = all_partitioned
+    with loaded(path, AutoTokenizer.from_pretrained(path), SETTINGS, world, Sharding(1, 3)) as model:
+        engine.base_ds_config = settings
+        every = list(model.model.parameters())
+        seen = [0]
+
+        def count(*_: Any) -> None:
+            whole = [p.ds_numel for p in every if p.ds_status != ZeroParamStatus.NOT_AVAILABLE]
+            seen[0] = max(seen[0], sum(whole))
+
+        for layer in model.model.model.layers:
+            layer.mlp.register_forward_hook(count)
+        for _ in range(2):  # the second prefetches what the first has used
+            model.score(random_sequences(3))
+        largest = max(sum(p.ds_numel for p in layer.parameters()) for layer in model.model.model.layers)
+        return seen[0], largest, sum(p.ds_numel for p in every)
+
+
+def test_a_sharded_model_is_never_gathered_whole(tmp_path: Path) -> None:
+    """DeepSpeed's own limits keep all of a model below 1e9 parameters."""
+    path = tiny.make_model(tmp_path / "model", layers=8)
+    for most, largest, total in run_distributed(most_gathered, 2, str(path)):
+        assert 0 < most <= 3 * largest < total / 2
+
+
 def test_bad_shapes(case: Case) -> None:  # noqa: F811
     shutil.rmtree(case.run.model)  # nothing marks it as ours
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -13,12 +14,14 @@ import torch
 from torch import nn
 
 from trace_ds.models import autoep
+from trace_ds.models.engine_config import merge
 from trace_ds.models.families import ModelInfo
 from trace_ds.models.host_memory import large_tensors_apart
 from trace_ds.models.loading import ModelParts, load_share
 from trace_ds.parallel.world import World, quiet_deepspeed
 
 WIDE_EXPERT = 8192
+LAYER = re.compile(r".*?\.\d+\.")  # how the names of a decoder layer's parameters begin
 HUB_KERNELS = ("sonicmoe", "deepgemm")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -52,6 +55,25 @@ def quick_collections() -> Iterator[None]:
         gc.unfreeze()
 
 
+def stage3_limits(model: nn.Module) -> dict[str, int]:
+    """How many gathered elements ZeRO-3 keeps: the decoder layer (or embedding) at work and the next one.
+
+    DeepSpeed's defaults, which these never exceed, keep all of a model below 1e9 parameters gathered.
+    """
+    sizes: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        block = LAYER.match(name)
+        key = block.group() if block else name
+        sizes[key] = sizes.get(key, 0) + int(getattr(parameter, "ds_numel", parameter.numel()))
+    largest = max(sizes.values(), default=0)
+    kept = min(2 * largest, 1_000_000_000)
+    return {
+        "stage3_max_live_parameters": kept,
+        "stage3_max_reuse_distance": kept,
+        "stage3_prefetch_bucket_size": min(largest, 50_000_000),
+    }
+
+
 @quick_collections()
 @large_tensors_apart()
 def initialize(
@@ -80,6 +102,8 @@ def initialize(
     model, files = load_share(info.path, DTYPES[dtype], world, ep=ep, ds_config=ds_config, parts=parts)
     layers = sum(1 for module in model.modules() if _has_experts(module))
     arguments: dict[str, Any] = {}
+    if ds_config["zero_optimization"]["stage"] == 3:
+        ds_config = merge({"zero_optimization": stage3_limits(model)}, ds_config)
     if recompute:  # to each layer's end: ZeRO-3 releases a module's parameters when its forward pass ends
         model.gradient_checkpointing_enable({"use_reentrant": False, "early_stop": False})
     if parameters is not None:
