@@ -169,7 +169,6 @@ def _write_calibration(directory: Path, sides: dict[str, RoutingStatistics], rul
         "ess_fraction": ess,
         "row_ess_fraction": (1 + ess) / 2,
         "gap_closed": 0.0 if rule == "uniform" else 0.45,
-        "gap_closed_by_rows": 0.0 if rule == "uniform" else 0.317,
         "iterations": 0 if rule == "uniform" else 23,
         "alike_share": 0.0731,
         "variance": {"between": 0.213, "within": 0.119, "between_share": 0.64},

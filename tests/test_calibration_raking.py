@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from calibration_world import Corpus, make_world
-from distributed import run_distributed
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import optimize
 
 from trace_ds.calibration import raking
-from trace_ds.calibration import units as units_module
-from trace_ds.calibration.raking import Context, Remaining, rake
+from trace_ds.calibration.raking import balanced, rake
 from trace_ds.calibration.targets import offer
 from trace_ds.calibration.tokens import TokenMap
 from trace_ds.calibration.units import Units, evaluate
@@ -55,7 +51,7 @@ def test_one_expert_has_the_closed_form(active: int, idle: int, target: float) -
     p = active / (active + idle)
     made = rake(units_of(column, np.array([active, idle])), np.array([target]), np.array([p]), 1e9, 1e-9)
     w = np.exp(column @ made.theta_S - made.point.log_mean)
-    np.testing.assert_allclose(w, [target / p, (1 - target) / (1 - p)], rtol=1e-6)
+    np.testing.assert_allclose(w, [target / p, (1 - target) / (1 - p)], rtol=1e-5)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -81,7 +77,7 @@ def test_agrees_with_a_brute_force_convex_solver(seed: int) -> None:
     )
     assert brute.success
     np.testing.assert_allclose(ours, brute.x, atol=2e-4)
-    assert (ours * np.log(ours)).mean() <= (brute.x * np.log(brute.x)).mean() + 1e-9
+    assert (ours * np.log(ours)).mean() <= (brute.x * np.log(brute.x)).mean() + 1e-7
 
 
 def reference(active_TS: np.ndarray, target_S: np.ndarray) -> np.ndarray:
@@ -110,29 +106,95 @@ def reference(active_TS: np.ndarray, target_S: np.ndarray) -> np.ndarray:
     return weights(active_TS, found.x)
 
 
-PATHS = {
-    "Newton": {},
-    "quasi-Newton": {"EXACT_PRODUCTS": 0},
-    "curvature of a sample": {"LEAST_CURVATURE_UNITS": 1500},
-    "a sample, then all": {"WHOLE_UNITS": 2500, "SAMPLE_UNITS": 2500, "LEAST_CURVATURE_UNITS": 1000},
-}
-
-
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("sample", [1 << 18, 4000])
 @pytest.mark.parametrize("floor", [0.3, 0.8])
-def test_weights_are_those_of_a_plain_long_running_solver(monkeypatch, path: str, floor: float) -> None:
-    for name, value in PATHS[path].items():
-        monkeypatch.setattr(raking, name, value)
-    forget, retain = make_world(seed=3, layers=4, experts=10, top_k=3, documents=400)
+def test_weights_are_those_of_a_plain_long_running_solver(monkeypatch, sample: int, floor: float) -> None:
+    """On all tokens at once, and on a sample of them first."""
+    monkeypatch.setattr(raking, "SAMPLE_UNITS", sample)
+    forget, retain = make_world(seed=3, layers=4, experts=10, top_k=3, documents=600)
     active = retain.dense(10).astype(float)
     p, q = active.mean(axis=0), forget.dense(10).mean(axis=0)
     made = rake(Units(retain.as_trace(), np.ones((4, 10), dtype=bool), retain.tokens), q, p, 20.0, floor)
-    assert made.converged and made.limit == "floor" and not any(made.reason_S)
+    assert made.converged and made.strength < 1 and not any(made.reason_S)
+    assert (made.passes > 1) == (sample < len(active))
     np.testing.assert_allclose(made.target_S, p + made.strength * (q - p), atol=1e-12)
     w, wanted = weights(active, made.theta_S), reference(active, made.target_S)
     assert floor <= ess(w) < floor * 1.001
-    np.testing.assert_allclose(w @ active / w.sum(), made.target_S, atol=1e-6)
+    np.testing.assert_allclose(w @ active / w.sum(), made.target_S, atol=2e-6)
     np.testing.assert_allclose(w, wanted, rtol=1e-3)
+
+
+def copied_layers(rng: np.random.Generator, count: int, copies: int = 2, experts: int = 6) -> tuple[Corpus, np.ndarray]:
+    """(retain corpus whose layers are copies of one another, forget frequencies that differ from layer to layer)."""
+    logits = rng.normal(size=(copies, experts))
+
+    def chosen(logits_E: np.ndarray) -> np.ndarray:
+        return np.argsort(-(logits_E + rng.gumbel(size=(3000, experts))), axis=1)[:, :2].astype(np.uint8)
+
+    retain = np.resize(np.stack([chosen(logits[0])] * copies, axis=1), (count, copies, 2))
+    forget = np.stack([chosen(row + rng.normal(scale=0.8, size=experts)) for row in logits], axis=1)
+    frequency = np.array([np.bincount(forget[:, layer].ravel(), minlength=experts) for layer in range(copies)]) / 3000
+    documents = np.arange(count, dtype=np.int32) // 100
+    token_map = TokenMap(np.array([0, count]), documents, int(documents[-1]) + 1)
+    return Corpus(retain, token_map, np.zeros(0)), frequency.ravel()
+
+
+def exact_strength(active_TS: np.ndarray, shift_S: np.ndarray, floor: float) -> float:
+    """λ by bisection, each dual (in the box, float64, over the distinct tokens) minimised by scipy's SLSQP."""
+    kinds, counts = np.unique(active_TS, axis=0, return_counts=True)
+    kinds, share, p_S = kinds.astype(float), counts / counts.sum(), active_TS.mean(axis=0)
+
+    def size(strength: float) -> float:
+        def dual(theta_S: np.ndarray) -> tuple[float, np.ndarray]:
+            score = kinds @ theta_S
+            w = share * np.exp(score - score.max())
+            target_S = p_S + strength * shift_S
+            value = score.max() + np.log(w.sum()) - theta_S @ target_S
+            return float(value), w @ kinds / w.sum() - target_S
+
+        found = optimize.minimize(
+            dual,
+            np.zeros(len(p_S)),
+            jac=True,
+            method="SLSQP",
+            bounds=[(-raking.LARGEST_THETA, raking.LARGEST_THETA)] * len(p_S),
+            options={"ftol": 1e-15, "maxiter": 2000},
+        )
+        w = np.exp(kinds @ found.x - (kinds @ found.x).max())
+        return float((share @ w) ** 2 / (share @ w**2))
+
+    low, high = (1.0, 1.0) if size(1.0) >= floor else (0.0, 1.0)
+    while high - low > 1e-5:
+        middle = (low + high) / 2
+        low, high = (middle, high) if size(middle) >= floor else (low, middle)
+    return low
+
+
+@settings(max_examples=6, deadline=None)
+@given(st.integers(0, 1000), st.sampled_from([3000, 15_000, 18_000, 40_000]), st.integers(1, 3))
+def test_copies_of_one_layer_are_solved_alike_at_every_size(seed: int, count: int, copies: int) -> None:
+    """λ is that of an exact solution to 1e-3, and no smaller where the floor is lower, with however many tokens."""
+    retain, q = copied_layers(np.random.default_rng(seed), count, copies)
+    active, scope_LE = retain.dense(6), np.ones((copies, 6), dtype=bool)
+    p = active.mean(axis=0)
+    shift = balanced(scope_LE, offer(scope_LE, p, q, 20.0)[0] - p, p * (1 - p))
+    strengths = []
+    for floor in (0.8, 0.6, 0.4):
+        made = rake(Units(retain.as_trace(), scope_LE, retain.tokens), q, p, 20.0, floor)
+        assert made.converged and made.point.ess >= floor
+        strengths.append(made.strength)
+    assert strengths[0] == pytest.approx(exact_strength(active, shift, 0.8), rel=1e-3)
+    assert strengths == sorted(strengths)
+
+
+def test_the_floor_is_met_on_all_tokens_where_a_sample_is_too_small(monkeypatch) -> None:
+    monkeypatch.setattr(raking, "SAMPLE_UNITS", 200)
+    monkeypatch.setattr(raking, "SAMPLE_UNITS_PER_CONSTRAINT", 1)
+    forget, retain = make_world(seed=3, layers=4, experts=10, top_k=3, documents=600)
+    p, q = retain.dense(10).mean(axis=0), forget.dense(10).mean(axis=0)
+    made = rake(Units(retain.as_trace(), np.ones((4, 10), dtype=bool), retain.tokens), q, p, 20.0, 0.5)
+    assert ess(weights(retain.dense(10), made.theta_S)) >= 0.5
+    assert made.converged == (made.error <= 1e-6)
 
 
 def errors(corpus: Corpus, experts: int) -> np.ndarray:
@@ -158,7 +220,7 @@ def test_thousands_of_experts_meet_the_floor_and_their_targets(tmp_path) -> None
     q, p = (corpus.dense(64).mean(axis=0) for corpus in sides)
     everything = np.ones((26, 64), dtype=bool)
     made = rake(Units(retain.as_trace(), everything, retain.tokens), q, p, 20.0, 0.5, errors(retain, 64))
-    assert made.converged and made.limit == "floor" and 0.5 <= made.point.ess < 0.505
+    assert made.converged and made.strength < 1 and 0.5 <= made.point.ess < 0.505
     assert made.strength > 0.05 and made.point.max_weight > 5
     w = weights(retain.dense(64), made.theta_S)
     assert 0.5 <= ess(w) < 0.505
@@ -173,76 +235,29 @@ def test_more_experts_than_tokens_meet_the_floor_within_the_errors() -> None:
     q, p, error = forget.dense(64).mean(axis=0), retain.dense(64).mean(axis=0), errors(retain, 64)
     everything = np.ones((32, 64), dtype=bool)
     made = rake(Units(retain.as_trace(), everything, retain.tokens), q, p, 20.0, 0.5, error)
-    assert made.converged and made.limit == "floor" and 0.5 <= made.point.ess < 0.505
+    assert made.converged and made.strength < 1 and 0.5 <= made.point.ess < 0.505
     assert made.strength > 0.05 and np.isfinite(made.theta_S).all()
     miss = np.abs(made.point.frequency_S - made.target_S)
     assert (miss <= np.maximum(error, 1e-3)).mean() > 0.99 and miss.max() < 0.3 * np.abs(made.target_S - p).max()
 
 
-def test_a_solver_that_is_stopped_says_so_and_keeps_its_strength(monkeypatch) -> None:
+def test_a_solver_that_is_stopped_says_so(monkeypatch) -> None:
     forget, retain = make_world(seed=1)
     p, q = retain.dense(8).mean(axis=0), forget.dense(8).mean(axis=0)
     units = Units(retain.as_trace(), np.ones((3, 8), dtype=bool), retain.tokens)
-    whole = rake(units, q, p, 20.0, 0.5)
-    monkeypatch.setattr(raking, "MAX_SAMPLE_PASSES", 2)
+    monkeypatch.setattr(raking, "MAX_PASSES", 2)
     made = rake(units, q, p, 20.0, 0.5)
-    assert not made.converged and made.limit == "passes" and made.error > 1e-6
-    assert made.strength > 0.8 * whole.strength
+    assert not made.converged and made.error > 1e-6
 
 
-@pytest.mark.parametrize(
-    ("distances", "said"),
-    [
-        ([8.0, 6.0], "about 9 s left"),  # 2 a pass, so 3 passes more
-        ([8.0, 6.0, 4.0, 2.0], "about 3 s left"),
-        ([8.0, 2.0, 1.5, 1.0], "about 6 s left"),  # by how it goes now: the first pass counts no more
-        ([8.0, 6.0, 4.0, 3.9], "about 12 s left"),
-        ([8.0, 0.01], "about 3 s left"),  # a pass, at least
-        ([8.0, 0.0], "settled"),
-        ([8.0, 8.0], "at most 19 passes of 3.0 s left"),
-        ([8.0, 4.0, 6.0, 9.0], "at most 17 passes of 3.0 s left"),
-        ([8.0, 7.9], "at most 19 passes of 3.0 s left"),  # 79 at this rate, but it will not be let go on for so long
-    ],
-)
-def test_what_is_left_by_a_clock_that_the_test_sets(distances: list[float], said: str) -> None:
-    now_s = 100.0
-    remaining, found = Remaining(20, distances[0], lambda: now_s), ""
-    for passes, distance in enumerate(distances[1:], start=1):
-        now_s += 3.0
-        found = remaining(passes, distance)
-    assert found == said
-
-
-@pytest.mark.parametrize(("share", "floor"), [(1.0, 0.5), (0.2, 0.1)])
-def test_progress_says_of_each_solve_about_how_long_it_still_takes(monkeypatch, share: float, floor: float) -> None:
-    """Each pass takes two seconds of a clock of ours. In the second case lambda is 1 and only the weights settle."""
-    now_s, lines = [0.0], []
-
-    def pass_of_two_seconds(*arguments: Any) -> Any:
-        now_s[0] += 2.0
-        return evaluate(*arguments)
-
-    monkeypatch.setattr(raking, "evaluate", pass_of_two_seconds)
-    for name in ("SAMPLE_UNITS", "WHOLE_UNITS", "CURVATURE_UNITS", "LEAST_CURVATURE_UNITS"):
-        monkeypatch.setattr(raking, name, 1000)
-    forget, retain = make_world(seed=1, layers=6, experts=16)
-    p = retain.dense(16).mean(axis=0)
-    q = p + share * (forget.dense(16).mean(axis=0) - p)
-    context = Context(say=lambda line: lines.append((now_s[0], line)), clock=lambda: now_s[0])
-    rake(Units(retain.as_trace(), np.ones((6, 16), dtype=bool), retain.tokens), q, p, 20.0, floor, None, context)
-    first = [
-        (at, line)
-        for at, line in lines
-        if line.startswith(f"first on a sample of 1,000 of {len(retain.dense(16)):,}, ")
-    ]
-    second = lines[len(first) :]
-    assert len(first) >= 2 and len(second) >= 6 and second[-1][1].endswith("; settled")
-    assert not any("settled" in line for _, line in [*first[:-1], *second[:-1]])
-    for solve in (first, second):
-        late = [(line, solve[-1][0] - at) for at, line in solve[len(solve) // 2 : -1]]
-        for line, left_s in late:
-            said = re.search(r"; about (\d+) s left$", line)
-            assert said is not None and abs(int(said[1]) - left_s) <= 6.0, (line, left_s)
+def test_errors_that_are_not_known_leave_finite_weights() -> None:
+    """The variance over fewer than two documents is infinite."""
+    forget, retain = make_world(seed=1)
+    p, q = retain.dense(8).mean(axis=0), forget.dense(8).mean(axis=0)
+    units = Units(retain.as_trace(), np.ones((3, 8), dtype=bool), retain.tokens)
+    made = rake(units, q, p, 20.0, 0.5, np.full(24, np.inf))
+    assert made.converged and np.isfinite(made.theta_S).all()
+    np.testing.assert_allclose(made.theta_S, rake(units, q, p, 20.0, 0.5).theta_S, atol=0.01)
 
 
 @settings(max_examples=80, deadline=None)
@@ -279,9 +294,8 @@ def test_degenerate_inputs_give_finite_weights_above_the_floor(seed, count, cons
 def test_identical_experts_get_a_common_target() -> None:
     active = np.array([[1, 1], [0, 0], [0, 0], [1, 1]] * 20, dtype=bool)
     made = rake(units_of(active), np.array([0.6, 0.8]), active.mean(axis=0), 20.0, 0.1)
-    np.testing.assert_allclose(made.target_S, [0.7, 0.7], atol=1e-6)
-    np.testing.assert_allclose(made.point.frequency_S, [0.7, 0.7], atol=1e-6)
-    assert made.reason_S == ["dependent", "dependent"] and made.converged
+    np.testing.assert_allclose(made.point.frequency_S, [0.6, 0.6], atol=1e-6)  # the nearer one of the two
+    assert made.reason_S == ["", "tied"] and made.converged
 
 
 def test_a_layer_whose_fixed_experts_leave_a_rest_still_sums_to_top_k() -> None:
@@ -308,7 +322,6 @@ def rare_pair(rng: np.random.Generator, first: slice, second: slice) -> np.ndarr
     return np.concatenate([correlated(rng, 20_000, 8), rare], axis=1)
 
 
-@pytest.mark.parametrize("path", ["Newton", "quasi-Newton"])
 @pytest.mark.parametrize(
     ("first", "second", "factors", "reason"),
     [
@@ -318,10 +331,8 @@ def rare_pair(rng: np.random.Generator, first: slice, second: slice) -> np.ndarr
     ],
 )
 def test_two_experts_that_exclude_each_other_do_not_stop_the_others(
-    monkeypatch, path: str, first: slice, second: slice, factors: tuple[float, float], reason: str
+    first: slice, second: slice, factors: tuple[float, float], reason: str
 ) -> None:
-    for name, value in PATHS[path].items():
-        monkeypatch.setattr(raking, name, value)
     active = rare_pair(np.random.default_rng(0), first, second)
     p = active.mean(axis=0)
     q = np.concatenate([np.clip(p[:8] + 0.15, 0, 0.95), p[8:] * factors])
@@ -355,22 +366,3 @@ def test_empty_scope_and_no_tokens() -> None:
     assert made.strength == 1.0 and made.point.ess == 1.0
     with pytest.raises(ValueError, match="no counted tokens"):
         evaluate(Units.of(selected[:0], np.zeros((2, 4), dtype=bool)), np.zeros(0))
-
-
-def rake_together(world: Any, sample_units: int) -> np.ndarray:
-    raking.SAMPLE_UNITS = raking.WHOLE_UNITS = sample_units
-    units_module.CHUNK_TOKENS = 500
-    forget, retain = make_world(seed=3, layers=4, experts=10, top_k=3, documents=400)
-    units = Units(retain.as_trace(), np.ones((4, 10), dtype=bool), retain.tokens)
-    p, q = retain.dense(10).mean(axis=0), forget.dense(10).mean(axis=0)
-    made = rake(units, q, p, 20.0, 0.5, None, Context(1, world))
-    assert made.converged and made.limit == "floor"
-    return weights(retain.dense(10), made.theta_S)
-
-
-@pytest.mark.parametrize("sample_units", [2500, 1 << 16], ids=["a sample, then all", "all at once"])
-def test_ranks_find_the_weights_of_one_process(sample_units: int) -> None:
-    alone, *others = (run_distributed(rake_together, size, sample_units) for size in (1, 2, 4))
-    for found in others:
-        for w in found:
-            np.testing.assert_allclose(w, alone[0], rtol=1e-9)

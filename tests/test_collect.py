@@ -21,7 +21,7 @@ from trace_ds.routing.statistics import RoutingStatistics
 from trace_ds.routing.token_files import bytes_per_token, count_dtype, open_parts, require_parts, sample_places
 from trace_ds.run import artefact
 from trace_ds.run.directory import RunDirectory
-from trace_ds.stages.recorded import TRACE, keys_needing
+from trace_ds.stages.recorded import keys_needing_trace
 
 
 def prepared(folder: Path, model: Path, **changes: object) -> Path:
@@ -145,7 +145,13 @@ def test_trace_and_nll_belong_to_every_token(family: str, experts: int, ep: int,
     from transformers import AutoModelForCausalLM
 
     model_path = tiny.make_model(tmp_path / "model", family, experts=experts)
-    config = prepared(tmp_path, model_path, statistics__nll=True, data__context_length=context, data__packing="dense")
+    config = prepared(
+        tmp_path,
+        model_path,
+        statistics={"nll": True, "trace": True},
+        data__context_length=context,
+        data__packing="dense",
+    )
     found = collected(config, tmp_path / "two", 2, ep)
     folder = tmp_path / "two" / "statistics" / "retain"
     description = artefact.load(folder, "statistics")
@@ -312,14 +318,18 @@ def test_tokens_are_drawn_equally_often(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize(
     ("changes", "forget", "retain"),
     [
-        ({"calibration__rule": "uniform"}, [], []),
-        ({"calibration__rule": "ratio_max"}, [], ["calibration.rule: ratio_max"]),
+        ({"unlearning__apply": "sampling"}, [], []),
+        ({"unlearning__apply": "loss", "calibration__rule": "uniform"}, [], []),
         (
-            {"calibration__rule": "uniform", "variants": {"v": {"calibration.rule": "raking"}}},
+            {"unlearning__apply": "loss", "calibration__rule": "literal"},
             [],
-            ["variants.v (calibration.rule: raking)"],
+            ["unlearning.apply: loss with calibration.rule: literal"],
         ),
-        ({"calibration__rule": "uniform", "unlearning__evaluate": {"every": 2}}, [], []),
+        (
+            {"unlearning__apply": "sampling", "variants": {"v": {"unlearning.apply": "loss"}}},
+            [],
+            ["variants.v (unlearning.apply: loss with calibration.rule: raking)"],
+        ),
     ],
 )
 def test_the_trace_is_recorded_for_keys_that_need_it(
@@ -329,7 +339,7 @@ def test_the_trace_is_recorded_for_keys_that_need_it(
 
     config, _ = load_config(str(tiny.write_config(tmp_path, tiny_model, **changes)), [], tmp_path / "run")
     for side, keys in (("forget", forget), ("retain", retain)):
-        assert keys_needing(TRACE, config, side) == keys
+        assert keys_needing_trace(config, side) == keys
         line = about_trace(config, side, 1234)
         assert recording(config, side).trace == bool(keys) == ("1,234 bytes" in line)
         assert all(key in line for key in keys)
@@ -340,36 +350,29 @@ def test_the_trace_is_recorded_for_keys_that_need_it(
 
 
 def test_a_collection_is_repeated_only_for_what_it_lacks(tiny_model: Path, tmp_path: Path) -> None:
-    """An artefact of an earlier version, which has no selections of rows, does for whoever needs none."""
-    from trace_ds.stages import recorded
     from trace_ds.stages.collect import check_collect
 
     config = prepared(tmp_path, tiny_model)
     loaded, path = load_config(str(config), [], tmp_path / "run")
     run = RunDirectory.at(path)
     job = check_collect(loaded, run, 1)
-    old = {"dtype": "fp32", "trace": True, "nll": False, "top_k": 2}
+    samples = loaded.statistics.sample_tokens
+    plain = {"dtype": "fp32", "trace": False, "nll": False, "top_k": 2, "sample_tokens": samples}
 
     def done(settings: dict[str, Any], *overrides: str) -> bool:
         for side in ("forget", "retain"):
             shutil.rmtree(run.statistics / side, ignore_errors=True)
             (run.statistics / side).mkdir(parents=True)
-            artefact.describe(run.statistics / side, "statistics", job.inputs[side], settings, {})
+            made_with = settings | {"rows": side == "retain"}
+            artefact.describe(run.statistics / side, "statistics", job.inputs[side], made_with, {})
         asked = load_config(str(config), list(overrides), path)[0]
         return check_collect(asked, run, 1).done(run) == ["forget", "retain"]
 
-    assert done(old) and done(old, "calibration.rule=uniform") and done(old | {"nll": True})
-    assert done(old | {"trace": False}, "calibration.rule=uniform") and not done(old | {"trace": False})
-    assert not done(old | {"trace": False}, "calibration.rule=uniform", "statistics.trace=true")
-    assert not done(old, "statistics.nll=true")
-    by_row = "calibration.level=row"  # needs them, and no trace
-    assert not done(old, by_row)
-    recorded_now = old | {"trace": False, "rows": True, "sample_tokens": loaded.statistics.sample_tokens}
-    assert done(recorded_now, by_row)
-    assert not done(old | {"dtype": "bf16"}) and not done(old | {"top_k": 1})
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recorded, "_needs", lambda config, side: iter([(recorded.ROW_COUNTS, "some.key")]))
-        assert not done(old) and done(old | {"rows": True})
+    assert done(plain) and done(plain | {"nll": True}) and done(plain | {"trace": True})
+    assert not done(plain, "unlearning.apply=loss") and done(plain | {"trace": True}, "unlearning.apply=loss")
+    assert not done(plain, "statistics.nll=true") and not done(plain, "statistics.trace=true")
+    assert not done(plain | {"dtype": "bf16"}) and not done(plain | {"top_k": 1})
+    assert not done(plain | {"sample_tokens": samples // 2})
     retain = artefact.load(run.statistics / "retain", "statistics")
     with pytest.raises(UserError, match=r": the rule x needs the selections of each row, not recorded") as told:
         require_parts(retain, "row_counts", "the rule x")

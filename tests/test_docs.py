@@ -100,11 +100,9 @@ PUBLISHED = [
     ("ablations", 0.302, ABLATIONS, "sampling", "sampling by raking weight, all experts, floor .3 (as above)"),
     ("ablations", 0.302, ABLATIONS, "sampling_selected", "… matching the detected experts only"),
     ("ablations", 0.302, ABLATIONS, "sampling_ess_50", "… floor .5"),
-    ("ablations", 0.302, ABLATIONS, "sampling_ratio", "… ratios of frequencies instead of raking"),
     ("ablations", 0.302, ABLATIONS, "weighting", "weighting the loss instead of sampling"),
     ("ablations", 0.302, ABLATIONS, "random_experts", "control: as many experts drawn at random"),
     ("ablations", 0.302, ABLATIONS, "permuted", "control: weights permuted over rows"),
-    ("ablations", 0.302, ABLATIONS, "inverse", "control: the opposite weights"),
     ("ablations", 0.302, ABLATIONS, "oracle_near", "oracle: near facts by their label, floor .3"),
     ("ablations", 0.302, ABLATIONS, "oracle_elements", "oracle: numbers of elements by their label, floor .3"),
     ("rows", 0.302, ABLATIONS, "sampling", "by token, floor .3"),
@@ -173,7 +171,6 @@ MATCHED = {
     "lowest_experts": "control: as many of the lowest ratio",
     "all": "all of the layers that are trained",
     "permuted": "control: detected, weights permuted over rows",
-    "inverse": "control: detected, the opposite weights",
     "oracle": "oracle: facts by their label",
 }
 

@@ -33,15 +33,13 @@ LAUNCHERS = {
     "mpiexec": ["mpiexec", "--allow-run-as-root", "--oversubscribe", "-n", "2", sys.executable, "-m", "trace_ds"],
 }
 
-MAKES = {"collect": "statistics", "calibrate": "calibration", "unlearn": "checkpoints"}
+MAKES = {"collect": "statistics", "calibrate": "calibration", "unlearn": "checkpoints"}  # calibrate: always bare
 
 
 @pytest.fixture(scope="module")
 def prepared(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("launchers")
-    config = tiny.write_config(
-        folder, tiny_model, distributed={"ep": 2, "nproc": 2}, unlearning__steps=2, calibration__rule="ratio_mean"
-    )
+    config = tiny.write_config(folder, tiny_model, distributed={"ep": 2, "nproc": 2}, unlearning__steps=2)
     jobs.prepared_run(config, folder / "bare")
     for name in LAUNCHERS:
         if name != "bare":

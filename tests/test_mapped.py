@@ -137,11 +137,11 @@ def test_slices_stay_valid_and_results_are_plain(tmp_path: Path, monkeypatch) ->
 CALIBRATE_ROWS = """
 import sys
 from pathlib import Path
-import numpy as np, torch
+import numpy as np, scipy.optimize, torch
 import trace_ds.calibration.rows as rows_module
 from trace_ds.calibration.diagnose import document_sums, quantiles
 from trace_ds.calibration.rows import RowSelections
-from trace_ds.calibration.rules import apply_rule
+from trace_ds.calibration.rules import Request, weigh_rows
 from trace_ds.config.sections.calibration import CalibrationConfig
 from trace_ds.corpora.dataset import TokenMap
 from trace_ds.run import mapped
@@ -164,15 +164,14 @@ for start in range(0, rows, 50):
 tokens = TokenMap(np.arange(rows + 1) * 1024, documents, rows)
 scope = np.zeros((layers, experts), bool)
 scope[0, :20] = True
-torch.linalg.cholesky(torch.eye(500, dtype=torch.float64))
+scipy.optimize.minimize(lambda x: x @ x, np.ones(2), method="L-BFGS-B")
 Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
 before = kib("VmRSS")
 selections = RowSelections((counts,), 2, chosen, np.arange(500) * 100)
 retain = selections.sums(np.ones(rows)) / (1023 * rows)
 forget = retain * draw.uniform(0.9, 1.1, retain.shape)
-config = CalibrationConfig(level="row")
-made = apply_rule(config, tokens, None, scope, forget, retain, 0, folder, selections=selections)
-document_sums(tokens, None, made.weight_T, None)
+made = weigh_rows(Request(CalibrationConfig(), tokens, scope, forget, retain, np.zeros_like(retain)), selections)
+document_sums(tokens, made.weight_T)
 quantiles(made.weight_T, tokens)
 assert 0.5 <= made.ess < 1.0
 print(kib("VmHWM") - before)

@@ -3,8 +3,8 @@
     python tools/bench_calibrate.py                          # 10 M tokens, 16 layers x 64 experts, top-8, 200 selected
     python tools/bench_calibrate.py --experts-in-scope all   # the same trace, all 1,024 experts
     python tools/bench_calibrate.py --shape qwen3_30b_a3b --tokens 2000000   # all experts of that model's shape
-    python tools/bench_calibrate.py --shape mixtral_8x7b --skewed --processes 2   # hard routing; two ranks over gloo
-    python tools/bench_calibrate.py --shape qwen3_30b_a3b --rows 200000        # level row: selections of rows, no trace
+    python tools/bench_calibrate.py --shape mixtral_8x7b --skewed              # hard routing
+    python tools/bench_calibrate.py --shape qwen3_30b_a3b --rows 200000        # weights of rows, without a trace
     python tools/bench_calibrate.py --tokens 1000000 --json
     python tools/bench_calibrate.py --max-seconds 120 --max-gib 3    # exit status 1 beyond a limit: a regression check
 
@@ -118,10 +118,9 @@ def write_rows(folder: Path, rng: np.random.Generator, arguments: argparse.Names
 
 
 def measure_rows(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Level row, by what ``collect`` records: weights, and the frequencies where rows are drawn."""
-    from trace_ds.calibration.raking import Context
+    """Weights of rows, by what ``collect`` records."""
     from trace_ds.calibration.rows import RowSelections
-    from trace_ds.calibration.rules import apply_rule
+    from trace_ds.calibration.rules import Request, weigh_rows
     from trace_ds.calibration.tokens import TokenMap
     from trace_ds.config.sections.calibration import CalibrationConfig
     from trace_ds.run.files import new_array
@@ -144,16 +143,14 @@ def measure_rows(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     counts_LE = selections.sums(np.ones(arguments.rows))
     retain_LE = counts_LE / (1024 * arguments.rows)
     now_s = time.perf_counter()
-    config = CalibrationConfig(ess_floor=arguments.ess_floor, level="row")
+    config = CalibrationConfig(ess_floor=arguments.ess_floor)
     scope_LE = np.ones(shape, dtype=bool)
     say = (lambda line: print(line, file=sys.stderr)) if arguments.progress else (lambda line: None)
-    context = Context(int(os.environ["OMP_NUM_THREADS"]), say=say)
     forget_LE = forget_LE / len(forget)
-    made = apply_rule(
-        config, tokens, None, scope_LE, forget_LE, retain_LE, 0, folder, context=context, selections=selections
-    )
+    sides = forget_LE, retain_LE, np.zeros_like(retain_LE)
+    threads = int(os.environ["OMP_NUM_THREADS"])
+    made = weigh_rows(Request(config, tokens, scope_LE, *sides, threads=threads, log=say), selections)
     weights_s = time.perf_counter() - now_s
-    drawn_LE = selections.sums(made.row_weight_R) / (1024 * arguments.rows)
     w = made.row_weight_R
     return {
         "rows": arguments.rows,
@@ -167,52 +164,18 @@ def measure_rows(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "exponent": made.exponent,
         "row_ess_fraction": float(w.sum() ** 2 / (len(w) * (w * w).sum())),
         "max_weight": made.max_weight,
-        "iterations": made.iterations,
+        "iterations": 0 if made.raked is None else made.raked.passes,
         "converged": made.converged,
-        "gap_closed": 1.0 - float(np.abs(drawn_LE - forget_LE).sum() / np.abs(retain_LE - forget_LE).sum()),
+        "gap_closed": 1.0 - float(np.abs(made.achieved_LE - forget_LE).sum() / np.abs(retain_LE - forget_LE).sum()),
         "cores": os.cpu_count(),
         "threads": os.environ["OMP_NUM_THREADS"],
     }
 
 
-def measure_together(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """:func:`measure` with the solve shared by so many ranks of one machine."""
-    import multiprocessing
-
-    from trace_ds.parallel.environment import free_port
-
-    context, port = multiprocessing.get_context("spawn"), free_port()
-    others = [
-        context.Process(target=_rank, args=(arguments, folder, rank, port)) for rank in range(1, arguments.processes)
-    ]
-    for process in others:
-        process.start()
-    result = _rank(arguments, folder, 0, port)
-    for process in others:
-        process.join()
-    return result | {"processes": arguments.processes}
-
-
-def _rank(arguments: argparse.Namespace, folder: Path, rank: int, port: int) -> dict[str, Any]:
-    from trace_ds.parallel.world import join, leave
-
-    size = str(arguments.processes)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=size, MASTER_ADDR="127.0.0.1")
-    os.environ["MASTER_PORT"] = str(port)
-    world = join(1, 60.0, on_cpu=True)
-    world.barrier()
-    try:
-        return measure(arguments, folder, world)
-    finally:
-        leave()
-
-
-def measure(arguments: argparse.Namespace, folder: Path, world: Any = None) -> dict[str, Any]:
-    from trace_ds.calibration.diagnose import document_sums, likeness_tables, quantiles
-    from trace_ds.calibration.raking import Context, rake
-    from trace_ds.calibration.rules import apply_rule
+def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    from trace_ds.calibration.diagnose import document_sums, quantiles
+    from trace_ds.calibration.rules import Request, weigh_tokens
     from trace_ds.calibration.tokens import TokenMap, Trace, count_selections
-    from trace_ds.calibration.units import Units
     from trace_ds.config.sections.calibration import CalibrationConfig
     from trace_ds.run.mapped import open_mapped
 
@@ -222,7 +185,6 @@ def measure(arguments: argparse.Namespace, folder: Path, world: Any = None) -> d
         starts = np.append(np.arange(0, len(trace), arguments.row_tokens), len(trace)).astype(np.int64)
         return TokenMap(starts, documents, int(documents[-1]) + 1), Trace((trace,))
 
-    rank = 0 if world is None else world.rank
     times: dict[str, float] = {}
 
     def timed(name: str, began_s: float) -> float:
@@ -244,17 +206,13 @@ def measure(arguments: argparse.Namespace, folder: Path, world: Any = None) -> d
         difference = (forget_LE - retain_LE).ravel()
         scope_LE.flat[np.argsort(-difference, kind="stable")[: int(arguments.experts_in_scope)]] = True
     config = CalibrationConfig(ess_floor=arguments.ess_floor)
-    if rank:  # takes its share of the solve
-        units = Units(retain_trace, scope_LE, retain_tokens)
-        rake(units, forget_LE[scope_LE], retain_LE[scope_LE], 20.0, arguments.ess_floor, None, Context(1, world))
-        return {}
     say = (lambda line: print(line, file=sys.stderr)) if arguments.progress else (lambda line: None)
-    context = Context(int(os.environ["OMP_NUM_THREADS"]), world, say=say)
-    made = apply_rule(config, retain_tokens, retain_trace, scope_LE, forget_LE, retain_LE, 0, folder, context=context)
+    sides = forget_LE, retain_LE, np.zeros_like(retain_LE)
+    threads = int(os.environ["OMP_NUM_THREADS"])
+    request = Request(config, retain_tokens, scope_LE, *sides, threads=threads, log=say)
+    made = weigh_tokens(request, retain_trace, folder)
     now_s = timed("weights_s", now_s)
-    achieved_LE = count_selections(retain_trace, retain_tokens, arguments.experts, made.weight_T) / counted
-    score_LE, _, _ = likeness_tables(forget_LE, retain_LE, counted)
-    document_sums(retain_tokens, retain_trace, made.weight_T, score_LE)
+    document_sums(retain_tokens, made.weight_T)
     quantiles(made.weight_T, retain_tokens)
     timed("diagnosis_s", now_s)
     times["total_s"] = round(time.perf_counter() - began_s, 2)
@@ -267,9 +225,9 @@ def measure(arguments: argparse.Namespace, folder: Path, world: Any = None) -> d
         "lambda": made.strength,
         "ess_fraction": made.ess,
         "max_weight": made.max_weight,
-        "iterations": made.iterations,
+        "iterations": 0 if made.raked is None else made.raked.passes,
         "converged": made.converged,
-        "largest_miss": float(np.abs(achieved_LE - made.target_LE)[scope_LE].max()),
+        "largest_miss": float(np.abs(made.achieved_LE - made.target_LE)[scope_LE].max()),
         "cores": os.cpu_count(),
         "threads": os.environ["OMP_NUM_THREADS"],
     }
@@ -288,8 +246,7 @@ def main() -> None:
     parser.add_argument(
         "--skewed", action="store_true", help="experts that are selected always, never, hardly, together"
     )
-    parser.add_argument("--rows", type=int, default=0, help="level row, on the selections of so many rows")
-    parser.add_argument("--processes", type=int, default=1, help="ranks that solve together, over gloo")
+    parser.add_argument("--rows", type=int, default=0, help="weights of so many rows, from their selections")
     parser.add_argument("--progress", action="store_true", help="the solver's lines, on standard error")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--max-seconds", type=float, help="fail when it took more seconds of CPU (busy cores or not)")
@@ -305,12 +262,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([sys.executable, __file__, *sys.argv[1:], "--generate", folder], check=True)
-        if arguments.rows:
-            result = measure_rows(arguments, Path(folder))
-        elif arguments.processes > 1:
-            result = measure_together(arguments, Path(folder))
-        else:
-            result = measure(arguments, Path(folder))
+        result = (measure_rows if arguments.rows else measure)(arguments, Path(folder))
     if arguments.json:
         print(json.dumps(result, indent=1))
     else:

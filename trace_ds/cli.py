@@ -35,8 +35,8 @@ FIXES = {
     errno.ENOTDIR: "correct the path",
     errno.EINVAL: "name a regular file",
 }
-LAUNCHED = ("finetune", "collect", "calibrate", "unlearn", "evaluate")
-ONE_PROCESS = ("fetch", "prepare", "convert", "report", "run", "submit", "demo", "bench")
+LAUNCHED = ("finetune", "collect", "unlearn", "evaluate")
+ONE_PROCESS = ("fetch", "prepare", "calibrate", "convert", "report", "run", "submit", "demo", "bench")
 
 app = typer.Typer(
     name="trace-ds",
@@ -240,11 +240,7 @@ _add_verb(
     "ep",
 )
 _add_verb("collect", "Model and datasets → routing statistics (distributed).", "nproc", "ep")
-_add_verb(
-    "calibrate",
-    "Statistics → forget-critical experts and retain weights (on one process or, under a launcher, many).",
-    "variant",
-)
+_add_verb("calibrate", "Statistics → forget-critical experts and retain weights (one process, no GPU).", "variant")
 _add_verb("unlearn", "Model, datasets and calibration → sharded checkpoints (distributed).", "nproc", "ep", "variant")
 
 

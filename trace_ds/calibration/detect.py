@@ -10,8 +10,10 @@ are our decisions. The default, ``significance``, asks for
    Benjamini–Hochberg control (J. R. Statist. Soc. B 57, 1995) over all L×E hypotheses tested.
 
 Errors: Var log(p^F/p^R) ≈ Var(p^F)/p^F² + Var(p^R)/p^R² (delta method) with the clustered variances of
-:class:`~trace_ds.routing.statistics.RoutingStatistics`; Student's t with Welch–Satterthwaite degrees of freedom over
-documents, because corpora of few documents are common. Documents are counted by Kish's effective number n²/Σ n_d²:
+:class:`~trace_ds.routing.statistics.RoutingStatistics`; Student's t with as many degrees of freedom as the corpus of
+fewer documents has, less one, because corpora of few documents are common. (Welch–Satterthwaite's number, which lets
+the other corpus make up for it, finds something in a quarter of the draws with four documents and no difference: tails
+as far out as many experts at once ask for are too thin.) Documents are counted by Kish's effective number n²/Σ n_d²:
 where a few long ones hold most of the tokens they alone decide the variance, and it is as uncertain as they are few.
 Half a selection is added to each count so that an expert never selected has a finite ratio (Haldane–Anscombe); its
 clustered variance would be zero, so a variance is never taken below the binomial one times the design effect seen on
@@ -28,6 +30,10 @@ from trace_ds.config.sections.calibration import DetectionConfig
 from trace_ds.routing.statistics import RoutingStatistics
 
 INTERVAL = 0.95
+ALIKE = (
+    "the forget and the retain corpus are routed exactly alike, as the same text is: look whether data.forget and "
+    "data.retain name the same documents"
+)
 
 
 @dataclass(frozen=True)
@@ -56,8 +62,8 @@ class Detection:
     warnings: tuple[str, ...]
 
 
-def log_ratio(forget: RoutingStatistics, retain: RoutingStatistics) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(log(p^F/p^R), its standard error, degrees of freedom), each float64 [L, E]; see the module's docstring."""
+def log_ratio(forget: RoutingStatistics, retain: RoutingStatistics) -> tuple[np.ndarray, np.ndarray, float]:
+    """(log(p^F/p^R), its standard error, both float64 [L, E], degrees of freedom); see the module's docstring."""
     sides = (forget, retain)
     smoothed = [(s.counts_LE + 0.5) / (s.tokens + 1.0) for s in sides]
     binomial = [p_LE * (1.0 - p_LE) / max(s.tokens, 1) for p_LE, s in zip(smoothed, sides, strict=True)]
@@ -69,12 +75,8 @@ def log_ratio(forget: RoutingStatistics, retain: RoutingStatistics) -> tuple[np.
         borrowed = np.where(sides[this].counts_LE == 0, effects[other], 1.0)
         floor = binomial[this] * np.where(np.isfinite(borrowed), borrowed, np.inf)
         relative.append(np.maximum(clustered[this], floor) / smoothed[this] ** 2)
-    total = relative[0] + relative[1]
-    with np.errstate(invalid="ignore", divide="ignore"):
-        shares = (r**2 / max(s.effective_documents - 1.0, 1.0) for r, s in zip(relative, sides, strict=True))
-        freedom = total**2 / sum(shares)
-    freedom = np.where(np.isfinite(freedom), np.maximum(freedom, 1.0), 1.0)
-    return np.log(smoothed[0] / smoothed[1]), np.sqrt(total), freedom
+    freedom = max(min(side.effective_documents for side in sides) - 1.0, 1.0)
+    return np.log(smoothed[0] / smoothed[1]), np.sqrt(relative[0] + relative[1]), freedom
 
 
 def detect(forget: RoutingStatistics, retain: RoutingStatistics, config: DetectionConfig) -> Detection:
@@ -100,13 +102,13 @@ def detect(forget: RoutingStatistics, retain: RoutingStatistics, config: Detecti
         raise ValueError("layers and exclude_layers leave no MoE layer to look at")
 
     p_LE, q_LE = forget.frequency_LE, retain.frequency_LE
-    ratio_LE, error_LE, freedom_LE = log_ratio(forget, retain)
+    ratio_LE, error_LE, freedom = log_ratio(forget, retain)
     safe_LE = np.maximum(error_LE, 1e-300)
     with np.errstate(over="ignore", invalid="ignore"):
         t_LE = np.where(np.isfinite(error_LE), (ratio_LE - np.log(config.min_ratio)) / safe_LE, 0.0)
-        width_LE = stats.t.ppf(0.5 + INTERVAL / 2, freedom_LE) * error_LE
+        width_LE = stats.t.ppf(0.5 + INTERVAL / 2, freedom) * error_LE
         low_LE, high_LE = np.exp(ratio_LE - width_LE), np.exp(ratio_LE + width_LE)
-    value_LE = np.where(np.isfinite(error_LE), stats.t.sf(t_LE, freedom_LE), 1.0)
+    value_LE = np.where(np.isfinite(error_LE), stats.t.sf(t_LE, freedom), 1.0)
 
     warnings = [
         f"the {name} corpus has {s.documents} document(s) with counted tokens: errors cannot be estimated, so the "
@@ -114,6 +116,9 @@ def detect(forget: RoutingStatistics, retain: RoutingStatistics, config: Detecti
         for name, s in (("forget", forget), ("retain", retain))
         if s.documents < 2
     ]
+    alike = forget.tokens == retain.tokens and np.array_equal(forget.counts_LE, retain.counts_LE)
+    if alike:
+        warnings.append(ALIKE)
     if config.method == "significance":
         found_LE = np.zeros_like(eligible_LE)
         adjusted = stats.false_discovery_control(value_LE[eligible_LE])

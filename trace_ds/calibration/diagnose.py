@@ -11,17 +11,19 @@ from typing import Any
 
 import numpy as np
 
-from trace_ds.calibration.detect import Detection
-from trace_ds.calibration.rules import LIMITS, Calibrated
+from trace_ds.calibration.detect import ALIKE, Detection
+from trace_ds.calibration.rows import RowSelections
+from trace_ds.calibration.rules import Calibrated
 from trace_ds.calibration.targets import REASONS
 from trace_ds.calibration.tokens import TokenMap, Trace
+from trace_ds.calibration.weights import SlicedTokens
 from trace_ds.config.sections.calibration import CONTROL_RULES, CalibrationConfig
 
 QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
 QUANTILE_SAMPLE = 1 << 20
 TOP_DOCUMENTS = 20
 LEAST_DOCUMENT_TOKENS = 8
-ALIKE = 0.5
+HALF_WAY = 0.5
 LEAST_ALIKE_SHARE = 0.005
 LEAST_STRENGTH, LEAST_CLOSED, MOST_ROW_ESS = 0.25, 0.05, 0.99
 
@@ -43,31 +45,16 @@ class Documents:
 
 @dataclass(frozen=True)
 class DocumentSums:
-    """Per-document sums over counted tokens, each float64 [D]: number, Σ w, Σ w², Σ s, Σ s² (s = likeness)."""
+    """Per-document sums over counted tokens, each float64 [D]: number, Σ w, Σ w²."""
 
     tokens_D: np.ndarray
     weight_D: np.ndarray
     weight_square_D: np.ndarray
-    like_D: np.ndarray
-    like_square_D: np.ndarray
 
 
 def finite(x: float) -> float | None:
     """``x``, or None: JSON has neither infinity nor NaN."""
     return float(x) if np.isfinite(x) else None
-
-
-def entropy_bits(p_LE: np.ndarray, top_k: int) -> np.ndarray:
-    """Entropy of each layer's distribution of selections p/K, in bits, float64 [L]; NaN stays NaN."""
-    share_LE = p_LE / top_k
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return -np.where(share_LE == 0, 0.0, share_LE * np.log2(share_LE)).sum(axis=1)
-
-
-def jensen_shannon_bits(p_LE: np.ndarray, q_LE: np.ndarray, top_k: int) -> np.ndarray:
-    """Jensen–Shannon divergence of each layer's two distributions of selections, in bits (0 … 1), float64 [L]."""
-    middle = entropy_bits((p_LE + q_LE) / 2, top_k)
-    return np.maximum(middle - (entropy_bits(p_LE, top_k) + entropy_bits(q_LE, top_k)) / 2, 0.0)
 
 
 def likeness_tables(
@@ -84,41 +71,44 @@ def likeness_tables(
     return score_LE, float((retain_LE * score_LE).sum()), float((forget_LE * score_LE).sum())
 
 
-def document_sums(
-    tokens: TokenMap, trace: Trace | None, weight_T: np.ndarray, score_LE: np.ndarray | None
-) -> DocumentSums:
-    """One pass: the sums per document (likeness 0 without a trace)."""
-    sums = np.zeros((5, tokens.documents))
+def document_sums(tokens: TokenMap, weight_T: SlicedTokens) -> DocumentSums:
+    """One pass: the sums per document."""
+    sums = np.zeros((3, tokens.documents))
     for start, stop in tokens.spans():
         counted_T = tokens.counted(start, stop)
         if not counted_T.any():
             continue
         document = np.asarray(tokens.document_ids_T[start:stop])[counted_T]
         w = np.asarray(weight_T[start:stop])[counted_T]
-        s = np.zeros(len(w))
-        if trace is not None and score_LE is not None:
-            packing = trace.packing(score_LE.shape[1])
-            s = packing.score(packing.columns(trace.read(start, stop)[counted_T]), packing.tables(score_LE))
         first, size = int(document[0]), int(document[-1] - document[0]) + 1
-        for row, values in zip(sums, (None, w, w * w, s, s * s), strict=True):
+        for row, values in zip(sums, (None, w, w * w), strict=True):
             row[first : first + size] += np.bincount(document - first, values, size)
     return DocumentSums(*sums)
 
 
-def likeness(sums: DocumentSums, retain_mean: float, forget_mean: float) -> np.ndarray:
+def likeness(
+    tokens: TokenMap, selections: RowSelections, forget_LE: np.ndarray, retain_LE: np.ndarray
+) -> np.ndarray | None:
     """Likeness of each document, float64 [D]: 0 as the average retain text, 1 as the average forget text.
 
-    Documents are short and tokens noisy, so each mean is shrunk towards 0 by credibility n/(n + n₀) with n₀ =
-    within-document over between-document variance (Bühlmann 1967): without differences between documents all are 0.
+    From the sampled tokens' scores (:func:`likeness_tables`); None where there are fewer than
+    :data:`LEAST_DOCUMENT_TOKENS` of them a document, or nothing tells the corpora apart. Documents are short and tokens
+    noisy, so each mean is shrunk towards 0 by credibility n/(n + n₀) with n₀ = within-document over between-document
+    variance (Bühlmann 1967): without differences between documents all are 0.
     """
-    n_D = sums.tokens_D
+    score_LE, retain_mean, forget_mean = likeness_tables(forget_LE, retain_LE, tokens.counted_total())
+    document_N = tokens.documents_at(selections.position_N)
+    n_D = np.bincount(document_N, minlength=tokens.documents).astype(np.float64)
     filled = n_D > 0
-    n, documents = float(n_D.sum()), int(filled.sum())
-    if forget_mean - retain_mean <= 0 or documents < 2 or n <= documents:
-        return np.zeros(len(n_D))
-    mean_D = np.where(filled, sums.like_D / np.maximum(n_D, 1), 0.0)
-    centre = float(sums.like_D.sum()) / n
-    within = max(float(sums.like_square_D.sum() - (n_D * mean_D**2).sum()), 0.0) / (n - documents)
+    n, documents = len(document_N), int(filled.sum())
+    if forget_mean - retain_mean <= 1e-12 or documents < 2 or n < LEAST_DOCUMENT_TOKENS * documents:
+        return None
+    packing = Trace((selections.selected_NLK,)).packing(score_LE.shape[1])
+    s_N = packing.score(packing.columns(selections.selected_NLK), packing.tables(score_LE))
+    like_D, square = np.bincount(document_N, s_N, tokens.documents), float((s_N * s_N).sum())
+    mean_D = np.where(filled, like_D / np.maximum(n_D, 1), 0.0)
+    centre = float(like_D.sum()) / n
+    within = max(square - float((n_D * mean_D**2).sum()), 0.0) / (n - documents)
     spread = float((n_D * (mean_D - centre) ** 2).sum()) - (documents - 1) * within
     between = spread / (n - float((n_D**2).sum()) / n)
     if between <= 0:
@@ -128,8 +118,8 @@ def likeness(sums: DocumentSums, retain_mean: float, forget_mean: float) -> np.n
 
 
 def alike_share(sums: DocumentSums, likeness_D: np.ndarray) -> float:
-    """Share of the counted retain tokens in documents at least half-way (:data:`ALIKE`) towards the forget text."""
-    return float(sums.tokens_D[likeness_D >= ALIKE].sum()) / max(float(sums.tokens_D.sum()), 1.0)
+    """Share of the counted retain tokens in documents at least half-way (:data:`HALF_WAY`) towards the forget text."""
+    return float(sums.tokens_D[likeness_D >= HALF_WAY].sum()) / max(float(sums.tokens_D.sum()), 1.0)
 
 
 def weight_variance(sums: DocumentSums) -> dict[str, float]:
@@ -143,7 +133,7 @@ def weight_variance(sums: DocumentSums) -> dict[str, float]:
     return {"between": between, "within": within, "between_share": between / total if total > 1e-15 else 0.0}
 
 
-def quantiles(weight_T: np.ndarray, tokens: TokenMap) -> dict[str, float]:
+def quantiles(weight_T: SlicedTokens, tokens: TokenMap) -> dict[str, float]:
     """Quantiles of the counted tokens' weights, from an even sample of at most 2^20 of them (exact below that)."""
     total = tokens.counted_total()
     step = max(1, -(-total // QUANTILE_SAMPLE))
@@ -170,7 +160,7 @@ def source_shares(sums: DocumentSums, documents: Documents) -> list[dict[str, An
     return sorted(rows, key=lambda r: (-r["weight_share"] / max(r["token_share"], 1e-300), r["source"]))
 
 
-def top_documents(sums: DocumentSums, documents: Documents, likeness_D: np.ndarray) -> list[dict[str, Any]]:
+def top_documents(sums: DocumentSums, documents: Documents, likeness_D: np.ndarray | None) -> list[dict[str, Any]]:
     """The documents with the highest mean weight (of those with enough counted tokens for a mean to say something)."""
     enough = sums.tokens_D >= LEAST_DOCUMENT_TOKENS
     if int(enough.sum()) < TOP_DOCUMENTS:
@@ -184,15 +174,13 @@ def top_documents(sums: DocumentSums, documents: Documents, likeness_D: np.ndarr
             "text_start": str(documents.text_start[int(d)]),
             "weight": float(mean_D[d]),
             "tokens": int(sums.tokens_D[d]),
-            "likeness": float(likeness_D[d]),
+            "likeness": None if likeness_D is None else float(likeness_D[d]),
         }
         for d in order
     ]
 
 
-def expert_rows(
-    mask_LE: np.ndarray, detection: Detection, calibrated: Calibrated, achieved_LE: np.ndarray
-) -> list[dict[str, Any]]:
+def expert_rows(mask_LE: np.ndarray, detection: Detection, calibrated: Calibrated) -> list[dict[str, Any]]:
     """One row per expert of ``mask_LE``; None is an unbounded end of an interval or a frequency nobody knows."""
 
     return [
@@ -206,28 +194,18 @@ def expert_rows(
             "ratio_high": finite(detection.high_LE[layer, expert]),
             "p_value": float(detection.p_value_LE[layer, expert]),
             "target": finite(calibrated.target_LE[layer, expert]),
-            "achieved": finite(achieved_LE[layer, expert]),
+            "achieved": finite(calibrated.achieved_LE[layer, expert]),
             "in_scope": bool(calibrated.scope_LE[layer, expert]),
         }
         for layer, expert in zip(*np.nonzero(mask_LE), strict=True)
     ]
 
 
-def _farther(detection: Detection, calibrated: Calibrated, reached_LE: np.ndarray, how: str) -> list[str]:
-    """A line with the selected experts whose reached frequency is farther from the forget one than p^R is, if any."""
-    before_LE = np.abs(detection.retain_LE - detection.forget_LE)
-    away_LE = np.abs(reached_LE - detection.forget_LE) > before_LE + 1e-9
-    away_LE &= calibrated.scope_LE & detection.selected_LE
-    names = [f"{layer}/{expert}" for layer, expert in zip(*np.nonzero(away_LE), strict=True)]
-    more = " ..." if len(names) > 8 else ""
-    return [f"{len(names)} selected expert(s) {how} (layer/expert): {', '.join(names[:8])}{more}"] if names else []
-
-
-def gap_closed(detection: Detection, calibrated: Calibrated, reached_LE: np.ndarray) -> float:
-    """Share of Σ |p^F − p^R| over the experts in scope that is gone at the reached frequencies; 0 without a scope."""
+def gap_closed(detection: Detection, calibrated: Calibrated) -> float:
+    """Share of Σ |p^F − p^R| over the experts in scope that is gone under the weights; 0 without a scope."""
     gap, left = (
         float(np.abs(detection.forget_LE - q_LE)[calibrated.scope_LE].sum())
-        for q_LE in (detection.retain_LE, reached_LE)
+        for q_LE in (detection.retain_LE, calibrated.achieved_LE)
     )
     return 1.0 - left / gap if gap > 0 else 0.0
 
@@ -238,154 +216,128 @@ def row_ess(calibrated: Calibrated) -> float:
     return float(row.sum() ** 2 / (len(row) * (row**2).sum())) if len(row) else 1.0
 
 
-def _weak(detection: Detection, calibrated: Calibrated, achieved_LE: np.ndarray, drawn_LE: np.ndarray) -> list[str]:
-    """Lines about weights that do little of what was asked."""
-    found = []
-    by_tokens, by_rows = (gap_closed(detection, calibrated, q_LE) for q_LE in (achieved_LE, drawn_LE))
-    if calibrated.strength < LEAST_STRENGTH:
-        found.append(
+def _weak(detection: Detection, calibrated: Calibrated, by_rows: bool) -> list[str]:
+    """Lines about weights that do little of what was asked, or the opposite."""
+    lines = []
+    if calibrated.strength < LEAST_STRENGTH and not by_rows:  # rows have a floor of their own
+        lines.append(
             f"the weights go only {calibrated.strength:.0%} of the way to the forget frequencies (lambda): more would "
             "leave too few effective tokens; lower calibration.ess_floor, use fewer experts (calibration.experts: "
             "selected), or add retain text close to the forget domain"
         )
-    if by_rows < LEAST_CLOSED:
-        found.append(
-            f"drawing rows by their mean weight closes {by_rows:.1%} of the frequency gap (the token weights close "
-            f"{by_tokens:.1%}): unlearning.apply: sampling will do next to nothing; use calibration.level: row or "
-            "unlearning.apply: loss"
+    closed = gap_closed(detection, calibrated)
+    if closed < LEAST_CLOSED:
+        lines.append(f"the weights close {closed:.1%} of the frequency gap: they will do next to nothing")
+    if by_rows and row_ess(calibrated) > MOST_ROW_ESS:
+        lines.append(
+            f"the rows' weights are nearly equal (effective sample size {row_ess(calibrated):.1%} of the rows): "
+            "sampling by them will hardly differ from uniform sampling"
         )
-    if row_ess(calibrated) > MOST_ROW_ESS:
-        found.append(
-            f"the rows' mean weights are nearly equal (effective sample size {row_ess(calibrated):.1%} of the rows): "
-            "unlearning.apply: sampling will hardly differ from uniform sampling"
+    before_LE = np.abs(detection.retain_LE - detection.forget_LE)
+    away_LE = np.abs(calibrated.achieved_LE - detection.forget_LE) > before_LE + 1e-9
+    away_LE &= calibrated.scope_LE & detection.selected_LE
+    names = [f"{layer}/{expert}" for layer, expert in zip(*np.nonzero(away_LE), strict=True)]
+    if names:
+        lines.append(
+            f"{len(names)} selected expert(s) ended farther from their forget frequency than before (layer/expert): "
+            f"{', '.join(names[:8])}{' ...' if len(names) > 8 else ''}"
         )
-    return found
+    return lines
 
 
 def find_warnings(
-    detection: Detection,
-    calibrated: Calibrated,
-    achieved_LE: np.ndarray,
-    drawn_LE: np.ndarray,
-    likeness_D: np.ndarray | None,
-    sums: DocumentSums,
-    rule: str,
+    config: CalibrationConfig, detection: Detection, calibrated: Calibrated, alike: float | None, by_rows: bool
 ) -> list[str]:
-    """Plain sentences about everything that did not work out, most important first."""
-    found: list[str] = list(detection.warnings)
-    control = rule in CONTROL_RULES
+    """Plain sentences about everything that did not work out, most important first.
+
+    Args:
+        alike: share of the retain tokens in documents routed like the forget text; None: not known.
+        by_rows: whether the weights are those of rows.
+    """
+    lines: list[str] = list(detection.warnings)
+    control = config.rule in CONTROL_RULES
     if not detection.selected_LE.any():
         then = "are calibrated on all experts that take part" if calibrated.scope_LE.any() else "are uniform"
-        then = "go by the sources of the documents" if rule == "sources" else then
-        found.append(
+        then = "go by the sources of the documents" if config.source_weights else then
+        lines.append(
             "no forget-critical expert was found: forget text is not routed differently enough from retain text; the "
             f"weights {then}"
         )
-    if likeness_D is not None:
-        alike = alike_share(sums, likeness_D)
-        if alike < LEAST_ALIKE_SHARE:
-            found.append(
-                "no retain text is routed like the forget text (documents at least half-way towards it hold "
-                f"{alike:.2%} of the retain tokens): re-weighting cannot protect what is not there; add retain text "
-                "close to the forget domain"
-            )
-    if calibrated.moved:
-        by_reason: dict[str, list[str]] = {}
-        for layer, expert, offered, reason in calibrated.moved:
-            by_reason.setdefault(reason, []).append(f"{layer}/{expert} -> {offered:.3g}")
-        for reason in sorted(by_reason):
-            cases = by_reason[reason]
-            more = f" and {len(cases) - 8} more" if len(cases) > 8 else ""
-            found.append(
-                f"{len(cases)} expert(s) cannot be matched because {REASONS[reason]}; the closest feasible "
-                f"frequency was taken (layer/expert -> frequency): {', '.join(cases[:8])}{more}"
-            )
-    if not control and calibrated.scope_LE.any():
-        found.extend(_weak(detection, calibrated, achieved_LE, drawn_LE))
-    found.extend(calibrated.notes)
-    if not calibrated.converged:
-        found.append(
-            f"the solver ended short of its targets after {calibrated.iterations} passes: lambda 1 was asked for and "
-            f"{calibrated.strength:.3f} reached ({LIMITS[calibrated.limit]}); the frequencies miss their targets by "
-            f"up to {calibrated.solve_error:.1e}"
+    if alike is not None and alike < LEAST_ALIKE_SHARE and ALIKE not in detection.warnings:
+        lines.append(
+            "no retain text is routed like the forget text (documents at least half-way towards it hold "
+            f"{alike:.2%} of the retain tokens): re-weighting cannot protect what is not there; add retain text "
+            "close to the forget domain"
         )
-    if not control:
-        drawn = "would end farther if rows are drawn by mean weight"
-        for q_LE, how in ((achieved_LE, "ended farther from their forget frequency than before"), (drawn_LE, drawn)):
-            found += _farther(detection, calibrated, q_LE, how)
-    if calibrated.exponent < 1.0 and not control:
-        found.append(
+    by_reason: dict[str, list[str]] = {}
+    for layer, expert, offered, reason in calibrated.moved:
+        by_reason.setdefault(reason, []).append(f"{layer}/{expert} -> {offered:.3g}")
+    for reason, cases in sorted(by_reason.items()):
+        more = f" and {len(cases) - 8} more" if len(cases) > 8 else ""
+        lines.append(
+            f"{len(cases)} expert(s) cannot be matched because {REASONS[reason]}; the closest feasible "
+            f"frequency was taken (layer/expert -> frequency): {', '.join(cases[:8])}{more}"
+        )
+    if not control and calibrated.scope_LE.any():
+        lines.extend(_weak(detection, calibrated, by_rows))
+    if calibrated.raked is not None and not calibrated.converged:
+        lines.append(unconverged(calibrated))
+    if calibrated.exponent < 1.0 and not control and not by_rows:
+        lines.append(
             f"the weights were raised to the power {calibrated.exponent:.3f} to keep the effective sample size"
         )
-    return found
+    return lines
+
+
+def unconverged(calibrated: Calibrated) -> str:
+    raked = calibrated.raked
+    assert raked is not None
+    return (
+        f"the solver ended short of its targets after {raked.passes} passes over all tokens (lambda "
+        f"{raked.strength:.3f}): frequencies miss them by up to {raked.error:.1e}"
+    )
 
 
 def diagnose(
     config: CalibrationConfig,
     detection: Detection,
     calibrated: Calibrated,
-    achieved_LE: np.ndarray,
-    drawn_LE: np.ndarray,
-    sums: DocumentSums,
-    likeness_D: np.ndarray,
     tokens: TokenMap,
     documents: Documents,
-    top_k: int,
-    traced: bool,
+    selections: RowSelections,
+    by_rows: bool,
 ) -> dict[str, Any]:
-    """The content of ``diagnosis.json`` (JSON types only).
-
-    ``achieved_LE``: frequencies under the token weights; ``drawn_LE``: where rows are drawn by their mean weight.
-    """
-    js = jensen_shannon_bits(detection.forget_LE, detection.retain_LE, top_k)
-    after = jensen_shannon_bits(detection.forget_LE, achieved_LE, top_k)
-    entropies = [entropy_bits(p, top_k) for p in (detection.forget_LE, detection.retain_LE, achieved_LE)]
+    """The content of ``diagnosis.json`` (JSON types only); ``by_rows``: whether the weights are those of rows."""
+    sums = document_sums(tokens, calibrated.weight_T)
+    likeness_D = likeness(tokens, selections, detection.forget_LE, detection.retain_LE)
+    alike = None if likeness_D is None else alike_share(sums, likeness_D)
+    raked = calibrated.raked
     return {
         "rule": config.rule,
         "experts": config.experts,
-        "level": config.level,
+        "weights_of": "rows" if by_rows else "tokens",
         "detection": config.detection.method,
         "lambda": calibrated.strength,
-        "lambda_asked": 1.0,
-        "lambda_limit": LIMITS[calibrated.limit],
         "exponent": calibrated.exponent,
         "ess_fraction": calibrated.ess,
         "row_ess_fraction": row_ess(calibrated),
         "ess_floor": config.ess_floor,
         "max_weight": calibrated.max_weight,
         "weight_quantiles": quantiles(calibrated.weight_T, tokens),
-        "iterations": calibrated.iterations,
+        "iterations": 0 if raked is None else raked.passes,
         "converged": calibrated.converged,
-        "solve_error": calibrated.solve_error,
-        "gap_closed": gap_closed(detection, calibrated, achieved_LE),
-        "gap_closed_by_rows": gap_closed(detection, calibrated, drawn_LE),
+        "solve_error": 0.0 if raked is None else raked.error,
+        "gap_closed": gap_closed(detection, calibrated),
         "none_found": not bool(detection.selected_LE.any()),
         "constraints": int(calibrated.scope_LE.sum()),
-        "selected": expert_rows(detection.selected_LE, detection, calibrated, achieved_LE),
-        "random_experts": expert_rows(calibrated.scope_LE, detection, calibrated, achieved_LE)
-        if config.rule == "random_experts"
-        else [],
+        "selected": expert_rows(detection.selected_LE, detection, calibrated),
         "moved_targets": [
             {"layer": layer, "expert": expert, "offered": offered, "reason": reason}
             for layer, expert, offered, reason in calibrated.moved
         ],
-        "layers": [
-            {
-                "layer": i,
-                "entropy_forget_bits": float(entropies[0][i]),
-                "entropy_retain_bits": float(entropies[1][i]),
-                "entropy_weighted_bits": finite(entropies[2][i]),
-                "js_bits": float(js[i]),
-                "js_weighted_bits": finite(after[i]),
-                "selected": int(detection.selected_LE[i].sum()),
-            }
-            for i in range(len(js))
-        ],
         "top_documents": top_documents(sums, documents, likeness_D),
         "share_by_source": source_shares(sums, documents),
         "variance": weight_variance(sums),
-        "alike_share": alike_share(sums, likeness_D) if traced else None,
-        "warnings": find_warnings(
-            detection, calibrated, achieved_LE, drawn_LE, likeness_D if traced else None, sums, config.rule
-        ),
+        "alike_share": alike,
+        "warnings": find_warnings(config, detection, calibrated, alike, by_rows),
     }

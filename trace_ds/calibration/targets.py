@@ -2,16 +2,15 @@
 
 Shape legend: S constraints (layer, expert), L MoE layers, E experts.
 
-Weights only re-weight what is there. Five things keep a target out of reach whatever the weights:
+Weights only re-weight what is there. Four things keep a target out of reach whatever the weights:
 
 * ``never``: no retain token selects the expert; its weighted frequency is 0;
 * ``always``: every retain token selects it; its weighted frequency is 1;
 * ``rare``: retain text selects it less than 1/limit as often as forget text (or fails to select it so rarely): matching
   would put all the weight on a handful of tokens, so at most ``limit`` times the retain frequency is asked for;
-* ``dependent``: linear relations that hold for every retain token, such as two experts that are always selected
-  together (that the experts of a layer sum to K is respected by :func:`offer`). Targets must obey the same relation:
-  the nearest that do are found when the dual is solved (raking.py), as is
-* ``tied``: what no equation shows, such as one expert that is only selected where another one is.
+* ``tied``: relations that hold for every retain token, such as two experts that are always selected together, or one
+  that is only selected where another one is. They show when the dual is solved (raking.py); that the experts of a layer
+  sum to K is respected by :func:`offer`.
 
 :func:`offer` does what can be done before: the closest targets, and a name for every expert whose target had to move.
 """
@@ -24,7 +23,6 @@ REASONS = {
     "never": "no retain token selects it",
     "always": "every retain token selects it",
     "rare": "retain text selects it too rarely",
-    "dependent": "its retain activations are tied to those of other experts",
     "tied": "no weights meet its target together with those of the others",
 }
 

@@ -56,22 +56,20 @@ class Packing:
         flat = np.ascontiguousarray(selected_NLK).reshape(len(selected_NLK), -1)
         return np.ascontiguousarray((flat.view("<u2") if self.pairs else flat).T)
 
-    def tables(self, value_LE: np.ndarray, join: np.ufunc = np.add) -> np.ndarray:
-        """float64 [L, V]: what a column's value brings to a token's ``join`` (sum, or maximum) of ``value_LE``."""
+    def tables(self, value_LE: np.ndarray) -> np.ndarray:
+        """float64 [L, V]: what a column's value brings to a token's sum of ``value_LE``."""
         if not self.pairs:
             return value_LE
         values = np.zeros((self.layers, 256))
         values[:, : self.experts] = value_LE
-        return join(value_LE[:, :, None], values[:, None, :]).reshape(self.layers, -1)
+        return (value_LE[:, :, None] + values[:, None, :]).reshape(self.layers, -1)
 
-    def score(
-        self, columns_GN: np.ndarray, tables_LV: np.ndarray, join: np.ufunc = np.add, start: float = 0.0
-    ) -> np.ndarray:
-        """float64 [N]: the sum (or maximum) of the values of each token's selections, in the order of the columns."""
-        score_N = np.full(columns_GN.shape[1], start)
+    def score(self, columns_GN: np.ndarray, tables_LV: np.ndarray) -> np.ndarray:
+        """float64 [N]: the sum of the values of each token's selections, in the order of the columns."""
+        score_N = np.zeros(columns_GN.shape[1])
         per_layer = len(columns_GN) // self.layers
         for number, column_N in enumerate(columns_GN):
-            join(score_N, tables_LV[number // per_layer].take(column_N), out=score_N)
+            score_N += tables_LV[number // per_layer].take(column_N)
         return score_N
 
     def sums(self, columns_GN: np.ndarray, weight_N: np.ndarray | None) -> np.ndarray:

@@ -8,20 +8,11 @@ The routing trace is read chunk by chunk, as it lies on disk: memory does not de
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
 from trace_ds.calibration.tokens import CHUNK_TOKENS, Packing, TokenMap, Trace, in_order
-
-if TYPE_CHECKING:
-    import torch
-
-    from trace_ds.parallel.world import World
-
-A = TypeVar("A")
 
 
 @dataclass(frozen=True)
@@ -53,11 +44,6 @@ class Units:
         return self.trace.tokens if self.tokens is None else self.tokens.counted_total()
 
     @property
-    def values(self) -> int:
-        """How many numbers a unit is described by."""
-        return self.trace.layers * self.trace.top_k
-
-    @property
     def blocks(self) -> list[tuple[int, int]]:
         total = self.trace.tokens
         return [(at, min(at + CHUNK_TOKENS, total)) for at in range(0, total, CHUNK_TOKENS)]
@@ -81,17 +67,17 @@ class Units:
             return selected_NLK, np.ones(len(selected_NLK))
         return selected_NLK, self.multiplicity_N[slice(*block)]
 
-    def sample(self, limit: int, world: World | None = None) -> Units:
+    def sample(self, limit: int) -> Units:
         """About ``limit`` units at most, in memory: spread evenly over the corpus, so over its documents; always the
-        same ones; each stands for as many as were left out around it. All units where there are no more than that."""
+        same ones; each stands for as many as were left out around it. All units where there are no more than that, and
+        where they are in memory already."""
         if self.tokens is None:
-            return self if self.number <= limit else self._thinned(limit)
+            return self
         counted = self.number
         if counted <= limit:
-            found = [self.read(block)[0] for block in self.blocks]
-            return Units.of(np.concatenate(found), self.scope_LE)
+            return Units.of(np.concatenate([self.read(block)[0] for block in self.blocks]), self.scope_LE)
         selected, multiplicity = [], []
-        for block in _share(self.blocks, world):
+        for block in self.blocks:
             place_N = np.flatnonzero(self.tokens.counted(*block))
             take = -(-len(place_N) * limit // counted)
             if take:
@@ -99,65 +85,7 @@ class Units:
                 chosen = np.minimum(((np.arange(take) + jitter) * len(place_N) / take).astype(int), len(place_N) - 1)
                 selected.append(self.trace.read(*block)[place_N[chosen]])
                 multiplicity.append(np.full(take, len(place_N) / take))
-        empty = self.trace.read(0, 0)
-        mine = np.concatenate([empty, *selected]), np.concatenate([np.zeros(0), *multiplicity])
-        parts = [mine] if world is None else world.gather(mine)
-        return Units.of(
-            np.concatenate([part[0] for part in parts]), self.scope_LE, np.concatenate([part[1] for part in parts])
-        )
-
-    def _thinned(self, limit: int) -> Units:
-        """Of selections in memory, ``limit`` evenly spread ones."""
-        place_N = ((np.arange(limit) + 0.5) * self.number / limit).astype(int)
-        multiplicity_N = np.ones(limit) if self.multiplicity_N is None else self.multiplicity_N[place_N]
-        selected_NLK = self.trace.read(0, self.number)[place_N]
-        return Units.of(selected_NLK, self.scope_LE, multiplicity_N * (self.number / limit))
-
-    def dense(self, start: int, stop: int) -> torch.Tensor:
-        """Features of units ``start … stop`` of a sample, float32 [N, S]."""
-        import torch
-
-        selected = torch.from_numpy(self.trace.read(start, stop).astype(np.int64))
-        layers, experts = self.scope_LE.shape
-        active = torch.zeros(stop - start, layers, experts, dtype=torch.float32).scatter_(2, selected, 1.0)
-        return active.reshape(stop - start, -1)[:, torch.from_numpy(self.scope_LE.ravel())]
-
-    def moments(self, weight_N: np.ndarray, threads: int) -> torch.Tensor:
-        """Σ_n w_n feature_s feature_s', [S, S], over the units of a sample, in double precision if S is moderate.
-
-        Joint histograms of all pairs of layers: L² K² / 2 additions a token; a dense product takes L² E² / 2.
-        """
-        import torch
-
-        experts = self.scope_LE.shape[1]
-        selected_NLK = self.trace.read(0, len(weight_N))
-        top_k, used = selected_NLK.shape[2], np.flatnonzero(self.scope_LE.any(axis=1))
-        chosen = [np.flatnonzero(self.scope_LE[layer]) for layer in used]
-        starts = np.append(0, np.cumsum([len(c) for c in chosen]))
-        size = int(starts[-1])
-        result = torch.zeros(size, size, dtype=torch.float64 if size <= DOUBLE_CONSTRAINTS else torch.float32)
-
-        def strip(i: int) -> None:
-            total = np.zeros((len(used) - i, experts * experts))
-            for at in range(0, len(weight_N), MOMENT_TOKENS):
-                block = selected_NLK[at : at + MOMENT_TOKENS].astype(np.int64)
-                weight = np.repeat(weight_N[at : at + MOMENT_TOKENS], top_k * top_k)
-                first = block[:, used[i], :, None] * experts
-                for j in range(i, len(used)):
-                    keys = (first + block[:, used[j], None, :]).reshape(-1)
-                    total[j - i] += np.bincount(keys, weight, experts * experts)
-            for j in range(i, len(used)):
-                tile = total[j - i].reshape(experts, experts)[np.ix_(chosen[i], chosen[j])]
-                result[starts[i] : starts[i + 1], starts[j] : starts[j + 1]] = torch.from_numpy(tile)
-                result[starts[j] : starts[j + 1], starts[i] : starts[i + 1]] = torch.from_numpy(tile.T)
-
-        for _ in in_order(strip, range(len(used)), threads):
-            pass
-        return result
-
-
-MOMENT_TOKENS = 4096
-DOUBLE_CONSTRAINTS = 8192
+        return Units.of(np.concatenate(selected), self.scope_LE, np.concatenate(multiplicity))
 
 
 @dataclass(frozen=True)
@@ -199,8 +127,8 @@ class _Sums:
         return self.moments * powers
 
 
-def evaluate(units: Units, theta_S: np.ndarray, threads: int = 1, world: World | None = None) -> Point:
-    """One exact pass in float64, each rank over its share of the blocks; nothing overflows.
+def evaluate(units: Units, theta_S: np.ndarray, threads: int = 1) -> Point:
+    """One exact pass in float64; nothing overflows.
 
     Raises:
         ValueError: no unit counts.
@@ -221,13 +149,9 @@ def evaluate(units: Units, theta_S: np.ndarray, threads: int = 1, world: World |
         return _Sums(top, np.concatenate([three, units.fold(columns_GN, counted_N)]))
 
     total = _Sums(-np.inf, np.zeros(3 + len(theta_S)))
-    for sums in in_order(part, _share(units.blocks, world), threads):
+    for sums in in_order(part, units.blocks, threads):
         if np.isfinite(sums.top):
             total = total + sums if np.isfinite(total.top) else sums
-    if world is not None and world.size > 1:
-        top = max(world.gather(total.top))
-        mine = total.scaled(top) if np.isfinite(total.top) else total.moments
-        total = _Sums(top, world.sum_float64(mine))
     seen, weight, square = (float(x) for x in total.moments[:3])
     if not seen:
         raise ValueError("there are no counted tokens to weight")
@@ -238,10 +162,3 @@ def evaluate(units: Units, theta_S: np.ndarray, threads: int = 1, world: World |
         weight**2 / (seen * square),
         seen / weight,
     )
-
-
-def _share(blocks: Sequence[A], world: World | None) -> Sequence[A]:
-    """This rank's stretch of the blocks."""
-    if world is None:
-        return blocks
-    return blocks[len(blocks) * world.rank // world.size : len(blocks) * (world.rank + 1) // world.size]

@@ -6,14 +6,21 @@ Shape legend: T tokens (flat order), R rows. Arrays over T are files in a spool 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
-from trace_ds.calibration.tokens import RowSpread, TokenMap
+from trace_ds.calibration.tokens import TokenMap
 from trace_ds.run.files import new_array
 
 
-def _moments(u_T: np.ndarray | RowSpread, tokens: TokenMap, exponent: float, top: float) -> tuple[float, float, int]:
+class SlicedTokens(Protocol):
+    """Values of all tokens, read in slices: an array, or what is made of those of rows or documents."""
+
+    def __getitem__(self, span: slice, /) -> np.ndarray: ...
+
+
+def _moments(u_T: np.ndarray, tokens: TokenMap, exponent: float, top: float) -> tuple[float, float, int]:
     """Σ w, Σ w² and n of w = exp(c (u − top)) over counted tokens."""
     total, square, count = 0.0, 0.0, 0
     for start, stop in tokens.spans():
@@ -24,7 +31,7 @@ def _moments(u_T: np.ndarray | RowSpread, tokens: TokenMap, exponent: float, top
     return total, square, count
 
 
-def _top(u_T: np.ndarray | RowSpread, tokens: TokenMap) -> float:
+def _top(u_T: np.ndarray, tokens: TokenMap) -> float:
     tops = [
         float(np.asarray(u_T[start:stop])[tokens.counted(start, stop)].max(initial=-np.inf))
         for start, stop in tokens.spans()
@@ -49,7 +56,26 @@ def flattening(u_T: np.ndarray, tokens: TokenMap, ess_floor: float) -> float:
     return low
 
 
-def exponentiate(u_T: np.ndarray | RowSpread, weight_T: np.ndarray, tokens: TokenMap, exponent: float) -> float:
+def sharpening(u_R: np.ndarray, ess_floor: float) -> float:
+    """The largest c (to 1e-6 of it, at most 1,024) at which weights exp(c u) of rows keep the effective sample size."""
+
+    def ess(exponent: float) -> float:
+        w = np.exp(exponent * (u_R - u_R.max()))
+        return float(w.sum() ** 2 / (len(w) * (w * w).sum()))
+
+    high = 1.0
+    while ess(high) >= ess_floor:
+        if high >= 1024.0:
+            return high
+        high *= 2.0
+    low = 0.0
+    while high - low > 1e-6 * high:
+        middle = (low + high) / 2.0
+        low, high = (middle, high) if ess(middle) >= ess_floor else (low, middle)
+    return low
+
+
+def exponentiate(u_T: np.ndarray, weight_T: np.ndarray, tokens: TokenMap, exponent: float) -> float:
     """Write w = exp(c u) / mean; returns the log of that mean."""
     top = _top(u_T, tokens)
     total, _, count = _moments(u_T, tokens, exponent, top)
@@ -59,24 +85,22 @@ def exponentiate(u_T: np.ndarray | RowSpread, weight_T: np.ndarray, tokens: Toke
     return exponent * top + float(np.log(total / count))
 
 
-def row_sums(weight_T: np.ndarray, tokens: TokenMap) -> tuple[np.ndarray, np.ndarray]:
-    """Σ of the weights and number of counted tokens of every row, float64 and int64 [R]."""
+def row_means(value_T: SlicedTokens, tokens: TokenMap) -> np.ndarray:
+    """Mean over the counted tokens of every row, float64 [R]; 0 for a row without any."""
     sums_R, counts_R = np.zeros(tokens.rows), np.zeros(tokens.rows, np.int64)
     for start, stop in tokens.spans():
-        row = tokens.row_of(start, stop)
-        first, size = int(row[0]), int(row[-1] - row[0]) + 1
-        sums_R[first : first + size] += np.bincount(row - first, np.asarray(weight_T[start:stop]), size)
         counted = tokens.counted(start, stop)
-        counts_R[first : first + size] += np.bincount(row[counted] - first, minlength=size)
-    return sums_R, counts_R
-
-
-def row_means(weight_T: np.ndarray, tokens: TokenMap) -> np.ndarray:
-    sums_R, counts_R = row_sums(weight_T, tokens)
+        row = tokens.row_of(start, stop)[counted]
+        if len(row):
+            first, size = int(row[0]), int(row[-1] - row[0]) + 1
+            values = np.asarray(value_T[start:stop])[counted]
+            sums_R[first : first + size] += np.bincount(row - first, values, size)
+            counts_R[first : first + size] += np.bincount(row - first, minlength=size)
     return np.where(counts_R > 0, sums_R / np.maximum(counts_R, 1), 0.0)
 
 
-def size_and_maximum(weight_T: np.ndarray, tokens: TokenMap) -> tuple[float, float]:
+def size_and_maximum(weight_T: SlicedTokens, tokens: TokenMap) -> tuple[float, float]:
+    """(effective sample size as a fraction, largest weight) of the counted tokens."""
     total = square = largest = 0.0
     count = 0
     for start, stop in tokens.spans():

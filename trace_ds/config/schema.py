@@ -89,6 +89,8 @@ class Config(Section):
             raise ValueError(
                 f"distributed.autoep.comm_backend deepep carries bf16, and model.dtype is {self.model.dtype}"
             )
+        if self.calibration.rule == "literal" and self.unlearning.apply != "loss":
+            raise ValueError("calibration.rule: literal gives weights of tokens: it needs unlearning.apply: loss")
         self._check_finetune()
         self._check_scores()
         for name, changes in self.variants.items():

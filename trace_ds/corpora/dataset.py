@@ -114,6 +114,14 @@ class TokenMap:
         result_T[self.row_starts_R1[first:last] - 1 - start] = False
         return result_T
 
+    def documents_at(self, position_N: np.ndarray) -> np.ndarray:
+        """The documents of flat positions, which ascend, int32 [N]."""
+        pieces = [np.zeros(0, np.int32)]
+        for start, stop in self.spans():
+            low, high = np.searchsorted(position_N, (start, stop))
+            pieces.append(np.asarray(self.document_ids_T[start:stop])[position_N[low:high] - start])
+        return np.concatenate(pieces)
+
     def row_of(self, start: int, stop: int) -> np.ndarray:
         """int64 [stop - start]: the row of each token (rows without tokens are never returned)."""
         first, edges = self._edges(start, stop)

@@ -1,9 +1,8 @@
-"""``trace-ds calibrate``: routing statistics → forget-critical experts and one weight per retain token.
+"""``trace-ds calibrate``: routing statistics → forget-critical experts and weights of the retain text.
 
-Reads ``data/`` and ``statistics/{forget,retain}/``, writes ``calibration/`` (see :func:`_calibrate` for its files). No
-GPU is needed; the routing trace is read chunk by chunk, so memory is bounded whatever the corpus. On several ranks the
-main process does everything but the passes of raking over the tokens: there each rank takes its share, and the sums are
-all-reduced.
+Reads ``data/`` and ``statistics/{forget,retain}/``, writes ``calibration/`` (see :func:`calibrate` for its files). One
+process, no GPU. ``unlearning.apply: sampling`` weights rows, by their selections; ``loss`` weights tokens, by the
+routing trace, which is read chunk by chunk: memory is bounded whatever the corpus.
 """
 
 from __future__ import annotations
@@ -11,32 +10,28 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from trace_ds.calibration.detect import Detection, detect
-from trace_ds.calibration.diagnose import Documents, diagnose, document_sums, likeness, likeness_tables
-from trace_ds.calibration.raking import Context, RakeArguments, rake
+from trace_ds.calibration.diagnose import Documents, diagnose, unconverged
 from trace_ds.calibration.rows import RowSelections
-from trace_ds.calibration.rules import LIMITS, Calibrated, apply_rule, scope_of, source_log_weights
-from trace_ds.calibration.tokens import (
-    RowSpread,
-    TokenMap,
-    Trace,
-    count_selections,
-    open_stream,
-    open_trace,
-    read_token_map,
+from trace_ds.calibration.rules import (
+    Calibrated,
+    Request,
+    choose_experts,
+    source_log_weights,
+    weigh_rows,
+    weigh_tokens,
 )
-from trace_ds.calibration.units import Units
+from trace_ds.calibration.tokens import TokenMap, Trace, count_selections, open_stream, open_trace, read_token_map
 from trace_ds.config.schema import Config
-from trace_ds.config.sections.calibration import WITHOUT_TRACE
 from trace_ds.errors import UserError
 from trace_ds.routing.statistics import RoutingStatistics
-from trace_ds.routing.token_files import open_parts
+from trace_ds.routing.token_files import open_parts, require_parts
 from trace_ds.run import artefact as artefacts
 from trace_ds.run.artefact import Artefact
 from trace_ds.run.files import new_array, replacing_directory, safetensors_errors, write_json
@@ -45,83 +40,38 @@ from trace_ds.run.log import StageLog, already_done, stage_log
 from trace_ds.stages.inputs import Inputs
 
 if TYPE_CHECKING:
-    from trace_ds.parallel.world import World
     from trace_ds.run.directory import RunDirectory
 
-
-def calibrate(config: Config, run: RunDirectory, world: World | None = None) -> Artefact | None:
-    """Make (or find done) the calibration artefact of a run; see :func:`_calibrate`. With a ``world`` (collective) the
-    main process gets the artefact, and the others, which help it solve, None.
-
-    Raises:
-        UserError: on the main process; AgreedError elsewhere.
-    """
-    import torch
-
-    threads, device = torch.get_num_threads(), "cuda" if torch.cuda.is_available() else "cpu"
-    if world is None or world.size == 1:
-        return _calibrate(config, run, Context(threads, None, device))
-    if world.is_main:
-        good = False
-        try:
-            made = _calibrate(config, run, Context(threads, world, device))
-            good = True
-            return made
-        finally:
-            world.broadcast(("end", good))
-    while True:
-        message: tuple[str, Any] = ("", None)
-        what, job = world.broadcast(message)
-        if what == "end":
-            if not job:
-                from trace_ds.parallel.world import AgreedError
-
-                raise AgreedError
-            return None
-        _help(world, threads, job)
+UNIFORM_ESS = 0.999
+PROGRESS_EVERY_S = 15.0
+NONE_FOUND_FIX = (
+    "lower calibration.detection.min_ratio or min_load, choose a top_* method, or set calibration.if_none_found: "
+    "uniform (go on with uniform weights) or continue (with the rule, over all experts if calibration.experts is all)"
+)
 
 
-@dataclass(frozen=True)
-class _Job:
-    """What the other ranks need to take their share: files, the rows that count, and the arguments of ``rake``."""
-
-    data: Path
-    trace: tuple[Path, ...]
-    documents: int
-    scope_LE: np.ndarray
-    top_k: int
-    rake: RakeArguments
-
-
-def _help(world: World, threads: int, job: _Job) -> None:
-    tokens = read_token_map(job.data, job.documents)
-    trace = open_trace(list(job.trace), len(job.scope_LE), job.top_k, tokens.tokens, "")
-    rake(Units(trace, job.scope_LE, tokens), *job.rake, Context(threads, world))
-
-
-def _calibrate(config: Config, run: RunDirectory, context: Context) -> Artefact:
+def calibrate(config: Config, run: RunDirectory) -> Artefact:
     """Make (or find done) the calibration artefact of a run.
 
     Files: ``calibration.safetensors`` (theta_LE, frequency_forget_LE, frequency_retain_LE, log_ratio_LE,
-    log_ratio_error_LE, ratio_low_LE, ratio_high_LE, target_LE, achieved_LE, drawn_LE, log_mean float64; selected_LE,
-    scope_LE uint8), ``weights.npy`` float32 [retain tokens], ``row_weights.npy`` float64 [rows], ``diagnosis.json``.
-    achieved_LE and drawn_LE are the frequencies under the token weights and where rows are drawn by their mean weight
-    (NaN, as target_LE, where rows were retrieved without a trace: nobody knows how those are routed).
+    log_ratio_error_LE, ratio_low_LE, ratio_high_LE, target_LE, achieved_LE, log_mean float64; selected_LE, scope_LE
+    uint8), ``weights.npy`` float32 [retain tokens], ``row_weights.npy`` float64 [rows], ``diagnosis.json``. achieved_LE
+    are the frequencies under the weights (NaN: not known).
 
     Raises:
         UserError: missing, damaged or mismatched inputs; no forget-critical expert while
-            ``calibration.if_none_found`` is ``stop``.
+            ``calibration.if_none_found`` is ``stop``; a solver that ended short of its targets.
     """
-    asked = Asked.of(config, run)
-    if artefacts.is_done(run.calibration, "calibration", asked.identity):
+    inputs = CalibrationInputs.read(config, run)
+    if artefacts.is_done(run.calibration, "calibration", inputs.identity):
         made = artefacts.load(run.calibration, "calibration", verify=False)
-        export_weights(config, run, asked.data, made)
+        export_weights(config, run, inputs.data, made)
         already_done("calibrate", run)
         return made
 
-    forget, retain = (load_statistics(side) for side in asked.sides)
+    forget, retain = (load_statistics(side) for side in inputs.sides)
     try:
-        detection = detect(forget, retain, asked.config.calibration.detection)
+        detection = detect(forget, retain, inputs.config.calibration.detection)
     except ValueError as error:
         raise UserError(
             str(error), "calibration.detection", "let MoE layers take part that the model has (0-based numbers)"
@@ -130,18 +80,14 @@ def _calibrate(config: Config, run: RunDirectory, context: Context) -> Artefact:
         raise UserError(none_found(detection), "calibration.detection", NONE_FOUND_FIX)
 
     with stage_log(run, "calibrate") as log:
-        if asked.config.calibration.detection.layers is not None:
-            log.detail(
-                f"{int(detection.eligible_LE.any(axis=1).sum())} of {len(detection.eligible_LE)} MoE layers take part"
-            )
-        made = _make(asked, run, Routing(forget, retain, detection), replace(context, say=Sparing(log.line)), log)
-        export_weights(config, run, asked.data, made)
-        log.done(told(made))
+        made = _make(inputs, run, Routing(forget, retain, detection), log)
+        export_weights(config, run, inputs.data, made)
+        log.done(summary(made))
     return made
 
 
 @dataclass(frozen=True)
-class Asked:
+class CalibrationInputs:
     """What a calibration is made from and how: data, (forget, retain) statistics, whole and made for one another and
     for the model of the configuration, which is that :func:`with_trained_layers`."""
 
@@ -150,17 +96,21 @@ class Asked:
     sides: tuple[Artefact, Artefact]
 
     @classmethod
-    def of(cls, config: Config, run: RunDirectory) -> Asked:
+    def read(cls, config: Config, run: RunDirectory) -> CalibrationInputs:
         from trace_ds.tensors.model_files import model_fingerprint
 
-        found = Inputs.read(config, run, model_fingerprint(Path(config.model.path)))
-        sides = found.statistics("forget"), found.statistics("retain")
+        inputs = Inputs.read(config, run, model_fingerprint(Path(config.model.path)))
+        sides = inputs.statistics("forget"), inputs.statistics("retain")
         for key in ("top_k", "experts", "layers"):
             values = [side.summary.get(key) for side in sides]
             if values[0] is None or values[0] != values[1]:
                 what = f"the forget statistics have {key} {values[0]}, the retain statistics {values[1]}"
                 raise UserError(what, str(run.statistics), sides[0].fix)
-        return cls(with_trained_layers(config, sides[1].summary["layers"]), found.data, sides)
+        return cls(with_trained_layers(config, sides[1].summary["layers"]), inputs.data, sides)
+
+    @property
+    def by_rows(self) -> bool:
+        return self.config.unlearning.apply == "sampling"
 
     @property
     def inputs(self) -> dict[str, str]:
@@ -170,7 +120,8 @@ class Asked:
 
     @property
     def settings(self) -> dict[str, Any]:
-        return {**self.config.calibration.model_dump(mode="json", exclude={"export"}), "seed": self.config.seed}
+        settings = self.config.calibration.model_dump(mode="json", exclude={"export", "allow_unconverged"})
+        return {**settings, "apply": self.config.unlearning.apply, "seed": self.config.seed}
 
     @property
     def identity(self) -> str:
@@ -184,16 +135,6 @@ class Routing:
     forget: RoutingStatistics
     retain: RoutingStatistics
     detection: Detection
-
-
-@dataclass(frozen=True)
-class Retained:
-    """The retain tokens that are weighted, and what is known of each."""
-
-    documents: Documents
-    tokens: TokenMap
-    trace: Trace | None
-    selections: RowSelections | None
 
 
 def with_trained_layers(config: Config, layers: Sequence[int]) -> Config:
@@ -224,99 +165,92 @@ def export_weights(config: Config, run: RunDirectory, data: Artefact, calibratio
             artefacts.describe(directory, "export", inputs, {}, {"rows": calibration.summary["rows"]})
 
 
-def _make(asked: Asked, run: RunDirectory, routing: Routing, context: Context, log: StageLog) -> Artefact:
+def _make(inputs: CalibrationInputs, run: RunDirectory, routing: Routing, log: StageLog) -> Artefact:
     """Weights by the rule, diagnosis, artefact. Large arrays live in a spool directory that is deleted at the end."""
-    config, settings, statistics = asked.config, asked.config.calibration, asked.sides[1]
-    retain, detection = routing.retain, routing.detection
+    import torch
+
+    config, statistics, retain = inputs.config, inputs.sides[1], routing.retain
+    documents = read_documents(inputs.data.file("retain_documents.arrow"))
+    tokens = read_token_map(inputs.data.file("retain.arrow"), len(documents.source_D))
+    selections = load_selections(statistics, retain, tokens)
+    request = Request(
+        config.calibration,
+        tokens,
+        choose_experts(config.calibration, routing.detection, config.seed),
+        routing.forget.frequency_LE,
+        retain.frequency_LE,
+        np.sqrt(retain.variance_LE()),
+        config.seed,
+        source_weights(config, documents),
+        torch.get_num_threads(),
+        every_so_often(log.line),
+    )
+    log.detail(
+        f"{int(routing.detection.selected_LE.sum())} forget-critical experts; rule {config.calibration.rule} over "
+        f"{retain.tokens:,} retain tokens"
+    )
     run.calibration.parent.mkdir(parents=True, exist_ok=True)
     spool = run.calibration.with_name(f"{run.calibration.name}.tmp-spool")
     shutil.rmtree(spool, ignore_errors=True)
     spool.mkdir()
     try:
-        documents = read_documents(asked.data.file("retain_documents.arrow"))
-        log_weight_D = document_weights(config, documents)
-        tokens = read_token_map(asked.data.file("retain.arrow"), len(documents.source_D))
-        trace = load_trace(config, statistics, retain, tokens)
-        selections = load_selections(config, statistics, retain, tokens)
-        held = Retained(documents, tokens, trace, selections)
-        log.detail(
-            f"{int(detection.selected_LE.sum())} forget-critical experts; rule {settings.rule} over "
-            f"{retain.tokens:,} retain tokens"
-        )
-        world = context.world
-        if world is not None and trace is not None:
-            parts = tuple(statistics.file(name) for name in sorted(statistics.files) if name.startswith("trace-"))
-
-            def begin(scope_LE: np.ndarray, arguments: RakeArguments) -> None:
-                told = asked.data.file("retain.arrow"), parts, tokens.documents, scope_LE, trace.top_k
-                world.broadcast(("rake", _Job(*told, arguments)))
-
-            context = replace(context, begin=begin)
-        calibrated = apply_rule(
-            settings,
-            tokens,
-            trace,
-            scope_of(settings, detection.selected_LE, detection.eligible_LE, config.seed, detection.log_ratio_LE),
-            routing.forget.frequency_LE,
-            retain.frequency_LE,
-            config.seed,
-            spool,
-            detection.selected_LE,
-            log_weight_D,
-            np.sqrt(retain.variance_LE()),
-            context,
-            selections,
-        )
-        refuse_uniform(config, calibrated, run)
+        if inputs.by_rows:
+            calibrated = weigh_rows(request, selections)
+        else:
+            trace = None if request.uniform else load_trace(config, statistics, retain, tokens)
+            calibrated = weigh_tokens(request, trace, spool)
+        refuse_useless(config, calibrated, run)
         with replacing_directory(run.calibration) as directory:
-            summary = write(directory, config, routing, calibrated, held)
-            summary["layers"] = statistics.summary["layers"]
-            artefacts.describe(directory, "calibration", asked.inputs, asked.settings, summary)
+            args = config.calibration, routing.detection, calibrated, tokens, documents, selections
+            diagnosis = diagnose(*args, inputs.by_rows)
+            write(directory, routing.detection, calibrated, tokens, diagnosis)
+            keys = ("rule", "lambda", "ess_fraction", "max_weight", "none_found", "warnings")
+            of_retain = {"tokens": tokens.tokens, "rows": tokens.rows, "layers": statistics.summary["layers"]}
+            told = {key: diagnosis[key] for key in keys} | {"selected": len(diagnosis["selected"])} | of_retain
+            artefacts.describe(directory, "calibration", inputs.inputs, inputs.settings, told)
     finally:
         shutil.rmtree(spool, ignore_errors=True)
     return artefacts.load(run.calibration, "calibration", verify=False)
 
 
-class Sparing:
-    """Passes lines on, but one every so often, with the time since the beginning."""
+def every_so_often(log: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> Callable[[str], None]:
+    """``log``, which gets one line every :data:`PROGRESS_EVERY_S` only, with the time since the beginning."""
+    begun_s = last_s = clock()
 
-    def __init__(
-        self, say: Callable[[str], None], every_s: float = 15.0, clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        self._say, self._every_s, self._clock = say, every_s, clock
-        self._begun_s = self._last_s = clock()
+    def maybe(line: str) -> None:
+        nonlocal last_s
+        now_s = clock()
+        if now_s - last_s >= PROGRESS_EVERY_S:
+            last_s = now_s
+            log(f"{line} ({now_s - begun_s:.0f} s so far)")
 
-    def __call__(self, line: str) -> None:
-        now_s = self._clock()
-        if now_s - self._last_s >= self._every_s:
-            self._last_s = now_s
-            self._say(f"{line} ({now_s - self._begun_s:.0f} s so far)")
+    return maybe
 
 
-def refuse_uniform(config: Config, calibrated: Calibrated, run: RunDirectory) -> None:
-    """Weights that do nothing are no calibration, unless the floor or the configuration asks for them.
+def refuse_useless(config: Config, calibrated: Calibrated, run: RunDirectory) -> None:
+    """Weights that do nothing are no calibration, unless the floor or the configuration asks for them; and those of a
+    solver that ended early only where they are asked for.
 
     Raises:
-        UserError: the weights are uniform, or so nearly that nothing would be calibrated.
+        UserError: the weights are uniform, or so nearly that nothing would be calibrated; or the solver did not
+            converge.
     """
     settings = config.calibration
-    if settings.rule in WITHOUT_TRACE or not calibrated.scope_LE.any():
-        return
-    if calibrated.ess > UNIFORM_ESS and settings.ess_floor <= UNIFORM_ESS:
-        why = f"lambda {calibrated.strength:.3g}: {LIMITS[calibrated.limit]}"
+    if not calibrated.converged and not settings.allow_unconverged:
         raise UserError(
-            f"the rule {settings.rule} gave uniform weights (effective sample size {calibrated.ess:.6f}; {why})",
+            unconverged(calibrated),
+            str(run.calibration),
+            "use fewer experts (calibration.experts: selected) or another calibration.ess_floor, or go on with these "
+            "weights: calibration.allow_unconverged: true",
+        )
+    if calibrated.scope_LE.any() and calibrated.ess > UNIFORM_ESS and settings.ess_floor <= UNIFORM_ESS:
+        raise UserError(
+            f"the rule {settings.rule} gave uniform weights (effective sample size {calibrated.ess:.6f}, lambda "
+            f"{calibrated.strength:.3g})",
             str(run.calibration),
             "set calibration.rule: uniform if that is what you want; otherwise give retain text that is routed "
             "differently in different documents, or another calibration.experts",
         )
-
-
-UNIFORM_ESS = 0.999
-NONE_FOUND_FIX = (
-    "lower calibration.detection.min_ratio or min_load, choose a top_* method, or set calibration.if_none_found: "
-    "uniform (go on with uniform weights) or continue (with the rule, over all experts if calibration.experts is all)"
-)
 
 
 def none_found(detection: Detection) -> str:
@@ -331,7 +265,7 @@ def none_found(detection: Detection) -> str:
     return "; ".join([text, *detection.warnings])
 
 
-def told(made: Artefact) -> str:
+def summary(made: Artefact) -> str:
     """What was made, in one line."""
     d = read_object(made.file("diagnosis.json"), "the diagnosis", made.fix)
     experts = "NO forget-critical expert found" if d["none_found"] else f"{len(d['selected'])} forget-critical experts"
@@ -356,13 +290,10 @@ def load_statistics(side: Artefact) -> RoutingStatistics:
     return statistics
 
 
-def load_trace(config: Config, side: Artefact, statistics: RoutingStatistics, tokens: TokenMap) -> Trace | None:
-    """The retain trace, proven to be of these tokens: its counts equal the statistics. None if there is none
-    and the rule needs none."""
+def load_trace(config: Config, side: Artefact, statistics: RoutingStatistics, tokens: TokenMap) -> Trace:
+    """The retain trace, proven to be of these tokens: its counts equal the statistics."""
     paths = [side.file(name) for name in sorted(side.files) if name.startswith("trace-")]
     if not paths:
-        if config.calibration.rule in WITHOUT_TRACE or config.calibration.level == "row":
-            return None
         what = f"the rule {config.calibration.rule} needs the routing trace, which was not recorded"
         raise UserError(what, str(side.path), "set statistics.trace: true and run `trace-ds collect CONFIG` again")
     layers, experts = statistics.counts_LE.shape
@@ -376,29 +307,24 @@ def load_trace(config: Config, side: Artefact, statistics: RoutingStatistics, to
     return trace
 
 
-def load_selections(
-    config: Config, side: Artefact, retain: RoutingStatistics, tokens: TokenMap
-) -> RowSelections | None:
-    """What level ``row`` goes by, proven to be of these tokens; None at the other level."""
-    settings = config.calibration
-    if settings.level != "row" or settings.rule in WITHOUT_TRACE:
-        return None
-    parts = tuple(open_parts(side, "row_counts"))
-    sampled = [open_parts(side, name) for name in ("sample", "sample_positions")]
-    if not parts or not all(sampled):
-        what = "calibration.level: row needs the selections of each row and a sample of tokens, which were not recorded"
-        raise UserError(what, str(side.path), "run `trace-ds collect CONFIG` again")
-    found = RowSelections(parts, retain.top_k, *(np.concatenate(arrays) for arrays in sampled))
-    fits = found.rows == tokens.rows and found.selected_NLK.shape[1:] == (len(retain.counts_LE), retain.top_k)
-    if not fits or not np.array_equal(found.sums(np.ones(found.rows)), retain.counts_LE):
+def load_selections(side: Artefact, retain: RoutingStatistics, tokens: TokenMap) -> RowSelections:
+    """The selections of the rows and of a sample of tokens, proven to be of these tokens."""
+    parts = tuple(require_parts(side, "row_counts", "calibrate"))
+    sampled = [require_parts(side, "sample", "calibrate"), open_parts(side, "sample_positions")]
+    selections = RowSelections(parts, retain.top_k, *(np.concatenate(arrays) for arrays in sampled))
+    fits = selections.rows == tokens.rows and selections.selected_NLK.shape[1:] == (
+        len(retain.counts_LE),
+        retain.top_k,
+    )
+    if not fits or not np.array_equal(selections.sums(np.ones(selections.rows)), retain.counts_LE):
         what = "the selections of the rows do not add up to the statistics beside them"
         raise UserError(what, str(side.path), side.fix)
-    return found
+    return selections
 
 
-def document_weights(config: Config, documents: Documents) -> np.ndarray | None:
-    """The log-weights of the retain documents by their sources, for the rule that asks for them."""
-    if config.calibration.rule != "sources":
+def source_weights(config: Config, documents: Documents) -> np.ndarray | None:
+    """The log-weights of the retain documents by their sources, where the configuration names some."""
+    if not config.calibration.source_weights:
         return None
     try:
         return source_log_weights(config.calibration.source_weights, documents.names, documents.source_D)
@@ -419,28 +345,18 @@ def read_documents(path: Path) -> Documents:
     )
 
 
-def write(directory: Path, config: Config, routing: Routing, calibrated: Calibrated, held: Retained) -> dict[str, Any]:
-    """Write the artefact's files; returns its summary."""
+def write(
+    directory: Path, detection: Detection, calibrated: Calibrated, tokens: TokenMap, diagnosis: dict[str, Any]
+) -> None:
+    """Write the artefact's files."""
     from safetensors.numpy import save_file
 
-    detection, forget, retain = routing.detection, routing.forget, routing.retain
-    tokens, trace, selections = held.tokens, held.trace, held.selections
     weights = new_array(directory / "weights.npy", np.float32, (tokens.tokens,))
     for start, stop in tokens.spans():
-        weights[start:stop] = calibrated.weight_T[start:stop]
+        weights[start:stop] = np.where(tokens.counted(start, stop), calibrated.weight_T[start:stop], 0.0)
     rows = new_array(directory / "row_weights.npy", np.float64, calibrated.row_weight_R.shape)
     rows[:] = calibrated.row_weight_R
     del weights, rows
-    achieved_LE = drawn_LE = calibrated.target_LE  # without a trace the weights are uniform
-    if trace is not None:
-        experts, counted = retain.counts_LE.shape[1], tokens.counted_total()
-        achieved_LE = count_selections(trace, tokens, experts, calibrated.weight_T) / counted
-        drawn_LE = count_selections(trace, tokens, experts, RowSpread(tokens, calibrated.row_weight_R))
-    elif selections is not None and (config.calibration.level == "row" or config.calibration.rule == "uniform"):
-        drawn_LE = selections.sums(calibrated.row_weight_R)
-        achieved_LE = drawn_LE / tokens.counted_total()
-    if drawn_LE is not calibrated.target_LE:
-        drawn_LE = drawn_LE * (retain.top_k / drawn_LE.sum(axis=1, keepdims=True))
     tensors = {
         "theta_LE": calibrated.theta_LE,
         "selected_LE": detection.selected_LE.astype(np.uint8),
@@ -452,19 +368,10 @@ def write(directory: Path, config: Config, routing: Routing, calibrated: Calibra
         "ratio_low_LE": detection.low_LE,
         "ratio_high_LE": detection.high_LE,
         "target_LE": calibrated.target_LE,
-        "achieved_LE": achieved_LE,
-        "drawn_LE": drawn_LE,
+        "achieved_LE": calibrated.achieved_LE,
         "log_mean": np.array([calibrated.log_mean]),
     }
     path = directory / "calibration.safetensors"
     with safetensors_errors(path):
         save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, path)
-    score_LE, retain_mean, forget_mean = likeness_tables(forget.frequency_LE, retain.frequency_LE, retain.tokens)
-    sums = document_sums(tokens, trace, calibrated.weight_T, score_LE)
-    likeness_D = likeness(sums, retain_mean, forget_mean)
-    made = (config.calibration, detection, calibrated, achieved_LE, drawn_LE, sums, likeness_D)
-    diagnosis = diagnose(*made, tokens, held.documents, retain.top_k, trace is not None)
     write_json(directory / "diagnosis.json", diagnosis)
-    return {
-        key: diagnosis[key] for key in ("rule", "lambda", "ess_fraction", "max_weight", "none_found", "warnings")
-    } | {"selected": len(diagnosis["selected"]), "tokens": tokens.tokens, "rows": tokens.rows}

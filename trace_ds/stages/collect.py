@@ -22,7 +22,7 @@ from trace_ds.run.directory import RunDirectory
 from trace_ds.run.files import remove_directory, write_json
 from trace_ds.run.hub_names import provenance
 from trace_ds.stages.inputs import Inputs, agreed, checked_model, look_at
-from trace_ds.stages.recorded import ROW_COUNTS, SAMPLE, TRACE, keys_needing
+from trace_ds.stages.recorded import keys_needing_trace
 
 if TYPE_CHECKING:
     from trace_ds.parallel.world import World
@@ -34,17 +34,12 @@ SHAPE_NAME = "shape.json"  # of a collection that has not ended: which job, on w
 
 @dataclass(frozen=True)
 class CollectJob:
-    """What is to be collected, checked: model, data artefact, and by side inputs and settings of the artefact to make.
-
-    ``needed``: by side the settings that an artefact must have to be taken for done, what a new one would record beyond
-    what any key asks for left out.
-    """
+    """What is to be collected, checked: model, data artefact, and by side the new artefact's inputs and settings."""
 
     info: ModelInfo
     data: artefact.Artefact
     inputs: dict[str, dict[str, str]]
     settings: dict[str, dict[str, Any]]
-    needed: dict[str, dict[str, Any]]
 
     def identity(self, side: str) -> str:
         """Of the artefact to make."""
@@ -56,7 +51,7 @@ class CollectJob:
             found = artefact.load(run.statistics / side, "statistics", verify=verify)
         except UserError:
             return None
-        recorded = all(covers(found.settings.get(key), value) for key, value in self.needed[side].items())
+        recorded = all(covers(found.settings.get(key), value) for key, value in self.settings[side].items())
         return found if recorded and found.inputs == self.inputs[side] else None
 
     def done(self, run: RunDirectory) -> list[str]:
@@ -76,21 +71,16 @@ def check_collect(config: Config, run: RunDirectory, world_size: int) -> Collect
         require_plain_logits(info, "statistics.nll")
     found = Inputs.read(config, run, info.fingerprint)
     inputs = {side: found.fingerprints | {"side": side} for side in config.data.sides}
-    settings, needed = {}, {}
-    for side in inputs:
-        always = {"dtype": config.model.dtype, "top_k": info.top_k}
-        settings[side] = needed[side] = always | asdict(recording(config, side))
-        for key, what in (("rows", ROW_COUNTS), ("sample_tokens", SAMPLE)):
-            if not keys_needing(what, config, side):
-                needed[side] = needed[side] | {key: None}
-    return CollectJob(info, found.data, inputs, settings, needed)
+    always = {"dtype": config.model.dtype, "top_k": info.top_k}
+    settings = {side: always | asdict(recording(config, side)) for side in inputs}
+    return CollectJob(info, found.data, inputs, settings)
 
 
 def recording(config: Config, side: str) -> Recording:
     """What the configuration asks to be recorded of one side."""
     settings = config.statistics
     return Recording(
-        trace=bool(keys_needing(TRACE, config, side)) if settings.trace is None else settings.trace,
+        trace=bool(keys_needing_trace(config, side)) if settings.trace is None else settings.trace,
         nll=settings.nll,
         rows=side == "retain",
         sample_tokens=settings.sample_tokens if side in ("forget", "retain") else 0,
@@ -99,7 +89,7 @@ def recording(config: Config, side: str) -> Recording:
 
 def about_trace(config: Config, side: str, trace_bytes: int) -> str:
     """Whether the routing trace of a side is recorded, what it takes, and which keys decided that, for the log."""
-    keys = ["statistics.trace: true"] if config.statistics.trace else keys_needing(TRACE, config, side)
+    keys = ["statistics.trace: true"] if config.statistics.trace else keys_needing_trace(config, side)
     if keys and config.statistics.trace is not False:
         return f"{side}: the routing trace of every token, {trace_bytes:,} bytes, is recorded for {', '.join(keys)}"
     return (

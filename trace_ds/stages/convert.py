@@ -167,10 +167,11 @@ def card_facts(config: Config, run: RunDirectory) -> dict[str, Any]:
     from trace_ds.conversion.card import model_name
 
     settings = config.unlearning
+    rule = "sources of documents" if config.calibration.source_weights else config.calibration.rule
     method = {
         "forget loss": settings.forget_loss,
         "retain loss": RETAIN_NAMES[settings.retain_term],
-        "weight rule": f"{config.calibration.rule}, {config.calibration.experts} experts, {config.calibration.level}",
+        "weight rule": f"{rule}, {config.calibration.experts} experts",
         "weights act by": settings.apply,
         "alpha, gamma": f"{settings.alpha:g}, {settings.gamma:g}",
         "steps": settings.steps,

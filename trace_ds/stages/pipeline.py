@@ -121,7 +121,7 @@ def run_verb(verb: str, request: Request, *, dry_run: bool = False) -> int:
             print(f"# not ready: {error.line()}")
         print(dump_yaml(request.written), end="")
         return 0
-    if verb in (*LAUNCHABLE, "calibrate") and launched():
+    if verb in LAUNCHABLE and launched():
         return _run_as_rank(verb, request)
     if verb != "report":  # it reads artefacts only
         request = request.located(verb, download=True)
@@ -286,7 +286,7 @@ def is_done(stage: str, request: Request, nproc: int, *, verify: bool = True) ->
         if stage == "prepare":
             identity = artefact.identity_of("data", *prepare.asked(request.config))
         else:
-            identity = calibrate.Asked.of(request.config, request.run).identity
+            identity = calibrate.CalibrationInputs.read(request.config, request.run).identity
         return artefact.is_done(place, kind, identity)
     if stage == "finetune":
         from trace_ds.stages.finetune import check_finetune

@@ -8,11 +8,10 @@ from pydantic import Field, model_validator
 
 from trace_ds.config.sections.base import Integer, Number, Section
 
-# Those that are not to bring the forget-critical experts closer: baseline, controls, oracle.
-ControlRule = Literal["uniform", "permuted", "random_experts", "lowest_experts", "inverse", "sources"]
-Rule = Literal["raking", "ratio_mean", "ratio_max", ControlRule]
+# Those that are not to bring the forget-critical experts closer.
+ControlRule = Literal["uniform", "permuted", "random_experts", "lowest_experts"]
+Rule = Literal["raking", "literal", ControlRule]
 CONTROL_RULES, RULES = get_args(ControlRule), get_args(Rule)
-WITHOUT_TRACE = ("uniform", "sources")  # no routing is needed for their weights
 
 Layer = Annotated[Integer, Field(ge=0)]
 
@@ -40,29 +39,28 @@ class CalibrationConfig(Section):
     draw: Integer = Field(0, ge=0, description="random_experts: which of several draws (of one seed).")
     source_weights: dict[str, Annotated[Number, Field(gt=0)]] = Field(
         default_factory=dict,
-        description="sources: weight of the documents whose source matches a pattern ('near/*': 8.0) against 1 for all "
+        description="uniform: weight of the documents whose source matches a pattern ('near/*': 8.0) against 1 for all "
         "others, before the floor; where several patterns match, their product.",
     )
-    level: Literal["token", "row"] = Field(
-        "token",
-        description="row: one weight a row, from its selections and a sample of tokens (no trace), the floor being "
-        "about rows.",
+    ess_floor: Number = Field(
+        0.5,
+        gt=0,
+        le=1,
+        description="Least effective sample size (sum w)^2 / (n sum w^2) of rows, or of tokens (apply: loss).",
     )
-    ess_floor: Number = Field(0.5, gt=0, le=1, description="Least effective sample size (sum w)^2 / (n sum w^2).")
     clip: Number = Field(20.0, gt=1, description="Largest ratio of frequencies asked of an expert.")
     if_none_found: Literal["stop", "uniform", "continue"] = Field(
         "stop",
         description="No forget-critical expert found: stop with exit status 2; go on with uniform weights; or continue "
         "with the rule over what experts says (all: every expert is matched; selected: nothing is, uniform weights).",
     )
+    allow_unconverged: bool = Field(False, description="Go on with weights whose solver ended short of its targets.")
     export: Literal["none", "parquet"] = Field(
         "none", description="parquet: also write the weights as a Hugging Face dataset, RUN/export/*.parquet."
     )
 
     @model_validator(mode="after")
     def _sources(self) -> CalibrationConfig:
-        if (self.rule == "sources") != bool(self.source_weights):
-            raise ValueError("rule: sources and source_weights belong together: give both, or neither")
-        if self.level == "row" and self.rule in ("ratio_mean", "ratio_max"):
-            raise ValueError(f"level: row is for raking and its controls, not for rule: {self.rule}")
+        if self.source_weights and self.rule != "uniform":
+            raise ValueError(f"source_weights are the weights of rule: uniform, not of rule: {self.rule}")
         return self
