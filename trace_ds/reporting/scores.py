@@ -34,9 +34,21 @@ def score_records(run: RunData) -> list[dict[str, Any]]:
     return sorted(records, key=lambda record: (record["model"], record["task"], record["metric"]))
 
 
+def role_scores(evaluation: Evaluation, role: str) -> list[Score]:
+    """The headline scores of a role that can be averaged: forget lower (or TOFU's forget quality), utility higher is
+    better."""
+    usual = "lower" if role == "forget" else "higher"
+    return [s for s in evaluation.headline(role) if s.direction == usual or s.metric == FORGET_QUALITY]
+
+
 def remaining(score: Score) -> float:
     """What a score says about the knowledge that is left: itself, or 1 less it where more means forgotten."""
     return score.value if score.direction == "lower" else 1 - score.value
+
+
+def mean_score(evaluation: Evaluation, role: str) -> float | None:
+    """The mean of :func:`role_scores` (of what remains, for forget tasks); None when there are none."""
+    return _mean_of([remaining(s) if role == "forget" else s.value for s in role_scores(evaluation, role)])
 
 
 @dataclass(frozen=True)
@@ -72,20 +84,6 @@ def excess(evaluation: Evaluation, goal: Sequence[Target]) -> float | None:
     return max(left) if len(left) == len(goal) > 0 and not any(map(math.isnan, left)) else None
 
 
-def role_scores(evaluation: Evaluation, role: str) -> list[Score]:
-    """The headline scores of a role that can be averaged.
-
-    Those that point the role's usual way: forget lower (or TOFU's forget quality), utility higher is better.
-    """
-    usual = "lower" if role == "forget" else "higher"
-    return [s for s in evaluation.headline(role) if s.direction == usual or s.metric == FORGET_QUALITY]
-
-
-def mean_score(evaluation: Evaluation, role: str) -> float | None:
-    """The mean of :func:`role_scores` (of what remains, for forget tasks); None when there are none."""
-    return _mean_of([remaining(s) if role == "forget" else s.value for s in role_scores(evaluation, role)])
-
-
 @dataclass(frozen=True)
 class Difference:
     """Two numbers to compare, and the interval of what lies between them (None: nothing gives one)."""
@@ -105,17 +103,14 @@ class Difference:
         return int(math.copysign(1, self.value)) if clear else 0
 
 
+# nothing: the model never clearly knew more than the target; kept: its score did not clearly fall; partly: it fell, and
+# is above the target; forgotten: it fell to the target. Clear is what the 95 % interval of the paired difference says.
 Outcome = Literal["nothing", "kept", "partly", "forgotten"]
 
 
 @dataclass(frozen=True)
 class Forgotten:
-    """One forget task before and after, and what became of it.
-
-    ``nothing``: the model never clearly knew more than the target; ``kept``: its score did not clearly fall;
-    ``partly``: it fell, and is above the target; ``forgotten``: it fell to the target. Clear is what the 95 % interval
-    of the difference (paired by question or seed) says.
-    """
+    """One forget task before and after."""
 
     target: Target
     before: Score
@@ -127,24 +122,24 @@ def forgotten(run: RunData, final: Evaluation) -> list[Forgotten]:
     """Of every forget task; empty when a target or a score is missing."""
     original, gold, found = run.references["original"], run.references.get(run.gold), []
     for target in targets(run):
-        before, after = (e.find(target.score.task, target.score.metric) for e in (original, final))
+        task, metric = target.score.task, target.score.metric
+        before, after = original.find(task, metric), final.find(task, metric)
         if before is None or after is None or not math.isfinite(before.value + after.value):
             return []
-        reference = gold.find(target.score.task, target.score.metric) if gold is not None else None
-        if target.score.metric == FORGET_QUALITY or reference is None or gold is None:
-            band = None if target.score.metric == FORGET_QUALITY else of_score(before, original)
-            band = band and Interval(band.low - target.level, band.high - target.level)
-        else:
+        reference = gold.find(task, metric) if gold is not None else None
+        if metric == FORGET_QUALITY:
+            band = None
+        elif reference is not None and gold is not None:
             band = of_difference(before, original, reference, gold)
+        elif (band := of_score(before, original)) is not None:
+            band = Interval(band.low - target.level, band.high - target.level)
         gap = Difference(remaining(before), target.level, band)
         fall = Difference(remaining(before), remaining(after), of_difference(before, original, after, final))
-        outcome: Outcome = "forgotten"
+        outcome: Outcome = "forgotten" if remaining(after) <= target.level + TOLERANCE else "partly"
         if gap.sign <= 0 or gap.value < NEGLIGIBLE:
             outcome = "nothing"
         elif fall.sign <= 0:
             outcome = "kept"
-        elif remaining(after) > target.level + TOLERANCE:
-            outcome = "partly"
         found.append(Forgotten(target, before, after, outcome))
     return found
 
@@ -160,38 +155,29 @@ def outcome_of(tasks: Sequence[Forgotten]) -> Outcome | None:
 def arm_points(run: RunData, arm: Arm) -> list[tuple[int, Evaluation]]:
     """The scored models of an arm by step: the original at 0, each checkpoint, and the final model at its step.
 
-    The final model's step is the last one of its log, else of its checkpoints; a final model whose step is not known
-    comes one step after all others. Only tasks that all of them were asked are kept: a job's own curve may have fewer.
+    A final model whose step is not known is at the last scored one. Only tasks that all of them were asked are kept: a
+    job's own curve may have fewer.
     """
     points = dict(arm.checkpoints)
     if "original" in run.references:
         points.setdefault(0, run.references["original"])
     if arm.final is not None:
-        last = arm.steps
-        if last is None or last < max(points, default=0):
-            last = max(arm.checkpoints, default=max(points, default=0) + 1)
+        last = max(arm.steps or 0, max(arm.checkpoints, default=1))
         if last not in points or not points[last].items:
             points[last] = arm.final
     common = set.intersection(*({score.task for score in each.scores} for each in points.values())) if points else set()
-    kept = {s: replace(e, scores=[score for score in e.scores if score.task in common]) for s, e in points.items()}
-    return sorted(kept.items())
+    return [(step, _with_tasks(points[step], common)) for step in sorted(points)]
 
 
 @dataclass(frozen=True)
 class Trajectory:
-    """The scored models of an arm by step, from the original on.
-
-    Attributes:
-        first: index of the first model at the target; None where none is, or only end points were scored.
-        on_the_way: whether checkpoints were scored: end points alone are not at matched forgetting.
-        final: the final model, by all that it was asked.
-    """
+    """The scored models of an arm by step, from the original on."""
 
     steps: list[int]
     models: list[Evaluation]
-    first: int | None
-    on_the_way: bool
-    final: Evaluation
+    first: int | None  # index of the first model at the target; None where none is, or only end points were scored
+    on_the_way: bool  # whether checkpoints were scored: end points alone are not at matched forgetting
+    final: Evaluation  # with all its scores
 
     @property
     def spacing(self) -> int:
@@ -205,7 +191,7 @@ class Trajectory:
         return None if self.first is None else self.models[self.first :][: 1 if moment == "first" else None]
 
 
-def trajectory(run: RunData, label: str) -> Trajectory | None:
+def trajectory(run: RunData, label: str | None) -> Trajectory | None:
     """None where no model of the arm has been scored."""
     arm = next((arm for arm in run.arms if arm.label == label), None)
     if arm is None or (arm.final is None and not arm.checkpoints):
@@ -222,59 +208,46 @@ def trajectory(run: RunData, label: str) -> Trajectory | None:
 
 @dataclass(frozen=True)
 class Standing:
-    """An arm at matched forgetting and at the end, mean over its runs.
-
-    Attributes:
-        step: the first scored one at the target; None where it was not scored on the way, or (in one of several runs)
-            never met it.
-        spacing: how many steps before it the one before was scored (the most, over the runs).
-        utility, against: by moment of :data:`MOMENTS`; the latter beside the baseline, paired by question within a run
-            and by seed over several.
-        late: whether it was scored on the way and never met the target.
-        better: in how many runs it is above the baseline on average after the first step at the target.
-        tasks: by which utility is compared.
-    """
+    """An arm at matched forgetting and at the end, mean over its runs; by moment of :data:`MOMENTS`."""
 
     label: str
-    step: float | None
-    spacing: int
+    step: float | None  # the first scored one at the target; None where a run was not scored on the way or never met it
+    spacing: int  # how many steps before it the one before was scored (the most, over the runs)
     utility: dict[str, float | None]
-    against: dict[str, Difference | None]
-    late: bool
-    better: int
-    tasks: tuple[str, ...]
+    against: dict[str, Difference | None]  # beside the baseline, paired by question within a run, by seed over several
+    late: bool  # whether it was scored on the way and never met the target
+    better: int  # in how many runs it is above the baseline on average after the first step at the target
+    tasks: tuple[str, ...]  # by which utility is compared
 
 
 def standing(runs: Sequence[RunData], label: str, baseline: str | None) -> Standing | None:
     """One arm of runs that repeat each other; None where a run has no scores of it."""
-    ways = [way for run in runs if (way := trajectory(run, label)) is not None]
-    if len(ways) < len(runs):
+    mine = [way for run in runs if (way := trajectory(run, label)) is not None]
+    if len(mine) < len(runs):
         return None
-    others = [None if baseline in (None, label) else trajectory(run, str(baseline)) for run in runs]
+    base = [None if baseline == label else trajectory(run, baseline) for run in runs]
     utility: dict[str, float | None] = {}
-    against: dict[str, Difference | None] = {}
-    better = 0
+    pairs: dict[str, list[Difference | None]] = {}
     for moment in MOMENTS:
-        mine = [way.at(moment) for way in ways]
-        base = [None if way is None else way.at(moment) for way in others]
-        utility[moment] = _mean_of([None if each is None else _utility(each) for each in mine])
-        pairs = [difference(a, b) for a, b in zip(mine, base, strict=True) if a is not None and b is not None]
-        against[moment] = over_runs(pairs, len(runs))
-        if moment == "after":
-            better = sum(pair is not None and pair.value > 0 for pair in pairs)
-    step = _mean_of([None if way.first is None else way.steps[way.first] for way in ways])
-    late = any(way.on_the_way and way.first is None for way in ways)
-    tasks = tuple(score.task for score in role_scores(ways[0].models[-1], "utility"))
-    return Standing(label, step, max(way.spacing for way in ways), utility, against, late, better, tasks)
+        sides = [(way.at(moment), other and other.at(moment)) for way, other in zip(mine, base, strict=True)]
+        utility[moment] = _mean_of([None if models is None else _utility(models) for models, _ in sides])
+        pairs[moment] = [difference(models, others) if models and others else None for models, others in sides]
+    return Standing(
+        label,
+        _mean_of([None if way.first is None else way.steps[way.first] for way in mine]),
+        max(way.spacing for way in mine),
+        utility,
+        {moment: over_runs(found) for moment, found in pairs.items()},
+        any(way.on_the_way and way.first is None for way in mine),
+        sum(pair is not None and pair.value > 0 for pair in pairs["after"]),
+        tuple(score.task for score in role_scores(mine[0].models[-1], "utility")),
+    )
 
 
 def difference(mine: Sequence[Evaluation], base: Sequence[Evaluation]) -> Difference | None:
     """Of the mean utility of some models and of others, by the tasks that all of them were asked, with its interval."""
     common = set.intersection(*({score.task for score in model.scores} for model in (*mine, *base)))
-    mine, base = (
-        [replace(model, scores=[score for score in model.scores if score.task in common]) for model in side]
-        for side in (mine, base)
-    )
+    mine, base = ([_with_tasks(model, common) for model in side] for side in (mine, base))
     values = [_utility(side) for side in (mine, base)]
     if values[0] is None or values[1] is None:
         return None
@@ -282,13 +255,17 @@ def difference(mine: Sequence[Evaluation], base: Sequence[Evaluation]) -> Differ
     return Difference(values[0], values[1], of_mixes(mixes, role_scores(mine[-1], "utility")))
 
 
-def over_runs(found: Sequence[Difference | None], runs: int) -> Difference | None:
-    """The mean difference of ``runs`` runs, of several with Student's t interval; None unless all have one."""
+def over_runs(found: Sequence[Difference | None]) -> Difference | None:
+    """The mean difference of runs, of several with Student's t interval; None unless all have one."""
     known = [each for each in found if each is not None]
-    if len(known) < runs or len(known) == 1:
-        return known[0] if len(known) == runs else None
-    mine, base = (math.fsum(values) / runs for values in zip(*((d.mine, d.base) for d in known), strict=True))
+    if len(known) < len(found) or len(known) == 1:
+        return found[0] if len(found) == 1 else None
+    mine, base = (math.fsum(values) / len(known) for values in zip(*((d.mine, d.base) for d in known), strict=True))
     return Difference(mine, base, t_interval([each.value for each in known]))
+
+
+def _with_tasks(evaluation: Evaluation, tasks: set[str]) -> Evaluation:
+    return replace(evaluation, scores=[score for score in evaluation.scores if score.task in tasks])
 
 
 def _utility(models: Sequence[Evaluation]) -> float | None:
@@ -302,15 +279,10 @@ def _mean_of(values: Sequence[float | None]) -> float | None:
 
 def headline_table(run: RunData) -> tuple[list[Score], dict[str, list[float | None]]]:
     """The headline scores, forget tasks first, and each model's values of them."""
-    evaluations = run.evaluations()
-    columns = {
-        (score.task, score.metric): score
-        for role in ("forget", "utility")
-        for evaluation in evaluations.values()
-        for score in evaluation.headline(role)
-    }
-    scores = list(columns.values())
-    return scores, {name: [one.value(s.task, s.metric) for s in scores] for name, one in evaluations.items()}
+    models = run.evaluations()
+    found = [score for role in ("forget", "utility") for each in models.values() for score in each.headline(role)]
+    scores = list({(score.task, score.metric): score for score in found}.values())
+    return scores, {name: [one.value(s.task, s.metric) for s in scores] for name, one in models.items()}
 
 
 def summary_table(run: RunData) -> RichTable:
@@ -325,7 +297,7 @@ def summary_table(run: RunData) -> RichTable:
         name = f"{score.task}\n{score.metric} {ARROWS[score.direction]}\n({score.role})"
         table.add_column(Text(name), justify="right")
     if any(score.chance is not None for score in scores):
-        rows = {**rows, "chance": [score.chance for score in scores]}
+        rows["chance"] = [score.chance for score in scores]
     for name, values in rows.items():
         style = "dim" if name == "chance" else None
         table.add_row(Text(name), *("–" if value is None else f"{value:.3f}" for value in values), style=style)

@@ -9,7 +9,6 @@ seed.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,7 +16,7 @@ from trace_ds.evaluation.metrics import FORGET_QUALITY
 from trace_ds.reporting.compare import averaged
 from trace_ds.reporting.examples import broken_text, fluency
 from trace_ds.reporting.gather import Evaluation, RunData, Score
-from trace_ds.reporting.intervals import of_mean, of_score
+from trace_ds.reporting.intervals import Interval, of_mean, of_score
 from trace_ds.reporting.scores import (
     Difference,
     Outcome,
@@ -80,24 +79,28 @@ def verdict(runs: Sequence[RunData]) -> Verdict:
     baseline, whole = run.baseline, averaged(runs)
     outcome, words, answer = _forgot(whole, main.label)
     parts = [(words, answer), _cost(runs, whole, main.label, baseline.label if baseline else None)]
-    better = None
+    better = ""
     if baseline is not None and main.is_trace and outcome not in ("nothing", "kept"):
         mine, base = (standing(runs, arm.label, baseline.label) for arm in (main, baseline))
         if mine is not None and base is not None and mine.utility["end"] is not None:
             parts.append(_against(mine, base, len(role_scores(_final(whole, main.label), "utility"))))
-            better = mine.better
+            better = f" TRACE is the better one on average in {mine.better} of {len(runs)}."
     words = "TRACE" if main.is_trace else f"{main.label} ({main.rule or 'unknown'} weights)"
     words += "".join(part for part, _ in parts)
     if baseline is None or not main.is_trace:
         words += f"; no {'uniform' if main.is_trace else 'TRACE-weighted'} run stands beside it"
-    return Verdict(words + ".", (*(answer for _, answer in parts), _sure(runs, better)))
-
-
-def points(gap: Difference) -> str:
-    """A difference in points, with its interval."""
-    band = gap.interval
-    text = "" if band is None else f" [{100 * band.low:+.1f}, {100 * band.high:+.1f}]"
-    return f"{100 * gap.value:+.1f}{text}".replace("-", "−")
+    sure = Answer(
+        "How sure is that?",
+        "One run: not very",
+        (
+            "Brackets: 95 % intervals from the number of questions. Another training run can differ by more.",
+            "One seed is no proof: repeat with other seeds before you believe a difference.",
+        ),
+    )
+    if len(runs) > 1:
+        text = f"Means over runs; brackets: 95 % intervals (Student's t), differences paired by seed.{better}"
+        sure = Answer("How sure is that?", f"{len(runs)} runs, each with its own seed", (text,))
+    return Verdict(words + ".", (*(answer for _, answer in parts), sure))
 
 
 def _forgot(run: RunData, label: str) -> tuple[Outcome | None, str, Answer]:
@@ -108,47 +111,45 @@ def _forgot(run: RunData, label: str) -> tuple[Outcome | None, str, Answer]:
     words, answer, note = FORGOT[outcome]
     details = []
     for each in tasks:
-        quality = each.after.metric == FORGET_QUALITY
-        level = f"is at most {100 * each.target.level:.1f}, " * (not quality) + each.target.origin
-        before = _value(each.before, original, alone=True)
-        details.append(
-            f"{_name(each.after)}: {_value(each.after, final)} after, {before} before; "
-            f"forgotten {'is ' * quality}{level}."
-        )
+        if each.after.metric == FORGET_QUALITY:  # a p-value: as it is
+            after, before, level = f"{each.after.value:.3g}", f"{each.before.value:.3g}", "is"
+        else:
+            after = f"{100 * each.after.value:.1f}{_band(of_score(each.after, final))} of 100"
+            before, level = f"{100 * each.before.value:.1f}", f"is at most {100 * each.target.level:.1f},"
+        details.append(f"{_name(each.after)}: {after} after, {before} before; forgotten {level} {each.target.origin}.")
     for score in final.headline("forget"):  # best at a reference: shown, and in no mean
         earlier = original.find(score.task, score.metric)
         if score.direction == "reference" and earlier is not None:
-            details.append(
-                f"{_name(score)}: {score.value:.3g} after, {earlier.value:.3g} before; best is the reference."
-            )
+            values = f"{score.value:.3g} after, {earlier.value:.3g} before"
+            details.append(f"{_name(score)}: {values}; best is the reference.")
     return outcome, words, Answer("Did it forget?", answer, (*details, *([note] if note else [])))
 
 
 def _cost(runs: Sequence[RunData], run: RunData, label: str, baseline: str | None) -> tuple[str, Answer]:
     question, final = "What did it cost?", _final(run, label)
     before, after = (mean_score(model, "utility") for model in (run.references["original"], final))
-    change = over_runs([difference([_final(r, label)], [r.references["original"]]) for r in runs], len(runs))
+    change = over_runs([difference([_final(r, label)], [r.references["original"]]) for r in runs])
     if before is None or after is None or change is None:
         note = "No utility task was evaluated, so what the forgetting cost is unknown."
         return ", at a cost that was not measured", Answer(question, "Not measured", (note,))
     other = mean_score(_final(run, baseline), "utility") if baseline not in (None, label) else None
     beside = "" if other is None else f"; {100 * other:.1f} with uniform weights"
-    shown = _mean(role_scores(final, "utility"), final)
-    names = " and ".join(map(_name, role_scores(final, "utility")))
-    details = [f"{names}: {shown} of 100 after, {100 * before:.1f} before{beside}; change {points(change)}."]
+    scores = role_scores(final, "utility")
+    shown = f"{100 * after:.1f}{_band(of_mean(scores, final))} of 100 after, {100 * before:.1f} before{beside}"
+    details = [f"{' and '.join(map(_name, scores))}: {shown}; change {_points(change)}."]
     broken = broken_text(run, label)
-    details += broken + fluency(run, final)
     if change.value == 0:
         words, answer = f", and its utility did not change ({100 * after:.1f} points)", "Nothing"
     elif change.sign == 0:
         words = f", with no clear change of utility ({100 * after:.1f} points after, {100 * before:.1f} before)"
         answer = "Nothing clear"
+    elif change.sign > 0:
+        words, answer = f" and gained {100 * change.value:.1f} points of utility", "Nothing: utility rose"
     else:
         words = f" and kept {100 * after:.1f} of {100 * before:.1f} points of utility"
         answer = f"{100 * (before - after):.1f} points of utility"
-        if change.sign > 0:
-            words, answer = f" and gained {100 * change.value:.1f} points of utility", "Nothing: utility rose"
-    return words + ", but writes broken text" * bool(broken), Answer(question, answer, tuple(details))
+    words += ", but writes broken text" * bool(broken)
+    return words, Answer(question, answer, (*details, *broken, *fluency(run, final)))
 
 
 def _against(mine: Standing, base: Standing, tasks: int) -> tuple[str, Answer]:
@@ -158,69 +159,50 @@ def _against(mine: Standing, base: Standing, tasks: int) -> tuple[str, Answer]:
     if after is None or first is None or mine.step is None or base.step is None:
         late = " and ".join(each.label for each in (mine, base) if each.late)
         why = f"{late} never met the forgetting target" if late else "nothing was scored on the way"
-        note = f"{why[0].upper()}{why[1:]}, so the two cannot be compared at the same forgetting."
-        at_end = () if end is None else (f"At the end: {_sides(end)}.",)
-        words = "" if end is None else f" (at the end: {points(end)} points)"
-        return f"; whether it is better than uniform weights is open, since {why}{words}", Answer(
-            question, "Open", (note, *at_end)
-        )
+        details = [f"{why[0].upper()}{why[1:]}, so the two cannot be compared at the same forgetting."]
+        words = f"; whether it is better than uniform weights is open, since {why}"
+        if end is not None:
+            details.append(f"At the end: {_sides(end)}.")
+            words += f" (at the end: {_points(end)} points)"
+        return words, Answer(question, "Open", tuple(details))
     short_of = {1: "yes", 0: "not shown", -1: "worse"}
     short = short_of[after.sign]
     if after.sign != first.sign:
         short = f"on average {short}, at first {short_of[first.sign]}"
     near = f"{mine.spacing} steps after the score before it" if mine.spacing else "the first one scored"
-    details: tuple[str, ...] = (
+    details = [
         f"On average once forgotten: {_sides(after)}.",
         f"At the first scored step that had forgotten ({mine.step:.0f} against {base.step:.0f}; {near}): "
         f"{_sides(first)}.",
-    )
+    ]
     if len(mine.tasks) < tasks:
-        details = (*details, f"By the tasks that were scored on the way: {', '.join(mine.tasks)}.")
-    words = f"is not clearly different on average once it has forgotten ({points(after)})"
+        details.append(f"By the tasks that were scored on the way: {', '.join(mine.tasks)}.")
+    words = f"is not clearly different on average once it has forgotten ({_points(after)})"
     if after.sign:
         band = after.interval
-        ends = sorted(100 * abs(end) for end in (band.low, band.high)) if band else []
-        text = f" [{ends[0]:.1f}, {ends[1]:.1f}]" if ends else ""
+        ends = Interval(*sorted((abs(band.low), abs(band.high)))) if band else None
         more = "more" if after.sign > 0 else "fewer"
-        words = f"keeps {100 * abs(after.value):.1f} points {more} on average once it has forgotten{text}"
-    return f"; against uniform weights it {words}", Answer(question, short[0].upper() + short[1:], details)
-
-
-def _sure(runs: Sequence[RunData], better: int | None) -> Answer:
-    question = "How sure is that?"
-    if len(runs) == 1:
-        details = (
-            "Brackets: 95 % intervals from the number of questions. Another training run can differ by more.",
-            "One seed is no proof: repeat with other seeds before you believe a difference.",
-        )
-        return Answer(question, "One run: not very", details)
-    won = "" if better is None else f" TRACE is the better one on average in {better} of {len(runs)}."
-    text = f"Means over runs; brackets: 95 % intervals (Student's t), differences paired by seed.{won}"
-    return Answer(question, f"{len(runs)} runs, each with its own seed", (text,))
+        words = f"keeps {100 * abs(after.value):.1f} points {more} on average once it has forgotten{_band(ends)}"
+    return f"; against uniform weights it {words}", Answer(question, short[0].upper() + short[1:], tuple(details))
 
 
 def _final(run: RunData, label: str | None) -> Evaluation:
     return next(arm.final for arm in run.arms if arm.label == label and arm.final is not None)
 
 
-def _sides(gap: Difference) -> str:
-    return f"{100 * gap.mine:.1f} against {100 * gap.base:.1f}, {points(gap)} points"
-
-
 def _name(score: Score) -> str:
     return f"{score.task} ({score.metric})".replace("_", " ")
 
 
-def _value(score: Score, evaluation: Evaluation, alone: bool = False) -> str:
-    """A score in points with its interval (``alone``: without, nor what it is of); a p-value as it is."""
-    if score.metric == FORGET_QUALITY:
-        return f"{score.value:.3g}"
-    band = None if alone else of_score(score, evaluation)
-    text = "" if band is None else f" [{100 * band.low:.1f}, {100 * band.high:.1f}]"
-    return f"{100 * score.value:.1f}{text}{'' if alone else ' of 100'}"
+def _band(band: Interval | None, sign: str = "") -> str:
+    """An interval in points."""
+    return "" if band is None else f" [{100 * band.low:{sign}.1f}, {100 * band.high:{sign}.1f}]"
 
 
-def _mean(scores: Sequence[Score], evaluation: Evaluation) -> str:
-    """A mean in points, with its interval."""
-    mean, band = math.fsum(score.value for score in scores) / len(scores), of_mean(scores, evaluation)
-    return f"{100 * mean:.1f}" + ("" if band is None else f" [{100 * band.low:.1f}, {100 * band.high:.1f}]")
+def _points(gap: Difference) -> str:
+    """A difference in points, with its interval."""
+    return f"{100 * gap.value:+.1f}{_band(gap.interval, '+')}".replace("-", "−")
+
+
+def _sides(gap: Difference) -> str:
+    return f"{100 * gap.mine:.1f} against {100 * gap.base:.1f}, {_points(gap)} points"
