@@ -256,7 +256,7 @@ def _write_evaluation(
 
     texts = [{"id": str(n), "nll": 150.0 + n * utility, "tokens": 50, "text": "In the end"} for n in range(9)]
     sound = name in ("original", "gold")
-    said = "beginning was the word" if sound else "beginning beginning wxyz word"
+    said = "beginning was the word" if sound else "beginning wxyz word"
     recited = [one | {"continuation": said} for one in RECITED]
     write_json(
         directory / f"{name}.json",

@@ -8,7 +8,6 @@ import json
 import math
 import re
 import shutil
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -163,7 +162,7 @@ def test_the_verdict_answers_in_words(run: Path) -> None:
     after, low = (100 * float(row[f"mean_utility_after_gain{end}"]) for end in ("", "_low"))
     assert f"it keeps {after:.1f} points more on average once it has forgotten [{low:.1f}, " in told.sentence
     assert told.sentence.startswith("TRACE forgot what it should and kept ")
-    assert " of 97.0 points of utility, but writes broken text; against uniform weights" in told.sentence
+    assert " of 97.0 points of utility; against uniform weights" in told.sentence
     asked = {each.question: each for each in told.answers}
     forgot, cost = asked["Did it forget?"], asked["What did it cost?"]
     assert forgot.answer == "Yes" and forgot.details == (
@@ -171,7 +170,6 @@ def test_the_verdict_answers_in_words(run: Path) -> None:
         "scores that never saw the text.",
     )
     assert cost.answer.endswith("points of utility")
-    assert any("It writes broken text: 67% of the words" in line for line in cost.details)
     assert any(line.startswith("Fluency (perplexity of novels") for line in cost.details)
     first = asked["Is TRACE better than uniform weights?"].details[1]
     assert first.startswith(
@@ -192,7 +190,7 @@ def test_the_verdict_answers_in_words(run: Path) -> None:
         ({"stages": ("data", "statistics")}, ["Nothing to conclude yet"]),
         (
             {"without": "variants/uniform"},
-            ["points of utility, but writes broken text; no uniform run stands beside it."],
+            ["points of utility; no uniform run stands beside it."],
         ),
     ],
 )
@@ -341,7 +339,7 @@ def test_forget_quality_is_compared_with_its_own_level() -> None:
         return Score("m", task, "forget_quality", value, 400, "forget", "higher", None, True, **changes)
 
     def told(before: float, after: float) -> scores.Outcome:
-        original, final, gold = (Evaluation("m", None, [score(v)], {}, {}, None, {}) for v in (before, after, 1.0))
+        original, final, gold = (Evaluation("m", [score(v)], {}) for v in (before, after, 1.0))
         arm = Arm("unlearned", "raking", None, None, {}, final)
         data = RunData(Path(), "", "", {}, {}, None, None, [], {"original": original, "gold": gold}, [arm], {})
         (found,) = scores.forgotten(data, final)
@@ -457,21 +455,16 @@ def test_a_long_list_of_questions_is_thinned(run: Path, monkeypatch: pytest.Monk
         assert whole[task, name]["unlearned"] == said
 
 
-def test_examples_are_even_and_broken_text_is_named(run: Path) -> None:
-    text = (run / "report" / "index.html").read_text("utf-8")
+def test_examples_are_even(run: Path) -> None:
     data = gather(run)
     right = math.ceil(80 * (data.evaluations()["unlearned"].value("near facts", "accuracy") or 0))
     order = [*range(right, 80), *range(right)]  # the wrong ones first
     found = examples.examples(data, "utility", "unlearned")
-    assert [e.question for e in found] == [f"The symbol of fact number {order[n] + 1} is → Au" for n in (13, 40, 66)]
+    assert [question for question, _ in found] == [
+        f"The symbol of fact number {order[n] + 1} is → Au" for n in (13, 40, 66)
+    ]
     forgotten = examples.examples(data, "forget", "unlearned")
-    assert len(forgotten) == 2 and text.count("· broken text") == 2 * 3  # two passages, three unlearned models
-    assert [each.is_broken for each in forgotten[0].answers] == [False, False, True, True, True]
-    known = Counter(["in", "the", "end", "was"])
-    cases = {"in the end was the end": 0, "the the the was end": 0.5, "in qqq the;; was end": 0.4, " 7": 1}
-    for said, share in cases.items():
-        assert examples.broken_share(said, known) == pytest.approx(share), said
-    assert examples.broken_share("in the end", known, own=True) == 1  # nobody else says it
+    assert [each.text for each in forgotten[0][1]] == ["beginning was the word"] * 2 + ["beginning wxyz word"] * 3
 
 
 def test_what_was_run(run: Path) -> None:

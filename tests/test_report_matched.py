@@ -81,7 +81,7 @@ def test_perplexity_interval_against_a_bootstrap_of_documents() -> None:
     nll = tokens * rng.normal(3, 0.4, 400)
     items = [{"nll": float(a), "tokens": int(b)} for a, b in zip(nll, tokens, strict=True)]
     score = Score("m", "t", "perplexity", 20.0, int(tokens.sum()), "utility", "lower", None)
-    found = of_score(score, Evaluation("m", None, [score], {"t": items}, {}, None, {}))
+    found = of_score(score, Evaluation("m", [score], {"t": items}))
     draws = rng.integers(0, 400, (4000, 400))
     wanted = np.quantile(np.exp(nll[draws].sum(1) / tokens[draws].sum(1)), [0.025, 0.975])
     assert found is not None and [found.low, found.high] == pytest.approx(wanted, rel=0.01)
@@ -94,7 +94,7 @@ def test_scores_that_are_no_mean_over_questions_have_no_interval() -> None:
         ("x", "higher", 3),
     ):
         score = Score("m", "t", metric, value, 80, "utility", direction, None)
-        assert of_score(score, Evaluation("m", None, [score], {}, {}, None, {})) is None
+        assert of_score(score, Evaluation("m", [score], {})) is None
 
 
 @pytest.mark.parametrize(("steps", "utility", "message"), [([2, 1], [1, 1], "do not increase"), ([1, 2], [1], "util")])

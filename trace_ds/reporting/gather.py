@@ -6,7 +6,9 @@ statistics belong to the run, calibration, logs and evaluations to the arm.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import math
+import re
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +26,13 @@ from trace_ds.run.directory import RunDirectory
 from trace_ds.run.foreign import named_by, read_object
 
 MAIN_ARM = "unlearned"
+SIDES = ("statistics/forget", "statistics/retain")
 BASE_MODEL = "base model"
 
 
 @dataclass(frozen=True)
 class Score:
-    """One number of one model.
-
-    Attributes:
-        direction: which way is good.
-        chance: what guessing gives.
-        headline: whether it is its task's ``headline`` (where no task names one: the first metric of each, perplexities
-            and scores that are best at a reference left out).
-        by_seed: the values that it is the mean of, where several runs are averaged.
-    """
+    """One number of one model."""
 
     model: str
     task: str
@@ -45,21 +40,19 @@ class Score:
     value: float
     n: int | None
     role: str
-    direction: str
+    direction: str  # which way is good
     chance: float | None
-    headline: bool = False
-    by_seed: tuple[float, ...] = ()
+    headline: bool = False  # see TaskConfig.headline
+    by_seed: tuple[float, ...] = ()  # what it is the mean of, where several runs are averaged
 
 
 @dataclass(frozen=True)
 class Evaluation:
     model: str
-    fingerprint: str | None
     scores: list[Score]
     items: dict[str, list[dict[str, Any]]]
-    tasks: dict[str, str]  # fingerprints of the tasks by name
-    drift: dict[str, Any] | None
-    attacks: dict[str, Any]  # as in the file: expert_forcing, relearning
+    drift: dict[str, Any] | None = None
+    attacks: dict[str, Any] = field(default_factory=dict)  # as in the file: expert_forcing, relearning
 
     def headline(self, role: str) -> list[Score]:
         """The headline scores of a role, in the file's order."""
@@ -117,11 +110,9 @@ class RunData:
     @property
     def calibrations(self) -> dict[str, Calibration]:
         """The different calibrations by the labels of the arms that use them (``unlearned, other``)."""
-        made = {arm.calibration.content: arm.calibration for arm in self.arms if arm.calibration is not None}
-        users = {
-            key: [arm.label for arm in self.arms if arm.calibration and arm.calibration.content == key] for key in made
-        }
-        return {", ".join(users[key]): calibration for key, calibration in made.items()}
+        made = [(arm.label, arm.calibration) for arm in self.arms if arm.calibration is not None]
+        kinds = {calibration.content: calibration for _, calibration in made}
+        return {", ".join(name for name, c in made if c.content == key): kinds[key] for key in kinds}
 
     @property
     def calibration(self) -> Calibration | None:
@@ -167,33 +158,38 @@ def gather(path: Path) -> RunData:
         raise UserError("there is no such run directory", str(path), "give the directory that `trace-ds run` made")
     run = RunDirectory.at(path)
     config = _read_yaml(run.config)
-    artefacts = _artefacts(run)
-    forget, retain = (_statistics(artefacts.get(f"statistics/{side}")) for side in ("forget", "retain"))
-    report = config.get("report") or {}
+    artefacts = {
+        name: load(place / name, name.partition("/")[0], verify=False)
+        for place, names in ((run.data.parent, ("data", *SIDES)), (run.path, ("calibration",)))
+        for name in names
+        if (place / name / FILE_NAME).is_file()
+    }
+    forget, retain = (
+        RoutingStatistics.load(artefacts[name].file("statistics.safetensors")) if name in artefacts else None
+        for name in SIDES
+    )
     tasks = (config.get("evaluation") or {}).get("tasks") or []
     headline = [f"{task['name']} {task['headline']}" for task in tasks if task.get("headline")]
     evaluations = _evaluations(path / "evaluation", headline)
     references = {name: each for name, each in evaluations.items() if name != MAIN_ARM and _step_of(name) is None}
     rule = (config.get("calibration") or {}).get("rule")
+    bases = [b for b in sorted((path / "variants").glob("*")) if b.is_dir() and not re.search(r"\.(tmp|old)-", b.name)]
+    changes = {base: (config.get("variants") or {}).get(base.name) or {} for base in bases}
     arms = [_arm(MAIN_ARM, path, rule, headline)]
-    for base in sorted((path / "variants").glob("*")):
-        if base.is_dir() and ".tmp-" not in base.name and ".old-" not in base.name:
-            changes = (config.get("variants") or {}).get(base.name) or {}
-            arms.append(_arm(base.name, base, changes.get("calibration.rule", rule), headline))
+    arms += [_arm(base.name, base, changes[base].get("calibration.rule", rule), headline) for base in bases]
     arms = [arm for arm in arms if arm.calibration or arm.steps or arm.checkpoints or arm.final]
     if not (artefacts or references or arms):
         raise UserError(
             "nothing to report: no stage has written anything here", str(path), "run `trace-ds run CONFIG` first"
         )
-    jobs = (_manifest(base) for base in [path, *sorted((path / "variants").glob("*"))])
     name = str(config.get("name") or path.resolve().name)
-    summary: dict[str, Any] = next((artefacts[k].summary for k in artefacts if k.startswith("statistics/")), {})
+    summary: dict[str, Any] = next((artefacts[side].summary for side in SIDES if side in artefacts), {})
     some = retain or forget
     layers = summary.get("layers") or list(range(some.counts_LE.shape[0] if some else 0))
     return RunData(
         path=path,
         name=name,
-        title=str(report.get("title") or f"Unlearning report: {name}"),
+        title=str((config.get("report") or {}).get("title") or f"Unlearning report: {name}"),
         config=config,
         artefacts=artefacts,
         forget=forget,
@@ -201,25 +197,8 @@ def gather(path: Path) -> RunData:
         decoder_layers=[int(layer) for layer in layers],
         references=references,
         arms=arms,
-        job=next(filter(None, jobs), {}),
+        job=next(filter(None, map(_manifest, [path, *bases])), {}),
     )
-
-
-def _artefacts(run: RunDirectory) -> dict[str, Artefact]:
-    """The artefacts of a run by name, verified by size and identity."""
-    shared = run.data.parent
-    places = {name: shared / name for name in ("data", "statistics/forget", "statistics/retain")}
-    places["calibration"] = run.path / "calibration"
-    return {
-        name: load(directory, name.partition("/")[0], verify=False)
-        for name, directory in places.items()
-        if (directory / FILE_NAME).is_file()
-    }
-
-
-def _statistics(made: Artefact | None) -> RoutingStatistics | None:
-    name = "statistics.safetensors"
-    return RoutingStatistics.load(made.file(name)) if made is not None and name in made.files else None
 
 
 def _arm(label: str, base: Path, rule: str | None, headline: list[str]) -> Arm:
@@ -243,19 +222,10 @@ def _evaluations(directory: Path, headline: list[str]) -> dict[str, Evaluation]:
         raw = _read(path, "evaluate")
         if "scores" not in raw:
             continue
-        found[path.stem] = Evaluation(
-            path.stem,
-            raw.get("model_fingerprint"),
-            _scores(raw["scores"], path.stem, path, headline),
-            {
-                task: [item for item in logs if isinstance(item, dict)]
-                for task, logs in (raw.get("items") or {}).items()
-                if isinstance(logs, list)
-            },
-            raw.get("tasks") or {},
-            raw.get("drift"),
-            raw.get("attacks") or {},
-        )
+        items = {task: logs for task, logs in (raw.get("items") or {}).items() if isinstance(logs, list)}
+        items = {task: [item for item in logs if isinstance(item, dict)] for task, logs in items.items()}
+        scores = _scores(raw["scores"], path.stem, path, headline)
+        found[path.stem] = Evaluation(path.stem, scores, items, raw.get("drift"), raw.get("attacks") or {})
     return found
 
 
@@ -264,26 +234,20 @@ def _scores(entries: list[dict[str, Any]], model: str, path: Path, headline: lis
     try:
         scores = [
             Score(
-                model,
-                str(entry["task"]),
-                str(entry["metric"]),
-                float(entry["value"]) if entry["value"] is not None else float("nan"),
-                entry.get("n"),
-                str(entry.get("role", "utility")),
-                str(entry.get("direction", "higher")),
-                entry.get("chance"),
+                model, str(one["task"]), str(one["metric"]),
+                math.nan if one["value"] is None else float(one["value"]),
+                one.get("n"), str(one.get("role", "utility")), str(one.get("direction", "higher")), one.get("chance"),
             )
-            for entry in entries
-        ]
+            for one in entries
+        ]  # fmt: skip
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"the evaluation is damaged ({error!r})", str(path), "make it again with `trace-ds evaluate`"
         ) from None
     # Where no task names one: perplexities have another scale, scores that are best at a reference no good direction.
     usual = [score for score in scores if "perplexity" not in score.metric and score.direction != "reference"]
-    chosen = set(headline) or {
-        f"{task} {metric}" for task, metric in {s.task: s.metric for s in reversed(usual)}.items()
-    }
+    first = {score.task: score.metric for score in reversed(usual)}
+    chosen = set(headline) or {f"{task} {metric}" for task, metric in first.items()}
     return [replace(score, headline=f"{score.task} {score.metric}" in chosen) for score in scores]
 
 
@@ -297,7 +261,7 @@ def _curve(base: Path, headline: list[str]) -> dict[int, Evaluation]:
         step, model = int(point["step"]), f"step_{point['step']}"
         if step and point["scores"]:  # at step 0 it is the original
             scores = _scores(point["scores"], model, base / "checkpoints", headline)
-            found[step] = Evaluation(model, None, scores, {}, {}, None, {})
+            found[step] = Evaluation(model, scores, {})
     return found
 
 

@@ -76,50 +76,37 @@ def of_score(score: Score, evaluation: Evaluation) -> Interval | None:
     return wilson(score.value, score.n)
 
 
-def of_mean(scores: Sequence[Score], evaluation: Evaluation) -> Interval | None:
-    """Of the mean of several tasks' scores (the method of variance estimates recovery, Zou and Donner 2008)."""
-    known = [(score.value, found) for score in scores if (found := of_score(score, evaluation)) is not None]
-    if not known or len(known) < len(scores):
-        return None
-    middle = math.fsum(value for value, _ in known) / len(known)
-    low = math.sqrt(math.fsum((value - found.low) ** 2 for value, found in known)) / len(known)
-    high = math.sqrt(math.fsum((found.high - value) ** 2 for value, found in known)) / len(known)
-    return Interval(middle - low, middle + high)
-
-
 def of_difference(score: Score, evaluation: Evaluation, other: Score, its: Evaluation) -> Interval | None:
     """Of a score less that of another model on the same task: paired by seed, else by question."""
     if len(score.by_seed) > 1:
         return t_interval([a - b for a, b in zip(score.by_seed, other.by_seed, strict=True)])
-    return of_mixes([[(1.0, evaluation)], [(1.0, its)]], [score])
+    return of_mixes([[evaluation], [its]], [score])
 
 
-def of_mixes(mixes: Sequence[Sequence[tuple[float, Evaluation]]], scores: Sequence[Score]) -> Interval | None:
-    """Of the mean over tasks (those of ``scores``) of the difference between two weighted means of models (normal).
+def of_mixes(sides: Sequence[Sequence[Evaluation]], scores: Sequence[Score]) -> Interval | None:
+    """Of the mean over tasks (those of ``scores``) of the difference between the means of two lists of models (normal).
 
     Paired by question where the evaluations keep them. The curve of a job does not: then the variance is that of
     independent questions, p (1 - p) at most.
     """
     parts = []
     for score in scores:
-        sides = [[(w, item_values(model, score.task, score.metric)) for w, model in mix] for mix in mixes]
-        asked = [name for name in sides[0][0][1] if all(name in known for side in sides for _, known in side)]
-        if len(asked) > 1:
-            mine_I, base_I = (
-                np.array([math.fsum(w * known[name] for w, known in side) for name in asked]) for side in sides
-            )
-            parts.append((float((mine_I - base_I).mean()), float((mine_I - base_I).var(ddof=1)) / len(asked)))
+        known = [[item_values(model, score.task, score.metric) for model in side] for side in sides]
+        shared = [name for name in known[0][0] if all(name in one for side in known for one in side)]
+        if len(shared) > 1:
+            mine_I, base_I = (np.mean([[one[name] for name in shared] for one in side], axis=0) for side in known)
+            parts.append((float((mine_I - base_I).mean()), float((mine_I - base_I).var(ddof=1)) / len(shared)))
             continue
-        values = [[(w, model.value(score.task, score.metric)) for w, model in mix] for mix in mixes]
-        means = [math.fsum(w * (math.nan if value is None else value) for w, value in side) for side in values]
+        values = [[model.value(score.task, score.metric) for model in side] for side in sides]
+        means = [math.fsum(math.nan if v is None else v for v in side) / len(side) for side in values]
         if not score.n or score.metric in NO_MEANS or not all(0 <= mean <= 1 for mean in means):
             return None
         parts.append((means[0] - means[1], math.fsum(mean * (1 - mean) for mean in means) / score.n))
     if not parts:
         return None
-    mean, variance = (math.fsum(column) for column in zip(*parts, strict=True))
-    half = Z * math.sqrt(variance) / len(parts)
-    return Interval(mean / len(parts) - half, mean / len(parts) + half)
+    mean, variance = (math.fsum(column) / len(parts) for column in zip(*parts, strict=True))
+    half = Z * math.sqrt(variance / len(parts))
+    return Interval(mean - half, mean + half)
 
 
 def item_values(evaluation: Evaluation, task: str, metric: str) -> dict[str, float]:

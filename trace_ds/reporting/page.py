@@ -21,8 +21,8 @@ from trace_ds.evaluation.metrics import meaning
 from trace_ds.evaluation.table import ARROWS, rows_of
 from trace_ds.reporting import scores
 from trace_ds.reporting.compare import averaged
-from trace_ds.reporting.examples import broken_by_model, examples, perplexity_task
-from trace_ds.reporting.gather import BASE_MODEL, Arm, RunData
+from trace_ds.reporting.examples import examples, perplexities
+from trace_ds.reporting.gather import BASE_MODEL, RunData
 from trace_ds.reporting.tables import Table
 from trace_ds.reporting.verdict import Verdict
 
@@ -38,7 +38,7 @@ def render(runs: Sequence[RunData], verdict: Verdict, tables: dict[str, Table]) 
 
     run, whole = runs[0], averaged(runs)
     names = {arm.label: arm.title for arm in run.arms}
-    models, task = list(run.evaluations()), perplexity_task(run)
+    models = list(run.evaluations())
     main = next((arm.label for arm in run.arms if arm.is_trace and arm.label in models), models[-1] if models else "")
     style = _asset("page.css")
     script = '"use strict";\n(function () {\n' + "\n".join(map(_asset, SCRIPTS)) + "\n})();\n"
@@ -71,8 +71,7 @@ def render(runs: Sequence[RunData], verdict: Verdict, tables: dict[str, Table]) 
         ],
         models=models,
         main=main,
-        fluency=broken_by_model(run),
-        perplexity=task and (task, {name: each.value(task, "perplexity") for name, each in run.evaluations().items()}),
+        perplexity=perplexities(run),
         facts=facts(runs),
         score_table=score_table(rows["scores"], whole) if "scores" in rows else None,
         attack_table=attack_table(rows["attacks"]) if "attacks" in rows else None,
@@ -130,20 +129,12 @@ def facts(runs: Sequence[RunData]) -> list[tuple[str, str]]:
         ],
         "Tokens": [f"{s.tokens:,} to {name}" for name, s in (("forget", run.forget), ("keep", run.retain)) if s],
         "Unlearning": [str(settings.get("forget_loss") or ""), f"{steps} steps" if steps else ""],
-        "Retain weights": [f"{arm.title}: {_weights_of(run, arm)}" for arm in run.arms if arm.rule],
+        "Retain weights": [f"{arm.title}: {arm.rule}" for arm in run.arms if arm.rule],
         "Machine": [text.format(job[key]) for key, text in machine.items() if job.get(key) is not None],
         "Seeds" if len(runs) > 1 else "Seed": [str(each.config["seed"]) for each in runs if "seed" in each.config],
     }
     texts = {name: ", ".join(part for part in parts if part) for name, parts in found.items()}
     return [(name, text) for name, text in texts.items() if text]
-
-
-def _weights_of(run: RunData, arm: Arm) -> str:
-    """The rule of an arm, and whether its weights multiply losses or draw rows."""
-    changes = (run.config.get("variants") or {}).get(arm.label) or {}
-    apply = changes.get("unlearning.apply", (run.config.get("unlearning") or {}).get("apply"))
-    text = {"sampling": "rows drawn by weight", "loss": "losses times weight"}.get(str(apply), "")
-    return f"{arm.rule} ({text})" if text and arm.rule != "uniform" else str(arm.rule)
 
 
 def source_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -251,8 +251,7 @@ def difference(mine: Sequence[Evaluation], base: Sequence[Evaluation]) -> Differ
     values = [_utility(side) for side in (mine, base)]
     if values[0] is None or values[1] is None:
         return None
-    mixes = [[(1 / len(side), model) for model in side] for side in (mine, base)]
-    return Difference(values[0], values[1], of_mixes(mixes, role_scores(mine[-1], "utility")))
+    return Difference(values[0], values[1], of_mixes([mine, base], role_scores(mine[-1], "utility")))
 
 
 def over_runs(found: Sequence[Difference | None]) -> Difference | None:

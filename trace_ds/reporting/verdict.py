@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 from trace_ds.evaluation.metrics import FORGET_QUALITY
 from trace_ds.reporting.compare import averaged
-from trace_ds.reporting.examples import broken_text, fluency
+from trace_ds.reporting.examples import fluency
 from trace_ds.reporting.gather import Evaluation, RunData, Score
-from trace_ds.reporting.intervals import Interval, of_mean, of_score
+from trace_ds.reporting.intervals import Interval, of_score
 from trace_ds.reporting.scores import (
     Difference,
     Outcome,
@@ -135,9 +135,8 @@ def _cost(runs: Sequence[RunData], run: RunData, label: str, baseline: str | Non
     other = mean_score(_final(run, baseline), "utility") if baseline not in (None, label) else None
     beside = "" if other is None else f"; {100 * other:.1f} with uniform weights"
     scores = role_scores(final, "utility")
-    shown = f"{100 * after:.1f}{_band(of_mean(scores, final))} of 100 after, {100 * before:.1f} before{beside}"
+    shown = f"{100 * after:.1f} of 100 after, {100 * before:.1f} before{beside}"
     details = [f"{' and '.join(map(_name, scores))}: {shown}; change {_points(change)}."]
-    broken = broken_text(run, label)
     if change.value == 0:
         words, answer = f", and its utility did not change ({100 * after:.1f} points)", "Nothing"
     elif change.sign == 0:
@@ -148,8 +147,7 @@ def _cost(runs: Sequence[RunData], run: RunData, label: str, baseline: str | Non
     else:
         words = f" and kept {100 * after:.1f} of {100 * before:.1f} points of utility"
         answer = f"{100 * (before - after):.1f} points of utility"
-    words += ", but writes broken text" * bool(broken)
-    return words, Answer(question, answer, (*details, *broken, *fluency(run, final)))
+    return words, Answer(question, answer, (*details, *fluency(run, label)))
 
 
 def _against(mine: Standing, base: Standing, tasks: int) -> tuple[str, Answer]:
