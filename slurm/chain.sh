@@ -8,7 +8,8 @@
 # Prints one line per job: its stages and its id. Stages of one process run on one node without GPUs, so that no GPU waits
 # for them. Options for sbatch per kind of job: the site file (slurm/site.env). TRACE_DS_GPU_SBATCH (finetune, collect,
 # unlearn, evaluate) and TRACE_DS_ALL_SBATCH come after those. What `trace-ds submit` sets: TRACE_DS_FINETUNE=1 puts a job
-# before collect that fine-tunes; TRACE_DS_ONE_JOB=STAGES submits one job that runs all of them, in place of the chain.
+# before collect that fine-tunes; TRACE_DS_ONE_JOB=STAGES submits one job that runs all of them, in place of the chain;
+# TRACE_DS_COMMANDS=FILE gets the command lines.
 # With TRACE_DS_DRY_RUN=1 it prints the command lines and submits nothing.
 set -euo pipefail
 
@@ -26,8 +27,8 @@ trap '((${#jobs[@]} == 0)) || [[ -n ${TRACE_DS_DRY_RUN:-} ]] || scancel "${jobs[
 
 # submit STAGES SCRIPT SBATCH_OPTIONS
 submit() {
-  local command words id where
-  printf -v where 'RUN_DIR=%q' "$RUN_DIR"
+  local command words id line
+  printf -v line 'RUN_DIR=%q' "$RUN_DIR"
   split_words "$3 ${TRACE_DS_ALL_SBATCH:-}"
   ((${#jobs[@]} == 0)) || words=("--dependency=afterok:${jobs[-1]}" --kill-on-invalid-dep=yes "${words[@]}")
   # squeue shows eight characters of a name
@@ -35,14 +36,16 @@ submit() {
   command=(sbatch --parsable --export=ALL "${words[@]}" "$TRACE_DS_HOME/slurm/$2" "$config" "${arguments[@]}")
   if [[ -z ${TRACE_DS_ONE_JOB:-} ]]; then
     export TRACE_DS_STAGES=$1
-    printf -v where 'TRACE_DS_STAGES=%q %s' "$1" "$where"
+    printf -v line 'TRACE_DS_STAGES=%q %s' "$1" "$line"
   fi
+  line+=$(printf ' %q' "${command[@]}")
   if [[ -n ${TRACE_DS_DRY_RUN:-} ]]; then
     jobs+=("JOB$((${#jobs[@]} + 1))")
-    printf '%s: %s%s\n' "$1" "$where" "$(printf ' %q' "${command[@]}")"
+    printf '%s: %s\n' "$1" "$line"
     return
   fi
   id=$("${command[@]}")
+  [[ -z ${TRACE_DS_COMMANDS:-} ]] || printf '%s\n' "$line" >>"$TRACE_DS_COMMANDS"
   jobs+=("${id%%;*}") # with several clusters: ID;CLUSTER
   check_time_limit "${jobs[-1]}"
   printf '%s: %s\n' "$1" "${jobs[-1]}"

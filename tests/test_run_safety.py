@@ -135,6 +135,13 @@ def test_what_is_not_ours_is_not_replaced(project: Path, place: str) -> None:
     )
 
 
+def test_a_job_may_log_before_its_run_begins(tmp_path: Path) -> None:
+    """slurm/common.sh moves its log there, and an array's task copies fetched.json, before there is a marker."""
+    write(tmp_path / "logs" / "trace-ds-unlearn-7.log")
+    write(tmp_path / "fetched.json")
+    RunDirectory(tmp_path).require_ours()
+
+
 def test_a_run_of_ours_is_taken_and_strangers_beside_ours_stay(project: Path) -> None:
     run = RunDirectory(make_run(project))
     kept = [

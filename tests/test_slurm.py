@@ -470,7 +470,8 @@ def test_chain_is_submitted_whole_or_not_at_all(place: Workplace, options: str, 
     assert message in result.stderr
     for job in job_ids(result.stdout).values():
         assert place.cluster.wait(job) == "CANCELLED"
-    assert not place.cluster.run("squeue", "-h").strip()
+    left = place.cluster.run("squeue", "-h", "--format=%j").split()
+    assert not [name for name in left if name.endswith(f"-{place.run_dir.name}")]
 
 
 def trace_ds(
@@ -528,9 +529,9 @@ def test_a_submitted_array_runs_its_seeds_and_is_not_submitted_twice(place: Work
     options = ("submit", config, "--gpus-per-node", 1, "--sbatch", sbatch, "--array", "0,3")
     result = trace_ds(server, place.cluster, place.folder, *options, env=place.env)
     assert result.returncode == 0, result.stderr
-    assert set(place.cluster.run("squeue", "-h", "--format=%k").splitlines()) == {"a b"}
     assert f"touch {run_dir}-seedN/stop (task N)" in result.stdout
     ((stages, job),) = json.loads((run_dir / "submitted" / "1" / "jobs.json").read_text())["jobs"].items()
+    assert set(place.cluster.run("squeue", "-h", f"--jobs={job}", "--format=%k").splitlines()) == {"a b"}
     calls = [Path(f"{run_dir}-seed{seed}") / "calls" for seed in (0, 3)]
     place.cluster.wait_until("both seeds run", lambda: all(path.exists() for path in calls), 120, int(job))
     # the last task alone has the array's id as its own: without it the array must still be known

@@ -115,6 +115,7 @@ def test_mistakes(request_: Request, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "is not valid bash" in failing(request_, ONE_NODE)
     (tmp_path / "slurm/site.env").unlink()
     record = request_.run.path / "submitted" / "1" / "jobs.json"
+    request_.run.mark()
     record.parent.mkdir(parents=True)
     (tmp_path / "sbatch").touch(mode=0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")

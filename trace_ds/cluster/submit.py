@@ -32,6 +32,7 @@ from trace_ds.errors import UserError
 from trace_ds.run.directory import unwritable
 from trace_ds.run.files import write_json
 from trace_ds.run.foreign import read_object
+from trace_ds.run.ours import MARKER
 from trace_ds.stages.by_name import with_expert_parallel_sizes
 from trace_ds.stages.pipeline import Request, check_early
 
@@ -89,9 +90,10 @@ def submit_run(request: Request, cluster: Cluster, *, chain: bool, dry_run: bool
     site = site_file()
     request = request.located("run", download=False)
     model, _ = model_config_of(request.config.model.path)
-    sizes = (cluster.nodes * cluster.gpus_per_node, cluster.gpus_per_node)
-    request = replace(request, written=with_expert_parallel_sizes(request.written, model, *sizes))
-    check_early("run", request, cluster.nodes * cluster.gpus_per_node, download=False)
+    ranks = cluster.nodes * cluster.gpus_per_node
+    written = with_expert_parallel_sizes(request.written, model, ranks, cluster.gpus_per_node)
+    request = replace(request, written=written)
+    check_early("run", request, ranks, download=False)
     print(f"site settings: {site or 'none'}")
     for warning in plan_warnings(request.config, cluster):
         print(f"WARNING trace-ds plan: {warning}")
@@ -99,41 +101,37 @@ def submit_run(request: Request, cluster: Cluster, *, chain: bool, dry_run: bool
     folder = run_dir / "submitted" / str(1 + len(list(run_dir.glob("submitted/[0-9]*"))))
     one_job = "" if chain else " ".join(request.stages)
     variables = {"TRACE_DS_ONE_JOB": one_job, "TRACE_DS_FINETUNE": "1" if request.config.finetune is not None else ""}
-    with tempfile.TemporaryDirectory() as temporary:
-        draft = Path(temporary) / "submission"
-        render(request, draft)
-        lines = {
-            stages: line.replace(str(draft), shlex.quote(str(folder)))
-            for stages, line in run_chain(draft, run_dir, cluster, variables | {"TRACE_DS_DRY_RUN": "1"}).items()
-        }
-        if dry_run:
-            for line in lines.values():
-                print(line)
-            print(f"# dry run: nothing submitted; the files would be in {folder}")
-            return 0
-        check_queue(run_dir)
-        made = next(path for path in reversed([folder, *folder.parents]) if not path.exists())
-        request.run.mark()
-        try:
-            shutil.copytree(draft, folder)
-            (run_dir / "logs").mkdir(exist_ok=True)
-        except OSError as error:
-            raise unwritable(run_dir, error) from None
+    if dry_run:
+        with tempfile.TemporaryDirectory() as temporary:
+            draft = Path(temporary) / "submission"
+            render(request, draft)
+            for line in run_chain(draft, run_dir, cluster, variables | {"TRACE_DS_DRY_RUN": "1"}).values():
+                print(line.replace(str(draft), shlex.quote(str(folder))))
+        print(f"# dry run: nothing submitted; the files would be in {folder}")
+        return 0
+    check_queue(run_dir)
+    new = next(path for path in reversed([folder, *folder.parents]) if not path.exists())
+    commands = folder / "commands.txt"
+    fresh = request.run.mark()
     try:
-        jobs = run_chain(folder, run_dir, cluster, variables)
-    except UserError:
+        render(request, folder)
+        (run_dir / "logs").mkdir(exist_ok=True)
+        jobs = run_chain(folder, run_dir, cluster, variables | {"TRACE_DS_COMMANDS": str(commands)})
+    except (UserError, OSError) as error:
         with contextlib.suppress(OSError):
             (run_dir / "logs").rmdir()
-        shutil.rmtree(made)
-        raise
-    ids = list(jobs.values())
-    commands = [re.sub(r"(?<=afterok:)JOB(\d+)", lambda match: ids[int(match[1]) - 1], line) for line in lines.values()]
-    write_json(folder / "jobs.json", {"jobs": jobs, "commands": commands})
+        shutil.rmtree(new, ignore_errors=True)
+        if fresh:
+            (run_dir / MARKER).unlink(missing_ok=True)
+        raise (unwritable(run_dir, error) if isinstance(error, OSError) else error) from None
+    write_json(folder / "jobs.json", {"jobs": jobs, "commands": commands.read_text().splitlines()})
+    commands.unlink()
+    ids = ",".join(jobs.values())
     for stages, job in jobs.items():
         print(f"{job}: {stages}")
     print(f"log files: {run_dir}/logs; what was submitted: {folder}")
     stop = shlex.quote(f"{run_dir}-seedN/stop" if cluster.array else f"{run_dir}/stop")
-    print(f"watch: squeue -j {','.join(ids)}   stop, saving first: touch {stop}{' (task N)' if cluster.array else ''}")
+    print(f"watch: squeue -j {ids}   stop, saving first: touch {stop}{' (task N)' if cluster.array else ''}")
     return 0
 
 

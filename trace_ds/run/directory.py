@@ -25,7 +25,8 @@ SHARING = {VARIANTS: 0, CALIBRATED: 0, TRIALS: 2}  # folders of a run whose runs
 SIDES = ("forget", "retain", "alternative")
 STEP = re.compile(r"step_\d{6,}")
 COMPARISONS = ("study.json", "bench.json", "frontier.csv")  # of `trace-ds bench`
-UNMARKED = ("stop", LOCK_NAME, INPUTS_LOCK_NAME)  # what may stand in a directory before it is marked as a run's
+# What may stand in a directory before it is marked as a run's; SLURM's scripts keep logs there and copy fetched.json.
+UNMARKED = ("stop", "logs", "fetched.json", LOCK_NAME, INPUTS_LOCK_NAME)
 
 
 @dataclass(frozen=True)
