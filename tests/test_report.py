@@ -20,7 +20,7 @@ from scipy.stats import sem, t
 from tests.fake_run import HOSTILE, STEPS, write_run
 from trace_ds.conversion.card import plain
 from trace_ds.errors import UserError
-from trace_ds.reporting import examples, page, scores, tables
+from trace_ds.reporting import page, scores, tables
 from trace_ds.reporting.compare import repeats
 from trace_ds.reporting.gather import Arm, Evaluation, RunData, Score, gather
 from trace_ds.reporting.verdict import verdict
@@ -459,12 +459,12 @@ def test_examples_are_even(run: Path) -> None:
     data = gather(run)
     right = math.ceil(80 * (data.evaluations()["unlearned"].value("near facts", "accuracy") or 0))
     order = [*range(right, 80), *range(right)]  # the wrong ones first
-    found = examples.examples(data, "utility", "unlearned")
+    found = page.examples(data, "utility", "unlearned")
     assert [question for question, _ in found] == [
         f"The symbol of fact number {order[n] + 1} is → Au" for n in (13, 40, 66)
     ]
-    forgotten = examples.examples(data, "forget", "unlearned")
-    assert [each.text for each in forgotten[0][1]] == ["beginning was the word"] * 2 + ["beginning wxyz word"] * 3
+    forgotten = page.examples(data, "forget", "unlearned")
+    assert [text for _, text, _, _ in forgotten[0][1]] == ["beginning was the word"] * 2 + ["beginning wxyz word"] * 3
 
 
 def test_what_was_run(run: Path) -> None:

@@ -21,12 +21,12 @@ from trace_ds.evaluation.metrics import meaning
 from trace_ds.evaluation.table import ARROWS, rows_of
 from trace_ds.reporting import scores
 from trace_ds.reporting.compare import averaged
-from trace_ds.reporting.examples import examples, perplexities
-from trace_ds.reporting.gather import BASE_MODEL, RunData
-from trace_ds.reporting.tables import Table
-from trace_ds.reporting.verdict import Verdict
+from trace_ds.reporting.gather import BASE_MODEL, Evaluation, RunData
+from trace_ds.reporting.tables import Table, item_cells
+from trace_ds.reporting.verdict import Verdict, perplexities
 
 SCRIPTS = ("charts.js", "page.js")
+EXAMPLES = 3
 MAX_QUESTIONS = 1500
 MAX_LIST_ROWS = 60
 MOST_GAINED, MOST_LOST = 10, 4  # sources of the retain text that the page names
@@ -112,6 +112,32 @@ def escape_json(value: Any) -> str:
     return text
 
 
+def examples(run: RunData, role: str, main: str) -> list[tuple[str, list[tuple[str, str, float | None, bool]]]]:
+    """Three questions of a task, of free text where there is any, with (model, answer, score, whether it wrote): the
+    middle of each third, from what the model ``main`` answers worst to its best."""
+    evaluations = run.evaluations()
+    task = _task(evaluations[main], role) if main in evaluations else None
+    if task is None:
+        return []
+    items = sorted(evaluations[main].items[task], key=lambda item: item_cells(item)[3] or 0.0)
+    count = min(EXAMPLES, len(items))
+    by_id = {name: {each.get("id"): each for each in one.items.get(task) or []} for name, one in evaluations.items()}
+    found = []
+    for item in (items[(2 * number + 1) * len(items) // (2 * count)] for number in range(count)):
+        own = {name: logs[item.get("id")] for name, logs in by_id.items() if item.get("id") in logs}
+        cells = {name: item_cells(each) for name, each in own.items()}
+        answers = [(name, c[2] or "nothing", c[3], "continuation" in own[name]) for name, c in cells.items()]
+        found.append((item_cells(item)[1], answers))
+    return found
+
+
+def _task(evaluation: Evaluation, role: str) -> str | None:
+    """The first task of a role with free text, else with any answers."""
+    tasks = dict.fromkeys(score.task for score in evaluation.scores if score.role == role)
+    first = {task: items[0] for task in tasks if (items := evaluation.items.get(task))}
+    return next((task for kind in ("continuation", "predicted") for task in first if kind in first[task]), None)
+
+
 def facts(runs: Sequence[RunData]) -> list[tuple[str, str]]:
     """The model, data and machine: names and values, as far as they are known (settings: the configuration)."""
     run = runs[0]
@@ -173,12 +199,10 @@ def attack_table(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {"models": models, "lines": [(key, [values.get((*key, model)) for model in models]) for key in keys]}
 
 
-def number(value: Any) -> str:
+def number(value: float | None) -> str:
     """A number for people: three or four significant digits, a dash for nothing."""
     if value is None:
         return "–"
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return str(value)
     if isinstance(value, int):
         return f"{value:,}"
     if 10 <= abs(value) < 10_000:

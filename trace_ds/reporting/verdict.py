@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 from trace_ds.evaluation.metrics import FORGET_QUALITY
 from trace_ds.reporting.compare import averaged
-from trace_ds.reporting.examples import fluency
 from trace_ds.reporting.gather import Evaluation, RunData, Score
 from trace_ds.reporting.intervals import Interval, of_score
 from trace_ds.reporting.scores import (
@@ -45,6 +44,13 @@ FORGOT: dict[Outcome | None, tuple[str, str, str]] = {  # the sentence's words, 
     "partly": (" did not forget enough", "Not enough", "It fell, and is still above the target."),
     "forgotten": (" forgot what it should", "Yes", ""),
 }
+ONE_RUN: tuple[str, tuple[str, ...]] = (
+    "One run: not very",
+    (
+        "Brackets: 95 % intervals from the number of questions. Another training run can differ by more.",
+        "One seed is no proof: repeat with other seeds before you believe a difference.",
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -89,18 +95,11 @@ def verdict(runs: Sequence[RunData]) -> Verdict:
     words += "".join(part for part, _ in parts)
     if baseline is None or not main.is_trace:
         words += f"; no {'uniform' if main.is_trace else 'TRACE-weighted'} run stands beside it"
-    sure = Answer(
-        "How sure is that?",
-        "One run: not very",
-        (
-            "Brackets: 95 % intervals from the number of questions. Another training run can differ by more.",
-            "One seed is no proof: repeat with other seeds before you believe a difference.",
-        ),
-    )
+    sure, why = ONE_RUN
     if len(runs) > 1:
         text = f"Means over runs; brackets: 95 % intervals (Student's t), differences paired by seed.{better}"
-        sure = Answer("How sure is that?", f"{len(runs)} runs, each with its own seed", (text,))
-    return Verdict(words + ".", (*(answer for _, answer in parts), sure))
+        sure, why = f"{len(runs)} runs, each with its own seed", (text,)
+    return Verdict(words + ".", (*(answer for _, answer in parts), Answer("How sure is that?", sure, why)))
 
 
 def _forgot(run: RunData, label: str) -> tuple[Outcome | None, str, Answer]:
@@ -147,7 +146,7 @@ def _cost(runs: Sequence[RunData], run: RunData, label: str, baseline: str | Non
     else:
         words = f" and kept {100 * after:.1f} of {100 * before:.1f} points of utility"
         answer = f"{100 * (before - after):.1f} points of utility"
-    return words, Answer(question, answer, (*details, *fluency(run, label)))
+    return words, Answer(question, answer, (*details, *_fluency(run, label)))
 
 
 def _against(mine: Standing, base: Standing, tasks: int) -> tuple[str, Answer]:
@@ -182,6 +181,23 @@ def _against(mine: Standing, base: Standing, tasks: int) -> tuple[str, Answer]:
         more = "more" if after.sign > 0 else "fewer"
         words = f"keeps {100 * abs(after.value):.1f} points {more} on average once it has forgotten{_band(ends)}"
     return f"; against uniform weights it {words}", Answer(question, short[0].upper() + short[1:], tuple(details))
+
+
+def perplexities(run: RunData) -> tuple[str, dict[str, float | None]]:
+    """The first task of text to keep whose perplexity tells whether a model still speaks, and the models' values."""
+    models = run.evaluations()
+    found = (score for each in models.values() for score in each.scores if score.role == "utility")
+    task = next((score.task for score in found if score.metric == "perplexity"), "")
+    return task.replace("_", " "), {name: each.value(task, "perplexity") for name, each in models.items() if task}
+
+
+def _fluency(run: RunData, label: str) -> list[str]:
+    """A sentence with the perplexity on text to keep, before and after."""
+    task, values = perplexities(run)
+    after, before = values.get(label), values.get("original")
+    if after is None or before is None:
+        return []
+    return [f"Fluency (perplexity of {task}, lower is better): {after:.1f} after, {before:.1f} before."]
 
 
 def _final(run: RunData, label: str | None) -> Evaluation:
