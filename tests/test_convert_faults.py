@@ -29,6 +29,7 @@ from trace_ds.run import artefact
 from trace_ds.stages.inspect import inspect
 from trace_ds.tensors.opening import open_source
 from trace_ds.tensors.torch_archive import read_archive
+from trace_ds.tensors.universal import write_universal
 
 CASE = Case("mixtral", 3, 2)
 TOOL = Path(__file__).parent.parent / "tools" / "convert_checkpoint.py"
@@ -41,24 +42,15 @@ KINDS = {
     "zero3": (CASE.name, ZERO3, OPTIM),
     "zero1": (Case("mixtral", 1, 2).name, REPLICATED, OPTIM),
     "stage0": (Case("mixtral", 0, 2, "fp32").name, REPLICATED, "layer_1_expert_3_mp_rank_00_model_states.pt"),
-    "universal": ("", ZERO3, "zero/model.norm.weight/fp32.pt"),
 }
 Change = Callable[[Any], object]
 
 
-@pytest.fixture(scope="module")
-def universal(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("universal") / "folder"
-    convert_checkpoint(checkpoints(2) / CASE.name, folder, to="universal")
-    return folder
-
-
 @pytest.fixture
-def source(request: pytest.FixtureRequest, tmp_path: Path, universal: Path) -> Path:
+def source(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """A private copy of a source of the test's ``kind`` (a ZeRO-3 checkpoint of world 2, EP 2, where it has none)."""
     kind = request.node.callspec.params.get("kind", "zero3") if hasattr(request.node, "callspec") else "zero3"
-    origin = universal if kind == "universal" else checkpoints(2) / KINDS[kind][0]
-    shutil.copytree(origin / "step_000001", tmp_path / "step_000001")
+    shutil.copytree(checkpoints(2) / KINDS[kind][0] / "step_000001", tmp_path / "step_000001")
     return tmp_path / "step_000001"
 
 
@@ -173,8 +165,8 @@ WRONG_METADATA: dict[str, tuple[str, str, Change, str]] = {
     "mixed steps": ("zero3", MODEL, put("global_steps", 7), ""),
     "buffers": ("zero3", ZERO3, put("buffer_names", 3), ""),
     "frozen": ("zero3", ZERO3, put("frozen_param_fragments", {"x": 1}), ""),
-    "shared": ("universal", ZERO3, put("shared_params", 3), ""),
-    "shapes": ("universal", ZERO3, put("param_shapes", [{"model.norm.weight": "ab"}]), ""),
+    "shared": ("zero1", REPLICATED, put("shared_params", 3), ""),
+    "shapes": ("zero1", REPLICATED, put("param_shapes", [{"model.norm.weight": "ab"}]), ""),
     "layers": ("zero1", REPLICATED, put("ds_autoep_layers", 0, "moe_layer_id", []), ""),
     "experts": ("zero1", REPLICATED, put("ds_autoep_layers", 0, "num_experts", 1 << 40), ""),
     "contradicting experts": ("zero3", MODEL, put("ds_autoep_layers", 1, "num_local_experts", 3), ""),
@@ -264,9 +256,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str, dict[str, Any]]] = {
     "manifest deep": (raw_manifest("[" * 100_000), "manifest.json", {}),
     "manifest number": (raw_manifest('{"step": ' + "9" * 5000 + "}"), "manifest.json", {}),
     "manifest bytes that are no text": (lambda step: (step / "manifest.json").write_bytes(b"\xff"), "manifest", {}),
-    "moments missing": (no_second_moments, "has no exp_avg_sq", {"to": "universal"}),
-    "target": (nothing, "gguf", {"to": "gguf"}),
-    "target of the past": (nothing, "'ep'", {"to": "ep"}),
+    "universal": (lambda step: (step / "zero").mkdir(), "a DeepSpeed universal folder", {}),
     "type": (nothing, "int3", {"dtype": "int3"}),
     "size": (nothing, "apples", {"max_shard_size": "5 apples"}),
     "huge size": (nothing, "is not a size", {"max_shard_size": "9" * 400 + "GB"}),
@@ -418,15 +408,17 @@ def test_a_mount_point_is_refused_at_once(source: Path) -> None:
 
 
 def test_more_files_than_a_process_may_open(tmp_path: Path) -> None:
-    """A file for every expert as a source, under a limit below their number; three for every tensor as a target."""
-    root = checkpoints(2)
+    """Three files for every tensor as a target, under a limit below their number."""
+    checkpoint = open_source(checkpoints(2) / CASE.name)
     with limit(resource.RLIMIT_NOFILE, len(list(Path("/proc/self/fd").iterdir())) + 70):
-        convert_checkpoint(root / CASE.name, tmp_path / "universal", to="universal", jobs=3)
-        convert_checkpoint(tmp_path / "universal", tmp_path / "model", base_model=base(), jobs=3)
-    assert len(list((tmp_path / "universal").rglob("*.pt"))) > 70
-    convert_checkpoint(root / CASE.name, tmp_path / "direct", base_model=base())
-    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("model", "direct"))
-    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+        write_universal(checkpoint, tmp_path, jobs=3)
+    assert len(list(tmp_path.rglob("*.pt"))) > 70
+
+
+def test_a_checkpoint_without_all_moments_is_not_gone_on_from(source: Path, tmp_path: Path) -> None:
+    no_second_moments(source)
+    with pytest.raises(UserError, match="has no exp_avg_sq"):
+        write_universal(open_source(source), tmp_path, jobs=1)
 
 
 EXPERT = "model.layers.1.block_sparse_moe.experts.3.w1.weight"
@@ -483,11 +475,6 @@ def test_the_trainers_folder_is_a_checkpoint_and_not_a_model(source: Path, tmp_p
     trainer = Path(shutil.copytree(base(), tmp_path / "trainer"))
     shutil.move(source, trainer / "global_step1")
     (trainer / "latest").write_text("global_step1")
-    said = {"family": "olmoe", "decoder_layers": 1, "base": "0" * 64, "name": "global_step1"}  # of the model beside it
-    for target, place in (("hf", trainer), ("universal", trainer), ("universal", trainer / "global_step1")):
-        (place / "conversion.json").write_text(json.dumps({"source": said, "target": target, "tensors": {}}))
-        opened = open_source(trainer)
-        assert (opened.family, opened.decoder_layers, opened.base) == (None, None, None)
     found = inspect(trainer)
     assert (found.kind, found.facts["optimizer_states"]) == ("deepspeed", ["exp_avg", "exp_avg_sq"])
     report = convert_checkpoint(trainer, tmp_path / "model", dtype="fp32")
@@ -504,22 +491,13 @@ def run_tool(*arguments: object, **options: Any) -> subprocess.CompletedProcess[
     return subprocess.run(command, capture_output=True, text=True, **options)
 
 
-# id: (target, largest file in bytes, what does not fit)
-FULL = {
-    "weights": ("hf", 4096, "model.safetensors"),
-    "tokenizer": ("hf", 1 << 17, "tokenizer.json"),
-    "universal": ("universal", 512, ".pt"),
-    "universal, the tensors": ("universal", 3000, ".pt"),
-}
-
-
-@pytest.mark.parametrize(("to", "file_bytes", "named"), FULL.values(), ids=list(FULL))
-def test_no_space_left(source: Path, tmp_path: Path, to: str, file_bytes: int, named: str) -> None:
+@pytest.mark.parametrize(("file_bytes", "named"), [(4096, "model.safetensors"), (1 << 17, "tokenizer.json")])
+def test_no_space_left(source: Path, tmp_path: Path, file_bytes: int, named: str) -> None:
     """A limit on the size of files stands for a full disk (the same path in the code, and it needs no mount)."""
     shutil.copytree(base(), tmp_path / "base")
     (tmp_path / "base" / "tokenizer.json").write_bytes(bytes(1 << 18))
     with limit(resource.RLIMIT_FSIZE, file_bytes), pytest.raises(UserError, match=r"cannot hold the result") as raised:
-        convert_checkpoint(source, tmp_path / "model", base_model=tmp_path / "base", to=to)
+        convert_checkpoint(source, tmp_path / "model", base_model=tmp_path / "base")
     assert named in raised.value.where
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", source.name]
 

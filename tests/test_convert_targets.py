@@ -1,4 +1,4 @@
-"""The other directions: universal folders loaded by real DeepSpeed engines, and round trips."""
+"""Round trips of models, and the universal folders through which a job resumes on another shape."""
 
 from __future__ import annotations
 
@@ -9,21 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from distributed import run_as_main, run_distributed
+from distributed import run_as_main
 from test_convert_engines import (
     FAMILIES,
     Case,
     base_model,
     checkpoints,
-    engine_state,
-    make_engine,
-    train,
 )
 
-from trace_ds.conversion.convert import convert_checkpoint, verify_archives
-from trace_ds.errors import UserError
-from trace_ds.parallel.world import World
-from trace_ds.tensors.torch_archive import read_archive
+from trace_ds.conversion.convert import convert_checkpoint
+from trace_ds.tensors.opening import open_source
+from trace_ds.tensors.universal import write_universal
 
 TRAINED = Case("mixtral", 3, 2)
 
@@ -95,10 +91,9 @@ def test_reruns_and_jobs_give_the_same_bytes(tmp_path: Path) -> None:
     "case", [TRAINED, Case("mixtral", 1, 2), Case("deepseek_v3", 3, 2)], ids=lambda case: case.name
 )
 def test_universal_folder_equals_deepspeeds_own(tmp_path: Path, case: Case) -> None:
-    """Every state of every parameter is bit for bit what ds_to_universal writes, and both lead to the same model."""
-    root = checkpoints(2)
-    source, base = root / case.name, root / "base" / case.family
-    convert_checkpoint(source, tmp_path / "ours", to="universal", jobs=2)
+    """Every state of every parameter is bit for bit what ds_to_universal writes."""
+    source = checkpoints(2) / case.name
+    write_universal(open_source(source), tmp_path / "ours", jobs=2)
     theirs = tmp_path / "theirs" / "step_000001"
     words = ["--input_folder", source / "step_000001", "--output_folder", theirs]
     words += ["--num_extract_workers", 1, "--num_merge_workers", 1]
@@ -124,64 +119,3 @@ def test_universal_folder_equals_deepspeeds_own(tmp_path: Path, case: Case) -> N
             assert found["is_expert_param"] and found["ep_num_experts"] == expected["ep_num_experts"]
         compared += 1
     assert compared >= 3 * 20
-    for folder in (ours, theirs):
-        convert_checkpoint(folder, tmp_path / f"{folder.parent.name}_model", base_model=base)
-    convert_checkpoint(source, tmp_path / "direct", base_model=base)
-    assert same(weights(tmp_path / "ours_model"), weights(tmp_path / "direct"))
-    assert same(weights(tmp_path / "theirs_model"), weights(tmp_path / "direct"))
-
-
-def resume_universal(world: World, case: Case, source: str, out: str) -> None:
-    """Load a universal folder into an engine of this world, note its parameters, and train a step on."""
-    import deepspeed
-
-    engine = make_engine(case, {"checkpoint": {"load_universal": True}})
-    path, _ = engine.load_checkpoint(source)
-    assert path is not None
-    held = {}
-    for name, parameter in engine.module.named_parameters():
-        with deepspeed.zero.GatheredParameters([parameter], enabled=case.stage == 3):
-            held[name] = parameter.detach().clone()
-    buffers = {n: b.clone() for n, b in engine.module.named_buffers() if "e_score" in n}
-    train(engine, world.rank, 1)
-    torch.save({"held": held, "buffers": buffers}, f"{out}/truth_{world.rank}.pt")
-
-
-@pytest.mark.parametrize(
-    ("case", "world", "ep"),
-    [(TRAINED, 1, 1), (TRAINED, 4, 2), (Case("mixtral", 1, 2), 1, 1)],
-    ids=["zero3-world1-ep1", "zero3-world4-ep2", "zero1-world1-ep1"],
-)
-def test_deepspeed_resumes_from_the_universal_folder_on_another_world(
-    tmp_path: Path, case: Case, world: int, ep: int
-) -> None:
-    root = checkpoints(2)
-    convert_checkpoint(root / case.name, tmp_path / "universal", to="universal")
-    target = Case(case.family, case.stage, ep, case.dtype)
-    run_distributed(resume_universal, world, target, str(tmp_path / "universal"), str(tmp_path))
-    before = engine_state(root / case.name, case.ep, 2)
-    after = engine_state(tmp_path, ep, world)
-    assert before.keys() == after.keys()
-    for name, tensor in before.items():
-        assert torch.equal(after[name], tensor), name
-
-
-def test_a_model_without_optimizer_states_has_no_universal_folder(tmp_path: Path) -> None:
-    base_model("mixtral").save_pretrained(tmp_path / "base")
-    with pytest.raises(UserError, match="optimizer states"):
-        convert_checkpoint(tmp_path / "base", tmp_path / "universal", to="universal")
-    assert not (tmp_path / "universal").exists()
-
-
-def test_verify_reads_written_folders_back(tmp_path: Path) -> None:
-    source, base = checkpoints(2) / TRAINED.name, checkpoints(2) / "base" / "mixtral"
-    report = convert_checkpoint(source, tmp_path / "out", to="universal", base_model=base, verify=True)
-    assert report["verified"] and json.loads((tmp_path / "out" / "conversion.json").read_text()) == report
-    path = tmp_path / "out" / report["tensors"]["model.layers.1.mlp.experts.w2/exp_avg"]["file"]
-    data = bytearray(path.read_bytes())
-    data[read_archive(path)["param"].storage.offset_bytes] ^= 1
-    path.write_bytes(bytes(data))
-    with pytest.raises(UserError, match=path.name):
-        verify_archives(tmp_path / "out")
-    with pytest.raises(UserError, match=path.name):
-        convert_checkpoint(tmp_path / "out", tmp_path / "model", base_model=base, verify=True)

@@ -347,7 +347,7 @@ def test_drift_needs_the_data_of_this_tokenizer(case: Case, tmp_path: Path) -> N
     refused(case, case.config(), "trace-ds prepare")
     refused(case, case.config(drift=False, relearning={"steps": 1}), "trace-ds prepare")
     nothing_of_it = case.config(drift=False, expert_forcing=True)
-    write_json(case.run.model / "conversion.json", {"source": {}, "target": "hf", "tensors": {}})
+    write_json(case.run.model / "conversion.json", {"source": {}, "parameters": 1, "tensors": {}})
     check_early("evaluate", Request(nothing_of_it, case.run))
     evaluate(nothing_of_it, case.run)
     assert case.result("unlearned")["attacks"]["expert_forcing"]

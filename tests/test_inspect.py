@@ -201,32 +201,23 @@ def test_a_single_safetensors_file(tiny_model: Path, capsys: pytest.CaptureFixtu
     assert "lm_head.weight: F32 [300, 32]" in capsys.readouterr().out
 
 
-def test_what_deepspeed_and_the_conversion_wrote(tmp_path: Path) -> None:
-    """A checkpoint without our manifest and a universal folder: real ones."""
+def test_what_deepspeed_wrote(tmp_path: Path) -> None:
+    """A checkpoint without our manifest: a real one."""
     case = Case("mixtral", 3, 2)
     shutil.copytree(checkpoints(2) / case.name / "step_000001", tmp_path / "raw" / "global_step1")
     (tmp_path / "raw" / "latest").write_text("global_step1", encoding="utf-8")
-    base = checkpoints(2) / "base" / "mixtral"
-    convert_checkpoint(tmp_path / "raw", tmp_path / "universal", to="universal", base_model=base)
-    expected = {"step": 1, "world": 2, "ep": 2, "zero_stage": 3, "dtype": "bf16"}
-    for folder, step, kind in (("raw", "global_step1", "deepspeed"), ("universal", "global_step1", "universal")):
-        for path in (tmp_path / folder, tmp_path / folder / step):
-            found = inspect(path, verify=True)
-            assert found.kind == kind and not found.problems
-            assert {key: found.facts[key] for key in expected} == expected
-            assert found.facts["optimizer_states"] == ["exp_avg", "exp_avg_sq"]
-            assert found.facts["family"] == {"raw": None, "universal": "mixtral"}[folder]  # raw: no file says it
-    for name in ("zero/optimizer_state.pt", "zero/lm_head.weight/exp_avg.pt"):
-        file = tmp_path / "universal" / "global_step1" / name
-        whole = file.read_bytes()
-        offset = tensors_of(read_archive(file))[0].storage.offset_bytes
-        file.write_bytes(whole[:offset] + bytes([whole[offset] ^ 1]) + whole[offset + 1 :])
-        assert not inspect(tmp_path / "universal").problems
-        assert name in inspect(tmp_path / "universal", verify=True).problems[0]
-        file.write_bytes(whole)
-    (tmp_path / "universal" / "global_step1").rename(tmp_path / "step_000001")  # a name that our own steps have
-    assert inspect(tmp_path / "step_000001").kind == "universal"
+    expected = {"step": 1, "world": 2, "ep": 2, "zero_stage": 3, "dtype": "bf16", "family": None}
+    for path in (tmp_path / "raw", tmp_path / "raw" / "global_step1"):
+        found = inspect(path, verify=True)
+        assert found.kind == "deepspeed" and not found.problems
+        assert {key: found.facts[key] for key in expected} == expected
+        assert found.facts["optimizer_states"] == ["exp_avg", "exp_avg_sq"]
     optimizer = next((tmp_path / "raw").rglob("*_rank_1_*_optim_states.pt"))
+    whole = optimizer.read_bytes()
+    offset = max(tensors_of(read_archive(optimizer)), key=lambda held: held.numel()).storage.offset_bytes
+    optimizer.write_bytes(whole[:offset] + bytes([whole[offset] ^ 1]) + whole[offset + 1 :])
+    assert not inspect(tmp_path / "raw").problems
+    assert optimizer.name in inspect(tmp_path / "raw", verify=True).problems[0]
     optimizer.unlink()
     assert optimizer.name in inspect(tmp_path / "raw").problems[0] and inspect_path(tmp_path / "raw", json=False) == 1
 

@@ -133,8 +133,7 @@ def test_the_rest_comes_from_the_base_model_or_is_asked_for(calibrated: tuple[Pa
     step, base = step_of(run, 1), config.parent / "model"
     assert inspect(step).facts["layers"].startswith("the first 2, without norm and LM head")
     expected = weights_of(run, 1, tmp_path / "expected")
-    convert_checkpoint(step, tmp_path / "folder", to="universal")
-    report = convert_checkpoint(tmp_path / "folder", tmp_path / "model", base_model=base, verify=True)
+    report = convert_checkpoint(step, tmp_path / "model", base_model=base, verify=True)
     assert any(note.startswith("the checkpoint holds the first 2 decoder layers: ") for note in report["notes"])
     found = load_file(tmp_path / "model" / "model.safetensors")
     assert found.keys() == expected.keys() and all(np.array_equal(found[n], v) for n, v in expected.items())
@@ -142,13 +141,9 @@ def test_the_rest_comes_from_the_base_model_or_is_asked_for(calibrated: tuple[Pa
     other, bare = tmp_path / "other", tmp_path / "bare"
     tiny.make_model(other, layers=LAYERS, seed=1)
     shutil.copytree(base, bare, ignore=shutil.ignore_patterns("*.safetensors"))
-    for source in (step, tmp_path / "folder"):
-        for place, words in (
-            (other, "another model than the job started from"),
-            (bare, "the directory has no weights"),
-        ):
-            with pytest.raises(UserError, match=rf"holds the first 2 decoder layers.*{words}.*--base-model"):
-                convert_checkpoint(source, tmp_path / "refused", base_model=place)
+    for place, words in ((other, "another model than the job started from"), (bare, "the directory has no weights")):
+        with pytest.raises(UserError, match=rf"holds the first 2 decoder layers.*{words}.*--base-model"):
+            convert_checkpoint(step, tmp_path / "refused", base_model=place)
     assert not (tmp_path / "refused").exists()
 
 

@@ -74,7 +74,7 @@ def make_run(project: Path) -> Path:
                 write(folder / place / "values.npy", "ours")
                 artefact.describe(folder / place, kind, {}, {}, {})
         write(folder / "model" / "config.json", "{}")
-        write(folder / "model" / "conversion.json", json.dumps({"source": {}, "target": "hf", "tensors": {}}))
+        write(folder / "model" / "conversion.json", json.dumps({"source": {}, "parameters": 1, "tensors": {}}))
         write(folder / "evaluation" / "original.json", json.dumps({"identity": "x", "scores": []}))
         write(folder / "logs" / "unlearn.jsonl", '{"event": "line", "time_s": 1.0, "text": "x"}\n{"torn')
         shards = folder / "checkpoints" / step_name(2)

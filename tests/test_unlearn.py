@@ -26,7 +26,6 @@ from safetensors.numpy import load_file
 from trace_ds.checkpoints.commit import leave_script
 from trace_ds.checkpoints.manifest import Manifest, complete_steps, newest_complete, read_manifest
 from trace_ds.config.load import load_config
-from trace_ds.conversion.convert import convert_checkpoint
 from trace_ds.errors import UserError
 from trace_ds.models.engine_config import parameter_offload, user_ds_config
 from trace_ds.run.directory import MADE_IN, RunDirectory
@@ -34,6 +33,8 @@ from trace_ds.run.files import remove_leftovers
 from trace_ds.stages.calibrate import calibrate
 from trace_ds.stages.convert import checkpoint_to_directory
 from trace_ds.stages.unlearn import check_unlearn
+from trace_ds.tensors.opening import open_source
+from trace_ds.tensors.universal import write_universal
 from trace_ds.unlearning.trainer import finite_state
 
 # AdamW with a large eps moves each weight nearly in proportion to its gradient, so equal weights mean equal gradients;
@@ -442,7 +443,7 @@ def test_deepspeeds_own_tools_read_our_checkpoints(stage: int, calibrated: tuple
         name: value for path in (tmp_path / "fp32").glob("*.safetensors") for name, value in load_tensors(path).items()
     }
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
-    convert_checkpoint(step, tmp_path / "ours", to="universal")
+    write_universal(open_source(step), tmp_path / "ours", jobs=1)
     states = sorted((tmp_path / "ours" / step.name / "zero").glob("*/*.pt"))
     assert len(states) > 3 * 20
     for path in states:

@@ -9,7 +9,6 @@ A Mixtral-shaped model (random weights, bf16) makes one real step under ZeRO-3 w
 the given number of layers and once with half of them. Then, each in a fresh process, one at a time:
 
 * ours: checkpoint → Hugging Face hub layout, fp32 masters cast to bf16, every tensor hashed (``--jobs 2``);
-* ours, universal: the same checkpoint → universal folder, the very product of DeepSpeed's converter;
 * DeepSpeed: ``python -m deepspeed.checkpoint.ds_to_universal`` with its default workers;
 * copy: read as many bytes as ours reads and write as many as it writes, in blocks, and fsync.
 
@@ -155,17 +154,16 @@ def measure(command: list[str]) -> dict[str, float]:
     return {"time_s": elapsed_s, "peak_bytes": peak, **(json.loads(said[-1]) if said else {})}
 
 
-def convert_worker(source: str, destination: str, base_model: str, to: str, jobs: int) -> None:
+def convert_worker(source: str, destination: str, base_model: str, jobs: int) -> None:
     """What a measured process of ours does: the conversion, timed from inside as well."""
     from trace_ds.conversion.convert import convert_checkpoint
     from trace_ds.tensors.layouts import read_layout
 
     read_layout(Path(base_model))  # makes transformers import what it needs: start-up, not conversion
     begin, cpu = time.perf_counter(), time.process_time()
-    report = convert_checkpoint(Path(source), Path(destination), base_model=Path(base_model), jobs=jobs, to=to)
+    report = convert_checkpoint(Path(source), Path(destination), base_model=Path(base_model), jobs=jobs)
     facts = {"inside_s": time.perf_counter() - begin, "cpu_s": time.process_time() - cpu}
-    read_bytes = report["bytes"] if to == "universal" else report["parameters"] * 4
-    facts |= {"written_bytes": report["bytes"], "read_bytes": read_bytes}
+    facts |= {"written_bytes": report["bytes"], "read_bytes": report["parameters"] * 4}
     print(json.dumps(facts | {"rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
 
 
@@ -202,8 +200,8 @@ def fresh(path: Path) -> str:
 
 
 def bench(layers: int, repeats: int, jobs: int, work: Path) -> dict[str, Any]:
-    def ours(model: Path, to: str = "hf") -> dict[str, float]:
-        arguments = [str(model / "checkpoint" / "step_000001"), fresh(work / "out"), str(model / "base"), to, str(jobs)]
+    def ours(model: Path) -> dict[str, float]:
+        arguments = [str(model / "checkpoint" / "step_000001"), fresh(work / "out"), str(model / "base"), str(jobs)]
         return measure([sys.executable, __file__, "--worker", "convert", *arguments])
 
     half = build(layers // 2, work / "half")
@@ -218,8 +216,6 @@ def bench(layers: int, repeats: int, jobs: int, work: Path) -> dict[str, Any]:
         copies.append(measure([sys.executable, __file__, "--worker", "copy", str(step), fresh(work / "copy"), *sizes]))
     hub, copy = best(hubs), best(copies)
     fresh(work / "copy")
-    universal = ours(model, "universal")
-    fresh(work / "out")
     theirs = measure([sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--input_folder", str(step),
                       "--output_folder", str(work / "theirs" / "step_000001")])  # fmt: skip
     return {
@@ -228,14 +224,12 @@ def bench(layers: int, repeats: int, jobs: int, work: Path) -> dict[str, Any]:
         "memory_growth_on_doubling": hub["rss_bytes"] / small["rss_bytes"] - 1,
         "time_ratio_vs_copy": vs_copy("inside_s", hubs, copies),
         "cpu_ratio_vs_copy": vs_copy("cpu_s", hubs, copies),
-        "universal_time_ratio_vs_universal": universal["time_s"] / theirs["time_s"],
-        "universal_memory_ratio_vs_universal": universal["peak_bytes"] / theirs["peak_bytes"],
         "start_up_s": hub["time_s"] - hub["inside_s"],
         "checkpoint_bytes": sum(path.stat().st_size for path in step.iterdir()),
         "layers": layers,
         "jobs": jobs,
         "cpus": os.cpu_count(),
-        "runs": {"ours": hub, "ours_half": small, "ours_universal": universal, "deepspeed": theirs, "copy": copy},
+        "runs": {"ours": hub, "ours_half": small, "deepspeed": theirs, "copy": copy},
     }
 
 
@@ -281,7 +275,7 @@ def main() -> int:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--worker"] and sys.argv[2] == "convert":
-        convert_worker(sys.argv[3], sys.argv[4], sys.argv[5], sys.argv[6], int(sys.argv[7]))
+        convert_worker(sys.argv[3], sys.argv[4], sys.argv[5], int(sys.argv[6]))
     elif sys.argv[1:2] == ["--worker"]:
         copy_worker(sys.argv[3], sys.argv[4], int(sys.argv[5]), int(sys.argv[6]))
     else:

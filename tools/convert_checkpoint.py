@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Convert a sharded checkpoint to a Hugging Face model, or a model to a checkpoint, on any machine.
+"""Convert a sharded checkpoint to a Hugging Face model, on any machine.
 
     python tools/convert_checkpoint.py runs/wmdp/checkpoints/step_000100 model --base-model /models/Mixtral-8x7B-v0.1
     python tools/convert_checkpoint.py runs/wmdp/checkpoints model --tag step_000050 --jobs 4 --verify
@@ -31,13 +31,10 @@ def place(text: str) -> Path:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        description="Convert a sharded checkpoint to a Hugging Face model, or back: streamed, exact, verified."
+        description="Convert a sharded checkpoint to a Hugging Face model: streamed, exact, verified."
     )
-    parser.add_argument(
-        "source", type=place, help="DeepSpeed checkpoint (any ZeRO stage, universal) or model directory"
-    )
+    parser.add_argument("source", type=place, help="DeepSpeed checkpoint (any ZeRO stage) or model directory")
     parser.add_argument("destination", type=place, help="new directory")
-    parser.add_argument("--to", default="hf", help="hf (default) or universal")
     parser.add_argument("--tag", help="step below SOURCE (default: what `latest` says)")
     parser.add_argument("--dtype", default="same", help="bf16, fp16, fp32 or same (default)")
     parser.add_argument("--max-shard-size", default="5GB", help="largest safetensors file (default 5GB)")

@@ -251,7 +251,6 @@ def convert(
     ],
     run_dir: RunDirOption = None,
     set_: SetOption = None,
-    to: Annotated[Optional[str], typer.Option(help="hf (default) or universal.")] = None,  # noqa: UP045
     tag: Annotated[Optional[str], typer.Option(help="Step below SOURCE; default: what `latest` says.")] = None,  # noqa: UP045
     dtype: Annotated[Optional[str], typer.Option(help="bf16, fp16, fp32 or same (default).")] = None,  # noqa: UP045
     max_shard_size: Annotated[Optional[str], typer.Option(help="Largest file; default 5GB.")] = None,  # noqa: UP045
@@ -271,7 +270,7 @@ def convert(
         except ValueError as error:
             raise UserError(f"{tag!r} is no step ({error})", "--tag", "name a folder in SOURCE") from None
     of_run = {"--run-dir": run_dir, "--set": set_, "--variant": variant}
-    options: dict[str, object] = {"to": to, "tag": tag, "dtype": dtype, "max_shard_size": max_shard_size, "jobs": jobs}
+    options: dict[str, object] = {"tag": tag, "dtype": dtype, "max_shard_size": max_shard_size, "jobs": jobs}
     options |= {"base_model": base_model, "verify": verify or None}
     given = {name: value for name, value in options.items() if value is not None}
     from trace_ds.config.compose import is_config

@@ -64,7 +64,7 @@ def load_reshaped(
     def convert() -> None:
         checkpoint = renamed(open_source(checkpoints / step_name(manifest.step)), base_model, autoep=autoep)
         folder.mkdir(exist_ok=True)
-        write_universal(checkpoint, folder, jobs=THREADS, progress=None, part=world.rank, parts=world.size)
+        write_universal(checkpoint, folder, jobs=THREADS, part=world.rank, parts=world.size)
 
     try:
         world.agree_all(convert)

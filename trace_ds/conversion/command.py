@@ -26,7 +26,7 @@ def convert_command(source: Path, destination: Path, *, dry_run: bool = False, *
         facts = preview(source, destination, **options)
         for note in facts["notes"]:
             print(f"note: {note}")
-        print(f"would write {destination}: {facts['parameters']:,} parameters as {facts['target']}, "
+        print(f"would write {destination}: {facts['parameters']:,} parameters, "
               f"{size(facts['bytes'])}, from {origin(facts['source'])}")  # fmt: skip
         return 0
     log = StageLog("convert", None, None)

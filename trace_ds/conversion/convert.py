@@ -52,9 +52,7 @@ from trace_ds.tensors.opening import ANOTHER, REPORT, family_of, open_huggingfac
 from trace_ds.tensors.runs import TensorSource, from_lazy
 from trace_ds.tensors.stream import CopyTask, Progress, naming_full_disk, read_back, run_tasks
 from trace_ds.tensors.torch_archive import read_archive, reading, tensors_of
-from trace_ds.tensors.universal import check_optimizer_states, write_universal
 
-TARGETS = ("hf", "universal")
 FORMAT = 1
 DTYPE_WORDS = {
     **{word: word for word in (*WORDS, "same")},
@@ -86,7 +84,6 @@ class Options:
     """What is asked of a conversion.
 
     Attributes:
-        to: hf (hub layout) or universal (a DeepSpeed folder that any number of ranks can resume from).
         tag: name of the step below the source; default: what ``latest`` says.
         dtype: bf16, fp16, fp32, or same (the type that the engine trained in; of a Hugging Face source, each tensor's).
         max_shard_size: largest safetensors file, like "5GB".
@@ -96,7 +93,6 @@ class Options:
         overwrite: replace what is at the destination (it stays until the new directory is complete).
     """
 
-    to: str = "hf"
     tag: str | None = None
     dtype: str = "same"
     max_shard_size: str = "5GB"
@@ -117,7 +113,7 @@ def convert_checkpoint(
     """Convert ``source`` to a new directory ``destination``.
 
     Args:
-        source: a DeepSpeed checkpoint (ZeRO 0-3, AutoEP or not, universal), the directory above it, or a Hugging Face
+        source: a DeepSpeed checkpoint (ZeRO 0-3, AutoEP or not), the directory above it, or a Hugging Face
             model directory; recognised, not declared.
         destination: must not exist or be empty; it appears complete or not at all.
         verify: read the source's files against its manifest and the result against the checksums of what was written.
@@ -140,34 +136,25 @@ def convert_checkpoint(
         verify_source(checkpoint, asked.jobs)
     remove_abandoned(destination)
     with _new_directory(destination, asked.overwrite) as work:
-        report = {"format": FORMAT, "source": source_facts(checkpoint), "target": asked.to}
-        if plan is None:
-            report |= write_universal(checkpoint, work, jobs=asked.jobs, progress=progress)
-        else:
-            report["max_shard_size"] = asked.max_shard_size
-            tasks = lay_out(plan, work, asked.max_shard_size)
-            report |= run_tasks(tasks, work, asked.jobs, progress)
-            report |= {"dtype": plan.dtype, "parameters": sum(task.source.numel for task in tasks), "notes": plan.notes}
-            write_text(work / "README.md", card_of_conversion(destination.name, plan.base_model, report, card or {}))
+        report = {"format": FORMAT, "source": source_facts(checkpoint), "max_shard_size": asked.max_shard_size}
+        tasks = lay_out(plan, work, asked.max_shard_size)
+        report |= run_tasks(tasks, work, asked.jobs, progress)
+        report |= {"dtype": plan.dtype, "parameters": sum(task.source.numel for task in tasks), "notes": plan.notes}
+        write_text(work / "README.md", card_of_conversion(destination.name, plan.base_model, report, card or {}))
         write_json(work / REPORT, report)
         if verify:
-            if plan is None:
-                verify_archives(work, asked.jobs)
-            else:
-                verify_huggingface(work, asked.jobs)
+            verify_huggingface(work, asked.jobs)
             report["verified"] = True
             write_json(work / REPORT, report)
     return report
 
 
-def check_conversion(source: Path, destination: Path, asked: Options) -> tuple[Checkpoint, Plan | None]:
-    """Everything that can be found wrong before a weight is read; writes nothing. The plan is None for universal.
+def check_conversion(source: Path, destination: Path, asked: Options) -> tuple[Checkpoint, Plan]:
+    """Everything that can be found wrong before a weight is read; writes nothing.
 
     Errors are those of :func:`convert_checkpoint`.
     """
-    to, dtype, jobs, base_model = asked.to, asked.dtype, asked.jobs, asked.base_model
-    if to not in TARGETS:
-        raise UserError(f"there is no target {to!r}", "--to", f"use one of {', '.join(TARGETS)}")
+    dtype, jobs, base_model = asked.dtype, asked.jobs, asked.base_model
     if DTYPE_WORDS.get(dtype) is None:
         raise UserError(f"there is no type {dtype!r}", "--dtype", "use bf16, fp16, fp32 or same")
     if jobs < 1:
@@ -177,30 +164,19 @@ def check_conversion(source: Path, destination: Path, asked: Options) -> tuple[C
     checkpoint = open_source(Path(source), asked.tag)
     read = {"SOURCE": checkpoint.path} | ({"--base-model": base_model} if base_model is not None else {})
     require_apart([destination], read)
-    if to == "universal":
-        check_optimizer_states(checkpoint)
-        if base_model is not None:
-            checkpoint.family = checkpoint.family or family_of(base_model)
-        return checkpoint, None
     return checkpoint, make_plan(checkpoint, DTYPE_WORDS[dtype], base_model)
 
 
 def preview(source: Path, destination: Path, *, verify: bool = False, **options: Any) -> dict[str, Any]:
-    """What :func:`convert_checkpoint` would write, from metadata alone: source, target, parameters, bytes, notes.
+    """What :func:`convert_checkpoint` would write, from metadata alone: source, parameters, bytes, notes.
 
     Arguments and errors are those of :func:`convert_checkpoint`; ``verify`` changes nothing here.
     """
     asked = Options(**options)
     checkpoint, plan = check_conversion(source, Path(os.path.realpath(destination)), asked)
-    if plan is None:  # weights and two moments, each in fp32
-        parameters = sum(checkpoint.tensors[name].numel for name in checkpoint.trained)
-        size, notes = parameters * 3 * 4, checkpoint.notes
-    else:
-        parameters = sum(source.numel for source in plan.fused.values())
-        size = sum(source.numel * plan.dtype_of(name, source).itemsize for name, source in plan.fused.items())
-        notes = plan.notes
-    facts = {"source": source_facts(checkpoint), "target": asked.to, "notes": notes}
-    return {**facts, "parameters": parameters, "bytes": size}
+    parameters = sum(source.numel for source in plan.fused.values())
+    size = sum(source.numel * plan.dtype_of(name, source).itemsize for name, source in plan.fused.items())
+    return {"source": source_facts(checkpoint), "notes": plan.notes, "parameters": parameters, "bytes": size}
 
 
 def check_destination(destination: Path, overwrite: bool) -> None:
@@ -382,30 +358,18 @@ def verify_huggingface(directory: Path, jobs: int = 1) -> None:
 
 
 def verify_archives(directory: Path, jobs: int = 1) -> None:
-    """Open a DeepSpeed folder, and read every tensor of every file in it against the file's own checksums; of a folder
-    that the conversion wrote against the SHA-256 in its report.
+    """Open a DeepSpeed folder, and read every tensor of every file in it against the file's own checksums.
 
     Raises:
         UserError: it is not whole, or a file was altered after it was written.
     """
-    checkpoint = open_source(directory)
-    root, expected = checkpoint.path.parent, {}
-    if (root / REPORT).is_file():
-        report = read_json_object(root / REPORT, "the report of the conversion")
-        with reading(root / REPORT):
-            expected = {root / entry["file"]: entry["sha256"] for entry in report["tensors"].values()}
-    files = [path for path in sorted(checkpoint.path.rglob("*.pt")) if path.is_file()]
-    held = [(path, tensor) for path in files for tensor in tensors_of(read_archive(path)) if tensor.numel()]
-    read = read_back([from_lazy(tensor.storage.record, tensor) for _, tensor in held], jobs)
-    for (path, _), facts in zip(held, read, strict=True):
-        if expected.get(path, facts["sha256"]) != facts["sha256"]:
-            raise UserError("the file was altered after it was written (SHA-256 differs)", str(path), "convert again")
+    files = [path for path in sorted(open_source(directory).path.rglob("*.pt")) if path.is_file()]
+    held = [tensor for path in files for tensor in tensors_of(read_archive(path)) if tensor.numel()]
+    read_back([from_lazy(tensor.storage.record, tensor) for tensor in held], jobs)
 
 
 def verify_source(checkpoint: Checkpoint, jobs: int) -> None:
     """Compare all of the source's files with its manifest, or what a conversion wrote with its report."""
     require_files(checkpoint.path, (checkpoint.manifest or {}).get("files", {}), ANOTHER, hashes=True)
-    if checkpoint.kind == "universal":
-        verify_archives(checkpoint.path, jobs)
     if checkpoint.kind == "huggingface" and (checkpoint.path / REPORT).is_file():
         verify_huggingface(checkpoint.path, jobs)

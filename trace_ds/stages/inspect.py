@@ -1,9 +1,9 @@
 """``trace-ds inspect PATH``: what is this, and is it whole?
 
 Knows artefacts, run directories, checkpoint steps and the folder of them, Hugging Face model directories, DeepSpeed's
-own checkpoint folders and universal ones (or the folder whose ``latest`` or ``latest_universal`` names one), and single
-safetensors files. Only headers and descriptions are read; with ``--verify`` everything, compared with the manifest, the
-report of the conversion, or the files' own checksums. Nothing is unpickled, nothing is written.
+own checkpoint folders (or the folder whose ``latest`` names one), and single safetensors files. Only headers and
+descriptions are read; with ``--verify`` everything, compared with the manifest, the report of the conversion, or the
+files' own checksums. Nothing is written.
 
 Exit status 0 when it is whole, 1 when something is missing, damaged or stale, 2 when the path is none of these.
 """
@@ -37,7 +37,6 @@ from trace_ds.terminal import size, wide_console
 
 EXIT_DAMAGED = 1
 SIDES = ("forget", "retain")
-UNIVERSAL_FOLDER = "zero"
 SUPPORTED = "an artefact, a run directory, checkpoints, a model directory or a safetensors file"
 
 
@@ -46,7 +45,7 @@ class Finding:
     """What a path is.
 
     Attributes:
-        kind: artefact, checkpoint, checkpoints, run, model, deepspeed, universal or safetensors.
+        kind: artefact, checkpoint, checkpoints, run, model, deepspeed or safetensors.
         facts: what it holds, by name, in the order shown.
         problems: one line for everything missing, damaged or stale; empty: it is whole.
         parts: run directories and checkpoint folders: what they are made of (name, state, detail).
@@ -88,14 +87,12 @@ def inspect(path: Path, *, verify: bool = False) -> Finding:
 
 def _is_unfinished_step(path: Path) -> bool:
     name = re.split(r"\.(?:tmp|unreadable)-", path.name)[0]
-    others = (path / UNIVERSAL_FOLDER).is_dir() or (path / CONFIG_NAME).is_file()
-    return STEP.fullmatch(name) is not None and not others
+    return STEP.fullmatch(name) is not None and not (path / CONFIG_NAME).is_file()
 
 
 def _is_checkpoints(path: Path) -> bool:
-    """A folder of our steps; a universal folder may hold one of that name."""
-    others = (path / CONFIG_NAME, path / "latest_universal")
-    return not any(other.is_file() for other in others) and any(
+    """A folder of our steps."""
+    return not (path / CONFIG_NAME).is_file() and any(
         STEP.fullmatch(child.name) and child.is_dir() and not (child / CONFIG_NAME).is_file()
         for child in path.iterdir()
     )
@@ -242,15 +239,14 @@ def _source(path: Path, verify: bool) -> Finding:
         return _checkpoint(path, verify)
     if (path / CONFIG_NAME).is_file():
         return _model(path, verify)
-    kind = "universal" if (path / UNIVERSAL_FOLDER).is_dir() else "deepspeed"
     size = _bytes_of(file for file in path.rglob("*.pt") if file.is_file())
     try:
         facts = open_source(path).summary()
         if verify:
             verify_archives(path)
     except UserError as error:
-        return Finding(path, kind, {"bytes": size}, [error.line()])
-    return Finding(path, kind, {**facts, "format": facts["kind"], "kind": None, "bytes": size})
+        return Finding(path, "deepspeed", {"bytes": size}, [error.line()])
+    return Finding(path, "deepspeed", {**facts, "format": facts["kind"], "kind": None, "bytes": size})
 
 
 def _safetensors(path: Path) -> Finding:

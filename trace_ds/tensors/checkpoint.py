@@ -22,7 +22,7 @@ class Checkpoint:
 
     Attributes:
         path: its directory.
-        kind: zero3, zero12, expert_parallel, universal or huggingface.
+        kind: zero3, zero12, expert_parallel or huggingface.
         tensors: parameters and persistent buffers in the best precision there is (fp32 masters if any), whole: all
             partitions and all experts joined. Names are the engine's (AutoEP's ``mlp.experts.w1``), or those on disk
             for a Hugging Face directory.

@@ -1,7 +1,7 @@
 """Recognise a checkpoint or a model on disk and open it; only metadata is read.
 
-:func:`open_source` takes a DeepSpeed checkpoint of ZeRO stage 3, 2, 1 or 0 with or without AutoEP, a DeepSpeed
-universal folder, or a Hugging Face directory.
+:func:`open_source` takes a DeepSpeed checkpoint of ZeRO stage 3, 2, 1 or 0 with or without AutoEP, or a
+Hugging Face directory.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from trace_ds.tensors.model_files import COPY_AGAIN, read_model_directory
 from trace_ds.tensors.model_kinds import refuse_other_kinds
 from trace_ds.tensors.runs import Run, TensorSource
 from trace_ds.tensors.torch_archive import Storage
-from trace_ds.tensors.universal import open_universal
 
 REPORT = "conversion.json"
 ANOTHER = "convert another step"
@@ -45,9 +44,8 @@ def locate(path: Path, tag: str | None) -> Path:
         raise UserError(f"there is no checkpoint {tag!r} here", str(path), f"use one of {_tags(roots)}")
     if _holds_checkpoint(path):
         return path
-    for latest in (root / name for root in roots for name in ("latest", "latest_universal")):
-        root = latest.parent
-        if latest.is_file():
+    for root in roots:
+        if (latest := root / "latest").is_file():
             found = named_by(root, latest.name)
             if found is not None:
                 return found
@@ -102,7 +100,8 @@ def open_source(path: Path, tag: str | None = None) -> Checkpoint:
     if (directory / "config.json").is_file() and not any(directory.glob("*_model_states.pt")):
         checkpoint = open_huggingface(directory)
     elif (directory / "zero").is_dir():
-        checkpoint = open_universal(directory)
+        what = "a DeepSpeed universal folder, which is for DeepSpeed's own loading"
+        raise UserError(what, str(directory), "convert the checkpoint that it was made from")
     else:
         checkpoint = open_deepspeed(directory)
     checkpoint.manifest = manifest
@@ -153,29 +152,20 @@ def open_model(directory: Path, layout: ModelLayout) -> dict[str, TensorSource]:
 
 
 def _take_what_is_said(checkpoint: Checkpoint, directory: Path) -> None:
-    """Family and, of a job's state, what part of which model it holds: from the manifest, or, where a conversion made
-    this universal folder, from its report (other reports are of other files)."""
+    """Family and, of a job's state, what part of which model it holds, from the manifest."""
     manifest = checkpoint.manifest or {}
-    report = _told(directory.parent / REPORT)
-    source = report.get("source") if checkpoint.kind == report.get("target") == "universal" else None
-    told = source if isinstance(source, dict) and source.get("name") == directory.name else {}
-    said = (manifest.get("family"), family_of(directory), told.get("family"))
+    said = (manifest.get("family"), family_of(directory))
     checkpoint.family = next((family for family in said if isinstance(family, str) and family), None)
     if checkpoint.kind != "huggingface":
-        held = manifest.get("layers") or told.get("decoder_layers")
+        held = manifest.get("layers")
         checkpoint.decoder_layers = held if type(held) is int and held > 0 else None
-        checkpoint.base = (manifest.get("model") or {}).get("fingerprint") or told.get("base")
+        checkpoint.base = (manifest.get("model") or {}).get("fingerprint")
 
 
 def family_of(directory: Path) -> str | None:
     """``model_type`` of a Hugging Face directory's configuration."""
-    family = _told(directory / "config.json").get("model_type")
-    return family if isinstance(family, str) else None
-
-
-def _told(path: Path) -> dict[str, Any]:
-    """A JSON object, or nothing: what it says is only shown."""
     try:
-        return read_object(path, "", "")
-    except UserError:
-        return {}
+        family = read_object(directory / "config.json", "", "").get("model_type")
+    except UserError:  # what it says is only shown
+        return None
+    return family if isinstance(family, str) else None
