@@ -287,7 +287,7 @@ def evaluation_peak_bytes(job: PlannedJob, ep: int, zero_stage: int) -> float:
     """
     elements, gathered = memory.rank_parameters(job.a, ep), 0.0
     if zero_stage == 3:
-        elements, gathered = count_parameters(job.a).total / job.spec.world, memory.largest_layer(job.a, ep)
+        elements, gathered = count_parameters(job.a).total / job.spec.world, 2 * memory.largest_layer(job.a, ep)
     states = 8 if (ep > 1 or zero_stage == 3) and job.config.model.dtype == "bf16" else 4
     return (elements * (states if job.config.evaluation.relearning is not None else 1) + gathered) * job.b
 
