@@ -21,7 +21,9 @@ function drawCurves() {
   const frontier = along("forget", "utility").map((entry) => ({ ...entry, label: `${titleOf(entry.name)}, step ${arms.get(entry.name).at(-1).step}` }));
   if (known(gold)) frontier.push({ name: "gold", label: "gold: never saw it", dots: true, points: [[gold.forget, gold.utility, tell("gold model (never saw the forget set)", gold)]] });
   if (known(start)) frontier.push({ name: "original", dots: true, points: [[start.forget, start.utility, tell("original model", start)]] });
-  const near = rows.filter((row) => row.step > 0 && known(row));
+  // The last third of the way to the target, and what lies beyond.
+  const most = target && known(start) ? target.at + (start.forget - target.at) / 3 : Infinity;
+  const near = rows.filter((row) => row.step > 0 && known(row) && row.forget <= most);
   const zoom = near.length > arms.size && [near.map((r) => r.forget).concat(known(gold) ? gold.forget : [], target ? target.at : []), near.map((r) => r.utility).concat(known(gold) ? gold.utility : [])];
   const chart = { series: frontier, x: "forget score (lower → more forgotten)", y: "utility", reverseX: true, vline: target, padX: 0.06, endLabels: arms.size < 5, alwaysLegend: true };
   lineChart(wide, { ...chart, title: zoom ? "Where it happens" : "Utility against forgetting", note: `further right: more forgotten; higher: more kept${target ? `; dashed: ${target.origin}` : ""}`, domain: zoom || null, height: 440 });
