@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from trace_ds.errors import UserError
-from trace_ds.run.files import canonical_json, require_files, sha256_file, sha256_text, write_json
-from trace_ds.run.foreign import file_entries, read_object, text_values, typed
+from trace_ds.run.files import canonical_json, once_a_process, require_files, sha256_file, sha256_text, write_json
+from trace_ds.run.foreign import file_entries, read_object, reading, text_values, typed
 
 FILE_NAME = "artefact.json"
 FORMAT = 1
@@ -132,23 +132,25 @@ def load(directory: Path, kind: str, *, verify: bool = True) -> Artefact:
     description, fix = directory / FILE_NAME, fix_of(kind)
     if not description.is_file():
         raise UserError(f"there is no {kind} artefact here", str(directory), fix)
-    raw = read_object(description, "the description of the artefact", fix)
-    try:
+    artefact = _read(description)
+    if artefact.kind != kind:
+        raise UserError(f"this is a {artefact.kind} artefact where a {kind} artefact is needed", str(directory), fix)
+    require_files(directory, artefact.files, fix, hashes=verify)
+    return artefact
+
+
+@once_a_process
+def _read(description: Path) -> Artefact:
+    fix = fix_of(next((folder.name for folder in description.parents[:2] if folder.name in MADE_BY), ""))
+    raw = {"summary": {}, **read_object(description, "the description of the artefact", fix)}
+    with reading(description, "the description of the artefact", fix):
         kinds = {"kind": str, "identity": str, "content": str, **dict.fromkeys(("inputs", "settings", "files"), dict)}
-        raw = {"summary": {}, **raw}
         typed(raw, kinds | {"summary": dict})
         text_values(raw, "inputs")
         files = file_entries(raw["files"])
-        artefact = Artefact(raw["kind"], raw["inputs"], raw["settings"], files, raw["summary"], directory)
-        recorded = raw["identity"], raw["content"]
-        made = artefact.identity, artefact.content
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"the description of the artefact is damaged ({error})", str(description), fix) from None
-    if artefact.kind != kind:
-        raise UserError(f"this is a {artefact.kind} artefact where a {kind} artefact is needed", str(directory), fix)
-    if recorded != made:
-        raise UserError("the description of the artefact was altered after it was written", str(description), fix)
-    require_files(directory, artefact.files, fix, hashes=verify)
+        artefact = Artefact(raw["kind"], raw["inputs"], raw["settings"], files, raw["summary"], description.parent)
+        if (raw["identity"], raw["content"]) != (artefact.identity, artefact.content):
+            raise UserError("the description of the artefact was altered after it was written", str(description), fix)
     return artefact
 
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import hashlib
 import json
 import os
 import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from trace_ds.errors import UserError
 from trace_ds.run.foreign import open_regular
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 HASH_BLOCK_BYTES = 1 << 22
 CLOCK_TICK_S = 0.02  # file times are as coarse as the kernel's timer, 1 to 10 ms
-_hashes: dict[tuple[int, ...], str] = {}  # of the files that this process has read, by device, inode, size and times
+T = TypeVar("T")
 
 
 def canonical_json(value: Any) -> str:
@@ -35,20 +36,38 @@ def sha256_text(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def once_a_process(read: Callable[[Path], T]) -> Callable[[Path], T]:
+    """Remember what ``read`` makes of a file as long as it is the same file, by device, inode, size and times.
+
+    Callers share the value and must not change it. What raises is not remembered.
+    """
+    known: dict[tuple[str | int, ...], T] = {}
+
+    @functools.wraps(read)
+    def remembered(path: Path) -> T:
+        try:
+            status = path.stat()
+        except OSError:
+            return read(path)
+        key = (str(path), status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+        if key not in known:
+            # A later change within the clock tick of this one would leave the same times: wait until it is over.
+            if 0 <= time.time() - status.st_ctime < CLOCK_TICK_S:
+                time.sleep(CLOCK_TICK_S)
+            known[key] = read(path)
+        return known[key]
+
+    return remembered
+
+
+@once_a_process
 def sha256_file(path: Path) -> str:
-    """SHA-256 of a regular file, read in blocks (constant memory), and once a process while the file stays the same."""
-    status = path.stat()
-    stamp = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-    if stamp not in _hashes:
-        # A later change within the clock tick of this one would leave the same times: wait until it is over.
-        if 0 <= time.time() - status.st_ctime < CLOCK_TICK_S:
-            time.sleep(CLOCK_TICK_S)
-        digest = hashlib.sha256()
-        with open_regular(path) as handle:
-            while block := handle.read(HASH_BLOCK_BYTES):
-                digest.update(block)
-        _hashes[stamp] = digest.hexdigest()
-    return _hashes[stamp]
+    """SHA-256 of a regular file, read in blocks (constant memory)."""
+    digest = hashlib.sha256()
+    with open_regular(path) as handle:
+        while block := handle.read(HASH_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def require_files(directory: Path, files: Mapping[str, Mapping[str, Any]], fix: str, *, hashes: bool) -> None:

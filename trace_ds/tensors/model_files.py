@@ -14,6 +14,7 @@ data.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import itertools
 import json
@@ -28,7 +29,7 @@ from typing import Any, NamedTuple
 from safetensors import SafetensorError, safe_open
 
 from trace_ds.errors import UserError
-from trace_ds.run.files import canonical_json, sha256_text
+from trace_ds.run.files import canonical_json, once_a_process, sha256_text
 from trace_ds.run.foreign import read_object
 from trace_ds.run.hub_names import no_directory
 from trace_ds.tensors.model_kinds import FLOATS, is_packed, quantisation, quantised, refuse_other_kinds
@@ -139,19 +140,25 @@ def read_model_config(path: str | Path) -> dict[str, Any]:
             str(directory),
             "set model.path to a Hugging Face model directory",
         )
-    config = read_json_object(directory / CONFIG_NAME, "the model's configuration")
-    try:
-        for key, value in _flat(config):
-            _check_key(key, value)
-    except ValueError as error:
-        raise UserError(str(error), str(directory / CONFIG_NAME), "correct it, or copy the model again") from None
-    except RecursionError:
-        raise UserError("the model's configuration is nested too deep", str(directory), COPY_AGAIN) from None
+    config = copy.deepcopy(_read_config(directory / CONFIG_NAME))
     if scheme := quantisation(config):
         files = [path for path in directory.glob("*.safetensors") if path.is_file()]
         entries = [entry for file in files for entry in read_safetensors_header(file).values()]
         if not entries or any(len(entry.shape) > 1 and entry.dtype not in FLOATS for entry in entries):
             raise quantised(directory, scheme)  # else it was dequantised since, as DeepSeek's own script does it
+    return config
+
+
+@once_a_process
+def _read_config(path: Path) -> dict[str, Any]:
+    config = read_json_object(path, "the model's configuration")
+    try:
+        for key, value in _flat(config):
+            _check_key(key, value)
+    except ValueError as error:
+        raise UserError(str(error), str(path), "correct it, or copy the model again") from None
+    except RecursionError:
+        raise UserError("the model's configuration is nested too deep", str(path), COPY_AGAIN) from None
     return config
 
 
@@ -223,6 +230,7 @@ def read_model_directory(path: str | Path) -> ModelFiles:
     return ModelFiles(directory, config, dict(sorted(tensors.items())), files)
 
 
+@once_a_process
 def read_safetensors_header(path: Path) -> dict[str, TensorEntry]:
     """The tensors of one safetensors file.
 
@@ -314,6 +322,7 @@ def _small_sha256(files: ModelFiles) -> str:
     return digest.hexdigest()
 
 
+@once_a_process
 def sample_sha256(path: Path) -> str:
     """SHA-256 of a file's size and of :data:`FINGERPRINT_BLOCKS` blocks of it (of the whole, when it is small)."""
     size = path.stat().st_size
