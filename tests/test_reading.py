@@ -119,7 +119,7 @@ ALTERED: list[tuple[str, tuple[str | int, ...], Any]] = [
     (RESULT, ("items", "elements", 0, "id"), []),
     (RESULT, ("items", "elements", 0, "correct"), "[/x]"),
     (RESULT, ("items", "elements", 0, "choices"), 3),
-    (RESULT, ("items", "elements", 0, "predicted"), "first"),
+    (RESULT, ("items", "elements", 0, "predicted"), 99),
     (RESULT, ("items", "novels", 0, "nll"), "much"),
     (RESULT, ("scores",), 3),
     (RESULT, ("scores", 0), 3),

@@ -27,6 +27,7 @@ from trace_ds.terminal import VERBOSE, guard_streams, quiet_libraries
 
 _ROOM = "free space there, or choose another --run-dir"
 _ALLOW = "change the permissions there, or choose another --run-dir"
+EXIT_INTERRUPTED = 130
 FIXES = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), _ROOM),
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), _ALLOW),
@@ -106,8 +107,7 @@ def main() -> None:
     except typer.Exit as end:
         _end(end.exit_code)
     except (typer.Abort, KeyboardInterrupt):
-        print("trace-ds: interrupted", file=sys.stderr)
-        _end(130)
+        _end(EXIT_INTERRUPTED)
     except Exception as error:
         show = getattr(error, "show", None)  # a usage error (typer carries its own copy of click's exceptions)
         if callable(show):
@@ -127,6 +127,8 @@ def at_home(word: str) -> str:
 
 def _end(status: int) -> NoReturn:
     """Exit; a process that was a rank has its own way."""
+    if status == EXIT_INTERRUPTED:  # by Ctrl-C, of which typer makes a status
+        print("trace-ds: interrupted", file=sys.stderr)
     if "trace_ds.parallel.world" in sys.modules:
         from trace_ds.parallel.world import end_process
 

@@ -19,11 +19,12 @@ from safetensors.numpy import load_file
 from trace_ds.config.sections.calibration import CONTROL_RULES
 from trace_ds.config.sections.finetune import RETRAINED
 from trace_ds.errors import UserError
+from trace_ds.reporting.shapes import CurvePointShape, DiagnosisShape, ManifestShape, ResultShape, RunShape, check, read
 from trace_ds.routing.statistics import RoutingStatistics
 from trace_ds.run.artefact import FILE_NAME, Artefact, load
 from trace_ds.run.curve import read_curve
 from trace_ds.run.directory import RunDirectory
-from trace_ds.run.foreign import named_by, read_object
+from trace_ds.run.foreign import named_by, read_bytes, reading
 
 MAIN_ARM = "unlearned"
 SIDES = ("statistics/forget", "statistics/retain")
@@ -186,6 +187,10 @@ def gather(path: Path) -> RunData:
     summary: dict[str, Any] = next((artefacts[side].summary for side in SIDES if side in artefacts), {})
     some = retain or forget
     layers = summary.get("layers") or list(range(some.counts_LE.shape[0] if some else 0))
+    with reading(
+        path / SIDES[0] / FILE_NAME, "the description of the artefact", "make it again with `trace-ds collect`"
+    ):
+        check(layers, list[int])
     return RunData(
         path=path,
         name=name,
@@ -194,7 +199,7 @@ def gather(path: Path) -> RunData:
         artefacts=artefacts,
         forget=forget,
         retain=retain,
-        decoder_layers=[int(layer) for layer in layers],
+        decoder_layers=layers,
         references=references,
         arms=arms,
         job=next(filter(None, map(_manifest, [path, *bases])), {}),
@@ -206,8 +211,11 @@ def _arm(label: str, base: Path, rule: str | None, headline: list[str]) -> Arm:
     calibration = None
     if (base / "calibration" / FILE_NAME).is_file():
         made = load(base / "calibration", "calibration", verify=False)
-        arrays = load_file(made.file("calibration.safetensors")) if "calibration.safetensors" in made.files else {}
-        diagnosis = _read(made.file("diagnosis.json"), "calibrate") if "diagnosis.json" in made.files else {}
+        with reading(made.path or base, "the artefact", made.fix):
+            arrays = load_file(made.file("calibration.safetensors")) if "calibration.safetensors" in made.files else {}
+        diagnosis = (
+            read(made.file("diagnosis.json"), DiagnosisShape, "calibrate") if "diagnosis.json" in made.files else {}
+        )
         calibration = Calibration(arrays, diagnosis, made.content)
         rule = diagnosis.get("rule") or rule
     evaluations = _evaluations(base / "evaluation", headline)
@@ -219,31 +227,25 @@ def _arm(label: str, base: Path, rule: str | None, headline: list[str]) -> Arm:
 def _evaluations(directory: Path, headline: list[str]) -> dict[str, Evaluation]:
     found = {}
     for path in sorted(directory.glob("*.json")) if directory.is_dir() else []:
-        raw = _read(path, "evaluate")
+        raw = read(path, ResultShape, "evaluate")
         if "scores" not in raw:
             continue
         items = {task: logs for task, logs in (raw.get("items") or {}).items() if isinstance(logs, list)}
         items = {task: [item for item in logs if isinstance(item, dict)] for task, logs in items.items()}
-        scores = _scores(raw["scores"], path.stem, path, headline)
+        scores = _scores(raw["scores"], path.stem, headline)
         found[path.stem] = Evaluation(path.stem, scores, items, raw.get("drift"), raw.get("attacks") or {})
     return found
 
 
-def _scores(entries: list[dict[str, Any]], model: str, path: Path, headline: list[str]) -> list[Score]:
+def _scores(entries: list[dict[str, Any]], model: str, headline: list[str]) -> list[Score]:
     """The scores in a file of ``evaluate``, or in a manifest of ``unlearn``."""
-    try:
-        scores = [
-            Score(
-                model, str(one["task"]), str(one["metric"]),
-                math.nan if one["value"] is None else float(one["value"]),
-                one.get("n"), str(one.get("role", "utility")), str(one.get("direction", "higher")), one.get("chance"),
-            )
-            for one in entries
-        ]  # fmt: skip
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"the evaluation is damaged ({error!r})", str(path), "make it again with `trace-ds evaluate`"
-        ) from None
+    scores = [
+        Score(
+            model, one["task"], one["metric"], math.nan if one["value"] is None else float(one["value"]),
+            one.get("n"), one.get("role", "utility"), one.get("direction", "higher"), one.get("chance"),
+        )
+        for one in entries
+    ]  # fmt: skip
     # Where no task names one: perplexities have another scale, scores that are best at a reference no good direction.
     usual = [score for score in scores if "perplexity" not in score.metric and score.direction != "reference"]
     first = {score.task: score.metric for score in reversed(usual)}
@@ -256,11 +258,13 @@ def _curve(base: Path, headline: list[str]) -> dict[int, Evaluation]:
     points = (_manifest(base).get("cursor") or {}).get("curve") or []
     if not points and (base / "curve.json").is_file():
         points = read_curve(base / "curve.json")["curve"]
+        with reading(base / "curve.json", "the curve", "make it again with `trace-ds unlearn`"):
+            check(points, list[CurvePointShape])
     found = {}
     for point in points:
         step, model = int(point["step"]), f"step_{point['step']}"
         if step and point["scores"]:  # at step 0 it is the original
-            scores = _scores(point["scores"], model, base / "checkpoints", headline)
+            scores = _scores(point["scores"], model, headline)
             found[step] = Evaluation(model, scores, {})
     return found
 
@@ -270,7 +274,7 @@ def _manifest(base: Path) -> dict[str, Any]:
     newest = named_by(base / "checkpoints", "latest")
     if newest is None or not (newest / "manifest.json").is_file():
         return {}
-    return _read(newest / "manifest.json", "unlearn")
+    return read(newest / "manifest.json", ManifestShape, "unlearn")
 
 
 def _step_of(stem: str) -> int | None:
@@ -278,15 +282,9 @@ def _step_of(stem: str) -> int | None:
     return int(digits) if stem.startswith("step_") and digits.isdigit() else None
 
 
-def _read(path: Path, verb: str) -> dict[str, Any]:
-    return read_object(path, "the file", f"make it again with `trace-ds {verb}`")
-
-
 def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise UserError(f"not readable as YAML ({error})", str(path), "restore the file") from None
-    return raw if isinstance(raw, dict) else {}
+    with reading(path, "the configuration", "restore the file"):
+        raw = yaml.safe_load(read_bytes(path).decode())
+        return dict(check(raw, RunShape))

@@ -26,6 +26,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from trace_ds.run.files import safetensors_errors
+from trace_ds.run.foreign import reading
 
 
 @dataclass(frozen=True)
@@ -87,10 +88,11 @@ class RoutingStatistics:
 
     @classmethod
     def load(cls, path: Path) -> RoutingStatistics:
-        tensors = load_file(path)
-        values: dict[str, Any] = {
-            item.name: tensors[item.name] if item.name.endswith("_LE") else int(tensors[item.name][0])
-            for item in fields(cls)
-            if item.name in tensors or item.default is MISSING
-        }
-        return cls(**values)
+        with reading(path, "the statistics", "make them again with `trace-ds collect CONFIG`"):
+            tensors = load_file(path)
+            values: dict[str, Any] = {
+                item.name: tensors[item.name] if item.name.endswith("_LE") else int(tensors[item.name][0])
+                for item in fields(cls)
+                if item.name in tensors or item.default is MISSING
+            }
+            return cls(**values)
