@@ -60,6 +60,7 @@ def test_a_blocked_port_is_named_before_anybody_waits_for_it(tmp_path: Path, mon
         monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
         found = nodes.join_job()
     assert isinstance(found, Check)
+    assert checks.port_check("no").detail == "MASTER_PORT is 'no'"
     fault = missing([found])["rendezvous port"]
     assert f"{port} cannot be bound" in fault.detail and "MASTER_PORT" in fault.fix
 

@@ -33,7 +33,6 @@ PACKAGE = "trace-ds"
 MIN_OPEN_FILES = 4096
 MIN_SHARED_MEMORY_BYTES = MIN_FREE_BYTES = 1_000_000_000
 MIN_BF16_CAPABILITY = (8, 0)
-DEFAULT_MASTER_PORT = "29500"
 PROBE_BYTES = 4 << 20
 LOCKS_FIX = "mount with locks (Lustre: -o flock), and never start two jobs in one run directory"
 
@@ -163,31 +162,23 @@ def accelerator_checks(config: Config | None) -> Iterator[Check]:
         yield judged(group, f"GPU {index}", good, f"{detail}, torch {torch.__version__}", fix, "WARN")
 
 
-def network_checks(*, joining: bool) -> Iterator[Check]:
-    """The host's name and, unless the job is ``joining`` at it itself, the rendezvous port."""
-    try:
-        yield Check("network", "host name", "OK", f"resolves to {socket.gethostbyname(socket.gethostname())}")
-    except OSError as error:
-        fix = "add this host's name to /etc/hosts (gloo and NCCL connect by it)"
-        yield Check("network", "host name", "MISS", f"does not resolve ({error.strerror or error})", fix)
-    if not joining:
-        yield port_check(os.environ.get("MASTER_PORT"))
+def host_name() -> str:
+    """What the host's name resolves to: gloo and NCCL connect by it."""
+    return f"resolves to {socket.gethostbyname(socket.gethostname())}"
 
 
-def port_check(port: str | None) -> Check:
-    """Whether the rendezvous port can be bound: the job's own (a MISS when taken), else the launchers' default."""
-    name, text = "rendezvous port", port or DEFAULT_MASTER_PORT
-    if not (text.isascii() and text.isdigit() and 0 < int(text) < 65536):
-        return Check("network", name, "MISS", f"MASTER_PORT is {text!r}", "set it to a free port from 1024 to 65535")
+def port_check(port: str) -> Check:
+    """Whether the job's rendezvous port can be bound."""
+    name, fix = "rendezvous port", "set MASTER_PORT to a free port from 1024 to 65535"
+    if not (port.isascii() and port.isdigit() and 0 < int(port) < 65536):
+        return Check("network", name, "MISS", f"MASTER_PORT is {port!r}", fix)
     try:
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(("", int(text)))
+            probe.bind(("", int(port)))
     except OSError as error:
-        fix = "set MASTER_PORT to a free port" if port else "give the launcher another --master_port"
-        detail = f"{text} cannot be bound ({error.strerror or error})"
-        return Check("network", name, "MISS" if port else "WARN", detail, fix)
-    return Check("network", name, "OK", f"{text} is free")
+        return Check("network", name, "MISS", f"{port} cannot be bound ({error.strerror or error})", fix)
+    return Check("network", name, "OK", f"{port} is free")
 
 
 def compiler_checks(config: Config) -> Iterator[Check]:

@@ -98,15 +98,11 @@ def run_checks(config: Config | None, run_dir: Path | None) -> list[Check]:
     return machine_checks(config) + share_checks(config, run_dir)
 
 
-def machine_checks(config: Config | None, *, joining: bool = False) -> list[Check]:
-    """Software, accelerators and network of this machine: what may keep it out of a job.
-
-    Args:
-        joining: the rendezvous port is the job's own, and whoever joins it looks at it.
-    """
+def machine_checks(config: Config | None) -> list[Check]:
+    """Software, accelerators and network of this machine: what may keep it out of a job."""
     found = guarded("python", "packages", checks.python_checks)
     found += guarded("accelerators", "torch", lambda: checks.accelerator_checks(config))
-    found += guarded("network", "network", lambda: checks.network_checks(joining=joining))
+    found.append(checked("network", "host name", checks.host_name, "add this host's name to /etc/hosts"))
     found.append(checked("SLURM", "site settings", lambda: site_file() or "none"))
     return found if config is None else found + guarded("compiler", "compiler", lambda: checks.compiler_checks(config))
 
@@ -171,7 +167,7 @@ def check_job(config: Config | None, run_dir: Path | None) -> list[Check] | None
     The machines are looked at before they join: when the ranks do not meet, what is wrong with a machine is mostly why,
     and then each node says it for itself.
     """
-    own = machine_checks(config, joining=True) if local_rank_and_size()[0] == 0 else []
+    own = machine_checks(config) if local_rank_and_size()[0] == 0 else []
     ranks = join_job()
     if isinstance(ranks, Check):
         if rank_and_size()[0] == 0:
