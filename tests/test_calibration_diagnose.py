@@ -17,7 +17,6 @@ from trace_ds.calibration.diagnose import (
     document_sums,
     find_warnings,
     likeness,
-    quantiles,
     source_shares,
     top_documents,
     weight_variance,
@@ -141,18 +140,3 @@ def test_variance_decomposition_and_shares_against_the_slow_way() -> None:
     best = top_documents(sums, documents, np.zeros(300))
     enough = np.bincount(d, minlength=300) >= 8
     assert [r["document"] for r in best] == np.argsort(-np.where(enough, means, -1), kind="stable")[:20].tolist()
-    values = quantiles(w_T, retain.tokens)
-    assert values["0.5"] == pytest.approx(np.median(w)) and values["1"] == w.max() and values["0"] == w.min()
-
-
-def test_quantiles_of_a_sample_keep_the_exact_ends(monkeypatch) -> None:
-    from trace_ds.calibration import diagnose
-
-    monkeypatch.setattr(diagnose, "QUANTILE_SAMPLE", 100)
-    monkeypatch.setattr("trace_ds.corpora.dataset.CHUNK_TOKENS", 77)
-    _, retain = worlds(0.2)
-    w_T = np.where(retain.counted_T, np.random.default_rng(0).random(len(retain.counted_T)), 0.0)
-    w = w_T[retain.counted_T]
-    values = quantiles(w_T, retain.tokens)
-    assert values["0"] == w.min() and values["1"] == w.max()
-    assert values["0.5"] == pytest.approx(0.5, abs=0.15)

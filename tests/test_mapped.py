@@ -139,7 +139,7 @@ import sys
 from pathlib import Path
 import numpy as np, scipy.optimize, torch
 import trace_ds.calibration.rows as rows_module
-from trace_ds.calibration.diagnose import document_sums, quantiles
+from trace_ds.calibration.diagnose import document_sums
 from trace_ds.calibration.rows import RowSelections
 from trace_ds.calibration.rules import Request, weigh_rows
 from trace_ds.config.sections.calibration import CalibrationConfig
@@ -172,7 +172,6 @@ retain = selections.sums(np.ones(rows)) / (1023 * rows)
 forget = retain * draw.uniform(0.9, 1.1, retain.shape)
 made = weigh_rows(Request(CalibrationConfig(), tokens, scope, forget, retain, np.zeros_like(retain)), selections)
 document_sums(tokens, made.weight_T)
-quantiles(made.weight_T, tokens)
 assert 0.5 <= made.ess < 1.0
 print(kib("VmHWM") - before)
 """

@@ -173,7 +173,7 @@ def measure_rows(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    from trace_ds.calibration.diagnose import document_sums, quantiles
+    from trace_ds.calibration.diagnose import document_sums
     from trace_ds.calibration.rules import Request, weigh_tokens
     from trace_ds.calibration.tokens import TokenMap, Trace, count_selections
     from trace_ds.config.sections.calibration import CalibrationConfig
@@ -213,7 +213,6 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     made = weigh_tokens(request, retain_trace, folder)
     now_s = timed("weights_s", now_s)
     document_sums(retain_tokens, made.weight_T)
-    quantiles(made.weight_T, retain_tokens)
     timed("diagnosis_s", now_s)
     times["total_s"] = round(time.perf_counter() - began_s, 2)
     return {

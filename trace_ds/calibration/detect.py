@@ -91,15 +91,14 @@ def detect(forget: RoutingStatistics, retain: RoutingStatistics, config: Detecti
     if forget.counts_LE.shape != retain.counts_LE.shape or forget.top_k != retain.top_k:
         raise ValueError("the two statistics are of different models")
     layers, experts = forget.counts_LE.shape
-    chosen = config.layers if isinstance(config.layers, list) else range(layers)
-    for layer in [*chosen, *config.exclude_layers]:
+    chosen = config.layers if isinstance(config.layers, list) else list(range(layers))
+    for layer in chosen:
         if not 0 <= layer < layers:
             raise ValueError(f"layer {layer} is not one of the model's {layers} MoE layers (0 … {layers - 1})")
+    if not chosen:
+        raise ValueError("layers leaves no MoE layer to look at")
     eligible_LE = np.zeros((layers, experts), dtype=bool)
-    eligible_LE[[layer for layer in chosen if layer not in config.exclude_layers]] = True
-
-    if not eligible_LE.any():
-        raise ValueError("layers and exclude_layers leave no MoE layer to look at")
+    eligible_LE[chosen] = True
 
     p_LE, q_LE = forget.frequency_LE, retain.frequency_LE
     ratio_LE, error_LE, freedom = log_ratio(forget, retain)
@@ -128,7 +127,10 @@ def detect(forget: RoutingStatistics, retain: RoutingStatistics, config: Detecti
         # true more often than the others, the false share of those that stay is larger.
         selected_LE = found_LE & (p_LE >= config.min_load * forget.top_k / experts)
     else:
-        score_LE, least = _ranking(forget, retain, config)
+        score_LE, least = p_LE - q_LE, 0.0
+        if config.method == "top_ratio":
+            score_LE = p_LE / np.maximum(q_LE, max(config.ratio_floor * forget.top_k / experts, 1e-12))
+            least = 1.0  # experts that forget text uses less are never called forget-critical
         selected_LE = _top(np.where(eligible_LE & (score_LE > least), score_LE, -np.inf), config)
     return Detection(
         selected_LE,
@@ -142,23 +144,6 @@ def detect(forget: RoutingStatistics, retain: RoutingStatistics, config: Detecti
         value_LE,
         tuple(warnings),
     )
-
-
-def _ranking(forget: RoutingStatistics, retain: RoutingStatistics, config: DetectionConfig) -> tuple[np.ndarray, float]:
-    """(score_LE, the score an expert must exceed to be called forget-critical at all) of a ``top_*`` method."""
-    p_LE, q_LE, top_k = forget.frequency_LE, retain.frequency_LE, forget.top_k
-    even = top_k / p_LE.shape[1]
-    if config.method == "top_difference":
-        return p_LE - q_LE, 0.0
-    if config.method == "top_ratio":
-        return p_LE / np.maximum(q_LE, max(config.ratio_floor * even, 1e-12)), 1.0
-    if config.method == "top_kl":
-        floored_LE = np.maximum(q_LE, 1e-3 * even)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return np.where(p_LE > 0, p_LE / top_k * np.log(p_LE / floored_LE), 0.0), 0.0
-    # top_gate_mass: the mean gate over forget tokens, which is SEUF's affinity but for the rows' lengths; it ignores
-    # retain data.
-    return forget.gate_mass_LE / max(forget.tokens, 1), 0.0
 
 
 def _top(score_LE: np.ndarray, config: DetectionConfig) -> np.ndarray:

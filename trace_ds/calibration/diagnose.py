@@ -19,8 +19,6 @@ from trace_ds.calibration.tokens import TokenMap, Trace
 from trace_ds.calibration.weights import SlicedTokens
 from trace_ds.config.sections.calibration import CONTROL_RULES, CalibrationConfig
 
-QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
-QUANTILE_SAMPLE = 1 << 20
 TOP_DOCUMENTS = 20
 LEAST_DOCUMENT_TOKENS = 8
 HALF_WAY = 0.5
@@ -57,20 +55,6 @@ def finite(x: float) -> float | None:
     return float(x) if np.isfinite(x) else None
 
 
-def likeness_tables(
-    forget_LE: np.ndarray, retain_LE: np.ndarray, retain_tokens: int
-) -> tuple[np.ndarray, float, float]:
-    """(score_LE, its mean on retain text, its mean on forget text): how forget-like a token is routed.
-
-    A token's score is Σ of log(p^F/p^R) over its selected experts (a log-likelihood ratio that treats selections as
-    independent); frequencies are floored at half a token. On the scale from the retain mean (0) to the forget mean
-    (1), a document's likeness says where its routing lies. Our decision.
-    """
-    least = 0.5 / max(retain_tokens, 1)
-    score_LE = np.log(np.maximum(forget_LE, least)) - np.log(np.maximum(retain_LE, least))
-    return score_LE, float((retain_LE * score_LE).sum()), float((forget_LE * score_LE).sum())
-
-
 def document_sums(tokens: TokenMap, weight_T: SlicedTokens) -> DocumentSums:
     """One pass: the sums per document."""
     sums = np.zeros((3, tokens.documents))
@@ -91,12 +75,15 @@ def likeness(
 ) -> np.ndarray | None:
     """Likeness of each document, float64 [D]: 0 as the average retain text, 1 as the average forget text.
 
-    From the sampled tokens' scores (:func:`likeness_tables`); None where there are fewer than
-    :data:`LEAST_DOCUMENT_TOKENS` of them a document, or nothing tells the corpora apart. Documents are short and tokens
-    noisy, so each mean is shrunk towards 0 by credibility n/(n + n₀) with n₀ = within-document over between-document
-    variance (Bühlmann 1967): without differences between documents all are 0.
+    A token's score is Σ of log(p^F/p^R) over its experts (a log-likelihood ratio that treats selections as independent;
+    frequencies are floored at half a token), known of the sampled tokens. Documents are short and tokens noisy, so each
+    mean is shrunk towards 0 by credibility n/(n + n₀) with n₀ = within-document over between-document variance
+    (Bühlmann 1967): without differences between documents all are 0. None where fewer than
+    :data:`LEAST_DOCUMENT_TOKENS` tokens a document are sampled, or nothing tells the corpora apart. Our decision.
     """
-    score_LE, retain_mean, forget_mean = likeness_tables(forget_LE, retain_LE, tokens.counted_total())
+    least = 0.5 / max(tokens.counted_total(), 1)
+    score_LE = np.log(np.maximum(forget_LE, least)) - np.log(np.maximum(retain_LE, least))
+    retain_mean, forget_mean = float((retain_LE * score_LE).sum()), float((forget_LE * score_LE).sum())
     document_N = tokens.documents_at(selections.position_N)
     n_D = np.bincount(document_N, minlength=tokens.documents).astype(np.float64)
     filled = n_D > 0
@@ -129,23 +116,7 @@ def weight_variance(sums: DocumentSums) -> dict[str, float]:
     mean = float(sums.weight_D.sum()) / n
     between = float((sums.tokens_D * (sums.weight_D / n_D - mean) ** 2).sum()) / n
     within = max(float((sums.weight_square_D - sums.weight_D**2 / n_D).sum()), 0.0) / n
-    total = between + within
-    return {"between": between, "within": within, "between_share": between / total if total > 1e-15 else 0.0}
-
-
-def quantiles(weight_T: SlicedTokens, tokens: TokenMap) -> dict[str, float]:
-    """Quantiles of the counted tokens' weights, from an even sample of at most 2^20 of them (exact below that)."""
-    total = tokens.counted_total()
-    step = max(1, -(-total // QUANTILE_SAMPLE))
-    kept, offset, least, most = [], 0, np.inf, -np.inf
-    for start, stop in tokens.spans():
-        w = np.asarray(weight_T[start:stop])[tokens.counted(start, stop)]
-        kept.append(w[(-offset) % step :: step].copy())  # a view would keep the whole of w
-        offset += len(w)
-        least, most = min(least, float(w.min(initial=np.inf))), max(most, float(w.max(initial=-np.inf)))
-    values = np.quantile(np.concatenate(kept), QUANTILES)
-    values[0], values[-1] = least, most
-    return {f"{q:g}": float(value) for q, value in zip(QUANTILES, values, strict=True)}
+    return {"between": between, "within": within}
 
 
 def source_shares(sums: DocumentSums, documents: Documents) -> list[dict[str, Any]]:
@@ -323,7 +294,6 @@ def diagnose(
         "row_ess_fraction": row_ess(calibrated),
         "ess_floor": config.ess_floor,
         "max_weight": calibrated.max_weight,
-        "weight_quantiles": quantiles(calibrated.weight_T, tokens),
         "iterations": 0 if raked is None else raked.passes,
         "converged": calibrated.converged,
         "solve_error": 0.0 if raked is None else raked.error,

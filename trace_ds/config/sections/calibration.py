@@ -17,7 +17,7 @@ Layer = Annotated[Integer, Field(ge=0)]
 
 
 class DetectionConfig(Section):
-    method: Literal["significance", "top_difference", "top_ratio", "top_kl", "top_gate_mass"] = "significance"
+    method: Literal["significance", "top_difference", "top_ratio"] = "significance"
     min_load: Number = Field(1.0, ge=0, description="significance: p_forget must be >= min_load * K / E.")
     min_ratio: Number = Field(1.25, gt=0, description="significance: rho, the ratio the forget side must exceed.")
     false_discovery_rate: Number = Field(0.05, gt=0, lt=1, description="significance: Benjamini-Hochberg level.")
@@ -29,7 +29,6 @@ class DetectionConfig(Section):
         description="Only these MoE layers (0-based); trained: those that the losses of unlearning train, which end at "
         "RMU's layer where no loss is made of logits; null: all.",
     )
-    exclude_layers: list[Layer] = Field(default_factory=list)
 
 
 class CalibrationConfig(Section):
