@@ -78,7 +78,7 @@ ENDS = (
     "verbatim task): ",
     "forgot",
     "points of utility",
-    "than uniform weights",
+    "against uniform weights",
     "One seed is no proof",
 )
 

@@ -277,3 +277,12 @@ def test_a_headline_that_the_task_does_not_have_is_refused() -> None:
     task = TaskConfig(name="a", type="tofu", path="a", role="forget", headline="acc")
     with pytest.raises(UserError, match="task a: a tofu task has no metric 'acc'"):
         read_task(task)
+
+
+@pytest.mark.parametrize("recipe", ["demo", "demo_verbatim"])
+def test_the_demo_is_scored_near_where_it_forgets(recipe: str, tmp_path: Path) -> None:
+    """Nothing between two scored steps is told, so no two are farther apart than an eighth of the job."""
+    config, _ = load_config(recipe, [], tmp_path)
+    evaluate, roles = config.unlearning.evaluate, {one.name: one.role for one in config.evaluation.tasks}
+    assert evaluate.every is not None and evaluate.every * 8 <= config.unlearning.steps
+    assert {roles[name] for name in evaluate.tasks} == {"forget", "utility"}
