@@ -325,26 +325,6 @@ run_stages() {
   finish 0
 }
 
-# A task of a study's array: asks trace-ds which stages it is to run, in which run directory; there may be nothing to do.
-run_study_task() {
-  local resolved stages task=$((SLURM_ARRAY_TASK_ID + TRACE_DS_FIRST))
-  if [[ -e $run_dir/stop ]]; then
-    say "stopped on request before $TRACE_DS_PHASE $task; submit the study again to go on"
-    exit 75
-  fi
-  prepare_command
-  resolved=$(run_single bench "$config" --run-dir "$run_dir" "${arguments[@]}" --task "$TRACE_DS_PHASE" "$task") ||
-    finish $?
-  printf '%s\n' "$resolved"
-  stages=$(sed -n 's/^# stages: //p' <<<"$resolved")
-  [[ -n $stages ]] || finish 0
-  ((!stop_requested)) || requeue "before $TRACE_DS_PHASE $task" # while run_dir, whose stop file goes, is the study's
-  config=$(sed -n 's/^# config: //p' <<<"$resolved")
-  run_dir=$(sed -n 's/^# run directory: //p' <<<"$resolved")
-  arguments=()
-  TRACE_DS_VARIANTS='' TRACE_DS_STAGES='' run_stages "$stages"
-}
-
 # The tasks of an array hold to the commits that were fetched for all of them, into the directory without their suffix.
 share_fetched() {
   local fetched=${run_dir%"${run_suffix:-}"}/fetched.json

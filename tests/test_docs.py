@@ -17,8 +17,9 @@ from typer.testing import CliRunner
 
 from trace_ds.config.load import load_config
 from trace_ds.config.sections.bench import BenchConfig
+from trace_ds.studies.analysis import Comparison
 from trace_ds.studies.matched import matched
-from trace_ds.studies.run_list import untried
+from trace_ds.studies.runs import grid_of
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = [*ROOT.glob("trace_ds/**/*.py"), *ROOT.glob("slurm/*.sh")]
@@ -91,7 +92,6 @@ ENTANGLED = next(text for title, text in SECTIONS.items() if "bench_entangled" i
 ABLATIONS = next(text for title, text in SECTIONS.items() if "bench_ablations" in title)
 NEAR = next(text for title, text in SECTIONS.items() if "no near text" in title)
 VERBATIM = next(text for title, text in SECTIONS.items() if "bench_verbatim" in title)
-ROWS = ("row_30", "row_40", "row_50")
 PUBLISHED = [
     ("entangled", 0.302, ENTANGLED, "sampling", "**TRACE, sampling retain rows**"),
     ("entangled", 0.302, ENTANGLED, "weighting", "TRACE, weighting the loss"),
@@ -101,6 +101,7 @@ PUBLISHED = [
     ("ablations", 0.302, ABLATIONS, "sampling_selected", "… matching the detected experts only"),
     ("ablations", 0.302, ABLATIONS, "sampling_ess_50", "… floor .5"),
     ("ablations", 0.302, ABLATIONS, "weighting", "weighting the loss instead of sampling"),
+    ("ablations", 0.302, ABLATIONS, "weighting_online", "weighting the loss, weights that follow the router (142b03f)"),
     ("ablations", 0.302, ABLATIONS, "random_experts", "control: as many experts drawn at random"),
     ("ablations", 0.302, ABLATIONS, "permuted", "control: weights permuted over rows"),
     ("ablations", 0.302, ABLATIONS, "oracle_near", "oracle: near facts by their label, floor .3"),
@@ -115,9 +116,6 @@ PUBLISHED = [
 ]
 
 
-CHANGES = {
-    "rows": ["bench.methods={" + ", ".join(f"{name}: {{}}" for name in ("uniform", "sampling", *ROWS)) + "}"],
-}
 SHARES = ["scarce", "absent"]  # the recipe bench_ablations in other regimes, one column each
 OF_SHARES = [
     ("sampling", "TRACE, sampling retain rows"),
@@ -129,15 +127,12 @@ OF_SHARES = [
 @functools.cache
 def published(study: str, target: float) -> tuple[str, list[dict[str, Any]]]:
     """The first utility metric of a study and its comparisons, from the published CSV."""
-    from tools.study_from_csv import comparisons, read_curves
+    from tools.study_from_csv import read_curves
 
-    config, _ = load_config(
-        "bench_ablations" if study in (*SHARES, "rows") else f"bench_{study}", CHANGES.get(study, []), "out"
-    )
+    config, _ = load_config("bench_ablations" if study in (*SHARES, "rows") else f"bench_{study}", [], "out")
     assert config.bench is not None
-    at_target = functools.partial(matched, target=target)
-    curves = read_curves(config, ROOT / "docs" / "studies" / f"{study}.csv", at_target)
-    return config.bench.utility[0], comparisons(config, curves)
+    curves = read_curves(config, ROOT / "docs" / "studies" / f"{study}.csv")
+    return config.bench.utility[0], Comparison(config, curves, functools.partial(matched, target=target)).rows()
 
 
 @pytest.mark.parametrize(("study", "target", "page", "method", "name"), PUBLISHED)
@@ -229,7 +224,7 @@ TOLD = [  # strength and metric of each column
 CHECKS = {  # other settings, of two base splits
     "pretrained_edge": [
         *("bench.seeds=[1,2]", "bench.grids={}", "bench.grid={unlearning.alpha: [256]}", "unlearning.alpha=256"),
-        *("unlearning.steps=60", "bench.score_every=6"),
+        "unlearning.steps=60",
     ],
     "pretrained_losses": [
         *("bench.seeds=[1,2]", "bench.grids={}", "bench.grid={unlearning.alpha: [1]}", "unlearning.alpha=1"),
@@ -247,13 +242,12 @@ CHECKED = [
 
 @functools.cache
 def pretrained_rows(study: str, *changes: str) -> tuple[BenchConfig, list[dict[str, Any]]]:
-    from tools.study_from_csv import comparisons, over_levels, read_curves
+    from tools.study_from_csv import over_levels, read_curves
 
     config, _ = load_config("bench_pretrained", [*CHECKS.get(study, []), *changes], "out")
     assert config.bench is not None
     over = functools.partial(over_levels, low=0.50, high=0.65)
-    curves = read_curves(config, ROOT / f"docs/studies/{study}.csv", over, originals=True)
-    return config.bench, comparisons(config, curves)
+    return config.bench, Comparison(config, read_curves(config, ROOT / f"docs/studies/{study}.csv"), over).rows()
 
 
 @pytest.mark.parametrize(("method", "name"), [("uniform", "uniform weights"), *KEPT.items()])
@@ -300,7 +294,7 @@ def test_the_gains_on_the_pretrained_model_are_those_of_the_csv() -> None:
 
 def kept_told(study: str, loss: str, method: str, strength: str, metric: str) -> str:
     bench, rows = pretrained_rows(study)
-    if strength != "same strength" and untried(bench, loss, method, ["unlearning.alpha"]):
+    if strength != "same strength" and len(grid_of(bench, loss, method)["unlearning.alpha"]) < 2:
         return "not tried"
     wanted = (loss, method, strength, metric, "post")
     row = next(r for r in rows if tuple(r[key] for key in ("loss", "method", "strength", "metric", "at")) == wanted)

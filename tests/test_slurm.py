@@ -649,8 +649,6 @@ STUDY = {
     "seeds": [0, 1],
     "methods": {"uniform": {"calibration.rule": "uniform"}, "sampling": {}},
     "grid": {"unlearning.alpha": [1.0, 4.0]},
-    "score_every": 3,
-    "margin": 1.0,
     "forget": "questions_forget accuracy",
     "utility": ["questions_utility accuracy"],
 }
@@ -658,42 +656,34 @@ STUDY = {
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_a_study_over_two_nodes_of_which_one_is_lost(
+def test_a_study_is_a_job_a_seed_and_a_cancelled_one_costs_its_seed_only(
     cluster: SlurmCluster, warm: str, tmp_path: Path, server: Server
 ) -> None:
-    """`trace-ds submit --study`, every run two ranks on two nodes with expert-parallel size 2; a node is killed under
-    the runs and comes back. What the study finds is, to the byte, what `trace-ds bench` finds on one machine."""
-    shape = {"distributed": {"nproc": 2, "ep": 2}, "unlearning__steps": 6}
+    """`trace-ds submit --study`, every run two ranks on two nodes with expert-parallel size 2; one seed's job is
+    cancelled, and the same command finishes it. What the study shows is, to the byte, what `trace-ds bench` shows on
+    one machine."""
+    evaluate = {"every": 3, "rows": 0, "tasks": ["questions_forget", "questions_utility"]}
+    shape = {"distributed": {"nproc": 2, "ep": 2}, "unlearning__steps": 6, "unlearning__evaluate": evaluate}
     config = write_config(tmp_path, make_model(tmp_path / "model"), bench=STUDY, **shape)
     study, env = tmp_path / "study", REAL | {"TRACE_DS_COMMAND": warm}
-    two_at_a_time = "--cpus-per-task=40"
-    options = ["--nodes", 2, "--gpus-per-node", 1, "--sbatch", two_at_a_time, "--run-dir", study]
-    refused = trace_ds(
-        server, cluster, tmp_path, "submit", config, "--study", "--nodes", 1, "--gpus-per-node", 1, env=env
-    )
-    assert refused.returncode == 2 and "does not divide the world size 1" in refused.stderr
-    result = trace_ds(server, cluster, tmp_path, "submit", config, "--study", *options, env=env)
-    assert result.returncode == 0, result.stderr
-    assert "[bench] runs: 8 of 6 steps, 2 times scored, on base models 0, 1" in result.stdout
-    submitted = json.loads((study / "submitted/1/jobs.json").read_text())["jobs"]
-    jobs = {name.split()[0]: int(job) for name, job in submitted.items()}
-    assert jobs.keys() == {"bases", "calibrations", "runs", "analysis"}
 
-    def curves() -> list[Path]:
-        return list(study.glob("seed_*/trials/*/*/*/curve.json"))
+    def submit(number: int) -> list[int]:
+        options = ["--nodes", 2, "--gpus-per-node", 1, "--run-dir", study]
+        result = trace_ds(server, cluster, tmp_path, "submit", config, "--study", *options, env=env)
+        assert result.returncode == 0, result.stderr
+        files = [study / f"seed_{seed}/submitted/{number}/jobs.json" for seed in (0, 1)]
+        return [int(next(iter(json.loads(file.read_text())["jobs"].values()))) for file in files]
 
-    cluster.wait_until("some runs are done", lambda: len(curves()) > 1, 900, jobs["runs"])
-    cluster.wait_until("ranks run on n2", lambda: cluster.runs_on("n2", b"unlearn"), 120)
-    cluster.kill_node("n2")
-    again = trace_ds(server, cluster, tmp_path, "submit", config, "--study", *options, env=env)
-    assert again.returncode == 2 and "still queued or running" in again.stderr
-    cluster.wait_until("SLURM misses the node", lambda: "n2" in cluster.run("sinfo", "-h", "-t", "down", "-o%N"), 120)
-    cluster.start_node("n2")
-    assert cluster.wait(jobs["analysis"], 900) == "COMPLETED", cluster.output(jobs["analysis"])
-    assert any("restart 1 of at most" in log.read_text() for log in (study / "logs").glob("runs-*.log"))
-    assert len(curves()) == 8 and not list(study.glob("**/step_*"))
-
-    alone = server.run(["bench", str(config), "--run-dir", str(tmp_path / "alone")], tmp_path, **JOB)
-    assert alone.returncode == 0, alone.stderr
-    for name in ("study.json", "frontier.csv", "plan.json"):
+    cancelled, other = submit(1)
+    cluster.run("scancel", str(cancelled))
+    assert cluster.wait(other, 900) == "COMPLETED", cluster.output(other)
+    missing = server.run(["bench", str(config), "--run-dir", str(study), "--analyse"], tmp_path, **JOB)
+    assert missing.returncode == 2 and "seed_0" in missing.stderr and not (study / "study.json").exists()
+    for job in submit(2):
+        assert cluster.wait(job, 900) == "COMPLETED", cluster.output(job)
+    for place, words in ((study, ["--analyse"]), (tmp_path / "alone", [])):
+        done = server.run(["bench", str(config), "--run-dir", str(place), *words], tmp_path, **JOB)
+        assert done.returncode == 0, done.stderr
+    assert not list(study.glob("**/step_*"))
+    for name in ("study.json", "frontier.csv"):
         assert (study / name).read_bytes() == (tmp_path / "alone" / name).read_bytes(), name

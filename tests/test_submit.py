@@ -186,37 +186,3 @@ def test_one_variant_of_a_run(request_: Request, tmp_path: Path, capsys: pytest.
     assert variant.run.path == request.run.path / "variants" / "even"
     with pytest.raises(UserError, match=r"no variant 'odd'.*use one of its own: even"):
         request.variant("odd")
-
-
-def test_a_task_of_a_study_that_slurm_stops_while_it_makes_ready(tmp_path: Path) -> None:
-    """It is requeued, and the stop file that the signal left is gone: it would stop the other tasks of the study."""
-    study, run, called = tmp_path / "study", tmp_path / "study" / "run", tmp_path / "called"
-    programs = {
-        "trace-ds": f'echo "$1" >>{called}; kill -USR1 "$BATCH"; printf "# stages: prepare\\n# config: c.yaml\\n'
-        f'# run directory: {run}\\n"',
-        "scontrol": f'echo "$@" >>{called}',
-    }
-    (tmp_path / "bin").mkdir()
-    for name, body in programs.items():
-        (tmp_path / "bin" / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
-        (tmp_path / "bin" / name).chmod(0o755)
-    environment = {
-        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
-        "TRACE_DS_HOME": str(ROOT),
-        "TRACE_DS_SITE_ENV": "",
-        "TRACE_DS_PHASE": "runs",
-        "TRACE_DS_FIRST": "0",
-        "SLURM_ARRAY_TASK_ID": "3",
-        "SLURM_JOB_ID": "7",
-        "SLURM_JOB_NAME": "runs",
-        "SLURM_JOB_NODELIST": "n1",
-        "SLURM_SUBMIT_DIR": str(tmp_path),
-    }
-    script = f"export BATCH=$$; source {ROOT}/slurm/study.sh study.yaml --run-dir {study}"
-    found = subprocess.run(
-        ["bash", "-c", script], env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
-    )
-    assert found.returncode == 75, found.stderr
-    assert called.read_text().splitlines() == ["bench", "requeue 7"]
-    assert "stopped before runs 3 and requeued" in found.stdout
-    assert [path.name for path in study.rglob("*")] == []

@@ -5,10 +5,10 @@
     python tools/study_from_csv.py bench_entangled docs/studies/entangled.csv --target 0.28 0.29 0.31 --method sampling
     python tools/study_from_csv.py bench_pretrained STUDY/frontier.csv --levels 0.35 0.65
 
-The CSV is a study's ``frontier.csv``; the recipe says which runs it holds. For each target the strengths are chosen
-anew, on other seeds, by the code of ``trace-ds bench``. One line per method: utility against the baseline on the seeds
-on which both forgot, with the paired bootstrap interval, Student's t interval of the difference, and the forget score
-after the last step.
+The CSV is a study's ``frontier.csv``, and may hold methods that the recipe no longer has. For each target the strengths
+are chosen anew, on other seeds, by the code of ``trace-ds bench``. One line per method: utility against the baseline on
+the seeds on which both forgot, with the paired bootstrap interval, Student's t interval of the difference, and the
+forget score after the last step.
 
 ``--levels``: instead, in the place of the mean from the first step at a target on, the utility at matched forgetting
 averaged over forget levels between the two (31 of them, read off the straight lines between scored steps); a run that
@@ -27,7 +27,6 @@ import math
 import statistics
 import sys
 from collections import defaultdict
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,41 +35,34 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from trace_ds.config.load import load_config
 from trace_ds.config.schema import Config
-from trace_ds.studies import run_list
-from trace_ds.studies.analysis import Curve, choices, compare
+from trace_ds.studies.analysis import Comparison, Curve, Measure
 from trace_ds.studies.matched import Matched, matched, reached
+from trace_ds.studies.runs import require_bench
+from trace_ds.studies.study import HEADER
 
 LEVELS = 31
-Measure = Callable[[list[int], list[float], list[float]], Matched]  # of steps, forget scores and utilities
 
 
-def read_curves(config: Config, path: Path, measure: Measure, *, originals: bool = False) -> list[Curve]:
-    """The curves in a ``frontier.csv`` of the recipe's runs; with ``originals`` they begin at step 0."""
-    bench = run_list.require_bench(config, "bench")
-    trials = {
-        (str(t.seed), t.loss, t.method, run_list.label(t.point)): t
-        for t in run_list.grid_trials(bench, [*(bench.screening or []), *bench.seeds])
-    }
+def read_curves(config: Config, path: Path) -> list[Curve]:
+    """The curves in a ``frontier.csv``; those without a step 0 begin with their seed's line ``original``."""
+    evaluate, bench = config.unlearning.evaluate, require_bench(config, "bench")
     lines: dict[tuple[str, ...], list[dict[str, str]]] = defaultdict(list)
     with path.open(encoding="utf-8", newline="") as handle:
         for line in csv.DictReader(handle):
             lines[line["seed"], line["loss"], line["method"], line["point"]].append(line)
-    before = {key[0]: run for key, run in lines.items() if key[2] == "original"} if originals else {}
+    before = {key[0]: run for key, run in lines.items() if key[2] == "original"}
     curves = []
-    for key, run in lines.items():
-        if key not in trials:
-            continue  # the model before the first step, or a method that has gone from the recipe
-        trial, whole = trials[key], [*before.get(key[0], []), *run]
+    for (seed, loss, method, strength), run in lines.items():
+        if method == "original":
+            continue
+        whole = run if run[0]["step"] == "0" else [*before.get(seed, []), *run]
+        metrics = [name for name in run[0] if name not in HEADER]
+        scores = {name: [float(line[name]) if line[name] else math.nan for line in whole] for name in metrics}
         steps = [int(line["step"]) for line in whole]
-        columns = {
-            m: [float(line[m]) if line[m] else math.nan for line in whole] for m in (bench.forget, *bench.utility)
-        }
-        forget = columns.pop(bench.forget)
-        found = {metric: measure(steps, forget, column) for metric, column in columns.items()}
-        ended = bench.until is not None and forget[-1] <= bench.until
-        ended = ended or bool(config.unlearning.evaluate.until)
-        cut = steps[-1] < config.unlearning.steps and not ended  # it diverged
-        curves.append(Curve(trial.seed, trial.loss, trial.method, trial.point, {} if cut else found, cut, forget[-1]))
+        bounds = [bound for bound in evaluate.bounds("until") if bound.score == bench.forget]
+        ended = any(bound.holds(scores[bench.forget][-1]) for bound in bounds)
+        diverged = steps[-1] < config.unlearning.steps and not ended
+        curves.append(Curve(int(seed), loss, method, strength, steps, scores, diverged))
     return curves
 
 
@@ -87,19 +79,6 @@ def over_levels(steps_S: list[int], forget_S: list[float], utility_S: list[float
     assert last is not None
     step, spacing = steps_S[last.index], steps_S[last.index] - steps_S[last.index - 1]
     return Matched(step, spacing, found[-1], math.fsum(found) / LEVELS, utility_S[-1])
-
-
-def comparisons(config: Config, curves: list[Curve]) -> list[dict[str, Any]]:
-    """The rows of ``study.json``."""
-    bench = run_list.require_bench(config, "bench")
-    rows = []
-    for loss, strength, _, chosen in choices(config, curves):
-        for method in bench.methods:
-            for metric in bench.utility:
-                for at in ("end",) if metric.split()[0] in bench.score_at_end else ("post", "end"):
-                    row = {"loss": loss, "strength": strength, "method": method, "metric": metric, "at": at}
-                    rows.append(row | compare(chosen[method], chosen[bench.baseline], metric, at))
-    return rows
 
 
 def detectable(row: dict[str, Any], power: float = 0.8, level: float = 0.05) -> float | None:
@@ -153,10 +132,10 @@ def main() -> None:
     if arguments.levels:
         low, high = sorted(arguments.levels)
         measures = {f"forget scores from {high} to {low}": partial(over_levels, low=low, high=high)}
+    curves = read_curves(config, arguments.csv)
     for told_first, measure in measures.items():
         print(told_first)
-        curves = read_curves(config, arguments.csv, measure, originals=bool(arguments.levels))
-        for row in comparisons(config, curves):
+        for row in Comparison(config, curves, measure).rows():
             if arguments.method in (None, row["method"]):
                 head = (row[key] for key in ("loss", "strength", "method", "metric", "at"))
                 print(f"  {', '.join(head)}: {told(row)}")

@@ -335,7 +335,7 @@ def submit(
     nodes: Annotated[int, typer.Option(min=1)] = 1,
     gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs, and processes, of each node.")] = 8,
     chain: Annotated[bool, typer.Option("--chain", help="One job per stage, each waiting for the one before.")] = False,
-    study: Annotated[bool, typer.Option("--study", help="What bench runs, each job of it a task of an array.")] = False,
+    study: Annotated[bool, typer.Option("--study", help="What bench runs: a job for each seed.")] = False,
     array: Annotated[Optional[str], typer.Option(help="Seeds, as for sbatch --array: 0-4.")] = None,  # noqa: UP045
     sbatch: Annotated[str, typer.Option(help="More options for sbatch: '--partition=gpu --time=4:00:00'.")] = "",
     gpu_memory: Annotated[float, typer.Option(min=1.0, help="GB of one GPU.")] = 80.0,
@@ -351,11 +351,11 @@ def submit(
     changes = [*(set_ or []), *([f"distributed.ep={ep}"] if ep is not None else [])]
     cluster = Cluster(nodes, gpus_per_node, sbatch, array, gpu_memory)
     if study:
-        from trace_ds.studies.array import submit_study
+        from trace_ds.studies.study import submit_study
 
-        if chain or array:
-            raise UserError("--study has arrays of its own", "--chain, --array", "leave them out")
-        raise typer.Exit(submit_study(config, run_dir, changes, cluster, dry_run=dry_run))
+        if array:
+            raise UserError("a study has seeds of its own", "--array", "leave it out")
+        raise typer.Exit(submit_study(config, run_dir, changes, cluster, chain=chain, dry_run=dry_run))
     raise typer.Exit(submit_run(Request.load(config, changes, run_dir), cluster, chain=chain, dry_run=dry_run))
 
 
@@ -445,19 +445,15 @@ def bench(
     recipe: ConfigArgument,
     run_dir: RunDirOption = None,
     set_: SetOption = None,
-    workers: Annotated[Optional[int], typer.Option(min=1, help="Runs beside each other; default: cores.")] = None,  # noqa: UP045
+    workers: Annotated[Optional[int], typer.Option(min=1, help="Seeds beside each other; default: cores.")] = None,  # noqa: UP045
     json: JsonOption = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan: which runs, on which seeds.")] = False,
-    task: Annotated[Optional[tuple[str, int]], typer.Option(hidden=True, help="Of an array: PHASE N.")] = None,  # noqa: UP045
+    analyse: Annotated[bool, typer.Option("--analyse", help="Run nothing: say what the runs show.")] = False,
 ) -> None:
     """Compare methods at matched forgetting over several seeds, each at its own strengths (resumable)."""
-    if task is not None:
-        from trace_ds.studies.array import begin_task
-
-        raise typer.Exit(begin_task(recipe, run_dir, set_ or [], *task))
     from trace_ds.studies.study import run_study
 
-    raise typer.Exit(run_study(recipe, run_dir, set_ or [], workers, json=json, dry_run=dry_run))
+    raise typer.Exit(run_study(recipe, run_dir, set_ or [], workers, json=json, dry_run=dry_run, analyse_only=analyse))
 
 
 @app.command()

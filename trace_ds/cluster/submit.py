@@ -39,7 +39,7 @@ from trace_ds.stages.pipeline import Request, check_early
 SITE_VARIABLE = "TRACE_DS_SITE_ENV"
 SITE_PLACES = ("slurm/site.env", "~/.config/trace_ds/site.env")  # slurm/common.sh looks there too
 MAX_SITE_BYTES = 1 << 20
-SCRIPTS = ("chain.sh", "collect_stats.sh", "common.sh", "single_stage.sh", "study.sh", "unlearn_mixtral.sh")
+SCRIPTS = ("chain.sh", "collect_stats.sh", "common.sh", "single_stage.sh", "unlearn_mixtral.sh")
 
 
 @dataclass(frozen=True)

@@ -106,6 +106,8 @@ class Config(Section):
                 raise ValueError(f"unlearning.evaluate.{key} needs unlearning.evaluate.every")
         if self.unlearning.keep == 0 and not evaluate.tasks:
             raise ValueError("unlearning.keep 0 needs unlearning.evaluate.tasks: the curve is all that the job leaves")
+        if self.unlearning.keep == 0 and not self.evaluation.references_only:
+            raise ValueError("unlearning.keep 0 needs evaluation.references_only: true, as there is no unlearned model")
         names = [task.name for task in self.evaluation.tasks]
         for name in evaluate.tasks:
             if name not in names:

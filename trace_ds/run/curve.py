@@ -39,13 +39,19 @@ def read_curve(path: Path) -> dict[str, Any]:
 def _check_point(point: Any) -> None:
     if not isinstance(point, dict):
         raise ValueError("a point is no JSON object")
-    typed(point, {"step": int, "scores": list, "by_source": dict})
-    for score in point["scores"]:
+    typed(point, {"step": int})
+    check_scores(point)
+
+
+def check_scores(raw: dict[str, Any]) -> None:
+    """``ValueError`` unless ``raw`` holds ``scores`` and ``by_source``, as a point of a curve and an evaluation do."""
+    typed(raw, {"scores": list, "by_source": dict})
+    for score in raw["scores"]:
         if not isinstance(score, dict):
             raise ValueError("a score is no JSON object")
         typed(score, {"task": str, "metric": str})
         require_number(score.get("value"))
-    for sources in point["by_source"].values():
+    for sources in raw["by_source"].values():
         if not isinstance(sources, dict) or not all(isinstance(values, dict) for values in sources.values()):
             raise ValueError("by_source is no object of objects")
         for values in sources.values():

@@ -20,8 +20,6 @@ LOCK_RETRY_S = 3.0
 LOCK_NAME = ".lock"
 INPUTS_LOCK_NAME = ".inputs.lock"  # of data and statistics: the jobs of variants share it
 FINETUNE, VARIANTS = "finetune", "variants"
-TRIALS, CALIBRATED = "trials", "calibrated"  # of a study's base model: trials/LOSS/METHOD/POINT, calibrated/NAME
-SHARING = {VARIANTS: 0, CALIBRATED: 0, TRIALS: 2}  # folders of a run whose runs share its data, and how deep these lie
 SIDES = ("forget", "retain", "alternative")
 STEP = re.compile(r"step_\d{6,}")
 COMPARISONS = ("study.json", "bench.json", "frontier.csv")  # of `trace-ds bench`
@@ -104,13 +102,11 @@ class RunDirectory:
 
     @classmethod
     def at(cls, path: Path, config_text: str | None = None) -> RunDirectory:
-        """The run directory at ``path``; a variant's is ``RUN/variants/NAME`` where ``RUN`` is a run, and so on
-        (:data:`SHARING`)."""
+        """The run directory at ``path``; a variant's is ``RUN/variants/NAME`` where ``RUN`` is a run."""
         for place in (path, Path(os.path.abspath(path)), Path(os.path.realpath(path))):
-            for folder, depth in SHARING.items():
-                above = place.parents[depth : depth + 2]
-                if len(above) == 2 and above[0].name == folder and cls(above[1]).is_marked():
-                    return cls(path, above[1], config_text)
+            above = place.parents[:2]
+            if len(above) == 2 and above[0].name == VARIANTS and cls(above[1]).is_marked():
+                return cls(path, above[1], config_text)
         return cls(path, None, config_text)
 
     def create(self, config_text: str) -> None:
@@ -194,7 +190,7 @@ PLACES = {place.name: place for place in vars(RunDirectory).values() if isinstan
 # What stages make and killed writers leave halves of, by the folder they make it in ("" is the run directory).
 MADE_IN = {name: place.makes for name, place in PLACES.items() if place.makes}
 _WHOLE = [name for name, place in PLACES.items() if place.marker or place.is_file]
-MADE_IN[""] = "|".join(map(re.escape, [*_WHOLE, *COMPARISONS, "plan.json", ours.MARKER]))
+MADE_IN[""] = "|".join(map(re.escape, [*_WHOLE, *COMPARISONS, ours.MARKER]))
 
 
 def run_path(text: str) -> Path:

@@ -29,6 +29,9 @@ def convert(config: Config, run: RunDirectory) -> None:
     Raises:
         UserError: there is no such complete checkpoint, or it is damaged or of another model.
     """
+    if config.unlearning.keep == 0:
+        print("[convert] nothing to convert: unlearning.keep is 0")
+        return
     checkpoint, problems = _choose(config, run)
     if is_converted(config, run, checkpoint):
         already_done("convert", run)
@@ -71,8 +74,6 @@ def check_convert(config: Config, run: RunDirectory) -> None:
     from trace_ds.conversion.safetensors_target import parse_size
 
     parse_size(config.conversion.max_shard_size, "conversion.max_shard_size")
-    if config.unlearning.keep == 0:
-        raise UserError("the job leaves a curve and no weights", "unlearning.keep 0", "set it to 2 or more")
     step, settings = config.conversion.step, config.unlearning
     if step is None or (run.checkpoints / step_name(step)).is_dir() or settings.evaluate.until:
         return  # a job with a target saves where it reaches it

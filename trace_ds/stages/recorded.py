@@ -15,7 +15,7 @@ from trace_ds.config.schema import Config
 
 def keys_needing_trace(config: Config, side: str) -> list[str]:
     """The keys that need the top-k experts of every token of ``side``, as a person would write them, of the
-    configuration and of the variants and the study that share its statistics."""
+    configuration and of the variants that share its statistics."""
     if side != "retain":
         return []
     keys = list(_keys(config))
@@ -28,7 +28,3 @@ def _keys(config: Config) -> Iterator[str]:
     """Those of the configuration itself."""
     if config.unlearning.apply == "loss" and config.calibration.rule != "uniform":
         yield f"unlearning.apply: loss with calibration.rule: {config.calibration.rule}"
-    if config.bench is not None:
-        changes = [*config.bench.methods.values(), *config.bench.losses.values()]
-        if any(changed.get("unlearning.apply") == "loss" for changed in changes):
-            yield "bench"

@@ -1,185 +1,230 @@
-"""What a study shows: every method against the baseline at matched forgetting, tuned on other seeds; pure functions.
+"""What the curves of a study show: every method against the baseline at matched forgetting; pure functions.
 
-A trial has *forgotten* from the first scored step at which its forget score is at most the target (the mean score of
-the gold models plus a margin). Three numbers are told of a trial that has: ``cross``, the utility where the line to
-that step from the one before meets the target, ``post``, the mean utility from that step to the last (less noisy, so
-it is what tuning looks at), and ``end``, the utility after the last step. A trial that never gets there counts as not
-reached; it is never compared. Of those compared the forget score after the last step is told too: a run that had
-forgotten may be above the target again.
+A run has *forgotten* from the first scored step at which its forget score is at most the target. Three numbers are told
+of it: ``cross``, the utility where the line to that step from the one before meets the target, ``post``, the mean
+utility from that step to the last (less noisy, so strengths are chosen by it), and ``end``, the utility after the last
+step. A run that never gets there, or diverges, is never compared; nor is a seed whose original model is at the target
+already: there is nothing to forget.
 
-**Tuning without peeking** (our decision): the seeds are dealt to two folds in turn. For each fold the point (alpha,
-learning rate) of a method is the one with the best mean ``post`` over the *other* fold's seeds, among those that
-reached the target on most of them; ties go to the fewer steps. So every reported number was made at a strength
-chosen on other base models, for the baseline in exactly the same way. With ``bench.screening`` the point is chosen in
-this way on the screening's seeds, and told on all others.
+**Tuning without peeking** (our decision): the seeds are dealt to two folds in turn. For each fold the strength of a
+method is the one with the best mean ``post`` over the *other* fold's seeds, among those that reached the target on
+most of them; ties go to the fewer steps. So every reported number was made at a strength chosen on other base models,
+for the baseline in exactly the same way.
 
 Intervals: 95 % of a paired bootstrap over seeds (percentile, the ratio of the two means; Efron & Tibshirani 1993,
 chapter 13) and, beside it, Student's t of the paired differences. Few seeds make the bootstrap optimistic: read both.
+
+Shape legend: S scored steps, N seeds, D draws.
 """
 
 from __future__ import annotations
 
 import fnmatch
-import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from trace_ds.config.schema import Config
-from trace_ds.reporting.intervals import LEVEL, NO_MEANS, Interval, t_interval
-from trace_ds.studies import run_list
-from trace_ds.studies.matched import Matched, matched, relative_gain
-from trace_ds.studies.run_list import Point, Trial, label
+from trace_ds.reporting.intervals import LEVEL, Interval, t_interval
+from trace_ds.run.curve import scores_of
+from trace_ds.studies.matched import Matched, relative_gain
+from trace_ds.studies.runs import recipe_trial, require_bench
 
 BOOTSTRAP_DRAWS = 10_000
+SAME = "same strength"
+Measure = Callable[[list[int], list[float], list[float]], Matched]  # of steps, forget scores and utilities
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A finished trial and, by utility metric, what :func:`matched` says; ``forget_end``: the last forget score."""
+    """The scores of one run by step, ``scores`` [S] by metric (NaN where there is none); ``strength`` is its label."""
 
     seed: int
     loss: str
     method: str
-    point: Point
-    found: dict[str, Matched]
-    diverged: bool
-    forget_end: float = math.nan
+    strength: str
+    steps: list[int]
+    scores: dict[str, list[float]]
+    diverged: bool = False
 
     @property
-    def step(self) -> int | None:
-        return next(iter(self.found.values())).step if self.found else None
+    def settings(self) -> dict[str, str]:
+        return settings_of(self.strength)
+
+    def __str__(self) -> str:
+        return f"seed {self.seed}, {self.loss}, {self.method}, {self.strength}"
 
 
-def metric_of(entry: Mapping[str, Any], name: str) -> float:
-    """``'TASK METRIC'`` or ``'TASK METRIC SOURCES'`` of one entry of a curve (NaN when it has no value)."""
+def settings_of(strength: str) -> dict[str, str]:
+    """``{"alpha": "16", "lr": "0.0005"}`` of ``alpha=16,lr=0.0005``."""
+    return dict(part.split("=", 1) for part in strength.split(",") if part)
+
+
+def metric_of(point: Mapping[str, Any], name: str) -> float:
+    """``'TASK METRIC'`` or ``'TASK METRIC SOURCES'`` of an evaluation or a point of a curve; NaN without a value."""
     task, metric, *pattern = name.split()
     if not pattern:
-        value = entry["scores"].get(f"{task} {metric}")
+        value = scores_of(point).get(f"{task} {metric}")
         return math.nan if value is None else float(value)
-    sources = entry["by_source"].get(task, {})
+    sources = point["by_source"].get(task, {})
     chosen = [v for source, v in sources.items() if fnmatch.fnmatch(source, pattern[0])]
     count = sum(v["n"] for v in chosen)
-    if not count or any(metric not in v for v in chosen):
+    if not count or any(v.get(metric) is None for v in chosen):
         return math.nan
     if metric == "perplexity":  # of the tokens of all sources together
         return math.exp(math.fsum(v["n"] * math.log(v[metric]) for v in chosen) / count)
     return math.fsum(v["n"] * v[metric] for v in chosen) / count
 
 
-def questions_of(entry: Mapping[str, Any], name: str) -> int | None:
-    """How many questions a score of :func:`metric_of` is the mean of; None: not known, or no mean."""
-    task, metric, *pattern = name.split()
-    sources = {source: v for source, v in entry["by_source"].get(task, {}).items() if metric in v}
-    count = sum(v["n"] for source, v in sources.items() if fnmatch.fnmatch(source, pattern[0] if pattern else "*"))
-    return count if count and metric not in (*NO_MEANS, "perplexity") else None
+class Comparison:
+    """The curves of a study, each at matched forgetting.
 
-
-def curve_of(trial: Trial, result: Mapping[str, Any], forget: str, utilities: Sequence[str], target: float) -> Curve:
-    """The result of a trial at matched forgetting."""
-    entries = result["curve"]
-    steps = [int(entry["step"]) for entry in entries]
-    forget_S = [metric_of(entry, forget) for entry in entries]
-    found = {
-        name: matched(steps, forget_S, [metric_of(entry, name) for entry in entries], target)
-        for name in utilities
-        if entries
-    }
-    diverged = result["diverged"] is not None
-    last = forget_S[-1] if entries and not diverged else math.nan
-    return Curve(trial.seed, trial.loss, trial.method, trial.point, {} if diverged else found, diverged, last)
-
-
-def folds(seeds: Sequence[int]) -> tuple[list[int], list[int]]:
-    """The seeds dealt in turn to two folds."""
-    return list(seeds[0::2]), list(seeds[1::2])
-
-
-def choose_point(curves: Sequence[Curve], seeds: Sequence[int], metric: str) -> Point | None:
-    """The best point of one method's curves on ``seeds``; None when none ever reached the target there."""
-    best: tuple[tuple[float, float, float], Point] | None = None
-    for point in dict.fromkeys(curve.point for curve in curves):
-        reached = [
-            curve.found[metric] for curve in curves if curve.point == point and curve.seed in seeds and curve.step
-        ]
-        reached = [m for m in reached if m.post is not None and math.isfinite(m.post)]
-        if not reached:
-            continue
-        posts = [float(m.post) for m in reached if m.post is not None]
-        steps = [float(m.step) for m in reached if m.step is not None]
-        rank = (float(len(reached)), math.fsum(posts) / len(posts), -math.fsum(steps) / len(steps))
-        if best is None or rank > best[0]:
-            best = (rank, point)
-    return None if best is None else best[1]
-
-
-def tuned(
-    curves: Sequence[Curve],
-    seeds: Sequence[int],
-    metric: str,
-    free: Sequence[str],
-    fixed: Mapping[str, Any],
-    screening: Sequence[int] | None = None,
-) -> dict[int, Curve | None]:
-    """For each seed the curve at the point chosen on the other fold, or by a screening; keys not in ``free`` stay at
-    ``fixed``.
-
-    None for a seed whose other fold gives no choice.
+    Args:
+        config: the recipe, which names baseline, metrics, grid and the strength that all share.
+        curves: of any methods and seeds, also ones that the recipe no longer has.
+        measure: what is told of a curve, :func:`trace_ds.studies.matched.matched` at a target.
     """
-    chosen: dict[int, Curve | None] = {}
-    for mine, other in ((seeds, screening),) if screening else (folds(seeds), folds(seeds)[::-1]):
-        point = best_point(curves, other, metric, free, fixed)
-        for seed in mine:
-            chosen[seed] = next((c for c in curves if c.seed == seed and c.point == point), None)
-    return {seed: chosen[seed] for seed in seeds}
 
+    def __init__(self, config: Config, curves: Sequence[Curve], measure: Measure) -> None:
+        self.config, self.bench = config, require_bench(config, config.name)
+        self.curves = list(curves)
+        self.seeds = sorted({curve.seed for curve in curves})
+        scored = [metric for curve in self.curves for metric in curve.scores if metric != self.bench.forget]
+        self.metrics = list(dict.fromkeys([*self.bench.utility, *scored]))
+        self._matched = {
+            (id(curve), metric): measure(curve.steps, curve.scores[self.bench.forget], curve.scores[metric])
+            for curve in self.curves
+            for metric in self.metrics
+            if metric in curve.scores
+        }
 
-def best_point(
-    curves: Sequence[Curve], seeds: Sequence[int], metric: str, free: Sequence[str], fixed: Mapping[str, Any]
-) -> Point | None:
-    """:func:`choose_point` among the points whose keys are at ``fixed`` unless they are ``free``."""
-    allowed = [c for c in curves if all(value == fixed[key] for key, value in c.point if key not in free)]
-    return choose_point(allowed, seeds, metric) if free else next((c.point for c in allowed), None)
+    def matched(self, curve: Curve, metric: str) -> Matched | None:
+        """None where the run is not to be compared."""
+        found = self._matched.get((id(curve), metric))
+        return found if found is not None and found.step and not curve.diverged else None
 
+    def step(self, curve: Curve) -> int | None:
+        """The first scored step at which the target is met: 0 where the original model does, None where none does."""
+        found = self._matched.get((id(curve), self.bench.utility[0]))
+        return None if found is None else found.step
 
-def choices(
-    config: Config, curves: Sequence[Curve]
-) -> Iterator[tuple[str, str, list[str], dict[str, dict[int, Curve | None]]]]:
-    """By loss, then by :func:`told_kinds`: (loss, kind, free keys, method -> the curve it is told by for each seed)."""
-    bench = run_list.require_bench(config, "bench")
-    for loss in bench.losses:
-        for kind, free in run_list.told_kinds(bench, loss):
-            chosen = {
-                method: tuned(
-                    [curve for curve in curves if (curve.loss, curve.method) == (loss, method)],
-                    bench.seeds,
-                    bench.utility[0],
-                    free,
-                    dict(run_list.recipe_point(config, loss, method)),
-                    bench.screening,
-                )
-                for method in bench.methods
-            }
-            yield loss, kind, free, chosen
+    @property
+    def nothing_to_forget(self) -> list[int]:
+        """Seeds whose original model is at the target."""
+        return sorted({curve.seed for curve in self.curves if self.step(curve) == 0})
 
-
-def chosen_points(config: Config, screened: Sequence[Curve]) -> dict[tuple[str, str], list[Point]]:
-    """By loss and method, the points that are run on the seeds that are told: the recipe's own, and what a screening
-    chose."""
-    bench = run_list.require_bench(config, "bench")
-    found: dict[tuple[str, str], list[Point]] = {}
-    for loss, method in itertools.product(bench.losses, bench.methods):
-        mine = [curve for curve in screened if (curve.loss, curve.method) == (loss, method)]
-        fixed = dict(run_list.recipe_point(config, loss, method))
-        points = [
-            best_point(mine, bench.screening or [], bench.utility[0], free, fixed)
-            for _, free in run_list.told_kinds(bench, loss)
+    def rows(self) -> list[dict[str, Any]]:
+        """Every comparison, JSON-ready: by loss, strength, method, metric and moment."""
+        return [
+            {"loss": loss, "strength": kind, "method": method, "metric": metric, "at": at}
+            | self.compare(chosen[method], chosen[self.bench.baseline], metric, at)
+            for loss in dict.fromkeys(curve.loss for curve in self.curves)
+            for kind, chosen in self.choices(loss)
+            for method in chosen
+            for metric in self.metrics
+            for at in ("post", "cross", "end")
         ]
-        found[loss, method] = list(dict.fromkeys(point for point in points if point is not None))
-    return found
+
+    def choices(self, loss: str) -> Iterator[tuple[str, dict[str, dict[int, Curve | None]]]]:
+        """(what is tuned, method -> the curve it is told by for each seed): nothing, then the first key of the grid,
+        then the first two, … as far as some method has several values of the last key."""
+        mine = [curve for curve in self.curves if curve.loss == loss]
+        methods = dict.fromkeys([*self.bench.methods, *(curve.method for curve in mine)])
+        of_method = {method: [curve for curve in mine if curve.method == method] for method in methods}
+        of_method = {method: curves for method, curves in of_method.items() if curves}
+        own = {method: settings_of(recipe_trial(self.config, loss, method).label) for method in of_method}
+        keys = [key.rsplit(".", 1)[-1] for key in self.bench.grid]
+        for count in range(len(keys) + 1):
+            free = keys[:count]
+            if not free or any(len({c.settings.get(free[-1]) for c in curves}) > 1 for curves in of_method.values()):
+                fixed = {method: {k: v for k, v in own[method].items() if k not in free} for method in of_method}
+                yield (
+                    f"own {', '.join(free)}" if free else SAME,
+                    {method: self.tuned(curves, fixed[method], bool(free)) for method, curves in of_method.items()},
+                )
+
+    def tuned(self, curves: Sequence[Curve], fixed: Mapping[str, str], tune: bool) -> dict[int, Curve | None]:
+        """For each seed the curve at the strength chosen on the other fold, among those with the ``fixed`` settings.
+
+        None for a seed whose other fold gives no choice.
+        """
+        allowed = [c for c in curves if all(_same(c.settings.get(k), v) for k, v in fixed.items())]
+        folds = list(self.seeds[0::2]), list(self.seeds[1::2])
+        chosen: dict[int, Curve | None] = {}
+        for mine, other in (folds, folds[::-1]):
+            strength = self.best_strength(allowed, other) if tune else next((c.strength for c in allowed), None)
+            for seed in mine:
+                chosen[seed] = next((c for c in allowed if c.seed == seed and c.strength == strength), None)
+        return {seed: chosen[seed] for seed in self.seeds}
+
+    def best_strength(self, curves: Sequence[Curve], seeds: Sequence[int]) -> str | None:
+        """None when none of the curves ever reached the target on ``seeds``."""
+        best: tuple[tuple[float, float, float], str] | None = None
+        for strength in dict.fromkeys(curve.strength for curve in curves):
+            mine = [curve for curve in curves if curve.strength == strength and curve.seed in seeds]
+            found = [self.matched(curve, self.bench.utility[0]) for curve in mine]
+            reached = [(m.post, m.step) for m in found if m and m.post is not None and math.isfinite(m.post)]
+            if reached:
+                posts, steps = zip(*reached, strict=True)
+                rank = (float(len(reached)), math.fsum(posts) / len(posts), -math.fsum(steps) / len(steps))
+                if best is None or rank > best[0]:
+                    best = (rank, strength)
+        return None if best is None else best[1]
+
+    def compare(
+        self, chosen: Mapping[int, Curve | None], baseline: Mapping[int, Curve | None], metric: str, at: str
+    ) -> dict[str, Any]:
+        """One method against the baseline, paired by seed; ``at`` is post, cross or end."""
+
+        def read(curve: Curve | None) -> tuple[Matched, float, float] | None:
+            found = None if curve is None else self.matched(curve, metric)
+            if curve is None or found is None:
+                return None
+            value = {"post": found.post, "cross": found.at_crossing, "end": found.end}[at]
+            return found, math.nan if value is None else value, curve.scores[self.bench.forget][-1]
+
+        both = {seed: (read(curve), read(baseline.get(seed))) for seed, curve in chosen.items()}
+        reached = {seed: (a, b) for seed, (a, b) in both.items() if a is not None and b is not None}
+        pairs = {seed: (a, b) for seed, (a, b) in reached.items() if math.isfinite(a[1]) and math.isfinite(b[1])}
+        mine, theirs = ([sides[side][1] for sides in pairs.values()] for side in (0, 1))
+        differences = [x - y for x, y in zip(mine, theirs, strict=True)]
+        mean, mean_base = (math.fsum(v) / len(v) if v else None for v in (mine, theirs))
+        several = len(pairs) > 1
+        ratio = bootstrap_ratio(mine, theirs) if several else None
+        return {
+            "seeds": list(pairs),
+            "value": mean,
+            "value_t_interval": vars(t_interval(mine)) if several else None,
+            "baseline": mean_base,
+            "relative": None if mean is None or mean_base is None else relative_gain(mean, mean_base),
+            "relative_interval": vars(ratio) if ratio is not None else None,
+            "difference": math.fsum(differences) / len(differences) if differences else None,
+            "difference_t_interval": vars(t_interval(differences)) if several else None,
+            "by_seed": mine,
+            "baseline_by_seed": theirs,
+            "steps": [a[0].step for a, _ in pairs.values()],
+            "baseline_steps": [b[0].step for _, b in pairs.values()],
+            "steps_between_scores": max((m[0].spacing or 0 for sides in pairs.values() for m in sides), default=None),
+            "forget_end": [finite(a[2]) for a, _ in pairs.values()],
+            "baseline_forget_end": [finite(b[2]) for _, b in pairs.values()],
+            "not_a_number": [seed for seed in reached if seed not in pairs],
+            "not_reached": {
+                "method": [seed for seed, (a, _) in both.items() if a is None],
+                "baseline": [seed for seed, (_, b) in both.items() if b is None],
+            },
+            "strengths": {str(seed): None if curve is None else curve.strength for seed, curve in chosen.items()},
+        }
+
+
+def _same(one: str | None, other: str) -> bool:
+    """Whether two settings in words are one value: ``16`` is ``16.0``."""
+    try:
+        return float(one or "") == float(other)
+    except ValueError:
+        return one == other
 
 
 def bootstrap_ratio(
@@ -201,56 +246,6 @@ def bootstrap_ratio(
         return None
     low, high = np.quantile(means_D2[:, 0] / means_D2[:, 1] - 1, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Interval(float(low), float(high))
-
-
-def compare(
-    chosen: Mapping[int, Curve | None], baseline: Mapping[int, Curve | None], metric: str, value: str
-) -> dict[str, Any]:
-    """One method against the baseline, each at its chosen points, paired by seed; JSON-ready.
-
-    Args:
-        value: ``post``, ``cross`` or ``end``.
-    """
-
-    def at(curve: Curve) -> float:
-        found = curve.found[metric]
-        number = {"post": found.post, "cross": found.at_crossing, "end": found.end}[value]
-        return math.nan if number is None else number
-
-    sides = [(seed, chosen[seed], baseline[seed]) for seed in chosen]
-    reached = [(s, a, b) for s, a, b in sides if a is not None and b is not None and a.step and b.step]
-    pairs = [(s, a, b) for s, a, b in reached if math.isfinite(at(a)) and math.isfinite(at(b))]
-    mine, theirs = [at(a) for _, a, _ in pairs], [at(b) for _, _, b in pairs]
-    steps = [(int(a.step or 0), int(b.step or 0)) for _, a, b in pairs]
-    differences = [x - y for x, y in zip(mine, theirs, strict=True)]
-    mean, mean_base = (math.fsum(v) / len(v) if v else None for v in (mine, theirs))
-    enough = len(pairs) > 1
-    spacings = [c.found[metric].spacing or 0 for _, a, b in pairs for c in (a, b)]
-    ratio = bootstrap_ratio(mine, theirs) if enough else None
-    return {
-        "seeds": [s for s, _, _ in pairs],
-        "value": mean,
-        "value_t_interval": vars(t_interval(mine)) if enough else None,
-        "baseline": mean_base,
-        "relative": None if mean is None or mean_base is None else relative_gain(mean, mean_base),
-        "relative_interval": vars(ratio) if ratio is not None else None,
-        "difference": math.fsum(differences) / len(differences) if differences else None,
-        "difference_t_interval": vars(t_interval(differences)) if enough else None,
-        "by_seed": mine,
-        "baseline_by_seed": theirs,
-        "steps": [a for a, _ in steps],
-        "baseline_steps": [b for _, b in steps],
-        "steps_between_scores": max(spacings, default=None),
-        "forget_end": [finite(a.forget_end) for _, a, _ in pairs],
-        "baseline_forget_end": [finite(b.forget_end) for _, _, b in pairs],
-        "not_a_number": [s for s, a, b in reached if not (math.isfinite(at(a)) and math.isfinite(at(b)))],
-        "not_reached": {
-            "method": [s for s, a, _ in sides if a is None or not a.step],
-            "baseline": [s for s, _, b in sides if b is None or not b.step],
-        },
-        "points": {str(s): None if a is None else label(a.point) for s, a, _ in sides},
-        "baseline_points": {str(s): None if b is None else label(b.point) for s, _, b in sides},
-    }
 
 
 def finite(value: float) -> float | None:

@@ -1,46 +1,113 @@
-"""``trace-ds bench RECIPE``: run (or finish) a study on this machine and say what it shows.
+"""``trace-ds bench RECIPE``: run what is left of a study on this machine and say what its curves show.
 
     trace-ds bench bench_entangled --run-dir runs/entangled
-    trace-ds bench bench_entangled --dry-run                  # the plan: which runs, on which seeds
+    trace-ds bench bench_entangled --dry-run                       # which runs, on which seeds
+    trace-ds submit RECIPE --study --run-dir STUDY                 # one ordinary SLURM job a seed, then
+    trace-ds bench RECIPE --run-dir STUDY --analyse                # what they show
 
-Writes ``plan.json`` before the first run, then ``study.json`` (every comparison with its intervals) and
-``frontier.csv`` (every scored step of every run), both from the results alone: running it again on a finished study
-rewrites the same bytes. On many nodes: ``trace-ds submit RECIPE --study`` (:mod:`trace_ds.studies.array`).
+Writes ``study.json`` (every comparison with its intervals) and ``frontier.csv`` (every scored step of every run), both
+from the runs' own files: the same runs give the same bytes.
 """
 
 from __future__ import annotations
 
 import csv
+import gc
 import io
 import json as json_module
 import math
 import multiprocessing
 import os
 import signal
-import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from multiprocessing.queues import SimpleQueue
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
 
 from trace_ds.config.load import load_config
+from trace_ds.config.schema import Config
 from trace_ds.errors import JobFailed, StopRequested, UserError
-from trace_ds.parallel.environment import accelerator_count
-from trace_ds.run import ours
-from trace_ds.run.directory import CALIBRATED, TRIALS, RunDirectory, locked
+from trace_ds.evaluation.metrics import METRICS, direction
+from trace_ds.evaluation.table import ARROWS
+from trace_ds.parallel.environment import accelerator_count, accelerator_names
+from trace_ds.parallel.launch import die_with_parent, parent_of_this
+from trace_ds.run.curve import check_scores, read_curve
+from trace_ds.run.directory import RunDirectory, locked
 from trace_ds.run.files import write_json, write_text
 from trace_ds.run.foreign import read_object
-from trace_ds.stages.training import OPERATIONAL
-from trace_ds.studies import run_list
-from trace_ds.studies.analysis import Curve, choices, compare, finite, metric_of, questions_of
-from trace_ds.studies.jobs import Study, begin, do
+from trace_ds.stages.pipeline import Request, check_early, run_verb
+from trace_ds.studies.analysis import Comparison, Curve, finite, metric_of
+from trace_ds.studies.matched import matched
+from trace_ds.studies.runs import GOLD, check, require_bench, run_of, seed_request, trials_of
+from trace_ds.terminal import wide_console
 
-TELL_EVERY_S = 30.0
+if TYPE_CHECKING:
+    from trace_ds.cluster.submit import Cluster
+    from trace_ds.demo.corpora import Regime
+
 START = "spawn"  # how workers are started
-# For the estimate before anything ran: seconds of one CPU core of the machine this was developed on.
-REFERENCE_S, STEP_S, SCORE_S = 220.0, 0.12, 0.9
+HEADER = ["seed", "loss", "method", "point", "step"]
+
+
+class Study:
+    """The runs of a recipe's study in a directory (default ``runs/bench/NAME``)."""
+
+    def __init__(self, recipe: Sequence[str], run_dir: Path | None, overrides: Sequence[str]) -> None:
+        self.config: Config = load_config(recipe, overrides, "${run_dir}")[0]
+        self.bench = require_bench(self.config, self.config.name)
+        check(self.config)
+        self.directory = run_dir or Path("runs/bench") / self.config.name
+        self.requests = {s: seed_request(recipe, overrides, self.directory, s) for s in self.bench.seeds}
+        RunDirectory(self.directory).require_ours()
+        for request in self.requests.values():
+            request.check_places()
+
+    def describe(self) -> str:
+        runs, settings = len(trials_of(self.bench)), self.config.unlearning
+        return (
+            f"[bench] {runs * len(self.bench.seeds)} runs of at most {settings.steps} steps, scored every "
+            f"{settings.evaluate.every}: {runs} methods and strengths on seeds {', '.join(map(str, self.bench.seeds))}"
+        )
+
+    def curves(self) -> Iterator[tuple[Curve, dict[str, Any]]]:
+        """Every run's curve, and its file; :class:`UserError` where one is missing or damaged."""
+        metrics = (self.bench.forget, *self.bench.utility)
+        for seed, request in self.requests.items():
+            for trial in trials_of(self.bench):
+                raw = read_curve(run_of(request, trial).curve)
+                scores = {name: [metric_of(point, name) for point in raw["curve"]] for name in metrics}
+                steps, diverged = [point["step"] for point in raw["curve"]], raw["diverged"] is not None
+                yield Curve(seed, trial.loss, trial.method, trial.label, steps, scores, diverged), raw
+
+    def references(self, seed: int) -> dict[str, dict[str, Any]]:
+        """The evaluations of the original and, where there is one, the gold model."""
+        request = self.requests[seed]
+        names = ("original", *request.written.evaluation.models)
+        fix = "make it again with `trace-ds evaluate CONFIG`"
+        found = {}
+        for path in (request.run.evaluation / f"{name}.json" for name in names):
+            found[path.stem] = read_object(path, "the evaluation", fix)
+            try:
+                check_scores(found[path.stem])
+            except ValueError as error:
+                raise UserError(f"the evaluation is damaged: {error}", str(path), fix) from None
+        return found
+
+    def target(self, references: Mapping[int, Mapping[str, dict[str, Any]]]) -> float:
+        """The mean of the gold models of all seeds, without gold models chance, plus the margin.
+
+        The mean (our decision): no gold model ever saw what is to be forgotten, so they differ by the luck of a few
+        hundred questions only, and a seed whose gold model was unlucky would ask for less than chance.
+        """
+        golds = [metric_of(models[GOLD], self.bench.forget) for models in references.values() if GOLD in models]
+        base = math.fsum(golds) / len(golds) if golds else METRICS[self.bench.forget.split()[1]].chance
+        assert base is not None  # see runs.check
+        return base + self.bench.margin
 
 
 def run_study(
@@ -51,329 +118,238 @@ def run_study(
     *,
     json: bool = False,
     dry_run: bool = False,
+    analyse_only: bool = False,
 ) -> int:
-    """Run every job that is not done, then write and show the result; returns the exit status.
-
-    Args:
-        run_dir: default ``runs/bench/NAME``.
-    """
-    study = checked(recipe, run_dir, overrides)
-    ranks = study.config.distributed.nproc or 1
-    check_ranks(study, ranks, local=True, download=not dry_run)
-    count = workers or worker_count(ranks)
+    """Run every seed's runs that are not done (a process a seed, ``workers`` beside each other), then write and show
+    the result; returns the exit status."""
+    study = Study(recipe, run_dir, overrides)
     if not json:
-        tell_plan(study, count)
+        print(study.describe(), flush=True)
     if dry_run:
         return 0
-    with locked(RunDirectory(study.directory)):
-        keep_plan(study)
-        with Workers(study, count, ranks, quiet=json) as pool:
-            for phase in study.phases:
-                pool.finish(phase)
-        result = write_result(study)
-    show(study, result, json)
+    if not analyse_only:
+        check_here(study)
+        with locked(RunDirectory(study.directory)):
+            run_all(study, workers, quiet=json)
+    result = analyse(study)
+    show(result, study, as_json=json)
     return 0
 
 
-def checked(recipe: Sequence[str], run_dir: Path | None, overrides: Sequence[str]) -> Study:
-    """A study of which all that can be wrong before its first run has been looked at; raises :class:`UserError`."""
-    directory = run_dir or Path("runs/bench") / load_config(recipe, overrides)[0].name
-    study = Study(recipe, directory, overrides)
-    run_list.check(study.config)
+def submit_study(
+    recipe: Sequence[str],
+    run_dir: Path | None,
+    overrides: Sequence[str],
+    cluster: Cluster,
+    *,
+    chain: bool,
+    dry_run: bool,
+) -> int:
+    """Submit each seed's run with its variants as an ordinary one, which waits for no other; returns 0."""
+    from trace_ds.cluster.submit import submit_run
+
+    study = Study(recipe, run_dir, overrides)
     if study.bench.regime is not None:
-        from trace_ds.demo.run import preflight
-
-        preflight(directory)
-    check_places(study)
-    check_plan(study)
-    return study
-
-
-def check_places(study: Study) -> None:
-    """Refuse a directory that is not a study's, or that lies in, on or around what the recipe reads."""
-    from trace_ds.demo.run import require_inputs_ours
-    from trace_ds.stages.pipeline import inputs_of
-
-    directory = study.directory
-    RunDirectory(directory).require_ours()
-    for base in study.bases.values():
-        made = [*base.run.outputs, *(base.run.path / name for name in (TRIALS, CALIBRATED))]
-        ours.require_apart([*made, directory / "report", directory / "logs"], inputs_of(base.config))
-        base.run.require_ours()
-        if study.bench.regime is not None:
-            require_inputs_ours(base.run.path)
+        raise UserError("the study makes its own inputs", "bench.regime", "run it with `trace-ds bench`")
+    print(study.describe(), flush=True)
+    for request in study.requests.values():
+        submit_run(request, cluster, chain=chain, dry_run=dry_run)
+    print(f"when they are done: trace-ds bench {' '.join(recipe)} --run-dir {study.directory} --analyse")
+    return 0
 
 
-def check_ranks(study: Study, ranks: int, *, local: bool, download: bool = False) -> None:
-    """Refuse a job that so many processes (``local``: of this machine) cannot be.
+def check_here(study: Study) -> None:
+    """Refuse what no run on this machine could do, before the first one."""
+    if study.bench.regime is not None:
+        from trace_ds.demo.run import preflight, require_inputs_ours
 
-    ``download``: bring a model that is named on the hub, to look at it.
-    """
-    from trace_ds.models.families import FAMILIES, ModelInfo, check_expert_parallel, inspect_model
-    from trace_ds.parallel.launch import check_process_count
-
-    settings, scoring = study.config.distributed, study.config.evaluation
-    if local:
-        for count, key in ((ranks, "distributed.nproc"), (scoring.nproc, "evaluation.nproc")):
-            check_process_count(count, accelerator_count(), os.cpu_count() or 1, key)
-    if study.bench.regime is None:
-        base = study.bases[study.seeds[0]].located("unlearn", download=download)
-        info = inspect_model(base.config.model.path)
-    else:
-        from trace_ds.demo.pretrain import MODEL
-
-        experts, top_k, layers = (MODEL[f"num_{key}"] for key in ("local_experts", "experts_per_tok", "hidden_layers"))
-        info = ModelInfo(Path(), FAMILIES["mixtral"], {}, experts, top_k, layers, "")
-    check_expert_parallel(info, settings.ep, ranks, options=settings.autoep.options if local else None)
-    check_expert_parallel(info, scoring.ep, scoring.nproc, "evaluation.ep")
-
-
-# ---------------------------------------------------------------------------------------------------------- the plan
-
-
-def plan(study: Study) -> dict[str, Any]:
-    """What will be run, decided before the first run: all that a result may not be the reason for."""
-    bench, settings = study.bench, study.config.unlearning
-    kept = settings.model_dump(mode="json", exclude={"evaluate", *OPERATIONAL} - {"steps"})
-    looks = -(-settings.steps // bench.score_every)
-    grid = len(run_list.grid_trials(bench, [0]))
-    stages = [{"stage": "runs", "seeds": bench.seeds, "runs": grid * len(bench.seeds)}]
-    if bench.screening is not None:
-        most = sum(
-            min(len(run_list.told_kinds(bench, loss)), len(run_list.points_of(bench, loss, method)))
-            for loss in bench.losses
-            for method in bench.methods
-        )
-        stages[0] |= {"stage": "runs, at most", "runs": most * len(bench.seeds)}
-        screening = {"stage": "screening", "seeds": bench.screening, "runs": grid * len(bench.screening)}
-        stages.insert(0, screening)
-    return {
-        "recipe": study.config.name,
-        "bench": bench.model_dump(mode="json"),
-        "calibration": study.config.calibration.model_dump(mode="json"),
-        "unlearning": kept,
-        "stages": [{**stage, "steps": settings.steps, "looks": looks} for stage in stages],
-    }
-
-
-def check_plan(study: Study) -> None:
-    """Refuse a directory with another plan: what was seen there must not choose what is run now."""
-    path = study.directory / "plan.json"
-    if not path.is_file():
+        preflight(study.directory)
+        for request in study.requests.values():
+            require_inputs_ours(request.run.path)
         return
-    stored = read_object(path, "the plan of the study", "restore it, or choose another --run-dir")
-    key = _difference(stored, json_module.loads(json_module.dumps(plan(study))))
-    if key is not None:
-        raise UserError(
-            f"a study with another plan was begun here ({key} differs)",
-            str(path),
-            "choose another --run-dir; or, if no result has decided the change, delete plan.json: equal runs are kept",
-        )
+    request = study.requests[study.bench.seeds[0]]
+    check_early("run", request.located("run", download=True))
 
 
-def _difference(one: Any, other: Any, key: str = "") -> str | None:
-    """The first key under which two plans differ."""
-    if isinstance(one, dict) and isinstance(other, dict):
-        found = (_difference(one.get(name), other.get(name), f"{key}.{name}".lstrip(".")) for name in {**other, **one})
-        return next((place for place in found if place is not None), None)
-    return None if one == other else key
+def run_all(study: Study, workers: int | None, *, quiet: bool) -> None:
+    """Do the runs of all seeds in worker processes.
 
-
-def keep_plan(study: Study) -> None:
-    if not (study.directory / "plan.json").is_file():
-        write_json(study.directory / "plan.json", plan(study))
-
-
-def tell_plan(study: Study, workers: int | None = None) -> None:
-    """Print the plan; with the number of workers, how long the whole will take on cores like ours."""
-    told = plan(study)
-    seconds = len(study.seeds) * REFERENCE_S
-    for stage in told["stages"]:
-        seeds = ", ".join(map(str, stage["seeds"]))
-        print(
-            f"[bench] {stage['stage']}: {stage['runs']} of {stage['steps']} steps, {stage['looks']} times scored, on "
-            f"base models {seeds}",
-            flush=True,
-        )
-        seconds += stage["runs"] * (stage["steps"] * STEP_S + stage["looks"] * SCORE_S)
-    if workers is not None and study.bench.regime is not None:
-        print(
-            f"[bench] {workers} workers: about {seconds / workers / 60:.0f} minutes on CPU cores like ours", flush=True
-        )
-
-
-# ------------------------------------------------------------------------------------------------------- the workers
-
-
-def worker_count(ranks: int) -> int:
-    """As many jobs beside each other as the accelerators, else the cores this process may use, have room for."""
-    return max((accelerator_count() or len(os.sched_getaffinity(0))) // ranks, 1)
-
-
-class Workers:
-    """Processes that do the jobs of a study, started when there is one to do; as a context they are gone at its end."""
-
-    def __init__(self, study: Study, count: int, ranks: int, *, quiet: bool) -> None:
-        self._study, self._count, self._ranks, self._quiet = study, count, ranks, quiet
-        self._logs = study.directory / "logs"
-        self._pool: ProcessPoolExecutor | None = None
-
-    def __enter__(self) -> Workers:
-        self._previous, self._others = signal.signal(signal.SIGTERM, _stop), multiprocessing.active_children()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(wait=False, cancel_futures=True)
-        for child in set(multiprocessing.active_children()).difference(self._others):
+    Raises:
+        UserError, or any other error, of a run: it ends all. JobFailed: a process was killed. StopRequested.
+    """
+    seeds, logs = study.bench.seeds, study.directory / "logs"
+    ranks = study.requests[seeds[0]].written.distributed.nproc or 1
+    room = max((accelerator_count() or len(os.sched_getaffinity(0))) // ranks, 1)
+    count = min(workers or room, len(seeds))
+    logs.mkdir(parents=True, exist_ok=True)
+    context = multiprocessing.get_context(START)
+    numbers: SimpleQueue[int] = context.SimpleQueue()
+    for number in range(count):
+        numbers.put(number)
+    previous, others = signal.signal(signal.SIGTERM, _stop), multiprocessing.active_children()
+    pool = ProcessPoolExecutor(count, context, begin_worker, (numbers, ranks, logs))
+    try:
+        left: set[Future[None]] = {pool.submit(run_seed, study.requests[seed], study.bench.regime) for seed in seeds}
+        while left:
+            done, left = wait(left, return_when=FIRST_COMPLETED)
+            for future in done:
+                future.result()
+            if not quiet:
+                print(f"[bench] {len(seeds) - len(left)} of {len(seeds)} seeds done", flush=True)
+    except BrokenProcessPool:
+        raise JobFailed(f"a worker of the study was killed (out of memory?); its log is among {logs}") from None
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for child in set(multiprocessing.active_children()).difference(others):
             child.kill()
             child.join()
-        signal.signal(signal.SIGTERM, self._previous)
-
-    def finish(self, phase: str) -> None:
-        """Do what is left of a phase and tell how far it is.
-
-        Raises:
-            UserError, or any other error, of a job: it ends all. JobFailed: a process was killed. StopRequested.
-        """
-        todo = [number for number, job in enumerate(self._study.jobs(phase)) if not job.is_done()]
-        if not todo:
-            return
-        pool = self._started()
-        began_s = time.monotonic()
-        futures = [pool.submit(do, self._study.asked, phase, number) for number in todo]
-        try:
-            while True:
-                done, left = wait(futures, TELL_EVERY_S, FIRST_EXCEPTION)
-                for future in done:
-                    future.result()
-                minutes = (time.monotonic() - began_s) / max(len(done), 1) * len(left) / 60
-                about = f", about {minutes:.0f} minutes left for them" if done and left else ""
-                if not self._quiet:
-                    print(f"[bench] {len(done)} of {len(todo)} {phase} done{about}", flush=True)
-                if not left:
-                    return
-        except BrokenProcessPool:
-            what = f"a worker of the study was killed (out of memory?); its log is among {self._logs}"
-            raise JobFailed(what) from None
-
-    def _started(self) -> ProcessPoolExecutor:
-        if self._pool is None:
-            context = multiprocessing.get_context(START)
-            numbers: SimpleQueue[int] = context.SimpleQueue()
-            for number in range(self._count):
-                numbers.put(number)
-            self._logs.mkdir(parents=True, exist_ok=True)
-            self._pool = ProcessPoolExecutor(self._count, context, begin, (numbers, self._ranks, self._logs))
-        return self._pool
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _stop(number: int, frame: Any) -> None:
     raise StopRequested("the study was stopped; run the same command again to go on")
 
 
-# -------------------------------------------------------------------------------------------------------- the result
+def begin_worker(numbers: SimpleQueue[int], ranks: int, logs: Path) -> None:
+    """In a new process of the pool: nobody's rank, with its share of the GPUs, its own log, and its parent's end."""
+    from trace_ds.models.host_memory import keep_freed_memory
+
+    die_with_parent(parent_of_this())
+    number = numbers.get()
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        os.environ.pop(name, None)
+    os.environ |= devices_of(number, ranks, os.environ)
+    keep_freed_memory()
+    with (logs / f"worker_{number}.log").open("ab") as log:
+        for stream in (1, 2):
+            os.dup2(log.fileno(), stream)
 
 
-def write_result(study: Study) -> dict[str, Any]:
-    """Write ``study.json`` and ``frontier.csv`` of a study whose runs are all done."""
-    result = analyse(study)
-    write_json(study.directory / "study.json", result)
-    write_text(study.directory / "frontier.csv", frontier_csv(study))
-    return result
+def devices_of(number: int, ranks: int, inherited: Mapping[str, str], devices: Path = Path("/dev")) -> dict[str, str]:
+    """One thread a process, and as many of the GPUs that may be used as a run has ranks, for a worker."""
+    names = accelerator_names(inherited, devices)
+    chosen = [names[(number * ranks + rank) % len(names)] for rank in range(ranks)] if names else []
+    return {"OMP_NUM_THREADS": "1", **({"CUDA_VISIBLE_DEVICES": ",".join(chosen)} if chosen else {})}
 
 
-def show(study: Study, result: dict[str, Any], json: bool = False) -> None:
-    if json:
-        print(json_module.dumps(result, indent=1, sort_keys=True))
-        return
-    from trace_ds.studies import result_table
+def run_seed(request: Request, regime: Regime | None) -> None:
+    """In a worker: what `trace-ds run` does with the run of a seed and its variants. Where a run is one process, this
+    process is its rank from the first one on, so that many short ones do not start anew."""
+    config = request.written
+    if regime is not None:
+        from trace_ds.demo.run import prepare_inputs, remove_input_leftovers
 
-    result_table.show(result)
-    made_with = {tuple(sorted(found["made_with"].items())) for _, found in study.results("runs")}
-    if len(made_with) > 1:
-        print(f"WARNING the runs were made with different devices or versions of torch: {sorted(made_with)}")
-    print(f"numbers: {study.directory / 'study.json'}, every scored step: {study.directory / 'frontier.csv'}")
+        request.run.path.mkdir(parents=True, exist_ok=True)
+        remove_input_leftovers(request.run.path)
+        prepare_inputs(request.run.path, config.seed, regime)
+    if config.distributed.nproc == config.evaluation.nproc == 1:
+        from trace_ds.parallel.world import join
+
+        join(config.distributed.threads, config.distributed.timeout_minutes)
+    for verb in ("prepare", "collect", "calibrate", "unlearn", "evaluate"):
+        for item in request.all() if verb in ("calibrate", "unlearn") else [request]:
+            status = run_verb(verb, item)
+            if status == StopRequested.exit_status:
+                raise StopRequested(f"{item.run.path}: stopped on request; run the same command again to go on")
+            if status:
+                raise JobFailed(f"{verb} in {item.run.path} ended with exit status {status}: see the study's logs")
+            gc.collect()
 
 
 def analyse(study: Study) -> dict[str, Any]:
-    """Every comparison of a finished study; JSON-ready and free of times and places."""
-    from trace_ds.evaluation.metrics import direction
-
-    bench = study.bench
-    references = {
-        str(seed): {
-            name: {m: finite(metric_of(entry, m)) for m in (bench.forget, *bench.utility)}
-            for name, entry in study.references(seed).items()
-        }
-        for seed in study.seeds
-    }
-    questions = {
-        str(seed): {
-            m: next((questions_of(entry, m) for entry in study.references(seed).values()), None)
-            for m in (bench.forget, *bench.utility)
-        }
-        for seed in study.seeds
-    }
-    target = study.target()
-    curves = [curve for phase in study.phases[2:] for curve in study.curves(phase, target)]
-    rows: list[dict[str, Any]] = []
-    for loss, kind, free, chosen in choices(study.config, curves):
-        for method in bench.methods:
-            found_edges = _edges(study, loss, method, chosen[method], free)
-            for metric in bench.utility:
-                at_end = metric.split()[0] in bench.score_at_end
-                for value in ("end",) if at_end else ("post", "cross", "end"):
-                    found = compare(chosen[method], chosen[bench.baseline], metric, value)
-                    row = {"loss": loss, "strength": kind, "method": method, "metric": metric, "at": value}
-                    way = {"direction": direction(metric.split()[1], "utility"), "edges": found_edges}
-                    way["untried"] = run_list.untried(bench, loss, method, free)
-                    rows.append(row | way | found)
-    return {
+    """Write and return ``study.json``, free of times and places, and write ``frontier.csv``."""
+    bench, metrics = study.bench, (study.bench.forget, *study.bench.utility)
+    references = {seed: study.references(seed) for seed in bench.seeds}
+    read = list(study.curves())
+    target = study.target(references)
+    comparison = Comparison(study.config, [curve for curve, _ in read], partial(matched, target=target))
+    rows = comparison.rows()
+    for row in rows:
+        row["direction"] = direction(row["metric"].split()[1], "utility")
+    nothing = comparison.nothing_to_forget
+    result = {
         "recipe": study.config.name,
         "seeds": bench.seeds,
-        **({"screening": bench.screening} if bench.screening else {}),
         "baseline": bench.baseline,
         "forget": bench.forget,
         "target": target,
-        "references": references,
-        "questions": questions,
-        "diverged": [_where(curve) for curve in curves if curve.diverged],
-        "never_reached": [_where(curve) for curve in curves if curve.step is None and not curve.diverged],
+        "references": {
+            str(seed): {name: {m: finite(metric_of(scores, m)) for m in metrics} for name, scores in models.items()}
+            for seed, models in references.items()
+        },
+        "made_with": [dict(pairs) for pairs in sorted({tuple(sorted(raw["made_with"].items())) for _, raw in read})],
+        "nothing_to_forget": nothing,
+        "diverged": [str(curve) for curve, _ in read if curve.diverged],
+        "never_reached": [str(c) for c, _ in read if comparison.step(c) is None and not c.diverged],
         "comparisons": rows,
     }
+    write_json(study.directory / "study.json", result)
+    write_text(study.directory / "frontier.csv", frontier_csv([curve for curve, _ in read], metrics))
+    return result
 
 
-def _edges(
-    study: Study, loss: str, method: str, chosen: Mapping[int, Curve | None], free: Sequence[str]
-) -> dict[str, list[int]]:
-    """Values at an end of the grid that tuning chose, with the seeds it chose them for."""
-    found: dict[str, list[int]] = {}
-    for seed, curve in chosen.items():
-        for edge in run_list.edges(study.bench, loss, method, curve.point if curve is not None else None, free):
-            found.setdefault(edge, []).append(seed)
-    return found
-
-
-def _where(curve: Curve) -> str:
-    return f"seed {curve.seed}, {curve.loss}, {curve.method}, {run_list.label(curve.point)}"
-
-
-def frontier_csv(study: Study) -> str:
-    """One line per scored step of every run, and of each seed's model before the first (method ``original``)."""
-    bench = study.bench
-    metrics = (bench.forget, *bench.utility)
+def frontier_csv(curves: Sequence[Curve], metrics: Sequence[str]) -> str:
+    """One line per scored step of every run; step 0 is the original model."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["seed", "loss", "method", "point", "step", *metrics])
-
-    def line(head: Sequence[Any], entry: Mapping[str, Any]) -> None:
-        values = (metric_of(entry, name) for name in metrics)
-        writer.writerow([*head, *("" if math.isnan(value) else f"{value:.6g}" for value in values)])
-
-    for seed in study.seeds:
-        line([seed, "", "original", "", 0], study.references(seed)["original"])
-    for trial, result in (found for phase in study.phases[2:] for found in study.results(phase)):
-        for entry in result["curve"]:
-            line([trial.seed, trial.loss, trial.method, run_list.label(trial.point), entry["step"]], entry)
+    writer.writerow([*HEADER, *metrics])
+    for curve in curves:
+        for number, step in enumerate(curve.steps):
+            values = ("" if math.isnan(v := curve.scores[name][number]) else f"{v:.6g}" for name in metrics)
+            writer.writerow([curve.seed, curve.loss, curve.method, curve.strength, step, *values])
     return text.getvalue()
+
+
+def show(result: dict[str, Any], study: Study, *, as_json: bool) -> None:
+    """Print study.json, or a table per utility metric: methods against the baseline, ``post`` beside ``cross``."""
+    if as_json:
+        print(json_module.dumps(result, indent=1, sort_keys=True))
+        return
+    console = wide_console(log_width=180)  # of a file: nobody's window cuts it
+    rows = {tuple(r[key] for key in ("metric", "loss", "strength", "method", "at")): r for r in result["comparisons"]}
+    for metric in dict.fromkeys(key[0] for key in rows):
+        keys = [key[:4] for key in rows if key[0] == metric and key[4] == "post"]
+        arrow = ARROWS[rows[(*keys[0], "post")]["direction"]]
+        table = Table(
+            title=f"{metric} {arrow}, against {result['baseline']} at matched forgetting ({result['forget']})"
+        )
+        columns = ("loss", "strength", "method", "mean", "post [95 %]", "at the crossing", "at the end", "steps")
+        for column in (*columns, "forget score at the end", "seeds", "chosen"):
+            table.add_column(column, overflow="fold", no_wrap=column in ("loss", "method", "mean"))
+        for key in keys:
+            post, cross, end = (rows[(*key, at)] for at in ("post", "cross", "end"))
+            table.add_row(
+                *key[1:],
+                "–" if post["value"] is None else f"{post['value']:.4g}",
+                *(_relative(row) for row in (post, cross, end)),
+                _pair(post["steps"], post["baseline_steps"], ".0f"),
+                _pair(post["forget_end"], post["baseline_forget_end"], ".3f"),
+                f"{len(post['seeds'])}/{len(result['seeds'])}",
+                "; ".join(dict.fromkeys(map(str, post["strengths"].values()))),
+            )
+        console.print(table)
+    for seed in result["nothing_to_forget"]:
+        score = result["references"][str(seed)]["original"][result["forget"]]
+        print(
+            f"WARNING seed {seed}: nothing to forget: {result['forget']} of the original model is {score:.3g}, at or "
+            f"below the target {result['target']:.3g} before the first step; the seed is left out"
+        )
+    for name in ("never_reached", "diverged"):
+        if result[name]:
+            print(f"{name.replace('_', ' ')}: {len(result[name])} runs (listed in study.json)")
+    if len(result["made_with"]) > 1:
+        print(f"WARNING the runs were made with different devices or versions of torch: {result['made_with']}")
+    print(f"numbers: {study.directory / 'study.json'}, every scored step: {study.directory / 'frontier.csv'}")
+
+
+def _relative(row: dict[str, Any]) -> str:
+    if row["relative"] is None:
+        return "–"
+    band = row["relative_interval"]
+    return f"{row['relative']:+.1%}" + (f" [{band['low']:+.1%}, {band['high']:+.1%}]" if band else "")
+
+
+def _pair(mine: Sequence[float | None], theirs: Sequence[float | None], form: str) -> str:
+    """The means of both sides."""
+    means = [[value for value in side if value is not None] for side in (mine, theirs)]
+    return " against ".join(f"{sum(side) / len(side):{form}}" for side in means) if all(means) else "–"

@@ -7,25 +7,20 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from trace_ds.config.names import Name
-from trace_ds.config.sections.base import Integer, Number, Section, Seed
+from trace_ds.config.sections.base import Number, Section, Seed
 
 
 class BenchConfig(Section):
     """A study: forget losses x methods x a grid of strengths x seeds, compared at matched forgetting.
 
-    Every run is a job of `trace-ds unlearn`; the recipe's own values of the grid's keys are the point that all share.
+    Every run is one of `trace-ds run`, scored as `unlearning.evaluate` says; the recipe's own values of the grid's keys
+    are the strength that all share.
     """
 
     regime: Literal["standard", "scarce", "absent", "entangled"] | None = Field(
         None, description="Make the demo's inputs of this regime for every seed; null: the recipe names its own."
     )
     seeds: list[Seed] = Field(default_factory=lambda: [0, 1, 2, 3, 4, 5], min_length=2)
-    screening: list[Seed] | None = Field(
-        None,
-        min_length=1,
-        description="Seeds on which the grid is tried; on `seeds`, which are others, only what was best there (and the "
-        "recipe's own point) is run and told. null: the grid is tried on `seeds`, each fold choosing for the other.",
-    )
     baseline: str = Field("uniform", description="The method all others are compared with.")
     methods: dict[Name, dict[str, Any]] = Field(description="Name -> {dotted.key: value}.", min_length=2)
     losses: dict[Name, dict[str, Any]] = Field(
@@ -37,15 +32,8 @@ class BenchConfig(Section):
     grids: dict[str, dict[str, list[Any]]] = Field(
         default_factory=dict, description="Other values for one METHOD, one LOSS, or one 'LOSS METHOD' (wins last)."
     )
-    score_every: Integer = Field(10, ge=1, description="Steps between scores; the last step is always scored.")
-    score_at_end: list[str] = Field(
-        default_factory=list, description="Tasks scored after the last step only (scoring is most of a run's time)."
-    )
     margin: Number = Field(
         0.03, ge=0, description="Forgotten: a forget score of at most the gold model's, or chance, plus this."
-    )
-    until: Number | None = Field(
-        None, description="A run ends at the first look whose forget score is at most this; default: at its last step."
     )
     forget: str = Field(description="'TASK METRIC' that says what is forgotten (lower is more).")
     utility: list[str] = Field(
@@ -60,8 +48,6 @@ class BenchConfig(Section):
             raise ValueError(f"the baseline {self.baseline!r} is not among the methods {', '.join(self.methods)}")
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError("seeds holds one number twice")
-        if both := sorted(set(self.seeds) & set(self.screening or ())):
-            raise ValueError(f"seed {both[0]} is among screening and seeds: strengths are confirmed on other seeds")
         known = {*self.methods, *self.losses, *(f"{a} {b}" for a in self.losses for b in self.methods)}
         for name in self.grids:
             if name not in known:

@@ -1,0 +1,177 @@
+"""The runs of a study: forget losses × methods × strengths × seeds.
+
+    STUDY/seed_N/                  an ordinary run of `trace-ds run`: the baseline at the recipe's own strength
+    STUDY/seed_N/variants/NAME/    its variants: every other method and strength
+
+Each run has its own config.yaml, scores itself while it trains and leaves ``curve.json`` (``unlearning.keep: 0``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from operator import getitem
+from pathlib import Path
+from typing import Any
+
+from trace_ds.config.load import dump_yaml, load_config, with_changes
+from trace_ds.config.names import MAX_LENGTH
+from trace_ds.config.schema import Config
+from trace_ds.config.sections.bench import BenchConfig
+from trace_ds.errors import UserError
+from trace_ds.run.directory import RunDirectory
+from trace_ds.stages.pipeline import Request
+
+GOLD = "gold"
+# Of every run of a study: what has scores of its own is the original and the gold model.
+CURVE_ONLY = {
+    "bench": None,
+    "unlearning.keep": 0,
+    "unlearning.resume": "replace",
+    "evaluation.references_only": True,
+    "evaluation.drift": False,
+    "evaluation.relearning": None,
+    "evaluation.expert_forcing": False,
+}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run: a method at a strength (dotted key -> value, in the order of the grid) under a loss."""
+
+    loss: str
+    method: str
+    strength: Mapping[str, Any]
+
+    @property
+    def label(self) -> str:
+        return label(self.strength)
+
+    @property
+    def name(self) -> str:
+        """Of the variant: ``rmu-uniform-alpha16-lr0.0005``."""
+        words = (self.loss, self.method, self.label.replace("=", "").replace(",", "-"))
+        name = re.sub(r"[^A-Za-z0-9._-]", "_", "-".join(word for word in words if word))
+        digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+        return name if len(name) <= MAX_LENGTH else f"{name[: MAX_LENGTH - 9]}-{digest}"
+
+
+def label(strength: Mapping[str, Any]) -> str:
+    """``alpha=16,lr=0.0005``: the last part of each key and its value."""
+    return ",".join(f"{key.rsplit('.', 1)[-1]}={json.dumps(value)}" for key, value in strength.items())
+
+
+def require_bench(config: Config, where: str) -> BenchConfig:
+    if config.bench is None:
+        raise UserError(
+            "the recipe has no bench section", where, "start from `trace-ds recipes --show bench_entangled`"
+        )
+    return config.bench
+
+
+def grid_of(bench: BenchConfig, loss: str, method: str) -> dict[str, list[Any]]:
+    """The values to try for one method under one loss, by key in the order of tuning."""
+    grid = dict(bench.grid)
+    for name in (loss, method, f"{loss} {method}"):
+        grid |= bench.grids.get(name, {})
+    return grid
+
+
+def trials_of(bench: BenchConfig) -> list[Trial]:
+    """All runs of one seed."""
+    return [
+        Trial(loss, method, dict(zip(grid, values, strict=True)))
+        for loss, method in itertools.product(bench.losses, bench.methods)
+        for grid in [grid_of(bench, loss, method)]
+        for values in itertools.product(*grid.values())
+    ]
+
+
+def changes_of(bench: BenchConfig, trial: Trial) -> dict[str, Any]:
+    """What a run changes of the recipe: for the loss, then the method, then the strength."""
+    return {**bench.losses.get(trial.loss, {}), **bench.methods.get(trial.method, {}), **trial.strength}
+
+
+def recipe_trial(config: Config, loss: str, method: str) -> Trial:
+    """The run of a method at the strength that the recipe itself names (with the changes of loss and method)."""
+    bench = require_bench(config, config.name)
+    changed = with_changes(config, changes_of(bench, Trial(loss, method, {})) | {"bench": None}, "bench")
+    raw = changed.model_dump(mode="json")
+    own = Trial(loss, method, {key: value_of(raw, key) for key in grid_of(bench, loss, method)})
+    return next((trial for trial in trials_of(bench) if trial == own), own)  # 16, where the grid says so, not 16.0
+
+
+def value_of(raw: Mapping[str, Any], key: str) -> Any:
+    return reduce(getitem, key.split("."), raw)
+
+
+def seed_request(recipe: Sequence[str], overrides: Sequence[str], directory: Path, seed: int) -> Request:
+    """The run of a seed with all its variants."""
+    run_dir = directory / f"seed_{seed}"
+    config, _ = load_config(recipe, [*overrides, f"seed={seed}"], run_dir)
+    bench = require_bench(config, config.name)
+    gold = {name: path for name, path in config.evaluation.models.items() if name == GOLD}
+    shared = CURVE_ONLY | {"evaluation.models": gold, "variants": {}}
+    shared |= {"distributed.nproc": config.distributed.nproc or 1}
+    own = recipe_trial(config, next(iter(bench.losses)), bench.baseline)
+    raw, own_changes = config.model_dump(mode="json"), changes_of(bench, own)
+    variants = {}
+    for trial in trials_of(bench):
+        changes = changes_of(bench, trial)
+        back = {key: value_of(raw, key) for key in own_changes if key not in changes}
+        if trial != own:
+            variants[trial.name] = back | changes
+    written = with_changes(config, shared | own_changes | {"variants": variants}, "bench")
+    return Request(written, RunDirectory.at(run_dir, dump_yaml(written)))
+
+
+def run_of(request: Request, trial: Trial) -> RunDirectory:
+    """The run directory of a trial of a seed."""
+    return request.run.variant(trial.name) if trial.name in request.written.variants else request.run
+
+
+def check(config: Config) -> None:
+    """Find what is wrong with a study before its first run; raises :class:`UserError`."""
+    from trace_ds.evaluation.metrics import METRICS, TASK_METRICS, direction
+
+    bench = require_bench(config, config.name)
+    evaluate = config.unlearning.evaluate
+    if evaluate.every is None:
+        raise UserError("the runs are not scored", "unlearning.evaluate.every", "set it: steps between scores")
+    tasks = {task.name: TASK_METRICS[task.type] for task in config.evaluation.tasks if task.name in evaluate.tasks}
+    for metric in (bench.forget, *bench.utility):
+        words = metric.split()
+        if len(words) not in (2, 3) or words[1] not in tasks.get(words[0], ()):
+            known = "; ".join(f"{name} {', '.join(metrics)}" for name, metrics in sorted(tasks.items()))
+            what = f"{metric!r} is not 'TASK METRIC' of a task of unlearning.evaluate.tasks"
+            raise UserError(what, "bench", f"use one of: {known}")
+    metric = bench.forget.split()[1]
+    if direction(metric, "forget") != "lower":
+        raise UserError(f"{metric} does not fall as more is forgotten", "bench.forget", "choose another metric")
+    if GOLD not in config.evaluation.models and METRICS[metric].chance is None:
+        raise UserError(
+            f"there is no gold model, and {metric} has no chance level, so there is no forgetting target",
+            "bench.forget",
+            "name a model trained without the forget set as evaluation.models.gold",
+        )
+    if direction(bench.utility[0].split()[1], "utility") != "higher":
+        raise UserError(
+            f"{bench.utility[0]} does not grow with what is kept, and strengths are tuned by the first metric",
+            "bench.utility",
+            "put another one first",
+        )
+    trials = trials_of(bench)
+    for loss, method in itertools.product(bench.losses, bench.methods):
+        if (own := recipe_trial(config, loss, method)) not in trials:
+            raise UserError(
+                f"the grid for {loss} {method} lacks the recipe's own strength {own.label}",
+                "bench.grid",
+                "add it: it is the strength at which methods are compared alike",
+            )
+    if len({trial.name for trial in trials}) < len(trials):
+        raise UserError("two runs of the study have one name", "bench.grid", "let its values be numbers or words")
