@@ -127,12 +127,12 @@ def card_of_conversion(name: str, base_model: Path, report: Mapping[str, Any], f
     unknown = ["How these weights were trained, and on what, is not known here: ask who made them."]
     if method:
         about, unknown = unlearned(plain(base), str(method.get("weight rule", ""))), []
-    weights = {"source": origin(report["source"]), "type": report["dtype"], "tensors": len(report["tensors"])}
+    weights = {"source": origin(report["source"]), "type": report["dtype"], "tensors": report["tensors"]}
     weights["parameters"] = report["parameters"]
     sections = {
         "Method": table(method.items()) if method else [],
         "Calibration": table(facts["calibration"].items()) if facts.get("calibration") else [],
-        "Weights": [*table(weights.items()), "", "`conversion.json` lists every tensor with its shape and SHA-256."],
+        "Weights": [*table(weights.items()), "", "`conversion.json` lists every file of weights with its SHA-256."],
         "Warnings": [f"- {plain(entry)}" for entry in report["warnings"]],
         "Notes": [f"- {plain(entry)}" for entry in report["notes"]],
         "Limits": [f"- {line}" for line in (*unknown, *LIMITS)],

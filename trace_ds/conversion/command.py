@@ -37,7 +37,7 @@ def convert_command(source: Path, destination: Path, *, dry_run: bool = False, *
     for note in report.get("notes", []):
         print(f"note: {note}")
     print(
-        f"{destination}: {report['parameters']:,} parameters in {len(report['tensors'])} tensors, "
+        f"{destination}: {report['parameters']:,} parameters in {report['tensors']} tensors, "
         f"{size(report['bytes'])}, from {origin(report['source'])}"
         f"{', verified' if report.get('verified') else ''}"
     )

@@ -34,6 +34,7 @@ from trace_ds.run.files import (
     write_json,
     write_text,
 )
+from trace_ds.run.foreign import file_entries
 from trace_ds.run.hub_names import snapshot_name
 from trace_ds.run.ours import MANIFEST, MODEL, require_apart, require_directory
 from trace_ds.tensors.checkpoint import Checkpoint
@@ -48,10 +49,10 @@ from trace_ds.tensors.layouts import (
 )
 from trace_ds.tensors.model_files import model_fingerprint, read_json_object
 from trace_ds.tensors.model_kinds import refuse_other_kinds
-from trace_ds.tensors.opening import ANOTHER, REPORT, family_of, open_huggingface, open_model, open_source
-from trace_ds.tensors.runs import TensorSource, from_lazy
-from trace_ds.tensors.stream import CopyTask, Progress, naming_full_disk, read_back, run_tasks
-from trace_ds.tensors.torch_archive import read_archive, reading, tensors_of
+from trace_ds.tensors.opening import ANOTHER, REPORT, family_of, open_model, open_source
+from trace_ds.tensors.runs import TensorSource
+from trace_ds.tensors.stream import CopyTask, FileHasher, Progress, naming_full_disk, run_tasks
+from trace_ds.tensors.torch_archive import check_checksums
 
 FORMAT = 1
 DTYPE_WORDS = {
@@ -116,14 +117,14 @@ def convert_checkpoint(
         source: a DeepSpeed checkpoint (ZeRO 0-3, AutoEP or not), the directory above it, or a Hugging Face
             model directory; recognised, not declared.
         destination: must not exist or be empty; it appears complete or not at all.
-        verify: read the source's files against its manifest and the result against the checksums of what was written.
+        verify: compare the source's files with its manifest or their own checksums, and read back what was written.
         progress: called with (bytes written, bytes in all).
         card: facts of the run for the model card (see :mod:`trace_ds.conversion.card`).
         options: see :class:`Options`.
 
     Returns:
         The report, which is also ``destination/conversion.json``: source, target, notes, warnings (tensors with NaN),
-        and of every tensor the file, type, shape and SHA-256.
+        and of every file with weights its size and SHA-256.
 
     Raises:
         UserError: anything wrong with the source, the model or the destination, naming the file or the tensor. Nothing
@@ -133,17 +134,20 @@ def convert_checkpoint(
     asked = Options(**options)
     checkpoint, plan = check_conversion(source, destination, asked)
     if verify:
-        verify_source(checkpoint, asked.jobs)
+        verify_source(checkpoint)
     remove_abandoned(destination)
     with _new_directory(destination, asked.overwrite) as work:
         report = {"format": FORMAT, "source": source_facts(checkpoint), "max_shard_size": asked.max_shard_size}
         tasks = lay_out(plan, work, asked.max_shard_size)
-        report |= run_tasks(tasks, work, asked.jobs, progress)
+        hasher = FileHasher()
+        report |= run_tasks(tasks, work, asked.jobs, progress, hasher)
+        hashes = sorted(hasher.finish().items())
+        report["files"] = {path.name: {"bytes": path.stat().st_size, "sha256": hashed} for path, hashed in hashes}
         report |= {"dtype": plan.dtype, "parameters": sum(task.source.numel for task in tasks), "notes": plan.notes}
         write_text(work / "README.md", card_of_conversion(destination.name, plan.base_model, report, card or {}))
         write_json(work / REPORT, report)
         if verify:
-            verify_huggingface(work, asked.jobs)
+            verify_huggingface(work)
             report["verified"] = True
             write_json(work / REPORT, report)
     return report
@@ -340,36 +344,39 @@ def lay_out(plan: Plan, work: Path, max_shard_size: str) -> list[CopyTask]:
     return tasks
 
 
-def verify_huggingface(directory: Path, jobs: int = 1) -> None:
-    """Re-read a written model and compare every tensor's name, type, shape and SHA-256 with the report beside it."""
+def verify_huggingface(directory: Path) -> None:
+    """Compare the weights of a written model with the report beside it, every byte.
+
+    Raises:
+        UserError: names the file that is missing or was altered, or the report where it is damaged.
+    """
     report = read_json_object(directory / REPORT, "the report of the conversion")
-    with reading(directory / REPORT):
-        found, expected = open_huggingface(directory).tensors, report["tensors"]
-        strange = sorted(set(found) ^ set(expected))
-        if strange:
-            raise UserError(f"the written model and the report differ in {strange[0]}", str(directory), "convert again")
-        for name, facts in zip(found, read_back(list(found.values()), jobs), strict=True):
-            if any(facts[key] != expected[name][key] for key in ("dtype", "shape", "sha256")):
-                raise UserError(
-                    f"{name} was read back differently than it was written",
-                    str(directory / expected[name]["file"]),
-                    "convert again; check the disk if it happens twice",
-                )
+    try:
+        files = file_entries(report.get("files"))
+    except ValueError as error:
+        raise UserError(f"the report is damaged ({error})", str(directory / REPORT), "convert again") from None
+    require_files(directory, files, "convert again; check the disk if it happens twice", hashes=True)
+    if strange := sorted({path.name for path in directory.glob("*.safetensors")} - files.keys()):
+        raise UserError("the file is not in the report of the conversion", str(directory / strange[0]), "convert again")
 
 
-def verify_archives(directory: Path, jobs: int = 1) -> None:
-    """Open a DeepSpeed folder, and read every tensor of every file in it against the file's own checksums.
+def verify_archives(directory: Path) -> tuple[int, int]:
+    """Open a DeepSpeed folder and compare all of its files with their own checksums: bytes with and without one.
 
     Raises:
         UserError: it is not whole, or a file was altered after it was written.
     """
     files = [path for path in sorted(open_source(directory).path.rglob("*.pt")) if path.is_file()]
-    held = [tensor for path in files for tensor in tensors_of(read_archive(path)) if tensor.numel()]
-    read_back([from_lazy(tensor.storage.record, tensor) for tensor in held], jobs)
+    counted = [check_checksums(path) for path in files]
+    return sum(summed for summed, _ in counted), sum(bare for _, bare in counted)
 
 
-def verify_source(checkpoint: Checkpoint, jobs: int) -> None:
-    """Compare all of the source's files with its manifest, or what a conversion wrote with its report."""
+def verify_source(checkpoint: Checkpoint) -> None:
+    """Compare all of the source's files with its manifest, their own checksums, or what a conversion wrote with its
+    report."""
     require_files(checkpoint.path, (checkpoint.manifest or {}).get("files", {}), ANOTHER, hashes=True)
-    if checkpoint.kind == "huggingface" and (checkpoint.path / REPORT).is_file():
-        verify_huggingface(checkpoint.path, jobs)
+    if checkpoint.kind == "huggingface":
+        if (checkpoint.path / REPORT).is_file():
+            verify_huggingface(checkpoint.path)
+    elif checkpoint.manifest is None:
+        verify_archives(checkpoint.path)

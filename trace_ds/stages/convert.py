@@ -1,7 +1,7 @@
 """``trace-ds convert CONFIG``: the newest complete checkpoint of a run → ``RUN/model/``, a Hugging Face model.
 
 One process, no GPU. ``RUN/model/conversion.json`` is the proof: the SHA-256 of the checkpoint's manifest it was made
-from and of every tensor. A rerun from the same checkpoint with the same settings does nothing.
+from and the hash of every file. A rerun from the same checkpoint with the same settings does nothing.
 """
 
 from __future__ import annotations
@@ -135,9 +135,9 @@ def is_converted(config: Config, run: RunDirectory, checkpoint: Path) -> bool:
 
     try:
         report = read_object(run.model / "conversion.json", "the report", "")
-        tensors = read_model_directory(run.model).tensors
-        held = {name: (entry.file, entry.dtype, list(entry.shape)) for name, entry in tensors.items()}
-        said = {name: (entry["file"], entry["dtype"], entry["shape"]) for name, entry in report["tensors"].items()}
+        model = read_model_directory(run.model)
+        held = {name: (run.model / name).stat().st_size for name in model.files}
+        said = {name: entry["bytes"] for name, entry in report["files"].items()}
         made = (report["source"]["manifest_sha256"], report["dtype"], report["max_shard_size"])
     except (OSError, AttributeError, KeyError, TypeError, UserError):
         return False

@@ -48,6 +48,7 @@ class Finding:
         kind: artefact, checkpoint, checkpoints, run, model, deepspeed or safetensors.
         facts: what it holds, by name, in the order shown.
         problems: one line for everything missing, damaged or stale; empty: it is whole.
+        compared: what that is known from.
         parts: run directories and checkpoint folders: what they are made of (name, state, detail).
     """
 
@@ -56,6 +57,7 @@ class Finding:
     facts: dict[str, Any]
     problems: list[str] = field(default_factory=list)
     parts: list[dict[str, str]] = field(default_factory=list)
+    compared: str = ""
 
 
 def inspect(path: Path, *, verify: bool = False) -> Finding:
@@ -122,7 +124,12 @@ def _artefact(path: Path, verify: bool, kind: str = "") -> Finding:
     except UserError as error:
         return Finding(path, "artefact", {"artefact": kind or "unknown"}, [error.line()])
     facts = {key: getattr(found, key) for key in ("identity", "content", "inputs", "settings", "summary")}
-    return Finding(path, "artefact", {"artefact": kind, **facts, **_sizes(found.files)})
+    return Finding(path, "artefact", {"artefact": kind, **facts, **_sizes(found.files)}, compared=_of_files(verify))
+
+
+def _of_files(verify: bool) -> str:
+    """What is compared where a description lists files."""
+    return "sizes and SHA-256 of all files" if verify else "sizes; --verify compares SHA-256 too"
 
 
 def _sizes(files: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
@@ -152,7 +159,7 @@ def _checkpoint(path: Path, verify: bool) -> Finding:
             read_archive(path / name)
     except UserError as error:
         return Finding(path, "checkpoint", facts, [error.line()])
-    return Finding(path, "checkpoint", facts)
+    return Finding(path, "checkpoint", facts, compared=_of_files(verify))
 
 
 def _checkpoints(path: Path, verify: bool) -> Finding:
@@ -174,7 +181,8 @@ def _checkpoints(path: Path, verify: bool) -> Finding:
     named = latest.read_text(encoding="utf-8", errors="replace").strip() if latest.is_file() else None
     if named not in complete:
         problems.append(f"{latest}: names {named!r}, which is not a complete checkpoint")
-    return Finding(path, "checkpoints", {"latest": named, "complete": complete}, problems, parts)
+    facts = {"latest": named, "complete": complete}
+    return Finding(path, "checkpoints", facts, problems, parts, _of_files(verify))
 
 
 def _model(path: Path, verify: bool) -> Finding:
@@ -193,16 +201,18 @@ def _model(path: Path, verify: bool) -> Finding:
         "bytes": files.bytes,
     }
     problems: list[str] = []
+    compared = "headers, index and sizes; it comes with no hashes"
     if (path / REPORT).is_file():
+        compared = "headers, index, " + _of_files(verify).replace("all files", "the files of weights")
         try:
             facts["converted from"] = _converted(path, verify)
         except UserError as error:
             problems.append(error.line())
-    return Finding(path, "model", facts, problems)
+    return Finding(path, "model", facts, problems, compared=compared)
 
 
 def _converted(path: Path, verify: bool) -> str:
-    """Where a model's weights came from, by the report of the conversion; ``verify`` compares every tensor's hash."""
+    """Where a model's weights came from, by the report of the conversion; ``verify`` compares every file's hash."""
     from trace_ds.tensors.checkpoint import origin
 
     report = read_json_object(path / REPORT, "the report of the conversion")
@@ -239,14 +249,17 @@ def _source(path: Path, verify: bool) -> Finding:
         return _checkpoint(path, verify)
     if (path / CONFIG_NAME).is_file():
         return _model(path, verify)
-    size = _bytes_of(file for file in path.rglob("*.pt") if file.is_file())
+    total = _bytes_of(file for file in path.rglob("*.pt") if file.is_file())
     try:
         facts = open_source(path).summary()
+        compared = "descriptions and sizes; --verify compares the files' own CRC-32 too"
         if verify:
-            verify_archives(path)
+            checked, bare = verify_archives(path)
+            compared = f"CRC-32 of {size(checked)}" + (f"; {size(bare)} come without one" if bare else "")
     except UserError as error:
-        return Finding(path, "deepspeed", {"bytes": size}, [error.line()])
-    return Finding(path, "deepspeed", {**facts, "format": facts["kind"], "kind": None, "bytes": size})
+        return Finding(path, "deepspeed", {"bytes": total}, [error.line()])
+    facts |= {"format": facts["kind"], "kind": None, "bytes": total}
+    return Finding(path, "deepspeed", facts, compared=compared)
 
 
 def _safetensors(path: Path) -> Finding:
@@ -258,7 +271,7 @@ def _safetensors(path: Path) -> Finding:
         "tensors": {name: f"{entry.dtype} {list(entry.shape)}" for name, entry in sorted(entries.items())},
         "bytes": path.stat().st_size,
     }
-    return Finding(path, "safetensors", facts)
+    return Finding(path, "safetensors", facts, compared="header and size; the file comes with no hashes")
 
 
 def _part(name: str, found: Finding | None, detail: str, good: str = "done") -> dict[str, str]:
@@ -307,7 +320,10 @@ def _run(path: Path, verify: bool) -> Finding:
             worst = next((state for state in ("damaged", "stale") if state in states.values()), states["model"])
             parts.append({"name": f"variants/{variant.name}", "state": worst, "detail": detail})
     problems = [f"{part['name']}: {part['detail']}" for part in parts if part["state"] in ("damaged", "stale")]
-    return Finding(path, "run", {"variant of": str(run.parent) if run.parent else None}, problems, parts)
+    facts_of_run = {"variant of": str(run.parent) if run.parent else None}
+    return Finding(
+        path, "run", facts_of_run, problems, parts, _of_files(verify).replace("all files", "all parts' files")
+    )
 
 
 def _model_part(name: str, path: Path, verify: bool) -> dict[str, str]:
@@ -333,11 +349,11 @@ def inspect_path(path: Path, json: bool, verify: bool = False) -> int:
         value = {**asdict(found), "path": str(found.path), "whole": not found.problems}
         print(json_module.dumps(value, indent=1, ensure_ascii=False))
     else:
-        _print(found, verify)
+        _print(found)
     return EXIT_DAMAGED if found.problems else 0
 
 
-def _print(found: Finding, verified: bool) -> None:
+def _print(found: Finding) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -359,8 +375,7 @@ def _print(found: Finding, verified: bool) -> None:
     for problem in found.problems:
         console.print(f"PROBLEM  {problem}", style="bold red")
     if not found.problems:
-        depth = "sizes and hashes compared" if verified else "sizes compared; --verify compares hashes too"
-        console.print("whole" if found.kind == "safetensors" else f"whole ({depth})")
+        console.print(f"whole (compared: {found.compared})")
 
 
 def _shown(name: str, value: Any) -> str:

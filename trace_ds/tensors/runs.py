@@ -11,20 +11,12 @@ import bisect
 import functools
 import itertools
 import math
-import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import BinaryIO
 
 import torch
 
-from trace_ds.errors import UserError
-from trace_ds.tensors.torch_archive import COPY_AGAIN, LazyTensor, Storage
-
-try:
-    from isal.isal_zlib import crc32
-except ImportError:  # tools/convert_checkpoint.py does without: the same sum in ten times the time
-    from zlib import crc32
+from trace_ds.tensors.torch_archive import LazyTensor, Storage
 
 
 SAMPLES, SAMPLE_NUMEL = 16, 256  # blocks of a tensor that a sample has, and elements of a block
@@ -141,89 +133,6 @@ def merge_adjacent(source: TensorSource) -> TensorSource:
         else:
             merged.append(run)
     return TensorSource(source.name, source.shape, source.dtype, tuple(merged))
-
-
-# CRC-32 of a concatenation from the CRCs of its parts, as zlib's crc32_combine, which Python does not offer. A CRC is a
-# polynomial over GF(2) modulo this one, and n zero bytes behind a part multiply its CRC by x**(8 n); in the reversed
-# order of bits the highest bit is x**0.
-_CRC_POLYNOMIAL = 0xEDB88320
-
-
-def _multiply(one: int, other: int) -> int:
-    product = 0
-    for bit in range(31, -1, -1):
-        product ^= other if one >> bit & 1 else 0
-        other = other >> 1 ^ (_CRC_POLYNOMIAL if other & 1 else 0)
-    return product
-
-
-@functools.lru_cache(maxsize=4096)
-def _power(exponent: int) -> int:
-    """x**exponent."""
-    if exponent < 32:
-        return 1 << 31 - exponent
-    half = _power(exponent // 2)
-    return _multiply(_multiply(half, half), _power(exponent % 2))
-
-
-def crc32_combine(first: int, second: int, second_nbytes: int) -> int:
-    """CRC-32 of ``a + b`` from ``crc32(a)``, ``crc32(b)`` and ``len(b)``."""
-    return _multiply(_power(8 * second_nbytes), first) ^ second
-
-
-class ChecksumLedger:
-    """Proves that what was read is what was written, although it is read in pieces and in any order.
-
-    Every piece that is read reports its CRC-32; at the end the pieces of each storage are combined (padding that no
-    tensor needs is read for it) and compared with the checksum in the archive. Safe to use from several threads.
-    """
-
-    def __init__(self) -> None:
-        self._pieces: dict[Storage, dict[int, tuple[int, int]]] = {}
-        self._lock = threading.Lock()
-
-    def add(self, storage: Storage, start_bytes: int, data: memoryview) -> None:
-        """Report that bytes ``start_bytes …`` of ``storage`` were read and are ``data``."""
-        if storage.crc32 is None:
-            return
-        checksum = crc32(data)
-        with self._lock:
-            self._pieces.setdefault(storage, {})[start_bytes] = (len(data), checksum)
-
-    def check(self) -> None:
-        """Compare every storage that was read with its checksum; ``UserError`` names the file and the record."""
-        for storage, pieces in self._pieces.items():
-            if _combined(storage, pieces) != storage.crc32:
-                raise UserError(
-                    f"{storage.record} in this file was altered after it was written (CRC-32 differs)",
-                    str(storage.path),
-                    COPY_AGAIN,
-                )
-
-
-def _combined(storage: Storage, pieces: dict[int, tuple[int, int]]) -> int:
-    combined = position = 0
-    with storage.path.open("rb") as handle:
-        for start, (nbytes, checksum) in [*sorted(pieces.items()), (storage.nbytes, (0, 0))]:
-            if start < position:  # a part was read twice, once as a part of something longer
-                return _crc_of_range(handle, storage, 0, storage.nbytes)
-            gap = start - position
-            combined = crc32_combine(combined, _crc_of_range(handle, storage, position, gap), gap)
-            combined = crc32_combine(combined, checksum, nbytes)
-            position = start + nbytes
-    return combined
-
-
-def _crc_of_range(handle: BinaryIO, storage: Storage, start: int, nbytes: int) -> int:
-    handle.seek(storage.offset_bytes + start)
-    checksum = 0
-    while nbytes:
-        data = handle.read(min(nbytes, 1 << 22))
-        if not data:
-            break
-        checksum = crc32(data, checksum)
-        nbytes -= len(data)
-    return checksum
 
 
 def pieces_of(runs: Iterable[Run], block_numel: int) -> Iterator[list[Run]]:

@@ -1,7 +1,8 @@
 """Move tensors from source files to a place in a destination file, block by block.
 
-One block is :data:`BLOCK_NUMEL` elements: it is read, checked, cast, hashed and written while it is in the processor's
-cache, so memory is a few megabytes for each job however large a tensor, a shard or the model is.
+One block is :data:`BLOCK_NUMEL` elements: it is read, cast and written while it is in the processor's cache, so memory
+is a few megabytes for each job however large a tensor, a shard or the model is. The calling thread follows the writers
+and hashes the files that they write.
 """
 
 from __future__ import annotations
@@ -23,24 +24,24 @@ from typing import Any
 import torch
 
 from trace_ds.errors import UserError
-from trace_ds.tensors.dtypes import DTYPE_NAMES
-from trace_ds.tensors.runs import ChecksumLedger, Run, TensorSource, merge_adjacent, pieces_of
+from trace_ds.tensors.runs import Run, TensorSource, merge_adjacent, pieces_of
 from trace_ds.tensors.torch_archive import COPY_AGAIN, bytes_of
 
 BLOCK_NUMEL = 1 << 17  # read and cast, a block lies in the second-level cache of a core
 FLUSH_BYTES = 1 << 27
 TOGETHER_BYTES = 1 << 20
+HASH_BLOCK_BYTES = 1 << 20
 KEPT_OPEN = 64  # files beside those in use; a target may have one for every expert, and a process 1024
 Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class CopyTask:
-    """Write ``source`` cast to ``dtype`` into ``path`` from byte ``offset_bytes`` on (``path`` None: only read)."""
+    """Write ``source`` cast to ``dtype`` into ``path`` from byte ``offset_bytes`` on."""
 
     source: TensorSource
     dtype: torch.dtype
-    path: Path | None = None
+    path: Path = Path()
     offset_bytes: int = 0
 
     @property
@@ -53,12 +54,10 @@ class Written:
     """What became of a task.
 
     Attributes:
-        sha256: of the bytes that were written.
         nan: the source holds NaN.
         overflow: finite elements became infinite in the cast.
     """
 
-    sha256: str
     nan: bool
     overflow: bool
 
@@ -104,11 +103,39 @@ def read_all(descriptor: int, buffer: memoryview, offset: int, path: Path) -> No
         buffer, offset = buffer[done:], offset + done
 
 
+class FileHasher:
+    """SHA-256 of files that are written one after the other, each from the beginning; what was written is read back
+    while it is in the page cache."""
+
+    def __init__(self) -> None:
+        self.hashes: dict[Path, str] = {}
+        self._buffer = memoryview(bytearray(HASH_BLOCK_BYTES))
+        self._path: Path | None = None
+
+    def follow(self, path: Path, end: int) -> None:
+        """``path`` is written up to byte ``end``, and every other file is complete."""
+        if path != self._path:
+            self.finish()
+            self._path, self._position, self._digest = path, 0, hashlib.sha256()
+            self._file = OpenFile(path, os.O_RDONLY)
+        while self._position < end:
+            data = self._buffer[: min(end - self._position, HASH_BLOCK_BYTES)]
+            read_all(self._file.descriptor, data, self._position, path)
+            self._digest.update(data)
+            self._position += len(data)
+
+    def finish(self) -> dict[Path, str]:
+        """The hashes of all files."""
+        if self._path is not None:
+            self.hashes[self._path] = self._digest.hexdigest()
+            self._path = None
+        return self.hashes
+
+
 class Streamer:
     """Runs tasks on ``jobs`` threads; reading, casting, hashing and writing all release Python's lock."""
 
     def __init__(self, jobs: int, progress: Progress | None = None, total_bytes: int = 0) -> None:
-        self.ledger = ChecksumLedger()
         self._jobs = jobs
         self._file = functools.lru_cache(KEPT_OPEN)(OpenFile)
         self._progress = progress
@@ -121,10 +148,14 @@ class Streamer:
         self._flushes: list[Future[None]] = []
         self._unflushed_bytes = 0
 
-    def run(self, tasks: Sequence[CopyTask]) -> list[Written]:
-        """Carry out the tasks; results in their order. The first error stops the others and is raised."""
+    def run(self, tasks: Sequence[CopyTask], written_to: Callable[[Path, int], None] | None = None) -> list[Written]:
+        """Carry out the tasks; results in their order. The first error stops the others and is raised.
+
+        Args:
+            written_to: called by this thread, in the order of the tasks, with the file and end of each that is done.
+        """
         try:
-            written = self._run(tasks)
+            written = self._run(tasks, written_to)
             for flush in self._flushes:
                 flush.result()  # a failed write shows here, and only once
             return written
@@ -132,18 +163,22 @@ class Streamer:
             self._flusher.shutdown(cancel_futures=True)
             self._file.cache_clear()
 
-    def _run(self, tasks: Sequence[CopyTask]) -> list[Written]:
-        if self._jobs == 1:
-            return [self._do(task) for task in tasks]
+    def _run(self, tasks: Sequence[CopyTask], written_to: Callable[[Path, int], None] | None) -> list[Written]:
+        written: list[Written] = []
         with ThreadPoolExecutor(self._jobs) as pool:
-            futures = [pool.submit(self._do_all, some) for some in together(tasks)]
+            futures = [(some, pool.submit(self._do_all, some)) for some in together(tasks)]
             try:
-                return [written for future in futures for written in future.result()]
+                for some, future in futures:
+                    written += future.result()
+                    for task in some:
+                        if written_to is not None:
+                            written_to(task.path, task.offset_bytes + task.nbytes)
             except BaseException:
                 self._stopped.set()
-                for future in futures:
+                for _, future in futures:
                     future.cancel()
                 raise
+        return written
 
     def _buffer(self, use: str, dtype: torch.dtype) -> torch.Tensor:
         """This thread's own."""
@@ -156,30 +191,23 @@ class Streamer:
         return [self._do(task) for task in tasks]
 
     def _do(self, task: CopyTask) -> Written:
-        if task.path is None:
-            return self._stream(task, None)
-        with naming_full_disk(task.path):
-            return self._stream(task, self._file(task.path, os.O_RDWR | os.O_CREAT))
-
-    def _stream(self, task: CopyTask, out: OpenFile | None) -> Written:
         source = merge_adjacent(task.source)
         staging, result = self._buffer("read", source.dtype), self._buffer("cast", task.dtype)
-        digest = hashlib.sha256()
         position, nan, overflow = task.offset_bytes, False, False
-        for piece in pieces_of(source.runs, BLOCK_NUMEL):
-            if self._stopped.is_set():
-                break
-            block = self._read(piece, staging)
-            cast = block if source.dtype == task.dtype else result[: len(block)].copy_(block)
-            if cast.dtype.is_floating_point and not nan:
-                nan, overflow = _not_finite(block, cast, overflow)
-            data = bytes_of(cast)
-            digest.update(data)
-            if out is not None:
+        with naming_full_disk(task.path):
+            out = self._file(task.path, os.O_RDWR | os.O_CREAT)
+            for piece in pieces_of(source.runs, BLOCK_NUMEL):
+                if self._stopped.is_set():
+                    break
+                block = self._read(piece, staging)
+                cast = block if source.dtype == task.dtype else result[: len(block)].copy_(block)
+                if cast.dtype.is_floating_point and not nan:
+                    nan, overflow = _not_finite(block, cast, overflow)
+                data = bytes_of(cast)
                 write_all(out.descriptor, data, position)
-            position += len(data)
-            self._advance(len(data), task.path)
-        return Written(digest.hexdigest(), nan, overflow)
+                position += len(data)
+                self._advance(len(data), task.path)
+        return Written(nan, overflow)
 
     def _read(self, piece: list[Run], staging: torch.Tensor) -> torch.Tensor:
         """The elements of the runs, one after the other, at the beginning of ``staging``."""
@@ -188,17 +216,16 @@ class Streamer:
             view = bytes_of(staging[filled : filled + run.numel])
             file = self._file(run.storage.path, os.O_RDONLY)
             read_all(file.descriptor, view, run.offset_bytes, run.storage.path)
-            self.ledger.add(run.storage, run.offset_bytes - run.storage.offset_bytes, view)
             filled += run.numel
         return staging[:filled]
 
-    def _advance(self, nbytes: int, path: Path | None) -> None:
+    def _advance(self, nbytes: int, path: Path) -> None:
         """Count the bytes. Every so often the file goes to the disk in the background, so that the final fsync, which
         alone counts for safety, finds little left to do."""
         with self._lock:
             self._done_bytes += nbytes
             self._unflushed_bytes += nbytes
-            if path is not None and self._unflushed_bytes >= FLUSH_BYTES:
+            if self._unflushed_bytes >= FLUSH_BYTES:
                 self._unflushed_bytes = 0
                 out = self._file(path, os.O_RDWR | os.O_CREAT)
                 self._flushes.append(self._flusher.submit(lambda: os.fdatasync(out.descriptor)))
@@ -230,28 +257,17 @@ def _not_finite(block: torch.Tensor, cast: torch.Tensor, overflow: bool) -> tupl
     return False, overflow
 
 
-def read_back(sources: Sequence[TensorSource], jobs: int) -> list[dict[str, Any]]:
-    """What a report says of each tensor, from its bytes on the disk, which are proven undamaged."""
-    streamer = Streamer(jobs)
-    written = streamer.run([CopyTask(source, source.dtype) for source in sources])
-    streamer.ledger.check()
-    files = [source.runs[0].storage.path.name if source.runs else "" for source in sources]
-    return [
-        tensor_facts(source, source.dtype, file, result.sha256)
-        for source, file, result in zip(sources, files, written, strict=True)
-    ]
+def run_tasks(
+    tasks: list[CopyTask], directory: Path, jobs: int, progress: Progress | None, hasher: FileHasher | None = None
+) -> dict[str, Any]:
+    """Stream the tasks after checking that the disk can hold them.
 
-
-def tensor_facts(source: TensorSource, dtype: torch.dtype, file: str, sha256: str) -> dict[str, Any]:
-    return {"file": file, "dtype": DTYPE_NAMES[dtype], "shape": list(source.shape), "sha256": sha256}
-
-
-def run_tasks(tasks: list[CopyTask], directory: Path, jobs: int, progress: Progress | None) -> dict[str, Any]:
-    """Stream the tasks after checking that the disk can hold them; sources are proven undamaged at the end.
+    Args:
+        hasher: of the files that they write; the tasks are in the order of the files then.
 
     Returns:
-        The report: ``tensors`` {name: file, type, shape, SHA-256}, their ``bytes`` in all, and a line of ``warnings``
-        for every tensor that is not finite.
+        The report: how many ``tensors``, their ``bytes`` in all, and a line of ``warnings`` for every tensor that is
+        not finite.
     """
     total = sum(task.nbytes for task in tasks)
     free = shutil.disk_usage(directory).free
@@ -261,13 +277,8 @@ def run_tasks(tasks: list[CopyTask], directory: Path, jobs: int, progress: Progr
             str(directory.parent),
             "free space there, or choose another destination",
         )
-    streamer = Streamer(jobs, progress, total)
-    written = streamer.run(tasks)
-    streamer.ledger.check()
-    tensors, nan, overflow = {}, [], []
-    for task, result in sorted(zip(tasks, written, strict=True), key=lambda pair: pair[0].source.name):
-        source, file = task.source, str(task.path.relative_to(directory)) if task.path else ""
-        tensors[source.name] = tensor_facts(source, task.dtype, file, result.sha256)
-        nan += [f"{source.name} holds NaN"] if result.nan else []
-        overflow += [f"{source.name} overflows in the target type"] if result.overflow else []
-    return {"tensors": tensors, "bytes": total, "warnings": nan + overflow}
+    written = Streamer(jobs, progress, total).run(tasks, hasher.follow if hasher is not None else None)
+    pairs = sorted((task.source.name, result) for task, result in zip(tasks, written, strict=True))
+    nan = [f"{name} holds NaN" for name, result in pairs if result.nan]
+    overflow = [f"{name} overflows in the target type" for name, result in pairs if result.overflow]
+    return {"tensors": len(tasks), "bytes": total, "warnings": nan + overflow}

@@ -2,7 +2,7 @@
 
 A ``torch.save`` file is a zip archive of stored (never compressed) records: ``data.pkl``, a pickle in which every
 tensor is a reference to a record ``data/N`` that holds the raw bytes. :func:`read_archive` gives plain data: dicts,
-lists, tuples, numbers, strings and :class:`LazyTensor`, which knows file, offset and CRC-32 of its bytes, so that
+lists, tuples, numbers, strings and :class:`LazyTensor`, which knows file and offset of its bytes, so that
 ranges are read when, and only when, they are needed.
 
 The pickle is read by ``torch.load`` with ``weights_only=True``, which imports nothing and calls nothing but what is
@@ -42,17 +42,13 @@ COPY_AGAIN = "copy the checkpoint again from where it was written, or convert an
 
 @dataclass(frozen=True)
 class Storage:
-    """A contiguous array in a file: ``numel`` elements of ``dtype`` from ``offset_bytes`` on.
-
-    ``crc32`` is the checksum the writer left of exactly these bytes, or None if there is none.
-    """
+    """A contiguous array in a file: ``numel`` elements of ``dtype`` from ``offset_bytes`` on."""
 
     path: Path
     record: str
     offset_bytes: int
     numel: int
     dtype: torch.dtype
-    crc32: int | None = None
 
     @property
     def nbytes(self) -> int:
@@ -197,9 +193,8 @@ def _lazy(tensor: torch.Tensor, path: Path, records: dict[int, zipfile.ZipInfo])
         or (start + tensor.numel()) * tensor.dtype.itemsize > nbytes
     ):
         raise ValueError("the record of a tensor is missing or has another size than the pickle says")
-    # A checksum of zero: none was written (torch.serialization.set_crc32_options, or a streamed file).
     record, numel = info.filename.partition("/")[2], nbytes // tensor.dtype.itemsize
-    return LazyTensor(Storage(path, record, offset, numel, tensor.dtype, info.CRC or None), start, shape)
+    return LazyTensor(Storage(path, record, offset, numel, tensor.dtype), start, shape)
 
 
 def plain_shape(value: Any) -> tuple[int, ...]:
@@ -236,6 +231,25 @@ def read_archive(path: Path) -> Any:
     except Exception as error:  # whatever damage, or somebody on purpose, makes zipfile or torch stumble over
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise UserError(f"not a whole torch checkpoint file ({reason})", str(path), COPY_AGAIN) from None
+
+
+def check_checksums(path: Path) -> tuple[int, int]:
+    """Compare the records of a ``torch.save`` file with their CRC-32: bytes that have one, and bytes that have none.
+
+    Raises:
+        UserError: the file is missing, truncated, or was altered after it was written.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            summed = [info for info in archive.infolist() if info.CRC]
+            for info in summed:
+                with archive.open(info) as record:
+                    while record.read(1 << 20):
+                        pass
+            total, checked = (sum(info.file_size for info in some) for some in (archive.infolist(), summed))
+            return checked, total - checked
+    except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError) as error:
+        raise UserError(f"the file was altered after it was written ({error})", str(path), COPY_AGAIN) from None
 
 
 def exchanged(value: Any, kind: type, change: Callable[[Any], Any]) -> Any:
