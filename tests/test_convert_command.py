@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from test_convert_engines import Case, checkpoints
 
 from trace_ds import cli
+from trace_ds.run.artefact import file_entry
 
 CASE = Case("mixtral", 3, 2)
 
@@ -35,8 +36,8 @@ def test_a_checkpoint_becomes_a_model(folder: Path, server: Server) -> None:
     assert result.stderr == "" and "0.0" not in result.stdout  # no progress of what takes no time
     report = json.loads((folder / "model" / "conversion.json").read_text())
     held = {name: file.name for file in (folder / "model").glob("*.safetensors") for name in load_file(file)}
-    assert held == {name: entry["file"] for name, entry in report["tensors"].items()} and len(set(held.values())) > 1
-    assert report["dtype"] == "fp32" and {entry["dtype"] for entry in report["tensors"].values()} == {"F32"}
+    assert report["files"] == {name: file_entry(folder / "model" / name) for name in set(held.values())}
+    assert report["dtype"] == "fp32" and report["tensors"] == len(held) > len(report["files"]) > 1
     shutil.rmtree(folder / "model")
     assert tree(folder) == before
 

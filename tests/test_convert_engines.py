@@ -303,7 +303,7 @@ def test_checkpoint_becomes_the_model_the_engine_held(tmp_path: Path, world: int
     reference.save_pretrained(tmp_path / "reference")
     expected = load_file(tmp_path / "reference" / "model.safetensors")
     converted = load_file(tmp_path / "model" / "model.safetensors")
-    assert set(converted) == set(expected) == set(report["tensors"])
+    assert set(converted) == set(expected) and len(converted) == report["tensors"]
     for name, tensor in expected.items():
         assert converted[name].dtype == tensor.dtype, name
         # from transformers 5.24 on DeepSeek's gates stay fp32: ours is the master, what the engine held its rounding

@@ -236,6 +236,38 @@ def test_a_converted_model_is_compared_with_its_report(tiny_model: Path, tmp_pat
         convert_checkpoint(tmp_path / "model", tmp_path / "again", verify=True)
 
 
+def test_what_was_compared_is_said(run: Path, tiny_model: Path, tmp_path: Path, capsys: Any) -> None:
+    shutil.copytree(checkpoints(2) / Case("mixtral", 3, 2).name / "step_000001", tmp_path / "raw")
+    bare = tmp_path / "bare"
+    shutil.copytree(tmp_path / "raw", bare)
+    convert_checkpoint(tiny_model, tmp_path / "model")
+    for path in bare.rglob("*.pt"):
+        content = torch.load(path, weights_only=False)
+        with torch.serialization.skip_data():  # records without data and checksum
+            torch.save(content, path)
+    for place, quick, verified in (
+        (run / "data", "sizes; --verify", "sizes and SHA-256 of all files"),
+        (
+            tmp_path / "model",
+            "headers, index, sizes; --verify",
+            "headers, index, sizes and SHA-256 of the files of weights",
+        ),
+        (tiny_model, "it comes with no hashes", "it comes with no hashes"),
+        (tiny_model / SINGLE_NAME, "the file comes with no hashes", "the file comes with no hashes"),
+        (tmp_path / "raw", "--verify compares the files' own CRC-32", "CRC-32 of "),
+        (bare, "--verify compares the files' own CRC-32", " come without one"),
+    ):
+        for verify, words in ((False, quick), (True, verified)):
+            assert inspect_path(place, json=False, verify=verify) == 0
+            assert words in capsys.readouterr().out, place
+    shard = next((tmp_path / "raw").rglob("*_optim_states.pt"))
+    moment = max(tensors_of(read_archive(shard)), key=lambda tensor: tensor.numel())
+    data = bytearray(shard.read_bytes())
+    data[moment.storage.offset_bytes] ^= 1
+    shard.write_bytes(data)
+    assert not inspect(tmp_path / "raw").problems and shard.name in inspect(tmp_path / "raw", verify=True).problems[0]
+
+
 # What stands in artefact.json or manifest.json in the place of one key's value.
 WRONG_VALUES: dict[str, tuple[str, Any]] = {
     "kind": ("kind", 3),

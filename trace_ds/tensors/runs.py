@@ -18,7 +18,6 @@ import torch
 
 from trace_ds.tensors.torch_archive import LazyTensor, Storage
 
-
 SAMPLES, SAMPLE_NUMEL = 16, 256  # blocks of a tensor that a sample has, and elements of a block
 
 
