@@ -8,7 +8,7 @@
 A Mixtral-shaped model (random weights, bf16) makes one real step under ZeRO-3 with AutoEP on two processes, once with
 the given number of layers and once with half of them. Then, each in a fresh process, one at a time:
 
-* ours: checkpoint → Hugging Face hub layout, fp32 masters cast to bf16, every tensor hashed (``--jobs 2``);
+* ours: checkpoint → Hugging Face hub layout, fp32 masters cast to bf16, every file hashed (``--jobs 2``);
 * DeepSpeed: ``python -m deepspeed.checkpoint.ds_to_universal`` with its default workers;
 * copy: read as many bytes as ours reads and write as many as it writes, in blocks, and fsync.
 
@@ -243,7 +243,7 @@ def table(result: dict[str, Any]) -> str:
         "time_ratio_vs_universal": "<= 0.2",
         "memory_ratio_vs_universal": "<= 0.125",
         "memory_growth_on_doubling": "within 0.1",
-        "time_ratio_vs_copy": "<= 2",
+        "time_ratio_vs_copy": "<= 1.3",
     }
     lines += [f"{name:28}{result[name]:>8.3f}   (target {target})" for name, target in targets.items()]
     return "\n".join(lines)
