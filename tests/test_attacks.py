@@ -125,13 +125,13 @@ def test_the_rule_of_a_router_is_found_before_a_weight_is_read(
 def test_relearning_is_plain_fine_tuning_on_a_share_of_the_rows(tmp_path: Path) -> None:
     generator = np.random.default_rng(4)
     dataset = packed(tmp_path / "rows.arrow", [generator.integers(3, 63, 15).tolist() for _ in range(20)], 16)
-    asked = RelearningConfig(share=0.2, steps=3, rows=4, lr=1e-3, score_every=2)
+    asked = RelearningConfig(share=0.2, steps=6, lr=1e-3)
     path = save_model(tmp_path / "model")
     seen: list[int] = []
     with opened(path) as model:
         found = attacks.relearn(model, dataset, asked, 5, lambda: seen.append(len(seen)))
         trained = {name: value.clone() for name, value in model.model.state_dict().items()}
-    assert found["rows"] == 4 and [entry["step"] for entry in found["curve"]] == [0, 2, 3] and len(seen) == 3
+    assert found["rows"] == 4 and [entry["step"] for entry in found["curve"]] == [0, 5, 6] and len(seen) == 3
     assert found["curve"][-1]["loss"] < 5
     rows = attacks.EpochRows(
         np.sort(attacks.generator(5, attacks.SHARE_STREAM, 0).permutation(np.arange(len(dataset)))[:4]),
@@ -141,7 +141,7 @@ def test_relearning_is_plain_fine_tuning_on_a_share_of_the_rows(tmp_path: Path) 
     )
     with opened(path) as model:
         optimizer = torch.optim.AdamW(model.model.parameters(), lr=1e-3, weight_decay=0.0)
-        for step in range(3):
+        for step in range(6):
             losses = []
             for row in rows.at(step).tolist():
                 batch = dataset.batch([row], 0)
@@ -165,27 +165,27 @@ def test_a_sharded_attack_that_diverges_ends_its_curve(tmp_path: Path, monkeypat
     model: Any = SimpleNamespace(world=World(0, 1, torch.device("cpu")), model=None, engine=engine)
 
     def run_step(*arguments: Any) -> dict[str, float]:
-        if arguments[-1] == 2:
+        if arguments[-1] == 5:
             raise NumericalFailure("the loss is not finite")
         return {"loss": 1.0}
 
     monkeypatch.setattr(attacks, "run_step", run_step)
-    asked = RelearningConfig(share=1.0, steps=6, rows=2, lr=1e-3, score_every=1)
+    asked = RelearningConfig(share=1.0, steps=6, lr=1e-3)
     curve = attacks.relearn(model, dataset, asked, 5, lambda: {"facts accuracy": 0.5})["curve"]
     assert [(entry["step"], entry["loss"], len(entry["scores"])) for entry in curve] == [
-        (0, None, 1), (1, 1.0, 1), (2, 1.0, 1), (3, None, 0),
+        (0, None, 1), (5, 1.0, 1), (6, None, 0),
     ]  # fmt: skip
-    assert modes == ["train", "eval"] * 3
+    assert modes == ["train", "eval"] * 6
 
 
 def test_attacks_are_part_of_the_result_of_the_unlearned_and_the_retrained_model(case: Case) -> None:  # noqa: F811
-    asked = {"relearning": {"steps": 2, "rows": 4, "score_every": 1, "lr": 1e-3}, "expert_forcing": True}
+    asked = {"relearning": {"steps": 2, "lr": 1e-3}, "expert_forcing": True}
     evaluate(case.config(**asked), case.run)
     assert "attacks" not in case.result("original")
     for name in ("gold", "unlearned"):
         result = case.result(name)
         curve = result["attacks"]["relearning"]["curve"]
-        assert [entry["step"] for entry in curve] == [0, 1, 2]
+        assert [entry["step"] for entry in curve] == [0, 2]
         values = {(s["task"], s["metric"]): s["value"] for s in result["scores"]}
         forcing = result["attacks"]["expert_forcing"]
         assert list(forcing) == ["none", "original_routing", "without_first"]  # sorted; there is no calibration here

@@ -417,18 +417,6 @@ def test_another_bos_token_is_other_data(server: Server, config: Path) -> None:
 
 
 def test_output_in_any_encoding(server: Server, config: Path) -> None:
-    """The table of scores has arrows, names of tasks anything."""
-    from rich.console import Console
-
-    from trace_ds.evaluation.table import score_tables
-
-    score = {"task": "x [/nonsense]", "metric": "m[b]", "role": "forget", "direction": "lower", "value": 0.5}
-    tables = score_tables([{"model": "[red]gold", "scores": [score], "drift": None}])
-    with (config.parent / "out").open("w", encoding="utf-8") as file:
-        for table in tables:
-            Console(file=file, width=80).print(table)
-    shown = (config.parent / "out").read_text(encoding="utf-8")
-    assert "x [/nonsense]" in shown and "m[b] ↓" in shown and "[red]gold" in shown
     ascii_only = {"PYTHONIOENCODING": "ascii"}
     result = server.run(
         ["prepare", "config.yaml", "--dry-run", "--set", "report.title=Größe ↓"], config.parent, ascii_only

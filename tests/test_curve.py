@@ -17,13 +17,13 @@ from trace_ds.errors import UserError
 from trace_ds.reporting.gather import gather
 from trace_ds.run.curve import read_curve
 from trace_ds.run.directory import RunDirectory
-from trace_ds.stages.convert import convert
+from trace_ds.stages.convert import checkpoint_to_directory, convert
 from trace_ds.stages.evaluate import evaluate
 from trace_ds.stages.unlearn import check_unlearn, discard_checkpoints
 
 TASKS = ["questions_forget", "questions_utility"]
 CURVE = ["unlearning.evaluate.every=2", f"unlearning.evaluate.tasks={json.dumps(TASKS)}", "unlearning.save_every=2"]
-CHECKPOINTS = ["evaluation.checkpoints=true", "evaluation.drift=false", "unlearning.keep_every=2"]
+CHECKPOINTS = ["evaluation.drift=false", "unlearning.keep_every=2"]
 
 
 def shard_bytes(run: Path) -> dict[str, bytes]:
@@ -63,15 +63,18 @@ def test_a_curve_is_the_scores_of_the_checkpoints_and_changes_nothing(
     loaded, _ = load_config(str(config), [*stopped, "unlearning.steps=5"], looked)
     run = RunDirectory.at(looked)
     convert(loaded, run)
-    evaluate(loaded, run)
-    for point, name in zip(curve, ("original", "step_000002", "step_000004", "unlearned"), strict=True):
+    models = {f"at_{step}": tmp_path / f"at_{step}" for step in (2, 4)}
+    for path, step in zip(models.values(), (2, 4), strict=True):
+        options = {"base_model": Path(loaded.model.path), "dtype": loaded.conversion_dtype}
+        checkpoint_to_directory(run.checkpoints / f"step_{step:06d}", path, **options)
+    scored = loaded.evaluation.model_copy(update={"models": {name: str(path) for name, path in models.items()}})
+    evaluate(loaded.model_copy(update={"evaluation": scored}), run)
+    for point, name in zip(curve, ("original", *models, "unlearned"), strict=True):
         scores = json.loads((looked / "evaluation" / f"{name}.json").read_text())["scores"]
         assert [score["value"] for score in point["scores"]] == pytest.approx(
             [score["value"] for score in scores], abs=1e-6
         )
         assert [score | {"value": 0} for score in point["scores"]] == [score | {"value": 0} for score in scores]
-    for path in (looked / "evaluation").glob("step_*.json"):
-        path.unlink()
     drawn = gather(looked).arms[0].checkpoints  # the report has the curve without a checkpoint scored
     assert list(drawn) == [2, 4, 5]
     assert [score.value for score in drawn[4].scores] == [score["value"] for score in curve[2]["scores"]]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import zlib
@@ -412,32 +411,15 @@ def test_priv_leak_has_the_sign_of_muse() -> None:
 # ---------------------------------------------------------------------------------------------------- tasks
 
 
-def test_the_table_has_every_model_and_fits_80_columns() -> None:
-    from rich.console import Console
+def test_the_change_of_each_task_in_one_line() -> None:
+    def result(name: str, value: float | None) -> dict[str, Any]:
+        elements = {"task": "elements", "metric": "accuracy", "value": value, "role": "forget"}
+        general = {"task": "general", "metric": "perplexity", "value": 1234.5, "role": "utility"}
+        return {"model": name, "scores": [general, elements]}
 
-    from trace_ds.evaluation.table import score_tables
-
-    def result(name: str, value: float | None, overlap: float | None) -> dict[str, Any]:
-        common: dict[str, Any] = {"n": 9, "chance": None}
-        scores: list[dict[str, Any]] = [
-            {"task": "general", "metric": "perplexity", "value": 1234.5, "role": "utility", "direction": "lower"},
-            {"task": "elements", "metric": "accuracy", "value": value, "role": "forget", "direction": "lower"},
-        ]
-        sides = {side: {"overlap_mean": overlap} for side in ("forget", "retain")}
-        return {"model": name, "scores": [{**s, **common} for s in scores], "drift": sides if overlap else None}
-
-    names = ["original", "gold", *(f"step_{n:06d}" for n in range(100, 600, 100)), "unlearned"]
-    results = [result(name, None if name == "gold" else 0.25, 0.5 if name == "unlearned" else None) for name in names]
-    console = Console(width=80, record=True, file=io.StringIO())
-    for table in score_tables(results, console.width):
-        console.print(table)
-    lines = console.export_text().splitlines()
-    header = " ".join(line for line in lines if "metric" in line)
-    assert all(name in header for name in names) and "…" not in header
-    first = next(line for line in lines if "elements" in line)
-    assert first.split()[:5] == ["elements", "accuracy", "↓", "0.250", "–"]
-    assert lines.index(first) < next(n for n, line in enumerate(lines) if "1,234.5" in line)  # forget tasks first
-    assert sum("overlap, " in line for line in lines) == 2
+    results = [result("original", 0.25), result("gold", 0.5), result("unlearned", None)]
+    expected = "elements 0.250 → –, general 1,234.5 → 1,234.5"  # forget tasks first
+    assert metrics.change(results, "original", "unlearned") == expected
 
 
 @pytest.mark.parametrize(

@@ -109,7 +109,7 @@ def close(found: Any, expected: Any, where: str = "") -> None:
 def test_a_whole_evaluation(case: Case, tmp_path: Path) -> None:  # noqa: F811
     """Every kind of task, the drift, both attacks."""
     with_every_kind_of_task(case, tmp_path)
-    case.raw["evaluation"] |= {"expert_forcing": True, "relearning": {"steps": 2, "rows": 4, "lr": 1e-2}}
+    case.raw["evaluation"] |= {"expert_forcing": True, "relearning": {"steps": 2, "lr": 1e-2}}
     evaluate(case.config(), case.run)
     alone = {name: case.result(name) for name in ("original", "gold", "unlearned")}
     shutil.rmtree(case.run.evaluation)
@@ -136,7 +136,7 @@ def relearned(world: Any, path: str, dataset: str, asked: RelearningConfig) -> t
 
 
 def test_replicas_of_experts_learn_together(models: dict[str, str], dataset: str) -> None:
-    asked = RelearningConfig(share=1.0, steps=3, rows=7, lr=1e-3, score_every=2)
+    asked = RelearningConfig(share=1.0, steps=3, lr=1e-3)
     alone, _ = relearned(None, models["mixtral"], dataset, asked)
     assert abs(np.subtract(alone[-1][1], alone[0][1])).max() > 1e-2
     ranks = run_distributed(relearned, 4, models["mixtral"], dataset, asked)

@@ -16,19 +16,15 @@ from distributed import run_distributed
 from jobs import made_once, only_the_main_process_fingerprints
 from test_evaluation_models import WORDS, change_weights, save_model, save_tokenizer
 
-from trace_ds.checkpoints.manifest import Manifest
 from trace_ds.config.load import validate
 from trace_ds.config.schema import Config
 from trace_ds.errors import UserError
-from trace_ds.evaluation import language_model
+from trace_ds.evaluation import drift, language_model, subjects
 from trace_ds.parallel.world import AgreedError
 from trace_ds.reporting import tables
 from trace_ds.reporting.gather import gather
-from trace_ds.run import artefact
 from trace_ds.run.directory import RunDirectory
 from trace_ds.run.files import write_json
-from trace_ds.run.log import StageLog
-from trace_ds.stages import convert
 from trace_ds.stages import evaluate as stage
 from trace_ds.stages.evaluate import evaluate
 from trace_ds.stages.pipeline import Request, check_early
@@ -107,7 +103,6 @@ def make_case(folder: Path) -> None:
             ],
             "models": {"gold": str(folder / "gold")},
             "batch_rows": 8,
-            "drift_rows": 5,
             "max_new_tokens": 6,
         },
     }
@@ -168,12 +163,12 @@ def test_results_have_the_agreed_form(
         assert (result["drift"] is not None) == (name == "unlearned")
     drift = case.result("unlearned")["drift"]
     for side in ("forget", "retain"):
-        assert drift[side]["rows"] == 5
+        assert drift[side]["rows"] == 15
         assert len(drift[side]["overlap"]) == len(drift[side]["kl"]) == 2
         assert 0.2 < drift[side]["overlap_mean"] < 0.9  # two unrelated random models
     assert (drift["experts"], drift["top_k"]) == (4, 2)
     printed = capsys.readouterr().out
-    assert "Scores" in printed and "unlearned" in printed and "gold" in printed
+    assert "unlearned: facts accuracy" in printed and "gold: facts accuracy" in printed
     first = [case.result(name)["scores"][0]["value"] for name in ("original", "unlearned")]
     assert f"[evaluate] 3 models: facts {first[0]:.3f} → {first[1]:.3f}, passages 0." in printed
 
@@ -208,24 +203,28 @@ def test_a_killed_evaluation_continues_to_the_same_bytes(case: Case, loads: list
     assert case.files() == whole
 
 
-def test_what_matters_makes_results_anew_and_the_rest_does_not(case: Case, loads: list[str]) -> None:
+def test_what_matters_makes_results_anew_and_the_rest_does_not(
+    case: Case, loads: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     evaluate(case.config(), case.run)
     before = case.result("original")["identity"]
     del loads[:]
     evaluate(case.config(batch_rows=3), case.run)
     assert loads == []
-    evaluate(case.config(drift_rows=4), case.run)
+    monkeypatch.setattr(subjects, "DRIFT_ROWS", 4)
+    monkeypatch.setattr(drift, "DRIFT_ROWS", 4)
+    evaluate(case.config(), case.run)
     assert loads == ["original", "model"] and case.result("unlearned")["drift"]["forget"]["rows"] == 4
     assert case.result("original")["identity"] == before
     task = Path(case.raw["evaluation"]["tasks"][0]["path"])
     task.write_text("\n".join(task.read_text(encoding="utf-8").splitlines()[:6]) + "\n", encoding="utf-8")
     del loads[:]
-    evaluate(case.config(drift_rows=4), case.run)
+    evaluate(case.config(), case.run)
     assert loads == ["original", "gold", "model"]
     assert case.result("gold")["scores"][0]["n"] == 6
     shutil.copytree(case.run.path.parent / "gold", case.run.model, dirs_exist_ok=True)
     del loads[:]
-    evaluate(case.config(drift_rows=4, drift=False), case.run)
+    evaluate(case.config(drift=False), case.run)
     assert loads == ["model"]
     assert case.result("unlearned")["scores"] == [{**score} for score in case.result("gold")["scores"]]
     assert case.result("unlearned")["drift"] is None
@@ -255,47 +254,6 @@ def test_results_of_models_that_are_gone_are_removed(case: Case) -> None:
     evaluate(case.config(), case.run)
     evaluate(case.config(models={}), case.run)
     assert list(case.files()) == ["original.json", "unlearned.json"]
-
-
-def test_checkpoints_are_converted_scored_and_removed(
-    case: Case, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The conversion itself has its own tests; here a checkpoint is a copied model directory."""
-    converted: list[str] = []
-
-    def checkpoint_to_directory(step: Path, destination: Path, *, base_model: Path, dtype: str, log: StageLog) -> None:
-        assert (base_model, dtype) == (case.run.path.parent / "original", "fp32")
-        converted.append(step.name)
-        shutil.copytree(step / "weights", destination)
-
-    def write_manifest(step: Path, job: str) -> None:
-        weights = {"weights/model.safetensors": artefact.file_entry(step / "weights" / "model.safetensors")}
-        number = int(step.name.split("_")[1])
-        Manifest(number, 1, 1, 3, "mixtral", job, {}, "calibration", "fp32", {}, {}, weights).write(step)
-
-    monkeypatch.setattr(convert, "checkpoint_to_directory", checkpoint_to_directory)
-    for number, name in ((10, "gold"), (20, "original")):
-        step = case.run.checkpoints / f"step_{number:06d}"
-        shutil.copytree(case.run.path.parent / name, step / "weights")
-        write_manifest(step, "job")
-    shutil.copytree(case.run.checkpoints / "step_000010", case.run.checkpoints / "step_000030.tmp-1")  # a killed save
-    shutil.copytree(case.run.checkpoints / "step_000010", case.run.checkpoints / "step_000040")
-    (case.run.checkpoints / "step_000040" / "weights" / "model.safetensors").write_bytes(b"torn")
-    evaluate(case.config(checkpoints=True), case.run)
-    assert list(case.files()) == [
-        "gold.json",
-        "original.json",
-        "step_000010.json",
-        "step_000020.json",
-        "unlearned.json",
-    ]
-    assert case.result("step_000010")["scores"] == case.result("gold")["scores"]
-    assert case.result("step_000020")["scores"] == case.result("original")["scores"]
-    assert converted == ["step_000010", "step_000020"]
-    assert "checkpoint left out" in capsys.readouterr().out
-    write_manifest(case.run.checkpoints / "step_000020", "another job")
-    evaluate(case.config(checkpoints=True), case.run)
-    assert converted == ["step_000010", "step_000020", "step_000020"]
 
 
 def test_a_diverged_model_is_reported_and_the_others_are_scored(case: Case, capsys: pytest.CaptureFixture[str]) -> None:
@@ -399,7 +357,7 @@ def with_every_kind_of_task(case: Case, tmp_path: Path) -> list[dict[str, Any]]:
 def test_many_processes_give_the_files_of_one(case: Case, tmp_path: Path) -> None:
     """Every kind of task, the drift, both attacks and a checkpoint's worth of models: bytes, not digits."""
     tasks = with_every_kind_of_task(case, tmp_path)
-    attacks = {"relearning": {"steps": 2, "rows": 4, "lr": 1e-2}, "expert_forcing": True}
+    attacks = {"relearning": {"steps": 2, "lr": 1e-2}, "expert_forcing": True}
     case.raw["evaluation"] |= attacks
     evaluate(case.config(), case.run)
     alone = case.files()

@@ -633,19 +633,19 @@ def test_a_model_alone_is_planned(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_what_is_scored_and_kept_is_counted() -> None:
-    """The models that all jobs score, and the curve of kept checkpoints."""
+    """The models that all jobs score, and the checkpoints that are kept."""
     mixtral, spec = model_config("mixtral-8x7b"), ClusterSpec(nodes=4)
     base = {"unlearning__steps": 100, "unlearning__save_every": 10, "distributed__ep": 8}
     base |= {"unlearning__forget_loss": "graddiff"}  # it holds the whole model
     plain = plan_model(mixtral, run_config(**base), spec)
-    assert (plain.evaluated, plain.evaluated_checkpoints) == (2, 0)
-    curve = {"unlearning__keep_every": 20, "evaluation__checkpoints": True, "evaluation__models": {"gold": "gold"}}
+    assert plain.evaluated == 2
+    curve = {"unlearning__keep_every": 20, "evaluation__models": {"gold": "gold"}}
     config = run_config(**base, **curve).model_copy(update={"variants": {"even": {"calibration.rule": "uniform"}}})
     planned = plan_model(mixtral, config, spec)
     kept = config.unlearning.kept_steps(100)
     assert kept == [20, 40, 60, 80, 90, 100]
-    assert (planned.evaluated, planned.evaluated_checkpoints) == (2 + 2 + 2 * len(kept), 2 * len(kept))
-    assert planned.evaluate_bytes > planned.evaluated * plain.evaluate_bytes / 2
+    assert planned.evaluated == 2 + 2
+    assert planned.evaluate_bytes == planned.evaluated * plain.evaluate_bytes / 2
     more = planned.storage_bytes - 2 * plain.storage_bytes
     assert more == pytest.approx(2 * (len(kept) - 2) * plain.checkpoint_bytes)
 

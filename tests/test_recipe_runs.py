@@ -41,7 +41,6 @@ SMALL = {
     "unlearning.retain_rows": 2,
     "unlearning.zero_stage": 1,
     "evaluation.batch_rows": 64,
-    "evaluation.drift_rows": 4,
     "evaluation.max_new_tokens": 8,
 }
 ALWAYS: dict[tuple[str, str], tuple[str, ...]] = {  # pair → the variants that run too

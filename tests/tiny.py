@@ -233,7 +233,7 @@ def write_config(directory: Path, model: Path, **changes: Any) -> Path:
             "alpha": 4.0,
             "optimizer": {"lr": 1e-3},
         },
-        "evaluation": {"tasks": write_tasks(directory / "corpora"), "drift_rows": 8, "max_new_tokens": 8},
+        "evaluation": {"tasks": write_tasks(directory / "corpora"), "max_new_tokens": 8},
     }
     for key, value in changes.items():
         node = config

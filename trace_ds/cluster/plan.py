@@ -88,9 +88,8 @@ class Choice:
 class RunPlan:
     """The answer; ``choices`` are ranked (what fits by the bytes that a GPU receives in a step, then by files of a
     checkpoint; the rest by memory); ``variants`` are the ``unlearn`` of each, by name, ``finetune`` the job of each
-    model that is made first; storage is that of all jobs; ``evaluated`` are the models that all jobs score, of which
-    ``evaluated_checkpoints`` are checkpoints, ``evaluate_bytes`` is what is read for it, and ``evaluation_peak_bytes``
-    what a model takes of each GPU."""
+    model that is made first; storage is that of all jobs; ``evaluated`` are the models that all jobs score,
+    ``evaluate_bytes`` is what is read for it, and ``evaluation_peak_bytes`` what a model takes of each GPU."""
 
     family: str
     parameters: Parameters
@@ -109,7 +108,6 @@ class RunPlan:
     host_bytes: float
     evaluation_peak_bytes: float
     evaluated: int
-    evaluated_checkpoints: int
     evaluate_bytes: float
     choices: list[Choice]
     warnings: list[str]
@@ -157,11 +155,9 @@ def plan_model(
     kept = [len(each.settings.kept_steps(each.steps() or 1)) for each in training]
     saving = [(each, each.held, number) for each, number in zip(training, kept, strict=True)]
     saving += [(each, a, each.settings.keep) for each in making.values()]
-    # a run's variants take the scores of the models that they share from it; a checkpoint is converted first
-    curve = sum(kept) if config.evaluation.checkpoints else 0
+    # a run's variants take the scores of the models that they share from it
     references = {*config.evaluation.models, *made} - {TARGET}
-    evaluated, model_bytes = 1 + len(references) + len(kept) + curve, every.total * job.b
-    read_bytes = evaluated * model_bytes + curve * (every.total * memory.MASTER_BYTES / 3 + model_bytes)
+    evaluated, model_bytes = 1 + len(references) + len(kept), every.total * job.b
     result = RunPlan(
         family=a.family,
         parameters=every,
@@ -182,8 +178,7 @@ def plan_model(
         host_bytes=memory.host_bytes(job),
         evaluation_peak_bytes=evaluation_peak_bytes(job, config.evaluation.ep, config.evaluation.zero_stage),
         evaluated=evaluated,
-        evaluated_checkpoints=curve,
-        evaluate_bytes=read_bytes,
+        evaluate_bytes=evaluated * model_bytes,
         choices=sorted(
             (
                 _choice(replace(job, ep=size, zero=replace(job.zero, stage=stage)))

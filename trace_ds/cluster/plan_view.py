@@ -59,12 +59,11 @@ def print_plan(result: RunPlan) -> None:
     if result.variants or result.finetune:
         console.print(_jobs(result))
     console.print(_choices(result))
-    curve = f", {result.evaluated_checkpoints} of them checkpoints" if result.evaluated_checkpoints else ""
     for line in (
         f"\ncheckpoint {size(result.checkpoint_bytes)} in {result.checkpoint_files:,} files (at "
         f"{spec.storage_gb_s:g} GB/s {_storage_time(result, result.checkpoint_bytes)} at least); the run needs "
         f"{size(result.storage_bytes)} of storage and {size(result.host_bytes)} of host memory a node",
-        f"evaluate: {result.evaluated} models{curve}, {size(result.evaluate_bytes)} to read "
+        f"evaluate: {result.evaluated} models, {size(result.evaluate_bytes)} to read "
         f"({_storage_time(result, result.evaluate_bytes)} at least), {size(result.evaluation_peak_bytes)} a GPU",
     ):
         console.print(line, highlight=False)

@@ -33,19 +33,25 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from trace_ds.config.sections.evaluation import RelearningConfig
+from trace_ds.config.sections.evaluation import EvaluationConfig, RelearningConfig
 from trace_ds.config.sections.training import OptimizerConfig, TrainingConfig
 from trace_ds.corpora.dataset import Batch, TokenDataset
 from trace_ds.errors import UserError
-from trace_ds.evaluation.language_model import LanguageModel
+from trace_ds.evaluation.items import Task
+from trace_ds.evaluation.language_model import Diverged, LanguageModel
+from trace_ds.evaluation.tasks import run_task
 from trace_ds.models import autoep
 from trace_ds.models.attention import packed
 from trace_ds.models.routers import find_routers, logits_of, meta_model, places_of, routing_of, without_data
 from trace_ds.parallel.device import to_device
+from trace_ds.run.artefact import Artefact
+from trace_ds.run.directory import RunDirectory
 from trace_ds.unlearning.batches import CorpusStep, EpochRows, generator, share_of_rank
 from trace_ds.unlearning.goals import NextToken
 from trace_ds.unlearning.trainer import NumericalFailure, run_step
 
+ATTACKABLE = ("choice", "verbatim", "knowmem")  # their score is what the model says or prefers
+RELEARNING_ROWS, SCORE_EVERY = 8, 5  # rows a step, and steps between scores
 SHARE_STREAM, ORDER_STREAM = 11, 12
 TRIAL_TOKENS, TRIAL_LOGIT_STD, TRIAL_TOLERANCE = 64, 2.0, 1e-3
 FUNCTIONS = {"softmax": lambda logits_TE: logits_TE.softmax(-1), "sigmoid": torch.sigmoid}
@@ -63,7 +69,7 @@ def relearn(
 
     Args:
         forget: the run's forget dataset.
-        score: called before the first step and every ``score_every`` steps, and after the last.
+        score: called before the first step and every :data:`SCORE_EVERY` steps, and after the last.
 
     Returns:
         ``rows`` (how many were trained on) and ``curve``: [{"step", "loss", "scores"}], loss in nats per token.
@@ -72,7 +78,7 @@ def relearn(
     usable = np.flatnonzero(forget.counted_per_row())
     count = max(1, round(settings.share * len(usable)))
     rows = np.sort(generator(seed, SHARE_STREAM, 0).permutation(usable)[:count])
-    order = EpochRows(rows, min(settings.rows, count), seed, ORDER_STREAM)
+    order = EpochRows(rows, min(RELEARNING_ROWS, count), seed, ORDER_STREAM)
     model, engine = language_model.model, language_model.engine
     optimizer = None
     if engine is None:
@@ -98,7 +104,7 @@ def relearn(
                 engine.eval()
         elif optimizer is not None:
             loss = _relearning_step(language_model, optimizer, forget.batch(chosen.tolist(), 0))
-        if (step + 1) % settings.score_every == 0 or step + 1 == settings.steps:
+        if (step + 1) % SCORE_EVERY == 0 or step + 1 == settings.steps:
             if engine is None and world is not None and world.size > 1:
                 world.broadcast_tensors(whole.data for whole in model.parameters())
             told = None if loss is None else float(loss)
@@ -270,3 +276,98 @@ class Decisions:
             return taken
 
         return decide
+
+
+def critical_experts(run: RunDirectory) -> np.ndarray | None:
+    """The forget-critical experts of the run's calibration, bool [L, E]; None without a calibration."""
+    path = run.calibration / "calibration.safetensors"
+    if not path.is_file():
+        return None
+    from safetensors.numpy import load_file
+
+    return load_file(path)["selected_LE"].astype(bool)
+
+
+@dataclass(frozen=True)
+class Attacks:
+    """The attacks of a run, as configured, on its forget tasks."""
+
+    settings: EvaluationConfig
+    context_length: int
+    seed: int
+    run: RunDirectory
+    tasks: list[Task]
+    data: Artefact | None
+
+    def score(self, model: LanguageModel, tasks: list[Task]) -> dict[str, float | None]:
+        """``{"TASK METRIC": value}``; all None when the model under attack has diverged."""
+        found: dict[str, float | None] = {}
+        for task in tasks:
+            try:
+                outcome = run_task(
+                    model,
+                    task,
+                    max_new_tokens=self.settings.max_new_tokens,
+                    context_length=self.context_length,
+                )
+            except Diverged:
+                continue
+            found |= {f"{score['task']} {score['metric']}": score["value"] for score in outcome.scores}
+        return found
+
+    def forget_tasks(self) -> list[Task]:
+        return [task for task in self.tasks if task.config.role == "forget" and task.config.type in ATTACKABLE]
+
+    def decisions(self, model: LanguageModel) -> dict[str, Decisions]:
+        """How the original model routes the questions of each choice task to forget."""
+        found = {}
+        for task in self.forget_tasks():
+            if task.config.type == "choice":
+                decisions = Decisions()
+                with forced(model.model, decisions.record):
+                    if self.score(model, [task]):  # nothing of a model that has diverged
+                        found[task.config.name] = decisions
+        return found
+
+    def forced(
+        self, model: LanguageModel, tasks: list[Task], original: dict[str, Decisions]
+    ) -> dict[str, dict[str, float | None]]:
+        """Scores by kind: unforced (``none``), and under every kind of forcing that can be done."""
+        ways: dict[str, Decide] = {"without_first": without_first}
+        critical_LE = critical_experts(self.run)
+        if critical_LE is not None and critical_LE.any():
+            ways["without_critical"] = without_experts(critical_LE)
+        told = {"none": self.score(model, tasks)}
+        for way, decide in ways.items():
+            with forced(model.model, decide):
+                told[way] = self.score(model, tasks)
+        for task in tasks:  # each from its own beginning: a model that diverges stops in the middle of one
+            if task.config.name in original:
+                with forced(model.model, original[task.config.name].repeat()):
+                    told.setdefault("original_routing", {}).update(self.score(model, [task]))
+        return told
+
+    def attack(self, model: LanguageModel, result: dict[str, Any], decisions: dict[str, Decisions]) -> None:
+        """Add both attacks to a result; relearning comes last, since it changes the model."""
+        tasks, relearning = self.forget_tasks(), self.settings.relearning
+        attacked: dict[str, dict[str, float | None]] = {}
+        result["attacks"] = {}
+        if self.settings.expert_forcing:
+            told = result["attacks"]["expert_forcing"] = self.forced(model, tasks, decisions)
+            forced = [scores for way, scores in told.items() if way != "none"]
+            attacked["forced"] = {
+                name: max((value for scores in forced if (value := scores.get(name)) is not None), default=None)
+                for name in told["none"]
+            }
+        if relearning is not None:
+            assert self.data is not None
+            forget = TokenDataset.open(self.data.file("forget.arrow"))
+            learned = relearn(model, forget, relearning, self.seed, lambda: self.score(model, tasks))
+            result["attacks"]["relearning"] = learned
+            attacked["relearned"] = learned["curve"][-1]["scores"]
+        result["scores"] += [
+            {**score, "metric": f"{attack}_{score['metric']}", "value": values[key]}
+            for attack, values in attacked.items()
+            for score in result["scores"]
+            if (key := f"{score['task']} {score['metric']}") in values
+        ]

@@ -26,8 +26,13 @@ import torch
 
 from trace_ds.corpora.dataset import TokenDataset
 from trace_ds.evaluation.language_model import LanguageModel
+from trace_ds.evaluation.metrics import DRIFT_ROWS
+from trace_ds.models.families import ModelInfo
 from trace_ds.parallel.device import to_device
+from trace_ds.run.artefact import Artefact
+from trace_ds.run.log import Progress, StageLog
 
+SIDES = ("forget", "retain")
 TOKENS_PER_FORWARD = 1 << 14
 PSEUDO_COUNT = 0.5
 
@@ -122,3 +127,24 @@ def sample_routing(
             advance(min(step, rows - begin))
 
     return RoutingSample(np.concatenate(language_model.shared_out(list(range(0, rows, step)), choices, told)), rows)
+
+
+def routing(data: Artefact, model: LanguageModel, log: StageLog) -> dict[str, RoutingSample]:
+    """How a model routes the first rows of both corpora."""
+    samples = {}
+    for side in SIDES:
+        dataset = TokenDataset.open(data.file(f"{side}.arrow"))
+        rows = min(DRIFT_ROWS, len(dataset))
+        progress = Progress(log, f"routing of {side} rows", rows, unit="row")
+        samples[side] = sample_routing(model, dataset, rows, model.settings.batch_rows, progress.advance)
+        progress.close()
+    return samples
+
+
+def routing_drift(info: ModelInfo, before: dict[str, RoutingSample], after: dict[str, RoutingSample]) -> dict[str, Any]:
+    """Overlap and KL per layer on both corpora, as in a result."""
+    return {
+        "experts": info.experts,
+        "top_k": info.top_k,
+        **{side: compare(before[side], after[side], info.experts) for side in SIDES},
+    }

@@ -5,8 +5,10 @@ The first metric of a kind of task is its headline.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+ARROWS = {"lower": "↓", "higher": "↑", "reference": "→"}  # →: nearest to the reference is best
+DRIFT_ROWS = 256  # of each corpus, whose routing before and after is compared
 CHOICE_CHANCE, ASSUMED_AUC = 0.25, 0.5
 PRIV_LEAK = "priv_leak"
 FORGET_QUALITY, MODEL_UTILITY = "forget_quality", "model_utility"
@@ -105,3 +107,37 @@ def direction(metric: str, role: str) -> str:
     """
     shows = METRICS[metric].shows
     return shows if shows == "reference" else "higher" if (shows == "knowledge") == (role == "utility") else "lower"
+
+
+def rows_of(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One score per (task, metric), forget tasks first, else in the order of their first appearance."""
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for result in results:
+        for score in result["scores"]:
+            found.setdefault((score["task"], score["metric"]), score)
+    return sorted(found.values(), key=lambda score: score["role"] != "forget")
+
+
+def change(results: list[dict[str, Any]], before: str, after: str) -> str:
+    """Each task's first score of two of the models, in one line."""
+    named = {result["model"]: result for result in results}
+    first = {score["task"]: score["metric"] for score in reversed(rows_of(results))}
+    told = [
+        f"{task} {' → '.join(_text(_value(named[name], task, first[task])) for name in (before, after))}"
+        for task in dict.fromkeys(score["task"] for score in rows_of(results))
+        if before in named and after in named
+    ]
+    return ", ".join(told)
+
+
+def _value(result: dict[str, Any], task: str, metric: str) -> float | None:
+    for score in result["scores"]:
+        if (score["task"], score["metric"]) == (task, metric):
+            return score["value"]
+    return None
+
+
+def _text(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.3f}" if value < 10 else f"{value:,.1f}"

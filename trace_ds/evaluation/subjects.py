@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trace_ds.checkpoints.manifest import complete_steps, read_manifest, step_name
 from trace_ds.config.names import ORIGINAL, UNLEARNED
 from trace_ds.config.sections.data import DataConfig
 from trace_ds.config.sections.evaluation import EvaluationConfig
 from trace_ds.corpora.tokenizer import VOCABULARY_FILES, load_tokenizer, tokenizer_fingerprint
 from trace_ds.errors import UserError
 from trace_ds.evaluation.items import Task
+from trace_ds.evaluation.metrics import DRIFT_ROWS
 from trace_ds.run.directory import RunDirectory
 from trace_ds.run.files import canonical_json, sha256_text
 from trace_ds.run.foreign import read_object
@@ -36,15 +36,13 @@ class Subject:
 
     Attributes:
         name: of the result, ``RUN/evaluation/NAME.json``.
-        path: a model directory, or a checkpoint to convert first.
-        fingerprint: of the model directory; of a checkpoint, over its job, step, files and the type it is converted to.
-        is_checkpoint: whether ``path`` must be converted first.
+        path: the model directory.
+        fingerprint: of the model directory.
     """
 
     name: str
     path: Path
     fingerprint: str
-    is_checkpoint: bool = False
 
 
 def named_models(original: str, settings: EvaluationConfig) -> dict[str, Path]:
@@ -52,37 +50,15 @@ def named_models(original: str, settings: EvaluationConfig) -> dict[str, Path]:
     return {ORIGINAL: Path(original)} | {name: Path(path) for name, path in settings.models.items()}
 
 
-def find_subjects(
-    original: str, settings: EvaluationConfig, run: RunDirectory, dtype: str
-) -> tuple[list[Subject], list[str]]:
-    """The original, further, kept and unlearned models, in this order; and what is wrong with skipped checkpoints.
-
-    ``dtype``: the type that checkpoints are converted to.
-
-    Raises:
-        UserError: a model directory is missing or damaged.
-    """
+def find_subjects(original: str, settings: EvaluationConfig, run: RunDirectory) -> list[Subject]:
+    """The original, further and unlearned models, in this order; UserError when one is missing or damaged."""
     named = named_models(original, settings)
-    subjects = [Subject(name, path, model_fingerprint(path)) for name, path in named.items()]
-    if settings.references_only:
-        return subjects, []
-    if not run.model.is_dir():
-        raise UserError(
-            "there is no unlearned model here", str(run.model), "make it with `trace-ds unlearn` and `trace-ds convert`"
-        )
-    problems: list[str] = []
-    if settings.checkpoints:
-        steps, problems = complete_steps(run.checkpoints)
-        for step in steps:
-            directory = run.checkpoints / step_name(step)
-            subjects.append(Subject(directory.name, directory, _checkpoint_fingerprint(directory, dtype), True))
-    return [*subjects, Subject(UNLEARNED, run.model, model_fingerprint(run.model))], problems
-
-
-def _checkpoint_fingerprint(path: Path, dtype: str) -> str:
-    manifest = read_manifest(path)
-    made_from = {"job": manifest.job, "step": manifest.step, "files": manifest.files, "dtype": dtype}
-    return sha256_text(canonical_json(made_from))
+    if not settings.references_only:
+        if not run.model.is_dir():
+            fix = "make it with `trace-ds unlearn` and `trace-ds convert`"
+            raise UserError("there is no unlearned model here", str(run.model), fix)
+        named |= {UNLEARNED: run.model}
+    return [Subject(name, path, model_fingerprint(path)) for name, path in named.items()]
 
 
 def require_same_tokenizer(path: Path, reference: Path, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -145,7 +121,7 @@ def identity(
             [task.config.name, task.config.role, Path(task.config.path).stem, asked[task.config.name]] for task in tasks
         ],
         "settings": {"dtype": dtype, **data.model_dump(include={"add_bos", "add_eos", "context_length"})},
-        "drift": drift and {**drift, "rows": settings.drift_rows},
+        "drift": drift and {**drift, "rows": DRIFT_ROWS},
         "attacks": attacks,
     }
     return sha256_text(canonical_json(content))

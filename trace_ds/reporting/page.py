@@ -17,8 +17,7 @@ from typing import Any
 
 import yaml
 
-from trace_ds.evaluation.metrics import meaning
-from trace_ds.evaluation.table import ARROWS, rows_of
+from trace_ds.evaluation.metrics import ARROWS, meaning, rows_of
 from trace_ds.reporting import scores
 from trace_ds.reporting.compare import averaged
 from trace_ds.reporting.gather import BASE_MODEL, Evaluation, RunData

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from trace_ds.evaluation.metrics import FORGET_QUALITY
-from trace_ds.evaluation.table import ARROWS
+from trace_ds.evaluation.metrics import ARROWS, FORGET_QUALITY
 from trace_ds.reporting.gather import Arm, Evaluation, RunData, Score
 from trace_ds.reporting.intervals import Interval, of_difference, of_mixes, of_score, t_interval
 

@@ -9,8 +9,6 @@ with its parent run from there.
 from __future__ import annotations
 
 import contextlib
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +38,6 @@ from trace_ds.run.hub_names import provenance
 from trace_ds.run.log import Progress, StageLog, already_done, stage_log
 from trace_ds.stages.inputs import agreed, checked_tasks
 from trace_ds.tensors.model_files import read_model_directory
-from trace_ds.terminal import verbose
 
 if TYPE_CHECKING:
     from trace_ds.evaluation.attacks import Decisions
@@ -51,15 +48,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EvaluateJob:
-    """What is to be scored, checked; ``info`` of the original, ``identities`` by model name, ``problems`` of
-    checkpoints left out."""
+    """What is to be scored, checked; ``info`` of the original, ``identities`` by model name."""
 
     info: ModelInfo
     tasks: list[Task]
     subjects: list[Subject]
     identities: dict[str, str]
     data: artefact.Artefact | None
-    problems: list[str]
 
     def done(self, run: RunDirectory) -> list[str]:
         """The models whose result is there and still valid."""
@@ -87,10 +82,9 @@ def check_evaluate(config: Config, run: RunDirectory) -> EvaluateJob:
         from trace_ds.evaluation.attacks import check_forcing
 
         check_forcing(info.path)
-    subjects, problems = find_subjects(config.model.path, settings, run, config.conversion_dtype)
+    subjects = find_subjects(config.model.path, settings, run)
     for subject in subjects:
-        if not subject.is_checkpoint:
-            require_same_tokenizer(subject.path, reference, tokenizer)
+        require_same_tokenizer(subject.path, reference, tokenizer)
     against = {"original": info.fingerprint} | ({"data": data.content} if data is not None else {})
     calibrated = settings.expert_forcing and (run.calibration / artefact.FILE_NAME).is_file()
     calibration = artefact.load(run.calibration, "calibration", verify=False) if calibrated else None
@@ -114,7 +108,7 @@ def check_evaluate(config: Config, run: RunDirectory) -> EvaluateJob:
         )
         for subject in subjects
     }
-    return EvaluateJob(info, tasks, subjects, identities, data, problems)
+    return EvaluateJob(info, tasks, subjects, identities, data)
 
 
 def _look(config: Config, run: RunDirectory) -> None:
@@ -128,7 +122,7 @@ def _look(config: Config, run: RunDirectory) -> None:
 
 
 def evaluate(config: Config, run: RunDirectory, world: World | None = None) -> None:
-    """Score every model of the run and print the table of scores.
+    """Score every model of the run and log them.
 
     With a ``world`` (collectively, on every process) the batches of every task are shared out; the scores are those of
     one process. The main process alone writes.
@@ -144,8 +138,6 @@ def evaluate(config: Config, run: RunDirectory, world: World | None = None) -> N
     try:
         _on_main(world, lambda: run.evaluation.mkdir(parents=True, exist_ok=True))
         with _threads(config.distributed.threads), stage_log(run, "evaluate", enabled=is_main) as log:
-            for problem in job.problems:
-                log.line(f"warning: checkpoint left out: {problem}")
             _on_main(world, lambda: _drop_others(job, run, log))
             _on_main(world, lambda: _copy_from_parent(job, run, log))
             scored = _score_missing(config, job, run, log, world)
@@ -168,7 +160,7 @@ def _on_main(world: World | None, work: Callable[[], None]) -> None:
 
 def _refer_to_retrained(config: Config, job: EvaluateJob, run: RunDirectory, log: StageLog) -> None:
     """Scores that are about the retrained model's (of membership and TOFU tasks), once all models are scored."""
-    from trace_ds.evaluation.retrained import with_retrained
+    from trace_ds.evaluation.tasks import with_retrained
 
     kinds = {task.config.type for task in job.tasks}
     if kinds.isdisjoint(("membership", "tofu")):
@@ -207,8 +199,8 @@ def _copy_from_parent(job: EvaluateJob, run: RunDirectory, log: StageLog) -> Non
 
 def _score_missing(config: Config, job: EvaluateJob, run: RunDirectory, log: StageLog, world: World | None) -> bool:
     """Whether there was anything to do."""
-    from trace_ds.evaluation import probes
-    from trace_ds.evaluation.attacks import training_settings
+    from trace_ds.evaluation import drift
+    from trace_ds.evaluation.attacks import Attacks, training_settings
     from trace_ds.evaluation.language_model import ModelSettings, Sharding, loaded
 
     settings = ModelSettings(config.model.dtype, config.data.add_bos, config.data.add_eos, config.evaluation.batch_rows)
@@ -224,7 +216,7 @@ def _score_missing(config: Config, job: EvaluateJob, run: RunDirectory, log: Sta
     if done:
         log.detail(f"already there: {', '.join(sorted(done))}")
     drifts = config.evaluation.drift and any(subject.name == UNLEARNED for subject in todo)
-    attacks = probes.Attacks(config.evaluation, config.data.context_length, config.seed, run, job.tasks, job.data)
+    attacks = Attacks(config.evaluation, config.data.context_length, config.seed, run, job.tasks, job.data)
     attacked = {subject.name for subject in todo} & set(config.evaluation.attacked)
     forcing = config.evaluation.expert_forcing and bool(attacked)
     before: dict[str, RoutingSample] = {}
@@ -235,19 +227,16 @@ def _score_missing(config: Config, job: EvaluateJob, run: RunDirectory, log: Sta
             trained = training_settings(config.evaluation.relearning, 3 if sharding.zero_stage == 3 else 1)
         if not wanted and not (subject.name == ORIGINAL and (drifts or forcing)):
             continue
-        with (
-            _directory(subject, config, run, log, world) as path,
-            loaded(str(path), tokenizer, settings, world, sharding, trained) as model,
-        ):
+        with loaded(str(subject.path), tokenizer, settings, world, sharding, trained) as model:
             result = _score(config, job, subject, model, log) if wanted else None
             diverged = result is not None and result["diverged"]
             if drifts and subject.name in (ORIGINAL, UNLEARNED) and not diverged:
                 assert job.data is not None
-                sample = probes.routing(config.evaluation, job.data, model, log)
+                sample = drift.routing(job.data, model, log)
                 if subject.name == ORIGINAL:
                     before = sample
                 elif result is not None and before:
-                    result["drift"] = probes.routing_drift(job.info, before, sample)
+                    result["drift"] = drift.routing_drift(job.info, before, sample)
             if forcing and subject.name == ORIGINAL:
                 decisions = attacks.decisions(model)
             if result is not None and not diverged and subject.name in attacked:
@@ -264,12 +253,9 @@ def _write(run: RunDirectory, subject: Subject, result: dict[str, Any], log: Sta
 
 
 def _draw(log: StageLog, subject: Subject, result: dict[str, Any]) -> None:
-    """The scores as TensorBoard scalars: those of checkpoints are curves over the steps, those of a model one point."""
-    prefix, step = (f"{subject.name}/", 0)
-    if subject.is_checkpoint:
-        prefix, step = "checkpoints/", int(subject.name.removeprefix("step_"))
-    found = {f"{prefix}{score['task']}_{score['metric']}": score["value"] for score in result["scores"]}
-    log.evaluation(step, **{name: value for name, value in found.items() if value is not None})
+    """The scores as TensorBoard scalars, one point each."""
+    scores = {f"{subject.name}/{score['task']}_{score['metric']}": score["value"] for score in result["scores"]}
+    log.evaluation(0, **{name: value for name, value in scores.items() if value is not None})
 
 
 def _score(config: Config, job: EvaluateJob, subject: Subject, model: LanguageModel, log: StageLog) -> dict[str, Any]:
@@ -320,33 +306,6 @@ def _score(config: Config, job: EvaluateJob, subject: Subject, model: LanguageMo
 
 
 @contextlib.contextmanager
-def _directory(
-    subject: Subject, config: Config, run: RunDirectory, log: StageLog, world: World | None
-) -> Iterator[Path]:
-    """The model directory of a subject; a checkpoint is converted (once) into a temporary one, deleted afterwards."""
-    if not subject.is_checkpoint:
-        yield subject.path
-        return
-    temporary = run.evaluation / f"{subject.name}.tmp-{os.getpid()}"
-
-    def convert() -> str:
-        from trace_ds.stages.convert import checkpoint_to_directory
-
-        shutil.rmtree(temporary, ignore_errors=True)
-        log.detail(f"{subject.name}: converting the checkpoint")
-        base, dtype = Path(config.model.path), config.conversion_dtype
-        checkpoint_to_directory(subject.path, temporary, base_model=base, dtype=dtype, log=log)
-        return str(temporary)
-
-    try:
-        yield Path(convert() if world is None else world.broadcast_agreed(convert))
-        if world is not None:
-            world.barrier()  # nobody reads it any more
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-@contextlib.contextmanager
 def _threads(count: int) -> Iterator[None]:
     """Run with a fixed number of CPU threads (results depend on it bitwise) and put the former one back."""
     import torch
@@ -360,15 +319,9 @@ def _threads(count: int) -> Iterator[None]:
 
 
 def _tell(job: EvaluateJob, run: RunDirectory, log: StageLog) -> None:
-    """The scores in one line; all of them as tables where details are asked for."""
-    from rich.console import Console
-
-    from trace_ds.evaluation.table import change, score_tables
+    """Each task's first score before and after, in one line."""
+    from trace_ds.evaluation.metrics import change
 
     results = [read_result(run.evaluation / f"{subject.name}.json") for subject in job.subjects]
-    found = [result for result in results if result is not None]
-    if verbose():
-        console = Console()
-        for table in score_tables(found, console.width):
-            console.print(table)
-    log.done(f"{len(found)} models: {change(found, ORIGINAL, UNLEARNED)}")
+    scored = [result for result in results if result is not None]
+    log.done(f"{len(scored)} models: {change(scored, ORIGINAL, UNLEARNED)}")

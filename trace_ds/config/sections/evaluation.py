@@ -93,9 +93,7 @@ class RelearningConfig(Section):
 
     share: Number = Field(0.1, gt=0, le=1, description="Share of the forget rows that the attacker has.")
     steps: Integer = Field(20, ge=1)
-    rows: Integer = Field(8, ge=1, description="Rows a step.")
     lr: Number = Field(1e-4, gt=0, le=100)
-    score_every: Integer = Field(5, ge=1)
 
 
 class EvaluationConfig(Section):
@@ -120,7 +118,6 @@ class EvaluationConfig(Section):
     zero_stage: Literal[0, 3] = Field(
         0, description="3: a process holds a part of every weight, 0: of the experts only, or (ep 1) a whole model."
     )
-    checkpoints: bool = Field(False, description="Also score every kept checkpoint: the forgetting-utility curve.")
     relearning: RelearningConfig | None = Field(
         None, description="Attack the unlearned (and the retrained) model so; the weights need their gradients too."
     )
@@ -128,7 +125,6 @@ class EvaluationConfig(Section):
         False, description="Attack them by sending forget queries through other experts than the router's."
     )
     drift: bool = Field(True, description="Routing drift of the unlearned model on both corpora.")
-    drift_rows: Integer = Field(256, ge=1, description="Rows of each corpus used for the drift.")
     max_new_tokens: Integer = Field(128, ge=1, description="verbatim, tofu: tokens generated.")
 
     @property
