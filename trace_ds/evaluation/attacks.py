@@ -107,8 +107,8 @@ def relearn(
         if (step + 1) % SCORE_EVERY == 0 or step + 1 == settings.steps:
             if engine is None and world is not None and world.size > 1:
                 world.broadcast_tensors(whole.data for whole in model.parameters())
-            told = None if loss is None else float(loss)
-            curve.append({"step": step + 1, "loss": told, "scores": score()})
+            loss_nats = None if loss is None else float(loss)
+            curve.append({"step": step + 1, "loss": loss_nats, "scores": score()})
     return {"rows": count, "curve": curve}
 
 
@@ -301,7 +301,7 @@ class Attacks:
 
     def score(self, model: LanguageModel, tasks: list[Task]) -> dict[str, float | None]:
         """``{"TASK METRIC": value}``; all None when the model under attack has diverged."""
-        found: dict[str, float | None] = {}
+        scores: dict[str, float | None] = {}
         for task in tasks:
             try:
                 outcome = run_task(
@@ -312,22 +312,22 @@ class Attacks:
                 )
             except Diverged:
                 continue
-            found |= {f"{score['task']} {score['metric']}": score["value"] for score in outcome.scores}
-        return found
+            scores |= {f"{score['task']} {score['metric']}": score["value"] for score in outcome.scores}
+        return scores
 
     def forget_tasks(self) -> list[Task]:
         return [task for task in self.tasks if task.config.role == "forget" and task.config.type in ATTACKABLE]
 
     def decisions(self, model: LanguageModel) -> dict[str, Decisions]:
         """How the original model routes the questions of each choice task to forget."""
-        found = {}
+        recorded = {}
         for task in self.forget_tasks():
             if task.config.type == "choice":
                 decisions = Decisions()
                 with forced(model.model, decisions.record):
                     if self.score(model, [task]):  # nothing of a model that has diverged
-                        found[task.config.name] = decisions
-        return found
+                        recorded[task.config.name] = decisions
+        return recorded
 
     def forced(
         self, model: LanguageModel, tasks: list[Task], original: dict[str, Decisions]
@@ -337,15 +337,15 @@ class Attacks:
         critical_LE = critical_experts(self.run)
         if critical_LE is not None and critical_LE.any():
             ways["without_critical"] = without_experts(critical_LE)
-        told = {"none": self.score(model, tasks)}
+        by_way = {"none": self.score(model, tasks)}
         for way, decide in ways.items():
             with forced(model.model, decide):
-                told[way] = self.score(model, tasks)
+                by_way[way] = self.score(model, tasks)
         for task in tasks:  # each from its own beginning: a model that diverges stops in the middle of one
             if task.config.name in original:
                 with forced(model.model, original[task.config.name].repeat()):
-                    told.setdefault("original_routing", {}).update(self.score(model, [task]))
-        return told
+                    by_way.setdefault("original_routing", {}).update(self.score(model, [task]))
+        return by_way
 
     def attack(self, model: LanguageModel, result: dict[str, Any], decisions: dict[str, Decisions]) -> None:
         """Add both attacks to a result; relearning comes last, since it changes the model."""
@@ -353,11 +353,11 @@ class Attacks:
         attacked: dict[str, dict[str, float | None]] = {}
         result["attacks"] = {}
         if self.settings.expert_forcing:
-            told = result["attacks"]["expert_forcing"] = self.forced(model, tasks, decisions)
-            forced = [scores for way, scores in told.items() if way != "none"]
+            by_way = result["attacks"]["expert_forcing"] = self.forced(model, tasks, decisions)
+            forced = [scores for way, scores in by_way.items() if way != "none"]
             attacked["forced"] = {
                 name: max((value for scores in forced if (value := scores.get(name)) is not None), default=None)
-                for name in told["none"]
+                for name in by_way["none"]
             }
         if relearning is not None:
             assert self.data is not None

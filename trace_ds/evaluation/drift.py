@@ -122,11 +122,11 @@ def sample_routing(
         chosen_TLK = torch.stack([recorder.layer(layer)[1].to(device) for layer in range(layers)], dim=1).cpu()
         return chosen_TLK[batch.counted_BS.reshape(-1)].numpy().astype(np.int32)
 
-    def told(begin: int) -> None:
+    def report(begin: int) -> None:
         if advance is not None:
             advance(min(step, rows - begin))
 
-    return RoutingSample(np.concatenate(language_model.shared_out(list(range(0, rows, step)), choices, told)), rows)
+    return RoutingSample(np.concatenate(language_model.shared_out(list(range(0, rows, step)), choices, report)), rows)
 
 
 def routing(data: Artefact, model: LanguageModel, log: StageLog) -> dict[str, RoutingSample]:

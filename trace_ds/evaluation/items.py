@@ -142,10 +142,10 @@ def read_task(config: TaskConfig) -> Task:
             for number, document in enumerate(documents)
         ]
     digests = [content_fingerprint(named) for named in (config, *others) if named.place] + own
-    found: Any = digests[0] if len(digests) == 1 else digests
+    digest: Any = digests[0] if len(digests) == 1 else digests
     if config.columns:
-        found = [found, config.columns]
-    return Task(config, items, found if isinstance(found, str) else sha256_text(canonical_json(found)), examples)
+        digest = [digest, config.columns]
+    return Task(config, items, digest if isinstance(digest, str) else sha256_text(canonical_json(digest)), examples)
 
 
 def beginning(text: str) -> str:
@@ -158,10 +158,10 @@ def _texts(config: TaskConfig) -> list[Document]:
     _require_file(config)
     keys = ("path", "dataset", "config", "split", "revision")
     named = {key: getattr(config, key) for key in keys} | {"field": config.columns.get("text", "text")}
-    found = [d for d in read_documents([CorpusEntry.model_validate(named)], KEY) if d.text.strip()]
-    if not found:
+    documents = [d for d in read_documents([CorpusEntry.model_validate(named)], KEY) if d.text.strip()]
+    if not documents:
         raise UserError("the task file has no text", config.place, "a score of nothing: add documents")
-    return found
+    return documents
 
 
 def read_choice_items(config: TaskConfig, prompt_key: str = "prompt") -> list[ChoiceItem]:
@@ -172,9 +172,9 @@ def read_choice_items(config: TaskConfig, prompt_key: str = "prompt") -> list[Ch
             non-empty choices, or an answer that is missing or out of range.
     """
     items = []
-    for found in _records(config):
-        record, where = found.values, found.where
-        prompt = _text(found, prompt_key)
+    for entry in _records(config):
+        record, where = entry.values, entry.where
+        prompt = _text(entry, prompt_key)
         choices = record.get("choices")
         if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
             raise UserError("'choices' is missing or not a list of texts", where, f"give {CHOICES} texts")
@@ -192,41 +192,41 @@ def read_choice_items(config: TaskConfig, prompt_key: str = "prompt") -> list[Ch
             raise UserError(
                 f"the answer {answer!r} is out of range", where, f"use the index of the right choice, 0 … {CHOICES - 1}"
             )
-        items.append(ChoiceItem(_id(found), prompt, tuple(choices), answer, found.source))
+        items.append(ChoiceItem(_id(entry), prompt, tuple(choices), answer, entry.source))
     return items
 
 
 def read_verbatim_items(config: TaskConfig) -> list[VerbatimItem]:
     """All passages of a verbatim task; :class:`UserError` naming file and line for a missing or empty text."""
     return [
-        VerbatimItem(_id(found), _text(found, "prompt"), _text(found, "continuation"), found.source)
-        for found in _records(config)
+        VerbatimItem(_id(entry), _text(entry, "prompt"), _text(entry, "continuation"), entry.source)
+        for entry in _records(config)
     ]
 
 
 def read_question_items(config: TaskConfig) -> list[QuestionItem]:
     """All open questions of a task; :class:`UserError` naming file and line for a missing question or answer."""
     items = []
-    for found in _records(config):
-        question = _text(found, "question")
-        answers = found.values.get("answer")
+    for entry in _records(config):
+        question = _text(entry, "question")
+        answers = entry.values.get("answer")
         answers = answers if isinstance(answers, list) else [answers]
         if not answers or not all(isinstance(answer, str) and answer.strip() for answer in answers):
-            raise UserError("the answer is missing", found.where, "add 'answer': a text, or a list of accepted texts")
-        items.append(QuestionItem(_id(found), question, tuple(answers), found.source))
+            raise UserError("the answer is missing", entry.where, "add 'answer': a text, or a list of accepted texts")
+        items.append(QuestionItem(_id(entry), question, tuple(answers), entry.source))
     return items
 
 
 def read_tofu_items(config: TaskConfig) -> list[TofuItem]:
     """All questions of a TOFU task; :class:`UserError` naming the row for a missing text or list of texts."""
     items = []
-    for found in _records(config):
-        false = found.values.get("perturbed_answer")
+    for entry in _records(config):
+        false = entry.values.get("perturbed_answer")
         if not isinstance(false, list) or not false or not all(isinstance(one, str) and one.strip() for one in false):
-            raise UserError("there is no list of texts under 'perturbed_answer'", found.where, "give false answers")
-        paraphrase = _text(found, "paraphrased_answer") if found.values.get("paraphrased_answer") else ""
-        texts = _text(found, "question"), _text(found, "answer"), paraphrase
-        items.append(TofuItem(_id(found), *texts, tuple(false), found.source))
+            raise UserError("there is no list of texts under 'perturbed_answer'", entry.where, "give false answers")
+        paraphrase = _text(entry, "paraphrased_answer") if entry.values.get("paraphrased_answer") else ""
+        texts = _text(entry, "question"), _text(entry, "answer"), paraphrase
+        items.append(TofuItem(_id(entry), *texts, tuple(false), entry.source))
     return items
 
 

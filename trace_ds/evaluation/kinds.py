@@ -176,7 +176,7 @@ def evaluate_knowmem(
         model.check_length(len(ids) + NEW_TOKENS, f"{where} item {item.id}")
     answers = list(map(cut, model.decode(model.continue_greedily(prompts, [NEW_TOKENS] * len(items), advance))))
     pairs = zip(items, answers, strict=True)
-    columns = {"rouge_l": np.array([max(rouge_l(answer, found) for answer in item.answers) for item, found in pairs])}
+    columns = {"rouge_l": np.array([max(rouge_l(answer, given) for answer in item.answers) for item, given in pairs])}
     questions, references = [item.question for item in items], [item.answers[0] for item in items]
     logs = item_logs(items, columns, prompt=questions, reference=references, continuation=answers)
     return Outcome(columns, logs, [item.source for item in items])
@@ -262,12 +262,12 @@ def evaluate_perplexity(
     limit = model.most_tokens(context_length)
     cuts = [windows(model.encode_document(document.text), limit) for document in documents]
     share = len(documents) / max(sum(map(len, cuts)), 1)
-    told = [0.0]
+    reported = [0.0]
 
     def counted(sequences: int) -> None:
-        before, told[0] = round(told[0]), told[0] + sequences * share
+        before, reported[0] = round(reported[0]), reported[0] + sequences * share
         if advance is not None:
-            advance(round(told[0]) - before)
+            advance(round(reported[0]) - before)
 
     scores = iter(model.score([window for group in cuts for window in group], counted))
     logs, nll, tokens = [], [], []

@@ -160,10 +160,10 @@ class LanguageModel:
         advance: Callable[[int], None] | None = None,
     ) -> list[R]:
         """``do`` of every batch of indices (each from 0 on is in one), :meth:`shared_out`; what it gives, by index."""
-        found = self.shared_out(batches, do, lambda batch: advance(len(batch)) if advance is not None else None)
+        results = self.shared_out(batches, do, lambda batch: advance(len(batch)) if advance is not None else None)
         by_index = {
             index: one
-            for batch, part in zip(batches, found, strict=True)
+            for batch, part in zip(batches, results, strict=True)
             for index, one in zip(batch, part, strict=True)
         }
         return [by_index[index] for index in range(len(by_index))]
@@ -284,7 +284,7 @@ class LanguageModel:
         place_P, which = np.unique(np.array(row_N) * (length + 1) + token_N, return_inverse=True)
         device = logits_BSV.device
         row_P, token_P, which_N = (
-            to_device(torch.from_numpy(found), device) for found in (*np.divmod(place_P, length + 1), which)
+            to_device(torch.from_numpy(array), device) for array in (*np.divmod(place_P, length + 1), which)
         )
         target_N = to_device(torch.tensor([t for s in sequences for t in s.ids[s.first :]]), device)
         logits_PV = logits_BSV[row_P, token_P - 1 - start].float()

@@ -42,15 +42,15 @@ def lowest_mean(values: np.ndarray, percent: float = MIN_K_PERCENT) -> float:
 def member_scores(scores: TokenScores, text: str) -> dict[str, float]:
     """The score of each attack for one text; ``min_k_plus`` only when ``scores`` has moments."""
     log_prob = scores.log_prob.astype(np.float64)
-    found = {
+    by_attack = {
         "loss": float(log_prob.mean()),
         "zlib": float(log_prob.sum() / len(zlib.compress(text.encode()))),
         "min_k": lowest_mean(log_prob),
     }
     if scores.mean is not None and scores.deviation is not None:
         normalised = (log_prob - scores.mean) / np.maximum(scores.deviation.astype(np.float64), EPSILON)
-        found["min_k_plus"] = lowest_mean(normalised)
-    return found
+        by_attack["min_k_plus"] = lowest_mean(normalised)
+    return by_attack
 
 
 def auc(members: np.ndarray, others: np.ndarray) -> float:
@@ -115,10 +115,10 @@ def evaluate_membership(
         if len(ids) < 2:
             raise UserError("the text is a single token", f"{where} item {item.id}", "remove it")
         sequences.append(Sequence(tuple(ids), 1))
-    found = [
+    by_item = [
         member_scores(scores, item.text)
         for item, scores in zip(items, model.score(sequences, advance, moments=True), strict=True)
     ]
-    columns = {attack: np.array([scores[attack] for scores in found]) for attack in ATTACKS}
+    columns = {attack: np.array([scores[attack] for scores in by_item]) for attack in ATTACKS}
     texts = [beginning(item.text) for item in items]
     return MembershipOutcome(columns, item_logs(items, columns, text=texts, member=[item.member for item in items]))

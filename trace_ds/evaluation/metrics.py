@@ -111,23 +111,23 @@ def direction(metric: str, role: str) -> str:
 
 def rows_of(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One score per (task, metric), forget tasks first, else in the order of their first appearance."""
-    found: dict[tuple[str, str], dict[str, Any]] = {}
+    first: dict[tuple[str, str], dict[str, Any]] = {}
     for result in results:
         for score in result["scores"]:
-            found.setdefault((score["task"], score["metric"]), score)
-    return sorted(found.values(), key=lambda score: score["role"] != "forget")
+            first.setdefault((score["task"], score["metric"]), score)
+    return sorted(first.values(), key=lambda score: score["role"] != "forget")
 
 
 def change(results: list[dict[str, Any]], before: str, after: str) -> str:
     """Each task's first score of two of the models, in one line."""
     named = {result["model"]: result for result in results}
     first = {score["task"]: score["metric"] for score in reversed(rows_of(results))}
-    told = [
+    changes = [
         f"{task} {' → '.join(_text(_value(named[name], task, first[task])) for name in (before, after))}"
         for task in dict.fromkeys(score["task"] for score in rows_of(results))
         if before in named and after in named
     ]
-    return ", ".join(told)
+    return ", ".join(changes)
 
 
 def _value(result: dict[str, Any], task: str, metric: str) -> float | None:

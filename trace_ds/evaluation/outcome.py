@@ -40,13 +40,13 @@ class Outcome:
 
     def by_source(self) -> dict[str, dict[str, float]]:
         """The finite metrics, and the number of what they are made of, of each source that has any, sorted by name."""
-        sources_I, found = np.array(self.sources), {}
+        sources_I, by_name = np.array(self.sources), {}
         for source in map(str, np.unique(sources_I)):
             chosen_I = sources_I == source
             if n := self.count(chosen_I):
                 metrics = {name: value for name, value in self.metrics(chosen_I).items() if math.isfinite(value)}
-                found[source] = {"n": n, **metrics}
-        return found
+                by_name[source] = {"n": n, **metrics}
+        return by_name
 
 
 def rounded(value: Any) -> float:

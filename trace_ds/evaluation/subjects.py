@@ -111,14 +111,15 @@ def identity(
         drift: fingerprints of what a drift is measured against, or None when none is measured.
         attacks: settings and inputs of the attacks, or None when there are none.
     """
-    asked = task_fingerprints(tasks, settings.max_new_tokens)
+    fingerprints = task_fingerprints(tasks, settings.max_new_tokens)
     content: dict[str, Any] = {
         "format": FORMAT,
         "name": subject.name,
         "model": subject.fingerprint,
         "tokenizer": tokenizer,
         "tasks": [
-            [task.config.name, task.config.role, Path(task.config.path).stem, asked[task.config.name]] for task in tasks
+            [task.config.name, task.config.role, Path(task.config.path).stem, fingerprints[task.config.name]]
+            for task in tasks
         ],
         "settings": {"dtype": dtype, **data.model_dump(include={"add_bos", "add_eos", "context_length"})},
         "drift": drift and {**drift, "rows": DRIFT_ROWS},
@@ -128,7 +129,7 @@ def identity(
 
 
 def task_fingerprints(tasks: list[Task], max_new_tokens: int) -> dict[str, str]:
-    """By task name a SHA-256 over what is asked and how: scores of equal ones may be put side by side."""
+    """By task name a SHA-256 over its questions and how they are put: scores of equal ones may be compared."""
     return {
         task.config.name: sha256_text(
             canonical_json(
@@ -137,9 +138,7 @@ def task_fingerprints(tasks: list[Task], max_new_tokens: int) -> dict[str, str]:
                     "files": task.sha256,
                     "task": task.config.task,
                     "max_new_tokens": max_new_tokens if task.config.type in ("verbatim", "tofu") else None,
-                    **({"scored": "token by token too"} if task.config.type == "verbatim" else {}),
-                    # only where they are set: results of earlier versions keep their identity
-                    **task.config.model_dump(include={"num_fewshot", "apply_chat_template"}, exclude_defaults=True),
+                    **task.config.model_dump(include={"num_fewshot", "apply_chat_template"}),
                 }
             )
         )

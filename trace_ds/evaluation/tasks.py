@@ -106,7 +106,7 @@ def with_retrained(result: dict[str, Any], retrained: dict[str, Any] | None) -> 
     utility = [score for score in result["scores"] if score["task"] in of_tofu and score["role"] == "utility"]
     known = [score["value"] for score in utility if score["metric"] in tofu.KNOWN]
 
-    def told(task: str, metric: str) -> dict[str, Any]:
+    def changes(task: str, metric: str) -> dict[str, Any]:
         if metric.startswith("auc_"):
             return {"reference": theirs.get((task, metric), ASSUMED_AUC)}
         if metric == PRIV_LEAK:
@@ -127,7 +127,7 @@ def with_retrained(result: dict[str, Any], retrained: dict[str, Any] | None) -> 
             return {"value": tofu.forget_quality(here, there) if here and there else None, "note": note}
         return {}
 
-    return {**result, "scores": [score | told(score["task"], score["metric"]) for score in result["scores"]]}
+    return {**result, "scores": [score | changes(score["task"], score["metric"]) for score in result["scores"]]}
 
 
 def _ratios(result: dict[str, Any] | None, task: str) -> list[float]:

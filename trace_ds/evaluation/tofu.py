@@ -54,8 +54,8 @@ def forget_quality(ratios: Iterable[float], retrained: Iterable[float]) -> float
 
 def model_utility(values: Iterable[float]) -> float:
     """The harmonic mean; 0 when one of the values is 0."""
-    found = np.array(list(values), dtype=np.float64)
-    return float(len(found) / np.sum(1 / found)) if (found > 0).all() else 0.0
+    array = np.array(list(values), dtype=np.float64)
+    return float(len(array) / np.sum(1 / array)) if (array > 0).all() else 0.0
 
 
 def rouge_l_recall(reference: str, text: str) -> float:
@@ -100,6 +100,6 @@ def evaluate_tofu(
         "truth": np.maximum(0, 1 - ratios_I),
     }
     questions = [item.question for item in items]
-    told = {"prompt": questions, "reference": references, "continuation": answers, "truth_ratio": ratios_I.tolist()}
-    logs = item_logs(items, columns, **told)
+    shown = {"prompt": questions, "reference": references, "continuation": answers, "truth_ratio": ratios_I.tolist()}
+    logs = item_logs(items, columns, **shown)
     return Outcome(columns, logs, [item.source for item in items])

@@ -300,8 +300,8 @@ def _score(config: Config, job: EvaluateJob, subject: Subject, model: LanguageMo
         progress.close()
     if not result["diverged"]:
         values = {f"{score['task']} {score['metric']}": score["value"] for score in result["scores"]}
-        told = ", ".join(f"{name} {'–' if value is None else f'{value:.4g}'}" for name, value in values.items())
-        log.detail(f"{subject.name}: {told or 'no tasks'}")
+        summary = ", ".join(f"{name} {'–' if value is None else f'{value:.4g}'}" for name, value in values.items())
+        log.detail(f"{subject.name}: {summary or 'no tasks'}")
     return result
 
 
