@@ -32,8 +32,7 @@ from rich.table import Table
 from trace_ds.config.load import load_config
 from trace_ds.config.schema import Config
 from trace_ds.errors import JobFailed, StopRequested, UserError
-from trace_ds.evaluation.metrics import METRICS, direction
-from trace_ds.evaluation.table import ARROWS
+from trace_ds.evaluation.metrics import ARROWS, METRICS, direction
 from trace_ds.parallel.environment import accelerator_count, accelerator_names
 from trace_ds.parallel.launch import die_with_parent, parent_of_this
 from trace_ds.run.curve import check_scores, read_curve
