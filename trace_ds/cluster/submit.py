@@ -61,11 +61,9 @@ class Cluster:
 
     @property
     def shape(self) -> list[str]:
-        return [
-            f"--nodes={self.nodes}",
-            f"--ntasks-per-node={self.gpus_per_node}",
-            f"--gpus-per-node={self.gpus_per_node}",
-        ]
+        array = [f"--array={self.array}"] if self.array else []
+        per_node = self.gpus_per_node
+        return [f"--nodes={self.nodes}", f"--ntasks-per-node={per_node}", f"--gpus-per-node={per_node}", *array]
 
     @property
     def words(self) -> list[str]:
@@ -182,12 +180,28 @@ def scripts_folder() -> Path:
 
 
 def run_chain(folder: Path, run_dir: Path, cluster: Cluster, variables: dict[str, str]) -> dict[str, str]:
-    """Run ``slurm/chain.sh`` of what :func:`render` wrote: {stages: job id, or the command line of a dry run}."""
+    """Run ``slurm/chain.sh`` of what :func:`render` wrote: {stages: job id, or the command line of a dry run}.
+
+    The site file's own exports win over what it gets from here.
+    """
+    ours = {
+        "TRACE_DS_HOME": str(folder),
+        SITE_VARIABLE: str(folder / "slurm" / "site.env"),
+        "TRACE_DS_GPU_SBATCH": shlex.join(cluster.shape),
+        "TRACE_DS_ALL_SBATCH": shlex.join(cluster.words),
+    }
+    defaults = {"SBATCH_OUTPUT": str(run_dir / "logs" / "%x-%j.log")}
+    if sys.prefix != sys.base_prefix:
+        defaults["TRACE_DS_VENV"] = sys.prefix  # the jobs use the environment that submits them
+    kept = {name: value for name, value in os.environ.items() if name not in ("RUN_DIR", "TRACE_DS_CHAIN")}
     command = ["bash", str(folder / "slurm" / "chain.sh"), str(folder / "config.yaml"), "--run-dir", str(run_dir)]
-    shape = [*cluster.shape, *([f"--array={cluster.array}"] if cluster.array else [])]
-    variables = environment(folder, run_dir, cluster) | variables | {"TRACE_DS_GPU_SBATCH": shlex.join(shape)}
-    printed = run_command(command, variables, Path.cwd())
-    return dict(line.split(": ", 1) for line in printed.splitlines())
+    environment = defaults | kept | ours | variables
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        lines = [re.sub(r"^(sbatch: error|trace_ds): ", "", line) for line in done.stderr.strip().splitlines()]
+        reason = " ".join(line for line in lines if not line.startswith("site settings: "))
+        raise UserError(f"the submission failed: {reason}", "sbatch", "correct --sbatch, --nodes or the site file")
+    return dict(line.split(": ", 1) for line in done.stdout.splitlines())
 
 
 def check_queue(run_dir: Path) -> None:
@@ -210,27 +224,3 @@ def submitted_jobs(record: Path) -> list[str]:
     if not isinstance(jobs, dict) or not all(isinstance(job, str) and job.isdigit() for job in jobs.values()):
         raise UserError("the record of a submission is damaged", str(record), fix)
     return list(jobs.values())
-
-
-def environment(folder: Path, run_dir: Path, cluster: Cluster) -> dict[str, str]:
-    """What every script reads; the site file's own exports win where both say something."""
-    ours = {
-        "TRACE_DS_HOME": str(folder),
-        SITE_VARIABLE: str(folder / "slurm" / "site.env"),
-        "TRACE_DS_GPU_SBATCH": " ".join(cluster.shape),
-        "TRACE_DS_ALL_SBATCH": shlex.join(cluster.words),
-    }
-    defaults = {"SBATCH_OUTPUT": str(run_dir / "logs" / "%x-%j.log")}
-    if sys.prefix != sys.base_prefix:
-        defaults["TRACE_DS_VENV"] = sys.prefix  # the jobs use the environment that submits them
-    kept = {name: value for name, value in os.environ.items() if name not in ("RUN_DIR", "TRACE_DS_CHAIN")}
-    return defaults | kept | ours
-
-
-def run_command(command: list[str], environment: dict[str, str], folder: Path) -> str:
-    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=False)
-    if done.returncode:
-        lines = [re.sub(r"^(sbatch: error|trace_ds): ", "", line) for line in done.stderr.strip().splitlines()]
-        reason = " ".join(line for line in lines if not line.startswith("site settings: "))
-        raise UserError(f"the submission failed: {reason}", "sbatch", "correct --sbatch, --nodes or the site file")
-    return done.stdout
