@@ -65,7 +65,7 @@ trace_ds_begin() {
   config=$1
   arguments=("${@:2}")
   read_site
-  [[ -z ${SLURM_ARRAY_TASK_ID:-} || -n ${TRACE_DS_PHASE:-} ]] || pick_array_task
+  [[ -z ${SLURM_ARRAY_TASK_ID:-} ]] || pick_array_task
   sort_arguments
   [[ ${MAX_RESTARTS:=20} =~ ^[0-9]+$ ]] || die "MAX_RESTARTS=$MAX_RESTARTS is not a number"
   [[ ${TRACE_DS_LAUNCHER:=srun} =~ ^(srun|torchrun|deepspeed)$ ]] ||
