@@ -123,8 +123,7 @@ def measure_rows(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from trace_ds.calibration.rules import Request, weigh_rows
     from trace_ds.calibration.tokens import TokenMap
     from trace_ds.config.sections.calibration import CalibrationConfig
-    from trace_ds.run.files import new_array
-    from trace_ds.run.mapped import open_mapped
+    from trace_ds.run.files import new_array, open_mapped
 
     parts = (open_mapped(folder / "rows.npy"),)
     selected_NLK = np.array(open_mapped(folder / "retain.npy")[::2])
@@ -177,7 +176,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from trace_ds.calibration.rules import Request, weigh_tokens
     from trace_ds.calibration.tokens import TokenMap, Trace, count_selections
     from trace_ds.config.sections.calibration import CalibrationConfig
-    from trace_ds.run.mapped import open_mapped
+    from trace_ds.run.files import open_mapped
 
     def corpus(name: str) -> tuple[TokenMap, Trace]:
         trace = open_mapped(folder / f"{name}.npy")

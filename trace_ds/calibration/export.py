@@ -14,7 +14,7 @@ import numpy as np
 from trace_ds.calibration.tokens import open_stream
 from trace_ds.errors import UserError
 from trace_ds.run.artefact import Artefact
-from trace_ds.run.mapped import open_mapped
+from trace_ds.run.files import open_mapped
 
 
 def export(data: Artefact, calibration: Artefact, directory: Path) -> list[Path]:

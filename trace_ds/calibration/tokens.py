@@ -21,7 +21,7 @@ import numpy as np
 
 from trace_ds.corpora.dataset import CHUNK_TOKENS, FlatArray, TokenDataset, TokenMap, open_stream  # noqa: F401
 from trace_ds.errors import UserError
-from trace_ds.run.mapped import open_mapped
+from trace_ds.run.files import open_mapped
 
 A = TypeVar("A")
 B = TypeVar("B")

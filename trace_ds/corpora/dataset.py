@@ -15,8 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from trace_ds.corpora.pack import PackedRow, counted_positions
-from trace_ds.errors import UserError
-from trace_ds.run.mapped import Mapped, open_bytes
+from trace_ds.run.foreign import reading
 
 if TYPE_CHECKING:
     import torch
@@ -149,18 +148,17 @@ class TokenMap:
 class TokenDataset(TokenMap):
     """A memory-mapped file of packed rows: their token ids beside what :class:`TokenMap` knows of them."""
 
-    def __init__(self, table: pa.Table, mapped: Mapped) -> None:
+    def __init__(self, table: pa.Table) -> None:
         ids, documents = (table.column(name).chunks for name in ROW_SCHEMA.names)
         lengths = [np.zeros(1, dtype=np.int64), *(np.diff(chunk.offsets.to_numpy()) for chunk in ids)]
-        document_ids_T = FlatArray([np.zeros(0, dtype=np.int32), *(_values(chunk, mapped) for chunk in documents)])
+        document_ids_T = FlatArray([np.zeros(0, dtype=np.int32), *(_values(chunk) for chunk in documents)])
         last_document = int(document_ids_T[len(document_ids_T) - 1 :].max(initial=-1))
         super().__init__(np.cumsum(np.concatenate(lengths), dtype=np.int64), document_ids_T, last_document + 1)
-        self.input_ids_T = FlatArray([np.zeros(0, dtype=np.int32), *(_values(chunk, mapped) for chunk in ids)])
+        self.input_ids_T = FlatArray([np.zeros(0, dtype=np.int32), *(_values(chunk) for chunk in ids)])
 
     @classmethod
     def open(cls, path: Path) -> TokenDataset:
-        reader, mapped = _map_stream(path)
-        return cls(reader.read_all(), mapped)
+        return cls(open_stream(path).read_all())
 
     def __len__(self) -> int:
         return self.rows
@@ -240,26 +238,13 @@ def text_start(text: str) -> str:
 
 def open_stream(path: Path) -> pa.RecordBatchStreamReader:
     """Reader of an Arrow IPC stream, memory-mapped; :class:`UserError` when the file is not one."""
-    return _map_stream(path)[0]
+    with reading(path, "the Arrow stream", "make it again with `trace-ds prepare CONFIG`"):
+        return pa.ipc.open_stream(pa.memory_map(str(path)))
 
 
-def _map_stream(path: Path) -> tuple[pa.RecordBatchStreamReader, Mapped]:
-    """(reader, the file that its arrays lie in)."""
-    try:
-        mapped = open_bytes(path)
-        return pa.ipc.open_stream(pa.py_buffer(mapped)), mapped
-    except (OSError, ValueError) as error:  # pa.ArrowInvalid is a ValueError
-        fix = "make it again with `trace-ds prepare CONFIG`"
-        raise UserError(f"this is not an Arrow stream ({error})", str(path), fix) from None
-
-
-def _values(chunk: pa.ListArray, mapped: Mapped) -> np.ndarray:
-    """The values of all lists of a chunk, one after the other; a view of the file, cut out of it."""
-    found = chunk.values.to_numpy(zero_copy_only=True)[chunk.offsets[0].as_py() : chunk.offsets[-1].as_py()]
-    if not len(found):
-        return found
-    start = found.ctypes.data - mapped.ctypes.data
-    return mapped.part(start, start + found.nbytes).view(found.dtype)
+def _values(chunk: pa.ListArray) -> np.ndarray:
+    """The values of all lists of a chunk, one after the other; a view of the file."""
+    return chunk.values.to_numpy(zero_copy_only=True)[chunk.offsets[0].as_py() : chunk.offsets[-1].as_py()]
 
 
 def _restarting_positions(documents_BS: np.ndarray) -> np.ndarray:

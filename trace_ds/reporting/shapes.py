@@ -52,6 +52,11 @@ class SideShape(TypedDict, total=False):
     kl: list[Number]
 
 
+class DriftShape(TypedDict, total=False):
+    forget: SideShape | None
+    retain: SideShape | None
+
+
 class PointShape(TypedDict, total=False):
     step: Required[int]
     scores: Required[Values]
@@ -73,7 +78,7 @@ class ResultShape(TypedDict, total=False):
     items: dict[str, list[ItemShape]] | None
     tasks: dict[str, str] | None
     model_fingerprint: str | None
-    drift: dict[str, SideShape] | None
+    drift: DriftShape | None
     attacks: AttacksShape | None
 
 

@@ -24,8 +24,7 @@ import numpy as np
 from trace_ds.corpora.dataset import FlatArray
 from trace_ds.errors import UserError
 from trace_ds.run.artefact import Artefact
-from trace_ds.run.files import new_array, reserve
-from trace_ds.run.mapped import Mapped, open_mapped
+from trace_ds.run.files import new_array, open_mapped, reserve
 
 WHAT = {  # what a part holds, and the key that has it recorded (none: every collection since it exists)
     "trace": ("the routing trace", "set statistics.trace: true (or leave it out) and "),
@@ -64,7 +63,7 @@ def create_part(
     if fresh or 0 in shape:
         return new_array(path, dtype, shape)
     reserve(path)
-    found = np.lib.format.open_memmap(path, mode="r+").view(Mapped)
+    found = np.lib.format.open_memmap(path, mode="r+")
     if found.shape != tuple(shape) or found.dtype != dtype:
         raise ValueError(f"{path} has shape {found.shape} and type {found.dtype}, not {tuple(shape)} and {dtype}")
     return found

@@ -145,14 +145,23 @@ def new_array(path: Path, dtype: np.dtype | type, shape: Sequence[int]) -> np.nd
     """A new .npy file of zeros as a writable memory map (a plain array, when it has no element)."""
     import numpy as np
 
-    from trace_ds.run.mapped import Mapped
-
     if 0 in shape:
         np.save(path, np.zeros(shape, dtype))
         return np.zeros(shape, dtype)
     array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=tuple(shape))
     reserve(path)
-    return array.view(Mapped)
+    return array
+
+
+def open_mapped(path: Path) -> np.ndarray:
+    """An .npy file as a read-only memory map; the kernel takes its pages back when memory is needed.
+
+    Raises:
+        ValueError: it is none, or holds pickled objects. OSError, EOFError: it cannot be read.
+    """
+    import numpy as np
+
+    return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
 @contextlib.contextmanager

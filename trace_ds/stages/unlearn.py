@@ -325,7 +325,7 @@ def make_batches(config: Config, job: UnlearnJob) -> Batches:
 
     from trace_ds.corpora.dataset import FlatArray, TokenDataset
     from trace_ds.routing.token_files import open_parts
-    from trace_ds.run.mapped import open_mapped
+    from trace_ds.run.files import open_mapped
     from trace_ds.unlearning.batches import Batches
 
     token_weights = None
