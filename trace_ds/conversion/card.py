@@ -18,7 +18,7 @@ from trace_ds.run.files import write_json
 from trace_ds.run.foreign import read_object
 from trace_ds.run.hub_names import hub_name, snapshot_name
 from trace_ds.tensors.checkpoint import origin
-from trace_ds.tensors.model_files import CONFIG_NAME
+from trace_ds.tensors.model_files import CONFIG_NAME, read_model_config
 
 COMPANIONS = (
     "generation_config.json",
@@ -60,7 +60,7 @@ def companions(model: Path) -> list[Path]:
 
 def copy_companions(base_model: Path, destination: Path, dtype: str) -> None:
     """``config.json`` with the new type, generation configuration and tokenizer of the base model."""
-    config = read_object(base_model / CONFIG_NAME, "the model's configuration", "copy the model again")
+    config = read_model_config(base_model)
     if dtype in DTYPE_CONFIG:
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = DTYPE_CONFIG[dtype]
     # quantization_config: what is written here is never quantised; auto_map: code of the base model, which stays there.
