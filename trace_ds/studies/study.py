@@ -153,6 +153,8 @@ def submit_study(
     print(study.describe(), flush=True)
     for request in study.requests.values():
         submit_run(request, cluster, chain=chain, dry_run=dry_run)
+        if not dry_run:
+            RunDirectory(study.directory).mark()
     print(f"when they are done: trace-ds bench {' '.join(recipe)} --run-dir {study.directory} --analyse")
     return 0
 
