@@ -77,6 +77,8 @@ def test_a_whole_run(run: Path) -> None:
     assert found.kind == "run" and not found.problems
     assert set(states(run).values()) == {"done"}
     assert len(found.parts) == 8
+    (model,) = (part for part in found.parts if part["name"] == "model")  # copied, without a conversion's report
+    assert "comes with no hashes" in model["detail"]
     assert inspect_path(run, json=False) == 0
 
 

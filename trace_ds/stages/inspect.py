@@ -328,7 +328,8 @@ def _run(path: Path, verify: bool) -> Finding:
 
 def _model_part(name: str, path: Path, verify: bool) -> dict[str, str]:
     found = _model(path, verify) if path.is_dir() else None
-    return _part(name, found, f"{found.facts['family']}, {size(found.facts['bytes'])}" if found and found.facts else "")
+    detail = f"{found.facts['family']}, {size(found.facts['bytes'])}" if found and found.facts else ""
+    return _part(name, found, detail + (", comes with no hashes" if found and "no hashes" in found.compared else ""))
 
 
 def _run_checkpoints(run: RunDirectory, calibration: str | None, verify: bool) -> dict[str, str]:
