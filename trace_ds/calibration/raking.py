@@ -45,10 +45,10 @@ TOLERANCE, STANDARD_ERRORS = 1e-6, 1e-3
 ROUGH, FINE = 1e-4, 1e-7  # largest gradient left, in units of √v: while λ is far off, and in the end
 FLOOR_WINDOW = 2e-4  # the effective sample size ends between the floor and this much more of it
 LEAST_RIDGE = 1e-9
-SAMPLE_UNITS, SAMPLE_UNITS_PER_CONSTRAINT = 1 << 18, 32
+SAMPLE_UNITS, SAMPLE_UNITS_PER_CONSTRAINT = 1 << 18, 64
 MAX_PASSES = 2000  # of one minimisation, over the sample
 MAX_STRENGTHS = 60  # values of λ tried on the sample
-MAX_ROUNDS = 12  # exact passes over a corpus larger than the sample
+MAX_ROUNDS = 30  # exact passes over a corpus larger than the sample
 
 
 @dataclass(frozen=True)
