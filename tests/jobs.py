@@ -43,6 +43,14 @@ def prepared_run(config: Path, run: Path) -> Path:
     return run
 
 
+def copied_run(source: Path, destination: Path, *parts: str) -> Path:
+    """These parts of a run as a run directory of their own, for commands to go on in."""
+    for part in parts:
+        shutil.copytree(source / part, destination / part)
+    RunDirectory(destination).mark()
+    return destination
+
+
 def collect_job(world: Any, config: str, run_dir: str, overrides: list[str]) -> None:
     """``collect`` as one rank of a job."""
     from trace_ds.stages.collect import collect

@@ -583,8 +583,7 @@ def test_full_disk_while_collecting_and_calibrating(calibrated: Path, server: Se
         )
         subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size_kb + room_kb}k", "tmpfs", folder], check=True)
         try:
-            for part in parts:
-                shutil.copytree(calibrated.parent / "run" / part, run / part)
+            jobs.copied_run(calibrated.parent / "run", run, *parts)
             result = server.run([verb, calibrated, "--run-dir", run], calibrated.parent, **forked.JOB)
             assert result.returncode == 2 and "No space left on device" in result.stderr, (verb, result.stderr)
             assert len(result.stderr.splitlines()) == 1

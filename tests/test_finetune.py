@@ -45,8 +45,7 @@ def prepared(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
 
 
 def copy_of(run: Path, destination: Path) -> Path:
-    shutil.copytree(run / "data", destination / "data")
-    return destination
+    return jobs.copied_run(run, destination, "data")
 
 
 def losses_of(run: Path, name: str) -> list[float]:
@@ -178,10 +177,11 @@ def test_the_target_recites_and_the_retrained_does_not(tmp_path: Path, server: S
     again = trace_ds("run")
     assert again.returncode == 0 and "[finetune] already done" in again.stdout
     assert tree(run / "finetune") == before
-    # a stranger in what would be replaced
-    (run / "finetune/target/model/notes.txt").write_text("mine")
+    # a directory of somebody else's in the place of a model
+    (run / "finetune/target/model/conversion.json").rename(tmp_path / "conversion.json")
     refused = trace_ds("finetune")
-    assert refused.returncode == 2 and "did not make notes.txt" in refused.stderr
+    assert refused.returncode == 2 and "did not make this (it has no conversion.json)" in refused.stderr
+    (tmp_path / "conversion.json").rename(run / "finetune/target/model/conversion.json")
     shown = server.run(["inspect", run], tmp_path)
     assert "finetune/retrained" in shown.stdout and shown.returncode == 0, shown.stdout
 

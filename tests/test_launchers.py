@@ -43,7 +43,7 @@ def prepared(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     jobs.prepared_run(config, folder / "bare")
     for name in LAUNCHERS:
         if name != "bare":
-            shutil.copytree(folder / "bare" / "data", folder / name / "data")
+            jobs.copied_run(folder / "bare", folder / name, "data")
     return config
 
 

@@ -130,15 +130,15 @@ def flags() -> tuple[Any, ...]:
 
 def watched_job(world: Any, config: str, run_dir: str, overrides: list[str]) -> list[Any]:
     """``unlearn``; what torch was told in each step and after the last one, and cuBLAS."""
-    from trace_ds.unlearning import job
+    from trace_ds.unlearning import trainer
 
-    make_step, seen = job.run_step, []
+    make_step, seen = trainer.run_step, []
 
     def run_step(*arguments: Any) -> dict[str, float]:
         seen.append(flags())
         return make_step(*arguments)
 
-    job.run_step = run_step
+    trainer.run_step = run_step
     jobs.unlearn_job(world, config, run_dir, overrides)
     return [set(seen), flags(), os.environ.get("CUBLAS_WORKSPACE_CONFIG")]
 

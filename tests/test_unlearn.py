@@ -79,9 +79,7 @@ def test_a_job_starts_without_torchs_compiler(calibrated: tuple[Path, Path], tmp
 
 
 def copy_of(run: Path, destination: Path) -> Path:
-    for name in ("data", "statistics", "calibration"):
-        shutil.copytree(run / name, destination / name)
-    return destination
+    return jobs.copied_run(run, destination, "data", "statistics", "calibration")
 
 
 def losses_of(run: Path) -> list[tuple[float, float]]:
