@@ -35,7 +35,7 @@ def family_model(family: str) -> Path:
 
 def prepared_run(config: Path, run: Path) -> Path:
     """The run directory ``run`` of a configuration, with its data."""
-    from trace_ds.stages.prepare import prepare
+    from stage_calls import prepare
 
     loaded, run = load_config(str(config), [], run)
     RunDirectory.at(run).create("")
@@ -53,7 +53,7 @@ def copied_run(source: Path, destination: Path, *parts: str) -> Path:
 
 def collect_job(world: Any, config: str, run_dir: str, overrides: list[str]) -> None:
     """``collect`` as one rank of a job."""
-    from trace_ds.stages.collect import collect
+    from stage_calls import collect
 
     loaded, directory = load_config(config, overrides, run_dir)
     collect(loaded, RunDirectory.at(directory), world)
@@ -72,7 +72,7 @@ def only_the_main_process_fingerprints(world: Any) -> None:
 
 def unlearn_job(world: Any, config: str, run_dir: str, overrides: list[str]) -> None:
     """``unlearn`` as one rank of a job."""
-    from trace_ds.stages.unlearn import unlearn
+    from stage_calls import unlearn
 
     only_the_main_process_fingerprints(world)
     loaded, directory = load_config(config, overrides, run_dir)
@@ -129,7 +129,8 @@ def disturb(goal: Any, world: Any, how: str, in_pass: int, step: int, stop: Path
 
 def finetune_job(world: Any, config: str, run_dir: str, overrides: list[str], killed_in_pass: int = 0) -> None:
     """``finetune`` as one rank of a job; rank 1 is killed in that pass, while it writes the checkpoint of step 4."""
-    from trace_ds.stages.finetune import finetune
+    from stage_calls import finetune
+
     from trace_ds.unlearning import goals
 
     only_the_main_process_fingerprints(world)
@@ -476,13 +477,16 @@ def reference_finetuning(config_path: str, run_dir: str, overrides: list[str], n
     from torch.nn import functional
     from transformers import AutoModelForCausalLM
 
-    from trace_ds.stages.finetune import check_finetune, make_batches
+    from trace_ds.stages.finetune import check as check_finetune
+    from trace_ds.stages.finetune import make_batches
 
     config, directory = load_config(config_path, overrides, run_dir)
     settings = config.finetune
     assert settings is not None
     (job,) = (
-        job for job in check_finetune(config, RunDirectory.at(directory), config.distributed.ep) if job.name == name
+        job
+        for job in check_finetune(config, RunDirectory.at(directory), config.distributed.ep).models
+        if job.name == name
     )
     batches = make_batches(config, job.sides, job.data)
     model = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32)
@@ -529,7 +533,7 @@ def prepared_steps(world: Any, config: str, run_dir: str, overrides: list[str]) 
     from trace_ds.unlearning.trainer import run_step
 
     loaded, directory = load_config(config, overrides, run_dir)
-    job = unlearn.check_unlearn(loaded, RunDirectory.at(directory), world.size)
+    job = unlearn.check(loaded, RunDirectory.at(directory), world.size)
     batches = unlearn.make_batches(loaded, job)
     engine, routers = unlearn.make_engine(loaded, job, world, batches)
     goal, _ = unlearn.make_goal(loaded, job, world, engine, batches, {"step": 0, "seed": 0}, routers)

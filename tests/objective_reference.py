@@ -54,7 +54,8 @@ def reference_run(config_path: str, run_dir: str, overrides: list[str], steps: i
     and the weights in the hub layout."""
     from transformers import AutoModelForCausalLM
 
-    from trace_ds.stages.unlearn import check_unlearn, make_batches
+    from trace_ds.stages.unlearn import check as check_unlearn
+    from trace_ds.stages.unlearn import make_batches
 
     config, directory = load_config(config_path, overrides, run_dir)
     settings = config.unlearning

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from stage_calls import evaluate
 from test_evaluation_metrics import packed
 from test_evaluation_models import opened, save_model
 from test_evaluation_stage import Case, case  # noqa: F401
@@ -22,7 +23,6 @@ from trace_ds.models.attention import NAME
 from trace_ds.models.families import FAMILIES
 from trace_ds.models.routers import find_routers, meta_model, record_routing
 from trace_ds.parallel.world import World
-from trace_ds.stages.evaluate import evaluate
 from trace_ds.unlearning.trainer import NumericalFailure
 
 IDS = torch.tensor([[0, 5, 9, 13, 20, 41, 8, 7], [0, 3, 4, 5, 6, 7, 8, 9]])

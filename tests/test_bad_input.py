@@ -27,6 +27,7 @@ import yaml
 from command import environment
 from distributed import run_distributed
 from forked import Server
+from stage_calls import calibrate
 
 from trace_ds.cli import at_home
 from trace_ds.config.load import dump_yaml, load_config
@@ -36,7 +37,6 @@ from trace_ds.corpora.dataset import open_stream
 from trace_ds.errors import UserError
 from trace_ds.parallel.world import AgreedError
 from trace_ds.run.directory import RunDirectory
-from trace_ds.stages.calibrate import calibrate
 from trace_ds.stages.pipeline import Request, run_verb
 
 Change = Callable[[Path], object]  # of the folder with config.yaml, corpora/ and (after `own_model`) model/
@@ -305,8 +305,9 @@ CASES: list[tuple[str, str, Change, str]] = [
     ("ep 4", f"{RUN} --nproc 2 --ep 4", nothing, "does not divide the world size 2"),
     *(
         (f"{verb} too early", f"{verb} config.yaml", nothing, "there is no data artefact here")
-        for verb in ("collect", "calibrate", "unlearn", "convert", "evaluate")
+        for verb in ("collect", "calibrate", "unlearn", "evaluate")
     ),
+    ("convert too early", "convert config.yaml", nothing, "there is no complete checkpoint"),
     ("a variant's data", f"{PREPARE} --run-dir run/variants/even", a_run, "use --run-dir "),
     # the model
     ("no model", f"{RUN} --set model.path=missing", nothing, "there is no model directory"),

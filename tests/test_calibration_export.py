@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from stage_calls import calibrate
 from test_calibration_stage import prepared  # noqa: F401 (a fixture)
 
 from trace_ds.calibration.export import export
@@ -18,7 +19,6 @@ from trace_ds.corpora.dataset import TokenDataset
 from trace_ds.errors import UserError
 from trace_ds.run import artefact
 from trace_ds.run.directory import RunDirectory
-from trace_ds.stages.calibrate import calibrate
 
 EXAMPLE = Path(__file__).parent.parent / "docs" / "trainer_example.py"
 

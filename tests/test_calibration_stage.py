@@ -14,6 +14,7 @@ import pytest
 from calibration_world import Corpus, make_corpus
 from command import tree
 from safetensors.numpy import load_file
+from stage_calls import calibrate, prepare
 from tiny import make_model, write_config
 
 from tools import bench_calibrate
@@ -25,9 +26,8 @@ from trace_ds.corpora.tokenizer import tokenizer_fingerprint
 from trace_ds.errors import UserError
 from trace_ds.run import artefact
 from trace_ds.run.directory import RunDirectory
-from trace_ds.stages.calibrate import calibrate, every_so_often
-from trace_ds.stages.prepare import prepare
-from trace_ds.stages.unlearn import check_unlearn
+from trace_ds.stages.calibrate import every_so_often
+from trace_ds.stages.unlearn import check as check_unlearn
 from trace_ds.tensors.model_files import model_fingerprint
 
 LAYERS, EXPERTS, TOP_K = 3, 4, 2

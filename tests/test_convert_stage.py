@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from command import tree
+from stage_calls import convert
 from test_convert_engines import Case, checkpoints
 
 from trace_ds.checkpoints.manifest import Manifest, point_latest, step_name
@@ -22,7 +23,7 @@ from trace_ds.errors import UserError
 from trace_ds.run import artefact
 from trace_ds.run.directory import RunDirectory
 from trace_ds.run.files import sha256_file
-from trace_ds.stages.convert import card_of, check_convert, convert
+from trace_ds.stages.convert import card_of, preflight
 
 CASE = Case("mixtral", 3, 2)
 MANIFEST = Manifest(1, 2, 2, 3, "mixtral", "job", {}, "calibration", "bf16", {}, {})
@@ -125,7 +126,7 @@ def test_what_the_conversion_would_stumble_on_is_found_before_training(
 ) -> None:
     config = make_config(conversion=conversion, unlearning=unlearning)
     with pytest.raises(UserError, match=line) if line else contextlib.nullcontext():
-        check_convert(config, run)
+        preflight(config, run)
 
 
 def test_no_checkpoint(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import jobs
 import pytest
 from distributed import run_distributed
+from stage_calls import convert, evaluate
 from test_unlearn import calibrated, copy_of  # noqa: F401 (calibrated is a fixture)
 
 from trace_ds.config.load import load_config
@@ -17,9 +18,9 @@ from trace_ds.errors import UserError
 from trace_ds.reporting.gather import gather
 from trace_ds.run.curve import read_curve
 from trace_ds.run.directory import RunDirectory
-from trace_ds.stages.convert import checkpoint_to_directory, convert
-from trace_ds.stages.evaluate import evaluate
-from trace_ds.stages.unlearn import check_unlearn, discard_checkpoints
+from trace_ds.stages.convert import checkpoint_to_directory
+from trace_ds.stages.unlearn import check as check_unlearn
+from trace_ds.stages.unlearn import discard_checkpoints
 
 TASKS = ["questions_forget", "questions_utility"]
 CURVE = ["unlearning.evaluate.every=2", f"unlearning.evaluate.tasks={json.dumps(TASKS)}", "unlearning.save_every=2"]
@@ -100,9 +101,9 @@ def test_a_job_that_keeps_nothing_leaves_its_curve(calibrated: tuple[Path, Path]
     assert found["curve"] == expected["curve"] and not list(alone.checkpoints.glob("step_*"))
     guarded = [*nothing, 'unlearning.evaluate.guards=["forget_nll <= 0.1"]']
     loaded, _ = load_config(str(config), guarded, alone.path)
-    assert not check_unlearn(loaded, alone, 1).settled(loaded, alone)
+    assert not check_unlearn(loaded, alone, 1).done()
     run_distributed(jobs.unlearn_job, 1, str(config), str(alone.path), guarded)
-    assert check_unlearn(loaded, alone, 1).settled(loaded, alone)
+    assert check_unlearn(loaded, alone, 1).done()
     found = json.loads(alone.curve.read_text())
     assert found["diverged"] == 2 and [point["step"] for point in found["curve"]] == [0, 2]
     for damage in (
@@ -146,7 +147,7 @@ def test_a_job_ends_where_a_score_is_low_enough(
     assert [*last["by_source"]] == [*dict.fromkeys(found["task"] for found in last["scores"])] == TASKS
     for asked, settled in ((met, True), (unmet, False), (settings, False)):
         loaded, _ = load_config(str(config), asked, run.path)
-        assert check_unlearn(loaded, run, 1).settled(loaded, run) == settled
+        assert check_unlearn(loaded, run, 1).done() == settled
     convert(load_config(str(config), met, run.path)[0], run)
     assert "newest complete checkpoint" not in capsys.readouterr().out
 

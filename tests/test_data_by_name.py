@@ -20,6 +20,7 @@ import pytest
 import tiny
 import yaml
 from hub_server import Hub, serving
+from stage_calls import prepare
 
 from trace_ds.config.load import load_config
 from trace_ds.config.sections.data import CorpusEntry
@@ -30,7 +31,6 @@ from trace_ds.corpora.records import rows_of
 from trace_ds.errors import UserError
 from trace_ds.evaluation.items import read_task
 from trace_ds.run.directory import RunDirectory
-from trace_ds.stages.prepare import prepare
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXTS = ["iron gold", "salt\nwater", "ein Fluß — «тихо»", 'lead, "tin" and zinc', "river 2"]

@@ -13,10 +13,10 @@ import pytest
 from command import memory_of_tree
 from forked import JOB, Server
 from safetensors.numpy import load_file
+from stage_calls import calibrate
 
 from trace_ds.config.load import load_config
 from trace_ds.run.directory import RunDirectory
-from trace_ds.stages.calibrate import calibrate
 
 COMMAND = ["demo", "--run-dir", "runs/demo"]
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from stage_calls import evaluate
 from test_evaluation_models import opened, save_model
 from test_evaluation_stage import Case, case, text, write_lines  # noqa: F401
 
@@ -19,7 +20,6 @@ from trace_ds.evaluation import kinds, membership
 from trace_ds.evaluation.items import QuestionItem, VerbatimItem, read_task
 from trace_ds.evaluation.language_model import LanguageModel
 from trace_ds.evaluation.tasks import run_task
-from trace_ds.stages.evaluate import evaluate
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ import pytest
 import tiny
 from distributed import run_distributed
 from jobs import family_model, prepared_run
+from stage_calls import evaluate
 from test_evaluation_models import SETTINGS, random_sequences
 from test_evaluation_stage import Case, case, evaluate_on, with_every_kind_of_task  # noqa: F401 (case is a fixture)
 
@@ -21,7 +22,6 @@ from trace_ds.evaluation.attacks import forced, relearn, training_settings, with
 from trace_ds.evaluation.drift import sample_routing
 from trace_ds.evaluation.language_model import LanguageModel, Sharding, loaded
 from trace_ds.models.families import FAMILIES
-from trace_ds.stages.evaluate import evaluate
 from trace_ds.stages.pipeline import Request, check_early
 
 SHARDED = {2: [Sharding(1, 3), Sharding(2, 0), Sharding(2, 3)], 4: [Sharding(4, 0), Sharding(2, 3)]}

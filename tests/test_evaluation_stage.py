@@ -14,6 +14,7 @@ import pytest
 import torch
 from distributed import run_distributed
 from jobs import made_once, only_the_main_process_fingerprints
+from stage_calls import evaluate, prepare
 from test_evaluation_models import WORDS, change_weights, save_model, save_tokenizer
 
 from trace_ds.config.load import validate
@@ -26,9 +27,7 @@ from trace_ds.reporting.gather import gather
 from trace_ds.run.directory import RunDirectory
 from trace_ds.run.files import write_json
 from trace_ds.stages import evaluate as stage
-from trace_ds.stages.evaluate import evaluate
 from trace_ds.stages.pipeline import Request, check_early
-from trace_ds.stages.prepare import prepare
 from trace_ds.terminal import VERBOSE
 
 

@@ -26,7 +26,8 @@ from trace_ds.run.curve import has_ended
 from trace_ds.run.directory import RunDirectory
 from trace_ds.run.log import StageLog
 from trace_ds.stages.convert import checkpoint_to_directory
-from trace_ds.stages.unlearn import check_unlearn, fixed_rows
+from trace_ds.stages.unlearn import check as check_unlearn
+from trace_ds.stages.unlearn import fixed_rows
 from trace_ds.unlearning.evaluator import Evaluator, FixedRows
 
 EVALUATE = ["unlearning.evaluate.every=2", "unlearning.evaluate.rows=5", "statistics.batch_rows=2"]
@@ -125,7 +126,7 @@ def test_a_job_that_reached_its_target_is_done(finished: dict[str, Path], calibr
         overrides = [*SHAPE, *JOBS["early"][0], f'unlearning.evaluate.until=["forget_nll >= {target}"]']
         config, directory = load_config(str(calibrated[0]), overrides, run)
         paths = RunDirectory.at(directory)
-        assert check_unlearn(config, paths, 2).settled(config, paths) is expected
+        assert check_unlearn(config, paths, 2).done() is expected
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ import tiny
 from distributed import run_distributed
 from objective_reference import reference_run
 from safetensors.numpy import load_file
+from stage_calls import calibrate
 from test_unlearn import GRADIENT_LIKE, copy_of, losses_of, relative, weights_of
 
 from trace_ds.config.load import load_config
@@ -21,7 +22,6 @@ from trace_ds.errors import UserError
 from trace_ds.models.families import check_expert_parallel, inspect_model, require_plain_logits
 from trace_ds.models.routers import find_routers, logits_of, record_routing
 from trace_ds.run.directory import RunDirectory
-from trace_ds.stages.calibrate import calibrate
 
 
 @pytest.mark.slow

@@ -16,15 +16,15 @@ from command import tree
 from distributed import end_of_ranks, run_distributed
 from forked import JOB, Result, Server, refuse
 from safetensors.numpy import load_file
+from stage_calls import prepare
 
 from trace_ds.checkpoints.manifest import complete_steps, read_manifest
 from trace_ds.config.load import load_config
 from trace_ds.reporting.gather import gather
 from trace_ds.reporting.scores import targets
 from trace_ds.run.directory import RunDirectory
-from trace_ds.stages.finetune import check_finetune
+from trace_ds.stages.finetune import check as check_finetune
 from trace_ds.stages.pipeline import Request
-from trace_ds.stages.prepare import prepare
 from trace_ds.tensors.model_files import model_fingerprint
 
 BOTH = {"target": ["forget", "retain"], "retrained": ["retain"]}
@@ -191,7 +191,7 @@ def test_a_model_is_made_anew_only_when_what_it_sees_has_changed(prepared: tuple
     run = RunDirectory.at(copy_of(source, tmp_path / "run"))
 
     def identities(*overrides: str) -> dict[str, str]:
-        return {job.name: job.identity for job in check_finetune(load_config(str(config), overrides)[0], run, 1)}
+        return {job.name: job.identity for job in check_finetune(load_config(str(config), overrides)[0], run, 1).models}
 
     before = identities()
     assert before["target"] != before["retrained"]
@@ -214,7 +214,7 @@ def test_epochs_are_passes_over_the_rows_that_count(prepared: tuple[Path, Path])
 
     config, run = prepared
     loaded, _ = load_config(str(config), ["finetune.steps=null", "finetune.epochs=3"], run)
-    for job in check_finetune(loaded, RunDirectory.at(run), 1):
+    for job in check_finetune(loaded, RunDirectory.at(run), 1).models:
         batches = make_batches(loaded, job.sides, job.data)
         summary = job.data.summary
         tokens = sum(summary[side]["counted_tokens"] for side in job.sides)

@@ -18,7 +18,7 @@ from test_unlearn import GRADIENT_LIKE, calibrated_run, copy_of, losses_of, rela
 from trace_ds.config.load import load_config
 from trace_ds.errors import UserError
 from trace_ds.run.directory import RunDirectory
-from trace_ds.stages.unlearn import check_unlearn
+from trace_ds.stages.unlearn import check as check_unlearn
 
 STEPS = 2
 # One objective of each kind: token losses with and without the frozen model's logits on either side, sequence losses,

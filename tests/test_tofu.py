@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from stage_calls import evaluate
 from test_evaluation_models import opened, save_model
 from test_evaluation_stage import Case, case, text, write_lines  # noqa: F401
 
@@ -17,7 +18,6 @@ from trace_ds.config.sections.evaluation import TaskConfig
 from trace_ds.errors import UserError
 from trace_ds.evaluation import tofu
 from trace_ds.evaluation.items import TofuItem, read_task
-from trace_ds.stages.evaluate import evaluate
 
 
 def test_the_definitions_by_hand() -> None:

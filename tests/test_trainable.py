@@ -28,7 +28,8 @@ from trace_ds.models.routers import RoutingRecorder, meta_model
 from trace_ds.routing.counter import RoutingCounter
 from trace_ds.routing.statistics import RoutingStatistics
 from trace_ds.run.directory import RunDirectory
-from trace_ds.stages.unlearn import check_unlearn, make_batches
+from trace_ds.stages.unlearn import check as check_unlearn
+from trace_ds.stages.unlearn import make_batches
 from trace_ds.tensors.layouts import engine_pieces, read_layout
 from trace_ds.unlearning import grip, seuf, trainable
 

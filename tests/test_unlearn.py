@@ -22,6 +22,7 @@ import torch
 from distributed import end_of_ranks, run_as_main, run_distributed
 from objective_reference import reference_run
 from safetensors.numpy import load_file
+from stage_calls import calibrate
 
 from trace_ds.checkpoints.commit import leave_script
 from trace_ds.checkpoints.manifest import Manifest, complete_steps, newest_complete, read_manifest
@@ -30,9 +31,8 @@ from trace_ds.errors import UserError
 from trace_ds.models.engine_config import parameter_offload, user_ds_config
 from trace_ds.run.directory import MADE_IN, RunDirectory
 from trace_ds.run.files import remove_leftovers
-from trace_ds.stages.calibrate import calibrate
 from trace_ds.stages.convert import checkpoint_to_directory
-from trace_ds.stages.unlearn import check_unlearn
+from trace_ds.stages.unlearn import check as check_unlearn
 from trace_ds.tensors.opening import open_source
 from trace_ds.tensors.universal import write_universal
 from trace_ds.unlearning.trainer import finite_state

@@ -136,17 +136,15 @@ def prepared(config_path: Path, arm: str, extra: dict[str, str] | None = None) -
 
 def make_artefacts(config_path: Path) -> None:
     from trace_ds.parallel.world import join
-    from trace_ds.stages.calibrate import calibrate
-    from trace_ds.stages.collect import collect
-    from trace_ds.stages.prepare import prepare
+    from trace_ds.stages.pipeline import run_stage
 
     for arm in ("trace", "uniform"):
         config, run = prepared(config_path, arm)
         run.create("")
         if arm == "trace":
-            prepare(config, run)
-            collect(config, run, join(config.distributed.threads, 30))
-        calibrate(config, run)
+            run_stage("prepare", config, run)
+            run_stage("collect", config, run, join(config.distributed.threads, 30))
+        run_stage("calibrate", config, run)
 
 
 class Job:
@@ -163,8 +161,8 @@ class Job:
         self.batches = {}
         for arm in arms:
             own, directory = prepared(config_path, arm, extra)
-            self.batches[arm] = unlearn.make_batches(own, unlearn.check_unlearn(own, directory, 1))
-        job = unlearn.check_unlearn(config, run, 1)
+            self.batches[arm] = unlearn.make_batches(own, unlearn.check(own, directory, 1))
+        job = unlearn.check(config, run, 1)
         batches = self.batches[arms[0]]
         self.engine, routers = unlearn.make_engine(config, job, self.world, batches)
         cursor: dict[str, Any] = {"step": 0, "seed": 0}
@@ -265,7 +263,7 @@ def gpu_plain(config_path: Path, steps: int) -> dict[str, Any]:
     from trace_ds.stages import unlearn
 
     world = join(job_config.distributed.threads, 30)
-    batches = unlearn.make_batches(job_config, unlearn.check_unlearn(job_config, run, 1))
+    batches = unlearn.make_batches(job_config, unlearn.check(job_config, run, 1))
     dtype = torch.bfloat16 if job_config.model.dtype == "bf16" else torch.float32
     model, frozen = (AutoModelForCausalLM.from_pretrained(job_config.model.path, dtype=dtype) for _ in range(2))
     model.gradient_checkpointing_enable({"use_reentrant": False})

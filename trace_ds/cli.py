@@ -15,9 +15,8 @@ import errno
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from inspect import Parameter, Signature
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, Optional
+from typing import Annotated, NoReturn, Optional
 
 import typer
 
@@ -190,36 +189,6 @@ def _verb(
     raise typer.Exit(run_verb(name, request, dry_run=dry_run))
 
 
-OPTIONS = {
-    "config": (ConfigArgument, Parameter.empty),
-    "run_dir": (RunDirOption, None),
-    "set_": (SetOption, None),
-    "nproc": (NprocOption, None),
-    "ep": (EpOption, None),
-    "variant": (VariantOption, None),
-    "dry_run": (DryRunOption, False),
-    "verbose": (VerboseOption, False),
-}
-ALL_TAKE = ("config", "run_dir", "set_", "dry_run", "verbose")
-
-
-def _add_verb(name: str, says: str, *takes: str) -> None:
-    """A verb that runs a stage, or all; ``takes``: the options that not every one has."""
-
-    def verb(**options: Any) -> None:
-        del options["verbose"]  # heard by its callback
-        _verb(name, **options)
-
-    verb.__signature__ = Signature(  # type: ignore[attr-defined]
-        [
-            Parameter(key, Parameter.KEYWORD_ONLY, default=default, annotation=kind)
-            for key, (kind, default) in OPTIONS.items()
-            if key in (*ALL_TAKE, *takes)
-        ]
-    )
-    app.command(name, help=says)(verb)
-
-
 @app.command()
 def fetch(
     config: ConfigArgument,
@@ -234,16 +203,72 @@ def fetch(
     raise typer.Exit(run_fetch(Request.load(config, set_ or [], run_dir), dry_run=dry_run))
 
 
-_add_verb("prepare", "Corpora → token datasets.")
-_add_verb(
-    "finetune",
-    "Base model and datasets → the models that a benchmark needs: target, retrained (distributed).",
-    "nproc",
-    "ep",
-)
-_add_verb("collect", "Model and datasets → routing statistics (distributed).", "nproc", "ep")
-_add_verb("calibrate", "Statistics → forget-critical experts and retain weights (one process, no GPU).", "variant")
-_add_verb("unlearn", "Model, datasets and calibration → sharded checkpoints (distributed).", "nproc", "ep", "variant")
+@app.command()
+def prepare(
+    config: ConfigArgument,
+    run_dir: RunDirOption = None,
+    set_: SetOption = None,
+    dry_run: DryRunOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Tokenise and pack the corpora."""
+    _verb("prepare", config, run_dir, set_, dry_run)
+
+
+@app.command()
+def finetune(
+    config: ConfigArgument,
+    run_dir: RunDirOption = None,
+    set_: SetOption = None,
+    nproc: NprocOption = None,
+    ep: EpOption = None,
+    dry_run: DryRunOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Train the models that a benchmark needs: target, retrained (distributed)."""
+    _verb("finetune", config, run_dir, set_, dry_run, nproc=nproc, ep=ep)
+
+
+@app.command()
+def collect(
+    config: ConfigArgument,
+    run_dir: RunDirOption = None,
+    set_: SetOption = None,
+    nproc: NprocOption = None,
+    ep: EpOption = None,
+    dry_run: DryRunOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Count how often each expert is selected on each corpus (distributed)."""
+    _verb("collect", config, run_dir, set_, dry_run, nproc=nproc, ep=ep)
+
+
+@app.command()
+def calibrate(
+    config: ConfigArgument,
+    run_dir: RunDirOption = None,
+    set_: SetOption = None,
+    variant: VariantOption = None,
+    dry_run: DryRunOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Find the forget-critical experts and compute the retain weights."""
+    _verb("calibrate", config, run_dir, set_, dry_run, variant=variant)
+
+
+@app.command()
+def unlearn(
+    config: ConfigArgument,
+    run_dir: RunDirOption = None,
+    set_: SetOption = None,
+    nproc: NprocOption = None,
+    ep: EpOption = None,
+    variant: VariantOption = None,
+    dry_run: DryRunOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Train the model to forget; writes sharded checkpoints (distributed)."""
+    _verb("unlearn", config, run_dir, set_, dry_run, variant=variant, nproc=nproc, ep=ep)
 
 
 @app.command()
@@ -298,13 +323,19 @@ def _refuse(options: Mapping[str, object], where: str, fix: str) -> None:
         raise UserError(f"{', '.join(given)} means nothing {where}", "convert", fix)
 
 
-_add_verb(
-    "evaluate",
-    "Models → scores: forgetting, utility, privacy, routing drift (on one process or many).",
-    "nproc",
-    "ep",
-    "variant",
-)
+@app.command()
+def evaluate(
+    config: ConfigArgument,
+    run_dir: RunDirOption = None,
+    set_: SetOption = None,
+    nproc: NprocOption = None,
+    ep: EpOption = None,
+    variant: VariantOption = None,
+    dry_run: DryRunOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Score models: forgetting, utility, privacy, routing drift (on one process or many)."""
+    _verb("evaluate", config, run_dir, set_, dry_run, variant=variant, nproc=nproc, ep=ep)
 
 
 @app.command()
@@ -326,7 +357,26 @@ def report(
     raise typer.Exit(report_command([Path(item) for item in configs]))
 
 
-_add_verb("run", "All stages; skips what is done, goes on where it was killed.", "nproc", "ep")
+@app.command()
+def run(
+    config: ConfigArgument,
+    run_dir: RunDirOption = None,
+    set_: SetOption = None,
+    nproc: NprocOption = None,
+    ep: EpOption = None,
+    dry_run: DryRunOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Run all stages; skips what is done and continues after a kill."""
+    _verb("run", config, run_dir, set_, dry_run, nproc=nproc, ep=ep)
+
+
+@app.command(hidden=True)
+def rank() -> None:
+    """Be one local rank of a job that another process has checked (it starts this command itself)."""
+    from trace_ds.stages.pipeline import run_rank
+
+    raise typer.Exit(run_rank())
 
 
 @app.command()

@@ -43,7 +43,7 @@ from trace_ds.corpora.sources import only_looking
 from trace_ds.errors import UserError
 from trace_ds.parallel.environment import accelerator_count, launched, local_rank_and_size, rank_and_size
 from trace_ds.stages.by_name import with_cached, with_sizes_here
-from trace_ds.stages.pipeline import process_count
+from trace_ds.stages.protocol import STAGES
 
 if TYPE_CHECKING:
     from trace_ds.parallel.world import World
@@ -114,7 +114,7 @@ def share_checks(config: Config | None, run_dir: Path | None, ranks: JoinedRanks
         ranks: of the job that a launcher started, this process being its first on this node; None: a bare start.
     """
     written, config = config, None if config is None else with_sizes_here(with_cached(config))
-    processes = process_count(config) if config else accelerator_count() or 1
+    processes = STAGES["unlearn"].processes(config) if config else accelerator_count() or 1
     if ranks:
         processes = ranks.nodes.count(ranks.node)
     planned = None if config is None else _plan(config, len(set(ranks.nodes)) if ranks else 1, processes)

@@ -1,6 +1,6 @@
 """``trace-ds calibrate``: routing statistics → forget-critical experts and weights of the retain text.
 
-Reads ``data/`` and ``statistics/{forget,retain}/``, writes ``calibration/`` (see :func:`calibrate` for its files). One
+Reads ``data/`` and ``statistics/{forget,retain}/``, writes ``calibration/`` (:class:`CalibrateJob` has its files). One
 process, no GPU. ``unlearning.apply: sampling`` weights rows, by their selections; ``loss`` weights tokens, by the
 routing trace, which is read chunk by chunk: memory is bounded whatever the corpus.
 """
@@ -36,10 +36,11 @@ from trace_ds.run import artefact as artefacts
 from trace_ds.run.artefact import Artefact
 from trace_ds.run.files import new_array, replacing_directory, safetensors_errors, write_json
 from trace_ds.run.foreign import read_object
-from trace_ds.run.log import StageLog, already_done, stage_log
+from trace_ds.run.log import StageLog, stage_log
 from trace_ds.stages.inputs import Inputs
 
 if TYPE_CHECKING:
+    from trace_ds.parallel.world import World
     from trace_ds.run.directory import RunDirectory
 
 UNIFORM_ESS = 0.999
@@ -50,40 +51,61 @@ NONE_FOUND_FIX = (
 )
 
 
-def calibrate(config: Config, run: RunDirectory) -> Artefact:
-    """Make (or find done) the calibration artefact of a run.
+@dataclass(frozen=True)
+class CalibrateJob:
+    """The calibration artefact of a run, to be made from ``inputs``.
 
     Files: ``calibration.safetensors`` (theta_LE, frequency_forget_LE, frequency_retain_LE, log_ratio_LE,
     log_ratio_error_LE, ratio_low_LE, ratio_high_LE, target_LE, achieved_LE, log_mean float64; selected_LE, scope_LE
     uint8), ``weights.npy`` float32 [retain tokens], ``row_weights.npy`` float64 [rows], ``diagnosis.json``. achieved_LE
     are the frequencies under the weights (NaN: not known).
-
-    Raises:
-        UserError: missing, damaged or mismatched inputs; no forget-critical expert while
-            ``calibration.if_none_found`` is ``stop``; a solver that ended short of its targets.
     """
-    inputs = CalibrationInputs.read(config, run)
-    if artefacts.is_done(run.calibration, "calibration", inputs.identity):
-        made = artefacts.load(run.calibration, "calibration", verify=False)
-        export_weights(config, run, inputs.data, made)
-        already_done("calibrate", run)
-        return made
 
-    forget, retain = (load_statistics(side) for side in inputs.sides)
-    try:
-        detection = detect(forget, retain, inputs.config.calibration.detection)
-    except ValueError as error:
-        raise UserError(
-            str(error), "calibration.detection", "let MoE layers take part that the model has (0-based numbers)"
-        ) from None
-    if not detection.selected_LE.any() and config.calibration.if_none_found == "stop":
-        raise UserError(none_found(detection), "calibration.detection", NONE_FOUND_FIX)
+    config: Config
+    place: RunDirectory
+    inputs: CalibrationInputs
 
-    with stage_log(run, "calibrate") as log:
-        made = _make(inputs, run, Routing(forget, retain, detection), log)
-        export_weights(config, run, inputs.data, made)
-        log.done(summary(made))
-    return made
+    @property
+    def identity(self) -> str:
+        return self.inputs.identity
+
+    def done(self) -> bool:
+        if not artefacts.is_done(self.place.calibration, "calibration", self.identity):
+            return False
+        calibration = artefacts.load(self.place.calibration, "calibration", verify=False)
+        export_weights(self.config, self.place, self.inputs.data, calibration)
+        return True
+
+    def run(self, world: World | None = None) -> None:
+        """Detect and weigh.
+
+        Raises:
+            UserError: damaged inputs; no forget-critical expert while ``calibration.if_none_found`` is ``stop``; a
+                solver that ended short of its targets.
+        """
+        config, run, inputs = self.config, self.place, self.inputs
+        forget, retain = (load_statistics(side) for side in inputs.sides)
+        try:
+            detection = detect(forget, retain, inputs.config.calibration.detection)
+        except ValueError as error:
+            raise UserError(
+                str(error), "calibration.detection", "let MoE layers take part that the model has (0-based numbers)"
+            ) from None
+        if not detection.selected_LE.any() and config.calibration.if_none_found == "stop":
+            raise UserError(none_found(detection), "calibration.detection", NONE_FOUND_FIX)
+        with stage_log(run, "calibrate") as log:
+            calibration = _make(inputs, run, Routing(forget, retain, detection), log)
+            export_weights(config, run, inputs.data, calibration)
+            log.done(summary(calibration))
+
+
+def preflight(config: Config, run: RunDirectory, processes: int = 1, *, download: bool = False) -> None:
+    """Nothing: the configuration has been validated, and all else is in the statistics."""
+
+
+def check(config: Config, run: RunDirectory, processes: int = 1) -> CalibrateJob:
+    """The job; :class:`UserError` where inputs are missing, damaged or not made for one another."""
+    return CalibrateJob(config, run, CalibrationInputs.read(config, run))
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from trace_ds.run import artefact, ours
 from trace_ds.run.directory import RunDirectory
 from trace_ds.run.files import remove_directory, write_json
 from trace_ds.run.hub_names import provenance
-from trace_ds.stages.inputs import Inputs, agreed, checked_model, look_at
+from trace_ds.stages.inputs import Inputs, check_vocabulary, checked_model, look_at
 from trace_ds.stages.recorded import keys_needing_trace
 
 if TYPE_CHECKING:
@@ -34,8 +34,13 @@ SHAPE_NAME = "shape.json"  # of a collection that has not ended: which job, on w
 
 @dataclass(frozen=True)
 class CollectJob:
-    """What is to be collected, checked: model, data artefact, and by side the new artefact's inputs and settings."""
+    """What is to be collected, checked: model, data artefact, and by side the new artefact's inputs and settings.
 
+    ``place``: the run directory.
+    """
+
+    config: Config
+    place: RunDirectory
     info: ModelInfo
     data: artefact.Artefact
     inputs: dict[str, dict[str, str]]
@@ -45,18 +50,22 @@ class CollectJob:
         """Of the artefact to make."""
         return artefact.identity_of("statistics", self.inputs[side], self.settings[side])
 
-    def found(self, run: RunDirectory, side: str, *, verify: bool = True) -> artefact.Artefact | None:
+    def existing(self, side: str, *, verify: bool = True) -> artefact.Artefact | None:
         """The artefact that is already there, whole, from the same inputs, with all that is needed (or more)."""
         try:
-            found = artefact.load(run.statistics / side, "statistics", verify=verify)
+            statistics = artefact.load(self.place.statistics / side, "statistics", verify=verify)
         except UserError:
             return None
-        recorded = all(covers(found.settings.get(key), value) for key, value in self.settings[side].items())
-        return found if recorded and found.inputs == self.inputs[side] else None
+        recorded = all(covers(statistics.settings.get(key), value) for key, value in self.settings[side].items())
+        return statistics if recorded and statistics.inputs == self.inputs[side] else None
 
-    def done(self, run: RunDirectory) -> list[str]:
-        """The sides whose artefact is already there."""
-        return [side for side in self.inputs if self.found(run, side) is not None]
+    def done(self) -> bool:
+        return all(self.existing(side) is not None for side in self.inputs)
+
+    def run(self, world: World | None) -> None:
+        """Collect the statistics of both corpora (collectively, on every rank); skips a side that is already done."""
+        assert world is not None
+        collect(self, world)
 
 
 def covers(recorded: Any, needed: Any) -> bool:
@@ -64,7 +73,16 @@ def covers(recorded: Any, needed: Any) -> bool:
     return needed is None or needed is False or recorded == needed
 
 
-def check_collect(config: Config, run: RunDirectory, world_size: int) -> CollectJob:
+def preflight(config: Config, run: RunDirectory, processes: int, *, download: bool) -> None:
+    checked_model(config, processes)
+    check_vocabulary(config)
+
+
+def look(config: Config, run: RunDirectory) -> None:
+    look_at(config, run, "data")
+
+
+def check(config: Config, run: RunDirectory, world_size: int) -> CollectJob:
     """Everything that can be wrong before a weight is loaded; raises :class:`UserError`."""
     info = checked_model(config, world_size)
     if config.statistics.nll:
@@ -73,7 +91,7 @@ def check_collect(config: Config, run: RunDirectory, world_size: int) -> Collect
     inputs = {side: found.fingerprints | {"side": side} for side in config.data.sides}
     always = {"dtype": config.model.dtype, "top_k": info.top_k}
     settings = {side: always | asdict(recording(config, side)) for side in inputs}
-    return CollectJob(info, found.data, inputs, settings)
+    return CollectJob(config, run, info, found.data, inputs, settings)
 
 
 def recording(config: Config, side: str) -> Recording:
@@ -102,12 +120,11 @@ def middle_layer(info: ModelInfo) -> int:
     return info.decoder_layers // 2
 
 
-def collect(config: Config, run: RunDirectory, world: World) -> None:
-    """Collect the statistics of both corpora (collectively, on every rank); skips a side that is already done."""
+def collect(job: CollectJob, world: World) -> None:
     from trace_ds.run.log import already_done, stage_log
 
-    job = agreed(world, lambda: check_collect(config, run, world.size), lambda: look_at(config, run, "data"))
-    todo = [side for side in job.inputs if not _is_done(world, job, run, side)]
+    config, run = job.config, job.place
+    todo = [side for side in job.inputs if not _is_done(world, job, side)]
     if not todo:
         if world.is_main:
             already_done("collect", run)
@@ -158,15 +175,15 @@ def _engine(config: Config, world: World, job: CollectJob, log: StageLog) -> Any
     return engine
 
 
-def _is_done(world: World, job: CollectJob, run: RunDirectory, side: str) -> bool:
+def _is_done(world: World, job: CollectJob, side: str) -> bool:
     """What :meth:`CollectJob.done` says of one side, the hashing shared among the ranks (collective)."""
 
     def described() -> dict[str, dict[str, Any]] | None:
-        found = job.found(run, side, verify=False)
-        return None if found is None else found.files
+        statistics = job.existing(side, verify=False)
+        return None if statistics is None else statistics.files
 
     expected = world.broadcast_agreed(described)
-    return expected is not None and _file_entries(world, run.statistics / side, sorted(expected)) == expected
+    return expected is not None and _file_entries(world, job.place.statistics / side, sorted(expected)) == expected
 
 
 def _file_entries(world: World, directory: Path, names: Sequence[str]) -> dict[str, dict[str, Any]]:

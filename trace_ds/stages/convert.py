@@ -7,8 +7,10 @@ from and the hash of every file. A rerun from the same checkpoint with the same 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trace_ds.config.schema import Config
 from trace_ds.errors import UserError
@@ -16,30 +18,48 @@ from trace_ds.run.directory import FINETUNE, RunDirectory, unwritable
 from trace_ds.run.files import sha256_file
 from trace_ds.run.foreign import read_object
 from trace_ds.run.hub_names import provenance
-from trace_ds.run.log import StageLog, already_done, byte_progress, stage_log
+from trace_ds.run.log import StageLog, byte_progress, stage_log
 from trace_ds.terminal import size
+
+if TYPE_CHECKING:
+    from trace_ds.parallel.world import World
 
 MAX_JOBS = 4
 RETAIN_NAMES = {"nll": "NLL", "kl": "KL to the frozen model", "hidden_mse": "hidden-state MSE"}
 
 
-def convert(config: Config, run: RunDirectory) -> None:
-    """Convert the run's checkpoint (``conversion.step``, else the newest complete one) into ``RUN/model/``.
+@dataclass(frozen=True)
+class ConvertJob:
+    """A checkpoint of a run (``conversion.step``, else the newest complete one), to become ``RUN/model/``.
 
-    Raises:
-        UserError: there is no such complete checkpoint, or it is damaged or of another model.
+    ``checkpoint``: None where the run keeps none (``unlearning.keep: 0``); ``problems``: what is wrong with newer
+    checkpoints.
     """
+
+    config: Config
+    place: RunDirectory
+    checkpoint: Path | None = None
+    problems: Sequence[str] = ()
+
+    def done(self) -> bool:
+        return self.checkpoint is not None and is_converted(self.config, self.place, self.checkpoint)
+
+    def run(self, world: World | None = None) -> None:
+        """Convert; :class:`UserError` where the checkpoint is damaged or of another model."""
+        if self.checkpoint is None:
+            print("[convert] nothing to convert: unlearning.keep is 0")
+            return
+        with stage_log(self.place, "convert") as log:
+            for problem in self.problems:
+                log.line(f"warning: {problem}")
+            write_model(self.config, self.place, self.checkpoint, card_facts(self.config, self.place), log)
+
+
+def check(config: Config, run: RunDirectory, processes: int = 1) -> ConvertJob:
+    """The job; :class:`UserError` where there is no such complete checkpoint."""
     if config.unlearning.keep == 0:
-        print("[convert] nothing to convert: unlearning.keep is 0")
-        return
-    checkpoint, problems = _choose(config, run)
-    if is_converted(config, run, checkpoint):
-        already_done("convert", run)
-        return
-    with stage_log(run, "convert") as log:
-        for problem in problems:
-            log.line(f"warning: {problem}")
-        write_model(config, run, checkpoint, card_facts(config, run), log)
+        return ConvertJob(config, run)
+    return ConvertJob(config, run, *_choose(config, run))
 
 
 def write_model(config: Config, run: RunDirectory, checkpoint: Path, card: dict[str, Any], log: StageLog) -> None:
@@ -64,7 +84,7 @@ def write_model(config: Config, run: RunDirectory, checkpoint: Path, card: dict[
     log.done(f"{checkpoint.name} → {run.model.name}/: {made}")
 
 
-def check_convert(config: Config, run: RunDirectory) -> None:
+def preflight(config: Config, run: RunDirectory, processes: int = 1, *, download: bool = False) -> None:
     """Find out before training what the conversion after it would stumble on.
 
     Raises:

@@ -30,13 +30,13 @@ from trace_ds.evaluation.subjects import (
     require_same_tokenizer,
     task_fingerprints,
 )
-from trace_ds.models.families import ModelInfo, inspect_model
+from trace_ds.models.families import ModelInfo, check_expert_parallel, inspect_model
 from trace_ds.run import artefact
 from trace_ds.run.directory import RunDirectory, unwritable
 from trace_ds.run.files import write_bytes, write_json
 from trace_ds.run.hub_names import provenance
 from trace_ds.run.log import Progress, StageLog, already_done, stage_log
-from trace_ds.stages.inputs import agreed, checked_tasks
+from trace_ds.stages.inputs import check_vocabulary, checked_tasks
 from trace_ds.tensors.model_files import read_model_directory
 
 if TYPE_CHECKING:
@@ -48,20 +48,63 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EvaluateJob:
-    """What is to be scored, checked; ``info`` of the original, ``identities`` by model name."""
+    """What is to be scored, checked.
 
+    ``place``: the run directory; ``info``: of the original; ``identities``: by model name.
+    """
+
+    config: Config
+    place: RunDirectory
     info: ModelInfo
     tasks: list[Task]
     subjects: list[Subject]
     identities: dict[str, str]
     data: artefact.Artefact | None
 
-    def done(self, run: RunDirectory) -> list[str]:
+    def scored(self) -> list[str]:
         """The models whose result is there and still valid."""
-        return [name for name, value in self.identities.items() if has_identity(run.evaluation / f"{name}.json", value)]
+        folder = self.place.evaluation
+        return [name for name, value in self.identities.items() if has_identity(folder / f"{name}.json", value)]
+
+    def strangers(self) -> list[Path]:
+        """Results of models that this configuration does not name."""
+        results = sorted(self.place.evaluation.glob("*.json"))
+        return [p for p in results if p.stem not in self.identities and "scores" in (read_result(p) or {})]
+
+    def done(self) -> bool:
+        refers = {"membership", "tofu"} & {task.config.type for task in self.tasks}  # to scores of another model
+        return len(self.scored()) == len(self.identities) and not self.strangers() and not refers
+
+    def run(self, world: World | None = None) -> None:
+        """Score every model of the run and print the table of scores.
+
+        With a ``world`` (collectively, on every process) the batches of every task are shared out; the scores are those
+        of one process. The main process alone writes.
+        """
+        evaluate(self, world)
 
 
-def check_evaluate(config: Config, run: RunDirectory) -> EvaluateJob:
+def preflight(config: Config, run: RunDirectory, processes: int, *, download: bool) -> None:
+    from trace_ds.corpora.sources import files_here
+    from trace_ds.evaluation.harness import require_data
+
+    info, options = inspect_model(config.model.path), config.distributed.autoep.options
+    check_expert_parallel(info, config.evaluation.ep, processes, "evaluation.ep", options)
+    if run.parent is not None:
+        return  # the tasks and models are those of the run, which were looked at there
+    check_vocabulary(config)
+    for task in config.evaluation.tasks:
+        if task.dataset and not download:
+            files_here(task, "evaluation.tasks")
+    read_tasks(config.evaluation.tasks)
+    for task in config.evaluation.tasks:
+        if task.type == "lm_eval" and not task.path:
+            require_data(task, download=download)
+    for path in named_models(config.model.path, config.evaluation).values():
+        read_model_directory(path)
+
+
+def check(config: Config, run: RunDirectory, processes: int = 1) -> EvaluateJob:
     """Everything that can be wrong before a model is loaded; raises :class:`UserError`."""
     settings = config.evaluation
     if not settings.tasks and not settings.drift:
@@ -108,11 +151,10 @@ def check_evaluate(config: Config, run: RunDirectory) -> EvaluateJob:
         )
         for subject in subjects
     }
-    return EvaluateJob(info, tasks, subjects, identities, data)
+    return EvaluateJob(config, run, info, tasks, subjects, identities, data)
 
 
-def _look(config: Config, run: RunDirectory) -> None:
-    """On the other ranks: whether models, data and tasks are there."""
+def look(config: Config, run: RunDirectory) -> None:
     unlearned = [] if config.evaluation.references_only else [run.model]
     for path in (*named_models(config.model.path, config.evaluation).values(), *unlearned):
         read_model_directory(path)
@@ -121,24 +163,12 @@ def _look(config: Config, run: RunDirectory) -> None:
     read_tasks(config.evaluation.tasks)
 
 
-def evaluate(config: Config, run: RunDirectory, world: World | None = None) -> None:
-    """Score every model of the run and log them.
-
-    With a ``world`` (collectively, on every process) the batches of every task are shared out; the scores are those of
-    one process. The main process alone writes.
-
-    Raises:
-        UserError: a task file, a model or its tokenizer cannot be used (nothing is written then).
-    """
-    is_main = world is None or world.is_main
-    if world is None:
-        job = check_evaluate(config, run)
-    else:
-        job = agreed(world, lambda: check_evaluate(config, run), lambda: _look(config, run))
+def evaluate(job: EvaluateJob, world: World | None) -> None:
+    config, run, is_main = job.config, job.place, world is None or world.is_main
     try:
         _on_main(world, lambda: run.evaluation.mkdir(parents=True, exist_ok=True))
         with _threads(config.distributed.threads), stage_log(run, "evaluate", enabled=is_main) as log:
-            _on_main(world, lambda: _drop_others(job, run, log))
+            _on_main(world, lambda: _drop_others(job, log))
             _on_main(world, lambda: _copy_from_parent(job, run, log))
             scored = _score_missing(config, job, run, log, world)
             _on_main(world, lambda: _refer_to_retrained(config, job, run, log))
@@ -178,18 +208,17 @@ def _refer_to_retrained(config: Config, job: EvaluateJob, run: RunDirectory, log
             write_json(path, changed)
 
 
-def _drop_others(job: EvaluateJob, run: RunDirectory, log: StageLog) -> None:
+def _drop_others(job: EvaluateJob, log: StageLog) -> None:
     """Delete results of models that this configuration does not name: the report must not mix evaluations."""
-    for path in sorted(run.evaluation.glob("*.json")):
-        if path.stem not in job.identities and "scores" in (read_result(path) or {}):
-            log.line(f"removed {path.name}: no model of this run has that name")
-            path.unlink()
+    for path in job.strangers():
+        log.line(f"removed {path.name}: no model of this run has that name")
+        path.unlink()
 
 
 def _copy_from_parent(job: EvaluateJob, run: RunDirectory, log: StageLog) -> None:
     if run.parent is None:
         return
-    done = job.done(run)
+    done = job.scored()
     for name, expected in job.identities.items():
         source = RunDirectory(run.parent).evaluation / f"{name}.json"
         if name not in done and has_identity(source, expected):
@@ -209,7 +238,7 @@ def _score_missing(config: Config, job: EvaluateJob, run: RunDirectory, log: Sta
     sharding = Sharding(config.evaluation.ep, config.evaluation.zero_stage, options)
     place = config.model.tokenizer_path
     tokenizer = load_tokenizer(place) if world is None else world.agree_each(lambda _: load_tokenizer(place))
-    done = job.done(run) if world is None else world.broadcast_agreed(lambda: job.done(run))
+    done = job.scored() if world is None else world.broadcast_agreed(job.scored)
     todo = [subject for subject in job.subjects if subject.name not in done]
     if not todo:
         return False

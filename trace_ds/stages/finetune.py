@@ -25,12 +25,39 @@ from trace_ds.run.directory import RunDirectory
 from trace_ds.run.files import canonical_json, sha256_text
 from trace_ds.run.log import already_done
 from trace_ds.stages.convert import is_converted, write_model
-from trace_ds.stages.inputs import Inputs, agreed, checked_model, look_at
+from trace_ds.stages.inputs import Inputs, check_vocabulary, checked_model, look_at
 from trace_ds.stages.training import OPERATIONAL, Training, ds_config_of, held_as
 
 if TYPE_CHECKING:
     from trace_ds.parallel.world import World
     from trace_ds.unlearning.batches import CorpusBatches
+
+
+@dataclass(frozen=True)
+class FinetuneJobs:
+    """All models that the configuration has made, one after the other."""
+
+    config: Config
+    place: RunDirectory
+    models: list[FinetuneJob]
+
+    def done(self) -> bool:
+        return all(job.is_done(self.config, self.place) for job in self.models)
+
+    def run(self, world: World | None) -> None:
+        """Make every model (collectively, on every rank); those that are there already are left as they are.
+
+        Raises:
+            StopRequested: stopped on request; a complete checkpoint was saved.
+        """
+        assert world is not None
+        config, run = self.config, self.place
+        for job in self.models:
+            if not world.broadcast_agreed(lambda job=job: job.is_trained(config, run)):  # type: ignore[misc]
+                _train(config, run, world, job)
+            elif world.is_main:
+                already_done("finetune", run.finetuned(job.name))
+            world.agree(lambda job=job: _convert(config, run, job))  # type: ignore[misc]
 
 
 @dataclass(frozen=True)
@@ -89,13 +116,23 @@ def require_models(config: Config, run: RunDirectory) -> None:
             raise UserError(f"there is no model {name} here", str(place), "make it with `trace-ds finetune CONFIG`")
 
 
+def preflight(config: Config, run: RunDirectory, processes: int, *, download: bool) -> None:
+    settings_of(config)
+    check_settings(config, checked_model(config, processes))
+    check_vocabulary(config)
+
+
+def look(config: Config, run: RunDirectory) -> None:
+    look_at(config, run, "data")
+
+
 def check_settings(config: Config, info: ModelInfo) -> dict[str, Any] | None:
     """What can be wrong with the settings and this model alone; returns the user's DeepSpeed keys, if there are any."""
     require_plain_logits(info, "finetune")
     return ds_config_of(settings_of(config))
 
 
-def check_finetune(config: Config, run: RunDirectory, world_size: int) -> list[FinetuneJob]:
+def check(config: Config, run: RunDirectory, world_size: int) -> FinetuneJobs:
     """Everything that can be wrong before a weight is loaded; raises :class:`UserError`."""
     settings = settings_of(config)
     info = checked_model(config, world_size)
@@ -116,7 +153,7 @@ def check_finetune(config: Config, run: RunDirectory, world_size: int) -> list[F
         identity = sha256_text(canonical_json({"kind": "finetune", "data": seen, **shared}))
         steps = make_batches(config, sides, data).steps
         jobs.append(FinetuneJob(name, tuple(sides), info, data, steps, identity))
-    return jobs
+    return FinetuneJobs(config, run, jobs)
 
 
 def make_batches(config: Config, sides: list[str] | tuple[str, ...], data: artefact.Artefact) -> CorpusBatches:
@@ -125,21 +162,6 @@ def make_batches(config: Config, sides: list[str] | tuple[str, ...], data: artef
 
     corpora = [TokenDataset.open(data.file(f"{side}.arrow")) for side in sides]
     return CorpusBatches(settings_of(config), config.seed, corpora)
-
-
-def finetune(config: Config, run: RunDirectory, world: World) -> None:
-    """Make every model (collectively, on every rank); those that are there already are left as they are.
-
-    Raises:
-        StopRequested: stopped on request; a complete checkpoint was saved.
-    """
-    jobs = agreed(world, lambda: check_finetune(config, run, world.size), lambda: look_at(config, run, "data"))
-    for job in jobs:
-        if not world.broadcast_agreed(lambda job=job: job.is_trained(config, run)):  # type: ignore[misc]
-            _train(config, run, world, job)
-        elif world.is_main:
-            already_done("finetune", run.finetuned(job.name))
-        world.agree(lambda job=job: _convert(config, run, job))  # type: ignore[misc]
 
 
 def _train(config: Config, run: RunDirectory, world: World, job: FinetuneJob) -> None:

@@ -1,25 +1,23 @@
-"""What the stages after ``prepare`` are made from, and how the ranks of a job agree that it is there."""
+"""What the stages after ``prepare`` are made from."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from trace_ds.config.schema import Config
 from trace_ds.config.sections.evaluation import TaskConfig
-from trace_ds.corpora.tokenizer import load_tokenizer, tokenizer_fingerprint
+from trace_ds.corpora.tokenizer import check_tokenizer, load_tokenizer, tokenizer_fingerprint
 from trace_ds.errors import UserError
 from trace_ds.models.families import ModelInfo, check_expert_parallel, inspect_model
 from trace_ds.run import artefact
 from trace_ds.run.artefact import Artefact
 from trace_ds.run.directory import RunDirectory
-from trace_ds.tensors.model_files import read_model_directory
+from trace_ds.tensors.model_files import read_model_config, read_model_directory
 
 if TYPE_CHECKING:
     from trace_ds.evaluation.items import Task
-    from trace_ds.parallel.world import World
 
 T = TypeVar("T")
 
@@ -75,6 +73,11 @@ def checked_model(config: Config, world_size: int) -> ModelInfo:
     return info
 
 
+def check_vocabulary(config: Config) -> None:
+    """The tokenizer can be loaded, and the model has a row of embeddings for each of its tokens."""
+    check_tokenizer(config.model.tokenizer_path, read_model_config(config.model.path).get("vocab_size"))
+
+
 def checked_tasks(asked: list[TaskConfig], config: Config) -> list[Task]:
     """Evaluation tasks with their items, whose chat template the tokenizer has."""
     from trace_ds.evaluation.items import read_tasks
@@ -89,24 +92,11 @@ def checked_tasks(asked: list[TaskConfig], config: Config) -> list[Task]:
     return tasks
 
 
-def agreed(world: World, check: Callable[[], T], look: Callable[[], object]) -> T:
-    """What the main process finds when it checks a job, on every rank (collective).
-
-    The others only ``look`` whether what it reads is there for them too: a thousand processes would read hundreds of
-    gigabytes for the fingerprint of a large model.
-    """
-
-    def each(verify: bool) -> list[T]:
-        if verify:
-            return [check()]
-        look()
-        return []
-
-    return world.broadcast(world.agree_each(each))[0]
-
-
 def look_at(config: Config, run: RunDirectory, *kinds: str) -> None:
-    """Whether the model and artefacts of a run are there, without hashing anything; UserError where one is not."""
+    """Whether this rank can see the model and artefacts of a run; UserError where one is not there.
+
+    The main process alone has hashed them: a thousand ranks would read hundreds of gigabytes for a large model.
+    """
     read_model_directory(config.model.path)
     for kind in kinds:
         artefact.load(getattr(run, kind), kind, verify=False)

@@ -1,20 +1,24 @@
-"""Walking the stages: one verb alone, or all of them with their variants (``trace-ds run``).
+"""Running the stages: one alone, or all of them with their variants (``trace-ds run``).
 
     prepare → (finetune) → collect → calibrate → unlearn → convert → evaluate → report
 
-Single-process stages run here; the distributed ones (finetune, collect, unlearn) run as a job of their own: in this
-process when a launcher made it a rank, else in local processes that this one starts.
+A stage (:mod:`trace_ds.stages.protocol`) is checked once, in the process that was started: the checked job then does
+its work there or is handed to local ranks. Under a launcher every process is a rank already: the main one checks, and
+all get the job from it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib
+import gc
 import os
+import pickle
+import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from trace_ds.config.load import dump_yaml, load_config, with_changes
 from trace_ds.config.schema import Config
@@ -24,12 +28,14 @@ from trace_ds.run.directory import RunDirectory, lock_environment, locked
 from trace_ds.run.log import BEGAN, already_done
 from trace_ds.run.ours import require_apart
 from trace_ds.stages.by_name import find_models, require_data_unmoved, with_places, with_sizes_here
+from trace_ds.stages.protocol import STAGES, Job, Stage
 
-STAGES = ("prepare", "finetune", "collect", "calibrate", "unlearn", "convert", "evaluate", "report")
-DISTRIBUTED = ("finetune", "collect", "unlearn")
-SHARED = ("prepare", "finetune", "collect")  # by a run and its variants: done by the run alone
-REPLACE_INPUTS = ("run", *SHARED)
-LAUNCHABLE = (*DISTRIBUTED, "evaluate")  # evaluate is a job of its own only when evaluation.nproc or a launcher says so
+if TYPE_CHECKING:
+    from trace_ds.parallel.world import World
+
+STUDY_FILE = "study.json"
+RUN = "run"  # the verb that is all stages
+JOB_VARIABLE = "TRACE_DS_JOB_FD"  # descriptor of the memory file with the job that a rank is to do
 
 
 @dataclass(frozen=True)
@@ -75,16 +81,16 @@ class Request:
     def all(self) -> list[Request]:
         return [self, *(self.variant(name) for name in self.config.variants)]
 
-    def seen_by(self, verb: str) -> Request:
-        """The same run as a verb sees it: the model of the stages after `finetune` is the one that was made."""
+    def seen_by(self, stage: Stage) -> Request:
+        """The same run as a stage sees it: the model of the stages after `finetune` is the one that was made."""
         from trace_ds.stages.finetune import after_finetune
 
-        return Request(after_finetune(self.config, self.run), self.run) if verb in STAGES[2:] else self
+        return Request(after_finetune(self.config, self.run), self.run) if stage.of_finetuned else self
 
     @property
     def stages(self) -> list[str]:
         """What `run` runs, in order."""
-        return [stage for stage in STAGES if stage != "finetune" or self.config.finetune is not None]
+        return [name for name, stage in STAGES.items() if not stage.optional or getattr(self.config, name) is not None]
 
     def check_places(self) -> None:
         """Refuse a run directory that is not ours, or that lies in, on or around what the configuration reads."""
@@ -109,28 +115,37 @@ def inputs_of(config: Config) -> dict[str, Path]:
 
 
 def run_verb(verb: str, request: Request, *, dry_run: bool = False) -> int:
-    """Run one verb (or ``run``: all stages); returns the exit status."""
+    """Run one stage, or all (``run``) with those of the variants; returns the exit status."""
     if dry_run:
-        stages = request.stages if verb == "run" else [verb]
-        print(f"# run directory: {request.run.path}; would run: {', '.join(stages)}")
-        for item in request.all()[1:] if verb == "run" else ():
-            print(f"# variant {item.config.name}: {request.config.variants[item.config.name]}")
-        try:
-            check_early(verb, request.located(verb, download=False), download=False)
-        except UserError as error:  # a recipe can be read before there is a model
-            print(f"# not ready: {error.line()}")
-        print(dump_yaml(request.written), end="")
-        return 0
-    if verb in LAUNCHABLE and launched():
-        return _run_as_rank(verb, request)
-    if verb != "report":  # it reads artefacts only
+        return _show_plan(verb, request)
+    if launched() and verb in STAGES and STAGES[verb].section:
+        return _run_as_rank(STAGES[verb], request)
+    names = request.stages if verb == RUN else [verb]
+    if not (verb in STAGES and STAGES[verb].of_all):  # the report reads artefacts only
         request = request.located(verb, download=True)
-        require_data_unmoved(request.written, request.run, verb)
+    require_data_unmoved(request.written, request.run, verb)
     check_early(verb, request)
-    with locked(request.run, replaces_inputs=verb in REPLACE_INPUTS) as lock:
-        if verb == "run":
-            return _run_all(request, lock)
-        return _run_stage(verb, request, lock)
+    with locked(request.run, replaces_inputs=any(STAGES[name].shared for name in names)) as lock:
+        for stage in map(STAGES.__getitem__, names):
+            every = request.all() if verb == RUN and not stage.shared and not stage.of_all else [request]
+            for item in every:
+                if status := _run_stage(stage, item, lock, request.run):
+                    return status
+    return 0
+
+
+def _show_plan(verb: str, request: Request) -> int:
+    """``--dry-run``: what would run, what is in its way, and the resolved configuration."""
+    whole = verb == RUN
+    print(f"# run directory: {request.run.path}; would run: {', '.join(request.stages if whole else [verb])}")
+    for item in request.all()[1:] if whole else ():
+        print(f"# variant {item.config.name}: {request.config.variants[item.config.name]}")
+    try:
+        check_early(verb, request.located(verb, download=False), download=False)
+    except UserError as error:  # a recipe can be read before there is a model
+        print(f"# not ready: {error.line()}")
+    print(dump_yaml(request.written), end="")
+    return 0
 
 
 def check_early(verb: str, request: Request, world_size: int | None = None, *, download: bool = True) -> None:
@@ -142,171 +157,145 @@ def check_early(verb: str, request: Request, world_size: int | None = None, *, d
     """
     from trace_ds.corpora.sources import only_looking
 
+    whole = verb == RUN
+    stages = [STAGES[name] for name in (request.stages if whole else [verb])]
     with contextlib.nullcontext() if download else only_looking():
-        _check_early(verb, request, world_size, download=download)
+        for item in request.all() if whole else [request]:
+            item.check_places()
+        for stage in stages:
+            if request.run.parent is not None and stage.shared:
+                raise UserError(
+                    "this is the directory of a variant, which takes data, models and statistics from its run",
+                    str(request.run.path),
+                    f"use --run-dir {request.run.parent}, or another directory",
+                )
+            if not whole and stage.of_finetuned:
+                from trace_ds.stages.finetune import require_models
+
+                require_models(request.config, request.run)
+            for item in [request] if stage.shared or not whole else request.all():
+                # of a whole run the model that `finetune` makes is not there yet: it has the shape of the base model
+                seen = item if whole else item.seen_by(stage)
+                processes = stage.processes(seen.config) if world_size is None or not stage.section else world_size
+                if world_size is None and stage.section:
+                    _check_process_count(processes, stage)
+                stage.module.preflight(seen.config, seen.run, processes, download=download)
 
 
-def _check_early(verb: str, request: Request, world_size: int | None, *, download: bool) -> None:
-    from trace_ds.corpora.read import check_files
-    from trace_ds.corpora.sources import files_here
-    from trace_ds.corpora.tokenizer import check_tokenizer
-    from trace_ds.models.families import check_expert_parallel, inspect_model
+def _check_process_count(processes: int, stage: Stage) -> None:
     from trace_ds.parallel.launch import check_process_count
-    from trace_ds.run import artefact
-    from trace_ds.stages import finetune
-    from trace_ds.stages.inputs import checked_model
-    from trace_ds.tensors.model_files import read_model_config, read_model_directory
 
-    if verb == "finetune":
-        finetune.settings_of(request.config)
-    for item in request.all() if verb == "run" else [request]:
-        item.check_places()
-    if verb in STAGES[2:-1]:
-        finetune.require_models(request.config, request.run)
-    request = request.seen_by(verb)
-    config, run = request.config, request.run
-    if run.parent is not None and verb in REPLACE_INPUTS:
-        raise UserError(
-            "this is the directory of a variant, which takes data, models and statistics from its run",
-            str(run.path),
-            f"use --run-dir {run.parent}, or another directory",
-        )
-    cores = accelerator_count(), os.cpu_count() or 1
-    if verb in ("run", "evaluate"):
-        nproc = world_size or config.evaluation.nproc
-        if world_size is None:
-            check_process_count(nproc, *cores, "evaluation.nproc")
-        options, info = config.distributed.autoep.options, inspect_model(config.model.path)
-        check_expert_parallel(info, config.evaluation.ep, nproc, "evaluation.ep", options)
-    if verb in ("run", *DISTRIBUTED):
-        nproc = world_size or process_count(config)
-        if world_size is None:
-            check_process_count(nproc, *cores)
-        checked_model(config, nproc)
-    if verb in STAGES[1:-1] and (verb != "evaluate" or config.evaluation.needs_data):
-        artefact.load(run.data, "data", verify=False)
-    if verb in ("run", "prepare", *LAUNCHABLE):
-        vocabulary = read_model_config(config.model.path).get("vocab_size")
-        check_tokenizer(config.model.tokenizer_path, vocabulary)
-    if verb in ("run", "prepare"):
-        for side in config.data.sides:
-            check_files(getattr(config.data, side), f"data.{side}", download=download)
-    if verb in ("run", "evaluate"):
-        from trace_ds.evaluation.harness import require_data
-        from trace_ds.evaluation.items import read_tasks
-
-        for task in config.evaluation.tasks:
-            if task.dataset and not download:
-                files_here(task, "evaluation.tasks")
-        read_tasks(config.evaluation.tasks)
-        for task in config.evaluation.tasks:
-            if task.type == "lm_eval" and not task.path:
-                require_data(task, download=download)
-    if verb == "run":  # and what only a late stage, or a variant, would stumble on
-        from trace_ds.evaluation.subjects import named_models
-        from trace_ds.stages.convert import check_convert
-        from trace_ds.stages.unlearn import check_settings
-
-        info = inspect_model(config.model.path)
-        if config.finetune is not None:
-            finetune.check_settings(config, info)
-        for item in request.all():
-            check_settings(item.config, info)
-            check_convert(item.config, item.run)
-        for path in named_models(config.model.path, config.evaluation).values():
-            read_model_directory(path)
+    check_process_count(processes, accelerator_count(), os.cpu_count() or 1, f"{stage.section}.nproc")
 
 
-def process_count(config: Config, stage: str = "unlearn") -> int:
-    """Local processes of a job started bare: as configured, else one per accelerator, else one."""
-    return config.evaluation.nproc if stage == "evaluate" else config.distributed.nproc or accelerator_count() or 1
-
-
-def _run_all(request: Request, lock: Sequence[int]) -> int:
-    for stage in request.stages[:-1]:
-        for item in request.all():
-            if item.run.parent is not None and stage in SHARED:
-                continue
-            status = _run_stage(stage, item, lock, top=request.run)
-            if status:
-                return status
-    return _run_stage("report", request, lock)
-
-
-def _run_stage(stage: str, request: Request, lock: Sequence[int], *, top: RunDirectory | None = None) -> int:
-    """Run one stage; config.yaml becomes this request's as soon as the stage has found nothing wrong with its input."""
+def _run_stage(stage: Stage, request: Request, lock: Sequence[int], lock_owner: RunDirectory) -> int:
+    """Check a stage and do its work, here or in local ranks; config.yaml becomes this request's as soon as nothing is
+    wrong with the stage's input."""
+    began_s = time.time()
     request.run.clear_leftovers()
-    request = request.seen_by(stage)
-    if stage in DISTRIBUTED or (stage == "evaluate" and request.config.evaluation.nproc > 1):
-        return _launch(stage, request, lock, top or request.run)
-    if stage == "report":  # it shows the configuration
-        request.run.store_config()
-    _function(stage)(request.config, request.run)
-    request.run.store_config()
-    return 0
+    seen = request.seen_by(stage)
+    config, run = seen.config, replace(seen.run, config_text=request.run.config_text)
+    processes = stage.processes(config)
+    job = stage.module.check(config, run, processes)
+    if job.done():
+        run.store_config()
+        already_done(stage.name, run)
+        return 0
+    os.environ[BEGAN] = f"{began_s:.3f}"
+    if not stage.section or (processes == 1 and not accelerator_count()):
+        with _alone(config) if stage.needs_world else contextlib.nullcontext() as world:
+            job.run(world)
+        run.store_config()
+        return 0
+    run.store_config()
+    return _launch(stage, job, processes, config, lock, lock_owner)
 
 
-def _function(stage: str) -> Callable[..., object]:
-    """What carries out a stage: the function of the module of its name."""
-    return getattr(importlib.import_module(f"trace_ds.stages.{stage}"), stage)
+def run_stage(name: str, config: Config, run: RunDirectory, world: World | None = None) -> None:
+    """Check a stage and do what is not done of it, in this process (with a ``world``: of every rank, collectively)."""
+    stage = STAGES[name]
+    if world is None:
+        job = stage.module.check(config, run, 1)
+        if job.done():
+            already_done(name, run)
+        else:
+            job.run(None)
+    else:
+        _agreed_job(stage, config, run, world, lambda: stage.module.check(config, run, world.size)).run(world)
 
 
-def _launch(stage: str, request: Request, lock: Sequence[int], lock_owner: RunDirectory) -> int:
-    """Check the job, skip it when it is done, else run it in local processes of its own."""
+def _agreed_job(stage: Stage, config: Config, run: RunDirectory, world: World, check: Callable[[], Job]) -> Job:
+    """What ``check`` returns on the main process, on every rank (collective); the others look whether they can see what
+    the job reads."""
+
+    def each(is_main: bool) -> list[Job]:
+        if is_main:
+            return [check()]
+        stage.module.look(config, run)
+        return []
+
+    return world.broadcast(world.agree_each(each))[0]
+
+
+@contextlib.contextmanager
+def _alone(config: Config) -> Iterator[World]:
+    """A world of this process alone, for a stage that is written for many ranks.
+
+    Starting Python, torch and DeepSpeed anew would take longer than small jobs do. With an accelerator a job has a
+    process of its own all the same: what it leaves on the device goes with it.
+    """
+    import torch
+
+    from trace_ds.parallel.world import join
+
+    def stop(number: int, frame: Any) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        raise StopRequested("stopped on request; run again to go on")
+
+    variables, threads = dict(os.environ), torch.get_num_threads()
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        # the group stays: DeepSpeed keeps groups of experts that it made, and takes them again in the next stage
+        yield join(config.distributed.threads, config.distributed.timeout_minutes)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        torch.set_num_threads(threads)
+        os.environ.clear()
+        os.environ.update(variables)  # nothing says any more that this process is a rank
+        gc.collect()
+
+
+def _launch(
+    stage: Stage, job: Job, processes: int, config: Config, lock: Sequence[int], lock_owner: RunDirectory
+) -> int:
+    """Do a checked job in local ranks. Each reads it from a file in memory that only they inherit."""
     from trace_ds.parallel.launch import run_processes
 
-    began = {BEGAN: f"{time.time():.3f}"}
-    nproc = process_count(request.config, stage)
-    done = is_done(stage, request, nproc)
-    request.run.store_config()
-    if done:
-        already_done(stage, request.run)
-        return 0
-    directory = request.run.path  # whose name may begin with a hyphen
-    where = str(directory) if directory.is_absolute() else f"./{directory}"
-    return run_processes(
-        [stage, f"{where}/{request.run.config.name}", "--run-dir", where],
-        nproc,
-        lock_environment(lock_owner, lock) | began,
-        lock,
-        request.config.distributed.threads,
-    )
+    content = pickle.dumps((stage.name, job, config.distributed.threads, config.distributed.timeout_minutes))
+    file = os.memfd_create("trace_ds-job")
+    try:
+        os.pwrite(file, content, 0)
+        os.set_inheritable(file, True)
+        environment = lock_environment(lock_owner, lock) | {JOB_VARIABLE: str(file), BEGAN: os.environ.pop(BEGAN)}
+        return run_processes(["rank"], processes, environment, [*lock, file], config.distributed.threads)
+    finally:
+        os.close(file)
 
 
-def is_done(stage: str, request: Request, nproc: int, *, verify: bool = True) -> bool:
-    """Whether a stage (all but convert and report) has nothing to do; raises :class:`UserError` where it would.
+def run_rank() -> int:
+    """What a local rank does: the job that the process which started it has checked."""
+    from trace_ds.parallel.world import join
 
-    ``verify``: whether ``unlearn`` proves what it is made from by its hashes.
-    """
-    if stage in ("prepare", "calibrate"):
-        from trace_ds.run import artefact
-        from trace_ds.stages import calibrate, prepare
-
-        kind, place = ("data", request.run.data) if stage == "prepare" else ("calibration", request.run.calibration)
-        if stage == "prepare":
-            identity = artefact.identity_of("data", *prepare.asked(request.config))
-        else:
-            identity = calibrate.CalibrationInputs.read(request.config, request.run).identity
-        return artefact.is_done(place, kind, identity)
-    if stage == "finetune":
-        from trace_ds.stages.finetune import check_finetune
-
-        return all(
-            job.is_done(request.config, request.run) for job in check_finetune(request.config, request.run, nproc)
-        )
-    if stage == "collect":
-        from trace_ds.stages.collect import check_collect
-
-        collection = check_collect(request.config, request.run, nproc)
-        return len(collection.done(request.run)) == len(collection.inputs)
-    if stage == "evaluate":
-        from trace_ds.stages.evaluate import check_evaluate
-
-        job = check_evaluate(request.config, request.run)
-        return len(job.done(request.run)) == len(job.identities)
-    from trace_ds.stages.unlearn import check_unlearn
-
-    return check_unlearn(request.config, request.run, nproc, verify=verify).settled(request.config, request.run)
+    file = int(os.environ.pop(JOB_VARIABLE))
+    # written by the parent process a moment ago, in memory that nobody else can reach: nothing from outside
+    _, job, threads, timeout_minutes = pickle.loads(os.pread(file, os.fstat(file).st_size, 0))
+    world = join(threads, timeout_minutes)
+    with contextlib.ExitStack() as stack:
+        stack.push(_leave_together)
+        job.run(world)
+        world.barrier()
+    return 0
 
 
 def _leave_together(kind: type[BaseException] | None, *_: object) -> None:
@@ -321,11 +310,9 @@ def _leave_together(kind: type[BaseException] | None, *_: object) -> None:
         leave()
 
 
-def _run_as_rank(verb: str, request: Request) -> int:
-    """This process is one rank of a job: join it, and let the main process lock and prepare the run directory.
-
-    A process that was in a group before, as one of a study that runs many jobs of one process, stays in it.
-    """
+def _run_as_rank(stage: Stage, request: Request) -> int:
+    """This process is one rank of a launched job: join it; the main process locks the run directory and checks the job,
+    which all ranks get from it. The others only look whether what the job reads is there for them too."""
     from trace_ds.corpora.sources import only_looking
     from trace_ds.parallel.world import is_joined, join
 
@@ -335,17 +322,18 @@ def _run_as_rank(verb: str, request: Request) -> int:
         if not stays:
             stack.push(_leave_together)
         stack.enter_context(only_looking())
-        request = world.agree_each(lambda _: request.located(verb, download=False))
+        request = world.agree_each(lambda _: request.located(stage.name, download=False))
+        seen = request.seen_by(stage)
 
-        def enter() -> None:
-            check_early(verb, request, world.size, download=False)
-            require_data_unmoved(request.written, request.run, verb)
-            stack.enter_context(locked(request.run, replaces_inputs=verb in REPLACE_INPUTS))
+        def check() -> Job:
+            check_early(stage.name, request, world.size, download=False)
+            require_data_unmoved(request.written, request.run, stage.name)
+            stack.enter_context(locked(request.run, replaces_inputs=stage.shared))
             request.run.clear_leftovers()
+            return stage.module.check(seen.config, replace(seen.run, config_text=request.run.config_text), world.size)
 
-        world.agree(enter)
-        request = request.seen_by(verb)
-        _function(verb)(request.config, request.run, world)
+        job = _agreed_job(stage, seen.config, seen.run, world, check)
+        job.run(world)
         if world.is_main:
             request.run.store_config()
         world.barrier()

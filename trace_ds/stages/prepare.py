@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,43 +25,63 @@ from trace_ds.errors import UserError
 from trace_ds.run import artefact
 from trace_ds.run.directory import RunDirectory
 from trace_ds.run.files import replacing_directory
-from trace_ds.run.log import already_done, stage_log
+from trace_ds.run.log import stage_log
+from trace_ds.stages.inputs import check_vocabulary
 
 if TYPE_CHECKING:
     import numpy as np
     from transformers import PreTrainedTokenizerBase
 
-
-def prepare(config: Config, run: RunDirectory) -> artefact.Artefact:
-    """Tokenise and pack the corpora (forget, retain, and the alternative one if there is one) into ``RUN/data``."""
-    sides = config.data.sides
-    inputs, settings = asked(config)
-    if artefact.is_done(run.data, "data", artefact.identity_of("data", inputs, settings)):
-        already_done("prepare", run)
-        return artefact.load(run.data, "data", verify=False)
-    tokenizer = load_tokenizer(config.model.tokenizer_path)
-    with stage_log(run, "prepare") as log, replacing_directory(run.data) as directory:
-        found = {side: _prepare_side(config.data, side, directory, tokenizer) for side in sides}
-        for side, counts in found.items():
-            log.detail(
-                f"{side}: {counts.documents:,} documents, {counts.rows:,} rows, {counts.tokens:,} tokens "
-                f"({counts.counted_tokens:,} loss-bearing), {counts.documents_split:,} documents split at "
-                f"{config.data.context_length} tokens, {counts.empty_documents:,} empty"
-            )
-        summary = {side: vars(counts) for side, counts in found.items()}
-        artefact.describe(directory, "data", inputs, settings, summary)
-        each = (f"{side} {counts.documents:,} documents, {counts.tokens:,} tokens" for side, counts in found.items())
-        log.done("; ".join(each))
-    return artefact.load(run.data, "data", verify=False)
+    from trace_ds.parallel.world import World
 
 
-def asked(config: Config) -> tuple[dict[str, str], dict[str, Any]]:
-    """Inputs and settings of the artefact to make; :class:`UserError` when a file is missing."""
+@dataclass(frozen=True)
+class PrepareJob:
+    """The corpora of a configuration (forget, retain, and the alternative one if there is one), to be tokenised and
+    packed into ``RUN/data``; ``inputs`` and ``settings`` are the artefact's."""
+
+    config: Config
+    place: RunDirectory
+    inputs: dict[str, str]
+    settings: dict[str, Any]
+
+    @property
+    def identity(self) -> str:
+        return artefact.identity_of("data", self.inputs, self.settings)
+
+    def done(self) -> bool:
+        return artefact.is_done(self.place.data, "data", self.identity)
+
+    def run(self, world: World | None = None) -> None:
+        run, data = self.place, self.config.data
+        tokenizer = load_tokenizer(self.config.model.tokenizer_path)
+        with stage_log(run, "prepare") as log, replacing_directory(run.data) as directory:
+            each = {side: _prepare_side(data, side, directory, tokenizer) for side in data.sides}
+            for side, counts in each.items():
+                log.detail(
+                    f"{side}: {counts.documents:,} documents, {counts.rows:,} rows, {counts.tokens:,} tokens "
+                    f"({counts.counted_tokens:,} loss-bearing), {counts.documents_split:,} documents split at "
+                    f"{data.context_length} tokens, {counts.empty_documents:,} empty"
+                )
+            summary = {side: vars(counts) for side, counts in each.items()}
+            artefact.describe(directory, "data", self.inputs, self.settings, summary)
+            log.done("; ".join(f"{side} {c.documents:,} documents, {c.tokens:,} tokens" for side, c in each.items()))
+
+
+def preflight(config: Config, run: RunDirectory, processes: int, *, download: bool) -> None:
+    check_vocabulary(config)
+    for side in config.data.sides:
+        check_files(getattr(config.data, side), f"data.{side}", download=download)
+
+
+def check(config: Config, run: RunDirectory, processes: int = 1) -> PrepareJob:
+    """The job; :class:`UserError` when a file is missing."""
     for side in config.data.sides:
         check_files(getattr(config.data, side), f"data.{side}")
     inputs = {"tokenizer": tokenizer_fingerprint(config.model.tokenizer_path)}
     inputs |= {side: corpus_fingerprint(getattr(config.data, side)) for side in config.data.sides}
-    return inputs, config.data.model_dump(mode="json", exclude={"forget", "retain", "alternative", "num_proc"})
+    settings = config.data.model_dump(mode="json", exclude={"forget", "retain", "alternative", "num_proc"})
+    return PrepareJob(config, run, inputs, settings)
 
 
 def _prepare_side(data: DataConfig, side: str, directory: Path, tokenizer: PreTrainedTokenizerBase) -> PackingCounts:

@@ -10,7 +10,7 @@ Reads artefacts only, so it can be run at any time: what is not there yet is sho
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from trace_ds.config.schema import Config
+    from trace_ds.parallel.world import World
     from trace_ds.reporting.gather import RunData
     from trace_ds.reporting.verdict import Verdict
 
@@ -36,6 +37,29 @@ PAPER = (
     "TRACE (Xie, Lin, Xiong, Zhang, Li; arXiv 2606.10338) is public as an abstract only; the equations used here are "
     "decisions of trace_ds."
 )
+
+
+@dataclass(frozen=True)
+class ReportJob:
+    """The page of a run and its variants, made anew each time: what it shows is read from the artefacts."""
+
+    config: Config
+    place: RunDirectory
+
+    def done(self) -> bool:
+        return False
+
+    def run(self, world: World | None = None) -> None:
+        self.place.store_config()  # the page shows it
+        report(self.config, self.place)
+
+
+def preflight(config: Config, run: RunDirectory, processes: int = 1, *, download: bool = False) -> None:
+    """Nothing: whatever is there can be reported."""
+
+
+def check(config: Config, run: RunDirectory, processes: int = 1) -> ReportJob:
+    return ReportJob(config, run)
 
 
 def report(config: Config | None, run: RunDirectory, others: list[Path] | None = None) -> Path:

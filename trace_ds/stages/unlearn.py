@@ -20,7 +20,7 @@ from trace_ds.run import artefact
 from trace_ds.run.curve import has_ended
 from trace_ds.run.directory import RunDirectory
 from trace_ds.run.files import canonical_json, sha256_text, write_json
-from trace_ds.stages.inputs import Inputs, agreed, checked_model, checked_tasks, look_at
+from trace_ds.stages.inputs import Inputs, check_vocabulary, checked_model, checked_tasks, look_at
 from trace_ds.stages.training import OPERATIONAL, Training, ds_config_of, held_as
 from trace_ds.unlearning.needs import layers_held
 
@@ -39,8 +39,10 @@ CURVE_FORMAT = 3  # raise it when what a step computes changes: the curves of st
 
 @dataclass(frozen=True)
 class UnlearnJob:
-    """The job, checked: its inputs and its identity."""
+    """The job, checked: its configuration, run directory (``place``), inputs and identity."""
 
+    config: Config
+    place: RunDirectory
     info: ModelInfo
     data: artefact.Artefact
     calibration: artefact.Artefact
@@ -52,28 +54,48 @@ class UnlearnJob:
     identity: str
     curve: str  # identity of its curve; empty where it has none
 
-    def training(self, config: Config, run: RunDirectory) -> Training:
+    def training(self) -> Training:
         """As its checkpoints know it."""
-        settings, calibration = config.unlearning, self.calibration.content
+        config, settings = self.config, self.config.unlearning
         # where the curve is all that is left, it goes on only from checkpoints of that very curve
         identity = self.curve if settings.keep == 0 else self.identity
-        return Training("unlearning", settings, run, config, self.info, identity, calibration, self.layers)
+        calibration = self.calibration.content
+        return Training("unlearning", settings, self.place, config, self.info, identity, calibration, self.layers)
 
-    def settled(self, config: Config, run: RunDirectory) -> bool:
+    def done(self) -> bool:
         """Whether the last step of this very job is there, complete, or one that met the bounds that end it; or its
         curve, where that is all that it leaves."""
-        if config.unlearning.keep == 0:
-            if not has_identity(run.curve, self.curve):
+        settings = self.config.unlearning
+        if settings.keep == 0:
+            if not has_identity(self.place.curve, self.curve):
                 return False
-            discard_checkpoints(run, self.curve)  # which a kill may have cut off
+            discard_checkpoints(self.place, self.curve)  # which a kill may have cut off
             return True
 
         def is_enough(manifest: Manifest) -> bool:
             points = [point for point in manifest.cursor.get("curve", []) if point["step"] == manifest.step]
-            ended = any(has_ended(config.unlearning.evaluate, point) for point in points)
-            return ended or manifest.step >= config.unlearning.steps
+            ended = any(has_ended(settings.evaluate, point) for point in points)
+            return ended or manifest.step >= settings.steps
 
-        return self.training(config, run).settled(is_enough)
+        return self.training().settled(is_enough)
+
+    def run(self, world: World | None) -> None:
+        """Train to the last step (collectively, on every rank); returns at once when that is done.
+
+        Raises:
+            StopRequested: stopped on request; a complete checkpoint was saved.
+        """
+        assert world is not None
+        unlearn(self, world)
+
+
+def preflight(config: Config, run: RunDirectory, processes: int, *, download: bool) -> None:
+    check_settings(config, checked_model(config, processes))
+    check_vocabulary(config)
+
+
+def look(config: Config, run: RunDirectory) -> None:
+    look_at(config, run, "data", "calibration")
 
 
 def check_settings(config: Config, info: ModelInfo) -> dict[str, Any] | None:
@@ -100,7 +122,7 @@ def check_settings(config: Config, info: ModelInfo) -> dict[str, Any] | None:
     return ds_config_of(settings)
 
 
-def check_unlearn(config: Config, run: RunDirectory, world_size: int, *, verify: bool = True) -> UnlearnJob:
+def check(config: Config, run: RunDirectory, world_size: int, *, verify: bool = True) -> UnlearnJob:
     """Everything that can be wrong before a weight is loaded; raises :class:`UserError`."""
     info = checked_model(config, world_size)
     found = Inputs.read(config, run, info.fingerprint, verify=verify)
@@ -132,7 +154,9 @@ def check_unlearn(config: Config, run: RunDirectory, world_size: int, *, verify:
     )
     held = layers_held(settings, info.decoder_layers)
     curve = _curve_identity(config, identity, tasks) if settings.evaluate.every else ""
-    return UnlearnJob(info, data, calibration, routing, statistics, experts, anchored, held, identity, curve)
+    return UnlearnJob(
+        config, run, info, data, calibration, routing, statistics, experts, anchored, held, identity, curve
+    )
 
 
 def _curve_identity(config: Config, job: str, tasks: list[Task]) -> str:
@@ -191,28 +215,22 @@ def choose_trained(
     return experts, None
 
 
-def unlearn(config: Config, run: RunDirectory, world: World) -> None:
-    """Run the job to its last step (collectively, on every rank); returns at once when it is done.
-
-    Raises:
-        StopRequested: stopped on request; a complete checkpoint was saved.
-    """
+def unlearn(job: UnlearnJob, world: World) -> None:
     from trace_ds.run.log import already_done
     from trace_ds.unlearning.trainer import train
 
-    there = ("data", "calibration")
-    job = agreed(world, lambda: check_unlearn(config, run, world.size), lambda: look_at(config, run, *there))
-    if world.broadcast_agreed(lambda: job.settled(config, run)):
+    config, run = job.config, job.place
+    if world.broadcast_agreed(job.done):
         if world.is_main:
             already_done("unlearn", run)
         return
-    training = job.training(config, run)
+    training = job.training()
     with training.begun(world, "unlearn") as (log, chosen):
         config = config.model_copy(update={"unlearning": training.usable(world, log)})
         settings = config.unlearning
         if chosen is not None:  # the checkpoint of a job that held the whole model goes on so
             job = replace(job, layers=chosen.layers)
-            training = job.training(config, run)
+            training = job.training()
         log_held(settings, job, log.detail)
         batches = world.agree_each(lambda _: make_batches(config, job))
         engine, routers = make_engine(config, job, world, batches, log)
