@@ -71,7 +71,7 @@ def write_run(
         "data": {"forget": [{"path": "forget.jsonl"}], "retain": [{"path": "retain.jsonl"}]},
         "calibration": {"rule": "raking"},
         "unlearning": {"forget_loss": "rmu", "steps": STEPS[-1]},
-        "evaluation": {"checkpoints": checkpoints, "tasks": tasks},
+        "evaluation": {"tasks": tasks},
         "variants": {"uniform": {"calibration.rule": "uniform"}, "loss_weighting": {"unlearning.apply": "loss"}},
     }
     (path / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
@@ -233,7 +233,7 @@ def _write_evaluation(
                 "kl": [round(abs(1 - level + rng.normal(0, 0.02)), 6) for _ in range(layers)],
             }
             for side, level in (("forget", overlap), ("retain", 1 - (1 - overlap) / 5))
-        }  # fmt: skip
+        } | {"experts": 8, "top_k": 2}  # fmt: skip
 
     def score(task: str, metric: str, value: float, role: str, direction: str, chance: float | None) -> dict[str, Any]:
         return {

@@ -13,18 +13,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from safetensors.numpy import load_file
 
 from trace_ds.config.sections.calibration import CONTROL_RULES
 from trace_ds.config.sections.finetune import RETRAINED
 from trace_ds.errors import UserError
-from trace_ds.reporting.shapes import CurvePointShape, DiagnosisShape, ManifestShape, ResultShape, RunShape, check, read
+from trace_ds.reporting.shapes import (
+    read_config,
+    read_diagnosis,
+    read_layers,
+    read_manifest,
+    read_points,
+    read_result,
+)
 from trace_ds.routing.statistics import RoutingStatistics
 from trace_ds.run.artefact import FILE_NAME, Artefact, load
-from trace_ds.run.curve import read_curve
 from trace_ds.run.directory import RunDirectory
-from trace_ds.run.foreign import named_by, read_bytes, reading
+from trace_ds.run.foreign import reading
 
 MAIN_ARM = "unlearned"
 SIDES = ("statistics/forget", "statistics/retain")
@@ -158,7 +163,7 @@ def gather(path: Path) -> RunData:
     if not path.is_dir():
         raise UserError("there is no such run directory", str(path), "give the directory that `trace-ds run` made")
     run = RunDirectory.at(path)
-    config = _read_yaml(run.config)
+    config = read_config(run.config)
     artefacts = {
         name: load(place / name, name.partition("/")[0], verify=False)
         for place, names in ((run.data.parent, ("data", *SIDES)), (run.path, ("calibration",)))
@@ -184,13 +189,8 @@ def gather(path: Path) -> RunData:
             "nothing to report: no stage has written anything here", str(path), "run `trace-ds run CONFIG` first"
         )
     name = str(config.get("name") or path.resolve().name)
-    summary: dict[str, Any] = next((artefacts[side].summary for side in SIDES if side in artefacts), {})
     some = retain or forget
-    layers = summary.get("layers") or list(range(some.counts_LE.shape[0] if some else 0))
-    with reading(
-        path / SIDES[0] / FILE_NAME, "the description of the artefact", "make it again with `trace-ds collect`"
-    ):
-        check(layers, list[int])
+    layers = next(filter(None, (read_layers(artefacts[side]) for side in SIDES if side in artefacts)), None)
     return RunData(
         path=path,
         name=name,
@@ -199,10 +199,10 @@ def gather(path: Path) -> RunData:
         artefacts=artefacts,
         forget=forget,
         retain=retain,
-        decoder_layers=layers,
+        decoder_layers=layers or list(range(some.counts_LE.shape[0] if some else 0)),
         references=references,
         arms=arms,
-        job=next(filter(None, map(_manifest, [path, *bases])), {}),
+        job=next(filter(None, map(read_manifest, [path, *bases])), {}),
     )
 
 
@@ -213,21 +213,19 @@ def _arm(label: str, base: Path, rule: str | None, headline: list[str]) -> Arm:
         made = load(base / "calibration", "calibration", verify=False)
         with reading(made.path or base, "the artefact", made.fix):
             arrays = load_file(made.file("calibration.safetensors")) if "calibration.safetensors" in made.files else {}
-        diagnosis = (
-            read(made.file("diagnosis.json"), DiagnosisShape, "calibrate") if "diagnosis.json" in made.files else {}
-        )
+        diagnosis = read_diagnosis(made)
         calibration = Calibration(arrays, diagnosis, made.content)
         rule = diagnosis.get("rule") or rule
     evaluations = _evaluations(base / "evaluation", headline)
     checkpoints = {step: each for name, each in evaluations.items() if (step := _step_of(name)) is not None}
     checkpoints = dict(sorted((_curve(base, headline) | checkpoints).items()))
-    return Arm(label, rule, calibration, _manifest(base).get("step"), checkpoints, evaluations.get(MAIN_ARM))
+    return Arm(label, rule, calibration, read_manifest(base).get("step"), checkpoints, evaluations.get(MAIN_ARM))
 
 
 def _evaluations(directory: Path, headline: list[str]) -> dict[str, Evaluation]:
     found = {}
     for path in sorted(directory.glob("*.json")) if directory.is_dir() else []:
-        raw = read(path, ResultShape, "evaluate")
+        raw = read_result(path)
         if "scores" not in raw:
             continue
         items = {task: logs for task, logs in (raw.get("items") or {}).items() if isinstance(logs, list)}
@@ -255,13 +253,8 @@ def _scores(entries: list[dict[str, Any]], model: str, headline: list[str]) -> l
 
 def _curve(base: Path, headline: list[str]) -> dict[int, Evaluation]:
     """What an unlearning job scored of itself, by step, from its newest checkpoint, or RUN/curve.json."""
-    points = (_manifest(base).get("cursor") or {}).get("curve") or []
-    if not points and (base / "curve.json").is_file():
-        points = read_curve(base / "curve.json")["curve"]
-        with reading(base / "curve.json", "the curve", "make it again with `trace-ds unlearn`"):
-            check(points, list[CurvePointShape])
     found = {}
-    for point in points:
+    for point in read_points(base):
         step, model = int(point["step"]), f"step_{point['step']}"
         if step and point["scores"]:  # at step 0 it is the original
             scores = _scores(point["scores"], model, headline)
@@ -269,22 +262,6 @@ def _curve(base: Path, headline: list[str]) -> dict[int, Evaluation]:
     return found
 
 
-def _manifest(base: Path) -> dict[str, Any]:
-    """Of the newest checkpoint; empty where there is none."""
-    newest = named_by(base / "checkpoints", "latest")
-    if newest is None or not (newest / "manifest.json").is_file():
-        return {}
-    return read(newest / "manifest.json", ManifestShape, "unlearn")
-
-
 def _step_of(stem: str) -> int | None:
     digits = stem.removeprefix("step_")
     return int(digits) if stem.startswith("step_") and digits.isdigit() else None
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    with reading(path, "the configuration", "restore the file"):
-        raw = yaml.safe_load(read_bytes(path).decode())
-        return dict(check(raw, RunShape))

@@ -1,6 +1,7 @@
 """What a report takes from each JSON and YAML file of a run, as types: a file of another shape is damaged.
 
-Keys that no report reads may be anything. ``read`` and ``check`` are the only way into such a file.
+Keys that no report reads may be anything. ``trace-ds inspect`` reads the same files by the same functions, so that both
+say the same line.
 """
 
 from __future__ import annotations
@@ -8,10 +9,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import yaml
 from pydantic import Field, TypeAdapter, ValidationError
 from typing_extensions import Required, TypedDict
 
-from trace_ds.run.foreign import read_object, reading
+from trace_ds.run.artefact import FILE_NAME, Artefact
+from trace_ds.run.curve import read_curve
+from trace_ds.run.foreign import named_by, read_bytes, read_object, reading
 
 Number = float | None
 Count = Annotated[int, Field(ge=0)] | None
@@ -150,8 +154,54 @@ def read(path: Path, shape: Any, verb: str) -> dict[str, Any]:
     raw = read_object(path, "the file", fix)
     with reading(path, "the file", fix):
         check(raw, shape)
-        for items in (raw.get("items") or {}).values() if shape is ResultShape else ():
+    return raw
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """``config.yaml``; empty where there is none."""
+    if not path.is_file():
+        return {}
+    with reading(path, "the configuration", "restore the file"):
+        raw = yaml.safe_load(read_bytes(path).decode())
+        return dict(check(raw, RunShape))
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """``evaluation/NAME.json``."""
+    raw = read(path, ResultShape, "evaluate")
+    with reading(path, "the file", "make it again with `trace-ds evaluate`"):
+        for items in (raw.get("items") or {}).values():
             for item in items:  # an answer is one of the choices
                 indices = [item.get(key) for key in ("answer", "predicted")] if item.get("choices") else []
                 _ = [item["choices"][index] for index in indices if isinstance(index, int)]
     return raw
+
+
+def read_diagnosis(made: Artefact) -> dict[str, Any]:
+    """``calibration/diagnosis.json``; empty where there is none."""
+    name = "diagnosis.json"
+    return read(made.file(name), DiagnosisShape, "calibrate") if name in made.files else {}
+
+
+def read_layers(made: Artefact) -> list[int] | None:
+    """The decoder layers that statistics are of."""
+    with reading((made.path or Path()) / FILE_NAME, "the description of the artefact", made.fix):
+        return check(made.summary.get("layers"), list[int] | None)
+
+
+def read_manifest(base: Path) -> dict[str, Any]:
+    """Of the newest checkpoint of a run or variant; empty where there is none."""
+    newest = named_by(base / "checkpoints", "latest")
+    if newest is None or not (newest / "manifest.json").is_file():
+        return {}
+    return read(newest / "manifest.json", ManifestShape, "unlearn")
+
+
+def read_points(base: Path) -> list[dict[str, Any]]:
+    """What an unlearning job scored of itself, step by step, from its newest checkpoint, or RUN/curve.json."""
+    points = (read_manifest(base).get("cursor") or {}).get("curve") or []
+    if not points and (base / "curve.json").is_file():
+        points = read_curve(base / "curve.json")["curve"]
+        with reading(base / "curve.json", "the curve", "make it again with `trace-ds unlearn`"):
+            check(points, list[CurvePointShape])
+    return points

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import json as json_module
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from typing import Any
 from trace_ds.checkpoints.manifest import MANIFEST, STEP, read_manifest
 from trace_ds.checkpoints.manifest import verify as verify_files
 from trace_ds.errors import UserError
+from trace_ds.reporting import shapes
 from trace_ds.run import artefact
 from trace_ds.run.directory import RunDirectory
 from trace_ds.tensors.model_files import (
@@ -121,6 +122,10 @@ def _artefact(path: Path, verify: bool, kind: str = "") -> Finding:
             raw = read_json_object(path / artefact.FILE_NAME, "the description of the artefact")
             kind = str(raw.get("kind", "unknown"))
         found = artefact.load(path, kind, verify=verify)
+        if kind == "calibration":
+            shapes.read_diagnosis(found)
+        elif kind == "statistics":
+            shapes.read_layers(found)
     except UserError as error:
         return Finding(path, "artefact", {"artefact": kind or "unknown"}, [error.line()])
     facts = {key: getattr(found, key) for key in ("identity", "content", "inputs", "settings", "summary")}
@@ -308,15 +313,22 @@ def _run(path: Path, verify: bool) -> Finding:
         if stale := [key for key, of in made_from[name].items() if made_of.get(key, content[of]) != content[of]]:
             parts[-1] |= {"state": "stale", "detail": f"made from another {' and '.join(stale)}"}
     parts += [_run_checkpoints(run, content["calibration"], verify), _model_part("model", run.model, verify)]
-    results = ", ".join(path.stem for path in sorted(run.evaluation.glob("*.json")))
-    parts.append({"name": "evaluation", "state": "done" if results else "missing", "detail": results})
+    of_run: list[tuple[str, Path, Callable[[Path], Any]]] = [
+        ("configuration", run.config, shapes.read_config),
+        ("curve", run.path / "curve.json", lambda file: shapes.read_points(file.parent)),
+    ]
+    read = [_read_part(name, [file], reader) for name, file, reader in of_run if file.exists()]
+    parts += [part for part in read if part["state"] == "damaged"]
+    parts.append(_read_part("evaluation", sorted(run.evaluation.glob("*.json")), shapes.read_result))
     written = (run.report / "index.html").is_file()
     parts.append({"name": "report", "state": "done" if written else "missing", "detail": ""})
     parts += [_model_part(f"finetune/{made.path.name}", made.model, verify) for made in run.finetuned_here()]
     for variant in sorted(run.variants.iterdir()) if run.variants.is_dir() else []:
         if variant.is_dir():
-            states = {part["name"]: part["state"] for part in _run(variant, verify).parts}
+            found_parts = _run(variant, verify).parts
+            states = {part["name"]: part["state"] for part in found_parts}
             detail = ", ".join(f"{name} {states[name]}" for name in ("calibration", "checkpoints", "model"))
+            detail = next((part["detail"] for part in found_parts if part["state"] == "damaged"), detail)
             worst = next((state for state in ("damaged", "stale") if state in states.values()), states["model"])
             parts.append({"name": f"variants/{variant.name}", "state": worst, "detail": detail})
     problems = [f"{part['name']}: {part['detail']}" for part in parts if part["state"] in ("damaged", "stale")]
@@ -324,6 +336,17 @@ def _run(path: Path, verify: bool) -> Finding:
     return Finding(
         path, "run", facts_of_run, problems, parts, _of_files(verify).replace("all files", "all parts' files")
     )
+
+
+def _read_part(name: str, files: list[Path], reader: Callable[[Path], Any]) -> dict[str, str]:
+    """Files that a report reads: damaged where it would refuse one."""
+    try:
+        for file in files:
+            reader(file)
+    except UserError as error:
+        return {"name": name, "state": "damaged", "detail": error.line()}
+    detail = ", ".join(file.stem for file in files)
+    return {"name": name, "state": "done" if files else "missing", "detail": detail}
 
 
 def _model_part(name: str, path: Path, verify: bool) -> dict[str, str]:
@@ -338,6 +361,10 @@ def _run_checkpoints(run: RunDirectory, calibration: str | None, verify: bool) -
     if found is None or found.problems:
         return _part("checkpoints", found, "")
     newest = found.facts["complete"][-1]
+    try:
+        shapes.read_points(run.path)
+    except UserError as error:
+        return {"name": "checkpoints", "state": "damaged", "detail": error.line()}
     if read_manifest(run.checkpoints / newest).calibration != calibration:
         return _part("checkpoints", found, "trained with another calibration", "stale")
     return _part("checkpoints", found, f"newest {newest}")
