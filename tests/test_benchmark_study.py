@@ -133,6 +133,22 @@ def test_a_curve_that_is_damaged_or_missing_is_one_line(
     assert not (other / "study.json").exists()
 
 
+def test_a_copy_without_its_links_is_read_alike(study: Path, recipe: Path, server: Server, tmp_path: Path) -> None:
+    """As by `cp -rL`: every link is a folder of its own."""
+    other = Path(shutil.copytree(study, tmp_path / "study"))
+    before = {name: (other / name).read_bytes() for name in ("study.json", "frontier.csv")}
+    for words in (["bench", recipe, "--run-dir", other, "--analyse"], ["bench", recipe, "--run-dir", other]):
+        result = server.run(words, tmp_path, **JOB)
+        assert result.returncode == 0 and not result.stderr, result
+        assert {name: (other / name).read_bytes() for name in before} == before
+    runs = [other / "seed_0", next((other / "seed_0" / "variants").iterdir())]
+    for words in [["report", runs[0]], *(["inspect", run] for run in runs)]:
+        theirs = [str(study / word.relative_to(other)) if isinstance(word, Path) else word for word in words]
+        ours, usual = (server.run(each, tmp_path, **JOB) for each in (words, theirs))
+        assert (ours.returncode, ours.stderr) == (usual.returncode, usual.stderr.replace(str(study), str(other)))
+        assert "Traceback" not in ours.stderr and usual.returncode in (0, 2)
+
+
 def test_a_changed_method_is_all_that_is_run_again(study: Path, recipe: Path, server: Server, tmp_path: Path) -> None:
     other = Path(shutil.copytree(study, tmp_path / "study", symlinks=True))
     before = {path: path.stat().st_mtime_ns for path in curves(other)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -17,6 +18,7 @@ import pytest
 import tiny
 import yaml
 from fake_run import write_run
+from forked import Server
 
 from trace_ds.cli import main
 from trace_ds.errors import UserError
@@ -30,6 +32,8 @@ from trace_ds.stages.inspect import inspect, inspect_path
 from trace_ds.stages.pipeline import Request, run_verb
 from trace_ds.stages.report import report
 from trace_ds.tensors.model_files import read_model_config
+
+OWN = "evaluation.tasks=[{name: own, type: lm_eval, task: own, include_path: tasks, role: forget}]"
 
 
 def special(folder: Path, kind: str) -> Path:
@@ -46,7 +50,44 @@ def special(folder: Path, kind: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize("kind", ["pipe", "socket", "folder", "device"])
+KINDS = ["pipe", "socket", "folder", "device"]
+SMALL_FILES = [  # places in a folder with config.yaml, corpora/ and model/, and what reads them
+    ("config.yaml", "prepare config.yaml"),
+    ("extra.json", "run config.yaml --set unlearning.ds_config=extra.json"),
+    ("model/config.json", "run config.yaml"),
+    ("model/config.json", "plan config.yaml"),
+    ("model/tokenizer.json", "run config.yaml"),
+    ("model/tokenizer.json", "prepare config.yaml"),
+    ("model/tokenizer_config.json", "prepare config.yaml"),
+    ("model/model.safetensors.index.json", "run config.yaml"),
+    ("corpora/forget.jsonl", "prepare config.yaml"),
+    ("corpora/questions_forget.jsonl", "run config.yaml"),
+    ("tasks/own.yaml", f"run config.yaml --set '{OWN}'"),
+]
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "gigantic"])
+@pytest.mark.parametrize(("place", "words"), SMALL_FILES)
+def test_no_command_waits_for_a_special_file_or_reads_a_gigantic_one(
+    server: Server, tiny_model: Path, tmp_path: Path, place: str, words: str, kind: str
+) -> None:
+    shutil.copytree(tiny_model, tmp_path / "model")
+    tiny.write_config(tmp_path, tmp_path / "model")
+    path = tmp_path / place
+    path.parent.mkdir(exist_ok=True)
+    path.unlink(missing_ok=True)
+    if kind == "gigantic":
+        path.touch()
+        os.truncate(path, 1 << 40)
+    else:
+        special(tmp_path, kind).rename(path)
+    result = server.run(shlex.split(words), tmp_path)
+    lines = result.stderr.strip().splitlines()
+    assert result.returncode == 2 and len(lines) == 1 and lines[0].startswith("trace-ds: error: "), result
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_only_regular_files_are_read(tmp_path: Path, kind: str) -> None:
     path = special(tmp_path, kind)
     with pytest.raises(UserError, match=f"{kind}: the DeepSpeed configuration cannot be read"):

@@ -75,6 +75,7 @@ VerboseOption = Annotated[
         "--verbose", "-v", callback=_be_verbose, help="All that goes into the logs; default: one line a stage."
     ),
 ]
+NO_MEMORY = "there is not enough memory for this. Fix: smaller input or batches, or a machine with more"
 JsonOption = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 
 
@@ -102,7 +103,7 @@ def main() -> None:
             fix = "a program was looked for: change or take out the PATH entries that cannot be read"
         _fail(UserError(str(error.strerror), where, fix).line(), EXIT_USER_ERROR)
     except MemoryError:
-        _fail("there is not enough memory for this. Fix: smaller input or batches, or a machine with more", 2)
+        _fail(NO_MEMORY, 2)
     except typer.Exit as end:
         _end(end.exit_code)
     except (typer.Abort, KeyboardInterrupt):
@@ -114,6 +115,8 @@ def main() -> None:
             _end(2)
         if type(error).__name__ == "AgreedError":  # the main process says it
             _end(2)
+        if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):  # torch's, GPU and CPU
+            _fail(NO_MEMORY, 2)
         raise
     _end(status if isinstance(status, int) else 0)
 

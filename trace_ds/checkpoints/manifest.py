@@ -13,7 +13,7 @@ from typing import Any
 
 from trace_ds.errors import UserError
 from trace_ds.run.files import require_files, write_json, write_text
-from trace_ds.run.foreign import file_entries, read_object, text_values, typed
+from trace_ds.run.foreign import file_entries, pointed, read_object, text_values, typed
 from trace_ds.run.ours import MANIFEST
 
 LATEST = "latest"
@@ -124,7 +124,7 @@ def wrong_latest(checkpoints: Path, steps: list[int]) -> list[str]:
     pointer = checkpoints / LATEST
     if not pointer.is_file():
         return []
-    named = pointer.read_text(encoding="utf-8", errors="replace").strip()
+    named = pointed(pointer)
     match = STEP.fullmatch(named)
     known = match is not None and int(match[1]) in steps
     return [] if known else [f"{pointer}: names {named!r}, which is not a complete checkpoint"]
@@ -133,5 +133,5 @@ def wrong_latest(checkpoints: Path, steps: list[int]) -> list[str]:
 def point_latest(checkpoints: Path, step: int) -> None:
     """Make ``latest`` name this step (untouched when it does)."""
     pointer, text = checkpoints / LATEST, step_name(step) + "\n"
-    if not pointer.is_file() or pointer.read_bytes() != text.encode():
+    if not pointer.is_file() or pointed(pointer) != step_name(step):
         write_text(pointer, text)

@@ -31,7 +31,7 @@ from trace_ds.config.schema import Config
 from trace_ds.errors import UserError
 from trace_ds.run.directory import unwritable
 from trace_ds.run.files import write_json
-from trace_ds.run.foreign import read_object
+from trace_ds.run.foreign import read_bytes, read_object
 from trace_ds.run.ours import MARKER
 from trace_ds.stages.by_name import with_expert_parallel_sizes
 from trace_ds.stages.pipeline import Request, check_early
@@ -150,7 +150,7 @@ def render(request: Request, folder: Path) -> None:
     for name in SCRIPTS:
         shutil.copy(scripts / name, folder / "slurm" / name)
     site = site_file()
-    (folder / "slurm" / "site.env").write_bytes(b"" if site is None else site.read_bytes())
+    (folder / "slurm" / "site.env").write_bytes(b"" if site is None else read_bytes(site, MAX_SITE_BYTES))
 
 
 def site_file() -> Path | None:

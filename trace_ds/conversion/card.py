@@ -71,8 +71,10 @@ def copy_companions(base_model: Path, destination: Path, dtype: str) -> None:
         if path.name != CONFIG_NAME:
             shutil.copyfile(path, destination / path.name)
     tokenizer = destination / "tokenizer_config.json"
-    if tokenizer.is_file() and b'"auto_map"' in tokenizer.read_bytes():
-        settings = read_object(tokenizer, "the tokenizer's configuration", "copy the model again")
+    settings = (
+        read_object(tokenizer, "the tokenizer's configuration", "copy the model again") if tokenizer.is_file() else {}
+    )
+    if "auto_map" in settings:
         write_json(tokenizer, {key: value for key, value in settings.items() if key != "auto_map"})
 
 

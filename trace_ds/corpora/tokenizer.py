@@ -18,6 +18,7 @@ import numpy as np
 
 from trace_ds.errors import UserError
 from trace_ds.run.files import canonical_json, sha256_file, sha256_text
+from trace_ds.run.foreign import MAX_BYTES, read_bytes
 from trace_ds.run.hub_names import no_directory
 
 if TYPE_CHECKING:
@@ -74,7 +75,11 @@ def tokenizer_fingerprint(path: str | Path) -> str:
         fix = "set model.path (or model.tokenizer) to a directory on this machine"
         raise no_directory(path, "there is no directory with a tokenizer", fix)
     names = (*TOKENIZER_FILES, *(item.name for item in sorted(directory.glob("*.tiktoken"))))
-    found = {name: sha256_file(directory / name) for name in names if (directory / name).is_file()}
+    files = {name: directory / name for name in names if (directory / name).is_file()}
+    for file in files.values():
+        if file.stat().st_size > MAX_BYTES:
+            raise UserError(f"more than {MAX_BYTES:,} bytes: no file of a tokenizer", str(file), "copy it again")
+    found = {name: sha256_file(file) for name, file in files.items()}
     if not any(name in VOCABULARY_FILES or name.endswith(".tiktoken") for name in found):
         raise UserError(
             "there is no tokenizer here (tokenizer.json or tokenizer.model)", str(path), "set model.tokenizer"
@@ -88,7 +93,7 @@ def check_tokenizer(path: str | Path, vocabulary: int | None) -> None:
     file = Path(path) / "tokenizer.json"
     if file.is_file():
         try:
-            raw = json.loads(file.read_bytes())
+            raw = json.loads(read_bytes(file))
             known = raw["model"].get("vocab", ())
             ids = known.values() if isinstance(known, dict) else range(len(known))
             largest = max([-1, *ids, *(token["id"] for token in raw.get("added_tokens") or ())])

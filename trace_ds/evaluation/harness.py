@@ -47,11 +47,13 @@ from trace_ds.errors import UserError
 from trace_ds.evaluation.language_model import Diverged, LanguageModel, Sequence
 from trace_ds.evaluation.metrics import TASK_METRICS
 from trace_ds.run.files import canonical_json, sha256_file, sha256_text
+from trace_ds.run.foreign import read_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 INSTALL = "pip install 'trace-ds[lm-eval]'"
+MAX_TASK_BYTES = 1 << 24
 NAMED_TASKS = 6  # of a group, in a message
 COMMIT = re.compile(r"[0-9a-f]{40}")  # the folder that `datasets` keeps a data set of the hub in
 FETCH = "`trace-ds fetch CONFIG` where there is a network (gated data: log in first)"
@@ -99,7 +101,11 @@ def check_template(config: TaskConfig, tokenizer: PreTrainedTokenizerBase) -> No
 
 
 def _yaml_files(include: str) -> list[Path]:
-    return [path for path in sorted(Path(include).rglob("*.yaml")) if path.is_file()]
+    return [path for path in sorted(Path(include).rglob("*.yaml")) if not path.is_dir()]
+
+
+def _task_text(path: Path) -> str:
+    return read_text(path, "the task", "correct the file, or take it out of the folder", MAX_TASK_BYTES)
 
 
 def _check_yaml(path: Path) -> None:
@@ -108,9 +114,7 @@ def _check_yaml(path: Path) -> None:
     import yaml
 
     try:
-        node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-    except UnicodeDecodeError as error:
-        raise UserError(f"the file is not text ({error.reason})", str(path), "save it as UTF-8") from None
+        node = yaml.compose(_task_text(path), Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or str(error)
         line = f" line {mark.line + 1}" if mark is not None else ""
@@ -165,7 +169,11 @@ def _place(error: BaseException, config: TaskConfig) -> str:
     if frames:
         return f"{frames[-1].filename} line {frames[-1].lineno}"
     names = re.compile(rf"(?m)^(task|group):\s*['\"]?{re.escape(str(config.task))}['\"]?\s*$")
-    files = [path for path in _yaml_files(config.include_path) if names.search(path.read_text(encoding="utf-8"))]
+    files = [
+        path
+        for path in _yaml_files(config.include_path)
+        if names.search(read_text(path, "the task", "correct the file", MAX_TASK_BYTES))
+    ]
     return str(files[0]) if files else config.include_path
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import errno
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -216,9 +217,15 @@ def join(threads: int, timeout_minutes: float, *, on_cpu: bool = False) -> World
     if cuda:
         check_local_processes(torch.cuda.device_count())
     if not dist.is_initialized():
-        deepspeed.init_distributed(
-            dist_backend="nccl" if cuda else "gloo", timeout=timedelta(minutes=timeout_minutes), verbose=False
-        )
+        try:
+            deepspeed.init_distributed(
+                dist_backend="nccl" if cuda else "gloo", timeout=timedelta(minutes=timeout_minutes), verbose=False
+            )
+        except RuntimeError as error:
+            if os.strerror(errno.EAGAIN) not in str(error):
+                raise
+            fix = "lower it, or raise the limits on threads and memory (ulimit -u, ulimit -v)"
+            raise UserError(f"no more than {threads} threads can be started", "distributed.threads", fix) from None
         _joined.append(True)
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if cuda:

@@ -55,12 +55,14 @@ class Collection:
         directory: Path,
     ) -> None:
         self.engine, self.world, self.dataset, self.recording = engine, world, dataset, recording
-        self.batch_rows, self.directory, self.experts = batch_rows, directory, experts
+        self.directory, self.experts = directory, experts
         self.layers = moe_decoder_layers(engine.module)
         self.begin, self.end = (len(dataset) * rank // world.size for rank in (world.rank, world.rank + 1))
         self.first_token = int(dataset.row_starts_R1[self.begin])
         self.tokens = int(dataset.row_starts_R1[self.end]) - self.first_token
-        self.batches = world.max_int(-(-(self.end - self.begin) // batch_rows))
+        rows = world.max_int(self.end - self.begin)  # of the rank that has most
+        self.batch_rows = min(batch_rows, rows)
+        self.batches = -(-rows // self.batch_rows)
         self.counter = RoutingCounter(len(self.layers), experts, top_k, world.device)
         self.sampled = self._sampled() if recording.sample_tokens else np.zeros(0, dtype=np.int64)
         self.parts: dict[str, np.ndarray] = {}

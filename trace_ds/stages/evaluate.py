@@ -353,4 +353,4 @@ def _tell(job: EvaluateJob, run: RunDirectory, log: StageLog) -> None:
 
     results = [read_result(run.evaluation / f"{subject.name}.json") for subject in job.subjects]
     scored = [result for result in results if result is not None]
-    log.done(f"{len(scored)} models: {change(scored, ORIGINAL, UNLEARNED)}")
+    log.done(f"{len(scored)} models: {change(scored, ORIGINAL, UNLEARNED) or 'no tasks'}")

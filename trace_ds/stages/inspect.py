@@ -24,6 +24,7 @@ from trace_ds.errors import UserError
 from trace_ds.reporting import shapes
 from trace_ds.run import artefact
 from trace_ds.run.directory import RunDirectory
+from trace_ds.run.foreign import pointed
 from trace_ds.tensors.model_files import (
     CONFIG_NAME,
     INDEX_NAME,
@@ -183,7 +184,7 @@ def _checkpoints(path: Path, verify: bool) -> Finding:
         parts.append(part)
         problems += found.problems if part["state"] == "damaged" else []
     latest = path / "latest"
-    named = latest.read_text(encoding="utf-8", errors="replace").strip() if latest.is_file() else None
+    named = pointed(latest) if latest.is_file() else None
     if named not in complete:
         problems.append(f"{latest}: names {named!r}, which is not a complete checkpoint")
     facts = {"latest": named, "complete": complete}

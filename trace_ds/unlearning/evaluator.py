@@ -80,7 +80,9 @@ def score_rows(engine: Any, sides: Mapping[str, FixedRows], world: World, batch_
 def _row_sums(engine: Any, fixed: FixedRows, world: World, batch_rows: int) -> np.ndarray:
     """This rank's [Σ NLL, counted tokens, experts in common, experts chosen] as float64."""
     mine = fixed.rows[world.rank :: world.size]
-    passes = math.ceil(len(fixed.rows) / (world.size * batch_rows))  # the same on every rank
+    most = math.ceil(len(fixed.rows) / world.size)  # the same on every rank
+    batch_rows = min(batch_rows, most)
+    passes = math.ceil(most / batch_rows)
     filled = np.full(passes * batch_rows, -1, dtype=np.int64)
     filled[: len(mine)] = mine
     sums = np.zeros(4)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field, field_validator
 
@@ -184,8 +184,9 @@ class UnlearningConfig(TrainingConfig):
     steps: Integer = Field(100, ge=1)
     forget_rows: Integer = Field(8, ge=1, description="Forget rows per step, over all processes.")
     retain_rows: Integer = Field(8, ge=1, description="Retain rows per step, over all processes.")
-    keep: Literal[0] | Annotated[Integer, Field(ge=2)] = Field(
+    keep: Integer = Field(
         2,
+        ge=0,
         description="Checkpoints kept; never fewer than the newest two. 0: none once the job is done, also where the "
         "model breaks down on the way: RUN/curve.json is what it leaves, as in a study.",
     )
@@ -201,6 +202,13 @@ class UnlearningConfig(TrainingConfig):
     trainable: TrainableConfig = TrainableConfig()
     seuf: SEUFConfig | None = Field(None, description="The baseline SEUF, with any losses; default: off.")
     grip: GRIPConfig | None = Field(None, description="The baseline GRIP, with any losses; default: off.")
+
+    @field_validator("keep")
+    @classmethod
+    def _keeps_two(cls, keep: int) -> int:
+        if keep == 1:
+            raise ValueError("must be 0, or 2 or more")
+        return keep
 
     def last_layer(self, decoder_layers: int) -> int | None:
         """The decoder layer at which both losses end; None when one of them needs the logits."""
