@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -61,7 +60,6 @@ REFUSED = [
     ("calibration.ess_floor=1.01", "less than or equal to 1"),
     ("calibration.clip=1", "greater than 1"),
     ("calibration.detection.min_ratio=0", "greater than 0"),
-    ("calibration.detection.layers=[0, 99]", "layer 99 is not one of the model's 3 MoE layers"),
     ("evaluation.max_new_tokens=0", "greater than or equal to 1"),
     (f"evaluation.nproc={HUGE}", f"{HUGE} processes on this machine"),
     (f"distributed.nproc={HUGE}", f"{HUGE} processes on this machine"),
@@ -108,7 +106,8 @@ def test_rows_of_any_length_hold_every_token(server: Server, done: Path, tmp_pat
         json.loads((run / "data/artefact.json").read_text())["summary"]
         for run in (done.parent / "run", tmp_path / "run")
     )
-    assert usual["documents"] == found["documents"] and usual["tokens"] == found["tokens"]
+    for side in ("forget", "retain"):
+        assert all(usual[side][key] == found[side][key] for key in ("documents", "tokens"))
 
 
 UNIFORM = "the rule raking gave uniform weights"
@@ -120,6 +119,7 @@ CALIBRATE = [
     (["calibration.detection.min_ratio=1e38"], ""),
     (["calibration.detection.min_ratio=1e38", "calibration.if_none_found=stop"], "no forget-critical expert"),
     (["calibration.detection.min_ratio=1e-300"], ""),
+    (["calibration.detection.layers=[0, 99]"], "layer 99 is not one of the model's 3 MoE layers"),
     (["calibration.detection.method=top_ratio", f"calibration.detection.top_n={HUGE}"], ""),
     ([f"calibration.draw={HUGE}", "calibration.rule=random_experts"], ""),
 ]
@@ -134,8 +134,9 @@ def test_weights_are_whole_and_above_the_floor(
     assert (tmp_path / "run/calibration").exists() == (not message)
     if not message:
         w = np.load(tmp_path / "run/calibration/row_weights.npy").astype(np.float64)
+        w = w[w > 0]  # a row without a counted token has none
         floor = 1 if "calibration.ess_floor=1" in changes else 1e-300 if "e-300" in changes[0] else 0.5
-        assert np.isfinite(w).all() and (w >= 0).all() and w.sum() ** 2 / (len(w) * (w * w).sum()) > floor - 1e-3
+        assert np.isfinite(w).all() and len(w) > 30 and w.sum() ** 2 / (len(w) * (w * w).sum()) > floor - 1e-3
 
 
 NOT_FINITE = "is not finite"
@@ -154,7 +155,7 @@ UNLEARN: list[tuple[list[str], list[str] | str]] = [  # changes -> the checkpoin
     (["unlearning.rmu.layer=0"], STEPS),
     (["unlearning.rmu.layer=2"], STEPS),
     ([f"seed={2**63 - 1}"], STEPS),
-    (["unlearning.gamma=3e38"], NOT_FINITE),
+    (["unlearning.gamma=3e38"], STEPS),
     (["unlearning.rmu.coefficient=3e38"], NOT_FINITE),
     (["unlearning.optimizer.lr=1e30"], NOT_FINITE),
     (["unlearning.optimizer.lr=3e38"], NOT_FINITE),
@@ -176,29 +177,29 @@ def test_checkpoints_are_there_and_none_of_a_model_that_diverged(
         assert (result.returncode, made) == (0, outcome), result
 
 
-Check = Callable[[Path], bool]
-
-
 def scores(run: Path, model: str) -> list[float | None]:
     return [score["value"] for score in json.loads((run / f"evaluation/{model}.json").read_text())["scores"]]
 
 
-EVALUATE: list[tuple[list[str], Check]] = [
-    (["evaluation.tasks=[]"], lambda run: scores(run, "unlearned") == []),
-    ([VERBATIM, "evaluation.max_new_tokens=1"], lambda run: len(scores(run, "unlearned")) > 0),
-    ([VERBATIM, f"evaluation.max_new_tokens={HUGE}"], lambda run: len(scores(run, "unlearned")) > 0),
-    (["evaluation.batch_rows=1"], lambda run: len(scores(run, "unlearned")) == 4),
-    ([f"evaluation.batch_rows={HUGE}"], lambda run: len(scores(run, "unlearned")) == 4),
+EVALUATE = [  # changes, and whether the scores are those of the whole run
+    (["evaluation.tasks=[]"], False),
+    ([VERBATIM, "evaluation.max_new_tokens=1"], False),
+    ([VERBATIM, f"evaluation.max_new_tokens={HUGE}"], False),
+    (["evaluation.batch_rows=1"], True),
+    ([f"evaluation.batch_rows={HUGE}"], True),
 ]
 
 
-@pytest.mark.parametrize(("changes", "check"), EVALUATE)
+@pytest.mark.parametrize(("changes", "same"), EVALUATE)
 def test_scores_of_no_task_and_of_many_at_once(
-    server: Server, done: Path, tmp_path: Path, changes: list[str], check: Check
+    server: Server, done: Path, tmp_path: Path, changes: list[str], same: bool
 ) -> None:
     parts = ("data", "statistics", "calibration", "checkpoints", "model")
     result = start(server, done, tmp_path, "evaluate", changes, *parts)
-    assert result.returncode == 0 and check(tmp_path / "run"), result
+    assert result.returncode == 0, result
+    found = scores(tmp_path / "run", "unlearned")
+    assert (found == []) == ("evaluation.tasks=[]" in changes)
+    assert not same or found == pytest.approx(scores(done.parent / "run", "unlearned"))
 
 
 @pytest.mark.parametrize(("size", "files"), [("1B", None), ("1TB", 1)])
