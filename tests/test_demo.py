@@ -64,7 +64,7 @@ def test_the_model_knew_it_and_forgets_it(demo: Path) -> None:
 def test_it_leaves_the_whole_run_directory(demo: Path) -> None:
     records = json.loads((demo / "report" / "scores.json").read_text())
     assert {"original", "gold", "unlearned", "uniform", "trace_loss"} <= {item["model"] for item in records}
-    assert all(set(item) == {"model", "task", "metric", "value"} for item in records)
+    assert all(set(item) == {"model", "task", "metric", "value", "headline"} for item in records)
     page = (demo / "report" / "index.html").read_text()
     assert "http://" not in page.replace("http://www.w3.org", "") and "elements" in page
     manifest = json.loads((demo / "checkpoints" / "step_000100" / "manifest.json").read_text())

@@ -295,9 +295,9 @@ def test_a_task_without_its_data_is_refused_before_the_first_stage(place: Place,
     tasks = [{"name": "bio", "type": "lm_eval", "task": "wmdp_bio", "role": "forget"}]
     config = written(tmp_path, str(place.models / "model"), evaluation__tasks=tasks)
     line = refuse(place.server, tmp_path, "run", config, time_s=120)  # lm-eval reads thousands of files
-    assert "lm-eval cannot read wmdp_bio" in line
+    assert "lm-eval cannot run the task wmdp_bio" in line
     line = refuse(place.server, tmp_path, "submit", config, time_s=120)
-    assert "cais/wmdp (wmdp-bio), which lm-eval's wmdp_bio asks, is not in the cache" in line
+    assert "cais/wmdp (wmdp-bio), which lm-eval's wmdp_bio needs, is not in the cache" in line
 
 
 @pytest.mark.parametrize(
