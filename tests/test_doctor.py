@@ -184,8 +184,10 @@ def test_automatic_sizes_fit_the_machine(tmp_path: Path, tiny_model: Path, monke
 
 def test_a_damaged_model_and_tokenizer(tmp_path: Path, model: Path) -> None:
     config = loaded(tmp_path, model)
+    tokenizer = (model / "tokenizer.json").read_bytes()
     (model / "tokenizer.json").write_text("{", encoding="utf-8")
     only_fault(share_checks(config, tmp_path / "run"), "its own checks", "tokenizer")
+    (model / "tokenizer.json").write_bytes(tokenizer)
     weights = (model / "model.safetensors").read_bytes()
     (model / "model.safetensors").write_bytes(weights[:-10])
     only_fault(share_checks(config, tmp_path / "run"), "truncated", "model.safetensors")

@@ -330,7 +330,7 @@ MISTAKES: dict[str, tuple[dict[str, Any] | str, str]] = {  # keys changed in a t
     "list": ("- task: own\n", "lm-eval knows no task 'own', and no file in .* defines it"),
     "syntax": ("task: own\nnum_fewshot: [0\n", r"own.yaml line 3: the file is not valid YAML .expected"),
     "tab": ("task: own\n\tnum_fewshot: 0\n", r"own.yaml line 2: the file is not valid YAML"),
-    "bytes": ("task: \udcff\n", "own.yaml: the task is damaged ("),
+    "bytes": ("task: \udcff\n", "own.yaml: the task is damaged"),
 }
 
 

@@ -314,10 +314,13 @@ def run_check(config: Config, run_dir: Path, world_size: int | None) -> str:
     Args:
         world_size: processes of the job when a launcher started it; None: `run` would start them here.
     """
+    from trace_ds.run import artefact
     from trace_ds.run.directory import RunDirectory
     from trace_ds.stages.pipeline import Request, check_early
 
     run = RunDirectory.at(run_dir)
     for verb in ("run",) if run.parent is None else ("calibrate", "unlearn", "evaluate"):  # in a variant's directory
         check_early(verb, Request(config, run), world_size, download=False)
+    if run.parent is not None:
+        artefact.load(run.data, "data", verify=False)
     return f"{len(config.evaluation.tasks)} tasks, {len(config.variants)} variants"
