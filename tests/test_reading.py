@@ -51,13 +51,15 @@ def special(folder: Path, kind: str) -> Path:
 
 
 KINDS = ["pipe", "socket", "folder", "device"]
-SMALL_FILES = [  # places in a folder with config.yaml, corpora/ and model/, and what needs them
+SMALL_FILES = [  # places in a folder with config.yaml, corpora/ and model/, and what reads them
     ("config.yaml", "prepare config.yaml"),
     ("extra.json", "run config.yaml --set unlearning.ds_config=extra.json"),
     ("model/config.json", "run config.yaml"),
     ("model/config.json", "plan config.yaml"),
     ("model/tokenizer.json", "run config.yaml"),
     ("model/tokenizer.json", "prepare config.yaml"),
+    ("model/tokenizer_config.json", "prepare config.yaml"),
+    ("model/model.safetensors.index.json", "run config.yaml"),
     ("corpora/forget.jsonl", "prepare config.yaml"),
     ("corpora/questions_forget.jsonl", "run config.yaml"),
     ("tasks/own.yaml", f"run config.yaml --set '{OWN}'"),
@@ -122,20 +124,24 @@ def test_a_file_is_read_again_when_it_has_changed(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_run_reads_each_file_once(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    opened: Counter[str] = Counter()
+    opened: Counter[tuple[str, str]] = Counter()  # (path, why)
     open_regular = foreign.open_regular
 
-    def counted(path: Path) -> Any:
-        opened[os.path.realpath(path)] += 1
-        return open_regular(path)
+    def counted(why: str) -> Any:
+        def count(path: Path) -> Any:
+            opened[os.path.realpath(path), why] += 1
+            return open_regular(path)
 
-    monkeypatch.setattr(files, "open_regular", counted)  # by which hashes are made
-    monkeypatch.setattr(foreign, "open_regular", counted)  # by which JSON is read
-    config, run = tiny.write_config(tmp_path, tiny_model), tmp_path / "run"
+        return count
+
+    monkeypatch.setattr(files, "open_regular", counted("hash"))
+    monkeypatch.setattr(foreign, "open_regular", counted("JSON"))
+    shutil.copytree(tiny_model, tmp_path / "base")  # which no test before this one has read in this process
+    config, run = tiny.write_config(tmp_path, tmp_path / "base"), tmp_path / "run"
     assert run_verb("run", Request.load(str(config), [], run)) == 0
-    once = [path for path in opened if Path(path).parts[-2] in (tiny_model.name, "data", "corpora")]
-    assert {Path(path).name for path in once} >= {"config.json", "tokenizer.json", "forget.arrow", "forget.jsonl"}
-    assert {path: opened[path] for path in once if opened[path] > 1} == {}
+    once = [key for key in opened if Path(key[0]).parts[-2] in ("base", "data", "corpora")]
+    assert {Path(path).name for path, _ in once} >= {"config.json", "tokenizer.json", "forget.arrow", "forget.jsonl"}
+    assert {key: opened[key] for key in once if opened[key] > 1} == {}
 
 
 # ------------------------------------------------------------------------------------------------ altered artefacts

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from trace_ds.errors import UserError
-from trace_ds.run.files import canonical_json, sha256_file, sha256_text
+from trace_ds.run.files import canonical_json, once_a_process, sha256_file, sha256_text
 from trace_ds.run.foreign import MAX_BYTES, read_bytes
 from trace_ds.run.hub_names import no_directory
 
@@ -75,8 +75,10 @@ def tokenizer_fingerprint(path: str | Path) -> str:
         fix = "set model.path (or model.tokenizer) to a directory on this machine"
         raise no_directory(path, "there is no directory with a tokenizer", fix)
     names = (*TOKENIZER_FILES, *(item.name for item in sorted(directory.glob("*.tiktoken"))))
-    files = {name: directory / name for name in names if (directory / name).is_file()}
+    files = {name: directory / name for name in names if os.path.lexists(directory / name)}
     for file in files.values():
+        if not file.is_file():  # to take it for absent could change the tokens without a word
+            raise UserError("this is not a regular file", str(file), "copy the tokenizer again")
         if file.stat().st_size > MAX_BYTES:
             raise UserError(f"more than {MAX_BYTES:,} bytes: no file of a tokenizer", str(file), "copy it again")
     found = {name: sha256_file(file) for name, file in files.items()}
@@ -91,25 +93,27 @@ def check_tokenizer(path: str | Path, vocabulary: int | None) -> None:
     """The tokenizer is there, and has no id that a model of ``vocabulary`` embeddings lacks; :class:`UserError`."""
     tokenizer_fingerprint(path)
     file = Path(path) / "tokenizer.json"
-    if file.is_file():
-        try:
-            raw = json.loads(read_bytes(file))
-            known = raw["model"].get("vocab", ())
-            ids = known.values() if isinstance(known, dict) else range(len(known))
-            largest = max([-1, *ids, *(token["id"] for token in raw.get("added_tokens") or ())])
-            too_large = vocabulary is not None and largest >= vocabulary
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            reason = f"{type(error).__name__}: {str(error)[:80]}"
-            raise UserError(f"the tokenizer is damaged ({reason})", str(file), "copy it again") from None
-    else:
-        largest = len(load_tokenizer(path)) - 1
-        too_large = vocabulary is not None and largest >= vocabulary
-    if too_large:
+    largest = _largest_id(file) if file.is_file() else len(load_tokenizer(path)) - 1
+    if vocabulary is not None and largest >= vocabulary:
         raise UserError(
             f"the tokenizer has ids up to {largest}, the model embeddings for {vocabulary} only",
             str(path),
             "set model.tokenizer to the model's own",
         )
+
+
+@once_a_process
+def _largest_id(file: Path) -> int:
+    """The largest token id of a tokenizer.json (-1: it has none)."""
+    try:
+        raw = json.loads(read_bytes(file))
+        vocabulary = raw["model"].get("vocab", ())
+        ids = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
+        largest = max([-1, *ids, *(token["id"] for token in raw.get("added_tokens") or ())])
+        return int(largest)
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        reason = f"{type(error).__name__}: {str(error)[:80]}"
+        raise UserError(f"the tokenizer is damaged ({reason})", str(file), "copy it again") from None
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:

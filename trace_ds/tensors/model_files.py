@@ -19,6 +19,7 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import re
 import struct
 from collections.abc import Iterator
@@ -200,7 +201,7 @@ def read_model_directory(path: str | Path) -> ModelFiles:
     directory = Path(path)
     config = read_model_config(directory)
     index_path = directory / INDEX_NAME
-    if index_path.is_file():
+    if os.path.lexists(index_path):  # also what is no regular file: reading it says so
         placed = _read_index(index_path)
         files = tuple(sorted(set(placed.values())))
     elif (directory / SINGLE_NAME).is_file():
