@@ -1,5 +1,6 @@
 # make demo    the whole method on real text, in minutes, on this machine
-# make test    all tests
+# make test    the tests that take seconds each: six minutes on two cores
+# make test-all  those and the slow ones (SLURM, browser, recipes, kills, the demo): twenty minutes
 # make check   style, types, shell scripts, docs, tests
 # make docs    the pages as a site, in build/docs
 # make matrix  every task with every model, as tiny replicas (a quarter of an hour)
@@ -9,17 +10,22 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTEST_FLAGS ?= --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
-.PHONY: demo test matrix check style types shell docs pythons clean
+.PHONY: demo test test-slow test-all matrix check style types shell docs pythons clean
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.installed
 	$(BIN)/trace-ds demo
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest --durations=40 $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -m "not slow" --durations=40 $(PYTEST_FLAGS)
+
+test-slow: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m slow --durations=40 $(PYTEST_FLAGS)
+
+test-all: test test-slow
 
 matrix: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m matrix tests/test_recipe_runs.py
+	$(BIN)/python -m pytest -m matrix tests/end_to_end/test_recipe_runs.py
 
 check: style types shell docs test
 

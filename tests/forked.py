@@ -35,7 +35,7 @@ from types import SimpleNamespace
 from typing import Any, NoReturn
 
 from command import environment, tree
-from distributed import CONTEXT, PRELOADED
+from processes import CONTEXT, PRELOADED
 
 MEMORY_BYTES = 1 << 30
 TIME_S = 20

@@ -77,7 +77,16 @@ def try_one(python: Path, folder: Path, *pinned: str) -> str:
     runner = ("pytest", "pytest-timeout", "hypothesis") if pinned else ()
     call(folder, sys.executable, "-m", "uv", "pip", "install", "--quiet", "--python", own, ROOT, *pinned, *runner)
     if pinned:
-        call(folder, own, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(ROOT / "tests" / name for name in TESTS))
+        call(
+            folder,
+            own,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            *(ROOT / "tests" / "distributed" / name for name in TESTS),
+        )
     call(folder, own, ROOT / "tests" / "tiny.py", folder)
 
     def trace_ds(verb: str, run: str, steps: int) -> str:

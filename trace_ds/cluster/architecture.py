@@ -4,7 +4,7 @@
     count_parameters(architecture).total          # 46702792704
 
 Counted by hand from the modules each family is made of and checked against the models of transformers on the
-meta device (tests/test_plan.py). Buffers (rotary frequencies, DeepSeek-V3's score-correction bias) are not
+meta device (tests/unit/test_plan.py). Buffers (rotary frequencies, DeepSeek-V3's score-correction bias) are not
 parameters, and DeepSeek-V3's multi-token-prediction module is not part of the model that is trained.
 """
 

@@ -11,7 +11,7 @@ experts; T tokens of a micro-batch; h hidden size, f expert width, K experts per
 ``docs/plan.md`` has the table of the parts. What DeepSpeed 0.19.8 keeps was read in its source: ZeRO-1 shards the
 optimizer, ZeRO-2 the gradients too, ZeRO-3 the parameters too, of which it gathers a layer's for its computation and
 keeps up to ``stage3_max_live_parameters``. What torch keeps for the backward pass of a decoder layer (Hugging Face
-modules, SDPA attention) is compared with the tensors torch really saves in tests/test_plan.py.
+modules, SDPA attention) is compared with the tensors torch really saves in tests/unit/test_plan.py.
 """
 
 from __future__ import annotations

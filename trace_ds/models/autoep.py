@@ -74,7 +74,7 @@ def readable_recorders() -> Iterator[None]:
 
     Since 5.23 it takes the model itself as the key of ``get`` and ``[]``, on which AutoEP of DeepSpeed 0.19.8 fails (or
     leaves its own entries behind for every other model). To be deleted with the first DeepSpeed that knows it:
-    ``tests/test_autoep.py`` says when.
+    ``tests/distributed/test_autoep.py`` says when.
     """
     from transformers.utils import output_capturing
 

@@ -1,0 +1,402 @@
+"""Routing statistics: exact against brute force on any cluster shape, refused when they do not belong to the job."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jobs
+import numpy as np
+import pytest
+import tiny
+from processes import run_distributed
+
+from trace_ds.config.load import load_config
+from trace_ds.corpora.dataset import FlatArray, TokenDataset
+from trace_ds.errors import UserError
+from trace_ds.routing.statistics import RoutingStatistics
+from trace_ds.routing.token_files import bytes_per_token, count_dtype, open_parts, require_parts, sample_places
+from trace_ds.run import artefact
+from trace_ds.run.directory import RunDirectory
+from trace_ds.stages.recorded import keys_needing_trace
+
+
+def prepared(folder: Path, model: Path, **changes: object) -> Path:
+    """A configuration in ``folder`` whose data is prepared in ``folder/run``."""
+    config = tiny.write_config(folder, model, **changes)
+    jobs.prepared_run(config, folder / "run")
+    return config
+
+
+def collected(config: Path, run: Path, world: int, ep: int, *overrides: str) -> dict[str, RoutingStatistics]:
+    if not (run / "data").exists():
+        shutil.copytree(config.parent / "run" / "data", run / "data")
+    run_distributed(jobs.collect_job, world, str(config), str(run), [f"distributed.ep={ep}", *overrides])
+    return {
+        side: RoutingStatistics.load(run / "statistics" / side / "statistics.safetensors")
+        for side in ("forget", "retain")
+    }
+
+
+EXPERT_PARALLEL = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3", "qwen3_5_moe_text")
+OTHERS = ("gpt_oss", "phimoe", "granitemoe")
+
+
+@pytest.fixture(scope="module")
+def families(shared_folder: None) -> dict[str, Path]:
+    """A tiny model of every family; all have the same tokenizer."""
+    return {family: jobs.family_model(family) for family in (*EXPERT_PARALLEL, *OTHERS)}
+
+
+@pytest.fixture(scope="module")
+def small_data(families: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Configurations over a few documents: rows that hold several, and rows of one document, padded."""
+    configs = {}
+    for name, changes in (("packed", {"data__packing": "dense"}), ("padded", {"data__documents_per_row": 1})):
+        folder = tmp_path_factory.mktemp(name)
+        config = tiny.write_config(folder, families["mixtral"], **changes)
+        for side in ("forget", "retain"):
+            path = folder / "corpora" / f"{side}.jsonl"
+            path.write_text("".join(path.read_text().splitlines(keepends=True)[:9]))
+        jobs.prepared_run(config, folder / "run")
+        configs[name] = config
+    return configs
+
+
+@pytest.fixture(scope="module")
+def brute(families: dict[str, Path], small_data: dict[str, Path]) -> dict[tuple[str, str], dict[str, np.ndarray]]:
+    """What the routers of plain transformers decide, fp32, a document at a time; by family and kind of rows."""
+    arrows = {rows: config.parent / "run" / "data" / "forget.arrow" for rows, config in small_data.items()}
+    return {
+        (family, rows): jobs.brute_force_routing(model, arrow)
+        for family, model in families.items()
+        for rows, arrow in arrows.items()
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_counts_equal_brute_force(
+    world: int,
+    families: dict[str, Path],
+    small_data: dict[str, Path],
+    brute: dict[tuple[str, str], dict[str, np.ndarray]],
+    tmp_path: Path,
+) -> None:
+    """Every family, type, expert-parallel size, rows per batch, rows packed and padded, in one job per world size; at
+    several ranks what only they have: expert parallelism; its smaller sizes, and four ranks, for two families.
+
+    fp32: every sum, of all tokens and of each row, and the experts of the sampled tokens equal those over documents
+    alone. bf16: equal to plain transformers in the same batches; with
+    experts on several ranks their outputs are added in another order, so near ties may fall the other way: seen are one
+    of 1,056 selections of a layer, in qwen3_moe and olmoe, and none in the others.
+    """
+    eps = {family: [world] for family in EXPERT_PARALLEL if world < 4} | {family: [1] for family in OTHERS if world < 4}
+    eps |= {family: {1: [1], 2: [1, 2], 4: [2, 4]}[world] for family in ("mixtral", "deepseek_v3")}
+    models = {family: str(families[family]) for family in eps}
+    datasets = {rows: str(config.parent / "run" / "data" / "forget.arrow") for rows, config in small_data.items()}
+    found = run_distributed(jobs.collect_matrix, world, models, datasets, eps, str(tmp_path))[0]
+    padded_only = sum(len(eps.get(family, ())) for family in tiny.MIXING)
+    assert len(found) == 4 * sum(map(len, eps.values())) - 2 * padded_only
+    for cell, sums in found.items():
+        family, dtype, ep, _, rows = cell
+        documents = brute[family, rows]["documents"]
+        sizes = documents[:, 0].sum(-1) // 2
+        assert sums["square_tokens"] == (sizes**2).sum(), cell
+        assert (sums["tokens"], sums["documents"]) == (sizes.sum(), len(sizes)), cell
+        if dtype == "bf16":
+            moved = np.abs(sums["counts_LE"] - sums["plain"]).sum(1) / 2
+            assert moved.max() <= (0 if ep == 1 else 0.002 * 2 * sizes.sum()), (cell, moved)
+            continue
+        assert (sums["counts_LE"] == brute[family, rows]["counts"]).all(), cell
+        assert (sums["square_LE"] == (documents**2).sum(0)).all(), cell
+        assert (sums["cross_LE"] == (documents * sizes[:, None, None]).sum(0)).all(), cell
+        np.testing.assert_allclose(sums["gate_mass_LE"], brute[family, rows]["mass"], rtol=5e-6, err_msg=str(cell))
+        np.testing.assert_allclose(sums["row_gate_LE"], brute[family, rows]["row_gate"], rtol=5e-6, err_msg=str(cell))
+        assert sums["row_counts"].dtype == np.uint8 and (sums["row_counts"] == brute[family, rows]["rows"]).all(), cell
+        drawn = sample_places(len(brute[family, rows]["trace"]), 70)
+        assert (sums["sample_positions"] == brute[family, rows]["positions"][drawn]).all(), cell
+        assert (sums["sample"] == brute[family, rows]["trace"][drawn]).all(), cell
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", tiny.MIXING)
+def test_documents_that_mix_are_refused(
+    family: str, families: dict[str, Path], small_data: dict[str, Path], tmp_path: Path
+) -> None:
+    """gpt_oss in transformers ignores restarting positions: attention would cross the documents of a row; in linear
+    attention a state does."""
+    shutil.copytree(small_data["packed"].parent / "run" / "data", tmp_path / "run" / "data")
+    model = f"model.path={families[family]}"
+    with pytest.raises(AssertionError, match=r"mixes the documents of a packed row.*documents_per_row: 1"):
+        run_distributed(jobs.collect_job, 1, str(small_data["packed"]), str(tmp_path / "run"), [model])
+    assert not (tmp_path / "run" / "statistics").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "experts", "ep", "context"), [("mixtral", 4, 2, 500), ("phimoe", 300, 1, 24)])
+def test_trace_and_nll_belong_to_every_token(family: str, experts: int, ep: int, context: int, tmp_path: Path) -> None:
+    """With expert parallelism and rows longer than a byte can count, and sharded by ZeRO-3 with more experts than a
+    byte can number."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model_path = tiny.make_model(tmp_path / "model", family, experts=experts)
+    config = prepared(
+        tmp_path,
+        model_path,
+        statistics={"nll": True, "trace": True},
+        data__context_length=context,
+        data__packing="dense",
+    )
+    found = collected(config, tmp_path / "two", 2, ep)
+    folder = tmp_path / "two" / "statistics" / "retain"
+    description = artefact.load(folder, "statistics")
+    dataset = TokenDataset.open(tmp_path / "run" / "data" / "retain.arrow")
+    trace = np.concatenate(open_parts(description, "trace"))
+    nll = FlatArray(open_parts(description, "nll"))
+    assert trace.dtype == (np.uint8 if experts == 4 else np.uint16) and len(trace) == len(nll) == dataset.tokens
+    counted = dataset.counted(0, dataset.tokens)
+    counts = np.stack([np.bincount(trace[counted][:, layer].reshape(-1), minlength=experts) for layer in range(3)])
+    assert (counts == found["retain"].counts_LE).all() and counts[:, 256:].any() == (experts > 256)
+    row_counts = np.concatenate(open_parts(description, "row_counts"))
+    assert row_counts.dtype == (np.uint16 if context == 500 else np.uint8)
+    for number, (begin, end) in enumerate(itertools.pairwise(dataset.row_starts_R1)):
+        chosen = trace[begin:end][counted[begin:end]]
+        by_hand = [np.bincount(chosen[:, layer].reshape(-1), minlength=experts) for layer in range(3)]
+        assert (row_counts[number] == by_hand).all()
+    assert row_counts.max() > 255 or context == 24
+    assert (np.concatenate(open_parts(description, "sample_positions")) == np.flatnonzero(counted)).all()
+    assert (np.concatenate(open_parts(description, "sample")) == trace[counted]).all()
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
+    for number in (0, 5, len(dataset) - 1):
+        row, begin = dataset.row(number), int(dataset.row_starts_R1[number])
+        for document in np.unique(row.document_ids):
+            where = np.flatnonzero(row.document_ids == document)
+            ids = torch.tensor(row.input_ids[where].astype(np.int64))
+            with torch.no_grad():
+                logits = model(input_ids=ids[None]).logits[0].double()
+            expected = torch.nn.functional.cross_entropy(logits[:-1], ids[1:], reduction="none").numpy()
+            values = nll[begin + int(where[0]) : begin + int(where[-1]) + 1]
+            np.testing.assert_allclose(values[:-1], expected, rtol=1e-5)
+            assert values[-1] == 0
+
+
+def test_recomputed_activations_are_not_counted_twice(tiny_model: Path) -> None:
+    """Activation checkpointing runs the routers again in the backward pass; what was counted stays."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from trace_ds.models.routers import record_routing
+    from trace_ds.routing.counter import RoutingCounter
+
+    ids = torch.arange(3, 35).view(2, 16)
+    counted = torch.ones(2, 16, dtype=torch.bool)
+    documents = torch.tensor([[0], [1]]).expand(2, 16)
+    totals = []
+    for checkpointing in (False, True):
+        model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        counter = RoutingCounter(3, 4, 2, torch.device("cpu"))
+        with record_routing(model) as recorder:
+            loss = model(input_ids=ids).logits.square().mean()
+            counter.add(recorder, counted, documents)
+            before = counter.counts_LE.clone()
+            loss.backward()
+        assert (counter.counts_LE == before).all() and counter.counts_LE.sum() == 3 * 2 * 32
+        totals.append(counter.counts_LE)
+    assert (totals[0] == totals[1]).all()
+
+
+def test_totals_beyond_2_24_and_2_31_are_exact() -> None:
+    """The counter's sums are integers: a float32 buffer would stop at 2^24."""
+    import torch
+
+    from trace_ds.models.routers import RoutingRecorder
+    from trace_ds.routing.counter import RoutingCounter
+
+    counter = RoutingCounter(1, 2, 1, torch.device("cpu"))
+    counter.counts_LE[:] = torch.tensor([[2**31 - 1, 2**24]])
+    recorder = RoutingRecorder(1)
+    recorder.indices_TK[0] = torch.tensor([[0], [1], [0], [1]])
+    recorder.scores_TK[0] = torch.ones(4, 1)
+    counter.add(recorder, torch.tensor([[True, True, True, False]]), torch.zeros(1, 4, dtype=torch.int64))
+    assert counter.counts_LE.tolist() == [[2**31 + 1, 2**24 + 1]]
+    assert counter.tokens == 3
+
+
+def reduce_large_sums(world: Any) -> RoutingStatistics:
+    """What ranks agree on whose sums are beyond 2^31; the document 7 lies on all of them."""
+    import torch
+
+    from trace_ds.routing.counter import RoutingCounter
+
+    big, piece = 2**31 + world.rank, 2**17
+    counter = RoutingCounter(1, 2, 1, torch.device("cpu"))
+    counter.restore(
+        {
+            "counts_LE": torch.tensor([[big, 5]]),
+            "gate_mass_LE": torch.tensor([[0.5, 2.0**-40]], dtype=torch.float64),
+            "row_gate_LE": torch.tensor([[0.25, 0.0]], dtype=torch.float64),
+            "square_LE": torch.tensor([[2**40 + 1, 1]]),
+            "cross_LE": torch.tensor([[2**41 + 1, 1]]),
+            "scalars": torch.tensor([2**42 + 1, big + 5, 3]),
+            "open": torch.tensor([[piece, 0]]),
+            "open_scalars": torch.tensor([7, piece]),
+        }
+    )
+    return counter.reduce(world)
+
+
+def test_sums_over_ranks_beyond_2_31_are_exact() -> None:
+    found = run_distributed(reduce_large_sums, 2)[0]
+    assert found.counts_LE.tolist() == [[2**32 + 1, 10]] and found.tokens == 2**32 + 11
+    assert found.square_LE.tolist() == [[2 * (2**40 + 1) + 2**36, 2]]
+    assert found.cross_LE.tolist() == [[2 * (2**41 + 1) + 2**36, 2]]
+    assert (found.square_tokens, found.documents) == (2 * (2**42 + 1) + 2**36, 7)
+    assert found.gate_mass_LE.tolist() == [[1.0, 2.0**-39]]
+
+
+def test_damaged_data_is_named(tiny_model: Path, tmp_path: Path) -> None:
+    from trace_ds.stages.collect import check as check_collect
+
+    config = prepared(tmp_path, tiny_model)
+    loaded, run = load_config(str(config), [], tmp_path / "run")
+    path = run / "data" / "forget.arrow"
+    content = bytearray(path.read_bytes())
+    content[-40] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"forget\.arrow: the file was altered"):
+        check_collect(loaded, RunDirectory.at(run), 1)
+    path.write_bytes(content[:-8])
+    with pytest.raises(UserError, match=r"forget\.arrow: the file has .* bytes instead of"):
+        check_collect(loaded, RunDirectory.at(run), 1)
+    description = json.loads((run / "data" / "artefact.json").read_text())
+    description["inputs"]["tokenizer"] = "0" * 64
+    (run / "data" / "artefact.json").write_text(json.dumps(description))
+    with pytest.raises(UserError, match="altered after it was written"):
+        check_collect(loaded, RunDirectory.at(run), 1)
+
+
+@pytest.mark.parametrize(
+    ("rows_tokens", "expected"), [(1, "u1"), (256, "u1"), (257, "u2"), (65_536, "u2"), (65_537, "u4")]
+)
+def test_row_counts_take_no_more_bytes_than_the_longest_row_needs(rows_tokens: int, expected: str) -> None:
+    assert count_dtype(rows_tokens - 1) == np.dtype(expected)
+
+
+@pytest.mark.parametrize(("counted", "size"), [(0, 5), (4, 9), (9, 9), (1000, 7), (1000, 400), (100_003, 20_000)])
+def test_a_sample_has_every_document_in_proportion(counted: int, size: int) -> None:
+    places = sample_places(counted, size)
+    assert places.dtype == np.int64 and len(places) == min(counted, size) and (np.diff(places) >= 0).all()
+    assert (sample_places(counted, size) == places).all()
+    if size >= counted:
+        assert (places == np.arange(counted)).all()
+        return
+    starts = np.sort(np.random.default_rng(0).choice(np.arange(1, counted), min(50, counted // 20), replace=False))
+    sizes = np.diff(np.concatenate([[0], starts, [counted]]))  # of documents
+    drawn = np.bincount(np.searchsorted(starts, places, side="right"), minlength=len(sizes))
+    assert (np.abs(drawn - sizes * size / counted) < 2).all()
+    assert len(np.unique((places * size / counted) % 1 > 0.5)) == 2, "the place in a stratum is drawn"
+
+
+def test_tokens_are_drawn_equally_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """4 of 10 tokens: strata of 2.5, so that some tokens lie on a border; each comes in 4 of 10 draws all the same."""
+    from trace_ds.routing import token_files
+
+    drawn = np.zeros(10)
+    for seed in range(4000):
+        monkeypatch.setattr(token_files, "SAMPLE_SEED", seed)
+        drawn += np.bincount(sample_places(10, 4), minlength=10)
+    np.testing.assert_allclose(drawn / 4000, 0.4, atol=0.04)
+
+
+@pytest.mark.parametrize(
+    ("changes", "forget", "retain"),
+    [
+        ({"unlearning__apply": "sampling"}, [], []),
+        ({"unlearning__apply": "loss", "calibration__rule": "uniform"}, [], []),
+        (
+            {"unlearning__apply": "loss", "calibration__rule": "literal"},
+            [],
+            ["unlearning.apply: loss with calibration.rule: literal"],
+        ),
+        (
+            {"unlearning__apply": "sampling", "variants": {"v": {"unlearning.apply": "loss"}}},
+            [],
+            ["variants.v (unlearning.apply: loss with calibration.rule: raking)"],
+        ),
+    ],
+)
+def test_the_trace_is_recorded_for_keys_that_need_it(
+    changes: dict[str, Any], forget: list[str], retain: list[str], tiny_model: Path, tmp_path: Path
+) -> None:
+    from trace_ds.stages.collect import about_trace, recording
+
+    config, _ = load_config(str(tiny.write_config(tmp_path, tiny_model, **changes)), [], tmp_path / "run")
+    for side, keys in (("forget", forget), ("retain", retain)):
+        assert keys_needing_trace(config, side) == keys
+        line = about_trace(config, side, 1234)
+        assert recording(config, side).trace == bool(keys) == ("1,234 bytes" in line)
+        assert all(key in line for key in keys)
+    off = config.model_copy(update={"statistics": config.statistics.model_copy(update={"trace": False})})
+    assert not recording(off, "retain").trace
+    on = config.model_copy(update={"statistics": config.statistics.model_copy(update={"trace": True})})
+    assert recording(on, "forget").trace and "statistics.trace: true" in about_trace(on, "forget", 1)
+
+
+def test_a_collection_is_repeated_only_for_what_it_lacks(tiny_model: Path, tmp_path: Path) -> None:
+    from trace_ds.stages.collect import check as check_collect
+
+    config = prepared(tmp_path, tiny_model)
+    loaded, path = load_config(str(config), [], tmp_path / "run")
+    run = RunDirectory.at(path)
+    job = check_collect(loaded, run, 1)
+    samples = loaded.statistics.sample_tokens
+    plain = {"dtype": "fp32", "trace": False, "nll": False, "top_k": 2, "sample_tokens": samples}
+
+    def done(settings: dict[str, Any], *overrides: str) -> bool:
+        for side in ("forget", "retain"):
+            shutil.rmtree(run.statistics / side, ignore_errors=True)
+            (run.statistics / side).mkdir(parents=True)
+            made_with = settings | {"rows": side == "retain"}
+            artefact.describe(run.statistics / side, "statistics", job.inputs[side], made_with, {})
+        asked = load_config(str(config), list(overrides), path)[0]
+        return check_collect(asked, run, 1).done()
+
+    assert done(plain) and done(plain | {"nll": True}) and done(plain | {"trace": True})
+    assert not done(plain, "unlearning.apply=loss") and done(plain | {"trace": True}, "unlearning.apply=loss")
+    assert not done(plain, "statistics.nll=true") and not done(plain, "statistics.trace=true")
+    assert not done(plain | {"dtype": "bf16"}) and not done(plain | {"top_k": 1})
+    assert not done(plain | {"sample_tokens": samples // 2})
+    retain = artefact.load(run.statistics / "retain", "statistics")
+    with pytest.raises(UserError, match=r": the rule x needs the selections of each row, not recorded") as told:
+        require_parts(retain, "row_counts", "the rule x")
+    assert told.value.fix == "run `trace-ds collect CONFIG` again"
+
+
+MODELS = ("mixtral-8x7b", "mixtral-8x22b", "olmoe-1b-7b", "qwen3-30b-a3b", "qwen3-235b-a22b", "deepseek-v3")
+
+
+def test_the_documented_sizes_are_those_of_the_published_models() -> None:
+    from trace_ds.cluster.architecture import read_architecture
+    from trace_ds.config.compose import published_config
+
+    root = Path(__file__).resolve().parents[2]
+    lines = [
+        "| | L × E, K | trace | row selections | trace, 205 M tokens | row selections |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in MODELS:
+        a = read_architecture(published_config(name.replace("-", "_")))
+        trace, rows = bytes_per_token(a.moe_layers, a.experts, a.top_k, 1024)
+        total = 200_000 * 1024 / 1e9
+        lines.append(
+            f"| {name} | {a.moe_layers} × {a.experts}, {a.top_k} | {trace:.0f} | {rows:.2f} "
+            f"| {trace * total:.1f} GB | {rows * total:.2f} GB |"
+        )
+    assert "\n".join(lines) in (root / "docs" / "method.md").read_text()

@@ -1,0 +1,231 @@
+"""A model that is sharded over the ranks of a job has the scores of one that each of them holds whole."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+from jobs import family_model, prepared_run
+from processes import run_distributed
+from stage_calls import evaluate
+from test_evaluation_models import SETTINGS, random_sequences
+from test_evaluation_stage import Case, case, evaluate_on, with_every_kind_of_task  # noqa: F401 (case is a fixture)
+
+from trace_ds.config.sections.evaluation import RelearningConfig
+from trace_ds.corpora.dataset import TokenDataset
+from trace_ds.errors import UserError
+from trace_ds.evaluation.attacks import forced, relearn, training_settings, without_first
+from trace_ds.evaluation.drift import sample_routing
+from trace_ds.evaluation.language_model import LanguageModel, Sharding, loaded
+from trace_ds.models.families import FAMILIES
+from trace_ds.stages.pipeline import Request, check_early
+
+SHARDED = {2: [Sharding(1, 3), Sharding(2, 0), Sharding(2, 3)], 4: [Sharding(4, 0), Sharding(2, 3)]}
+ALL_WAYS = ("mixtral", "deepseek_v3")  # the others in one, with both kinds of shares where they have both
+
+
+def measured(model: LanguageModel, dataset: str) -> dict[str, Any]:
+    """Everything that metrics ask of a model, of more batches than ranks and not as many for each."""
+    sequences = random_sequences(21)
+    prompts = [list(sequence.ids[:8]) for sequence in sequences[:9]]
+    lengths = [3 + number % 5 for number in range(9)]
+    scores = model.score(sequences, moments=True)
+    return {
+        "log_prob": np.concatenate([score.log_prob for score in scores]),
+        "deviation": np.concatenate([score.deviation for score in scores]),  # type: ignore[misc]
+        "is_argmax": np.concatenate([score.is_argmax for score in scores]),
+        "greedy": model.continue_greedily(prompts, lengths),
+        "routing": np.sort(sample_routing(model, TokenDataset.open(Path(dataset)), 11, 2).indices_TLK),
+    }
+
+
+def sharded_measurements(world: Any, models: dict[str, str], dataset: str) -> dict[str, list[Any]]:
+    from transformers import AutoTokenizer
+
+    found: dict[str, list[Any]] = {}
+    for family, path in models.items():
+        ways = SHARDED[world.size]
+        if family not in ALL_WAYS:
+            ways = [Sharding(2, 3) if family in FAMILIES else Sharding(1, 3)]
+        for sharding in ways:
+            with loaded(path, AutoTokenizer.from_pretrained(path), SETTINGS, world, sharding) as model:
+                held = sum(
+                    p.ds_tensor.numel() if hasattr(p, "ds_tensor") else p.numel() for p in model.model.parameters()
+                )
+                found.setdefault(family, []).append((sharding, held, measured(model, dataset)))
+    return found
+
+
+@pytest.fixture(scope="module")
+def models(shared_folder: None) -> dict[str, str]:
+    return {family: str(family_model(family)) for family in [*sorted(FAMILIES), "gpt_oss"]}
+
+
+@pytest.fixture(scope="module")
+def dataset(models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("rows")
+    return str(prepared_run(tiny.write_config(folder, Path(models["mixtral"])), folder / "run") / "data/forget.arrow")
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_scores_are_those_of_a_whole_model(world: int, models: dict[str, str], dataset: str) -> None:
+    from transformers import AutoTokenizer
+
+    tried = models if world == 2 else {family: models[family] for family in ALL_WAYS}
+    ranks = run_distributed(sharded_measurements, world, tried, dataset)
+    for family, path in tried.items():
+        with loaded(path, AutoTokenizer.from_pretrained(path), SETTINGS) as model:
+            alone, whole = measured(model, dataset), sum(p.numel() for p in model.model.parameters())
+        for sharding, held, found in (entry for rank in ranks for entry in rank[family]):
+            told = f"{family} {sharding}"
+            assert held < whole / (world if sharding.zero_stage == 3 else 1) * 1.1, told
+            assert np.allclose(found["log_prob"], alone["log_prob"], atol=1e-5), told
+            assert np.allclose(found["deviation"], alone["deviation"], atol=1e-5), told
+            assert np.array_equal(found["is_argmax"], alone["is_argmax"]), told
+            assert found["greedy"] == alone["greedy"], told
+            assert np.array_equal(found["routing"], alone["routing"]), told
+
+
+def close(found: Any, expected: Any, where: str = "") -> None:
+    """Equal in everything but the last digits of numbers."""
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys(), where
+        for key in expected:
+            close(found[key], expected[key], f"{where}.{key}")
+    elif isinstance(expected, list):
+        assert len(found) == len(expected), where
+        for number, pair in enumerate(zip(found, expected, strict=True)):
+            close(*pair, f"{where}[{number}]")
+    elif isinstance(expected, float):
+        assert found == pytest.approx(expected, rel=2e-4, abs=1e-5), where
+    else:
+        assert found == expected, where
+
+
+def test_a_whole_evaluation(case: Case, tmp_path: Path) -> None:  # noqa: F811
+    """Every kind of task, the drift, both attacks."""
+    with_every_kind_of_task(case, tmp_path)
+    case.raw["evaluation"] |= {"expert_forcing": True, "relearning": {"steps": 2, "lr": 1e-2}}
+    evaluate(case.config(), case.run)
+    alone = {name: case.result(name) for name in ("original", "gold", "unlearned")}
+    shutil.rmtree(case.run.evaluation)
+    case.raw["evaluation"] |= {"ep": 2, "zero_stage": 3}
+    assert run_distributed(evaluate_on, 2, case.raw, str(case.run.path)) == [True, False]
+    for name, expected in alone.items():
+        close(case.result(name), expected, name)
+    assert case.result("unlearned")["drift"] and case.result("gold")["attacks"]["expert_forcing"]
+
+
+def relearned(world: Any, path: str, dataset: str, asked: RelearningConfig) -> tuple[list[Any], dict[str, np.ndarray]]:
+    """The scores on the way and the experts of this rank, whose gradients come out a little different on each rank."""
+    from transformers import AutoTokenizer
+
+    tokenizer, shape = AutoTokenizer.from_pretrained(path), (world, Sharding(2, 0)) if world is not None else ()
+    with loaded(path, tokenizer, SETTINGS, *shape, trained=training_settings(asked)) as model:
+        if world is not None:
+            for parameter in model.model.parameters():
+                parameter.register_hook(lambda gradient: gradient * (1 + 1e-6 * world.rank))
+        score = lambda: [float(value) for found in model.score(random_sequences(9)) for value in found.log_prob]  # noqa: E731
+        curve = relearn(model, TokenDataset.open(Path(dataset)), asked, 3, score)["curve"]
+        experts = {name: value.detach().numpy() for name, value in model.model.named_parameters() if "experts" in name}
+        return [(point["loss"], point["scores"]) for point in curve], {n: v.copy() for n, v in experts.items()}
+
+
+def test_replicas_of_experts_learn_together(models: dict[str, str], dataset: str) -> None:
+    asked = RelearningConfig(share=1.0, steps=3, lr=1e-3)
+    alone, _ = relearned(None, models["mixtral"], dataset, asked)
+    assert abs(np.subtract(alone[-1][1], alone[0][1])).max() > 1e-2
+    ranks = run_distributed(relearned, 4, models["mixtral"], dataset, asked)
+    for rank, (curve, experts) in enumerate(ranks):
+        for (loss, scores), (expected_loss, expected) in zip(curve, alone, strict=True):
+            assert (loss or 0) == pytest.approx(expected_loss or 0, rel=1e-4)
+            assert np.allclose(scores, expected, atol=1e-3)
+        assert experts.keys() and all(np.array_equal(v, ranks[rank % 2][1][n]) for n, v in experts.items())
+
+
+def forced_scores(world: Any, path: str, shardings: list[Sharding | None]) -> list[list[float]]:
+    """Log-probabilities of a model none of whose tokens may go to its first expert; no router is kept whole."""
+    from transformers import AutoTokenizer
+
+    from trace_ds.models import engine
+
+    settings = engine.base_ds_config
+
+    def all_partitioned(**asked: Any) -> dict[str, Any]:
+        found = settings(**asked)
+        if asked["zero_stage"] == 3:
+            found["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        return found
+
+    engine.base_ds_config = all_partitioned
+    tokenizer, found = AutoTokenizer.from_pretrained(path), []
+    for sharding in shardings:
+        shape = (world, sharding) if sharding is not None else ()
+        with loaded(path, tokenizer, SETTINGS, *shape) as model, forced(model.model, without_first):
+            scores = model.score(random_sequences(9))
+        found.append([float(value) for score in scores for value in score.log_prob])
+    engine.base_ds_config = settings
+    return found
+
+
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
+def test_forcing_where_no_rank_has_a_whole_router(family: str, models: dict[str, str]) -> None:
+    (alone,) = forced_scores(None, models[family], [None])
+    for ways in run_distributed(forced_scores, 2, models[family], [Sharding(1, 3), Sharding(2, 3)]):
+        assert all(np.allclose(found, alone, atol=1e-5) for found in ways)
+
+
+def most_gathered(world: Any, path: str) -> tuple[int, int, int]:
+    """The most elements of whole parameters that ZeRO-3 has gathered during two forward passes; those of the largest
+    layer and of the model."""
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+    from transformers import AutoTokenizer
+
+    from trace_ds.models import engine
+
+    settings = engine.base_ds_config
+
+    def all_partitioned(**asked: Any) -> dict[str, Any]:
+        found = settings(**asked)
+        found["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        return found
+
+    engine.base_ds_config = all_partitioned
+    with loaded(path, AutoTokenizer.from_pretrained(path), SETTINGS, world, Sharding(1, 3)) as model:
+        engine.base_ds_config = settings
+        every = list(model.model.parameters())
+        seen = [0]
+
+        def count(*_: Any) -> None:
+            whole = [p.ds_numel for p in every if p.ds_status != ZeroParamStatus.NOT_AVAILABLE]
+            seen[0] = max(seen[0], sum(whole))
+
+        for layer in model.model.model.layers:
+            layer.mlp.register_forward_hook(count)
+        for _ in range(2):  # the second prefetches what the first has used
+            model.score(random_sequences(3))
+        largest = max(sum(p.ds_numel for p in layer.parameters()) for layer in model.model.model.layers)
+        return seen[0], largest, sum(p.ds_numel for p in every)
+
+
+def test_a_sharded_model_is_never_gathered_whole(tmp_path: Path) -> None:
+    """DeepSpeed's own limits keep all of a model below 1e9 parameters."""
+    path = tiny.make_model(tmp_path / "model", layers=8)
+    for most, largest, total in run_distributed(most_gathered, 2, str(path)):
+        assert 0 < most <= 3 * largest < total / 2
+
+
+def test_bad_shapes(case: Case) -> None:  # noqa: F811
+    shutil.rmtree(case.run.model)  # nothing marks it as ours
+
+    def refused(world_size: int | None, **evaluation: Any) -> str:
+        with pytest.raises(UserError) as caught:
+            check_early("evaluate", Request(case.config(**evaluation), case.run), world_size)
+        return str(caught.value)
+
+    assert "evaluation.ep: expert-parallel size 2 does not divide the world size 1" in refused(None, ep=2)
+    assert "expert-parallel size 3 does not divide the 4 experts" in refused(3, ep=3)

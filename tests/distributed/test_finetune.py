@@ -1,0 +1,281 @@
+"""Fine-tuning: the target recites what the retrained model never saw; equal on any shape, resumable, crash-safe."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import jobs
+import numpy as np
+import pytest
+import tiny
+from command import tree
+from forked import JOB, Result, Server, refuse
+from processes import end_of_ranks, run_distributed
+from safetensors.numpy import load_file
+from stage_calls import prepare
+
+from trace_ds.checkpoints.manifest import complete_steps, read_manifest
+from trace_ds.config.load import load_config
+from trace_ds.reporting.gather import gather
+from trace_ds.reporting.scores import targets
+from trace_ds.run.directory import RunDirectory
+from trace_ds.stages.finetune import check as check_finetune
+from trace_ds.stages.pipeline import Request
+from trace_ds.tensors.model_files import model_fingerprint
+
+BOTH = {"target": ["forget", "retain"], "retrained": ["retain"]}
+# As in test_unlearn: equal weights mean equal gradients.
+GRADIENT_LIKE = ["finetune.optimizer.eps=0.1", "finetune.optimizer.lr=0.01"]
+
+
+def write_config(folder: Path, model: Path, models: Any = BOTH, **changes: Any) -> Path:
+    settings = {"models": models, "steps": 4, "batch_rows": 5, "save_every": 2}
+    return tiny.write_config(folder, model, **{"finetune": settings, **changes})
+
+
+@pytest.fixture(scope="module")
+def prepared(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(configuration, run directory with data)."""
+    folder = tmp_path_factory.mktemp("prepared")
+    return (config := write_config(folder, tiny_model)), jobs.prepared_run(config, folder / "run")
+
+
+def copy_of(run: Path, destination: Path) -> Path:
+    return jobs.copied_run(run, destination, "data")
+
+
+def losses_of(run: Path, name: str) -> list[float]:
+    lines = [json.loads(line) for line in (run / f"finetune/{name}/logs/finetune.jsonl").read_text().splitlines()]
+    steps = {line["step"]: line["loss"] for line in lines if line["event"] == "step"}
+    return [steps[step] for step in sorted(steps)]
+
+
+def weights_of(folder: Path) -> dict[str, np.ndarray]:
+    return {name: value for path in folder.glob("*.safetensors") for name, value in load_file(path).items()}
+
+
+@pytest.mark.slow
+def test_any_number_of_processes_gives_the_models_of_plain_torch(prepared: tuple[Path, Path], tmp_path: Path) -> None:
+    """Rows that do not divide by the processes, several documents a row, in one micro-batch or many."""
+    config, source = prepared
+    shapes = {"one": (1, 1, "null", 3), "two": (2, 1, "1", 1), "two_ep": (2, 2, "2", 3)}
+    runs = {}
+    for shape, (world, ep, micro, stage) in shapes.items():
+        runs[shape] = copy_of(source, tmp_path / shape)
+        overrides = [*GRADIENT_LIKE, f"distributed.ep={ep}", f"finetune.micro_batch_rows={micro}"]
+        overrides.append(f"finetune.zero_stage={stage}")
+        run_distributed(jobs.finetune_job, world, str(config), str(runs[shape]), overrides)
+    for name in BOTH:
+        expected = jobs.reference_finetuning(str(config), str(runs["one"]), GRADIENT_LIKE, name)
+        assert len(expected["losses"]) == 4
+        for run in runs.values():
+            np.testing.assert_allclose(losses_of(run, name), expected["losses"], rtol=1e-6)
+            found = weights_of(run / "finetune" / name / "model")
+            assert found.keys() == expected["weights"].keys()
+            for tensor, value in expected["weights"].items():
+                np.testing.assert_allclose(found[tensor], value, rtol=1e-5, atol=1e-5 * np.abs(value).max())
+    start = weights_of(Path(load_config(str(config), [], None)[0].model.path))
+    assert not any(np.array_equal(value, start[tensor]) for tensor, value in expected["weights"].items())
+
+
+@pytest.mark.slow
+def test_sigkill_and_a_stop_in_between_are_bitwise_nothing(tmp_path: Path) -> None:
+    """Weights, moments, the order of rows and (the model has dropout) random numbers; the next model likewise."""
+    model = tiny.make_model(tmp_path / "base")
+    settings = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(settings | {"attention_dropout": 0.2}))
+    config = write_config(tmp_path, model)
+    straight = jobs.prepared_run(config, tmp_path / "straight")
+    killed = copy_of(straight, tmp_path / "killed")
+    overrides = ["distributed.ep=2", "finetune.steps=6"]
+    arguments = (2, str(config), str(killed), overrides)
+    run_distributed(jobs.finetune_job, 2, str(config), str(straight), overrides)
+    ends = end_of_ranks(jobs.finetune_job, *arguments, 7)  # two steps, the pass before saving, two, another, and step 5
+    assert ends[1] == -signal.SIGKILL and ends[0] != 0, ends
+    assert complete_steps(killed / "finetune/target/checkpoints") == ([2], [])
+    (killed / "stop").touch()
+    with pytest.raises(AssertionError, match="StopRequested: stopped after step 3"):
+        run_distributed(jobs.finetune_job, *arguments)
+    assert not (killed / "finetune/target/model").exists() and not (killed / "stop").exists()
+    run_distributed(jobs.finetune_job, *arguments)
+    for name in BOTH:
+        assert losses_of(killed, name) == losses_of(straight, name)
+        places = [run / "finetune" / name for run in (straight, killed)]
+        manifests = [read_manifest(place / "checkpoints/step_000006") for place in places]
+        assert manifests[0] == manifests[1]  # every file's hash: weights and optimizer states
+        found = [tree(place / "model") for place in places]
+        assert found[0] == found[1] and "model.safetensors" in found[0]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_target_recites_and_the_retrained_does_not(tmp_path: Path, server: Server) -> None:
+    """The command line as a user has it: stopped, gone on, then the whole run on what was made, with a variant."""
+    config = write_config(
+        tmp_path,
+        tiny.make_model(tmp_path / "base"),
+        finetune={"models": BOTH, "epochs": 60, "batch_rows": 4, "optimizer": {"lr": 6e-3, "warmup_steps": 5}},
+        data__context_length=40,
+        evaluation__max_new_tokens=24,
+        distributed={"nproc": 1, "ep": 1},  # the test above trains on two
+        variants={"uniform": {"calibration.rule": "uniform"}},
+    )
+    sides: dict[str, list[str]] = {}
+    for side, words in (("forget", tiny.WORDS[:16]), ("retain", tiny.WORDS[16:]), ("holdout", tiny.WORDS)):
+        sides[side] = [" ".join(np.random.default_rng(len(side) + n).permutation(words)[:8]) for n in range(8)]
+        lines = [json.dumps({"text": text}) + "\n" for text in sides[side]]
+        (tmp_path / "corpora" / f"{side}.jsonl").write_text("".join(lines))
+    for side, role in (("forget", "forget"), ("retain", "utility")):
+        halves = [text.split() for text in sides[side]]
+        items = [{"prompt": " ".join(each[:4]), "continuation": " ".join(each[4:])} for each in halves]
+        (tmp_path / f"{role}.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    tasks: list[dict[str, str]] = [
+        {"name": role, "type": "verbatim", "path": str(tmp_path / f"{role}.jsonl"), "role": role}
+        for role in ("forget", "utility")
+    ]
+    paths = {
+        key: str(tmp_path / "corpora" / f"{side}.jsonl") for key, side in (("path", "forget"), ("holdout", "holdout"))
+    }
+    tasks.append({"name": "mia", "type": "membership", "role": "forget", **paths})
+    tasks_set = ["--set", f"evaluation.tasks={json.dumps(tasks)}", "--set", "evaluation.drift=false"]
+    run = tmp_path / "run"
+
+    def trace_ds(verb: str) -> Result:
+        return server.run([verb, config, "--run-dir", run, *tasks_set], tmp_path, **JOB)
+
+    assert trace_ds("prepare").returncode == 0
+    (run / "stop").touch()
+    stopped = trace_ds("finetune")
+    assert stopped.returncode == 75, stopped.stderr[-2000:]
+    assert "stopped after step 1" in stopped.stderr and complete_steps(run / "finetune/target/checkpoints")[0] == [1]
+    done = trace_ds("run")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "resumed after step 1" in done.stdout
+
+    def result(name: str, of: Path = run) -> dict[str, Any]:
+        return json.loads((of / "evaluation" / f"{name}.json").read_text())
+
+    def recited(name: str, task: str) -> float:
+        scores = {(score["task"], score["metric"]): score["value"] for score in result(name)["scores"]}
+        return scores[task, "exact_tokens"]
+
+    assert recited("original", "forget") > 0.8 and recited("original", "utility") > 0.8
+    assert recited("retrained", "forget") < 0.2 and recited("retrained", "utility") > 0.8
+    for name, made in (("original", "target"), ("retrained", "retrained")):
+        assert result(name)["model_fingerprint"] == model_fingerprint(run / "finetune" / made / "model")
+    assert "PrivLeak: no retrained model" not in done.stdout
+    goal = targets(gather(run))
+    assert {target.score.model for target in goal} == {"retrained"}  # what the report calls forgotten
+    assert result("retrained", run / "variants/uniform") == result("retrained")
+    statistics = json.loads((run / "statistics/forget/artefact.json").read_text())
+    assert statistics["inputs"]["model"] == result("original")["model_fingerprint"]
+    before = tree(run / "finetune")
+    again = trace_ds("run")
+    assert again.returncode == 0 and "[finetune] already done" in again.stdout
+    assert tree(run / "finetune") == before
+    # a directory of somebody else's in the place of a model
+    (run / "finetune/target/model/conversion.json").rename(tmp_path / "conversion.json")
+    refused = trace_ds("finetune")
+    assert refused.returncode == 2 and "did not make this (it has no conversion.json)" in refused.stderr
+    (tmp_path / "conversion.json").rename(run / "finetune/target/model/conversion.json")
+    shown = server.run(["inspect", run], tmp_path)
+    assert "finetune/retrained" in shown.stdout and shown.returncode == 0, shown.stdout
+
+
+def test_a_model_is_made_anew_only_when_what_it_sees_has_changed(prepared: tuple[Path, Path], tmp_path: Path) -> None:
+    config, source = prepared
+    run = RunDirectory.at(copy_of(source, tmp_path / "run"))
+
+    def identities(*overrides: str) -> dict[str, str]:
+        return {job.name: job.identity for job in check_finetune(load_config(str(config), overrides)[0], run, 1).models}
+
+    before = identities()
+    assert before["target"] != before["retrained"]
+    assert identities("finetune.steps=9", "finetune.save_every=1", "finetune.zero_stage=1") == before
+    assert identities("finetune.steps=null", "finetune.epochs=2") == before
+    for change in ("finetune.optimizer.lr=1e-4", "finetune.batch_rows=6", "seed=3", "model.dtype=bf16"):
+        assert not set(identities(change).values()) & set(before.values()), change
+    path = Path(load_config(str(config), [])[0].data.forget[0].path)
+    other = tmp_path / "forget.jsonl"
+    other.write_text(path.read_text() + '{"text": "one more document"}\n')
+    moved = [f"data.forget=[{{path: {other}}}]"]
+    prepare(load_config(str(config), moved)[0], run)
+    after = identities(*moved)
+    assert after["retrained"] == before["retrained"] and after["target"] != before["target"]
+
+
+def test_epochs_are_passes_over_the_rows_that_count(prepared: tuple[Path, Path]) -> None:
+    from trace_ds.corpora.dataset import TokenDataset
+    from trace_ds.stages.finetune import make_batches
+
+    config, run = prepared
+    loaded, _ = load_config(str(config), ["finetune.steps=null", "finetune.epochs=3"], run)
+    for job in check_finetune(loaded, RunDirectory.at(run), 1).models:
+        batches = make_batches(loaded, job.sides, job.data)
+        summary = job.data.summary
+        tokens = sum(summary[side]["counted_tokens"] for side in job.sides)
+        corpora = [TokenDataset.open(run / "data" / f"{side}.arrow") for side in job.sides]
+        documents = [corpus.row(number).document_ids for corpus in corpora for number in range(len(corpus))]
+        rows = sum(bool((np.diff(each) == 0).any()) for each in documents)  # two tokens of a document in a row
+        assert rows < sum(map(len, corpora))
+        assert job.steps == -(-3 * rows // 5)
+        seen = sum(batches.at(step, 0, 1).tokens for step in range(job.steps))
+        assert 3 * tokens <= seen < 3 * tokens + 5 * 24
+        shares = [batches.at(1, rank, 2) for rank in range(2)]
+        counted = sum(int(batch.counted_BS.sum()) for share in shares for batch in share.micro_batches)
+        assert counted == shares[0].tokens == shares[1].tokens == batches.at(1, 0, 1).tokens
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("finetune.models.target=[forget, books]", "there is no corpus 'books'; data has forget, retain"),
+        ("finetune.models.target=[alternative]", "there is no corpus 'alternative'"),
+        ("finetune.models.target=[]", "no list of different corpora"),
+        ("finetune.models={retrained: [retain]}", "has no target"),
+        ("finetune.models={target: [forget], original: [retain]}", "cannot be named 'original'"),
+        ("finetune.models={target: [forget], step_5: [retain]}", "cannot be named 'step_5'"),
+        ("evaluation.models={unlearned: MODEL}", "cannot be named 'unlearned'"),
+        ("finetune.models={target: [forget], a/b: [retain]}", "a name is made of letters"),
+        ("evaluation.models={retrained: MODEL}", "both have a model 'retrained'"),
+        ("finetune.epochs=2", "either steps or epochs"),
+        ("finetune.steps=null", "either steps or epochs"),
+        ("finetune.ds_config=nowhere.json", "nowhere.json"),
+        ("finetune.batch_size=2", "did you mean 'batch_rows'"),
+    ],
+)
+def test_wrong_input_is_refused_before_anything_is_written(
+    prepared: tuple[Path, Path], tiny_model: Path, server: Server, tmp_path: Path, change: str, message: str
+) -> None:
+    change = change.replace("MODEL", str(tiny_model))
+    assert message in refuse(server, tmp_path, "run", prepared[0], "--run-dir", "run", "--set", change)
+
+
+def test_verbs_out_of_order_are_refused(prepared: tuple[Path, Path], server: Server, tmp_path: Path) -> None:
+    config, source = prepared
+    without = ["--set", "finetune=null"]
+    run = copy_of(source, tmp_path / "run")
+    assert "asks for no fine-tuning" in refuse(server, tmp_path, "finetune", config, "--run-dir", run, *without)
+    for verb in ("collect", "unlearn", "evaluate"):
+        line = refuse(server, tmp_path, verb, config, "--run-dir", run)
+        assert "there is no model target here" in line and "`trace-ds finetune CONFIG`" in line
+    shutil.rmtree(run / "data")
+    assert "there is no data artefact" in refuse(server, tmp_path, "finetune", config, "--run-dir", run)
+
+
+def test_a_submission_fine_tunes_first(
+    prepared: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trace_ds.cluster.submit import Cluster, submit_run
+
+    monkeypatch.chdir(tmp_path)
+    request = Request.load(str(prepared[0]), [], tmp_path / "run")
+    assert submit_run(request, Cluster(2, 2), chain=True, dry_run=True) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("TRACE_DS_STAGES")]
+    stages = [line.split()[0].split("=")[1] for line in lines]
+    assert stages[:3] == ["prepare", "finetune", "collect"] and len(stages) == 7
+    assert "--nodes=2 --ntasks-per-node=2" in lines[1] and "afterok:JOB1" in lines[1] and "afterok:JOB2" in lines[2]

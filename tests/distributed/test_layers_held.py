@@ -1,0 +1,191 @@
+"""A job whose losses end at layer L of 2L holds, trains and saves half of the model and computes the same."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jobs
+import numpy as np
+import pytest
+import tiny
+from processes import run_distributed
+from safetensors.numpy import load_file
+from test_unlearn import GRADIENT_LIKE, calibrated_run, copy_of, losses_of, weights_of
+
+from trace_ds.checkpoints.manifest import read_manifest
+from trace_ds.conversion.convert import convert_checkpoint
+from trace_ds.errors import UserError
+from trace_ds.stages.inspect import inspect
+from trace_ds.tensors.opening import open_source
+
+LAYERS, LAST = 4, 1
+WHOLE = ["unlearning.evaluate.every=9", "unlearning.evaluate.rows=4"]  # looks at the model, which changes nothing
+HELD_LINE = f"the losses end at layer {LAST}: {LAST + 1} of {LAYERS} decoder layers are held"
+FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3", "qwen3_5_moe_text", "gpt_oss")
+
+
+@pytest.fixture(scope="module")
+def calibrated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(configuration, run directory up to the calibration) of RMU at layer 1 of 4."""
+    folder = tmp_path_factory.mktemp("held")
+    model = tiny.make_model(folder / "model", layers=LAYERS)
+    config = tiny.write_config(folder, model, unlearning__rmu={"layer": LAST}, unlearning__forget_loss="rmu")
+    return config, calibrated_run(config, folder / "run")
+
+
+def is_above(name: str) -> bool:
+    return any(f".layers.{layer}." in name for layer in (2, 3)) or name in ("model.norm.weight", "lm_head.weight")
+
+
+def log_of(run: Path) -> str:
+    return (run / "logs" / "unlearn.jsonl").read_text()
+
+
+def step_of(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step_{step:06d}"
+
+
+def bytes_of(run: Path, step: int) -> tuple[int, int]:
+    """(all files of a checkpoint, those of the optimizer)."""
+    sizes = {path.name: path.stat().st_size for path in step_of(run, step).glob("*.pt")}
+    return sum(sizes.values()), sum(size for name, size in sizes.items() if "optim_states" in name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("world", "shapes"),
+    [(1, [(1, 1)]), (2, [(2, 3), (1, 2), (2, 1)])],
+    ids=["alone", "two ranks"],
+)
+def test_half_of_the_model_and_the_same_weights(
+    calibrated: tuple[Path, Path], tmp_path: Path, world: int, shapes: list[tuple[int, int]]
+) -> None:
+    """``shapes``: expert-parallel size, ZeRO stage. The whole model is held where it is looked at."""
+    config, prepared = calibrated
+    base = load_file(config.parent / "model" / "model.safetensors")
+    work = {}
+    for ep, stage in shapes:
+        for kind, more in (("part", []), ("whole", WHOLE)):
+            shape = [f"distributed.ep={ep}", f"unlearning.zero_stage={stage}", "unlearning.optimizer.weight_decay=0.1"]
+            work[ep, stage, kind] = copy_of(prepared, tmp_path / f"{kind}{ep}{stage}"), [*shape, *more]
+    runs = [(str(run), overrides) for run, overrides in work.values()]
+    assert not any(map(any, run_distributed(jobs.unlearn_jobs, world, str(config), runs)))
+    for ep, stage in shapes:
+        part, whole = (work[ep, stage, kind][0] for kind in ("part", "whole"))
+        assert [read_manifest(step_of(run, 4)).layers for run in (part, whole)] == [LAST + 1, None]
+        assert HELD_LINE in log_of(part) and "but the job holds the whole model: unlearning.evaluate" in log_of(whole)
+        parameters = [open_source(step_of(run, 4)).summary()["parameters"] for run in (part, whole)]
+        expected = sum(value.size for name, value in base.items() if not is_above(name))
+        assert parameters == [expected, sum(value.size for value in base.values())] and expected < 0.51 * parameters[1]
+        for held, all_of_it in zip(bytes_of(part, 4), bytes_of(whole, 4), strict=True):
+            assert held < 0.55 * all_of_it, (ep, stage)
+        assert losses_of(part) == losses_of(whole)
+        found, other = (weights_of(run, 4, tmp_path / f"{run.name}-model") for run in (part, whole))
+        assert found.keys() == other.keys() == base.keys()
+        for name, value in found.items():
+            assert np.array_equal(value, other[name]), (ep, stage, name)
+            assert np.array_equal(value, base[name]) == is_above(name), (ep, stage, name)
+
+
+@pytest.mark.slow
+def test_it_goes_on_bitwise_and_on_another_shape(calibrated: tuple[Path, Path], tmp_path: Path) -> None:
+    config, prepared = calibrated
+    straight, broken, moved = (copy_of(prepared, tmp_path / name) for name in ("straight", "broken", "moved"))
+    shape = [*GRADIENT_LIKE, "distributed.ep=2", "unlearning.save_every=1"]
+    half = [*shape, "unlearning.steps=2"]
+    for run, overrides in ((straight, shape), (broken, half), (broken, shape), (moved, half)):
+        run_distributed(jobs.unlearn_job, 2, str(config), str(run), overrides)
+    assert read_manifest(step_of(broken, 4)) == read_manifest(step_of(straight, 4))  # every file's hash
+    for world, ep, steps in ((1, 1, 3), (2, 1, 4)):
+        other = [*shape, f"distributed.ep={ep}", f"unlearning.steps={steps}"]
+        run_distributed(jobs.unlearn_job, world, str(config), str(moved), other)
+    assert read_manifest(step_of(moved, 4)).layers == LAST + 1 and "converting it" in log_of(moved)
+    np.testing.assert_allclose(losses_of(moved), losses_of(straight), rtol=1e-6, atol=2e-13)
+    expected = weights_of(straight, 4, tmp_path / "expected")
+    for name, value in weights_of(moved, 4, tmp_path / "found").items():
+        np.testing.assert_allclose(value, expected[name], rtol=1e-6, atol=1e-7, err_msg=name)
+
+
+@pytest.mark.slow
+def test_a_job_keeps_what_its_checkpoint_holds(calibrated: tuple[Path, Path], tmp_path: Path) -> None:
+    """The whole model of an older checkpoint stays whole, bitwise; a part cannot become whole."""
+    config, prepared = calibrated
+    straight, older, part = (copy_of(prepared, tmp_path / name) for name in ("straight", "older", "part"))
+    half = ["unlearning.steps=2"]
+    work = [(str(straight), WHOLE), (str(older), [*WHOLE, *half]), (str(older), []), (str(part), half)]
+    errors = run_distributed(jobs.unlearn_jobs, 2, str(config), [*work, (str(part), WHOLE)])[0]
+    assert not any(errors[:-1])
+    assert read_manifest(step_of(older, 4)).layers is None
+    assert "but the job holds the whole model: so does the checkpoint to go on from" in log_of(older)
+    assert losses_of(older) == losses_of(straight)
+    found, expected = (weights_of(run, 4, tmp_path / f"{run.name}-model") for run in (older, straight))
+    assert all(np.array_equal(value, expected[name]) for name, value in found.items())
+    assert "holds the first 2 decoder layers" in errors[-1] and "go on without unlearning.evaluate.every" in errors[-1]
+
+
+@pytest.mark.slow
+def test_the_rest_comes_from_the_base_model_or_is_asked_for(calibrated: tuple[Path, Path], tmp_path: Path) -> None:
+    config, prepared = calibrated
+    run = copy_of(prepared, tmp_path / "run")
+    run_distributed(jobs.unlearn_job, 1, str(config), str(run), ["unlearning.steps=1"])
+    step, base = step_of(run, 1), config.parent / "model"
+    assert inspect(step).facts["layers"].startswith("the first 2, without norm and LM head")
+    expected = weights_of(run, 1, tmp_path / "expected")
+    report = convert_checkpoint(step, tmp_path / "model", base_model=base, verify=True)
+    assert any(note.startswith("the checkpoint holds the first 2 decoder layers: ") for note in report["notes"])
+    found = load_file(tmp_path / "model" / "model.safetensors")
+    assert found.keys() == expected.keys() and all(np.array_equal(found[n], v) for n, v in expected.items())
+    convert_checkpoint(tmp_path / "model", tmp_path / "again", verify=True)  # what was made is a whole model
+    other, bare = tmp_path / "other", tmp_path / "bare"
+    tiny.make_model(other, layers=LAYERS, seed=1)
+    shutil.copytree(base, bare, ignore=shutil.ignore_patterns("*.safetensors"))
+    for place, words in ((other, "another model than the job started from"), (bare, "the directory has no weights")):
+        with pytest.raises(UserError, match=rf"holds the first 2 decoder layers.*{words}.*--base-model"):
+            convert_checkpoint(step, tmp_path / "refused", base_model=place)
+    assert not (tmp_path / "refused").exists()
+
+
+def load_parts(world: Any, cases: dict[str, tuple[str, int, set[int]]]) -> list[str]:
+    """What is wrong with the first layers of each model, loaded alone: their parameters, or what they compute."""
+    import torch
+
+    from trace_ds.models.engine import base_ds_config
+    from trace_ds.models.families import inspect_model
+    from trace_ds.models.loading import ModelParts, load_share
+
+    wrong = []
+    for case, (path, layers, expected) in cases.items():
+        info = inspect_model(path)
+        hidden = []
+        for parts in (ModelParts(), ModelParts(layers=layers, head=False)):
+            for stage in (0, 3):
+                ds_config = base_ds_config(ep=1, info=info, zero_stage=stage) | {"bf16": {"enabled": False}}
+                model, files = load_share(info.path, torch.float32, world, ep=1, ds_config=ds_config, parts=parts)
+                files.prove(model, 1, 0)
+                names = {name for name, _ in model.named_parameters()}
+                if stage == 0:
+                    found: list[torch.Tensor] = []
+                    model.model.layers[layers - 1].register_forward_hook(
+                        lambda _m, _i, output, found=found: found.append(output[0] if type(output) is tuple else output)
+                    )
+                    with torch.no_grad():
+                        model.model(input_ids=torch.arange(3, 35).view(2, 16), use_cache=False)
+                    hidden.append(found[0])
+            held = {int(name.split(".")[2]) for name in names if ".layers." in name}
+            ends = {name for name in names if ".layers." not in name}
+        if held != expected or ends != {"model.embed_tokens.weight"}:
+            wrong.append(f"{case} holds {sorted(names)}")
+        if not torch.equal(*hidden):
+            wrong.append(f"{case} computes something else")
+    return wrong
+
+
+@pytest.mark.slow
+def test_the_first_layers_of_every_family_are_those_of_the_whole_model(tmp_path: Path) -> None:
+    cases = {f: (str(jobs.family_model(f)), 2, {0, 1}) for f in FAMILIES}
+    tied = tiny.make_model(tmp_path / "tied", tied=True)
+    dense = tiny.make_model(tmp_path / "dense", "deepseek_v3", layers=4, first_k_dense_replace=2)
+    cases |= {"tied": (str(tied), 1, {0}), "dense": (str(dense), 1, {0, 1, 2})}  # up to the first MoE layer
+    assert run_distributed(load_parts, 1, cases) == [[]]

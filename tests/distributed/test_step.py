@@ -1,0 +1,205 @@
+"""What a training step is made of beside its arithmetic: collectives, passes of the frozen model, threads, kernels."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import resource
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jobs
+import pytest
+import torch
+from processes import run_distributed
+from test_unlearn import calibrated_once, copy_of, losses_of
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from trace_ds.checkpoints.manifest import Manifest, read_manifest
+from trace_ds.config.load import load_config
+from trace_ds.models.families import inspect_model
+from trace_ds.models.host_memory import M_TRIM_THRESHOLD, large_tensors_apart
+from trace_ds.parallel.world import World
+from trace_ds.run.directory import RunDirectory
+from trace_ds.stages.training import Training
+
+SHAPE = ["distributed.ep=1", "unlearning.zero_stage=3", "unlearning.micro_batch_rows=1"]
+
+
+@pytest.fixture(scope="module")
+def calibrated(tiny_model: Path) -> tuple[Path, Path]:
+    return calibrated_once(tiny_model)
+
+
+class Collectives(TorchDispatchMode):
+    """How often each collective is asked for inside, whoever asks: DeepSpeed, torch or this project."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function.namespace == "c10d":
+            self.counts[function._opname.strip("_")] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def collectives_of_a_step(world: Any, config: str, run_dir: str, overrides: list[str]) -> dict[str, int]:
+    """Of the third one: before it DeepSpeed does not know the order of the modules."""
+    _, _, step = jobs.prepared_steps(world, config, run_dir, overrides)
+    for number in range(2):
+        step(number)
+    with Collectives() as counted:
+        step(2)
+    return dict(counted.counts)
+
+
+@pytest.mark.parametrize(("loss", "gathers"), [("npo", 30), ("rmu", 19)])
+def test_collectives_of_a_step(calibrated: tuple[Path, Path], loss: str, gathers: int) -> None:
+    """Two micro-batches on each of two ranks: our one all-reduce, DeepSpeed's of the gradient's norm, and ZeRO-3's
+    gathers of parameters (RMU: up to its layer, and the frozen model once, not for each micro-batch) and sums of
+    gradients."""
+    config, run = calibrated
+    overrides = [*SHAPE, f"unlearning.forget_loss={loss}"]
+    found = run_distributed(collectives_of_a_step, 2, str(config), str(run), overrides)
+    assert found == [{"allreduce": 2, "allgather_base": gathers, "reduce_scatter_base": 2}] * 2
+
+
+def states_of_the_host(world: Any, config: str, run_dir: str, overrides: list[str]) -> dict[str, Any]:
+    from trace_ds.unlearning import training_engine
+
+    training_engine.RANKS_SUMMED_IN_BF16 = 0  # as if one rank were many
+    engine, _, step = jobs.prepared_steps(world, config, run_dir, overrides)
+    threads: list[int] = []
+    engine.optimizer.optimizer.register_step_pre_hook(lambda *_: threads.append(torch.get_num_threads()))
+    step(0)
+    return {"update": set(threads), "after": torch.get_num_threads(), "sums": engine.communication_data_type}
+
+
+def test_offloaded_states_are_updated_by_all_cores_and_many_ranks_sum_in_fp32(calibrated: tuple[Path, Path]) -> None:
+    config, run = calibrated
+    offload = Path(__file__).parents[2] / "ds_configs" / "cpu_offload.json"
+    overrides = ["model.dtype=bf16", f"unlearning.ds_config={offload}", "unlearning.forget_loss=graddiff"]
+    (found,) = run_distributed(states_of_the_host, 1, str(config), str(run), overrides)
+    assert found == {"update": {len(os.sched_getaffinity(0))}, "after": 1, "sums": torch.float32}
+
+
+def faults_of_a_tensor(world: Any) -> list[int]:
+    """Pages of 16 MB that the system hands out again, each time such a tensor is made, after a model was loaded."""
+    ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, 1 << 17)  # glibc's default, whatever this process did before
+    with large_tensors_apart():
+        pass
+    found = []
+    for _ in range(4):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(1 << 22)
+        found.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    return found
+
+
+def test_memory_of_a_step_stays_with_the_process() -> None:
+    (found,) = run_distributed(faults_of_a_tensor, 1)
+    assert max(found[1:]) < 100, found  # of 4,096
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_number_of_threads_changes_no_bit_of_an_update(fused: bool) -> None:
+    found = []
+    threads = torch.get_num_threads()
+    for number in (1, 2, 3):
+        generator = torch.Generator().manual_seed(0)
+        weight = torch.randn(1_000_003, generator=generator).requires_grad_()
+        optimizer = torch.optim.AdamW([weight], lr=1e-2, weight_decay=0.1, fused=fused)
+        try:
+            torch.set_num_threads(number)
+            for _ in range(2):
+                weight.grad = torch.randn(len(weight), generator=generator)
+                optimizer.step()
+        finally:
+            torch.set_num_threads(threads)
+        found.append(weight.detach())
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+def flags() -> tuple[Any, ...]:
+    memory, cudnn = torch.utils.deterministic.fill_uninitialized_memory, torch.backends.cudnn
+    return torch.are_deterministic_algorithms_enabled(), memory, cudnn.deterministic, cudnn.benchmark
+
+
+def watched_job(world: Any, config: str, run_dir: str, overrides: list[str]) -> list[Any]:
+    """``unlearn``; what torch was told in each step and after the last one, and cuBLAS."""
+    from trace_ds.unlearning import trainer
+
+    make_step, seen = trainer.run_step, []
+
+    def run_step(*arguments: Any) -> dict[str, float]:
+        seen.append(flags())
+        return make_step(*arguments)
+
+    trainer.run_step = run_step
+    jobs.unlearn_job(world, config, run_dir, overrides)
+    return [set(seen), flags(), os.environ.get("CUBLAS_WORKSPACE_CONFIG")]
+
+
+def test_a_deterministic_job(calibrated: tuple[Path, Path], tmp_path: Path) -> None:
+    """On the CPU it changes no bit; the kernels are torch's affair."""
+    config, prepared = calibrated
+    manifests = []
+    for name, on, cublas in (("without", False, None), ("with", True, ":4096:8")):
+        run = copy_of(prepared, tmp_path / name)
+        overrides = [f"unlearning.deterministic={on}".lower(), "unlearning.steps=2", "unlearning.forget_loss=npo"]
+        (found,) = run_distributed(watched_job, 1, str(config), str(run), overrides)
+        assert found == [
+            {(True, False, True, False) if on else (False, True, False, False)},
+            (False, True, False, False),
+            cublas,
+        ]
+        manifests.append(read_manifest(run / "checkpoints" / "step_000002"))
+    assert manifests[0] == manifests[1]  # every file's hash
+
+
+def test_on_a_gpu_the_log_says_what_a_resumed_job_is(
+    calibrated: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trace_ds.checkpoints import commit
+
+    monkeypatch.setattr(commit, "load_newest", lambda world, checkpoints, chosen, *_: chosen)
+    said: dict[tuple[str, bool], list[str]] = {}
+    for device in ("cuda", "cpu"):
+        for on in (False, True):
+            loaded, run = load_config(str(calibrated[0]), [f"unlearning.deterministic={on}".lower()], tmp_path)
+            info = inspect_model(loaded.model.path)
+            training = Training("unlearning", loaded.unlearning, RunDirectory.at(run), loaded, info, "job")
+            manifest = Manifest(3, 1, 1, 3, "mixtral", "job", {}, "", "fp32", {}, {})
+            lines: list[str] = []
+            log = SimpleNamespace(line=lines.append, drop_scalars_after=lambda step: None)
+            training.restored(World(0, 1, torch.device(device)), None, manifest, log)  # type: ignore[arg-type]
+            said[device, on] = [line for line in lines if "bit for bit" in line]
+    assert [key for key, lines in said.items() if lines] == [("cuda", False)]
+    assert said["cuda", False][0].endswith("only with unlearning.deterministic: true")
+
+
+def kernels_of(world: Any, config: str, run_dir: str, overrides: list[str]) -> list[Any]:
+    engine, goal, step = jobs.prepared_steps(world, config, run_dir, overrides)
+    models = engine.module, goal.objective.frozen.engine.module
+    return [*(model.config._experts_implementation for model in models), step(0)["loss_retain"]]
+
+
+def test_the_frozen_model_has_the_kernel_of_the_trained_one(calibrated: tuple[Path, Path]) -> None:
+    """So RMU's retain loss starts at exactly 0."""
+    config, run = calibrated
+    (found,) = run_distributed(kernels_of, 1, str(config), str(run), ["unlearning.expert_kernel=eager"])
+    assert found == ["eager", "eager", 0.0]
+
+
+def test_a_kernel_that_this_machine_has_not_is_replaced_and_said(calibrated: tuple[Path, Path], tmp_path: Path) -> None:
+    config, prepared = calibrated
+    runs = {name: copy_of(prepared, tmp_path / name) for name in ("auto", "sonicmoe")}
+    for name, run in runs.items():
+        overrides = [f"unlearning.expert_kernel={name}", "unlearning.steps=1", "model.dtype=bf16"]
+        run_distributed(jobs.unlearn_job, 1, str(config), str(run), overrides)
+    assert losses_of(runs["auto"]) == losses_of(runs["sonicmoe"])
+    text = (runs["sonicmoe"] / "logs" / "unlearn.jsonl").read_text()
+    assert "WARNING expert_kernel: auto instead of sonicmoe (ImportError: sonic-moe requires" in text

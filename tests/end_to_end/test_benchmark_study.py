@@ -1,0 +1,205 @@
+"""A whole study on a tiny random model: killed, finished, run again; its runs are those of the pipeline.
+
+(Many ranks, and a study on a cluster: tests/cluster/test_slurm.py.)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from forked import JOB, Server, refuse
+
+from trace_ds.config.load import load_config
+from trace_ds.errors import JobFailed
+from trace_ds.studies import study as study_module
+from trace_ds.studies.analysis import Comparison
+from trace_ds.studies.matched import Matched, matched
+from trace_ds.studies.study import Study
+
+BENCH: dict[str, Any] = {
+    "seeds": [0, 1],
+    "methods": {"uniform": {"calibration.rule": "uniform"}, "sampling": {}},
+    "grid": {"unlearning.alpha": [1.0, 4.0]},
+    "grids": {"uniform": {"unlearning.alpha": [1.0, 4.0, 1e38]}, "sampling": {"unlearning.alpha": [4.0]}},
+    "forget": "questions_forget accuracy",
+    "utility": ["questions_forget exact_match", "questions_utility accuracy util*"],
+}
+TASKS = ["questions_forget", "questions_utility"]
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """With dropout, so that a step's random numbers show in its result."""
+    folder = tmp_path_factory.mktemp("study")
+    model = Path(shutil.copytree(tiny_model, folder / "model"))
+    raw = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    (model / "config.json").write_text(json.dumps(raw | {"attention_dropout": 0.2}), encoding="utf-8")
+    settings = {"unlearning__zero_stage": 1, "unlearning__steps": 3, "distributed": {"nproc": 1}}
+    settings["unlearning__evaluate"] = {"every": 2, "rows": 0, "tasks": TASKS}
+    return tiny.write_config(folder, model, bench=BENCH, **settings)
+
+
+@pytest.fixture(scope="module")
+def study(recipe: Path, server: Server) -> Path:
+    """Killed (its workers too) after its first runs, then finished by two workers."""
+    directory = recipe.parent / "out"
+    first = server.start(["bench", recipe, "--run-dir", directory, "--workers", "1"], recipe.parent, **JOB)
+    while len(curves(directory)) < 2 and Path(f"/proc/{first}").exists():
+        time.sleep(0.02)
+    os.kill(first, signal.SIGKILL)
+    assert "[bench] 8 runs of at most 3 steps, scored every 2: 4 methods" in server.wait().stdout
+    made = {path: path.read_bytes() for path in curves(directory)}
+    done = server.run(["bench", recipe, "--run-dir", directory, "--workers", "2"], recipe.parent, **JOB)
+    assert done.returncode == 0, done.stderr
+    assert all(path.read_bytes() == content for path, content in made.items())
+    assert "nothing to forget" in done.stdout  # a margin of .03 above chance: a random model knows nothing
+    return directory
+
+
+def curves(study: Path) -> list[Path]:
+    return sorted([*study.glob("seed_*/curve.json"), *study.glob("seed_*/variants/*/curve.json")])
+
+
+def test_a_killed_study_is_finished_and_a_second_one_writes_the_same_bytes(
+    study: Path, recipe: Path, server: Server
+) -> None:
+    assert len(curves(study)) == 2 * (3 + 1)
+    assert not list(study.glob("seed_*/**/step_*"))  # no weights are kept
+    before = {name: (study / name).read_bytes() for name in ("study.json", "frontier.csv")}
+    again = server.run(["bench", recipe, "--run-dir", study, "--json", "--analyse"], recipe.parent)
+    assert again.returncode == 0 and json.loads(again.stdout)["seeds"] == [0, 1]
+    assert {name: (study / name).read_bytes() for name in before} == before
+    assert before["frontier.csv"].count(b"\n") == 1 + 6 * 3 + 2  # steps 0, 2, 3; those that diverge have step 0
+    diverged = json.loads(before["study.json"])["diverged"]
+    assert diverged == [f"seed {seed}, recipe, uniform, alpha=1e+38" for seed in (0, 1)]
+
+
+def test_the_csv_alone_gives_the_comparisons_again(study: Path, recipe: Path) -> None:
+    from tools.study_from_csv import read_curves
+
+    config, _ = load_config(str(recipe), [], "out")
+    read = {
+        "csv": read_curves(config, study / "frontier.csv"),
+        "runs": [curve for curve, _ in Study([str(recipe)], study, []).curves()],
+    }
+
+    def measure(steps: list[int], forget: list[float], utility: list[float]) -> Matched:
+        return matched(steps, [1.0, *[0.0] * (len(forget) - 1)], utility, 0.5)  # as if each step had forgotten
+
+    rows = {name: Comparison(config, curves, measure).rows() for name, curves in read.items()}
+    assert len(rows["csv"]) == len(rows["runs"]) > 0
+    for row, expected in zip(rows["csv"], rows["runs"], strict=True):
+        assert row["seeds"] == expected["seeds"] and row["strengths"] == expected["strengths"]
+        assert row["value"] == pytest.approx(expected["value"], rel=1e-5)  # the CSV has six digits
+
+
+def test_a_run_of_a_study_is_the_run_of_the_pipeline(study: Path, recipe: Path, server: Server) -> None:
+    """Alone, with checkpoints and the model scored: the same job, the same scores."""
+    run = recipe.parent / "alone"
+    changes = ["seed=1", "bench=null", "calibration.rule=uniform", "statistics.trace=true"]  # as the study records
+    words = [word for change in changes for word in ("--set", change)]
+    done = server.run(["run", recipe, "--run-dir", run, *words], recipe.parent, **JOB)
+    assert done.returncode == 0, done.stderr
+    ours, theirs = (json.loads((path / "curve.json").read_text()) for path in (study / "seed_1", run))
+    assert [point["step"] for point in ours["curve"]] == [0, 2, 3]
+    assert ours["curve"] == theirs["curve"] and ours["job"] == theirs["job"]
+    scored = json.loads((run / "evaluation" / "unlearned.json").read_text(encoding="utf-8"))["scores"]
+    assert ours["curve"][-1]["scores"] == [score for score in scored if score["task"] in TASKS]
+
+
+@pytest.mark.parametrize("damage", ['{"curve": []}', "{}", "", None])
+def test_a_curve_that_is_damaged_or_missing_is_one_line(
+    study: Path, recipe: Path, server: Server, tmp_path: Path, damage: str | None
+) -> None:
+    """Never another result."""
+    other = Path(shutil.copytree(study, tmp_path / "study", symlinks=True))
+    for name in ("study.json", "frontier.csv"):
+        (other / name).unlink()
+    path = curves(other)[-1]
+    path.unlink()
+    if damage is not None:
+        content = json.loads(curves(study)[-1].read_text()) | json.loads(damage or "{}")
+        path.write_text(json.dumps(content) if damage == '{"curve": []}' else damage)
+    line = refuse(server, tmp_path, "bench", recipe, "--run-dir", other, "--analyse")
+    assert str(path) in line and "curve" in line and "trace-ds unlearn" in line
+    assert not (other / "study.json").exists()
+
+
+def test_a_copy_without_its_links_is_read_alike(study: Path, recipe: Path, server: Server, tmp_path: Path) -> None:
+    """As by `cp -rL`: every link is a folder of its own."""
+    other = Path(shutil.copytree(study, tmp_path / "study"))
+    before = {name: (other / name).read_bytes() for name in ("study.json", "frontier.csv")}
+    for words in (["bench", recipe, "--run-dir", other, "--analyse"], ["bench", recipe, "--run-dir", other]):
+        result = server.run(words, tmp_path, **JOB)
+        assert result.returncode == 0 and not result.stderr, result
+        assert {name: (other / name).read_bytes() for name in before} == before
+    runs = [other / "seed_0", next((other / "seed_0" / "variants").iterdir())]
+    for words in [["report", runs[0]], *(["inspect", run] for run in runs)]:
+        theirs = [str(study / word.relative_to(other)) if isinstance(word, Path) else word for word in words]
+        ours, usual = (server.run(each, tmp_path, **JOB) for each in (words, theirs))
+        assert (ours.returncode, ours.stderr) == (usual.returncode, usual.stderr.replace(str(study), str(other)))
+        assert "Traceback" not in ours.stderr and usual.returncode in (0, 2)
+
+
+def test_a_changed_method_is_all_that_is_run_again(study: Path, recipe: Path, server: Server, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(study, tmp_path / "study", symlinks=True))
+    before = {path: path.stat().st_mtime_ns for path in curves(other)}
+    change = ["--set", "bench.methods.sampling={calibration.ess_floor: 0.9}"]
+    done = server.run(["bench", recipe, "--run-dir", other, *change], tmp_path, **JOB)
+    assert done.returncode == 0, done.stderr
+    again = [path for path in curves(other) if path.stat().st_mtime_ns != before[path]]
+    assert len(again) == 2 and all("sampling" in path.parent.name for path in again)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["distributed.ep=2"], "does not divide the world size 1"),
+        (["distributed.nproc=999"], "999 processes on this machine"),
+        (["bench.grids={sampling: {unlearning.steps: [3]}}"], "would be run and never tuned"),
+        (["unlearning.evaluate={every: null, tasks: []}"], "the runs are not scored"),
+        (["model.path=absent"], "absent"),
+    ],
+)
+def test_runs_that_cannot_be_are_refused(
+    recipe: Path, tmp_path: Path, server: Server, changes: list[str], message: str
+) -> None:
+    options = [word for change in changes for word in ("--set", change)]
+    assert message in refuse(server, tmp_path, "bench", recipe, "--run-dir", tmp_path / "out", *options)
+
+
+def test_workers_take_turns_on_the_gpus_that_are_given(tmp_path: Path) -> None:
+    for number in range(8):
+        (tmp_path / f"nvidia{number}").touch()
+    for ranks, inherited, wanted in (
+        (1, {}, list("01234567")),
+        (1, {"CUDA_VISIBLE_DEVICES": "4,5"}, ["4", "5", "4"]),
+        (4, {}, ["0,1,2,3", "4,5,6,7", "0,1,2,3"]),
+    ):
+        given = [study_module.devices_of(number, ranks, inherited, tmp_path) for number in range(len(wanted))]
+        assert [environment["CUDA_VISIBLE_DEVICES"] for environment in given] == wanted
+    assert "CUDA_VISIBLE_DEVICES" not in study_module.devices_of(0, 1, {}, tmp_path / "none")
+
+
+def test_a_recipe_without_a_study_is_refused(tmp_path: Path, server: Server) -> None:
+    fix = "start from `trace-ds recipes --show bench_entangled`"
+    line = f"trace-ds: error: demo: the recipe has no bench section. Fix: {fix}"
+    assert refuse(server, tmp_path, "bench", "demo") == line
+
+
+def dies(*asked: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_worker_ends_the_study(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(study_module, "run_seed", dies)
+    with pytest.raises(JobFailed, match="was killed"):
+        study_module.run_all(Study([str(recipe)], tmp_path, []), 1, quiet=True)

@@ -1,0 +1,73 @@
+"""The rules of a GPU, without one: nothing mixes devices, reads what has not arrived, or waits more than it must.
+
+Each test runs on a stand-in device (``standin_device.py``), and on a GPU where there is one, in a process of its own.
+Not under it: DeepSpeed's engines, and with them ZeRO and AutoEP; experts that run one after the other (transformers'
+``eager`` looks up the tokens of each expert, for which the host waits); GRIP, which writes into DeepSpeed's optimizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from processes import CONTEXT
+
+import tools.gpu_acceptance as acceptance
+
+KINDS = [
+    "standin",
+    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")),
+]
+EXPECTED = {
+    "cpu_index": (AssertionError, "copies an index"),
+    "item": (AssertionError, "reads a value"),
+    "missing_event": (AssertionError, "part"),
+    "numpy": (TypeError, "can't convert standin:0 device type tensor to numpy"),
+    "cpu_sum": (RuntimeError, "Expected all tensors to be on the same device"),
+}
+Ask = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def ask() -> Iterator[Ask]:
+    """``ask(name, ...)``: the function of that name in ``standin_jobs.py``, in another process."""
+    with ProcessPoolExecutor(1, mp_context=CONTEXT) as pool:
+        yield lambda name, *arguments: pool.submit(call, name, *arguments).result(timeout=200)
+
+
+def call(name: str, *arguments: Any) -> Any:
+    import standin_jobs  # here: it gives its process a device
+
+    return getattr(standin_jobs, name)(*arguments)
+
+
+def test_the_device_keeps_the_rules(ask: Ask) -> None:
+    ask("rules")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", acceptance.TINY)
+def test_collect(ask: Ask, kind: str, family: str, tmp_path: Path) -> None:
+    ask("check_collect", kind, family, tmp_path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("job", acceptance.JOBS)
+def test_unlearn(ask: Ask, kind: str, job: str, tmp_path: Path) -> None:
+    ask("check_unlearn", kind, job, "mixtral", tmp_path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scorer_and_attacks(ask: Ask, kind: str, tmp_path: Path) -> None:
+    ask("check_scorer", kind, tmp_path)
+
+
+@pytest.mark.parametrize("fault", EXPECTED)
+def test_a_fault_fails(ask: Ask, fault: str, tmp_path: Path) -> None:
+    error, words = EXPECTED[fault]
+    with pytest.raises(error, match=words):
+        ask("check_collect", "standin", "mixtral", tmp_path, fault)

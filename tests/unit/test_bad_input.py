@@ -1,0 +1,638 @@
+"""What users get wrong, each: one clear line that names the place and the fix, exit status 2, nothing written.
+
+Tables, one line a case. Each case is a process of its own (:mod:`forked`), on the configuration of :mod:`tiny`.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import forked
+import jobs
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+import tiny
+import yaml
+from command import environment
+from forked import Server
+from processes import run_distributed
+from stage_calls import calibrate
+
+from trace_ds.cli import at_home
+from trace_ds.config.load import dump_yaml, load_config
+from trace_ds.config.schema import Config
+from trace_ds.config.sections.base import Section
+from trace_ds.corpora.dataset import open_stream
+from trace_ds.errors import UserError
+from trace_ds.parallel.world import AgreedError
+from trace_ds.run.directory import RunDirectory
+from trace_ds.stages.pipeline import Request, run_verb
+
+Change = Callable[[Path], object]  # of the folder with config.yaml, corpora/ and (after `own_model`) model/
+
+
+@pytest.fixture
+def config(tiny_model: Path, tmp_path: Path) -> Path:
+    return tiny.write_config(tmp_path, tiny_model)
+
+
+def refused(config: Path, changes: list[str]) -> str:
+    """The line that says what is wrong with a configuration after these ``--set``."""
+    with pytest.raises(UserError) as error:
+        load_config(str(config), changes)
+    return error.value.line()
+
+
+CONFIG_ERRORS = [
+    ("unlearning.learning_rte=1", "unknown key 'unlearning.learning_rte'"),
+    ("unlearning.alhpa=1", "did you mean 'alpha'?"),
+    ("data={forget: [{path: x}]}", "the key 'data.retain' is missing"),
+    ("unlearning.steps=many", "unlearning.steps: Input should be a valid integer"),
+    ("unlearning.steps='7'", "unlearning.steps: Input should be a valid integer (found '7')"),
+    ("unlearning.steps=true", "unlearning.steps: Input should be a valid integer (found True)"),
+    ("seed=true", "seed: Input should be a valid integer (found True)"),
+    ("statistics.trace='off'", "statistics.trace: Input should be a valid boolean (found 'off')"),
+    ("unlearning.alpha=.inf", "unlearning.alpha: Input should be a finite number"),
+    ("unlearning.alpha=.nan", "unlearning.alpha: Input should be a finite number"),
+    ("unlearning.forget_loss=npo", "npo needs statistics.nll: true"),
+    ("calibration.rule=raknig", "calibration.rule"),
+    ("unlearning.npo.beta=1.0", "unlearning.npo is a setting of another loss than unlearning.forget_loss rmu"),
+    ("variants={a: {unlearning.wga.beta: 2}}", "variants.a: unlearning.wga.beta is a setting of another loss than rmu"),
+    ("calibration.source_weights={a: 2.0}", "source_weights are the weights of rule: uniform, not of rule: raking"),
+    ("calibration={rule: uniform, source_weights: {a: 0.0}}", "source_weights.a"),
+    ("calibration.rule=literal", "calibration.rule: literal gives weights of tokens: it needs unlearning.apply: loss"),
+    ("variants={a: {model.path: x}}", "variants.a may not change model.path"),
+    ("unlearning.optimizer.betas=[2, -1]", "unlearning.optimizer.betas.0: Input should be less than 1 (found 2)"),
+    ("unlearning.optimizer.betas=[0.9, -1]", "betas.1: Input should be greater than or equal to 0"),
+    ("unlearning.optimizer.betas=[0.9]", "unlearning.optimizer.betas"),
+    ("unlearning.optimizer.lr=1e300", "lr: no number here can be above 3.4e+38 (found 1e+300)"),
+    (f"seed={2**64}", "seed: Input should be less than 9223372036854775808"),
+    ("calibration.detection.layers=[-1]", "layers.0: Input should be greater than or equal to 0"),
+    ("model.path={0}", "model.path"),
+    (f"model.path={'a' * 256}", "model.path: no file can have a name over 255 or a path over 4095 bytes"),
+    (f"data.forget=[{{path: {'a/' * 3000}}}]", "data.forget.0.path: no file can have a name over 255 or a path"),
+    ('model.path="a\\0b"', "model.path: a path cannot hold the character NUL"),
+    ('model.path="\\ud800"', "model.path"),
+    ("unlearning", "'unlearning' is not KEY=VALUE"),
+    ("=7", "'=7' is not KEY=VALUE"),
+    ("name.first=x", "'name.first': 'name' is not a section"),
+    ("seed=[", "the value of 'seed' is not valid YAML in line 1"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), CONFIG_ERRORS)
+def test_config_key_type_or_value(config: Path, change: str, message: str) -> None:
+    line = refused(config, [change])
+    assert message in line and len(line) < 600
+
+
+BOMB = "".join(f"a{n}: &a{n} [{', '.join(9 * [f'*a{n - 1}'])}]\n" for n in range(1, 9))
+DEEP = "".join(f"a{n}: &a{n} {'[' * 39}*a{n - 1}{']' * 39}\n" for n in range(1, 99))
+YAML_ERRORS = [
+    ("", "the file holds no keys"),
+    ("- a\n", "the file holds no keys"),
+    ("name: [unclosed\n", "not valid YAML in line 2"),
+    ("name: a\nmodel: {path: m}\nname: b\n", "not valid YAML in line 3 ('name' is there twice)"),
+    ("seed: 0x_\n", "not valid YAML (invalid literal"),
+    ("seed: !!int abc\n", "not valid YAML (invalid literal"),
+    ("seed: !!float abc\n", "not valid YAML (could not convert"),
+    ("seed: !!bool abc\n", "not valid YAML ('abc')"),
+    ("seed: !!timestamp abc\n", "could not determine a constructor for the tag"),
+    ("seed: !!binary abc\n", "could not determine a constructor for the tag"),
+    ("seed: !!set {a}\n", "could not determine a constructor for the tag"),
+    ("seed: !!python/object/apply:os.system [ls]\n", "could not determine a constructor for the tag"),
+    (f"seed: {'9' * 5000}\n", "not valid YAML (Exceeds the limit"),
+    ("seed: 1:99999999999999999999999999999999\n", "the key 'name' is missing"),
+    ("name: 2024-13-45\n", "the key 'model' is missing"),
+    ("name: 2024-01-01\n", "the key 'model' is missing"),
+    ("seed: &a [*a]\n", "not valid YAML in line 1 (an alias refers to what it is in)"),
+    ("seed: &a {b: *a}\n", "not valid YAML in line 1 (an alias refers to what it is in)"),
+    (f"a0: &a0 [x]\n{BOMB}", "more than 20,000 values"),
+    (f"a0: &a0 [x]\n{DEEP}", "nested more than 40 deep"),
+    (f"seed: {'[' * 100_000}\n", "not valid YAML"),
+    (f"seed: {'[' * 400}{']' * 400}\n", "nested more than 40 deep"),
+    (f"seed: {'{a: ' * 400}{'}' * 400}\n", "nested more than 40 deep"),
+    ("1: a\n", "the key '1' is no text: quote it"),
+    ("null: a\n", "the key 'null' is no text: quote it"),
+    ("{[a]: b}\n", "the key 'a list or a section' is no text: quote it"),
+    ("? {a: b}\n: c\n", "the key 'a list or a section' is no text: quote it"),
+    ("a: *b\n", "found undefined alias"),
+    ("a: \x00\n", "not valid YAML (special characters are not allowed)"),
+    ("<<: 7\n", "expected a mapping or list of mappings for merging"),
+    ("a: 1\n---\nb: 2\n", "but found another document"),
+    ("#" * (1 << 19), "more than the 262,144 of any configuration"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), YAML_ERRORS)
+def test_yaml_of_a_file_and_of_set(config: Path, tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "bad.yaml").write_text(text)
+    line = refused(tmp_path / "bad.yaml", [])
+    assert message in line and line.startswith(f"{tmp_path / 'bad.yaml'}: ") and len(line) < 400
+    line = refused(config, [f"seed={text}"])
+    assert len(line) < 500 and "Fix: " in line
+
+
+def test_aliases_and_merges_share_nothing(config: Path) -> None:
+    config.write_text(config.read_text() + "variants:\n  a: &a {unlearning.alpha: 2.0}\n  b: {<<: *a}\n  c: *a\n")
+    found = load_config(str(config), ["variants.a.unlearning={}"])[0].variants
+    assert found["b"] == found["c"] == {"unlearning.alpha": 2.0} and len(found["a"]) == 2
+
+
+def test_every_number_is_bounded() -> None:
+    """Also those of sections and fields to come."""
+
+    def sections(kind: type[Section]) -> set[type[Section]]:
+        return {kind, *(more for below in kind.__subclasses__() for more in sections(below))}
+
+    looked_at = 0
+    for section in sections(Section):
+        for name, field in section.model_fields.items():
+            if not any(part in str(field.annotation) for part in ("int", "float")):
+                continue
+            plain = field.annotation in (int, float) or "list" not in str(field.annotation)
+            for value in (10**39, -(10**39), 1e300, -1e300):
+                with pytest.raises(ValueError) as error:
+                    section.model_validate({name: value if plain else [value]})
+                assert name in {str(item["loc"][0]) for item in error.value.errors()}, (section, name)  # type: ignore[attr-defined]
+            looked_at += 1
+    assert looked_at > 70 and Config in sections(Section)
+
+
+def test_home_is_expanded_once_in_every_path_of_a_config(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/someone")
+    task = "{name: k, type: knowmem, path: ~/k, examples: ~/e, role: forget}"
+    task += ", {name: l, type: lm_eval, task: t, include_path: ~/i, role: forget}"
+    keys = ["model.path=~/m", "model.tokenizer=~/t", "data.forget=[{path: ~/f}]", "unlearning.ds_config=~/d"]
+    keys += ["evaluation.models={gold: ~/g}", f"evaluation.tasks=[{task}]"]
+    loaded, run = load_config(str(config), keys, "~/run")
+    found = dump_yaml(loaded) + str(run)
+    assert "~" not in found and all(
+        f"/home/someone/{name}" in found for name in ["m", "t", "f", "d", "g", "k", "e", "i", "run"]
+    )
+
+
+def test_home_is_expanded_behind_an_option_where_no_shell_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/someone")
+    words = [
+        "inspect",
+        "~/run",
+        "--base-model=~/m",
+        "--set=model.path=~/m",
+        "--run-dir",
+        "~",
+        "a~/b",
+        "~no-such-user/x",
+        "--ep=2",
+    ]
+    kept = ["a~/b", "~no-such-user/x", "--ep=2"]
+    home = ["/home/someone/run", "--base-model=/home/someone/m", "--set=model.path=/home/someone/m", "--run-dir"]
+    assert list(map(at_home, words)) == ["inspect", *home, "/home/someone", *kept]
+
+
+def test_a_setting_of_another_loss_stays_readable_in_what_older_versions_wrote(config: Path) -> None:
+    own = ["unlearning.forget_loss=wga", "unlearning.wga.beta=2", "variants={a: {unlearning.forget_loss: rmu}}"]
+    used, _ = load_config(str(config), own)
+    stored = config.parent / "stored.yaml"
+    stored.write_text(dump_yaml(used).replace("forget_loss: wga", "forget_loss: graddiff"))
+    assert load_config(str(stored))[0].unlearning.wga.beta == 2
+    stored.write_text(f"# by hand\n{stored.read_text()}")
+    assert "unlearning.wga is a setting of another loss" in refused(stored, [])
+    assert load_config(str(config), ["unlearning.wga.beta=2", "variants={a: {unlearning.forget_loss: wga}}"])
+
+
+def test_numbers_as_people_write_them(config: Path) -> None:
+    config.write_text("\ufeff" + config.read_text().replace("lr: 0.001", "lr: 1e-3"))  # and a byte order mark
+    loaded, _ = load_config(str(config), ["unlearning.alpha=2", "calibration.clip=2.5E+1", "name='1e5'"])
+    assert loaded.unlearning.optimizer.lr == 0.001 and loaded.name == "1e5"
+    (config.parent / "stored.yaml").write_text(dump_yaml(loaded))
+    assert load_config(str(config.parent / "stored.yaml"))[0] == loaded
+    assert (loaded.unlearning.alpha, loaded.calibration.clip) == (2.0, 25.0)
+    assert load_config(str(config), [f"unlearning.optimizer.betas=[0.5, {value}]" for value in (1, 0.75)])[0]
+
+
+def own_model(folder: Path) -> Path:
+    """Let the configuration use a copy of its model, to be changed."""
+    raw = yaml.safe_load((folder / "config.yaml").read_text())
+    shutil.copytree(raw["model"]["path"], folder / "model")
+    raw["model"]["path"] = str(folder / "model")
+    (folder / "config.yaml").write_text(yaml.safe_dump(raw))
+    return folder / "model"
+
+
+def model_config(**changes: Any) -> Change:
+    def change(folder: Path) -> None:
+        path = own_model(folder) / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return change
+
+
+def model_is(raw: dict[str, Any]) -> Change:
+    return lambda folder: (own_model(folder) / "config.json").write_text(json.dumps(raw))
+
+
+def in_model(name: str, content: str) -> Change:
+    return lambda folder: (own_model(folder) / name).write_text(content)
+
+
+def forget(content: bytes) -> Change:
+    return lambda folder: (folder / "corpora" / "forget.jsonl").write_bytes(content)
+
+
+def parquet(column: Any, field: str = "text") -> Change:
+    def change(folder: Path) -> None:
+        pyarrow.parquet.write_table(pa.table({field: column}), folder / "corpora" / "forget.parquet")
+
+    return change
+
+
+def torn_parquet(folder: Path) -> None:
+    parquet([f"{n} iron gold" * 40 for n in range(4000)])(folder)
+    path = folder / "corpora" / "forget.parquet"
+    whole = bytearray(path.read_bytes())
+    whole[1000:3000] = bytes(2000)
+    path.write_bytes(whole)
+
+
+def sharded(folder: Path) -> None:
+    """Without its second shard."""
+    from transformers import AutoModelForCausalLM
+
+    model = own_model(folder)
+    loaded = AutoModelForCausalLM.from_pretrained(model)
+    (model / "model.safetensors").unlink()
+    loaded.save_pretrained(model, max_shard_size="100KB")
+    next(iter(sorted(model.glob("model-00002-of-*.safetensors")))).unlink()
+
+
+def question(**changes: Any) -> Change:
+    def change(folder: Path) -> None:
+        item = {"prompt": "iron is", "choices": ["a", "b", "c", "d"], "answer": 0} | changes
+        (folder / "corpora" / "questions_forget.jsonl").write_text(json.dumps(item))
+
+    return change
+
+
+def a_run(folder: Path) -> None:
+    config, _ = load_config(str(folder / "config.yaml"))
+    RunDirectory(folder / "run").create(dump_yaml(config))
+
+
+def nothing(folder: Path) -> None:
+    """What is wrong is on the command line."""
+
+
+FORGET = "'data.forget=[{path: corpora/forget.parquet}]'"
+ATTENTION = "attn_implementation 'owner/name' would make transformers run code from elsewhere"
+RUN, PREPARE, PLAN = "run config.yaml", "prepare config.yaml", "plan config.yaml"
+CASES: list[tuple[str, str, Change, str]] = [
+    # the configuration and the command line
+    ("wrong key", f"{RUN} --set unlearning.learning_rte=1", nothing, "unknown key 'unlearning.learning_rte'"),
+    ("no config", "run nothere.yaml", nothing, "no such configuration file or recipe"),
+    ("ep 3", "collect config.yaml --nproc 3 --ep 3", nothing, "does not divide the 4 experts"),
+    ("ep 4", f"{RUN} --nproc 2 --ep 4", nothing, "does not divide the world size 2"),
+    *(
+        (f"{verb} too early", f"{verb} config.yaml", nothing, "there is no data artefact here")
+        for verb in ("collect", "calibrate", "unlearn", "evaluate")
+    ),
+    ("convert too early", "convert config.yaml", nothing, "there is no complete checkpoint"),
+    ("a variant's data", f"{PREPARE} --run-dir run/variants/even", a_run, "use --run-dir "),
+    # the model
+    ("no model", f"{RUN} --set model.path=missing", nothing, "there is no model directory"),
+    ("no tokenizer", f"{PREPARE} --set model.tokenizer=missing", nothing, "there is no directory with a tokenizer"),
+    ("dense", RUN, model_is({"model_type": "llama", "num_hidden_layers": 3}), "is not a Mixture-of-Experts model"),
+    ("unknown", RUN, model_config(model_type="nllb-moe"), "'nllb-moe' is not supported"),
+    ("unknown, families", RUN, model_config(model_type="nllb-moe"), "mixtral, olmoe, qwen2_moe, qwen3_5_moe_text"),
+    ("top k", RUN, model_config(num_experts_per_tok=9), "9 is larger than the number of experts (4)"),
+    ("shard missing", RUN, sharded, "weight shard model-00002-of-"),
+    ("layers", RUN, model_config(num_hidden_layers=1e9), "num_hidden_layers is 1000000000.0, no whole number"),
+    ("layers, plan", PLAN, model_config(num_hidden_layers=10**9), "num_hidden_layers is 1000000000, no whole number"),
+    ("no layers", RUN, model_config(num_hidden_layers=None), "num_hidden_layers is None"),
+    ("negative", PLAN, model_config(hidden_size=-1), "hidden_size is -1, no whole number from 1 to"),
+    ("no heads", PLAN, model_config(num_attention_heads=0), "num_attention_heads is 0, no whole number from 1 to"),
+    ("experts", PLAN, model_config(num_local_experts=10**12), "num_local_experts is 1000000000000, no whole number"),
+    ("vocabulary", PLAN, model_config(vocab_size=True), "vocab_size is True, no whole number"),
+    ("any number", PLAN, model_config(rope_theta=1e300), "rope_theta is 1e+300, beyond 64 bits"),
+    ("not JSON", RUN, in_model("config.json", '{"a": ' + "9" * 5000), "configuration is damaged (Exceeds the limit"),
+    ("deep JSON", RUN, in_model("config.json", "[" * 100_000), "configuration is damaged (maximum recursion depth"),
+    ("kernel", RUN, model_config(attn_implementation="owner/name"), ATTENTION),
+    ("kernel 2", PLAN, model_config(_attn_implementation="owner/name"), f"_{ATTENTION}"),
+    ("kernel 3", RUN, model_config(text_config={"attn_implementation": "owner/name"}), ATTENTION),
+    ("kernel 4", RUN, model_config(attn_implementation={"": "sdpa", "text_config": "owner/name"}), ATTENTION),
+    ("kernel 5", RUN, model_config(attn_implementation="flash_attention_2"), "would make transformers run code"),
+    ("kernel 6", RUN, model_config(experts_implementation="sonicmoe"), "would make transformers run code"),
+    ("other weights", RUN, model_config(transformers_weights="a.bin"), "transformers_weights names other weights"),
+    ("tokenizer", RUN, in_model("tokenizer.json", "{"), "the tokenizer is damaged (JSONDecodeError"),
+    ("tokenizer 2", PREPARE, in_model("tokenizer.json", '{"model": {"vocab": {}}}'), "the tokenizer cannot be loaded"),
+    ("vocabulary 2", PREPARE, model_config(vocab_size=299), "ids up to 299, the model embeddings for 299 only"),
+    # corpora
+    ("no corpus", PREPARE, lambda f: (f / "corpora" / "retain.jsonl").unlink(), "the corpus file does not exist"),
+    ("empty", PREPARE, forget(b""), "the forget corpus is empty"),
+    ("no text", PREPARE, forget(b'{"text": ""}\n{"text": ""}\n'), "no usable token"),
+    ("latin-1", PREPARE, forget(b'{"text": "caf\xe9"}\n'), "forget.jsonl:1: not UTF-8 (byte 13 of the line)"),
+    ("other key", PREPARE, forget(b'{"txt": "iron"}\n'), "no text under 'text'"),
+    ("no JSON", PREPARE, forget(b"iron\n"), "not a JSON object"),
+    ("deep", PREPARE, forget(b"[" * 100_000), "not a JSON object"),
+    ("array", PREPARE, forget(b"[1]"), "not a JSON object"),
+    ("surrogate", PREPARE, forget(b'{"text": "a \\ud83d b"}'), r"forget.jsonl:1: \ud83d is half of a surrogate pair"),
+    ("surrogate 2", PREPARE, forget(b'{"text": "a b", "source": "\\uDC00"}'), "is half of a surrogate pair"),
+    ("source", PREPARE, forget(b'{"text": "a b", "source": ["x"]}'), "forget.jsonl:1: 'source' is no text"),
+    ("int column", f"{PREPARE} --set {FORGET}", parquet([1, 2]), "the column 'text' holds int64, no text"),
+    ("bytes", f"{PREPARE} --set {FORGET}", parquet([b"a", b"\xff"]), "the column 'text' holds binary, no text"),
+    ("lists", f"{PREPARE} --set {FORGET}", parquet([["a"], ["b"]]), "the column 'text' holds list<"),
+    ("column", f"{PREPARE} --set {FORGET}", parquet(["a"], "body"), "set the corpus' field to one of ['body']"),
+    ("torn pages", f"{PREPARE} --set {FORGET}", torn_parquet, "not a whole Parquet file ("),
+    # tasks
+    ("task", RUN, question(prompt="\ud800"), "is half of a surrogate pair"),
+    ("task answer", RUN, question(answer=4), "questions_forget.jsonl:1: the answer 4 is out of range"),
+    ("task source", RUN, question(source={"a": 1}), "questions_forget.jsonl:1: 'source' is no text"),
+    # what only a late stage, or a variant, would stumble on
+    (
+        "variant",
+        f"{RUN} --set 'variants={{a: {{calibration.rul: uniform}}}}'",
+        nothing,
+        "unknown key 'calibration.rul'",
+    ),
+    ("layer", f"{RUN} --set 'variants={{a: {{unlearning.rmu.layer: 99}}}}'", nothing, "layer 99 of a model with 3"),
+    ("gold", f"{RUN} --set 'evaluation.models={{gold: no/such/model}}'", nothing, "no/such/model: there is no model"),
+    ("ds_config", f"{RUN} --set unlearning.ds_config=no/file.json", nothing, "DeepSpeed configuration cannot be read"),
+]
+
+
+@pytest.mark.parametrize(("words", "change", "message"), [pytest.param(*case[1:], id=case[0]) for case in CASES])
+def test_refused(server: Server, config: Path, words: str, change: Change, message: str) -> None:
+    change(config.parent)
+    assert message in forked.refuse(server, config.parent, *shlex.split(words))
+
+
+ENVIRONMENTS = [
+    ({"RANK": "0", "WORLD_SIZE": "2"}, "RANK and WORLD_SIZE are set, MASTER_ADDR is not"),
+    ({"RANK": "x", "WORLD_SIZE": "2"}, "RANK='x' is no rank of WORLD_SIZE='2'"),
+    ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "x"}, "LOCAL_RANK='x' is no local rank"),
+]
+
+
+@pytest.mark.parametrize(("variables", "message"), ENVIRONMENTS)
+def test_half_a_launcher(server: Server, config: Path, variables: dict[str, str], message: str) -> None:
+    """Two processes that each took themselves for the only one would write over each other."""
+    assert message in forked.refuse(server, config.parent, "collect", "config.yaml", variables=variables)
+
+
+def test_an_error_holds_no_escape_sequence() -> None:
+    line = UserError("bad \x1b[2J\x9b2J", "a\u202eb\ud800", "c\x07").line()
+    assert line == r"a\u202eb\ud800: bad \u001b[2J\u009b2J. Fix: c\u0007"
+
+
+def test_sources_and_tasks_as_they_come(server: Server, config: Path) -> None:
+    """A null source is none, a byte order mark no text; nothing of a file's reaches a terminal as it is."""
+    folder = config.parent
+    lines = ['\ufeff{"text": "iron gold", "source": null}', '{"text": "lead tin", "source": "a\\u001b]0;x\\u0007"}']
+    (folder / "corpora" / "forget.jsonl").write_text("\n".join(lines))
+    assert server.run(["prepare", "config.yaml", "--run-dir", "run"], folder).returncode == 0
+    table = open_stream(folder / "run" / "data" / "forget_documents.arrow").read_all()
+    assert table.column("source").to_pylist() == ["forget", r"a\u001b]0;x\u0007"]
+    assert table.column("text_start").to_pylist() == ["iron gold", "lead tin"]
+
+
+def test_another_bos_token_is_other_data(server: Server, config: Path) -> None:
+    model = own_model(config.parent)
+    command = ["prepare", "config.yaml", "--run-dir", "run"]
+    assert server.run(command, config.parent).returncode == 0
+    before = (config.parent / "run" / "data" / "forget.arrow").read_bytes()
+    file = model / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"bos_token": "</s>"}))
+    assert server.run(command, config.parent).returncode == 0
+    assert (config.parent / "run" / "data" / "forget.arrow").read_bytes() != before
+
+
+def test_output_in_any_encoding(server: Server, config: Path) -> None:
+    ascii_only = {"PYTHONIOENCODING": "ascii"}
+    result = server.run(
+        ["prepare", "config.yaml", "--dry-run", "--set", "report.title=Größe ↓"], config.parent, ascii_only
+    )
+    assert result.returncode == 0 and r"title: Gr\xf6\xdfe \u2193" in result.stdout
+
+
+def test_too_little_memory(config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    import trace_ds.cli
+    import trace_ds.stages.pipeline
+
+    def exhaust(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(trace_ds.stages.pipeline.Request, "load", exhaust)
+    monkeypatch.setattr(trace_ds.cli, "_end", sys.exit)
+    for name, value in (("stdout", sys.stdout), ("stderr", sys.stderr), ("argv", ["trace-ds", "prepare", str(config)])):
+        monkeypatch.setattr(sys, name, value)
+    with pytest.raises(SystemExit) as end:
+        trace_ds.cli.main()
+    assert end.value.code == 2
+    assert capsys.readouterr().err == (
+        "trace-ds: error: there is not enough memory for this. Fix: smaller input or batches, or a machine with more\n"
+    )
+
+
+def test_dry_run_says_what_is_not_ready(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    request = Request.load(str(config), ["unlearning.rmu.layer=99"], config.parent / "run")
+    assert run_verb("run", request, dry_run=True) == 0
+    assert "# not ready: unlearning.rmu.layer: layer 99" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def calibrated(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A configuration with a run directory beside it that has been prepared, collected and calibrated."""
+    folder = tmp_path_factory.mktemp("calibrated")
+    config = tiny.write_config(folder, tiny_model)
+    loaded, run = load_config(str(config))[0], jobs.prepared_run(config, folder / "run")
+    run_distributed(jobs.collect_job, 1, str(config), str(run), [])
+    calibrate(loaded, RunDirectory(run))
+    RunDirectory(run, config_text=dump_yaml(loaded)).store_config()
+    return config
+
+
+@pytest.mark.slow
+def test_artefacts_of_another_model_or_tokenizer_and_damaged_ones(
+    server: Server, calibrated: Path, tiny_model: Path
+) -> None:
+    """Refused by the bare verbs with everything as it was, the stored configuration too."""
+    folder, run = calibrated.parent, calibrated.parent / "run"
+    for name in ("other", "tokenizer", "topk"):
+        shutil.copytree(tiny_model, folder / name)
+    tiny.make_model(folder / "other", seed=1)
+    for path, key, value in (
+        ("tokenizer/tokenizer.json", "version", "2"),
+        ("topk/config.json", "num_experts_per_tok", 1),
+    ):
+        whole = json.loads((folder / path).read_text())
+        (folder / path).write_text(json.dumps(whole | {key: value}))
+    common = (calibrated, "--run-dir", run)
+    for verb, change, message in (
+        ("unlearn", f"model.path={folder / 'other'}", "made with another model"),
+        ("unlearn", f"model.path={folder / 'topk'}", "made with another model"),
+        ("calibrate", f"model.path={folder / 'topk'}", "made with another model"),
+        ("collect", f"model.tokenizer={folder / 'tokenizer'}", "made with another tokenizer"),
+    ):
+        assert message in forked.refuse(server, folder, verb, *common, "--set", change), (verb, change)
+    weights = run / "calibration" / "weights.npy"
+    whole = weights.read_bytes()
+    try:
+        for content, message in (
+            (whole[:-1], f"the file has {len(whole) - 1} bytes instead of {len(whole)}"),
+            (whole[:-1] + bytes([whole[-1] ^ 1]), "the file was altered after it was written"),
+        ):
+            weights.write_bytes(content)
+            line = forked.refuse(server, folder, "unlearn", *common, "--set", "unlearning.alpha=9")
+            assert message in line and "weights.npy" in line
+    finally:
+        weights.write_bytes(whole)
+
+
+def one_sided(world: Any) -> list[str]:
+    """Checks that fail on rank 1 only, as where a node does not see the model, or its storage does not answer."""
+    errors = (
+        UserError("there is no model directory", "/models/m", "mount it"),
+        OSError(errno.EIO, "Input/output error", "/models/m/config.json"),
+    )
+    told = []
+    for error in errors:
+
+        def check(verify: bool, error: Exception = error) -> str:
+            if world.rank == 1:
+                raise error
+            return "fine"
+
+        try:
+            world.agree_each(check)
+        except (UserError, AgreedError) as end:
+            told.append(f"{type(end).__name__}: {end}")
+    return told
+
+
+@pytest.mark.slow
+def test_what_only_one_rank_finds_wrong_ends_all_of_them() -> None:
+    said, silent = run_distributed(one_sided, 2)
+    assert said == [
+        "UserError: /models/m: on rank 1: there is no model directory. Fix: mount it",
+        "UserError: /models/m/config.json: on rank 1: it cannot be read (Input/output error). "
+        "Fix: check the storage that it lies on",
+    ]
+    assert silent == ["AgreedError: "] * 2
+
+
+def test_more_processes_than_the_machine_has(server: Server, config: Path) -> None:
+    limit = 4 * (os.cpu_count() or 1)
+    line = forked.refuse(server, config.parent, "collect", config, "--nproc", str(limit + 1))
+    assert f"{limit + 1} processes on this machine" in line and f"set distributed.nproc to {limit} at most" in line
+    line = forked.refuse(server, config.parent, "run", config, "--set", f"evaluation.nproc={limit + 1}")
+    assert f"evaluation.nproc: {limit + 1} processes on this machine" in line
+
+
+def test_more_processes_than_accelerators() -> None:
+    from trace_ds.errors import UserError
+    from trace_ds.parallel.launch import check_process_count
+
+    check_process_count(8, accelerators=8, cores=1)
+    with pytest.raises(UserError, match="which has 4 accelerators"):
+        check_process_count(8, accelerators=4, cores=64)
+
+
+def test_run_directory_cannot_be_written(server: Server, config: Path) -> None:
+    blocked = config.parent / "file"
+    blocked.write_text("")
+    assert "cannot write here" in forked.refuse(server, config.parent, "run", config, "--run-dir", blocked / "run")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a full and a read-only file system needs root")
+def test_full_and_read_only_run_directory(server: Server, config: Path) -> None:
+    folder = config.parent / "mount"
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", folder], check=True)
+    try:
+        result = server.run(["prepare", config, "--run-dir", folder / "run"], config.parent)
+        assert result.returncode == 2 and "No space left" in result.stderr, result.stderr
+        assert not list((folder / "run").glob("data*"))
+        subprocess.run(["mount", "-o", "remount,ro", folder], check=True)
+        result = server.run(["prepare", config, "--run-dir", folder / "other"], config.parent)
+        assert result.returncode == 2 and "Read-only file system" in result.stderr, result.stderr
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a full file system needs root")
+def test_full_disk_while_collecting_and_calibrating(calibrated: Path, server: Server) -> None:
+    """Per-token files are written through memory maps, where a full disk would be a SIGBUS."""
+    folder, run = calibrated.parent / "small", calibrated.parent / "small" / "run"
+    folder.mkdir()
+    for verb, parts, room_kb in (("collect", ("data",), 28), ("calibrate", ("data", "statistics"), 24)):
+        size_kb = sum(
+            -(-path.stat().st_size // 4096) * 4
+            for part in parts
+            for path in (calibrated.parent / "run" / part).rglob("*")
+        )
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size_kb + room_kb}k", "tmpfs", folder], check=True)
+        try:
+            jobs.copied_run(calibrated.parent / "run", run, *parts)
+            result = server.run([verb, calibrated, "--run-dir", run], calibrated.parent, **forked.JOB)
+            assert result.returncode == 2 and "No space left on device" in result.stderr, (verb, result.stderr)
+            assert len(result.stderr.splitlines()) == 1
+        finally:
+            subprocess.run(["umount", folder], check=True)
+
+
+def test_file_system_without_locks(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with pytest.raises(UserError, match=r"run/\.lock: files cannot be locked here \(No locks available\)"):
+        run_verb("prepare", Request.load(str(config), [], config.parent / "run"))
+
+
+def test_run_directory_in_use(server: Server, config: Path) -> None:
+    run = config.parent / "run"
+    run.mkdir()
+    with (run / ".lock").open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        line = forked.refuse(server, config.parent, "prepare", config, "--run-dir", run)
+        assert "another process is using this run directory" in line
+
+
+def test_wrong_words_on_the_command_line(tmp_path: Path, server: Server) -> None:
+    for words in (["colect", "x"], ["run"], ["run", "x", "--nprc", "2"], ["run", "x", "--nproc", "zero"]):
+        result = server.run(words, tmp_path)
+        assert result.returncode == 2, words
+        assert "Error" in result.stderr and not list(tmp_path.iterdir())
+
+
+def test_errors_in_a_rank_end_the_job_with_status_2(config: Path) -> None:
+    """Started by a launcher, the main process says what is wrong and every rank leaves with status 2."""
+    from trace_ds.parallel.environment import free_port
+
+    job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}  # no LOCAL_RANK: it is told
+    with forked.warm_command(config.parent) as command:
+        ranks = [
+            subprocess.Popen(
+                [*command.split(), "collect", str(config)],
+                cwd=config.parent,
+                env=environment() | job | {"RANK": str(rank)},
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(2)
+        ]
+        errors = [process.communicate(timeout=300)[1] for process in ranks]
+    assert [process.returncode for process in ranks] == [2, 2]
+    assert "there is no data artefact here" in errors[0] and "error" not in errors[1]

@@ -1,0 +1,180 @@
+"""TRACE outside its own job: parquet export, the plain PyTorch pieces, and the Trainer example of the documentation."""
+
+from __future__ import annotations
+
+import json
+import runpy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from stage_calls import calibrate
+from test_calibration_stage import prepared  # noqa: F401 (a fixture)
+
+from trace_ds.calibration.export import export
+from trace_ds.calibration.pytorch import collate_rows, weighted_retain_loss
+from trace_ds.config.load import load_config
+from trace_ds.corpora.dataset import TokenDataset
+from trace_ds.errors import UserError
+from trace_ds.run import artefact
+from trace_ds.run.directory import RunDirectory
+
+EXAMPLE = Path(__file__).parents[2] / "docs" / "trainer_example.py"
+
+
+@pytest.fixture(scope="module")
+def calibrated(prepared, tmp_path_factory):  # noqa: F811
+    config_path, run_path = prepared
+    run = RunDirectory(tmp_path_factory.mktemp("exported") / "run")
+    run.path.symlink_to(run_path)
+    calibrate(load_config(str(config_path))[0], run)
+    return config_path, run
+
+
+def written(calibrated, directory: Path) -> None:
+    _, run = calibrated
+    export(artefact.load(run.data, "data"), artefact.load(run.calibration, "calibration"), directory)
+
+
+def test_parquet_holds_the_weights_of_every_row_and_document(calibrated, tmp_path) -> None:
+    from datasets import Dataset
+
+    _, run = calibrated
+    written(calibrated, tmp_path / "out")
+    rows = Dataset.from_parquet(str(tmp_path / "out" / "retain_rows.parquet"), cache_dir=str(tmp_path))
+    documents = Dataset.from_parquet(str(tmp_path / "out" / "retain_documents.parquet"), cache_dir=str(tmp_path))
+    data = artefact.load(run.data, "data")
+    made = artefact.load(run.calibration, "calibration")
+    dataset = TokenDataset.open(data.file("retain.arrow"))
+    weights, row_weights = np.load(made.file("weights.npy")), np.load(made.file("row_weights.npy"))
+    assert len(rows) == len(dataset)
+    np.testing.assert_array_equal(np.concatenate(rows["weights"]), weights)
+    np.testing.assert_array_equal(rows["row_weight"], row_weights)
+    np.testing.assert_array_equal(np.concatenate(rows["document_ids"]), dataset.document_ids_T[:])
+    for number in (0, len(dataset) - 1):
+        np.testing.assert_array_equal(rows[number]["input_ids"], dataset.row(number).input_ids)
+    counted, ids = dataset.counted(0, dataset.tokens), dataset.document_ids_T[:]
+    for entry in documents:
+        mine = weights[counted & (ids == entry["document"])]
+        assert entry["tokens"] == len(mine)
+        assert entry["weight"] == (pytest.approx(mine.mean()) if len(mine) else None)
+    top = json.loads(made.file("diagnosis.json").read_text())["top_documents"][0]
+    assert documents[top["document"]]["weight"] == pytest.approx(top["weight"], rel=1e-5)
+
+
+def test_export_refuses_other_data(calibrated, tmp_path) -> None:
+    _, run = calibrated
+    data = artefact.load(run.data, "data")
+    made = artefact.load(run.calibration, "calibration")
+    other = artefact.Artefact("calibration", {**made.inputs, "data": "0"}, made.settings, made.files, {}, made.path)
+    with pytest.raises(UserError, match="made from other data"):
+        export(data, other, tmp_path)
+
+
+def test_calibrate_writes_the_dataset_when_asked(prepared, tmp_path) -> None:  # noqa: F811
+    from datasets import Dataset
+
+    config_path, run_path = prepared
+    run = RunDirectory(tmp_path / "run", parent=run_path)
+    keys = ["calibration.export=parquet"]
+    made = calibrate(load_config(str(config_path), keys)[0], run)
+    rows = Dataset.from_parquet(str(run.export / "retain_rows.parquet"), cache_dir=str(tmp_path))
+    weights, row_weights = np.load(made.file("weights.npy")), np.load(made.file("row_weights.npy"))
+    np.testing.assert_array_equal(np.concatenate(rows["weights"]), weights)
+    np.testing.assert_array_equal(rows["row_weight"], row_weights)
+    again = calibrate(load_config(str(config_path), keys[1:])[0], run)
+    assert again.content == made.content, "exporting changes nothing of the calibration"
+    before = (run.export / "retain_rows.parquet").read_bytes()
+    (run.export / "retain_rows.parquet").unlink()
+    calibrate(load_config(str(config_path), keys)[0], run)
+    assert (run.export / "retain_rows.parquet").read_bytes() == before
+
+
+def rows_of(calibrated) -> list[dict]:
+    _, run = calibrated
+    dataset = TokenDataset.open(artefact.load(run.data, "data").file("retain.arrow"))
+    weights = np.load(run.calibration / "weights.npy")
+    return [
+        {
+            "input_ids": dataset.row(i).input_ids,
+            "document_ids": dataset.row(i).document_ids,
+            "weights": weights[dataset.row_starts_R1[i] : dataset.row_starts_R1[i + 1]],
+        }
+        for i in range(6)
+    ]
+
+
+def test_collated_rows_equal_the_jobs_own_batches(calibrated) -> None:
+    _, run = calibrated
+    dataset = TokenDataset.open(artefact.load(run.data, "data").file("retain.arrow"))
+    mine, theirs = collate_rows(rows_of(calibrated), pad_id=2), dataset.batch(range(6), pad_id=2)
+    assert torch.equal(mine["input_ids"], theirs.input_ids_BS)
+    counted = theirs.counted_BS
+    assert torch.equal(mine["labels"][:, 1:] != -100, counted[:, :-1])
+    assert torch.equal(mine["weights"] > 0, counted)
+    real = theirs.document_ids_BS >= 0
+    assert torch.equal(mine["position_ids"][real], theirs.position_ids_BS[real])
+
+
+def test_loss_against_the_slow_way_and_its_divisor(calibrated) -> None:
+    batch = collate_rows(rows_of(calibrated))
+    logits = torch.randn(*batch["input_ids"].shape, 300, generator=torch.Generator().manual_seed(0))
+    wanted, n = 0.0, 0
+    for row, ids in enumerate(batch["input_ids"]):
+        for t in range(len(ids) - 1):
+            if batch["labels"][row, t + 1] != -100:
+                n += 1
+                wanted -= float(batch["weights"][row, t] * logits[row, t].log_softmax(-1)[ids[t + 1]])
+    loss = weighted_retain_loss(logits, batch["labels"], batch["weights"])
+    assert float(loss) == pytest.approx(wanted / n, rel=1e-5)
+    twice = weighted_retain_loss(logits, batch["labels"], 2 * batch["weights"])
+    assert float(twice) == pytest.approx(2 * wanted / n, rel=1e-5), "the weights of a batch are not renormalised"
+    assert float(weighted_retain_loss(logits, batch["labels"], batch["weights"], 7)) == pytest.approx(wanted / 7)
+
+
+@pytest.mark.parametrize("sampling", [False, True])
+def test_trainer_example_runs_and_its_first_loss_is_the_weighted_one(calibrated, tmp_path, sampling: bool) -> None:
+    """Accumulation over two micro-batches: the logged loss is Σ wℓ / n over both, n the tokens of both."""
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM
+
+    config_path, _ = calibrated
+    written(calibrated, tmp_path)
+    example = runpy.run_path(str(EXAMPLE))
+    trainer_class = example["RetainTrainer"]
+    trainer_class.compute_loss.__globals__["SAMPLING"] = sampling
+    model = str(config_path.parent / "model")
+    options = {
+        "max_steps": 1,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 0.0,
+        "use_cpu": True,
+        "logging_steps": 1,
+        "save_strategy": "no",
+    }
+    seen: list[dict] = []
+    original = trainer_class.compute_loss
+
+    def spy(self, model, inputs, *args, **kwargs):
+        seen.append({name: value.clone() for name, value in inputs.items()})
+        return original(self, model, inputs, *args, **kwargs)
+
+    trainer_class.compute_loss = spy
+    trainer = example["main"](model, str(tmp_path / "retain_rows.parquet"), str(tmp_path / "out"), **options)
+    reference = AutoModelForCausalLM.from_pretrained(model)
+    total = n = 0.0
+    for batch in seen:
+        with torch.no_grad():
+            logits = reference(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
+        weights = batch["weights"] > 0 if sampling else batch["weights"]
+        total += float(weighted_retain_loss(logits, batch["labels"], weights, 1))
+        n += float((batch["labels"][:, 1:] != -100).sum())
+    assert len(seen) == 2
+    logged = next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
+    assert logged == pytest.approx(total / n, rel=1e-4)
+    if sampling:
+        rows = Dataset.from_parquet(str(tmp_path / "retain_rows.parquet"))
+        drawn = torch.tensor(list(trainer._get_train_sampler()))
+        assert len(drawn) == len(rows) and len(set(drawn.tolist())) < len(rows), "drawn with replacement"

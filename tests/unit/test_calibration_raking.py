@@ -1,0 +1,368 @@
+"""Raking against closed forms and other solvers, with more experts than a solver can match, on degenerate inputs."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from calibration_world import Corpus, make_world
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from scipy import optimize
+
+from trace_ds.calibration import raking
+from trace_ds.calibration.raking import balanced, rake
+from trace_ds.calibration.targets import offer
+from trace_ds.calibration.tokens import TokenMap
+from trace_ds.calibration.units import Units, evaluate
+
+sys.path.append(str(Path(__file__).parents[2] / "tools"))
+import bench_calibrate
+
+
+def weights(active_TS: np.ndarray, theta_S: np.ndarray) -> np.ndarray:
+    score = active_TS @ theta_S
+    w = np.exp(score - score.max())
+    return w / w.mean()
+
+
+def ess(w: np.ndarray) -> float:
+    return float(w.sum() ** 2 / (len(w) * (w**2).sum()))
+
+
+def units_of(active_TS: np.ndarray, multiplicity_T: np.ndarray | None = None) -> Units:
+    """Units with the columns of a 0/1 matrix as constraints: each in a layer of its own, as one of two experts."""
+    selected = np.where(active_TS, 0, 1).astype(np.uint8)[:, :, None]
+    return Units.of(selected, np.array([[True, False]] * active_TS.shape[1]), multiplicity_T)
+
+
+def correlated(rng: np.random.Generator, count: int, constraints: int) -> np.ndarray:
+    """0/1 columns that share a common cause."""
+    common = rng.normal(size=(count, 1))
+    return common * rng.normal(0.7, 0.3, constraints) + rng.normal(size=(count, constraints)) > 0.8
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.integers(1, 1000), st.integers(1, 1000), st.floats(0.01, 0.99))
+def test_one_expert_has_the_closed_form(active: int, idle: int, target: float) -> None:
+    column = np.array([[True], [False]])
+    p = active / (active + idle)
+    made = rake(units_of(column, np.array([active, idle])), np.array([target]), np.array([p]), 1e9, 1e-9)
+    w = np.exp(column @ made.theta_S - made.point.log_mean)
+    np.testing.assert_allclose(w, [target / p, (1 - target) / (1 - p)], rtol=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_agrees_with_a_brute_force_convex_solver(seed: int) -> None:
+    """scipy minimises KL(w ‖ uniform) over the weights themselves, under the constraints: no dual involved."""
+    rng = np.random.default_rng(seed)
+    active = correlated(rng, 60, 3)
+    p = active.mean(axis=0)
+    target = 0.6 * p + 0.4 * np.clip(p + 0.25, 0, 0.9)
+    ours = weights(active, rake(units_of(active), target, p, 1e9, 1e-9).theta_S)
+    constraints = [
+        {"type": "eq", "fun": lambda w: w.mean() - 1.0, "jac": lambda w: np.full(60, 1 / 60)},
+        {"type": "eq", "fun": lambda w: active.T @ w / 60 - target, "jac": lambda w: active.T / 60},
+    ]
+    brute = optimize.minimize(
+        lambda w: float((w * np.log(w)).mean()),
+        np.ones(60),
+        jac=lambda w: (np.log(w) + 1) / 60,
+        bounds=[(1e-9, None)] * 60,
+        constraints=constraints,
+        method="SLSQP",
+        options={"maxiter": 2000, "ftol": 1e-14},
+    )
+    assert brute.success
+    np.testing.assert_allclose(ours, brute.x, atol=2e-4)
+    assert (ours * np.log(ours)).mean() <= (brute.x * np.log(brute.x)).mean() + 1e-7
+
+
+def reference(active_TS: np.ndarray, target_S: np.ndarray) -> np.ndarray:
+    """Weights from scipy's trust-region Newton on the plain dual, float64, run until it cannot go on."""
+
+    def moments(theta_S: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        w = weights(active_TS, theta_S)
+        return w / w.sum(), w @ active_TS / w.sum()
+
+    def value(theta_S: np.ndarray) -> float:
+        score = active_TS @ theta_S
+        return float(score.max() + np.log(np.exp(score - score.max()).mean()) - theta_S @ target_S)
+
+    def hessian(theta_S: np.ndarray) -> np.ndarray:
+        w, mean = moments(theta_S)
+        return (active_TS.T * w) @ active_TS - np.outer(mean, mean)
+
+    found = optimize.minimize(
+        value,
+        np.zeros(len(target_S)),
+        jac=lambda theta_S: moments(theta_S)[1] - target_S,
+        hess=hessian,
+        method="trust-ncg",
+        options={"gtol": 1e-10, "maxiter": 1000},
+    )
+    return weights(active_TS, found.x)
+
+
+@pytest.mark.parametrize("sample", [1 << 18, 4000])
+@pytest.mark.parametrize("floor", [0.3, 0.8])
+def test_weights_are_those_of_a_plain_long_running_solver(monkeypatch, sample: int, floor: float) -> None:
+    """On all tokens at once, and on a sample of them first."""
+    monkeypatch.setattr(raking, "SAMPLE_UNITS", sample)
+    forget, retain = make_world(seed=3, layers=4, experts=10, top_k=3, documents=600)
+    active = retain.dense(10).astype(float)
+    p, q = active.mean(axis=0), forget.dense(10).mean(axis=0)
+    made = rake(Units(retain.as_trace(), np.ones((4, 10), dtype=bool), retain.tokens), q, p, 20.0, floor)
+    assert made.converged and made.strength < 1 and not any(made.reason_S)
+    assert (made.passes > 1) == (sample < len(active))
+    np.testing.assert_allclose(made.target_S, p + made.strength * (q - p), atol=1e-12)
+    w, wanted = weights(active, made.theta_S), reference(active, made.target_S)
+    assert floor <= ess(w) < floor * 1.001
+    np.testing.assert_allclose(w @ active / w.sum(), made.target_S, atol=2e-6)
+    np.testing.assert_allclose(w, wanted, rtol=1e-3)
+
+
+def copied_layers(rng: np.random.Generator, count: int, copies: int = 2, experts: int = 6) -> tuple[Corpus, np.ndarray]:
+    """(retain corpus whose layers are copies of one another, forget frequencies that differ from layer to layer)."""
+    logits = rng.normal(size=(copies, experts))
+
+    def chosen(logits_E: np.ndarray) -> np.ndarray:
+        return np.argsort(-(logits_E + rng.gumbel(size=(3000, experts))), axis=1)[:, :2].astype(np.uint8)
+
+    retain = np.resize(np.stack([chosen(logits[0])] * copies, axis=1), (count, copies, 2))
+    forget = np.stack([chosen(row + rng.normal(scale=0.8, size=experts)) for row in logits], axis=1)
+    frequency = np.array([np.bincount(forget[:, layer].ravel(), minlength=experts) for layer in range(copies)]) / 3000
+    documents = np.arange(count, dtype=np.int32) // 100
+    token_map = TokenMap(np.array([0, count]), documents, int(documents[-1]) + 1)
+    return Corpus(retain, token_map, np.zeros(0)), frequency.ravel()
+
+
+def exact_strength(active_TS: np.ndarray, shift_S: np.ndarray, floor: float) -> float:
+    """λ by bisection, each dual (in the box, float64, over the distinct tokens) minimised by scipy's SLSQP."""
+    kinds, counts = np.unique(active_TS, axis=0, return_counts=True)
+    kinds, share, p_S = kinds.astype(float), counts / counts.sum(), active_TS.mean(axis=0)
+
+    def size(strength: float) -> float:
+        def dual(theta_S: np.ndarray) -> tuple[float, np.ndarray]:
+            score = kinds @ theta_S
+            w = share * np.exp(score - score.max())
+            target_S = p_S + strength * shift_S
+            value = score.max() + np.log(w.sum()) - theta_S @ target_S
+            return float(value), w @ kinds / w.sum() - target_S
+
+        found = optimize.minimize(
+            dual,
+            np.zeros(len(p_S)),
+            jac=True,
+            method="SLSQP",
+            bounds=[(-raking.LARGEST_THETA, raking.LARGEST_THETA)] * len(p_S),
+            options={"ftol": 1e-15, "maxiter": 2000},
+        )
+        w = np.exp(kinds @ found.x - (kinds @ found.x).max())
+        return float((share @ w) ** 2 / (share @ w**2))
+
+    low, high = (1.0, 1.0) if size(1.0) >= floor else (0.0, 1.0)
+    while high - low > 1e-5:
+        middle = (low + high) / 2
+        low, high = (middle, high) if size(middle) >= floor else (low, middle)
+    return low
+
+
+@settings(max_examples=6, deadline=None)
+@given(st.integers(0, 1000), st.sampled_from([3000, 15_000, 18_000, 40_000]), st.integers(1, 3))
+def test_copies_of_one_layer_are_solved_alike_at_every_size(seed: int, count: int, copies: int) -> None:
+    """λ is that of an exact solution to 1e-3, and no smaller where the floor is lower, with however many tokens."""
+    retain, q = copied_layers(np.random.default_rng(seed), count, copies)
+    active, scope_LE = retain.dense(6), np.ones((copies, 6), dtype=bool)
+    p = active.mean(axis=0)
+    shift = balanced(scope_LE, offer(scope_LE, p, q, 20.0)[0] - p, p * (1 - p))
+    strengths = []
+    for floor in (0.8, 0.6, 0.4):
+        made = rake(Units(retain.as_trace(), scope_LE, retain.tokens), q, p, 20.0, floor)
+        assert made.converged and made.point.ess >= floor
+        strengths.append(made.strength)
+    assert strengths[0] == pytest.approx(exact_strength(active, shift, 0.8), rel=1e-3)
+    assert strengths == sorted(strengths)
+
+
+def test_the_floor_is_met_on_all_tokens_where_a_sample_is_too_small(monkeypatch) -> None:
+    monkeypatch.setattr(raking, "SAMPLE_UNITS", 200)
+    monkeypatch.setattr(raking, "SAMPLE_UNITS_PER_CONSTRAINT", 1)
+    forget, retain = make_world(seed=3, layers=4, experts=10, top_k=3, documents=600)
+    p, q = retain.dense(10).mean(axis=0), forget.dense(10).mean(axis=0)
+    made = rake(Units(retain.as_trace(), np.ones((4, 10), dtype=bool), retain.tokens), q, p, 20.0, 0.5)
+    assert ess(weights(retain.dense(10), made.theta_S)) >= 0.5
+    assert made.converged == (made.error <= 1e-6)
+
+
+def errors(corpus: Corpus, experts: int) -> np.ndarray:
+    return np.sqrt(corpus.statistics(experts).variance_LE()).ravel()
+
+
+def test_thousands_of_experts_meet_the_floor_and_their_targets(tmp_path) -> None:
+    """1,664 experts whose use is decided by the token in all layers at once, 6,000 tokens. A solver that takes lambda
+    back whenever it ends a little short of its tolerance ends with weights that are all 1."""
+    rng = np.random.default_rng(0)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"TYPES": 300, "TOPICS": 6, "VARIANTS": 2}.items():
+            patch.setattr(bench_calibrate, name, value)
+        tables = bench_calibrate.choice_tables(rng, 26, 64, 8)
+        bench_calibrate.write_corpus(tmp_path / "forget", rng, tables, 5000, True)
+        bench_calibrate.write_corpus(tmp_path / "retain", rng, tables, 6000, False)
+    sides = []
+    for side in ("forget", "retain"):
+        documents = np.load(tmp_path / f"{side}_documents.npy")
+        token_map = TokenMap(np.array([0, len(documents)]), documents, int(documents[-1]) + 1)
+        sides.append(Corpus(np.load(tmp_path / f"{side}.npy"), token_map, np.zeros(0)))
+    retain = sides[1]
+    q, p = (corpus.dense(64).mean(axis=0) for corpus in sides)
+    everything = np.ones((26, 64), dtype=bool)
+    made = rake(Units(retain.as_trace(), everything, retain.tokens), q, p, 20.0, 0.5, errors(retain, 64))
+    assert made.converged and made.strength < 1 and 0.5 <= made.point.ess < 0.505
+    assert made.strength > 0.05 and made.point.max_weight > 5
+    w = weights(retain.dense(64), made.theta_S)
+    assert 0.5 <= ess(w) < 0.505
+    miss = np.abs(w @ retain.dense(64) / w.sum() - made.target_S)
+    assert (miss <= np.maximum(1e-6, 1e-2 * errors(retain, 64))).all()
+    assert np.abs(made.target_S - p).max() > 0.01
+
+
+def test_more_experts_than_tokens_meet_the_floor_within_the_errors() -> None:
+    """2,048 experts and some 1,300 tokens: the weights could be fitted to noise, so targets are met within errors."""
+    forget, retain = make_world(seed=0, layers=32, experts=64, top_k=8, documents=60)
+    q, p, error = forget.dense(64).mean(axis=0), retain.dense(64).mean(axis=0), errors(retain, 64)
+    everything = np.ones((32, 64), dtype=bool)
+    made = rake(Units(retain.as_trace(), everything, retain.tokens), q, p, 20.0, 0.5, error)
+    assert made.converged and made.strength < 1 and 0.5 <= made.point.ess < 0.505
+    assert made.strength > 0.05 and np.isfinite(made.theta_S).all()
+    miss = np.abs(made.point.frequency_S - made.target_S)
+    assert (miss <= np.maximum(error, 1e-3)).mean() > 0.99 and miss.max() < 0.3 * np.abs(made.target_S - p).max()
+
+
+def test_a_solver_that_is_stopped_says_so(monkeypatch) -> None:
+    forget, retain = make_world(seed=1)
+    p, q = retain.dense(8).mean(axis=0), forget.dense(8).mean(axis=0)
+    units = Units(retain.as_trace(), np.ones((3, 8), dtype=bool), retain.tokens)
+    monkeypatch.setattr(raking, "MAX_PASSES", 2)
+    made = rake(units, q, p, 20.0, 0.5)
+    assert not made.converged and made.error > 1e-6
+
+
+def test_errors_that_are_not_known_leave_finite_weights() -> None:
+    """The variance over fewer than two documents is infinite."""
+    forget, retain = make_world(seed=1)
+    p, q = retain.dense(8).mean(axis=0), forget.dense(8).mean(axis=0)
+    units = Units(retain.as_trace(), np.ones((3, 8), dtype=bool), retain.tokens)
+    made = rake(units, q, p, 20.0, 0.5, np.full(24, np.inf))
+    assert made.converged and np.isfinite(made.theta_S).all()
+    np.testing.assert_allclose(made.theta_S, rake(units, q, p, 20.0, 0.5).theta_S, atol=0.01)
+
+
+@settings(max_examples=80, deadline=None)
+@example(seed=0, count=2, constraints=3, kinds=["always"] + ["free"] * 4, targets=[0.0] * 5, floor=0.05)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    count=st.integers(1, 40),
+    constraints=st.integers(1, 5),
+    kinds=st.lists(st.sampled_from(["free", "never", "always", "copy"]), min_size=5, max_size=5),
+    targets=st.lists(st.sampled_from([0.0, 1e-6, 0.1, 0.5, 0.9, 1.0]), min_size=5, max_size=5),
+    floor=st.sampled_from([0.05, 0.5, 0.99, 1.0]),
+)
+def test_degenerate_inputs_give_finite_weights_above_the_floor(seed, count, constraints, kinds, targets, floor) -> None:
+    active = np.random.default_rng(seed).random((count, constraints)) < 0.4
+    for s, kind in enumerate(kinds[:constraints]):
+        if kind == "never":
+            active[:, s] = False
+        elif kind == "always":
+            active[:, s] = True
+        elif kind == "copy":
+            active[:, s] = active[:, 0]
+    p = active.mean(axis=0)
+    made = rake(units_of(active), np.array(targets[:constraints]), p, 20.0, floor)
+    w = weights(active, made.theta_S)
+    assert np.isfinite(w).all() and 0 <= made.strength <= 1
+    assert abs(w.mean() - 1) < 1e-9
+    assert ess(w) >= floor - 1e-9
+    if made.converged:
+        np.testing.assert_allclose(w @ active / w.sum(), made.target_S, atol=2e-5)
+    if kinds[0] in ("never", "always") and targets[0] != p[0]:
+        assert made.reason_S[0] == kinds[0] and made.offered_S[0] == p[0]
+
+
+def test_identical_experts_get_a_common_target() -> None:
+    active = np.array([[1, 1], [0, 0], [0, 0], [1, 1]] * 20, dtype=bool)
+    made = rake(units_of(active), np.array([0.6, 0.8]), active.mean(axis=0), 20.0, 0.1)
+    np.testing.assert_allclose(made.point.frequency_S, [0.6, 0.6], atol=1e-6)  # the nearer one of the two
+    assert made.reason_S == ["", "tied"] and made.converged
+
+
+def test_a_layer_whose_fixed_experts_leave_a_rest_still_sums_to_top_k() -> None:
+    forget, retain = make_world(seed=7)
+    trace = retain.trace_TLK.copy()
+    trace[:, 1] = np.where(trace[:, 1] == 3, 7, trace[:, 1])  # expert 1/3 is never selected by retain text
+    both = (trace[:, 1] == 7).sum(axis=1) == 2
+    trace[both, 1] = [6, 7]
+    retain = type(retain)(trace, retain.tokens, retain.topic_D)
+    p, q = retain.dense(8).mean(axis=0), forget.dense(8).mean(axis=0)
+    scope = np.ones((3, 8), dtype=bool)
+    target, reason = offer(scope, p, q, 20.0)
+    assert target[8 + 3] == 0 and reason[8 + 3] == "never"
+    assert target[8:16].sum() == pytest.approx(2.0, abs=1e-9)
+    np.testing.assert_allclose(target[:8], q[:8], atol=1e-9)
+    made = rake(Units(retain.as_trace(), scope, retain.tokens), q, p, 20.0, 0.5)
+    assert made.converged and made.strength > 0.05 and made.reason_S[8 + 3] == "never"
+
+
+def rare_pair(rng: np.random.Generator, first: slice, second: slice) -> np.ndarray:
+    """Eight correlated experts and two rare ones that are used by the tokens of the slices only, bool [20,000, 10]."""
+    rare = np.zeros((20_000, 2), dtype=bool)
+    rare[first, 0] = rare[second, 1] = True
+    return np.concatenate([correlated(rng, 20_000, 8), rare], axis=1)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "factors", "reason"),
+    [
+        (slice(5, 6), slice(5, 6), (10.0, 0.3), "tied"),  # on one token: both must have one frequency
+        (slice(5, 8), slice(5, 11), (6.0, 0.4), "tied"),  # the first only where the second is
+        (slice(0, 400), slice(0, 600), (3.0, 0.8), "tied"),
+    ],
+)
+def test_two_experts_that_exclude_each_other_do_not_stop_the_others(
+    first: slice, second: slice, factors: tuple[float, float], reason: str
+) -> None:
+    active = rare_pair(np.random.default_rng(0), first, second)
+    p = active.mean(axis=0)
+    q = np.concatenate([np.clip(p[:8] + 0.15, 0, 0.95), p[8:] * factors])
+    made = rake(units_of(active), q, p, 20.0, 0.5)
+    w = weights(active, made.theta_S)
+    alone = rake(units_of(active[:, :8]), q[:8], p[:8], 20.0, 0.5)
+    assert made.strength == pytest.approx(alone.strength, abs=0.02) and made.strength > 0.9
+    np.testing.assert_allclose((w @ active / w.sum())[:8], (p + made.strength * (q - p))[:8], atol=1e-5)
+    assert reason in made.reason_S[8:] and not any(made.reason_S[:8])
+    np.testing.assert_allclose(made.target_S, w @ active / w.sum(), atol=1e-5)
+    assert ess(w) >= 0.5 - 1e-9
+
+
+def test_a_target_far_beyond_the_retain_frequency_is_limited() -> None:
+    target, reason = offer(np.array([[True, False]]), np.array([0.001]), np.array([0.4]), 20.0)
+    assert target[0] == pytest.approx(0.02) and reason == ["rare"]
+
+
+def test_targets_that_no_weights_meet_are_named_and_not_called_met() -> None:
+    """The two experts exclude each other on retain text, and both are asked for nearly always."""
+    active = np.array([[1, 0]] * 50 + [[0, 1]] * 50 + [[0, 0]] * 100, dtype=bool)
+    made = rake(units_of(active), np.array([0.9, 0.6]), active.mean(axis=0), 20.0, 0.01)
+    assert "tied" in made.reason_S
+    np.testing.assert_allclose(made.target_S, made.point.frequency_S, atol=1e-5)
+    assert made.point.ess >= 0.01 and made.point.frequency_S.sum() > 0.99
+
+
+def test_empty_scope_and_no_tokens() -> None:
+    selected = np.zeros((3, 2, 2), np.uint8)
+    made = rake(Units.of(selected, np.zeros((2, 4), dtype=bool)), np.zeros(0), np.zeros(0), 20.0, 0.5)
+    assert made.strength == 1.0 and made.point.ess == 1.0
+    with pytest.raises(ValueError, match="no counted tokens"):
+        evaluate(Units.of(selected[:0], np.zeros((2, 4), dtype=bool)), np.zeros(0))

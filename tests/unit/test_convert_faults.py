@@ -1,0 +1,566 @@
+"""Damaged and hostile sources, full disks: one line that names the file or tensor, and nothing left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import resource
+import shutil
+import socket
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from command import tree
+from safetensors.torch import load_file, save_file
+from test_convert_engines import Case, base_model, checkpoints
+
+from trace_ds.checkpoints import serialization
+from trace_ds.conversion.convert import convert_checkpoint
+from trace_ds.errors import UserError
+from trace_ds.run import artefact
+from trace_ds.stages.inspect import inspect
+from trace_ds.tensors.opening import open_source
+from trace_ds.tensors.torch_archive import read_archive
+from trace_ds.tensors.universal import write_universal
+
+CASE = Case("mixtral", 3, 2)
+TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
+OPTIM = "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"
+MODEL = "zero_pp_rank_1_mp_rank_00_model_states.pt"
+OPTIMIZER = "optimizer_state_dict"
+ZERO3, REPLICATED = "zero_pp_rank_0_mp_rank_00_model_states.pt", "mp_rank_00_model_states.pt"
+# Of every kind of source: its name, the file with the metadata, and another one.
+KINDS = {
+    "zero3": (CASE.name, ZERO3, OPTIM),
+    "zero1": (Case("mixtral", 1, 2).name, REPLICATED, OPTIM),
+    "stage0": (Case("mixtral", 0, 2, "fp32").name, REPLICATED, "layer_1_expert_3_mp_rank_00_model_states.pt"),
+}
+Change = Callable[[Any], object]
+
+
+@pytest.fixture
+def source(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A private copy of a source of the test's ``kind`` (a ZeRO-3 checkpoint of world 2, EP 2, where it has none)."""
+    kind = request.node.callspec.params.get("kind", "zero3") if hasattr(request.node, "callspec") else "zero3"
+    shutil.copytree(checkpoints(2) / KINDS[kind][0] / "step_000001", tmp_path / "step_000001")
+    return tmp_path / "step_000001"
+
+
+def base() -> Path:
+    return checkpoints(2) / "base" / "mixtral"
+
+
+def manifest(step: Path, /, **changes: Any) -> None:
+    files = {path.name: artefact.file_entry(path) for path in sorted(step.glob("*.pt"))}
+    written = {"format": 1, "step": 1, "world": 2, "ep": 2, "files": files, "model": {"path": str(base())}}
+    (step / "manifest.json").write_text(json.dumps(written | changes))
+
+
+def refused(step: Path, destination: Path, named: str, **options: Any) -> str:
+    """The conversion is refused with a line that contains ``named``, and leaves nothing."""
+    before = sorted(destination.parent.iterdir())
+    options = options if "base_model" in options else options | {"base_model": base()}
+    with pytest.raises(UserError) as raised:
+        convert_checkpoint(step, destination, **options)
+    line = raised.value.line()
+    assert named in line and "\n" not in line and len(line) < 1000
+    assert raised.value.exit_status == 2
+    assert sorted(destination.parent.iterdir()) == before
+    return line
+
+
+@contextlib.contextmanager
+def limit(kind: int, value: int) -> Iterator[None]:
+    """Lower a resource limit of this process."""
+    before = resource.getrlimit(kind)
+    resource.setrlimit(kind, (value, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(kind, before)
+
+
+def a_gigabyte_more() -> contextlib.AbstractContextManager[None]:
+    memory = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    return limit(resource.RLIMIT_AS, memory + (1 << 30))
+
+
+def rewrite(path: Path, change: Change) -> None:
+    state = torch.load(path, weights_only=False)
+    change(state)
+    torch.save(state, path)
+
+
+def flip(path: Path, position: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[position] ^= 0x40
+    path.write_bytes(bytes(data))
+
+
+def cut(kept: int) -> Callable[[Path], object]:
+    return lambda path: path.write_bytes(path.read_bytes()[:kept])
+
+
+FILE_FAULTS: dict[str, Callable[[Path], object]] = {
+    "missing": Path.unlink,
+    "empty": cut(0),
+    "cut early": cut(100),
+    "cut late": cut(-1),
+    "cut": cut(-1000),
+    "zip directory": lambda path: flip(path, path.read_bytes().index(b"PK\x01\x02") + 6),  # version of its first entry
+    "a directory": lambda path: (path.unlink(), path.mkdir()),
+}
+
+
+@pytest.mark.parametrize("fault", FILE_FAULTS)
+@pytest.mark.parametrize("file", [1, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_damaged_file(source: Path, tmp_path: Path, kind: str, file: int, fault: str) -> None:
+    FILE_FAULTS[fault](source / KINDS[kind][file])
+    missing_model = kind in ("zero1", "stage0") and file == 1 and fault == "missing"
+    refused(source, tmp_path / "model", source.name if missing_model else KINDS[kind][file])
+
+
+def put(*path: Any) -> Change:
+    """Put the last argument at the place that the others lead to."""
+    *keys, last, value = path
+
+    def change(state: Any) -> None:
+        for key in keys:
+            state = state[key]
+        state[last] = value
+
+    return change
+
+
+def drop(*path: Any) -> Change:
+    def change(state: Any) -> None:
+        for key in path[:-1]:
+            state = state[key]
+        del state[path[-1]]
+
+    return change
+
+
+STEP_OF = (OPTIMIZER, OPTIMIZER, "state", 0, "step")
+# id: (kind, glob of the files, change, part of the line; empty: the file's name): no writer in order stores these
+WRONG_METADATA: dict[str, tuple[str, str, Change, str]] = {
+    "world": ("zero3", ZERO3, put("dp_world_size", "x"), ""),
+    "huge world": ("zero1", REPLICATED, put("dp_world_size", 1 << 40), "zero_pp_rank_2_"),
+    "world 1": ("zero3", "*_model_states.pt", put("dp_world_size", 1), "zero_pp_rank_"),
+    "world 3": ("zero3", "*_model_states.pt", put("dp_world_size", 3), "zero_pp_rank_"),
+    "no shapes": ("zero3", ZERO3, put("param_shapes", None), ""),
+    "a shape of fractions": ("zero3", ZERO3, put("param_shapes", 0, "model.norm.weight", (9.0,)), ""),
+    "a huge shape": ("zero3", ZERO3, put("param_shapes", 0, "model.norm.weight", (1 << 2000,) * 9), ""),
+    "no module": ("stage0", REPLICATED, put("module", None), ""),
+    "step": ("stage0", REPLICATED, put("global_steps", "many"), ""),
+    "mixed steps": ("zero3", MODEL, put("global_steps", 7), ""),
+    "buffers": ("zero3", ZERO3, put("buffer_names", 3), ""),
+    "frozen": ("zero3", ZERO3, put("frozen_param_fragments", {"x": 1}), ""),
+    "shared": ("zero1", REPLICATED, put("shared_params", 3), ""),
+    "shapes": ("zero1", REPLICATED, put("param_shapes", [{"model.norm.weight": "ab"}]), ""),
+    "layers": ("zero1", REPLICATED, put("ds_autoep_layers", 0, "moe_layer_id", []), ""),
+    "experts": ("zero1", REPLICATED, put("ds_autoep_layers", 0, "num_experts", 1 << 40), ""),
+    "contradicting experts": ("zero3", MODEL, put("ds_autoep_layers", 1, "num_local_experts", 3), ""),
+    "configuration": ("zero1", REPLICATED, put("ds_config", "x"), ""),
+    "partitions": ("zero3", OPTIM, put(OPTIMIZER, "ds_zero_partition_groups", 0, {"partition_count": 0}), ""),
+    "many partitions": ("zero3", OPTIM, put(OPTIMIZER, "partition_count", [2, "x"]), ""),
+    "wrong partitions": ("zero3", OPTIM, put(OPTIMIZER, "partition_count", 4), ""),
+    "groups": ("zero3", OPTIM, put(OPTIMIZER, "fp32_flat_groups", 7), ""),
+    "states": ("zero3", OPTIM, put(OPTIMIZER, OPTIMIZER, "state", [1]), ""),
+    "optimizer step": ("zero3", OPTIM, put(*STEP_OF, torch.zeros(3)), ""),
+    "mixed optimizer steps": ("zero3", OPTIM, put(*STEP_OF, torch.tensor(4.0)), ""),
+    "optimizer ahead": ("zero3", "*_optim_states.pt", put(*STEP_OF, torch.tensor(7.0)), "7 steps, the job 1"),
+    "paddings": ("zero1", OPTIM, put(OPTIMIZER, "param_alignment_paddings", 0, [4]), ""),
+    "stage": ("zero1", OPTIM, put(OPTIMIZER, "zero_stage", "three"), ""),
+    "parts": ("zero1", OPTIM, put(OPTIMIZER, "partition_count", "x"), ""),
+}
+
+
+@pytest.mark.parametrize(("kind", "files", "change", "named"), WRONG_METADATA.values(), ids=list(WRONG_METADATA))
+def test_wrong_metadata(source: Path, tmp_path: Path, kind: str, files: str, change: Change, named: str) -> None:
+    for path in source.glob(files):
+        rewrite(path, change)
+    refused(source, tmp_path / "model", named or files)
+
+
+def flip_master(group: int, element: int) -> Callable[[Path], None]:
+    """A byte of an fp32 master (the last element may be padding)."""
+
+    def act(step: Path) -> None:
+        tensor = read_archive(step / OPTIM)[OPTIMIZER]["fp32_flat_groups"][group]
+        flip(step / OPTIM, tensor.storage.offset_bytes + (element % tensor.numel()) * 4 + 1)
+
+    return act
+
+
+def flip_moment(step: Path) -> None:
+    """A byte that no weight needs, under a manifest: found by ``verify`` alone."""
+    manifest(step)
+    moment = read_archive(step / OPTIM)[OPTIMIZER][OPTIMIZER]["state"][0]["exp_avg"]
+    flip(step / OPTIM, moment.storage.offset_bytes + 8)
+    convert_checkpoint(step, step.parent / "whole", base_model=base())
+    shutil.rmtree(step.parent / "whole")
+
+
+def with_manifest(then: Callable[[Path], object], **changes: Any) -> Callable[[Path], object]:
+    return lambda step: (manifest(step, **changes), then(step))
+
+
+def nothing(step: Path) -> None:
+    pass
+
+
+def no_second_moments(step: Path) -> None:
+    for path in step.glob("*_optim_states.pt"):
+        rewrite(path, drop(OPTIMIZER, OPTIMIZER, "state", 0, "exp_avg_sq"))
+
+
+def raw_manifest(text: str) -> Callable[[Path], object]:
+    return lambda step: (step / "manifest.json").write_text(text)
+
+
+ENTRY = {"bytes": 1, "sha256": ""}
+SNAPSHOT = "/old/hub/models--org--name/snapshots/1"
+# id: (what is done to a ZeRO-3 checkpoint, part of the line, options of the conversion)
+FAULTS: dict[str, tuple[Callable[[Path], object], str, dict[str, Any]]] = {
+    "no optimizer file, manifest": (with_manifest(lambda step: (step / OPTIM).unlink()), OPTIM, {}),
+    "no model file, manifest": (with_manifest(lambda step: (step / MODEL).unlink()), MODEL, {}),
+    **{
+        f"master {group} {element}": (flip_master(group, element), OPTIM, {"verify": True})
+        for group, element in ((0, 0), (1, -1))
+    },
+    "pickle": (lambda step: flip(step / MODEL, (step / MODEL).read_bytes().index(b"0.19.8") + 2), MODEL, {}),
+    "moment": (flip_moment, OPTIM, {"verify": True}),
+    "manifest step": (with_manifest(nothing, step=9), "manifest.json", {}),
+    "manifest world": (with_manifest(nothing, world=4), "manifest.json", {}),
+    "manifest ep": (with_manifest(nothing, ep=4), "manifest.json", {}),
+    "manifest size": (with_manifest(lambda step: (step / MODEL).open("ab").write(b"x")), MODEL, {}),
+    "manifest files": (with_manifest(nothing, files=[1]), "manifest.json", {}),
+    "manifest bytes": (with_manifest(nothing, files={MODEL: {"bytes": "9", "sha256": ""}}), "manifest.json", {}),
+    "manifest outside": (with_manifest(nothing, files={"../../etc/passwd": ENTRY}), "no name of a file", {}),
+    "manifest absolute": (with_manifest(nothing, files={"/etc/passwd": ENTRY}), "no name of a file", {}),
+    "manifest model": (with_manifest(nothing, model=[]), "say which model", {"base_model": None}),
+    "manifest path": (with_manifest(nothing, model={"path": 3}), "manifest.json", {}),
+    "moved cache": (with_manifest(nothing, model={"path": SNAPSHOT}),
+                    "org/name@1, is no longer in this cache of the hub", {"base_model": None}),
+    "manifest NaN": (raw_manifest('{"files": NaN}'), "NaN", {}),
+    "manifest deep": (raw_manifest("[" * 100_000), "manifest.json", {}),
+    "manifest number": (raw_manifest('{"step": ' + "9" * 5000 + "}"), "manifest.json", {}),
+    "manifest bytes that are no text": (lambda step: (step / "manifest.json").write_bytes(b"\xff"), "manifest", {}),
+    "universal": (lambda step: (step / "zero").mkdir(), "a DeepSpeed universal folder", {}),
+    "type": (nothing, "int3", {"dtype": "int3"}),
+    "size": (nothing, "apples", {"max_shard_size": "5 apples"}),
+    "huge size": (nothing, "is not a size", {"max_shard_size": "9" * 400 + "GB"}),
+    "no base model": (nothing, "--base-model", {"base_model": None}),
+    "not empty": (lambda step: (step.parent / "model").mkdir() or (step.parent / "model/x").write_text("mine"),
+                  "not empty", {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("act", "named", "options"), FAULTS.values(), ids=list(FAULTS))
+def test_fault(
+    source: Path, tmp_path: Path, act: Callable[[Path], object], named: str, options: dict[str, Any]
+) -> None:
+    act(source)
+    before = tree(tmp_path)
+    refused(source, tmp_path / "model", named, **options)
+    assert tree(tmp_path) == before
+
+
+# id: (value in config.json, or the whole text; part of the line)
+CONFIGURATIONS: dict[str, tuple[Any, str]] = {
+    "text": ("[1", "config.json"),
+    "a list": ("[1]", "config.json"),
+    "NaN": ('{"rms_norm_eps": NaN}', "config.json"),
+    "deep": ("[" * 100_000, "config.json"),
+    "layers": ({"num_hidden_layers": 10**9}, "num_hidden_layers"),
+    "layers of a fraction": ({"num_hidden_layers": 1e300}, "num_hidden_layers"),
+    "hidden": ({"hidden_size": 1 << 62}, "hidden_size"),
+    "experts": ({"num_local_experts": 10**12}, "num_local_experts"),
+    "heads": ({"num_attention_heads": 0}, "num_attention_heads is 0"),
+    "type": ({"model_type": 3}, "config.json"),
+    "no type": ({"model_type": None}, "config.json"),
+    "a list for a number": ({"hidden_size": [9]}, "config.json"),
+    "vocabulary": ({"vocab_size": -1}, "config.json"),
+}
+
+
+@pytest.mark.parametrize(("change", "named"), CONFIGURATIONS.values(), ids=list(CONFIGURATIONS))
+def test_configuration_of_no_model(source: Path, tmp_path: Path, change: Any, named: str) -> None:
+    shutil.copytree(base(), tmp_path / "base")
+    path = tmp_path / "base" / "config.json"
+    path.write_text(change if isinstance(change, str) else json.dumps(json.loads(path.read_text()) | change))
+    refused(source, tmp_path / "model", named, base_model=tmp_path / "base")
+
+
+def text(value: str) -> bytes:
+    return b"X" + len(value.encode()).to_bytes(4, "little") + value.encode()
+
+
+def tensor(
+    key: str = "0", numel: int = 6, start: bytes = b"K\x00", shape: bytes = b"K\x06\x85", stride: bytes = b"K\x01\x85"
+) -> bytes:
+    storage = b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text(key) + text("cpu") + bytes([75, numel]) + b"tQ"
+    return b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + start + shape + stride + b"\x89}tR"
+
+
+HOSTILE: dict[str, bytes] = {  # pickles that no writer leaves
+    "os.system": b"cposix\nsystem\n" + text("touch payload_ran") + b"\x85R",
+    "eval": b"c__builtin__\neval\n" + text("open('payload_ran', 'w')") + b"\x85R",
+    "getattr": b"c__builtin__\ngetattr\n" + b"ctorch\nTensor\n" + text("__init__") + b"\x86R",
+    "a function of ours": b"ctrace_ds.run.files\nwrite_text\n" + text("payload_ran") + text("x") + b"\x86R",
+    "a record outside": tensor(key="../../../../etc/passwd"),
+    "a negative start": tensor(start=b"J\xff\xff\xff\xff"),
+    "a tensor beyond its record": tensor(shape=b"K\x60\x85"),
+    "a storage of another size": tensor(numel=96),
+    "not contiguous": tensor(shape=b"K\x02K\x02\x86", stride=b"K\x01K\x02\x86"),
+    "an empty stack": b"a",
+    "no end": b"]" * 10,
+}
+
+
+def forge(path: Path, pickle: bytes) -> None:
+    """The archive with another pickle, checksums and all."""
+    with zipfile.ZipFile(path) as archive:
+        records = {info.filename: archive.read(info) for info in archive.infolist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in records.items():
+            archive.writestr(name, pickle if name.endswith("data.pkl") else data)
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_pickle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Every reader refuses it in one line, and nothing in it runs."""
+    monkeypatch.chdir(tmp_path)
+    step = tmp_path / "checkpoint"
+    step.mkdir()
+    torch.save({"weight": torch.arange(6.0)}, step / ZERO3)
+    forge(step / ZERO3, b"\x80\x02" + HOSTILE[name] + b"." * (name != "no end"))
+    for read in (read_archive, serialization.load):
+        with pytest.raises(UserError, match=r"refused|not a whole torch checkpoint file"):
+            read(step / ZERO3)
+    refused(step, tmp_path / "model", ZERO3, base_model=None)
+    assert ZERO3 in inspect(step).problems[0]
+    assert not (tmp_path / "payload_ran").exists()
+
+
+def test_states_pickled_by_name_are_read(tmp_path: Path) -> None:
+    """What Python 3.11.2 left of DeepSpeed's enum, and what others did; objects are their fields."""
+    path = tmp_path / "state.pt"
+    name = b"cdeepspeed.runtime.zero.config\nZeroStageEnum\n"
+    scaler = b"cdeepspeed.runtime.fp16.loss_scaler\nLossScaler\n)\x81}" + text("cur_scale") + b"K\x01sb"
+    for member in (b"c__builtin__\ngetattr\n" + name + text("weights") + b"\x86R", name + b"K\x03\x85R"):
+        torch.save({}, path)
+        forge(path, b"\x80\x02}" + text("zero_stage") + member + b"s" + text("loss_scaler") + scaler + b"s.")
+        assert read_archive(path) == {"zero_stage": 3, "loss_scaler": {"cur_scale": 1}}
+        assert serialization.load(path)["zero_stage"] == 3
+
+
+def test_reading_allocates_no_tensor(tmp_path: Path) -> None:
+    """A file of a gigabyte (of which nothing is on the disk) is opened in less memory than it would take."""
+    path = tmp_path / "large.pt"
+    with torch.serialization.skip_data():
+        torch.save({"weight": torch.empty(1 << 28)}, path)
+    with a_gigabyte_more():
+        (weight,) = read_archive(path).values()
+    assert (weight.shape, weight.storage.nbytes) == ((1 << 28,), 1 << 30)
+
+
+def test_an_optimizer_behind_the_job_is_a_note(source: Path, tmp_path: Path) -> None:
+    """Weights were loaded without optimizer states."""
+    for path in source.glob("*_optim_states.pt"):
+        rewrite(path, put(*STEP_OF, torch.tensor(0.0)))
+    notes = convert_checkpoint(source, tmp_path / "model", base_model=base())["notes"]
+    assert "has made 0 steps and the job 1" in notes[0]
+
+
+def test_moments_are_no_weights(source: Path, tmp_path: Path) -> None:
+    no_second_moments(source)
+    assert convert_checkpoint(source, tmp_path / "model", base_model=base())["parameters"]
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype", "warning"),
+    [("nan", "same", "holds NaN"), ("1e30", "fp16", "overflows in the target type"), ("inf", "same", "")],
+)
+def test_what_is_not_finite_is_a_warning_that_names_the_tensors(
+    source: Path, tmp_path: Path, value: str, dtype: str, warning: str
+) -> None:
+    rewrite(source / OPTIM, lambda state: state[OPTIMIZER]["fp32_flat_groups"][0].data.__setitem__(3, float(value)))
+    report = convert_checkpoint(source, tmp_path / "model", base_model=base(), dtype=dtype)
+    assert report["warnings"] == ([f"model.embed_tokens.weight {warning}"] if warning else [])
+    assert warning in (tmp_path / "model" / "README.md").read_text()
+
+
+def test_a_mount_point_is_refused_at_once(source: Path) -> None:
+    """Nothing can be renamed onto it (/proc is one on every Linux)."""
+    with pytest.raises(UserError, match="mount point"):
+        convert_checkpoint(source, Path("/proc"), base_model=base())
+
+
+def test_more_files_than_a_process_may_open(tmp_path: Path) -> None:
+    """Three files for every tensor as a target, under a limit below their number."""
+    checkpoint = open_source(checkpoints(2) / CASE.name)
+    with limit(resource.RLIMIT_NOFILE, len(list(Path("/proc/self/fd").iterdir())) + 70):
+        write_universal(checkpoint, tmp_path, jobs=3)
+    assert len(list(tmp_path.rglob("*.pt"))) > 70
+
+
+def test_a_checkpoint_without_all_moments_is_not_gone_on_from(source: Path, tmp_path: Path) -> None:
+    no_second_moments(source)
+    with pytest.raises(UserError, match="has no exp_avg_sq"):
+        write_universal(open_source(source), tmp_path, jobs=1)
+
+
+EXPERT = "model.layers.1.block_sparse_moe.experts.3.w1.weight"
+# id: (what becomes of an expert's tensor of a hub model (None: it is not there), part of the line)
+HUB_FAULTS: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor | None], str]] = {
+    "missing": (lambda tensor: None, f"{EXPERT} is missing."),
+    "another type": (torch.Tensor.half, "layers.1.mlp.experts.gate_up_proj cannot be made"),
+    "another shape": (lambda tensor: tensor[1:].clone(), f"{EXPERT} has shape"),
+}
+
+
+@pytest.mark.parametrize("fault", HUB_FAULTS)
+def test_hub_model_that_does_not_fit(tmp_path: Path, fault: str) -> None:
+    shutil.copytree(base(), tmp_path / "base")
+    tensors = load_file(base() / "model.safetensors")
+    change, named = HUB_FAULTS[fault]
+    changed = change(tensors.pop(EXPERT))
+    save_file(tensors | ({} if changed is None else {EXPERT: changed}), tmp_path / "base" / "model.safetensors")
+    refused(tmp_path / "base", tmp_path / "model", named, base_model=None)
+
+
+def test_what_transformers_does_not_load_is_left_out(tmp_path: Path) -> None:
+    """DeepSeek-V3's directory on the hub: a layer for multi-token prediction, quantisation, and code of its own."""
+    base_model("deepseek_v3").save_pretrained(tmp_path / "base")
+    original = load_file(tmp_path / "base" / "model.safetensors")
+    more = {f"model.layers.61.{name}.weight": torch.ones(3) for name in ("embed_tokens", "eh_proj")}
+    save_file(original | more, tmp_path / "base" / "model.safetensors")
+    left_out = {"quantization_config": {"quant_method": "fp8"}, "auto_map": {"AutoModel": "modeling_x.X"}}
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config | left_out))
+    (tmp_path / "base" / "tokenizer_config.json").write_text(json.dumps({"a": 1, "auto_map": {"AutoTokenizer": "x.X"}}))
+    report = convert_checkpoint(tmp_path / "base", tmp_path / "model")
+    converted = load_file(tmp_path / "model" / "model.safetensors")
+    assert converted.keys() == original.keys()
+    assert all(torch.equal(converted[name], original[name]) for name in original)
+    assert "model.layers.61.eh_proj.weight" in report["notes"][0]
+    assert not left_out.keys() & json.loads((tmp_path / "model" / "config.json").read_text()).keys()
+    assert json.loads((tmp_path / "model" / "tokenizer_config.json").read_text()) == {"a": 1}
+
+
+def test_another_model(source: Path, tmp_path: Path) -> None:
+    base_model("olmoe").save_pretrained(tmp_path / "olmoe")
+    refused(source, tmp_path / "model", "not of this model", base_model=tmp_path / "olmoe")
+
+
+@pytest.mark.parametrize("name", ["empty", "absent"])
+def test_nothing_there(tmp_path: Path, name: str) -> None:
+    (tmp_path / "empty").mkdir()
+    refused(tmp_path / name, tmp_path / "model", name)
+
+
+def test_the_trainers_folder_is_a_checkpoint_and_not_a_model(source: Path, tmp_path: Path) -> None:
+    """transformers' Trainer puts DeepSpeed's checkpoint beside a model of rounded weights: the masters count."""
+    trainer = Path(shutil.copytree(base(), tmp_path / "trainer"))
+    shutil.move(source, trainer / "global_step1")
+    (trainer / "latest").write_text("global_step1")
+    found = inspect(trainer)
+    assert (found.kind, found.facts["optimizer_states"]) == ("deepspeed", ["exp_avg", "exp_avg_sq"])
+    report = convert_checkpoint(trainer, tmp_path / "model", dtype="fp32")
+    assert (report["source"]["kind"], report["source"]["step"]) == ("zero3", 1)
+    original, made = (load_file(folder / "model.safetensors") for folder in (base(), tmp_path / "model"))
+    assert any(not torch.equal(made[name], made[name].to(torch.bfloat16).float()) for name in made)
+    assert made.keys() == original.keys()
+    for place in (tmp_path, trainer):  # the folder by its name is the same source
+        assert open_source(place, trainer.name).path == open_source(trainer).path == trainer / "global_step1"
+
+
+def run_tool(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(TOOL), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, **options)
+
+
+@pytest.mark.parametrize(("file_bytes", "named"), [(4096, "model.safetensors"), (1 << 17, "tokenizer.json")])
+def test_no_space_left(source: Path, tmp_path: Path, file_bytes: int, named: str) -> None:
+    """A limit on the size of files stands for a full disk (the same path in the code, and it needs no mount)."""
+    shutil.copytree(base(), tmp_path / "base")
+    (tmp_path / "base" / "tokenizer.json").write_bytes(bytes(1 << 18))
+    with limit(resource.RLIMIT_FSIZE, file_bytes), pytest.raises(UserError, match=r"cannot hold the result") as raised:
+        convert_checkpoint(source, tmp_path / "model", base_model=tmp_path / "base")
+    assert named in raised.value.where
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", source.name]
+
+
+def test_no_space_left_at_the_last_fsync(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Network file systems say so only then."""
+
+    def full(descriptor: int) -> None:
+        if not list(tmp_path.glob("model.tmp-*/conversion.json")):
+            return fsync(descriptor)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", full)
+    refused(source, tmp_path / "model", "cannot hold the result")
+
+
+def test_the_tool_needs_no_deepspeed_no_gpu_and_no_compiler(source: Path, tmp_path: Path) -> None:
+    """Of the package's dependencies torch, transformers and safetensors are enough (None: as if not installed)."""
+    manifest(source)
+    absent = "deepspeed triton accelerate datasets pyarrow scipy mpi4py psutil pydantic typer tensorboard jinja2"
+    guard = f"import sys; sys.modules.update(dict.fromkeys('{absent}'.split()))\n"
+    (tmp_path / "sitecustomize.py").write_text(guard)
+    environment = {"PATH": "/nonexistent", "PYTHONPATH": str(tmp_path), "HOME": str(tmp_path)}
+    result = run_tool(source, tmp_path / "model", "--verify", "--jobs", 2, env=environment, cwd="/")
+    assert result.returncode == 0, result.stderr
+    assert "verified" in result.stdout and (tmp_path / "model" / "model.safetensors").is_file()
+    again = run_tool(source, tmp_path / "model", env=environment, cwd="/")
+    assert again.returncode == 2 and "not empty" in again.stderr and "Traceback" not in again.stderr
+
+
+def test_the_tool_says_what_an_older_transformers_lacks(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['transformers.core_model_loading'] = None")
+    environment = {"PATH": "/nonexistent", "PYTHONPATH": str(tmp_path), "HOME": str(tmp_path)}
+    result = run_tool(source, tmp_path / "model", "--base-model", base(), env=environment, cwd="/")
+    assert result.returncode == 2 and "pip install 'transformers>=5" in result.stderr
+    assert "Traceback" not in result.stderr and not (tmp_path / "model").exists()
+
+
+def test_a_killed_conversion_leaves_nothing_that_looks_like_a_model(source: Path, tmp_path: Path) -> None:
+    """The temporary directory of a process that is gone is cleared away by the next conversion."""
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    here, gone = socket.gethostname(), f"{dead.pid}-0123abcd"
+    names = [f"model.tmp-{here}-{gone}", f"model.tmp-another-node-{gone}", f"model.tmp-{here}-{os.getpid()}-0123abcd"]
+    for name in names:
+        (tmp_path / name).mkdir()
+    convert_checkpoint(source, tmp_path / "model", base_model=base())
+    # a process of another node cannot be seen from here: its directory may be a conversion that still runs
+    assert [(tmp_path / name).exists() for name in names] == [False, True, True]
+    assert (tmp_path / "model" / "conversion.json").is_file()
+
+
+def test_two_conversions_to_the_same_place(source: Path, tmp_path: Path) -> None:
+    """The one that ends last is refused at its rename, and what the first one wrote stays."""
+    first: list[dict[str, bytes]] = []
+
+    def other(done_bytes: int, total_bytes: int) -> None:
+        if not first:
+            convert_checkpoint(source, tmp_path / "model", base_model=base(), dtype="fp32")
+            first.append(tree(tmp_path / "model"))
+
+    with pytest.raises(UserError, match="not empty"):
+        convert_checkpoint(source, tmp_path / "model", base_model=base(), progress=other)
+    assert tree(tmp_path / "model") == first[0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", source.name]

@@ -1,0 +1,332 @@
+"""The pages under docs/ say what the program says."""
+
+from __future__ import annotations
+
+import csv
+import functools
+import itertools
+import json
+import re
+import shlex
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from trace_ds.config.load import load_config
+from trace_ds.config.sections.bench import BenchConfig
+from trace_ds.studies.analysis import Comparison
+from trace_ds.studies.matched import matched
+from trace_ds.studies.runs import grid_of
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = [*ROOT.glob("trace_ds/**/*.py"), *ROOT.glob("slurm/*.sh")]
+LIBRARIES = ("_CanRecordRegistry", "CUDA out of memory", "Watchdog caught")  # said by others
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def test_every_message_of_the_troubleshooting_table_exists() -> None:
+    joined = re.sub(r'"\s*\n\s*f?"', "", "\n".join(path.read_text(encoding="utf-8") for path in SOURCES))
+    text = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    messages = re.findall(r"^\| `([^`]+)`", text, re.MULTILINE)
+    assert len(messages) > 40
+    for message in messages:
+        if message.startswith(LIBRARIES):
+            continue
+        pieces = [re.escape(piece) for piece in re.split(r"…", message)]
+        assert re.search(r"[^\n]*?".join(pieces), joined), message
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_links_and_commands(page: Path) -> None:
+    """Relative links lead somewhere, named files of the repository exist, and every verb is one of the program's."""
+    from trace_ds.cli import app
+
+    text = page.read_text(encoding="utf-8")
+    for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
+        assert (page.parent / link).exists(), link
+    for name in re.findall(r"`((?:trace_ds|tests|slurm|tools|ds_configs|docs)/[\w./-]+)`", text):
+        assert (ROOT / name).exists() or name == "slurm/site.env", name
+    verbs = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
+    for verb in re.findall(r"trace-ds ([a-z]+)\b", text):
+        assert verb in verbs, verb
+
+
+def commands_in_blocks() -> list[list[str]]:
+    """The words of every ``trace-ds`` line of a code block under docs/ that names recipes; quotes may span lines.
+
+    Those with placeholders need a run; the lines of cluster.md (``$ …``) are typed by test_cluster_page.py.
+    """
+    found = []
+    for page in PAGES[1:]:
+        text = page.read_text(encoding="utf-8")
+        for language, block in re.findall(r"^```(\w*)\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+            if language in ("", "bash"):
+                lines = re.findall(r"^trace-ds (?:[^'\n]|'[^']*')*", block, re.MULTILINE)
+                found += [shlex.split(line, comments=True)[1:] for line in lines]
+    return [words for words in found if "CONFIG" not in words]
+
+
+@pytest.mark.parametrize("words", commands_in_blocks(), ids=" ".join)
+def test_commands_in_blocks_are_accepted(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What they say is understood, up to the work itself."""
+    from trace_ds.cli import app
+
+    if words[0] == "bench":
+        config, _ = load_config(
+            words[1], [value for flag, value in itertools.pairwise(words) if flag == "--set"], "out"
+        )
+        assert config.bench is not None
+        return
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, [*words, *([] if words[0] == "plan" else ["--dry-run"])])
+    assert done.exit_code == 0 and done.output, (done.output, done.exception)
+
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+STUDIES = (ROOT / "docs" / "studies.md").read_text(encoding="utf-8")
+SECTIONS = {part.partition("\n")[0]: part for part in STUDIES.split("\n## ")}
+ENTANGLED = next(text for title, text in SECTIONS.items() if "bench_entangled" in title)
+ABLATIONS = next(text for title, text in SECTIONS.items() if "bench_ablations" in title)
+NEAR = next(text for title, text in SECTIONS.items() if "no near text" in title)
+VERBATIM = next(text for title, text in SECTIONS.items() if "bench_verbatim" in title)
+PUBLISHED = [
+    ("entangled", 0.302, ENTANGLED, "sampling", "**TRACE, sampling retain rows**"),
+    ("entangled", 0.302, ENTANGLED, "weighting", "TRACE, weighting the loss"),
+    ("entangled", 0.302, ENTANGLED, "permuted", "control: weights permuted over rows"),
+    ("entangled", 0.302, ENTANGLED, "grip", "GRIP (an earlier reading), uniform weights"),
+    ("ablations", 0.302, ABLATIONS, "sampling", "sampling by raking weight, all experts, floor .3 (as above)"),
+    ("ablations", 0.302, ABLATIONS, "sampling_selected", "… matching the detected experts only"),
+    ("ablations", 0.302, ABLATIONS, "sampling_ess_50", "… floor .5"),
+    ("ablations", 0.302, ABLATIONS, "weighting", "weighting the loss instead of sampling"),
+    ("ablations", 0.302, ABLATIONS, "weighting_online", "weighting the loss, weights that follow the router (142b03f)"),
+    ("ablations", 0.302, ABLATIONS, "random_experts", "control: as many experts drawn at random"),
+    ("ablations", 0.302, ABLATIONS, "permuted", "control: weights permuted over rows"),
+    ("ablations", 0.302, ABLATIONS, "oracle_near", "oracle: near facts by their label, floor .3"),
+    ("ablations", 0.302, ABLATIONS, "oracle_elements", "oracle: numbers of elements by their label, floor .3"),
+    ("rows", 0.302, ABLATIONS, "sampling", "by token, floor .3"),
+    ("rows", 0.302, ABLATIONS, "row_30", "`level: row`, floor .3"),
+    ("rows", 0.302, ABLATIONS, "row_40", "`level: row`, floor .4"),
+    ("rows", 0.302, ABLATIONS, "row_50", "`level: row`, floor .5"),
+    ("verbatim", 0.0653, VERBATIM, "sampling", "TRACE, sampling retain rows"),
+    ("verbatim", 0.0653, VERBATIM, "weighting", "TRACE, weighting the loss"),
+    ("verbatim", 0.0653, VERBATIM, "permuted", "control: weights permuted over rows"),
+]
+
+
+SHARES = ["scarce", "absent"]  # the recipe bench_ablations in other regimes, one column each
+OF_SHARES = [
+    ("sampling", "TRACE, sampling retain rows"),
+    ("weighting", "TRACE, weighting the loss"),
+    ("permuted", "control: weights permuted over rows"),
+]
+
+
+@functools.cache
+def published(study: str, target: float) -> tuple[str, list[dict[str, Any]]]:
+    """The first utility metric of a study and its comparisons, from the published CSV."""
+    from tools.study_from_csv import read_curves
+
+    config, _ = load_config("bench_ablations" if study in (*SHARES, "rows") else f"bench_{study}", [], "out")
+    assert config.bench is not None
+    curves = read_curves(config, ROOT / "docs" / "studies" / f"{study}.csv")
+    return config.bench.utility[0], Comparison(config, curves, functools.partial(matched, target=target)).rows()
+
+
+@pytest.mark.parametrize(("study", "target", "page", "method", "name"), PUBLISHED)
+def test_the_published_comparisons_follow_from_the_published_scores(
+    study: str, target: float, page: str, method: str, name: str
+) -> None:
+    metric, rows = published(study, target)
+    cells = next(line for line in page.splitlines() if line.startswith(f"| {name} |")).split("|")[2:-1]
+    strengths = tuple(dict.fromkeys(row["strength"] for row in rows))
+    if strengths == ("same strength",):
+        cells = cells[1:2]
+    for number, strength in enumerate(strengths):
+        cell = cells[number - 1] if "the same" in cells[number] else cells[number]
+        if "not tried" not in cell:
+            wanted = (strength, method, metric, "post")
+            row = next(r for r in rows if (r["strength"], r["method"], r["metric"], r["at"]) == wanted)
+            assert_told(row, cell)
+
+
+@pytest.mark.parametrize(("method", "name"), OF_SHARES)
+def test_the_comparisons_by_near_share_follow_from_the_published_scores(method: str, name: str) -> None:
+    cells = next(line for line in NEAR.splitlines() if line.startswith(f"| {name} |")).split("|")[2:-1]
+    for study, cell in zip(SHARES, cells, strict=True):
+        metric, rows = published(study, 0.30833333333333335)
+        assert_told(next(r for r in rows if (r["method"], r["metric"], r["at"]) == (method, metric, "post")), cell)
+
+
+MATCHED = {
+    "selected": "the detected ones (`selected`)",
+    "random_experts": "control: as many at random (ten draws a split)",
+    "lowest_experts": "control: as many of the lowest ratio",
+    "all": "all of the layers that are trained",
+    "permuted": "control: detected, weights permuted over rows",
+    "oracle": "oracle: facts by their label",
+}
+
+
+PRETRAINED = next(text for title, text in SECTIONS.items() if "bench_pretrained" in title)
+
+
+def test_the_quality_of_the_pretrained_model_is_that_of_the_file() -> None:
+    quality = json.loads((ROOT / "docs/studies/pretrained_quality.json").read_text(encoding="utf-8"))
+    dense, moe = quality["dense"], quality["moe"]
+    pairs = [(f"{dense['perplexity'][kind]:.1f}", f"{found:.1f}") for kind, found in moe["perplexity"].items()]
+    for kind, found in moe["facts"].items():
+        pairs.append(tuple(f"{of['accuracy']:.3f}".lstrip("0") for of in (dense["facts"][kind], found)))
+    told = re.findall(r"^\| (?:perplexity, .*|.*accuracy .*) \| (\S+) \| (\S+) \|$", PRETRAINED, re.MULTILINE)
+    assert sorted(told) == sorted(pairs) and len(told) == 6
+    counts = [(f"{v['above 1.25']}", f"{v['above 2']}") for k, v in quality["specialisation"].items() if k != "experts"]
+    sentence = PRETRAINED.partition("Of its 240 experts")[2].partition("\n\n")[0]
+    assert all({*pair} <= {*re.findall(r"\d+", sentence)} for pair in counts)
+
+
+def test_the_weights_of_the_pretrained_model_are_those_of_the_csv() -> None:
+    with (ROOT / "docs/studies/pretrained_weights.csv").open(encoding="utf-8", newline="") as handle:
+        rows = list(csv.DictReader(handle))
+    found: dict[str, dict[str, list[float]]] = {}
+    for method, name in MATCHED.items():
+        mine = [row for row in rows if row["method"] == method]
+        gains = {
+            k: [float(row[f"{k}_weight"]) / float(row[f"{k}_tokens"]) for row in mine] for k in ("facts", "numbers")
+        }
+        cells = [f"{mean(v):.2f} [{min(v):.2f}, {max(v):.2f}]" for v in gains.values()]
+        size = f"{mean(float(row['ess_rows']) for row in mine):.2f}".lstrip("0")
+        assert f"| {name} | {' | '.join(cells)} | {size} |" in PRETRAINED
+        found[method] = gains
+    for kind in ("facts", "numbers"):  # in every split above all of its ten draws
+        draws = found["random_experts"][kind]
+        assert len(draws) == 50
+        assert all(x > max(draws[10 * i : 10 * i + 10]) for i, x in enumerate(found["selected"][kind]))
+
+
+KEPT = {
+    "selected": "TRACE, the detected experts (`selected`)",
+    "all": "TRACE, all experts of the layers that are trained",
+    "weighting": "TRACE, the detected experts, weighting the loss",
+    "random_experts": "control: as many at random",
+    "lowest_experts": "control: as many of the lowest ratio",
+    "permuted": "control: detected, weights permuted over rows",
+    "oracle": "oracle: facts by their label",
+}
+FACTS, NUMBERS = "kept_facts choice_probability", "kept_facts choice_probability near/*element*"
+TOLD = [  # strength and metric of each column
+    ("same strength", FACTS),
+    ("own alpha", FACTS),
+    ("own alpha", "kept_facts accuracy"),
+    ("own alpha", NUMBERS),
+]
+CHECKS = {  # other settings, of two base splits
+    "pretrained_edge": [
+        *("bench.seeds=[1,2]", "bench.grids={}", "bench.grid={unlearning.alpha: [256]}", "unlearning.alpha=256"),
+        "unlearning.steps=60",
+    ],
+    "pretrained_losses": [
+        *("bench.seeds=[1,2]", "bench.grids={}", "bench.grid={unlearning.alpha: [1]}", "unlearning.alpha=1"),
+        "bench.losses={graddiff: {unlearning.forget_loss: graddiff, unlearning.optimizer.lr: 1.0e-4}}",
+    ],
+}
+CHECKED = [
+    ("pretrained_edge", "recipe", "uniform"),
+    ("pretrained_edge", "recipe", "selected"),
+    ("pretrained_losses", "graddiff", "uniform"),
+    ("pretrained_losses", "graddiff", "selected"),
+    ("pretrained_losses", "graddiff", "random_experts"),
+]
+
+
+@functools.cache
+def pretrained_rows(study: str, *changes: str) -> tuple[BenchConfig, list[dict[str, Any]]]:
+    from tools.study_from_csv import over_levels, read_curves
+
+    config, _ = load_config("bench_pretrained", [*CHECKS.get(study, []), *changes], "out")
+    assert config.bench is not None
+    over = functools.partial(over_levels, low=0.50, high=0.65)
+    return config.bench, Comparison(config, read_curves(config, ROOT / f"docs/studies/{study}.csv"), over).rows()
+
+
+@pytest.mark.parametrize(("method", "name"), [("uniform", "uniform weights"), *KEPT.items()])
+def test_the_runs_on_the_pretrained_model_are_those_of_the_csv(method: str, name: str) -> None:
+    cells = [kept_told("pretrained", "recipe", method, *column) for column in TOLD]
+    assert f"| {' | '.join([name, *cells])} |" in PRETRAINED
+
+
+@pytest.mark.parametrize(("study", "loss", "method"), CHECKED)
+def test_the_checks_on_two_splits_are_those_of_the_csv(study: str, loss: str, method: str) -> None:
+    cells = [kept_told(study, loss, method, "same strength", metric) for metric in (FACTS, NUMBERS)]
+    assert f"| {' | '.join(cells)} |" in PRETRAINED
+
+
+def test_the_gains_on_the_pretrained_model_are_those_of_the_csv() -> None:
+    from tools.study_from_csv import detectable
+
+    _, rows = pretrained_rows("pretrained")
+    found = {tuple(row[key] for key in ("method", "strength", "metric", "at")): row for row in rows}
+    for method, metric in (
+        ("selected", FACTS),
+        ("selected", "kept_facts accuracy"),
+        ("selected", NUMBERS),
+        ("random_experts", FACTS),
+        ("oracle", FACTS),
+    ):
+        assert_told(found[method, "own alpha", metric, "post"], PRETRAINED)
+    values = [
+        row["value"] for key, row in found.items() if key[1:] == ("same strength", "general_text perplexity", "end")
+    ]
+    assert f"{min(values):.1f} to {max(values):.1f}" in PRETRAINED
+    same = {key[0]: row["value"] for key, row in found.items() if key[1:] == ("same strength", FACTS, "post")}
+    matched_ones = [same[name] for name in ("selected", "all", "random_experts", "lowest_experts")]
+    text = " ".join(PRETRAINED.split())
+    assert re.sub(r"0\.", ".", f"keep the same to {max(matched_ones) - min(matched_ones):.3f}") in text
+    _, rows = pretrained_rows("pretrained", "bench.baseline=random_experts")
+    row = next(r for r in rows if (r["method"], r["strength"], r["metric"]) == ("selected", "own alpha", FACTS))
+    low, high = (row["difference_t_interval"][end] for end in ("low", "high"))
+    told = (
+        f"{row['difference']:.3f} ahead of the random ones [{low:+.3f}, {high:+.3f}]; {detectable(row):.3f} would have"
+    )
+    assert re.sub(r"0\.", ".", told).replace("-", "−") in text
+
+
+def kept_told(study: str, loss: str, method: str, strength: str, metric: str) -> str:
+    bench, rows = pretrained_rows(study)
+    if strength != "same strength" and len(grid_of(bench, loss, method)["unlearning.alpha"]) < 2:
+        return "not tried"
+    wanted = (loss, method, strength, metric, "post")
+    row = next(r for r in rows if tuple(r[key] for key in ("loss", "method", "strength", "metric", "at")) == wanted)
+    told = f"{row['value']:.3f}"
+    if method != bench.baseline:
+        low, high = (row["difference_t_interval"][end] for end in ("low", "high"))
+        told += f", {row['difference']:+.3f} [{low:+.3f}, {high:+.3f}]"
+    told += "" if len(row["seeds"]) == len(bench.seeds) else f", {len(row['seeds'])} splits"
+    return re.sub(r"(?<!\d)0\.", ".", told).replace("-", "−")
+
+
+def assert_told(row: dict[str, Any], cell: str) -> None:
+    low, high = (100 * row["relative_interval"][end] for end in ("low", "high"))
+    told = f"{100 * row['relative']:+.1f} % [{low:.1f}, {high:.1f}]".replace("-", "−")
+    assert told in cell, (told, cell)
+    seeds = len(row["seeds"])
+    assert seeds == 5 or f"{seeds} seeds" in cell or f"{seeds} of 5" in cell
+
+
+def test_the_readme_tells_what_the_studies_found() -> None:
+    told = re.findall(r"[+−][\d.]+ %\s\[[^]]+\]", README)
+    assert len(told) >= 4
+    for result in told:
+        assert " ".join(result.split()) in STUDIES, result
+
+
+def test_every_metric_is_explained() -> None:
+    """The metrics and the table of docs/evaluation.md name the same metrics."""
+    from trace_ds.evaluation.metrics import METRICS
+
+    text = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    table = text.partition("| metric | range |")[2].partition("\n\n")[0]
+    cells = [line.split("|")[1] for line in table.splitlines()[2:]]
+    named = {name for cell in cells for name in re.findall(r"`([a-z_]+)`", cell)}
+    assert named == set(METRICS)

@@ -1,0 +1,414 @@
+"""WMDP and MMLU: our numbers are those of the `lm_eval` command on the same model and the same files."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import command
+import numpy as np
+import pytest
+import tiny
+import yaml
+from processes import run_distributed
+from test_evaluation_models import save_model
+
+from trace_ds.config.sections.evaluation import TaskConfig
+from trace_ds.corpora.read import Document
+from trace_ds.errors import UserError
+from trace_ds.evaluation import harness
+from trace_ds.evaluation.items import ChoiceItem, read_task
+from trace_ds.evaluation.kinds import evaluate_choice, evaluate_perplexity
+from trace_ds.evaluation.language_model import ModelSettings, Sequence, Sharding, loaded
+from trace_ds.evaluation.tasks import run_task
+from trace_ds.reporting.tables import item_cells
+
+PROMPT = "{{question.strip()}}\nA. {{choices[0]}}\nB. {{choices[1]}}\nC. {{choices[2]}}\nD. {{choices[3]}}\nAnswer:"
+SUBJECTS = {"wmdp_bio": "biology", "mmlu_anatomy": "anatomy"}
+
+
+def write_questions(path: Path, count: int) -> Path:
+    draw = random.Random(path.name)
+    lines = [
+        {"question": " ".join(draw.choices(tiny.WORDS, k=6)), "choices": draw.sample(tiny.WORDS, 4), "answer": n % 4}
+        for n in range(count)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def write_task(path: Path, name: str, file: Path) -> None:
+    """The task as its authors publish it, by hand, on a local file."""
+    task = {
+        "task": f"{name}_here",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(file)}},
+        "test_split": "test",
+        "num_fewshot": 0,
+        "output_type": "multiple_choice",
+        "description": f"The following are multiple choice questions (with answers) about {SUBJECTS[name]}.\n\n",
+        "doc_to_text": PROMPT,
+        "doc_to_choice": ["A", "B", "C", "D"],
+        "doc_to_target": "answer",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    }
+    path.write_text(yaml.safe_dump(task), encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Path]:
+    """A folder with a model that has room for the prompts, and a file of questions for each task."""
+    folder = tmp_path_factory.mktemp("harness")
+    shutil.copytree(tiny_model, folder / "model")
+    config = json.loads((folder / "model" / "config.json").read_text())
+    (folder / "model" / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 1024}))
+    for name in SUBJECTS:
+        write_questions(folder / f"{name}.jsonl", 20)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_DATASETS_CACHE", str(folder / "cache"))
+        patch.setattr("lm_eval.tasks.manager.__file__", str(folder / "all" / "manager.py"))  # reading all takes seconds
+        yield folder
+
+
+def task_of(name: str, file: Path | str) -> TaskConfig:
+    return TaskConfig(name=name, type="lm_eval", task=name, path=str(file), role="forget")
+
+
+def our_outcomes(world: Any, folder: str, sharding: Sharding | None = None) -> list[tuple[Any, Any]]:
+    """Scores and logs of both tasks, and of one of the user's own, on the processes of a world (None: on this one)."""
+    from transformers import AutoTokenizer
+
+    path = f"{folder}/model"
+    settings = ModelSettings("fp32", add_bos=True, add_eos=True, batch_rows=4)
+    own = {"name": "own", "type": "lm_eval", "task": f"{next(iter(SUBJECTS))}_here", "role": "forget"}
+    own["include_path"] = f"{folder}/tasks"
+    with loaded(path, AutoTokenizer.from_pretrained(path), settings, world, sharding or Sharding()) as model:
+        tasks = [read_task(task_of(name, f"{folder}/{name}.jsonl")) for name in SUBJECTS]
+        tasks.append(read_task(TaskConfig.model_validate(own)))
+        found = [run_task(model, task, max_new_tokens=4, context_length=64) for task in tasks]
+    return [(outcome.scores, outcome.items) for outcome in found]
+
+
+@pytest.mark.parametrize(
+    ("automatic", "add_bos", "begin", "equal"),
+    [
+        (True, True, "", True),
+        (False, False, "", True),
+        (False, True, "", False),
+        (True, False, "", False),
+        (False, True, "<s> ", True),  # a prompt that begins as the run's documents do
+    ],
+)
+def test_choices_are_scored_as_the_harness_does_where_texts_begin_alike(
+    automatic: bool, add_bos: bool, begin: str, equal: bool, tmp_path: Path
+) -> None:
+    """The harness leaves the BOS token to the tokenizer, ``choice`` follows ``data.add_bos``."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+    from tokenizers.processors import TemplateProcessing
+    from transformers import AutoTokenizer
+
+    path = save_model(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    if automatic:
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<s> $A", None, [("<s>", 0)])
+    draw = random.Random(3)
+    words = [f"w{number}" for number in range(60)]
+    items = [
+        ChoiceItem(str(n), " ".join(draw.choices(words, k=4)), tuple(draw.sample(words, 4)), n % 4, "")
+        for n in range(12)
+    ]
+    with loaded(str(path), tokenizer, ModelSettings("fp32", add_bos, True, 4)) as model:
+        ours = evaluate_choice(model, items, "here")
+        theirs = HFLM(pretrained=model.model, tokenizer=tokenizer, batch_size=4, backend="causal").loglikelihood(
+            [
+                Instance("loglikelihood", {}, (begin + item.prompt, f" {choice}"), number)
+                for item in items
+                for number, choice in enumerate(item.choices)
+            ],
+            disable_tqdm=True,
+        )
+    expected_IC = np.array([log_prob for log_prob, _ in theirs]).reshape(len(items), 4)
+    found_IC = np.array([log["log_prob"] for log in ours.logs])
+    assert np.allclose(found_IC, expected_IC, atol=1e-5) == equal
+    lengths_IC = np.array([[len(choice) for choice in item.choices] for item in items])
+    if equal:
+        assert [log["predicted"] for log in ours.logs] == expected_IC.argmax(1).tolist()
+        assert [log["predicted_norm"] for log in ours.logs] == (expected_IC / lengths_IC).argmax(1).tolist()
+    else:
+        assert np.abs(found_IC - expected_IC).max() > 0.01
+
+
+def test_perplexity_differs_from_the_harness_by_the_end_of_each_document(tmp_path: Path) -> None:
+    """Ours counts EOS where ``data.add_eos`` puts one after the documents; without it the sums are the same."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+    from transformers import AutoTokenizer
+
+    path = save_model(tmp_path / "model")
+    tokenizer: Any = AutoTokenizer.from_pretrained(path)
+    draw = random.Random(3)
+    texts = [" ".join(draw.choices([f"w{n}" for n in range(60)], k=draw.randint(3, 20))) for _ in range(20)]
+    nll = {}
+    for add_eos in (True, False):
+        with loaded(str(path), tokenizer, ModelSettings("fp32", True, add_eos, 4)) as model:
+            outcome = evaluate_perplexity(model, [Document(text, "") for text in texts], 64)
+            nll[add_eos] = float(outcome.columns["nll"].sum())
+            ended = [(*model.encode(text), tokenizer.eos_token_id) for text in texts]
+            ends = model.score([Sequence(ids, len(ids) - 1) for ids in ended])
+            theirs = HFLM(pretrained=model.model, tokenizer=tokenizer, batch_size=4, backend="causal")
+            requests = [Instance("loglikelihood_rolling", {}, (text,), n) for n, text in enumerate(texts)]
+            expected = -sum(theirs.loglikelihood_rolling(requests, disable_tqdm=True))
+    assert nll[False] == pytest.approx(expected, abs=1e-2)
+    assert nll[True] - nll[False] == pytest.approx(-sum(float(end.log_prob[0]) for end in ends), abs=1e-2)
+
+
+def test_our_numbers_are_those_of_the_command_on_one_process_and_on_two(place: Path) -> None:
+    (place / "tasks").mkdir()
+    for name in SUBJECTS:
+        write_task(place / "tasks" / f"{name}.yaml", name, place / f"{name}.jsonl")
+    asked = [
+        *(sys.executable, "-m", "lm_eval", "--model", "hf", "--device", "cpu", "--batch_size", "4"),
+        *("--model_args", f"pretrained={place / 'model'},dtype=float32", "--include_path", place / "tasks"),
+        *("--tasks", ",".join(f"{name}_here" for name in SUBJECTS), "--output_path", place / "out"),
+        "--log_samples",
+    ]
+    with ThreadPoolExecutor(1) as beside:
+        running = beside.submit(command.run, asked)
+        outcomes = our_outcomes(None, str(place))
+        assert run_distributed(our_outcomes, 2, str(place)) == [outcomes, outcomes]
+        for sharded in run_distributed(our_outcomes, 2, str(place), Sharding(2)):  # in lockstep
+            for (scores, items), (expected, alone) in zip(sharded, outcomes, strict=True):
+                assert scores == expected
+                for item, other in zip(items, alone, strict=True):
+                    assert item == other | {"log_prob": pytest.approx(other["log_prob"], abs=1e-5)}
+        *outcomes, (own, _) = outcomes
+        assert own == [outcomes[0][0][0] | {"task": "own"}]
+        done = running.result()
+    assert done.returncode == 0, done.stderr[-2000:]
+    theirs = json.loads(next((place / "out").rglob("results_*.json")).read_text(encoding="utf-8"))["results"]
+    for name, (scores, items) in zip(SUBJECTS, outcomes, strict=True):
+        (score,) = scores
+        assert (score["metric"], score["n"], score["chance"]) == ("acc", 20, 0.25)
+        assert score["value"] == theirs[f"{name}_here"]["acc,none"]
+        samples: list[Any] = [
+            json.loads(line)
+            for line in next((place / "out").rglob(f"samples_{name}_here_*.jsonl")).read_text().splitlines()
+        ]
+        expected = [[float(pair[0]) for pair in sample["filtered_resps"]] for sample in samples]
+        assert len(items) == 20
+        for item, theirs_C, line in zip(items, expected, read_lines(place / f"{name}.jsonl"), strict=True):
+            assert item["log_prob"] == pytest.approx(theirs_C, abs=1e-5)
+            assert (item["choices"], item["answer"]) == (line["choices"], line["answer"])
+            shown = f"{line['question']} → {line['choices'][line['answer']]}"
+            said, correct = line["choices"][item["predicted"]], item["predicted"] == item["answer"]
+            assert item_cells(item) == [item["id"], shown, said, float(correct)]
+
+
+TEMPLATE = (
+    "{% for m in messages %}<s> w1 {{ m['content'] }} </s>{% endfor %}{% if add_generation_prompt %}w2{% endif %}"
+)
+
+
+def test_solved_examples_and_the_chat_template_are_lm_evals(place: Path) -> None:
+    """A task of one's own with a split of solved examples, as MMLU has one; on a model of lm-eval's own class."""
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+    from transformers import AutoTokenizer
+
+    shutil.copytree(place / "model", place / "chat")
+    tokenizer = AutoTokenizer.from_pretrained(place / "model")
+    assert tokenizer.chat_template is None
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(place / "chat")
+    (place / "shots").mkdir()
+    write_task(place / "shots" / "wmdp_bio.yaml", "wmdp_bio", place / "wmdp_bio.jsonl")
+    task = yaml.safe_load((place / "shots" / "wmdp_bio.yaml").read_text())
+    del task["num_fewshot"]
+    task["dataset_kwargs"]["data_files"]["dev"] = str(write_questions(place / "solved.jsonl", 5))
+    task |= {"fewshot_split": "dev", "fewshot_config": {"sampler": "first_n"}}
+    (place / "shots" / "wmdp_bio.yaml").write_text(yaml.safe_dump(task))
+    reference = simple_evaluate(
+        model="hf",
+        model_args=f"pretrained={place / 'chat'},dtype=float32",
+        device="cpu",
+        batch_size=4,
+        tasks=["wmdp_bio_here"],
+        task_manager=TaskManager(include_path=str(place / "shots"), include_defaults=False),
+        num_fewshot=2,
+        apply_chat_template=True,
+        bootstrap_iters=0,
+    )
+    raw = {"name": "shots", "type": "lm_eval", "task": "wmdp_bio_here", "role": "forget"}
+    raw |= {"include_path": str(place / "shots")}
+    found = {}
+    for keys in ({"num_fewshot": 2, "apply_chat_template": True}, {"num_fewshot": 2}, {}):
+        read = read_task(TaskConfig.model_validate(raw | keys))
+        with loaded(str(place / "chat"), tokenizer, ModelSettings("fp32", True, True, 4)) as model:
+            outcome = run_task(model, read, max_new_tokens=4, context_length=64)
+        found[tuple(keys)] = [item["log_prob"] for item in outcome.items]
+    theirs = [[float(pair[0]) for pair in one["filtered_resps"]] for one in reference["samples"]["wmdp_bio_here"]]
+    ours, without, zero_shot = found.values()
+    assert ours == [pytest.approx(each, abs=1e-5) for each in theirs] and len(ours) == 20
+    assert ours != without != zero_shot
+    tokenizer.chat_template = None
+    asking = TaskConfig.model_validate(raw | {"apply_chat_template": True})
+    with pytest.raises(UserError, match="shots: the tokenizer has no chat template"):
+        harness.check_template(asking, tokenizer)
+    before = read_task(asking).sha256
+    (place / "shots" / "wmdp_bio.yaml").write_text(yaml.safe_dump(task | {"description": "Choose.\n\n"}))
+    assert read_task(asking).sha256 != before == read.sha256
+
+
+def test_a_group_of_ones_own_may_name_any_task(place: Path, tmp_path: Path) -> None:
+    """Beside the folder that a task is called after, all others are read where that is not enough."""
+    (place / "all").mkdir()
+    write_task(place / "all" / "far.yaml", "wmdp_bio", place / "wmdp_bio.jsonl")
+    (tmp_path / "group.yaml").write_text(yaml.safe_dump({"group": "mine", "task": ["wmdp_bio_here"]}))
+    raw = {"name": "mine", "type": "lm_eval", "task": "mine", "role": "forget", "include_path": str(tmp_path)}
+    assert list(harness._load(TaskConfig.model_validate(raw))["tasks"]) == ["wmdp_bio_here"]
+    assert "wmdp_bio_here" not in harness._task_manager("wmdp_bio").task_index
+
+
+FUNCTIONS = """
+def raises(docs):
+    return docs[0]["nothing"]
+
+def leaves(doc):
+    raise SystemExit(0)
+
+def none(doc):
+    return None
+
+def endless(doc):
+    return endless(doc)
+
+def aggregate(values):
+    return values[10_000]
+"""
+ACC = {"metric": "acc", "aggregation": "mean", "higher_is_better": True}
+MISTAKES: dict[str, tuple[dict[str, Any] | str, str]] = {  # keys changed in a task that is right, or its file; message
+    "target 9": ({"doc_to_target": 9}, "own.yaml: .*IndexError: list index out of range"),
+    "target -1": ({"doc_to_target": "{{ -1 }}"}, "question 0 .* has the target '-1', which names none"),
+    "target letter": ({"doc_to_target": "Z"}, "has the target 'Z', which names none"),
+    "target text": ({"doc_to_target": "question"}, "which names none of its 4 choices"),
+    "target of the second": ({"doc_to_target": "{{ [0, 7][answer > 0] }}"}, "question 1 .* target 7, which names none"),
+    "target none": ({"doc_to_target": "!function f.none"}, "own.yaml: .*TypeError"),
+    "targets": ({"doc_to_target": [8, 9]}, r"the target \[8, 9\], which names none"),
+    "leaves": ({"doc_to_text": "!function f.leaves"}, r"f.py line 5: .*\(SystemExit: 0\). Fix: correct the task"),
+    "raises": ({"process_docs": "!function f.raises"}, r"f.py line 2: .*\(KeyError: .*nothing.*\)"),
+    "endless": ({"doc_to_text": "!function f.endless"}, "a function never ends"),
+    "aggregate": ({"metric_list": [ACC | {"aggregation": "!function f.aggregate"}]}, "f.py line 14: .*IndexError"),
+    "no function": ({"doc_to_text": "!function f.nothing"}, "own.yaml: .*has no function 'nothing'"),
+    "no module": ({"doc_to_text": "!function g.nothing"}, "own.yaml: .*Cannot import module 'g'"),
+    "no dot": ({"doc_to_text": "!function nothing"}, "own.yaml: .*Invalid function reference"),
+    "jinja syntax": ({"doc_to_text": "{{question"}, "own.yaml: .*TemplateSyntaxError"),
+    "jinja name": ({"doc_to_text": "{{quetsion}}"}, "own.yaml: .*'quetsion' is undefined"),
+    "index": ({"doc_to_text": "{{choices[7]}}"}, "own.yaml: .*UndefinedError"),
+    "choices": ({"doc_to_choice": "{{question}}"}, "own.yaml: lm-eval cannot run the task own"),
+    "no choice": ({"doc_to_choice": "{{[]}}"}, "own.yaml: lm-eval cannot run the task own"),
+    "empty choice": ({"doc_to_choice": ["A", "B", "", "D"]}, "own.yaml: lm-eval cannot run the task own"),
+    "metric": ({"metric_list": [{"metric": "accc"}]}, "own.yaml: lm-eval cannot run the task own"),
+    "no accuracy": ({"metric_list": [{"metric": "brier_score", "aggregation": "brier_score"}]}, "has none of acc"),
+    "split": ({"test_split": "tset"}, "own.yaml: .*KeyError: 'tset'"),
+    "file": ({"dataset_kwargs": {"data_files": {"test": "/nowhere.jsonl"}}}, "own.yaml: .*/nowhere.jsonl"),
+    "output": ({"output_type": "generate_until"}, "own is not multiple-choice"),
+    "output type": ({"output_type": "multiple"}, "own.yaml: lm-eval cannot run the task own"),
+    "key": ({"doc_to_txt": "a"}, "own.yaml: .*doc_to_txt"),
+    "include": ({"include": "nowhere.yaml"}, "own.yaml line .*: there is no file nowhere.yaml to include"),
+    "class": ({"class": "!function f.none"}, "own.yaml: lm-eval cannot run the task own"),
+    "number": ("task: 5\n", "own.yaml line 1: the task name 5 is not text. Fix: put it in quotes"),
+    "tag": ("task: own\ntag: 5\n", "own.yaml line 2: the tag name 5 is not text"),
+    "itself": ("group: own\ntask: [own]\n", "own.yaml: .*contains itself"),
+    "list": ("- task: own\n", "lm-eval knows no task 'own', and no file in .* defines it"),
+    "syntax": ("task: own\nnum_fewshot: [0\n", r"own.yaml line 3: the file is not valid YAML .expected"),
+    "tab": ("task: own\n\tnum_fewshot: 0\n", r"own.yaml line 2: the file is not valid YAML"),
+    "bytes": ("task: \udcff\n", "own.yaml: the task is damaged"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_in_a_task_of_ones_own_is_one_line(mistake: str, place: Path, tmp_path: Path) -> None:
+    """Known before a model is loaded; never a score, a traceback or a silent end."""
+    change, message = MISTAKES[mistake]
+    config = own_task(tmp_path, place, change)
+    with pytest.raises(UserError, match=message) as caught:
+        read_task(config)
+        harness.rehearse(config)
+    assert "\n" not in caught.value.line() and caught.value.fix
+
+
+def own_task(folder: Path, place: Path, change: dict[str, Any] | str) -> TaskConfig:
+    """A task named ``own`` in a folder: a right one with keys changed, or the text of a file."""
+    (folder / "f.py").write_text(FUNCTIONS.lstrip(), encoding="utf-8")
+    text = change
+    if isinstance(change, dict):
+        write_task(folder / "own.yaml", "wmdp_bio", place / "wmdp_bio.jsonl")
+        task = yaml.safe_load((folder / "own.yaml").read_text()) | {"task": "own"} | change
+        text = re.sub(r"'?(!function [\w.]+)'?", r"\1", yaml.safe_dump(task))
+    (folder / "own.yaml").write_bytes(str(text).encode(errors="surrogateescape"))
+    raw = {"name": "own", "type": "lm_eval", "task": "own", "role": "forget", "include_path": str(folder)}
+    return TaskConfig.model_validate(raw)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"doc_to_target": "{{ choices[answer] }}", "doc_to_choice": "choices"},
+        {"doc_to_target": "{{ [answer, 0] }}"},
+        {"metric_list": [ACC, ACC | {"metric": "acc_norm"}]},
+        {"doc_to_target": "{{ 'ABCD'[answer] }}"},
+        {"doc_to_text": "answer", "doc_to_target": "{{ question }}", "doc_to_choice": "choices"},  # as winogrande
+    ],
+)
+def test_a_right_task_of_ones_own_passes_its_rehearsal(change: dict[str, Any], place: Path, tmp_path: Path) -> None:
+    config = own_task(tmp_path, place, change)
+    read_task(config)
+    harness.rehearse(config)
+
+
+def test_what_a_model_raises_is_no_mistake_of_the_task(place: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    path = str(place / "model")
+    config = own_task(tmp_path, place, {})
+    with loaded(path, AutoTokenizer.from_pretrained(path), ModelSettings("fp32", True, True, 4)) as model:
+        model.model.register_forward_pre_hook(lambda *_: 1 // 0)
+        with pytest.raises(ZeroDivisionError):
+            run_task(model, read_task(config), max_new_tokens=4, context_length=64)
+
+
+def test_a_folder_of_tasks_that_is_not_there(tmp_path: Path) -> None:
+    raw = {"name": "own", "type": "lm_eval", "task": "own_wmdp", "role": "forget", "include_path": str(tmp_path / "no")}
+    with pytest.raises(UserError, match="there is no directory"):
+        read_task(TaskConfig.model_validate(raw))
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"type": "choice", "path": "a.jsonl", "num_fewshot": 0}, "are keys of lm_eval tasks"),
+        ({"type": "choice", "path": "a.jsonl", "apply_chat_template": True}, "are keys of lm_eval tasks"),
+        ({"type": "choice", "path": "a.jsonl", "include_path": "tasks"}, "are keys of lm_eval tasks"),
+        ({"type": "lm_eval", "task": "mmlu", "num_fewshot": -1}, "greater than or equal to 0"),
+        (
+            {"type": "lm_eval", "task": "wmdp_bio", "path": "a.jsonl", "num_fewshot": 5},
+            "a file holds no solved examples",
+        ),
+    ],
+)
+def test_prompt_keys_that_mean_nothing(keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TaskConfig.model_validate({"name": "x", "role": "forget"} | keys)
+
+
+def read_lines(path: Path) -> list[Any]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -1,0 +1,294 @@
+"""Files of others: regular ones only, no more bytes than allowed, each read once a process; any damage is one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import yaml
+from fake_run import write_run
+from forked import Server
+
+from trace_ds.cli import main
+from trace_ds.errors import UserError
+from trace_ds.models.engine_config import user_ds_config
+from trace_ds.run import files, foreign
+from trace_ds.run.directory import LOCK_VARIABLE, RunDirectory, locked
+from trace_ds.run.files import sha256_file
+from trace_ds.run.foreign import read_object, read_text
+from trace_ds.run.log import BEGAN, StageLog
+from trace_ds.stages.inspect import inspect, inspect_path
+from trace_ds.stages.pipeline import Request, run_verb
+from trace_ds.stages.report import report
+from trace_ds.tensors.model_files import read_model_config
+
+OWN = "evaluation.tasks=[{name: own, type: lm_eval, task: own, include_path: tasks, role: forget}]"
+
+
+def special(folder: Path, kind: str) -> Path:
+    path = folder / kind
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as bound:
+            bound.bind(str(path))
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to("/dev/zero")
+    return path
+
+
+KINDS = ["pipe", "socket", "folder", "device"]
+SMALL_FILES = [  # places in a folder with config.yaml, corpora/ and model/, and what reads them
+    ("config.yaml", "prepare config.yaml"),
+    ("extra.json", "run config.yaml --set unlearning.ds_config=extra.json"),
+    ("model/config.json", "run config.yaml"),
+    ("model/config.json", "plan config.yaml"),
+    ("model/tokenizer.json", "run config.yaml"),
+    ("model/tokenizer.json", "prepare config.yaml"),
+    ("model/tokenizer_config.json", "prepare config.yaml"),
+    ("model/model.safetensors.index.json", "run config.yaml"),
+    ("corpora/forget.jsonl", "prepare config.yaml"),
+    ("corpora/questions_forget.jsonl", "run config.yaml"),
+    ("tasks/own.yaml", f"run config.yaml --set '{OWN}'"),
+]
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "gigantic"])
+@pytest.mark.parametrize(("place", "words"), SMALL_FILES)
+def test_no_command_waits_for_a_special_file_or_reads_a_gigantic_one(
+    server: Server, tiny_model: Path, tmp_path: Path, place: str, words: str, kind: str
+) -> None:
+    shutil.copytree(tiny_model, tmp_path / "model")
+    tiny.write_config(tmp_path, tmp_path / "model")
+    path = tmp_path / place
+    path.parent.mkdir(exist_ok=True)
+    path.unlink(missing_ok=True)
+    if kind == "gigantic" and path.suffix == ".jsonl" and "questions" not in path.name:
+        pytest.skip("a corpus is streamed and may be of any size")
+    if kind == "gigantic":
+        path.touch()
+        os.truncate(path, 1 << 40)
+    else:
+        special(tmp_path, kind).rename(path)
+    result = server.run(shlex.split(words), tmp_path)
+    lines = result.stderr.strip().splitlines()
+    assert result.returncode == 2 and len(lines) == 1 and lines[0].startswith("trace-ds: error: "), result
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_regular_files_are_read(tmp_path: Path, kind: str) -> None:
+    path = special(tmp_path, kind)
+    with pytest.raises(UserError, match=f"{kind}: the DeepSpeed configuration cannot be read"):
+        user_ds_config(str(path))
+    with pytest.raises(UserError, match="cannot be read"):
+        read_text(path, "the file", "")
+    with pytest.raises(OSError, match=r"not a regular file|No such device"):
+        sha256_file(path)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").symlink_to(path)
+    with pytest.raises(UserError):
+        read_model_config(tmp_path / "model")
+
+
+def test_no_more_is_read_than_allowed(tmp_path: Path) -> None:
+    path = tmp_path / "large.json"
+    path.write_text(json.dumps({"a": "x" * 100}))
+    assert read_object(path, "the file", "")
+    with pytest.raises(UserError, match="more than 50 bytes"):
+        read_text(path, "the file", "", 50)
+
+
+def test_a_file_is_read_again_when_it_has_changed(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("one")
+    first = sha256_file(path)
+    status = path.stat()
+    path.write_text("two")
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert sha256_file(path) != first
+
+
+@pytest.mark.slow
+def test_a_run_reads_each_file_once(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: Counter[tuple[str, str]] = Counter()  # (path, why)
+    open_regular = foreign.open_regular
+
+    def counted(why: str) -> Any:
+        def count(path: Path) -> Any:
+            opened[os.path.realpath(path), why] += 1
+            return open_regular(path)
+
+        return count
+
+    monkeypatch.setattr(files, "open_regular", counted("hash"))
+    monkeypatch.setattr(foreign, "open_regular", counted("JSON"))
+    shutil.copytree(tiny_model, tmp_path / "base")  # which no test before this one has read in this process
+    config, run = tiny.write_config(tmp_path, tmp_path / "base"), tmp_path / "run"
+    assert run_verb("run", Request.load(str(config), [], run)) == 0
+    once = [key for key in opened if Path(key[0]).parts[-2] in ("base", "data", "corpora")]
+    assert {Path(path).name for path, _ in once} >= {"config.json", "tokenizer.json", "forget.arrow", "forget.jsonl"}
+    assert {key: opened[key] for key in once if opened[key] > 1} == {}
+
+
+# ------------------------------------------------------------------------------------------------ altered artefacts
+
+
+def altered(path: Path, *keys: str | int, value: Any) -> None:
+    raw: Any = yaml.safe_load(path.read_text())  # JSON too
+    at = raw
+    for key in keys[:-1]:
+        at = at[key]
+    at[keys[-1]] = value
+    text = json.dumps(raw)
+    size = path.stat().st_size
+    path.write_text(text if len(text) > size else text.ljust(size))  # of the same size where that can be
+
+
+RESULT = "evaluation/unlearned.json"
+ALTERED: list[tuple[str, tuple[str | int, ...], Any]] = [
+    (RESULT, ("drift", "forget"), 1),
+    ("config.yaml", ("evaluation", "tasks"), [1]),
+    ("variants/uniform/evaluation/unlearned.json", ("scores", 0, "value"), "x"),
+    ("variants/uniform/calibration/diagnosis.json", ("selected",), 3),
+    (RESULT, ("drift",), []),
+    (RESULT, ("drift", "forget", "overlap"), {"a": 1}),
+    (RESULT, ("drift", "forget", "kl"), ["x"]),
+    (RESULT, ("items",), [1]),
+    (RESULT, ("items", "elements"), [1]),
+    (RESULT, ("items", "elements"), 3),
+    (RESULT, ("items", "elements", 0, "id"), []),
+    (RESULT, ("items", "elements", 0, "correct"), "[/x]"),
+    (RESULT, ("items", "elements", 0, "choices"), 3),
+    (RESULT, ("items", "elements", 0, "predicted"), 99),
+    (RESULT, ("items", "novels", 0, "nll"), "much"),
+    (RESULT, ("scores",), 3),
+    (RESULT, ("scores", 0), 3),
+    (RESULT, ("scores", 0, "direction"), "sideways"),
+    (RESULT, ("scores", 0, "role"), "?"),
+    (RESULT, ("scores", 0, "n"), "many"),
+    (RESULT, ("scores", 0, "n"), -1),
+    (RESULT, ("scores", 0, "value"), "x"),
+    (RESULT, ("scores", 0, "value"), True),
+    (RESULT, ("scores", 0, "chance"), "x"),
+    (RESULT, ("scores", 0, "task"), ["x"]),
+    (RESULT, ("scores", 0, "task"), "\ud800"),
+    (RESULT, ("attacks",), 3),
+    (RESULT, ("attacks", "expert_forcing"), [1]),
+    (RESULT, ("attacks", "expert_forcing"), {"none": 3}),
+    (RESULT, ("attacks", "relearning", "curve"), [3]),
+    (RESULT, ("tasks",), [1]),
+    (RESULT, ("model_fingerprint",), 3),
+    ("calibration/diagnosis.json", ("selected",), 3),
+    ("calibration/diagnosis.json", ("share_by_source",), 3),
+    ("calibration/diagnosis.json", ("warnings",), 3),
+    ("calibration/diagnosis.json", ("rule",), []),
+    ("calibration/artefact.json", ("kind",), "[/x]"),
+    ("calibration/artefact.json", ("settings",), {"level": "\ud800"}),
+    ("statistics/forget/artefact.json", ("summary", "layers"), "abc"),
+]
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_run(tmp_path_factory.mktemp("written") / "run")
+
+
+@pytest.mark.parametrize(("file", "keys", "value"), ALTERED)
+def test_an_altered_artefact_is_one_line(
+    written: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str, keys: tuple[str | int, ...],
+    value: Any,
+) -> None:  # fmt: skip
+    """Neither a traceback nor a page made of it, and inspect says the same."""
+    path = Path(shutil.copytree(written, tmp_path / "run"))
+    altered(path / file, *keys, value=value)
+    with pytest.raises(UserError, match=Path(file).name) as error:
+        report(None, RunDirectory.at(path), [])
+    line = error.value.line()
+    assert f"{path / file}: " in line and "Fix: " in line and not (path / "report").exists()
+    problems = inspect(path).problems
+    assert any(line in problem for problem in problems), (line, problems)
+    assert inspect_path(path, json=False) == 1 and "Traceback" not in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------------ environment
+
+ENVIRONMENTS = [
+    (
+        {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "h", "MASTER_PORT": "abc"},
+        "MASTER_PORT='abc'",
+    ),
+    ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "h", "MASTER_PORT": "99999"}, "no port"),
+    ({"SLURM_STEP_NUM_TASKS": "2"}, "SLURM_STEP_NUM_TASKS is set and SLURM_PROCID is not"),
+    ({"OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_SIZE is set and OMPI_COMM_WORLD_RANK is not"),
+    ({"SLURM_PROCID": "x", "SLURM_STEP_NUM_TASKS": "2"}, "SLURM_PROCID='x' is no rank"),
+]
+
+
+@pytest.mark.parametrize(("variables", "message"), ENVIRONMENTS)
+def test_environments(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, variables: dict[str, str],
+    message: str,
+) -> None:  # fmt: skip
+    from trace_ds.parallel.environment import complete_launch, rank_and_size
+
+    with pytest.raises(UserError) as error:
+        rank_and_size(variables)
+        complete_launch(dict(variables), 0, 0)
+    assert message in error.value.line()
+
+
+@pytest.mark.parametrize("value", ["abc", "abc:/x", "77:RUN", "0,1:RUN", "99999999999999999999:RUN", ":", "²:RUN"])
+def test_a_lock_variable_that_names_no_lock_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
+    run = RunDirectory(tmp_path / "run")
+    run.mark()
+    monkeypatch.setenv(LOCK_VARIABLE, value.replace("RUN", os.path.realpath(run.path)))
+    with locked(run) as held:
+        assert len(held) == 1 and os.path.samestat(os.fstat(held[0]), (run.path / ".lock").stat())
+
+
+@pytest.mark.parametrize("value", ["abc", "nan", "", "1e999"])
+def test_a_start_time_that_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, value: str) -> None:
+    monkeypatch.setenv(BEGAN, value)
+    StageLog("prepare", tmp_path / "log.jsonl", None).done("all")
+    assert json.loads((tmp_path / "log.jsonl").read_text())["text"].startswith("all (")
+
+
+@pytest.mark.parametrize("module", ["trace_ds.cli", "typer", "trace_ds.terminal", "trace_ds.config.compose"])
+def test_ctrl_c_while_modules_are_imported(tmp_path: Path, module: str) -> None:
+    """Whatever is imported at the moment: one quiet line."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, signal, sys\n"
+        "class Interrupt:\n"
+        "    def find_spec(name, path=None, target=None):\n"
+        f"        if name == {module!r}:\n"
+        "            os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Interrupt)\n"
+    )
+    variables = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{Path(__file__).parents[2]}"}
+    command = [sys.executable, "-m", "trace_ds", "recipes"]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr.strip()) == (130, "", "trace-ds: interrupted"), done
+
+
+def test_ctrl_c_inside_a_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("trace_ds.config.compose.recipes", lambda: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr(sys, "argv", ["trace-ds", "recipes"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 130 and capsys.readouterr().err.strip() == "trace-ds: interrupted"
