@@ -261,9 +261,7 @@ def same_batches(world: Any, path: str, dataset: Any, batch_rows: int) -> np.nda
     from trace_ds.models.attention import adopt, packed
 
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()
-    adopt(
-        model
-    )  # attention of documents alone (test_attention.py): under a mask it is rounded otherwise
+    adopt(model)  # attention of documents alone (test_attention.py): under a mask it is rounded otherwise
     outputs = record_plainly(model)
     counts = np.zeros((len(outputs), outputs_width(model)), dtype=np.int64)
     begin, end = (len(dataset) * rank // world.size for rank in (world.rank, world.rank + 1))
