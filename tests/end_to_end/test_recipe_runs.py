@@ -153,7 +153,7 @@ def test_from_fetch_to_the_report(task: str, model: str, place: Place, tmp_path:
 
 def check_readme(place: Place, folder: Path) -> None:
     """The README's way from nothing to this run, as it stands there; ``submit`` up to the queue."""
-    block = README.read_text(encoding="utf-8").partition("From nothing to WMDP-cyber on OLMoE:\n\n```\n")[2]
+    block = README.read_text(encoding="utf-8").partition("WMDP-cyber on OLMoE, from scratch:\n\n```\n")[2]
     lines = [shlex.split(line, comments=True) for line in block.partition("```")[0].splitlines()]
     assert [words[:2] for words in lines] == [
         ["pip", "install"],
