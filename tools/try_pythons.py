@@ -6,7 +6,7 @@ under the oldest of them (or this one, where there is no other) with the oldest 
 
 In each: install the package with its dependencies as a user would (newest versions that fit), run a tiny model through
 all stages on two processes with expert parallelism, stop and resume its job (bit for bit the undisturbed one), verify
-its checkpoints and convert them: how objects are pickled differs even between patch releases. With the oldest
+its checkpoints and convert them. With the oldest
 transformers also the tests that compare us with it, family by family (the tests run on the newest). Says which versions
 were tried and which promised ones were not to be had; exit status 1 when one failed.
 """
@@ -32,7 +32,7 @@ print(", ".join(f"{name} {found.version(name)}" for name in ("torch", "transform
 
 
 def interpreters() -> dict[str, Path]:
-    """The oldest interpreter of each promised minor version, except the running one, by full version, in order."""
+    """The oldest interpreter of each promised minor version but the running one, by full version, in order."""
     pyenv = Path(os.environ.get("PYENV_ROOT", "~/.pyenv")).expanduser() / "versions"
     folders = [*map(Path, os.get_exec_path()), Path("/usr/bin"), *pyenv.glob("*/bin")]
     found: dict[tuple[int, ...], Path] = {}
@@ -43,8 +43,8 @@ def interpreters() -> dict[str, Path]:
         version = re.fullmatch(r"Python (\d+)\.(\d+)\.(\d+)", done.stdout.strip())
         if version:  # a shim of a version manager may have none behind it
             found.setdefault(tuple(map(int, version.groups())), path)
-    found.pop(sys.version_info[:3], None)  # the tests run under it
     oldest = {version[:2]: version for version in sorted(found, reverse=True)}
+    oldest.pop(sys.version_info[:2], None)  # the tests run under it
     return {".".join(map(str, version)): found[version] for version in sorted(oldest.values())}
 
 
