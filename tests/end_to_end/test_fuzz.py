@@ -153,23 +153,10 @@ def put(path: str, content: bytes) -> Callable[[Path], object]:
     return lambda folder: (folder / path).write_bytes(content)
 
 
-SECTIONS = [
-    "data",
-    "model",
-    "unlearning",
-    "calibration",
-    "evaluation",
-    "statistics",
-    "variants",
-    "bench",
-    "distributed",
-]
 KEYS = [
-    "seed", "name", "model.path", "model.tokenizer", "data.forget", "data.context_length", "data.packing",
-    "variants.a", "unlearning.steps", "unlearning.optimizer.lr", "unlearning.optimizer.betas",
-    "unlearning.rmu.layer", "unlearning.trainable.include", "bench.methods", "unlearning.ds_config",
-    "calibration.source_weights", "calibration.detection.layers", "evaluation.models", "evaluation.tasks",
-    "conversion.step", "distributed.ep", "distributed.nproc", "report.title",
+    "data", "model", "unlearning", "variants", "bench", "seed", "name", "model.path", "data.forget", "variants.a",
+    "unlearning.optimizer.betas", "unlearning.rmu.layer", "unlearning.trainable.include", "unlearning.ds_config",
+    "calibration.source_weights", "evaluation.models", "evaluation.tasks", "distributed.ep", "report.title",
 ]  # fmt: skip
 YAML_SCRAPS = [
     "&a ",
@@ -179,31 +166,13 @@ YAML_SCRAPS = [
     "<<: *a",
     "? ",
     "0x_",
-    "1e",
     "2024-13-45",
     "|\n",
-    "%YAML 9",
-]
-YAML_SCRAPS += [
     "- ",
     "{",
-    "}",
     "[",
-    "]",
-    ": ",
-    "\t",
-    "#",
-    "'",
-    '"',
-    "\\ud800",
-    "~",
-    ".inf",
-    "1_000",
-    "0o9",
-    "---",
-    "...",
-    "\x85",
 ]
+YAML_SCRAPS += [": ", "\t", "#", "'", '"', "\\ud800", "~", ".inf", "1_000", "---", "\x85"]
 
 
 @fuzz
@@ -227,7 +196,7 @@ def test_yaml(server: Server, template: Path, data: st.DataObject) -> None:
 
 @fuzz
 @given(
-    key=st.sampled_from([*SECTIONS, *KEYS]) | st.text(max_size=12),
+    key=st.sampled_from(KEYS) | st.text(max_size=12),
     value=values.map(json.dumps)
     | st.lists(st.sampled_from(YAML_SCRAPS), max_size=6).map("".join)
     | st.text(max_size=40),
@@ -248,55 +217,23 @@ def test_jsonl(server: Server, template: Path, data: st.DataObject) -> None:
     ends_well(server, template, put(path, b"\n".join(lines)), *verb, "config.yaml", "--run-dir", "run")
 
 
-MODEL_JSON = [
+CONVERT = ["convert", "checkpoint", "made", "--base-model", "model", "--dry-run"]
+JSON_FILES = [
     ("model/config.json", ["plan", "config.yaml"]),
-    ("model/config.json", ["prepare", "config.yaml", "--run-dir", "run"]),
-    ("model/config.json", ["run", "config.yaml", "--run-dir", "run", "--dry-run"]),
+    ("model/config.json", CONVERT),
     ("model/tokenizer.json", ["prepare", "config.yaml", "--run-dir", "made"]),
     ("model/tokenizer_config.json", ["prepare", "config.yaml", "--run-dir", "made"]),
-]
-CONVERT = ["convert", "checkpoint", "made", "--base-model", "model", "--dry-run"]
-COLLECT = ["collect", "config.yaml", "--run-dir", "run", "--dry-run"]
-OWN_JSON = [
-    pytest.param("run/data/artefact.json", ["inspect", "run"], id="artefact inspect"),
-    pytest.param("run/data/artefact.json", COLLECT, id="artefact collect"),
-    pytest.param("converted/conversion.json", ["inspect", "converted"], id="conversion inspect"),
-    pytest.param("step_000001/manifest.json", ["inspect", "step_000001"], id="manifest inspect"),
-    pytest.param("step_000001/manifest.json", ["convert", "step_000001", *CONVERT[2:]], id="manifest convert"),
-    pytest.param("model/config.json", ["inspect", "model"], id="config inspect"),
-    pytest.param("model/config.json", CONVERT, id="config convert"),
-]
-FOUND: list[tuple[str, dict[str, Any], list[str]]] = [  # by this fuzz, with what they once raised
-    ("run/data/artefact.json", {"inputs": None}, COLLECT),  # TypeError
-    ("run/data/artefact.json", {"inputs": "x"}, COLLECT),  # ValueError of dict()
-    ("run/data/artefact.json", {"settings": [1]}, COLLECT),  # TypeError of dict()
-    ("run/data/artefact.json", {"settings": {"a": float("nan")}}, COLLECT),  # ValueError of canonical_json
-    ("run/data/artefact.json", {"files": {"\ud800": {"bytes": 1}}}, COLLECT),  # UnicodeEncodeError
-    ("model/config.json", {"attention_dropout": None}, CONVERT),  # StrictDataclassError in read_layout
+    ("run/data/artefact.json", ["inspect", "run"]),
+    ("run/data/artefact.json", ["collect", "config.yaml", "--run-dir", "run", "--dry-run"]),
+    ("converted/conversion.json", ["inspect", "converted"]),
+    ("step_000001/manifest.json", ["convert", "step_000001", *CONVERT[2:]]),
 ]
 
 
-@pytest.mark.parametrize(("path", "changes", "command"), FOUND)
-def test_what_was_found(server: Server, template: Path, path: str, changes: dict[str, Any], command: list[str]) -> None:
-    whole = json.loads((template / "work" / path).read_bytes())
-    ends_well(server, template, put(path, dumped(whole | changes)), *command)
-
-
-@pytest.mark.parametrize(("path", "command"), [pytest.param(*row, id=f"{row[0]} {row[1][0]}") for row in MODEL_JSON])
+@pytest.mark.parametrize(("path", "command"), JSON_FILES)
 @fuzz
 @given(data=st.data())
-def test_json_of_models(server: Server, template: Path, path: str, command: list[str], data: st.DataObject) -> None:
-    whole = (template / "work" / path).read_bytes()
-    content = data.draw(changed_json(json.loads(whole)).map(dumped) | changed_bytes(whole))
-    ends_well(server, template, put(path, content), *command)
-
-
-@pytest.mark.parametrize(("path", "command"), OWN_JSON)
-@fuzz
-@given(data=st.data())
-def test_json_of_runs_and_checkpoints(
-    server: Server, template: Path, path: str, command: list[str], data: st.DataObject
-) -> None:
+def test_json(server: Server, template: Path, path: str, command: list[str], data: st.DataObject) -> None:
     whole = (template / "work" / path).read_bytes()
     content = data.draw(changed_json(json.loads(whole)).map(dumped) | changed_bytes(whole))
     ends_well(server, template, put(path, content), *command)

@@ -18,8 +18,8 @@ from command import run, tree
 from forked import JOB, Server
 from processes import end_of_ranks
 
-from trace_ds.errors import StopRequested, UserError
-from trace_ds.parallel.environment import free_port, launched
+from trace_ds.errors import UserError
+from trace_ds.parallel.environment import free_port
 from trace_ds.parallel.launch import run_processes
 from trace_ds.parallel.world import AgreedError, check_local_processes, end_process
 
@@ -104,14 +104,6 @@ def test_more_processes_on_a_machine_than_accelerators() -> None:
             check_local_processes(2, {name: value.replace("0", "1") for name, value in environment.items()})
 
 
-def test_what_counts_as_launched() -> None:
-    assert launched({"RANK": "0", "WORLD_SIZE": "2"})
-    assert launched({"OMPI_COMM_WORLD_SIZE": "2"})
-    assert launched({"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"})
-    batch_script = {"SLURM_JOB_ID": "1", "SLURM_PROCID": "0", "SLURM_NTASKS": "4", "MASTER_ADDR": "n1"}
-    assert not launched(batch_script)
-
-
 def leaves_with_groups_open(world: Any, folder: str) -> None:
     import torch
     import torch.distributed as dist
@@ -155,26 +147,10 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-class Signalling(int):
-    """A number of threads; to ask for its text, after the handlers are there and before the first rank is, signals."""
-
-    def __str__(self) -> str:
-        os.kill(os.getpid(), signal.SIGTERM)
-        return "1"
-
-
-def test_a_signal_before_there_is_a_rank_stops_the_job(stand_in: Path) -> None:
-    with pytest.raises(StopRequested, match="run again to go on"):
-        run_processes(["waits"], 2, {}, [], Signalling(1))
-    assert not (stand_in / "ready").exists()
-
-
 @pytest.mark.parametrize(
     ("rank", "signals", "status"),
     [
         ("obeys", [signal.SIGINT], 75),
-        ("obeys", [signal.SIGTERM], 75),
-        ("waits", [signal.SIGINT, signal.SIGINT], 130),
         ("waits", [signal.SIGTERM, signal.SIGTERM], 143),
     ],
 )

@@ -9,14 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 from command import environment, run
 from forked import Server
 from tiny import write_config
 
 from trace_ds.run import log
 from trace_ds.run.directory import RunDirectory
-from trace_ds.terminal import VERBOSE, duration, narrow_table, size
+from trace_ds.terminal import VERBOSE
 
 
 def test_a_stage_tells_one_line_and_its_log_everything(server: Server, tiny_model: Path, tmp_path: Path) -> None:
@@ -55,21 +54,6 @@ def test_variants_are_named_and_a_stage_of_its_own_counts_from_its_start(
     ]
 
 
-def test_progress_in_a_file_is_ever_more_seldom(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    now_s = 0.0
-    monkeypatch.setattr(log.time, "monotonic", lambda: now_s)
-    progress, told_at = log.Progress(log.StageLog("collect", tmp_path / "collect.jsonl", None), "rows", 4000), []
-    for _ in range(2000):
-        now_s += 1.0
-        progress.advance()
-        if out := capsys.readouterr().out:
-            told_at.append(now_s)
-            assert re.fullmatch(r"\[collect\] rows: [\d,]+/4,000 steps, 1\.0/s, about [\d,]+ s left\n", out)
-    assert told_at[:5] == [20, 40, 80, 160, 320] and told_at[5:] == [620, 920, 1220, 1520, 1820]
-
-
 def test_a_bar_on_a_terminal_gives_way_to_lines_and_leaves_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -101,13 +85,6 @@ def test_what_libraries_say_of_their_own_accord_is_not_heard(tiny_model: Path) -
     assert done.returncode == 0 and done.stdout + done.stderr == "", done
 
 
-def test_a_dry_run_says_first_what_would_run(server: Server, tiny_model: Path, tmp_path: Path) -> None:
-    write_config(tmp_path, tiny_model)
-    shown = server.run(["run", "config.yaml", "--dry-run"], tmp_path).stdout
-    assert shown.startswith("# run directory: runs/tiny; would run: prepare, collect,")
-    assert yaml.safe_load(shown)["name"] == "tiny"  # the whole is the configuration still
-
-
 def test_completion_can_be_installed_and_completes(tmp_path: Path) -> None:
     program = Path(sys.executable).with_name("trace-ds")
     variables = environment() | {"HOME": str(tmp_path)}
@@ -116,10 +93,3 @@ def test_completion_can_be_installed_and_completes(tmp_path: Path) -> None:
     assert "_TRACE_DS_COMPLETE=complete_bash" in (tmp_path / ".bash_completions" / "trace-ds.sh").read_text()
     asked = {"_TRACE_DS_COMPLETE": "complete_bash", "COMP_WORDS": "trace-ds co", "COMP_CWORD": "1"}
     assert run([program], variables=variables | asked).stdout.split() == ["collect", "convert"]
-
-
-def test_numbers_and_tables_are_short() -> None:
-    assert [size(n) for n in (7, 1234, 7.6e6, 999_600_000, 2.8e12)] == ["7 B", "1.23 kB", "7.6 MB", "1000 MB", "2.8 TB"]
-    shown = [duration(s) for s in (0, 1e-6, 0.0023, 0.27, 4.06, 31.4, 240, 7200)]
-    assert shown == ["", "< 0.1 ms", "2.3 ms", "0.27 s", "4.06 s", "31 s", "4 min", "2.0 h"]
-    assert [column.justify for column in narrow_table("x", "a", "b", left=["a"]).columns] == ["left", "right"]

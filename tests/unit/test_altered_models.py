@@ -45,23 +45,16 @@ HEADERS: dict[str, tuple[Any, int]] = {
     "whole": ({"a": entry(0, 8), "b": entry(8, 16), "__metadata__": {"format": "pt"}}, 16),
     "no elements": ({"a": entry(0, 0, shape=[0]), "b": entry(0, 8)}, 8),
     "overlap": ({"a": entry(0, 8), "b": entry(4, 12)}, 12),
-    "same place": ({"a": entry(0, 8), "b": entry(0, 8)}, 8),
     "hole": ({"a": entry(0, 8), "b": entry(12, 20)}, 20),
-    "hole at the start": ({"a": entry(4, 12)}, 12),
-    "backwards": ({"a": entry(8, 0)}, 8),
     "size": ({"a": entry(0, 8, shape=[3])}, 8),
-    "overflow": ({"a": entry(0, 8, shape=[1 << 40, 1 << 40])}, 8),
     "long": ({"a": entry(0, 8)}, 9),
     "short": ({"a": entry(0, 8)}, 7),
     "type": ({"a": entry(0, 8, dtype="F99")}, 8),
-    "negative": ({"a": entry(0, 8, shape=[-2])}, 8),
     "fraction": (b'{"a":{"dtype":"F32","shape":[2.0],"data_offsets":[0,8]}}', 8),
-    "truth": (b'{"a":{"dtype":"F32","shape":[true],"data_offsets":[0,4]}}', 4),
     "metadata": ({"a": entry(0, 8), "__metadata__": {"a": 1}}, 8),
     "twice": (b'{"a":{"dtype":"F32","dtype":"F16","shape":[2],"data_offsets":[0,8]}}', 8),
     "surrogate": (b'{"\\ud800":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}', 8),
     "NaN": (b'{"a":NaN}', 8),
-    "list": (b"[]", 0),
     "deep": (b"[" * 100_000, 0),
 }
 
@@ -139,25 +132,11 @@ KINDS: dict[str, tuple[Change, str, str]] = {
     "adapter": (both(only(), write("adapter_config.json", {})), "PEFT adapter", "merge_and_unload"),
     "adapter beside a model": (write("adapter_config.json", {}), "PEFT adapter", "merge_and_unload"),
     "FSDP below": (write("pytorch_model_fsdp_0/.metadata"), "checkpoint of FSDP", "merge-weights"),
-    "FSDP": (both(only(), write(".metadata")), "checkpoint of FSDP", "merge-weights"),
-    "FSDP, one file": (both(only(), write("pytorch_model_fsdp.bin")), "checkpoint of FSDP", "merge-weights"),
     "GGUF": (both(only("config.json"), write("model-Q4_K.gguf")), "GGUF", "gguf_file"),
     "GPTQ": (both(quantised("gptq"), packed("qweight", dtype=np.int32)), "quantised (gptq)", "quantised from"),
-    "AWQ, no word of it": (packed("qweight", "qzeros", dtype=np.int32), "quantised (lm_head.qweight", "quantised from"),
     "bitsandbytes": (both(quantised("bitsandbytes"), packed("weight")), "quantised (bitsandbytes)", ".dequantize()"),
     "MXFP4": (both(quantised("mxfp4"), packed("blocks", "scales")), "quantised (mxfp4)", "Mxfp4Config"),
     "FP8": (both(quantised("fp8"), packed("weight")), "quantised (fp8)", "FineGrainedFP8Config"),
-    "compressed-tensors": (
-        both(quantised("compressed-tensors"), packed("weight_packed", dtype=np.int32)),
-        "quantised (compressed-tensors)",
-        "quantised from",
-    ),
-    "MLX": (both(configured(quantization={"bits": 4}), packed("weight")), "quantised (quantization)", "quantised from"),
-    "in a part of the configuration": (
-        both(configured(text_config={"quantization_config": {"quant_method": "gptq"}}), packed("qweight")),
-        "quantised (gptq)",
-        "quantised from",
-    ),
     "int8 without scales": (as_int(HEAD, np.int8), f"quantised ({HEAD} is stored as I8)", "quantised from"),
     "a norm in integers": (as_int("model.norm.weight", np.int64), "model.norm.weight is stored as I64", ""),
 }
@@ -184,7 +163,7 @@ def test_what_is_no_plain_model_is_named(model: Path, tmp_path: Path, name: str)
     assert what in said and tree(tmp_path) == before
 
 
-@pytest.mark.parametrize("name", ["adapter beside a model", "FSDP below", "MXFP4", "int8 without scales"])
+@pytest.mark.parametrize("name", ["adapter beside a model", "int8 without scales"])
 def test_every_verb_says_the_same(model: Path, tmp_path: Path, server: Server, name: str) -> None:
     change, what, fix = KINDS[name]
     config = str(tiny.write_config(tmp_path, model))
@@ -202,16 +181,6 @@ def test_every_verb_says_the_same(model: Path, tmp_path: Path, server: Server, n
         assert result.returncode == (1 if verb[0] == "doctor" else 2), result
         assert what in said and fix in said and "Traceback" not in said, result
     assert tree(tmp_path) == before
-
-
-def test_a_model_for_scores_is_checked_as_the_others(
-    model: Path, tiny_model: Path, tmp_path: Path, server: Server
-) -> None:
-    write("adapter_config.json", {})(model)
-    config = str(tiny.write_config(tmp_path, tiny_model))
-    words = ["run", config, "--run-dir", tmp_path / "run", "--set", f"evaluation.models={{other: {model}}}"]
-    result = server.run(words, tmp_path, **JOB)
-    assert result.returncode == 2 and "PEFT adapter" in result.stderr, result
 
 
 def linked(name: str, target: str) -> Change:
@@ -238,26 +207,17 @@ def overlapping(model: Path) -> None:
     (model / SINGLE_NAME).write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + length :])
 
 
-def last_byte(model: Path) -> None:
-    raw = bytearray((model / SINGLE_NAME).read_bytes())
-    raw[-1] ^= 1
-    (model / SINGLE_NAME).write_bytes(raw)
-
-
 # id: (change, part of the line that refuses it; None: it is another model, converted as the library reads it)
 ALTERED: dict[str, tuple[Change, str | None]] = {
     "as it is": (lambda model: None, None),
     "other values": (stored(reverse), None),
-    "a bit": (last_byte, None),
     "dequantised, and config.json not": (quantised("fp8"), None),
     "overlap": (overlapping, "invalid offset"),
     "missing tensor": (stored(lambda tensors: tensors.pop(GATE)), f"{GATE} is missing"),
     "more": (stored(lambda tensors: tensors.update(ghost=np.ones(3, np.float32))), "ghost is not part of the model"),
     "shape": (stored(lambda tensors: tensors.update({GATE: tensors[GATE].T.copy()})), f"{GATE} has shape"),
-    "half": (as_int("model.layers.0.block_sparse_moe.experts.0.w1.weight", np.float16), "cannot be made"),
     "link inside": (both(write("real.txt", "#"), linked("merges.txt", "real.txt")), None),
     "link to a file": (linked("merges.txt", f"../{OUTSIDE}"), "merges.txt is a link that leaves"),
-    "link to the machine's": (linked("vocab.json", "/etc/passwd"), "vocab.json is a link that leaves"),
     "configuration linked": (
         lambda model: (
             shutil.move(model / "config.json", model.parent / "c.json"),
@@ -274,14 +234,7 @@ ALTERED: dict[str, tuple[Change, str | None]] = {
         lambda model: ((model / SINGLE_NAME).unlink(), (model / SINGLE_NAME).mkdir()),
         "no weights",
     ),
-    "configuration is a directory": (
-        lambda model: ((model / "config.json").unlink(), (model / "config.json").mkdir()),
-        "config.json",
-    ),
     "configuration of another": (configured(num_local_experts=3), "experts"),
-    "deep configuration": (lambda model: (model / "config.json").write_text("[" * 100_000), "config.json"),
-    "experts no number": (configured(num_local_experts="4"), ""),
-    "quantised by nonsense": (both(configured(quantization_config="x"), as_int(HEAD, np.int8)), "quantised"),
 }
 
 
