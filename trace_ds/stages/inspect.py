@@ -1,68 +1,77 @@
-"""``trace-ds inspect PATH``: what is this, and is it whole?
+"""``trace-ds inspect PATH``: what a path is, and whether it is whole.
 
-Knows artefacts, run directories, checkpoint steps and the folder of them, Hugging Face model directories, DeepSpeed's
-own checkpoint folders (or the folder whose ``latest`` names one), and single safetensors files. Only headers and
-descriptions are read; with ``--verify`` everything, compared with the manifest, the report of the conversion, or the
-files' own checksums. Nothing is written.
+Knows artefacts, run directories, checkpoint steps and the folder of them, model directories, and DeepSpeed's own
+checkpoints (or the folder whose ``latest`` names one). Only headers and descriptions are read; with ``--verify``
+everything, compared with the manifest, the conversion's report, or the files' own checksums. Nothing is written.
 
 Exit status 0 when it is whole, 1 when something is missing, damaged or stale, 2 when the path is none of these.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json as json_module
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trace_ds.checkpoints.manifest import MANIFEST, STEP, read_manifest
+from trace_ds.checkpoints.manifest import LATEST, MANIFEST, STEP, read_manifest
 from trace_ds.checkpoints.manifest import verify as verify_files
 from trace_ds.errors import UserError
 from trace_ds.reporting import shapes
 from trace_ds.run import artefact
 from trace_ds.run.directory import RunDirectory
 from trace_ds.run.foreign import pointed
-from trace_ds.tensors.model_files import (
-    CONFIG_NAME,
-    INDEX_NAME,
-    ModelFiles,
-    read_json_object,
-    read_model_directory,
-    read_safetensors_header,
-)
+from trace_ds.tensors.checkpoint import origin
+from trace_ds.tensors.model_files import CONFIG_NAME, ModelFiles, read_json_object, read_model_directory
 from trace_ds.tensors.model_kinds import refuse_other_kinds
 from trace_ds.tensors.opening import REPORT, locate, open_source
-from trace_ds.terminal import size, wide_console
+from trace_ds.tensors.torch_archive import read_archive
+from trace_ds.terminal import size
 
 EXIT_DAMAGED = 1
 SIDES = ("forget", "retain")
-SUPPORTED = "an artefact, a run directory, checkpoints, a model directory or a safetensors file"
+SUPPORTED = "an artefact, a run directory, checkpoints or a model directory"
 
 
 @dataclass(frozen=True)
-class Finding:
+class Inspection:
     """What a path is.
 
     Attributes:
-        kind: artefact, checkpoint, checkpoints, run, model, deepspeed or safetensors.
-        facts: what it holds, by name, in the order shown.
+        kind: artefact, checkpoint, checkpoints, run, model or deepspeed.
+        facts: its contents by name, in the order shown; of a run and a folder of checkpoints, the state of each part.
         problems: one line for everything missing, damaged or stale; empty: it is whole.
-        compared: what that is known from.
-        parts: run directories and checkpoint folders: what they are made of (name, state, detail).
+        compared: what was compared to know that.
     """
 
     path: Path
     kind: str
-    facts: dict[str, Any]
+    facts: dict[str, Any] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
-    parts: list[dict[str, str]] = field(default_factory=list)
     compared: str = ""
 
 
-def inspect(path: Path, *, verify: bool = False) -> Finding:
+def inspect_path(path: Path, json: bool, verify: bool = False) -> int:
+    """Print what ``path`` is; exit status 0 when whole, 1 otherwise."""
+    result = inspect(path, verify=verify)
+    if json:
+        value = {**asdict(result), "path": str(path), "whole": not result.problems}
+        print(json_module.dumps(value, indent=1, ensure_ascii=False))
+        return EXIT_DAMAGED if result.problems else 0
+    print(f"{path}: {result.kind}")
+    for name, value in result.facts.items():
+        text = size(value) if name == "bytes" else value
+        print(f"  {name}: {text if isinstance(text, str) else json_module.dumps(text, ensure_ascii=False)}")
+    for problem in result.problems:
+        print(f"PROBLEM  {problem}")
+    if not result.problems:
+        print(f"whole (compared: {result.compared})")
+    return EXIT_DAMAGED if result.problems else 0
+
+
+def inspect(path: Path, *, verify: bool = False) -> Inspection:
     """Find out what ``path`` is; ``verify`` also compares hashes.
 
     Raises:
@@ -70,350 +79,208 @@ def inspect(path: Path, *, verify: bool = False) -> Finding:
     """
     if not path.exists():
         raise UserError("there is nothing here", str(path), f"give the path of {SUPPORTED}")
-    if path.is_file():
-        if path.name in (artefact.FILE_NAME, MANIFEST, CONFIG_NAME, INDEX_NAME):
-            return inspect(path.parent, verify=verify)
-        if path.suffix == ".safetensors":
-            return _safetensors(path)
-    elif (path / artefact.FILE_NAME).is_file():
-        return _artefact(path, verify)
-    elif (path / MANIFEST).is_file() or _is_unfinished_step(path):
-        return _checkpoint(path, verify)
-    elif _is_checkpoints(path):
-        return _checkpoints(path, verify)
-    elif _is_run(path):
-        return _run(path, verify)
-    elif (place := _located(path)) is not None:
-        return _source(place, verify)
-    refuse_other_kinds(path)
-    raise UserError("this is nothing trace_ds makes or reads", str(path), f"give the path of {SUPPORTED}")
-
-
-def _is_unfinished_step(path: Path) -> bool:
-    name = re.split(r"\.(?:tmp|unreadable)-", path.name)[0]
-    return STEP.fullmatch(name) is not None and not (path / CONFIG_NAME).is_file()
-
-
-def _is_checkpoints(path: Path) -> bool:
-    """A folder of our steps."""
-    return not (path / CONFIG_NAME).is_file() and any(
-        STEP.fullmatch(child.name) and child.is_dir() and not (child / CONFIG_NAME).is_file()
-        for child in path.iterdir()
-    )
-
-
-def _is_run(path: Path) -> bool:
-    run = RunDirectory(path)
-    has_any = run.config.is_file() or any(part.is_dir() for part in (run.data, run.statistics, run.calibration))
-    return has_any and not (path / CONFIG_NAME).is_file()  # a model may lie beside anything
-
-
-def _located(path: Path) -> Path | None:
-    """The folder of a model or of DeepSpeed's files: this one, or the one that it points to."""
-    with contextlib.suppress(UserError):
-        return locate(path, None)
-    return None
-
-
-def _artefact(path: Path, verify: bool, kind: str = "") -> Finding:
-    """An artefact (of a ``kind``, or of any): its description, and whether every file is there with its size (and
-    hash)."""
+    if path.name in (artefact.FILE_NAME, MANIFEST, CONFIG_NAME) and path.is_file():
+        path = path.parent
+    kind, place, read = _recognise(path)
     try:
-        if not kind:
-            raw = read_json_object(path / artefact.FILE_NAME, "the description of the artefact")
-            kind = str(raw.get("kind", "unknown"))
-        found = artefact.load(path, kind, verify=verify)
-        if kind == "calibration":
-            shapes.read_diagnosis(found)
-        elif kind == "statistics":
-            shapes.read_layers(found)
+        return read(place, verify)
     except UserError as error:
-        return Finding(path, "artefact", {"artefact": kind or "unknown"}, [error.line()])
-    facts = {key: getattr(found, key) for key in ("identity", "content", "inputs", "settings", "summary")}
-    return Finding(path, "artefact", {"artefact": kind, **facts, **_sizes(found.files)}, compared=_of_files(verify))
+        return Inspection(place, kind, problems=[error.line()])
 
 
-def _of_files(verify: bool) -> str:
-    """What is compared where a description lists files."""
-    return "sizes and SHA-256 of all files" if verify else "sizes; --verify compares SHA-256 too"
+def _recognise(path: Path) -> tuple[str, Path, Callable[[Path, bool], Inspection]]:
+    """The kind of a path, the directory that it names, and what reads it."""
+    has_model = (path / CONFIG_NAME).is_file()  # a model may lie beside anything
+    if (path / artefact.FILE_NAME).is_file():
+        return "artefact", path, _artefact
+    if (path / MANIFEST).is_file() or (STEP.match(path.name) and not has_model):
+        return "checkpoint", path, _checkpoint
+    if path.is_dir() and not has_model:
+        if any(STEP.fullmatch(child.name) and not (child / CONFIG_NAME).is_file() for child in path.iterdir()):
+            return "checkpoints", path, _checkpoints
+        run = RunDirectory(path)
+        if run.is_marked() or run.config.is_file():
+            return "run", path, _run
+    try:
+        path = locate(path, None)
+    except UserError:
+        refuse_other_kinds(path)
+        raise UserError("this is nothing trace_ds makes or reads", str(path), f"give the path of {SUPPORTED}") from None
+    if (path / MANIFEST).is_file():
+        return "checkpoint", path, _checkpoint
+    return ("model", path, _model) if (path / CONFIG_NAME).is_file() else ("deepspeed", path, _deepspeed)
+
+
+def _compared(verify: bool, files: str = "all files") -> str:
+    return f"sizes and SHA-256 of {files}" if verify else "sizes; --verify compares SHA-256 too"
 
 
 def _sizes(files: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
-    """How many files a description lists, and their bytes."""
     return {"files": len(files), "bytes": sum(int(entry["bytes"]) for entry in files.values())}
 
 
-def _checkpoint(path: Path, verify: bool) -> Finding:
-    """One step of a training job: its manifest, compared with the files."""
-    from trace_ds.tensors.torch_archive import read_archive
+def _artefact(path: Path, verify: bool, kind: str = "") -> Inspection:
+    """An artefact of a ``kind`` ("": of any)."""
+    if not kind:
+        description = read_json_object(path / artefact.FILE_NAME, "the description of the artefact")
+        kind = str(description.get("kind", "unknown"))
+    loaded = artefact.load(path, kind, verify=verify)
+    if kind == "calibration":
+        shapes.read_diagnosis(loaded)
+    elif kind == "statistics":
+        shapes.read_layers(loaded)
+    facts = {key: getattr(loaded, key) for key in ("identity", "content", "inputs", "settings", "summary")}
+    return Inspection(path, "artefact", {"artefact": kind, **facts, **_sizes(loaded.files)}, compared=_compared(verify))
 
-    try:
-        manifest = read_manifest(path)
-    except UserError as error:
-        files = [file for file in path.rglob("*") if file.is_file()]
-        return Finding(path, "checkpoint", {"files": len(files), "bytes": _bytes_of(files)}, [error.line()])
-    told = ("step", "world", "ep", "zero_stage", "family", "dtype", "job", "model", "calibration", "versions")
-    facts: dict[str, Any] = {key: getattr(manifest, key) for key in told}
+
+def _checkpoint(path: Path, verify: bool) -> Inspection:
+    """One step of a training job."""
+    manifest = read_manifest(path)
+    verify_files(path, manifest, hashes=verify)
+    shards = sorted(name for name in manifest.files if name.endswith(".pt"))
+    for name in shards if verify else [*shards[:1], *shards[-1:]]:  # a file of each kind
+        read_archive(path / name)
+    names = ("step", "world", "ep", "zero_stage", "family", "dtype", "job", "model", "calibration", "versions")
+    facts: dict[str, Any] = {key: getattr(manifest, key) for key in names}
     if manifest.layers is not None:
         facts["layers"] = f"the first {manifest.layers}, without norm and LM head; the rest is the base model's"
-    facts["cursor"] = {key: value for key, value in manifest.cursor.items() if not isinstance(value, list)}  # no theta
-    facts |= _sizes(manifest.files)
-    shards = sorted(name for name in manifest.files if name.endswith(".pt"))
-    try:
-        verify_files(path, manifest, hashes=verify)
-        for name in shards if verify else [*shards[:1], *shards[-1:]]:  # a file of each kind
-            read_archive(path / name)
-    except UserError as error:
-        return Finding(path, "checkpoint", facts, [error.line()])
-    return Finding(path, "checkpoint", facts, compared=_of_files(verify))
+    return Inspection(path, "checkpoint", facts | _sizes(manifest.files), compared=_compared(verify))
 
 
-def _checkpoints(path: Path, verify: bool) -> Finding:
-    """``RUN/checkpoints``: every step, and what ``latest`` points at."""
-    folders = sorted(child for child in path.iterdir() if child.is_dir())
-    steps = [child for child in folders if (child / MANIFEST).is_file() or _is_unfinished_step(child)]
-    parts, problems, complete = [], [], []
-    for step in steps:
-        found = _checkpoint(step, verify)
-        complete += [] if found.problems or STEP.fullmatch(step.name) is None else [step.name]
-        part = _part(step.name, found, _tally(found), "complete")
+def _checkpoints(path: Path, verify: bool) -> Inspection:
+    """``RUN/checkpoints``: the state of every step, and what ``latest`` names."""
+    states, problems = {}, []
+    for step in sorted(path.iterdir()):
+        if not step.is_dir() or not STEP.match(step.name):
+            continue
         if ".tmp-" in step.name:
-            part["state"] = "left by a killed job"
+            states[step.name] = "left by a killed job"
         elif ".unreadable-" in step.name:
-            part["state"] = "set aside"
-        parts.append(part)
-        problems += found.problems if part["state"] == "damaged" else []
-    latest = path / "latest"
-    named = pointed(latest) if latest.is_file() else None
-    if named not in complete:
-        problems.append(f"{latest}: names {named!r}, which is not a complete checkpoint")
-    facts = {"latest": named, "complete": complete}
-    return Finding(path, "checkpoints", facts, problems, parts, _of_files(verify))
+            states[step.name] = "set aside"
+        else:
+            try:
+                _checkpoint(step, verify)
+                states[step.name] = "complete"
+            except UserError as error:
+                states[step.name] = "damaged"
+                problems.append(error.line())
+    latest = pointed(path / LATEST) if (path / LATEST).is_file() else ""
+    if states.get(latest) != "complete":
+        problems.append(f"{path / LATEST}: names {latest!r}, which is not a complete checkpoint")
+    return Inspection(path, "checkpoints", {"latest": latest, **states}, problems, _compared(verify))
 
 
-def _model(path: Path, verify: bool) -> Finding:
-    """A Hugging Face model directory, from its configuration and the safetensors headers."""
-    try:
-        files = read_model_directory(path)
-    except UserError as error:
-        return Finding(path, "model", {}, [error.line()])
+def _model(path: Path, verify: bool) -> Inspection:
+    """A Hugging Face model directory."""
+    files = read_model_directory(path)
     facts = {
         "family": files.model_type,
         "layout": layout_of(files),
         "tensors": len(files.tensors),
-        "parameters": files.parameters - _tied_twice(files),
+        "parameters": files.parameters,
         "types": files.dtypes,
         "files": len(files.files),
         "bytes": files.bytes,
     }
-    problems: list[str] = []
-    compared = "headers, index and sizes; it comes with no hashes"
-    if (path / REPORT).is_file():
-        compared = "headers, index, " + _of_files(verify).replace("all files", "the files of weights")
-        try:
-            facts["converted from"] = _converted(path, verify)
-        except UserError as error:
-            problems.append(error.line())
-    return Finding(path, "model", facts, problems, compared=compared)
-
-
-def _converted(path: Path, verify: bool) -> str:
-    """Where a model's weights came from, by the report of the conversion; ``verify`` compares every file's hash."""
-    from trace_ds.tensors.checkpoint import origin
-
+    if not (path / REPORT).is_file():
+        return Inspection(path, "model", facts, compared="headers, index and sizes; it comes with no hashes")
     report = read_json_object(path / REPORT, "the report of the conversion")
     if verify:
         from trace_ds.conversion.convert import verify_huggingface
 
         verify_huggingface(path)
     source = report.get("source")
-    return origin(source) if isinstance(source, dict) else "not said"
-
-
-def _tied_twice(files: ModelFiles) -> int:
-    """Parameters of the head where it is the embedding and the files hold it all the same."""
-    head, embedding = (files.tensors.get(name) for name in ("lm_head.weight", "model.embed_tokens.weight"))
-    tied = files.config.get("tie_word_embeddings") is True and head is not None and embedding is not None
-    return head.elements if tied and head and embedding and head.shape == embedding.shape else 0
+    facts["converted from"] = origin(source) if isinstance(source, dict) else "not recorded"
+    return Inspection(path, "model", facts, compared="headers, index, " + _compared(verify, "the files of weights"))
 
 
 def layout_of(files: ModelFiles) -> str:
     """How the experts are stored: ``hub`` (a tensor per expert), ``fused`` (one tensor for all), or ``dense``."""
-    names = files.tensors
-    if any(re.search(r"\.experts\.\d+\.", name) for name in names):
+    if any(re.search(r"\.experts\.\d+\.", name) for name in files.tensors):
         return "hub"
-    if any(name.endswith((".experts.gate_up_proj", ".experts.down_proj")) for name in names):
-        return "fused"
-    return "dense"
+    fused = (".experts.gate_up_proj", ".experts.down_proj")
+    return "fused" if any(name.endswith(fused) for name in files.tensors) else "dense"
 
 
-def _source(path: Path, verify: bool) -> Finding:
-    """A model, or a folder of DeepSpeed's or of the conversion, whose files themselves say what belongs to it."""
+def _deepspeed(path: Path, verify: bool) -> Inspection:
+    """A checkpoint without our manifest, whose files themselves say what belongs to it."""
     from trace_ds.conversion.convert import verify_archives
 
-    if (path / MANIFEST).is_file():
-        return _checkpoint(path, verify)
-    if (path / CONFIG_NAME).is_file():
-        return _model(path, verify)
-    total = _bytes_of(file for file in path.rglob("*.pt") if file.is_file())
-    try:
-        facts = open_source(path).summary()
-        compared = "descriptions and sizes; --verify compares the files' own CRC-32 too"
-        if verify:
-            checked, bare = verify_archives(path)
-            compared = f"CRC-32 of {size(checked)}" + (f"; {size(bare)} come without one" if bare else "")
-    except UserError as error:
-        return Finding(path, "deepspeed", {"bytes": total}, [error.line()])
-    facts |= {"format": facts["kind"], "kind": None, "bytes": total}
-    return Finding(path, "deepspeed", facts, compared=compared)
+    facts = open_source(path).summary()
+    compared = "descriptions and sizes; --verify compares the files' own CRC-32 too"
+    if verify:
+        checked, bare = verify_archives(path)
+        compared = f"CRC-32 of {size(checked)}" + (f"; {size(bare)} come without one" if bare else "")
+    facts["format"] = facts.pop("kind")
+    facts["bytes"] = sum(file.stat().st_size for file in path.rglob("*.pt") if file.is_file())
+    return Inspection(path, "deepspeed", facts, compared=compared)
 
 
-def _safetensors(path: Path) -> Finding:
-    try:
-        entries = read_safetensors_header(path)
-    except UserError as error:
-        return Finding(path, "safetensors", {}, [error.line()])
-    facts = {
-        "tensors": {name: f"{entry.dtype} {list(entry.shape)}" for name, entry in sorted(entries.items())},
-        "bytes": path.stat().st_size,
-    }
-    return Finding(path, "safetensors", facts, compared="header and size; the file comes with no hashes")
-
-
-def _part(name: str, found: Finding | None, detail: str, good: str = "done") -> dict[str, str]:
-    """What there is to say of a part; ``found``: None where it is not there."""
-    if found is None:
-        return {"name": name, "state": "missing", "detail": ""}
-    if found.problems:
-        return {"name": name, "state": "damaged", "detail": found.problems[0]}
-    return {"name": name, "state": good, "detail": detail}
-
-
-def _tally(found: Finding | None) -> str:
-    return "" if found is None or found.problems else f"{found.facts['files']} files, {size(found.facts['bytes'])}"
-
-
-def _run(path: Path, verify: bool) -> Finding:
-    """A run directory, stage by stage: done, missing, damaged, or stale (made from other inputs than are there now)."""
+def _run(path: Path, verify: bool) -> Inspection:
+    """A run directory, part by part: done, missing, damaged, or stale (made from other inputs than are there now)."""
     run = RunDirectory.at(path)
-    data, sides = {"data": "data"}, {side: f"statistics/{side}" for side in SIDES}
-    places = {"data": run.data, **{name: run.statistics / side for side, name in sides.items()}}
-    made_from: dict[str, dict[str, str]] = {
-        "data": {},
-        **dict.fromkeys(sides.values(), data),
-        "calibration": data | sides,
-    }
-    parts: list[dict[str, str]] = []
-    content: dict[str, str | None] = {}
+    states: dict[str, str] = {}
+    problems: list[str] = []
+
+    def add(name: str, is_there: bool, read: Callable[[], str]) -> None:
+        """Record the state of one part, which ``read`` returns."""
+        try:
+            states[name] = read() if is_there else "missing"
+        except UserError as error:
+            states[name] = "damaged"
+            problems.append(f"{name}: {error.line()}")
+        if states[name].startswith("stale"):
+            problems.append(f"{name}: {states[name]}")
+
+    content: dict[str, str] = {}  # fingerprints of the artefacts that are there, by the names of later inputs
+
+    def read_artefact(place: Path, kind: str, name: str) -> str:
+        facts = _artefact(place, verify, kind).facts
+        content[name] = facts["content"]
+        inputs = facts["inputs"]
+        stale = [key for key in ("data", *SIDES) if key in inputs and inputs[key] != content.get(key)]
+        return f"stale (made from another {' and '.join(stale)})" if stale else "done"
+
+    places = {"data": run.data, **{f"statistics/{side}": run.statistics / side for side in SIDES}}
     for name, place in (places | {"calibration": run.calibration}).items():
-        found = _artefact(place, verify, name.split("/")[0]) if place.exists() else None
-        facts = {} if found is None else found.facts
-        content[name] = facts.get("content")
-        parts.append(_part(name, found, _tally(found)))
-        made_of = facts.get("inputs", {})
-        if stale := [key for key, of in made_from[name].items() if made_of.get(key, content[of]) != content[of]]:
-            parts[-1] |= {"state": "stale", "detail": f"made from another {' and '.join(stale)}"}
-    parts += [_run_checkpoints(run, content["calibration"], verify), _model_part("model", run.model, verify)]
-    of_run: list[tuple[str, Path, Callable[[Path], Any]]] = [
-        ("configuration", run.config, shapes.read_config),
-        ("curve", run.path / "curve.json", lambda file: shapes.read_points(file.parent)),
-    ]
-    read = [_read_part(name, [file], reader) for name, file, reader in of_run if file.exists()]
-    parts += [part for part in read if part["state"] == "damaged"]
-    parts.append(_read_part("evaluation", sorted(run.evaluation.glob("*.json")), shapes.read_result))
-    written = (run.report / "index.html").is_file()
-    parts.append({"name": "report", "state": "done" if written else "missing", "detail": ""})
-    parts += [_model_part(f"finetune/{made.path.name}", made.model, verify) for made in run.finetuned_here()]
-    for variant in sorted(run.variants.iterdir()) if run.variants.is_dir() else []:
-        if variant.is_dir():
-            found_parts = _run(variant, verify).parts
-            states = {part["name"]: part["state"] for part in found_parts}
-            detail = ", ".join(f"{name} {states[name]}" for name in ("calibration", "checkpoints", "model"))
-            detail = next((part["detail"] for part in found_parts if part["state"] == "damaged"), detail)
-            worst = next((state for state in ("damaged", "stale") if state in states.values()), states["model"])
-            parts.append({"name": f"variants/{variant.name}", "state": worst, "detail": detail})
-    problems = [f"{part['name']}: {part['detail']}" for part in parts if part["state"] in ("damaged", "stale")]
-    facts_of_run = {"variant of": str(run.parent) if run.parent else None}
-    return Finding(
-        path, "run", facts_of_run, problems, parts, _of_files(verify).replace("all files", "all parts' files")
-    )
+        kind, _, side = name.partition("/")
+        add(name, place.exists(), lambda place=place, kind=kind, side=side: read_artefact(place, kind, side or kind))  # type: ignore[misc]
 
-
-def _read_part(name: str, files: list[Path], reader: Callable[[Path], Any]) -> dict[str, str]:
-    """Files that a report reads: damaged where it would refuse one."""
-    try:
-        for file in files:
-            reader(file)
-    except UserError as error:
-        return {"name": name, "state": "damaged", "detail": error.line()}
-    detail = ", ".join(file.stem for file in files)
-    return {"name": name, "state": "done" if files else "missing", "detail": detail}
-
-
-def _model_part(name: str, path: Path, verify: bool) -> dict[str, str]:
-    found = _model(path, verify) if path.is_dir() else None
-    detail = f"{found.facts['family']}, {size(found.facts['bytes'])}" if found and found.facts else ""
-    return _part(name, found, detail + (", comes with no hashes" if found and "no hashes" in found.compared else ""))
-
-
-def _run_checkpoints(run: RunDirectory, calibration: str | None, verify: bool) -> dict[str, str]:
-    there = any(run.checkpoints.glob("step_*"))
-    found = _checkpoints(run.checkpoints, verify) if there else None
-    if found is None or found.problems:
-        return _part("checkpoints", found, "")
-    newest = found.facts["complete"][-1]
-    try:
+    def read_checkpoints() -> str:
         shapes.read_points(run.path)
-    except UserError as error:
-        return {"name": "checkpoints", "state": "damaged", "detail": error.line()}
-    if read_manifest(run.checkpoints / newest).calibration != calibration:
-        return _part("checkpoints", found, "trained with another calibration", "stale")
-    return _part("checkpoints", found, f"newest {newest}")
+        result = _checkpoints(run.checkpoints, verify)
+        if result.problems:
+            raise UserError(result.problems[0])
+        latest = result.facts["latest"]
+        is_current = read_manifest(run.checkpoints / latest).calibration == content.get("calibration")
+        return f"done (newest {latest})" if is_current else "stale (trained with another calibration)"
+
+    def read_model(place: Path) -> str:
+        result = _model(place, verify)
+        return f"done ({result.facts['family']}{', no hashes' if 'no hashes' in result.compared else ''})"
+
+    add("checkpoints", any(run.checkpoints.glob("step_*")), read_checkpoints)
+    add("model", run.model.is_dir(), lambda: read_model(run.model))
+    for made in run.finetuned_here():
+        add(f"finetune/{made.path.name}", made.model.is_dir(), lambda made=made: read_model(made.model))  # type: ignore[misc]
+    add("config.yaml", run.config.is_file(), lambda: "done" if shapes.read_config(run.config) else "missing")
+    add("curve.json", run.curve.is_file(), lambda: "done" if shapes.read_points(run.path) else "missing")
+    results = sorted(run.evaluation.glob("*.json"))
+    add("evaluation", bool(results), lambda: f"done ({', '.join(_names(results))})")
+    add("report", (run.report / "index.html").is_file(), lambda: "done")
+    for variant in sorted(run.variants.iterdir()) if run.variants.is_dir() else ():
+        if variant.is_dir():
+            result, name = _run(variant, verify), f"variants/{variant.name}"
+            problems += [f"{name} {problem}" for problem in result.problems]
+            kinds = [str(state).partition(" (")[0] for state in result.facts.values()]
+            worst = next((kind for kind in ("damaged", "stale") if kind in kinds), result.facts["model"])
+            states[name] = worst
+    facts = {"variant of": str(run.parent)} if run.parent else {}
+    return Inspection(path, "run", facts | states, problems, _compared(verify, "all parts' files"))
 
 
-def inspect_path(path: Path, json: bool, verify: bool = False) -> int:
-    """Print what ``path`` is; exit status 0 when whole, 1 otherwise."""
-    found = inspect(path, verify=verify)
-    if json:
-        value = {**asdict(found), "path": str(found.path), "whole": not found.problems}
-        print(json_module.dumps(value, indent=1, ensure_ascii=False))
-    else:
-        _print(found)
-    return EXIT_DAMAGED if found.problems else 0
-
-
-def _print(found: Finding) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(highlight=False, soft_wrap=True, markup=False)
-    console.print(f"{found.path}: {found.kind}")
-    for name, value in found.facts.items():
-        if name == "tensors" and isinstance(value, dict):
-            for tensor, shape in value.items():
-                console.print(f"  {tensor}: {shape}")
-        elif value is not None:
-            console.print(f"  {name}: {_shown(name, value)}")
-    if found.parts:
-        table = Table(show_edge=False)
-        for column in ("part", "state", ""):
-            table.add_column(column, overflow="fold")
-        for part in found.parts:
-            table.add_row(part["name"], part["state"], part["detail"])
-        wide_console().print(table)
-    for problem in found.problems:
-        console.print(f"PROBLEM  {problem}", style="bold red")
-    if not found.problems:
-        console.print(f"whole (compared: {found.compared})")
-
-
-def _shown(name: str, value: Any) -> str:
-    if name == "bytes":
-        return size(value)
-    if isinstance(value, int) and not isinstance(value, bool):
-        return f"{value:,}"
-    return value if isinstance(value, str) else json_module.dumps(value, ensure_ascii=False)
-
-
-def _bytes_of(files: Iterable[Path]) -> int:
-    return sum(file.stat().st_size for file in files)
+def _names(results: list[Path]) -> list[str]:
+    """The models that were scored; every result is read."""
+    for path in results:
+        shapes.read_result(path)
+    return [path.stem for path in results]
