@@ -153,7 +153,7 @@ def unlearn_jobs_saving_twice(world: Any, config: str, runs: list[tuple[str, lis
     def twice(saver: Saver, manifest: Any, *, wait: bool = False) -> None:
         saver.finish()
         if not wait:
-            options = {"keep": 2, "keep_every": None, "background": False}
+            options = {"keep": 2, "background": False}
             folder = saver._checkpoints.parent / "waited"
             save(Saver(saver._engine, world, folder, StageLog("unlearn", None, None), **options), manifest, wait=True)
         save(saver, manifest, wait=wait)

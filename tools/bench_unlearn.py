@@ -4,7 +4,6 @@
     python tools/bench_unlearn.py                 # a table; about 2 GB of memory, some minutes on two cores
     python tools/bench_unlearn.py --json
     python tools/bench_unlearn.py --hidden 64 --steps 4 # small: to see that it works
-    python tools/bench_unlearn.py --saves --hidden 512  # what a checkpoint costs a job of two processes (600 MB)
 
 A Mixtral-shaped model (random weights) and random corpora are made on the spot and go through prepare, collect and
 calibrate. Then, with everything the same but the named thing:
@@ -15,10 +14,6 @@ calibrate. Then, with everything the same but the named thing:
 * memory: a fresh process for each of trace, uniform, npo, graddiff; the peak of three steps above what the process held
   before the model was loaded: resident set size on a CPU, ``torch.cuda.max_memory_allocated`` on a GPU.
 
-With ``--saves`` instead: how long training stands still for a checkpoint every fifth step of two processes, and what
-each adds to the job's length (where no core is idle, steps are slower while files are hashed), waiting and in the
-background.
-
 With a GPU also, for a Mixtral (2 layers) and a Qwen3-MoE (4 layers) shape in bf16: tokens/s, peak memory and model
 FLOPs utilisation of our NPO step against what people write: transformers under ZeRO-3, NPO and retain loss from whole
 logits, and the frozen model resident beside it. Both recompute activations.
@@ -27,7 +22,6 @@ logits, and the frozen model resident beside it. Both recompute activations.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
 import random
@@ -362,49 +356,6 @@ def measure(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     return result
 
 
-def measure_saves(options: argparse.Namespace, work: Path) -> dict[str, Any]:
-    heads = max(1, options.hidden // 64)
-    shape = ("mixtral", options.hidden, 2 * options.hidden, 8, 2, heads, heads, options.layers, WORDS + 48)
-    config, run = make_config(work, shape, options, "fp32"), work / "run"
-
-    def command(verb: str, *changes: str) -> None:
-        nproc = ["--nproc", "2"] if verb == "unlearn" else []
-        overrides = [item for change in changes for item in ("--set", f"unlearning.{change}")]
-        arguments = [sys.executable, "-m", "trace_ds", verb, config, "--run-dir", run, *nproc, *overrides]
-        subprocess.run(arguments, check=True, stdout=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": str(ROOT)})
-
-    for verb in ("prepare", "collect", "calibrate"):
-        command(verb)
-    arms = {"none": ["save_every=1000000"], "waiting": ["save_in_background=false"], "background": []}
-    steps, every = options.steps + 1, 5
-    waits_s: dict[str, list[float]] = {}
-    stall_s: dict[str, float] = {}
-    for arm, changes in arms.items():
-        command("unlearn", "forget_loss=graddiff", f"steps={steps}", f"save_every={every}", "resume=never", *changes)
-        lines = (run / "logs" / "unlearn.jsonl").read_text(encoding="utf-8").splitlines()
-        records = [json.loads(line) for line in lines]
-        saves = [record for record in records if record["event"] == "checkpoint"][-((steps - 1) // every) - 1 : -1]
-        stall_s[arm] = statistics.median([record["waited_s"] for record in saves] or [0.0])
-        ends_s = [record["time_s"] for record in records if record["event"] == "step"]
-        waits_s[arm] = [after - before for before, after in itertools.pairwise(ends_s)]
-    result: dict[str, Any] = {"step_s": statistics.median(waits_s["none"])}
-    for arm in ("waiting", "background"):
-        result[f"{arm}_stall_s"] = stall_s[arm]
-        result[f"{arm}_longer_s"] = (sum(waits_s[arm]) - sum(waits_s["none"])) / ((steps - 1) // every)
-    files = (run / "checkpoints" / f"step_{steps:06d}").glob("*.pt")
-    result["checkpoint_bytes"] = sum(path.stat().st_size for path in files)
-    result["stall_ratio"] = result["background_stall_s"] / result["waiting_stall_s"]
-    result["longer_ratio"] = result["background_longer_s"] / result["waiting_longer_s"]
-    return result
-
-
-def print_saves(result: dict[str, Any]) -> None:
-    print(f"checkpoint of {result['checkpoint_bytes'] / 1e6:,.0f} MB, steps of {result['step_s']:.2f} s")
-    for what, text in (("stall", "holds training up for"), ("longer", "makes the job longer by")):
-        waiting, behind = result[f"waiting_{what}_s"], result[f"background_{what}_s"]
-        print(f"it {text} {behind:.2f} s, waiting {waiting:.2f} s: ratio {result[f'{what}_ratio']:.2f}")
-
-
 def print_table(result: dict[str, Any]) -> None:
     step, memory = result["step_s"], result["memory_bytes"]
     print(
@@ -427,7 +378,6 @@ def print_table(result: dict[str, Any]) -> None:
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--saves", action="store_true", help="what checkpoints cost, instead of what weights do")
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--rows", type=int, default=8, help="forget rows and retain rows of a step")
@@ -459,11 +409,11 @@ def main() -> int:
         print("\n" + json.dumps(run_child(options)))
         return 0
     with tempfile.TemporaryDirectory(dir=options.work_dir) as folder:
-        result = (measure_saves if options.saves else measure)(options, Path(folder))
+        result = measure(options, Path(folder))
     if options.json:
         print(json.dumps(result, indent=1))
     else:
-        (print_saves if options.saves else print_table)(result)
+        print_table(result)
     return 0
 
 

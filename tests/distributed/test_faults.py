@@ -72,7 +72,7 @@ def save_next(
     step = (chosen.step if chosen else 0) + 1
     if prepare is not None:
         prepare(world)
-    log, options = StageLog("unlearn", None, None), {"keep": 2, "keep_every": None, "background": background}
+    log, options = StageLog("unlearn", None, None), {"keep": 2, "background": background}
     with commit.Saver(StandIn(world.rank, step), world, checkpoints, log, **options) as saver:
         saver.save(manifest_of(step, world.size, job))
     return step
@@ -199,7 +199,7 @@ def failing_job(world: Any, folder: str) -> None:
     """A job that fails while a checkpoint is written to a disk that is full on the other rank."""
     if world.rank == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
-    log, options = StageLog("unlearn", None, None), {"keep": 2, "keep_every": None, "background": True}
+    log, options = StageLog("unlearn", None, None), {"keep": 2, "background": True}
     with commit.Saver(StandIn(world.rank, 1), world, Path(folder), log, **options) as saver:
         saver.save(manifest_of(1, world.size))
         raise JobFailed("the loss is not finite")
@@ -217,7 +217,7 @@ def save_where_memory_is_short(world: Any, folder: str, free_bytes: float) -> st
     commit.available_memory_bytes = lambda: free_bytes  # type: ignore[assignment]
     engine, checkpoints, path = StandIn(world.rank, 1), Path(folder), Path(folder).parent / "log.jsonl"
     log = StageLog("unlearn", path if world.is_main else None, None)
-    with commit.Saver(engine, world, checkpoints, log, keep=2, keep_every=None, background=True) as saver:
+    with commit.Saver(engine, world, checkpoints, log, keep=2, background=True) as saver:
         for engine.step in (1, 2):
             saver.save(manifest_of(engine.step, world.size))
     log.close()

@@ -24,7 +24,7 @@ from trace_ds.stages.unlearn import discard_checkpoints
 
 TASKS = ["questions_forget", "questions_utility"]
 CURVE = ["unlearning.evaluate.every=2", f"unlearning.evaluate.tasks={json.dumps(TASKS)}", "unlearning.save_every=2"]
-CHECKPOINTS = ["evaluation.drift=false", "unlearning.keep_every=2"]
+CHECKPOINTS = ["evaluation.drift=false", "unlearning.keep=1000"]
 
 
 def shard_bytes(run: Path) -> dict[str, bytes]:

@@ -113,7 +113,7 @@ EARLY = {
     "beyond the last step": ({"step": 101}, {"steps": 100, "save_every": 10}, "no checkpoint of step 101"),
     "never saved": ({"step": 95}, {"steps": 100, "save_every": 10}, "those of steps 90, 100 are kept"),
     "pruned": ({"step": 50}, {"steps": 100, "save_every": 10}, "those of steps 90, 100 are kept"),
-    "kept": ({"step": 50}, {"steps": 100, "save_every": 10, "keep_every": 50}, ""),
+    "kept": ({"step": 50}, {"steps": 100, "save_every": 10, "keep": 6}, ""),
     "the last": ({"step": 95}, {"steps": 95, "save_every": 10}, ""),
     "there already": ({"step": 1}, {"steps": 95, "save_every": 10}, ""),
     "anywhere": ({"step": 7}, {"steps": 95, "evaluate": {"every": 5, "until": ["forget_nll >= 3"]}}, ""),  # of a target

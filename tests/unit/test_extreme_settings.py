@@ -145,7 +145,6 @@ UNLEARN: list[tuple[list[str], list[str] | str]] = [  # changes -> the checkpoin
     (["unlearning.steps=1"], ["step_000001"]),
     ([f"unlearning.save_every={HUGE}"], ["step_000004"]),
     ([f"unlearning.keep={HUGE}", "unlearning.save_every=1"], [f"step_00000{n}" for n in (1, 2, 3, 4)]),
-    ([f"unlearning.keep_every={HUGE}"], STEPS),
     (["unlearning.forget_rows=1", "distributed.nproc=2"], STEPS),
     ([f"unlearning.micro_batch_rows={HUGE}"], STEPS),
     ([f"unlearning.evaluate.rows={HUGE}", "unlearning.evaluate.every=4", f"statistics.batch_rows={HUGE}"], STEPS),

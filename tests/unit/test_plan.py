@@ -639,11 +639,11 @@ def test_what_is_scored_and_kept_is_counted() -> None:
     base |= {"unlearning__forget_loss": "graddiff"}  # it holds the whole model
     plain = plan_model(mixtral, run_config(**base), spec)
     assert plain.evaluated == 2
-    curve = {"unlearning__keep_every": 20, "evaluation__models": {"gold": "gold"}}
+    curve = {"unlearning__keep": 6, "evaluation__models": {"gold": "gold"}}
     config = run_config(**base, **curve).model_copy(update={"variants": {"even": {"calibration.rule": "uniform"}}})
     planned = plan_model(mixtral, config, spec)
     kept = config.unlearning.kept_steps(100)
-    assert kept == [20, 40, 60, 80, 90, 100]
+    assert kept == [50, 60, 70, 80, 90, 100]
     assert planned.evaluated == 2 + 2
     assert planned.evaluate_bytes == planned.evaluated * plain.evaluate_bytes / 2
     more = planned.storage_bytes - 2 * plain.storage_bytes

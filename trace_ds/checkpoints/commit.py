@@ -58,7 +58,6 @@ class Saver:
         log: told of every checkpoint that is complete, and how long training stood still for it; once, that host memory
             does not suffice for copies.
         keep: newest checkpoints kept, at least 2.
-        keep_every: steps that are a multiple of it are never pruned.
         background: whether training may go on while files are written.
     """
 
@@ -70,11 +69,10 @@ class Saver:
         log: StageLog,
         *,
         keep: int,
-        keep_every: int | None,
-        background: bool,
+        background: bool = True,
     ) -> None:
         self._engine, self._world, self._checkpoints = engine, world, checkpoints
-        self._keep, self._keep_every, self._background = keep, keep_every, background
+        self._keep, self._background = keep, background
         self._log, self._said = log, False
         self._ranks_here = world.gather(platform.node()).count(platform.node())
         self._thread = futures.ThreadPoolExecutor(1, "checkpoint")
@@ -170,7 +168,7 @@ class Saver:
                 set_aside(destination)
             os.replace(temporary, destination)
             fsync_directory(checkpoints)
-            settle(checkpoints, manifest.step, self._keep, self._keep_every)
+            settle(checkpoints, manifest.step, self._keep)
 
         yield from self._in_thread(publish if world.is_main else lambda: None)
         self._log.event("checkpoint", step=manifest.step, waited_s=round(self._waited_s, 3))
@@ -213,16 +211,16 @@ def leave_script(checkpoints: Path, manifest: Manifest) -> None:
             write_bytes(checkpoints / script.name, script.read_bytes())
 
 
-def settle(checkpoints: Path, step: int, keep: int, keep_every: int | None) -> None:
+def settle(checkpoints: Path, step: int, keep: int) -> None:
     """Steps 6 and 7 for a checkpoint that is there: after the rename, or later when a kill fell in between."""
     point_latest(checkpoints, step)
-    prune(checkpoints, keep, keep_every)
+    prune(checkpoints, keep)
 
 
-def prune(checkpoints: Path, keep: int, keep_every: int | None) -> list[int]:
+def prune(checkpoints: Path, keep: int) -> list[int]:
     """Delete old checkpoints; returns the steps deleted. The newest two always stay."""
     steps, _ = complete_steps(checkpoints)
-    doomed = [step for step in steps[: -max(keep, 2)] if not (keep_every and step % keep_every == 0)]
+    doomed = steps[: -max(keep, 2)]
     for step in doomed:
         discard(checkpoints / step_name(step))
     return doomed

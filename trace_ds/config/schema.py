@@ -85,7 +85,7 @@ class Config(Section):
             raise ValueError(f"unlearning.forget_loss {loss} needs statistics.nll: true (the frozen model's losses)")
         if loss == "dpo" and not self.data.alternative:
             raise ValueError("unlearning.forget_loss dpo needs data.alternative: the texts to prefer")
-        if self.distributed.autoep.comm_backend == "deepep" and self.model.dtype != "bf16":
+        if self.distributed.autoep.get("comm_backend") == "deepep" and self.model.dtype != "bf16":
             raise ValueError(
                 f"distributed.autoep.comm_backend deepep carries bf16, and model.dtype is {self.model.dtype}"
             )

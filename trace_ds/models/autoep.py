@@ -7,6 +7,7 @@ linear layer of its own, and of the fused expert tensors the rows of this rank's
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.util
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
@@ -52,9 +53,12 @@ def check_options(options: Mapping[str, Any], ep: int, world_size: int) -> None:
         UserError: they do not go together, or need a GPU or a package that is not there.
     """
     quiet_deepspeed()
-    from deepspeed.module_inject.auto_ep_config import parse_autoep_config, validate_autoep_config
+    from deepspeed.module_inject.auto_ep_config import AutoEPConfig, parse_autoep_config, validate_autoep_config
 
     where = "distributed.autoep"
+    known = {field.name for field in dataclasses.fields(AutoEPConfig)} - {"enabled", "autoep_size", "preset_model"}
+    if unknown := sorted(options.keys() - known):
+        raise UserError(f"AutoEP has no option {unknown[0]} beside distributed.ep", where, "take it out")
     section = settings(ep, None, options)["expert_parallel"]
     try:
         validate_autoep_config(parse_autoep_config(section), world_size, pp_size=1, tp_size=1, sp_size=1)

@@ -161,7 +161,7 @@ def _engine(config: Config, world: World, job: CollectJob, log: StageLog) -> Any
         world,
         dtype=config.model.dtype,
         ep=ep,
-        options=config.distributed.autoep.options,
+        options=config.distributed.autoep,
         kernel=kernel,
         parts=parts,
     )

@@ -102,7 +102,7 @@ def preflight(config: Config, run: RunDirectory, processes: int = 1, *, download
         raise UserError(
             f"there will be no checkpoint of step {step}: those of steps {', '.join(map(str, kept[-6:]))} are kept",
             "conversion.step",
-            "choose one of them, or change unlearning.save_every, keep or keep_every",
+            "choose one of them, or change unlearning.save_every or unlearning.keep",
         )
 
 

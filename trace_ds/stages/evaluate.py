@@ -88,7 +88,7 @@ def preflight(config: Config, run: RunDirectory, processes: int, *, download: bo
     from trace_ds.corpora.sources import files_here
     from trace_ds.evaluation.harness import require_data
 
-    info, options = inspect_model(config.model.path), config.distributed.autoep.options
+    info, options = inspect_model(config.model.path), config.distributed.autoep
     check_expert_parallel(info, config.evaluation.ep, processes, "evaluation.ep", options)
     if run.parent is not None:
         return  # the tasks and models are those of the run, which were looked at there
@@ -234,7 +234,7 @@ def _score_missing(config: Config, job: EvaluateJob, run: RunDirectory, log: Sta
 
     settings = ModelSettings(config.model.dtype, config.data.add_bos, config.data.add_eos, config.evaluation.batch_rows)
     autoep = config.distributed.autoep  # DeepEP's buffers are as large as the batches of collect and unlearn
-    options = {} if autoep.comm_backend == "deepep" else autoep.options
+    options = {} if autoep.get("comm_backend") == "deepep" else autoep
     sharding = Sharding(config.evaluation.ep, config.evaluation.zero_stage, options)
     place = config.model.tokenizer_path
     tokenizer = load_tokenizer(place) if world is None else world.agree_each(lambda _: load_tokenizer(place))

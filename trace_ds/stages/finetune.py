@@ -171,7 +171,7 @@ def _train(config: Config, run: RunDirectory, world: World, job: FinetuneJob) ->
 
     training = job.training(config, run)
     with training.begun(world, "finetune") as (log, chosen):
-        settings = training.usable(world, log)
+        settings = settings_of(config)
         batches = world.agree_each(lambda _: make_batches(config, job.sides, job.data))
         accumulation = batches.micro_batches_per_step(world.size)
         engine = training_engine(settings, job.info, world, accumulation, **held_as(config))

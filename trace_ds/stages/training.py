@@ -23,24 +23,19 @@ if TYPE_CHECKING:
 OPERATIONAL = {
     "steps",
     "save_every",
-    "save_in_background",
     "keep",
-    "keep_every",
     "resume",
-    "log_every",
     "micro_batch_rows",
     "zero_stage",
     "recompute",
     "ds_config",
-    "expert_kernel",
-    "deterministic",
 }
 
 
 def held_as(config: Config) -> dict[str, Any]:
     """How a job holds a model, the one it trains and the frozen one alike."""
     distributed = config.distributed
-    return {"dtype": config.model.dtype, "ep": distributed.ep, "options": distributed.autoep.options}
+    return {"dtype": config.model.dtype, "ep": distributed.ep, "options": distributed.autoep}
 
 
 def ds_config_of(settings: TrainingConfig) -> dict[str, Any] | None:
@@ -82,7 +77,7 @@ class Training:
         manifest = read_manifest(self.run.checkpoints / step_name(step))
         if manifest.job != self.identity or not is_enough(manifest):
             return False
-        settle(self.run.checkpoints, step, max(self.settings.keep, 2), self.settings.keep_every)
+        settle(self.run.checkpoints, step, max(self.settings.keep, 2))
         return True
 
     @contextmanager
@@ -97,7 +92,10 @@ class Training:
         if chosen is not None:
             shape = settings.zero_stage, self.layers
             world.agree(lambda: elastic.check_shape(chosen, *shape, checkpoints, self.section))
-        with stage_log(self.run, stage, enabled=world.is_main) as log, deterministic(settings.deterministic):
+        with (
+            stage_log(self.run, stage, enabled=world.is_main) as log,
+            deterministic(self.config.distributed.deterministic),
+        ):
             for problem in problems:
                 log.line(f"WARNING {problem}")
             yield log, chosen
@@ -107,13 +105,6 @@ class Training:
                 f"{key.removeprefix('loss_')} loss {value:.3g}" for key, value in log.last.items() if "loss_" in key
             ]
             log.done(", ".join([str(left.relative_to(self.run.path)), *losses]))
-
-    def usable(self, world: World, log: StageLog) -> Any:
-        """The settings, with an ``expert_kernel`` that every process can use (collective)."""
-        from trace_ds.models.engine import usable_kernel
-
-        asked, shape = self.settings.expert_kernel, (self.config.model.dtype, self.config.distributed.ep)
-        return self.settings.model_copy(update={"expert_kernel": usable_kernel(asked, world, *shape, log.line)})
 
     def restored(self, world: World, engine: Any, chosen: Manifest | None, log: StageLog) -> Manifest:
         """Where training begins (collective): at ``chosen``, or the newest older checkpoint that can be loaded into the
@@ -142,9 +133,11 @@ class Training:
         shape = f"world size {world.size}, expert-parallel size {ep}"
         same = (loaded.world, loaded.ep) == (world.size, ep)
         log.line(f"resumed after step {loaded.step}" + ("" if same else f" on {shape}"))
-        if world.device.type == "cuda" and not self.settings.deterministic:
-            key = f"{self.section}.deterministic"
-            log.line(f"from here on it equals the undisturbed job up to rounding; bit for bit only with {key}: true")
+        if world.device.type == "cuda" and not self.config.distributed.deterministic:
+            log.line(
+                "from here on it equals the undisturbed job up to rounding; bit for bit only with "
+                "distributed.deterministic: true"
+            )
         return loaded
 
     def _manifest(self, world: World, step: int, cursor: dict[str, Any]) -> Manifest:

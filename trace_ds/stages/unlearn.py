@@ -226,7 +226,6 @@ def unlearn(job: UnlearnJob, world: World) -> None:
         return
     training = job.training()
     with training.begun(world, "unlearn") as (log, chosen):
-        config = config.model_copy(update={"unlearning": training.usable(world, log)})
         settings = config.unlearning
         if chosen is not None:  # the checkpoint of a job that held the whole model goes on so
             job = replace(job, layers=chosen.layers)

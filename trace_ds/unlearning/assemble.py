@@ -49,7 +49,7 @@ def make_objective(
     measured = needs.norms and not cursor.get("step")  # a job that goes on keeps what it began with
     frozen = None
     if needs.stays or measured:
-        parts = ModelParts(needs.layers, needs.logits, expert_kernel=settings.experts_implementation)
+        parts = ModelParts(needs.layers, needs.logits)
         engine = reference_engine(settings, info, world, parts, dtype, ep, options)
         if measured:
             assert needs.layer is not None

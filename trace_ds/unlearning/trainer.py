@@ -91,8 +91,6 @@ def train(
         run.checkpoints,
         log,
         keep=max(settings.keep, 2),  # while it trains
-        keep_every=settings.keep_every,
-        background=settings.save_in_background,
     )
     with termination_noted() as terminated, saver:
 
@@ -106,8 +104,7 @@ def train(
             values = run_step(engine, world, data, goal, settings, step, asked)
             stop = bool(values.pop("stop"))
             saver.poll()
-            if done % settings.log_every == 0 or done == steps:
-                log.scalars(done, **values)
+            log.scalars(done, **values)
             progress.advance(1, **{name: values[f"loss_{name}"] for name in goal.factors})
             last = done == steps
             reason = evaluator.evaluate(engine, cursor, done, last=last) if evaluator is not None else ""

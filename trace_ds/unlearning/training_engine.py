@@ -63,7 +63,7 @@ def training_engine(
         world,
         ds_config,
         dtype=dtype,
-        parts=engine.ModelParts(layers=layers, head=layers is None, expert_kernel=settings.experts_implementation),
+        parts=engine.ModelParts(layers=layers, head=layers is None),
         # by the names of the model as it was loaded, before AutoEP renames any
         parameters=lambda model: trainable.parameter_groups(model, trained, optimizer.weight_decay),
         recompute=settings.recompute,
