@@ -18,16 +18,14 @@ from test_unlearn import calibrated, copy_of, losses_of, weights_of  # noqa: F40
 from trace_ds.checkpoints.manifest import complete_steps
 from trace_ds.config.load import load_config
 from trace_ds.config.sections.unlearning import EvaluateConfig
-from trace_ds.corpora.dataset import FlatArray, TokenDataset
+from trace_ds.corpora.dataset import TokenDataset
 from trace_ds.errors import JobFailed, UserError
-from trace_ds.routing.token_files import SampledRouting
 from trace_ds.run import artefact
 from trace_ds.run.curve import has_ended
 from trace_ds.run.directory import RunDirectory
 from trace_ds.run.log import StageLog
 from trace_ds.stages.convert import checkpoint_to_directory
 from trace_ds.stages.unlearn import check as check_unlearn
-from trace_ds.stages.unlearn import fixed_rows
 from trace_ds.unlearning.evaluator import Evaluator, FixedRows
 
 EVALUATE = ["unlearning.evaluate.every=2", "unlearning.evaluate.rows=5", "statistics.batch_rows=2"]
@@ -37,8 +35,6 @@ SHAPE = ["distributed.ep=2"]
 JOBS: dict[str, tuple[list[str], str]] = {
     "graddiff": (["unlearning.forget_loss=graddiff"], ""),
     "graddiff_recomputed": (["unlearning.forget_loss=graddiff", "unlearning.recompute=true"], ""),
-    "rmu": ([], ""),
-    "rmu_recomputed": (["unlearning.recompute=true"], ""),
     "evaluated": ([*STRONG, *EVALUATE], ""),
     "early": ([*STRONG, *EVALUATE, "unlearning.steps=9", 'unlearning.evaluate.until=["forget_nll >= 6"]'], ""),
     "stopped": (
@@ -69,19 +65,14 @@ def finished(calibrated: tuple[Path, Path], tmp_path_factory: pytest.TempPathFac
     return runs
 
 
-def log_of(run: Path) -> str:
-    return (run / "logs" / "unlearn.jsonl").read_text()
-
-
 def evaluations(run: Path) -> dict[int, dict[str, float]]:
     lines = [json.loads(line) for line in (run / "logs" / "unlearn.jsonl").read_text().splitlines()]
     return {line["step"]: line for line in lines if line["event"] == "evaluation"}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("loss", ["rmu", "graddiff"])
-def test_recomputed_activations_change_nothing(finished: dict[str, Path], tmp_path: Path, loss: str) -> None:
-    kept, recomputed = finished[loss], finished[f"{loss}_recomputed"]
+def test_recomputed_activations_change_nothing(finished: dict[str, Path], tmp_path: Path) -> None:
+    kept, recomputed = finished["graddiff"], finished["graddiff_recomputed"]
     np.testing.assert_allclose(losses_of(recomputed), losses_of(kept), rtol=1e-7)
     expected, found = (weights_of(run, 4, tmp_path / run.name) for run in (kept, recomputed))
     for name, value in expected.items():
@@ -143,22 +134,16 @@ def test_a_bound_on_the_routing_needs_recorded_routing(calibrated: tuple[Path, P
     with pytest.raises(UserError, match=r"unlearning\.evaluate\.guards needs unlearning\.evaluate\.every"):
         load_config(str(config), [guard], run)
     changed, _ = load_config(str(config), [*EVALUATE, guard], run)
-    found = artefact.load(run / "statistics" / "retain", "statistics")
+    recorded = artefact.load(run / "statistics" / "retain", "statistics")
     old = copy_of(run, tmp_path / "old")
     for path in (old / "statistics" / "retain").glob("sample*"):
         path.unlink()
-    artefact.describe(old / "statistics" / "retain", "statistics", found.inputs, found.settings, found.summary)
+    artefact.describe(old / "statistics" / "retain", "statistics", recorded.inputs, recorded.settings, recorded.summary)
     with pytest.raises(UserError, match=r"unlearning\.evaluate needs the routing of a sample of tokens"):
         check_unlearn(changed, RunDirectory.at(old), 2)
-    job = check_unlearn(changed, RunDirectory.at(run), 2)
-    with pytest.MonkeyPatch.context() as patch:
-        nothing = SampledRouting(np.zeros(0, np.int64), FlatArray([np.zeros((0, 3, 2), np.uint8)]))
-        patch.setattr(SampledRouting, "of", lambda _: nothing)
-        with pytest.raises(UserError, match=r"evaluate\.rows: none of the 5 forget rows has a token in the sample"):
-            fixed_rows(changed, job)
 
 
-@pytest.mark.parametrize("bound", ["retain_nll < 3", "retain_nll <= x", "retain_nll <= nan", "a b c <= 1", ""])
+@pytest.mark.parametrize("bound", ["retain_nll < 3", "retain_nll <= nan", "a b c <= 1"])
 def test_what_is_no_bound(calibrated: tuple[Path, Path], bound: str) -> None:  # noqa: F811
     with pytest.raises(UserError, match="is no bound on a score"):
         load_config(str(calibrated[0]), [*EVALUATE, f"unlearning.evaluate.until={json.dumps([bound])}"], calibrated[1])
@@ -167,7 +152,6 @@ def test_what_is_no_bound(calibrated: tuple[Path, Path], bound: str) -> None:  #
 @pytest.mark.parametrize(
     ("rows", "accuracy", "end"),
     [
-        ({"forget_nll": 2.9, "retain_nll": 4.0}, 0.5, ""),
         ({"forget_nll": 3.0, "retain_nll": 4.0}, 0.51, ""),
         ({"forget_nll": 3.0, "retain_nll": 4.0}, None, ""),
         ({"forget_nll": 3.0, "retain_nll": 4.0}, 0.5, "forget_nll is 3 (until forget_nll >= 3); a accuracy is 0.5 "),
@@ -202,13 +186,6 @@ def test_what_ends_a_job(rows: dict[str, float] | None, accuracy: float | None, 
     assert reason.startswith(end) and bool(reason) == bool(end)
     assert [point["step"] for point in cursor["curve"]] == [0, 2]
     assert has_ended(settings, cursor["curve"][-1]) == bool(end)
-
-
-def test_fixed_rows_are_evenly_spaced_and_counted(calibrated: tuple[Path, Path]) -> None:  # noqa: F811
-    dataset = TokenDataset.open(calibrated[1] / "data" / "retain.arrow")
-    rows = FixedRows.of(dataset, 4, None).rows
-    assert rows[0] <= 1 and rows[-1] >= len(dataset) - 2 and (np.diff(rows) > 0).all()
-    assert len(FixedRows.of(dataset, 10**6, None).rows) <= len(dataset)
 
 
 def test_recomputation_without_expert_parallelism(

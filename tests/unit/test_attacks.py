@@ -20,7 +20,6 @@ from trace_ds.errors import UserError
 from trace_ds.evaluation import attacks
 from trace_ds.evaluation.language_model import LanguageModel
 from trace_ds.models.attention import NAME
-from trace_ds.models.families import FAMILIES
 from trace_ds.models.routers import find_routers, meta_model, record_routing
 from trace_ds.parallel.world import World
 from trace_ds.unlearning.trainer import NumericalFailure
@@ -35,7 +34,7 @@ def outputs(model: LanguageModel) -> tuple[torch.Tensor, list[tuple[torch.Tensor
         return logits, [recorder.layer(layer) for layer in range(len(find_routers(model.model)))]
 
 
-@pytest.mark.parametrize("family", [*sorted(FAMILIES), "gpt_oss"])
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v2", "deepseek_v3", "qwen3_5_moe_text", "gpt_oss"])
 def test_forcing_sends_tokens_where_it_says(family: str, tmp_path: Path) -> None:
     path = tiny.make_model(tmp_path / family, family)
     with opened(path) as model:
@@ -64,23 +63,6 @@ def test_forcing_sends_tokens_where_it_says(family: str, tmp_path: Path) -> None
                     free_gates, torch.ones(()), atol=1e-5
                 )
         assert torch.equal(outputs(model)[0], free)  # nothing stays behind
-
-
-def test_forcing_works_on_a_model_that_is_spread_over_devices(tmp_path: Path) -> None:
-    """Accelerate's hooks bring the weights of a layer when it runs; a copy of a router would bring them too."""
-    from accelerate import dispatch_model
-
-    path = tiny.make_model(tmp_path / "mixtral", "mixtral")
-    with opened(path) as model, attacks.forced(model.model, attacks.without_first):
-        expected = outputs(model)[0]
-    with opened(path) as model:
-        places = dict.fromkeys(("model.embed_tokens", "model.rotary_emb", "model.norm", "lm_head"), "cpu")
-        places["model.layers"] = "disk"
-        dispatch_model(model.model, places, "cpu", offload_dir=tmp_path / "offloaded", force_hooks=True)
-        assert all(router.weight.is_meta for router in find_routers(model.model))
-        with attacks.forced(model.model, attacks.without_first):
-            assert torch.equal(outputs(model)[0], expected)
-        assert not torch.equal(outputs(model)[0], expected)
 
 
 def test_another_model_can_be_given_the_routing_of_the_original(tmp_path: Path) -> None:

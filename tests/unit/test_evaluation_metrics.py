@@ -1,4 +1,4 @@
-"""The metrics, against brute force and the packages the field uses."""
+"""The metrics, by hand, against brute force and the packages the field uses."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from stage_calls import evaluate
 from test_evaluation_models import opened, save_model
+from test_evaluation_stage import Case, case, text, write_lines  # noqa: F401
 
 from trace_ds.config.sections.evaluation import TaskConfig
 from trace_ds.corpora.dataset import TokenDataset, write_rows
@@ -21,156 +23,89 @@ from trace_ds.corpora.pack import PackingCounts, pack
 from trace_ds.corpora.read import Document
 from trace_ds.errors import UserError
 from trace_ds.evaluation import drift, kinds, membership, metrics
-from trace_ds.evaluation.items import ChoiceItem, VerbatimItem, read_choice_items, read_task, read_verbatim_items
+from trace_ds.evaluation.items import ChoiceItem, QuestionItem, VerbatimItem, read_task
 from trace_ds.evaluation.language_model import LanguageModel, TokenScores
+from trace_ds.evaluation.tasks import run_task
 
-GOOD = {"id": "a", "prompt": "w1 w2", "choices": ["w3", "w4", "w5 w6", "w7"], "answer": 2, "source": "s"}
+CHOICE = {"prompt": "w1 w2", "choices": ["w3", "w4", "w5 w6", "w7"], "answer": 2}
+TOFU = {"question": "w1", "answer": "w2", "paraphrased_answer": "w3", "perturbed_answer": ["w4"]}
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    with opened(save_model(tmp_path_factory.mktemp("model"))) as language_model:
+    path = save_model(tmp_path_factory.mktemp("model"))
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 256}))
+    with opened(path) as language_model:
         yield language_model
 
 
-def write_lines(path: Path, *records: Any) -> Path:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    return path
-
-
-def task(kind: str, path: Path) -> TaskConfig:
-    return TaskConfig.model_validate({"name": "t", "type": kind, "path": str(path), "role": "forget"})
-
-
-# ---------------------------------------------------------------------------------------------------- files
-
-
-def test_items_are_read_with_defaults(tmp_path: Path) -> None:
-    bare = {key: value for key, value in GOOD.items() if key not in ("id", "source")}
-    items = read_choice_items(task("choice", write_lines(tmp_path / "facts.jsonl", GOOD, bare)))
-    assert items == [
-        ChoiceItem("a", "w1 w2", ("w3", "w4", "w5 w6", "w7"), 2, "s"),
-        ChoiceItem("2", "w1 w2", ("w3", "w4", "w5 w6", "w7"), 2, "facts"),
-    ]
-    path = write_lines(tmp_path / "book.jsonl", {"id": 5, "prompt": "x", "continuation": "y"})
-    passages = read_verbatim_items(task("verbatim", path))
-    assert passages == [VerbatimItem("5", "x", "y", "book")]
-
-
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("kind", "lines", "message"),
     [
-        ({"answer": None}, "the answer is missing"),
-        ({"answer": 4}, "the answer 4 is out of range"),
-        ({"answer": -1}, "the answer -1 is out of range"),
-        ({"answer": "2"}, "the answer '2' is out of range"),
-        ({"answer": True}, "the answer True is out of range"),
-        ({"choices": ["w1", "w2", "w3", "w4", "w5"]}, "the question has 5 choices"),
-        ({"choices": ["w1", "w2", "w3"]}, "the question has 3 choices"),
-        ({"choices": ["w1", "w2", " ", "w4"]}, "choice 2 is empty"),
-        ({"choices": ["w1", "w2", 3, "w4"]}, "not a list of texts"),
-        ({"choices": None}, "'choices' is missing"),
-        ({"prompt": "  "}, "there is no text under 'prompt'"),
+        ("choice", [CHOICE, CHOICE | {"answer": None}], ":2: the answer is missing"),
+        ("choice", [CHOICE | {"answer": 4}], ":1: the answer 4 is out of range"),
+        ("choice", [CHOICE | {"answer": True}], "the answer True is out of range"),
+        ("choice", [CHOICE | {"choices": ["w1"] * 5}], "the question has 5 choices"),
+        ("choice", [CHOICE | {"choices": ["w1", "w2", " ", "w4"]}], "choice 2 is empty"),
+        ("choice", [CHOICE | {"choices": ["w1", "w2", 3, "w4"]}], "not a list of texts"),
+        ("choice", [CHOICE | {"prompt": " "}], "there is no text under 'prompt'"),
+        ("choice", [], "the task file is empty"),
+        ("choice", b"\n{broken\n", ":2: the line is not a JSON object"),
+        ("verbatim", b'{"prompt": "\xff"}\n', ":1: not UTF-8"),
+        ("verbatim", [{"prompt": "x"}], "no text under 'continuation'"),
+        ("knowmem", [{"question": "q", "answer": ["a", "b"]}, {"question": "q"}], ":2: the answer is missing"),
+        ("tofu", [TOFU, TOFU | {"perturbed_answer": ["w4", " "]}], ":2: there is no list of texts under 'perturbed_a"),
+        ("tofu", [TOFU | {"paraphrased_answer": 3}], "there is no text under 'paraphrased_answer'"),
+        ("perplexity", [{"text": " "}], "has no text"),
+        ("perplexity", None, "does not exist"),
     ],
 )
-def test_a_bad_question_names_file_and_line(tmp_path: Path, change: dict[str, Any], message: str) -> None:
-    path = write_lines(tmp_path / "q.jsonl", GOOD, {**GOOD, **change})
-    with pytest.raises(UserError) as caught:
-        read_choice_items(task("choice", path))
-    assert caught.value.where == f"{path}:2"
-    assert message in str(caught.value)
-    assert caught.value.fix
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"", "the task file is empty"),
-        (b"\n \n", "the task file is empty"),
-        (b"{}\n", "no text under 'prompt'"),
-        (b"[1]\n", ":1: the line is not a JSON object"),
-        (b"\n{broken\n", ":2: the line is not a JSON object"),
-        (b'{"prompt": "\xff"}\n', ":1: not UTF-8"),
-    ],
-)
-def test_a_bad_file_names_itself(tmp_path: Path, content: bytes, message: str) -> None:
+def test_a_bad_task_file_names_file_and_line(kind: str, lines: Any, message: str, tmp_path: Path) -> None:
     path = tmp_path / "q.jsonl"
-    path.write_bytes(content)
-    for read in (read_choice_items, read_verbatim_items):
-        with pytest.raises(UserError, match=message):
-            read(task("choice", path))
-    with pytest.raises(UserError, match="does not exist"):
-        read_choice_items(task("choice", tmp_path / "none.jsonl"))
+    if isinstance(lines, bytes):
+        path.write_bytes(lines)
+    elif lines is not None:
+        write_lines(path, lines)
+    keys = {"examples": str(path)} if kind == "knowmem" else {}
+    config = TaskConfig.model_validate({"name": "t", "type": kind, "path": str(path), "role": "forget", **keys})
+    with pytest.raises(UserError, match=message) as caught:
+        read_task(config)
+    assert str(path) in caught.value.line() and caught.value.fix
 
 
-def test_an_empty_corpus_has_no_perplexity(tmp_path: Path) -> None:
-    path = write_lines(tmp_path / "c.jsonl", {"text": " "})
-    with pytest.raises(UserError, match="has no text"):
-        read_task(TaskConfig(name="p", type="perplexity", path=str(path), role="utility"))
-    with pytest.raises(UserError, match="does not exist"):
-        read_task(TaskConfig(name="p", type="perplexity", path=str(tmp_path / "n.jsonl"), role="utility"))
-
-
-# --------------------------------------------------------------------------------------------------- choice
-
-
-def test_decisions_by_hand() -> None:
-    """Choice 1 wins by sum, the long choice 2 by characters; the right one (2) is not greedy, then it is."""
-    item = ChoiceItem("a", "p", ("x", "yy", "zzzzzzzz", "u"), 2, "s")
-
-    def scores(exact: bool) -> list[TokenScores]:
-        rows = [([-9.0], [False]), ([-1.0, -1.0], [True, True]), ([-2.0, -2.0], [True, exact]), ([-7.0], [False])]
-        return [TokenScores(np.array(a, dtype=np.float32), np.array(b)) for a, b in rows]
-
-    result = kinds.decide([item, item], [*scores(False), *scores(True)])
-    assert [log["log_prob"] for log in result.logs] == [[-9, -2, -4, -7]] * 2
-    right = np.exp(-4.0) / np.exp([-9.0, -2.0, -4.0, -7.0]).sum()
-    assert result.metrics() == {
-        "accuracy": 0.0,
-        "accuracy_norm": 1.0,
-        "exact_match": 0.5,
-        "choice_probability": pytest.approx(right, rel=1e-12),
-    }
-    with pytest.raises(ValueError, match="no items"):
-        result.metrics(np.zeros(2, dtype=bool))
-    with pytest.raises(ValueError, match="8 scores for 1"):
-        kinds.decide([item], [*scores(False), *scores(True)])
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"type": "knowmem", "path": "k"}, "a knowmem task needs examples"),
+        ({"type": "choice", "path": "k", "holdout": "h"}, "no other has one"),
+        ({"type": "choice"}, "task x has no path"),
+        ({"type": "choice", "path": "a.jsonl", "num_fewshot": 0}, "are keys of lm_eval tasks"),
+        ({"type": "lm_eval", "task": "mmlu", "num_fewshot": -1}, "greater than or equal to 0"),
+        ({"type": "lm_eval", "task": "mmlu", "path": "a.jsonl", "num_fewshot": 5}, "a file holds no solved examples"),
+    ],
+)
+def test_a_task_has_the_keys_its_type_needs(keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TaskConfig.model_validate({"name": "x", "role": "forget", **keys})
 
 
 def random_questions(count: int) -> list[ChoiceItem]:
     generator = np.random.default_rng(0)
 
-    def text(low: int, high: int) -> str:
-        return " ".join(f"w{n}" for n in generator.integers(0, 60, int(generator.integers(low, high))))
+    def words(low: int, high: int) -> str:
+        return text(generator, int(generator.integers(low, high)))
 
     return [
-        ChoiceItem(str(n), text(2, 9), tuple(text(1, 4) for _ in range(4)), int(generator.integers(0, 4)), "ab"[n % 2])
+        ChoiceItem(
+            str(n), words(2, 9), tuple(words(1, 4) for _ in range(4)), int(generator.integers(0, 4)), "ab"[n % 2]
+        )
         for n in range(count)
     ]
 
 
 def test_choice_equals_brute_force(model: LanguageModel) -> None:
-    items = random_questions(30)
-    result = kinds.evaluate_choice(model, items, "here")
-    for number, item in enumerate(items):
-        sums = []
-        for text in item.choices:
-            prompt = model.encode(item.prompt)
-            ids = [*prompt, *model.tokenizer.encode(text, add_special_tokens=False)]
-            with torch.no_grad():
-                log_prob = torch.log_softmax(model.model(torch.tensor([ids])).logits[0].double(), -1)
-            sums.append(sum(float(log_prob[t - 1, ids[t]]) for t in range(len(prompt), len(ids))))
-        assert np.allclose(result.logs[number]["log_prob"], sums, atol=1e-4)
-        assert result.logs[number]["predicted"] == int(np.argmax(sums))
-    sources = result.by_source()
-    assert set(sources) == {"a", "b"} and sources["a"]["n"] == 15
-    mean = (sources["a"]["accuracy"] + sources["b"]["accuracy"]) / 2
-    assert math.isclose(mean, result.metrics()["accuracy"])
-    assert 0.0 < result.metrics()["accuracy"] < 0.6  # a random model
-
-
-def test_exact_match_is_greedy_decoding(model: LanguageModel) -> None:
-    """Half of the items have what the model really generates as their right choice."""
+    """Half of the items have what the model really generates as their right choice: that is ``exact``."""
     items = []
     for number, item in enumerate(random_questions(20)):
         greedy = model.continue_greedily([model.encode(item.prompt)], [3])[0]
@@ -179,89 +114,122 @@ def test_exact_match_is_greedy_decoding(model: LanguageModel) -> None:
             texts[item.answer] = str(model.tokenizer.decode(greedy))
         items.append(ChoiceItem(item.id, item.prompt, tuple(texts), item.answer, item.source))
     result = kinds.evaluate_choice(model, items, "here")
-    for number, item in enumerate(items):
-        wanted = model.tokenizer.encode(item.choices[item.answer], add_special_tokens=False)
-        greedy = model.continue_greedily([model.encode(item.prompt)], [len(wanted)])[0]
-        assert result.logs[number]["exact"] == (greedy == wanted)
-    assert 0.2 < result.metrics()["exact_match"] < 0.8
-
-
-# ------------------------------------------------------------------------------------------------- verbatim
-
-
-def test_rouge_l_by_hand() -> None:
-    """The longest common subsequence of "a b c d" and "a x c d e" is "a c d": P 3/5, R 3/4."""
-    assert math.isclose(kinds.rouge_l("a b c d", "a x c d e"), 2 * 0.6 * 0.75 / 1.35)
-    assert kinds.rouge_l("The Cats, sat!", "the cats sat") == 1.0
-    assert kinds.rouge_l("running", "run") == 0.0  # no stemming
-    assert kinds.rouge_l("a b", "") == 0.0
-    assert kinds.exact_tokens([1, 2, 3, 4], [1, 9, 3]) == 0.5
-    with pytest.raises(ValueError, match="empty"):
-        kinds.exact_tokens([], [1])
-
-
-@pytest.mark.parametrize(
-    ("pair", "expected"),
-    [
-        (("a", "b"), ("a", " b")),
-        (("a ", "b"), ("a", " b")),
-        (("a", "\nb"), ("a", "\nb")),
-        (("a\n", " b"), ("a", "\n b")),
-    ],
-)
-def test_white_space_goes_to_the_continuation(pair: tuple[str, str], expected: tuple[str, str]) -> None:
-    assert kinds.boundary(*pair) == expected
+    probability = []
+    for item, log in zip(items, result.logs, strict=True):
+        sums, exact = [], []
+        for choice in item.choices:
+            prompt = model.encode(item.prompt)
+            ids = [*prompt, *model.tokenizer.encode(choice, add_special_tokens=False)]
+            with torch.no_grad():
+                log_prob_SV = torch.log_softmax(model.model(torch.tensor([ids])).logits[0].double(), -1)
+            places = range(len(prompt), len(ids))
+            sums.append(sum(float(log_prob_SV[t - 1, ids[t]]) for t in places))
+            exact.append(all(int(log_prob_SV[t - 1].argmax()) == ids[t] for t in places))
+        assert np.allclose(log["log_prob"], sums, atol=1e-4)
+        assert log["predicted"] == int(np.argmax(sums)) and log["exact"] == exact[item.answer]
+        by_character = [total / len(choice) for total, choice in zip(sums, item.choices, strict=True)]
+        assert log["predicted_norm"] == int(np.argmax(by_character))
+        probability.append(np.exp(sums[item.answer]) / np.exp(sums).sum())
+    scores, sources = result.metrics(), result.by_source()
+    assert scores["accuracy"] == np.mean([log["correct"] for log in result.logs])
+    assert scores["choice_probability"] == pytest.approx(np.mean(probability), rel=1e-4)
+    assert 0.2 < scores["exact_match"] < 0.8
+    assert set(sources) == {"a", "b"} and sources["a"]["n"] == 10
+    assert (sources["a"]["accuracy"] + sources["b"]["accuracy"]) / 2 == pytest.approx(scores["accuracy"])
 
 
 def test_perfect_recall_scores_one_and_other_text_does_not(model: LanguageModel) -> None:
+    """Cut to max_new_tokens, or to a shorter true continuation."""
     prompts = [item.prompt for item in random_questions(12)]
     greedy = model.continue_greedily([model.encode(prompt) for prompt in prompts], [10] * 12)
     kept = [(prompt, ids) for prompt, ids in zip(prompts, greedy, strict=True) if len(ids) == 10]
     known = [VerbatimItem(str(n), p, str(model.tokenizer.decode(ids)), "k") for n, (p, ids) in enumerate(kept)]
     result = kinds.evaluate_verbatim(model, known, 6, "here")
-    told = result.metrics()
-    assert told["rouge_l"] == told["exact_tokens"] == 1.0
-    assert [log["reference"] for log in result.logs] == [
-        " ".join(item.continuation.split()[:6]) for item in known
-    ]  # cut to max_new_tokens
+    assert result.metrics()["rouge_l"] == result.metrics()["exact_tokens"] == 1.0
+    assert [log["reference"] for log in result.logs] == [" ".join(item.continuation.split()[:6]) for item in known]
     short = [VerbatimItem("s", kept[0][0], str(model.tokenizer.decode(kept[0][1][:3])), "k")]
-    assert kinds.evaluate_verbatim(model, short, 6, "here").metrics()["rouge_l"] == 1.0  # cut to the passage
+    assert kinds.evaluate_verbatim(model, short, 6, "here").metrics()["rouge_l"] == 1.0
     other = [VerbatimItem(i.id, i.prompt, "w0 w1 w2 w3 w4 w5", "o") for i in known]
-    mixed = kinds.evaluate_verbatim(model, [*known, *other], 6, "here")
-    assert mixed.metrics()["exact_tokens"] < 0.75
-    assert mixed.by_source()["k"] == pytest.approx({"n": len(known), **told})
+    assert kinds.evaluate_verbatim(model, [*known, *other], 6, "here").metrics()["exact_tokens"] < 0.75
+    with pytest.raises(UserError, match="here item long: the item needs 300 tokens and the model reads 256"):
+        kinds.evaluate_verbatim(model, [VerbatimItem("long", "w1 " * 200, "w2 " * 99, "s")], 99, "here")
 
 
-def test_the_probability_of_the_true_tokens(model: LanguageModel) -> None:
-    """Against logits of the whole passage; cut to max_new_tokens."""
-    import torch
+def test_verbmem_equals_the_way_of_muse(model: LanguageModel) -> None:
+    """As its authors compute it: transformers' own greedy decoding against the true text cut to as many tokens; beside
+    it the mean probability of the true tokens."""
+    from rouge_score.rouge_scorer import RougeScorer
 
-    prompt, continuation = "w1 w2 w3", "w4 w5 w0 w6"
-    result = kinds.evaluate_verbatim(model, [VerbatimItem("a", prompt, continuation, "s")], 3, "here")
-    given, ids = (model.encode(text) for text in (prompt, f"{prompt} {continuation}"))
-    with torch.no_grad():
-        probability_TV = model.model(torch.tensor([ids])).logits[0].double().softmax(-1)
-    expected = [float(probability_TV[place - 1, ids[place]]) for place in range(len(given), len(given) + 3)]
-    assert math.isclose(result.metrics()["token_probability"], sum(expected) / 3, rel_tol=1e-4)
+    generator, new = np.random.default_rng(4), 6
+    items = [VerbatimItem(str(n), text(generator, 5), text(generator, 9), "s") for n in range(8)]
+    outcome = kinds.evaluate_verbatim(model, items, new, "here")
+    scorer, settings = RougeScorer(["rougeL"], use_stemmer=False), {"do_sample": False, "pad_token_id": 0}
+    for number, item in enumerate(items):
+        ids = torch.tensor([model.encode(item.prompt)])
+        answer = model.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, **settings)
+        continuation = model.tokenizer.decode(answer[0, ids.shape[1] :], skip_special_tokens=True)
+        true_ids = model.tokenizer.encode(item.continuation, add_special_tokens=False)[:new]
+        expected = scorer.score(model.tokenizer.decode(true_ids), continuation)["rougeL"].fmeasure
+        assert outcome.columns["rouge_l"][number] == expected
+        whole = torch.tensor([[*ids[0].tolist(), *true_ids]])
+        with torch.no_grad():
+            prob_SV = model.model(whole).logits[0].double().softmax(-1)[ids.shape[1] - 1 : -1]
+        true_probability = prob_SV.gather(1, torch.tensor(true_ids)[:, None]).mean()
+        assert outcome.columns["token_probability"][number] == pytest.approx(float(true_probability), rel=1e-4)
+    assert len(set(outcome.columns["rouge_l"])) > 1
 
 
-def test_too_long_a_passage_is_refused(model: LanguageModel) -> None:
-    items = [VerbatimItem("long", "w1 " * 40, "w2 " * 40, "s")]
-    with pytest.raises(UserError, match="here item long"):
-        kinds.evaluate_verbatim(model, items, 40, "here")
+@pytest.mark.parametrize(("pair", "expected"), [(("a", "b"), ("a", " b")), (("a\n", " b"), ("a", "\n b"))])
+def test_white_space_goes_to_the_continuation(pair: tuple[str, str], expected: tuple[str, str]) -> None:
+    assert kinds.boundary(*pair) == expected
 
 
-# ----------------------------------------------------------------------------------------------- perplexity
+def test_knowmem_equals_brute_force(model: LanguageModel) -> None:
+    """Prompt and end of an answer are MUSE's; of several accepted answers the best counts."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    generator = np.random.default_rng(1)
+    examples, items = (
+        [
+            QuestionItem(str(n), text(generator, 4), (text(generator, 3), text(generator, 2)), f"s{n % 2}")
+            for n in range(count)
+        ]
+        for count in (12, 5)
+    )
+    outcome = kinds.evaluate_knowmem(model, items, examples, "here")
+    scorer = RougeScorer(["rougeL"], use_stemmer=False)
+    shots = "".join(f"Question: {item.question}\nAnswer: {item.answers[0]}\n\n" for item in examples[:10])
+    for item, score, log in zip(items, outcome.columns["rouge_l"], outcome.logs, strict=True):
+        prompt = model.encode(f"{shots}Question: {item.question}\nAnswer: ")
+        (ids,) = model.continue_greedily([prompt], [32])
+        answer = str(model.tokenizer.decode(ids, skip_special_tokens=True))
+        assert log["continuation"] == answer
+        assert score == max(scorer.score(reference, answer)["rougeL"].fmeasure for reference in item.answers)
+    assert outcome.by_source()["s1"] == {"n": 2, "rouge_l": pytest.approx(outcome.columns["rouge_l"][1::2].mean())}
+    assert (
+        kinds.cut("because\nof it\n\nand more") == "because\nof it" and kinds.cut("because\nQuestion: x") == "because"
+    )
 
 
-@given(st.lists(st.integers(0, 9), max_size=50), st.integers(2, 12))
-def test_windows_predict_every_token_but_the_first_once(ids: list[int], context: int) -> None:
-    cut = kinds.windows(ids, context)
-    assert all(2 <= len(window.ids) <= context and window.first == 1 for window in cut)
-    assert [token for window in cut for token in window.ids[1:]] == ids[1:]
+def test_extraction_strength_is_what_greedy_decoding_extracts(model: LanguageModel) -> None:
+    generator = np.random.default_rng(2)
+    start = [model.encode(text(generator, 3)) for _ in range(4)]
+    rest = model.continue_greedily(start, [6] * 4)
+    texts = [model.tokenizer.decode(ids[1:]) for ids in start]
+    texts = [f"{a} {model.tokenizer.decode(b)}".strip() for a, b in zip(texts, rest, strict=True)]
+    documents = [Document(text, "s") for text in [*texts, text(generator, 9)]]
+    strength = kinds.evaluate_extraction(model, documents, 64, "here").columns["extraction_strength"]
+    for document, value in zip(documents, strength, strict=True):
+        ids = model.encode(document.text)
+        finishes = [model.continue_greedily([ids[:k]], [len(ids) - k])[0] == ids[k:] for k in range(1, len(ids))]
+        given = finishes.index(True) + 1 if any(finishes) else len(ids)
+        assert value == pytest.approx(1 - (given - 1) / (len(ids) - 1))
+    assert strength[:4].min() > 0
 
 
 def test_perplexity_equals_brute_force(model: LanguageModel) -> None:
+    """Every token but the first of a document is predicted once, in windows that share one; the mean is over tokens,
+    not documents."""
     documents = [Document(item.prompt + " " + " ".join(item.choices), item.source) for item in random_questions(9)]
     result = kinds.evaluate_perplexity(model, documents, 7)
     total, count = 0.0, 0
@@ -274,52 +242,29 @@ def test_perplexity_equals_brute_force(model: LanguageModel) -> None:
                 log_prob = torch.log_softmax(model.model(window).logits[0, :-1].double(), -1)
             total -= float(log_prob.gather(1, window[0, 1:, None]).sum())
             count += window.shape[1] - 1
-    assert count == sum(len(model.encode_document(document.text)) - 1 for document in documents)
-    assert result.count() == count
+    assert result.count() == count == sum(len(model.encode_document(document.text)) - 1 for document in documents)
     assert math.isclose(result.metrics()["perplexity"], math.exp(total / count), rel_tol=1e-6)
     assert set(result.by_source()) == {"a", "b"}
+    unlikely = kinds.PerplexityOutcome({"nll": np.array([1e4]), "tokens": np.array([1])}, [])
+    assert unlikely.metrics()["perplexity"] == math.inf
 
 
-def test_perplexity_is_the_mean_over_tokens_not_documents() -> None:
-    def perplexity_of(nll: list[float], tokens: list[int], chosen: list[bool] | None = None) -> float:
-        columns = {"nll": np.array(nll), "tokens": np.array(tokens)}
-        outcome = kinds.PerplexityOutcome(columns, [], ["a", "b"])
-        return outcome.metrics(None if chosen is None else np.array(chosen))["perplexity"]
-
-    assert math.isclose(perplexity_of([2.0, 12.0], [1, 3]), math.exp(14 / 4))
-    assert math.isclose(perplexity_of([2.0, 12.0], [1, 3], [False, True]), math.exp(4))
-    assert perplexity_of([1e4], [1]) == math.inf
-    with pytest.raises(ValueError, match="no tokens"):
-        perplexity_of([2.0, 12.0], [1, 3], [False, False])
-
-
-# ---------------------------------------------------------------------------------------------------- drift
-
-
-@st.composite
-def routings(draw: Any) -> tuple[np.ndarray, np.ndarray, int]:
-    experts = draw(st.integers(2, 9))
-    top_k = draw(st.integers(1, experts))
-    generator = np.random.default_rng(draw(st.integers(0, 2**32)))
-    tokens = draw(st.integers(1, 30))
-    sides = [np.array([generator.permutation(experts)[:top_k] for _ in range(tokens)]) for _ in range(2)]
-    return sides[0], sides[1], experts
-
-
-@given(routings())
-def test_overlap_and_kl_equal_brute_force(case: tuple[np.ndarray, np.ndarray, int]) -> None:
+@given(st.integers(2, 9), st.integers(1, 30), st.integers(0, 2**32), st.data())
+def test_overlap_and_kl_equal_brute_force(experts: int, tokens: int, seed: int, data: st.DataObject) -> None:
     from scipy.stats import entropy
 
-    before, after, experts = case
-    expected = np.mean([len(set(a) & set(b)) / len(a) for a, b in zip(before.tolist(), after.tolist(), strict=True)])
-    assert math.isclose(drift.top_k_overlap(before, after), float(expected), abs_tol=1e-12)
-    counts = [[(side == expert).sum() for expert in range(experts)] for side in (before, after)]
-    ours = [drift.selection_counts(side, experts) for side in (before, after)]
-    assert [count.tolist() for count in ours] == counts
-    reference = entropy(ours[0] + 0.5, ours[1] + 0.5)
-    assert math.isclose(drift.kl_divergence(*ours), float(reference), abs_tol=1e-9)
-    assert drift.top_k_overlap(before, before[:, ::-1]) == 1.0  # the order of the K experts does not matter
-    assert drift.kl_divergence(ours[0], ours[0]) == 0.0
+    top_k, generator = data.draw(st.integers(1, experts)), np.random.default_rng(seed)
+    before_TLK, after_TLK = (
+        np.array([generator.permutation(experts)[:top_k] for _ in range(tokens)])[:, None] for _ in range(2)
+    )
+    found = drift.compare(drift.RoutingSample(before_TLK, 3), drift.RoutingSample(after_TLK, 3), experts)
+    sets = [[set(each[0]) for each in side.tolist()] for side in (before_TLK, after_TLK)]
+    assert found["overlap"] == pytest.approx([np.mean([len(a & b) / top_k for a, b in zip(*sets, strict=True)])])
+    counts = [np.array([(side == expert).sum() for expert in range(experts)]) for side in (before_TLK, after_TLK)]
+    assert found["kl"] == pytest.approx([entropy(counts[0] + 0.5, counts[1] + 0.5)], abs=1e-9)
+    assert found["frequency_after"] == [pytest.approx(counts[1] / tokens, abs=1e-6)]
+    same = drift.compare(*[drift.RoutingSample(side, 3) for side in (before_TLK, before_TLK[:, :, ::-1])], experts)
+    assert (same["overlap_mean"], same["kl_mean"]) == (1.0, 0.0)  # the order of the K experts does not matter
 
 
 def packed(path: Path, documents: list[list[int]], context: int) -> TokenDataset:
@@ -349,38 +294,7 @@ def test_routing_of_packed_rows_is_that_of_the_documents_alone(model: LanguageMo
     assert np.array_equal(np.sort(sample.indices_TLK, -1), np.sort(np.concatenate(expected), -1))
 
 
-def test_no_drift_without_a_change_and_drift_with_one(model: LanguageModel, tmp_path: Path) -> None:
-    generator = np.random.default_rng(6)
-    dataset = packed(tmp_path / "rows.arrow", [generator.integers(3, 63, 30).tolist() for _ in range(6)], 16)
-    before = drift.sample_routing(model, dataset, 8, 4)
-    assert before.rows == 8
-    same = drift.compare(before, before, 4)
-    assert (same["overlap"], same["kl"]) == ([1.0, 1.0], [0.0, 0.0])
-    assert same["tokens"] == int(dataset.counted(0, int(dataset.row_starts_R1[8])).sum())
-    assert np.allclose(np.sum(same["frequency_before"], axis=1), 2, atol=1e-5)
-    assert same["chance_overlap"] == 0.5
-    changed = before.indices_TLK.copy()
-    changed[:, 1] = 3 - changed[:, 1]
-    other = drift.compare(before, drift.RoutingSample(changed, before.rows), 4)
-    assert other["overlap"][0] == 1.0 and other["overlap"][1] < 0.9
-    assert other["overlap_mean"] == np.mean(other["overlap"])
-    with pytest.raises(ValueError, match="samples of"):
-        drift.compare(before, drift.RoutingSample(changed[1:], before.rows), 4)
-
-
-# ------------------------------------------------------------------------------------------------------ mia
-
-
-def test_auc_by_hand_and_what_has_no_rank() -> None:
-    """Against scikit-learn, of whole tasks: tests/unit/test_evaluation_privacy.py."""
-    assert membership.auc(np.array([3.0, 2.0]), np.array([2.0, 1.0])) == (3 + 0.5) / 4  # a tie counts half
-    with pytest.raises(ValueError, match="members and others"):
-        membership.auc(np.array([]), np.array([1.0]))
-    with pytest.raises(ValueError, match="finite"):
-        membership.auc(np.array([np.nan]), np.array([1.0]))
-
-
-def test_attack_scores_by_hand() -> None:
+def test_membership_scores_by_hand() -> None:
     scores = TokenScores(
         np.array([-1, -5, -2, -4, -3], dtype=np.float32),
         np.zeros(5, dtype=bool),
@@ -392,50 +306,50 @@ def test_attack_scores_by_hand() -> None:
     assert found["zlib"] == -15 / len(zlib.compress(b"text"))
     assert found["min_k"] == -4.5  # the two lowest of five
     assert found["min_k_plus"] == -2.0  # of 1, -3, 0, -1, 0
-    assert "min_k_plus" not in membership.member_scores(TokenScores(scores.log_prob, scores.is_argmax), "text")
-    assert membership.lowest_mean(np.array([3.0, 1.0]), 10) == 1.0  # at least one
-    with pytest.raises(ValueError, match="of 0 values"):
-        membership.lowest_mean(np.array([]))
-
-
-def test_priv_leak_has_the_sign_of_muse() -> None:
+    assert membership.auc(np.array([3.0, 2.0]), np.array([2.0, 1.0])) == (3 + 0.5) / 4  # a tie counts half
     assert membership.priv_leak(1.0) == -100.0  # every forget text looks like a member: not unlearned
-    assert membership.priv_leak(0.5) == 0.0
-    assert membership.priv_leak(0.0) == 100.0  # over-unlearned
-    assert math.isclose(membership.priv_leak(0.6, 0.6), 0.0, abs_tol=1e-12)
     assert math.isclose(membership.priv_leak(0.85, 0.48), 100 * (0.15 - 0.52) / 0.52)
-    with pytest.raises(ValueError, match="retrained"):
-        membership.priv_leak(0.5, 1.0)
 
 
-# ---------------------------------------------------------------------------------------------------- tasks
+def test_membership_aucs_equal_scikit_learn(model: LanguageModel, tmp_path: Path) -> None:
+    from sklearn.metrics import roc_auc_score
+
+    generator = np.random.default_rng(3)
+    paths = [
+        write_lines(tmp_path / f"{side}.jsonl", [{"text": text(generator, 12)} for _ in range(count)])
+        for side, count in (("member", 7), ("holdout", 9))
+    ]
+    task = read_task(TaskConfig(name="mia", type="membership", path=paths[0], holdout=paths[1], role="forget"))
+    outcome = run_task(model, task, max_new_tokens=4, context_length=64)
+    values = {score["metric"]: score for score in outcome.scores}
+    assert values["priv_leak"]["value"] is None and values["priv_leak"]["n"] == 16
+    for attack in membership.ATTACKS:
+        scores, labels = zip(*[(item[attack], item["member"]) for item in outcome.items], strict=True)
+        assert values[f"auc_{attack}"]["value"] == pytest.approx(roc_auc_score(labels, scores), abs=1e-12)
+        assert values[f"auc_{attack}"]["direction"] == "reference"
 
 
-def test_the_change_of_each_task_in_one_line() -> None:
-    def result(name: str, value: float | None) -> dict[str, Any]:
-        elements = {"task": "elements", "metric": "accuracy", "value": value, "role": "forget"}
-        general = {"task": "general", "metric": "perplexity", "value": 1234.5, "role": "utility"}
-        return {"model": name, "scores": [general, elements]}
-
-    results = [result("original", 0.25), result("gold", 0.5), result("unlearned", None)]
-    expected = "elements 0.250 → –, general 1,234.5 → 1,234.5"  # forget tasks first
-    assert metrics.change(results, "original", "unlearned") == expected
-
-
-@pytest.mark.parametrize(
-    ("metric", "role", "expected"),
-    [
-        ("accuracy", "forget", "lower"),
-        ("accuracy", "utility", "higher"),
-        ("rouge_l", "forget", "lower"),
-        ("perplexity", "forget", "higher"),
-        ("perplexity", "utility", "lower"),
-    ],
-)
-def test_direction(metric: str, role: str, expected: str) -> None:
-    assert metrics.direction(metric, role) == expected
+def test_priv_leak_is_measured_against_the_retrained_model_or_says_that_it_is_not(case: Case) -> None:  # noqa: F811
+    forget, holdout = (case.raw["data"][side][0]["path"] for side in ("forget", "retain"))
+    task = {"name": "mia", "type": "membership", "path": forget, "holdout": holdout, "role": "forget"}
+    evaluate(case.config(tasks=[task], drift=False), case.run)
+    scores = {name: {s["metric"]: s for s in case.result(name)["scores"]} for name in ("gold", "original", "unlearned")}
+    retrained = scores["gold"]["auc_min_k"]["value"]
+    assert scores["gold"]["priv_leak"]["value"] == 0.0
+    for found in scores.values():
+        theirs = 1 - retrained  # MUSE's AUC counts holdout above member
+        expected = 100 * ((1 - found["auc_min_k"]["value"]) - theirs) / theirs
+        assert found["priv_leak"]["value"] == pytest.approx(expected)
+        assert found["priv_leak"]["note"] == f"AUC of the retrained model gold: {retrained:.4f}"
+        assert found["auc_loss"]["reference"] == scores["gold"]["auc_loss"]["value"]
+    evaluate(case.config(tasks=[task], drift=False, models={}), case.run)
+    found = {s["metric"]: s for s in case.result("unlearned")["scores"]}
+    assert found["priv_leak"]["value"] == pytest.approx(100 * (0.5 - found["auc_min_k"]["value"]) / 0.5)
+    assert "assumed to be 0.5" in found["priv_leak"]["note"]
 
 
-def test_a_metric_under_attack_has_a_meaning() -> None:
-    assert "fine-tuning" in str(metrics.meaning("relearned_accuracy")) and metrics.meaning("something_else") is None
+def test_every_metric_has_a_direction_and_a_meaning() -> None:
     assert {name for names in metrics.TASK_METRICS.values() for name in names} == set(metrics.METRICS)
+    assert "fine-tuning" in str(metrics.meaning("relearned_accuracy")) and metrics.meaning("something_else") is None
+    pairs = [(metric, role) for metric in ("accuracy", "perplexity") for role in ("forget", "utility")]
+    assert [metrics.direction(*pair) for pair in pairs] == ["lower", "higher", "higher", "lower"]

@@ -1,4 +1,4 @@
-"""WMDP and MMLU: our numbers are those of the `lm_eval` command on the same model and the same files."""
+"""WMDP and MMLU: our numbers are lm-eval's own on the same model and the same files."""
 
 from __future__ import annotations
 
@@ -6,13 +6,10 @@ import json
 import random
 import re
 import shutil
-import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import command
 import numpy as np
 import pytest
 import tiny
@@ -100,9 +97,7 @@ def our_outcomes(world: Any, folder: str, sharding: Sharding | None = None) -> l
     ("automatic", "add_bos", "begin", "equal"),
     [
         (True, True, "", True),
-        (False, False, "", True),
         (False, True, "", False),
-        (True, False, "", False),
         (False, True, "<s> ", True),  # a prompt that begins as the run's documents do
     ],
 )
@@ -170,46 +165,48 @@ def test_perplexity_differs_from_the_harness_by_the_end_of_each_document(tmp_pat
     assert nll[True] - nll[False] == pytest.approx(-sum(float(end.log_prob[0]) for end in ends), abs=1e-2)
 
 
-def test_our_numbers_are_those_of_the_command_on_one_process_and_on_two(place: Path) -> None:
+def reference(model: Path, include: Path, names: list[str], **keys: Any) -> dict[str, Any]:
+    """What the ``lm_eval`` command computes, on a model of its own class."""
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=str(include), include_defaults=False)
+    shape: dict[str, Any] = {"model": "hf", "model_args": f"pretrained={model},dtype=float32", "device": "cpu"}
+    results = simple_evaluate(**shape, batch_size=4, tasks=names, task_manager=manager, bootstrap_iters=0, **keys)
+    assert results is not None
+    return dict(results)
+
+
+def log_probs_of(results: dict[str, Any], name: str) -> list[Any]:
+    samples = results["samples"][name]
+    return [pytest.approx([float(pair[0]) for pair in sample["filtered_resps"]], abs=1e-5) for sample in samples]
+
+
+def test_our_numbers_are_lm_evals_on_one_process_and_on_two(place: Path) -> None:
     (place / "tasks").mkdir()
     for name in SUBJECTS:
         write_task(place / "tasks" / f"{name}.yaml", name, place / f"{name}.jsonl")
-    asked = [
-        *(sys.executable, "-m", "lm_eval", "--model", "hf", "--device", "cpu", "--batch_size", "4"),
-        *("--model_args", f"pretrained={place / 'model'},dtype=float32", "--include_path", place / "tasks"),
-        *("--tasks", ",".join(f"{name}_here" for name in SUBJECTS), "--output_path", place / "out"),
-        "--log_samples",
-    ]
-    with ThreadPoolExecutor(1) as beside:
-        running = beside.submit(command.run, asked)
-        outcomes = our_outcomes(None, str(place))
-        assert run_distributed(our_outcomes, 2, str(place)) == [outcomes, outcomes]
-        for sharded in run_distributed(our_outcomes, 2, str(place), Sharding(2)):  # in lockstep
-            for (scores, items), (expected, alone) in zip(sharded, outcomes, strict=True):
-                assert scores == expected
-                for item, other in zip(items, alone, strict=True):
-                    assert item == other | {"log_prob": pytest.approx(other["log_prob"], abs=1e-5)}
-        *outcomes, (own, _) = outcomes
-        assert own == [outcomes[0][0][0] | {"task": "own"}]
-        done = running.result()
-    assert done.returncode == 0, done.stderr[-2000:]
-    theirs = json.loads(next((place / "out").rglob("results_*.json")).read_text(encoding="utf-8"))["results"]
+    outcomes = our_outcomes(None, str(place))
+    assert run_distributed(our_outcomes, 2, str(place)) == [outcomes, outcomes]
+    for sharded in run_distributed(our_outcomes, 2, str(place), Sharding(2)):  # in lockstep
+        for (scores, items), (expected, alone) in zip(sharded, outcomes, strict=True):
+            assert scores == expected
+            for item, other in zip(items, alone, strict=True):
+                assert item == other | {"log_prob": pytest.approx(other["log_prob"], abs=1e-5)}
+    *outcomes, (own, _) = outcomes
+    assert own == [outcomes[0][0][0] | {"task": "own"}]
+    theirs = reference(place / "model", place / "tasks", [f"{name}_here" for name in SUBJECTS])
     for name, (scores, items) in zip(SUBJECTS, outcomes, strict=True):
         (score,) = scores
         assert (score["metric"], score["n"], score["chance"]) == ("acc", 20, 0.25)
-        assert score["value"] == theirs[f"{name}_here"]["acc,none"]
-        samples: list[Any] = [
-            json.loads(line)
-            for line in next((place / "out").rglob(f"samples_{name}_here_*.jsonl")).read_text().splitlines()
-        ]
-        expected = [[float(pair[0]) for pair in sample["filtered_resps"]] for sample in samples]
-        assert len(items) == 20
-        for item, theirs_C, line in zip(items, expected, read_lines(place / f"{name}.jsonl"), strict=True):
-            assert item["log_prob"] == pytest.approx(theirs_C, abs=1e-5)
+        assert score["value"] == theirs["results"][f"{name}_here"]["acc,none"]
+        assert [item["log_prob"] for item in items] == log_probs_of(theirs, f"{name}_here")
+        lines = [json.loads(line) for line in (place / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+        for item, line in zip(items, lines, strict=True):
             assert (item["choices"], item["answer"]) == (line["choices"], line["answer"])
             shown = f"{line['question']} → {line['choices'][line['answer']]}"
-            said, correct = line["choices"][item["predicted"]], item["predicted"] == item["answer"]
-            assert item_cells(item) == [item["id"], shown, said, float(correct)]
+            predicted, correct = line["choices"][item["predicted"]], item["predicted"] == item["answer"]
+            assert item_cells(item) == [item["id"], shown, predicted, float(correct)]
 
 
 TEMPLATE = (
@@ -219,8 +216,6 @@ TEMPLATE = (
 
 def test_solved_examples_and_the_chat_template_are_lm_evals(place: Path) -> None:
     """A task of one's own with a split of solved examples, as MMLU has one; on a model of lm-eval's own class."""
-    from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
     from transformers import AutoTokenizer
 
     shutil.copytree(place / "model", place / "chat")
@@ -235,17 +230,7 @@ def test_solved_examples_and_the_chat_template_are_lm_evals(place: Path) -> None
     task["dataset_kwargs"]["data_files"]["dev"] = str(write_questions(place / "solved.jsonl", 5))
     task |= {"fewshot_split": "dev", "fewshot_config": {"sampler": "first_n"}}
     (place / "shots" / "wmdp_bio.yaml").write_text(yaml.safe_dump(task))
-    reference = simple_evaluate(
-        model="hf",
-        model_args=f"pretrained={place / 'chat'},dtype=float32",
-        device="cpu",
-        batch_size=4,
-        tasks=["wmdp_bio_here"],
-        task_manager=TaskManager(include_path=str(place / "shots"), include_defaults=False),
-        num_fewshot=2,
-        apply_chat_template=True,
-        bootstrap_iters=0,
-    )
+    theirs = reference(place / "chat", place / "shots", ["wmdp_bio_here"], num_fewshot=2, apply_chat_template=True)
     raw = {"name": "shots", "type": "lm_eval", "task": "wmdp_bio_here", "role": "forget"}
     raw |= {"include_path": str(place / "shots")}
     found = {}
@@ -254,9 +239,8 @@ def test_solved_examples_and_the_chat_template_are_lm_evals(place: Path) -> None
         with loaded(str(place / "chat"), tokenizer, ModelSettings("fp32", True, True, 4)) as model:
             outcome = run_task(model, read, max_new_tokens=4, context_length=64)
         found[tuple(keys)] = [item["log_prob"] for item in outcome.items]
-    theirs = [[float(pair[0]) for pair in one["filtered_resps"]] for one in reference["samples"]["wmdp_bio_here"]]
     ours, without, zero_shot = found.values()
-    assert ours == [pytest.approx(each, abs=1e-5) for each in theirs] and len(ours) == 20
+    assert ours == log_probs_of(theirs, "wmdp_bio_here") and len(ours) == 20
     assert ours != without != zero_shot
     tokenizer.chat_template = None
     asking = TaskConfig.model_validate(raw | {"apply_chat_template": True})
@@ -284,52 +268,23 @@ def raises(docs):
 def leaves(doc):
     raise SystemExit(0)
 
-def none(doc):
-    return None
-
-def endless(doc):
-    return endless(doc)
-
-def aggregate(values):
-    return values[10_000]
 """
 ACC = {"metric": "acc", "aggregation": "mean", "higher_is_better": True}
 MISTAKES: dict[str, tuple[dict[str, Any] | str, str]] = {  # keys changed in a task that is right, or its file; message
     "target 9": ({"doc_to_target": 9}, "own.yaml: .*IndexError: list index out of range"),
-    "target -1": ({"doc_to_target": "{{ -1 }}"}, "question 0 .* has the target '-1', which names none"),
     "target letter": ({"doc_to_target": "Z"}, "has the target 'Z', which names none"),
-    "target text": ({"doc_to_target": "question"}, "which names none of its 4 choices"),
     "target of the second": ({"doc_to_target": "{{ [0, 7][answer > 0] }}"}, "question 1 .* target 7, which names none"),
-    "target none": ({"doc_to_target": "!function f.none"}, "own.yaml: .*TypeError"),
-    "targets": ({"doc_to_target": [8, 9]}, r"the target \[8, 9\], which names none"),
     "leaves": ({"doc_to_text": "!function f.leaves"}, r"f.py line 5: .*\(SystemExit: 0\). Fix: correct the task"),
     "raises": ({"process_docs": "!function f.raises"}, r"f.py line 2: .*\(KeyError: .*nothing.*\)"),
-    "endless": ({"doc_to_text": "!function f.endless"}, "a function never ends"),
-    "aggregate": ({"metric_list": [ACC | {"aggregation": "!function f.aggregate"}]}, "f.py line 14: .*IndexError"),
     "no function": ({"doc_to_text": "!function f.nothing"}, "own.yaml: .*has no function 'nothing'"),
-    "no module": ({"doc_to_text": "!function g.nothing"}, "own.yaml: .*Cannot import module 'g'"),
-    "no dot": ({"doc_to_text": "!function nothing"}, "own.yaml: .*Invalid function reference"),
-    "jinja syntax": ({"doc_to_text": "{{question"}, "own.yaml: .*TemplateSyntaxError"),
     "jinja name": ({"doc_to_text": "{{quetsion}}"}, "own.yaml: .*'quetsion' is undefined"),
-    "index": ({"doc_to_text": "{{choices[7]}}"}, "own.yaml: .*UndefinedError"),
-    "choices": ({"doc_to_choice": "{{question}}"}, "own.yaml: lm-eval cannot run the task own"),
-    "no choice": ({"doc_to_choice": "{{[]}}"}, "own.yaml: lm-eval cannot run the task own"),
-    "empty choice": ({"doc_to_choice": ["A", "B", "", "D"]}, "own.yaml: lm-eval cannot run the task own"),
-    "metric": ({"metric_list": [{"metric": "accc"}]}, "own.yaml: lm-eval cannot run the task own"),
     "no accuracy": ({"metric_list": [{"metric": "brier_score", "aggregation": "brier_score"}]}, "has none of acc"),
     "split": ({"test_split": "tset"}, "own.yaml: .*KeyError: 'tset'"),
-    "file": ({"dataset_kwargs": {"data_files": {"test": "/nowhere.jsonl"}}}, "own.yaml: .*/nowhere.jsonl"),
     "output": ({"output_type": "generate_until"}, "own is not multiple-choice"),
-    "output type": ({"output_type": "multiple"}, "own.yaml: lm-eval cannot run the task own"),
-    "key": ({"doc_to_txt": "a"}, "own.yaml: .*doc_to_txt"),
     "include": ({"include": "nowhere.yaml"}, "own.yaml line .*: there is no file nowhere.yaml to include"),
-    "class": ({"class": "!function f.none"}, "own.yaml: lm-eval cannot run the task own"),
     "number": ("task: 5\n", "own.yaml line 1: the task name 5 is not text. Fix: put it in quotes"),
-    "tag": ("task: own\ntag: 5\n", "own.yaml line 2: the tag name 5 is not text"),
     "itself": ("group: own\ntask: [own]\n", "own.yaml: .*contains itself"),
-    "list": ("- task: own\n", "lm-eval knows no task 'own', and no file in .* defines it"),
     "syntax": ("task: own\nnum_fewshot: [0\n", r"own.yaml line 3: the file is not valid YAML .expected"),
-    "tab": ("task: own\n\tnum_fewshot: 0\n", r"own.yaml line 2: the file is not valid YAML"),
     "bytes": ("task: \udcff\n", "own.yaml: the task is damaged"),
 }
 
@@ -361,11 +316,8 @@ def own_task(folder: Path, place: Path, change: dict[str, Any] | str) -> TaskCon
 @pytest.mark.parametrize(
     "change",
     [
-        {},
+        {"doc_to_target": "{{ [answer, 0] }}", "metric_list": [ACC, ACC | {"metric": "acc_norm"}]},
         {"doc_to_target": "{{ choices[answer] }}", "doc_to_choice": "choices"},
-        {"doc_to_target": "{{ [answer, 0] }}"},
-        {"metric_list": [ACC, ACC | {"metric": "acc_norm"}]},
-        {"doc_to_target": "{{ 'ABCD'[answer] }}"},
         {"doc_to_text": "answer", "doc_to_target": "{{ question }}", "doc_to_choice": "choices"},  # as winogrande
     ],
 )
@@ -384,31 +336,3 @@ def test_what_a_model_raises_is_no_mistake_of_the_task(place: Path, tmp_path: Pa
         model.model.register_forward_pre_hook(lambda *_: 1 // 0)
         with pytest.raises(ZeroDivisionError):
             run_task(model, read_task(config), max_new_tokens=4, context_length=64)
-
-
-def test_a_folder_of_tasks_that_is_not_there(tmp_path: Path) -> None:
-    raw = {"name": "own", "type": "lm_eval", "task": "own_wmdp", "role": "forget", "include_path": str(tmp_path / "no")}
-    with pytest.raises(UserError, match="there is no directory"):
-        read_task(TaskConfig.model_validate(raw))
-
-
-@pytest.mark.parametrize(
-    ("keys", "message"),
-    [
-        ({"type": "choice", "path": "a.jsonl", "num_fewshot": 0}, "are keys of lm_eval tasks"),
-        ({"type": "choice", "path": "a.jsonl", "apply_chat_template": True}, "are keys of lm_eval tasks"),
-        ({"type": "choice", "path": "a.jsonl", "include_path": "tasks"}, "are keys of lm_eval tasks"),
-        ({"type": "lm_eval", "task": "mmlu", "num_fewshot": -1}, "greater than or equal to 0"),
-        (
-            {"type": "lm_eval", "task": "wmdp_bio", "path": "a.jsonl", "num_fewshot": 5},
-            "a file holds no solved examples",
-        ),
-    ],
-)
-def test_prompt_keys_that_mean_nothing(keys: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        TaskConfig.model_validate({"name": "x", "role": "forget"} | keys)
-
-
-def read_lines(path: Path) -> list[Any]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,8 @@ from stage_calls import evaluate
 from test_evaluation_models import opened, save_model
 from test_evaluation_stage import Case, case, text, write_lines  # noqa: F401
 
-from trace_ds.config.sections.evaluation import TaskConfig
-from trace_ds.errors import UserError
 from trace_ds.evaluation import tofu
-from trace_ds.evaluation.items import TofuItem, read_task
+from trace_ds.evaluation.items import TofuItem
 
 
 def test_the_definitions_by_hand() -> None:
@@ -109,27 +106,3 @@ def test_through_the_stage(case: Case) -> None:  # noqa: F811
     evaluate(case.config(tasks=tasks, drift=False, models={}), case.run)
     score = next(s for s in case.result("unlearned")["scores"] if s["metric"] == "forget_quality")
     assert score["value"] is None and score["note"] == "no retrained model was evaluated"
-
-
-GOOD = {"question": "w1", "answer": "w2", "paraphrased_answer": "w3", "perturbed_answer": ["w4"]}
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"perturbed_answer": "w4"}, "there is no list of texts under 'perturbed_answer'"),
-        ({"perturbed_answer": []}, "there is no list of texts under 'perturbed_answer'"),
-        ({"perturbed_answer": ["w4", " "]}, "there is no list of texts under 'perturbed_answer'"),
-        ({"paraphrased_answer": 3}, "there is no text under 'paraphrased_answer'"),
-        ({"answer": ""}, "there is no text under 'answer'"),
-    ],
-)
-def test_a_row_that_is_none(change: dict[str, Any], message: str, tmp_path: Path) -> None:
-    path = tmp_path / "tofu.jsonl"
-    path.write_text(json.dumps(GOOD) + "\n" + json.dumps(GOOD | change) + "\n")
-    task = TaskConfig(name="x", type="tofu", path=str(path), role="forget")
-    with pytest.raises(UserError, match=message) as caught:
-        read_task(task)
-    assert "tofu.jsonl:2" in caught.value.line()
-    path.write_text(json.dumps({key: value for key, value in GOOD.items() if key != "paraphrased_answer"}) + "\n")
-    assert read_task(task).items == [TofuItem("1", "w1", "w2", "", ("w4",), "tofu")]
