@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -108,20 +105,3 @@ def test_what_cannot_run_is_refused_before_a_weight_is_loaded(
     with pytest.raises(UserError, match=problem):
         check_expert_parallel(info, 2, 2, options=options)
     check_expert_parallel(info, 1, 2, options=options)  # of no effect
-
-
-def test_where_there_are_gpus_and_the_package_options_pass_through(
-    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from trace_ds.models.engine import base_ds_config
-
-    module = ModuleType("deep_ep")
-    module.__spec__ = ModuleSpec("deep_ep", None)
-    monkeypatch.setitem(sys.modules, "deep_ep", module)
-    monkeypatch.setattr(autoep, "accelerator_count", lambda: 8)
-    options = {**DEEPEP, "row_weighting_impl": "fused", "async_split_plan": True, "comm_num_sm": 16}
-    info = inspect_model(tiny_model)
-    check_expert_parallel(info, 4, 8, options=options)
-    section = base_ds_config(ep=4, info=info, zero_stage=3, options=options)["expert_parallel"]
-    assert section == {"enabled": True, "autoep_size": 4, "preset_model": "mixtral", **options}
-    assert "expert_parallel" not in base_ds_config(ep=1, info=info, zero_stage=3, options=options)

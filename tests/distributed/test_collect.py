@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from trace_ds.config.load import load_config
 from trace_ds.corpora.dataset import FlatArray, TokenDataset
 from trace_ds.errors import UserError
 from trace_ds.routing.statistics import RoutingStatistics
-from trace_ds.routing.token_files import bytes_per_token, count_dtype, open_parts, require_parts, sample_places
+from trace_ds.routing.token_files import open_parts, require_parts, sample_places
 from trace_ds.run import artefact
 from trace_ds.run.directory import RunDirectory
 from trace_ds.stages.recorded import keys_needing_trace
@@ -78,7 +77,7 @@ def brute(families: dict[str, Path], small_data: dict[str, Path]) -> dict[tuple[
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("world", [1, 2])
 def test_counts_equal_brute_force(
     world: int,
     families: dict[str, Path],
@@ -87,15 +86,15 @@ def test_counts_equal_brute_force(
     tmp_path: Path,
 ) -> None:
     """Every family, type, expert-parallel size, rows per batch, rows packed and padded, in one job per world size; at
-    several ranks what only they have: expert parallelism; its smaller sizes, and four ranks, for two families.
+    two ranks with expert parallelism, for two families also without.
 
     fp32: every sum, of all tokens and of each row, and the experts of the sampled tokens equal those over documents
     alone. bf16: equal to plain transformers in the same batches; with
     experts on several ranks their outputs are added in another order, so near ties may fall the other way: seen are one
     of 1,056 selections of a layer, in qwen3_moe and olmoe, and none in the others.
     """
-    eps = {family: [world] for family in EXPERT_PARALLEL if world < 4} | {family: [1] for family in OTHERS if world < 4}
-    eps |= {family: {1: [1], 2: [1, 2], 4: [2, 4]}[world] for family in ("mixtral", "deepseek_v3")}
+    eps = {family: [world] for family in EXPERT_PARALLEL} | {family: [1] for family in OTHERS}
+    eps |= {family: list(range(1, world + 1)) for family in ("mixtral", "deepseek_v3")}
     models = {family: str(families[family]) for family in eps}
     datasets = {rows: str(config.parent / "run" / "data" / "forget.arrow") for rows, config in small_data.items()}
     found = run_distributed(jobs.collect_matrix, world, models, datasets, eps, str(tmp_path))[0]
@@ -185,50 +184,6 @@ def test_trace_and_nll_belong_to_every_token(family: str, experts: int, ep: int,
             assert values[-1] == 0
 
 
-def test_recomputed_activations_are_not_counted_twice(tiny_model: Path) -> None:
-    """Activation checkpointing runs the routers again in the backward pass; what was counted stays."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from trace_ds.models.routers import record_routing
-    from trace_ds.routing.counter import RoutingCounter
-
-    ids = torch.arange(3, 35).view(2, 16)
-    counted = torch.ones(2, 16, dtype=torch.bool)
-    documents = torch.tensor([[0], [1]]).expand(2, 16)
-    totals = []
-    for checkpointing in (False, True):
-        model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).train()
-        if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        counter = RoutingCounter(3, 4, 2, torch.device("cpu"))
-        with record_routing(model) as recorder:
-            loss = model(input_ids=ids).logits.square().mean()
-            counter.add(recorder, counted, documents)
-            before = counter.counts_LE.clone()
-            loss.backward()
-        assert (counter.counts_LE == before).all() and counter.counts_LE.sum() == 3 * 2 * 32
-        totals.append(counter.counts_LE)
-    assert (totals[0] == totals[1]).all()
-
-
-def test_totals_beyond_2_24_and_2_31_are_exact() -> None:
-    """The counter's sums are integers: a float32 buffer would stop at 2^24."""
-    import torch
-
-    from trace_ds.models.routers import RoutingRecorder
-    from trace_ds.routing.counter import RoutingCounter
-
-    counter = RoutingCounter(1, 2, 1, torch.device("cpu"))
-    counter.counts_LE[:] = torch.tensor([[2**31 - 1, 2**24]])
-    recorder = RoutingRecorder(1)
-    recorder.indices_TK[0] = torch.tensor([[0], [1], [0], [1]])
-    recorder.scores_TK[0] = torch.ones(4, 1)
-    counter.add(recorder, torch.tensor([[True, True, True, False]]), torch.zeros(1, 4, dtype=torch.int64))
-    assert counter.counts_LE.tolist() == [[2**31 + 1, 2**24 + 1]]
-    assert counter.tokens == 3
-
-
 def reduce_large_sums(world: Any) -> RoutingStatistics:
     """What ranks agree on whose sums are beyond 2^31; the document 7 lies on all of them."""
     import torch
@@ -261,35 +216,7 @@ def test_sums_over_ranks_beyond_2_31_are_exact() -> None:
     assert found.gate_mass_LE.tolist() == [[1.0, 2.0**-39]]
 
 
-def test_damaged_data_is_named(tiny_model: Path, tmp_path: Path) -> None:
-    from trace_ds.stages.collect import check as check_collect
-
-    config = prepared(tmp_path, tiny_model)
-    loaded, run = load_config(str(config), [], tmp_path / "run")
-    path = run / "data" / "forget.arrow"
-    content = bytearray(path.read_bytes())
-    content[-40] ^= 1
-    path.write_bytes(content)
-    with pytest.raises(UserError, match=r"forget\.arrow: the file was altered"):
-        check_collect(loaded, RunDirectory.at(run), 1)
-    path.write_bytes(content[:-8])
-    with pytest.raises(UserError, match=r"forget\.arrow: the file has .* bytes instead of"):
-        check_collect(loaded, RunDirectory.at(run), 1)
-    description = json.loads((run / "data" / "artefact.json").read_text())
-    description["inputs"]["tokenizer"] = "0" * 64
-    (run / "data" / "artefact.json").write_text(json.dumps(description))
-    with pytest.raises(UserError, match="altered after it was written"):
-        check_collect(loaded, RunDirectory.at(run), 1)
-
-
-@pytest.mark.parametrize(
-    ("rows_tokens", "expected"), [(1, "u1"), (256, "u1"), (257, "u2"), (65_536, "u2"), (65_537, "u4")]
-)
-def test_row_counts_take_no_more_bytes_than_the_longest_row_needs(rows_tokens: int, expected: str) -> None:
-    assert count_dtype(rows_tokens - 1) == np.dtype(expected)
-
-
-@pytest.mark.parametrize(("counted", "size"), [(0, 5), (4, 9), (9, 9), (1000, 7), (1000, 400), (100_003, 20_000)])
+@pytest.mark.parametrize(("counted", "size"), [(0, 5), (9, 9), (1000, 400), (100_003, 20_000)])
 def test_a_sample_has_every_document_in_proportion(counted: int, size: int) -> None:
     places = sample_places(counted, size)
     assert places.dtype == np.int64 and len(places) == min(counted, size) and (np.diff(places) >= 0).all()
@@ -304,27 +231,11 @@ def test_a_sample_has_every_document_in_proportion(counted: int, size: int) -> N
     assert len(np.unique((places * size / counted) % 1 > 0.5)) == 2, "the place in a stratum is drawn"
 
 
-def test_tokens_are_drawn_equally_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    """4 of 10 tokens: strata of 2.5, so that some tokens lie on a border; each comes in 4 of 10 draws all the same."""
-    from trace_ds.routing import token_files
-
-    drawn = np.zeros(10)
-    for seed in range(4000):
-        monkeypatch.setattr(token_files, "SAMPLE_SEED", seed)
-        drawn += np.bincount(sample_places(10, 4), minlength=10)
-    np.testing.assert_allclose(drawn / 4000, 0.4, atol=0.04)
-
-
 @pytest.mark.parametrize(
     ("changes", "forget", "retain"),
     [
         ({"unlearning__apply": "sampling"}, [], []),
         ({"unlearning__apply": "loss", "calibration__rule": "uniform"}, [], []),
-        (
-            {"unlearning__apply": "loss", "calibration__rule": "literal"},
-            [],
-            ["unlearning.apply: loss with calibration.rule: literal"],
-        ),
         (
             {"unlearning__apply": "sampling", "variants": {"v": {"unlearning.apply": "loss"}}},
             [],
@@ -377,26 +288,3 @@ def test_a_collection_is_repeated_only_for_what_it_lacks(tiny_model: Path, tmp_p
     with pytest.raises(UserError, match=r": the rule x needs the selections of each row, not recorded") as told:
         require_parts(retain, "row_counts", "the rule x")
     assert told.value.fix == "run `trace-ds collect CONFIG` again"
-
-
-MODELS = ("mixtral-8x7b", "mixtral-8x22b", "olmoe-1b-7b", "qwen3-30b-a3b", "qwen3-235b-a22b", "deepseek-v3")
-
-
-def test_the_documented_sizes_are_those_of_the_published_models() -> None:
-    from trace_ds.cluster.architecture import read_architecture
-    from trace_ds.config.compose import published_config
-
-    root = Path(__file__).resolve().parents[2]
-    lines = [
-        "| | L × E, K | trace | row selections | trace, 205 M tokens | row selections |",
-        "|---|---|---|---|---|---|",
-    ]
-    for name in MODELS:
-        a = read_architecture(published_config(name.replace("-", "_")))
-        trace, rows = bytes_per_token(a.moe_layers, a.experts, a.top_k, 1024)
-        total = 200_000 * 1024 / 1e9
-        lines.append(
-            f"| {name} | {a.moe_layers} × {a.experts}, {a.top_k} | {trace:.0f} | {rows:.2f} "
-            f"| {trace * total:.1f} GB | {rows * total:.2f} GB |"
-        )
-    assert "\n".join(lines) in (root / "docs" / "method.md").read_text()

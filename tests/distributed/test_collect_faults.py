@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,14 +11,8 @@ import jobs
 import pytest
 import tiny
 from command import tree
-from forked import JOB, Server
 from processes import end_of_ranks, run_distributed
 from safetensors.numpy import load_file, save_file
-from stage_calls import calibrate, prepare
-
-from trace_ds.config.load import load_config
-from trace_ds.errors import UserError
-from trace_ds.run.directory import RunDirectory
 
 
 def prepared(folder: Path, model: Path, run: Path, **changes: object) -> Path:
@@ -105,19 +98,6 @@ def test_a_pass_never_continues_another_with_other_rounding_or_sums(
 
 
 @pytest.mark.slow
-def test_nan_weights_stop_before_anything_is_computed(tiny_model: Path, tmp_path: Path, server: Server) -> None:
-    model = damaged(tiny_model, tmp_path / "model", "model.layers.1.self_attn.k_proj.weight", float("nan"))
-    config = prepared(tmp_path, model, tmp_path / "run")
-    before = set(tree(tmp_path / "run"))
-    result = server.run(["collect", config, "--run-dir", tmp_path / "run", "--nproc", "1"], tmp_path, **JOB)
-    assert result.returncode == 2, result.stderr
-    lines = [line for line in result.stderr.splitlines() if line.strip()]
-    assert len(lines) == 1, result.stderr
-    assert "model.safetensors: the weights model.layers.1.self_attn.k_proj.weight hold NaN" in lines[0]
-    assert {name for name in tree(tmp_path / "run") if "statistics" in name} <= before
-
-
-@pytest.mark.slow
 def test_nan_router_weights_name_the_layer(tiny_model: Path, tmp_path: Path) -> None:
     name = next(name for name in load_file(tiny_model / "model.safetensors") if "layers.1" in name and "gate" in name)
     model = damaged(tiny_model, tmp_path / "model", name, 3e38)  # finite, but the logits are not
@@ -135,26 +115,3 @@ def damaged(source: Path, destination: Path, tensor: str, value: float) -> Path:
     tensors[tensor][:] = value
     save_file(tensors, destination / "model.safetensors", metadata={"format": "pt"})
     return destination
-
-
-def test_a_corpus_of_one_token_and_documents_split_and_empty(tiny_model: Path, tmp_path: Path) -> None:
-    config = tiny.write_config(tmp_path, tiny_model, data__add_bos=False, data__add_eos=False)
-    loaded, run = load_config(str(config), [], tmp_path / "run")
-    RunDirectory.at(run).create("")
-    prepare(loaded, RunDirectory.at(run))
-    told = (tmp_path / "run" / "logs" / "prepare.jsonl").read_text()
-    assert "53 documents split at 24 tokens, 1 empty" in told
-    corpus = tmp_path / "corpora" / "retain.jsonl"
-    corpus.write_text(json.dumps({"text": "a"}) + "\n")
-    with pytest.raises(UserError, match=r"retain corpus has no usable token.*retain\.jsonl|retain\.jsonl.*no usable"):
-        prepare(loaded, RunDirectory.at(run))
-
-
-@pytest.mark.slow
-def test_a_trace_of_another_dataset_is_refused(tiny_model: Path, tmp_path: Path) -> None:
-    config = prepared(tmp_path, tiny_model, tmp_path / "run")
-    run_distributed(jobs.collect_job, 1, str(config), str(tmp_path / "run"), [])
-    prepared(tmp_path, tiny_model, tmp_path / "run", data__context_length=20)
-    loaded, run = load_config(str(config), [], tmp_path / "run")
-    with pytest.raises(UserError, match="made with another"):
-        calibrate(loaded, RunDirectory.at(run))

@@ -13,19 +13,15 @@ import numpy as np
 import pytest
 import tiny
 from command import tree
-from forked import JOB, Result, Server, refuse
+from forked import Server, refuse
 from processes import end_of_ranks, run_distributed
 from safetensors.numpy import load_file
 from stage_calls import prepare
 
 from trace_ds.checkpoints.manifest import complete_steps, read_manifest
 from trace_ds.config.load import load_config
-from trace_ds.reporting.gather import gather
-from trace_ds.reporting.scores import targets
 from trace_ds.run.directory import RunDirectory
 from trace_ds.stages.finetune import check as check_finetune
-from trace_ds.stages.pipeline import Request
-from trace_ds.tensors.model_files import model_fingerprint
 
 BOTH = {"target": ["forget", "retain"], "retrained": ["retain"]}
 # As in test_unlearn: equal weights mean equal gradients.
@@ -111,81 +107,6 @@ def test_sigkill_and_a_stop_in_between_are_bitwise_nothing(tmp_path: Path) -> No
         assert found[0] == found[1] and "model.safetensors" in found[0]
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_the_target_recites_and_the_retrained_does_not(tmp_path: Path, server: Server) -> None:
-    """The command line as a user has it: stopped, gone on, then the whole run on what was made, with a variant."""
-    config = write_config(
-        tmp_path,
-        tiny.make_model(tmp_path / "base"),
-        finetune={"models": BOTH, "epochs": 60, "batch_rows": 4, "optimizer": {"lr": 6e-3, "warmup_steps": 5}},
-        data__context_length=40,
-        evaluation__max_new_tokens=24,
-        distributed={"nproc": 1, "ep": 1},  # the test above trains on two
-        variants={"uniform": {"calibration.rule": "uniform"}},
-    )
-    sides: dict[str, list[str]] = {}
-    for side, words in (("forget", tiny.WORDS[:16]), ("retain", tiny.WORDS[16:]), ("holdout", tiny.WORDS)):
-        sides[side] = [" ".join(np.random.default_rng(len(side) + n).permutation(words)[:8]) for n in range(8)]
-        lines = [json.dumps({"text": text}) + "\n" for text in sides[side]]
-        (tmp_path / "corpora" / f"{side}.jsonl").write_text("".join(lines))
-    for side, role in (("forget", "forget"), ("retain", "utility")):
-        halves = [text.split() for text in sides[side]]
-        items = [{"prompt": " ".join(each[:4]), "continuation": " ".join(each[4:])} for each in halves]
-        (tmp_path / f"{role}.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
-    tasks: list[dict[str, str]] = [
-        {"name": role, "type": "verbatim", "path": str(tmp_path / f"{role}.jsonl"), "role": role}
-        for role in ("forget", "utility")
-    ]
-    paths = {
-        key: str(tmp_path / "corpora" / f"{side}.jsonl") for key, side in (("path", "forget"), ("holdout", "holdout"))
-    }
-    tasks.append({"name": "mia", "type": "membership", "role": "forget", **paths})
-    tasks_set = ["--set", f"evaluation.tasks={json.dumps(tasks)}", "--set", "evaluation.drift=false"]
-    run = tmp_path / "run"
-
-    def trace_ds(verb: str) -> Result:
-        return server.run([verb, config, "--run-dir", run, *tasks_set], tmp_path, **JOB)
-
-    assert trace_ds("prepare").returncode == 0
-    (run / "stop").touch()
-    stopped = trace_ds("finetune")
-    assert stopped.returncode == 75, stopped.stderr[-2000:]
-    assert "stopped after step 1" in stopped.stderr and complete_steps(run / "finetune/target/checkpoints")[0] == [1]
-    done = trace_ds("run")
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "resumed after step 1" in done.stdout
-
-    def result(name: str, of: Path = run) -> dict[str, Any]:
-        return json.loads((of / "evaluation" / f"{name}.json").read_text())
-
-    def recited(name: str, task: str) -> float:
-        scores = {(score["task"], score["metric"]): score["value"] for score in result(name)["scores"]}
-        return scores[task, "exact_tokens"]
-
-    assert recited("original", "forget") > 0.8 and recited("original", "utility") > 0.8
-    assert recited("retrained", "forget") < 0.2 and recited("retrained", "utility") > 0.8
-    for name, made in (("original", "target"), ("retrained", "retrained")):
-        assert result(name)["model_fingerprint"] == model_fingerprint(run / "finetune" / made / "model")
-    assert "PrivLeak: no retrained model" not in done.stdout
-    goal = targets(gather(run))
-    assert {target.score.model for target in goal} == {"retrained"}  # what the report calls forgotten
-    assert result("retrained", run / "variants/uniform") == result("retrained")
-    statistics = json.loads((run / "statistics/forget/artefact.json").read_text())
-    assert statistics["inputs"]["model"] == result("original")["model_fingerprint"]
-    before = tree(run / "finetune")
-    again = trace_ds("run")
-    assert again.returncode == 0 and "[finetune] already done" in again.stdout
-    assert tree(run / "finetune") == before
-    # a directory of somebody else's in the place of a model
-    (run / "finetune/target/model/conversion.json").rename(tmp_path / "conversion.json")
-    refused = trace_ds("finetune")
-    assert refused.returncode == 2 and "did not make this (it has no conversion.json)" in refused.stderr
-    (tmp_path / "conversion.json").rename(run / "finetune/target/model/conversion.json")
-    shown = server.run(["inspect", run], tmp_path)
-    assert "finetune/retrained" in shown.stdout and shown.returncode == 0, shown.stdout
-
-
 def test_a_model_is_made_anew_only_when_what_it_sees_has_changed(prepared: tuple[Path, Path], tmp_path: Path) -> None:
     config, source = prepared
     run = RunDirectory.at(copy_of(source, tmp_path / "run"))
@@ -265,17 +186,3 @@ def test_verbs_out_of_order_are_refused(prepared: tuple[Path, Path], server: Ser
         assert "there is no model target here" in line and "`trace-ds finetune CONFIG`" in line
     shutil.rmtree(run / "data")
     assert "there is no data artefact" in refuse(server, tmp_path, "finetune", config, "--run-dir", run)
-
-
-def test_a_submission_fine_tunes_first(
-    prepared: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from trace_ds.cluster.submit import Cluster, submit_run
-
-    monkeypatch.chdir(tmp_path)
-    request = Request.load(str(prepared[0]), [], tmp_path / "run")
-    assert submit_run(request, Cluster(2, 2), chain=True, dry_run=True) == 0
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("TRACE_DS_STAGES")]
-    stages = [line.split()[0].split("=")[1] for line in lines]
-    assert stages[:3] == ["prepare", "finetune", "collect"] and len(stages) == 7
-    assert "--nodes=2 --ntasks-per-node=2" in lines[1] and "afterok:JOB1" in lines[1] and "afterok:JOB2" in lines[2]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import jobs
 import numpy as np
@@ -109,23 +108,6 @@ def test_it_goes_on_bitwise_and_on_another_shape(calibrated: tuple[Path, Path], 
 
 
 @pytest.mark.slow
-def test_a_job_keeps_what_its_checkpoint_holds(calibrated: tuple[Path, Path], tmp_path: Path) -> None:
-    """The whole model of an older checkpoint stays whole, bitwise; a part cannot become whole."""
-    config, prepared = calibrated
-    straight, older, part = (copy_of(prepared, tmp_path / name) for name in ("straight", "older", "part"))
-    half = ["unlearning.steps=2"]
-    work = [(str(straight), WHOLE), (str(older), [*WHOLE, *half]), (str(older), []), (str(part), half)]
-    errors = run_distributed(jobs.unlearn_jobs, 2, str(config), [*work, (str(part), WHOLE)])[0]
-    assert not any(errors[:-1])
-    assert read_manifest(step_of(older, 4)).layers is None
-    assert "but the job holds the whole model: so does the checkpoint to go on from" in log_of(older)
-    assert losses_of(older) == losses_of(straight)
-    found, expected = (weights_of(run, 4, tmp_path / f"{run.name}-model") for run in (older, straight))
-    assert all(np.array_equal(value, expected[name]) for name, value in found.items())
-    assert "holds the first 2 decoder layers" in errors[-1] and "go on without unlearning.evaluate.every" in errors[-1]
-
-
-@pytest.mark.slow
 def test_the_rest_comes_from_the_base_model_or_is_asked_for(calibrated: tuple[Path, Path], tmp_path: Path) -> None:
     config, prepared = calibrated
     run = copy_of(prepared, tmp_path / "run")
@@ -145,47 +127,3 @@ def test_the_rest_comes_from_the_base_model_or_is_asked_for(calibrated: tuple[Pa
         with pytest.raises(UserError, match=rf"holds the first 2 decoder layers.*{words}.*--base-model"):
             convert_checkpoint(step, tmp_path / "refused", base_model=place)
     assert not (tmp_path / "refused").exists()
-
-
-def load_parts(world: Any, cases: dict[str, tuple[str, int, set[int]]]) -> list[str]:
-    """What is wrong with the first layers of each model, loaded alone: their parameters, or what they compute."""
-    import torch
-
-    from trace_ds.models.engine import base_ds_config
-    from trace_ds.models.families import inspect_model
-    from trace_ds.models.loading import ModelParts, load_share
-
-    wrong = []
-    for case, (path, layers, expected) in cases.items():
-        info = inspect_model(path)
-        hidden = []
-        for parts in (ModelParts(), ModelParts(layers=layers, head=False)):
-            for stage in (0, 3):
-                ds_config = base_ds_config(ep=1, info=info, zero_stage=stage) | {"bf16": {"enabled": False}}
-                model, files = load_share(info.path, torch.float32, world, ep=1, ds_config=ds_config, parts=parts)
-                files.prove(model, 1, 0)
-                names = {name for name, _ in model.named_parameters()}
-                if stage == 0:
-                    found: list[torch.Tensor] = []
-                    model.model.layers[layers - 1].register_forward_hook(
-                        lambda _m, _i, output, found=found: found.append(output[0] if type(output) is tuple else output)
-                    )
-                    with torch.no_grad():
-                        model.model(input_ids=torch.arange(3, 35).view(2, 16), use_cache=False)
-                    hidden.append(found[0])
-            held = {int(name.split(".")[2]) for name in names if ".layers." in name}
-            ends = {name for name in names if ".layers." not in name}
-        if held != expected or ends != {"model.embed_tokens.weight"}:
-            wrong.append(f"{case} holds {sorted(names)}")
-        if not torch.equal(*hidden):
-            wrong.append(f"{case} computes something else")
-    return wrong
-
-
-@pytest.mark.slow
-def test_the_first_layers_of_every_family_are_those_of_the_whole_model(tmp_path: Path) -> None:
-    cases = {f: (str(jobs.family_model(f)), 2, {0, 1}) for f in FAMILIES}
-    tied = tiny.make_model(tmp_path / "tied", tied=True)
-    dense = tiny.make_model(tmp_path / "dense", "deepseek_v3", layers=4, first_k_dense_replace=2)
-    cases |= {"tied": (str(tied), 1, {0}), "dense": (str(dense), 1, {0, 1, 2})}  # up to the first MoE layer
-    assert run_distributed(load_parts, 1, cases) == [[]]

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 import math
-import sys
-import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
-from command import run
 from jobs import family_model
 from processes import run_distributed
 
@@ -66,34 +62,6 @@ def test_the_share_of_one_process_is_what_transformers_loads(tmp_path: Path) -> 
     torch.manual_seed(3)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "tied", max_shard_size="100KB")
     assert run_distributed(compare_with_transformers, 1, [*paths, str(tmp_path / "tied")]) == [[]]
-
-
-@pytest.mark.parametrize("family", ["qwen2_moe", "deepseek_v3"])
-def test_nothing_runs_beside_or_after_the_last_router(family: str, tmp_path: Path) -> None:
-    """Routed and shared experts of the last layer are left out; what its router decides is the same."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from trace_ds.models.loading import ModelParts, leave_out
-    from trace_ds.models.routers import record_routing
-
-    model = AutoModelForCausalLM.from_pretrained(tiny.make_model(tmp_path, family), dtype=torch.float32).eval()
-    ids, routing, run = torch.arange(3, 35).view(2, 16), [], set[str]()
-    for name, module in model.model.layers[-1].named_modules():
-        if isinstance(module, torch.nn.Linear):
-            module.register_forward_hook(lambda *_, name=name: run.add(name))
-    for parts in (None, ModelParts(head=False, last_output=False)):
-        if parts is not None:
-            run.clear()
-            leave_out(model, parts, ep=1)
-        with record_routing(model) as recorder, torch.no_grad():
-            model(input_ids=ids, use_cache=False)
-        routing.append(recorder)
-    assert run and all(name.startswith("self_attn.") for name in run), run
-    left = [name for name, _ in model.model.layers[-1].mlp.named_parameters()]
-    assert left == ["gate.weight"]
-    for before, after in zip(routing[0].indices_TK, routing[1].indices_TK, strict=True):
-        assert before is not None and after is not None and torch.equal(before, after)
 
 
 def load_and_count(world: Any, path: str, stage: int) -> dict[str, Any]:
@@ -170,39 +138,3 @@ def test_files_of_another_model_are_refused(tiny_model: Path, tmp_path: Path) ->
     (model / "config.json").write_text(json.dumps(config | {"hidden_size": 64}))
     with pytest.raises(UserError, match=r"tensors do not fit the model, the first: .* has shape"):
         WeightFiles.open(model, read_layout(model))
-
-
-def test_what_was_there_takes_no_part_in_collections_and_what_is_made_inside_does() -> None:
-    from trace_ds.models.engine import quick_collections
-
-    class Cycle:
-        def __init__(self) -> None:
-            self.me = self
-
-    gc.collect()
-    before = weakref.ref(Cycle())
-    with pytest.raises(ValueError, match="stop"), quick_collections():
-        inside = weakref.ref(Cycle())
-        gc.collect()
-        assert gc.get_freeze_count() > 0 and before() is not None and inside() is None
-        raise ValueError("stop")
-    gc.collect()
-    assert gc.get_freeze_count() == 0 and before() is None
-
-
-def test_muon_is_imported_without_torchs_compiler(tmp_path: Path) -> None:
-    """DeepSpeed looks whether the optimizer is Muon; what it compiles for others stays as it is."""
-    code = (
-        "import sys, deepspeed.runtime.compiler as compiler\n"
-        "kept = compiler.compile\n"
-        "from trace_ds.models.engine import import_muon\n"
-        "import_muon()\n"
-        "from deepspeed.runtime.zero.utils import is_zero_supported_optimizer, ZERO_SUPPORTED_OPTIMIZERS\n"
-        "import torch, deepspeed.comm as dist\n"
-        "dist.get_rank = lambda: 1\n"
-        "made = torch.optim.AdamW([torch.zeros(1)])\n"
-        "assert is_zero_supported_optimizer(made) and 'MuonWithAuxAdam' in str(ZERO_SUPPORTED_OPTIMIZERS)\n"
-        "assert compiler.compile is kept and 'torch._inductor.compile_fx' not in sys.modules\n"
-    )
-    result = run([sys.executable, "-c", code], cwd=tmp_path)
-    assert result.returncode == 0, result.stderr

@@ -54,7 +54,6 @@ SHAPES = [
     (2, 2, 2, OTHERS),
     (1, 1, 3, SOME),
     (2, 1, 1, SOME | ROUTERS),
-    (4, 2, 1, SOME),
 ]
 
 

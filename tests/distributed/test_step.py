@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
-import resource
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import jobs
@@ -17,13 +14,7 @@ from processes import run_distributed
 from test_unlearn import calibrated_once, copy_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trace_ds.checkpoints.manifest import Manifest, read_manifest
-from trace_ds.config.load import load_config
-from trace_ds.models.families import inspect_model
-from trace_ds.models.host_memory import M_TRIM_THRESHOLD, large_tensors_apart
-from trace_ds.parallel.world import World
-from trace_ds.run.directory import RunDirectory
-from trace_ds.stages.training import Training
+from trace_ds.checkpoints.manifest import read_manifest
 
 SHAPE = ["distributed.ep=1", "unlearning.zero_stage=3", "unlearning.micro_batch_rows=1"]
 
@@ -86,43 +77,6 @@ def test_offloaded_states_are_updated_by_all_cores_and_many_ranks_sum_in_fp32(ca
     assert found == {"update": {len(os.sched_getaffinity(0))}, "after": 1, "sums": torch.float32}
 
 
-def faults_of_a_tensor(world: Any) -> list[int]:
-    """Pages of 16 MB that the system hands out again, each time such a tensor is made, after a model was loaded."""
-    ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, 1 << 17)  # glibc's default, whatever this process did before
-    with large_tensors_apart():
-        pass
-    found = []
-    for _ in range(4):
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        torch.ones(1 << 22)
-        found.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-    return found
-
-
-def test_memory_of_a_step_stays_with_the_process() -> None:
-    (found,) = run_distributed(faults_of_a_tensor, 1)
-    assert max(found[1:]) < 100, found  # of 4,096
-
-
-@pytest.mark.parametrize("fused", [True, False])
-def test_the_number_of_threads_changes_no_bit_of_an_update(fused: bool) -> None:
-    found = []
-    threads = torch.get_num_threads()
-    for number in (1, 2, 3):
-        generator = torch.Generator().manual_seed(0)
-        weight = torch.randn(1_000_003, generator=generator).requires_grad_()
-        optimizer = torch.optim.AdamW([weight], lr=1e-2, weight_decay=0.1, fused=fused)
-        try:
-            torch.set_num_threads(number)
-            for _ in range(2):
-                weight.grad = torch.randn(len(weight), generator=generator)
-                optimizer.step()
-        finally:
-            torch.set_num_threads(threads)
-        found.append(weight.detach())
-    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
-
-
 def flags() -> tuple[Any, ...]:
     memory, cudnn = torch.utils.deterministic.fill_uninitialized_memory, torch.backends.cudnn
     return torch.are_deterministic_algorithms_enabled(), memory, cudnn.deterministic, cudnn.benchmark
@@ -158,24 +112,3 @@ def test_a_deterministic_job(calibrated: tuple[Path, Path], tmp_path: Path) -> N
         ]
         manifests.append(read_manifest(run / "checkpoints" / "step_000002"))
     assert manifests[0] == manifests[1]  # every file's hash
-
-
-def test_on_a_gpu_the_log_says_what_a_resumed_job_is(
-    calibrated: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from trace_ds.checkpoints import commit
-
-    monkeypatch.setattr(commit, "load_newest", lambda world, checkpoints, chosen, *_: chosen)
-    said: dict[tuple[str, bool], list[str]] = {}
-    for device in ("cuda", "cpu"):
-        for on in (False, True):
-            loaded, run = load_config(str(calibrated[0]), [f"distributed.deterministic={on}".lower()], tmp_path)
-            info = inspect_model(loaded.model.path)
-            training = Training("unlearning", loaded.unlearning, RunDirectory.at(run), loaded, info, "job")
-            manifest = Manifest(3, 1, 1, 3, "mixtral", "job", {}, "", "fp32", {}, {})
-            lines: list[str] = []
-            log = SimpleNamespace(line=lines.append, drop_scalars_after=lambda step: None)
-            training.restored(World(0, 1, torch.device(device)), None, manifest, log)  # type: ignore[arg-type]
-            said[device, on] = [line for line in lines if "bit for bit" in line]
-    assert [key for key, lines in said.items() if lines] == [("cuda", False)]
-    assert said["cuda", False][0].endswith("only with distributed.deterministic: true")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import jobs
 import numpy as np
@@ -15,15 +13,6 @@ from processes import run_distributed
 from safetensors.numpy import load_file
 from test_unlearn import GRADIENT_LIKE, calibrated_run, copy_of, losses_of, relative, weights_of
 
-from trace_ds.conversion.convert import convert_checkpoint
-
-FAMILIES = (
-    "mixtral",
-    "deepseek_v3",
-    "phimoe",
-    "granitemoe",
-    "gpt_oss",
-)  # others: test_convert_engines.py
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
@@ -53,42 +42,3 @@ def test_training_equals_the_single_process_reference(calibrated: tuple[Path, Pa
         found = weights_of(Path(run_dir), 2, tmp_path / f"{Path(run_dir).name}_model")
         assert found.keys() == base.keys() and not np.array_equal(found[EMBEDDING], base[EMBEDDING])
         assert relative(found, expected["weights"], base) < 5e-4
-
-
-def save_engines(world: Any, folder: str, models: dict[str, str]) -> None:
-    """A checkpoint of an engine that has trained nothing, for every model, under ZeRO-2 and ZeRO-3 in turn."""
-    from trace_ds.checkpoints import serialization
-    from trace_ds.models.engine import base_ds_config, initialize
-    from trace_ds.models.families import inspect_model
-    from trace_ds.models.loading import ModelParts
-
-    for number, (name, path) in enumerate(models.items()):
-        info = inspect_model(path)
-        ep = 2 if info.family.autoep_preset else 1
-        ds_config = base_ds_config(ep=ep, info=info, zero_stage=2 + number % 2) | {
-            "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
-            "bf16": {"enabled": False},
-        }
-        engine = initialize(
-            info, world, ds_config, dtype="fp32", parts=ModelParts(), parameters=lambda m: list(m.parameters())
-        )
-        head, embedding = engine.module.lm_head.weight, engine.module.get_input_embeddings().weight
-        assert (head is embedding) == ("untied" not in name)
-        serialization.install(engine)
-        engine.save_checkpoint(f"{folder}/{name}_engine", tag="step_000000", save_latest=False)
-
-
-@pytest.mark.slow
-def test_tied_and_untied_go_through_an_engine_and_back_exactly(tmp_path: Path) -> None:
-    models = {family: str(tiny.make_model(tmp_path / family, family, tied=True)) for family in FAMILIES}
-    models["untied"] = str(tiny.make_model(tmp_path / "untied"))
-    run_distributed(save_engines, 2, str(tmp_path), models)
-    for name, path in models.items():
-        base, made = load_file(Path(path) / "model.safetensors"), tmp_path / f"{name}_made"
-        assert (HEAD in base) == (name == "untied")
-        convert_checkpoint(tmp_path / f"{name}_engine" / "step_000000", made, base_model=Path(path))
-        back = load_file(made / "model.safetensors")
-        assert back.keys() == base.keys()
-        for tensor, value in base.items():
-            assert np.array_equal(back[tensor], value), (name, tensor)
-        assert json.loads((made / "config.json").read_text())["tie_word_embeddings"] == (name != "untied")

@@ -9,7 +9,6 @@ from typing import Any
 import jobs
 import numpy as np
 import pytest
-import tiny
 import torch
 from objective_reference import GripReference
 from processes import run_distributed
@@ -22,15 +21,12 @@ from trace_ds.checkpoints.manifest import read_manifest
 from trace_ds.config.load import load_config
 from trace_ds.config.sections.unlearning import SEUFConfig, TrainableConfig
 from trace_ds.errors import UserError
-from trace_ds.models import autoep
-from trace_ds.models.families import FAMILIES
-from trace_ds.models.routers import RoutingRecorder, meta_model
+from trace_ds.models.routers import RoutingRecorder
 from trace_ds.routing.counter import RoutingCounter
 from trace_ds.routing.statistics import RoutingStatistics
 from trace_ds.run.directory import RunDirectory
 from trace_ds.stages.unlearn import check as check_unlearn
 from trace_ds.stages.unlearn import make_batches
-from trace_ds.tensors.layouts import engine_pieces, read_layout
 from trace_ds.unlearning import grip, seuf, trainable
 
 STEPS = 2
@@ -145,18 +141,6 @@ def test_names_and_kinds(tiny_model: Path) -> None:
     assert reached == {n for n in kinds if ".layers.0." in n or ".layers.1." in n or "embed" in n}
     with pytest.raises(UserError, match=r"no parameter is left to train \(the losses end at layer 1\)"):
         trainable.choose(kinds, TrainableConfig(include=["*.layers.2.*", "lm_head.*"]), 1)
-
-
-@pytest.mark.parametrize("family", [*sorted(FAMILIES)])
-def test_every_name_of_autoep_is_known(family: str, tmp_path: Path) -> None:
-    """A parameter whose source is not found would be held; the names are the conversion's, which tests load."""
-    path = tiny.make_model(tmp_path / "model", family, layers=2)
-    parameters = dict(meta_model(path).named_parameters())
-    pieces = {n: p.whole for n, p in engine_pieces(read_layout(path)).items() if not n.endswith("correction_bias")}
-    assert {name: autoep.source_name(name, parameters) for name in pieces} == pieces
-    assert all(autoep.source_name(name, parameters) == name for name in parameters)
-    with pytest.raises(AssertionError, match=r"model\.layers\.1\.mlp\.new is no parameter of the model"):
-        autoep.source_name("model.layers.1.mlp.new", parameters)
 
 
 def test_wrong_choices_are_refused_before_a_weight_is_loaded(

@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 import signal
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,8 +23,7 @@ from processes import end_of_ranks, run_as_main, run_distributed
 from safetensors.numpy import load_file
 from stage_calls import calibrate
 
-from trace_ds.checkpoints.commit import leave_script
-from trace_ds.checkpoints.manifest import Manifest, complete_steps, newest_complete, read_manifest
+from trace_ds.checkpoints.manifest import complete_steps, newest_complete, read_manifest
 from trace_ds.config.load import load_config
 from trace_ds.errors import UserError
 from trace_ds.models.engine_config import parameter_offload, user_ds_config
@@ -65,17 +63,6 @@ def calibrated_run(config: Path, run: Path, world: int = 1) -> Path:
     weights = np.load(run / "calibration" / "weights.npy")
     assert weights.std() > 0.1  # a test with uniform weights would prove little
     return run
-
-
-@pytest.mark.slow
-def test_a_job_starts_without_torchs_compiler(calibrated: tuple[Path, Path], tmp_path: Path) -> None:
-    """Importing it takes a second of every rank; DeepSpeed asks for it through an optimizer that no job can choose."""
-    run = copy_of(calibrated[1], tmp_path / "run")
-    words = ["env", "PYTHONPROFILEIMPORTTIME=1", sys.executable, "-m", "trace_ds", "unlearn", calibrated[0]]
-    result = command.run([*words, "--run-dir", run, "--set", "unlearning.steps=1", "--set", "distributed.nproc=1"])
-    assert result.returncode == 0, result.stderr[-2000:]
-    assert "deepspeed.runtime.zero.muon.muon_optimizer" in result.stderr
-    assert "torch._inductor.compile_fx" not in result.stderr
 
 
 def copy_of(run: Path, destination: Path) -> Path:
@@ -174,7 +161,7 @@ def test_what_is_saved_behind_training_is_what_waiting_saves(calibrated: tuple[P
     """Bit for bit, although the files are written when the next step has changed the state, which waits for nothing."""
     config, prepared_run = calibrated
     shapes = [["unlearning.zero_stage=3", "distributed.ep=2", "model.dtype=bf16"]]
-    shapes += [[f"unlearning.zero_stage={stage}", f"distributed.ep={ep}"] for stage, ep in ((3, 1), (2, 2), (1, 1))]
+    shapes += [["unlearning.zero_stage=1", "distributed.ep=1"]]
     overrides = ["unlearning.forget_loss=graddiff", "unlearning.steps=6", "unlearning.save_every=3"]
     runs = [copy_of(prepared_run, tmp_path / str(number)) for number in range(len(shapes))]
     work = [(str(run), [*shape, *overrides]) for run, shape in zip(runs, shapes, strict=True)]
@@ -220,9 +207,7 @@ def test_what_happens_while_a_checkpoint_is_written_loses_nothing(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("stage", "shapes"), [(3, [(2, 2), (1, 1), (2, 2), (2, 1), (4, 2)]), (1, [(2, 2), (1, 1), (2, 2)])]
-)
+@pytest.mark.parametrize(("stage", "shapes"), [(3, [(2, 2), (1, 1), (2, 1)]), (1, [(2, 2), (1, 1), (2, 2)])])
 def test_resumes_on_another_number_of_ranks_and_expert_parallel_size(
     calibrated: tuple[Path, Path], tmp_path: Path, stage: int, shapes: list[tuple[int, int]]
 ) -> None:
@@ -395,40 +380,15 @@ def test_what_is_no_shard_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_file_that_is_held_is_the_file_that_was_to_be_written(tmp_path: Path) -> None:
-    """Views of one storage, two names of one tensor, parameters; changed after it was held. What finds no room in host
-    memory is written at once."""
-    import torch
-
-    from trace_ds.checkpoints.serialization import ShardFiles
-
-    flat = torch.arange(1000.0)
-    parameter = torch.nn.Parameter(torch.ones(30))
-    state = {"views": [flat[:10], flat[500:].view(50, 10)], "tied": (parameter, parameter), "halves": flat.bfloat16()}
-    (tmp_path / "now").mkdir(), (tmp_path / "later").mkdir()
-    at_once, files = ShardFiles(None), ShardFiles(None)
-    at_once.save(state, tmp_path / "now" / "shard.pt")
-    expected = at_once.write()[str(tmp_path / "now" / "shard.pt")]
-    files.begin(4 * 1000 + 4 * 30 + 2 * 1000 + 101)
-    files.save(state, tmp_path / "later" / "shard.pt")
-    files.save({"more": torch.zeros(100)}, tmp_path / "later" / "more.pt")
-    assert [path.name for path in (tmp_path / "later").iterdir()] == ["more.pt"] and files.uncopied_bytes == 400
-    flat.zero_(), parameter.data.zero_()
-    assert files.write()[str(tmp_path / "later" / "shard.pt")] == expected
-    assert (tmp_path / "later" / "shard.pt").read_bytes() == (tmp_path / "now" / "shard.pt").read_bytes()
-    assert len(files.write()) == 2 and not files._held
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [3, 1])
-def test_deepspeeds_own_tools_read_our_checkpoints(stage: int, calibrated: tuple[Path, Path], tmp_path: Path) -> None:
+def test_deepspeeds_own_tools_read_our_checkpoints(calibrated: tuple[Path, Path], tmp_path: Path) -> None:
     """``zero_to_fp32.py`` beside them gives the model that our converter gives; ``ds_to_universal``, asked for nothing
     more than the folder, every state that ours writes."""
     from safetensors.torch import load_file as load_tensors
     from transformers import AutoModelForCausalLM
 
     config, run = calibrated[0], copy_of(calibrated[1], tmp_path / "run")
-    overrides = [f"unlearning.zero_stage={stage}", "unlearning.steps=1", "unlearning.forget_loss=graddiff"]
+    overrides = ["unlearning.zero_stage=3", "unlearning.steps=1", "unlearning.forget_loss=graddiff"]
     assert not any(run_distributed(jobs.unlearn_job, 2, str(config), str(run), overrides))
     checkpoints = run / "checkpoints"
     step = checkpoints / "step_000001"
@@ -449,16 +409,6 @@ def test_deepspeeds_own_tools_read_our_checkpoints(stage: int, calibrated: tuple
             theirs = torch.load(tmp_path / "theirs" / path.relative_to(tmp_path / "ours"), weights_only=True)
             theirs = theirs["param"] if isinstance(theirs, dict) else theirs
             assert torch.equal(torch.load(path, weights_only=True)["param"].flatten(), theirs.flatten()), path
-
-
-@pytest.mark.parametrize(("ep", "there", "kept"), [(1, None, "DeepSpeed Team"), (1, "mine", "mine"), (2, None, None)])
-def test_the_script_is_left_where_it_can_read(ep: int, there: str | None, kept: str | None, tmp_path: Path) -> None:
-    script = tmp_path / "zero_to_fp32.py"
-    if there is not None:
-        script.write_text(there)
-    leave_script(tmp_path, Manifest(1, 2, ep, 3, "mixtral", "job", {}, "calibration", "bf16", {}, {}))
-    assert script.exists() == (kept is not None)
-    assert kept is None or kept in script.read_text()
 
 
 DS_CONFIGS = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
@@ -483,17 +433,12 @@ def test_shipped_deepspeed_settings_train_to_the_same_losses(calibrated: tuple[P
         np.testing.assert_allclose(losses_of(run), losses_of(runs["plain"]), rtol=1e-5, atol=1e-8)
 
 
-REFUSED = ("expert_parallel", "optimizer", "scheduler", "bf16", "fp16", "gradient_clipping", "train_batch_size")
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         ("{", "is damaged"),
-        ("[1]", "not a JSON object"),
         ('{"zero_optimization": 3}', "zero_optimization is not a JSON object"),
         ('{"zero_optimization": {"stage": 1}}', "the key 'zero_optimization.stage' is set by the run's own"),
-        *((f'{{"{key}": {{}}}}', f"the key '{key}' is set by the run's own") for key in REFUSED),
     ],
 )
 def test_a_wrong_deepspeed_file_is_refused(

@@ -68,7 +68,7 @@ def test_false_discoveries_stay_below_the_nominal_rate_where_the_naive_test_exce
 
 
 @pytest.mark.parametrize("heavy_tailed", [False, True])
-@pytest.mark.parametrize("documents", [(4, 4), (4, 150), (50, 4), (15, 150)])
+@pytest.mark.parametrize("documents", [(4, 4), (4, 150), (15, 150)])
 def test_few_documents_make_no_discoveries(documents: tuple[int, int], heavy_tailed: bool) -> None:
     """With Welch–Satterthwaite's degrees of freedom .30 of the draws with 4 and 150 documents have a discovery, and
     counted as D documents, not as Kish's effective number, .38 of those with 15 and 150 and heavy tails."""
@@ -86,15 +86,6 @@ def test_true_differences_are_found() -> None:
     for place in boost:
         assert found.low_LE[place] < np.exp(found.log_ratio_LE[place]) < found.high_LE[place]
         assert found.low_LE[place] > 1.25
-
-
-def test_interval_covers_the_true_ratio() -> None:
-    rng = np.random.default_rng(5)
-    covered = []
-    for _ in range(60):
-        found = detect(simulate(rng, 80), simulate(rng, 80), DetectionConfig())
-        covered.append(((found.low_LE <= 1.0) & (found.high_LE >= 1.0)).mean())
-    assert 0.93 < np.mean(covered) < 0.985
 
 
 def test_load_rule_and_layers() -> None:
@@ -143,18 +134,3 @@ def test_top_methods_rank_and_count(method: str, per_layer: bool) -> None:
     chosen = list(found.selected_LE) if per_layer else [found.selected_LE.ravel()]
     for group, mask in zip(groups, chosen, strict=True):
         assert set(np.nonzero(mask)[0]) == set(np.argsort(-group)[:2])
-
-
-def test_top_methods_never_take_experts_that_forget_text_uses_less() -> None:
-    forget, retain = (corpus.statistics(8) for corpus in make_world(seed=2))
-    found = detect(forget, retain, DetectionConfig(method="top_difference", top_n=8))
-    assert (forget.frequency_LE > retain.frequency_LE)[found.selected_LE].all()
-    assert 0 < found.selected_LE.sum() < 24
-
-
-def test_statistics_of_two_models_are_refused() -> None:
-    rng = np.random.default_rng(0)
-    one = simulate(rng, 10)
-    other = RoutingStatistics(**{**vars(one), "top_k": 4})
-    with pytest.raises(ValueError, match="different models"):
-        detect(one, other, DetectionConfig())

@@ -71,15 +71,6 @@ def test_likeness_is_one_for_near_text_and_zero_for_the_average(monkeypatch) -> 
     ) == pytest.approx(0.0, abs=0.05)
 
 
-def test_likeness_of_documents_that_do_not_differ_is_shrunk_to_zero() -> None:
-    rng = np.random.default_rng(1)
-    logits = rng.normal(scale=0.8, size=(3, 3, EXPERTS))
-    forget = make_corpus(rng, np.zeros(100, np.int64), logits, 2)
-    retain = make_corpus(rng, np.full(300, 2), logits, 2, document_tokens=12, taste=0.0)
-    like = likenesses(forget, retain)
-    assert np.abs(like).max() < 0.4, "short documents must not look alike by chance"
-
-
 @pytest.mark.parametrize(("near_share", "warned"), [(0.2, False), (0.0, True)])
 def test_warns_when_no_retain_text_is_routed_like_the_forget_text(near_share: float, warned: bool) -> None:
     forget, retain = worlds(near_share)
@@ -89,16 +80,6 @@ def test_warns_when_no_retain_text_is_routed_like_the_forget_text(near_share: fl
     assert any("no retain text is routed like the forget text" in w for w in warnings) == warned
     away = find_warnings(CalibrationConfig(), found, replace(made, achieved_LE=found.retain_LE - 0.1), None, True)
     assert any("ended farther from their forget frequency" in w for w in away)
-
-
-def test_the_same_text_given_twice_is_called_that() -> None:
-    _, retain = worlds(0.2)
-    statistics = retain.statistics(EXPERTS)
-    assert likeness(retain.tokens, retain.selections(EXPERTS), statistics.frequency_LE, statistics.frequency_LE) is None
-    found, made = calibrated(retain, retain, None)
-    (first, *others) = find_warnings(CalibrationConfig(), found, made, None, True)
-    assert "routed exactly alike, as the same text is: look whether data.forget and data.retain" in first
-    assert not any("no retain text is routed like" in line for line in others)
 
 
 def test_warns_of_weights_that_do_little_of_what_was_asked(tmp_path) -> None:

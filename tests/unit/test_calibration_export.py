@@ -16,7 +16,6 @@ from trace_ds.calibration.export import export
 from trace_ds.calibration.pytorch import collate_rows, weighted_retain_loss
 from trace_ds.config.load import load_config
 from trace_ds.corpora.dataset import TokenDataset
-from trace_ds.errors import UserError
 from trace_ds.run import artefact
 from trace_ds.run.directory import RunDirectory
 
@@ -61,15 +60,6 @@ def test_parquet_holds_the_weights_of_every_row_and_document(calibrated, tmp_pat
         assert entry["weight"] == (pytest.approx(mine.mean()) if len(mine) else None)
     top = json.loads(made.file("diagnosis.json").read_text())["top_documents"][0]
     assert documents[top["document"]]["weight"] == pytest.approx(top["weight"], rel=1e-5)
-
-
-def test_export_refuses_other_data(calibrated, tmp_path) -> None:
-    _, run = calibrated
-    data = artefact.load(run.data, "data")
-    made = artefact.load(run.calibration, "calibration")
-    other = artefact.Artefact("calibration", {**made.inputs, "data": "0"}, made.settings, made.files, {}, made.path)
-    with pytest.raises(UserError, match="made from other data"):
-        export(data, other, tmp_path)
 
 
 def test_calibrate_writes_the_dataset_when_asked(prepared, tmp_path) -> None:  # noqa: F811

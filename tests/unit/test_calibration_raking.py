@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from calibration_world import Corpus, make_world
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import optimize
 
@@ -54,32 +54,6 @@ def test_one_expert_has_the_closed_form(active: int, idle: int, target: float) -
     np.testing.assert_allclose(w, [target / p, (1 - target) / (1 - p)], rtol=1e-5)
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_agrees_with_a_brute_force_convex_solver(seed: int) -> None:
-    """scipy minimises KL(w ‖ uniform) over the weights themselves, under the constraints: no dual involved."""
-    rng = np.random.default_rng(seed)
-    active = correlated(rng, 60, 3)
-    p = active.mean(axis=0)
-    target = 0.6 * p + 0.4 * np.clip(p + 0.25, 0, 0.9)
-    ours = weights(active, rake(units_of(active), target, p, 1e9, 1e-9).theta_S)
-    constraints = [
-        {"type": "eq", "fun": lambda w: w.mean() - 1.0, "jac": lambda w: np.full(60, 1 / 60)},
-        {"type": "eq", "fun": lambda w: active.T @ w / 60 - target, "jac": lambda w: active.T / 60},
-    ]
-    brute = optimize.minimize(
-        lambda w: float((w * np.log(w)).mean()),
-        np.ones(60),
-        jac=lambda w: (np.log(w) + 1) / 60,
-        bounds=[(1e-9, None)] * 60,
-        constraints=constraints,
-        method="SLSQP",
-        options={"maxiter": 2000, "ftol": 1e-14},
-    )
-    assert brute.success
-    np.testing.assert_allclose(ours, brute.x, atol=2e-4)
-    assert (ours * np.log(ours)).mean() <= (brute.x * np.log(brute.x)).mean() + 1e-7
-
-
 def reference(active_TS: np.ndarray, target_S: np.ndarray) -> np.ndarray:
     """Weights from scipy's trust-region Newton on the plain dual, float64, run until it cannot go on."""
 
@@ -107,19 +81,18 @@ def reference(active_TS: np.ndarray, target_S: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("sample", [1 << 18, 4000])
-@pytest.mark.parametrize("floor", [0.3, 0.8])
-def test_weights_are_those_of_a_plain_long_running_solver(monkeypatch, sample: int, floor: float) -> None:
+def test_weights_are_those_of_a_plain_long_running_solver(monkeypatch, sample: int) -> None:
     """On all tokens at once, and on a sample of them first."""
     monkeypatch.setattr(raking, "SAMPLE_UNITS", sample)
     forget, retain = make_world(seed=3, layers=4, experts=10, top_k=3, documents=600)
     active = retain.dense(10).astype(float)
     p, q = active.mean(axis=0), forget.dense(10).mean(axis=0)
-    made = rake(Units(retain.as_trace(), np.ones((4, 10), dtype=bool), retain.tokens), q, p, 20.0, floor)
+    made = rake(Units(retain.as_trace(), np.ones((4, 10), dtype=bool), retain.tokens), q, p, 20.0, 0.5)
     assert made.converged and made.strength < 1 and not any(made.reason_S)
     assert (made.passes > 1) == (sample < len(active))
     np.testing.assert_allclose(made.target_S, p + made.strength * (q - p), atol=1e-12)
     w, wanted = weights(active, made.theta_S), reference(active, made.target_S)
-    assert floor <= ess(w) < floor * 1.001
+    assert 0.5 <= ess(w) < 0.5005
     np.testing.assert_allclose(w @ active / w.sum(), made.target_S, atol=2e-6)
     np.testing.assert_allclose(w, wanted, rtol=1e-3)
 
@@ -187,30 +160,20 @@ def test_copies_of_one_layer_are_solved_alike_at_every_size(seed: int, count: in
     assert strengths == sorted(strengths)
 
 
-def test_the_floor_is_met_on_all_tokens_where_a_sample_is_too_small(monkeypatch) -> None:
-    monkeypatch.setattr(raking, "SAMPLE_UNITS", 200)
-    monkeypatch.setattr(raking, "SAMPLE_UNITS_PER_CONSTRAINT", 1)
-    forget, retain = make_world(seed=3, layers=4, experts=10, top_k=3, documents=600)
-    p, q = retain.dense(10).mean(axis=0), forget.dense(10).mean(axis=0)
-    made = rake(Units(retain.as_trace(), np.ones((4, 10), dtype=bool), retain.tokens), q, p, 20.0, 0.5)
-    assert ess(weights(retain.dense(10), made.theta_S)) >= 0.5
-    assert made.converged == (made.error <= 1e-6)
-
-
 def errors(corpus: Corpus, experts: int) -> np.ndarray:
     return np.sqrt(corpus.statistics(experts).variance_LE()).ravel()
 
 
-def test_thousands_of_experts_meet_the_floor_and_their_targets(tmp_path) -> None:
-    """1,664 experts whose use is decided by the token in all layers at once, 6,000 tokens. A solver that takes lambda
+def test_hundreds_of_experts_meet_the_floor_and_their_targets(tmp_path) -> None:
+    """768 experts whose use is decided by the token in all layers at once, 3,000 tokens. A solver that takes lambda
     back whenever it ends a little short of its tolerance ends with weights that are all 1."""
     rng = np.random.default_rng(0)
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {"TYPES": 300, "TOPICS": 6, "VARIANTS": 2}.items():
             patch.setattr(bench_calibrate, name, value)
-        tables = bench_calibrate.choice_tables(rng, 26, 64, 8)
-        bench_calibrate.write_corpus(tmp_path / "forget", rng, tables, 5000, True)
-        bench_calibrate.write_corpus(tmp_path / "retain", rng, tables, 6000, False)
+        tables = bench_calibrate.choice_tables(rng, 12, 64, 8)
+        bench_calibrate.write_corpus(tmp_path / "forget", rng, tables, 2500, True)
+        bench_calibrate.write_corpus(tmp_path / "retain", rng, tables, 3000, False)
     sides = []
     for side in ("forget", "retain"):
         documents = np.load(tmp_path / f"{side}_documents.npy")
@@ -218,7 +181,7 @@ def test_thousands_of_experts_meet_the_floor_and_their_targets(tmp_path) -> None
         sides.append(Corpus(np.load(tmp_path / f"{side}.npy"), token_map, np.zeros(0)))
     retain = sides[1]
     q, p = (corpus.dense(64).mean(axis=0) for corpus in sides)
-    everything = np.ones((26, 64), dtype=bool)
+    everything = np.ones((12, 64), dtype=bool)
     made = rake(Units(retain.as_trace(), everything, retain.tokens), q, p, 20.0, 0.5, errors(retain, 64))
     assert made.converged and made.strength < 1 and 0.5 <= made.point.ess < 0.505
     assert made.strength > 0.05 and made.point.max_weight > 5
@@ -227,18 +190,6 @@ def test_thousands_of_experts_meet_the_floor_and_their_targets(tmp_path) -> None
     miss = np.abs(w @ retain.dense(64) / w.sum() - made.target_S)
     assert (miss <= np.maximum(1e-6, 1e-2 * errors(retain, 64))).all()
     assert np.abs(made.target_S - p).max() > 0.01
-
-
-def test_more_experts_than_tokens_meet_the_floor_within_the_errors() -> None:
-    """2,048 experts and some 1,300 tokens: the weights could be fitted to noise, so targets are met within errors."""
-    forget, retain = make_world(seed=0, layers=32, experts=64, top_k=8, documents=60)
-    q, p, error = forget.dense(64).mean(axis=0), retain.dense(64).mean(axis=0), errors(retain, 64)
-    everything = np.ones((32, 64), dtype=bool)
-    made = rake(Units(retain.as_trace(), everything, retain.tokens), q, p, 20.0, 0.5, error)
-    assert made.converged and made.strength < 1 and 0.5 <= made.point.ess < 0.505
-    assert made.strength > 0.05 and np.isfinite(made.theta_S).all()
-    miss = np.abs(made.point.frequency_S - made.target_S)
-    assert (miss <= np.maximum(error, 1e-3)).mean() > 0.99 and miss.max() < 0.3 * np.abs(made.target_S - p).max()
 
 
 def test_a_solver_that_is_stopped_says_so(monkeypatch) -> None:
@@ -261,7 +212,6 @@ def test_errors_that_are_not_known_leave_finite_weights() -> None:
 
 
 @settings(max_examples=80, deadline=None)
-@example(seed=0, count=2, constraints=3, kinds=["always"] + ["free"] * 4, targets=[0.0] * 5, floor=0.05)
 @given(
     seed=st.integers(0, 2**32 - 1),
     count=st.integers(1, 40),
@@ -291,57 +241,19 @@ def test_degenerate_inputs_give_finite_weights_above_the_floor(seed, count, cons
         assert made.reason_S[0] == kinds[0] and made.offered_S[0] == p[0]
 
 
-def test_identical_experts_get_a_common_target() -> None:
-    active = np.array([[1, 1], [0, 0], [0, 0], [1, 1]] * 20, dtype=bool)
-    made = rake(units_of(active), np.array([0.6, 0.8]), active.mean(axis=0), 20.0, 0.1)
-    np.testing.assert_allclose(made.point.frequency_S, [0.6, 0.6], atol=1e-6)  # the nearer one of the two
-    assert made.reason_S == ["", "tied"] and made.converged
-
-
-def test_a_layer_whose_fixed_experts_leave_a_rest_still_sums_to_top_k() -> None:
-    forget, retain = make_world(seed=7)
-    trace = retain.trace_TLK.copy()
-    trace[:, 1] = np.where(trace[:, 1] == 3, 7, trace[:, 1])  # expert 1/3 is never selected by retain text
-    both = (trace[:, 1] == 7).sum(axis=1) == 2
-    trace[both, 1] = [6, 7]
-    retain = type(retain)(trace, retain.tokens, retain.topic_D)
-    p, q = retain.dense(8).mean(axis=0), forget.dense(8).mean(axis=0)
-    scope = np.ones((3, 8), dtype=bool)
-    target, reason = offer(scope, p, q, 20.0)
-    assert target[8 + 3] == 0 and reason[8 + 3] == "never"
-    assert target[8:16].sum() == pytest.approx(2.0, abs=1e-9)
-    np.testing.assert_allclose(target[:8], q[:8], atol=1e-9)
-    made = rake(Units(retain.as_trace(), scope, retain.tokens), q, p, 20.0, 0.5)
-    assert made.converged and made.strength > 0.05 and made.reason_S[8 + 3] == "never"
-
-
-def rare_pair(rng: np.random.Generator, first: slice, second: slice) -> np.ndarray:
-    """Eight correlated experts and two rare ones that are used by the tokens of the slices only, bool [20,000, 10]."""
+def test_two_experts_that_exclude_each_other_do_not_stop_the_others() -> None:
+    """Of two rare experts the first is selected only where the second is; eight correlated ones go on."""
     rare = np.zeros((20_000, 2), dtype=bool)
-    rare[first, 0] = rare[second, 1] = True
-    return np.concatenate([correlated(rng, 20_000, 8), rare], axis=1)
-
-
-@pytest.mark.parametrize(
-    ("first", "second", "factors", "reason"),
-    [
-        (slice(5, 6), slice(5, 6), (10.0, 0.3), "tied"),  # on one token: both must have one frequency
-        (slice(5, 8), slice(5, 11), (6.0, 0.4), "tied"),  # the first only where the second is
-        (slice(0, 400), slice(0, 600), (3.0, 0.8), "tied"),
-    ],
-)
-def test_two_experts_that_exclude_each_other_do_not_stop_the_others(
-    first: slice, second: slice, factors: tuple[float, float], reason: str
-) -> None:
-    active = rare_pair(np.random.default_rng(0), first, second)
+    rare[5:8, 0] = rare[5:11, 1] = True
+    active = np.concatenate([correlated(np.random.default_rng(0), 20_000, 8), rare], axis=1)
     p = active.mean(axis=0)
-    q = np.concatenate([np.clip(p[:8] + 0.15, 0, 0.95), p[8:] * factors])
+    q = np.concatenate([np.clip(p[:8] + 0.15, 0, 0.95), p[8:] * (6.0, 0.4)])
     made = rake(units_of(active), q, p, 20.0, 0.5)
     w = weights(active, made.theta_S)
     alone = rake(units_of(active[:, :8]), q[:8], p[:8], 20.0, 0.5)
     assert made.strength == pytest.approx(alone.strength, abs=0.02) and made.strength > 0.9
     np.testing.assert_allclose((w @ active / w.sum())[:8], (p + made.strength * (q - p))[:8], atol=1e-5)
-    assert reason in made.reason_S[8:] and not any(made.reason_S[:8])
+    assert "tied" in made.reason_S[8:] and not any(made.reason_S[:8])
     np.testing.assert_allclose(made.target_S, w @ active / w.sum(), atol=1e-5)
     assert ess(w) >= 0.5 - 1e-9
 
@@ -349,15 +261,6 @@ def test_two_experts_that_exclude_each_other_do_not_stop_the_others(
 def test_a_target_far_beyond_the_retain_frequency_is_limited() -> None:
     target, reason = offer(np.array([[True, False]]), np.array([0.001]), np.array([0.4]), 20.0)
     assert target[0] == pytest.approx(0.02) and reason == ["rare"]
-
-
-def test_targets_that_no_weights_meet_are_named_and_not_called_met() -> None:
-    """The two experts exclude each other on retain text, and both are asked for nearly always."""
-    active = np.array([[1, 0]] * 50 + [[0, 1]] * 50 + [[0, 0]] * 100, dtype=bool)
-    made = rake(units_of(active), np.array([0.9, 0.6]), active.mean(axis=0), 20.0, 0.01)
-    assert "tied" in made.reason_S
-    np.testing.assert_allclose(made.target_S, made.point.frequency_S, atol=1e-5)
-    assert made.point.ess >= 0.01 and made.point.frequency_S.sum() > 0.99
 
 
 def test_empty_scope_and_no_tokens() -> None:

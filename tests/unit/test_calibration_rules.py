@@ -88,10 +88,9 @@ def test_weights_of_tokens_have_mean_one_and_keep_the_floor(world: World, tmp_pa
         assert made.row_weight_R[row] == pytest.approx(mine.mean() if len(mine) else 0.0, rel=1e-12)
 
 
-@pytest.mark.parametrize("floor", [0.3, 0.8])
 @pytest.mark.parametrize("rule", SOLVED)
-def test_weights_of_rows_meet_the_floor_of_the_rows_without_a_trace(world: World, rule: str, floor: float) -> None:
-    _, retain, detection = world
+def test_weights_of_rows_meet_the_floor_of_the_rows_without_a_trace(world: World, rule: str) -> None:
+    floor, (_, retain, detection) = 0.3, world
     made = by_rows(world, rule=rule, ess_floor=floor)
     sizes_R = retain.tokens.counted_per_row()
     slack = 0.05 if rule == "permuted" else 0.001  # its rows are of unequal length
@@ -169,38 +168,6 @@ def test_literal_against_the_slow_way(world: World, tmp_path: Path) -> None:
     assert 0 < made.exponent < 1 and 0.97 <= size(w) < 0.972
 
 
-def test_row_weights_take_more_near_rows_than_row_means_of_token_weights(world: World, tmp_path: Path) -> None:
-    """At one floor: what is drawn, in the share of the near topic's documents."""
-    _, retain, _ = world
-    near_T = (retain.topic_D == 1)[np.asarray(retain.tokens.document_ids_T)][retain.counted_T]
-    row_T = np.concatenate([retain.tokens.row_of(*span) for span in retain.tokens.spans()])[retain.counted_T]
-    share = []
-    for made in (by_tokens(world, tmp_path, ess_floor=0.3)[0], by_rows(world, ess_floor=0.3)):
-        drawn_T = made.row_weight_R[row_T]
-        share.append(float(drawn_T[near_T].sum() / drawn_T.sum() / near_T.mean()))
-    assert share[1] > share[0] > 1.2
-
-
-@pytest.mark.parametrize("rule", [rule for rule in RULES if rule != "permuted"])  # that one depends on places by intent
-def test_the_order_of_the_rows_does_not_matter(world: World, tmp_path: Path, rule: str) -> None:
-    forget, retain, detection = world
-    starts = retain.tokens.row_starts_R1
-    order = np.random.default_rng(0).permutation(retain.tokens.rows)
-    place_T = np.concatenate([np.arange(starts[row], starts[row + 1]) for row in order])
-    row_T, old_T = np.repeat(order, np.diff(starts)[order]), retain.tokens.document_ids_T[place_T]
-    documents_T = np.append(0, np.cumsum((np.diff(row_T) != 0) | (np.diff(old_T) != 0))).astype(np.int32)
-    moved = token_module.TokenMap(
-        np.append(0, np.cumsum(np.diff(starts)[order])), documents_T, int(documents_T[-1]) + 1
-    )
-    topics = retain.topic_D[old_T[np.unique(documents_T, return_index=True)[1]]]
-    other = forget, Corpus(retain.trace_TLK[place_T], moved, topics), detection
-    tokens = [by_tokens(each, tmp_path / str(n), rule=rule)[0] for n, each in enumerate((world, other))]
-    np.testing.assert_allclose(tokens[1].weight_T, np.asarray(tokens[0].weight_T)[place_T], rtol=1e-5)
-    if rule in BY_ROWS:
-        rows = [by_rows(each, rule=rule).row_weight_R for each in (world, other)]
-        np.testing.assert_allclose(rows[1], rows[0][order], rtol=1e-4)
-
-
 @pytest.mark.parametrize("rule", RULES)
 def test_sharding_changes_no_bit_and_neither_does_running_again(world, tmp_path, monkeypatch, rule: str) -> None:
     monkeypatch.setattr("trace_ds.corpora.dataset.CHUNK_TOKENS", 1000)
@@ -210,13 +177,6 @@ def test_sharding_changes_no_bit_and_neither_does_running_again(world, tmp_path,
     if rule in BY_ROWS:
         rows = [by_rows(world, parts=parts, rule=rule).row_weight_R for parts in (1, 5)]
         np.testing.assert_array_equal(rows[0], rows[1])
-
-
-def test_uniform_needs_no_trace_and_others_say_so(world: World, tmp_path: Path) -> None:
-    made = weigh_tokens(requested(world, rule="uniform"), None, tmp_path)
-    assert (np.asarray(made.weight_T)[world[1].counted_T] == 1.0).all() and made.ess == 1.0
-    with pytest.raises(ValueError, match="needs the routing trace"):
-        weigh_tokens(requested(world), None, tmp_path)
 
 
 def test_source_weights_are_those_asked_for_until_the_floor_flattens_them(world: World, tmp_path: Path) -> None:
@@ -253,7 +213,7 @@ def test_theta_gives_the_weights_and_is_centred_in_fully_constrained_layers(worl
     np.testing.assert_allclose((detection.retain_LE * made.theta_LE).sum(axis=1), 0.0, atol=1e-12)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     seed=st.integers(0, 2**32 - 1),
     rule=st.sampled_from(RULES),

@@ -10,7 +10,7 @@ import torch
 from objective_reference import FORMULAS, token_values
 
 from trace_ds.config.sections.unlearning import UnlearningConfig
-from trace_ds.models.token_nll import token_nll, weighted_sum
+from trace_ds.models.token_nll import token_nll
 from trace_ds.unlearning import loss, objectives
 from trace_ds.unlearning.goals import Multiplier
 
@@ -75,26 +75,6 @@ def test_token_nll_is_the_log_probability_of_the_next_token() -> None:
                 probabilities = torch.softmax(logits[row, position].double(), 0)
                 expected = -math.log(float(probabilities[ids[row, position + 1]]))
             assert math.isclose(float(found[row, position]), expected, rel_tol=1e-5, abs_tol=1e-7)
-
-
-def test_weights_multiply_and_are_not_renormalised() -> None:
-    values, weights = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[2.0, 0.0], [1.0, 0.5]])
-    assert float(weighted_sum(values, weights)) == 2.0 + 3.0 + 2.0
-
-
-def test_rmu_target_has_the_length_and_depends_on_the_seed_only() -> None:
-    target = objectives.rmu_target(64, seed=3, length=12.5)
-    assert math.isclose(float(target.double().norm()), 12.5, rel_tol=1e-6)
-    assert torch.equal(target, objectives.rmu_target(64, seed=3, length=12.5))
-    assert not torch.equal(target, objectives.rmu_target(64, seed=4, length=12.5))
-
-
-def test_hidden_mse() -> None:
-    hidden, target = torch.tensor([[[1.0, 3.0]]], requires_grad=True), torch.tensor([[[0.0, 1.0]]])
-    value = objectives.hidden_mse(hidden, target)
-    assert value.tolist() == [[2.5]]
-    (gradient,) = torch.autograd.grad(value.sum(), hidden)
-    assert gradient.tolist() == [[[1.0, 2.0]]]  # 2 (h - target) / D
 
 
 TOKEN_LOSSES = sorted(FORMULAS)

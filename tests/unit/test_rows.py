@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trace_ds.unlearning import batches as rows_module
 from trace_ds.unlearning.batches import EpochRows, SampledRows, share_of_rank
 
 
@@ -19,17 +18,6 @@ def test_every_row_once_per_epoch_and_reshuffled() -> None:
     assert len({tuple(seen[epoch * 7 : epoch * 7 + 7]) for epoch in range(6)}) > 1
     assert EpochRows(np.arange(10, 17), 3, seed=1, stream=1).at(9).tolist() == rows.at(9).tolist()
     assert EpochRows(np.arange(10, 17), 3, seed=2, stream=1).at(9).tolist() != rows.at(9).tolist()
-
-
-def test_an_epoch_is_shuffled_once_and_only_the_present_one_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[int] = []
-    real = rows_module.generator
-    monkeypatch.setattr(rows_module, "generator", lambda *key: made.append(key[-1]) or real(*key))
-    rows = EpochRows(np.arange(7), 3, seed=1, stream=1)
-    seen = np.concatenate([rows.at(step) for step in range(7)])
-    assert made == [0, 1, 2] and len(rows._orders) == 1
-    assert seen.tolist() == np.concatenate([real(1, 1, epoch).permutation(np.arange(7)) for epoch in range(3)]).tolist()
-    assert rows.at(0).tolist() == seen[:3].tolist()  # any step, in any order
 
 
 def test_sampling_is_proportional_to_the_weights() -> None:

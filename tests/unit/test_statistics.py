@@ -5,8 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from calibration_world import make_world
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from trace_ds.routing.statistics import RoutingStatistics
 
@@ -59,16 +57,6 @@ def test_variance_agrees_with_the_bootstrap_over_documents_and_not_with_the_bino
 def test_fewer_than_two_documents_have_no_error(documents: int) -> None:
     c_DE, n_D = per_document(np.random.default_rng(2), documents, 4)
     assert np.isinf(from_documents(c_DE, n_D).variance_LE()).all()
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.integers(2, 30), st.integers(0, 2**32 - 1))
-def test_variance_is_finite_and_zero_when_all_documents_are_alike(documents: int, seed: int) -> None:
-    c_DE, n_D = per_document(np.random.default_rng(seed), documents, 3)
-    variance = from_documents(c_DE, n_D).variance_LE()
-    assert np.isfinite(variance).all() and (variance >= 0).all()
-    alike = from_documents(np.repeat(c_DE[:1], documents, axis=0), np.repeat(n_D[:1], documents))
-    np.testing.assert_allclose(alike.variance_LE(), 0.0, atol=1e-12)
 
 
 def test_frequencies_of_a_layer_sum_to_top_k_and_survive_the_file(tmp_path) -> None:
