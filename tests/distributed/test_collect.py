@@ -54,7 +54,7 @@ def families(shared_folder: None) -> dict[str, Path]:
 def small_data(families: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Configurations over a few documents: rows that hold several, and rows of one document, padded."""
     configs = {}
-    for name, changes in (("packed", {"data__packing": "dense"}), ("padded", {"data__documents_per_row": 1})):
+    for name, changes in (("packed", {"data__packing": "dense"}), ("padded", {"data__packing": "single"})):
         folder = tmp_path_factory.mktemp(name)
         config = tiny.write_config(folder, families["mixtral"], **changes)
         for side in ("forget", "retain"):
@@ -130,7 +130,7 @@ def test_documents_that_mix_are_refused(
     attention a state does."""
     shutil.copytree(small_data["packed"].parent / "run" / "data", tmp_path / "run" / "data")
     model = f"model.path={families[family]}"
-    with pytest.raises(AssertionError, match=r"mixes the documents of a packed row.*documents_per_row: 1"):
+    with pytest.raises(AssertionError, match=r"mixes the documents of a packed row.*packing: single"):
         run_distributed(jobs.collect_job, 1, str(small_data["packed"]), str(tmp_path / "run"), [model])
     assert not (tmp_path / "run" / "statistics").exists()
 

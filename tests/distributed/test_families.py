@@ -30,7 +30,7 @@ def test_unlearning_with_expert_parallelism_equals_the_reference(family: str, st
     """Shared experts, a dense first layer, sigmoid and group-limited routing, linear attention, at expert-parallel size
     2."""
     model = tiny.make_model(tmp_path / "model", family)
-    config = tiny.write_config(tmp_path, model, data__documents_per_row=1 if family == "qwen3_5_moe_text" else None)
+    config = tiny.write_config(tmp_path, model, data__packing="single" if family == "qwen3_5_moe_text" else "dense")
     run = jobs.prepared_run(config, tmp_path / "run")
     overrides = [
         *GRADIENT_LIKE,

@@ -66,7 +66,7 @@ def calibrated(tiny_model: Path) -> tuple[Path, Path]:
         refusals = folder / "refusals.jsonl"
         texts = ["the window is a garden", "no letter of the king", "a winter street"]
         refusals.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-        changes = {"data__alternative": [{"path": str(refusals)}], "data__documents_per_row": 1}
+        changes = {"data__alternative": str(refusals), "data__packing": "single"}
         calibrated_run(tiny.write_config(folder, tiny_model, statistics__nll=True, **changes), folder / "run", world=2)
 
     folder = jobs.made_once("objectives", make)
@@ -142,7 +142,7 @@ def test_what_a_loss_needs_is_asked_for(calibrated: tuple[Path, Path], tmp_path:
     with pytest.raises(UserError, match=r"dpo needs statistics\.nll: true"):
         load_config(str(config), ["unlearning.forget_loss=dpo", "statistics.nll=false"], prepared)
     with pytest.raises(UserError, match=r"dpo needs data\.alternative"):
-        load_config(str(config), ["unlearning.forget_loss=dpo", "data.alternative=[]"], prepared)
+        load_config(str(config), ["unlearning.forget_loss=dpo", "data.alternative=null"], prepared)
     with pytest.raises(UserError, match=r"unlearning\.retain_loss"):
         load_config(str(config), ["unlearning.retain_loss=mse"], prepared)
     loaded, run = load_config(str(config), ["unlearning.forget_loss=dpo"], copy_of(prepared, tmp_path / "run"))

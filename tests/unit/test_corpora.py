@@ -22,22 +22,20 @@ def parts(documents: list[list[int]]) -> list[list[list[int]]]:
     ]
 
 
-@given(documents_strategy, st.integers(2, 9), st.sampled_from(["dense", "whole"]), st.sampled_from([None, 1, 2]))
-def test_packing_keeps_every_token_in_order(
-    documents: list[list[int]], length: int, packing: str, per_row: int | None
-) -> None:
+@given(documents_strategy, st.integers(2, 9), st.sampled_from(["dense", "whole", "single"]))
+def test_packing_keeps_every_token_in_order(documents: list[list[int]], length: int, packing: str) -> None:
     counts = PackingCounts()
-    rows = list(pack(parts(documents), length, packing, per_row, counts))
+    rows = list(pack(parts(documents), length, packing, counts))
     tokens = [int(token) for row in rows for token in row.input_ids]
     assert tokens == [token for document in documents for token in document]
     owners = [int(owner) for row in rows for owner in row.document_ids]
     assert owners == [index for index, document in enumerate(documents) for _ in document]
     assert all(0 < len(row.input_ids) <= length for row in rows)
-    if per_row is not None:
-        assert all(len(np.unique(row.document_ids)) <= per_row for row in rows)
-    if packing == "dense" and per_row is None:
+    if packing == "single":
+        assert all(len(np.unique(row.document_ids)) == 1 for row in rows)
+    if packing == "dense":
         assert all(len(row.input_ids) == length for row in rows[:-1])
-    if packing == "whole":
+    if packing != "dense":
         for index, document in enumerate(documents):
             places = {number for number, row in enumerate(rows) if (row.document_ids == index).any()}
             assert len(document) > length or len(places) <= 1
@@ -51,7 +49,7 @@ def test_packing_keeps_every_token_in_order(
 def test_dataset_gives_back_the_rows(tmp_path: Path, rows_count: int) -> None:
     draw = np.random.default_rng(0)
     documents = [draw.integers(0, 99, draw.integers(1, 12)).tolist() for _ in range(rows_count)]
-    rows = list(pack(parts(documents), 12, "whole", 1, PackingCounts()))
+    rows = list(pack(parts(documents), 12, "single", PackingCounts()))
     write_rows(tmp_path / "rows.arrow", rows)
     dataset = TokenDataset.open(tmp_path / "rows.arrow")
     assert len(dataset) == len(rows)
@@ -74,7 +72,7 @@ def test_what_is_counted_does_not_depend_on_the_chunks(
     """By hand, row by row: documents of 1 to 7 tokens, several in a row and cut at its end, read at any position."""
     draw = np.random.default_rng(1)
     documents = [[draw.integers(0, 99, draw.integers(1, 8)).tolist()] for _ in range(300)]
-    rows = list(pack(documents, 10, "dense", None, PackingCounts()))
+    rows = list(pack(documents, 10, "dense", PackingCounts()))
     write_rows(tmp_path / "rows.arrow", rows)
     monkeypatch.setattr("trace_ds.corpora.dataset.CHUNK_TOKENS", chunk)
     dataset = TokenDataset.open(tmp_path / "rows.arrow")
@@ -97,7 +95,7 @@ def test_arrays_in_parts_read_as_one(lengths: list[int], begin: int, end: int) -
 
 
 def test_batches_restart_positions_and_fill_at_the_right(tmp_path: Path) -> None:
-    write_rows(tmp_path / "rows.arrow", pack(parts([[5, 6, 7], [8, 9], [1]]), 5, "whole", None, PackingCounts()))
+    write_rows(tmp_path / "rows.arrow", pack(parts([[5, 6, 7], [8, 9], [1]]), 5, "whole", PackingCounts()))
     batch = TokenDataset.open(tmp_path / "rows.arrow").batch([0, -1, 1], pad_id=3)
     assert batch.input_ids_BS.tolist() == [[5, 6, 7, 8, 9], [3] * 5, [1, 3, 3, 3, 3]]
     assert batch.position_ids_BS.tolist() == [[0, 1, 2, 0, 1], [0, 1, 2, 3, 4], [0, 0, 1, 2, 3]]

@@ -91,8 +91,6 @@ def make_forms(folder: Path) -> dict[str, dict[str, Any]]:
         "e.json": b"\xef\xbb\xbf " + json.dumps(ROWS, indent=2).encode(),
         "f.json": lines,
         "g.json.gz": gzip.compress(json.dumps(ROWS).encode()),
-        "h.txt": "@@".join(TEXTS).encode(),
-        "i.txt.gz": gzip.compress("@@".join(TEXTS).encode()),
         "folder/part-0.jsonl": json_lines(ROWS[:3]),
         "folder/part-1.jsonl": json_lines(ROWS[3:]),
         "folder/_SUCCESS": b"",
@@ -113,8 +111,6 @@ def make_forms(folder: Path) -> dict[str, dict[str, Any]]:
     data_set(folder / "named")
     names = [*sorted(path.name for path in folder.iterdir() if path.is_file()), "folder", "shards", "saved", "splits"]
     forms: dict[str, dict[str, Any]] = {name: {"path": str(folder / name)} for name in names}
-    for name in ("h.txt", "i.txt.gz"):
-        forms[name]["separator"] = "@@"
     forms["pattern"] = {"path": str(folder / "folder" / "*.jsonl")}
     forms["deep pattern"] = {"path": str(folder / "many" / "**" / "*.jsonl*")}
     forms["split of a saved one"] = {"path": str(folder / "splits"), "split": "train"}
@@ -123,7 +119,7 @@ def make_forms(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 FORMS = [
-    *("a.jsonl", "b.jsonl", "c.jsonl.gz", "d.jsonl.zst", "e.json", "f.json", "g.json.gz", "h.txt", "i.txt.gz"),
+    *("a.jsonl", "b.jsonl", "c.jsonl.gz", "d.jsonl.zst", "e.json", "f.json", "g.json.gz"),
     *("j.csv", "k.csv.gz", "l.parquet", "folder", "shards", "saved", "splits"),
     *("pattern", "deep pattern", "split of a saved one", "directory"),
 ]
@@ -152,11 +148,10 @@ def test_every_form_gives_the_same_documents(form: str, forms: dict[str, dict[st
     assert texts(entry(**forms[form], rows=2)) == TEXTS[:2]
     whole, cut = corpus_fingerprint([found]), corpus_fingerprint([entry(**forms[form], rows=2)])
     assert whole == corpus_fingerprint([found]) != cut
-    if "txt" not in form:
-        made = entry(**forms[form], template="{title}: {{{text}}}\n")
-        assert texts(made) == [f"{row['title']}: {{{row['text']}}}\n" for row in ROWS]
-        assert corpus_fingerprint([made]) not in (whole, cut)
-        assert texts(entry(**forms[form], field="title")) == [row["title"] for row in ROWS]
+    made = entry(**forms[form], template="{title}: {{{text}}}\n")
+    assert texts(made) == [f"{row['title']}: {{{row['text']}}}\n" for row in ROWS]
+    assert corpus_fingerprint([made]) not in (whole, cut)
+    assert texts(entry(**forms[form], field="title")) == [row["title"] for row in ROWS]
 
 
 def test_sources_are_named_after_what_was_read(forms: dict[str, dict[str, Any]]) -> None:
@@ -166,14 +161,6 @@ def test_sources_are_named_after_what_was_read(forms: dict[str, dict[str, Any]])
     assert names["saved"] == {"saved"} and names["directory"] == {"named/near"}
     own = [document.source for document in read_documents([entry(**forms["shards"], source="mine")])]
     assert set(own) == {"mine"}
-
-
-def test_fingerprints_of_single_files_are_those_of_earlier_versions(tmp_path: Path) -> None:
-    """Run directories of earlier versions stay what they are: [SHA-256, field, source, separator] of each file."""
-    (tmp_path / "a-1.jsonl").write_bytes(json_lines(ROWS))
-    (tmp_path / "b.txt").write_text("x\n\ny")
-    found = [entry(path=str(tmp_path / "a-1.jsonl")), entry(path=str(tmp_path / "b.txt"), source="s", separator="\n\n")]
-    assert corpus_fingerprint(found) == "b7eb0cb1d0b9b1a7d53a23285c356b204cda2af1c8103983c4e1e89e89943101"
 
 
 def test_the_content_decides_and_not_the_place(tmp_path: Path) -> None:
@@ -294,7 +281,6 @@ FAULTS: list[tuple[str, Any, dict[str, Any], str]] = [
     ("split", directory, {"split": "tset"}, "the data set has no split 'tset'. Fix: did you mean 'test'?"),
     ("column", directory, {"field": "body"}, "there is no column 'body'"),
     ("template column", directory, {"template": "{title} {txt}"}, "there is no column 'txt'. Fix: did you mean 'text'"),
-    ("revision", directory, {"revision": "main"}, "a directory has no revisions"),
     ("not its key", lambda f: {"dataset": saved(train=ROWS)(f)["path"]}, {}, "what save_to_disk left"),
     ("media", media, {}, "cannot read data sets of the kind WebDataset"),
     ("no such directory", lambda folder: {"dataset": str(folder / "x")}, {}, "there is no such directory"),
@@ -316,7 +302,7 @@ def test_faults(name: str, change: Any, keys: dict[str, Any], message: str, tmp_
     [
         ({}, "a corpus has no path and no dataset"),
         ({"path": "a", "dataset": "b"}, "has a path and a dataset: give one"),
-        ({"path": "a", "revision": "v1"}, "a corpus has a revision, which goes with dataset"),
+        ({"path": "a", "config": "v1"}, "a corpus has a config, which goes with dataset"),
         ({"dataset": "a", "field": "x", "template": "{y}"}, "field and template exclude each other"),
         ({"dataset": "a", "template": "no column"}, "the template names no column"),
         ({"dataset": "a", "template": "{x"}, "template: expected '}'"),
@@ -339,7 +325,7 @@ def many_batches(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_data_are_the_same_whatever_the_number_of_threads(
-    tmp_path: Path, tiny_model: Path, many_batches: None
+    tmp_path: Path, tiny_model: Path, many_batches: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tiny.write_config(tmp_path, tiny_model)
     long = " ".join(tiny.sentences(3000, 5, tiny.WORDS))  # a document in many pieces
@@ -347,7 +333,8 @@ def test_the_data_are_the_same_whatever_the_number_of_threads(
         handle.write(json.dumps({"text": long}) + "\n" + json.dumps({"text": "iron"}) + "\n")
     found = []
     for number in (1, 2, 3):
-        config, directory = load_config(str(path), [f"data.num_proc={number}"], tmp_path / f"run{number}")
+        monkeypatch.setattr("trace_ds.stages.prepare.default_threads", lambda number=number: number)
+        config, directory = load_config(str(path), [], tmp_path / f"run{number}")
         made = prepare(config, RunDirectory.at(directory))
         found.append({item.name: item.read_bytes() for item in (tmp_path / f"run{number}" / "data").iterdir()})
         assert made.summary["retain"]["documents"] == 92
@@ -536,7 +523,7 @@ def test_a_data_set_of_the_hub_is_read_again_without_it(
     forms = [near, {"dataset": "org/Data-Set", "config": "far", "rows": 1}, near | {"split": "test"}]
     home = tmp_path / "home"
     ask, ask_offline = (asking(hub.environment(home, offline=offline)) for offline in (False, True))
-    online = ask([*forms, near | {"revision": "v1"}])
+    online = ask([*forms, near | {"dataset": "org/Data-Set@v1"}])
     assert [found["texts"] for found in online] == [TEXTS, TEXTS[3:4], TEXTS[:1], TEXTS]
     assert [found["sources"] for found in online[:3]] == [
         ["Data-Set/near"],
@@ -549,16 +536,16 @@ def test_a_data_set_of_the_hub_is_read_again_without_it(
     named = ask([near | {"source": "s", "split": split} for split in ("train", "test")])
     assert named[0]["fingerprint"] != named[1]["fingerprint"] and len(hub.requests) == asked + 1  # what main is
     asked = len(hub.requests)
-    offline = ask_offline([*forms, near | {"revision": "v1"}])
+    offline = ask_offline([*forms, near | {"dataset": "org/Data-Set@v1"}])
     assert [found | {"missing": None} for found in online] == offline and len(hub.requests) == asked
     # the hub's main moves on: what is pinned stays, and what is not is another corpus
     second = hub.add("datasets", "org/Data-Set", data_set(tmp_path / "second", [*ROWS[1:], ROWS[0]]))
-    moved = ask([near, near | {"revision": first}, near | {"revision": "v1"}])
+    moved = ask([near, near | {"dataset": f"org/Data-Set@{first}"}, near | {"dataset": "org/Data-Set@v1"}])
     assert [found["commit"] for found in moved] == [second, first, tagged]
     assert moved[0]["texts"] == TEXTS[1:] + TEXTS[:1] and moved[0]["fingerprint"] != online[0]["fingerprint"]
     assert [found["fingerprint"] for found in moved[1:]] == [online[0]["fingerprint"], online[3]["fingerprint"]]
     hub.shutdown()  # no network, and nobody said so
-    gone = ask([near, near | {"revision": first}, near | {"config": "none"}])
+    gone = ask([near, near | {"dataset": f"org/Data-Set@{first}"}, near | {"config": "none"}])
     assert [gone[0]["commit"], gone[1]["commit"]] == [second, first]
     assert "(configuration none) is not in the cache, and the hub cannot be reached" in gone[2]
 

@@ -210,7 +210,7 @@ TASK = {"name": "facts", "type": "choice", "role": "forget"}
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"data__alternative": [{"path": "nowhere.jsonl"}]}, ("alternative: nowhere.jsonl", "does not exist")),
+        ({"data__alternative": "nowhere.jsonl"}, ("alternative: nowhere.jsonl", "does not exist")),
         ({"evaluation__tasks": [TASK | {"path": "bad.jsonl"}]}, ("bad.jsonl:1", "'prompt'")),
         ({"evaluation__tasks": [TASK | {"path": "nowhere.jsonl"}]}, ("nowhere.jsonl",)),
         ({"evaluation__tasks": [TASK | {"type": "lm_eval", "task": "wmdp_bio"}]}, ("pip install 'trace-ds[lm-eval]'",)),

@@ -456,7 +456,8 @@ def test_the_models_that_are_made_first_are_jobs_too(tmp_path: Path, capsys: pyt
     corpora = {}
     for side, rows in (("forget", 64), ("retain", 192)):
         (tmp_path / f"{side}.txt").write_bytes(b"x" * 4 * 512 * rows)
-        corpora[f"data__{side}"] = [{"path": str(tmp_path / f"{side}.txt")}]
+        path = str(tmp_path / f"{side}.txt")
+        corpora[f"data__{side}"] = path if side == "alternative" else [{"path": path}]
     both = {"micro_batch_rows": 2, "recompute": True, "zero_stage": 2}
     sized = {"distributed__ep": 8, "unlearning__forget_loss": "graddiff", "unlearning__forget_rows": 64}
     sized |= {
@@ -491,10 +492,11 @@ def test_the_models_that_are_made_first_are_jobs_too(tmp_path: Path, capsys: pyt
 
 
 def test_every_corpus_counts_for_the_length_of_collect(tmp_path: Path) -> None:
-    corpora = {}
+    corpora: dict[str, Any] = {}
     for side, size in (("forget", 40_000), ("retain", 60_000), ("alternative", 20_000)):
         (tmp_path / f"{side}.txt").write_bytes(b"x" * size)
-        corpora[f"data__{side}"] = [{"path": str(tmp_path / f"{side}.txt")}]
+        path = str(tmp_path / f"{side}.txt")
+        corpora[f"data__{side}"] = path if side == "alternative" else [{"path": path}]
     assert corpus_tokens(run_config(**corpora)) == 30_000
     del corpora["data__alternative"]
     assert corpus_tokens(run_config(**corpora)) == 25_000

@@ -293,7 +293,7 @@ def hub_checks(written: Config, run_dir: Path | None) -> Iterator[Check]:
 def corpus_checks(config: Config) -> Iterator[Check]:
     """`prepare` can read the first document of every corpus."""
     for side in config.data.sides:
-        for entry in getattr(config.data, side):
+        for entry in config.data.corpus(side):
             yield checked("corpora", f"{side}: {entry.place}", functools.partial(_corpus, f"data.{side}", entry))
 
 

@@ -344,7 +344,7 @@ def _facts(config: Config | None) -> dict[str, str]:
     with contextlib.suppress(Exception):
         facts["tokenizer"] = tokenizer_fingerprint(config.model.tokenizer_path)
     for side in config.data.sides:
-        for entry in getattr(config.data, side):
+        for entry in config.data.corpus(side):
             with contextlib.suppress(Exception):
                 found = [sample_sha256(path) for path in files_here(entry, f"data.{side}")]
                 facts[f"{side}: {entry.place}"] = found[0] if len(found) == 1 else sha256_text(canonical_json(found))

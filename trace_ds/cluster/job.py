@@ -171,7 +171,7 @@ def corpus_tokens(config: Config, sides: Iterable[str] | None = None) -> int | N
     machine."""
     from trace_ds.corpora.sources import files_here
 
-    entries = [(entry, f"data.{side}") for side in sides or config.data.sides for entry in getattr(config.data, side)]
+    entries = [(entry, f"data.{side}") for side in sides or config.data.sides for entry in config.data.corpus(side)]
     try:
         paths = [path for entry, key in entries for path in files_here(entry, key)]
     except UserError:

@@ -59,7 +59,6 @@ def pack(
     documents: Iterable[Iterable[Sequence[int] | np.ndarray]],
     context_length: int,
     packing: str,
-    documents_per_row: int | None,
     counts: PackingCounts,
 ) -> Iterator[PackedRow]:
     """Yield the packed rows of tokenised documents, streaming.
@@ -68,8 +67,8 @@ def pack(
         documents: token ids of each document, in parts (there may be none; the document keeps its index). Each is used
             up before the next is asked for, and no more of it than a row and a part is in memory.
         context_length: most tokens of a row.
-        packing: ``dense`` (cut wherever a row ends) or ``whole`` (never cut a document that fits into a row).
-        documents_per_row: most documents in a row, or None.
+        packing: ``dense`` (cut wherever a row ends), ``whole`` (never cut a document that fits into a row) or
+            ``single`` (one document a row).
         counts: filled while rows are yielded.
     """
     row = _OpenRow()
@@ -86,7 +85,7 @@ def pack(
             counts.empty_documents += 1
             continue
         full = row.tokens == context_length or (packing == "whole" and row.tokens + size > context_length)
-        if row.tokens and (full or (documents_per_row is not None and len(set(row.documents)) >= documents_per_row)):
+        if row.tokens and (full or packing == "single"):
             yield _counted(row.close(), counts)
         rows = 1
         for tokens in itertools.chain(begin, pieces):

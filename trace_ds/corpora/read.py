@@ -79,7 +79,7 @@ def corpus_fingerprint(entries: list[CorpusEntry]) -> str:
     found: list[Any] = []
     for entry in entries:
         contents = _contents(entry)
-        found += [[digest, entry.field, entry.source or name, entry.separator] for digest, name in contents]
+        found += [[digest, entry.field, entry.source or name] for digest, name in contents]
         if entry.template is not None or entry.rows is not None:
             found.append({"template": entry.template, "rows": entry.rows, "of": len(contents)})
     return sha256_text(canonical_json(found))
@@ -97,7 +97,9 @@ def _contents(named: Named) -> list[tuple[str, str]]:
         files = files_of(named, "data")
         return [(sha256_file(path), _file_name(path, files)) for path in files]
     table = open_table(named, "data")
-    what = [named.dataset, table.commit, table.config] if table.commit else [sha256_file(path) for path in table.files]
+    what = (
+        [named.dataset_id, table.commit, table.config] if table.commit else [sha256_file(path) for path in table.files]
+    )
     return [(sha256_text(canonical_json([*what, table.split])), table.name)]
 
 
@@ -128,7 +130,7 @@ def read_documents(entries: list[CorpusEntry], key: str = "data") -> Iterator[Do
 
 
 def read_streams(entries: list[CorpusEntry], key: str = "data") -> Iterator[TextStream]:
-    """The same, a text file without a separator in blocks of :data:`TEXT_BLOCK_CHARACTERS`.
+    """The same, a text file in blocks of :data:`TEXT_BLOCK_CHARACTERS`.
 
     Raises:
         UserError: a line or a column is no text, a file is damaged, or a text holds half of a surrogate pair.
@@ -145,7 +147,8 @@ def _streams(entry: CorpusEntry, key: str) -> Iterator[TextStream | None]:
     if texts and entry.template is not None:
         raise UserError("a text file has no columns", entry.path, f"take template out of {key}")
     for path in texts:
-        yield from _texts(path, entry.separator, entry.source or plain(_file_name(path, texts)))
+        source = entry.source or plain(_file_name(path, texts))
+        yield TextStream(text_blocks(path, TEXT_BLOCK_CHARACTERS), source)
     if not texts:
         parts = entry.parts
         for record in records(entry, key, entry.columns):
@@ -166,18 +169,6 @@ def _text(record: Record, parts: list[tuple[str, str | None]]) -> str | None:
             raise UserError(f"the line has no text under {column!r}", record.where, fix)
         found.append(literal + value)
     return "".join(found)
-
-
-def _texts(path: Path, separator: str | None, source: str) -> Iterator[TextStream]:
-    blocks = text_blocks(path, TEXT_BLOCK_CHARACTERS)
-    if not separator:
-        yield TextStream(blocks, source)
-        return
-    rest = ""
-    for block in blocks:
-        *documents, rest = (rest + block).split(separator)
-        yield from (TextStream([text], source) for text in documents)
-    yield TextStream([rest], source)
 
 
 def _file_name(path: Path, files: list[Path]) -> str:

@@ -113,7 +113,7 @@ def open_table(named: Named, key: str, *, offline: bool = False) -> Table:
     """
     if not named.dataset:
         return _open_saved(named, key)
-    return _open_directory(named, key) if Path(named.dataset).is_dir() else _open_hub(named, key, offline)
+    return _open_directory(named, key) if Path(named.dataset_id).is_dir() else _open_hub(named, key, offline)
 
 
 def files_here(named: Named, key: str) -> list[Path]:
@@ -123,13 +123,13 @@ def files_here(named: Named, key: str) -> list[Path]:
 
 def on_hub(named: Named) -> bool:
     """Whether an entry names a data set on the hub."""
-    return bool(named.dataset) and not Path(str(named.dataset)).is_dir()
+    return bool(named.dataset) and not Path(named.dataset_id).is_dir()
 
 
 def commit_of(named: Named) -> str | None:
     """The commit that a data set on the hub is: as the hub says, or without a network as when it was fetched, by us or
     (the newest that is there) by others; None: as far as is known here, it is none."""
-    name = str(named.dataset)
+    name = named.dataset_id
     commit = None if _is_offline() else _asked(name, named.revision)[0]
     commit = commit or _known(name, named.revision)
     return commit or next((item.parts[-2] for item in reversed(_in_cache(name))), None)
@@ -168,22 +168,21 @@ def _arrow_files(data: Any) -> list[Path]:
 
 
 def _open_directory(named: Named, key: str) -> Table:
-    assert named.dataset is not None
-    if named.revision is not None:
-        raise UserError("a directory has no revisions", named.dataset, f"take revision out of {key}")
-    if _is_saved(Path(named.dataset)):
-        raise UserError("this is what save_to_disk left", named.dataset, f"name it in {key} as path:, not as dataset:")
-    with _reading(named.dataset):
-        builder = _builder(named, str(Path(named.dataset).absolute()), None, key)
+    if _is_saved(Path(named.dataset_id)):
+        raise UserError(
+            "this is what save_to_disk left", named.dataset_id, f"name it in {key} as path:, not as dataset:"
+        )
+    with _reading(named.dataset_id):
+        builder = _builder(named, str(Path(named.dataset_id).absolute()), None, key)
         found = builder.config.data_files
-        split = _split(named, list(found), named.dataset, key)
+        split = _split(named, list(found), named.dataset_id, key)
         data = builder.as_streaming_dataset(split=split)
         files = [Path(str(item).rpartition("::")[2]) for item in found[split]]
         for file in files:
             if not file.is_file():
                 raise UserError("its page names a file that is not here", str(file), "download the data set whole")
-        name = _name(Path(named.dataset).name, named, split)
-        return Table(data, named.dataset, name, split, files, config=named.config)
+        name = _name(Path(named.dataset_id).name, named, split)
+        return Table(data, named.dataset_id, name, split, files, config=named.config)
 
 
 # --------------------------------------------------------------------------------------------- on the hub
@@ -193,8 +192,7 @@ def _open_hub(named: Named, key: str, offline: bool) -> Table:
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
-    assert named.dataset is not None
-    name = named.dataset
+    name = named.dataset_id
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -263,7 +261,7 @@ def _absent(named: Named, trouble: str) -> UserError:
     told = "".join(f" ({key} {value})" for key, value in asked.items() if value)
     trouble = trouble or ("HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub was not asked")
     what = f"the data set{told} is not in the cache, and {trouble}"
-    return UserError(what, str(named.dataset), "run `trace-ds fetch CONFIG` where there is a network")
+    return UserError(what, named.dataset_id, "run `trace-ds fetch CONFIG` where there is a network")
 
 
 _looking: ContextVar[bool] = ContextVar("looking", default=False)
@@ -316,19 +314,18 @@ def _cached(named: Named, commit: str | None) -> Any:
     """
     from datasets.packaged_modules.cache.cache import Cache
 
-    assert named.dataset is not None
     if commit is None and named.revision is not None:
         return None
-    found = _in_cache(named.dataset)
+    found = _in_cache(named.dataset_id)
     found = [item for item in found if named.config in (None, item.parts[-4]) and commit in (None, item.parts[-2])]
     if named.config is None:
-        found = [item for item in found if item.parts[-4] == _one_meant(named.dataset, item.parts[-2])]
+        found = [item for item in found if item.parts[-4] == _one_meant(named.dataset_id, item.parts[-2])]
     if not found:
         return None
     config, version, digest = found[-1].parts[-4:-1]
-    with _reading(named.dataset):
-        name = named.dataset.rpartition("/")[2]
-        return Cache(dataset_name=name, repo_id=named.dataset, config_name=config, version=version, hash=digest)
+    with _reading(named.dataset_id):
+        name = named.dataset_id.rpartition("/")[2]
+        return Cache(dataset_name=name, repo_id=named.dataset_id, config_name=config, version=version, hash=digest)
 
 
 def _download(named: Named, commit: str, key: str) -> Any:
@@ -337,19 +334,18 @@ def _download(named: Named, commit: str, key: str) -> Any:
     from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, LocalEntryNotFoundError
     from huggingface_hub.utils import disable_progress_bars
 
-    assert named.dataset is not None
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
         disable_progress_bars()
-    with _reading(named.dataset):
+    with _reading(named.dataset_id):
         try:
             with contextlib.suppress(EntryNotFoundError):  # not every data set has a page
-                hf_hub_download(named.dataset, README, repo_type="dataset", revision=named.revision)
-            builder = _builder(named, named.dataset, commit, key)
-            _split(named, list(builder.config.data_files or ()), named.dataset, key)
+                hf_hub_download(named.dataset_id, README, repo_type="dataset", revision=named.revision)
+            builder = _builder(named, named.dataset_id, commit, key)
+            _split(named, list(builder.config.data_files or ()), named.dataset_id, key)
             builder.download_and_prepare()
         except GatedRepoError:
-            raise _gated(named.dataset) from None
+            raise _gated(named.dataset_id) from None
         except (ConnectionError, LocalEntryNotFoundError) as error:
             raise _absent(named, f"the hub cannot be reached ({type(error).__name__})") from None
     return builder
@@ -369,13 +365,13 @@ def _builder(named: Named, place: str, commit: str | None, key: str) -> Any:
         if named.config in names or (named.config is None and len(names) < 2):
             raise
         what = f"the data set has no configuration {named.config!r}" if named.config else "the configuration is missing"
-        raise UserError(what, str(named.dataset), f"{_nearest(named.config, names)}set config in {key}") from None
+        raise UserError(what, named.dataset_id, f"{_nearest(named.config, names)}set config in {key}") from None
     kinds = [
         kind.__name__ for kind in type(builder).__mro__ if kind.__module__.startswith("datasets.packaged_modules.")
     ]
     if not set(kinds) & set(BUILDERS):
         fix = "convert it to Parquet or JSON Lines"
-        raise UserError(f"cannot read data sets of the kind {kinds[-1] if kinds else '?'}", str(named.dataset), fix)
+        raise UserError(f"cannot read data sets of the kind {kinds[-1] if kinds else '?'}", named.dataset_id, fix)
     return builder
 
 

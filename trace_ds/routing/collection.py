@@ -292,8 +292,8 @@ def refused_packing(engine: Any, vocabulary: int, device: torch.device) -> UserE
         return None
     return UserError(
         f"{type(engine.module).__name__} mixes the documents of a packed row",
-        "data.documents_per_row",
-        "set data.documents_per_row: 1 and run `trace-ds prepare` again",
+        "data.packing",
+        "set data.packing: single and run `trace-ds prepare` again",
     )
 
 

@@ -98,7 +98,7 @@ def hub_data(config: Config, verb: str) -> dict[str, CorpusEntry | TaskConfig]:
     found: dict[str, CorpusEntry | TaskConfig] = {}
     if verb in ("run", "fetch", "prepare"):
         for side in config.data.sides:
-            found |= {f"data.{side}[{number}]": entry for number, entry in enumerate(getattr(config.data, side))}
+            found |= {f"data.{side}[{number}]": entry for number, entry in enumerate(config.data.corpus(side))}
     if verb in ALL_MODELS:
         found |= {f"evaluation.tasks.{task.name}": task for task in config.evaluation.tasks}
     return {key: entry for key, entry in found.items() if on_hub(entry)}
@@ -112,7 +112,7 @@ def hub_tasks(config: Config, verb: str) -> dict[str, str]:
 
 def data_name(entry: CorpusEntry | TaskConfig) -> str:
     """What ``RUN/fetched.json`` calls a data set: its configurations and splits are of one commit."""
-    return str(HubName(str(entry.dataset), entry.revision))
+    return str(HubName(entry.dataset_id, entry.revision))
 
 
 def require_data_unmoved(config: Config, run: RunDirectory, verb: str) -> None:

@@ -167,7 +167,7 @@ def _engine(config: Config, world: World, job: CollectJob, log: StageLog) -> Any
     )
     if why := refusal(engine.module):
         log.detail(f"attention is transformers' own: {why}")
-        if config.data.documents_per_row != 1:
+        if config.data.packing != "single":
             from trace_ds.routing.collection import refused_packing
 
             vocabulary = int(job.info.config["vocab_size"])

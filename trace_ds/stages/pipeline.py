@@ -103,7 +103,7 @@ def inputs_of(config: Config) -> dict[str, Path]:
     """Every file and directory that a configuration names, by its key."""
     named: dict[str, str | None] = {"model.path": config.model.path, "model.tokenizer": config.model.tokenizer}
     for side in config.data.sides:
-        for i, entry in enumerate(getattr(config.data, side)):
+        for i, entry in enumerate(config.data.corpus(side)):
             named |= {f"data.{side}[{i}].{key}": getattr(entry, key) for key in ("path", "dataset")}
     for task in config.evaluation.tasks:
         keys = ("dataset",) if task.dataset else ("path", "examples", "holdout", "include_path")

@@ -1,4 +1,4 @@
-"""``trace-ds prepare``: corpora → token datasets, streaming; tokenised on all cores (``data.num_proc``)."""
+"""``trace-ds prepare``: corpora → token datasets, streaming; tokenised on all cores."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trace_ds.config.schema import Config
-from trace_ds.config.sections.data import CorpusEntry, DataConfig
+from trace_ds.config.sections.data import DataConfig
 from trace_ds.corpora.dataset import DOCUMENT_SCHEMA, TEXT_START_READ, ArrowWriter, text_start, write_rows
 from trace_ds.corpora.pack import PackingCounts, pack
 from trace_ds.corpora.read import check_files, corpus_fingerprint, read_streams
@@ -71,21 +71,21 @@ class PrepareJob:
 def preflight(config: Config, run: RunDirectory, processes: int, *, download: bool) -> None:
     check_vocabulary(config)
     for side in config.data.sides:
-        check_files(getattr(config.data, side), f"data.{side}", download=download)
+        check_files(config.data.corpus(side), f"data.{side}", download=download)
 
 
 def check(config: Config, run: RunDirectory, processes: int = 1) -> PrepareJob:
     """The job; :class:`UserError` when a file is missing."""
     for side in config.data.sides:
-        check_files(getattr(config.data, side), f"data.{side}")
+        check_files(config.data.corpus(side), f"data.{side}")
     inputs = {"tokenizer": tokenizer_fingerprint(config.model.tokenizer_path)}
-    inputs |= {side: corpus_fingerprint(getattr(config.data, side)) for side in config.data.sides}
-    settings = config.data.model_dump(mode="json", exclude={"forget", "retain", "alternative", "num_proc"})
+    inputs |= {side: corpus_fingerprint(config.data.corpus(side)) for side in config.data.sides}
+    settings = config.data.model_dump(mode="json", exclude={"forget", "retain", "alternative"})
     return PrepareJob(config, run, inputs, settings)
 
 
 def _prepare_side(data: DataConfig, side: str, directory: Path, tokenizer: PreTrainedTokenizerBase) -> PackingCounts:
-    entries: list[CorpusEntry] = getattr(data, side)
+    entries = data.corpus(side)
     bos = [tokenizer.bos_token_id] if data.add_bos and tokenizer.bos_token_id is not None else []
     eos = [tokenizer.eos_token_id] if data.add_eos and tokenizer.eos_token_id is not None else []
     table = ArrowWriter(directory / f"{side}_documents.arrow", DOCUMENT_SCHEMA)
@@ -100,7 +100,7 @@ def _prepare_side(data: DataConfig, side: str, directory: Path, tokenizer: PreTr
             yield itertools.chain([first], blocks)
 
     def tokenised() -> Iterator[Iterator[Sequence[int] | np.ndarray]]:
-        parts = encode_documents(texts(), encoder(tokenizer), data.num_proc or default_threads())
+        parts = encode_documents(texts(), encoder(tokenizer), default_threads())
         for _, group in itertools.groupby(parts, key=lambda part: part[0]):
             yield document(ids for _, ids in group)
 
@@ -119,7 +119,7 @@ def _prepare_side(data: DataConfig, side: str, directory: Path, tokenizer: PreTr
 
     counts = PackingCounts()
     try:
-        rows = pack(tokenised(), data.context_length, data.packing, data.documents_per_row, counts)
+        rows = pack(tokenised(), data.context_length, data.packing, counts)
         write_rows(directory / f"{side}.arrow", rows)
     finally:
         table.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import string
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -12,15 +13,22 @@ from trace_ds.config.sections.base import Integer, PathText, Section
 DatasetText = Annotated[
     PathText | None,
     Field(
-        description="Instead of a path: a data set's id on the Hugging Face hub (taken from the cache of datasets, or "
-        "downloaded into it), or a directory in the hub's layout."
+        description="Instead of a path: a data set's id on the Hugging Face hub, ORG/NAME or ORG/NAME@REVISION (from "
+        "the cache of datasets, or downloaded into it), or a directory in the hub's layout (one that is there wins)."
     ),
 ]
 ConfigText = Annotated[str | None, Field(description="dataset: which of its configurations; default: the only one.")]
 SplitText = Annotated[
     str | None, Field(description="dataset, and a path to what save_to_disk left: its split; default: train.")
 ]
-RevisionText = Annotated[str | None, Field(description="dataset on the hub: a commit, tag or branch; default: main.")]
+
+
+def id_and_revision(dataset: str | None) -> tuple[str, str | None]:
+    """The parts of ``ORG/NAME@REVISION``; a directory that is there has no revision."""
+    if not dataset or Path(dataset).is_dir():
+        return dataset or "", None
+    name, _, revision = dataset.partition("@")
+    return name, revision or None
 
 
 def require_place(what: str, path: str, dataset: str | None, **of_dataset: str | None) -> None:
@@ -45,7 +53,6 @@ class CorpusEntry(Section):
     dataset: DatasetText = None
     config: ConfigText = None
     split: SplitText = None
-    revision: RevisionText = None
     field: str = Field("text", description="Column (key of a JSON object) with the text of a document.")
     template: str | None = Field(
         None,
@@ -57,12 +64,19 @@ class CorpusEntry(Section):
         None,
         description="Name shown in reports; default: the row's own 'source', else the name of the file or data set.",
     )
-    separator: str | None = Field(None, description="Splits a text file into documents; default: the file is one.")
 
     @property
     def place(self) -> str:
         """What is read."""
         return self.path or self.dataset or ""
+
+    @property
+    def dataset_id(self) -> str:
+        return id_and_revision(self.dataset)[0]
+
+    @property
+    def revision(self) -> str | None:
+        return id_and_revision(self.dataset)[1]
 
     @property
     def parts(self) -> list[tuple[str, str | None]]:
@@ -85,7 +99,7 @@ class CorpusEntry(Section):
 
     @model_validator(mode="after")
     def _says_where(self) -> CorpusEntry:
-        require_place("a corpus", self.path, self.dataset, config=self.config, revision=self.revision)
+        require_place("a corpus", self.path, self.dataset, config=self.config)
         if self.template is not None and self.field != "text":
             raise ValueError("field and template exclude each other: give one")
         try:
@@ -99,33 +113,29 @@ class CorpusEntry(Section):
 class DataConfig(Section):
     forget: list[CorpusEntry] = Field(min_length=1)
     retain: list[CorpusEntry] = Field(min_length=1)
-    alternative: list[CorpusEntry] = Field(
-        default_factory=list,
-        description="dpo: texts preferred to the forget ones (refusals, for IdkDPO); row i of the forget corpus is "
-        "paired with row i modulo their number. Pack 'whole', one document per row, to pair documents.",
+    alternative: PathText | None = Field(
+        None,
+        description="dpo: file of texts preferred to the forget ones (refusals, for IdkDPO); row i of the forget "
+        "corpus is paired with row i modulo their number. packing: single pairs documents.",
     )
     context_length: Integer = Field(
         2048, ge=2, le=1 << 24, description="Tokens of a row (and the longest piece of a document)."
     )
-    packing: Literal["dense", "whole"] = Field(
+    packing: Literal["dense", "whole", "single"] = Field(
         "dense",
         description="dense: rows are cut from the stream of documents, no padding; whole: a document that fits into a "
-        "row is never cut. Attention never crosses documents in either.",
-    )
-    documents_per_row: Integer | None = Field(
-        None, ge=1, description="Upper bound of documents in a row; default: none."
+        "row is never cut; single: whole, with one document in each row. Attention never crosses documents.",
     )
     add_bos: bool = True
     add_eos: bool = True
-    num_proc: Integer | None = Field(
-        None,
-        ge=1,
-        le=1024,
-        description="Threads that tokenise; default: the cores it may use, up to 16. The data are the same whatever "
-        "their number.",
-    )
 
     @property
     def sides(self) -> tuple[str, ...]:
         """The corpora there are: the fields of that name, the datasets and the statistics made of them."""
         return ("forget", "retain", *(["alternative"] if self.alternative else []))
+
+    def corpus(self, side: str) -> list[CorpusEntry]:
+        """The entries of a corpus by its name."""
+        if side == "alternative":
+            return [CorpusEntry(path=self.alternative)] if self.alternative else []
+        return {"forget": self.forget, "retain": self.retain}[side]

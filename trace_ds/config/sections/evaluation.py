@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from trace_ds.config.names import UNLEARNED, ModelName, Name
 from trace_ds.config.sections.base import ExpertParallelSize, Integer, Number, PathText, Section
-from trace_ds.config.sections.data import ConfigText, DatasetText, RevisionText, SplitText, require_place
+from trace_ds.config.sections.data import ConfigText, DatasetText, SplitText, id_and_revision, require_place
 
 TaskColumn = Literal[
     "prompt",
@@ -54,7 +54,6 @@ class TaskConfig(Section):
     dataset: DatasetText = None
     config: ConfigText = None
     split: SplitText = None
-    revision: RevisionText = None
     columns: dict[TaskColumn, str] = Field(
         default_factory=dict, description="Our names of the columns -> theirs, where they differ: {answer: gt}."
     )
@@ -65,11 +64,11 @@ class TaskConfig(Section):
             if (getattr(self, key) is not None) != (self.type == kind):
                 raise ValueError(f"task {self.name}: a {kind} task needs {key}, and no other has one")
         if self.type == "lm_eval":
-            for key in ("dataset", "config", "split", "revision", "columns"):
+            for key in ("dataset", "config", "split", "columns"):
                 if getattr(self, key):
                     raise ValueError(f"task {self.name}: lm_eval brings its own data set; {key} is for other types")
         else:
-            require_place(f"task {self.name}", self.path, self.dataset, config=self.config, revision=self.revision)
+            require_place(f"task {self.name}", self.path, self.dataset, config=self.config)
         return self
 
     @model_validator(mode="after")
@@ -86,6 +85,14 @@ class TaskConfig(Section):
     def place(self) -> str:
         """What its questions are read from."""
         return self.path or self.dataset or ""
+
+    @property
+    def dataset_id(self) -> str:
+        return id_and_revision(self.dataset)[0]
+
+    @property
+    def revision(self) -> str | None:
+        return id_and_revision(self.dataset)[1]
 
 
 class RelearningConfig(Section):
