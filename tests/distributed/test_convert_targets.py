@@ -10,12 +10,8 @@ from typing import Any
 import pytest
 import torch
 from processes import run_as_main
-from test_convert_engines import (
-    FAMILIES,
-    Case,
-    base_model,
-    checkpoints,
-)
+from safetensors.torch import load_file, save_file
+from test_convert_engines import FAMILIES, Case, base_model, checkpoints
 
 from trace_ds.conversion.convert import convert_checkpoint
 from trace_ds.tensors.opening import open_source
@@ -25,8 +21,6 @@ TRAINED = Case("mixtral", 3, 2)
 
 
 def weights(directory: Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
     return {k: v for path in sorted(directory.glob("*.safetensors")) for k, v in load_file(path).items()}
 
 
@@ -38,8 +32,6 @@ def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
 
 def fused_copy(model: Any, base: Path, destination: Path) -> dict[str, torch.Tensor]:
     """The model's directory with the tensors as transformers holds them in memory; these."""
-    from safetensors.torch import save_file
-
     shutil.copytree(base, destination)
     held = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     if model.config.tie_word_embeddings:
@@ -64,7 +56,7 @@ def test_every_layout_of_a_model_leads_back_to_it(tmp_path: Path, family: str) -
     assert len(set(index["weight_map"].values())) > 1
 
 
-@pytest.mark.parametrize("family", ["gpt_oss", "phimoe", "granitemoe"])
+@pytest.mark.parametrize("family", ["gpt_oss", "granitemoe"])
 def test_a_family_without_expert_parallelism_goes_round_too(tmp_path: Path, family: str) -> None:
     import tiny
     from transformers import AutoModelForCausalLM
@@ -88,7 +80,7 @@ def test_reruns_and_jobs_give_the_same_bytes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(  # of ZeRO-3 and ZeRO-1 without expert parallelism: tests/distributed/test_unlearn.py
-    "case", [TRAINED, Case("mixtral", 1, 2), Case("deepseek_v3", 3, 2)], ids=lambda case: case.name
+    "case", [TRAINED, Case("mixtral", 1, 2)], ids=lambda case: case.name
 )
 def test_universal_folder_equals_deepspeeds_own(tmp_path: Path, case: Case) -> None:
     """Every state of every parameter is bit for bit what ds_to_universal writes."""

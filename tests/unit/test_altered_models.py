@@ -26,6 +26,7 @@ from trace_ds.tensors.model_files import SINGLE_NAME, model_fingerprint, read_sa
 
 Change = Callable[[Path], object]  # of a copy of the tiny model
 GATE = "model.layers.1.block_sparse_moe.gate.weight"
+EXPERT = "model.layers.1.block_sparse_moe.experts.3.w1.weight"
 HEAD = "lm_head.weight"
 OUTSIDE = "secret.txt"  # beside the model
 
@@ -43,18 +44,12 @@ def entry(begin: int, end: int, *, dtype: str = "F32", shape: Any = (2,)) -> dic
 # id: (header, bytes of data): the library decides which of them are files
 HEADERS: dict[str, tuple[Any, int]] = {
     "whole": ({"a": entry(0, 8), "b": entry(8, 16), "__metadata__": {"format": "pt"}}, 16),
-    "no elements": ({"a": entry(0, 0, shape=[0]), "b": entry(0, 8)}, 8),
     "overlap": ({"a": entry(0, 8), "b": entry(4, 12)}, 12),
     "hole": ({"a": entry(0, 8), "b": entry(12, 20)}, 20),
-    "size": ({"a": entry(0, 8, shape=[3])}, 8),
     "long": ({"a": entry(0, 8)}, 9),
     "short": ({"a": entry(0, 8)}, 7),
     "type": ({"a": entry(0, 8, dtype="F99")}, 8),
-    "fraction": (b'{"a":{"dtype":"F32","shape":[2.0],"data_offsets":[0,8]}}', 8),
     "metadata": ({"a": entry(0, 8), "__metadata__": {"a": 1}}, 8),
-    "twice": (b'{"a":{"dtype":"F32","dtype":"F16","shape":[2],"data_offsets":[0,8]}}', 8),
-    "surrogate": (b'{"\\ud800":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}', 8),
-    "NaN": (b'{"a":NaN}', 8),
     "deep": (b"[" * 100_000, 0),
 }
 
@@ -72,7 +67,7 @@ def test_a_header_is_refused_where_the_library_refuses_it(tmp_path: Path, name: 
         with pytest.raises(UserError, match=r"x\.safetensors"):
             read_safetensors_header(path)
     else:
-        assert name in ("whole", "no elements")
+        assert name == "whole"
         assert {key: value.shape for key, value in read_safetensors_header(path).items()} == expected
 
 
@@ -129,16 +124,11 @@ def quantised(method: str, **more: Any) -> Change:
 
 # id: (change, what the line says it is, what it says to do)
 KINDS: dict[str, tuple[Change, str, str]] = {
-    "adapter": (both(only(), write("adapter_config.json", {})), "PEFT adapter", "merge_and_unload"),
     "adapter beside a model": (write("adapter_config.json", {}), "PEFT adapter", "merge_and_unload"),
     "FSDP below": (write("pytorch_model_fsdp_0/.metadata"), "checkpoint of FSDP", "merge-weights"),
     "GGUF": (both(only("config.json"), write("model-Q4_K.gguf")), "GGUF", "gguf_file"),
     "GPTQ": (both(quantised("gptq"), packed("qweight", dtype=np.int32)), "quantised (gptq)", "quantised from"),
-    "bitsandbytes": (both(quantised("bitsandbytes"), packed("weight")), "quantised (bitsandbytes)", ".dequantize()"),
-    "MXFP4": (both(quantised("mxfp4"), packed("blocks", "scales")), "quantised (mxfp4)", "Mxfp4Config"),
-    "FP8": (both(quantised("fp8"), packed("weight")), "quantised (fp8)", "FineGrainedFP8Config"),
     "int8 without scales": (as_int(HEAD, np.int8), f"quantised ({HEAD} is stored as I8)", "quantised from"),
-    "a norm in integers": (as_int("model.norm.weight", np.int64), "model.norm.weight is stored as I64", ""),
 }
 
 
@@ -163,9 +153,8 @@ def test_what_is_no_plain_model_is_named(model: Path, tmp_path: Path, name: str)
     assert what in said and tree(tmp_path) == before
 
 
-@pytest.mark.parametrize("name", ["adapter beside a model", "int8 without scales"])
-def test_every_verb_says_the_same(model: Path, tmp_path: Path, server: Server, name: str) -> None:
-    change, what, fix = KINDS[name]
+def test_every_verb_says_the_same(model: Path, tmp_path: Path, server: Server) -> None:
+    change, what, fix = KINDS["adapter beside a model"]
     config = str(tiny.write_config(tmp_path, model))
     change(model)
     before = tree(tmp_path)
@@ -209,30 +198,20 @@ def overlapping(model: Path) -> None:
 
 # id: (change, part of the line that refuses it; None: it is another model, converted as the library reads it)
 ALTERED: dict[str, tuple[Change, str | None]] = {
-    "as it is": (lambda model: None, None),
     "other values": (stored(reverse), None),
     "dequantised, and config.json not": (quantised("fp8"), None),
     "overlap": (overlapping, "invalid offset"),
+    "another type": (
+        stored(lambda tensors: tensors.update({EXPERT: tensors[EXPERT].astype(np.float16)})),
+        "layers.1.mlp.experts.gate_up_proj cannot be made",
+    ),
     "missing tensor": (stored(lambda tensors: tensors.pop(GATE)), f"{GATE} is missing"),
-    "more": (stored(lambda tensors: tensors.update(ghost=np.ones(3, np.float32))), "ghost is not part of the model"),
     "shape": (stored(lambda tensors: tensors.update({GATE: tensors[GATE].T.copy()})), f"{GATE} has shape"),
     "link inside": (both(write("real.txt", "#"), linked("merges.txt", "real.txt")), None),
     "link to a file": (linked("merges.txt", f"../{OUTSIDE}"), "merges.txt is a link that leaves"),
-    "configuration linked": (
-        lambda model: (
-            shutil.move(model / "config.json", model.parent / "c.json"),
-            linked("config.json", "../c.json")(model),
-        ),
-        "config.json is a link that leaves",
-    ),
-    "link to nothing": (linked("merges.txt", "nowhere"), None),
     "weights linked": (
         lambda model: (shutil.move(model / SINGLE_NAME, model.parent / "w"), linked(SINGLE_NAME, "../w")(model)),
         None,
-    ),
-    "weights are a directory": (
-        lambda model: ((model / SINGLE_NAME).unlink(), (model / SINGLE_NAME).mkdir()),
-        "no weights",
     ),
     "configuration of another": (configured(num_local_experts=3), "experts"),
 }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import resource
@@ -37,12 +36,8 @@ OPTIM = "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"
 MODEL = "zero_pp_rank_1_mp_rank_00_model_states.pt"
 OPTIMIZER = "optimizer_state_dict"
 ZERO3, REPLICATED = "zero_pp_rank_0_mp_rank_00_model_states.pt", "mp_rank_00_model_states.pt"
-# Of every kind of source: its name, the file with the metadata, and another one.
-KINDS = {
-    "zero3": (CASE.name, ZERO3, OPTIM),
-    "zero1": (Case("mixtral", 1, 2).name, REPLICATED, OPTIM),
-    "stage0": (Case("mixtral", 0, 2, "fp32").name, REPLICATED, "layer_1_expert_3_mp_rank_00_model_states.pt"),
-}
+SOURCES = {"zero3": CASE, "zero1": Case("mixtral", 1, 2), "stage0": Case("mixtral", 0, 2, "fp32")}
+KINDS = {"zero3": ZERO3, "zero1": OPTIM, "stage0": "layer_1_expert_3_mp_rank_00_model_states.pt"}  # a file to damage
 Change = Callable[[Any], object]
 
 
@@ -50,7 +45,7 @@ Change = Callable[[Any], object]
 def source(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """A private copy of a source of the test's ``kind`` (a ZeRO-3 checkpoint of world 2, EP 2, where it has none)."""
     kind = request.node.callspec.params.get("kind", "zero3") if hasattr(request.node, "callspec") else "zero3"
-    shutil.copytree(checkpoints(2) / KINDS[kind][0] / "step_000001", tmp_path / "step_000001")
+    shutil.copytree(checkpoints(2) / SOURCES[kind].name / "step_000001", tmp_path / "step_000001")
     return tmp_path / "step_000001"
 
 
@@ -105,28 +100,20 @@ def flip(path: Path, position: int) -> None:
     path.write_bytes(bytes(data))
 
 
-def cut(kept: int) -> Callable[[Path], object]:
-    return lambda path: path.write_bytes(path.read_bytes()[:kept])
-
-
 FILE_FAULTS: dict[str, Callable[[Path], object]] = {
     "missing": Path.unlink,
-    "empty": cut(0),
-    "cut early": cut(100),
-    "cut late": cut(-1),
-    "cut": cut(-1000),
+    "empty": lambda path: path.write_bytes(b""),
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:-1000]),
     "zip directory": lambda path: flip(path, path.read_bytes().index(b"PK\x01\x02") + 6),  # version of its first entry
     "a directory": lambda path: (path.unlink(), path.mkdir()),
 }
 
 
 @pytest.mark.parametrize("fault", FILE_FAULTS)
-@pytest.mark.parametrize("file", [1, 2])
 @pytest.mark.parametrize("kind", KINDS)
-def test_damaged_file(source: Path, tmp_path: Path, kind: str, file: int, fault: str) -> None:
-    FILE_FAULTS[fault](source / KINDS[kind][file])
-    missing_model = kind in ("zero1", "stage0") and file == 1 and fault == "missing"
-    refused(source, tmp_path / "model", source.name if missing_model else KINDS[kind][file])
+def test_damaged_file(source: Path, tmp_path: Path, kind: str, fault: str) -> None:
+    FILE_FAULTS[fault](source / KINDS[kind])
+    refused(source, tmp_path / "model", KINDS[kind])
 
 
 def put(*path: Any) -> Change:
@@ -141,47 +128,25 @@ def put(*path: Any) -> Change:
     return change
 
 
-def drop(*path: Any) -> Change:
-    def change(state: Any) -> None:
-        for key in path[:-1]:
-            state = state[key]
-        del state[path[-1]]
-
-    return change
-
-
 STEP_OF = (OPTIMIZER, OPTIMIZER, "state", 0, "step")
 # id: (kind, glob of the files, change, part of the line; empty: the file's name): no writer in order stores these
 WRONG_METADATA: dict[str, tuple[str, str, Change, str]] = {
     "world": ("zero3", ZERO3, put("dp_world_size", "x"), ""),
     "huge world": ("zero1", REPLICATED, put("dp_world_size", 1 << 40), "zero_pp_rank_2_"),
-    "world 1": ("zero3", "*_model_states.pt", put("dp_world_size", 1), "zero_pp_rank_"),
     "world 3": ("zero3", "*_model_states.pt", put("dp_world_size", 3), "zero_pp_rank_"),
-    "no shapes": ("zero3", ZERO3, put("param_shapes", None), ""),
-    "a shape of fractions": ("zero3", ZERO3, put("param_shapes", 0, "model.norm.weight", (9.0,)), ""),
     "a huge shape": ("zero3", ZERO3, put("param_shapes", 0, "model.norm.weight", (1 << 2000,) * 9), ""),
-    "no module": ("stage0", REPLICATED, put("module", None), ""),
     "step": ("stage0", REPLICATED, put("global_steps", "many"), ""),
     "mixed steps": ("zero3", MODEL, put("global_steps", 7), ""),
-    "buffers": ("zero3", ZERO3, put("buffer_names", 3), ""),
     "frozen": ("zero3", ZERO3, put("frozen_param_fragments", {"x": 1}), ""),
-    "shared": ("zero1", REPLICATED, put("shared_params", 3), ""),
     "shapes": ("zero1", REPLICATED, put("param_shapes", [{"model.norm.weight": "ab"}]), ""),
-    "layers": ("zero1", REPLICATED, put("ds_autoep_layers", 0, "moe_layer_id", []), ""),
     "experts": ("zero1", REPLICATED, put("ds_autoep_layers", 0, "num_experts", 1 << 40), ""),
     "contradicting experts": ("zero3", MODEL, put("ds_autoep_layers", 1, "num_local_experts", 3), ""),
-    "configuration": ("zero1", REPLICATED, put("ds_config", "x"), ""),
     "partitions": ("zero3", OPTIM, put(OPTIMIZER, "ds_zero_partition_groups", 0, {"partition_count": 0}), ""),
-    "many partitions": ("zero3", OPTIM, put(OPTIMIZER, "partition_count", [2, "x"]), ""),
     "wrong partitions": ("zero3", OPTIM, put(OPTIMIZER, "partition_count", 4), ""),
-    "groups": ("zero3", OPTIM, put(OPTIMIZER, "fp32_flat_groups", 7), ""),
-    "states": ("zero3", OPTIM, put(OPTIMIZER, OPTIMIZER, "state", [1]), ""),
     "optimizer step": ("zero3", OPTIM, put(*STEP_OF, torch.zeros(3)), ""),
     "mixed optimizer steps": ("zero3", OPTIM, put(*STEP_OF, torch.tensor(4.0)), ""),
     "optimizer ahead": ("zero3", "*_optim_states.pt", put(*STEP_OF, torch.tensor(7.0)), "7 steps, the job 1"),
     "paddings": ("zero1", OPTIM, put(OPTIMIZER, "param_alignment_paddings", 0, [4]), ""),
-    "stage": ("zero1", OPTIM, put(OPTIMIZER, "zero_stage", "three"), ""),
-    "parts": ("zero1", OPTIM, put(OPTIMIZER, "partition_count", "x"), ""),
 }
 
 
@@ -192,14 +157,9 @@ def test_wrong_metadata(source: Path, tmp_path: Path, kind: str, files: str, cha
     refused(source, tmp_path / "model", named or files)
 
 
-def flip_master(group: int, element: int) -> Callable[[Path], None]:
-    """A byte of an fp32 master (the last element may be padding)."""
-
-    def act(step: Path) -> None:
-        tensor = read_archive(step / OPTIM)[OPTIMIZER]["fp32_flat_groups"][group]
-        flip(step / OPTIM, tensor.storage.offset_bytes + (element % tensor.numel()) * 4 + 1)
-
-    return act
+def flip_master(step: Path) -> None:
+    tensor = read_archive(step / OPTIM)[OPTIMIZER]["fp32_flat_groups"][0]
+    flip(step / OPTIM, tensor.storage.offset_bytes + 1)
 
 
 def flip_moment(step: Path) -> None:
@@ -211,21 +171,12 @@ def flip_moment(step: Path) -> None:
     shutil.rmtree(step.parent / "whole")
 
 
-def with_manifest(then: Callable[[Path], object], **changes: Any) -> Callable[[Path], object]:
-    return lambda step: (manifest(step, **changes), then(step))
-
-
 def nothing(step: Path) -> None:
     pass
 
 
-def no_second_moments(step: Path) -> None:
-    for path in step.glob("*_optim_states.pt"):
-        rewrite(path, drop(OPTIMIZER, OPTIMIZER, "state", 0, "exp_avg_sq"))
-
-
-def raw_manifest(text: str) -> Callable[[Path], object]:
-    return lambda step: (step / "manifest.json").write_text(text)
+def with_manifest(then: Callable[[Path], object] = nothing, **changes: Any) -> Callable[[Path], object]:
+    return lambda step: (manifest(step, **changes), then(step))
 
 
 ENTRY = {"bytes": 1, "sha256": ""}
@@ -233,33 +184,20 @@ SNAPSHOT = "/old/hub/models--org--name/snapshots/1"
 # id: (what is done to a ZeRO-3 checkpoint, part of the line, options of the conversion)
 FAULTS: dict[str, tuple[Callable[[Path], object], str, dict[str, Any]]] = {
     "no optimizer file, manifest": (with_manifest(lambda step: (step / OPTIM).unlink()), OPTIM, {}),
-    "no model file, manifest": (with_manifest(lambda step: (step / MODEL).unlink()), MODEL, {}),
-    **{
-        f"master {group} {element}": (flip_master(group, element), OPTIM, {"verify": True})
-        for group, element in ((0, 0), (1, -1))
-    },
+    "master": (flip_master, OPTIM, {"verify": True}),
     "pickle": (lambda step: flip(step / MODEL, (step / MODEL).read_bytes().index(b"0.19.8") + 2), MODEL, {}),
     "moment": (flip_moment, OPTIM, {"verify": True}),
-    "manifest step": (with_manifest(nothing, step=9), "manifest.json", {}),
-    "manifest world": (with_manifest(nothing, world=4), "manifest.json", {}),
-    "manifest ep": (with_manifest(nothing, ep=4), "manifest.json", {}),
+    "manifest step": (with_manifest(step=9), "manifest.json", {}),
     "manifest size": (with_manifest(lambda step: (step / MODEL).open("ab").write(b"x")), MODEL, {}),
-    "manifest files": (with_manifest(nothing, files=[1]), "manifest.json", {}),
-    "manifest bytes": (with_manifest(nothing, files={MODEL: {"bytes": "9", "sha256": ""}}), "manifest.json", {}),
-    "manifest outside": (with_manifest(nothing, files={"../../etc/passwd": ENTRY}), "no name of a file", {}),
-    "manifest absolute": (with_manifest(nothing, files={"/etc/passwd": ENTRY}), "no name of a file", {}),
-    "manifest model": (with_manifest(nothing, model=[]), "say which model", {"base_model": None}),
-    "manifest path": (with_manifest(nothing, model={"path": 3}), "manifest.json", {}),
-    "moved cache": (with_manifest(nothing, model={"path": SNAPSHOT}),
+    "manifest files": (with_manifest(files=[1]), "manifest.json", {}),
+    "manifest outside": (with_manifest(files={"../../etc/passwd": ENTRY}), "no name of a file", {}),
+    "manifest model": (with_manifest(model=[]), "say which model", {"base_model": None}),
+    "moved cache": (with_manifest(model={"path": SNAPSHOT}),
                     "org/name@1, is no longer in this cache of the hub", {"base_model": None}),
-    "manifest NaN": (raw_manifest('{"files": NaN}'), "NaN", {}),
-    "manifest deep": (raw_manifest("[" * 100_000), "manifest.json", {}),
-    "manifest number": (raw_manifest('{"step": ' + "9" * 5000 + "}"), "manifest.json", {}),
-    "manifest bytes that are no text": (lambda step: (step / "manifest.json").write_bytes(b"\xff"), "manifest", {}),
+    "manifest NaN": (lambda step: (step / "manifest.json").write_text('{"files": NaN}'), "NaN", {}),
     "universal": (lambda step: (step / "zero").mkdir(), "a DeepSpeed universal folder", {}),
     "type": (nothing, "int3", {"dtype": "int3"}),
     "size": (nothing, "apples", {"max_shard_size": "5 apples"}),
-    "huge size": (nothing, "is not a size", {"max_shard_size": "9" * 400 + "GB"}),
     "no base model": (nothing, "--base-model", {"base_model": None}),
     "not empty": (lambda step: (step.parent / "model").mkdir() or (step.parent / "model/x").write_text("mine"),
                   "not empty", {}),
@@ -279,17 +217,10 @@ def test_fault(
 # id: (value in config.json, or the whole text; part of the line)
 CONFIGURATIONS: dict[str, tuple[Any, str]] = {
     "text": ("[1", "config.json"),
-    "a list": ("[1]", "config.json"),
-    "NaN": ('{"rms_norm_eps": NaN}', "config.json"),
     "deep": ("[" * 100_000, "config.json"),
     "layers": ({"num_hidden_layers": 10**9}, "num_hidden_layers"),
-    "layers of a fraction": ({"num_hidden_layers": 1e300}, "num_hidden_layers"),
-    "hidden": ({"hidden_size": 1 << 62}, "hidden_size"),
-    "experts": ({"num_local_experts": 10**12}, "num_local_experts"),
     "heads": ({"num_attention_heads": 0}, "num_attention_heads is 0"),
-    "type": ({"model_type": 3}, "config.json"),
     "no type": ({"model_type": None}, "config.json"),
-    "a list for a number": ({"hidden_size": [9]}, "config.json"),
     "vocabulary": ({"vocab_size": -1}, "config.json"),
 }
 
@@ -306,24 +237,17 @@ def text(value: str) -> bytes:
     return b"X" + len(value.encode()).to_bytes(4, "little") + value.encode()
 
 
-def tensor(
-    key: str = "0", numel: int = 6, start: bytes = b"K\x00", shape: bytes = b"K\x06\x85", stride: bytes = b"K\x01\x85"
-) -> bytes:
+def tensor(key: str = "0", numel: int = 6) -> bytes:
     storage = b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text(key) + text("cpu") + bytes([75, numel]) + b"tQ"
-    return b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + start + shape + stride + b"\x89}tR"
+    return b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + b"K\x00K\x06\x85K\x01\x85\x89}tR"
 
 
 HOSTILE: dict[str, bytes] = {  # pickles that no writer leaves
     "os.system": b"cposix\nsystem\n" + text("touch payload_ran") + b"\x85R",
-    "eval": b"c__builtin__\neval\n" + text("open('payload_ran', 'w')") + b"\x85R",
     "getattr": b"c__builtin__\ngetattr\n" + b"ctorch\nTensor\n" + text("__init__") + b"\x86R",
     "a function of ours": b"ctrace_ds.run.files\nwrite_text\n" + text("payload_ran") + text("x") + b"\x86R",
     "a record outside": tensor(key="../../../../etc/passwd"),
-    "a negative start": tensor(start=b"J\xff\xff\xff\xff"),
-    "a tensor beyond its record": tensor(shape=b"K\x60\x85"),
     "a storage of another size": tensor(numel=96),
-    "not contiguous": tensor(shape=b"K\x02K\x02\x86", stride=b"K\x01K\x02\x86"),
-    "an empty stack": b"a",
     "no end": b"]" * 10,
 }
 
@@ -383,28 +307,17 @@ def test_an_optimizer_behind_the_job_is_a_note(source: Path, tmp_path: Path) -> 
     assert "has made 0 steps and the job 1" in notes[0]
 
 
-def test_moments_are_no_weights(source: Path, tmp_path: Path) -> None:
-    no_second_moments(source)
-    assert convert_checkpoint(source, tmp_path / "model", base_model=base())["parameters"]
-
-
 @pytest.mark.parametrize(
     ("value", "dtype", "warning"),
-    [("nan", "same", "holds NaN"), ("1e30", "fp16", "overflows in the target type"), ("inf", "same", "")],
+    [("nan", "same", "holds NaN"), ("1e30", "fp16", "overflows in the target type")],
 )
 def test_what_is_not_finite_is_a_warning_that_names_the_tensors(
     source: Path, tmp_path: Path, value: str, dtype: str, warning: str
 ) -> None:
     rewrite(source / OPTIM, lambda state: state[OPTIMIZER]["fp32_flat_groups"][0].data.__setitem__(3, float(value)))
     report = convert_checkpoint(source, tmp_path / "model", base_model=base(), dtype=dtype)
-    assert report["warnings"] == ([f"model.embed_tokens.weight {warning}"] if warning else [])
+    assert report["warnings"] == [f"model.embed_tokens.weight {warning}"]
     assert warning in (tmp_path / "model" / "README.md").read_text()
-
-
-def test_a_mount_point_is_refused_at_once(source: Path) -> None:
-    """Nothing can be renamed onto it (/proc is one on every Linux)."""
-    with pytest.raises(UserError, match="mount point"):
-        convert_checkpoint(source, Path("/proc"), base_model=base())
 
 
 def test_more_files_than_a_process_may_open(tmp_path: Path) -> None:
@@ -416,28 +329,10 @@ def test_more_files_than_a_process_may_open(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_without_all_moments_is_not_gone_on_from(source: Path, tmp_path: Path) -> None:
-    no_second_moments(source)
+    for path in source.glob("*_optim_states.pt"):
+        rewrite(path, lambda state: state[OPTIMIZER][OPTIMIZER]["state"][0].pop("exp_avg_sq"))
     with pytest.raises(UserError, match="has no exp_avg_sq"):
         write_universal(open_source(source), tmp_path, jobs=1)
-
-
-EXPERT = "model.layers.1.block_sparse_moe.experts.3.w1.weight"
-# id: (what becomes of an expert's tensor of a hub model (None: it is not there), part of the line)
-HUB_FAULTS: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor | None], str]] = {
-    "missing": (lambda tensor: None, f"{EXPERT} is missing."),
-    "another type": (torch.Tensor.half, "layers.1.mlp.experts.gate_up_proj cannot be made"),
-    "another shape": (lambda tensor: tensor[1:].clone(), f"{EXPERT} has shape"),
-}
-
-
-@pytest.mark.parametrize("fault", HUB_FAULTS)
-def test_hub_model_that_does_not_fit(tmp_path: Path, fault: str) -> None:
-    shutil.copytree(base(), tmp_path / "base")
-    tensors = load_file(base() / "model.safetensors")
-    change, named = HUB_FAULTS[fault]
-    changed = change(tensors.pop(EXPERT))
-    save_file(tensors | ({} if changed is None else {EXPERT: changed}), tmp_path / "base" / "model.safetensors")
-    refused(tmp_path / "base", tmp_path / "model", named, base_model=None)
 
 
 def test_what_transformers_does_not_load_is_left_out(tmp_path: Path) -> None:
@@ -464,12 +359,6 @@ def test_another_model(source: Path, tmp_path: Path) -> None:
     refused(source, tmp_path / "model", "not of this model", base_model=tmp_path / "olmoe")
 
 
-@pytest.mark.parametrize("name", ["empty", "absent"])
-def test_nothing_there(tmp_path: Path, name: str) -> None:
-    (tmp_path / "empty").mkdir()
-    refused(tmp_path / name, tmp_path / "model", name)
-
-
 def test_the_trainers_folder_is_a_checkpoint_and_not_a_model(source: Path, tmp_path: Path) -> None:
     """transformers' Trainer puts DeepSpeed's checkpoint beside a model of rounded weights: the masters count."""
     trainer = Path(shutil.copytree(base(), tmp_path / "trainer"))
@@ -486,33 +375,10 @@ def test_the_trainers_folder_is_a_checkpoint_and_not_a_model(source: Path, tmp_p
         assert open_source(place, trainer.name).path == open_source(trainer).path == trainer / "global_step1"
 
 
-def run_tool(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(TOOL), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, **options)
-
-
-@pytest.mark.parametrize(("file_bytes", "named"), [(4096, "model.safetensors"), (1 << 17, "tokenizer.json")])
-def test_no_space_left(source: Path, tmp_path: Path, file_bytes: int, named: str) -> None:
+def test_no_space_left(source: Path, tmp_path: Path) -> None:
     """A limit on the size of files stands for a full disk (the same path in the code, and it needs no mount)."""
-    shutil.copytree(base(), tmp_path / "base")
-    (tmp_path / "base" / "tokenizer.json").write_bytes(bytes(1 << 18))
-    with limit(resource.RLIMIT_FSIZE, file_bytes), pytest.raises(UserError, match=r"cannot hold the result") as raised:
-        convert_checkpoint(source, tmp_path / "model", base_model=tmp_path / "base")
-    assert named in raised.value.where
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", source.name]
-
-
-def test_no_space_left_at_the_last_fsync(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Network file systems say so only then."""
-
-    def full(descriptor: int) -> None:
-        if not list(tmp_path.glob("model.tmp-*/conversion.json")):
-            return fsync(descriptor)
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    fsync = os.fsync
-    monkeypatch.setattr(os, "fsync", full)
-    refused(source, tmp_path / "model", "cannot hold the result")
+    with limit(resource.RLIMIT_FSIZE, 4096):
+        refused(source, tmp_path / "model", "cannot hold the result")
 
 
 def test_the_tool_needs_no_deepspeed_no_gpu_and_no_compiler(source: Path, tmp_path: Path) -> None:
@@ -522,19 +388,11 @@ def test_the_tool_needs_no_deepspeed_no_gpu_and_no_compiler(source: Path, tmp_pa
     guard = f"import sys; sys.modules.update(dict.fromkeys('{absent}'.split()))\n"
     (tmp_path / "sitecustomize.py").write_text(guard)
     environment = {"PATH": "/nonexistent", "PYTHONPATH": str(tmp_path), "HOME": str(tmp_path)}
-    result = run_tool(source, tmp_path / "model", "--verify", "--jobs", 2, env=environment, cwd="/")
-    assert result.returncode == 0, result.stderr
-    assert "verified" in result.stdout and (tmp_path / "model" / "model.safetensors").is_file()
-    again = run_tool(source, tmp_path / "model", env=environment, cwd="/")
-    assert again.returncode == 2 and "not empty" in again.stderr and "Traceback" not in again.stderr
-
-
-def test_the_tool_says_what_an_older_transformers_lacks(source: Path, tmp_path: Path) -> None:
-    (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['transformers.core_model_loading'] = None")
-    environment = {"PATH": "/nonexistent", "PYTHONPATH": str(tmp_path), "HOME": str(tmp_path)}
-    result = run_tool(source, tmp_path / "model", "--base-model", base(), env=environment, cwd="/")
-    assert result.returncode == 2 and "pip install 'transformers>=5" in result.stderr
-    assert "Traceback" not in result.stderr and not (tmp_path / "model").exists()
+    for status, words in ((0, "verified"), (2, "not empty")):
+        command = [sys.executable, TOOL, source, tmp_path / "model", "--verify", "--jobs", "2"]
+        result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd="/")
+        assert result.returncode == status and words in result.stdout + result.stderr, result
+        assert "Traceback" not in result.stderr and (tmp_path / "model" / "model.safetensors").is_file()
 
 
 def test_a_killed_conversion_leaves_nothing_that_looks_like_a_model(source: Path, tmp_path: Path) -> None:

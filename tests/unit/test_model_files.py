@@ -77,50 +77,22 @@ def test_missing_things_are_named(model: Path, sharded: Path, tmp_path: Path) ->
 @pytest.mark.parametrize("keep", [0, 5, 100, -1])
 def test_a_truncated_shard_is_named(sharded: Path, keep: int) -> None:
     path = sharded / "model-00003-of-00003.safetensors"
-    content = path.read_bytes()
-    path.write_bytes(content[:keep])
-    refused(sharded, path.name, "truncated")
-
-
-def test_a_shard_that_is_too_long(sharded: Path) -> None:
-    path = sharded / "model-00001-of-00003.safetensors"
-    path.write_bytes(path.read_bytes() + b"\0")
-    refused(sharded, path.name, "longer")
+    path.write_bytes(path.read_bytes()[:keep])
+    refused(sharded, path.name)
 
 
 def test_an_index_that_lies(sharded: Path) -> None:
     index = sharded / INDEX_NAME
     placed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    other = next(file for file in placed.values() if file != placed["lm_head.weight"])
     for changed, word in (
-        ({**placed, "model.ghost.weight": "model-00001-of-00003.safetensors"}, "model.ghost.weight"),
-        (
-            placed | {name: next(f for f in placed.values() if f != placed[name]) for name in ["lm_head.weight"]},
-            "lm_head",
-        ),
+        ({**placed, "model.ghost.weight": other}, "model.ghost.weight"),
+        ({**placed, "lm_head.weight": other}, "lm_head"),
         ({**placed, "lm_head.weight": "../elsewhere.safetensors"}, "outside"),
-        ({**placed, "lm_head.weight": 3}, "outside"),
         ({}, "weight_map"),
     ):
         index.write_text(json.dumps({"weight_map": changed}), encoding="utf-8")
         refused(sharded, word)
-
-
-@pytest.mark.parametrize(
-    "entry",
-    [
-        {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 8]},
-        {"dtype": "F99", "shape": [2], "data_offsets": [0, 8]},
-        {"dtype": "F32", "shape": [-2], "data_offsets": [0, -8]},
-        {"dtype": "F32", "shape": [2]},
-        [1],
-    ],
-)
-def test_a_hostile_header(tmp_path: Path, entry: object) -> None:
-    header = json.dumps({"x": entry}).encode()
-    path = tmp_path / "x.safetensors"
-    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
-    with pytest.raises(UserError, match="header"):
-        read_safetensors_header(path)
 
 
 def test_a_header_length_beyond_the_limit(tmp_path: Path) -> None:
@@ -128,13 +100,5 @@ def test_a_header_length_beyond_the_limit(tmp_path: Path) -> None:
     with path.open("wb") as handle:  # a sparse file: the claimed header exists, but nobody should read it
         handle.write(struct.pack("<Q", 200_000_000))
         handle.truncate(300_000_000)
-    with pytest.raises(UserError, match="claims"):
+    with pytest.raises(UserError, match=r"x\.safetensors"):
         read_safetensors_header(path)
-
-
-def test_reading_imports_no_torch() -> None:
-    import subprocess
-    import sys
-
-    code = "import sys, trace_ds.tensors.model_files; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
