@@ -1,4 +1,4 @@
-"""What collecting routing statistics costs in time, against plain forward passes (memory: bench_collect_memory.py).
+"""What collecting routing statistics costs in time, against plain forward passes.
 
     python tools/bench_collect.py [--json]                  # time; on a GPU also the speed-up on three real shapes
 
