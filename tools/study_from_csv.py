@@ -35,8 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from trace_ds.config.load import load_config
 from trace_ds.config.schema import Config
-from trace_ds.studies.analysis import Comparison, Curve, Measure
-from trace_ds.studies.matched import Matched, matched, reached
+from trace_ds.studies.analysis import Comparison, Curve, Matched, Measure, matched, reached
 from trace_ds.studies.runs import require_bench
 from trace_ds.studies.study import HEADER
 

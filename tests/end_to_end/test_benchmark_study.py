@@ -20,8 +20,7 @@ from forked import JOB, Server, refuse
 from trace_ds.config.load import load_config
 from trace_ds.errors import JobFailed
 from trace_ds.studies import study as study_module
-from trace_ds.studies.analysis import Comparison
-from trace_ds.studies.matched import Matched, matched
+from trace_ds.studies.analysis import Comparison, Matched, matched
 from trace_ds.studies.study import Study
 
 BENCH: dict[str, Any] = {
@@ -88,7 +87,7 @@ def test_the_csv_alone_gives_the_comparisons_again(study: Path, recipe: Path) ->
     config, _ = load_config(str(recipe), [], "out")
     read = {
         "csv": read_curves(config, study / "frontier.csv"),
-        "runs": [curve for curve, _ in Study([str(recipe)], study, []).curves()],
+        "runs": Study([str(recipe)], study, []).read_curves()[0],
     }
 
     def measure(steps: list[int], forget: list[float], utility: list[float]) -> Matched:

@@ -17,8 +17,7 @@ from typer.testing import CliRunner
 
 from trace_ds.config.load import load_config
 from trace_ds.config.sections.bench import BenchConfig
-from trace_ds.studies.analysis import Comparison
-from trace_ds.studies.matched import matched
+from trace_ds.studies.analysis import Comparison, matched
 from trace_ds.studies.runs import grid_of
 
 ROOT = Path(__file__).resolve().parents[2]

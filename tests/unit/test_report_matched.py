@@ -14,7 +14,7 @@ from scipy import stats
 
 from trace_ds.reporting.gather import Evaluation, Score
 from trace_ds.reporting.intervals import of_score, wilson
-from trace_ds.studies.matched import Reached, matched, reached, relative_gain
+from trace_ds.studies.analysis import Reached, matched, reached
 
 unit = st.floats(0, 1, allow_nan=False)
 
@@ -101,8 +101,3 @@ def test_scores_that_are_no_mean_over_questions_have_no_interval() -> None:
 def test_bad_input_is_refused(steps: list[int], utility: list[float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         matched(steps, [0.1, 0.1], utility, 0.5)
-
-
-def test_relative_gain() -> None:
-    assert relative_gain(1.1, 1.0) == pytest.approx(0.1)
-    assert relative_gain(1.0, 0.0) is None

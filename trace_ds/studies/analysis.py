@@ -1,10 +1,10 @@
 """What the curves of a study show: every method against the baseline at matched forgetting; pure functions.
 
-A run has *forgotten* from the first scored step at which its forget score is at most the target. Three numbers are told
-of it: ``cross``, the utility where the line to that step from the one before meets the target, ``post``, the mean
-utility from that step to the last (less noisy, so strengths are chosen by it), and ``end``, the utility after the last
-step. A run that never gets there, or diverges, is never compared; nor is a seed whose original model is at the target
-already: there is nothing to forget.
+Stopping earlier always looks better on utility, so methods are compared from where each has forgotten enough: the first
+scored step at which the forget score is at most the target. Each run has three numbers: ``cross``, the utility where
+the line to that step from the one before meets the target, ``post``, the mean utility from that step to the last (less
+noisy, so strengths are chosen by it), and ``end``, the utility after the last step. A run that never gets there, or
+diverges, is not compared; nor is a seed whose original model is at the target already: there is nothing to forget.
 
 **Tuning without peeking** (our decision): the seeds are dealt to two folds in turn. For each fold the strength of a
 method is the one with the best mean ``post`` over the *other* fold's seeds, among those that reached the target on
@@ -12,7 +12,7 @@ most of them; ties go to the fewer steps. So every reported number was made at a
 for the baseline in exactly the same way.
 
 Intervals: 95 % of a paired bootstrap over seeds (percentile, the ratio of the two means; Efron & Tibshirani 1993,
-chapter 13) and, beside it, Student's t of the paired differences. Few seeds make the bootstrap optimistic: read both.
+chapter 13) and Student's t of the paired differences. Few seeds make the bootstrap optimistic: read both.
 
 Shape legend: S scored steps, N seeds, D draws.
 """
@@ -23,6 +23,7 @@ import fnmatch
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -30,12 +31,70 @@ import numpy as np
 from trace_ds.config.schema import Config
 from trace_ds.reporting.intervals import LEVEL, Interval, t_interval
 from trace_ds.run.curve import scores_of
-from trace_ds.studies.matched import Matched, relative_gain
 from trace_ds.studies.runs import recipe_trial, require_bench
 
 BOOTSTRAP_DRAWS = 10_000
 SAME = "same strength"
+TOLERANCE = 1e-9  # of a score at the target
+
+
+@dataclass(frozen=True)
+class Reached:
+    """Where forget scores first meet the target: ``index`` of the scored step, and ``share`` of the way to it from the
+    step before at which the straight line between the two does (1: there is none before)."""
+
+    index: int
+    share: float
+
+
+@dataclass(frozen=True)
+class Matched:
+    """One run at matched forgetting.
+
+    Attributes:
+        step: first scored step at the target; None (as the next three) when it was never reached.
+        spacing: steps since the scored step before it (0: there is none).
+        at_crossing: utility where the line between the two meets the target.
+        post: mean utility from ``step`` to the last scored step.
+        end: utility at the last scored step.
+    """
+
+    step: int | None
+    spacing: int | None
+    at_crossing: float | None
+    post: float | None
+    end: float
+
+
 Measure = Callable[[list[int], list[float], list[float]], Matched]  # of steps, forget scores and utilities
+
+
+def reached(forget_S: Sequence[float], target: float) -> Reached | None:
+    """Where the forget scores first are at the target; None where they never are. NaN never is."""
+    index = next((number for number, score in enumerate(forget_S) if score <= target + TOLERANCE), None)
+    if index is None:
+        return None
+    before = forget_S[index - 1] if index else math.nan
+    share = (before - target) / (before - forget_S[index]) if math.isfinite(before) else 1.0
+    return Reached(index, min(share, 1.0))
+
+
+def matched(steps_S: Sequence[int], forget_S: Sequence[float], utility_S: Sequence[float], target: float) -> Matched:
+    """One run at a target; ``ValueError`` unless steps increase and all lengths agree."""
+    if not (len(steps_S) == len(forget_S) == len(utility_S)) or not steps_S:
+        raise ValueError(f"{len(steps_S)} steps, {len(forget_S)} forget scores, {len(utility_S)} utilities")
+    if any(later <= earlier for earlier, later in pairwise(steps_S)):
+        raise ValueError(f"the steps do not increase: {list(steps_S)}")
+    end = float(utility_S[-1])
+    first = reached(forget_S, target)
+    if first is None:
+        return Matched(None, None, None, None, end)
+    tail = [float(value) for value in utility_S[first.index :]]
+    step, spacing, crossing = int(steps_S[first.index]), 0, tail[0]
+    if first.index:
+        spacing, before = step - int(steps_S[first.index - 1]), float(utility_S[first.index - 1])
+        crossing = before + first.share * (tail[0] - before) if first.share < 1 else tail[0]
+    return Matched(step, spacing, crossing, math.fsum(tail) / len(tail), end)
 
 
 @dataclass(frozen=True)
@@ -85,7 +144,7 @@ class Comparison:
     Args:
         config: the recipe, which names baseline, metrics, grid and the strength that all share.
         curves: of any methods and seeds, also ones that the recipe no longer has.
-        measure: what is told of a curve, :func:`trace_ds.studies.matched.matched` at a target.
+        measure: :func:`matched` at a target.
     """
 
     def __init__(self, config: Config, curves: Sequence[Curve], measure: Measure) -> None:
@@ -101,15 +160,14 @@ class Comparison:
             if metric in curve.scores
         }
 
-    def matched(self, curve: Curve, metric: str) -> Matched | None:
+    def matched(self, curve: Curve | None, metric: str) -> Matched | None:
         """None where the run is not to be compared."""
-        found = self._matched.get((id(curve), metric))
-        return found if found is not None and found.step and not curve.diverged else None
+        match = self._matched.get((id(curve), metric))
+        return match if match and match.step and curve and not curve.diverged else None
 
     def step(self, curve: Curve) -> int | None:
         """The first scored step at which the target is met: 0 where the original model does, None where none does."""
-        found = self._matched.get((id(curve), self.bench.utility[0]))
-        return None if found is None else found.step
+        return self._matched[id(curve), self.bench.utility[0]].step
 
     @property
     def nothing_to_forget(self) -> list[int]:
@@ -129,28 +187,26 @@ class Comparison:
         ]
 
     def choices(self, loss: str) -> Iterator[tuple[str, dict[str, dict[int, Curve | None]]]]:
-        """(what is tuned, method -> the curve it is told by for each seed): nothing, then the first key of the grid,
-        then the first two, … as far as some method has several values of the last key."""
-        mine = [curve for curve in self.curves if curve.loss == loss]
-        methods = dict.fromkeys([*self.bench.methods, *(curve.method for curve in mine)])
-        of_method = {method: [curve for curve in mine if curve.method == method] for method in methods}
-        of_method = {method: curves for method, curves in of_method.items() if curves}
+        """(what is tuned, method -> its curve for each seed): nothing, then the first key of the grid, then the first
+        two, … as far as some method has several values of the last key."""
+        curves = [curve for curve in self.curves if curve.loss == loss]
+        methods = dict.fromkeys([*self.bench.methods, *(curve.method for curve in curves)])
+        of_method = {method: [curve for curve in curves if curve.method == method] for method in methods}
+        of_method = {method: mine for method, mine in of_method.items() if mine}
         own = {method: settings_of(recipe_trial(self.config, loss, method).label) for method in of_method}
         keys = [key.rsplit(".", 1)[-1] for key in self.bench.grid]
         for count in range(len(keys) + 1):
             free = keys[:count]
-            if not free or any(len({c.settings.get(free[-1]) for c in curves}) > 1 for curves in of_method.values()):
+            if not free or any(len({c.settings.get(free[-1]) for c in mine}) > 1 for mine in of_method.values()):
                 fixed = {method: {k: v for k, v in own[method].items() if k not in free} for method in of_method}
                 yield (
                     f"own {', '.join(free)}" if free else SAME,
-                    {method: self.tuned(curves, fixed[method], bool(free)) for method, curves in of_method.items()},
+                    {method: self.tuned(mine, fixed[method], bool(free)) for method, mine in of_method.items()},
                 )
 
     def tuned(self, curves: Sequence[Curve], fixed: Mapping[str, str], tune: bool) -> dict[int, Curve | None]:
-        """For each seed the curve at the strength chosen on the other fold, among those with the ``fixed`` settings.
-
-        None for a seed whose other fold gives no choice.
-        """
+        """For each seed the curve at the strength chosen on the other fold, among those with the ``fixed`` settings;
+        None where the other fold gives no choice."""
         allowed = [c for c in curves if all(_same(c.settings.get(k), v) for k, v in fixed.items())]
         folds = list(self.seeds[0::2]), list(self.seeds[1::2])
         chosen: dict[int, Curve | None] = {}
@@ -162,55 +218,53 @@ class Comparison:
 
     def best_strength(self, curves: Sequence[Curve], seeds: Sequence[int]) -> str | None:
         """None when none of the curves ever reached the target on ``seeds``."""
-        best: tuple[tuple[float, float, float], str] | None = None
+        ranks: dict[str, tuple[float, float, float]] = {}
         for strength in dict.fromkeys(curve.strength for curve in curves):
             mine = [curve for curve in curves if curve.strength == strength and curve.seed in seeds]
-            found = [self.matched(curve, self.bench.utility[0]) for curve in mine]
-            reached = [(m.post, m.step) for m in found if m and m.post is not None and math.isfinite(m.post)]
-            if reached:
-                posts, steps = zip(*reached, strict=True)
-                rank = (float(len(reached)), math.fsum(posts) / len(posts), -math.fsum(steps) / len(steps))
-                if best is None or rank > best[0]:
-                    best = (rank, strength)
-        return None if best is None else best[1]
+            matches = [self.matched(curve, self.bench.utility[0]) for curve in mine]
+            done = [(m.post, m.step) for m in matches if m and m.post is not None and math.isfinite(m.post)]
+            if done:
+                posts, steps = zip(*done, strict=True)
+                ranks[strength] = (float(len(done)), math.fsum(posts) / len(posts), -math.fsum(steps) / len(steps))
+        return max(ranks, key=lambda strength: ranks[strength], default=None)
 
     def compare(
         self, chosen: Mapping[int, Curve | None], baseline: Mapping[int, Curve | None], metric: str, at: str
     ) -> dict[str, Any]:
         """One method against the baseline, paired by seed; ``at`` is post, cross or end."""
+        field = {"post": "post", "cross": "at_crossing", "end": "end"}[at]
 
-        def read(curve: Curve | None) -> tuple[Matched, float, float] | None:
-            found = None if curve is None else self.matched(curve, metric)
-            if curve is None or found is None:
+        def read(curve: Curve | None) -> tuple[int, float, float] | None:
+            """Step at the target, utility, forget score at the end."""
+            match = self.matched(curve, metric)
+            if curve is None or match is None or match.step is None:
                 return None
-            value = {"post": found.post, "cross": found.at_crossing, "end": found.end}[at]
-            return found, math.nan if value is None else value, curve.scores[self.bench.forget][-1]
+            value = getattr(match, field)
+            return match.step, math.nan if value is None else value, curve.scores[self.bench.forget][-1]
 
         both = {seed: (read(curve), read(baseline.get(seed))) for seed, curve in chosen.items()}
-        reached = {seed: (a, b) for seed, (a, b) in both.items() if a is not None and b is not None}
-        pairs = {seed: (a, b) for seed, (a, b) in reached.items() if math.isfinite(a[1]) and math.isfinite(b[1])}
+        compared = {seed: (a, b) for seed, (a, b) in both.items() if a is not None and b is not None}
+        pairs = {seed: (a, b) for seed, (a, b) in compared.items() if math.isfinite(a[1]) and math.isfinite(b[1])}
         mine, theirs = ([sides[side][1] for sides in pairs.values()] for side in (0, 1))
         differences = [x - y for x, y in zip(mine, theirs, strict=True)]
-        mean, mean_base = (math.fsum(v) / len(v) if v else None for v in (mine, theirs))
+        mean, mean_base, difference = (math.fsum(v) / len(v) if v else None for v in (mine, theirs, differences))
         several = len(pairs) > 1
         ratio = bootstrap_ratio(mine, theirs) if several else None
         return {
             "seeds": list(pairs),
             "value": mean,
-            "value_t_interval": vars(t_interval(mine)) if several else None,
             "baseline": mean_base,
-            "relative": None if mean is None or mean_base is None else relative_gain(mean, mean_base),
+            "relative": mean / mean_base - 1 if mean is not None and mean_base and mean_base > 0 else None,
             "relative_interval": vars(ratio) if ratio is not None else None,
-            "difference": math.fsum(differences) / len(differences) if differences else None,
+            "difference": difference,
             "difference_t_interval": vars(t_interval(differences)) if several else None,
             "by_seed": mine,
             "baseline_by_seed": theirs,
-            "steps": [a[0].step for a, _ in pairs.values()],
-            "baseline_steps": [b[0].step for _, b in pairs.values()],
-            "steps_between_scores": max((m[0].spacing or 0 for sides in pairs.values() for m in sides), default=None),
+            "steps": [a[0] for a, _ in pairs.values()],
+            "baseline_steps": [b[0] for _, b in pairs.values()],
             "forget_end": [finite(a[2]) for a, _ in pairs.values()],
             "baseline_forget_end": [finite(b[2]) for _, b in pairs.values()],
-            "not_a_number": [seed for seed in reached if seed not in pairs],
+            "not_a_number": [seed for seed in compared if seed not in pairs],
             "not_reached": {
                 "method": [seed for seed, (a, _) in both.items() if a is None],
                 "baseline": [seed for seed, (_, b) in both.items() if b is None],
@@ -227,20 +281,14 @@ def _same(one: str | None, other: str) -> bool:
         return one == other
 
 
-def bootstrap_ratio(
-    values: Sequence[float], baselines: Sequence[float], draws: int = BOOTSTRAP_DRAWS
-) -> Interval | None:
+def bootstrap_ratio(values: Sequence[float], baselines: Sequence[float]) -> Interval | None:
     """Percentile interval of mean(values) / mean(baselines) − 1 over paired resamples of the seeds (fixed seed 0).
 
-    Not ``scipy.stats.bootstrap``: it draws other resamples, and the published intervals would move.
-
-    None where a resample's baseline is not above zero, so that there is no ratio; ``ValueError`` for fewer than two
-    pairs.
+    Not ``scipy.stats.bootstrap``: it draws other resamples, and the published intervals would move. None where a
+    resample's baseline is not above zero, so that there is no ratio.
     """
     pairs_N2 = np.array([values, baselines], dtype=np.float64).T
-    if len(pairs_N2) < 2:
-        raise ValueError("a bootstrap needs two pairs")
-    draw_DN = np.random.default_rng(0).integers(0, len(pairs_N2), (draws, len(pairs_N2)))
+    draw_DN = np.random.default_rng(0).integers(0, len(pairs_N2), (BOOTSTRAP_DRAWS, len(pairs_N2)))
     means_D2 = pairs_N2[draw_DN].mean(1)
     if (means_D2[:, 1] <= 0).any():
         return None

@@ -24,6 +24,7 @@ from trace_ds.config.names import MAX_LENGTH
 from trace_ds.config.schema import Config
 from trace_ds.config.sections.bench import BenchConfig
 from trace_ds.errors import UserError
+from trace_ds.evaluation.metrics import METRICS, TASK_METRICS, direction
 from trace_ds.run.directory import RunDirectory
 from trace_ds.stages.pipeline import Request
 
@@ -50,7 +51,8 @@ class Trial:
 
     @property
     def label(self) -> str:
-        return label(self.strength)
+        """``alpha=16,lr=0.0005``: the last part of each key and its value."""
+        return ",".join(f"{key.rsplit('.', 1)[-1]}={json.dumps(value)}" for key, value in self.strength.items())
 
     @property
     def name(self) -> str:
@@ -61,16 +63,10 @@ class Trial:
         return name if len(name) <= MAX_LENGTH else f"{name[: MAX_LENGTH - 9]}-{digest}"
 
 
-def label(strength: Mapping[str, Any]) -> str:
-    """``alpha=16,lr=0.0005``: the last part of each key and its value."""
-    return ",".join(f"{key.rsplit('.', 1)[-1]}={json.dumps(value)}" for key, value in strength.items())
-
-
 def require_bench(config: Config, where: str) -> BenchConfig:
     if config.bench is None:
-        raise UserError(
-            "the recipe has no bench section", where, "start from `trace-ds recipes --show bench_entangled`"
-        )
+        fix = "start from `trace-ds recipes --show bench_entangled`"
+        raise UserError("the recipe has no bench section", where, fix)
     return config.bench
 
 
@@ -137,10 +133,7 @@ def run_of(request: Request, trial: Trial) -> RunDirectory:
 
 def check(config: Config) -> None:
     """Find what is wrong with a study before its first run; raises :class:`UserError`."""
-    from trace_ds.evaluation.metrics import METRICS, TASK_METRICS, direction
-
-    bench = require_bench(config, config.name)
-    evaluate = config.unlearning.evaluate
+    bench, evaluate = require_bench(config, config.name), config.unlearning.evaluate
     if evaluate.every is None:
         raise UserError("the runs are not scored", "unlearning.evaluate.every", "set it: steps between scores")
     tasks = {task.name: TASK_METRICS[task.type] for task in config.evaluation.tasks if task.name in evaluate.tasks}
@@ -148,30 +141,22 @@ def check(config: Config) -> None:
         words = metric.split()
         if len(words) not in (2, 3) or words[1] not in tasks.get(words[0], ()):
             known = "; ".join(f"{name} {', '.join(metrics)}" for name, metrics in sorted(tasks.items()))
-            what = f"{metric!r} is not 'TASK METRIC' of a task of unlearning.evaluate.tasks"
-            raise UserError(what, "bench", f"use one of: {known}")
-    metric = bench.forget.split()[1]
-    if direction(metric, "forget") != "lower":
-        raise UserError(f"{metric} does not fall as more is forgotten", "bench.forget", "choose another metric")
-    if GOLD not in config.evaluation.models and METRICS[metric].chance is None:
-        raise UserError(
-            f"there is no gold model, and {metric} has no chance level, so there is no forgetting target",
-            "bench.forget",
-            "name a model trained without the forget set as evaluation.models.gold",
-        )
-    if direction(bench.utility[0].split()[1], "utility") != "higher":
-        raise UserError(
-            f"{bench.utility[0]} does not grow with what is kept, and strengths are tuned by the first metric",
-            "bench.utility",
-            "put another one first",
-        )
+            problem = f"{metric!r} is not 'TASK METRIC' of a task of unlearning.evaluate.tasks"
+            raise UserError(problem, "bench", f"use one of: {known}")
+    forget, utility = (metric.split()[1] for metric in (bench.forget, bench.utility[0]))
+    if direction(forget, "forget") != "lower":
+        raise UserError(f"{forget} does not fall as more is forgotten", "bench.forget", "choose another metric")
+    if GOLD not in config.evaluation.models and METRICS[forget].chance is None:
+        problem = f"there is no gold model, and {forget} has no chance level, so there is no forgetting target"
+        fix = "name a model trained without the forget set as evaluation.models.gold"
+        raise UserError(problem, "bench.forget", fix)
+    if direction(utility, "utility") != "higher":
+        problem = f"{bench.utility[0]} does not grow with what is kept, and strengths are tuned by the first metric"
+        raise UserError(problem, "bench.utility", "put another one first")
     trials = trials_of(bench)
     for loss, method in itertools.product(bench.losses, bench.methods):
         if (own := recipe_trial(config, loss, method)) not in trials:
-            raise UserError(
-                f"the grid for {loss} {method} lacks the recipe's own strength {own.label}",
-                "bench.grid",
-                "add it: it is the strength at which methods are compared alike",
-            )
+            problem = f"the grid for {loss} {method} lacks the recipe's own strength {own.label}"
+            raise UserError(problem, "bench.grid", "add it: it is the strength at which methods are compared alike")
     if len({trial.name for trial in trials}) < len(trials):
         raise UserError("two runs of the study have one name", "bench.grid", "let its values be numbers or words")

@@ -1,9 +1,9 @@
-"""``trace-ds bench RECIPE``: run what is left of a study on this machine and say what its curves show.
+"""``trace-ds bench RECIPE``: run what is left of a study on this machine and compare its runs.
 
     trace-ds bench bench_entangled --run-dir runs/entangled
     trace-ds bench bench_entangled --dry-run                       # which runs, on which seeds
     trace-ds submit RECIPE --study --run-dir STUDY                 # one ordinary SLURM job a seed, then
-    trace-ds bench RECIPE --run-dir STUDY --analyse                # what they show
+    trace-ds bench RECIPE --run-dir STUDY --analyse                # the comparison alone
 
 Writes ``study.json`` (every comparison with its intervals) and ``frontier.csv`` (every scored step of every run), both
 from the runs' own files: the same runs give the same bytes.
@@ -19,20 +19,18 @@ import math
 import multiprocessing
 import os
 import signal
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
-
 from trace_ds.config.load import load_config
 from trace_ds.config.schema import Config
 from trace_ds.errors import JobFailed, StopRequested, UserError
-from trace_ds.evaluation.metrics import ARROWS, METRICS, direction
+from trace_ds.evaluation.metrics import METRICS
 from trace_ds.parallel.environment import accelerator_count, accelerator_names
 from trace_ds.parallel.launch import die_with_parent, parent_of_this
 from trace_ds.run.curve import check_scores, read_curve
@@ -40,10 +38,8 @@ from trace_ds.run.directory import RunDirectory, locked
 from trace_ds.run.files import write_json, write_text
 from trace_ds.run.foreign import read_object
 from trace_ds.stages.pipeline import Request, check_early, run_verb
-from trace_ds.studies.analysis import Comparison, Curve, finite, metric_of
-from trace_ds.studies.matched import matched
+from trace_ds.studies.analysis import Comparison, Curve, finite, matched, metric_of
 from trace_ds.studies.runs import GOLD, check, require_bench, run_of, seed_request, trials_of
-from trace_ds.terminal import wide_console
 
 if TYPE_CHECKING:
     from trace_ds.cluster.submit import Cluster
@@ -60,6 +56,7 @@ class Study:
         self.config: Config = load_config(recipe, overrides, "${run_dir}")[0]
         self.bench = require_bench(self.config, self.config.name)
         check(self.config)
+        self.metrics = (self.bench.forget, *self.bench.utility)
         self.directory = run_dir or Path("runs/bench") / self.config.name
         self.requests = {s: seed_request(recipe, overrides, self.directory, s) for s in self.bench.seeds}
         RunDirectory(self.directory).require_ours()
@@ -73,29 +70,30 @@ class Study:
             f"{settings.evaluate.every}: {runs} methods and strengths on seeds {', '.join(map(str, self.bench.seeds))}"
         )
 
-    def curves(self) -> Iterator[tuple[Curve, dict[str, Any]]]:
-        """Every run's curve, and its file; :class:`UserError` where one is missing or damaged."""
-        metrics = (self.bench.forget, *self.bench.utility)
+    def read_curves(self) -> tuple[list[Curve], list[dict[str, Any]]]:
+        """Every run's curve, and what they were made with; :class:`UserError` where one is missing or damaged."""
+        curves, made_with = [], set()
         for seed, request in self.requests.items():
             for trial in trials_of(self.bench):
                 raw = read_curve(run_of(request, trial).curve)
-                scores = {name: [metric_of(point, name) for point in raw["curve"]] for name in metrics}
+                scores = {name: [metric_of(point, name) for point in raw["curve"]] for name in self.metrics}
                 steps, diverged = [point["step"] for point in raw["curve"]], raw["diverged"] is not None
-                yield Curve(seed, trial.loss, trial.method, trial.label, steps, scores, diverged), raw
+                curves.append(Curve(seed, trial.loss, trial.method, trial.label, steps, scores, diverged))
+                made_with.add(tuple(sorted(raw["made_with"].items())))
+        return curves, [dict(pairs) for pairs in sorted(made_with)]
 
-    def references(self, seed: int) -> dict[str, dict[str, Any]]:
+    def read_references(self, seed: int) -> dict[str, dict[str, Any]]:
         """The evaluations of the original and, where there is one, the gold model."""
-        request = self.requests[seed]
-        names = ("original", *request.written.evaluation.models)
-        fix = "make it again with `trace-ds evaluate CONFIG`"
-        found = {}
-        for path in (request.run.evaluation / f"{name}.json" for name in names):
-            found[path.stem] = read_object(path, "the evaluation", fix)
+        request, fix = self.requests[seed], "make it again with `trace-ds evaluate CONFIG`"
+        evaluations = {}
+        for name in ("original", *request.written.evaluation.models):
+            path = request.run.evaluation / f"{name}.json"
+            evaluations[name] = read_object(path, "the evaluation", fix)
             try:
-                check_scores(found[path.stem])
+                check_scores(evaluations[name])
             except ValueError as error:
                 raise UserError(f"the evaluation is damaged: {error}", str(path), fix) from None
-        return found
+        return evaluations
 
     def target(self, references: Mapping[int, Mapping[str, dict[str, Any]]]) -> float:
         """The mean of the gold models of all seeds, without gold models chance, plus the margin.
@@ -119,7 +117,7 @@ def run_study(
     dry_run: bool = False,
     analyse_only: bool = False,
 ) -> int:
-    """Run every seed's runs that are not done (a process a seed, ``workers`` beside each other), then write and show
+    """Run every seed's runs that are not done (a process a seed, ``workers`` beside each other), then write and print
     the result; returns the exit status."""
     study = Study(recipe, run_dir, overrides)
     if not json:
@@ -127,11 +125,14 @@ def run_study(
     if dry_run:
         return 0
     if not analyse_only:
-        check_here(study)
+        check_machine(study)
         with locked(RunDirectory(study.directory)):
             run_all(study, workers, quiet=json)
     result = analyse(study)
-    show(result, study, as_json=json)
+    if json:
+        print(json_module.dumps(result, indent=1, sort_keys=True))
+    else:
+        print_result(result, study)
     return 0
 
 
@@ -159,7 +160,7 @@ def submit_study(
     return 0
 
 
-def check_here(study: Study) -> None:
+def check_machine(study: Study) -> None:
     """Refuse what no run on this machine could do, before the first one."""
     if study.bench.regime is not None:
         from trace_ds.demo.run import preflight, require_inputs_ours
@@ -190,13 +191,13 @@ def run_all(study: Study, workers: int | None, *, quiet: bool) -> None:
     previous, others = signal.signal(signal.SIGTERM, _stop), multiprocessing.active_children()
     pool = ProcessPoolExecutor(count, context, begin_worker, (numbers, ranks, logs))
     try:
-        left: set[Future[None]] = {pool.submit(run_seed, study.requests[seed], study.bench.regime) for seed in seeds}
-        while left:
-            done, left = wait(left, return_when=FIRST_COMPLETED)
-            for future in done:
-                future.result()
+        futures: list[Future[None]] = [
+            pool.submit(run_seed, study.requests[seed], study.bench.regime) for seed in seeds
+        ]
+        for done, future in enumerate(as_completed(futures), 1):
+            future.result()
             if not quiet:
-                print(f"[bench] {len(seeds) - len(left)} of {len(seeds)} seeds done", flush=True)
+                print(f"[bench] {done} of {len(seeds)} seeds done", flush=True)
     except BrokenProcessPool:
         raise JobFailed(f"a worker of the study was killed (out of memory?); its log is among {logs}") from None
     finally:
@@ -212,7 +213,7 @@ def _stop(number: int, frame: Any) -> None:
 
 
 def begin_worker(numbers: SimpleQueue[int], ranks: int, logs: Path) -> None:
-    """In a new process of the pool: nobody's rank, with its share of the GPUs, its own log, and its parent's end."""
+    """In a new process of the pool: nobody's rank, with its share of the GPUs and its own log; ends with its parent."""
     from trace_ds.models.host_memory import keep_freed_memory
 
     die_with_parent(parent_of_this())
@@ -259,15 +260,11 @@ def run_seed(request: Request, regime: Regime | None) -> None:
 
 def analyse(study: Study) -> dict[str, Any]:
     """Write and return ``study.json``, free of times and places, and write ``frontier.csv``."""
-    bench, metrics = study.bench, (study.bench.forget, *study.bench.utility)
-    references = {seed: study.references(seed) for seed in bench.seeds}
-    read = list(study.curves())
+    bench = study.bench
+    references = {seed: study.read_references(seed) for seed in bench.seeds}
+    curves, made_with = study.read_curves()
     target = study.target(references)
-    comparison = Comparison(study.config, [curve for curve, _ in read], partial(matched, target=target))
-    rows = comparison.rows()
-    for row in rows:
-        row["direction"] = direction(row["metric"].split()[1], "utility")
-    nothing = comparison.nothing_to_forget
+    comparison = Comparison(study.config, curves, partial(matched, target=target))
     result = {
         "recipe": study.config.name,
         "seeds": bench.seeds,
@@ -275,17 +272,17 @@ def analyse(study: Study) -> dict[str, Any]:
         "forget": bench.forget,
         "target": target,
         "references": {
-            str(seed): {name: {m: finite(metric_of(scores, m)) for m in metrics} for name, scores in models.items()}
+            str(seed): {name: {m: finite(metric_of(one, m)) for m in study.metrics} for name, one in models.items()}
             for seed, models in references.items()
         },
-        "made_with": [dict(pairs) for pairs in sorted({tuple(sorted(raw["made_with"].items())) for _, raw in read})],
-        "nothing_to_forget": nothing,
-        "diverged": [str(curve) for curve, _ in read if curve.diverged],
-        "never_reached": [str(c) for c, _ in read if comparison.step(c) is None and not c.diverged],
-        "comparisons": rows,
+        "made_with": made_with,
+        "nothing_to_forget": comparison.nothing_to_forget,
+        "diverged": [str(curve) for curve in curves if curve.diverged],
+        "never_reached": [str(curve) for curve in curves if comparison.step(curve) is None and not curve.diverged],
+        "comparisons": comparison.rows(),
     }
     write_json(study.directory / "study.json", result)
-    write_text(study.directory / "frontier.csv", frontier_csv([curve for curve, _ in read], metrics))
+    write_text(study.directory / "frontier.csv", frontier_csv(curves, study.metrics))
     return result
 
 
@@ -301,34 +298,13 @@ def frontier_csv(curves: Sequence[Curve], metrics: Sequence[str]) -> str:
     return text.getvalue()
 
 
-def show(result: dict[str, Any], study: Study, *, as_json: bool) -> None:
-    """Print study.json, or a table per utility metric: methods against the baseline, ``post`` beside ``cross``."""
-    if as_json:
-        print(json_module.dumps(result, indent=1, sort_keys=True))
-        return
-    console = wide_console(log_width=180)  # of a file: nobody's window cuts it
-    rows = {tuple(r[key] for key in ("metric", "loss", "strength", "method", "at")): r for r in result["comparisons"]}
-    for metric in dict.fromkeys(key[0] for key in rows):
-        keys = [key[:4] for key in rows if key[0] == metric and key[4] == "post"]
-        arrow = ARROWS[rows[(*keys[0], "post")]["direction"]]
-        table = Table(
-            title=f"{metric} {arrow}, against {result['baseline']} at matched forgetting ({result['forget']})"
-        )
-        columns = ("loss", "strength", "method", "mean", "post [95 %]", "at the crossing", "at the end", "steps")
-        for column in (*columns, "forget score at the end", "seeds", "chosen"):
-            table.add_column(column, overflow="fold", no_wrap=column in ("loss", "method", "mean"))
-        for key in keys:
-            post, cross, end = (rows[(*key, at)] for at in ("post", "cross", "end"))
-            table.add_row(
-                *key[1:],
-                "–" if post["value"] is None else f"{post['value']:.4g}",
-                *(_relative(row) for row in (post, cross, end)),
-                _pair(post["steps"], post["baseline_steps"], ".0f"),
-                _pair(post["forget_end"], post["baseline_forget_end"], ".3f"),
-                f"{len(post['seeds'])}/{len(result['seeds'])}",
-                "; ".join(dict.fromkeys(map(str, post["strengths"].values()))),
-            )
-        console.print(table)
+def print_result(result: dict[str, Any], study: Study) -> None:
+    """One line per comparison from the first step at the target on (``post``), then what could not be compared."""
+    print(f"against {result['baseline']}, from the first step at {result['forget']} <= {result['target']:.3g} on:")
+    for row in result["comparisons"]:
+        if row["at"] == "post":
+            label = ", ".join(row[key] for key in ("metric", "loss", "strength", "method"))
+            print(f"  {label}: {_numbers(row)} ({len(row['seeds'])} of {len(result['seeds'])} seeds)")
     for seed in result["nothing_to_forget"]:
         score = result["references"][str(seed)]["original"][result["forget"]]
         print(
@@ -343,14 +319,10 @@ def show(result: dict[str, Any], study: Study, *, as_json: bool) -> None:
     print(f"numbers: {study.directory / 'study.json'}, every scored step: {study.directory / 'frontier.csv'}")
 
 
-def _relative(row: dict[str, Any]) -> str:
-    if row["relative"] is None:
+def _numbers(row: Mapping[str, Any]) -> str:
+    if row["value"] is None:
         return "–"
-    band = row["relative_interval"]
-    return f"{row['relative']:+.1%}" + (f" [{band['low']:+.1%}, {band['high']:+.1%}]" if band else "")
-
-
-def _pair(mine: Sequence[float | None], theirs: Sequence[float | None], form: str) -> str:
-    """The means of both sides."""
-    means = [[value for value in side if value is not None] for side in (mine, theirs)]
-    return " against ".join(f"{sum(side) / len(side):{form}}" for side in means) if all(means) else "–"
+    text, band = f"{row['value']:.4g}", row["relative_interval"]
+    if row["relative"] is not None:
+        text += f", {row['relative']:+.1%}"
+    return text + (f" [{band['low']:+.1%}, {band['high']:+.1%}]" if band else "")
