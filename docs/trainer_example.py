@@ -16,7 +16,7 @@ from datasets import Dataset
 from torch.utils.data import WeightedRandomSampler
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from trace_ds.calibration.pytorch import collate_rows, weighted_retain_loss
+from trace_ds.calibration.export import collate_rows, weighted_retain_loss
 
 SAMPLING = False  # True: draw rows in proportion to their mean weight and leave the loss unweighted
 

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trace_ds.calibration.rows import RowSelections
-from trace_ds.calibration.tokens import TokenMap, Trace
+from trace_ds.calibration.tokens import RowSelections, TokenMap, Trace
 from trace_ds.routing.statistics import RoutingStatistics
 
 

@@ -119,9 +119,8 @@ def write_rows(folder: Path, rng: np.random.Generator, arguments: argparse.Names
 
 def measure_rows(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Weights of rows, by what ``collect`` records."""
-    from trace_ds.calibration.rows import RowSelections
-    from trace_ds.calibration.rules import Request, weigh_rows
-    from trace_ds.calibration.tokens import TokenMap
+    from trace_ds.calibration.rules import WeightRequest, weigh_rows
+    from trace_ds.calibration.tokens import RowSelections, TokenMap
     from trace_ds.config.sections.calibration import CalibrationConfig
     from trace_ds.run.files import new_array, open_mapped
 
@@ -148,7 +147,7 @@ def measure_rows(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     forget_LE = forget_LE / len(forget)
     sides = forget_LE, retain_LE, np.zeros_like(retain_LE)
     threads = int(os.environ["OMP_NUM_THREADS"])
-    made = weigh_rows(Request(config, tokens, scope_LE, *sides, threads=threads, log=say), selections)
+    made = weigh_rows(WeightRequest(config, tokens, scope_LE, *sides, threads=threads, log=say), selections)
     weights_s = time.perf_counter() - now_s
     w = made.row_weight_R
     return {
@@ -163,7 +162,7 @@ def measure_rows(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "exponent": made.exponent,
         "row_ess_fraction": float(w.sum() ** 2 / (len(w) * (w * w).sum())),
         "max_weight": made.max_weight,
-        "iterations": 0 if made.raked is None else made.raked.passes,
+        "iterations": 0 if made.raking is None else made.raking.passes,
         "converged": made.converged,
         "gap_closed": 1.0 - float(np.abs(made.achieved_LE - forget_LE).sum() / np.abs(retain_LE - forget_LE).sum()),
         "cores": os.cpu_count(),
@@ -173,7 +172,7 @@ def measure_rows(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from trace_ds.calibration.diagnose import document_sums
-    from trace_ds.calibration.rules import Request, weigh_tokens
+    from trace_ds.calibration.rules import WeightRequest, weigh_tokens
     from trace_ds.calibration.tokens import TokenMap, Trace, count_selections
     from trace_ds.config.sections.calibration import CalibrationConfig
     from trace_ds.run.files import open_mapped
@@ -208,7 +207,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     say = (lambda line: print(line, file=sys.stderr)) if arguments.progress else (lambda line: None)
     sides = forget_LE, retain_LE, np.zeros_like(retain_LE)
     threads = int(os.environ["OMP_NUM_THREADS"])
-    request = Request(config, retain_tokens, scope_LE, *sides, threads=threads, log=say)
+    request = WeightRequest(config, retain_tokens, scope_LE, *sides, threads=threads, log=say)
     made = weigh_tokens(request, retain_trace, folder)
     now_s = timed("weights_s", now_s)
     document_sums(retain_tokens, made.weight_T)
@@ -223,7 +222,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "lambda": made.strength,
         "ess_fraction": made.ess,
         "max_weight": made.max_weight,
-        "iterations": 0 if made.raked is None else made.raked.passes,
+        "iterations": 0 if made.raking is None else made.raking.passes,
         "converged": made.converged,
         "largest_miss": float(np.abs(made.achieved_LE - made.target_LE)[scope_LE].max()),
         "cores": os.cpu_count(),

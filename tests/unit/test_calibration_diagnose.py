@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from calibration_world import Corpus, make_corpus
 
 from trace_ds.calibration.detect import Detection, detect
 from trace_ds.calibration.diagnose import (
-    Documents,
+    DocumentSources,
     alike_share,
     document_sums,
     find_warnings,
@@ -21,7 +20,7 @@ from trace_ds.calibration.diagnose import (
     top_documents,
     weight_variance,
 )
-from trace_ds.calibration.rules import Calibrated, Request, choose_experts, weigh_rows, weigh_tokens
+from trace_ds.calibration.rules import RuleResult, WeightRequest, choose_experts, weigh_rows, weigh_tokens
 from trace_ds.config.sections.calibration import CalibrationConfig, DetectionConfig
 
 EXPERTS = 8
@@ -47,13 +46,13 @@ def likenesses(forget: Corpus, retain: Corpus) -> np.ndarray:
     return like_D
 
 
-def calibrated(forget: Corpus, retain: Corpus, folder: Path | None, **options: Any) -> tuple[Detection, Calibrated]:
+def calibrated(forget: Corpus, retain: Corpus, folder: Path | None, **options: Any) -> tuple[Detection, RuleResult]:
     """Weights of tokens, spooled to the folder; without one, of rows."""
     found = detect(forget.statistics(EXPERTS), retain.statistics(EXPERTS), DetectionConfig())
     config = CalibrationConfig(**options)
     scope_LE = choose_experts(config, found, 0)
     sides = found.forget_LE, found.retain_LE, np.zeros_like(found.retain_LE)
-    request = Request(config, retain.tokens, scope_LE, *sides)
+    request = WeightRequest(config, retain.tokens, scope_LE, *sides)
     if folder is None:
         return found, weigh_rows(request, retain.selections(EXPERTS))
     return found, weigh_tokens(request, retain.as_trace(), folder)
@@ -78,8 +77,6 @@ def test_warns_when_no_retain_text_is_routed_like_the_forget_text(near_share: fl
     alike = alike_share(document_sums(retain.tokens, made.weight_T), likenesses(forget, retain))
     warnings = find_warnings(CalibrationConfig(), found, made, alike, True)
     assert any("no retain text is routed like the forget text" in w for w in warnings) == warned
-    away = find_warnings(CalibrationConfig(), found, replace(made, achieved_LE=found.retain_LE - 0.1), None, True)
-    assert any("ended farther from their forget frequency" in w for w in away)
 
 
 def test_warns_of_weights_that_do_little_of_what_was_asked(tmp_path) -> None:
@@ -110,7 +107,7 @@ def test_variance_decomposition_and_shares_against_the_slow_way() -> None:
     variance = weight_variance(sums)
     assert variance["between"] == pytest.approx(((means[d] - 1) ** 2).mean(), rel=1e-9)
     assert variance["between"] + variance["within"] == pytest.approx(w.var(), rel=1e-9)
-    documents = Documents([f"s{t}" for t in range(5)], retain.topic_D, ["text"] * 300)
+    documents = DocumentSources([f"s{t}" for t in range(5)], retain.topic_D, ["text"] * 300)
     shares = source_shares(sums, documents)
     assert shares[0]["source"] == "s1"
     assert [row["source"] for row in shares if row["token_share"] == 0] == ["s0"]

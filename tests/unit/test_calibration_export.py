@@ -12,8 +12,7 @@ import torch
 from stage_calls import calibrate
 from test_calibration_stage import prepared  # noqa: F401 (a fixture)
 
-from trace_ds.calibration.export import export
-from trace_ds.calibration.pytorch import collate_rows, weighted_retain_loss
+from trace_ds.calibration.export import collate_rows, export, weighted_retain_loss
 from trace_ds.config.load import load_config
 from trace_ds.corpora.dataset import TokenDataset
 from trace_ds.run import artefact

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from scipy import optimize
 
 from trace_ds.calibration import raking
-from trace_ds.calibration.raking import balanced, rake
-from trace_ds.calibration.targets import offer
+from trace_ds.calibration.raking import balanced, offer, rake
 from trace_ds.calibration.tokens import TokenMap
 from trace_ds.calibration.units import Units, evaluate
 

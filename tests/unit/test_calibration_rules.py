@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from trace_ds.calibration import tokens as token_module
 from trace_ds.calibration.detect import Detection, detect
 from trace_ds.calibration.rules import (
-    Calibrated,
-    Request,
+    RuleResult,
+    WeightRequest,
     choose_experts,
     source_log_weights,
     weigh_rows,
@@ -38,11 +38,11 @@ def world() -> World:
     return forget, retain, detection
 
 
-def requested(world: World, seed: int = 0, **options: Any) -> Request:
+def requested(world: World, seed: int = 0, **options: Any) -> WeightRequest:
     _, retain, detection = world
     config = CalibrationConfig(**options)
     sources = source_log_weights(config.source_weights, TOPICS, retain.topic_D) if config.source_weights else None
-    return Request(
+    return WeightRequest(
         config,
         retain.tokens,
         choose_experts(config, detection, seed),
@@ -54,14 +54,14 @@ def requested(world: World, seed: int = 0, **options: Any) -> Request:
     )
 
 
-def by_tokens(world: World, folder: Path, parts: int = 1, **options: Any) -> tuple[Calibrated, np.ndarray]:
+def by_tokens(world: World, folder: Path, parts: int = 1, **options: Any) -> tuple[RuleResult, np.ndarray]:
     """(result, weights of the counted tokens)."""
     folder.mkdir(exist_ok=True)
     made = weigh_tokens(requested(world, **options), world[1].as_trace(parts), folder)
     return made, np.asarray(made.weight_T)[world[1].counted_T]
 
 
-def by_rows(world: World, parts: int = 1, **options: Any) -> Calibrated:
+def by_rows(world: World, parts: int = 1, **options: Any) -> RuleResult:
     return weigh_rows(requested(world, **options), world[1].selections(EXPERTS, parts))
 
 
@@ -232,7 +232,7 @@ def test_tiny_and_odd_corpora(tmp_path_factory, seed: int, rule: str, lengths: l
     q = np.minimum(rng.dirichlet(np.ones(4), 2) * 2, 1.0)
     scope_LE = np.zeros((2, 4), dtype=bool) if rule == "uniform" else np.ones((2, 4), dtype=bool)
     unknown_LE = np.full((2, 4), np.inf)  # the errors of a corpus of one document
-    request = Request(CalibrationConfig(rule=rule), corpus.tokens, scope_LE, q, p, unknown_LE)
+    request = WeightRequest(CalibrationConfig(rule=rule), corpus.tokens, scope_LE, q, p, unknown_LE)
     made = weigh_tokens(request, corpus.as_trace(), tmp_path_factory.mktemp("spool"))
     w = np.asarray(made.weight_T)[corpus.counted_T]
     assert np.isfinite(w).all() and abs(w.mean() - 1) < 1e-9

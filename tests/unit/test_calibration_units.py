@@ -8,7 +8,6 @@ from calibration_world import make_world
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trace_ds.calibration import tokens
 from trace_ds.calibration.tokens import Trace, count_selections, open_trace
 from trace_ds.calibration.units import Units, evaluate
 from trace_ds.errors import UserError
@@ -47,7 +46,6 @@ def world_of_units(parts: int = 1) -> tuple[Units, np.ndarray, np.ndarray]:
 
 
 def test_a_pass_equals_the_dense_matrix(monkeypatch) -> None:
-    monkeypatch.setattr(tokens, "CHUNK_TOKENS", 257)
     monkeypatch.setattr("trace_ds.calibration.units.CHUNK_TOKENS", 257)
     units, dense, theta = world_of_units()
     w = np.exp(dense @ theta)
@@ -85,7 +83,7 @@ def test_a_sample_is_spread_over_all_documents_and_stands_for_the_corpus(monkeyp
 
 
 def test_counting_the_trace_gives_the_statistics(monkeypatch) -> None:
-    monkeypatch.setattr(tokens, "CHUNK_TOKENS", 333)
+    monkeypatch.setattr("trace_ds.corpora.dataset.CHUNK_TOKENS", 333)
     _, retain = make_world()
     for threads in (1, 2):
         counts = count_selections(retain.as_trace(3), retain.tokens, 8, threads=threads)

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 
 from trace_ds.calibration.detect import ALIKE, Detection
-from trace_ds.calibration.rows import RowSelections
-from trace_ds.calibration.rules import Calibrated
-from trace_ds.calibration.targets import REASONS
-from trace_ds.calibration.tokens import TokenMap, Trace
+from trace_ds.calibration.raking import REASONS, RakingResult
+from trace_ds.calibration.rules import RuleResult
+from trace_ds.calibration.tokens import RowSelections, Trace
 from trace_ds.calibration.weights import SlicedTokens
 from trace_ds.config.sections.calibration import CONTROL_RULES, CalibrationConfig
+from trace_ds.corpora.dataset import TokenMap
 
 TOP_DOCUMENTS = 20
 LEAST_DOCUMENT_TOKENS = 8
@@ -27,7 +27,7 @@ LEAST_STRENGTH, LEAST_CLOSED, MOST_ROW_ESS = 0.25, 0.05, 0.99
 
 
 @dataclass(frozen=True)
-class Documents:
+class DocumentSources:
     """What is known of the retain documents.
 
     Attributes:
@@ -51,7 +51,7 @@ class DocumentSums:
 
 
 def finite(x: float) -> float | None:
-    """``x``, or None: JSON has neither infinity nor NaN."""
+    """``x``, or None where JSON has no number for it."""
     return float(x) if np.isfinite(x) else None
 
 
@@ -119,7 +119,7 @@ def weight_variance(sums: DocumentSums) -> dict[str, float]:
     return {"between": between, "within": within}
 
 
-def source_shares(sums: DocumentSums, documents: Documents) -> list[dict[str, Any]]:
+def source_shares(sums: DocumentSums, documents: DocumentSources) -> list[dict[str, Any]]:
     """Share of tokens and of weight by source, most up-weighted first."""
     names, of_D = documents.names, documents.source_D
     tokens = np.bincount(of_D, sums.tokens_D, len(names)) / max(float(sums.tokens_D.sum()), 1.0)
@@ -131,7 +131,9 @@ def source_shares(sums: DocumentSums, documents: Documents) -> list[dict[str, An
     return sorted(rows, key=lambda r: (-r["weight_share"] / max(r["token_share"], 1e-300), r["source"]))
 
 
-def top_documents(sums: DocumentSums, documents: Documents, likeness_D: np.ndarray | None) -> list[dict[str, Any]]:
+def top_documents(
+    sums: DocumentSums, documents: DocumentSources, likeness_D: np.ndarray | None
+) -> list[dict[str, Any]]:
     """The documents with the highest mean weight (of those with enough counted tokens for a mean to say something)."""
     enough = sums.tokens_D >= LEAST_DOCUMENT_TOKENS
     if int(enough.sum()) < TOP_DOCUMENTS:
@@ -151,9 +153,8 @@ def top_documents(sums: DocumentSums, documents: Documents, likeness_D: np.ndarr
     ]
 
 
-def expert_rows(mask_LE: np.ndarray, detection: Detection, calibrated: Calibrated) -> list[dict[str, Any]]:
-    """One row per expert of ``mask_LE``; None is an unbounded end of an interval or a frequency nobody knows."""
-
+def expert_rows(mask_LE: np.ndarray, detection: Detection, result: RuleResult) -> list[dict[str, Any]]:
+    """One row per expert of ``mask_LE``; None is an unbounded end of an interval or an unknown frequency."""
     return [
         {
             "layer": int(layer),
@@ -164,60 +165,29 @@ def expert_rows(mask_LE: np.ndarray, detection: Detection, calibrated: Calibrate
             "ratio_low": finite(detection.low_LE[layer, expert]),
             "ratio_high": finite(detection.high_LE[layer, expert]),
             "p_value": float(detection.p_value_LE[layer, expert]),
-            "target": finite(calibrated.target_LE[layer, expert]),
-            "achieved": finite(calibrated.achieved_LE[layer, expert]),
-            "in_scope": bool(calibrated.scope_LE[layer, expert]),
+            "target": finite(result.target_LE[layer, expert]),
+            "achieved": finite(result.achieved_LE[layer, expert]),
+            "in_scope": bool(result.scope_LE[layer, expert]),
         }
         for layer, expert in zip(*np.nonzero(mask_LE), strict=True)
     ]
 
 
-def gap_closed(detection: Detection, calibrated: Calibrated) -> float:
+def gap_closed(detection: Detection, result: RuleResult) -> float:
     """Share of Σ |p^F − p^R| over the experts in scope that is gone under the weights; 0 without a scope."""
-    gap, left = (
-        float(np.abs(detection.forget_LE - q_LE)[calibrated.scope_LE].sum())
-        for q_LE in (detection.retain_LE, calibrated.achieved_LE)
-    )
+    before_LE, after_LE = (np.abs(detection.forget_LE - q_LE) for q_LE in (detection.retain_LE, result.achieved_LE))
+    gap, left = float(before_LE[result.scope_LE].sum()), float(after_LE[result.scope_LE].sum())
     return 1.0 - left / gap if gap > 0 else 0.0
 
 
-def row_ess(calibrated: Calibrated) -> float:
+def row_ess(result: RuleResult) -> float:
     """Effective sample size of the rows' mean weights, a fraction of the rows that have any."""
-    row = calibrated.row_weight_R[calibrated.row_weight_R > 0]
+    row = result.row_weight_R[result.row_weight_R > 0]
     return float(row.sum() ** 2 / (len(row) * (row**2).sum())) if len(row) else 1.0
 
 
-def _weak(detection: Detection, calibrated: Calibrated, by_rows: bool) -> list[str]:
-    """Lines about weights that do little of what was asked, or the opposite."""
-    lines = []
-    if calibrated.strength < LEAST_STRENGTH and not by_rows:  # rows have a floor of their own
-        lines.append(
-            f"the weights go only {calibrated.strength:.0%} of the way to the forget frequencies (lambda): more would "
-            "leave too few effective tokens; lower calibration.ess_floor, use fewer experts (calibration.experts: "
-            "selected), or add retain text close to the forget domain"
-        )
-    closed = gap_closed(detection, calibrated)
-    if closed < LEAST_CLOSED:
-        lines.append(f"the weights close {closed:.1%} of the frequency gap: they will do next to nothing")
-    if by_rows and row_ess(calibrated) > MOST_ROW_ESS:
-        lines.append(
-            f"the rows' weights are nearly equal (effective sample size {row_ess(calibrated):.1%} of the rows): "
-            "sampling by them will hardly differ from uniform sampling"
-        )
-    before_LE = np.abs(detection.retain_LE - detection.forget_LE)
-    away_LE = np.abs(calibrated.achieved_LE - detection.forget_LE) > before_LE + 1e-9
-    away_LE &= calibrated.scope_LE & detection.selected_LE
-    names = [f"{layer}/{expert}" for layer, expert in zip(*np.nonzero(away_LE), strict=True)]
-    if names:
-        lines.append(
-            f"{len(names)} selected expert(s) ended farther from their forget frequency than before (layer/expert): "
-            f"{', '.join(names[:8])}{' ...' if len(names) > 8 else ''}"
-        )
-    return lines
-
-
 def find_warnings(
-    config: CalibrationConfig, detection: Detection, calibrated: Calibrated, alike: float | None, by_rows: bool
+    config: CalibrationConfig, detection: Detection, result: RuleResult, alike: float | None, by_rows: bool
 ) -> list[str]:
     """Plain sentences about everything that did not work out, most important first.
 
@@ -228,7 +198,7 @@ def find_warnings(
     lines: list[str] = list(detection.warnings)
     control = config.rule in CONTROL_RULES
     if not detection.selected_LE.any():
-        then = "are calibrated on all experts that take part" if calibrated.scope_LE.any() else "are uniform"
+        then = "are calibrated on all experts that take part" if result.scope_LE.any() else "are uniform"
         then = "go by the sources of the documents" if config.source_weights else then
         lines.append(
             "no forget-critical expert was found: forget text is not routed differently enough from retain text; the "
@@ -241,7 +211,7 @@ def find_warnings(
             "close to the forget domain"
         )
     by_reason: dict[str, list[str]] = {}
-    for layer, expert, offered, reason in calibrated.moved:
+    for layer, expert, offered, reason in result.moved:
         by_reason.setdefault(reason, []).append(f"{layer}/{expert} -> {offered:.3g}")
     for reason, cases in sorted(by_reason.items()):
         more = f" and {len(cases) - 8} more" if len(cases) > 8 else ""
@@ -249,65 +219,74 @@ def find_warnings(
             f"{len(cases)} expert(s) cannot be matched because {REASONS[reason]}; the closest feasible "
             f"frequency was taken (layer/expert -> frequency): {', '.join(cases[:8])}{more}"
         )
-    if not control and calibrated.scope_LE.any():
-        lines.extend(_weak(detection, calibrated, by_rows))
-    if calibrated.raked is not None and not calibrated.converged:
-        lines.append(unconverged(calibrated))
-    if calibrated.exponent < 1.0 and not control and not by_rows:
-        lines.append(
-            f"the weights were raised to the power {calibrated.exponent:.3f} to keep the effective sample size"
-        )
+    if not control and result.scope_LE.any():
+        if result.strength < LEAST_STRENGTH and not by_rows:  # rows have a floor of their own
+            lines.append(
+                f"the weights go only {result.strength:.0%} of the way to the forget frequencies (lambda): more would "
+                "leave too few effective tokens; lower calibration.ess_floor, use fewer experts (calibration.experts: "
+                "selected), or add retain text close to the forget domain"
+            )
+        closed = gap_closed(detection, result)
+        if closed < LEAST_CLOSED:
+            lines.append(f"the weights close {closed:.1%} of the frequency gap: they will do next to nothing")
+        if by_rows and row_ess(result) > MOST_ROW_ESS:
+            lines.append(
+                f"the rows' weights are nearly equal (effective sample size {row_ess(result):.1%} of the rows): "
+                "sampling by them will hardly differ from uniform sampling"
+            )
+    if result.raking is not None and not result.converged:
+        lines.append(unconverged(result.raking))
+    if result.exponent < 1.0 and not control and not by_rows:
+        lines.append(f"the weights were raised to the power {result.exponent:.3f} to keep the effective sample size")
     return lines
 
 
-def unconverged(calibrated: Calibrated) -> str:
-    raked = calibrated.raked
-    assert raked is not None
+def unconverged(raking: RakingResult) -> str:
     return (
-        f"the solver ended short of its targets after {raked.passes} passes over all tokens (lambda "
-        f"{raked.strength:.3f}): frequencies miss them by up to {raked.error:.1e}"
+        f"the solver ended short of its targets after {raking.passes} passes over all tokens (lambda "
+        f"{raking.strength:.3f}): frequencies miss them by up to {raking.error:.1e}"
     )
 
 
 def diagnose(
     config: CalibrationConfig,
     detection: Detection,
-    calibrated: Calibrated,
+    result: RuleResult,
     tokens: TokenMap,
-    documents: Documents,
+    documents: DocumentSources,
     selections: RowSelections,
     by_rows: bool,
 ) -> dict[str, Any]:
     """The content of ``diagnosis.json`` (JSON types only); ``by_rows``: whether the weights are those of rows."""
-    sums = document_sums(tokens, calibrated.weight_T)
+    sums = document_sums(tokens, result.weight_T)
     likeness_D = likeness(tokens, selections, detection.forget_LE, detection.retain_LE)
     alike = None if likeness_D is None else alike_share(sums, likeness_D)
-    raked = calibrated.raked
+    raking = result.raking
     return {
         "rule": config.rule,
         "experts": config.experts,
         "weights_of": "rows" if by_rows else "tokens",
         "detection": config.detection.method,
-        "lambda": calibrated.strength,
-        "exponent": calibrated.exponent,
-        "ess_fraction": calibrated.ess,
-        "row_ess_fraction": row_ess(calibrated),
+        "lambda": result.strength,
+        "exponent": result.exponent,
+        "ess_fraction": result.ess,
+        "row_ess_fraction": row_ess(result),
         "ess_floor": config.ess_floor,
-        "max_weight": calibrated.max_weight,
-        "iterations": 0 if raked is None else raked.passes,
-        "converged": calibrated.converged,
-        "solve_error": 0.0 if raked is None else raked.error,
-        "gap_closed": gap_closed(detection, calibrated),
+        "max_weight": result.max_weight,
+        "iterations": 0 if raking is None else raking.passes,
+        "converged": result.converged,
+        "solve_error": 0.0 if raking is None else raking.error,
+        "gap_closed": gap_closed(detection, result),
         "none_found": not bool(detection.selected_LE.any()),
-        "constraints": int(calibrated.scope_LE.sum()),
-        "selected": expert_rows(detection.selected_LE, detection, calibrated),
+        "constraints": int(result.scope_LE.sum()),
+        "selected": expert_rows(detection.selected_LE, detection, result),
         "moved_targets": [
             {"layer": layer, "expert": expert, "offered": offered, "reason": reason}
-            for layer, expert, offered, reason in calibrated.moved
+            for layer, expert, offered, reason in result.moved
         ],
         "top_documents": top_documents(sums, documents, likeness_D),
         "share_by_source": source_shares(sums, documents),
         "variance": weight_variance(sums),
         "alike_share": alike,
-        "warnings": find_warnings(config, detection, calibrated, alike, by_rows),
+        "warnings": find_warnings(config, detection, result, alike, by_rows),
     }

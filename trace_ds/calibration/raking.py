@@ -11,7 +11,8 @@ are the targets ``t(λ) = p^R + λ d``, d = what is asked for less p^R. The dual
 
 (Deming & Stephan 1940; Deville & Särndal 1992, "raking ratio"; Hainmueller 2012, "entropy balancing"; that TRACE's
 weights are made so is our decision). λ is the largest in [0, 1] that keeps the effective sample size (Σw)²/(NΣw²) at
-or above a floor. Two terms keep what cannot be met from spoiling the rest, the same for any number of tokens:
+or above a floor. Some targets are out of reach of any weights (:data:`REASONS`): :func:`offer` replaces those that can
+be told before solving. Two terms keep the others from spoiling the rest, whatever the number of tokens:
 
 * the *box*: an expert can change a weight by at most the factor exp(12). The primal counterpart is the exact penalty
   12 Σ|q_s − t_s|: of experts that no weights can match together (copies of one another that should differ, say) some
@@ -37,9 +38,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trace_ds.calibration.targets import offer
 from trace_ds.calibration.units import Point, Units, evaluate
 
+REASONS = {  # why a target had to move
+    "never": "no retain token selects it",
+    "always": "every retain token selects it",
+    "rare": "retain text selects it too rarely",  # at most ``clip`` times its retain frequency is asked for
+    "tied": "no weights meet its target together with those of the others",  # seen once the dual is solved
+}
 LARGEST_THETA = 12.0
 TOLERANCE, STANDARD_ERRORS = 1e-6, 1e-3
 ROUGH, FINE = 1e-4, 1e-7  # largest gradient left, in units of √v: while λ is far off, and in the end
@@ -51,9 +57,52 @@ MAX_STRENGTHS = 60  # values of λ tried on the sample
 MAX_ROUNDS = 30  # exact passes over a corpus larger than the sample
 
 
+def offer(
+    scope_LE: np.ndarray, retain_S: np.ndarray, forget_S: np.ndarray, clip: float
+) -> tuple[np.ndarray, list[str]]:
+    """(the closest targets that may be feasible, a key of REASONS or '' for each).
+
+    Inside a layer all of whose experts are constrained, the others take up what the fixed ones leave, by one common
+    shift of their log-odds (the Bernoulli-KL projection on Σ = K). Our decision.
+    """
+    target_S = np.asarray(forget_S, np.float64).copy()
+    reason_S = [""] * len(target_S)
+
+    def fix(mask_S: np.ndarray, value_S: np.ndarray, reason: str) -> None:
+        for s in np.nonzero(mask_S)[0]:
+            target_S[s], reason_S[s] = value_S[s], reason
+
+    with np.errstate(invalid="ignore"):
+        fix(forget_S > clip * retain_S, clip * retain_S, "rare")
+        fix(1 - forget_S > clip * (1 - retain_S), 1 - clip * (1 - retain_S), "rare")
+    fix((retain_S <= 0) & (forget_S > 0), np.zeros_like(target_S), "never")
+    fix((retain_S >= 1) & (forget_S < 1), np.ones_like(target_S), "always")
+    layer_S = np.nonzero(scope_LE)[0]
+    for layer in np.flatnonzero(scope_LE.all(axis=1)):
+        members = np.nonzero(layer_S == layer)[0]
+        free = members[[reason_S[s] == "" and 0 < target_S[s] < 1 for s in members]]
+        total = float(retain_S[members].sum() - target_S[members].sum() + target_S[free].sum())
+        if abs(total - float(target_S[free].sum())) > 1e-12 and 0 < total < len(free):
+            target_S[free] = _shift_log_odds(target_S[free], total)
+    return np.clip(target_S, 0.0, 1.0), reason_S
+
+
+def _shift_log_odds(target: np.ndarray, total: float) -> np.ndarray:
+    """The targets with one common constant added to their log-odds so that they sum to ``total`` (bisection)."""
+    odds = np.log(target) - np.log1p(-target)
+    low, high = -60.0, 60.0
+    for _ in range(100):
+        middle = (low + high) / 2
+        if float((1.0 / (1.0 + np.exp(-(odds + middle)))).sum()) < total:
+            low = middle
+        else:
+            high = middle
+    return 1.0 / (1.0 + np.exp(-(odds + (low + high) / 2)))
+
+
 @dataclass(frozen=True)
 class Problem:
-    """What is asked: t(λ) = ``retain_S`` + λ ``shift_S`` for the experts of ``scope_LE``; ``ridge`` is e."""
+    """Targets t(λ) = ``retain_S`` + λ ``shift_S`` for the experts of ``scope_LE``; ``ridge`` is e."""
 
     scope_LE: np.ndarray
     retain_S: np.ndarray
@@ -109,11 +158,11 @@ class SampleDual:
         self._base_S = np.where(self._unseen_S, problem.retain_S, start_S)
         self._shift_S = balanced(problem.scope_LE, problem.shift_S * self._ratio_S, self._variance_S)
 
-    def first_strength(self, goal: float) -> float:
-        """λ at which u would be ``goal`` if the experts were independent and scores normal."""
+    def first_strength(self, distance: float) -> float:
+        """λ at which u would be ``distance`` if the experts were independent and scores normal."""
         used_S = self._variance_S > 0
         slope = float(np.sqrt((self._shift_S[used_S] ** 2 / self._variance_S[used_S]).sum()))
-        return min(1.0, goal / slope) if slope > 0 else 1.0
+        return min(1.0, distance / slope) if slope > 0 else 1.0
 
     def at(self, theta_S: np.ndarray) -> Point:
         point, unseen_S = evaluate(self._sample, theta_S, self._threads), self._unseen_S
@@ -133,21 +182,21 @@ class SampleDual:
         target_S, variance_S, ridge = self._base_S + strength * self._shift_S, self._variance_S, self._problem.ridge
         free_S = variance_S > 0
         scale_S = np.sqrt(np.where(free_S, variance_S, 1.0))
-        seen: list[Point] = []
+        last: list[Point] = []
 
         def dual(scaled_S: np.ndarray) -> tuple[float, np.ndarray]:
             theta_S = scaled_S / scale_S
             point = self.at(theta_S)
-            seen[:] = [point]
+            last[:] = [point]
             penalty_S = ridge * variance_S * theta_S
             value = point.log_mean - float(theta_S @ target_S) + 0.5 * float(theta_S @ penalty_S)
             return value, np.where(free_S, point.frequency_S - target_S + penalty_S, 0.0) / scale_S
 
         def report(_: np.ndarray) -> None:
-            self._log(f"lambda {strength:.4f}, effective sample size {seen[0].ess:.4f}")
+            self._log(f"lambda {strength:.4f}, effective sample size {last[0].ess:.4f}")
 
         box_S = np.where(free_S, LARGEST_THETA * scale_S, 0.0)
-        found = optimize.minimize(
+        solution = optimize.minimize(
             dual,
             np.clip(theta_S * scale_S, -box_S, box_S),
             jac=True,
@@ -156,12 +205,12 @@ class SampleDual:
             callback=report,
             options={"maxcor": 20, "maxiter": MAX_PASSES, "maxfun": MAX_PASSES, "ftol": 0.0, "gtol": tolerance},
         )
-        theta_S = found.x / scale_S
-        return seen[0] if np.array_equal(seen[0].theta_S, theta_S) else self.at(theta_S)
+        theta_S = solution.x / scale_S
+        return last[0] if np.array_equal(last[0].theta_S, theta_S) else self.at(theta_S)
 
     def temper(self, floor: float, theta_S: np.ndarray, strength: float) -> tuple[Point, float]:
         """(the minimum at the largest λ that keeps the floor, λ), from a θ and λ near them."""
-        goal = _distance(floor * (1.0 + FLOOR_WINDOW / 2))
+        target = _distance(floor * (1.0 + FLOOR_WINDOW / 2))
         keeps, breaks, tolerance = 0.0, np.inf, ROUGH
         for _ in range(MAX_STRENGTHS):
             point = self.minimize(theta_S, strength, tolerance)
@@ -170,13 +219,13 @@ class SampleDual:
             there = met and (strength == 1.0 or point.ess <= floor * (1.0 + FLOOR_WINDOW))
             if there and tolerance == FINE:
                 return point, strength
-            if tolerance == ROUGH and (there or abs(u - goal) < 0.1 * goal):
+            if tolerance == ROUGH and (there or abs(u - target) < 0.1 * target):
                 tolerance = FINE
             else:
                 keeps, breaks = (max(keeps, strength), breaks) if met else (keeps, min(breaks, strength))
             if there:
                 continue
-            moved = min(1.0, strength * float(np.clip(goal / max(u, 1e-12), 0.3, 3.0)))
+            moved = min(1.0, strength * float(np.clip(target / max(u, 1e-12), 0.3, 3.0)))
             if not keeps < moved < breaks and not (moved == 1.0 and breaks > 1.0):
                 moved = (keeps + min(breaks, 1.0)) / 2.0
             if abs(moved - strength) < 1e-9:
@@ -185,9 +234,9 @@ class SampleDual:
         return self.minimize(theta_S, keeps, FINE), keeps
 
     def miss_S(self, point: Point, strength: float) -> np.ndarray:
-        """:meth:`Problem.miss_S` against what is asked of the sample."""
-        asked = Problem(self._problem.scope_LE, self._base_S, self._shift_S, self._problem.ridge)
-        return asked.miss_S(point, strength)
+        """:meth:`Problem.miss_S` against the sample's own targets."""
+        problem = Problem(self._problem.scope_LE, self._base_S, self._shift_S, self._problem.ridge)
+        return problem.miss_S(point, strength)
 
     def correct(self, sampled: Point, exact: Point) -> None:
         """Shift the targets so that the sample lacks at this θ what the corpus lacks."""
@@ -201,12 +250,12 @@ def _distance(ess: float) -> float:
 
 
 @dataclass(frozen=True)
-class Raked:
+class RakingResult:
     """The outcome of :func:`rake`.
 
     Attributes:
-        theta_S, point: the solution over all units. target_S: what was asked of each frequency in the end.
-        offered_S: the closest feasible to the wanted ones; reason_S: why where that is another, or ''.
+        theta_S, point: the solution over all units. target_S: the targets t(λ) in the end.
+        offered_S: the closest feasible targets at λ = 1; reason_S: why one is not the forget frequency, or ''.
         strength: λ. passes: over all units. error: largest miss off the box. converged: see the module's docstring.
     """
 
@@ -230,13 +279,13 @@ def rake(
     error_S: np.ndarray | None = None,
     threads: int = 1,
     log: Callable[[str], None] = lambda line: None,
-) -> Raked:
-    """Raking with everything that bounds it.
+) -> RakingResult:
+    """The weights that move the frequencies of ``units`` towards ``forget_S``, as far as ``ess_floor`` lets them.
 
     Args:
         forget_S, retain_S: frequencies wanted, and those of the corpus at equal weights. Where the units are in memory
             they are all there is to solve on, and may be a sample of that corpus.
-        clip: see targets.py. ess_floor: least effective sample size.
+        clip: largest ratio of frequencies asked of an expert. ess_floor: least effective sample size.
         error_S: standard errors of the frequencies, clustered by document (None: 0; not finite: not known).
         log: receives lines of progress.
     """
@@ -248,7 +297,7 @@ def rake(
     if not np.abs(shift_S).max(initial=0.0) > 1e-15 or ess_floor >= 1.0:
         strength = 0.0 if ess_floor >= 1.0 else 1.0
         origin = evaluate(units, nothing_S, threads)
-        return Raked(nothing_S, origin, retain_S, offered_S, reason_S, strength, 1, 0.0, True)
+        return RakingResult(nothing_S, origin, retain_S, offered_S, reason_S, strength, 1, 0.0, True)
 
     error_S = nothing_S if error_S is None else np.asarray(error_S, np.float64)
     error_S = np.where(np.isfinite(error_S), error_S, np.sqrt(variance_S / units.number))
@@ -265,7 +314,7 @@ def rake(
     far_enough = strength == 1.0 or point.ess <= ess_floor * (1.0 + 2.0 * FLOOR_WINDOW)
     converged = bool((miss_S <= allowed_S).all()) and point.ess >= ess_floor and far_enough
     error = float(miss_S.max(initial=0.0))
-    return Raked(point.theta_S, point, target_S, offered_S, reason_S, strength, passes, error, converged)
+    return RakingResult(point.theta_S, point, target_S, offered_S, reason_S, strength, passes, error, converged)
 
 
 def _solve(

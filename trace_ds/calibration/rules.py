@@ -1,6 +1,7 @@
 """Weight rules: from routing to weights of the retain text, with mean exactly 1 over the counted tokens.
 
-Shape legend: T tokens (flat order), R rows, D documents, S constraints (layer, expert), L MoE layers, E experts.
+Shape legend: T tokens (flat order), R rows, D documents, S constraints (layer, expert), L MoE layers, E experts,
+G columns of a chunk (:class:`~trace_ds.calibration.tokens.Packing`).
 
 ``unlearning.apply: sampling`` needs one weight a row (:func:`weigh_rows`), which follows from the selections of the
 row; ``apply: loss`` one a token (:func:`weigh_tokens`), which needs the routing of every token.
@@ -20,7 +21,8 @@ row; ``apply: loss`` one a token (:func:`weigh_tokens`), which needs the routing
 =================  ==================================================================================================
 
 Weights that are no raking's are flattened to a power c ≤ 1 where the effective sample size (Σw)²/(nΣw²) would fall
-below the floor. All rules and controls are our decisions; none is taken from the paper.
+below the floor. All rules and controls are our decisions; none is taken from the paper. To add one:
+docs/add_a_weight_rule.md.
 """
 
 from __future__ import annotations
@@ -33,23 +35,27 @@ from pathlib import Path
 import numpy as np
 
 from trace_ds.calibration.detect import Detection
-from trace_ds.calibration.raking import Raked, rake
-from trace_ds.calibration.rows import RowSelections
-from trace_ds.calibration.tokens import RowSpread, TokenMap, Trace, count_selections, in_order
+from trace_ds.calibration.raking import RakingResult, rake
+from trace_ds.calibration.tokens import RowSelections, RowSpread, Trace, count_selections, in_order
 from trace_ds.calibration.units import Units
-from trace_ds.calibration.weights import exponentiate, flattening, row_means, sharpening, size_and_maximum, spooled
+from trace_ds.calibration.weights import exponentiate, flattening, row_means, sharpening, size_and_maximum
 from trace_ds.config.sections.calibration import CalibrationConfig
+from trace_ds.corpora.dataset import TokenMap
+from trace_ds.run.files import new_array
+
+# Columns [G, T] of some tokens → their log-weights, float64 [T].
+Scorer = Callable[[np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True)
-class Request:
+class WeightRequest:
     """What is to be weighted, and how.
 
     Attributes:
         scope_LE: bool, the experts whose frequencies the weights are to move (see :func:`choose_experts`).
         forget_LE, retain_LE: frequencies. error_LE: standard errors of the latter, clustered by document.
         source_log_weight_D: see :func:`source_log_weights`; None without ``source_weights``.
-        threads: of this process. log: receives lines of progress.
+        log: receives lines of progress.
     """
 
     config: CalibrationConfig
@@ -67,17 +73,26 @@ class Request:
     def uniform(self) -> bool:
         return self.config.rule == "uniform" or not self.scope_LE.any()
 
-    def rake(self, units: Units) -> Raked:
-        asked = self.forget_LE[self.scope_LE], self.retain_LE[self.scope_LE], self.config.clip, self.config.ess_floor
-        return rake(units, *asked, self.error_LE[self.scope_LE], self.threads, self.log)
+    def rake(self, units: Units) -> tuple[RakingResult, np.ndarray]:
+        """(the solution, θ [L, E]). θ of a fully constrained layer is defined up to a constant, since its activations
+        sum to K: chosen so that Σ p^R θ = 0."""
+        scope_LE, config = self.scope_LE, self.config
+        sides = self.forget_LE[scope_LE], self.retain_LE[scope_LE]
+        raking = rake(units, *sides, config.clip, config.ess_floor, self.error_LE[scope_LE], self.threads, self.log)
+        theta_LE = np.zeros(scope_LE.shape)
+        theta_LE[scope_LE] = raking.theta_S
+        for layer in np.flatnonzero(scope_LE.all(axis=1)):
+            retain_E = self.retain_LE[layer]
+            theta_LE[layer, retain_E > 0] -= float(retain_E @ theta_LE[layer]) / float(retain_E.sum())
+        return raking, theta_LE
 
 
 @dataclass(frozen=True)
-class Calibrated:
-    """The outcome of a rule.
+class RuleResult:
+    """The weights of a rule.
 
     Attributes:
-        weight_T: float64 [all tokens], mean 1 over counted tokens; what it says of others means nothing.
+        weight_T: float64 [all tokens], mean 1 over counted tokens; meaningless elsewhere.
         row_weight_R: float64, mean weight of the row's counted tokens, 0 for a row without any.
         theta_LE: float64, 0 where there is no constraint or the rule has no θ; log_mean: log-weights are Σ θ a of a
             token, or their mean over a row, less this.
@@ -86,7 +101,7 @@ class Calibrated:
             (NaN: not known).
         exponent: c or τ, see the module's docstring.
         ess, max_weight: of the token weights; ess is a fraction.
-        raked: what the solver found; None where it was not needed.
+        raking: the solution of raking; None where it was not needed.
     """
 
     weight_T: np.ndarray | RowSpread
@@ -99,40 +114,40 @@ class Calibrated:
     exponent: float
     ess: float
     max_weight: float
-    raked: Raked | None
+    raking: RakingResult | None
 
     @property
     def strength(self) -> float:
         """λ of raking; 1 for the other rules."""
-        return 1.0 if self.raked is None else self.raked.strength
+        return 1.0 if self.raking is None else self.raking.strength
 
     @property
     def converged(self) -> bool:
-        return self.raked is None or self.raked.converged
+        return self.raking is None or self.raking.converged
 
     @property
     def moved(self) -> list[tuple[int, int, float, str]]:
         """(layer, expert, offered target, reason) of the experts whose target had to move."""
-        if self.raked is None:
+        if self.raking is None:
             return []
-        rows = zip(*np.nonzero(self.scope_LE), self.raked.offered_S, self.raked.reason_S, strict=True)
+        rows = zip(*np.nonzero(self.scope_LE), self.raking.offered_S, self.raking.reason_S, strict=True)
         return [(int(layer), int(expert), float(offered), reason) for layer, expert, offered, reason in rows if reason]
 
 
 def choose_experts(config: CalibrationConfig, detection: Detection, seed: int) -> np.ndarray:
     """bool [L, E]: the experts whose frequencies the rule is asked to move."""
     selected_LE = detection.selected_LE
-    nothing_LE = np.zeros_like(selected_LE)
+    chosen_LE = np.zeros_like(selected_LE)
     if config.rule == "uniform" or (config.if_none_found == "uniform" and not selected_LE.any()):
-        return nothing_LE
+        return chosen_LE
     if config.rule in ("random_experts", "lowest_experts"):
         candidates = np.flatnonzero(detection.eligible_LE)
         if config.rule == "random_experts":
             order = np.random.default_rng([seed, 1, config.draw]).permutation(candidates)
         else:
             order = candidates[np.argsort(detection.log_ratio_LE.flat[candidates], kind="stable")]
-        nothing_LE.flat[order[: int(selected_LE.sum())]] = True
-        return nothing_LE
+        chosen_LE.flat[order[: int(selected_LE.sum())]] = True
+        return chosen_LE
     return detection.eligible_LE.copy() if config.experts == "all" and config.rule != "literal" else selected_LE.copy()
 
 
@@ -152,15 +167,14 @@ def source_log_weights(weights: Mapping[str, float], names: Sequence[str], sourc
     return log_S[source_D]
 
 
-def weigh_rows(request: Request, selections: RowSelections) -> Calibrated:
+def weigh_rows(request: WeightRequest, selections: RowSelections) -> RuleResult:
     """Weights of rows, by which they are drawn; ``weight_T`` gives each token that of its row."""
     config, tokens, scope_LE = request.config, request.tokens, request.scope_LE
     sizes_R = tokens.counted_per_row()
     filled_R, total = sizes_R > 0, int(sizes_R.sum())
-    raked, theta_LE, exponent, score_R = None, np.zeros(scope_LE.shape), 1.0, np.zeros(tokens.rows)
+    raking, theta_LE, exponent, score_R = None, np.zeros(scope_LE.shape), 1.0, np.zeros(tokens.rows)
     if not request.uniform:
-        raked = request.rake(Units.of(selections.selected_NLK, scope_LE))
-        theta_LE = _theta(request, raked)
+        raking, theta_LE = request.rake(Units.of(selections.selected_NLK, scope_LE))
         score_R = selections.scores(theta_LE)
         exponent = sharpening(score_R[filled_R], config.ess_floor)
     elif request.source_log_weight_D is not None:
@@ -175,7 +189,7 @@ def weigh_rows(request: Request, selections: RowSelections) -> Calibrated:
         weight_R[filled_R] = np.random.default_rng([request.seed, 2]).permutation(weight_R[filled_R])
         weight_R *= total / float(weight_R @ sizes_R)
     spread_T, achieved_LE = RowSpread(tokens, weight_R), selections.sums(weight_R) / total
-    return Calibrated(
+    return RuleResult(
         spread_T,
         weight_R,
         theta_LE * exponent,
@@ -185,21 +199,20 @@ def weigh_rows(request: Request, selections: RowSelections) -> Calibrated:
         achieved_LE,
         exponent,
         *size_and_maximum(spread_T, tokens),
-        raked,
+        raking,
     )
 
 
-def weigh_tokens(request: Request, trace: Trace | None, spool: Path) -> Calibrated:
+def weigh_tokens(request: WeightRequest, trace: Trace | None, spool: Path) -> RuleResult:
     """Weights of tokens, by which their losses are multiplied.
 
     Args:
         trace: routing of every token; None: not recorded, which does for uniform weights only.
-        spool: directory for large arrays, which the result refers to.
+        spool: directory for arrays as long as the corpus, which the result refers to.
     """
     config, tokens, scope_LE = request.config, request.tokens, request.scope_LE
-    u_T = spooled(spool / "log_weight.f64", tokens.tokens)
-    weight_T = spooled(spool / "weight.f64", tokens.tokens)
-    raked, theta_LE, target_LE = None, np.zeros(scope_LE.shape), request.retain_LE.copy()
+    u_T, weight_T = (new_array(spool / name, np.float64, (tokens.tokens,)) for name in ("log_weight.f64", "weight.f64"))
+    raking, theta_LE, target_LE = None, np.zeros(scope_LE.shape), request.retain_LE.copy()
     if request.uniform:
         if request.source_log_weight_D is not None:
             sources = _SourceLogWeights(tokens, request.source_log_weight_D)
@@ -207,17 +220,16 @@ def weigh_tokens(request: Request, trace: Trace | None, spool: Path) -> Calibrat
                 u_T[start:stop] = sources[start:stop]
     elif trace is None:
         raise ValueError(f"the rule {config.rule} needs the routing trace")
-    elif config.rule == "literal":
+    elif config.rule in TOKEN_RULES:
         target_LE[scope_LE] = request.forget_LE[scope_LE]
-        _write_scores(u_T, request, trace, _literal_scores(request, trace))
+        _write_scores(u_T, request, trace, TOKEN_RULES[config.rule](request, trace))
     else:
-        raked = request.rake(Units(trace, scope_LE, tokens))
-        theta_LE = _theta(request, raked)
-        target_LE[scope_LE] = raked.target_S
+        raking, theta_LE = request.rake(Units(trace, scope_LE, tokens))
+        target_LE[scope_LE] = raking.target_S
         packing = trace.packing(scope_LE.shape[1])
         tables_LV = packing.tables(theta_LE)
         _write_scores(u_T, request, trace, lambda columns_GT: packing.score(columns_GT, tables_LV))
-    exponent = 1.0 if raked is not None else flattening(u_T, tokens, config.ess_floor)
+    exponent = 1.0 if raking is not None else flattening(u_T, tokens, config.ess_floor)
     log_mean = exponentiate(u_T, weight_T, tokens, exponent)
     if config.rule == "permuted":
         theta_LE = np.zeros(scope_LE.shape)
@@ -226,7 +238,7 @@ def weigh_tokens(request: Request, trace: Trace | None, spool: Path) -> Calibrat
     if trace is not None:
         weighted_LE = count_selections(trace, tokens, scope_LE.shape[1], weight_T, request.threads)
         achieved_LE = weighted_LE / tokens.counted_total()
-    return Calibrated(
+    return RuleResult(
         weight_T,
         row_means(weight_T, tokens),
         theta_LE * exponent,
@@ -236,8 +248,25 @@ def weigh_tokens(request: Request, trace: Trace | None, spool: Path) -> Calibrat
         achieved_LE,
         exponent,
         *size_and_maximum(weight_T, tokens),
-        raked,
+        raking,
     )
+
+
+def literal(request: WeightRequest, trace: Trace) -> Scorer:
+    """Log of the mean clipped p^F/p^R over the detected experts that a token selects, 0 where it selects none."""
+    clip, scope_LE, packing = request.config.clip, request.scope_LE, trace.packing(request.scope_LE.shape[1])
+    ratio_LE = np.clip(request.forget_LE / np.maximum(request.retain_LE, 1e-300), 1.0 / clip, clip)
+    sums, hits = packing.tables(np.where(scope_LE, ratio_LE, 0.0)), packing.tables(scope_LE.astype(np.float64))
+
+    def log_mean(columns_GT: np.ndarray) -> np.ndarray:
+        hits_T = packing.score(columns_GT, hits)
+        return np.log(np.where(hits_T > 0, packing.score(columns_GT, sums), 1.0) / np.maximum(hits_T, 1.0))
+
+    return log_mean
+
+
+# Rules of tokens that are no raking: what prepares the log-weight of a token from the request and the trace.
+TOKEN_RULES: dict[str, Callable[[WeightRequest, Trace], Scorer]] = {"literal": literal}
 
 
 @dataclass(frozen=True)
@@ -251,38 +280,13 @@ class _SourceLogWeights:
         return self.log_weight_D[np.asarray(self.tokens.document_ids_T[span])]
 
 
-def _theta(request: Request, raked: Raked) -> np.ndarray:
-    """θ, float64 [L, E]. Of a fully constrained layer it is defined up to a constant (its activations sum to K): made
-    so that Σ p^R θ = 0."""
-    theta_LE = np.zeros(request.scope_LE.shape)
-    theta_LE[request.scope_LE] = raked.theta_S
-    for layer in np.flatnonzero(request.scope_LE.all(axis=1)):
-        retain_E = request.retain_LE[layer]
-        used = retain_E > 0
-        theta_LE[layer, used] -= float(retain_E @ theta_LE[layer]) / float(retain_E.sum())
-    return theta_LE
-
-
-def _literal_scores(request: Request, trace: Trace) -> Callable[[np.ndarray], np.ndarray]:
-    """Columns [G, T] of a chunk → log of the mean ratio over the detected experts of each token, float64 [T]."""
-    clip, scope_LE, packing = request.config.clip, request.scope_LE, trace.packing(request.scope_LE.shape[1])
-    ratio_LE = np.clip(request.forget_LE / np.maximum(request.retain_LE, 1e-300), 1.0 / clip, clip)
-    sums, hits = packing.tables(np.where(scope_LE, ratio_LE, 0.0)), packing.tables(scope_LE.astype(np.float64))
-
-    def log_mean(columns_GT: np.ndarray) -> np.ndarray:
-        hits_T = packing.score(columns_GT, hits)
-        return np.log(np.where(hits_T > 0, packing.score(columns_GT, sums), 1.0) / np.maximum(hits_T, 1.0))
-
-    return log_mean
-
-
-def _write_scores(u_T: np.ndarray, request: Request, trace: Trace, score: Callable[[np.ndarray], np.ndarray]) -> None:
-    """Log-weights of all counted tokens, 0 elsewhere."""
+def _write_scores(u_T: np.ndarray, request: WeightRequest, trace: Trace, score: Scorer) -> None:
+    """Write the log-weights of all counted tokens, 0 elsewhere."""
     tokens, packing = request.tokens, trace.packing(request.scope_LE.shape[1])
 
     def write(span: tuple[int, int]) -> None:
         piece_T, counted_T = np.zeros(span[1] - span[0]), tokens.counted(*span)
-        piece_T[counted_T] = score(packing.columns(trace.read(*span)[counted_T]))
+        piece_T[counted_T] = score(packing.columns(trace[slice(*span)][counted_T]))
         u_T[slice(*span)] = piece_T
 
     for _ in in_order(write, tokens.spans(), request.threads):

@@ -1,9 +1,8 @@
-"""The routing trace of the retain tokens, and the two loops that calibration spends its time in: looking up selections
-and counting them.
+"""The recorded routing of the retain corpus, by token (:class:`Trace`) and by row (:class:`RowSelections`).
 
-A token's features are zeros and ones, K ones a layer, so they are never spread out: Σ_s θ_s a_s(t) is a table look-up
-for each of its selections and Σ_t w_t a_s(t) a histogram. Where expert numbers are bytes and K is even, two adjacent
-selections are read as one 16-bit number, which halves both.
+The K selections of a token in a layer are never expanded to E zeros and ones: Σ_s θ_s a_s(t) is a table look-up and
+Σ_t w_t a_s(t) a histogram. Where expert numbers are bytes and K is even, two adjacent selections are read as one 16-bit
+number, which halves the time of both.
 
 Shape legend: T tokens of a chunk or of the corpus (flat order: rows in order, tokens of a row in order), N tokens,
 R rows, L MoE layers, E experts, K = top-k, G columns, V values of a column.
@@ -19,16 +18,17 @@ from typing import TypeVar
 
 import numpy as np
 
-from trace_ds.corpora.dataset import CHUNK_TOKENS, FlatArray, TokenDataset, TokenMap, open_stream  # noqa: F401
+from trace_ds.corpora.dataset import FlatArray, TokenDataset, TokenMap
 from trace_ds.errors import UserError
 from trace_ds.run.files import open_mapped
 
 A = TypeVar("A")
 B = TypeVar("B")
+BLOCK_VALUES = 1 << 22  # of row selections that are read at a time
 
 
 def in_order(work: Callable[[A], B], items: Iterable[A], threads: int) -> Iterator[B]:
-    """The results of ``work`` in the order of the items, made by so many threads: the same bits for any number."""
+    """The results of ``work`` in the order of the items: the same bits for any number of threads."""
     if threads < 2:
         yield from map(work, items)
         return
@@ -80,7 +80,7 @@ class Packing:
         """
         per_layer = len(columns_GN) // self.layers
         weights = None if weight_N is None else np.tile(weight_N, per_layer)
-        found = []
+        counts = []
         for layer in range(self.layers):
             values = columns_GN[layer * per_layer : (layer + 1) * per_layer].reshape(-1)
             counts_V = np.bincount(values, weights, self.experts * (256 if self.pairs else 1))
@@ -91,8 +91,8 @@ class Packing:
             beyond = int(np.flatnonzero(counts_V).max(initial=0))
             if beyond >= self.experts:
                 raise ValueError(f"the trace names expert {beyond} of {self.experts}")
-            found.append(counts_V[: self.experts])
-        return np.stack(found)
+            counts.append(counts_V[: self.experts])
+        return np.stack(counts)
 
 
 def read_token_map(path: Path, documents: int) -> TokenMap:
@@ -103,10 +103,6 @@ def read_token_map(path: Path, documents: int) -> TokenMap:
 
 class Trace(FlatArray):
     """The routing trace of a corpus: parts ``[tokens of the part, L, K]`` of expert indices, in flat token order."""
-
-    @property
-    def tokens(self) -> int:
-        return len(self)
 
     @property
     def layers(self) -> int:
@@ -120,13 +116,9 @@ class Trace(FlatArray):
         """How its selections are looked up and counted."""
         return Packing(self.layers, self.top_k, experts, self.parts[0].dtype == np.uint8 and self.top_k % 2 == 0)
 
-    def read(self, start: int, stop: int) -> np.ndarray:
-        """Expert indices [stop - start, L, K] of flat positions ``start … stop``, across the borders of parts."""
-        return self[start:stop]
-
 
 def open_trace(paths: list[Path], layers: int, top_k: int, tokens: int, fix: str) -> Trace:
-    """Memory-map the parts of a trace and prove that they fit the corpus (see also :func:`count_selections`).
+    """Memory-map the parts of a trace and check that they cover the corpus.
 
     Raises:
         UserError: a part is not an unsigned [tokens, L, K] array, or the parts do not cover the corpus.
@@ -179,10 +171,55 @@ def count_selections(
 
     def part(span: tuple[int, int]) -> np.ndarray:
         counted_T = tokens.counted(*span)
-        columns_GT = packing.columns(trace.read(*span)[counted_T])
+        columns_GT = packing.columns(trace[slice(*span)][counted_T])
         return packing.sums(columns_GT, None if weight_T is None else np.asarray(weight_T[slice(*span)])[counted_T])
 
     result_LE = np.zeros((trace.layers, experts), dtype=np.int64 if weight_T is None else np.float64)
     for part_LE in in_order(part, tokens.spans(), threads):
         result_LE += part_LE
     return result_LE
+
+
+@dataclass(frozen=True)
+class RowSelections:
+    """The selections of each row and the routing of a sample of tokens, as ``collect`` records them.
+
+    Attributes:
+        parts: unsigned counts [rows of the part, L, E] of the row's counted tokens that select the expert.
+        top_k: K. selected_NLK: experts of the sampled tokens, all of them counted. position_N: their flat positions.
+    """
+
+    parts: tuple[np.ndarray, ...]
+    top_k: int
+    selected_NLK: np.ndarray
+    position_N: np.ndarray
+
+    @property
+    def rows(self) -> int:
+        return sum(len(part) for part in self.parts)
+
+    def blocks(self) -> Iterator[tuple[slice, np.ndarray]]:
+        """(rows, counts [rows, L · E]) in order."""
+        first = 0
+        for part in self.parts:
+            step = max(1, BLOCK_VALUES // max(int(np.prod(part.shape[1:])), 1))
+            for at in range(0, len(part), step):
+                counts = np.asarray(part[at : at + step])
+                yield slice(first + at, first + at + len(counts)), counts.reshape(len(counts), -1)
+            first += len(part)
+
+    def scores(self, theta_LE: np.ndarray) -> np.ndarray:
+        """Mean of Σ θ a over the row's counted tokens, float64 [R]; 0 for a row without any."""
+        score_R = np.zeros(self.rows)
+        for rows, counts in self.blocks():
+            # a layer's selections are K a counted token
+            sizes_R = np.maximum(counts[:, : theta_LE.shape[1]].sum(axis=1, dtype=np.int64) // self.top_k, 1)
+            score_R[rows] = np.einsum("rs,s->r", counts.astype(np.float64), theta_LE.ravel()) / sizes_R
+        return score_R
+
+    def sums(self, weight_R: np.ndarray) -> np.ndarray:
+        """Σ_r w_r counts_r, float64 [L, E]."""
+        total = np.zeros(int(np.prod(self.parts[0].shape[1:])))
+        for rows, counts in self.blocks():
+            total += np.einsum("r,rs->s", weight_R[rows], counts.astype(np.float64))
+        return total.reshape(self.parts[0].shape[1:])

@@ -1,4 +1,4 @@
-"""What a dual is solved on: units (tokens) with features 0 or 1, one per constraint.
+"""What raking's dual is solved on: units (tokens) with features 0 or 1, one per constraint.
 
 Shape legend: T tokens of a chunk, N units, S constraints = experts of ``scope_LE`` in order, L MoE layers, E experts,
 K = top-k, G columns of a chunk.
@@ -12,13 +12,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trace_ds.calibration.tokens import CHUNK_TOKENS, Packing, TokenMap, Trace, in_order
+from trace_ds.calibration.tokens import Packing, Trace, in_order
+from trace_ds.corpora.dataset import CHUNK_TOKENS, TokenMap
 
 
 @dataclass(frozen=True)
 class Units:
-    """The counted tokens of a trace, or selections in memory (``tokens`` None: all count), in blocks: always the same
-    ones in the same order.
+    """The counted tokens of a trace, or selections in memory (``tokens`` None: all count), in fixed blocks.
 
     Attributes:
         trace: expert indices; scope_LE: bool, the constrained experts.
@@ -41,11 +41,11 @@ class Units:
     @property
     def number(self) -> int:
         """How many units there are (that count)."""
-        return self.trace.tokens if self.tokens is None else self.tokens.counted_total()
+        return len(self.trace) if self.tokens is None else self.tokens.counted_total()
 
     @property
     def blocks(self) -> list[tuple[int, int]]:
-        total = self.trace.tokens
+        total = len(self.trace)
         return [(at, min(at + CHUNK_TOKENS, total)) for at in range(0, total, CHUNK_TOKENS)]
 
     def tables(self, theta_S: np.ndarray) -> np.ndarray:
@@ -60,7 +60,7 @@ class Units:
 
     def read(self, block: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
         """(selections of the counted tokens, their multiplicities float64 [N] ≥ 0: how many units each stands for)."""
-        selected_NLK = self.trace.read(*block)
+        selected_NLK = self.trace[slice(*block)]
         if self.tokens is not None:
             selected_NLK = selected_NLK[self.tokens.counted(*block)]
         if self.multiplicity_N is None:
@@ -68,9 +68,8 @@ class Units:
         return selected_NLK, self.multiplicity_N[slice(*block)]
 
     def sample(self, limit: int) -> Units:
-        """About ``limit`` units at most, in memory: spread evenly over the corpus, so over its documents; always the
-        same ones; each stands for as many as were left out around it. All units where there are no more than that, and
-        where they are in memory already."""
+        """At most about ``limit`` units in memory, spread evenly over the corpus and so over its documents; each stands
+        for those left out around it. All units where there are no more, or where they are in memory already."""
         if self.tokens is None:
             return self
         counted = self.number
@@ -83,7 +82,7 @@ class Units:
             if take:
                 jitter = np.random.default_rng(block[0]).random(take)  # one token of each of ``take`` equal stretches
                 chosen = np.minimum(((np.arange(take) + jitter) * len(place_N) / take).astype(int), len(place_N) - 1)
-                selected.append(self.trace.read(*block)[place_N[chosen]])
+                selected.append(self.trace[slice(*block)][place_N[chosen]])
                 multiplicity.append(np.full(take, len(place_N) / take))
         return Units.of(np.concatenate(selected), self.scope_LE, np.concatenate(multiplicity))
 

@@ -5,13 +5,11 @@ Shape legend: T tokens (flat order), R rows. Arrays over T are files in a spool 
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
-from trace_ds.calibration.tokens import TokenMap
-from trace_ds.run.files import new_array
+from trace_ds.corpora.dataset import TokenMap
 
 
 class SlicedTokens(Protocol):
@@ -108,8 +106,3 @@ def size_and_maximum(weight_T: SlicedTokens, tokens: TokenMap) -> tuple[float, f
         total, square, count = total + float(w.sum()), square + float((w * w).sum()), count + len(w)
         largest = max(largest, float(w.max(initial=0.0)))
     return total * total / (count * square), largest
-
-
-def spooled(path: Path, size: int) -> np.ndarray:
-    """A zeroed float64 array [size] backed by a file (the page cache decides what stays in memory)."""
-    return new_array(path, np.float64, (size,))

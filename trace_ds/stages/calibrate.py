@@ -17,18 +17,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from trace_ds.calibration.detect import Detection, detect
-from trace_ds.calibration.diagnose import Documents, diagnose, unconverged
-from trace_ds.calibration.rows import RowSelections
+from trace_ds.calibration.diagnose import DocumentSources, diagnose, unconverged
 from trace_ds.calibration.rules import (
-    Calibrated,
-    Request,
+    RuleResult,
+    WeightRequest,
     choose_experts,
     source_log_weights,
     weigh_rows,
     weigh_tokens,
 )
-from trace_ds.calibration.tokens import TokenMap, Trace, count_selections, open_stream, open_trace, read_token_map
+from trace_ds.calibration.tokens import RowSelections, Trace, count_selections, open_trace, read_token_map
 from trace_ds.config.schema import Config
+from trace_ds.corpora.dataset import TokenMap, open_stream
 from trace_ds.errors import UserError
 from trace_ds.routing.statistics import RoutingStatistics
 from trace_ds.routing.token_files import open_parts, require_parts
@@ -195,7 +195,7 @@ def _make(inputs: CalibrationInputs, run: RunDirectory, routing: Routing, log: S
     documents = read_documents(inputs.data.file("retain_documents.arrow"))
     tokens = read_token_map(inputs.data.file("retain.arrow"), len(documents.source_D))
     selections = load_selections(statistics, retain, tokens)
-    request = Request(
+    request = WeightRequest(
         config.calibration,
         tokens,
         choose_experts(config.calibration, routing.detection, config.seed),
@@ -249,7 +249,7 @@ def every_so_often(log: Callable[[str], None], clock: Callable[[], float] = time
     return maybe
 
 
-def refuse_useless(config: Config, calibrated: Calibrated, run: RunDirectory) -> None:
+def refuse_useless(config: Config, calibrated: RuleResult, run: RunDirectory) -> None:
     """Weights that do nothing are no calibration, unless the floor or the configuration asks for them; and those of a
     solver that ended early only where they are asked for.
 
@@ -258,9 +258,10 @@ def refuse_useless(config: Config, calibrated: Calibrated, run: RunDirectory) ->
             converge.
     """
     settings = config.calibration
-    if not calibrated.converged and not settings.allow_unconverged:
+    raking = calibrated.raking
+    if raking is not None and not raking.converged and not settings.allow_unconverged:
         raise UserError(
-            unconverged(calibrated),
+            unconverged(raking),
             str(run.calibration),
             "use fewer experts (calibration.experts: selected) or another calibration.ess_floor, or go on with these "
             "weights: calibration.allow_unconverged: true",
@@ -344,7 +345,7 @@ def load_selections(side: Artefact, retain: RoutingStatistics, tokens: TokenMap)
     return selections
 
 
-def source_weights(config: Config, documents: Documents) -> np.ndarray | None:
+def source_weights(config: Config, documents: DocumentSources) -> np.ndarray | None:
     """The log-weights of the retain documents by their sources, where the configuration names some."""
     if not config.calibration.source_weights:
         return None
@@ -358,17 +359,17 @@ def source_weights(config: Config, documents: Documents) -> np.ndarray | None:
         ) from None
 
 
-def read_documents(path: Path) -> Documents:
+def read_documents(path: Path) -> DocumentSources:
     """Sources and first characters of the retain documents; the text stays in the memory-mapped file."""
     table = open_stream(path).read_all()
     coded = table.column("source").combine_chunks().dictionary_encode()
-    return Documents(
+    return DocumentSources(
         coded.dictionary.to_pylist(), coded.indices.to_numpy().astype(np.int64), table.column("text_start")
     )
 
 
 def write(
-    directory: Path, detection: Detection, calibrated: Calibrated, tokens: TokenMap, diagnosis: dict[str, Any]
+    directory: Path, detection: Detection, calibrated: RuleResult, tokens: TokenMap, diagnosis: dict[str, Any]
 ) -> None:
     """Write the artefact's files."""
     from safetensors.numpy import save_file
