@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from trace_ds.models import attention
-from trace_ds.models.attention import NAME, Documents, adopt, packed, refusal
+from trace_ds.models.attention import ATTENTION_NAME, PackedDocuments, adopt, find_attention_problem, packed
 from trace_ds.models.families import FAMILIES
 
 # Rows of 151 positions: no size of a model, so that a mask or scores would be seen. What ends a row may be filling.
@@ -76,7 +76,7 @@ def alone(inputs: list[torch.Tensor], rows: list[list[int]]) -> torch.Tensor:
 
 
 def check(inputs: list[torch.Tensor], rows: list[list[int]]) -> None:
-    documents = Documents.of(positions(rows), torch.device("cpu"))
+    documents = PackedDocuments.of(positions(rows), torch.device("cpu"))
     found, _ = attention.attend(None, *inputs, None, scaling=0.3, documents=documents)
     expected = alone(inputs, rows)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
@@ -117,9 +117,9 @@ def weighted(hidden: torch.Tensor, upstream: torch.Tensor) -> torch.Tensor:
 def test_a_model_sees_documents_alone(family: str, recompute: bool, models: dict[str, Path]) -> None:
     """Values and gradients of all parameters, packed against alone through transformers; and no square in sight."""
     ids, model, plain = ids_of(), loaded(models[family]), loaded(models[family])
-    assert refusal(model) is None
+    assert find_attention_problem(model) is None
     adopt(model)
-    assert model.config._attn_implementation == NAME
+    assert model.config._attn_implementation == ATTENTION_NAME
     if recompute:
         model.gradient_checkpointing_enable({"use_reentrant": False, "early_stop": False})
         model.train()
@@ -174,8 +174,10 @@ def test_what_is_not_known_is_left_alone(family: str, own: dict[str, Any], reaso
     model = AutoModelForCausalLM.from_pretrained(path).eval()
     before = model.config._attn_implementation
     adopt(model)
-    assert (reason or "") in (refusal(model) or "") and (refusal(model) is None) == (reason is None)
-    assert model.config._attn_implementation == (NAME if reason is None else before)
+    assert (reason or "") in (find_attention_problem(model) or "") and (find_attention_problem(model) is None) == (
+        reason is None
+    )
+    assert model.config._attn_implementation == (ATTENTION_NAME if reason is None else before)
     inputs = packed(model, positions(), torch.device("cpu"))
     assert ("documents" in inputs) == (reason is None)
     with torch.no_grad():

@@ -69,19 +69,19 @@ def load_and_count(world: Any, path: str, stage: int) -> dict[str, Any]:
     import torch
 
     from trace_ds.models.autoep import readable_recorders, require_converted
-    from trace_ds.models.engine import DTYPES, base_ds_config
+    from trace_ds.models.engine import TORCH_DTYPES, base_ds_config
     from trace_ds.models.families import inspect_model
     from trace_ds.models.loading import ModelParts, load_share
-    from trace_ds.models.weight_files import full_shape, held
+    from trace_ds.models.weight_files import full_shape, local_elements
     from trace_ds.parallel.world import quiet_deepspeed
 
     info = inspect_model(path)
     ep = world.size if stage < 3 else 1
     ds_config = base_ds_config(ep=ep, info=info, zero_stage=stage)
     arguments = {"ep": ep, "ds_config": ds_config, "parts": ModelParts()}
-    load_share(info.path, DTYPES["fp32"], world, **arguments)  # whatever is imported on the way is not counted
+    load_share(info.path, TORCH_DTYPES["fp32"], world, **arguments)  # whatever is imported on the way is not counted
     before = read_bytes()
-    model, files = load_share(info.path, DTYPES["fp32"], world, **arguments)
+    model, files = load_share(info.path, TORCH_DTYPES["fp32"], world, **arguments)
     counted = read_bytes() - before
     with readable_recorders():
         engine, *_ = quiet_deepspeed().initialize(model=model.requires_grad_(False), config=ds_config)
@@ -89,7 +89,7 @@ def load_and_count(world: Any, path: str, stage: int) -> dict[str, Any]:
     wrong = None
     parameter = next(p for name, p in engine.module.named_parameters() if ".experts." in name)
     with torch.no_grad():  # the second of the experts that this rank holds
-        values, size = held(parameter)[0], math.prod(full_shape(parameter)[1:])
+        values, size = local_elements(parameter)[0], math.prod(full_shape(parameter)[1:])
         values[size : 2 * size] = 0.0
     try:
         files.prove(engine.module, ep, world.rank % ep)

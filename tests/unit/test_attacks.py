@@ -19,7 +19,7 @@ from trace_ds.config.sections.evaluation import RelearningConfig
 from trace_ds.errors import UserError
 from trace_ds.evaluation import attacks
 from trace_ds.evaluation.language_model import LanguageModel
-from trace_ds.models.attention import NAME
+from trace_ds.models.attention import ATTENTION_NAME
 from trace_ds.models.routers import find_routers, meta_model, record_routing
 from trace_ds.parallel.world import World
 from trace_ds.unlearning.trainer import NumericalFailure
@@ -39,7 +39,7 @@ def test_forcing_sends_tokens_where_it_says(family: str, tmp_path: Path) -> None
     path = tiny.make_model(tmp_path / family, family)
     with opened(path) as model:
         wanted = {"gpt_oss": "eager", "qwen3_5_moe_text": "sdpa"}  # the fast one, where the family has it
-        assert model.model.config._attn_implementation == wanted.get(family, NAME)
+        assert model.model.config._attn_implementation == wanted.get(family, ATTENTION_NAME)
         free, chosen = outputs(model)
         decisions = attacks.Decisions()
         with attacks.forced(model.model, decisions.record):

@@ -184,7 +184,7 @@ def gate_rule(router: nn.Module) -> GateRule:
 
 def _rule_of(router: Any) -> GateRule:
     """The rule of a router in a model: AutoEP's says it."""
-    if autoep.is_router(router):
+    if autoep.is_autoep_router(router):
         return GateRule(router.score_func, router.route_norm, router.route_scale)
     return gate_rule(router)
 
@@ -204,7 +204,7 @@ def forced(model: nn.Module, decide: Decide) -> Iterator[None]:
     """
     routers = find_routers(model)
     plain = routers
-    if not autoep.is_router(routers[0]) and any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+    if not autoep.is_autoep_router(routers[0]) and any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         # a copy of a router whose weights lie on other ranks computes nothing
         plain = find_routers(without_data(model.config))
     rules = {kind: _rule_of(router) for kind, router in {type(router): router for router in plain}.items()}
@@ -212,7 +212,7 @@ def forced(model: nn.Module, decide: Decide) -> Iterator[None]:
     def hook_for(layer: int) -> Callable[..., Any]:
         def hook(router: Any, inputs: Any, output: Any) -> Any:
             scores, indices = places_of(router, output)
-            sharded = autoep.is_router(router)
+            sharded = autoep.is_autoep_router(router)
             logits_TE = router.gate(inputs[0]) if sharded else logits_of(router, output)
             taken_TK = decide(layer, logits_TE, output[indices])
             gates_TK = rules[type(router)].gates(logits_TE, taken_TK)

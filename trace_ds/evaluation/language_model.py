@@ -448,10 +448,10 @@ def _sharded(
 
 @contextlib.contextmanager
 def _whole(path: str, settings: ModelSettings, world: World | None) -> Iterator[Any]:
-    from trace_ds.models.engine import DTYPES
+    from trace_ds.models.engine import TORCH_DTYPES
     from trace_ds.models.loading import load_whole
 
-    dtype = DTYPES[settings.dtype]
+    dtype = TORCH_DTYPES[settings.dtype]
     device = _device_for(path, dtype, world)
     model: Any = load_whole(Path(path), dtype, device or torch.device("cpu"))
     if device is None:

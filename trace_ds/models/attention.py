@@ -5,8 +5,8 @@ kernel takes one, and eight rows of 32k tokens need 8 GB for it. Here the rows, 
 documents, each attended to alone: by ``torch.nn.attention.varlen`` on a GPU that has its kernel, else by scaled
 dot-product attention, documents of about a length together. Filling at the end of a row is a document as well.
 
-A model is given it once (:func:`adopt`), and its callers pass on what :func:`packed` says. A call without that
-(generation, for one) is transformers' own affair, mask and all, and so is every call of a model that was refused.
+:func:`adopt` prepares a model once; its callers pass the arguments that :func:`packed` returns. Calls without them (for
+example generation), and models with a :func:`find_attention_problem`, use transformers' own attention with a mask.
 
 Shape legend: B rows, S positions, T = B·S tokens, N documents, P tokens with the filling of documents, H heads (those
 of keys and values may be fewer), D head size.
@@ -26,7 +26,7 @@ from torch.nn import functional
 from trace_ds.models.families import FAMILIES
 from trace_ds.parallel.device import to_device
 
-NAME = "trace_ds_documents"  # among transformers' implementations of attention
+ATTENTION_NAME = "trace_ds_documents"  # among transformers' implementations of attention
 # Documents no longer than the last are filled up to one of these lengths: few calls, whatever the corpus. A document's
 # numbers depend on its own length alone, never on what shares its batch; longer ones share a call with equals only.
 LENGTHS = np.array((16, 24, 32, 48, 64, 96, 128))
@@ -48,7 +48,7 @@ class Calls:
 
 
 @dataclass(frozen=True)
-class Documents:
+class PackedDocuments:
     """The documents of a batch.
 
     Attributes:
@@ -60,7 +60,7 @@ class Documents:
     lengths_N: np.ndarray
 
     @classmethod
-    def of(cls, position_ids_BS: torch.Tensor, device: torch.device) -> Documents:
+    def of(cls, position_ids_BS: torch.Tensor, device: torch.device) -> PackedDocuments:
         """One begins with every row, and wherever a position does not follow the one before (on the host: no wait)."""
         begins_BS = np.ones(position_ids_BS.shape, dtype=bool)
         begins_BS[:, 1:] = np.diff(position_ids_BS.cpu().numpy(), axis=1) != 1
@@ -93,15 +93,15 @@ def _on(device: torch.device, array: np.ndarray) -> torch.Tensor:
     return to_device(torch.from_numpy(array), device)
 
 
-def refusal(model: Any) -> str | None:
-    """Why a model keeps the attention of transformers, or None: those of the families here are known, and tested.
+def find_attention_problem(model: Any) -> str | None:
+    """Return why a model keeps the attention of transformers, or None if :func:`attend` can serve it.
 
     Sliding windows are not made; sinks and soft caps no family here has.
     """
     config = model.config
     if config.model_type not in FAMILIES:
         return f"the attention of the family {config.model_type} is not known"
-    if config._attn_implementation not in ("sdpa", NAME):
+    if config._attn_implementation not in ("sdpa", ATTENTION_NAME):
         return f"it is run with {config._attn_implementation} attention"
     kinds = set(getattr(config, "layer_types", None) or ())
     if "linear_attention" in kinds:
@@ -112,20 +112,20 @@ def refusal(model: Any) -> str | None:
 
 
 def adopt(model: Any) -> None:
-    """Let a model that was built with "sdpa" take documents; nothing changes where :func:`refusal` has a reason."""
+    """Switch a model built with "sdpa" to :func:`attend`, unless :func:`find_attention_problem` gives a reason."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    if refusal(model) is not None:
+    if find_attention_problem(model) is not None:
         return
-    AttentionInterface.register(NAME, attend)
-    AttentionMaskInterface.register(NAME, sdpa_mask)  # of calls without documents
-    model.config._attn_implementation = NAME
+    AttentionInterface.register(ATTENTION_NAME, attend)
+    AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)  # of calls without documents
+    model.config._attn_implementation = ATTENTION_NAME
     model.config.output_router_logits = False  # a loss that nobody asks for would be made with the attention mask
 
 
 def packed(model: Any, position_ids_BS: torch.Tensor, device: torch.device) -> dict[str, Any]:
-    """What to call a model with besides the ids, so that attention stays inside the documents of packed rows.
+    """Return the keyword arguments (besides the ids) that keep attention inside the documents of packed rows.
 
     Args:
         position_ids_BS: int64, on the host, restarting with each document and with the filling.
@@ -133,8 +133,8 @@ def packed(model: Any, position_ids_BS: torch.Tensor, device: torch.device) -> d
     ``use_cache=False`` matters: with a cache, transformers' own attention does not stay inside documents.
     """
     inputs: dict[str, Any] = {"position_ids": to_device(position_ids_BS, device), "use_cache": False}
-    if model.config._attn_implementation == NAME:
-        documents = Documents.of(position_ids_BS, device)
+    if model.config._attn_implementation == ATTENTION_NAME:
+        documents = PackedDocuments.of(position_ids_BS, device)
         # Four dimensions are a mask ready-made to transformers: it makes none, nor looks at the positions, and passes
         # it on. Should the documents get lost on the way, no attention takes it for one.
         inputs |= {"documents": documents, "attention_mask": documents.starts_N1[None, None, None]}
@@ -150,7 +150,7 @@ def attend(
     *,
     scaling: float | None = None,
     dropout: float = 0.0,
-    documents: Documents | None = None,
+    documents: PackedDocuments | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention inside documents, as transformers calls attention; ([B, S, H, D of the values], no weights)."""
@@ -191,7 +191,11 @@ def _parameters(function: Any) -> frozenset[str]:
 
 
 def _by_kernel(
-    documents: Documents, query_THD: torch.Tensor, key_THD: torch.Tensor, value_THD: torch.Tensor, scaling: float | None
+    documents: PackedDocuments,
+    query_THD: torch.Tensor,
+    key_THD: torch.Tensor,
+    value_THD: torch.Tensor,
+    scaling: float | None,
 ) -> torch.Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
@@ -206,7 +210,7 @@ def _by_kernel(
 
 
 def _by_length(
-    documents: Documents,
+    documents: PackedDocuments,
     query_THD: torch.Tensor,
     key_THD: torch.Tensor,
     value_THD: torch.Tensor,
@@ -223,14 +227,14 @@ def _by_length(
     if calls.places_P is not None:
         tensors = [tensor.index_select(0, calls.places_P.to(tensor.device)) for tensor in tensors]
     parts = zip(*(tensor.split([n * length for n, length in calls.shapes]) for tensor in tensors), strict=True)
-    found = []
+    outputs = []
     for shape, part in zip(calls.shapes, parts, strict=True):
         query_NHLD, key_NHLD, value_NHLD = (tensor.unflatten(0, shape).transpose(1, 2) for tensor in part)
         output_NHLD = functional.scaled_dot_product_attention(
             query_NHLD, key_NHLD, value_NHLD, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=True
         )
-        found.append(output_NHLD.transpose(1, 2).flatten(0, 1))
-    output_PHD = torch.cat(found)
+        outputs.append(output_NHLD.transpose(1, 2).flatten(0, 1))
+    output_PHD = torch.cat(outputs)
     if calls.back_T is None:
         return output_PHD
     return output_PHD.index_select(0, calls.back_T.to(output_PHD.device))

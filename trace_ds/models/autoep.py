@@ -1,4 +1,4 @@
-"""What DeepSpeed's AutoEP calls things: the one place that knows (0.19.8; on disk: trace_ds/tensors/).
+"""Names and options of DeepSpeed's AutoEP (0.19.8), known in this module only (on disk: trace_ds/tensors/).
 
 ``deepspeed.initialize`` replaces every MoE layer of a known family. The layer that results has a router whose gate is a
 linear layer of its own, and of the fused expert tensors the rows of this rank's experts, gate and up apart.
@@ -19,8 +19,8 @@ from trace_ds.errors import UserError
 from trace_ds.parallel.environment import accelerator_count
 from trace_ds.parallel.world import quiet_deepspeed
 
-LAYER = "AutoEPMoELayer"
-ROUTER = "TokenChoiceTopKRouter"
+AUTOEP_LAYER = "AutoEPMoELayer"
+AUTOEP_ROUTER = "TokenChoiceTopKRouter"
 # Names in an MoE layer -> the source's. DeepSeek's own shared experts have the name that AutoEP gives Qwen's.
 SOURCES = ((".experts.w1", ".experts.gate_up_proj"), (".experts.w3", ".experts.gate_up_proj"),
            (".experts.w2", ".experts.down_proj"), (".router.gate.", ".gate."),
@@ -47,7 +47,7 @@ def settings(ep: int, preset: str | None, options: Mapping[str, Any]) -> dict[st
 
 
 def check_options(options: Mapping[str, Any], ep: int, world_size: int) -> None:
-    """Refuse options that AutoEP, or this machine, would refuse once the model is loaded.
+    """Check AutoEP's options before the model is loaded.
 
     Raises:
         UserError: they do not go together, or need a GPU or a package that is not there.
@@ -65,8 +65,8 @@ def check_options(options: Mapping[str, Any], ep: int, world_size: int) -> None:
     except ValueError as error:
         raise UserError(f"AutoEP refuses this ({error})", where, "change or leave out what it names") from None
     if options.get("comm_backend") == "deepep" and importlib.util.find_spec("deep_ep") is None:
-        what = "comm_backend deepep needs the package deep_ep (DeepEP 2, NCCL 2.30.4 or newer), which is not installed"
-        raise UserError(what, where, "install it, or leave comm_backend out")
+        problem = "comm_backend deepep needs the package deep_ep (DeepEP 2, NCCL 2.30.4 or newer)"
+        raise UserError(problem, where, "install it, or leave comm_backend out")
     for key, value in OF_GPUS:
         if options.get(key) == value and not accelerator_count():
             raise UserError(f"{key} {value} needs a GPU, and there is none", where, f"leave {key} out")
@@ -74,11 +74,10 @@ def check_options(options: Mapping[str, Any], ep: int, world_size: int) -> None:
 
 @contextlib.contextmanager
 def readable_recorders() -> Iterator[None]:
-    """Inside, transformers' table of what its models can record is read and written by name, as AutoEP does.
+    """Make transformers' registry of output recorders accept class names as keys inside the block, as AutoEP needs.
 
-    Since 5.23 it takes the model itself as the key of ``get`` and ``[]``, on which AutoEP of DeepSpeed 0.19.8 fails (or
-    leaves its own entries behind for every other model). To be deleted with the first DeepSpeed that knows it:
-    ``tests/distributed/test_autoep.py`` says when.
+    Since 5.23 its ``get`` and ``[]`` take the model itself, on which AutoEP of DeepSpeed 0.19.8 fails. A test in
+    ``tests/distributed/test_autoep.py`` fails when a newer DeepSpeed makes this function unnecessary.
     """
     from transformers.utils import output_capturing
 
@@ -102,44 +101,43 @@ def readable_recorders() -> Iterator[None]:
         registry.__class__ = kind
 
 
-def size(ds_config: dict[str, Any]) -> int:
+def expert_parallel_size(ds_config: dict[str, Any]) -> int:
     """The expert-parallel size that a DeepSpeed configuration asks for."""
     return int(ds_config.get("expert_parallel", {}).get("autoep_size", 1))
 
 
-def is_router(module: nn.Module) -> bool:
+def is_autoep_router(module: nn.Module) -> bool:
     """Whether it is AutoEP's router: it returns (scores [T, K], indices [T, K], tokens per expert [E])."""
-    return type(module).__name__ == ROUTER
+    return type(module).__name__ == AUTOEP_ROUTER
 
 
 def require_converted(model: nn.Module, layers: int, ep: int) -> None:
-    """Every one of the ``layers`` MoE layers must have been converted when experts are sharded: AutoEP skips unknown
-    families silently."""
-    converted = sum(type(module).__name__ == LAYER for module in model.modules())
+    """Assert that AutoEP converted all ``layers`` MoE layers if experts are sharded: it skips unknown ones silently."""
+    converted = sum(type(module).__name__ == AUTOEP_LAYER for module in model.modules())
     if ep > 1 and converted != layers:
         raise AssertionError(f"AutoEP converted {converted} of {layers} MoE layers")
 
 
 def make_gates_fp32(model: nn.Module) -> None:
-    """Let the gates of a converted model compute as those of the family do in transformers."""
-    for router in filter(is_router, model.modules()):
+    """Make the gates of a converted model compute in fp32, as those of the family do in transformers."""
+    for router in filter(is_autoep_router, model.modules()):
         router.gate.__class__ = Fp32Linear
 
 
 def source_name(name: str, parameters: Collection[str]) -> str:
     """The Hugging Face name, one of ``parameters``, of a parameter of a converted (or any other) model."""
-    found = name
+    original = name
     for converted, source in SOURCES:
-        if found not in parameters:
-            found = found.replace(converted, source)
-    assert found in parameters, f"{name} is no parameter of the model that was loaded"  # it would be held, silently
-    return found
+        if original not in parameters:
+            original = original.replace(converted, source)
+    assert original in parameters, f"{name} is no parameter of the model that was loaded"
+    return original
 
 
 def experts_here(model: nn.Module, name: str, parameter: Any) -> list[int]:
     """Global numbers of the experts in this rank's part of the fused expert tensor ``name``, in its order."""
     layer: Any = model.get_submodule(name.split(".experts.")[0])
-    if type(layer).__name__ != LAYER:
+    if type(layer).__name__ != AUTOEP_LAYER:
         return list(range(getattr(parameter, "ds_shape", parameter.shape)[0]))
     from deepspeed.checkpoint.autoep_affine import autoep_experts_for_rank
 

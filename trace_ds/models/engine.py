@@ -1,4 +1,4 @@
-"""From a Hugging Face directory to a DeepSpeed engine: loading, ZeRO, expert parallelism, proof that it happened."""
+"""Build a DeepSpeed engine from a Hugging Face model directory and check its weights against the files."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ import torch
 from torch import nn
 
 from trace_ds.models import autoep
-from trace_ds.models.engine_config import merge
+from trace_ds.models.engine_config import merge_ds_config
 from trace_ds.models.families import ModelInfo
 from trace_ds.models.host_memory import large_tensors_apart
 from trace_ds.models.loading import ModelParts, load_share
 from trace_ds.parallel.world import World, quiet_deepspeed
 
 WIDE_EXPERT = 8192
-LAYER = re.compile(r".*?\.\d+\.")  # how the names of a decoder layer's parameters begin
+_DECODER_LAYER = re.compile(r".*?\.\d+\.")  # how the names of a decoder layer's parameters begin
 HUB_KERNELS = ("sonicmoe", "deepgemm")
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+TORCH_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def base_ds_config(
@@ -43,10 +43,10 @@ def base_ds_config(
 
 @contextlib.contextmanager
 def quick_collections() -> Iterator[None]:
-    """What the process holds already takes no part in garbage collections inside.
+    """Exclude the objects that already exist from garbage collection inside the block.
 
-    DeepSpeed collects after every MoE layer that AutoEP replaces, to be rid of the layer's weights before the next one.
-    With the modules of torch and transformers among what is searched, each costs a quarter of a second.
+    DeepSpeed runs gc.collect() after every MoE layer that AutoEP replaces; with all objects of torch and transformers
+    to search, each call would take a quarter of a second.
     """
     gc.freeze()
     try:
@@ -62,7 +62,7 @@ def stage3_limits(model: nn.Module) -> dict[str, int]:
     """
     sizes: dict[str, int] = {}
     for name, parameter in model.named_parameters():
-        block = LAYER.match(name)
+        block = _DECODER_LAYER.match(name)
         key = block.group() if block else name
         sizes[key] = sizes.get(key, 0) + int(getattr(parameter, "ds_numel", parameter.numel()))
     largest = max(sizes.values(), default=0)
@@ -86,7 +86,7 @@ def initialize(
     parameters: Callable[[nn.Module], list[Any]] | None = None,
     recompute: bool = False,
 ) -> Any:
-    """The DeepSpeed engine of a model whose every process read only its share of the files, proved against them.
+    """Return the DeepSpeed engine of a model; each process reads only its share of the files and checks it.
 
     Collective. ``dtype`` is the parameters' type (``model.dtype``); ``ds_config`` says everything else (stage, expert
     parallelism, optimizer); ``parameters`` names what the optimizer of a model that is trained gets (None: the model is
@@ -97,13 +97,13 @@ def initialize(
         AssertionError: AutoEP did not convert every MoE layer (it skips unknown families silently), or a weight is
             not what the files say.
     """
-    ep = autoep.size(ds_config)
+    ep = autoep.expert_parallel_size(ds_config)
     model: Any
-    model, files = load_share(info.path, DTYPES[dtype], world, ep=ep, ds_config=ds_config, parts=parts)
+    model, files = load_share(info.path, TORCH_DTYPES[dtype], world, ep=ep, ds_config=ds_config, parts=parts)
     layers = sum(1 for module in model.modules() if _has_experts(module))
     arguments: dict[str, Any] = {}
     if ds_config["zero_optimization"]["stage"] == 3:
-        ds_config = merge({"zero_optimization": stage3_limits(model)}, ds_config)
+        ds_config = merge_ds_config({"zero_optimization": stage3_limits(model)}, ds_config)
     if recompute:  # to each layer's end: ZeRO-3 releases a module's parameters when its forward pass ends
         model.gradient_checkpointing_enable({"use_reentrant": False, "early_stop": False})
     if parameters is not None:
@@ -125,9 +125,9 @@ def initialize(
 
 
 def import_muon() -> None:
-    """Import DeepSpeed's Muon as DeepSpeed does when it looks whether an optimizer is Muon, without compiling it.
+    """Import DeepSpeed's Muon optimizer, which DeepSpeed imports anyway, without importing torch's compiler for it.
 
-    It is none that a job can choose, and torch's compiler alone takes a second to import.
+    A job cannot choose Muon, and importing the compiler takes a second.
     """
     from deepspeed.runtime import compiler
 
@@ -165,7 +165,7 @@ def inference_engine(
 
 
 def expert_kernel(chosen: str, info: ModelInfo, device: torch.device) -> str | None:
-    """The experts implementation asked of transformers; None leaves the choice to it (``chosen``: of the settings).
+    """Return the experts implementation to request from transformers; None leaves the choice to it.
 
     The rule of ``auto`` is our decision, from plain forward passes measured on one H100 (8 x 2048 tokens, bf16):
     Mixtral's experts (14,336 wide) were 9 % faster one after the other, OLMoE's (1,024 wide) 2.4 times faster grouped.
@@ -179,10 +179,10 @@ def expert_kernel(chosen: str, info: ModelInfo, device: torch.device) -> str | N
     return "eager" if int(width) >= WIDE_EXPERT else None
 
 
-def usable_kernel(chosen: str, world: World, dtype: str, ep: int, say: Callable[[str], None]) -> str:
-    """``chosen``, or auto where it is a kernel of the hub that some process cannot use; ``say`` hears why (collective).
+def usable_kernel(chosen: str, world: World, dtype: str, ep: int, log: Callable[[str], None]) -> str:
+    """Return ``chosen``, or "auto" where it is a Hub kernel that some process cannot use (the reason is logged).
 
-    Transformers takes such kernels from the hub, or from its cache, and knows what else they need.
+    Collective. Transformers downloads such kernels, or takes them from its cache, and checks what else they need.
     """
     if chosen not in HUB_KERNELS or ep > 1:
         return chosen
@@ -192,10 +192,10 @@ def usable_kernel(chosen: str, world: World, dtype: str, ep: int, say: Callable[
         why or getattr(integration, f"load_{chosen}_kernel")()
     except Exception as error:  # of packages, of the driver, of the hub
         why = f"{type(error).__name__}: {error}".splitlines()[0]
-    found = next((told for told in world.gather(why) if told), "")
-    if found:
-        say(f"WARNING expert_kernel: auto instead of {chosen} ({found})")
-    return "auto" if found else chosen
+    reason = next(filter(None, world.gather(why)), "")  # of the first process that cannot use it
+    if reason:
+        log(f"WARNING expert_kernel: auto instead of {chosen} ({reason})")
+    return "auto" if reason else chosen
 
 
 def _has_experts(module: nn.Module) -> bool:

@@ -1,4 +1,4 @@
-"""The DeepSpeed configuration file a user may add: reading, checking and merging it (no heavy imports)."""
+"""Read, check and merge the DeepSpeed configuration file that a user may add (no heavy imports)."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ OWN_KEYS = (
     "zero_optimization.stage",
 )
 
-# More ranks than this sum their gradients in fp32. A ring adds one rank's after the other, and in bf16 that rounds each
-# time: off by .5 % of the gradient with 16 ranks, 1 % with 64, 2 % with 256; with 1,024 a third of it is lost, since
-# what the ranks agree on is by then too small to be added (simulated; bf16 gradients themselves are off by .2 %).
+# More ranks than this sum their gradients in fp32. A ring all-reduce rounds once per rank, which in bf16 gives an error
+# of .5 % of the gradient with 16 ranks, 1 % with 64, 2 % with 256, and a third with 1,024 (simulated; bf16 gradients
+# themselves have an error of .2 %).
 RANKS_SUMMED_IN_BF16 = 64
 
 
@@ -43,15 +43,15 @@ def user_ds_config(path: str | None) -> dict[str, Any]:
 
 
 def parameter_offload(ds_config: dict[str, Any]) -> dict[str, Any]:
-    """The keys that put parameters elsewhere than on the GPU, where there are any."""
+    """Return the keys that offload parameters from the GPU, if any."""
     zero = {key: value for key, value in ds_config.get("zero_optimization", {}).items() if key == "offload_param"}
     return {"zero_optimization": zero, **{key: ds_config[key] for key in ("aio",) if key in ds_config}} if zero else {}
 
 
-def merge(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+def merge_ds_config(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
     """``base`` with ``extra`` on top, sections merged key by key."""
     merged = dict(base)
     for key, value in extra.items():
         old = merged.get(key)
-        merged[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+        merged[key] = merge_ds_config(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
     return merged

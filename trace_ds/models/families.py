@@ -1,4 +1,4 @@
-"""The MoE model families: one small entry each for those with expert parallelism, a rule for all the others.
+"""MoE model families: one entry for each that supports expert parallelism, one rule for all others.
 
 To add a family: docs/add_a_family.md. A model of a family without an entry is run as it is in transformers when its
 routers are recognisable (:mod:`trace_ds.models.routers`): without expert parallelism, sharded by ZeRO-3 instead.
@@ -56,7 +56,7 @@ FAMILIES = {
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What a job needs to know of a model directory before it loads a weight."""
+    """Facts about a model directory that are known before any weight is loaded."""
 
     path: Path
     family: Family
@@ -68,7 +68,7 @@ class ModelInfo:
 
 
 def inspect_model(path: str | Path) -> ModelInfo:
-    """Check that ``path`` is a whole MoE model of a known family; :class:`UserError` says what is wrong otherwise."""
+    """Read and check the MoE model in the directory ``path``; raises :class:`UserError` where it cannot be used."""
     files = read_model_directory(Path(path))
     config = files.config
     model_type = str(config.get("model_type"))
@@ -76,38 +76,38 @@ def inspect_model(path: str | Path) -> ModelInfo:
     family = FAMILIES.get(model_type)
     if family is None:
         if experts_key is None and "text_config" in config:
-            what, fix = f"{model_type!r} is a text model among others", "save it alone: AutoModelForCausalLM."
-            raise UserError(what, str(files.path), f"{fix}from_pretrained(MODEL).save_pretrained(DIRECTORY)")
+            problem, fix = f"{model_type!r} is a text model among others", "save it alone: AutoModelForCausalLM."
+            raise UserError(problem, str(files.path), f"{fix}from_pretrained(MODEL).save_pretrained(DIRECTORY)")
         if experts_key is None:
             raise _unsupported(files, f"the model (family {model_type!r}) is not a Mixture-of-Experts model")
-        from trace_ds.models.routers import refusal
+        from trace_ds.models.routers import find_routing_problem
 
-        if problem := refusal(files.path, config[experts_key]):
-            raise _unsupported(files, f"the model family {model_type!r} is not supported ({problem})")
+        if reason := find_routing_problem(files.path, config[experts_key]):
+            raise _unsupported(files, f"the model family {model_type!r} is not supported ({reason})")
         family = Family(model_type)
     top_k_key = next((key for key in TOP_K_KEYS if key in config), TOP_K_KEYS[0])
     experts, top_k = config.get(experts_key or EXPERTS_KEYS[0]), config.get(top_k_key)
     where = str(files.path / "config.json")
     if not isinstance(experts, int) or not isinstance(top_k, int) or experts < 1 or top_k < 1:
-        what = f"{experts_key or EXPERTS_KEYS[0]} is {experts!r} and {top_k_key} is {top_k!r}"
-        raise UserError(what, where, "copy the model again")
+        problem = f"{experts_key or EXPERTS_KEYS[0]} is {experts!r} and {top_k_key} is {top_k!r}"
+        raise UserError(problem, where, "copy the model again")
     if top_k > experts:
-        what = f"{top_k_key} {top_k} is larger than the number of experts ({experts})"
-        raise UserError(what, where, "correct it")
+        problem = f"{top_k_key} {top_k} is larger than the number of experts ({experts})"
+        raise UserError(problem, where, "correct it")
     layers = files.config.get("num_hidden_layers")
     if not isinstance(layers, int):
         raise UserError(f"num_hidden_layers is {layers!r}", where, "copy the model again")
     return ModelInfo(files.path, family, files.config, experts, top_k, layers, model_fingerprint(files))
 
 
-def _unsupported(files: ModelFiles, what: str) -> UserError:
+def _unsupported(files: ModelFiles, problem: str) -> UserError:
     fix = f"use a model of one of the families {', '.join(sorted(FAMILIES))}, or another with a top-k router"
-    return UserError(what, str(files.path), fix)
+    return UserError(problem, str(files.path), fix)
 
 
 def largest_expert_parallel_size(model: Mapping[str, Any], ranks: int, ranks_per_node: int) -> int:
-    """The largest size that divides a model's experts and the ranks of a job and is not larger than a node, between
-    which tokens would travel in every layer; 1 for a family without expert parallelism.
+    """Return the largest EP size that divides the experts and the world size and fits in one node; 1 for a family
+    without expert parallelism. (Across nodes every layer would send its tokens over the network.)
 
     Args:
         model: its ``config.json``.
@@ -126,17 +126,19 @@ def check_expert_parallel(
     key: str = "distributed.ep",
     options: Mapping[str, Any] | None = None,
 ) -> None:
-    """The family must have expert parallelism, and its size must divide the experts and the world size.
+    """Check that the family supports expert parallelism and that ``ep`` divides the experts and the world size.
 
-    ``key``: what asks for it. ``options``: ``distributed.autoep``, where the job will run on this machine.
+    Args:
+        key: configuration key to name in errors.
+        options: ``distributed.autoep``, where the job will run on this machine.
     """
     if ep > 1 and info.family.autoep_preset is None:
-        what = f"the model family {info.family.model_type!r} has no expert parallelism"
-        raise UserError(f"{what} (its experts are sharded by ZeRO-3 instead)", key, "use --ep 1")
+        problem = f"the model family {info.family.model_type!r} has no expert parallelism"
+        raise UserError(f"{problem} (its experts are sharded by ZeRO-3 instead)", key, "use --ep 1")
     if info.experts % ep:
         divisors = [size for size in range(1, info.experts + 1) if info.experts % size == 0]
-        what = f"expert-parallel size {ep} does not divide the {info.experts} experts of the model"
-        raise UserError(what, key, f"use one of {divisors}")
+        problem = f"expert-parallel size {ep} does not divide the {info.experts} experts of the model"
+        raise UserError(problem, key, f"use one of {divisors}")
     if world_size % ep:
         fix = f"use a divisor of {world_size}, or start a multiple of {ep} processes (--nproc)"
         raise UserError(f"expert-parallel size {ep} does not divide the world size {world_size}", key, fix)
@@ -146,16 +148,17 @@ def check_expert_parallel(
         check_options(options, ep, world_size)
 
 
-def require_plain_logits(info: ModelInfo, what: str) -> None:
-    """Refuse ``what`` (a configuration key) for models whose logits are more than the head's output.
+def require_plain_logits(info: ModelInfo, key_in_config: str) -> None:
+    """Refuse models that scale or cap their logits after the LM head, for settings that need token losses.
 
     Token losses are computed from the head's weight in chunks, so a scale or a cap after it would be missed.
+    ``key_in_config``: the setting to name in the error.
     """
     for key in LOGIT_KEYS:
         value = info.config.get(key)
         if value not in (None, 1, 1.0):
             raise UserError(
-                f"{key} is {value} in this model: its logits are not the head's output, which token losses are made of",
-                what,
+                f"{key} is {value} in this model, which token losses do not support",
+                key_in_config,
                 "use the forget loss rmu, and statistics.nll: false",
             )

@@ -1,4 +1,4 @@
-"""Where glibc takes the memory of tensors from, and when it gives it back to the system; elsewhere nothing happens."""
+"""glibc allocator settings for large tensors on the host (no effect with other C libraries)."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def _set(option: int, value: int) -> None:
 
 
 def keep_freed_memory() -> None:
-    """From now on what tensors of any size let go of stays with this process, for those of the next step.
+    """Keep freed memory of any size in this process, for the tensors of the next step.
 
-    Without it those of more than 32 MB are the system's again each time, which fills them with zeros page by page when
-    they are wanted again: of a run on a model of 135 M parameters that was a good part of the processor time.
+    By default tensors over 32 MB are mmap-ed and returned to the OS when freed; the page faults of the next allocation
+    were a good part of the CPU time of a step on a model of 135 M parameters.
     """
     _set(M_MMAP_MAX, 0)
     _set(M_TRIM_THRESHOLD, NEVER)
@@ -29,18 +29,16 @@ def keep_freed_memory() -> None:
 
 @contextlib.contextmanager
 def large_tensors_apart() -> Iterator[None]:
-    """Inside, tensors of a megabyte and more have memory of their own, which is the system's again when they go.
+    """Inside, tensors of 1 MB and more are mmap-ed, so freeing them returns memory to the OS; afterwards they are not.
 
-    After the first that goes, glibc would take those of up to 32 MB from its heap, and what is made between them would
-    keep the heap as large as it was: half as much again as a rank's share of a model was held so. Afterwards they do
-    come from the heap, and what a step lets go of stays there for the next: what is free at the heap's end beyond a
-    threshold, 128 kB unless it is set, would return to the system, which fills it with zeros page by page when it is
-    wanted again.
+    While a model is loaded, glibc would move its mmap threshold up to 32 MB after the first free; small objects
+    between large freed tensors then keep the heap fragmented (half a rank's share of the model was lost this way).
+    After loading, the heap serves large tensors too and is not trimmed, so that steps cause no page faults.
     """
     _set(M_MMAP_THRESHOLD, LARGE_BYTES)
     _set(M_TRIM_THRESHOLD, 2 * LARGE_BYTES)
     try:
         yield
     finally:
-        _set(M_MMAP_THRESHOLD, LARGEST_BYTES)  # where it would have come to by itself
+        _set(M_MMAP_THRESHOLD, LARGEST_BYTES)  # the value that glibc would have reached by itself
         _set(M_TRIM_THRESHOLD, NEVER)

@@ -24,13 +24,13 @@ from torch import nn
 from trace_ds.errors import UserError
 from trace_ds.models.attention import adopt
 from trace_ds.models.routers import find_routers, moe_decoder_layers
-from trace_ds.models.weight_files import WeightFiles, full_shape, held
+from trace_ds.models.weight_files import WeightFiles, full_shape, local_elements
 from trace_ds.parallel.world import World, quiet_deepspeed
 from trace_ds.tensors.layouts import decoder_layer, moe_prefixes, read_layout
 
 
 class SkippedExperts(nn.Module):
-    """Stands in for the routed or shared experts of an MoE layer whose output nobody needs."""
+    """Replaces the routed or shared experts of an MoE layer whose output is not used."""
 
     def forward(self, hidden_states: torch.Tensor, *others: Any) -> torch.Tensor:
         return hidden_states
@@ -38,7 +38,7 @@ class SkippedExperts(nn.Module):
 
 @dataclass(frozen=True)
 class ModelParts:
-    """What of a model is needed.
+    """Which parts of a model are loaded.
 
     Attributes:
         layers: only the first so many decoder layers (at least up to the first MoE layer, which AutoEP insists on);
@@ -107,18 +107,18 @@ def load_whole(path: Path, dtype: torch.dtype, device: torch.device) -> nn.Modul
 def _read(
     model: nn.Module, files: WeightFiles, device: torch.device, dtype: torch.dtype, ep: int, ep_rank: int
 ) -> None:
-    """Everything that a model without data holds, on this rank."""
+    """Read this rank's share of everything in a model that was built without data."""
     try:
         _tie(model, files)
         _restore_rotary(model, device)
         _fill(model, files, dtype, ep, ep_rank)
-    except OSError as found:
-        what = f"the weights cannot be read ({found.strerror})"
-        raise UserError(what, str(found.filename or files.path), "check the storage they lie on") from None
+    except OSError as error:
+        problem = f"the weights cannot be read ({error.strerror})"
+        raise UserError(problem, str(error.filename or files.path), "check the storage they lie on") from None
 
 
 def _skeleton(path: Path, dtype: torch.dtype, parts: ModelParts, zero3: dict[str, Any] | None) -> nn.Module:
-    """The model without data: on the meta device, or partitioned by ``zero.Init``."""
+    """Build the model without data: on the meta device, or partitioned by ``zero.Init``."""
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
@@ -143,7 +143,7 @@ def _skeleton(path: Path, dtype: torch.dtype, parts: ModelParts, zero3: dict[str
 
 
 def leave_out(model: Any, parts: ModelParts, ep: int) -> None:
-    """Take out of the model what ``parts`` does not need."""
+    """Remove from the model what ``parts`` does not include."""
     if not parts.head:
         model.lm_head = nn.Identity()
         if parts.layers is not None:
@@ -161,7 +161,7 @@ def leave_out(model: Any, parts: ModelParts, ep: int) -> None:
 
 
 def _tie(model: nn.Module, files: WeightFiles) -> None:
-    """Make one parameter of those that the family ties: building without data, or under ``zero.Init``, cut them."""
+    """Tie again the parameters that the family ties: building without data or under ``zero.Init`` unties them."""
     for name, target in files.layout.tied.items():
         owner, _, leaf = name.rpartition(".")
         with contextlib.suppress(AttributeError):  # the head is left out
@@ -170,7 +170,7 @@ def _tie(model: nn.Module, files: WeightFiles) -> None:
 
 
 def _restore_rotary(model: Any, device: torch.device) -> None:
-    """Make the modules with buffers that no file holds (rotary embeddings) anew, in fp32."""
+    """Rebuild the modules whose buffers are in no file (rotary embeddings), in fp32."""
     for name, module in list(model.named_modules()):
         if module._non_persistent_buffers_set:
             if not type(module).__name__.endswith("RotaryEmbedding"):
@@ -192,7 +192,7 @@ def _fill(model: nn.Module, files: WeightFiles, dtype: torch.dtype, ep: int, ep_
             raise UserError(f"{name} has shape {list(source.shape)}", str(files.path), "copy the model again")
         if not hasattr(parameter, "ds_tensor") and fp32.search(name):
             parameter.data = torch.empty(parameter.shape, dtype=torch.float32, device=parameter.device)
-        values, first, last = held(parameter)
+        values, first, last = local_elements(parameter)
         if ep > 1 and ".experts." in name and parameter.dim() == 3 and not hasattr(parameter, "ds_tensor"):
             share = parameter.numel() // ep
             first, last = ep_rank * share, (ep_rank + 1) * share

@@ -1,4 +1,4 @@
-"""Seeing what the routers decide: one adapter per kind of router, one hook per MoE layer.
+"""Record the decisions of the routers: one adapter for each kind of router, one hook for each MoE layer.
 
 Shape legend: T tokens of a forward pass (B·S, row-major), K = top-k, E experts.
 """
@@ -26,11 +26,11 @@ def is_router(module: nn.Module) -> bool:
 
 def router_weight(router: nn.Module) -> Any:
     """The weight [E, D] of a router, AutoEP's or transformers'."""
-    return router.gate.weight if autoep.is_router(router) else router.weight  # type: ignore[union-attr]
+    return router.gate.weight if autoep.is_autoep_router(router) else router.weight  # type: ignore[union-attr]
 
 
 def places_of(module: nn.Module, output: Any) -> tuple[int, int]:
-    """Where in the output of a router the scores [T, K] (float) and the indices [T, K] (integer) are.
+    """Return the positions of scores [T, K] (float) and indices [T, K] (integer) in a router's output tuple.
 
     AutoEP's router returns (scores, indices, tokens per expert [E]). Every top-k router of transformers returns logits
     [T, E], scores and indices, sometimes followed by more; Granite's did in the opposite order before 5.18.
@@ -38,16 +38,16 @@ def places_of(module: nn.Module, output: Any) -> tuple[int, int]:
     Raises:
         ValueError: it returned something else.
     """
-    autoeps = autoep.is_router(module)
+    autoeps = autoep.is_autoep_router(module)
     scores, indices = (0, 1) if autoeps else (1, 2)
     shapes = [tuple(item.shape) if isinstance(item, torch.Tensor) else None for item in output]
     if not autoeps and shapes[0] is not None and not output[0].is_floating_point():
         indices = 0
-    told = f"{type(module).__name__} returned " + ", ".join(map(str, shapes))
+    description = f"{type(module).__name__} returned " + ", ".join(map(str, shapes))
     if len(shapes) < 3 or shapes[scores] is None or shapes[scores] != shapes[indices] or len(shapes[scores] or ()) != 2:
-        raise ValueError(told)
+        raise ValueError(description)
     if output[indices].is_floating_point() or not output[scores].is_floating_point():
-        raise ValueError(f"{told}, of types {output[scores].dtype} and {output[indices].dtype}")
+        raise ValueError(f"{description}, of types {output[scores].dtype} and {output[indices].dtype}")
     return scores, indices
 
 
@@ -83,15 +83,14 @@ def without_data(config: Any) -> nn.Module:
 
 
 class _Tried(Exception):
-    """Ends a trial as soon as the router has answered."""
+    """Ends the trial forward pass as soon as the router has run."""
 
 
 def try_router(model: nn.Module, router: nn.Module, hidden: int) -> None:
-    """Let the layer around a router of a model without data ask it about a few tokens; shapes and types are all there
-    is to the answer.
+    """Run the layer around a router on the meta device and check the shapes and types that the router returns.
 
     Raises:
-        ValueError: its answer cannot be read. Anything else: the layer cannot be run so.
+        ValueError: the router's output has an unknown form. Anything else: the layer cannot be run this way.
     """
     name = next(name for name, module in model.named_modules() if module is router)
 
@@ -107,11 +106,10 @@ def try_router(model: nn.Module, router: nn.Module, hidden: int) -> None:
     raise ValueError(f"{type(router).__name__} is not asked by the layer it is in")
 
 
-def refusal(path: str | Path, experts: object) -> str | None:
-    """Why routing cannot be counted in a model of a family without an entry, or None when it can: its routers are
-    found, and one of each kind is tried.
+def find_routing_problem(path: str | Path, experts: object) -> str | None:
+    """Return why routing cannot be counted in a model of a family without an entry, or None if it can.
 
-    ``experts``: how many the configuration says.
+    Finds its routers and tries one of each kind on the meta device. ``experts``: number in the configuration.
     """
     try:
         model: Any = meta_model(path).eval()
@@ -122,8 +120,8 @@ def refusal(path: str | Path, experts: object) -> str | None:
         return "it has no router that is known"
     widths = {parameter.shape[0] for router in routers for parameter in router.parameters() if parameter.dim() == 2}
     if widths != {experts}:  # identity or shared experts among which the router chooses as well
-        found = " or ".join(map(str, sorted(widths)))
-        return f"its routers choose among {found} experts, its configuration has {experts}"
+        choices = " or ".join(map(str, sorted(widths)))
+        return f"its routers choose among {choices} experts, its configuration has {experts}"
     if not hasattr(model, "model") or not hasattr(model.model, "layers"):
         return "its decoder layers are not at model.layers"
     for router in {type(router): router for router in routers}.values():
@@ -136,7 +134,7 @@ def refusal(path: str | Path, experts: object) -> str | None:
 
 
 class RoutingRecorder:
-    """What each router decided in the last forward pass; entry l is MoE layer l's."""
+    """Scores and indices of each router in the last forward pass; entry l belongs to MoE layer l."""
 
     def __init__(self, layers: int) -> None:
         self.indices_TK: list[torch.Tensor | None] = [None] * layers

@@ -1,4 +1,4 @@
-"""The loss of every token from hidden states, without ever holding the logits of a batch.
+"""Per-token losses from hidden states, without materialising the logits of a batch.
 
 Shape legend: B rows, S positions, N counted positions, D hidden size, V vocabulary.
 """

@@ -1,4 +1,4 @@
-"""The weights of a model directory by transformers' in-memory names: any range of any tensor, read when it is needed.
+"""Read any range of any tensor of a model directory, by transformers' in-memory names.
 
 Names and pieces come from transformers' own weight mapping (:mod:`trace_ds.tensors.layouts`); bytes are read at
 their place in the safetensors files, so a process that holds an eighth of a tensor reads an eighth of it.
@@ -24,7 +24,7 @@ from trace_ds.tensors.runs import Run, TensorSource, extract, merge_adjacent, pi
 from trace_ds.tensors.stream import read_all
 from trace_ds.tensors.torch_archive import bytes_of
 
-BLOCK_NUMEL = 1 << 22
+READ_BLOCK_NUMEL = 1 << 22
 PROOF_SAMPLES = 32
 PROOF_NUMEL = 64
 
@@ -78,7 +78,7 @@ class WeightFiles:
     def _parts(self, source: TensorSource, start: int, numel: int) -> Iterator[tuple[slice, int, Run]]:
         """``numel`` elements from ``start`` on, block by block: their places among them, the open file, where it is."""
         done = 0
-        for run in chain.from_iterable(pieces_of(source.slice_runs(start, numel), BLOCK_NUMEL)):
+        for run in chain.from_iterable(pieces_of(source.slice_runs(start, numel), READ_BLOCK_NUMEL)):
             path = run.storage.path
             handle = self.handles.get(path) or self.handles.setdefault(path, path.open("rb"))
             yield slice(done, done + run.numel), handle.fileno(), run
@@ -108,7 +108,7 @@ class WeightFiles:
                 source = self.source(name)
             except KeyError:
                 raise AssertionError(f"{name} is not in the files of {self.path}") from None
-            values, first, last = held(parameter)
+            values, first, last = local_elements(parameter)
             shape = full_shape(parameter)
             shift = source.numel // ep * ep_rank if source.numel != math.prod(shape) else 0
             experts = math.ceil(shape[0] * (last - first) / math.prod(shape)) if len(shape) == 3 else 0
@@ -125,7 +125,7 @@ class WeightFiles:
 
 
 def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """The buffers that belong to the files, by name: DeepSeek-V3's correction of its router's scores is one."""
+    """Yield the buffers that are saved in the files, by name (for example DeepSeek-V3's score correction bias)."""
     for prefix, module in model.named_modules():
         for name, buffer in module._buffers.items():
             if buffer is not None and name not in module._non_persistent_buffers_set:
@@ -137,8 +137,8 @@ def full_shape(parameter: torch.Tensor) -> tuple[int, ...]:
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def held(parameter: Any) -> tuple[torch.Tensor, int, int]:
-    """(values, first, last): the flat elements of a parameter that this rank holds and where they belong."""
+def local_elements(parameter: Any) -> tuple[torch.Tensor, int, int]:
+    """Return (values, first, last): the flat elements of a parameter on this rank and their range in the whole."""
     if not hasattr(parameter, "ds_tensor"):
         return parameter.detach().reshape(-1), 0, parameter.numel()
     import torch.distributed as dist

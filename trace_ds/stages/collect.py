@@ -145,7 +145,7 @@ def collect(job: CollectJob, world: World) -> None:
 
 def _engine(config: Config, world: World, job: CollectJob, log: StageLog) -> Any:
     """The frozen model, ready to be run over packed rows (collective)."""
-    from trace_ds.models.attention import refusal
+    from trace_ds.models.attention import find_attention_problem
     from trace_ds.models.engine import inference_engine, usable_kernel
     from trace_ds.models.loading import ModelParts
 
@@ -165,7 +165,7 @@ def _engine(config: Config, world: World, job: CollectJob, log: StageLog) -> Any
         kernel=kernel,
         parts=parts,
     )
-    if why := refusal(engine.module):
+    if why := find_attention_problem(engine.module):
         log.detail(f"attention is transformers' own: {why}")
         if config.data.packing != "single":
             from trace_ds.routing.collection import refused_packing

@@ -10,7 +10,7 @@ import torch
 
 from trace_ds.config.sections.unlearning import UnlearningConfig
 from trace_ds.models.engine import ModelParts, base_ds_config, initialize
-from trace_ds.models.engine_config import merge, parameter_offload, user_ds_config
+from trace_ds.models.engine_config import merge_ds_config, parameter_offload, user_ds_config
 from trace_ds.models.families import ModelInfo
 from trace_ds.parallel.world import World
 from trace_ds.routing.collection import whole_head
@@ -96,7 +96,7 @@ def reference_engine(
     ds_config = base_ds_config(ep=ep, info=info, zero_stage=stage, options=options)
     if stage == 3:
         ds_config["bf16"] = {"enabled": dtype == "bf16"}
-        ds_config = merge(ds_config, parameter_offload(user_ds_config(settings.ds_config)))
+        ds_config = merge_ds_config(ds_config, parameter_offload(user_ds_config(settings.ds_config)))
     return initialize(info, world, ds_config, dtype=dtype, parts=parts)
 
 

@@ -209,7 +209,7 @@ def _router_inputs(routers: list[nn.Module]) -> Iterator[list[torch.Tensor]]:
 
 def _logits(router: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
     """The logits [T, E] of inputs [T, D] in fp32, as the router's weights are now (collective)."""
-    layer: Any = router.gate if autoep.is_router(router) else router
+    layer: Any = router.gate if autoep.is_autoep_router(router) else router
     with whole_head(layer) as parameters:
         copies = [parameter.detach().float().clone() for parameter in parameters if parameter is not None]
     return lambda inputs_TD: functional.linear(inputs_TD.float(), *copies)

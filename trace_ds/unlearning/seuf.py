@@ -81,7 +81,7 @@ def router_logits(model: nn.Module, moe_layer: int | None) -> Iterator[list[torc
         yield found
         return
     router: Any = find_routers(model)[moe_layer]
-    if autoep.is_router(router):  # the logits are its gate's output
+    if autoep.is_autoep_router(router):  # the logits are its gate's output
         hook = router.gate.register_forward_hook(lambda gate, inputs, output: found.append(output))
     else:
         hook = router.register_forward_hook(lambda router, inputs, output: found.append(logits_of(router, output)))

@@ -11,7 +11,7 @@ import torch
 from trace_ds.checkpoints import serialization
 from trace_ds.config.sections.training import TrainingConfig
 from trace_ds.models import engine
-from trace_ds.models.engine_config import RANKS_SUMMED_IN_BF16, merge, user_ds_config
+from trace_ds.models.engine_config import RANKS_SUMMED_IN_BF16, merge_ds_config, user_ds_config
 from trace_ds.models.families import ModelInfo
 from trace_ds.parallel.environment import local_rank_and_size
 from trace_ds.parallel.world import World
@@ -57,7 +57,7 @@ def training_engine(
             },
         },
     }
-    ds_config = merge(ds_config, user_ds_config(settings.ds_config))
+    ds_config = merge_ds_config(ds_config, user_ds_config(settings.ds_config))
     made = engine.initialize(
         info,
         world,
