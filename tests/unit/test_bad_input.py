@@ -271,7 +271,7 @@ CASES: list[tuple[str, str, Change, str]] = [
     ("kernel 4", RUN, model_config(attn_implementation={"": "sdpa", "text_config": "owner/name"}), ATTENTION),
     ("kernel 6", RUN, model_config(experts_implementation="sonicmoe"), "would make transformers run code"),
     ("other weights", RUN, model_config(transformers_weights="a.bin"), "transformers_weights names other weights"),
-    ("tokenizer", RUN, in_model("tokenizer.json", "{"), "the tokenizer is damaged (JSONDecodeError"),
+    ("tokenizer", RUN, in_model("tokenizer.json", "{"), "the tokenizer is damaged ("),
     ("vocabulary 2", PREPARE, model_config(vocab_size=299), "ids up to 299, the model embeddings for 299 only"),
     # corpora
     ("no corpus", PREPARE, lambda f: (f / "corpora" / "retain.jsonl").unlink(), "the corpus file does not exist"),

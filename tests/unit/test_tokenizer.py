@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -33,7 +32,6 @@ LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
     r"\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-O200K = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 BYTES = ("ByteLevel", {"add_prefix_space": False, "use_regex": False})
 KINDS: dict[str, tuple[str, list[tuple[str, Any]], list[tuple[str, Any]]]] = {
     "gpt2, olmoe": ("BPE", [], GPT2),
@@ -42,9 +40,7 @@ KINDS: dict[str, tuple[str, list[tuple[str, Any]], list[tuple[str, Any]]]] = {
         [("Prepend", {"prepend": "▁"}), ("Replace", {"pattern": " ", "content": "▁"})],
         [],
     ),
-    "metaspace, first": ("BPE", [], [("Metaspace", {"prepend_scheme": "first", "split": False})]),
     "llama 3, qwen": ("BPE", [("NFC", {})], [("Split", {"pattern": LLAMA3, "behavior": "isolated"}), BYTES]),
-    "gpt-oss": ("BPE", [], [("Split", {"pattern": O200K, "behavior": "isolated"}), BYTES]),
     "deepseek": (
         "BPE",
         [],
@@ -63,26 +59,9 @@ KINDS: dict[str, tuple[str, list[tuple[str, Any]], list[tuple[str, Any]]]] = {
 }
 WORDS = [*tiny.WORDS, *(f" {word}" for word in tiny.WORDS), "Iron", " GOLD", "金的符号是什么", "日本語"]
 MARKS = [
-    " ",
-    "  ",
-    "\n",
-    "\n\n",
-    "\r\n",
-    "\t",
-    " \n ",
-    ". ",
-    "。",
-    "；",
-    "'s",
-    "/",
-    "!\n",
-    "12345",
-    " 7",
-    "é",
-    "e\u0301",
-    "👩‍🚀",
-]
-MARKS += ["(x+1)", "▁", "    if ", "<s>", "\u00a0", "ﬁ", "\n金", "!\n/iron"]
+    " ", "  ", "\n", "\n\n", "\r\n", "\t", " \n ", ". ", "。", "；", "'s", "/", "!\n", "12345", " 7", "é", "e\u0301",
+    "👩\u200d🚀", "(x+1)", "▁", "    if ", "<s>", "\u00a0", "ﬁ", "\n金", "!\n/iron",
+]  # fmt: skip
 
 
 @st.composite
@@ -103,40 +82,32 @@ def made_tokenizer(kind: str) -> Any:
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    def made(module: Any, parts: list[tuple[str, Any]]) -> Any:
-        found = []
+    def sequence(module: Any, parts: list[tuple[str, Any]]) -> Any:
+        made = []
         for name, options in parts:
             if name == "Split":
                 options = options | {"pattern": Regex(options["pattern"])}
-            found.append(getattr(module, name)(**options))
-        return module.Sequence(found) if found else None
+            made.append(getattr(module, name)(**options))
+        return module.Sequence(made) if made else None
 
     model, normalizer, words = KINDS[kind]
-    trainer = {"BPE": trainers.BpeTrainer, "Unigram": trainers.UnigramTrainer, "WordPiece": trainers.WordPieceTrainer}
     tokenizer = Tokenizer(getattr(models, model)())
-    if normalizer:
-        tokenizer.normalizer = made(normalizers, normalizer)
+    tokenizer.normalizer = sequence(normalizers, normalizer)
+    # SentencePiece trains tokens within words, and uses them without any
+    tokenizer.pre_tokenizer = sequence(pre_tokenizers, words or [("Metaspace", {})])
     texts = [
         " ".join(tiny.WORDS),
         "金的符号是铁 日本語 (x+1) 12345 it's\n" * 3,
         "\n    if gold:\n        iron\n" * 3,
     ] * 3
-    options: dict[str, Any] = {
-        "special_tokens": ["<s>", "</s>", "<unk>", "[UNK]"],
-        "show_progress": False,
-        "vocab_size": 500,
-    }
-    if model == "Unigram":
-        options["unk_token"] = "<unk>"
-    if model != "WordPiece":
-        options["initial_alphabet"] = pre_tokenizers.ByteLevel.alphabet()
-    if words:
-        tokenizer.pre_tokenizer = made(pre_tokenizers, words)
-        tokenizer.train_from_iterator(texts, trainer[model](**options))
-    else:  # as SentencePiece trains: tokens within words; used without any
-        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-        tokenizer.train_from_iterator(texts, trainer[model](**options))
-        tokenizer.pre_tokenizer = None  # type: ignore[assignment]
+    options: dict[str, Any] = {"show_progress": False, "vocab_size": 500}
+    options |= {"special_tokens": ["<s>", "</s>", "<unk>", "[UNK]"]}
+    options |= {"unk_token": "<unk>"} if model == "Unigram" else {}
+    options |= {"initial_alphabet": pre_tokenizers.ByteLevel.alphabet()} if model != "WordPiece" else {}
+    tokenizer.train_from_iterator(
+        texts, getattr(trainers, f"{model.title().replace('piece', 'Piece')}Trainer")(**options)
+    )
+    tokenizer.pre_tokenizer = sequence(pre_tokenizers, words)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 
 
@@ -181,10 +152,10 @@ def test_the_ids_are_those_of_transformers(kind: str, special: bool) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_ordinary_text_is_cut(kind: str) -> None:
-    """The test above would pass if nothing was ever cut."""
+    """The first test would pass if nothing was ever cut."""
     text = "\n".join(tiny.sentences(400, 0, tiny.WORDS))
-    pieces = list(cut(0, [text], tokenizer_of(kind), 1000))
-    assert max(len(piece.text) for piece in pieces) <= 1000 + 2 * 256 and len(pieces) >= len(text) // 1000
+    chunks = list(cut(0, [text], tokenizer_of(kind), 1000))
+    assert max(len(chunk.text) for chunk in chunks) <= 1000 + 2 * 256 and len(chunks) >= len(text) // 1000
 
 
 def test_documents_keep_their_numbers(tmp_path: Path) -> None:
@@ -208,7 +179,7 @@ def test_a_text_without_any_place_to_cut_is_cut_between_equal_tokens_or_refused(
     tiny.make_tokenizer(tmp_path)
     encode = encoder(load_tokenizer(tmp_path))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "LONGEST_PIECE_CHARACTERS", 1 << 12)
+        patch.setattr(module, "LONGEST_CHUNK_CHARACTERS", 1 << 12)
         text = "iron" * 5000
         ids = [i for p in cut(0, [text], encode, 1024) for i in encode([p.text])[0][len(p.before) :]]
         assert ids == encode([text])[0]
@@ -216,30 +187,26 @@ def test_a_text_without_any_place_to_cut_is_cut_between_equal_tokens_or_refused(
             list(cut(0, [" " * 20_000], encode, 1024))
 
 
-FILES = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt"]
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_every_file_that_decides_ids_is_in_the_fingerprint(tmp_path: Path, name: str) -> None:
+def test_every_file_that_decides_ids_is_in_the_fingerprint(tmp_path: Path) -> None:
     tiny.make_tokenizer(tmp_path)
     before = tokenizer_fingerprint(tmp_path)
     (tmp_path / "README.md").write_text("no tokenizer")
     assert tokenizer_fingerprint(tmp_path) == before
-    (tmp_path / name).write_text("{}")
-    assert tokenizer_fingerprint(tmp_path) != before
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "merges.txt"):
+        (tmp_path / name).write_text("{}")
+        assert tokenizer_fingerprint(tmp_path) != before
+        before = tokenizer_fingerprint(tmp_path)
 
 
-DAMAGES = [
-    (lambda raw: "{", "the tokenizer is damaged (JSONDecodeError"),
-    (lambda raw: "[]", "the tokenizer is damaged"),
-    (lambda raw: "[" * 100_000, "the tokenizer is damaged (RecursionError"),
-    (lambda raw: json.dumps(raw | {"model": None}), "the tokenizer is damaged"),
-    (lambda raw: json.dumps(raw | {"added_tokens": [{"id": "x"}]}), "the tokenizer is damaged"),
-    (lambda raw: json.dumps(raw | {"added_tokens": [{"id": 300}]}), "ids up to 300, the model embeddings for 300 only"),
-]
-
-
-@pytest.mark.parametrize(("change", "message"), DAMAGES)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda raw: "[" * 100_000, "the tokenizer is damaged ("),
+        (lambda raw: json.dumps(raw | {"model": None}), "the tokenizer is damaged ("),
+        (lambda raw: json.dumps(raw | {"added_tokens": [{"id": 300}]}), "ids up to 300, the model embeddings for 300"),
+        (lambda raw: json.dumps(raw | {"pre_tokenizer": {"type": "Nonsense"}}), "the tokenizer cannot be loaded"),
+    ],
+)
 def test_damaged_and_too_large_tokenizers(tmp_path: Path, change: Any, message: str) -> None:
     tiny.make_tokenizer(tmp_path)
     check_tokenizer(tmp_path, 300)
@@ -247,15 +214,7 @@ def test_damaged_and_too_large_tokenizers(tmp_path: Path, change: Any, message: 
     file.write_text(change(json.loads(file.read_text())))
     with pytest.raises(UserError) as error:
         check_tokenizer(tmp_path, 300)
+        load_tokenizer(tmp_path)
     assert message in error.value.line()
-
-
-def test_a_tokenizer_that_only_its_library_finds_damaged(tmp_path: Path) -> None:
-    tiny.make_tokenizer(tmp_path)
-    file = tmp_path / "tokenizer.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"pre_tokenizer": {"type": "Nonsense"}}))
-    with pytest.raises(UserError, match="the tokenizer cannot be loaded"):
-        load_tokenizer(tmp_path)
-    shutil.rmtree(tmp_path)
     with pytest.raises(UserError, match="there is no directory with a tokenizer"):
-        load_tokenizer(tmp_path)
+        load_tokenizer(tmp_path / "none")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +12,13 @@ from typing import Any
 
 from trace_ds.config.sections.data import CorpusEntry
 from trace_ds.corpora.records import kind_of, rows_of, stem_of, text_blocks
-from trace_ds.corpora.sources import Named, files_of, is_table, open_table, shared_stem
+from trace_ds.corpora.sources import Named, files_of, open_table
 from trace_ds.errors import UserError
 from trace_ds.run.files import canonical_json, sha256_file, sha256_text
 from trace_ds.terminal import plain
 
 TEXT_BLOCK_CHARACTERS = 1 << 20
+SHARD = re.compile(r"[-_.]\d+(?:[-_.]of[-_.]\d+)?$")
 
 
 @dataclass(frozen=True)
@@ -62,13 +64,13 @@ class Record:
 
 
 def check_files(entries: list[CorpusEntry], key: str, *, download: bool = True) -> None:
-    """Every file is there and of a kind we read, every data set can be had; :class:`UserError` otherwise.
+    """:class:`UserError` unless every file is there and of a kind we read, and every data set can be had.
 
     Args:
         download: bring data sets of the hub into the cache; False: those that are not there are missing.
     """
     for entry in entries:
-        if is_table(entry):
+        if entry.dataset:
             open_table(entry, key, offline=not download)
         else:
             files_of(entry, key)
@@ -76,13 +78,13 @@ def check_files(entries: list[CorpusEntry], key: str, *, download: bool = True) 
 
 def corpus_fingerprint(entries: list[CorpusEntry]) -> str:
     """SHA-256 over the content of the entries and how they are read (not over where they lie)."""
-    found: list[Any] = []
+    parts: list[Any] = []
     for entry in entries:
         contents = _contents(entry)
-        found += [[digest, entry.field, entry.source or name] for digest, name in contents]
+        parts += [[digest, entry.field, entry.source or name] for digest, name in contents]
         if entry.template is not None or entry.rows is not None:
-            found.append({"template": entry.template, "rows": entry.rows, "of": len(contents)})
-    return sha256_text(canonical_json(found))
+            parts.append({"template": entry.template, "rows": entry.rows, "of": len(contents)})
+    return sha256_text(canonical_json(parts))
 
 
 def content_fingerprint(named: Named) -> str:
@@ -93,14 +95,14 @@ def content_fingerprint(named: Named) -> str:
 
 def _contents(named: Named) -> list[tuple[str, str]]:
     """(SHA-256, name in reports) of every file; of a data set one, over its id and commit, or over its files."""
-    if not is_table(named):
+    if not named.dataset:
         files = files_of(named, "data")
         return [(sha256_file(path), _file_name(path, files)) for path in files]
     table = open_table(named, "data")
-    what = (
+    ids = (
         [named.dataset_id, table.commit, table.config] if table.commit else [sha256_file(path) for path in table.files]
     )
-    return [(sha256_text(canonical_json([*what, table.split])), table.name)]
+    return [(sha256_text(canonical_json([*ids, table.split])), table.name)]
 
 
 def records(named: Named, key: str, columns: list[str] | None = None) -> Iterator[Record]:
@@ -110,7 +112,7 @@ def records(named: Named, key: str, columns: list[str] | None = None) -> Iterato
         key: of the configuration, to be named where something is wrong.
         columns: as in :func:`.records.rows_of`.
     """
-    if is_table(named):
+    if named.dataset:
         table = open_table(named, key)
         for number, values in table.rows(columns):
             yield Record(values, f"{table.where}:{number}", str(number), table.name, typed=True)
@@ -141,8 +143,9 @@ def read_streams(entries: list[CorpusEntry], key: str = "data") -> Iterator[Text
 
 def _streams(entry: CorpusEntry, key: str) -> Iterator[TextStream | None]:
     """The documents of an entry; None for a row of a table that has no text (null)."""
-    texts = [] if is_table(entry) else [path for path in files_of(entry, key) if kind_of(path) == ".txt"]
-    if texts and len(texts) < len(files_of(entry, key)):
+    files = [] if entry.dataset else files_of(entry, key)
+    texts = [path for path in files if kind_of(path) == ".txt"]
+    if texts and len(texts) < len(files):
         raise UserError("text files and others are mixed", entry.path, f"name them one by one in {key}")
     if texts and entry.template is not None:
         raise UserError("a text file has no columns", entry.path, f"take template out of {key}")
@@ -157,7 +160,7 @@ def _streams(entry: CorpusEntry, key: str) -> Iterator[TextStream | None]:
 
 
 def _text(record: Record, parts: list[tuple[str, str | None]]) -> str | None:
-    found = []
+    text = ""
     for literal, column in parts:
         value = "" if column is None else record.values.get(column)
         if value is None and record.typed:
@@ -167,10 +170,12 @@ def _text(record: Record, parts: list[tuple[str, str | None]]) -> str | None:
             hint = f"did you mean {close[0]!r}? " if close and close[0] != column else ""
             fix = f"{hint}correct the line, or set the corpus' field"
             raise UserError(f"the line has no text under {column!r}", record.where, fix)
-        found.append(literal + value)
-    return "".join(found)
+        text += literal + value
+    return text
 
 
 def _file_name(path: Path, files: list[Path]) -> str:
-    """What reports call a file: its name without the kind, and without the number where it is one shard of several."""
-    return shared_stem(stem_of(path)) if len(files) > 1 else stem_of(path)
+    """What reports call a file: its name without the kind, and without the number where it is one shard of several
+    (``train`` for train-00001-of-00004)."""
+    stem = stem_of(path)
+    return SHARD.sub("", stem) or stem if len(files) > 1 else stem

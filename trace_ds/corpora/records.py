@@ -1,21 +1,20 @@
 """Rows of one file, streamed: JSON Lines, an array of JSON objects, CSV, Parquet; errors name the file and the line.
 
-All but Parquet may be compressed (.gz, .zst). The files are somebody else's: no line is longer than it may be, text is
-UTF-8, and what cannot be read is a :class:`UserError`.
+All but Parquet may be compressed (.gz, .zst). Lines and arrays have limits of size, text is UTF-8, and what cannot be
+read is a :class:`UserError`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import csv
-import gzip
+import difflib
 import io
 import itertools
 import json
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from trace_ds.errors import UserError
 
@@ -39,35 +38,27 @@ def stem_of(path: Path) -> str:
 
 
 def can_read(path: Path) -> bool:
-    return kind_of(path) in (TABLES[:-1] + KINDS[-1:] if path.suffix in COMPRESSED else KINDS)
+    return kind_of(path) in KINDS and not (path.suffix in COMPRESSED and kind_of(path) == ".parquet")
 
 
 @contextlib.contextmanager
-def opened(path: Path) -> Iterator[IO[bytes]]:
+def open_decompressed(path: Path) -> Iterator[io.BufferedReader]:
     """The bytes of a file, decompressed; :class:`UserError` when the compression is damaged."""
-    try:
-        if path.suffix == ".gz":
-            with gzip.open(path, "rb") as handle:
-                yield handle  # type: ignore[misc]
-        elif path.suffix == ".zst":
-            import pyarrow as pa
+    import pyarrow as pa
 
-            with pa.CompressedInputStream(pa.OSFile(str(path)), "zstd") as stream:
-                yield io.BufferedReader(stream)
-        else:
-            with path.open("rb") as handle:
-                yield handle
-    except (OSError, EOFError, zlib.error) as error:
-        if path.suffix not in COMPRESSED or getattr(error, "errno", None) is not None:
+    try:
+        with pa.input_stream(str(path), compression="detect" if path.suffix in COMPRESSED else None) as stream:
+            yield io.BufferedReader(stream)
+    except OSError as error:
+        if path.suffix not in COMPRESSED or error.errno is not None:
             raise
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        raise UserError(f"not a whole {path.suffix} file ({reason})", str(path), "copy it again") from None
+        raise UserError(f"not a whole {path.suffix} file ({first_line(error)})", str(path), "copy it again") from None
 
 
 def text_blocks(path: Path, characters: int) -> Iterator[str]:
     """The text of a file, so many characters at a time; :class:`UserError` when it is not UTF-8."""
     try:
-        with opened(path) as handle:
+        with open_decompressed(path) as handle:
             text = io.TextIOWrapper(handle, encoding="utf-8-sig")
             yield from iter(lambda: text.read(characters), "")
     except UnicodeDecodeError as error:
@@ -88,37 +79,30 @@ def rows_of(path: Path, columns: list[str] | None = None) -> Iterator[tuple[int,
     return _array_rows(path) if kind == ".json" and _is_array(path) else _json_lines(path)
 
 
-def require_text(schema: Any, columns: list[str], where: str) -> None:
-    """:class:`UserError` unless the Arrow schema has these columns and they hold text."""
-    import difflib
-
+def columns_to_read(schema: Any, columns: list[str], where: str) -> list[str]:
+    """``columns`` and, where there is one, ``source``; :class:`UserError` unless the Arrow schema has them as text."""
     import pyarrow as pa
 
     for column in columns:
         fix = f"set the corpus' field to one of {schema.names}"
         if column not in schema.names:
             close = difflib.get_close_matches(column, schema.names, 1)
-            raise UserError(
-                f"there is no column {column!r}", where, f"did you mean {close[0]!r}? {fix}" if close else fix
-            )
+            fix = f"did you mean {close[0]!r}? {fix}" if close else fix
+            raise UserError(f"there is no column {column!r}", where, fix)
         kind = schema.field(column).type
         if not str(getattr(kind, "value_type", kind)).endswith(("string", "string_view")) or pa.types.is_nested(kind):
             raise UserError(f"the column {column!r} holds {kind}, no text", where, fix)
+    return list(dict.fromkeys([*columns, *(name for name in schema.names if name == "source")]))
 
 
-def refuse_surrogates(record: Any, where: str) -> None:
-    """:class:`UserError` for parsed JSON that holds half of a surrogate pair, which no file can hold as UTF-8."""
-    try:
-        json.dumps(record, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        found = error.object[error.start].encode("unicode_escape").decode()
-        fix = "write the file again as UTF-8"
-        raise UserError(f"{found} is half of a surrogate pair and no character", where, fix) from None
+def first_line(error: Exception) -> str:
+    """What a library says went wrong, in one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """(number from 1, line with its end); a byte order mark is skipped."""
-    with opened(path) as handle:
+    with open_decompressed(path) as handle:
         for number, line in enumerate(iter(lambda: handle.readline(MAX_LINE_BYTES), b""), 1):
             where = f"{path}:{number}"
             if len(line) == MAX_LINE_BYTES:
@@ -131,20 +115,19 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    what, fix = "the line is not a JSON object", "one JSON object per line"
     for number, line in _lines(path):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            raise UserError("the line is not a JSON object", where, "one JSON object per line") from None
-        escaped = _may_hold_surrogates(line)
-        yield number, _object(record, escaped, "the line is not a JSON object", where, "one JSON object per line")
+        if line.strip():
+            where = f"{path}:{number}"
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError):
+                raise UserError(what, where, fix) from None
+            yield number, _checked(record, line, what, where, fix)
 
 
 def _is_array(path: Path) -> bool:
-    with opened(path) as handle:
+    with open_decompressed(path) as handle:
         return handle.read(FIRST_BYTES).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
 
 
@@ -158,20 +141,21 @@ def _array_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         records = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"the file is not a JSON array ({str(error)[:100]})", str(path), fix) from None
-    escaped = _may_hold_surrogates(text)
     for number, record in enumerate(records, 1):
-        yield number, _object(record, escaped, "the item is not a JSON object", f"{path}:{number}", fix)
+        yield number, _checked(record, text, "the item is not a JSON object", f"{path}:{number}", fix)
 
 
-def _may_hold_surrogates(text: str) -> bool:
-    return "\\ud" in text or "\\uD" in text
-
-
-def _object(record: Any, escaped: bool, what: str, where: str, fix: str) -> dict[str, Any]:
+def _checked(record: Any, text: str, what: str, where: str, fix: str) -> dict[str, Any]:
+    """``record``, parsed from ``text``; refused with ``what`` when it is no object, or holds half a surrogate pair."""
     if not isinstance(record, dict):
         raise UserError(what, where, fix)
-    if escaped:
-        refuse_surrogates(record, where)
+    if "\\ud" in text or "\\uD" in text:
+        try:
+            json.dumps(record, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = error.object[error.start].encode("unicode_escape").decode()
+            fix = "write the file again as UTF-8"
+            raise UserError(f"{half} is half of a surrogate pair and no character", where, fix) from None
     return record
 
 
@@ -198,17 +182,11 @@ def _parquet_rows(path: Path, columns: list[str] | None) -> Iterator[tuple[int, 
     import pyarrow
     import pyarrow.parquet
 
-    number = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as parquet:
-            names = parquet.schema_arrow.names
             if columns is not None:
-                require_text(parquet.schema_arrow, columns, str(path))
-                columns = [*columns, *(["source"] if "source" in names and "source" not in columns else [])]
-            for batch in parquet.iter_batches(batch_size=PARQUET_ROWS, columns=columns):
-                for record in batch.to_pylist():
-                    number += 1
-                    yield number, record
+                columns = columns_to_read(parquet.schema_arrow, columns, str(path))
+            batches = parquet.iter_batches(batch_size=PARQUET_ROWS, columns=columns)
+            yield from enumerate((record for batch in batches for record in batch.to_pylist()), 1)
     except (pyarrow.ArrowException, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        raise UserError(f"not a whole Parquet file ({reason})", str(path), "convert or copy it again") from None
+        raise UserError(f"not a whole Parquet file ({first_line(error)})", str(path), "copy it again") from None

@@ -1,8 +1,8 @@
 """What an entry of the configuration names: files by a path, or a data set by name, read by ``datasets``.
 
-A data set is an id on the Hugging Face hub, a directory in the hub's layout, or (a path) what ``save_to_disk`` left.
-From the hub it comes into the libraries' own cache and is read from there, offline with HF_HUB_OFFLINE; no code of it
-runs. What is private in these libraries is used in this file alone.
+A data set is an id on the Hugging Face hub, or a directory in the hub's layout. From the hub it comes into the
+libraries' own cache and is read from there, offline with HF_HUB_OFFLINE; no code of it runs. What is private in these
+libraries is used in this file alone.
 """
 
 from __future__ import annotations
@@ -21,11 +21,10 @@ from typing import Any
 
 from trace_ds.config.sections.data import CorpusEntry
 from trace_ds.config.sections.evaluation import TaskConfig
-from trace_ds.corpora.records import KINDS, PARQUET_ROWS, can_read, kind_of, require_text
+from trace_ds.corpora.records import KINDS, PARQUET_ROWS, can_read, columns_to_read, first_line, kind_of
 from trace_ds.errors import UserError
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
-SHARD = re.compile(r"[-_.]\d+(?:[-_.]of[-_.]\d+)?$")
 BUILDERS = ("Json", "Csv", "Parquet", "Arrow", "Text")  # of datasets: the others decode media, or unpickle
 DEFAULT_SPLIT = "train"
 README = "README.md"
@@ -59,18 +58,10 @@ class Table:
         with _reading(self.where):
             for table in self.data.with_format("arrow").iter(batch_size=PARQUET_ROWS):
                 if columns is not None:
-                    if number == 0:
-                        require_text(table.schema, columns, self.where)
-                    also = ["source"] if "source" in table.schema.names and "source" not in columns else []
-                    table = table.select([*columns, *also])
+                    table = table.select(columns_to_read(table.schema, columns, self.where))
                 for row in table.to_pylist():
                     number += 1
                     yield number, row
-
-
-def is_table(named: Named) -> bool:
-    """Whether a data set is named, and not files."""
-    return bool(named.dataset) or (bool(named.path) and _is_saved(Path(named.path)))
 
 
 def files_of(named: Named, key: str) -> list[Path]:
@@ -78,31 +69,24 @@ def files_of(named: Named, key: str) -> list[Path]:
     path, fix = Path(named.path), f"correct {key} in the configuration"
     if named.split is not None:
         raise UserError("files have no splits", named.path, "take split out, or name a data set")
-    kinds = f"use {', '.join(KINDS[:-1])} or {KINDS[-1]}"
     if path.is_dir():
-        found = sorted(item for item in path.iterdir() if item.is_file() and not item.name.startswith("."))
-        found = [item for item in found if can_read(item)]
-        if not found:
-            raise UserError(f"the folder holds no file that can be read ({', '.join(KINDS)})", named.path, fix)
-        return found
-    if path.is_file():
-        found = [path]
+        files = sorted(item for item in path.iterdir() if item.is_file() and not item.name.startswith("."))
+        files = [item for item in files if can_read(item)]
+        missing = f"the folder holds no file that can be read ({', '.join(KINDS)})"
+    elif path.is_file():
+        files, missing = [path], ""
     elif glob.has_magic(named.path):
-        found = [Path(item) for item in sorted(glob.glob(named.path, recursive=True))]  # noqa: PTH207 (any path)
-        found = [item for item in found if item.is_file()]
-        if not found:
-            raise UserError("no file matches the pattern", named.path, fix)
+        files = [Path(item) for item in sorted(glob.glob(named.path, recursive=True))]  # noqa: PTH207 (any path)
+        files, missing = [item for item in files if item.is_file()], "no file matches the pattern"
     else:
-        raise UserError("the corpus file does not exist", named.path, fix)
-    for item in found:
+        files, missing = [], "the corpus file does not exist"
+    if not files:
+        raise UserError(missing, named.path, fix)
+    for item in files:
         if not can_read(item):
-            raise UserError(f"cannot read files of the kind {kind_of(item) or item.suffix!r}", str(item), kinds)
-    return found
-
-
-def shared_stem(stem: str) -> str:
-    """The name that the shards of one file have in common: train for train-00001-of-00004."""
-    return SHARD.sub("", stem) or stem
+            kind = kind_of(item) or item.suffix
+            raise UserError(f"cannot read files of the kind {kind!r}", str(item), f"use one of {', '.join(KINDS)}")
+    return files
 
 
 def open_table(named: Named, key: str, *, offline: bool = False) -> Table:
@@ -111,14 +95,12 @@ def open_table(named: Named, key: str, *, offline: bool = False) -> Table:
     Raises:
         UserError: it does not exist, may not be read, or cannot be reached; it has no such configuration or split.
     """
-    if not named.dataset:
-        return _open_saved(named, key)
-    return _open_directory(named, key) if Path(named.dataset_id).is_dir() else _open_hub(named, key, offline)
+    return _open_hub(named, key, offline) if on_hub(named) else _open_directory(named, key)
 
 
 def files_here(named: Named, key: str) -> list[Path]:
     """The files on this machine that hold what an entry names; :class:`UserError` when it cannot be read offline."""
-    return open_table(named, key, offline=True).files if is_table(named) else files_of(named, key)
+    return open_table(named, key, offline=True).files if named.dataset else files_of(named, key)
 
 
 def on_hub(named: Named) -> bool:
@@ -130,8 +112,8 @@ def commit_of(named: Named) -> str | None:
     """The commit that a data set on the hub is: as the hub says, or without a network as when it was fetched, by us or
     (the newest that is there) by others; None: as far as is known here, it is none."""
     name = named.dataset_id
-    commit = None if _is_offline() else _asked(name, named.revision)[0]
-    commit = commit or _known(name, named.revision)
+    commit = None if _is_offline() else _commit_on_hub(name, named.revision)[0]
+    commit = commit or _commit_when_fetched(name, named.revision)
     return commit or next((item.parts[-2] for item in reversed(_in_cache(name))), None)
 
 
@@ -141,51 +123,34 @@ def in_cache(name: str, config: str | None) -> bool:
     return any(config is None or folder == config or folder.startswith(f"{config}-") for folder in folders)
 
 
-# --------------------------------------------------------------------------------------------- on this machine
+_looking: ContextVar[bool] = ContextVar("looking", default=False)
 
 
-def _is_saved(path: Path) -> bool:
-    return any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
-
-
-def _open_saved(named: Named, key: str) -> Table:
-    from datasets import Dataset, load_from_disk
-
-    with _reading(named.path):
-        found = load_from_disk(named.path)
-        split = named.split or DEFAULT_SPLIT
-        if isinstance(found, Dataset):
-            if named.split is not None:
-                raise UserError("this data set was saved without splits", named.path, f"take split out of {key}")
-        else:
-            split = _split(named, list(found), named.path, key)
-            found = found[split]
-        return Table(found, named.path, Path(named.path).name, split, _arrow_files(found))
-
-
-def _arrow_files(data: Any) -> list[Path]:
-    return [Path(item["filename"]) for item in data.cache_files]
+@contextlib.contextmanager
+def only_looking() -> Iterator[None]:
+    """Inside, nothing is asked of the hub: data sets are what the cache has of them."""
+    token = _looking.set(True)
+    try:
+        yield
+    finally:
+        _looking.reset(token)
 
 
 def _open_directory(named: Named, key: str) -> Table:
-    if _is_saved(Path(named.dataset_id)):
-        raise UserError(
-            "this is what save_to_disk left", named.dataset_id, f"name it in {key} as path:, not as dataset:"
-        )
-    with _reading(named.dataset_id):
-        builder = _builder(named, str(Path(named.dataset_id).absolute()), None, key)
-        found = builder.config.data_files
-        split = _split(named, list(found), named.dataset_id, key)
-        data = builder.as_streaming_dataset(split=split)
-        files = [Path(str(item).rpartition("::")[2]) for item in found[split]]
+    place = Path(named.dataset_id)
+    if any((place / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        fix = "write its splits with to_parquet, and name the files"
+        raise UserError("this is what save_to_disk left, which is not read", str(place), fix)
+    with _reading(str(place)):
+        builder = _builder(named, str(place.absolute()), None, key)
+        patterns = builder.config.data_files
+        split = _split(named, list(patterns), key)
+        files = [Path(str(item).rpartition("::")[2]) for item in patterns[split]]
         for file in files:
             if not file.is_file():
                 raise UserError("its page names a file that is not here", str(file), "download the data set whole")
-        name = _name(Path(named.dataset_id).name, named, split)
-        return Table(data, named.dataset_id, name, split, files, config=named.config)
-
-
-# --------------------------------------------------------------------------------------------- on the hub
+        data = builder.as_streaming_dataset(split=split)
+        return Table(data, str(place), _name(place.name, named, split), split, files, config=named.config)
 
 
 def _open_hub(named: Named, key: str, offline: bool) -> Table:
@@ -198,26 +163,26 @@ def _open_hub(named: Named, key: str, offline: bool) -> Table:
     except HFValidationError:
         what = "there is no such directory, and it is no id of the hub"
         raise UserError(what, name, f"correct dataset in {key}") from None
-    offline = offline or _is_offline()
     pinned = named.revision if named.revision and COMMIT.fullmatch(named.revision) else None
     cached = _cached(named, pinned) if pinned else None
     if cached is None:
-        commit, trouble = _asked(name, named.revision) if not offline else (None, "")
-        commit = commit or pinned or _known(name, named.revision)
+        offline = offline or _is_offline()
+        commit, trouble = (None, "") if offline else _commit_on_hub(name, named.revision)
+        commit = commit or pinned or _commit_when_fetched(name, named.revision)
         cached = _cached(named, commit)
         if cached is None and (commit is None or trouble or offline):
             raise _absent(named, trouble)
         cached = cached or _download(named, str(commit), key)
     with _reading(name):
-        split = _split(named, list(cached.info.splits or ()), name, key)
+        split = _split(named, list(cached.info.splits or ()), key)
         data = cached.as_dataset(split=split)
         config = None if cached.config.name == "default" else cached.config.name
-        short = _name(name.rpartition("/")[2], named, split)
-        return Table(data, name, short, split, _arrow_files(data), cached.hash, config)
+        files = [Path(item["filename"]) for item in data.cache_files]
+        return Table(data, name, _name(name.rpartition("/")[2], named, split), split, files, cached.hash, config)
 
 
 @functools.lru_cache(maxsize=256)
-def _asked(name: str, revision: str | None) -> tuple[str | None, str]:
+def _commit_on_hub(name: str, revision: str | None) -> tuple[str | None, str]:
     """(commit, "") or (None, why the hub does not say); asked once a process: it may not move between two looks."""
     from huggingface_hub import HfApi, errors
 
@@ -232,7 +197,7 @@ def _asked(name: str, revision: str | None) -> tuple[str | None, str]:
         return None, f"the hub cannot be reached ({type(error).__name__})"
 
 
-def _known(name: str, revision: str | None) -> str | None:
+def _commit_when_fetched(name: str, revision: str | None) -> str | None:
     """The commit that a revision was when it was fetched, if it was."""
     from huggingface_hub import hf_hub_download
 
@@ -257,24 +222,11 @@ def _gated(name: str) -> UserError:
 def _absent(named: Named, trouble: str) -> UserError:
     from huggingface_hub import constants
 
-    asked = {"configuration": named.config, "revision": named.revision}
-    told = "".join(f" ({key} {value})" for key, value in asked.items() if value)
+    parts = {"configuration": named.config, "revision": named.revision}
+    choice = "".join(f" ({key} {value})" for key, value in parts.items() if value)
     trouble = trouble or ("HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub was not asked")
-    what = f"the data set{told} is not in the cache, and {trouble}"
+    what = f"the data set{choice} is not in the cache, and {trouble}"
     return UserError(what, named.dataset_id, "run `trace-ds fetch CONFIG` where there is a network")
-
-
-_looking: ContextVar[bool] = ContextVar("looking", default=False)
-
-
-@contextlib.contextmanager
-def only_looking() -> Iterator[None]:
-    """Inside, nothing is asked of the hub: data sets are what the cache has of them."""
-    token = _looking.set(True)
-    try:
-        yield
-    finally:
-        _looking.reset(token)
 
 
 def _is_offline() -> bool:
@@ -284,15 +236,15 @@ def _is_offline() -> bool:
     return bool(_looking.get() or constants.HF_HUB_OFFLINE or datasets.config.HF_HUB_OFFLINE)
 
 
-def _one_meant(name: str, commit: str) -> str:
+def _default_config(name: str, commit: str) -> str:
     """The configuration that a data set's name alone means, by the page that was fetched with this commit."""
     from huggingface_hub import metadata_load, try_to_load_from_cache
 
     page = try_to_load_from_cache(name, README, revision=commit, repo_type="dataset")
     listed = (metadata_load(page) or {}).get("configs") if isinstance(page, str) else None
-    names = [str(item.get("config_name", "default")) for item in listed or () if isinstance(item, dict)]
-    chosen = [str(item["config_name"]) for item in listed or () if isinstance(item, dict) and item.get("default")]
-    return names[0] if len(names) == 1 else (chosen or ["default"])[0]
+    configs = [item for item in listed or () if isinstance(item, dict)]
+    chosen = configs if len(configs) == 1 else [item for item in configs if item.get("default")]
+    return str(chosen[0].get("config_name", "default")) if chosen else "default"
 
 
 def _in_cache(name: str) -> list[Path]:
@@ -302,8 +254,8 @@ def _in_cache(name: str) -> list[Path]:
 
     space, _, short = name.rpartition("/")
     folder = f"{space}___{camelcase_to_snakecase(short)}" if space else camelcase_to_snakecase(short)
-    found = (Path(datasets.config.HF_DATASETS_CACHE) / folder).glob("*/*/*/dataset_info.json")
-    return sorted(found, key=lambda item: (item.stat().st_mtime, str(item)))
+    files = (Path(datasets.config.HF_DATASETS_CACHE) / folder).glob("*/*/*/dataset_info.json")
+    return sorted(files, key=lambda item: (item.stat().st_mtime, str(item)))
 
 
 def _cached(named: Named, commit: str | None) -> Any:
@@ -314,18 +266,16 @@ def _cached(named: Named, commit: str | None) -> Any:
     """
     from datasets.packaged_modules.cache.cache import Cache
 
+    name = named.dataset_id
     if commit is None and named.revision is not None:
         return None
-    found = _in_cache(named.dataset_id)
-    found = [item for item in found if named.config in (None, item.parts[-4]) and commit in (None, item.parts[-2])]
-    if named.config is None:
-        found = [item for item in found if item.parts[-4] == _one_meant(named.dataset_id, item.parts[-2])]
-    if not found:
-        return None
-    config, version, digest = found[-1].parts[-4:-1]
-    with _reading(named.dataset_id):
-        name = named.dataset_id.rpartition("/")[2]
-        return Cache(dataset_name=name, repo_id=named.dataset_id, config_name=config, version=version, hash=digest)
+    for item in reversed(_in_cache(name)):
+        config, version, digest = item.parts[-4:-1]
+        if commit in (None, digest) and config == (named.config or _default_config(name, digest)):
+            with _reading(name):
+                short = name.rpartition("/")[2]
+                return Cache(dataset_name=short, repo_id=name, config_name=config, version=version, hash=digest)
+    return None
 
 
 def _download(named: Named, commit: str, key: str) -> Any:
@@ -334,24 +284,22 @@ def _download(named: Named, commit: str, key: str) -> Any:
     from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, LocalEntryNotFoundError
     from huggingface_hub.utils import disable_progress_bars
 
+    name = named.dataset_id
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
         disable_progress_bars()
-    with _reading(named.dataset_id):
+    with _reading(name):
         try:
             with contextlib.suppress(EntryNotFoundError):  # not every data set has a page
-                hf_hub_download(named.dataset_id, README, repo_type="dataset", revision=named.revision)
-            builder = _builder(named, named.dataset_id, commit, key)
-            _split(named, list(builder.config.data_files or ()), named.dataset_id, key)
+                hf_hub_download(name, README, repo_type="dataset", revision=named.revision)
+            builder = _builder(named, name, commit, key)
+            _split(named, list(builder.config.data_files or ()), key)
             builder.download_and_prepare()
         except GatedRepoError:
-            raise _gated(named.dataset_id) from None
+            raise _gated(name) from None
         except (ConnectionError, LocalEntryNotFoundError) as error:
             raise _absent(named, f"the hub cannot be reached ({type(error).__name__})") from None
     return builder
-
-
-# --------------------------------------------------------------------------------------------- both
 
 
 def _builder(named: Named, place: str, commit: str | None, key: str) -> Any:
@@ -366,21 +314,20 @@ def _builder(named: Named, place: str, commit: str | None, key: str) -> Any:
             raise
         what = f"the data set has no configuration {named.config!r}" if named.config else "the configuration is missing"
         raise UserError(what, named.dataset_id, f"{_nearest(named.config, names)}set config in {key}") from None
-    kinds = [
-        kind.__name__ for kind in type(builder).__mro__ if kind.__module__.startswith("datasets.packaged_modules.")
-    ]
+    packaged = "datasets.packaged_modules."
+    kinds = [kind.__name__ for kind in type(builder).__mro__ if kind.__module__.startswith(packaged)]
     if not set(kinds) & set(BUILDERS):
         fix = "convert it to Parquet or JSON Lines"
         raise UserError(f"cannot read data sets of the kind {kinds[-1] if kinds else '?'}", named.dataset_id, fix)
     return builder
 
 
-def _split(named: Named, names: list[Any], where: str, key: str) -> str:
+def _split(named: Named, names: list[Any], key: str) -> str:
     """The split that is asked for, or train, or the only one there is."""
     names = [str(name) for name in names]
     if named.split is None and len(names) == 1:
         return names[0]
-    split = named.split or DEFAULT_SPLIT
+    split, where = named.split or DEFAULT_SPLIT, named.dataset_id
     if split not in names:
         raise UserError(f"the data set has no split {split!r}", where, f"{_nearest(split, names)}set split in {key}")
     return split
@@ -402,17 +349,10 @@ def _reading(where: str) -> Iterator[None]:
         yield
     except (UserError, MemoryError):
         raise
-    except OSError as error:
-        if error.errno is not None and error.filename is None:  # a full disk, and not a file of the data set
-            raise
-        raise _unreadable(where, error) from error
     except Exception as error:
-        raise _unreadable(where, error) from error
-
-
-def _unreadable(where: str, error: Exception) -> UserError:
-    lines = str(error).strip().splitlines()
-    reason = lines[0][:200] if lines else type(error).__name__
-    if "gated" in reason:  # found only at the data: the page may be read by everybody
-        return _gated(where)
-    return UserError(f"the data set cannot be read ({reason})", where, "check its files and its page")
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+            raise  # a full disk, and not a file of the data set
+        reason = first_line(error)
+        if "gated" in reason:  # seen only at the data: the page may be read by everybody
+            raise _gated(where) from error
+        raise UserError(f"the data set cannot be read ({reason})", where, "check its files and its page") from error

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from trace_ds.corpora.records import first_line
 from trace_ds.errors import UserError
 from trace_ds.run.files import canonical_json, once_a_process, sha256_file, sha256_text
-from trace_ds.run.foreign import MAX_BYTES, read_bytes
+from trace_ds.run.foreign import MAX_BYTES, read_bytes, reading
 from trace_ds.run.hub_names import no_directory
 
 if TYPE_CHECKING:
@@ -37,11 +38,11 @@ VOCABULARY_FILES = (
 )
 TOKENIZER_FILES = (*VOCABULARY_FILES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
-PIECE_CHARACTERS = 1 << 16  # of a document that is tokenised in one call
-LONGEST_PIECE_CHARACTERS = 1 << 22  # where no place to cut is found earlier
+CHUNK_CHARACTERS = 1 << 16  # of a document that is tokenised in one call
+LONGEST_CHUNK_CHARACTERS = 1 << 22  # where no place to cut is found earlier
 CONTEXT_CHARACTERS = 256
 BLOCK = 1 << 20
-BATCH_CHARACTERS, BATCH_PIECES = 1 << 20, 256
+BATCH_CHARACTERS, BATCH_CHUNKS = 1 << 20, 256
 # Places where the tokens of what is before and behind rarely depend on each other, in the order they are tried: after
 # the end of a line, before the space between two words, after the end of a sentence, anywhere (in a text without any).
 CUTS = (
@@ -60,7 +61,7 @@ Encode = Callable[[list[str]], list[list[int]]]
 
 
 @dataclass(frozen=True)
-class Piece:
+class Chunk:
     """A part of document ``document`` with the characters before it, whose ids are ``before`` and not the part's."""
 
     document: int
@@ -81,39 +82,30 @@ def tokenizer_fingerprint(path: str | Path) -> str:
             raise UserError("this is not a regular file", str(file), "copy the tokenizer again")
         if file.stat().st_size > MAX_BYTES:
             raise UserError(f"more than {MAX_BYTES:,} bytes: no file of a tokenizer", str(file), "copy it again")
-    found = {name: sha256_file(file) for name, file in files.items()}
-    if not any(name in VOCABULARY_FILES or name.endswith(".tiktoken") for name in found):
-        raise UserError(
-            "there is no tokenizer here (tokenizer.json or tokenizer.model)", str(path), "set model.tokenizer"
-        )
-    return sha256_text(canonical_json(found))
+    if not any(name in VOCABULARY_FILES or name.endswith(".tiktoken") for name in files):
+        what = "there is no tokenizer here (tokenizer.json or tokenizer.model)"
+        raise UserError(what, str(path), "set model.tokenizer")
+    return sha256_text(canonical_json({name: sha256_file(file) for name, file in files.items()}))
 
 
 def check_tokenizer(path: str | Path, vocabulary: int | None) -> None:
-    """The tokenizer is there, and has no id that a model of ``vocabulary`` embeddings lacks; :class:`UserError`."""
+    """:class:`UserError` unless a tokenizer is there, all whose ids a model of ``vocabulary`` embeddings has."""
     tokenizer_fingerprint(path)
     file = Path(path) / "tokenizer.json"
     largest = _largest_id(file) if file.is_file() else len(load_tokenizer(path)) - 1
     if vocabulary is not None and largest >= vocabulary:
-        raise UserError(
-            f"the tokenizer has ids up to {largest}, the model embeddings for {vocabulary} only",
-            str(path),
-            "set model.tokenizer to the model's own",
-        )
+        what = f"the tokenizer has ids up to {largest}, the model embeddings for {vocabulary} only"
+        raise UserError(what, str(path), "set model.tokenizer to the model's own")
 
 
 @once_a_process
 def _largest_id(file: Path) -> int:
     """The largest token id of a tokenizer.json (-1: it has none)."""
-    try:
+    with reading(file, "the tokenizer", "copy it again"):
         raw = json.loads(read_bytes(file))
         vocabulary = raw["model"].get("vocab", ())
         ids = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
-        largest = max([-1, *ids, *(token["id"] for token in raw.get("added_tokens") or ())])
-        return int(largest)
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        reason = f"{type(error).__name__}: {str(error)[:80]}"
-        raise UserError(f"the tokenizer is damaged ({reason})", str(file), "copy it again") from None
+        return int(max([-1, *ids, *(token["id"] for token in raw.get("added_tokens") or ())]))
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
@@ -124,8 +116,8 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare ones
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"the tokenizer cannot be loaded ({reason[:200]})", str(path), "set model.tokenizer") from None
+        what = f"the tokenizer cannot be loaded ({first_line(error)})"
+        raise UserError(what, str(path), "set model.tokenizer") from None
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -159,7 +151,7 @@ def encoder(tokenizer: PreTrainedTokenizerBase) -> Encode:
     def encode(texts: list[str]) -> list[list[int]]:
         try:
             if own is not None:
-                return [found.ids for found in own.encode_batch_fast(texts, add_special_tokens=False)]
+                return [encoding.ids for encoding in own.encode_batch_fast(texts, add_special_tokens=False)]
             with alone:
                 return tokenizer(texts, add_special_tokens=False, **options)["input_ids"]
         except Exception as error:  # a bare one: [UNK] is needed and missing
@@ -185,9 +177,8 @@ def encode_documents(
     before, os.environ[OWN_THREADS] = os.environ.get(OWN_THREADS), "false"  # of the library, for each batch
     pool = ThreadPoolExecutor(threads)
     try:
-        for batch in _batches(
-            piece for number, blocks in enumerate(documents) for piece in cut(number, blocks, encode)
-        ):
+        chunks = (chunk for number, blocks in enumerate(documents) for chunk in cut(number, blocks, encode))
+        for batch in _batches(chunks):
             under_way.append(pool.submit(_encode_batch, batch, encode))
             if len(under_way) == AHEAD * threads:
                 yield from under_way.popleft().result()
@@ -205,37 +196,37 @@ def default_threads() -> int:
     return min(cores, BUSY)
 
 
-def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
-    batch: list[Piece] = []
+def _batches(chunks: Iterable[Chunk]) -> Iterator[list[Chunk]]:
+    batch: list[Chunk] = []
     characters = 0
-    for piece in pieces:
-        batch.append(piece)
-        characters += len(piece.text)
-        if characters >= BATCH_CHARACTERS or len(batch) == BATCH_PIECES:
+    for chunk in chunks:
+        batch.append(chunk)
+        characters += len(chunk.text)
+        if characters >= BATCH_CHARACTERS or len(batch) == BATCH_CHUNKS:
             yield batch
             batch, characters = [], 0
     if batch:
         yield batch
 
 
-def _encode_batch(batch: list[Piece], encode: Encode) -> list[tuple[int, np.ndarray]]:
-    """(document, int32 ids) of each piece, without those of the context before it."""
-    found = []
-    for piece, ids in zip(batch, encode([piece.text for piece in batch]), strict=True):
-        size = len(piece.before)
-        if tuple(ids[:size]) != piece.before:
-            what = "this tokenizer does not tokenise a long document in pieces as it does the whole"
-            raise UserError(what, f"{piece.text[:40]!r}…", "cut it into documents of fewer than 65,536 characters")
-        found.append((piece.document, np.array(ids[size:], dtype=np.int32)))
-    return found
+def _encode_batch(batch: list[Chunk], encode: Encode) -> list[tuple[int, np.ndarray]]:
+    """(document, int32 ids) of each chunk, without those of the context before it."""
+    result = []
+    for chunk, ids in zip(batch, encode([chunk.text for chunk in batch]), strict=True):
+        size = len(chunk.before)
+        if tuple(ids[:size]) != chunk.before:
+            problem = "this tokenizer does not tokenise a long document in pieces as it does the whole"
+            raise UserError(problem, f"{chunk.text[:40]!r}…", "cut it into documents of fewer than 65,536 characters")
+        result.append((chunk.document, np.array(ids[size:], dtype=np.int32)))
+    return result
 
 
-def cut(number: int, blocks: Iterable[str], encode: Encode, size: int = PIECE_CHARACTERS) -> Iterator[Piece]:
-    """The pieces of one document, of about ``size`` characters each.
+def cut(number: int, blocks: Iterable[str], encode: Encode, size: int = CHUNK_CHARACTERS) -> Iterator[Chunk]:
+    """The chunks of one document, of about ``size`` characters each.
 
     A cut needs proof from the tokenizer itself: encoded with :data:`CONTEXT_CHARACTERS` on either side, no token lies
     across it, the tokens before it are those without what follows, and the tokens behind it are the same with a
-    shorter context. Each piece is encoded behind that context, whose ids are then taken away: a tokenizer that treats
+    shorter context. Each chunk is encoded behind that context, whose ids are then taken away: a tokenizer that treats
     the start of a text differently (a space put before it) sees no start there.
     """
     text, context, target = "", "", size
@@ -243,33 +234,30 @@ def cut(number: int, blocks: Iterable[str], encode: Encode, size: int = PIECE_CH
     for more in (block[begin : begin + BLOCK] for block in blocks for begin in range(0, len(block), BLOCK)):
         text += more
         while len(text) >= target + CONTEXT_CHARACTERS:
-            place = _place(context, text, target, encode)
-            if place is None:
-                if target >= LONGEST_PIECE_CHARACTERS:
-                    raise UserError(
-                        f"a document has {target:,} characters that cannot be tokenised in pieces",
-                        f"{text[:40]!r}…",
-                        "cut it into documents",
-                    )
+            position = _cut_position(context, text, target, encode)
+            if position is None and target >= LONGEST_CHUNK_CHARACTERS:
+                problem = f"a document has {target:,} characters that cannot be tokenised in pieces"
+                raise UserError(problem, f"{text[:40]!r}…", "cut it into documents")
+            if position is None:
                 target *= 2
                 continue
-            end, context_ids = place
-            yield Piece(number, context + text[:end], before)
+            end, context_ids = position
+            yield Chunk(number, context + text[:end], before)
             context = (context + text[:end])[-CONTEXT_CHARACTERS:]
             text, before, target = text[end:], context_ids, size
-    yield Piece(number, context + text, before)
+    yield Chunk(number, context + text, before)
 
 
-def _place(context: str, text: str, target: int, encode: Encode) -> tuple[int, tuple[int, ...]] | None:
-    """The last good place to cut in the second half of ``text[:target]``, and the ids of the context before it."""
-    first = target // 2
-    for pattern in (*CUTS, *([ANYWHERE] if target >= LONGEST_PIECE_CHARACTERS else [])):
-        places = [found.start() for found in pattern.finditer(text, first, target)][-TRIES:]
-        for place in reversed(places):
-            left, right = (context + text[:place])[-CONTEXT_CHARACTERS:], text[place : place + CONTEXT_CHARACTERS]
+def _cut_position(context: str, text: str, target: int, encode: Encode) -> tuple[int, tuple[int, ...]] | None:
+    """The last good position to cut in the second half of ``text[:target]``, and the ids of the context before it."""
+    for pattern in (*CUTS, *([ANYWHERE] if target >= LONGEST_CHUNK_CHARACTERS else [])):
+        positions = [match.start() for match in pattern.finditer(text, target // 2, target)][-TRIES:]
+        for position in reversed(positions):
+            left = (context + text[:position])[-CONTEXT_CHARACTERS:]
+            right = text[position : position + CONTEXT_CHARACTERS]
             near = left[-CONTEXT_CHARACTERS // 4 :]
             alone, both, near_alone, near_both = encode([left, left + right, near, near + right])
             whole = both[: len(alone)] == alone and near_both[: len(near_alone)] == near_alone
             if whole and both[len(alone) :] == near_both[len(near_alone) :]:
-                return place, tuple(alone)
+                return position, tuple(alone)
     return None

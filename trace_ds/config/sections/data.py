@@ -18,9 +18,7 @@ DatasetText = Annotated[
     ),
 ]
 ConfigText = Annotated[str | None, Field(description="dataset: which of its configurations; default: the only one.")]
-SplitText = Annotated[
-    str | None, Field(description="dataset, and a path to what save_to_disk left: its split; default: train.")
-]
+SplitText = Annotated[str | None, Field(description="dataset: its split; default: train.")]
 
 
 def id_and_revision(dataset: str | None) -> tuple[str, str | None]:
@@ -48,7 +46,7 @@ class CorpusEntry(Section):
     path: PathText = Field(
         "",
         description="A file (.jsonl, .json, .csv, .parquet, .txt; all but Parquet also .gz or .zst), a pattern with *, "
-        "a folder of such files, or what datasets' save_to_disk left.",
+        "or a folder of such files.",
     )
     dataset: DatasetText = None
     config: ConfigText = None
