@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from forked import Server, serving
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"
+signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background both would be ignored
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # The files that take longest, about in this order: several run at a time; a long one that began last would run alone.
 LONG_FILES = (
