@@ -86,19 +86,19 @@ def unlearn_job_disturbed(
     ``in_pass``: killed there, failed there on all ranks, asked to stop before, or out of disk space."""
     import resource
 
-    from trace_ds.unlearning import goals
+    from trace_ds.unlearning import objective
 
     if how == "full" and world.rank == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
     elif how != "full":
-        disturb(goals.Unlearning, world, how, in_pass, step, Path(run_dir) / "stop")
+        disturb(objective.Unlearning, world, how, in_pass, step, Path(run_dir) / "stop")
     unlearn_job(world, config, run_dir, overrides)
 
 
-def disturb(goal: Any, world: Any, how: str, in_pass: int, step: int, stop: Path) -> None:
+def disturb(objective: Any, world: Any, how: str, in_pass: int, step: int, stop: Path) -> None:
     """Let rank 1 be slow to write its optimizer's shard of ``step``, and disturb training meanwhile.
 
-    ``goal``: the class whose ``terms`` is called in every pass: of a step, and when a checkpoint is to be saved.
+    ``objective``: the class whose ``terms`` is called in every pass: of a step, and when a checkpoint is to be saved.
     """
     import signal
     import sys
@@ -106,7 +106,7 @@ def disturb(goal: Any, world: Any, how: str, in_pass: int, step: int, stop: Path
 
     from trace_ds.errors import JobFailed
 
-    terms, passes = goal.terms, []
+    terms, passes = objective.terms, []
 
     def counting(self: Any, *arguments: Any) -> Any:
         passes.append(1)
@@ -122,7 +122,7 @@ def disturb(goal: Any, world: Any, how: str, in_pass: int, step: int, stop: Path
                 stop.touch()
             time.sleep(60.0 if how == "killed" else 1.0)
 
-    goal.terms = counting
+    objective.terms = counting
     if world.rank == 1:
         sys.addaudithook(slow)
 
@@ -131,11 +131,11 @@ def finetune_job(world: Any, config: str, run_dir: str, overrides: list[str], ki
     """``finetune`` as one rank of a job; rank 1 is killed in that pass, while it writes the checkpoint of step 4."""
     from stage_calls import finetune
 
-    from trace_ds.unlearning import goals
+    from trace_ds.unlearning import objective
 
     only_the_main_process_fingerprints(world)
     if killed_in_pass:
-        disturb(goals.NextToken, world, "killed", killed_in_pass, 4, Path(run_dir) / "stop")
+        disturb(objective.NextToken, world, "killed", killed_in_pass, 4, Path(run_dir) / "stop")
     loaded, directory = load_config(config, overrides, run_dir)
     finetune(loaded, RunDirectory.at(directory), world)
 
@@ -528,7 +528,7 @@ def saved_weights(model: Any) -> dict[str, np.ndarray]:
 
 
 def prepared_steps(world: Any, config: str, run_dir: str, overrides: list[str]) -> tuple[Any, Any, Any]:
-    """(the engine of ``unlearn``, its goal, a function that makes the step of a number): no logs, no checkpoints."""
+    """(the engine of ``unlearn``, its objective, a function that makes a step by number): no logs, no checkpoints."""
     from trace_ds.stages import unlearn
     from trace_ds.unlearning.trainer import run_step
 
@@ -536,10 +536,10 @@ def prepared_steps(world: Any, config: str, run_dir: str, overrides: list[str]) 
     job = unlearn.check(loaded, RunDirectory.at(directory), world.size)
     batches = unlearn.make_batches(loaded, job)
     engine, routers = unlearn.make_engine(loaded, job, world, batches)
-    goal, _ = unlearn.make_goal(loaded, job, world, engine, batches, {"step": 0, "seed": 0}, routers)
+    objective, _ = unlearn.make_objective(loaded, job, world, engine, batches, {"step": 0, "seed": 0}, routers)
 
     def step(number: int) -> dict[str, float]:
         data = batches.at(number, world.rank, world.size)
-        return run_step(engine, world, data, goal, loaded.unlearning, number)
+        return run_step(engine, world, data, objective, loaded.unlearning, number)
 
-    return engine, goal, step
+    return engine, objective, step

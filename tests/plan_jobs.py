@@ -23,7 +23,7 @@ def zero3_job(world: Any, config: str, run_dir: str, overrides: list[str]) -> di
     import torch
     from deepspeed.comm import comm
 
-    from trace_ds.unlearning.training_engine import training_engine
+    from trace_ds.unlearning.trainer import training_engine
 
     loaded, directory = load_config(config, overrides, run_dir)
     engine = training_engine(loaded.unlearning, inspect_model(loaded.model.path), world, 1, **shape(loaded))
@@ -102,11 +102,9 @@ def peak_bytes(world: Any, config: str, run_dir: str, overrides: list[str]) -> d
 
     import torch
 
-    from trace_ds.unlearning.assemble import make_objective
-    from trace_ds.unlearning.goals import Multiplier, Unlearning
     from trace_ds.unlearning.needs import layers_held
-    from trace_ds.unlearning.trainer import run_step
-    from trace_ds.unlearning.training_engine import training_engine
+    from trace_ds.unlearning.objective import Multiplier, Unlearning, make_forget_retain
+    from trace_ds.unlearning.trainer import run_step, training_engine
 
     loaded, _ = load_config(config, overrides, run_dir)
     info = inspect_model(loaded.model.path)
@@ -114,7 +112,7 @@ def peak_bytes(world: Any, config: str, run_dir: str, overrides: list[str]) -> d
     batches = OneBatch(rows, loaded.data.context_length, int(info.config["vocab_size"]))
     layers = layers_held(loaded.unlearning, info.decoder_layers)
     engine = training_engine(loaded.unlearning, info, world, 1, **shape(loaded), layers=layers)
-    objective, _ = make_objective(
+    objective, _ = make_forget_retain(
         loaded.unlearning,
         info,
         world,

@@ -159,15 +159,17 @@ class Job:
         job = unlearn.check(config, run, 1)
         batches = self.batches[arms[0]]
         self.engine, routers = unlearn.make_engine(config, job, self.world, batches)
-        cursor: dict[str, Any] = {"step": 0, "seed": 0}
-        self.goal, _ = unlearn.make_goal(config, job, self.world, self.engine, batches, cursor, routers)
+        trainer_state: dict[str, Any] = {"step": 0, "seed": 0}
+        self.objective, _ = unlearn.make_objective(
+            config, job, self.world, self.engine, batches, trainer_state, routers
+        )
 
     def step(self, arm: str, number: int) -> float:
         """Seconds of one step."""
         from trace_ds.unlearning.trainer import run_step
 
         began_s = time.perf_counter()
-        run_step(self.engine, self.world, self.batches[arm].at(number, 0, 1), self.goal, self.settings, number)
+        run_step(self.engine, self.world, self.batches[arm].at(number, 0, 1), self.objective, self.settings, number)
         synchronize()
         return time.perf_counter() - began_s
 

@@ -195,7 +195,7 @@ def unlearn(
     from trace_ds.corpora.dataset import FlatArray
     from trace_ds.unlearning import trainable
     from trace_ds.unlearning.batches import Batches, CorpusBatches
-    from trace_ds.unlearning.goals import Multiplier, NextToken, Unlearning
+    from trace_ds.unlearning.objective import Multiplier, NextToken, Unlearning
     from trace_ds.unlearning.trainer import run_step
 
     settings = UnlearningConfig(**{"forget_rows": 4, "retain_rows": 4, "apply": "loss", **JOBS[job]})
@@ -218,29 +218,29 @@ def unlearn(
     engine = Engine(model, adamw(model, 1e-3), accumulation=batches.micro_batches_per_step(world.size))
     chosen = {1: (2,)} if settings.seuf is not None else None
     trained = trainable.trained_by(model, settings, chosen, settings.last_layer(COMMON["num_hidden_layers"]))
-    trainable.hold(model, trained)
+    trainable.freeze(model, trained)
     objective = objective_of(settings, frozen, world.device)
-    goal: Any = Unlearning(settings, objective, Multiplier.of(settings, {}))
+    objective: Any = Unlearning(settings, objective, Multiplier.of(settings, {}))
     rows: Any = batches
     if job == "finetune":
         tuning = FinetuneConfig(models={"target": ["forget", "retain"]}, steps=4, batch_rows=4)
-        goal, rows = NextToken(), CorpusBatches(tuning, 0, [sides["forget"], sides["retain"]])
+        objective, rows = NextToken(), CorpusBatches(tuning, 0, [sides["forget"], sides["retain"]])
 
     def step(number: int) -> dict[str, float]:
         data = rows.at(number, world.rank, world.size)
-        return run_step(engine, world, data, goal, settings, number)
+        return run_step(engine, world, data, objective, settings, number)
 
     torch.manual_seed(0)
     return [step(number) for number in range(steps)], model, step
 
 
 def objective_of(settings: Any, frozen: Any, device: Any) -> Any:
-    """The losses of a job with its frozen model beside it, as ``unlearning/assemble.py`` makes them with DeepSpeed."""
+    """The losses of a job with its frozen model beside it, as ``unlearning/objective.py`` makes them with DeepSpeed."""
     import torch
 
-    from trace_ds.unlearning.loss import ForgetRetain, Frozen
+    from trace_ds.unlearning.forget_retain import ForgetRetain, Frozen
+    from trace_ds.unlearning.losses import rmu_target
     from trace_ds.unlearning.needs import FrozenNeeds
-    from trace_ds.unlearning.objectives import rmu_target
     from trace_ds.unlearning.seuf import Anchor
 
     needs = FrozenNeeds.of(settings, frozen.config.num_hidden_layers)
@@ -448,7 +448,7 @@ def bench_of_unlearn(name: str, options: argparse.Namespace, folder: Path, *, ze
     from trace_ds.corpora.dataset import FlatArray
     from trace_ds.models.attention import adopt
     from trace_ds.unlearning.batches import Batches
-    from trace_ds.unlearning.goals import Multiplier, Unlearning
+    from trace_ds.unlearning.objective import Multiplier, Unlearning
     from trace_ds.unlearning.trainer import run_step
 
     if zero3:
@@ -482,10 +482,10 @@ def bench_of_unlearn(name: str, options: argparse.Namespace, folder: Path, *, ze
         trained = engine()
         adopt(trained.module)
         objective = objective_of(settings, trained.module, device)
-        goal = Unlearning(settings, objective, Multiplier.of(settings, {}))
+        objective = Unlearning(settings, objective, Multiplier.of(settings, {}))
 
         def step(number: int) -> None:
-            run_step(trained, world, batches.at(number, 0, 1), goal, settings, number)
+            run_step(trained, world, batches.at(number, 0, 1), objective, settings, number)
 
         return measured(step, trained.module)
 
@@ -545,7 +545,7 @@ def zero3_engine(model: Any) -> Any:
     import torch
 
     from trace_ds.parallel.world import quiet_deepspeed
-    from trace_ds.unlearning.training_engine import keep_recomputed
+    from trace_ds.unlearning.trainer import keep_recomputed
 
     deepspeed = quiet_deepspeed()
     deepspeed.init_distributed(verbose=False)

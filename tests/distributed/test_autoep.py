@@ -23,7 +23,7 @@ def passes(world: Any, path: str, options: dict[str, Any]) -> list[tuple[set[str
 
     from trace_ds.config.sections.training import TrainingConfig
     from trace_ds.models.engine import inference_engine
-    from trace_ds.unlearning.training_engine import training_engine
+    from trace_ds.unlearning.trainer import training_engine
 
     found = []
     for given in ({}, options):

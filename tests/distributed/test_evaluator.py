@@ -175,17 +175,17 @@ def test_what_ends_a_job(rows: dict[str, float] | None, accuracy: float | None, 
 
     engine = SimpleNamespace(eval=lambda: None, train=lambda: None)
     evaluator = Evaluator(settings, StageLog("unlearn", None, None), next_rows, lambda: given[1])
-    cursor: dict[str, Any] = {}
-    evaluator.begin(engine, cursor, 0)
-    assert evaluator.evaluate(engine, cursor, 1, last=False) == ""
+    trainer_state: dict[str, Any] = {}
+    evaluator.begin(engine, trainer_state, 0)
+    assert evaluator.evaluate(engine, trainer_state, 1, last=False) == ""
     if end.startswith("JobFailed"):
         with pytest.raises(JobFailed, match=re.escape(end.removeprefix("JobFailed: "))):
-            evaluator.evaluate(engine, cursor, 2, last=False)
+            evaluator.evaluate(engine, trainer_state, 2, last=False)
         return
-    reason = evaluator.evaluate(engine, cursor, 2, last=False)
+    reason = evaluator.evaluate(engine, trainer_state, 2, last=False)
     assert reason.startswith(end) and bool(reason) == bool(end)
-    assert [point["step"] for point in cursor["curve"]] == [0, 2]
-    assert has_ended(settings, cursor["curve"][-1]) == bool(end)
+    assert [point["step"] for point in trainer_state["curve"]] == [0, 2]
+    assert has_ended(settings, trainer_state["curve"][-1]) == bool(end)
 
 
 def test_recomputation_without_expert_parallelism(

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from trace_ds.config.sections.unlearning import UnlearningConfig
 from trace_ds.unlearning import hidden_norms
 from trace_ds.unlearning.batches import MicroBatch
-from trace_ds.unlearning.loss import ForgetRetain, Frozen
+from trace_ds.unlearning.forget_retain import ForgetRetain, Frozen
 from trace_ds.unlearning.needs import FrozenNeeds
 
 LAYER, ROWS, LENGTH, DOCUMENT = 1, 6, 18, 6

@@ -59,9 +59,9 @@ def test_collectives_of_a_step(calibrated: tuple[Path, Path], loss: str, gathers
 
 
 def states_of_the_host(world: Any, config: str, run_dir: str, overrides: list[str]) -> dict[str, Any]:
-    from trace_ds.unlearning import training_engine
+    from trace_ds.unlearning import trainer
 
-    training_engine.RANKS_SUMMED_IN_BF16 = 0  # as if one rank were many
+    trainer.RANKS_SUMMED_IN_BF16 = 0  # as if one rank were many
     engine, _, step = jobs.prepared_steps(world, config, run_dir, overrides)
     threads: list[int] = []
     engine.optimizer.optimizer.register_step_pre_hook(lambda *_: threads.append(torch.get_num_threads()))

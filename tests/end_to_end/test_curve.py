@@ -38,7 +38,9 @@ def shard_bytes(run: Path) -> dict[str, bytes]:
 
 
 def curve_of(run: Path, step: int) -> list[dict[str, Any]]:
-    return json.loads((run / "checkpoints" / f"step_{step:06d}" / "manifest.json").read_text())["cursor"]["curve"]
+    return json.loads((run / "checkpoints" / f"step_{step:06d}" / "manifest.json").read_text())["trainer_state"][
+        "curve"
+    ]
 
 
 @pytest.mark.slow

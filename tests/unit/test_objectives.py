@@ -11,8 +11,8 @@ from objective_reference import FORMULAS, token_values
 
 from trace_ds.config.sections.unlearning import UnlearningConfig
 from trace_ds.models.token_nll import token_nll
-from trace_ds.unlearning import loss, objectives
-from trace_ds.unlearning.goals import Multiplier
+from trace_ds.unlearning import losses
+from trace_ds.unlearning.objective import Multiplier
 
 COUNTED = torch.tensor([[True, True, True, False], [True, False, False, False], [False] * 4])
 
@@ -40,7 +40,7 @@ def test_npo(beta: float) -> None:
     for row in range(2):  # the third row has no counted token and adds nothing
         difference = float((values[row] - reference[row]).sum())
         expected += 2 / beta * math.log(1 + math.exp(-beta * difference))
-    function = lambda x: objectives.npo_forget_sum(x, reference, COUNTED, beta)  # noqa: E731
+    function = lambda x: losses.npo_forget_sum(x, reference, COUNTED, beta)  # noqa: E731
     check(function(values), expected, values, function)
 
 
@@ -51,7 +51,7 @@ def test_simnpo(delta: float) -> None:
         2 / 4.5 * math.log(1 + math.exp(-4.5 * (float(values[row].sum()) / length - delta)))
         for row, length in ((0, 3), (1, 1))
     )
-    function = lambda x: objectives.simnpo_forget_sum(x, COUNTED, 4.5, delta)  # noqa: E731
+    function = lambda x: losses.simnpo_forget_sum(x, COUNTED, 4.5, delta)  # noqa: E731
     check(function(values), expected, values, function)
 
 
@@ -59,7 +59,7 @@ def test_far_from_the_reference_stays_finite() -> None:
     huge = torch.full((1, 2), 1e6, requires_grad=True)
     counted = torch.ones(1, 2, dtype=torch.bool)
     for reference in (torch.zeros(1, 2), torch.full((1, 2), 2e6)):
-        value = objectives.npo_forget_sum(huge, reference, counted, 0.1)
+        value = losses.npo_forget_sum(huge, reference, counted, 0.1)
         assert torch.isfinite(value) and torch.isfinite(torch.autograd.grad(value, huge)[0]).all()
 
 
@@ -97,8 +97,8 @@ def test_token_losses_against_other_algebra_in_float64(name: str) -> None:
     settings = UnlearningConfig(undial={"strength": 3.0}, wga={"beta": 0.7}, satimp={"beta1": 2.0, "beta2": 0.5})
     logits, frozen = logits_of(0), logits_of(1)
     targets = torch.randint(0, 13, (9,), generator=torch.Generator().manual_seed(2))
-    function = loss.TOKEN_LOSSES[name](settings)
-    found = values_and_gradient(lambda z: function(z, targets, frozen), logits)
+    function = losses.TOKEN_LOSSES[name]
+    found = values_and_gradient(lambda z: function(settings, z, targets, frozen), logits)
     expected = values_and_gradient(lambda z: token_values(name, z, targets, frozen, settings), logits)
     for part, wanted, tolerance in zip(found, expected, (1e-6, 5e-6), strict=True):  # gradients are differences
         assert float((part - wanted).abs().max() / wanted.abs().max()) < tolerance
@@ -112,8 +112,8 @@ def test_token_losses_stay_finite_on_extreme_logits(name: str) -> None:
     logits = torch.zeros(4, 5, dtype=torch.bfloat16)
     logits[0, 0], logits[1, 1], logits[2], logits[3, 2] = 1e4, -1e4, 50.0, 300.0
     targets = torch.tensor([0, 1, 2, 3])
-    function = loss.TOKEN_LOSSES[name](settings)
-    for part in values_and_gradient(lambda z: function(z, targets, logits.roll(1, 0)), logits):
+    function = losses.TOKEN_LOSSES[name]
+    for part in values_and_gradient(lambda z: function(settings, z, targets, logits.roll(1, 0)), logits):
         assert torch.isfinite(part).all()
 
 
@@ -126,7 +126,7 @@ def test_dpo_prefers_the_alternative() -> None:
         expected += 2 / beta * math.log(1 + math.exp(-beta * margin))
 
     def of(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return objectives.dpo_forget_sum(x, reference, COUNTED, y, preferred_reference, beta)
+        return losses.dpo_forget_sum(losses.SequenceNLL(x, reference, COUNTED, y, preferred_reference), beta)
 
     check(of(values, preferred), expected, values, lambda x: of(x, preferred.detach()))
     check(of(values, preferred), expected, preferred, lambda y: of(values.detach(), y))
@@ -136,7 +136,7 @@ def test_dpo_prefers_the_alternative() -> None:
 
 def test_adaptive_rmu_scales_with_each_token() -> None:
     frozen = torch.tensor([[[3.0, 4.0], [0.0, 2.0]]])
-    target = objectives.adaptive_rmu_target(torch.tensor([0.5, -1.0]), frozen)
+    target = losses.adaptive_rmu_target(torch.tensor([0.5, -1.0]), frozen)
     assert target.tolist() == [[[2.5, -5.0], [1.0, -2.0]]]
 
 
@@ -147,7 +147,7 @@ def test_the_multiplier_rises_above_the_bound_only_and_resumes() -> None:
     for retain in (1.0, 2.05, 0.05, 0.05, 0.05, 0.05, 0.05):
         weight = weight.after(retain)
         path.append(weight.alpha)
-        assert Multiplier.of(settings, weight.cursor()) == weight
+        assert Multiplier.of(settings, weight.state()) == weight
     assert np.allclose(path[:3], [2 - 0.025, 2.475, 1.975]) and path[-1] == 0.0
     constant = Multiplier.of(UnlearningConfig(alpha=3.0), {})
-    assert constant.after(100.0) == constant and constant.cursor() == {}
+    assert constant.after(100.0) == constant and constant.state() == {}

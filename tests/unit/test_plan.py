@@ -556,20 +556,22 @@ def test_the_frozen_copy_is_planned_as_the_job_makes_it(
     """Layers, whether it stays, whether its head is whole, which rows it sees: as the objective of the job has it."""
     from types import SimpleNamespace
 
-    from trace_ds.unlearning import assemble
+    from trace_ds.unlearning import objective as objective_module
     from trace_ds.unlearning.hidden_norms import HiddenNorms
 
     losses = {"unlearning__forget_loss": forget, "unlearning__retain_loss": retain}
     job = job_of("olmoe-1b-7b", **losses, unlearning__rmu={"scale": scale, "sinks": sinks, "layer": 5})
     a, config = job.a, job.config
     made: list[int] = []
-    monkeypatch.setattr(assemble, "reference_engine", lambda _, info, world, parts, *job: made.append(parts.layers))
-    monkeypatch.setattr(assemble, "_whole_head", lambda engine: "head")
-    monkeypatch.setattr(assemble, "measure", lambda *arguments: HiddenNorms(1.0, 1.0, (), 0.0, 0.0))
+    monkeypatch.setattr(
+        objective_module, "reference_engine", lambda _, info, world, parts, *job: made.append(parts.layers)
+    )
+    monkeypatch.setattr(objective_module, "_whole_head", lambda engine: "head")
+    monkeypatch.setattr(objective_module, "measure", lambda *arguments: HiddenNorms(1.0, 1.0, (), 0.0, 0.0))
     info = SimpleNamespace(decoder_layers=a.layers, config={"hidden_size": 8}, experts=a.experts)
     settings: dict[str, Any] = {"dtype": "bf16", "ep": 1, "seed": 0}
     world, batches = SimpleNamespace(device="cpu"), None
-    objective, _ = assemble.make_objective(config.unlearning, info, world, batches, {}, **settings)  # type: ignore[arg-type]
+    objective, _ = objective_module.make_forget_retain(config.unlearning, info, world, batches, {}, **settings)  # type: ignore[arg-type]
     passes = job.passes()
     frozen = objective.frozen  # type: ignore[attr-defined]
     assert [passes.frozen_layers] == (made or [0])

@@ -219,7 +219,7 @@ def test_the_curve_that_a_job_scores_of_itself(tmp_path: Path) -> None:
             file.unlink()
         newest = place / "checkpoints" / "step_000100"
         newest.mkdir(parents=True)
-        (newest / "manifest.json").write_text(json.dumps({"cursor": {"curve": points}}))
+        (newest / "manifest.json").write_text(json.dumps({"trainer_state": {"curve": points}}))
         (newest.parent / "latest").write_text("step_000100")
     data = gather(path)
     part = scores.standing([data], "unlearned", "uniform")

@@ -34,7 +34,7 @@ class Manifest:
         model: ``{"path", "fingerprint"}`` of the model the job started from.
         calibration: content fingerprint of the calibration.
         dtype: parameter type of the forward pass.
-        cursor: ``{"step", "seed", ...}``: with the seed, the position in the data; and job constants.
+        trainer_state: ``{"step", "seed", ...}``: with the seed, the position in the data; and job constants.
         versions: of trace_ds, deepspeed, torch, transformers.
         files: name -> {bytes, sha256}.
         layers: decoder layers that it holds, from the first on, without norm and LM head: the rest is as in the model
@@ -50,7 +50,7 @@ class Manifest:
     model: dict[str, str]
     calibration: str
     dtype: str
-    cursor: dict[str, Any]
+    trainer_state: dict[str, Any]
     versions: dict[str, str]
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     layers: int | None = None
@@ -76,7 +76,7 @@ def read_manifest(directory: Path) -> Manifest:
     try:
         kinds = {**dict.fromkeys(("step", "world", "ep", "zero_stage"), int), **dict.fromkeys(_TEXTS, str)}
         kinds |= {"layers": int} if raw.get("layers") is not None else {}  # older manifests are without
-        typed(raw, {**kinds, **dict.fromkeys(("model", "cursor", "versions", "files"), dict)})
+        typed(raw, {**kinds, **dict.fromkeys(("model", "trainer_state", "versions", "files"), dict)})
         text_values(raw, "model")
         text_values(raw, "versions")
         file_entries(raw["files"])

@@ -179,7 +179,7 @@ def unlearn_memory(job: PlannedJob, rows: int, *, recompute: bool | None = None)
 
 
 def frozen_parameters(a: Architecture, passes: Passes, *, ep: int, world: int, stage: int) -> float:
-    """Elements on a rank of the frozen copy (unlearning/assemble.py:reference_engine): partitioned with ZeRO-3, else
+    """Elements on a rank of the frozen copy (unlearning/objective.py:reference_engine): partitioned with ZeRO-3, else
     whole but for the experts."""
     if not passes.frozen_layers:
         return 0.0

@@ -47,7 +47,7 @@ from trace_ds.parallel.device import to_device
 from trace_ds.run.artefact import Artefact
 from trace_ds.run.directory import RunDirectory
 from trace_ds.unlearning.batches import CorpusStep, EpochRows, generator, share_of_rank
-from trace_ds.unlearning.goals import NextToken
+from trace_ds.unlearning.objective import NextToken
 from trace_ds.unlearning.trainer import NumericalFailure, run_step
 
 ATTACKABLE = ("choice", "verbatim", "knowmem")  # their score is what the model says or prefers

@@ -428,7 +428,7 @@ def _sharded(
 ) -> Iterator[Any]:
     from trace_ds.models.engine import inference_engine
     from trace_ds.models.families import check_expert_parallel, inspect_model
-    from trace_ds.unlearning.training_engine import training_engine
+    from trace_ds.unlearning.trainer import training_engine
 
     info = world.broadcast_agreed(lambda: inspect_model(path))
     check_expert_parallel(info, sharding.ep, world.size, "evaluation.ep", sharding.options)

@@ -102,7 +102,7 @@ class CurvePointShape(TypedDict, total=False):
     scores: Required[list[ScoreShape]]
 
 
-class CursorShape(TypedDict, total=False):
+class TrainerStateShape(TypedDict, total=False):
     curve: list[CurvePointShape] | None
 
 
@@ -110,7 +110,7 @@ class ManifestShape(TypedDict, total=False):
     """``checkpoints/step_N/manifest.json``."""
 
     step: int
-    cursor: CursorShape | None
+    trainer_state: TrainerStateShape | None
     versions: dict[str, str] | None
     model: dict[str, str | None] | None
 
@@ -199,7 +199,7 @@ def read_manifest(base: Path) -> dict[str, Any]:
 
 def read_points(base: Path) -> list[dict[str, Any]]:
     """What an unlearning job scored of itself, step by step, from its newest checkpoint, or RUN/curve.json."""
-    points = (read_manifest(base).get("cursor") or {}).get("curve") or []
+    points = (read_manifest(base).get("trainer_state") or {}).get("curve") or []
     if not points and (base / "curve.json").is_file():
         points = read_curve(base / "curve.json")["curve"]
         with reading(base / "curve.json", "the curve", "make it again with `trace-ds unlearn`"):

@@ -142,7 +142,7 @@ def _choose(config: Config, run: RunDirectory) -> tuple[Path, list[str]]:
     if step is None:
         found = f" ({problems[0]})" if problems else ""
         raise UserError(f"there is no complete checkpoint{found}", str(run.checkpoints), fix)
-    points = read_manifest(run.checkpoints / step_name(step)).cursor.get("curve", [])
+    points = read_manifest(run.checkpoints / step_name(step)).trainer_state.get("curve", [])
     ended = bool(points) and points[-1]["step"] == step and has_ended(config.unlearning.evaluate, points[-1])
     if step < config.unlearning.steps and not ended:
         problems.append(f"the newest complete checkpoint is of step {step} of {config.unlearning.steps}")

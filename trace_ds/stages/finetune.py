@@ -165,9 +165,8 @@ def make_batches(config: Config, sides: list[str] | tuple[str, ...], data: artef
 
 
 def _train(config: Config, run: RunDirectory, world: World, job: FinetuneJob) -> None:
-    from trace_ds.unlearning.goals import NextToken
-    from trace_ds.unlearning.trainer import train
-    from trace_ds.unlearning.training_engine import training_engine
+    from trace_ds.unlearning.objective import NextToken
+    from trace_ds.unlearning.trainer import train, training_engine
 
     training = job.training(config, run)
     with training.begun(world, "finetune") as (log, chosen):

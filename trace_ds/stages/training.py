@@ -110,9 +110,11 @@ class Training:
         """Where training begins (collective): at ``chosen``, or the newest older checkpoint that can be loaded into the
         engine, whatever shape wrote it; at step 0 without one."""
         loaded = None if chosen is None else self._loaded(world, engine, chosen, log)
-        step, cursor = (loaded.step, loaded.cursor) if loaded else (0, {"step": 0, "seed": self.config.seed})
+        step, trainer_state = (
+            (loaded.step, loaded.trainer_state) if loaded else (0, {"step": 0, "seed": self.config.seed})
+        )
         log.drop_scalars_after(step)
-        return self._manifest(world, step, cursor)
+        return self._manifest(world, step, trainer_state)
 
     def _loaded(self, world: World, engine: Any, chosen: Manifest, log: StageLog) -> Manifest:
         from trace_ds.checkpoints import commit, elastic
@@ -140,7 +142,7 @@ class Training:
             )
         return loaded
 
-    def _manifest(self, world: World, step: int, cursor: dict[str, Any]) -> Manifest:
+    def _manifest(self, world: World, step: int, trainer_state: dict[str, Any]) -> Manifest:
         import deepspeed
         import torch
         import transformers
@@ -159,7 +161,7 @@ class Training:
             },
             calibration=self.calibration,
             dtype=self.config.model.dtype,
-            cursor=cursor,
+            trainer_state=trainer_state,
             layers=self.layers,
             versions={
                 "trace_ds": __version__,

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from trace_ds.run.log import StageLog
     from trace_ds.unlearning.batches import Batches
     from trace_ds.unlearning.evaluator import Evaluator, FixedRows
-    from trace_ds.unlearning.goals import Unlearning
     from trace_ds.unlearning.grip import Projection
+    from trace_ds.unlearning.objective import Unlearning
 
 
 CURVE_FORMAT = 3  # raise it when what a step computes changes: the curves of studies are then made anew
@@ -73,7 +73,7 @@ class UnlearnJob:
             return True
 
         def is_enough(manifest: Manifest) -> bool:
-            points = [point for point in manifest.cursor.get("curve", []) if point["step"] == manifest.step]
+            points = [point for point in manifest.trainer_state.get("curve", []) if point["step"] == manifest.step]
             ended = any(has_ended(settings.evaluate, point) for point in points)
             return ended or manifest.step >= settings.steps
 
@@ -234,22 +234,24 @@ def unlearn(job: UnlearnJob, world: World) -> None:
         batches = world.agree_each(lambda _: make_batches(config, job))
         engine, routers = make_engine(config, job, world, batches, log)
         start = training.restored(world, engine, chosen, log)
-        goal, cursor = make_goal(config, job, world, engine, batches, start.cursor, routers, log.line)
+        objective, trainer_state = make_objective(
+            config, job, world, engine, batches, start.trainer_state, routers, log.line
+        )
         log.detail(
             f"{settings.forget_loss}, weights by {settings.apply}, alpha {settings.alpha:g}, "
             f"ZeRO stage {settings.zero_stage}, world size {world.size}, expert-parallel size {config.distributed.ep}"
         )
         [evaluator] = world.agree_each(lambda _: [make_evaluator(config, job, engine, world, log)])
-        start, diverged = replace(start, cursor=cursor), None
+        start, diverged = replace(start, trainer_state=trainer_state), None
         try:
-            train(engine, world, batches, goal, settings, settings.steps, run, start, log, evaluator)
+            train(engine, world, batches, objective, settings, settings.steps, run, start, log, evaluator)
         except JobFailed as error:
             if settings.keep or not error.step:
                 raise
             diverged = error.step
             log.line(str(error).replace("the last checkpoint stands", "the curve ends here"))
         if job.curve:
-            world.agree(lambda: write_curve(job, run, cursor["curve"], diverged))
+            world.agree(lambda: write_curve(job, run, trainer_state["curve"], diverged))
         if settings.keep == 0:
             world.agree(lambda: discard_checkpoints(run, job.curve))
         engine.destroy()  # a process may run many jobs
@@ -300,7 +302,7 @@ def make_engine(
     from trace_ds.models.routers import meta_model
     from trace_ds.unlearning.grip import Projection
     from trace_ds.unlearning.trainable import trained_by
-    from trace_ds.unlearning.training_engine import training_engine
+    from trace_ds.unlearning.trainer import training_engine
 
     settings = config.unlearning
     last = settings.last_layer(job.info.decoder_layers)
@@ -314,26 +316,27 @@ def make_engine(
     return engine, Projection(engine, batches, world, settings.grip, config.seed, say)
 
 
-def make_goal(
+def make_objective(
     config: Config,
     job: UnlearnJob,
     world: World,
     engine: Any,
     batches: Batches,
-    cursor: dict[str, Any],
+    trainer_state: dict[str, Any],
     routers: Projection | None,
-    say: Callable[[str], None] = lambda line: None,
+    log: Callable[[str], None] = lambda line: None,
 ) -> tuple[Unlearning, dict[str, Any]]:
-    """What the job trains for, where a checkpoint's ``cursor`` left it, and the cursor with the job's constants."""
-    from trace_ds.unlearning.assemble import make_objective
-    from trace_ds.unlearning.goals import Multiplier, Unlearning
+    """The objective, where a checkpoint's ``trainer_state`` left it, and that state with the job's constants."""
+    from trace_ds.unlearning.objective import Multiplier, Unlearning, make_forget_retain
 
     settings = config.unlearning
     shape = {**held_as(config), "seed": config.seed}
-    objective, cursor = make_objective(settings, job.info, world, batches, cursor, job.anchored, **shape, say=say)
+    forget_retain, trainer_state = make_forget_retain(
+        settings, job.info, world, batches, trainer_state, job.anchored, **shape, log=log
+    )
     if routers is not None:
         routers.begin(engine)
-    return Unlearning(settings, objective, Multiplier.of(settings, cursor), routers), cursor
+    return Unlearning(settings, forget_retain, Multiplier.of(settings, trainer_state), routers), trainer_state
 
 
 def make_batches(config: Config, job: UnlearnJob) -> Batches:

@@ -31,7 +31,7 @@ from trace_ds.parallel.world import World
 from trace_ds.routing.token_files import SampledRouting
 from trace_ds.run.curve import has_ended, scores_of
 from trace_ds.run.log import StageLog
-from trace_ds.unlearning.goals import next_token_nll
+from trace_ds.unlearning.objective import next_token_nll
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def _row_sums(engine: Any, fixed: FixedRows, world: World, batch_rows: int) -> n
 class Evaluator:
     """Scores an unlearning job while it trains (collective).
 
-    ``cursor["curve"]``, which checkpoints keep, holds a point for each evaluation: ``{"step", "rows", "scores",
+    ``trainer_state["curve"]``, which checkpoints keep, holds a point for each evaluation: ``{"step", "rows", "scores",
     "by_source"}``.
 
     Attributes:
@@ -122,12 +122,12 @@ class Evaluator:
     rows: Callable[[Any], dict[str, float]] | None
     tasks: Callable[[], dict[str, Any] | None] | None
 
-    def begin(self, engine: Any, cursor: dict[str, Any], step: int) -> None:
+    def begin(self, engine: Any, trainer_state: dict[str, Any], step: int) -> None:
         """Score the frozen model, step 0 of the curve, unless an earlier start of the job has."""
-        if step == 0 and not cursor.get("curve") and self._add_point(engine, cursor, 0) is None:
+        if step == 0 and not trainer_state.get("curve") and self._add_point(engine, trainer_state, 0) is None:
             raise stopped(0, ["log-probabilities of a task are not finite"])
 
-    def evaluate(self, engine: Any, cursor: dict[str, Any], step: int, *, last: bool) -> str:
+    def evaluate(self, engine: Any, trainer_state: dict[str, Any], step: int, *, last: bool) -> str:
         """Evaluate after ``step``, if it is time; returns why the job ends here, or nothing.
 
         Raises:
@@ -135,7 +135,7 @@ class Evaluator:
         """
         if not (last or step % (self.settings.every or 1) == 0):
             return ""
-        point = self._add_point(engine, cursor, step)
+        point = self._add_point(engine, trainer_state, step)
         if point is None:
             raise stopped(step, ["log-probabilities of a task are not finite"])
         scores = scores_of(point)
@@ -149,7 +149,7 @@ class Evaluator:
             return ""
         return "; ".join(f"{told(scores, bound.score)} (until {bound})" for bound in self.settings.bounds("until"))
 
-    def _add_point(self, engine: Any, cursor: dict[str, Any], step: int) -> dict[str, Any] | None:
+    def _add_point(self, engine: Any, trainer_state: dict[str, Any], step: int) -> dict[str, Any] | None:
         """Add a point to the curve and to the log; None where the model cannot be scored."""
         engine.eval()
         rows = self.rows(engine) if self.rows is not None else {}
@@ -158,8 +158,8 @@ class Evaluator:
         if tasks is None:
             return None
         point = {"step": step, "rows": rows, **tasks}
-        earlier = [point for point in cursor.get("curve", []) if point["step"] < step]
-        cursor["curve"] = [*earlier, point]
+        earlier = [point for point in trainer_state.get("curve", []) if point["step"] < step]
+        trainer_state["curve"] = [*earlier, point]
         values = {name.replace(" ", "_"): value for name, value in scores_of(point).items() if value is not None}
         self.log.evaluation(step, **values)
         return point

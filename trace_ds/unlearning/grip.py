@@ -121,7 +121,7 @@ class Projection:
     It is made while the engine holds the frozen weights.
 
     Args:
-        say: logs how many bytes this rank holds.
+        log: told how many bytes this rank holds.
     """
 
     def __init__(
@@ -131,7 +131,7 @@ class Projection:
         world: World,
         settings: GRIPConfig,
         seed: int,
-        say: Callable[[str], None] = lambda line: None,
+        log: Callable[[str], None] = lambda line: None,
     ) -> None:
         self._world, self._seed = world, seed
         logits_of = [_logits(router) for router in find_routers(engine.module)]
@@ -150,7 +150,7 @@ class Projection:
         held_bytes = sum(layer.held_bytes for layer in self._layers.values())
         bases = [basis for layer in self._layers.values() for basis in layer.bases]
         fixed = sum(basis.shape[0] == basis.shape[1] for basis in bases)
-        say(
+        log(
             f"GRIP holds {held_bytes:,} bytes of router inputs here; for {fixed} of its {len(bases)} router rows "
             "what selected them spans everything, so that only margins can move them; fewer grip.tokens change both"
         )

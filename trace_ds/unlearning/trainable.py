@@ -141,7 +141,7 @@ def parameter_groups(model: nn.Module, trained: Trained | None, weight_decay: fl
     return [group for group in groups if group["params"]]
 
 
-def hold(model: nn.Module, trained: Trained) -> None:
+def freeze(model: nn.Module, trained: Trained) -> None:
     """Zero the gradients of what is held, on the converted model of an engine (local experts under AutoEP)."""
     for name, parameter in model.named_parameters():
         source = autoep.source_name(name, trained.parameters)

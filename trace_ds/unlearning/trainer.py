@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -12,16 +13,22 @@ from typing import Any
 import numpy as np
 import torch
 
+from trace_ds.checkpoints import serialization
 from trace_ds.checkpoints.commit import Saver
 from trace_ds.checkpoints.manifest import Manifest
 from trace_ds.config.sections.training import TrainingConfig
 from trace_ds.errors import JobFailed, StopRequested
+from trace_ds.models.engine import ModelParts, base_ds_config, initialize
+from trace_ds.models.engine_config import RANKS_SUMMED_IN_BF16, merge_ds_config, user_ds_config
+from trace_ds.models.families import ModelInfo
+from trace_ds.parallel.environment import local_rank_and_size
 from trace_ds.parallel.world import World
 from trace_ds.run.directory import RunDirectory
 from trace_ds.run.log import Progress, StageLog
+from trace_ds.unlearning import trainable
 from trace_ds.unlearning.batches import Batches, CorpusBatches
 from trace_ds.unlearning.evaluator import Evaluator
-from trace_ds.unlearning.goals import Goal
+from trace_ds.unlearning.objective import Objective
 
 
 class NumericalFailure(JobFailed):
@@ -63,7 +70,7 @@ def train(
     engine: Any,
     world: World,
     rows: Batches | CorpusBatches,
-    goal: Goal,
+    objective: Objective,
     settings: TrainingConfig,
     steps: int,
     run: RunDirectory,
@@ -74,17 +81,17 @@ def train(
     """Train from step ``manifest.step`` to ``steps``, or to where ``evaluator`` ends the job, saving as configured.
 
     Only a state whose weights, moments and next losses are finite is saved. Steps go on while a checkpoint is written;
-    on return, and when all ranks fail alike, it is complete. ``manifest.cursor`` is updated in place.
+    on return, and when all ranks fail alike, it is complete. ``manifest.trainer_state`` is updated in place.
 
     Raises:
         StopRequested: the stop file appeared, SIGTERM or SIGINT came; a complete checkpoint was saved.
         JobFailed: a loss, gradient or weight is not finite (NumericalFailure), or a score is past a guard. Nothing is
             saved then: the last checkpoint, from before, stands.
     """
-    cursor = manifest.cursor
+    trainer_state = manifest.trainer_state
     progress = Progress(log, "training", steps, start=manifest.step)
     if evaluator is not None:
-        evaluator.begin(engine, cursor, manifest.step)
+        evaluator.begin(engine, trainer_state, manifest.step)
     saver = Saver(
         engine,
         world,
@@ -94,26 +101,28 @@ def train(
     )
     with termination_noted() as terminated, saver:
 
-        def asked() -> bool:
+        def stop_requested() -> bool:
             return terminated() or (world.is_main and any(path.is_file() for path in run.stop_files))
 
         for step in range(manifest.step, steps):
             done = step + 1
             data = rows.at(step, world.rank, world.size)
-            seed_step(cursor["seed"], step, world.rank)
-            values = run_step(engine, world, data, goal, settings, step, asked)
+            seed_step(trainer_state["seed"], step, world.rank)
+            values = run_step(engine, world, data, objective, settings, step, stop_requested)
             stop = bool(values.pop("stop"))
             saver.poll()
             log.scalars(done, **values)
-            progress.advance(1, **{name: values[f"loss_{name}"] for name in goal.factors})
+            progress.advance(1, **{name: values[f"loss_{name}"] for name in objective.factors})
             last = done == steps
-            reason = evaluator.evaluate(engine, cursor, done, last=last) if evaluator is not None else ""
+            reason = evaluator.evaluate(engine, trainer_state, done, last=last) if evaluator is not None else ""
             if reason and not last:
                 log.line(f"finished early, after step {done} of {steps}: {reason}")
                 last = True
             if (done % settings.save_every == 0 or last or stop) and not (last and settings.keep == 0):
-                require_finite(engine, world, goal, rows, done)
-                current = replace(manifest, step=done, cursor={**cursor, **goal.state(), "step": done})
+                require_finite(engine, world, objective, rows, done)
+                current = replace(
+                    manifest, step=done, trainer_state={**trainer_state, **objective.state(), "step": done}
+                )
                 saver.save(current, wait=last or stop)
             if last:
                 break
@@ -126,7 +135,7 @@ def train(
     progress.close()
 
 
-def require_finite(engine: Any, world: World, goal: Goal, rows: Batches | CorpusBatches, done: int) -> None:
+def require_finite(engine: Any, world: World, objective: Objective, rows: Batches | CorpusBatches, done: int) -> None:
     """Refuse to save a state that no job could go on from (collective): one forward pass on the rows of the next step.
 
     An update can leave weights that are finite and useless, which only a loss shows; and weights that no token of a
@@ -139,7 +148,7 @@ def require_finite(engine: Any, world: World, goal: Goal, rows: Batches | Corpus
     losses = 0.0
     data: Any = rows.at(done, world.rank, world.size)
     with torch.no_grad():
-        for terms in goal.terms(engine, replace(data, micro_batches=data.micro_batches[:1]), world.device):
+        for terms in objective.terms(engine, replace(data, micro_batches=data.micro_batches[:1]), world.device):
             losses += sum(float(term) for term in terms.values())
     engine.train()
     if world.max_int(int(not (math.isfinite(losses) and finite_state(engine)))):
@@ -164,10 +173,10 @@ def run_step(
     engine: Any,
     world: World,
     data: Any,
-    goal: Goal,
+    objective: Objective,
     settings: TrainingConfig,
     step: int,
-    asked: Callable[[], bool] = lambda: False,
+    stop_requested: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
     """One optimizer step; returns the losses (global), the gradient norm, the learning rate, and how many ranks ask to
     ``stop``.
@@ -177,7 +186,7 @@ def run_step(
 
     Args:
         data: of this rank: ``rows.at(step, …)``.
-        asked: whether this rank asks to stop; looked at before the update.
+        stop_requested: whether this rank asks to stop; looked at before the update.
 
     Raises:
         NumericalFailure: the loss or the gradient is not finite, on any rank; every rank raises.
@@ -185,18 +194,18 @@ def run_step(
     lr = learning_rate(settings, step)
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
-    factors = goal.factors
+    factors = objective.factors
     # Of this rank. They stay on the device until the step is made: whoever reads them waits for the backward pass.
     sums = torch.zeros(len(factors), dtype=torch.float64, device=world.device)
     accumulation = len(data.micro_batches)
-    each = goal.terms(engine, data, world.device)
+    each = objective.terms(engine, data, world.device)
     for number in range(accumulation):
         engine.set_gradient_accumulation_boundary(number == accumulation - 1)
         terms = next(each)
         sums += torch.stack([terms[name].detach().double() for name in factors])
         engine.backward(sum(factors[name] * term for name, term in terms.items()) * world.size * accumulation)
     # One collective a step: losses (and whether every rank's are finite) and who asks to stop.
-    totals = torch.cat([sums, sums.new_full((1,), asked())])
+    totals = torch.cat([sums, sums.new_full((1,), stop_requested())])
     world.sum_in_place(totals)
     engine.step()
     norm = engine.get_global_grad_norm()  # None: the user's DeepSpeed settings turn it off
@@ -205,9 +214,9 @@ def run_step(
     here, summed, stop = read[: len(factors)], read[len(factors) : 2 * len(factors)], read[-1]
     losses = dict(zip(factors, summed, strict=True))
     if not np.isfinite(list(losses.values())).all():
-        told = ", ".join(f"{name} {value}" for name, value in zip(factors, here, strict=True))
+        values = ", ".join(f"{name} {value}" for name, value in zip(factors, here, strict=True))
         raise NumericalFailure(
-            f"the loss is not finite in step {step + 1} ({told} on this rank); nothing of the step is saved and the "
+            f"the loss is not finite in step {step + 1} ({values} on this rank); nothing of the step is saved and the "
             "last checkpoint stands; lower the learning rate or the weights of the losses",
             step + 1,
         )
@@ -218,12 +227,107 @@ def run_step(
             "last checkpoint stands; lower the weights of the losses",
             step + 1,
         )
-    goal.after_update(engine, step)
+    objective.after_update(engine, step)
     return {
         **{f"loss_{name}": value for name, value in losses.items()},
         "loss": sum(factors[name] * value for name, value in losses.items()),
         "grad_norm": norm,
         "lr": lr,
         "stop": stop,
-        **goal.follow(losses),
+        **objective.update_state(losses),
     }
+
+
+def training_engine(
+    settings: TrainingConfig,
+    info: ModelInfo,
+    world: World,
+    accumulation: int,
+    trained: trainable.Trained | None = None,
+    *,
+    dtype: str,
+    ep: int,
+    options: Mapping[str, Any] | None = None,
+    layers: int | None = None,
+) -> Any:
+    """The DeepSpeed training engine: AdamW, ZeRO as configured, experts sharded by AutoEP when ep > 1.
+
+    Args:
+        trained: None: all that is loaded.
+        dtype: ``model.dtype``.
+        options: ``distributed.autoep``.
+        layers: load only the first so many decoder layers, without norm and LM head; None: the whole model.
+    """
+    optimizer = settings.optimizer
+    ds_config = base_ds_config(ep=ep, info=info, zero_stage=settings.zero_stage, options=options)
+    ds_config |= {
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": optimizer.gradient_clipping,
+        "bf16": {"enabled": dtype == "bf16"},
+        **({"communication_data_type": "fp32"} if world.size > RANKS_SUMMED_IN_BF16 else {}),
+        "optimizer": {
+            "type": "AdamW",
+            "params": {
+                "lr": optimizer.lr,
+                "betas": list(optimizer.betas),
+                "eps": optimizer.eps,
+                "weight_decay": optimizer.weight_decay,
+                "torch_adam": True,  # no JIT compilation of DeepSpeed's own
+                "fused": True,  # 28 bytes moved a parameter, not 72; no temporary of its size
+            },
+        },
+    }
+    ds_config = merge_ds_config(ds_config, user_ds_config(settings.ds_config))
+    training = initialize(
+        info,
+        world,
+        ds_config,
+        dtype=dtype,
+        parts=ModelParts(layers=layers, head=layers is None),
+        # by the names of the model as it was loaded, before AutoEP renames any
+        parameters=lambda model: trainable.parameter_groups(model, trained, optimizer.weight_decay),
+        recompute=settings.recompute,
+    )
+    if trained is not None:
+        trainable.freeze(training.module, trained)
+    serialization.install(training)
+    if settings.recompute and settings.zero_stage == 3:
+        keep_recomputed(training)
+    if "offload_optimizer" in ds_config["zero_optimization"]:
+        update_with_all_cores(training.optimizer.optimizer)
+    return training
+
+
+def update_with_all_cores(optimizer: Any) -> None:
+    """States in host memory are updated by this process's share of the cores, however many threads the rest has.
+
+    Each element is computed by itself, so their number changes no bit.
+    """
+    update = optimizer.step
+    cores = len(os.sched_getaffinity(0)) // local_rank_and_size()[1]
+
+    def step(*arguments: Any, **options: Any) -> Any:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(max(threads, cores))
+        try:
+            return update(*arguments, **options)
+        finally:
+            torch.set_num_threads(threads)
+
+    optimizer.step = step
+
+
+def keep_recomputed(engine: Any) -> None:
+    """Parameters gathered for a recomputation stay until their module's backward pass releases them.
+
+    DeepSpeed gathers a module's parameters before its backward pass. The first saved tensor that this needs makes torch
+    run the layer's forward pass again, and DeepSpeed would release the parameters at the end of that.
+    """
+    offload = engine.optimizer.parameter_offload
+    release = offload.post_sub_module_forward_function
+
+    def release_unless_recomputing(module: Any) -> None:
+        if torch._C._current_graph_task_id() == -1:  # not inside a backward pass
+            release(module)
+
+    offload.post_sub_module_forward_function = release_unless_recomputing

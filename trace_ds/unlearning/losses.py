@@ -13,9 +13,14 @@ gradient ascent would then maximise.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch.nn import functional
 
+from trace_ds.config.sections.unlearning import UnlearningConfig
 from trace_ds.models.token_nll import nll
 
 # --- one value a token, from its logits -------------------------------------------------------------------------------
@@ -89,6 +94,23 @@ def _cross_entropy(target_NV: torch.Tensor, logits_NV: torch.Tensor) -> torch.Te
 # --- sums over sequences, from the token losses -----------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class SequenceNLL:
+    """What losses of sequences are made of: token losses [B, S] of the forget rows, 0 where nothing is counted.
+
+    Attributes:
+        nll_BS, reference_nll_BS: the trained and the frozen model's.
+        counted_BS: bool.
+        preferred_nll_BS, preferred_reference_nll_BS: of the rows preferred to them (``data.alternative``), or None.
+    """
+
+    nll_BS: torch.Tensor
+    reference_nll_BS: torch.Tensor
+    counted_BS: torch.Tensor
+    preferred_nll_BS: torch.Tensor | None = None
+    preferred_reference_nll_BS: torch.Tensor | None = None
+
+
 def npo_forget_sum(
     nll_BS: torch.Tensor, reference_nll_BS: torch.Tensor, counted_BS: torch.Tensor, beta: float
 ) -> torch.Tensor:
@@ -110,28 +132,43 @@ def simnpo_forget_sum(nll_BS: torch.Tensor, counted_BS: torch.Tensor, beta: floa
     return _preference_sum(mean_B - delta, counted_BS, beta)
 
 
-def dpo_forget_sum(
-    nll_BS: torch.Tensor,
-    reference_nll_BS: torch.Tensor,
-    counted_BS: torch.Tensor,
-    preferred_nll_BS: torch.Tensor,
-    preferred_reference_nll_BS: torch.Tensor,
-    beta: float,
-) -> torch.Tensor:
+def dpo_forget_sum(rows: SequenceNLL, beta: float) -> torch.Tensor:
     """DPO: Σ over pairs of −(2/β) log σ(β [(NLL_θ(y) − NLL_ref(y)) − (NLL_θ(y⁺) − NLL_ref(y⁺))]).
 
     y is the forget row, y⁺ the row preferred to it; refusals as y⁺ make it IdkDPO (Rafailov et al., arXiv 2305.18290;
     for unlearning Zhang et al., 2404.05868, and Maini et al., 2401.06121). NLLs are sums. The factor 2/β, as in NPO
     and the OpenUnlearning benchmark, is not in the DPO paper. Default β = 0.1.
     """
-    forget_B = (nll_BS - reference_nll_BS).sum(dim=1)
-    preferred_B = (preferred_nll_BS - preferred_reference_nll_BS).sum(dim=1)
-    return _preference_sum(forget_B - preferred_B, counted_BS, beta)
+    assert rows.preferred_nll_BS is not None and rows.preferred_reference_nll_BS is not None
+    forget_B = (rows.nll_BS - rows.reference_nll_BS).sum(dim=1)
+    preferred_B = (rows.preferred_nll_BS - rows.preferred_reference_nll_BS).sum(dim=1)
+    return _preference_sum(forget_B - preferred_B, rows.counted_BS, beta)
 
 
 def _preference_sum(margin_B: torch.Tensor, counted_BS: torch.Tensor, beta: float) -> torch.Tensor:
     loss_B = -(2.0 / beta) * functional.logsigmoid(beta * margin_B)
     return (loss_B * counted_BS.any(dim=1)).sum()
+
+
+# --- the tables: a loss is one function above and one line here -------------------------------------------------------
+
+# (settings, logits [C, V], targets [C], the frozen model's logits [C, V] where needs.py says so) -> values [C]
+TokenLoss = Callable[[UnlearningConfig, torch.Tensor, torch.Tensor, Any], torch.Tensor]
+TOKEN_LOSSES: dict[str, TokenLoss] = {
+    "nll": lambda s, z, y, frozen: nll(z, y),
+    "kl": lambda s, z, y, frozen: kl_to_frozen(z, frozen),
+    "graddiff": lambda s, z, y, frozen: -nll(z, y),
+    "wga": lambda s, z, y, frozen: wga(z, y, s.wga.beta),
+    "satimp": lambda s, z, y, frozen: satimp(z, y, s.satimp.beta1, s.satimp.beta2),
+    "undial": lambda s, z, y, frozen: undial(z, y, frozen, s.undial.strength),
+    "ceu": lambda s, z, y, frozen: ceu(z, y),
+    "pdu": lambda s, z, y, frozen: margin_flattening(z),
+}
+SEQUENCE_LOSSES: dict[str, Callable[[UnlearningConfig, SequenceNLL], torch.Tensor]] = {
+    "npo": lambda s, rows: npo_forget_sum(rows.nll_BS, rows.reference_nll_BS, rows.counted_BS, s.npo.beta),
+    "simnpo": lambda s, rows: simnpo_forget_sum(rows.nll_BS, rows.counted_BS, s.simnpo.beta, s.simnpo.delta),
+    "dpo": lambda s, rows: dpo_forget_sum(rows, s.dpo.beta),
+}
 
 
 # --- hidden states ----------------------------------------------------------------------------------------------------

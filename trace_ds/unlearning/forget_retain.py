@@ -1,7 +1,7 @@
-"""From a micro-batch to its losses: one pass of the trained model, and at most one of the frozen one for several.
+"""The forget and retain losses of a micro-batch: one pass of the trained model, at most one of the frozen one.
 
 Any forget loss goes with any retain loss. Three kinds exist: values of tokens from their logits, sums over sequences
-from token losses, and hidden states at a layer; ``docs/objectives.md`` is the table, and says how to add one.
+from token losses (the tables of losses.py), and hidden states at a layer. To add one: docs/objectives.md.
 
 Shape legend: F forget rows, R retain rows, B all rows (forget, retain, and alternative ones last), S positions,
 D hidden size, V vocabulary, N tokens of a request, C of a chunk of them.
@@ -9,7 +9,7 @@ D hidden size, V vocabulary, N tokens of a request, C of a chunk of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,30 +17,18 @@ import torch
 from torch.nn import functional
 
 from trace_ds.config.sections.unlearning import UnlearningConfig
-from trace_ds.models.token_nll import nll
 from trace_ds.parallel.device import to_device
-from trace_ds.unlearning import objectives
 from trace_ds.unlearning.batches import MicroBatch
 from trace_ds.unlearning.forward import HeadRequest, forward
+from trace_ds.unlearning.losses import (
+    SEQUENCE_LOSSES,
+    TOKEN_LOSSES,
+    SequenceNLL,
+    adaptive_rmu_target,
+    hidden_mse,
+)
 from trace_ds.unlearning.needs import FROZEN_LOGITS, FrozenNeeds, micro_batches_together
 from trace_ds.unlearning.seuf import Anchor, router_logits
-
-# (logits [C, V], targets [C], the frozen model's logits [C, V] where the loss needs them) -> values [C]
-TokenLoss = Callable[[torch.Tensor, torch.Tensor, Any], torch.Tensor]
-
-TOKEN_LOSSES: dict[str, Callable[[UnlearningConfig], TokenLoss]] = {
-    "nll": lambda settings: lambda z, y, frozen: nll(z, y),
-    "kl": lambda settings: lambda z, y, frozen: objectives.kl_to_frozen(z, frozen),
-    "graddiff": lambda settings: lambda z, y, frozen: -nll(z, y),
-    "wga": lambda settings: lambda z, y, frozen: objectives.wga(z, y, settings.wga.beta),
-    "satimp": lambda settings: (
-        lambda z, y, frozen: objectives.satimp(z, y, settings.satimp.beta1, settings.satimp.beta2)
-    ),
-    "undial": lambda settings: lambda z, y, frozen: objectives.undial(z, y, frozen, settings.undial.strength),
-    "ceu": lambda settings: lambda z, y, frozen: objectives.ceu(z, y),
-    "pdu": lambda settings: lambda z, y, frozen: objectives.margin_flattening(z),
-}
-SEQUENCE_LOSSES = ("npo", "simnpo", "dpo")  # their tokens' value is the NLL
 
 
 @dataclass(frozen=True)
@@ -134,9 +122,9 @@ class ForgetRetain:
         if loss != "rmu":
             places_2N = batch.places_2N[:, : batch.forget_places]
             sides["forget"] = (slice(first_retain), places_2N, "nll" if loss in SEQUENCE_LOSSES else loss)
-        heard_BS = counted_BS
+        used_BS = counted_BS
         for offset in self.sinks:
-            heard_BS = heard_BS & to_device(positions_BS != offset, counted_BS.device)
+            used_BS = used_BS & to_device(positions_BS != offset, counted_BS.device)
         retain_loss = self.settings.retain_term
         if retain_loss != "hidden_mse":
             places_2N = batch.places_2N[:, batch.forget_places :]
@@ -146,44 +134,35 @@ class ForgetRetain:
             sides["alternative"] = (slice(end_retain, None), torch.stack([rows_N + end_retain, columns_N]), "nll")
         requests = [self._request(ids_BS, places_2N, name, frozen) for _, places_2N, name in sides.values()]
         with router_logits(engine.module, self.anchor.moe_layer if self.anchor else None) as logits:
-            found = forward(engine, ids_BS, positions_BS, layer=self.needs.layer, requests=requests)
+            outputs = forward(engine, ids_BS, positions_BS, layer=self.needs.layer, requests=requests)
         values = {
-            side: _in_place(counted_BS, request, value_N)[rows]
-            for (side, (rows, _, _)), request, value_N in zip(sides.items(), requests, found.values, strict=True)
+            side: _in_place(counted_BS, request, value_N)[side_rows]
+            for (side, (side_rows, _, _)), request, value_N in zip(sides.items(), requests, outputs.values, strict=True)
         }
         if retain_loss == "hidden_mse":
-            assert found.layer_BSD is not None
-            hidden_RSD, frozen_RSD = found.layer_BSD[first_retain:end_retain], frozen.hidden(first_retain, end_retain)
-            retain_RS = objectives.hidden_mse(hidden_RSD, frozen_RSD) * heard_BS[first_retain:end_retain]
+            assert outputs.layer_BSD is not None
+            hidden_RSD, frozen_RSD = outputs.layer_BSD[first_retain:end_retain], frozen.hidden(first_retain, end_retain)
+            retain_RS = hidden_mse(hidden_RSD, frozen_RSD) * used_BS[first_retain:end_retain]
         else:
             retain_RS = values["retain"]
         counted_FS = counted_BS[:first_retain]
         if loss == "rmu":
-            assert found.layer_BSD is not None and self.target_D is not None
+            assert outputs.layer_BSD is not None and self.target_D is not None
             target = self.target_D
             if self.settings.rmu.scale == "adaptive":
-                target = objectives.adaptive_rmu_target(target, frozen.hidden(0, first_retain))
-            forget = (objectives.hidden_mse(found.layer_BSD[:first_retain], target) * heard_BS[:first_retain]).sum()
+                target = adaptive_rmu_target(target, frozen.hidden(0, first_retain))
+            forget = (hidden_mse(outputs.layer_BSD[:first_retain], target) * used_BS[:first_retain]).sum()
         elif loss in SEQUENCE_LOSSES:
-            forget = self._sequence_sum(values["forget"], values.get("alternative"), counted_FS, batch)
+            reference_FS = batch.reference_nll_BS[:first_retain]
+            preferred_reference = None if batch.alternative is None else batch.alternative.reference_nll_BS
+            rows = SequenceNLL(
+                values["forget"], reference_FS, counted_FS, values.get("alternative"), preferred_reference
+            )
+            forget = SEQUENCE_LOSSES[loss](self.settings, rows)
         else:
             forget = values["forget"].sum()
         penalty = self.anchor.penalty(logits[0], counted_FS) if self.anchor else None
         return Losses(forget, retain_RS, "sequence" if loss in SEQUENCE_LOSSES else "token", penalty)
-
-    def _sequence_sum(
-        self, nll_FS: torch.Tensor, preferred_FS: torch.Tensor | None, counted_FS: torch.Tensor, batch: MicroBatch
-    ) -> torch.Tensor:
-        settings, reference_FS = self.settings, batch.reference_nll_BS[: batch.forget_rows]
-        if settings.forget_loss == "npo":
-            return objectives.npo_forget_sum(nll_FS, reference_FS, counted_FS, settings.npo.beta)
-        if settings.forget_loss == "simnpo":
-            return objectives.simnpo_forget_sum(nll_FS, counted_FS, settings.simnpo.beta, settings.simnpo.delta)
-        assert preferred_FS is not None and batch.alternative is not None
-        preferred_reference_FS = batch.alternative.reference_nll_BS
-        return objectives.dpo_forget_sum(
-            nll_FS, reference_FS, counted_FS, preferred_FS, preferred_reference_FS, settings.dpo.beta
-        )
 
     def frozen_states(self, batches: Sequence[MicroBatch]) -> Iterator[FrozenStates]:
         """What the losses of each micro-batch of a step need of the frozen model, made when it is asked for, in as few
@@ -209,7 +188,7 @@ class ForgetRetain:
             ids.append(functional.pad(batch.input_ids_BS[begin:end], (0, filling.shape[1])))
             positions.append(torch.cat([batch.position_ids_BS[begin:end], filling], dim=1))
         with torch.no_grad():
-            found = forward(
+            outputs = forward(
                 self.frozen.engine,
                 torch.cat(ids),
                 torch.cat(positions),
@@ -220,19 +199,18 @@ class ForgetRetain:
             rows = slice(number * (end - begin), (number + 1) * (end - begin))
             layer_BSD, last_BSD = (
                 None if states_BSD is None else states_BSD[rows, : batch.counted_BS.shape[1]]
-                for states_BSD in (found.layer_BSD, found.last_BSD)
+                for states_BSD in (outputs.layer_BSD, outputs.last_BSD)
             )
             yield FrozenStates(begin, layer_BSD, last_BSD, self.frozen.head_VD)
 
     def _request(self, ids_BS: torch.Tensor, places_2N: torch.Tensor, name: str, frozen: FrozenStates) -> HeadRequest:
         rows_N, columns_N = places_2N
         targets_N = ids_BS[rows_N, columns_N + 1]
-        token_loss = TOKEN_LOSSES[name](self.settings)
         frozen_ND = frozen.last(rows_N, columns_N) if name in FROZEN_LOGITS else None
 
         def values(logits_CV: torch.Tensor, part: slice) -> torch.Tensor:
             frozen_CV = None if frozen_ND is None else functional.linear(frozen_ND[part], frozen.head())
-            return token_loss(logits_CV, targets_N[part], frozen_CV)
+            return TOKEN_LOSSES[name](self.settings, logits_CV, targets_N[part], frozen_CV)
 
         return HeadRequest(rows_N, columns_N, values)
 
