@@ -478,11 +478,10 @@ def reference_finetuning(config_path: str, run_dir: str, overrides: list[str], n
     from transformers import AutoModelForCausalLM
 
     from trace_ds.stages.finetune import check as check_finetune
-    from trace_ds.stages.finetune import make_batches
+    from trace_ds.stages.finetune import make_batches, settings_of
 
     config, directory = load_config(config_path, overrides, run_dir)
-    settings = config.finetune
-    assert settings is not None
+    settings = settings_of(config)
     (job,) = (
         job
         for job in check_finetune(config, RunDirectory.at(directory), config.distributed.ep).models
@@ -493,7 +492,7 @@ def reference_finetuning(config_path: str, run_dir: str, overrides: list[str], n
     optimizer = torch.optim.AdamW(
         model.parameters(),
         lr=settings.optimizer.lr,
-        betas=settings.optimizer.betas,
+        betas=(0.9, 0.99),
         eps=settings.optimizer.eps,
         weight_decay=settings.optimizer.weight_decay,
     )

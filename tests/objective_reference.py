@@ -18,13 +18,9 @@ FORMULAS: dict[str, Callable[..., torch.Tensor]] = {
     "nll": lambda p, z, y, r, s: -chosen(p, y).log(),
     "graddiff": lambda p, z, y, r, s: chosen(p, y).log(),
     "kl": lambda p, z, y, r, s: (r * (r / p).log()).sum(1),
-    "wga": lambda p, z, y, r, s: chosen(p, y).detach() ** s.wga.beta * chosen(p, y).log(),
-    "satimp": lambda p, z, y, r, s: (
-        chosen(p, y).detach() ** s.satimp.beta1 * (1 - chosen(p, y).detach()) ** s.satimp.beta2 * chosen(p, y).log()
-    ),
-    "undial": lambda p, z, y, r, s: (
-        -(normalised(scaled(r, y, float(torch.tensor(-s.undial.strength).exp()))) * p.log()).sum(1)
-    ),
+    "wga": lambda p, z, y, r, s: chosen(p, y).detach() * chosen(p, y).log(),
+    "satimp": lambda p, z, y, r, s: chosen(p, y).detach() ** 5 * (1 - chosen(p, y).detach()) * chosen(p, y).log(),
+    "undial": lambda p, z, y, r, s: -(normalised(scaled(r, y, float(torch.tensor(-10.0).exp()))) * p.log()).sum(1),
     "ceu": lambda p, z, y, r, s: -(normalised(scaled(p.detach(), y, 0.0)) * p.log()).sum(1),
     "pdu": lambda p, z, y, r, s: (z.max(1).values - z.sum(1) / z.shape[1]) ** 2,
 }
@@ -71,7 +67,7 @@ def reference_run(config_path: str, run_dir: str, overrides: list[str], steps: i
     optimizer = torch.optim.AdamW(
         model.parameters(),
         lr=settings.optimizer.lr,
-        betas=settings.optimizer.betas,
+        betas=(0.9, 0.99),
         eps=settings.optimizer.eps,
         weight_decay=settings.optimizer.weight_decay,
     )
@@ -95,7 +91,7 @@ def reference_run(config_path: str, run_dir: str, overrides: list[str], steps: i
         losses.append((float(forget.detach()), float(retain.detach())))
         if settings.forget_loss == "pdu":
             bound = 1.05 * losses[0][1]
-            alpha = max(0.0, alpha + settings.pdu.dual_step * (losses[-1][1] - bound))
+            alpha = max(0.0, alpha + losses[-1][1] - bound)
     broken = {"broken": grip.broken} if grip is not None else {}
     return {"losses": losses, "weights": jobs.saved_weights(model.float()), **broken}
 
@@ -254,7 +250,7 @@ def reference_losses(
         elif loss in ("npo", "simnpo"):
             nll, before = (row_values("nll", z, reference, batch, row)[1].sum() for z in (logits, reference))
             beta = getattr(settings, loss).beta
-            margin = nll - before if loss == "npo" else nll / len(where) - settings.simnpo.delta
+            margin = nll - before if loss == "npo" else nll / len(where)
             parts.append((2 / beta * torch.log1p(torch.exp(-beta * margin)))[None])
         elif loss == "dpo":
             margin = sum(

@@ -3,7 +3,7 @@
     python tools/bench_collect.py [--json]                  # time; on a GPU also the speed-up on three real shapes
 
 Ours is the collection itself: a DeepSpeed engine and ``Collection.run`` over a token dataset on disk, with the expert
-kernel that ``statistics.expert_kernel: auto`` chooses.
+kernel that ``collect`` chooses.
 
 * ``counting_time_ratio``: collecting (sums, selections of each row, routing of sampled tokens, which are all tokens
   here) over the same engine's bare forward passes on the same batches, the median of the ratios of neighbouring rounds;
@@ -86,7 +86,7 @@ CPU_SHAPE = {
     "num_experts_per_tok": 2,
     "vocab_size": 4096,
 }
-SAMPLE_TOKENS = 200_000  # the default of statistics.sample_tokens
+SAMPLE_TOKENS = 200_000  # as collect
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16, from the vendor's data sheets
 
 
@@ -193,13 +193,13 @@ def engine_of(model: Any, dtype: Any) -> Any:
 
 
 def chosen_kernel(shape: dict[str, Any], device: Any) -> str:
-    """What ``statistics.expert_kernel: auto`` means for a shape here: eager or grouped_mm."""
+    """What ``collect`` chooses for a shape here: eager or grouped_mm."""
     from types import SimpleNamespace
 
     from trace_ds.models.engine import expert_kernel
 
     info: Any = SimpleNamespace(config=shape)
-    return expert_kernel("auto", info, device) or "grouped_mm"
+    return expert_kernel(info, device) or "grouped_mm"
 
 
 def counting_time(

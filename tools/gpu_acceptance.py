@@ -250,7 +250,7 @@ def objective_of(settings: Any, frozen: Any, device: Any) -> Any:
         target = rmu_target(frozen.config.hidden_size, 0, settings.rmu.coefficient).to(device)
     if settings.seuf is not None:
         wanted = torch.tensor([0.0, 0.0, 1.0, 0.0]).to(device)
-        anchor = Anchor(1, wanted, settings.seuf.anchor)
+        anchor = Anchor(1, wanted)
     return ForgetRetain(settings, needs, target, copy, anchor)
 
 

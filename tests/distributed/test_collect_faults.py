@@ -85,7 +85,7 @@ def test_a_pass_never_continues_another_with_other_rounding_or_sums(
         "data": {"forget": [{"path": "f"}], "retain": [{"path": "r"}]},
     }
     shapes: list[dict[str, Any]] = []
-    for size, statistics in ((2, {}), (4, {}), (2, {"batch_rows": 5}), (2, {"expert_kernel": "eager"})):
+    for size, statistics in ((2, {}), (4, {}), (2, {"batch_rows": 5})):
         world = World(0, size, torch.device("cpu"))
         shapes.append(_shape(Config.model_validate(base | {"statistics": statistics}), world, job, "forget"))
     monkeypatch.setattr(counter, "SUMS", counter.SUMS[:-1])  # of another version, whose states lack one

@@ -50,7 +50,7 @@ def test_unlearning_with_expert_parallelism_equals_the_reference(family: str, st
     if family != "qwen2_moe":
         return
     # Two groups of parameters, and shared experts that AutoEP renames, on another shape after the first step.
-    grouped = [*overrides, "unlearning.trainable.exclude=['*.layers.1.*']", "unlearning.optimizer.weight_decay=0.5"]
+    grouped = [*overrides, "unlearning.trainable=[all, '-*.layers.1.*']", "unlearning.optimizer.weight_decay=0.5"]
     straight, moved = (copy_of(run, tmp_path / name) for name in ("straight", "moved"))
     begin = (str(moved), [*grouped, "unlearning.steps=1"])
     assert not any(map(any, run_distributed(jobs.unlearn_jobs, 2, str(config), [(str(straight), grouped), begin])))

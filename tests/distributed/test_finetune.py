@@ -25,12 +25,12 @@ from trace_ds.stages.finetune import check as check_finetune
 
 BOTH = {"target": ["forget", "retain"], "retrained": ["retain"]}
 # As in test_unlearn: equal weights mean equal gradients.
-GRADIENT_LIKE = ["finetune.optimizer.eps=0.1", "finetune.optimizer.lr=0.01"]
+GRADIENT_LIKE = ["unlearning.optimizer.eps=0.1", "finetune.lr=0.01"]
 
 
 def write_config(folder: Path, model: Path, models: Any = BOTH, **changes: Any) -> Path:
-    settings = {"models": models, "steps": 4, "batch_rows": 5, "save_every": 2}
-    return tiny.write_config(folder, model, **{"finetune": settings, **changes})
+    settings = {"models": models, "steps": 4, "batch_rows": 5}
+    return tiny.write_config(folder, model, **{"finetune": settings, "unlearning__save_every": 2, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def test_any_number_of_processes_gives_the_models_of_plain_torch(prepared: tuple
     for shape, (world, ep, micro, stage) in shapes.items():
         runs[shape] = copy_of(source, tmp_path / shape)
         overrides = [*GRADIENT_LIKE, f"distributed.ep={ep}", f"finetune.micro_batch_rows={micro}"]
-        overrides.append(f"finetune.zero_stage={stage}")
+        overrides.append(f"unlearning.zero_stage={stage}")
         run_distributed(jobs.finetune_job, world, str(config), str(runs[shape]), overrides)
     for name in BOTH:
         expected = jobs.reference_finetuning(str(config), str(runs["one"]), GRADIENT_LIKE, name)
@@ -116,9 +116,9 @@ def test_a_model_is_made_anew_only_when_what_it_sees_has_changed(prepared: tuple
 
     before = identities()
     assert before["target"] != before["retrained"]
-    assert identities("finetune.steps=9", "finetune.save_every=1", "finetune.zero_stage=1") == before
+    assert identities("finetune.steps=9", "unlearning.save_every=1", "unlearning.zero_stage=1") == before
     assert identities("finetune.steps=null", "finetune.epochs=2") == before
-    for change in ("finetune.optimizer.lr=1e-4", "finetune.batch_rows=6", "seed=3", "model.dtype=bf16"):
+    for change in ("finetune.lr=1e-4", "finetune.batch_rows=6", "seed=3", "model.dtype=bf16"):
         assert not set(identities(change).values()) & set(before.values()), change
     path = Path(load_config(str(config), [])[0].data.forget[0].path)
     other = tmp_path / "forget.jsonl"
@@ -165,7 +165,6 @@ def test_epochs_are_passes_over_the_rows_that_count(prepared: tuple[Path, Path])
         ("evaluation.models={retrained: MODEL}", "both have a model 'retrained'"),
         ("finetune.epochs=2", "either steps or epochs"),
         ("finetune.steps=null", "either steps or epochs"),
-        ("finetune.ds_config=nowhere.json", "nowhere.json"),
         ("finetune.batch_size=2", "did you mean 'batch_rows'"),
     ],
 )

@@ -26,15 +26,15 @@ STEPS = 2
 OBJECTIVES = {
     "graddiff": ["forget_loss=graddiff"],
     "npo": ["forget_loss=npo"],
-    "satimp_kl": ["forget_loss=satimp", "satimp.beta1=0.3", "retain_loss=kl"],
+    "satimp_kl": ["forget_loss=satimp", "retain_loss=kl"],
     "undial_hidden": ["forget_loss=undial", "retain_loss=hidden_mse"],
     "dpo": ["forget_loss=dpo", "dpo.beta=0.03"],
     "adaptive_rmu_nll": ["forget_loss=rmu", "rmu.scale=adaptive", "retain_loss=nll"],
-    "pdu": ["forget_loss=pdu", "pdu.dual_step=3"],
+    "pdu": ["forget_loss=pdu"],
 }
 # Further ones of these kinds, in one shape.
 OTHERS = {
-    "wga": ["forget_loss=wga", "wga.beta=0.5"],
+    "wga": ["forget_loss=wga"],
     "ceu": ["forget_loss=ceu"],
     "rmu": ["forget_loss=rmu"],
     "simnpo_sampled": ["forget_loss=simnpo", "apply=sampling"],

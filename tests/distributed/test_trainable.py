@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from trace_ds.checkpoints.manifest import read_manifest
 from trace_ds.config.load import load_config
-from trace_ds.config.sections.unlearning import SEUFConfig, TrainableConfig
+from trace_ds.config.sections.unlearning import SEUFConfig
 from trace_ds.errors import UserError
 from trace_ds.models.routers import RoutingRecorder
 from trace_ds.routing.counter import RoutingCounter
@@ -32,9 +32,9 @@ from trace_ds.unlearning import grip, seuf, trainable
 STEPS = 2
 DECAY = "unlearning.optimizer.weight_decay=0.5"
 CASES = {
-    "routers_attention": ["unlearning.trainable.include=[routers, '*.self_attn.[qk]_proj.*']", "forget_loss=graddiff"],
-    "selected": ["unlearning.trainable={include: [experts], selected_experts: true}", "forget_loss=simnpo"],
-    "seuf": ["unlearning.seuf={experts: 2, anchor: 4}", "forget_loss=graddiff"],
+    "routers_attention": ["unlearning.trainable=[routers, '*.self_attn.[qk]_proj.*']", "forget_loss=graddiff"],
+    "selected": ["unlearning.trainable=[selected_experts]", "forget_loss=simnpo"],
+    "seuf": ["unlearning.seuf={experts: 2}", "forget_loss=graddiff"],
     "ends_at_layer": ["forget_loss=rmu"],
 }  # fmt: skip
 
@@ -129,18 +129,18 @@ def test_names_and_kinds(tiny_model: Path) -> None:
         "attention": 12,
         "other": 9,
     }
-    everything = trainable.choose(kinds, TrainableConfig(), None)
+    everything = trainable.choose(kinds, ["all"], None)
     assert everything == set(kinds)
-    without = trainable.choose(kinds, TrainableConfig(exclude=["routers", "*.layers.0.*"]), None)
+    without = trainable.choose(kinds, ["all", "-routers", "-*.layers.0.*"], None)
     assert not any(".layers.0." in name or kinds[name] == "routers" for name in without) and len(without) == 20 - 1
-    with pytest.raises(UserError, match=r"trainable\.include: '\*\.attention\.\*' matches no parameter"):
-        trainable.choose(kinds, TrainableConfig(include=["*.attention.*"]), None)
+    with pytest.raises(UserError, match=r"trainable: '\*\.attention\.\*' matches no parameter"):
+        trainable.choose(kinds, ["*.attention.*"], None)
     with pytest.raises(UserError, match="no parameter is left to train"):
-        trainable.choose(kinds, TrainableConfig(include=["routers"], exclude=["*.mlp.*"]), None)
-    reached = trainable.choose(kinds, TrainableConfig(), 1)
+        trainable.choose(kinds, ["routers", "-*.mlp.*"], None)
+    reached = trainable.choose(kinds, ["all"], 1)
     assert reached == {n for n in kinds if ".layers.0." in n or ".layers.1." in n or "embed" in n}
     with pytest.raises(UserError, match=r"no parameter is left to train \(the losses end at layer 1\)"):
-        trainable.choose(kinds, TrainableConfig(include=["*.layers.2.*", "lm_head.*"]), 1)
+        trainable.choose(kinds, ["*.layers.2.*", "lm_head.*"], 1)
 
 
 def test_wrong_choices_are_refused_before_a_weight_is_loaded(
@@ -148,8 +148,8 @@ def test_wrong_choices_are_refused_before_a_weight_is_loaded(
 ) -> None:
     config, run = calibrated
     for change, message in (
-        ("unlearning.trainable.exclude=[attn]", "'attn' matches no parameter"),
-        ("unlearning.trainable.include=['*.layers.2.*']", "no parameter is left to train .the losses end at layer 1"),
+        ("unlearning.trainable=[all, -attn]", "'attn' matches no parameter"),
+        ("unlearning.trainable=['*.layers.2.*']", "no parameter is left to train .the losses end at layer 1"),
         ("unlearning.seuf={layer: 2}", "layer 2 is no MoE layer that the losses reach"),  # RMU ends at layer 1
         ("unlearning.seuf={experts: 9}", "9 experts of 4"),
     ):
@@ -157,7 +157,7 @@ def test_wrong_choices_are_refused_before_a_weight_is_loaded(
         with pytest.raises(UserError, match=message):
             check_unlearn(loaded, RunDirectory.at(path), 1)
     with pytest.raises(UserError, match=r"unlearning\.seuf chooses what is trained itself"):
-        load_config(str(config), ["unlearning.seuf={}", "unlearning.trainable.include=[experts]"], run)
+        load_config(str(config), ["unlearning.seuf={}", "unlearning.trainable=[experts]"], run)
 
 
 def test_affinity_is_a_mean_over_rows_of_means_over_their_tokens() -> None:
@@ -192,15 +192,15 @@ def test_affinity_and_anchor() -> None:
         seuf.choose_experts(None, [1, 2, 3], None, SEUFConfig())
     logits = torch.randn(6, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
     counted = torch.tensor([[True, False], [True, True]])  # the last two tokens are retain rows
-    anchor = seuf.Anchor(0, torch.tensor([0.0, 1.0, 1.0]), 2.5)
+    anchor = seuf.Anchor(0, torch.tensor([0.0, 1.0, 1.0]))
     value = anchor.penalty(logits, counted)
     expected, gradient = 0.0, np.zeros((6, 3))
     for token in (0, 2, 3):
         z = logits[token].detach().numpy()
         g = np.exp(z) / np.exp(z).sum()
         difference = g - np.array([0.0, 1.0, 1.0])
-        expected += 2.5 * (difference**2).sum()
-        gradient[token] = 2.5 * 2 * (np.diag(g) - np.outer(g, g)) @ difference
+        expected += (difference**2).sum()
+        gradient[token] = 2 * (np.diag(g) - np.outer(g, g)) @ difference
     assert abs(float(value.detach()) / expected - 1) < 1e-6
     np.testing.assert_allclose(torch.autograd.grad(value, logits)[0].numpy(), gradient, atol=1e-6)
 

@@ -20,7 +20,10 @@ def slow_main(world: Any) -> list[Any]:
         return value
 
     wait_longer(LIMIT_S / 60)
-    found = [world.broadcast_agreed(lambda: work("made")), world.agree_each(lambda verify: work(1) if verify else 2)]
+    found = [
+        world.run_on_main_and_broadcast(lambda: work("made")),
+        world.run_on_main_first(lambda: work(1) if world.is_main else 2),
+    ]
     return [*found, world.broadcast(work("told") if world.is_main else None)]
 
 
@@ -29,7 +32,7 @@ def dying_main(world: Any) -> None:
         time.sleep(0.5)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    world.agree(die)
+    world.run_on_main_and_broadcast(die)
 
 
 def test_a_main_process_that_works_longer_than_a_collective_may_last() -> None:

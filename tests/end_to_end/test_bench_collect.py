@@ -37,7 +37,7 @@ def test_times() -> None:
 
 
 def test_wide_experts_are_run_one_after_the_other() -> None:
-    """The rule of ``statistics.expert_kernel: auto``; on a CPU transformers chooses."""
+    """The rule of ``collect``; on a CPU transformers chooses."""
     import torch
 
     kernels = {

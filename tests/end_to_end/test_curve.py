@@ -95,7 +95,7 @@ def test_a_job_that_keeps_nothing_leaves_its_curve(calibrated: tuple[Path, Path]
     assert curve_of(run.path, 5) == expected["curve"]
     alone = RunDirectory(copy_of(prepared, tmp_path / "alone"))
     (alone.path / "stop").touch()
-    nothing = [*settings, "unlearning.keep=0", "evaluation.references_only=true"]
+    nothing = [*settings, "unlearning.keep=0"]
     with pytest.raises(AssertionError, match="StopRequested"):
         run_distributed(jobs.unlearn_job, 1, str(config), str(alone.path), nothing)
     run_distributed(jobs.unlearn_job, 1, str(config), str(alone.path), nothing)

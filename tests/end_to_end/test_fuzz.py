@@ -155,8 +155,8 @@ def put(path: str, content: bytes) -> Callable[[Path], object]:
 
 KEYS = [
     "data", "model", "unlearning", "variants", "bench", "seed", "name", "model.path", "data.forget", "variants.a",
-    "unlearning.optimizer.betas", "unlearning.rmu.layer", "unlearning.trainable.include", "unlearning.ds_config",
-    "calibration.source_weights", "evaluation.models", "evaluation.tasks", "distributed.ep", "report.title",
+    "unlearning.optimizer.eps", "unlearning.rmu.layer", "unlearning.trainable", "unlearning.ds_config",
+    "calibration.source_weights", "evaluation.models", "evaluation.tasks", "distributed.ep",
 ]  # fmt: skip
 YAML_SCRAPS = [
     "&a ",

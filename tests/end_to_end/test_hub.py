@@ -284,7 +284,7 @@ def test_a_task_whose_data_moved_since_fetch_is_refused(place: Place, tmp_path: 
     second = place.hub.add("datasets", "cais/wmdp", place.models / "wmdp")
     line = refuse(place.server, tmp_path, "run", config, "--run-dir", run)
     assert f"evaluation.tasks.cyber: cais/wmdp has moved since it was fetched, from {first} to {second}" in line
-    asked = [{"dataset": "cais/wmdp", "config": "wmdp-cyber", "field": "question"}]
+    asked = [{"dataset": "cais/wmdp", "config": "wmdp-cyber", "template": "{question}"}]
     other = written(tmp_path / "other", str(place.models / "model"), data__forget=asked)
     assert place.server.run(["fetch", other, "--run-dir", tmp_path / "came"], tmp_path).returncode == 0
     place.offline("evaluate", config, "--run-dir", run, cwd=tmp_path, told="cais/wmdp has moved since it was fetched")
@@ -309,7 +309,7 @@ def test_a_task_without_its_data_is_refused_before_the_first_stage(place: Place,
         ({"dataset": "org/texts@v9"}, "org/texts: the data set has no revision 'v9'"),
         ({"dataset": "org/texts", "config": "raw"}, "the data set has no configuration 'raw'"),
         ({"dataset": "org/texts", "split": "trian"}, "the data set has no split 'trian'. Fix: did you mean 'train'?"),
-        ({"dataset": "org/texts", "field": "txet"}, "there is no column 'txet'. Fix: did you mean 'text'?"),
+        ({"dataset": "org/texts", "template": "{txet}"}, "there is no column 'txet'. Fix: did you mean 'text'?"),
         ({"dataset": "org/texts", "template": "{txt}"}, "there is no column 'txt'. Fix: did you mean 'text'?"),
     ],
 )
@@ -318,7 +318,7 @@ def test_data_that_cannot_be_had_are_refused(place: Place, tmp_path: Path, data:
         access = {"gated": name == "org/shut", "private": name == "org/own", "readers": ("friend",)}
         place.hub.add("datasets", name, place.models / "texts", **access)
     config = written(tmp_path, str(place.models / "model"), data__forget=[data])
-    verb = "run" if {"field", "template", "split"} & set(data) else "fetch"  # fetch reads no row
+    verb = "run" if {"template", "split"} & set(data) else "fetch"  # fetch reads no row
     assert told in refuse(place.server, tmp_path, verb, config, "--run-dir", tmp_path / "run")
 
 

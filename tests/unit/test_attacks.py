@@ -107,22 +107,22 @@ def test_the_rule_of_a_router_is_found_before_a_weight_is_read(
 def test_relearning_is_plain_fine_tuning_on_a_share_of_the_rows(tmp_path: Path) -> None:
     generator = np.random.default_rng(4)
     dataset = packed(tmp_path / "rows.arrow", [generator.integers(3, 63, 15).tolist() for _ in range(20)], 16)
-    asked = RelearningConfig(share=0.2, steps=6, lr=1e-3)
+    asked = RelearningConfig(steps=6, lr=1e-3)
     path = save_model(tmp_path / "model")
     seen: list[int] = []
     with opened(path) as model:
         found = attacks.relearn(model, dataset, asked, 5, lambda: seen.append(len(seen)))
         trained = {name: value.clone() for name, value in model.model.state_dict().items()}
-    assert found["rows"] == 4 and [entry["step"] for entry in found["curve"]] == [0, 5, 6] and len(seen) == 3
+    assert found["rows"] == 2 and [entry["step"] for entry in found["curve"]] == [0, 5, 6] and len(seen) == 3
     assert found["curve"][-1]["loss"] < 5
     rows = attacks.EpochRows(
-        np.sort(attacks.generator(5, attacks.SHARE_STREAM, 0).permutation(np.arange(len(dataset)))[:4]),
-        4,
+        np.sort(attacks.generator(5, attacks.SHARE_STREAM, 0).permutation(np.arange(len(dataset)))[:2]),
+        2,
         5,
         attacks.ORDER_STREAM,
     )
     with opened(path) as model:
-        optimizer = torch.optim.AdamW(model.model.parameters(), lr=1e-3, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(model.model.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.0)
         for step in range(6):
             losses = []
             for row in rows.at(step).tolist():
@@ -152,7 +152,7 @@ def test_a_sharded_attack_that_diverges_ends_its_curve(tmp_path: Path, monkeypat
         return {"loss": 1.0}
 
     monkeypatch.setattr(attacks, "run_step", run_step)
-    asked = RelearningConfig(share=1.0, steps=6, lr=1e-3)
+    asked = RelearningConfig(steps=6, lr=1e-3)
     curve = attacks.relearn(model, dataset, asked, 5, lambda: {"facts accuracy": 0.5})["curve"]
     assert [(entry["step"], entry["loss"], len(entry["scores"])) for entry in curve] == [
         (0, None, 1), (5, 1.0, 1), (6, None, 0),

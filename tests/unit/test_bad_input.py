@@ -63,11 +63,10 @@ CONFIG_ERRORS = [
     ("unlearning.alpha=.inf", "unlearning.alpha: Input should be a finite number"),
     ("unlearning.forget_loss=npo", "npo needs statistics.nll: true"),
     ("unlearning.npo.beta=1.0", "unlearning.npo is a setting of another loss than unlearning.forget_loss rmu"),
-    ("variants={a: {unlearning.wga.beta: 2}}", "variants.a: unlearning.wga.beta is a setting of another loss than rmu"),
+    ("variants={a: {unlearning.npo.beta: 2}}", "variants.a: unlearning.npo.beta is a setting of another loss than rmu"),
     ("calibration.source_weights={a: 2.0}", "source_weights are the weights of rule: uniform, not of rule: raking"),
     ("calibration.rule=literal", "calibration.rule: literal gives weights of tokens: it needs unlearning.apply: loss"),
     ("variants={a: {model.path: x}}", "variants.a may not change model.path"),
-    ("unlearning.optimizer.betas=[2, -1]", "unlearning.optimizer.betas.0: Input should be less than 1 (found 2)"),
     ("unlearning.optimizer.lr=1e300", "lr: no number here can be above 3.4e+38 (found 1e+300)"),
     (f"seed={2**64}", "seed: Input should be less than 9223372036854775808"),
     (f"model.path={'a' * 256}", "model.path: no file can have a name over 255 or a path over 4095 bytes"),
@@ -131,7 +130,7 @@ def test_every_number_is_bounded() -> None:
                     section.model_validate({name: value if plain else [value]})
                 assert name in {str(item["loc"][0]) for item in error.value.errors()}, (section, name)  # type: ignore[attr-defined]
             looked_at += 1
-    assert looked_at > 70 and Config in sections(Section)
+    assert looked_at > 40 and Config in sections(Section)
 
 
 def test_home_is_expanded_once_in_every_path_of_a_config(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,17 +146,6 @@ def test_home_is_expanded_once_in_every_path_of_a_config(config: Path, monkeypat
     )
 
 
-def test_a_setting_of_another_loss_stays_readable_in_what_older_versions_wrote(config: Path) -> None:
-    own = ["unlearning.forget_loss=wga", "unlearning.wga.beta=2", "variants={a: {unlearning.forget_loss: rmu}}"]
-    used, _ = load_config(str(config), own)
-    stored = config.parent / "stored.yaml"
-    stored.write_text(dump_yaml(used).replace("forget_loss: wga", "forget_loss: graddiff"))
-    assert load_config(str(stored))[0].unlearning.wga.beta == 2
-    stored.write_text(f"# by hand\n{stored.read_text()}")
-    assert "unlearning.wga is a setting of another loss" in refused(stored, [])
-    assert load_config(str(config), ["unlearning.wga.beta=2", "variants={a: {unlearning.forget_loss: wga}}"])
-
-
 def test_numbers_as_people_write_them(config: Path) -> None:
     config.write_text("\ufeff" + config.read_text().replace("lr: 0.001", "lr: 1e-3"))  # and a byte order mark
     loaded, _ = load_config(str(config), ["unlearning.alpha=2", "calibration.clip=2.5E+1", "name='1e5'"])
@@ -165,7 +153,6 @@ def test_numbers_as_people_write_them(config: Path) -> None:
     (config.parent / "stored.yaml").write_text(dump_yaml(loaded))
     assert load_config(str(config.parent / "stored.yaml"))[0] == loaded
     assert (loaded.unlearning.alpha, loaded.calibration.clip) == (2.0, 25.0)
-    assert load_config(str(config), [f"unlearning.optimizer.betas=[0.5, {value}]" for value in (1, 0.75)])[0]
 
 
 def own_model(folder: Path) -> Path:
@@ -326,9 +313,9 @@ def test_sources_and_tasks_as_they_come(server: Server, config: Path) -> None:
 def test_output_in_any_encoding(server: Server, config: Path) -> None:
     ascii_only = {"PYTHONIOENCODING": "ascii"}
     result = server.run(
-        ["prepare", "config.yaml", "--dry-run", "--set", "report.title=Größe ↓"], config.parent, ascii_only
+        ["prepare", "config.yaml", "--dry-run", "--set", "model.tokenizer=Größe ↓"], config.parent, ascii_only
     )
-    assert result.returncode == 0 and r"title: Gr\xf6\xdfe \u2193" in result.stdout
+    assert result.returncode == 0 and r"tokenizer: Gr\xf6\xdfe \u2193" in result.stdout
 
 
 def test_too_little_memory(config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -414,13 +401,13 @@ def one_sided(world: Any) -> list[str]:
     told = []
     for error in errors:
 
-        def check(verify: bool, error: Exception = error) -> str:
+        def check(error: Exception = error) -> str:
             if world.rank == 1:
                 raise error
             return "fine"
 
         try:
-            world.agree_each(check)
+            world.run_on_main_first(check)
         except (UserError, AgreedError) as end:
             told.append(f"{type(end).__name__}: {end}")
     return told

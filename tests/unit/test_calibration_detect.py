@@ -121,16 +121,13 @@ def test_an_expert_never_selected_on_one_side_has_a_finite_ratio_and_a_wide_inte
 
 
 @pytest.mark.parametrize("method", ["top_difference", "top_ratio"])
-@pytest.mark.parametrize("per_layer", [True, False])
-def test_top_methods_rank_and_count(method: str, per_layer: bool) -> None:
+def test_top_methods_rank_and_count(method: str) -> None:
     forget, retain = (corpus.statistics(8) for corpus in make_world(seed=2))
     p, q = forget.frequency_LE, retain.frequency_LE
     scores = {
         "top_difference": p - q,
         "top_ratio": p / np.maximum(q, 0.25 * 2 / 8),
     }[method]
-    found = detect(forget, retain, DetectionConfig(method=method, top_n=2, per_layer=per_layer))
-    groups = list(scores) if per_layer else [scores.ravel()]
-    chosen = list(found.selected_LE) if per_layer else [found.selected_LE.ravel()]
-    for group, mask in zip(groups, chosen, strict=True):
+    found = detect(forget, retain, DetectionConfig(method=method, top_n=2))
+    for group, mask in zip(scores, found.selected_LE, strict=True):
         assert set(np.nonzero(mask)[0]) == set(np.argsort(-group)[:2])

@@ -149,8 +149,7 @@ def test_other_experts_are_as_many_and_meet_their_true_targets(world: World, tmp
     if rule == "lowest_experts":
         assert set(np.flatnonzero(made.scope_LE)) == set(np.argsort(detection.log_ratio_LE, axis=None)[:count])
     else:
-        configs = [CalibrationConfig(rule=rule, draw=draw) for draw in range(4)]
-        draws = {choose_experts(config, detection, 0).tobytes() for config in configs}
+        draws = {choose_experts(CalibrationConfig(rule=rule), detection, seed).tobytes() for seed in range(4)}
         assert len(draws) > 2 and detection.selected_LE.tobytes() not in draws
     wanted = detection.retain_LE + made.strength * (detection.forget_LE - detection.retain_LE)
     np.testing.assert_allclose(made.achieved_LE[made.scope_LE], wanted[made.scope_LE], atol=1e-6)

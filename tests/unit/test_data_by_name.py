@@ -126,7 +126,7 @@ def test_every_form_gives_the_same_documents(tmp_path: Path) -> None:
         template = entry(**raw, template="{title}: {{{text}}}\n")
         assert texts(template) == [f"{row['title']}: {{{row['text']}}}\n" for row in ROWS], form
         assert corpus_fingerprint([template]) != corpus_fingerprint([corpus]), form
-        assert texts(entry(**raw, field="title")) == [row["title"] for row in ROWS], form
+        assert texts(entry(**raw, template="{title}")) == [row["title"] for row in ROWS], form
         sources[form] = {document.source for document in read_documents([corpus])}
     assert sources["c.jsonl.gz"] == {"c"} and sources["folder"] == {"part"} and sources["shards"] == {"train"}
     assert sources["pattern"] == {"1", "2"} and sources["directory"] == {"named/near"}
@@ -234,7 +234,7 @@ def test_a_json_array_has_a_limit_of_size(tmp_path: Path, monkeypatch: pytest.Mo
         ({}, "a corpus has no path and no dataset"),
         ({"path": "a", "dataset": "b"}, "has a path and a dataset: give one"),
         ({"path": "a", "config": "v1"}, "a corpus has a config, which goes with dataset"),
-        ({"dataset": "a", "field": "x", "template": "{y}"}, "field and template exclude each other"),
+        ({"dataset": "a", "template": "no column"}, "the template names no column"),
         ({"dataset": "a", "template": "{x"}, "template: expected '}'"),
     ],
 )

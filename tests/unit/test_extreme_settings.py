@@ -46,7 +46,6 @@ REFUSED = [
     ("data.context_length=1", "greater than or equal to 2"),
     (f"data.context_length={HUGE}", "less than or equal to 16777216"),
     ("statistics.batch_rows=0", "greater than or equal to 1"),
-    ("statistics.sample_tokens=0", "greater than or equal to 1"),
     ("unlearning.steps=0", "greater than or equal to 1"),
     ("unlearning.forget_rows=0", "greater than or equal to 1"),
     ("unlearning.alpha=-1", "greater than or equal to 0"),
@@ -72,7 +71,6 @@ REFUSED = [
     ("conversion.max_shard_size=-5GB", "'-5GB' is not a size"),
     ("conversion.max_shard_size=1e400GB", "'1e400GB' is not a size"),
     (f"conversion.max_shard_size={10**40}TB", "is not a size"),
-    ("conversion.step=3", "there will be no checkpoint of step 3"),
 ]
 
 
@@ -85,7 +83,7 @@ def statistics(run: Path) -> dict[str, np.ndarray]:
     return load_file(run / "statistics/retain/statistics.safetensors")
 
 
-COLLECT = ["batch_rows=1", f"batch_rows={HUGE}", f"sample_tokens={HUGE}", f"save_every={HUGE}", "save_every=1"]
+COLLECT = ["batch_rows=1", f"batch_rows={HUGE}", f"save_every={HUGE}", "save_every=1"]
 
 
 @pytest.mark.parametrize("change", COLLECT)
@@ -121,7 +119,6 @@ CALIBRATE = [
     (["calibration.detection.min_ratio=1e-300"], ""),
     (["calibration.detection.layers=[0, 99]"], "layer 99 is not one of the model's 3 MoE layers"),
     (["calibration.detection.method=top_ratio", f"calibration.detection.top_n={HUGE}"], ""),
-    ([f"calibration.draw={HUGE}", "calibration.rule=random_experts"], ""),
 ]
 
 
@@ -148,7 +145,6 @@ UNLEARN: list[tuple[list[str], list[str] | str]] = [  # changes -> the checkpoin
     (["unlearning.forget_rows=1", "distributed.nproc=2"], STEPS),
     ([f"unlearning.micro_batch_rows={HUGE}"], STEPS),
     ([f"unlearning.evaluate.rows={HUGE}", "unlearning.evaluate.every=4", f"statistics.batch_rows={HUGE}"], STEPS),
-    ([f"unlearning.optimizer.warmup_steps={HUGE}"], STEPS),
     (["unlearning.alpha=0"], STEPS),
     (["unlearning.alpha=3e38"], STEPS),
     (["unlearning.rmu.layer=0"], STEPS),
@@ -159,7 +155,6 @@ UNLEARN: list[tuple[list[str], list[str] | str]] = [  # changes -> the checkpoin
     (["unlearning.optimizer.lr=1e30"], NOT_FINITE),
     (["unlearning.optimizer.lr=3e38"], NOT_FINITE),
     (["unlearning.optimizer.weight_decay=3e38"], NOT_FINITE),
-    (["unlearning.forget_loss=simnpo", "unlearning.simnpo.delta=3e38"], NOT_FINITE),
 ]
 
 

@@ -467,7 +467,7 @@ def test_the_models_that_are_made_first_are_jobs_too(tmp_path: Path, capsys: pyt
         **corpora,
     }
     made = {"models": {"target": ["forget", "retain"], "retrained": ["retain"]}, "epochs": 2, "batch_rows": 128}
-    made = {f"finetune__{key}": value for key, value in (made | both | {"micro_batch_rows": 4}).items()}
+    made = {f"finetune__{key}": value for key, value in (made | {"recompute": True, "micro_batch_rows": 4}).items()}
     mixtral, spec = model_config("mixtral-8x7b"), ClusterSpec(nodes=4)
     found = plan_model(mixtral, run_config(**sized, **made), spec)
     target, retrained = found.finetune["target"], found.finetune["retrained"]

@@ -20,6 +20,7 @@ from trace_ds.cluster.plan import plan
 from trace_ds.cluster.spec import ClusterSpec
 from trace_ds.config.compose import GROUPS, compose, fragment_of, merge, published_config, recipe_names, recipes
 from trace_ds.config.load import dump_yaml, load_config
+from trace_ds.config.schema import Config
 from trace_ds.config.sections.evaluation import TaskConfig
 from trace_ds.errors import UserError
 from trace_ds.evaluation.items import read_task
@@ -90,6 +91,22 @@ def write(path: Path, **values: Any) -> str:
     return str(path)
 
 
+def count_keys(node: dict[str, Any], definitions: dict[str, Any]) -> int:
+    """Leaves of a JSON schema, those of sections in unions, lists and mappings included."""
+    if "$ref" in node:
+        return count_keys(definitions[node["$ref"].rpartition("/")[2]], definitions)
+    if "properties" in node:
+        return sum(count_keys(value, definitions) for value in node["properties"].values())
+    inner = [*node.get("anyOf", ()), node.get("items"), node.get("additionalProperties")]
+    sections = [each for each in inner if isinstance(each, dict) and "$ref" in each]
+    return sum(count_keys(each, definitions) for each in sections) or 1
+
+
+def test_the_configuration_has_at_most_130_keys() -> None:
+    schema = Config.model_json_schema()
+    assert count_keys(schema, schema["$defs"]) <= 130
+
+
 @pytest.fixture
 def config(tiny_model: Path, tmp_path: Path) -> Path:
     return tiny.write_config(tmp_path, tiny_model)
@@ -156,7 +173,7 @@ def test_the_published_configuration_of_a_model(model: str) -> None:
     short = AutoConfig.for_model(**values | {"num_hidden_layers": 8})
     with torch.device("meta"):
         names = [name for name, _ in AutoModelForCausalLM.from_config(short).named_parameters()]
-    for pattern in raw["unlearning"]["trainable"]["include"]:
+    for pattern in raw["unlearning"]["trainable"]:
         assert len(fnmatch.filter(names, pattern)) == 2, pattern  # gate and up in one tensor, down
 
 

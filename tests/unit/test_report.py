@@ -413,7 +413,7 @@ def test_damaged_artefacts_are_named_and_the_old_report_stays(tmp_path: Path, na
 def test_hostile_text_stays_text(tmp_path: Path) -> None:
     path = write_run(tmp_path / "run", hostile=HOSTILE)
     config = yaml.safe_load((path / "config.yaml").read_text())
-    (path / "config.yaml").write_text(yaml.safe_dump(config | {"report": {"title": HOSTILE}}))
+    (path / "config.yaml").write_text(yaml.safe_dump(config | {"name": HOSTILE}))
     text = render(path)
     assert text.count("<script") == 2 and text.count("</script>") == 2  # the data and ours
     assert "<img" not in text
@@ -509,15 +509,6 @@ def test_a_base_model_from_a_hub_cache_is_called_by_its_name(tmp_path: Path) -> 
     (path / "config.yaml").write_text(yaml.safe_dump(config | {"model": model}))
     front = yaml.safe_load(card_of(path).split("---")[1])
     assert front["base_model"] == "mistralai/Mixtral-8x7B-v0.1"
-
-
-def test_title_of_the_configuration_wins(tmp_path: Path) -> None:
-    from trace_ds.config.schema import Config
-
-    path = write_run(tmp_path / "run")
-    raw = yaml.safe_load((path / "config.yaml").read_text())
-    config = Config.model_validate({**raw, "report": {"title": "Forget the elements"}})
-    assert "<h1>Forget the elements</h1>" in report(config, RunDirectory.at(path)).read_text("utf-8")
 
 
 def test_attacks_and_meanings_are_shown(run: Path) -> None:

@@ -34,6 +34,8 @@ ALIKE = (
     "the forget and the retain corpus are routed exactly alike, as the same text is: look whether data.forget and "
     "data.retain name the same documents"
 )
+FALSE_DISCOVERY_RATE = 0.05  # Benjamini-Hochberg
+RATIO_FLOOR = 0.25  # top_ratio: retain frequencies are floored at this share of K / E
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,7 @@ def detect(forget: RoutingStatistics, retain: RoutingStatistics, config: Detecti
     if config.method == "significance":
         found_LE = np.zeros_like(eligible_LE)
         adjusted = stats.false_discovery_control(value_LE[eligible_LE])
-        found_LE[eligible_LE] = adjusted <= config.false_discovery_rate
+        found_LE[eligible_LE] = adjusted <= FALSE_DISCOVERY_RATE
         # The load rule comes after the control, because p-values of experts chosen by their load would not be valid
         # ones. It only removes discoveries, but the rate is controlled for the set before: where the removed ones are
         # true more often than the others, the false share of those that stay is larger.
@@ -129,7 +131,7 @@ def detect(forget: RoutingStatistics, retain: RoutingStatistics, config: Detecti
     else:
         score_LE, least = p_LE - q_LE, 0.0
         if config.method == "top_ratio":
-            score_LE = p_LE / np.maximum(q_LE, max(config.ratio_floor * forget.top_k / experts, 1e-12))
+            score_LE = p_LE / np.maximum(q_LE, RATIO_FLOOR * forget.top_k / experts)
             least = 1.0  # experts that forget text uses less are never called forget-critical
         selected_LE = _top(np.where(eligible_LE & (score_LE > least), score_LE, -np.inf), config)
     return Detection(
@@ -147,13 +149,9 @@ def detect(forget: RoutingStatistics, retain: RoutingStatistics, config: Detecti
 
 
 def _top(score_LE: np.ndarray, config: DetectionConfig) -> np.ndarray:
-    """The ``top_n`` highest finite scores, per layer or in all; ties go to the lower layer, then expert."""
+    """The ``top_n`` highest finite scores of each layer; ties go to the lower expert."""
     selected_LE = np.zeros(score_LE.shape, dtype=bool)
-    groups = list(range(len(score_LE))) if config.per_layer else [slice(None)]
-    for group in groups:
-        scores = score_LE[group]
-        order = np.argsort(-scores.ravel(), kind="stable")[: config.top_n]
-        mask = np.zeros(scores.size, dtype=bool)
-        mask[order] = np.isfinite(scores.ravel()[order])
-        selected_LE[group] = mask.reshape(scores.shape)
+    for layer, scores_E in enumerate(score_LE):
+        order = np.argsort(-scores_E, kind="stable")[: config.top_n]
+        selected_LE[layer, order] = np.isfinite(scores_E[order])
     return selected_LE

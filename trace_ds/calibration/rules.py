@@ -143,7 +143,7 @@ def choose_experts(config: CalibrationConfig, detection: Detection, seed: int) -
     if config.rule in ("random_experts", "lowest_experts"):
         candidates = np.flatnonzero(detection.eligible_LE)
         if config.rule == "random_experts":
-            order = np.random.default_rng([seed, 1, config.draw]).permutation(candidates)
+            order = np.random.default_rng([seed, 1, 0]).permutation(candidates)
         else:
             order = candidates[np.argsort(detection.log_ratio_LE.flat[candidates], kind="stable")]
         chosen_LE.flat[order[: int(selected_LE.sum())]] = True

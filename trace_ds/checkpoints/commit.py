@@ -176,7 +176,7 @@ class Saver:
     def _in_thread(self, work: Callable[[], T]) -> Generator[None, None, T]:
         self._work = work_there = self._thread.submit(work)
         yield
-        return self._world.agree_all(work_there.result)
+        return self._world.run_on_all_ranks(work_there.result)
 
     def _room_bytes(self) -> float:
         """Host memory that the copies of this rank may take."""
@@ -283,7 +283,7 @@ def choose(
         if world.is_main:
             discard_all(checkpoints)
         return None, [f"{checkpoints / step_name(chosen.step)} belongs to another job and was deleted; starting over"]
-    world.agree(lambda: _check_job(checkpoints, chosen, job, resume, unreadable, section))
+    world.run_on_main_and_broadcast(lambda: _check_job(checkpoints, chosen, job, resume, unreadable, section))
     if chosen is not None and problems:
         problems += world.broadcast(_set_newer_aside(checkpoints, chosen.step) if world.is_main else [])
         problems.append(f"resuming from the newest complete checkpoint, step {chosen.step}")
@@ -325,7 +325,7 @@ def _undamaged(world: World, checkpoints: Path, steps: list[int], problems: list
     which ``problems`` gets a line each, are taken off ``steps``."""
     while steps:
         directory = checkpoints / step_name(steps[-1])
-        manifest = world.broadcast_agreed(functools.partial(read_manifest, directory))
+        manifest = world.run_on_main_and_broadcast(functools.partial(read_manifest, directory))
         damage = [line for line in world.gather(_damage(directory, manifest, world)) if line]
         problems += damage[:1]
         if not damage:

@@ -67,7 +67,7 @@ def load_reshaped(
         write_universal(checkpoint, folder, jobs=THREADS, part=world.rank, parts=world.size)
 
     try:
-        world.agree_all(convert)
+        world.run_on_all_ranks(convert)
         _load(engine, folder, manifest)
         world.barrier()
     finally:

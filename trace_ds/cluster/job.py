@@ -11,7 +11,7 @@ from typing import Any
 from trace_ds.cluster.architecture import Architecture
 from trace_ds.cluster.spec import ClusterSpec
 from trace_ds.config.schema import Config
-from trace_ds.config.sections.finetune import FinetuneConfig
+from trace_ds.config.sections.finetune import FinetuneSettings
 from trace_ds.config.sections.unlearning import UnlearningConfig
 from trace_ds.errors import UserError
 from trace_ds.tensors.model_files import read_json_object
@@ -86,13 +86,13 @@ class PlannedJob:
     a: Architecture
     spec: ClusterSpec
     config: Config
-    settings: UnlearningConfig | FinetuneConfig
+    settings: UnlearningConfig | FinetuneSettings
     ep: int
     zero: ZeroSettings
 
     @classmethod
     def of(
-        cls, a: Architecture, spec: ClusterSpec, config: Config, settings: FinetuneConfig | None = None
+        cls, a: Architecture, spec: ClusterSpec, config: Config, settings: FinetuneSettings | None = None
     ) -> PlannedJob:
         """The job as configured (without ``settings``: of ``unlearn``); UserError for a DeepSpeed file that cannot be
         read."""
@@ -110,7 +110,7 @@ class PlannedJob:
     @property
     def held(self) -> Architecture:
         """What the job loads, trains and saves of the model."""
-        if isinstance(self.settings, FinetuneConfig):
+        if isinstance(self.settings, FinetuneSettings):
             return self.a
         layers = layers_held(self.settings, self.a.layers)
         return self.a if layers is None else self.a.loaded(layers)
@@ -122,14 +122,14 @@ class PlannedJob:
     @property
     def rows_per_step(self) -> tuple[int, ...]:
         """Rows of a step over all GPUs, of each side: forget and retain, or those of a fine-tuning alone."""
-        if isinstance(self.settings, FinetuneConfig):
+        if isinstance(self.settings, FinetuneSettings):
             return (self.settings.batch_rows,)
         return self.settings.forget_rows, self.settings.retain_rows
 
     def passes(self) -> Passes:
         """What a step runs, of the trained model and of the frozen copy."""
         settings, layers = self.settings, self.a.layers
-        if isinstance(settings, FinetuneConfig):
+        if isinstance(settings, FinetuneSettings):
             return Passes(layers)
         needs = FrozenNeeds.of(settings, layers)
         last = settings.last_layer(layers)
@@ -148,7 +148,7 @@ class PlannedJob:
     def steps(self, corpora: list[str] | None = None) -> int | None:
         """Of the whole job; None: of epochs over corpora that are not on this machine."""
         settings = self.settings
-        if settings.steps is not None or not isinstance(settings, FinetuneConfig):
+        if settings.steps is not None or not isinstance(settings, FinetuneSettings):
             return settings.steps
         tokens = corpus_tokens(self.config, corpora)
         if tokens is None or settings.epochs is None:

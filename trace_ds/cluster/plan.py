@@ -28,7 +28,7 @@ from trace_ds.cluster.spec import GB, ClusterSpec
 from trace_ds.config.compose import fragment_of, published_config, published_config_path
 from trace_ds.config.load import variants_of
 from trace_ds.config.schema import Config
-from trace_ds.config.sections.finetune import TARGET
+from trace_ds.config.sections.finetune import TARGET, FinetuneSettings
 from trace_ds.errors import UserError
 from trace_ds.hub.models import is_whole
 from trace_ds.models.families import FAMILIES, ModelInfo, check_expert_parallel
@@ -148,7 +148,8 @@ def plan_model(
         _check(each)
     unlearn = _training(job)
     made = config.finetune.models if config.finetune is not None else {}
-    making = {name: PlannedJob.of(a, cluster, config, config.finetune) for name in made}
+    settings = FinetuneSettings.of(config.finetune, config.unlearning) if config.finetune is not None else None
+    making = {name: PlannedJob.of(a, cluster, config, settings) for name in made}
     every = count_parameters(a)
     sizes = [size for size in range(1, a.experts + 1) if a.experts % size == 0 and cluster.world % size == 0]
     training = (job, *others)

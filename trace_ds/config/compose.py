@@ -37,14 +37,12 @@ class Composed:
     Attributes:
         raw: the merged keys, without ``extends``; nothing in it belongs to another configuration.
         where: the files and recipes named, for messages.
-        text: the file's own text where one file was named; else "".
         folder: of the last file named ("." for a recipe).
         fragments: the model's and the task's name, where there is one.
     """
 
     raw: dict[str, Any]
     where: str
-    text: str
     folder: str
     fragments: dict[str, str]
 
@@ -216,7 +214,6 @@ def compose(configs: Iterable[str]) -> Composed:
     return Composed(
         raw,
         " + ".join(shown(path) for path in paths),
-        read_text(paths[0]) if len(paths) == 1 else "",
         _folder(paths[-1]),
         reading.fragments,
     )

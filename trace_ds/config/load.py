@@ -18,7 +18,7 @@ from trace_ds.errors import UserError
 LOSS_KEY = "unlearning.forget_loss"
 # Sections of one forget loss each. That of rmu is none: its layer is also that of hidden_mse, and recipes give it a
 # coefficient and leave the loss to --set, to variants and to studies.
-LOSS_SECTIONS = ("npo", "simnpo", "dpo", "wga", "satimp", "undial", "pdu")
+LOSS_SECTIONS = ("npo", "simnpo", "dpo")
 
 
 def load_config(
@@ -54,7 +54,7 @@ def load_config(
     values["seed"] = str(raw.get("seed", 0))
     loaded = validate(substitute(raw, values), where)
     problem = _setting_of_another_loss(loaded)
-    if problem and not is_resolved(composed.text):  # a run that an older version wrote out is read as it was
+    if problem:
         raise UserError(problem, where, "take it out, or choose that loss")
     return loaded, directory
 
@@ -106,16 +106,6 @@ def variants_of(config: Config) -> dict[str, Config]:
 def dump_yaml(config: Config) -> str:
     """The resolved configuration as YAML, every default written out."""
     return dump_text(config.model_dump(mode="json"))
-
-
-def is_resolved(text: str) -> bool:
-    """Whether a file is what :func:`dump_yaml` writes, of this version or an older one: every section, no comment."""
-    sections = ("name", "seed", "model", "data", "distributed", "statistics", "calibration", "unlearning", "evaluation")
-    try:
-        raw = parse_yaml(text)
-    except ValueError:
-        return False
-    return isinstance(raw, dict) and all(name in raw for name in sections) and dump_text(raw) == text
 
 
 def _apply(raw: dict[str, Any], override: str) -> None:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from trace_ds.config.names import Name
-from trace_ds.config.sections.base import Integer, PathText, Section, Seed
+from trace_ds.config.sections.base import PathText, Section, Seed
 from trace_ds.config.sections.bench import BenchConfig
 from trace_ds.config.sections.calibration import CalibrationConfig
 from trace_ds.config.sections.data import DataConfig
@@ -20,7 +20,7 @@ from trace_ds.config.sections.distributed import DistributedConfig
 from trace_ds.config.sections.evaluation import EvaluationConfig
 from trace_ds.config.sections.finetune import FinetuneConfig
 from trace_ds.config.sections.statistics import StatisticsConfig
-from trace_ds.config.sections.unlearning import ROW_SCORES, TrainableConfig, UnlearningConfig
+from trace_ds.config.sections.unlearning import ROW_SCORES, UnlearningConfig
 
 
 class ModelConfig(Section):
@@ -40,11 +40,6 @@ class ModelConfig(Section):
 class ConversionConfig(Section):
     dtype: Literal["bf16", "fp32", "same"] = Field("same", description="same: the run's model.dtype.")
     max_shard_size: str = "5GB"
-    step: Integer | None = Field(None, ge=1, description="Checkpoint to convert; default: the newest.")
-
-
-class ReportConfig(Section):
-    title: str | None = None
 
 
 class Config(Section):
@@ -63,7 +58,6 @@ class Config(Section):
     unlearning: UnlearningConfig = UnlearningConfig()
     conversion: ConversionConfig = ConversionConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
-    report: ReportConfig = ReportConfig()
     bench: BenchConfig | None = Field(None, description="The study that `trace-ds bench` runs with this recipe.")
     variants: dict[Name, dict[str, Any]] = Field(
         default_factory=dict,
@@ -78,7 +72,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _unlearning_needs(self) -> Config:
-        if self.unlearning.seuf is not None and self.unlearning.trainable != TrainableConfig():
+        if self.unlearning.seuf is not None and self.unlearning.trainable != ["all"]:
             raise ValueError("unlearning.seuf chooses what is trained itself: leave unlearning.trainable out")
         loss = self.unlearning.forget_loss
         if loss in ("npo", "dpo") and not self.statistics.nll:
@@ -106,8 +100,6 @@ class Config(Section):
                 raise ValueError(f"unlearning.evaluate.{key} needs unlearning.evaluate.every")
         if self.unlearning.keep == 0 and not evaluate.tasks:
             raise ValueError("unlearning.keep 0 needs unlearning.evaluate.tasks: the curve is all that the job leaves")
-        if self.unlearning.keep == 0 and not self.evaluation.references_only:
-            raise ValueError("unlearning.keep 0 needs evaluation.references_only: true, as there is no unlearned model")
         names = [task.name for task in self.evaluation.tasks]
         for name in evaluate.tasks:
             if name not in names:

@@ -81,9 +81,9 @@ def corpus_fingerprint(entries: list[CorpusEntry]) -> str:
     parts: list[Any] = []
     for entry in entries:
         contents = _contents(entry)
-        parts += [[digest, entry.field, entry.source or name] for digest, name in contents]
-        if entry.template is not None or entry.rows is not None:
-            parts.append({"template": entry.template, "rows": entry.rows, "of": len(contents)})
+        parts += [[digest, entry.template, entry.source or name] for digest, name in contents]
+        if entry.rows is not None:
+            parts.append({"rows": entry.rows, "of": len(contents)})
     return sha256_text(canonical_json(parts))
 
 
@@ -147,7 +147,7 @@ def _streams(entry: CorpusEntry, key: str) -> Iterator[TextStream | None]:
     texts = [path for path in files if kind_of(path) == ".txt"]
     if texts and len(texts) < len(files):
         raise UserError("text files and others are mixed", entry.path, f"name them one by one in {key}")
-    if texts and entry.template is not None:
+    if texts and entry.template != "{text}":
         raise UserError("a text file has no columns", entry.path, f"take template out of {key}")
     for path in texts:
         source = entry.source or plain(_file_name(path, texts))
@@ -168,7 +168,7 @@ def _text(record: Record, parts: list[tuple[str, str | None]]) -> str | None:
         if not isinstance(value, str):
             close = difflib.get_close_matches(str(column), record.values, 1)
             hint = f"did you mean {close[0]!r}? " if close and close[0] != column else ""
-            fix = f"{hint}correct the line, or set the corpus' field"
+            fix = f"{hint}correct the line, or set the corpus' template"
             raise UserError(f"the line has no text under {column!r}", record.where, fix)
         text += literal + value
     return text

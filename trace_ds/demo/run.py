@@ -56,7 +56,7 @@ def demo(run_dir: Path, overrides: Sequence[str], seed: int) -> int:
         remove_input_leftovers(run_dir)
         prepare_inputs(run_dir, seed)
     for request in requests:
-        print(f"\n{request.config.report.title}, in {request.run.path}:", flush=True)
+        print(f"\n{request.config.name}, in {request.run.path}:", flush=True)
         status = run_verb("run", request)
         if status:
             return status

@@ -34,7 +34,7 @@ from torch import nn
 from torch.nn import functional
 
 from trace_ds.config.sections.evaluation import EvaluationConfig, RelearningConfig
-from trace_ds.config.sections.training import OptimizerConfig, TrainingConfig
+from trace_ds.config.sections.training import BETAS, OptimizerConfig, TrainingConfig
 from trace_ds.corpora.dataset import Batch, TokenDataset
 from trace_ds.errors import UserError
 from trace_ds.evaluation.items import Task
@@ -52,6 +52,7 @@ from trace_ds.unlearning.trainer import NumericalFailure, run_step
 
 ATTACKABLE = ("choice", "verbatim", "knowmem")  # their score is what the model says or prefers
 RELEARNING_ROWS, SCORE_EVERY = 8, 5  # rows a step, and steps between scores
+SHARE = 0.1  # of the forget rows, which the attacker has
 SHARE_STREAM, ORDER_STREAM = 11, 12
 TRIAL_TOKENS, TRIAL_LOGIT_STD, TRIAL_TOLERANCE = 64, 2.0, 1e-3
 FUNCTIONS = {"softmax": lambda logits_TE: logits_TE.softmax(-1), "sigmoid": torch.sigmoid}
@@ -76,7 +77,7 @@ def relearn(
     """
     world = language_model.world
     usable = np.flatnonzero(forget.counted_per_row())
-    count = max(1, round(settings.share * len(usable)))
+    count = max(1, round(SHARE * len(usable)))
     rows = np.sort(generator(seed, SHARE_STREAM, 0).permutation(usable)[:count])
     order = EpochRows(rows, min(RELEARNING_ROWS, count), seed, ORDER_STREAM)
     model, engine = language_model.model, language_model.engine
@@ -84,7 +85,7 @@ def relearn(
     if engine is None:
         model.requires_grad_(True)
         if world is None or world.is_main:
-            optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=0.0)
+            optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, betas=BETAS, weight_decay=0.0)
     curve: list[dict[str, Any]] = [{"step": 0, "loss": None, "scores": score()}]
     loss: torch.Tensor | float | None = None
     for step in range(settings.steps):
@@ -114,7 +115,7 @@ def relearn(
 
 def training_settings(settings: RelearningConfig, zero_stage: Literal[1, 3] = 1) -> TrainingConfig:
     """The attack as a training job: torch's AdamW without decay or clipping."""
-    optimizer = OptimizerConfig(lr=settings.lr, betas=(0.9, 0.999), gradient_clipping=0)
+    optimizer = OptimizerConfig(lr=settings.lr, gradient_clipping=0)
     return TrainingConfig(zero_stage=zero_stage, optimizer=optimizer)
 
 

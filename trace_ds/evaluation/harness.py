@@ -262,7 +262,7 @@ def evaluate_harness(model: LanguageModel, config: TaskConfig) -> Result:
         world.broadcast(None)
         return result
 
-    return world.broadcast_agreed(run_and_release)
+    return world.run_on_main_and_broadcast(run_and_release)
 
 
 def _evaluate(config: TaskConfig, model: LanguageModel) -> Result:

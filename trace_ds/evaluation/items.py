@@ -157,7 +157,7 @@ def _texts(config: TaskConfig) -> list[Document]:
     """The documents of a task that have any text."""
     _require_file(config)
     keys = ("path", "dataset", "config", "split")
-    named = {key: getattr(config, key) for key in keys} | {"field": config.columns.get("text", "text")}
+    named = {key: getattr(config, key) for key in keys} | {"template": f"{{{config.columns.get('text', 'text')}}}"}
     documents = [d for d in read_documents([CorpusEntry.model_validate(named)], KEY) if d.text.strip()]
     if not documents:
         raise UserError("the task file has no text", config.place, "a score of nothing: add documents")

@@ -430,7 +430,7 @@ def _sharded(
     from trace_ds.models.families import check_expert_parallel, inspect_model
     from trace_ds.unlearning.trainer import training_engine
 
-    info = world.broadcast_agreed(lambda: inspect_model(path))
+    info = world.run_on_main_and_broadcast(lambda: inspect_model(path))
     check_expert_parallel(info, sharding.ep, world.size, "evaluation.ep", sharding.options)
     shape: dict[str, Any] = {"dtype": settings.dtype, "ep": sharding.ep, "options": sharding.options}
     if trained is None:

@@ -2,8 +2,8 @@
 
 An attack gives a text a score that is larger for likelier *members*; its AUC is the probability that a member scores
 above a non-member, ties counting half. After unlearning, best is the AUC of a model retrained without the forget set
-(``evaluation.retrained`` names it; without one 0.5 is assumed, and the result says so), not 0: an AUC far below that
-gives the forget set away too. Texts longer than the context are cut.
+(named retrained or gold; without one 0.5 is assumed, and the result says so), not 0: an AUC far below that gives the
+forget set away too. Texts longer than the context are cut.
 
 - loss: mean log-probability (Yeom et al. 2018).
 - zlib: summed log-probability per byte of the zlib-compressed text (Carlini et al. 2021).

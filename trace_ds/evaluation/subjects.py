@@ -50,10 +50,10 @@ def named_models(original: str, settings: EvaluationConfig) -> dict[str, Path]:
     return {ORIGINAL: Path(original)} | {name: Path(path) for name, path in settings.models.items()}
 
 
-def find_subjects(original: str, settings: EvaluationConfig, run: RunDirectory) -> list[Subject]:
-    """The original, further and unlearned models, in this order; UserError when one is missing or damaged."""
+def find_subjects(original: str, settings: EvaluationConfig, run: RunDirectory, *, unlearned: bool) -> list[Subject]:
+    """The original, further and (if ``unlearned``) unlearned models, in this order; UserError when one is missing."""
     named = named_models(original, settings)
-    if not settings.references_only:
+    if unlearned:
         if not run.model.is_dir():
             fix = "make it with `trace-ds unlearn` and `trace-ds convert`"
             raise UserError("there is no unlearned model here", str(run.model), fix)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import importlib
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -22,7 +21,6 @@ from trace_ds.parallel.world import World, quiet_deepspeed
 
 WIDE_EXPERT = 8192
 _DECODER_LAYER = re.compile(r".*?\.\d+\.")  # how the names of a decoder layer's parameters begin
-HUB_KERNELS = ("sonicmoe", "deepgemm")
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -148,10 +146,9 @@ def inference_engine(
     ep: int,
     options: Mapping[str, Any] | None = None,
     zero_stage: int = 0,
-    kernel: str = "auto",
     parts: ModelParts | None = None,
 ) -> Any:
-    """A forward-only DeepSpeed engine; ``kernel`` is ``statistics.expert_kernel``, ``options`` ``distributed.autoep``.
+    """A forward-only DeepSpeed engine; ``options`` is ``distributed.autoep``.
 
     Experts are sharded over ``ep`` ranks by AutoEP; at ``zero_stage`` 3 (which families without expert parallelism
     always have when there is more than one process) every rank keeps a part of each weight.
@@ -160,42 +157,21 @@ def inference_engine(
     ds_config = base_ds_config(ep=ep, info=info, zero_stage=stage, options=options)
     if stage == 3:
         ds_config["bf16"] = {"enabled": dtype == "bf16"}
-    parts = replace(parts or ModelParts(), expert_kernel=expert_kernel(kernel, info, world.device))
+    parts = replace(parts or ModelParts(), expert_kernel=expert_kernel(info, world.device))
     return initialize(info, world, ds_config, dtype=dtype, parts=parts)
 
 
-def expert_kernel(chosen: str, info: ModelInfo, device: torch.device) -> str | None:
+def expert_kernel(info: ModelInfo, device: torch.device) -> str | None:
     """Return the experts implementation to request from transformers; None leaves the choice to it.
 
-    The rule of ``auto`` is our decision, from plain forward passes measured on one H100 (8 x 2048 tokens, bf16):
+    The rule is our decision, from plain forward passes measured on one H100 (8 x 2048 tokens, bf16):
     Mixtral's experts (14,336 wide) were 9 % faster one after the other, OLMoE's (1,024 wide) 2.4 times faster grouped.
     Transformers' own choice is grouped where the family allows it, else one after the other.
     """
-    if chosen != "auto":
-        return chosen
     if device.type == "cpu":
         return None
     width = info.config.get("moe_intermediate_size") or info.config.get("intermediate_size") or 0
     return "eager" if int(width) >= WIDE_EXPERT else None
-
-
-def usable_kernel(chosen: str, world: World, dtype: str, ep: int, log: Callable[[str], None]) -> str:
-    """Return ``chosen``, or "auto" where it is a Hub kernel that some process cannot use (the reason is logged).
-
-    Collective. Transformers downloads such kernels, or takes them from its cache, and checks what else they need.
-    """
-    if chosen not in HUB_KERNELS or ep > 1:
-        return chosen
-    why = "" if dtype == "bf16" else f"it computes in bf16, and model.dtype is {dtype}"
-    try:
-        integration = importlib.import_module(f"transformers.integrations.{chosen}")
-        why or getattr(integration, f"load_{chosen}_kernel")()
-    except Exception as error:  # of packages, of the driver, of the hub
-        why = f"{type(error).__name__}: {error}".splitlines()[0]
-    reason = next(filter(None, world.gather(why)), "")  # of the first process that cannot use it
-    if reason:
-        log(f"WARNING expert_kernel: auto instead of {chosen} ({reason})")
-    return "auto" if reason else chosen
 
 
 def _has_experts(module: nn.Module) -> bool:

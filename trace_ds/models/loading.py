@@ -63,12 +63,12 @@ def load_share(
     Collective. Never executes code that ships with the model.
 
     Raises:
-        UserError, AgreedError: the files are damaged or not of this model (see :meth:`World.tell_together`).
+        UserError, AgreedError: the files are damaged or not of this model (see :meth:`World.check_on_all_ranks`).
     """
     partitioned = ds_config["zero_optimization"]["stage"] == 3
     _quiet_transformers()
     # before zero.Init, which would undo the decorators of the model's classes if it saw them being defined
-    layout = world.agree_each(lambda _: read_layout(path))
+    layout = world.run_on_main_first(lambda: read_layout(path))
     if parts.layers is not None:
         first = min(map(decoder_layer, moe_prefixes(layout)), default=0)
         parts = replace(parts, layers=max(parts.layers, first + 1))
@@ -82,7 +82,7 @@ def load_share(
         _read(model, files, world.device if partitioned else torch.device("cpu"), dtype, ep, world.rank % ep)
         return files
 
-    files = world.tell_together(read)
+    files = world.check_on_all_ranks(read)
     model.config.use_cache = False
     return model.eval(), files
 

@@ -116,76 +116,60 @@ class World:
         for tensor in tensors:
             dist.broadcast(tensor, src=0)
 
-    def agree(self, check: Callable[[], T]) -> T | None:
-        """What ``check`` returns on the main process, which alone runs it (None elsewhere); its :class:`UserError` or
+    def run_on_main_and_broadcast(self, work: Callable[[], T]) -> T:
+        """Run ``work`` on the main process alone; its result (plain data) on every rank. Its :class:`UserError` or
         OSError ends every rank with the same status."""
-        result: T | None = None
-        error: UserError | OSError | None = None
+        return self.broadcast(self._run_on_main(work))  # type: ignore[return-value]
+
+    def run_on_main_first(self, work: Callable[[], T]) -> T:
+        """Run ``work`` on the main process, then on the others; errors as in :meth:`check_on_all_ranks`."""
+        result = self._run_on_main(work)
+        return self.check_on_all_ranks(lambda: result if self.is_main else work())  # type: ignore[return-value]
+
+    def _run_on_main(self, work: Callable[[], T]) -> T | None:
+        result, error = None, None
         if self.is_main:
             try:
-                result = check()
-            except (UserError, OSError) as found:
-                error = found
+                result = work()
+            except (UserError, OSError) as caught:
+                error = caught
         if self.broadcast(error is not None):
-            if error is not None:
-                raise error
-            raise AgreedError
+            raise error if error is not None else AgreedError
         return result
 
-    def agree_each(self, check: Callable[[bool], T]) -> T:
-        """Run ``check(True)`` on the main process, then ``check(False)`` on the others, who may skip what costs time
-        (reading whole files); a :class:`UserError` or OSError on any rank, which may see other files than the main
-        process, ends every rank and is said once."""
-        result = self.agree(lambda: check(True))
-        found = self.tell_together(lambda: result if self.is_main else check(False))
-        assert found is not None
-        return found
-
-    def tell_together(self, work: Callable[[], T], where: str = "a file") -> T:
-        """Run ``work`` on every rank; a :class:`UserError` or OSError on any of them ends every rank and is said once,
-        by the main process. ``where``: the file, where the operating system does not say which."""
+    def run_on_all_ranks(self, work: Callable[[], T]) -> T:
+        """Run ``work`` on every rank. An error of the user, the operating system (a full disk) or the job ends every
+        rank: that rank with its error, the others with the same exit status, silently."""
         result, error = None, None
         try:
             result = work()
-        except UserError as found:
-            error = found
-        except OSError as found:
-            what = f"it cannot be read ({found.strerror or found})"
-            error = UserError(what, str(found.filename or where), "check the storage that it lies on")
-        if error is not None and not self.is_main:
-            error = UserError(f"on rank {self.rank}: {error.what}", error.where, error.fix)
-        self.raise_together(error)
-        return result  # type: ignore[return-value]
-
-    def agree_all(self, work: Callable[[], T]) -> T:
-        """Run ``work`` on every rank, and return what it did; if any rank's user error or operating-system error (a
-        full disk) ends it, every rank leaves: that rank with its error, the others with the same exit status,
-        silently."""
-        result, error = None, None
-        try:
-            result = work()
-        except (UserError, OSError, JobFailed) as found:
-            error = found
+        except (UserError, OSError, JobFailed) as caught:
+            error = caught
         if self.max_int(int(error is not None)):
             raise error if error is not None else AgreedError
         return result  # type: ignore[return-value]
 
-    def broadcast_agreed(self, make: Callable[[], T]) -> T:
-        """Run ``make`` on the main process and return its plain-data result on every rank; errors as in agree."""
-        result = self.agree(lambda: [make()])
-        return self.broadcast(result)[0]  # type: ignore[index]
+    def check_on_all_ranks(self, work: Callable[[], T], where: str = "a file") -> T:
+        """Run ``work`` on every rank, which may see other files than the main process; a :class:`UserError` or OSError
+        on any of them ends every rank and is said once. ``where``: the file, where the system does not say which."""
+        result, error = None, None
+        try:
+            result = work()
+        except UserError as caught:
+            error = caught
+        except OSError as caught:
+            what = f"it cannot be read ({caught.strerror or caught})"
+            error = UserError(what, str(caught.filename or where), "check the storage that it lies on")
+        if error is not None and not self.is_main:
+            error = UserError(f"on rank {self.rank}: {error.what}", error.where, error.fix)
+        self.raise_on_all_ranks(error)
+        return result  # type: ignore[return-value]
 
-    def raise_together(self, error: UserError | None) -> None:
-        """End every rank when any rank found the user's input wrong: the main process says what, one message for all.
-
-        Raises:
-            UserError: on the main process, the error of the first rank that has one; AgreedError elsewhere.
-        """
-        found = [item for item in self.gather((error.what, error.where, error.fix) if error else None) if item]
-        if found and self.is_main:
-            raise UserError(*found[0])
-        if found:
-            raise AgreedError
+    def raise_on_all_ranks(self, error: UserError | None) -> None:
+        """Raise where any rank has an error: the first one on the main process, AgreedError on the others."""
+        errors = [each for each in self.gather((error.what, error.where, error.fix) if error else None) if each]
+        if errors:
+            raise UserError(*errors[0]) if self.is_main else AgreedError
 
     def _reduce(self, values: np.ndarray, dtype: type, operation: Any) -> np.ndarray:
         tensor = to_device(torch.from_numpy(np.array(values, dtype=dtype, order="C")), self.device)

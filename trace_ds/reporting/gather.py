@@ -132,10 +132,8 @@ class RunData:
 
     @property
     def gold(self) -> str:
-        """The name of the reference that never saw the forget set, whether or not it was scored: what the configuration
-        calls it, else what ``finetune`` does."""
-        named = (self.config.get("evaluation") or {}).get("retrained", "gold")
-        return named if named in self.references else RETRAINED if RETRAINED in self.references else "gold"
+        """The name of the reference that never saw the forget set, whether or not it was scored."""
+        return RETRAINED if RETRAINED in self.references else "gold"
 
     @property
     def versions(self) -> dict[str, str]:
@@ -194,7 +192,7 @@ def gather(path: Path) -> RunData:
     return RunData(
         path=path,
         name=name,
-        title=str((config.get("report") or {}).get("title") or f"Unlearning report: {name}"),
+        title=f"Unlearning report: {name}",
         config=config,
         artefacts=artefacts,
         forget=forget,

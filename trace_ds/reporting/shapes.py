@@ -121,7 +121,6 @@ class TaskShape(TypedDict, total=False):
 
 
 class EvaluationShape(TypedDict, total=False):
-    retrained: str
     tasks: list[TaskShape] | None
 
 

@@ -83,7 +83,7 @@ class Collection:
             StopRequested: a stop file appeared; it is removed, and the saved state is where the next pass goes on.
         """
         done = self._resume()
-        self.world.agree_all(lambda: self._open_parts(fresh=done == 0))
+        self.world.run_on_all_ranks(lambda: self._open_parts(fresh=done == 0))
         if done:
             log.line(f"{side}: continues after batch {done:,} of {self.batches:,}")
         total = self.dataset.tokens
@@ -99,7 +99,7 @@ class Collection:
                     self._stop_if_asked(log, f"{side}: stopped on request after batch {number + 1:,}", stop_files)
                 progress.advance(min(size * self.world.size, total))
         progress.close()
-        self.world.agree_all(self._flush_parts)
+        self.world.run_on_all_ranks(self._flush_parts)
         return self.counter.reduce(self.world)
 
     def _stop_if_asked(self, log: StageLog, message: str, stop_files: Sequence[Path]) -> None:
@@ -167,7 +167,7 @@ class Collection:
         if bad:
             what = f"the router of decoder layer {self.layers[bad[0]]} gave NaN or infinite weights"
             error = UserError(what, str(self.engine.module.config.name_or_path or "model"), "check the model's weights")
-        self.world.raise_together(error)
+        self.world.raise_on_all_ranks(error)
 
     def _prefetched(self, done: int) -> Generator[Batch, None, None]:
         """The batches from ``done`` on, each read while the one before is computed."""
@@ -223,10 +223,10 @@ class Collection:
         """
         from safetensors.torch import load_file
 
-        self.saved = self.world.broadcast_agreed(self._common_states)
+        self.saved = self.world.run_on_main_and_broadcast(self._common_states)
         done = max(self.saved, default=0)
         if done:
-            self.world.agree_all(lambda: self.counter.restore(load_file(self._state(done))))
+            self.world.run_on_all_ranks(lambda: self.counter.restore(load_file(self._state(done))))
         return done
 
     def _common_states(self) -> list[int]:
@@ -241,7 +241,7 @@ class Collection:
     def _save(self, done: int) -> None:
         """Make the first ``done`` batches safe against a kill; the newest two states are kept (collective)."""
         self._check_finite()
-        self.world.agree_all(lambda: self._write_state(done))
+        self.world.run_on_all_ranks(lambda: self._write_state(done))
 
     def _write_state(self, done: int) -> None:
         from safetensors.torch import save

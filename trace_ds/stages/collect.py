@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 STATISTICS_NAME = "statistics.safetensors"
 SHAPE_NAME = "shape.json"  # of a collection that has not ended: which job, on which cluster shape
 
+SAMPLE_TOKENS = 200_000  # counted tokens of a corpus whose top-k experts are always recorded
+
 
 @dataclass(frozen=True)
 class CollectJob:
@@ -101,7 +103,7 @@ def recording(config: Config, side: str) -> Recording:
         trace=bool(keys_needing_trace(config, side)) if settings.trace is None else settings.trace,
         nll=settings.nll,
         rows=side == "retain",
-        sample_tokens=settings.sample_tokens if side in ("forget", "retain") else 0,
+        sample_tokens=SAMPLE_TOKENS if side in ("forget", "retain") else 0,
     )
 
 
@@ -146,14 +148,13 @@ def collect(job: CollectJob, world: World) -> None:
 def _engine(config: Config, world: World, job: CollectJob, log: StageLog) -> Any:
     """The frozen model, ready to be run over packed rows (collective)."""
     from trace_ds.models.attention import find_attention_problem
-    from trace_ds.models.engine import inference_engine, usable_kernel
+    from trace_ds.models.engine import inference_engine
     from trace_ds.models.loading import ModelParts
 
     if job.info.family.autoep_preset is None:
         sharding = "its weights are sharded by ZeRO-3" if world.size > 1 else "one process holds it whole"
         log.detail(f"the family {job.info.family.model_type} has no expert parallelism: {sharding}")
     ep = config.distributed.ep
-    kernel = usable_kernel(config.statistics.expert_kernel, world, config.model.dtype, ep, log.line)
     asked = recording(config, "retain")
     parts = ModelParts(head=asked.nll, last_output=asked.nll)
     engine = inference_engine(
@@ -162,7 +163,6 @@ def _engine(config: Config, world: World, job: CollectJob, log: StageLog) -> Any
         dtype=config.model.dtype,
         ep=ep,
         options=config.distributed.autoep,
-        kernel=kernel,
         parts=parts,
     )
     if why := find_attention_problem(engine.module):
@@ -171,7 +171,7 @@ def _engine(config: Config, world: World, job: CollectJob, log: StageLog) -> Any
             from trace_ds.routing.collection import refused_packing
 
             vocabulary = int(job.info.config["vocab_size"])
-            world.raise_together(refused_packing(engine, vocabulary, world.device))
+            world.raise_on_all_ranks(refused_packing(engine, vocabulary, world.device))
     return engine
 
 
@@ -182,7 +182,7 @@ def _is_done(world: World, job: CollectJob, side: str) -> bool:
         statistics = job.existing(side, verify=False)
         return None if statistics is None else statistics.files
 
-    expected = world.broadcast_agreed(described)
+    expected = world.run_on_main_and_broadcast(described)
     return expected is not None and _file_entries(world, job.place.statistics / side, sorted(expected)) == expected
 
 
@@ -192,7 +192,7 @@ def _file_entries(world: World, directory: Path, names: Sequence[str]) -> dict[s
     Shared out, because a collective does not wait for ever for one rank that hashes everything.
     """
     mine: dict[str, dict[str, Any]] = {}
-    world.agree_all(
+    world.run_on_all_ranks(
         lambda: mine.update({name: artefact.file_entry(directory / name) for name in names[world.rank :: world.size]})
     )
     return {name: entry for found in world.gather(mine) for name, entry in found.items()}
@@ -211,7 +211,7 @@ def _collect_side(
 
     destination = run.statistics / side
     directory = destination.with_name(f"{side}.partial")
-    if not world.broadcast_agreed(lambda: _prepare_directory(directory, _shape(config, world, job, side))):
+    if not world.run_on_main_and_broadcast(lambda: _prepare_directory(directory, _shape(config, world, job, side))):
         _pass(config, world, job, side, engine, directory, run.stop_files, log)
 
     def commit() -> None:
@@ -221,7 +221,7 @@ def _collect_side(
         found = artefact.load(destination, "statistics", verify=False).summary
         log.detail(f"{side}: {found['tokens']:,} tokens of {found['documents']:,} documents counted")
 
-    world.agree(commit)
+    world.run_on_main_and_broadcast(commit)
 
 
 def _pass(
@@ -258,7 +258,7 @@ def _pass(
         if world.is_main:
             shutil.rmtree(directory, ignore_errors=True)
         raise
-    world.agree(lambda: statistics.save(directory / STATISTICS_NAME))
+    world.run_on_main_and_broadcast(lambda: statistics.save(directory / STATISTICS_NAME))
     parts = [part_name(name, rank, world.size) for name in collection.parts for rank in range(world.size)]
     files = _file_entries(world, directory, [*parts, STATISTICS_NAME])  # every rank's own parts by itself
     summary = {
@@ -270,7 +270,7 @@ def _pass(
         "rows": len(dataset),
         **provenance(job.info.path, "model"),
     }
-    world.agree(
+    world.run_on_main_and_broadcast(
         lambda: artefact.describe(directory, "statistics", job.inputs[side], job.settings[side], summary, files=files)
     )
 
@@ -287,7 +287,7 @@ def _shape(config: Config, world: World, job: CollectJob, side: str) -> dict[str
         "ep": config.distributed.ep,
         "batch_rows": config.statistics.batch_rows,
         "device": world.device.type,
-        "expert_kernel": expert_kernel(config.statistics.expert_kernel, job.info, world.device),
+        "expert_kernel": expert_kernel(job.info, world.device),
     }
 
 

@@ -30,7 +30,7 @@ RETAIN_NAMES = {"nll": "NLL", "kl": "KL to the frozen model", "hidden_mse": "hid
 
 @dataclass(frozen=True)
 class ConvertJob:
-    """A checkpoint of a run (``conversion.step``, else the newest complete one), to become ``RUN/model/``.
+    """A checkpoint of a run (the newest complete one), to become ``RUN/model/``.
 
     ``checkpoint``: None where the run keeps none (``unlearning.keep: 0``); ``problems``: what is wrong with newer
     checkpoints.
@@ -85,25 +85,10 @@ def write_model(config: Config, run: RunDirectory, checkpoint: Path, card: dict[
 
 
 def preflight(config: Config, run: RunDirectory, processes: int = 1, *, download: bool = False) -> None:
-    """Find out before training what the conversion after it would stumble on.
-
-    Raises:
-        UserError: ``conversion.max_shard_size`` is no size, or there will never be a checkpoint of ``conversion.step``.
-    """
-    from trace_ds.checkpoints.manifest import step_name
+    """Refuse, before training, what the conversion after it would."""
     from trace_ds.conversion.safetensors_target import parse_size
 
     parse_size(config.conversion.max_shard_size, "conversion.max_shard_size")
-    step, settings = config.conversion.step, config.unlearning
-    if step is None or (run.checkpoints / step_name(step)).is_dir() or settings.evaluate.until:
-        return  # a job with a target saves where it reaches it
-    kept = settings.kept_steps(settings.steps)
-    if step not in kept:
-        raise UserError(
-            f"there will be no checkpoint of step {step}: those of steps {', '.join(map(str, kept[-6:]))} are kept",
-            "conversion.step",
-            "choose one of them, or change unlearning.save_every or unlearning.keep",
-        )
 
 
 def checkpoint_to_directory(
@@ -123,25 +108,15 @@ def checkpoint_to_directory(
 
 def _choose(config: Config, run: RunDirectory) -> tuple[Path, list[str]]:
     """The checkpoint to convert, its sizes checked, and what the user should hear about the others."""
-    from trace_ds.checkpoints.manifest import newest_complete, read_manifest, step_name, verify
+    from trace_ds.checkpoints.manifest import newest_complete, read_manifest, step_name
     from trace_ds.run.curve import has_ended
 
-    fix = "make one with `trace-ds unlearn CONFIG`"
-    if config.conversion.step is not None:
-        directory = run.checkpoints / step_name(config.conversion.step)
-        if not directory.is_dir():
-            have = sorted(path.name for path in run.checkpoints.glob("step_*") if path.suffix == "")
-            raise UserError(
-                f"there is no checkpoint of step {config.conversion.step}",
-                str(run.checkpoints),
-                f"set conversion.step to one of {have}" if have else fix,
-            )
-        verify(directory, read_manifest(directory), hashes=False)
-        return directory, []
     step, problems = newest_complete(run.checkpoints)
     if step is None:
         found = f" ({problems[0]})" if problems else ""
-        raise UserError(f"there is no complete checkpoint{found}", str(run.checkpoints), fix)
+        raise UserError(
+            f"there is no complete checkpoint{found}", str(run.checkpoints), "make one with `trace-ds unlearn CONFIG`"
+        )
     points = read_manifest(run.checkpoints / step_name(step)).trainer_state.get("curve", [])
     ended = bool(points) and points[-1]["step"] == step and has_ended(config.unlearning.evaluate, points[-1])
     if step < config.unlearning.steps and not ended:

@@ -125,7 +125,7 @@ def check(config: Config, run: RunDirectory, processes: int = 1) -> EvaluateJob:
         from trace_ds.evaluation.attacks import check_forcing
 
         check_forcing(info.path)
-    subjects = find_subjects(config.model.path, settings, run)
+    subjects = find_subjects(config.model.path, settings, run, unlearned=config.unlearning.keep != 0)
     for subject in subjects:
         require_same_tokenizer(subject.path, reference, tokenizer)
     against = {"original": info.fingerprint} | ({"data": data.content} if data is not None else {})
@@ -155,7 +155,7 @@ def check(config: Config, run: RunDirectory, processes: int = 1) -> EvaluateJob:
 
 
 def look(config: Config, run: RunDirectory) -> None:
-    unlearned = [] if config.evaluation.references_only else [run.model]
+    unlearned = [] if config.unlearning.keep == 0 else [run.model]
     for path in (*named_models(config.model.path, config.evaluation).values(), *unlearned):
         read_model_directory(path)
     if config.evaluation.needs_data:
@@ -185,7 +185,7 @@ def _on_main(world: World | None, work: Callable[[], None]) -> None:
     if world is None:
         work()
     else:
-        world.agree(work)
+        world.run_on_main_and_broadcast(work)
 
 
 def _refer_to_retrained(config: Config, job: EvaluateJob, run: RunDirectory, log: StageLog) -> None:
@@ -237,8 +237,8 @@ def _score_missing(config: Config, job: EvaluateJob, run: RunDirectory, log: Sta
     options = {} if autoep.get("comm_backend") == "deepep" else autoep
     sharding = Sharding(config.evaluation.ep, config.evaluation.zero_stage, options)
     place = config.model.tokenizer_path
-    tokenizer = load_tokenizer(place) if world is None else world.agree_each(lambda _: load_tokenizer(place))
-    done = job.scored() if world is None else world.broadcast_agreed(job.scored)
+    tokenizer = load_tokenizer(place) if world is None else world.run_on_main_first(lambda: load_tokenizer(place))
+    done = job.scored() if world is None else world.run_on_main_and_broadcast(job.scored)
     todo = [subject for subject in job.subjects if subject.name not in done]
     if not todo:
         return False

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from trace_ds.checkpoints.manifest import newest_complete, step_name
 from trace_ds.config.schema import Config, ConversionConfig
-from trace_ds.config.sections.finetune import RETRAINED, TARGET, FinetuneConfig
+from trace_ds.config.sections.finetune import TARGET, FinetuneSettings
 from trace_ds.errors import UserError
 from trace_ds.models.families import ModelInfo, require_plain_logits
 from trace_ds.run import artefact
@@ -53,11 +53,11 @@ class FinetuneJobs:
         assert world is not None
         config, run = self.config, self.place
         for job in self.models:
-            if not world.broadcast_agreed(lambda job=job: job.is_trained(config, run)):  # type: ignore[misc]
+            if not world.run_on_main_and_broadcast(lambda job=job: job.is_trained(config, run)):  # type: ignore[misc]
                 _train(config, run, world, job)
             elif world.is_main:
                 already_done("finetune", run.finetuned(job.name))
-            world.agree(lambda job=job: _convert(config, run, job))  # type: ignore[misc]
+            world.run_on_main_and_broadcast(lambda job=job: _convert(config, run, job))  # type: ignore[misc]
 
 
 @dataclass(frozen=True)
@@ -84,11 +84,11 @@ class FinetuneJob:
         return self.is_trained(config, run) and is_converted(_plain(config), place, _newest(place))
 
 
-def settings_of(config: Config) -> FinetuneConfig:
-    """The section; :class:`UserError` where there is none."""
+def settings_of(config: Config) -> FinetuneSettings:
+    """The job's settings; :class:`UserError` where the configuration has no such section."""
     if config.finetune is None:
         raise UserError("the configuration asks for no fine-tuning", "finetune", "add finetune.models and epochs")
-    return config.finetune
+    return FinetuneSettings.of(config.finetune, config.unlearning)
 
 
 def after_finetune(config: Config, run: RunDirectory) -> Config:
@@ -98,8 +98,6 @@ def after_finetune(config: Config, run: RunDirectory) -> Config:
     made = {name: str(run.finetuned(name).model) for name in config.finetune.models}
     model = {"path": made.pop(TARGET), "tokenizer": config.model.tokenizer_path}
     evaluation: dict[str, Any] = {"models": config.evaluation.models | made}
-    if RETRAINED in made and config.evaluation.retrained not in evaluation["models"]:
-        evaluation["retrained"] = RETRAINED
     changes = {
         "model": config.model.model_copy(update=model),
         "evaluation": config.evaluation.model_copy(update=evaluation),
@@ -171,7 +169,7 @@ def _train(config: Config, run: RunDirectory, world: World, job: FinetuneJob) ->
     training = job.training(config, run)
     with training.begun(world, "finetune") as (log, chosen):
         settings = settings_of(config)
-        batches = world.agree_each(lambda _: make_batches(config, job.sides, job.data))
+        batches = world.run_on_main_first(lambda: make_batches(config, job.sides, job.data))
         accumulation = batches.micro_batches_per_step(world.size)
         engine = training_engine(settings, job.info, world, accumulation, **held_as(config))
         start = training.restored(world, engine, chosen, log)

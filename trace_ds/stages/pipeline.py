@@ -110,7 +110,6 @@ def inputs_of(config: Config) -> dict[str, Path]:
         named |= {f"evaluation.tasks {task.name} {key}": getattr(task, key) for key in keys}
     named |= {f"evaluation.models.{name}": path for name, path in config.evaluation.models.items()}
     named["unlearning.ds_config"] = config.unlearning.ds_config
-    named["finetune.ds_config"] = config.finetune.ds_config if config.finetune is not None else None
     return {key: Path(path) for key, path in named.items() if path}
 
 
@@ -228,13 +227,8 @@ def _agreed_job(stage: Stage, config: Config, run: RunDirectory, world: World, c
     """What ``check`` returns on the main process, on every rank (collective); the others look whether they can see what
     the job reads."""
 
-    def each(is_main: bool) -> list[Job]:
-        if is_main:
-            return [check()]
-        stage.module.look(config, run)
-        return []
-
-    return world.broadcast(world.agree_each(each))[0]
+    job = world.run_on_main_first(lambda: check() if world.is_main else stage.module.look(config, run))
+    return world.broadcast(job)  # type: ignore[return-value]
 
 
 @contextlib.contextmanager
@@ -322,7 +316,7 @@ def _run_as_rank(stage: Stage, request: Request) -> int:
         if not stays:
             stack.push(_leave_together)
         stack.enter_context(only_looking())
-        request = world.agree_each(lambda _: request.located(stage.name, download=False))
+        request = world.run_on_main_first(lambda: request.located(stage.name, download=False))
         seen = request.seen_by(stage)
 
         def check() -> Job:

@@ -10,7 +10,7 @@ Reads artefacts only, so it can be run at any time: what is not there yet is sho
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -78,8 +78,6 @@ def report(config: Config | None, run: RunDirectory, others: list[Path] | None =
 
     run.require_ours()
     data = gather(run.path)
-    if config is not None and config.report.title:
-        data = replace(data, title=config.report.title)
     runs = [data, *gather_repeats(data, others or [])]
     whole, found = averaged(runs), tables.all_tables(runs)
     summary = verdict(runs)

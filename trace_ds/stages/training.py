@@ -91,7 +91,7 @@ class Training:
         chosen, problems = commit.choose(world, checkpoints, self.identity, settings.resume, self.section)
         if chosen is not None:
             shape = settings.zero_stage, self.layers
-            world.agree(lambda: elastic.check_shape(chosen, *shape, checkpoints, self.section))
+            world.run_on_main_and_broadcast(lambda: elastic.check_shape(chosen, *shape, checkpoints, self.section))
         with (
             stage_log(self.run, stage, enabled=world.is_main) as log,
             deterministic(self.config.distributed.deterministic),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from trace_ds.checkpoints.manifest import Manifest
 from trace_ds.config.schema import Config
-from trace_ds.config.sections.unlearning import TrainableConfig, UnlearningConfig
+from trace_ds.config.sections.unlearning import UnlearningConfig
 from trace_ds.errors import JobFailed, UserError
 from trace_ds.evaluation.metrics import ROLE_OF, TASK_METRICS
 from trace_ds.evaluation.subjects import has_identity, task_fingerprints
@@ -184,7 +184,7 @@ def choose_trained(
         UserError: a pattern of names matches nothing, no expert is selected, or SEUF's layer is not there.
     """
     settings = config.unlearning
-    if settings.trainable == TrainableConfig() and settings.seuf is None:
+    if settings.trainable == ["all"] and settings.seuf is None:
         return None, None
     from safetensors.numpy import load_file
 
@@ -200,7 +200,7 @@ def choose_trained(
         affinity_LE = RoutingStatistics.load(statistics.file("statistics.safetensors")).row_gate_LE
         number, chosen = seuf.choose_experts(affinity_LE, layers, last, settings.seuf)
         return {layers[number]: chosen}, (number, chosen)
-    if not settings.trainable.selected_experts:
+    if trainable.SELECTED not in settings.trainable:
         return None, None
     selected_LE = load_file(calibration.file("calibration.safetensors"))["selected_LE"]
     selected = {layer: tuple(int(e) for e in row.nonzero()[0]) for layer, row in zip(layers, selected_LE, strict=True)}
@@ -209,7 +209,7 @@ def choose_trained(
         raise UserError(
             "the calibration selected no expert"
             + ("" if last is None else f" up to layer {last}, where the losses end"),
-            "unlearning.trainable.selected_experts",
+            "unlearning.trainable",
             "change calibration.detection",
         )
     return experts, None
@@ -220,7 +220,7 @@ def unlearn(job: UnlearnJob, world: World) -> None:
     from trace_ds.unlearning.trainer import train
 
     config, run = job.config, job.place
-    if world.broadcast_agreed(job.done):
+    if world.run_on_main_and_broadcast(job.done):
         if world.is_main:
             already_done("unlearn", run)
         return
@@ -231,7 +231,7 @@ def unlearn(job: UnlearnJob, world: World) -> None:
             job = replace(job, layers=chosen.layers)
             training = job.training()
         log_held(settings, job, log.detail)
-        batches = world.agree_each(lambda _: make_batches(config, job))
+        batches = world.run_on_main_first(lambda: make_batches(config, job))
         engine, routers = make_engine(config, job, world, batches, log)
         start = training.restored(world, engine, chosen, log)
         objective, trainer_state = make_objective(
@@ -241,7 +241,7 @@ def unlearn(job: UnlearnJob, world: World) -> None:
             f"{settings.forget_loss}, weights by {settings.apply}, alpha {settings.alpha:g}, "
             f"ZeRO stage {settings.zero_stage}, world size {world.size}, expert-parallel size {config.distributed.ep}"
         )
-        [evaluator] = world.agree_each(lambda _: [make_evaluator(config, job, engine, world, log)])
+        [evaluator] = world.run_on_main_first(lambda: [make_evaluator(config, job, engine, world, log)])
         start, diverged = replace(start, trainer_state=trainer_state), None
         try:
             train(engine, world, batches, objective, settings, settings.steps, run, start, log, evaluator)
@@ -251,9 +251,9 @@ def unlearn(job: UnlearnJob, world: World) -> None:
             diverged = error.step
             log.line(str(error).replace("the last checkpoint stands", "the curve ends here"))
         if job.curve:
-            world.agree(lambda: write_curve(job, run, trainer_state["curve"], diverged))
+            world.run_on_main_and_broadcast(lambda: write_curve(job, run, trainer_state["curve"], diverged))
         if settings.keep == 0:
-            world.agree(lambda: discard_checkpoints(run, job.curve))
+            world.run_on_main_and_broadcast(lambda: discard_checkpoints(run, job.curve))
         engine.destroy()  # a process may run many jobs
 
 
@@ -400,7 +400,7 @@ def fixed_rows(config: Config, job: UnlearnJob) -> dict[str, FixedRows]:
         sides[side] = fixed = FixedRows.of(dataset, settings.rows, SampledRouting.of(statistics))
         if settings.compares_routing and fixed.sampled(fixed.rows, 0) is None:
             what = f"none of the {settings.rows} {side} rows has a token in the sample of the routing"
-            raise UserError(what, "unlearning.evaluate.rows", "raise it, or statistics.sample_tokens and collect again")
+            raise UserError(what, "unlearning.evaluate.rows", "raise it")
     return sides
 
 

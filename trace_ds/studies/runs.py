@@ -34,7 +34,6 @@ CURVE_ONLY = {
     "bench": None,
     "unlearning.keep": 0,
     "unlearning.resume": "replace",
-    "evaluation.references_only": True,
     "evaluation.drift": False,
     "evaluation.relearning": None,
     "evaluation.expert_forcing": False,

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from trace_ds.config.sections.finetune import FinetuneConfig
+from trace_ds.config.sections.finetune import FinetuneSettings
 from trace_ds.config.sections.unlearning import UnlearningConfig
 from trace_ds.corpora.dataset import Batch, FlatArray, TokenDataset
 from trace_ds.parallel.device import to_device
@@ -258,7 +258,7 @@ class CorpusBatches:
     Any step, on any rank, is a pure function of the seed and the step.
     """
 
-    def __init__(self, settings: FinetuneConfig, seed: int, corpora: Sequence[TokenDataset]) -> None:
+    def __init__(self, settings: FinetuneSettings, seed: int, corpora: Sequence[TokenDataset]) -> None:
         self._settings, self._corpora = settings, corpora
         self._counted = np.concatenate([corpus.counted_per_row() for corpus in corpora])
         self._starts = np.cumsum([0, *(len(corpus) for corpus in corpora[:-1])])

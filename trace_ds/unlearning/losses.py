@@ -26,37 +26,38 @@ from trace_ds.models.token_nll import nll
 # --- one value a token, from its logits -------------------------------------------------------------------------------
 
 
-def wga(logits_NV: torch.Tensor, targets_N: torch.Tensor, beta: float) -> torch.Tensor:
-    """WGA, weighted gradient ascent: −p^β ℓ with p^β held constant (Wang et al., arXiv 2502.19301), [N].
+def wga(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
+    """WGA, weighted gradient ascent: −p ℓ with p held constant (β = 1) (Wang et al., arXiv 2502.19301), [N].
 
-    Tokens that are forgotten already (small p) are ascended no further. β = 1 by default; β = 0 is GradDiff.
+    Tokens that are forgotten already (small p) are ascended no further.
     """
     loss_N = nll(logits_NV, targets_N)
-    return -torch.exp(-beta * loss_N.detach()) * loss_N
+    return -torch.exp(-loss_N.detach()) * loss_N
 
 
-def satimp(logits_NV: torch.Tensor, targets_N: torch.Tensor, beta1: float, beta2: float) -> torch.Tensor:
+def satimp(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
     """SatImp: −p^β₁ (1 − p)^β₂ ℓ with the weight held constant (Yang et al., arXiv 2505.11953), [N].
 
-    Defaults β₁ = 5, β₂ = 1, those of the OpenUnlearning benchmark; β₂ = 0 is WGA.
+    β₁ = 5, β₂ = 1, those of the OpenUnlearning benchmark.
     """
     loss_N = nll(logits_NV, targets_N)
     probability_N = torch.exp(-loss_N.detach())
-    return -(probability_N**beta1) * (1 - probability_N) ** beta2 * loss_N
+    return -(probability_N**5) * (1 - probability_N) * loss_N
 
 
-def undial(
-    logits_NV: torch.Tensor, targets_N: torch.Tensor, frozen_logits_NV: torch.Tensor, strength: float
-) -> torch.Tensor:
-    """UNDIAL: cross-entropy to the frozen model's distribution with the target's logit lowered by ``strength``, [N].
+UNDIAL_STRENGTH = 10.0
 
-    −Σ_v q_v log p_v, q = softmax(z^ref − strength · onehot(target)) (Dong et al., arXiv 2402.10052). Default 10, as in
-    the OpenUnlearning benchmark.
+
+def undial(logits_NV: torch.Tensor, targets_N: torch.Tensor, frozen_logits_NV: torch.Tensor) -> torch.Tensor:
+    """UNDIAL: cross-entropy to the frozen model's distribution with the target's logit lowered by 10, [N].
+
+    −Σ_v q_v log p_v, q = softmax(z^ref − 10 · onehot(target)) (Dong et al., arXiv 2402.10052); 10 as in the
+    OpenUnlearning benchmark.
     """
     lowered_NV = (
         frozen_logits_NV.detach()
         .float()
-        .scatter_add(1, targets_N[:, None], torch.full_like(targets_N[:, None], -strength, dtype=torch.float32))
+        .scatter_add(1, targets_N[:, None], torch.full_like(targets_N[:, None], -UNDIAL_STRENGTH, dtype=torch.float32))
     )
     return _cross_entropy(torch.softmax(lowered_NV, dim=1), logits_NV)
 
@@ -122,14 +123,14 @@ def npo_forget_sum(
     return _preference_sum((nll_BS - reference_nll_BS).sum(dim=1), counted_BS, beta)
 
 
-def simnpo_forget_sum(nll_BS: torch.Tensor, counted_BS: torch.Tensor, beta: float, delta: float) -> torch.Tensor:
-    """SimNPO (Fan et al., arXiv 2410.07163, eq. 4): Σ over sequences of −(2/β) log σ(β [NLL_θ(y)/|y| − δ]).
+def simnpo_forget_sum(nll_BS: torch.Tensor, counted_BS: torch.Tensor, beta: float) -> torch.Tensor:
+    """SimNPO (Fan et al., arXiv 2410.07163, eq. 4): Σ over sequences of −(2/β) log σ(β NLL_θ(y)/|y|).
 
-    Defaults β = 4.5, δ = 0. The authors also weight the forget loss, γ = 0.125: here ``unlearning.gamma``, which is 1
-    by default under every loss.
+    Default β = 4.5; δ is 0. The authors also weight the forget loss, γ = 0.125: here ``unlearning.gamma``, by default 1
+    under every loss.
     """
     mean_B = nll_BS.sum(dim=1) / counted_BS.sum(dim=1).clamp(min=1)
-    return _preference_sum(mean_B - delta, counted_BS, beta)
+    return _preference_sum(mean_B, counted_BS, beta)
 
 
 def dpo_forget_sum(rows: SequenceNLL, beta: float) -> torch.Tensor:
@@ -158,15 +159,15 @@ TOKEN_LOSSES: dict[str, TokenLoss] = {
     "nll": lambda s, z, y, frozen: nll(z, y),
     "kl": lambda s, z, y, frozen: kl_to_frozen(z, frozen),
     "graddiff": lambda s, z, y, frozen: -nll(z, y),
-    "wga": lambda s, z, y, frozen: wga(z, y, s.wga.beta),
-    "satimp": lambda s, z, y, frozen: satimp(z, y, s.satimp.beta1, s.satimp.beta2),
-    "undial": lambda s, z, y, frozen: undial(z, y, frozen, s.undial.strength),
+    "wga": lambda s, z, y, frozen: wga(z, y),
+    "satimp": lambda s, z, y, frozen: satimp(z, y),
+    "undial": lambda s, z, y, frozen: undial(z, y, frozen),
     "ceu": lambda s, z, y, frozen: ceu(z, y),
     "pdu": lambda s, z, y, frozen: margin_flattening(z),
 }
 SEQUENCE_LOSSES: dict[str, Callable[[UnlearningConfig, SequenceNLL], torch.Tensor]] = {
     "npo": lambda s, rows: npo_forget_sum(rows.nll_BS, rows.reference_nll_BS, rows.counted_BS, s.npo.beta),
-    "simnpo": lambda s, rows: simnpo_forget_sum(rows.nll_BS, rows.counted_BS, s.simnpo.beta, s.simnpo.delta),
+    "simnpo": lambda s, rows: simnpo_forget_sum(rows.nll_BS, rows.counted_BS, s.simnpo.beta),
     "dpo": lambda s, rows: dpo_forget_sum(rows, s.dpo.beta),
 }
 
@@ -203,10 +204,10 @@ def adaptive_rmu_target(target_D: torch.Tensor, frozen_BSD: torch.Tensor) -> tor
 # --- the retain side --------------------------------------------------------------------------------------------------
 
 
-def dual_update(multiplier: float, retain_loss: float, bound: float, step: float) -> float:
-    """PDU's multiplier after a step: λ ← max(0, λ + η (L_retain − ε)) (Entesari et al., arXiv 2506.05314).
+def dual_update(multiplier: float, retain_loss: float, bound: float) -> float:
+    """PDU's multiplier after a step: λ ← max(0, λ + L_retain − ε) (Entesari et al., arXiv 2506.05314).
 
-    The job minimises L_forget + λ L_retain; where the retain loss exceeds its bound ε, λ grows. Defaults: η = 1, ε =
-    1.05 times the retain loss of the first step, λ from α (all ours).
+    The job minimises L_forget + λ L_retain; where the retain loss exceeds its bound ε, λ grows. Ours: step
+    size 1, ε = 1.05 times the retain loss of the first step, λ begins at α.
     """
-    return max(0.0, multiplier + step * (retain_loss - bound))
+    return max(0.0, multiplier + retain_loss - bound)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from trace_ds.config.sections.unlearning import PDUConfig, UnlearningConfig
+from trace_ds.config.sections.unlearning import UnlearningConfig
 from trace_ds.corpora.dataset import Batch
 from trace_ds.models.engine import ModelParts, base_ds_config, initialize
 from trace_ds.models.engine_config import merge_ds_config, parameter_offload, user_ds_config
@@ -84,12 +84,12 @@ class Multiplier:
     """The weight of the retain loss over the steps, α or PDU's, which a checkpoint keeps: ``alpha`` is the next step's.
 
     Attributes:
-        pdu: settings of the dual step; None keeps α constant.
+        pdu: whether it is PDU's; else α is constant.
         bound: PDU's ε; None until the first step has shown the retain loss it derives from.
     """
 
     alpha: float
-    pdu: PDUConfig | None = None
+    pdu: bool = False
     bound: float | None = None
 
     @classmethod
@@ -97,22 +97,18 @@ class Multiplier:
         """As a checkpoint left it, or as configured."""
         if settings.forget_loss != "pdu":
             return cls(settings.alpha)
-        alpha, bound = (
-            trainer_state.get("pdu_multiplier", settings.alpha),
-            trainer_state.get("pdu_bound", settings.pdu.retain_bound),
-        )
-        return cls(alpha, settings.pdu, bound)
+        return cls(trainer_state.get("pdu_multiplier", settings.alpha), True, trainer_state.get("pdu_bound"))
 
     def after(self, retain_loss: float) -> Multiplier:
         """The weight of the next step, given this step's (global) retain loss."""
-        if self.pdu is None:
+        if not self.pdu:
             return self
         bound = self.bound if self.bound is not None else FIRST_STEP_FACTOR * retain_loss
-        return replace(self, alpha=dual_update(self.alpha, retain_loss, bound, self.pdu.dual_step), bound=bound)
+        return replace(self, alpha=dual_update(self.alpha, retain_loss, bound), bound=bound)
 
     def state(self) -> dict[str, float]:
         """What a checkpoint must hold to go on exactly."""
-        if self.pdu is None or self.bound is None:
+        if self.bound is None:
             return {}
         return {"pdu_multiplier": self.alpha, "pdu_bound": self.bound}
 
@@ -221,7 +217,7 @@ def make_forget_retain(
         moe_layer, experts = anchored
         target_E = torch.zeros(info.experts, device=world.device)
         target_E[list(experts)] = 1.0
-        anchor = Anchor(moe_layer, target_E, settings.seuf.anchor)
+        anchor = Anchor(moe_layer, target_E)
     return ForgetRetain(
         settings, needs, target_D, frozen, anchor, tuple(trainer_state.get("hidden_sinks", ()))
     ), trainer_state

@@ -30,17 +30,16 @@ from trace_ds.models.routers import find_routers, logits_of
 
 @dataclass(frozen=True)
 class Anchor:
-    """The router of MoE layer ``moe_layer`` is pulled to the experts ``target_E`` (1 or 0) with ``weight``."""
+    """The router of MoE layer ``moe_layer`` is pulled to the experts ``target_E`` (1 or 0)."""
 
     moe_layer: int
     target_E: torch.Tensor
-    weight: float
 
     def penalty(self, logits_TE: torch.Tensor, counted_BS: torch.Tensor) -> torch.Tensor:
-        """Weighted sum over the counted positions of the first rows (the forget rows), scalar."""
+        """Sum over the counted positions of the first rows (the forget rows), scalar."""
         gates_BSE = torch.softmax(logits_TE.float(), dim=-1)[: counted_BS.numel()].reshape(*counted_BS.shape, -1)
         distance_BS = (gates_BSE - self.target_E.to(gates_BSE.device)).square().sum(dim=-1)
-        return self.weight * (distance_BS * counted_BS).sum()
+        return (distance_BS * counted_BS).sum()
 
 
 def choose_experts(

@@ -20,12 +20,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from trace_ds.config.sections.unlearning import TrainableConfig, UnlearningConfig
+from trace_ds.config.sections.unlearning import UnlearningConfig
 from trace_ds.errors import UserError
 from trace_ds.models import autoep
 from trace_ds.models.routers import find_routers
 
-KINDS = ("all", "experts", "attention", "routers")
+SELECTED = "selected_experts"
+KINDS = ("all", "experts", SELECTED, "attention", "routers")
 
 
 @dataclass(frozen=True)
@@ -74,34 +75,35 @@ def parameter_kinds(model: nn.Module) -> dict[str, str]:
     return kinds
 
 
-def choose(kinds: dict[str, str], settings: TrainableConfig, last_layer: int | None) -> frozenset[str]:
-    """The names that ``include`` matches and ``exclude`` does not, up to the layer at which the losses end (None: they
-    need the logits).
+def choose(kinds: dict[str, str], patterns: list[str], last_layer: int | None) -> frozenset[str]:
+    """The names that ``unlearning.trainable`` matches, up to the layer at which the losses end (None: the logits
+    are needed).
 
     Raises:
         UserError: a pattern matches no parameter, or none is left.
     """
-    left = _matching(kinds, settings.include, "include") - _matching(kinds, settings.exclude, "exclude")
+    left = _matching(kinds, [pattern for pattern in patterns if not pattern.startswith("-")])
+    left -= _matching(kinds, [pattern[1:] for pattern in patterns if pattern.startswith("-")])
     ends = ""
     if last_layer is not None:  # what is above has no gradient, but would be decayed
         left = {n for n in left if layer_of(n) <= last_layer and not n.startswith(("model.norm", "lm_head"))}
         ends = f" (the losses end at layer {last_layer})"
     if not left:
-        raise UserError(f"no parameter is left to train{ends}", "unlearning.trainable", "include more or exclude less")
+        raise UserError(f"no parameter is left to train{ends}", "unlearning.trainable", "name more, or take out less")
     return frozenset(left)
 
 
-def _matching(kinds: dict[str, str], patterns: Iterable[str], key: str) -> set[str]:
+def _matching(kinds: dict[str, str], patterns: Iterable[str]) -> set[str]:
     found: set[str] = set()
     for pattern in patterns:
         if pattern in KINDS:
-            names = {name for name, kind in kinds.items() if pattern in ("all", kind)}
+            names = {name for name, kind in kinds.items() if pattern.removeprefix("selected_") in ("all", kind)}
         else:
             names = set(fnmatch.filter(kinds, pattern))
         if not names:
             raise UserError(
                 f"{pattern!r} matches no parameter of the model (one is {min(kinds)})",
-                f"unlearning.trainable.{key}",
+                "unlearning.trainable",
                 f"use one of {', '.join(KINDS)}, or a name pattern with * such as *.self_attn.*",
             )
         found |= names

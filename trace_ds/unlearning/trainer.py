@@ -16,7 +16,7 @@ import torch
 from trace_ds.checkpoints import serialization
 from trace_ds.checkpoints.commit import Saver
 from trace_ds.checkpoints.manifest import Manifest
-from trace_ds.config.sections.training import TrainingConfig
+from trace_ds.config.sections.training import BETAS, TrainingConfig
 from trace_ds.errors import JobFailed, StopRequested
 from trace_ds.models.engine import ModelParts, base_ds_config, initialize
 from trace_ds.models.engine_config import RANKS_SUMMED_IN_BF16, merge_ds_config, user_ds_config
@@ -53,12 +53,6 @@ def termination_noted() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def learning_rate(settings: TrainingConfig, step: int) -> float:
-    """Learning rate of the 0-based ``step``: linear warm-up, then constant (a function of the step alone)."""
-    warmup = settings.optimizer.warmup_steps
-    return settings.optimizer.lr * min(1.0, (step + 1) / (warmup + 1))
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
@@ -191,9 +185,8 @@ def run_step(
     Raises:
         NumericalFailure: the loss or the gradient is not finite, on any rank; every rank raises.
     """
-    lr = learning_rate(settings, step)
     for group in engine.optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = settings.optimizer.lr
     factors = objective.factors
     # Of this rank. They stay on the device until the step is made: whoever reads them waits for the backward pass.
     sums = torch.zeros(len(factors), dtype=torch.float64, device=world.device)
@@ -232,7 +225,7 @@ def run_step(
         **{f"loss_{name}": value for name, value in losses.items()},
         "loss": sum(factors[name] * value for name, value in losses.items()),
         "grad_norm": norm,
-        "lr": lr,
+        "lr": settings.optimizer.lr,
         "stop": stop,
         **objective.update_state(losses),
     }
@@ -269,7 +262,7 @@ def training_engine(
             "type": "AdamW",
             "params": {
                 "lr": optimizer.lr,
-                "betas": list(optimizer.betas),
+                "betas": BETAS,
                 "eps": optimizer.eps,
                 "weight_decay": optimizer.weight_decay,
                 "torch_adam": True,  # no JIT compilation of DeepSpeed's own

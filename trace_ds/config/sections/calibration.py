@@ -20,10 +20,7 @@ class DetectionConfig(Section):
     method: Literal["significance", "top_difference", "top_ratio"] = "significance"
     min_load: Number = Field(1.0, ge=0, description="significance: p_forget must be >= min_load * K / E.")
     min_ratio: Number = Field(1.25, gt=0, description="significance: rho, the ratio the forget side must exceed.")
-    false_discovery_rate: Number = Field(0.05, gt=0, lt=1, description="significance: Benjamini-Hochberg level.")
-    top_n: Integer = Field(4, ge=1, description="top_*: experts selected (per layer or in all, see per_layer).")
-    per_layer: bool = True
-    ratio_floor: Number = Field(0.25, ge=0, description="top_ratio: retain frequencies are floored at this * K / E.")
+    top_n: Integer = Field(4, ge=1, description="top_*: experts selected per layer.")
     layers: list[Layer] | Literal["trained"] | None = Field(
         "trained",
         description="Only these MoE layers (0-based); trained: those that the losses of unlearning train, which end at "
@@ -35,7 +32,6 @@ class CalibrationConfig(Section):
     detection: DetectionConfig = DetectionConfig()
     experts: Literal["all", "selected"] = Field("all", description="Experts whose frequencies the weights match.")
     rule: Rule = "raking"
-    draw: Integer = Field(0, ge=0, description="random_experts: which of several draws (of one seed).")
     source_weights: dict[str, Annotated[Number, Field(gt=0)]] = Field(
         default_factory=dict,
         description="uniform: weight of the documents whose source matches a pattern ('near/*': 8.0) against 1 for all "

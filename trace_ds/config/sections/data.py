@@ -51,11 +51,10 @@ class CorpusEntry(Section):
     dataset: DatasetText = None
     config: ConfigText = None
     split: SplitText = None
-    field: str = Field("text", description="Column (key of a JSON object) with the text of a document.")
-    template: str | None = Field(
-        None,
-        description="Makes a document of several columns, instead of field: 'Question: {question}\\nAnswer: {answer}'; "
-        "{{ and }} stand for braces.",
+    template: str = Field(
+        "{text}",
+        description="What a document is made of: columns (keys of a JSON object) in braces, and text; '{body}', or "
+        "'Question: {question}\\nAnswer: {answer}'. {{ and }} stand for braces.",
     )
     rows: Integer | None = Field(None, ge=1, description="Only the first so many rows (documents of a text file).")
     source: str | None = Field(
@@ -79,8 +78,6 @@ class CorpusEntry(Section):
     @property
     def parts(self) -> list[tuple[str, str | None]]:
         """The text of a document: pieces of it as they stand, each followed by the value of a column (or by none)."""
-        if self.template is None:
-            return [("", self.field)]
         found = []
         for text, column, style, conversion in string.Formatter().parse(self.template):
             if column == "" or style or conversion:
@@ -98,8 +95,6 @@ class CorpusEntry(Section):
     @model_validator(mode="after")
     def _says_where(self) -> CorpusEntry:
         require_place("a corpus", self.path, self.dataset, config=self.config)
-        if self.template is not None and self.field != "text":
-            raise ValueError("field and template exclude each other: give one")
         try:
             if not self.columns:
                 raise ValueError("the template names no column: write for example {question}")

@@ -96,9 +96,8 @@ class TaskConfig(Section):
 
 
 class RelearningConfig(Section):
-    """The relearning attack: fine-tune on a share of the forget corpus and score in between."""
+    """The relearning attack: fine-tune on a tenth of the forget rows and score in between."""
 
-    share: Number = Field(0.1, gt=0, le=1, description="Share of the forget rows that the attacker has.")
     steps: Integer = Field(20, ge=1)
     lr: Number = Field(1e-4, gt=0, le=100)
 
@@ -109,12 +108,6 @@ class EvaluationConfig(Section):
         default_factory=dict,
         description="Further models scored beside the original and the unlearned one, for example {gold: PATH}; "
         "directories, or names on the hub.",
-    )
-    references_only: bool = Field(
-        False, description="Score the original and these models alone, which needs no unlearned one."
-    )
-    retrained: str = Field(
-        "gold", description="Which of the models was trained without the forget set: PrivLeak is measured against it."
     )
     batch_rows: Integer = Field(64, ge=1)
     nproc: Integer = Field(1, ge=1, description="Local processes when started bare; they share out the batches.")
@@ -133,6 +126,11 @@ class EvaluationConfig(Section):
     )
     drift: bool = Field(True, description="Routing drift of the unlearned model on both corpora.")
     max_new_tokens: Integer = Field(128, ge=1, description="verbatim, tofu: tokens generated.")
+
+    @property
+    def retrained(self) -> str:
+        """Which of the models never saw the forget set: the one of that name, else gold."""
+        return "retrained" if "retrained" in self.models else "gold"
 
     @property
     def needs_data(self) -> bool:

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field
 
 from trace_ds.config.sections.base import Integer, Number, PathText, Section
 
-Beta = Annotated[float, Field(ge=0, lt=1)]
+BETAS = (0.9, 0.99)  # of AdamW
+RESUME_TEXT = (
+    "auto: go on from the newest complete checkpoint, if there is one; required: refuse to start without one; never: "
+    "delete what is there and start; replace: as auto, but delete the checkpoints of another job (other data, settings "
+    "or seed), which auto and required refuse."
+)
 
 
 class OptimizerConfig(Section):
     lr: Number = Field(1e-5, gt=0)
-    betas: tuple[Beta, Beta] = Field((0.9, 0.99), strict=False)  # YAML has lists, no tuples
     eps: Number = Field(1e-8, gt=0)
     weight_decay: Number = Field(0.0, ge=0)
     gradient_clipping: Number = Field(1.0, ge=0, description="0: off.")
-    warmup_steps: Integer = Field(0, ge=0)
 
 
 class TrainingConfig(Section):
@@ -38,9 +41,7 @@ class TrainingConfig(Section):
     keep: Integer = Field(2, ge=2, description="Checkpoints kept; never fewer than the newest two.")
     resume: Literal["auto", "required", "never", "replace"] = Field(
         "auto",
-        description="auto: go on from the newest complete checkpoint, if there is one; required: refuse to start "
-        "without one; never: delete what is there and start; replace: as auto, but delete the checkpoints of another "
-        "job (other data, settings or seed), which auto and required refuse.",
+        description=RESUME_TEXT,
     )
 
     def kept_steps(self, steps: int) -> list[int]:

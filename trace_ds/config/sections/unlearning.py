@@ -36,43 +36,10 @@ class NPOConfig(Section):
 
 class SimNPOConfig(Section):
     beta: Number = Field(4.5, gt=0)
-    delta: Number = 0.0
 
 
 class DPOConfig(Section):
     beta: Number = Field(0.1, gt=0, description="Inverse temperature; acts on sequence sums of NLL.")
-
-
-class WGAConfig(Section):
-    beta: Number = Field(1.0, ge=0, description="Power of the token's probability that weights its ascent.")
-
-
-class SatImpConfig(Section):
-    beta1: Number = Field(5.0, ge=0, description="Power of p: how far saturation weights a token.")
-    beta2: Number = Field(1.0, ge=0, description="Power of 1 - p: how far importance weights a token.")
-
-
-class UNDIALConfig(Section):
-    strength: Number = Field(10.0, gt=0, description="How much the frozen model's logit of the target is lowered.")
-
-
-class PDUConfig(Section):
-    retain_bound: Number | None = Field(
-        None, gt=0, description="Largest retain loss allowed; default: 1.05 times that of the first step (ours)."
-    )
-    dual_step: Number = Field(1.0, gt=0, description="Step of the multiplier, which starts at alpha.")
-
-
-class TrainableConfig(Section):
-    include: list[str] = Field(
-        default_factory=lambda: ["all"],
-        min_length=1,
-        description="What is trained: kinds (all, experts, attention, routers) or patterns of parameter names with *.",
-    )
-    exclude: list[str] = Field(default_factory=list, description="Kinds or patterns taken out again.")
-    selected_experts: bool = Field(
-        False, description="Of the experts, train the forget-critical ones only: the other rows stay as they are."
-    )
 
 
 class SEUFConfig(Section):
@@ -82,7 +49,6 @@ class SEUFConfig(Section):
         None, ge=0, description="Decoder layer; default: that of the expert of highest affinity."
     )
     experts: Integer = Field(1, ge=1, description="M, experts trained.")
-    anchor: Number = Field(1.0, ge=0, description="Weight of the router's anchor, a mean over forget tokens.")
 
 
 class GRIPConfig(Section):
@@ -195,11 +161,12 @@ class UnlearningConfig(TrainingConfig):
     simnpo: SimNPOConfig = SimNPOConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     dpo: DPOConfig = DPOConfig()
-    wga: WGAConfig = WGAConfig()
-    satimp: SatImpConfig = SatImpConfig()
-    undial: UNDIALConfig = UNDIALConfig()
-    pdu: PDUConfig = PDUConfig()
-    trainable: TrainableConfig = TrainableConfig()
+    trainable: list[str] = Field(
+        default_factory=lambda: ["all"],
+        min_length=1,
+        description="What is trained: kinds (all, experts, selected_experts: the forget-critical ones alone, "
+        "attention, routers) or patterns of parameter names with *; -KIND or -PATTERN takes out again.",
+    )
     seuf: SEUFConfig | None = Field(None, description="The baseline SEUF, with any losses; default: off.")
     grip: GRIPConfig | None = Field(None, description="The baseline GRIP, with any losses; default: off.")
 
