@@ -1,4 +1,4 @@
-"""``trace-ds inspect``: every kind of path is recognised, and every kind of damage is result and named."""
+"""``trace-ds inspect``: every kind of path is recognised, and every kind of damage is found and named."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def run(tmp_path: Path, tiny_model: Path) -> Path:
     """A run directory whose stages are all done."""
     path = tmp_path / "run"
     RunDirectory(path).mark()
-    data = make_artefact(path / "data", "data", {"tokenizer": "t"})
+    data = make_artefact(path / "data", "data", {"tokenizer": "t", "forget": "f", "retain": "r"})  # as prepare does
     sides = {
         side: make_artefact(path / "statistics" / side, "statistics", {"data": data.content, "side": side}, side)
         for side in ("forget", "retain")
