@@ -533,9 +533,9 @@ def prepared_steps(world: Any, config: str, run_dir: str, overrides: list[str]) 
 
     loaded, directory = load_config(config, overrides, run_dir)
     job = unlearn.check(loaded, RunDirectory.at(directory), world.size)
-    batches = unlearn.make_batches(loaded, job)
-    engine, routers = unlearn.make_engine(loaded, job, world, batches)
-    objective, _ = unlearn.make_objective(loaded, job, world, engine, batches, {"step": 0, "seed": 0}, routers)
+    batches = unlearn.make_batches(job)
+    engine, routers = unlearn.make_engine(job, world, batches)
+    objective, _ = unlearn.make_objective(job, world, engine, batches, {"step": 0, "seed": 0}, routers)
 
     def step(number: int) -> dict[str, float]:
         data = batches.at(number, world.rank, world.size)

@@ -55,7 +55,7 @@ def reference_run(config_path: str, run_dir: str, overrides: list[str], steps: i
 
     config, directory = load_config(config_path, overrides, run_dir)
     settings = config.unlearning
-    batches = make_batches(config, check_unlearn(config, RunDirectory.at(directory), config.distributed.ep))
+    batches = make_batches(check_unlearn(config, RunDirectory.at(directory), config.distributed.ep))
     model, frozen = (
         AutoModelForCausalLM.from_pretrained(
             config.model.path, dtype=torch.float32, experts_implementation="eager"

@@ -155,14 +155,12 @@ class Job:
         self.batches = {}
         for arm in arms:
             own, directory = prepared(config_path, arm, extra)
-            self.batches[arm] = unlearn.make_batches(own, unlearn.check(own, directory, 1))
+            self.batches[arm] = unlearn.make_batches(unlearn.check(own, directory, 1))
         job = unlearn.check(config, run, 1)
         batches = self.batches[arms[0]]
-        self.engine, routers = unlearn.make_engine(config, job, self.world, batches)
+        self.engine, routers = unlearn.make_engine(job, self.world, batches)
         trainer_state: dict[str, Any] = {"step": 0, "seed": 0}
-        self.objective, _ = unlearn.make_objective(
-            config, job, self.world, self.engine, batches, trainer_state, routers
-        )
+        self.objective, _ = unlearn.make_objective(job, self.world, self.engine, batches, trainer_state, routers)
 
     def step(self, arm: str, number: int) -> float:
         """Seconds of one step."""
@@ -259,7 +257,7 @@ def gpu_plain(config_path: Path, steps: int) -> dict[str, Any]:
     from trace_ds.stages import unlearn
 
     world = join(job_config.distributed.threads, 30)
-    batches = unlearn.make_batches(job_config, unlearn.check(job_config, run, 1))
+    batches = unlearn.make_batches(unlearn.check(job_config, run, 1))
     dtype = torch.bfloat16 if job_config.model.dtype == "bf16" else torch.float32
     model, frozen = (AutoModelForCausalLM.from_pretrained(job_config.model.path, dtype=dtype) for _ in range(2))
     model.gradient_checkpointing_enable({"use_reentrant": False})

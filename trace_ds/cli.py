@@ -1,4 +1,4 @@
-"""The command line: ``trace-ds VERB CONFIG…``. A verb a stage; this module only parses, locks, launches and reports.
+"""The command line ``trace-ds VERB CONFIG…``: it parses, calls the verb and turns errors into exit statuses.
 
     trace-ds demo
     trace-ds run wmdp_cyber olmoe_1b_7b
@@ -16,7 +16,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, NoReturn, Optional
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -24,17 +24,18 @@ from trace_ds import __version__
 from trace_ds.errors import EXIT_STOPPED, EXIT_USER_ERROR, JobFailed, StopRequested, UserError
 from trace_ds.terminal import VERBOSE, guard_streams, quiet_libraries
 
-_ROOM = "free space there, or choose another --run-dir"
-_ALLOW = "change the permissions there, or choose another --run-dir"
 EXIT_INTERRUPTED = 130
 FIXES = {
-    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), _ROOM),
-    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), _ALLOW),
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free space there, or choose another --run-dir"),
+    **dict.fromkeys(
+        (errno.EACCES, errno.EPERM, errno.EROFS), "change the permissions there, or choose another --run-dir"
+    ),
     errno.ENAMETOOLONG: "use a shorter path: a file's name has at most 255 bytes",
     errno.ELOOP: "correct the links, which lead around in a circle",
     errno.ENOTDIR: "correct the path",
     errno.EINVAL: "name a regular file",
 }
+NO_MEMORY = "there is not enough memory for this. Fix: smaller input or batches, or a machine with more"
 LAUNCHED = ("finetune", "collect", "unlearn", "evaluate")
 ONE_PROCESS = ("fetch", "prepare", "calibrate", "convert", "report", "run", "submit", "demo", "bench")
 
@@ -46,9 +47,9 @@ app = typer.Typer(
 )
 
 
-def _be_verbose(asked: bool) -> None:
-    if asked:
-        os.environ[VERBOSE] = "1"
+def _set_verbose(verbose: bool) -> None:
+    if verbose:
+        os.environ[VERBOSE] = "1"  # a variable, so that the ranks of a job are verbose too
 
 
 def _run_dir(text: str) -> Path:
@@ -64,18 +65,12 @@ ConfigArgument = Annotated[list[str], typer.Argument(help=CONFIG_HELP)]
 RunDirOption = Annotated[
     Path | None, typer.Option("--run-dir", parser=_run_dir, metavar="PATH", help="Run directory; default runs/NAME.")
 ]
-SetOption = Annotated[Optional[list[str]], typer.Option("--set", help="Override: dotted.key=value.")]  # noqa: UP045
+SetOption = Annotated[list[str] | None, typer.Option("--set", help="Override: dotted.key=value.")]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the resolved config and what would run.")]
-NprocOption = Annotated[Optional[int], typer.Option("--nproc", min=1, help="Local processes (bare start).")]  # noqa: UP045
-EpOption = Annotated[Optional[int], typer.Option("--ep", min=1, help="Expert-parallel size.")]  # noqa: UP045
-VariantOption = Annotated[Optional[str], typer.Option("--variant", help="One of the config's variants instead.")]  # noqa: UP045
-VerboseOption = Annotated[
-    bool,
-    typer.Option(
-        "--verbose", "-v", callback=_be_verbose, help="All that goes into the logs; default: one line a stage."
-    ),
-]
-NO_MEMORY = "there is not enough memory for this. Fix: smaller input or batches, or a machine with more"
+NprocOption = Annotated[int | None, typer.Option("--nproc", min=1, help="Local processes (without a launcher).")]
+EpOption = Annotated[int | None, typer.Option("--ep", min=1, help="Expert-parallel size.")]
+VariantOption = Annotated[str | None, typer.Option("--variant", help="One of the config's variants instead.")]
+VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", callback=_set_verbose, help="Print full logs.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 
 
@@ -83,8 +78,8 @@ def main() -> None:
     """Entry point of ``trace-ds`` and ``python -m trace_ds``."""
     guard_streams()
     quiet_libraries()
-    # The deepspeed launcher puts --local_rank=N before the script's own arguments; the environment says it too.
-    arguments = [at_home(item) for item in sys.argv[1:] if not item.startswith(("--local_rank", "--local-rank"))]
+    # The deepspeed launcher puts --local_rank=N before the script's own arguments; the environment has it too.
+    arguments = [_expand_home(word) for word in sys.argv[1:] if not word.startswith(("--local_rank", "--local-rank"))]
     try:
         status = app(arguments, standalone_mode=False)
     except UserError as error:
@@ -97,32 +92,29 @@ def main() -> None:
     except OSError as error:
         if error.errno not in FIXES:
             raise
-        where = os.fsencode(error.filename).decode("utf-8", "backslashreplace") if error.filename else ""
-        fix = FIXES[error.errno]
-        if error.errno in (errno.EACCES, errno.EPERM) and where and os.sep not in where:
-            fix = "a program was looked for: change or take out the PATH entries that cannot be read"
-        _fail(UserError(str(error.strerror), where, fix).line(), EXIT_USER_ERROR)
+        place = os.fsencode(error.filename).decode("utf-8", "backslashreplace") if error.filename else ""
+        _fail(UserError(str(error.strerror), place, FIXES[error.errno]).line(), EXIT_USER_ERROR)
     except MemoryError:
-        _fail(NO_MEMORY, 2)
+        _fail(NO_MEMORY, EXIT_USER_ERROR)
     except typer.Exit as end:
         _end(end.exit_code)
     except (typer.Abort, KeyboardInterrupt):
         _end(EXIT_INTERRUPTED)
     except Exception as error:
-        show = getattr(error, "show", None)  # a usage error (typer carries its own copy of click's exceptions)
-        if callable(show):
+        name, show = type(error).__name__, getattr(error, "show", None)
+        if callable(show):  # a usage error (typer has its own copy of click's exceptions)
             show()
-            _end(2)
-        if type(error).__name__ == "AgreedError":  # the main process says it
-            _end(2)
-        if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):  # torch's, GPU and CPU
-            _fail(NO_MEMORY, 2)
+            _end(EXIT_USER_ERROR)
+        if name == "AgreedError":  # the main process prints the message
+            _end(EXIT_USER_ERROR)
+        if name == "OutOfMemoryError" or "can't allocate memory" in str(error):  # torch's, GPU and CPU
+            _fail(NO_MEMORY, EXIT_USER_ERROR)
         raise
     _end(status if isinstance(status, int) else 0)
 
 
-def at_home(word: str) -> str:
-    """``~`` replaced where no shell does it: behind ``--option=``, or in the arguments that a launcher's file gives."""
+def _expand_home(word: str) -> str:
+    """Replace ``~`` where no shell does: behind ``--option=``, and in arguments from a launcher's file."""
     option, equals, value = word.rpartition("=") if word.startswith("--") else ("", "", word)
     return option + equals + os.path.expanduser(value)  # noqa: PTH111 (which would fail for ~nobody)
 
@@ -143,6 +135,18 @@ def _fail(line: str, status: int) -> NoReturn:
     _end(status)
 
 
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        print(f"trace_ds {__version__}")
+        raise typer.Exit(0)
+    if context.invoked_subcommand in ONE_PROCESS:
+        _refuse_ranks(str(context.invoked_subcommand))
+
+
 def _refuse_ranks(verb: str) -> None:
     """Under a launcher every rank would do the whole work of a verb that is one process."""
     from trace_ds.parallel.environment import rank_and_size
@@ -158,34 +162,30 @@ def _refuse_ranks(verb: str) -> None:
         raise typer.Exit(EXIT_USER_ERROR)
 
 
-@app.callback(invoke_without_command=True)
-def _root(
-    context: typer.Context,
-    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
-) -> None:
-    if version:
-        print(f"trace_ds {__version__}")
-        raise typer.Exit(0)
-    if context.invoked_subcommand in ONE_PROCESS:
-        _refuse_ranks(str(context.invoked_subcommand))
+def _add_stage(name: str, help_text: str) -> None:
+    """Add the verb of one stage, or of all (``run``); they share their options."""
+
+    @app.command(name, help=help_text)
+    def run_stages(
+        config: ConfigArgument,
+        run_dir: RunDirOption = None,
+        set_: SetOption = None,
+        nproc: NprocOption = None,
+        ep: EpOption = None,
+        variant: VariantOption = None,
+        dry_run: DryRunOption = False,
+        verbose: VerboseOption = False,
+    ) -> None:
+        section = "evaluation" if name == "evaluate" else "distributed"
+        changes = [f"{section}.{key}={value}" for key, value in (("nproc", nproc), ("ep", ep)) if value is not None]
+        _run_verb(name, config, run_dir, [*(set_ or []), *changes], variant, dry_run)
 
 
-def _verb(
-    name: str,
-    config: Sequence[str],
-    run_dir: Path | None,
-    set_: Sequence[str] | None,
-    dry_run: bool,
-    variant: str | None = None,
-    nproc: int | None = None,
-    ep: int | None = None,
+def _run_verb(
+    name: str, config: Sequence[str], run_dir: Path | None, changes: Sequence[str], variant: str | None, dry_run: bool
 ) -> None:
-    """Run one stage of a run, or all (or, with ``dry_run``, say what it would be)."""
     from trace_ds.stages.pipeline import Request, run_verb
 
-    section = "evaluation" if name == "evaluate" else "distributed"
-    given = {"nproc": nproc, "ep": ep}
-    changes = [*(set_ or []), *(f"{section}.{key}={value}" for key, value in given.items() if value is not None)]
     request = Request.load(config, changes, run_dir)
     if variant is not None:
         request = request.variant(variant)
@@ -193,85 +193,47 @@ def _verb(
 
 
 @app.command()
+def demo(
+    run_dir: Annotated[Path, typer.Option("--run-dir", parser=_run_dir, metavar="PATH", help="Where to work.")] = Path(
+        "runs/demo"
+    ),
+    set_: SetOption = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    verbose: VerboseOption = False,
+) -> None:
+    """The whole method on real text, on this machine, in minutes."""
+    from trace_ds.demo.run import demo as run_demo
+
+    raise typer.Exit(run_demo(run_dir, list(set_ or []), seed))
+
+
+@app.command()
 def fetch(
     config: ConfigArgument,
     run_dir: RunDirOption = None,
     set_: SetOption = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what is here already; ask nobody.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what is here already; use no network.")] = False,
 ) -> None:
-    """Bring the models and data that a configuration names to the caches here (once, where there is a network)."""
+    """Download the models and datasets that a configuration names to the local cache (on a login node)."""
     from trace_ds.stages.fetch import fetch as run_fetch
     from trace_ds.stages.pipeline import Request
 
-    raise typer.Exit(run_fetch(Request.load(config, set_ or [], run_dir), dry_run=dry_run))
+    request = Request.load(config, set_ or [], run_dir)
+    if not dry_run:
+        request.check_places()
+    raise typer.Exit(run_fetch(request.written, request.run, dry_run=dry_run))
 
 
-@app.command()
-def prepare(
-    config: ConfigArgument,
-    run_dir: RunDirOption = None,
-    set_: SetOption = None,
-    dry_run: DryRunOption = False,
-    verbose: VerboseOption = False,
-) -> None:
-    """Tokenise and pack the corpora."""
-    _verb("prepare", config, run_dir, set_, dry_run)
-
-
-@app.command()
-def finetune(
-    config: ConfigArgument,
-    run_dir: RunDirOption = None,
-    set_: SetOption = None,
-    nproc: NprocOption = None,
-    ep: EpOption = None,
-    dry_run: DryRunOption = False,
-    verbose: VerboseOption = False,
-) -> None:
-    """Train the models that a benchmark needs: target, retrained (distributed)."""
-    _verb("finetune", config, run_dir, set_, dry_run, nproc=nproc, ep=ep)
-
-
-@app.command()
-def collect(
-    config: ConfigArgument,
-    run_dir: RunDirOption = None,
-    set_: SetOption = None,
-    nproc: NprocOption = None,
-    ep: EpOption = None,
-    dry_run: DryRunOption = False,
-    verbose: VerboseOption = False,
-) -> None:
-    """Count how often each expert is selected on each corpus (distributed)."""
-    _verb("collect", config, run_dir, set_, dry_run, nproc=nproc, ep=ep)
-
-
-@app.command()
-def calibrate(
-    config: ConfigArgument,
-    run_dir: RunDirOption = None,
-    set_: SetOption = None,
-    variant: VariantOption = None,
-    dry_run: DryRunOption = False,
-    verbose: VerboseOption = False,
-) -> None:
-    """Find the forget-critical experts and compute the retain weights."""
-    _verb("calibrate", config, run_dir, set_, dry_run, variant=variant)
-
-
-@app.command()
-def unlearn(
-    config: ConfigArgument,
-    run_dir: RunDirOption = None,
-    set_: SetOption = None,
-    nproc: NprocOption = None,
-    ep: EpOption = None,
-    variant: VariantOption = None,
-    dry_run: DryRunOption = False,
-    verbose: VerboseOption = False,
-) -> None:
-    """Train the model to forget; writes sharded checkpoints (distributed)."""
-    _verb("unlearn", config, run_dir, set_, dry_run, variant=variant, nproc=nproc, ep=ep)
+for _name, _help in {
+    "run": "Run all stages; skips what is done and continues after a kill.",
+    "prepare": "Tokenise and pack the corpora.",
+    "finetune": "Train the models that a benchmark needs: target, retrained (distributed).",
+    "collect": "Count how often each expert is selected on each corpus (distributed).",
+    "calibrate": "Find the forget-critical experts and compute the retain weights.",
+    "unlearn": "Train the model to forget; writes sharded checkpoints (distributed).",
+    "evaluate": "Score models: forgetting, utility, privacy, routing drift (on one process or many).",
+}.items():
+    _add_stage(_name, _help)
 
 
 @app.command()
@@ -281,72 +243,48 @@ def convert(
     ],
     run_dir: RunDirOption = None,
     set_: SetOption = None,
-    tag: Annotated[Optional[str], typer.Option(help="Step below SOURCE; default: what `latest` says.")] = None,  # noqa: UP045
-    dtype: Annotated[Optional[str], typer.Option(help="bf16, fp16, fp32 or same (default).")] = None,  # noqa: UP045
-    max_shard_size: Annotated[Optional[str], typer.Option(help="Largest file; default 5GB.")] = None,  # noqa: UP045
-    jobs: Annotated[Optional[int], typer.Option(min=1, help="Threads; default 1.")] = None,  # noqa: UP045
-    base_model: Annotated[Optional[Path], typer.Option(help="For config and tokenizer.")] = None,  # noqa: UP045
+    tag: Annotated[str | None, typer.Option(help="Step below SOURCE; default: the one that `latest` names.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="bf16, fp16, fp32 or same (default).")] = None,
+    max_shard_size: Annotated[str | None, typer.Option(help="Largest file; default 5GB.")] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Threads; default 1.")] = None,
+    base_model: Annotated[Path | None, typer.Option(help="For config and tokenizer.")] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Read everything again and compare.")] = False,
     variant: VariantOption = None,
     dry_run: DryRunOption = False,
     verbose: VerboseOption = False,
 ) -> None:
     """Checkpoint → Hugging Face model directory (one process, no GPU): of a run, or SOURCE → DESTINATION."""
-    if tag is not None:
-        from trace_ds.config.names import check_name
-
-        try:
-            check_name(tag)
-        except ValueError as error:
-            raise UserError(f"{tag!r} is no step ({error})", "--tag", "name a folder in SOURCE") from None
-    of_run = {"--run-dir": run_dir, "--set": set_, "--variant": variant}
-    options: dict[str, object] = {"tag": tag, "dtype": dtype, "max_shard_size": max_shard_size, "jobs": jobs}
-    options |= {"base_model": base_model, "verify": verify or None}
-    given = {name: value for name, value in options.items() if value is not None}
     from trace_ds.config.compose import is_config
 
+    of_run = {"--run-dir": run_dir, "--set": set_, "--variant": variant}
+    given: dict[str, object] = {
+        "tag": tag,
+        "dtype": dtype,
+        "max_shard_size": max_shard_size,
+        "jobs": jobs,
+        "base_model": base_model,
+    }
+    options = {name: value for name, value in (given | {"verify": verify or None}).items() if value is not None}
     if len(source) != 2 or is_config(source[0]):
         fix = "give SOURCE DESTINATION, or --set conversion.KEY=VALUE"
-        _refuse({f"--{name.replace('_', '-')}": value for name, value in given.items()}, "with a CONFIG", fix)
-        return _verb("convert", source, run_dir, set_, dry_run, variant)
+        _refuse({f"--{name.replace('_', '-')}": value for name, value in options.items()}, "with a CONFIG", fix)
+        return _run_verb("convert", source, run_dir, set_ or [], variant, dry_run)
     _refuse(of_run, "with SOURCE DESTINATION", "leave it out, or give a CONFIG alone")
     from trace_ds.conversion.command import convert_command
-    from trace_ds.stages.convert import card_of
 
-    directory, destination = map(Path, source)
-    if not dry_run:
-        given["card"] = card_of(directory)
-    raise typer.Exit(convert_command(directory, destination, dry_run=dry_run, **given))
+    raise typer.Exit(convert_command(Path(source[0]), Path(source[1]), dry_run=dry_run, **options))
 
 
-def _refuse(options: Mapping[str, object], where: str, fix: str) -> None:
-    """Refuse options that this form of the command would not look at."""
+def _refuse(options: Mapping[str, object], place: str, fix: str) -> None:
+    """Refuse options that this form of the command does not read."""
     given = [name for name, value in options.items() if value is not None]
     if given:
-        raise UserError(f"{', '.join(given)} means nothing {where}", "convert", fix)
-
-
-@app.command()
-def evaluate(
-    config: ConfigArgument,
-    run_dir: RunDirOption = None,
-    set_: SetOption = None,
-    nproc: NprocOption = None,
-    ep: EpOption = None,
-    variant: VariantOption = None,
-    dry_run: DryRunOption = False,
-    verbose: VerboseOption = False,
-) -> None:
-    """Score models: forgetting, utility, privacy, routing drift (on one process or many)."""
-    _verb("evaluate", config, run_dir, set_, dry_run, variant=variant, nproc=nproc, ep=ep)
+        raise UserError(f"{', '.join(given)} means nothing {place}", "convert", fix)
 
 
 @app.command()
 def report(
-    configs: Annotated[
-        list[str],
-        typer.Argument(help="CONFIG…, or run directories that differ in their seed."),
-    ],
+    configs: Annotated[list[str], typer.Argument(help="CONFIG…, or run directories that differ in their seed.")],
     run_dir: RunDirOption = None,
     set_: SetOption = None,
     dry_run: DryRunOption = False,
@@ -356,22 +294,8 @@ def report(
     from trace_ds.stages.pipeline import report_command
 
     if not Path(configs[0]).is_dir():
-        return _verb("report", configs, run_dir, set_, dry_run)
+        return _run_verb("report", configs, run_dir, set_ or [], None, dry_run)
     raise typer.Exit(report_command([Path(item) for item in configs]))
-
-
-@app.command()
-def run(
-    config: ConfigArgument,
-    run_dir: RunDirOption = None,
-    set_: SetOption = None,
-    nproc: NprocOption = None,
-    ep: EpOption = None,
-    dry_run: DryRunOption = False,
-    verbose: VerboseOption = False,
-) -> None:
-    """Run all stages; skips what is done and continues after a kill."""
-    _verb("run", config, run_dir, set_, dry_run, nproc=nproc, ep=ep)
 
 
 @app.command(hidden=True)
@@ -389,7 +313,7 @@ def submit(
     gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs, and processes, of each node.")] = 8,
     chain: Annotated[bool, typer.Option("--chain", help="One job per stage, each waiting for the one before.")] = False,
     study: Annotated[bool, typer.Option("--study", help="What bench runs: a job for each seed.")] = False,
-    array: Annotated[Optional[str], typer.Option(help="Seeds, as for sbatch --array: 0-4.")] = None,  # noqa: UP045
+    array: Annotated[str | None, typer.Option(help="Seeds, as for sbatch --array: 0-4.")] = None,
     sbatch: Annotated[str, typer.Option(help="More options for sbatch: '--partition=gpu --time=4:00:00'.")] = "",
     gpu_memory: Annotated[float, typer.Option(min=1.0, help="GB of one GPU.")] = 80.0,
     run_dir: RunDirOption = None,
@@ -413,23 +337,8 @@ def submit(
 
 
 @app.command()
-def demo(
-    run_dir: Annotated[Path, typer.Option("--run-dir", parser=_run_dir, metavar="PATH", help="Where to work.")] = Path(
-        "runs/demo"
-    ),
-    set_: SetOption = None,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-    verbose: VerboseOption = False,
-) -> None:
-    """The whole method on real text, on this machine, in minutes."""
-    from trace_ds.demo.run import demo as run_demo
-
-    raise typer.Exit(run_demo(run_dir, list(set_ or []), seed))
-
-
-@app.command()
 def doctor(
-    config: Annotated[Optional[list[str]], typer.Argument(help=f"{CONFIG_HELP} Default: the machine only.")] = None,  # noqa: UP045
+    config: Annotated[list[str] | None, typer.Argument(help=f"{CONFIG_HELP} Default: the machine only.")] = None,
     run_dir: RunDirOption = None,
     set_: SetOption = None,
     json: JsonOption = False,
@@ -498,7 +407,7 @@ def bench(
     recipe: ConfigArgument,
     run_dir: RunDirOption = None,
     set_: SetOption = None,
-    workers: Annotated[Optional[int], typer.Option(min=1, help="Seeds beside each other; default: cores.")] = None,  # noqa: UP045
+    workers: Annotated[int | None, typer.Option(min=1, help="Seeds beside each other; default: cores.")] = None,
     json: JsonOption = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan: which runs, on which seeds.")] = False,
     analyse: Annotated[bool, typer.Option("--analyse", help="Run nothing: say what the runs show.")] = False,
@@ -510,27 +419,23 @@ def bench(
 
 
 @app.command()
-def recipes(show: Annotated[Optional[str], typer.Option(help="Print this recipe.")] = None) -> None:  # noqa: UP045
+def recipes(show: Annotated[str | None, typer.Option(help="Print this recipe.")] = None) -> None:
     """List what comes with the package: whole runs, and tasks and models that make one; --show NAME prints one."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
+    import textwrap
 
     from trace_ds.config.compose import find, read_text, recipe_names, recipes
 
     if show is not None:
         print(read_text(find(show)), end="")
         return
-    files, console = recipes(), Console(width=80)
+    files = recipes()
     titles = {
         "task": "Tasks: `trace-ds run TASK MODEL`",
         "model": "Models: `trace-ds plan TASK MODEL` needs no download",
         "run": "Whole runs: `trace-ds run NAME`, `trace-ds bench NAME`",
     }
     for kind, title in titles.items():
-        table = Table(box=box.SIMPLE, show_header=False)
-        table.add_column(no_wrap=True)
-        table.add_column()
+        print(f"\n{title}\n")
         for name in recipe_names(kind):
-            table.add_row(name, read_text(files[name]).splitlines()[0].lstrip("# "))
-        console.print(title, table, sep="\n", highlight=False)
+            about = f"  {name:<20} {read_text(files[name]).splitlines()[0].lstrip('# ')}"
+            print(textwrap.fill(about, 80, subsequent_indent=" " * 23))

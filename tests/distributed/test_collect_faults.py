@@ -78,18 +78,22 @@ def test_a_pass_never_continues_another_with_other_rounding_or_sums(
     from trace_ds.routing import counter
     from trace_ds.stages.collect import CollectJob, _prepare_directory, _shape
 
-    job = cast(CollectJob, SimpleNamespace(info=None, identity=lambda side: side))
     base: dict[str, Any] = {
         "name": "n",
         "model": {"path": "m"},
         "data": {"forget": [{"path": "f"}], "retain": [{"path": "r"}]},
     }
+
+    def shape_of(size: int, changes: dict[str, Any]) -> dict[str, Any]:
+        config = Config.model_validate(base | changes)
+        job = cast(CollectJob, SimpleNamespace(config=config, info=None, identity=lambda side: side))
+        return _shape(job, World(0, size, torch.device("cpu")), "forget")
+
     shapes: list[dict[str, Any]] = []
     for size, statistics in ((2, {}), (4, {}), (2, {"batch_rows": 5})):
-        world = World(0, size, torch.device("cpu"))
-        shapes.append(_shape(Config.model_validate(base | {"statistics": statistics}), world, job, "forget"))
+        shapes.append(shape_of(size, {"statistics": statistics}))
     monkeypatch.setattr(counter, "SUMS", counter.SUMS[:-1])  # of another version, whose states lack one
-    shapes.append(_shape(Config.model_validate(base), World(0, 2, torch.device("cpu")), job, "forget"))
+    shapes.append(shape_of(2, {}))
     for other in shapes[1:]:
         for shape, kept in ((shapes[0], False), (shapes[0], True), (other, False)):
             assert _prepare_directory(tmp_path / "partial", shape) is False

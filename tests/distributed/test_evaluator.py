@@ -18,13 +18,13 @@ from test_unlearn import calibrated, copy_of, losses_of, weights_of  # noqa: F40
 from trace_ds.checkpoints.manifest import complete_steps
 from trace_ds.config.load import load_config
 from trace_ds.config.sections.unlearning import EvaluateConfig
+from trace_ds.conversion.convert import convert_checkpoint
 from trace_ds.corpora.dataset import TokenDataset
 from trace_ds.errors import JobFailed, UserError
 from trace_ds.run import artefact
 from trace_ds.run.curve import has_ended
 from trace_ds.run.directory import RunDirectory
 from trace_ds.run.log import StageLog
-from trace_ds.stages.convert import checkpoint_to_directory
 from trace_ds.stages.unlearn import check as check_unlearn
 from trace_ds.unlearning.evaluator import Evaluator, FixedRows
 
@@ -91,7 +91,7 @@ def test_evaluations_equal_brute_force_and_do_not_depend_on_the_world(
     found = evaluations(run)
     assert sorted(found) == [0, 2, 4]
     assert found[0]["forget_overlap"] == found[0]["retain_overlap"] == 1.0
-    checkpoint_to_directory(run / "checkpoints" / "step_000004", tmp_path / "model")
+    convert_checkpoint(run / "checkpoints" / "step_000004", tmp_path / "model")
     for side in ("forget", "retain"):
         arrow = run / "data" / f"{side}.arrow"
         rows = FixedRows.of(TokenDataset.open(arrow), 5, None).rows.tolist()

@@ -104,7 +104,7 @@ def test_the_rest_stays_bitwise(
 def first_anchor_loss(config: Path, run: Path, overrides: list[str], model_path: Path) -> float:
     """SEUF's anchor of the first step by plain transformers: 4 · mean over forget tokens of ‖softmax − chosen‖²."""
     loaded, path = load_config(str(config), overrides, run)
-    batches = make_batches(loaded, check_unlearn(loaded, RunDirectory.at(path), 1))
+    batches = make_batches(check_unlearn(loaded, RunDirectory.at(path), 1))
     model: Any = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
     affinity = affinity_of(run)
     layer = int(np.unravel_index(affinity.argmax(), affinity.shape)[0])

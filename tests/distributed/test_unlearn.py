@@ -25,11 +25,11 @@ from stage_calls import calibrate
 
 from trace_ds.checkpoints.manifest import complete_steps, newest_complete, read_manifest
 from trace_ds.config.load import load_config
+from trace_ds.conversion.convert import convert_checkpoint
 from trace_ds.errors import UserError
 from trace_ds.models.engine_config import parameter_offload, user_ds_config
 from trace_ds.run.directory import MADE_IN, RunDirectory
 from trace_ds.run.files import remove_leftovers
-from trace_ds.stages.convert import checkpoint_to_directory
 from trace_ds.stages.unlearn import check as check_unlearn
 from trace_ds.tensors.opening import open_source
 from trace_ds.tensors.universal import write_universal
@@ -76,7 +76,7 @@ def losses_of(run: Path) -> list[tuple[float, float]]:
 
 
 def weights_of(run: Path, step: int, folder: Path) -> dict[str, np.ndarray]:
-    checkpoint_to_directory(run / "checkpoints" / f"step_{step:06d}", folder)
+    convert_checkpoint(run / "checkpoints" / f"step_{step:06d}", folder)
     return {name: value for path in folder.glob("*.safetensors") for name, value in load_file(path).items()}
 
 

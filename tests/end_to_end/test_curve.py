@@ -14,11 +14,11 @@ from stage_calls import convert, evaluate
 from test_unlearn import calibrated, copy_of  # noqa: F401 (calibrated is a fixture)
 
 from trace_ds.config.load import load_config
+from trace_ds.conversion.convert import convert_checkpoint
 from trace_ds.errors import UserError
 from trace_ds.reporting.gather import gather
 from trace_ds.run.curve import read_curve
 from trace_ds.run.directory import RunDirectory
-from trace_ds.stages.convert import checkpoint_to_directory
 from trace_ds.stages.unlearn import check as check_unlearn
 from trace_ds.stages.unlearn import discard_checkpoints
 
@@ -69,7 +69,7 @@ def test_a_curve_is_the_scores_of_the_checkpoints_and_changes_nothing(
     models = {f"at_{step}": tmp_path / f"at_{step}" for step in (2, 4)}
     for path, step in zip(models.values(), (2, 4), strict=True):
         options = {"base_model": Path(loaded.model.path), "dtype": loaded.conversion_dtype}
-        checkpoint_to_directory(run.checkpoints / f"step_{step:06d}", path, **options)
+        convert_checkpoint(run.checkpoints / f"step_{step:06d}", path, **options)
     scored = loaded.evaluation.model_copy(update={"models": {name: str(path) for name, path in models.items()}})
     evaluate(loaded.model_copy(update={"evaluation": scored}), run)
     for point, name in zip(curve, ("original", *models, "unlearned"), strict=True):

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import io
 import json
 import os
 import shutil
 import struct
 import tempfile
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,7 +27,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 EXAMPLES = 2  # to see that a search works; the faults that searches found are in the tables
-STATES = "checkpoint/zero_pp_rank_0_mp_rank_00_model_states.pt"
 WANTED = int(os.environ.get("TRACE_DS_FUZZ", "0"))
 fuzz = settings(
     max_examples=WANTED or EXAMPLES,
@@ -195,19 +192,6 @@ def test_yaml(server: Server, template: Path, data: st.DataObject) -> None:
 
 
 @fuzz
-@given(
-    key=st.sampled_from(KEYS) | st.text(max_size=12),
-    value=values.map(json.dumps)
-    | st.lists(st.sampled_from(YAML_SCRAPS), max_size=6).map("".join)
-    | st.text(max_size=40),
-    verb=st.sampled_from([["run", "--dry-run"], ["plan"], ["prepare"], ["submit", "--dry-run"]]),
-)
-def test_set(server: Server, template: Path, key: str, value: str, verb: list[str]) -> None:
-    option = f"--set={key}={value}".replace("\0", "").encode(errors="ignore").decode()
-    ends_well(server, template, lambda folder: None, *verb, "config.yaml", "--run-dir", "run", option)
-
-
-@fuzz
 @given(data=st.data())
 def test_jsonl(server: Server, template: Path, data: st.DataObject) -> None:
     path = data.draw(st.sampled_from(["corpora/forget.jsonl", "corpora/questions_forget.jsonl"]))
@@ -249,33 +233,6 @@ def test_safetensors(server: Server, template: Path, data: st.DataObject) -> Non
     said = data.draw(st.sampled_from([len(header), len(header), len(header), 0, 1, 2**63, 2**64 - 1, len(whole)]))
     command = data.draw(st.sampled_from([["inspect", "model"], ["run", "config.yaml", "--dry-run"]]))
     ends_well(server, template, put("model/model.safetensors", struct.pack("<Q", said) + header + rest), *command)
-
-
-def archive_with(template: Path, pickled: bytes | None = None) -> tuple[bytes, bytes]:
-    """(the checkpoint's archive with its pickle replaced, the pickle that was there). Pickles that are hostile on
-    purpose: tests/unit/test_convert_faults.py."""
-    with zipfile.ZipFile(template / "work" / STATES) as archive:
-        parts = {name: archive.read(name) for name in archive.namelist()}
-    (name,) = (name for name in parts if name.endswith("/data.pkl"))
-    own, parts[name] = parts[name], parts[name] if pickled is None else pickled
-    whole = io.BytesIO()
-    with zipfile.ZipFile(whole, "w", zipfile.ZIP_STORED) as archive:
-        for part, content in parts.items():
-            archive.writestr(part, content)
-    return whole.getvalue(), own
-
-
-@pytest.mark.parametrize(
-    "command", ["inspect --verify checkpoint", "convert checkpoint made --base-model model --dry-run"]
-)
-@fuzz
-@given(data=st.data())
-def test_pickles(server: Server, template: Path, command: str, data: st.DataObject) -> None:
-    whole, pickled = archive_with(template)
-    content = data.draw(
-        changed_bytes(pickled).map(lambda found: archive_with(template, found)[0]) | changed_bytes(whole)
-    )
-    ends_well(server, template, put(STATES, content), *command.split())
 
 
 many = settings(fuzz, max_examples=WANTED * 20 or 100)

@@ -25,7 +25,7 @@ from hub_server import serving as serving_hub
 from trace_ds.errors import UserError
 from trace_ds.run.directory import RunDirectory
 from trace_ds.run.hub_names import HubName, hub_name, snapshot_name
-from trace_ds.stages.by_name import fetched
+from trace_ds.stages.fetch import read_record
 
 OTHER_FILES = {
     "pytorch_model.bin": b"pickle",
@@ -400,4 +400,4 @@ def test_a_folder_of_the_cache_says_whose_it_is() -> None:
 def test_a_damaged_record_of_what_was_fetched_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "fetched.json").write_text(text)
     with pytest.raises(UserError, match=r"fetched.json: the record of what was fetched is damaged"):
-        fetched(RunDirectory(tmp_path))
+        read_record(RunDirectory(tmp_path))

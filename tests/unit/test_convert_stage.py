@@ -15,14 +15,12 @@ from stage_calls import convert
 from test_convert_engines import Case, checkpoints
 
 from trace_ds.checkpoints.manifest import Manifest, point_latest, step_name
-from trace_ds.config.load import dump_yaml
 from trace_ds.config.schema import Config
-from trace_ds.conversion.convert import convert_checkpoint
 from trace_ds.errors import UserError
 from trace_ds.run import artefact
 from trace_ds.run.directory import RunDirectory
 from trace_ds.run.files import sha256_file
-from trace_ds.stages.convert import card_of, preflight
+from trace_ds.stages.convert import preflight
 
 CASE = Case("mixtral", 3, 2)
 MANIFEST = Manifest(1, 2, 2, 3, "mixtral", "job", {}, "calibration", "bf16", {}, {})
@@ -108,16 +106,3 @@ def test_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="trace-ds unlearn"):
         convert(make_config(), RunDirectory.at(tmp_path / "empty"))
     assert not (tmp_path / "empty" / "model").exists()
-
-
-def test_what_lies_in_a_run_gets_the_runs_card(run: RunDirectory, tmp_path: Path) -> None:
-    step = run.checkpoints / "step_000001"
-    assert card_of(step) is None  # no config.yaml: not a run
-    run.config.write_text(dump_yaml(make_config()), encoding="utf-8")
-    for source in (run.path, run.checkpoints, step):
-        facts = card_of(source)
-        assert facts is not None and facts["name"] == "trial" and "weight rule" in facts["method"]
-    assert card_of(tmp_path) is None and card_of(run.path / "data") is None
-    convert_checkpoint(step, tmp_path / "alone")
-    card = (tmp_path / "alone" / "README.md").read_text()
-    assert "is not known here" in card and "does not prove deletion" in card

@@ -93,9 +93,6 @@ def test_new_data_makes_what_follows_stale(run: Path) -> None:
     assert stale == {"statistics/forget", "statistics/retain", "calibration"}
     assert "made from another data" in " ".join(inspect(run).problems)
     assert inspect_path(run, json=False) == 1
-
-
-def test_a_new_calibration_makes_the_checkpoints_stale(run: Path) -> None:
     shutil.rmtree(run / "calibration")
     make_artefact(run / "calibration", "calibration", {}, "other content")
     assert states(run)["checkpoints"] == "stale"
@@ -248,49 +245,32 @@ def test_what_was_compared_is_said(run: Path, tiny_model: Path, tmp_path: Path, 
             assert words in capsys.readouterr().out, place
 
 
-# What stands in artefact.json or manifest.json in the place of one key's value.
-WRONG_VALUES: dict[str, tuple[str, Any]] = {
-    "kind": ("kind", 3),
-    "input": ("inputs", {"data": 3}),
-    "files": ("files", [1]),
-    "size": ("files", {"values.txt": {"bytes": "9", "sha256": ""}}),
-    "outside": ("files", {"../../etc/passwd": {"bytes": 1, "sha256": ""}}),
-    "surrogate": ("settings", {"level": "\ud800"}),
-    "step": ("step", "four"),
-    "model's path": ("model", {"path": 3}),
-    "another format": ("format", 2),
-}
-
-
 ARTEFACT, MANIFEST = "calibration/artefact.json", "checkpoints/step_000004/manifest.json"
-OF_ARTEFACTS, OF_BOTH = ("kind", "inputs", "settings"), ("files",)
+DAMAGED: list[tuple[str, str | dict[str, Any]]] = [  # (file, its new text, or values of keys)
+    *((file, "[]") for file in (ARTEFACT, MANIFEST, "model/config.json", "model/conversion.json")),
+    (ARTEFACT, ""),
+    (MANIFEST, "[" * 100_000),
+    (ARTEFACT, {"kind": 3}),
+    (ARTEFACT, {"inputs": {"data": 3}}),
+    (ARTEFACT, {"files": {"values.txt": {"bytes": "9", "sha256": ""}}}),
+    (ARTEFACT, {"files": {"../../etc/passwd": {"bytes": 1, "sha256": ""}}}),
+    (MANIFEST, {"files": [1]}),
+    (MANIFEST, {"step": "four"}),
+    (MANIFEST, {"model": {"path": 3}}),
+    (MANIFEST, {"format": 2}),
+]
 
 
-@pytest.mark.parametrize(
-    ("file", "name"),
-    [(ARTEFACT, name) for name, (key, _) in WRONG_VALUES.items() if key in OF_ARTEFACTS + OF_BOTH]
-    + [(MANIFEST, name) for name, (key, _) in WRONG_VALUES.items() if key not in OF_ARTEFACTS],
-)
-def test_wrong_values_are_one_line(run: Path, file: str, name: str) -> None:
-    path, (key, value) = run / file, WRONG_VALUES[name]
-    raw = json.loads(path.read_text())
-    path.write_text(json.dumps(raw | {key: value}))
-    for verify in (False, True):
-        problems = inspect(path.parent, verify=verify).problems
-        assert len(problems) == 1 and "\n" not in problems[0] and path.name in problems[0]
-        assert key != "format" or "the version that wrote it" in problems[0]
-    assert inspect_path(run, json=False) == 1
-
-
-@pytest.mark.parametrize("text", ["", "[]", "[" * 100_000])
-@pytest.mark.parametrize("file", [ARTEFACT, MANIFEST, "model/config.json", "model/conversion.json"])
-def test_text_that_is_no_object_is_one_line(run: Path, file: str, text: str) -> None:
-    (run / file).write_text(text)
+@pytest.mark.parametrize(("file", "damage"), DAMAGED)
+def test_a_damaged_description_is_one_line(run: Path, file: str, damage: str | dict[str, Any]) -> None:
+    path = run / file
+    path.write_text(damage if isinstance(damage, str) else json.dumps(json.loads(path.read_text()) | damage))
     try:
-        problems = inspect((run / file).parent, verify=True).problems
+        problems = inspect(path.parent, verify=True).problems
     except UserError as error:
         problems = [error.line()]
-    assert len(problems) == 1 and "\n" not in problems[0] and (run / file).name in problems[0]
+    assert len(problems) == 1 and "\n" not in problems[0] and path.name in problems[0]
+    assert inspect_path(run, json=False) == 1
 
 
 def test_checkpoints_that_no_reader_takes_are_not_called_whole(run: Path) -> None:

@@ -286,8 +286,8 @@ def hub_checks(written: Config, run_dir: Path | None) -> Iterator[Check]:
     from trace_ds.stages.fetch import look
 
     for item in look(written, None if run_dir is None else RunDirectory.at(run_dir)):
-        detail = f"{item.name} " + (f"in {item.where}" if item.where else "is not in the cache")
-        yield judged("hub", item.key, item.where is not None, detail, "trace-ds fetch CONFIG")
+        detail = f"{item.name} " + (f"in {item.place}" if item.place else "is not in the cache")
+        yield judged("hub", item.key, item.place is not None, detail, "trace-ds fetch CONFIG")
 
 
 def corpus_checks(config: Config) -> Iterator[Check]:

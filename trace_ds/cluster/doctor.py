@@ -42,8 +42,9 @@ from trace_ds.config.schema import Config
 from trace_ds.corpora.sources import only_looking
 from trace_ds.errors import UserError
 from trace_ds.parallel.environment import accelerator_count, launched, local_rank_and_size, rank_and_size
-from trace_ds.stages.by_name import with_cached, with_sizes_here
-from trace_ds.stages.protocol import STAGES
+from trace_ds.stages.fetch import with_cached
+from trace_ds.stages.inputs import with_sizes_here
+from trace_ds.stages.pipeline import STAGES
 
 if TYPE_CHECKING:
     from trace_ds.parallel.world import World

@@ -32,7 +32,7 @@ from trace_ds.config.sections.finetune import TARGET, FinetuneSettings
 from trace_ds.errors import UserError
 from trace_ds.hub.models import is_whole
 from trace_ds.models.families import FAMILIES, ModelInfo, check_expert_parallel
-from trace_ds.stages.by_name import with_expert_parallel_sizes
+from trace_ds.stages.inputs import with_expert_parallel_sizes
 from trace_ds.tensors.model_files import CONFIG_NAME, read_model_config, read_model_directory
 
 EVALUATION_SHARE = 0.8  # of a GPU's memory may be weights (trace_ds/evaluation/language_model.py)

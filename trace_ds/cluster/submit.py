@@ -33,7 +33,7 @@ from trace_ds.run.directory import unwritable
 from trace_ds.run.files import write_json
 from trace_ds.run.foreign import read_bytes, read_object
 from trace_ds.run.ours import MARKER
-from trace_ds.stages.by_name import with_expert_parallel_sizes
+from trace_ds.stages.inputs import with_expert_parallel_sizes
 from trace_ds.stages.pipeline import Request, check_early
 
 SITE_VARIABLE = "TRACE_DS_SITE_ENV"
@@ -97,7 +97,7 @@ def submit_run(request: Request, cluster: Cluster, *, chain: bool, dry_run: bool
         print(f"WARNING trace-ds plan: {warning}")
     run_dir = Path(os.path.abspath(request.run.path))
     folder = run_dir / "submitted" / str(1 + len(list(run_dir.glob("submitted/[0-9]*"))))
-    one_job = "" if chain else " ".join(request.stages)
+    one_job = "" if chain else " ".join(request.stage_names("run"))
     variables = {"TRACE_DS_ONE_JOB": one_job, "TRACE_DS_FINETUNE": "1" if request.config.finetune is not None else ""}
     if dry_run:
         with tempfile.TemporaryDirectory() as temporary:

@@ -8,8 +8,7 @@ routing trace, which is read chunk by chunk: memory is bounded whatever the corp
 from __future__ import annotations
 
 import shutil
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,13 +37,13 @@ from trace_ds.run.files import new_array, replacing_directory, safetensors_error
 from trace_ds.run.foreign import read_object
 from trace_ds.run.log import StageLog, stage_log
 from trace_ds.stages.inputs import Inputs
+from trace_ds.tensors.model_files import model_fingerprint, read_model_config
 
 if TYPE_CHECKING:
     from trace_ds.parallel.world import World
     from trace_ds.run.directory import RunDirectory
 
 UNIFORM_ESS = 0.999
-PROGRESS_EVERY_S = 15.0
 NONE_FOUND_FIX = (
     "lower calibration.detection.min_ratio or min_load, choose a top_* method, or set calibration.if_none_found: "
     "uniform (go on with uniform weights) or continue (with the rule, over all experts if calibration.experts is all)"
@@ -53,92 +52,28 @@ NONE_FOUND_FIX = (
 
 @dataclass(frozen=True)
 class CalibrateJob:
-    """The calibration artefact of a run, to be made from ``inputs``.
+    """The calibration artefact of a run, to be made from data and statistics that are whole and made for one another.
 
     Files: ``calibration.safetensors`` (theta_LE, frequency_forget_LE, frequency_retain_LE, log_ratio_LE,
     log_ratio_error_LE, ratio_low_LE, ratio_high_LE, target_LE, achieved_LE, log_mean float64; selected_LE, scope_LE
     uint8), ``weights.npy`` float32 [retain tokens], ``row_weights.npy`` float64 [rows], ``diagnosis.json``. achieved_LE
     are the frequencies under the weights (NaN: not known).
+
+    Attributes:
+        config: that :func:`with_trained_layers`.
+        forget, retain: their statistics.
     """
 
     config: Config
     place: RunDirectory
-    inputs: CalibrationInputs
-
-    @property
-    def identity(self) -> str:
-        return self.inputs.identity
-
-    def done(self) -> bool:
-        if not artefacts.is_done(self.place.calibration, "calibration", self.identity):
-            return False
-        calibration = artefacts.load(self.place.calibration, "calibration", verify=False)
-        export_weights(self.config, self.place, self.inputs.data, calibration)
-        return True
-
-    def run(self, world: World | None = None) -> None:
-        """Detect and weigh.
-
-        Raises:
-            UserError: damaged inputs; no forget-critical expert while ``calibration.if_none_found`` is ``stop``; a
-                solver that ended short of its targets.
-        """
-        config, run, inputs = self.config, self.place, self.inputs
-        forget, retain = (load_statistics(side) for side in inputs.sides)
-        try:
-            detection = detect(forget, retain, inputs.config.calibration.detection)
-        except ValueError as error:
-            raise UserError(
-                str(error), "calibration.detection", "let MoE layers take part that the model has (0-based numbers)"
-            ) from None
-        if not detection.selected_LE.any() and config.calibration.if_none_found == "stop":
-            raise UserError(none_found(detection), "calibration.detection", NONE_FOUND_FIX)
-        with stage_log(run, "calibrate") as log:
-            calibration = _make(inputs, run, Routing(forget, retain, detection), log)
-            export_weights(config, run, inputs.data, calibration)
-            log.done(summary(calibration))
-
-
-def preflight(config: Config, run: RunDirectory, processes: int = 1, *, download: bool = False) -> None:
-    """Nothing: the configuration has been validated, and all else is in the statistics."""
-
-
-def check(config: Config, run: RunDirectory, processes: int = 1) -> CalibrateJob:
-    """The job; :class:`UserError` where inputs are missing, damaged or not made for one another."""
-    return CalibrateJob(config, run, CalibrationInputs.read(config, run))
-
-
-@dataclass(frozen=True)
-class CalibrationInputs:
-    """What a calibration is made from and how: data, (forget, retain) statistics, whole and made for one another and
-    for the model of the configuration, which is that :func:`with_trained_layers`."""
-
-    config: Config
     data: Artefact
-    sides: tuple[Artefact, Artefact]
-
-    @classmethod
-    def read(cls, config: Config, run: RunDirectory) -> CalibrationInputs:
-        from trace_ds.tensors.model_files import model_fingerprint
-
-        inputs = Inputs.read(config, run, model_fingerprint(Path(config.model.path)))
-        sides = inputs.statistics("forget"), inputs.statistics("retain")
-        for key in ("top_k", "experts", "layers"):
-            values = [side.summary.get(key) for side in sides]
-            if values[0] is None or values[0] != values[1]:
-                what = f"the forget statistics have {key} {values[0]}, the retain statistics {values[1]}"
-                raise UserError(what, str(run.statistics), sides[0].fix)
-        return cls(with_trained_layers(config, sides[1].summary["layers"]), inputs.data, sides)
-
-    @property
-    def by_rows(self) -> bool:
-        return self.config.unlearning.apply == "sampling"
+    forget: Artefact
+    retain: Artefact
 
     @property
     def inputs(self) -> dict[str, str]:
-        forget, retain = self.sides
-        made_of = {name: retain.inputs[name] for name in ("model", "tokenizer")}
-        return {"data": self.data.content, "forget": forget.content, "retain": retain.content, **made_of}
+        made_of = {name: self.retain.inputs[name] for name in ("model", "tokenizer")}
+        return {"data": self.data.content, "forget": self.forget.content, "retain": self.retain.content, **made_of}
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -149,21 +84,66 @@ class CalibrationInputs:
     def identity(self) -> str:
         return artefacts.identity_of("calibration", self.inputs, self.settings)
 
+    def done(self) -> bool:
+        if not artefacts.is_done(self.place.calibration, "calibration", self.identity):
+            return False
+        self.export(artefacts.load(self.place.calibration, "calibration", verify=False))
+        return True
 
-@dataclass(frozen=True)
-class Routing:
-    """How both corpora are routed, and where they differ."""
+    def run(self, world: World | None = None) -> None:
+        """Detect and weigh.
 
-    forget: RoutingStatistics
-    retain: RoutingStatistics
-    detection: Detection
+        Raises:
+            UserError: damaged inputs; no forget-critical expert while ``calibration.if_none_found`` is ``stop``; a
+                solver that ended short of its targets.
+        """
+        forget, retain = load_statistics(self.forget), load_statistics(self.retain)
+        settings = self.config.calibration
+        try:
+            detection = detect(forget, retain, settings.detection)
+        except ValueError as error:
+            fix = "let MoE layers take part that the model has (0-based numbers)"
+            raise UserError(str(error), "calibration.detection", fix) from None
+        if not detection.selected_LE.any() and settings.if_none_found == "stop":
+            raise UserError(none_found(detection), "calibration.detection", NONE_FOUND_FIX)
+        with stage_log(self.place, "calibrate") as log:
+            _make(self, forget, retain, detection, log)
+            calibration = artefacts.load(self.place.calibration, "calibration", verify=False)
+            self.export(calibration)
+            log.done(summary(calibration))
+
+    def export(self, calibration: Artefact) -> None:
+        """``calibration.export``: write the weights as parquet files to ``RUN/export/`` (once)."""
+        if self.config.calibration.export == "none":
+            return
+        from trace_ds.calibration.export import export
+
+        inputs = {"data": self.data.content, "calibration": calibration.content}
+        if not artefacts.is_done(self.place.export, "export", artefacts.identity_of("export", inputs, {})):
+            with replacing_directory(self.place.export) as directory:
+                export(self.data, calibration, directory)
+                artefacts.describe(directory, "export", inputs, {}, {"rows": calibration.summary["rows"]})
+
+
+def preflight(config: Config, run: RunDirectory, processes: int = 1, *, download: bool = False) -> None:
+    """Nothing: the configuration has been validated, and all else is in the statistics."""
+
+
+def check(config: Config, run: RunDirectory, processes: int = 1) -> CalibrateJob:
+    """The job; :class:`UserError` where inputs are missing, damaged or not made for one another."""
+    inputs = Inputs.read(config, run, model_fingerprint(Path(config.model.path)))
+    forget, retain = inputs.statistics("forget"), inputs.statistics("retain")
+    for key in ("top_k", "experts", "layers"):
+        values = forget.summary.get(key), retain.summary.get(key)
+        if values[0] is None or values[0] != values[1]:
+            what = f"the forget statistics have {key} {values[0]}, the retain statistics {values[1]}"
+            raise UserError(what, str(run.statistics), forget.fix)
+    return CalibrateJob(with_trained_layers(config, retain.summary["layers"]), run, inputs.data, forget, retain)
 
 
 def with_trained_layers(config: Config, layers: Sequence[int]) -> Config:
     """The configuration with the numbers of the MoE layers (which lie in the decoder layers ``layers``) that take part
     in place of ``trained``: experts above the last layer that gets a gradient would be matched for nothing."""
-    from trace_ds.tensors.model_files import read_model_config
-
     detection = config.calibration.detection
     if detection.layers != "trained":
         return config
@@ -174,41 +154,31 @@ def with_trained_layers(config: Config, layers: Sequence[int]) -> Config:
     return config.model_copy(update={"calibration": config.calibration.model_copy(update={"detection": changed})})
 
 
-def export_weights(config: Config, run: RunDirectory, data: Artefact, calibration: Artefact) -> None:
-    """``calibration.export``: the weights as parquet files in ``RUN/export/`` (skipped when they are there)."""
-    if config.calibration.export == "none":
-        return
-    from trace_ds.calibration.export import export
-
-    inputs = {"data": data.content, "calibration": calibration.content}
-    if not artefacts.is_done(run.export, "export", artefacts.identity_of("export", inputs, {})):
-        with replacing_directory(run.export) as directory:
-            export(data, calibration, directory)
-            artefacts.describe(directory, "export", inputs, {}, {"rows": calibration.summary["rows"]})
-
-
-def _make(inputs: CalibrationInputs, run: RunDirectory, routing: Routing, log: StageLog) -> Artefact:
+def _make(
+    job: CalibrateJob, forget: RoutingStatistics, retain: RoutingStatistics, detection: Detection, log: StageLog
+) -> None:
     """Weights by the rule, diagnosis, artefact. Large arrays live in a spool directory that is deleted at the end."""
     import torch
 
-    config, statistics, retain = inputs.config, inputs.sides[1], routing.retain
-    documents = read_documents(inputs.data.file("retain_documents.arrow"))
-    tokens = read_token_map(inputs.data.file("retain.arrow"), len(documents.source_D))
-    selections = load_selections(statistics, retain, tokens)
+    config, run, settings = job.config, job.place, job.config.calibration
+    by_rows = config.unlearning.apply == "sampling"
+    documents = read_documents(job.data.file("retain_documents.arrow"))
+    tokens = read_token_map(job.data.file("retain.arrow"), len(documents.source_D))
+    selections = load_selections(job.retain, retain, tokens)
     request = WeightRequest(
-        config.calibration,
+        settings,
         tokens,
-        choose_experts(config.calibration, routing.detection, config.seed),
-        routing.forget.frequency_LE,
+        choose_experts(settings, detection, config.seed),
+        forget.frequency_LE,
         retain.frequency_LE,
         np.sqrt(retain.variance_LE()),
         config.seed,
         source_weights(config, documents),
         torch.get_num_threads(),
-        every_so_often(log.line),
+        log.detail,
     )
     log.detail(
-        f"{int(routing.detection.selected_LE.sum())} forget-critical experts; rule {config.calibration.rule} over "
+        f"{int(detection.selected_LE.sum())} forget-critical experts; rule {settings.rule} over "
         f"{retain.tokens:,} retain tokens"
     )
     run.calibration.parent.mkdir(parents=True, exist_ok=True)
@@ -216,37 +186,22 @@ def _make(inputs: CalibrationInputs, run: RunDirectory, routing: Routing, log: S
     shutil.rmtree(spool, ignore_errors=True)
     spool.mkdir()
     try:
-        if inputs.by_rows:
+        if by_rows:
             calibrated = weigh_rows(request, selections)
         else:
-            trace = None if request.uniform else load_trace(config, statistics, retain, tokens)
+            trace = None if request.uniform else load_trace(config, job.retain, retain, tokens)
             calibrated = weigh_tokens(request, trace, spool)
         refuse_useless(config, calibrated, run)
         with replacing_directory(run.calibration) as directory:
-            args = config.calibration, routing.detection, calibrated, tokens, documents, selections
-            diagnosis = diagnose(*args, inputs.by_rows)
-            write(directory, routing.detection, calibrated, tokens, diagnosis)
+            diagnosis = diagnose(settings, detection, calibrated, tokens, documents, selections, by_rows)
+            write(directory, detection, calibrated, tokens, diagnosis)
             keys = ("rule", "lambda", "ess_fraction", "max_weight", "none_found", "warnings")
-            of_retain = {"tokens": tokens.tokens, "rows": tokens.rows, "layers": statistics.summary["layers"]}
-            told = {key: diagnosis[key] for key in keys} | {"selected": len(diagnosis["selected"])} | of_retain
-            artefacts.describe(directory, "calibration", inputs.inputs, inputs.settings, told)
+            numbers = {"tokens": tokens.tokens, "rows": tokens.rows, "layers": job.retain.summary["layers"]}
+            numbers["selected"] = len(diagnosis["selected"])
+            about = {key: diagnosis[key] for key in keys} | numbers
+            artefacts.describe(directory, "calibration", job.inputs, job.settings, about)
     finally:
         shutil.rmtree(spool, ignore_errors=True)
-    return artefacts.load(run.calibration, "calibration", verify=False)
-
-
-def every_so_often(log: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> Callable[[str], None]:
-    """``log``, which gets one line every :data:`PROGRESS_EVERY_S` only, with the time since the beginning."""
-    begun_s = last_s = clock()
-
-    def maybe(line: str) -> None:
-        nonlocal last_s
-        now_s = clock()
-        if now_s - last_s >= PROGRESS_EVERY_S:
-            last_s = now_s
-            log(f"{line} ({now_s - begun_s:.0f} s so far)")
-
-    return maybe
 
 
 def refuse_useless(config: Config, calibrated: RuleResult, run: RunDirectory) -> None:

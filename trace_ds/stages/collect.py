@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trace_ds.config.load import variants_of
 from trace_ds.config.schema import Config
 from trace_ds.errors import UserError
 from trace_ds.models.families import ModelInfo, require_plain_logits
@@ -21,8 +22,7 @@ from trace_ds.run import artefact, ours
 from trace_ds.run.directory import RunDirectory
 from trace_ds.run.files import remove_directory, write_json
 from trace_ds.run.hub_names import provenance
-from trace_ds.stages.inputs import Inputs, check_vocabulary, checked_model, look_at
-from trace_ds.stages.recorded import keys_needing_trace
+from trace_ds.stages.inputs import Inputs, check_vocabulary, checked_model
 
 if TYPE_CHECKING:
     from trace_ds.parallel.world import World
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 STATISTICS_NAME = "statistics.safetensors"
 SHAPE_NAME = "shape.json"  # of a collection that has not ended: which job, on which cluster shape
-
 SAMPLE_TOKENS = 200_000  # counted tokens of a corpus whose top-k experts are always recorded
 
 
@@ -48,6 +47,10 @@ class CollectJob:
     inputs: dict[str, dict[str, str]]
     settings: dict[str, dict[str, Any]]
 
+    @property
+    def directories(self) -> tuple[Path, ...]:
+        return Path(self.info.path), self.place.data
+
     def identity(self, side: str) -> str:
         """Of the artefact to make."""
         return artefact.identity_of("statistics", self.inputs[side], self.settings[side])
@@ -61,13 +64,38 @@ class CollectJob:
         recorded = all(covers(statistics.settings.get(key), value) for key, value in self.settings[side].items())
         return statistics if recorded and statistics.inputs == self.inputs[side] else None
 
+    def missing(self) -> list[str]:
+        return [side for side in self.inputs if self.existing(side) is None]
+
     def done(self) -> bool:
-        return all(self.existing(side) is not None for side in self.inputs)
+        return not self.missing()
 
     def run(self, world: World | None) -> None:
         """Collect the statistics of both corpora (collectively, on every rank); skips a side that is already done."""
+        from trace_ds.run.log import already_done, stage_log
+
         assert world is not None
-        collect(self, world)
+        run = self.place
+        missing = world.run_on_main_and_broadcast(self.missing)
+        if not missing:
+            if world.is_main:
+                already_done("collect", run)
+            return
+        with stage_log(run, "collect", enabled=world.is_main) as log:
+            log.detail(
+                f"world size {world.size}, expert-parallel size {self.config.distributed.ep}, {', '.join(missing)}"
+            )
+            engine = _engine(self, world, log)
+            for side in missing:
+                _collect_side(self, world, side, engine, log)
+            if world.is_main:
+                made = {side: artefact.load(run.statistics / side, "statistics", verify=False) for side in missing}
+                counted = " and ".join(f"{side} {each.summary['tokens']:,}" for side, each in made.items())
+                model = made[missing[0]].summary
+                log.done(
+                    f"{counted} tokens counted: {model['top_k']} of {model['experts']} experts in "
+                    f"{len(model['layers'])} layers"
+                )
 
 
 def covers(recorded: Any, needed: Any) -> bool:
@@ -80,72 +108,42 @@ def preflight(config: Config, run: RunDirectory, processes: int, *, download: bo
     check_vocabulary(config)
 
 
-def look(config: Config, run: RunDirectory) -> None:
-    look_at(config, run, "data")
-
-
 def check(config: Config, run: RunDirectory, world_size: int) -> CollectJob:
     """Everything that can be wrong before a weight is loaded; raises :class:`UserError`."""
     info = checked_model(config, world_size)
     if config.statistics.nll:
         require_plain_logits(info, "statistics.nll")
-    found = Inputs.read(config, run, info.fingerprint)
-    inputs = {side: found.fingerprints | {"side": side} for side in config.data.sides}
+    read = Inputs.read(config, run, info.fingerprint)
+    inputs = {side: read.fingerprints | {"side": side} for side in config.data.sides}
     always = {"dtype": config.model.dtype, "top_k": info.top_k}
     settings = {side: always | asdict(recording(config, side)) for side in inputs}
-    return CollectJob(config, run, info, found.data, inputs, settings)
+    return CollectJob(config, run, info, read.data, inputs, settings)
+
+
+def needs_trace(config: Config, side: str) -> bool:
+    """Whether the configuration, or a variant, needs the experts of every token of ``side``.
+
+    The trace of 200,000 rows of 1,024 tokens takes 79 GB on Qwen3-30B-A3B, the selections of its rows 2.4 GB
+    (docs/method.md, section 8).
+    """
+    configs = (config, *variants_of(config).values())
+    return side == "retain" and any(
+        each.unlearning.apply == "loss" and each.calibration.rule != "uniform" for each in configs
+    )
 
 
 def recording(config: Config, side: str) -> Recording:
     """What the configuration asks to be recorded of one side."""
     settings = config.statistics
     return Recording(
-        trace=bool(keys_needing_trace(config, side)) if settings.trace is None else settings.trace,
+        trace=needs_trace(config, side) if settings.trace is None else settings.trace,
         nll=settings.nll,
         rows=side == "retain",
         sample_tokens=SAMPLE_TOKENS if side in ("forget", "retain") else 0,
     )
 
 
-def about_trace(config: Config, side: str, trace_bytes: int) -> str:
-    """Whether the routing trace of a side is recorded, what it takes, and which keys decided that, for the log."""
-    keys = ["statistics.trace: true"] if config.statistics.trace else keys_needing_trace(config, side)
-    if keys and config.statistics.trace is not False:
-        return f"{side}: the routing trace of every token, {trace_bytes:,} bytes, is recorded for {', '.join(keys)}"
-    return (
-        f"{side}: no routing trace: {'statistics.trace is false' if keys else 'no key of the configuration needs it'}"
-    )
-
-
-def middle_layer(info: ModelInfo) -> int:
-    """RMU's default decoder layer (0-based)."""
-    return info.decoder_layers // 2
-
-
-def collect(job: CollectJob, world: World) -> None:
-    from trace_ds.run.log import already_done, stage_log
-
-    config, run = job.config, job.place
-    todo = [side for side in job.inputs if not _is_done(world, job, side)]
-    if not todo:
-        if world.is_main:
-            already_done("collect", run)
-        return
-    with stage_log(run, "collect", enabled=world.is_main) as log:
-        log.detail(f"world size {world.size}, expert-parallel size {config.distributed.ep}, {', '.join(todo)}")
-        engine = _engine(config, world, job, log)
-        for side in todo:
-            _collect_side(config, run, world, job, side, engine, log)
-        if world.is_main:
-            found = {side: artefact.load(run.statistics / side, "statistics", verify=False).summary for side in todo}
-            counted = " and ".join(f"{side} {each['tokens']:,}" for side, each in found.items())
-            of = found[todo[0]]
-            log.done(
-                f"{counted} tokens counted: {of['top_k']} of {of['experts']} experts in {len(of['layers'])} layers"
-            )
-
-
-def _engine(config: Config, world: World, job: CollectJob, log: StageLog) -> Any:
+def _engine(job: CollectJob, world: World, log: StageLog) -> Any:
     """The frozen model, ready to be run over packed rows (collective)."""
     from trace_ds.models.attention import find_attention_problem
     from trace_ds.models.engine import inference_engine
@@ -154,16 +152,15 @@ def _engine(config: Config, world: World, job: CollectJob, log: StageLog) -> Any
     if job.info.family.autoep_preset is None:
         sharding = "its weights are sharded by ZeRO-3" if world.size > 1 else "one process holds it whole"
         log.detail(f"the family {job.info.family.model_type} has no expert parallelism: {sharding}")
-    ep = config.distributed.ep
-    asked = recording(config, "retain")
-    parts = ModelParts(head=asked.nll, last_output=asked.nll)
+    config, ep = job.config, job.config.distributed.ep
+    nll = config.statistics.nll
     engine = inference_engine(
         job.info,
         world,
         dtype=config.model.dtype,
         ep=ep,
         options=config.distributed.autoep,
-        parts=parts,
+        parts=ModelParts(head=nll, last_output=nll),
     )
     if why := find_attention_problem(engine.module):
         log.detail(f"attention is transformers' own: {why}")
@@ -175,17 +172,6 @@ def _engine(config: Config, world: World, job: CollectJob, log: StageLog) -> Any
     return engine
 
 
-def _is_done(world: World, job: CollectJob, side: str) -> bool:
-    """What :meth:`CollectJob.done` says of one side, the hashing shared among the ranks (collective)."""
-
-    def described() -> dict[str, dict[str, Any]] | None:
-        statistics = job.existing(side, verify=False)
-        return None if statistics is None else statistics.files
-
-    expected = world.run_on_main_and_broadcast(described)
-    return expected is not None and _file_entries(world, job.place.statistics / side, sorted(expected)) == expected
-
-
 def _file_entries(world: World, directory: Path, names: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Size and hash of each file, on every rank (collective); rank r of W reads every W-th from the r-th on.
 
@@ -195,12 +181,10 @@ def _file_entries(world: World, directory: Path, names: Sequence[str]) -> dict[s
     world.run_on_all_ranks(
         lambda: mine.update({name: artefact.file_entry(directory / name) for name in names[world.rank :: world.size]})
     )
-    return {name: entry for found in world.gather(mine) for name, entry in found.items()}
+    return {name: entry for entries in world.gather(mine) for name, entry in entries.items()}
 
 
-def _collect_side(
-    config: Config, run: RunDirectory, world: World, job: CollectJob, side: str, engine: Any, log: StageLog
-) -> None:
+def _collect_side(job: CollectJob, world: World, side: str, engine: Any, log: StageLog) -> None:
     """One side: the pass into ``SIDE.partial``, its description, then its name (collective).
 
     The description is written while the saved states are still there, so that a kill at any moment leaves either
@@ -209,36 +193,28 @@ def _collect_side(
     from trace_ds.routing.collection import remove_states
     from trace_ds.run.files import commit_directory
 
-    destination = run.statistics / side
+    destination = job.place.statistics / side
     directory = destination.with_name(f"{side}.partial")
-    if not world.run_on_main_and_broadcast(lambda: _prepare_directory(directory, _shape(config, world, job, side))):
-        _pass(config, world, job, side, engine, directory, run.stop_files, log)
+    if not world.run_on_main_and_broadcast(lambda: _prepare_directory(directory, _shape(job, world, side))):
+        _pass(job, world, side, engine, directory, log)
 
     def commit() -> None:
         remove_states(directory)
         (directory / SHAPE_NAME).unlink(missing_ok=True)
         commit_directory(directory, destination)
-        found = artefact.load(destination, "statistics", verify=False).summary
-        log.detail(f"{side}: {found['tokens']:,} tokens of {found['documents']:,} documents counted")
+        summary = artefact.load(destination, "statistics", verify=False).summary
+        log.detail(f"{side}: {summary['tokens']:,} tokens of {summary['documents']:,} documents counted")
 
     world.run_on_main_and_broadcast(commit)
 
 
-def _pass(
-    config: Config,
-    world: World,
-    job: CollectJob,
-    side: str,
-    engine: Any,
-    directory: Path,
-    stop_files: Sequence[Path],
-    log: StageLog,
-) -> None:
+def _pass(job: CollectJob, world: World, side: str, engine: Any, directory: Path, log: StageLog) -> None:
     """The forward passes, and the description of what they left in ``directory`` (collective)."""
     from trace_ds.corpora.dataset import TokenDataset
     from trace_ds.routing.collection import Collection
     from trace_ds.routing.token_files import bytes_per_token, part_name
 
+    settings, records = job.config.statistics, recording(job.config, side)
     dataset = TokenDataset.open(job.data.file(f"{side}.arrow"))
     collection = Collection(
         engine,
@@ -246,14 +222,16 @@ def _pass(
         dataset,
         experts=job.info.experts,
         top_k=job.info.top_k,
-        recording=recording(config, side),
-        batch_rows=config.statistics.batch_rows,
+        recording=records,
+        batch_rows=settings.batch_rows,
         directory=directory,
     )
-    trace_bytes, _ = bytes_per_token(len(collection.layers), job.info.experts, job.info.top_k, 1)
-    log.detail(about_trace(config, side, round(dataset.tokens * trace_bytes)))
+    if records.trace:
+        trace_bytes, _ = bytes_per_token(len(collection.layers), job.info.experts, job.info.top_k, 1)
+        total = round(dataset.tokens * trace_bytes)
+        log.detail(f"{side}: the routing trace of every token, {total:,} bytes, is recorded")
     try:
-        statistics = collection.run(log, side, config.statistics.save_every, stop_files)
+        statistics = collection.run(log, side, settings.save_every, job.place.stop_files)
     except UserError:  # the input is wrong, nothing of it can be used; after a full disk the pass can continue
         if world.is_main:
             shutil.rmtree(directory, ignore_errors=True)
@@ -275,11 +253,12 @@ def _pass(
     )
 
 
-def _shape(config: Config, world: World, job: CollectJob, side: str) -> dict[str, Any]:
+def _shape(job: CollectJob, world: World, side: str) -> dict[str, Any]:
     """What must be the same for a pass to continue another: beside the job, all that decides how sums are rounded."""
     from trace_ds.models.engine import expert_kernel
     from trace_ds.routing.counter import SUMS
 
+    config = job.config
     return {
         "identity": job.identity(side),
         "sums": [name for name, _ in SUMS],  # a state of an older version lacks some

@@ -64,9 +64,11 @@ def check(config: Config, run: RunDirectory, processes: int = 1) -> ConvertJob:
 
 def write_model(config: Config, run: RunDirectory, checkpoint: Path, card: dict[str, Any], log: StageLog) -> None:
     """A checkpoint of ``run`` as its model, in the type and with the files that the configuration asks for."""
+    from trace_ds.conversion.convert import convert_checkpoint
+
     dtype = config.conversion_dtype
     try:
-        report = checkpoint_to_directory(
+        report = convert_checkpoint(
             checkpoint,
             run.model,
             base_model=Path(config.model.path),
@@ -74,14 +76,15 @@ def write_model(config: Config, run: RunDirectory, checkpoint: Path, card: dict[
             max_shard_size=config.conversion.max_shard_size,
             card=card,
             overwrite=True,
-            log=log,
+            jobs=min(MAX_JOBS, os.cpu_count() or 1),
+            progress=byte_progress(log),
         )
     except OSError as error:
         raise unwritable(run.model, error) from error
     for warning in report["warnings"]:
         log.line(f"warning: {warning}")
-    made = f"{report['parameters']:,} parameters, {size(report['bytes'])} in {dtype}"
-    log.done(f"{checkpoint.name} → {run.model.name}/: {made}")
+    summary = f"{report['parameters']:,} parameters, {size(report['bytes'])} in {dtype}"
+    log.done(f"{checkpoint.name} → {run.model.name}/: {summary}")
 
 
 def preflight(config: Config, run: RunDirectory, processes: int = 1, *, download: bool = False) -> None:
@@ -91,31 +94,16 @@ def preflight(config: Config, run: RunDirectory, processes: int = 1, *, download
     parse_size(config.conversion.max_shard_size, "conversion.max_shard_size")
 
 
-def checkpoint_to_directory(
-    checkpoint: Path, destination: Path, *, log: StageLog | None = None, **options: Any
-) -> dict[str, Any]:
-    """One checkpoint step → a new Hugging Face directory; ``options`` and returned report are those of
-    :func:`convert_checkpoint`.
-
-    Without a ``base_model`` the model that the checkpoint's manifest names is used.
-    """
-    from trace_ds.conversion.convert import convert_checkpoint
-
-    progress = byte_progress(log) if log is not None else None
-    jobs = min(MAX_JOBS, os.cpu_count() or 1)
-    return convert_checkpoint(checkpoint, destination, jobs=jobs, progress=progress, **options)
-
-
 def _choose(config: Config, run: RunDirectory) -> tuple[Path, list[str]]:
-    """The checkpoint to convert, its sizes checked, and what the user should hear about the others."""
+    """The checkpoint to convert, its sizes checked, and a line for each problem with the others."""
     from trace_ds.checkpoints.manifest import newest_complete, read_manifest, step_name
     from trace_ds.run.curve import has_ended
 
     step, problems = newest_complete(run.checkpoints)
     if step is None:
-        found = f" ({problems[0]})" if problems else ""
+        detail = f" ({problems[0]})" if problems else ""
         raise UserError(
-            f"there is no complete checkpoint{found}", str(run.checkpoints), "make one with `trace-ds unlearn CONFIG`"
+            f"there is no complete checkpoint{detail}", str(run.checkpoints), "make one with `trace-ds unlearn CONFIG`"
         )
     points = read_manifest(run.checkpoints / step_name(step)).trainer_state.get("curve", [])
     ended = bool(points) and points[-1]["step"] == step and has_ended(config.unlearning.evaluate, points[-1])
@@ -130,36 +118,20 @@ def is_converted(config: Config, run: RunDirectory, checkpoint: Path) -> bool:
 
     try:
         report = read_object(run.model / "conversion.json", "the report", "")
-        model = read_model_directory(run.model)
-        held = {name: (run.model / name).stat().st_size for name in model.files}
-        said = {name: entry["bytes"] for name, entry in report["files"].items()}
-        made = (report["source"]["manifest_sha256"], report["dtype"], report["max_shard_size"])
+        names = read_model_directory(run.model).files
+        is_whole = {name: (run.model / name).stat().st_size for name in names} == {
+            name: entry["bytes"] for name, entry in report["files"].items()
+        }
+        made_with = report["source"]["manifest_sha256"], report["dtype"], report["max_shard_size"]
     except (OSError, AttributeError, KeyError, TypeError, UserError):
         return False
-    wanted = (sha256_file(checkpoint / "manifest.json"), config.conversion_dtype, config.conversion.max_shard_size)
-    return held == said and made == wanted
-
-
-def card_of(source: Path) -> dict[str, Any] | None:
-    """The facts of the model card for something that lies in a run directory: the run itself, its checkpoints, one of
-    them, or its model. None for anything else."""
-    from trace_ds.config.load import load_config
-
-    source = Path(os.path.abspath(source))
-    for path in (source, source.parent, source.parent.parent):
-        run = RunDirectory.at(path)
-        if run.config.is_file() and any(source.is_relative_to(part) for part in (run.checkpoints, run.model)) | (
-            source == path and run.checkpoints.is_dir()
-        ):
-            try:
-                return card_facts(load_config(str(run.config), [], path)[0], run)
-            except UserError:
-                return None  # not a configuration of ours
-    return None
+    settings = config.conversion_dtype, config.conversion.max_shard_size
+    return is_whole and made_with == (sha256_file(checkpoint / "manifest.json"), *settings)
 
 
 def card_facts(config: Config, run: RunDirectory) -> dict[str, Any]:
     """The facts of the model card, from the configuration and, if it is there, the calibration artefact."""
+    from trace_ds.checkpoints.manifest import newest_complete, read_manifest, step_name
     from trace_ds.conversion.card import model_name
 
     settings = config.unlearning
@@ -175,8 +147,13 @@ def card_facts(config: Config, run: RunDirectory) -> dict[str, Any]:
         "learning rate": f"{settings.optimizer.lr:g}",
         "seed": config.seed,
     }
-    base, made = _base_of(config.model.path)
-    method |= ({"fine-tuned first": made} if made else {}) | provenance(base, "base model")
+    base, made = Path(config.model.path), Path(config.model.path).parent
+    if base.name == "model" and made.parent.name == FINETUNE:  # RUN/finetune/NAME/model
+        method["fine-tuned first"] = made.name
+        checkpoints = RunDirectory.at(made).checkpoints
+        step, _ = newest_complete(checkpoints)
+        base = Path(read_manifest(checkpoints / step_name(step)).model["path"]) if step is not None else made
+    method |= provenance(base, "base model")
     facts: dict[str, Any] = {"name": config.name, "base_model": model_name(base), "method": method}
     try:
         summary = read_object(run.calibration / "artefact.json", "the calibration", "")["summary"]
@@ -186,16 +163,3 @@ def card_facts(config: Config, run: RunDirectory) -> dict[str, Any]:
     except (UserError, KeyError, AttributeError):
         pass  # converted without a calibration at hand: the card says nothing of it
     return facts
-
-
-def _base_of(path: str) -> tuple[str, str]:
-    """(model that the run began with, name of what `finetune` made of it or ""): RUN/finetune/NAME/model is made."""
-    from trace_ds.checkpoints.manifest import newest_complete, read_manifest, step_name
-
-    made = Path(path).parent
-    if Path(path).name != "model" or made.parent.name != FINETUNE:
-        return path, ""
-    checkpoints = RunDirectory.at(made).checkpoints
-    step, _ = newest_complete(checkpoints)
-    base = read_manifest(checkpoints / step_name(step)).model["path"] if step is not None else made
-    return str(base), made.name

@@ -1,121 +1,127 @@
-"""``trace-ds fetch CONFIG…``: bring everything that a configuration names to the local caches, once, on a login node.
+"""``trace-ds fetch CONFIG…``: download everything that a configuration names to the local caches, on a login node.
 
     trace-ds fetch CONFIG --run-dir runs/mine     # models, data sets, and the data of lm-eval's tasks
     export HF_HUB_OFFLINE=1                       # from here on no stage needs a network
     trace-ds run CONFIG --run-dir runs/mine
 
-Everything goes to the caches of its own library, below HF_HOME. ``RUN/fetched.json`` records what was brought, with its
-commits: a model or data set (also of a task) whose name stands for another commit later is refused; without a network
-a run goes on with the model that was fetched for it. Running it again brings what is missing, and takes what moved.
+Everything goes to the caches of its own library, below HF_HOME. ``RUN/fetched.json`` records the commits: a model or
+data set whose name stands for another commit later is refused. Running it again brings what is missing, and takes what
+moved.
+
+Every other stage finds the models of its configuration here too (:func:`find_models`): names become directories in this
+module and nowhere else. Data sets are read by their names (:mod:`trace_ds.corpora.sources`).
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from trace_ds.config.schema import Config
+from trace_ds.config.sections.data import CorpusEntry
+from trace_ds.config.sections.evaluation import TaskConfig
 from trace_ds.errors import UserError
 from trace_ds.run.directory import RunDirectory, locked, unwritable
 from trace_ds.run.files import write_json
-from trace_ds.stages.by_name import KINDS, data_name, fetched, hub_data, hub_names, hub_tasks, with_weights
-from trace_ds.stages.pipeline import Request
+from trace_ds.run.foreign import read_object, typed
+from trace_ds.run.hub_names import HubName, hub_name
+
+KINDS = ("models", "data", "tasks")  # of RUN/fetched.json
+ALL_MODELS = ("run", "fetch", "evaluate")  # the verbs that read evaluation.models too
 
 
 @dataclass(frozen=True)
-class Found:
-    """Something that a configuration names elsewhere, and what of it is here.
+class Resource:
+    """Something that a configuration names on the hub.
 
     Attributes:
-        kind: one of :data:`~trace_ds.stages.by_name.KINDS`.
+        kind: one of :data:`KINDS`.
         key: where the configuration names it.
         name: as it is named there.
         entry: of ``RUN/fetched.json``: ``commit``, of a model ``bytes`` too; of a task ``commits`` of its data sets.
-        where: the folder; None: it is not here.
+        place: its local directory; None: it is not here.
     """
 
     kind: str
     key: str
     name: str
     entry: dict[str, Any]
-    where: Path | None
+    place: Path | None
 
 
-def fetch(request: Request, *, dry_run: bool = False) -> int:
-    """Bring everything, record it in the run directory and show it; returns the exit status.
+def fetch(config: Config, run: RunDirectory, *, dry_run: bool = False) -> int:
+    """Download everything, record it in the run directory and show it; returns the exit status.
 
-    With ``dry_run`` nothing is asked of the hub or written: the table says what is here.
+    With ``dry_run`` nothing is asked of the hub or written: the table shows what is here.
 
     Raises:
         UserError: something does not exist, is not for this user, or cannot be reached; nothing is recorded then.
     """
     if dry_run:
-        _show(list(look(request.written, request.run)))
+        _show(list(look(config, run)))
         return 0
-    request.check_places()
-    with locked(request.run):
-        request.run.clear_leftovers()
+    with locked(run):
+        run.clear_leftovers()
         record: dict[str, dict[str, Any]] = {kind: {} for kind in KINDS}
-        found = list(_bring(request.written))
-        for item in found:
-            record[item.kind].setdefault(item.name, item.entry)
-        if record != fetched(request.run):
+        resources = list(_download(config))
+        for resource in resources:
+            record[resource.kind].setdefault(resource.name, resource.entry)
+        if record != read_record(run):
             try:
-                write_json(request.run.fetched, record)
+                write_json(run.fetched, record)
             except OSError as error:
-                raise unwritable(request.run.path, error) from None
-    _show(found)
+                raise unwritable(run.path, error) from None
+    _show(resources)
     return 0
 
 
-def _bring(config: Config) -> Iterator[Found]:
+def _download(config: Config) -> Iterator[Resource]:
     from trace_ds.corpora.sources import open_table
     from trace_ds.evaluation.harness import fetch_task
     from trace_ds.hub.models import bring, downloaded_bytes
 
     for key, name in hub_names(config, "fetch").items():
         print(f"[fetch] {key}: {name}", flush=True)
-        folder = bring(name, key, weights=with_weights(key, "fetch"))
-        yield Found("models", key, str(name), {"commit": folder.name, "bytes": downloaded_bytes(folder)}, folder)
-    for key, entry in hub_data(config, "fetch").items():
-        print(f"[fetch] {key}: {data_name(entry)}", flush=True)
-        yield Found("data", key, data_name(entry), {"commit": open_table(entry, key).commit}, _data_cache())
-    configs = {f"evaluation.tasks.{task.name}": task for task in config.evaluation.tasks}
-    for key, task in hub_tasks(config, "fetch").items():
-        print(f"[fetch] {key}: the data of lm-eval's {task}", flush=True)
-        yield Found("tasks", key, task, {"commits": fetch_task(configs[key])}, _data_cache())
+        folder = bring(name, key, weights=_needs_weights(key, "fetch"))
+        yield Resource("models", key, str(name), {"commit": folder.name, "bytes": downloaded_bytes(folder)}, folder)
+    for key, entry in _hub_data(config, "fetch").items():
+        print(f"[fetch] {key}: {_data_name(entry)}", flush=True)
+        yield Resource("data", key, _data_name(entry), {"commit": open_table(entry, key).commit}, _data_cache())
+    for key, task in _hub_tasks(config, "fetch").items():
+        print(f"[fetch] {key}: the data of lm-eval's {task.task}", flush=True)
+        yield Resource("tasks", key, str(task.task), {"commits": fetch_task(task)}, _data_cache())
 
 
-def look(config: Config, run: RunDirectory | None) -> Iterator[Found]:
+def look(config: Config, run: RunDirectory | None) -> Iterator[Resource]:
     """The same from what is here, without a network.
 
     Args:
-        run: whose record says which commits count and what the data of tasks are; None: there is none.
+        run: whose record has the commits that count; None: there is none.
     """
     from trace_ds.corpora.sources import files_here
     from trace_ds.hub.models import cached, downloaded_bytes, is_whole
 
-    recorded = fetched(run) if run is not None else {kind: {} for kind in KINDS}
+    record = read_record(run)
     for key, name in hub_names(config, "fetch").items():
-        folder = cached(name, recorded["models"].get(str(name), {}).get("commit"))
-        if folder and with_weights(key, "fetch") and not is_whole(folder):
+        folder = cached(name, record["models"].get(str(name), {}).get("commit"))
+        if folder and _needs_weights(key, "fetch") and not is_whole(folder):
             folder = None
         entry = {"commit": folder.name, "bytes": downloaded_bytes(folder)} if folder else {}
-        yield Found("models", key, str(name), entry, folder)
-    for key, data in hub_data(config, "fetch").items():
-        where = None
+        yield Resource("models", key, str(name), entry, folder)
+    for key, data in _hub_data(config, "fetch").items():
+        place = None
         with contextlib.suppress(UserError):
             files_here(data, key)
-            where = _data_cache()
-        yield Found("data", key, data_name(data), {}, where)
-    for key, task in hub_tasks(config, "fetch").items():
-        entry = recorded["tasks"].get(task, {})
+            place = _data_cache()
+        yield Resource("data", key, _data_name(data), {}, place)
+    for key, task in _hub_tasks(config, "fetch").items():
+        entry = record["tasks"].get(str(task.task), {})
         commits = entry.get("commits", {}).values()
         is_here = bool(entry) and all(any(_data_cache().glob(f"*/*/*/{commit}")) for commit in commits)
-        yield Found("tasks", key, task, entry, _data_cache() if is_here else None)
+        yield Resource("tasks", key, str(task.task), entry, _data_cache() if is_here else None)
 
 
 def _data_cache() -> Path:
@@ -124,24 +130,135 @@ def _data_cache() -> Path:
     return Path(config.HF_DATASETS_CACHE)
 
 
-def _show(found: list[Found]) -> None:
-    from rich.markup import escape
-    from rich.table import Table
-
-    from trace_ds.terminal import wide_console
-
-    console = wide_console()
-    if not found:
-        console.print("The configuration names nothing that is elsewhere: there is nothing to fetch.")
+def _show(resources: list[Resource]) -> None:
+    if not resources:
+        print("The configuration names nothing on the hub: there is nothing to fetch.")
         return
-    table = Table(show_edge=False)
-    for column in ("what", "name", "commit", "size", "where"):
-        table.add_column(column, overflow="fold", justify="right" if column == "size" else "left")
-    for item in found:
+    for item in resources:
         commits = [item.entry["commit"]] if "commit" in item.entry else [*item.entry.get("commits", {}).values()]
         size = f"{item.entry['bytes'] / 1e9:.2f} GB" if "bytes" in item.entry else ""
-        shown = (item.key, item.name, ", ".join(commit[:12] for commit in commits), size, str(item.where or "not here"))
-        table.add_row(*(escape(text) for text in shown))
-    console.print(table)
-    if all(item.where for item in found):
-        console.print("Everything is here: with HF_HUB_OFFLINE=1 no stage looks for a network.", highlight=False)
+        commit = ", ".join(commit[:12] for commit in commits)
+        print(f"{item.key}: {'  '.join(filter(None, (item.name, commit, size, str(item.place or 'not here'))))}")
+    if all(item.place for item in resources):
+        print("Everything is here: with HF_HUB_OFFLINE=1 no stage looks for a network.")
+
+
+def read_record(run: RunDirectory | None) -> dict[str, dict[str, Any]]:
+    """``RUN/fetched.json``, by kind (:data:`KINDS`) and name; empty before ``trace-ds fetch`` ran."""
+    if run is None or not run.fetched.is_file():
+        return {kind: {} for kind in KINDS}
+    fix = "delete it, and run `trace-ds fetch CONFIG` again"
+    record = read_object(run.fetched, "the record of what was fetched", fix)
+    try:
+        for entries in typed(record, dict.fromkeys(KINDS, dict)).values():
+            for name in entries:
+                typed(entries, {name: dict})
+                typed(entries[name], {"commits": dict} if "commits" in entries[name] else {"commit": str})
+    except ValueError as error:
+        raise UserError(f"the record of what was fetched is damaged ({error})", str(run.fetched), fix) from None
+    return record
+
+
+def hub_names(config: Config, verb: str) -> dict[str, HubName]:
+    """The models on the hub that a verb needs, by the key that names them."""
+    paths: dict[str, str | None] = {"model.path": config.model.path, "model.tokenizer": config.model.tokenizer}
+    if verb in ALL_MODELS:
+        paths |= {f"evaluation.models.{name}": path for name, path in config.evaluation.models.items()}
+    names = {key: hub_name(path) for key, path in paths.items() if path}
+    return {key: name for key, name in names.items() if name is not None}
+
+
+def _needs_weights(key: str, verb: str) -> bool:
+    """Whether a verb reads the weights of a model, not only its configuration and tokenizer."""
+    return key != "model.tokenizer" and verb != "prepare"
+
+
+def _hub_data(config: Config, verb: str) -> dict[str, CorpusEntry | TaskConfig]:
+    """The data sets on the hub that a verb reads, by the key that names them."""
+    from trace_ds.corpora.sources import on_hub
+
+    entries: dict[str, CorpusEntry | TaskConfig] = {}
+    if verb in ("run", "fetch", "prepare"):
+        for side in config.data.sides:
+            entries |= {f"data.{side}[{number}]": entry for number, entry in enumerate(config.data.corpus(side))}
+    if verb in ALL_MODELS:
+        entries |= {f"evaluation.tasks.{task.name}": task for task in config.evaluation.tasks}
+    return {key: entry for key, entry in entries.items() if on_hub(entry)}
+
+
+def _hub_tasks(config: Config, verb: str) -> dict[str, TaskConfig]:
+    """The tasks of lm-eval whose questions come from the hub, by the key that names them."""
+    tasks = [task for task in config.evaluation.tasks if task.type == "lm_eval" and not task.path]
+    return {f"evaluation.tasks.{task.name}": task for task in tasks if verb in ALL_MODELS}
+
+
+def _data_name(entry: CorpusEntry | TaskConfig) -> str:
+    """The name of a data set in ``RUN/fetched.json``: its configurations and splits are of one commit."""
+    return str(HubName(entry.dataset_id, entry.revision))
+
+
+def find_models(config: Config, run: RunDirectory | None, verb: str, *, download: bool) -> dict[str, str]:
+    """{name as written: directory} of the models that a verb needs and the hub's cache has.
+
+    Args:
+        run: whose record of what was fetched counts; None: no matter which commit it is.
+        download: bring what is missing; False: leave it out (the reader of the model then refuses the name).
+
+    Raises:
+        UserError: as :func:`trace_ds.hub.models.bring`, or a name has moved since ``trace-ds fetch``.
+    """
+    names = hub_names(config, verb)
+    if not names:
+        return {}
+    from trace_ds.hub.models import bring, cached
+
+    record = read_record(run)["models"]
+    places: dict[str, str] = {}
+    for key, name in names.items():
+        expected = record.get(str(name), {}).get("commit")
+        if download:
+            folder: Path | None = bring(name, key, weights=_needs_weights(key, verb), expected=expected)
+        else:
+            folder = cached(name, expected)
+        if folder is not None:
+            places[str(name)] = str(folder)
+    return places
+
+
+def with_cached(config: Config) -> Config:
+    """``config`` with directories for the models that the hub's cache has, whatever was fetched."""
+    return with_places(config, find_models(config, None, "run", download=False))
+
+
+def with_places(config: Config, places: Mapping[str, str]) -> Config:
+    """``config`` with directories in place of the names that ``places`` has."""
+    if not places:
+        return config
+    changes = {key: places[path] for key in ("path", "tokenizer") if (path := getattr(config.model, key)) in places}
+    models = {name: places.get(path, path) for name, path in config.evaluation.models.items()}
+    return config.model_copy(
+        update={
+            "model": config.model.model_copy(update=changes),
+            "evaluation": config.evaluation.model_copy(update={"models": models}),
+        }
+    )
+
+
+def require_data_unmoved(config: Config, run: RunDirectory, verb: str) -> None:
+    """Refuse a data set (also of a task of lm-eval) that is another commit now than it was when it was fetched."""
+    record = read_record(run)
+    if not record["data"] and not record["tasks"]:
+        return
+    from trace_ds.corpora.sources import commit_of
+    from trace_ds.hub.models import require_same_commit
+
+    expected: list[tuple[str, CorpusEntry | TaskConfig, str]] = []
+    for key, entry in _hub_data(config, verb).items():
+        if _data_name(entry) in record["data"]:
+            expected.append((key, entry, record["data"][_data_name(entry)]["commit"]))
+    for key, task in _hub_tasks(config, verb).items():
+        commits = record["tasks"].get(str(task.task), {}).get("commits", {})
+        expected += [(key, CorpusEntry(dataset=name), commit) for name, commit in commits.items()]
+    for key, entry, fetched_commit in expected:
+        if (commit := commit_of(entry)) is not None:
+            require_same_commit(_data_name(entry), key, commit, fetched_commit)

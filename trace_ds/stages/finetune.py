@@ -18,15 +18,15 @@ from typing import TYPE_CHECKING, Any
 from trace_ds.checkpoints.manifest import newest_complete, step_name
 from trace_ds.config.schema import Config, ConversionConfig
 from trace_ds.config.sections.finetune import TARGET, FinetuneSettings
+from trace_ds.conversion.card import model_name
 from trace_ds.errors import UserError
 from trace_ds.models.families import ModelInfo, require_plain_logits
 from trace_ds.run import artefact
 from trace_ds.run.directory import RunDirectory
-from trace_ds.run.files import canonical_json, sha256_text
-from trace_ds.run.log import already_done
+from trace_ds.run.log import already_done, stage_log
 from trace_ds.stages.convert import is_converted, write_model
-from trace_ds.stages.inputs import Inputs, check_vocabulary, checked_model, look_at
-from trace_ds.stages.training import OPERATIONAL, Training, ds_config_of, held_as
+from trace_ds.stages.inputs import Inputs, check_vocabulary, checked_model, job_identity
+from trace_ds.stages.training import OPERATIONAL, Training, ds_config_of, model_shape
 
 if TYPE_CHECKING:
     from trace_ds.parallel.world import World
@@ -41,8 +41,12 @@ class FinetuneJobs:
     place: RunDirectory
     models: list[FinetuneJob]
 
+    @property
+    def directories(self) -> tuple[Path, ...]:
+        return Path(self.config.model.path), self.place.data
+
     def done(self) -> bool:
-        return all(job.is_done(self.config, self.place) for job in self.models)
+        return all(job.is_done() for job in self.models)
 
     def run(self, world: World | None) -> None:
         """Make every model (collectively, on every rank); those that are there already are left as they are.
@@ -51,19 +55,25 @@ class FinetuneJobs:
             StopRequested: stopped on request; a complete checkpoint was saved.
         """
         assert world is not None
-        config, run = self.config, self.place
         for job in self.models:
-            if not world.run_on_main_and_broadcast(lambda job=job: job.is_trained(config, run)):  # type: ignore[misc]
-                _train(config, run, world, job)
+            if not world.run_on_main_and_broadcast(job.is_trained):
+                job.train(world)
             elif world.is_main:
-                already_done("finetune", run.finetuned(job.name))
-            world.run_on_main_and_broadcast(lambda job=job: _convert(config, run, job))  # type: ignore[misc]
+                already_done("finetune", job.place)
+            world.run_on_main_and_broadcast(job.convert)
 
 
 @dataclass(frozen=True)
 class FinetuneJob:
-    """One model to make, checked: the corpora it is trained on, how many steps, its identity."""
+    """One model to make, checked.
 
+    Attributes:
+        place: its own run directory, ``RUN/finetune/NAME``.
+        sides: the corpora it is trained on.
+    """
+
+    config: Config
+    place: RunDirectory
     name: str
     sides: tuple[str, ...]
     info: ModelInfo
@@ -71,17 +81,70 @@ class FinetuneJob:
     steps: int
     identity: str
 
-    def training(self, config: Config, run: RunDirectory) -> Training:
-        """As its checkpoints know it."""
-        place = run.finetuned(self.name)
-        return Training("finetune", settings_of(config), place, config, self.info, self.identity)
+    @property
+    def training(self) -> Training:
+        return Training("finetune", settings_of(self.config), self.place, self.config, self.info, self.identity)
 
-    def is_trained(self, config: Config, run: RunDirectory) -> bool:
-        return self.training(config, run).settled(lambda manifest: manifest.step >= self.steps)
+    @property
+    def checkpoint(self) -> Path:
+        """The newest complete one."""
+        return self.place.checkpoints / step_name(newest_complete(self.place.checkpoints)[0] or 0)
 
-    def is_done(self, config: Config, run: RunDirectory) -> bool:
-        place = run.finetuned(self.name)
-        return self.is_trained(config, run) and is_converted(_plain(config), place, _newest(place))
+    @property
+    def plain_config(self) -> Config:
+        """With the defaults of ``conversion``, which is about the unlearned model: later stages depend on these."""
+        return self.config.model_copy(update={"conversion": ConversionConfig()})
+
+    def is_trained(self) -> bool:
+        return self.training.is_done(lambda manifest: manifest.step >= self.steps)
+
+    def is_converted(self) -> bool:
+        return is_converted(self.plain_config, self.place, self.checkpoint)
+
+    def is_done(self) -> bool:
+        return self.is_trained() and self.is_converted()
+
+    def train(self, world: World) -> None:
+        """Train to the last step (collective)."""
+        from trace_ds.unlearning.objective import NextToken
+        from trace_ds.unlearning.trainer import train, training_engine
+
+        settings, training = settings_of(self.config), self.training
+        with training.log_and_checkpoint(world, "finetune") as (log, chosen):
+            batches = world.run_on_main_first(lambda: make_batches(self.config, self.sides, self.data))
+            accumulation = batches.micro_batches_per_step(world.size)
+            engine = training_engine(settings, self.info, world, accumulation, **model_shape(self.config))
+            start = training.restore(world, engine, chosen, log)
+            log.detail(
+                f"{self.name}: {self.steps} steps of {settings.batch_rows} rows of {' and '.join(self.sides)}, ZeRO "
+                f"stage {settings.zero_stage}, world size {world.size}, "
+                f"expert-parallel size {self.config.distributed.ep}"
+            )
+            train(engine, world, batches, NextToken(), settings, self.steps, self.place, start, log)
+            engine.destroy()
+            del engine
+            gc.collect()  # the next model takes its place
+
+    def convert(self) -> None:
+        """Convert its newest checkpoint, if that is not done."""
+        if self.is_converted():
+            return
+        config, settings = self.config, settings_of(self.config)
+        method = {
+            "fine-tuned on": " and ".join(self.sides),
+            "loss": "mean next-token NLL",
+            "steps": self.steps,
+            "rows a step": settings.batch_rows,
+            "learning rate": f"{settings.optimizer.lr:g}",
+            "seed": config.seed,
+        }
+        card = {
+            "name": f"{config.name}-{self.name}",
+            "base_model": model_name(Path(config.model.path)),
+            "method": method,
+        }
+        with stage_log(self.place, "finetune") as log:
+            write_model(self.plain_config, self.place, self.checkpoint, card, log)
 
 
 def settings_of(config: Config) -> FinetuneSettings:
@@ -120,10 +183,6 @@ def preflight(config: Config, run: RunDirectory, processes: int, *, download: bo
     check_vocabulary(config)
 
 
-def look(config: Config, run: RunDirectory) -> None:
-    look_at(config, run, "data")
-
-
 def check_settings(config: Config, info: ModelInfo) -> dict[str, Any] | None:
     """What can be wrong with the settings and this model alone; returns the user's DeepSpeed keys, if there are any."""
     require_plain_logits(info, "finetune")
@@ -148,9 +207,9 @@ def check(config: Config, run: RunDirectory, world_size: int) -> FinetuneJobs:
             what = f"the prepared data has no corpus {unprepared[0]!r}"
             raise UserError(what, str(run.data), data.fix)
         seen = [data.files[f"{side}.arrow"]["sha256"] for side in sides]  # not the corpora that it does not see
-        identity = sha256_text(canonical_json({"kind": "finetune", "data": seen, **shared}))
+        identity = job_identity(kind="finetune", data=seen, **shared)
         steps = make_batches(config, sides, data).steps
-        jobs.append(FinetuneJob(name, tuple(sides), info, data, steps, identity))
+        jobs.append(FinetuneJob(config, run.finetuned(name), name, tuple(sides), info, data, steps, identity))
     return FinetuneJobs(config, run, jobs)
 
 
@@ -160,56 +219,3 @@ def make_batches(config: Config, sides: list[str] | tuple[str, ...], data: artef
 
     corpora = [TokenDataset.open(data.file(f"{side}.arrow")) for side in sides]
     return CorpusBatches(settings_of(config), config.seed, corpora)
-
-
-def _train(config: Config, run: RunDirectory, world: World, job: FinetuneJob) -> None:
-    from trace_ds.unlearning.objective import NextToken
-    from trace_ds.unlearning.trainer import train, training_engine
-
-    training = job.training(config, run)
-    with training.begun(world, "finetune") as (log, chosen):
-        settings = settings_of(config)
-        batches = world.run_on_main_first(lambda: make_batches(config, job.sides, job.data))
-        accumulation = batches.micro_batches_per_step(world.size)
-        engine = training_engine(settings, job.info, world, accumulation, **held_as(config))
-        start = training.restored(world, engine, chosen, log)
-        log.detail(
-            f"{job.name}: {job.steps} steps of {settings.batch_rows} rows of {' and '.join(job.sides)}, "
-            f"ZeRO stage {settings.zero_stage}, world size {world.size}, expert-parallel size {config.distributed.ep}"
-        )
-        train(engine, world, batches, NextToken(), settings, job.steps, training.run, start, log)
-        engine.destroy()
-        del engine
-        gc.collect()  # the next model takes its place
-
-
-def _convert(config: Config, run: RunDirectory, job: FinetuneJob) -> None:
-    from trace_ds.conversion.card import model_name
-    from trace_ds.run.log import stage_log
-
-    place, settings = run.finetuned(job.name), settings_of(config)
-    checkpoint = _newest(place)
-    config = _plain(config)
-    if is_converted(config, place, checkpoint):
-        return
-    method = {
-        "fine-tuned on": " and ".join(job.sides),
-        "loss": "mean next-token NLL",
-        "steps": job.steps,
-        "rows a step": settings.batch_rows,
-        "learning rate": f"{settings.optimizer.lr:g}",
-        "seed": config.seed,
-    }
-    base = model_name(Path(config.model.path))
-    with stage_log(place, "finetune") as log:
-        card = {"name": f"{config.name}-{job.name}", "base_model": base, "method": method}
-        write_model(config, place, checkpoint, card, log)
-
-
-def _plain(config: Config) -> Config:
-    """How these models are written, whatever ``conversion`` says of the unlearned one: later stages hang on them."""
-    return config.model_copy(update={"conversion": ConversionConfig()})
-
-
-def _newest(place: RunDirectory) -> Path:
-    return place.checkpoints / step_name(newest_complete(place.checkpoints)[0] or 0)

@@ -1,25 +1,27 @@
-"""What the stages after ``prepare`` are made from."""
+"""The inputs of stages, checked: models, tokenizers, tasks and the artefacts of earlier stages."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from trace_ds.config.schema import Config
+from trace_ds.config.sections.base import AUTO
 from trace_ds.config.sections.evaluation import TaskConfig
 from trace_ds.corpora.tokenizer import check_tokenizer, load_tokenizer, tokenizer_fingerprint
 from trace_ds.errors import UserError
-from trace_ds.models.families import ModelInfo, check_expert_parallel, inspect_model
+from trace_ds.models.families import ModelInfo, check_expert_parallel, inspect_model, largest_expert_parallel_size
+from trace_ds.parallel.environment import accelerator_count, launched, local_rank_and_size, rank_and_size
 from trace_ds.run import artefact
 from trace_ds.run.artefact import Artefact
 from trace_ds.run.directory import RunDirectory
-from trace_ds.tensors.model_files import read_model_config, read_model_directory
+from trace_ds.run.files import canonical_json, sha256_text
+from trace_ds.tensors.model_files import CONFIG_NAME, read_model_config
 
 if TYPE_CHECKING:
     from trace_ds.evaluation.items import Task
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -78,25 +80,51 @@ def check_vocabulary(config: Config) -> None:
     check_tokenizer(config.model.tokenizer_path, read_model_config(config.model.path).get("vocab_size"))
 
 
-def checked_tasks(asked: list[TaskConfig], config: Config) -> list[Task]:
+def checked_tasks(configs: list[TaskConfig], config: Config) -> list[Task]:
     """Evaluation tasks with their items, whose chat template the tokenizer has."""
     from trace_ds.evaluation.items import read_tasks
 
-    tasks = read_tasks(asked)
-    if any(task.apply_chat_template for task in asked):
+    tasks = read_tasks(configs)
+    if any(task.apply_chat_template for task in configs):
         from trace_ds.evaluation.harness import check_template
 
         tokenizer = load_tokenizer(config.model.tokenizer_path)
-        for task in asked:
+        for task in configs:
             check_template(task, tokenizer)
     return tasks
 
 
-def look_at(config: Config, run: RunDirectory, *kinds: str) -> None:
-    """Whether this rank can see the model and artefacts of a run; UserError where one is not there.
+def job_identity(**parts: Any) -> str:
+    """SHA-256 of everything that determines what a job computes."""
+    return sha256_text(canonical_json(parts))
 
-    The main process alone has hashed them: a thousand ranks would read hundreds of gigabytes for a large model.
+
+def with_expert_parallel_sizes(
+    config: Config, model: Mapping[str, Any], ranks: int, ranks_per_node: int, scoring_ranks: int | None = None
+) -> Config:
+    """``config`` with numbers where its expert-parallel sizes are ``auto``.
+
+    Args:
+        model: the ``config.json`` of its model.
+        ranks, scoring_ranks: processes of the distributed stages, and of ``evaluate`` where these are others.
     """
-    read_model_directory(config.model.path)
-    for kind in kinds:
-        artefact.load(getattr(run, kind), kind, verify=False)
+    updates = {}
+    scoring = (scoring_ranks or ranks, scoring_ranks or ranks_per_node)
+    for name, counts in (("distributed", (ranks, ranks_per_node)), ("evaluation", scoring)):
+        section = getattr(config, name)
+        if section.ep == AUTO:
+            size = largest_expert_parallel_size(model, *counts)
+            updates[name] = section.model_copy(update={"ep": size})
+    return config.model_copy(update=updates) if updates else config
+
+
+def with_sizes_here(config: Config) -> Config:
+    """The same for the job that this process is a rank of, or would start; ``auto`` stays without a local model."""
+    sizes = (config.distributed.ep, config.evaluation.ep)
+    if AUTO not in sizes or not (Path(config.model.path) / CONFIG_NAME).is_file():
+        return config
+    model = read_model_config(config.model.path)
+    if launched():
+        return with_expert_parallel_sizes(config, model, rank_and_size()[1], local_rank_and_size()[1])
+    ranks = config.distributed.nproc or accelerator_count() or 1
+    return with_expert_parallel_sizes(config, model, ranks, ranks, config.evaluation.nproc)

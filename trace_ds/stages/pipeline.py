@@ -2,15 +2,18 @@
 
     prepare → (finetune) → collect → calibrate → unlearn → convert → evaluate → report
 
-A stage (:mod:`trace_ds.stages.protocol`) is checked once, in the process that was started: the checked job then does
-its work there or is handed to local ranks. Under a launcher every process is a rank already: the main one checks, and
-all get the job from it.
+A stage is a module ``stages/NAME.py`` (:class:`StageModule`) that checks a job, and the job (:class:`Job`), which knows
+how to do its work. It is checked once, in the process that was started: the job then runs there or is handed to local
+ranks. Under a launcher every process is a rank already: the main one checks, and all get the job from it.
+
+To add a stage, write its module and give it a line in :data:`STAGES`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import os
 import pickle
 import signal
@@ -18,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from trace_ds.config.load import dump_yaml, load_config, with_changes
 from trace_ds.config.schema import Config
@@ -27,15 +30,88 @@ from trace_ds.parallel.environment import accelerator_count, launched
 from trace_ds.run.directory import RunDirectory, lock_environment, locked
 from trace_ds.run.log import BEGAN, already_done
 from trace_ds.run.ours import require_apart
-from trace_ds.stages.by_name import find_models, require_data_unmoved, with_places, with_sizes_here
-from trace_ds.stages.protocol import STAGES, Job, Stage
+from trace_ds.stages.fetch import find_models, require_data_unmoved, with_places
+from trace_ds.stages.inputs import with_sizes_here
 
 if TYPE_CHECKING:
     from trace_ds.parallel.world import World
 
-STUDY_FILE = "study.json"
-RUN = "run"  # the verb that is all stages
-JOB_VARIABLE = "TRACE_DS_JOB_FD"  # descriptor of the memory file with the job that a rank is to do
+RUN = "run"  # the verb for all stages
+JOB_VARIABLE = "TRACE_DS_JOB_FD"  # descriptor of the memory file with the job of a local rank
+
+
+class Job(Protocol):
+    """A checked job: it holds its configuration, run directory and inputs, and can be sent to the ranks that do it."""
+
+    @property
+    def directories(self) -> Sequence[Path]:
+        """Directories that every rank reads."""
+        ...
+
+    def done(self) -> bool:
+        """Whether there is nothing to do. Artefacts are compared by their hashes."""
+        ...
+
+    def run(self, world: World | None) -> None:
+        """Do what is not done yet; ``world`` is None for a stage of one process."""
+        ...
+
+
+class StageModule(Protocol):
+    """The functions of ``stages/NAME.py``; they raise :class:`trace_ds.errors.UserError`."""
+
+    def preflight(self, config: Config, run: RunDirectory, processes: int, *, download: bool) -> None:
+        """Check what can be wrong before earlier stages have run."""
+        ...
+
+    def check(self, config: Config, run: RunDirectory, processes: int) -> Job:
+        """Check everything else that can be wrong before a weight is loaded."""
+        ...
+
+
+@dataclass(frozen=True)
+class Stage:
+    """How a stage is run.
+
+    Attributes:
+        shared: its result belongs to a run and its variants; the run alone makes it.
+        section: the section of the configuration whose ``nproc`` is its number of processes; "": one.
+        after_finetune: it works on the model that ``finetune`` makes, where the configuration asks for that.
+        optional: `run` has it where the configuration has a section of its name.
+        report: it reads the artefacts of a run and its variants together, and no model.
+    """
+
+    name: str
+    shared: bool = False
+    section: str = ""
+    after_finetune: bool = True
+    optional: bool = False
+    report: bool = False
+
+    @property
+    def module(self) -> StageModule:
+        return cast(StageModule, importlib.import_module(f"trace_ds.stages.{self.name}"))
+
+    def processes(self, config: Config) -> int:
+        """Local processes without a launcher: as configured, else one per accelerator, else one."""
+        if not self.section:
+            return 1
+        return getattr(config, self.section).nproc or accelerator_count() or 1
+
+
+STAGES = {
+    stage.name: stage
+    for stage in (
+        Stage("prepare", shared=True, after_finetune=False),
+        Stage("finetune", shared=True, section="distributed", after_finetune=False, optional=True),
+        Stage("collect", shared=True, section="distributed"),
+        Stage("calibrate"),
+        Stage("unlearn", section="distributed"),
+        Stage("convert"),
+        Stage("evaluate", section="evaluation"),
+        Stage("report", report=True),
+    )
+}
 
 
 @dataclass(frozen=True)
@@ -43,7 +119,7 @@ class Request:
     """A configuration and the run directory it works in.
 
     Attributes:
-        written: the configuration as the user wrote it, which is what config.yaml holds.
+        written: the configuration as the user wrote it, which is stored in config.yaml.
         places: directories of the models that it names on the hub (:meth:`located`), by their names.
     """
 
@@ -62,8 +138,8 @@ class Request:
         return with_sizes_here(with_places(self.written, self.places))
 
     def located(self, verb: str, *, download: bool) -> Request:
-        """With directories for the models that ``verb`` needs; what is named on the hub and not in its cache is brought
-        from there or, without ``download``, stays a name.
+        """With directories for the models that ``verb`` needs; without ``download``, one that is not in the hub's cache
+        stays a name.
 
         A job under a launcher, a dry run and a look at a run (doctor, plan, submit) never download.
         """
@@ -72,73 +148,80 @@ class Request:
     def variant(self, name: str) -> Request:
         """The same run with the keys of ``variants.NAME`` changed, in ``RUN/variants/NAME``."""
         if name not in self.written.variants:
-            known = ", ".join(self.written.variants) or "none"
-            raise UserError(f"the configuration has no variant {name!r}", "--variant", f"use one of its own: {known}")
+            names = ", ".join(self.written.variants) or "none"
+            raise UserError(f"the configuration has no variant {name!r}", "--variant", f"use one of its own: {names}")
         changed = with_changes(self.written, self.written.variants[name], f"variants.{name}")
         changed = changed.model_copy(update={"variants": {}, "name": name})
         return Request(changed, self.run.variant(name, dump_yaml(changed)), self.places)
 
     def all(self) -> list[Request]:
-        return [self, *(self.variant(name) for name in self.config.variants)]
+        """The run and its variants."""
+        return [self, *(self.variant(name) for name in self.written.variants)]
+
+    def work(self, verb: str) -> list[tuple[Stage, Request]]:
+        """The stages that a verb runs, in order, each with the run or variant that it works on."""
+        if verb != RUN:
+            return [(STAGES[verb], self)]
+        stages = [
+            stage for stage in STAGES.values() if not stage.optional or getattr(self.written, stage.name) is not None
+        ]
+        return [
+            (stage, request) for stage in stages for request in ([self] if stage.shared or stage.report else self.all())
+        ]
+
+    def stage_names(self, verb: str) -> list[str]:
+        return list(dict.fromkeys(stage.name for stage, _ in self.work(verb)))
 
     def seen_by(self, stage: Stage) -> Request:
         """The same run as a stage sees it: the model of the stages after `finetune` is the one that was made."""
         from trace_ds.stages.finetune import after_finetune
 
-        return Request(after_finetune(self.config, self.run), self.run) if stage.of_finetuned else self
-
-    @property
-    def stages(self) -> list[str]:
-        """What `run` runs, in order."""
-        return [name for name, stage in STAGES.items() if not stage.optional or getattr(self.config, name) is not None]
+        return Request(after_finetune(self.config, self.run), self.run) if stage.after_finetune else self
 
     def check_places(self) -> None:
         """Refuse a run directory that is not ours, or that lies in, on or around what the configuration reads."""
         for item in self.all():
-            require_apart(self.run.outputs, inputs_of(item.config))
+            require_apart(self.run.outputs, _inputs_of(item.config))
         self.run.require_ours()
 
 
-def inputs_of(config: Config) -> dict[str, Path]:
+def _inputs_of(config: Config) -> dict[str, Path]:
     """Every file and directory that a configuration names, by its key."""
-    named: dict[str, str | None] = {"model.path": config.model.path, "model.tokenizer": config.model.tokenizer}
+    paths: dict[str, str | None] = {"model.path": config.model.path, "model.tokenizer": config.model.tokenizer}
     for side in config.data.sides:
         for i, entry in enumerate(config.data.corpus(side)):
-            named |= {f"data.{side}[{i}].{key}": getattr(entry, key) for key in ("path", "dataset")}
+            paths |= {f"data.{side}[{i}].{key}": getattr(entry, key) for key in ("path", "dataset")}
     for task in config.evaluation.tasks:
         keys = ("dataset",) if task.dataset else ("path", "examples", "holdout", "include_path")
-        named |= {f"evaluation.tasks {task.name} {key}": getattr(task, key) for key in keys}
-    named |= {f"evaluation.models.{name}": path for name, path in config.evaluation.models.items()}
-    named["unlearning.ds_config"] = config.unlearning.ds_config
-    return {key: Path(path) for key, path in named.items() if path}
+        paths |= {f"evaluation.tasks {task.name} {key}": getattr(task, key) for key in keys}
+    paths |= {f"evaluation.models.{name}": path for name, path in config.evaluation.models.items()}
+    paths["unlearning.ds_config"] = config.unlearning.ds_config
+    return {key: Path(path) for key, path in paths.items() if path}
 
 
 def run_verb(verb: str, request: Request, *, dry_run: bool = False) -> int:
     """Run one stage, or all (``run``) with those of the variants; returns the exit status."""
+    work = request.work(verb)
     if dry_run:
         return _show_plan(verb, request)
-    if launched() and verb in STAGES and STAGES[verb].section:
+    if launched() and verb != RUN and STAGES[verb].section:
         return _run_as_rank(STAGES[verb], request)
-    names = request.stages if verb == RUN else [verb]
-    if not (verb in STAGES and STAGES[verb].of_all):  # the report reads artefacts only
+    if not all(stage.report for stage, _ in work):
         request = request.located(verb, download=True)
     require_data_unmoved(request.written, request.run, verb)
     check_early(verb, request)
-    with locked(request.run, replaces_inputs=any(STAGES[name].shared for name in names)) as lock:
-        for stage in map(STAGES.__getitem__, names):
-            every = request.all() if verb == RUN and not stage.shared and not stage.of_all else [request]
-            for item in every:
-                if status := _run_stage(stage, item, lock, request.run):
-                    return status
+    with locked(request.run, replaces_inputs=any(stage.shared for stage, _ in work)) as lock:
+        for stage, item in request.work(verb):
+            if status := _run_stage(stage, item, lock, request.run):
+                return status
     return 0
 
 
 def _show_plan(verb: str, request: Request) -> int:
-    """``--dry-run``: what would run, what is in its way, and the resolved configuration."""
-    whole = verb == RUN
-    print(f"# run directory: {request.run.path}; would run: {', '.join(request.stages if whole else [verb])}")
-    for item in request.all()[1:] if whole else ():
-        print(f"# variant {item.config.name}: {request.config.variants[item.config.name]}")
+    """``--dry-run``: print the stages, what is in their way, and the resolved configuration."""
+    print(f"# run directory: {request.run.path}; would run: {', '.join(request.stage_names(verb))}")
+    for name, changes in request.written.variants.items() if verb == RUN else ():
+        print(f"# variant {name}: {changes}")
     try:
         check_early(verb, request.located(verb, download=False), download=False)
     except UserError as error:  # a recipe can be read before there is a model
@@ -155,41 +238,35 @@ def check_early(verb: str, request: Request, world_size: int | None = None, *, d
         download: bring data sets that are named into their cache, to look at them; False: what is not there is missing.
     """
     from trace_ds.corpora.sources import only_looking
+    from trace_ds.parallel.launch import check_process_count
+    from trace_ds.stages.finetune import require_models
 
-    whole = verb == RUN
-    stages = [STAGES[name] for name in (request.stages if whole else [verb])]
     with contextlib.nullcontext() if download else only_looking():
-        for item in request.all() if whole else [request]:
+        for item in request.all() if verb == RUN else [request]:
             item.check_places()
-        for stage in stages:
-            if request.run.parent is not None and stage.shared:
+        for stage, item in request.work(verb):
+            if stage.shared and item.run.parent is not None:
                 raise UserError(
                     "this is the directory of a variant, which takes data, models and statistics from its run",
-                    str(request.run.path),
-                    f"use --run-dir {request.run.parent}, or another directory",
+                    str(item.run.path),
+                    f"use --run-dir {item.run.parent}, or another directory",
                 )
-            if not whole and stage.of_finetuned:
-                from trace_ds.stages.finetune import require_models
-
-                require_models(request.config, request.run)
-            for item in [request] if stage.shared or not whole else request.all():
-                # of a whole run the model that `finetune` makes is not there yet: it has the shape of the base model
-                seen = item if whole else item.seen_by(stage)
-                processes = stage.processes(seen.config) if world_size is None or not stage.section else world_size
-                if world_size is None and stage.section:
-                    _check_process_count(processes, stage)
-                stage.module.preflight(seen.config, seen.run, processes, download=download)
-
-
-def _check_process_count(processes: int, stage: Stage) -> None:
-    from trace_ds.parallel.launch import check_process_count
-
-    check_process_count(processes, accelerator_count(), os.cpu_count() or 1, f"{stage.section}.nproc")
+            seen = item
+            if verb != RUN:  # in a whole run the model of `finetune` is not there yet, and the base has its shape
+                if stage.after_finetune:
+                    require_models(item.config, item.run)
+                seen = item.seen_by(stage)
+            processes = stage.processes(seen.config)
+            if stage.section and world_size is None:
+                check_process_count(processes, accelerator_count(), os.cpu_count() or 1, f"{stage.section}.nproc")
+            elif stage.section and world_size is not None:
+                processes = world_size
+            stage.module.preflight(seen.config, seen.run, processes, download=download)
 
 
 def _run_stage(stage: Stage, request: Request, lock: Sequence[int], lock_owner: RunDirectory) -> int:
-    """Check a stage and do its work, here or in local ranks; config.yaml becomes this request's as soon as nothing is
-    wrong with the stage's input."""
+    """Check a stage and do its work, here or in local ranks. Once its input is known to be right, config.yaml becomes
+    that of this request."""
     began_s = time.time()
     request.run.clear_leftovers()
     seen = request.seen_by(stage)
@@ -202,33 +279,38 @@ def _run_stage(stage: Stage, request: Request, lock: Sequence[int], lock_owner: 
         return 0
     os.environ[BEGAN] = f"{began_s:.3f}"
     if not stage.section or (processes == 1 and not accelerator_count()):
-        with _alone(config) if stage.needs_world else contextlib.nullcontext() as world:
+        with _alone(config) if stage.section == "distributed" else contextlib.nullcontext() as world:
             job.run(world)
         run.store_config()
         return 0
     run.store_config()
-    return _launch(stage, job, processes, config, lock, lock_owner)
+    return _launch(job, processes, config, lock, lock_owner)
 
 
 def run_stage(name: str, config: Config, run: RunDirectory, world: World | None = None) -> None:
     """Check a stage and do what is not done of it, in this process (with a ``world``: of every rank, collectively)."""
-    stage = STAGES[name]
-    if world is None:
-        job = stage.module.check(config, run, 1)
-        if job.done():
-            already_done(name, run)
-        else:
-            job.run(None)
+    module = STAGES[name].module
+    if world is not None:
+        _checked_job(world, lambda: module.check(config, run, world.size)).run(world)
+        return
+    job = module.check(config, run, 1)
+    if job.done():
+        already_done(name, run)
     else:
-        _agreed_job(stage, config, run, world, lambda: stage.module.check(config, run, world.size)).run(world)
+        job.run(None)
 
 
-def _agreed_job(stage: Stage, config: Config, run: RunDirectory, world: World, check: Callable[[], Job]) -> Job:
-    """What ``check`` returns on the main process, on every rank (collective); the others look whether they can see what
-    the job reads."""
+def _checked_job(world: World, check: Callable[[], Job]) -> Job:
+    """The job that the main process has checked, on every rank, each of which sees the directories (collective)."""
+    job = world.run_on_main_and_broadcast(check)
 
-    job = world.run_on_main_first(lambda: check() if world.is_main else stage.module.look(config, run))
-    return world.broadcast(job)  # type: ignore[return-value]
+    def require_visible() -> None:
+        for path in job.directories:
+            if not path.is_dir():
+                raise UserError("the directory is not there", str(path), "mount it on every node")
+
+    world.check_on_all_ranks(require_visible)
+    return job
 
 
 @contextlib.contextmanager
@@ -236,7 +318,7 @@ def _alone(config: Config) -> Iterator[World]:
     """A world of this process alone, for a stage that is written for many ranks.
 
     Starting Python, torch and DeepSpeed anew would take longer than small jobs do. With an accelerator a job has a
-    process of its own all the same: what it leaves on the device goes with it.
+    process of its own all the same, which frees the device's memory when it ends.
     """
     import torch
 
@@ -256,17 +338,15 @@ def _alone(config: Config) -> Iterator[World]:
             signal.signal(number, handler)
         torch.set_num_threads(threads)
         os.environ.clear()
-        os.environ.update(variables)  # nothing says any more that this process is a rank
+        os.environ.update(variables)  # without those of a rank
         gc.collect()
 
 
-def _launch(
-    stage: Stage, job: Job, processes: int, config: Config, lock: Sequence[int], lock_owner: RunDirectory
-) -> int:
+def _launch(job: Job, processes: int, config: Config, lock: Sequence[int], lock_owner: RunDirectory) -> int:
     """Do a checked job in local ranks. Each reads it from a file in memory that only they inherit."""
     from trace_ds.parallel.launch import run_processes
 
-    content = pickle.dumps((stage.name, job, config.distributed.threads, config.distributed.timeout_minutes))
+    content = pickle.dumps((job, config.distributed.threads, config.distributed.timeout_minutes))
     file = os.memfd_create("trace_ds-job")
     try:
         os.pwrite(file, content, 0)
@@ -278,12 +358,12 @@ def _launch(
 
 
 def run_rank() -> int:
-    """What a local rank does: the job that the process which started it has checked."""
+    """Be a local rank: do the job that the parent process has checked."""
     from trace_ds.parallel.world import join
 
     file = int(os.environ.pop(JOB_VARIABLE))
     # written by the parent process a moment ago, in memory that nobody else can reach: nothing from outside
-    _, job, threads, timeout_minutes = pickle.loads(os.pread(file, os.fstat(file).st_size, 0))
+    job, threads, timeout_minutes = pickle.loads(os.pread(file, os.fstat(file).st_size, 0))
     world = join(threads, timeout_minutes)
     with contextlib.ExitStack() as stack:
         stack.push(_leave_together)
@@ -305,8 +385,7 @@ def _leave_together(kind: type[BaseException] | None, *_: object) -> None:
 
 
 def _run_as_rank(stage: Stage, request: Request) -> int:
-    """This process is one rank of a launched job: join it; the main process locks the run directory and checks the job,
-    which all ranks get from it. The others only look whether what the job reads is there for them too."""
+    """Be one rank of a launched job: join it; the main process locks the run directory and checks the job."""
     from trace_ds.corpora.sources import only_looking
     from trace_ds.parallel.world import is_joined, join
 
@@ -317,17 +396,16 @@ def _run_as_rank(stage: Stage, request: Request) -> int:
             stack.push(_leave_together)
         stack.enter_context(only_looking())
         request = world.run_on_main_first(lambda: request.located(stage.name, download=False))
-        seen = request.seen_by(stage)
 
         def check() -> Job:
             check_early(stage.name, request, world.size, download=False)
             require_data_unmoved(request.written, request.run, stage.name)
             stack.enter_context(locked(request.run, replaces_inputs=stage.shared))
             request.run.clear_leftovers()
+            seen = request.seen_by(stage)
             return stage.module.check(seen.config, replace(seen.run, config_text=request.run.config_text), world.size)
 
-        job = _agreed_job(stage, seen.config, seen.run, world, check)
-        job.run(world)
+        _checked_job(world, check).run(world)
         if world.is_main:
             request.run.store_config()
         world.barrier()

@@ -32,7 +32,7 @@ OPERATIONAL = {
 }
 
 
-def held_as(config: Config) -> dict[str, Any]:
+def model_shape(config: Config) -> dict[str, Any]:
     """How a job holds a model, the one it trains and the frozen one alike."""
     distributed = config.distributed
     return {"dtype": config.model.dtype, "ep": distributed.ep, "options": distributed.autoep}
@@ -66,7 +66,7 @@ class Training:
     calibration: str = ""
     layers: int | None = None
 
-    def settled(self, is_enough: Callable[[Manifest], bool]) -> bool:
+    def is_done(self, is_enough: Callable[[Manifest], bool]) -> bool:
         """Whether the newest complete checkpoint is this job's and enough; if so, ``latest`` and the pruning, which a
         kill may have cut off, are made good."""
         from trace_ds.checkpoints.commit import settle
@@ -81,7 +81,7 @@ class Training:
         return True
 
     @contextmanager
-    def begun(self, world: World, stage: str) -> Iterator[tuple[StageLog, Manifest | None]]:
+    def log_and_checkpoint(self, world: World, stage: str) -> Iterator[tuple[StageLog, Manifest | None]]:
         """The job's log, and the checkpoint that it goes on from, if there is one (collective)."""
         from trace_ds.checkpoints import commit, elastic
         from trace_ds.parallel.device import deterministic
@@ -106,7 +106,7 @@ class Training:
             ]
             log.done(", ".join([str(left.relative_to(self.run.path)), *losses]))
 
-    def restored(self, world: World, engine: Any, chosen: Manifest | None, log: StageLog) -> Manifest:
+    def restore(self, world: World, engine: Any, chosen: Manifest | None, log: StageLog) -> Manifest:
         """Where training begins (collective): at ``chosen``, or the newest older checkpoint that can be loaded into the
         engine, whatever shape wrote it; at step 0 without one."""
         loaded = None if chosen is None else self._loaded(world, engine, chosen, log)

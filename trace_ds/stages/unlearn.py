@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trace_ds.checkpoints.manifest import Manifest
 from trace_ds.config.schema import Config
-from trace_ds.config.sections.unlearning import UnlearningConfig
 from trace_ds.errors import JobFailed, UserError
 from trace_ds.evaluation.metrics import ROLE_OF, TASK_METRICS
 from trace_ds.evaluation.subjects import has_identity, task_fingerprints
@@ -19,9 +19,9 @@ from trace_ds.routing.token_files import require_parts
 from trace_ds.run import artefact
 from trace_ds.run.curve import has_ended
 from trace_ds.run.directory import RunDirectory
-from trace_ds.run.files import canonical_json, sha256_text, write_json
-from trace_ds.stages.inputs import Inputs, check_vocabulary, checked_model, checked_tasks, look_at
-from trace_ds.stages.training import OPERATIONAL, Training, ds_config_of, held_as
+from trace_ds.run.files import write_json
+from trace_ds.stages.inputs import Inputs, check_vocabulary, checked_model, checked_tasks, job_identity
+from trace_ds.stages.training import OPERATIONAL, Training, ds_config_of, model_shape
 from trace_ds.unlearning.needs import layers_held
 
 if TYPE_CHECKING:
@@ -39,45 +39,58 @@ CURVE_FORMAT = 3  # raise it when what a step computes changes: the curves of st
 
 @dataclass(frozen=True)
 class UnlearnJob:
-    """The job, checked: its configuration, run directory (``place``), inputs and identity."""
+    """The checked job.
+
+    Attributes:
+        place: its run directory.
+        routing: statistics by side, where the routing of fixed rows is compared.
+        statistics: statistics by side, where the frozen model's losses or gates are needed.
+        experts: trained experts by decoder layer; None: all.
+        anchored: SEUF's MoE layer and its experts.
+        layers: decoder layers that it holds, see :func:`layers_held`.
+        curve: identity of its curve; empty where it has none.
+    """
 
     config: Config
     place: RunDirectory
     info: ModelInfo
     data: artefact.Artefact
     calibration: artefact.Artefact
-    routing: dict[str, artefact.Artefact]  # statistics by side, where the routing of fixed rows is compared
-    statistics: dict[str, artefact.Artefact]  # by side, where the frozen model's losses or gates are needed
-    experts: dict[int, tuple[int, ...]] | None  # trained experts by decoder layer; None: all
-    anchored: tuple[int, tuple[int, ...]] | None  # SEUF's MoE layer and its experts
-    layers: int | None  # decoder layers that it holds, see needs.py
+    routing: dict[str, artefact.Artefact]
+    statistics: dict[str, artefact.Artefact]
+    experts: dict[int, tuple[int, ...]] | None
+    anchored: tuple[int, tuple[int, ...]] | None
+    layers: int | None
     identity: str
-    curve: str  # identity of its curve; empty where it has none
+    curve: str
 
+    @property
+    def directories(self) -> tuple[Path, ...]:
+        return Path(self.info.path), self.place.data, self.place.calibration
+
+    @property
     def training(self) -> Training:
-        """As its checkpoints know it."""
         config, settings = self.config, self.config.unlearning
-        # where the curve is all that is left, it goes on only from checkpoints of that very curve
+        # a job that keeps its curve alone goes on only from checkpoints of that very curve
         identity = self.curve if settings.keep == 0 else self.identity
         calibration = self.calibration.content
         return Training("unlearning", settings, self.place, config, self.info, identity, calibration, self.layers)
 
     def done(self) -> bool:
-        """Whether the last step of this very job is there, complete, or one that met the bounds that end it; or its
-        curve, where that is all that it leaves."""
+        """Whether a complete checkpoint of this very job is at its last step, or where its bounds ended it; with
+        ``keep: 0``, whether its curve is there."""
         settings = self.config.unlearning
         if settings.keep == 0:
-            if not has_identity(self.place.curve, self.curve):
-                return False
-            discard_checkpoints(self.place, self.curve)  # which a kill may have cut off
-            return True
+            is_there = has_identity(self.place.curve, self.curve)
+            if is_there:
+                discard_checkpoints(self.place, self.curve)  # which a kill may have cut off
+            return is_there
 
         def is_enough(manifest: Manifest) -> bool:
             points = [point for point in manifest.trainer_state.get("curve", []) if point["step"] == manifest.step]
-            ended = any(has_ended(settings.evaluate, point) for point in points)
-            return ended or manifest.step >= settings.steps
+            return manifest.step >= settings.steps or any(has_ended(settings.evaluate, point) for point in points)
 
-        return self.training().settled(is_enough)
+        return self.training.is_done(is_enough)
 
     def run(self, world: World | None) -> None:
         """Train to the last step (collectively, on every rank); returns at once when that is done.
@@ -85,8 +98,42 @@ class UnlearnJob:
         Raises:
             StopRequested: stopped on request; a complete checkpoint was saved.
         """
+        from trace_ds.run.log import already_done
+        from trace_ds.unlearning.trainer import train
+
         assert world is not None
-        unlearn(self, world)
+        if world.run_on_main_and_broadcast(self.done):
+            if world.is_main:
+                already_done("unlearn", self.place)
+            return
+        settings = self.config.unlearning
+        with self.training.log_and_checkpoint(world, "unlearn") as (log, chosen):
+            # the checkpoint of a job that held the whole model goes on so
+            job = self if chosen is None else replace(self, layers=chosen.layers)
+            batches = world.run_on_main_first(lambda: make_batches(job))
+            engine, routers = make_engine(job, world, batches, log)
+            start = job.training.restore(world, engine, chosen, log)
+            objective, trainer_state = make_objective(
+                job, world, engine, batches, start.trainer_state, routers, log.line
+            )
+            _log_job(job, world, log)
+            evaluator = None
+            if settings.evaluate.every is not None:
+                evaluator = world.run_on_main_first(lambda: make_evaluator(job, engine, world, log))
+            start, failed_after = replace(start, trainer_state=trainer_state), None
+            try:
+                train(engine, world, batches, objective, settings, settings.steps, job.place, start, log, evaluator)
+            except JobFailed as error:
+                if settings.keep or not error.step:
+                    raise
+                failed_after = error.step  # where a method fails is what such a job is to find
+                log.detail(str(error))
+                log.line(f"the curve ends after step {error.step}: a loss is not finite, or a score is past a guard")
+            if job.curve:
+                world.run_on_main_and_broadcast(lambda: _write_curve(job, trainer_state["curve"], failed_after))
+            if settings.keep == 0:
+                world.run_on_main_and_broadcast(lambda: discard_checkpoints(job.place, job.curve))
+            engine.destroy()  # a process may run many jobs
 
 
 def preflight(config: Config, run: RunDirectory, processes: int, *, download: bool) -> None:
@@ -94,12 +141,8 @@ def preflight(config: Config, run: RunDirectory, processes: int, *, download: bo
     check_vocabulary(config)
 
 
-def look(config: Config, run: RunDirectory) -> None:
-    look_at(config, run, "data", "calibration")
-
-
 def check_settings(config: Config, info: ModelInfo) -> dict[str, Any] | None:
-    """What can be wrong with the settings and this model alone; returns the user's DeepSpeed keys, if there are any."""
+    """Check the settings against the model alone; returns the user's DeepSpeed keys, if there are any."""
     settings = config.unlearning
     if settings.forget_loss != "rmu":
         require_plain_logits(info, "unlearning.forget_loss")
@@ -108,7 +151,7 @@ def check_settings(config: Config, info: ModelInfo) -> dict[str, Any] | None:
         raise UserError(
             f"layer {layer} of a model with {info.decoder_layers} decoder layers", "unlearning.rmu.layer", "lower it"
         )
-    known = [
+    scores = [
         f"{task.name} {metric}"
         for task in config.evaluation.tasks
         for metric in TASK_METRICS[task.type]
@@ -116,66 +159,55 @@ def check_settings(config: Config, info: ModelInfo) -> dict[str, Any] | None:
     ]
     for kind in ("until", "guards"):
         for bound in settings.evaluate.bounds(kind):
-            if " " in bound.score and bound.score not in known:
+            if " " in bound.score and bound.score not in scores:
                 what = f"{bound.score!r} is not 'TASK METRIC' of a task that is scored while the job trains"
-                raise UserError(what, f"unlearning.evaluate.{kind}", f"use one of: {', '.join(known)}")
+                raise UserError(what, f"unlearning.evaluate.{kind}", f"use one of: {', '.join(scores)}")
     return ds_config_of(settings)
 
 
 def check(config: Config, run: RunDirectory, world_size: int, *, verify: bool = True) -> UnlearnJob:
-    """Everything that can be wrong before a weight is loaded; raises :class:`UserError`."""
-    info = checked_model(config, world_size)
-    found = Inputs.read(config, run, info.fingerprint, verify=verify)
-    data, calibration = found.data, found.calibration(verify=verify)
+    """Check everything that can be wrong before a weight is loaded; raises :class:`UserError`."""
+    info, settings = checked_model(config, world_size), config.unlearning
+    inputs = Inputs.read(config, run, info.fingerprint, verify=verify)
+    data, calibration = inputs.data, inputs.calibration(verify=verify)
     ds_config = check_settings(config, info)
-    settings = config.unlearning
     tasks = curve_tasks(config)
-    compared = ("forget", "retain") if settings.evaluate.every and settings.evaluate.rows else ()
-    routing = {side: found.statistics(side, verify=verify) for side in compared}
+    routing = {}
+    if settings.evaluate.every and settings.evaluate.rows:
+        routing = {side: inputs.statistics(side, verify=verify) for side in ("forget", "retain")}
     if settings.evaluate.compares_routing:
         for side in routing:
             require_parts(routing[side], "sample", "unlearning.evaluate")
-    paired = ("alternative",) if settings.forget_loss == "dpo" else ()
-    asks = settings.forget_loss in ("npo", "dpo") or settings.seuf is not None
-    statistics = {side: found.statistics(side, verify=verify) for side in (("forget", *paired) if asks else ())}
-    experts, anchored = choose_trained(config, info, calibration, statistics.get("forget"))
-    identity = sha256_text(
-        canonical_json(
-            {
-                "model": info.fingerprint,
-                "data": data.content,
-                "calibration": calibration.content,
-                "settings": settings.model_dump(mode="json", exclude={*OPERATIONAL, "evaluate"}),
-                "ds_config": ds_config,
-                "dtype": config.model.dtype,
-                "seed": config.seed,
-            }
-        )
+    sides = ["forget"] if settings.forget_loss in ("npo", "dpo") or settings.seuf is not None else []
+    sides += ["alternative"] if settings.forget_loss == "dpo" else []
+    statistics = {side: inputs.statistics(side, verify=verify) for side in sides}
+    experts, anchored = _choose_trained(config, info, calibration, statistics.get("forget"))
+    identity = job_identity(
+        model=info.fingerprint,
+        data=data.content,
+        calibration=calibration.content,
+        settings=settings.model_dump(mode="json", exclude={*OPERATIONAL, "evaluate"}),
+        ds_config=ds_config,
+        dtype=config.model.dtype,
+        seed=config.seed,
     )
-    held = layers_held(settings, info.decoder_layers)
-    curve = _curve_identity(config, identity, tasks) if settings.evaluate.every else ""
+    curve = ""
+    if settings.evaluate.every:
+        curve = job_identity(
+            format=CURVE_FORMAT,
+            job=identity,
+            steps=settings.steps,
+            evaluate=settings.evaluate.model_dump(mode="json"),
+            tasks=task_fingerprints(tasks, config.evaluation.max_new_tokens),
+            batch_rows=config.evaluation.batch_rows,
+        )
+    layers = layers_held(settings, info.decoder_layers)
     return UnlearnJob(
-        config, run, info, data, calibration, routing, statistics, experts, anchored, held, identity, curve
+        config, run, info, data, calibration, routing, statistics, experts, anchored, layers, identity, curve
     )
 
 
-def _curve_identity(config: Config, job: str, tasks: list[Task]) -> str:
-    settings = config.unlearning
-    return sha256_text(
-        canonical_json(
-            {
-                "format": CURVE_FORMAT,
-                "job": job,
-                "steps": settings.steps,
-                "evaluate": settings.evaluate.model_dump(mode="json"),
-                "tasks": task_fingerprints(tasks, config.evaluation.max_new_tokens),
-                "batch_rows": config.evaluation.batch_rows,
-            }
-        )
-    )
-
-
-def choose_trained(
+def _choose_trained(
     config: Config, info: ModelInfo, calibration: artefact.Artefact, statistics: artefact.Artefact | None
 ) -> tuple[dict[int, tuple[int, ...]] | None, tuple[int, tuple[int, ...]] | None]:
     """(experts trained, by decoder layer, None for all; SEUF's MoE layer and its experts, or None).
@@ -206,70 +238,25 @@ def choose_trained(
     selected = {layer: tuple(int(e) for e in row.nonzero()[0]) for layer, row in zip(layers, selected_LE, strict=True)}
     experts = {layer: chosen for layer, chosen in selected.items() if chosen and (last is None or layer <= last)}
     if not experts:
-        raise UserError(
-            "the calibration selected no expert"
-            + ("" if last is None else f" up to layer {last}, where the losses end"),
-            "unlearning.trainable",
-            "change calibration.detection",
-        )
+        what = "the calibration selected no expert"
+        what += "" if last is None else f" up to layer {last}, where the losses end"
+        raise UserError(what, "unlearning.trainable", "change calibration.detection")
     return experts, None
 
 
-def unlearn(job: UnlearnJob, world: World) -> None:
-    from trace_ds.run.log import already_done
-    from trace_ds.unlearning.trainer import train
-
-    config, run = job.config, job.place
-    if world.run_on_main_and_broadcast(job.done):
-        if world.is_main:
-            already_done("unlearn", run)
-        return
-    training = job.training()
-    with training.begun(world, "unlearn") as (log, chosen):
-        settings = config.unlearning
-        if chosen is not None:  # the checkpoint of a job that held the whole model goes on so
-            job = replace(job, layers=chosen.layers)
-            training = job.training()
-        log_held(settings, job, log.detail)
-        batches = world.run_on_main_first(lambda: make_batches(config, job))
-        engine, routers = make_engine(config, job, world, batches, log)
-        start = training.restored(world, engine, chosen, log)
-        objective, trainer_state = make_objective(
-            config, job, world, engine, batches, start.trainer_state, routers, log.line
-        )
-        log.detail(
-            f"{settings.forget_loss}, weights by {settings.apply}, alpha {settings.alpha:g}, "
-            f"ZeRO stage {settings.zero_stage}, world size {world.size}, expert-parallel size {config.distributed.ep}"
-        )
-        [evaluator] = world.run_on_main_first(lambda: [make_evaluator(config, job, engine, world, log)])
-        start, diverged = replace(start, trainer_state=trainer_state), None
-        try:
-            train(engine, world, batches, objective, settings, settings.steps, run, start, log, evaluator)
-        except JobFailed as error:
-            if settings.keep or not error.step:
-                raise
-            diverged = error.step
-            log.line(str(error).replace("the last checkpoint stands", "the curve ends here"))
-        if job.curve:
-            world.run_on_main_and_broadcast(lambda: write_curve(job, run, trainer_state["curve"], diverged))
-        if settings.keep == 0:
-            world.run_on_main_and_broadcast(lambda: discard_checkpoints(run, job.curve))
-        engine.destroy()  # a process may run many jobs
-
-
-def write_curve(job: UnlearnJob, run: RunDirectory, points: list[dict[str, Any]], diverged: int | None) -> None:
+def _write_curve(job: UnlearnJob, points: list[dict[str, Any]], failed_after: int | None) -> None:
     """Write RUN/curve.json.
 
     Args:
-        diverged: the step after which the model was of no use (a loss is not finite, a score past a guard), or None.
+        failed_after: the step after which a loss was not finite or a score past a guard, if that ended it.
     """
     made_with = {"device": "gpu" if accelerator_count() else "cpu", "torch": version("torch")}
-    curve = {"identity": job.curve, "job": job.identity, "made_with": made_with, "curve": points, "diverged": diverged}
-    write_json(run.curve, curve)
+    curve = {"identity": job.curve, "job": job.identity, "made_with": made_with}
+    write_json(job.place.curve, curve | {"curve": points, "diverged": failed_after})
 
 
 def discard_checkpoints(run: RunDirectory, curve: str) -> None:
-    """Those of this very curve; others in the directory are somebody's."""
+    """Delete the checkpoints of this very curve; those of another job stay."""
     from trace_ds.checkpoints.commit import discard_all
     from trace_ds.checkpoints.manifest import newest_complete, read_manifest, step_name
 
@@ -281,22 +268,26 @@ def discard_checkpoints(run: RunDirectory, curve: str) -> None:
         discard_all(run.checkpoints)
 
 
-def log_held(settings: UnlearningConfig, job: UnlearnJob, say: Callable[[str], None]) -> None:
-    """Say how much of the model the job holds, where its losses need only a part."""
-    layers = job.info.decoder_layers
+def _log_job(job: UnlearnJob, world: World, log: StageLog) -> None:
+    """Log the settings of the job, and how much of the model it holds, where its losses need only a part."""
+    settings, layers = job.config.unlearning, job.info.decoder_layers
+    log.detail(
+        f"{settings.forget_loss}, weights by {settings.apply}, alpha {settings.alpha:g}, ZeRO stage "
+        f"{settings.zero_stage}, world size {world.size}, expert-parallel size {job.config.distributed.ep}"
+    )
     last = settings.last_layer(layers)
     if job.layers is not None:
-        say(
+        log.detail(
             f"the losses end at layer {last}: {job.layers} of {layers} decoder layers are held and saved, without norm "
             "and LM head; convert takes the rest from the base model"
         )
     elif last is not None:
-        why = "unlearning.evaluate looks at it" if settings.evaluate.every else "so does the checkpoint to go on from"
-        say(f"the losses end at layer {last}, but the job holds the whole model: {why}")
+        reason = "unlearning.evaluate needs it" if settings.evaluate.every else "so does the checkpoint to go on from"
+        log.detail(f"the losses end at layer {last}, but the job holds the whole model: {reason}")
 
 
 def make_engine(
-    config: Config, job: UnlearnJob, world: World, batches: Batches, log: StageLog | None = None
+    job: UnlearnJob, world: World, batches: Batches, log: StageLog | None = None
 ) -> tuple[Any, Projection | None]:
     """The training engine with the base model's weights, and GRIP's projection of its routers, where configured."""
     from trace_ds.models.routers import meta_model
@@ -304,20 +295,20 @@ def make_engine(
     from trace_ds.unlearning.trainable import trained_by
     from trace_ds.unlearning.trainer import training_engine
 
-    settings = config.unlearning
+    config, settings = job.config, job.config.unlearning
     last = settings.last_layer(job.info.decoder_layers)
     trained = trained_by(meta_model(job.info.path), settings, job.experts, last)
     accumulation = batches.micro_batches_per_step(world.size)
-    engine = training_engine(settings, job.info, world, accumulation, trained, **held_as(config), layers=job.layers)
+    shape = {**model_shape(config), "layers": job.layers}
+    engine = training_engine(settings, job.info, world, accumulation, trained, **shape)
     if settings.grip is None:
         return engine, None
-    # before anything is restored: it looks at the frozen routers
-    say = log.detail if log is not None else lambda line: None
-    return engine, Projection(engine, batches, world, settings.grip, config.seed, say)
+    # before anything is restored: it needs the frozen routers
+    log_line = log.detail if log is not None else lambda line: None
+    return engine, Projection(engine, batches, world, settings.grip, config.seed, log_line)
 
 
 def make_objective(
-    config: Config,
     job: UnlearnJob,
     world: World,
     engine: Any,
@@ -329,8 +320,8 @@ def make_objective(
     """The objective, where a checkpoint's ``trainer_state`` left it, and that state with the job's constants."""
     from trace_ds.unlearning.objective import Multiplier, Unlearning, make_forget_retain
 
-    settings = config.unlearning
-    shape = {**held_as(config), "seed": config.seed}
+    settings = job.config.unlearning
+    shape = {**model_shape(job.config), "seed": job.config.seed}
     forget_retain, trainer_state = make_forget_retain(
         settings, job.info, world, batches, trainer_state, job.anchored, **shape, log=log
     )
@@ -339,7 +330,7 @@ def make_objective(
     return Unlearning(settings, forget_retain, Multiplier.of(settings, trainer_state), routers), trainer_state
 
 
-def make_batches(config: Config, job: UnlearnJob) -> Batches:
+def make_batches(job: UnlearnJob) -> Batches:
     """The job's data with the retain weights of the calibration, memory-mapped from shared storage."""
     import numpy as np
 
@@ -348,17 +339,17 @@ def make_batches(config: Config, job: UnlearnJob) -> Batches:
     from trace_ds.run.files import open_mapped
     from trace_ds.unlearning.batches import Batches
 
-    token_weights = None
-    if config.unlearning.apply == "loss":
+    settings, token_weights = job.config.unlearning, None
+    if settings.apply == "loss":
         token_weights = FlatArray([open_mapped(job.calibration.file("weights.npy"))])
     row_weights_R = np.load(job.calibration.file("row_weights.npy"), mmap_mode="r", allow_pickle=False)
-    reference = config.unlearning.forget_loss in ("npo", "dpo")
-    nll = {side: FlatArray(open_parts(found, "nll")) for side, found in job.statistics.items() if reference}
+    reference = settings.forget_loss in ("npo", "dpo")
+    nll = {side: FlatArray(open_parts(statistics, "nll")) for side, statistics in job.statistics.items() if reference}
     sides = ("forget", "retain", *(["alternative"] if "alternative" in nll else []))
     datasets = {side: TokenDataset.open(job.data.file(f"{side}.arrow")) for side in sides}
     return Batches(
-        config.unlearning,
-        config.seed,
+        settings,
+        job.config.seed,
         datasets["forget"],
         datasets["retain"],
         token_weights,
@@ -371,30 +362,31 @@ def make_batches(config: Config, job: UnlearnJob) -> Batches:
 
 def curve_tasks(config: Config) -> list[Task]:
     """The tasks that are scored while the model is trained, with their items."""
-    asked = [task for task in config.evaluation.tasks if task.name in config.unlearning.evaluate.tasks]
-    return checked_tasks(asked, config)
+    names = config.unlearning.evaluate.tasks
+    return checked_tasks([task for task in config.evaluation.tasks if task.name in names], config)
 
 
-def make_evaluator(config: Config, job: UnlearnJob, engine: Any, world: World, log: StageLog) -> Evaluator | None:
-    """What scores the model in the engine while it is trained; None when ``unlearning.evaluate.every`` is not set."""
+def make_evaluator(job: UnlearnJob, engine: Any, world: World, log: StageLog) -> Evaluator:
+    """What scores the model in the engine while it is trained."""
     from trace_ds.unlearning.evaluator import Evaluator, score_rows
 
-    settings, rows = config.unlearning.evaluate, None
-    if settings.every is None:
-        return None
+    settings, score_fixed_rows = job.config.unlearning.evaluate, None
     if settings.rows:
-        sides, batch_rows = fixed_rows(config, job), config.statistics.batch_rows
-        rows = lambda engine: score_rows(engine, sides, world, batch_rows)  # noqa: E731
-    return Evaluator(settings, log, rows, make_scorer(config, engine, world))
+        sides, batch_rows = fixed_rows(job), job.config.statistics.batch_rows
+
+        def score_fixed_rows(engine: Any) -> Any:
+            return score_rows(engine, sides, world, batch_rows)
+
+    return Evaluator(settings, log, score_fixed_rows, _make_task_scorer(job.config, engine, world))
 
 
-def fixed_rows(config: Config, job: UnlearnJob) -> dict[str, FixedRows]:
+def fixed_rows(job: UnlearnJob) -> dict[str, FixedRows]:
     """The rows of each corpus that are scored while the model is trained."""
     from trace_ds.corpora.dataset import TokenDataset
     from trace_ds.routing.token_files import SampledRouting
     from trace_ds.unlearning.evaluator import FixedRows
 
-    settings, sides = config.unlearning.evaluate, {}
+    settings, sides = job.config.unlearning.evaluate, {}
     for side, statistics in job.routing.items():
         dataset = TokenDataset.open(job.data.file(f"{side}.arrow"))
         sides[side] = fixed = FixedRows.of(dataset, settings.rows, SampledRouting.of(statistics))
@@ -404,8 +396,9 @@ def fixed_rows(config: Config, job: UnlearnJob) -> dict[str, FixedRows]:
     return sides
 
 
-def make_scorer(config: Config, engine: Any, world: World) -> Callable[[], dict[str, Any] | None] | None:
-    """What scores the run's own tasks on the model in the engine (see :class:`Evaluator`); None without tasks."""
+def _make_task_scorer(config: Config, engine: Any, world: World) -> Callable[[], dict[str, Any] | None] | None:
+    """A function that scores the run's own tasks on the model in the engine (see :class:`Evaluator`); None without
+    tasks."""
     from trace_ds.corpora.tokenizer import load_tokenizer
     from trace_ds.evaluation.language_model import Diverged, LanguageModel, ModelSettings, Sharding
     from trace_ds.evaluation.tasks import run_task
@@ -417,18 +410,18 @@ def make_scorer(config: Config, engine: Any, world: World) -> Callable[[], dict[
     sharding = Sharding(config.distributed.ep, 3 if config.unlearning.zero_stage == 3 else 0)
     tokenizer = load_tokenizer(config.model.tokenizer_path)
     model = LanguageModel.of_engine(engine, tokenizer, settings, world, sharding)
-    new, length = config.evaluation.max_new_tokens, config.data.context_length
+    tokens, length = config.evaluation.max_new_tokens, config.data.context_length
 
     def score() -> dict[str, Any] | None:
         try:
-            results = {
-                task.config.name: run_task(model, task, max_new_tokens=new, context_length=length) for task in tasks
+            outcomes = {
+                task.config.name: run_task(model, task, max_new_tokens=tokens, context_length=length) for task in tasks
             }
         except Diverged:
             return None
         return {
-            "scores": [record for result in results.values() for record in result.scores],
-            "by_source": {name: result.by_source for name, result in results.items()},
+            "scores": [record for outcome in outcomes.values() for record in outcome.scores],
+            "by_source": {name: outcome.by_source for name, outcome in outcomes.items()},
         }
 
     return score
