@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from trace_ds.cluster.architecture import active_parameters, count_parameters, read_architecture
+from trace_ds.cluster.job import ClusterSpec
 from trace_ds.cluster.plan import RunPlan, plan_model
 from trace_ds.cluster.plan_view import billions, duration, size
-from trace_ds.cluster.spec import ClusterSpec
 from trace_ds.config.schema import Config
 
 
@@ -42,7 +42,6 @@ def clusters_markdown(configs: Mapping[str, Mapping[str, Any]], config: Config) 
         if plan is None:
             lines.append(f"| {name} | more than 1024 |" + " |" * 8)
             continue
-        time = plan.unlearn.time
         cells = [
             name,
             str(plan.cluster.world),
@@ -50,8 +49,8 @@ def clusters_markdown(configs: Mapping[str, Mapping[str, Any]], config: Config) 
             size(plan.collect.memory.peak_bytes),
             size(plan.unlearn.memory.peak_bytes),
             size(plan.recomputed_peak_bytes),
-            duration(time.at_least_s),
-            time.bound,
+            duration(plan.unlearn.step_s),
+            plan.unlearn.bound,
             size(plan.checkpoint_bytes),
             str(plan.checkpoint_files),
             size(plan.host_bytes),

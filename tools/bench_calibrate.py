@@ -3,13 +3,11 @@
     python tools/bench_calibrate.py                          # 10 M tokens, 16 layers x 64 experts, top-8, 200 selected
     python tools/bench_calibrate.py --experts-in-scope all   # the same trace, all 1,024 experts
     python tools/bench_calibrate.py --shape qwen3_30b_a3b --tokens 2000000   # all experts of that model's shape
-    python tools/bench_calibrate.py --shape mixtral_8x7b --skewed              # hard routing
     python tools/bench_calibrate.py --shape qwen3_30b_a3b --rows 200000        # weights of rows, without a trace
     python tools/bench_calibrate.py --tokens 1000000 --json
     python tools/bench_calibrate.py --max-seconds 120 --max-gib 3    # exit status 1 beyond a limit: a regression check
 
-``--skewed``: in every layer one expert is selected by every token (as a shared one is), one by none, one hardly ever,
-one nearly always, and two are always selected together. ``--rows``: the selections of so many rows of 1,024 tokens,
+``--rows``: the selections of so many rows of 1,024 tokens,
 drawn around those of stretches of a small corpus, and a sample of its tokens, instead of a trace.
 
 The routing is synthetic with the correlations of real routing: the token's type (Zipf-distributed) decides most of the
@@ -45,7 +43,7 @@ DOCUMENT_TOKENS, ROW_TOKENS = 500, 2048
 NEAR_SHARE = 0.05
 
 
-def choice_tables(rng: np.random.Generator, layers: int, experts: int, top_k: int, skewed: bool = False) -> np.ndarray:
+def choice_tables(rng: np.random.Generator, layers: int, experts: int, top_k: int) -> np.ndarray:
     """uint8 [topics, layers, types, variants, K]: Gumbel top-k of type + topic + noise logits; topic 1 is near 0."""
     type_logits = rng.normal(scale=1.5, size=(layers, TYPES, experts)).astype(np.float32)
     topic_logits = rng.normal(scale=0.5, size=(TOPICS, layers, experts)).astype(np.float32)
@@ -55,12 +53,6 @@ def choice_tables(rng: np.random.Generator, layers: int, experts: int, top_k: in
         for layer in range(layers):
             logits = type_logits[layer][:, None, :] + topic_logits[topic, layer]
             noisy = logits + rng.gumbel(size=(TYPES, VARIANTS, experts)).astype(np.float32)
-            if skewed:
-                noisy[:, :, 0], noisy[:, :, 1] = 99.0, -99.0
-                noisy[:, :, 2] -= 6.0
-                noisy[:, :, 3] += 5.0
-                if top_k > 3:
-                    noisy[:, :, 5] = noisy[:, :, 4] + 1e-4
             tables[topic, layer] = np.argpartition(noisy, experts - top_k, axis=2)[:, :, -top_k:]
     return tables
 
@@ -87,7 +79,7 @@ def write_corpus(path: Path, rng: np.random.Generator, tables: np.ndarray, token
 
 def generate(arguments: argparse.Namespace, folder: Path) -> None:
     rng = np.random.default_rng(arguments.seed)
-    tables = choice_tables(rng, arguments.layers, arguments.experts, arguments.top_k, arguments.skewed)
+    tables = choice_tables(rng, arguments.layers, arguments.experts, arguments.top_k)
     write_corpus(folder / "forget", rng, tables, max(arguments.tokens // 20, 10 * DOCUMENT_TOKENS), True)
     write_corpus(folder / "retain", rng, tables, 400_000 if arguments.rows else arguments.tokens, False)
     if arguments.rows:
@@ -143,11 +135,12 @@ def measure_rows(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     now_s = time.perf_counter()
     config = CalibrationConfig(ess_floor=arguments.ess_floor)
     scope_LE = np.ones(shape, dtype=bool)
-    say = (lambda line: print(line, file=sys.stderr)) if arguments.progress else (lambda line: None)
     forget_LE = forget_LE / len(forget)
     sides = forget_LE, retain_LE, np.zeros_like(retain_LE)
     threads = int(os.environ["OMP_NUM_THREADS"])
-    made = weigh_rows(WeightRequest(config, tokens, scope_LE, *sides, threads=threads, log=say), selections)
+    made = weigh_rows(
+        WeightRequest(config, tokens, scope_LE, *sides, threads=threads, log=lambda line: None), selections
+    )
     weights_s = time.perf_counter() - now_s
     w = made.row_weight_R
     return {
@@ -204,10 +197,9 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         difference = (forget_LE - retain_LE).ravel()
         scope_LE.flat[np.argsort(-difference, kind="stable")[: int(arguments.experts_in_scope)]] = True
     config = CalibrationConfig(ess_floor=arguments.ess_floor)
-    say = (lambda line: print(line, file=sys.stderr)) if arguments.progress else (lambda line: None)
     sides = forget_LE, retain_LE, np.zeros_like(retain_LE)
     threads = int(os.environ["OMP_NUM_THREADS"])
-    request = WeightRequest(config, retain_tokens, scope_LE, *sides, threads=threads, log=say)
+    request = WeightRequest(config, retain_tokens, scope_LE, *sides, threads=threads, log=lambda line: None)
     made = weigh_tokens(request, retain_trace, folder)
     now_s = timed("weights_s", now_s)
     document_sums(retain_tokens, made.weight_T)
@@ -240,11 +232,7 @@ def main() -> None:
     parser.add_argument("--ess-floor", type=float, default=0.5)
     parser.add_argument("--row-tokens", type=int, default=ROW_TOKENS)
     parser.add_argument("--shape", choices=SHAPES, help="layers, experts and top-k of a model; all experts in scope")
-    parser.add_argument(
-        "--skewed", action="store_true", help="experts that are selected always, never, hardly, together"
-    )
     parser.add_argument("--rows", type=int, default=0, help="weights of so many rows, from their selections")
-    parser.add_argument("--progress", action="store_true", help="the solver's lines, on standard error")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--max-seconds", type=float, help="fail when it took more seconds of CPU (busy cores or not)")
     parser.add_argument("--max-gib", type=float, help="fail when the process needed more memory")

@@ -1,6 +1,6 @@
 """What collecting routing statistics costs in time, against plain forward passes.
 
-    python tools/bench_collect.py [--json]                  # time; on a GPU also the speed-up on three real shapes
+    python tools/bench_collect.py [--json]
 
 Ours is the collection itself: a DeepSpeed engine and ``Collection.run`` over a token dataset on disk, with the expert
 kernel that ``collect`` chooses.
@@ -9,17 +9,13 @@ kernel that ``collect`` chooses.
   here) over the same engine's bare forward passes on the same batches, the median of the ratios of neighbouring rounds;
   ``counting_cpu_ratio`` the same by CPU time of the process, which other work on the machine disturbs less;
   ``sums_time_ratio`` and ``sums_cpu_ratio`` with the sums of the corpus alone.
-* ``speedup`` (GPU): tokens per second of collecting, over the best plain transformers forward pass in the same process:
-  grouped or eager experts, packed rows with restarting positions or whole rows without positions (causal attention,
-  no mask), always with the language-model head; ``speedup_with_trace_and_nll`` likewise with everything recorded.
 
-Random weights everywhere; nothing is downloaded.
+Tokens per second on a GPU against the best plain pass: ``tools/gpu_acceptance.py``. Weights are random.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import statistics
 import sys
@@ -34,58 +30,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 COMMON = {"tie_word_embeddings": False, "max_position_embeddings": 4096}
 # Published shapes; `layers` of them are built.
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
-    "mixtral": (
-        "mixtral",
-        {
-            "num_hidden_layers": 8,
-            "hidden_size": 4096,
-            "intermediate_size": 14336,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "num_local_experts": 8,
-            "num_experts_per_tok": 2,
-            "vocab_size": 32000,
-        },
-    ),
-    "olmoe": (
-        "olmoe",
-        {
-            "num_hidden_layers": 16,
-            "hidden_size": 2048,
-            "intermediate_size": 1024,
-            "num_attention_heads": 16,
-            "num_key_value_heads": 16,
-            "num_experts": 64,
-            "num_experts_per_tok": 8,
-            "vocab_size": 50304,
-        },
-    ),
-    "qwen3_moe": (
-        "qwen3_moe",
-        {
-            "num_hidden_layers": 12,
-            "hidden_size": 2048,
-            "moe_intermediate_size": 768,
-            "intermediate_size": 6144,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 4,
-            "head_dim": 128,
-            "num_experts": 128,
-            "num_experts_per_tok": 8,
-            "vocab_size": 151936,
-        },
-    ),
-}
-CPU_SHAPE = {
-    "num_hidden_layers": 4,
-    "hidden_size": 256,
-    "intermediate_size": 512,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_local_experts": 8,
-    "num_experts_per_tok": 2,
-    "vocab_size": 4096,
-}
+    name: (name, dict(zip(("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads",
+                           "num_experts_per_tok", "vocab_size"), sizes, strict=True)) | own)
+    for name, sizes, own in (
+        ("mixtral", (8, 4096, 32, 8, 2, 32000), {"intermediate_size": 14336, "num_local_experts": 8}),
+        ("olmoe", (16, 2048, 16, 16, 8, 50304), {"intermediate_size": 1024, "num_experts": 64}),
+        ("qwen3_moe", (12, 2048, 32, 4, 8, 151936),
+         {"moe_intermediate_size": 768, "intermediate_size": 6144, "head_dim": 128, "num_experts": 128}),
+    )
+}  # fmt: skip
+CPU_SHAPE = SHAPES["mixtral"][1] | {"num_hidden_layers": 4, "hidden_size": 256, "intermediate_size": 512,
+                                    "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 4096}  # fmt: skip
 SAMPLE_TOKENS = 200_000  # as collect
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16, from the vendor's data sheets
 
@@ -237,71 +192,6 @@ def counting_time(
     }
 
 
-def speedup(
-    world: Any,
-    name: str,
-    family: str,
-    shape: dict[str, Any],
-    size: tuple[int, int],
-    batch_rows: int,
-    dtype: Any,
-    rounds: int,
-) -> dict[str, float]:
-    """Collecting (without and with trace and losses) against the best plain pass."""
-    import torch
-
-    from trace_ds.models.loading import ModelParts, leave_out
-
-    device = world.device
-    ours = chosen_kernel(shape, device)
-    seconds, flops = {}, {}
-    tokens = size[0] * size[1]
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
-        dataset = dataset_of(folder, shape["vocab_size"], *size)
-        batches = [
-            dataset.batch(range(first, min(first + batch_rows, size[0])), pad_id=0)
-            for first in range(0, size[0], batch_rows)
-        ]
-        inputs = [(batch.input_ids_BS.to(device), batch.position_ids_BS.to(device)) for batch in batches]
-        for kernel in ("grouped_mm", "eager"):
-            model = build(family, shape, dtype, device, kernel)
-
-            def plain(*, packed: bool, model: Any = model) -> None:
-                with torch.no_grad():
-                    for ids, positions in inputs:
-                        model(input_ids=ids, position_ids=positions if packed else None, use_cache=False)
-
-            for way, packed in (("packed", True), ("causal", False)):
-                key = f"plain {kernel} {way}"
-                seconds[key] = median_s(lambda packed=packed, plain=plain: plain(packed=packed), rounds, device)
-                flops[key] = 2 * tokens * active_parameters(model, shape)
-            if kernel == ours:
-                for side in ("everything", "collect"):
-                    if side == "collect":
-                        leave_out(model, ModelParts(head=False, last_output=False), ep=1)
-                    key = f"{side} {kernel}"
-                    engine = engine_of(model, dtype)
-                    run = collecting(world, engine, dataset, shape, batch_rows, folder, side)
-                    seconds[key] = median_s(run, rounds, device)
-                    flops[key] = 2 * tokens * active_parameters(model, shape)
-                    del engine, run
-            del model, plain
-            gc.collect()
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-    card = torch.cuda.get_device_name() if device.type == "cuda" else "the CPU"
-    peak = next((value for key, value in PEAK_FLOPS.items() if key in card), None)
-    for kind, taken in seconds.items():
-        use = f", {flops[kind] / taken / peak:.0%} of peak (model FLOPs of the parts that are run)" if peak else ""
-        print(f"{name}: {kind}: {tokens / taken:,.0f} tokens/s on {card}{use}", file=sys.stderr)
-    best = {
-        side: min(value for key, value in seconds.items() if key.startswith(side))
-        for side in ("plain", "collect", "everything")
-    }
-    return {side: best["plain"] / best[side] for side in ("collect", "everything")}
-
-
 def active_parameters(model: Any, shape: dict[str, Any]) -> int:
     """Parameters that take part in one token's forward pass, without the embedding and what was left out."""
     experts = experts_of(shape)
@@ -326,13 +216,9 @@ def main() -> None:
     world = join(arguments.threads, timeout_minutes=10)
     rounds = arguments.rounds
     if world.device.type == "cpu":
-        result: dict[str, Any] = counting_time(world, "mixtral", CPU_SHAPE, (16, 256), 8, torch.float32, rounds)
-        print("GPU figures missing: no GPU on this machine", file=sys.stderr)
+        result = counting_time(world, "mixtral", CPU_SHAPE, (16, 256), 8, torch.float32, rounds)
     else:
         result = counting_time(world, *SHAPES["olmoe"], (32, 2048), 8, torch.bfloat16, rounds)
-        found = {name: speedup(world, name, *SHAPES[name], (32, 2048), 8, torch.bfloat16, rounds) for name in SHAPES}
-        result["speedup"] = {name: value["collect"] for name, value in found.items()}
-        result["speedup_with_trace_and_nll"] = {name: value["everything"] for name, value in found.items()}
     leave()
     print(json.dumps(result, indent=None if arguments.json else 1))
 

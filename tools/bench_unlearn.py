@@ -14,9 +14,7 @@ calibrate. Then, with everything the same but the named thing:
 * memory: a fresh process for each of trace, uniform, npo, graddiff; the peak of three steps above what the process held
   before the model was loaded: resident set size on a CPU, ``torch.cuda.max_memory_allocated`` on a GPU.
 
-With a GPU also, for a Mixtral (2 layers) and a Qwen3-MoE (4 layers) shape in bf16: tokens/s, peak memory and model
-FLOPs utilisation of our NPO step against what people write: transformers under ZeRO-3, NPO and retain loss from whole
-logits, and the frozen model resident beside it. Both recompute activations.
+Tokens/s and MFU on a GPU against the loop that people write: ``tools/gpu_acceptance.py``.
 """
 
 from __future__ import annotations
@@ -43,42 +41,26 @@ ARMS: dict[str, dict[str, str]] = {
     "graddiff": {"calibration.rule": "raking", "unlearning.forget_loss": "graddiff"},
 }
 WORDS = 2000
-# hidden, expert width, experts, top-k, heads, key-value heads, layers, vocabulary
-GPU_SHAPES = {
-    "mixtral": ("mixtral", 4096, 14336, 8, 2, 32, 8, 2, 32000),
-    "qwen3_moe": ("qwen3_moe", 2048, 768, 128, 8, 32, 4, 4, 151936),
-}
-H100_FLOPS = 989e12
 
 
-def make_model(folder: Path, shape: tuple[Any, ...], dtype: str) -> Path:
-    """A random model of that shape with a tokenizer of whole words."""
+def make_model(folder: Path, options: argparse.Namespace) -> Path:
+    """A random Mixtral with a tokenizer of whole words."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-    family, hidden, ffn, experts, top_k, heads, kv_heads, layers, vocabulary = shape
-    own = {"num_local_experts": experts, "intermediate_size": ffn}
-    if family == "qwen3_moe":
-        own = {"num_experts": experts, "moe_intermediate_size": ffn, "intermediate_size": ffn, "head_dim": 128}
+    heads = max(1, options.hidden // 64)
     config = AutoConfig.for_model(
-        family,
-        hidden_size=hidden,
-        num_hidden_layers=layers,
+        "mixtral",
+        hidden_size=options.hidden,
+        intermediate_size=2 * options.hidden,
+        num_hidden_layers=options.layers,
         num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        num_experts_per_tok=top_k,
-        vocab_size=vocabulary,
-        tie_word_embeddings=False,
-        **own,
+        num_key_value_heads=heads,
+        vocab_size=WORDS + 48,
     )
     torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16 if dtype == "bf16" else torch.float32)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config)
-    torch.set_default_dtype(torch.float32)
-    model.to("cpu").save_pretrained(folder)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     words = {word: number for number, word in enumerate(["<s>", "</s>", "<pad>", *(f"w{n}" for n in range(WORDS))])}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -88,7 +70,7 @@ def make_model(folder: Path, shape: tuple[Any, ...], dtype: str) -> Path:
     return folder
 
 
-def make_config(work: Path, shape: tuple[Any, ...], options: argparse.Namespace, dtype: str) -> Path:
+def make_config(work: Path, options: argparse.Namespace) -> Path:
     import yaml
 
     draw = random.Random(0)
@@ -100,7 +82,7 @@ def make_config(work: Path, shape: tuple[Any, ...], options: argparse.Namespace,
         paths[side].write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
     config = {
         "name": "bench",
-        "model": {"path": str(make_model(work / "model", shape, dtype)), "dtype": dtype},
+        "model": {"path": str(make_model(work / "model", options)), "dtype": "fp32"},
         "data": {side: [{"path": str(path)}] for side, path in paths.items()} | {"context_length": options.context},
         "distributed": {"threads": options.threads},
         "statistics": {"nll": True, "batch_rows": options.rows},
@@ -117,12 +99,12 @@ def make_config(work: Path, shape: tuple[Any, ...], options: argparse.Namespace,
     return path
 
 
-def prepared(config_path: Path, arm: str, extra: dict[str, str] | None = None) -> Any:
+def prepared(config_path: Path, arm: str) -> Any:
     """(config, run directory) of an arm; its calibration lies in a variant's directory beside the others."""
     from trace_ds.config.load import load_config
     from trace_ds.run.directory import RunDirectory
 
-    changes = [f"{key}={value}" for key, value in (ARMS[arm] | (extra or {})).items()]
+    changes = [f"{key}={value}" for key, value in ARMS[arm].items()]
     config, _ = load_config(str(config_path), changes, config_path.parent / "run")
     main = RunDirectory.at(config_path.parent / "run")
     return config, main.variant(config.calibration.rule)
@@ -144,17 +126,17 @@ def make_artefacts(config_path: Path) -> None:
 class Job:
     """A training engine with the data of one or more arms."""
 
-    def __init__(self, config_path: Path, arms: list[str], extra: dict[str, str] | None = None) -> None:
+    def __init__(self, config_path: Path, arms: list[str]) -> None:
         from trace_ds.parallel.world import join
         from trace_ds.stages import unlearn
 
-        config, run = prepared(config_path, arms[0], extra)
+        config, run = prepared(config_path, arms[0])
         self.settings = config.unlearning
         self.world = join(config.distributed.threads, 30)
         self.base_bytes = current_bytes()
         self.batches = {}
         for arm in arms:
-            own, directory = prepared(config_path, arm, extra)
+            own, directory = prepared(config_path, arm)
             self.batches[arm] = unlearn.make_batches(unlearn.check(own, directory, 1))
         job = unlearn.check(config, run, 1)
         batches = self.batches[arms[0]]
@@ -239,70 +221,6 @@ def memory_of(config_path: Path, arm: str) -> dict[str, Any]:
     return {"bytes": peak_bytes() - job.base_bytes}
 
 
-def gpu_ours(config_path: Path, steps: int) -> dict[str, Any]:
-    job = Job(config_path, ["npo"], {"unlearning.recompute": "true"})
-    return throughput(lambda number: job.step("npo", number), steps)
-
-
-def gpu_plain(config_path: Path, steps: int) -> dict[str, Any]:
-    """The loop people write: transformers and ZeRO-3, whole logits, the frozen model beside the trained one."""
-    import torch
-    from torch.nn import functional
-    from transformers import AutoModelForCausalLM
-
-    from trace_ds.parallel.world import quiet_deepspeed
-
-    job_config, run = prepared(config_path, "npo")
-    from trace_ds.parallel.world import join
-    from trace_ds.stages import unlearn
-
-    world = join(job_config.distributed.threads, 30)
-    batches = unlearn.make_batches(unlearn.check(job_config, run, 1))
-    dtype = torch.bfloat16 if job_config.model.dtype == "bf16" else torch.float32
-    model, frozen = (AutoModelForCausalLM.from_pretrained(job_config.model.path, dtype=dtype) for _ in range(2))
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    model.train()
-    ds_config = {
-        "train_micro_batch_size_per_gpu": 1,
-        "zero_optimization": {"stage": 3},
-        "bf16": {"enabled": job_config.model.dtype == "bf16"},
-        "gradient_clipping": 1.0,
-        "optimizer": {"type": "AdamW", "params": {"lr": 1e-6, "torch_adam": True}},
-        "steps_per_print": 1 << 62,
-    }
-    engine, *_ = quiet_deepspeed().initialize(model=model, model_parameters=model.parameters(), config=ds_config)
-    frozen = frozen.to(world.device).eval()
-    beta = job_config.unlearning.npo.beta
-
-    def row_nll(net: Any, ids: Any) -> Any:
-        logits = net(input_ids=ids, use_cache=False).logits[:, :-1].float()
-        flat = functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-        return flat.view(len(ids), -1)
-
-    def step(number: int) -> float:
-        began_s = time.perf_counter()
-        batch = batches.at(number, 0, 1).micro_batches[0].to(world.device)
-        forget, retain = batch.input_ids_BS[: batch.forget_rows], batch.input_ids_BS[batch.forget_rows :]
-        with torch.no_grad():
-            reference = row_nll(frozen, forget).sum(1)
-        gap = row_nll(engine, forget).sum(1) - reference
-        loss = -(2 / beta) * functional.logsigmoid(beta * gap).mean() + row_nll(engine, retain).mean()
-        engine.backward(loss)
-        engine.step()
-        synchronize()
-        return time.perf_counter() - began_s
-
-    return throughput(step, steps)
-
-
-def throughput(step: Any, steps: int) -> dict[str, Any]:
-    forget_peak()
-    for number in range(3):
-        step(number)
-    times = [step(number) for number in range(3, 3 + steps)]
-    return {"step_s": statistics.median(times), "bytes": peak_bytes()}
-
-
 def child(work: Path, what: str, *arguments: str) -> dict[str, Any]:
     """Run one measurement in a fresh process."""
     command = [sys.executable, str(Path(__file__).resolve()), "--child", what, *arguments, "--work-dir", str(work)]
@@ -315,44 +233,14 @@ def child(work: Path, what: str, *arguments: str) -> dict[str, Any]:
     return dict(json.loads(result.stdout.splitlines()[-1]))
 
 
-def on_gpu(work: Path, name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Ours against the plain loop on one shape."""
-    from trace_ds.cluster.architecture import read_architecture
-    from trace_ds.cluster.cost import forward_flops_per_token
-
-    folder = work / name
-    folder.mkdir()
-    make_config(folder, GPU_SHAPES[name], argparse.Namespace(**vars(options) | {"rows": 4, "context": 2048}), "bf16")
-    child(folder, "artefacts")
-    ours, plain = (child(folder, arm, "--steps", "10") for arm in ("gpu_ours", "gpu_plain"))
-    a = read_architecture(json.loads((folder / "model" / "config.json").read_text()), name)
-    tokens = 2 * 4 * 2048
-    flops = 3 * forward_flops_per_token(a, 2048, head=True) * tokens
-    return {
-        "tokens_per_s": tokens / ours["step_s"],
-        "plain_tokens_per_s": tokens / plain["step_s"],
-        "speedup": plain["step_s"] / ours["step_s"],
-        "memory_ratio": ours["bytes"] / plain["bytes"],
-        "mfu": flops / ours["step_s"] / H100_FLOPS,
-        "plain_mfu": flops / plain["step_s"] / H100_FLOPS,
-    }
-
-
 def measure(options: argparse.Namespace, work: Path) -> dict[str, Any]:
-    import torch
-
-    heads = max(1, options.hidden // 64)
-    shape = ("mixtral", options.hidden, 2 * options.hidden, 8, 2, heads, heads, options.layers, WORDS + 48)
-    make_config(work, shape, options, "fp32")
+    make_config(work, options)
     child(work, "artefacts")
     result = child(work, "times", "--steps", str(options.steps))
     memory = {arm: child(work, "memory", "--arm", arm)["bytes"] for arm in ARMS}
     result["memory_bytes"] = memory
     result["peak_memory_ratio"] = memory["trace"] / memory["uniform"]
     result["npo_peak_memory_ratio"] = memory["npo"] / memory["graddiff"]
-    if torch.cuda.is_available():
-        result["gpu"] = torch.cuda.get_device_name()
-        result["shapes"] = {name: on_gpu(work, name, options) for name in GPU_SHAPES}
     return result
 
 
@@ -367,12 +255,6 @@ def print_table(result: dict[str, Any]) -> None:
         "npo_peak_memory_ratio": ("npo", "graddiff"),
     }.items():
         print(f"peak, {one} / {other}: {memory[one] / 1e6:,.0f} / {memory[other] / 1e6:,.0f} MB = {result[name]:.3f}")
-    for name, held in result.get("shapes", {}).items():
-        print(
-            f"{result['gpu']}, {name}: {held['tokens_per_s']:,.0f} tokens/s ({held['mfu']:.1%} MFU) against "
-            f"{held['plain_tokens_per_s']:,.0f} ({held['plain_mfu']:.1%}): {held['speedup']:.2f} x, "
-            f"{held['memory_ratio']:.2f} x the memory"
-        )
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -397,8 +279,6 @@ def run_child(options: argparse.Namespace) -> dict[str, Any]:
         "artefacts": lambda: make_artefacts(path),
         "times": lambda: time_arms(path, options.steps),
         "memory": lambda: memory_of(path, options.arm),
-        "gpu_ours": lambda: gpu_ours(path, options.steps),
-        "gpu_plain": lambda: gpu_plain(path, options.steps),
     }
     return children[options.child]() or {}
 

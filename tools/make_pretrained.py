@@ -6,7 +6,7 @@
 
     OUT/dense/            SmolLM2-135M-Instruct (Apache-2.0), from the GGUF file in that package
     OUT/model/            the same model split into experts (a Qwen2-MoE); training.json records how it was made
-    OUT/quality.json      dense against MoE: perplexity of three kinds of text, facts in four choices, specialisation
+    OUT/quality.json      dense against MoE: perplexity of three kinds of text, facts in four choices
     OUT/tasks/seed_N/     forget.jsonl, retain.jsonl, questions_{forget,utility}.jsonl, heldout.jsonl of a base split
 
 All text comes from Python and installed packages: docstrings, the language reference that ``pydoc`` shows, the King
@@ -64,7 +64,6 @@ from trace_ds.evaluation.kinds import evaluate_choice, evaluate_perplexity
 from trace_ds.evaluation.language_model import LanguageModel, ModelSettings, loaded
 from trace_ds.evaluation.outcome import Outcome
 from trace_ds.models.host_memory import keep_freed_memory
-from trace_ds.models.routers import find_routers, record_routing
 from trace_ds.run import ours
 from trace_ds.run.files import canonical_json, replacing_directory, sha256_text, write_json
 from trace_ds.run.foreign import read_object
@@ -101,7 +100,6 @@ RETAIN_TOKENS, NEAR_SHARE = 24_000, 0.06
 ASKED = {"forget": 110, "utility": 220}  # questions of a base split that the model is tried on
 QUESTIONS = {"forget": 40, "utility": 80}  # of those it answers rightly that a run is scored on, half of its time
 SCORED_TEXTS = 8  # of each kind, after a run
-RATIOS = (1.25, 2.0, 4.0)  # of an expert's frequencies on two kinds of text, for the table of specialisation
 
 
 @dataclass(frozen=True)
@@ -383,7 +381,6 @@ def tasks_and_quality(
             asked = {side: _asked(model, first[side]) for side in ASKED}
             quality[name] = {"perplexity": _perplexities(model, texts), "facts": _by_kind(asked.values())}
             if path == folder:
-                quality["specialisation"] = specialisation(model, texts, first)
                 quality["known"] = {}
                 for seed, split in splits.items():
                     found = asked if split is first else {side: _asked(model, split[side]) for side in ASKED}
@@ -449,33 +446,6 @@ def _perplexities(model: LanguageModel, texts: Texts) -> dict[str, float]:
         k: evaluate_perplexity(model, [ReadDocument(text, k) for text in v], 128) for k, v in texts.heldout.items()
     }
     return {kind: round(outcome.metrics()["perplexity"], 3) for kind, outcome in outcomes.items()}
-
-
-def specialisation(model: LanguageModel, texts: Texts, split: dict[str, Side], documents: int = 300) -> dict[str, Any]:
-    """How many experts the symbols' sentences select more often than other text, by how much more (RATIOS)."""
-    kinds = {"general text": [text for found in texts.general.values() for text in found[: documents // 3]]}
-    facts = [*split["forget"].documents, *split["utility"].documents]
-    kinds |= {kind: [d.text for d in facts if kind_of(d.source) == kind] for kind in KINDS}
-    frequency = {}
-    for kind, found in kinds.items():
-        counts_LE = torch.full((len(find_routers(model.model)), model.model.config.num_experts), 0.5)  # finite ratios
-        chosen, tokens = random.Random(kind).sample(found, min(documents, len(found))), 1
-        for start in range(0, len(chosen), 32):
-            ids, real = side_by_side([model.encode(text)[:64] for text in chosen[start : start + 32]], model.pad_id)
-            with torch.inference_mode(), record_routing(model.model) as recorder:
-                model.model.model(ids, use_cache=False)
-            for layer, counts_E in enumerate(counts_LE):
-                counts_E += recorder.layer(layer)[1][real.flatten()].flatten().bincount(minlength=len(counts_E))
-            tokens += int(real.sum())
-        frequency[kind] = counts_LE / tokens
-    ratios = {kind: frequency["symbols"] / frequency[kind] for kind in kinds if kind != "symbols"}
-    return {"experts": counts_LE.numel()} | {
-        f"symbols against {kind}": {
-            **{f"above {limit:g}": int((ratio > limit).sum()) for limit in RATIOS},
-            "largest": round(float(ratio.max()), 2),
-        }
-        for kind, ratio in ratios.items()
-    }
 
 
 # ------------------------------------------------------------------------------------------------ dense to MoE

@@ -368,8 +368,8 @@ def plan(
     json: JsonOption = False,
 ) -> None:
     """Memory, time and communication of a config on a cluster, without loading weights; of a MODEL alone, too."""
+    from trace_ds.cluster.job import ClusterSpec
     from trace_ds.cluster.plan_view import plan_command
-    from trace_ds.cluster.spec import ClusterSpec
     from trace_ds.config.compose import recipe_names
     from trace_ds.stages.pipeline import Request
 

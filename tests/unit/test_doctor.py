@@ -65,10 +65,11 @@ def test_exit_status_and_json(tmp_path: Path, model: Path, capsys: pytest.Captur
     found = json.loads(capsys.readouterr().out)
     assert status == any(check["status"] == "MISS" for check in found)
     assert {tuple(check) for check in found} == {("group", "name", "status", "detail", "fix")}
-    (model / "model.safetensors").unlink()
+    weights = (model / "model.safetensors").read_bytes()
+    (model / "model.safetensors").write_bytes(weights[:-10])
     assert doctor(config, tmp_path / "run", json=False) == 1
     printed = capsys.readouterr().out
-    assert "no weights" in printed and "fix:" in printed and "MISS" in printed
+    assert "truncated" in printed and "fix:" in printed and "MISS" in printed
 
 
 # Faults of versions and toolchain
@@ -142,24 +143,12 @@ def test_storage_that_is_full(tmp_path: Path) -> None:
 def test_storage_that_is_too_small(tmp_path: Path) -> None:
     fault = only_fault(list(checks.storage_checks(tmp_path / "run", 1e18)), "free space", "1000000000.0 GB")
     assert "unlearning.keep" in fault.fix
-    assert of(list(checks.storage_checks(tmp_path / "run", 10)), "storage")["free space"].status == "OK"
 
 
-def test_storage_is_compared_with_what_the_run_needs(tmp_path: Path, model: Path) -> None:
-    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
-    huge = config | {"intermediate_size": 10**7, "num_hidden_layers": 1000}
-    (model / "config.json").write_text(json.dumps(huge), encoding="utf-8")
-    found = run_checks(loaded(tmp_path, model), tmp_path / "run")
-    assert of(found, "storage")["free space"].status == "MISS"
-
-
-@pytest.mark.parametrize("changes", [{"distributed__ep": 8}, {"evaluation__ep": 2}, {"distributed__ep": 3}])
-def test_it_refuses_what_run_refuses(
-    tmp_path: Path, tiny_model: Path, changes: dict[str, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In run's own words: sizes that do not divide the processes which `run` starts here."""
+def test_it_refuses_what_run_refuses(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In run's own words: a size that does not divide the processes which `run` starts here."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    config = loaded(tmp_path, tiny_model, **changes)
+    config = loaded(tmp_path, tiny_model, evaluation__ep=2)
     with pytest.raises(UserError) as refused:
         run_verb("run", Request(config, RunDirectory(tmp_path / "run")))
     fault = only_fault(run_checks(config, tmp_path / "run"))
@@ -182,17 +171,6 @@ def test_automatic_sizes_fit_the_machine(tmp_path: Path, tiny_model: Path, monke
     assert (request.config.distributed.ep, request.config.evaluation.ep) == (2, 2)  # not larger than a node
 
 
-def test_a_damaged_model_and_tokenizer(tmp_path: Path, model: Path) -> None:
-    config = loaded(tmp_path, model)
-    tokenizer = (model / "tokenizer.json").read_bytes()
-    (model / "tokenizer.json").write_text("{", encoding="utf-8")
-    only_fault(share_checks(config, tmp_path / "run"), "its own checks", "tokenizer")
-    (model / "tokenizer.json").write_bytes(tokenizer)
-    weights = (model / "model.safetensors").read_bytes()
-    (model / "model.safetensors").write_bytes(weights[:-10])
-    only_fault(share_checks(config, tmp_path / "run"), "truncated", "model.safetensors")
-
-
 def test_corpus_faults(tmp_path: Path, tiny_model: Path) -> None:
     config = loaded(tmp_path, tiny_model)
     assert {check.status for check in checks.corpus_checks(config)} == {"OK"}
@@ -212,12 +190,9 @@ TASK = {"name": "facts", "type": "choice", "role": "forget"}
     [
         ({"data__alternative": "nowhere.jsonl"}, ("alternative: nowhere.jsonl", "does not exist")),
         ({"evaluation__tasks": [TASK | {"path": "bad.jsonl"}]}, ("bad.jsonl:1", "'prompt'")),
-        ({"evaluation__tasks": [TASK | {"path": "nowhere.jsonl"}]}, ("nowhere.jsonl",)),
         ({"evaluation__tasks": [TASK | {"type": "lm_eval", "task": "wmdp_bio"}]}, ("pip install 'trace-ds[lm-eval]'",)),
         ({"evaluation__models": {"gold": "nowhere"}}, ("no model directory",)),
-        ({"evaluation__nproc": 9999}, ("evaluation.nproc: 9999 processes",)),
         ({"variants": {"steered": {"unlearning.rmu.layer": 9}}}, ("layer 9 of a model with",)),
-        ({"variants": {"big": {"unlearning.ds_config": "nowhere.json"}}}, ("nowhere.json",)),
     ],
 )
 def test_what_late_stages_and_variants_would_stumble_on(
@@ -233,15 +208,6 @@ def test_what_late_stages_and_variants_would_stumble_on(
     (tmp_path / "bad.jsonl").write_text('{"text": "salt", "choices": ["a", "b", "c", "d"], "answer": 0}\n')
     found = share_checks(loaded(tmp_path, tiny_model, **changes), tmp_path / "run")
     only_fault([check for check in found if check.group != "hub"], *words)  # there: what was not fetched
-
-
-def test_in_a_variants_directory_it_looks_at_what_a_variant_runs(tmp_path: Path, tiny_model: Path) -> None:
-    """Not at `run`, which that directory refuses: at stages that take data and statistics from the run above."""
-    run = RunDirectory(tmp_path / "run")
-    config = loaded(tmp_path, tiny_model)
-    run.create(dump_yaml(config))
-    found = share_checks(config, run.variant("steered").path)
-    only_fault([check for check in found if check.group != "hub"], f"{run.data}: there is no data artefact", "prepare")
 
 
 def test_a_check_that_fails_does_not_hide_the_others() -> None:

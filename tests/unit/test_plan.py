@@ -4,33 +4,22 @@ hand."""
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import math
 from pathlib import Path
 from typing import Any
 
 import plan_jobs
 import pytest
 import tiny
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from plan_tables import clusters_markdown, models_markdown
 from processes import run_distributed
+from safetensors import safe_open
 
-from trace_ds.cluster import cost, memory
+from trace_ds.cluster import memory
 from trace_ds.cluster.architecture import active_parameters, count_parameters, read_architecture
-from trace_ds.cluster.job import PlannedJob, corpus_tokens
-from trace_ds.cluster.plan import MAX_ROWS, _largest, plan, plan_model
+from trace_ds.cluster.job import GB, ClusterSpec, PlannedJob
+from trace_ds.cluster.plan import collective, forward_flops_per_token, plan, plan_model, training_traffic
 from trace_ds.cluster.plan_view import as_dict, plan_command, print_plan
-from trace_ds.cluster.spec import (
-    GB,
-    ClusterSpec,
-    all_to_all_s,
-    data_parallel_group,
-    expert_data_parallel_group,
-    expert_parallel_group,
-    ring_s,
-)
 from trace_ds.config.compose import published_config
 from trace_ds.config.load import load_config
 from trace_ds.config.schema import Config
@@ -50,21 +39,6 @@ PUBLISHED = {
 COUNTED = PUBLISHED | {
     "qwen1-5-moe-a2-7b": (14.3, 2.7),
     "deepseek-v2-lite": (15.7, 2.66),  # the published 2.4 leaves the embeddings out
-}
-# family, and a word on what differs from the tiny model of tests/tiny.py -> what differs
-TINY: dict[str, dict[str, Any]] = {
-    "mixtral": {},
-    "mixtral wide heads": {"head_dim": 24},
-    "mixtral tied": {"tie_word_embeddings": True},
-    "olmoe": {},
-    "olmoe biased": {"attention_bias": True},
-    "qwen2_moe": {},
-    "qwen2_moe every second layer": {"mlp_only_layers": [], "decoder_sparse_step": 2, "qkv_bias": False},
-    "qwen3_moe": {"mlp_only_layers": [1]},
-    "deepseek_v2": {},
-    "deepseek_v2 lite": {"q_lora_rank": None, "attention_bias": True},
-    "deepseek_v3": {"first_k_dense_replace": 2},
-    "qwen3_5_moe_text": {"attention_bias": True, "linear_conv_kernel_dim": 3},
 }
 
 
@@ -88,59 +62,31 @@ def job_of(model: str | dict[str, Any], spec: ClusterSpec | None = None, **chang
     return PlannedJob.of(read_architecture(values), spec or ClusterSpec(), config)
 
 
-def from_transformers(family: str, values: dict[str, Any]) -> Any:
-    """The model of transformers without memory for its parameters."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    values = {key: value for key, value in values.items() if key not in ("model_type", "architectures")}
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **values))
-
-
-def by_kind(model: Any) -> dict[str, int]:
-    """Parameters of a transformers model by kind, from the modules' names."""
-    totals: dict[str, int] = {}
-    for name, parameter in model.named_parameters():
-        if "embed_tokens" in name:
-            kind = "embedding"
-        elif "lm_head" in name:
-            kind = "head"
-        elif "norm" in name:
-            kind = "norms"
-        elif "self_attn" in name or "linear_attn" in name:
-            kind = "attention"
-        elif "shared_expert" in name:
-            kind = "shared_experts"
-        elif ".experts." in name:
-            kind = "experts"
-        elif ".mlp.gate." in name or ".router." in name:
-            kind = "router"
-        else:
-            kind = "dense_mlp"
-        totals[kind] = totals.get(kind, 0) + parameter.numel()
-    return totals
-
-
-@pytest.mark.parametrize("case", TINY)
-def test_counts_by_kind_equal_transformers(case: str) -> None:
-    family = case.split()[0]
-    model = from_transformers(family, tiny.shape(family) | TINY[case])
-    # what transformers itself writes to config.json is what we will be given
-    counted = count_parameters(read_architecture(json.loads(model.config.to_json_string())))
-    kinds = by_kind(model)
-    assert {kind: n for kind, n in vars(counted).items() if n} == kinds
-    assert counted.total == sum(parameter.numel() for parameter in model.parameters())
-
-
 @pytest.mark.parametrize("name", COUNTED)
 def test_published_models(name: str) -> None:
-    config = model_config(name)
-    a = read_architecture(config)
-    counted, (total, active) = count_parameters(a), COUNTED[name]
-    assert counted.total / 1e9 == pytest.approx(total, rel=0.005)
+    a = read_architecture(model_config(name))
+    total, active = COUNTED[name]
+    assert count_parameters(a).total / 1e9 == pytest.approx(total, rel=0.005)
     assert active_parameters(a).total / 1e9 == pytest.approx(active, rel=0.02)
-    assert by_kind(from_transformers(a.family, config)) == {kind: n for kind, n in vars(counted).items() if n}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_parameter_of_a_family_has_its_kind(family: str, tmp_path: Path) -> None:
+    """Those of the file that transformers saves; experts by hand."""
+    values = tiny.shape(family)
+    model = tiny.make_model(tmp_path / "model", family)
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    a = read_architecture(config)
+    with safe_open(model / "model.safetensors", "numpy") as file:
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    counted = {name: math.prod(shape) for name, shape in shapes.items() if "e_score_correction_bias" not in name}
+    assert count_parameters(a).total == sum(counted.values())
+    experts = {name: number for name, number in counted.items() if ".experts." in name}
+    assert count_parameters(a).experts == sum(experts.values()) > 0
+    assert a.blocks[-1].experts == 3 * a.experts * a.hidden * a.expert_width
+    assert (a.layers, a.hidden, a.vocabulary) == tuple(
+        values[k] for k in ("num_hidden_layers", "hidden_size", "vocab_size")
+    )
 
 
 def test_the_tables_in_the_docs_are_current() -> None:
@@ -212,13 +158,12 @@ def mixtrals(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     ("world", "rows", "changes"),
     [
         (1, 1, {"forget_loss": "graddiff", "sub_group": 10**9}),
-        (1, 6, {"forget_loss": "rmu", "rmu": {"layer": 1}}),  # half of the layers are held
         (1, 3, {"forget_loss": "graddiff", "retain_loss": "kl"}),
-        (1, 6, {"forget_loss": "graddiff", "recompute": True}),
+        (1, 6, {"forget_loss": "rmu", "rmu": {"layer": 1}, "recompute": True}),  # half of the layers are held
         (1, 3, {"forget_loss": "graddiff", "zero_stage": 1}),
         (2, 3, {"forget_loss": "graddiff"}),
     ],
-    ids=["optimizer step", "RMU", "KL to the frozen copy", "recomputed", "ZeRO-1", "EP 2"],
+    ids=["optimizer step", "KL to the frozen copy", "RMU recomputed", "ZeRO-1", "EP 2"],
 )
 def test_peak_memory_of_a_step_is_what_was_predicted(
     mixtrals: dict[int, Path], tmp_path: Path, world: int, rows: int, changes: dict[str, Any]
@@ -268,7 +213,7 @@ def test_zero3_keeps_and_moves_what_was_planned(tiny_model: Path, tmp_path: Path
     assert kept["files"] == planned.checkpoint_files
     moved: dict[str, float] = {}
     values = json.loads((tiny_model / "config.json").read_text(encoding="utf-8"))
-    for entry in cost.unlearn_traffic(job_of(values, ClusterSpec(1, 2), distributed__ep=ep, **sized)):
+    for entry in training_traffic(job_of(values, ClusterSpec(1, 2), distributed__ep=ep, **sized)):
         name = entry.name.split(" of ")[0]
         moved[name] = moved.get(name, 0) + entry.received_bytes
     measured = {name: sum(rank["traffic"].get(name, 0) for rank in ranks) / 2 for name in ranks[0]["traffic"]}
@@ -278,40 +223,24 @@ def test_zero3_keeps_and_moves_what_was_planned(tiny_model: Path, tmp_path: Path
     assert (ep > 1) == (routed[1] > 0)
 
 
-def test_groups_cover_the_cluster() -> None:
-    spec = ClusterSpec(nodes=4, gpus_per_node=8)
-    for ep in (1, 2, 4, 8, 16, 32):
-        within, across = expert_parallel_group(spec, ep), expert_data_parallel_group(spec, ep)
-        assert within.size * across.size == spec.world
-        # brute force over ranks: EP groups are consecutive, their peers are EP apart
-        ranks = range(ep)
-        assert within.nodes == len({rank // 8 for rank in ranks})
-        assert within.local == sum(rank // 8 == 0 for rank in ranks)
-        peers = range(0, spec.world, ep)
-        assert across.nodes == len({rank // 8 for rank in peers})
-        assert across.local == sum(rank // 8 == 0 for rank in peers)
-
-
-def test_ring_and_all_to_all_by_hand() -> None:
+def test_collectives_by_hand() -> None:
+    """Two nodes of four GPUs: all of them, the two that hold the same experts, an exchange among all."""
     spec = ClusterSpec(nodes=2, gpus_per_node=4, intra_gb_s=100, inter_gb_s=10)
-    intra, inter = ring_s(spec, data_parallel_group(spec), 8 * GB)
+    found = collective(spec, "", 8, 4, 8 * GB, 2)
     # 7 of 8 GB arrive inside; 4 GB cross to each node through four ports of 10 GB/s
-    assert intra == pytest.approx(7 / 100)
-    assert inter == pytest.approx(4 / 4 / 10)
-    intra, inter = ring_s(spec, expert_data_parallel_group(spec, 4), 8 * GB)
-    assert (intra, inter) == pytest.approx((0, 4 / 10))
-    intra, inter = all_to_all_s(spec, expert_parallel_group(spec, 8), 8 * GB)
-    assert intra == pytest.approx(3 / 100)
-    assert inter == pytest.approx(4 / 10)
-    assert all_to_all_s(spec, expert_parallel_group(spec, 1), GB) == (0, 0)
+    assert (found.received_bytes, found.intra_s, found.inter_s) == pytest.approx((14 * GB, 2 * 7 / 100, 2 * 4 / 4 / 10))
+    found = collective(spec, "", 2, 1, 8 * GB, 1)
+    assert (found.received_bytes, found.intra_s, found.inter_s) == pytest.approx((4 * GB, 0, 4 / 10))
+    found = collective(spec, "", 8, 4, 8 * GB, 1, exchange=True)
+    assert (found.received_bytes, found.intra_s, found.inter_s) == pytest.approx((7 * GB, 3 / 100, 4 / 10))
 
 
 def test_flops_of_mixtral_by_hand() -> None:
     a = read_architecture(model_config("mixtral-8x7b"))
     attention = 4096 * (4096 + 2 * 1024) + 4096 * 4096
     layer = attention + 2 * 4096 + 8 * 4096 + 2 * 3 * 4096 * 14336 + 2048 * (4096 + 4096)
-    assert cost.forward_flops_per_token(a, 2048) == 2 * (32 * layer + 4096 * 32000)
-    assert cost.forward_flops_per_token(a, 2048, layers=3, head=False) == 2 * 3 * layer
+    assert forward_flops_per_token(a, 2048) == 2 * (32 * layer + 4096 * 32000)
+    assert forward_flops_per_token(a, 2048, layers=3, head=False) == 2 * 3 * layer
 
 
 def test_stages_shard_what_they_should() -> None:
@@ -338,40 +267,12 @@ def test_ds_config_changes_what_it_changes(tmp_path: Path) -> None:
     (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": section}))
     plain, offloading = job_of("olmoe-1b-7b"), job_of("olmoe-1b-7b", unlearning__ds_config=str(tmp_path / "ds.json"))
     zero = offloading.zero
-    assert (zero.reduce_bucket_size, zero.stage3_max_live_parameters) == (1000, 1_000_000_000)
+    assert (zero.reduce_bucket_size, zero.stage3_max_live_parameters) == (1000, None)
     assert zero.offload_optimizer and not zero.offload_param
     assert "master and Adam moments" in memory.unlearn_memory(plain, 2).resident
     offloaded = memory.unlearn_memory(offloading, 2)
     assert "master and Adam moments" not in offloaded.resident and not offloaded.step
     assert memory.host_bytes(offloading) > memory.host_bytes(plain)
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    name=st.sampled_from(sorted(PUBLISHED)),
-    stage=st.sampled_from([1, 2, 3]),
-    nodes=st.sampled_from([1, 4, 128]),
-    rows=st.integers(1, 64),
-    recompute=st.booleans(),
-    rmu=st.booleans(),
-)
-def test_memory_is_monotone(name: str, stage: int, nodes: int, rows: int, recompute: bool, rmu: bool) -> None:
-    loss = {"unlearning__forget_loss": "rmu", "unlearning__retain_loss": "hidden_mse"} if rmu else {}
-
-    def peak(nodes: int, rows: int, recompute: bool = recompute) -> float:
-        job = job_of(name, ClusterSpec(nodes), unlearning__zero_stage=stage, data__context_length=1024, **loss)
-        return memory.unlearn_memory(job, rows, recompute=recompute).peak_bytes
-
-    assert peak(nodes, rows) <= peak(nodes, rows + 1)
-    assert peak(2 * nodes, rows) <= peak(nodes, rows)
-    assert peak(nodes, rows, recompute=True) <= peak(nodes, rows, recompute=False)
-    a = read_architecture(model_config(name))
-    assert memory.rank_parameters(a, 8) < memory.rank_parameters(a, 4)
-
-
-@given(limit=st.integers(0, MAX_ROWS + 10))
-def test_the_largest_micro_batch_is_the_largest(limit: int) -> None:
-    assert _largest(lambda rows: rows, limit) == min(limit, MAX_ROWS)
 
 
 @pytest.mark.parametrize("name", ["olmoe-1b-7b", "deepseek-v3"])
@@ -381,23 +282,18 @@ def test_plans_of_published_models(name: str) -> None:
     )
     planned = plan_model(model_config(name), config, ClusterSpec(nodes=128))
     a = read_architecture(model_config(name))  # RMU at the middle layer: it and those below are held
-    held = a.vocabulary * a.hidden + sum(a.layer_parameters(layer) for layer in range(a.layers // 2 + 1))
+    held = a.outside.embedding + sum(block.total for block in a.blocks[: a.layers // 2 + 1])
     assert planned.checkpoint_bytes == 12 * held < 0.57 * 12 * planned.parameters.total
     low = plan_model(model_config(name), run_config(unlearning__rmu={"layer": 0}), ClusterSpec())
-    first = a.dense_layers[-1] + 1 if a.dense_layers else 0  # the first MoE layer is held in any case
-    held = a.vocabulary * a.hidden + sum(a.layer_parameters(layer) for layer in range(first + 1))
-    assert low.checkpoint_bytes == 12 * held
+    first = next(layer for layer, block in enumerate(a.blocks) if block.experts)  # it is held in any case
+    assert low.checkpoint_bytes == 12 * (a.outside.embedding + sum(block.total for block in a.blocks[: first + 1]))
     watched = plan_model(model_config(name), run_config(unlearning__evaluate={"every": 5}), ClusterSpec())
     assert watched.checkpoint_bytes == 12 * planned.parameters.total
     assert {(choice.ep, choice.zero_stage) for choice in planned.choices} >= {(1, 1), (8, 3)}
-    assert len({(choice.ep, choice.zero_stage) for choice in planned.choices}) == len(planned.choices)
     fitting = [choice.fits for choice in planned.choices]
     assert fitting == sorted(fitting, reverse=True)
     moved = [(choice.received_bytes, choice.checkpoint_files) for choice in planned.choices if choice.fits]
     assert moved == sorted(moved)
-    for stage in (planned.collect, planned.unlearn):
-        assert stage.fits == (stage.memory.peak_bytes <= planned.cluster.usable_bytes)
-        assert stage.time.at_least_s == max(stage.time.resources.values()) > 0
     json.dumps(as_dict(planned), allow_nan=False)
 
 
@@ -406,7 +302,7 @@ def test_it_says_what_does_not_fit_and_what_would() -> None:
     one = plan_model(model_config("mixtral-8x7b"), config, ClusterSpec(nodes=1))
     assert not one.unlearn.fits and not one.collect.fits
     text = " ".join(one.warnings)
-    assert "unlearn needs" in text and "nothing fits on this cluster" in text
+    assert "unlearn needs" in text and "no choice fits on this cluster" in text
     assert "collect needs" in text and "--set distributed.ep=8 fits" in text
     small = run_config(
         distributed__ep=8, unlearning__forget_rows=64, unlearning__retain_rows=64, data__context_length=512
@@ -423,11 +319,10 @@ def test_few_rows_and_little_host_memory_are_warned_of() -> None:
     config = run_config(unlearning__forget_rows=8, unlearning__retain_rows=8)
     planned = plan_model(model_config("qwen3-235b-a22b"), config, ClusterSpec(nodes=16, host_memory_gb=200))
     text = " ".join(planned.warnings)
-    assert "8 rows per step over 128 GPUs" in text
-    assert "host memory" in text
+    assert "8 rows per step over 128 GPUs" in text and "host memory" in text
 
 
-def test_variants_are_jobs_of_their_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_variants_are_jobs_of_their_own() -> None:
     changes = {
         "half": {"unlearning.micro_batch_rows": 1},
         "kept": {"unlearning.keep": 5, "unlearning.zero_stage": 1, "unlearning.steps": 7},
@@ -436,19 +331,16 @@ def test_variants_are_jobs_of_their_own(tmp_path: Path, capsys: pytest.CaptureFi
     config = run_config(**sized).model_copy(update={"variants": changes})
     mixtral, spec = model_config("mixtral-8x7b"), ClusterSpec(nodes=4)
     found = plan_model(mixtral, config, spec)
-    assert list(found.variants) == ["half", "kept"]
+    assert list(found.stages)[2:] == ["unlearn of half", "unlearn of kept"]
     storage = plan_model(mixtral, run_config(**sized), spec).storage_bytes
     for name, variant in changes.items():
         own = {key.replace(".", "__"): value for key, value in variant.items()}
         alone = plan_model(mixtral, run_config(**sized, **own), spec)
-        assert found.variants[name] == alone.unlearn != found.unlearn
+        assert found.stages[f"unlearn of {name}"] == alone.unlearn != found.unlearn
         storage += alone.storage_bytes
     assert found.storage_bytes == storage
     tight = " ".join(plan_model(mixtral, config, ClusterSpec(nodes=4, gpu_memory_gb=40)).warnings)
-    assert "unlearn of variant kept needs" in tight
-    print_plan(found)
-    assert "all 3" in capsys.readouterr().out
-    assert as_dict(found)["variants"]["kept"]["at_least_s"] == found.variants["kept"].at_least_s
+    assert "unlearn of kept needs" in tight
 
 
 def test_the_models_that_are_made_first_are_jobs_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -470,42 +362,28 @@ def test_the_models_that_are_made_first_are_jobs_too(tmp_path: Path, capsys: pyt
     made = {f"finetune__{key}": value for key, value in (made | {"recompute": True, "micro_batch_rows": 4}).items()}
     mixtral, spec = model_config("mixtral-8x7b"), ClusterSpec(nodes=4)
     found = plan_model(mixtral, run_config(**sized, **made), spec)
-    target, retrained = found.finetune["target"], found.finetune["retrained"]
+    target, retrained = (found.stages[f"finetune of {name}"] for name in ("target", "retrained"))
     assert (target.steps, retrained.steps) == (4, 3)
     assert (target.rows, target.memory, target.traffic) == (4, retrained.memory, retrained.traffic)
     same = ("resident", "compute", "layer", "step", "start")
     assert all(getattr(target.memory, phase) == getattr(found.unlearn.memory, phase) for phase in same)
     assert target.memory.head["logits"] > found.unlearn.memory.head["logits"]
-    assert (target.time, target.traffic) == (found.unlearn.time, found.unlearn.traffic)
+    assert (target.resources_s, target.traffic) == (found.unlearn.resources_s, found.unlearn.traffic)
     assert target.largest_rows > 1.5 * found.unlearn.largest_rows  # of unlearning they are pairs
     without = plan_model(mixtral, run_config(**sized), spec)
-    assert without.finetune == {} and found.storage_bytes == pytest.approx(3 * without.storage_bytes)
+    assert len(without.stages) == 2 and found.storage_bytes == pytest.approx(3 * without.storage_bytes)
     print_plan(found)
     shown = capsys.readouterr().out
-    assert "finetune: retrained" in shown and "all 3" in shown
-    assert as_dict(found)["finetune"]["target"]["at_least_s"] == target.at_least_s
-    tight = plan_model(mixtral, run_config(**sized, **made), ClusterSpec(nodes=4, gpu_memory_gb=40))
-    assert "finetune of target needs" in " ".join(tight.warnings)
+    assert "finetune of retrained" in shown and "all 3" in shown
+    assert as_dict(found)["stages"]["finetune of target"]["at_least_s"] == target.at_least_s
     del corpora["data__forget"]
     away = run_config(**sized | corpora | {"data__forget": [{"path": "nowhere.txt"}]}, **made)
-    assert plan_model(mixtral, away, spec).finetune["target"].at_least_s is None
-
-
-def test_every_corpus_counts_for_the_length_of_collect(tmp_path: Path) -> None:
-    corpora: dict[str, Any] = {}
-    for side, size in (("forget", 40_000), ("retain", 60_000), ("alternative", 20_000)):
-        (tmp_path / f"{side}.txt").write_bytes(b"x" * size)
-        path = str(tmp_path / f"{side}.txt")
-        corpora[f"data__{side}"] = path if side == "alternative" else [{"path": path}]
-    assert corpus_tokens(run_config(**corpora)) == 30_000
-    del corpora["data__alternative"]
-    assert corpus_tokens(run_config(**corpora)) == 25_000
+    assert plan_model(mixtral, away, spec).stages["finetune of target"].at_least_s is None
 
 
 @pytest.mark.parametrize(
     ("model", "nodes", "changes", "cure"),
     [
-        ("olmoe-1b-7b", 1, {}, None),
         ("mixtral-8x7b", 2, {}, "set evaluation.ep to 2"),
         ("mixtral-8x7b", 2, {"evaluation__ep": 8}, None),
         ("qwen3-235b-a22b", 4, {"evaluation__zero_stage": 3}, None),
@@ -526,12 +404,6 @@ def test_how_ranks_can_share_a_model_that_evaluate_cannot_hold(
     assert len(said) == (cure is not None) and all(text.endswith(f" GB: {cure}") for text in said), said
 
 
-def test_the_expert_parallel_size_of_evaluate_divides_the_cluster() -> None:
-    config = run_config(evaluation__ep=4, evaluation__nproc=4)
-    with pytest.raises(UserError, match=r"evaluation.ep: expert-parallel size 4 does not divide the world size 2"):
-        plan_model(model_config("olmoe-1b-7b"), config, ClusterSpec(nodes=2, gpus_per_node=1))
-
-
 def test_micro_batches_are_cut_as_the_job_cuts_them() -> None:
     from types import SimpleNamespace
 
@@ -546,10 +418,18 @@ def test_micro_batches_are_cut_as_the_job_cuts_them() -> None:
         assert rows * count * world >= forget + retain
 
 
-@pytest.mark.parametrize("sinks", ["leave_out", "keep"])
-@pytest.mark.parametrize("scale", ["absolute", "median_norm", "adaptive"])
-@pytest.mark.parametrize("retain", ["nll", "kl", "hidden_mse"])
-@pytest.mark.parametrize("forget", ["rmu", "graddiff", "undial"])
+@pytest.mark.parametrize(
+    ("forget", "retain", "scale", "sinks"),
+    [
+        ("rmu", "hidden_mse", "median_norm", "leave_out"),
+        ("rmu", "hidden_mse", "adaptive", "keep"),
+        ("rmu", "kl", "absolute", "keep"),
+        ("rmu", "nll", "absolute", "leave_out"),
+        ("graddiff", "nll", "absolute", "keep"),
+        ("graddiff", "hidden_mse", "absolute", "leave_out"),
+        ("undial", "kl", "absolute", "keep"),
+    ],
+)
 def test_the_frozen_copy_is_planned_as_the_job_makes_it(
     forget: str, retain: str, scale: str, sinks: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -600,8 +480,9 @@ def test_wrong_input_is_one_clear_line(tmp_path: Path) -> None:
     refused(lambda: plan_model({"model_type": "llama"}, run_config(), spec), "llama", ", ".join(FAMILIES))
     refused(lambda: plan_model(mixtral | {"num_experts_per_tok": 9}, run_config(), spec), "9", "8 experts")
     refused(lambda: plan_model(mixtral | {"hidden_size": "big"}, run_config(), spec), "hidden_size")
-    without = {key: value for key, value in mixtral.items() if key != "hidden_size"}
-    refused(lambda: plan_model(without, run_config(), spec), "hidden_size is missing")
+    refused(lambda: plan_model(mixtral | {"num_hidden_layers": 10**9}, run_config(), spec), "num_hidden_layers")
+    alone = ClusterSpec(nodes=2, gpus_per_node=1)
+    refused(lambda: plan_model(mixtral, run_config(evaluation__ep=4, evaluation__nproc=4), alone), "evaluation.ep")
     missing = run_config(unlearning__ds_config=str(tmp_path / "no.json"))
     refused(lambda: plan_model(mixtral, missing, spec), "DeepSpeed")
 
@@ -612,14 +493,14 @@ def test_the_command_prints_tables_and_json(tmp_path: Path, capsys: pytest.Captu
     assert plan_command(config, ClusterSpec(nodes=2), json=True) == 0
     value = json.loads(capsys.readouterr().out)
     assert value["parameters"]["total"] == 6_919_161_856
-    assert value["unlearn"]["memory"]["peak_bytes"] > 0
+    assert value["stages"]["unlearn"]["memory"]["peak_bytes"] > 0
     assert plan_command(config, ClusterSpec(nodes=2), json=False) == 0
     printed = capsys.readouterr().out
     for word in (
         "6.919 B",
         "all-to-all of tokens",
         "resident",
-        "bound by",
+        "unlearn: bound by",
         "EP x ZeRO",
         "checkpoint 46.5 GB in 32 files",
     ):
@@ -636,20 +517,16 @@ def test_a_model_alone_is_planned(capsys: pytest.CaptureFixture[str]) -> None:
     assert "mixtral, 46.7 B parameters" in printed and "corpora not found" in printed
 
 
-def test_what_is_scored_and_kept_is_counted() -> None:
-    """The models that all jobs score, and the checkpoints that are kept."""
+def test_the_checkpoints_that_are_kept_are_counted() -> None:
     mixtral, spec = model_config("mixtral-8x7b"), ClusterSpec(nodes=4)
     base = {"unlearning__steps": 100, "unlearning__save_every": 10, "distributed__ep": 8}
     base |= {"unlearning__forget_loss": "graddiff"}  # it holds the whole model
     plain = plan_model(mixtral, run_config(**base), spec)
-    assert plain.evaluated == 2
-    curve = {"unlearning__keep": 6, "evaluation__models": {"gold": "gold"}}
+    curve = {"unlearning__keep": 6}
     config = run_config(**base, **curve).model_copy(update={"variants": {"even": {"calibration.rule": "uniform"}}})
     planned = plan_model(mixtral, config, spec)
     kept = config.unlearning.kept_steps(100)
     assert kept == [50, 60, 70, 80, 90, 100]
-    assert planned.evaluated == 2 + 2
-    assert planned.evaluate_bytes == planned.evaluated * plain.evaluate_bytes / 2
     more = planned.storage_bytes - 2 * plain.storage_bytes
     assert more == pytest.approx(2 * (len(kept) - 2) * plain.checkpoint_bytes)
 
@@ -686,8 +563,3 @@ def test_every_option_of_the_command_reaches_the_cluster(monkeypatch: pytest.Mon
         app(["plan", "wmdp_cyber", "mixtral_8x7b", *words])
     assert ended.value.code == 0
     assert given == [ClusterSpec(**{fields.get(name, name): value for name, value in options.items()})]
-
-
-def test_planning_imports_no_torch() -> None:
-    code = "import sys, trace_ds.cluster.plan_view; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -78,9 +78,9 @@ def checked(group: str, name: str, find: Callable[[], object], fix: str = "") ->
 
 def guarded(group: str, name: str, function: Callable[[], Iterable[Check]]) -> list[Check]:
     """The checks ``function`` yields; an error on the way becomes one more, so the others still report."""
-    found: list[Check] = []
-    end = checked(group, name, lambda: found.extend(function()))
-    return found if end.status == "OK" else [*found, end]
+    results: list[Check] = []
+    end = checked(group, name, lambda: results.extend(function()))
+    return results if end.status == "OK" else [*results, end]
 
 
 def first_line(text: str) -> str:
@@ -97,25 +97,26 @@ def gigabytes(number: float) -> str:
 def nearest_directory(path: Path) -> Path | None:
     """``path`` or its nearest parent that exists; None when that is not a directory."""
     absolute = Path(os.path.abspath(path))
-    found = next(place for place in (absolute, *absolute.parents) if place.exists())
-    return found if found.is_dir() else None
+    nearest = next(place for place in (absolute, *absolute.parents) if place.exists())
+    return nearest if nearest.is_dir() else None
 
 
 def requirements() -> list[Requirement]:
     """What this package needs on this Python, without its extras; nothing when it is not installed."""
-    found: list[Requirement] = []
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        found = [Requirement(text) for text in importlib.metadata.requires(PACKAGE) or []]
-    return [need for need in found if need.marker is None or need.marker.evaluate({"extra": ""})]
+    try:
+        needs = [Requirement(text) for text in importlib.metadata.requires(PACKAGE) or []]
+    except importlib.metadata.PackageNotFoundError:
+        return []
+    return [need for need in needs if need.marker is None or need.marker.evaluate({"extra": ""})]
 
 
 def installed_versions() -> dict[str, str]:
     """The versions of the packages that this one needs, as far as they are there."""
-    found = {}
+    versions = {}
     for need in requirements():
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[need.name] = importlib.metadata.version(need.name)
-    return found
+            versions[need.name] = importlib.metadata.version(need.name)
+    return versions
 
 
 def python_checks() -> Iterator[Check]:
@@ -162,11 +163,6 @@ def accelerator_checks(config: Config | None) -> Iterator[Check]:
         yield judged(group, f"GPU {index}", good, f"{detail}, torch {torch.__version__}", fix, "WARN")
 
 
-def host_name() -> str:
-    """What the host's name resolves to: gloo and NCCL connect by it."""
-    return f"resolves to {socket.gethostbyname(socket.gethostname())}"
-
-
 def port_check(port: str) -> Check:
     """Whether the job's rendezvous port can be bound."""
     name, fix = "rendezvous port", "set MASTER_PORT to a free port from 1024 to 65535"
@@ -185,13 +181,14 @@ def compiler_checks(config: Config) -> Iterator[Check]:
     """A C compiler, where Triton compiles the kernels of expert parallelism."""
     import torch
 
-    if config.distributed.ep != 1 and torch.cuda.is_available():
-        header = Path(sysconfig.get_path("include")) / "Python.h"
-        compiler = os.environ.get("CC") or shutil.which("clang") or shutil.which("gcc")
-        absent = [f"no {what}" for what, there in (("C compiler", compiler), (header, header.is_file())) if not there]
-        detail = f"{' and '.join(absent)}: Triton compiles AutoEP's kernels on the GPU node" if absent else compiler
-        fix = "apt-get install gcc python3-dev, TRACE_DS_MODULES=gcc in the site file, or distributed.ep: 1"
-        yield judged("compiler", "C compiler for Triton", not absent, str(detail), fix)
+    if config.distributed.ep == 1 or not torch.cuda.is_available():
+        return
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    compiler = os.environ.get("CC") or shutil.which("clang") or shutil.which("gcc")
+    absent = [f"no {part}" for part, there in (("C compiler", compiler), (header, header.is_file())) if not there]
+    detail = f"{' and '.join(absent)}: Triton compiles AutoEP's kernels on the GPU node" if absent else compiler
+    fix = "apt-get install gcc python3-dev, TRACE_DS_MODULES=gcc in the site file, or distributed.ep: 1"
+    yield judged("compiler", "C compiler for Triton", not absent, str(detail), fix)
 
 
 def capacity_checks(config: Config | None, processes: int, needed_bytes: float | None) -> Iterator[Check]:
@@ -237,13 +234,14 @@ def storage_checks(run_dir: Path, needed_bytes: float | None) -> Iterator[Check]
             for content in (bytes(PROBE_BYTES), b"new"):
                 publish(path, content)
             yield judged(group, "run directory", path.read_bytes() == b"new", f"{home} is writable", fix)
-            status: Status = "WARN"
             try:
                 with locked(path):
                     problem = lock_problem(path)
+                yield judged(
+                    group, "locks", not problem, problem or "flock excludes a second holder", LOCKS_FIX, "WARN"
+                )
             except OSError as error:
-                problem, status = f"flock fails ({error.strerror})", "MISS"
-            yield judged(group, "locks", not problem, problem or "flock excludes a second holder", LOCKS_FIX, status)
+                yield Check(group, "locks", "MISS", f"flock fails ({error.strerror})", LOCKS_FIX)
     except OSError as error:
         yield Check(group, "run directory", "MISS", f"{home} cannot be written ({error.strerror})", fix)
         return
@@ -314,13 +312,8 @@ def run_check(config: Config, run_dir: Path, world_size: int | None) -> str:
     Args:
         world_size: processes of the job when a launcher started it; None: `run` would start them here.
     """
-    from trace_ds.run import artefact
     from trace_ds.run.directory import RunDirectory
     from trace_ds.stages.pipeline import Request, check_early
 
-    run = RunDirectory.at(run_dir)
-    for verb in ("run",) if run.parent is None else ("calibrate", "unlearn", "evaluate"):  # in a variant's directory
-        check_early(verb, Request(config, run), world_size, download=False)
-    if run.parent is not None:
-        artefact.load(run.data, "data", verify=False)
+    check_early("run", Request(config, RunDirectory.at(run_dir)), world_size, download=False)
     return f"{len(config.evaluation.tasks)} tasks, {len(config.variants)} variants"

@@ -35,8 +35,8 @@ from typing import TYPE_CHECKING, Any
 
 from trace_ds.cluster import checks
 from trace_ds.cluster.checks import Check, Status, checked, guarded, judged
+from trace_ds.cluster.job import ClusterSpec
 from trace_ds.cluster.plan import RunPlan, plan
-from trace_ds.cluster.spec import ClusterSpec
 from trace_ds.cluster.submit import site_file
 from trace_ds.config.schema import Config
 from trace_ds.corpora.sources import only_looking
@@ -103,7 +103,8 @@ def machine_checks(config: Config | None) -> list[Check]:
     """Software, accelerators and network of this machine: what may keep it out of a job."""
     found = guarded("python", "packages", checks.python_checks)
     found += guarded("accelerators", "torch", lambda: checks.accelerator_checks(config))
-    found.append(checked("network", "host name", checks.host_name, "add this host's name to /etc/hosts"))
+    resolved = functools.partial(socket.gethostbyname, socket.gethostname())  # gloo and NCCL connect by it
+    found.append(checked("network", "host name", resolved, "add this host's name to /etc/hosts"))
     found.append(checked("SLURM", "site settings", lambda: site_file() or "none"))
     return found if config is None else found + guarded("compiler", "compiler", lambda: checks.compiler_checks(config))
 
@@ -250,33 +251,30 @@ def bandwidth_checks(ranks: JoinedRanks) -> Iterator[Check]:
     import torch
 
     local_rank, backend = int(os.environ.get("LOCAL_RANK", "0")), "gloo"
-    result: dict[str, float] = {}
-    reason = ""
-    if not all(ranks.world.gather(local_rank < torch.cuda.device_count())):
-        result = time_collectives(torch.device("cpu"))
-    else:
-        os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")  # one that hangs raises; else it kills the process
-        backend = f"NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}"
-        torch.cuda.set_device(local_rank)
-        try:
+    device, group, reason, speeds = torch.device("cpu"), None, "", {}
+    try:
+        if all(ranks.world.gather(local_rank < torch.cuda.device_count())):
+            os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")  # one that hangs raises; else it kills the process
+            backend, device = f"NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}", torch.device("cuda", local_rank)
+            torch.cuda.set_device(device)
             timeout = timedelta(minutes=NCCL_TIMEOUT_MINUTES)
             group = torch.distributed.new_group(backend="nccl", timeout=timeout)
-            result = time_collectives(torch.device("cuda", local_rank), group)
-        except Exception as error:
-            reason = checks.first_line(str(error)) or type(error).__name__
-    for rank, text in enumerate(ranks.world.gather(reason)):
-        if text:
-            fix = "NCCL_DEBUG=WARN shows NCCL's own reason; name the network: NCCL_SOCKET_IFNAME, NCCL_IB_HCA"
-            yield Check("collectives", backend, "MISS", f"rank {rank} on {ranks.nodes[rank]}: {text}", fix)
-            return
+        speeds = time_collectives(device, group)
+    except Exception as error:
+        reason = checks.first_line(str(error)) or type(error).__name__
+    failed = ((rank, text) for rank, text in enumerate(ranks.world.gather(reason)) if text)
+    for rank, text in failed:
+        fix = "NCCL_DEBUG=WARN shows NCCL's own reason; name the network: NCCL_SOCKET_IFNAME, NCCL_IB_HCA"
+        yield Check("collectives", backend, "MISS", f"rank {rank} on {ranks.nodes[rank]}: {text}", fix)
+        return
     where = f"{ranks.world.size} ranks on {len(set(ranks.nodes))} nodes, {SIZE_BYTES >> 20} MiB, correct"
-    for name, speed in result.items():
+    for name, speed in speeds.items():
         yield Check("collectives", f"{backend} {name}", "OK", f"{speed / 1e9:.2f} GB/s bus bandwidth, {where}")
 
 
-def time_collectives(device: Any, group: Any = None) -> dict[str, float]:
+def time_collectives(device: Any, group: Any) -> dict[str, float]:
     """Bus bandwidth (bytes/s, as in NVIDIA's nccl-tests: ``2 (n-1)/n`` times the size over the time for an all-reduce,
-    ``(n-1)/n`` for an all-to-all) over a process group of all ranks, by default the default one; the best of several.
+    ``(n-1)/n`` for an all-to-all); the best of several.
 
     Raises:
         RuntimeError: a collective gave a wrong result.
@@ -286,54 +284,52 @@ def time_collectives(device: Any, group: Any = None) -> dict[str, float]:
 
     rank, world = distributed.get_rank(), distributed.get_world_size()
     elements = SIZE_BYTES // 4 // world * world
-    result = {}
-    for name, factor in (("all-reduce", 2.0), ("all-to-all", 1.0)):
-        best_s = float("inf")
+    speeds = {}
+    for name, factor in (("all-reduce", 2), ("all-to-all", 1)):
+        times_s = []
         for _ in range(REPEATS):
             sent = torch.full((elements,), float(rank + 1), device=device)
-            received = torch.empty_like(sent)
+            received = sent if factor == 2 else torch.empty_like(sent)
             distributed.barrier(group)
             start = time.perf_counter()
-            if name == "all-reduce":
+            if factor == 2:
                 distributed.all_reduce(sent, group=group)
             else:
                 distributed.all_to_all_single(received, sent, group=group)
             if device.type == "cuda":
                 torch.cuda.synchronize()
-            best_s = min(best_s, time.perf_counter() - start)
-        if name == "all-reduce":
-            correct = bool((sent == world * (world + 1) / 2).all())
-        else:
-            blocks = received.view(world, -1)
-            correct = all(bool((blocks[peer] == peer + 1).all()) for peer in range(world))
-        if not correct:
+            times_s.append(time.perf_counter() - start)
+        peers = torch.arange(1, world + 1, device=device)
+        expected = peers.sum() if factor == 2 else peers[:, None]
+        if not bool((received.view(world, -1) == expected).all()):
             raise RuntimeError(f"the {name} gave a wrong result")
-        result[name] = factor * (world - 1) / world * elements * 4 / best_s
-    return result
+        speeds[name] = factor * (world - 1) / world * elements * 4 / min(times_s)
+    return speeds
 
 
 def sameness_checks(ranks: JoinedRanks, config: Config | None) -> Iterator[Check]:
     """Versions, model, tokenizer and corpora are the same on every node, compared by content."""
     facts = _facts(config) if ranks.first_on_node else {}
-    every = {node: found for node, found in zip(ranks.nodes, ranks.world.gather(facts), strict=True) if found}
-    for name in dict.fromkeys(name for found in every.values() for name in found):
+    by_node = {node: facts for node, facts in zip(ranks.nodes, ranks.world.gather(facts), strict=True) if facts}
+    for name in dict.fromkeys(name for facts in by_node.values() for name in facts):
         values: dict[str, list[str]] = {}
-        for node, found in every.items():
-            values.setdefault(found.get(name, "not there"), []).append(node)
-        same = f"the same on {len(every)} nodes ({next(iter(values))[:40]})"
-        differs = "differs: " + "; ".join(f"{', '.join(nodes)}: {value[:40]}" for value, nodes in values.items())
+        for node, facts in by_node.items():
+            values.setdefault(facts.get(name, "not there"), []).append(node)
+        detail = f"the same on {len(by_node)} nodes ({next(iter(values))[:40]})"
+        if len(values) > 1:
+            detail = "differs: " + "; ".join(f"{', '.join(nodes)}: {value[:40]}" for value, nodes in values.items())
         fix = "keep it on storage that all nodes share, or copy it to the nodes again"
         if name == "versions":
             fix = "start every node from one environment on shared storage (TRACE_DS_VENV or TRACE_DS_CONTAINER)"
-        yield judged("nodes", name, len(values) == 1, same if len(values) == 1 else differs, fix)
+        yield judged("nodes", name, len(values) == 1, detail, fix)
 
 
 def _facts(config: Config | None) -> dict[str, str]:
-    """{what: its value, or hash, on this node}; what cannot be read is left to the node's own checks."""
+    """Values and hashes of what should be alike on all nodes, by name; what cannot be read is left to the node's own
+    checks."""
     from trace_ds.corpora.sources import files_here
     from trace_ds.corpora.tokenizer import tokenizer_fingerprint
     from trace_ds.models.families import inspect_model
-    from trace_ds.run.files import canonical_json, sha256_text
     from trace_ds.tensors.model_files import sample_sha256
 
     versions = ", ".join(f"{name} {version}" for name, version in checks.installed_versions().items())
@@ -347,8 +343,8 @@ def _facts(config: Config | None) -> dict[str, str]:
     for side in config.data.sides:
         for entry in config.data.corpus(side):
             with contextlib.suppress(Exception):
-                found = [sample_sha256(path) for path in files_here(entry, f"data.{side}")]
-                facts[f"{side}: {entry.place}"] = found[0] if len(found) == 1 else sha256_text(canonical_json(found))
+                hashes = [sample_sha256(path) for path in files_here(entry, f"data.{side}")]
+                facts[f"{side}: {entry.place}"] = " ".join(hashes)
     return facts
 
 

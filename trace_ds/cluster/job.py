@@ -1,7 +1,13 @@
-"""What the cost model needs to know of a run: its configuration, resolved for one model and one cluster."""
+"""What the cost model needs to know of a run: the cluster, and the configuration resolved for one model on it.
+
+Units: GB = 1e9 bytes, bandwidths in GB/s per GPU and direction, as rated. A cluster's defaults are nodes of eight H100
+SXM GPUs (NVIDIA's data sheet: 80 GB, 989 TFLOP/s dense bf16, NVLink 450 GB/s each way) with one 400 Gb/s network port
+per GPU (50 GB/s); those of storage and host memory are placeholders.
+"""
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
@@ -9,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from trace_ds.cluster.architecture import Architecture
-from trace_ds.cluster.spec import ClusterSpec
 from trace_ds.config.schema import Config
 from trace_ds.config.sections.finetune import FinetuneSettings
 from trace_ds.config.sections.unlearning import UnlearningConfig
@@ -17,6 +22,7 @@ from trace_ds.errors import UserError
 from trace_ds.tensors.model_files import read_json_object
 from trace_ds.unlearning.needs import FrozenNeeds, layers_held, micro_batches_together
 
+GB = 1e9
 DTYPE_BYTES = {"bf16": 2, "fp32": 4}
 BYTES_PER_TOKEN = 4  # of English text; for the length of `collect` before the corpora are tokenised
 
@@ -27,14 +33,47 @@ def ceil_div(total: int, parts: int) -> int:
 
 
 @dataclass(frozen=True)
+class ClusterSpec:
+    """What the cluster offers; see the module's docstring for units and defaults.
+
+    Attributes:
+        gpu_memory_gb: memory of one GPU; ``reserved_gb`` of it is taken by the CUDA context, NCCL and
+            fragmentation.
+        tflops: dense bf16 peak of one GPU.
+        storage_gb_s: of the shared file system, over all nodes together.
+        host_memory_gb: of one node.
+    """
+
+    nodes: int = 1
+    gpus_per_node: int = 8
+    gpu_memory_gb: float = 80.0
+    tflops: float = 989.0
+    intra_gb_s: float = 450.0
+    inter_gb_s: float = 50.0
+    storage_gb_s: float = 10.0
+    host_memory_gb: float = 1000.0
+    reserved_gb: float = 5.0
+
+    @property
+    def world(self) -> int:
+        return self.nodes * self.gpus_per_node
+
+    @property
+    def usable_bytes(self) -> float:
+        """Memory of one GPU that tensors may fill."""
+        return max(self.gpu_memory_gb - self.reserved_gb, 0.0) * GB
+
+
+@dataclass(frozen=True)
 class ZeroSettings:
-    """The keys of a DeepSpeed configuration that decide memory, with DeepSpeed 0.19.8's defaults."""
+    """The keys of a DeepSpeed configuration that decide memory, with DeepSpeed 0.19.8's defaults; None: chosen by the
+    model (models/engine.py:stage3_limits)."""
 
     stage: int = 3
     reduce_bucket_size: int = 500_000_000
-    stage3_prefetch_bucket_size: int = 50_000_000
-    stage3_max_live_parameters: int = 1_000_000_000
-    stage3_max_reuse_distance: int = 1_000_000_000
+    stage3_prefetch_bucket_size: int | None = None
+    stage3_max_live_parameters: int | None = None
+    stage3_max_reuse_distance: int | None = None
     sub_group_size: int = 1_000_000_000
     offload_optimizer: bool = False
     offload_param: bool = False
@@ -107,7 +146,7 @@ class PlannedJob:
     def b(self) -> int:
         return DTYPE_BYTES[self.config.model.dtype]
 
-    @property
+    @functools.cached_property
     def held(self) -> Architecture:
         """What the job loads, trains and saves of the model."""
         if isinstance(self.settings, FinetuneSettings):

@@ -24,15 +24,11 @@ from trace_ds.cluster.job import Passes, PlannedJob, ZeroSettings
 MASTER_BYTES = 12  # fp32 copy and two Adam moments
 STEP_BYTES = 4  # fp32 gradient of the sub-group being stepped; fused AdamW has no temporary
 LOGIT_BYTES = 10  # beside the logits: log-softmax in fp32 (4), its gradient (4), the logits' gradient (b, 2 in bf16)
-FROZEN_LOGIT_BYTES = (
-    12  # beside the frozen model's logits: their log-softmax, its exponential and the difference in fp32
-)
+FROZEN_LOGIT_BYTES = 12  # beside the frozen model's logits: log-softmax, its exponential and the difference in fp32
 LOGITS_PER_CHUNK = 1 << 26  # elements, as in trace_ds/unlearning/forward.py and trace_ds/models/token_nll.py
 CHUNKS_PER_PRODUCT = 4  # as in trace_ds/unlearning/forward.py
 WORKING_SHARE = 0.25  # of what a layer saved, again in its backward pass: measured 0 to 0.1, the rest is our margin
 IMBALANCE = 1.5  # the busiest rank's share of the routed tokens over the mean; our margin, not measured
-
-
 LOADING_FACTOR = 1.3  # at most; docs/plan.md has what was measured
 
 
@@ -74,18 +70,26 @@ def rank_parameters(a: Architecture, ep: int) -> float:
 
 def largest_layer(a: Architecture, ep: int) -> float:
     """Elements of the largest decoder layer as one rank sees it (its share of the experts)."""
-    return max(
-        a.layer_parameters(layer, experts=False) + (a.experts * a.expert_parameters / ep if a.is_moe(layer) else 0)
-        for layer in range(a.layers)
-    )
+    return max(block.non_expert + block.experts / ep for block in a.blocks)
+
+
+def reuse_distance(a: Architecture, zero: ZeroSettings) -> int:
+    """Elements that ZeRO-3 keeps gathered for their next use (models/engine.py:stage3_limits)."""
+    chosen = min(2 * _largest_block(a), 1_000_000_000)
+    limits = (zero.stage3_max_live_parameters, zero.stage3_max_reuse_distance)
+    return min(chosen if limit is None else limit for limit in limits)
+
+
+def _largest_block(a: Architecture) -> int:
+    return max(a.outside.embedding, *(block.total for block in a.blocks))
 
 
 def gathered_parameters(a: Architecture, ep: int, zero: ZeroSettings) -> float:
     """Elements of whole parameters that ZeRO-3 holds at a time: the layer at work and the prefetched ones, or
     what is kept for its next use near the turn from forward to backward."""
-    working = largest_layer(a, ep) + zero.stage3_prefetch_bucket_size
-    kept = min(zero.stage3_max_live_parameters, zero.stage3_max_reuse_distance)
-    return min(rank_parameters(a, ep), max(working, kept))
+    prefetched = zero.stage3_prefetch_bucket_size
+    working = largest_layer(a, ep) + (min(_largest_block(a), 50_000_000) if prefetched is None else prefetched)
+    return min(rank_parameters(a, ep), max(working, reuse_distance(a, zero)))
 
 
 def saved_bytes_per_token(a: Architecture, layer: int, b: int, ep: int = 1) -> float:
@@ -97,7 +101,7 @@ def saved_bytes_per_token(a: Architecture, layer: int, b: int, ep: int = 1) -> f
     norms += 2 * (4 - b) * a.hidden if a.family == "qwen3_5_moe_text" else 0  # scaled before the cast back
     if a.family in MULTI_LATENT:  # the norms of the latents, and the router's fp32 copy of its input
         norms += (4 + 2 * b) * a.attention_norms + (4 * a.hidden if b < 4 and a.is_moe(layer) else 0)
-    attention: float = b * (a.query_width + a.key_width + a.value_width + _output_width(a)) + 4 * a.heads
+    attention: float = b * (a.query_width + a.key_width + a.value_width + a.output_width) + 4 * a.heads
     if layer in a.linear.layers:
         attention = _linear_attention_bytes(a.linear, b)
     elif a.family == "qwen3_5_moe_text":  # the output's gate, and the norms of queries and keys
@@ -117,16 +121,11 @@ def _linear_attention_bytes(linear: LinearAttention, b: int) -> float:
     return 4 * linear.value_heads * per_head + 2 * b * linear.mixed
 
 
-def _output_width(a: Architecture) -> int:
-    """Elements of the attention's output per token, all heads."""
-    return a.value_width // a.kv_heads * a.heads
-
-
 def collect_memory(job: PlannedJob, rows: int) -> Memory:
     """``collect``: a forward pass over ``rows`` rows with whole parameters and 1/ep of the experts on a GPU."""
     a, b, ep, tokens = job.a, job.b, job.ep, rows * job.context
     logit_tokens = _chunk(a, tokens) if job.config.statistics.nll else 0  # whose logits exist at a time
-    moving = max(a.hidden, a.dense_width if a.dense_layers else 0)
+    moving = max(a.hidden, a.dense_width)
     compute = {
         "activations": tokens * ((4 + 4 * b) * moving + a.top_k * b * (2 * a.hidden + 3 * a.expert_width)),
         "all-to-all buffers": _exchange_bytes(a, tokens, ep, b),

@@ -3,19 +3,19 @@
     plan(config, ClusterSpec(nodes=4)).unlearn.memory.peak_bytes
 
 Everything follows from the model's ``config.json``, the run's configuration and the cluster's numbers:
-parameters by kind (:mod:`trace_ds.cluster.architecture`), memory by part (:mod:`~trace_ds.cluster.memory`),
-bytes moved and a lower bound of time (:mod:`~trace_ds.cluster.cost`). No torch, no weights, no GPU: it answers in well
-under a second. The cost model and what of it was checked against measurements is written down in ``docs/plan.md``.
+parameters by kind (:mod:`trace_ds.cluster.architecture`), memory by part (:mod:`~trace_ds.cluster.memory`), and here
+bytes moved, files, and a lower bound of time: the rated peak of every resource, all of them at work at the same time.
+``docs/plan.md`` has the cost model and what of it was measured.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from trace_ds.cluster import cost, memory
+from trace_ds.cluster import memory
 from trace_ds.cluster.architecture import (
     Architecture,
     Parameters,
@@ -23,14 +23,13 @@ from trace_ds.cluster.architecture import (
     count_parameters,
     read_architecture,
 )
-from trace_ds.cluster.job import PlannedJob, ceil_div, corpus_tokens
-from trace_ds.cluster.spec import GB, ClusterSpec
+from trace_ds.cluster.job import GB, ClusterSpec, PlannedJob, ceil_div, corpus_tokens
 from trace_ds.config.compose import fragment_of, published_config, published_config_path
 from trace_ds.config.load import variants_of
 from trace_ds.config.schema import Config
-from trace_ds.config.sections.finetune import TARGET, FinetuneSettings
-from trace_ds.errors import UserError
+from trace_ds.config.sections.finetune import FinetuneSettings
 from trace_ds.hub.models import is_whole
+from trace_ds.models.engine_config import RANKS_SUMMED_IN_BF16
 from trace_ds.models.families import FAMILIES, ModelInfo, check_expert_parallel
 from trace_ds.stages.inputs import with_expert_parallel_sizes
 from trace_ds.tensors.model_files import CONFIG_NAME, read_model_config, read_model_directory
@@ -48,9 +47,21 @@ ASSUMPTIONS = (
 
 
 @dataclass(frozen=True)
+class Traffic:
+    """One kind of collective in one step: GPUs that take part, bytes that one of them receives, and seconds at rated
+    speed on the links inside and between nodes."""
+
+    name: str
+    group: int
+    received_bytes: float
+    intra_s: float
+    inter_s: float
+
+
+@dataclass(frozen=True)
 class StagePlan:
-    """One distributed stage: memory of a GPU, the largest micro-batch that fits, bytes moved and a lower bound of the
-    time of one step (``collect``: one batch); ``loaded_bytes`` are what all ranks read of the model.
+    """One distributed stage: memory of a GPU, the largest micro-batch that fits, bytes moved and the least seconds of
+    one step (``collect``: one batch) by resource.
 
     ``steps`` is None when the length of the stage is not known.
     """
@@ -59,15 +70,24 @@ class StagePlan:
     memory: memory.Memory
     fits: bool
     largest_rows: int
-    traffic: list[cost.Traffic]
-    time: cost.StepTime
+    traffic: list[Traffic]
+    resources_s: dict[str, float]
     steps: int | None
-    loaded_bytes: float
+
+    @property
+    def step_s(self) -> float:
+        """Lower bound of one step; everything else hides behind the slowest resource at best."""
+        return max(self.resources_s.values())
+
+    @property
+    def bound(self) -> str:
+        """The resource that dominates."""
+        return max(self.resources_s, key=self.resources_s.__getitem__)
 
     @property
     def at_least_s(self) -> float | None:
         """Lower bound of the stage's steps; None when its length is not known."""
-        return None if self.steps is None else self.steps * self.time.at_least_s
+        return None if self.steps is None else self.steps * self.step_s
 
 
 @dataclass(frozen=True)
@@ -86,10 +106,14 @@ class Choice:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """The answer; ``choices`` are ranked (what fits by the bytes that a GPU receives in a step, then by files of a
-    checkpoint; the rest by memory); ``variants`` are the ``unlearn`` of each, by name, ``finetune`` the job of each
-    model that is made first; storage is that of all jobs; ``evaluated`` are the models that all jobs score,
-    ``evaluate_bytes`` is what is read for it, and ``evaluation_peak_bytes`` what a model takes of each GPU."""
+    """The answer.
+
+    Attributes:
+        stages: ``collect``, ``unlearn``, and by name the fine-tunings that come first and the ``unlearn`` of variants.
+        recomputed_peak_bytes: the peak of ``unlearn`` if activations were recomputed.
+        storage_bytes: of all jobs. evaluation_peak_bytes: what a scored model takes of a GPU.
+        choices: what fits by the bytes that a GPU receives in a step, then by files; the rest by memory.
+    """
 
     family: str
     parameters: Parameters
@@ -97,20 +121,23 @@ class RunPlan:
     cluster: ClusterSpec
     ep: int
     zero_stage: int
-    collect: StagePlan
-    unlearn: StagePlan
-    finetune: dict[str, StagePlan]
-    variants: dict[str, StagePlan]
+    stages: dict[str, StagePlan]
     recomputed_peak_bytes: float
     checkpoint_bytes: float
     checkpoint_files: int
     storage_bytes: float
     host_bytes: float
     evaluation_peak_bytes: float
-    evaluated: int
-    evaluate_bytes: float
     choices: list[Choice]
     warnings: list[str]
+
+    @property
+    def collect(self) -> StagePlan:
+        return self.stages["collect"]
+
+    @property
+    def unlearn(self) -> StagePlan:
+        return self.stages["unlearn"]
 
 
 def plan(config: Config, cluster: ClusterSpec) -> RunPlan:
@@ -143,22 +170,26 @@ def plan_model(
         with_expert_parallel_sizes(each, model_config, cluster.world, cluster.gpus_per_node)
         for each in (config, *variants_of(config).values())
     )
-    job, *others = (PlannedJob.of(a, cluster, each) for each in (config, *variants))
-    for each in (job, *others):
+    job, *others = unlearning = [PlannedJob.of(a, cluster, each) for each in (config, *variants)]
+    for each in unlearning:
         _check(each)
-    unlearn = _training(job)
-    made = config.finetune.models if config.finetune is not None else {}
-    settings = FinetuneSettings.of(config.finetune, config.unlearning) if config.finetune is not None else None
-    making = {name: PlannedJob.of(a, cluster, config, settings) for name in made}
+    stages = {"collect": _collect(job), "unlearn": _training(job)}
+    saving = [(each, each.held, len(each.settings.kept_steps(each.steps() or 1))) for each in unlearning]
+    if (finetune := config.finetune) is not None:
+        for name, corpora in finetune.models.items():
+            making = PlannedJob.of(a, cluster, config, FinetuneSettings.of(finetune, config.unlearning))
+            stages[f"finetune of {name}"] = _training(making, corpora)
+            saving.append((making, a, making.settings.keep))
+    stages |= {f"unlearn of {name}": _training(each) for name, each in zip(config.variants, others, strict=True)}
     every = count_parameters(a)
     sizes = [size for size in range(1, a.experts + 1) if a.experts % size == 0 and cluster.world % size == 0]
-    training = (job, *others)
-    kept = [len(each.settings.kept_steps(each.steps() or 1)) for each in training]
-    saving = [(each, each.held, number) for each, number in zip(training, kept, strict=True)]
-    saving += [(each, a, each.settings.keep) for each in making.values()]
-    # a run's variants take the scores of the models that they share from it
-    references = {*config.evaluation.models, *made} - {TARGET}
-    evaluated, model_bytes = 1 + len(references) + len(kept), every.total * job.b
+    choices = [_choice(replace(job, ep=ep, zero=replace(job.zero, stage=stage))) for ep in sizes for stage in (1, 2, 3)]
+    choices.sort(
+        key=lambda choice: (
+            not choice.fits,
+            *((choice.received_bytes, choice.checkpoint_files) if choice.fits else (choice.peak_bytes, 0)),
+        )
+    )
     result = RunPlan(
         family=a.family,
         parameters=every,
@@ -166,11 +197,8 @@ def plan_model(
         cluster=cluster,
         ep=job.ep,
         zero_stage=job.zero.stage,
-        collect=_collect(job),
-        unlearn=unlearn,
-        finetune={name: _training(making[name], corpora) for name, corpora in made.items()},
-        variants={name: _training(each) for name, each in zip(config.variants, others, strict=True)},
-        recomputed_peak_bytes=memory.unlearn_memory(job, unlearn.rows, recompute=True).peak_bytes,
+        stages=stages,
+        recomputed_peak_bytes=memory.unlearn_memory(job, stages["unlearn"].rows, recompute=True).peak_bytes,
         checkpoint_bytes=checkpoint_bytes(job, job.held),
         checkpoint_files=checkpoint_files(job, job.held),
         storage_bytes=sum(
@@ -178,19 +206,7 @@ def plan_model(
         ),
         host_bytes=memory.host_bytes(job),
         evaluation_peak_bytes=evaluation_peak_bytes(job, config.evaluation.ep, config.evaluation.zero_stage),
-        evaluated=evaluated,
-        evaluate_bytes=evaluated * model_bytes,
-        choices=sorted(
-            (
-                _choice(replace(job, ep=size, zero=replace(job.zero, stage=stage)))
-                for size in sizes
-                for stage in (1, 2, 3)
-            ),
-            key=lambda choice: (
-                not choice.fits,
-                *((choice.received_bytes, choice.checkpoint_files) if choice.fits else (choice.peak_bytes, 0)),
-            ),
-        ),
+        choices=choices,
         warnings=[],
     )
     result.warnings.extend(_warnings(job, result, sizes))
@@ -199,59 +215,143 @@ def plan_model(
 
 def _check(job: PlannedJob) -> None:
     a, cluster = job.a, job.spec
-    if min(cluster.nodes, cluster.gpus_per_node) < 1:
-        raise UserError("the cluster has no GPU", "--nodes, --gpus-per-node", "give both as 1 or more")
     info = ModelInfo(Path(), FAMILIES[a.family], {}, a.experts, a.top_k, a.layers, "")
     check_expert_parallel(info, job.ep, cluster.world)
     check_expert_parallel(info, job.config.evaluation.ep, cluster.world, "evaluation.ep")
 
 
+# Bytes moved, and time
+
+
+def forward_flops_per_token(a: Architecture, context: int, *, layers: int | None = None, head: bool = True) -> float:
+    """Model FLOPs of one token's forward pass through the first ``layers`` layers (default all) and the head."""
+    total = 0.0
+    for layer, block in enumerate(a.blocks[:layers]):
+        attended = context * (a.query_width + a.output_width)
+        if layer in a.linear.layers:  # a head's state is read twice and written once
+            attended = 3 * a.linear.value_heads * a.linear.key_width * a.linear.value_width
+        total += 2 * (block.non_expert + block.experts * a.top_k / a.experts + attended)
+    return total + (2 * a.hidden * a.vocabulary if head else 0)
+
+
+def collective(
+    spec: ClusterSpec, name: str, group: int, local: int, size_bytes: float, times: float, *, exchange: bool = False
+) -> Traffic:
+    """``times`` collectives among ``group`` GPUs, ``local`` of them on each node.
+
+    Rings (all-gather or reduce-scatter, of ``size_bytes`` gathered), where what a node needs comes in once, through the
+    ports of all its GPUs; or, with ``exchange``, all-to-all, in which each GPU holds ``size_bytes``.
+    """
+    between = size_bytes * (1 - local / group) / (1 if exchange else local)
+    within = size_bytes * ((local - 1 if exchange else (group - 1) * (local > 1)) / group)
+    intra_s, inter_s = within / (spec.intra_gb_s * GB), between / (spec.inter_gb_s * GB)
+    return Traffic(name, group, times * size_bytes * (group - 1) / group, times * intra_s, times * inter_s)
+
+
+def _all_to_all(job: PlannedJob, tokens: float, times: float) -> Traffic:
+    """Tokens to their experts or back, so many times: among ``ep`` consecutive ranks."""
+    size_bytes, local = tokens * job.a.top_k * job.a.hidden * job.b, min(job.ep, job.spec.gpus_per_node)
+    return collective(job.spec, "all-to-all of tokens", job.ep, local, size_bytes, times, exchange=True)
+
+
+def training_traffic(job: PlannedJob) -> list[Traffic]:
+    """One step of a training job on every GPU.
+
+    ZeRO-3 gathers every layer of the pass for the forward and again for the backward pass, and once more for the
+    recomputation when a layer is too large to be kept until its backward pass; gradients are reduce-scattered in
+    every pass. ZeRO-1 and -2 all-reduce gradients (a reduce-scatter and an all-gather; DeepSpeed's default at stage 2
+    too), stage 2 in every pass, and all-gather the updated parameters once per step.
+    """
+    a, spec, ep, zero, run = job.held, job.spec, job.ep, job.zero, job.passes()
+    passes, rows = job.micro_batches()
+    wider = 4 / job.b if spec.world > RANKS_SUMMED_IN_BF16 else 1
+    again = job.settings.recompute and memory.largest_layer(a, ep) > memory.reuse_distance(a, zero)
+    frozen = a.first(run.frozen_layers) if run.frozen_stays else None
+    traffic: list[Traffic] = []
+
+    def rings(kind: str, group: int, local: int, size_of: Callable[[Parameters], float]) -> None:
+        """Those of the parameters that a group of GPUs shares: experts, or all others."""
+
+        def ring(name: str, size_bytes: float, times: float) -> None:
+            traffic.append(collective(spec, name.format(kind), group, local, size_bytes, times))
+
+        whole = size_of(count_parameters(a)) * job.b
+        ran = whole if run.head else size_of(count_parameters(a.first(run.layers))) * job.b
+        if zero.stage == 3:
+            copy = size_of(count_parameters(frozen)) * job.b if frozen else 0.0
+            gathered = (3 if again else 2) * ran + copy * ceil_div(passes, run.frozen_together) / passes
+            ring("all-gather of {}parameters", gathered, passes)
+            ring("reduce-scatter of {}gradients", ran * wider, passes)
+        else:
+            ring("all-reduce of {}gradients", whole * wider, 2 * (passes if zero.stage == 2 else 1))
+            ring("all-gather of {}parameters", whole, 1)
+
+    same_experts = spec.world // ep  # GPUs, `ep` apart
+    rings("", spec.world, spec.gpus_per_node, lambda every: every.non_expert)
+    local = min(max(spec.gpus_per_node // ep, 1), same_experts)
+    rings("expert ", same_experts, local, lambda every: every.experts / ep)
+    # dispatch and combine: forward and backward (and recomputation, and the frozen copy)
+    through: float = sum(map(a.is_moe, range(run.layers))) * (3 if job.settings.recompute else 2)
+    through += frozen.moe_layers * run.frozen_share if frozen else 0
+    traffic.append(_all_to_all(job, rows * job.context, through * 2 * passes))
+    return [entry for entry in traffic if entry.received_bytes]
+
+
+# Stages
+
+
+def _stage(
+    job: PlannedJob,
+    rows: int,
+    used: Callable[[int], memory.Memory],
+    traffic: list[Traffic],
+    flops: float,
+    *,
+    sides: int = 1,
+    steps: int | None,
+) -> StagePlan:
+    """A stage whose step takes ``rows`` rows of all ``sides`` on a GPU at a time; ``used``: memory of so many rows."""
+    limit, needed = job.spec.usable_bytes, used(rows)
+    largest = _largest(lambda number: used(sides * number).peak_bytes, limit)
+    resources_s = {
+        "compute": flops / (job.spec.tflops * 1e12),
+        "links inside a node": sum(entry.intra_s for entry in traffic),
+        "links between nodes": sum(entry.inter_s for entry in traffic),
+    }
+    return StagePlan(rows, needed, needed.peak_bytes <= limit, largest, traffic, resources_s, steps)
+
+
 def _collect(job: PlannedJob) -> StagePlan:
-    a, spec, rows = job.a, job.spec, job.config.statistics.batch_rows
-    tokens, corpus = rows * job.context, corpus_tokens(job.config)
-    used = memory.collect_memory(job, rows)
-    traffic = cost.collect_traffic(job, tokens)
-    flops = cost.forward_flops_per_token(a, job.context, head=job.config.statistics.nll)
-    time = cost.step_time(job, traffic, flops=flops * tokens, weights=memory.rank_parameters(a, job.ep))
-    return StagePlan(
-        rows=rows,
-        memory=used,
-        fits=used.peak_bytes <= spec.usable_bytes,
-        largest_rows=_largest(lambda n: memory.collect_memory(job, n).peak_bytes, spec.usable_bytes),
-        traffic=traffic,
-        time=time,
-        steps=None if corpus is None else max(ceil_div(corpus, tokens * spec.world), 1),
-        loaded_bytes=_loaded_bytes(job, a, whole=True),
+    rows, corpus = job.config.statistics.batch_rows, corpus_tokens(job.config)
+    tokens = rows * job.context
+    traffic = [_all_to_all(job, tokens, 2 * job.a.moe_layers)] if job.ep > 1 else []
+    flops = forward_flops_per_token(job.a, job.context, head=job.config.statistics.nll) * tokens
+    steps = None if corpus is None else max(ceil_div(corpus, tokens * job.spec.world), 1)
+    return _stage(
+        job,
+        rows,
+        lambda number: memory.collect_memory(job, number),
+        traffic,
+        flops,
+        steps=steps,
     )
 
 
 def _training(job: PlannedJob, corpora: list[str] | None = None) -> StagePlan:
     """``unlearn``, or the fine-tuning of one model on ``corpora``."""
-    a, spec, (passes, rows) = job.held, job.spec, job.micro_batches()
-    run, tokens, sides = job.passes(), rows * job.context * passes, len(job.rows_per_step)
-    used = memory.unlearn_memory(job, rows)
-    traffic = cost.unlearn_traffic(job)
-    flops = cost.forward_flops_per_token(a, job.context, layers=run.layers, head=run.head)
-    frozen_flops, weights = 0.0, 2 * memory.rank_parameters(a if run.head else a.first(run.layers), job.ep)
+    (passes, rows), run, sides = job.micro_batches(), job.passes(), len(job.rows_per_step)
+    flops = 3 * forward_flops_per_token(job.held, job.context, layers=run.layers, head=run.head)
     if run.frozen_stays:
-        frozen_flops = cost.forward_flops_per_token(a, job.context, layers=run.frozen_layers, head=run.frozen_head)
-        weights += memory.rank_parameters(a.first(run.frozen_layers), job.ep)
-    time = cost.step_time(
+        copy = forward_flops_per_token(job.a, job.context, layers=run.frozen_layers, head=run.frozen_head)
+        flops += copy * run.frozen_share
+    return _stage(
         job,
-        traffic,
-        flops=(frozen_flops * run.frozen_share + 3 * flops) * tokens,
-        weights=weights * passes,
-        optimized=count_parameters(a).total / spec.world,
-    )
-    return StagePlan(
-        rows=rows,
-        memory=used,
-        fits=used.peak_bytes <= spec.usable_bytes,
-        largest_rows=_largest(lambda n: memory.unlearn_memory(job, sides * n).peak_bytes, spec.usable_bytes),
-        traffic=traffic,
-        time=time,
+        rows,
+        lambda number: memory.unlearn_memory(job, number),
+        training_traffic(job),
+        flops * rows * job.context * passes,
+        sides=sides,
         steps=job.steps(corpora),
-        loaded_bytes=_loaded_bytes(job, a, whole=job.zero.stage < 3) * (2 if run.frozen_layers else 1),
     )
 
 
@@ -266,13 +366,6 @@ def checkpoint_files(job: PlannedJob, saved: Architecture) -> int:
     if job.zero.stage == 3:
         return 2 * job.spec.world
     return job.spec.world + 1 + (saved.moe_layers * saved.experts if job.ep > 1 else 0)
-
-
-def _loaded_bytes(job: PlannedJob, loaded: Architecture, *, whole: bool) -> float:
-    """What all ranks read from the shared storage: each its partition, else (``whole``) its experts and all that is not
-    an expert."""
-    elements = job.spec.world * memory.rank_parameters(loaded, job.ep) if whole else count_parameters(loaded).total
-    return elements * job.b
 
 
 def evaluation_peak_bytes(job: PlannedJob, ep: int, zero_stage: int) -> float:
@@ -327,22 +420,18 @@ def _largest(peak_bytes: Any, limit_bytes: float) -> int:
 def _warnings(job: PlannedJob, result: RunPlan, sizes: list[int]) -> list[str]:
     """What the user should know before pressing enter."""
     spec, settings, warnings = job.spec, job.config.unlearning, []
-    usable = f"{spec.usable_bytes / GB:.0f} GB usable on a GPU"
-    for name, stage in (("collect", result.collect), ("unlearn", result.unlearn)):
-        if not stage.fits:
-            needs = f"{name} needs {stage.memory.peak_bytes / GB:.0f} GB of {usable}"
-            if name == "unlearn" and not settings.recompute and result.recomputed_peak_bytes <= spec.usable_bytes:
-                needs += " (it fits with unlearning.recompute)"
-            if stage.largest_rows:
-                key = "statistics.batch_rows" if name == "collect" else "unlearning.micro_batch_rows"
-                warnings.append(f"{needs}: set {key} to {stage.largest_rows} or less")
-            else:
-                warnings.append(f"{needs}, and even one row does not fit: {_way_out(result, name)}")
-    for name, stage in (result.finetune | {f"unlearn of variant {k}": v for k, v in result.variants.items()}).items():
-        if not stage.fits:
-            what = f"finetune of {name}" if name in result.finetune else name
-            most = f": set finetune.micro_batch_rows to {stage.largest_rows} or less" if name in result.finetune else ""
-            warnings.append(f"{what} needs {stage.memory.peak_bytes / GB:.0f} GB of {usable}{most}")
+    for name, stage in result.stages.items():
+        if stage.fits:
+            continue
+        needs = f"{name} needs {stage.memory.peak_bytes / GB:.0f} GB of {spec.usable_bytes / GB:.0f} GB usable on a GPU"
+        if name == "unlearn" and not settings.recompute and result.recomputed_peak_bytes <= spec.usable_bytes:
+            needs += " (it fits with unlearning.recompute)"
+        if stage.largest_rows:
+            section = "finetune" if name.startswith("finetune") else "unlearning"
+            key = "statistics.batch_rows" if name == "collect" else f"{section}.micro_batch_rows"
+            warnings.append(f"{needs}: set {key} to {stage.largest_rows} or less")
+        else:
+            warnings.append(f"{needs}, and even one row does not fit: {_way_out(result, name)}")
     world_rows = min(settings.forget_rows, settings.retain_rows)
     if world_rows < spec.world:
         warnings.append(
@@ -376,8 +465,10 @@ def _warnings(job: PlannedJob, result: RunPlan, sizes: list[int]) -> list[str]:
 def _way_out(result: RunPlan, name: str) -> str:
     """What would fit, for a stage that does not."""
     for choice in result.choices:
-        if name == "unlearn" and choice.fits:
+        if name.startswith("unlearn") and choice.fits:
             return f"--set distributed.ep={choice.ep} --set unlearning.zero_stage={choice.zero_stage} fits"
         if name == "collect" and choice.collect_fits:
             return f"--set distributed.ep={choice.ep} fits"
-    return "nothing fits on this cluster: use shorter rows (data.context_length), more nodes, or GPUs with more memory"
+    return (
+        "no choice fits on this cluster: use shorter rows (data.context_length), more nodes, or GPUs with more memory"
+    )

@@ -8,9 +8,9 @@ from typing import Any
 
 from rich.table import Table
 
+from trace_ds.cluster.job import GB, ClusterSpec
 from trace_ds.cluster.memory import PHASES
 from trace_ds.cluster.plan import ASSUMPTIONS, MAX_ROWS, RunPlan, StagePlan, plan
-from trace_ds.cluster.spec import GB, ClusterSpec
 from trace_ds.config.schema import Config
 from trace_ds.terminal import duration, narrow_table, size, wide_console
 
@@ -31,13 +31,10 @@ def as_dict(result: RunPlan) -> dict[str, Any]:
     """The plan as JSON-ready values, with the totals that are properties of its parts."""
     value = asdict(result)
     value["parameters"]["total"], value["active"]["total"] = result.parameters.total, result.active.total
-    stages = [(value["collect"], result.collect), (value["unlearn"], result.unlearn)]
-    for key in ("finetune", "variants"):
-        stages += [(value[key][name], stage) for name, stage in getattr(result, key).items()]
-    for entry, stage in stages:
+    for name, stage in result.stages.items():
+        entry = value["stages"][name]
         entry["memory"]["peak_bytes"] = stage.memory.peak_bytes
-        entry["time"].update(at_least_s=stage.time.at_least_s, bound=stage.time.bound)
-        entry["at_least_s"] = stage.at_least_s
+        entry.update(step_s=stage.step_s, bound=stage.bound, at_least_s=stage.at_least_s)
     value["assumptions"] = list(ASSUMPTIONS)
     return value
 
@@ -55,16 +52,14 @@ def print_plan(result: RunPlan) -> None:
     console.print(_parameters(result))
     console.print(_memory(result))
     console.print(_traffic(result))
-    console.print(_time(result))
-    if result.variants or result.finetune:
+    if len(result.stages) > 2:
         console.print(_jobs(result))
     console.print(_choices(result))
     for line in (
         f"\ncheckpoint {size(result.checkpoint_bytes)} in {result.checkpoint_files:,} files (at "
         f"{spec.storage_gb_s:g} GB/s {_storage_time(result, result.checkpoint_bytes)} at least); the run needs "
         f"{size(result.storage_bytes)} of storage and {size(result.host_bytes)} of host memory a node",
-        f"evaluate: {result.evaluated} models, {size(result.evaluate_bytes)} to read "
-        f"({_storage_time(result, result.evaluate_bytes)} at least), {size(result.evaluation_peak_bytes)} a GPU",
+        f"evaluate: {size(result.evaluation_peak_bytes)} a GPU",
     ):
         console.print(line, highlight=False)
     for warning in result.warnings:
@@ -113,27 +108,14 @@ def _memory(result: RunPlan) -> Table:
 
 
 def _traffic(result: RunPlan) -> Table:
-    table = _table("Bytes one GPU receives", "collective", "GPUs", "a step", "in nodes", "between")
+    """Bytes moved, and the least seconds of a step."""
+    table = _table("A step (collect: a batch) of one GPU", "", "GPUs", "received", "time at least")
     for name, stage in (("collect", result.collect), ("unlearn", result.unlearn)):
         for entry in stage.traffic:
-            table.add_row(
-                f"{name}: {entry.name}",
-                str(entry.group),
-                size(entry.received_bytes),
-                duration(entry.intra_s),
-                duration(entry.inter_s),
-            )
-    return table
-
-
-def _time(result: RunPlan) -> Table:
-    table = _table("Time at least (rated peaks, everything overlapped)", "", "collect, a batch", "unlearn, a step")
-    stages: tuple[StagePlan, StagePlan] = (result.collect, result.unlearn)
-    for name in result.collect.time.resources:
-        table.add_row(name, *(duration(stage.time.resources[name]) for stage in stages))
-    table.add_row("bound by", *(stage.time.bound for stage in stages))
-    table.add_row("a step", *(duration(stage.time.at_least_s) for stage in stages))
-    table.add_row("all steps", *(_stage_time(stage) for stage in stages))
+            seconds = duration(max(entry.intra_s, entry.inter_s))
+            table.add_row(f"{name}: {entry.name}", str(entry.group), size(entry.received_bytes), seconds)
+        table.add_row(f"{name}: bound by {stage.bound}", "", "", duration(stage.step_s))
+        table.add_row(f"{name}: all steps", "", "", _stage_time(stage))
     return table
 
 
@@ -148,11 +130,10 @@ def _stage_time(stage: StagePlan) -> str:
 def _jobs(result: RunPlan) -> Table:
     """The models that are made first, the run's own ``unlearn`` and that of each variant."""
     table = _table("Training jobs", "", "fits", "peak", "all steps, at least")
-    jobs = {f"finetune: {name}": job for name, job in result.finetune.items()}
-    jobs |= {"the run": result.unlearn, **result.variants}
-    for name, job in jobs.items():
-        table.add_row(name, "yes" if job.fits else "NO", size(job.memory.peak_bytes), _stage_time(job))
-    table.add_row(f"all {len(jobs)}", "", "", duration(sum(job.at_least_s or 0 for job in jobs.values())))
+    jobs = {name: stage for name, stage in result.stages.items() if name != "collect"}
+    for name, stage in jobs.items():
+        table.add_row(name, "yes" if stage.fits else "NO", size(stage.memory.peak_bytes), _stage_time(stage))
+    table.add_row(f"all {len(jobs)}", "", "", duration(sum(stage.at_least_s or 0 for stage in jobs.values())))
     return table
 
 

@@ -24,8 +24,8 @@ from pathlib import Path
 
 import trace_ds
 from trace_ds.cluster import architecture
+from trace_ds.cluster.job import ClusterSpec
 from trace_ds.cluster.plan import model_config_of, plan
-from trace_ds.cluster.spec import ClusterSpec
 from trace_ds.config.load import dump_yaml
 from trace_ds.config.schema import Config
 from trace_ds.errors import UserError
