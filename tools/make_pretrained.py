@@ -60,9 +60,8 @@ from trace_ds.demo.corpora import Document, Side, entangled, read_verses, retain
 from trace_ds.demo.facts import PACKAGES, Fact, Record, read_records
 from trace_ds.errors import UserError
 from trace_ds.evaluation.items import ChoiceItem
-from trace_ds.evaluation.kinds import evaluate_choice, evaluate_perplexity
+from trace_ds.evaluation.kinds import Outcome, evaluate_choice, evaluate_perplexity
 from trace_ds.evaluation.language_model import LanguageModel, ModelSettings, loaded
-from trace_ds.evaluation.outcome import Outcome
 from trace_ds.models.host_memory import keep_freed_memory
 from trace_ds.run import ours
 from trace_ds.run.files import canonical_json, replacing_directory, sha256_text, write_json
@@ -443,7 +442,7 @@ def _by_kind(outcomes: Iterable[Outcome]) -> dict[str, dict[str, float]]:
 
 def _perplexities(model: LanguageModel, texts: Texts) -> dict[str, float]:
     outcomes = {
-        k: evaluate_perplexity(model, [ReadDocument(text, k) for text in v], 128) for k, v in texts.heldout.items()
+        k: evaluate_perplexity(model, [ReadDocument(text, k) for text in v], 128, k) for k, v in texts.heldout.items()
     }
     return {kind: round(outcome.metrics()["perplexity"], 3) for kind, outcome in outcomes.items()}
 

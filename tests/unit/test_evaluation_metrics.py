@@ -22,7 +22,7 @@ from trace_ds.corpora.dataset import TokenDataset, write_rows
 from trace_ds.corpora.pack import PackingCounts, pack
 from trace_ds.corpora.read import Document
 from trace_ds.errors import UserError
-from trace_ds.evaluation import drift, kinds, membership, metrics
+from trace_ds.evaluation import drift, kinds, metrics, retrained
 from trace_ds.evaluation.items import ChoiceItem, QuestionItem, VerbatimItem, read_task
 from trace_ds.evaluation.language_model import LanguageModel, TokenScores
 from trace_ds.evaluation.tasks import run_task
@@ -231,7 +231,7 @@ def test_perplexity_equals_brute_force(model: LanguageModel) -> None:
     """Every token but the first of a document is predicted once, in windows that share one; the mean is over tokens,
     not documents."""
     documents = [Document(item.prompt + " " + " ".join(item.choices), item.source) for item in random_questions(9)]
-    result = kinds.evaluate_perplexity(model, documents, 7)
+    result = kinds.evaluate_perplexity(model, documents, 7, "here")
     total, count = 0.0, 0
     for document in documents:
         ids = model.encode_document(document.text)
@@ -301,14 +301,14 @@ def test_membership_scores_by_hand() -> None:
         np.array([-2, -2, -2, -2, -3], dtype=np.float32),
         np.array([1, 1, 2, 2, 0], dtype=np.float32),
     )
-    found = membership.member_scores(scores, "text")
+    found = retrained.member_scores(scores, "text")
     assert found["loss"] == -3.0
     assert found["zlib"] == -15 / len(zlib.compress(b"text"))
     assert found["min_k"] == -4.5  # the two lowest of five
     assert found["min_k_plus"] == -2.0  # of 1, -3, 0, -1, 0
-    assert membership.auc(np.array([3.0, 2.0]), np.array([2.0, 1.0])) == (3 + 0.5) / 4  # a tie counts half
-    assert membership.priv_leak(1.0) == -100.0  # every forget text looks like a member: not unlearned
-    assert math.isclose(membership.priv_leak(0.85, 0.48), 100 * (0.15 - 0.52) / 0.52)
+    assert retrained.auc(np.array([3.0, 2.0]), np.array([2.0, 1.0])) == (3 + 0.5) / 4  # a tie counts half
+    assert retrained.priv_leak(1.0) == -100.0  # every forget text looks like a member: not unlearned
+    assert math.isclose(retrained.priv_leak(0.85, 0.48), 100 * (0.15 - 0.52) / 0.52)
 
 
 def test_membership_aucs_equal_scikit_learn(model: LanguageModel, tmp_path: Path) -> None:
@@ -323,7 +323,7 @@ def test_membership_aucs_equal_scikit_learn(model: LanguageModel, tmp_path: Path
     outcome = run_task(model, task, max_new_tokens=4, context_length=64)
     values = {score["metric"]: score for score in outcome.scores}
     assert values["priv_leak"]["value"] is None and values["priv_leak"]["n"] == 16
-    for attack in membership.ATTACKS:
+    for attack in retrained.ATTACKS:
         scores, labels = zip(*[(item[attack], item["member"]) for item in outcome.items], strict=True)
         assert values[f"auc_{attack}"]["value"] == pytest.approx(roc_auc_score(labels, scores), abs=1e-12)
         assert values[f"auc_{attack}"]["direction"] == "reference"
@@ -334,13 +334,13 @@ def test_priv_leak_is_measured_against_the_retrained_model_or_says_that_it_is_no
     task = {"name": "mia", "type": "membership", "path": forget, "holdout": holdout, "role": "forget"}
     evaluate(case.config(tasks=[task], drift=False), case.run)
     scores = {name: {s["metric"]: s for s in case.result(name)["scores"]} for name in ("gold", "original", "unlearned")}
-    retrained = scores["gold"]["auc_min_k"]["value"]
+    gold_auc = scores["gold"]["auc_min_k"]["value"]
     assert scores["gold"]["priv_leak"]["value"] == 0.0
     for found in scores.values():
-        theirs = 1 - retrained  # MUSE's AUC counts holdout above member
+        theirs = 1 - gold_auc  # MUSE's AUC counts holdout above member
         expected = 100 * ((1 - found["auc_min_k"]["value"]) - theirs) / theirs
         assert found["priv_leak"]["value"] == pytest.approx(expected)
-        assert found["priv_leak"]["note"] == f"AUC of the retrained model gold: {retrained:.4f}"
+        assert found["priv_leak"]["note"] == f"AUC of the retrained model gold: {gold_auc:.4f}"
         assert found["auc_loss"]["reference"] == scores["gold"]["auc_loss"]["value"]
     evaluate(case.config(tasks=[task], drift=False, models={}), case.run)
     found = {s["metric"]: s for s in case.result("unlearned")["scores"]}

@@ -154,7 +154,7 @@ def test_perplexity_differs_from_the_harness_by_the_end_of_each_document(tmp_pat
     nll = {}
     for add_eos in (True, False):
         with loaded(str(path), tokenizer, ModelSettings("fp32", True, add_eos, 4)) as model:
-            outcome = evaluate_perplexity(model, [Document(text, "") for text in texts], 64)
+            outcome = evaluate_perplexity(model, [Document(text, "") for text in texts], 64, "here")
             nll[add_eos] = float(outcome.columns["nll"].sum())
             ended = [(*model.encode(text), tokenizer.eos_token_id) for text in texts]
             ends = model.score([Sequence(ids, len(ids) - 1) for ids in ended])

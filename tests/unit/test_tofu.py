@@ -13,20 +13,20 @@ from stage_calls import evaluate
 from test_evaluation_models import opened, save_model
 from test_evaluation_stage import Case, case, text, write_lines  # noqa: F401
 
-from trace_ds.evaluation import tofu
+from trace_ds.evaluation import retrained
 from trace_ds.evaluation.items import TofuItem
 
 
 def test_the_definitions_by_hand() -> None:
-    assert tofu.truth_ratio(0.4, np.array([0.1, 0.2, 0.3])) == pytest.approx(0.5)
+    assert retrained.truth_ratio(0.4, np.array([0.1, 0.2, 0.3])) == pytest.approx(0.5)
     # the harmonic mean of 1, 1/2 and 1/4 is 3 / (1 + 2 + 4)
-    assert tofu.model_utility([1, 0.5, 0.25]) == pytest.approx(3 / 7)
-    assert tofu.model_utility([1, 0.5, 0]) == 0
+    assert retrained.model_utility([1, 0.5, 0.25]) == pytest.approx(3 / 7)
+    assert retrained.model_utility([1, 0.5, 0]) == 0
     # two samples of three without overlap: of the C(6, 3) = 20 ways to deal them two are as extreme
-    assert tofu.forget_quality([0.1, 0.2, 0.3], [1, 2, 3]) == pytest.approx(0.1)
-    assert tofu.forget_quality([0.1, 2, 0.3], [2, 0.3, 0.1]) == 1
+    assert retrained.forget_quality([0.1, 0.2, 0.3], [1, 2, 3]) == pytest.approx(0.1)
+    assert retrained.forget_quality([0.1, 2, 0.3], [2, 0.3, 0.1]) == 1
     # three of four words are there: recall 3/4, whatever else is said; "books" and "book" are one stem
-    assert tofu.rouge_l_recall("he wrote four books", "she wrote four book and more") == 0.75
+    assert retrained.rouge_l_recall("he wrote four books", "she wrote four book and more") == 0.75
 
 
 def items(generator: np.random.Generator, paraphrased: bool) -> list[TofuItem]:
@@ -56,7 +56,7 @@ def test_a_models_scores_equal_brute_force(paraphrased: bool, tmp_path: Path) ->
         return math.exp(sum(found) / len(found))
 
     with opened(save_model(tmp_path / "model")) as model, torch.inference_mode():
-        outcome = tofu.evaluate_tofu(model, asked, 6, "here")
+        outcome = retrained.evaluate_tofu(model, asked, 6, "here")
         for number, item in enumerate(asked):
             true = per_token(model, item, item.answer)
             false = [per_token(model, item, answer) for answer in item.false]
@@ -67,7 +67,7 @@ def test_a_models_scores_equal_brute_force(paraphrased: bool, tmp_path: Path) ->
             assert log["truth_ratio"] == pytest.approx(ratio, rel=1e-5)
             assert outcome.columns["probability"][number] == pytest.approx(share, rel=1e-5)
             assert outcome.columns["truth"][number] == pytest.approx(max(0, 1 - ratio), abs=1e-5)
-            expected = tofu.rouge_l_recall(item.answer, log["continuation"])
+            expected = retrained.rouge_l_recall(item.answer, log["continuation"])
             assert outcome.columns["rouge_l_recall"][number] == expected
     assert len({log["continuation"] for log in outcome.logs}) > 1 and 0 < outcome.metrics()["truth"] < 1
 
@@ -97,11 +97,11 @@ def test_through_the_stage(case: Case) -> None:  # noqa: F811
     for name, scores in found.items():
         assert {key for key in scores if key[1] == "forget_quality"} == {("forgotten", "forget_quality")}
         quality = scores["forgotten", "forget_quality"]
-        assert quality["value"] == tofu.forget_quality(ratios[name], ratios["gold"])
+        assert quality["value"] == retrained.forget_quality(ratios[name], ratios["gold"])
         assert (quality["direction"], scores["forgotten", "truth"]["direction"]) == ("higher", "lower")
-        six = [scores[task, metric]["value"] for task in ("kept", "world") for metric in tofu.KNOWN]
-        assert scores["kept", "model_utility"]["value"] == tofu.model_utility(six)
-        assert scores["world", "model_utility"]["value"] == tofu.model_utility(six)
+        six = [scores[task, metric]["value"] for task in ("kept", "world") for metric in retrained.KNOWN]
+        assert scores["kept", "model_utility"]["value"] == retrained.model_utility(six)
+        assert scores["world", "model_utility"]["value"] == retrained.model_utility(six)
     assert found["gold"]["forgotten", "forget_quality"]["value"] == 1
     evaluate(case.config(tasks=tasks, drift=False, models={}), case.run)
     score = next(s for s in case.result("unlearned")["scores"] if s["metric"] == "forget_quality")

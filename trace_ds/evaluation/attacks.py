@@ -1,4 +1,4 @@
-"""Is the knowledge gone, or only out of sight? Two attacks on an unlearned model, told by its forget scores.
+"""Is the knowledge gone, or only out of sight? Two attacks on an unlearned model, measured by its forget scores.
 
 **Relearning**: fine-tune the model for a few steps on a small share of the forget corpus and score in between. What was
 hidden comes back in a few steps, and facts that were not in the share come back with it; a model that never knew
@@ -11,7 +11,7 @@ know. So forget queries are sent through other experts than the model's router a
 token's first expert, ``without_critical`` the forget-critical experts of the calibration, ``original_routing`` takes
 the original model's choice for the very same tokens (choice tasks only). Score: ``forced_METRIC``, the highest of them.
 Our own attack; the gate weights are recomputed from the router's logits for the experts taken, by the router's own
-rule (softmax or sigmoid, normalised or not, scaled), which is found by trying it.
+rule (softmax or sigmoid, normalised or not, scaled), which is detected by trying it.
 
 Both scores have the range, direction and chance of the metric they attack; close to the unattacked score is best.
 
@@ -62,15 +62,12 @@ Decide = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]  # (layer, lo
 def relearn(
     language_model: LanguageModel, forget: TokenDataset, settings: RelearningConfig, seed: int, score: Callable[[], Any]
 ) -> dict[str, Any]:
-    """Fine-tune the loaded model (which is changed) on a share of the forget rows.
+    """Fine-tune the loaded model (which is changed) on a share of the forget rows; ``score`` is called before the first
+    step, every :data:`SCORE_EVERY` steps and after the last.
 
     A model that is sharded was loaded to be trained (``engine``), and the processes share out the rows of a step. Of
     several that each hold all of it the main one trains; the others get its weights before each scoring, so that all
     score one model (copies trained apart would differ on GPUs, whose sums have no fixed order).
-
-    Args:
-        forget: the run's forget dataset.
-        score: called before the first step and every :data:`SCORE_EVERY` steps, and after the last.
 
     Returns:
         ``rows`` (how many were trained on) and ``curve``: [{"step", "loss", "scores"}], loss in nats per token.
@@ -91,20 +88,13 @@ def relearn(
     for step in range(settings.steps):
         chosen = order.at(step)
         if engine is not None:
-            assert world is not None
-            share = share_of_rank(chosen, world.rank, world.size, 1, -(-len(chosen) // world.size))[0].tolist()
-            tokens = int(forget.counted_per_row()[chosen].sum())
-            data = CorpusStep([forget.batch(share, 0)], tokens)
-            engine.train()
             try:
-                loss = run_step(engine, world, data, NextToken(), training_settings(settings), step)["loss"]
+                loss = _sharded_step(language_model, forget, chosen, settings, step)
             except NumericalFailure:  # on all processes
                 curve.append({"step": step + 1, "loss": None, "scores": {}})  # as of a whole model that diverged
                 break
-            finally:
-                engine.eval()
         elif optimizer is not None:
-            loss = _relearning_step(language_model, optimizer, forget.batch(chosen.tolist(), 0))
+            loss = _whole_step(language_model, optimizer, forget.batch(chosen.tolist(), 0))
         if (step + 1) % SCORE_EVERY == 0 or step + 1 == settings.steps:
             if engine is None and world is not None and world.size > 1:
                 world.broadcast_tensors(whole.data for whole in model.parameters())
@@ -119,7 +109,22 @@ def training_settings(settings: RelearningConfig, zero_stage: Literal[1, 3] = 1)
     return TrainingConfig(zero_stage=zero_stage, optimizer=optimizer)
 
 
-def _relearning_step(language_model: LanguageModel, optimizer: torch.optim.Optimizer, batch: Batch) -> torch.Tensor:
+def _sharded_step(
+    language_model: LanguageModel, forget: TokenDataset, chosen: np.ndarray, settings: RelearningConfig, step: int
+) -> float:
+    """One step of the engine on a share of the ``chosen`` rows (collective); returns the loss in nats per token."""
+    world, engine = language_model.world, language_model.engine
+    assert world is not None
+    share = share_of_rank(chosen, world.rank, world.size, 1, -(-len(chosen) // world.size))[0].tolist()
+    data = CorpusStep([forget.batch(share, 0)], int(forget.counted_per_row()[chosen].sum()))
+    engine.train()
+    try:
+        return float(run_step(engine, world, data, NextToken(), training_settings(settings), step)["loss"])
+    finally:
+        engine.eval()
+
+
+def _whole_step(language_model: LanguageModel, optimizer: torch.optim.Optimizer, batch: Batch) -> torch.Tensor:
     """One step of fine-tuning; returns its loss in nats per token, a scalar on the device."""
     model, device = language_model.model, language_model.device
     model.train()
@@ -149,12 +154,11 @@ class GateRule:
         return self.scale * (gates_TK / gates_TK.sum(-1, keepdim=True) if self.normalised else gates_TK)
 
 
-def gate_rule(router: nn.Module) -> GateRule:
-    """The rule of a router, found by trying a copy of it on random weights and hidden states; reads no weights.
-
-    Raises:
-        UserError: none of the rules known fits.
-    """
+def gate_rule(router: Any) -> GateRule:
+    """The rule of a router: AutoEP's says it, others are tried, as a copy on random weights and hidden states (reads no
+    weights). UserError: none of the rules known fits."""
+    if autoep.is_autoep_router(router):
+        return GateRule(router.score_func, router.route_norm, router.route_scale)
     # accelerate's hooks, on a model spread over devices, hold the weights of the model and bring them back
     hooks: dict[int, Any] = {id(m._hf_hook): None for m in router.modules() if hasattr(m, "_hf_hook")}
     trial = copy.deepcopy(router, hooks).to_empty(device="cpu").float()
@@ -176,18 +180,8 @@ def gate_rule(router: nn.Module) -> GateRule:
             scale = float(ratio_TK.median())
             if bool(((ratio_TK / scale - 1).abs() < TRIAL_TOLERANCE).all()):
                 return GateRule(function, normalised, scale)
-    raise UserError(
-        f"the gate weights of {type(router).__name__} follow no rule that is known",
-        "evaluation.expert_forcing",
-        "switch the attack off for this family",
-    )
-
-
-def _rule_of(router: Any) -> GateRule:
-    """The rule of a router in a model: AutoEP's says it."""
-    if autoep.is_autoep_router(router):
-        return GateRule(router.score_func, router.route_norm, router.route_scale)
-    return gate_rule(router)
+    problem = f"the gate weights of {type(router).__name__} follow no rule that is known"
+    raise UserError(problem, "evaluation.expert_forcing", "switch the attack off for this family")
 
 
 def check_forcing(path: str | Path) -> None:
@@ -198,17 +192,14 @@ def check_forcing(path: str | Path) -> None:
 
 @contextlib.contextmanager
 def forced(model: nn.Module, decide: Decide) -> Iterator[None]:
-    """Inside the block every router sends its tokens to the experts that ``decide`` names, with their own gate weights.
-
-    Raises:
-        UserError: as in :func:`gate_rule`.
-    """
+    """Inside the block every router sends its tokens to the experts that ``decide`` names, with their own gate
+    weights."""
     routers = find_routers(model)
     plain = routers
     if not autoep.is_autoep_router(routers[0]) and any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         # a copy of a router whose weights lie on other ranks computes nothing
         plain = find_routers(without_data(model.config))
-    rules = {kind: _rule_of(router) for kind, router in {type(router): router for router in plain}.items()}
+    rules = {kind: gate_rule(router) for kind, router in {type(router): router for router in plain}.items()}
 
     def hook_for(layer: int) -> Callable[..., Any]:
         def hook(router: Any, inputs: Any, output: Any) -> Any:
@@ -271,9 +262,7 @@ class Decisions:
 
         def decide(layer: int, logits_TE: torch.Tensor, indices_TK: torch.Tensor) -> torch.Tensor:
             taken = to_device(torch.from_numpy(next(passes).astype(np.int64)), logits_TE.device)
-            if taken.shape != indices_TK.shape:
-                seen, wanted = tuple(indices_TK.shape), tuple(taken.shape)
-                raise ValueError(f"the original model read {wanted} tokens, this one {seen}")
+            assert taken.shape == indices_TK.shape
             return taken
 
         return decide
@@ -301,19 +290,14 @@ class Attacks:
     data: Artefact | None
 
     def score(self, model: LanguageModel, tasks: list[Task]) -> dict[str, float | None]:
-        """``{"TASK METRIC": value}``; all None when the model under attack has diverged."""
+        """``{"TASK METRIC": value}``; nothing of a task on which the model under attack has diverged."""
         scores: dict[str, float | None] = {}
         for task in tasks:
-            try:
-                outcome = run_task(
-                    model,
-                    task,
-                    max_new_tokens=self.settings.max_new_tokens,
-                    context_length=self.context_length,
+            with contextlib.suppress(Diverged):
+                result = run_task(
+                    model, task, max_new_tokens=self.settings.max_new_tokens, context_length=self.context_length
                 )
-            except Diverged:
-                continue
-            scores |= {f"{score['task']} {score['metric']}": score["value"] for score in outcome.scores}
+                scores |= {f"{score['task']} {score['metric']}": score["value"] for score in result.scores}
         return scores
 
     def forget_tasks(self) -> list[Task]:
@@ -333,20 +317,19 @@ class Attacks:
     def forced(
         self, model: LanguageModel, tasks: list[Task], original: dict[str, Decisions]
     ) -> dict[str, dict[str, float | None]]:
-        """Scores by kind: unforced (``none``), and under every kind of forcing that can be done."""
-        ways: dict[str, Decide] = {"without_first": without_first}
+        """Scores unforced (``none``) and under every kind of forcing that can be done."""
+        by_kind = {"none": self.score(model, tasks)}
+        with forced(model.model, without_first):
+            by_kind["without_first"] = self.score(model, tasks)
         critical_LE = critical_experts(self.run)
         if critical_LE is not None and critical_LE.any():
-            ways["without_critical"] = without_experts(critical_LE)
-        by_way = {"none": self.score(model, tasks)}
-        for way, decide in ways.items():
-            with forced(model.model, decide):
-                by_way[way] = self.score(model, tasks)
+            with forced(model.model, without_experts(critical_LE)):
+                by_kind["without_critical"] = self.score(model, tasks)
         for task in tasks:  # each from its own beginning: a model that diverges stops in the middle of one
             if task.config.name in original:
                 with forced(model.model, original[task.config.name].repeat()):
-                    by_way.setdefault("original_routing", {}).update(self.score(model, [task]))
-        return by_way
+                    by_kind.setdefault("original_routing", {}).update(self.score(model, [task]))
+        return by_kind
 
     def attack(self, model: LanguageModel, result: dict[str, Any], decisions: dict[str, Decisions]) -> None:
         """Add both attacks to a result; relearning comes last, since it changes the model."""
@@ -354,12 +337,11 @@ class Attacks:
         attacked: dict[str, dict[str, float | None]] = {}
         result["attacks"] = {}
         if self.settings.expert_forcing:
-            by_way = result["attacks"]["expert_forcing"] = self.forced(model, tasks, decisions)
-            forced = [scores for way, scores in by_way.items() if way != "none"]
-            attacked["forced"] = {
-                name: max((value for scores in forced if (value := scores.get(name)) is not None), default=None)
-                for name in by_way["none"]
-            }
+            by_kind = result["attacks"]["expert_forcing"] = self.forced(model, tasks, decisions)
+            attacked["forced"] = {}
+            for name in by_kind["none"]:
+                values = [scores.get(name) for kind, scores in by_kind.items() if kind != "none"]
+                attacked["forced"][name] = max((value for value in values if value is not None), default=None)
         if relearning is not None:
             assert self.data is not None
             forget = TokenDataset.open(self.data.file("forget.arrow"))

@@ -17,7 +17,6 @@ Shape legend: T counted tokens, L MoE layers, K = top-k, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +24,7 @@ import numpy as np
 import torch
 
 from trace_ds.corpora.dataset import TokenDataset
-from trace_ds.evaluation.language_model import LanguageModel
+from trace_ds.evaluation.language_model import Advance, LanguageModel
 from trace_ds.evaluation.metrics import DRIFT_ROWS
 from trace_ds.models.families import ModelInfo
 from trace_ds.parallel.device import to_device
@@ -45,26 +44,6 @@ class RoutingSample:
     rows: int
 
 
-def top_k_overlap(before_TK: np.ndarray, after_TK: np.ndarray) -> float:
-    """Mean of |A ∩ B| / K over tokens; the order within a token's K experts does not matter."""
-    if before_TK.shape != after_TK.shape or before_TK.size == 0:
-        raise ValueError(f"cannot compare {before_TK.shape} with {after_TK.shape}")
-    common_T = (before_TK[:, :, None] == after_TK[:, None, :]).any(2).sum(1)
-    return float(common_T.mean() / before_TK.shape[1])
-
-
-def selection_counts(indices_TK: np.ndarray, experts: int) -> np.ndarray:
-    """How often each expert was selected, int64 [E]."""
-    return np.bincount(indices_TK.reshape(-1), minlength=experts).astype(np.int64)
-
-
-def kl_divergence(before_E: np.ndarray, after_E: np.ndarray) -> float:
-    """KL(before ‖ after) in nats between selection counts, each smoothed by :data:`PSEUDO_COUNT`."""
-    from scipy.stats import entropy
-
-    return max(0.0, float(entropy(before_E + PSEUDO_COUNT, after_E + PSEUDO_COUNT)))
-
-
 def compare(before: RoutingSample, after: RoutingSample, experts: int) -> dict[str, Any]:
     """Drift between two samples of the same rows, JSON-ready; lists are indexed by MoE layer.
 
@@ -72,13 +51,22 @@ def compare(before: RoutingSample, after: RoutingSample, experts: int) -> dict[s
         rows, tokens, overlap [L], kl [L], overlap_mean, kl_mean, and the experts' frequencies (selections per
         counted token, each layer sums to K) frequency_before and frequency_after [L][E].
     """
+    from scipy.stats import entropy
+
     tokens, layers, top_k = before.indices_TLK.shape
-    if after.indices_TLK.shape != before.indices_TLK.shape:
-        raise ValueError(f"samples of {before.indices_TLK.shape} and {after.indices_TLK.shape}")
-    pairs = [(before.indices_TLK[:, layer], after.indices_TLK[:, layer]) for layer in range(layers)]
-    counts = [tuple(selection_counts(side_TK, experts) for side_TK in pair) for pair in pairs]
-    overlap_L = [top_k_overlap(*pair) for pair in pairs]
-    kl_L = [kl_divergence(*pair) for pair in counts]
+    overlap_L = []
+    for layer in range(layers):  # not all at once: tokens × layers × K² can be gigabytes
+        before_TK, after_TK = (side.indices_TLK[:, layer] for side in (before, after))
+        common_T = (before_TK[:, :, None] == after_TK[:, None, :]).any(2).sum(1)
+        overlap_L.append(float(common_T.mean() / top_k))
+    before_LE, after_LE = (
+        [np.bincount(side.indices_TLK[:, layer].reshape(-1), minlength=experts) for layer in range(layers)]
+        for side in (before, after)
+    )
+    kl_L = [
+        max(0.0, float(entropy(before_E + PSEUDO_COUNT, after_E + PSEUDO_COUNT)))
+        for before_E, after_E in zip(before_LE, after_LE, strict=True)
+    ]
     return {
         "rows": before.rows,
         "tokens": tokens,
@@ -87,8 +75,8 @@ def compare(before: RoutingSample, after: RoutingSample, experts: int) -> dict[s
         "kl": kl_L,
         "overlap_mean": float(np.mean(overlap_L)),
         "kl_mean": float(np.mean(kl_L)),
-        "frequency_before": [[round(float(n) / tokens, 6) for n in pair[0]] for pair in counts],
-        "frequency_after": [[round(float(n) / tokens, 6) for n in pair[1]] for pair in counts],
+        "frequency_before": [[round(float(n) / tokens, 6) for n in counts_E] for counts_E in before_LE],
+        "frequency_after": [[round(float(n) / tokens, 6) for n in counts_E] for counts_E in after_LE],
     }
 
 
@@ -98,7 +86,7 @@ def sample_routing(
     dataset: TokenDataset,
     rows: int,
     batch_rows: int,
-    advance: Callable[[int], None] | None = None,
+    advance: Advance | None = None,
 ) -> RoutingSample:
     """Run the first ``rows`` rows of a dataset through a plain Hugging Face model and keep the routers' choices."""
     from trace_ds.models.attention import packed

@@ -5,22 +5,14 @@
     {name: mmlu, type: lm_eval, task: mmlu, role: utility, num_fewshot: 5, apply_chat_template: true}
     {name: chem, type: lm_eval, task: my_chem, include_path: my_tasks, role: forget}         # my_tasks/*.yaml
 
-| metric   | meaning                                                                       | range | chance |
-|----------|-------------------------------------------------------------------------------|-------|--------|
-| acc      | the letter of the right choice has the largest log-probability, zero-shot*     | 0 … 1 | 0.25   |
-| acc_norm | the same per character of the choice, where the task has it                     | 0 … 1 | 0.25   |
-
-*unless ``num_fewshot`` (or the task itself) says otherwise. ``num_fewshot`` and ``apply_chat_template`` are the
-command's ``--num_fewshot`` and ``--apply_chat_template``.
-
-Higher means more knowledge: bad for a forget task (WMDP), good for a utility task (MMLU). The prompts, the scoring and
-the numbers are those of the ``lm_eval`` command. A file (``.jsonl``, ``.json`` or ``.parquet``) holds what the hub's
+The prompts, the scoring and the numbers (``acc``, ``acc_norm``; zero-shot unless ``num_fewshot`` or the task says
+otherwise) are those of the ``lm_eval`` command. A file (``.jsonl``, ``.json`` or ``.parquet``) holds what the hub's
 data set holds: ``question``, four ``choices`` and the index of the right one as ``answer``; it replaces the test split
 of one task (not of a group: every task has its own prompt), and no solved examples are shown. Without a file the
 harness downloads the data (set HF_HUB_OFFLINE for its cache only).
 References: Li et al., arXiv 2403.03218 (WMDP); Hendrycks et al., arXiv 2009.03300 (MMLU).
 
-A task is code of others, also where it is only a template. All calls into lm-eval go through :func:`_task_code`, which
+A task is code of others, also where it is only a template: all calls into lm-eval go through :func:`_task_code`, which
 makes a :class:`UserError` of whatever is raised there. Of a job of several processes only the main one runs lm-eval;
 the others take part in the forward passes that it asks for.
 """
@@ -30,6 +22,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import functools
+import importlib.util
 import io
 import itertools
 import logging
@@ -38,13 +31,14 @@ import re
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from trace_ds.config.sections.evaluation import TaskConfig
 from trace_ds.errors import UserError
-from trace_ds.evaluation.language_model import Diverged, LanguageModel, Sequence
+from trace_ds.evaluation.language_model import LanguageModel, Sequence
 from trace_ds.evaluation.metrics import TASK_METRICS
 from trace_ds.run.files import canonical_json, sha256_file, sha256_text
 from trace_ds.run.foreign import read_text
@@ -61,6 +55,13 @@ FETCH = "`trace-ds fetch CONFIG` where there is a network (gated data: log in fi
 Result = tuple[dict[str, float], list[dict[str, Any]]]  # metrics by name, and one record per item for the log
 
 
+class ForwardFailed(BaseException):
+    """Carries an error of the model's forward pass through lm-eval."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+
 def check_task(config: TaskConfig) -> None:
     """Everything about a task that can be wrong before its data are read.
 
@@ -68,8 +69,6 @@ def check_task(config: TaskConfig) -> None:
         UserError: lm-eval is missing or knows no such task; a file of ``include_path`` is no YAML; the name stands for
             several tasks and there is one file, or no score of all of them.
     """
-    import importlib.util
-
     where, task, include = f"evaluation.tasks {config.name}", str(config.task), config.include_path
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError("the package lm-eval is not installed", where, INSTALL)
@@ -104,7 +103,7 @@ def _yaml_files(include: str) -> list[Path]:
     return [path for path in sorted(Path(include).rglob("*.yaml")) if not path.is_dir()]
 
 
-def _task_text(path: Path) -> str:
+def _read_task_file(path: Path) -> str:
     return read_text(path, "the task", "correct the file, or take it out of the folder", MAX_TASK_BYTES)
 
 
@@ -114,7 +113,7 @@ def _check_yaml(path: Path) -> None:
     import yaml
 
     try:
-        node = yaml.compose(_task_text(path), Loader=yaml.SafeLoader)
+        node = yaml.compose(_read_task_file(path), Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or str(error)
         line = f" line {mark.line + 1}" if mark is not None else ""
@@ -132,35 +131,32 @@ def _check_yaml(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _task_code(config: TaskConfig, model: _ModelState | None = None) -> Iterator[None]:
+def _task_code(config: TaskConfig) -> Iterator[None]:
     """The boundary around lm-eval and the code of tasks: an error there, of any kind, becomes a :class:`UserError`.
-
-    ``model``: errors of its forward passes are passed on as they are. lm-eval's own logs and progress bars (at length,
-    on stderr) are not shown.
-    """
+    lm-eval's own logs and progress bars (at length, on stderr) are not shown."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
         with contextlib.redirect_stderr(io.StringIO()):
             yield
-    except (UserError, Diverged, KeyboardInterrupt, MemoryError):
+    except ForwardFailed as failure:
+        raise failure.error from None
+    except (UserError, MemoryError):
         raise
     except (Exception, SystemExit) as error:
-        if model is not None and model.error is error:
-            raise
         text = str(error).strip()
         reason = f"{type(error).__name__}: {text.splitlines()[0][:200]}" if text else type(error).__name__
         if isinstance(error, RecursionError):
             reason = "a group of tasks contains itself, or a function never ends"
-        where = _place(error, config) or config.path or "the hub"
+        where = _find_place(error, config) or config.path or "the hub"
         fix = "check the file" if config.path else "correct the task" if config.include_path else FETCH
         raise UserError(f"lm-eval cannot run the task {config.task} ({reason})", where, fix) from error
     finally:
         logger.setLevel(level)
 
 
-def _place(error: BaseException, config: TaskConfig) -> str:
+def _find_place(error: BaseException, config: TaskConfig) -> str:
     """Where in the user's folder of tasks an error arose: the line of a function, else the file of the task."""
     if config.include_path is None:
         return ""
@@ -168,13 +164,9 @@ def _place(error: BaseException, config: TaskConfig) -> str:
     frames = [f for f in traceback.extract_tb(error.__traceback__) if folder in Path(f.filename).resolve().parents]
     if frames:
         return f"{frames[-1].filename} line {frames[-1].lineno}"
-    names = re.compile(rf"(?m)^(task|group):\s*['\"]?{re.escape(str(config.task))}['\"]?\s*$")
-    files = [
-        path
-        for path in _yaml_files(config.include_path)
-        if names.search(read_text(path, "the task", "correct the file", MAX_TASK_BYTES))
-    ]
-    return str(files[0]) if files else config.include_path
+    name = re.compile(rf"(?m)^(task|group):\s*['\"]?{re.escape(str(config.task))}['\"]?\s*$")
+    files = (path for path in _yaml_files(config.include_path) if name.search(_read_task_file(path)))
+    return str(next(files, config.include_path))
 
 
 def _leaf_tasks(members: list[Any], index: Any) -> list[str]:
@@ -267,17 +259,13 @@ def evaluate_harness(model: LanguageModel, config: TaskConfig) -> Result:
 
 def _evaluate(config: TaskConfig, model: LanguageModel) -> Result:
     rehearse(config)
-    state = _ModelState()
-    with _task_code(config, state):
-        return _result(_run(_harness_model(model, state), config, config.apply_chat_template), str(config.task))
+    with _task_code(config):
+        return _read_results(_run(_harness_model(model), config, config.apply_chat_template), str(config.task))
 
 
 def rehearse(config: TaskConfig) -> None:
-    """Run a task of the user's own once without a model, so that what is wrong with it is known before one is loaded.
-
-    Raises:
-        UserError: as :func:`evaluate_harness`; a question has no right choice (its accuracy would be 0 for any model).
-    """
+    """Run a task of the user's own once without a model: :class:`UserError` where it fails, or where a question has no
+    right choice (its accuracy would be 0 for any model)."""
     if config.include_path is not None:
         _rehearse(config.model_dump_json(), own_tasks_sha256(config.include_path))
 
@@ -288,54 +276,56 @@ def _rehearse(config_json: str, own: str) -> None:
 
     config = TaskConfig.model_validate_json(config_json)
     with _task_code(config):
-        _result(_run(DummyLM(), config, False), str(config.task))
+        _read_results(_run(DummyLM(), config, False), str(config.task))
 
 
 def _run(lm: Any, config: TaskConfig, apply_chat_template: bool) -> dict[str, Any]:
-    """lm-eval's results of a task; random states are those of its command, and the job's own are put back."""
-    import torch
+    """lm-eval's results of a task, with the random states of its command."""
     from lm_eval import simple_evaluate
+
+    with _random_states():  # before tasks are read, which some shuffle
+        loaded = _load(config)
+        for name, single in loaded["tasks"].items():
+            if single.OUTPUT_TYPE != "multiple_choice":
+                where = f"lm-eval task {config.task}"
+                raise UserError(f"{name} is not multiple-choice", where, "choose a task that is")
+        results: Any = simple_evaluate(
+            model=lm,
+            tasks=[next(iter([*loaded["groups"].values(), *loaded["tasks"].values()]))],
+            task_manager=_task_manager(str(config.task), config.include_path),
+            bootstrap_iters=0,
+            num_fewshot=config.num_fewshot,
+            apply_chat_template=apply_chat_template,
+            random_seed=None,
+            numpy_random_seed=None,
+            torch_random_seed=None,
+        )
+        if config.include_path is not None:
+            for single in loaded["tasks"].values():
+                _require_right_choices(single, config)
+        return dict(results)
+
+
+@contextlib.contextmanager
+def _random_states() -> Iterator[None]:
+    """Those of the ``lm_eval`` command inside the block; the job's own are put back."""
+    import torch
     from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 
     states = random.getstate(), np.random.get_state()
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     try:
-        with torch.random.fork_rng(devices):
-            random.seed(DEFAULT_RANDOM_SEED)  # before tasks are read, which some shuffle
+        with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
+            random.seed(DEFAULT_RANDOM_SEED)
             np.random.seed(DEFAULT_OTHER_SEED)
             torch.manual_seed(DEFAULT_OTHER_SEED)
-            loaded = _load(config)
-            for name, single in loaded["tasks"].items():
-                if single.OUTPUT_TYPE != "multiple_choice":
-                    raise UserError(
-                        f"{name} is not multiple-choice", f"lm-eval task {config.task}", "choose a task that is"
-                    )
-            results: Any = simple_evaluate(
-                model=lm,
-                tasks=[next(iter([*loaded["groups"].values(), *loaded["tasks"].values()]))],
-                task_manager=_task_manager(str(config.task), config.include_path),
-                bootstrap_iters=0,
-                num_fewshot=config.num_fewshot,
-                apply_chat_template=apply_chat_template,
-                random_seed=None,
-                numpy_random_seed=None,
-                torch_random_seed=None,
-            )
-            if config.include_path is not None:
-                for single in loaded["tasks"].values():
-                    _require_right_choices(single, config)
-            return dict(results)
+            yield
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
 
 
 def _require_right_choices(task: Any, config: TaskConfig) -> None:
-    """Refuse a task with a question that stays wrong whichever choice a model prefers: its target names no choice.
-
-    Raises:
-        UserError: with the number of the first such question, and its target.
-    """
+    """Refuse a task with a question that stays wrong whichever choice a model prefers: its target names no choice."""
     for number, group in itertools.groupby(task.instances, key=lambda instance: instance.doc_id):
         requests = list(group)
         for best in range(len(requests)):
@@ -349,21 +339,13 @@ def _require_right_choices(task: Any, config: TaskConfig) -> None:
             raise UserError(
                 f"question {number} of lm-eval's task {task.task_name} has the target {target[:80]}, which names none "
                 f"of its {len(requests)} choices",
-                _place(ValueError(), config),
+                _find_place(ValueError(), config),
                 "doc_to_target must give the index or the text of a choice",
             )
 
 
-class _ModelState:
-    """The error that a forward pass raised within lm-eval, if any."""
-
-    error: BaseException | None = None
-
-
-def _harness_model(model: LanguageModel, state: _ModelState) -> Any:
+def _harness_model(model: LanguageModel) -> Any:
     """The harness's own Hugging Face model cuts text into tokens; ``model`` computes the log-probabilities."""
-    from types import SimpleNamespace
-
     from lm_eval.models.huggingface import HFLM
 
     class SharedLM(HFLM):
@@ -379,8 +361,7 @@ def _harness_model(model: LanguageModel, state: _ModelState) -> Any:
                     model.world.broadcast(sequences)
                 scores = model.score(sequences)
             except BaseException as error:
-                state.error = error
-                raise
+                raise ForwardFailed(error) from error
             return [(float(each.log_prob.sum(dtype=np.float64)), bool(each.is_argmax.all())) for each in scores]
 
     # not the model itself: of a sharded one nothing may be done on the main process alone
@@ -389,12 +370,8 @@ def _harness_model(model: LanguageModel, state: _ModelState) -> Any:
 
 
 def require_data(config: TaskConfig, *, download: bool) -> None:
-    """Check before anything else is done that the data of a task are in the cache, and that a task of the user's own
-    runs: bring missing data, or (without ``download``) refuse.
-
-    Raises:
-        UserError: as :func:`fetch_task` and :func:`rehearse`.
-    """
+    """Check that the data of a task are in the cache, and that a task of the user's own runs: download missing data, or
+    (without ``download``) refuse."""
     from trace_ds.corpora.sources import in_cache
 
     task, where = str(config.task), f"evaluation.tasks.{config.name}"
@@ -415,14 +392,7 @@ def require_data(config: TaskConfig, *, download: bool) -> None:
 
 
 def fetch_task(config: TaskConfig) -> dict[str, str]:
-    """Bring the data of a task, or of a group of tasks, to the cache of ``datasets``.
-
-    Returns:
-        {data set on the hub: commit}.
-
-    Raises:
-        UserError: as :func:`check_task`, or the data cannot be had.
-    """
+    """Bring the data of a task, or of a group of tasks, to the cache of ``datasets``; returns {data set: commit}."""
     check_task(config)
     commits: dict[str, str] = {}
     with _task_code(config):
@@ -435,7 +405,7 @@ def fetch_task(config: TaskConfig) -> dict[str, str]:
     return dict(sorted(commits.items()))
 
 
-def _result(results: dict[str, Any], task: str) -> Result:
+def _read_results(results: dict[str, Any], task: str) -> Result:
     numbers = results["groups"].get(task) if results.get("groups") else None
     numbers = numbers or results["results"][task]
     metrics = {name: float(numbers[f"{name},none"]) for name in TASK_METRICS["lm_eval"] if f"{name},none" in numbers}

@@ -165,39 +165,26 @@ def _texts(config: TaskConfig) -> list[Document]:
 
 
 def read_choice_items(config: TaskConfig, prompt_key: str = "prompt") -> list[ChoiceItem]:
-    """All questions of a choice task.
-
-    Raises:
-        UserError: missing, unreadable or empty file; a line that is no object, has no prompt, not exactly four
-            non-empty choices, or an answer that is missing or out of range.
-    """
     items = []
     for entry in _records(config):
-        record, where = entry.values, entry.where
-        prompt = _text(entry, prompt_key)
-        choices = record.get("choices")
+        prompt, where = _text(entry, prompt_key), entry.where
+        choices, answer = entry.values.get("choices"), entry.values.get("answer")
         if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
             raise UserError("'choices' is missing or not a list of texts", where, f"give {CHOICES} texts")
         if len(choices) != CHOICES:
-            raise UserError(
-                f"the question has {len(choices)} choices", where, f"exactly {CHOICES} are scored; correct the line"
-            )
+            problem = f"the question has {len(choices)} choices"
+            raise UserError(problem, where, f"exactly {CHOICES} are scored; correct the line")
         empty = [number for number, choice in enumerate(choices) if not choice.strip()]
         if empty:
             raise UserError(f"choice {empty[0]} is empty", where, "give the choice a text")
-        if record.get("answer") is None:
-            raise UserError("the answer is missing", where, f"add 'answer': 0 … {CHOICES - 1}")
-        answer = record["answer"]
-        if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < CHOICES:
-            raise UserError(
-                f"the answer {answer!r} is out of range", where, f"use the index of the right choice, 0 … {CHOICES - 1}"
-            )
+        if type(answer) is not int or not 0 <= answer < CHOICES:
+            problem = "the answer is missing" if answer is None else f"the answer {answer!r} is out of range"
+            raise UserError(problem, where, f"use the index of the right choice, 0 … {CHOICES - 1}")
         items.append(ChoiceItem(_id(entry), prompt, tuple(choices), answer, entry.source))
     return items
 
 
 def read_verbatim_items(config: TaskConfig) -> list[VerbatimItem]:
-    """All passages of a verbatim task; :class:`UserError` naming file and line for a missing or empty text."""
     return [
         VerbatimItem(_id(entry), _text(entry, "prompt"), _text(entry, "continuation"), entry.source)
         for entry in _records(config)
@@ -205,24 +192,21 @@ def read_verbatim_items(config: TaskConfig) -> list[VerbatimItem]:
 
 
 def read_question_items(config: TaskConfig) -> list[QuestionItem]:
-    """All open questions of a task; :class:`UserError` naming file and line for a missing question or answer."""
     items = []
     for entry in _records(config):
-        question = _text(entry, "question")
-        answers = entry.values.get("answer")
+        question, answers = _text(entry, "question"), entry.values.get("answer")
         answers = answers if isinstance(answers, list) else [answers]
-        if not answers or not all(isinstance(answer, str) and answer.strip() for answer in answers):
+        if not _are_texts(answers):
             raise UserError("the answer is missing", entry.where, "add 'answer': a text, or a list of accepted texts")
         items.append(QuestionItem(_id(entry), question, tuple(answers), entry.source))
     return items
 
 
 def read_tofu_items(config: TaskConfig) -> list[TofuItem]:
-    """All questions of a TOFU task; :class:`UserError` naming the row for a missing text or list of texts."""
     items = []
     for entry in _records(config):
         false = entry.values.get("perturbed_answer")
-        if not isinstance(false, list) or not false or not all(isinstance(one, str) and one.strip() for one in false):
+        if not isinstance(false, list) or not _are_texts(false):
             raise UserError("there is no list of texts under 'perturbed_answer'", entry.where, "give false answers")
         paraphrase = _text(entry, "paraphrased_answer") if entry.values.get("paraphrased_answer") else ""
         texts = _text(entry, "question"), _text(entry, "answer"), paraphrase
@@ -262,6 +246,10 @@ def _require_file(config: TaskConfig) -> None:
         raise UserError("a CSV cell holds no list of choices", config.path, "convert the file to JSONL")
     if config.type == "lm_eval" and (path.is_dir() or path.suffix not in (".jsonl", ".json", ".parquet")):
         raise UserError("lm-eval reads one .jsonl, .json or .parquet file", config.path, "name one in evaluation.tasks")
+
+
+def _are_texts(values: list[Any]) -> bool:
+    return bool(values) and all(isinstance(value, str) and value.strip() for value in values)
 
 
 def _text(record: Record, key: str) -> str:

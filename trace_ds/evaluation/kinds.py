@@ -1,4 +1,4 @@
-"""The kinds of tasks that are scored item by item; those of TOFU and membership have modules of their own.
+"""The kinds of tasks whose scores are those of one model; TOFU and membership: ``retrained.py``.
 
 | type       | asks                                                                        | more of it means |
 |------------|-----------------------------------------------------------------------------|------------------|
@@ -19,34 +19,90 @@ Shape legend: I items, C choices.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from trace_ds.corpora.read import Document
 from trace_ds.errors import UserError
 from trace_ds.evaluation.items import CHOICES, ChoiceItem, QuestionItem, VerbatimItem, beginning
-from trace_ds.evaluation.language_model import LanguageModel, Sequence, TokenScores
-from trace_ds.evaluation.outcome import Outcome, item_logs, rounded
+from trace_ds.evaluation.language_model import Advance, LanguageModel, Sequence, shared_start
 
 NEW_TOKENS, EXAMPLES = 32, 10  # of knowmem: tokens of an answer, solved questions in the prompt
 ENDS = ("\n\n", "\nQuestion", "Question:")
-Advance = Callable[[int], None]  # hears how many more of what is counted are done
 
 
-def decide(items: list[ChoiceItem], scores: list[TokenScores]) -> Outcome:
-    """From the token scores of all completions (item by item, choice by choice) to decisions; pure. Ties go to the
-    first choice.
+@dataclass(frozen=True)
+class Outcome:
+    """Scores of the items of a task.
 
-    accuracy and accuracy_norm are ``acc`` and ``acc_norm`` of lm-evaluation-harness (multiple_choice) of texts that
-    begin alike. accuracy sits at a ceiling long before exact_match does, the stricter one; choice_probability does not:
-    softmax over the choices of their log-probabilities (our decision: summed over tokens, as accuracy compares them).
+    Attributes:
+        columns: float64 [I] by name; the metrics are their means.
+        logs: one JSON-ready record per item.
+        sources: of each item; empty: there are no scores by source.
+    """
+
+    columns: dict[str, np.ndarray]
+    logs: list[dict[str, Any]]
+    sources: list[str] = field(default_factory=list)
+
+    def metrics(self, chosen_I: np.ndarray | None = None) -> dict[str, float]:
+        """Over all items, or over those of a bool mask [I]."""
+        return {name: float(np.mean(self.chosen(name, chosen_I))) for name in self.columns}
+
+    def count(self, chosen_I: np.ndarray | None = None) -> int:
+        """How many items the metrics are made of."""
+        return len(self.chosen(next(iter(self.columns)), chosen_I))
+
+    def chosen(self, name: str, chosen_I: np.ndarray | None) -> np.ndarray:
+        """A column at the items of a mask (None: all)."""
+        return self.columns[name] if chosen_I is None else self.columns[name][chosen_I]
+
+    def by_source(self) -> dict[str, dict[str, float]]:
+        """The count and the finite metrics of each source that has any, sorted by name."""
+        sources_I, by_name = np.array(self.sources), {}
+        for source in map(str, np.unique(sources_I)):
+            chosen_I = sources_I == source
+            if n := self.count(chosen_I):
+                metrics = {name: value for name, value in self.metrics(chosen_I).items() if math.isfinite(value)}
+                by_name[source] = {"n": n, **metrics}
+        return by_name
+
+
+def rounded(value: Any) -> float:
+    """A score as it stands in a log."""
+    return round(float(value), 6)
+
+
+def item_logs(items: SequenceOf[Any], columns: dict[str, np.ndarray], **texts: SequenceOf[Any]) -> list[dict[str, Any]]:
+    """A record for each item: its id and source, its own of ``texts``, and its scores."""
+    scores = {name: list(map(rounded, values_I)) for name, values_I in columns.items()}
+    keys = {"id": [item.id for item in items], "source": [item.source for item in items], **texts, **scores}
+    return [dict(zip(keys, row, strict=True)) for row in zip(*keys.values(), strict=True)]
+
+
+def evaluate_choice(
+    model: LanguageModel, items: list[ChoiceItem], where: str, advance: Advance | None = None
+) -> Outcome:
+    """Score all choices of all items; ``advance`` counts completions. Ties go to the first choice.
+
+    Scored is ``prompt + " " + choice``, with a BOS token before it where ``data.add_bos`` puts one before the documents
+    of the run. The harness leaves that to the tokenizer: where the two differ, its numbers are those of another text,
+    which a model can find harder. Where texts begin alike, accuracy and accuracy_norm are its ``acc`` and ``acc_norm``
+    (multiple_choice). accuracy sits at a ceiling long before exact_match does, the stricter one; choice_probability
+    does not: softmax over the choices of their log-probabilities (our decision: summed over tokens, as accuracy
+    compares them).
     """
     from scipy.special import softmax
 
-    if len(scores) != len(items) * CHOICES:
-        raise ValueError(f"{len(scores)} scores for {len(items)} items of {CHOICES} choices")
+    sequences = [
+        model.encode_completion(item.prompt, " " + choice, f"{where} item {item.id}")
+        for item in items
+        for choice in item.choices
+    ]
+    scores = model.score(sequences, advance)
     log_prob_IC = np.array([score.log_prob.sum(dtype=np.float64) for score in scores]).reshape(-1, CHOICES)
     characters_IC = np.array([[len(choice) for choice in item.choices] for item in items], dtype=np.float64)
     exact_IC = np.array([bool(score.is_argmax.all()) for score in scores]).reshape(-1, CHOICES)
@@ -74,23 +130,6 @@ def decide(items: list[ChoiceItem], scores: list[TokenScores]) -> Outcome:
     return Outcome(columns, logs, [item.source for item in items])
 
 
-def evaluate_choice(
-    model: LanguageModel, items: list[ChoiceItem], where: str, advance: Advance | None = None
-) -> Outcome:
-    """Score all choices of all items; ``advance`` counts completions.
-
-    Scored is ``prompt + " " + choice``, with a BOS token before it where ``data.add_bos`` puts one before the documents
-    of the run. The harness leaves that to the tokenizer: where the two differ, its numbers are those of another text,
-    which a model can find harder.
-    """
-    sequences = [
-        model.encode_completion(item.prompt, " " + choice, f"{where} item {item.id}")
-        for item in items
-        for choice in item.choices
-    ]
-    return decide(items, model.score(sequences, advance))
-
-
 def rouge_l(reference: str, continuation: str) -> float:
     """ROUGE-L F1 of the ``rouge-score`` package without stemming (longest common subsequence of words). It keeps only
     the letters a-z and digits: a passage without any scores 0."""
@@ -101,8 +140,6 @@ def rouge_l(reference: str, continuation: str) -> float:
 
 def exact_tokens(reference: list[int], continuation: list[int]) -> float:
     """Share of the reference's positions at which ``continuation`` has the same token."""
-    if not reference:
-        raise ValueError("an empty reference")
     return sum(a == b for a, b in zip(reference, continuation, strict=False)) / len(reference)
 
 
@@ -128,11 +165,9 @@ def evaluate_verbatim(
     prompts, references = [], []
     for item in items:
         prompt, continuation = boundary(item.prompt, item.continuation)
-        ids = model.encode(prompt)
-        passage = model.encode(prompt + continuation)
-        shared = 0  # as in encode_completion; a token that spans the boundary belongs to the reference
-        while shared < min(len(ids), len(passage) - 1) and ids[shared] == passage[shared]:
-            shared += 1
+        ids, passage = model.encode(prompt), model.encode(prompt + continuation)
+        # as in encode_completion; a token that spans the boundary belongs to the reference
+        shared = max(min(shared_start(passage, ids), len(passage) - 1), 0)
         prompts.append(passage[:shared] if shared else ids)
         references.append(passage[shared : shared + max_new_tokens])
         model.check_length(len(prompts[-1]) + len(references[-1]), f"{where} item {item.id}")
@@ -145,8 +180,8 @@ def evaluate_verbatim(
         "exact_tokens": np.array([exact_tokens(*pair) for pair in zip(references, continuations, strict=True)]),
         "token_probability": np.array([np.exp(score.log_prob).mean(dtype=np.float64) for score in scores]),
     }
-    prompts_given = [item.prompt for item in items]
-    logs = item_logs(items, columns, prompt=prompts_given, reference=reference_texts, continuation=texts)
+    beginnings = [item.prompt for item in items]
+    logs = item_logs(items, columns, prompt=beginnings, reference=reference_texts, continuation=texts)
     return Outcome(columns, logs, [item.source for item in items])
 
 
@@ -188,8 +223,6 @@ def strength(is_argmax: np.ndarray) -> float:
     comes from nothing but the start token. Reference: Carlini et al., *Extracting Training Data from Large Language
     Models*, USENIX Security 2021, as Wang et al., arXiv 2406.13348, section 3, turn it into a score.
     """
-    if not len(is_argmax):
-        raise ValueError("a text without tokens")
     misses = np.flatnonzero(~is_argmax)
     needed = int(misses[-1]) + 1 if len(misses) else 0
     return 1 - needed / len(is_argmax)
@@ -198,11 +231,7 @@ def strength(is_argmax: np.ndarray) -> float:
 def evaluate_extraction(
     model: LanguageModel, documents: list[Document], context_length: int, where: str, advance: Advance | None = None
 ) -> Outcome:
-    """Score every text, cut to the context; ``advance`` counts texts.
-
-    Raises:
-        UserError: no text has two tokens.
-    """
+    """Score every text, cut to the context; ``advance`` counts texts. UserError: no text has two tokens."""
     limit = model.most_tokens(context_length)
     encoded = [(document.text, model.encode(document.text)[:limit]) for document in documents]
     usable = [(text, Sequence(tuple(ids), 1)) for text, ids in encoded if len(ids) > 1]
@@ -229,11 +258,8 @@ class PerplexityOutcome(Outcome):
     def metrics(self, chosen_I: np.ndarray | None = None) -> dict[str, float]:
         """exp(Σ NLL / counted tokens) over all documents or those of a mask (never a mean of means), infinite on
         overflow; a uniform guess scores the vocabulary's size. Comparable only between models with one tokenizer."""
-        tokens = self.count(chosen_I)
-        if not tokens:
-            raise ValueError("a perplexity of no tokens")
         try:
-            return {"perplexity": math.exp(float(self.chosen("nll", chosen_I).sum()) / tokens)}
+            return {"perplexity": math.exp(float(self.chosen("nll", chosen_I).sum()) / self.count(chosen_I))}
         except OverflowError:
             return {"perplexity": math.inf}
 
@@ -243,25 +269,23 @@ class PerplexityOutcome(Outcome):
 
 
 def windows(ids: list[int], context_length: int) -> list[Sequence]:
-    """Cut a document into windows that share one token: every token but the first is scored exactly once. The "disjoint
-    windows" of ``loglikelihood_rolling`` in lm-evaluation-harness, which counts all tokens after a prefix token
-    likewise.
-    """
-    if context_length < 2:
-        raise ValueError("a window needs two tokens")
+    """Cut a document into windows that share one token: every token but the first is scored exactly once (the "disjoint
+    windows" of ``loglikelihood_rolling`` in lm-evaluation-harness)."""
     return [
         Sequence(tuple(ids[start : start + context_length]), 1) for start in range(0, len(ids) - 1, context_length - 1)
     ]
 
 
 def evaluate_perplexity(
-    model: LanguageModel, documents: list[Document], context_length: int, advance: Advance | None = None
+    model: LanguageModel, documents: list[Document], context_length: int, where: str, advance: Advance | None = None
 ) -> Outcome:
     """Score every document, with BOS and EOS as the run adds them; ``advance`` counts documents (in proportion to the
-    windows done)."""
+    windows done). UserError: no document has two tokens."""
     limit = model.most_tokens(context_length)
     cuts = [windows(model.encode_document(document.text), limit) for document in documents]
-    share = len(documents) / max(sum(map(len, cuts)), 1)
+    if not any(cuts):
+        raise UserError("no document has two tokens", where, "a perplexity of nothing: add text")
+    share = len(documents) / sum(map(len, cuts))
     reported = [0.0]
 
     def counted(sequences: int) -> None:

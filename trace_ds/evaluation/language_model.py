@@ -1,15 +1,15 @@
-"""The thin layer between the metrics and a Hugging Face model: load, score given tokens, continue greedily.
+"""A Hugging Face model as metrics need it: load it, score given tokens, continue greedily.
 
     with loaded(path, tokenizer, settings) as model:
         scores = model.score([Sequence((1, 5, 9, 2), first=2)])
 
-Shape legend: B rows of a batch, S positions, V vocabulary, N scored tokens of a batch, P places that predict them.
-
 Batches are made of sequences of similar length, filled at the *right* and run without an attention mask: attention is
-causal and experts drop no token, so a filled position can influence no real one (tested in fp32: the same as one by
-one to 1e-5; in bf16 another batch size moves the last digits of a matrix product, and with them a close decision).
-Log-probabilities are float32 whatever the model's type. The order of the batches depends on the input only, so
-a rerun on the same machine gives the same bits.
+causal and experts drop no token, so a filled position can influence no real one (in fp32 the same as one by one to
+1e-5; in bf16 another batch size moves the last digits of a matrix product, and with them a close decision).
+Log-probabilities are float32 whatever the model's type. The order of the batches depends on the input only, so a rerun
+on the same machine gives the same bits.
+
+Shape legend: B rows of a batch, S positions, V vocabulary, N scored tokens of a batch, P places that predict them.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 LOGITS_PER_FORWARD = 1 << 28  # one GiB of float32 logits
 TOKENS_PER_FORWARD = 1 << 16
+Advance = Callable[[int], None]  # hears how many more of what is counted are done
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -81,8 +82,7 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class Sharding:
-    """How a model lies on the ranks of a job: ``ep`` of them share its experts; at ``zero_stage`` 3 each holds a part
-    of every weight that it would otherwise hold whole."""
+    """``ep`` ranks share a model's experts; at ``zero_stage`` 3 each holds a part of every other weight, too."""
 
     ep: int = 1
     zero_stage: int = 0
@@ -103,9 +103,8 @@ class LanguageModel:
     bit for bit on the same kind of device.
 
     In ``lockstep`` a model is sharded: its ranks exchange tokens or weights in every layer, so all of them make a
-    forward pass or none. Numbers are then those of a single process up to rounding. ``engine``: the training engine of
-    such a model, where it was loaded to be trained; nothing runs in inference mode, since ZeRO-3 trains on what a score
-    has gathered.
+    forward pass or none, and numbers are those of a single process up to rounding. ``engine``: the training engine of
+    such a model, where it was loaded to be trained.
     """
 
     model: Any
@@ -132,20 +131,16 @@ class LanguageModel:
             if number >= len(batches) and not self.lockstep:
                 break
             try:
-                done = do(batches[min(number, len(batches) - 1)])
+                result = do(batches[min(number, len(batches) - 1)])
             except Diverged:
                 diverged = True
                 if not self.lockstep:
                     break
                 continue
             if number < len(batches):
-                mine.append(done)
+                mine.append(result)
                 advance(batches[number])
-        if self.world is None or size == 1:
-            if diverged:
-                raise Diverged
-            return mine
-        parts = self.world.gather((diverged, mine))
+        parts = [(diverged, mine)] if self.world is None or size == 1 else self.world.gather((diverged, mine))
         if any(failed for failed, _ in parts):
             raise Diverged
         for number, batch in enumerate(batches):
@@ -154,18 +149,12 @@ class LanguageModel:
         return [parts[number % size][1][number // size] for number in range(len(batches))]
 
     def in_order(
-        self,
-        batches: list[list[int]],
-        do: Callable[[list[int]], list[R]],
-        advance: Callable[[int], None] | None = None,
+        self, batches: list[list[int]], do: Callable[[list[int]], list[R]], advance: Advance | None = None
     ) -> list[R]:
-        """``do`` of every batch of indices (each from 0 on is in one), :meth:`shared_out`; what it gives, by index."""
+        """``do`` of every batch of indices (each from 0 on is in one), :meth:`shared_out`; its results by index."""
         results = self.shared_out(batches, do, lambda batch: advance(len(batch)) if advance is not None else None)
-        by_index = {
-            index: one
-            for batch, part in zip(batches, results, strict=True)
-            for index, one in zip(batch, part, strict=True)
-        }
+        indices = [index for batch in batches for index in batch]
+        by_index = dict(zip(indices, [one for part in results for one in part], strict=True))
         return [by_index[index] for index in range(len(by_index))]
 
     @classmethod
@@ -190,13 +179,13 @@ class LanguageModel:
         return pad_token_id(self.tokenizer)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text as a document of the run begins: with BOS if the run adds it and there is one."""
+        """Token ids of a text, with BOS where the run puts one before its documents."""
         ids = self.tokenizer.encode(text, add_special_tokens=False)
         bos = self.tokenizer.bos_token_id
         return [bos, *ids] if self.settings.add_bos and bos is not None else list(ids)
 
     def encode_document(self, text: str) -> list[int]:
-        """Token ids of a whole document: :meth:`encode`, and EOS if the run adds it and there is one."""
+        """:meth:`encode`, with EOS where the run puts one after its documents."""
         ids = self.encode(text)
         eos = self.tokenizer.eos_token_id
         return [*ids, eos] if self.settings.add_eos and eos is not None else ids
@@ -206,19 +195,10 @@ class LanguageModel:
         return [str(self.tokenizer.decode(ids, skip_special_tokens=True)) for ids in texts]
 
     def encode_completion(self, prompt: str, completion: str, where: str) -> Sequence:
-        """``prompt + completion`` as tokens; scored are those after the longest start shared with the prompt alone.
-
-        A token that spans the boundary is scored, since it is not known from the prompt.
-
-        Raises:
-            UserError: the sequence is longer than the model's positions.
-        """
+        """``prompt + completion`` as tokens; scored are those after the longest start shared with the prompt alone (a
+        token that spans the boundary is not known from the prompt)."""
         ids = self.encode(prompt + completion)
-        first = 0
-        for ours, alone in zip(ids, self.encode(prompt), strict=False):
-            if ours != alone:
-                break
-            first += 1
+        first = shared_start(ids, self.encode(prompt))
         self.check_length(len(ids), where)
         return Sequence(tuple(ids), max(1, min(first, len(ids) - 1)))
 
@@ -235,16 +215,12 @@ class LanguageModel:
     def score(
         self,
         sequences: list[Sequence],
-        advance: Callable[[int], None] | None = None,
+        advance: Advance | None = None,
         *,
         moments: bool = False,
     ) -> list[TokenScores]:
-        """Score the tokens of every sequence.
-
-        Args:
-            sequences: what to score.
-            advance: called with the number of sequences after each batch.
-            moments: also compute ``mean`` and ``deviation``.
+        """Score the tokens of every sequence, with ``moments`` their ``mean`` and ``deviation`` too; ``advance`` counts
+        sequences.
 
         Raises:
             Diverged: a log-probability is not finite.
@@ -306,14 +282,9 @@ class LanguageModel:
 
     @torch.no_grad()
     def continue_greedily(
-        self, prompts: list[list[int]], lengths: list[int], advance: Callable[[int], None] | None = None
+        self, prompts: list[list[int]], lengths: list[int], advance: Advance | None = None
     ) -> list[list[int]]:
-        """Greedy continuations (the most probable token each time), cut at EOS (not included).
-
-        Args:
-            prompts: token ids.
-            lengths: most new tokens of each.
-            advance: called with the number of prompts after each batch.
+        """Greedy continuations of at most ``lengths`` tokens, cut at EOS (not included); ``advance`` counts prompts.
 
         Raises:
             Diverged: a log-probability of a prompt is not finite (generation itself would go on with nonsense).
@@ -323,10 +294,11 @@ class LanguageModel:
         size = self.settings.batch_rows
         batches = [order[begin : begin + size] for begin in range(0, len(order), size)]
 
-        def go_on(batch: list[int]) -> list[list[int]]:
-            return self._continue_batch([prompts[index] for index in batch], [lengths[index] for index in batch])
-
-        return self.in_order(batches, go_on, advance)
+        return self.in_order(
+            batches,
+            lambda batch: self._continue_batch([prompts[i] for i in batch], [lengths[i] for i in batch]),
+            advance,
+        )
 
     def _continue_batch(self, prompts: list[list[int]], lengths: list[int]) -> list[list[int]]:
         from transformers import GenerationConfig
@@ -348,6 +320,12 @@ class LanguageModel:
         )
         new = [row[:length] for row, length in zip(output_BS[:, longest:].tolist(), lengths, strict=True)]
         return [row[: row.index(eos)] if eos in row else row for row in new]
+
+
+def shared_start(ids: list[int], others: list[int]) -> int:
+    """How many tokens both begin with alike."""
+    pairs = enumerate(zip(ids, others, strict=False))
+    return next((number for number, (a, b) in pairs if a != b), min(len(ids), len(others)))
 
 
 def sharing(sequences: list[Sequence]) -> list[list[int]]:
@@ -398,34 +376,35 @@ def loaded(
 
     Whole: on the GPU if there is one (a single process spreads a model that does not fit into one over all of them).
     Sharded over the ranks of ``world`` (collective): a DeepSpeed engine, each reading its share, and where it is to be
-    ``trained`` with an optimizer.
-
-    Raises:
-        UserError: the directory is damaged or its weights do not fit its configuration.
+    ``trained`` with an optimizer. UserError: the directory is damaged.
     """
     from transformers import GenerationConfig
 
+    engine = None
     if world is not None and world.size > 1 and not sharding.whole:
-        opened = _sharded(path, settings, world, sharding, trained)
+        engine = _load_engine(path, settings, world, sharding, trained)
+        model = engine.module
     else:
-        opened = _whole(path, settings, world)
-    with opened as (model, engine):
+        model = _load_whole(path, settings, world)
+    try:
         if model.config.vocab_size < len(tokenizer):
-            raise UserError(
-                f"the tokenizer has {len(tokenizer)} tokens and the model {model.config.vocab_size}",
-                path,
-                "give the model the run's tokenizer",
-            )
+            problem = f"the tokenizer has {len(tokenizer)} tokens and the model {model.config.vocab_size}"
+            raise UserError(problem, path, "give the model the run's tokenizer")
         model.generation_config = GenerationConfig()  # the directory's may sample or penalise repetition
-        lockstep = engine is not None
         trainable = engine if trained is not None else None
-        yield LanguageModel(model, tokenizer, settings, world, lockstep=lockstep, engine=trainable)
+        yield LanguageModel(model, tokenizer, settings, world, lockstep=engine is not None, engine=trainable)
+    finally:
+        if engine is not None:
+            engine.destroy()
+        del model, engine
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
-@contextlib.contextmanager
-def _sharded(
+def _load_engine(
     path: str, settings: ModelSettings, world: World, sharding: Sharding, trained: TrainingConfig | None
-) -> Iterator[Any]:
+) -> Any:
     from trace_ds.models.engine import inference_engine
     from trace_ds.models.families import check_expert_parallel, inspect_model
     from trace_ds.unlearning.trainer import training_engine
@@ -434,26 +413,18 @@ def _sharded(
     check_expert_parallel(info, sharding.ep, world.size, "evaluation.ep", sharding.options)
     shape: dict[str, Any] = {"dtype": settings.dtype, "ep": sharding.ep, "options": sharding.options}
     if trained is None:
-        engine = inference_engine(info, world, **shape, zero_stage=sharding.zero_stage)
-    else:
-        engine = training_engine(trained, info, world, 1, **shape)
-        engine.eval()
-    try:
-        yield engine.module, engine
-    finally:
-        engine.destroy()
-        del engine
-        _free()
+        return inference_engine(info, world, **shape, zero_stage=sharding.zero_stage)
+    engine = training_engine(trained, info, world, 1, **shape)
+    engine.eval()
+    return engine
 
 
-@contextlib.contextmanager
-def _whole(path: str, settings: ModelSettings, world: World | None) -> Iterator[Any]:
+def _load_whole(path: str, settings: ModelSettings, world: World | None) -> Any:
     from trace_ds.models.engine import TORCH_DTYPES
     from trace_ds.models.loading import load_whole
 
-    dtype = TORCH_DTYPES[settings.dtype]
-    device = _device_for(path, dtype, world)
-    model: Any = load_whole(Path(path), dtype, device or torch.device("cpu"))
+    device = _device_for(path, TORCH_DTYPES[settings.dtype], world)
+    model: Any = load_whole(Path(path), TORCH_DTYPES[settings.dtype], device or torch.device("cpu"))
     if device is None:
         from accelerate import dispatch_model, infer_auto_device_map
         from accelerate.utils import get_balanced_memory
@@ -461,25 +432,12 @@ def _whole(path: str, settings: ModelSettings, world: World | None) -> Iterator[
         together = list(model._no_split_modules)
         room = get_balanced_memory(model, no_split_module_classes=together)
         dispatch_model(model, infer_auto_device_map(model, room, no_split_module_classes=together))
-    try:
-        yield model, None
-    finally:
-        del model
-        _free()
-
-
-def _free() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    return model
 
 
 def _device_for(path: str, dtype: torch.dtype, world: World | None) -> torch.device | None:
-    """The CPU, this process's GPU when the weights fit in 80 % of it, or None: spread over all GPUs.
-
-    Raises:
-        UserError: the model must be spread, but several processes share the GPUs.
-    """
+    """The CPU, this process's GPU when the weights fit in 80 % of it, or None: spread over all GPUs, which one process
+    alone can do."""
     from trace_ds.tensors.model_files import read_model_directory
 
     if not torch.cuda.is_available():

@@ -32,13 +32,7 @@ FORMAT = 3  # raise it when a metric or the form of a result changes: old result
 
 @dataclass(frozen=True)
 class Subject:
-    """A model to score.
-
-    Attributes:
-        name: of the result, ``RUN/evaluation/NAME.json``.
-        path: the model directory.
-        fingerprint: of the model directory.
-    """
+    """A model to score: its result is ``RUN/evaluation/NAME.json``; the path and fingerprint of its directory."""
 
     name: str
     path: Path
@@ -72,11 +66,8 @@ def require_same_tokenizer(path: Path, reference: Path, tokenizer: PreTrainedTok
     if tokenizer_fingerprint(path) == tokenizer_fingerprint(reference):
         return
     if tokenizer_content(load_tokenizer(path)) != tokenizer_content(tokenizer):
-        raise UserError(
-            "the model's tokenizer is not the run's, so their scores cannot be compared",
-            str(path),
-            f"use a model with the tokenizer of {reference}",
-        )
+        problem = "the model's tokenizer is not the run's, so their scores cannot be compared"
+        raise UserError(problem, str(path), f"use a model with the tokenizer of {reference}")
 
 
 def tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -103,13 +94,8 @@ def identity(
     drift: dict[str, str] | None,
     attacks: dict[str, Any] | None,
 ) -> str:
-    """SHA-256 over everything that determines the result of one model.
-
-    Args:
-        dtype: of the forward pass.
-        tokenizer: fingerprint of the run's tokenizer.
-        drift: fingerprints of what a drift is measured against, or None when none is measured.
-        attacks: settings and inputs of the attacks, or None when there are none.
+    """SHA-256 over everything that determines the result of one model: the settings, the type of the forward pass, the
+    fingerprint of the run's tokenizer, what a drift is measured against and what attacks need (None: there are none).
     """
     fingerprints = task_fingerprints(tasks, settings.max_new_tokens)
     content: dict[str, Any] = {
@@ -130,20 +116,17 @@ def identity(
 
 def task_fingerprints(tasks: list[Task], max_new_tokens: int) -> dict[str, str]:
     """By task name a SHA-256 over its questions and how they are put: scores of equal ones may be compared."""
-    return {
-        task.config.name: sha256_text(
-            canonical_json(
-                {
-                    "type": task.config.type,
-                    "files": task.sha256,
-                    "task": task.config.task,
-                    "max_new_tokens": max_new_tokens if task.config.type in ("verbatim", "tofu") else None,
-                    **task.config.model_dump(include={"num_fewshot", "apply_chat_template"}),
-                }
-            )
-        )
-        for task in tasks
-    }
+    fingerprints = {}
+    for task in tasks:
+        content = {
+            "type": task.config.type,
+            "files": task.sha256,
+            "task": task.config.task,
+            "max_new_tokens": max_new_tokens if task.config.type in ("verbatim", "tofu") else None,
+            **task.config.model_dump(include={"num_fewshot", "apply_chat_template"}),
+        }
+        fingerprints[task.config.name] = sha256_text(canonical_json(content))
+    return fingerprints
 
 
 def read_result(path: Path) -> dict[str, Any] | None:

@@ -188,7 +188,7 @@ def _on_main(world: World | None, work: Callable[[], T]) -> T:
 
 def _refer_to_retrained(job: EvaluateJob, log: StageLog) -> None:
     """Complete the scores of membership and TOFU tasks that refer to the retrained model, once all are scored."""
-    from trace_ds.evaluation.tasks import with_retrained
+    from trace_ds.evaluation.retrained import with_retrained
 
     kinds, settings = {task.config.type for task in job.tasks}, job.config.evaluation
     if kinds.isdisjoint(("membership", "tofu")):

@@ -52,17 +52,18 @@ class FixedRows:
     def sampled(self, rows: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray] | None:
         """(places in a batch of ``rows`` of ``length`` positions, frozen experts [N, L, K]) of their sampled tokens;
         None when there is none. Rows of -1 are filling."""
-        starts = self.dataset.row_starts_R1
-        parts = [
-            (number * length + positions_N, experts_NLK)
-            for number, row in enumerate(rows)
-            if row >= 0 and self.frozen is not None
-            for positions_N, experts_NLK in [self.frozen.within(*starts[row : row + 2])]
-            if len(positions_N)
-        ]
-        if not parts:
+        if self.frozen is None:
             return None
-        return np.concatenate([places_N for places_N, _ in parts]), np.concatenate([experts for _, experts in parts])
+        starts = self.dataset.row_starts_R1
+        places, experts = [], []
+        for number, row in enumerate(rows):
+            if row >= 0:
+                positions_N, experts_NLK = self.frozen.within(*starts[row : row + 2])
+                places.append(number * length + positions_N)
+                experts.append(experts_NLK)
+        if not sum(map(len, places)):
+            return None
+        return np.concatenate(places), np.concatenate(experts)
 
 
 def score_rows(engine: Any, sides: Mapping[str, FixedRows], world: World, batch_rows: int) -> dict[str, float]:
@@ -124,8 +125,8 @@ class Evaluator:
 
     def begin(self, engine: Any, trainer_state: dict[str, Any], step: int) -> None:
         """Score the frozen model, step 0 of the curve, unless an earlier start of the job has."""
-        if step == 0 and not trainer_state.get("curve") and self._add_point(engine, trainer_state, 0) is None:
-            raise stopped(0, ["log-probabilities of a task are not finite"])
+        if step == 0 and not trainer_state.get("curve"):
+            self._add_point(engine, trainer_state, 0)
 
     def evaluate(self, engine: Any, trainer_state: dict[str, Any], step: int, *, last: bool) -> str:
         """Evaluate after ``step``, if it is time; returns why the job ends here, or nothing.
@@ -136,27 +137,28 @@ class Evaluator:
         if not (last or step % (self.settings.every or 1) == 0):
             return ""
         point = self._add_point(engine, trainer_state, step)
-        if point is None:
-            raise stopped(step, ["log-probabilities of a task are not finite"])
         scores = scores_of(point)
         broken = [f"{name} is {value}" for name, value in point["rows"].items() if not math.isfinite(value)]
-        for bound in self.settings.bounds("guards"):
-            if not bound.holds(scores.get(bound.score)):
-                broken.append(f"{told(scores, bound.score)} (guard: {bound})")
+        broken += [
+            f"{_score_text(scores, bound.score)} (guard: {bound})"
+            for bound in self.settings.bounds("guards")
+            if not bound.holds(scores.get(bound.score))
+        ]
         if broken:
             raise stopped(step, broken)
         if not has_ended(self.settings, point):
             return ""
-        return "; ".join(f"{told(scores, bound.score)} (until {bound})" for bound in self.settings.bounds("until"))
+        until = self.settings.bounds("until")
+        return "; ".join(f"{_score_text(scores, bound.score)} (until {bound})" for bound in until)
 
-    def _add_point(self, engine: Any, trainer_state: dict[str, Any], step: int) -> dict[str, Any] | None:
-        """Add a point to the curve and to the log; None where the model cannot be scored."""
+    def _add_point(self, engine: Any, trainer_state: dict[str, Any], step: int) -> dict[str, Any]:
+        """Score the model and add a point to the curve and to the log; JobFailed where it cannot be scored."""
         engine.eval()
         rows = self.rows(engine) if self.rows is not None else {}
         tasks = self.tasks() if self.tasks is not None else {"scores": [], "by_source": {}}
         engine.train()
         if tasks is None:
-            return None
+            raise stopped(step, ["log-probabilities of a task are not finite"])
         point = {"step": step, "rows": rows, **tasks}
         earlier = [point for point in trainer_state.get("curve", []) if point["step"] < step]
         trainer_state["curve"] = [*earlier, point]
@@ -165,7 +167,7 @@ class Evaluator:
         return point
 
 
-def told(scores: Mapping[str, float | None], name: str) -> str:
+def _score_text(scores: Mapping[str, float | None], name: str) -> str:
     value = scores.get(name)
     return f"{name} is {'not known' if value is None else f'{value:.4g}'}"
 
