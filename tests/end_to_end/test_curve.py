@@ -121,37 +121,6 @@ def test_a_job_that_keeps_nothing_leaves_its_curve(calibrated: tuple[Path, Path]
     assert sorted(run.checkpoints.iterdir()) == kept and kept
 
 
-@pytest.mark.slow
-def test_a_job_ends_where_a_score_is_low_enough(
-    calibrated: tuple[Path, Path],  # noqa: F811
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    """With a checkpoint; it is done, but not for a lower score."""
-    config, prepared = calibrated
-    run = RunDirectory(copy_of(prepared, tmp_path / "run"))
-    score = "questions_forget choice_probability"
-    settings = [
-        *CURVE,
-        "unlearning.optimizer.lr=0.03",
-        "unlearning.forget_loss=graddiff",
-        "unlearning.steps=6",
-        "evaluation.drift=false",
-    ]
-    met, unmet = (
-        [*settings, "unlearning.evaluate.until=" + json.dumps([f"{score} <= {most}"])] for most in (0.99, 0.0)
-    )
-    run_distributed(jobs.unlearn_job, 1, str(config), str(run.path), met)
-    [_, last] = curve = curve_of(run.path, 2)
-    assert [point["step"] for point in curve] == [0, 2]
-    assert [*last["by_source"]] == [*dict.fromkeys(found["task"] for found in last["scores"])] == TASKS
-    for asked, settled in ((met, True), (unmet, False), (settings, False)):
-        loaded, _ = load_config(str(config), asked, run.path)
-        assert check_unlearn(loaded, run, 1).done() == settled
-    convert(load_config(str(config), met, run.path)[0], run)
-    assert "newest complete checkpoint" not in capsys.readouterr().out
-
-
 @pytest.mark.parametrize("score", ["questions_forget", "other accuracy"])
 def test_scores_that_end_a_job_are_those_that_it_makes(
     calibrated: tuple[Path, Path],  # noqa: F811

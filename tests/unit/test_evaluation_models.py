@@ -23,7 +23,6 @@ from trace_ds.evaluation.language_model import (
     Sequence,
     loaded,
     plan_batches,
-    sharing,
 )
 
 WORDS = [f"w{number}" for number in range(60)]
@@ -147,20 +146,6 @@ def test_batches_hold_every_sequence_once_within_the_limits(
         kept = longest - min(sequences[index].first for index in batch) + 1
         assert len(batch) <= rows
         assert len(batch) == 1 or len(batch) * kept * vocabulary <= LOGITS_PER_FORWARD
-
-
-@given(st.lists(st.lists(st.integers(0, 2), min_size=2, max_size=6), min_size=1, max_size=40))
-@settings(deadline=None, max_examples=60)
-def test_a_row_serves_what_begins_it(texts: list[list[int]]) -> None:
-    """As few rows as can be: contexts that no other begins with."""
-    sequences = [Sequence(tuple(ids), 1) for ids in texts]
-    groups = sharing(sequences)
-    assert sorted(index for group in groups for index in group) == list(range(len(sequences)))
-    for group in groups:
-        row = sequences[group[0]].ids
-        assert all(row[: len(sequences[index].ids) - 1] == sequences[index].ids[:-1] for index in group)
-    contexts = {sequence.ids[:-1] for sequence in sequences}
-    assert len(groups) == sum(all(a == b or b[: len(a)] != a for b in contexts) for a in contexts)
 
 
 def test_choices_of_one_question_share_its_row(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:

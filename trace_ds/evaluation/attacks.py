@@ -50,7 +50,7 @@ from trace_ds.unlearning.batches import CorpusStep, EpochRows, generator, share_
 from trace_ds.unlearning.objective import NextToken
 from trace_ds.unlearning.trainer import NumericalFailure, run_step
 
-ATTACKABLE = ("choice", "verbatim", "knowmem")  # their score is what the model says or prefers
+ATTACKABLE = ("choice", "verbatim", "knowmem")  # their score is what the model generates or prefers
 RELEARNING_ROWS, SCORE_EVERY = 8, 5  # rows a step, and steps between scores
 SHARE = 0.1  # of the forget rows, which the attacker has
 SHARE_STREAM, ORDER_STREAM = 11, 12
@@ -155,8 +155,8 @@ class GateRule:
 
 
 def gate_rule(router: Any) -> GateRule:
-    """The rule of a router: AutoEP's says it, others are tried, as a copy on random weights and hidden states (reads no
-    weights). UserError: none of the rules known fits."""
+    """The rule of a router: an attribute of AutoEP's, else detected with a copy on random weights and hidden states
+    (reads no weights). UserError: none of the rules known fits."""
     if autoep.is_autoep_router(router):
         return GateRule(router.score_func, router.route_norm, router.route_scale)
     # accelerate's hooks, on a model spread over devices, hold the weights of the model and bring them back

@@ -109,14 +109,13 @@ class Task:
 def read_tasks(configs: list[TaskConfig]) -> list[Task]:
     """Read and check the files of all tasks; :class:`UserError` for a bad file or two tasks of one name."""
     names = [config.name for config in configs]
-    for name in names:
-        if names.count(name) > 1:
-            raise UserError(f"two tasks are named {name!r}", "evaluation.tasks", "rename one")
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(f"two tasks are named {twice!r}", "evaluation.tasks", "rename one")
     return [read_task(config) for config in configs]
 
 
 def read_task(config: TaskConfig) -> Task:
-    """Read and check what one task asks."""
+    """Read and check one task."""
     metrics = TASK_METRICS[config.type]
     if config.headline not in (None, *metrics):
         fix = f"headline: one of {', '.join(metrics)}"

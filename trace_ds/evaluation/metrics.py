@@ -66,8 +66,8 @@ METRICS = {
         shows="reference",
     ),
     **{
-        f"auc_{attack}": Metric(f"{what}; 0 … 1, chance 0.5, best: the retrained's", ASSUMED_AUC, "reference")
-        for attack, what in {
+        f"auc_{attack}": Metric(f"{label}; 0 … 1, chance 0.5, best: the retrained's", ASSUMED_AUC, "reference")
+        for attack, label in {
             "min_k": "Min-40 % attack, AUC of forget against unseen text",
             "min_k_plus": "Min-40 %++ attack, AUC",
             "loss": "attack by mean log-probability, AUC",

@@ -185,7 +185,7 @@ def evaluate_tofu(
 
 
 def with_retrained(result: dict[str, Any], retrained: dict[str, Any] | None) -> dict[str, Any]:
-    """A result whose membership scores say what is best, the retrained model's AUC (else 0.5, assumed), with PrivLeak;
+    """A result whose membership scores have a reference, the retrained model's AUC (else 0.5, assumed), with PrivLeak;
     and whose TOFU tasks have model utility and forget quality (None without a retrained model).
 
     Args:
@@ -198,7 +198,7 @@ def with_retrained(result: dict[str, Any], retrained: dict[str, Any] | None) -> 
     )
     of_tofu = {task for task, metric in mine if metric in (FORGET_QUALITY, MODEL_UTILITY)}
     utility = [score for score in result["scores"] if score["task"] in of_tofu and score["role"] == "utility"]
-    known = [score["value"] for score in utility if score["metric"] in KNOWN]
+    parts = [score["value"] for score in utility if score["metric"] in KNOWN]
 
     def changes(task: str, metric: str) -> dict[str, Any]:
         if metric.startswith("auc_"):
@@ -212,7 +212,7 @@ def with_retrained(result: dict[str, Any], retrained: dict[str, Any] | None) -> 
             value = None if auc is None or used == 1 else priv_leak(auc, used)
             return {"value": value, "reference": 0.0, "note": note}
         if metric == MODEL_UTILITY:
-            return {"value": None if None in known else model_utility(known)}
+            return {"value": None if None in parts else model_utility(parts)}
         if metric == FORGET_QUALITY:
             here, there = (_ratios(each, task) for each in (result, retrained))
             note = "no retrained model was evaluated"
