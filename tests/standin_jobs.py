@@ -183,7 +183,7 @@ def scores(family: str, device: torch.device, folder: Path, watch: Any) -> dict[
             score(name)
     dataset = gpu_acceptance.ragged_rows(folder, "forget")
     found["routing"] = sample_routing(tested, dataset, 5, 2).indices_TLK
-    relearning = RelearningConfig(share=0.5, steps=4, lr=1e-2)
+    relearning = RelearningConfig(steps=4, lr=1e-2)
     model.requires_grad_(True)
     curve = attacks.relearn(tested, dataset, relearning, 0, lambda: None)["curve"]
     found["relearned"] = [entry["loss"] for entry in curve[1:]]
