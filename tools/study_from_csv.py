@@ -68,16 +68,16 @@ def read_curves(config: Config, path: Path) -> list[Curve]:
 def over_levels(steps_S: list[int], forget_S: list[float], utility_S: list[float], low: float, high: float) -> Matched:
     """As ``post`` the mean utility where the forget score first is at each of LEVELS levels; not reached unless it is
     at the lower one, after the first step."""
-    found, last = [], None
+    utilities, last = [], None
     for number in range(LEVELS):
         last = reached(forget_S, high + (low - high) * number / (LEVELS - 1))
         if last is None or not last.index:
             return Matched(None, None, None, None, utility_S[-1])
         before, after = utility_S[last.index - 1 : last.index + 1]
-        found.append(before + last.share * (after - before))
+        utilities.append(before + last.share * (after - before))
     assert last is not None
     step, spacing = steps_S[last.index], steps_S[last.index] - steps_S[last.index - 1]
-    return Matched(step, spacing, found[-1], math.fsum(found) / LEVELS, utility_S[-1])
+    return Matched(step, spacing, utilities[-1], math.fsum(utilities) / LEVELS, utility_S[-1])
 
 
 def detectable(row: dict[str, Any], power: float = 0.8, level: float = 0.05) -> float | None:
@@ -96,7 +96,7 @@ def detectable(row: dict[str, Any], power: float = 0.8, level: float = 0.05) -> 
     return float(optimize.brentq(missed, 0.0, 20.0)) * spread / math.sqrt(n)
 
 
-def told(row: dict[str, Any]) -> str:
+def summary(row: dict[str, Any]) -> str:
     if row["value"] is None:
         return "never on the same seed as the baseline"
     text = f"{row['value']:.3f} against {row['baseline']:.3f}"
@@ -105,9 +105,9 @@ def told(row: dict[str, Any]) -> str:
     for key, name, form in (("relative_interval", "", "+.1%"), ("difference_t_interval", "t ", "+.3f")):
         if row[key]:
             text += f" {name}[{row[key]['low']:{form}}, {row[key]['high']:{form}}]"
-    found = detectable(row)
-    if found is not None:
-        text += f"  tells {found:.3f}"
+    smallest = detectable(row)
+    if smallest is not None:
+        text += f"  tells {smallest:.3f}"
     ends = [sum(row[key]) / len(row[key]) for key in ("forget_end", "baseline_forget_end")]
     steps = [sum(row[key]) / len(row[key]) for key in ("steps", "baseline_steps")]
     return (
@@ -132,12 +132,12 @@ def main() -> None:
         low, high = sorted(arguments.levels)
         measures = {f"forget scores from {high} to {low}": partial(over_levels, low=low, high=high)}
     curves = read_curves(config, arguments.csv)
-    for told_first, measure in measures.items():
-        print(told_first)
+    for title, measure in measures.items():
+        print(title)
         for row in Comparison(config, curves, measure).rows():
             if arguments.method in (None, row["method"]):
                 head = (row[key] for key in ("loss", "strength", "method", "metric", "at"))
-                print(f"  {', '.join(head)}: {told(row)}")
+                print(f"  {', '.join(head)}: {summary(row)}")
 
 
 if __name__ == "__main__":

@@ -111,20 +111,20 @@ def test_scores_are_those_of_a_whole_model(world: int, models: dict[str, str], d
                 assert np.array_equal(result[name], alone[name]), where
 
 
-def close(found: Any, expected: Any, where: str = "") -> None:
+def close(result: Any, expected: Any, where: str = "") -> None:
     """Equal in everything but the last digits of numbers."""
     if isinstance(expected, dict):
-        assert found.keys() == expected.keys(), where
+        assert result.keys() == expected.keys(), where
         for key in expected:
-            close(found[key], expected[key], f"{where}.{key}")
+            close(result[key], expected[key], f"{where}.{key}")
     elif isinstance(expected, list):
-        assert len(found) == len(expected), where
-        for number, pair in enumerate(zip(found, expected, strict=True)):
+        assert len(result) == len(expected), where
+        for number, pair in enumerate(zip(result, expected, strict=True)):
             close(*pair, f"{where}[{number}]")
     elif isinstance(expected, float):
-        assert found == pytest.approx(expected, rel=2e-4, abs=1e-5), where
+        assert result == pytest.approx(expected, rel=2e-4, abs=1e-5), where
     else:
-        assert found == expected, where
+        assert result == expected, where
 
 
 def test_a_whole_evaluation(case: Case, tmp_path: Path) -> None:  # noqa: F811
@@ -141,26 +141,28 @@ def test_a_whole_evaluation(case: Case, tmp_path: Path) -> None:  # noqa: F811
     assert case.result("unlearned")["drift"] and case.result("gold")["attacks"]["expert_forcing"]
 
 
-def relearned(world: Any, path: str, dataset: str, asked: RelearningConfig) -> tuple[list[Any], dict[str, np.ndarray]]:
+def relearned(
+    world: Any, path: str, dataset: str, settings: RelearningConfig
+) -> tuple[list[Any], dict[str, np.ndarray]]:
     """The scores on the way and the experts of this rank, whose gradients come out a little different on each rank."""
     from transformers import AutoTokenizer
 
     tokenizer, shape = AutoTokenizer.from_pretrained(path), (world, Sharding(2, 0)) if world is not None else ()
-    with loaded(path, tokenizer, SETTINGS, *shape, trained=training_settings(asked)) as model:
+    with loaded(path, tokenizer, SETTINGS, *shape, trained=training_settings(settings)) as model:
         if world is not None:
             for parameter in model.model.parameters():
                 parameter.register_hook(lambda gradient: gradient * (1 + 1e-6 * world.rank))
-        score = lambda: [float(value) for found in model.score(random_sequences(9)) for value in found.log_prob]  # noqa: E731
-        curve = relearn(model, TokenDataset.open(Path(dataset)), asked, 3, score)["curve"]
+        score = lambda: [float(value) for result in model.score(random_sequences(9)) for value in result.log_prob]  # noqa: E731
+        curve = relearn(model, TokenDataset.open(Path(dataset)), settings, 3, score)["curve"]
         experts = {name: value.detach().numpy() for name, value in model.model.named_parameters() if "experts" in name}
         return [(point["loss"], point["scores"]) for point in curve], {n: v.copy() for n, v in experts.items()}
 
 
 def test_replicas_of_experts_learn_together(models: dict[str, str], dataset: str) -> None:
-    asked = RelearningConfig(steps=3, lr=3e-3)
-    alone, _ = relearned(None, models["mixtral"], dataset, asked)
+    settings = RelearningConfig(steps=3, lr=3e-3)
+    alone, _ = relearned(None, models["mixtral"], dataset, settings)
     assert abs(np.subtract(alone[-1][1], alone[0][1])).max() > 1e-2
-    ranks = run_distributed(relearned, 4, models["mixtral"], dataset, asked)
+    ranks = run_distributed(relearned, 4, models["mixtral"], dataset, settings)
     for rank, (curve, experts) in enumerate(ranks):
         for (loss, scores), (expected_loss, expected) in zip(curve, alone, strict=True):
             assert (loss or 0) == pytest.approx(expected_loss or 0, rel=1e-4)

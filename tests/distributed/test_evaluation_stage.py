@@ -313,11 +313,11 @@ def with_every_kind_of_task(case: Case, tmp_path: Path) -> list[dict[str, Any]]:
     """The tasks of the case, now of every kind; its models have room for ten solved questions."""
     forget, retain = (case.raw["data"][side][0]["path"] for side in ("forget", "retain"))
     questions = [{"question": f"w{n} w3", "answer": f"w{n}"} for n in range(5)]
-    asked = write_lines(tmp_path / "asked.jsonl", questions)
+    solved = write_lines(tmp_path / "solved.jsonl", questions)
     case.raw["evaluation"]["tasks"] += [
         {"name": "mia", "type": "membership", "path": forget, "holdout": retain, "role": "forget"},
         {"name": "extract", "type": "extraction", "path": forget, "role": "forget"},
-        {"name": "know", "type": "knowmem", "path": asked, "examples": asked, "role": "utility"},
+        {"name": "know", "type": "knowmem", "path": solved, "examples": solved, "role": "utility"},
     ]
     for name in ("original", "gold", "unlearned"):
         path = tmp_path / name / "config.json"

@@ -74,9 +74,9 @@ def evaluations(run: Path) -> dict[int, dict[str, float]]:
 def test_recomputed_activations_change_nothing(finished: dict[str, Path], tmp_path: Path) -> None:
     kept, recomputed = finished["graddiff"], finished["graddiff_recomputed"]
     np.testing.assert_allclose(losses_of(recomputed), losses_of(kept), rtol=1e-7)
-    expected, found = (weights_of(run, 4, tmp_path / run.name) for run in (kept, recomputed))
+    expected, result = (weights_of(run, 4, tmp_path / run.name) for run in (kept, recomputed))
     for name, value in expected.items():
-        np.testing.assert_allclose(found[name], value, rtol=1e-6, atol=1e-7, err_msg=name)
+        np.testing.assert_allclose(result[name], value, rtol=1e-6, atol=1e-7, err_msg=name)
 
 
 @pytest.mark.slow
@@ -88,9 +88,9 @@ def test_evaluations_equal_brute_force_and_do_not_depend_on_the_world(
 ) -> None:
     config, prepared = calibrated
     run = finished["evaluated"]
-    found = evaluations(run)
-    assert sorted(found) == [0, 2, 4]
-    assert found[0]["forget_overlap"] == found[0]["retain_overlap"] == 1.0
+    result = evaluations(run)
+    assert sorted(result) == [0, 2, 4]
+    assert result[0]["forget_overlap"] == result[0]["retain_overlap"] == 1.0
     convert_checkpoint(run / "checkpoints" / "step_000004", tmp_path / "model")
     for side in ("forget", "retain"):
         arrow = run / "data" / f"{side}.arrow"
@@ -99,12 +99,12 @@ def test_evaluations_equal_brute_force_and_do_not_depend_on_the_world(
         for step, model in ((0, tiny_model), (4, tmp_path / "model")):
             expected = jobs.brute_force_scores(model, tiny_model, arrow, rows)
             for name, value in expected.items():
-                assert math.isclose(found[step][f"{side}_{name}"], value, rel_tol=1e-5), (side, step, name)
+                assert math.isclose(result[step][f"{side}_{name}"], value, rel_tol=1e-5), (side, step, name)
     alone = copy_of(prepared, tmp_path / "alone")
     run_distributed(jobs.unlearn_job, 1, str(config), str(alone), [*STRONG, *EVALUATE, "unlearning.optimizer.eps=0.1"])
     for name, value in evaluations(alone)[0].items():
         if name not in ("time_s", "event"):
-            assert math.isclose(value, found[0][name], rel_tol=1e-6), name
+            assert math.isclose(value, result[0][name], rel_tol=1e-6), name
 
 
 @pytest.mark.slow

@@ -99,21 +99,21 @@ def test_a_job_that_keeps_nothing_leaves_its_curve(calibrated: tuple[Path, Path]
     with pytest.raises(AssertionError, match="StopRequested"):
         run_distributed(jobs.unlearn_job, 1, str(config), str(alone.path), nothing)
     run_distributed(jobs.unlearn_job, 1, str(config), str(alone.path), nothing)
-    found = json.loads(alone.curve.read_text())
-    assert found["curve"] == expected["curve"] and not list(alone.checkpoints.glob("step_*"))
+    result = json.loads(alone.curve.read_text())
+    assert result["curve"] == expected["curve"] and not list(alone.checkpoints.glob("step_*"))
     guarded = [*nothing, 'unlearning.evaluate.guards=["forget_nll <= 0.1"]']
     loaded, _ = load_config(str(config), guarded, alone.path)
     assert not check_unlearn(loaded, alone, 1).done()
     run_distributed(jobs.unlearn_job, 1, str(config), str(alone.path), guarded)
     assert check_unlearn(loaded, alone, 1).done()
-    found = json.loads(alone.curve.read_text())
-    assert found["diverged"] == 2 and [point["step"] for point in found["curve"]] == [0, 2]
+    result = json.loads(alone.curve.read_text())
+    assert result["diverged"] == 2 and [point["step"] for point in result["curve"]] == [0, 2]
     for damage in (
         {"curve": []},
-        {"curve": [*found["curve"][::-1]]},
-        {"curve": [found["curve"][0] | {"scores": [{"task": "a", "metric": "b", "value": "c"}]}]},
+        {"curve": [*result["curve"][::-1]]},
+        {"curve": [result["curve"][0] | {"scores": [{"task": "a", "metric": "b", "value": "c"}]}]},
     ):
-        alone.curve.write_text(json.dumps(found | damage))
+        alone.curve.write_text(json.dumps(result | damage))
         with pytest.raises(UserError, match=r"curve\.json: the curve is damaged"):
             read_curve(alone.curve)
     kept = sorted(run.checkpoints.iterdir())

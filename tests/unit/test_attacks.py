@@ -96,8 +96,8 @@ def test_the_rule_of_a_router_is_found_before_a_weight_is_read(
     path = tiny.make_model(tmp_path / family, family)
     (path / "model.safetensors").unlink()
     attacks.check_forcing(path)
-    found = attacks.gate_rule(find_routers(meta_model(path))[0])
-    assert (found.function, found.normalised, found.scale) == (*rule[:2], pytest.approx(rule[2], rel=1e-4))
+    result = attacks.gate_rule(find_routers(meta_model(path))[0])
+    assert (result.function, result.normalised, result.scale) == (*rule[:2], pytest.approx(rule[2], rel=1e-4))
     monkeypatch.setattr(attacks, "FUNCTIONS", {"sigmoid": torch.sigmoid})
     if rule[0] == "softmax":
         with pytest.raises(UserError, match="follow no rule that is known"):
@@ -107,14 +107,14 @@ def test_the_rule_of_a_router_is_found_before_a_weight_is_read(
 def test_relearning_is_plain_fine_tuning_on_a_share_of_the_rows(tmp_path: Path) -> None:
     generator = np.random.default_rng(4)
     dataset = packed(tmp_path / "rows.arrow", [generator.integers(3, 63, 15).tolist() for _ in range(20)], 16)
-    asked = RelearningConfig(steps=6, lr=1e-3)
+    settings = RelearningConfig(steps=6, lr=1e-3)
     path = save_model(tmp_path / "model")
     seen: list[int] = []
     with opened(path) as model:
-        found = attacks.relearn(model, dataset, asked, 5, lambda: seen.append(len(seen)))
+        result = attacks.relearn(model, dataset, settings, 5, lambda: seen.append(len(seen)))
         trained = {name: value.clone() for name, value in model.model.state_dict().items()}
-    assert found["rows"] == 2 and [entry["step"] for entry in found["curve"]] == [0, 5, 6] and len(seen) == 3
-    assert found["curve"][-1]["loss"] < 5
+    assert result["rows"] == 2 and [entry["step"] for entry in result["curve"]] == [0, 5, 6] and len(seen) == 3
+    assert result["curve"][-1]["loss"] < 5
     rows = attacks.EpochRows(
         np.sort(attacks.generator(5, attacks.SHARE_STREAM, 0).permutation(np.arange(len(dataset)))[:2]),
         2,
@@ -152,8 +152,8 @@ def test_a_sharded_attack_that_diverges_ends_its_curve(tmp_path: Path, monkeypat
         return {"loss": 1.0}
 
     monkeypatch.setattr(attacks, "run_step", run_step)
-    asked = RelearningConfig(steps=6, lr=1e-3)
-    curve = attacks.relearn(model, dataset, asked, 5, lambda: {"facts accuracy": 0.5})["curve"]
+    settings = RelearningConfig(steps=6, lr=1e-3)
+    curve = attacks.relearn(model, dataset, settings, 5, lambda: {"facts accuracy": 0.5})["curve"]
     assert [(entry["step"], entry["loss"], len(entry["scores"])) for entry in curve] == [
         (0, None, 1), (5, 1.0, 1), (6, None, 0),
     ]  # fmt: skip
@@ -161,8 +161,8 @@ def test_a_sharded_attack_that_diverges_ends_its_curve(tmp_path: Path, monkeypat
 
 
 def test_attacks_are_part_of_the_result_of_the_unlearned_and_the_retrained_model(case: Case) -> None:  # noqa: F811
-    asked = {"relearning": {"steps": 2, "lr": 1e-3}, "expert_forcing": True}
-    evaluate(case.config(**asked), case.run)
+    settings = {"relearning": {"steps": 2, "lr": 1e-3}, "expert_forcing": True}
+    evaluate(case.config(**settings), case.run)
     assert "attacks" not in case.result("original")
     for name in ("gold", "unlearned"):
         result = case.result(name)
@@ -177,7 +177,7 @@ def test_attacks_are_part_of_the_result_of_the_unlearned_and_the_retrained_model
         assert values["facts", "relearned_accuracy"] == curve[-1]["scores"]["facts accuracy"]
         assert ("general", "relearned_perplexity") not in values
     before = case.files()
-    evaluate(case.config(**asked), case.run)
+    evaluate(case.config(**settings), case.run)
     assert case.files() == before
     evaluate(case.config(), case.run)
     assert "attacks" not in case.result("unlearned")

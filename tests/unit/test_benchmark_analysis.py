@@ -144,7 +144,7 @@ def test_strengths_are_chosen_on_the_other_fold_only() -> None:
     assert list(kinds) == [SAME, "own alpha"]  # of the learning rate there is one value: nothing to choose
 
     def alphas(kind: str) -> list[str]:
-        return [found.settings["alpha"] for found in kinds[kind]["uniform"].values() if found is not None]
+        return [result.settings["alpha"] for result in kinds[kind]["uniform"].values() if result is not None]
 
     assert alphas("own alpha") == ["1.0", "4.0", "1.0", "4.0"]
     assert set(alphas(SAME)) == {"4.0"}
@@ -209,9 +209,9 @@ def test_intervals_agree_with_scipy() -> None:
     reference = stats.bootstrap(
         (mine, base), ratio, paired=True, method="percentile", n_resamples=40_000, rng=np.random.default_rng(1)
     ).confidence_interval
-    found = analysis.bootstrap_ratio(list(mine), list(base))
-    assert found is not None and found == analysis.bootstrap_ratio(list(mine), list(base))
-    assert (found.low, found.high) == pytest.approx((reference.low, reference.high), abs=0.004)
+    result = analysis.bootstrap_ratio(list(mine), list(base))
+    assert result is not None and result == analysis.bootstrap_ratio(list(mine), list(base))
+    assert (result.low, result.high) == pytest.approx((reference.low, reference.high), abs=0.004)
 
 
 @pytest.mark.parametrize("name", [name for name in recipe_names("run") if name.startswith("bench_")])
@@ -227,9 +227,9 @@ def test_utility_over_levels_is_read_off_the_lines_between_steps() -> None:
     levels = np.linspace(0.35, 0.65, LEVELS)  # the first time that a level is reached counts
     wanted = np.interp(levels, [0.3, 0.6, 0.8], [0.6, 0.9, 1.0]).mean()
     steps = [0, 3, 6, 9, 12]
-    found = over_levels(steps, forget, utility, 0.35, 0.65)
-    assert found.post == pytest.approx(wanted) and (found.step, found.spacing, found.end) == (6, 3, 0.3)
-    assert found.at_crossing == matched(steps, forget, utility, 0.35).at_crossing
+    result = over_levels(steps, forget, utility, 0.35, 0.65)
+    assert result.post == pytest.approx(wanted) and (result.step, result.spacing, result.end) == (6, 3, 0.3)
+    assert result.at_crossing == matched(steps, forget, utility, 0.35).at_crossing
     assert over_levels(steps, forget, utility, 0.1, 0.65).step is None  # never that low
     assert over_levels(steps[2:], forget[2:], utility[2:], 0.35, 0.65).step is None  # lower when first looked at
 

@@ -257,12 +257,12 @@ def test_overlap_and_kl_equal_brute_force(experts: int, tokens: int, seed: int, 
     before_TLK, after_TLK = (
         np.array([generator.permutation(experts)[:top_k] for _ in range(tokens)])[:, None] for _ in range(2)
     )
-    found = drift.compare(drift.RoutingSample(before_TLK, 3), drift.RoutingSample(after_TLK, 3), experts)
+    result = drift.compare(drift.RoutingSample(before_TLK, 3), drift.RoutingSample(after_TLK, 3), experts)
     sets = [[set(each[0]) for each in side.tolist()] for side in (before_TLK, after_TLK)]
-    assert found["overlap"] == pytest.approx([np.mean([len(a & b) / top_k for a, b in zip(*sets, strict=True)])])
+    assert result["overlap"] == pytest.approx([np.mean([len(a & b) / top_k for a, b in zip(*sets, strict=True)])])
     counts = [np.array([(side == expert).sum() for expert in range(experts)]) for side in (before_TLK, after_TLK)]
-    assert found["kl"] == pytest.approx([entropy(counts[0] + 0.5, counts[1] + 0.5)], abs=1e-9)
-    assert found["frequency_after"] == [pytest.approx(counts[1] / tokens, abs=1e-6)]
+    assert result["kl"] == pytest.approx([entropy(counts[0] + 0.5, counts[1] + 0.5)], abs=1e-9)
+    assert result["frequency_after"] == [pytest.approx(counts[1] / tokens, abs=1e-6)]
     same = drift.compare(*[drift.RoutingSample(side, 3) for side in (before_TLK, before_TLK[:, :, ::-1])], experts)
     assert (same["overlap_mean"], same["kl_mean"]) == (1.0, 0.0)  # the order of the K experts does not matter
 
@@ -301,11 +301,11 @@ def test_membership_scores_by_hand() -> None:
         np.array([-2, -2, -2, -2, -3], dtype=np.float32),
         np.array([1, 1, 2, 2, 0], dtype=np.float32),
     )
-    found = retrained.member_scores(scores, "text")
-    assert found["loss"] == -3.0
-    assert found["zlib"] == -15 / len(zlib.compress(b"text"))
-    assert found["min_k"] == -4.5  # the two lowest of five
-    assert found["min_k_plus"] == -2.0  # of 1, -3, 0, -1, 0
+    result = retrained.member_scores(scores, "text")
+    assert result["loss"] == -3.0
+    assert result["zlib"] == -15 / len(zlib.compress(b"text"))
+    assert result["min_k"] == -4.5  # the two lowest of five
+    assert result["min_k_plus"] == -2.0  # of 1, -3, 0, -1, 0
     assert retrained.auc(np.array([3.0, 2.0]), np.array([2.0, 1.0])) == (3 + 0.5) / 4  # a tie counts half
     assert retrained.priv_leak(1.0) == -100.0  # every forget text looks like a member: not unlearned
     assert math.isclose(retrained.priv_leak(0.85, 0.48), 100 * (0.15 - 0.52) / 0.52)
@@ -336,16 +336,16 @@ def test_priv_leak_is_measured_against_the_retrained_model_or_says_that_it_is_no
     scores = {name: {s["metric"]: s for s in case.result(name)["scores"]} for name in ("gold", "original", "unlearned")}
     gold_auc = scores["gold"]["auc_min_k"]["value"]
     assert scores["gold"]["priv_leak"]["value"] == 0.0
-    for found in scores.values():
+    for result in scores.values():
         theirs = 1 - gold_auc  # MUSE's AUC counts holdout above member
-        expected = 100 * ((1 - found["auc_min_k"]["value"]) - theirs) / theirs
-        assert found["priv_leak"]["value"] == pytest.approx(expected)
-        assert found["priv_leak"]["note"] == f"AUC of the retrained model gold: {gold_auc:.4f}"
-        assert found["auc_loss"]["reference"] == scores["gold"]["auc_loss"]["value"]
+        expected = 100 * ((1 - result["auc_min_k"]["value"]) - theirs) / theirs
+        assert result["priv_leak"]["value"] == pytest.approx(expected)
+        assert result["priv_leak"]["note"] == f"AUC of the retrained model gold: {gold_auc:.4f}"
+        assert result["auc_loss"]["reference"] == scores["gold"]["auc_loss"]["value"]
     evaluate(case.config(tasks=[task], drift=False, models={}), case.run)
-    found = {s["metric"]: s for s in case.result("unlearned")["scores"]}
-    assert found["priv_leak"]["value"] == pytest.approx(100 * (0.5 - found["auc_min_k"]["value"]) / 0.5)
-    assert "assumed to be 0.5" in found["priv_leak"]["note"]
+    result = {s["metric"]: s for s in case.result("unlearned")["scores"]}
+    assert result["priv_leak"]["value"] == pytest.approx(100 * (0.5 - result["auc_min_k"]["value"]) / 0.5)
+    assert "assumed to be 0.5" in result["priv_leak"]["note"]
 
 
 def test_every_metric_has_a_direction_and_a_meaning() -> None:

@@ -89,8 +89,8 @@ def our_outcomes(world: Any, folder: str, sharding: Sharding | None = None) -> l
     with loaded(path, AutoTokenizer.from_pretrained(path), settings, world, sharding or Sharding()) as model:
         tasks = [read_task(task_of(name, f"{folder}/{name}.jsonl")) for name in SUBJECTS]
         tasks.append(read_task(TaskConfig.model_validate(own)))
-        found = [run_task(model, task, max_new_tokens=4, context_length=64) for task in tasks]
-    return [(outcome.scores, outcome.items) for outcome in found]
+        results = [run_task(model, task, max_new_tokens=4, context_length=64) for task in tasks]
+    return [(outcome.scores, outcome.items) for outcome in results]
 
 
 @pytest.mark.parametrize(
@@ -233,13 +233,13 @@ def test_solved_examples_and_the_chat_template_are_lm_evals(place: Path) -> None
     theirs = reference(place / "chat", place / "shots", ["wmdp_bio_here"], num_fewshot=2, apply_chat_template=True)
     raw = {"name": "shots", "type": "lm_eval", "task": "wmdp_bio_here", "role": "forget"}
     raw |= {"include_path": str(place / "shots")}
-    found = {}
+    results = {}
     for keys in ({"num_fewshot": 2, "apply_chat_template": True}, {"num_fewshot": 2}, {}):
         read = read_task(TaskConfig.model_validate(raw | keys))
         with loaded(str(place / "chat"), tokenizer, ModelSettings("fp32", True, True, 4)) as model:
             outcome = run_task(model, read, max_new_tokens=4, context_length=64)
-        found[tuple(keys)] = [item["log_prob"] for item in outcome.items]
-    ours, without, zero_shot = found.values()
+        results[tuple(keys)] = [item["log_prob"] for item in outcome.items]
+    ours, without, zero_shot = results.values()
     assert ours == log_probs_of(theirs, "wmdp_bio_here") and len(ours) == 20
     assert ours != without != zero_shot
     tokenizer.chat_template = None

@@ -20,7 +20,7 @@ unit = st.floats(0, 1, allow_nan=False)
 
 
 @pytest.mark.parametrize(
-    ("steps", "forget", "utility", "target", "found"),
+    ("steps", "forget", "utility", "target", "result"),
     [
         ([0, 20, 40, 60], [0.9, 0.5, 0.3, 0.4], [1.0, 0.9, 0.75, 0.5], 0.34, (40, 20, 0.78, 0.625, 0.5)),  # rises again
         ([1, 2], [0.5, 0.1 + 0.2], [0.7, 0.5], 0.3, (2, 1, 0.5, 0.5, 0.5)),  # equal to the target counts as reached
@@ -28,32 +28,32 @@ unit = st.floats(0, 1, allow_nan=False)
         ([1, 2], [math.nan, 0.9], [0.7, 0.6], 0.3, (None, None, None, None, 0.6)),
     ],
 )
-def test_crossing_and_mean_after_it(steps: Any, forget: Any, utility: Any, target: float, found: Any) -> None:
-    assert astuple(matched(steps, forget, utility, target)) == pytest.approx(found)
+def test_crossing_and_mean_after_it(steps: Any, forget: Any, utility: Any, target: float, result: Any) -> None:
+    assert astuple(matched(steps, forget, utility, target)) == pytest.approx(result)
 
 
 @given(st.lists(st.tuples(unit, unit), min_size=1, max_size=20), unit)
 def test_against_a_plain_loop(rows: list[tuple[float, float]], target: float) -> None:
     forget_S, utility_S = [row[0] for row in rows], [row[1] for row in rows]
-    found = matched(range(len(rows)), forget_S, utility_S, target)
+    result = matched(range(len(rows)), forget_S, utility_S, target)
     kept = None
     for step, (forget, utility) in enumerate(rows):
         if kept is None and forget <= target + 1e-9:
             kept = []
             before, there = rows[max(step - 1, 0)]
             share = min((before - target) / (before - forget), 1) if step else 1
-            assert (found.step, found.spacing) == (step, int(step > 0))
-            assert found.at_crossing == pytest.approx(there + share * (utility - there))
+            assert (result.step, result.spacing) == (step, int(step > 0))
+            assert result.at_crossing == pytest.approx(there + share * (utility - there))
         if kept is not None:
             kept.append(utility)
-    assert (found.post is None) == (kept is None)
+    assert (result.post is None) == (kept is None)
     if kept:
-        assert found.post == pytest.approx(sum(kept) / len(kept))
-        assert min(kept) - 1e-12 <= found.post <= max(kept) + 1e-12
+        assert result.post == pytest.approx(sum(kept) / len(kept))
+        assert min(kept) - 1e-12 <= result.post <= max(kept) + 1e-12
 
 
 @pytest.mark.parametrize(
-    ("forget", "found"),
+    ("forget", "result"),
     [
         ([0.9, 0.5, 0.3], Reached(2, 0.5)),
         ([0.9, 0.4, 0.3], Reached(1, 1.0)),  # on the target itself
@@ -62,17 +62,17 @@ def test_against_a_plain_loop(rows: list[tuple[float, float]], target: float) ->
         ([0.9, 0.5], None),
     ],
 )
-def test_where_between_two_scored_steps(forget: list[float], found: Reached | None) -> None:
+def test_where_between_two_scored_steps(forget: list[float], result: Reached | None) -> None:
     mine = reached(forget, 0.4)
-    assert (mine is None) == (found is None)
-    if mine is not None and found is not None:
-        assert mine.index == found.index and mine.share == pytest.approx(found.share)
+    assert (mine is None) == (result is None)
+    if mine is not None and result is not None:
+        assert mine.index == result.index and mine.share == pytest.approx(result.share)
 
 
 @pytest.mark.parametrize(("count", "of"), [(0, 40), (3, 40), (67, 240), (240, 240)])
 def test_wilson_against_scipy(count: int, of: int) -> None:
-    found, wanted = wilson(count / of, of), stats.binomtest(count, of).proportion_ci(method="wilson")
-    assert (found.low, found.high) == pytest.approx((wanted.low, wanted.high), abs=1e-6)
+    result, wanted = wilson(count / of, of), stats.binomtest(count, of).proportion_ci(method="wilson")
+    assert (result.low, result.high) == pytest.approx((wanted.low, wanted.high), abs=1e-6)
 
 
 def test_perplexity_interval_against_a_bootstrap_of_documents() -> None:
@@ -81,10 +81,10 @@ def test_perplexity_interval_against_a_bootstrap_of_documents() -> None:
     nll = tokens * rng.normal(3, 0.4, 400)
     items = [{"nll": float(a), "tokens": int(b)} for a, b in zip(nll, tokens, strict=True)]
     score = Score("m", "t", "perplexity", 20.0, int(tokens.sum()), "utility", "lower", None)
-    found = of_score(score, Evaluation("m", [score], {"t": items}))
+    result = of_score(score, Evaluation("m", [score], {"t": items}))
     draws = rng.integers(0, 400, (4000, 400))
     wanted = np.quantile(np.exp(nll[draws].sum(1) / tokens[draws].sum(1)), [0.025, 0.975])
-    assert found is not None and [found.low, found.high] == pytest.approx(wanted, rel=0.01)
+    assert result is not None and [result.low, result.high] == pytest.approx(wanted, rel=0.01)
 
 
 def test_scores_that_are_no_mean_over_questions_have_no_interval() -> None:

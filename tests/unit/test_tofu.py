@@ -45,19 +45,19 @@ def items(generator: np.random.Generator, paraphrased: bool) -> list[TofuItem]:
 
 @pytest.mark.parametrize("paraphrased", [True, False])
 def test_a_models_scores_equal_brute_force(paraphrased: bool, tmp_path: Path) -> None:
-    asked = items(np.random.default_rng(2), paraphrased)
+    questions = items(np.random.default_rng(2), paraphrased)
 
     def per_token(model: Any, item: TofuItem, answer: str) -> float:
         """P(answer | question)^(1 / tokens), one token at a time."""
         prompt = model.tokenizer.encode(f"Question: {item.question}\nAnswer:", add_special_tokens=False)
         ids = [0, *prompt, *model.tokenizer.encode(f" {answer}", add_special_tokens=False)]
         log_prob = torch.log_softmax(model.model(torch.tensor([ids])).logits[0].double(), -1)
-        found = [float(log_prob[t - 1, ids[t]]) for t in range(1 + len(prompt), len(ids))]
-        return math.exp(sum(found) / len(found))
+        result = [float(log_prob[t - 1, ids[t]]) for t in range(1 + len(prompt), len(ids))]
+        return math.exp(sum(result) / len(result))
 
     with opened(save_model(tmp_path / "model")) as model, torch.inference_mode():
-        outcome = retrained.evaluate_tofu(model, asked, 6, "here")
-        for number, item in enumerate(asked):
+        outcome = retrained.evaluate_tofu(model, questions, 6, "here")
+        for number, item in enumerate(questions):
             true = per_token(model, item, item.answer)
             false = [per_token(model, item, answer) for answer in item.false]
             other = per_token(model, item, item.paraphrase) if paraphrased else true
@@ -89,12 +89,12 @@ def test_through_the_stage(case: Case) -> None:  # noqa: F811
         path = write_lines(folder / f"{name}.jsonl", records)
         tasks.append({"name": name, "type": "tofu", "path": path, "role": role})
     evaluate(case.config(tasks=tasks, drift=False), case.run)
-    found = {
+    result = {
         name: {(score["task"], score["metric"]): score for score in case.result(name)["scores"]}
         for name in ("original", "gold", "unlearned")
     }
-    ratios = {name: [item["truth_ratio"] for item in case.result(name)["items"]["forgotten"]] for name in found}
-    for name, scores in found.items():
+    ratios = {name: [item["truth_ratio"] for item in case.result(name)["items"]["forgotten"]] for name in result}
+    for name, scores in result.items():
         assert {key for key in scores if key[1] == "forget_quality"} == {("forgotten", "forget_quality")}
         quality = scores["forgotten", "forget_quality"]
         assert quality["value"] == retrained.forget_quality(ratios[name], ratios["gold"])
@@ -102,7 +102,7 @@ def test_through_the_stage(case: Case) -> None:  # noqa: F811
         six = [scores[task, metric]["value"] for task in ("kept", "world") for metric in retrained.KNOWN]
         assert scores["kept", "model_utility"]["value"] == retrained.model_utility(six)
         assert scores["world", "model_utility"]["value"] == retrained.model_utility(six)
-    assert found["gold"]["forgotten", "forget_quality"]["value"] == 1
+    assert result["gold"]["forgotten", "forget_quality"]["value"] == 1
     evaluate(case.config(tasks=tasks, drift=False, models={}), case.run)
     score = next(s for s in case.result("unlearned")["scores"] if s["metric"] == "forget_quality")
     assert score["value"] is None and score["note"] == "no retrained model was evaluated"
