@@ -76,7 +76,7 @@ def test_done_is_not_done_again_and_a_rerun_gives_the_same_bytes(run: RunDirecto
 
 
 def test_another_type_or_a_damaged_model_is_made_anew(run: RunDirectory) -> None:
-    convert(make_config(conversion={"step": 1}), run)
+    convert(make_config(), run)
     first = tree(run.model)
     convert(make_config(conversion={"dtype": "fp32"}), run)
     assert json.loads((run.model / "config.json").read_text())["dtype"] == "float32"
