@@ -26,7 +26,7 @@ STEPS = 2
 OBJECTIVES = {
     "graddiff": ["forget_loss=graddiff"],
     "npo": ["forget_loss=npo"],
-    "satimp_kl": ["forget_loss=satimp", "retain_loss=kl"],
+    "wga_kl": ["forget_loss=wga", "retain_loss=kl"],
     "undial_hidden": ["forget_loss=undial", "retain_loss=hidden_mse"],
     "dpo": ["forget_loss=dpo", "dpo.beta=0.03"],
     "adaptive_rmu_nll": ["forget_loss=rmu", "rmu.scale=adaptive", "retain_loss=nll"],
@@ -34,7 +34,7 @@ OBJECTIVES = {
 }
 # Further ones of these kinds, in one shape.
 OTHERS = {
-    "wga": ["forget_loss=wga"],
+    "satimp": ["forget_loss=satimp"],  # whose p⁵ is next to nothing here: the retain loss moves the weights
     "ceu": ["forget_loss=ceu"],
     "rmu": ["forget_loss=rmu"],
     "simnpo_sampled": ["forget_loss=simnpo", "apply=sampling"],

@@ -102,7 +102,7 @@ def test_the_rest_stays_bitwise(
 
 
 def first_anchor_loss(config: Path, run: Path, overrides: list[str], model_path: Path) -> float:
-    """SEUF's anchor of the first step by plain transformers: 4 · mean over forget tokens of ‖softmax − chosen‖²."""
+    """SEUF's anchor of the first step by plain transformers: the mean over forget tokens of ‖softmax − chosen‖²."""
     loaded, path = load_config(str(config), overrides, run)
     batches = make_batches(check_unlearn(loaded, RunDirectory.at(path), 1))
     model: Any = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
@@ -116,7 +116,7 @@ def first_anchor_loss(config: Path, run: Path, overrides: list[str], model_path:
         with torch.no_grad():
             found = model(input_ids=ids, position_ids=positions, use_cache=False, output_router_logits=True)
         gates = torch.softmax(found.router_logits[layer].double(), -1)[batch.counted_BS[rows].reshape(-1)]
-        total += 4 * float((gates - chosen).square().sum())
+        total += float((gates - chosen).square().sum())
         tokens += len(gates)
     return total / tokens
 
