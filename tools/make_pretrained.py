@@ -62,7 +62,7 @@ from trace_ds.errors import UserError
 from trace_ds.evaluation.items import ChoiceItem
 from trace_ds.evaluation.kinds import Outcome, evaluate_choice, evaluate_perplexity
 from trace_ds.evaluation.language_model import LanguageModel, ModelSettings, loaded
-from trace_ds.models.host_memory import keep_freed_memory
+from trace_ds.models.engine import keep_freed_memory
 from trace_ds.run import ours
 from trace_ds.run.files import canonical_json, replacing_directory, sha256_text, write_json
 from trace_ds.run.foreign import read_object

@@ -215,21 +215,6 @@ def test_sums_over_ranks_beyond_2_31_are_exact() -> None:
     assert found.gate_mass_LE.tolist() == [[1.0, 2.0**-39]]
 
 
-@pytest.mark.parametrize(("counted", "size"), [(0, 5), (9, 9), (1000, 400), (100_003, 20_000)])
-def test_a_sample_has_every_document_in_proportion(counted: int, size: int) -> None:
-    places = sample_places(counted, size)
-    assert places.dtype == np.int64 and len(places) == min(counted, size) and (np.diff(places) >= 0).all()
-    assert (sample_places(counted, size) == places).all()
-    if size >= counted:
-        assert (places == np.arange(counted)).all()
-        return
-    starts = np.sort(np.random.default_rng(0).choice(np.arange(1, counted), min(50, counted // 20), replace=False))
-    sizes = np.diff(np.concatenate([[0], starts, [counted]]))  # of documents
-    drawn = np.bincount(np.searchsorted(starts, places, side="right"), minlength=len(sizes))
-    assert (np.abs(drawn - sizes * size / counted) < 2).all()
-    assert len(np.unique((places * size / counted) % 1 > 0.5)) == 2, "the place in a stratum is drawn"
-
-
 @pytest.mark.parametrize(
     ("changes", "needed"),
     [

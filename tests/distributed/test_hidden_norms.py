@@ -79,11 +79,6 @@ def test_the_sink_is_found_and_the_median_does_not_mind_it(tiny_model: Path) -> 
     assert offset[length > 10 * found.median].max() == 0
 
 
-def test_a_model_without_sinks_has_none(tiny_model: Path) -> None:
-    found = measure(ALONE, str(tiny_model), 1.0)
-    assert found.sinks == () and found.warnings(LAYER, left_out=True) == []
-
-
 def test_ranks_measure_what_one_process_does(tiny_model: Path) -> None:
     alone = measure(ALONE, str(tiny_model), 1e5)
     for found in processes.run_distributed(measure, 2, str(tiny_model), 1e5):

@@ -188,8 +188,6 @@ def test_affinity_and_anchor() -> None:
     assert seuf.choose_experts(affinity, [1, 2, 3], None, SEUFConfig()) == (2, (0,))
     assert seuf.choose_experts(affinity, [1, 2, 3], 2, SEUFConfig()) == (1, (1,))  # a tie: the lower number
     assert seuf.choose_experts(affinity, [1, 2, 3], None, SEUFConfig(layer=1, experts=2)) == (0, (0, 1))
-    with pytest.raises(UserError, match="an older version collected the statistics"):
-        seuf.choose_experts(None, [1, 2, 3], None, SEUFConfig())
     logits = torch.randn(6, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
     counted = torch.tensor([[True, False], [True, True]])  # the last two tokens are retain rows
     anchor = seuf.Anchor(0, torch.tensor([0.0, 1.0, 1.0]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import runpy
 from pathlib import Path
 
@@ -35,32 +34,6 @@ def written(calibrated, directory: Path) -> None:
     export(artefact.load(run.data, "data"), artefact.load(run.calibration, "calibration"), directory)
 
 
-def test_parquet_holds_the_weights_of_every_row_and_document(calibrated, tmp_path) -> None:
-    from datasets import Dataset
-
-    _, run = calibrated
-    written(calibrated, tmp_path / "out")
-    rows = Dataset.from_parquet(str(tmp_path / "out" / "retain_rows.parquet"), cache_dir=str(tmp_path))
-    documents = Dataset.from_parquet(str(tmp_path / "out" / "retain_documents.parquet"), cache_dir=str(tmp_path))
-    data = artefact.load(run.data, "data")
-    made = artefact.load(run.calibration, "calibration")
-    dataset = TokenDataset.open(data.file("retain.arrow"))
-    weights, row_weights = np.load(made.file("weights.npy")), np.load(made.file("row_weights.npy"))
-    assert len(rows) == len(dataset)
-    np.testing.assert_array_equal(np.concatenate(rows["weights"]), weights)
-    np.testing.assert_array_equal(rows["row_weight"], row_weights)
-    np.testing.assert_array_equal(np.concatenate(rows["document_ids"]), dataset.document_ids_T[:])
-    for number in (0, len(dataset) - 1):
-        np.testing.assert_array_equal(rows[number]["input_ids"], dataset.row(number).input_ids)
-    counted, ids = dataset.counted(0, dataset.tokens), dataset.document_ids_T[:]
-    for entry in documents:
-        mine = weights[counted & (ids == entry["document"])]
-        assert entry["tokens"] == len(mine)
-        assert entry["weight"] == (pytest.approx(mine.mean()) if len(mine) else None)
-    top = json.loads(made.file("diagnosis.json").read_text())["top_documents"][0]
-    assert documents[top["document"]]["weight"] == pytest.approx(top["weight"], rel=1e-5)
-
-
 def test_calibrate_writes_the_dataset_when_asked(prepared, tmp_path) -> None:  # noqa: F811
     from datasets import Dataset
 
@@ -72,6 +45,15 @@ def test_calibrate_writes_the_dataset_when_asked(prepared, tmp_path) -> None:  #
     weights, row_weights = np.load(made.file("weights.npy")), np.load(made.file("row_weights.npy"))
     np.testing.assert_array_equal(np.concatenate(rows["weights"]), weights)
     np.testing.assert_array_equal(rows["row_weight"], row_weights)
+    dataset = TokenDataset.open(run.data / "retain.arrow")
+    np.testing.assert_array_equal(np.concatenate(rows["document_ids"]), dataset.document_ids_T[:])
+    np.testing.assert_array_equal(rows[1]["input_ids"], dataset.row(1).input_ids)
+    counted, ids = dataset.counted(0, dataset.tokens), dataset.document_ids_T[:]
+    documents = Dataset.from_parquet(str(run.export / "retain_documents.parquet"), cache_dir=str(tmp_path))
+    for entry in documents:
+        mine = weights[counted & (ids == entry["document"])]
+        assert entry["tokens"] == len(mine)
+        assert entry["weight"] == (pytest.approx(mine.mean()) if len(mine) else None)
     again = calibrate(load_config(str(config_path), keys[1:])[0], run)
     assert again.content == made.content, "exporting changes nothing of the calibration"
     before = (run.export / "retain_rows.parquet").read_bytes()

@@ -257,11 +257,6 @@ def test_two_experts_that_exclude_each_other_do_not_stop_the_others() -> None:
     assert ess(w) >= 0.5 - 1e-9
 
 
-def test_a_target_far_beyond_the_retain_frequency_is_limited() -> None:
-    target, reason = offer(np.array([[True, False]]), np.array([0.001]), np.array([0.4]), 20.0)
-    assert target[0] == pytest.approx(0.02) and reason == ["rare"]
-
-
 def test_empty_scope_and_no_tokens() -> None:
     selected = np.zeros((3, 2, 2), np.uint8)
     made = rake(Units.of(selected, np.zeros((2, 4), dtype=bool)), np.zeros(0), np.zeros(0), 20.0, 0.5)

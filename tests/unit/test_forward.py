@@ -84,14 +84,6 @@ def test_losses_in_pieces_are_those_of_the_full_logits(bias: bool) -> None:
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_no_token_gives_no_value_and_zero_gradients() -> None:
-    hidden, weight = torch.zeros(0, SIZE, requires_grad=True), torch.ones(VOCABULARY, SIZE, requires_grad=True)
-    values = passes.head_values(hidden, weight, [(0, lambda logits, part: logits.sum(1))], 4)
-    assert values.shape == (0,)
-    gradients = torch.autograd.grad(values.sum(), (hidden, weight))
-    assert gradients[0].shape == (0, SIZE) and not gradients[1].any()
-
-
 def batch(rows: int = 2, length: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
     ids = torch.randint(3, 300, (rows, length), generator=torch.Generator().manual_seed(1))
     return ids, torch.arange(length).expand(rows, length)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -15,13 +16,16 @@ from torch import nn
 from trace_ds.models import autoep
 from trace_ds.models.engine_config import merge_ds_config
 from trace_ds.models.families import ModelInfo
-from trace_ds.models.host_memory import large_tensors_apart
 from trace_ds.models.loading import ModelParts, load_share
 from trace_ds.parallel.world import World, quiet_deepspeed
 
 WIDE_EXPERT = 8192
 _DECODER_LAYER = re.compile(r".*?\.\d+\.")  # how the names of a decoder layer's parameters begin
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+# malloc.h of glibc: where it takes the memory of tensors from, and when it gives it back to the system
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
+LARGE_BYTES, LARGEST_BYTES = 1 << 20, 1 << 25  # the second: the largest M_MMAP_THRESHOLD on 64 bits
+NEVER = 2**31 - 1
 
 
 def base_ds_config(
@@ -70,6 +74,39 @@ def stage3_limits(model: nn.Module) -> dict[str, int]:
         "stage3_max_reuse_distance": kept,
         "stage3_prefetch_bucket_size": min(largest, 50_000_000),
     }
+
+
+def _set_malloc(option: int, value: int) -> None:
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
+    if set_option is not None:
+        set_option(option, value)
+
+
+def keep_freed_memory() -> None:
+    """Keep freed memory of any size in this process, for the tensors of the next step.
+
+    By default tensors over 32 MB are mmap-ed and returned to the OS when freed; the page faults of the next allocation
+    were a good part of the CPU time of a step on a model of 135 M parameters.
+    """
+    _set_malloc(M_MMAP_MAX, 0)
+    _set_malloc(M_TRIM_THRESHOLD, NEVER)
+
+
+@contextlib.contextmanager
+def large_tensors_apart() -> Iterator[None]:
+    """Inside, tensors of 1 MB and more are mmap-ed, so freeing them returns memory to the OS; afterwards they are not.
+
+    While a model is loaded, glibc would move its mmap threshold up to 32 MB after the first free; small objects
+    between large freed tensors then keep the heap fragmented (half a rank's share of the model was lost this way).
+    After loading, the heap serves large tensors too and is not trimmed, so that steps cause no page faults.
+    """
+    _set_malloc(M_MMAP_THRESHOLD, LARGE_BYTES)
+    _set_malloc(M_TRIM_THRESHOLD, 2 * LARGE_BYTES)
+    try:
+        yield
+    finally:
+        _set_malloc(M_MMAP_THRESHOLD, LARGEST_BYTES)  # the value that glibc would have reached by itself
+        _set_malloc(M_TRIM_THRESHOLD, NEVER)
 
 
 @quick_collections()

@@ -64,7 +64,7 @@ class Collection:
         self.batch_rows = min(batch_rows, rows)
         self.batches = -(-rows // self.batch_rows)
         self.counter = RoutingCounter(len(self.layers), experts, top_k, world.device)
-        self.sampled = self._sampled() if recording.sample_tokens else np.zeros(0, dtype=np.int64)
+        self.sampled = self._draw_sample() if recording.sample_tokens else np.zeros(0, dtype=np.int64)
         self.parts: dict[str, np.ndarray] = {}
         self.saved: list[int] = []  # batches of this rank's states on the disk, ascending
         self._pending: list[tuple[np.ndarray, slice, torch.Tensor]] = []
@@ -96,16 +96,16 @@ class Collection:
                     self._check_finite()
                 if save_every and (number + 1) % save_every == 0 and number + 1 < self.batches:
                     self._save(number + 1)
-                    self._stop_if_asked(log, f"{side}: stopped on request after batch {number + 1:,}", stop_files)
+                    self._stop_if_requested(log, f"{side}: stopped on request after batch {number + 1:,}", stop_files)
                 progress.advance(min(size * self.world.size, total))
         progress.close()
         self.world.run_on_all_ranks(self._flush_parts)
         return self.counter.reduce(self.world)
 
-    def _stop_if_asked(self, log: StageLog, message: str, stop_files: Sequence[Path]) -> None:
-        found = [path for path in stop_files if path.is_file()] if self.world.is_main else []
-        if self.world.max_int(len(found)):
-            for path in found:
+    def _stop_if_requested(self, log: StageLog, message: str, stop_files: Sequence[Path]) -> None:
+        present = [path for path in stop_files if path.is_file()] if self.world.is_main else []
+        if self.world.max_int(len(present)):
+            for path in present:
                 path.unlink(missing_ok=True)
             log.line(f"{message} of {self.batches:,}; run again to go on")
             raise StopRequested(message)
@@ -203,18 +203,18 @@ class Collection:
         if self.recording.sample_tokens:
             self.parts["sample_positions"][:] = self.sampled + self.first_token
 
-    def _sampled(self) -> np.ndarray:
+    def _draw_sample(self) -> np.ndarray:
         """int64, ascending: which of this rank's tokens are in the sample, its first token being 0 (collective)."""
         spans = self.dataset.spans(self.first_token, self.first_token + self.tokens)
         counted = self.world.gather(sum(int(self.dataset.counted(*span).sum()) for span in spans))
         places = sample_places(sum(counted), self.recording.sample_tokens)
-        before, found = sum(counted[: self.world.rank]), [np.zeros(0, dtype=np.int64)]
+        before, sampled = sum(counted[: self.world.rank]), [np.zeros(0, dtype=np.int64)]
         for start, stop in spans:
             counted_N = np.flatnonzero(self.dataset.counted(start, stop))
             here = places[slice(*np.searchsorted(places, (before, before + len(counted_N))))]
-            found.append(counted_N[here - before] + start - self.first_token)
+            sampled.append(counted_N[here - before] + start - self.first_token)
             before += len(counted_N)
-        return np.concatenate(found)
+        return np.concatenate(sampled)
 
     def _resume(self) -> int:
         """Restore the newest state that every rank has; returns its batches (0: none).

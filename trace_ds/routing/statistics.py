@@ -42,8 +42,7 @@ class RoutingStatistics:
         tokens: int, n = counted (loss-bearing) tokens.
         documents: int, D = documents with at least one counted token.
         top_k: int, K.
-        row_gate_LE: float64, sum over the rows of the mean gate weight of a row's counted tokens; None in what an older
-            version collected.
+        row_gate_LE: float64, sum over the rows of the mean gate weight of a row's counted tokens (None: not counted).
     """
 
     counts_LE: np.ndarray

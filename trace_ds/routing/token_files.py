@@ -26,7 +26,7 @@ from trace_ds.errors import UserError
 from trace_ds.run.artefact import Artefact
 from trace_ds.run.files import new_array, open_mapped, reserve
 
-WHAT = {  # what a part holds, and the key that has it recorded (none: every collection since it exists)
+CONTENTS = {  # what a part holds, and the key that has it recorded (none: it is always recorded)
     "trace": ("the routing trace", "set statistics.trace: true (or leave it out) and "),
     "row_counts": ("the selections of each row", ""),
     "sample": ("the routing of a sample of tokens", ""),
@@ -63,10 +63,10 @@ def create_part(
     if fresh or 0 in shape:
         return new_array(path, dtype, shape)
     reserve(path)
-    found = np.lib.format.open_memmap(path, mode="r+")
-    if found.shape != tuple(shape) or found.dtype != dtype:
-        raise ValueError(f"{path} has shape {found.shape} and type {found.dtype}, not {tuple(shape)} and {dtype}")
-    return found
+    values: np.ndarray = np.lib.format.open_memmap(path, mode="r+")
+    if values.shape != tuple(shape) or values.dtype != dtype:
+        raise ValueError(f"{path} has shape {values.shape} and type {values.dtype}, not {tuple(shape)} and {dtype}")
+    return values
 
 
 def open_parts(artefact: Artefact, name: str) -> list[np.ndarray]:
@@ -75,17 +75,13 @@ def open_parts(artefact: Artefact, name: str) -> list[np.ndarray]:
 
 
 def require_parts(artefact: Artefact, name: str, needed_by: str) -> list[np.ndarray]:
-    """:func:`open_parts` for somebody who cannot do without.
-
-    Raises:
-        UserError: they were not recorded; the key (or rule) ``needed_by`` needs them, and this brings them.
-    """
-    found = open_parts(artefact, name)
-    if not found:
-        what, key = WHAT[name]
+    """:func:`open_parts`; :class:`UserError` where they were not recorded, naming the key or rule ``needed_by``."""
+    parts = open_parts(artefact, name)
+    if not parts:
+        content, key = CONTENTS[name]
         fix = f"{key}run `trace-ds collect CONFIG` again"
-        raise UserError(f"{needed_by} needs {what}, not recorded", str(artefact.path), fix)
-    return found
+        raise UserError(f"{needed_by} needs {content}, not recorded", str(artefact.path), fix)
+    return parts
 
 
 @dataclass(frozen=True)
@@ -96,12 +92,9 @@ class SampledRouting:
     experts_NLK: FlatArray
 
     @classmethod
-    def of(cls, artefact: Artefact) -> SampledRouting | None:
-        """What ``collect`` recorded; None in an artefact of an earlier version."""
-        experts = open_parts(artefact, "sample")
-        if not experts:
-            return None
-        return cls(np.concatenate(open_parts(artefact, "sample_positions")), FlatArray(experts))
+    def of(cls, artefact: Artefact) -> SampledRouting:
+        positions_N = np.concatenate(open_parts(artefact, "sample_positions"))
+        return cls(positions_N, FlatArray(require_parts(artefact, "sample", "unlearning.evaluate")))
 
     def within(self, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
         """(positions, counted from ``begin``; experts) of the sampled tokens among ``begin … end``."""

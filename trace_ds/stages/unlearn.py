@@ -230,6 +230,7 @@ def _choose_trained(
     if settings.seuf is not None:
         assert statistics is not None
         affinity_LE = RoutingStatistics.load(statistics.file("statistics.safetensors")).row_gate_LE
+        assert affinity_LE is not None
         number, chosen = seuf.choose_experts(affinity_LE, layers, last, settings.seuf)
         return {layers[number]: chosen}, (number, chosen)
     if trainable.SELECTED not in settings.trainable:

@@ -214,7 +214,7 @@ def _stop(number: int, frame: Any) -> None:
 
 def begin_worker(numbers: SimpleQueue[int], ranks: int, logs: Path) -> None:
     """In a new process of the pool: nobody's rank, with its share of the GPUs and its own log; ends with its parent."""
-    from trace_ds.models.host_memory import keep_freed_memory
+    from trace_ds.models.engine import keep_freed_memory
 
     die_with_parent(parent_of_this())
     number = numbers.get()

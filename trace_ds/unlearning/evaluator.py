@@ -36,14 +36,14 @@ from trace_ds.unlearning.objective import next_token_nll
 
 @dataclass(frozen=True)
 class FixedRows:
-    """The rows of one corpus that are scored; ``frozen``: the frozen model's routing of sampled tokens, or None."""
+    """The rows of one corpus that are scored; ``frozen``: the frozen model's routing of sampled tokens."""
 
     dataset: TokenDataset
     rows: np.ndarray
-    frozen: SampledRouting | None
+    frozen: SampledRouting
 
     @classmethod
-    def of(cls, dataset: TokenDataset, count: int, frozen: SampledRouting | None) -> FixedRows:
+    def of(cls, dataset: TokenDataset, count: int, frozen: SampledRouting) -> FixedRows:
         """``count`` evenly spaced rows among those with a counted token."""
         usable = np.flatnonzero(dataset.counted_per_row())
         places = np.linspace(0, len(usable) - 1, min(count, len(usable))).round().astype(np.int64)
@@ -52,8 +52,6 @@ class FixedRows:
     def sampled(self, rows: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray] | None:
         """(places in a batch of ``rows`` of ``length`` positions, frozen experts [N, L, K]) of their sampled tokens;
         None when there is none. Rows of -1 are filling."""
-        if self.frozen is None:
-            return None
         starts = self.dataset.row_starts_R1
         places, experts = [], []
         for number, row in enumerate(rows):

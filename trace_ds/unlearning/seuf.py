@@ -43,19 +43,15 @@ class Anchor:
 
 
 def choose_experts(
-    affinity_LE: np.ndarray | None, decoder_layers: list[int], last_layer: int | None, settings: SEUFConfig
+    affinity_LE: np.ndarray, decoder_layers: list[int], last_layer: int | None, settings: SEUFConfig
 ) -> tuple[int, tuple[int, ...]]:
     """(MoE layer, its experts of highest affinity), ties to the lower number.
 
     Args:
-        affinity_LE: of each expert, up to a factor; None where the statistics do not have it.
+        affinity_LE: of each expert, up to a factor.
         decoder_layers: the decoder layer of each MoE layer.
         last_layer: decoder layer at which the losses end, None when all run.
     """
-    if affinity_LE is None:
-        what = "an older version collected the statistics, without the gate weights of each row"
-        fix = "delete them and make them again with `trace-ds collect CONFIG`"
-        raise UserError(what, "unlearning.seuf", fix)
     usable = [
         number
         for number, layer in enumerate(decoder_layers)
