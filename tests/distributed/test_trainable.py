@@ -21,8 +21,6 @@ from trace_ds.checkpoints.manifest import read_manifest
 from trace_ds.config.load import load_config
 from trace_ds.config.sections.unlearning import SEUFConfig
 from trace_ds.errors import UserError
-from trace_ds.models.routers import RoutingRecorder
-from trace_ds.routing.counter import RoutingCounter
 from trace_ds.routing.statistics import RoutingStatistics
 from trace_ds.run.directory import RunDirectory
 from trace_ds.stages.unlearn import check as check_unlearn
@@ -158,29 +156,6 @@ def test_wrong_choices_are_refused_before_a_weight_is_loaded(
             check_unlearn(loaded, RunDirectory.at(path), 1)
     with pytest.raises(UserError, match=r"unlearning\.seuf chooses what is trained itself"):
         load_config(str(config), ["unlearning.seuf={}", "unlearning.trainable=[experts]"], run)
-
-
-def test_affinity_is_a_mean_over_rows_of_means_over_their_tokens() -> None:
-    """Rows of six and of two counted tokens: expert 1 has the largest mean gate over all tokens, expert 2 over rows."""
-    gates_BSK = np.array([[[0.6, 0.4]] * 6 + [[0.0, 1.0]], [[0.1, 0.9]] * 2 + [[1.0, 0.0]] * 5])
-    experts_BSK = np.array([[[1, 0]] * 6 + [[0, 2]], [[1, 2]] * 7])
-    tokens_B = (6, 2)
-    recorder = RoutingRecorder(1)
-    recorder.scores_TK[0] = torch.tensor(gates_BSK).reshape(14, 2)
-    recorder.indices_TK[0] = torch.tensor(experts_BSK).reshape(14, 2)
-    counter = RoutingCounter(1, 3, 2, torch.device("cpu"))
-    counted_BS = torch.arange(7) < torch.tensor(tokens_B)[:, None]
-    counter.add(recorder, counted_BS, torch.arange(2)[:, None].expand(2, 7))
-    affinity, over_tokens = np.zeros(3), np.zeros(3)
-    for row, tokens in enumerate(tokens_B):
-        for token in range(tokens):
-            for expert, gate in zip(experts_BSK[row, token], gates_BSK[row, token], strict=True):
-                affinity[expert] += gate / tokens / 2
-                over_tokens[expert] += gate / 8
-    np.testing.assert_allclose(counter.row_gate_LE[0] / 2, affinity, rtol=1e-9)
-    np.testing.assert_allclose(counter.gate_mass_LE[0] / 8, over_tokens, rtol=1e-9)
-    assert seuf.choose_experts(counter.row_gate_LE.numpy(), [0], None, SEUFConfig()) == (0, (2,))
-    assert over_tokens.argmax() == 1
 
 
 def test_affinity_and_anchor() -> None:

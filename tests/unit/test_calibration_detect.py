@@ -102,14 +102,6 @@ def test_load_rule_and_layers() -> None:
         detect(forget, retain, DetectionConfig(layers=[4]))
 
 
-def test_selecting_nothing_or_everything_of_a_corpus_of_one_document() -> None:
-    rng = np.random.default_rng(0)
-    found = detect(simulate(rng, 1, {(0, 0): 9.0}), simulate(rng, 50), DetectionConfig())
-    assert not found.selected_LE.any() and "1 document(s)" in found.warnings[0]
-    top = detect(simulate(rng, 1), simulate(rng, 50), DetectionConfig(method="top_difference", top_n=2))
-    assert (top.selected_LE.sum(axis=1) <= 2).all() and top.selected_LE.any()
-
-
 def test_an_expert_never_selected_on_one_side_has_a_finite_ratio_and_a_wide_interval() -> None:
     rng = np.random.default_rng(0)
     forget, retain = simulate(rng, 60), simulate(rng, 60)

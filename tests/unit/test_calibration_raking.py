@@ -191,25 +191,6 @@ def test_hundreds_of_experts_meet_the_floor_and_their_targets(tmp_path) -> None:
     assert np.abs(made.target_S - p).max() > 0.01
 
 
-def test_a_solver_that_is_stopped_says_so(monkeypatch) -> None:
-    forget, retain = make_world(seed=1)
-    p, q = retain.dense(8).mean(axis=0), forget.dense(8).mean(axis=0)
-    units = Units(retain.as_trace(), np.ones((3, 8), dtype=bool), retain.tokens)
-    monkeypatch.setattr(raking, "MAX_PASSES", 2)
-    made = rake(units, q, p, 20.0, 0.5)
-    assert not made.converged and made.error > 1e-6
-
-
-def test_errors_that_are_not_known_leave_finite_weights() -> None:
-    """The variance over fewer than two documents is infinite."""
-    forget, retain = make_world(seed=1)
-    p, q = retain.dense(8).mean(axis=0), forget.dense(8).mean(axis=0)
-    units = Units(retain.as_trace(), np.ones((3, 8), dtype=bool), retain.tokens)
-    made = rake(units, q, p, 20.0, 0.5, np.full(24, np.inf))
-    assert made.converged and np.isfinite(made.theta_S).all()
-    np.testing.assert_allclose(made.theta_S, rake(units, q, p, 20.0, 0.5).theta_S, atol=0.01)
-
-
 @settings(max_examples=80, deadline=None)
 @given(
     seed=st.integers(0, 2**32 - 1),

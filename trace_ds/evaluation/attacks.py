@@ -115,7 +115,7 @@ def _sharded_step(
     """One step of the engine on a share of the ``chosen`` rows (collective); returns the loss in nats per token."""
     world, engine = language_model.world, language_model.engine
     assert world is not None
-    share = share_of_rank(chosen, world.rank, world.size, 1, -(-len(chosen) // world.size))[0].tolist()
+    share = share_of_rank(chosen, world.rank, world.size, 1)[0].tolist()
     data = CorpusStep([forget.batch(share, 0)], int(forget.counted_per_row()[chosen].sum()))
     engine.train()
     try:

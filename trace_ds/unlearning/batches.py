@@ -44,10 +44,10 @@ class EpochRows:
         epochs, places = np.divmod(positions, len(self.rows))
         for epoch in {int(epoch) for epoch in epochs}.difference(self._orders):
             self._orders[epoch] = generator(self.seed, self.stream, epoch).permutation(self.rows)
-        found = np.array([self._orders[int(epoch)][place] for epoch, place in zip(epochs, places, strict=True)])
+        rows = np.array([self._orders[int(epoch)][place] for epoch, place in zip(epochs, places, strict=True)])
         for epoch in set(self._orders).difference(int(epoch) for epoch in epochs):
             del self._orders[epoch]
-        return found
+        return rows
 
 
 class SampledRows:
@@ -69,16 +69,23 @@ class SampledRows:
         """Row numbers of ``step`` (0-based), int64 [per_step]."""
         draws = generator(self._seed, self._stream, step).random(self._per_step)
         points = (np.arange(self._per_step) + draws) / self._per_step * self._cumulative_R[-1]
-        found = np.searchsorted(self._cumulative_R, points, side="right")
-        return self._rows[np.minimum(found, len(self._rows) - 1)]
+        places = np.searchsorted(self._cumulative_R, points, side="right")
+        return self._rows[np.minimum(places, len(self._rows) - 1)]
 
 
-def share_of_rank(rows: np.ndarray, rank: int, world_size: int, micro_batches: int, micro_rows: int) -> np.ndarray:
-    """This rank's rows of a step as [micro_batches, micro_rows], filled with -1 (an empty row)."""
-    mine = rows[rank::world_size]
-    filled = np.full(micro_batches * micro_rows, -1, dtype=np.int64)
-    filled[: len(mine)] = mine
-    return filled.reshape(micro_batches, micro_rows)
+def micro_batches(largest: int, micro_rows: int | None, world_size: int) -> int:
+    """Gradient accumulation steps for ``largest`` rows a step, the same on every rank, for every step."""
+    per_rank = -(-largest // world_size)
+    return -(-per_rank // (micro_rows or per_rank))
+
+
+def share_of_rank(rows: np.ndarray, rank: int, world_size: int, count: int) -> np.ndarray:
+    """This rank's rows of a step in ``count`` micro-batches of one size [count, rows], filled with -1 (empty rows)."""
+    per_rank = -(-len(rows) // world_size)
+    own = rows[rank::world_size]
+    filled = np.full(count * -(-per_rank // count), -1, dtype=np.int64)
+    filled[: len(own)] = own
+    return filled.reshape(count, -1)
 
 
 @dataclass(frozen=True)
@@ -179,19 +186,14 @@ class Batches:
         self._usable_alternative = np.flatnonzero(alternative.counted_per_row()) if alternative else np.zeros(0, int)
 
     def micro_batches_per_step(self, world_size: int) -> int:
-        """Gradient accumulation steps: the same on every rank, for every step."""
-        forget, retain = (-(-rows // world_size) for rows in (self._settings.forget_rows, self._settings.retain_rows))
-        micro = self._settings.micro_batch_rows or max(forget, retain)
-        return -(-max(forget, retain) // micro)
+        settings = self._settings
+        return micro_batches(max(settings.forget_rows, settings.retain_rows), settings.micro_batch_rows, world_size)
 
     def at(self, step: int, rank: int, world_size: int) -> Step:
         """The data of optimizer step ``step`` (0-based) for one rank."""
         forget_rows, retain_rows = self._forget_rows.at(step), self._retain_rows.at(step)
         count = self.micro_batches_per_step(world_size)
-        shares = []
-        for rows in (forget_rows, retain_rows):
-            per_rank = -(-len(rows) // world_size)
-            shares.append(share_of_rank(rows, rank, world_size, count, -(-per_rank // count)))
+        shares = (share_of_rank(rows, rank, world_size, count) for rows in (forget_rows, retain_rows))
         return Step(
             [self._micro_batch(forget, retain) for forget, retain in zip(*shares, strict=True)],
             forget_tokens=int(self._counted_forget[forget_rows].sum()),
@@ -200,48 +202,37 @@ class Batches:
         )
 
     def _micro_batch(self, forget_rows: np.ndarray, retain_rows: np.ndarray) -> MicroBatch:
-        alternative_rows = self._paired(forget_rows)
-        length = max(
-            [1]
-            + [_length(self._forget, row) for row in forget_rows]
-            + [_length(self._retain, row) for row in retain_rows]
-            + [_length(self._alternative, row) for row in alternative_rows if self._alternative]
-        )
-        forget = self._forget.batch(forget_rows.tolist(), 0, length)
-        retain = self._retain.batch(retain_rows.tolist(), 0, length)
-        weights_FS = torch.zeros(len(forget_rows), length)
-        if self._token_weights is None:
-            weights_RS = retain.counted_BS.float()
-        else:
-            weights_RS = _rows_of(self._token_weights, self._retain, retain_rows, length)
-        reference = torch.zeros(len(forget_rows) + len(retain_rows), length)
+        sides = [(self._forget, forget_rows), (self._retain, retain_rows)]
+        if self._alternative is not None:  # row i's is row i modulo their number
+            usable = self._usable_alternative
+            sides.append((self._alternative, np.where(forget_rows < 0, -1, usable[forget_rows % len(usable)])))
+        length = max(1, *(_length(corpus, row) for corpus, rows in sides for row in rows))
+        forget, retain, *alternatives = (corpus.batch(rows.tolist(), 0, length) for corpus, rows in sides)
+        alternative = None
+        if alternatives and self._alternative_nll is not None:
+            reference = _rows_of(self._alternative_nll, *sides[2], length)
+            alternative = _micro_batch_of(alternatives[0], torch.zeros(reference.shape), reference, len(forget_rows))
+        weights_RS = retain.counted_BS.float()
+        if self._token_weights is not None:
+            weights_RS = _rows_of(self._token_weights, *sides[1], length)
+        reference_FS = torch.zeros(forget.counted_BS.shape)
         if self._reference_nll is not None:
-            reference[: len(forget_rows)] = _rows_of(self._reference_nll, self._forget, forget_rows, length)
-        return MicroBatch(
-            torch.cat([forget.input_ids_BS, retain.input_ids_BS]),
-            torch.cat([forget.position_ids_BS, retain.position_ids_BS]),
-            torch.cat([forget.counted_BS, retain.counted_BS]),
-            torch.cat([weights_FS, weights_RS]),
-            reference,
-            len(forget_rows),
-            self._preferred(alternative_rows, length),
-        )
+            reference_FS = _rows_of(self._reference_nll, *sides[0], length)
+        together = Batch(*(torch.cat(pair) for pair in zip(vars(forget).values(), vars(retain).values(), strict=True)))
+        weights_BS = torch.cat([torch.zeros(forget.counted_BS.shape), weights_RS])
+        reference_BS = torch.cat([reference_FS, torch.zeros(weights_RS.shape)])
+        return _micro_batch_of(together, weights_BS, reference_BS, len(forget_rows), alternative)
 
-    def _paired(self, forget_rows: np.ndarray) -> np.ndarray:
-        """The alternative row of each forget row: row i's is row i modulo their number; -1 stays an empty row."""
-        if self._alternative is None:
-            return np.zeros(0, dtype=np.int64)
-        return np.where(forget_rows < 0, -1, self._usable_alternative[forget_rows % len(self._usable_alternative)])
 
-    def _preferred(self, rows: np.ndarray, length: int) -> MicroBatch | None:
-        if self._alternative is None or self._alternative_nll is None:
-            return None
-        batch = self._alternative.batch(rows.tolist(), 0, length)
-        reference = _rows_of(self._alternative_nll, self._alternative, rows, length)
-        shape = batch.counted_BS.shape
-        return MicroBatch(
-            batch.input_ids_BS, batch.position_ids_BS, batch.counted_BS, torch.zeros(shape), reference, len(rows)
-        )
+def _micro_batch_of(
+    batch: Batch,
+    weights_BS: torch.Tensor,
+    reference_BS: torch.Tensor,
+    forget_rows: int,
+    alternative: MicroBatch | None = None,
+) -> MicroBatch:
+    tensors = batch.input_ids_BS, batch.position_ids_BS, batch.counted_BS, weights_BS, reference_BS
+    return MicroBatch(*tensors, forget_rows, alternative)
 
 
 @dataclass(frozen=True)
@@ -267,25 +258,22 @@ class CorpusBatches:
         self.steps = settings.steps or math.ceil((settings.epochs or 1) * len(usable) / settings.batch_rows)
 
     def micro_batches_per_step(self, world_size: int) -> int:
-        """Gradient accumulation steps: the same on every rank, for every step."""
-        per_rank = -(-self._settings.batch_rows // world_size)
-        return -(-per_rank // (self._settings.micro_batch_rows or per_rank))
+        return micro_batches(self._settings.batch_rows, self._settings.micro_batch_rows, world_size)
 
     def at(self, step: int, rank: int, world_size: int) -> CorpusStep:
         """The data of optimizer step ``step`` (0-based) for one rank."""
-        rows, count = self._rows.at(step), self.micro_batches_per_step(world_size)
-        per_rank = -(-len(rows) // world_size)
-        shares = share_of_rank(rows, rank, world_size, count, -(-per_rank // count))
+        rows = self._rows.at(step)
+        shares = share_of_rank(rows, rank, world_size, self.micro_batches_per_step(world_size))
         return CorpusStep([self._batch(share) for share in shares], tokens=int(self._counted[rows].sum()))
 
     def _batch(self, rows: np.ndarray) -> Batch:
         """The rows of one share; an empty row where it has none, so that every process takes part in every pass."""
         rows = rows[rows >= 0]
         places = np.searchsorted(self._starts, rows, side="right") - 1
-        found = zip(places, rows - self._starts[places], strict=True)
-        wanted = [(self._corpora[place], int(row)) for place, row in found] or [(self._corpora[0], -1)]
-        length = max(1, *(_length(*each) for each in wanted))
-        parts = [corpus.batch([row], 0, length) for corpus, row in wanted]
+        numbers = zip(places, rows - self._starts[places], strict=True)
+        chosen = [(self._corpora[place], int(row)) for place, row in numbers] or [(self._corpora[0], -1)]
+        length = max(1, *(_length(*each) for each in chosen))
+        parts = [corpus.batch([row], 0, length) for corpus, row in chosen]
         return Batch(*(torch.cat(tensors) for tensors in zip(*(vars(part).values() for part in parts), strict=True)))
 
 
@@ -294,9 +282,10 @@ def _length(dataset: TokenDataset, row: int) -> int:
 
 
 def _rows_of(array: FlatArray, dataset: TokenDataset, rows: np.ndarray, length: int) -> torch.Tensor:
-    found = np.zeros((len(rows), length), dtype=np.float32)
+    """Values of tokens [rows, length] of some rows, 0 where a row is shorter or empty."""
+    result = np.zeros((len(rows), length), dtype=np.float32)
     for number, row in enumerate(rows):
         if row >= 0:
             values = array[slice(*dataset.row_starts_R1[row : row + 2])]
-            found[number, : len(values)] = values
-    return torch.from_numpy(found)
+            result[number, : len(values)] = values
+    return torch.from_numpy(result)
