@@ -121,5 +121,5 @@ def test_layer_and_values_come_from_one_pass(tiny_model: Path) -> None:
     assert found.layer_BSD is not None and found.last_BSD is not None
     assert torch.equal(found.layer_BSD, output.hidden_states[2])
     assert torch.equal(found.last_BSD, output.hidden_states[-1])
-    with pytest.raises(ValueError, match="nothing was asked for"):
+    with pytest.raises(ValueError, match="nothing was requested"):
         passes.forward(Plain(model), ids, positions)

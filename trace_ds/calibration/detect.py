@@ -40,7 +40,7 @@ RATIO_FLOOR = 0.25  # top_ratio: retain frequencies are floored at this share of
 
 @dataclass(frozen=True)
 class Detection:
-    """What was found. All arrays are [L, E] float64 unless said otherwise.
+    """The result of :func:`detect`. All arrays are [L, E] float64 unless said otherwise.
 
     Attributes:
         selected_LE: bool, the forget-critical experts.

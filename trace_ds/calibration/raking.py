@@ -3,7 +3,7 @@
 Shape legend: N units (tokens), S constraints (layer, expert).
 
 Among all weights w ≥ 0 with mean 1, take the one closest to uniform in KL whose frequencies ``q_s(w) = Σ w a_s / Σ w``
-are the targets ``t(λ) = p^R + λ d``, d = what is asked for less p^R. The dual is convex, with one unknown a constraint:
+are the targets ``t(λ) = p^R + λ (p^F − p^R)``. The dual is convex, with one unknown a constraint:
 
     minimise  D(θ) = log mean exp(θ·a) − θ·t(λ) + ½ e Σ_s v_s θ_s²   over |θ_s| ≤ LARGEST_THETA,     w ∝ exp(θ·a)
 
@@ -14,17 +14,16 @@ weights are made so is our decision). λ is the largest in [0, 1] that keeps the
 or above a floor. Some targets are out of reach of any weights (:data:`REASONS`): :func:`offer` replaces those that can
 be told before solving. Two terms keep the others from spoiling the rest, whatever the number of tokens:
 
-* the *box*: an expert can change a weight by at most the factor exp(12). The primal counterpart is the exact penalty
-  12 Σ|q_s − t_s|: of experts that no weights can match together (copies of one another that should differ, say) some
-  are given up at that price, and named. λ is never lowered for it;
+* the *box*: an expert can change a weight by at most the factor exp(12). Of experts that no weights can match together
+  (copies of one another that should differ, say) some are given up at that price, and named; λ is never lowered for it;
 * the *ridge* e: the mean variance of the frequencies (clustered by document; by token where there is one document
   alone) over v, times (S/N)² at most 1. Targets are missed by e v θ: far below the standard errors where there are
   more tokens than constraints, of their order where exact matching would fit the weights to noise.
 
 **Solver.** L-BFGS-B (scipy) in units of √v, on a sample of at least 2^18 units held in memory, inside a search for λ
-along u(λ) = √log(1/ESS), which is nearly proportional to λ. A larger corpus is then visited whole: one exact pass tells
-by how much frequencies and effective sample size differ from the sample's, the sample's targets and floor are shifted
-by just that, and it is solved again (Shamir, Srebro & Zhang 2014, "DANE"), until the exact pass agrees.
+along u(λ) = √log(1/ESS), which is nearly proportional to λ. On a larger corpus an exact pass then tells by how much
+frequencies and effective sample size differ from the sample's; the sample's targets and floor are shifted by just that
+and it is solved again (Shamir, Srebro & Zhang 2014, "DANE"), until the exact pass agrees.
 
 **Converged** means: each frequency is within :data:`TOLERANCE` of its target, or within a thousandth of its standard
 error where that is more, and the floor is met. Sums are in float64 over fixed blocks in a fixed order, so the result

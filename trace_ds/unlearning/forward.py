@@ -37,10 +37,10 @@ class HeadRequest:
 
 @dataclass(frozen=True)
 class PassOutputs:
-    """What a pass was asked for.
+    """The outputs of a pass.
 
     Attributes:
-        layer_BSD: output of the decoder layer asked for, or None.
+        layer_BSD: output of the requested decoder layer, or None.
         last_BSD: the final hidden states (after the norm), or None when the pass stopped at ``layer``.
         values: one fp32 tensor [N] per request.
     """
@@ -63,16 +63,16 @@ def forward(
 
     Args:
         position_ids_BS: on the host, restarting with each document.
-        layer: decoder layer whose output is wanted. When nothing else is asked for, the pass ends there: the layers
+        layer: decoder layer whose output is wanted. When nothing else is requested, the pass ends there: the layers
             above and the LM head do not run on any rank, and their parameters get no gradient.
-        requests: values computed from logits; they must be asked for on every rank, or on none.
+        requests: values computed from logits; on every rank, or on none.
         last: the final hidden states are wanted.
 
     Activation checkpointing must be the non-reentrant kind, or the layer's output would have no gradient.
     """
     whole = bool(requests) or last
     if not whole and layer is None:
-        raise ValueError("nothing was asked for")
+        raise ValueError("nothing was requested of the pass")
     model = engine.module
     captured: list[torch.Tensor] = []
 
@@ -177,24 +177,24 @@ def _logit_gradients(
 
 
 def _chunks(functions: Sequence[tuple[int, TokenFunction]], size: int) -> list[_Chunk]:
-    found, begin = [], 0
+    chunks, begin = [], 0
     for count, function in functions:
         for start in range(0, count, size):
             own = slice(start, min(start + size, count))
-            found.append((slice(begin + own.start, begin + own.stop), own, function))
+            chunks.append((slice(begin + own.start, begin + own.stop), own, function))
         begin += count
-    return found
+    return chunks
 
 
 def _products(chunks: Sequence[_Chunk], tokens: int) -> list[list[_Chunk]]:
     """Chunks in their order, as many together as have no more than so many ``tokens``."""
-    found: list[list[_Chunk]] = []
+    groups: list[list[_Chunk]] = []
     for chunk in chunks:
-        if found and chunk[0].stop - found[-1][0][0].start <= tokens:
-            found[-1].append(chunk)
+        if groups and chunk[0].stop - groups[-1][0][0].start <= tokens:
+            groups[-1].append(chunk)
         else:
-            found.append([chunk])
-    return found
+            groups.append([chunk])
+    return groups
 
 
 def _head_forward(head: Any, functions: Sequence[tuple[int, TokenFunction]]) -> Callable[..., torch.Tensor]:
@@ -230,12 +230,12 @@ def _layers(model: Any, last_layer: int | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _captured(model: Any, layer: int | None, found: list[torch.Tensor]) -> Iterator[None]:
+def _captured(model: Any, layer: int | None, outputs: list[torch.Tensor]) -> Iterator[None]:
     """Collect the output tensor of decoder layer ``layer`` during the block."""
     if layer is None:
         yield
         return
     with model.model.layers[layer].register_forward_hook(
-        lambda _module, _inputs, output: found.append(output[0] if isinstance(output, tuple) else output)
+        lambda _module, _inputs, output: outputs.append(output[0] if isinstance(output, tuple) else output)
     ):
         yield

@@ -121,7 +121,7 @@ class Projection:
     It is made while the engine holds the frozen weights.
 
     Args:
-        log: told how many bytes this rank holds.
+        log: receives how many bytes this rank holds.
     """
 
     def __init__(
@@ -138,9 +138,9 @@ class Projection:
         of_a_pass = -(-settings.tokens // (settings.steps * batches.micro_batches_per_step(1)))
         own_layers = range(world.rank, len(logits_of), world.size)
         parts: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {layer: [] for layer in own_layers}
-        for found in retain_inputs(engine, batches, world, settings.steps):
+        for passed in retain_inputs(engine, batches, world, settings.steps):
             for layer in parts:
-                inputs_TD, experts_TK = found[layer]
+                inputs_TD, experts_TK = passed[layer]
                 spread = slice(None, None, max(1, len(inputs_TD) // of_a_pass))
                 parts[layer].append((inputs_TD[spread][:of_a_pass].float(), experts_TK[spread][:of_a_pass]))
         self._layers = {}

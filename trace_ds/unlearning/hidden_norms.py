@@ -40,19 +40,19 @@ class HiddenNorms:
     elsewhere: float
 
     def warnings(self, layer: int, left_out: bool) -> list[str]:
-        found = []
+        lines = []
         if self.sinks:
             what = "left out of hidden-state losses" if left_out else "kept in hidden-state losses (rmu.sinks: keep)"
-            found.append(
+            lines.append(
                 f"attention sinks: the tokens at offset {', '.join(map(str, self.sinks))} of a document have hidden "
                 f"norms up to {self.longest:,.0f} at layer {layer}, against a median of {self.median:,.1f}: {what}"
             )
         if self.elsewhere > 1e-3:
-            found.append(
+            lines.append(
                 f"{self.elsewhere:.2%} of the tokens elsewhere in documents have hidden norms above {SINK_NORM:g} "
                 f"medians at layer {layer}: they weigh heavily in hidden-state losses; another rmu.layer may have none"
             )
-        return found
+        return lines
 
 
 def measure(reference: Any, layer: int, world: World, batches: Batches) -> HiddenNorms:

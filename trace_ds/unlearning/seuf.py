@@ -71,14 +71,14 @@ def choose_experts(
 @contextlib.contextmanager
 def router_logits(model: nn.Module, moe_layer: int | None) -> Iterator[list[torch.Tensor]]:
     """Collect the logits [T, E] of one router (of none where it is None), with gradient, in the passes of the block."""
-    found: list[torch.Tensor] = []
+    logits: list[torch.Tensor] = []
     if moe_layer is None:
-        yield found
+        yield logits
         return
     router: Any = find_routers(model)[moe_layer]
     if autoep.is_autoep_router(router):  # the logits are its gate's output
-        hook = router.gate.register_forward_hook(lambda gate, inputs, output: found.append(output))
+        hook = router.gate.register_forward_hook(lambda gate, inputs, output: logits.append(output))
     else:
-        hook = router.register_forward_hook(lambda router, inputs, output: found.append(logits_of(router, output)))
+        hook = router.register_forward_hook(lambda router, inputs, output: logits.append(logits_of(router, output)))
     with hook:
-        yield found
+        yield logits

@@ -94,7 +94,7 @@ def choose(kinds: dict[str, str], patterns: list[str], last_layer: int | None) -
 
 
 def _matching(kinds: dict[str, str], patterns: Iterable[str]) -> set[str]:
-    found: set[str] = set()
+    matched: set[str] = set()
     for pattern in patterns:
         if pattern in KINDS:
             names = {name for name, kind in kinds.items() if pattern.removeprefix("selected_") in ("all", kind)}
@@ -106,8 +106,8 @@ def _matching(kinds: dict[str, str], patterns: Iterable[str]) -> set[str]:
                 "unlearning.trainable",
                 f"use one of {', '.join(KINDS)}, or a name pattern with * such as *.self_attn.*",
             )
-        found |= names
-    return found
+        matched |= names
+    return matched
 
 
 def trained_by(
