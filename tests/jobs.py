@@ -127,43 +127,13 @@ def disturb(objective: Any, world: Any, how: str, in_pass: int, step: int, stop:
         sys.addaudithook(slow)
 
 
-def finetune_job(world: Any, config: str, run_dir: str, overrides: list[str], killed_in_pass: int = 0) -> None:
-    """``finetune`` as one rank of a job; rank 1 is killed in that pass, while it writes the checkpoint of step 4."""
+def finetune_job(world: Any, config: str, run_dir: str, overrides: list[str]) -> None:
+    """``finetune`` as one rank of a job."""
     from stage_calls import finetune
 
-    from trace_ds.unlearning import objective
-
     only_the_main_process_fingerprints(world)
-    if killed_in_pass:
-        disturb(objective.NextToken, world, "killed", killed_in_pass, 4, Path(run_dir) / "stop")
     loaded, directory = load_config(config, overrides, run_dir)
     finetune(loaded, RunDirectory.at(directory), world)
-
-
-def unlearn_jobs_saving_twice(world: Any, config: str, runs: list[tuple[str, list[str]]]) -> list[str]:
-    """Jobs whose states are written at once, into ``RUN/waited``, and also when training has gone on."""
-    import time
-
-    from trace_ds.checkpoints.commit import Saver
-    from trace_ds.checkpoints.serialization import ShardFiles
-    from trace_ds.run.log import StageLog
-
-    save, write = Saver.save, ShardFiles.write
-
-    def twice(saver: Saver, manifest: Any, *, wait: bool = False) -> None:
-        saver.finish()
-        if not wait:
-            options = {"keep": 2, "background": False}
-            folder = saver._checkpoints.parent / "waited"
-            save(Saver(saver._engine, world, folder, StageLog("unlearn", None, None), **options), manifest, wait=True)
-        save(saver, manifest, wait=wait)
-
-    def late(files: ShardFiles) -> Any:
-        time.sleep(1.0 if files._held else 0.0)
-        return write(files)
-
-    Saver.save, ShardFiles.write = twice, late  # type: ignore[method-assign]
-    return unlearn_jobs(world, config, runs)
 
 
 def unlearn_jobs(world: Any, config: str, runs: list[tuple[str, list[str]]]) -> list[str]:

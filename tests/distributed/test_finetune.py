@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +10,11 @@ import jobs
 import numpy as np
 import pytest
 import tiny
-from command import tree
 from forked import Server, refuse
-from processes import end_of_ranks, run_distributed
+from processes import run_distributed
 from safetensors.numpy import load_file
 from stage_calls import prepare
 
-from trace_ds.checkpoints.manifest import complete_steps, read_manifest
 from trace_ds.config.load import load_config
 from trace_ds.run.directory import RunDirectory
 from trace_ds.stages.finetune import check as check_finetune
@@ -75,35 +72,6 @@ def test_any_number_of_processes_gives_the_models_of_plain_torch(prepared: tuple
                 np.testing.assert_allclose(found[tensor], value, rtol=1e-5, atol=1e-5 * np.abs(value).max())
     start = weights_of(Path(load_config(str(config), [], None)[0].model.path))
     assert not any(np.array_equal(value, start[tensor]) for tensor, value in expected["weights"].items())
-
-
-@pytest.mark.slow
-def test_sigkill_and_a_stop_in_between_are_bitwise_nothing(tmp_path: Path) -> None:
-    """Weights, moments, the order of rows and (the model has dropout) random numbers; the next model likewise."""
-    model = tiny.make_model(tmp_path / "base")
-    settings = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps(settings | {"attention_dropout": 0.2}))
-    config = write_config(tmp_path, model)
-    straight = jobs.prepared_run(config, tmp_path / "straight")
-    killed = copy_of(straight, tmp_path / "killed")
-    overrides = ["distributed.ep=2", "finetune.steps=6"]
-    arguments = (2, str(config), str(killed), overrides)
-    run_distributed(jobs.finetune_job, 2, str(config), str(straight), overrides)
-    ends = end_of_ranks(jobs.finetune_job, *arguments, 7)  # two steps, the pass before saving, two, another, and step 5
-    assert ends[1] == -signal.SIGKILL and ends[0] != 0, ends
-    assert complete_steps(killed / "finetune/target/checkpoints") == ([2], [])
-    (killed / "stop").touch()
-    with pytest.raises(AssertionError, match="StopRequested: stopped after step 3"):
-        run_distributed(jobs.finetune_job, *arguments)
-    assert not (killed / "finetune/target/model").exists() and not (killed / "stop").exists()
-    run_distributed(jobs.finetune_job, *arguments)
-    for name in BOTH:
-        assert losses_of(killed, name) == losses_of(straight, name)
-        places = [run / "finetune" / name for run in (straight, killed)]
-        manifests = [read_manifest(place / "checkpoints/step_000006") for place in places]
-        assert manifests[0] == manifests[1]  # every file's hash: weights and optimizer states
-        found = [tree(place / "model") for place in places]
-        assert found[0] == found[1] and "model.safetensors" in found[0]
 
 
 def test_a_model_is_made_anew_only_when_what_it_sees_has_changed(prepared: tuple[Path, Path], tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ import signal
 from pathlib import Path
 from types import SimpleNamespace
 
-import command
 import jobs
 import numpy as np
 import pytest
@@ -154,24 +153,6 @@ def test_ten_steps_sigkill_and_ten_more_are_bitwise_twenty(tmp_path: Path) -> No
     assert losses_of(killed) == losses_of(straight)
     manifests = [read_manifest(run / "checkpoints" / "step_000020") for run in (straight, killed)]
     assert manifests[0] == manifests[1]  # every file's hash: weights and optimizer states
-
-
-@pytest.mark.slow
-def test_what_is_saved_behind_training_is_what_waiting_saves(calibrated: tuple[Path, Path], tmp_path: Path) -> None:
-    """Bit for bit, although the files are written when the next step has changed the state, which waits for nothing."""
-    config, prepared_run = calibrated
-    shapes = [["unlearning.zero_stage=3", "distributed.ep=2", "model.dtype=bf16"]]
-    shapes += [["unlearning.zero_stage=1", "distributed.ep=1"]]
-    overrides = ["unlearning.forget_loss=graddiff", "unlearning.steps=6", "unlearning.save_every=3"]
-    runs = [copy_of(prepared_run, tmp_path / str(number)) for number in range(len(shapes))]
-    work = [(str(run), [*shape, *overrides]) for run, shape in zip(runs, shapes, strict=True)]
-    assert run_distributed(jobs.unlearn_jobs_saving_twice, 2, str(config), work)[0] == [""] * len(work)
-    for run, shape in zip(runs, shapes, strict=True):
-        found, expected = (command.tree(run / folder / "step_000003") for folder in ("checkpoints", "waited"))
-        assert found == expected and len(found) >= 4, shape
-        records = map(json.loads, (run / "logs" / "unlearn.jsonl").read_text().splitlines())
-        events = [(record["event"], record["step"]) for record in records if "step" in record]
-        assert events.index(("step", 5)) < events.index(("checkpoint", 3)), shape
 
 
 @pytest.mark.slow

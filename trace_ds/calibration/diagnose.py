@@ -43,11 +43,10 @@ class DocumentSources:
 
 @dataclass(frozen=True)
 class DocumentSums:
-    """Per-document sums over counted tokens, each float64 [D]: number, Σ w, Σ w²."""
+    """Per-document sums over counted tokens, each float64 [D]: their number and Σ w."""
 
     tokens_D: np.ndarray
     weight_D: np.ndarray
-    weight_square_D: np.ndarray
 
 
 def finite(x: float) -> float | None:
@@ -57,7 +56,7 @@ def finite(x: float) -> float | None:
 
 def document_sums(tokens: TokenMap, weight_T: SlicedTokens) -> DocumentSums:
     """One pass: the sums per document."""
-    sums = np.zeros((3, tokens.documents))
+    sums = np.zeros((2, tokens.documents))
     for start, stop in tokens.spans():
         counted_T = tokens.counted(start, stop)
         if not counted_T.any():
@@ -65,7 +64,7 @@ def document_sums(tokens: TokenMap, weight_T: SlicedTokens) -> DocumentSums:
         document = np.asarray(tokens.document_ids_T[start:stop])[counted_T]
         w = np.asarray(weight_T[start:stop])[counted_T]
         first, size = int(document[0]), int(document[-1] - document[0]) + 1
-        for row, values in zip(sums, (None, w, w * w), strict=True):
+        for row, values in zip(sums, (None, w), strict=True):
             row[first : first + size] += np.bincount(document - first, values, size)
     return DocumentSums(*sums)
 
@@ -107,16 +106,6 @@ def likeness(
 def alike_share(sums: DocumentSums, likeness_D: np.ndarray) -> float:
     """Share of the counted retain tokens in documents at least half-way (:data:`HALF_WAY`) towards the forget text."""
     return float(sums.tokens_D[likeness_D >= HALF_WAY].sum()) / max(float(sums.tokens_D.sum()), 1.0)
-
-
-def weight_variance(sums: DocumentSums) -> dict[str, float]:
-    """Variance of the token weights, split into between and within documents (exact: they add up)."""
-    n_D = np.maximum(sums.tokens_D, 1)
-    n = max(float(sums.tokens_D.sum()), 1.0)
-    mean = float(sums.weight_D.sum()) / n
-    between = float((sums.tokens_D * (sums.weight_D / n_D - mean) ** 2).sum()) / n
-    within = max(float((sums.weight_square_D - sums.weight_D**2 / n_D).sum()), 0.0) / n
-    return {"between": between, "within": within}
 
 
 def source_shares(sums: DocumentSums, documents: DocumentSources) -> list[dict[str, Any]]:
@@ -286,7 +275,6 @@ def diagnose(
         ],
         "top_documents": top_documents(sums, documents, likeness_D),
         "share_by_source": source_shares(sums, documents),
-        "variance": weight_variance(sums),
         "alike_share": alike,
         "warnings": find_warnings(config, detection, result, alike, by_rows),
     }
