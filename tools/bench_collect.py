@@ -161,7 +161,7 @@ def counting_time(
     world: Any, family: str, shape: dict[str, Any], size: tuple[int, int], batch_rows: int, dtype: Any, rounds: int
 ) -> dict[str, float]:
     """Collecting over bare forward passes of the same engine, ``size`` rows and positions."""
-    from trace_ds.routing.collection import forward
+    from trace_ds.routing.collection import frozen_pass
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -174,7 +174,7 @@ def counting_time(
 
         def plain() -> None:
             for batch in batches:
-                forward(engine, batch, world.device)
+                frozen_pass(engine, batch, world.device)
 
         kinds = {
             name: collecting(world, engine, dataset, shape, batch_rows, folder, wanted)

@@ -52,7 +52,7 @@ def model_with(tiny_model: Path, factor: float) -> Any:
 def norms_of(model: Any) -> tuple[np.ndarray, np.ndarray]:
     """(norms of the forget tokens that count, their offsets), from the whole model's own outputs."""
     lengths, offsets = [], []
-    for step in range(hidden_norms.STEPS):
+    for step in range(hidden_norms.MEASURED_STEPS):
         batch = Steps().batch(step, [0, 1, 2])
         out = model(
             input_ids=batch.input_ids_BS, position_ids=batch.position_ids_BS, use_cache=False, output_hidden_states=True

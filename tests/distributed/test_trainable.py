@@ -127,18 +127,18 @@ def test_names_and_kinds(tiny_model: Path) -> None:
         "attention": 12,
         "other": 9,
     }
-    everything = trainable.choose(kinds, ["all"], None)
+    everything = trainable.choose_parameters(kinds, ["all"], None)
     assert everything == set(kinds)
-    without = trainable.choose(kinds, ["all", "-routers", "-*.layers.0.*"], None)
+    without = trainable.choose_parameters(kinds, ["all", "-routers", "-*.layers.0.*"], None)
     assert not any(".layers.0." in name or kinds[name] == "routers" for name in without) and len(without) == 20 - 1
     with pytest.raises(UserError, match=r"trainable: '\*\.attention\.\*' matches no parameter"):
-        trainable.choose(kinds, ["*.attention.*"], None)
+        trainable.choose_parameters(kinds, ["*.attention.*"], None)
     with pytest.raises(UserError, match="no parameter is left to train"):
-        trainable.choose(kinds, ["routers", "-*.mlp.*"], None)
-    reached = trainable.choose(kinds, ["all"], 1)
+        trainable.choose_parameters(kinds, ["routers", "-*.mlp.*"], None)
+    reached = trainable.choose_parameters(kinds, ["all"], 1)
     assert reached == {n for n in kinds if ".layers.0." in n or ".layers.1." in n or "embed" in n}
     with pytest.raises(UserError, match=r"no parameter is left to train \(the losses end at layer 1\)"):
-        trainable.choose(kinds, ["*.layers.2.*", "lm_head.*"], 1)
+        trainable.choose_parameters(kinds, ["*.layers.2.*", "lm_head.*"], 1)
 
 
 def test_wrong_choices_are_refused_before_a_weight_is_loaded(
@@ -160,9 +160,9 @@ def test_wrong_choices_are_refused_before_a_weight_is_loaded(
 
 def test_affinity_and_anchor() -> None:
     affinity = np.array([[5.0, 1.0, 0.0], [2.0, 9.0, 9.0], [9.5, 0.0, 1.0]])
-    assert seuf.choose_experts(affinity, [1, 2, 3], None, SEUFConfig()) == (2, (0,))
-    assert seuf.choose_experts(affinity, [1, 2, 3], 2, SEUFConfig()) == (1, (1,))  # a tie: the lower number
-    assert seuf.choose_experts(affinity, [1, 2, 3], None, SEUFConfig(layer=1, experts=2)) == (0, (0, 1))
+    assert seuf.choose_seuf_experts(affinity, [1, 2, 3], None, SEUFConfig()) == (2, (0,))
+    assert seuf.choose_seuf_experts(affinity, [1, 2, 3], 2, SEUFConfig()) == (1, (1,))  # a tie: the lower number
+    assert seuf.choose_seuf_experts(affinity, [1, 2, 3], None, SEUFConfig(layer=1, experts=2)) == (0, (0, 1))
     logits = torch.randn(6, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
     counted = torch.tensor([[True, False], [True, True]])  # the last two tokens are retain rows
     anchor = seuf.Anchor(0, torch.tensor([0.0, 1.0, 1.0]))

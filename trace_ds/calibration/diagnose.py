@@ -49,7 +49,7 @@ class DocumentSums:
     weight_D: np.ndarray
 
 
-def finite(x: float) -> float | None:
+def finite_or_none(x: float) -> float | None:
     """``x``, or None where JSON has no number for it."""
     return float(x) if np.isfinite(x) else None
 
@@ -150,12 +150,12 @@ def expert_rows(mask_LE: np.ndarray, detection: Detection, result: RuleResult) -
             "expert": int(expert),
             "forget": float(detection.forget_LE[layer, expert]),
             "retain": float(detection.retain_LE[layer, expert]),
-            "ratio": finite(np.exp(detection.log_ratio_LE[layer, expert])),
-            "ratio_low": finite(detection.low_LE[layer, expert]),
-            "ratio_high": finite(detection.high_LE[layer, expert]),
+            "ratio": finite_or_none(np.exp(detection.log_ratio_LE[layer, expert])),
+            "ratio_low": finite_or_none(detection.low_LE[layer, expert]),
+            "ratio_high": finite_or_none(detection.high_LE[layer, expert]),
             "p_value": float(detection.p_value_LE[layer, expert]),
-            "target": finite(result.target_LE[layer, expert]),
-            "achieved": finite(result.achieved_LE[layer, expert]),
+            "target": finite_or_none(result.target_LE[layer, expert]),
+            "achieved": finite_or_none(result.achieved_LE[layer, expert]),
             "in_scope": bool(result.scope_LE[layer, expert]),
         }
         for layer, expert in zip(*np.nonzero(mask_LE), strict=True)

@@ -116,7 +116,7 @@ class Collection:
         first_row = min(self.begin + number * self.batch_rows, self.end)
         last_row = min(first_row + self.batch_rows, self.end)
         with record_routing(model) as recorder, record_output(model.model) as body:
-            output = forward(self.engine, batch, device)
+            output = frozen_pass(self.engine, batch, device)
         self._write_pending()  # of the batch before: its copies had this forward pass to finish
         counts_BLE = self.counter.add(recorder, batch.counted_BS, batch.document_ids_BS)
         tokens = slice(*(int(self.dataset.row_starts_R1[row]) - self.first_token for row in (first_row, last_row)))
@@ -262,7 +262,7 @@ def remove_states(directory: Path) -> None:
             path.unlink()
 
 
-def forward(engine: Any, batch: Batch, device: torch.device) -> Any:
+def frozen_pass(engine: Any, batch: Batch, device: torch.device) -> Any:
     """A forward pass without gradients; logits are made for the last position only."""
     with torch.no_grad():
         return engine(
@@ -285,7 +285,7 @@ def refused_packing(engine: Any, vocabulary: int, device: torch.device) -> UserE
     nothing_BS = torch.zeros(2, first + second, dtype=torch.bool)
     batch = Batch(torch.stack([ids_T, alone_T]), positions_BS, nothing_BS, positions_BS)
     with record_output(engine.module.model) as body:
-        forward(engine, batch, device)
+        frozen_pass(engine, batch, device)
     packed_SD, alone_SD = body[0][0, first:].float(), body[0][1, :second].float()
     tolerance = 1e-3 if body[0].dtype == torch.float32 else 0.1
     if float((packed_SD - alone_SD).norm() / alone_SD.norm()) <= tolerance:

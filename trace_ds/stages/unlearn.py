@@ -225,13 +225,13 @@ def _choose_trained(
     from trace_ds.unlearning import seuf, trainable
 
     model, last = meta_model(info.path), settings.last_layer(info.decoder_layers)
-    trainable.choose(trainable.parameter_kinds(model), settings.trainable, last)
+    trainable.choose_parameters(trainable.parameter_kinds(model), settings.trainable, last)
     layers = moe_decoder_layers(model)
     if settings.seuf is not None:
         assert statistics is not None
         affinity_LE = RoutingStatistics.load(statistics.file("statistics.safetensors")).row_gate_LE
         assert affinity_LE is not None
-        number, chosen = seuf.choose_experts(affinity_LE, layers, last, settings.seuf)
+        number, chosen = seuf.choose_seuf_experts(affinity_LE, layers, last, settings.seuf)
         return {layers[number]: chosen}, (number, chosen)
     if trainable.SELECTED not in settings.trainable:
         return None, None

@@ -20,7 +20,7 @@ from trace_ds.parallel.world import World
 from trace_ds.unlearning.batches import Batches
 from trace_ds.unlearning.forward import forward
 
-STEPS = 4
+MEASURED_STEPS = 4
 OFFSETS, SINK_NORM = 4, 10.0
 
 
@@ -56,10 +56,10 @@ class HiddenNorms:
 
 
 def measure(reference: Any, layer: int, world: World, batches: Batches) -> HiddenNorms:
-    """Over the rows of the first :data:`STEPS` steps (collective); independent of their sharding."""
+    """Over the rows of the first :data:`MEASURED_STEPS` steps (collective); independent of their sharding."""
     parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     totals = np.zeros(2)
-    for step in range(STEPS):
+    for step in range(MEASURED_STEPS):
         for micro_batch in batches.at(step, world.rank, world.size).micro_batches:
             batch = micro_batch.to(world.device)
             with torch.no_grad():

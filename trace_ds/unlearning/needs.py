@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from trace_ds.config.sections.unlearning import UnlearningConfig
 
 FROZEN_LOGITS = ("undial", "kl")  # losses that compare logits with the frozen model's
-UNITS = ("median_norm", "mean_norm")  # units of RMU's coefficient that are measured
+MEASURED_SCALES = ("median_norm", "mean_norm")  # units of RMU's coefficient that are measured
 
 
 def layers_held(settings: UnlearningConfig, decoder_layers: int) -> int | None:
@@ -51,7 +51,8 @@ class FrozenNeeds:
             hidden=adaptive or retain == "hidden_mse",
             forget=adaptive or settings.forget_loss == "undial",
             retain=retain != "nll",
-            norms=layer is not None and (settings.rmu.sinks == "leave_out" or (rmu and settings.rmu.scale in UNITS)),
+            norms=layer is not None
+            and (settings.rmu.sinks == "leave_out" or (rmu and settings.rmu.scale in MEASURED_SCALES)),
         )
 
     @property

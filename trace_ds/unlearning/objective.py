@@ -28,7 +28,7 @@ from trace_ds.unlearning.forward import HeadRequest, forward
 from trace_ds.unlearning.grip import Projection
 from trace_ds.unlearning.hidden_norms import measure
 from trace_ds.unlearning.losses import dual_update, rmu_target
-from trace_ds.unlearning.needs import UNITS, FrozenNeeds
+from trace_ds.unlearning.needs import MEASURED_SCALES, FrozenNeeds
 from trace_ds.unlearning.seuf import Anchor
 
 FIRST_STEP_FACTOR = 1.05  # the default bound over the retain loss of the first step (our decision)
@@ -209,7 +209,7 @@ def make_forget_retain(
             gc.collect()  # an engine refers to itself: its memory is the trained model's
     target_D = None
     if settings.forget_loss == "rmu":
-        unit = trainer_state["rmu_hidden_norm"] if settings.rmu.scale in UNITS else 1.0
+        unit = trainer_state["rmu_hidden_norm"] if settings.rmu.scale in MEASURED_SCALES else 1.0
         length = settings.rmu.coefficient * unit
         target_D = rmu_target(int(info.config["hidden_size"]), seed, length).to(world.device)
     anchor = None

@@ -42,7 +42,7 @@ class Anchor:
         return (distance_BS * counted_BS).sum()
 
 
-def choose_experts(
+def choose_seuf_experts(
     affinity_LE: np.ndarray, decoder_layers: list[int], last_layer: int | None, settings: SEUFConfig
 ) -> tuple[int, tuple[int, ...]]:
     """(MoE layer, its experts of highest affinity), ties to the lower number.

@@ -26,7 +26,7 @@ from trace_ds.models import autoep
 from trace_ds.models.routers import find_routers
 
 SELECTED = "selected_experts"
-KINDS = ("all", "experts", SELECTED, "attention", "routers")
+PARAMETER_KINDS = ("all", "experts", SELECTED, "attention", "routers")
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def parameter_kinds(model: nn.Module) -> dict[str, str]:
     return kinds
 
 
-def choose(kinds: dict[str, str], patterns: list[str], last_layer: int | None) -> frozenset[str]:
+def choose_parameters(kinds: dict[str, str], patterns: list[str], last_layer: int | None) -> frozenset[str]:
     """The names that ``unlearning.trainable`` matches, up to the layer at which the losses end (None: the logits
     are needed).
 
@@ -96,7 +96,7 @@ def choose(kinds: dict[str, str], patterns: list[str], last_layer: int | None) -
 def _matching(kinds: dict[str, str], patterns: Iterable[str]) -> set[str]:
     matched: set[str] = set()
     for pattern in patterns:
-        if pattern in KINDS:
+        if pattern in PARAMETER_KINDS:
             names = {name for name, kind in kinds.items() if pattern.removeprefix("selected_") in ("all", kind)}
         else:
             names = set(fnmatch.filter(kinds, pattern))
@@ -104,7 +104,7 @@ def _matching(kinds: dict[str, str], patterns: Iterable[str]) -> set[str]:
             raise UserError(
                 f"{pattern!r} matches no parameter of the model (one is {min(kinds)})",
                 "unlearning.trainable",
-                f"use one of {', '.join(KINDS)}, or a name pattern with * such as *.self_attn.*",
+                f"use one of {', '.join(PARAMETER_KINDS)}, or a name pattern with * such as *.self_attn.*",
             )
         matched |= names
     return matched
@@ -118,10 +118,10 @@ def trained_by(
 
     Args:
         experts: the experts selected by the calibration or by SEUF, by decoder layer; None: all.
-        last_layer: the layer at which the losses end, see :func:`choose`.
+        last_layer: the layer at which the losses end, see :func:`choose_parameters`.
     """
     kinds = parameter_kinds(model)
-    names = choose(kinds, settings.trainable, last_layer)
+    names = choose_parameters(kinds, settings.trainable, last_layer)
     if settings.seuf is not None:
         assert experts is not None
         names = frozenset(n for n, kind in kinds.items() if kind in ("experts", "routers") and layer_of(n) in experts)
