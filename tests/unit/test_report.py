@@ -32,7 +32,7 @@ from trace_ds.stages.report import model_card_of, report, summary
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = write_run(tmp_path_factory.mktemp("report") / "run")
-    report(None, RunDirectory.at(path))
+    report(RunDirectory.at(path))
     return path
 
 
@@ -68,7 +68,7 @@ def test_all_files_are_written(run: Path) -> None:
 
 def test_rerun_gives_the_same_bytes(run: Path) -> None:
     before = {path.name: path.read_bytes() for path in (run / "report").iterdir()}
-    report(None, RunDirectory.at(run))
+    report(RunDirectory.at(run))
     assert {path.name: path.read_bytes() for path in (run / "report").iterdir()} == before
 
 
@@ -236,7 +236,7 @@ def test_runs_with_other_seeds_are_told_as_one(tmp_path: Path) -> None:
     paths = [
         write_run(tmp_path / n, name=n, seed=s, gain=g) for n, s, g in (("a", 0, 0.05), ("b", 1, 0.07), ("c", 2, 0.06))
     ]
-    text = report(None, RunDirectory.at(paths[0]), paths[1:]).read_text("utf-8")
+    text = report(RunDirectory.at(paths[0]), paths[1:]).read_text("utf-8")
     assert "Means over a, b, c" in text and "3 runs, each with its own seed" in text
     assert "TRACE is the better one on average in 3 of 3." in text
     row = headline_of(paths[0])
@@ -264,7 +264,7 @@ def test_runs_of_other_files_or_of_the_same_seed_are_no_repetition(tmp_path: Pat
     assert not repeats(first, made("c", 2, f"{tmp_path}/a/models/other"))
     assert not repeats(first, made("d", 0, f"{tmp_path}/d/models/base"))
     with pytest.raises(UserError, match=r"no repetition of .* with another seed"):
-        report(None, RunDirectory.at(tmp_path / "a"), [tmp_path / "c"])
+        report(RunDirectory.at(tmp_path / "a"), [tmp_path / "c"])
 
 
 def headline_of(run: Path) -> dict[str, str]:
@@ -319,7 +319,7 @@ def test_the_headline_of_the_configuration_is_everywhere(tmp_path: Path) -> None
     config = yaml.safe_load((path / "config.yaml").read_text())
     config["evaluation"]["tasks"] = [dict(zip(("name", "headline"), n.rsplit(" ", 1), strict=True)) for n in names]
     (path / "config.yaml").write_text(yaml.safe_dump(config))
-    report(None, RunDirectory.at(path))
+    report(RunDirectory.at(path))
     records = json.loads((path / "report" / "scores.json").read_text())
     assert {f"{r['task']} {r['metric']}" for r in records if r["headline"]} == set(names)
     data = gather(path)
@@ -370,11 +370,11 @@ def test_missing_stages_are_shown_as_not_run_yet(tmp_path: Path, stages: tuple[s
 
 def test_nothing_at_all_is_the_users_mistake(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such run directory"):
-        report(None, RunDirectory.at(tmp_path / "missing"), [])
+        report(RunDirectory.at(tmp_path / "missing"), [])
     RunDirectory(tmp_path).mark()
     (tmp_path / "config.yaml").write_text("name: x\n")
     with pytest.raises(UserError, match="nothing to report"):
-        report(None, RunDirectory.at(tmp_path), [])
+        report(RunDirectory.at(tmp_path), [])
     assert sorted(path.name for path in tmp_path.iterdir()) == [".trace_ds.json", "config.yaml"]
 
 
@@ -405,7 +405,7 @@ def test_damaged_artefacts_are_named_and_the_old_report_stays(tmp_path: Path, na
     artefact.describe(path / "report", "report", {}, {}, {})
     damage(path / name, kind)
     with pytest.raises(UserError, match=Path(name).name) as error:
-        report(None, RunDirectory.at(path))
+        report(RunDirectory.at(path))
     assert "Fix:" in error.value.line()
     assert (path / "report" / "index.html").read_text() == "old"
 

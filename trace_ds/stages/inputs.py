@@ -38,8 +38,8 @@ class Inputs:
     tokenizer: str
 
     @classmethod
-    def read(cls, config: Config, run: RunDirectory, model: str, *, verify: bool = True) -> Inputs:
-        data = artefact.load(run.data, "data", verify=verify)
+    def read(cls, config: Config, run: RunDirectory, model: str) -> Inputs:
+        data = artefact.load(run.data, "data")
         tokenizer = tokenizer_fingerprint(config.model.tokenizer_path)
         data.require_same(tokenizer=tokenizer)
         return cls(run, data, model, tokenizer)
@@ -48,24 +48,24 @@ class Inputs:
     def fingerprints(self) -> dict[str, str]:
         return {"model": self.model, "tokenizer": self.tokenizer, "data": self.data.content}
 
-    def statistics(self, side: str, *, verify: bool = True) -> Artefact:
-        return self._made(self.run.statistics / side, "statistics", verify)
+    def statistics(self, side: str) -> Artefact:
+        return self._load(self.run.statistics / side, "statistics")
 
-    def calibration(self, *, verify: bool = True) -> Artefact:
-        """UserError names the first stage to run again: where there is no calibration of these, it may be that the
-        statistics, which one would be made from, are not of these either."""
+    def calibration(self) -> Artefact:
+        """UserError names the first stage to run again: without a calibration of these inputs, the statistics, which
+        one would be made from, may be of others too."""
         try:
-            return self._made(self.run.calibration, "calibration", verify)
+            return self._load(self.run.calibration, "calibration")
         except UserError:
             for side in ("forget", "retain"):
-                self.statistics(side, verify=False)
+                self.statistics(side)
             raise
 
-    def _made(self, path: Path, kind: str, verify: bool) -> Artefact:
+    def _load(self, path: Path, kind: str) -> Artefact:
         """An artefact that was made from these."""
-        found = artefact.load(path, kind, verify=verify)
-        found.require_same(**self.fingerprints)
-        return found
+        loaded = artefact.load(path, kind)
+        loaded.require_same(**self.fingerprints)
+        return loaded
 
 
 def checked_model(config: Config, world_size: int) -> ModelInfo:

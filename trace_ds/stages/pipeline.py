@@ -421,5 +421,5 @@ def report_command(paths: list[Path]) -> int:
         if not (path / "config.yaml").is_file():
             raise UserError("this is not a run directory (no config.yaml)", str(path), "give run directories")
     with locked(run):
-        report(None, run, paths[1:])
+        report(run, paths[1:])
     return 0

@@ -51,7 +51,7 @@ class ReportJob:
 
     def run(self, world: World | None = None) -> None:
         self.place.store_config()  # the page shows it
-        report(self.config, self.place)
+        report(self.place)
 
 
 def preflight(config: Config, run: RunDirectory, processes: int = 1, *, download: bool = False) -> None:
@@ -62,11 +62,10 @@ def check(config: Config, run: RunDirectory, processes: int = 1) -> ReportJob:
     return ReportJob(config, run)
 
 
-def report(config: Config | None, run: RunDirectory, others: list[Path] | None = None) -> Path:
+def report(run: RunDirectory, others: list[Path] | None = None) -> Path:
     """Write the report of a run; returns the page's path.
 
     Args:
-        config: only its title is used (the run's stored config.yaml is what the page shows); None is fine.
         others: runs that differ from it in their seed only.
 
     Raises:
@@ -79,18 +78,17 @@ def report(config: Config | None, run: RunDirectory, others: list[Path] | None =
     run.require_ours()
     data = gather(run.path)
     runs = [data, *gather_repeats(data, others or [])]
-    whole, found = averaged(runs), tables.all_tables(runs)
-    summary = verdict(runs)
+    whole, all_tables, summary = averaged(runs), tables.all_tables(runs), verdict(runs)
     files: dict[str, str] = {
-        "index.html": page.render(runs, summary, found),
+        "index.html": page.render(runs, summary, all_tables),
         "scores.json": json.dumps(scores.score_records(whole), indent=1, ensure_ascii=False) + "\n",
         "model_card.md": model_card_of(whole, summary),
-        **{f"{name}.csv": table.to_csv() for name, table in found.items()},
+        **{f"{name}.csv": table.to_csv() for name, table in all_tables.items()},
     }
     try:
         with stage_log(run, "report") as log:
             _write(run, files)
-            log.done(f"{len(found)} tables: {run.report / 'index.html'}")
+            log.done(f"{len(all_tables)} tables: {run.report / 'index.html'}")
     except OSError as error:
         raise unwritable(run.report, error) from None
     return run.report / "index.html"

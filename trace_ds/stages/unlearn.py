@@ -165,22 +165,22 @@ def check_settings(config: Config, info: ModelInfo) -> dict[str, Any] | None:
     return ds_config_of(settings)
 
 
-def check(config: Config, run: RunDirectory, world_size: int, *, verify: bool = True) -> UnlearnJob:
+def check(config: Config, run: RunDirectory, world_size: int) -> UnlearnJob:
     """Check everything that can be wrong before a weight is loaded; raises :class:`UserError`."""
     info, settings = checked_model(config, world_size), config.unlearning
-    inputs = Inputs.read(config, run, info.fingerprint, verify=verify)
-    data, calibration = inputs.data, inputs.calibration(verify=verify)
+    inputs = Inputs.read(config, run, info.fingerprint)
+    data, calibration = inputs.data, inputs.calibration()
     ds_config = check_settings(config, info)
     tasks = curve_tasks(config)
     routing = {}
     if settings.evaluate.every and settings.evaluate.rows:
-        routing = {side: inputs.statistics(side, verify=verify) for side in ("forget", "retain")}
+        routing = {side: inputs.statistics(side) for side in ("forget", "retain")}
     if settings.evaluate.compares_routing:
         for side in routing:
             require_parts(routing[side], "sample", "unlearning.evaluate")
     sides = ["forget"] if settings.forget_loss in ("npo", "dpo") or settings.seuf is not None else []
     sides += ["alternative"] if settings.forget_loss == "dpo" else []
-    statistics = {side: inputs.statistics(side, verify=verify) for side in sides}
+    statistics = {side: inputs.statistics(side) for side in sides}
     experts, anchored = _choose_trained(config, info, calibration, statistics.get("forget"))
     identity = job_identity(
         model=info.fingerprint,
