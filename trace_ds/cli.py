@@ -396,7 +396,7 @@ def inspect(
     json: JsonOption = False,
     verify: Annotated[bool, typer.Option("--verify", help="Compare hashes too.")] = False,
 ) -> None:
-    """What a checkpoint or artefact is, and whether it is whole."""
+    """Show what a run, artefact, checkpoint or model is, and check that it is complete."""
     from trace_ds.stages.inspect import inspect_path
 
     raise typer.Exit(inspect_path(path, json, verify))
@@ -410,7 +410,7 @@ def bench(
     workers: Annotated[int | None, typer.Option(min=1, help="Seeds beside each other; default: cores.")] = None,
     json: JsonOption = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan: which runs, on which seeds.")] = False,
-    analyse: Annotated[bool, typer.Option("--analyse", help="Run nothing: say what the runs show.")] = False,
+    analyse: Annotated[bool, typer.Option("--analyse", help="Run nothing; analyse the runs that are there.")] = False,
 ) -> None:
     """Compare methods at matched forgetting over several seeds, each at its own strengths (resumable)."""
     from trace_ds.studies.study import run_study

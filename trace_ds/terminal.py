@@ -1,8 +1,7 @@
-"""What may reach a terminal or a log: text without control characters, in whatever encoding it has, and no library's.
+"""Terminal output: control characters are escaped, libraries are quiet, tables and numbers are short.
 
-Names of sources, tasks and files are the users', and some come from files of others: an escape sequence in one of them
-could set the clipboard or rewrite what is on the screen. :func:`plain` is for one text; :func:`guard_streams` puts the
-same rule below everything that the command prints. A stage prints one line; with ``-v`` everything that its log holds.
+Names of sources, tasks and files may come from untrusted files: an escape sequence in one of them could set the
+clipboard or rewrite the screen. :func:`plain` escapes one text, :func:`guard_streams` everything that is printed.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ OURS = re.compile("\x1b\\[[0-9;]*m|\x1b\\[[0-9]*[AK]|\x1b\\[\\?25[lh]|[\t\n\r]")
 
 def plain(text: str) -> str:
     """``text`` with control characters, forced directions and lone surrogates written out (``\\u001b``, as in JSON)."""
-    return CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+    return CONTROLS.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 class GuardedStream:
@@ -53,7 +52,7 @@ class GuardedStream:
 
 
 def guard_streams() -> None:
-    """Guard standard output and error, which from now on also write out what their encoding lacks (``\\u2193``)."""
+    """Guard standard output and error, which then also escape what their encoding lacks (``\\u2193``)."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None or isinstance(stream, GuardedStream):
@@ -89,8 +88,7 @@ def verbose() -> bool:
 
 
 def quiet_libraries() -> None:
-    """Keep what libraries say of their own accord out of the terminal, here and in the processes started from here:
-    sequences longer than a tokenizer's maximum, the accelerator that was found. Errors still show."""
+    """Keep warnings of libraries out of the terminal, here and in processes started from here. Errors still show."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # a filter: DeepSpeed sets its logger's level when it is imported, and the first warning comes then
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)

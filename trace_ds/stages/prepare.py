@@ -90,13 +90,13 @@ def _prepare_side(data: DataConfig, side: str, directory: Path, tokenizer: PreTr
     eos = [tokenizer.eos_token_id] if data.add_eos and tokenizer.eos_token_id is not None else []
     table = ArrowWriter(directory / f"{side}_documents.arrow", DOCUMENT_SCHEMA)
 
-    known: deque[tuple[str, str]] = deque()  # source and beginning of the documents read and not yet written
+    pending: deque[tuple[str, str]] = deque()  # source and first characters of documents not yet written
 
     def texts() -> Iterator[Iterator[str]]:
         for stream in read_streams(entries, f"data.{side}"):
             blocks = iter(stream.blocks)
             first = next(blocks, "")
-            known.append((stream.source, first[:TEXT_START_READ]))
+            pending.append((stream.source, first[:TEXT_START_READ]))
             yield itertools.chain([first], blocks)
 
     def tokenised() -> Iterator[Iterator[Sequence[int] | np.ndarray]]:
@@ -114,7 +114,7 @@ def _prepare_side(data: DataConfig, side: str, directory: Path, tokenizer: PreTr
             yield ids
         if tokens:
             yield eos
-        source, start = known.popleft()
+        source, start = pending.popleft()
         table.add(source, tokens + len(eos) if tokens else 0, text_start(start))
 
     counts = PackingCounts()

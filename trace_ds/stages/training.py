@@ -1,4 +1,4 @@
-"""What the stages that train have in common: whether a job is done, its engine, where it goes on."""
+"""Shared by ``unlearn`` and ``finetune``: a training job's checkpoints, log and point of resumption."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ class Training:
             for problem in problems:
                 log.line(f"WARNING {problem}")
             yield log, chosen
-            newest = newest_complete(checkpoints)[0]  # none where a curve is all that was wanted
+            newest = newest_complete(checkpoints)[0]  # None: the job keeps its curve alone
             left = self.run.curve if newest is None else checkpoints / step_name(newest)
             losses = [
                 f"{key.removeprefix('loss_')} loss {value:.3g}" for key, value in log.last.items() if "loss_" in key
