@@ -34,7 +34,7 @@ from trace_ds.routing.token_files import open_parts, require_parts
 from trace_ds.run import artefact as artefacts
 from trace_ds.run.artefact import Artefact
 from trace_ds.run.files import new_array, replacing_directory, safetensors_errors, write_json
-from trace_ds.run.foreign import read_object
+from trace_ds.run.foreign import read_object, reading
 from trace_ds.run.log import StageLog, stage_log
 from trace_ds.stages.inputs import Inputs
 from trace_ds.tensors.model_files import model_fingerprint, read_model_config
@@ -255,14 +255,12 @@ def summary(made: Artefact) -> str:
 
 def load_statistics(side: Artefact) -> RoutingStatistics:
     """The numbers of a statistics artefact, checked against its summary and for having any tokens."""
-    path, fix = side.file("statistics.safetensors"), side.fix
-    try:
+    path = side.file("statistics.safetensors")
+    with reading(path, "the file", side.fix):
         statistics = RoutingStatistics.load(path)
-    except (KeyError, OSError, ValueError) as error:
-        raise UserError(f"the statistics cannot be read ({error})", str(path), fix) from None
     shape = (len(side.summary["layers"]), side.summary["experts"])
     if statistics.counts_LE.shape != shape or statistics.top_k != side.summary["top_k"]:
-        raise UserError("the statistics do not fit their own summary", str(path), fix)
+        raise UserError("the statistics do not fit their own summary", str(path), side.fix)
     if statistics.tokens < 1:
         raise UserError("the corpus has no counted tokens", str(path), "give it documents of two tokens or more")
     return statistics
@@ -276,11 +274,9 @@ def load_trace(config: Config, side: Artefact, statistics: RoutingStatistics, to
         raise UserError(what, str(side.path), "set statistics.trace: true and run `trace-ds collect CONFIG` again")
     layers, experts = statistics.counts_LE.shape
     trace = open_trace(paths, layers, statistics.top_k, tokens.tokens, side.fix)
-    try:
-        agrees = np.array_equal(count_selections(trace, tokens, experts), statistics.counts_LE)
-    except ValueError as error:
-        raise UserError(str(error), str(side.path), side.fix) from None
-    if not agrees:
+    with reading(side.path or Path(), "the routing trace", side.fix):
+        counts_LE = count_selections(trace, tokens, experts)
+    if not np.array_equal(counts_LE, statistics.counts_LE):
         raise UserError("the routing trace does not add up to the statistics beside it", str(side.path), side.fix)
     return trace
 
@@ -290,10 +286,8 @@ def load_selections(side: Artefact, retain: RoutingStatistics, tokens: TokenMap)
     parts = tuple(require_parts(side, "row_counts", "calibrate"))
     sampled = [require_parts(side, "sample", "calibrate"), open_parts(side, "sample_positions")]
     selections = RowSelections(parts, retain.top_k, *(np.concatenate(arrays) for arrays in sampled))
-    fits = selections.rows == tokens.rows and selections.selected_NLK.shape[1:] == (
-        len(retain.counts_LE),
-        retain.top_k,
-    )
+    shape = len(retain.counts_LE), retain.top_k
+    fits = selections.rows == tokens.rows and selections.selected_NLK.shape[1:] == shape
     if not fits or not np.array_equal(selections.sums(np.ones(selections.rows)), retain.counts_LE):
         what = "the selections of the rows do not add up to the statistics beside them"
         raise UserError(what, str(side.path), side.fix)
@@ -307,11 +301,8 @@ def source_weights(config: Config, documents: DocumentSources) -> np.ndarray | N
     try:
         return source_log_weights(config.calibration.source_weights, documents.names, documents.source_D)
     except ValueError as error:
-        raise UserError(
-            str(error),
-            "calibration.source_weights",
-            "name sources as the reports do: a line's own 'source', or the corpus file's",
-        ) from None
+        fix = "name sources as the reports do: a line's own 'source', or the corpus file's"
+        raise UserError(str(error), "calibration.source_weights", fix) from None
 
 
 def read_documents(path: Path) -> DocumentSources:
